@@ -1,0 +1,54 @@
+# make help | quickstart | test | fast | lint | format | clean
+# Everything is installed into .venv, once; it is renewed when pyproject.toml or constraints.txt changes.
+# Another Python: make test PYTHON=python3.12        Options for pip: its own environment variables (PIP_...).
+
+PYTHON ?= python3
+PY := .venv/bin/python
+PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 $(PY) -m pip install --quiet --quiet --no-input --constraint constraints.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help quickstart test fast lint format clean distclean
+
+help:  ## show these lines
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' Makefile
+
+quickstart: .venv/installed  ## the whole method on real digits: CPU, minutes; writes a table and report.html
+	@.venv/bin/selftrans quickstart
+
+test: .venv/installed-dev  ## the whole test-suite
+	@$(PY) -m pytest
+
+fast: .venv/installed-dev  ## the test-suite without its slow tests
+	@$(PY) -m pytest -m "not slow"
+
+lint: .venv/installed-dev  ## ruff (rules and format) and mypy
+	@$(PY) -m ruff check
+	@$(PY) -m ruff format --check
+	@$(PY) -m mypy
+
+format: .venv/installed-dev  ## rewrite the code in the project's format
+	@$(PY) -m ruff check --fix-only --exit-zero
+	@$(PY) -m ruff format
+
+clean:  ## remove caches and build output
+	@rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	@find src tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
+
+distclean: clean  ## remove .venv, too
+	@rm -rf .venv
+
+# A .venv without a working pip (an install that was cut short, a Python that has gone) is made anew.
+.venv/created:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { echo "selftrans needs Python 3.11 or newer, and '$(PYTHON)' is not: try 'make PYTHON=python3.12 ...'" >&2; exit 1; }
+	@$(PY) -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv
+	@touch $@
+
+.venv/installed: pyproject.toml constraints.txt | .venv/created
+	@echo "installing selftrans into .venv (about 3 minutes, once)"
+	@$(PIP) --editable .
+	@touch $@
+
+.venv/installed-dev: pyproject.toml constraints.txt | .venv/created
+	@echo "installing selftrans and its test tools into .venv (about 3 minutes, once)"
+	@$(PIP) --editable '.[dev]'
+	@touch .venv/installed $@

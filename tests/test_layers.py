@@ -1,0 +1,254 @@
+"""The house plan of src/selftrans, read from its imports. A newcomer may start with `PLAN`."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+SRC = Path(__file__).parents[1] / "src" / "selftrans"
+FILES = {path.relative_to(SRC).as_posix(): path.read_text(encoding="utf-8") for path in sorted(SRC.rglob("*.py"))}
+
+BELOW = "everything above it in this table"
+#: room (module or folder of src/selftrans) -> what it may import of ours, all from rows above: no import goes upwards
+PLAN = {
+    # nouns and mathematics
+    "types":      "",
+    "flow":       "types",
+    "latents":    "types",
+    "samples_io": "types",
+    "data":       "types latents",
+    "models":     "types",                    # no heads: those belong to the objective
+    "methods":    "types flow",               # is handed a Backbone, never imports models
+    "sample":     "types flow latents",
+    "evaluate":   "types samples_io",         # image iterators in, numbers out: neither models nor methods
+    # a run
+    "config":     "types flow models methods sample",
+    "recipes":    "types models methods sample config",
+    "train":      "types flow latents samples_io data models methods sample config",
+    "export":     "types latents models config train",
+    "analyse":    "types flow latents samples_io data models methods sample config train",
+    "report":     "types samples_io analyse",
+    # whole experiments
+    "bench":      BELOW,
+    "compare":    BELOW,
+    "quickstart": BELOW,
+    # faces
+    "__init__":   "types flow latents models methods sample config",   # import selftrans: torch and nothing else
+    "cli":        BELOW,                      # inside its functions only
+}  # fmt: skip
+
+#: the one look upwards, for the type checker only: the registry reads a run's config, which holds the methods' configs
+TYPES_FROM_ABOVE = {("methods", "config")}
+#: rooms that import, of other people's, torch alone (others may: numpy, pillow, diffusers, ...)
+TORCH_ONLY = {"types", "flow", "methods"}
+#: what `import selftrans` must not bring in
+HEAVY = "accelerate datasets diffusers huggingface_hub matplotlib PIL scipy sklearn tensorboard tqdm transformers tyro"
+#: these do not import beside every build of torch
+NEVER = {"torchvision", "timm", "torchmetrics"}
+#: code that arrives inside a file is never run
+PICKLES = {"pickle", "cloudpickle", "dill", "joblib", "shelve"}
+MAX_FILE, MAX_FUNCTION = 350, 60
+
+
+class Import(NamedTuple):
+    module: str  #: dotted, absolute
+    names: tuple[str, ...]  #: of `from module import names`
+    when: str  #: "load" of the module, "call" of a function, or "typing" (for the type checker only)
+    line: int
+
+
+def imports(source: str, file: str) -> Iterator[Import]:
+    """Every import of `source`, which lies in src/selftrans/`file`; relative ones made absolute."""
+    package = ("selftrans", *Path(file).parent.parts)
+
+    def walk(node: ast.AST, when: str) -> Iterator[Import]:
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, ast.Import):
+                yield from (Import(alias.name, (), when, child.lineno) for alias in child.names)
+            elif isinstance(child, ast.ImportFrom):
+                base = package[: len(package) - child.level + 1] if child.level else ()
+                module = ".".join([*base, *([child.module] if child.module else [])])
+                yield Import(module, tuple(alias.name for alias in child.names), when, child.lineno)
+            if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef):
+                yield from walk(child, "call")
+            elif isinstance(child, ast.If) and ast.unparse(child.test) in {"TYPE_CHECKING", "typing.TYPE_CHECKING"}:
+                yield from walk(child, "typing")
+            else:
+                yield from walk(child, when)
+
+    return walk(ast.parse(source), "load")
+
+
+def room(file: str) -> str:
+    return Path(file).parts[0].removesuffix(".py")
+
+
+def rooms_of(found: Import) -> set[str]:
+    """The rooms of ours that an import enters; `__init__` is the package's face."""
+    parts = found.module.split(".")
+    if parts[0] != "selftrans":
+        return set()
+    if len(parts) > 1:
+        return {parts[1]}
+    return {name if name in PLAN else "__init__" for name in found.names} or {"__init__"}
+
+
+def may_import(name: str) -> set[str]:
+    above = list(PLAN)[: list(PLAN).index(name)]
+    return set(above) if PLAN[name] is BELOW else set(PLAN[name].split())
+
+
+def trespasses(source: str, file: str) -> list[str]:
+    """Imports of ours that the plan does not allow to `file`."""
+    own = room(file)
+    return [
+        f"{file}:{found.line} imports {entered}; '{own}' may import: {PLAN[own] or 'nothing of ours'}"
+        for found in imports(source, file)
+        for entered in sorted(rooms_of(found) - {own} - may_import(own))
+        if found.when != "typing" or (own, entered) not in TYPES_FROM_ABOVE
+    ]
+
+
+def strangers(source: str, file: str) -> list[str]:
+    """Imports of other people's packages that do not belong in `file`."""
+    own, wrong = room(file), []
+    for found in imports(source, file):
+        top = found.module.split(".")[0]
+        theirs = top != "selftrans" and top not in sys.stdlib_module_names
+        if (
+            top in NEVER | PICKLES
+            or (theirs and own in TORCH_ONLY and top != "torch")
+            or (own == "cli" and found.when == "load" and (theirs or top == "selftrans"))
+        ):
+            wrong.append(f"{file}:{found.line} imports {found.module}")
+    return wrong
+
+
+def unsafe_calls(source: str, file: str) -> list[str]:
+    """Calls that would run code found in a file or fetched from a hub, or write such a file."""
+    wrong = []
+    for node in ast.walk(ast.parse(source)):
+        if not isinstance(node, ast.Call):
+            continue
+        name = ast.unparse(node.func)
+        options = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
+        if (
+            (name == "torch.load" and options.get("weights_only") != "True")
+            or name in {"torch.save", "eval", "exec"}
+            or options.get("allow_pickle", "False") != "False"
+            or options.get("trust_remote_code", "False") != "False"
+        ):
+            wrong.append(f"{file}:{node.lineno} {ast.unparse(node)}")
+    return wrong
+
+
+def too_long(source: str, file: str) -> list[str]:
+    lines = source.count("\n")
+    wrong = [f"{file}: {lines} lines, at most {MAX_FILE}"] if lines > MAX_FILE else []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            length = (node.end_lineno or node.lineno) - node.lineno + 1
+            if length > MAX_FUNCTION:
+                wrong.append(f"{file}:{node.lineno} {node.name}: {length} lines, at most {MAX_FUNCTION}")
+    return wrong
+
+
+def heads(source: str, file: str) -> list[str]:
+    """Projection heads by their names; `MultiHeadAttention` is none."""
+    pattern = re.compile(r"(?<!Multi)Heads?$|Project(or|ion)|projectors?$|_head$")
+    if room(file) != "models":
+        return []
+    wrong = []
+    for node in ast.walk(ast.parse(source)):
+        stored = isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store)
+        name = node.name if isinstance(node, ast.ClassDef) else node.attr if stored else ""
+        if pattern.search(name):
+            wrong.append(f"{file}:{node.lineno} {name}")
+    return wrong
+
+
+RULES = [trespasses, strangers, unsafe_calls, too_long, heads]
+
+
+def test_the_plan_only_looks_up_the_table() -> None:
+    rows = list(PLAN)
+    for name in rows:
+        unknown = may_import(name) - set(rows[: rows.index(name)])
+        assert not unknown, f"'{name}' may import {unknown}, which is no row above it"
+
+
+def test_every_file_has_a_room() -> None:
+    assert FILES, f"no source under {SRC}"
+    homeless = {file for file in FILES if room(file) not in PLAN}
+    assert not homeless, f"not in the plan: {homeless}; add a row to PLAN and say why"
+    assert not [file for file in FILES if Path(file).stem in {"util", "utils", "helpers", "misc", "common"}]
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_the_house_keeps(rule) -> None:
+    wrong = [line for file, source in FILES.items() for line in rule(source, file)]
+    assert not wrong, "\n" + "\n".join(wrong)
+
+
+@pytest.mark.parametrize(
+    ("rule", "file", "source"),
+    [
+        (trespasses, "methods/repa.py", "from selftrans.models.sit import SiT"),
+        (trespasses, "methods/repa.py", "from ..models import sit"),
+        (trespasses, "methods/repa.py", "from selftrans import models"),
+        (trespasses, "methods/repa.py", "if TYPE_CHECKING:\n    from selftrans.models import sit"),
+        (trespasses, "evaluate/metrics.py", "import selftrans.methods.objective"),
+        (trespasses, "evaluate/metrics.py", "def f():\n    from selftrans import models"),
+        (trespasses, "flow.py", "from .train import trainer"),
+        (trespasses, "train/trainer.py", "from selftrans import Objective"),
+        (strangers, "cli.py", "import tyro"),
+        (strangers, "cli.py", "from selftrans.train import trainer"),
+        (strangers, "methods/repa.py", "import numpy as np"),
+        (strangers, "latents.py", "def f():\n    import torchvision.transforms"),
+        (strangers, "train/checkpoint.py", "from pickle import dumps"),
+        (unsafe_calls, "export.py", "torch.load(path)"),
+        (unsafe_calls, "export.py", "torch.load(path, weights_only=False)"),
+        (unsafe_calls, "export.py", "np.load(path, allow_pickle=flag)"),
+        (unsafe_calls, "export.py", "AutoModel.from_pretrained(path, trust_remote_code=True)"),
+        (too_long, "flow.py", "def f():\n" + "    x = 1\n" * MAX_FUNCTION),
+        (too_long, "flow.py", "x = 1\n" * (MAX_FILE + 1)),
+        (heads, "models/sit.py", "class ProjectionHead: ..."),
+        (heads, "models/sit.py", "self.projectors = build()"),
+    ],
+)
+def test_each_rule_notices(rule, file: str, source: str) -> None:
+    assert rule(source, file)
+
+
+@pytest.mark.parametrize(
+    ("file", "source"),
+    [
+        ("methods/repa.py", "from selftrans.types import Draw\nfrom .objective import Guidance\nimport torch"),
+        ("cli.py", "import sys\ndef main():\n    import tyro\n    from selftrans.train import trainer"),
+        ("compare.py", "from selftrans import evaluate\nfrom selftrans.train.pipeline import run"),
+        ("export.py", "torch.load(path, weights_only=True, map_location='cpu')\nmodel.eval()"),
+        ("models/mmdit.py", "class MultiHeadAttention: ..."),
+    ],
+)
+def test_no_rule_cries_wolf(file: str, source: str) -> None:
+    assert not [line for rule in RULES for line in rule(source, file)]
+
+
+def test_the_trainer_names_no_method() -> None:
+    methods = {Path(file).stem for file in FILES if room(file) == "methods"} - {"__init__", "objective"}
+    trainer = FILES.get("train/trainer.py", "")
+    assert not [method for method in methods if re.search(rf"\b{method}\b", trainer)]
+
+
+def test_import_needs_torch_only() -> None:
+    code = f"import selftrans, sys; print(*[name for name in '{HEAVY}'.split() if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    assert not done.stdout.split()
