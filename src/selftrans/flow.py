@@ -1,0 +1,128 @@
+"""Probability paths between data and noise: the interpolant exists once, for training and for sampling.
+
+**t = 0 is data, t = 1 is noise**, for every function of the package. A path is four functions of t:
+    z_t = alpha(t) z0 + sigma(t) noise          v = alpha'(t) z0 + sigma'(t) noise
+Everything else (z0, noise and score from a velocity) is linear algebra on those four.
+Shape legend: N batch, (C, H, W) latent.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from selftrans.types import Batch, Cond, Draw, where_cond
+
+HALF_PI = math.pi / 2
+
+
+class Path(NamedTuple):
+    """alpha, sigma and their derivatives, each a function of t (any shape) to a tensor of that shape."""
+
+    name: str
+    alpha: Callable[[Tensor], Tensor]
+    sigma: Callable[[Tensor], Tensor]
+    d_alpha: Callable[[Tensor], Tensor]
+    d_sigma: Callable[[Tensor], Tensor]
+    t_of_ratio: Callable[[Tensor], Tensor]  #: t at which sigma / alpha has this value
+
+
+LINEAR = Path(
+    name="linear",
+    alpha=lambda t: 1 - t,
+    sigma=lambda t: t,
+    d_alpha=lambda t: -torch.ones_like(t),
+    d_sigma=lambda t: torch.ones_like(t),
+    t_of_ratio=lambda ratio: ratio / (1 + ratio),
+)
+COSINE = Path(
+    name="cosine",
+    alpha=lambda t: torch.cos(HALF_PI * t),
+    sigma=lambda t: torch.sin(HALF_PI * t),
+    d_alpha=lambda t: -HALF_PI * torch.sin(HALF_PI * t),
+    d_sigma=lambda t: HALF_PI * torch.cos(HALF_PI * t),
+    t_of_ratio=lambda ratio: torch.atan(ratio) / HALF_PI,
+)
+PATHS = {path.name: path for path in (LINEAR, COSINE)}
+
+
+def _like(t: Tensor, x: Tensor) -> Tensor:
+    """(N,) or scalar t, shaped to broadcast over x (N, ...)."""
+    return t if t.dim() == 0 else t.view(-1, *[1] * (x.dim() - 1))
+
+
+def interpolate(path: Path, z0: Tensor, noise: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+    """Point on the path and its velocity, `(zt, v)`, both (N, C, H, W)."""
+    t = _like(t, z0)
+    zt = path.alpha(t) * z0 + path.sigma(t) * noise
+    v = path.d_alpha(t) * z0 + path.d_sigma(t) * noise
+    return zt, v
+
+
+def _determinant(path: Path, t: Tensor) -> Tensor:
+    """alpha sigma' - alpha' sigma: 1 on the linear path, pi / 2 on the cosine path, never zero."""
+    return path.alpha(t) * path.d_sigma(t) - path.d_alpha(t) * path.sigma(t)
+
+
+def z0_from_v(path: Path, zt: Tensor, v: Tensor, t: Tensor) -> Tensor:
+    """Data that the velocity points back to."""
+    t = _like(t, zt)
+    return (path.d_sigma(t) * zt - path.sigma(t) * v) / _determinant(path, t)
+
+
+def noise_from_v(path: Path, zt: Tensor, v: Tensor, t: Tensor) -> Tensor:
+    """Noise that the velocity points to."""
+    t = _like(t, zt)
+    return (path.alpha(t) * v - path.d_alpha(t) * zt) / _determinant(path, t)
+
+
+def score_from_v(path: Path, zt: Tensor, v: Tensor, t: Tensor) -> Tensor:
+    """Gradient of log p_t at zt; defined for t > 0 (sigma must not vanish)."""
+    return -noise_from_v(path, zt, v, t) / path.sigma(_like(t, zt))
+
+
+def v_from_score(path: Path, zt: Tensor, score: Tensor, t: Tensor) -> Tensor:
+    """Velocity of a score; defined for t < 1 (alpha must not vanish)."""
+    t = _like(t, zt)
+    noise = -path.sigma(t) * score
+    return (path.d_alpha(t) * zt + _determinant(path, t) * noise) / path.alpha(t)
+
+
+def uniform_times(n: int, path: Path, device: torch.device) -> Tensor:
+    """(n,) independent times, uniform on [0, 1]."""
+    return torch.rand(n, device=device)
+
+
+def systematic_times(n: int, path: Path, device: torch.device) -> Tensor:
+    """(n,) shuffled times (i + u) / n with one u: each uniform on [0, 1], one in each nth of it.
+
+    Any range [a, b] then holds at most floor(n (b - a)) + 1 of them, which gives static shapes (see `Draw.even`).
+    """
+    u = torch.rand((), device=device)
+    return (torch.randperm(n, device=device) + u) / n
+
+
+def lognormal_times(n: int, path: Path, device: torch.device) -> Tensor:
+    """(n,) times whose noise-to-signal ratio is log-normal with EDM's mean -1.2 and deviation 1.2 (2206.00364, table 1)."""
+    return path.t_of_ratio(torch.exp(torch.randn(n, device=device) * 1.2 - 1.2))
+
+
+TIMES = {"systematic": systematic_times, "uniform": uniform_times, "lognormal": lognormal_times}
+
+
+def draw(batch: Batch, null: Cond, *, path: Path = LINEAR, times: str = "systematic", drop: float = 0.1) -> Draw:
+    """Draw time, noise and the dropped condition of a step from torch's default generator, once for all losses.
+
+    batch.z0 is (N, C, H, W); `null` is the model's null condition for this batch; each sample is dropped with
+    probability `drop`.
+    """
+    n, device = batch.z0.shape[0], batch.z0.device
+    t = TIMES[times](n, path, device)
+    noise = torch.randn_like(batch.z0)
+    zt, v = interpolate(path, batch.z0, noise, t)
+    dropped = where_cond(torch.rand(n, device=device) < drop, null, batch.cond)
+    return Draw(batch.z0, noise, t, zt, v, batch.cond, null, dropped, even=times == "systematic")

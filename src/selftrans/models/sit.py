@@ -1,0 +1,113 @@
+"""SiT, the scalable interpolant transformer (Ma et al., 2401.08740): DiT's architecture, predicting a velocity.
+
+Parameter names are those of the published checkpoints. Shape legend: N batch, T tokens, D width, (C, H, W) latent.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from selftrans.models.layers import (
+    Block,
+    FinalLayer,
+    LabelEmbedder,
+    PatchEmbed,
+    TimestepEmbedder,
+    sincos_positions,
+    unpatchify,
+)
+from selftrans.types import Cond, Output, map_cond
+
+#: published sizes: width, depth, heads (SiT, table 1)
+SIZES = {"S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152, 28, 16)}
+PATCHES = (1, 2, 4, 8)
+#: name of a published model -> the constructor's arguments
+SIT = {
+    f"SiT-{size}/{patch}": {"width": width, "depth": depth, "heads": heads, "patch": patch}
+    for size, (width, depth, heads) in SIZES.items()
+    for patch in PATCHES
+}
+
+
+class SiT(nn.Module):
+    """A class-conditional (or, with num_classes = 0, unconditional) diffusion transformer on square latents.
+
+    Args:
+        shape: (C, H, W) of a latent, H == W, a multiple of `patch`.
+        num_classes: labels 0 .. num_classes - 1; the null label is num_classes.
+        learn_sigma: the output layer carries a second, unused half, as in the original SiT checkpoints.
+    Raises ValueError when the sizes do not fit each other.
+    """
+
+    def __init__(
+        self,
+        shape: tuple[int, int, int],
+        num_classes: int,
+        *,
+        width: int,
+        depth: int,
+        heads: int,
+        patch: int,
+        mlp_ratio: float = 4.0,
+        qk_norm: bool = False,
+        learn_sigma: bool = False,
+    ) -> None:
+        super().__init__()
+        channels, height, side = shape
+        if height != side or side % patch:
+            raise ValueError(f"a latent of {height}x{side} does not divide into square patches of {patch}; change model.patch")
+        self.shape, self.num_classes = (channels, height, side), num_classes
+        self.width, self.depth, self.patch = width, depth, patch
+        self.x_embedder = PatchEmbed(channels, patch, width)
+        self.t_embedder = TimestepEmbedder(width)
+        self.y_embedder = LabelEmbedder(num_classes, width)
+        self.register_buffer("pos_embed", sincos_positions(width, side // patch)[None], persistent=False)
+        self.blocks = nn.ModuleList(Block(width, heads, mlp_ratio, qk_norm) for _ in range(depth))
+        self.final_layer: FinalLayer | None = FinalLayer(width, patch * patch * channels * (2 if learn_sigma else 1))
+        self.recompute = False  #: activation checkpointing: keep only each block's input, compute it again backward
+        self._initialise()
+
+    def forward(self, x: Tensor, t: Tensor, cond: Cond, *, taps: tuple[int, ...] = (), stop: bool = False) -> Output:
+        """x (N, C, H, W), t (N,), labels (N,) -> velocity (N, C, H, W) and the features of blocks `taps` (1-based)."""
+        assert isinstance(cond, Tensor) and all(1 <= k <= self.depth for k in taps)
+        tokens = self.x_embedder(x.to(self.x_embedder.proj.weight.dtype)) + self.pos_embed  # (N, T, D)
+        c = self.t_embedder(t) + self.y_embedder(cond)  # (N, D)
+        feats: dict[int, Tensor] = {}
+        for k, block in enumerate(self.blocks, start=1):
+            if self.recompute and self.training:
+                tokens = torch.utils.checkpoint.checkpoint(block, tokens, c, use_reentrant=False)
+            else:
+                tokens = block(tokens, c)
+            if k in taps:
+                feats[k] = tokens
+            if stop and len(feats) == len(set(taps)):
+                return Output(None, feats)
+        assert self.final_layer is not None, "a truncated model has no velocity; call it with stop=True"
+        out = unpatchify(self.final_layer(tokens, c), self.patch, self.final_layer.linear.out_features // self.patch**2)
+        return Output(out[:, : self.shape[0]], feats)
+
+    def null(self, cond: Cond) -> Cond:
+        return map_cond(lambda labels: torch.full_like(labels, self.num_classes), cond)
+
+    def truncate(self, block: int) -> None:
+        """Forget everything after `block` (1-based): a frozen teacher needs no more."""
+        del self.blocks[block:]
+        self.final_layer = None
+
+    def _initialise(self) -> None:
+        """Published initialisation: Xavier, then zero gates and output so that each block starts as the identity."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        projection = self.x_embedder.proj
+        nn.init.xavier_uniform_(projection.weight.view(projection.weight.shape[0], -1))
+        nn.init.zeros_(projection.bias)  # type: ignore[arg-type]
+        nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
+        for layer in (self.t_embedder.mlp[0], self.t_embedder.mlp[2]):
+            nn.init.normal_(layer.weight, std=0.02)
+        assert self.final_layer is not None
+        for zero in [*(b.adaLN_modulation[1] for b in self.blocks), self.final_layer.adaLN_modulation[1], self.final_layer.linear]:
+            nn.init.zeros_(zero.weight)
+            nn.init.zeros_(zero.bias)
