@@ -1,0 +1,40 @@
+"""selftrans: train diffusion transformers fast, guided by nothing but themselves.
+
+The library face, for a training loop of one's own: the objective, the guidances, the backbones and the samplers.
+Importing it needs torch only.
+"""
+
+from selftrans.flow import COSINE, LINEAR, PATHS, draw, interpolate
+from selftrans.methods.objective import Frozen, Guidance, Objective
+from selftrans.methods.self_transcendence import SelfGuidance, Stage1, Stage2, StructureGuidance
+from selftrans.models.sit import SIT, SiT
+from selftrans.sample import SAMPLERS, guided, ode, sde
+from selftrans.types import Backbone, Batch, Cond, Draw, Output
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "COSINE",
+    "LINEAR",
+    "PATHS",
+    "SAMPLERS",
+    "SIT",
+    "Backbone",
+    "Batch",
+    "Cond",
+    "Draw",
+    "Frozen",
+    "Guidance",
+    "Objective",
+    "Output",
+    "SelfGuidance",
+    "SiT",
+    "Stage1",
+    "Stage2",
+    "StructureGuidance",
+    "draw",
+    "guided",
+    "interpolate",
+    "ode",
+    "sde",
+]

@@ -1,0 +1,200 @@
+"""The complete description of a run: frozen dataclasses, to and from json, with dotted overrides from the command line."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import types
+import typing
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from selftrans.flow import PATHS, TIMES
+from selftrans.methods.self_transcendence import Stage1, Stage2
+from selftrans.models.sit import SIT, SiT
+from selftrans.sample import SampleConfig
+
+VERSION = 1  #: of the json layout
+
+
+@dataclass(frozen=True)
+class Data:
+    """Prepared data (`selftrans prepare`), and what is expected of it."""
+
+    path: str | None = None
+    """directory of shards; `--data DIR` sets it"""
+    autoencoder: str | None = None
+    """what decodes previews and samples; None: what the data was prepared with"""
+    shape: tuple[int, int, int] | None = None
+    """(C, H, W) of a latent; None: as prepared; otherwise the data must agree"""
+    classes: int | None = None
+    """number of classes; None: as prepared; otherwise the data must agree"""
+
+
+@dataclass(frozen=True)
+class Model:
+    """The student. A field left at None comes from the published size `name`."""
+
+    name: str = "SiT-S/2"
+    """published size, SiT-{S,B,L,XL}/{1,2,4,8}"""
+    width: int | None = None
+    """channels of a token"""
+    depth: int | None = None
+    """number of blocks"""
+    heads: int | None = None
+    """attention heads; with a width of your own, None means one per 64 channels"""
+    patch: int | None = None
+    """side of a token in latent pixels"""
+    qk_norm: bool = True
+    """LayerNorm on queries and keys, as in the released models"""
+
+    def sizes(self) -> dict[str, int]:
+        """Constructor arguments width, depth, heads, patch. ValueError for an unknown name."""
+        if self.name not in SIT:
+            raise ValueError(f"model.name '{self.name}' is unknown{nearest(self.name, SIT)}")
+        chosen = {key: getattr(self, key) for key in ("width", "depth", "heads", "patch")}
+        sizes = SIT[self.name] | {key: value for key, value in chosen.items() if value is not None}
+        if self.heads is None and sizes["width"] != SIT[self.name]["width"]:
+            sizes["heads"] = max(1, sizes["width"] // 64)
+        return sizes
+
+    def build(self, shape: tuple[int, int, int], num_classes: int) -> SiT:
+        return SiT(shape, num_classes, qk_norm=self.qk_norm, **self.sizes())
+
+
+@dataclass(frozen=True)
+class Train:
+    """Optimisation of the student, and how the run is kept."""
+
+    steps: int = 400_000
+    """student steps (of the last stage; `stage1.steps` has its own)"""
+    batch_size: int = 256
+    """images per step over all processes"""
+    accumulate: int = 1
+    """micro-batches per step and process"""
+    lr: float = 1e-4
+    """AdamW learning rate after warm-up, constant"""
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = 0.0
+    warmup: int = 0
+    """steps over which the learning rate rises linearly from zero"""
+    clip: float = 1.0
+    """largest gradient norm"""
+    ema: float = 0.9999
+    """decay of the weight average; warmed up as min(ema, (1 + step) / (10 + step))"""
+    drop: float = 0.1
+    """probability of training a sample on the null condition"""
+    path: str = "linear"
+    """probability path: linear or cosine"""
+    times: str = "systematic"
+    """timestep sampler: systematic (evenly spread over the batch), uniform (independent) or lognormal"""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    compile: bool = False
+    """torch.compile each block"""
+    recompute: bool = False
+    """activation checkpointing: less memory, one more forward pass"""
+    seed: int = 0
+    checkpoint_every: int = 10_000
+    preview_every: int = 10_000
+    """a grid of samples from the EMA; 0: never"""
+    keep: int = 2
+    """checkpoints kept per stage, the newest; 0: all"""
+
+
+@dataclass(frozen=True)
+class Log:
+    """What is written while a run goes on."""
+
+    every: int = 100
+    """steps between lines of log.jsonl"""
+    tensorboard: bool = True
+    preview_images: int = 36
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything a run depends on. Saved as config.json in the run directory and in every checkpoint."""
+
+    recipe: str
+    method: str = "self_transcendence"
+    """a name in METHODS (vanilla, structure, self_transcendence, ...) or module:function"""
+    data: Data = field(default_factory=Data)
+    model: Model = field(default_factory=Model)
+    stage1: Stage1 = field(default_factory=Stage1)
+    stage2: Stage2 = field(default_factory=Stage2)
+    train: Train = field(default_factory=Train)
+    sample: SampleConfig = field(default_factory=SampleConfig)
+    log: Log = field(default_factory=Log)
+
+    def check(self) -> RunConfig:
+        """Itself, or a ValueError that names the first field that cannot work."""
+        self.model.sizes()
+        for name, allowed in {"path": PATHS, "times": TIMES}.items():
+            if getattr(self.train, name) not in allowed:
+                raise ValueError(f"train.{name} '{getattr(self.train, name)}' is unknown; choose {', '.join(allowed)}")
+        positive = ("steps", "batch_size", "accumulate", "lr", "clip", "checkpoint_every")
+        for section, name in [("train", key) for key in positive] + [("log", "every"), ("log", "preview_images")]:
+            if not getattr(getattr(self, section), name) > 0:
+                raise ValueError(f"{section}.{name} must be above zero, not {getattr(getattr(self, section), name)}")
+        for name in ("warmup", "preview_every", "keep", "seed", "weight_decay"):
+            if getattr(self.train, name) < 0:
+                raise ValueError(f"train.{name} must not be negative, not {getattr(self.train, name)}")
+        if not 0 <= self.train.ema < 1 or not 0 <= self.train.drop <= 1:
+            raise ValueError(f"train.ema must be in [0, 1) and train.drop in [0, 1], not {self.train.ema}, {self.train.drop}")
+        if self.stage1.steps is not None and self.stage1.steps < 1:
+            raise ValueError(f"stage1.steps must be above zero, not {self.stage1.steps}; to skip stage 1 give --teacher")
+        self.sample.check()
+        return self
+
+
+def nearest(word: str, known: typing.Iterable[str]) -> str:
+    """' (did you mean ...?)' with the closest known words, or a list of them all."""
+    close = difflib.get_close_matches(word, list(known), n=2, cutoff=0.5)
+    return f"; did you mean {' or '.join(close)}?" if close else f"; choose one of {', '.join(known)}"
+
+
+def to_json(config: RunConfig) -> str:
+    return json.dumps({"version": VERSION, **dataclasses.asdict(config)}, indent=2)
+
+
+def from_json(text: str) -> RunConfig:
+    """Inverse of `to_json`. ValueError names a field that is unknown, missing or of another type, and other versions."""
+    raw = json.loads(text)
+    if not isinstance(raw, dict) or raw.pop("version", None) != VERSION:
+        raise ValueError(f"this configuration is not of version {VERSION}; it was written by another version of selftrans")
+    return _build(RunConfig, raw, "config")
+
+
+def _build(kind: Any, raw: Any, where: str) -> Any:
+    """A value of type `kind` from plain json."""
+    if dataclasses.is_dataclass(kind):
+        hints = typing.get_type_hints(kind)
+        if not isinstance(raw, dict):
+            raise ValueError(f"{where} should be an object, not {raw!r}")
+        for name in raw:
+            if name not in hints:
+                raise ValueError(f"{where}.{name} is unknown{nearest(name, hints)}")
+        unset = dataclasses.MISSING
+        required = [f.name for f in dataclasses.fields(kind) if f.default is unset and f.default_factory is unset]
+        missing = [name for name in required if name not in raw]
+        if missing:
+            raise ValueError(f"{where}.{missing[0]} is missing")
+        return kind(**{name: _build(hints[name], value, f"{where}.{name}") for name, value in raw.items()})  # type: ignore[operator]
+    origin, inner = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (typing.Union, types.UnionType):
+        if raw is None and type(None) in inner:
+            return None
+        return _build(next(k for k in inner if k is not type(None)), raw, where)
+    if origin is Literal and raw in inner:
+        return raw
+    if origin is tuple and isinstance(raw, list):
+        kinds = [inner[0]] * len(raw) if inner[-1] is Ellipsis else inner
+        if len(kinds) == len(raw):
+            return tuple(_build(k, value, where) for k, value in zip(kinds, raw, strict=True))
+    if isinstance(kind, type) and origin is None:
+        if kind is float and isinstance(raw, int) and not isinstance(raw, bool):
+            return float(raw)
+        if isinstance(raw, kind) and not (kind is int and isinstance(raw, bool)):
+            return raw
+    raise ValueError(f"{where} should be {kind}, not {raw!r}")

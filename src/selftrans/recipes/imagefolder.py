@@ -1,0 +1,23 @@
+"""Your own pictures."""
+
+from __future__ import annotations
+
+from selftrans.config import Model, RunConfig, Train
+from selftrans.methods.self_transcendence import Stage2
+from selftrans.sample import SampleConfig
+
+
+def imagefolder() -> RunConfig:
+    """Any data that `selftrans prepare` has written: latent shape and classes come from its manifest.
+
+    Command: `selftrans train imagefolder --data DIR --out RUN`. Cost: 100k student steps and 50k of stage 1, batch 256,
+    SiT-B/2. Published settings otherwise; choose another size with `--model.name SiT-S/2`. No result is known beforehand:
+    compare with `--method vanilla` at the same steps.
+    """
+    return RunConfig(
+        recipe="imagefolder",
+        model=Model(name="SiT-B/2"),
+        stage2=Stage2(until_step=50_000),
+        train=Train(steps=100_000, batch_size=256),
+        sample=SampleConfig(sampler="heun", steps=50),
+    )

@@ -1,0 +1,137 @@
+"""Checkpoints: safetensors and json in one folder, written beside, fsynced, renamed, hashed; nothing is pickled.
+
+    <stage>/checkpoints/step-00001000/
+        student.safetensors  ema.safetensors  heads.safetensors  optimizer.safetensors  state.json
+`state.json` is written last and holds the sha256 of the others. `student` and `ema` carry in their headers what is needed
+to build the model again, so either file is usable on its own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+STATE = "state.json"
+KEY = "selftrans"  #: header entry of a weights file: json of stage, step, config, shape, num_classes
+
+
+class Checkpoint(NamedTuple):
+    """A whole checkpoint on disk, its hashes checked."""
+
+    path: Path
+    state: dict[str, Any]
+
+    @property
+    def step(self) -> int:
+        return int(self.state["step"])
+
+    def tensors(self, name: str) -> dict[str, Tensor]:
+        return load_file(self.path / f"{name}.safetensors")
+
+
+def sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def save(
+    folder: Path, step: int, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any], header: dict[str, Any]
+) -> Path:
+    """Write checkpoint `folder/step-...` whole or not at all. OSError (a full disk) leaves what was there."""
+    final = folder / f"step-{step:08d}"
+    beside = folder / f".step-{step:08d}.{os.getpid()}"
+    try:
+        beside.mkdir(parents=True)
+        hashes = {}
+        for name, named in tensors.items():
+            path = beside / f"{name}.safetensors"
+            metadata = {KEY: json.dumps(header | {"weights": name})}
+            save_file({key: value.detach().cpu().contiguous() for key, value in named.items()}, path, metadata=metadata)
+            _sync(path)
+            hashes[path.name] = sha256(path)
+        (beside / STATE).write_text(json.dumps({"step": step, "sha256": hashes} | state, indent=2))
+        _sync(beside / STATE)
+        _sync(beside)
+        if final.exists():
+            shutil.rmtree(final)
+        os.replace(beside, final)
+        _sync(folder)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(beside, ignore_errors=True)
+        raise OSError(f"could not write checkpoint {final}: {error}") from error
+    return final
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def read(path: Path) -> Checkpoint:
+    """The checkpoint in `path`. ValueError names the file that is missing or damaged."""
+    try:
+        state = json.loads((path / STATE).read_text())
+        hashes = state["sha256"]
+        assert isinstance(state["step"], int) and isinstance(hashes, dict)
+    except (OSError, ValueError, KeyError, TypeError, AssertionError) as error:
+        raise ValueError(f"{path / STATE} is missing or damaged ({error})") from error
+    for name, expected in hashes.items():
+        file = path / Path(name).name
+        if not file.is_file() or sha256(file) != expected:
+            raise ValueError(f"{file} is missing or damaged (its sha256 is not the recorded one)")
+    return Checkpoint(path, state)
+
+
+def steps(folder: Path) -> list[tuple[int, Path]]:
+    """(step, path) of the checkpoints in a folder, oldest first, unchecked."""
+    found = [path for path in folder.glob("step-*") if path.is_dir() and path.name[5:].isdigit()]
+    return sorted((int(path.name[5:]), path) for path in found)
+
+
+def whole(folder: Path) -> Iterator[Checkpoint]:
+    """Checkpoints from the newest to the oldest; a damaged one is named in a warning and passed over."""
+    for _, path in reversed(steps(folder)):
+        try:
+            yield read(path)
+        except ValueError as error:
+            warnings.warn(f"passing over a damaged checkpoint: {error}", stacklevel=2)
+
+
+def newest(folder: Path) -> Checkpoint | None:
+    return next(whole(folder), None)
+
+
+def prune(folder: Path, keep: int) -> None:
+    """Keep the newest `keep` checkpoints (0: all), and sweep up what an interrupted write left behind."""
+    for path in folder.glob(".step-*"):
+        shutil.rmtree(path, ignore_errors=True)
+    if keep:
+        for _, path in steps(folder)[:-keep]:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def read_header(path: Path) -> dict[str, Any]:
+    """What a weights file says of itself. ValueError when it is no selftrans weights file."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+        return dict(json.loads(metadata[KEY]))
+    except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
+        reason = "no entry 'selftrans' in its header" if isinstance(error, KeyError) else error
+        raise ValueError(
+            f"{path} is not a selftrans weights file ({reason}); expected student.safetensors or ema.safetensors of a "
+            "checkpoint, or a run directory"
+        ) from error

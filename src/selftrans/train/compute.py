@@ -1,0 +1,41 @@
+"""Floating-point operations of a training step, so that runs report total compute and not steps alone."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from selftrans.methods.objective import Objective
+from selftrans.types import Backbone, Cond
+
+
+def forward_flops(backbone: Backbone, cond: Cond, taps: tuple[int, ...] = (), *, stop: bool = False) -> int:
+    """Operations (2 per multiply-add) of one image through a backbone; `cond` holds one condition."""
+    assert isinstance(backbone, nn.Module)
+    meta = copy.deepcopy(backbone).to("meta")  # shapes are enough: nothing is computed, no memory is held
+    z = torch.empty(1, *backbone.shape, device="meta")
+    label = cond.to("meta") if isinstance(cond, Tensor) else {name: x.to("meta") for name, x in cond.items()}
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        meta(z, torch.empty(1, device="meta"), label, taps=taps, stop=stop)
+    return counter.get_total_flops()
+
+
+def step_flops(objective: Objective, cond: Cond, batch_size: int) -> dict[int | None, int]:
+    """Operations of one step of `batch_size` images with each guidance: {None: without any, i: what guidance i adds}.
+
+    A backward pass counts twice its forward pass; a teacher has no backward pass. `cond` holds one condition.
+    """
+    student: Backbone = objective.student
+    tokens = (student.shape[1] // student.patch) ** 2
+    total: dict[int | None, int] = {None: 3 * batch_size * forward_flops(student, cond)}
+    for i, guidance in enumerate(objective.guidances):
+        cost = guidance.cost(batch_size)
+        head, teacher = getattr(guidance, "head", None), getattr(guidance, "teacher", None)
+        linears = [m for m in head.modules() if isinstance(m, nn.Linear)] if head is not None else []
+        per_head = sum(2 * tokens * m.in_features * m.out_features for m in linears)
+        per_teacher = forward_flops(teacher.model, cond, (teacher.block,), stop=True) if teacher is not None else 0
+        total[i] = 3 * cost["head"] * per_head + cost["teacher"] * per_teacher
+    return total

@@ -1,0 +1,27 @@
+"""Exponential moving average of the student's weights: what previews and samples are made with."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import nn
+
+
+class EMA:
+    """Average `a <- a + (1 - d) (p - a)` of the parameters, d = min(decay, (1 + step) / (10 + step)); buffers are copied.
+
+    `model` is the averaged copy, in float32 and eval mode.
+    """
+
+    def __init__(self, student: nn.Module, decay: float) -> None:
+        self.decay = decay
+        self.model = copy.deepcopy(student).requires_grad_(False).eval()
+        self._pairs = list(zip(self.model.parameters(), student.parameters(), strict=True))
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """After optimiser step number `step` (1-based)."""
+        decay = min(self.decay, (1 + step) / (10 + step))
+        averages, parameters = [a for a, _ in self._pairs], [p.detach() for _, p in self._pairs]
+        torch._foreach_lerp_(averages, parameters, 1 - decay)

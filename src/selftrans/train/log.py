@@ -1,0 +1,84 @@
+"""What a run says: a progress bar on the screen, one json line per report on disk, TensorBoard beside it."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class Window:
+    """Means of the reported values since the last line, summed on the device: read only when a line is written."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+        self._counts: dict[str, int] = {}
+
+    def add(self, report: dict[str, Tensor]) -> None:
+        for name, value in report.items():
+            value = value.detach().double() if value.device.type != "mps" else value.detach().float()
+            self._sums[name] = self._sums[name] + value if name in self._sums else value
+            self._counts[name] = self._counts.get(name, 0) + 1
+
+    def means(self) -> dict[str, Tensor]:
+        return {name: total / self._counts[name] for name, total in self._sums.items()}
+
+    def clear(self) -> None:
+        self._sums, self._counts = {}, {}
+
+    def state(self) -> dict[str, Any]:
+        return {name: [total.item(), self._counts[name]] for name, total in self._sums.items()}
+
+    def load(self, state: dict[str, Any], device: torch.device) -> None:
+        self._sums = {name: torch.tensor(total, dtype=torch.float64, device=device) for name, (total, _) in state.items()}
+        self._counts = {name: int(count) for name, (_, count) in state.items()}
+
+
+class Journal:
+    """log.jsonl: one line per report. After a resume it holds exactly the lines up to the resumed step."""
+
+    def __init__(self, path: Path, *, resume_step: int) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists():
+            kept = [line for line in path.read_text().splitlines() if _step(line) <= resume_step]
+            beside = path.with_suffix(".tmp")
+            beside.write_text("".join(line + "\n" for line in kept))
+            os.replace(beside, path)
+        self._file = open(path, "a", buffering=1)  # noqa: SIM115 - kept open for the run
+
+    def write(self, line: dict[str, Any]) -> None:
+        self._file.write(json.dumps(line) + "\n")
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _step(line: str) -> float:
+    """Step of a line; infinite for a line that a killed process left half written, so that it is dropped."""
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return float("inf")
+
+
+def read_journal(path: Path) -> list[dict[str, Any]]:
+    """All lines of a log.jsonl; [] where there is none."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def progress_bar(**options: Any) -> Any:
+    """A tqdm bar: live on a terminal, one line every 15 seconds elsewhere."""
+    from tqdm import tqdm
+
+    live = sys.stderr.isatty()
+    return tqdm(dynamic_ncols=live, mininterval=0.2 if live else 15, **options)
+
+
+def short(values: dict[str, float]) -> dict[str, str]:
+    """Values as the bar shows them."""
+    return {name: f"{value:.3g}" for name, value in values.items()}

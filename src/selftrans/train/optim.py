@@ -1,0 +1,54 @@
+"""The optimiser and its schedule, and what of them a checkpoint keeps."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from selftrans.config import Train
+
+
+def build_optimizer(model: nn.Module, config: Train) -> torch.optim.AdamW:
+    """Fused AdamW over every trainable parameter: one kernel per step instead of several per tensor."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    return torch.optim.AdamW(
+        parameters, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay, fused=True
+    )
+
+
+def learning_rate(step: int, config: Train) -> float:
+    """Rate of the 0-based step: linear warm-up, then constant. A function of the step alone, so resume needs no state."""
+    return config.lr * min(1.0, (step + 1) / config.warmup) if config.warmup else config.lr
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+
+
+def forget(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
+    """Drop every parameter, and its moments, that is no longer in `model`."""
+    staying = set(model.parameters())
+    for group in optimizer.param_groups:
+        group["params"] = [p for p in group["params"] if p in staying]
+    for parameter in [p for p in optimizer.state if p not in staying]:
+        del optimizer.state[parameter]
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Tensor]:
+    """Moments by name: `<parameter>:<moment>`."""
+    found = {}
+    for name, parameter in model.named_parameters():
+        for moment, value in optimizer.state.get(parameter, {}).items():
+            found[f"{name}:{moment}"] = torch.as_tensor(value)
+    return found
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """Inverse of `optimizer_tensors`."""
+    for name, parameter in model.named_parameters():
+        moments = {key.rpartition(":")[2]: value for key, value in tensors.items() if key.rpartition(":")[0] == name}
+        if moments:
+            optimizer.state[parameter] = {
+                moment: value.to(parameter.device).clone() for moment, value in moments.items()
+            }

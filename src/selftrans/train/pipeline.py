@@ -1,0 +1,214 @@
+"""A whole run: the stages of a method in order, in one directory, continued where they stopped.
+
+    RUN/config.json   the complete configuration          RUN/data.json   manifest of the data it was trained on
+    RUN/<stage>/      checkpoints, previews, log.jsonl     RUN/run.json    student steps and total compute
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import InitProcessGroupKwargs
+
+from selftrans.config import RunConfig, from_json, to_json
+from selftrans.data.encode import prepare_digits
+from selftrans.data.shards import Manifest, Shards
+from selftrans.methods import Stage, stages
+from selftrans.methods.objective import Frozen
+from selftrans.train import checkpoint
+from selftrans.train.preview import Preview
+from selftrans.train.restore import restore_teacher
+from selftrans.train.stop import Stop, lock
+from selftrans.train.trainer import Trainer
+
+#: sections and fields that may change between two visits to the same run directory
+FREE = ("log", "sample", "data.path", "train.steps", "train.checkpoint_every", "train.preview_every", "train.keep")
+PRECISION = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
+DTYPE = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def train(config: RunConfig, out: str | Path) -> dict[str, Any]:
+    """Train `config` in the directory `out`; repeating the call continues it. Returns what run.json holds.
+
+    `config.stage2.teacher` (a run or a weights file) takes the place of the stages before the one that wants a teacher.
+    ValueError for anything the user can mend; `stop.Interrupted` after a notice, with a checkpoint written.
+    """
+    out = Path(out)
+    config.check()
+    accelerator = _accelerator(config, out)
+    main = accelerator.is_main_process
+    with lock(out) if main else contextlib.nullcontext(), Stop() as stop:
+        shards = open_data(config, out, accelerator)
+        config = _settle(config, out, shards.manifest, write=main)
+        plan = _plan(config)
+        accelerator.wait_for_everyone()
+        if config.log.tensorboard:
+            accelerator.init_trackers("tensorboard")
+        preview = Preview(config, shards.manifest, accelerator.device) if config.train.preview_every else None
+        spent, source = [], config.stage2.teacher
+        for number, stage in enumerate(plan, start=1):
+            teacher = _teacher(config, stage, source or str(out), shards.manifest) if stage.teacher else None
+            trainer = Trainer(
+                accelerator, config, stage, out / stage.name, shards, teacher=teacher, preview=preview, stop=stop
+            )
+            accelerator.print(_announce(trainer, number, len(plan)))
+            trainer.run()
+            spent.append(_spent(trainer))
+            accelerator.free_memory()
+        report = _report(config, spent, source)
+        if main:
+            _write_json(out / "run.json", report)
+        for tracker in accelerator.trackers:
+            tracker.finish()
+    return report
+
+
+def _accelerator(config: RunConfig, out: Path) -> Accelerator:
+    """accelerate's engine at this precision. ValueError where the machine cannot compute in it."""
+    if AcceleratorState._shared_state and AcceleratorState().mixed_precision != PRECISION[config.train.precision]:
+        AcceleratorState._reset_state()  # an earlier run of this process had another precision
+    if config.train.precision == "fp16" and not torch.cuda.is_available():
+        raise ValueError("train.precision fp16 needs a GPU; use bf16 or fp32 here")
+    return Accelerator(
+        mixed_precision=PRECISION[config.train.precision],
+        log_with="tensorboard" if config.log.tensorboard else None,
+        project_dir=str(out),
+        kwargs_handlers=[InitProcessGroupKwargs()],
+    )
+
+
+def open_data(config: RunConfig, out: Path, accelerator: Accelerator | None = None) -> Shards:
+    """The run's data; recipes named digits... bring their own. ValueError when they are not what the config expects."""
+    path = config.data.path
+    if path is None and not config.recipe.startswith("digits"):
+        raise ValueError(f"recipe {config.recipe} needs --data DIR, a directory made by `selftrans prepare`")
+    if path is None:
+        path = str(out / "data")
+        if accelerator is None or accelerator.is_main_process:
+            prepare_digits(Path(path))
+        if accelerator is not None:
+            accelerator.wait_for_everyone()
+    shards = Shards.open(path)
+    manifest, expected = shards.manifest, config.data
+    if expected.shape is not None and tuple(expected.shape) != tuple(manifest.shape):
+        raise ValueError(f"{path} holds latents {manifest.shape}, but data.shape expects {expected.shape}")
+    if expected.classes is not None and expected.classes != manifest.num_classes:
+        raise ValueError(f"{path} has {manifest.num_classes} classes, but data.classes expects {expected.classes}")
+    return shards
+
+
+def _settle(config: RunConfig, out: Path, manifest: Manifest, *, write: bool) -> RunConfig:
+    """Agree with what `out` was started with, or start it. ValueError names what differs."""
+    if config.stage1.steps is None:  # settled once, so that a longer visit later keeps the same teacher
+        steps = max(1, config.train.steps // 2)
+        config = dataclasses.replace(config, stage1=dataclasses.replace(config.stage1, steps=steps))
+    path, data = out / "config.json", out / "data.json"
+    if path.exists():
+        before = from_json(path.read_text())
+        if before.train.steps != config.train.steps and before.method == config.method == "self_transcendence":
+            config = dataclasses.replace(
+                config, stage1=dataclasses.replace(config.stage1, steps=before.stage1.steps)
+            )
+        changed = differences(dataclasses.asdict(before), dataclasses.asdict(config))
+        if changed:
+            raise ValueError(f"{out} was started with other settings: {'; '.join(changed)}; use those, or another --out")
+        if data.exists() and _hashes(json.loads(data.read_text())) != _hashes(json.loads(manifest.to_json())):
+            raise ValueError(f"{out} was trained on other data than {config.data.path}; use that, or another --out")
+    if write:
+        _write_json(path, json.loads(to_json(config)))
+        _write_json(data, json.loads(manifest.to_json()))
+    return config
+
+
+def _hashes(manifest: dict[str, Any]) -> list[str]:
+    return [shard[key] for shard in manifest["shards"] for key in ("sha256", "labels_sha256")]
+
+
+def differences(before: dict[str, Any], now: dict[str, Any], where: str = "") -> list[str]:
+    """`train.lr was 0.1, is 0.2` for each field that differs and is not in FREE."""
+    found = []
+    for name, value in now.items():
+        dotted = f"{where}{name}"
+        if dotted in FREE:
+            continue
+        if isinstance(value, dict):
+            found += differences(before[name], value, f"{dotted}.")
+        elif before[name] != value:
+            found.append(f"{dotted} was {before[name]}, is {value}")
+    return found
+
+
+def _plan(config: RunConfig) -> list[Stage]:
+    """Stages still to be run: with a teacher given, those from the one that wants it."""
+    plan = stages(config)
+    wants = [i for i, stage in enumerate(plan) if stage.teacher]
+    if config.stage2.teacher and not wants:
+        warnings.warn(f"--teacher is ignored: method {config.method} has no teacher", stacklevel=3)
+    return plan[wants[0] :] if config.stage2.teacher and wants else plan
+
+
+def _teacher(config: RunConfig, stage: Stage, source: str, manifest: Manifest) -> Frozen:
+    """The frozen stage-1 model in the run's precision."""
+    assert stage.teacher is not None
+    found = restore_teacher(
+        source, weights=stage.teacher.weights, shape=manifest.shape, num_classes=manifest.num_classes
+    )
+    block = stage.teacher.block(found.model.depth)
+    return Frozen(found.model, block, dtype=DTYPE[config.train.precision], source=found.source)
+
+
+def _announce(trainer: Trainer, number: int, of: int) -> str:
+    objective, stage = trainer.objective, trainer.stage
+    millions = sum(p.numel() for p in objective.student.parameters()) / 1e6
+    guided = ", ".join(
+        f"{g.name} guidance at block {', '.join(map(str, g.taps))}"
+        + (f" until step {g.until_step}" if g.until_step and g.until_step < stage.steps else "")
+        for g in objective.guidances
+    )
+    start = f"continues at step {trainer.step} of {stage.steps}" if trainer.step else f"{stage.steps} steps"
+    return f"[{number}/{of}] {stage.name}: {start}, {millions:.1f} M parameters, {guided or 'no guidance'} -> {trainer.room}"
+
+
+def _spent(trainer: Trainer) -> dict[str, Any]:
+    return {
+        "stage": trainer.stage.name,
+        "steps": trainer.step,
+        "seconds": round(trainer.seconds, 2),
+        "tflops": trainer.total_flops() / 1e12,
+    }
+
+
+def _report(config: RunConfig, spent: list[dict[str, Any]], source: str | None) -> dict[str, Any]:
+    """Student steps and total compute, stage 1 and a borrowed teacher's training included."""
+    borrowed = None
+    if source and any(stage["stage"] == "stage2" for stage in spent):
+        from selftrans.train.restore import find
+
+        path = find(source, stage="stage1" if Path(source).is_dir() else None, weights=config.stage2.teacher_weights)
+        said = checkpoint.read_header(path)
+        borrowed = {"path": str(path), "steps": said["step"], "tflops": said.get("tflops"), "seconds": said.get("seconds")}
+    teacher_tflops = (borrowed or {}).get("tflops") or 0.0
+    return {
+        "method": config.method,
+        "student_steps": spent[-1]["steps"],
+        "student_tflops": spent[-1]["tflops"],
+        "total_tflops": sum(stage["tflops"] for stage in spent) + teacher_tflops,
+        "total_seconds": round(sum(stage["seconds"] for stage in spent), 2),
+        "stages": spent,
+        "teacher": borrowed,
+    }
+
+
+def _write_json(path: Path, value: Any) -> None:
+    beside = path.with_name(f".{path.name}")
+    beside.write_text(json.dumps(value, indent=2))
+    os.replace(beside, path)

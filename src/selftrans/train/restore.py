@@ -1,0 +1,118 @@
+"""From a path to a model: a run, a stage, a checkpoint or a single weights file, found, checked and built."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from safetensors.torch import load_file
+
+from selftrans.config import RunConfig, from_json, to_json
+from selftrans.data.shards import Manifest
+from selftrans.models.sit import SiT
+from selftrans.train import checkpoint
+
+Weights = Literal["raw", "ema"]
+FILES: dict[str, str] = {"raw": "student.safetensors", "ema": "ema.safetensors"}
+
+
+class Restored(NamedTuple):
+    """A model with its weights, and where they came from."""
+
+    model: SiT
+    config: RunConfig
+    stage: str
+    step: int
+    autoencoder: str  #: name or path, for decoding
+    classes: tuple[str, ...]
+    source: dict[str, Any]  #: {"path", "sha256"}, what a checkpoint keeps of its teacher
+
+
+def header(config: RunConfig, stage: str, step: int, manifest: Manifest) -> dict[str, Any]:
+    """What a weights file must say of itself so that `restore` can build the model and decode its latents."""
+    return {
+        "stage": stage,
+        "step": step,
+        "shape": list(manifest.shape),
+        "num_classes": manifest.num_classes,
+        "classes": list(manifest.classes),
+        "autoencoder": config.data.autoencoder or manifest.autoencoder,
+        "config": json.loads(to_json(config)),
+    }
+
+
+def find(source: str | Path, *, stage: str | None = None, weights: Weights = "ema") -> Path:
+    """The weights file that `source` stands for: a run, stage or checkpoint directory, or the file itself.
+
+    Of a run, the newest checkpoint of `stage` (None: of its last stage). ValueError says what was expected.
+    """
+    path = Path(source)
+    if path.is_file():
+        return path
+    if (path / checkpoint.STATE).exists():
+        return checkpoint.read(path).path / FILES[weights]
+    if (path / "checkpoints").is_dir():
+        return _newest(path, weights)
+    if not path.is_dir():
+        raise ValueError(f"{path} does not exist; expected a run directory, a checkpoint or a .safetensors weights file")
+    held = [name for name in _stage_order(path) if (path / name / "checkpoints").is_dir()]
+    if stage is not None and stage not in held:
+        found = f"it holds {', '.join(held)}" if held else "it holds no stage at all"
+        raise ValueError(f"{path} has no {stage}: {found}; expected a run directory with a {stage} (selftrans train)")
+    if not held:
+        raise ValueError(f"{path} is no run directory (no checkpoints in it); expected what selftrans train --out wrote")
+    return _newest(path / (stage or held[-1]), weights)
+
+
+def _newest(stage: Path, weights: Weights) -> Path:
+    found = checkpoint.newest(stage / "checkpoints")
+    if found is None:
+        raise ValueError(f"{stage / 'checkpoints'} holds no whole checkpoint; train on, or choose another run")
+    return found.path / FILES[weights]
+
+
+def _stage_order(run: Path) -> list[str]:
+    """Stage folders of a run, the last one last."""
+    names = sorted(p.name for p in run.iterdir() if p.is_dir())
+    return sorted(names, key=lambda name: name != "stage1")
+
+
+def restore(origin: str | Path, *, stage: str | None = None, weights: Weights = "ema") -> Restored:
+    """Build the model that `origin` stands for (see `find`) and load its weights, strictly, in eval mode."""
+    path = find(origin, stage=stage, weights=weights)
+    said = checkpoint.read_header(path)
+    try:
+        config = from_json(json.dumps(said["config"]))
+        channels, height, side = (int(n) for n in said["shape"])
+        model = config.model.build((channels, height, side), int(said["num_classes"]))
+        name, step = str(said["stage"]), int(said["step"])
+        autoencoder, classes = str(said["autoencoder"]), tuple(map(str, said["classes"]))
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} does not say how to build its model ({error}); was it written by another version?") from error
+    try:
+        model.load_state_dict(load_file(path), strict=True)
+    except RuntimeError as error:
+        raise ValueError(f"{path} does not fit the model its header describes: {' '.join(str(error).split())}") from error
+    source = {"path": str(path.resolve()), "sha256": checkpoint.sha256(path)}
+    return Restored(model.eval(), config, name, step, autoencoder, classes, source)
+
+
+def restore_teacher(source: str | Path, *, weights: Weights, shape: tuple[int, int, int], num_classes: int) -> Restored:
+    """A stage-1 model for latents `shape` and `num_classes` classes. ValueError says what was expected and what was found."""
+    found = restore(source, stage=_teacher_stage(source), weights=weights)
+    if found.stage != "stage1":
+        raise ValueError(f"{found.source['path']} holds weights of '{found.stage}'; expected a teacher trained in stage 1")
+    if found.model.shape != tuple(shape) or found.model.num_classes != num_classes:
+        raise ValueError(
+            f"the teacher {found.source['path']} was trained on latents {found.model.shape} with {found.model.num_classes} "
+            f"classes; expected {tuple(shape)} with {num_classes} classes, as in the data"
+        )
+    return found
+
+
+def _teacher_stage(source: str | Path) -> str | None:
+    """`stage1` where `source` is a run with stages to choose from."""
+    path = Path(source)
+    return "stage1" if path.is_dir() and not (path / "checkpoints").is_dir() and not (path / checkpoint.STATE).exists() else None
+

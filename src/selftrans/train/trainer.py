@@ -1,0 +1,261 @@
+"""One stage of training, on accelerate. It knows an `Objective`, never a method's name.
+
+The step: seed from (seed, step) → moments ⇒ latents → objective → backward → clip → AdamW → EMA. Nothing in it waits
+for the device; values are read when a line is logged. Shape legend: N batch, (C, H, W) latent.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from selftrans.config import RunConfig
+from selftrans.data.shards import Shards
+from selftrans.flow import PATHS
+from selftrans.methods import Stage
+from selftrans.methods.objective import Frozen, Objective
+from selftrans.train import checkpoint
+from selftrans.train.compute import step_flops
+from selftrans.train.ema import EMA
+from selftrans.train.log import Journal, Window, progress_bar, short
+from selftrans.train.optim import (
+    build_optimizer,
+    forget,
+    learning_rate,
+    load_optimizer,
+    optimizer_tensors,
+    set_learning_rate,
+)
+from selftrans.train.preview import Preview
+from selftrans.train.restore import header
+from selftrans.train.stop import Stop
+from selftrans.train.stream import Stream, seed_step, to_batch
+
+
+class Trainer:
+    """Trains one stage in `room`, from its newest whole checkpoint if there is one.
+
+    Args:
+        accelerator: device, precision and processes; shared by the stages of a run.
+        config: the whole run. stage: what this part of it does. room: its folder, `<run>/<stage.name>`.
+        shards: the data. teacher: frozen model, if the stage wants one. preview: makes the grids. stop: the schedulers' notice.
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        config: RunConfig,
+        stage: Stage,
+        room: Path,
+        shards: Shards,
+        *,
+        teacher: Frozen | None = None,
+        preview: Preview | None = None,
+        stop: Stop | None = None,
+    ) -> None:
+        self.accelerator, self.config, self.stage, self.room = accelerator, config, stage, room
+        self.shards, self.teacher, self.preview, self.stop = shards, teacher, preview, stop or Stop()
+        train, manifest = config.train, shards.manifest
+        torch.manual_seed(int(np.random.SeedSequence([train.seed, stage.stream]).generate_state(1)[0]))
+        student = config.model.build(manifest.shape, manifest.num_classes)
+        student.recompute = train.recompute
+        guidances = stage.guide(student, teacher)
+        self.objective = Objective(
+            student, guidances, path=PATHS[train.path], times=train.times, drop=train.drop
+        ).to(accelerator.device)
+        self.flops = step_flops(self.objective, torch.zeros(1, dtype=torch.long), train.batch_size)
+        self.ends = [g.until_step for g in guidances]
+        self.ema = EMA(self.objective.student, train.ema)
+        self.optimizer = build_optimizer(self.objective, train)
+        self.stream = Stream(
+            shards,
+            batch_size=train.batch_size,
+            accumulate=train.accumulate,
+            seed=int(np.random.SeedSequence([train.seed, stage.stream, 1]).generate_state(1)[0]),
+            rank=accelerator.process_index,
+            world=accelerator.num_processes,
+        )
+        self.step, self.seconds, self.window = 0, 0.0, Window()
+        self._restore()
+        self._wrap()
+
+    @property
+    def folder(self) -> Path:
+        return self.room / "checkpoints"
+
+    def run(self) -> checkpoint.Checkpoint:
+        """Train to the last step; returns the final checkpoint. `Interrupted` after a stop notice, checkpoint written."""
+        main = self.accelerator.is_main_process
+        journal = Journal(self.room / "log.jsonl", resume_step=self.step) if main else None
+        bar = progress_bar(
+            total=self.stage.steps, initial=self.step, desc=self.stage.name, unit="step", disable=not main
+        )
+        try:
+            batches = self.stream.from_step(self.step)
+            while self.step < self.stage.steps:
+                started = time.perf_counter()
+                self._train_step(batches)
+                self.seconds += time.perf_counter() - started
+                bar.update()
+                self._after_step(journal, bar)
+        finally:
+            bar.close()
+            if journal:
+                journal.close()
+        found = checkpoint.newest(self.folder)
+        assert found is not None and found.step == self.step
+        return found
+
+    def _train_step(self, batches: Iterator[tuple[np.ndarray, Tensor, Tensor]]) -> None:
+        config, accelerator = self.config.train, self.accelerator
+        if self.objective.retire(self.step):  # guidance has ended: heads and teacher leave the step and the memory
+            forget(self.optimizer.optimizer, self.objective)
+            self.teacher = None
+            self._wrap()
+        self.wrapped.train()
+        set_learning_rate(self.optimizer, learning_rate(self.step, config))
+        for micro in range(config.accumulate):
+            seed_step(config.seed, self.stage.stream, self.step, micro, accelerator.process_index)
+            batch = to_batch(*next(batches), self.shards, accelerator.device)
+            last = micro == config.accumulate - 1
+            with contextlib.nullcontext() if last else accelerator.no_sync(self.wrapped):
+                loss, report = self.wrapped(batch, self.step)
+                accelerator.backward(loss / config.accumulate)
+            self.window.add({"loss": loss.detach(), **report})
+        norm = accelerator.clip_grad_norm_(self.wrapped.parameters(), config.clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        self.ema.update(self.step)
+        self.window.add({"grad_norm": norm})
+
+    def _after_step(self, journal: Journal | None, bar: Any) -> None:
+        """Whatever is due at this step: a log line, a preview, a checkpoint, a stop."""
+        config, last = self.config, self.step == self.stage.steps
+        stopping = self.stop.asked(self.accelerator)
+        if self.step % config.log.every == 0 or last:
+            self._log(journal, bar)
+        if last or stopping or self.step % config.train.checkpoint_every == 0:
+            self._save(required=last or stopping)
+        every = config.train.preview_every
+        if self.preview and self.accelerator.is_main_process and every and (self.step % every == 0 or last):
+            self.preview.save(self.ema.model, self.room / "previews" / f"step-{self.step:08d}.png")
+        if stopping and not last:
+            raise self.stop.interrupted(self.step, self.room)
+
+    def _log(self, journal: Journal | None, bar: Any) -> None:
+        """One line for the steps since the last one, averaged over steps and processes."""
+        means = self.accelerator.reduce(self.window.means(), reduction="mean")
+        values = {name: float(value) for name, value in means.items()}
+        self.window.clear()
+        if not np.isfinite(values["loss"]):
+            raise FloatingPointError(
+                f"the loss is {values['loss']} at step {self.step} of {self.stage.name}; the last good checkpoint is kept in "
+                f"{self.folder}; lower train.lr or the guidance weight, or use train.precision bf16 or fp32"
+            )
+        if journal is None:
+            return
+        rate = self.optimizer.param_groups[0]["lr"]
+        line = {"stage": self.stage.name, "step": self.step, **values, "lr": rate}
+        journal.write(line | {"seconds": round(self.seconds, 3), "tflops": self.total_flops() / 1e12})
+        bar.set_postfix(short({k: v for k, v in values.items() if k != "grad_norm"}), refresh=False)
+        if self.config.log.tensorboard:
+            self.accelerator.log({f"{self.stage.name}/{k}": v for k, v in values.items()}, step=self.step)
+
+    def total_flops(self) -> float:
+        """Operations of this stage so far: student, heads and teacher."""
+        guided = (
+            self.flops[i] * (self.step if end is None else min(self.step, end)) for i, end in enumerate(self.ends)
+        )
+        return self.flops[None] * self.step + sum(guided)
+
+    def _wrap(self) -> None:
+        """(Re)wrap the objective for this process group; also after its parameters have changed."""
+        self.accelerator._models.clear()
+        self.objective = self.accelerator.unwrap_model(self.objective, keep_fp32_wrapper=False)
+        if self.config.train.compile:
+            for block in getattr(self.objective.student, "blocks", []):
+                block.compile()
+        self.wrapped = self.accelerator.prepare_model(self.objective)
+        if not hasattr(self.optimizer, "optimizer"):
+            self.optimizer = self.accelerator.prepare_optimizer(self.optimizer)
+
+    def _save(self, *, required: bool) -> None:
+        """Checkpoint from the main process. A disk that is full costs a warning, unless the run ends here."""
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            try:
+                self._write()
+            except OSError as error:
+                if required:
+                    raise
+                warnings.warn(f"{error}; training goes on, the checkpoint before this one is whole", stacklevel=2)
+        self.accelerator.wait_for_everyone()
+
+    def _write(self) -> None:
+        state = self.objective.state_dict()
+        student = {k.removeprefix("student."): v for k, v in state.items() if k.startswith("student.")}
+        heads = {k: v for k, v in state.items() if not k.startswith("student.")}
+        tensors = {
+            "student": student,
+            "ema": dict(self.ema.model.state_dict()),
+            "heads": heads,
+            "optimizer": optimizer_tensors(self.optimizer.optimizer, self.objective),
+        }
+        spent = {"seconds": self.seconds, "tflops": self.total_flops() / 1e12}
+        about = header(self.config, self.stage.name, self.step, self.shards.manifest) | spent
+        scaler = self.accelerator.scaler
+        checkpoint.save(
+            self.folder,
+            self.step,
+            tensors,
+            about
+            | {
+                "window": self.window.state(),
+                "scaler": scaler.state_dict() if scaler else None,
+                "processes": self.accelerator.num_processes,
+                "teacher": self.teacher.source if self.teacher else None,
+            },
+            about,
+        )
+        checkpoint.prune(self.folder, self.config.train.keep)
+
+    def _restore(self) -> None:
+        """Continue from the newest whole checkpoint of the room. Order and noise follow from the step."""
+        found = checkpoint.newest(self.folder)
+        if found is None:
+            return
+        self._check_teacher(found)
+        self.step, self.seconds = found.step, float(found.state["seconds"])
+        if self.objective.retire(self.step):
+            forget(self.optimizer, self.objective)
+            self.teacher = None
+        student = {f"student.{k}": v for k, v in found.tensors("student").items()}
+        self.objective.load_state_dict(student | found.tensors("heads"), strict=True)
+        self.ema.model.load_state_dict(found.tensors("ema"), strict=True)
+        load_optimizer(self.optimizer, self.objective, found.tensors("optimizer"))
+        self.window.load(found.state["window"], self.accelerator.device)
+        if self.accelerator.scaler and found.state["scaler"]:
+            self.accelerator.scaler.load_state_dict(found.state["scaler"])
+        if found.state["processes"] != self.accelerator.num_processes:
+            self.accelerator.print(
+                f"resuming with {self.accelerator.num_processes} processes instead of {found.state['processes']}: "
+                "nothing is lost, but noise and order within a batch differ from here on"
+            )
+
+    def _check_teacher(self, found: checkpoint.Checkpoint) -> None:
+        was = found.state.get("teacher")
+        if was and self.teacher and was.get("sha256") != self.teacher.source.get("sha256"):
+            raise ValueError(
+                f"{found.path} was trained with the teacher {was.get('path')} (sha256 {was.get('sha256', '')[:12]}), which is "
+                "not the one given now; give that teacher, or another --out"
+            )
