@@ -1,0 +1,197 @@
+"""The output folder of `prepare`: what is finished in it, and files that appear whole or not at all.
+
+unfinished: `plan.json` (a manifest without shards) and a record `shard-00000.json` per finished shard
+finished:   `manifest.json`, written last, which takes the place of both
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import uuid
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+from selftrans.data.manifest import FILE, Manifest, Option, Shard, parse_json, read_text, shard_from
+
+PLAN, LOCK, TEMP = "plan.json", ".lock", ".tmp-"
+
+
+class Earlier(NamedTuple):
+    """What an earlier `prepare` left in the folder."""
+
+    plan: Manifest  #: without shards
+    shards: tuple[Shard, ...]  #: those that are whole
+    complete: bool
+
+
+def earlier(out: Path) -> Earlier | None:
+    """What the folder holds; None when there is no folder, or an empty one.
+
+    Raises ValueError when it is no folder, holds other things, or a plan or manifest that is damaged.
+    """
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"{out} is not a folder; choose another --out")
+    try:
+        visible = [path.name for path in out.iterdir() if not path.name.startswith(".")] if out.is_dir() else []
+    except OSError as error:
+        raise ValueError(f"{out} cannot be listed ({error.strerror}); choose another --out") from error
+    name = FILE if FILE in visible else PLAN
+    if name not in visible:
+        if visible:
+            raise ValueError(f"{out} is not empty and holds no earlier preparation; choose a new folder for --out")
+        return None
+    try:
+        found = Manifest.from_json(read_text(out / name))
+    except ValueError as error:
+        raise ValueError(f"{out} holds a damaged preparation ({error}); delete it, or choose another --out") from error
+    recorded = found.shards if name == FILE else tuple(_records(out))
+    whole = tuple(shard for shard in recorded if _is_whole(out, shard, found.row_bytes))
+    complete = name == FILE and PLAN not in visible and 0 < len(whole) == len(found.shards)
+    return Earlier(replace(found, count=0, shards=()), whole, complete)
+
+
+def _records(out: Path) -> Iterator[Shard]:
+    for path in sorted(out.glob("shard-*.json")):
+        with suppress(ValueError):  # a damaged record is no record: its shard is made again
+            yield shard_from(parse_json(read_text(path), path.name), path.name)
+
+
+def _is_whole(out: Path, shard: Shard, row_bytes: int) -> bool:
+    wanted = {shard.file: shard.count * row_bytes, shard.labels_file: shard.count * 8}
+    return all((out / name).is_file() and (out / name).stat().st_size == size for name, size in wanted.items())
+
+
+def check_options(before: Manifest, options: dict[str, Option], out: Path) -> None:
+    """Raise ValueError naming the first option that is not what the folder was begun with."""
+    for name in sorted(before.options.keys() | options.keys()):
+        old, new = before.options.get(name), options.get(name)
+        if old == new:
+            continue
+        said = f"with {name} {old}, not {new}" if name != "pictures" else "from other pictures"
+        raise ValueError(f"{out} was prepared {said}; repeat the command as it was, or choose another --out")
+
+
+def check_plan(before: Manifest, plan: Manifest, out: Path) -> None:
+    """Raise ValueError naming the first field that the same options would fill differently today."""
+    for name in (field.name for field in fields(Manifest) if field.name not in ("source", "shards", "count")):
+        old, new = getattr(before, name), getattr(plan, name)
+        if old != new:
+            raise ValueError(f"{out} was begun with {name} {old}, now it is {new}; choose another --out")
+
+
+@contextmanager
+def locked(out: Path) -> Iterator[None]:
+    """Make the folder and hold it for this process. Raises ValueError when another has it, or it cannot be written."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        lock = open(out / LOCK, "ab")  # noqa: SIM115 (held for the whole block below)
+    except OSError as error:
+        raise write_error(out, error) from error
+    with lock:
+        if not _take(lock):
+            raise ValueError(f"another `selftrans prepare` is writing to {out}; wait for it, or choose another --out")
+        for stale in out.glob(f"{TEMP}*"):  # of a process that was killed
+            with suppress(OSError):
+                stale.unlink()
+        yield
+
+
+def _take(lock: BinaryIO) -> bool:
+    """Whether this process has the lock now; the system releases it however the process ends."""
+    try:
+        import fcntl
+
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except (ImportError, OSError):
+        return True  # no locks on this system: names of unfinished files are unique, so nothing is torn
+    return True
+
+
+def begin(out: Path, plan: Manifest, shards: Iterable[Shard]) -> None:
+    """Put the folder in its unfinished state, these shards being whole."""
+    write_text(out / PLAN, plan.to_json())
+    for shard in shards:
+        record(out, shard)
+    (out / FILE).unlink(missing_ok=True)
+
+
+def record(out: Path, shard: Shard) -> None:
+    """Note that a shard is whole."""
+    write_text(out / f"shard-{shard.index:05d}.json", json.dumps(asdict(shard)))
+
+
+def finish(out: Path, plan: Manifest, shards: Iterable[Shard]) -> Manifest:
+    """Write the manifest, and drop what it replaces."""
+    ordered = tuple(sorted(shards, key=lambda shard: shard.index))
+    manifest = replace(plan, shards=ordered, count=sum(shard.count for shard in ordered))
+    write_text(out / FILE, manifest.to_json())
+    for path in [*out.glob("shard-*.json"), out / PLAN, out / LOCK]:
+        path.unlink(missing_ok=True)
+    return manifest
+
+
+class HashedFile:
+    """A file being written, and the sha256 of what went into it."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file, self._digest = file, hashlib.sha256()
+
+    def write(self, data: bytes | memoryview) -> None:
+        self._digest.update(data)
+        self._file.write(data)
+
+    @property
+    def sha256(self) -> str:
+        return self._digest.hexdigest()
+
+
+@contextmanager
+def beside(path: Path) -> Iterator[HashedFile]:
+    """Write `path` beside itself; at the end it is flushed to the disk and renamed, after an error it is removed.
+
+    Raises ValueError when the disk refuses; what was at `path` before is then still there.
+    """
+    temp = path.with_name(f"{TEMP}{path.name}-{os.getpid()}-{uuid.uuid4().hex[:8]}")
+    try:
+        with open(temp, "xb") as file:
+            yield HashedFile(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temp, path)
+        _sync_folder(path.parent)
+    except OSError as error:
+        raise write_error(path, error) from error
+    finally:
+        with suppress(OSError):
+            temp.unlink(missing_ok=True)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Bring a rename to the disk, on systems that let a folder be opened."""
+    with suppress(PermissionError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a small text as `beside` does."""
+    with beside(path) as file:
+        file.write(text.encode())
+
+
+def write_error(path: Path, error: OSError) -> ValueError:
+    """The one line for a disk that refuses."""
+    return ValueError(
+        f"cannot write {path}: {error.strerror or error}; make room or choose another --out, then repeat: "
+        "whole shards are kept"
+    )
