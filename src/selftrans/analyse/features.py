@@ -1,0 +1,195 @@
+"""Looking inside a backbone: features at a noise level, what a linear probe reads from them, and their maps.
+
+Shape legend: N images, T tokens (side² of them), D width, F features, (C, H, W) latent.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from selftrans.flow import LINEAR, Path, interpolate
+from selftrans.types import Backbone, Cond, map_cond
+
+
+@torch.no_grad()
+def collect(
+    backbone: Backbone,
+    z0: Tensor,
+    cond: Cond,
+    *,
+    t: float,
+    taps: Sequence[int],
+    path: Path = LINEAR,
+    seed: int = 0,
+    batch_size: int = 256,
+) -> dict[int, Tensor]:
+    """Features (N, T, D), float32 on the CPU, after each block of `taps`, for latents z0 (N, C, H, W) at noise level t.
+
+    The noise depends on `seed` and z0's shape alone, so every model, block and batch size sees the same; torch's global
+    RNG is left alone. The backbone runs in eval mode and is returned to its own. ValueError for taps or t out of range.
+    """
+    wanted = tuple(sorted(set(taps)))
+    if not wanted or wanted[0] < 1 or wanted[-1] > backbone.depth:
+        raise ValueError(f"blocks {list(taps)} cannot be read from a backbone of {backbone.depth}; choose 1 .. depth")
+    if not 0.0 <= t <= 1.0:
+        raise ValueError(f"noise level t = {t} is outside [0, 1]; 0 is data and 1 is noise")
+    noise = torch.randn(z0.shape, generator=torch.Generator().manual_seed(seed))
+    device = next(backbone.parameters()).device if isinstance(backbone, nn.Module) else z0.device
+    feats: dict[int, list[Tensor]] = {k: [] for k in wanted}
+    with _eval_mode(backbone):
+        for rows in torch.arange(len(z0)).split(batch_size):
+            data = z0[rows.to(z0.device)].to(device, torch.float32)
+            times = torch.full((len(rows),), t, device=device)
+            zt, _ = interpolate(path, data, noise[rows].to(device), times)
+            part = map_cond(lambda x, rows=rows: x[rows.to(x.device)].to(device), cond)
+            out = backbone(zt, times, part, taps=wanted, stop=True)
+            for k in wanted:
+                feats[k].append(out.feats[k].float().cpu())
+    return {k: torch.cat(parts) for k, parts in feats.items()}
+
+
+@contextmanager
+def _eval_mode(backbone: Any) -> Iterator[None]:
+    """Eval mode for a while; each submodule returns to its own mode, a frozen part of a training model included."""
+    modes = {module: module.training for module in backbone.modules()} if isinstance(backbone, nn.Module) else {}
+    try:
+        if modes:
+            backbone.eval()
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def pool(features: Tensor) -> Tensor:
+    """Mean over tokens, (N, T, D) -> (N, D); features that are (N, F) already pass unchanged."""
+    return features.mean(dim=1) if features.dim() == 3 else features
+
+
+def linear_probe(
+    features: Tensor,
+    labels: Tensor,
+    *,
+    test: tuple[Tensor, Tensor] | None = None,
+    test_fraction: float = 0.25,
+    seed: int = 0,
+    kind: str = "logistic",
+) -> float:
+    """Accuracy, in [0, 1], of a linear classifier on features (N, F), or (N, T, D) which are averaged over tokens.
+
+    It is fitted on standardised features and tested on `test` (features, labels), or else on a part `test_fraction`
+    drawn by `seed`. kind: "logistic" (multinomial, scikit-learn) or "ridge" (one-hot targets, closed form, faster).
+    Raises ValueError for unfit arguments.
+    """
+    x, y = pool(features).double(), labels.long()
+    if len(x) != len(y) or x.dim() != 2:
+        raise ValueError(f"features {tuple(features.shape)} and labels {tuple(labels.shape)} do not fit each other")
+    if test is None:
+        order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))
+        held_out = min(max(1, round(test_fraction * len(x))), len(x) - 1)
+        x, y, test = x[order[held_out:]], y[order[held_out:]], (x[order[:held_out]], y[order[:held_out]])
+    if len(torch.unique(y)) < 2:
+        raise ValueError("a probe needs two classes at least among the images that it is fitted on")
+    if kind not in PROBES:
+        raise ValueError(f"unknown probe {kind!r}; choose from {', '.join(PROBES)}")
+    mean, deviation = x.mean(dim=0), x.std(dim=0, correction=0)
+    deviation = torch.where(deviation > 1e-12, deviation, 1.0)  # a constant feature stays zero
+    guesses = PROBES[kind]((x - mean) / deviation, y, (pool(test[0]).double() - mean) / deviation)
+    return (guesses == test[1].long()).double().mean().item()
+
+
+def ridge_guesses(x: Tensor, y: Tensor, x_test: Tensor) -> Tensor:
+    """Classes (M,) of x_test (M, F) by ridge regression of one-hot labels y (N,) on standardised x (N, F)."""
+    targets = F.one_hot(y).double()
+    prior = targets.mean(dim=0)
+    gram = x.T @ x + 1e-2 * len(x) * torch.eye(x.shape[1], dtype=x.dtype)
+    weights = torch.linalg.solve(gram, x.T @ (targets - prior))  # (F, K)
+    return (x_test @ weights + prior).argmax(dim=-1)
+
+
+def logistic_guesses(x: Tensor, y: Tensor, x_test: Tensor) -> Tensor:
+    """Classes (M,) of x_test (M, F) by multinomial logistic regression on x (N, F)."""
+    from sklearn.linear_model import LogisticRegression
+
+    model = LogisticRegression(max_iter=1000, tol=1e-3).fit(x.numpy(), y.numpy())
+    return torch.from_numpy(model.predict(x_test.numpy()))
+
+
+PROBES = {"logistic": logistic_guesses, "ridge": ridge_guesses}
+
+
+class Basis(NamedTuple):
+    """Three directions in feature space, and the range of each that becomes black to full colour."""
+
+    mean: Tensor  #: (D,)
+    components: Tensor  #: (3, D), orthonormal
+    low: Tensor  #: (3,)
+    high: Tensor  #: (3,)
+
+
+def pca_basis(feats: Tensor) -> Basis:
+    """First three principal components over all tokens of feats (N, T, D), with the 1st and 99th percentile along each.
+
+    A component's sign is arbitrary; it is fixed by making its largest entry positive. ValueError when D < 3.
+    """
+    tokens = feats.reshape(-1, feats.shape[-1]).double()  # (N T, D)
+    if tokens.shape[1] < 3:
+        raise ValueError(f"features of width {tokens.shape[1]} have no three components")
+    mean = tokens.mean(dim=0)
+    _, vectors = torch.linalg.eigh((tokens - mean).T @ (tokens - mean))  # ascending eigenvalues
+    components = vectors.T[-3:].flip(dims=(0,))
+    largest = components.gather(dim=1, index=components.abs().argmax(dim=1, keepdim=True))
+    components = components * torch.sign(largest)
+    along = np.percentile(
+        ((tokens - mean) @ components.T).numpy(), [1, 99], axis=0
+    )  # torch's quantile has a size limit
+    return Basis(mean, components, torch.from_numpy(along[0]), torch.from_numpy(along[1]))
+
+
+def pca_maps(feats: Tensor, *, basis: Basis | None = None) -> np.ndarray:
+    """Colour maps (N, side, side, 3), float32 in [0, 1], of the tokens of feats (N, T, D) along a basis.
+
+    Without `basis` the features' own is used; give the same one to maps that are to be compared. Raises ValueError when
+    T is no square or the basis has another width.
+    """
+    n, t, d = feats.shape
+    side = math.isqrt(t)
+    if side * side != t:
+        raise ValueError(f"{t} tokens form no square; give image tokens only")
+    basis = basis if basis is not None else pca_basis(feats)
+    if len(basis.mean) != d:
+        raise ValueError(
+            f"a basis of width {len(basis.mean)} does not fit features of width {d}; compute it from these"
+        )
+    along = (feats.double() - basis.mean) @ basis.components.T  # (N, T, 3)
+    span = basis.high - basis.low
+    flat = span <= 1e-12 * (1 + basis.mean.norm())  # features all alike: grey, not amplified rounding
+    maps = torch.where(flat, 0.5, (along - basis.low) / torch.where(flat, 1.0, span)).clamp(0, 1)
+    return maps.view(n, side, side, 3).float().numpy()
+
+
+def tsne(features: Tensor, *, perplexity: float = 30.0, seed: int = 0) -> np.ndarray:
+    """t-SNE (N, 2), by scikit-learn, of features (N, F), or (N, T, D) which are averaged over tokens; standardised.
+
+    `perplexity` shrinks to (N - 1) / 3 for few images. Raises ValueError for fewer than four.
+    """
+    from sklearn.manifold import TSNE
+    from threadpoolctl import threadpool_limits
+
+    x = pool(features).double()
+    if len(x) < 4:
+        raise ValueError(f"{len(x)} images are too few for t-SNE; give four at least")
+    deviation = x.std(dim=0, correction=0)
+    x = (x - x.mean(dim=0)) / torch.where(deviation > 1e-12, deviation, 1.0)
+    fewer = min(perplexity, (len(x) - 1) / 3)
+    model = TSNE(n_components=2, perplexity=fewer, init="pca", random_state=seed)
+    with threadpool_limits(limits=1):  # its threads wait by spinning: beside another busy process, twenty times slower
+        return model.fit_transform(x.numpy())

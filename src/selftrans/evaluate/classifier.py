@@ -1,0 +1,308 @@
+"""A small image classifier, trained here, whose features measure what Inception is too large or too foreign for.
+
+Shape legend: N images, R side of a square image, C channels, K classes, F features.
+images are uint8 (N, R, R, C); the network itself takes float (N, C, R, R) in [-1, 1].
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+FORMAT = "selftrans.classifier/1"
+LAYERS = ("resolution", "channels", "num_classes", "width", "dim")  #: the constructor's arguments, as in the header
+
+
+@dataclass(frozen=True)
+class Training:
+    """How a classifier came to be; stored in its file."""
+
+    accuracy: float  #: on the held-out images, in [0, 1]
+    held_out: int  #: number of held-out images
+    seed: int
+    epochs: int
+    trained_on: str  #: sha256 of the images and labels, held-out ones included
+
+
+class SmallClassifier(nn.Module):
+    """Convolutions that halve the image until its side is at most 4, then two linear layers.
+
+    Args:
+        resolution, channels: R and C of the images.
+        num_classes: K, the number of logits.
+        width: channels after the first convolution; each halving doubles them, up to four times.
+        dim: F, the length of the penultimate features.
+    """
+
+    def __init__(self, resolution: int, channels: int, num_classes: int, *, width: int = 32, dim: int = 64) -> None:
+        super().__init__()
+        self.resolution, self.channels, self.num_classes = resolution, channels, num_classes
+        self.width, self.dim = width, dim
+        self.training_record: Training | None = None
+        layers, side, inner = [*_conv(channels, width)], resolution, width
+        while side > 4:
+            outer = min(2 * inner, 4 * width)
+            layers += [*_conv(inner, outer), *_conv(outer, outer), nn.MaxPool2d(2, ceil_mode=True)]
+            side, inner = math.ceil(side / 2), outer
+        self.trunk = nn.Sequential(*layers, nn.Flatten(start_dim=1), nn.Linear(inner * side * side, dim), nn.ReLU())
+        self.head = nn.Linear(dim, num_classes)
+
+    def features(self, x: Tensor) -> Tensor:
+        """Penultimate activations (N, F) of images (N, C, R, R) in [-1, 1]."""
+        return self.trunk(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits (N, K) of images (N, C, R, R) in [-1, 1]."""
+        return self.head(self.features(x))
+
+    def save(self, path: str | Path) -> None:
+        """Write weights, architecture and training record as one safetensors file, complete or not at all."""
+        from safetensors.torch import save
+
+        header = {
+            "format": FORMAT,
+            "architecture": json.dumps({name: getattr(self, name) for name in LAYERS}),
+            "training": json.dumps(asdict(self.training_record) if self.training_record else None),
+        }
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
+        content = save(tensors, metadata=header)
+        write_beside(Path(path), lambda file: file.write(content))
+
+    @classmethod
+    def load(cls, path: str | Path) -> SmallClassifier:
+        """The classifier of a file written by `save`, in eval mode; ValueError when the file is anything else."""
+        path = Path(path)
+        header, tensors = _read(path)
+        try:
+            record = json.loads(header["training"])
+            architecture = _architecture(json.loads(header["architecture"]))
+            training = Training(**record) if record else None
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"the header of classifier {path} is damaged ({error}); train the classifier again"
+            ) from None
+        with torch.device("meta"):  # sizes are compared before anything of a stranger's size is allocated
+            model = cls(**architecture)
+        expected = {name: (tuple(t.shape), t.dtype) for name, t in model.state_dict().items()}
+        found = {name: (tuple(t.shape), t.dtype) for name, t in tensors.items()}
+        wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
+        if wrong:
+            raise ValueError(f"classifier {path} does not fit its own header at {', '.join(wrong)}; train it again")
+        broken = sorted(name for name, tensor in tensors.items() if not torch.isfinite(tensor).all())
+        if broken:
+            raise ValueError(
+                f"classifier {path} holds values that are not finite in {', '.join(broken)}; train it again"
+            )
+        model.load_state_dict(tensors, assign=True)
+        model.training_record = training
+        return model.eval()
+
+
+def _conv(inner: int, outer: int) -> tuple[nn.Module, ...]:
+    return nn.Conv2d(inner, outer, kernel_size=3, padding=1, bias=False), nn.BatchNorm2d(outer), nn.ReLU()
+
+
+def _architecture(values: Any) -> dict[str, int]:
+    """The constructor's arguments from a header; ValueError unless they are exactly five positive whole numbers."""
+    if not isinstance(values, dict) or set(values) != set(LAYERS):
+        raise ValueError(f"architecture must name {', '.join(LAYERS)}")
+    if any(type(value) is not int or value < 1 for value in values.values()):
+        raise ValueError("architecture holds something other than positive whole numbers")
+    return values
+
+
+def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """Header and tensors of a classifier file."""
+    from safetensors import SafetensorError, safe_open
+
+    if not path.is_file():
+        raise ValueError(f"no classifier file at {path}; give a .safetensors file written by SmallClassifier.save")
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is not a readable safetensors file ({error}); train the classifier again") from None
+    if header.get("format") != FORMAT:
+        found = header.get("format", "no format")
+        raise ValueError(f"{path} is not a classifier of this package ({found} in its header, expected {FORMAT})")
+    return header, tensors
+
+
+def write_beside(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    """Let `write` fill a temporary neighbour of `path`, then rename it: a reader sees the whole file or none.
+
+    Raises ValueError when the disk is full or the folder cannot be written to.
+    """
+    neighbour = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with neighbour.open("wb") as file:
+                write(file)
+            neighbour.replace(path)
+        except BaseException:
+            neighbour.unlink(missing_ok=True)
+            raise
+    except OSError as error:
+        raise ValueError(f"{path} cannot be written ({error.strerror}); make room or choose another folder") from error
+
+
+def to_input(images: np.ndarray | Tensor, device: torch.device | str = "cpu") -> Tensor:
+    """uint8 (N, R, R, C) -> float32 (N, C, R, R) in [-1, 1]."""
+    return torch.as_tensor(images).to(device).permute(0, 3, 1, 2).float().div(127.5).sub(1)
+
+
+def weights_sha256(module: nn.Module) -> str:
+    """sha256 over names, types, shapes and values of all weights: the same in memory and in every file format."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def data_sha256(images: np.ndarray, labels: np.ndarray) -> str:
+    """sha256 of a labelled data set: shapes, pixels, labels."""
+    digest = hashlib.sha256(f"{images.shape} {images.dtype}".encode())
+    digest.update(np.ascontiguousarray(images).tobytes())
+    digest.update(np.ascontiguousarray(labels, dtype=np.int64).tobytes())
+    return digest.hexdigest()
+
+
+def train_classifier(
+    images: np.ndarray,
+    labels: np.ndarray,
+    num_classes: int,
+    *,
+    seed: int = 0,
+    epochs: int = 8,
+    width: int = 32,
+    dim: int = 64,
+    batch_size: int = 64,
+    lr: float = 2e-3,
+    test_fraction: float = 0.2,
+    shift: int = 0,
+    flip: bool = False,
+    device: torch.device | str = "cpu",
+    threads: int | None = None,
+) -> SmallClassifier:
+    """Train a classifier on uint8 images (N, R, R, C) with labels (N,) in 0 .. K - 1; torch's global RNG is left alone.
+
+    AdamW under a one-cycle schedule. A part `test_fraction` of the images, drawn by `seed`, is never trained on and
+    gives the accuracy in the result's `training_record`. `shift` moves each image by up to so many pixels, `flip`
+    mirrors half of them. `threads` CPU threads are used (None: torch's own setting). The same arguments give the same
+    weights on the same machine. Raises ValueError for unfit data.
+    """
+    labels = _checked_labels(images, labels, num_classes)
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(images), generator=generator)
+    held_out = min(max(1, round(test_fraction * len(images))), len(images) - 1)
+    pixels, targets = torch.from_numpy(np.ascontiguousarray(images)), torch.from_numpy(labels)
+    test, train = order[:held_out], order[held_out:]
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would reseed the accelerators too
+        model = SmallClassifier(images.shape[1], images.shape[3], num_classes, width=width, dim=dim).to(device)
+    optimiser = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=1e-2)
+    steps = epochs * math.ceil(len(train) / batch_size)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, max_lr=lr, total_steps=steps)
+    with cpu_threads(threads), torch.enable_grad():
+        for _ in range(epochs):
+            for rows in train[torch.randperm(len(train), generator=generator)].split(batch_size):
+                x = to_input(_augment(pixels[rows], shift, flip, generator), device)
+                loss = F.cross_entropy(model(x), targets[rows].to(device))
+                optimiser.zero_grad(set_to_none=True)
+                loss.backward()
+                optimiser.step()
+                schedule.step()
+        accuracy = _accuracy(model.eval(), pixels[test], targets[test], device)
+    model.training_record = Training(accuracy, held_out, seed, epochs, data_sha256(images, labels))
+    return model
+
+
+@contextmanager
+def cpu_threads(count: int | None) -> Iterator[None]:
+    """Let torch use `count` CPU threads for a while; None changes nothing.
+
+    On tiny images a second thread gains little, and beside another busy process it costs twenty times as much: threads
+    wait for each other by spinning.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _checked_labels(images: np.ndarray, labels: np.ndarray, num_classes: int) -> np.ndarray:
+    """Labels as int64, after checking that data and labels fit each other."""
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1] != images.shape[2]:
+        raise ValueError(f"images are {images.dtype} {images.shape}; a classifier trains on uint8 (N, R, R, C)")
+    labels = np.asarray(labels).astype(np.int64)
+    if labels.shape != (len(images),):
+        raise ValueError(f"{len(images)} images but labels of shape {labels.shape}; give one label per image")
+    if len(images) < 2 or num_classes < 2:
+        raise ValueError(f"{len(images)} images of {num_classes} classes; a classifier needs two of each at least")
+    if labels.min() < 0 or labels.max() >= num_classes:
+        raise ValueError(
+            f"labels run from {labels.min()} to {labels.max()}; {num_classes} classes are 0 .. {num_classes - 1}"
+        )
+    return labels
+
+
+def _augment(images: Tensor, shift: int, flip: bool, generator: torch.Generator) -> Tensor:
+    """Randomly move and mirror uint8 images (N, R, R, C); pixels beyond the edge repeat it."""
+    n, side = images.shape[:2]
+    if shift:
+        line, offsets = torch.arange(side), torch.randint(-shift, shift + 1, (2, n, 1), generator=generator)
+        rows, columns = (line + offsets).clamp(0, side - 1)  # each (N, R)
+        images = images[torch.arange(n)[:, None, None], rows[:, :, None], columns[:, None, :]]
+    if flip:
+        mirrored = torch.rand(n, generator=generator) < 0.5
+        images = torch.where(mirrored[:, None, None, None], images.flip(dims=(2,)), images)
+    return images
+
+
+@torch.inference_mode()
+def _accuracy(model: SmallClassifier, images: Tensor, labels: Tensor, device: torch.device | str) -> float:
+    guesses = [model(to_input(chunk, device)).argmax(dim=-1).cpu() for chunk in images.split(512)]
+    return (torch.cat(guesses) == labels).float().mean().item()
+
+
+def digits() -> tuple[np.ndarray, np.ndarray]:
+    """scikit-learn's real scans of handwritten digits: uint8 (1797, 8, 8, 1) and labels (1797,)."""
+    from sklearn.datasets import load_digits
+
+    data = load_digits()
+    return np.round(data.images * (255 / 16)).astype(np.uint8)[..., None], data.target.astype(np.int64)
+
+
+def digits_classifier(cache: str | Path | None = None, *, seed: int = 0) -> SmallClassifier:
+    """The classifier of the digits, read from `cache` where that file exists, else trained (seconds) and kept there.
+
+    Raises ValueError when the cached file is not a classifier of these digits and this seed.
+    """
+    images, labels = digits()
+    if cache is not None and Path(cache).exists():
+        model = SmallClassifier.load(cache)
+        record = model.training_record
+        if record is None or (record.trained_on, record.seed) != (data_sha256(images, labels), seed):
+            raise ValueError(f"{cache} is a classifier of other data or another seed; delete it or name another file")
+        return model
+    model = train_classifier(images, labels, num_classes=10, seed=seed, threads=1)
+    if cache is not None:
+        model.save(cache)
+    return model

@@ -1,0 +1,291 @@
+"""Distances between sets of images, and the report that carries their honest names.
+
+Shape legend: n, m images, F features, K classes. Everything is computed in float64.
+"""
+
+from __future__ import annotations
+
+import itertools
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple, TypeAlias
+
+import numpy as np
+
+from selftrans.evaluate.features import INCEPTION_SHA256, Extractor
+from selftrans.evaluate.statistics import Moments, Statistics
+
+SEED = 2020  #: torch-fidelity's, so that equal features give its very subsets and splits
+
+
+def frechet_distance(a: Statistics | Moments, b: Statistics | Moments) -> float:
+    """|mean_a - mean_b|² + tr(A + B - 2 (A B)^½) of two Gaussians (Dowson & Landau 1982; for FID 1706.08500, eq. 6).
+
+    tr (A B)^½ is the sum of the singular values of A^½ B^½, whose factors are symmetric: no imaginary part can arise,
+    and singular covariances do no harm. Warns when a set has too few images for its dimensions; ValueError when the
+    lengths of the features differ.
+    """
+    if a.mean.shape != b.mean.shape:
+        raise ValueError(
+            f"features of lengths {len(a.mean)} and {len(b.mean)} have no distance; use one extractor for both"
+        )
+    for one in (a, b):
+        if isinstance(one, Statistics) and one.count is not None and one.count <= one.dim:
+            warnings.warn(
+                f"{one.count} images for {one.dim} dimensions: the covariance is singular, and the Fréchet distance, "
+                "right for these images, is biased upwards; use more images",
+                stacklevel=2,
+            )
+    step = a.mean - b.mean
+    overlap = np.linalg.svd(_square_root(a.cov) @ _square_root(b.cov), compute_uv=False).sum()
+    return max(0.0, float(step @ step + np.trace(a.cov) + np.trace(b.cov) - 2 * overlap))
+
+
+def _square_root(cov: np.ndarray) -> np.ndarray:
+    """Symmetric square root (F, F) of a covariance, its eigenvalues below rounding taken as zero."""
+    values, vectors = np.linalg.eigh(cov)
+    floor = len(values) * np.finfo(np.float64).eps * max(values[-1], 0.0)
+    return (vectors * np.sqrt(np.where(values > floor, values, 0.0))) @ vectors.T
+
+
+def kernel_distance(
+    a: np.ndarray, b: np.ndarray, *, subsets: int = 100, subset_size: int = 1000, seed: int = SEED
+) -> tuple[float, float]:
+    """Mean and deviation over subsets of the squared MMD under the kernel (x·y / F + 1)³ (KID: 1801.01401, section 4).
+
+    a (n, F) and b (m, F); the estimate is unbiased, so it may be negative. `subset_size` shrinks to the smaller set.
+    """
+    _same_length(a, b)
+    size = min(subset_size, len(a), len(b))
+    if size < 2:
+        raise ValueError(f"{len(a)} and {len(b)} images are too few for a kernel distance; give two of each at least")
+    rng = np.random.RandomState(seed)
+    values = []
+    for _ in range(subsets):
+        x = a[rng.choice(len(a), size, replace=False)].astype(np.float64)
+        y = b[rng.choice(len(b), size, replace=False)].astype(np.float64)
+        xx, yy, xy = _cubic(x, x), _cubic(y, y), _cubic(x, y)
+        within = (xx.sum() - np.trace(xx) + yy.sum() - np.trace(yy)) / (size * (size - 1))
+        values.append(within - 2 * xy.mean())
+    return float(np.mean(values)), float(np.std(values))
+
+
+def _cubic(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    inner = (x / x.shape[1]) @ y.T
+    inner += 1
+    cube = inner * inner  # in place from here: a fresh matrix costs more than its arithmetic, and ** still more
+    cube *= inner
+    return cube
+
+
+def precision_recall(
+    samples: np.ndarray, reference: np.ndarray, *, neighbours: int = 3, block: int = 1024
+) -> tuple[float, float]:
+    """Share of samples (n, F) in the reference's manifold, and of the reference (m, F) in that of the samples.
+
+    A manifold is the union of balls around its points, each reaching to its k-th nearest neighbour (Kynkäänniemi et
+    al., 1904.06991, eq. 1-2). Distances are computed `block` rows at a time: memory grows as block x max(n, m). Raises
+    ValueError when a set has no more than `neighbours` images.
+    """
+    _same_length(samples, reference)
+    if min(len(samples), len(reference)) <= neighbours:
+        sizes = f"{len(samples)} samples and {len(reference)} reference images"
+        raise ValueError(f"{sizes} are too few for {neighbours} neighbours; give more than {neighbours} of each")
+    x, y = samples.astype(np.float64), reference.astype(np.float64)
+    precision = _covered(x, y, _reach(y, neighbours, block), block)
+    recall = _covered(y, x, _reach(x, neighbours, block), block)
+    return precision, recall
+
+
+def _distances(x: np.ndarray, y: np.ndarray, block: int) -> Iterator[tuple[int, np.ndarray]]:
+    """First row and squared distances (block, m) of each block of x (n, F) to all of y (m, F)."""
+    norms = (y * y).sum(axis=-1)
+    for start in range(0, len(x), block):
+        rows = x[start : start + block]
+        yield start, np.maximum((rows * rows).sum(axis=-1)[:, None] + norms[None, :] - 2 * rows @ y.T, 0.0)
+
+
+def _reach(x: np.ndarray, neighbours: int, block: int) -> np.ndarray:
+    """Squared distance (n,) of each point to its k-th nearest other point."""
+    reach = np.empty(len(x))
+    for start, distances in _distances(x, x, block):
+        own = np.arange(len(distances))
+        distances[own, start + own] = np.inf
+        reach[start : start + len(distances)] = np.partition(distances, neighbours - 1, axis=-1)[:, neighbours - 1]
+    return reach
+
+
+def _covered(x: np.ndarray, centres: np.ndarray, reach: np.ndarray, block: int) -> float:
+    """Share of points x (n, F) that lie in a ball of `reach` (m,) around one of `centres` (m, F)."""
+    return sum(int((d <= reach).any(axis=-1).sum()) for _, d in _distances(x, centres, block)) / len(x)
+
+
+def accuracy(logits: np.ndarray, labels: np.ndarray | Iterable[int]) -> float:
+    """Share of logits (n, K) whose largest is at the label (n,); ValueError when the counts or classes differ."""
+    labels = np.asarray(labels if isinstance(labels, np.ndarray) else list(labels))
+    if labels.shape != (len(logits),):
+        raise ValueError(f"{len(logits)} images but labels of shape {labels.shape}; give one label per image")
+    if labels.min() < 0 or labels.max() >= logits.shape[1]:
+        span = f"labels run from {labels.min()} to {labels.max()}"
+        raise ValueError(f"{span}, but the classifier knows {logits.shape[1]} classes; use one made for these")
+    return float((logits.argmax(axis=-1) == labels).mean())
+
+
+def inception_score(logits: np.ndarray, *, splits: int = 10, seed: int = SEED) -> tuple[float, float]:
+    """Mean and deviation over splits of exp E KL(p(y | x) || p(y)), from logits (n, K) (1606.03498, section 4)."""
+    splits = min(splits, len(logits))
+    logits = logits[np.random.RandomState(seed).permutation(len(logits))].astype(np.float64)
+    shifted = logits - logits.max(axis=-1, keepdims=True)
+    log_p = shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))  # (n, K)
+    edges = [i * len(log_p) // splits for i in range(splits + 1)]
+    scores = []
+    for start, end in itertools.pairwise(edges):
+        p = np.exp(log_p[start:end])
+        scores.append(np.exp((p * (log_p[start:end] - np.log(p.mean(axis=0)))).sum(axis=-1).mean()))
+    return float(np.mean(scores)), float(np.std(scores))
+
+
+def _same_length(a: np.ndarray, b: np.ndarray) -> None:
+    if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1]:
+        raise ValueError(f"features {a.shape} and {b.shape} cannot be compared; use one extractor for both")
+
+
+class Measured(NamedTuple):
+    """What a metric of `METRICS` is given."""
+
+    samples: Statistics
+    reference: Statistics
+    logits: np.ndarray  #: (n, K) of the samples; (0, 0) without a head
+    labels: np.ndarray | Iterable[int] | None
+    inception: bool  #: the extractor is the published Inception, so its numbers bear the published names
+    neighbours: int
+    subsets: int
+    subset_size: int
+
+
+#: numbers by name, or the reason why there are none
+Outcome: TypeAlias = dict[str, float] | str
+
+
+def _frechet(m: Measured) -> Outcome:
+    numbers = {"fid" if m.inception else "frechet_distance": frechet_distance(m.samples, m.reference)}
+    if m.samples.spatial is not None and m.reference.spatial is not None:
+        name = "sfid" if m.inception else "spatial_frechet_distance"
+        numbers[name] = frechet_distance(m.samples.spatial, m.reference.spatial)
+    return numbers
+
+
+def _kernel(m: Measured) -> Outcome:
+    if m.samples.features is None or m.reference.features is None:
+        return "no kernel distance: the reference holds no features"
+    name = "kid" if m.inception else "kernel_distance"
+    both = m.samples.features, m.reference.features
+    mean, deviation = kernel_distance(*both, subsets=m.subsets, subset_size=m.subset_size)
+    return {name: mean, f"{name}_std": deviation}
+
+
+def _precision_recall(m: Measured) -> Outcome:
+    if m.samples.features is None or m.reference.features is None:
+        return "no precision and recall: the reference holds no features"
+    if min(len(m.samples.features), len(m.reference.features)) <= m.neighbours:
+        return f"no precision and recall: too few images for {m.neighbours} neighbours"
+    precision, recall = precision_recall(m.samples.features, m.reference.features, neighbours=m.neighbours)
+    return {"precision": precision, "recall": recall}
+
+
+def _score(m: Measured) -> Outcome:
+    if not len(m.logits):
+        return "no score: the extractor has no head"
+    name = "inception_score" if m.inception else "classifier_score"
+    mean, deviation = inception_score(m.logits)
+    return {name: mean, f"{name}_std": deviation}
+
+
+def _accuracy(m: Measured) -> Outcome:
+    if m.labels is None:
+        return {}
+    if m.inception or not len(m.logits):
+        reason = "inception's classes are not the samples'" if m.inception else "the extractor has no head"
+        warnings.warn(f"the labels are not used: {reason}", stacklevel=3)
+        return f"no accuracy: {reason}"
+    return {"accuracy": accuracy(m.logits, m.labels)}
+
+
+_NONE = np.empty((0, 0))  # logits of an extractor without a head
+
+#: what `evaluate` can measure
+METRICS: dict[str, Callable[[Measured], Outcome]] = {
+    "frechet": _frechet,
+    "kernel": _kernel,
+    "precision_recall": _precision_recall,
+    "score": _score,
+    "accuracy": _accuracy,
+}
+
+
+def evaluate(
+    samples: np.ndarray | Iterable[np.ndarray],
+    reference: Statistics | np.ndarray | Iterable[np.ndarray],
+    extractor: Extractor,
+    *,
+    labels: np.ndarray | Iterable[int] | None = None,
+    metrics: Iterable[str] = tuple(METRICS),
+    reference_name: str = "",
+    neighbours: int = 3,
+    subsets: int = 100,
+    subset_size: int = 1000,
+    chunk: int = 64,
+) -> dict[str, Any]:
+    """Measure samples (uint8 batches (n, R, R, C)) against a reference (the same, or its statistics): a flat report.
+
+    `metric` names the headline: "fid" with the published Inception only, else "frechet_distance"; `label` is its full
+    name. `labels` (n,), the samples' conditions in order, give the extractor's accuracy on them; they may be a list
+    that fills while the samples stream. What could not be measured is absent, and `note` says why. Raises ValueError
+    for statistics of another extractor and for unfit images or labels; warns when labels go unused.
+    """
+    chosen = tuple(metrics)
+    unknown = [name for name in chosen if name not in METRICS]
+    if unknown:
+        raise ValueError(f"unknown metric {unknown[0]!r}; choose from {', '.join(METRICS)}")
+    if not isinstance(reference, Statistics):
+        reference = Statistics.of(reference, extractor, chunk=chunk, source=reference_name or "images")
+    _check_extractor(reference, extractor)
+    logits: list[np.ndarray] = []
+    measured = Statistics.of(
+        samples, extractor, chunk=chunk, observe=lambda out: logits.append(out.get("logits", _NONE))
+    )
+    report = _header(measured, reference, extractor, reference_name)
+    inception = report["metric"] == "fid"
+    given = Measured(measured, reference, np.concatenate(logits), labels, inception, neighbours, subsets, subset_size)
+    notes = [] if reference.sha256 else ["the reference does not say which extractor made it"]
+    for name in chosen:
+        outcome = METRICS[name](given)
+        if isinstance(outcome, str):
+            notes.append(outcome)
+        else:
+            report |= outcome
+    return report | {"note": "; ".join(notes)}
+
+
+def _check_extractor(reference: Statistics, extractor: Extractor) -> None:
+    """Refuse statistics of other weights; a foreign file that does not say whose it is passes by its length alone."""
+    if reference.dim != extractor.dim or reference.sha256 not in ("", extractor.sha256):
+        theirs = f"{reference.extractor or 'an unnamed extractor'} {reference.sha256[:8]}".strip()
+        raise ValueError(
+            f"reference {reference.source or 'statistics'} was made by {theirs} ({reference.dim} features), not by "
+            f"{extractor.name} {extractor.sha256[:8]} ({extractor.dim}); compute it again with this extractor"
+        )
+
+
+def _header(samples: Statistics, reference: Statistics, extractor: Extractor, name: str) -> dict[str, Any]:
+    """What was measured with what: the part of a report that makes its numbers comparable."""
+    fid = extractor.sha256 == INCEPTION_SHA256
+    return {
+        "metric": "fid" if fid else "frechet_distance",
+        "label": "FID" if fid else f"Fréchet distance ({extractor.name} features)",
+        "num_images": samples.count,
+        "extractor": extractor.name,
+        "extractor_sha256": extractor.sha256,
+        "reference": name or reference.source,
+        "reference_images": reference.count,
+    }

@@ -1,0 +1,171 @@
+"""Mean and covariance of features, streamed over images, and their file (ADM's npz names).
+
+Shape legend: n images, F features, S spatial features.
+"""
+
+from __future__ import annotations
+
+import zipfile
+import zlib
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from selftrans.evaluate.classifier import write_beside
+from selftrans.evaluate.features import Extractor, extract
+
+
+class Moments(NamedTuple):
+    """Mean and unbiased covariance, float64."""
+
+    mean: np.ndarray  #: (F,)
+    cov: np.ndarray  #: (F, F)
+
+
+class RunningMoments:
+    """Mean and scatter of rows that come in pieces, by the pairwise update of Chan, Golub and LeVeque (1979).
+
+    Sums of squares, the shorter way, cancel when the mean is large beside the deviation.
+    """
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.mean: Any = 0.0
+        self.scatter: Any = 0.0  #: sum over rows of the outer product of deviations
+
+    def update(self, rows: np.ndarray) -> None:
+        """Add rows (n, F)."""
+        rows = rows.astype(np.float64)
+        mean = rows.mean(axis=0)
+        deviations, step, total = rows - mean, mean - self.mean, self.count + len(rows)
+        self.scatter = (
+            self.scatter + deviations.T @ deviations + np.outer(step, step) * (self.count * len(rows) / total)
+        )
+        self.mean = self.mean + step * (len(rows) / total)
+        self.count = total
+
+    def moments(self) -> Moments:
+        """Mean (F,) and covariance (F, F) with n - 1 below; ValueError for fewer than two rows."""
+        if self.count < 2:
+            raise ValueError(f"{self.count} images have no covariance; give two at least")
+        return Moments(self.mean, self.scatter / (self.count - 1))
+
+
+@dataclass(frozen=True, eq=False)
+class Statistics:
+    """What a set of images looks like to an extractor."""
+
+    mean: np.ndarray  #: (F,) float64
+    cov: np.ndarray  #: (F, F) float64
+    count: int | None = None  #: number of images; None when a foreign file does not say
+    features: np.ndarray | None = None  #: (n, F) float32, for kernel distance, precision and recall
+    spatial: Moments | None = None  #: of spatial features (S,), where the extractor offers them
+    extractor: str = ""  #: its name; empty when a foreign file does not say
+    sha256: str = ""  #: of the extractor's weights
+    source: str = ""  #: which images, in words or as a path
+
+    @property
+    def dim(self) -> int:
+        """F, the number of features."""
+        return len(self.mean)
+
+    @classmethod
+    def of(
+        cls,
+        batches: np.ndarray | Iterable[np.ndarray],
+        extractor: Extractor,
+        *,
+        keep: bool = True,
+        chunk: int = 64,
+        source: str = "",
+        observe: Callable[[dict[str, np.ndarray]], None] | None = None,
+    ) -> Statistics:
+        """Statistics of a stream of uint8 image batches (n, R, R, C), the same however the stream is cut.
+
+        With `keep` the features stay in memory, as float32. `chunk` images go through the extractor at a time;
+        `observe` is handed each chunk's features and logits. Raises ValueError for unfit images, or fewer than two.
+        """
+        running, spatial, kept = RunningMoments(), RunningMoments(), []
+        for out in extract(batches, extractor, chunk=chunk):
+            running.update(out["features"])
+            if "spatial" in out:
+                spatial.update(out["spatial"])
+            if keep:
+                kept.append(out["features"].astype(np.float32))
+            if observe is not None:
+                observe(out)
+        return cls(
+            *running.moments(),
+            count=running.count,
+            features=np.concatenate(kept) if keep else None,
+            spatial=spatial.moments() if spatial.count else None,
+            extractor=extractor.name,
+            sha256=extractor.sha256,
+            source=source,
+        )
+
+    def save(self, path: str | Path) -> None:
+        """Write an npz: `mu`, `sigma`, `mu_s`, `sigma_s` as ADM names them, and what else is known."""
+        arrays: dict[str, Any] = {"mu": self.mean, "sigma": self.cov}
+        if self.spatial is not None:
+            arrays |= {"mu_s": self.spatial.mean, "sigma_s": self.spatial.cov}
+        if self.features is not None:
+            arrays["features"] = self.features
+        if self.count is not None:
+            arrays["count"] = np.int64(self.count)
+        arrays |= {name: np.str_(getattr(self, name)) for name in ("extractor", "sha256", "source")}
+        write_beside(Path(path), lambda file: np.savez(file, **arrays))
+
+    @classmethod
+    def load(cls, path: str | Path) -> Statistics:
+        """Statistics from an npz of ours or of ADM's; ValueError when it is damaged, pickled or another thing."""
+        path = Path(path)
+        arrays = _read(path)
+        if "mu" not in arrays or "sigma" not in arrays:
+            found = ", ".join(sorted(arrays)) or "nothing"
+            raise ValueError(f"{path} holds {found}, not mu and sigma; compute statistics from the images instead")
+        mean, cov = _moments(arrays["mu"], arrays["sigma"], path)
+        spatial = _moments(arrays["mu_s"], arrays["sigma_s"], path) if {"mu_s", "sigma_s"} <= arrays.keys() else None
+        text = {name: str(arrays[name]) for name in ("extractor", "sha256", "source") if name in arrays}
+        count = int(arrays["count"]) if "count" in arrays else None
+        features = arrays.get("features")
+        if features is not None and features.shape != (count, len(mean)):
+            raise ValueError(
+                f"{path} holds features {features.shape} of {count} images of {len(mean)}; compute it again"
+            )
+        loaded = cls(mean, cov, count=count, features=features, spatial=spatial, **text)
+        return loaded if loaded.source else replace(loaded, source=path.name)
+
+
+def _read(path: Path) -> dict[str, np.ndarray]:
+    """The arrays of an npz that statistics are made of; images beside them (ADM's arr_0) are not read."""
+    wanted = {"mu", "sigma", "mu_s", "sigma_s", "features", "count", "extractor", "sha256", "source"}
+    if not path.is_file():
+        raise ValueError(f"no statistics at {path}; give an npz with mu and sigma, or a folder of images")
+    try:
+        if not zipfile.is_zipfile(path):
+            raise ValueError("no zip file")
+        with np.load(path, allow_pickle=False) as file:
+            names = set(file.files)
+            return {name: file[name] for name in names & wanted} or {name: np.empty(0) for name in names}
+    except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error) as error:
+        raise ValueError(
+            f"{path} is not a readable npz of plain arrays ({error}); compute the statistics again"
+        ) from None
+
+
+def _moments(mean: np.ndarray, cov: np.ndarray, path: Path) -> Moments:
+    """Mean and covariance as float64, checked for shape, finiteness and symmetry."""
+    if mean.ndim != 1 or cov.shape != (len(mean), len(mean)):
+        raise ValueError(
+            f"{path} holds a mean {mean.shape} and a covariance {cov.shape}, which do not fit; compute it again"
+        )
+    mean, cov = mean.astype(np.float64), cov.astype(np.float64)
+    if not (np.isfinite(mean).all() and np.isfinite(cov).all()):
+        raise ValueError(f"{path} holds statistics that are not finite; compute it again")
+    if not np.allclose(cov, cov.T, rtol=1e-5, atol=1e-8 * max(1.0, np.abs(cov).max(initial=0.0))):
+        raise ValueError(f"{path} holds a covariance that is not symmetric; compute it again")
+    return Moments(mean, (cov + cov.T) / 2)
