@@ -100,7 +100,7 @@ class Evaluate:
     """`inception`, `digits`, or a classifier file made by `selftrans classifier`"""
 
     def run(self) -> None:
-        from selftrans.generate import evaluate_samples
+        from selftrans.measure import evaluate_samples
 
         report = evaluate_samples(self.samples, self.reference, self.features)
         print(json.dumps(report, indent=2, ensure_ascii=False))
@@ -118,7 +118,7 @@ class Classifier:
     seed: int = 0
 
     def run(self) -> None:
-        from selftrans.generate import classifier_from_data
+        from selftrans.measure import classifier_from_data
 
         print(classifier_from_data(self.data, self.out, epochs=self.epochs, seed=self.seed))
 
@@ -137,7 +137,7 @@ class Analyse:
     stage: str | None = None
 
     def run(self) -> None:
-        from selftrans.analyse.run import analyse
+        from selftrans.measure import analyse
 
         analyse(
             self.run_or_file,

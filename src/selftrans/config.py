@@ -90,8 +90,8 @@ class Train:
     times: str = "systematic"
     """timestep sampler: systematic (evenly spread over the batch), uniform (independent) or lognormal"""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    compile: bool = False
-    """torch.compile each block"""
+    compile: bool | None = None
+    """torch.compile each block; None: on a GPU"""
     recompute: bool = False
     """activation checkpointing: less memory, one more forward pass"""
     seed: int = 0
@@ -110,6 +110,8 @@ class Log:
     """steps between lines of log.jsonl"""
     tensorboard: bool = True
     preview_images: int = 36
+    preview_steps: int = 25
+    """Heun steps of a preview"""
 
 
 @dataclass(frozen=True)
@@ -134,16 +136,22 @@ class RunConfig:
             if getattr(self.train, name) not in allowed:
                 raise ValueError(f"train.{name} '{getattr(self.train, name)}' is unknown; choose {', '.join(allowed)}")
         positive = ("steps", "batch_size", "accumulate", "lr", "clip", "checkpoint_every")
-        for section, name in [("train", key) for key in positive] + [("log", "every"), ("log", "preview_images")]:
+        for section, name in [("train", key) for key in positive] + [
+            ("log", key) for key in ("every", "preview_images", "preview_steps")
+        ]:
             if not getattr(getattr(self, section), name) > 0:
                 raise ValueError(f"{section}.{name} must be above zero, not {getattr(getattr(self, section), name)}")
         for name in ("warmup", "preview_every", "keep", "seed", "weight_decay"):
             if getattr(self.train, name) < 0:
                 raise ValueError(f"train.{name} must not be negative, not {getattr(self.train, name)}")
         if not 0 <= self.train.ema < 1 or not 0 <= self.train.drop <= 1:
-            raise ValueError(f"train.ema must be in [0, 1) and train.drop in [0, 1], not {self.train.ema}, {self.train.drop}")
+            raise ValueError(
+                f"train.ema must be in [0, 1) and train.drop in [0, 1], not {self.train.ema}, {self.train.drop}"
+            )
         if self.stage1.steps is not None and self.stage1.steps < 1:
-            raise ValueError(f"stage1.steps must be above zero, not {self.stage1.steps}; to skip stage 1 give --teacher")
+            raise ValueError(
+                f"stage1.steps must be above zero, not {self.stage1.steps}; to skip stage 1 give --teacher"
+            )
         self.sample.check()
         return self
 
@@ -162,7 +170,9 @@ def from_json(text: str) -> RunConfig:
     """Inverse of `to_json`. ValueError names a field that is unknown, missing or of another type, and other versions."""
     raw = json.loads(text)
     if not isinstance(raw, dict) or raw.pop("version", None) != VERSION:
-        raise ValueError(f"this configuration is not of version {VERSION}; it was written by another version of selftrans")
+        raise ValueError(
+            f"this configuration is not of version {VERSION}; it was written by another version of selftrans"
+        )
     return _build(RunConfig, raw, "config")
 
 

@@ -55,7 +55,9 @@ class Frozen:
         source: dict[str, Any] | None = None,
     ) -> None:
         if not 1 <= block <= model.depth:
-            raise ValueError(f"teacher block {block} is outside the teacher's 1..{model.depth}; change stage2.teacher_block")
+            raise ValueError(
+                f"teacher block {block} is outside the teacher's 1..{model.depth}; change stage2.teacher_block"
+            )
         assert isinstance(model, nn.Module)
         if hasattr(model, "truncate"):
             model.truncate(block)
@@ -67,9 +69,7 @@ class Frozen:
         self.model.to(zt.device)
         many = len(conds)
         with torch.inference_mode():
-            out = self.model(
-                zt.repeat(many, 1, 1, 1), t.repeat(many), cat_cond(*conds), taps=(self.block,), stop=True
-            )
+            out = self.model(zt.repeat(many, 1, 1, 1), t.repeat(many), cat_cond(*conds), taps=(self.block,), stop=True)
         return list(out.feats[self.block].chunk(many, dim=0))
 
 
@@ -140,7 +140,9 @@ def check_tokens(student: Backbone, teacher: Frozen) -> None:
 
 def projector(width: int, out: int, hidden: int = 2048) -> nn.Sequential:
     """P: three linear layers with SiLU between (REPA's projector)."""
-    return nn.Sequential(nn.Linear(width, hidden), nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU(), nn.Linear(hidden, out))
+    return nn.Sequential(
+        nn.Linear(width, hidden), nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU(), nn.Linear(hidden, out)
+    )
 
 
 def token_norm(x: Tensor) -> Tensor:
@@ -174,7 +176,9 @@ class Objective(nn.Module):
         for guidance in guidances:
             wrong = [k for k in guidance.taps if not 1 <= k <= student.depth]
             if wrong:
-                raise ValueError(f"{guidance.name} reads block {wrong[0]}, but the student has blocks 1..{student.depth}")
+                raise ValueError(
+                    f"{guidance.name} reads block {wrong[0]}, but the student has blocks 1..{student.depth}"
+                )
 
     def forward(self, batch: Batch, step: int) -> tuple[Tensor, Report]:
         """Loss of a step (0-d, float32) and its parts, detached and still on the device."""

@@ -56,7 +56,9 @@ class SiT(nn.Module):
         super().__init__()
         channels, height, side = shape
         if height != side or side % patch:
-            raise ValueError(f"a latent of {height}x{side} does not divide into square patches of {patch}; change model.patch")
+            raise ValueError(
+                f"a latent of {height}x{side} does not divide into square patches of {patch}; change model.patch"
+            )
         self.shape, self.num_classes = (channels, height, side), num_classes
         self.width, self.depth, self.patch = width, depth, patch
         self.x_embedder = PatchEmbed(channels, patch, width)
@@ -108,6 +110,10 @@ class SiT(nn.Module):
         for layer in (self.t_embedder.mlp[0], self.t_embedder.mlp[2]):
             nn.init.normal_(layer.weight, std=0.02)
         assert self.final_layer is not None
-        for zero in [*(b.adaLN_modulation[1] for b in self.blocks), self.final_layer.adaLN_modulation[1], self.final_layer.linear]:
+        for zero in [
+            *(b.adaLN_modulation[1] for b in self.blocks),
+            self.final_layer.adaLN_modulation[1],
+            self.final_layer.linear,
+        ]:
             nn.init.zeros_(zero.weight)
             nn.init.zeros_(zero.bias)

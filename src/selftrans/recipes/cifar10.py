@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from selftrans.config import Data, Model, RunConfig, Train
+from selftrans.config import Model, RunConfig, Train
 from selftrans.methods.self_transcendence import Stage2
 from selftrans.sample import SampleConfig
 
@@ -16,7 +16,6 @@ def cifar10() -> RunConfig:
     """
     return RunConfig(
         recipe="cifar10",
-        data=Data(shape=(3, 32, 32), classes=10),
         model=Model(name="SiT-S/2"),
         stage2=Stage2(until_step=25_000),
         train=Train(steps=50_000, batch_size=256, lr=2e-4, ema=0.9995),

@@ -35,7 +35,9 @@ class Window:
         return {name: [total.item(), self._counts[name]] for name, total in self._sums.items()}
 
     def load(self, state: dict[str, Any], device: torch.device) -> None:
-        self._sums = {name: torch.tensor(total, dtype=torch.float64, device=device) for name, (total, _) in state.items()}
+        self._sums = {
+            name: torch.tensor(total, dtype=torch.float64, device=device) for name, (total, _) in state.items()
+        }
         self._counts = {name: int(count) for name, (_, count) in state.items()}
 
 

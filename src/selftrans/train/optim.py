@@ -11,9 +11,7 @@ from selftrans.config import Train
 def build_optimizer(model: nn.Module, config: Train) -> torch.optim.AdamW:
     """Fused AdamW over every trainable parameter: one kernel per step instead of several per tensor."""
     parameters = [p for p in model.parameters() if p.requires_grad]
-    return torch.optim.AdamW(
-        parameters, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay, fused=True
-    )
+    return torch.optim.AdamW(parameters, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay, fused=True)
 
 
 def learning_rate(step: int, config: Train) -> float:

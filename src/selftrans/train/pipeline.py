@@ -1,7 +1,7 @@
 """A whole run: the stages of a method in order, in one directory, continued where they stopped.
 
-    RUN/config.json   the complete configuration          RUN/data.json   manifest of the data it was trained on
-    RUN/<stage>/      checkpoints, previews, log.jsonl     RUN/run.json    student steps and total compute
+RUN/config.json   the complete configuration          RUN/data.json   manifest of the data it was trained on
+RUN/<stage>/      checkpoints, previews, log.jsonl     RUN/run.json    student steps and total compute
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ import dataclasses
 import json
 import os
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import InitProcessGroupKwargs
 
 from selftrans.config import RunConfig, from_json, to_json
 from selftrans.data.encode import prepare_digits
@@ -25,6 +25,7 @@ from selftrans.data.shards import Manifest, Shards
 from selftrans.methods import Stage, stages
 from selftrans.methods.objective import Frozen
 from selftrans.train import checkpoint
+from selftrans.train.log import progress_bar
 from selftrans.train.preview import Preview
 from selftrans.train.restore import restore_teacher
 from selftrans.train.stop import Stop, lock
@@ -36,10 +37,13 @@ PRECISION = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 DTYPE = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def train(config: RunConfig, out: str | Path) -> dict[str, Any]:
+def train(
+    config: RunConfig, out: str | Path, *, bar: Callable[..., Any] = progress_bar, quiet: bool = False
+) -> dict[str, Any]:
     """Train `config` in the directory `out`; repeating the call continues it. Returns what run.json holds.
 
     `config.stage2.teacher` (a run or a weights file) takes the place of the stages before the one that wants a teacher.
+    `bar` makes the progress bars, `quiet` keeps the stages unannounced.
     ValueError for anything the user can mend; `stop.Interrupted` after a notice, with a checkpoint written.
     """
     out = Path(out)
@@ -58,9 +62,18 @@ def train(config: RunConfig, out: str | Path) -> dict[str, Any]:
         for number, stage in enumerate(plan, start=1):
             teacher = _teacher(config, stage, source or str(out), shards.manifest) if stage.teacher else None
             trainer = Trainer(
-                accelerator, config, stage, out / stage.name, shards, teacher=teacher, preview=preview, stop=stop
+                accelerator,
+                config,
+                stage,
+                out / stage.name,
+                shards,
+                teacher=teacher,
+                preview=preview,
+                stop=stop,
+                bar=bar,
             )
-            accelerator.print(_announce(trainer, number, len(plan)))
+            if not quiet:
+                accelerator.print(_announce(trainer, number, len(plan)))
             trainer.run()
             spent.append(_spent(trainer))
             accelerator.free_memory()
@@ -82,7 +95,6 @@ def _accelerator(config: RunConfig, out: Path) -> Accelerator:
         mixed_precision=PRECISION[config.train.precision],
         log_with="tensorboard" if config.log.tensorboard else None,
         project_dir=str(out),
-        kwargs_handlers=[InitProcessGroupKwargs()],
     )
 
 
@@ -115,12 +127,12 @@ def _settle(config: RunConfig, out: Path, manifest: Manifest, *, write: bool) ->
     if path.exists():
         before = from_json(path.read_text())
         if before.train.steps != config.train.steps and before.method == config.method == "self_transcendence":
-            config = dataclasses.replace(
-                config, stage1=dataclasses.replace(config.stage1, steps=before.stage1.steps)
-            )
+            config = dataclasses.replace(config, stage1=dataclasses.replace(config.stage1, steps=before.stage1.steps))
         changed = differences(dataclasses.asdict(before), dataclasses.asdict(config))
         if changed:
-            raise ValueError(f"{out} was started with other settings: {'; '.join(changed)}; use those, or another --out")
+            raise ValueError(
+                f"{out} was started with other settings: {'; '.join(changed)}; use those, or another --out"
+            )
         if data.exists() and _hashes(json.loads(data.read_text())) != _hashes(json.loads(manifest.to_json())):
             raise ValueError(f"{out} was trained on other data than {config.data.path}; use that, or another --out")
     if write:
@@ -195,7 +207,12 @@ def _report(config: RunConfig, spent: list[dict[str, Any]], source: str | None) 
 
         path = find(source, stage="stage1" if Path(source).is_dir() else None, weights=config.stage2.teacher_weights)
         said = checkpoint.read_header(path)
-        borrowed = {"path": str(path), "steps": said["step"], "tflops": said.get("tflops"), "seconds": said.get("seconds")}
+        borrowed = {
+            "path": str(path),
+            "steps": said["step"],
+            "tflops": said.get("tflops"),
+            "seconds": said.get("seconds"),
+        }
     teacher_tflops = (borrowed or {}).get("tflops") or 0.0
     return {
         "method": config.method,

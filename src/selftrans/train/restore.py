@@ -55,13 +55,17 @@ def find(source: str | Path, *, stage: str | None = None, weights: Weights = "em
     if (path / "checkpoints").is_dir():
         return _newest(path, weights)
     if not path.is_dir():
-        raise ValueError(f"{path} does not exist; expected a run directory, a checkpoint or a .safetensors weights file")
+        raise ValueError(
+            f"{path} does not exist; expected a run directory, a checkpoint or a .safetensors weights file"
+        )
     held = [name for name in _stage_order(path) if (path / name / "checkpoints").is_dir()]
     if stage is not None and stage not in held:
         found = f"it holds {', '.join(held)}" if held else "it holds no stage at all"
         raise ValueError(f"{path} has no {stage}: {found}; expected a run directory with a {stage} (selftrans train)")
     if not held:
-        raise ValueError(f"{path} is no run directory (no checkpoints in it); expected what selftrans train --out wrote")
+        raise ValueError(
+            f"{path} is no run directory (no checkpoints in it); expected what selftrans train --out wrote"
+        )
     return _newest(path / (stage or held[-1]), weights)
 
 
@@ -89,11 +93,15 @@ def restore(origin: str | Path, *, stage: str | None = None, weights: Weights = 
         name, step = str(said["stage"]), int(said["step"])
         autoencoder, classes = str(said["autoencoder"]), tuple(map(str, said["classes"]))
     except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} does not say how to build its model ({error}); was it written by another version?") from error
+        raise ValueError(
+            f"{path} does not say how to build its model ({error}); was it written by another version?"
+        ) from error
     try:
         model.load_state_dict(load_file(path), strict=True)
     except RuntimeError as error:
-        raise ValueError(f"{path} does not fit the model its header describes: {' '.join(str(error).split())}") from error
+        raise ValueError(
+            f"{path} does not fit the model its header describes: {' '.join(str(error).split())}"
+        ) from error
     source = {"path": str(path.resolve()), "sha256": checkpoint.sha256(path)}
     return Restored(model.eval(), config, name, step, autoencoder, classes, source)
 
@@ -102,7 +110,9 @@ def restore_teacher(source: str | Path, *, weights: Weights, shape: tuple[int, i
     """A stage-1 model for latents `shape` and `num_classes` classes. ValueError says what was expected and what was found."""
     found = restore(source, stage=_teacher_stage(source), weights=weights)
     if found.stage != "stage1":
-        raise ValueError(f"{found.source['path']} holds weights of '{found.stage}'; expected a teacher trained in stage 1")
+        raise ValueError(
+            f"{found.source['path']} holds weights of '{found.stage}'; expected a teacher trained in stage 1"
+        )
     if found.model.shape != tuple(shape) or found.model.num_classes != num_classes:
         raise ValueError(
             f"the teacher {found.source['path']} was trained on latents {found.model.shape} with {found.model.num_classes} "
@@ -114,5 +124,8 @@ def restore_teacher(source: str | Path, *, weights: Weights, shape: tuple[int, i
 def _teacher_stage(source: str | Path) -> str | None:
     """`stage1` where `source` is a run with stages to choose from."""
     path = Path(source)
-    return "stage1" if path.is_dir() and not (path / "checkpoints").is_dir() and not (path / checkpoint.STATE).exists() else None
-
+    return (
+        "stage1"
+        if path.is_dir() and not (path / "checkpoints").is_dir() and not (path / checkpoint.STATE).exists()
+        else None
+    )

@@ -54,7 +54,9 @@ class Stop:
 
     def interrupted(self, step: int, room: Path) -> Interrupted:
         name = signal.Signals(self.received).name if self.received else "another process"
-        return Interrupted(f"stopped by {name} at step {step}; checkpoint written in {room}; the same command continues")
+        return Interrupted(
+            f"stopped by {name} at step {step}; checkpoint written in {room}; the same command continues"
+        )
 
 
 @contextlib.contextmanager
@@ -66,7 +68,9 @@ def lock(run: Path) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             file.seek(0)
-            raise ValueError(f"{run} is in use by process {file.read().strip() or '?'}; wait for it, or choose another --out") from error
+            raise ValueError(
+                f"{run} is in use by process {file.read().strip() or '?'}; wait for it, or choose another --out"
+            ) from error
         file.truncate(0)
         file.write(str(os.getpid()))
         file.flush()

@@ -21,7 +21,9 @@ from selftrans.types import Batch
 class Stream:
     """Batches of one process, read ahead in a thread while the step runs."""
 
-    def __init__(self, shards: Shards, *, batch_size: int, accumulate: int, seed: int, rank: int = 0, world: int = 1) -> None:
+    def __init__(
+        self, shards: Shards, *, batch_size: int, accumulate: int, seed: int, rank: int = 0, world: int = 1
+    ) -> None:
         if batch_size % (accumulate * world):
             raise ValueError(
                 f"train.batch_size {batch_size} does not divide among {world} processes x {accumulate} micro-batches; "

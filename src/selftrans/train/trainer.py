@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,7 @@ class Trainer:
         accelerator: device, precision and processes; shared by the stages of a run.
         config: the whole run. stage: what this part of it does. room: its folder, `<run>/<stage.name>`.
         shards: the data. teacher: frozen model, if the stage wants one. preview: makes the grids. stop: the schedulers' notice.
+        bar: makes the progress bar (tqdm's interface).
     """
 
     def __init__(
@@ -61,17 +62,19 @@ class Trainer:
         teacher: Frozen | None = None,
         preview: Preview | None = None,
         stop: Stop | None = None,
+        bar: Callable[..., Any] = progress_bar,
     ) -> None:
         self.accelerator, self.config, self.stage, self.room = accelerator, config, stage, room
         self.shards, self.teacher, self.preview, self.stop = shards, teacher, preview, stop or Stop()
+        self.bar = bar
         train, manifest = config.train, shards.manifest
         torch.manual_seed(int(np.random.SeedSequence([train.seed, stage.stream]).generate_state(1)[0]))
         student = config.model.build(manifest.shape, manifest.num_classes)
         student.recompute = train.recompute
         guidances = stage.guide(student, teacher)
-        self.objective = Objective(
-            student, guidances, path=PATHS[train.path], times=train.times, drop=train.drop
-        ).to(accelerator.device)
+        self.objective = Objective(student, guidances, path=PATHS[train.path], times=train.times, drop=train.drop).to(
+            accelerator.device
+        )
         self.flops = step_flops(self.objective, torch.zeros(1, dtype=torch.long), train.batch_size)
         self.ends = [g.until_step for g in guidances]
         self.ema = EMA(self.objective.student, train.ema)
@@ -96,9 +99,7 @@ class Trainer:
         """Train to the last step; returns the final checkpoint. `Interrupted` after a stop notice, checkpoint written."""
         main = self.accelerator.is_main_process
         journal = Journal(self.room / "log.jsonl", resume_step=self.step) if main else None
-        bar = progress_bar(
-            total=self.stage.steps, initial=self.step, desc=self.stage.name, unit="step", disable=not main
-        )
+        bar = self.bar(total=self.stage.steps, initial=self.step, desc=self.stage.name, unit="step", disable=not main)
         try:
             batches = self.stream.from_step(self.step)
             while self.step < self.stage.steps:
@@ -182,7 +183,8 @@ class Trainer:
         """(Re)wrap the objective for this process group; also after its parameters have changed."""
         self.accelerator._models.clear()
         self.objective = self.accelerator.unwrap_model(self.objective, keep_fp32_wrapper=False)
-        if self.config.train.compile:
+        compiled = self.config.train.compile
+        if self.accelerator.device.type == "cuda" if compiled is None else compiled:
             for block in getattr(self.objective.student, "blocks", []):
                 block.compile()
         self.wrapped = self.accelerator.prepare_model(self.objective)

@@ -1,0 +1,157 @@
+"""`selftrans quickstart`: the whole method on real digits, measured, in minutes on two CPU cores, and a page about it.
+
+vanilla, stage 1 alone and both stages are trained for the same number of student steps from the same seeds. What comes
+out is what is written: no order of the methods is assumed anywhere.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import io
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from selftrans import compare, report
+from selftrans.analyse.features import collect, pca_basis, pca_maps
+from selftrans.analyse.plots import save
+from selftrans.config import RunConfig
+from selftrans.data.encode import prepare_digits
+from selftrans.data.shards import Shards
+from selftrans.evaluate.classifier import write_beside
+from selftrans.evaluate.features import load_extractor
+from selftrans.flow import PATHS
+from selftrans.latents import load_autoencoder, to_uint8
+from selftrans.measure import data_latents
+from selftrans.recipes.digits import digits
+from selftrans.sample import sample_images
+from selftrans.train import checkpoint
+from selftrans.train.restore import restore
+from selftrans.train.stop import lock
+
+#: name of the method -> what the page calls it; in this order, so that stage 1 is there to teach
+METHODS = {"vanilla": "vanilla", "structure": "stage 1 only", "self_transcendence": "Self-Transcendence"}
+IMAGES = 1000  #: samples for each distance
+SHOWN = 40  #: samples on the page, per method
+MAPPED = 8  #: digits whose features are mapped
+
+
+def quickstart(
+    out: Path, *, steps: int | None = None, seeds: Sequence[int] = (0,), images: int = IMAGES
+) -> dict[str, Any]:
+    """Train, measure and write `out`: report.html, quickstart.png, table.json, table.csv and a run directory per method.
+
+    Repeating the call continues it, and on a finished directory only writes the page again. Returns table.json's content.
+    """
+    started = time.perf_counter()
+    config = digits()
+    if steps is not None:
+        config = dataclasses.replace(config, train=dataclasses.replace(config.train, steps=steps)).check()
+    with lock(out):
+        shards = prepare_digits(out / "data")
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, path=str(out / "data")))
+        extractor = load_extractor("digits", weights=out / "digits-classifier.safetensors")
+        ruler = compare.ruler(shards, extractor, images=images, block=config.stage1.block)
+        results = run_all(config, seeds, out, ruler)
+        table = compare.rows(results, tuple(METHODS))
+        summary = {
+            "table": table,
+            "metric": next(iter(results.values()))[1][-1]["metric"],
+            "curves": {
+                name: compare.mean_curve([m for (n, _), (_, m) in results.items() if n == name]) for name in METHODS
+            },
+            "seeds": list(seeds),
+            "steps": config.train.steps,
+            "teacher_steps": config.stage1.steps or config.train.steps // 2,
+            "images": images,
+            "seconds": round(time.perf_counter() - started, 1),
+        }
+        write(out, summary, shards, config, seeds[0])
+    print(report.text_table(table, METHODS, summary["metric"]))
+    print(f"\n{summary['seconds']:.0f} s. Open {out / 'report.html'}")
+    return summary
+
+
+def run_all(
+    config: RunConfig, seeds: Sequence[int], out: Path, ruler: compare.Ruler
+) -> dict[tuple[str, int], tuple[dict[str, Any], list[dict[str, Any]]]]:
+    """(method, seed) -> run.json and the measured points, with one progress bar over everything."""
+    cost = compare.measuring_cost(config, ruler.images)
+    each = config.train.steps + compare.points(config.train.steps) * cost
+    progress = compare.Progress(each * len(METHODS) * len(seeds))
+    results = {}
+    try:
+        for seed in seeds:
+            for method in METHODS:
+                run = compare.run_one(config, method, seed, out, progress)
+                progress.say(f"measuring {method}")
+                measured = compare.measure_run(run, ruler, progress, cost)
+                results[method, seed] = json.loads((run / "run.json").read_text()), measured
+    finally:
+        progress.bar.close()
+    return results
+
+
+def write(out: Path, summary: dict[str, Any], shards: Shards, config: RunConfig, seed: int) -> None:
+    """Everything that people open: the table, the picture, the page."""
+    grids = {label: samples_of(out / f"{name}-seed{seed}") for name, label in METHODS.items()}
+    maps = {label: maps_of(out / f"{name}-seed{seed}", shards, config.stage1.block) for name, label in METHODS.items()}
+    curves = {METHODS[name]: curve for name, curve in summary["curves"].items()}
+    save(report.overview(curves, grids, summary["metric"]), out / "quickstart.png")
+    page = report.page(summary, METHODS, curves, grids, maps)
+    for name, text in {
+        "table.json": json.dumps(summary, indent=2),
+        "table.csv": as_csv(summary["table"]),
+        "report.html": page,
+    }.items():
+        write_beside(out / name, lambda file, text=text: file.write(text.encode()))
+
+
+def samples_of(run: Path) -> np.ndarray:
+    """(n, R, R, C) samples of a finished run: the same noise and labels for every method."""
+    found = restore(run)
+    settings = dataclasses.replace(found.config.sample, num=SHOWN, seed=1, batch_size=SHOWN)
+    autoencoder = load_autoencoder(found.autoencoder)
+    path, classes = PATHS[found.config.train.path], found.model.num_classes
+    batches = sample_images(found.model, autoencoder, settings, num_classes=classes, device="cpu", path=path)
+    return np.concatenate([images for _, _, images in batches])
+
+
+def maps_of(run: Path, shards: Shards, block: int) -> dict[str, np.ndarray]:
+    """Row name -> pictures: the digits, and PCA maps of the shallow block at every checkpoint, in the last one's colours."""
+    z0, labels = data_latents(shards, MAPPED)
+    stage = json.loads((run / "run.json").read_text())["stages"][-1]["stage"]
+    found = [restore(folder) for _, folder in checkpoint.steps(run / stage / "checkpoints")]
+    feats = [
+        collect(one.model, z0, labels, t=compare.PROBE_T, taps=(block,), path=PATHS[one.config.train.path])[block]
+        for one in found
+    ]
+    basis = pca_basis(feats[-1])
+    decoded = to_uint8(load_autoencoder(shards.manifest.autoencoder).decode(z0)).numpy()
+    return {"data": decoded} | {
+        f"step {one.step}": pca_maps(features, basis=basis) for one, features in zip(found, feats, strict=True)
+    }
+
+
+def as_csv(table: list[dict[str, Any]]) -> str:
+    """The table with a column for each mean and each standard deviation."""
+    text = io.StringIO()
+    flat = [
+        {
+            column: value
+            for key, cell in row.items()
+            for column, value in (
+                {key: cell["mean"], f"{key}_std": cell["std"]} if isinstance(cell, dict) else {key: cell}
+            ).items()
+        }
+        for row in table
+    ]
+    writer = csv.DictWriter(text, fieldnames=list(flat[0]))
+    writer.writeheader()
+    writer.writerows(flat)
+    return text.getvalue()

@@ -1,0 +1,137 @@
+"""What people look at: a table for the terminal, an overview picture, and a page that needs no other file."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from selftrans.analyse.plots import COLOURS, INK, MARKERS, curves, figure_to_data_uri, image_grid, pca_grid
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+Curve = tuple[Sequence[float], Sequence[float], Sequence[float]]
+HEADINGS = ("method", "student steps", "seconds", "total TFLOPs", "distance", "accuracy", "shallow probe")
+
+
+def cells(row: dict[str, Any], names: Mapping[str, str]) -> list[str]:
+    """One row of the table as text, in the order of HEADINGS."""
+    spread = [_cell(row[key], digits) for key, digits in (("seconds", 0), ("total_tflops", 2), ("distance", 2))]
+    return [names[row["method"]], f"{row['steps']:,}", *spread, _cell(row["accuracy"], 3), _cell(row["probe"], 3)]
+
+
+def _cell(value: dict[str, float] | None, digits: int) -> str:
+    if value is None:
+        return "-"
+    mean = f"{value['mean']:.{digits}f}"
+    return f"{mean} ± {value['std']:.{digits}f}" if value["std"] else mean
+
+
+def text_table(table: list[dict[str, Any]], names: Mapping[str, str], metric: str) -> str:
+    """The table for a terminal."""
+    lines = [list(HEADINGS), *(cells(row, names) for row in table)]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(HEADINGS))]
+    texts = ["  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip() for line in lines]
+    texts.insert(1, "  ".join("-" * width for width in widths))
+    return "\n".join([*texts, "", legend(metric)])
+
+
+def legend(metric: str) -> str:
+    return (
+        f"distance: {metric}, lower is better; accuracy: the classifier's, of the samples' labels; shallow probe: accuracy of "
+        "a linear classifier on the guided shallow block's features at t = 0.4; seconds: of the last stage's training; total "
+        "TFLOPs: every stage and the teacher's training included."
+    )
+
+
+def overview(series: Mapping[str, Curve], grids: Mapping[str, np.ndarray], metric: str) -> Figure:
+    """Convergence on the left, samples of each method on the right."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 4.2), layout="constrained", facecolor="white")
+    FigureCanvasAgg(figure)
+    mosaic = figure.subplot_mosaic([["curve", str(i)] for i in range(len(grids))], width_ratios=[1.15, 1])  # type: ignore[misc]
+    axes = mosaic["curve"]
+    for i, (name, (steps, values, deviation)) in enumerate(series.items()):
+        low, high = np.subtract(values, deviation), np.add(values, deviation)
+        axes.plot(steps, values, color=COLOURS[i], marker=MARKERS[i], markeredgecolor="white", label=name)
+        axes.fill_between(steps, np.maximum(low, 1e-9), high, color=COLOURS[i], alpha=0.18, linewidth=0)
+    axes.set(xlabel="student steps", ylabel=metric, yscale="log")
+    axes.grid(color="#DDDDDD", which="both", linewidth=0.5)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    for i, (name, images) in enumerate(grids.items()):
+        picture = image_grid(images, columns=-(-len(images) // 2), upscale=6, gap=6)
+        mosaic[str(i)].imshow(
+            picture.repeat(3, axis=-1) if picture.shape[-1] == 1 else picture, interpolation="nearest"
+        )
+        mosaic[str(i)].set_title(name, fontsize=10, color=INK, loc="left")
+        mosaic[str(i)].axis("off")
+    return figure
+
+
+STYLE = """
+:root { color-scheme: light; }
+body { font: 16px/1.55 system-ui, sans-serif; color: #222; max-width: 60rem; margin: 2.5rem auto; padding: 0 1.2rem; }
+h1 { font-size: 1.7rem; margin-bottom: .2rem; } h2 { margin-top: 2.2rem; font-size: 1.2rem; }
+table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
+th, td { text-align: right; padding: .45rem .6rem; border-bottom: 1px solid #ddd; white-space: nowrap; }
+th:first-child, td:first-child { text-align: left; } th { font-weight: 600; border-bottom: 2px solid #222; }
+.scroll { overflow-x: auto; } .note { color: #555; font-size: .9rem; }
+img { max-width: 100%; height: auto; } .grids { display: flex; flex-wrap: wrap; gap: 1.5rem; } figure { margin: 0; }
+figcaption { font-weight: 600; margin-bottom: .3rem; } code { background: #f3f3f3; padding: .1em .3em; border-radius: 3px; }
+"""
+
+
+def page(
+    summary: dict[str, Any],
+    names: Mapping[str, str],
+    series: Mapping[str, Curve],
+    grids: Mapping[str, np.ndarray],
+    maps: Mapping[str, Mapping[str, np.ndarray]],
+) -> str:
+    """report.html: table, curves, samples and PCA maps, with every picture inside."""
+    metric = html.escape(summary["metric"])
+    curve = curves(series, xlabel="student steps", ylabel=summary["metric"], logy=True, size=(8, 4.4))
+    samples = "".join(_figure(name, image_grid(images, columns=8, upscale=5), name) for name, images in grids.items())
+    features = "".join(_figure(name, pca_grid(rows, cell=0.62), f"feature maps, {name}") for name, rows in maps.items())
+    return f"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>selftrans quickstart</title><style>{STYLE}</style></head><body>
+<h1>Self-Transcendence on real digits</h1>
+<p>The same 6-block transformer, trained for {summary["steps"]:,} student steps with each method on scikit-learn's 1,797
+scanned digits, seed{"s" if len(summary["seeds"]) > 1 else ""} {", ".join(map(str, summary["seeds"]))}.
+Stage 2 is taught by stage 1 as it was at step {summary["teacher_steps"]:,}.</p>
+<div class="scroll">{_table(summary["table"], names)}</div>
+<p class="note">{html.escape(legend(summary["metric"]))} Each distance is of {summary["images"]:,} samples from the averaged
+weights, balanced labels, no guidance at sampling.</p>
+<h2>Convergence</h2>
+<img src="{figure_to_data_uri(curve)}" alt="{metric} against student steps for each method">
+<h2>Samples at the end</h2>
+<p class="note">The same noise and the same labels for each method.</p>
+<div class="grids">{samples}</div>
+<h2>What the shallow block sees</h2>
+<p class="note">First three principal components of the guided shallow block's features at t = 0.4, over training, for the
+digits of the first row. Colours are those of the last checkpoint's components.</p>
+{features}
+<p class="note">Made by <code>selftrans quickstart</code> in {summary["seconds"]:.0f} s. The same numbers are in
+<code>table.json</code> and <code>table.csv</code> beside this page.</p>
+</body></html>
+"""
+
+
+def _table(table: list[dict[str, Any]], names: Mapping[str, str]) -> str:
+    head = "".join(f"<th>{name}</th>" for name in HEADINGS)
+    rows = "".join(
+        "<tr>" + "".join(f"<td>{html.escape(text)}</td>" for text in cells(row, names)) + "</tr>" for row in table
+    )
+    return f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
+
+
+def _figure(name: str, picture: Any, alt: str) -> str:
+    caption = html.escape(name)
+    return f'<figure><figcaption>{caption}</figcaption><img src="{figure_to_data_uri(picture)}" alt="{html.escape(alt)}"></figure>'
