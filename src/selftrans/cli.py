@@ -46,13 +46,20 @@ class Prepare:
     """go on after an unreadable picture, and list it"""
     batch_size: int = 64
     shard_size: int = 8192
+    dtype: Literal["float16", "float32"] = "float16"
+    """of the stored numbers"""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """of the encoder"""
+    split: str = "train"
+    """of a parquet file or a data set on the hub"""
+    label_column: str | None = None
+    """of a parquet file or a data set on the hub; None: found by its type"""
 
     def run(self) -> None:
         from selftrans.data.encode import prepare
 
         options = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        options["precision"] = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}[self.precision]
         print(prepare(options.pop("source"), options.pop("out"), **options).summary())
 
 
@@ -297,7 +304,7 @@ def _own_options(argv: list[str], names: tuple[str, ...]) -> tuple[dict[str, str
         flag, equals, value = word.partition("=")
         if flag[2:] in names and flag.startswith("--"):
             found[flag[2:]] = value if equals else next(words, "")
-            if not found[flag[2:]]:
+            if not found[flag[2:]] or found[flag[2:]].startswith("--"):
                 raise _usage(f"{flag} needs a value", "", [], "selftrans train --help")
         else:
             rest.append(word)

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import multiprocessing
+import os
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -21,7 +24,7 @@ from selftrans.analyse.features import collect, linear_probe
 from selftrans.config import RunConfig
 from selftrans.data.shards import Shards
 from selftrans.evaluate.classifier import write_beside
-from selftrans.evaluate.features import Extractor
+from selftrans.evaluate.features import Extractor, load_extractor
 from selftrans.evaluate.metrics import evaluate
 from selftrans.evaluate.statistics import Statistics
 from selftrans.flow import PATHS
@@ -29,53 +32,77 @@ from selftrans.latents import load_autoencoder
 from selftrans.measure import data_latents, shard_images
 from selftrans.sample import EVALUATIONS, sample_images
 from selftrans.train import checkpoint
+from selftrans.train.log import progress_bar
 from selftrans.train.pipeline import train
 from selftrans.train.restore import FILES, restore
 
 POINTS = 6  #: measurements along a run
 PROBE_T = 0.4  #: noise level of the linear probe, the paper's
 
+Result: TypeAlias = tuple[dict[str, Any], list[dict[str, Any]]]  #: run.json, and the measured points
+Results: TypeAlias = dict[tuple[str, int], Result]  #: by method and seed
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What is compared, and with what it is measured. `out` holds everything; `data` is prepared data."""
+
+    config: RunConfig
+    methods: tuple[str, ...]
+    seeds: tuple[int, ...]
+    out: Path
+    images: int  #: samples for each distance
+    features: str  #: extractor, by name or file
+    weights: str | None = None  #: where a named extractor is kept
+
+    @property
+    def total(self) -> int:
+        """All the work, in training steps."""
+        steps = self.config.train.steps
+        each = steps + points(steps) * measuring_cost(self.config, self.images)
+        return each * len(self.methods) * len(self.seeds)
+
+    def run(self, method: str, seed: int) -> Path:
+        return self.out / f"{method}-seed{seed}"
+
 
 @dataclass(frozen=True)
 class Ruler:
-    """What everything is measured with."""
+    """What one process measures with."""
 
     extractor: Extractor
     reference: Statistics
     shards: Shards
-    images: int  #: samples for each distance
+    images: int
     block: int  #: the shallow block that is probed (1-based)
 
-
-def ruler(shards: Shards, extractor: Extractor, *, images: int, block: int) -> Ruler:
-    """Measure against the data themselves."""
-    reference = Statistics.of(shard_images(shards), extractor, source="training data")
-    return Ruler(extractor, reference, shards, images, block)
-
-
-class Progress:
-    """One bar over all runs and measurements, counted in training steps, so that its time left is honest."""
-
-    def __init__(self, total: int) -> None:
-        from selftrans.train.log import progress_bar
-
-        self.bar = progress_bar(total=total, unit="step")
-
-    def inner(self, **options: Any) -> _Inner:
-        """Stands in for a run's own bar."""
-        self.bar.update(options["initial"])
-        return _Inner(self.bar)
-
-    def say(self, text: str) -> None:
-        self.bar.set_description(text)
+    @classmethod
+    def of(cls, comparison: Comparison) -> Ruler:
+        """Measure against the data themselves."""
+        path = comparison.config.data.path
+        assert path is not None
+        shards = Shards.open(path)
+        extractor = load_extractor(comparison.features, weights=comparison.weights)
+        reference = Statistics.of(shard_images(shards), extractor, source="training data", keep=False)
+        return cls(extractor, reference, shards, comparison.images, comparison.config.stage1.block)
 
 
-class _Inner:
-    """A run's steps, counted on the bar of the whole."""
+#: called with how many steps' worth of work has been done
+Tell = Callable[[int], object]
 
-    def __init__(self, bar: Any) -> None:
-        self.update = bar.update
-        self.set_postfix = bar.set_postfix
+
+class StepBar:
+    """Stands in for a run's own bar: passes its steps on to the bar of the whole."""
+
+    def __init__(self, tell: Tell, initial: int) -> None:
+        self.tell = tell
+        tell(initial)
+
+    def update(self, steps: int = 1) -> None:
+        self.tell(steps)
+
+    def set_postfix(self, *_: Any, **__: Any) -> None:
+        """The bar of the whole shows no losses."""
 
     def close(self) -> None:
         """The bar of the whole stays open."""
@@ -97,17 +124,76 @@ def points(steps: int) -> int:
     return -(-steps // interval(steps))
 
 
-def run_one(config: RunConfig, method: str, seed: int, out: Path, progress: Progress) -> Path:
+def compare(comparison: Comparison, *, workers: int | None = None) -> Results:
+    """Train and measure every method with every seed: (method, seed) -> (run.json, measured points, oldest first).
+
+    `workers` processes work side by side (None: one per core, one on a GPU). Repeating the call continues it.
+    """
+    jobs = [(method, seed) for seed in comparison.seeds for method in comparison.methods]
+    cores = os.cpu_count() or 1
+    workers = min(len(jobs), workers or (1 if torch.cuda.is_available() else cores))
+    with progress_bar(total=comparison.total, unit="step", desc="training and measuring") as bar:
+        if workers == 1:
+            ruler = Ruler.of(comparison)
+            return {job: work(comparison, *job, ruler, bar.update) for job in jobs}
+        return _side_by_side(comparison, jobs, workers, max(1, cores // workers), bar)
+
+
+def work(comparison: Comparison, method: str, seed: int, ruler: Ruler, tell: Tell) -> Result:
+    """One method with one seed: trained, then measured at every checkpoint."""
+    run = train_one(comparison, method, seed, tell)
+    cost = measuring_cost(comparison.config, comparison.images)
+    return json.loads((run / "run.json").read_text()), measure_run(run, ruler, tell, cost)
+
+
+def _side_by_side(comparison: Comparison, jobs: list[tuple[str, int]], workers: int, threads: int, bar: Any) -> Results:
+    """The jobs in processes of their own; one that wants another's teacher waits for it."""
+    context = multiprocessing.get_context("spawn")
+    done: Results = {}
+    told = context.SimpleQueue()
+    with ProcessPoolExecutor(workers, context, _begin, (comparison, threads, told)) as pool:
+        waiting, running = list(jobs), dict[Future[Result], tuple[str, int]]()
+        while waiting or running:
+            for job in [job for job in waiting if _teacher_job(job, jobs) in {None, *done}]:
+                waiting.remove(job)
+                running[pool.submit(_work, *job)] = job
+            finished, _ = wait(running, timeout=0.2, return_when=FIRST_COMPLETED)
+            while not told.empty():
+                bar.update(told.get())
+            for future in finished:
+                done[running.pop(future)] = future.result()
+    return {job: done[job] for job in jobs}
+
+
+def _teacher_job(job: tuple[str, int], jobs: Sequence[tuple[str, int]]) -> tuple[str, int] | None:
+    """The job whose stage 1 serves this one as teacher, if it is among the jobs."""
+    teacher = ("structure", job[1])
+    return teacher if job[0] == "self_transcendence" and teacher in jobs else None
+
+
+def _begin(comparison: Comparison, threads: int, told: Any) -> None:
+    """In a new worker: what its jobs share."""
+    torch.set_num_threads(threads)
+    _worker.update(comparison=comparison, ruler=Ruler.of(comparison), tell=told.put)
+
+
+_worker: dict[str, Any] = {}  #: of this process, filled by `_begin`
+
+
+def _work(method: str, seed: int) -> Result:
+    return work(_worker["comparison"], method, seed, _worker["ruler"], _worker["tell"])
+
+
+def train_one(comparison: Comparison, method: str, seed: int, tell: Tell) -> Path:
     """Train one method with one seed (or continue it), every point a checkpoint; returns its run directory."""
-    run = out / f"{method}-seed{seed}"
+    config, run = comparison.config, comparison.run(method, seed)
     settings = dataclasses.replace(
         config.train, seed=seed, checkpoint_every=interval(config.train.steps), keep=0, preview_every=0
     )
     config = dataclasses.replace(config, method=method, train=settings)
-    teacher = shared_teacher(config, out / f"structure-seed{seed}") if method == "self_transcendence" else None
+    teacher = shared_teacher(config, comparison.run("structure", seed)) if method == "self_transcendence" else None
     config = dataclasses.replace(config, stage2=dataclasses.replace(config.stage2, teacher=teacher))
-    progress.say(f"{method}, seed {seed}")
-    train(config, run, bar=progress.inner, quiet=True)
+    train(config, run, bar=lambda **options: StepBar(tell, options["initial"]), quiet=True)
     return run
 
 
@@ -119,7 +205,7 @@ def shared_teacher(config: RunConfig, structure: Path) -> str | None:
     )
 
 
-def measure_run(run: Path, ruler: Ruler, progress: Progress, cost: int) -> list[dict[str, Any]]:
+def measure_run(run: Path, ruler: Ruler, tell: Tell, cost: int) -> list[dict[str, Any]]:
     """Every checkpoint of a run's last stage measured, oldest first; what was measured before is read, not repeated."""
     stage = json.loads((run / "run.json").read_text())["stages"][-1]["stage"]
     path = run / "measured.json"
@@ -128,7 +214,7 @@ def measure_run(run: Path, ruler: Ruler, progress: Progress, cost: int) -> list[
     for _, folder in checkpoint.steps(run / stage / "checkpoints"):
         digest = checkpoint.read(folder).state["sha256"][FILES["ema"]]
         entries.append(known.get(digest) or measure_checkpoint(folder, ruler) | {"sha256": digest})
-        progress.bar.update(cost)
+        tell(cost)
         write_beside(path, lambda file: file.write(json.dumps(entries, indent=1).encode()))
     return entries
 
@@ -169,10 +255,7 @@ def probe(model: Any, ruler: Ruler, path: Any, most: int = 4000) -> float:
 def rows(
     results: dict[tuple[str, int], tuple[dict[str, Any], list[dict[str, Any]]]], methods: Sequence[str]
 ) -> list[dict]:
-    """The table: one row per method, mean and standard deviation over seeds of its last point.
-
-    `results` maps (method, seed) to the run's report and its measured points.
-    """
+    """The table: one row per method, mean and standard deviation over seeds of its last point."""
     table = []
     for method in methods:
         runs = [value for (name, _), value in results.items() if name == method]

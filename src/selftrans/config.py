@@ -50,10 +50,13 @@ class Model:
     """LayerNorm on queries and keys, as in the released models"""
 
     def sizes(self) -> dict[str, int]:
-        """Constructor arguments width, depth, heads, patch. ValueError for an unknown name."""
+        """Constructor arguments width, depth, heads, patch. ValueError for an unknown name or a size below one."""
         if self.name not in SIT:
             raise ValueError(f"model.name '{self.name}' is unknown{nearest(self.name, SIT)}")
         chosen = {key: getattr(self, key) for key in ("width", "depth", "heads", "patch")}
+        for key, value in chosen.items():
+            if value is not None and value < 1:
+                raise ValueError(f"model.{key} must be above zero, not {value}")
         sizes = SIT[self.name] | {key: value for key, value in chosen.items() if value is not None}
         if self.heads is None and sizes["width"] != SIT[self.name]["width"]:
             sizes["heads"] = max(1, sizes["width"] // 64)

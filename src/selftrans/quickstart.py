@@ -17,9 +17,10 @@ from typing import Any
 
 import numpy as np
 
-from selftrans import compare, report
+from selftrans import report
 from selftrans.analyse.features import collect, pca_basis, pca_maps
 from selftrans.analyse.plots import save
+from selftrans.compare import PROBE_T, Comparison, Results, compare, mean_curve, rows
 from selftrans.config import RunConfig
 from selftrans.data.encode import prepare_digits
 from selftrans.data.shards import Shards
@@ -55,46 +56,31 @@ def quickstart(
     with lock(out):
         shards = prepare_digits(out / "data")
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, path=str(out / "data")))
-        extractor = load_extractor("digits", weights=out / "digits-classifier.safetensors")
-        ruler = compare.ruler(shards, extractor, images=images, block=config.stage1.block)
-        results = run_all(config, seeds, out, ruler)
-        table = compare.rows(results, tuple(METHODS))
-        summary = {
-            "table": table,
-            "metric": next(iter(results.values()))[1][-1]["metric"],
-            "curves": {
-                name: compare.mean_curve([m for (n, _), (_, m) in results.items() if n == name]) for name in METHODS
-            },
-            "seeds": list(seeds),
-            "steps": config.train.steps,
-            "teacher_steps": config.stage1.steps or config.train.steps // 2,
-            "images": images,
-            "seconds": round(time.perf_counter() - started, 1),
-        }
+        classifier = out / "digits-classifier.safetensors"
+        load_extractor("digits", weights=classifier)  # trained once, before the workers ask for it
+        chosen = Comparison(config, tuple(METHODS), tuple(seeds), out, images, "digits", str(classifier))
+        results = compare(chosen)
+        summary = summarise(chosen, results) | {"seconds": round(time.perf_counter() - started, 1)}
         write(out, summary, shards, config, seeds[0])
-    print(report.text_table(table, METHODS, summary["metric"]))
+    print(report.text_table(summary["table"], METHODS, summary["metric"]))
     print(f"\n{summary['seconds']:.0f} s. Open {out / 'report.html'}")
     return summary
 
 
-def run_all(
-    config: RunConfig, seeds: Sequence[int], out: Path, ruler: compare.Ruler
-) -> dict[tuple[str, int], tuple[dict[str, Any], list[dict[str, Any]]]]:
-    """(method, seed) -> run.json and the measured points, with one progress bar over everything."""
-    cost = compare.measuring_cost(config, ruler.images)
-    each = config.train.steps + compare.points(config.train.steps) * cost
-    progress = compare.Progress(each * len(METHODS) * len(seeds))
-    results = {}
-    try:
-        for seed in seeds:
-            for method in METHODS:
-                run = compare.run_one(config, method, seed, out, progress)
-                progress.say(f"measuring {method}")
-                measured = compare.measure_run(run, ruler, progress, cost)
-                results[method, seed] = json.loads((run / "run.json").read_text()), measured
-    finally:
-        progress.bar.close()
-    return results
+def summarise(chosen: Comparison, results: Results) -> dict[str, Any]:
+    """What table.json holds."""
+    measured = {name: [points for (method, _), (_, points) in results.items() if method == name] for name in METHODS}
+    train = chosen.config.train
+    return {
+        "table": rows(results, tuple(METHODS)),
+        "metric": measured["vanilla"][0][-1]["metric"],
+        "sampler": measured["vanilla"][0][-1]["sampler"],
+        "curves": {name: mean_curve(runs) for name, runs in measured.items()},
+        "seeds": list(chosen.seeds),
+        "steps": train.steps,
+        "teacher_steps": chosen.config.stage1.steps or max(1, train.steps // 2),
+        "images": chosen.images,
+    }
 
 
 def write(out: Path, summary: dict[str, Any], shards: Shards, config: RunConfig, seed: int) -> None:
@@ -128,7 +114,7 @@ def maps_of(run: Path, shards: Shards, block: int) -> dict[str, np.ndarray]:
     stage = json.loads((run / "run.json").read_text())["stages"][-1]["stage"]
     found = [restore(folder) for _, folder in checkpoint.steps(run / stage / "checkpoints")]
     feats = [
-        collect(one.model, z0, labels, t=compare.PROBE_T, taps=(block,), path=PATHS[one.config.train.path])[block]
+        collect(one.model, z0, labels, t=PROBE_T, taps=(block,), path=PATHS[one.config.train.path])[block]
         for one in found
     ]
     basis = pca_basis(feats[-1])

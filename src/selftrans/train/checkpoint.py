@@ -51,6 +51,7 @@ def save(
     final = folder / f"step-{step:08d}"
     beside = folder / f".step-{step:08d}.{os.getpid()}"
     try:
+        shutil.rmtree(beside, ignore_errors=True)  # of a killed process that had this one's number, as in a container
         beside.mkdir(parents=True)
         hashes = {}
         for name, named in tensors.items():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -51,12 +52,24 @@ class Journal:
             beside = path.with_suffix(".tmp")
             beside.write_text("".join(line + "\n" for line in kept))
             os.replace(beside, path)
-        self._file = open(path, "a", buffering=1)  # noqa: SIM115 - kept open for the run
+        self._file = open(path, "ab", buffering=0)  # noqa: SIM115 - kept open for the run
+        self._waiting = b""
 
     def write(self, line: dict[str, Any]) -> None:
-        self._file.write(json.dumps(line) + "\n")
+        """Append a line. What a full disk does not take is kept, and written later."""
+        self._waiting += json.dumps(line).encode() + b"\n"
+        self.flush()
+
+    def flush(self) -> None:
+        """Write what waits, if the disk takes it."""
+        try:
+            while self._waiting:  # unbuffered, so that what was written is known to the byte
+                self._waiting = self._waiting[self._file.write(self._waiting) :]
+        except OSError as error:
+            warnings.warn(f"{len(self._waiting)} bytes of log.jsonl wait for room: {error}", stacklevel=2)
 
     def close(self) -> None:
+        self.flush()
         self._file.close()
 
 

@@ -23,7 +23,7 @@ from selftrans.config import RunConfig, from_json, to_json
 from selftrans.data.encode import prepare_digits
 from selftrans.data.shards import Manifest, Shards
 from selftrans.methods import Stage, stages
-from selftrans.methods.objective import Frozen
+from selftrans.methods.objective import Frozen, Objective
 from selftrans.train import checkpoint
 from selftrans.train.log import progress_bar
 from selftrans.train.preview import Preview
@@ -52,26 +52,26 @@ def train(
     main = accelerator.is_main_process
     with lock(out) if main else contextlib.nullcontext(), Stop() as stop:
         shards = open_data(config, out, accelerator)
-        config = _settle(config, out, shards.manifest, write=main)
+        config = _settle(config, out, shards.manifest)
         plan = _plan(config)
-        accelerator.wait_for_everyone()
-        if config.log.tensorboard:
-            accelerator.init_trackers("tensorboard")
+        _rehearse(config, plan, shards.manifest)
         preview = Preview(config, shards.manifest, accelerator.device) if config.train.preview_every else None
         spent, source = [], config.stage2.teacher
         for number, stage in enumerate(plan, start=1):
-            teacher = _teacher(config, stage, source or str(out), shards.manifest) if stage.teacher else None
             trainer = Trainer(
                 accelerator,
                 config,
                 stage,
                 out / stage.name,
                 shards,
-                teacher=teacher,
+                # held by nobody here, so that it leaves the memory when the guidance ends
+                teacher=_teacher(config, stage, source or str(out), shards.manifest) if stage.teacher else None,
                 preview=preview,
                 stop=stop,
                 bar=bar,
             )
+            if number == 1:  # nothing is written before everything is known to fit
+                _begin(config, out, shards.manifest, accelerator)
             if not quiet:
                 accelerator.print(_announce(trainer, number, len(plan)))
             trainer.run()
@@ -118,31 +118,56 @@ def open_data(config: RunConfig, out: Path, accelerator: Accelerator | None = No
     return shards
 
 
-def _settle(config: RunConfig, out: Path, manifest: Manifest, *, write: bool) -> RunConfig:
-    """Agree with what `out` was started with, or start it. ValueError names what differs."""
-    if config.stage1.steps is None:  # settled once, so that a longer visit later keeps the same teacher
-        steps = max(1, config.train.steps // 2)
-        config = dataclasses.replace(config, stage1=dataclasses.replace(config.stage1, steps=steps))
+def _settle(config: RunConfig, out: Path, manifest: Manifest) -> RunConfig:
+    """The configuration in agreement with what `out` was started with. ValueError names what differs."""
     path, data = out / "config.json", out / "data.json"
-    if path.exists():
-        before = from_json(path.read_text())
-        if before.train.steps != config.train.steps and before.method == config.method == "self_transcendence":
-            config = dataclasses.replace(config, stage1=dataclasses.replace(config.stage1, steps=before.stage1.steps))
+    before = _read(path, from_json) if path.exists() else None
+    if config.stage1.steps is None:  # settled once, so that a longer visit later keeps the same teacher
+        steps = before.stage1.steps if before else max(1, config.train.steps // 2)
+        config = dataclasses.replace(config, stage1=dataclasses.replace(config.stage1, steps=steps))
+    if before:
         changed = differences(dataclasses.asdict(before), dataclasses.asdict(config))
         if changed:
             raise ValueError(
                 f"{out} was started with other settings: {'; '.join(changed)}; use those, or another --out"
             )
-        if data.exists() and _hashes(json.loads(data.read_text())) != _hashes(json.loads(manifest.to_json())):
+        if data.exists() and _read(data, _hashes) != _hashes(manifest.to_json()):
             raise ValueError(f"{out} was trained on other data than {config.data.path}; use that, or another --out")
-    if write:
-        _write_json(path, json.loads(to_json(config)))
-        _write_json(data, json.loads(manifest.to_json()))
     return config
 
 
-def _hashes(manifest: dict[str, Any]) -> list[str]:
-    return [shard[key] for shard in manifest["shards"] for key in ("sha256", "labels_sha256")]
+def _begin(config: RunConfig, out: Path, manifest: Manifest, accelerator: Accelerator) -> None:
+    """Write down what the run is."""
+    accelerator.wait_for_everyone()  # every process has read what was there before
+    if accelerator.is_main_process:
+        _write_json(out / "config.json", json.loads(to_json(config)))
+        _write_json(out / "data.json", json.loads(manifest.to_json()))
+    if config.log.tensorboard:
+        accelerator.init_trackers("tensorboard")
+
+
+def _rehearse(config: RunConfig, plan: list[Stage], manifest: Manifest) -> None:
+    """Put together every stage without its weights: what cannot work is said now, not after days of stage 1."""
+    with torch.device("meta"):
+        for number, stage in enumerate(plan):
+            student, teacher = config.model.build(manifest.shape, manifest.num_classes), None
+            if stage.teacher and number:  # the model of the stage before
+                model = config.model.build(manifest.shape, manifest.num_classes)
+                teacher = Frozen(model, stage.teacher.block(model.depth))
+            if teacher or not stage.teacher:  # a borrowed teacher is examined itself, at once
+                Objective(student, stage.guide(student, teacher))
+
+
+def _read(path: Path, parse: Callable[[str], Any]) -> Any:
+    """A json file of the run, parsed. ValueError names the file when it is damaged."""
+    try:
+        return parse(path.read_text())
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} cannot be used ({error}); restore it, or choose another --out") from error
+
+
+def _hashes(manifest: str) -> list[str]:
+    return [shard[key] for shard in json.loads(manifest)["shards"] for key in ("sha256", "labels_sha256")]
 
 
 def differences(before: dict[str, Any], now: dict[str, Any], where: str = "") -> list[str]:

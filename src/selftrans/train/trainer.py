@@ -75,7 +75,6 @@ class Trainer:
         self.objective = Objective(student, guidances, path=PATHS[train.path], times=train.times, drop=train.drop).to(
             accelerator.device
         )
-        self.flops = step_flops(self.objective, torch.zeros(1, dtype=torch.long), train.batch_size)
         self.ends = [g.until_step for g in guidances]
         self.ema = EMA(self.objective.student, train.ema)
         self.optimizer = build_optimizer(self.objective, train)
@@ -87,6 +86,9 @@ class Trainer:
             rank=accelerator.process_index,
             world=accelerator.num_processes,
         )
+        micros = train.batch_size // self.stream.micro
+        each = step_flops(self.objective, torch.zeros(1, dtype=torch.long), self.stream.micro)
+        self.flops = {part: micros * flops for part, flops in each.items()}
         self.step, self.seconds, self.window = 0, 0.0, Window()
         self._restore()
         self._wrap()
@@ -118,10 +120,6 @@ class Trainer:
 
     def _train_step(self, batches: Iterator[tuple[np.ndarray, Tensor, Tensor]]) -> None:
         config, accelerator = self.config.train, self.accelerator
-        if self.objective.retire(self.step):  # guidance has ended: heads and teacher leave the step and the memory
-            forget(self.optimizer.optimizer, self.objective)
-            self.teacher = None
-            self._wrap()
         self.wrapped.train()
         set_learning_rate(self.optimizer, learning_rate(self.step, config))
         for micro in range(config.accumulate):
@@ -138,6 +136,17 @@ class Trainer:
         self.step += 1
         self.ema.update(self.step)
         self.window.add({"grad_norm": norm})
+        if self._retire():
+            self._wrap()
+
+    def _retire(self) -> bool:
+        """Where guidance has ended, its heads and teacher leave the step, the memory and the checkpoints."""
+        ended = self.objective.retire(self.step)
+        if ended:
+            forget(getattr(self.optimizer, "optimizer", self.optimizer), self.objective)
+            if not len(self.objective.guidances):
+                self.teacher = None
+        return ended
 
     def _after_step(self, journal: Journal | None, bar: Any) -> None:
         """Whatever is due at this step: a log line, a preview, a checkpoint, a stop."""
@@ -146,6 +155,8 @@ class Trainer:
         if self.step % config.log.every == 0 or last:
             self._log(journal, bar)
         if last or stopping or self.step % config.train.checkpoint_every == 0:
+            if journal:
+                journal.flush()
             self._save(required=last or stopping)
         every = config.train.preview_every
         if self.preview and self.accelerator.is_main_process and every and (self.step % every == 0 or last):
@@ -153,16 +164,23 @@ class Trainer:
         if stopping and not last:
             raise self.stop.interrupted(self.step, self.room)
 
-    def _log(self, journal: Journal | None, bar: Any) -> None:
-        """One line for the steps since the last one, averaged over steps and processes."""
+    def _means(self) -> dict[str, float]:
+        """Averages since the last log line, over steps and processes. FloatingPointError when training has broken down."""
         means = self.accelerator.reduce(self.window.means(), reduction="mean")
         values = {name: float(value) for name, value in means.items()}
+        watched = ("loss",) if self.accelerator.scaler else ("loss", "grad_norm")  # fp16's scaler lives with overflows
+        for name in watched:
+            if not np.isfinite(values.get(name, 0.0)):
+                raise FloatingPointError(
+                    f"{name} is {values[name]} at step {self.step} of {self.stage.name}; the last good checkpoint is kept in "
+                    f"{self.folder}; lower train.lr or the guidance weight, or use train.precision bf16 or fp32"
+                )
+        return values
+
+    def _log(self, journal: Journal | None, bar: Any) -> None:
+        """One line for the steps since the last one."""
+        values = self._means()
         self.window.clear()
-        if not np.isfinite(values["loss"]):
-            raise FloatingPointError(
-                f"the loss is {values['loss']} at step {self.step} of {self.stage.name}; the last good checkpoint is kept in "
-                f"{self.folder}; lower train.lr or the guidance weight, or use train.precision bf16 or fp32"
-            )
         if journal is None:
             return
         rate = self.optimizer.param_groups[0]["lr"]
@@ -170,7 +188,10 @@ class Trainer:
         journal.write(line | {"seconds": round(self.seconds, 3), "tflops": self.total_flops() / 1e12})
         bar.set_postfix(short({k: v for k, v in values.items() if k != "grad_norm"}), refresh=False)
         if self.config.log.tensorboard:
-            self.accelerator.log({f"{self.stage.name}/{k}": v for k, v in values.items()}, step=self.step)
+            try:
+                self.accelerator.log({f"{self.stage.name}/{k}": v for k, v in values.items()}, step=self.step)
+            except OSError as error:
+                warnings.warn(f"TensorBoard misses step {self.step}: {error}; log.jsonl has it", stacklevel=2)
 
     def total_flops(self) -> float:
         """Operations of this stage so far: student, heads and teacher."""
@@ -193,6 +214,7 @@ class Trainer:
 
     def _save(self, *, required: bool) -> None:
         """Checkpoint from the main process. A disk that is full costs a warning, unless the run ends here."""
+        self._means()  # weights that have broken down must not push out those that have not
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
             try:
@@ -234,13 +256,13 @@ class Trainer:
     def _restore(self) -> None:
         """Continue from the newest whole checkpoint of the room. Order and noise follow from the step."""
         found = checkpoint.newest(self.folder)
+        self.step = found.step if found else 0
+        if found is not None:
+            self._check_teacher(found)
+        self._retire()
         if found is None:
             return
-        self._check_teacher(found)
-        self.step, self.seconds = found.step, float(found.state["seconds"])
-        if self.objective.retire(self.step):
-            forget(self.optimizer, self.objective)
-            self.teacher = None
+        self.seconds = float(found.state["seconds"])
         student = {f"student.{k}": v for k, v in found.tensors("student").items()}
         self.objective.load_state_dict(student | found.tensors("heads"), strict=True)
         self.ema.model.load_state_dict(found.tensors("ema"), strict=True)
