@@ -16,10 +16,10 @@ quickstart: .venv/installed  ## the whole method on real digits: CPU, minutes; w
 	@.venv/bin/selftrans quickstart
 
 test: .venv/installed-dev  ## the whole test-suite
-	@$(PY) -m pytest
+	@$(PY) -m pytest --numprocesses auto --dist loadfile
 
 fast: .venv/installed-dev  ## the test-suite without its slow tests
-	@$(PY) -m pytest -m "not slow"
+	@$(PY) -m pytest --numprocesses auto --dist loadfile -m "not slow"
 
 lint: .venv/installed-dev  ## ruff (rules and format) and mypy
 	@$(PY) -m ruff check

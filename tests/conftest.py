@@ -1,4 +1,4 @@
-"""What every test gets: a fixed seed, two threads, no display, no network, and caches of its own."""
+"""What every test gets: a fixed seed, one thread, no display, no network, and caches of its own."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ os.environ.update(
     WANDB_MODE="offline",
     TOKENIZERS_PARALLELISM="false",
     MPLBACKEND="Agg",
-    OMP_NUM_THREADS="2",
+    OMP_NUM_THREADS="1",  # tests run side by side, one process per core; threads that contend are far slower
     COLUMNS="120",  # help texts wrap alike on every terminal
 )
 for name in ("ACCELERATE_MIXED_PRECISION", "ACCELERATE_USE_CPU", "FORCE_COLOR"):
@@ -32,7 +32,7 @@ import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)
 
 LOCAL = ("127.", "localhost", "::1", "0.0.0.0")
 

@@ -34,7 +34,8 @@ class Stub(nn.Module):
         return cond.to(self.c.dtype)
 
     def forward(self, x, t, cond, *, taps=(), stop=False):
-        self.calls.append({"x": x.clone(), "t": t.clone(), "cond": cond, "taps": taps, "stop": stop})
+        graph = torch.is_grad_enabled()
+        self.calls.append({"x": x.clone(), "t": t.clone(), "cond": cond, "taps": taps, "stop": stop, "graph": graph})
         n, p = x.shape[0], self.patch
         c, h, w = self.shape
         tokens = x.reshape(n, c, h // p, p, w // p, p).permute(0, 2, 4, 1, 3, 5).reshape(n, -1, c * p * p)
@@ -49,7 +50,7 @@ class Stub(nn.Module):
 
 
 class TextStub(Stub):
-    """The same with a text-like condition: y is the mean of the tokens that the mask keeps, plus the pooled vector's."""
+    """With a text-like condition: y is the mean of the tokens that the mask keeps, plus that of the pooled vector."""
 
     def null(self, cond):
         first = torch.zeros_like(cond["mask"])

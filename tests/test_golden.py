@@ -2,8 +2,8 @@
 
     python tests/test_golden.py --write        computes tests/golden/losses.json anew
 
-A refactor leaves these numbers as they are. A commit that changes them explains why in its message: what the training now
-does differently, and why that is right.
+A refactor leaves these numbers as they are. A commit that changes them explains why in its message: what the training
+now does differently, and why that is right.
 """
 
 import json
@@ -76,7 +76,9 @@ def test_the_golden_numbers_make_sense(now):
     images, _ = digits()
     for stage, curves in now.items():
         guided = {"vanilla": [], "stage1": ["structure"], "stage2": ["self"]}[stage]
-        assert set(curves) == {"flow"} | {name + end for name in guided for end in ("", "/feature_norm", "/target_norm")}
+        assert set(curves) == {"flow"} | {
+            name + end for name in guided for end in ("", "/feature_norm", "/target_norm")
+        }
         assert len(curves["flow"]) == STEPS
         silent = 1 + images[:BATCH].square().mean().item()  # a new model says v = 0, and E v² = 1 + E z0²
         assert curves["flow"][0] == pytest.approx(silent, rel=0.1)

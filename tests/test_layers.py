@@ -45,6 +45,7 @@ PLAN = {
     # faces
     "__init__":   "types flow latents models methods sample config",   # import selftrans: torch and nothing else
     "cli":        BELOW,                      # inside its functions only, but for tyro
+    "__main__":   "cli",
 }  # fmt: skip
 
 #: the one look upwards, for the type checker only: the registry reads a run's config, which holds the methods' configs

@@ -8,8 +8,10 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import difflib
+import inspect
 import io
 import json
+import os
 import re
 import sys
 import typing
@@ -22,7 +24,7 @@ from typing import Any, Literal
 import tyro
 from tyro.conf import Positional
 
-FLAGS = (tyro.conf.FlagConversionOff,)
+VALUES = (tyro.conf.FlagConversionOff,)  #: overrides of a recipe are all written --a.b=c, also true and false
 
 
 @dataclass
@@ -54,6 +56,8 @@ class Prepare:
     """of a parquet file or a data set on the hub"""
     label_column: str | None = None
     """of a parquet file or a data set on the hub; None: found by its type"""
+    part: str = "1/1"
+    """I/N: this process makes every Nth shard, others run the same command with another I (also on other machines)"""
 
     def run(self) -> None:
         from selftrans.data.encode import prepare
@@ -165,11 +169,13 @@ class Quickstart:
     steps: int | None = None
     """student steps of each method; None: as the recipe digits says"""
     seeds: tuple[int, ...] = (0,)
+    images: int = 1000
+    """samples for each distance"""
 
     def run(self) -> None:
         from selftrans.quickstart import quickstart
 
-        quickstart(self.out, steps=self.steps, seeds=self.seeds)
+        quickstart(self.out, steps=self.steps, seeds=self.seeds, images=self.images)
 
 
 COMMANDS: dict[str, Any] = {
@@ -193,6 +199,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Interrupted as stopped:
         print(f"selftrans: {stopped}", file=sys.stderr)
         return RESUME_ME
+    except BrokenPipeError:  # the reader (head, less) has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except (ValueError, OSError, FloatingPointError, ImportError) as error:
         print(f"selftrans: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
@@ -229,8 +238,6 @@ def _dispatch(argv: list[str]) -> None:
 
 
 def _overview() -> str:
-    import inspect
-
     lines = ["usage: selftrans COMMAND ...   (selftrans COMMAND --help teaches each)", ""]
     lines += [f"  {'train':<11} {TRAIN}"]
     lines += [f"  {name:<11} {inspect.getdoc(kind).splitlines()[0]}" for name, kind in COMMANDS.items()]  # type: ignore[union-attr]
@@ -244,13 +251,14 @@ def _usage(what: str, word: str, known: Sequence[str], where: str) -> SystemExit
     return SystemExit(2)
 
 
-def _parse(kind: Any, args: list[str], prog: str, default: Any = None) -> Any:
-    """tyro, with its framed errors told in one line."""
+def _parse(kind: Any, args: list[str], prog: str, default: Any = None, description: str | None = None) -> Any:
+    """tyro, with its framed errors told in one line. With a `default`, the arguments are overrides of its fields."""
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
-            extra = {} if default is None else {"default": default}
-            return tyro.cli(kind, args=args, prog=prog, config=FLAGS, **extra)
+            if default is None:
+                return tyro.cli(kind, args=args, prog=prog)
+            return tyro.cli(kind, args=args, prog=prog, default=default, description=description, config=VALUES)
     except SystemExit as stop:
         if stop.code:
             body = said.getvalue().split("─────\n")[-1] if "╭" not in said.getvalue() else said.getvalue()
@@ -283,12 +291,15 @@ def _train(argv: list[str]) -> None:
             raise _usage(f"override {flag} is unknown", flag[2:], names, f"selftrans train {name} --help")
     if not {"-h", "--help"} & set(rest) and "out" not in options:
         raise _usage("--out RUN is missing", "", [], "selftrans train --help")
-    config: RunConfig = _parse(RunConfig, rest, f"selftrans train {name}", RECIPES[name]())
+    about = f"{inspect.getdoc(RECIPES[name])}\n\nBeside the overrides: --out RUN, --data DIR, --teacher RUN_OR_FILE."
+    config: RunConfig = _parse(RunConfig, rest, f"selftrans train {name}", RECIPES[name](), about)
     if "data" in options:
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, path=options["data"]))
     if "teacher" in options:
         config = dataclasses.replace(config, stage2=dataclasses.replace(config.stage2, teacher=options["teacher"]))
     report = train(config, options["out"])
+    if os.environ.get("RANK", "0") != "0":
+        return
     print(
         f"done: {report['student_steps']} student steps, {report['student_tflops']:.3g} TFLOPs; with all stages and the "
         f"teacher's training {report['total_tflops']:.3g} TFLOPs, {report['total_seconds']:.0f} s -> {options['out']}"

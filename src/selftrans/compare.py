@@ -36,7 +36,7 @@ from selftrans.train.log import progress_bar
 from selftrans.train.pipeline import train
 from selftrans.train.restore import FILES, restore
 
-POINTS = 6  #: measurements along a run
+POINTS = 5  #: measurements along a run
 PROBE_T = 0.4  #: noise level of the linear probe, the paper's
 
 Result: TypeAlias = tuple[dict[str, Any], list[dict[str, Any]]]  #: run.json, and the measured points

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import json
@@ -30,6 +31,8 @@ class Data:
     """(C, H, W) of a latent; None: as prepared; otherwise the data must agree"""
     classes: int | None = None
     """number of classes; None: as prepared; otherwise the data must agree"""
+    on_device: bool = False
+    """keep the whole set in the memory of the training device and index it there; changes no number, only speed"""
 
 
 @dataclass(frozen=True)
@@ -198,7 +201,11 @@ def _build(kind: Any, raw: Any, where: str) -> Any:
     if origin in (typing.Union, types.UnionType):
         if raw is None and type(None) in inner:
             return None
-        return _build(next(k for k in inner if k is not type(None)), raw, where)
+        kinds = [k for k in inner if k is not type(None)]
+        for other in kinds[1:]:
+            with contextlib.suppress(ValueError):
+                return _build(other, raw, where)
+        return _build(kinds[0], raw, where)
     if origin is Literal and raw in inner:
         return raw
     if origin is tuple and isinstance(raw, list):

@@ -168,8 +168,12 @@ def _data_of(origin: str | Path, found: Restored, data: str | None) -> str:
 
 
 def data_latents(shards: Shards, most: int) -> tuple[Tensor, Tensor]:
-    """The first `most` latents (N, C, H, W) of a fixed shuffle, and their labels (N,); torch's generator is left alone."""
-    rows = np.random.default_rng(0).permutation(len(shards))[:most]
+    """At most `most` latents (N, C, H, W) of a fixed shuffle, and their labels (N,)."""
+    return latents_of(shards, np.random.default_rng(0).permutation(len(shards))[:most])
+
+
+def latents_of(shards: Shards, rows: np.ndarray) -> tuple[Tensor, Tensor]:
+    """Latents (N, C, H, W) of these rows, the same posterior sample each time; torch's generator is left alone."""
     moments, labels = shards.read(rows)
     manifest = shards.manifest
     with torch.random.fork_rng(devices=[]):

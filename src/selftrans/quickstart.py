@@ -28,7 +28,7 @@ from selftrans.evaluate.classifier import write_beside
 from selftrans.evaluate.features import load_extractor
 from selftrans.flow import PATHS
 from selftrans.latents import load_autoencoder, to_uint8
-from selftrans.measure import data_latents
+from selftrans.measure import latents_of
 from selftrans.recipes.digits import digits
 from selftrans.sample import sample_images
 from selftrans.train import checkpoint
@@ -38,7 +38,7 @@ from selftrans.train.stop import lock
 #: name of the method -> what the page calls it; in this order, so that stage 1 is there to teach
 METHODS = {"vanilla": "vanilla", "structure": "stage 1 only", "self_transcendence": "Self-Transcendence"}
 IMAGES = 1000  #: samples for each distance
-SHOWN = 40  #: samples on the page, per method
+SHOWN = 42  #: samples on the page, per method
 MAPPED = 8  #: digits whose features are mapped
 
 
@@ -79,6 +79,7 @@ def summarise(chosen: Comparison, results: Results) -> dict[str, Any]:
         "seeds": list(chosen.seeds),
         "steps": train.steps,
         "teacher_steps": chosen.config.stage1.steps or max(1, train.steps // 2),
+        "block": chosen.config.stage1.block,
         "images": chosen.images,
     }
 
@@ -110,7 +111,7 @@ def samples_of(run: Path) -> np.ndarray:
 
 def maps_of(run: Path, shards: Shards, block: int) -> dict[str, np.ndarray]:
     """Row name -> pictures: the digits, and PCA maps of the shallow block at every checkpoint, in the last one's colours."""
-    z0, labels = data_latents(shards, MAPPED)
+    z0, labels = latents_of(shards, np.arange(min(MAPPED, len(shards))))
     stage = json.loads((run / "run.json").read_text())["stages"][-1]["stage"]
     found = [restore(folder) for _, folder in checkpoint.steps(run / stage / "checkpoints")]
     feats = [

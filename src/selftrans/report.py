@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from selftrans.analyse.plots import COLOURS, INK, MARKERS, curves, figure_to_data_uri, image_grid, pca_grid
+from selftrans.analyse.plots import COLOURS, INK, MARKERS, RULE, curves, figure_to_data_uri, image_grid, pca_grid, plain_ticks
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -42,7 +42,7 @@ def text_table(table: list[dict[str, Any]], names: Mapping[str, str], metric: st
 def legend(metric: str) -> str:
     return (
         f"distance: {metric}, lower is better; accuracy: the classifier's, of the samples' labels; shallow probe: accuracy of "
-        "a linear classifier on the guided shallow block's features at t = 0.4; seconds: of the last stage's training; total "
+        "a linear classifier on the features of the shallow block that stage 1 guides, at t = 0.4; seconds: of the last stage's training; total "
         "TFLOPs: every stage and the teacher's training included."
     )
 
@@ -61,11 +61,12 @@ def overview(series: Mapping[str, Curve], grids: Mapping[str, np.ndarray], metri
         axes.plot(steps, values, color=COLOURS[i], marker=MARKERS[i], markeredgecolor="white", label=name)
         axes.fill_between(steps, np.maximum(low, 1e-9), high, color=COLOURS[i], alpha=0.18, linewidth=0)
     axes.set(xlabel="student steps", ylabel=metric, yscale="log")
-    axes.grid(color="#DDDDDD", which="both", linewidth=0.5)
+    axes.grid(color=RULE, which="both", linewidth=0.5)
     axes.spines[["top", "right"]].set_visible(False)
+    plain_ticks(axes, logx=False, logy=True)
     axes.legend(frameon=False)
     for i, (name, images) in enumerate(grids.items()):
-        picture = image_grid(images, columns=-(-len(images) // 2), upscale=6, gap=6)
+        picture = image_grid(images, columns=-(-len(images) // 3), upscale=6, gap=6)
         mosaic[str(i)].imshow(
             picture.repeat(3, axis=-1) if picture.shape[-1] == 1 else picture, interpolation="nearest"
         )
@@ -115,8 +116,8 @@ weights, balanced labels, no guidance at sampling.</p>
 <p class="note">The same noise and the same labels for each method.</p>
 <div class="grids">{samples}</div>
 <h2>What the shallow block sees</h2>
-<p class="note">First three principal components of the guided shallow block's features at t = 0.4, over training, for the
-digits of the first row. Colours are those of the last checkpoint's components.</p>
+<p class="note">First three principal components of block {summary['block']}, the one that stage 1 guides, at t = 0.4, over
+training, for the digits of the first row. Colours are those of the last checkpoint's components.</p>
 {features}
 <p class="note">Made by <code>selftrans quickstart</code> in {summary["seconds"]:.0f} s. The same numbers are in
 <code>table.json</code> and <code>table.csv</code> beside this page.</p>

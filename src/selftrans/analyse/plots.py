@@ -75,7 +75,7 @@ def curves(
             low = np.where(y - deviation > 0, y - deviation, y) if logy else y - deviation
             axes.fill_between(x, low, y + deviation, color=colour, alpha=0.18, linewidth=0, zorder=2)
     axes.set(xlabel=xlabel, ylabel=ylabel, xscale="log" if logx else "linear", yscale="log" if logy else "linear")
-    _plain_ticks(axes, logx, logy)
+    plain_ticks(axes, logx, logy)
     axes.legend(frameon=False)
     return figure
 
@@ -234,7 +234,7 @@ def _short(value: float) -> str:
     return f"{value:,.{min(max(decimals, 0), 6)}f}"
 
 
-def _plain_ticks(axes: Any, logx: bool, logy: bool) -> None:
+def plain_ticks(axes: Any, logx: bool, logy: bool) -> None:
     """Thousands separated; on a log axis 20 and 50 rather than 2x10¹, and no minor labels to collide."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 

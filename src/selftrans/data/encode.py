@@ -1,7 +1,7 @@
 """Pictures ⇒ moments ⇒ shards on disk: decoded by threads ahead of the encoder, resumable shard by shard.
 
 Shard k holds pictures [k * shard_size, (k + 1) * shard_size) of the source, minus the unreadable ones, so a shard
-depends on no other and several processes could each make some.
+depends on no other, and several processes or machines can each make some (`part`).
 Shape legend: N batch, R resolution, M moments channels, (C, H, W) latent.
 """
 
@@ -11,7 +11,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
@@ -45,6 +45,7 @@ def prepare(
     precision: str = "float32",
     split: str = "train",
     label_column: str | None = None,
+    part: str = "1/1",
     progress: bool = True,
 ) -> Manifest:
     """Encode a source of pictures (see `open_source`) into a folder of shards, and return its manifest.
@@ -55,6 +56,9 @@ def prepare(
         dtype: of the stored moments; `precision` is that of the autoencoder's network.
         skip_bad: leave unreadable pictures out, listed in the manifest, in place of stopping at the first.
         split, label_column: for parquet files and data sets of the hub.
+        part: "I/N": make every Nth shard only, from the Ith on, while other processes or machines make the others in
+            the same folder. Whichever finds all of them whole finishes the folder; before, the manifest returned is
+            that of the shards so far.
     An interrupted call continues after its last whole shard when repeated (with the same batch_size and device the
     result is the same bit for bit); a complete one does nothing; a complete folder that lost a shard gets it back.
     Raises ValueError for a bad source, picture, autoencoder or option, for a folder that was begun with other
@@ -62,6 +66,7 @@ def prepare(
     """
     out = Path(out)
     _check(source, out, batch_size=batch_size, shard_size=shard_size, dtype=dtype, precision=precision)
+    mine = _part(part)
     before = ledger.earlier(out)
     native = before.plan.resolution if before and before.plan.options.get("resolution") is None else None
     pictures = open_source(
@@ -87,7 +92,7 @@ def prepare(
         _say("passed over: " + ", ".join(f"{count} {why}" for why, count in pictures.ignored.items()), progress)
     where, model = _load(autoencoder, device, precision)
     encoder = _Encoder(pictures, model, where, batch_size, shard_size, flip, dtype, skip_bad)
-    return _run(encoder, _plan(encoder, str(source), options), out, progress)
+    return _run(encoder, _plan(encoder, str(source), options), out, mine, progress)
 
 
 def prepare_digits(out: str | Path) -> Shards:
@@ -119,6 +124,10 @@ class _Encoder:
             range(start, min(start + self.batch_size, stop))
             for start in range(unit * self.shard_size, stop, self.batch_size)
         ]
+
+    def asked(self, unit: int) -> int:
+        """How many pictures of the source a shard is made from."""
+        return sum(len(batch) for batch in self.batches(unit))
 
     def decode(self, indices: range) -> _Decoded:
         """Read a batch of pictures. Raises ValueError for an unreadable one, unless they are to be skipped."""
@@ -182,6 +191,14 @@ def _check(source: str | Path, out: Path, *, batch_size: int, shard_size: int, d
         raise ValueError(f"{out} lies inside the pictures {source}; choose an --out elsewhere")
 
 
+def _part(text: str) -> ledger.Part:
+    """(I, N) of "I/N". Raises ValueError for anything else."""
+    number, _, parts = text.partition("/")
+    if not (number.isdecimal() and parts.isdecimal() and 1 <= int(number) <= int(parts)):
+        raise ValueError(f"part {text!r} should be I/N with I from 1 to N, as 1/2 and 2/2 for two processes")
+    return int(number), int(parts)
+
+
 def _load(name: str, device: str | torch.device | None, precision: str) -> tuple[torch.device, Autoencoder]:
     """The autoencoder, and where it runs: by default on a GPU if there is one."""
     if name == "pixel":
@@ -220,31 +237,54 @@ def _plan(encoder: _Encoder, source: str, options: dict[str, Option]) -> Manifes
     )
 
 
-def _run(encoder: _Encoder, plan: Manifest, out: Path, progress: bool) -> Manifest:
-    """Make the shards that are missing, then the manifest."""
+def _run(encoder: _Encoder, plan: Manifest, out: Path, part: ledger.Part, progress: bool) -> Manifest:
+    """Make the shards of a part that are missing; then, if no other part has any left to make, the manifest."""
     from tqdm import tqdm
 
-    with ledger.locked(out):
-        before = ledger.earlier(out)  # again, now that nobody else writes
-        if before:
-            ledger.check_plan(before.plan, plan, out)
-        sizes = {unit: sum(len(batch) for batch in encoder.batches(unit)) for unit in encoder.units()}
-        shards = {s.index: s for s in (before.shards if before else ()) if _asked(s) == sizes.get(s.index)}
-        missing = [unit for unit in encoder.units() if unit not in shards]
-        ledger.begin(out, plan, shards.values())
-        done = sum(sizes[unit] for unit in shards)
-        bar = tqdm(total=len(encoder.source), initial=done, unit=" pictures", disable=not progress)
+    mine = [unit for unit in encoder.units() if unit % part[1] == part[0] - 1]
+    with ledger.locked(out, part, mine):
+        with ledger.changing(out):
+            shards = _whole(encoder, plan, out)  # again, now that nobody else writes to them
+            if ledger.is_finished(out) and len(shards) == len(encoder.units()):  # meanwhile, by another part
+                return Manifest.load(out)
+            ledger.begin(out, plan, shards.values())
+        missing = [unit for unit in mine if unit not in shards]
+        done = sum(encoder.asked(unit) for unit in mine if unit in shards)
+        total = sum(encoder.asked(unit) for unit in mine)
+        bar = tqdm(total=total, initial=done, unit=" pictures", disable=not progress)
         batches = (batch for unit in missing for batch in encoder.batches(unit))
         with bar, closing(ahead(encoder.decode, batches)) as decoded:
             for unit in missing:
                 shards[unit] = _write(encoder, plan, out, unit, decoded, bar.update)
                 ledger.record(out, shards[unit])
-        if not any(shard.count for shard in shards.values()):
-            name, reason = shards[0].skipped[0]
-            raise ValueError(
-                f"none of the {len(encoder.source)} pictures is readable; the first: {shown(name)} ({reason})"
-            )
-        return ledger.finish(out, plan, shards.values())
+        with ledger.changing(out):
+            return _finish(encoder, plan, out, progress)
+
+
+def _whole(encoder: _Encoder, plan: Manifest, out: Path) -> dict[int, Shard]:
+    """The shards in the folder that are whole, by index. ValueError when it was begun as something else."""
+    before = ledger.earlier(out)
+    if before:
+        ledger.check_plan(before.plan, plan, out)
+    units = encoder.units()
+    return {s.index: s for s in (before.shards if before else ()) if s.index in units and _asked(s) == encoder.asked(s.index)}
+
+
+def _finish(encoder: _Encoder, plan: Manifest, out: Path, progress: bool) -> Manifest:
+    """The manifest of the folder, written if all shards are whole; else that of the shards so far."""
+    shards = _whole(encoder, plan, out)
+    if len(shards) < len(encoder.units()):
+        count = sum(shard.count for shard in shards.values())
+        _say(f"{len(shards)} of {len(encoder.units())} shards are whole; the other parts make the rest", progress)
+        return replace(plan, shards=tuple(shards[unit] for unit in sorted(shards)), count=count)
+    if ledger.is_finished(out):
+        return Manifest.load(out)
+    if not any(shard.count for shard in shards.values()):
+        name, reason = shards[0].skipped[0]
+        raise ValueError(
+            f"none of the {len(encoder.source)} pictures is readable; the first: {shown(name)} ({reason})"
+        )
+    return ledger.finish(out, plan, shards.values())
 
 
 def _asked(shard: Shard) -> int:

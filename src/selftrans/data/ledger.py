@@ -1,7 +1,10 @@
-"""The output folder of `prepare`: what is finished in it, and files that appear whole or not at all.
+"""The output folder of `prepare`: what is finished in it, who may write, and files that appear whole or not at all.
 
 unfinished: `plan.json` (a manifest without shards) and a record `shard-00000.json` per finished shard
 finished:   `manifest.json`, written last, which takes the place of both
+
+One process writes alone, or several write different shards: each makes the shards k with k % N == I - 1, and whichever
+finds all of them whole writes the manifest.
 """
 
 from __future__ import annotations
@@ -9,16 +12,20 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, fields, replace
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import BinaryIO, NamedTuple, TypeAlias
 
 from selftrans.data.manifest import FILE, Manifest, Option, Shard, parse_json, read_text, shard_from
 
 PLAN, LOCK, TEMP = "plan.json", ".lock", ".tmp-"
+#: part I of N, counted from 1; the whole is part 1 of 1
+Part: TypeAlias = tuple[int, int]
+WHOLE: Part = (1, 1)
 
 
 class Earlier(NamedTuple):
@@ -55,6 +62,11 @@ def earlier(out: Path) -> Earlier | None:
     return Earlier(replace(found, count=0, shards=()), whole, complete)
 
 
+def is_finished(out: Path) -> bool:
+    """Whether the folder is in its finished state (its shards may be damaged all the same)."""
+    return (out / FILE).is_file() and not (out / PLAN).exists()
+
+
 def _records(out: Path) -> Iterator[Shard]:
     for path in sorted(out.glob("shard-*.json")):
         with suppress(ValueError):  # a damaged record is no record: its shard is made again
@@ -85,28 +97,54 @@ def check_plan(before: Manifest, plan: Manifest, out: Path) -> None:
 
 
 @contextmanager
-def locked(out: Path) -> Iterator[None]:
-    """Make the folder and hold it for this process. Raises ValueError when another has it, or it cannot be written."""
+def locked(out: Path, part: Part = WHOLE, units: Iterable[int] = ()) -> Iterator[None]:
+    """Make the folder and hold it for this process; or hold one part of it, the shards `units`, beside other parts.
+
+    Raises ValueError when another has it, or it cannot be written.
+    """
+    alone, name = part == WHOLE, f"{LOCK}-{part[0]}-of-{part[1]}"
     try:
         out.mkdir(parents=True, exist_ok=True)
         lock = open(out / LOCK, "ab")  # noqa: SIM115 (held for the whole block below)
+        mine = lock if alone else open(out / name, "ab")  # noqa: SIM115
     except OSError as error:
         raise write_error(out, error) from error
-    with lock:
-        if not _take(lock):
+    with lock, mine:
+        if not _take(lock, shared=not alone):
             raise ValueError(f"another `selftrans prepare` is writing to {out}; wait for it, or choose another --out")
-        for stale in out.glob(f"{TEMP}*"):  # of a process that was killed
-            with suppress(OSError):
-                stale.unlink()
+        if not alone and not _take(mine):
+            raise ValueError(f"another `selftrans prepare` is making part {part[0]}/{part[1]} in {out}; wait for it")
+        _sweep(out, "" if alone else rf"[a-z]+-({'|'.join(f'{unit:05d}' for unit in units)})\.")
         yield
 
 
-def _take(lock: BinaryIO) -> bool:
+@contextmanager
+def changing(out: Path) -> Iterator[None]:
+    """Hold the state of the folder (plan and manifest) while it is read and changed; other parts wait a moment."""
+    try:
+        lock = open(out / f"{LOCK}-state", "ab")  # noqa: SIM115
+    except OSError as error:
+        raise write_error(out, error) from error
+    with lock:
+        _take(lock, wait=True)
+        _sweep(out, r"(plan|manifest)\.")
+        yield
+
+
+def _sweep(out: Path, names: str) -> None:
+    """Remove unfinished files whose names begin like this (a pattern): what a killed process has left."""
+    for stale in out.glob(f"{TEMP}*"):
+        if re.match(names, stale.name.removeprefix(TEMP)):
+            with suppress(OSError):
+                stale.unlink()
+
+
+def _take(lock: BinaryIO, *, shared: bool = False, wait: bool = False) -> bool:
     """Whether this process has the lock now; the system releases it however the process ends."""
     try:
         import fcntl
 
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(lock, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
     except BlockingIOError:
         return False
     except (ImportError, OSError):
@@ -132,7 +170,7 @@ def finish(out: Path, plan: Manifest, shards: Iterable[Shard]) -> Manifest:
     ordered = tuple(sorted(shards, key=lambda shard: shard.index))
     manifest = replace(plan, shards=ordered, count=sum(shard.count for shard in ordered))
     write_text(out / FILE, manifest.to_json())
-    for path in [*out.glob("shard-*.json"), out / PLAN, out / LOCK]:
+    for path in [*out.glob("shard-*.json"), out / PLAN, *out.glob(f"{LOCK}*")]:
         path.unlink(missing_ok=True)
     return manifest
 

@@ -70,7 +70,11 @@ def stages(config: RunConfig) -> list[Stage]:
     """Stages of `config.method`: a name in METHODS, or a stranger's `module:function` with the same signature."""
     if ":" in config.method:
         module, _, function = config.method.partition(":")
-        return list(getattr(importlib.import_module(module), function)(config))
+        try:
+            method = getattr(importlib.import_module(module), function)
+        except (ImportError, AttributeError) as error:
+            raise ValueError(f"method '{config.method}' cannot be imported ({error}); give module:function") from error
+        return list(method(config))
     if config.method not in METHODS:
         raise ValueError(f"method '{config.method}' is unknown; choose one of {', '.join(METHODS)}, or module:function")
     return METHODS[config.method](config)

@@ -1,6 +1,6 @@
 """The training objective: one draw, one student forward, the flow loss, and each guidance's term added to it.
 
-Guidance is composed, never inherited: anything with the fields of `Guidance` can be handed to `Objective`.
+Guidance is composed, never inherited: any nn.Module with the fields of `Guidance` can be handed to `Objective`.
 Shape legend: N batch, M samples that a guidance looks at, T tokens, D width, (C, H, W) latent.
 """
 
@@ -23,9 +23,9 @@ RANGE_MODES = ("select", "scale")
 
 
 class Guidance(Protocol):
-    """One extra loss term on the student's features. In practice an nn.Module, whose parameters are its heads."""
+    """One extra loss term on the student's features: an nn.Module, whose parameters are its heads."""
 
-    name: str  #: prefix of its entries in the report
+    name: str  #: prefix of its entries in the report, unlike any other's
     weight: float  #: lambda
     taps: tuple[int, ...]  #: student blocks whose features it reads
     until_step: int | None  #: first step at which it no longer acts; None = never ends
@@ -66,7 +66,8 @@ class Frozen:
 
     def __call__(self, zt: Tensor, t: Tensor, *conds: Cond) -> list[Tensor]:
         """h_k(zt, t, cond) for each condition, side by side in one forward pass: list of (N, T, D)."""
-        self.model.to(zt.device)
+        if next(self.model.parameters()).device != zt.device:
+            self.model.to(zt.device)
         many = len(conds)
         with torch.inference_mode():
             out = self.model(zt.repeat(many, 1, 1, 1), t.repeat(many), cat_cond(*conds), taps=(self.block,), stop=True)
@@ -90,7 +91,7 @@ class Gate(NamedTuple):
 def capacity(n: int, timestep_range: tuple[float, float]) -> int:
     """Most systematic times of a batch of n that can lie in [a, b]: floor(n (b - a)) + 1."""
     a, b = timestep_range
-    return min(n, math.floor(n * (b - a) + 1e-6) + 1)
+    return min(n, math.floor(n * (b - a + 1e-6)) + 1)  # 1e-6: times and edges are compared in float32
 
 
 def gate(d: Draw, timestep_range: tuple[float, float] | None, mode: str) -> Gate:
@@ -173,6 +174,9 @@ class Objective(nn.Module):
         self.student = student
         self.guidances = nn.ModuleList(guidances)  # type: ignore[arg-type]
         self.path, self.times, self.drop = path, times, drop
+        names = [guidance.name for guidance in guidances]
+        if len(set(names)) < len(names):
+            raise ValueError(f"guidances are called {', '.join(names)}; give each a name of its own")
         for guidance in guidances:
             wrong = [k for k in guidance.taps if not 1 <= k <= student.depth]
             if wrong:

@@ -113,7 +113,7 @@ class SelfGuidance(nn.Module):
         check_gate(config.timestep_range, config.range_mode)
         check_tokens(student, teacher)
         self.config, self.weight, self.until_step = config, config.weight, config.until_step
-        self.block = config.student_block or max(1, student.depth // 2)
+        self.block = max(1, student.depth // 2) if config.student_block is None else config.student_block
         self.taps, self.teacher = (self.block,), teacher
         self.head = projector(student.width, teacher.width, config.head_width)
 

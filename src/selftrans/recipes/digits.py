@@ -16,8 +16,8 @@ def digits() -> RunConfig:
         recipe="digits",
         model=Model(name="SiT-S/2", width=64, depth=6, heads=2, patch=2),
         stage1=Stage1(block=2, head_width=128),
-        stage2=Stage2(scale=5.0, until_step=1000, head_width=128),
-        train=Train(steps=2000, batch_size=128, lr=1e-3, ema=0.995, checkpoint_every=500, preview_every=500),
-        sample=SampleConfig(sampler="heun", steps=20),
+        stage2=Stage2(scale=5.0, until_step=600, head_width=128),
+        train=Train(steps=1000, batch_size=128, lr=1e-3, ema=0.995, checkpoint_every=250, preview_every=250),
+        sample=SampleConfig(sampler="heun", steps=12, batch_size=256),
         log=Log(every=50),
     )

@@ -44,6 +44,14 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def weights_sha256(path: Path) -> str:
+    """Hash of a file's tensors alone: the same weights trained again, at another time or for longer, have the same."""
+    with open(path, "rb") as file:
+        header = int.from_bytes(file.read(8), "little")  # safetensors: length of the header, header, tensors
+        file.seek(8 + header)
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def save(
     folder: Path, step: int, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any], header: dict[str, Any]
 ) -> Path:
@@ -58,6 +66,7 @@ def save(
             path = beside / f"{name}.safetensors"
             metadata = {KEY: json.dumps(header | {"weights": name})}
             save_file({key: value.detach().cpu().contiguous() for key, value in named.items()}, path, metadata=metadata)
+            path.chmod(beside.stat().st_mode & 0o666)  # safetensors makes them private, whatever the umask says
             _sync(path)
             hashes[path.name] = sha256(path)
         (beside / STATE).write_text(json.dumps({"step": step, "sha256": hashes} | state, indent=2))
@@ -69,7 +78,7 @@ def save(
         _sync(folder)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(beside, ignore_errors=True)
-        raise OSError(f"could not write checkpoint {final}: {error}") from error
+        raise OSError(f"could not write checkpoint {final} ({error})") from error
     return final
 
 
@@ -130,7 +139,7 @@ def read_header(path: Path) -> dict[str, Any]:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
         return dict(json.loads(metadata[KEY]))
-    except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
+    except (OSError, SafetensorError, KeyError, ValueError, TypeError, RecursionError) as error:
         reason = "no entry 'selftrans' in its header" if isinstance(error, KeyError) else error
         raise ValueError(
             f"{path} is not a selftrans weights file ({reason}); expected student.safetensors or ema.safetensors of a "

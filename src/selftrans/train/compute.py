@@ -1,4 +1,4 @@
-"""Floating-point operations of a training step, so that runs report total compute and not steps alone."""
+"""The compute of a training step: what is compiled, and how many floating-point operations it takes."""
 
 from __future__ import annotations
 
@@ -8,8 +8,21 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from selftrans.methods.objective import Objective
+from selftrans.methods.objective import Frozen, Objective
 from selftrans.types import Backbone, Cond
+
+
+def compile_blocks(objective: Objective, teacher: Frozen | None) -> None:
+    """`torch.compile` each block of the student and of its teacher in place, for as long as they live.
+
+    All blocks of a model share one compilation. Shapes are fixed, so that what meets them is: the student's batch, and
+    as many samples as a guidance selects. Independent times select another number at each step, so there the teacher's
+    batch is left open.
+    """
+    for block in getattr(objective.student, "blocks", ()):
+        block.compile(dynamic=False)
+    for block in getattr(teacher.model, "blocks", ()) if teacher is not None else ():
+        block.compile(dynamic=False if objective.times == "systematic" else None)
 
 
 def forward_flops(backbone: Backbone, cond: Cond, taps: tuple[int, ...] = (), *, stop: bool = False) -> int:

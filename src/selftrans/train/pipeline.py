@@ -21,6 +21,7 @@ from accelerate.state import AcceleratorState
 
 from selftrans.config import RunConfig, from_json, to_json
 from selftrans.data.encode import prepare_digits
+from selftrans.data.resident import Resident
 from selftrans.data.shards import Manifest, Shards
 from selftrans.methods import Stage, stages
 from selftrans.methods.objective import Frozen, Objective
@@ -32,7 +33,10 @@ from selftrans.train.stop import Stop, lock
 from selftrans.train.trainer import Trainer
 
 #: sections and fields that may change between two visits to the same run directory
-FREE = ("log", "sample", "data.path", "train.steps", "train.checkpoint_every", "train.preview_every", "train.keep")
+FREE = (
+    *("log", "sample", "data.path", "data.on_device"),
+    *("train.steps", "train.checkpoint_every", "train.preview_every", "train.keep"),
+)
 PRECISION = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 DTYPE = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -54,7 +58,9 @@ def train(
         shards = open_data(config, out, accelerator)
         config = _settle(config, out, shards.manifest)
         plan = _plan(config)
-        _rehearse(config, plan, shards.manifest)
+        _rehearse(config, plan, out, shards.manifest)
+        if config.data.on_device:
+            shards = Resident(shards, accelerator.device)
         preview = Preview(config, shards.manifest, accelerator.device) if config.train.preview_every else None
         spent, source = [], config.stage2.teacher
         for number, stage in enumerate(plan, start=1):
@@ -76,6 +82,7 @@ def train(
                 accelerator.print(_announce(trainer, number, len(plan)))
             trainer.run()
             spent.append(_spent(trainer))
+            del trainer
             accelerator.free_memory()
         report = _report(config, spent, source)
         if main:
@@ -92,6 +99,7 @@ def _accelerator(config: RunConfig, out: Path) -> Accelerator:
     if config.train.precision == "fp16" and not torch.cuda.is_available():
         raise ValueError("train.precision fp16 needs a GPU; use bf16 or fp32 here")
     return Accelerator(
+        cpu=not torch.accelerator.is_available(),  # without a GPU, launched processes find each other only if told so
         mixed_precision=PRECISION[config.train.precision],
         log_with="tensorboard" if config.log.tensorboard else None,
         project_dir=str(out),
@@ -146,15 +154,19 @@ def _begin(config: RunConfig, out: Path, manifest: Manifest, accelerator: Accele
         accelerator.init_trackers("tensorboard")
 
 
-def _rehearse(config: RunConfig, plan: list[Stage], manifest: Manifest) -> None:
-    """Put together every stage without its weights: what cannot work is said now, not after days of stage 1."""
-    with torch.device("meta"):
-        for number, stage in enumerate(plan):
-            student, teacher = config.model.build(manifest.shape, manifest.num_classes), None
-            if stage.teacher and number:  # the model of the stage before
-                model = config.model.build(manifest.shape, manifest.num_classes)
-                teacher = Frozen(model, stage.teacher.block(model.depth))
-            if teacher or not stage.teacher:  # a borrowed teacher is examined itself, at once
+def _rehearse(config: RunConfig, plan: list[Stage], out: Path, manifest: Manifest) -> None:
+    """ValueError now for what would stop a later stage, not after days of the first: each is put together without weights."""
+    for number, stage in enumerate(plan):
+        reached = max((step for step, _ in checkpoint.steps(out / stage.name / "checkpoints")), default=0)
+        if reached > stage.steps:
+            raise ValueError(
+                f"{out} has trained {stage.name} for {reached} steps already, more than the {stage.steps} asked for; "
+                "give at least as many, or another --out"
+            )
+        if number:
+            with torch.device("meta"):
+                student, model = (config.model.build(manifest.shape, manifest.num_classes) for _ in range(2))
+                teacher = Frozen(model, stage.teacher.block(model.depth)) if stage.teacher else None
                 Objective(student, stage.guide(student, teacher))
 
 

@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 from selftrans.config import RunConfig, from_json, to_json
@@ -26,7 +28,7 @@ class Restored(NamedTuple):
     step: int
     autoencoder: str  #: name or path, for decoding
     classes: tuple[str, ...]
-    source: dict[str, Any]  #: {"path", "sha256"}, what a checkpoint keeps of its teacher
+    source: dict[str, Any]  #: {"path", "sha256", "weights"}, what a checkpoint keeps of its teacher
 
 
 def header(config: RunConfig, stage: str, step: int, manifest: Manifest) -> dict[str, Any]:
@@ -89,21 +91,33 @@ def restore(origin: str | Path, *, stage: str | None = None, weights: Weights = 
     try:
         config = from_json(json.dumps(said["config"]))
         channels, height, side = (int(n) for n in said["shape"])
-        model = config.model.build((channels, height, side), int(said["num_classes"]))
+        shape, classes = (channels, height, side), int(said["num_classes"])
+        _check_fit(path, config, shape, classes)
+        model = config.model.build(shape, classes)
         name, step = str(said["stage"]), int(said["step"])
-        autoencoder, classes = str(said["autoencoder"]), tuple(map(str, said["classes"]))
-    except (KeyError, TypeError, ValueError) as error:
+        autoencoder, names = str(said["autoencoder"]), tuple(map(str, said["classes"]))
+    except (KeyError, TypeError, ValueError, ArithmeticError, RuntimeError) as error:
         raise ValueError(
             f"{path} does not say how to build its model ({error}); was it written by another version?"
         ) from error
-    try:
-        model.load_state_dict(load_file(path), strict=True)
-    except RuntimeError as error:
-        raise ValueError(
-            f"{path} does not fit the model its header describes: {' '.join(str(error).split())}"
-        ) from error
-    source = {"path": str(path.resolve()), "sha256": checkpoint.sha256(path)}
-    return Restored(model.eval(), config, name, step, autoencoder, classes, source)
+    model.load_state_dict(load_file(path), strict=True)
+    source = {"path": str(path.resolve()), "sha256": checkpoint.sha256(path), "weights": checkpoint.weights_sha256(path)}
+    return Restored(model.eval(), config, name, step, autoencoder, names, source)
+
+
+def _check_fit(path: Path, config: RunConfig, shape: tuple[int, int, int], num_classes: int) -> None:
+    """ValueError unless the tensors of a weights file are those of its model; before anything of a stranger's size is made."""
+    with safe_open(path, framework="pt") as file:
+        found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 - no mapping
+    if config.model.sizes()["depth"] <= len(found) and 0 < min(shape) <= max(shape) <= 1 << 16:
+        with torch.device("meta"):
+            model = config.model.build(shape, num_classes)
+        expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+        wrong = sorted(name for name in found | expected if found.get(name) != expected.get(name))
+        if not wrong:
+            return
+        raise ValueError(f"{wrong[0]} is {found.get(wrong[0])} where its header asks for {expected.get(wrong[0])}")
+    raise ValueError(f"its header asks for {config.model.sizes()} on latents {shape}, which its {len(found)} tensors are not")
 
 
 def restore_teacher(source: str | Path, *, weights: Weights, shape: tuple[int, int, int], num_classes: int) -> Restored:

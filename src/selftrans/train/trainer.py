@@ -24,7 +24,7 @@ from selftrans.flow import PATHS
 from selftrans.methods import Stage
 from selftrans.methods.objective import Frozen, Objective
 from selftrans.train import checkpoint
-from selftrans.train.compute import step_flops
+from selftrans.train.compute import compile_blocks, step_flops
 from selftrans.train.ema import EMA
 from selftrans.train.log import Journal, Window, progress_bar, short
 from selftrans.train.optim import (
@@ -91,6 +91,8 @@ class Trainer:
         self.flops = {part: micros * flops for part, flops in each.items()}
         self.step, self.seconds, self.window = 0, 0.0, Window()
         self._restore()
+        if (accelerator.device.type == "cuda") if train.compile is None else train.compile:
+            compile_blocks(self.objective, self.teacher)
         self._wrap()
 
     @property
@@ -103,7 +105,7 @@ class Trainer:
         journal = Journal(self.room / "log.jsonl", resume_step=self.step) if main else None
         bar = self.bar(total=self.stage.steps, initial=self.step, desc=self.stage.name, unit="step", disable=not main)
         try:
-            batches = self.stream.from_step(self.step)
+            batches = self.stream.from_step(self.step, pin=self.accelerator.device.type == "cuda")
             while self.step < self.stage.steps:
                 started = time.perf_counter()
                 self._train_step(batches)
@@ -187,11 +189,11 @@ class Trainer:
         line = {"stage": self.stage.name, "step": self.step, **values, "lr": rate}
         journal.write(line | {"seconds": round(self.seconds, 3), "tflops": self.total_flops() / 1e12})
         bar.set_postfix(short({k: v for k, v in values.items() if k != "grad_norm"}), refresh=False)
-        if self.config.log.tensorboard:
-            try:
-                self.accelerator.log({f"{self.stage.name}/{k}": v for k, v in values.items()}, step=self.step)
-            except OSError as error:
-                warnings.warn(f"TensorBoard misses step {self.step}: {error}; log.jsonl has it", stacklevel=2)
+        try:
+            self.accelerator.log({f"{self.stage.name}/{k}": v for k, v in values.items()}, step=self.step)
+        except OSError as error:  # its writer does not recover
+            self.accelerator.trackers.clear()
+            warnings.warn(f"TensorBoard ends at step {self.step} ({error}); log.jsonl goes on", stacklevel=2)
 
     def total_flops(self) -> float:
         """Operations of this stage so far: student, heads and teacher."""
@@ -204,10 +206,7 @@ class Trainer:
         """(Re)wrap the objective for this process group; also after its parameters have changed."""
         self.accelerator._models.clear()
         self.objective = self.accelerator.unwrap_model(self.objective, keep_fp32_wrapper=False)
-        compiled = self.config.train.compile
-        if self.accelerator.device.type == "cuda" if compiled is None else compiled:
-            for block in getattr(self.objective.student, "blocks", []):
-                block.compile()
+        self.objective.__dict__.pop("_is_accelerate_prepared", None)  # or it would stay without autocast from here on
         self.wrapped = self.accelerator.prepare_model(self.objective)
         if not hasattr(self.optimizer, "optimizer"):
             self.optimizer = self.accelerator.prepare_optimizer(self.optimizer)
@@ -221,7 +220,7 @@ class Trainer:
                 self._write()
             except OSError as error:
                 if required:
-                    raise
+                    raise OSError(f"{error}; make room, then the same command continues") from error
                 warnings.warn(f"{error}; training goes on, the checkpoint before this one is whole", stacklevel=2)
         self.accelerator.wait_for_everyone()
 
@@ -270,7 +269,7 @@ class Trainer:
         self.window.load(found.state["window"], self.accelerator.device)
         if self.accelerator.scaler and found.state["scaler"]:
             self.accelerator.scaler.load_state_dict(found.state["scaler"])
-        if found.state["processes"] != self.accelerator.num_processes:
+        if found.state["processes"] != self.accelerator.num_processes and self.step < self.stage.steps:
             self.accelerator.print(
                 f"resuming with {self.accelerator.num_processes} processes instead of {found.state['processes']}: "
                 "nothing is lost, but noise and order within a batch differ from here on"
@@ -278,7 +277,7 @@ class Trainer:
 
     def _check_teacher(self, found: checkpoint.Checkpoint) -> None:
         was = found.state.get("teacher")
-        if was and self.teacher and was.get("sha256") != self.teacher.source.get("sha256"):
+        if was and self.teacher and was.get("weights") != self.teacher.source.get("weights"):
             raise ValueError(
                 f"{found.path} was trained with the teacher {was.get('path')} (sha256 {was.get('sha256', '')[:12]}), which is "
                 "not the one given now; give that teacher, or another --out"

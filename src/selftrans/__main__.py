@@ -1,0 +1,8 @@
+"""`python -m selftrans` and `accelerate launch -m selftrans`: the same as the command `selftrans`."""
+
+import sys
+
+from selftrans.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

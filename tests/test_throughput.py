@@ -1,0 +1,193 @@
+"""What makes a step fast changes none of its numbers, and is compiled once."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import shutil
+import weakref
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+
+from selftrans.config import Data, Log, Model, RunConfig, Train
+from selftrans.data.encode import prepare_digits
+from selftrans.data.resident import Resident
+from selftrans.data.shards import Shards
+from selftrans.methods import stages
+from selftrans.methods.objective import Frozen
+from selftrans.methods.self_transcendence import Stage1, Stage2
+from selftrans.train import checkpoint
+from selftrans.train.pipeline import train
+from selftrans.train.stream import Stream, to_batch
+from selftrans.train.trainer import Trainer
+
+
+def config(method: str = "vanilla", **settings: object) -> RunConfig:
+    """Two blocks on the digits, ten images a step."""
+    options = {"steps": 6, "batch_size": 10, "preview_every": 0, "checkpoint_every": 1000} | settings
+    return RunConfig(
+        recipe="digits",
+        method=method,
+        model=Model(width=32, depth=2, heads=2, patch=2),
+        stage1=Stage1(steps=6, block=1, head_width=16),
+        stage2=Stage2(student_block=1, teacher_block=1, until_step=None, head_width=16),
+        train=Train(**options),  # type: ignore[arg-type]
+        log=Log(every=1000, tensorboard=False),
+    )
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Shards:
+    return prepare_digits(tmp_path_factory.mktemp("digits") / "data")
+
+
+@pytest.fixture
+def accelerator() -> Accelerator:
+    AcceleratorState._reset_state(True)
+    return Accelerator(cpu=True)
+
+
+def trainer(
+    accelerator: Accelerator, settings: RunConfig, shards: Shards, room: Path, teacher: Frozen | None = None
+) -> Trainer:
+    """The last stage of `settings.method`."""
+    return Trainer(accelerator, settings, stages(settings)[-1], room, shards, teacher=teacher)
+
+
+def frozen(settings: RunConfig, shards: Shards) -> Frozen:
+    """A teacher with something to say: random weights everywhere."""
+    model = settings.model.build(shards.manifest.shape, shards.manifest.num_classes)
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.1)
+    return Frozen(model, 1)
+
+
+# ---- the set on the device
+
+
+def test_a_resident_set_gives_the_same_batches(shards: Shards) -> None:
+    resident = Resident(shards, "cpu")
+    rows = np.array([0, 1796, 5, 5, 1024, 1023])
+    for ours, theirs in zip(resident.read(rows), shards.read(torch.from_numpy(rows)), strict=True):
+        assert torch.equal(ours, theirs) and ours.dtype == theirs.dtype
+    streams = (Stream(x, batch_size=7, accumulate=1, seed=3).from_step(250) for x in (shards, resident))
+    for _, one, two in zip(range(20), *streams, strict=False):  # over the end of an epoch
+        assert np.array_equal(one[0], two[0])
+        batches = []
+        for drawn in (one, two):
+            torch.manual_seed(1)
+            batches.append(to_batch(*drawn, shards, torch.device("cpu")))
+        assert all(torch.equal(a, b) for a, b in zip(*batches, strict=True))
+    with pytest.raises(ValueError, match=r"indices -1 .. 1797 leave the 1797 pictures"):
+        resident.read(np.array([-1, 1797]))
+
+
+def test_a_run_on_a_resident_set_is_the_same_run(shards: Shards, tmp_path: Path) -> None:
+    weights = []
+    for on_device in (False, True):
+        out = tmp_path / str(on_device)
+        settings = dataclasses.replace(config(), data=Data(path=str(shards.path), on_device=on_device))
+        train(settings, out, quiet=True)
+        weights.append(checkpoint.weights_sha256(next(out.glob("vanilla/checkpoints/*/student.safetensors"))))
+    assert weights[0] == weights[1]
+    longer = dataclasses.replace(settings, data=Data(path=str(shards.path)), train=Train(**_steps(settings, 8)))
+    train(longer, tmp_path / "True", quiet=True)  # may change between two visits
+
+
+def _steps(settings: RunConfig, steps: int) -> dict:
+    return dataclasses.asdict(settings.train) | {"steps": steps}
+
+
+def test_a_device_without_room_is_told_in_one_line(shards: Shards, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("out of memory. Tried to allocate 21 GiB\nmore")
+
+    monkeypatch.setattr(torch, "empty", full)
+    with pytest.raises(ValueError, match=r"takes 0.0 GB, which cpu has not free \(out of memory.*on_device off$"):
+        Resident(shards, "cpu")
+
+
+# ---- precision after the guidance has ended
+
+
+def test_reduced_precision_outlives_the_guidance(shards: Shards, tmp_path: Path) -> None:
+    """accelerate marks what it has prepared: a model that is wrapped again must not lose its autocast."""
+    AcceleratorState._reset_state(True)
+    settings = config("self_transcendence", precision="bf16")
+    settings = dataclasses.replace(settings, stage2=dataclasses.replace(settings.stage2, until_step=2))
+    made = trainer(Accelerator(cpu=True, mixed_precision="bf16"), settings, shards, tmp_path, frozen(settings, shards))
+    seen: list[torch.dtype] = []
+    block = made.objective.student.blocks[0]
+    block.mlp.fc1.register_forward_hook(lambda module, args, out: seen.append(out.dtype))
+    batches = made.stream.from_step(0)
+    for _ in range(4):
+        made._train_step(batches)
+    assert not len(made.objective.guidances) and made.teacher is None
+    assert seen == [torch.bfloat16] * 4
+    AcceleratorState._reset_state(True)
+
+
+# ---- compilation
+
+needs_compiler = pytest.mark.skipif(
+    not any(shutil.which(name) for name in ("c++", "g++", "clang++")), reason="torch.compile needs a C++ compiler"
+)
+
+
+@pytest.mark.slow
+@needs_compiler
+@pytest.mark.timeout(600)
+def test_blocks_are_compiled_once(accelerator: Accelerator, shards: Shards, tmp_path: Path) -> None:
+    """After two steps of each stage nothing is compiled any more: not by other steps, nor when guidance ends."""
+    from torch._dynamo.utils import counters
+
+    def compilations() -> int:
+        return counters["stats"]["unique_graphs"]
+
+    torch._dynamo.reset()
+    counters.clear()
+    for name in ("vanilla", "structure", "self_transcendence"):
+        settings = config(name, compile=True, steps=100)
+        settings = dataclasses.replace(settings, stage2=dataclasses.replace(settings.stage2, until_step=6))
+        teacher = frozen(settings, shards) if name == "self_transcendence" else None
+        made = trainer(accelerator, settings, shards, tmp_path / name, teacher)
+        model, teacher = weakref.ref(teacher.model) if teacher else None, None
+        batches = made.stream.from_step(0)
+        made._train_step(batches)
+        made._train_step(batches)
+        warm = compilations()
+        for _ in range(7):  # the guidance of stage 2 ends among them
+            made._train_step(batches)
+        made.step = 97
+        made._train_step(batches)
+        assert compilations() == warm, f"{name} compiled again: {dict(counters['stats'])}"
+        assert not counters["graph_break"], dict(counters["graph_break"])
+    gc.collect()
+    assert model is not None and model() is None, "compiled code holds the teacher in memory"
+    assert warm == 2, "one graph for the student's blocks, one for the teacher's"
+
+
+@pytest.mark.slow
+@needs_compiler
+@pytest.mark.timeout(600)
+def test_a_compiled_step_has_the_numbers_of_an_eager_one(
+    accelerator: Accelerator, shards: Shards, tmp_path: Path
+) -> None:
+    torch._dynamo.reset()
+    losses = []
+    for compiled in (False, True):
+        settings = config("self_transcendence", compile=compiled)
+        torch.manual_seed(0)
+        teacher = frozen(settings, shards)
+        made = trainer(accelerator, settings, shards, tmp_path / str(compiled), teacher)
+        batches = made.stream.from_step(0)
+        for _ in range(3):
+            made._train_step(batches)
+        losses.append({name: float(value) for name, value in made.window.means().items()})
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    assert losses[0]["self"] > 0
