@@ -1,7 +1,9 @@
 """Training as people use it, and its arithmetic against loops and sums written out here."""
 
+import contextlib
 import copy
 import gc
+import io
 import json
 import math
 import shutil
@@ -41,15 +43,11 @@ def run(tmp_path_factory):
     small = {"train.preview_every": 3, "log.tensorboard": True, "train.accumulate": 1}
     before = torch.get_num_threads()
     torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as patch:
-        said = {"out": "", "err": ""}
-        for name in said:
-            stream = open(out.parent / name, "w+")  # noqa: SIM115 - read after the run
-            patch.setattr(f"sys.std{name}", stream)
+    screen, bars = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(screen), contextlib.redirect_stderr(bars):
         assert main(["train", "digits", f"--out={out}", *toy.flags(small)]) == 0
-    for name in said:
-        said[name] = (out.parent / name).read_text()
     torch.set_num_threads(before)
+    said = {"out": screen.getvalue(), "err": bars.getvalue()}
     return out, said
 
 
@@ -231,15 +229,14 @@ def test_stages_differ_in_weights_noise_and_order_under_one_seed(tmp_path, monke
     train(toy.toy(), tmp_path, quiet=True)
     (weight1, rows1), (weight2, rows2) = seen["stage1"], seen["stage2"]
     assert not torch.equal(weight1, weight2) and not np.array_equal(rows1, rows2)
-    assert all(torch.equal(p, q) for p, q in zip(weight1.shape, weight2.shape, strict=True) if False) or True
 
 
 def by_index(batch, null, *, path=LINEAR, times="", drop=0.0):
     """A draw that is a function of each sample alone, so that batches may be cut in any way."""
-    t = (batch.index * 37 % 101).float() / 101
-    noise = torch.stack([torch.randn(batch.z0.shape[1:], generator=torch.Generator().manual_seed(int(i))) for i in batch.index])
+    t = (batch.rows * 37 % 101).float() / 101
+    noise = torch.stack([torch.randn(batch.z0.shape[1:], generator=torch.Generator().manual_seed(int(i))) for i in batch.rows])
     zt, v = interpolate(path, batch.z0, noise, t)
-    return Draw(batch.z0, noise, t, zt, v, batch.cond, null, torch.where(batch.index % 5 == 0, null, batch.cond))
+    return Draw(batch.z0, noise, t, zt, v, batch.cond, null, torch.where(batch.rows % 5 == 0, null, batch.cond))
 
 
 def test_micro_batches_add_up_to_the_whole_batch(tmp_path, monkeypatch):
@@ -472,8 +469,8 @@ def test_any_pictures_train_sample_and_are_analysed(tmp_path, capsys, classes, c
         assert list(arrays["arr_1"]) == [k % max(1, len(classes)) for k in range(3)]
     capsys.readouterr()
     status = main(["analyse", str(run), f"--out={tmp_path / 'seen'}"])
-    said = capsys.readouterr().err
-    assert status == 0 or (status == 1 and said.startswith("selftrans: ") and said.count("\n") == 1), said
+    assert status == (count == 1)
+    assert "1 images are too few for t-SNE" in capsys.readouterr().err or count > 1
 
 
 # ---- accidents

@@ -193,7 +193,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Entry point. Every error a user can mend is one line on stderr."""
     from selftrans.train.stop import RESUME_ME, Interrupted
 
-    warnings.showwarning = _show_warning
+    warnings.showwarning = _show_warning  # type: ignore[assignment]
     try:
         _dispatch(list(sys.argv[1:] if argv is None else argv))
     except Interrupted as stopped:

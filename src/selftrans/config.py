@@ -62,11 +62,14 @@ class Model:
                 raise ValueError(f"model.{key} must be above zero, not {value}")
         sizes = SIT[self.name] | {key: value for key, value in chosen.items() if value is not None}
         if self.heads is None and sizes["width"] != SIT[self.name]["width"]:
-            sizes["heads"] = max(1, sizes["width"] // 64)
+            width = sizes["width"]
+            sizes["heads"] = next(heads for heads in range(max(1, width // 64), 0, -1) if width % heads == 0)
         return sizes
 
     def build(self, shape: tuple[int, int, int], num_classes: int) -> SiT:
-        return SiT(shape, num_classes, qk_norm=self.qk_norm, **self.sizes())
+        """A student for latents (C, H, W) and this many classes, freshly initialised."""
+        sizes = self.sizes()
+        return SiT(shape, num_classes, qk_norm=self.qk_norm, **sizes)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
@@ -138,9 +141,9 @@ class RunConfig:
     def check(self) -> RunConfig:
         """Itself, or a ValueError that names the first field that cannot work."""
         self.model.sizes()
-        for name, allowed in {"path": PATHS, "times": TIMES}.items():
-            if getattr(self.train, name) not in allowed:
-                raise ValueError(f"train.{name} '{getattr(self.train, name)}' is unknown; choose {', '.join(allowed)}")
+        for name, known in {"path": list(PATHS), "times": list(TIMES)}.items():
+            if getattr(self.train, name) not in known:
+                raise ValueError(f"train.{name} '{getattr(self.train, name)}' is unknown; choose {', '.join(known)}")
         positive = ("steps", "batch_size", "accumulate", "lr", "clip", "checkpoint_every")
         for section, name in [("train", key) for key in positive] + [
             ("log", key) for key in ("every", "preview_images", "preview_steps")
@@ -169,6 +172,7 @@ def nearest(word: str, known: typing.Iterable[str]) -> str:
 
 
 def to_json(config: RunConfig) -> str:
+    """A configuration and the version of its layout, as indented json."""
     return json.dumps({"version": VERSION, **dataclasses.asdict(config)}, indent=2)
 
 
@@ -209,7 +213,7 @@ def _build(kind: Any, raw: Any, where: str) -> Any:
     if origin is Literal and raw in inner:
         return raw
     if origin is tuple and isinstance(raw, list):
-        kinds = [inner[0]] * len(raw) if inner[-1] is Ellipsis else inner
+        kinds = [inner[0]] * len(raw) if inner[-1] is Ellipsis else list(inner)
         if len(kinds) == len(raw):
             return tuple(_build(k, value, where) for k, value in zip(kinds, raw, strict=True))
     if isinstance(kind, type) and origin is None:

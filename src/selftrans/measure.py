@@ -122,7 +122,8 @@ def analyse(
         )
     z0, labels = data_latents(shards, samples)
     path, blocks = PATHS[found.config.train.path], tuple(range(1, found.model.depth + 1))
-    null, probes, maps, clouds = found.model.null(labels), {}, {}, {}
+    null, maps = found.model.null(labels), dict[str, np.ndarray]()
+    probes, clouds = dict[float, list[float]](), dict[float, np.ndarray]()
     for t in tqdm(timesteps, desc="timesteps", unit="t"):
         feats = collect(found.model, z0, null, t=t, taps=blocks, path=path)
         if shards.manifest.num_classes > 1:

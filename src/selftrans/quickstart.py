@@ -91,12 +91,14 @@ def write(out: Path, summary: dict[str, Any], shards: Shards, config: RunConfig,
     curves = {METHODS[name]: curve for name, curve in summary["curves"].items()}
     save(report.overview(curves, grids, summary["metric"]), out / "quickstart.png")
     page = report.page(summary, METHODS, curves, grids, maps)
-    for name, text in {
-        "table.json": json.dumps(summary, indent=2),
-        "table.csv": as_csv(summary["table"]),
-        "report.html": page,
-    }.items():
-        write_beside(out / name, lambda file, text=text: file.write(text.encode()))
+    write_text(out / "table.json", json.dumps(summary, indent=2))
+    write_text(out / "table.csv", as_csv(summary["table"]))
+    write_text(out / "report.html", page)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    write_beside(path, lambda file: file.write(text.encode()))
 
 
 def samples_of(run: Path) -> np.ndarray:

@@ -8,7 +8,17 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from selftrans.analyse.plots import COLOURS, INK, MARKERS, RULE, curves, figure_to_data_uri, image_grid, pca_grid, plain_ticks
+from selftrans.analyse.plots import (
+    COLOURS,
+    INK,
+    MARKERS,
+    RULE,
+    curves,
+    figure_to_data_uri,
+    image_grid,
+    pca_grid,
+    plain_ticks,
+)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -40,10 +50,11 @@ def text_table(table: list[dict[str, Any]], names: Mapping[str, str], metric: st
 
 
 def legend(metric: str) -> str:
+    """What the columns of the table mean."""
     return (
-        f"distance: {metric}, lower is better; accuracy: the classifier's, of the samples' labels; shallow probe: accuracy of "
-        "a linear classifier on the features of the shallow block that stage 1 guides, at t = 0.4; seconds: of the last stage's training; total "
-        "TFLOPs: every stage and the teacher's training included."
+        f"distance: {metric}, lower is better; accuracy: the classifier's, of the samples' labels; shallow probe: accuracy "
+        "of a linear classifier on the features of the block that stage 1 guides, at t = 0.4; seconds: of the last stage's "
+        "training; total TFLOPs: every stage and the teacher's training included."
     )
 
 
@@ -54,7 +65,9 @@ def overview(series: Mapping[str, Curve], grids: Mapping[str, np.ndarray], metri
 
     figure = Figure(figsize=(11, 4.2), layout="constrained", facecolor="white")
     FigureCanvasAgg(figure)
-    mosaic = figure.subplot_mosaic([["curve", str(i)] for i in range(len(grids))], width_ratios=[1.15, 1])  # type: ignore[misc]
+    mosaic: dict[Any, Any] = figure.subplot_mosaic(
+        [["curve", str(i)] for i in range(len(grids))], width_ratios=[1.15, 1]
+    )
     axes = mosaic["curve"]
     for i, (name, (steps, values, deviation)) in enumerate(series.items()):
         low, high = np.subtract(values, deviation), np.add(values, deviation)
@@ -116,7 +129,7 @@ weights, balanced labels, no guidance at sampling.</p>
 <p class="note">The same noise and the same labels for each method.</p>
 <div class="grids">{samples}</div>
 <h2>What the shallow block sees</h2>
-<p class="note">First three principal components of block {summary['block']}, the one that stage 1 guides, at t = 0.4, over
+<p class="note">First three principal components of block {summary["block"]}, the one that stage 1 guides, at t = 0.4, over
 training, for the digits of the first row. Colours are those of the last checkpoint's components.</p>
 {features}
 <p class="note">Made by <code>selftrans quickstart</code> in {summary["seconds"]:.0f} s. The same numbers are in
@@ -134,5 +147,5 @@ def _table(table: list[dict[str, Any]], names: Mapping[str, str]) -> str:
 
 
 def _figure(name: str, picture: Any, alt: str) -> str:
-    caption = html.escape(name)
-    return f'<figure><figcaption>{caption}</figcaption><img src="{figure_to_data_uri(picture)}" alt="{html.escape(alt)}"></figure>'
+    image = f'<img src="{figure_to_data_uri(picture)}" alt="{html.escape(alt)}">'
+    return f"<figure><figcaption>{html.escape(name)}</figcaption>{image}</figure>"

@@ -23,7 +23,7 @@ class Batch(NamedTuple):
 
     z0: Tensor  #: (N, C, H, W) latents, scaled to about unit variance
     cond: Cond  #: true condition of each sample
-    index: Tensor | None = None  #: (N,) position of each sample in its data set, for reports
+    rows: Tensor | None = None  #: (N,) position of each sample in its data set, for reports
 
 
 class Draw(NamedTuple):
@@ -72,7 +72,7 @@ def map_cond(fn: Callable[..., Tensor], *conds: Cond) -> Cond:
     """Apply `fn` to each tensor of one or more conditions of the same structure."""
     first = conds[0]
     if isinstance(first, dict):
-        return {name: fn(*(c[name] for c in conds)) for name in first}  # type: ignore[index,call-overload]
+        return {name: fn(*(c[name] for c in conds)) for name in first}  # type: ignore[index]
     return fn(*conds)
 
 

@@ -56,17 +56,14 @@ def prepare(
         dtype: of the stored moments; `precision` is that of the autoencoder's network.
         skip_bad: leave unreadable pictures out, listed in the manifest, in place of stopping at the first.
         split, label_column: for parquet files and data sets of the hub.
-        part: "I/N": make every Nth shard only, from the Ith on, while other processes or machines make the others in
-            the same folder. Whichever finds all of them whole finishes the folder; before, the manifest returned is
-            that of the shards so far.
-    An interrupted call continues after its last whole shard when repeated (with the same batch_size and device the
-    result is the same bit for bit); a complete one does nothing; a complete folder that lost a shard gets it back.
-    Raises ValueError for a bad source, picture, autoencoder or option, for a folder that was begun with other
-    pictures or options, and for a disk that refuses.
+        part: "I/N": make every Nth shard only, while other processes or machines make the others in the same folder;
+            whichever finds all whole finishes it, and until then the manifest returned is that of the shards so far.
+    An interrupted call continues when repeated (with the same batch_size and device to the same bits); a complete one
+    does nothing; a complete folder that lost a shard gets it back.
+    Raises ValueError for a bad source, picture, autoencoder or option, a folder begun with others, a disk that refuses.
     """
     out = Path(out)
-    _check(source, out, batch_size=batch_size, shard_size=shard_size, dtype=dtype, precision=precision)
-    mine = _part(part)
+    mine = _check(source, out, batch_size, shard_size, dtype, precision, part)
     before = ledger.earlier(out)
     native = before.plan.resolution if before and before.plan.options.get("resolution") is None else None
     pictures = open_source(
@@ -179,8 +176,10 @@ class _Decoded(NamedTuple):
     skipped: tuple[tuple[str, str], ...]
 
 
-def _check(source: str | Path, out: Path, *, batch_size: int, shard_size: int, dtype: str, precision: str) -> None:
-    """Raise ValueError for an option out of range."""
+def _check(
+    source: str | Path, out: Path, batch_size: int, shard_size: int, dtype: str, precision: str, part: str
+) -> ledger.Part:
+    """The part (I, N) of "I/N". Raises ValueError for an option out of range."""
     if dtype not in DTYPES:
         raise ValueError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
     if precision not in PRECISIONS:
@@ -189,13 +188,9 @@ def _check(source: str | Path, out: Path, *, batch_size: int, shard_size: int, d
         raise ValueError(f"batch_size {batch_size} and shard_size {shard_size} should be 1 or more")
     if Path(source).is_dir() and out.resolve().is_relative_to(Path(source).resolve()):
         raise ValueError(f"{out} lies inside the pictures {source}; choose an --out elsewhere")
-
-
-def _part(text: str) -> ledger.Part:
-    """(I, N) of "I/N". Raises ValueError for anything else."""
-    number, _, parts = text.partition("/")
+    number, _, parts = part.partition("/")
     if not (number.isdecimal() and parts.isdecimal() and 1 <= int(number) <= int(parts)):
-        raise ValueError(f"part {text!r} should be I/N with I from 1 to N, as 1/2 and 2/2 for two processes")
+        raise ValueError(f"part {part!r} should be I/N with I from 1 to N, as 1/2 and 2/2 for two processes")
     return int(number), int(parts)
 
 
@@ -243,7 +238,7 @@ def _run(encoder: _Encoder, plan: Manifest, out: Path, part: ledger.Part, progre
 
     mine = [unit for unit in encoder.units() if unit % part[1] == part[0] - 1]
     with ledger.locked(out, part, mine):
-        with ledger.changing(out):
+        with ledger.changing(out, part):
             shards = _whole(encoder, plan, out)  # again, now that nobody else writes to them
             if ledger.is_finished(out) and len(shards) == len(encoder.units()):  # meanwhile, by another part
                 return Manifest.load(out)
@@ -257,7 +252,7 @@ def _run(encoder: _Encoder, plan: Manifest, out: Path, part: ledger.Part, progre
             for unit in missing:
                 shards[unit] = _write(encoder, plan, out, unit, decoded, bar.update)
                 ledger.record(out, shards[unit])
-        with ledger.changing(out):
+        with ledger.changing(out, part):
             return _finish(encoder, plan, out, progress)
 
 
@@ -267,7 +262,11 @@ def _whole(encoder: _Encoder, plan: Manifest, out: Path) -> dict[int, Shard]:
     if before:
         ledger.check_plan(before.plan, plan, out)
     units = encoder.units()
-    return {s.index: s for s in (before.shards if before else ()) if s.index in units and _asked(s) == encoder.asked(s.index)}
+    return {
+        s.index: s
+        for s in (before.shards if before else ())
+        if s.index in units and _asked(s) == encoder.asked(s.index)
+    }
 
 
 def _finish(encoder: _Encoder, plan: Manifest, out: Path, progress: bool) -> Manifest:
@@ -281,9 +280,7 @@ def _finish(encoder: _Encoder, plan: Manifest, out: Path, progress: bool) -> Man
         return Manifest.load(out)
     if not any(shard.count for shard in shards.values()):
         name, reason = shards[0].skipped[0]
-        raise ValueError(
-            f"none of the {len(encoder.source)} pictures is readable; the first: {shown(name)} ({reason})"
-        )
+        raise ValueError(f"none of the {len(encoder.source)} pictures is readable; the first: {shown(name)} ({reason})")
     return ledger.finish(out, plan, shards.values())
 
 

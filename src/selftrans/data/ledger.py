@@ -116,11 +116,17 @@ def locked(out: Path, part: Part = WHOLE, units: Iterable[int] = ()) -> Iterator
             raise ValueError(f"another `selftrans prepare` is making part {part[0]}/{part[1]} in {out}; wait for it")
         _sweep(out, "" if alone else rf"[a-z]+-({'|'.join(f'{unit:05d}' for unit in units)})\.")
         yield
+        if is_finished(out):
+            for path in out.glob(f"{LOCK}*"):
+                path.unlink(missing_ok=True)
 
 
 @contextmanager
-def changing(out: Path) -> Iterator[None]:
+def changing(out: Path, part: Part) -> Iterator[None]:
     """Hold the state of the folder (plan and manifest) while it is read and changed; other parts wait a moment."""
+    if part == WHOLE:  # there are no others
+        yield
+        return
     try:
         lock = open(out / f"{LOCK}-state", "ab")  # noqa: SIM115
     except OSError as error:
@@ -170,7 +176,7 @@ def finish(out: Path, plan: Manifest, shards: Iterable[Shard]) -> Manifest:
     ordered = tuple(sorted(shards, key=lambda shard: shard.index))
     manifest = replace(plan, shards=ordered, count=sum(shard.count for shard in ordered))
     write_text(out / FILE, manifest.to_json())
-    for path in [*out.glob("shard-*.json"), out / PLAN, *out.glob(f"{LOCK}*")]:
+    for path in [*out.glob("shard-*.json"), out / PLAN]:
         path.unlink(missing_ok=True)
     return manifest
 

@@ -30,7 +30,7 @@ class Guidance(Protocol):
     taps: tuple[int, ...]  #: student blocks whose features it reads
     until_step: int | None  #: first step at which it no longer acts; None = never ends
 
-    def __call__(self, draw: Draw, feats: dict[int, Tensor]) -> tuple[Tensor, Report]:
+    def forward(self, d: Draw, feats: dict[int, Tensor], /) -> tuple[Tensor, Report]:
         """The term before its weight, and what the log should show, all 0-d tensors."""
         ...
 
@@ -60,8 +60,8 @@ class Frozen:
             )
         assert isinstance(model, nn.Module)
         if hasattr(model, "truncate"):
-            model.truncate(block)
-        self.model = model.requires_grad_(False).eval().to(dtype=dtype)
+            model.truncate(block)  # type: ignore[operator]
+        self.model: Any = model.requires_grad_(False).eval().to(dtype=dtype)
         self.block, self.width, self.source = block, model.width, source or {}
 
     def __call__(self, zt: Tensor, t: Tensor, *conds: Cond) -> list[Tensor]:
@@ -159,6 +159,9 @@ class Objective(nn.Module):
         guidances: terms added to the flow loss; none is plain flow matching (vanilla).
         path, times, drop: probability path, timestep sampler (`flow.TIMES`), probability of the null condition.
     """
+
+    student: Any  #: a Backbone that is an nn.Module
+    guidances: Any  #: nn.ModuleList of Guidance
 
     def __init__(
         self,

@@ -79,7 +79,8 @@ def patchify(x: Tensor, patch: int) -> Tensor:
 class StructureGuidance(nn.Module):
     """Stage 1: the shallow block predicts the target patch by patch."""
 
-    name = "structure"
+    name: str = "structure"
+    taps: tuple[int, ...]
     until_step: int | None = None
 
     def __init__(self, student: Backbone, config: Stage1) -> None:
@@ -106,7 +107,8 @@ class StructureGuidance(nn.Module):
 class SelfGuidance(nn.Module):
     """Stage 2: the student's block matches the teacher's guided features."""
 
-    name = "self"
+    name: str = "self"
+    taps: tuple[int, ...]
 
     def __init__(self, student: Backbone, teacher: Frozen, config: Stage2) -> None:
         super().__init__()

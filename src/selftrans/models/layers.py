@@ -90,7 +90,7 @@ class TimestepEmbedder(nn.Module):
         rates = torch.exp(-math.log(10_000) / half * torch.arange(half, dtype=torch.float32, device=t.device))
         angles = t.float()[:, None] * rates[None, :]
         waves = torch.cat([torch.cos(angles), torch.sin(angles)], dim=-1)
-        return self.mlp(waves.to(self.mlp[0].weight.dtype))
+        return self.mlp(waves.to(next(self.mlp.parameters()).dtype))
 
 
 class LabelEmbedder(nn.Module):

@@ -5,6 +5,8 @@ Parameter names are those of the published checkpoints. Shape legend: N batch, T
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 
@@ -107,13 +109,10 @@ class SiT(nn.Module):
         nn.init.xavier_uniform_(projection.weight.view(projection.weight.shape[0], -1))
         nn.init.zeros_(projection.bias)  # type: ignore[arg-type]
         nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
-        for layer in (self.t_embedder.mlp[0], self.t_embedder.mlp[2]):
-            nn.init.normal_(layer.weight, std=0.02)
+        for weight in (self.t_embedder.mlp[0].weight, self.t_embedder.mlp[2].weight):
+            nn.init.normal_(cast(Tensor, weight), std=0.02)
         assert self.final_layer is not None
-        for zero in [
-            *(b.adaLN_modulation[1] for b in self.blocks),
-            self.final_layer.adaLN_modulation[1],
-            self.final_layer.linear,
-        ]:
-            nn.init.zeros_(zero.weight)
-            nn.init.zeros_(zero.bias)
+        blocks = [cast(Block, block) for block in self.blocks]
+        zeros = [block.adaLN_modulation for block in blocks] + [self.final_layer.adaLN_modulation, self.final_layer.linear]
+        for parameter in (p for module in zeros for p in module.parameters()):
+            nn.init.zeros_(parameter)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 class EMA:
@@ -23,5 +23,6 @@ class EMA:
     def update(self, step: int) -> None:
         """After optimiser step number `step` (1-based)."""
         decay = min(self.decay, (1 + step) / (10 + step))
-        averages, parameters = [a for a, _ in self._pairs], [p.detach() for _, p in self._pairs]
+        averages: list[Tensor] = [a for a, _ in self._pairs]
+        parameters: list[Tensor] = [p.detach() for _, p in self._pairs]
         torch._foreach_lerp_(averages, parameters, 1 - decay)

@@ -5,16 +5,16 @@ from __future__ import annotations
 import dataclasses
 import warnings
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
 from selftrans.analyse.plots import image_grid, save_png
 from selftrans.config import RunConfig
 from selftrans.data.shards import Manifest
 from selftrans.flow import PATHS
-from selftrans.latents import load_autoencoder
+from selftrans.latents import Autoencoder, load_autoencoder
 from selftrans.sample import sample_images
 
 
@@ -27,9 +27,9 @@ class Preview:
         self.settings = dataclasses.replace(
             config.sample, num=log.preview_images, sampler="heun", steps=log.preview_steps
         )
-        self._autoencoder = None
+        self._autoencoder: Autoencoder | None = None
 
-    def save(self, model: nn.Module, path: Path) -> None:
+    def save(self, model: Any, path: Path) -> None:
         """Sample with `model` (the EMA, in eval mode) and write a PNG."""
         try:
             if self._autoencoder is None:

@@ -77,7 +77,7 @@ class Trainer:
         )
         self.ends = [g.until_step for g in guidances]
         self.ema = EMA(self.objective.student, train.ema)
-        self.optimizer = build_optimizer(self.objective, train)
+        self.optimizer: Any = build_optimizer(self.objective, train)
         self.stream = Stream(
             shards,
             batch_size=train.batch_size,
