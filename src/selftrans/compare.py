@@ -40,30 +40,56 @@ POINTS = 5  #: measurements along a run
 PROBE_T = 0.4  #: noise level of the linear probe, the paper's
 
 Result: TypeAlias = tuple[dict[str, Any], list[dict[str, Any]]]  #: run.json, and the measured points
-Results: TypeAlias = dict[tuple[str, int], Result]  #: by method and seed
+Job: TypeAlias = tuple[str, int]  #: name of a variant, seed
+Results: TypeAlias = dict[Job, Result]
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """What is compared, and with what it is measured. `out` holds everything; `data` is prepared data."""
+    """What is compared, and with what it is measured. All variants share data, steps, batch, sampler and shallow block."""
 
-    config: RunConfig
-    methods: tuple[str, ...]
+    variants: dict[str, RunConfig]  #: by name; `method` is part of each
     seeds: tuple[int, ...]
-    out: Path
+    out: Path  #: holds everything
     images: int  #: samples for each distance
     features: str  #: extractor, by name or file
     weights: str | None = None  #: where a named extractor is kept
 
     @property
+    def shared(self) -> RunConfig:
+        """Any variant's configuration, for what they have in common."""
+        return next(iter(self.variants.values()))
+
+    @property
+    def jobs(self) -> list[Job]:
+        return [(name, seed) for seed in self.seeds for name in self.variants]
+
+    @property
     def total(self) -> int:
         """All the work, in training steps."""
-        steps = self.config.train.steps
-        each = steps + points(steps) * measuring_cost(self.config, self.images)
-        return each * len(self.methods) * len(self.seeds)
+        steps = self.shared.train.steps
+        return len(self.jobs) * (steps + points(steps) * measuring_cost(self.shared, self.images))
 
-    def run(self, method: str, seed: int) -> Path:
-        return self.out / f"{method}-seed{seed}"
+    def run(self, job: Job) -> Path:
+        return self.out / f"{job[0]}-seed{job[1]}"
+
+    def teacher(self, job: Job) -> Job | None:
+        """The job whose stage 1 can teach this one: a run of stage 1 alone under the same stage-1 settings and seed."""
+        name, seed = job
+        if self.variants[name].method != "self_transcendence":
+            return None
+        same = (n for n, c in self.variants.items() if c.method == "structure" and _alike(c, self.variants[name]))
+        return next(((n, seed) for n in same), None)
+
+
+def _alike(structure: RunConfig, taught: RunConfig) -> bool:
+    """Whether a run of stage 1 alone passes through the stage 1 that `taught` would train for itself, bit for bit."""
+    steps = taught.stage1.steps or max(1, taught.train.steps // 2)
+    held = (
+        steps == structure.train.steps or steps % interval(structure.train.steps) == 0 < structure.train.steps - steps
+    )
+    same = dataclasses.replace(taught.stage1, steps=structure.stage1.steps) == structure.stage1
+    return held and same and (structure.model, structure.train) == (taught.model, taught.train)
 
 
 @dataclass(frozen=True)
@@ -79,12 +105,12 @@ class Ruler:
     @classmethod
     def of(cls, comparison: Comparison) -> Ruler:
         """Measure against the data themselves."""
-        path = comparison.config.data.path
+        path = comparison.shared.data.path
         assert path is not None
         shards = Shards.open(path)
         extractor = load_extractor(comparison.features, weights=comparison.weights)
         reference = Statistics.of(shard_images(shards), extractor, source="training data", keep=False)
-        return cls(extractor, reference, shards, comparison.images, comparison.config.stage1.block)
+        return cls(extractor, reference, shards, comparison.images, comparison.shared.stage1.block)
 
 
 #: called with how many steps' worth of work has been done
@@ -125,50 +151,52 @@ def points(steps: int) -> int:
 
 
 def compare(comparison: Comparison, *, workers: int | None = None) -> Results:
-    """Train and measure every method with every seed: (method, seed) -> (run.json, measured points, oldest first).
+    """Train and measure every variant with every seed: (name, seed) -> (run.json, measured points, oldest first).
 
     `workers` processes work side by side (None: one per core, one on a GPU). Repeating the call continues it.
     """
-    jobs = [(method, seed) for seed in comparison.seeds for method in comparison.methods]
-    cores = os.cpu_count() or 1
+    jobs, cores = (
+        comparison.jobs,
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+    )
     workers = min(len(jobs), workers or (1 if torch.cuda.is_available() else cores))
     with progress_bar(total=comparison.total, unit="step", desc="training and measuring") as bar:
         if workers == 1:
             ruler = Ruler.of(comparison)
-            return {job: work(comparison, *job, ruler, bar.update) for job in jobs}
-        return _side_by_side(comparison, jobs, workers, max(1, cores // workers), bar)
+            done = {job: work(comparison, job, ruler, bar.update) for job in _teachers_first(comparison)}
+        else:
+            done = _side_by_side(comparison, workers, max(1, cores // workers), bar)
+    return {job: done[job] for job in jobs}
 
 
-def work(comparison: Comparison, method: str, seed: int, ruler: Ruler, tell: Tell) -> Result:
-    """One method with one seed: trained, then measured at every checkpoint."""
-    run = train_one(comparison, method, seed, tell)
-    cost = measuring_cost(comparison.config, comparison.images)
+def _teachers_first(comparison: Comparison) -> list[Job]:
+    return sorted(comparison.jobs, key=lambda job: comparison.teacher(job) is not None)
+
+
+def work(comparison: Comparison, job: Job, ruler: Ruler, tell: Tell) -> Result:
+    """One variant with one seed: trained, then measured at every checkpoint."""
+    run = train_one(comparison, job, tell)
+    cost = measuring_cost(comparison.shared, comparison.images)
     return json.loads((run / "run.json").read_text()), measure_run(run, ruler, tell, cost)
 
 
-def _side_by_side(comparison: Comparison, jobs: list[tuple[str, int]], workers: int, threads: int, bar: Any) -> Results:
+def _side_by_side(comparison: Comparison, workers: int, threads: int, bar: Any) -> Results:
     """The jobs in processes of their own; one that wants another's teacher waits for it."""
     context = multiprocessing.get_context("spawn")
     done: Results = {}
     told = context.SimpleQueue()
     with ProcessPoolExecutor(workers, context, _begin, (comparison, threads, told)) as pool:
-        waiting, running = list(jobs), dict[Future[Result], tuple[str, int]]()
+        waiting, running = _teachers_first(comparison), dict[Future[Result], Job]()
         while waiting or running:
-            for job in [job for job in waiting if _teacher_job(job, jobs) in {None, *done}]:
+            for job in [job for job in waiting if comparison.teacher(job) in {None, *done}]:
                 waiting.remove(job)
-                running[pool.submit(_work, *job)] = job
+                running[pool.submit(_work, job)] = job
             finished, _ = wait(running, timeout=0.2, return_when=FIRST_COMPLETED)
             while not told.empty():
                 bar.update(told.get())
             for future in finished:
                 done[running.pop(future)] = future.result()
-    return {job: done[job] for job in jobs}
-
-
-def _teacher_job(job: tuple[str, int], jobs: Sequence[tuple[str, int]]) -> tuple[str, int] | None:
-    """The job whose stage 1 serves this one as teacher, if it is among the jobs."""
-    teacher = ("structure", job[1])
-    return teacher if job[0] == "self_transcendence" and teacher in jobs else None
+    return done
 
 
 def _begin(comparison: Comparison, threads: int, told: Any) -> None:
@@ -180,29 +208,22 @@ def _begin(comparison: Comparison, threads: int, told: Any) -> None:
 _worker: dict[str, Any] = {}  #: of this process, filled by `_begin`
 
 
-def _work(method: str, seed: int) -> Result:
-    return work(_worker["comparison"], method, seed, _worker["ruler"], _worker["tell"])
+def _work(job: Job) -> Result:
+    return work(_worker["comparison"], job, _worker["ruler"], _worker["tell"])
 
 
-def train_one(comparison: Comparison, method: str, seed: int, tell: Tell) -> Path:
-    """Train one method with one seed (or continue it), every point a checkpoint; returns its run directory."""
-    config, run = comparison.config, comparison.run(method, seed)
-    settings = dataclasses.replace(
-        config.train, seed=seed, checkpoint_every=interval(config.train.steps), keep=0, preview_every=0
-    )
-    config = dataclasses.replace(config, method=method, train=settings)
-    teacher = shared_teacher(config, comparison.run("structure", seed)) if method == "self_transcendence" else None
-    config = dataclasses.replace(config, stage2=dataclasses.replace(config.stage2, teacher=teacher))
+def train_one(comparison: Comparison, job: Job, tell: Tell) -> Path:
+    """Train one variant with one seed (or continue it), every point a checkpoint; returns its run directory."""
+    config, run, teacher = comparison.variants[job[0]], comparison.run(job), comparison.teacher(job)
+    every = interval(config.train.steps)
+    settings = dataclasses.replace(config.train, seed=job[1], checkpoint_every=every, keep=0, preview_every=0)
+    config = dataclasses.replace(config, train=settings)
+    if teacher is not None:
+        steps = config.stage1.steps or max(1, config.train.steps // 2)
+        held = dict(checkpoint.steps(comparison.run(teacher) / "stage1" / "checkpoints"))
+        config = dataclasses.replace(config, stage2=dataclasses.replace(config.stage2, teacher=str(held[steps])))
     train(config, run, bar=lambda **options: StepBar(tell, options["initial"]), quiet=True)
     return run
-
-
-def shared_teacher(config: RunConfig, structure: Path) -> str | None:
-    """A checkpoint of the stage-1 run that equals, bit for bit, the teacher that self_transcendence would train for itself."""
-    steps = config.stage1.steps or max(1, config.train.steps // 2)
-    return next(
-        (str(path) for step, path in checkpoint.steps(structure / "stage1" / "checkpoints") if step == steps), None
-    )
 
 
 def measure_run(run: Path, ruler: Ruler, tell: Tell, cost: int) -> list[dict[str, Any]]:
@@ -252,15 +273,13 @@ def probe(model: Any, ruler: Ruler, path: Any, most: int = 4000) -> float:
     return linear_probe(feats[ruler.block], labels, kind="ridge")
 
 
-def rows(
-    results: dict[tuple[str, int], tuple[dict[str, Any], list[dict[str, Any]]]], methods: Sequence[str]
-) -> list[dict]:
-    """The table: one row per method, mean and standard deviation over seeds of its last point."""
+def rows(results: Results, names: Sequence[str]) -> list[dict[str, Any]]:
+    """The table: one row per variant, mean and standard deviation over seeds of its last point."""
     table = []
-    for method in methods:
-        runs = [value for (name, _), value in results.items() if name == method]
+    for name in names:
+        runs = [value for (one, _), value in results.items() if one == name]
         last = [measured[-1] for _, measured in runs]
-        row: dict[str, Any] = {"method": method, "seeds": len(runs), "steps": last[0]["step"]}
+        row: dict[str, Any] = {"method": name, "seeds": len(runs), "steps": last[0]["step"]}
         row["seconds"] = _spread([point["seconds"] for point in last])
         row["total_tflops"] = _spread([report["total_tflops"] for report, _ in runs])
         for key in ("distance", "accuracy", "probe"):

@@ -58,7 +58,10 @@ def quickstart(
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, path=str(out / "data")))
         classifier = out / "digits-classifier.safetensors"
         load_extractor("digits", weights=classifier)  # trained once, before the workers ask for it
-        chosen = Comparison(config, tuple(METHODS), tuple(seeds), out, images, "digits", str(classifier))
+        # the teacher is stage 1 at its end, so that every row of the table has had the same number of steps
+        config = dataclasses.replace(config, stage1=dataclasses.replace(config.stage1, steps=config.train.steps))
+        variants = {name: dataclasses.replace(config, method=name) for name in METHODS}
+        chosen = Comparison(variants, tuple(seeds), out, images, "digits", str(classifier))
         results = compare(chosen)
         summary = summarise(chosen, results) | {"seconds": round(time.perf_counter() - started, 1)}
         write(out, summary, shards, config, seeds[0])
@@ -70,16 +73,16 @@ def quickstart(
 def summarise(chosen: Comparison, results: Results) -> dict[str, Any]:
     """What table.json holds."""
     measured = {name: [points for (method, _), (_, points) in results.items() if method == name] for name in METHODS}
-    train = chosen.config.train
+    shared = chosen.shared
     return {
         "table": rows(results, tuple(METHODS)),
         "metric": measured["vanilla"][0][-1]["metric"],
         "sampler": measured["vanilla"][0][-1]["sampler"],
         "curves": {name: mean_curve(runs) for name, runs in measured.items()},
         "seeds": list(chosen.seeds),
-        "steps": train.steps,
-        "teacher_steps": chosen.config.stage1.steps or max(1, train.steps // 2),
-        "block": chosen.config.stage1.block,
+        "steps": shared.train.steps,
+        "teacher_steps": shared.stage1.steps,
+        "block": shared.stage1.block,
         "images": chosen.images,
     }
 
