@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import json
 import math
 import statistics
@@ -35,16 +36,18 @@ def measure(out: Path, steps: int, seeds: tuple[int, ...], images: int, methods:
     data = dataclasses.replace(config.data, path=str(out / "data"))
     classifier = out / "digits-classifier.safetensors"
     load_extractor("digits", weights=classifier)  # trained once, before the workers ask for it
-    found: dict[str, Any] = {}
-    for times in TIMES:
+    variants = {}
+    for method, times in itertools.product(methods, TIMES):
         train = dataclasses.replace(config.train, steps=steps, times=times)
-        chosen = dataclasses.replace(config, data=data, train=train).check()
-        results = compare(Comparison(chosen, methods, seeds, out / times, images, "digits", str(classifier)))
-        found[times] = {
-            method: {seed: {key: results[method, seed][1][-1][key] for key in MEASURED} for seed in seeds}
+        variants[f"{method}-{times}"] = dataclasses.replace(config, method=method, data=data, train=train).check()
+    results = compare(Comparison(variants, seeds, out, images, "digits", str(classifier)))
+    return {
+        times: {
+            method: {seed: {key: results[f"{method}-{times}", seed][1][-1][key] for key in MEASURED} for seed in seeds}
             for method in methods
         }
-    return found
+        for times in TIMES
+    }
 
 
 def summary(found: dict[str, Any]) -> list[dict[str, Any]]:

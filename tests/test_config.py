@@ -4,12 +4,12 @@ import dataclasses
 import json
 
 import pytest
+from toy import override
 
 from selftrans.config import Model, RunConfig, from_json, nearest, to_json
 from selftrans.models.sit import SIT
 from selftrans.recipes import RECIPES, recipe
 from selftrans.train.pipeline import FREE, differences
-from toy import override
 
 COMPLETE = to_json(recipe("digits"))
 

@@ -44,6 +44,7 @@ PLAN = {
     "quickstart": BELOW,
     # faces
     "__init__":   "types flow latents models methods sample config",   # import selftrans: torch and nothing else
+    "commands":   BELOW,                      # inside its functions only, but for tyro; so does cli
     "cli":        BELOW,                      # inside its functions only, but for tyro
     "__main__":   "cli",
 }  # fmt: skip
@@ -129,7 +130,7 @@ def strangers(source: str, file: str) -> list[str]:
         if (
             top in NEVER | PICKLES
             or (theirs and own in TORCH_ONLY and top != "torch")
-            or (own == "cli" and found.when == "load" and (top == "selftrans" or (theirs and top != "tyro")))
+            or (own in {"commands", "cli"} and found.when == "load" and (top == "selftrans" or (theirs and top != "tyro")))
         ):
             wrong.append(f"{file}:{found.line} imports {found.module}")
     return wrong

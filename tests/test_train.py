@@ -12,11 +12,12 @@ import weakref
 import numpy as np
 import pytest
 import torch
+import toy
 from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
+from toy import quick  # noqa: F401 - a fixture
 
-import toy
 from selftrans.cli import main
 from selftrans.config import from_json
 from selftrans.data import Shards
@@ -31,7 +32,6 @@ from selftrans.train.preview import Preview
 from selftrans.train.stream import Stream, seed_step, to_batch
 from selftrans.train.trainer import Trainer
 from selftrans.types import Draw
-from toy import one_thread  # noqa: F401 - a fixture
 
 # ---- one command
 
@@ -233,10 +233,11 @@ def test_stages_differ_in_weights_noise_and_order_under_one_seed(tmp_path, monke
 
 def by_index(batch, null, *, path=LINEAR, times="", drop=0.0):
     """A draw that is a function of each sample alone, so that batches may be cut in any way."""
-    t = (batch.rows * 37 % 101).float() / 101
-    noise = torch.stack([torch.randn(batch.z0.shape[1:], generator=torch.Generator().manual_seed(int(i))) for i in batch.rows])
-    zt, v = interpolate(path, batch.z0, noise, t)
-    return Draw(batch.z0, noise, t, zt, v, batch.cond, null, torch.where(batch.rows % 5 == 0, null, batch.cond))
+    z0, cond, rows = batch
+    t = (rows * 37 % 101).float() / 101
+    noise = torch.stack([torch.randn(z0.shape[1:], generator=torch.Generator().manual_seed(int(i))) for i in rows])
+    zt, v = interpolate(path, z0, noise, t)
+    return Draw(z0, noise, t, zt, v, cond, null, torch.where(rows % 5 == 0, null, cond))
 
 
 def test_micro_batches_add_up_to_the_whole_batch(tmp_path, monkeypatch):
@@ -288,7 +289,8 @@ def test_optimizer_state_by_name_and_back():
         optimizers[0].step()
         optimizers[0].zero_grad()
     named = optimizer_tensors(optimizers[0], models[0])
-    assert set(named) == {f"{i}.{p}:{k}" for i in (0, 1) for p in ("weight", "bias") for k in ("step", "exp_avg", "exp_avg_sq")}
+    moments = ("step", "exp_avg", "exp_avg_sq")
+    assert set(named) == {f"{i}.{p}:{moment}" for i in (0, 1) for p in ("weight", "bias") for moment in moments}
     models[1].load_state_dict(models[0].state_dict())
     load_optimizer(optimizers[1], models[1], named)
     for model, optimizer in zip(models, optimizers, strict=True):
@@ -342,7 +344,8 @@ def test_when_guidance_ends_heads_and_teacher_leave(tmp_path, monkeypatch):
         if trainer.stage.name == "stage2":
             if trainer.teacher is not None and not teachers:
                 teachers.append(weakref.ref(trainer.teacher))
-            gc.collect()
+            if trainer.step in (5, 7):
+                gc.collect()
             held = sum(p.numel() for group in trainer.optimizer.param_groups for p in group["params"])
             moments = len(trainer.optimizer.state)
             seen.append((trainer.step, len(trainer.objective.guidances), held, moments, teachers[0]() is not None))

@@ -1,6 +1,6 @@
 """Toy runs for the tests of training and of its commands: three narrow blocks on tiny pictures, a second or two each.
 
-What is shared here is made once in a test session; copy it before you change it.
+What is shared here is made once and used by all of them; copy it before you change it.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import functools
 import json
 import os
 import shutil
+import types
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from torch import Tensor
 from selftrans.config import RunConfig
 from selftrans.data import prepare
 from selftrans.recipes import recipe
+from selftrans.train import compute
 from selftrans.train.log import read_journal
 from selftrans.train.pipeline import train
 
@@ -50,16 +52,32 @@ TOY: dict[str, Any] = {
 
 
 @pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Two threads on such small tensors wait for each other longer than one computes. Import it into a test's module."""
+def quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """What makes toys slow is left out. Import it into a test's module."""
     before = torch.get_num_threads()
-    torch.set_num_threads(1)
+    torch.set_num_threads(1)  # on such small tensors two threads wait for each other longer than one computes
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    # accelerate sweeps up garbage after every stage, which takes longer than the stage
+    monkeypatch.setattr("accelerate.utils.memory.gc", types.SimpleNamespace(collect=lambda: 0))
+    monkeypatch.setattr(compute, "forward_flops", counted)
     yield
     torch.set_num_threads(before)
 
 
+KNOWN: dict[Any, int] = {}
+COUNT = compute.forward_flops
+
+
+def counted(backbone: Any, cond: Any, taps: tuple[int, ...] = (), *, stop: bool = False) -> int:
+    """`forward_flops`, each model once: its count takes longer than all other preparation of a toy's run."""
+    what = (repr(backbone), backbone.shape, taps, stop)
+    if what not in KNOWN:
+        KNOWN[what] = COUNT(backbone, cond, taps, stop=stop)
+    return KNOWN[what]
+
+
 def place(name: str) -> Path:
-    """A directory of this test session, removed at its end (see conftest.py)."""
+    """A directory of all tests, removed at their end (see conftest.py)."""
     return Path(os.environ["HF_HOME"], "toy", name)
 
 

@@ -11,6 +11,7 @@ import json
 import multiprocessing
 import os
 import statistics
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass
@@ -187,22 +188,35 @@ def _side_by_side(comparison: Comparison, workers: int, threads: int, bar: Any) 
     told = context.SimpleQueue()
     with ProcessPoolExecutor(workers, context, _begin, (comparison, threads, told)) as pool:
         waiting, running = _teachers_first(comparison), dict[Future[Result], Job]()
-        while waiting or running:
-            for job in [job for job in waiting if comparison.teacher(job) in {None, *done}]:
-                waiting.remove(job)
-                running[pool.submit(_work, job)] = job
-            finished, _ = wait(running, timeout=0.2, return_when=FIRST_COMPLETED)
-            while not told.empty():
-                bar.update(told.get())
-            for future in finished:
-                done[running.pop(future)] = future.result()
+        try:
+            while waiting or running:
+                for job in [job for job in waiting if comparison.teacher(job) in {None, *done}]:
+                    waiting.remove(job)
+                    running[pool.submit(_work, job)] = job
+                finished, _ = wait(running, timeout=0.2, return_when=FIRST_COMPLETED)
+                while not told.empty():
+                    bar.update(told.get())
+                for future in finished:
+                    done[running.pop(future)] = future.result()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)  # what has begun writes its checkpoint; nothing else begins
+            raise
     return done
 
 
 def _begin(comparison: Comparison, threads: int, told: Any) -> None:
     """In a new worker: what its jobs share."""
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(threads)
     _worker.update(comparison=comparison, ruler=Ruler.of(comparison), tell=told.put)
+
+
+def _end_with_parent() -> None:
+    """A worker whose parent was killed would train on unseen; runs survive an end at any moment."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 _worker: dict[str, Any] = {}  #: of this process, filled by `_begin`

@@ -17,6 +17,8 @@ from selftrans.sample import sample_images
 from selftrans.samples_io import write_samples
 from selftrans.train.restore import Weights, restore
 
+MANY = 20  #: batches of a process that are worth the minute of compiling, on a GPU
+
 
 def generate(
     origin: str | Path, out: str | Path, settings: dict[str, Any], *, weights: Weights = "ema", stage: str | None = None
@@ -32,6 +34,9 @@ def generate(
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")
     model = found.model.to(device)
+    if device.type == "cuda" and config.num >= MANY * config.batch_size * world:
+        for block in model.blocks:
+            block.compile(dynamic=False)
     autoencoder = load_autoencoder(found.autoencoder, device=device)
 
     def sample(indices: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:

@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile, ZipFile
 
 import numpy as np
 import torch
@@ -48,12 +49,17 @@ def _sampled(samples: Path) -> tuple[dict[str, Any] | None, np.ndarray | None, I
     record, archive = samples / "samples.json", samples / "samples.npz"
     if not record.exists():
         return None, None, iter_images(samples)
-    made = json.loads(record.read_text())
-    if not made.get("complete") or not archive.exists():
+    try:
+        made = json.loads(record.read_text())
+        complete, settings = made["complete"] and archive.exists(), made["settings"] | {"num": made["num"]}
+        if complete:
+            with np.load(archive, allow_pickle=False) as arrays:
+                labels = arrays["arr_1"]
+    except (OSError, ValueError, KeyError, TypeError, EOFError, BadZipFile) as error:
+        raise ValueError(f"{samples} is damaged ({error}); delete it and sample again") from error
+    if not complete:
         raise ValueError(f"{samples} is not complete; repeat the `selftrans sample` command that began it")
-    with np.load(archive, allow_pickle=False) as arrays:
-        labels = arrays["arr_1"]
-    return made["settings"] | {"num": made["num"]}, labels, iter_images(archive)
+    return settings, labels, iter_images(archive)
 
 
 def reference_of(reference: str | Path, extractor: Extractor) -> Statistics:
@@ -68,10 +74,14 @@ def reference_of(reference: str | Path, extractor: Extractor) -> Statistics:
 
 
 def _holds_statistics(path: Path) -> bool:
+    wanted = "give a folder, zip or npz of pictures, prepared data, or statistics"
     if not path.is_file():
-        raise ValueError(f"{path} does not exist; give a folder, zip or npz of pictures, prepared data, or statistics")
-    with np.load(path, allow_pickle=False) as arrays:
-        return "mu" in arrays.files
+        raise ValueError(f"{path} does not exist; {wanted}")
+    try:
+        with ZipFile(path) as archive:
+            return "mu.npy" in archive.namelist()
+    except (OSError, BadZipFile) as error:
+        raise ValueError(f"{path} cannot be read ({error}); {wanted}") from error
 
 
 def shard_images(shards: Shards, batch_size: int = 256) -> Iterator[np.ndarray]:

@@ -124,7 +124,8 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv2d(channels, width, kernel_size=patch, stride=patch)
 
     def forward(self, x: Tensor) -> Tensor:  # (N, C, H, W) -> (N, T, D)
-        return self.proj(x).flatten(start_dim=2).transpose(1, 2)
+        # contiguous: all that follows inherits the layout, and channels that lie apart cost a copy at each norm
+        return self.proj(x).flatten(start_dim=2).transpose(1, 2).contiguous()
 
 
 def unpatchify(tokens: Tensor, patch: int, channels: int) -> Tensor:

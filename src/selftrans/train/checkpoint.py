@@ -40,6 +40,7 @@ class Checkpoint(NamedTuple):
 
 
 def sha256(path: Path) -> str:
+    """Hash of a whole file."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -96,7 +97,7 @@ def read(path: Path) -> Checkpoint:
         state = json.loads((path / STATE).read_text())
         hashes = state["sha256"]
         assert isinstance(state["step"], int) and isinstance(hashes, dict)
-    except (OSError, ValueError, KeyError, TypeError, AssertionError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AssertionError, RecursionError) as error:
         raise ValueError(f"{path / STATE} is missing or damaged ({error})") from error
     for name, expected in hashes.items():
         file = path / Path(name).name
@@ -121,6 +122,7 @@ def whole(folder: Path) -> Iterator[Checkpoint]:
 
 
 def newest(folder: Path) -> Checkpoint | None:
+    """The newest whole checkpoint of a folder, if it holds any."""
     return next(whole(folder), None)
 
 

@@ -20,6 +20,7 @@ def learning_rate(step: int, config: Train) -> float:
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """The same rate for every parameter, from the next step on."""
     for group in optimizer.param_groups:
         group["lr"] = rate
 

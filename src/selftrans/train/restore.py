@@ -101,7 +101,11 @@ def restore(origin: str | Path, *, stage: str | None = None, weights: Weights = 
             f"{path} does not say how to build its model ({error}); was it written by another version?"
         ) from error
     model.load_state_dict(load_file(path), strict=True)
-    source = {"path": str(path.resolve()), "sha256": checkpoint.sha256(path), "weights": checkpoint.weights_sha256(path)}
+    source = {
+        "path": str(path.resolve()),
+        "sha256": checkpoint.sha256(path),
+        "weights": checkpoint.weights_sha256(path),
+    }
     return Restored(model.eval(), config, name, step, autoencoder, names, source)
 
 
@@ -117,7 +121,9 @@ def _check_fit(path: Path, config: RunConfig, shape: tuple[int, int, int], num_c
         if not wrong:
             return
         raise ValueError(f"{wrong[0]} is {found.get(wrong[0])} where its header asks for {expected.get(wrong[0])}")
-    raise ValueError(f"its header asks for {config.model.sizes()} on latents {shape}, which its {len(found)} tensors are not")
+    raise ValueError(
+        f"its header asks for {config.model.sizes()} on latents {shape}, which its {len(found)} tensors are not"
+    )
 
 
 def restore_teacher(source: str | Path, *, weights: Weights, shape: tuple[int, int, int], num_classes: int) -> Restored:

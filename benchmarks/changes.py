@@ -1,0 +1,143 @@
+"""What each choice in the training step is worth, alone: the plain way and ours, in turns, in one process.
+
+    python benchmarks/changes.py [--model SiT-S/2] [--batch-size 10] [--rounds 9] [--out DIR]
+
+Prints the medians in milliseconds and the median of the ratio within a round, and writes them to DIR/changes.json.
+`selftrans bench` measures the whole step.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import dataclasses
+import json
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from selftrans import flow
+from selftrans.bench import settings
+from selftrans.bench.machine import Clock, describe, load
+from selftrans.bench.plain import update_ema
+from selftrans.bench.race import randomise
+from selftrans.config import Model
+from selftrans.methods.objective import Frozen, Objective
+from selftrans.methods.self_transcendence import SelfGuidance, default_teacher_block
+from selftrans.train.ema import EMA
+from selftrans.train.optim import build_optimizer
+from selftrans.types import Batch
+
+SHAPE, CLASSES = (4, 32, 32), 1000
+Way = Callable[[], Any]
+
+
+def ways(model: Model, batch_size: int, device: torch.device) -> dict[str, tuple[Way, Way]]:
+    """What is changed -> (the plain way, ours)."""
+    config = settings(model, batch_size, "fp32")
+    student, teacher = (model.build(SHAPE, CLASSES).to(device) for _ in range(2))
+    for one in (student, teacher):
+        randomise(one)
+    frozen = Frozen(teacher, default_teacher_block(teacher.depth))
+    batch = Batch(torch.randn(batch_size, *SHAPE, device=device), torch.randint(CLASSES, (batch_size,), device=device))
+    d = flow.draw(batch, student.null(batch.cond))
+
+    def guided(mode: Any) -> Way:
+        stage2 = dataclasses.replace(config.stage2, range_mode=mode)
+        objective = Objective(student, [SelfGuidance(student, frozen, stage2)]).to(device)
+
+        def step() -> None:
+            objective.losses(d, 0)[0].backward()
+            objective.zero_grad()
+
+        return step
+
+    def vanilla() -> None:
+        Objective(student).losses(d, 0)[0].backward()
+        student.zero_grad()
+
+    def one_pass() -> Any:
+        return frozen(d.zt, d.t, d.cond, d.null)
+
+    def two_passes() -> Any:
+        return frozen(d.zt, d.t, d.cond), frozen(d.zt, d.t, d.null)
+
+    def optimiser(fused: bool) -> Way:
+        trained = copy.deepcopy(student)
+        for parameter in trained.parameters():
+            parameter.grad = torch.randn_like(parameter)
+        return build_optimizer(trained, config.train).step if fused else torch.optim.AdamW(trained.parameters()).step
+
+    plain_average, average = copy.deepcopy(student), EMA(student, 0.9999)
+    return {
+        "guidance on the whole batch / on the selected samples (forward and backward)": (
+            guided("scale"),
+            guided("select"),
+        ),
+        "the latter / no guidance at all": (guided("select"), vanilla),
+        "teacher: two passes / both halves in one batch": (two_passes, one_pass),
+        "AdamW: as torch builds it / fused": (optimiser(False), optimiser(True)),
+        "moving average: tensor by tensor / foreach": (
+            lambda: update_ema(plain_average, student, 0.9999),
+            lambda: average.update(10**6),
+        ),
+    }
+
+
+def measure(chosen: dict[str, tuple[Way, Way]], clock: Clock, rounds: int) -> list[dict[str, Any]]:
+    """Each pair in turns; the first round does not count."""
+    took: dict[str, list[tuple[float, ...]]] = {name: [] for name in chosen}
+    for number in range(rounds + 1):
+        for name, pair in chosen.items():
+            spans = [0.0, 0.0]
+            for i in (0, 1) if number % 2 else (1, 0):
+                clock.wait()
+                start = clock.mark()
+                pair[i]()
+                end = clock.mark()
+                clock.wait()
+                spans[i] = clock.seconds(start, end)
+            if number:
+                took[name].append(tuple(spans))
+    return [
+        {
+            "change": name,
+            "plain_ms": 1e3 * statistics.median(plain for plain, _ in each),
+            "ours_ms": 1e3 * statistics.median(ours for _, ours in each),
+            "ratio": statistics.median(plain / ours for plain, ours in each),
+        }
+        for name, each in took.items()
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("--model", default="SiT-S/2")
+    parser.add_argument("--batch-size", type=int, default=10)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--out", type=Path, default=Path("bench"))
+    options = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    machine = describe(device, "fp32")
+    chosen = ways(Model(name=options.model), options.batch_size, device)
+    table = measure(chosen, Clock(device), options.rounds)
+    report = {
+        "machine": machine | {"load_after": load()},
+        "model": options.model,
+        "batch": options.batch_size,
+        "rounds": options.rounds,
+        "table": table,
+    }
+    options.out.mkdir(parents=True, exist_ok=True)
+    (options.out / "changes.json").write_text(json.dumps(report, indent=2))
+    for row in table:
+        print(f"{row['change']:<80}{row['plain_ms']:>10.1f} ms{row['ours_ms']:>10.1f} ms{row['ratio']:>8.3f}")
+
+
+if __name__ == "__main__":
+    main()

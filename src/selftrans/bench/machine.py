@@ -1,0 +1,88 @@
+"""What is measured on, and with what clock."""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+#: sides of the square products of which the fastest counts as the machine's peak
+SIDES = {"cpu": (512, 1024, 2048), "cuda": (4096, 8192, 16384)}
+
+
+@dataclass(frozen=True)
+class Clock:
+    """Marks in time. On a GPU events in its own queue, read later, so that marking waits for nothing."""
+
+    device: torch.device
+
+    def mark(self) -> Any:
+        if self.device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def wait(self) -> None:
+        """Until everything that was asked for is done."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def seconds(self, start: Any, end: Any) -> float:
+        """Between two marks; on a GPU after `wait`."""
+        return end - start if self.device.type != "cuda" else start.elapsed_time(end) / 1e3
+
+
+class Peak:
+    """Square products in the step's dtype: operations per second that the machine reaches where nothing is in the way."""
+
+    def __init__(self, clock: Clock, dtype: torch.dtype) -> None:
+        self.clock = clock
+        longest = SIDES[clock.device.type][-1]
+        self.a, self.b = torch.randn(2, longest, longest, device=clock.device).to(dtype)
+
+    def measure(self) -> dict[int, float]:
+        """Side -> seconds of one product."""
+        return {side: self._once(side) for side in SIDES[self.clock.device.type]}
+
+    def _once(self, side: int) -> float:
+        a, b = (x.flatten()[: side * side].view(side, side) for x in (self.a, self.b))
+        repeats = max(1, (SIDES[self.clock.device.type][-1] // side) ** 2 // 2)
+        start = self.clock.mark()
+        for _ in range(repeats):
+            a @ b
+        end = self.clock.mark()
+        self.clock.wait()
+        return self.clock.seconds(start, end) / repeats
+
+
+def describe(device: torch.device, precision: str) -> dict[str, Any]:
+    """The machine and the software, for bench.json."""
+    return {
+        "device": device.type,
+        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
+        "cpu": cpu_name(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "dtype": precision,
+        "load_before": load(),
+    }
+
+
+def load() -> float | None:
+    """Processes that wanted a core over the last minute; bench itself counts once it runs."""
+    return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
+
+
+def cpu_name() -> str:
+    """As the system tells it."""
+    about = Path("/proc/cpuinfo")
+    lines = about.read_text().splitlines() if about.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()

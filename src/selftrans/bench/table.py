@@ -1,0 +1,52 @@
+"""bench.json as text."""
+
+from __future__ import annotations
+
+from typing import Any
+
+NAMES = {
+    "vanilla": "vanilla",
+    "stage1": "stage 1",
+    "stage2": "stage 2",
+    "plain_vanilla": "vanilla, plain",
+    "plain_stage2": "stage 2, plain",
+}
+COLUMNS = ("images/s", "ms/step", "data", "forward", "backward", "optimiser", "peak GB", "utilisation")
+
+
+def table(report: dict[str, Any]) -> str:
+    """A few lines to print. "plain" is the arithmetic of the field's code; the optimiser's part holds clipping and EMA."""
+    machine = report["machine"]
+    lines = [
+        f"{machine['gpu'] or machine['cpu']}, {machine['cores']} cores, {machine['threads']} threads, torch "
+        f"{machine['torch']}, {machine['dtype']}, load {machine['load_before']} before, {machine['load_after']} after"
+    ]
+    for name, found in report["models"].items():
+        lines += ["", f"{name}, {found['tokens']} tokens, batch {found['batch']}, medians of {found['rounds']} rounds"]
+        lines.append(" " * 16 + "".join(f"{column:>12}" for column in COLUMNS))
+        lines += [f"{NAMES[row]:<16}" + _cells(values) for row, values in found["rows"].items()]
+        lines.append(f"best matmul {found['matmul_peak_tflops']:.4g} TFLOP/s")
+        for ratio, value in found["ratios"].items():
+            low, high = found["ratios_range"].get(ratio, (None, None))
+            lines.append(f"  {ratio:<28} {value:.3f}" + (f"   ({low:.3f} to {high:.3f})" if low is not None else ""))
+        sampled = found["sampling"]
+        lines.append(
+            f"sampling, batch {sampled['batch']}, {sampled['steps']} Euler steps, guided: "
+            f"{sampled['full_images_per_s']:.3g} images/s; guided on {sampled['interval']} only: "
+            f"{sampled['interval_images_per_s']:.3g} (passes counted: {sampled['passes_interval_over_full']:.3f})"
+        )
+    loaded = report["loading"]
+    lines += [
+        "",
+        f"loading {loaded['latent']}, posterior sampled: {loaded['memory_mapped_latents_per_s']:,.0f} latents/s "
+        f"memory-mapped, {loaded['on_device_latents_per_s']:,.0f} from a set on the device",
+    ]
+    return "\n".join(lines)
+
+
+def _cells(row: dict[str, Any]) -> str:
+    parts = [row["images_per_s"], row["ms"]] + [
+        row[f"{part}_ms"] for part in ("data", "forward", "backward", "optimiser")
+    ]
+    memory = "-" if row["peak_memory_gb"] is None else f"{row['peak_memory_gb']:.2f}"
+    return "".join(f"{value:>12.4g}" for value in parts) + f"{memory:>12}{row['utilisation']:>12.1%}"

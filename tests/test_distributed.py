@@ -1,0 +1,124 @@
+"""Two processes on one machine (gloo): their gradients are those of one, and a run of two is an ordinary run."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import toy
+from safetensors.torch import load_file, save_file
+from torch.nn.parallel import DistributedDataParallel
+from toy import quick  # noqa: F401 - a fixture
+
+from selftrans.flow import LINEAR, interpolate
+from selftrans.methods import objective
+from selftrans.methods.objective import Frozen, Objective
+from selftrans.methods.self_transcendence import SelfGuidance, Stage1, Stage2, StructureGuidance
+from selftrans.models.sit import SiT
+from selftrans.train.checkpoint import newest
+from selftrans.train.pipeline import train
+from selftrans.types import Batch, Draw
+
+SHAPE, CLASSES, N = (2, 4, 4), 5, 12
+
+
+def build(kind: str) -> Objective:
+    """A student with a guidance, its zero-initialised gates opened so that gradients reach everything."""
+    torch.manual_seed(0)
+    student, teacher = (SiT(SHAPE, CLASSES, width=16, depth=3, heads=2, patch=2) for _ in range(2))
+    for p in [*student.parameters(), *teacher.parameters()]:
+        p.data += 0.05 * torch.randn_like(p)
+    mode = None if kind.endswith("everywhere") else (0.3, 0.8)
+    if kind.startswith("stage 1"):
+        return Objective(student, [StructureGuidance(student, Stage1(timestep_range=mode, head_width=8))])
+    config = Stage2(timestep_range=mode, scale=3.0, until_step=2, head_width=8)
+    return Objective(student, [SelfGuidance(student, Frozen(teacher, 2), config)])
+
+
+def by_row(batch, null, **_):
+    """A draw that is a function of each sample alone."""
+    z0, cond, rows = batch
+    noise = torch.stack([torch.randn(SHAPE, generator=torch.Generator().manual_seed(int(i))) for i in rows])
+    t = (rows.float() + 0.5) / N
+    return Draw(z0, noise, t, *interpolate(LINEAR, z0, noise, t), cond, null, torch.where(rows % 4 == 0, null, cond))
+
+
+def gradients(wrapped, rows: torch.Tensor, steps=(0, 2)) -> dict[str, torch.Tensor]:
+    """Of the mean loss of these samples, while guidance acts and after it has ended."""
+    z0 = torch.randn(N, *SHAPE, generator=torch.Generator().manual_seed(1))[rows]
+    found = {}
+    for step in steps:
+        inner = getattr(wrapped, "module", wrapped)
+        if inner.retire(step) and wrapped is not inner:
+            wrapped = DistributedDataParallel(inner)
+        wrapped.zero_grad(set_to_none=True)
+        wrapped(Batch(z0, rows % CLASSES, rows), step)[0].backward()
+        found |= {f"{step}/{name}": p.grad.clone() for name, p in inner.named_parameters()}
+    return found
+
+
+def half(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    objective.draw = by_row
+    for kind in KINDS:
+        mine = gradients(DistributedDataParallel(build(kind)), torch.arange(N).view(2, -1)[rank])
+        save_file(mine, f"{folder}/{kind}-{rank}.safetensors")
+    dist.destroy_process_group()
+
+
+KINDS = ("stage 1", "stage 1 everywhere", "stage 2", "stage 2 everywhere")
+
+
+@pytest.mark.slow
+def test_gradients_of_two_processes_are_those_of_one_with_the_whole_batch(tmp_path, monkeypatch):
+    torch.multiprocessing.spawn(half, args=(str(tmp_path),), nprocs=2)
+    monkeypatch.setattr(objective, "draw", by_row)
+    for kind in KINDS:
+        whole = gradients(build(kind), torch.arange(N))
+        assert any("head" in name for name in whole)
+        for rank in range(2):
+            mine = load_file(tmp_path / f"{kind}-{rank}.safetensors")
+            assert mine.keys() == whole.keys()
+            for name in whole:
+                torch.testing.assert_close(mine[name], whole[name], rtol=1e-4, atol=1e-7, msg=f"{kind}: {name}")
+
+
+def launch(out: Path, *extra: str) -> str:
+    """`torchrun` with two processes; returns what they printed."""
+    argv = ["train", "digits", f"--data={toy.digits()}", f"--out={out}", *toy.flags(), *extra]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", "-m", "selftrans"]
+    with subprocess.Popen(
+        [*command, *argv], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    ) as process:
+        try:
+            said, errors = process.communicate(timeout=100)
+        except BaseException:
+            os.killpg(process.pid, signal.SIGKILL)  # the launcher alone would leave its processes behind
+            raise
+    assert process.returncode == 0, errors
+    return said
+
+
+@pytest.mark.slow
+def test_two_processes_train_both_stages_and_one_continues(tmp_path, capsys):
+    said = launch(tmp_path / "run", "--train.steps=7")
+    assert said.count("[2/2] stage2") == said.count("done: 7 student steps") == 1
+    for stage, steps in {"stage1": [2, 4], "stage2": [2, 4, 6, 7]}.items():
+        assert [line["step"] for line in toy.log(tmp_path / "run", stage)] == steps
+        found = newest(tmp_path / "run" / stage / "checkpoints")
+        assert found.step == steps[-1] and found.state["processes"] == 2
+    assert not any("module." in name for name in toy.tensors(tmp_path / "run"))
+    assert toy.tensors(tmp_path / "run").keys() == toy.tensors(toy.finished()).keys()
+    mine, alone = (toy.log(run, "stage1")[-1]["flow"] for run in (tmp_path / "run", toy.finished()))
+    assert mine == pytest.approx(alone, rel=0.15) and mine != alone  # other noise, the same problem
+    train(toy.toy(), tmp_path / "run")
+    said = capsys.readouterr().out
+    assert said.count("resuming with 1 processes instead of 2: nothing is lost") == 1
+    assert [line["step"] for line in toy.log(tmp_path / "run")] == [2, 4, 6, 7, 8]
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["student_steps"] == 8
