@@ -70,6 +70,7 @@ class Sample:
     seed: int | None = None
     batch_size: int | None = None
     labels: Literal["balanced", "random"] | None = None
+    precision: Literal["fp32", "bf16", "fp16"] | None = None
     weights: Literal["ema", "raw"] = "ema"
     stage: str | None = None
     """None: the last stage of the run"""
@@ -81,7 +82,9 @@ class Sample:
         for name in ("run_or_file", "out", "weights", "stage"):
             del given[name]
         settings = {name: value for name, value in given.items() if value is not None}
-        generate(self.run_or_file, self.out, settings, weights=self.weights, stage=self.stage)
+        made = generate(self.run_or_file, self.out, settings, weights=self.weights, stage=self.stage)
+        if made:
+            print(f"{made} images -> {self.out} (PNG files, samples.npz, samples.json)")
 
 
 @dataclass
@@ -144,6 +147,7 @@ class Analyse:
             weights=self.weights,
             stage=self.stage,
         )
+        print(f"pca.png, probes.png, tsne-*.png and analyse.json -> {self.out}")
 
 
 @dataclass
@@ -156,11 +160,13 @@ class Quickstart:
     seeds: tuple[int, ...] = (0,)
     images: int = 1000
     """samples for each distance"""
+    workers: int = 1
+    """runs side by side; more are faster with many seeds, but then the seconds of the methods do not compare"""
 
     def run(self) -> None:
         from selftrans.quickstart import quickstart
 
-        quickstart(self.out, steps=self.steps, seeds=self.seeds, images=self.images)
+        quickstart(self.out, steps=self.steps, seeds=self.seeds, images=self.images, workers=self.workers)
 
 
 @dataclass

@@ -161,12 +161,9 @@ def compare(comparison: Comparison, *, workers: int | None = None) -> Results:
         len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
     )
     workers = min(len(jobs), workers or (1 if torch.cuda.is_available() else cores))
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin while they wait starve each other
     with progress_bar(total=comparison.total, unit="step", desc="training and measuring") as bar:
-        if workers == 1:
-            ruler = Ruler.of(comparison)
-            done = {job: work(comparison, job, ruler, bar.update) for job in _teachers_first(comparison)}
-        else:
-            done = _side_by_side(comparison, workers, max(1, cores // workers), bar)
+        done = _in_workers(comparison, workers, max(1, cores // workers), bar)
     return {job: done[job] for job in jobs}
 
 
@@ -181,7 +178,7 @@ def work(comparison: Comparison, job: Job, ruler: Ruler, tell: Tell) -> Result:
     return json.loads((run / "run.json").read_text()), measure_run(run, ruler, tell, cost)
 
 
-def _side_by_side(comparison: Comparison, workers: int, threads: int, bar: Any) -> Results:
+def _in_workers(comparison: Comparison, workers: int, threads: int, bar: Any) -> Results:
     """The jobs in processes of their own; one that wants another's teacher waits for it."""
     context = multiprocessing.get_context("spawn")
     done: Results = {}
@@ -244,7 +241,8 @@ def measure_run(run: Path, ruler: Ruler, tell: Tell, cost: int) -> list[dict[str
     """Every checkpoint of a run's last stage measured, oldest first; what was measured before is read, not repeated."""
     stage = json.loads((run / "run.json").read_text())["stages"][-1]["stage"]
     path = run / "measured.json"
-    known = {entry["sha256"]: entry for entry in (json.loads(path.read_text()) if path.exists() else [])}
+    before = json.loads(path.read_text()) if path.exists() else []
+    known = {entry["sha256"]: entry for entry in before if _same_measure(entry, ruler)}
     entries = []
     for _, folder in checkpoint.steps(run / stage / "checkpoints"):
         digest = checkpoint.read(folder).state["sha256"][FILES["ema"]]
@@ -252,6 +250,10 @@ def measure_run(run: Path, ruler: Ruler, tell: Tell, cost: int) -> list[dict[str
         tell(cost)
         write_beside(path, lambda file: file.write(json.dumps(entries, indent=1).encode()))
     return entries
+
+
+def _same_measure(entry: dict[str, Any], ruler: Ruler) -> bool:
+    return (entry["images"], entry["extractor_sha256"]) == (ruler.images, ruler.extractor.sha256)
 
 
 def measure_checkpoint(folder: Path, ruler: Ruler) -> dict[str, Any]:
@@ -295,6 +297,7 @@ def rows(results: Results, names: Sequence[str]) -> list[dict[str, Any]]:
         last = [measured[-1] for _, measured in runs]
         row: dict[str, Any] = {"method": name, "seeds": len(runs), "steps": last[0]["step"]}
         row["seconds"] = _spread([point["seconds"] for point in last])
+        row["total_seconds"] = _spread([report["total_seconds"] for report, _ in runs])
         row["total_tflops"] = _spread([report["total_tflops"] for report, _ in runs])
         for key in ("distance", "accuracy", "probe"):
             row[key] = _spread([point[key] for point in last]) if last[0][key] is not None else None

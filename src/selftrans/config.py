@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import difflib
 import json
+import math
 import types
 import typing
 from dataclasses import dataclass, field
@@ -161,6 +162,11 @@ class RunConfig:
             raise ValueError(
                 f"stage1.steps must be above zero, not {self.stage1.steps}; to skip stage 1 give --teacher"
             )
+        for section in ("stage1", "stage2"):
+            if not 0 <= getattr(self, section).weight < math.inf or getattr(self, section).head_width < 1:
+                raise ValueError(f"{section}.weight must be a number from 0 and {section}.head_width at least 1")
+        if not math.isfinite(self.stage2.scale):
+            raise ValueError(f"stage2.scale must be a number, not {self.stage2.scale}")
         self.sample.check()
         return self
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,8 @@ def generate(
     found = restore(origin, stage=stage, weights=weights)
     config = dataclasses.replace(found.config.sample, **settings)
     config.check()
+    if config.guidance_scale == 1 and "guidance_interval" in settings:
+        warnings.warn("the guidance interval is ignored: the guidance scale is 1", stacklevel=2)
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")
     model = found.model.to(device)
@@ -46,10 +49,13 @@ def generate(
         )
 
     described = config.settings() | {
-        "weights": weights,
+        "weights": found.weights,
+        "num_classes": model.num_classes,
         "stage": found.stage,
         "step": found.step,
         "autoencoder": found.autoencoder,
         "source": found.source,
     }
+    if (Path(out) / "manifest.json").exists():
+        raise ValueError(f"{out} holds prepared data; choose another folder for samples")
     return write_samples(sample, Path(out), described, config.num, rank=rank, world=world)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -36,7 +37,7 @@ def evaluate_samples(samples: str | Path, reference: str | Path, features: str) 
     extractor = load_extractor(features, device=device)
     made, labels, images = _sampled(samples)
     report = evaluate(
-        images, reference_of(reference, extractor), extractor, labels=labels, reference_name=str(reference)
+        _counted(images), reference_of(reference, extractor), extractor, labels=labels, reference_name=str(reference)
     )
     report |= {"samples": str(samples), "made": made}
     target = samples / "evaluate.json" if samples.is_dir() else samples.with_suffix(".evaluate.json")
@@ -59,7 +60,16 @@ def _sampled(samples: Path) -> tuple[dict[str, Any] | None, np.ndarray | None, I
         raise ValueError(f"{samples} is damaged ({error}); delete it and sample again") from error
     if not complete:
         raise ValueError(f"{samples} is not complete; repeat the `selftrans sample` command that began it")
-    return settings, labels, iter_images(archive)
+    told = settings.get("num_classes", 2) > 1  # with one label for all, any accuracy would look fine
+    return settings, labels if told else None, iter_images(archive)
+
+
+def _counted(batches: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
+    """The same batches, with a progress bar."""
+    with tqdm(desc="measuring", unit="img") as bar:
+        for images in batches:
+            yield images
+            bar.update(len(images))
 
 
 def reference_of(reference: str | Path, extractor: Extractor) -> Statistics:
@@ -98,6 +108,8 @@ def shard_images(shards: Shards, batch_size: int = 256) -> Iterator[np.ndarray]:
 def classifier_from_data(data: str | Path, out: Path, *, epochs: int, seed: int) -> str:
     """Train a classifier on prepared data and save it; returns what to print. ValueError for data without classes."""
     shards = Shards.open(data)
+    if out.suffix != ".safetensors":
+        raise ValueError(f"{out} must end in .safetensors, which is how evaluate knows a classifier")
     if shards.manifest.num_classes < 2:
         raise ValueError(f"{data} has {shards.manifest.num_classes} classes; a classifier needs at least two")
     images = np.concatenate(list(shard_images(shards)), axis=0)
@@ -105,6 +117,8 @@ def classifier_from_data(data: str | Path, out: Path, *, epochs: int, seed: int)
     model.save(out)
     record = model.training_record
     assert record is not None
+    about = dataclasses.asdict(record) | {"data": str(data), "classes": list(shards.manifest.classes)}
+    write_beside(out.with_suffix(".json"), lambda file: file.write(json.dumps(about, indent=2).encode()))
     return f"{out}: accuracy {record.accuracy:.3f} on {record.held_out} held-out images"
 
 
@@ -123,6 +137,10 @@ def analyse(
     Features are taken under the null condition, so that a probe cannot read the label from the conditioning. `data`:
     prepared data; None: what the run was trained on. ValueError for data of another shape or class count than the run's.
     """
+    if samples < 20 or not timesteps:
+        raise ValueError(
+            f"{samples} samples at {len(timesteps)} timesteps are too few; give at least 20, and a timestep"
+        )
     found = restore(origin, stage=stage, weights=weights)
     shards = Shards.open(_data_of(origin, found, data))
     if shards.manifest.shape != found.model.shape or shards.manifest.num_classes != found.model.num_classes:

@@ -24,12 +24,24 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Curve = tuple[Sequence[float], Sequence[float], Sequence[float]]
-HEADINGS = ("method", "student steps", "seconds", "total TFLOPs", "distance", "accuracy", "shallow probe")
+HEADINGS = (
+    "method",
+    "student steps",
+    "seconds",
+    "total seconds",
+    "total TFLOPs",
+    "distance",
+    "accuracy",
+    "shallow probe",
+)
 
 
 def cells(row: dict[str, Any], names: Mapping[str, str]) -> list[str]:
     """One row of the table as text, in the order of HEADINGS."""
-    spread = [_cell(row[key], digits) for key, digits in (("seconds", 0), ("total_tflops", 2), ("distance", 2))]
+    spread = [
+        _cell(row[key], digits)
+        for key, digits in (("seconds", 0), ("total_seconds", 0), ("total_tflops", 2), ("distance", 2))
+    ]
     return [names[row["method"]], f"{row['steps']:,}", *spread, _cell(row["accuracy"], 3), _cell(row["probe"], 3)]
 
 
@@ -53,8 +65,8 @@ def legend(metric: str) -> str:
     """What the columns of the table mean."""
     return (
         f"distance: {metric}, lower is better; accuracy: the classifier's, of the samples' labels; shallow probe: accuracy "
-        "of a linear classifier on the features of the block that stage 1 guides, at t = 0.4; seconds: of the last stage's "
-        "training; total TFLOPs: every stage and the teacher's training included."
+        "of a linear classifier on the features of the block that stage 1 guides, at t = 0.4; seconds: of the student's "
+        "training; total seconds and TFLOPs: the teacher's training included."
     )
 
 
@@ -122,7 +134,8 @@ scanned digits, seed{"s" if len(summary["seeds"]) > 1 else ""} {", ".join(map(st
 Stage 2 is taught by stage 1 as it was at step {summary["teacher_steps"]:,}.</p>
 <div class="scroll">{_table(summary["table"], names)}</div>
 <p class="note">{html.escape(legend(summary["metric"]))} Each distance is of {summary["images"]:,} samples from the averaged
-weights, balanced labels, no guidance at sampling.</p>
+weights ({summary["sampler"]["sampler"]} sampler, {summary["sampler"]["steps"]} steps, balanced labels, guidance scale
+{summary["sampler"]["guidance_scale"]:g}), classifier {summary["extractor_sha256"][:12]}.</p>
 <h2>Convergence</h2>
 <img src="{figure_to_data_uri(curve)}" alt="{metric} against student steps for each method">
 <h2>Samples at the end</h2>

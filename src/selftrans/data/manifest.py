@@ -82,6 +82,8 @@ class Manifest:
     def summary(self) -> str:
         """A few lines to print."""
         kind = {0: "unconditional", 1: "1 class"}.get(self.num_classes, f"{self.num_classes} classes")
+        if self.classes:  # shown, as train/ and val/ may be taken for classes unseen
+            kind += f": {', '.join(self.classes[:6])}{', …' if self.num_classes > 6 else ''}"
         latent = "x".join(str(side) for side in self.shape)
         lines = [
             f"{self.count:,} pictures of {self.resolution}x{self.resolution}, {kind}",

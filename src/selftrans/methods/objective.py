@@ -137,6 +137,11 @@ def check_tokens(student: Backbone, teacher: Frozen) -> None:
             f"the teacher reads latents {theirs[0]} in patches of {theirs[1]}, the student {ours[0]} in patches of {ours[1]}; "
             "train a teacher with the student's latents and patch size"
         )
+    known = [getattr(model, "num_classes", None) for model in (teacher.model, student)]
+    if None not in known and known[0] != known[1]:
+        raise ValueError(
+            f"the teacher knows {known[0]} classes, the student {known[1]}; train a teacher on the student's data"
+        )
 
 
 def projector(width: int, out: int, hidden: int = 2048) -> nn.Sequential:

@@ -113,6 +113,9 @@ class SiT(nn.Module):
             nn.init.normal_(cast(Tensor, weight), std=0.02)
         assert self.final_layer is not None
         blocks = [cast(Block, block) for block in self.blocks]
-        zeros = [block.adaLN_modulation for block in blocks] + [self.final_layer.adaLN_modulation, self.final_layer.linear]
+        zeros = [block.adaLN_modulation for block in blocks] + [
+            self.final_layer.adaLN_modulation,
+            self.final_layer.linear,
+        ]
         for parameter in (p for module in zeros for p in module.parameters()):
             nn.init.zeros_(parameter)

@@ -34,7 +34,7 @@ from selftrans.train.trainer import Trainer
 
 #: sections and fields that may change between two visits to the same run directory
 FREE = (
-    *("log", "sample", "data.path", "data.on_device"),
+    *("log", "sample", "data.path", "data.on_device", "stage2.teacher"),
     *("train.steps", "train.checkpoint_every", "train.preview_every", "train.keep"),
 )
 PRECISION = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
@@ -56,7 +56,7 @@ def train(
     main = accelerator.is_main_process
     with lock(out) if main else contextlib.nullcontext(), Stop() as stop:
         shards = open_data(config, out, accelerator)
-        config = _settle(config, out, shards.manifest)
+        config = _settle(_without_classes(config, shards.manifest), out, shards.manifest)
         plan = _plan(config)
         _rehearse(config, plan, out, shards.manifest)
         if config.data.on_device:
@@ -126,6 +126,15 @@ def open_data(config: RunConfig, out: Path, accelerator: Accelerator | None = No
     return shards
 
 
+def _without_classes(config: RunConfig, manifest: Manifest) -> RunConfig:
+    """Data without classes have one condition, so f_c = f_u: guided features are the features, at half the cost."""
+    if manifest.num_classes or config.stage2.scale == 1:
+        return config
+    if any(stage.teacher for stage in stages(config)):
+        warnings.warn(f"stage2.scale {config.stage2.scale:g} is ignored: the data have no classes", stacklevel=3)
+    return dataclasses.replace(config, stage2=dataclasses.replace(config.stage2, scale=1.0))
+
+
 def _settle(config: RunConfig, out: Path, manifest: Manifest) -> RunConfig:
     """The configuration in agreement with what `out` was started with. ValueError names what differs."""
     path, data = out / "config.json", out / "data.json"
@@ -135,6 +144,8 @@ def _settle(config: RunConfig, out: Path, manifest: Manifest) -> RunConfig:
         config = dataclasses.replace(config, stage1=dataclasses.replace(config.stage1, steps=steps))
     if before:
         changed = differences(dataclasses.asdict(before), dataclasses.asdict(config))
+        if (before.stage2.teacher is None) != (config.stage2.teacher is None):  # its path may change, its weights not
+            changed.append(f"stage2.teacher was {before.stage2.teacher}, is {config.stage2.teacher}")
         if changed:
             raise ValueError(
                 f"{out} was started with other settings: {'; '.join(changed)}; use those, or another --out"
@@ -211,6 +222,12 @@ def _teacher(config: RunConfig, stage: Stage, source: str, manifest: Manifest) -
     found = restore_teacher(
         source, weights=stage.teacher.weights, shape=manifest.shape, num_classes=manifest.num_classes
     )
+    if found.weights != stage.teacher.weights:
+        warnings.warn(
+            f"{found.source['path']} holds {found.weights} weights, and they teach; stage2.teacher_weights "
+            f"{stage.teacher.weights} is ignored",
+            stacklevel=3,
+        )
     block = stage.teacher.block(found.model.depth)
     return Frozen(found.model, block, dtype=DTYPE[config.train.precision], source=found.source)
 
@@ -250,13 +267,13 @@ def _report(config: RunConfig, spent: list[dict[str, Any]], source: str | None) 
             "tflops": said.get("tflops"),
             "seconds": said.get("seconds"),
         }
-    teacher_tflops = (borrowed or {}).get("tflops") or 0.0
+    teacher_tflops, teacher_seconds = ((borrowed or {}).get(key) or 0.0 for key in ("tflops", "seconds"))
     return {
         "method": config.method,
         "student_steps": spent[-1]["steps"],
         "student_tflops": spent[-1]["tflops"],
         "total_tflops": sum(stage["tflops"] for stage in spent) + teacher_tflops,
-        "total_seconds": round(sum(stage["seconds"] for stage in spent), 2),
+        "total_seconds": round(sum(stage["seconds"] for stage in spent) + teacher_seconds, 2),
         "stages": spent,
         "teacher": borrowed,
     }

@@ -25,6 +25,7 @@ class Restored(NamedTuple):
     model: SiT
     config: RunConfig
     stage: str
+    weights: Weights  #: what the file says it holds
     step: int
     autoencoder: str  #: name or path, for decoding
     classes: tuple[str, ...]
@@ -95,18 +96,23 @@ def restore(origin: str | Path, *, stage: str | None = None, weights: Weights = 
         _check_fit(path, config, shape, classes)
         model = config.model.build(shape, classes)
         name, step = str(said["stage"]), int(said["step"])
+        held: Weights = "ema" if said.get("weights") == "ema" else "raw"
         autoencoder, names = str(said["autoencoder"]), tuple(map(str, said["classes"]))
     except (KeyError, TypeError, ValueError, ArithmeticError, RuntimeError) as error:
         raise ValueError(
             f"{path} does not say how to build its model ({error}); was it written by another version?"
         ) from error
+    if stage is not None and stage != name:
+        raise ValueError(
+            f"{path} holds weights of {name}, not of {stage}; give the run directory to choose a stage of it"
+        )
     model.load_state_dict(load_file(path), strict=True)
     source = {
         "path": str(path.resolve()),
         "sha256": checkpoint.sha256(path),
         "weights": checkpoint.weights_sha256(path),
     }
-    return Restored(model.eval(), config, name, step, autoencoder, names, source)
+    return Restored(model.eval(), config, name, held, step, autoencoder, names, source)
 
 
 def _check_fit(path: Path, config: RunConfig, shape: tuple[int, int, int], num_classes: int) -> None:
