@@ -19,6 +19,7 @@ BELOW = "everything above it in this table"
 #: room (module or folder of src/selftrans) -> what it may import of ours, all from rows above: no import goes upwards
 PLAN = {
     # nouns and mathematics
+    "files":      "",
     "types":      "",
     "flow":       "types",
     "latents":    "types",
@@ -27,12 +28,12 @@ PLAN = {
     "models":     "types",                    # no heads: those belong to the objective
     "methods":    "types flow",               # is handed a Backbone, never imports models
     "sample":     "types flow latents",
-    "evaluate":   "types samples_io",         # image iterators in, numbers out: neither models nor methods
+    "evaluate":   "files types samples_io",         # image iterators in, numbers out: neither models nor methods
     # a run
     "config":     "types flow models methods sample",
     "recipes":    "types models methods sample config",
-    "analyse":    "types flow",               # is handed a Backbone and arrays
-    "train":      "types flow latents data models methods sample analyse config",
+    "analyse":    "files types flow",               # is handed a Backbone and arrays
+    "train":      "files types flow latents data models methods sample analyse config",
     "export":     "types latents models config train",
     "report":     "analyse",
     # commands: files in, files out

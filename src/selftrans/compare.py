@@ -24,10 +24,10 @@ import torch
 from selftrans.analyse.features import collect, linear_probe
 from selftrans.config import RunConfig
 from selftrans.data.shards import Shards
-from selftrans.evaluate.classifier import write_beside
 from selftrans.evaluate.features import Extractor, load_extractor
 from selftrans.evaluate.metrics import evaluate
 from selftrans.evaluate.statistics import Statistics
+from selftrans.files import write_json
 from selftrans.flow import PATHS
 from selftrans.latents import load_autoencoder
 from selftrans.measure import data_latents, shard_images
@@ -248,7 +248,7 @@ def measure_run(run: Path, ruler: Ruler, tell: Tell, cost: int) -> list[dict[str
         digest = checkpoint.read(folder).state["sha256"][FILES["ema"]]
         entries.append(known.get(digest) or measure_checkpoint(folder, ruler) | {"sha256": digest})
         tell(cost)
-        write_beside(path, lambda file: file.write(json.dumps(entries, indent=1).encode()))
+        write_json(path, entries)
     return entries
 
 

@@ -18,10 +18,11 @@ from selftrans.analyse.features import collect, linear_probe, pca_maps, tsne
 from selftrans.analyse.plots import curves, pca_grid, save, scatter
 from selftrans.data.images import iter_images
 from selftrans.data.shards import Shards
-from selftrans.evaluate.classifier import digits, train_classifier, write_beside
+from selftrans.evaluate.classifier import digits, train_classifier
 from selftrans.evaluate.features import Extractor, load_extractor
 from selftrans.evaluate.metrics import evaluate
 from selftrans.evaluate.statistics import Statistics
+from selftrans.files import write_json
 from selftrans.flow import PATHS
 from selftrans.latents import load_autoencoder, sample_latents, to_uint8
 from selftrans.train.restore import Restored, Weights, restore
@@ -41,7 +42,7 @@ def evaluate_samples(samples: str | Path, reference: str | Path, features: str) 
     )
     report |= {"samples": str(samples), "made": made}
     target = samples / "evaluate.json" if samples.is_dir() else samples.with_suffix(".evaluate.json")
-    write_beside(target, lambda file: file.write(json.dumps(report, indent=2).encode()))
+    write_json(target, report)
     return report
 
 
@@ -118,7 +119,7 @@ def classifier_from_data(data: str | Path, out: Path, *, epochs: int, seed: int)
     record = model.training_record
     assert record is not None
     about = dataclasses.asdict(record) | {"data": str(data), "classes": list(shards.manifest.classes)}
-    write_beside(out.with_suffix(".json"), lambda file: file.write(json.dumps(about, indent=2).encode()))
+    write_json(out.with_suffix(".json"), about)
     return f"{out}: accuracy {record.accuracy:.3f} on {record.held_out} held-out images"
 
 
@@ -177,7 +178,7 @@ def analyse(
         "blocks": list(blocks),
         "probe_accuracy": {f"{t:g}": accuracy for t, accuracy in probes.items()},
     }
-    write_beside(out / "analyse.json", lambda file: file.write(json.dumps(report, indent=2).encode()))
+    write_json(out / "analyse.json", report)
     return report
 
 

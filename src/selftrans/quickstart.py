@@ -24,8 +24,8 @@ from selftrans.compare import PROBE_T, Comparison, Results, compare, mean_curve,
 from selftrans.config import RunConfig
 from selftrans.data.encode import prepare_digits
 from selftrans.data.shards import Shards
-from selftrans.evaluate.classifier import write_beside
 from selftrans.evaluate.features import load_extractor
+from selftrans.files import write_json, write_text
 from selftrans.flow import PATHS
 from selftrans.latents import load_autoencoder, to_uint8
 from selftrans.measure import latents_of
@@ -106,14 +106,9 @@ def write(out: Path, summary: dict[str, Any], shards: Shards, config: RunConfig,
     curves = {METHODS[name]: curve for name, curve in summary["curves"].items()}
     save(report.overview(curves, grids, summary["metric"]), out / "quickstart.png")
     page = report.page(summary, METHODS, curves, grids, maps)
-    write_text(out / "table.json", json.dumps(summary, indent=2))
+    write_json(out / "table.json", summary)
     write_text(out / "table.csv", as_csv(summary["table"]))
     write_text(out / "report.html", page)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    write_beside(path, lambda file: file.write(text.encode()))
 
 
 def samples_of(run: Path) -> np.ndarray:

@@ -9,12 +9,13 @@ from __future__ import annotations
 import base64
 import io
 import math
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
+
+from selftrans.files import write_beside
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -157,12 +158,12 @@ def save(figure: Figure, path: str | Path, *, dpi: int = 150) -> None:
     path = Path(path)
     buffer = io.BytesIO()
     figure.savefig(buffer, format=path.suffix.lstrip(".") or "png", dpi=dpi)
-    _replace(path, buffer.getvalue())
+    write_beside(path, lambda file: file.write(buffer.getvalue()))
 
 
 def save_png(image: np.ndarray, path: str | Path) -> None:
     """Write a picture, uint8 (height, width, 1 or 3), as png, complete or not at all."""
-    _replace(Path(path), _png(image))
+    write_beside(Path(path), lambda file: file.write(_png(image)))
 
 
 def figure_to_data_uri(figure: Figure | np.ndarray, *, dpi: int = 110) -> str:
@@ -184,20 +185,6 @@ def _png(image: np.ndarray) -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).save(buffer, format="png")
     return buffer.getvalue()
-
-
-def _replace(path: Path, content: bytes) -> None:
-    neighbour = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            neighbour.write_bytes(content)
-            neighbour.replace(path)
-        except BaseException:
-            neighbour.unlink(missing_ok=True)
-            raise
-    except OSError as error:
-        raise ValueError(f"{path} cannot be written ({error.strerror}); make room or choose another folder") from error
 
 
 def _blank(size: tuple[float, float], pad: float = 0.04) -> Figure:

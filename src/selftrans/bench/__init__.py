@@ -6,7 +6,6 @@ what the table shows. Shape legend: N batch, T tokens, (C, H, W) latent.
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 import tempfile
@@ -23,7 +22,7 @@ from selftrans.bench.race import Contestant, Marked, Memory, Ours, Plain, race, 
 from selftrans.bench.table import table
 from selftrans.config import Log, Model, RunConfig, Train
 from selftrans.data.shards import Shards
-from selftrans.evaluate.classifier import write_beside
+from selftrans.files import write_json
 from selftrans.methods import Stage, stages
 from selftrans.methods.objective import Frozen
 from selftrans.methods.self_transcendence import Stage2
@@ -89,7 +88,7 @@ def bench(
     report["machine"]["load_after"] = load()
     report["ratios"] = next(iter(report["models"].values()))["ratios"]
     out.mkdir(parents=True, exist_ok=True)
-    write_beside(out / "bench.json", lambda file: file.write(json.dumps(report, indent=2).encode()))
+    write_json(out / "bench.json", report)
     return report
 
 

@@ -9,17 +9,18 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from selftrans.files import write_beside
 
 FORMAT = "selftrans.classifier/1"
 LAYERS = ("resolution", "channels", "num_classes", "width", "dim")  #: the constructor's arguments, as in the header
@@ -139,25 +140,6 @@ def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
         found = header.get("format", "no format")
         raise ValueError(f"{path} is not a classifier of this package ({found} in its header, expected {FORMAT})")
     return header, tensors
-
-
-def write_beside(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Let `write` fill a temporary neighbour of `path`, then rename it: a reader sees the whole file or none.
-
-    Raises ValueError when the disk is full or the folder cannot be written to.
-    """
-    neighbour = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with neighbour.open("wb") as file:
-                write(file)
-            neighbour.replace(path)
-        except BaseException:
-            neighbour.unlink(missing_ok=True)
-            raise
-    except OSError as error:
-        raise ValueError(f"{path} cannot be written ({error.strerror}); make room or choose another folder") from error
 
 
 def to_input(images: np.ndarray | Tensor, device: torch.device | str = "cpu") -> Tensor:

@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from selftrans.evaluate.classifier import write_beside
 from selftrans.evaluate.features import Extractor, extract
+from selftrans.files import write_beside
 
 
 class Moments(NamedTuple):

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import os
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +22,7 @@ from selftrans.config import RunConfig, from_json, to_json
 from selftrans.data.encode import prepare_digits
 from selftrans.data.resident import Resident
 from selftrans.data.shards import Manifest, Shards
+from selftrans.files import write_json
 from selftrans.methods import Stage, stages
 from selftrans.methods.objective import Frozen, Objective
 from selftrans.train import checkpoint
@@ -86,7 +86,7 @@ def train(
             accelerator.free_memory()
         report = _report(config, spent, source)
         if main:
-            _write_json(out / "run.json", report)
+            write_json(out / "run.json", report)
         for tracker in accelerator.trackers:
             tracker.finish()
     return report
@@ -159,8 +159,8 @@ def _begin(config: RunConfig, out: Path, manifest: Manifest, accelerator: Accele
     """Write down what the run is."""
     accelerator.wait_for_everyone()  # every process has read what was there before
     if accelerator.is_main_process:
-        _write_json(out / "config.json", json.loads(to_json(config)))
-        _write_json(out / "data.json", json.loads(manifest.to_json()))
+        write_json(out / "config.json", json.loads(to_json(config)))
+        write_json(out / "data.json", json.loads(manifest.to_json()))
     if config.log.tensorboard:
         accelerator.init_trackers("tensorboard")
 
@@ -277,9 +277,3 @@ def _report(config: RunConfig, spent: list[dict[str, Any]], source: str | None) 
         "stages": spent,
         "teacher": borrowed,
     }
-
-
-def _write_json(path: Path, value: Any) -> None:
-    beside = path.with_name(f".{path.name}")
-    beside.write_text(json.dumps(value, indent=2))
-    os.replace(beside, path)

@@ -1,0 +1,38 @@
+"""Files that are written whole or not at all: beside their place first, then renamed into it."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, BinaryIO
+
+
+def write_beside(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    """Let `write` fill a new file and put it in the place of `path`; what was there stays until it is whole.
+
+    Raises ValueError where the disk refuses, in one line that names the file.
+    """
+    neighbour = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with neighbour.open("wb") as file:
+                write(file)
+            neighbour.replace(path)
+        except BaseException:
+            neighbour.unlink(missing_ok=True)
+            raise
+    except OSError as error:
+        raise ValueError(f"{path} cannot be written ({error.strerror}); make room or choose another folder") from error
+
+
+def write_text(path: Path, text: str) -> None:
+    """`text` in UTF-8."""
+    write_beside(path, lambda file: file.write(text.encode()))
+
+
+def write_json(path: Path, value: Any) -> None:
+    """`value` as indented json."""
+    write_text(path, json.dumps(value, indent=2))
