@@ -209,6 +209,8 @@ def test_classifier_says_how_good_it_is(made, tmp_path, capsys):
     assert capsys.readouterr().out.startswith(f"{path}: accuracy 0.") and path.exists()
     flat = toy.prepared(tmp_path, classes=())
     assert main(["classifier", str(flat), f"--out={tmp_path / 'x'}"]) == 1
+    assert "must end in .safetensors" in one_line(capsys)
+    assert main(["classifier", str(flat), f"--out={tmp_path / 'x.safetensors'}"]) == 1
     assert "has 0 classes; a classifier needs at least two" in one_line(capsys)
 
 

@@ -131,7 +131,11 @@ def strangers(source: str, file: str) -> list[str]:
         if (
             top in NEVER | PICKLES
             or (theirs and own in TORCH_ONLY and top != "torch")
-            or (own in {"commands", "cli"} and found.when == "load" and (top == "selftrans" or (theirs and top != "tyro")))
+            or (
+                own in {"commands", "cli"}
+                and found.when == "load"
+                and (top == "selftrans" or (theirs and top != "tyro"))
+            )
         ):
             wrong.append(f"{file}:{found.line} imports {found.module}")
     return wrong

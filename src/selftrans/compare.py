@@ -244,7 +244,9 @@ def measure_run(run: Path, ruler: Ruler, tell: Tell, cost: int) -> list[dict[str
     before = json.loads(path.read_text()) if path.exists() else []
     known = {entry["sha256"]: entry for entry in before if _same_measure(entry, ruler)}
     entries = []
-    for _, folder in checkpoint.steps(run / stage / "checkpoints"):
+    held = checkpoint.steps(run / stage / "checkpoints")
+    due = [folder for step, folder in held if step % interval(held[-1][0]) == 0 or step == held[-1][0]]
+    for folder in due:  # an interruption leaves a checkpoint of its own, which is no point of the curve
         digest = checkpoint.read(folder).state["sha256"][FILES["ema"]]
         entries.append(known.get(digest) or measure_checkpoint(folder, ruler) | {"sha256": digest})
         tell(cost)

@@ -43,11 +43,16 @@ MAPPED = 8  #: digits whose features are mapped
 
 
 def quickstart(
-    out: Path, *, steps: int | None = None, seeds: Sequence[int] = (0,), images: int = IMAGES, workers: int = 1
+    out: Path,
+    *,
+    steps: int | None = None,
+    seeds: Sequence[int] = (0,),
+    images: int = IMAGES,
+    workers: int | None = None,
 ) -> dict[str, Any]:
     """Train, measure and write `out`: report.html, quickstart.png, table.json, table.csv and a run directory per method.
 
-    One worker at a time makes the seconds of the methods comparable; more are faster where there are many seeds.
+    Runs go side by side, one per core; with one worker the seconds of the methods compare better, and it takes longer.
     Repeating the call continues it, and on a finished directory only writes the page again. Returns table.json's content.
     """
     if not seeds or len(set(seeds)) < len(seeds) or images < 2:

@@ -66,7 +66,8 @@ def legend(metric: str) -> str:
     return (
         f"distance: {metric}, lower is better; accuracy: the classifier's, of the samples' labels; shallow probe: accuracy "
         "of a linear classifier on the features of the block that stage 1 guides, at t = 0.4; seconds: of the student's "
-        "training; total seconds and TFLOPs: the teacher's training included."
+        "training; total seconds and TFLOPs: the teacher's training included. Runs may train side by side, "
+        "so compare TFLOPs rather than seconds."
     )
 
 
