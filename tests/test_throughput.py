@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import gc
 import shutil
+import subprocess
+import sys
 import weakref
 from pathlib import Path
 
@@ -130,6 +132,29 @@ def test_reduced_precision_outlives_the_guidance(shards: Shards, tmp_path: Path)
     assert not len(made.objective.guidances) and made.teacher is None
     assert seen == [torch.bfloat16] * 4
     AcceleratorState._reset_state(True)
+
+
+# ---- memory of a step on a CPU
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the system's malloc is not glibc's")
+def test_freed_memory_is_kept_for_the_next_step() -> None:
+    """Pages fetched from the system while blocks of 24 MB, six at a time, come and go: 6,000 each round, or none."""
+    code = (
+        "import resource, torch; from selftrans.train.compute import keep_memory\n"
+        "def fetched():\n"
+        "    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+        "    for _ in range(5):\n"
+        "        blocks = [torch.ones(6_000_000) for _ in range(6)]\n"
+        "        del blocks\n"
+        "    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before\n"
+        "first, kept = fetched(), keep_memory(); fetched(); print(first, kept, fetched())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=100)
+    first, kept, then = done.stdout.split()
+    if kept == "False":
+        pytest.skip("the system's malloc is not glibc's")
+    assert int(first) > 30_000 and int(then) < 3_000, done.stdout
 
 
 # ---- compilation

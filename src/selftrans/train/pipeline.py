@@ -26,6 +26,7 @@ from selftrans.files import write_json
 from selftrans.methods import Stage, stages
 from selftrans.methods.objective import Frozen, Objective
 from selftrans.train import checkpoint
+from selftrans.train.compute import keep_memory
 from selftrans.train.log import progress_bar
 from selftrans.train.preview import Preview
 from selftrans.train.restore import restore_teacher
@@ -54,6 +55,8 @@ def train(
     config.check()
     accelerator = _accelerator(config, out)
     main = accelerator.is_main_process
+    if accelerator.device.type == "cpu":
+        keep_memory()
     with lock(out) if main else contextlib.nullcontext(), Stop() as stop:
         shards = open_data(config, out, accelerator)
         config = _settle(_without_classes(config, shards.manifest), out, shards.manifest)
