@@ -42,8 +42,8 @@ class Guidance(Protocol):
 class Frozen:
     """A frozen teacher: a plain object, so it is never optimised, averaged, wrapped or saved.
 
-    It keeps blocks 1..`block` of `model` (cut in place where the model knows `truncate`), in eval mode and in `dtype`
-    (None: as it is), and moves to the data by itself. `source` says where its weights came from (path, sha256).
+    It keeps blocks 1..`block` of `model` (with `cut`, in place, where the model knows `truncate`), in eval mode and in
+    `dtype` (None: as it is), and moves to the data by itself. `source` says where its weights came from (path, sha256).
     """
 
     def __init__(
@@ -53,13 +53,14 @@ class Frozen:
         *,
         dtype: torch.dtype | None = None,
         source: dict[str, Any] | None = None,
+        cut: bool = True,
     ) -> None:
         if not 1 <= block <= model.depth:
             raise ValueError(
                 f"teacher block {block} is outside the teacher's 1..{model.depth}; change stage2.teacher_block"
             )
         assert isinstance(model, nn.Module)
-        if hasattr(model, "truncate"):
+        if cut and hasattr(model, "truncate"):
             model.truncate(block)  # type: ignore[operator]
         self.model: Any = model.requires_grad_(False).eval().to(dtype=dtype)
         self.block, self.width, self.source = block, model.width, source or {}
@@ -209,6 +210,12 @@ class Objective(nn.Module):
             loss = loss + g.weight * term
             report |= {g.name: term.detach()} | {f"{g.name}/{key}": value for key, value in details.items()}
         return loss, report
+
+    def watch(self, average: Backbone) -> None:
+        """Hand the moving average of the student to the guidances that want it (those with a `watch` of their own)."""
+        for guidance in self.guidances:
+            if hasattr(guidance, "watch"):
+                guidance.watch(average)
 
     def retire(self, step: int) -> bool:
         """Drop the guidances that have ended by `step`, heads and teachers with them; true if any was dropped."""

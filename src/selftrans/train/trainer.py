@@ -77,6 +77,7 @@ class Trainer:
         )
         self.ends = [g.until_step for g in guidances]
         self.ema = EMA(self.objective.student, train.ema)
+        self.objective.watch(self.ema.model)
         self.optimizer: Any = build_optimizer(self.objective, train)
         self.stream = Stream(
             shards,
