@@ -7,8 +7,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from selftrans.flow import PATHS
+from selftrans.methods.dispersive import DispersiveGuidance
+from selftrans.methods.layersync import LayerSyncGuidance
 from selftrans.methods.objective import Frozen, Guidance
 from selftrans.methods.self_transcendence import SelfGuidance, StructureGuidance, default_teacher_block
+from selftrans.methods.sra import SRAGuidance
 from selftrans.types import Backbone
 
 if TYPE_CHECKING:
@@ -58,11 +62,24 @@ def _self_transcendence(config: RunConfig) -> list[Stage]:
     return [_stage1(config, max(1, steps)), Stage("stage2", config.train.steps, guide, spec)]
 
 
+def _guided(name: str, guidance: Callable[[Backbone, RunConfig], Guidance]) -> Callable[[RunConfig], list[Stage]]:
+    """A method of one stage with one guidance, which needs no teacher of its own."""
+
+    def plan(config: RunConfig) -> list[Stage]:
+        return [Stage(name, config.train.steps, lambda student, teacher: [guidance(student, config)])]
+
+    return plan
+
+
 #: name -> the stages of a run with this configuration
 METHODS: dict[str, Callable[[RunConfig], list[Stage]]] = {
     "vanilla": _vanilla,
     "structure": _structure,  # stage 1 alone, to train.steps
     "self_transcendence": _self_transcendence,
+    # the neighbours
+    "sra": _guided("sra", lambda student, config: SRAGuidance(student, config.sra, PATHS[config.train.path])),
+    "layersync": _guided("layersync", lambda student, config: LayerSyncGuidance(student, config.layersync)),
+    "dispersive": _guided("dispersive", lambda student, config: DispersiveGuidance(student, config.dispersive)),
 }
 
 

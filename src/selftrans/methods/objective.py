@@ -152,6 +152,15 @@ def projector(width: int, out: int, hidden: int = 2048) -> nn.Sequential:
     )
 
 
+def feature_error(prediction: Tensor, target: Tensor, norm: str) -> Tensor:
+    """Per-sample distance (M,) of features (M, T, D): squared error, the same to LayerNorm(target), or 1 - cosine."""
+    if norm == "cosine":
+        return (1 - F.cosine_similarity(prediction, target, dim=-1)).mean(dim=1)
+    if norm == "layer":
+        target = F.layer_norm(target, target.shape[-1:])
+    return (prediction - target).square().mean(dim=(1, 2))
+
+
 def token_norm(x: Tensor) -> Tensor:
     """Mean Euclidean norm of tokens (..., T, D), for the log."""
     return x.detach().float().norm(dim=-1).mean()

@@ -19,7 +19,17 @@ from typing import Literal
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from selftrans.methods.objective import Frozen, Report, check_gate, check_tokens, gate, projector, selected, token_norm
+from selftrans.methods.objective import (
+    Frozen,
+    Report,
+    check_gate,
+    check_tokens,
+    feature_error,
+    gate,
+    projector,
+    selected,
+    token_norm,
+)
 from selftrans.types import Backbone, Draw, take_cond
 
 
@@ -139,15 +149,6 @@ class SelfGuidance(nn.Module):
     def cost(self, n: int) -> dict[str, int]:
         m = selected(n, self.config.timestep_range, self.config.range_mode)
         return {"head": m, "teacher": m if self.config.scale == 1 else 2 * m}
-
-
-def feature_error(prediction: Tensor, target: Tensor, norm: str) -> Tensor:
-    """Per-sample distance (M,) of features (M, T, D): squared error, the same to LayerNorm(target), or 1 - cosine."""
-    if norm == "cosine":
-        return (1 - F.cosine_similarity(prediction, target, dim=-1)).mean(dim=1)
-    if norm == "layer":
-        target = F.layer_norm(target, target.shape[-1:])
-    return (prediction - target).square().mean(dim=(1, 2))
 
 
 def default_teacher_block(depth: int) -> int:
