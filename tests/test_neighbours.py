@@ -133,6 +133,12 @@ def test_sra_sees_an_earlier_time_within_its_span_and_never_before_data():
     assert average.calls[-1]["stop"], "nothing is computed after its block"
 
 
+def test_sra_without_an_average_says_what_to_do():
+    student, d = Stub(), handmade_draw(TIMES)
+    with pytest.raises(ValueError, match=r"Objective\.watch"):
+        Objective(student, [SRAGuidance(student, SRA(head_width=4))]).losses(d, 0)
+
+
 # ---- all of them
 
 

@@ -257,10 +257,10 @@ def test_only_the_selected_meet_the_teacher():
         Objective(student, [guidance(student, teacher)]).losses(handmade_draw(times, even=even), 0)
         assert len(teacher.model.calls[0]["x"]) == 2 * met
     g = guidance(Stub(), frozen())
-    assert g.cost(10) == {"head": 4, "teacher": 8}
-    assert guidance(Stub(), frozen(), scale=1.0).cost(10) == {"head": 4, "teacher": 4}
+    assert g.cost(10) == {"head": 3, "teacher": 6}
+    assert guidance(Stub(), frozen(), scale=1.0).cost(10) == {"head": 3, "teacher": 3}
     assert guidance(Stub(), frozen(), range_mode="scale").cost(10) == {"head": 10, "teacher": 20}
-    assert structure(Stub()).cost(10) == {"head": 4, "teacher": 0}
+    assert structure(Stub()).cost(10) == {"head": 3, "teacher": 0}
 
 
 def plain_loss(student, head1, head2, teacher, d, w, weight):

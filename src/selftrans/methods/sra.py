@@ -44,7 +44,7 @@ class SRAGuidance(nn.Module):
     """The student's block follows a deeper one of its moving average, which the trainer hands over by `watch`."""
 
     name: str = "sra"
-    teacher: Frozen
+    teacher: Frozen | None = None
 
     def __init__(self, student: Backbone, config: SRA, path: Path = LINEAR) -> None:
         super().__init__()
@@ -63,6 +63,8 @@ class SRAGuidance(nn.Module):
         self.teacher = Frozen(average, self.target, cut=False)
 
     def forward(self, d: Draw, feats: dict[int, Tensor]) -> tuple[Tensor, Report]:
+        if self.teacher is None:
+            raise ValueError("SRA follows the student's moving average: hand it over by Objective.watch(average)")
         prediction = self.head(feats[self.block]).float()  # (N, T, D)
         earlier = (d.t - self.config.span * torch.rand_like(d.t)).clamp(min=0)  # (N,)
         zt, _ = interpolate(self.path, d.z0, d.noise, earlier)
