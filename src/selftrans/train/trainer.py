@@ -119,6 +119,8 @@ class Trainer:
                 journal.close()
         found = checkpoint.newest(self.folder)
         assert found is not None and found.step == self.step
+        if main:
+            checkpoint.prune(self.folder, self.config.train.keep)  # a process killed after its last one has not done so
         return found
 
     def _train_step(self, batches: Iterator[tuple[np.ndarray, Tensor, Tensor]]) -> None:
@@ -157,15 +159,21 @@ class Trainer:
         stopping = self.stop.asked(self.accelerator)
         if self.step % config.log.every == 0 or last:
             self._log(journal, bar)
+        if not stopping:  # before the checkpoint: a process that is killed between the two makes it again
+            self._preview(last)
         if last or stopping or self.step % config.train.checkpoint_every == 0:
             if journal:
                 journal.flush()
             self._save(required=last or stopping)
-        every = config.train.preview_every
-        if self.preview and self.accelerator.is_main_process and every and (self.step % every == 0 or last):
-            self.preview.save(self.ema.model, self.room / "previews" / f"step-{self.step:08d}.png")
+        if stopping:  # a scheduler waits for the checkpoint alone
+            self._preview(last)
         if stopping and not last:
             raise self.stop.interrupted(self.step, self.room)
+
+    def _preview(self, last: bool) -> None:
+        every = self.config.train.preview_every
+        if self.preview and self.accelerator.is_main_process and every and (self.step % every == 0 or last):
+            self.preview.save(self.ema.model, self.room / "previews" / f"step-{self.step:08d}.png")
 
     def _means(self) -> dict[str, float]:
         """Averages since the last log line, over steps and processes. FloatingPointError when training has broken down."""
