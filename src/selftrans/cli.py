@@ -71,9 +71,13 @@ def _dispatch(argv: list[str]) -> None:
     if name == "train":
         _train(rest)
     elif name in COMMANDS:
+        rest, overrides = _split_overrides(rest) if name == "compare" else (rest, [])
         options = [f.name.replace("_", "-") for f in dataclasses.fields(COMMANDS[name])]
         _check_flags(rest, [*options, *(f"no-{option}" for option in options)], "option", f"selftrans {name} --help")
-        _parse(COMMANDS[name], rest, f"selftrans {name}").run()
+        command = _parse(COMMANDS[name], rest, f"selftrans {name}")
+        if overrides:
+            command.overrides = overrides
+        command.run()
     else:
         raise _usage(f"command '{name}' is unknown", name, [*COMMANDS, "train"], "selftrans --help")
 
@@ -120,7 +124,6 @@ def _parse(kind: Any, args: list[str], prog: str, default: Any = None, descripti
 
 
 def _train(argv: list[str]) -> None:
-    from selftrans.config import RunConfig
     from selftrans.recipes import RECIPES
     from selftrans.train.pipeline import train
 
@@ -130,16 +133,8 @@ def _train(argv: list[str]) -> None:
         for name, function in RECIPES.items():
             print(f"  {name:<17} {(function.__doc__ or '').splitlines()[0]}")
         return
-    name, rest = argv[0], argv[1:]
-    if name not in RECIPES:
-        raise _usage(f"recipe '{name}' is unknown", name, list(RECIPES), "selftrans train --help")
-    options, rest = _own_options(rest, ("data", "out", "teacher"))
-    known = [*sorted(_dotted(RunConfig)), "data", "out", "teacher"]
-    _check_flags(rest, known, "override", f"selftrans train {name} --help")
-    if not {"-h", "--help"} & set(rest) and "out" not in options:
-        raise _usage("--out RUN is missing", "", [], "selftrans train --help")
-    about = f"{inspect.getdoc(RECIPES[name])}\n\nBeside the overrides: --out RUN, --data DIR, --teacher RUN_OR_FILE."
-    config: RunConfig = _parse(RunConfig, rest, f"selftrans train {name}", RECIPES[name](), about)
+    options, rest = _own_options(argv[1:], ("data", "out", "teacher"))
+    config = configured(argv[0], rest, "train", tuple(options), "--out RUN, --data DIR, --teacher RUN_OR_FILE")
     if "data" in options:
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, path=options["data"]))
     if "teacher" in options:
@@ -151,6 +146,39 @@ def _train(argv: list[str]) -> None:
         f"done: {report['student_steps']} student steps, {report['student_tflops']:.3g} TFLOPs; with all stages and the "
         f"teacher's training {report['total_tflops']:.3g} TFLOPs, {report['total_seconds']:.0f} s -> {options['out']}"
     )
+
+
+def configured(name: str, words: list[str], command: str, given: Sequence[str], beside: str) -> Any:
+    """The recipe `name` with the overrides `words`, all of the form --a.b=c or --a.b c; `given` are options taken out before.
+
+    What is unknown ends with one line and the nearest name, and so does a missing --out.
+    """
+    from selftrans.config import RunConfig
+    from selftrans.recipes import RECIPES
+
+    if name not in RECIPES:
+        raise _usage(f"recipe '{name}' is unknown", name, list(RECIPES), f"selftrans {command} --help")
+    _check_flags(
+        words,
+        [*sorted(_dotted(RunConfig)), *re.findall(r"--([a-z]+)", beside)],
+        "override",
+        f"selftrans {command} {name} --help",
+    )
+    if not {"-h", "--help"} & set(words) and "out" not in given:
+        raise _usage("--out RUN is missing", "", [], f"selftrans {command} --help")
+    about = f"{inspect.getdoc(RECIPES[name])}\n\nBeside the overrides: {beside}."
+    return _parse(RunConfig, words, f"selftrans {command} {name}", RECIPES[name](), about)
+
+
+def _split_overrides(argv: list[str]) -> tuple[list[str], list[str]]:
+    """(the rest, dotted overrides with their values)."""
+    both: tuple[list[str], list[str]] = ([], [])
+    dotted = False
+    for word in argv:
+        if word.startswith("--"):
+            dotted = "." in word.partition("=")[0]
+        both[dotted].append(word)
+    return both
 
 
 def _own_options(argv: list[str], names: tuple[str, ...]) -> tuple[dict[str, str], list[str]]:

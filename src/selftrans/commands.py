@@ -170,6 +170,41 @@ class Quickstart:
 
 
 @dataclass
+class Compare:
+    """Methods x seeds under one budget: a table, the curves over steps and compute, and a page. Repeating it continues.
+
+    RECIPE is one of `selftrans train --help`, and its overrides (--train.batch-size 64 ...) act on every method. Each run is
+    an ordinary run directory, OUT/<method>-seed<k>.
+    """
+
+    recipe: Positional[str]
+    out: Path
+    data: str | None = None
+    """prepared data; recipes named digits... bring their own"""
+    methods: tuple[str, ...] = ("vanilla", "structure", "self_transcendence", "sra", "layersync", "dispersive")
+    """structure is stage 1 alone; repa needs an encoder, or data prepared with --features"""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    steps: int | None = None
+    """student steps of each method; None: as the recipe says"""
+    images: int = 1000
+    """samples for each distance"""
+    features: str | None = None
+    """extractor, by name or file; None: the digits' classifier, one trained on pixel data with classes, or inception"""
+    workers: int | None = None
+    """runs side by side; None: one per core, one on a GPU"""
+    overrides: tyro.conf.Suppress[list[str]] = dataclasses.field(default_factory=list)
+
+    def run(self) -> None:
+        from selftrans.cli import configured
+        from selftrans.compare.command import compare_methods, on
+
+        config = configured(self.recipe, self.overrides, "compare", ("out",), "those of selftrans compare --help")
+        config = on(config, self.data, self.steps)
+        options = {name: getattr(self, name) for name in ("seeds", "images", "features", "workers")}
+        compare_methods(config, self.out, self.methods, **options)
+
+
+@dataclass
 class Bench:
     """Throughput on this machine, in one run: training steps beside the field's plain arithmetic, loading, sampling."""
 
@@ -196,6 +231,64 @@ class Bench:
         print(table(bench(models, **options)))
 
 
+@dataclass
+class Import:
+    """A published checkpoint (SiT, REPA, Self-Transcendence) to a run: sample it, be taught by it, train it on.
+
+    FILE is what their training writes (a .pt with model, ema, opt) or a plain state dict, also as safetensors. Nothing in
+    it is run: a file that holds anything but tensors, plain containers and the options of a command is refused by name.
+    Sizes and QK-norm are told from the tensors; SiT's time (0 is noise) is folded into the weights. The run takes
+    part as `selftrans sample OUT`, as `selftrans train RECIPE --teacher OUT`, and is trained on by the command printed.
+    """
+
+    file: Positional[Path]
+    out: Path
+    """run directory to make; nothing else may be in it"""
+    name: str | None = None
+    """published size that is expected, such as SiT-XL/2; None: whatever it is"""
+    convention: Literal["sit", "repa"] | None = None
+    """whose time and sign: sit (t = 0 is noise), repa (t = 0 is data; Self-Transcendence too); None: told or guessed, and said"""
+    heads: int | None = None
+    """attention heads; None: by q_norm, or as published for this width"""
+    step: int | None = None
+    """steps it was trained for; None: as the file says"""
+    autoencoder: str | None = None
+    """what decodes its latents; None: stabilityai/sd-vae-ft-mse for 4 channels, pixel for 1 or 3"""
+    keep_heads: bool = False
+    """keep projectors that have no place in the run, in projectors.safetensors"""
+
+    def run(self) -> None:
+        from selftrans.export import import_run
+
+        options = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        import_run(options.pop("file"), options.pop("out"), **options)
+
+
+@dataclass
+class Export:
+    """A run's weights as one safetensors file without heads, for selftrans or in the layout of SiT's or REPA's code.
+
+    Writes OUT/model.safetensors and OUT/config.json. In a published layout the file holds what `SiT(**arguments)` of that
+    repository loads, with `arguments` from config.json (REPA's with z_dims=[], so without projectors), and `selftrans import`
+    reads it back. There is no diffusers layout: its DiT has other timestep frequencies and no QK-norm, so it would be
+    another network.
+    """
+
+    run_or_file: Positional[str]
+    out: Path
+    weights: Literal["ema", "raw"] = "ema"
+    layout: Literal["selftrans", "sit", "repa"] = "selftrans"
+    """selftrans: in place of a run in every command; sit: t = 0 is noise; repa: t = 0 is data"""
+    stage: str | None = None
+    """None: the last stage of the run"""
+
+    def run(self) -> None:
+        from selftrans.export import export_run
+
+        made = export_run(self.run_or_file, self.out, weights=self.weights, layout=self.layout, stage=self.stage)
+        print(f"{self.weights} weights, layout {self.layout} -> {made}")
+
+
 COMMANDS: dict[str, Any] = {
     "prepare": Prepare,
     "sample": Sample,
@@ -203,5 +296,8 @@ COMMANDS: dict[str, Any] = {
     "classifier": Classifier,
     "analyse": Analyse,
     "quickstart": Quickstart,
+    "compare": Compare,
     "bench": Bench,
+    "import": Import,
+    "export": Export,
 }

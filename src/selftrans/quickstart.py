@@ -6,9 +6,7 @@ out is what is written: no order of the methods is assumed anywhere.
 
 from __future__ import annotations
 
-import csv
 import dataclasses
-import io
 import json
 import time
 from collections.abc import Sequence
@@ -20,7 +18,8 @@ import numpy as np
 from selftrans import report
 from selftrans.analyse.features import collect, pca_basis, pca_maps
 from selftrans.analyse.plots import save
-from selftrans.compare import PROBE_T, Comparison, Results, compare, mean_curve, rows
+from selftrans.compare.engine import PROBE_T, Comparison, Results, compare, samples_of
+from selftrans.compare.table import as_csv, mean_curve, rows
 from selftrans.config import RunConfig
 from selftrans.data.encode import prepare_digits
 from selftrans.data.shards import Shards
@@ -30,7 +29,6 @@ from selftrans.flow import PATHS
 from selftrans.latents import load_autoencoder, to_uint8
 from selftrans.measure import latents_of
 from selftrans.recipes.digits import digits
-from selftrans.sample import sample_images
 from selftrans.train import checkpoint
 from selftrans.train.restore import restore
 from selftrans.train.stop import lock
@@ -88,14 +86,13 @@ def _seconds_before(out: Path, summary: dict[str, Any]) -> float:
 
 def summarise(chosen: Comparison, results: Results) -> dict[str, Any]:
     """What table.json holds."""
-    measured = {name: [points for (method, _), (_, points) in results.items() if method == name] for name in METHODS}
-    shared = chosen.shared
+    shared, point = chosen.shared, next(iter(results.values()))[1][-1]
     return {
         "table": rows(results, tuple(METHODS)),
-        "metric": measured["vanilla"][0][-1]["metric"],
-        "sampler": measured["vanilla"][0][-1]["sampler"],
-        "extractor_sha256": measured["vanilla"][0][-1]["extractor_sha256"],
-        "curves": {name: mean_curve(runs) for name, runs in measured.items()},
+        "metric": point["metric"],
+        "sampler": point["sampler"],
+        "extractor_sha256": point["extractor_sha256"],
+        "curves": {name: mean_curve(results, name) for name in METHODS},
         "seeds": list(chosen.seeds),
         "steps": shared.train.steps,
         "teacher_steps": shared.stage1.steps,
@@ -106,7 +103,7 @@ def summarise(chosen: Comparison, results: Results) -> dict[str, Any]:
 
 def write(out: Path, summary: dict[str, Any], shards: Shards, config: RunConfig, seed: int) -> None:
     """Everything that people open: the table, the picture, the page."""
-    grids = {label: samples_of(out / f"{name}-seed{seed}") for name, label in METHODS.items()}
+    grids = {label: samples_of(out / f"{name}-seed{seed}", SHOWN) for name, label in METHODS.items()}
     maps = {label: maps_of(out / f"{name}-seed{seed}", shards, config.stage1.block) for name, label in METHODS.items()}
     curves = {METHODS[name]: curve for name, curve in summary["curves"].items()}
     save(report.overview(curves, grids, summary["metric"]), out / "quickstart.png")
@@ -114,16 +111,6 @@ def write(out: Path, summary: dict[str, Any], shards: Shards, config: RunConfig,
     write_json(out / "table.json", summary)
     write_text(out / "table.csv", as_csv(summary["table"]))
     write_text(out / "report.html", page)
-
-
-def samples_of(run: Path) -> np.ndarray:
-    """(n, R, R, C) samples of a finished run: the same noise and labels for every method."""
-    found = restore(run)
-    settings = dataclasses.replace(found.config.sample, num=SHOWN, seed=1, batch_size=SHOWN)
-    autoencoder = load_autoencoder(found.autoencoder)
-    path, classes = PATHS[found.config.train.path], found.model.num_classes
-    batches = sample_images(found.model, autoencoder, settings, num_classes=classes, device="cpu", path=path)
-    return np.concatenate([images for _, _, images in batches])
 
 
 def maps_of(run: Path, shards: Shards, block: int) -> dict[str, np.ndarray]:
@@ -140,22 +127,3 @@ def maps_of(run: Path, shards: Shards, block: int) -> dict[str, np.ndarray]:
     return {"data": decoded} | {
         f"step {one.step}": pca_maps(features, basis=basis) for one, features in zip(found, feats, strict=True)
     }
-
-
-def as_csv(table: list[dict[str, Any]]) -> str:
-    """The table with a column for each mean and each standard deviation."""
-    text = io.StringIO()
-    flat = [
-        {
-            column: value
-            for key, cell in row.items()
-            for column, value in (
-                {key: cell["mean"], f"{key}_std": cell["std"]} if isinstance(cell, dict) else {key: cell}
-            ).items()
-        }
-        for row in table
-    ]
-    writer = csv.DictWriter(text, fieldnames=list(flat[0]))
-    writer.writeheader()
-    writer.writerows(flat)
-    return text.getvalue()

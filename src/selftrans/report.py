@@ -33,6 +33,8 @@ HEADINGS = (
     "distance",
     "accuracy",
     "shallow probe",
+    "steps to vanilla's",
+    "TFLOPs to vanilla's",
 )
 
 
@@ -42,7 +44,24 @@ def cells(row: dict[str, Any], names: Mapping[str, str]) -> list[str]:
         _cell(row[key], digits)
         for key, digits in (("seconds", 0), ("total_seconds", 0), ("total_tflops", 2), ("distance", 2))
     ]
-    return [names[row["method"]], f"{row['steps']:,}", *spread, _cell(row["accuracy"], 3), _cell(row["probe"], 3)]
+    reach = [_reached(row, key, digits) for key, digits in (("steps_to_baseline", 0), ("tflops_to_baseline", 2))]
+    return [
+        names[row["method"]],
+        f"{row['steps']:,}",
+        *spread,
+        _cell(row["accuracy"], 3),
+        _cell(row["probe"], 3),
+        *reach,
+    ]
+
+
+def _reached(row: dict[str, Any], key: str, digits: int) -> str:
+    """Where vanilla's final distance was met; how many seeds met it, if not all did; empty without a vanilla run."""
+    if key not in row:
+        return ""
+    if row[key] is None:
+        return "never"
+    return _cell(row[key], digits) + (f" ({row['reached']} of {row['seeds']})" if row["reached"] < row["seeds"] else "")
 
 
 def _cell(value: dict[str, float] | None, digits: int) -> str:
@@ -67,7 +86,8 @@ def legend(metric: str) -> str:
         f"distance: {metric}, lower is better; accuracy: the classifier's, of the samples' labels; shallow probe: accuracy "
         "of a linear classifier on the features of the block that stage 1 guides, at t = 0.4; seconds: of the student's "
         "training; total seconds and TFLOPs: the teacher's training included. Runs may train side by side, "
-        "so compare TFLOPs rather than seconds."
+        "so compare TFLOPs rather than seconds. To vanilla's: student steps, and TFLOPs in all, after which the method is as "
+        "good as vanilla of the same seed at its end, between two measurements read off the straight line of log distance."
     )
 
 
@@ -81,16 +101,8 @@ def overview(series: Mapping[str, Curve], grids: Mapping[str, np.ndarray], metri
     mosaic: dict[Any, Any] = figure.subplot_mosaic(
         [["curve", str(i)] for i in range(len(grids))], width_ratios=[1.15, 1]
     )
-    axes = mosaic["curve"]
-    for i, (name, (steps, values, deviation)) in enumerate(series.items()):
-        low, high = np.subtract(values, deviation), np.add(values, deviation)
-        axes.plot(steps, values, color=COLOURS[i], marker=MARKERS[i], markeredgecolor="white", label=name)
-        axes.fill_between(steps, np.maximum(low, 1e-9), high, color=COLOURS[i], alpha=0.18, linewidth=0)
-    axes.set(xlabel="student steps", ylabel=metric, yscale="log")
-    axes.grid(color=RULE, which="both", linewidth=0.5)
-    axes.spines[["top", "right"]].set_visible(False)
-    plain_ticks(axes, logx=False, logy=True)
-    axes.legend(frameon=False)
+    _draw_curves(mosaic["curve"], series, "student steps", metric)
+    mosaic["curve"].legend(frameon=False)
     for i, (name, images) in enumerate(grids.items()):
         picture = image_grid(images, columns=-(-len(images) // 3), upscale=6, gap=6)
         mosaic[str(i)].imshow(
@@ -98,6 +110,34 @@ def overview(series: Mapping[str, Curve], grids: Mapping[str, np.ndarray], metri
         )
         mosaic[str(i)].set_title(name, fontsize=10, color=INK, loc="left")
         mosaic[str(i)].axis("off")
+    return figure
+
+
+def _draw_curves(axes: Any, series: Mapping[str, Curve], xlabel: str, metric: str) -> None:
+    """Mean distance of each method with its deviation as a band, on a logarithmic axis."""
+    for i, (name, (x, values, deviation)) in enumerate(series.items()):
+        low, high = np.subtract(values, deviation), np.add(values, deviation)
+        colour, marker = COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)]
+        axes.plot(x, values, color=colour, marker=marker, markeredgecolor="white", label=name)
+        axes.fill_between(x, np.maximum(low, 1e-9), high, color=colour, alpha=0.14, linewidth=0)
+    axes.set(xlabel=xlabel, ylabel=metric, yscale="log")
+    axes.grid(color=RULE, which="both", linewidth=0.5)
+    axes.spines[["top", "right"]].set_visible(False)
+    plain_ticks(axes, logx=False, logy=True)
+
+
+def convergence(both: Mapping[str, Mapping[str, Curve]], metric: str) -> Figure:
+    """Distance against student steps, and against all compute: `both` is {"step": series, "tflops": series}."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 4.6), layout="constrained", facecolor="white")
+    FigureCanvasAgg(figure)
+    left, right = figure.subplots(1, 2, sharey=True)
+    _draw_curves(left, both["step"], "student steps", metric)
+    _draw_curves(right, both["tflops"], "TFLOPs in all, the teacher's training included", metric)
+    right.set_ylabel("")
+    left.legend(frameon=False)
     return figure
 
 
@@ -148,6 +188,43 @@ training, for the digits of the first row. Colours are those of the last checkpo
 {features}
 <p class="note">Made by <code>selftrans quickstart</code> in {summary["seconds"]:.0f} s. The same numbers are in
 <code>table.json</code> and <code>table.csv</code> beside this page.</p>
+</body></html>
+"""
+
+
+def comparison_page(summary: dict[str, Any], figure: Figure, grids: Mapping[str, np.ndarray]) -> str:
+    """compare.html: table, convergence over steps and compute, samples, and what the numbers depend on."""
+    config, sampler = summary["config"], summary["sampler"]
+    names = {row["method"]: row["method"] for row in summary["table"]}
+    samples = "".join(_figure(name, image_grid(images, columns=8, upscale=3), name) for name, images in grids.items())
+    settings = {
+        "recipe": config["recipe"],
+        "model": ", ".join(f"{key} {value}" for key, value in config["model"].items() if value is not None),
+        "student steps, batch, learning rate": "{steps:,}, {batch_size}, {lr:g}".format(**config["train"]),
+        "teacher": f"stage 1 for {config['stage1']['steps']:,} steps",
+        "seeds": ", ".join(map(str, summary["seeds"])),
+        "distance": f"{summary['metric']}, {summary['images']:,} samples of the averaged weights, to the training data",
+        "sampler": ", ".join(f"{key} {value}" for key, value in sampler.items() if value is not None),
+        "extractor": f"{summary['features']}, sha256 {summary['extractor_sha256']}",
+    }
+    lines = "".join(
+        f"<tr><td>{html.escape(key)}</td><td>{html.escape(value)}</td></tr>" for key, value in settings.items()
+    )
+    return f"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>selftrans compare</title><style>{STYLE}.settings td {{ text-align: left; white-space: normal; }}</style></head><body>
+<h1>Methods side by side</h1>
+<div class="scroll">{_table(summary["table"], names)}</div>
+<p class="note">{html.escape(legend(summary["metric"]))}</p>
+<h2>Convergence</h2>
+<p class="note">Mean over seeds; the band is one standard deviation.</p>
+<img src="{figure_to_data_uri(figure)}" alt="{html.escape(summary["metric"])} against student steps and against compute">
+<h2>Samples at the end</h2>
+<p class="note">Seed {summary["seeds"][0]}; the same noise and the same labels for each method.</p>
+<div class="grids">{samples}</div>
+<h2>What the numbers depend on</h2>
+<table class="settings">{lines}</table>
+<p class="note">The same numbers are in <code>compare.json</code> and <code>compare.csv</code> beside this page.</p>
 </body></html>
 """
 

@@ -38,6 +38,7 @@ class DispersiveGuidance(nn.Module):
     """One block of the student keeps the samples of a batch apart."""
 
     name: str = "dispersive"
+    taps: tuple[int, ...]
 
     def __init__(self, student: Backbone, config: Dispersive) -> None:
         super().__init__()

@@ -34,6 +34,7 @@ class LayerSyncGuidance(nn.Module):
     """A shallow block of the student follows a deeper one, which gets no gradient from it."""
 
     name: str = "layersync"
+    taps: tuple[int, ...]
 
     def __init__(self, student: Backbone, config: LayerSync) -> None:
         super().__init__()

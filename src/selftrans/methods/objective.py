@@ -224,8 +224,8 @@ class Objective(nn.Module):
             report |= {g.name: term.detach()} | {f"{g.name}/{key}": value for key, value in details.items()}
         return loss, report
 
-    def watch(self, average: Backbone) -> None:
-        """Hand the moving average of the student to the guidances that want it (those with a `watch` of their own)."""
+    def watch(self, average: Any) -> None:
+        """Hand the moving average of the student (a Backbone) to the guidances that want it (those with a `watch` of their own)."""
         for guidance in self.guidances:
             if hasattr(guidance, "watch"):
                 guidance.watch(average)

@@ -44,6 +44,7 @@ class SRAGuidance(nn.Module):
     """The student's block follows a deeper one of its moving average, which the trainer hands over by `watch`."""
 
     name: str = "sra"
+    taps: tuple[int, ...]
     teacher: Frozen | None = None
 
     def __init__(self, student: Backbone, config: SRA, path: Path = LINEAR) -> None:

@@ -1,4 +1,4 @@
-"""Methods side by side: the same model, data, seeds, sampler and metric for each; resumable; one table, one set of curves.
+"""Methods side by side: the same model, data, seeds, sampler and metric for each; resumable.
 
 Every run is an ordinary run directory `OUT/<method>-seed<k>`, its checkpoints are the points of its curve, and each
 point is measured once and kept in `measured.json` beside them. Shape legend: n images, (R, R, C) uint8 image.
@@ -10,9 +10,8 @@ import dataclasses
 import json
 import multiprocessing
 import os
-import statistics
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
@@ -291,34 +290,12 @@ def probe(model: Any, ruler: Ruler, path: Any, most: int = 4000) -> float:
     return linear_probe(feats[ruler.block], labels, kind="ridge")
 
 
-def rows(results: Results, names: Sequence[str]) -> list[dict[str, Any]]:
-    """The table: one row per variant, mean and standard deviation over seeds of its last point."""
-    table = []
-    for name in names:
-        runs = [value for (one, _), value in results.items() if one == name]
-        last = [measured[-1] for _, measured in runs]
-        row: dict[str, Any] = {"method": name, "seeds": len(runs), "steps": last[0]["step"]}
-        row["seconds"] = _spread([point["seconds"] for point in last])
-        row["total_seconds"] = _spread([report["total_seconds"] for report, _ in runs])
-        row["total_tflops"] = _spread([report["total_tflops"] for report, _ in runs])
-        for key in ("distance", "accuracy", "probe"):
-            row[key] = _spread([point[key] for point in last]) if last[0][key] is not None else None
-        table.append(row)
-    return table
-
-
-def _spread(values: Sequence[float]) -> dict[str, float]:
-    return {"mean": statistics.fmean(values), "std": statistics.stdev(values) if len(values) > 1 else 0.0}
-
-
-def mean_curve(
-    runs: Sequence[list[dict[str, Any]]], key: str = "distance"
-) -> tuple[list[float], list[float], list[float]]:
-    """(steps, mean, standard deviation) over seeds."""
-    steps = [point["step"] for point in runs[0]]
-    values = np.array([[point[key] for point in measured] for measured in runs])
-    return (
-        steps,
-        values.mean(axis=0).tolist(),
-        (values.std(axis=0, ddof=1) if len(runs) > 1 else 0 * values[0]).tolist(),
-    )
+def samples_of(run: Path, num: int) -> np.ndarray:
+    """(num, R, R, C) samples of a finished run: the same noise and labels for every method."""
+    found = restore(run)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    settings = dataclasses.replace(found.config.sample, num=num, seed=1, batch_size=num)
+    autoencoder, path = load_autoencoder(found.autoencoder, device=device), PATHS[found.config.train.path]
+    model, classes = found.model.to(device), found.model.num_classes
+    batches = sample_images(model, autoencoder, settings, num_classes=classes, device=device, path=path)
+    return np.concatenate([images for _, _, images in batches])

@@ -1,0 +1,97 @@
+"""The ablations that settle the defaults: variants of one recipe over seeds, one table and one set of curves.
+
+    python benchmarks/ablations.py digits --out results/digits --seeds 0 1 2
+    python benchmarks/ablations.py cifar10 --data data/cifar10 --out results/cifar10 --variants vanilla w5 w30
+
+Each variant changes the recipe by dotted overrides (VARIANTS); what can be taught by the stage-1 run of its seed is. Run
+directories are those of `selftrans compare`, so both may share an --out. Repeating the command continues it. Writes
+ablations.json (means and deviations over seeds at the end, and the distance at every measured step).
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from selftrans import report
+from selftrans.compare.command import base, on
+from selftrans.compare.engine import Comparison, compare
+from selftrans.compare.table import mean_curve, rows
+from selftrans.config import RunConfig
+from selftrans.files import write_json
+from selftrans.recipes import recipe
+
+#: name -> dotted overrides of the recipe
+VARIANTS: dict[str, dict[str, Any]] = {
+    "vanilla": {"method": "vanilla"},
+    "structure": {"method": "structure"},
+    "self_transcendence": {},
+    # w, the strength of guidance on the features
+    "w1": {"stage2.scale": 1.0},
+    "w2": {"stage2.scale": 2.0},
+    "w5": {"stage2.scale": 5.0},
+    "w10": {"stage2.scale": 10.0},
+    "w30": {"stage2.scale": 30.0},
+    # the timestep range
+    "scale-mode": {"stage2.range_mode": "scale"},
+    "all-times": {"stage2.timestep_range": None},
+    "uniform-times": {"train.times": "uniform"},
+    # the targets
+    "layer": {"stage2.target_norm": "layer"},
+    "cosine": {"stage2.target_norm": "cosine"},
+    "w30-layer": {"stage2.scale": 30.0, "stage2.target_norm": "layer"},
+    "w30-cosine": {"stage2.scale": 30.0, "stage2.target_norm": "cosine"},
+    # the teacher: its training, its weights
+    "stage1-200": {"stage1.steps": 200},
+    "stage1-400": {"stage1.steps": 400},
+    "structure-latent": {"method": "structure", "stage1.target": "latent"},
+    "latent": {"stage1.target": "latent"},
+    "ema-teacher": {"stage2.teacher_weights": "ema"},
+    # the end of guidance
+    "ends-300": {"stage2.until_step": 300},
+    "never-ends": {"stage2.until_step": None},
+}
+
+
+def overridden(config: RunConfig, dotted: dict[str, Any]) -> RunConfig:
+    """`config` with some fields replaced."""
+    for name, value in dotted.items():
+        section, _, field = name.rpartition(".")
+        part = dataclasses.replace(getattr(config, section), **{field: value}) if section else value
+        config = dataclasses.replace(config, **{section or field: part})
+    return config.check()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recipe")
+    parser.add_argument("--data", help="prepared data; the digits bring their own")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS))
+    parser.add_argument("--steps", type=int)
+    parser.add_argument("--images", type=int, default=1000)
+    parser.add_argument("--features", help="extractor; the digits have their own")
+    parser.add_argument("--workers", type=int)
+    options = parser.parse_args()
+    config = on(recipe(options.recipe), options.data, options.steps)
+    config, features, weights = base(config, options.out, features=options.features)
+    variants = {name: overridden(config, VARIANTS[name]) for name in options.variants}
+    chosen = Comparison(variants, tuple(options.seeds), options.out, options.images, features, weights)
+    results = compare(chosen, workers=options.workers)
+    table = rows(results, tuple(variants))
+    curves = {name: mean_curve(results, name) for name in variants}
+    settings = {"recipe": options.recipe, "seeds": options.seeds, "images": options.images, "features": features}
+    overrides = {name: VARIANTS[name] for name in variants}
+    write_json(options.out / "ablations.json", settings | {"table": table, "curves": curves, "overrides": overrides})
+    metric = next(iter(results.values()))[1][-1]["metric"]
+    print(report.text_table(table, {name: name for name in variants}, metric))
+    for name, (steps, values, deviations) in curves.items():
+        points = (f"{step}: {v:.2f} ± {d:.2f}" for step, v, d in zip(steps, values, deviations, strict=True))
+        print(f"{name:<18}", "   ".join(points))
+
+
+if __name__ == "__main__":
+    main()

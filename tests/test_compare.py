@@ -1,0 +1,182 @@
+"""`selftrans compare`: the table against hand-computed numbers, the command as a person uses it, and its repetition."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import json
+import math
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from toy import quick  # noqa: F401 - quick is a fixture
+
+from selftrans.cli import main
+from selftrans.compare.command import base, compare_methods
+from selftrans.compare.engine import Comparison, interval, points
+from selftrans.compare.table import as_csv, curve, first_below, mean_curve, rows
+from selftrans.recipes import recipe
+
+
+def result(distances: list[float], *, teacher: float = 0.0, seconds: float = 10.0) -> tuple:
+    """run.json and measured points: a distance every 100 steps, one TFLOP each."""
+    measured = [
+        {"step": 100 * i, "seconds": seconds, "tflops": float(i), "distance": d, "accuracy": 0.5, "probe": 0.25 * i}
+        for i, d in enumerate(distances, start=1)
+    ]
+    student = measured[-1]["tflops"]
+    return {"total_seconds": seconds, "total_tflops": student + teacher, "student_tflops": student}, measured
+
+
+RESULTS = {
+    ("vanilla", 0): result([80.0, 40.0, 10.0]),
+    ("vanilla", 1): result([80.0, 40.0, 20.0]),
+    ("fast", 0): result([40.0, 2.5, 1.0], teacher=2.0),
+    ("fast", 1): result([20.0, 10.0, 3.0], teacher=2.0),
+    ("slow", 0): result([90.0, 80.0, 11.0]),
+    ("slow", 1): result([90.0, 80.0, 20.0]),
+}
+
+
+def test_rows_hold_means_and_deviations_over_seeds():
+    vanilla, fast, slow = rows(RESULTS, ("vanilla", "fast", "slow"))
+    assert vanilla["distance"] == {"mean": 15.0, "std": pytest.approx(math.sqrt(50))} and vanilla["seeds"] == 2
+    assert fast["total_tflops"] == {"mean": 5.0, "std": 0.0} and fast["probe"]["mean"] == 0.75
+    assert vanilla["steps_to_baseline"]["mean"] == 300 and vanilla["reached"] == 2
+    # seed 0: from 40 at 100 to 2.5 at 200, 10 is half of the way in log; seed 1: 20 at the first point
+    assert fast["steps_to_baseline"]["mean"] == pytest.approx((150 + 100) / 2)
+    assert fast["tflops_to_baseline"]["mean"] == pytest.approx((2 + 1.5 + 2 + 1) / 2), "the teacher's is in it"
+    assert slow["reached"] == 1 and slow["steps_to_baseline"] == {"mean": 300.0, "std": 0.0}
+
+
+def test_without_the_baseline_nothing_is_said_of_it():
+    (row,) = rows(RESULTS, ("fast",), baseline="other")
+    assert "steps_to_baseline" not in row
+    (row,) = rows({("vanilla", 0): result([5.0]), ("bad", 0): result([9.0])}, ("bad",))
+    assert row["steps_to_baseline"] is None and row["reached"] == 0
+
+
+def test_curves_over_steps_and_over_all_compute():
+    assert curve(RESULTS["fast", 0]) == ([100, 200, 300], [40.0, 2.5, 1.0])
+    assert curve(RESULTS["fast", 0], "tflops") == ([3.0, 4.0, 5.0], [40.0, 2.5, 1.0])
+    x, mean, deviation = mean_curve(RESULTS, "fast")
+    assert x == [100, 200, 300] and mean == [30.0, 6.25, 2.0] and deviation[2] == pytest.approx(math.sqrt(2))
+
+
+@pytest.mark.parametrize(
+    ("y", "goal", "x"),
+    [([8, 4, 2], 4, 200), ([8, 4, 2], 1, None), ([8, 2], 4, 150), ([8, 0.0], 0.0, 200), ([3], 4, 100)],
+)
+def test_where_a_curve_first_is_as_good(y, goal, x):
+    found = first_below([100 * (i + 1) for i in range(len(y))], y, goal)
+    assert found == (None if x is None else pytest.approx(x))
+
+
+def test_csv_has_a_column_for_each_mean_and_deviation():
+    read = list(csv.DictReader(as_csv(rows(RESULTS, ("vanilla", "slow"))).splitlines()))
+    assert [row["method"] for row in read] == ["vanilla", "slow"]
+    assert float(read[0]["distance"]) == 15 and float(read[0]["distance_std"]) == pytest.approx(math.sqrt(50))
+
+
+def test_a_teacher_is_shared_where_it_is_the_same_and_never_else(tmp_path):
+    config, _, _ = base(recipe("digits"), tmp_path)
+    assert config.stage1.steps == config.train.steps
+    other = dataclasses.replace(config, stage1=dataclasses.replace(config.stage1, target="latent"))
+    short = dataclasses.replace(config, stage1=dataclasses.replace(config.stage1, steps=interval(config.train.steps)))
+    odd = dataclasses.replace(config, stage1=dataclasses.replace(config.stage1, steps=7))
+    variants = {"structure": dataclasses.replace(config, method="structure"), "same": config, "other": other}
+    chosen = Comparison(variants | {"short": short, "odd": odd}, (3,), tmp_path, 10, "digits")
+    assert chosen.teacher(("same", 3)) == chosen.teacher(("short", 3)) == ("structure", 3)
+    assert chosen.teacher(("other", 3)) is None and chosen.teacher(("odd", 3)) is None
+    assert chosen.teacher(("structure", 3)) is None
+    assert points(1000) == 5 and points(1001) == 6
+
+
+class Tags(HTMLParser):
+    """Open and closed tags balance, and pictures are inside."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.pictures = 0
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        if tag == "img":
+            self.pictures += dict(attrs)["src"].startswith("data:image/")
+        elif tag != "meta":
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_compare_as_a_person_uses_it(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "compared"
+    overrides = ["--model.width", "16", "--model.depth", "3", "--train.batch-size", "16", "--sra.head-width", "8"]
+    overrides += [
+        "--stage1.head-width",
+        "8",
+        "--stage2.head-width",
+        "8",
+        "--stage2.until-step",
+        "7",
+        "--sample.steps",
+        "2",
+    ]
+    command = ["compare", "digits", "--out", str(out), "--steps", "10", "--images", "24", "--workers", "1", *overrides]
+    methods = ["vanilla", "structure", "self_transcendence", "layersync"]
+    assert main([*command, "--methods", *methods, "--seeds", "0", "1"]) == 0
+    said = capfd.readouterr().out
+    assert all(name in said for name in methods) and "±" in said and "compare.html" in said
+    summary = json.loads((out / "compare.json").read_text())
+    assert [row["method"] for row in summary["table"]] == methods
+    assert summary["config"]["model"]["width"] == 16 and summary["seeds"] == [0, 1] and summary["images"] == 24
+    for row in summary["table"]:
+        assert row["seeds"] == 2 and row["steps"] == 10 and row["distance"]["mean"] > 0
+    taught = json.loads((out / "self_transcendence-seed0" / "run.json").read_text())
+    alone = json.loads((out / "structure-seed0" / "run.json").read_text())
+    assert [stage["stage"] for stage in taught["stages"]] == ["stage2"], "stage 1 is that of the run beside it"
+    assert taught["total_tflops"] == pytest.approx(taught["student_tflops"] + alone["total_tflops"])
+    lasts = [summary["curves"]["tflops"][name][0][-1] for name in methods]
+    assert lasts[2] == pytest.approx(taught["total_tflops"]) and lasts[0] < lasts[3] + 1e-9 < lasts[2]
+    page = Tags((out / "compare.html").read_text())
+    assert page.open == [] and page.pictures == 1 + len(methods)
+    assert (out / "compare.png").read_bytes().startswith(b"\x89PNG") and (out / "compare.csv").exists()
+    # repeated with a method more: what was there is kept
+    weights = out / "vanilla-seed0" / "vanilla" / "checkpoints" / "step-00000010" / "ema.safetensors"
+    trained = weights.stat().st_mtime_ns
+    assert main([*command, "--methods", *methods, "sra", "--seeds", "0", "1"]) == 0
+    kept = {row["method"]: row["distance"] for row in json.loads((out / "compare.json").read_text())["table"]}
+    assert {row["method"]: row["distance"] for row in summary["table"]} == {
+        m: kept[m] for m in methods
+    } and "sra" in kept
+    assert weights.stat().st_mtime_ns == trained
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["compare", "digit", "--out", "x"], "did you mean digits"),
+        (["compare", "digits", "--out", "x", "--methods", "vanila"], "'vanila' is unknown; did you mean vanilla"),
+        (["compare", "digits", "--out", "x", "--methods", "vanilla", "vanilla"], "each of them once"),
+        (["compare", "digits", "--out", "x", "--seeds", "1", "1"], "seeds that differ"),
+        (["compare", "digits", "--out", "x", "--train.stepz", "3"], "did you mean train.steps"),
+        (["compare", "digits", "--methods", "vanilla"], "--out"),
+        (["compare", "cifar10", "--out", "x"], "needs --data DIR"),
+    ],
+)
+def test_mistakes_are_said_in_one_line(words, said, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    assert main(words) in (1, 2)
+    error = capfd.readouterr().err
+    assert said in error and error.count("\n") == 1
+
+
+def test_the_library_refuses_what_the_command_refuses(tmp_path):
+    with pytest.raises(ValueError, match="at least two images"):
+        compare_methods(recipe("digits"), tmp_path, ["vanilla"], images=1)
+    assert not list(tmp_path.iterdir())
