@@ -75,8 +75,9 @@ def _dispatch(argv: list[str]) -> None:
         options = [f.name.replace("_", "-") for f in dataclasses.fields(COMMANDS[name])]
         _check_flags(rest, [*options, *(f"no-{option}" for option in options)], "option", f"selftrans {name} --help")
         command = _parse(COMMANDS[name], rest, f"selftrans {name}")
-        if overrides:
-            command.overrides = overrides
+        if name == "compare":
+            beside = "those of selftrans compare --help"
+            command.config = configured(command.recipe, overrides, name, ("out",), beside)
         command.run()
     else:
         raise _usage(f"command '{name}' is unknown", name, [*COMMANDS, "train"], "selftrans --help")

@@ -192,14 +192,12 @@ class Compare:
     """extractor, by name or file; None: the digits' classifier, one trained on pixel data with classes, or inception"""
     workers: int | None = None
     """runs side by side; None: one per core, one on a GPU"""
-    overrides: tyro.conf.Suppress[list[str]] = dataclasses.field(default_factory=list)
+    config: tyro.conf.Suppress[Any] = None  #: the recipe with its overrides, filled in by cli.py
 
     def run(self) -> None:
-        from selftrans.cli import configured
         from selftrans.compare.command import compare_methods, on
 
-        config = configured(self.recipe, self.overrides, "compare", ("out",), "those of selftrans compare --help")
-        config = on(config, self.data, self.steps)
+        config = on(self.config, self.data, self.steps)
         options = {name: getattr(self, name) for name in ("seeds", "images", "features", "workers")}
         compare_methods(config, self.out, self.methods, **options)
 

@@ -225,7 +225,7 @@ class Objective(nn.Module):
         return loss, report
 
     def watch(self, average: Any) -> None:
-        """Hand the moving average of the student (a Backbone) to the guidances that want it (those with a `watch` of their own)."""
+        """Hand the student's moving average, a Backbone, to the guidances that want it (those with a `watch`)."""
         for guidance in self.guidances:
             if hasattr(guidance, "watch"):
                 guidance.watch(average)
