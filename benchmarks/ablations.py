@@ -38,6 +38,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "scale-mode": {"stage2.range_mode": "scale"},
     "all-times": {"stage2.timestep_range": None},
     "uniform-times": {"train.times": "uniform"},
+    "vanilla-uniform": {"method": "vanilla", "train.times": "uniform"},
     # the targets
     "layer": {"stage2.target_norm": "layer"},
     "cosine": {"stage2.target_norm": "cosine"},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import importlib.util
 import json
 import subprocess
@@ -27,6 +28,7 @@ from selftrans.cli import main
 from selftrans.config import Model
 from selftrans.methods.objective import Frozen, Objective
 from selftrans.methods.self_transcendence import SelfGuidance
+from selftrans.recipes import recipe
 from selftrans.types import Batch
 
 SMALL = Model(width=32, depth=3, heads=2, patch=2)
@@ -239,34 +241,24 @@ def script(name: str) -> Any:
     return module
 
 
-def test_differences_of_timesteps_are_taken_within_a_seed() -> None:
-    """Differences 1, 2 and 6: mean 3, deviation sqrt(7), standard error sqrt(7 / 3)."""
-    times = script("times")
-    even = {seed: dict.fromkeys(times.MEASURED, value) for seed, value in enumerate((11, 22, 36))}
-    independent = {seed: dict.fromkeys(times.MEASURED, value) for seed, value in enumerate((10, 20, 30))}
-    found = times.summary({"systematic": {"vanilla": even}, "uniform": {"vanilla": independent}})
-    assert len(found) == len(times.MEASURED)
-    assert found[0] == {
-        "method": "vanilla",
-        "measured": "distance",
-        "systematic": 23,
-        "uniform": 20,
-        "difference": 3,
-        "standard_error": pytest.approx((7 / 3) ** 0.5),
-    }
+def test_every_ablation_changes_the_recipe_as_it_says() -> None:
+    ablations = script("ablations")
+    for name, dotted in ablations.VARIANTS.items():
+        config = ablations.overridden(recipe("digits"), dotted)
+        for path, value in dotted.items():
+            found = functools.reduce(getattr, path.split("."), config)
+            assert found == value, name
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(400)
-def test_timesteps_are_compared(tmp_path: Path) -> None:
-    command = [sys.executable, script("times").__file__, "--out", str(tmp_path)]
-    command += ["--steps", "4", "--seeds", "0", "--images", "12", "--methods", "vanilla"]
+def test_ablations_are_compared(tmp_path: Path) -> None:
+    command = [sys.executable, script("ablations").__file__, "digits", "--out", str(tmp_path), "--workers", "1"]
+    command += ["--steps", "4", "--seeds", "0", "--images", "12", "--variants", "vanilla", "vanilla-uniform"]
     subprocess.run(command, check=True, capture_output=True, timeout=380)
-    report = json.loads((tmp_path / "times.json").read_text())
-    assert [row["measured"] for row in report["table"]] == ["distance", "accuracy", "probe", "seconds"]
-    configs = [
-        json.loads((tmp_path / f"vanilla-{name}-seed0" / "config.json").read_text()) for name in script("times").TIMES
-    ]
+    report = json.loads((tmp_path / "ablations.json").read_text())
+    assert [row["method"] for row in report["table"]] == ["vanilla", "vanilla-uniform"]
+    configs = [json.loads((tmp_path / f"{row['method']}-seed0" / "config.json").read_text()) for row in report["table"]]
     assert [each["train"]["times"] for each in configs] == ["systematic", "uniform"]
 
 
