@@ -1,0 +1,162 @@
+"""The figures of docs/results.md, from the runs that `selftrans compare` and `ablations.py` left in a directory.
+
+    python benchmarks/figures.py results/digits --out docs/figures --name digits
+
+Writes <name>-probes.png (linear-probe accuracy per block and timestep of every method), <name>-norms.png (feature and
+target norms over training, per target), <name>-ablations.png (convergence, a panel per question) and <name>.json with the
+numbers behind them. What the directory does not hold is left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from selftrans.analyse.features import collect, linear_probe
+from selftrans.analyse.plots import COLOURS, MARKERS, RULE, plain_ticks, save
+from selftrans.data.shards import Shards
+from selftrans.files import write_json
+from selftrans.flow import PATHS
+from selftrans.measure import data_latents
+from selftrans.train.log import read_journal
+from selftrans.train.restore import restore
+
+METHODS = ("vanilla", "structure", "self_transcendence", "repa", "sra", "layersync", "dispersive")
+TIMESTEPS = (0.2, 0.4, 0.6, 0.8)
+#: question -> the variants that answer it
+QUESTIONS = {
+    "w": ("vanilla", "w1", "w2", "self_transcendence", "w10", "w30"),
+    "range": ("vanilla", "self_transcendence", "scale-mode", "all-times"),
+    "timesteps": ("vanilla", "vanilla-uniform", "self_transcendence", "uniform-times"),
+    "target": ("vanilla", "self_transcendence", "layer", "cosine", "w30", "w30-layer", "w30-cosine"),
+    "stage 1: length and weights": ("vanilla", "self_transcendence", "stage1-200", "stage1-400", "ema-teacher"),
+    "stage 1: what it predicts": ("structure", "structure-latent", "self_transcendence", "latent"),
+    "end": ("vanilla", "ends-300", "self_transcendence", "never-ends"),
+}
+NORMS = ("self_transcendence", "layer", "cosine", "w30", "w30-layer", "w30-cosine")
+
+
+def runs(folder: Path, name: str) -> list[Path]:
+    """Finished runs of a variant, by seed."""
+    return sorted(run for run in folder.glob(f"{name}-seed*") if (run / "run.json").exists())
+
+
+def panels(
+    count: int, columns: int, ylabel: str, *, size: tuple[float, float] = (3.7, 3.1)
+) -> tuple[Figure, list[Any]]:
+    """A figure of `count` panels that share their y axis."""
+    lines = -(-count // columns)
+    figure = Figure(figsize=(size[0] * columns, size[1] * lines), layout="constrained", facecolor="white")
+    FigureCanvasAgg(figure)
+    axes = list(figure.subplots(lines, columns, sharey=True, squeeze=False).flat)
+    for spare in axes[count:]:
+        spare.axis("off")
+    for i, axis in enumerate(axes[:count]):
+        axis.grid(color=RULE, linewidth=0.5, which="both")
+        axis.spines[["top", "right"]].set_visible(False)
+        if i % columns == 0:
+            axis.set_ylabel(ylabel)
+    return figure, axes[:count]
+
+
+def line(axis: Any, i: int, name: str, x: Sequence[float], values: np.ndarray) -> None:
+    """Mean over seeds (rows of `values`) and a band of one deviation."""
+    mean, deviation = values.mean(axis=0), values.std(axis=0, ddof=1) if len(values) > 1 else 0 * values[0]
+    axis.plot(x, mean, color=COLOURS[i % 8], marker=MARKERS[i % 8], markersize=4, markeredgecolor="white", label=name)
+    axis.fill_between(
+        x, np.maximum(mean - deviation, 1e-9), mean + deviation, color=COLOURS[i % 8], alpha=0.14, linewidth=0
+    )
+
+
+def probes(folder: Path) -> tuple[Figure, dict[str, Any]]:
+    """Accuracy of a ridge classifier on each block's features, per timestep and method, under the null condition."""
+    found: dict[str, Any] = {}
+    for name in METHODS:
+        for run in runs(folder, name):
+            one = restore(run)
+            shards = Shards.open(str(one.config.data.path))
+            z0, labels = data_latents(shards, 4000)
+            blocks = tuple(range(1, one.model.depth + 1))
+            for t in TIMESTEPS:
+                path = PATHS[one.config.train.path]
+                feats = collect(one.model, z0, one.model.null(labels), t=t, taps=blocks, path=path)
+                accuracy = [linear_probe(feats[k], labels, kind="ridge") for k in blocks]
+                found.setdefault(name, {}).setdefault(f"{t:g}", []).append(accuracy)
+    figure, axes = panels(len(TIMESTEPS), 4, "linear probe accuracy")
+    for axis, t in zip(axes, TIMESTEPS, strict=True):
+        for i, (name, by_time) in enumerate(found.items()):
+            values = np.array(by_time[f"{t:g}"])
+            line(axis, i, name, range(1, values.shape[1] + 1), values)
+        axis.set(xlabel="block", title=f"t = {t:g}")
+    axes[0].legend(frameon=False, fontsize=7)
+    return figure, found
+
+
+def norms(folder: Path) -> tuple[Figure, dict[str, Any]]:
+    """Mean token norms of the student's guided block and of its target, from the logs of the first seed."""
+    figure, axes = panels(2, 2, "mean token norm")
+    found: dict[str, Any] = {}
+    for i, name in enumerate(NORMS):
+        for run in runs(folder, name)[:1]:
+            lines = [entry for entry in read_journal(run / "stage2" / "log.jsonl") if "self/feature_norm" in entry]
+            steps = [entry["step"] for entry in lines]
+            for axis, key in zip(axes, ("self/feature_norm", "self/target_norm"), strict=True):
+                values = [entry[key] for entry in lines]
+                found.setdefault(name, {"step": steps})[key] = values
+                line(axis, i, name, steps, np.array([values]))
+    for axis, title in zip(axes, ("feature of the student's block", "target f_g"), strict=True):
+        axis.set(xlabel="student steps", title=title, yscale="log")
+        plain_ticks(axis, logx=False, logy=True)
+    axes[0].legend(frameon=False, fontsize=7)
+    return figure, found
+
+
+def ablations(folder: Path) -> tuple[Figure, dict[str, Any]]:
+    """Distance over student steps, a panel per question."""
+    found: dict[str, Any] = {}
+    for name in sorted({name for names in QUESTIONS.values() for name in names} | set(METHODS)):
+        measured = [json.loads((run / "measured.json").read_text()) for run in runs(folder, name)]
+        if measured and len({len(points) for points in measured}) == 1:
+            found[name] = {"step": [point["step"] for point in measured[0]], "seeds": len(measured)}
+            for key in ("distance", "probe", "accuracy"):
+                found[name][key] = [[point[key] for point in points] for points in measured]
+    asked = {question: [n for n in names if n in found] for question, names in QUESTIONS.items()}
+    asked = {question: names for question, names in asked.items() if len(names) > 1}
+    figure, axes = panels(max(1, len(asked)), 4, "Fréchet distance (classifier features)")
+    for axis, (question, names) in zip(axes, asked.items(), strict=False):
+        for i, name in enumerate(names):
+            line(axis, i, name, found[name]["step"], np.array(found[name]["distance"]))
+        axis.set(xlabel="student steps", title=question, yscale="log")
+        plain_ticks(axis, logx=False, logy=True)
+        axis.legend(frameon=False, fontsize=7)
+    for row in found.values():
+        last = [values[-1] for values in row["distance"]]
+        row["last"] = {"mean": statistics.fmean(last), "std": statistics.stdev(last) if len(last) > 1 else 0.0}
+    return figure, found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", type=Path)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--name", required=True)
+    options = parser.parse_args()
+    numbers = {}
+    for what, draw in {"probes": probes, "norms": norms, "ablations": ablations}.items():
+        figure, numbers[what] = draw(options.results)
+        if numbers[what]:
+            save(figure, options.out / f"{options.name}-{what}.png")
+    write_json(options.out / f"{options.name}.json", numbers)
+    print(f"{options.out / options.name}*")
+
+
+if __name__ == "__main__":
+    main()
