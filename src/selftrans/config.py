@@ -21,6 +21,7 @@ from selftrans.models.sit import SIT, SiT
 from selftrans.sample import SampleConfig
 
 VERSION = 1  #: of the json layout
+LARGEST = 1 << 20  #: size of a model's part: what is beyond is a mistake, or means to take all time and memory
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,8 @@ class Model:
         for key, value in chosen.items():
             if value is not None and value < 1:
                 raise ValueError(f"model.{key} must be above zero, not {value}")
+            if value is not None and value > LARGEST:
+                raise ValueError(f"model.{key} must be at most {LARGEST}, not {value}")
         sizes = SIT[self.name] | {key: value for key, value in chosen.items() if value is not None}
         if self.heads is None and sizes["width"] != SIT[self.name]["width"]:
             width = sizes["width"]
@@ -191,7 +194,10 @@ def to_json(config: RunConfig) -> str:
 
 def from_json(text: str) -> RunConfig:
     """Inverse of `to_json`. ValueError names a field that is unknown, missing or of another type, and other versions."""
-    raw = json.loads(text)
+    try:
+        raw = json.loads(text)
+    except RecursionError as error:
+        raise ValueError("this configuration is nested beyond reason") from error
     if not isinstance(raw, dict) or raw.pop("version", None) != VERSION:
         raise ValueError(
             f"this configuration is not of version {VERSION}; it was written by another version of selftrans"
@@ -204,10 +210,10 @@ def _build(kind: Any, raw: Any, where: str) -> Any:
     if dataclasses.is_dataclass(kind):
         hints = typing.get_type_hints(kind)
         if not isinstance(raw, dict):
-            raise ValueError(f"{where} should be an object, not {raw!r}")
+            raise ValueError(f"{where} should be an object, not {raw!r:.60}")
         for name in raw:
             if name not in hints:
-                raise ValueError(f"{where}.{name} is unknown{nearest(name, hints)}")
+                raise ValueError(f"{where}.{ascii(name)[1:61]} is unknown{nearest(name, hints)}")
         unset = dataclasses.MISSING
         required = [f.name for f in dataclasses.fields(kind) if f.default is unset and f.default_factory is unset]
         missing = [name for name in required if name not in raw]
@@ -230,8 +236,11 @@ def _build(kind: Any, raw: Any, where: str) -> Any:
         if len(kinds) == len(raw):
             return tuple(_build(k, value, where) for k, value in zip(kinds, raw, strict=True))
     if isinstance(kind, type) and origin is None:
-        if kind is float and isinstance(raw, int) and not isinstance(raw, bool):
+        whole = isinstance(raw, int) and not isinstance(raw, bool)
+        if whole and not abs(raw) < 1 << 63:
+            raise ValueError(f"{where} is beyond 64 bits")
+        if kind is float and whole:
             return float(raw)
-        if isinstance(raw, kind) and not (kind is int and isinstance(raw, bool)):
+        if isinstance(raw, kind) and not (kind is int and not whole):
             return raw
-    raise ValueError(f"{where} should be {kind}, not {raw!r}")
+    raise ValueError(f"{where} should be {kind}, not {raw!r:.60}")

@@ -90,8 +90,10 @@ def _finish(out: Path, settings: dict[str, Any], num: int, rank: int, progress: 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text())
-        return {key: kind(content[key]) for key, kind in (("num", int), ("complete", bool), ("settings", dict))}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        found = {key: kind(content[key]) for key, kind in (("num", int), ("complete", bool), ("settings", dict))}
+        _flat(found["settings"])  # what is nested beyond reason is found here
+        return found
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise ValueError(f"{path} cannot be read ({error}); choose another folder, or delete this one") from error
 
 
@@ -110,7 +112,8 @@ def _differences(there: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """`name: old there, new now` for each setting that differs."""
     old, new = _flat(there), _flat(json.loads(json.dumps(now)))  # through json, so that a tuple equals its list
     names = [name for name in {**old, **new} if old.get(name) != new.get(name) or (name in old) != (name in new)]
-    return [f"{name}: {old.get(name, 'absent')} there, {new.get(name, 'absent')} now" for name in names]
+    shown = {name: ascii(name)[1:61] for name in names}  # what is there may be anything
+    return [f"{shown[k]}: {old.get(k, 'absent')!s:.60} there, {new.get(k, 'absent')!s:.60} now" for k in names[:5]]
 
 
 def _png(out: Path, index: int) -> Path:
@@ -200,7 +203,7 @@ def _npz_count(path: Path) -> int:
         with zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as file:
             npy.read_magic(file)
             return int(npy.read_array_header_1_0(file)[0][0])
-    except (OSError, KeyError, ValueError, zipfile.BadZipFile):
+    except Exception:  # a torn zip raises anything
         return -1
 
 

@@ -155,13 +155,17 @@ def npz_images(path: Path, batch_size: int, resolution: int | None, channels: in
             file = archive.open(info)
             shape = _npy_shape(file, info.file_size)
         except Exception as error:  # the header is a foreign text: any fault of it is the same to the reader
-            raise ValueError(f"{path} holds no uint8 array arr_0 of images (N, R, R, C): {error}") from error
+            raise ValueError(f"{path} holds no uint8 array arr_0 of images (N, R, R, C): {error!s:.200}") from error
         if resolution not in (None, shape[1]) or channels not in (None, shape[3]):
             raise ValueError(f"{path} holds images {shape[1:]}, not of resolution {resolution} and {channels} channels")
+        rows = min(batch_size, MAX_PICTURE_BYTES // math.prod(shape[1:]))
         with file:
-            for start in range(0, shape[0], batch_size):
-                batch = (min(batch_size, shape[0] - start), *shape[1:])
-                data = file.read(math.prod(batch))
+            for start in range(0, shape[0], rows):
+                batch = (min(rows, shape[0] - start), *shape[1:])
+                try:
+                    data = file.read(math.prod(batch))
+                except Exception as error:  # as many kinds as there are ways to be torn
+                    raise ValueError(f"{path} is damaged at image {start} ({error!s:.200}); make it again") from error
                 if len(data) != math.prod(batch):
                     raise ValueError(f"{path} is cut off at image {start}; make it again")
                 yield np.frombuffer(data, dtype=np.uint8).reshape(batch).copy()
@@ -176,4 +180,6 @@ def _npy_shape(file: IO[bytes], size: int) -> tuple[int, ...]:
         raise ValueError(f"it is {dtype} {shape}{' in Fortran order' if fortran else ''}")
     if min(shape) < 1 or file.tell() + math.prod(shape) != size:
         raise ValueError(f"shape {shape} does not agree with its {size} bytes")
+    if math.prod(shape[1:]) > MAX_PICTURE_BYTES:
+        raise ValueError(f"images of {shape[1:]} are larger than {MAX_PICTURE_BYTES} bytes")
     return shape

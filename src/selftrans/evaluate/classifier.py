@@ -90,9 +90,9 @@ class SmallClassifier(nn.Module):
             record = json.loads(header["training"])
             architecture = _architecture(json.loads(header["architecture"]))
             training = Training(**record) if record else None
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, RecursionError) as error:
             raise ValueError(
-                f"the header of classifier {path} is damaged ({error}); train the classifier again"
+                f"the header of classifier {path} is damaged ({error!s:.200}); train the classifier again"
             ) from None
         with torch.device("meta"):  # sizes are compared before anything of a stranger's size is allocated
             model = cls(**architecture)
@@ -119,8 +119,8 @@ def _architecture(values: Any) -> dict[str, int]:
     """The constructor's arguments from a header; ValueError unless they are exactly five positive whole numbers."""
     if not isinstance(values, dict) or set(values) != set(LAYERS):
         raise ValueError(f"architecture must name {', '.join(LAYERS)}")
-    if any(type(value) is not int or value < 1 for value in values.values()):
-        raise ValueError("architecture holds something other than positive whole numbers")
+    if any(type(value) is not int or not 1 <= value <= 1 << 16 for value in values.values()):
+        raise ValueError("architecture holds something other than whole numbers from 1 to 65536")
     return values
 
 

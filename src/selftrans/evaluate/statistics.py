@@ -6,7 +6,6 @@ Shape legend: n images, F features, S spatial features.
 from __future__ import annotations
 
 import zipfile
-import zlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,6 +15,9 @@ import numpy as np
 
 from selftrans.evaluate.features import Extractor, extract
 from selftrans.files import write_beside
+
+
+MAX_UNPACKED = 1 << 28  #: bytes of an array that may be packed tightly; statistics hardly can be
 
 
 class Moments(NamedTuple):
@@ -148,13 +150,28 @@ def _read(path: Path) -> dict[str, np.ndarray]:
     try:
         if not zipfile.is_zipfile(path):
             raise ValueError("no zip file")
+        with zipfile.ZipFile(path) as archive:
+            for member in archive.infolist():
+                if member.file_size > max(MAX_UNPACKED, 200 * member.compress_size):
+                    raise ValueError(f"{member.filename!r:.60} expands to {member.file_size} bytes")
         with np.load(path, allow_pickle=False) as file:
             names = set(file.files)
-            return {name: file[name] for name in names & wanted} or {name: np.empty(0) for name in names}
-    except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error) as error:
+            found = {name: _plain(name, file[name]) for name in names & wanted}
+            return found or {ascii(name)[1:21]: np.empty(0) for name in sorted(names)[:9]}
+    except Exception as error:  # a torn zip and a header that lies raise anything
         raise ValueError(
-            f"{path} is not a readable npz of plain arrays ({error}); compute the statistics again"
+            f"{path} is not a readable npz of plain arrays ({' '.join(str(error).split()):.200}); compute the statistics again"
         ) from None
+
+
+def _plain(name: str, array: Any) -> np.ndarray:
+    """An array of numbers, or of words where those belong; ValueError for anything else, whose `name` is given."""
+    if not isinstance(array, np.ndarray):
+        raise ValueError(f"{name} is no array")
+    words = name in ("extractor", "sha256", "source")
+    if array.dtype.kind not in ("U" if words else "iuf") or (array.ndim and (words or name == "count")):
+        raise ValueError(f"{name} is {array.dtype} {array.shape}")
+    return array
 
 
 def _moments(mean: np.ndarray, cov: np.ndarray, path: Path) -> Moments:

@@ -48,7 +48,7 @@ class Journal:
     def __init__(self, path: Path, *, resume_step: int) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists():
-            kept = [line for line in path.read_text().splitlines() if _step(line) <= resume_step]
+            kept = [line for line in path.read_text(errors="replace").splitlines() if _step(line) <= resume_step]
             beside = path.with_suffix(".tmp")
             beside.write_text("".join(line + "\n" for line in kept))
             os.replace(beside, path)
@@ -77,7 +77,7 @@ def _step(line: str) -> float:
     """Step of a line; infinite for a line that a killed process left half written, so that it is dropped."""
     try:
         return float(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return float("inf")
 
 

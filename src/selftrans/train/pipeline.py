@@ -190,7 +190,7 @@ def _read(path: Path, parse: Callable[[str], Any]) -> Any:
     """A json file of the run, parsed. ValueError names the file when it is damaged."""
     try:
         return parse(path.read_text())
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{path} cannot be used ({error}); restore it, or choose another --out") from error
 
 
