@@ -213,7 +213,7 @@ def _build(kind: Any, raw: Any, where: str) -> Any:
             raise ValueError(f"{where} should be an object, not {raw!r:.60}")
         for name in raw:
             if name not in hints:
-                raise ValueError(f"{where}.{ascii(name)[1:61]} is unknown{nearest(name, hints)}")
+                raise ValueError(f"{where}.{ascii(name)[1:-1][:60]} is unknown{nearest(name, hints)}")
         unset = dataclasses.MISSING
         required = [f.name for f in dataclasses.fields(kind) if f.default is unset and f.default_factory is unset]
         missing = [name for name in required if name not in raw]

@@ -112,7 +112,7 @@ def _differences(there: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """`name: old there, new now` for each setting that differs."""
     old, new = _flat(there), _flat(json.loads(json.dumps(now)))  # through json, so that a tuple equals its list
     names = [name for name in {**old, **new} if old.get(name) != new.get(name) or (name in old) != (name in new)]
-    shown = {name: ascii(name)[1:61] for name in names}  # what is there may be anything
+    shown = {name: ascii(name)[1:-1][:60] for name in names}  # what is there may be anything
     return [f"{shown[k]}: {old.get(k, 'absent')!s:.60} there, {new.get(k, 'absent')!s:.60} now" for k in names[:5]]
 
 

@@ -157,7 +157,7 @@ def _read(path: Path) -> dict[str, np.ndarray]:
         with np.load(path, allow_pickle=False) as file:
             names = set(file.files)
             found = {name: _plain(name, file[name]) for name in names & wanted}
-            return found or {ascii(name)[1:21]: np.empty(0) for name in sorted(names)[:9]}
+            return found or {ascii(name)[1:-1][:20]: np.empty(0) for name in sorted(names)[:9]}
     except Exception as error:  # a torn zip and a header that lies raise anything
         raise ValueError(
             f"{path} is not a readable npz of plain arrays ({' '.join(str(error).split()):.200}); compute the statistics again"
