@@ -35,6 +35,7 @@ def test_what_is_saved_is_read(tmp_path):
     found = checkpoint.read(path)
     assert found.step == 7 and found.state["note"] == "mine"
     assert torch.equal(found.tensors("ema")["a"], torch.full((2, 3), 1.5)) and found.tensors("heads") == {}
+    assert found.state["sha256"].keys() == {"student.safetensors", "ema.safetensors", "heads.safetensors"}
     for name, digest in found.state["sha256"].items():
         assert checkpoint.sha256(path / name) == digest
     assert checkpoint.read_header(path / "ema.safetensors") == {"stage": "x", "step": 7, "weights": "ema"}
@@ -87,11 +88,28 @@ def test_a_state_that_is_nonsense_is_passed_over(tmp_path, content):
         assert checkpoint.newest(tmp_path).step == 1
 
 
+def test_a_flipped_bit_anywhere_in_a_state_is_noticed_or_means_nothing(tmp_path):
+    path = save(tmp_path, 20)
+    sound, expected = (path / "state.json").read_bytes(), checkpoint.read(path)
+    refused = 0
+    for position in range(len(sound)):
+        (path / "state.json").write_bytes(
+            sound[:position] + bytes([sound[position] ^ 1 << position % 7]) + sound[position + 1 :]
+        )
+        try:
+            assert checkpoint.read(path) == expected  # white space
+        except ValueError as error:
+            assert "state.json is missing or damaged" in str(error)
+            refused += 1
+    assert refused > 0.8 * len(sound)
+
+
 def test_names_in_a_state_do_not_lead_out_of_the_checkpoint(tmp_path):
     path = save(tmp_path / "run", 1)
     (tmp_path / "secret").write_text("x")
     state = json.loads((path / "state.json").read_text())
     state["sha256"] = {"../../secret": checkpoint.sha256(tmp_path / "secret")}
+    state["sha256"]["state.json"] = checkpoint._seal(state)
     (path / "state.json").write_text(json.dumps(state))
     with pytest.raises(ValueError, match="missing or damaged"):
         checkpoint.read(path)

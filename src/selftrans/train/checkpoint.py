@@ -2,7 +2,7 @@
 
     <stage>/checkpoints/step-00001000/
         student.safetensors  ema.safetensors  heads.safetensors  optimizer.safetensors  state.json
-`state.json` is written last and holds the sha256 of the others. `student` and `ema` carry in their headers what is needed
+`state.json` is written last and holds the sha256 of the others and of itself. `student` and `ema` carry in their headers what is needed
 to build the model again, so either file is usable on its own.
 """
 
@@ -70,7 +70,9 @@ def save(
             path.chmod(beside.stat().st_mode & 0o666)  # safetensors makes them private, whatever the umask says
             _sync(path)
             hashes[path.name] = sha256(path)
-        (beside / STATE).write_text(json.dumps({"step": step, "sha256": hashes} | state, indent=2))
+        record = {"step": step, "sha256": hashes} | state
+        hashes[STATE] = _seal(json.loads(json.dumps(record)))
+        (beside / STATE).write_text(json.dumps(record, indent=2))
         _sync(beside / STATE)
         _sync(beside)
         if final.exists():
@@ -81,6 +83,12 @@ def save(
         shutil.rmtree(beside, ignore_errors=True)
         raise OSError(f"could not write checkpoint {final} ({error})") from error
     return final
+
+
+def _seal(record: dict[str, Any]) -> str:
+    """Hash of what a state.json says, this hash left out."""
+    said = record | {"sha256": {name: value for name, value in record["sha256"].items() if name != STATE}}
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
 
 def _sync(path: Path) -> None:
@@ -97,11 +105,17 @@ def read(path: Path) -> Checkpoint:
         state = json.loads((path / STATE).read_text())
         hashes = state["sha256"]
         assert isinstance(state["step"], int) and isinstance(hashes, dict)
+        if hashes.pop(STATE, None) != _seal(state):
+            raise ValueError("its sha256 is not the recorded one")
     except (OSError, ValueError, KeyError, TypeError, AssertionError, RecursionError) as error:
         raise ValueError(f"{path / STATE} is missing or damaged ({error})") from error
     for name, expected in hashes.items():
-        file = path / Path(name).name
-        if not file.is_file() or sha256(file) != expected:
+        file = path / Path(name).name[:80]
+        try:
+            sound = file.is_file() and sha256(file) == expected
+        except OSError:
+            sound = False
+        if not sound:
             raise ValueError(f"{file} is missing or damaged (its sha256 is not the recorded one)")
     return Checkpoint(path, state)
 
