@@ -34,7 +34,8 @@ PLAN = {
     "recipes":    "types models methods sample config",
     "analyse":    "files types flow",               # is handed a Backbone and arrays
     "train":      "files types flow latents data models methods sample analyse config",
-    "export":     "types latents models config train",
+    "published":  "files types latents models methods config recipes train",   # strangers' checkpoints into runs
+    "export":     "files types latents models config train published",         # and ours out
     "report":     "analyse",
     # commands: files in, files out
     "generate":   BELOW,

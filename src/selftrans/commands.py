@@ -245,7 +245,7 @@ class Import:
     name: str | None = None
     """published size that is expected, such as SiT-XL/2; None: whatever it is"""
     convention: Literal["sit", "repa"] | None = None
-    """whose time and sign: sit (t = 0 is noise), repa (t = 0 is data; Self-Transcendence too); None: told or guessed, and said"""
+    """sit (t = 0 is noise) or repa (t = 0 is data; also Self-Transcendence); None: told by the file or guessed, and said"""
     heads: int | None = None
     """attention heads; None: by q_norm, or as published for this width"""
     step: int | None = None
@@ -256,7 +256,7 @@ class Import:
     """keep projectors that have no place in the run, in projectors.safetensors"""
 
     def run(self) -> None:
-        from selftrans.export import import_run
+        from selftrans.published.run import import_run
 
         options = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         import_run(options.pop("file"), options.pop("out"), **options)

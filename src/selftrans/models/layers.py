@@ -77,6 +77,12 @@ class FinalLayer(nn.Module):
         return self.linear(modulate(self.norm_final(x), shift, scale))
 
 
+def time_rates(frequencies: int, device: torch.device | None = None) -> Tensor:
+    """(frequencies / 2,) angular rates of the sinusoids of t: from 1 down to nearly 1 / 10,000, geometrically."""
+    half = frequencies // 2
+    return torch.exp(-math.log(10_000) / half * torch.arange(half, dtype=torch.float32, device=device))
+
+
 class TimestepEmbedder(nn.Module):
     """Sinusoids of t (256 of them, periods up to 10,000) through a two-layer MLP."""
 
@@ -86,9 +92,7 @@ class TimestepEmbedder(nn.Module):
         self.frequencies = frequencies
 
     def forward(self, t: Tensor) -> Tensor:  # (N,) -> (N, D)
-        half = self.frequencies // 2
-        rates = torch.exp(-math.log(10_000) / half * torch.arange(half, dtype=torch.float32, device=t.device))
-        angles = t.float()[:, None] * rates[None, :]
+        angles = t.float()[:, None] * time_rates(self.frequencies, t.device)[None, :]
         waves = torch.cat([torch.cos(angles), torch.sin(angles)], dim=-1)
         return self.mlp(waves.to(next(self.mlp.parameters()).dtype))
 

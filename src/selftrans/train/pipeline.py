@@ -29,7 +29,7 @@ from selftrans.train import checkpoint
 from selftrans.train.compute import keep_memory
 from selftrans.train.log import progress_bar
 from selftrans.train.preview import Preview
-from selftrans.train.restore import restore_teacher
+from selftrans.train.restore import IMPORTED, find_teacher, restore_teacher
 from selftrans.train.stop import Stop, lock
 from selftrans.train.trainer import Trainer
 
@@ -148,8 +148,11 @@ def _settle(config: RunConfig, out: Path, manifest: Manifest) -> RunConfig:
         steps = before.stage1.steps if before else max(1, config.train.steps // 2)
         config = dataclasses.replace(config, stage1=dataclasses.replace(config.stage1, steps=steps))
     if before:
-        changed = differences(dataclasses.asdict(before), dataclasses.asdict(config))
-        if (before.stage2.teacher is None) != (config.stage2.teacher is None):  # its path may change, its weights not
+        # nothing of ours has trained imported weights yet: what they are is settled, how to go on is not
+        fresh = (out / f"{IMPORTED}.json").exists() and not data.exists()
+        was, now = (essence(c, before) if fresh else dataclasses.asdict(c) for c in (before, config))
+        changed, teachers = differences(was, now), (before.stage2.teacher, config.stage2.teacher)
+        if not fresh and teachers.count(None) == 1:  # its path may change, its weights not
             changed.append(f"stage2.teacher was {before.stage2.teacher}, is {config.stage2.teacher}")
         if changed:
             raise ValueError(
@@ -158,6 +161,13 @@ def _settle(config: RunConfig, out: Path, manifest: Manifest) -> RunConfig:
         if data.exists() and _read(data, _hashes) != _hashes(manifest.to_json()):
             raise ValueError(f"{out} was trained on other data than {config.data.path}; use that, or another --out")
     return config
+
+
+def essence(config: RunConfig, imported: RunConfig) -> dict[str, Any]:
+    """What imported weights, not trained on yet, are bound to: method, model, path, and the sections of their stages."""
+    bound = {"method": config.method, "model": dataclasses.asdict(config.model), "train": {"path": config.train.path}}
+    sections = [stage.name for stage in stages(imported) if hasattr(config, stage.name)]
+    return bound | {name: dataclasses.asdict(getattr(config, name)) for name in sections}
 
 
 def _begin(config: RunConfig, out: Path, manifest: Manifest, accelerator: Accelerator) -> None:
@@ -262,9 +272,7 @@ def _report(config: RunConfig, spent: list[dict[str, Any]], source: str | None) 
     """Student steps and total compute, stage 1 and a borrowed teacher's training included."""
     borrowed = None
     if source and any(stage["stage"] == "stage2" for stage in spent):
-        from selftrans.train.restore import find
-
-        path = find(source, stage="stage1" if Path(source).is_dir() else None, weights=config.stage2.teacher_weights)
+        path = find_teacher(source, config.stage2.teacher_weights)
         said = checkpoint.read_header(path)
         borrowed = {
             "path": str(path),

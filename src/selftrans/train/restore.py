@@ -17,6 +17,7 @@ from selftrans.train import checkpoint
 
 Weights = Literal["raw", "ema"]
 FILES: dict[str, str] = {"raw": "student.safetensors", "ema": "ema.safetensors"}
+IMPORTED = "imported"  #: header entry of weights from elsewhere: their source; of a run of them, the name of a json
 
 
 class Restored(NamedTuple):
@@ -29,7 +30,7 @@ class Restored(NamedTuple):
     step: int
     autoencoder: str  #: name or path, for decoding
     classes: tuple[str, ...]
-    source: dict[str, Any]  #: {"path", "sha256", "weights"}, what a checkpoint keeps of its teacher
+    source: dict[str, Any]  #: {"path", "sha256", "weights"}, and where imported; what a checkpoint keeps of its teacher
 
 
 def header(config: RunConfig, stage: str, step: int, manifest: Manifest) -> dict[str, Any]:
@@ -43,6 +44,16 @@ def header(config: RunConfig, stage: str, step: int, manifest: Manifest) -> dict
         "autoencoder": config.data.autoencoder or manifest.autoencoder,
         "config": json.loads(to_json(config)),
     }
+
+
+def check_data(found: checkpoint.Checkpoint, manifest: Manifest) -> None:
+    """ValueError unless a checkpoint's model is one for these data."""
+    was = (tuple(found.state["shape"]), found.state["num_classes"])
+    if was != (tuple(manifest.shape), manifest.num_classes):
+        raise ValueError(
+            f"{found.path} was trained on latents {was[0]} with {was[1]} classes, the data are {tuple(manifest.shape)} with "
+            f"{manifest.num_classes}; give data prepared alike, or another --out"
+        )
 
 
 def find(source: str | Path, *, stage: str | None = None, weights: Weights = "ema") -> Path:
@@ -111,7 +122,7 @@ def restore(origin: str | Path, *, stage: str | None = None, weights: Weights = 
         "path": str(path.resolve()),
         "sha256": checkpoint.sha256(path),
         "weights": checkpoint.weights_sha256(path),
-    }
+    } | ({IMPORTED: said[IMPORTED]} if IMPORTED in said else {})
     return Restored(model.eval(), config, name, held, step, autoencoder, names, source)
 
 
@@ -133,11 +144,11 @@ def _check_fit(path: Path, config: RunConfig, shape: tuple[int, int, int], num_c
 
 
 def restore_teacher(source: str | Path, *, weights: Weights, shape: tuple[int, int, int], num_classes: int) -> Restored:
-    """A stage-1 model for latents `shape` and `num_classes` classes. ValueError says what was expected and what was found."""
-    found = restore(source, stage=_teacher_stage(source), weights=weights)
-    if found.stage != "stage1":
+    """A stage-1 or imported model for latents `shape` and `num_classes` classes. ValueError: what was expected and found."""
+    found = restore(find_teacher(source, weights), weights=weights)
+    if found.stage != "stage1" and IMPORTED not in found.source:
         raise ValueError(
-            f"{found.source['path']} holds weights of '{found.stage}'; expected a teacher trained in stage 1"
+            f"{found.source['path']} holds weights of '{found.stage}'; expected a teacher trained in stage 1, or imported"
         )
     if found.model.shape != tuple(shape) or found.model.num_classes != num_classes:
         raise ValueError(
@@ -147,11 +158,8 @@ def restore_teacher(source: str | Path, *, weights: Weights, shape: tuple[int, i
     return found
 
 
-def _teacher_stage(source: str | Path) -> str | None:
-    """`stage1` where `source` is a run with stages to choose from."""
+def find_teacher(source: str | Path, weights: Weights) -> Path:
+    """The weights file that teaches: of a run with stages to choose from its `stage1`, of an imported run its last."""
     path = Path(source)
-    return (
-        "stage1"
-        if path.is_dir() and not (path / "checkpoints").is_dir() and not (path / checkpoint.STATE).exists()
-        else None
-    )
+    single = not path.is_dir() or (path / "checkpoints").is_dir() or (path / checkpoint.STATE).exists()
+    return find(path, stage=None if single or (path / f"{IMPORTED}.json").exists() else "stage1", weights=weights)

@@ -36,7 +36,7 @@ from selftrans.train.optim import (
     set_learning_rate,
 )
 from selftrans.train.preview import Preview
-from selftrans.train.restore import header
+from selftrans.train.restore import IMPORTED, check_data, header
 from selftrans.train.stop import Stop
 from selftrans.train.stream import Stream, seed_step, to_batch
 
@@ -91,6 +91,7 @@ class Trainer:
         each = step_flops(self.objective, torch.zeros(1, dtype=torch.long), self.stream.micro)
         self.flops = {part: micros * flops for part, flops in each.items()}
         self.step, self.seconds, self.window = 0, 0.0, Window()
+        self.origin: dict[str, Any] = {}  #: of imported weights: where they came from
         self._restore()
         if (accelerator.device.type == "cuda") if train.compile is None else train.compile:
             compile_blocks(self.objective, self.teacher)
@@ -244,7 +245,7 @@ class Trainer:
             "optimizer": optimizer_tensors(self.optimizer.optimizer, self.objective),
         }
         spent = {"seconds": self.seconds, "tflops": self.total_flops() / 1e12}
-        about = header(self.config, self.stage.name, self.step, self.shards.manifest) | spent
+        about = header(self.config, self.stage.name, self.step, self.shards.manifest) | spent | self.origin
         scaler = self.accelerator.scaler
         checkpoint.save(
             self.folder,
@@ -266,7 +267,9 @@ class Trainer:
         found = checkpoint.newest(self.folder)
         self.step = found.step if found else 0
         if found is not None:
+            check_data(found, self.shards.manifest)
             self._check_teacher(found)
+            self.origin = {key: value for key, value in found.state.items() if key == IMPORTED}
         self._retire()
         if found is None:
             return

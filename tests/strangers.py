@@ -1,0 +1,185 @@
+"""Strangers' checkpoints, made here from what their repositories say, and their network out of diffusers' parts.
+
+Nothing of selftrans is used: names and order are those of the published modules, the arithmetic is diffusers'.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.attention_processor import Attention
+from diffusers.models.embeddings import (
+    LabelEmbedding,
+    PatchEmbed,
+    TimestepEmbedding,
+    Timesteps,
+    get_2d_sincos_pos_embed,
+)
+from diffusers.models.normalization import AdaLayerNormContinuous
+from torch import Tensor, nn
+
+Named = dict[str, Tensor]
+TINY = {"width": 32, "depth": 3, "heads": 2, "patch": 2, "channels": 1, "side": 8, "classes": 10}
+
+
+def state(
+    width: int,
+    depth: int,
+    heads: int,
+    patch: int,
+    channels: int,
+    side: int,
+    classes: int,
+    *,
+    qk_norm: bool = False,
+    learn_sigma: bool = False,
+    projectors: str | None = None,
+    seed: int = 0,
+) -> Named:
+    """A state dict in the order in which the published modules register their parameters.
+
+    `projectors`: "repa" (a list of heads), "stage2" (one head) or "stage1" (one head and its last layer).
+    """
+    g = torch.Generator().manual_seed(seed)
+    out: Named = {
+        "pos_embed": get_2d_sincos_pos_embed(width, side // patch, base_size=side // patch, output_type="pt")[
+            None
+        ].float()
+    }
+
+    def linear(name: str, rows: int, columns: int) -> None:
+        out[f"{name}.weight"] = torch.randn(rows, columns, generator=g) / columns**0.5
+        out[f"{name}.bias"] = 0.1 * torch.randn(rows, generator=g)
+
+    out["x_embedder.proj.weight"] = (
+        torch.randn(width, channels, patch, patch, generator=g) / (channels * patch * patch) ** 0.5
+    )
+    out["x_embedder.proj.bias"] = 0.1 * torch.randn(width, generator=g)
+    linear("t_embedder.mlp.0", width, 256)
+    linear("t_embedder.mlp.2", width, width)
+    out["y_embedder.embedding_table.weight"] = torch.randn(classes + 1, width, generator=g)
+    for i in range(depth):
+        linear(f"blocks.{i}.attn.qkv", 3 * width, width)
+        if qk_norm:
+            for norm in ("q_norm", "k_norm"):
+                out[f"blocks.{i}.attn.{norm}.weight"] = 1 + 0.1 * torch.randn(width // heads, generator=g)
+                out[f"blocks.{i}.attn.{norm}.bias"] = 0.1 * torch.randn(width // heads, generator=g)
+        linear(f"blocks.{i}.attn.proj", width, width)
+        linear(f"blocks.{i}.mlp.fc1", 4 * width, width)
+        linear(f"blocks.{i}.mlp.fc2", width, 4 * width)
+        linear(f"blocks.{i}.adaLN_modulation.1", 6 * width, width)
+    if projectors:
+        first = "projectors.0." if projectors == "repa" else "projectors."
+        for part, (rows, columns) in {"0": (16, width), "2": (16, 16), "4": (width, 16)}.items():
+            linear(first + part, rows, columns)
+    if projectors == "stage1":
+        linear("projectors_final.linear", patch * patch * channels, width)
+    linear("final_layer.linear", patch * patch * channels * (2 if learn_sigma else 1), width)
+    linear("final_layer.adaLN_modulation.1", 2 * width, width)
+    return out
+
+
+def options(kind: str, **more: Any) -> argparse.Namespace:
+    """What their training commands keep of themselves."""
+    sit = {"model": "SiT-XL/2", "path_type": "Linear", "prediction": "velocity", "loss_weight": None, "ckpt": None}
+    repa = {"model": "SiT-B/2", "path_type": "linear", "prediction": "v", "weighting": "uniform", "proj_coeff": 0.5}
+    return argparse.Namespace(**{**(sit if kind == "sit" else repa), **more})
+
+
+def adamw(named: Named, gradients: list[Named], **settings: Any) -> tuple[Named, dict[str, Any]]:
+    """The parameters after a step of torch's AdamW with each of `gradients`, and its state_dict()."""
+    parameters = {
+        name: nn.Parameter(tensor.clone(), requires_grad=name != "pos_embed") for name, tensor in named.items()
+    }
+    optimizer = torch.optim.AdamW(parameters.values(), **{"lr": 1e-4, "weight_decay": 0.0} | settings)
+    for step in gradients:
+        for name, gradient in step.items():
+            parameters[name].grad = gradient.clone()
+        optimizer.step()
+    return {name: p.detach().clone() for name, p in parameters.items()}, optimizer.state_dict()
+
+
+def save(path: Path, content: Any) -> Path:
+    torch.save(content, path)
+    return path
+
+
+class Given(nn.Module):
+    """In place of an embedder: the condition that was computed once for all blocks."""
+
+    value: Tensor
+
+    def forward(self, *_: Any, **__: Any) -> Tensor:
+        return self.value
+
+
+class Assembled(nn.Module):
+    """The published network from diffusers' parts, with the tensors of a published state dict; in their own time."""
+
+    def __init__(
+        self, named: Named, width: int, depth: int, heads: int, patch: int, channels: int, side: int, classes: int
+    ) -> None:
+        super().__init__()
+        qk_norm = "blocks.0.attn.q_norm.weight" in named
+        self.patch, self.channels = patch, channels
+        self.patches = PatchEmbed(side, side, patch, channels, width)
+        self.waves = Timesteps(256, flip_sin_to_cos=True, downscale_freq_shift=0)
+        self.time = TimestepEmbedding(256, width)
+        self.label = LabelEmbedding(classes, width, dropout_prob=0.1)
+        self.given = Given()
+        self.blocks = nn.ModuleList(self._block(width, heads, qk_norm) for _ in range(depth))
+        self.norm = AdaLayerNormContinuous(width, width, elementwise_affine=False, eps=1e-6)
+        self.out = nn.Linear(width, len(named["final_layer.linear.bias"]))
+        self._load(named)
+        self.eval()
+
+    def _block(self, width: int, heads: int, qk_norm: bool) -> BasicTransformerBlock:
+        block = BasicTransformerBlock(
+            width, heads, width // heads, activation_fn="gelu-approximate", num_embeds_ada_norm=1, attention_bias=True,
+            norm_type="ada_norm_zero", norm_elementwise_affine=False, norm_eps=1e-6,
+        )  # fmt: skip
+        norm = "layer_norm" if qk_norm else None
+        block.attn1 = Attention(width, heads=heads, dim_head=width // heads, bias=True, qk_norm=norm, eps=1e-6)
+        block.norm1.emb = self.given
+        return block
+
+    @torch.no_grad()
+    def _load(self, named: Named) -> None:
+        def fill(module: Any, name: str, pick: Any = lambda x: x) -> None:
+            for part in ("weight", "bias"):
+                getattr(module, part).copy_(pick(named[f"{name}.{part}"]))
+
+        fill(self.patches.proj, "x_embedder.proj")
+        self.patches.pos_embed.copy_(named["pos_embed"])
+        fill(self.time.linear_1, "t_embedder.mlp.0")
+        fill(self.time.linear_2, "t_embedder.mlp.2")
+        self.label.embedding_table.weight.copy_(named["y_embedder.embedding_table.weight"])
+        for i, block in enumerate(self.blocks):
+            for k, projection in enumerate((block.attn1.to_q, block.attn1.to_k, block.attn1.to_v)):
+                fill(projection, f"blocks.{i}.attn.qkv", lambda x, k=k: x.chunk(3, dim=0)[k])
+            if block.attn1.norm_q is not None:
+                fill(block.attn1.norm_q, f"blocks.{i}.attn.q_norm")
+                fill(block.attn1.norm_k, f"blocks.{i}.attn.k_norm")
+            fill(block.attn1.to_out[0], f"blocks.{i}.attn.proj")
+            fill(block.ff.net[0].proj, f"blocks.{i}.mlp.fc1")
+            fill(block.ff.net[2], f"blocks.{i}.mlp.fc2")
+            fill(block.norm1.linear, f"blocks.{i}.adaLN_modulation.1")
+        # diffusers has scale, shift; the published layer shift, scale
+        fill(self.norm.linear, "final_layer.adaLN_modulation.1", lambda x: torch.cat(x.chunk(2, dim=0)[::-1], dim=0))
+        fill(self.out, "final_layer.linear")
+
+    def forward(self, x: Tensor, t: Tensor, labels: Tensor) -> Tensor:
+        """(N, C, H, W), (N,), (N,) -> (N, C, H, W), the second half of learn_sigma left out as they do."""
+        self.given.value = self.time(self.waves(t)) + self.label.embedding_table(labels)
+        tokens = self.patches(x)
+        for block in self.blocks:
+            tokens = block(tokens, timestep=t)
+        tokens = self.out(self.norm(tokens, self.given.value))
+        n, count, _ = tokens.shape
+        side, p = int(count**0.5), self.patch
+        pixels = tokens.reshape(n, side, side, p, p, -1)
+        return torch.einsum("nhwpqc->nchpwq", pixels).reshape(n, -1, side * p, side * p)[:, : self.channels]
