@@ -94,8 +94,11 @@ class SmallClassifier(nn.Module):
             raise ValueError(
                 f"the header of classifier {path} is damaged ({error!s:.200}); train the classifier again"
             ) from None
-        with torch.device("meta"):  # sizes are compared before anything of a stranger's size is allocated
-            model = cls(**architecture)
+        try:
+            with torch.device("meta"):  # sizes are compared before anything of a stranger's size is allocated
+                model = cls(**architecture)
+        except (RuntimeError, TypeError) as error:  # beyond 64 bits
+            raise ValueError(f"classifier {path} is of absurd size ({architecture}); train it again") from error
         expected = {name: (tuple(t.shape), t.dtype) for name, t in model.state_dict().items()}
         found = {name: (tuple(t.shape), t.dtype) for name, t in tensors.items()}
         wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
@@ -119,8 +122,8 @@ def _architecture(values: Any) -> dict[str, int]:
     """The constructor's arguments from a header; ValueError unless they are exactly five positive whole numbers."""
     if not isinstance(values, dict) or set(values) != set(LAYERS):
         raise ValueError(f"architecture must name {', '.join(LAYERS)}")
-    if any(type(value) is not int or not 1 <= value <= 1 << 16 for value in values.values()):
-        raise ValueError("architecture holds something other than whole numbers from 1 to 65536")
+    if any(type(value) is not int or not 1 <= value < 1 << 31 for value in values.values()):
+        raise ValueError("architecture holds something other than positive whole numbers of 31 bits")
     return values
 
 
