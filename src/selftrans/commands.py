@@ -235,8 +235,9 @@ class Import:
 
     FILE is what their training writes (a .pt with model, ema, opt) or a plain state dict, also as safetensors. Nothing in
     it is run: a file that holds anything but tensors, plain containers and the options of a command is refused by name.
-    Sizes and QK-norm are told from the tensors; SiT's time (0 is noise) is folded into the weights. The run takes
-    part as `selftrans sample OUT`, as `selftrans train RECIPE --teacher OUT`, and is trained on by the command printed.
+    Sizes and QK-norm are told from the tensors; SiT's time (0 is noise) is folded into the weights. Then `selftrans sample
+    OUT` and `selftrans train RECIPE --teacher OUT` take it, and the command printed trains it on: with AdamW's state if the
+    file has it, with any `--train...` of yours, by the flow loss alone (a stage-1 file of Self-Transcendence: with its head).
     """
 
     file: Positional[Path]

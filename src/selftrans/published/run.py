@@ -91,7 +91,8 @@ def import_run(
     for line in (
         f"time and sign are those of {chosen.upper()}, {'as told' if convention else why}",
         *notes,
-        f"{what} after {done} steps, latents {'x'.join(map(str, sizes.shape))}, {sizes.classes} classes -> {out}",
+        f"{what} after {done} steps, latents {'x'.join(map(str, sizes.shape))} of {_autoencoder(sizes, autoencoder)}, "
+        f"{sizes.classes} classes -> {out}",
         f"to train on: {_command(config, out)}",
     ):
         say(line)
