@@ -87,16 +87,17 @@ def import_run(
     if left and not parts["heads"]:
         notes.append(f"its projectors are {'in projectors.safetensors' if keep_heads else 'left out (--keep-heads)'}")
     path = _write(out, config, sizes, done, parts, source, left if keep_heads else {})
-    what = f"SiT of width {sizes.width}" if config.model.width else config.model.name
-    for line in (
-        f"time and sign are those of {chosen.upper()}, {'as told' if convention else why}",
-        *notes,
-        f"{what} after {done} steps, latents {'x'.join(map(str, sizes.shape))} of {_autoencoder(sizes, autoencoder)}, "
-        f"{sizes.classes} classes -> {out}",
-        f"to train on: {_command(config, out)}",
-    ):
+    for line in (f"time and sign are those of {chosen.upper()}, {'as told' if convention else why}", *notes):
         say(line)
+    say(f"{_summary(config, sizes, autoencoder)}, after {done} steps -> {out}")
+    say(f"to train on: {_command(config, out)}")
     return path
+
+
+def _summary(config: RunConfig, sizes: Sizes, autoencoder: str | None) -> str:
+    what = f"SiT of width {sizes.width}" if config.model.width else config.model.name
+    latents = "x".join(map(str, sizes.shape))
+    return f"{what}, latents {latents} of {_autoencoder(sizes, autoencoder)}, {sizes.classes} classes"
 
 
 def _occupied(out: Path, source: dict[str, Any]) -> bool:
