@@ -2,9 +2,9 @@
 
 import contextlib
 import copy
+import dataclasses
 import gc
 import io
-import dataclasses
 import json
 import math
 import shutil
@@ -30,7 +30,7 @@ from selftrans.train.ema import EMA
 from selftrans.train.optim import build_optimizer, learning_rate, load_optimizer, optimizer_tensors
 from selftrans.train.pipeline import train
 from selftrans.train.preview import Preview
-from selftrans.train.stream import Stream, seed_step, to_batch
+from selftrans.train.stream import Loaded, Stream, seed_step, to_batch
 from selftrans.train.trainer import Trainer
 from selftrans.types import Draw
 
@@ -197,7 +197,7 @@ def test_training_is_the_plain_loop(tmp_path, monkeypatch, method):
         for micro in range(2):
             seed_step(config.train.seed, stage.stream, step, micro, 0)
             rows = stream.indices(step, micro)
-            loss, _ = mine(to_batch(rows, *shards.read(rows), shards, torch.device("cpu")), step)
+            loss, _ = mine(to_batch(Loaded(rows, *shards.read(rows)), shards, torch.device("cpu")), step)
             (loss / 2).backward()
         norm = math.sqrt(sum(float(p.grad.double().square().sum()) for p in parameters.values()))
         assert norm > 1  # so that clipping is at work
@@ -315,7 +315,7 @@ def test_every_epoch_visits_every_picture_once_whoever_reads():
         assert np.array_equal(np.concatenate(parts), alone.indices(step, 0))
     batches = alone.from_step(149)
     for step in (149, 150):
-        read_rows, moments, labels = next(batches)
+        read_rows, moments, labels, _ = next(batches)
         assert np.array_equal(read_rows, alone.indices(step, 0))
         assert torch.equal(moments, shards.read(read_rows)[0]) and torch.equal(labels, shards.read(read_rows)[1])
 
@@ -329,7 +329,7 @@ def test_each_visit_takes_one_of_the_mirrored_copies():
     shards = Shards.open(toy.digits())
     rows = np.repeat(7, 64)
     torch.manual_seed(0)
-    z0 = to_batch(rows, *shards.read(rows), shards, torch.device("cpu")).z0
+    z0 = to_batch(Loaded(rows, *shards.read(rows)), shards, torch.device("cpu")).z0
     one, other = z0[0], z0[0].flip(dims=(-1,))
     assert not torch.equal(one, other)
     assert {int(torch.equal(z, one)) + 2 * int(torch.equal(z, other)) for z in z0} == {1, 2}
