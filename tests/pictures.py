@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 from selftrans.data import encode as encode_module
+from selftrans.data.units import Decoded
 
 
 def encoded(array: np.ndarray | Image.Image, kind: str = "PNG", **options: object) -> bytes:
@@ -72,7 +73,7 @@ def stopped_after(pictures_read: int) -> Iterator[None]:
     """Ctrl-C after this many pictures were encoded."""
     encode, seen = encode_module._Encoder.encode, 0
 
-    def counting(self: encode_module._Encoder, decoded: encode_module._Decoded) -> np.ndarray:
+    def counting(self: encode_module._Encoder, decoded: Decoded) -> np.ndarray:
         nonlocal seen
         seen += len(decoded.good)
         if seen > pictures_read:

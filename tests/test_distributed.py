@@ -42,7 +42,7 @@ def build(kind: str) -> Objective:
 
 def by_row(batch, null, **_):
     """A draw that is a function of each sample alone."""
-    z0, cond, rows = batch
+    z0, cond, rows, _ = batch
     noise = torch.stack([torch.randn(SHAPE, generator=torch.Generator().manual_seed(int(i))) for i in rows])
     t = (rows.float() + 0.5) / N
     return Draw(z0, noise, t, *interpolate(LINEAR, z0, noise, t), cond, null, torch.where(rows % 4 == 0, null, cond))

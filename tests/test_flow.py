@@ -150,7 +150,7 @@ def test_same_seed_same_draw():
         torch.manual_seed(seed)
         draws.append(flow.draw(b, torch.full_like(b.cond, 10)))
     same, again, other = draws
-    assert all(torch.equal(x, y) for x, y in zip(same[:-1], again[:-1], strict=True))
+    assert all(torch.equal(x, y) for x, y in zip(same[:8], again[:8], strict=True))
     assert not torch.equal(same.noise, other.noise) and not torch.equal(same.t, other.t)
 
 

@@ -24,7 +24,8 @@ PLAN = {
     "flow":       "types",
     "latents":    "types",
     "samples_io": "types",
-    "data":       "types latents",
+    "encoders":   "",                         # other people's vision models: both prepare and training want them
+    "data":       "types latents encoders",
     "models":     "types",                    # no heads: those belong to the objective
     "methods":    "types flow",               # is handed a Backbone, never imports models
     "sample":     "types flow latents",
@@ -33,7 +34,7 @@ PLAN = {
     "config":     "types flow models methods sample",
     "recipes":    "types models methods sample config",
     "analyse":    "files types flow",               # is handed a Backbone and arrays
-    "train":      "files types flow latents data models methods sample analyse config",
+    "train":      "files types flow latents encoders data models methods sample analyse config",
     "published":  "files types latents models methods config recipes train",   # strangers' checkpoints into runs
     "export":     "files types latents models config train published",         # and ours out
     "report":     "analyse",

@@ -3,6 +3,7 @@
 import gc
 import math
 import weakref
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -569,6 +570,8 @@ def test_every_method_builds_its_stages_and_takes_a_step(method):
     for stage in plan:
         student = Stub()
         teacher = Frozen(Stub(), stage.teacher.block(3)) if stage.teacher else None
+        if stage.encoder:
+            teacher = SimpleNamespace(grid=2, width=5, flops=0, encode=lambda pixels: torch.ones(len(pixels), 4, 5))
         objective = Objective(student, stage.guide(student, teacher))
         objective.watch(Stub())
         loss, _ = objective(data(10), 0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -43,13 +44,26 @@ class Prepare:
     """of a parquet file or a data set on the hub; None: found by its type"""
     part: str = "1/1"
     """I/N: this process makes every Nth shard, others run the same command with another I (also on other machines)"""
+    features: str | None = None
+    """store the features of this vision model of transformers, too (hub id or local path), for --method repa; also for
+    a folder that is complete already"""
+    grid: int | None = None
+    """of the features: GRID x GRID, one for each token of the students; None: half the latents' side, as for patch 2"""
 
     def run(self) -> None:
-        from selftrans.data.encode import prepare
+        from selftrans.data import prepare, prepare_features
 
         options = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        options["precision"] = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}[self.precision]
-        print(prepare(options.pop("source"), options.pop("out"), **options).summary())
+        source, out, features, grid = (options.pop(name) for name in ("source", "out", "features", "grid"))
+        precision = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}[self.precision]
+        options["precision"] = "float32" if features and self.autoencoder == "pixel" else precision  # of a VAE
+        if grid and not features:
+            warnings.warn("--grid is ignored without --features", stacklevel=2)
+        manifest = prepare(source, out, **options)
+        print(manifest.summary())
+        if features:
+            options = {"batch_size": self.batch_size, "precision": precision, "part": self.part}
+            print(prepare_features(source, out, features, grid=grid, **options).summary(manifest))
 
 
 @dataclass

@@ -15,6 +15,7 @@ from typing import Any, Literal
 from selftrans.flow import PATHS, TIMES
 from selftrans.methods.dispersive import Dispersive
 from selftrans.methods.layersync import LayerSync
+from selftrans.methods.repa import Repa
 from selftrans.methods.self_transcendence import Stage1, Stage2
 from selftrans.methods.sra import SRA
 from selftrans.models.sit import SIT, SiT
@@ -136,11 +137,12 @@ class RunConfig:
 
     recipe: str
     method: str = "self_transcendence"
-    """a name in METHODS (vanilla, structure, self_transcendence, sra, layersync, dispersive, ...) or module:function"""
+    """a name in METHODS (vanilla, structure, self_transcendence, repa, sra, layersync, dispersive, ...) or module:function"""
     data: Data = field(default_factory=Data)
     model: Model = field(default_factory=Model)
     stage1: Stage1 = field(default_factory=Stage1)
     stage2: Stage2 = field(default_factory=Stage2)
+    repa: Repa = field(default_factory=Repa)
     sra: SRA = field(default_factory=SRA)
     layersync: LayerSync = field(default_factory=LayerSync)
     dispersive: Dispersive = field(default_factory=Dispersive)
@@ -171,7 +173,7 @@ class RunConfig:
             raise ValueError(
                 f"stage1.steps must be above zero, not {self.stage1.steps}; to skip stage 1 give --teacher"
             )
-        for section in ("stage1", "stage2", "sra", "layersync", "dispersive"):
+        for section in ("stage1", "stage2", "repa", "sra", "layersync", "dispersive"):
             method = getattr(self, section)
             if not 0 <= method.weight < math.inf or getattr(method, "head_width", 1) < 1:
                 raise ValueError(f"{section}.weight must be a number from 0 and {section}.head_width at least 1")

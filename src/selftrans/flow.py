@@ -125,4 +125,5 @@ def draw(batch: Batch, null: Cond, *, path: Path = LINEAR, times: str = "systema
     noise = torch.randn_like(batch.z0)
     zt, v = interpolate(path, batch.z0, noise, t)
     dropped = where_cond(torch.rand(n, device=device) < drop, null, batch.cond)
-    return Draw(batch.z0, noise, t, zt, v, batch.cond, null, dropped, even=times == "systematic")
+    even = times == "systematic"
+    return Draw(batch.z0, noise, t, zt, v, batch.cond, null, dropped, even, batch.features)

@@ -24,6 +24,7 @@ class Batch(NamedTuple):
     z0: Tensor  #: (N, C, H, W) latents, scaled to about unit variance
     cond: Cond  #: true condition of each sample
     rows: Tensor | None = None  #: (N,) position of each sample in its data set, for reports
+    features: Tensor | None = None  #: (N, T, D) of an external encoder, stored with the data, if a guidance reads them
 
 
 class Draw(NamedTuple):
@@ -38,6 +39,7 @@ class Draw(NamedTuple):
     null: Cond  #: null condition of the same shape, for the teacher's other half
     dropped: Cond  #: condition with some samples replaced by the null one, for the student
     even: bool = False  #: t is systematic (one per stratum), so a range holds a bounded number of samples
+    features: Tensor | None = None  #: as in the batch
 
 
 class Output(NamedTuple):

@@ -71,7 +71,7 @@ def loading(
     for number, name in itertools.product(range(rounds + 1), ways):
         began = time.perf_counter()
         for drawn in itertools.islice(streams[name], batches):
-            to_batch(*drawn, shards, clock.device)
+            to_batch(drawn, shards, clock.device)
         clock.wait()
         if number:  # the first round fetches the pages
             took[name].append(time.perf_counter() - began)

@@ -82,7 +82,7 @@ class Plain:
 
     def step(self) -> list[Any]:
         marks = [self.clock.mark()]
-        batch = to_batch(*next(self.batches), self.shards, self.clock.device)
+        batch = to_batch(next(self.batches), self.shards, self.clock.device)
         marks.append(self.clock.mark())
         losses = self.plain.forward(batch)
         marks.append(self.clock.mark())

@@ -1,7 +1,6 @@
 """Pictures ⇒ moments ⇒ shards on disk: decoded by threads ahead of the encoder, resumable shard by shard.
 
-Shard k holds pictures [k * shard_size, (k + 1) * shard_size) of the source, minus the unreadable ones, so a shard
-depends on no other, and several processes or machines can each make some (`part`).
+A shard depends on no other, so several processes or machines can each make some (`part`).
 Shape legend: N batch, R resolution, M moments channels, (C, H, W) latent.
 """
 
@@ -14,17 +13,17 @@ from contextlib import closing
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from selftrans.data import ledger
-from selftrans.data.decode import BadPicture, shown
+from selftrans.data.decode import shown
 from selftrans.data.images import open_source
 from selftrans.data.manifest import DTYPES, VERSION, Manifest, Option, Shard
 from selftrans.data.shards import NUMBERS, Shards
-from selftrans.data.source import Source, ahead
+from selftrans.data.source import ahead
+from selftrans.data.units import Decoded, Units
 from selftrans.latents import Autoencoder, autoencoder_name, from_uint8, load_autoencoder
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -83,12 +82,12 @@ def prepare(
     if before:
         ledger.check_options(before.plan, options, out)
         if before.complete and sum(_asked(shard) for shard in before.shards) == len(pictures):
-            _say(f"{out} is complete already", progress)
+            say(f"{out} is complete already", progress)
             return Manifest.load(out)
     if pictures.ignored:
-        _say("passed over: " + ", ".join(f"{count} {why}" for why, count in pictures.ignored.items()), progress)
+        say("passed over: " + ", ".join(f"{count} {why}" for why, count in pictures.ignored.items()), progress)
     where, model = _load(autoencoder, device, precision)
-    encoder = _Encoder(pictures, model, where, batch_size, shard_size, flip, dtype, skip_bad)
+    encoder = _Encoder(pictures, batch_size, shard_size, skip_bad, model, where, flip, dtype)
     return _run(encoder, _plan(encoder, str(source), options), out, mine, progress)
 
 
@@ -99,48 +98,16 @@ def prepare_digits(out: str | Path) -> Shards:
 
 
 @dataclass(frozen=True)
-class _Encoder:
+class _Encoder(Units):
     """Pictures by index ⇒ moments as they are stored."""
 
-    source: Source
     autoencoder: Autoencoder
     device: torch.device
-    batch_size: int
-    shard_size: int
     flip: bool
     dtype: str
-    skip_bad: bool
-
-    def units(self) -> range:
-        return range(-(-len(self.source) // self.shard_size))
-
-    def batches(self, unit: int) -> list[range]:
-        """Indices of a shard's pictures; cut the same way on every run, since an encoder may round by batch."""
-        stop = min((unit + 1) * self.shard_size, len(self.source))
-        return [
-            range(start, min(start + self.batch_size, stop))
-            for start in range(unit * self.shard_size, stop, self.batch_size)
-        ]
-
-    def asked(self, unit: int) -> int:
-        """How many pictures of the source a shard is made from."""
-        return sum(len(batch) for batch in self.batches(unit))
-
-    def decode(self, indices: range) -> _Decoded:
-        """Read a batch of pictures. Raises ValueError for an unreadable one, unless they are to be skipped."""
-        good, skipped, images = [], [], []
-        for i in indices:
-            try:
-                images.append(self.source.read(i))
-                good.append(i)
-            except BadPicture as error:
-                if not self.skip_bad:
-                    raise ValueError(f"{error}; repair or remove it, or go on without it by --skip-bad") from error
-                skipped.append((error.name, error.reason))
-        return _Decoded(len(indices), good, images, tuple(skipped))
 
     @torch.no_grad()
-    def encode(self, decoded: _Decoded) -> np.ndarray:
+    def encode(self, decoded: Decoded) -> np.ndarray:
         """Moments (N, copies, M, H, W) in the stored dtype. Raises ValueError where they exceed its range."""
         images = np.stack(decoded.images)  # (N, R, R, C)
         if self.autoencoder.name == "pixel":
@@ -167,15 +134,6 @@ class _Encoder:
         return table[np.ascontiguousarray(np.stack(views, axis=1))]
 
 
-class _Decoded(NamedTuple):
-    """A batch of pictures read from the source."""
-
-    asked: int  #: how many were to be read
-    good: list[int]  #: index in the source of each that was
-    images: list[np.ndarray]  #: each (R, R, C) uint8
-    skipped: tuple[tuple[str, str], ...]
-
-
 def _check(
     source: str | Path, out: Path, batch_size: int, shard_size: int, dtype: str, precision: str, part: str
 ) -> ledger.Part:
@@ -188,10 +146,7 @@ def _check(
         raise ValueError(f"batch_size {batch_size} and shard_size {shard_size} should be 1 or more")
     if Path(source).is_dir() and out.resolve().is_relative_to(Path(source).resolve()):
         raise ValueError(f"{out} lies inside the pictures {source}; choose an --out elsewhere")
-    number, _, parts = part.partition("/")
-    if not (number.isdecimal() and parts.isdecimal() and 1 <= int(number) <= int(parts)):
-        raise ValueError(f"part {part!r} should be I/N with I from 1 to N, as 1/2 and 2/2 for two processes")
-    return int(number), int(parts)
+    return ledger.parse_part(part)
 
 
 def _load(name: str, device: str | torch.device | None, precision: str) -> tuple[torch.device, Autoencoder]:
@@ -274,7 +229,7 @@ def _finish(encoder: _Encoder, plan: Manifest, out: Path, progress: bool) -> Man
     shards = _whole(encoder, plan, out)
     if len(shards) < len(encoder.units()):
         count = sum(shard.count for shard in shards.values())
-        _say(f"{len(shards)} of {len(encoder.units())} shards are whole; the other parts make the rest", progress)
+        say(f"{len(shards)} of {len(encoder.units())} shards are whole; the other parts make the rest", progress)
         return replace(plan, shards=tuple(shards[unit] for unit in sorted(shards)), count=count)
     if ledger.is_finished(out):
         return Manifest.load(out)
@@ -294,7 +249,7 @@ def _write(
     plan: Manifest,
     out: Path,
     unit: int,
-    decoded: Iterator[_Decoded],
+    decoded: Iterator[Decoded],
     advance: Callable[[int], object],
 ) -> Shard:
     """Encode and write one shard from the next batches of `decoded`."""
@@ -314,7 +269,7 @@ def _write(
     return Shard(unit, file, count, moments.sha256, labels_file, labels.sha256, tuple(skipped))
 
 
-def _say(text: str, progress: bool) -> None:
+def say(text: str, progress: bool) -> None:
     """A line for the person who watches; standard output belongs to the command."""
     if progress:
         print(text, file=sys.stderr)

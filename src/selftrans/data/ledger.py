@@ -28,6 +28,14 @@ Part: TypeAlias = tuple[int, int]
 WHOLE: Part = (1, 1)
 
 
+def parse_part(text: str) -> Part:
+    """The part that "I/N" means. Raises ValueError where it means none."""
+    number, _, parts = text.partition("/")
+    if not (number.isdecimal() and parts.isdecimal() and 1 <= int(number) <= int(parts)):
+        raise ValueError(f"part {text!r} should be I/N with I from 1 to N, as 1/2 and 2/2 for two processes")
+    return int(number), int(parts)
+
+
 class Earlier(NamedTuple):
     """What an earlier `prepare` left in the folder."""
 
@@ -133,7 +141,7 @@ def changing(out: Path, part: Part) -> Iterator[None]:
         raise write_error(out, error) from error
     with lock:
         _take(lock, wait=True)
-        _sweep(out, r"(plan|manifest)\.")
+        _sweep(out, r"(plan|manifest|features)\.")
         yield
 
 

@@ -16,14 +16,14 @@ CHUNK = 1024  #: pictures copied at a time
 
 
 class Resident(Shards):
-    """The same numbers at the same positions as `shards`, held whole on `device`.
+    """The same numbers at the same positions as `shards`, held whole on `device`; stored features stay on the disk.
 
     Every number is checked once, here, where reading from the disk checks it at each visit. Raises ValueError for
     moments that are not finite, and when the device has no room.
     """
 
     def __init__(self, shards: Shards, device: torch.device | str) -> None:
-        super().__init__(shards.path, shards.manifest, [], shards.labels)
+        super().__init__(shards.path, shards.manifest, {}, shards.labels)
         self.device, manifest = torch.device(device), shards.manifest
         try:
             dtype = NUMBERS[manifest.dtype][0]

@@ -1,6 +1,6 @@
-"""Shards on disk ⇒ moments and labels: memory-mapped, gathered by index.
+"""Shards on disk ⇒ moments, labels and, where they are stored, features: memory-mapped, gathered by index.
 
-Shape legend: N batch, M moments channels, (C, H, W) latent.
+Shape legend: N batch, M moments channels, (C, H, W) latent, T tokens and D width of the features.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from selftrans.data import features
+from selftrans.data.features import Features
 from selftrans.data.manifest import Manifest, Shard
 
 __all__ = ["Manifest", "Shard", "Shards"]
@@ -28,9 +30,10 @@ REMEDY = "repeat the `selftrans prepare` that made the folder to restore it"
 class Shards:
     """Prepared moments, read by position 0 .. len - 1; opened by `Shards.open`. Reading is safe from any thread."""
 
-    def __init__(self, path: Path, manifest: Manifest, moments: list[np.ndarray], labels: np.ndarray) -> None:
+    def __init__(self, path: Path, manifest: Manifest, moments: dict[str, np.ndarray], labels: np.ndarray) -> None:
         self.path, self.manifest, self.labels = path, manifest, labels  #: labels (len,) int64
-        self._moments = moments  # of each shard (count, copies, M, H, W)
+        self._moments = moments  # file -> (count, copies, M, H, W)
+        self._features: dict[str, np.ndarray] = {}  # file -> (count, copies, T, D), once they are opened
         self._starts = np.cumsum([0] + [shard.count for shard in manifest.shards])[:-1]
 
     @classmethod
@@ -42,11 +45,12 @@ class Shards:
         """
         path = Path(path)
         manifest = Manifest.load(path)
-        labels, moments = [np.zeros(0, dtype=np.int64)], []
+        labels, moments = [np.zeros(0, dtype=np.int64)], {}
         for shard in manifest.shards:
             check_size(path / shard.file, shard.count * manifest.row_bytes)
             check_size(path / shard.labels_file, shard.count * 8)
-            moments.append(_map(path / shard.file, NUMBERS[manifest.dtype][1], (shard.count, *manifest.moments_shape)))
+            shape = (shard.count, *manifest.moments_shape)
+            moments[shard.file] = _map(path / shard.file, NUMBERS[manifest.dtype][1], shape)
             labels.append(_read_labels(path / shard.labels_file, max(manifest.num_classes, 1)))
         shards = cls(path, manifest, moments, np.concatenate(labels))
         if verify:
@@ -68,37 +72,66 @@ class Shards:
         if isinstance(indices, Tensor):
             indices = indices.cpu().numpy()
         rows = np.asarray(indices, dtype=np.int64).reshape(-1)
-        if len(rows) and (rows.min() < 0 or rows.max() >= len(self)):
-            raise ValueError(f"indices {rows.min()} .. {rows.max()} leave the {len(self)} pictures of {self.path}")
-        which = np.searchsorted(self._starts, rows, side="right") - 1
-        out = torch.empty((len(rows), *self.manifest.moments_shape), dtype=NUMBERS[self.manifest.dtype][0])
-        view = out.numpy()  # numpy gathers on this thread alone: cores are left to the step that runs meanwhile
-        for k in np.unique(which):
-            at = np.flatnonzero(which == k)
-            view[at] = self._moments[k][rows[at] - self._starts[k]]
-        self._check_finite(view, rows)
-        return out, torch.from_numpy(self.labels[rows])
+        return self._gather(self._moments, rows, "moments"), torch.from_numpy(self.labels[rows])
+
+    def open_features(self) -> Features:
+        """What the stored features are of; from now on `read_features` gives them.
+
+        Raises ValueError when there are none (`prepare --features` makes them), or they do not belong to these shards.
+        """
+        manifest, path = self.manifest, self.path / features.FILE
+        if not path.exists():
+            raise ValueError(f"{self.path} holds no features; repeat its `selftrans prepare`, with --features MODEL")
+        try:
+            found = Features.load(path)
+            found.check(manifest)
+        except ValueError as error:
+            raise ValueError(f"{self.path}: {error}; delete the file and {REMEDY}, with --features") from error
+        for file in found.files:
+            check_size(self.path / file.name, file.count * found.row_bytes(manifest))
+        shape = (manifest.copies, found.grid**2, found.width)
+        self._features = {file.name: _map(self.path / file.name, "<f2", (file.count, *shape)) for file in found.files}
+        return found
+
+    def read_features(self, indices: np.ndarray) -> Tensor:
+        """Features (N, copies, T, D) float16 of `indices` (N,), in their order. Raises ValueError as `read` does."""
+        assert self._features, "open_features comes first"
+        return self._gather(self._features, np.asarray(indices, dtype=np.int64).reshape(-1), "features")
 
     def verify(self) -> None:
         """Compare the sha256 of every file with the manifest. Raises ValueError naming the first that differs."""
+        expected: dict[str, str] = {}
         for shard in self.manifest.shards:
-            for name, expected in ((shard.file, shard.sha256), (shard.labels_file, shard.labels_sha256)):
-                if _sha256(self.path / name) != expected:
-                    raise ValueError(f"shard {self.path / name} fails its sha256; delete the file and {REMEDY}")
+            expected |= {shard.file: shard.sha256, shard.labels_file: shard.labels_sha256}
+        if (self.path / features.FILE).exists():
+            expected |= {file.name: file.sha256 for file in self.open_features().files}
+        for name, sha256 in expected.items():
+            if _sha256(self.path / name) != sha256:
+                raise ValueError(f"shard {self.path / name} fails its sha256; delete the file and {REMEDY}")
 
-    def _check_finite(self, moments: np.ndarray, rows: np.ndarray) -> None:
-        _, _, bits, infinity = NUMBERS[self.manifest.dtype]
-        sign = np.array(1 << (8 * moments.itemsize - 1), dtype=bits)
+    def _gather(self, held: dict[str, np.ndarray], rows: np.ndarray, what: str) -> Tensor:
+        """Rows (N,) of what the shards hold. Raises ValueError for an index out of range, and for NaN."""
+        if len(rows) and (rows.min() < 0 or rows.max() >= len(self)):
+            raise ValueError(f"indices {rows.min()} .. {rows.max()} leave the {len(self)} pictures of {self.path}")
+        which = np.searchsorted(self._starts, rows, side="right") - 1
+        files = list(held.values())
+        dtype, _, bits, infinity = NUMBERS[files[0].dtype.name]
+        out = torch.empty((len(rows), *files[0].shape[1:]), dtype=dtype)
+        view = out.numpy()  # numpy gathers on this thread alone: cores are left to the step that runs meanwhile
+        for k in np.unique(which):
+            at = np.flatnonzero(which == k)
+            view[at] = files[k][rows[at] - self._starts[k]]
+        sign = np.array(1 << (8 * view.itemsize - 1), dtype=bits)
         # magnitudes compared as integers: exact, and many times faster than isfinite on half precision
-        magnitude = moments.view(bits) & ~sign
-        if magnitude.max(initial=0) < infinity:
-            return
-        index = int(rows[np.argmax(magnitude.reshape(len(rows), -1).max(axis=1) >= infinity)])
-        k = int(np.searchsorted(self._starts, index, side="right")) - 1
-        raise ValueError(
-            f"shard {self.path / self.manifest.shards[k].file} holds NaN or infinite moments for picture {index} "
-            f"(row {index - self._starts[k]} of the shard); delete the file and {REMEDY}"
-        )
+        magnitude = view.view(bits) & ~sign
+        if magnitude.max(initial=0) >= infinity:
+            index = int(np.argmax(magnitude.reshape(len(rows), -1).max(axis=1) >= infinity))
+            k = which[index]
+            raise ValueError(
+                f"shard {self.path / list(held)[k]} holds NaN or infinite {what} for picture {rows[index]} "
+                f"(row {rows[index] - self._starts[k]} of the shard); delete the file and {REMEDY}"
+            )
+        return out
 
 
 def check_size(path: Path, size: int) -> None:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from selftrans.flow import PATHS
 from selftrans.methods.dispersive import DispersiveGuidance
 from selftrans.methods.layersync import LayerSyncGuidance
 from selftrans.methods.objective import Frozen, Guidance
+from selftrans.methods.repa import RepaGuidance
 from selftrans.methods.self_transcendence import SelfGuidance, StructureGuidance, default_teacher_block
 from selftrans.methods.sra import SRAGuidance
 from selftrans.types import Backbone
@@ -28,13 +29,21 @@ class TeacherSpec:
 
 
 @dataclass(frozen=True)
+class EncoderSpec:
+    """What a stage wants of an external encoder: its name (hub id or folder), or None for features stored with the data."""
+
+    name: str | None
+
+
+@dataclass(frozen=True)
 class Stage:
     """One training run inside a method: a new student, some steps, some guidance."""
 
     name: str  #: folder in the run directory, and what the screen calls it
     steps: int
-    guide: Callable[[Backbone, Frozen | None], Sequence[Guidance]]
+    guide: Callable[[Backbone, Any], Sequence[Guidance]]  #: is handed the student, and the teacher or encoder below
     teacher: TeacherSpec | None = None
+    encoder: EncoderSpec | None = None
     stream: int = 0  #: stages with another stream start from other weights and draw other noise under the same seed
 
 
@@ -62,6 +71,13 @@ def _self_transcendence(config: RunConfig) -> list[Stage]:
     return [_stage1(config, max(1, steps)), Stage("stage2", config.train.steps, guide, spec)]
 
 
+def _repa(config: RunConfig) -> list[Stage]:
+    def guide(student: Backbone, encoder: Any) -> Sequence[Guidance]:
+        return [RepaGuidance(student, encoder, config.repa)]
+
+    return [Stage("repa", config.train.steps, guide, encoder=EncoderSpec(config.repa.encoder))]
+
+
 def _guided(name: str, guidance: Callable[[Backbone, RunConfig], Guidance]) -> Callable[[RunConfig], list[Stage]]:
     """A method of one stage with one guidance, which needs no teacher of its own."""
 
@@ -77,6 +93,7 @@ METHODS: dict[str, Callable[[RunConfig], list[Stage]]] = {
     "structure": _structure,  # stage 1 alone, to train.steps
     "self_transcendence": _self_transcendence,
     # the neighbours
+    "repa": _repa,
     "sra": _guided("sra", lambda student, config: SRAGuidance(student, config.sra, PATHS[config.train.path])),
     "layersync": _guided("layersync", lambda student, config: LayerSyncGuidance(student, config.layersync)),
     "dispersive": _guided("dispersive", lambda student, config: DispersiveGuidance(student, config.dispersive)),

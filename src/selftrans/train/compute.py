@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import copy
 import ctypes
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from selftrans.methods.objective import Frozen, Objective
+from selftrans.methods.objective import Objective
 from selftrans.types import Backbone, Cond
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  #: of glibc's malloc.h
@@ -29,7 +30,7 @@ def keep_memory() -> bool:
     return bool(mallopt(M_MMAP_THRESHOLD, 32 << 20) and mallopt(M_TRIM_THRESHOLD, 2**31 - 1))
 
 
-def compile_blocks(objective: Objective, teacher: Frozen | None) -> None:
+def compile_blocks(objective: Objective, teacher: Any) -> None:
     """`torch.compile` each block of the student and of its teacher in place, for as long as they live.
 
     All blocks of a model share one compilation. Shapes are fixed, so that what meets them is: the student's batch, and
@@ -66,6 +67,8 @@ def step_flops(objective: Objective, cond: Cond, batch_size: int) -> dict[int | 
         head, teacher = getattr(guidance, "head", None), getattr(guidance, "teacher", None)
         linears = [m for m in head.modules() if isinstance(m, nn.Linear)] if head is not None else []
         per_head = sum(2 * tokens * m.in_features * m.out_features for m in linears)
-        per_teacher = forward_flops(teacher.model, cond, (teacher.block,), stop=True) if teacher is not None else 0
+        per_teacher = getattr(getattr(guidance, "encoder", None), "flops", 0)
+        if teacher is not None:
+            per_teacher = forward_flops(teacher.model, cond, (teacher.block,), stop=True)
         total[i] = 3 * cost["head"] * per_head + cost["teacher"] * per_teacher
     return total

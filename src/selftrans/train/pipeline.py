@@ -22,11 +22,13 @@ from selftrans.config import RunConfig, from_json, to_json
 from selftrans.data.encode import prepare_digits
 from selftrans.data.resident import Resident
 from selftrans.data.shards import Manifest, Shards
+from selftrans.encoders import Encoder
 from selftrans.files import write_json
 from selftrans.methods import Stage, stages
 from selftrans.methods.objective import Frozen, Objective
 from selftrans.train import checkpoint
 from selftrans.train.compute import keep_memory
+from selftrans.train.external import Stored, external_encoder
 from selftrans.train.log import progress_bar
 from selftrans.train.preview import Preview
 from selftrans.train.restore import IMPORTED, find_teacher, restore_teacher
@@ -35,7 +37,7 @@ from selftrans.train.trainer import Trainer
 
 #: sections and fields that may change between two visits to the same run directory
 FREE = (
-    *("log", "sample", "data.path", "data.on_device", "stage2.teacher"),
+    *("log", "sample", "data.path", "data.on_device", "stage2.teacher", "repa.encoder"),
     *("train.steps", "train.checkpoint_every", "train.preview_every", "train.keep"),
 )
 PRECISION = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
@@ -76,7 +78,7 @@ def train(
                 out / stage.name,
                 shards,
                 # held by nobody here, so that it leaves the memory when the guidance ends
-                teacher=_teacher(config, stage, source or str(out), shards.manifest) if stage.teacher else None,
+                teacher=_teacher(config, stage, source or str(out), shards, accelerator.device),
                 preview=preview,
                 stop=stop,
                 bar=bar,
@@ -189,7 +191,7 @@ def _rehearse(config: RunConfig, plan: list[Stage], out: Path, manifest: Manifes
                 f"{out} has trained {stage.name} for {reached} steps already, more than the {stage.steps} asked for; "
                 "give at least as many, or another --out"
             )
-        if number:
+        if number and not stage.encoder:
             with torch.device("meta"):
                 student, model = (config.model.build(manifest.shape, manifest.num_classes) for _ in range(2))
                 teacher = Frozen(model, stage.teacher.block(model.depth)) if stage.teacher else None
@@ -231,12 +233,16 @@ def _plan(config: RunConfig) -> list[Stage]:
     return plan[wants[0] :] if config.stage2.teacher and wants else plan
 
 
-def _teacher(config: RunConfig, stage: Stage, source: str, manifest: Manifest) -> Frozen:
-    """The frozen stage-1 model in the run's precision."""
-    assert stage.teacher is not None
-    found = restore_teacher(
-        source, weights=stage.teacher.weights, shape=manifest.shape, num_classes=manifest.num_classes
-    )
+def _teacher(
+    config: RunConfig, stage: Stage, source: str, shards: Shards, device: torch.device
+) -> Frozen | Encoder | Stored | None:
+    """The frozen stage-1 model of `source`, or the external encoder, in the run's precision, if the stage wants one."""
+    if stage.encoder:
+        return external_encoder(stage.encoder.name, config, shards, device, DTYPE[config.train.precision])
+    if stage.teacher is None:
+        return None
+    shape, num_classes = shards.manifest.shape, shards.manifest.num_classes
+    found = restore_teacher(source, weights=stage.teacher.weights, shape=shape, num_classes=num_classes)
     if found.weights != stage.teacher.weights:
         warnings.warn(
             f"{found.source['path']} holds {found.weights} weights, and they teach; stage2.teacher_weights "

@@ -1,13 +1,14 @@
 """Which samples a step sees, and what noise: both are functions of (seed, step) alone, so a resumed run needs no state.
 
 The data are read as an endless sequence of shuffled epochs; step s takes positions [s B, (s + 1) B) of it, B the batch of
-all processes. Shape legend: N batch, M moments channels, (C, H, W) latent.
+all processes. Shape legend: N batch, M moments channels, (C, H, W) latent, T tokens and D width of stored features.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -16,6 +17,15 @@ from torch import Tensor
 from selftrans.data.shards import Shards
 from selftrans.latents import sample_latents
 from selftrans.types import Batch
+
+
+class Loaded(NamedTuple):
+    """What a micro-batch is made from, as it is stored."""
+
+    rows: np.ndarray  #: (N,) positions in the data
+    moments: Tensor  #: (N, copies, M, H, W)
+    labels: Tensor  #: (N,)
+    features: Tensor | None = None  #: (N, copies, T, D), where they are wanted
 
 
 class Stream:
@@ -31,6 +41,7 @@ class Stream:
             )
         self.shards, self.batch_size, self.accumulate, self.seed = shards, batch_size, accumulate, seed
         self.rank, self.micro = rank, batch_size // (accumulate * world)
+        self.features = False  #: whether stored features are read, too
         self._epoch, self._order = -1, np.empty(0, dtype=np.int64)
 
     def indices(self, step: int, micro: int) -> np.ndarray:
@@ -45,18 +56,21 @@ class Stream:
             self._epoch, self._order = epoch, order.permutation(len(self.shards))
         return int(self._order[offset])
 
-    def from_step(self, step: int, *, pin: bool = False) -> Iterator[tuple[np.ndarray, Tensor, Tensor]]:
-        """(indices, moments (N, copies, M, H, W), labels (N,)) of each micro-batch from `step` on, without end.
+    def from_step(self, step: int, *, pin: bool = False) -> Iterator[Loaded]:
+        """Each micro-batch from `step` on, without end.
 
         `pin` puts what is read from the disk into page-locked memory, which a GPU fetches without the host waiting.
         """
 
-        def read(at: int) -> tuple[np.ndarray, Tensor, Tensor]:
+        def read(at: int) -> Loaded:
             rows = self.indices(*divmod(at, self.accumulate))
             moments, labels = self.shards.read(rows)
+            features = self.shards.read_features(rows) if self.features else None
             if pin and moments.device.type == "cpu":  # here, not in the step, and only then does a copy not wait
                 moments, labels = moments.pin_memory(), labels.pin_memory()
-            return rows, moments, labels
+            if pin and features is not None:
+                features = features.pin_memory()
+            return Loaded(rows, moments, labels, features)
 
         with ThreadPoolExecutor(max_workers=1, thread_name_prefix="data") as pool:
             at = step * self.accumulate
@@ -73,12 +87,14 @@ def seed_step(seed: int, stream: int, step: int, micro: int, rank: int) -> None:
     torch.manual_seed(int(state) % 2**63)
 
 
-def to_batch(rows: np.ndarray, moments: Tensor, labels: Tensor, shards: Shards, device: torch.device) -> Batch:
+def to_batch(loaded: Loaded, shards: Shards, device: torch.device) -> Batch:
     """moments ⇒ latents on the device: one stored copy (mirrored or not) and one posterior sample for each visit."""
+    rows, moments, labels, features = loaded
     moments = moments.to(device, non_blocking=True)
     n, copies = moments.shape[:2]
-    copy = torch.randint(copies, (n,), device=device)
-    chosen = moments[torch.arange(n, device=device), copy]
+    chosen = torch.arange(n, device=device), torch.randint(copies, (n,), device=device)
     manifest = shards.manifest
-    z0 = sample_latents(chosen, stochastic=manifest.stochastic, scale=manifest.scale, shift=manifest.shift)
-    return Batch(z0, labels.to(device, non_blocking=True), torch.from_numpy(rows))
+    z0 = sample_latents(moments[chosen], stochastic=manifest.stochastic, scale=manifest.scale, shift=manifest.shift)
+    if features is not None:
+        features = features.to(device, non_blocking=True)[chosen]
+    return Batch(z0, labels.to(device, non_blocking=True), torch.from_numpy(rows), features)

@@ -16,13 +16,12 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from torch import Tensor
 
 from selftrans.config import RunConfig
 from selftrans.data.shards import Shards
 from selftrans.flow import PATHS
 from selftrans.methods import Stage
-from selftrans.methods.objective import Frozen, Objective
+from selftrans.methods.objective import Objective
 from selftrans.train import checkpoint
 from selftrans.train.compute import compile_blocks, step_flops
 from selftrans.train.ema import EMA
@@ -38,7 +37,7 @@ from selftrans.train.optim import (
 from selftrans.train.preview import Preview
 from selftrans.train.restore import IMPORTED, check_data, header
 from selftrans.train.stop import Stop
-from selftrans.train.stream import Stream, seed_step, to_batch
+from selftrans.train.stream import Loaded, Stream, seed_step, to_batch
 
 
 class Trainer:
@@ -47,8 +46,8 @@ class Trainer:
     Args:
         accelerator: device, precision and processes; shared by the stages of a run.
         config: the whole run. stage: what this part of it does. room: its folder, `<run>/<stage.name>`.
-        shards: the data. teacher: frozen model, if the stage wants one. preview: makes the grids. stop: the schedulers' notice.
-        bar: makes the progress bar (tqdm's interface).
+        shards: the data. teacher: frozen model or encoder, if the stage wants one. preview: makes the grids.
+        stop: the schedulers' notice. bar: makes the progress bar (tqdm's interface).
     """
 
     def __init__(
@@ -59,7 +58,7 @@ class Trainer:
         room: Path,
         shards: Shards,
         *,
-        teacher: Frozen | None = None,
+        teacher: Any = None,
         preview: Preview | None = None,
         stop: Stop | None = None,
         bar: Callable[..., Any] = progress_bar,
@@ -124,13 +123,13 @@ class Trainer:
             checkpoint.prune(self.folder, self.config.train.keep)  # a process killed after its last one has not done so
         return found
 
-    def _train_step(self, batches: Iterator[tuple[np.ndarray, Tensor, Tensor]]) -> None:
+    def _train_step(self, batches: Iterator[Loaded]) -> None:
         config, accelerator = self.config.train, self.accelerator
         self.wrapped.train()
         set_learning_rate(self.optimizer, learning_rate(self.step, config))
         for micro in range(config.accumulate):
             seed_step(config.seed, self.stage.stream, self.step, micro, accelerator.process_index)
-            batch = to_batch(*next(batches), self.shards, accelerator.device)
+            batch = to_batch(next(batches), self.shards, accelerator.device)
             last = micro == config.accumulate - 1
             with contextlib.nullcontext() if last else accelerator.no_sync(self.wrapped):
                 loss, report = self.wrapped(batch, self.step)
@@ -148,6 +147,7 @@ class Trainer:
     def _retire(self) -> bool:
         """Where guidance has ended, its heads and teacher leave the step, the memory and the checkpoints."""
         ended = self.objective.retire(self.step)
+        self.stream.features = any(getattr(g, "reads_features", False) for g in self.objective.guidances)
         if ended:
             forget(getattr(self.optimizer, "optimizer", self.optimizer), self.objective)
             if not len(self.objective.guidances):

@@ -1,0 +1,192 @@
+"""External vision models as frozen encoders: pixels ⇒ one feature for each token of a student's grid.
+
+Any vision model of `transformers` whose last hidden state is a grid of patches will do (DINOv2, ViT, SigLIP, CLIP,
+I-JEPA, ConvNeXt, ...). Only safetensors are read and no code is run.
+Shape legend: N batch, R side of a picture, T = grid² tokens row by row, D width.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import math
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+MAX_PREFIX = 16  #: class and register tokens in front of the patches, at most
+IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  #: mean and deviation of pixels in [0, 1]
+UNUSED = ("pooler", "mask_token")  #: weights that no feature passes through; many checkpoints lack them
+
+
+class Encoder:
+    """A frozen vision model with a fixed grid of features: a plain object, so it is never optimised, wrapped or saved.
+
+    Pictures are resized (bicubic, antialiased) so that the model's patches make the grid: to 224 for 16 x 16 patches of 14
+    pixels, its position embeddings interpolated. A model that cannot read that size, or gives another grid there, reads
+    pictures of its own size, and its features are resized to the grid (bilinear, antialiased), with a warning.
+    Made by `load_encoder`. `width` is D, `flops` the operations of one picture, `source` says where the weights came from.
+    """
+
+    def __init__(
+        self, name: str, model: Any, sha256: str, grid: int, *, mean: Sequence[float], std: Sequence[float]
+    ) -> None:
+        config = getattr(model.config, "vision_config", model.config)
+        self.name, self.sha256, self.grid = name, sha256, grid
+        self.source = {"path": name, "sha256": sha256, "weights": sha256}
+        self.model: Any = getattr(model, "vision_model", model).requires_grad_(False).eval()
+        # a pyramid (Swin, ConvNeXt) merges its patches: its stride shows in its output alone
+        self.patch = 0 if hasattr(config, "depths") else _side(config, "patch_size")
+        self.channels = int(getattr(config, "num_channels", 3))
+        self.mean, self.std = (torch.tensor(x, dtype=torch.float32).view(1, -1, 1, 1) for x in (mean, std))
+        known = inspect.signature(self.model.forward).parameters
+        self.options = {"interpolate_pos_encoding": True} if "interpolate_pos_encoding" in known else {}
+        self.size, native = self._fit(_side(config, "image_size") or 224)
+        if native != grid:
+            change = f"from {native}x{native} to {grid}x{grid}"
+            warnings.warn(f"features of encoder {name} are resized {change}", stacklevel=3)
+        probe = self._probe()
+        with FlopCounterMode(display=False) as counter:
+            features = self.encode(probe)
+        self.width, self.flops = features.shape[-1], counter.get_total_flops()
+        if not torch.equal(features, self.encode(probe)):
+            raise ValueError(f"encoder {name} gives other features each time (does it mask patches?); choose another")
+
+    @torch.no_grad()
+    def encode(self, pixels: Tensor) -> Tensor:
+        """Pixels (N, 3 or 1, R, R) in [-1, 1] to float32 features (N, T, D), on the device of the pixels."""
+        features = self._grid(pixels, self.size)  # (N, h, h, D)
+        if features.shape[1] != self.grid:
+            x = features.permute(0, 3, 1, 2)
+            x = F.interpolate(x, size=(self.grid, self.grid), mode="bilinear", antialias=True, align_corners=False)
+            features = x.permute(0, 2, 3, 1)
+        return features.flatten(start_dim=1, end_dim=2)
+
+    def _grid(self, pixels: Tensor, size: int) -> Tensor:
+        """The model's own grid of features (N, h, h, D) for pictures resized to `size`."""
+        weight = next(self.model.parameters())
+        if weight.device != pixels.device:
+            self.model.to(pixels.device)
+        x = (pixels.float() + 1) / 2
+        if x.shape[-1] != size:
+            x = F.interpolate(x, size=(size, size), mode="bicubic", antialias=True, align_corners=False)
+        if x.shape[1] == 1 < self.channels:
+            x = x.expand(-1, self.channels, -1, -1)
+        x = (x - self.mean.to(x.device)) / self.std.to(x.device)
+        hidden = self.model(pixel_values=x.to(weight.dtype), **self.options).last_hidden_state.float()
+        if hidden.dim() == 4:  # convolutional: (N, D, h, h)
+            return hidden.permute(0, 2, 3, 1)
+        tokens = hidden.shape[1]
+        side = size // self.patch if self.patch else math.isqrt(tokens)
+        if not 0 <= tokens - side**2 <= (MAX_PREFIX if self.patch else 0):
+            raise ValueError(f"its {tokens} tokens are no square of patches after a few class and register tokens")
+        return hidden[:, tokens - side**2 :].unflatten(dim=1, sizes=(side, side))
+
+    def _fit(self, native: int) -> tuple[int, int]:
+        """(side of its pictures, side of its own grid there). Raises ValueError when it reads no pictures at all."""
+        own = 0 if self.patch else self._side_at(native)[0]
+        stride = self.patch or (native // own if own else 0)
+        if stride and self._side_at(self.grid * stride)[0] == self.grid:
+            return self.grid * stride, self.grid
+        own, failed = self._side_at(native)
+        if not own:
+            raise ValueError(f"encoder {self.name} gives no grid of features for a picture ({failed}); choose another")
+        return native, own
+
+    @torch.no_grad()
+    def _side_at(self, size: int) -> tuple[int, str]:
+        """The side of its own grid for pictures of this size, or 0 and the reason."""
+        try:
+            return self._grid(self._probe(), size).shape[1], ""
+        except Exception as error:  # models raise anything on a size that is not theirs
+            return 0, _reason(error)
+
+    def _probe(self) -> Tensor:
+        """Noise to try the model with (1, channels, 32, 32)."""
+        noise = torch.rand(1, self.channels, 32, 32, generator=torch.Generator().manual_seed(0))
+        return (2 * noise - 1).to(next(self.model.parameters()).device)
+
+
+def encoder_name(name: str) -> str:
+    """The name that is stored: a local folder by its absolute path, so that it is found from anywhere."""
+    return str(Path(name).resolve()) if Path(name).is_dir() else name
+
+
+def load_encoder(
+    name: str, grid: int, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> Encoder:
+    """Load a vision model of `transformers` by hub id or local folder, with grid x grid features for a picture.
+
+    `dtype` is that of the network; features are float32 always. Raises ValueError when there is none of that name,
+    without safetensors, with weights missing, or when it is no vision model.
+    """
+    model, absent = _load(name)
+    held = {key: tensor for key, tensor in model.state_dict().items() if key not in absent}
+    mean, std = _normalisation(name)
+    return Encoder(encoder_name(name), model.to(device, dtype), _sha256(held), grid, mean=mean, std=std)
+
+
+def _load(name: str) -> tuple[Any, set[str]]:
+    """The model, and the names of its weights that the checkpoint does not hold."""
+    from transformers import AutoModel
+
+    try:
+        model, info = AutoModel.from_pretrained(
+            name, use_safetensors=True, trust_remote_code=False, output_loading_info=True
+        )
+    except Exception as error:  # missing, offline, gated, pickled, of an unknown class: unusable, all of them
+        raise ValueError(
+            f"encoder {name!r} cannot be loaded ({_reason(error)}); give a vision model of transformers, by hub id or "
+            "folder, with safetensors weights"
+        ) from error
+    assert isinstance(model, nn.Module)
+    absent = set(info["missing_keys"])
+    # transformers only warns of these, and fills the gaps with random numbers
+    gaps = sorted(key for key in absent if not any(part in key for part in UNUSED))
+    if gaps:
+        raise ValueError(f"encoder {name!r}: its checkpoint lacks {len(gaps)} weights, such as {gaps[0]}")
+    return model.float(), absent
+
+
+def _normalisation(name: str) -> tuple[Sequence[float], Sequence[float]]:
+    """Mean and deviation, per channel, by which the model's own processor normalises pixels in [0, 1]."""
+    from transformers import AutoImageProcessor
+
+    try:
+        processor = AutoImageProcessor.from_pretrained(name, trust_remote_code=False)
+    except Exception as error:  # as many kinds as there are ways to be incomplete
+        warnings.warn(
+            f"encoder {name} has no usable preprocessor_config.json ({_reason(error)}); pixels are normalised by "
+            "ImageNet's mean and deviation",
+            stacklevel=3,
+        )
+        return IMAGENET
+    if not getattr(processor, "do_normalize", True):
+        return (0.0,), (1.0,)
+    return processor.image_mean, processor.image_std
+
+
+def _sha256(tensors: dict[str, Tensor]) -> str:
+    """Of names and contents, in the order of the names."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(f"{name} {tuple(tensors[name].shape)}\n".encode())
+        digest.update(tensors[name].cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _side(config: Any, name: str) -> int:
+    """A size of the configuration, a number or a pair; 0 where it has none."""
+    value = getattr(config, name, None) or 0
+    return int(value[0] if isinstance(value, Sequence) else value)
+
+
+def _reason(error: Exception) -> str:
+    """First line of an error, for a message of one line."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")[:200]

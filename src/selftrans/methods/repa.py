@@ -1,0 +1,74 @@
+"""REPA, representation alignment (Yu et al., 2410.06940): a block follows a frozen encoder of the clean picture.
+
+    L = L_flow + lambda mean (1 - cos(P(h_s), y))                       mean over N and T, cos over D
+
+y is the encoder's patch features (published: DINOv2), one for each token of the student, stored with the data or computed
+from its pixels; P a small head. The published loss is -cos, the same but for a constant. No timestep range.
+Shape legend: N batch, T = grid² tokens, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor, nn
+
+from selftrans.methods.objective import Report, feature_error, projector, token_norm
+from selftrans.types import Backbone, Draw
+
+
+@dataclass(frozen=True)
+class Repa:
+    """Alignment with the features of an external encoder."""
+
+    encoder: str | None = None
+    """vision model of transformers, hub id or folder, run on pixel data; None: features of `selftrans prepare --features`"""
+    block: int | None = None
+    """s, the student's block (1-based); None: a third of its depth, 8 at most (8 of 24 and of 28, as published)"""
+    weight: float = 0.5
+    """lambda"""
+    until_step: int | None = None
+    """the term ends here, and encoder and head leave the step (HASTE); None: never"""
+    head_width: int = 2048
+    """hidden width of the head P"""
+
+
+class Features(Protocol):
+    """Where the encoder's features come from."""
+
+    grid: int  #: T = grid², row by row
+    width: int  #: D of a feature
+    flops: int  #: operations for one picture; 0 when they are stored
+    encode: Callable[[Tensor], Tensor] | None  #: pixels to (N, T, D), without a gradient; None: they come in the draw
+
+
+class RepaGuidance(nn.Module):
+    """The student's block follows the encoder, which is no part of the module: never optimised, wrapped or saved."""
+
+    name: str = "repa"
+    taps: tuple[int, ...]
+
+    def __init__(self, student: Backbone, encoder: Features, config: Repa) -> None:
+        super().__init__()
+        grid = student.shape[1] // student.patch
+        if encoder.grid != grid:
+            raise ValueError(
+                f"the stored features lie on a {encoder.grid}x{encoder.grid} grid, the student's tokens on {grid}x{grid}; "
+                f"prepare the data with --grid {grid}, or choose another model.patch"
+            )
+        self.weight, self.until_step, self.encoder = config.weight, config.until_step, encoder
+        self.reads_features = encoder.encode is None  #: asks the trainer for `Batch.features`
+        self.block = max(1, min(8, student.depth // 3)) if config.block is None else config.block
+        self.taps = (self.block,)
+        self.head = projector(student.width, encoder.width, config.head_width)
+
+    def forward(self, d: Draw, feats: dict[int, Tensor]) -> tuple[Tensor, Report]:
+        target = d.features if self.encoder.encode is None else self.encoder.encode(d.z0)  # (N, T, D)
+        assert target is not None, "the trainer reads stored features where `reads_features` asks for them"
+        term = feature_error(self.head(feats[self.block]).float(), target.float(), "cosine").mean(dim=0)
+        return term, {"feature_norm": token_norm(feats[self.block]), "target_norm": token_norm(target)}
+
+    def cost(self, n: int) -> dict[str, int]:
+        return {"head": n, "teacher": 0 if self.reads_features else n}
