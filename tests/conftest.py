@@ -14,6 +14,7 @@ from pathlib import Path
 CACHE = tempfile.mkdtemp(prefix="selftrans-tests-")
 os.environ.update(
     HF_HOME=CACHE,  # neither reads nor litters the user's own
+    XDG_CACHE_HOME=CACHE,
     HF_HUB_OFFLINE="1",
     HF_DATASETS_OFFLINE="1",
     TRANSFORMERS_OFFLINE="1",

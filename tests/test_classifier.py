@@ -243,10 +243,13 @@ class FakeInception(torch.nn.Module):
         super().__init__()
         assert features_list == ["2048", "logits_unbiased"] and feature_extractor_weights_path is not None
         self.path = feature_extractor_weights_path
+        self.Mixed_6d = torch.nn.Module()
+        self.Mixed_6d.branch1x1 = torch.nn.Conv2d(3, 192, kernel_size=1)
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         assert x.dtype == torch.uint8 and x.shape[1] == 3
         colours = x.float().mean(dim=(2, 3))
+        self.Mixed_6d.branch1x1(x.float()[:, :, :2, :3])
         return torch.nn.functional.pad(colours, (0, 2045)), torch.nn.functional.pad(colours, (0, 1005))
 
 
@@ -273,6 +276,10 @@ def test_inception_through_torch_fidelity(inception: Path) -> None:
     assert out["features"].shape == (2, 2048) and out["logits"].shape == (2, 1008)
     assert out["features"][1, :4].tolist() == [0, 0, 7, 0]  # channels stay channels
     assert load_extractor(inception).sha256 == extractor.sha256
+    branch = extractor.module.Mixed_6d.branch1x1  # type: ignore[attr-defined]
+    kept = branch(torch.from_numpy(images).float().permute(0, 3, 1, 2)[:, :, :2, :3])[1]  # (192, 2, 3)
+    by_hand = [kept[c, i, j].item() for i in range(2) for j in range(3) for c in range(7)]
+    assert out["spatial"].shape == (2, 42) and out["spatial"][1].tolist() == pytest.approx(by_hand)
     with pytest.raises(ValueError, match="3 channels"):
         extractor(np.zeros((2, 4, 4, 1), np.uint8))
 

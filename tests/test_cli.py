@@ -217,12 +217,13 @@ def test_classifier_says_how_good_it_is(made, tmp_path, capsys):
 def test_evaluate_samples_with_their_labels(made, capsys):
     samples, judge = made / "samples", made / "judge.safetensors"
     assert main(["evaluate", str(samples), f"--reference={toy.digits()}", f"--features={judge}"]) == 0
-    shown = json.loads(capsys.readouterr().out)
-    assert shown == json.loads((samples / "evaluate.json").read_text())
+    text, shown = capsys.readouterr().out, json.loads((samples / "evaluate.json").read_text())
+    assert f"Fréchet distance          {shown['frechet_distance']:.5g}" in text and "steps 2" in text
+    assert shown["label_balance"] == {"classes": 10, "fewest": 3, "most": 3} and "3 to 3 images of each of 10" in text
     assert shown["made"]["steps"] == 2 and shown["made"]["num"] == 30 and 0 <= shown["accuracy"] <= 1
     assert "FID" not in json.dumps(shown)
     assert main(["evaluate", str(samples), "--reference=digits", f"--features={judge}"]) == 0
-    again = json.loads(capsys.readouterr().out)
+    again = json.loads((samples / "evaluate.json").read_text())
     assert again[again["metric"]] == pytest.approx(shown[shown["metric"]], rel=1e-6)  # prepared digits are the digits
 
 
@@ -232,8 +233,9 @@ def test_evaluate_a_folder_against_itself(made, tmp_path, capsys):
         Image.fromarray(array).save(tmp_path / f"{k}.png")
     argv = ["evaluate", str(tmp_path), f"--reference={tmp_path}", f"--features={made / 'judge.safetensors'}"]
     assert main(argv) == 0
-    shown = json.loads(capsys.readouterr().out)
-    assert shown[shown["metric"]] == pytest.approx(0, abs=1e-2) and (tmp_path / "evaluate.json").exists()
+    shown, text = json.loads((tmp_path / "evaluate.json").read_text()), capsys.readouterr().out
+    assert shown[shown["metric"]] == pytest.approx(0, abs=1e-2)
+    assert "sampler unknown, steps unknown" in text and shown["made"]["sampler"] is None, "nobody wrote it down"
 
 
 def test_evaluate_refuses_samples_that_are_not_all_there(made, tmp_path, capsys):

@@ -41,6 +41,7 @@ PLAN = {
     # commands: files in, files out
     "generate":   BELOW,
     "measure":    BELOW,
+    "scores":     BELOW,
     # whole experiments
     "bench":      BELOW,
     "compare":    BELOW,

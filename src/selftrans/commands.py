@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -103,20 +102,41 @@ class Sample:
 
 @dataclass
 class Evaluate:
-    """Distances between samples and a reference, in the features of an extractor. Writes evaluate.json beside them."""
+    """Distances between samples and a reference, in the features of an extractor: a table, and evaluate.json.
+
+    SAMPLES is a folder, zip or npz of pictures (arr_0: uint8, NHWC), or a run, checkpoint or weights file, which is sampled
+    on the way, without touching the disk.
+    """
 
     samples: Positional[str]
-    """folder of pictures, zip, or npz with arr_0 (uint8, NHWC)"""
     reference: str
-    """folder, zip or npz of real pictures, prepared data, `digits`, or statistics saved before"""
+    """folder, zip or npz of real pictures, prepared data, `digits`, or statistics (npz with mu and sigma, as ADM's)"""
     features: str = "inception"
-    """`inception`, `digits`, or a classifier file made by `selftrans classifier`"""
+    """`inception` or its file of weights (.pth), `digits`, or a classifier file made by `selftrans classifier`"""
+    out: Path | None = None
+    """of the json report; None: beside the pictures, or in the run"""
+    save_reference: Path | None = None
+    """npz for the statistics of the reference, in ADM's layout"""
+    num: int | None = None
+    """images of a run; None: as the recipe says, like every option below (see selftrans sample)"""
+    steps: int | None = None
+    sampler: Literal["ode", "sde", "euler", "heun"] | None = None
+    guidance_scale: float | None = None
+    guidance_interval: tuple[float, float] | None = None
+    seed: int | None = None
+    batch_size: int | None = None
+    labels: Literal["balanced", "random"] | None = None
+    precision: Literal["fp32", "bf16", "fp16"] | None = None
+    weights: Literal["ema", "raw"] = "ema"
+    stage: str | None = None
 
     def run(self) -> None:
-        from selftrans.measure import evaluate_samples
+        from selftrans.scores import evaluate_samples, text
 
-        report = evaluate_samples(self.samples, self.reference, self.features)
-        print(json.dumps(report, indent=2, ensure_ascii=False))
+        given = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        where = {name: given.pop(name) for name in ("weights", "stage", "out", "save_reference")}
+        settings = {name: value for name, value in list(given.items())[3:] if value is not None}
+        print(text(evaluate_samples(self.samples, self.reference, self.features, settings=settings, **where)))
 
 
 @dataclass

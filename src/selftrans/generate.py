@@ -5,49 +5,56 @@ from __future__ import annotations
 import dataclasses
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from selftrans.flow import PATHS
 from selftrans.latents import load_autoencoder
-from selftrans.sample import sample_images
+from selftrans.sample import SampleConfig, sample_images
 from selftrans.samples_io import write_samples
+from selftrans.train import checkpoint
 from selftrans.train.restore import Weights, restore
 
 MANY = 20  #: batches of a process that are worth the minute of compiling, on a GPU
 
 
-def generate(
-    origin: str | Path, out: str | Path, settings: dict[str, Any], *, weights: Weights = "ema", stage: str | None = None
-) -> int:
-    """Sample from a run, checkpoint or weights file into the folder `out`; returns how many images this call made.
+class Sampling(NamedTuple):
+    """A model that is ready to be sampled."""
 
-    `settings` override the run's own `SampleConfig`. ValueError for settings that cannot work and for a folder that
-    holds other samples. Several processes share the work (RANK, WORLD_SIZE, LOCAL_RANK as accelerate sets them).
+    config: SampleConfig
+    described: dict[str, Any]  #: all that the images depend on, but for their number
+    sample: Callable[[np.ndarray], Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]]  #: see `sample_images`
+
+
+def is_model(path: Path) -> bool:
+    """Whether `path` is a run, a stage, a checkpoint or a weights file, rather than pictures."""
+    if path.is_file():
+        return path.suffix == ".safetensors"
+    return (path / "checkpoints").is_dir() or (path / checkpoint.STATE).exists() or (path / "config.json").exists()
+
+
+def sampling(
+    origin: str | Path, settings: dict[str, Any], *, weights: Weights = "ema", stage: str | None = None
+) -> Sampling:
+    """The model that `origin` stands for, on this process' device; `settings` override the run's own `SampleConfig`.
+
+    ValueError for settings that cannot work.
     """
     found = restore(origin, stage=stage, weights=weights)
     config = dataclasses.replace(found.config.sample, **settings)
     config.check()
     if config.guidance_scale == 1 and "guidance_interval" in settings:
-        warnings.warn("the guidance interval is ignored: the guidance scale is 1", stacklevel=2)
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        warnings.warn("the guidance interval is ignored: the guidance scale is 1", stacklevel=3)
     device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")
     model = found.model.to(device)
-    if device.type == "cuda" and config.num >= MANY * config.batch_size * world:
+    if device.type == "cuda" and config.num >= MANY * config.batch_size * int(os.environ.get("WORLD_SIZE", 1)):
         for block in model.blocks:
             block.compile(dynamic=False)
-    autoencoder = load_autoencoder(found.autoencoder, device=device)
-
-    def sample(indices: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-        path = PATHS[found.config.train.path]
-        return sample_images(
-            model, autoencoder, config, num_classes=model.num_classes, device=device, path=path, indices=indices
-        )
-
+    autoencoder, path = load_autoencoder(found.autoencoder, device=device), PATHS[found.config.train.path]
     described = config.settings() | {
         "weights": found.weights,
         "num_classes": model.num_classes,
@@ -56,6 +63,24 @@ def generate(
         "autoencoder": found.autoencoder,
         "source": found.source,
     }
+
+    def sample(indices: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        options: dict[str, Any] = {"num_classes": model.num_classes, "device": device, "path": path}
+        return sample_images(model, autoencoder, config, **options, indices=indices)
+
+    return Sampling(config, described, sample)
+
+
+def generate(
+    origin: str | Path, out: str | Path, settings: dict[str, Any], *, weights: Weights = "ema", stage: str | None = None
+) -> int:
+    """Sample from a run, checkpoint or weights file into the folder `out`; returns how many images this call made.
+
+    ValueError for settings that cannot work and for a folder that holds other samples. Several processes share the work
+    (RANK, WORLD_SIZE, LOCAL_RANK as accelerate sets them).
+    """
+    made = sampling(origin, settings, weights=weights, stage=stage)
     if (Path(out) / "manifest.json").exists():
         raise ValueError(f"{out} holds prepared data; choose another folder for samples")
-    return write_samples(sample, Path(out), described, config.num, rank=rank, world=world)
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    return write_samples(made.sample, Path(out), made.described, made.config.num, rank=rank, world=world)

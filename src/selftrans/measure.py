@@ -1,13 +1,11 @@
-"""Files ⇒ numbers: what the commands evaluate, classifier and analyse do. Shape legend: (n, R, R, C) uint8 images."""
+"""Files ⇒ numbers: what the commands classifier and analyse do. Shape legend: (n, R, R, C) uint8 images."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
-from zipfile import ZipFile
 
 import numpy as np
 import torch
@@ -16,83 +14,12 @@ from tqdm import tqdm
 
 from selftrans.analyse.features import collect, linear_probe, pca_maps, tsne
 from selftrans.analyse.plots import curves, pca_grid, save, scatter
-from selftrans.data.images import iter_images
 from selftrans.data.shards import Shards
-from selftrans.evaluate.classifier import digits, train_classifier
-from selftrans.evaluate.features import Extractor, load_extractor
-from selftrans.evaluate.metrics import evaluate
-from selftrans.evaluate.statistics import Statistics
+from selftrans.evaluate.classifier import train_classifier
 from selftrans.files import write_json
 from selftrans.flow import PATHS
 from selftrans.latents import load_autoencoder, sample_latents, to_uint8
 from selftrans.train.restore import Restored, Weights, restore
-
-
-def evaluate_samples(samples: str | Path, reference: str | Path, features: str) -> dict[str, Any]:
-    """Measure a folder, zip or npz against a reference and write the report beside it as json.
-
-    `reference`: pictures in the same forms, prepared data, `digits`, or an npz of statistics (`mu`, `sigma`).
-    ValueError for unknown features, unfit pictures and statistics of another extractor.
-    """
-    samples, device = Path(samples), "cuda" if torch.cuda.is_available() else "cpu"
-    extractor = load_extractor(features, device=device)
-    made, labels, images = _sampled(samples)
-    report = evaluate(
-        _counted(images), reference_of(reference, extractor), extractor, labels=labels, reference_name=str(reference)
-    )
-    report |= {"samples": str(samples), "made": made}
-    target = samples / "evaluate.json" if samples.is_dir() else samples.with_suffix(".evaluate.json")
-    write_json(target, report)
-    return report
-
-
-def _sampled(samples: Path) -> tuple[dict[str, Any] | None, np.ndarray | None, Iterator[np.ndarray]]:
-    """How the images were made and their labels, where `selftrans sample` has written both, and the images."""
-    record, archive = samples / "samples.json", samples / "samples.npz"
-    if not record.exists():
-        return None, None, iter_images(samples)
-    try:
-        made = json.loads(record.read_text())
-        complete, settings = made["complete"] and archive.exists(), made["settings"] | {"num": made["num"]}
-        if complete:
-            with np.load(archive, allow_pickle=False) as arrays:
-                labels = arrays["arr_1"]
-    except Exception as error:  # of json, zip and npz: as many kinds as there are ways to be torn
-        raise ValueError(f"{samples} is damaged ({error!s:.200}); delete it and sample again") from error
-    if not complete:
-        raise ValueError(f"{samples} is not complete; repeat the `selftrans sample` command that began it")
-    told = settings.get("num_classes", 2) > 1  # with one label for all, any accuracy would look fine
-    return settings, labels if told else None, iter_images(archive)
-
-
-def _counted(batches: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
-    """The same batches, with a progress bar."""
-    with tqdm(desc="measuring", unit="img") as bar:
-        for images in batches:
-            yield images
-            bar.update(len(images))
-
-
-def reference_of(reference: str | Path, extractor: Extractor) -> Statistics:
-    """Statistics of a reference (see `evaluate_samples`) in the features of `extractor`."""
-    path = Path(reference)
-    if str(reference) == "digits":
-        return Statistics.of(digits()[0], extractor, source="digits")
-    if path.suffix == ".npz" and _holds_statistics(path):
-        return Statistics.load(path)
-    images = shard_images(Shards.open(path)) if (path / "manifest.json").exists() else iter_images(path)
-    return Statistics.of(images, extractor, source=str(reference))
-
-
-def _holds_statistics(path: Path) -> bool:
-    wanted = "give a folder, zip or npz of pictures, prepared data, or statistics"
-    if not path.is_file():
-        raise ValueError(f"{path} does not exist; {wanted}")
-    try:
-        with ZipFile(path) as archive:
-            return "mu.npy" in archive.namelist()
-    except Exception as error:  # a damaged directory makes zipfile raise more than BadZipFile
-        raise ValueError(f"{path} cannot be read ({error!s:.200}); {wanted}") from error
 
 
 def shard_images(shards: Shards, batch_size: int = 256) -> Iterator[np.ndarray]:

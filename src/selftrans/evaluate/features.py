@@ -25,6 +25,8 @@ INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
 INCEPTION_URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{INCEPTION_FILE}"
 INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 
+SPATIAL_CHANNELS = 7  #: of 192, as ADM's evaluator keeps them
+
 
 class Extractor(Protocol):
     """What turns images into features; `sha256` identifies its weights, so that numbers of two extractors never mix."""
@@ -62,7 +64,9 @@ class ClassifierExtractor:
 
 
 class InceptionExtractor:
-    """The Inception network of FID through torch-fidelity: 2048 pooled features, and logits without bias for IS.
+    """The Inception network of FID through torch-fidelity: 2048 pooled features, logits without bias for IS, and the
+    spatial features of sFID (2103.03841): the first 7 channels of ADM's `mixed_6/conv:0`, which is the 1x1 branch of
+    Mixed_6d here, 17 x 17 x 7 = 2023 numbers.
 
     `weights` is the published file, by default in torch's hub cache, where it is downloaded once. Any other file is
     refused: with other weights the distance is no FID, and torch-fidelity unpickles whatever it is given.
@@ -75,6 +79,9 @@ class InceptionExtractor:
             "inception-v3-compat", ["2048", "logits_unbiased"], feature_extractor_weights_path=str(path)
         )
         self.module.to(device).eval()
+        self._spatial: list[torch.Tensor] = []  #: of the pass that is under way
+        branch: Any = self.module.get_submodule("Mixed_6d.branch1x1")
+        branch.register_forward_hook(lambda _, __, out: self._spatial.append(out[:, :SPATIAL_CHANNELS]))
         self.name, self.sha256, self.dim, self.device = "inception", INCEPTION_SHA256, 2048, device
 
     @torch.inference_mode()
@@ -86,7 +93,9 @@ class InceptionExtractor:
             )
         x = torch.from_numpy(images).to(self.device).permute(0, 3, 1, 2).contiguous()
         features, logits = self.module(x)
-        return {"features": features.float().cpu().numpy(), "logits": logits.float().cpu().numpy()}
+        spatial = self._spatial.pop().permute(0, 2, 3, 1).flatten(start_dim=1)  # row, column, channel, as TensorFlow's
+        named = {"features": features, "logits": logits, "spatial": spatial}
+        return {name: value.float().cpu().numpy() for name, value in named.items()}
 
 
 def _size(shape: tuple[int, ...]) -> str:

@@ -16,7 +16,6 @@ import numpy as np
 from selftrans.evaluate.features import Extractor, extract
 from selftrans.files import write_beside
 
-
 MAX_UNPACKED = 1 << 28  #: bytes of an array that may be packed tightly; statistics hardly can be
 
 

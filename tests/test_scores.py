@@ -1,0 +1,172 @@
+"""`selftrans evaluate`: a run measured without touching the disk, references kept in the cache, ADM's files, the table."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import toy
+from PIL import Image
+from toy import quick  # noqa: F401 - a fixture
+
+from selftrans import scores
+from selftrans.cli import main
+from selftrans.evaluate.classifier import SmallClassifier
+from selftrans.evaluate.features import ClassifierExtractor
+from selftrans.evaluate.metrics import frechet_distance
+from selftrans.evaluate.statistics import Statistics
+
+
+@pytest.fixture
+def judge(tmp_path: Path) -> Path:
+    """A classifier of 8x8 grey pictures with random weights."""
+    SmallClassifier(8, 1, 10).save(tmp_path / "judge.safetensors")
+    return tmp_path / "judge.safetensors"
+
+
+def extractor(judge: Path) -> ClassifierExtractor:
+    return ClassifierExtractor(SmallClassifier.load(judge), "judge classifier")
+
+
+def folder(path: Path, count: int = 24, seed: int = 0) -> Path:
+    path.mkdir()
+    for k in range(count):
+        array = np.random.default_rng(1000 * seed + k).integers(0, 256, (8, 8), dtype=np.uint8)
+        Image.fromarray(array).save(path / f"{k}.png")
+    return path
+
+
+def test_a_run_is_measured_as_its_samples_on_disk_are(judge: Path, tmp_path: Path, capsys) -> None:
+    run = toy.copy(toy.finished(), tmp_path / "run")
+    settings = ["--num=30", "--steps=2", "--sampler=heun", "--guidance-scale=1.5", "--guidance-interval", "0.1", "0.8"]
+    rest = ["--reference=digits", f"--features={judge}"]
+    assert main(["evaluate", str(run), *settings, *rest, "--out", str(tmp_path / "a.json")]) == 0
+    said = capsys.readouterr().out
+    assert main(["sample", str(run), "--out", str(tmp_path / "samples"), *settings]) == 0
+    before = toy.tree(run)
+    assert main(["evaluate", str(tmp_path / "samples"), *rest]) == 0
+    direct = json.loads((tmp_path / "a.json").read_text())
+    stored = json.loads((tmp_path / "samples" / "evaluate.json").read_text())
+    for name in ("frechet_distance", "accuracy", "precision", "label_balance", "extractor_sha256", "num_images"):
+        assert direct[name] == stored[name], name
+    assert {name: direct["made"][name] for name in scores.SETTINGS} == {
+        **{name: stored["made"][name] for name in scores.SETTINGS},
+    }
+    assert direct["made"]["guidance_scale"] == 1.5 and direct["made"]["weights"] == "ema"
+    for told in (
+        "sampler heun",
+        "steps 2",
+        "guidance scale 1.5",
+        "guidance interval [0.1, 0.8]",
+        "weights ema",
+        "seed 0",
+    ):
+        assert told in said, told
+    assert "autoencoder pixel" in said and "FID" not in said and toy.tree(run) == before
+
+
+def test_a_run_keeps_its_report_and_raw_weights_give_other_numbers(judge: Path, tmp_path: Path) -> None:
+    run = toy.copy(toy.finished(), tmp_path / "run")
+    argv = ["evaluate", str(run), "--num=20", "--steps=1", "--reference=digits", f"--features={judge}"]
+    assert main(argv) == 0
+    first = json.loads((run / "evaluate.json").read_text())
+    assert main([*argv, "--weights=raw", "--stage=stage1"]) == 0
+    second = json.loads((run / "evaluate.json").read_text())
+    assert second["made"]["weights"] == "raw" and second["made"]["stage"] == "stage1"
+    assert first["frechet_distance"] != second["frechet_distance"]
+
+
+def test_options_of_a_run_are_said_to_be_ignored_for_pictures(judge: Path, tmp_path: Path) -> None:
+    pictures = folder(tmp_path / "pictures")
+    with pytest.warns(UserWarning, match=r"--steps is ignored: .* holds pictures"):
+        scores.evaluate_samples(pictures, pictures, str(judge), settings={"steps": 3})
+
+
+# ---- references
+
+
+def test_a_reference_is_computed_once(judge: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    real, one = folder(tmp_path / "real"), extractor(judge)
+    first = scores.reference_of(real, one)
+    (kept,) = scores.cache().iterdir()
+    monkeypatch.setattr(scores, "iter_images", lambda path: pytest.fail("computed again"))
+    again = scores.reference_of(real, one)
+    assert np.array_equal(first.cov, again.cov) and np.array_equal(first.features, again.features)
+    monkeypatch.undo()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    kept.write_bytes(b"damaged")
+    assert np.array_equal(scores.reference_of(real, one).cov, first.cov)
+    other = ClassifierExtractor(SmallClassifier(8, 1, 10), "other")
+    assert not np.array_equal(scores.reference_of(real, other).mean, first.mean), "another extractor, other statistics"
+    Image.fromarray(np.zeros((8, 8), np.uint8)).save(real / "0.png")
+    assert not np.array_equal(scores.reference_of(real, one).mean, first.mean), "a picture has changed"
+    assert len(list(scores.cache().iterdir())) == 3
+
+
+def test_a_cache_that_cannot_be_written_is_no_harm(judge: Path, tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "file").write_text("no directory")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert scores.reference_of(folder(tmp_path / "real"), extractor(judge)).count == 24
+
+
+def test_a_reference_is_saved_as_adm_names_it(judge: Path, tmp_path: Path) -> None:
+    real, made = folder(tmp_path / "real"), folder(tmp_path / "made", seed=1)
+    argv = ["evaluate", str(made), f"--features={judge}"]
+    assert main([*argv, f"--reference={real}", f"--save-reference={tmp_path / 'ref.npz'}"]) == 0
+    first = json.loads((made / "evaluate.json").read_text())
+    with np.load(tmp_path / "ref.npz") as arrays:
+        assert {"mu", "sigma"} <= set(arrays.files)
+    assert main([*argv, f"--reference={tmp_path / 'ref.npz'}"]) == 0
+    second = json.loads((made / "evaluate.json").read_text())
+    assert second["frechet_distance"] == pytest.approx(first["frechet_distance"], rel=1e-9)
+    assert second["precision"] == first["precision"]
+
+
+def test_adms_reference_batch_gives_distance_from_its_statistics_and_precision_from_its_pictures(
+    judge: Path, tmp_path: Path, monkeypatch
+) -> None:
+    """mu and sigma are of more pictures than arr_0 holds, so both must be used, each for its own."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    one, rng = extractor(judge), np.random.default_rng(3)
+    pictures = rng.integers(0, 256, (40, 8, 8, 1), dtype=np.uint8)
+    everything = Statistics.of(rng.integers(0, 256, (200, 8, 8, 1), dtype=np.uint8), one)
+    np.savez(tmp_path / "batch.npz", arr_0=pictures, mu=everything.mean, sigma=everything.cov)
+    found = scores.reference_of(tmp_path / "batch.npz", one)
+    assert np.array_equal(found.mean, everything.mean) and found.features.shape == (40, one.dim)
+    assert np.array_equal(found.features, Statistics.of(pictures, one).features)
+    made = folder(tmp_path / "made")
+    report = scores.evaluate_samples(made, tmp_path / "batch.npz", str(judge))
+    expected = frechet_distance(
+        Statistics.of(scores.iter_images(made), one), dataclasses.replace(everything, count=None)
+    )
+    assert report["frechet_distance"] == pytest.approx(expected, rel=1e-9)
+    assert 0 <= report["recall"] <= 1 and "does not say which extractor" in report["note"]
+
+
+def test_spatial_statistics_give_a_distance_of_their_own(tmp_path: Path) -> None:
+    """sFID is the same formula on the spatial features; from a file with mu_s and sigma_s as well."""
+
+    class Spatial:
+        name, sha256, dim = "spatial", "0" * 64, 3
+
+        def __call__(self, images: np.ndarray) -> dict[str, np.ndarray]:
+            flat = images.reshape(len(images), -1).astype(np.float32)
+            return {"features": flat[:, :3], "spatial": flat[:, 3:8]}
+
+    rng = np.random.default_rng(0)
+    real, made = (rng.integers(low, 256, (60, 4, 4, 1), dtype=np.uint8) for low in (0, 40))
+    statistics = Statistics.of(real, Spatial())
+    statistics.save(tmp_path / "ref.npz")
+    with np.load(tmp_path / "ref.npz") as arrays:
+        assert {"mu_s", "sigma_s"} <= set(arrays.files)
+        spatial = arrays["mu_s"], arrays["sigma_s"]
+    flat = made.reshape(60, -1).astype(float)[:, 3:8]
+    report = scores.evaluate(made, Statistics.load(tmp_path / "ref.npz"), Spatial(), metrics=("frechet",))
+    by_hand = frechet_distance(
+        Statistics(flat.mean(axis=0), np.cov(flat, rowvar=False)), Statistics(spatial[0], spatial[1])
+    )
+    assert report["spatial_frechet_distance"] == pytest.approx(by_hand, rel=1e-6)
