@@ -13,9 +13,11 @@ import pytest
 from toy import quick  # noqa: F401 - quick is a fixture
 
 from selftrans.cli import main
-from selftrans.compare.command import base, compare_methods
+from selftrans.compare.command import base, compare_methods, only
 from selftrans.compare.engine import Comparison, interval, points
 from selftrans.compare.table import as_csv, curve, first_below, mean_curve, rows
+from selftrans.methods.repa import Repa
+from selftrans.methods.sra import SRA
 from selftrans.recipes import recipe
 
 
@@ -91,6 +93,13 @@ def test_a_teacher_is_shared_where_it_is_the_same_and_never_else(tmp_path):
     assert chosen.teacher(("other", 3)) is None and chosen.teacher(("odd", 3)) is None
     assert chosen.teacher(("structure", 3)) is None
     assert points(1000) == 5 and points(1001) == 6
+
+
+def test_a_runs_settings_do_not_depend_on_what_it_is_compared_with():
+    config = dataclasses.replace(recipe("digits"), repa=Repa(encoder="some/encoder"), sra=SRA(span=0.1))
+    assert only(config, "repa").repa.encoder == "some/encoder" and only(config, "repa").sra == SRA()
+    assert only(config, "sra") == dataclasses.replace(recipe("digits"), method="sra", sra=SRA(span=0.1))
+    assert only(config, "vanilla") == dataclasses.replace(recipe("digits"), method="vanilla")
 
 
 class Tags(HTMLParser):

@@ -24,6 +24,7 @@ from selftrans.measure import classifier_from_data
 from selftrans.methods import METHODS
 from selftrans.train.stop import lock
 
+NEIGHBOURS = ("repa", "sra", "layersync", "dispersive")  #: methods with a section of their own in the configuration
 SHOWN = 32  #: samples on the page, per method
 
 
@@ -47,7 +48,7 @@ def compare_methods(
     _check(methods, seeds, images)
     with lock(out):
         config, features, weights = base(config, out, features=features)
-        variants = {name: dataclasses.replace(config, method=name) for name in methods}
+        variants = {name: only(config, name) for name in methods}
         chosen = Comparison(variants, tuple(seeds), out, images, features, weights)
         results = compare(chosen, workers=workers)
         summary = summarise(chosen, results)
@@ -56,6 +57,16 @@ def compare_methods(
     print(report.text_table(summary["table"], names, summary["metric"]))
     print(f"\nOpen {out / 'compare.html'}")
     return summary
+
+
+def only(config: RunConfig, method: str) -> RunConfig:
+    """The configuration for one method; settings of the neighbours' that are not its own are back at their defaults.
+
+    So a run's directory is the same whatever is compared with it.
+    """
+    plain = RunConfig(config.recipe)
+    others = {name: getattr(plain, name) for name in NEIGHBOURS if name != method}
+    return dataclasses.replace(config, method=method, **others)
 
 
 def _check(methods: Sequence[str], seeds: Sequence[int], images: int) -> None:
