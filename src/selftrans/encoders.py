@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 MAX_PREFIX = 16  #: class and register tokens in front of the patches, at most
@@ -52,8 +53,10 @@ class Encoder:
             change = f"from {native}x{native} to {grid}x{grid}"
             warnings.warn(f"features of encoder {name} are resized {change}", stacklevel=3)
         probe = self._probe()
-        with FlopCounterMode(display=False) as counter:
-            features = self.encode(probe)
+        # the fused attention of a CPU is unknown to the counter
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            self.encode(probe)
+        features = self.encode(probe)
         self.width, self.flops = features.shape[-1], counter.get_total_flops()
         if not torch.equal(features, self.encode(probe)):
             raise ValueError(f"encoder {name} gives other features each time (does it mask patches?); choose another")

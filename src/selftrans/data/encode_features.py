@@ -76,6 +76,7 @@ def prepare_features(
         pictures=pictures.fingerprint,
         files=(),
     )
+    _held(plan, wanted, out)  # other features are refused before anything is touched
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     return _run(Units(pictures, batch_size, size, skip_bad=True), plan, wanted, out, mine, where, progress)
 
