@@ -197,3 +197,8 @@ def test_real_photographs(cifar10_zip: Path, tmp_path: Path) -> None:
         for row, name in ((0, "airplane/0000.jpg"), (4999, "airplane/4999.jpg"), (8191, "automobile/3191.jpg")):
             pixels = np.asarray(Image.open(archive.open(name)), dtype=np.float64)  # (32, 32, 3)
             assert np.abs((moments[row].transpose(1, 2, 0).astype(np.float64) + 1) * 127.5 - pixels).max() < 0.1
+
+
+def test_the_built_in_digits_are_meant_even_beside_a_folder_of_that_name(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert prepare("digits", "digits/data", progress=False).count == 1797

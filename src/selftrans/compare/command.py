@@ -22,6 +22,7 @@ from selftrans.evaluate.features import load_extractor
 from selftrans.files import write_json, write_text
 from selftrans.measure import classifier_from_data
 from selftrans.methods import METHODS
+from selftrans.recipes import recipe
 from selftrans.train.stop import lock
 
 NEIGHBOURS = ("repa", "sra", "layersync", "dispersive")  #: methods with a section of their own in the configuration
@@ -60,11 +61,11 @@ def compare_methods(
 
 
 def only(config: RunConfig, method: str) -> RunConfig:
-    """The configuration for one method; settings of the neighbours' that are not its own are back at their defaults.
+    """The configuration for one method; settings of the neighbours that are not its own are the recipe's again.
 
     So a run's directory is the same whatever is compared with it.
     """
-    plain = RunConfig(config.recipe)
+    plain = recipe(config.recipe)
     others = {name: getattr(plain, name) for name in NEIGHBOURS if name != method}
     return dataclasses.replace(config, method=method, **others)
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from selftrans.config import Log, Model, RunConfig, Train
+from selftrans.methods.repa import Repa
 from selftrans.methods.self_transcendence import Stage1, Stage2
+from selftrans.methods.sra import SRA
 from selftrans.sample import SampleConfig
 
 
@@ -29,6 +31,8 @@ def digits() -> RunConfig:
         model=Model(name="SiT-S/2", width=64, depth=6, heads=2, patch=2),
         stage1=Stage1(block=2, head_width=128),
         stage2=Stage2(scale=5.0, until_step=600, head_width=128),
+        repa=Repa(head_width=128),
+        sra=SRA(head_width=128),
         train=Train(steps=1000, batch_size=128, lr=1e-3, ema=0.995, checkpoint_every=250, preview_every=250),
         sample=SampleConfig(sampler="heun", steps=12, batch_size=256),
         log=Log(every=50),
