@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import strangers
 import torch
 from PIL import Image
 
@@ -30,6 +31,9 @@ TOY = {
     "evaluate": "",
     "analyse": "--samples 40 --timesteps 0.4",
     "quickstart": "--steps 5 --images 40",
+    "compare": "--steps 5 --images 24 --seeds 0 --workers 1 --methods vanilla layersync",
+    "import": "--heads 2",  # of a width that no published model has
+    "export": "",
 }
 
 
@@ -64,6 +68,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         sample_size=256,
     )
     vae.save_pretrained(place / "stabilityai" / "sd-vae-ft-mse")
+    published = {"width": 32, "depth": 2, "heads": 2, "patch": 2, "channels": 4, "side": 4, "classes": 10}
+    strangers.save(place / "SiT-XL-2-256.pt", strangers.state(**published, learn_sigma=True))
     return place
 
 
@@ -87,6 +93,7 @@ def test_every_shell_command_runs(place: Path, monkeypatch: pytest.MonkeyPatch, 
     assert len(list((place / "samples" / "b2").glob("*.png"))) == 8
     assert (place / "samples" / "pictures" / "evaluate.json").exists()
     assert (place / "analysis" / "pca.png").exists()
+    assert (place / "compared" / "compare.html").exists() and (place / "exported" / "model.safetensors").exists()
 
 
 def test_make_targets_do_what_the_readme_says(place: Path) -> None:

@@ -53,7 +53,7 @@ class Samples(NamedTuple):
     images: Iterator[np.ndarray]
     made: dict[str, Any] | None  #: how; None where nobody has written it down
     labels: Any  #: (n,) or a list that fills while the images stream; None where there are none to be right about
-    count: int | None  #: images to come, where that is known
+    total: int | None  #: images to come, where that is known
     report: Path  #: where the report is kept, unless told otherwise
 
 
@@ -83,7 +83,7 @@ def evaluate_samples(
     statistics = reference_of(reference, extractor)
     if save_reference is not None:
         statistics.save(save_reference)
-    images = _counted(given.images, given.count)
+    images = _counted(given.images, given.total)
     report = evaluate(images, statistics, extractor, labels=given.labels, reference_name=str(reference))
     made = {name: (given.made or {}).get(name) for name in SETTINGS} | (given.made or {})
     report |= {"samples": str(samples), "made": made, "label_balance": _balance(given.labels)}

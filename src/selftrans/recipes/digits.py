@@ -14,9 +14,9 @@ def digits() -> RunConfig:
 
     Command: `selftrans train digits --out RUN`. Cost: a few minutes on two CPU cores.
 
-    Chosen over three seeds by `python benchmarks/tune_digits.py --out DIR --variants w2 w5 w10`, each stage 2 taught by 1,000
-    steps of stage 1. Distance in the features of a small digit classifier (1,000 samples, 12 Heun steps) at student step
-    400 / 600 / 800 / 1,000, mean over seeds, deviation of the last in brackets:
+    Chosen over three seeds by `python benchmarks/ablations.py digits --out DIR`, each stage 2 taught by 1,000 steps of
+    stage 1. Distance in the features of a small digit classifier (1,000 samples, 12 Heun steps) at student step 400 / 600 /
+    800 / 1,000, mean over seeds, deviation of the last in brackets:
         vanilla        85.1 / 41.7 / 16.8 / 8.6 (0.6)
         stage 1 alone  69.6 / 30.5 / 13.4 / 7.2 (0.6)
         w = 2          77.3 / 33.0 / 14.3 / 8.0 (0.3)
