@@ -2,8 +2,8 @@
 
     <stage>/checkpoints/step-00001000/
         student.safetensors  ema.safetensors  heads.safetensors  optimizer.safetensors  state.json
-`state.json` is written last and holds the sha256 of the others and of itself. `student` and `ema` carry in their headers what is needed
-to build the model again, so either file is usable on its own.
+`state.json` is written last and holds the sha256 of the others and of itself. `student` and `ema` carry in their headers
+what is needed to build the model again, so either file is usable on its own.
 """
 
 from __future__ import annotations
