@@ -1,5 +1,6 @@
 """Checkpoints: whole or not at all, checked before they are believed, and weights files that say what they are."""
 
+import contextlib
 import errno
 import json
 import os
@@ -16,10 +17,12 @@ from safetensors.torch import load_file, safe_open, save_file
 from toy import quick  # noqa: F401 - a fixture
 
 from selftrans.cli import main
+from selftrans.methods.objective import Objective
 from selftrans.train import checkpoint
 from selftrans.train.log import Journal, Window, read_journal
 from selftrans.train.pipeline import train
 from selftrans.train.restore import find, restore
+from selftrans.train.stop import Interrupted, Stop
 
 FILES = ("student.safetensors", "ema.safetensors", "heads.safetensors", "optimizer.safetensors", "state.json")
 
@@ -241,6 +244,44 @@ def test_leftovers_of_killed_processes_are_swept(tmp_path):
     save(tmp_path, 2)
     checkpoint.prune(tmp_path, keep=2)
     assert os.listdir(tmp_path) == ["step-00000002"] and checkpoint.newest(tmp_path).step == 2
+
+
+@pytest.mark.parametrize(
+    ("keep", "best", "every", "left"),
+    [
+        (1, 0, 0, [5]),
+        (1, 1, 0, [4, 5]),
+        (1, 2, 0, [2, 4, 5]),
+        (2, 1, 0, [4, 5]),
+        (1, 0, 2, [2, 4, 5]),
+        (0, 1, 0, [1, 2, 3, 4, 5]),
+    ],
+)
+def test_the_best_and_the_round_stay_beside_the_newest(tmp_path, keep, best, every, left):
+    for step, flow in enumerate([0.9, 0.3, 0.5, 0.3, None], start=1):  # of equal losses the later one
+        checkpoint.save(tmp_path, step, {}, {"flow": flow}, {})
+    (tmp_path / "step-00000001" / "state.json").write_text("damaged")
+    checkpoint.prune(tmp_path, keep, best=best, every=every)
+    assert [step for step, _ in checkpoint.steps(tmp_path)] == left
+
+
+def test_a_run_keeps_its_best_checkpoint(tmp_path, monkeypatch):
+    """By the mean flow loss of the steps since the checkpoint before, whatever the interruptions in between."""
+    whole, losses = Objective.forward, [5.0, 5.0, 1.0, 2.0, 4.0, 4.0, 3.0, 3.0]
+
+    def forward(self, batch, step):
+        loss, report = whole(self, batch, step)
+        return loss, report | {"flow": torch.tensor(losses[step])}
+
+    monkeypatch.setattr(Objective, "forward", forward)
+    small = {"method": "vanilla", "train.checkpoint_every": 2, "train.keep": 1}
+    asked = []
+    monkeypatch.setattr(Stop, "asked", lambda *_: asked.append(0) or len(asked) in (3, 4))  # after steps 3 and 4
+    for _ in range(3):
+        with contextlib.suppress(Interrupted):
+            train(toy.toy(small), tmp_path, quiet=True)
+    kept = checkpoint.steps(tmp_path / "vanilla" / "checkpoints")
+    assert [(step, checkpoint.read(path).state["flow"]) for step, path in kept] == [(4, 1.5), (8, 3.0)]
 
 
 @pytest.mark.parametrize(("keep", "left"), [(0, [2, 9, 10, 11]), (1, [11]), (2, [10, 11]), (9, [2, 9, 10, 11])])

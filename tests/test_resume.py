@@ -130,7 +130,7 @@ def half_a_file(tensors, path, **kwargs):
     path.write_bytes(b"\x08\x00\x00")
 
 
-def half_removed(folder, keep):
+def half_removed(folder, *_, **__):
     (checkpoint.steps(folder)[0][1] / "ema.safetensors").unlink(missing_ok=True)
 
 
@@ -306,12 +306,14 @@ def test_settings_that_change_no_number_are_free(tmp_path):
         "train.checkpoint_every": 1,
         "train.preview_every": 9,
         "train.keep": 4,
+        "train.keep_best": 0,
+        "train.max_skips": 3,
         "train.steps": 9,
         "sample.steps": 3,
     }
     train(toy.toy(free), run, quiet=True)
     assert [line["step"] for line in toy.log(run)] == [2, 4, 6, 8, 9]
-    assert len(list((run / "stage2" / "checkpoints").iterdir())) == 3
+    assert len(list((run / "stage2" / "checkpoints").iterdir())) == 4  # 3, the best before, 6 and 8 were there
     assert (run / "stage2" / "previews" / "step-00000009.png").exists()
     assert json.loads((run / "config.json").read_text())["sample"]["steps"] == 3
 

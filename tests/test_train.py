@@ -482,6 +482,7 @@ def test_any_pictures_train_sample_and_are_analysed(tmp_path, capsys, classes, c
 
 def test_training_that_breaks_down_stops_and_keeps_the_last_good_checkpoint(tmp_path, capsys):
     bad = {"train.lr": 1e30, "train.checkpoint_every": 1, "log.every": 100, "train.warmup": 0, "method": "vanilla"}
+    bad |= {"train.max_skips": 4}
     assert main(["train", "digits", f"--out={tmp_path}", *toy.flags(bad | {"train.steps": 20})]) == 1
     said = capsys.readouterr().err.splitlines()[-1]
     assert said.startswith("selftrans: ") and "train.lr" in said and str(tmp_path / "vanilla" / "checkpoints") in said

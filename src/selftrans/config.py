@@ -117,6 +117,12 @@ class Train:
     """a grid of samples from the EMA; 0: never"""
     keep: int = 2
     """checkpoints kept per stage, the newest; 0: all"""
+    keep_best: int = 1
+    """and those of the lowest mean flow loss since the checkpoint before"""
+    keep_every: int = 0
+    """and those at every multiple of so many steps; 0: none"""
+    max_skips: int = 25
+    """updates in a row skipped for want of a finite gradient that end the training (fp16 needs a few to find its scale)"""
 
 
 @dataclass(frozen=True)
@@ -156,13 +162,13 @@ class RunConfig:
         for name, known in {"path": list(PATHS), "times": list(TIMES)}.items():
             if getattr(self.train, name) not in known:
                 raise ValueError(f"train.{name} '{getattr(self.train, name)}' is unknown; choose {', '.join(known)}")
-        positive = ("steps", "batch_size", "accumulate", "lr", "clip", "checkpoint_every")
+        positive = ("steps", "batch_size", "accumulate", "lr", "clip", "checkpoint_every", "max_skips")
         for section, name in [("train", key) for key in positive] + [
             ("log", key) for key in ("every", "preview_images", "preview_steps")
         ]:
             if not getattr(getattr(self, section), name) > 0:
                 raise ValueError(f"{section}.{name} must be above zero, not {getattr(getattr(self, section), name)}")
-        for name in ("warmup", "preview_every", "keep", "seed", "weight_decay"):
+        for name in ("warmup", "preview_every", "keep", "keep_best", "keep_every", "seed", "weight_decay"):
             if getattr(self.train, name) < 0:
                 raise ValueError(f"train.{name} must not be negative, not {getattr(self.train, name)}")
         if not 0 <= self.train.ema < 1 or not 0 <= self.train.drop <= 1:

@@ -140,13 +140,31 @@ def newest(folder: Path) -> Checkpoint | None:
     return next(whole(folder), None)
 
 
-def prune(folder: Path, keep: int) -> None:
-    """Keep the newest `keep` checkpoints (0: all), and sweep up what an interrupted write left behind."""
+def prune(folder: Path, keep: int, *, best: int = 0, every: int = 0) -> None:
+    """Remove checkpoints but the newest `keep` (0: all stay), the `best` of lowest loss, and multiples of `every` steps.
+
+    The loss is what `state.json` holds under `flow`: the mean flow loss of the steps that led to the checkpoint. What an
+    interrupted write left behind is swept up.
+    """
     for path in folder.glob(".step-*"):
         shutil.rmtree(path, ignore_errors=True)
-    if keep:
-        for _, path in steps(folder)[:-keep]:
+    if not keep:
+        return
+    found = steps(folder)
+    losses = sorted((loss, -step) for step, path in found if (loss := _flow(path)) is not None) if best else []
+    stay = {-step for _, step in losses[:best]} | {step for step, _ in found[-keep:]}
+    for step, path in found:
+        if step not in stay and not (every and step % every == 0):
             shutil.rmtree(path, ignore_errors=True)
+
+
+def _flow(path: Path) -> float | None:
+    """Flow loss of a checkpoint, its hashes unchecked; None where it says nothing."""
+    try:
+        flow = json.loads((path / STATE).read_text()).get("flow")
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return None
+    return float(flow) if isinstance(flow, int | float) else None
 
 
 def read_header(path: Path) -> dict[str, Any]:

@@ -9,9 +9,10 @@ from torch import Tensor, nn
 
 
 class EMA:
-    """Average `a <- a + (1 - d) (p - a)` of the parameters, d = min(decay, (1 + step) / (10 + step)); buffers are copied.
+    """Average `a <- a + (1 - d) (p - a)` of the parameters, d = min(decay, (1 + step) / (10 + step)).
 
-    `model` is the averaged copy, in float32 and eval mode.
+    `model` is the averaged copy, in float32 and eval mode. Buffers stay as they were at the start: those of the models here
+    are constants.
     """
 
     def __init__(self, student: nn.Module, decay: float) -> None:

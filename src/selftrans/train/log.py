@@ -17,29 +17,34 @@ class Window:
     """Means of the reported values since the last line, summed on the device: read only when a line is written."""
 
     def __init__(self) -> None:
-        self._sums: dict[str, Tensor] = {}
-        self._counts: dict[str, int] = {}
+        self._sums: dict[str, tuple[Tensor, Tensor]] = {}  #: sum and count, float64
 
-    def add(self, report: dict[str, Tensor]) -> None:
+    def add(self, report: dict[str, Tensor], sound: Tensor | None = None) -> None:
+        """Take in the values of one step, unless `sound`, a 0-d boolean on their device, says that it does not count."""
         for name, value in report.items():
             value = value.detach().double() if value.device.type != "mps" else value.detach().float()
-            self._sums[name] = self._sums[name] + value if name in self._sums else value
-            self._counts[name] = self._counts.get(name, 0) + 1
+            one = torch.ones_like(value)
+            if sound is not None:
+                value, one = (torch.where(sound, x, 0) for x in (value, one))
+            total, count = self._sums.get(name, (0, 0))
+            self._sums[name] = total + value, count + one
 
     def means(self) -> dict[str, Tensor]:
-        return {name: total / self._counts[name] for name, total in self._sums.items()}
+        """By name, 0-d; NaN where nothing counted."""
+        return {name: total / count for name, (total, count) in self._sums.items()}
 
     def clear(self) -> None:
-        self._sums, self._counts = {}, {}
+        self._sums = {}
 
     def state(self) -> dict[str, Any]:
-        return {name: [total.item(), self._counts[name]] for name, total in self._sums.items()}
+        return {name: [total.item(), count.item()] for name, (total, count) in self._sums.items()}
 
     def load(self, state: dict[str, Any], device: torch.device) -> None:
+        kind = torch.float64 if device.type != "mps" else torch.float32
         self._sums = {
-            name: torch.tensor(total, dtype=torch.float64, device=device) for name, (total, _) in state.items()
+            name: (torch.tensor(total, dtype=kind, device=device), torch.tensor(count, dtype=kind, device=device))
+            for name, (total, count) in state.items()
         }
-        self._counts = {name: int(count) for name, (_, count) in state.items()}
 
 
 class Journal:

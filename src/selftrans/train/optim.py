@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -23,6 +25,18 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
     """The same rate for every parameter, from the next step on."""
     for group in optimizer.param_groups:
         group["lr"] = rate
+
+
+def update(optimizer: Any, sound: Tensor, scaler: Any = None) -> None:
+    """One update where `sound`, a 0-d boolean on the device, is true; else weights and moments stay, bit for bit.
+
+    torch's fused kernels read the flag on the device (`found_inf`), so the host waits for nothing. With fp16, the gradient
+    scaler, which has unscaled the gradient and found what overflowed, sets the flag itself.
+    """
+    inner = getattr(optimizer, "optimizer", optimizer)
+    if scaler is None:
+        inner.found_inf = (~sound).float()
+    optimizer.step()
 
 
 def forget(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:

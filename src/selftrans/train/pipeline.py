@@ -38,7 +38,8 @@ from selftrans.train.trainer import Trainer
 #: sections and fields that may change between two visits to the same run directory
 FREE = (
     *("log", "sample", "data.path", "data.on_device", "stage2.teacher", "repa.encoder"),
-    *("train.steps", "train.checkpoint_every", "train.preview_every", "train.keep"),
+    *("train.steps", "train.checkpoint_every", "train.preview_every"),
+    *("train.keep", "train.keep_best", "train.keep_every", "train.max_skips"),
 )
 PRECISION = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 DTYPE = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

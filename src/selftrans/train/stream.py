@@ -6,6 +6,7 @@ all processes. Shape legend: N batch, M moments channels, (C, H, W) latent, T to
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
@@ -48,6 +49,11 @@ class Stream:
         """(N,) positions in the data of this process' micro-batch."""
         start = step * self.batch_size + (self.rank * self.accumulate + micro) * self.micro
         return np.array([self._at(position) for position in range(start, start + self.micro)], dtype=np.int64)
+
+    def whole(self, step: int) -> np.ndarray:
+        """(B,) positions in the data of the batch of all processes. Safe beside the thread that reads ahead."""
+        mine = copy.copy(self)  # with an order of its own
+        return np.array([mine._at(step * self.batch_size + i) for i in range(self.batch_size)], dtype=np.int64)
 
     def _at(self, position: int) -> int:
         epoch, offset = divmod(position, len(self.shards))

@@ -23,6 +23,7 @@ from selftrans.flow import PATHS
 from selftrans.methods import Stage
 from selftrans.methods.objective import Objective
 from selftrans.train import checkpoint
+from selftrans.train.accidents import Accidents, check_weights
 from selftrans.train.compute import compile_blocks, step_flops
 from selftrans.train.ema import EMA
 from selftrans.train.log import Journal, Window, progress_bar, short
@@ -33,6 +34,7 @@ from selftrans.train.optim import (
     load_optimizer,
     optimizer_tensors,
     set_learning_rate,
+    update,
 )
 from selftrans.train.preview import Preview
 from selftrans.train.restore import IMPORTED, check_data, header
@@ -89,7 +91,9 @@ class Trainer:
         micros = train.batch_size // self.stream.micro
         each = step_flops(self.objective, torch.zeros(1, dtype=torch.long), self.stream.micro)
         self.flops = {part: micros * flops for part, flops in each.items()}
-        self.step, self.seconds, self.window = 0, 0.0, Window()
+        self.step, self.seconds = 0, 0.0
+        self.window, self.span = Window(), Window()  #: since the last log line; since the last checkpoint that was due
+        self.accidents, self.due = Accidents(train.max_skips, self.stream.whole), False
         self.origin: dict[str, Any] = {}  #: of imported weights: where they came from
         self._restore()
         if (accelerator.device.type == "cuda") if train.compile is None else train.compile:
@@ -113,6 +117,10 @@ class Trainer:
                 self.seconds += time.perf_counter() - started
                 bar.update()
                 self._after_step(journal, bar)
+        except FloatingPointError:
+            if journal:
+                journal.write({"stage": self.stage.name, "step": self.step, **self.accidents.tell()})
+            raise
         finally:
             bar.close()
             if journal:
@@ -120,13 +128,14 @@ class Trainer:
         found = checkpoint.newest(self.folder)
         assert found is not None and found.step == self.step
         if main:
-            checkpoint.prune(self.folder, self.config.train.keep)  # a process killed after its last one has not done so
+            self._prune()  # a process killed after its last one has not done so
         return found
 
     def _train_step(self, batches: Iterator[Loaded]) -> None:
         config, accelerator = self.config.train, self.accelerator
         self.wrapped.train()
         set_learning_rate(self.optimizer, learning_rate(self.step, config))
+        reports: list[dict[str, torch.Tensor]] = []
         for micro in range(config.accumulate):
             seed_step(config.seed, self.stage.stream, self.step, micro, accelerator.process_index)
             batch = to_batch(next(batches), self.shards, accelerator.device)
@@ -134,13 +143,17 @@ class Trainer:
             with contextlib.nullcontext() if last else accelerator.no_sync(self.wrapped):
                 loss, report = self.wrapped(batch, self.step)
                 accelerator.backward(loss / config.accumulate)
-            self.window.add({"loss": loss.detach(), **report})
+            reports.append({"loss": loss.detach(), **report})
         norm = accelerator.clip_grad_norm_(self.wrapped.parameters(), config.clip)
-        self.optimizer.step()
+        sound = self.accidents.judge(self.step, [report["loss"] for report in reports], norm, accelerator)
+        update(self.optimizer, sound, accelerator.scaler)
         self.optimizer.zero_grad(set_to_none=True)
+        for report in reports:
+            self.window.add(report, sound)
+            self.span.add({"flow": report["flow"]}, sound)
         self.step += 1
         self.ema.update(self.step)
-        self.window.add({"grad_norm": norm})
+        self.window.add({"grad_norm": norm}, sound)
         if self._retire():
             self._wrap()
 
@@ -162,7 +175,8 @@ class Trainer:
             self._log(journal, bar)
         if not stopping:  # before the checkpoint: a process that is killed between the two makes it again
             self._preview(last)
-        if last or stopping or self.step % config.train.checkpoint_every == 0:
+        self.due |= self.step % config.train.checkpoint_every == 0
+        if last or stopping or self.due:
             if journal:
                 journal.flush()
             self._save(required=last or stopping)
@@ -176,27 +190,40 @@ class Trainer:
         if self.preview and self.accelerator.is_main_process and every and (self.step % every == 0 or last):
             self.preview.save(self.ema.model, self.room / "previews" / f"step-{self.step:08d}.png")
 
-    def _means(self) -> dict[str, float]:
-        """Averages since the last log line, over steps and processes. FloatingPointError when training has broken down."""
-        means = self.accelerator.reduce(self.window.means(), reduction="mean")
-        values = {name: float(value) for name, value in means.items()}
-        watched = ("loss",) if self.accelerator.scaler else ("loss", "grad_norm")  # fp16's scaler lives with overflows
-        for name in watched:
-            if not np.isfinite(values.get(name, 0.0)):
-                raise FloatingPointError(
-                    f"{name} is {values[name]} at step {self.step} of {self.stage.name}; the last good checkpoint is kept in "
-                    f"{self.folder}; lower train.lr or the guidance weight, or use train.precision bf16 or fp32"
-                )
-        return values
+    def _read(self) -> None:
+        """Wait for the device, and learn what became of the steps so far; the time counts as training's."""
+        started = time.perf_counter()
+        try:
+            self.accidents.read(self.stage.name)
+        except FloatingPointError as error:
+            raise self._broken(error) from None
+        self.seconds += time.perf_counter() - started
+
+    def _broken(self, error: FloatingPointError) -> FloatingPointError:
+        found = checkpoint.newest(self.folder)
+        good = (
+            f"the last good checkpoint is {found.path}" if found else f"no checkpoint was written in {self.folder} yet"
+        )
+        return FloatingPointError(
+            f"{error}; {good}; lower train.lr or the guidance weight, or use train.precision bf16 or fp32"
+        )
+
+    def _means(self, window: Window) -> dict[str, float]:
+        """Averages over steps and processes, of what counted."""
+        means = self.accelerator.reduce(window.means(), reduction="mean")
+        return {name: value for name, mean in means.items() if np.isfinite(value := float(mean))}
 
     def _log(self, journal: Journal | None, bar: Any) -> None:
         """One line for the steps since the last one."""
-        values = self._means()
+        self._read()
+        values = self._means(self.window)
         self.window.clear()
+        told = self.accidents.tell()
         if journal is None:
             return
         rate = self.optimizer.param_groups[0]["lr"]
-        line = {"stage": self.stage.name, "step": self.step, **values, "lr": rate}
+        self.accidents.watch_norms(values, self.step)
+        line = {"stage": self.stage.name, "step": self.step, **values, "lr": rate, **told}
         journal.write(line | {"seconds": round(self.seconds, 3), "tflops": self.total_flops() / 1e12})
         bar.set_postfix(short({k: v for k, v in values.items() if k != "grad_norm"}), refresh=False)
         try:
@@ -222,19 +249,37 @@ class Trainer:
             self.optimizer = self.accelerator.prepare_optimizer(self.optimizer)
 
     def _save(self, *, required: bool) -> None:
-        """Checkpoint from the main process. A disk that is full costs a warning, unless the run ends here."""
-        self._means()  # weights that have broken down must not push out those that have not
+        """Checkpoint from the main process. A disk that is full costs a warning, unless the run ends here.
+
+        While updates are being skipped none is written, unless it must be, and none removed: what was good stays.
+        """
+        self._read()
+        if self.accidents.row and not required:
+            return  # it stays due
+        try:
+            check_weights(list(self.objective.parameters()), f"step {self.step} of {self.stage.name}")
+        except FloatingPointError as error:
+            raise self._broken(error) from None
+        flow = self._means(self.span).get("flow") if self.due else None  # of a few steps it would be chance
+        if self.due:
+            self.due = False
+            self.span.clear()
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
             try:
-                self._write()
+                self._write(flow)
             except OSError as error:
                 if required:
                     raise OSError(f"{error}; make room, then the same command continues") from error
                 warnings.warn(f"{error}; training goes on, the checkpoint before this one is whole", stacklevel=2)
         self.accelerator.wait_for_everyone()
 
-    def _write(self) -> None:
+    def _prune(self) -> None:
+        train = self.config.train
+        if not self.accidents.row:
+            checkpoint.prune(self.folder, train.keep, best=train.keep_best, every=train.keep_every)
+
+    def _write(self, flow: float | None) -> None:
         state = self.objective.state_dict()
         student = {k.removeprefix("student."): v for k, v in state.items() if k.startswith("student.")}
         heads = {k: v for k, v in state.items() if not k.startswith("student.")}
@@ -254,13 +299,16 @@ class Trainer:
             about
             | {
                 "window": self.window.state(),
+                "span": self.span.state(),
+                "flow": flow,
+                "accidents": self.accidents.state(),
                 "scaler": scaler.state_dict() if scaler else None,
                 "processes": self.accelerator.num_processes,
                 "teacher": self.teacher.source if self.teacher else None,
             },
             about,
         )
-        checkpoint.prune(self.folder, self.config.train.keep)
+        self._prune()
 
     def _restore(self) -> None:
         """Continue from the newest whole checkpoint of the room. Order and noise follow from the step."""
@@ -279,6 +327,8 @@ class Trainer:
         self.ema.model.load_state_dict(found.tensors("ema"), strict=True)
         load_optimizer(self.optimizer, self.objective, found.tensors("optimizer"))
         self.window.load(found.state["window"], self.accelerator.device)
+        self.span.load(found.state.get("span", {}), self.accelerator.device)
+        self.accidents.load(found.state.get("accidents", {}))
         if self.accelerator.scaler and found.state["scaler"]:
             self.accelerator.scaler.load_state_dict(found.state["scaler"])
         if found.state["processes"] != self.accelerator.num_processes and self.step < self.stage.steps:
