@@ -23,10 +23,12 @@ from selftrans.cli import main
 from selftrans.config import from_json
 from selftrans.data import Shards
 from selftrans.flow import LINEAR, interpolate
-from selftrans.methods import objective
+from selftrans.methods import objective, stages
 from selftrans.models.sit import SIT, SiT
+from selftrans.recipes import ignored, recipe
 from selftrans.train import compute
 from selftrans.train.ema import EMA
+from selftrans.train.log import progress_bar
 from selftrans.train.optim import build_optimizer, learning_rate, load_optimizer, optimizer_tensors
 from selftrans.train.pipeline import train
 from selftrans.train.preview import Preview
@@ -454,6 +456,63 @@ def test_a_teacher_without_use_is_said_to_be_ignored(tmp_path, capsys):
     argv = ["train", "digits", f"--out={tmp_path}", "--method=vanilla", f"--teacher={toy.finished()}", *toy.flags()]
     assert main(argv) == 0
     assert "warning: --teacher is ignored: method vanilla has no teacher" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("method", "given", "said"),
+    [
+        (
+            "vanilla",
+            {"stage2.scale": 3.0, "sra.block": 2},
+            ["stage2.scale is ignored: method vanilla", "sra.block is ignored"],
+        ),
+        (
+            "self_transcendence",
+            {"repa.weight": 0.75},
+            ["repa.weight is ignored: method self_transcendence does not use it"],
+        ),
+        (
+            "self_transcendence",
+            {"stage2.timestep_range": None, "stage2.range_mode": "scale"},
+            ["stage2.range_mode is ignored"],
+        ),
+        (
+            "self_transcendence",
+            {"stage2.teacher": "x", "stage1.weight": 0.25},
+            ["stage1.weight is ignored: --teacher takes"],
+        ),
+        ("structure", {"stage1.weight": 0.25}, []),
+        ("somebodys:method", {}, []),
+    ],
+)
+def test_settings_that_nothing_reads_are_said(monkeypatch, method, given, said):
+    monkeypatch.setattr("selftrans.recipes.stages", lambda config: [] if ":" in config.method else stages(config))
+    found = ignored(toy.override(recipe("digits"), {"method": method} | given))
+    assert len(found) == len(said)
+    for one, start in zip(sorted(found, reverse=True), sorted(said, reverse=True), strict=True):
+        assert one.startswith(start)
+
+
+def test_settings_that_nothing_reads_are_said_on_the_screen(tmp_path, capsys):
+    argv = ["train", "digits", f"--data={toy.digits()}", f"--out={tmp_path}", *toy.flags({"method": "vanilla"})]
+    assert main([*argv, "--dispersive.weight=0.1", "--train.steps=1"]) == 0
+    assert "dispersive.weight is ignored: method vanilla does not use it" in capsys.readouterr().err
+
+
+def test_a_run_does_not_begin_among_prepared_data(tmp_path, capsys):
+    data = toy.prepared(tmp_path)
+    before = toy.tree(data)
+    assert main(["train", "imagefolder", f"--data={data}", f"--out={data}", *toy.flags()]) == 1
+    assert f"{data} holds prepared data; choose another --out" in capsys.readouterr().err
+    assert toy.tree(data) == before
+
+
+def test_without_a_terminal_a_bar_is_lines(capsys):
+    bar = progress_bar(total=2, desc="stage1", unit="step")
+    bar.update(2)
+    bar.close()
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0].startswith("stage1:   0% 0/2") and lines[-1].startswith("stage1: 100% 2/2")
 
 
 @pytest.mark.parametrize(

@@ -125,7 +125,7 @@ def _parse(kind: Any, args: list[str], prog: str, default: Any = None, descripti
 
 
 def _train(argv: list[str]) -> None:
-    from selftrans.recipes import RECIPES
+    from selftrans.recipes import RECIPES, ignored
     from selftrans.train.pipeline import train
 
     if not argv or argv[0] in ("-h", "--help"):
@@ -140,6 +140,8 @@ def _train(argv: list[str]) -> None:
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, path=options["data"]))
     if "teacher" in options:
         config = dataclasses.replace(config, stage2=dataclasses.replace(config.stage2, teacher=options["teacher"]))
+    for said in ignored(config):
+        warnings.warn(said, stacklevel=2)
     report = train(config, options["out"])
     if os.environ.get("RANK", "0") != "0":
         return

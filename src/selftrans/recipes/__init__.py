@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 from selftrans.config import RunConfig, nearest
+from selftrans.methods import stages
 from selftrans.recipes.cifar10 import cifar10
 from selftrans.recipes.digits import digits
 from selftrans.recipes.imagefolder import imagefolder
@@ -20,6 +22,7 @@ RECIPES: dict[str, Callable[[], RunConfig]] = {
     "sit_imagenet_l2": sit_imagenet_l2,
     "sit_imagenet_xl2": sit_imagenet_xl2,
 }
+SECTIONS = ("stage1", "stage2", "repa", "sra", "layersync", "dispersive")  #: settings of the methods
 
 
 def recipe(name: str) -> RunConfig:
@@ -27,3 +30,20 @@ def recipe(name: str) -> RunConfig:
     if name not in RECIPES:
         raise ValueError(f"recipe '{name}' is unknown{nearest(name, RECIPES)}")
     return RECIPES[name]()
+
+
+def ignored(config: RunConfig) -> list[str]:
+    """Sentences on what differs from the recipe and is never read: settings of methods and ranges that are not at work."""
+    names = {stage.name for stage in stages(config)}
+    if config.stage2.teacher:
+        names -= {"stage1"}
+    plain, found = recipe(config.recipe), []
+    for section in SECTIONS:
+        mine, theirs = dataclasses.asdict(getattr(config, section)), dataclasses.asdict(getattr(plain, section))
+        changed = [key for key in mine if mine[key] != theirs[key] and (section, key) != ("stage2", "teacher")]
+        if section not in names and changed and ":" not in config.method:
+            why = "--teacher takes its place" if "stage2" in names else f"method {config.method} does not use it"
+            found.append(f"{', '.join(f'{section}.{key}' for key in changed)} is ignored: {why}")
+        if section in names and mine.get("timestep_range", 0) is None and "range_mode" in changed:
+            found.append(f"{section}.range_mode is ignored: without a timestep_range every sample counts")
+    return found

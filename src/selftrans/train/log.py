@@ -91,12 +91,24 @@ def read_journal(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
+class _Lines:
+    """Where no terminal is: each state of a bar becomes a line of its own."""
+
+    def write(self, text: str) -> None:
+        if text.strip():
+            sys.stderr.write(text.strip() + "\n")
+
+    def flush(self) -> None:
+        sys.stderr.flush()
+
+
 def progress_bar(**options: Any) -> Any:
     """A tqdm bar: live on a terminal, one line every 15 seconds elsewhere."""
     from tqdm import tqdm
 
-    live = sys.stderr.isatty()
-    return tqdm(dynamic_ncols=live, mininterval=0.2 if live else 15, **options)
+    if sys.stderr.isatty():
+        return tqdm(dynamic_ncols=True, mininterval=0.2, **options)
+    return tqdm(file=_Lines(), ncols=0, mininterval=15, **options)
 
 
 def short(values: dict[str, float]) -> dict[str, str]:

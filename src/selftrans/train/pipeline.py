@@ -56,6 +56,8 @@ def train(
     """
     out = Path(out)
     config.check()
+    if (out / "manifest.json").exists():
+        raise ValueError(f"{out} holds prepared data; choose another --out for the run")
     accelerator = _accelerator(config, out)
     main = accelerator.is_main_process
     if accelerator.device.type == "cpu":
