@@ -35,14 +35,18 @@ def recipe(name: str) -> RunConfig:
 def ignored(config: RunConfig) -> list[str]:
     """Sentences on what differs from the recipe and is never read: settings of methods and ranges that are not at work."""
     names = {stage.name for stage in stages(config)}
-    if config.stage2.teacher:
-        names -= {"stage1"}
+    taught = "stage2" in names and config.stage2.teacher is not None
+    names -= {"stage1"} if taught else set()
     plain, found = recipe(config.recipe), []
     for section in SECTIONS:
         mine, theirs = dataclasses.asdict(getattr(config, section)), dataclasses.asdict(getattr(plain, section))
         changed = [key for key in mine if mine[key] != theirs[key] and (section, key) != ("stage2", "teacher")]
         if section not in names and changed and ":" not in config.method:
-            why = "--teacher takes its place" if "stage2" in names else f"method {config.method} does not use it"
+            why = (
+                "--teacher takes its place"
+                if taught and section == "stage1"
+                else f"method {config.method} does not use it"
+            )
             found.append(f"{', '.join(f'{section}.{key}' for key in changed)} is ignored: {why}")
         if section in names and mine.get("timestep_range", 0) is None and "range_mode" in changed:
             found.append(f"{section}.range_mode is ignored: without a timestep_range every sample counts")
