@@ -9,18 +9,21 @@ import subprocess
 import sys
 import weakref
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from selftrans.config import Data, Log, Model, RunConfig, Train
 from selftrans.data.encode import prepare_digits
 from selftrans.data.resident import Resident
 from selftrans.data.shards import Shards
 from selftrans.methods import stages
+from selftrans.methods.layersync import LayerSync
 from selftrans.methods.objective import Frozen
 from selftrans.methods.self_transcendence import Stage1, Stage2
 from selftrans.train import checkpoint
@@ -155,6 +158,51 @@ def test_freed_memory_is_kept_for_the_next_step() -> None:
     if kept == "False":
         pytest.skip("the system's malloc is not glibc's")
     assert int(first) > 30_000 and int(then) < 3_000, done.stdout
+
+
+# ---- the host does not wait
+
+
+class Waits(TorchDispatchMode):
+    """Counts what needs a value on the host, or a shape that depends on values: on a GPU each of them waits for it."""
+
+    NAMES = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero", "_unique2")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = str(func).removeprefix("aten.")
+        if name.partition(".")[0] in self.NAMES:
+            self.seen.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("method", ["vanilla", "structure", "self_transcendence", "sra", "layersync", "dispersive"])
+def test_a_step_waits_for_nothing(accelerator: Accelerator, shards: Shards, tmp_path: Path, method: str) -> None:
+    settings = dataclasses.replace(config(method), layersync=LayerSync(block=1, target_block=2))
+    teacher = frozen(settings, shards) if method == "self_transcendence" else None
+    made = trainer(accelerator, settings, shards, tmp_path, teacher)
+    batches = made.stream.from_step(0)
+    with Waits() as waits:
+        made._train_step(batches)
+        made._train_step(batches)
+    assert waits.seen == []
+    with Waits() as waits:
+        torch.ones(3).nonzero()
+        torch.ones(()).item()
+    assert len(waits.seen) == 2
+
+
+def test_independent_times_wait_once_for_how_many_are_selected(
+    accelerator: Accelerator, shards: Shards, tmp_path: Path
+) -> None:
+    settings = config("self_transcendence", times="uniform")
+    made = trainer(accelerator, settings, shards, tmp_path, frozen(settings, shards))
+    with Waits() as waits:
+        made._train_step(made.stream.from_step(0))
+    assert waits.seen == ["_local_scalar_dense.default"]
 
 
 # ---- compilation
