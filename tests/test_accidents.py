@@ -9,11 +9,12 @@ import pytest
 import torch
 import toy
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from toy import quick  # noqa: F401 - a fixture
 
 from selftrans.cli import main
 from selftrans.methods.objective import Objective
-from selftrans.train import checkpoint, trainer
+from selftrans.train import checkpoint, pipeline, trainer
 from selftrans.train.accidents import Accidents, check_weights
 from selftrans.train.log import Window, read_journal
 from selftrans.train.optim import build_optimizer, update
@@ -194,28 +195,35 @@ def test_a_run_with_accidents_resumes_bit_for_bit(tmp_path, monkeypatch, spoil):
 # ---- fp16
 
 
-class Scaler:
-    """What a gradient scaler does to `optimizer.step`, on a CPU."""
-
-    def __init__(self):
-        self.calls = 0
-
-
-def test_fp16_leaves_the_flag_to_its_scaler():
-    model = torch.nn.Linear(2, 2)
-    optimizer = build_optimizer(model, toy.toy().train)
-    model(torch.ones(1, 2)).sum().backward()
-    update(optimizer, torch.tensor(False), scaler=Scaler())
-    assert not hasattr(optimizer, "found_inf")
+@pytest.fixture
+def fp16(monkeypatch):
+    """accelerate's fp16 on a CPU, which it declines by itself: torch's autocast and gradient scaler are the same there."""
+    AcceleratorState._reset_state(True)
+    accelerator = Accelerator(cpu=True)
+    accelerator.state._mixed_precision = "fp16"
+    accelerator.native_amp, accelerator.scaler = True, torch.amp.GradScaler("cpu", init_scale=2.0**16)
+    monkeypatch.setattr(pipeline, "_accelerator", lambda config, out: accelerator)
+    yield accelerator
+    AcceleratorState._reset_state(True)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="fp16 needs a GPU")
-def test_an_fp16_overflow_is_skipped_by_its_scaler_and_counted(tmp_path, spoil):
+def test_an_fp16_overflow_is_skipped_by_the_scaler_and_counted(tmp_path, spoil, fp16):
     spoil({3: float("inf")})
-    with pytest.warns(UserWarning, match="skipped"):
-        train(vanilla(**{"train.precision": "fp16"}), tmp_path, quiet=True)
+    with pytest.warns(UserWarning, match="first at step 4"):
+        train(vanilla(), tmp_path, quiet=True)
+    found = checkpoint.newest(tmp_path / "vanilla" / "checkpoints")
+    assert found.state["accidents"]["skipped"] == 1 and found.state["scaler"]["scale"] == 2.0**15
+    assert {float(t) for name, t in found.tensors("optimizer").items() if name.endswith(":step")} == {7.0}
+    assert all(math.isfinite(line["loss"]) for line in read_journal(tmp_path / "vanilla" / "log.jsonl"))
+
+
+def test_fp16_with_a_scale_too_large_finds_it_and_trains(tmp_path, fp16):
+    fp16.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40)
+    with pytest.warns(UserWarning, match="first at step 1 "):
+        train(vanilla(**{"train.steps": 30, "log.every": 30, "train.checkpoint_every": 30}), tmp_path, quiet=True)
     state = checkpoint.newest(tmp_path / "vanilla" / "checkpoints").state
-    assert state["accidents"]["skipped"] >= 1 and state["scaler"]["scale"] < 65536
+    assert 1 <= state["accidents"]["skipped"] < 25 and state["accidents"]["row"] == 0
+    assert state["scaler"]["scale"] == 2.0 ** (40 - state["accidents"]["skipped"])
 
 
 # ---- what else is watched
