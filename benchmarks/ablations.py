@@ -53,6 +53,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
     # the end of guidance
     "ends-300": {"stage2.until_step": 300},
     "never-ends": {"stage2.until_step": None},
+    # the neighbours at a tenth of their published weights
+    "sra-tenth": {"method": "sra", "sra.weight": 0.05},
+    "layersync-tenth": {"method": "layersync", "layersync.weight": 0.02},
+    "dispersive-tenth": {"method": "dispersive", "dispersive.weight": 0.05},
 }
 
 

@@ -40,6 +40,9 @@ QUESTIONS = {
     "stage 1: length and weights": ("vanilla", "self_transcendence", "stage1-200", "stage1-400", "ema-teacher"),
     "stage 1: what it predicts": ("structure", "structure-latent", "self_transcendence", "latent"),
     "end": ("vanilla", "ends-300", "self_transcendence", "never-ends"),
+    "the neighbours' weights": (
+        *("vanilla", "sra", "sra-tenth", "layersync", "layersync-tenth", "dispersive", "dispersive-tenth"),
+    ),
 }
 NORMS = ("self_transcendence", "layer", "cosine", "w30", "w30-layer", "w30-cosine")
 
