@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import io
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
@@ -45,6 +47,20 @@ def bad_picture(name: str, error: Exception) -> Exception:
     return BadPicture(name, reason)
 
 
+class _File(io.BufferedReader):
+    """A file that sets aside memory for what it holds, not for the length that a hostile chunk claims."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(io.FileIO(path))
+        self._size = os.fstat(self.fileno()).st_size
+
+    def read(self, size: int | None = -1) -> bytes:
+        return super().read(size if size is None else min(size, self._size))
+
+    def __del__(self) -> None:
+        self.close()  # PIL leaves it open: it goes with the picture
+
+
 def open_picture(file: Path | BinaryIO) -> Image.Image:
     """Open a picture, its header read and its pixels not yet.
 
@@ -53,7 +69,7 @@ def open_picture(file: Path | BinaryIO) -> Image.Image:
     """
     from PIL import Image
 
-    image = Image.open(file, formats=FORMATS)
+    image = Image.open(_File(file) if isinstance(file, Path) else file, formats=FORMATS)
     limit = Image.MAX_IMAGE_PIXELS
     if limit is not None and image.width * image.height > limit:
         image.close()

@@ -1,0 +1,371 @@
+"""Every parser that meets a file of a stranger, as a function of that file, with sound examples to start from.
+
+A parser may return, or raise ValueError in one short line. It may not raise anything else, write outside its folder, start
+a process, open a connection, look up what a pickle names, or take memory and time beyond its input.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import functools
+import io
+import json
+import os
+import sys
+import warnings
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from pictures import encoded, noise
+from safetensors.torch import save
+from test_shards import make
+
+from selftrans import samples_io
+from selftrans.config import to_json
+from selftrans.data import Shards, iter_images, ledger, open_source
+from selftrans.data.decode import open_picture
+from selftrans.data.features import Features
+from selftrans.data.source import Source
+from selftrans.evaluate.classifier import SmallClassifier
+from selftrans.evaluate.statistics import Statistics
+from selftrans.published.read import read as read_published
+from selftrans.recipes import recipe
+from selftrans.scores import _names, _sampled
+from selftrans.train import checkpoint
+from selftrans.train.log import Journal
+from selftrans.train.pipeline import _read, from_json
+from selftrans.train.restore import restore
+
+LONGEST = 1200  #: letters of an error beside the path of its file
+
+
+class Parser(NamedTuple):
+    file: str  #: what the input is called
+    parse: Callable[[Path], object]  #: the file
+    examples: Callable[[], list[bytes]]
+    runs: int  #: inputs tried in the slow suite, guided by coverage
+    around: Callable[[Path], object] = lambda folder: None  #: puts other files in the folder, once
+
+
+# ---- the files that are needed around, and sound examples
+
+
+def jsons(*values: Any) -> list[bytes]:
+    return [json.dumps(value).encode() for value in values]
+
+
+@functools.cache
+def prepared() -> dict[str, bytes]:
+    """A folder of shards written by hand."""
+    with temporary() as folder:
+        make(folder)
+        return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@functools.cache
+def run_files() -> dict[str, bytes]:
+    """A checkpoint of a model of a few hundred numbers."""
+    config = dataclasses.replace(
+        recipe("digits"), model=dataclasses.replace(recipe("digits").model, width=4, depth=1, heads=1, patch=4)
+    )
+    model = config.model.build((1, 8, 8), 2)
+    header = {
+        "stage": "stage1",
+        "step": 3,
+        "shape": [1, 8, 8],
+        "num_classes": 2,
+        "classes": ["a", "b"],
+        "autoencoder": "pixel",
+        "config": json.loads(to_json(config)),
+    }
+    with temporary() as folder:
+        weights = dict(model.state_dict())
+        state = header | {"seconds": 1.5, "window": {"loss": [0.5, 1]}, "scaler": None, "processes": 1, "teacher": None}
+        path = checkpoint.save(folder, 3, {"student": weights, "ema": weights, "heads": {}}, state, header)
+        return {file.name: file.read_bytes() for file in path.iterdir()}
+
+
+@contextlib.contextmanager
+def temporary() -> Iterator[Path]:
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as name:
+        yield Path(name)
+
+
+def put(files: Callable[[], dict[str, bytes]], but: str = "") -> Callable[[Path], object]:
+    def around(folder: Path) -> None:
+        for name, data in files().items():
+            if name != but:
+                (folder / name).write_bytes(data)
+
+    return around
+
+
+def unfinished(folder: Path) -> None:
+    """A folder of shards before its manifest was written."""
+    put(prepared, but="manifest.json")(folder)
+    plan = json.loads(prepared()["manifest.json"]) | {"count": 0, "shards": []}
+    (folder / "plan.json").write_text(json.dumps(plan))
+
+
+def npz(**arrays: Any) -> bytes:
+    buffer = io.BytesIO()
+    np.savez(buffer, **arrays)
+    return buffer.getvalue()
+
+
+def packed(files: dict[str, bytes], method: int = zipfile.ZIP_STORED) -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", method) as archive:
+        for name, data in files.items():
+            archive.writestr(name, data)
+    return buffer.getvalue()
+
+
+def images(n: int = 3) -> np.ndarray:
+    return np.stack([noise(8, i) for i in range(n)])
+
+
+def statistics() -> dict[str, Any]:
+    spatial = {"mu_s": np.zeros(2), "sigma_s": np.eye(2)}
+    more = {"features": np.zeros((5, 3), np.float32), "count": np.int64(5), "extractor": np.str_("x")}
+    return {"mu": np.zeros(3), "sigma": np.eye(3), **spatial, **more}
+
+
+@functools.cache
+def classifier() -> bytes:
+    with temporary() as folder:
+        SmallClassifier(resolution=4, channels=1, num_classes=2, width=1, dim=2).save(folder / "c.safetensors")
+        return (folder / "c.safetensors").read_bytes()
+
+
+def stored_features() -> list[bytes]:
+    entries = [{"index": i, "count": 3, "sha256": "0" * 64} for i in range(2)]
+    about = {
+        "encoder": "a/vit",
+        "sha256": "1" * 64,
+        "precision": "float32",
+        "grid": 2,
+        "width": 4,
+        "pictures": "2" * 64,
+    }
+    return jsons({"version": 1, **about, "files": entries}, {"version": 1, **about, "files": []})
+
+
+def published() -> dict[str, Any]:
+    return {"blocks.0.attn.qkv.weight": torch.zeros(6, 2), "x_embedder.proj.bias": torch.zeros(2)}
+
+
+def saved(content: Any) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    return buffer.getvalue()
+
+
+def torch_files() -> list[bytes]:
+    whole = {"model": published(), "ema": published(), "opt": {"state": {}, "param_groups": []}, "steps": 3}
+    return [saved(published()), saved(whole | {"args": argparse.Namespace(model="SiT-XL/2", path_type="linear")})]
+
+
+# ---- the parsers, as the commands call them
+
+
+def picture(path: Path) -> None:
+    source = Source(["a.png"], np.zeros(1, np.int64), (), lambda i: open_picture(path), resolution=8)
+    assert source.read(0).shape == (8, 8, 3)
+
+
+def source(path: Path) -> None:
+    found = open_source(path, resolution=8)
+    for i in range(min(len(found), 4)):
+        with contextlib.suppress(ValueError):
+            found.read(i)
+
+
+def npz_pictures(path: Path) -> None:
+    samples_io._npz_count(path)
+    for batch in iter_images(path):
+        assert batch.dtype == np.uint8 and batch.ndim == 4
+
+
+def samples_json(path: Path) -> None:
+    with contextlib.suppress(ValueError):
+        _sampled(path.parent)
+    data = path.read_bytes()
+    try:
+        samples_io._begin(path.parent, {"steps": 4, "guidance": {"scale": 1.5}}, 3, 0)
+    finally:
+        path.write_bytes(data)
+
+
+def journal(path: Path) -> None:
+    Journal(path, resume_step=4).close()
+    for line in path.read_text().splitlines():
+        assert json.loads(line)["step"] <= 4
+
+
+SETTINGS = {"steps": 4, "guidance": {"scale": 1.5}}
+PARSERS: dict[str, Parser] = {
+    "manifest": Parser(
+        "manifest.json",
+        lambda path: Shards.open(path.parent).manifest.summary(),
+        lambda: [prepared()["manifest.json"]],
+        16_000,
+        put(prepared, but="manifest.json"),
+    ),
+    "ledger": Parser(
+        "shard-00000.json",
+        lambda path: ledger.earlier(path.parent),
+        lambda: jsons(json.loads(prepared()["manifest.json"])["shards"][0]),
+        10_000,
+        unfinished,
+    ),
+    "config": Parser(
+        "config.json",
+        lambda path: _read(path, from_json).check(),
+        lambda: [to_json(recipe("digits")).encode()],
+        20_000,
+    ),
+    "state": Parser(
+        "state.json",
+        lambda path: checkpoint.read(path.parent),
+        lambda: [run_files()["state.json"]],
+        14_000,
+        put(run_files, but="state.json"),
+    ),
+    "header": Parser("ema.safetensors", checkpoint.read_header, lambda: [run_files()["ema.safetensors"]], 14_000),
+    "weights": Parser("ema.safetensors", restore, lambda: [run_files()["ema.safetensors"]], 3_000),
+    "classifier": Parser("c.safetensors", SmallClassifier.load, lambda: [classifier()], 5_000),
+    "samples": Parser(
+        "samples.json",
+        samples_json,
+        lambda: jsons(
+            {"num": 3, "complete": True, "settings": SETTINGS}, {"num": 1, "complete": False, "settings": SETTINGS}
+        ),
+        10_000,
+        lambda folder: (folder / "samples.npz").write_bytes(npz(arr_0=images(), arr_1=np.arange(3))),
+    ),
+    "npz": Parser(
+        "x.npz",
+        npz_pictures,
+        lambda: [npz(arr_0=images(), arr_1=np.arange(3)), packed({"arr_0.npy": npy(images())}, zipfile.ZIP_DEFLATED)],
+        8_000,
+    ),
+    "statistics": Parser(
+        "s.npz", Statistics.load, lambda: [npz(**statistics()), npz(mu=np.zeros(3), sigma=np.eye(3))], 6_000
+    ),
+    "reference": Parser("r.npz", _names, lambda: [npz(**statistics()), npz(arr_0=images())], 5_000),
+    "picture": Parser(
+        "a.png",
+        picture,
+        lambda: [encoded(noise(9), kind) for kind in ("PNG", "JPEG", "GIF", "TIFF", "WEBP", "BMP", "PPM")],
+        12_000,
+    ),
+    "zip": Parser(
+        "x.zip",
+        source,
+        lambda: [
+            packed({f"{name}/a.png": encoded(noise()) for name in ("cat", "dog")}, method)
+            for method in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
+        ],
+        6_000,
+    ),
+    "features": Parser("features.json", Features.load, stored_features, 12_000),
+    "torch": Parser("x.pt", read_published, torch_files, 5_000),
+    "safetensors": Parser(
+        "x.safetensors",
+        read_published,
+        lambda: [save(published()), save({f"ema.{name}": tensor for name, tensor in published().items()})],
+        10_000,
+    ),
+    "log": Parser(
+        "log.jsonl", journal, lambda: [b'{"step": 2}\n{"step": 4}\n{"step": 6, "loss": 0.5}\n{"step": 8'], 8_000
+    ),
+}
+
+
+def npy(array: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, array)
+    return buffer.getvalue()
+
+
+# ---- one input
+
+
+@contextlib.contextmanager
+def room(name: str) -> Iterator[Path]:
+    """A folder in which the parser `name` finds what it needs, ready for its inputs."""
+    with temporary() as folder:
+        PARSERS[name].around(folder)
+        for data in PARSERS[name].examples():  # what is imported at first use is imported now
+            (folder / PARSERS[name].file).write_bytes(data)
+            PARSERS[name].parse(folder / PARSERS[name].file)
+        before = sorted(os.listdir(folder))
+        yield folder
+        assert sorted(os.listdir(folder)) == before
+
+
+def attempt(name: str, folder: Path, data: bytes) -> bool:
+    """Parse `data`; whether it was found sound. AssertionError where the parser breaks its promise."""
+    parser = PARSERS[name]
+    path = folder / parser.file
+    path.write_bytes(data)
+    try:
+        with warnings.catch_warnings(), watched(folder):
+            warnings.simplefilter("ignore")
+            parser.parse(path)
+    except ValueError as error:
+        message = str(error).replace(str(path), "").replace(str(folder), "")
+        assert message.strip() and "\n" not in message and len(message) < LONGEST, repr(message)
+        return False
+    return True
+
+
+WATCHED: list[Path] = []
+FORBIDDEN = (
+    "subprocess.Popen",
+    "os.system",
+    "os.exec",
+    "os.posix_spawn",
+    "os.fork",
+    "socket.connect",
+    "pickle.find_class",
+)
+CHANGES = ("os.remove", "os.rename", "os.mkdir", "os.rmdir", "os.link", "os.symlink", "shutil.rmtree")
+
+
+class Trespass(AssertionError):
+    """A parser did what no file may make it do."""
+
+
+def _audit(event: str, arguments: tuple[Any, ...]) -> None:
+    if not WATCHED:
+        return
+    writes = event == "open" and isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
+    if event in FORBIDDEN:
+        raise Trespass(f"{event} {arguments}")
+    if (writes or event in CHANGES) and not isinstance(arguments[0], int):
+        target = Path(os.path.abspath(os.fsdecode(arguments[0])))
+        if not target.is_relative_to(WATCHED[-1]) and target != Path(os.devnull):
+            raise Trespass(f"{event} {target}")
+
+
+@contextlib.contextmanager
+def watched(folder: Path) -> Iterator[None]:
+    """Trespass for a process, a connection, an unpickled name, or a file written outside `folder`."""
+    WATCHED.append(Path(os.path.abspath(folder)))
+    try:
+        yield
+    finally:
+        WATCHED.pop()
+
+
+sys.addaudithook(_audit)
