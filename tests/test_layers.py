@@ -25,7 +25,7 @@ PLAN = {
     "latents":    "types",
     "samples_io": "types",
     "encoders":   "",                         # other people's vision models: both prepare and training want them
-    "data":       "types latents encoders",
+    "data":       "files types latents encoders",
     "models":     "types",                    # no heads: those belong to the objective
     "methods":    "types flow",               # is handed a Backbone, never imports models
     "sample":     "types flow latents",

@@ -1,4 +1,7 @@
-"""Files that are written whole or not at all: beside their place first, then renamed into it."""
+"""Files that are written whole or not at all: beside their place first, then renamed into it.
+
+A folder may come from a stranger: nothing is written through a symbolic link that lies in it.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,8 @@ def write_beside(path: Path, write: Callable[[BinaryIO], object]) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            with neighbour.open("wb") as file:
+            neighbour.unlink(missing_ok=True)  # of a killed process; a link there is not followed
+            with neighbour.open("xb") as file:
                 write(file)
             neighbour.replace(path)
         except BaseException:
@@ -26,6 +30,11 @@ def write_beside(path: Path, write: Callable[[BinaryIO], object]) -> None:
             raise
     except OSError as error:
         raise ValueError(f"{path} cannot be written ({error.strerror}); make room or choose another folder") from error
+
+
+def no_link(path: str, flags: int) -> int:
+    """For `open(..., opener=no_link)`: OSError where `path` is a symbolic link."""
+    return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)
 
 
 def write_text(path: Path, text: str) -> None:

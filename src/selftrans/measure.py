@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from selftrans.analyse.features import collect, linear_probe, pca_maps, tsne
 from selftrans.analyse.plots import curves, pca_grid, save, scatter
+from selftrans.data.decode import shown
 from selftrans.data.shards import Shards
 from selftrans.evaluate.classifier import train_classifier
 from selftrans.files import write_json
@@ -91,7 +92,7 @@ def analyse(
     save(pca_grid({"data": pictures} | maps, title="principal components of the features"), out / "pca.png")
     for t, cloud in clouds.items():
         title = f"t-SNE of block {blocks[len(blocks) // 2]} at t = {t:g}"
-        names = shards.manifest.classes or None
+        names = [shown(name) for name in shards.manifest.classes] or None
         save(scatter(cloud, labels.numpy(), title=title, names=names), out / f"tsne-t{t:g}.png")
     if probes:
         series = {f"t = {t:g}": (blocks, accuracy) for t, accuracy in probes.items()}

@@ -143,7 +143,8 @@ def _beside(path: Path, rank: int) -> Iterator[IO[bytes]]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            with draft.open("wb") as file:
+            draft.unlink(missing_ok=True)  # of a killed process; a link there is not followed
+            with draft.open("xb") as file:
                 yield file
             os.replace(draft, path)
         except BaseException:
@@ -188,12 +189,18 @@ def _write_batch(out: Path, indices: np.ndarray, labels: np.ndarray, images: np.
 
 
 def read_png(path: Path) -> tuple[np.ndarray, int]:
-    """One sample: uint8 (R, R, C) and its label (-1 when the PNG carries none)."""
+    """One sample: uint8 (R, R, C) and its label (-1 when the PNG carries none). ValueError for anything but a sample."""
     from PIL import Image
 
-    with Image.open(path) as picture:
-        pixels = np.asarray(picture)
-        label = int(picture.info.get("label", -1))
+    try:
+        with Image.open(path, formats=["PNG"]) as picture:
+            pixels = np.asarray(picture)
+            label = int(picture.info.get("label", -1))
+            if picture.mode not in ("L", "RGB", "RGBA") or not -1 <= label < 1 << 31:
+                raise ValueError(f"mode {picture.mode}, label {label!s:.20}")
+    except Exception as error:  # of PIL, on damage: as many kinds as there are ways to be torn
+        reason = " ".join(str(error).replace(str(path), "it").split()) or type(error).__name__
+        raise ValueError(f"{path} is no sample ({reason:.100}); delete it and repeat the command") from error
     return (pixels[..., None] if pixels.ndim == 2 else pixels), label
 
 

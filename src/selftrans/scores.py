@@ -125,6 +125,8 @@ def _sampled(samples: Path) -> tuple[dict[str, Any] | None, np.ndarray | None, I
         complete, settings = made["complete"] and archive.exists(), made["settings"] | {"num": made["num"]}
         if complete:
             with np.load(archive, allow_pickle=False) as arrays:
+                if arrays.zip.getinfo("arr_1.npy").file_size > archive.stat().st_size:  # ours are not packed
+                    raise ValueError("its labels would expand beyond the file")
                 labels = arrays["arr_1"]
     except Exception as error:  # of json, zip and npz: as many kinds as there are ways to be torn
         raise ValueError(f"{samples} is damaged ({error!s:.200}); delete it and sample again") from error

@@ -123,7 +123,9 @@ def scatter(points: np.ndarray, labels: np.ndarray, *, title: str = "", names: S
         )
     axes.set(xticks=[], yticks=[])
     axes.spines[:].set_visible(False)
-    axes.legend(frameon=False, bbox_to_anchor=(1.0, 1.0), loc="upper left", markerscale=1.6, handletextpad=0.2)
+    key = axes.legend(frameon=False, bbox_to_anchor=(1.0, 1.0), loc="upper left", markerscale=1.6, handletextpad=0.2)
+    for text in key.get_texts():
+        text.set_parse_math(False)  # a name with dollar signs is a name
     return figure
 
 

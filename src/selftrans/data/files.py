@@ -53,6 +53,12 @@ def _hidden(name: str) -> bool:
     return name.startswith((".", "__MACOSX")) or name.lower() in ("thumbs.db", "desktop.ini")
 
 
+def check_link(path: Path, root: Path, name: str) -> None:
+    """Raise ValueError where `path` leads out of the folder `root` (a path without links), by a symbolic link."""
+    if not path.resolve().is_relative_to(root):
+        raise ValueError(f"{shown(name)} in {root} is a symbolic link out of the folder; copy its target there")
+
+
 def _walk(directory: Path, root: Path, prefix: str, ignored: Counter[str]) -> Iterator[tuple[str, int]]:
     """(path below the root, bytes) of each picture."""
     try:
@@ -62,10 +68,10 @@ def _walk(directory: Path, root: Path, prefix: str, ignored: Counter[str]) -> It
         raise ValueError(f"cannot list {directory}: {error.strerror}") from error
     for entry in entries:
         name = prefix + entry.name
+        if entry.is_symlink() and not _hidden(entry.name):
+            check_link(Path(entry.path), root, name)
         if _hidden(entry.name):
             ignored[HIDDEN] += 1
-        elif entry.is_symlink() and not Path(entry.path).resolve().is_relative_to(root):
-            raise ValueError(f"{shown(name)} in {root} is a symbolic link out of the folder; copy its target there")
         elif entry.is_dir(follow_symlinks=False):
             yield from _walk(Path(entry.path), root, name + "/", ignored)
         elif entry.is_dir():

@@ -62,8 +62,10 @@ def _find(source: str | Path, split: str, label_column: str | None) -> Source:
     if str(source) == "digits":
         return _digits()
     if path.is_dir():
-        if any(path.glob("*.parquet")):
-            return tables.parquet(sorted(path.glob("*.parquet")), label_column)
+        if found := sorted(path.glob("*.parquet")):
+            for file in found:
+                files.check_link(file, path.resolve(), file.name)
+            return tables.parquet(found, label_column)
         return files.folder(path)
     if path.is_file() and path.suffix.lower() == ".parquet":
         return tables.parquet([path], label_column)

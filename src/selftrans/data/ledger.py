@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple, TypeAlias
 
 from selftrans.data.manifest import FILE, Manifest, Option, Shard, parse_json, read_text, shard_from
+from selftrans.files import no_link
 
 PLAN, LOCK, TEMP = "plan.json", ".lock", ".tmp-"
 #: part I of N, counted from 1; the whole is part 1 of 1
@@ -113,8 +114,8 @@ def locked(out: Path, part: Part = WHOLE, units: Iterable[int] = ()) -> Iterator
     alone, name = part == WHOLE, f"{LOCK}-{part[0]}-of-{part[1]}"
     try:
         out.mkdir(parents=True, exist_ok=True)
-        lock = open(out / LOCK, "ab")  # noqa: SIM115 (held for the whole block below)
-        mine = lock if alone else open(out / name, "ab")  # noqa: SIM115
+        lock = open(out / LOCK, "ab", opener=no_link)  # noqa: SIM115 (held for the whole block below)
+        mine = lock if alone else open(out / name, "ab", opener=no_link)  # noqa: SIM115
     except OSError as error:
         raise write_error(out, error) from error
     with lock, mine:
@@ -136,7 +137,7 @@ def changing(out: Path, part: Part) -> Iterator[None]:
         yield
         return
     try:
-        lock = open(out / f"{LOCK}-state", "ab")  # noqa: SIM115
+        lock = open(out / f"{LOCK}-state", "ab", opener=no_link)  # noqa: SIM115
     except OSError as error:
         raise write_error(out, error) from error
     with lock:

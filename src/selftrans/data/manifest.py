@@ -83,17 +83,17 @@ class Manifest:
         """A few lines to print."""
         kind = {0: "unconditional", 1: "1 class"}.get(self.num_classes, f"{self.num_classes} classes")
         if self.classes:  # shown, as train/ and val/ may be taken for classes unseen
-            kind += f": {', '.join(self.classes[:6])}{', …' if self.num_classes > 6 else ''}"
+            kind += f": {', '.join(map(shown, self.classes[:6]))}{', …' if self.num_classes > 6 else ''}"
         latent = "x".join(str(side) for side in self.shape)
         lines = [
             f"{self.count:,} pictures of {self.resolution}x{self.resolution}, {kind}",
-            f"{latent} latents by {self.autoencoder}, {'mean and std' if self.stochastic else 'no std'}, {self.dtype}"
+            f"{latent} latents by {shown(self.autoencoder)}, {'mean and std' if self.stochastic else 'no std'}, {self.dtype}"
             + (", with mirrored copies" if self.copies == 2 else ""),
             f"{len(self.shards)} shards, {self.count * self.row_bytes / 1e6:,.1f} MB",
         ]
         if self.skipped:
             lines.append(f"{len(self.skipped)} unreadable pictures left out:")
-            lines += [f"  {shown(name)}: {reason}" for name, reason in self.skipped[:10]]
+            lines += [f"  {shown(name)}: {shown(reason)}" for name, reason in self.skipped[:10]]
             lines += [f"  and {len(self.skipped) - 10} more, listed in {FILE}"] if len(self.skipped) > 10 else []
         return "\n".join(lines)
 

@@ -52,11 +52,11 @@ class Journal:
 
     def __init__(self, path: Path, *, resume_step: int) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        if path.exists():
-            kept = [line for line in path.read_text(errors="replace").splitlines() if _step(line) <= resume_step]
-            beside = path.with_suffix(".tmp")
-            beside.write_text("".join(line + "\n" for line in kept))
-            os.replace(beside, path)
+        lines = path.read_text(errors="replace").splitlines() if path.exists() else []
+        beside = path.with_suffix(".tmp")
+        beside.unlink(missing_ok=True)  # neither it nor the log is written through a link
+        beside.write_text("".join(line + "\n" for line in lines if _step(line) <= resume_step))
+        os.replace(beside, path)
         self._file = open(path, "ab", buffering=0)  # noqa: SIM115 - kept open for the run
         self._waiting = b""
 

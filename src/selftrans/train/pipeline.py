@@ -63,7 +63,7 @@ def train(
     if accelerator.device.type == "cpu":
         keep_memory()
     with lock(out) if main else contextlib.nullcontext(), Stop() as stop:
-        for draft in (*out.glob(".*.json.*"), *out.glob("*/previews/.*")) if main else ():
+        for draft in (*out.glob(".*.json.*"), *out.glob("*/previews/.step-*.png.*")) if main else ():
             draft.unlink(missing_ok=True)  # of a killed process: while the lock is held, nobody else writes here
         shards = open_data(config, out, accelerator)
         config = _settle(_without_classes(config, shards.manifest), out, shards.manifest)

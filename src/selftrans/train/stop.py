@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
+from selftrans.files import no_link
+
 #: exit status of a run that stopped on notice with its checkpoint written (EX_TEMPFAIL: try again)
 RESUME_ME = 75
 
@@ -63,7 +65,13 @@ class Stop:
 def lock(run: Path) -> Iterator[None]:
     """Keep a second process out of a run directory. ValueError when it is taken; a dead process leaves no lock behind."""
     run.mkdir(parents=True, exist_ok=True)
-    with open(run / ".lock", "a+") as file:
+    try:
+        lock_file = open(run / ".lock", "a+", opener=no_link)  # noqa: SIM115 - held for the whole block below
+    except OSError as error:
+        raise ValueError(
+            f"{run / '.lock'} cannot be opened ({error.strerror}); remove it, or choose another --out"
+        ) from error
+    with lock_file as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
