@@ -111,6 +111,8 @@ class Train:
     """torch.compile each block; None: on a GPU"""
     recompute: bool = False
     """activation checkpointing: less memory, one more forward pass"""
+    timeout: float = 1800.0
+    """seconds that a process waits for the others of the run before it ends with an error"""
     seed: int = 0
     checkpoint_every: int = 10_000
     preview_every: int = 10_000
@@ -162,7 +164,7 @@ class RunConfig:
         for name, known in {"path": list(PATHS), "times": list(TIMES)}.items():
             if getattr(self.train, name) not in known:
                 raise ValueError(f"train.{name} '{getattr(self.train, name)}' is unknown; choose {', '.join(known)}")
-        positive = ("steps", "batch_size", "accumulate", "lr", "clip", "checkpoint_every", "max_skips")
+        positive = ("steps", "batch_size", "accumulate", "lr", "clip", "checkpoint_every", "max_skips", "timeout")
         for section, name in [("train", key) for key in positive] + [
             ("log", key) for key in ("every", "preview_images", "preview_steps")
         ]:

@@ -31,6 +31,7 @@ from selftrans.train.compute import keep_memory
 from selftrans.train.external import Stored, external_encoder
 from selftrans.train.log import progress_bar
 from selftrans.train.preview import Preview
+from selftrans.train.processes import patience, together
 from selftrans.train.restore import IMPORTED, find_teacher, restore_teacher
 from selftrans.train.stop import Stop, lock
 from selftrans.train.trainer import Trainer
@@ -39,7 +40,7 @@ from selftrans.train.trainer import Trainer
 FREE = (
     *("log", "sample", "data.path", "data.on_device", "stage2.teacher", "repa.encoder"),
     *("train.steps", "train.checkpoint_every", "train.preview_every"),
-    *("train.keep", "train.keep_best", "train.keep_every", "train.max_skips"),
+    *("train.keep", "train.keep_best", "train.keep_every", "train.max_skips", "train.timeout"),
 )
 PRECISION = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 DTYPE = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -62,7 +63,7 @@ def train(
     main = accelerator.is_main_process
     if accelerator.device.type == "cpu":
         keep_memory()
-    with lock(out) if main else contextlib.nullcontext(), Stop() as stop:
+    with lock(out) if main else contextlib.nullcontext(), Stop() as stop, together(accelerator):
         for draft in (*out.glob(".*.json.*"), *out.glob("*/previews/.step-*.png.*")) if main else ():
             draft.unlink(missing_ok=True)  # of a killed process: while the lock is held, nobody else writes here
         shards = open_data(config, out, accelerator)
@@ -113,6 +114,7 @@ def _accelerator(config: RunConfig, out: Path) -> Accelerator:
         mixed_precision=PRECISION[config.train.precision],
         log_with="tensorboard" if config.log.tensorboard else None,
         project_dir=str(out),
+        kwargs_handlers=[patience(config.train)],
     )
 
 

@@ -1,0 +1,43 @@
+"""Several processes as one: how long they wait for each other, and how the others end when one of them is gone."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+from collections.abc import Iterator
+from datetime import timedelta
+
+from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs
+
+from selftrans.config import Train
+
+#: how gloo, NCCL and torch's store speak of a process that they wait for in vain
+GONE = re.compile(
+    r"gloo|nccl|tcpstore|connection (was )?(closed|reset|refused)|broken pipe|timed out|timeout", re.IGNORECASE
+)
+
+
+def patience(config: Train) -> InitProcessGroupKwargs:
+    """A finite time to wait for other processes. ValueError where they were launched in a way that would not work."""
+    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
+        raise ValueError(
+            "accelerate is configured to use FSDP by itself; take that out of its options or configuration file, and say "
+            "--train.shard true"
+        )
+    return InitProcessGroupKwargs(timeout=timedelta(seconds=config.timeout))
+
+
+@contextlib.contextmanager
+def together(accelerator: Accelerator) -> Iterator[None]:
+    """Where a process fails because it waits for another in vain: ConnectionError, in one line."""
+    try:
+        yield
+    except RuntimeError as error:
+        if accelerator.num_processes == 1 or not GONE.search(str(error)):
+            raise
+        raise ConnectionError(
+            f"process {accelerator.process_index} of {accelerator.num_processes} ends, because another one is gone or did not "
+            f"answer in time ({str(error).splitlines()[0][:200]}); the same command continues from the last checkpoint"
+        ) from error
