@@ -65,6 +65,7 @@ def state(
     for i in range(depth):
         linear(f"blocks.{i}.attn.qkv", 3 * width, width)
         if qk_norm:
+            out[f"blocks.{i}.attn.qkv.weight"][: 2 * width] *= 0.1  # small enough for the norms' epsilon to show
             for norm in ("q_norm", "k_norm"):
                 out[f"blocks.{i}.attn.{norm}.weight"] = 1 + 0.1 * torch.randn(width // heads, generator=g)
                 out[f"blocks.{i}.attn.{norm}.bias"] = 0.1 * torch.randn(width // heads, generator=g)
@@ -142,8 +143,8 @@ class Assembled(nn.Module):
             width, heads, width // heads, activation_fn="gelu-approximate", num_embeds_ada_norm=1, attention_bias=True,
             norm_type="ada_norm_zero", norm_elementwise_affine=False, norm_eps=1e-6,
         )  # fmt: skip
-        norm = "layer_norm" if qk_norm else None
-        block.attn1 = Attention(width, heads=heads, dim_head=width // heads, bias=True, qk_norm=norm, eps=1e-6)
+        norm = "layer_norm" if qk_norm else None  # timm's attention, which they use, leaves torch's epsilon as it is
+        block.attn1 = Attention(width, heads=heads, dim_head=width // heads, bias=True, qk_norm=norm, eps=1e-5)
         block.norm1.emb = self.given
         return block
 

@@ -120,7 +120,7 @@ def test_block_equals_diffusers_block(qk_norm):
         norm_eps=1e-6,
     ).eval()
     theirs.attn1 = DiffusersAttention(
-        width, heads=heads, dim_head=width // heads, bias=True, qk_norm="layer_norm" if qk_norm else None, eps=1e-6
+        width, heads=heads, dim_head=width // heads, bias=True, qk_norm="layer_norm" if qk_norm else None, eps=1e-5
     )
     copy_block(theirs, ours)
     c = torch.randn(3, width)

@@ -18,8 +18,9 @@ class Attention(nn.Module):
             raise ValueError(f"width {width} is not a multiple of heads {heads}; choose heads that divide the width")
         self.heads = heads
         self.qkv = nn.Linear(width, 3 * width)
-        self.q_norm = nn.LayerNorm(width // heads, eps=1e-6) if qk_norm else nn.Identity()
-        self.k_norm = nn.LayerNorm(width // heads, eps=1e-6) if qk_norm else nn.Identity()
+        # 1e-5, unlike the other norms: the published models have their attention from timm, which leaves torch's default
+        self.q_norm = nn.LayerNorm(width // heads, eps=1e-5) if qk_norm else nn.Identity()
+        self.k_norm = nn.LayerNorm(width // heads, eps=1e-5) if qk_norm else nn.Identity()
         self.proj = nn.Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:  # (N, T, D) -> (N, T, D)
