@@ -111,6 +111,8 @@ class Train:
     """torch.compile each block; None: on a GPU"""
     recompute: bool = False
     """activation checkpointing: less memory, one more forward pass"""
+    shard: bool = False
+    """with several processes: FSDP2, which splits weights, gradients, moments and average over them; not with fp16"""
     timeout: float = 1800.0
     """seconds that a process waits for the others of the run before it ends with an error"""
     seed: int = 0

@@ -14,6 +14,8 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from selftrans.train.shard import whole
+
 GROWTH = 10.0  #: a feature norm that has grown by this factor is warned about
 LISTED = 100  #: skipped steps of one log line that are listed with their rows
 
@@ -101,6 +103,7 @@ class Accidents:
 
 def check_weights(parameters: list[Tensor], where: str) -> None:
     """FloatingPointError unless all weights are finite: a checkpoint of others would push out a good one."""
-    norms = torch.stack([norm.detach().float() for norm in torch._foreach_norm(parameters, ord=float("inf"))])
+    largest = torch._foreach_norm([p.detach() for p in parameters], ord=float("inf"))
+    norms = torch.stack([whole(norm).float() for norm in largest])
     if not bool(torch.isfinite(norms.sum(dim=0))):
         raise FloatingPointError(f"the weights are no longer finite at {where}")

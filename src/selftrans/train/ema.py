@@ -7,6 +7,8 @@ import copy
 import torch
 from torch import Tensor, nn
 
+from selftrans.train.shard import local
+
 
 class EMA:
     """Average `a <- a + (1 - d) (p - a)` of the parameters, d = min(decay, (1 + step) / (10 + step)).
@@ -18,12 +20,16 @@ class EMA:
     def __init__(self, student: nn.Module, decay: float) -> None:
         self.decay = decay
         self.model = copy.deepcopy(student).requires_grad_(False).eval()
+        self.follow(student)
+
+    def follow(self, student: nn.Module) -> None:
+        """Average these parameters from now on, one by one those of the model; after both have been split, for instance."""
         self._pairs = list(zip(self.model.parameters(), student.parameters(), strict=True))
 
     @torch.no_grad()
     def update(self, step: int) -> None:
         """After optimiser step number `step` (1-based)."""
         decay = min(self.decay, (1 + step) / (10 + step))
-        averages: list[Tensor] = [a for a, _ in self._pairs]
-        parameters: list[Tensor] = [p.detach() for _, p in self._pairs]
+        averages: list[Tensor] = [local(a) for a, _ in self._pairs]
+        parameters: list[Tensor] = [local(p.detach()) for _, p in self._pairs]
         torch._foreach_lerp_(averages, parameters, 1 - decay)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from selftrans.config import Train
+from selftrans.train.shard import alike
 
 
 def build_optimizer(model: nn.Module, config: Train) -> torch.optim.AdamW:
@@ -63,5 +64,6 @@ def load_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, tensors: 
         moments = {key.rpartition(":")[2]: value for key, value in tensors.items() if key.rpartition(":")[0] == name}
         if moments:
             optimizer.state[parameter] = {
-                moment: value.to(parameter.device).clone() for moment, value in moments.items()
+                moment: alike(value, parameter).clone() if value.ndim else value.to(parameter.device).clone()
+                for moment, value in moments.items()
             }

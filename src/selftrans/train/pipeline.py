@@ -40,7 +40,7 @@ from selftrans.train.trainer import Trainer
 FREE = (
     *("log", "sample", "data.path", "data.on_device", "stage2.teacher", "repa.encoder"),
     *("train.steps", "train.checkpoint_every", "train.preview_every"),
-    *("train.keep", "train.keep_best", "train.keep_every", "train.max_skips", "train.timeout"),
+    *("train.keep", "train.keep_best", "train.keep_every", "train.max_skips", "train.shard", "train.timeout"),
 )
 PRECISION = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 DTYPE = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -109,6 +109,8 @@ def _accelerator(config: RunConfig, out: Path) -> Accelerator:
         AcceleratorState._reset_state()  # an earlier run of this process had another precision
     if config.train.precision == "fp16" and not torch.cuda.is_available():
         raise ValueError("train.precision fp16 needs a GPU; use bf16 or fp32 here")
+    if config.train.precision == "fp16" and config.train.shard:
+        raise ValueError("train.shard does not go with train.precision fp16; use bf16 or fp32")
     return Accelerator(
         cpu=not torch.accelerator.is_available(),  # without a GPU, launched processes find each other only if told so
         mixed_precision=PRECISION[config.train.precision],

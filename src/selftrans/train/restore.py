@@ -163,3 +163,13 @@ def find_teacher(source: str | Path, weights: Weights) -> Path:
     path = Path(source)
     single = not path.is_dir() or (path / "checkpoints").is_dir() or (path / checkpoint.STATE).exists()
     return find(path, stage=None if single or (path / f"{IMPORTED}.json").exists() else "stage1", weights=weights)
+
+
+def check_teacher(found: checkpoint.Checkpoint, teacher: Any) -> None:
+    """ValueError when a checkpoint was trained with other teacher weights than those given now."""
+    was = found.state.get("teacher")
+    if was and teacher and was.get("weights") != teacher.source.get("weights"):
+        raise ValueError(
+            f"{found.path} was trained with the teacher {was.get('path')} (sha256 {was.get('sha256', '')[:12]}), which is "
+            "not the one given now; give that teacher, or another --out"
+        )

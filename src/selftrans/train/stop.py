@@ -32,6 +32,7 @@ class Stop:
     def __init__(self) -> None:
         self.received: int | None = None
         self._before: dict[int, Any] = {}
+        self._heard: tuple[torch.Tensor, Any] | None = None
 
     def __enter__(self) -> Stop:
         if threading.current_thread() is threading.main_thread():
@@ -48,11 +49,24 @@ class Stop:
         self.received = number
 
     def asked(self, accelerator: Accelerator) -> bool:
-        """True in every process as soon as one of them has been notified."""
+        """True in every process, at the same step, as soon as one of them has been notified.
+
+        On GPUs the answer is that of the call before: its exchange is over by now, and the host waits for no kernel.
+        """
         if accelerator.num_processes == 1:
             return self.received is not None
-        flag = torch.tensor(float(self.received is not None), device=accelerator.device)
-        return bool(accelerator.reduce(flag, reduction="sum") > 0)
+        flag = torch.full((), float(self.received is not None), device=accelerator.device)
+        flag = accelerator.reduce(flag, reduction="sum")
+        if flag.device.type != "cuda":
+            return bool(flag > 0)
+        heard, done = torch.empty((), pin_memory=True), torch.cuda.Event()
+        heard.copy_(flag, non_blocking=True)
+        done.record()
+        before, self._heard = self._heard, (heard, done)
+        if before is None:
+            return False
+        before[1].synchronize()
+        return bool(before[0] > 0)
 
     def interrupted(self, step: int, room: Path) -> Interrupted:
         name = signal.Signals(self.received).name if self.received else "another process"

@@ -6,7 +6,6 @@ for the device; values are read when a line is logged. Shape legend: N batch, (C
 
 from __future__ import annotations
 
-import contextlib
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -37,7 +36,8 @@ from selftrans.train.optim import (
     update,
 )
 from selftrans.train.preview import Preview
-from selftrans.train.restore import IMPORTED, check_data, header
+from selftrans.train.restore import IMPORTED, check_data, check_teacher, header
+from selftrans.train.shard import everything, exchange, gathered, load, split, whole
 from selftrans.train.stop import Stop
 from selftrans.train.stream import Loaded, Stream, seed_step, to_batch
 
@@ -79,7 +79,6 @@ class Trainer:
         self.ends = [g.until_step for g in guidances]
         self.ema = EMA(self.objective.student, train.ema)
         self.objective.watch(self.ema.model)
-        self.optimizer: Any = build_optimizer(self.objective, train)
         self.stream = Stream(
             shards,
             batch_size=train.batch_size,
@@ -91,6 +90,11 @@ class Trainer:
         micros = train.batch_size // self.stream.micro
         each = step_flops(self.objective, torch.zeros(1, dtype=torch.long), self.stream.micro)
         self.flops = {part: micros * flops for part, flops in each.items()}
+        self.sharded = train.shard and accelerator.num_processes > 1
+        if self.sharded:
+            split(self.objective, self.ema.model, device=accelerator.device, processes=accelerator.num_processes)
+            self.ema.follow(self.objective.student)
+        self.optimizer: Any = build_optimizer(self.objective, train)
         self.step, self.seconds = 0, 0.0
         self.window, self.span = Window(), Window()  #: since the last log line; since the last checkpoint that was due
         self.accidents, self.due = Accidents(train.max_skips, self.stream.whole), False
@@ -139,12 +143,11 @@ class Trainer:
         for micro in range(config.accumulate):
             seed_step(config.seed, self.stage.stream, self.step, micro, accelerator.process_index)
             batch = to_batch(next(batches), self.shards, accelerator.device)
-            last = micro == config.accumulate - 1
-            with contextlib.nullcontext() if last else accelerator.no_sync(self.wrapped):
+            with exchange(self.wrapped, accelerator, micro == config.accumulate - 1):
                 loss, report = self.wrapped(batch, self.step)
                 accelerator.backward(loss / config.accumulate)
             reports.append({"loss": loss.detach(), **report})
-        norm = accelerator.clip_grad_norm_(self.wrapped.parameters(), config.clip)
+        norm = whole(accelerator.clip_grad_norm_(self.wrapped.parameters(), config.clip))
         sound = self.accidents.judge(self.step, [report["loss"] for report in reports], norm, accelerator)
         update(self.optimizer, sound, accelerator.scaler)
         self.optimizer.zero_grad(set_to_none=True)
@@ -187,8 +190,11 @@ class Trainer:
 
     def _preview(self, last: bool) -> None:
         every = self.config.train.preview_every
-        if self.preview and self.accelerator.is_main_process and every and (self.step % every == 0 or last):
-            self.preview.save(self.ema.model, self.room / "previews" / f"step-{self.step:08d}.png")
+        if self.preview and every and (self.step % every == 0 or last):
+            manifest = self.shards.manifest
+            model = gathered(self.ema.model, lambda: self.config.model.build(manifest.shape, manifest.num_classes))
+            if self.accelerator.is_main_process:
+                self.preview.save(model, self.room / "previews" / f"step-{self.step:08d}.png")
 
     def _read(self) -> None:
         """Wait for the device, and learn what became of the steps so far; the time counts as training's."""
@@ -241,6 +247,11 @@ class Trainer:
 
     def _wrap(self) -> None:
         """(Re)wrap the objective for this process group; also after its parameters have changed."""
+        if self.sharded:
+            self.wrapped = self.objective
+            if not hasattr(self.optimizer, "optimizer"):
+                self.optimizer = self.accelerator.prepare_optimizer(self.optimizer)
+            return
         self.accelerator._models.clear()
         self.objective = self.accelerator.unwrap_model(self.objective, keep_fp32_wrapper=False)
         self.objective.__dict__.pop("_is_accelerate_prepared", None)  # or it would stay without autocast from here on
@@ -264,10 +275,13 @@ class Trainer:
         if self.due:
             self.due = False
             self.span.clear()
+        tensors = everything(
+            self.objective, self.ema.model, optimizer_tensors(self.optimizer.optimizer, self.objective)
+        )
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
             try:
-                self._write(flow)
+                self._write(tensors, flow)
             except OSError as error:
                 if required:
                     raise OSError(f"{error}; make room, then the same command continues") from error
@@ -279,16 +293,7 @@ class Trainer:
         if not self.accidents.row:
             checkpoint.prune(self.folder, train.keep, best=train.keep_best, every=train.keep_every)
 
-    def _write(self, flow: float | None) -> None:
-        state = self.objective.state_dict()
-        student = {k.removeprefix("student."): v for k, v in state.items() if k.startswith("student.")}
-        heads = {k: v for k, v in state.items() if not k.startswith("student.")}
-        tensors = {
-            "student": student,
-            "ema": dict(self.ema.model.state_dict()),
-            "heads": heads,
-            "optimizer": optimizer_tensors(self.optimizer.optimizer, self.objective),
-        }
+    def _write(self, tensors: dict[str, dict[str, torch.Tensor]], flow: float | None) -> None:
         spent = {"seconds": self.seconds, "tflops": self.total_flops() / 1e12}
         about = header(self.config, self.stage.name, self.step, self.shards.manifest) | spent | self.origin
         scaler = self.accelerator.scaler
@@ -316,15 +321,15 @@ class Trainer:
         self.step = found.step if found else 0
         if found is not None:
             check_data(found, self.shards.manifest)
-            self._check_teacher(found)
+            check_teacher(found, self.teacher)
             self.origin = {key: value for key, value in found.state.items() if key == IMPORTED}
         self._retire()
         if found is None:
             return
         self.seconds = float(found.state["seconds"])
         student = {f"student.{k}": v for k, v in found.tensors("student").items()}
-        self.objective.load_state_dict(student | found.tensors("heads"), strict=True)
-        self.ema.model.load_state_dict(found.tensors("ema"), strict=True)
+        load(self.objective, student | found.tensors("heads"))
+        load(self.ema.model, found.tensors("ema"))
         load_optimizer(self.optimizer, self.objective, found.tensors("optimizer"))
         self.window.load(found.state["window"], self.accelerator.device)
         self.span.load(found.state.get("span", {}), self.accelerator.device)
@@ -335,12 +340,4 @@ class Trainer:
             self.accelerator.print(
                 f"resuming with {self.accelerator.num_processes} processes instead of {found.state['processes']}: "
                 "nothing is lost, but noise and order within a batch differ from here on"
-            )
-
-    def _check_teacher(self, found: checkpoint.Checkpoint) -> None:
-        was = found.state.get("teacher")
-        if was and self.teacher and was.get("weights") != self.teacher.source.get("weights"):
-            raise ValueError(
-                f"{found.path} was trained with the teacher {was.get('path')} (sha256 {was.get('sha256', '')[:12]}), which is "
-                "not the one given now; give that teacher, or another --out"
             )
