@@ -517,6 +517,17 @@ def shortened(file):
     return rezipped(file, lambda name, data: (data[:8] if name.endswith("/data/3") else data, zipfile.ZIP_STORED))
 
 
+def flipped(file):
+    """One bit of a weight, as a bad download or disk leaves it."""
+    with zipfile.ZipFile(file) as source:
+        name = next(name for name in source.namelist() if name.endswith("/data/3"))
+        weights = source.read(name)
+    content = bytearray(file.read_bytes())
+    content[content.index(weights) + 2] ^= 1
+    file.write_bytes(content)
+    return file
+
+
 def unpickled(file):
     return rezipped(file, lambda name, data: (data[:-9] if name.endswith("data.pkl") else data, zipfile.ZIP_STORED))
 
@@ -538,6 +549,7 @@ BROKEN = {
     "bomb": (bomb, "compressed"),
     "truncated": (truncated, "damaged or no torch checkpoint"),
     "shortened": (shortened, "not of the sizes"),
+    "flipped": (flipped, "record a/data/3 fails its checksum"),
     "unpickled": (unpickled, "damaged or no torch checkpoint"),
     "script": (script, "compressed|TorchScript|damaged"),
     "empty": (written(b""), "neither a torch checkpoint"),
