@@ -440,7 +440,7 @@ BAD = {
 def test_a_bad_teacher_is_one_clear_line_and_nothing_is_begun(tmp_path, capsys, case):
     make, message = BAD[case]
     teacher, run = make(tmp_path), tmp_path / "run"
-    argv = ["train", "digits", f"--data={toy.digits()}", f"--out={run}", f"--teacher={teacher}", *toy.flags()]
+    argv = ["train", "digits", f"--data={toy.digits()}", f"--out={run}", f"--teacher={teacher}", *toy.taught_flags()]
     capsys.readouterr()
     assert main(argv) == 1
     said = capsys.readouterr().err

@@ -175,8 +175,8 @@ def test_bad_input(argv, said, capsys, tmp_path, monkeypatch):
 def test_data_of_another_shape_or_class_count_than_the_checkpoints(tmp_path, capsys):
     colour, finished = toy.prepared(tmp_path / "colour"), toy.finished()
     capsys.readouterr()
-    train = ["train", "imagefolder", f"--data={colour}", f"--out={tmp_path / 'run'}", *toy.flags()]
-    assert main([flag for flag in [*train, f"--teacher={finished}"] if not flag.startswith("--stage1")]) == 1
+    train = ["train", "imagefolder", f"--data={colour}", f"--out={tmp_path / 'run'}", *toy.taught_flags()]
+    assert main([*train, f"--teacher={finished}"]) == 1
     assert "was trained on latents (1, 8, 8) with 10 classes; expected (3, 8, 8) with 2 classes" in one_line(capsys)
     assert main([*train, "--data.shape", "4", "8", "8"]) == 1
     assert "holds latents (3, 8, 8), but data.shape expects (4, 8, 8)" in one_line(capsys)

@@ -98,7 +98,11 @@ def test_split_weights_train_as_whole_ones(made, stage):
 
 
 def test_stopped_and_continued_it_is_the_same_bit_for_bit(made):
-    toy.assert_same_run(made / "split", made / "split, stopped")
+    """But for the means of a log line that was interrupted, which sum the processes in another order."""
+    for stage in ("stage1", "stage2"):
+        toy.assert_same(toy.tensors(made / "split", stage), toy.tensors(made / "split, stopped", stage))
+        for one, other in zip(*(toy.log(made / name, stage) for name in ("split", "split, stopped")), strict=True):
+            assert one.pop("stage") == other.pop("stage") and one == pytest.approx(other, rel=1e-12)
 
 
 def test_in_bf16_it_is_the_same_training(made):
@@ -106,7 +110,7 @@ def test_in_bf16_it_is_the_same_training(made):
 
 
 def test_a_moving_average_that_teaches_is_split_as_well(made):
-    assert_close(toy.tensors(made / "split, sra", "sra"), toy.tensors(made / "whole, sra", "sra"))
+    assert_close(toy.tensors(made / "split, sra", "sra"), toy.tensors(made / "whole, sra", "sra"), atol=1e-3)
 
 
 def test_an_accident_in_one_process_is_skipped_in_both(made):
@@ -125,7 +129,7 @@ def test_its_weights_are_ordinary_files(made, tmp_path, capsys):
     assert (made / "split" / "stage2" / "previews" / "step-00000008.png").exists()
     run = toy.copy(made / "split", tmp_path / "run")
     assert main(["sample", str(run), f"--out={tmp_path / 'made'}", "--num=4", "--steps=2"]) == 0
-    assert main(["export", str(run), f"--out={tmp_path / 'exported'}", "--layout=sit"]) == 0
+    assert main(["export", str(run), f"--out={tmp_path / 'exported'}", "--layout=repa"]) == 0
     train(toy.toy(COMMON | {"train.steps": 9}), run)  # one process, whole weights
     assert "resuming with 1 processes instead of 2" in capsys.readouterr().out
     assert json.loads((run / "run.json").read_text())["student_steps"] == 9

@@ -101,6 +101,11 @@ def flags(dotted: dict[str, Any] | None = None) -> list[str]:
     return [f"--{name.replace('_', '-')}={value}" for name, value in (TOY | (dotted or {})).items()]
 
 
+def taught_flags() -> list[str]:
+    """Those of a run that is given a teacher: overrides of a stage 1 that is not trained would be warned about."""
+    return [flag for flag in flags() if not flag.startswith("--stage1")]
+
+
 @functools.cache
 def digits() -> Path:
     """The digits, with a mirrored copy of each."""

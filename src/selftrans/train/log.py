@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor
 
 
@@ -36,8 +37,10 @@ class Window:
     def clear(self) -> None:
         self._sums = {}
 
-    def state(self) -> dict[str, Any]:
-        return {name: [total.item(), count.item()] for name, (total, count) in self._sums.items()}
+    def state(self, accelerator: Accelerator | None = None) -> dict[str, Any]:
+        """What a checkpoint keeps: with several processes, which must all call it, the mean over them."""
+        sums = self._sums if accelerator is None else accelerator.reduce(self._sums, reduction="mean")
+        return {name: [total.item(), count.item()] for name, (total, count) in sums.items()}
 
     def load(self, state: dict[str, Any], device: torch.device) -> None:
         kind = torch.float64 if device.type != "mps" else torch.float32

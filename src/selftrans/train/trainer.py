@@ -272,16 +272,18 @@ class Trainer:
         except FloatingPointError as error:
             raise self._broken(error) from None
         flow = self._means(self.span).get("flow") if self.due else None  # of a few steps it would be chance
+        windows = {"window": self.window.state(self.accelerator), "flow": flow}
         if self.due:
             self.due = False
             self.span.clear()
+        windows["span"] = self.span.state(self.accelerator)
         tensors = everything(
             self.objective, self.ema.model, optimizer_tensors(self.optimizer.optimizer, self.objective)
         )
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
             try:
-                self._write(tensors, flow)
+                self._write(tensors, windows)
             except OSError as error:
                 if required:
                     raise OSError(f"{error}; make room, then the same command continues") from error
@@ -293,7 +295,7 @@ class Trainer:
         if not self.accidents.row:
             checkpoint.prune(self.folder, train.keep, best=train.keep_best, every=train.keep_every)
 
-    def _write(self, tensors: dict[str, dict[str, torch.Tensor]], flow: float | None) -> None:
+    def _write(self, tensors: dict[str, dict[str, torch.Tensor]], windows: dict[str, Any]) -> None:
         spent = {"seconds": self.seconds, "tflops": self.total_flops() / 1e12}
         about = header(self.config, self.stage.name, self.step, self.shards.manifest) | spent | self.origin
         scaler = self.accelerator.scaler
@@ -302,10 +304,8 @@ class Trainer:
             self.step,
             tensors,
             about
+            | windows
             | {
-                "window": self.window.state(),
-                "span": self.span.state(),
-                "flow": flow,
                 "accidents": self.accidents.state(),
                 "scaler": scaler.state_dict() if scaler else None,
                 "processes": self.accelerator.num_processes,
