@@ -1,5 +1,6 @@
 """Two processes on one machine (gloo): their gradients are those of one, and a run of two is an ordinary run."""
 
+import contextlib
 import json
 import os
 import signal
@@ -17,8 +18,11 @@ from toy import quick  # noqa: F401 - a fixture
 
 from selftrans.flow import LINEAR, interpolate
 from selftrans.methods import objective
+from selftrans.methods.dispersive import Dispersive, DispersiveGuidance
+from selftrans.methods.layersync import LayerSync, LayerSyncGuidance
 from selftrans.methods.objective import Frozen, Objective
 from selftrans.methods.self_transcendence import SelfGuidance, Stage1, Stage2, StructureGuidance
+from selftrans.methods.sra import SRA, SRAGuidance
 from selftrans.models.sit import SiT
 from selftrans.train.checkpoint import newest
 from selftrans.train.pipeline import train
@@ -33,60 +37,112 @@ def build(kind: str) -> Objective:
     student, teacher = (SiT(SHAPE, CLASSES, width=16, depth=3, heads=2, patch=2) for _ in range(2))
     for p in [*student.parameters(), *teacher.parameters()]:
         p.data += 0.05 * torch.randn_like(p)
-    mode = None if kind.endswith("everywhere") else (0.3, 0.8)
-    if kind.startswith("stage 1"):
-        return Objective(student, [StructureGuidance(student, Stage1(timestep_range=mode, head_width=8))])
-    config = Stage2(timestep_range=mode, scale=3.0, until_step=2, head_width=8)
-    return Objective(student, [SelfGuidance(student, Frozen(teacher, 2), config)])
+    where = None if kind.endswith("everywhere") else (0.3, 0.75)
+    config = Stage2(timestep_range=where, scale=3.0, until_step=2, head_width=8)
+    guidance = {
+        "stage 1": lambda: StructureGuidance(student, Stage1(timestep_range=where, head_width=8)),
+        "stage 2": lambda: SelfGuidance(student, Frozen(teacher, 2), config),
+        "sra": lambda: SRAGuidance(student, SRA(span=0.0, head_width=8, until_step=2)),  # span 0: no random times
+        "layersync": lambda: LayerSyncGuidance(student, LayerSync(block=1, target_block=2)),
+        "dispersive": lambda: DispersiveGuidance(student, Dispersive(block=2)),
+    }[kind.partition(",")[0]]()
+    built = Objective(student, [guidance])
+    built.watch(teacher)  # stands for the moving average
+    return built
 
 
 def by_row(batch, null, **_):
-    """A draw that is a function of each sample alone."""
+    """A draw that is a function of each sample alone. Its times are even, so that a range has a capacity."""
     z0, cond, rows, _ = batch
     noise = torch.stack([torch.randn(SHAPE, generator=torch.Generator().manual_seed(int(i))) for i in rows])
     t = (rows.float() + 0.5) / N
-    return Draw(z0, noise, t, *interpolate(LINEAR, z0, noise, t), cond, null, torch.where(rows % 4 == 0, null, cond))
+    dropped = torch.where(rows % 4 == 0, null, cond)
+    return Draw(z0, noise, t, *interpolate(LINEAR, z0, noise, t), cond, null, dropped, even=True)
 
 
-def gradients(wrapped, rows: torch.Tensor, steps=(0, 2)) -> dict[str, torch.Tensor]:
-    """Of the mean loss of these samples, while guidance acts and after it has ended."""
-    z0 = torch.randn(N, *SHAPE, generator=torch.Generator().manual_seed(1))[rows]
+def gradients(wrapped, micros: list[torch.Tensor], steps=(0, 2)) -> dict[str, torch.Tensor]:
+    """Of the mean loss of these micro-batches, while guidance acts and after it has ended."""
+    z0 = torch.randn(N, *SHAPE, generator=torch.Generator().manual_seed(1))
     found = {}
     for step in steps:
         inner = getattr(wrapped, "module", wrapped)
         if inner.retire(step) and wrapped is not inner:
             wrapped = DistributedDataParallel(inner)
         wrapped.zero_grad(set_to_none=True)
-        wrapped(Batch(z0, rows % CLASSES, rows), step)[0].backward()
+        for rows in micros:
+            kept = wrapped.no_sync() if wrapped is not inner and rows is not micros[-1] else contextlib.nullcontext()
+            with kept:
+                (wrapped(Batch(z0[rows], rows % CLASSES, rows), step)[0] / len(micros)).backward()
         found |= {f"{step}/{name}": p.grad.clone() for name, p in inner.named_parameters()}
     return found
+
+
+def share(rank: int, kind: str) -> list[torch.Tensor]:
+    """Micro-batches of a process: every second row, so that its times are even as well; of two, each again."""
+    mine = torch.arange(N)[rank::2]
+    return [mine[0::2], mine[1::2]] if kind.endswith("accumulated") else [mine]
 
 
 def half(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     objective.draw = by_row
-    for kind in KINDS:
-        mine = gradients(DistributedDataParallel(build(kind)), torch.arange(N).view(2, -1)[rank])
+    for kind in (*KINDS, "dispersive"):
+        mine = gradients(DistributedDataParallel(build(kind)), share(rank, kind))
         save_file(mine, f"{folder}/{kind}-{rank}.safetensors")
     dist.destroy_process_group()
 
 
-KINDS = ("stage 1", "stage 1 everywhere", "stage 2", "stage 2 everywhere")
+KINDS = (
+    *("stage 1", "stage 1, everywhere", "stage 1, accumulated"),
+    *("stage 2", "stage 2, everywhere", "stage 2, accumulated"),
+    *("sra", "layersync"),
+)
+
+
+@pytest.fixture(scope="module")
+def halves(tmp_path_factory):
+    """A folder with the gradients of two processes, for each kind."""
+    folder = tmp_path_factory.mktemp("halves")
+    torch.multiprocessing.spawn(half, args=(str(folder),), nprocs=2)
+    return folder
+
+
+def assert_close(mine: dict[str, torch.Tensor], whole: dict[str, torch.Tensor], kind: str) -> None:
+    assert mine.keys() == whole.keys()
+    for name in whole:
+        torch.testing.assert_close(mine[name], whole[name], rtol=1e-4, atol=1e-7, msg=f"{kind}: {name}")
 
 
 @pytest.mark.slow
-def test_gradients_of_two_processes_are_those_of_one_with_the_whole_batch(tmp_path, monkeypatch):
-    torch.multiprocessing.spawn(half, args=(str(tmp_path),), nprocs=2)
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_of_two_processes_are_those_of_one_with_the_whole_batch(halves, monkeypatch, kind):
     monkeypatch.setattr(objective, "draw", by_row)
-    for kind in KINDS:
-        whole = gradients(build(kind), torch.arange(N))
-        assert any("head" in name for name in whole)
-        for rank in range(2):
-            mine = load_file(tmp_path / f"{kind}-{rank}.safetensors")
-            assert mine.keys() == whole.keys()
-            for name in whole:
-                torch.testing.assert_close(mine[name], whole[name], rtol=1e-4, atol=1e-7, msg=f"{kind}: {name}")
+    whole = gradients(build(kind), [torch.arange(N)])
+    assert any("head" in name for name in whole) == (kind != "layersync")
+    assert all(gradient.abs().max() > 0 for name, gradient in whole.items() if name.startswith("0/"))
+    for rank in range(2):
+        assert_close(load_file(halves / f"{kind}-{rank}.safetensors"), whole, kind)
+
+
+def test_the_range_has_a_capacity_and_a_padding_row_in_one_process_alone():
+    """What the comparison above covers: 6 of 12 rows are computed, 3 in each process, of which 5 count, 3 and 2."""
+    for rows, counted in ((range(12), 5), (range(0, 12, 2), 3), (range(1, 12, 2), 2)):
+        batch = Batch(torch.zeros(len(rows), *SHAPE), torch.zeros(len(rows)), torch.tensor(list(rows)))
+        found = objective.gate(by_row(batch, torch.zeros(len(rows))), (0.3, 0.75), "select")
+        assert len(found.rows) == len(rows) // 2 and int((found.gain > 0).sum()) == counted
+
+
+@pytest.mark.slow
+def test_dispersive_compares_the_samples_of_each_process_alone(halves, monkeypatch):
+    """A statistic of the batch that a process sees: the mean over processes of their own, not that of all samples."""
+    monkeypatch.setattr(objective, "draw", by_row)
+    apart = [gradients(build("dispersive"), share(rank, "dispersive")) for rank in range(2)]
+    expected = {name: (apart[0][name] + apart[1][name]) / 2 for name in apart[0]}
+    mine = load_file(halves / "dispersive-0.safetensors")
+    assert_close(mine, expected, "dispersive")
+    whole = gradients(build("dispersive"), [torch.arange(N)])
+    assert max((mine[name] - whole[name]).abs().max().item() for name in whole) > 1e-3
 
 
 def launch(out: Path, *extra: str) -> str:
