@@ -282,6 +282,12 @@ def test_pictures_for_a_page_without_files(tmp_path: Path) -> None:
         analyse.save_png(picture, tmp_path / "file" / "c.png")
 
 
+def test_a_name_that_is_no_formula_is_written_as_it_is(tmp_path: Path) -> None:
+    figure = analyse.scatter(np.eye(2), np.arange(2), names=["$\\frac$", "a"])
+    assert [text.get_text() for text in figure.axes[0].get_legend().get_texts()] == ["$\\frac$", "a"]
+    analyse.save(figure, tmp_path / "a.png")  # a formula would fail here
+
+
 def test_no_figure_is_left_in_pyplot() -> None:
     import matplotlib.pyplot as plt
 

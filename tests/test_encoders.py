@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import warnings
 from pathlib import Path
@@ -177,6 +178,23 @@ def test_what_is_no_encoder_is_refused_in_one_line(tmp_path: Path, make, said: s
         load_encoder(str(tmp_path / "model"), 4)
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 600
     assert not (tmp_path / "model" / "ran").exists()
+
+
+@pytest.mark.parametrize("file", ["config.json", "preprocessor_config.json"])
+def test_code_beside_a_sound_model_is_not_run(tmp_path: Path, file: str) -> None:
+    folder = Path(save_encoder(tmp_path / "model"))
+    settings = json.loads((folder / file).read_text())
+    wanted = {"AutoConfig": "evil.Config", "AutoModel": "evil.Model", "AutoImageProcessor": "evil.Processor"}
+    settings |= {"auto_map": wanted} | ({"image_processor_type": "Evil"} if file != "config.json" else {})
+    (folder / file).write_text(json.dumps(settings))
+    (folder / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    with contextlib.nullcontext() if file == "config.json" else pytest.warns(UserWarning, match="has no usable"):
+        assert load_encoder(str(folder), 4).encode(pixels(images(28))).shape == (3, 16, 16)
+    assert not (tmp_path / "ran").exists()
+    reader = transformers.AutoModel if file == "config.json" else transformers.AutoImageProcessor
+    with contextlib.suppress(Exception):
+        reader.from_pretrained(str(folder), trust_remote_code=True)
+    assert (tmp_path / "ran").exists()  # the trap is real
 
 
 def test_an_unknown_hub_id_says_what_is_wanted() -> None:

@@ -6,6 +6,7 @@ be written beside its folder, no process started, no connection opened, no name 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -83,12 +84,18 @@ def test_a_parser_that_trespasses_is_noticed(tmp_path, monkeypatch):
     def starting(path: Path) -> object:
         return subprocess.Popen(["true"])
 
+    def secretive(path: Path) -> object:
+        with contextlib.suppress(Exception):
+            trespassing(path)
+        raise ValueError("one line")
+
     def crashing(path: Path) -> object:
         raise KeyError("x")
 
     for broken, expected in (
         (trespassing, parsers.Trespass),
         (starting, parsers.Trespass),
+        (secretive, parsers.Trespass),
         (talkative, AssertionError),
         (crashing, KeyError),
     ):

@@ -202,6 +202,18 @@ def test_symbolic_links(tmp_path: Path) -> None:
     assert open_source(root).ignored["broken links, pipes and devices"] == 1
 
 
+def test_tables_that_are_links_out_of_the_folder(tmp_path: Path) -> None:
+    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    (tmp_path / "x").mkdir()
+    for name in ("private.parquet", "x/a.parquet"):
+        parquet.write_table(arrow.table({"image": [encoded(noise(8))]}), tmp_path / name)
+    (tmp_path / "x" / "again.parquet").symlink_to(tmp_path / "x" / "a.parquet")
+    assert len(open_source(tmp_path / "x")) == 2
+    (tmp_path / "x" / "b.parquet").symlink_to(tmp_path / "private.parquet")
+    with pytest.raises(ValueError, match=r"^b.parquet in .* is a symbolic link out of the folder"):
+        open_source(tmp_path / "x")
+
+
 def test_npz_is_streamed(tmp_path: Path) -> None:
     images = np.random.default_rng(0).integers(0, 256, (7, 8, 8, 3), dtype=np.uint8)
     for save in (np.savez, np.savez_compressed):

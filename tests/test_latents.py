@@ -189,6 +189,16 @@ def test_unsupported_configs_are_refused(tmp_path: Path, config: str) -> None:
         load_autoencoder(str(tmp_path))
 
 
+def test_code_beside_an_autoencoder_is_not_run(tmp_path: Path) -> None:
+    save_kl(tmp_path / "vae")
+    config = json.loads((tmp_path / "vae" / "config.json").read_text())
+    config |= {"auto_map": {"AutoModel": "evil.Model"}, "_module": "evil", "_custom_pipeline": "evil"}
+    (tmp_path / "vae" / "config.json").write_text(json.dumps(config))
+    (tmp_path / "vae" / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    assert load_autoencoder(str(tmp_path / "vae")).encode(torch.zeros(1, 3, 8, 8)).mean.shape == (1, 4, 2, 2)
+    assert not (tmp_path / "ran").exists()
+
+
 def test_only_safetensors_are_read(tmp_path: Path) -> None:
     model = save_kl(tmp_path)
     (tmp_path / "diffusion_pytorch_model.safetensors").unlink()

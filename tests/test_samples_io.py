@@ -1,14 +1,17 @@
 """The folder of samples: read back with other libraries, interrupted, continued, refused, and on a full disk."""
 
+import io
 import json
 import resource
+import struct
 import threading
 import tracemalloc
+import zlib
 from contextlib import contextmanager
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 from selftrans import samples_io
 from selftrans.samples_io import read_png, write_samples
@@ -185,6 +188,36 @@ def test_images_of_two_sizes_are_refused(tmp_path):
     sizes = lambda indices: [(indices[k : k + 1], [0], image(k, side=6 + k)[None]) for k in range(2)]  # noqa: E731
     with pytest.raises(ValueError, match=r"000001.png is \(7, 7, 3\), not \(6, 6, 3\)"):
         write_samples(sizes, tmp_path, SETTINGS, 2, progress=False)
+
+
+def spoilt(data: bytes, kind: str) -> bytes:
+    """A picture that begins and ends as a whole PNG does, and is none."""
+    if kind == "torn inside":
+        return data[:60] + bytes(len(data) - 80) + data[-20:]
+    if kind == "bomb":  # a header that promises 60000 x 60000 pixels
+        chunk = b"IHDR" + struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)
+        return data[:12] + chunk + struct.pack(">I", zlib.crc32(chunk)) + data[33:]
+    buffer, text = io.BytesIO(), PngImagePlugin.PngInfo()
+    text.add_text("label", {"label": "9" * 30, "word": "cat"}.get(kind, "1"))
+    picture = Image.new("I;16", (6, 6)) if kind == "16 bit" else Image.new("RGB", (6, 6))
+    picture.save(buffer, "JPEG" if kind == "jpeg" else "PNG", pnginfo=text)
+    return samples_io.PNG_START + buffer.getvalue()[8:] + (samples_io.PNG_END if kind == "jpeg" else b"")
+
+
+@pytest.mark.parametrize("kind", ["torn inside", "bomb", "label", "word", "16 bit", "jpeg"])
+def test_a_picture_that_is_no_sample_is_named_and_goes_into_no_npz(tmp_path, kind):
+    write(tmp_path, 3)
+    before = (tmp_path / "samples.npz").read_bytes()
+    path = tmp_path / "000001.png"
+    path.write_bytes(spoilt(path.read_bytes(), kind))
+    with pytest.raises(
+        ValueError, match=r"000001.png is no sample \(.+\); delete it and repeat the command$"
+    ) as caught:
+        write(tmp_path, 4)
+    assert "\n" not in str(caught.value) and (tmp_path / "samples.npz").read_bytes() == before
+    path.unlink()
+    assert write(tmp_path, 4).asked == [1]
+    check_folder(tmp_path, 4)
 
 
 def test_a_sampler_that_fails_leaves_whole_pictures(tmp_path):

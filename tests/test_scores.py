@@ -88,6 +88,17 @@ def test_options_of_a_run_are_said_to_be_ignored_for_pictures(judge: Path, tmp_p
 # ---- references
 
 
+def test_labels_that_would_unfold_are_refused(judge: Path, tmp_path: Path, capsys) -> None:
+    made = tmp_path / "made"
+    made.mkdir()
+    images = np.zeros((2, 8, 8, 1), np.uint8)
+    (made / "samples.json").write_text(json.dumps({"num": 2, "complete": True, "settings": {"num_classes": 10}}))
+    np.savez_compressed(made / "samples.npz", arr_0=images, arr_1=np.zeros(1 << 22, np.int64))  # 32 MB in 33 kB
+    assert main(["evaluate", str(made), "--reference", "digits", "--features", str(judge)]) == 1
+    said = capsys.readouterr().err
+    assert "made is damaged (its labels would expand beyond the file); delete it" in said and said.count("\n") == 1
+
+
 def test_a_reference_is_computed_once(judge: Path, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     real, one = folder(tmp_path / "real"), extractor(judge)

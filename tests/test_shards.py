@@ -107,6 +107,16 @@ def test_manifest_properties_and_round_trip(tmp_path: Path) -> None:
     assert "1 unreadable" in summary and "x/y.jpg: cut off" in summary
 
 
+def test_names_from_a_manifest_cannot_command_the_terminal(tmp_path: Path) -> None:
+    make(tmp_path)
+    names = ["\x1b]0;owned\x07", "two\nlines", "\ud800"]  # the last cannot be encoded at all
+    edit(tmp_path, lambda m: m.update(classes=names, autoencoder="\x1b[2J"))
+    edit(tmp_path, lambda m: m["shards"][0].update(skipped=[["\x1b[8m", "\x1b[8m"]]))
+    summary = Manifest.load(tmp_path).summary()
+    assert summary.replace("\n", "").isprintable() and summary.encode()
+    assert r"\x1b]0;owned\x07, two\nlines, \ud800" in summary
+
+
 @pytest.mark.parametrize("indices", [[8], [-1], [0, 1 << 40]])
 def test_indices_out_of_range(tmp_path: Path, indices: list[int]) -> None:
     make(tmp_path)

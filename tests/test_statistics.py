@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tracemalloc
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +11,7 @@ import pytest
 
 from selftrans.evaluate import Moments, Statistics
 from selftrans.evaluate.features import rebatch
-from selftrans.evaluate.statistics import RunningMoments
+from selftrans.evaluate.statistics import MAX_UNPACKED, RunningMoments
 
 
 class Pixels:
@@ -125,6 +127,22 @@ def test_foreign_and_damaged_files_are_refused(tmp_path: Path) -> None:
         Statistics.load(tmp_path / "one.npy")
     with pytest.raises(ValueError, match="no statistics at"):
         Statistics.load(tmp_path / "absent.npz")
+
+
+def test_statistics_that_would_unfold_are_refused_before_they_do(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "bomb.npz", "w", zipfile.ZIP_DEFLATED) as archive:
+        with archive.open("mu.npy", "w", force_zip64=True) as file:
+            np.lib.format.write_array_header_1_0(
+                file, {"descr": "<f8", "fortran_order": False, "shape": (MAX_UNPACKED // 8,)}
+            )
+            for _ in range(MAX_UNPACKED >> 20):
+                file.write(bytes(1 << 20))
+        archive.writestr("sigma.npy", b"")
+    tracemalloc.start()
+    with pytest.raises(ValueError, match=r"not a readable npz of plain arrays \('mu.npy' expands to \d+ bytes\)"):
+        Statistics.load(tmp_path / "bomb.npz")
+    assert tracemalloc.get_traced_memory()[1] < 1 << 24
+    tracemalloc.stop()
 
 
 @pytest.mark.parametrize(
