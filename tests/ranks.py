@@ -58,7 +58,7 @@ def ranks(argv: list[str], folder: Path, world: int = 2) -> Iterator[list[Rank]]
     port, started = free_port(), []
     try:
         for rank in range(world):
-            started.append(Rank(["selftrans", *argv], folder / f"{rank}.txt", rank=rank, world=world, port=port))
+            started.append(Rank(["selftrans", *argv], folder / f"{rank}.txt", rank=rank, world=world, port=port))  # noqa: PERF401
         yield started
     finally:
         for process in started:

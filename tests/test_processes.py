@@ -84,10 +84,22 @@ def test_torchrun_ends_a_run_whose_process_was_killed_and_the_same_command_conti
     assert reached(out) > first + 5
 
 
+@pytest.mark.slow
+def test_two_processes_share_the_sampling_and_leave_the_same_bytes(tmp_path):
+    """12 images: full batches alone and together, so that every product has the same shape."""
+    command = ["sample", str(toy.finished()), "--steps=3", "--batch-size=3"]
+    assert main([*command, "--num=12", f"--out={tmp_path / 'alone'}"]) == 0
+    with ranks([*command, "--num=12", f"--out={tmp_path / 'shared'}"], tmp_path / "said") as pair:
+        assert [process.ends(60) for process in pair] == [0, 0]
+    alone, shared = (toy.tree(tmp_path / name) for name in ("alone", "shared"))
+    assert len(alone) == 14 and shared == alone
+    assert sum("img" in process.said.read_text() for process in pair) == 1, "one bar for all"
+
+
 def test_the_time_to_wait_is_finite_and_a_setting(tmp_path, capsys, monkeypatch):
     out = str(tmp_path / "run")
     assert main(["train", "digits", "--out", out, *toy.flags(), "--train.timeout=0"]) == 1
     assert "train.timeout must be above zero, not 0" in capsys.readouterr().err
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     assert main(["train", "digits", "--out", out, *toy.flags()]) == 1
-    assert "say --train.shard true" in capsys.readouterr().err
+    assert "say --train.shard True" in capsys.readouterr().err

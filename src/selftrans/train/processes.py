@@ -24,7 +24,7 @@ def patience(config: Train) -> InitProcessGroupKwargs:
     if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
         raise ValueError(
             "accelerate is configured to use FSDP by itself; take that out of its options or configuration file, and say "
-            "--train.shard true"
+            "--train.shard True"
         )
     return InitProcessGroupKwargs(timeout=timedelta(seconds=config.timeout))
 
