@@ -8,13 +8,14 @@ import json
 import math
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from toy import quick  # noqa: F401 - quick is a fixture
 
 from selftrans.cli import main
 from selftrans.compare.command import base, compare_methods, only
-from selftrans.compare.engine import Comparison, interval, points
+from selftrans.compare.engine import Comparison, interval, measured_before, points
 from selftrans.compare.table import as_csv, curve, first_below, mean_curve, rows
 from selftrans.methods.repa import Repa
 from selftrans.methods.sra import SRA
@@ -93,6 +94,26 @@ def test_a_teacher_is_shared_where_it_is_the_same_and_never_else(tmp_path):
     assert chosen.teacher(("other", 3)) is None and chosen.teacher(("odd", 3)) is None
     assert chosen.teacher(("structure", 3)) is None
     assert points(1000) == 5 and points(1001) == 6
+
+
+def test_points_of_the_same_ruler_are_kept_and_damaged_ones_measured_again(tmp_path):
+    ruler, path = SimpleNamespace(images=3, extractor=SimpleNamespace(sha256="e")), tmp_path / "measured.json"
+    assert measured_before(path, ruler) == {}
+    sound = {"sha256": "w", "images": 3, "extractor_sha256": "e", "distance": 1.0}
+    path.write_text(json.dumps([sound, sound | {"sha256": "v", "images": 4}]))
+    assert measured_before(path, ruler) == {"w": sound}
+    for content in (
+        "",
+        "[{",
+        "3",
+        "[3]",
+        "null",
+        '{"a": 1}',
+        "[" * 100_000,
+        '[{"images": 3, "extractor_sha256": "e"}]',
+    ):
+        path.write_text(content)
+        assert measured_before(path, ruler) == {}
 
 
 def test_a_runs_settings_do_not_depend_on_what_it_is_compared_with():

@@ -79,9 +79,11 @@ def quickstart(
 
 def _seconds_before(out: Path, summary: dict[str, Any]) -> float:
     """What earlier visits to the same comparison have taken."""
-    path = out / "table.json"
-    before = json.loads(path.read_text()) if path.exists() else {}
-    return before.get("seconds", 0.0) if before.get("table") == summary["table"] else 0.0
+    try:
+        before = json.loads((out / "table.json").read_text())
+        return float(before["seconds"]) if before["table"] == summary["table"] else 0.0
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):  # the first visit, or a damaged table
+        return 0.0
 
 
 def summarise(chosen: Comparison, results: Results) -> dict[str, Any]:

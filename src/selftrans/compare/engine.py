@@ -240,8 +240,7 @@ def measure_run(run: Path, ruler: Ruler, tell: Tell, cost: int) -> list[dict[str
     """Every checkpoint of a run's last stage measured, oldest first; what was measured before is read, not repeated."""
     stage = json.loads((run / "run.json").read_text())["stages"][-1]["stage"]
     path = run / "measured.json"
-    before = json.loads(path.read_text()) if path.exists() else []
-    known = {entry["sha256"]: entry for entry in before if _same_measure(entry, ruler)}
+    known = measured_before(path, ruler)
     entries = []
     held = checkpoint.steps(run / stage / "checkpoints")
     due = [folder for step, folder in held if step % interval(held[-1][0]) == 0 or step == held[-1][0]]
@@ -253,8 +252,13 @@ def measure_run(run: Path, ruler: Ruler, tell: Tell, cost: int) -> list[dict[str
     return entries
 
 
-def _same_measure(entry: dict[str, Any], ruler: Ruler) -> bool:
-    return (entry["images"], entry["extractor_sha256"]) == (ruler.images, ruler.extractor.sha256)
+def measured_before(path: Path, ruler: Ruler) -> dict[str, dict[str, Any]]:
+    """Points measured with the same ruler, by the hash of their weights; none where the file is missing or damaged."""
+    same = {"images": ruler.images, "extractor_sha256": ruler.extractor.sha256}
+    try:
+        return {entry["sha256"]: entry for entry in json.loads(path.read_text()) if same.items() <= entry.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return {}
 
 
 def measure_checkpoint(folder: Path, ruler: Ruler) -> dict[str, Any]:
