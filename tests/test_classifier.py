@@ -322,3 +322,6 @@ def test_inception_without_the_package_says_what_to_install(monkeypatch, error: 
     with pytest.raises(ValueError, match=r"pip install 'selftrans\[eval\]'.*--features") as caught:
         load_extractor("inception")
     assert "\n" not in str(caught.value)
+    assert ("with torchvision from the index that torch came from" in str(caught.value)) == isinstance(
+        error, RuntimeError
+    )

@@ -85,6 +85,18 @@ def test_options_of_a_run_are_said_to_be_ignored_for_pictures(judge: Path, tmp_p
         scores.evaluate_samples(pictures, pictures, str(judge), settings={"steps": 3})
 
 
+def test_our_own_npz_is_measured_with_what_lies_beside_it(judge: Path, tmp_path: Path) -> None:
+    made = tmp_path / "made"
+    assert main(["sample", str(toy.finished()), "--out", str(made), "--num", "12", "--steps", "2"]) == 0
+    whole, npz = (scores.evaluate_samples(path, "digits", str(judge)) for path in (made, made / "samples.npz"))
+    assert npz["made"]["sampler"] == "heun" and npz | {"samples": 0} == whole | {"samples": 0}
+
+
+def test_a_checkpoint_of_others_is_sent_to_import(judge: Path, tmp_path: Path, capsys) -> None:
+    assert main(["evaluate", str(tmp_path / "SiT.pt"), "--reference", "digits", "--features", str(judge)]) == 1
+    assert "SiT.pt is a checkpoint of another code; make a run of it with `selftrans import`" in capsys.readouterr().err
+
+
 # ---- references
 
 
@@ -148,6 +160,9 @@ def test_adms_reference_batch_gives_distance_from_its_statistics_and_precision_f
     np.savez(tmp_path / "batch.npz", arr_0=pictures, mu=everything.mean, sigma=everything.cov)
     found = scores.reference_of(tmp_path / "batch.npz", one)
     assert np.array_equal(found.mean, everything.mean) and found.features.shape == (40, one.dim)
+    assert found.count is None, "how many pictures mu and sigma are of, nobody has written down"
+    found.save(tmp_path / "again.npz")
+    assert np.array_equal(Statistics.load(tmp_path / "again.npz").features, found.features)
     assert np.array_equal(found.features, Statistics.of(pictures, one).features)
     made = folder(tmp_path / "made")
     report = scores.evaluate_samples(made, tmp_path / "batch.npz", str(judge))
@@ -156,6 +171,7 @@ def test_adms_reference_batch_gives_distance_from_its_statistics_and_precision_f
     )
     assert report["frechet_distance"] == pytest.approx(expected, rel=1e-9)
     assert 0 <= report["recall"] <= 1 and "does not say which extractor" in report["note"]
+    assert report["reference_images"] is None and "of the 40 pictures beside its statistics" in report["note"]
 
 
 def test_spatial_statistics_give_a_distance_of_their_own(tmp_path: Path) -> None:

@@ -33,6 +33,7 @@ from selftrans.measure import shard_images
 from selftrans.train.restore import Weights
 
 WANTED = "give a folder, zip or npz of pictures, prepared data, or statistics"
+FOREIGN = (".pt", ".pth", ".ckpt")  #: checkpoints that only `selftrans import` reads
 #: settings of samples that a report always names, known or not
 SETTINGS = (
     "sampler",
@@ -96,6 +97,10 @@ def open_samples(
 ) -> Samples:
     """Pictures as they lie there, or as a run makes them."""
     path = Path(samples)
+    if path.suffix in FOREIGN:
+        raise ValueError(f"{path} is a checkpoint of another code; make a run of it with `selftrans import`")
+    if path.name == "samples.npz" and (path.parent / "samples.json").exists():
+        path = path.parent  # ours: what it was made with lies beside it
     if is_model(path):
         made = sampling(path, settings, weights=weights, stage=stage)
         labels: list[int] | None = [] if made.described["num_classes"] > 1 else None
@@ -164,8 +169,7 @@ def reference_of(reference: str | Path, extractor: Extractor) -> Statistics:
         statistics = Statistics.load(path)
         if statistics.features is not None or not names & {"arr_0"} or statistics.dim != extractor.dim:
             return statistics
-        pictures = _cached(path, extractor)
-        return dataclasses.replace(statistics, features=pictures.features, count=pictures.count)
+        return dataclasses.replace(statistics, features=_cached(path, extractor).features)  # of fewer than mu and sigma
     return _cached(path, extractor)
 
 

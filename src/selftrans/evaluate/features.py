@@ -105,9 +105,11 @@ def _size(shape: tuple[int, ...]) -> str:
 def _inception_class() -> Callable[..., torch.nn.Module]:
     try:
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
-    except (ImportError, RuntimeError) as error:  # torchvision fails with RuntimeError beside another build of torch
+    except (ImportError, RuntimeError) as error:
+        other = isinstance(error, RuntimeError)  # so torchvision fails beside another build of torch
+        build = ", with torchvision from the index that torch came from (download.pytorch.org/whl/...)" if other else ""
         raise ValueError(
-            f"inception features need torch-fidelity ({error}): pip install 'selftrans[eval]', and give the weights "
+            f"inception features need torch-fidelity ({error}): pip install 'selftrans[eval]'{build}, and give the weights "
             f"with --features path/to/{INCEPTION_FILE} where they cannot be downloaded from {INCEPTION_URL}"
         ) from None
     return FeatureExtractorInceptionV3

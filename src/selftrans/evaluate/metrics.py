@@ -258,6 +258,10 @@ def evaluate(
     inception = report["metric"] == "fid"
     given = Measured(measured, reference, np.concatenate(logits), labels, inception, neighbours, subsets, subset_size)
     notes = [] if reference.sha256 else ["the reference does not say which extractor made it"]
+    if reference.features is not None and len(reference.features) != reference.count:
+        notes.append(
+            f"neighbours and kernel distance are of the {len(reference.features)} pictures beside its statistics"
+        )
     for name in chosen:
         outcome = METRICS[name](given)
         if isinstance(outcome, str):

@@ -133,7 +133,7 @@ class Statistics:
         text = {name: str(arrays[name]) for name in ("extractor", "sha256", "source") if name in arrays}
         count = int(arrays["count"]) if "count" in arrays else None
         features = arrays.get("features")
-        if features is not None and features.shape != (count, len(mean)):
+        if features is not None and features.shape != (len(features) if count is None else count, len(mean)):
             raise ValueError(
                 f"{path} holds features {features.shape} of {count} images of {len(mean)}; compute it again"
             )
