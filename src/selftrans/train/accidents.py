@@ -14,7 +14,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from selftrans.train.shard import whole
+from selftrans.train.shard import anywhere, local
 
 GROWTH = 10.0  #: a feature norm that has grown by this factor is warned about
 LISTED = 100  #: skipped steps of one log line that are listed with their rows
@@ -103,7 +103,9 @@ class Accidents:
 
 def check_weights(parameters: list[Tensor], where: str) -> None:
     """FloatingPointError unless all weights are finite: a checkpoint of others would push out a good one."""
-    largest = torch._foreach_norm([p.detach() for p in parameters], ord=float("inf"))
-    norms = torch.stack([whole(norm).float() for norm in largest])
-    if not bool(torch.isfinite(norms.sum(dim=0))):
+    parts = [
+        part for p in parameters if (part := local(p.detach())).numel()
+    ]  # of a short one, some processes hold none
+    norms = torch.stack([norm.float() for norm in torch._foreach_norm(parts, ord=float("inf"))])
+    if bool(anywhere(~torch.isfinite(norms.sum(dim=0)), parameters)):
         raise FloatingPointError(f"the weights are no longer finite at {where}")

@@ -7,10 +7,12 @@ there. Checkpoints hold whole tensors: who reads or wrote them, and with how man
 from __future__ import annotations
 
 import contextlib
+import gc
 from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -33,6 +35,15 @@ def split(*models: nn.Module, device: torch.device, processes: int) -> None:
         fully_shard(model, mesh=mesh)
 
 
+def release(model: nn.Module) -> None:
+    """Let modules that have left a split model leave the memory as well: torch keeps a list of all that it has split."""
+    if isinstance(model, FSDPModule):
+        staying = [part._get_fsdp_state() for part in model.modules() if isinstance(part, FSDPModule)]
+        states = model._get_fsdp_state()._state_ctx.all_states
+        states[:] = [state for state in states if state in staying]
+        gc.collect()  # they refer to each other
+
+
 def local(tensor: Tensor) -> Tensor:
     """The part of a tensor that this process holds; a tensor that is not split is its own."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
@@ -41,6 +52,15 @@ def local(tensor: Tensor) -> Tensor:
 def whole(tensor: Tensor) -> Tensor:
     """The tensor put together again. Every process must call it, in the same order."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def anywhere(flag: Tensor, tensors: list[Tensor]) -> Tensor:
+    """Whether a 0-d boolean is true in any of the processes that hold a part of the tensors. Every process must call it."""
+    if not any(isinstance(tensor, DTensor) for tensor in tensors):
+        return flag
+    count = flag.float()
+    dist.all_reduce(count)
+    return count > 0
 
 
 def alike(tensor: Tensor, like: Tensor) -> Tensor:

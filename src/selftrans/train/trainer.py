@@ -37,7 +37,7 @@ from selftrans.train.optim import (
 )
 from selftrans.train.preview import Preview
 from selftrans.train.restore import IMPORTED, check_data, check_teacher, header
-from selftrans.train.shard import everything, exchange, gathered, load, split, whole
+from selftrans.train.shard import everything, exchange, gathered, load, release, split, whole
 from selftrans.train.stop import Stop
 from selftrans.train.stream import Loaded, Stream, seed_step, to_batch
 
@@ -166,6 +166,7 @@ class Trainer:
         self.stream.features = any(getattr(g, "reads_features", False) for g in self.objective.guidances)
         if ended:
             forget(getattr(self.optimizer, "optimizer", self.optimizer), self.objective)
+            release(self.objective)
             if not len(self.objective.guidances):
                 self.teacher = None
         return ended
