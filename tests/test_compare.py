@@ -14,7 +14,7 @@ import pytest
 from toy import quick  # noqa: F401 - quick is a fixture
 
 from selftrans.cli import main
-from selftrans.compare.command import base, compare_methods, only
+from selftrans.compare.command import base, compare_methods, only, together
 from selftrans.compare.engine import Comparison, interval, measured_before, points
 from selftrans.compare.table import as_csv, curve, first_below, mean_curve, rows
 from selftrans.methods.repa import Repa
@@ -121,6 +121,8 @@ def test_a_runs_settings_do_not_depend_on_what_it_is_compared_with():
     assert only(config, "repa").repa.encoder == "some/encoder" and only(config, "repa").sra == recipe("digits").sra
     assert only(config, "sra") == dataclasses.replace(recipe("digits"), method="sra", sra=SRA(span=0.1))
     assert only(config, "vanilla") == dataclasses.replace(recipe("digits"), method="vanilla")
+    every = {name: only(config, name) for name in ("vanilla", "sra", "repa")}
+    assert together(every) == dataclasses.replace(config, method="vanilla"), "what compare.json says of all of them"
 
 
 class Tags(HTMLParser):
@@ -154,14 +156,17 @@ def test_compare_as_a_person_uses_it(tmp_path: Path, capfd: pytest.CaptureFixtur
         "8",
         "--stage2.until-step",
         "7",
+        "--layersync.until-step",
+        "6",
         "--sample.steps",
         "2",
     ]
     command = ["compare", "digits", "--out", str(out), "--steps", "10", "--images", "24", "--workers", "1", *overrides]
     methods = ["vanilla", "structure", "self_transcendence", "layersync"]
     assert main([*command, "--methods", *methods, "--seeds", "0", "1"]) == 0
-    said = capfd.readouterr().out
-    assert all(name in said for name in methods) and "±" in said and "compare.html" in said
+    said = capfd.readouterr()
+    assert all(name in said.out for name in [*methods, "±", "compare.html"])
+    assert "selftrans: warning: 24 images for 64 dimensions" in said.err and "UserWarning" not in said.err
     summary = json.loads((out / "compare.json").read_text())
     assert [row["method"] for row in summary["table"]] == methods
     assert summary["config"]["model"]["width"] == 16 and summary["seeds"] == [0, 1] and summary["images"] == 24
@@ -173,6 +178,8 @@ def test_compare_as_a_person_uses_it(tmp_path: Path, capfd: pytest.CaptureFixtur
     assert taught["total_tflops"] == pytest.approx(taught["student_tflops"] + alone["total_tflops"])
     lasts = [summary["curves"]["tflops"][name][0][-1] for name in methods]
     assert lasts[2] == pytest.approx(taught["total_tflops"]) and lasts[0] < lasts[3] + 1e-9 < lasts[2]
+    assert summary["config"]["layersync"]["until_step"] == 6 and summary["autoencoder"] == "pixel"
+    assert ", until_step 6" in (out / "compare.html").read_text()
     page = Tags((out / "compare.html").read_text())
     assert page.open == [] and page.pictures == 1 + len(methods)
     assert (out / "compare.png").read_bytes().startswith(b"\x89PNG") and (out / "compare.csv").exists()

@@ -199,12 +199,14 @@ def comparison_page(summary: dict[str, Any], figure: Figure, grids: Mapping[str,
     samples = "".join(_figure(name, image_grid(images, columns=8, upscale=3), name) for name, images in grids.items())
     settings = {
         "recipe": config["recipe"],
-        "model": ", ".join(f"{key} {value}" for key, value in config["model"].items() if value is not None),
+        "model": _settings(config["model"]),
         "student steps, batch, learning rate": "{steps:,}, {batch_size}, {lr:g}".format(**config["train"]),
+        "autoencoder": summary["autoencoder"],
         "teacher": f"stage 1 for {config['stage1']['steps']:,} steps",
+        **{name: _settings(config[name]) for name in ("stage1", "stage2", *names) if name in config},
         "seeds": ", ".join(map(str, summary["seeds"])),
         "distance": f"{summary['metric']}, {summary['images']:,} samples of the averaged weights, to the training data",
-        "sampler": ", ".join(f"{key} {value}" for key, value in sampler.items() if value is not None),
+        "sampler": _settings(sampler),
         "extractor": f"{summary['features']}, sha256 {summary['extractor_sha256']}",
     }
     lines = "".join(
@@ -227,6 +229,11 @@ def comparison_page(summary: dict[str, Any], figure: Figure, grids: Mapping[str,
 <p class="note">The same numbers are in <code>compare.json</code> and <code>compare.csv</code> beside this page.</p>
 </body></html>
 """
+
+
+def _settings(section: Mapping[str, Any]) -> str:
+    """`block 2, weight 0.5`: what is set."""
+    return ", ".join(f"{key} {value}" for key, value in section.items() if value is not None)
 
 
 def _table(table: list[dict[str, Any]], names: Mapping[str, str]) -> str:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +70,12 @@ def only(config: RunConfig, method: str) -> RunConfig:
     return dataclasses.replace(config, method=method, **others)
 
 
+def together(variants: Mapping[str, RunConfig]) -> RunConfig:
+    """The inverse of `only`: the first variant's configuration, with the settings of every neighbour among them."""
+    own = {name: getattr(config, name) for name, config in variants.items() if name in NEIGHBOURS}
+    return dataclasses.replace(next(iter(variants.values())), **own)
+
+
 def _check(methods: Sequence[str], seeds: Sequence[int], images: int) -> None:
     if not methods or len(set(methods)) < len(methods):
         raise ValueError("give one method at least, and each of them once")
@@ -120,6 +126,7 @@ def on(config: RunConfig, data: str | None, steps: int | None) -> RunConfig:
 def summarise(chosen: Comparison, results: Results) -> dict[str, Any]:
     """What compare.json holds: the table, the curves over both axes, and everything the numbers depend on."""
     point, names = next(iter(results.values()))[1][-1], tuple(chosen.variants)
+    config = together(chosen.variants)
     return {
         "table": rows(results, names),
         "curves": {axis: {name: mean_curve(results, name, axis) for name in names} for axis in AXES},
@@ -128,7 +135,8 @@ def summarise(chosen: Comparison, results: Results) -> dict[str, Any]:
         "images": chosen.images,
         "labels": point["sampler"].get("labels", "balanced"),
         "seeds": list(chosen.seeds),
-        "config": json.loads(to_json(chosen.shared)),
+        "autoencoder": config.data.autoencoder or Shards.open(str(config.data.path)).manifest.autoencoder,
+        "config": json.loads(to_json(config)),
     }
 
 

@@ -11,6 +11,7 @@ import json
 import multiprocessing
 import os
 import threading
+import warnings
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass
@@ -182,7 +183,7 @@ def _in_workers(comparison: Comparison, workers: int, threads: int, bar: Any) ->
     context = multiprocessing.get_context("spawn")
     done: Results = {}
     told = context.SimpleQueue()
-    with ProcessPoolExecutor(workers, context, _begin, (comparison, threads, told)) as pool:
+    with ProcessPoolExecutor(workers, context, _begin, (comparison, threads, told, warnings.showwarning)) as pool:
         waiting, running = _teachers_first(comparison), dict[Future[Result], Job]()
         try:
             while waiting or running:
@@ -200,8 +201,9 @@ def _in_workers(comparison: Comparison, workers: int, threads: int, bar: Any) ->
     return done
 
 
-def _begin(comparison: Comparison, threads: int, told: Any) -> None:
-    """In a new worker: what its jobs share."""
+def _begin(comparison: Comparison, threads: int, told: Any, show: Any) -> None:
+    """In a new worker: what its jobs share, and how its parent shows warnings."""
+    warnings.showwarning = show
     threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(threads)
     _worker.update(comparison=comparison, ruler=Ruler.of(comparison), tell=told.put)
