@@ -13,11 +13,12 @@ def cifar10() -> RunConfig:
     Command: `selftrans prepare CIFAR10.zip --out data/cifar10`, then
     `selftrans train cifar10 --data data/cifar10 --out runs/cifar10`. Cost: 50k student steps and 25k of stage 1 at batch
     256, a matter of hours on one GPU. No published figure exists for pixel space; compare with `--method vanilla`.
+    w is 5, not the published 30, which harms on small data (docs/results.md).
     """
     return RunConfig(
         recipe="cifar10",
         model=Model(name="SiT-S/2"),
-        stage2=Stage2(until_step=25_000),
+        stage2=Stage2(scale=5.0, until_step=25_000),
         train=Train(steps=50_000, batch_size=256, lr=2e-4, ema=0.9995),
         sample=SampleConfig(sampler="heun", steps=50),
     )

@@ -11,13 +11,14 @@ def imagefolder() -> RunConfig:
     """Any data that `selftrans prepare` has written: latent shape and classes come from its manifest.
 
     Command: `selftrans train imagefolder --data DIR --out RUN`. Cost: 100k student steps and 50k of stage 1, batch 256,
-    SiT-B/2. Published settings otherwise; choose another size with `--model.name SiT-S/2`. No result is known beforehand:
-    compare with `--method vanilla` at the same steps.
+    SiT-B/2. Published settings otherwise, but for w: 5, because the published 30 harms on small data (docs/results.md).
+    Choose another size with `--model.name SiT-S/2`. No result is known beforehand: compare with `--method vanilla` at the
+    same steps.
     """
     return RunConfig(
         recipe="imagefolder",
         model=Model(name="SiT-B/2"),
-        stage2=Stage2(until_step=50_000),
+        stage2=Stage2(scale=5.0, until_step=50_000),
         train=Train(steps=100_000, batch_size=256),
         sample=SampleConfig(sampler="heun", steps=50),
     )
