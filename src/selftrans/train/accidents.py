@@ -103,9 +103,8 @@ class Accidents:
 
 def check_weights(parameters: list[Tensor], where: str) -> None:
     """FloatingPointError unless all weights are finite: a checkpoint of others would push out a good one."""
-    parts = [
-        part for p in parameters if (part := local(p.detach())).numel()
-    ]  # of a short one, some processes hold none
+    # of what is split and has few rows, some processes hold none
+    parts = [part for p in parameters if (part := local(p.detach())).numel()]
     norms = torch.stack([norm.float() for norm in torch._foreach_norm(parts, ord=float("inf"))])
     if bool(anywhere(~torch.isfinite(norms.sum(dim=0)), parameters)):
         raise FloatingPointError(f"the weights are no longer finite at {where}")

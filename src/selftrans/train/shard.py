@@ -73,7 +73,7 @@ def exchange(wrapped: Any, accelerator: Accelerator, last: bool) -> contextlib.A
     """Around a micro-batch: gradients are exchanged after the last one alone."""
     if isinstance(wrapped, FSDPModule):
         wrapped.set_requires_gradient_sync(last)
-        return accelerator.autocast()
+        last = True
     return contextlib.nullcontext() if last else accelerator.no_sync(wrapped)
 
 
@@ -88,7 +88,10 @@ def gathered(model: nn.Module, build: Callable[[], nn.Module]) -> nn.Module:
 
 
 def everything(objective: nn.Module, average: nn.Module, optimizer: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """All tensors of a checkpoint by file, whole. Every process must call it."""
+    """All tensors of a checkpoint by file, whole, for the first process to write. Every process must call it.
+
+    What was split is put together one tensor at a time, and kept in the first process alone, in its host's memory.
+    """
     state = objective.state_dict()
     held = {
         "student": {k.removeprefix("student."): v for k, v in state.items() if k.startswith("student.")},
@@ -96,7 +99,14 @@ def everything(objective: nn.Module, average: nn.Module, optimizer: dict[str, Te
         "heads": {k: v for k, v in state.items() if not k.startswith("student.")},
         "optimizer": optimizer,
     }
-    return {file: {name: whole(tensor) for name, tensor in named.items()} for file, named in held.items()}
+    return {file: {name: _kept(tensor) for name, tensor in named.items()} for file, named in held.items()}
+
+
+def _kept(tensor: Tensor) -> Tensor:
+    if not isinstance(tensor, DTensor):
+        return tensor
+    together = whole(tensor.detach())
+    return together.cpu() if dist.get_rank() == 0 else together.new_empty(0)
 
 
 def load(model: nn.Module, state: dict[str, Tensor]) -> None:

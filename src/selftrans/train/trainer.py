@@ -248,15 +248,11 @@ class Trainer:
 
     def _wrap(self) -> None:
         """(Re)wrap the objective for this process group; also after its parameters have changed."""
-        if self.sharded:
-            self.wrapped = self.objective
-            if not hasattr(self.optimizer, "optimizer"):
-                self.optimizer = self.accelerator.prepare_optimizer(self.optimizer)
-            return
         self.accelerator._models.clear()
         self.objective = self.accelerator.unwrap_model(self.objective, keep_fp32_wrapper=False)
         self.objective.__dict__.pop("_is_accelerate_prepared", None)  # or it would stay without autocast from here on
-        self.wrapped = self.accelerator.prepare_model(self.objective)
+        # what is split gets autocast alone: that is all that "evaluation" means here
+        self.wrapped = self.accelerator.prepare_model(self.objective, evaluation_mode=self.sharded)
         if not hasattr(self.optimizer, "optimizer"):
             self.optimizer = self.accelerator.prepare_optimizer(self.optimizer)
 
