@@ -32,6 +32,12 @@ def write_beside(path: Path, write: Callable[[BinaryIO], object]) -> None:
         raise ValueError(f"{path} cannot be written ({error.strerror}); make room or choose another folder") from error
 
 
+def line(error: object) -> str:
+    """The beginning of what an error says of a stranger's file, in one line that any terminal takes."""
+    text = " ".join((str(error) or type(error).__name__).split())[:160]
+    return text if text.isprintable() else ascii(text)[1:-1]
+
+
 def no_link(path: str, flags: int) -> int:
     """For `open(..., opener=no_link)`: OSError where `path` is a symbolic link."""
     return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)

@@ -36,6 +36,7 @@ from selftrans.data.source import Source
 from selftrans.evaluate.classifier import SmallClassifier
 from selftrans.evaluate.statistics import Statistics
 from selftrans.published.read import read as read_published
+from selftrans.published.run import import_run
 from selftrans.recipes import recipe
 from selftrans.scores import _names, _sampled
 from selftrans.train import checkpoint
@@ -52,6 +53,8 @@ class Parser(NamedTuple):
     examples: Callable[[], list[bytes]]
     runs: int  #: inputs tried in the slow suite, guided by coverage
     around: Callable[[Path], object] = lambda folder: None  #: puts other files in the folder, once
+    #: an input into the file: puts right the lengths and checksums that would turn away every change inside
+    wrap: Callable[[bytes], bytes] = bytes
 
 
 # ---- the files that are needed around, and sound examples
@@ -119,6 +122,12 @@ def unfinished(folder: Path) -> None:
 def npz(**arrays: Any) -> bytes:
     buffer = io.BytesIO()
     np.savez(buffer, **arrays)
+    return buffer.getvalue()
+
+
+def npy(array: Any) -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, array)
     return buffer.getvalue()
 
 
@@ -191,12 +200,75 @@ def saved(content: Any) -> bytes:
     return buffer.getvalue()
 
 
+@functools.cache
 def torch_files() -> list[bytes]:
     whole = {"model": published(), "ema": published(), "opt": {"state": {}, "param_groups": []}, "steps": 3}
     return [saved(published()), saved(whole | {"args": argparse.Namespace(model="SiT-XL/2", path_type="linear")})]
 
 
+@functools.cache
+def models(depth: int) -> dict[str, torch.Tensor]:
+    from strangers import state
+
+    sizes = {"width": 4, "depth": depth, "heads": 1, "patch": 4, "channels": 1, "side": 8, "classes": 2}
+    return {name: tensor.half() for name, tensor in state(**sizes, projectors="stage1").items()}
+
+
+@functools.cache
+def torch_models() -> list[bytes]:
+    from strangers import options
+
+    said = {"opt": {"state": {}, "param_groups": []}, "args": options("repa", encoder_depth=1), "steps": 3}
+    return [saved({"ema": models(1)} | said)]
+
+
+# ---- the insides of a file, and the file around them
+
+
+def header(file: bytes) -> bytes:
+    """The json of a safetensors file."""
+    return file[8 : 8 + int.from_bytes(file[:8], "little")]
+
+
+def with_header(file: bytes) -> Callable[[bytes], bytes]:
+    """A safetensors file with another header before the same numbers."""
+    numbers = file[8 + len(header(file)) :]
+    return lambda data: len(data).to_bytes(8, "little") + data + numbers
+
+
+def pickled(file: bytes) -> bytes:
+    """The pickle in a file of torch.save."""
+    with zipfile.ZipFile(io.BytesIO(file)) as archive:
+        return archive.read(next(name for name in archive.namelist() if name.endswith("/data.pkl")))
+
+
+def with_pickle(file: bytes) -> Callable[[bytes], bytes]:
+    """A file of torch.save with another pickle beside the same numbers."""
+    with zipfile.ZipFile(io.BytesIO(file)) as archive:
+        records = {name: archive.read(name) for name in archive.namelist()}
+    return lambda data: packed({name: data if name.endswith("/data.pkl") else x for name, x in records.items()})
+
+
+def sealed(data: bytes) -> bytes:
+    """A state.json whose own hash is right, whatever it says."""
+    try:
+        state = json.loads(data)
+        state["sha256"].pop("state.json", None)
+        state["sha256"]["state.json"] = checkpoint._seal(state)
+        return json.dumps(state).encode()
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return data
+
+
 # ---- the parsers, as the commands call them
+
+
+def imported(path: Path) -> None:
+    """All of `selftrans import`, what it has written taken away."""
+    try:
+        import_run(path, path.parent / "run", heads=1, say=lambda line: None)
+    finally:
+        shutil.rmtree(path.parent / "run", ignore_errors=True)
 
 
 def picture(path: Path) -> None:
@@ -277,11 +349,26 @@ PARSERS: dict[str, Parser] = {
         "state.json",
         lambda path: checkpoint.read(path.parent),
         lambda: [run_files()["state.json"]],
-        14_000,
+        6_000,
         put(run_files, but="state.json"),
     ),
+    "sealed_state": Parser(
+        "state.json",
+        lambda path: checkpoint.read(path.parent),
+        lambda: [run_files()["state.json"]],
+        12_000,
+        put(run_files, but="state.json"),
+        sealed,
+    ),
     "header": Parser("ema.safetensors", checkpoint.read_header, lambda: [run_files()["ema.safetensors"]], 14_000),
-    "weights": Parser("ema.safetensors", restore, lambda: [run_files()["ema.safetensors"]], 3_000),
+    "weights": Parser("ema.safetensors", restore, lambda: [run_files()["ema.safetensors"]], 2_000),
+    "weights_header": Parser(
+        "ema.safetensors",
+        restore,
+        lambda: [header(run_files()["ema.safetensors"])],
+        4_000,
+        wrap=lambda data: with_header(run_files()["ema.safetensors"])(data),
+    ),
     "classifier": Parser("c.safetensors", SmallClassifier.load, lambda: [classifier()], 5_000),
     "samples": Parser(
         "samples.json",
@@ -299,10 +386,20 @@ PARSERS: dict[str, Parser] = {
         "x.npz",
         npz_pictures,
         lambda: [npz(arr_0=images(), arr_1=np.arange(3)), packed({"arr_0.npy": npy(images())}, zipfile.ZIP_DEFLATED)],
-        8_000,
+        5_000,
+    ),
+    "npz_member": Parser(
+        "x.npz", npz_pictures, lambda: [npy(images())], 8_000, wrap=lambda data: packed({"arr_0.npy": data})
     ),
     "statistics": Parser(
-        "s.npz", Statistics.load, lambda: [npz(**statistics()), npz(mu=np.zeros(3), sigma=np.eye(3))], 6_000
+        "s.npz", Statistics.load, lambda: [npz(**statistics()), npz(mu=np.zeros(3), sigma=np.eye(3))], 4_000
+    ),
+    "statistics_member": Parser(
+        "s.npz",
+        Statistics.load,
+        lambda: [npy(np.zeros(3)), npy(np.zeros(3, np.float32))],
+        6_000,
+        wrap=lambda data: packed({"mu.npy": data, "sigma.npy": npy(np.eye(3)), "source.npy": npy(np.str_("x"))}),
     ),
     "reference": Parser("r.npz", _names, lambda: [npz(**statistics()), npz(arr_0=images())], 5_000),
     "picture": Parser(
@@ -322,23 +419,39 @@ PARSERS: dict[str, Parser] = {
     ),
     "parquet": Parser("x.parquet", table, parquet, 400),
     "features": Parser("features.json", Features.load, stored_features, 12_000),
-    "torch": Parser("x.pt", read_published, torch_files, 5_000),
+    "torch": Parser("x.pt", read_published, torch_files, 4_000),
+    "torch_pickle": Parser(
+        "x.pt",
+        read_published,
+        lambda: [pickled(torch_files()[1])],
+        8_000,
+        wrap=lambda data: with_pickle(torch_files()[1])(data),
+    ),
     "safetensors": Parser(
         "x.safetensors",
         read_published,
         lambda: [save(published()), save({f"ema.{name}": tensor for name, tensor in published().items()})],
         10_000,
     ),
+    "import": Parser("x.safetensors", imported, lambda: [save(models(2))], 1_000),
+    "import_header": Parser(
+        "x.safetensors",
+        imported,
+        lambda: [header(save(models(2)))],
+        2_000,
+        wrap=lambda data: with_header(save(models(2)))(data),
+    ),
+    "import_pickle": Parser(
+        "x.pt",
+        imported,
+        lambda: [pickled(torch_models()[0])],
+        2_000,
+        wrap=lambda data: with_pickle(torch_models()[0])(data),
+    ),
     "log": Parser(
         "log.jsonl", journal, lambda: [b'{"step": 2}\n{"step": 4}\n{"step": 6, "loss": 0.5}\n{"step": 8'], 8_000
     ),
 }
-
-
-def npy(array: np.ndarray) -> bytes:
-    buffer = io.BytesIO()
-    np.save(buffer, array)
-    return buffer.getvalue()
 
 
 # ---- one input
@@ -350,7 +463,7 @@ def room(name: str) -> Iterator[Path]:
     with temporary() as folder:
         PARSERS[name].around(folder)
         for data in PARSERS[name].examples():  # what is imported at first use is imported now
-            (folder / PARSERS[name].file).write_bytes(data)
+            (folder / PARSERS[name].file).write_bytes(PARSERS[name].wrap(data))
             PARSERS[name].parse(folder / PARSERS[name].file)
         before = sorted(os.listdir(folder))
         yield folder
@@ -361,7 +474,7 @@ def attempt(name: str, folder: Path, data: bytes) -> bool:
     """Parse `data`; whether it was found sound. AssertionError where the parser breaks its promise."""
     parser = PARSERS[name]
     path = folder / parser.file
-    path.write_bytes(data)
+    path.write_bytes(parser.wrap(data))
     try:
         with warnings.catch_warnings(), watched(folder):
             warnings.simplefilter("ignore")

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from selftrans.files import write_beside
+from selftrans.files import line, write_beside
 
 FORMAT = "selftrans.classifier/1"
 LAYERS = ("resolution", "channels", "num_classes", "width", "dim")  #: the constructor's arguments, as in the header
@@ -92,7 +92,7 @@ class SmallClassifier(nn.Module):
             training = Training(**record) if record else None
         except (KeyError, TypeError, ValueError, RecursionError) as error:
             raise ValueError(
-                f"the header of classifier {path} is damaged ({error!s:.200}); train the classifier again"
+                f"the header of classifier {path} is damaged ({line(error)}); train the classifier again"
             ) from None
         try:
             with torch.device("meta"):  # sizes are compared before anything of a stranger's size is allocated
@@ -103,11 +103,13 @@ class SmallClassifier(nn.Module):
         found = {name: (tuple(t.shape), t.dtype) for name, t in tensors.items()}
         wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
         if wrong:
-            raise ValueError(f"classifier {path} does not fit its own header at {', '.join(wrong)}; train it again")
+            raise ValueError(
+                f"classifier {path} does not fit its own header at {line(', '.join(wrong))}; train it again"
+            )
         broken = sorted(name for name, tensor in tensors.items() if not torch.isfinite(tensor).all())
         if broken:
             raise ValueError(
-                f"classifier {path} holds values that are not finite in {', '.join(broken)}; train it again"
+                f"classifier {path} holds values that are not finite in {line(', '.join(broken))}; train it again"
             )
         model.load_state_dict(tensors, assign=True)
         model.training_record = training
@@ -138,10 +140,12 @@ def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
             header = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is not a readable safetensors file ({error}); train the classifier again") from None
+        raise ValueError(
+            f"{path} is not a readable safetensors file ({line(error)}); train the classifier again"
+        ) from None
     if header.get("format") != FORMAT:
         found = header.get("format", "no format")
-        raise ValueError(f"{path} is not a classifier of this package ({found} in its header, expected {FORMAT})")
+        raise ValueError(f"{path} is not a classifier of this package ({line(found)} in its header, expected {FORMAT})")
     return header, tensors
 
 

@@ -20,9 +20,10 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from selftrans.files import line
 from selftrans.models.layers import sincos_positions, time_rates
 from selftrans.models.sit import SIZES, SiT
-from selftrans.published.read import Found, Named, line, shown
+from selftrans.published.read import Found, Named, shown
 
 Convention = Literal["sit", "repa"]
 

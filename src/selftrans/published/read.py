@@ -18,6 +18,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
+from selftrans.files import line
+
 Named = dict[str, Tensor]
 
 WRAPPERS = {"module", "_orig_mod"}  #: parts of a name that DataParallel and torch.compile put in
@@ -158,11 +160,6 @@ def _modern(name: str, first: int) -> str:
     """REPA's early files call the blocks behind the projectors `decoder_blocks`, and count them anew."""
     old = re.match(r"decoder_blocks\.(\d{1,6})\.", name)
     return f"blocks.{first + int(old[1])}.{name[old.end() :]}" if old else name
-
-
-def line(error: Exception) -> str:
-    """The beginning of an error's text, in one line."""
-    return " ".join((str(error) or type(error).__name__).split())[:160]
 
 
 def shown(name: object) -> str:

@@ -21,6 +21,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from selftrans.files import line
+
 STATE = "state.json"
 KEY = "selftrans"  #: header entry of a weights file: json of stage, step, config, shape, num_classes
 
@@ -176,6 +178,6 @@ def read_header(path: Path) -> dict[str, Any]:
     except (OSError, SafetensorError, KeyError, ValueError, TypeError, RecursionError) as error:
         reason = "no entry 'selftrans' in its header" if isinstance(error, KeyError) else error
         raise ValueError(
-            f"{path} is not a selftrans weights file ({reason}); expected student.safetensors or ema.safetensors of a "
+            f"{path} is not a selftrans weights file ({line(reason)}); expected student.safetensors or ema.safetensors of a "
             "checkpoint, or a run directory"
         ) from error

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from selftrans.config import RunConfig, from_json, to_json
 from selftrans.data.shards import Manifest
+from selftrans.files import line
 from selftrans.models.sit import SiT
 from selftrans.train import checkpoint
 
@@ -111,11 +112,11 @@ def restore(origin: str | Path, *, stage: str | None = None, weights: Weights = 
         autoencoder, names = str(said["autoencoder"]), tuple(map(str, said["classes"]))
     except (KeyError, TypeError, ValueError, ArithmeticError, RuntimeError) as error:
         raise ValueError(
-            f"{path} does not say how to build its model ({error}); was it written by another version?"
+            f"{path} does not say how to build its model ({line(error)}); was it written by another version?"
         ) from error
     if stage is not None and stage != name:
         raise ValueError(
-            f"{path} holds weights of {name}, not of {stage}; give the run directory to choose a stage of it"
+            f"{path} holds weights of {line(name)}, not of {stage}; give the run directory to choose a stage of it"
         )
     model.load_state_dict(load_file(path), strict=True)
     source = {
