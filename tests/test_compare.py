@@ -213,6 +213,21 @@ def test_mistakes_are_said_in_one_line(words, said, tmp_path, monkeypatch, capfd
     assert said in error and error.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("method", "words", "said"),
+    [
+        ("repa", [], "holds no features"),
+        ("layersync", ["--layersync.target-block", "9"], "layersync reads block 9, but the student has blocks 1..3"),
+        ("sra", ["--sra.target-block", "9"], "sra.target_block 9 is outside the student's 1..3"),
+        ("self_transcendence", ["--stage2.teacher-block", "9"], "teacher block 9 is outside the teacher's 1..3"),
+    ],
+)
+def test_what_cannot_work_is_said_before_anything_is_trained(method, words, said, tmp_path, capfd):
+    command = ["compare", "digits", "--out", str(tmp_path / "x"), "--methods", "vanilla", method, "--seeds", "0"]
+    assert main([*command, "--model.width", "16", "--model.depth", "3", *words]) == 1
+    assert said in capfd.readouterr().err and not list((tmp_path / "x").glob("*-seed*"))
+
+
 def test_the_library_refuses_what_the_command_refuses(tmp_path):
     with pytest.raises(ValueError, match="at least two images"):
         compare_methods(recipe("digits"), tmp_path, ["vanilla"], images=1)

@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from selftrans import report
 from selftrans.analyse.plots import save
 from selftrans.compare.engine import Comparison, Results, compare, samples_of
@@ -21,8 +23,10 @@ from selftrans.data.shards import Shards
 from selftrans.evaluate.features import load_extractor
 from selftrans.files import write_json, write_text
 from selftrans.measure import classifier_from_data
-from selftrans.methods import METHODS
+from selftrans.methods import METHODS, stages
+from selftrans.methods.objective import Frozen, Objective
 from selftrans.recipes import recipe
+from selftrans.train.external import external_encoder
 from selftrans.train.stop import lock
 
 NEIGHBOURS = ("repa", "sra", "layersync", "dispersive")  #: methods with a section of their own in the configuration
@@ -50,6 +54,7 @@ def compare_methods(
     with lock(out):
         config, features, weights = base(config, out, features=features)
         variants = {name: only(config, name) for name in methods}
+        rehearse(variants)
         chosen = Comparison(variants, tuple(seeds), out, images, features, weights)
         results = compare(chosen, workers=workers)
         summary = summarise(chosen, results)
@@ -68,6 +73,24 @@ def only(config: RunConfig, method: str) -> RunConfig:
     plain = recipe(config.recipe)
     others = {name: getattr(plain, name) for name in NEIGHBOURS if name != method}
     return dataclasses.replace(config, method=method, **others)
+
+
+def rehearse(variants: Mapping[str, RunConfig]) -> None:
+    """Build each method once, without memory for its weights: what cannot work is said now, not after the others' days."""
+    for config in variants.values():
+        shards = Shards.open(str(config.data.path))
+        for stage in stages(config):
+            if stage.teacher and config.stage2.teacher:
+                continue  # a borrowed teacher has sizes of its own
+            given: Any = None
+            if stage.encoder:
+                given = external_encoder(stage.encoder.name, config, shards, torch.device("cpu"), torch.float32)
+            with torch.device("meta"):
+                student, other = (
+                    config.model.build(shards.manifest.shape, shards.manifest.num_classes) for _ in range(2)
+                )
+                given = Frozen(other, stage.teacher.block(other.depth)) if stage.teacher else given
+                Objective(student, stage.guide(student, given))
 
 
 def together(variants: Mapping[str, RunConfig]) -> RunConfig:
