@@ -46,6 +46,7 @@ PRECISION = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 DTYPE = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
+@together()
 def train(
     config: RunConfig, out: str | Path, *, bar: Callable[..., Any] = progress_bar, quiet: bool = False
 ) -> dict[str, Any]:
@@ -63,7 +64,7 @@ def train(
     main = accelerator.is_main_process
     if accelerator.device.type == "cpu":
         keep_memory()
-    with lock(out) if main else contextlib.nullcontext(), Stop() as stop, together(accelerator):
+    with lock(out) if main else contextlib.nullcontext(), Stop() as stop:
         for draft in (*out.glob(".*.json.*"), *out.glob("*/previews/.step-*.png.*")) if main else ():
             draft.unlink(missing_ok=True)  # of a killed process: while the lock is held, nobody else writes here
         shards = open_data(config, out, accelerator)

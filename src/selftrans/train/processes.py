@@ -8,7 +8,6 @@ import re
 from collections.abc import Iterator
 from datetime import timedelta
 
-from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 
 from selftrans.config import Train
@@ -30,14 +29,15 @@ def patience(config: Train) -> InitProcessGroupKwargs:
 
 
 @contextlib.contextmanager
-def together(accelerator: Accelerator) -> Iterator[None]:
+def together() -> Iterator[None]:
     """Where a process fails because it waits for another in vain: ConnectionError, in one line."""
     try:
         yield
     except RuntimeError as error:
-        if accelerator.num_processes == 1 or not GONE.search(str(error)):
+        rank, world = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
+        if world == 1 or not GONE.search(str(error)):
             raise
         raise ConnectionError(
-            f"process {accelerator.process_index} of {accelerator.num_processes} ends, because another one is gone or did not "
+            f"process {rank} of {world} ends, because another one is gone or did not "
             f"answer in time ({str(error).splitlines()[0][:200]}); the same command continues from the last checkpoint"
         ) from error
