@@ -373,7 +373,7 @@ def test_sampling_analysing_and_exporting_an_imported_run(tmp_path, imported, ca
 
 
 @pytest.mark.parametrize("part", ["run", "stage", "file"])
-def test_an_imported_model_teaches(tmp_path, imported, part):
+def test_an_imported_model_teaches(tmp_path, capsys, imported, part):
     source = {
         "run": imported,
         "stage": imported / "vanilla",
@@ -393,6 +393,7 @@ def test_an_imported_model_teaches(tmp_path, imported, part):
     kept = json.loads((toy.checkpoint(tmp_path / "student", "stage2") / "state.json").read_text())
     assert kept["teacher"]["imported"]["path"].endswith("a.pt")
     report = json.loads((tmp_path / "student/run.json").read_text())
+    assert "but not the teacher's training (unknown), " in capsys.readouterr().out
     assert report["teacher"]["steps"] == 5 and [s["stage"] for s in report["stages"]] == ["stage2"]
 
 

@@ -145,9 +145,13 @@ def _train(argv: list[str]) -> None:
     report = train(config, options["out"])
     if os.environ.get("RANK", "0") != "0":
         return
+    known = (report["teacher"] or {}).get("tflops", 0) is not None  # an imported teacher's training was not counted
+    counted = (
+        "all stages and the teacher's training" if known else "all stages, but not the teacher's training (unknown),"
+    )
     print(
-        f"done: {report['student_steps']} student steps, {report['student_tflops']:.3g} TFLOPs; with all stages and the "
-        f"teacher's training {report['total_tflops']:.3g} TFLOPs, {report['total_seconds']:.0f} s -> {options['out']}"
+        f"done: {report['student_steps']} student steps, {report['student_tflops']:.3g} TFLOPs; with {counted} "
+        f"{report['total_tflops']:.3g} TFLOPs, {report['total_seconds']:.0f} s -> {options['out']}"
     )
 
 
