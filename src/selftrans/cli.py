@@ -145,7 +145,7 @@ def _train(argv: list[str]) -> None:
     report = train(config, options["out"])
     if os.environ.get("RANK", "0") != "0":
         return
-    known = (report["teacher"] or {}).get("tflops", 0) is not None  # an imported teacher's training was not counted
+    known = (report.get("teacher") or {}).get("tflops", 0) is not None  # an imported teacher's training was not counted
     counted = (
         "all stages and the teacher's training" if known else "all stages, but not the teacher's training (unknown),"
     )
