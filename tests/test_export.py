@@ -43,9 +43,9 @@ def test_our_layout_is_taken_wherever_a_run_is(tmp_path, capsys, weights):
     assert made[1:-1] == was[1:-1] and made.source["weights"] == was.source["weights"] and made.weights == weights
     assert not [name for name in load_file(file) if "head" in name or "guidance" in name]
     assert json.loads((out / "config.json").read_text())["config"]["model"]["width"] == 32
-    assert (
-        main(["sample", str(file), "--out", str(tmp_path / "s"), "--num", "2", "--steps", "1", "--sampler", "ode"]) == 0
-    )
+    for place in (file, out):
+        made = tmp_path / f"made by {place.name}"
+        assert main(["sample", str(place), "--out", str(made), "--num", "2", "--steps", "1", "--sampler", "ode"]) == 0
 
 
 def test_an_exported_stage_1_teaches_and_an_exported_stage_2_does_not(tmp_path, capsys):
@@ -53,7 +53,7 @@ def test_an_exported_stage_1_teaches_and_an_exported_stage_2_does_not(tmp_path, 
         out = tmp_path / stage
         assert main(["export", str(toy.finished()), "--out", str(out), "--weights", "raw", "--stage", stage]) == 0
         words = ["train", "digits", "--data", str(toy.digits()), "--out", str(tmp_path / f"by-{stage}")]
-        assert main([*words, "--teacher", str(out / "model.safetensors"), *toy.flags({"train.steps": 2})]) == status
+        assert main([*words, "--teacher", str(out), *toy.flags({"train.steps": 2})]) == status
     assert "expected a teacher trained in stage 1, or imported" in capsys.readouterr().err
 
 

@@ -14,9 +14,7 @@ from selftrans.files import write_beside, write_json
 from selftrans.published import names
 from selftrans.published.read import LAYOUT
 from selftrans.train import checkpoint
-from selftrans.train.restore import Weights, find, restore
-
-MODEL = "model.safetensors"
+from selftrans.train.restore import EXPORTED, Weights, find, restore
 
 
 def export_run(
@@ -35,7 +33,7 @@ def export_run(
     out = Path(out)
     path = find(run, stage=stage, weights=weights)
     found = restore(path)
-    if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not (out / MODEL).is_file())):
+    if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not (out / EXPORTED).is_file())):
         raise ValueError(f"{out} holds something that is no export; choose another --out")
     if layout == "sit" and found.config.model.qk_norm:
         raise ValueError("the original SiT has no QK-norm, and this model has; use --layout repa")
@@ -47,12 +45,12 @@ def export_run(
         metadata, described = {LAYOUT: layout, "format": "pt"}, _described(found.model, found.config, layout, said)
     tensors = {key: value.contiguous() for key, value in tensors.items()}
     try:
-        write_beside(out / MODEL, lambda file: save_file(tensors, file.name, metadata=metadata))
+        write_beside(out / EXPORTED, lambda file: save_file(tensors, file.name, metadata=metadata))
     except SafetensorError as error:
-        raise OSError(f"{out / MODEL} could not be written ({error}); make room, or choose another --out") from error
-    (out / MODEL).chmod(out.stat().st_mode & 0o666)
+        raise OSError(f"{out / EXPORTED} could not be written ({error}); make room, or choose another --out") from error
+    (out / EXPORTED).chmod(out.stat().st_mode & 0o666)
     write_json(out / "config.json", described)
-    return out / MODEL
+    return out / EXPORTED
 
 
 def _described(model: Any, config: RunConfig, layout: str, said: dict[str, Any]) -> dict[str, Any]:

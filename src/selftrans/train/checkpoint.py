@@ -179,5 +179,5 @@ def read_header(path: Path) -> dict[str, Any]:
         reason = "no entry 'selftrans' in its header" if isinstance(error, KeyError) else error
         raise ValueError(
             f"{path} is not a selftrans weights file ({line(reason)}); expected student.safetensors or ema.safetensors of a "
-            "checkpoint, or a run directory"
+            "checkpoint, or a run directory; others' checkpoints go through `selftrans import` first"
         ) from error

@@ -18,6 +18,7 @@ from selftrans.train import checkpoint
 
 Weights = Literal["raw", "ema"]
 FILES: dict[str, str] = {"raw": "student.safetensors", "ema": "ema.safetensors"}
+EXPORTED = "model.safetensors"  #: in a folder that `selftrans export` wrote
 IMPORTED = "imported"  #: header entry of weights from elsewhere: their source; of a run of them, the name of a json
 
 
@@ -74,6 +75,8 @@ def find(source: str | Path, *, stage: str | None = None, weights: Weights = "em
             f"{path} does not exist; expected a run directory, a checkpoint or a .safetensors weights file"
         )
     held = [name for name in _stage_order(path) if (path / name / "checkpoints").is_dir()]
+    if not held and (path / EXPORTED).is_file():
+        return path / EXPORTED
     if stage is not None and stage not in held:
         found = f"it holds {', '.join(held)}" if held else "it holds no stage at all"
         raise ValueError(f"{path} has no {stage}: {found}; expected a run directory with a {stage} (selftrans train)")
