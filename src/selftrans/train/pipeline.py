@@ -46,7 +46,6 @@ PRECISION = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 DTYPE = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-@together()
 def train(
     config: RunConfig, out: str | Path, *, bar: Callable[..., Any] = progress_bar, quiet: bool = False
 ) -> dict[str, Any]:
@@ -56,7 +55,11 @@ def train(
     `bar` makes the progress bars, `quiet` keeps the stages unannounced.
     ValueError for anything the user can mend; `stop.Interrupted` after a notice, with a checkpoint written.
     """
-    out = Path(out)
+    with together():
+        return _train(config, Path(out), bar, quiet)
+
+
+def _train(config: RunConfig, out: Path, bar: Callable[..., Any], quiet: bool) -> dict[str, Any]:
     config.check()
     if (out / "manifest.json").exists():
         raise ValueError(f"{out} holds prepared data; choose another --out for the run")
