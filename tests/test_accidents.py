@@ -112,18 +112,18 @@ def test_the_log_counts_lists_and_does_not_average_what_was_skipped(tmp_path, sp
 
 
 def test_rows_of_a_skip_are_those_the_step_has_read(tmp_path, monkeypatch, spoil):
-    seen, whole = {}, Objective.forward
+    seen, whole = [], trainer.to_batch
 
-    def forward(self, batch, step):
-        seen.setdefault(step, []).extend(batch.rows.tolist())
-        return whole(self, batch, step)
+    def to_batch(loaded, *others):
+        seen.append(loaded.rows.tolist())
+        return whole(loaded, *others)
 
-    monkeypatch.setattr(Objective, "forward", forward)
+    monkeypatch.setattr(trainer, "to_batch", to_batch)
     spoil({5: BAD})
     with pytest.warns(UserWarning, match="skipped"):
         train(vanilla(), tmp_path, quiet=True)
     (skip,) = [skip for line in read_journal(tmp_path / "vanilla" / "log.jsonl") for skip in line.get("skips", [])]
-    assert skip["rows"] == seen[5]
+    assert skip["rows"] == seen[10] + seen[11]  # two micro-batches a step
 
 
 # ---- many in a row

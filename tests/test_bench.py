@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import functools
+import importlib
 import importlib.util
 import json
 import subprocess
@@ -19,7 +21,7 @@ from accelerate.state import AcceleratorState
 from torch import nn
 
 from selftrans import flow
-from selftrans.bench import bench, published, settings
+from selftrans.bench import bench, published, settings, table
 from selftrans.bench.around import made_up, passes
 from selftrans.bench.machine import Clock, Peak, cpu_name
 from selftrans.bench.plain import PlainStep, plain_losses, update_ema
@@ -132,6 +134,23 @@ def test_a_race_goes_on_while_there_is_time() -> None:
     one = Sleeper(0.001, 0.001, 0.001, 0.001)
     rounds = race({"one": one}, clock, Peak(clock, torch.float32), Memory(CPU), seconds=3, least=1)
     assert len(rounds["one"]) > 1
+
+
+def test_a_model_without_room_costs_the_others_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = importlib.import_module("selftrans.bench")
+    whole = module._model
+
+    def one(accelerator: Any, config: Any, *rest: Any) -> dict[str, Any]:
+        if config.model.depth == 4:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return whole(accelerator, config, *rest)
+
+    monkeypatch.setattr(module, "_model", one)
+    models = {"large": dataclasses.replace(SMALL, depth=4), "small": SMALL}
+    found = bench(models, tmp_path, batch_size=4, tokens=16, device="cpu", seconds=0, quick=True)
+    assert "rows" not in found["models"]["large"] and found["ratios"] == found["models"]["small"]["ratios"]
+    assert "large, 16 tokens, batch 4: not enough memory" in table(found)
+    assert json.loads((tmp_path / "bench.json").read_text()) == found
 
 
 def test_made_up_latents_are_prepared_data(tmp_path: Path) -> None:

@@ -53,7 +53,7 @@ def build(kind: str) -> Objective:
 
 def by_row(batch, null, **_):
     """A draw that is a function of each sample alone. Its times are even, so that a range has a capacity."""
-    z0, cond, rows, _ = batch
+    z0, cond, rows = batch  # in the place of features
     noise = torch.stack([torch.randn(SHAPE, generator=torch.Generator().manual_seed(int(i))) for i in rows])
     t = (rows.float() + 0.5) / N
     dropped = torch.where(rows % 4 == 0, null, cond)

@@ -1,17 +1,19 @@
 """`selftrans sample`: from a run to pictures; repeated, it does nothing; asked for more or in other hands, it continues."""
 
+import copy
 import json
 import os
 
 import numpy as np
 import pytest
+import torch
 import toy
 from PIL import Image
 from safetensors.torch import load_file
 from toy import quick  # noqa: F401 - a fixture
 
 from selftrans.cli import main
-from selftrans.generate import generate
+from selftrans.generate import cast_products, fill, generate
 from selftrans.latents import PixelAutoencoder
 from selftrans.sample import SampleConfig, sample_images
 from selftrans.samples_io import read_png
@@ -45,6 +47,37 @@ def test_pictures_and_archive_and_record(tmp_path):
     assert settings["source"]["path"] == str(file.resolve()) and settings["source"]["sha256"] == sha256(file)
     expected = {"steps": 2, "sampler": "heun", "guidance_scale": 1.0, "weights": "ema", "stage": "stage2", "step": 8}
     assert settings.items() >= expected.items() and settings["autoencoder"] == "pixel"
+
+
+def test_weights_cast_once_are_those_that_autocast_casts_in_each_pass():
+    torch.manual_seed(0)
+    model = toy.toy().model.build((1, 8, 8), 10)
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.1)
+    config = SampleConfig(num=4, steps=3, sampler="heun", guidance_scale=2.0, precision="bf16")
+    cast = copy.deepcopy(model)
+    cast_products(cast, torch.bfloat16)
+    assert {p.dtype for p in cast.parameters()} == {torch.float32, torch.bfloat16}
+    both = [next(sample_images(m, PixelAutoencoder(), config, num_classes=10, device="cpu"))[2] for m in (model, cast)]
+    assert np.array_equal(*both)
+
+
+@pytest.mark.parametrize(("count", "whole"), [(8, 8), (9, 12), (1, 4)])
+def test_batches_are_filled_with_the_last_picture(count, whole):
+    indices = np.arange(count) + 3
+    assert list(fill(indices, 4)) == [*indices, *[count + 2] * (whole - count)]
+
+
+def test_a_filled_batch_leaves_no_picture_too_many(tmp_path, monkeypatch):
+    sample(toy.finished(), tmp_path / "plain", "--batch-size=4")
+    filled = []
+    monkeypatch.setattr("selftrans.generate.fill", lambda indices, n: filled.append(n) or fill(indices, n))
+    monkeypatch.setattr("selftrans.generate.worth_compiling", lambda *_: True)
+    monkeypatch.setattr("selftrans.generate.compile_model", lambda model: None)
+    assert sample(toy.finished(), tmp_path / "filled", "--batch-size=4") == 0 and filled == [4]
+    assert np.array_equal(images(tmp_path / "filled")[1], images(tmp_path / "plain")[1])
+    difference = images(tmp_path / "filled")[0].astype(int) - images(tmp_path / "plain")[0]
+    assert np.abs(difference).max() <= 1  # another batch size may round otherwise
 
 
 def test_they_are_what_the_library_samples(tmp_path):

@@ -12,7 +12,7 @@ from toy import assert_same_run, log, quick, toy  # noqa: F401 - quick is a fixt
 
 from selftrans import LINEAR, Batch, Objective, SiT
 from selftrans.methods import METHODS, stages
-from selftrans.methods.dispersive import Dispersive, DispersiveGuidance
+from selftrans.methods.dispersive import Dispersive, DispersiveGuidance, squared_distances
 from selftrans.methods.layersync import LayerSync, LayerSyncGuidance
 from selftrans.methods.sra import SRA, SRAGuidance
 from selftrans.train.pipeline import train
@@ -35,6 +35,17 @@ def cosine(x, y):
 
 
 # ---- LayerSync
+
+
+def test_squared_distances_are_those_of_pdist_in_any_autocast():
+    x = (100 + torch.randn(6, 40)).requires_grad_()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = squared_distances(x)
+    expected = torch.cdist(x.double(), x.double()).square()
+    torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-4)
+    assert found.dtype == torch.float32 and not found.diagonal().any()
+    (slope,) = torch.autograd.grad(found.sum(), x)
+    torch.testing.assert_close(slope, 4 * (6 * x - x.sum(dim=0)).detach(), rtol=1e-3, atol=1e-3)
 
 
 def test_layersync_by_hand():

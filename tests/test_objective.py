@@ -1,5 +1,6 @@
 """The objective, its gate and the frozen teacher, against arithmetic done here and a backbone of three numbers."""
 
+import copy
 import gc
 import math
 import weakref
@@ -430,7 +431,28 @@ def test_the_teacher_computes_in_its_dtype_and_teaches_in_float32():
     model = SiT((1, 8, 8), 10, width=16, depth=2, heads=2, patch=2)
     teacher = Frozen(model, 2, dtype=torch.bfloat16)
     b = data(4, (1, 8, 8))
-    assert teacher(b.z0, torch.rand(4), b.cond)[0].dtype == torch.bfloat16
+    assert {p.dtype for p in teacher.model.parameters()} == {torch.bfloat16}
+    assert teacher(b.z0, torch.rand(4), b.cond)[0].dtype == torch.float32, "the sum along the blocks is not rounded"
+
+
+def test_guided_features_of_a_reduced_teacher_are_those_of_autocast():
+    torch.manual_seed(0)
+    model = SiT((4, 8, 8), 10, width=64, depth=6, heads=2, patch=2)
+    for name, p in model.named_parameters():
+        if p.dim() > 1:
+            nn.init.normal_(p, std=0.1 if "adaLN" in name else 0.02)
+    b, t = data(8, (4, 8, 8)), torch.rand(8) * 0.3 + 0.4
+
+    def guided(teacher, reduced=False):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=reduced):
+            f_c, f_u = (f.float() + 0 for f in teacher(b.z0, t, b.cond, torch.full_like(b.cond, 10)))
+        return f_u + 30 * (f_c - f_u)
+
+    exact = guided(Frozen(copy.deepcopy(model), 6))
+    half = guided(Frozen(copy.deepcopy(model), 6, dtype=torch.bfloat16), reduced=True)
+    usual = guided(Frozen(copy.deepcopy(model), 6), reduced=True)
+    wrong, allowed = ((x - exact).norm() / exact.norm() for x in (half, usual))
+    assert 0 < wrong < 2 * allowed and wrong < 0.02  # with the sum in bfloat16 it is 0.1 and more
 
 
 @pytest.mark.parametrize("block", [0, -1, 4])

@@ -74,14 +74,15 @@ class Encoder:
     def _grid(self, pixels: Tensor, size: int) -> Tensor:
         """The model's own grid of features (N, h, h, D) for pictures resized to `size`."""
         weight = next(self.model.parameters())
-        if weight.device != pixels.device:
+        if weight.device != pixels.device or self.mean.device != pixels.device:
             self.model.to(pixels.device)
+            self.mean, self.std = self.mean.to(pixels.device), self.std.to(pixels.device)
         x = (pixels.float() + 1) / 2
         if x.shape[-1] != size:
             x = F.interpolate(x, size=(size, size), mode="bicubic", antialias=True, align_corners=False)
         if x.shape[1] == 1 < self.channels:
             x = x.expand(-1, self.channels, -1, -1)
-        x = (x - self.mean.to(x.device)) / self.std.to(x.device)
+        x = (x - self.mean) / self.std
         hidden = self.model(pixel_values=x.to(weight.dtype), **self.options).last_hidden_state.float()
         if hidden.dim() == 4:  # convolutional: (N, D, h, h)
             return hidden.permute(0, 2, 3, 1)

@@ -11,12 +11,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch import nn
 
 from selftrans.flow import PATHS
 from selftrans.latents import load_autoencoder
-from selftrans.sample import SampleConfig, sample_images
+from selftrans.sample import DTYPES, SampleConfig, sample_images
 from selftrans.samples_io import write_samples
 from selftrans.train import checkpoint
+from selftrans.train.compute import compile_model
 from selftrans.train.restore import Weights, restore
 
 MANY = 20  #: batches of a process that are worth the minute of compiling, on a GPU
@@ -51,9 +53,10 @@ def sampling(
         warnings.warn("the guidance interval is ignored: the guidance scale is 1", stacklevel=3)
     device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")
     model = found.model.to(device)
-    if device.type == "cuda" and config.num >= MANY * config.batch_size * int(os.environ.get("WORLD_SIZE", 1)):
-        for block in model.blocks:
-            block.compile(dynamic=False)
+    cast_products(model, DTYPES[config.precision])
+    compiled = worth_compiling(config, device)
+    if compiled:
+        compile_model(model)
     autoencoder, path = load_autoencoder(found.autoencoder, device=device), PATHS[found.config.train.path]
     described = config.settings() | {
         "weights": found.weights,
@@ -66,9 +69,29 @@ def sampling(
 
     def sample(indices: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
         options: dict[str, Any] = {"num_classes": model.num_classes, "device": device, "path": path}
-        return sample_images(model, autoencoder, config, **options, indices=indices)
+        padded = fill(indices, config.batch_size) if compiled else indices
+        for at, batch in enumerate(sample_images(model, autoencoder, config, **options, indices=padded)):
+            left = len(indices) - at * config.batch_size
+            yield batch[0][:left], batch[1][:left], batch[2][:left]
 
     return Sampling(config, described, sample)
+
+
+def worth_compiling(config: SampleConfig, device: torch.device) -> bool:
+    """Whether each process samples so many batches on a GPU that compiling pays."""
+    return device.type == "cuda" and config.num >= MANY * config.batch_size * int(os.environ.get("WORLD_SIZE", 1))
+
+
+def cast_products(model: nn.Module, dtype: torch.dtype) -> None:
+    """Store the weights of every product in `dtype`, once, as autocast would round them in each pass of a sampler."""
+    for module in model.modules():
+        if isinstance(module, nn.Linear | nn.Conv2d):
+            module.to(dtype=dtype)
+
+
+def fill(indices: np.ndarray, batch_size: int) -> np.ndarray:
+    """Indices up to whole batches, the last one repeated: another shape of batch would be compiled anew."""
+    return np.concatenate([indices, np.repeat(indices[-1:], -len(indices) % batch_size)])
 
 
 def generate(

@@ -154,7 +154,10 @@ def image_noise(indices: Sequence[int] | np.ndarray, shape: tuple[int, ...], see
         rows = np.empty((len(streams), *shape), dtype=np.float32)
         for row, generator in zip(rows, streams, strict=True):
             generator.standard_normal(dtype=np.float32, out=row)
-        return torch.from_numpy(rows).to(device)
+        drawn = torch.from_numpy(rows)
+        if torch.device(device).type == "cuda":  # page-locked, so that the host goes on to the passes
+            return drawn.pin_memory().to(device, non_blocking=True)
+        return drawn.to(device)
 
     return noise
 
@@ -292,7 +295,7 @@ def _sample_batch(
     noise = image_noise(indices, model.shape, config.seed, device)
     velocity = guided(model, cond, scale=config.guidance_scale, interval=config.guidance_interval)
     total, precision = config.steps * EVALUATIONS[config.sampler], DTYPES[config.precision]
-    # autocast around all passes, not each: it keeps its casts of the weights until it ends
+    # autocast casts weights anew in each pass, inference mode or compiled: `generate.cast_products` does so once before
     amp = torch.autocast(device.type, dtype=precision, enabled=precision != torch.float32)
     hidden = None if progress else True  # None hides it where there is no terminal
     with _evaluating(model), amp, tqdm(total=total, desc="batch", unit="pass", leave=False, disable=hidden) as bar:

@@ -23,7 +23,6 @@ class Batch(NamedTuple):
 
     z0: Tensor  #: (N, C, H, W) latents, scaled to about unit variance
     cond: Cond  #: true condition of each sample
-    rows: Tensor | None = None  #: (N,) position of each sample in its data set, for reports
     features: Tensor | None = None  #: (N, T, D) of an external encoder, stored with the data, if a guidance reads them
 
 

@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import torch
 
-from selftrans.bench.around import compiled, loading, made_up, sampling
+from selftrans.bench.around import loading, made_up, prepared, sampling
 from selftrans.bench.machine import Clock, Peak, describe, load
 from selftrans.bench.race import Contestant, Marked, Memory, Ours, Plain, race, randomise
 from selftrans.bench.table import table
@@ -61,6 +61,7 @@ def bench(
         models: name -> sizes. batch_size: images a step; None: by model and device (BATCH). tokens: T, a square.
         device: None: a GPU if there is one, in bfloat16 and compiled; a CPU in float32, eager.
         seconds: for the training steps of each model, at least three rounds. quick: fewer latents and images, too.
+    The file grows model by model; one that does not fit in memory is said to have failed, and the next one follows.
     Raises ValueError for tokens that are no square, and for a device that is not there.
     """
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -78,19 +79,24 @@ def bench(
         keep_memory()  # as `train` does; the plain steps profit alike
     accelerator.clock, accelerator.marks = Clock(accelerator.device), []
     report: dict[str, Any] = {"machine": describe(accelerator.device, precision), "models": {}}
+    out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch:
         for name, model in models.items():
             side = math.isqrt(tokens) * model.sizes()["patch"]
             shards = made_up(Path(scratch) / f"{side}", (4, side, side), 2048 if quick else 8192)
             batch = batch_size or BATCH[where.type].get(name, OTHERWISE[where.type])
             config = settings(model, batch, precision)
-            found = _model(accelerator, config, shards, Path(scratch) / name.replace("/", "-"), seconds, quick)
+            torch.compiler.reset()  # the last model's compilations
+            try:
+                found = _model(accelerator, config, shards, Path(scratch) / name.replace("/", "-"), seconds, quick)
+            except torch.OutOfMemoryError:
+                found = {"failed": "not enough memory for five contestants; give a smaller --batch-size"}
             report["models"][name] = {"batch": batch, "tokens": tokens} | found
+            write_json(out / "bench.json", report)
             accelerator.free_memory()
         report["loading"] = loading(shards, accelerator.clock, batches=8 if quick else 40)
     report["machine"]["load_after"] = load()
-    report["ratios"] = next(iter(report["models"].values()))["ratios"]
-    out.mkdir(parents=True, exist_ok=True)
+    report["ratios"] = next((found["ratios"] for found in report["models"].values() if "ratios" in found), {})
     write_json(out / "bench.json", report)
     return report
 
@@ -115,20 +121,22 @@ def _model(
     clock, memory = accelerator.clock, Memory(accelerator.device)
     dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
     contestants = build(accelerator, config, shards, room, memory)
-    rounds = race(contestants, clock, Peak(clock, dtype), memory, seconds=min(seconds, QUICK) if quick else seconds)
+    before = memory.allocated()
+    peaks = Peak(clock, dtype)
+    memory.own["matmul"] = memory.allocated() - before
+    rounds = race(contestants, clock, peaks, memory, seconds=min(seconds, QUICK) if quick else seconds)
     flops = {name: one.flops for name, one in contestants.items() if isinstance(one, Ours)}
-    del contestants
+    del contestants, peaks
     peak = max(2 * int(side) ** 3 / _median(rounds["matmul"], side) for side in rounds["matmul"][0])
     shown = {name: _row(each, config.train.batch_size) for name, each in rounds.items() if name != "matmul"}
     for name, row in shown.items():
-        row |= {"peak_memory_gb": memory.gigabytes(name)}
+        row |= {"peak_memory_gb": memory.gigabytes(name), "data_share": row["data_ms"] / row["ms"]}
         row |= {"utilisation": flops[NEEDS.get(name, name)] / (row["ms"] / 1e3) / peak}
     model = config.model.build(shards.manifest.shape, CLASSES).to(accelerator.device)
     randomise(model)
     images = (1 if quick else 2) if clock.device.type == "cpu" else 64
-    sampled = sampling(
-        compiled(model, clock.device), clock, precision=config.train.precision, images=images, rounds=2 if quick else 3
-    )
+    model = prepared(model, clock.device, dtype)
+    sampled = sampling(model, clock, precision=config.train.precision, images=images, rounds=2 if quick else 3)
     ratios = {name: _ratios(rounds, *pair) for name, pair in RATIOS.items()}
     return {
         "rounds": len(rounds["matmul"]),

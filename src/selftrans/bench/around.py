@@ -18,8 +18,10 @@ from selftrans.data.manifest import VERSION, Manifest, Shard
 from selftrans.data.resident import Resident
 from selftrans.data.shards import Shards
 from selftrans.flow import LINEAR
+from selftrans.generate import cast_products
 from selftrans.latents import PixelAutoencoder
 from selftrans.sample import SampleConfig, sample_images
+from selftrans.train.compute import compile_model
 from selftrans.train.stream import Stream, to_batch
 
 INTERVAL = (0.0, 0.65)  #: of guidance, as in the paper's headline result
@@ -131,9 +133,9 @@ def _timed(work: Callable[[], Iterator[Any]], clock: Clock) -> float:
     return time.perf_counter() - began
 
 
-def compiled(model: Any, device: torch.device) -> Any:
-    """The model as training and sampling use it on this device: on a GPU with each block compiled."""
+def prepared(model: Any, device: torch.device, dtype: torch.dtype) -> Any:
+    """The model as `sample` runs it on this device: products in `dtype`, on a GPU with each block compiled."""
+    cast_products(model, dtype)
     if device.type == "cuda":
-        for block in model.blocks:
-            block.compile(dynamic=False)
+        compile_model(model)
     return model

@@ -22,6 +22,9 @@ def table(report: dict[str, Any]) -> str:
         f"{machine['torch']}, {machine['dtype']}, load {machine['load_before']} before, {machine['load_after']} after"
     ]
     for name, found in report["models"].items():
+        if "failed" in found:
+            lines += ["", f"{name}, {found['tokens']} tokens, batch {found['batch']}: {found['failed']}"]
+            continue
         lines += ["", f"{name}, {found['tokens']} tokens, batch {found['batch']}, medians of {found['rounds']} rounds"]
         lines.append(" " * 16 + "".join(f"{column:>12}" for column in COLUMNS))
         lines += [f"{NAMES[row]:<16}" + _cells(values) for row, values in found["rows"].items()]

@@ -14,7 +14,6 @@ import math
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from selftrans.methods.objective import Report, token_norm
@@ -52,10 +51,22 @@ class DispersiveGuidance(nn.Module):
     def forward(self, d: Draw, feats: dict[int, Tensor]) -> tuple[Tensor, Report]:
         hidden = feats[self.block].float().flatten(start_dim=1)  # (N, T D)
         n, size = hidden.shape
-        pairs = -F.pdist(hidden).square() / (size * self.temperature)  # (N (N - 1) / 2,), each pair i < j once
-        same = torch.zeros(1, device=hidden.device) + math.log(n)  # N pairs i = j at distance zero
-        term = torch.logsumexp(torch.cat([pairs + math.log(2), same]), dim=0) - 2 * math.log(n)
+        pairs = -squared_distances(hidden) / (size * self.temperature)  # (N, N)
+        term = torch.logsumexp(pairs.flatten(), dim=0) - 2 * math.log(n)
         return term, {"feature_norm": token_norm(feats[self.block])}
 
     def cost(self, n: int) -> dict[str, int]:
         return {"head": 0, "teacher": 0}
+
+
+def squared_distances(x: Tensor) -> Tensor:
+    """|x_i - x_j|² (N, N) of the rows of x (N, K), zero on the diagonal, from one product in float32.
+
+    `torch.pdist` would need N² K floats in its backward pass on a GPU. Centred rows keep the digits that count.
+    """
+    with torch.autocast(x.device.type, enabled=False):
+        x = x.float() - x.float().mean(dim=0)
+        product = x @ x.T
+    squares = product.diagonal()
+    apart = (squares[:, None] + squares[None, :] - 2 * product).clamp_min(0)
+    return apart * (1 - torch.eye(len(x), device=x.device))

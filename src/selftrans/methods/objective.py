@@ -6,6 +6,7 @@ Shape legend: N batch, M samples that a guidance looks at, T tokens, D width, (C
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
@@ -42,8 +43,10 @@ class Guidance(Protocol):
 class Frozen:
     """A frozen teacher: a plain object, so it is never optimised, averaged, wrapped or saved.
 
-    It keeps blocks 1..`block` of `model` (with `cut`, in place, where the model knows `truncate`), in eval mode and in
-    `dtype` (None: as it is), and moves to the data by itself. `source` says where its weights came from (path, sha256).
+    It keeps blocks 1..`block` of `model` (with `cut`, in place, where the model knows `truncate`), in eval mode, and moves
+    to the data by itself. `dtype` is that of its parameters and of its products (None: as they are); buffers and the sum
+    along the blocks stay as they are, since guidance multiplies what rounding the sum leaves by w. `source` says where
+    its weights came from (path, sha256).
     """
 
     def __init__(
@@ -62,15 +65,19 @@ class Frozen:
         assert isinstance(model, nn.Module)
         if cut and hasattr(model, "truncate"):
             model.truncate(block)  # type: ignore[operator]
-        self.model: Any = model.requires_grad_(False).eval().to(dtype=dtype)
-        self.block, self.width, self.source = block, model.width, source or {}
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(dtype=dtype)
+        self.model: Any = model.requires_grad_(False).eval()
+        self.block, self.width, self.dtype, self.source = block, model.width, dtype, source or {}
 
     def __call__(self, zt: Tensor, t: Tensor, *conds: Cond) -> list[Tensor]:
         """h_k(zt, t, cond) for each condition, side by side in one forward pass: list of (N, T, D)."""
         if next(self.model.parameters()).device != zt.device:
             self.model.to(zt.device)
         many = len(conds)
-        with torch.inference_mode():
+        reduced = self.dtype not in (None, torch.float32)
+        amp = torch.autocast(zt.device.type, dtype=self.dtype) if reduced else contextlib.nullcontext()
+        with torch.inference_mode(), amp:
             out = self.model(zt.repeat(many, 1, 1, 1), t.repeat(many), cat_cond(*conds), taps=(self.block,), stop=True)
         return list(out.feats[self.block].chunk(many, dim=0))
 

@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from selftrans.methods.objective import Objective
 from selftrans.types import Backbone, Cond
 
+VERSIONS = 64  #: compilations of a block in one process: students, teachers, samplers, batch sizes
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  #: of glibc's malloc.h
 
 
@@ -37,10 +38,20 @@ def compile_blocks(objective: Objective, teacher: Any) -> None:
     as many samples as a guidance selects. Independent times select another number at each step, so there the teacher's
     batch is left open.
     """
-    for block in getattr(objective.student, "blocks", ()):
-        block.compile(dynamic=False)
-    for block in getattr(teacher.model, "blocks", ()) if teacher is not None else ():
-        block.compile(dynamic=False if objective.times == "systematic" else None)
+    compile_model(objective.student)
+    if teacher is not None:
+        compile_model(teacher.model, dynamic=False if objective.times == "systematic" else None)
+
+
+def compile_model(model: Any, *, dynamic: bool | None = False) -> None:
+    """`torch.compile` each block of a model in place, if it has any; all of them share one compilation for each shape."""
+    import torch._dynamo as dynamo
+
+    # blocks are one piece of code to dynamo: beyond its eight versions of one, it would go on uncompiled and say little
+    dynamo.config.recompile_limit = max(VERSIONS, dynamo.config.recompile_limit)
+    dynamo.config.optimize_ddp = False  # it cuts a block in pieces to send gradients sooner: blocks are sent one by one
+    for block in getattr(model, "blocks", ()):
+        block.compile(dynamic=dynamic)
 
 
 def forward_flops(backbone: Backbone, cond: Cond, taps: tuple[int, ...] = (), *, stop: bool = False) -> int:

@@ -41,6 +41,7 @@ FREE = (
     *("log", "sample", "data.path", "data.on_device", "stage2.teacher", "repa.encoder"),
     *("train.steps", "train.checkpoint_every", "train.preview_every"),
     *("train.keep", "train.keep_best", "train.keep_every", "train.max_skips", "train.shard", "train.timeout"),
+    *("train.recompute", "train.compile"),
 )
 PRECISION = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 DTYPE = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

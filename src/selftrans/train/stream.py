@@ -95,7 +95,7 @@ def seed_step(seed: int, stream: int, step: int, micro: int, rank: int) -> None:
 
 def to_batch(loaded: Loaded, shards: Shards, device: torch.device) -> Batch:
     """moments ⇒ latents on the device: one stored copy (mirrored or not) and one posterior sample for each visit."""
-    rows, moments, labels, features = loaded
+    _, moments, labels, features = loaded
     moments = moments.to(device, non_blocking=True)
     n, copies = moments.shape[:2]
     chosen = torch.arange(n, device=device), torch.randint(copies, (n,), device=device)
@@ -103,4 +103,4 @@ def to_batch(loaded: Loaded, shards: Shards, device: torch.device) -> Batch:
     z0 = sample_latents(moments[chosen], stochastic=manifest.stochastic, scale=manifest.scale, shift=manifest.shift)
     if features is not None:
         features = features.to(device, non_blocking=True)[chosen]
-    return Batch(z0, labels.to(device, non_blocking=True), torch.from_numpy(rows), features)
+    return Batch(z0, labels.to(device, non_blocking=True), features)
