@@ -7,6 +7,8 @@ import os
 import re
 import resource
 import shutil
+import signal
+import types
 from pathlib import Path
 
 import pytest
@@ -19,10 +21,12 @@ from toy import quick  # noqa: F401 - a fixture
 from selftrans.cli import main
 from selftrans.methods.objective import Objective
 from selftrans.train import checkpoint
+from selftrans.train import restore as restore_module
 from selftrans.train.log import Journal, Window, read_journal
 from selftrans.train.pipeline import train
 from selftrans.train.restore import find, restore
 from selftrans.train.stop import Interrupted, Stop
+from selftrans.train.trainer import Trainer
 
 FILES = ("student.safetensors", "ema.safetensors", "heads.safetensors", "optimizer.safetensors", "state.json")
 
@@ -234,6 +238,18 @@ def test_tensorboard_without_room_does_not_stop_training(tmp_path, monkeypatch):
     assert [line["step"] for line in toy.log(tmp_path, "vanilla")] == [2, 4, 6, 8]
 
 
+def _stopped_after_a_step(config, run):
+    whole = Trainer._train_step
+
+    def once(self, batches):
+        whole(self, batches)
+        self.stop.received = signal.SIGTERM
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "_train_step", once)
+        train(config, run, quiet=True)
+
+
 # ---- what stays
 
 
@@ -242,7 +258,7 @@ def test_leftovers_of_killed_processes_are_swept(tmp_path):
         (tmp_path / name).mkdir()
         (tmp_path / name / "student.safetensors").write_bytes(b"half")
     save(tmp_path, 2)
-    checkpoint.prune(tmp_path, keep=2)
+    checkpoint.prune(tmp_path, 2, keep=2)
     assert os.listdir(tmp_path) == ["step-00000002"] and checkpoint.newest(tmp_path).step == 2
 
 
@@ -261,8 +277,61 @@ def test_the_best_and_the_round_stay_beside_the_newest(tmp_path, keep, best, eve
     for step, flow in enumerate([0.9, 0.3, 0.5, 0.3, None], start=1):  # of equal losses the later one
         checkpoint.save(tmp_path, step, {}, {"flow": flow}, {})
     (tmp_path / "step-00000001" / "state.json").write_text("damaged")
-    checkpoint.prune(tmp_path, keep, best=best, every=every)
+    checkpoint.prune(tmp_path, 5, keep, best=best, every=every)
     assert [step for step, _ in checkpoint.steps(tmp_path)] == left
+
+
+def test_what_was_passed_over_pushes_out_nothing(tmp_path):
+    run = toy.copy(toy.finished(), tmp_path / "run")  # holds steps 6 and 8 of stage 2
+    folder = run / "stage2" / "checkpoints"
+    damage = folder / "step-00000008" / "student.safetensors"
+    damage.write_bytes(damage.read_bytes()[:-1])
+    with pytest.warns(UserWarning, match="damaged"), pytest.raises(Interrupted):
+        _stopped_after_a_step(toy.toy({"train.keep": 1, "train.keep_best": 0}), run)
+    assert [step for step, _ in checkpoint.steps(folder)] == [7]
+    train(toy.toy({"train.keep": 1, "train.keep_best": 0}), run, quiet=True)
+    toy.assert_same(toy.tensors(run, "stage2"), toy.tensors(toy.finished(), "stage2"))
+
+
+def test_a_draft_of_a_killed_process_is_swept_before_anything_is_saved(tmp_path):
+    run = toy.copy(toy.finished(), tmp_path / "run")
+    draft = run / "stage2" / "checkpoints" / ".step-00000009.123"
+    draft.mkdir()
+    train(toy.toy(), run, quiet=True)  # finished: nothing is saved any more
+    assert not draft.exists()
+
+
+@pytest.mark.parametrize("seen", [True, False])
+def test_all_processes_continue_from_the_step_of_the_first(tmp_path, monkeypatch, seen):
+    for step in (4, 8) if seen else (8,):
+        save(tmp_path, step)
+    monkeypatch.setattr(restore_module, "broadcast_object_list", lambda _: [4])
+    other = types.SimpleNamespace(is_main_process=False)
+    if seen:
+        assert restore_module.agreed(tmp_path, other).step == 4  # though it sees 8
+    else:
+        with pytest.raises(ValueError, match=r"step-00000004.* is missing .*all must see the same --out"):
+            restore_module.agreed(tmp_path, other)
+
+
+@pytest.mark.parametrize("value", ["gone", None, "x", -1, [], {}])
+@pytest.mark.parametrize(
+    "field", ["shape", "num_classes", "seconds", "window", "span", "accidents", "processes", "teacher"]
+)
+def test_a_sealed_state_of_another_making_costs_one_line(tmp_path, field, value):
+    run = toy.copy(toy.finished(), tmp_path / "run")
+    state = run / "stage2" / "checkpoints" / "step-00000008" / "state.json"
+    record = json.loads(state.read_text())
+    record.pop(field) if value == "gone" else record.update({field: value})
+    record["sha256"].pop("state.json")
+    record["sha256"]["state.json"] = checkpoint._seal(record)
+    state.write_text(json.dumps(record))
+    said = ""
+    try:
+        train(toy.toy({"train.steps": 9}), run, quiet=True)
+    except ValueError as error:  # what is harmless is taken
+        said = str(error)
+    assert not said or "step-00000008" in said or "teacher" in said
 
 
 def test_a_run_keeps_its_best_checkpoint(tmp_path, monkeypatch):
@@ -290,7 +359,7 @@ def test_the_newest_are_kept(tmp_path, keep, left):
         save(tmp_path, step)
     (tmp_path / "step-notes").mkdir()  # people keep their own things anywhere
     (tmp_path / "step-00000012").write_text("a file")
-    checkpoint.prune(tmp_path, keep)
+    checkpoint.prune(tmp_path, 11, keep)
     assert [step for step, _ in checkpoint.steps(tmp_path)] == left
     assert (tmp_path / "step-notes").exists() and (tmp_path / "step-00000012").exists()
 

@@ -9,7 +9,7 @@ from toy import override
 from selftrans.config import Model, RunConfig, from_json, nearest, to_json
 from selftrans.models.sit import SIT
 from selftrans.recipes import RECIPES, recipe
-from selftrans.train.pipeline import FREE, differences
+from selftrans.train.settings import FREE, differences
 
 COMPLETE = to_json(recipe("digits"))
 

@@ -28,8 +28,8 @@ from selftrans.methods import stages
 from selftrans.methods.objective import Objective
 from selftrans.methods.repa import Repa, RepaGuidance
 from selftrans.models.sit import SiT
-from selftrans.train import pipeline
 from selftrans.train.pipeline import train
+from selftrans.train.settings import FREE
 from selftrans.train.stream import Loaded, to_batch
 from selftrans.train.trainer import Trainer
 
@@ -275,7 +275,7 @@ def test_data_that_cannot_serve_say_what_to_do(tmp_path: Path) -> None:
 def test_the_method_has_one_stage_and_no_teacher_of_its_own() -> None:
     (stage,) = stages(toy(REPA | {"repa.encoder": "owner/model"}))
     assert stage.name == "repa" and stage.teacher is None and stage.encoder is not None
-    assert stage.encoder.name == "owner/model" and "repa.encoder" in pipeline.FREE
+    assert stage.encoder.name == "owner/model" and "repa.encoder" in FREE
 
 
 # ---- the commands

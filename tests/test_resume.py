@@ -142,7 +142,7 @@ PLACES = {
     "forward": (Objective, "forward", None),
     "between optimiser and average": (EMA, "update", None),
     "in a checkpoint's first file": (checkpoint, "save_file", half_a_file),
-    "in a checkpoint": (checkpoint, "_sync", None),
+    "in a checkpoint": (checkpoint, "sync", None),
     "before old checkpoints go": (checkpoint, "prune", None),
     "while old checkpoints go": (checkpoint, "prune", half_removed),
     "in a log line": (Journal, "write", half_a_line),
@@ -366,3 +366,167 @@ def test_a_teacher_trained_again_to_the_same_weights_is_the_same_teacher(tmp_pat
     with pytest.warns(UserWarning, match="passing over a damaged checkpoint"):
         train(toy.toy({"log.preview_images": 5}), tmp_path, quiet=True)
     toy.assert_same_run(tmp_path, toy.finished())
+
+
+# ---- other settings, on purpose
+
+
+def test_a_run_goes_on_with_another_rate_when_told_so_and_says_it(tmp_path, capsys):
+    run = toy.copy(toy.finished(), tmp_path / "run")
+    slower = {"train.steps": 10, "train.lr": 1e-5}
+    with pytest.raises(ValueError, match=r"or --train.allow-changes True to go on with these"):
+        train(toy.toy(slower), run, quiet=True)
+    assert (
+        main(
+            [
+                "train",
+                "digits",
+                f"--data={toy.digits()}",
+                f"--out={run}",
+                *toy.flags(slower | {"train.allow_changes": True}),
+            ]
+        )
+        == 0
+    )
+    assert "goes on with other settings: train.lr was 0.001, is 1e-05" in capsys.readouterr().err
+    assert [line["lr"] for line in toy.log(run, "stage2")[-2:]] == [0.001, 1e-5]
+    (told,) = json.loads((run / "changes.json").read_text())
+    assert told == {"steps": {"stage1": 4, "stage2": 8}, "changed": ["train.lr was 0.001, is 1e-05"]}
+    train(toy.toy(slower), run, quiet=True)  # settled now
+    assert len(json.loads((run / "changes.json").read_text())) == 1
+    with pytest.raises(ValueError, match=r"model.depth was 3, is 4; use those, or another --out$"):
+        train(toy.toy(slower | {"model.depth": 4, "train.allow_changes": True}), run, quiet=True)
+
+
+def test_a_lost_configuration_is_that_of_the_checkpoints(tmp_path):
+    run = toy.copy(toy.finished(), tmp_path / "run")
+    (run / "config.json").unlink()
+    with pytest.raises(ValueError, match=r"train.clip was 1.0, is 9.0"):
+        train(toy.toy({"train.clip": 9.0}), run, quiet=True)
+    train(toy.toy(), run, quiet=True)
+    assert (run / "config.json").read_bytes() == (toy.finished() / "config.json").read_bytes()
+
+
+def test_a_method_named_by_a_strangers_run_is_not_imported(tmp_path, monkeypatch):
+    run = toy.copy(toy.finished(), tmp_path / "run")
+    (tmp_path / "evil.py").write_text("import pathlib\npathlib.Path('ran').touch()\ngo = None\n")
+    config = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps(config | {"method": "evil:go"}))
+    (run / "imported.json").write_text("{}")
+    (run / "data.json").unlink()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ValueError, match="method was evil:go, is self_transcendence"):
+        train(toy.toy(), run, quiet=True)
+    assert not (tmp_path / "ran").exists() and "evil" not in sys.modules
+
+
+# ---- what a restart writes
+
+
+def test_a_restart_rewrites_nothing_that_it_would_write_again(tmp_path):
+    run = toy.copy(toy.finished(), tmp_path / "run")
+    names = ("config.json", "data.json", "run.json")
+    before = [(run / name).stat().st_ino for name in names]
+    train(toy.toy(), run, quiet=True)
+    assert [(run / name).stat().st_ino for name in names] == before
+
+
+def test_what_a_checkpoint_counts_on_is_on_the_disk_before_it(tmp_path, monkeypatch):
+    order, whole, saved = [], os.fsync, checkpoint.save
+
+    def fsync(descriptor):
+        order.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")).name)
+        whole(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(checkpoint, "save", lambda *args: order.append("checkpoint") or saved(*args))
+    train(toy.toy({"method": "vanilla", "train.checkpoint_every": 8}), tmp_path / "run", quiet=True)
+    assert any(name.startswith(".config.json") for name in order) and any(
+        name.startswith(".data.json") for name in order
+    )
+    assert "log.tmp" in order and order[order.index("checkpoint") - 1] == "log.jsonl"
+
+
+def test_a_file_system_without_locks_costs_a_warning(tmp_path, monkeypatch):
+    def none(*_):
+        raise OSError(38, "Function not implemented")
+
+    monkeypatch.setattr("fcntl.flock", none)
+    with pytest.warns(UserWarning, match=r"cannot be locked \(Function not implemented\)"):
+        train(toy.toy({"method": "vanilla", "train.steps": 2}), tmp_path, quiet=True)
+
+
+# ---- pictures on the way
+
+PICTURED = {"method": "vanilla", "train.preview_every": 2, "train.checkpoint_every": 2}
+
+
+def test_a_picture_that_kills_the_process_is_given_up(tmp_path, monkeypatch):
+    whole = Preview._make
+
+    def dying(self, model, path):
+        if "4" in path.name:
+            raise Killed
+        whole(self, model, path)
+
+    monkeypatch.setattr(Preview, "_make", dying)
+    for _ in range(3):
+        with pytest.raises(Killed):
+            train(toy.toy(PICTURED), tmp_path, quiet=True)
+    with pytest.warns(UserWarning, match="the process has ended 3 times while making it"):
+        train(toy.toy(PICTURED), tmp_path, quiet=True)
+    made = sorted(path.name for path in (tmp_path / "vanilla" / "previews").glob("*.png"))
+    assert made == [f"step-0000000{k}.png" for k in (2, 6, 8)]
+
+
+def test_a_notice_ends_a_picture_and_the_next_visit_makes_those_that_are_due(tmp_path, monkeypatch):
+    whole, passes = Preview._make, []
+
+    def noticed(self, model, path):
+        if "4" in path.name and not passes:
+            passes.append(path)
+            self.stop.received = signal.SIGTERM
+        whole(self, model, path)
+
+    monkeypatch.setattr(Preview, "_make", noticed)
+    with (
+        pytest.warns(UserWarning, match="no preview at .*4.png: asked to stop"),
+        pytest.raises(Interrupted, match="step 5"),
+    ):
+        train(toy.toy(PICTURED), tmp_path, quiet=True)
+    train(toy.toy(PICTURED), tmp_path, quiet=True)
+    assert len(list((tmp_path / "vanilla" / "previews").iterdir())) == 3  # all but that one
+    (tmp_path / "vanilla" / "previews" / "step-00000008.png").unlink()
+    train(toy.toy(PICTURED), tmp_path, quiet=True)
+    assert (tmp_path / "vanilla" / "previews" / "step-00000008.png").exists()
+
+
+def test_whatever_a_decoder_raises_costs_a_picture_alone(tmp_path, monkeypatch):
+    def broken(*_, **__):
+        raise ModuleNotFoundError("no diffusers here")
+
+    monkeypatch.setattr("selftrans.train.preview.load_autoencoder", broken)
+    with pytest.warns(UserWarning, match="no preview at .*: no diffusers here"):
+        train(toy.toy(PICTURED), tmp_path, quiet=True)
+    assert checkpoint.newest(tmp_path / "vanilla" / "checkpoints").step == 8
+
+
+# ---- data that were damaged since
+
+
+def test_damaged_shards_are_found_and_made_again(tmp_path, capsys):
+    data = tmp_path / "data"
+    assert main(["prepare", "digits", f"--out={data}"]) == 0
+    moments = data / "moments-00000.bin"
+    sound = moments.read_bytes()
+    moments.write_bytes(bytes(4096) + sound[4096:])
+    small = {"data.path": str(data), "method": "vanilla", "train.steps": 2}
+    with pytest.raises(ValueError, match=r"moments-00000.bin fails its sha256"):
+        train(toy.toy(small | {"data.verify": True}), tmp_path / "run", quiet=True)
+    assert main(["prepare", "digits", f"--out={data}"]) == 0
+    assert (
+        "moments-00000.bin fails its sha256 and is made again" in capsys.readouterr().err
+        and moments.read_bytes() == sound
+    )
+    train(toy.toy(small | {"data.verify": True}), tmp_path / "run", quiet=True)

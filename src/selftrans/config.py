@@ -39,6 +39,8 @@ class Data:
     """number of classes; None: as prepared; otherwise the data must agree"""
     on_device: bool = False
     """keep the whole set in the memory of the training device and index it there; changes no number, only speed"""
+    verify: bool = False
+    """compare every shard with its sha256 before training, which reads all of it once"""
 
 
 @dataclass(frozen=True)
@@ -127,6 +129,9 @@ class Train:
     """and those at every multiple of so many steps; 0: none"""
     max_skips: int = 25
     """updates in a row skipped for want of a finite gradient that end the training (fp16 needs a few to find its scale)"""
+    allow_changes: bool = False
+    """continue a run with another lr, warmup, clip, weight_decay, drop, precision or guidance weight; said, and written to
+    changes.json"""
 
 
 @dataclass(frozen=True)

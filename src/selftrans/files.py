@@ -24,12 +24,24 @@ def write_beside(path: Path, write: Callable[[BinaryIO], object]) -> None:
             neighbour.unlink(missing_ok=True)  # of a killed process; a link there is not followed
             with neighbour.open("xb") as file:
                 write(file)
+                file.flush()
+                os.fsync(file.fileno())
             neighbour.replace(path)
+            sync(path.parent)
         except BaseException:
             neighbour.unlink(missing_ok=True)
             raise
     except OSError as error:
         raise ValueError(f"{path} cannot be written ({error.strerror}); make room or choose another folder") from error
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def line(error: object) -> str:
@@ -44,7 +56,9 @@ def no_link(path: str, flags: int) -> int:
 
 
 def write_text(path: Path, text: str) -> None:
-    """`text` in UTF-8."""
+    """`text` in UTF-8. What is there already, to the letter, is left alone: it needs no room and cannot be lost."""
+    if not path.is_symlink() and path.is_file() and path.read_bytes() == text.encode():
+        return
     write_beside(path, lambda file: file.write(text.encode()))
 
 

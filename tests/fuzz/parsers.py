@@ -41,8 +41,8 @@ from selftrans.recipes import recipe
 from selftrans.scores import _names, _sampled
 from selftrans.train import checkpoint
 from selftrans.train.log import Journal
-from selftrans.train.pipeline import _read, from_json
 from selftrans.train.restore import restore
+from selftrans.train.settings import _read, from_json
 
 LONGEST = 1200  #: letters of an error beside the path of its file
 

@@ -58,7 +58,7 @@ def prepare(
         part: "I/N": make every Nth shard only, while other processes or machines make the others in the same folder;
             whichever finds all whole finishes it, and until then the manifest returned is that of the shards so far.
     An interrupted call continues when repeated (with the same batch_size and device to the same bits); a complete one
-    does nothing; a complete folder that lost a shard gets it back.
+    is checked against its sha256; a shard that is lost or damaged is made again.
     Raises ValueError for a bad source, picture, autoencoder or option, a folder begun with others, a disk that refuses.
     """
     out = Path(out)
@@ -81,14 +81,25 @@ def prepare(
     }
     if before:
         ledger.check_options(before.plan, options, out)
-        if before.complete and sum(_asked(shard) for shard in before.shards) == len(pictures):
-            say(f"{out} is complete already", progress)
+        complete = before.complete and sum(_asked(shard) for shard in before.shards) == len(pictures)
+        if complete and not _cleared(out, progress):
             return Manifest.load(out)
     if pictures.ignored:
         say("passed over: " + ", ".join(f"{count} {why}" for why, count in pictures.ignored.items()), progress)
     where, model = _load(autoencoder, device, precision)
     encoder = _Encoder(pictures, batch_size, shard_size, skip_bad, model, where, flip, dtype)
     return _run(encoder, _plan(encoder, str(source), options), out, mine, progress)
+
+
+def _cleared(out: Path, progress: bool) -> list[str]:
+    """Remove the files of a complete folder that fail their sha256, so that they are made again; their names."""
+    damaged = list(Shards.open(out).damaged(stored_features=False))
+    for name in damaged:
+        say(f"{out / name} fails its sha256 and is made again", progress)
+        (out / name).unlink()
+    if not damaged:
+        say(f"{out} is complete already", progress)
+    return damaged
 
 
 def prepare_digits(out: str | Path) -> Shards:

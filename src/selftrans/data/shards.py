@@ -6,6 +6,7 @@ Shape legend: N batch, M moments channels, (C, H, W) latent, T tokens and D widt
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -100,14 +101,19 @@ class Shards:
 
     def verify(self) -> None:
         """Compare the sha256 of every file with the manifest. Raises ValueError naming the first that differs."""
+        for name in self.damaged():
+            raise ValueError(f"shard {self.path / name} fails its sha256; delete the file and {REMEDY}")
+
+    def damaged(self, *, stored_features: bool = True) -> Iterator[str]:
+        """Names of the files whose content is not that of the manifest; reads every byte."""
         expected: dict[str, str] = {}
         for shard in self.manifest.shards:
             expected |= {shard.file: shard.sha256, shard.labels_file: shard.labels_sha256}
-        if (self.path / features.FILE).exists():
+        if stored_features and (self.path / features.FILE).exists():
             expected |= {file.name: file.sha256 for file in self.open_features().files}
         for name, sha256 in expected.items():
             if _sha256(self.path / name) != sha256:
-                raise ValueError(f"shard {self.path / name} fails its sha256; delete the file and {REMEDY}")
+                yield name
 
     def _gather(self, held: dict[str, np.ndarray], rows: np.ndarray, what: str) -> Tensor:
         """Rows (N,) of what the shards hold. Raises ValueError for an index out of range, and for NaN."""

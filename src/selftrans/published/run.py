@@ -27,8 +27,8 @@ from selftrans.published.names import Convention, Sizes
 from selftrans.published.read import Found, Named, read
 from selftrans.recipes import recipe
 from selftrans.train import checkpoint
-from selftrans.train.pipeline import essence
 from selftrans.train.restore import IMPORTED, header
+from selftrans.train.settings import essence
 
 #: autoencoder of latents with this many channels, where none is named: the field's for 4, none for pixels
 AUTOENCODERS = {1: "pixel", 3: "pixel", 4: "stabilityai/sd-vae-ft-mse"}

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import warnings
 from collections.abc import Iterator
@@ -21,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from selftrans.files import line
+from selftrans.files import line, sync
 
 STATE = "state.json"
 KEY = "selftrans"  #: header entry of a weights file: json of stage, step, config, shape, num_classes
@@ -55,11 +56,16 @@ def weights_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def at(folder: Path, step: int) -> Path:
+    """Where the checkpoint of a step lies."""
+    return folder / f"step-{step:08d}"
+
+
 def save(
     folder: Path, step: int, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any], header: dict[str, Any]
 ) -> Path:
     """Write checkpoint `folder/step-...` whole or not at all. OSError (a full disk) leaves what was there."""
-    final = folder / f"step-{step:08d}"
+    final = at(folder, step)
     beside = folder / f".step-{step:08d}.{os.getpid()}"
     try:
         shutil.rmtree(beside, ignore_errors=True)  # of a killed process that had this one's number, as in a container
@@ -70,17 +76,17 @@ def save(
             metadata = {KEY: json.dumps(header | {"weights": name})}
             save_file({key: value.detach().cpu().contiguous() for key, value in named.items()}, path, metadata=metadata)
             path.chmod(beside.stat().st_mode & 0o666)  # safetensors makes them private, whatever the umask says
-            _sync(path)
+            sync(path)
             hashes[path.name] = sha256(path)
         record = {"step": step, "sha256": hashes} | state
         hashes[STATE] = _seal(json.loads(json.dumps(record)))
         (beside / STATE).write_text(json.dumps(record, indent=2))
-        _sync(beside / STATE)
-        _sync(beside)
+        sync(beside / STATE)
+        sync(beside)
         if final.exists():
             shutil.rmtree(final)
         os.replace(beside, final)
-        _sync(folder)
+        sync(folder)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(beside, ignore_errors=True)
         raise OSError(f"could not write checkpoint {final} ({error})") from error
@@ -91,14 +97,6 @@ def _seal(record: dict[str, Any]) -> str:
     """Hash of what a state.json says, this hash left out."""
     said = record | {"sha256": {name: value for name, value in record["sha256"].items() if name != STATE}}
     return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def read(path: Path) -> Checkpoint:
@@ -124,7 +122,7 @@ def read(path: Path) -> Checkpoint:
 
 def steps(folder: Path) -> list[tuple[int, Path]]:
     """(step, path) of the checkpoints in a folder, oldest first, unchecked."""
-    found = [path for path in folder.glob("step-*") if path.is_dir() and path.name[5:].isdigit()]
+    found = [path for path in folder.glob("step-*") if path.is_dir() and re.fullmatch("step-[0-9]+", path.name)]
     return sorted((int(path.name[5:]), path) for path in found)
 
 
@@ -142,21 +140,27 @@ def newest(folder: Path) -> Checkpoint | None:
     return next(whole(folder), None)
 
 
-def prune(folder: Path, keep: int, *, best: int = 0, every: int = 0) -> None:
-    """Remove checkpoints but the newest `keep` (0: all stay), the `best` of lowest loss, and multiples of `every` steps.
-
-    The loss is what `state.json` holds under `flow`: the mean flow loss of the steps that led to the checkpoint. What an
-    interrupted write left behind is swept up.
-    """
+def sweep(folder: Path) -> None:
+    """Remove what interrupted writes left behind; for the one process that may write there."""
     for path in folder.glob(".step-*"):
         shutil.rmtree(path, ignore_errors=True)
+
+
+def prune(folder: Path, step: int, keep: int, *, best: int = 0, every: int = 0) -> None:
+    """Remove checkpoints but the newest `keep` (0: all stay), the `best` of lowest loss, and multiples of `every` steps.
+
+    `step` is the one just written. What lies beyond it was passed over as damaged when the run continued: it counts for
+    nothing and goes. The loss is what `state.json` holds under `flow`: the mean flow loss of the steps that led to the
+    checkpoint.
+    """
+    sweep(folder)
     if not keep:
         return
-    found = steps(folder)
-    losses = sorted((loss, -step) for step, path in found if (loss := _flow(path)) is not None) if best else []
-    stay = {-step for _, step in losses[:best]} | {step for step, _ in found[-keep:]}
-    for step, path in found:
-        if step not in stay and not (every and step % every == 0):
+    found = [(at, path) for at, path in steps(folder) if at <= step]
+    losses = sorted((loss, -at) for at, path in found if (loss := _flow(path)) is not None) if best else []
+    stay = {-at for _, at in losses[:best]} | {at for at, _ in found[-keep:]}
+    for at, path in steps(folder):
+        if at not in stay and not (at <= step and every and at % every == 0):
             shutil.rmtree(path, ignore_errors=True)
 
 

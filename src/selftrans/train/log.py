@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
@@ -12,6 +13,8 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import Tensor
+
+from selftrans.files import sync
 
 
 class Window:
@@ -59,6 +62,7 @@ class Journal:
         beside = path.with_suffix(".tmp")
         beside.unlink(missing_ok=True)  # neither it nor the log is written through a link
         beside.write_text("".join(line + "\n" for line in lines if _step(line) <= resume_step))
+        sync(beside)
         os.replace(beside, path)
         self._file = open(path, "ab", buffering=0)  # noqa: SIM115 - kept open for the run
         self._waiting = b""
@@ -75,6 +79,12 @@ class Journal:
                 self._waiting = self._waiting[self._file.write(self._waiting) :]
         except OSError as error:
             warnings.warn(f"{len(self._waiting)} bytes of log.jsonl wait for room: {error}", stacklevel=2)
+
+    def sync(self) -> None:
+        """Write what waits, and wait until the disk holds it: a checkpoint counts on the lines before it."""
+        self.flush()
+        with contextlib.suppress(OSError):
+            os.fsync(self._file.fileno())
 
     def close(self) -> None:
         self.flush()

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +17,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
-from selftrans.config import RunConfig, from_json, to_json
+from selftrans.config import RunConfig
 from selftrans.data.encode import prepare_digits
 from selftrans.data.resident import Resident
 from selftrans.data.shards import Manifest, Shards
@@ -32,17 +31,11 @@ from selftrans.train.external import Stored, external_encoder
 from selftrans.train.log import progress_bar
 from selftrans.train.preview import Preview
 from selftrans.train.processes import patience, together
-from selftrans.train.restore import IMPORTED, find_teacher, restore_teacher
+from selftrans.train.restore import find_teacher, restore_teacher
+from selftrans.train.settings import record, settle
 from selftrans.train.stop import Stop, lock
 from selftrans.train.trainer import Trainer
 
-#: sections and fields that may change between two visits to the same run directory
-FREE = (
-    *("log", "sample", "data.path", "data.on_device", "stage2.teacher", "repa.encoder"),
-    *("train.steps", "train.checkpoint_every", "train.preview_every"),
-    *("train.keep", "train.keep_best", "train.keep_every", "train.max_skips", "train.shard", "train.timeout"),
-    *("train.recompute", "train.compile"),
-)
 PRECISION = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 DTYPE = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -72,12 +65,12 @@ def _train(config: RunConfig, out: Path, bar: Callable[..., Any], quiet: bool) -
         for draft in (*out.glob(".*.json.*"), *out.glob("*/previews/.step-*.png.*")) if main else ():
             draft.unlink(missing_ok=True)  # of a killed process: while the lock is held, nobody else writes here
         shards = open_data(config, out, accelerator)
-        config = _settle(_without_classes(config, shards.manifest), out, shards.manifest)
+        config = settle(_without_classes(config, shards.manifest), out, shards.manifest)
         plan = _plan(config)
         _rehearse(config, plan, out, shards.manifest)
         if config.data.on_device:
             shards = Resident(shards, accelerator.device)
-        preview = Preview(config, shards.manifest, accelerator.device) if config.train.preview_every else None
+        preview = Preview(config, shards.manifest, accelerator.device, stop) if config.train.preview_every else None
         spent, source = [], config.stage2.teacher
         for number, stage in enumerate(plan, start=1):
             trainer = Trainer(
@@ -136,7 +129,8 @@ def open_data(config: RunConfig, out: Path, accelerator: Accelerator | None = No
             prepare_digits(Path(path))
         if accelerator is not None:
             accelerator.wait_for_everyone()
-    shards = Shards.open(path)
+    main = accelerator is None or accelerator.is_main_process
+    shards = Shards.open(path, verify=config.data.verify and main)
     manifest, expected = shards.manifest, config.data
     if expected.shape is not None and tuple(expected.shape) != tuple(manifest.shape):
         raise ValueError(f"{path} holds latents {manifest.shape}, but data.shape expects {expected.shape}")
@@ -154,42 +148,11 @@ def _without_classes(config: RunConfig, manifest: Manifest) -> RunConfig:
     return dataclasses.replace(config, stage2=dataclasses.replace(config.stage2, scale=1.0))
 
 
-def _settle(config: RunConfig, out: Path, manifest: Manifest) -> RunConfig:
-    """The configuration in agreement with what `out` was started with. ValueError names what differs."""
-    path, data = out / "config.json", out / "data.json"
-    before = _read(path, from_json) if path.exists() else None
-    if config.stage1.steps is None:  # settled once, so that a longer visit later keeps the same teacher
-        steps = before.stage1.steps if before else max(1, config.train.steps // 2)
-        config = dataclasses.replace(config, stage1=dataclasses.replace(config.stage1, steps=steps))
-    if before:
-        # nothing of ours has trained imported weights yet: what they are is settled, how to go on is not
-        fresh = (out / f"{IMPORTED}.json").exists() and not data.exists()
-        was, now = (essence(c, before) if fresh else dataclasses.asdict(c) for c in (before, config))
-        changed, teachers = differences(was, now), (before.stage2.teacher, config.stage2.teacher)
-        if not fresh and teachers.count(None) == 1:  # its path may change, its weights not
-            changed.append(f"stage2.teacher was {before.stage2.teacher}, is {config.stage2.teacher}")
-        if changed:
-            raise ValueError(
-                f"{out} was started with other settings: {'; '.join(changed)}; use those, or another --out"
-            )
-        if data.exists() and _read(data, _hashes) != _hashes(manifest.to_json()):
-            raise ValueError(f"{out} was trained on other data than {config.data.path}; use that, or another --out")
-    return config
-
-
-def essence(config: RunConfig, imported: RunConfig) -> dict[str, Any]:
-    """What imported weights, not trained on yet, are bound to: method, model, path, and the sections of their stages."""
-    bound = {"method": config.method, "model": dataclasses.asdict(config.model), "train": {"path": config.train.path}}
-    sections = [stage.name for stage in stages(imported) if hasattr(config, stage.name)]
-    return bound | {name: dataclasses.asdict(getattr(config, name)) for name in sections}
-
-
 def _begin(config: RunConfig, out: Path, manifest: Manifest, accelerator: Accelerator) -> None:
     """Write down what the run is."""
     accelerator.wait_for_everyone()  # every process has read what was there before
     if accelerator.is_main_process:
-        write_json(out / "config.json", json.loads(to_json(config)))
-        write_json(out / "data.json", json.loads(manifest.to_json()))
+        record(config, out, manifest)
     if config.log.tensorboard:
         accelerator.init_trackers("tensorboard")
 
@@ -208,32 +171,6 @@ def _rehearse(config: RunConfig, plan: list[Stage], out: Path, manifest: Manifes
                 student, model = (config.model.build(manifest.shape, manifest.num_classes) for _ in range(2))
                 teacher = Frozen(model, stage.teacher.block(model.depth)) if stage.teacher else None
                 Objective(student, stage.guide(student, teacher))
-
-
-def _read(path: Path, parse: Callable[[str], Any]) -> Any:
-    """A json file of the run, parsed. ValueError names the file when it is damaged."""
-    try:
-        return parse(path.read_text())
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ValueError(f"{path} cannot be used ({error}); restore it, or choose another --out") from error
-
-
-def _hashes(manifest: str) -> list[str]:
-    return [shard[key] for shard in json.loads(manifest)["shards"] for key in ("sha256", "labels_sha256")]
-
-
-def differences(before: dict[str, Any], now: dict[str, Any], where: str = "") -> list[str]:
-    """`train.lr was 0.1, is 0.2` for each field that differs and is not in FREE."""
-    found = []
-    for name, value in now.items():
-        dotted = f"{where}{name}"
-        if dotted in FREE:
-            continue
-        if isinstance(value, dict):
-            found += differences(before[name], value, f"{dotted}.")
-        elif before[name] != value:
-            found.append(f"{dotted} was {before[name]}, is {value}")
-    return found
 
 
 def _plan(config: RunConfig) -> list[Stage]:

@@ -13,16 +13,20 @@ import torch
 from selftrans.analyse.plots import image_grid, save_png
 from selftrans.config import RunConfig
 from selftrans.data.shards import Manifest
+from selftrans.files import line, no_link
 from selftrans.flow import PATHS
 from selftrans.latents import Autoencoder, load_autoencoder
 from selftrans.sample import sample_images
+from selftrans.train.stop import Stop
+
+TRIES = 3  #: times that a picture may end the process, by want of memory for instance, before it is given up
 
 
 class Preview:
     """Makes previews with Heun's method and the run's guidance. A preview that fails warns and never stops the training."""
 
-    def __init__(self, config: RunConfig, manifest: Manifest, device: torch.device) -> None:
-        self.config, self.manifest, self.device = config, manifest, device
+    def __init__(self, config: RunConfig, manifest: Manifest, device: torch.device, stop: Stop | None = None) -> None:
+        self.config, self.manifest, self.device, self.stop = config, manifest, device, stop or Stop()
         log = config.log
         self.settings = dataclasses.replace(
             config.sample, num=log.preview_images, sampler="heun", steps=log.preview_steps
@@ -30,20 +34,41 @@ class Preview:
         self._autoencoder: Autoencoder | None = None
 
     def save(self, model: Any, path: Path) -> None:
-        """Sample with `model` (the EMA, in eval mode) and write a PNG."""
+        """Sample with `model` (the EMA, in eval mode) and write a PNG.
+
+        A notice ends it at the next pass of the model. What has ended the process TRIES times is not tried again.
+        """
+        tries = path.with_name(f".{path.stem}.tries")
+        if tries.exists() and tries.stat().st_size >= TRIES:
+            warnings.warn(f"no preview at {path}: the process has ended {TRIES} times while making it", stacklevel=2)
+            return
+        hook = model.register_forward_pre_hook(self._unless_stopped)
         try:
-            if self._autoencoder is None:
-                name = self.config.data.autoencoder or self.manifest.autoencoder
-                self._autoencoder = load_autoencoder(name, device=self.device)
-            batches = sample_images(
-                model,
-                self._autoencoder,
-                self.settings,
-                num_classes=self.manifest.num_classes,
-                path=PATHS[self.config.train.path],
-                device=self.device,
-            )
-            images = np.concatenate([images for _, _, images in batches], axis=0)
-            save_png(image_grid(images, upscale=max(1, 64 // images.shape[1])), path)
-        except (OSError, ValueError, RuntimeError) as error:
-            warnings.warn(f"no preview at {path}: {error}", stacklevel=2)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(tries, "ab", opener=no_link) as file:
+                file.write(b".")
+            self._make(model, path)
+        except Exception as error:  # whatever a decoder raises: a picture is worth no run
+            warnings.warn(f"no preview at {path}: {line(error)}", stacklevel=2)
+        finally:
+            hook.remove()
+        tries.unlink(missing_ok=True)
+
+    def _unless_stopped(self, *_: object) -> None:
+        if self.stop.received is not None:
+            raise InterruptedError("asked to stop")
+
+    def _make(self, model: Any, path: Path) -> None:
+        if self._autoencoder is None:
+            name = self.config.data.autoencoder or self.manifest.autoencoder
+            self._autoencoder = load_autoencoder(name, device=self.device)
+        batches = sample_images(
+            model,
+            self._autoencoder,
+            self.settings,
+            num_classes=self.manifest.num_classes,
+            path=PATHS[self.config.train.path],
+            device=self.device,
+        )
+        images = np.concatenate([images for _, _, images in batches], axis=0)
+        save_png(image_grid(images, upscale=max(1, 64 // images.shape[1])), path)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -56,6 +60,37 @@ def check_data(found: checkpoint.Checkpoint, manifest: Manifest) -> None:
             f"{found.path} was trained on latents {was[0]} with {was[1]} classes, the data are {tuple(manifest.shape)} with "
             f"{manifest.num_classes}; give data prepared alike, or another --out"
         )
+
+
+def agreed(folder: Path, accelerator: Accelerator) -> checkpoint.Checkpoint | None:
+    """The checkpoint that all processes continue from: the newest whole one that the first of them sees.
+
+    ValueError in a process that cannot read it. Leftovers of interrupted writes are swept up.
+    """
+    found = None
+    if accelerator.is_main_process:
+        checkpoint.sweep(folder)
+        found = checkpoint.newest(folder)
+    (step,) = broadcast_object_list([found.step if found else None])
+    if step is None or found is not None:
+        return found
+    try:
+        return checkpoint.read(checkpoint.at(folder, step))
+    except ValueError as error:
+        raise ValueError(f"{error}, though another process has read it: all must see the same --out") from error
+
+
+@contextlib.contextmanager
+def usable(found: checkpoint.Checkpoint, *errors: type[Exception]) -> Iterator[None]:
+    """ValueError that names a checkpoint whose state, whole as it is, does not say what it should."""
+    wrong: tuple[type[Exception], ...] = (KeyError, TypeError, AttributeError, RuntimeError, *errors)
+    try:
+        yield
+    except wrong as error:
+        raise ValueError(
+            f"{found.path / checkpoint.STATE} cannot be used ({type(error).__name__}: {line(error)}); was it written by "
+            "another version? Remove that checkpoint, or choose another --out"
+        ) from error
 
 
 def find(source: str | Path, *, stage: str | None = None, weights: Weights = "ema") -> Path:

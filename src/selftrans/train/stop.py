@@ -7,6 +7,7 @@ import fcntl
 import os
 import signal
 import threading
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -88,11 +89,15 @@ def lock(run: Path) -> Iterator[None]:
     with lock_file as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        except BlockingIOError as error:
             file.seek(0)
             raise ValueError(
                 f"{run} is in use by process {file.read().strip() or '?'}; wait for it, or choose another --out"
             ) from error
+        except OSError as error:  # a file system without locks
+            warnings.warn(
+                f"{run} cannot be locked ({error.strerror}): see to it that no second process uses it", stacklevel=2
+            )
         file.truncate(0)
         file.write(str(os.getpid()))
         file.flush()

@@ -36,7 +36,7 @@ from selftrans.train.optim import (
     update,
 )
 from selftrans.train.preview import Preview
-from selftrans.train.restore import IMPORTED, check_data, check_teacher, header
+from selftrans.train.restore import IMPORTED, agreed, check_data, check_teacher, header, usable
 from selftrans.train.shard import everything, exchange, gathered, load, release, split, whole
 from selftrans.train.stop import Stop
 from selftrans.train.stream import Loaded, Stream, seed_step, to_batch
@@ -114,6 +114,7 @@ class Trainer:
         journal = Journal(self.room / "log.jsonl", resume_step=self.step) if main else None
         bar = self.bar(total=self.stage.steps, initial=self.step, desc=self.stage.name, unit="step", disable=not main)
         try:
+            self._preview(self.step == self.stage.steps, again=True)
             batches = self.stream.from_step(self.step, pin=self.accelerator.device.type == "cuda")
             while self.step < self.stage.steps:
                 started = time.perf_counter()
@@ -177,25 +178,23 @@ class Trainer:
         stopping = self.stop.asked(self.accelerator)
         if self.step % config.log.every == 0 or last:
             self._log(journal, bar)
-        if not stopping:  # before the checkpoint: a process that is killed between the two makes it again
-            self._preview(last)
         self.due |= self.step % config.train.checkpoint_every == 0
         if last or stopping or self.due:
             if journal:
-                journal.flush()
+                journal.sync()
             self._save(required=last or stopping)
-        if stopping:  # a scheduler waits for the checkpoint alone
-            self._preview(last)
-        if stopping and not last:
+        if stopping and not last:  # a scheduler waits for the checkpoint alone: a picture that is due is made on return
             raise self.stop.interrupted(self.step, self.room)
+        self._preview(last)
 
-    def _preview(self, last: bool) -> None:
-        every = self.config.train.preview_every
-        if self.preview and every and (self.step % every == 0 or last):
+    def _preview(self, last: bool, *, again: bool = False) -> None:
+        """A picture, if one is due at this step; `again`: on return to it, if the visit before has not made it."""
+        every, path = self.config.train.preview_every, self.room / "previews" / f"step-{self.step:08d}.png"
+        if self.preview and self.step and (self.step % every == 0 or last):
             manifest = self.shards.manifest
             model = gathered(self.ema.model, lambda: self.config.model.build(manifest.shape, manifest.num_classes))
-            if self.accelerator.is_main_process:
-                self.preview.save(model, self.room / "previews" / f"step-{self.step:08d}.png")
+            if self.accelerator.is_main_process and not (again and path.exists()):
+                self.preview.save(model, path)
 
     def _read(self) -> None:
         """Wait for the device, and learn what became of the steps so far; the time counts as training's."""
@@ -212,7 +211,8 @@ class Trainer:
             f"the last good checkpoint is {found.path}" if found else f"no checkpoint was written in {self.folder} yet"
         )
         return FloatingPointError(
-            f"{error}; {good}; lower train.lr or the guidance weight, or use train.precision bf16 or fp32"
+            f"{error}; {good}; to go on from there: a lower train.lr or guidance weight, or train.precision bf16 or fp32, "
+            "and --train.allow-changes True"
         )
 
     def _means(self, window: Window) -> dict[str, float]:
@@ -290,7 +290,7 @@ class Trainer:
     def _prune(self) -> None:
         train = self.config.train
         if not self.accidents.row:
-            checkpoint.prune(self.folder, train.keep, best=train.keep_best, every=train.keep_every)
+            checkpoint.prune(self.folder, self.step, train.keep, best=train.keep_best, every=train.keep_every)
 
     def _write(self, tensors: dict[str, dict[str, torch.Tensor]], windows: dict[str, Any]) -> None:
         spent = {"seconds": self.seconds, "tflops": self.total_flops() / 1e12}
@@ -314,15 +314,20 @@ class Trainer:
 
     def _restore(self) -> None:
         """Continue from the newest whole checkpoint of the room. Order and noise follow from the step."""
-        found = checkpoint.newest(self.folder)
+        found = agreed(self.folder, self.accelerator)
         self.step = found.step if found else 0
-        if found is not None:
+        if found is None:
+            self._retire()
+            return
+        with usable(found):
             check_data(found, self.shards.manifest)
             check_teacher(found, self.teacher)
             self.origin = {key: value for key, value in found.state.items() if key == IMPORTED}
         self._retire()
-        if found is None:
-            return
+        with usable(found, ValueError):
+            self._load(found)
+
+    def _load(self, found: checkpoint.Checkpoint) -> None:
         self.seconds = float(found.state["seconds"])
         student = {f"student.{k}": v for k, v in found.tensors("student").items()}
         load(self.objective, student | found.tensors("heads"))
