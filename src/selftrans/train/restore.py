@@ -86,6 +86,8 @@ def usable(found: checkpoint.Checkpoint, *errors: type[Exception]) -> Iterator[N
     wrong: tuple[type[Exception], ...] = (KeyError, TypeError, AttributeError, RuntimeError, *errors)
     try:
         yield
+    except torch.OutOfMemoryError:
+        raise
     except wrong as error:
         raise ValueError(
             f"{found.path / checkpoint.STATE} cannot be used ({type(error).__name__}: {line(error)}); was it written by "
