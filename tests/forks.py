@@ -83,6 +83,7 @@ class Forks:
         self._server = subprocess.Popen([sys.executable, __file__], stdin=-1, stdout=-1, text=True, env=environment)
 
     def start(self, argv: list[str], said: Path) -> Child:
+        said.touch()  # a child may be killed before it opens it
         return Child(self._server, argv, said)
 
     def close(self) -> None:
