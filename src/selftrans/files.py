@@ -25,8 +25,7 @@ def write_beside(path: Path, write: Callable[[BinaryIO], object]) -> None:
             neighbour.unlink(missing_ok=True)  # of a killed process; a link there is not followed
             with neighbour.open("xb") as file:
                 write(file)
-                file.flush()
-                os.fsync(file.fileno())
+            sync(neighbour)
             neighbour.replace(path)
             sync(path.parent)
         except BaseException:

@@ -24,9 +24,9 @@ from selftrans.evaluate.features import load_extractor
 from selftrans.files import write_json, write_text
 from selftrans.measure import classifier_from_data
 from selftrans.methods import METHODS, stages
-from selftrans.methods.objective import Frozen, Objective
 from selftrans.recipes import recipe
 from selftrans.train.external import external_encoder
+from selftrans.train.pipeline import put_together
 from selftrans.train.stop import lock
 
 NEIGHBOURS = ("repa", "sra", "layersync", "dispersive")  #: methods with a section of their own in the configuration
@@ -82,15 +82,10 @@ def rehearse(variants: Mapping[str, RunConfig]) -> None:
         for stage in stages(config):
             if stage.teacher and config.stage2.teacher:
                 continue  # a borrowed teacher has sizes of its own
-            given: Any = None
+            encoder: Any = None
             if stage.encoder:
-                given = external_encoder(stage.encoder.name, config, shards, torch.device("cpu"), torch.float32)
-            with torch.device("meta"):
-                student, other = (
-                    config.model.build(shards.manifest.shape, shards.manifest.num_classes) for _ in range(2)
-                )
-                given = Frozen(other, stage.teacher.block(other.depth)) if stage.teacher else given
-                Objective(student, stage.guide(student, given))
+                encoder = external_encoder(stage.encoder.name, config, shards, torch.device("cpu"), torch.float32)
+            put_together(config, stage, shards.manifest, encoder)
 
 
 def together(variants: Mapping[str, RunConfig]) -> RunConfig:

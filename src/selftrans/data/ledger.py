@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple, TypeAlias
 
 from selftrans.data.manifest import FILE, Manifest, Option, Shard, parse_json, read_text, shard_from
-from selftrans.files import no_link
+from selftrans.files import no_link, sync
 
 PLAN, LOCK, TEMP = "plan.json", ".lock", ".tmp-"
 #: part I of N, counted from 1; the whole is part 1 of 1
@@ -218,22 +218,13 @@ def beside(path: Path) -> Iterator[HashedFile]:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temp, path)
-        _sync_folder(path.parent)
+        with suppress(PermissionError):  # not every system lets a folder be opened
+            sync(path.parent)
     except OSError as error:
         raise write_error(path, error) from error
     finally:
         with suppress(OSError):
             temp.unlink(missing_ok=True)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Bring a rename to the disk, on systems that let a folder be opened."""
-    with suppress(PermissionError):
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -156,11 +156,13 @@ def prune(folder: Path, step: int, keep: int, *, best: int = 0, every: int = 0) 
     sweep(folder)
     if not keep:
         return
-    found = [(at, path) for at, path in steps(folder) if at <= step]
-    losses = sorted((loss, -at) for at, path in found if (loss := _flow(path)) is not None) if best else []
-    stay = {-at for _, at in losses[:best]} | {at for at, _ in found[-keep:]}
-    for at, path in steps(folder):
-        if at not in stay and not (at <= step and every and at % every == 0):
+    held = steps(folder)
+    found = [(reached, path) for reached, path in held if reached <= step]
+    losses = sorted((loss, -reached) for reached, path in found if (loss := _flow(path)) is not None) if best else []
+    stay = {-reached for _, reached in losses[:best]} | {reached for reached, _ in found[-keep:]}
+    stay |= {reached for reached, _ in found if every and reached % every == 0}
+    for reached, path in held:
+        if reached not in stay:
             shutil.rmtree(path, ignore_errors=True)
 
 

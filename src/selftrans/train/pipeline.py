@@ -167,10 +167,15 @@ def _rehearse(config: RunConfig, plan: list[Stage], out: Path, manifest: Manifes
                 "give at least as many, or another --out"
             )
         if number and not stage.encoder:
-            with torch.device("meta"):
-                student, model = (config.model.build(manifest.shape, manifest.num_classes) for _ in range(2))
-                teacher = Frozen(model, stage.teacher.block(model.depth)) if stage.teacher else None
-                Objective(student, stage.guide(student, teacher))
+            put_together(config, stage, manifest)
+
+
+def put_together(config: RunConfig, stage: Stage, manifest: Manifest, encoder: Any = None) -> None:
+    """ValueError where the parts of a stage do not fit; without memory for weights. `encoder`: what it wants, if it does."""
+    with torch.device("meta"):
+        student, model = (config.model.build(manifest.shape, manifest.num_classes) for _ in range(2))
+        given = Frozen(model, stage.teacher.block(model.depth)) if stage.teacher else encoder
+        Objective(student, stage.guide(student, given))
 
 
 def _plan(config: RunConfig) -> list[Stage]:

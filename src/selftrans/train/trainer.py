@@ -316,16 +316,15 @@ class Trainer:
         """Continue from the newest whole checkpoint of the room. Order and noise follow from the step."""
         found = agreed(self.folder, self.accelerator)
         self.step = found.step if found else 0
-        if found is None:
-            self._retire()
-            return
-        with usable(found):
-            check_data(found, self.shards.manifest)
-            check_teacher(found, self.teacher)
-            self.origin = {key: value for key, value in found.state.items() if key == IMPORTED}
+        if found:
+            with usable(found):
+                check_data(found, self.shards.manifest)
+                check_teacher(found, self.teacher)
+                self.origin = {key: value for key, value in found.state.items() if key == IMPORTED}
         self._retire()
-        with usable(found, ValueError):
-            self._load(found)
+        if found:
+            with usable(found, ValueError):
+                self._load(found)
 
     def _load(self, found: checkpoint.Checkpoint) -> None:
         self.seconds = float(found.state["seconds"])
