@@ -39,9 +39,10 @@ RUNS: dict[str, dict[str, Any]] = {
     },
 }
 LONG = {"stage1.steps": 14, "train.steps": 30, "stage2.until_step": 17, "log.every": 1}
-WRITING, STEP, BETWEEN, STARTING, ELSEWHERE = (
+WRITING, STEP, PICTURE, BETWEEN, STARTING, ELSEWHERE = (
     "while a checkpoint was written",
     "in a step",
+    "while a picture was made",
     "between the stages",
     "while starting",
     "elsewhere",
@@ -80,6 +81,11 @@ def drafts(run: Path) -> set[str]:
     return {path.name for path in run.glob("*/checkpoints/.step-*")}
 
 
+def half_made(run: Path) -> set[str]:
+    """Pictures that are being made, or were when their process died, and have ended a process at most once."""
+    return {f"{path.parts[-3]}/{path.name}" for path in run.glob("*/previews/.*.tries") if path.stat().st_size < 2}
+
+
 # ---- where to kill: an occasion is worth a kill when it is a new one
 
 
@@ -91,6 +97,13 @@ def a_step(run: Path) -> object:
     stage = run / ("stage2" if logged(run / "stage2") else "stage1")
     count = logged(stage)
     return (stage.name, count) if count > max(steps_of(stage), default=0) else None
+
+
+def a_picture(run: Path) -> object:
+    try:
+        return max(half_made(run), default=None)
+    except FileNotFoundError:  # made since
+        return None
 
 
 def the_end_of_stage_1(run: Path) -> object:
@@ -105,6 +118,7 @@ def any_time(run: Path) -> object:
 AIMS: dict[str, tuple[Callable[[Path], object], float]] = {
     WRITING: (a_checkpoint, 0.012),
     STEP: (a_step, 0.004),
+    PICTURE: (a_picture, 0.012),
     BETWEEN: (the_end_of_stage_1, 0.15),
     ELSEWHERE: (any_time, 1.5),
 }
@@ -134,6 +148,8 @@ def place(run: Path, pid: int, said: str) -> str:
         return WRITING
     if "[1/2] stage1" not in said:
         return STARTING
+    if half_made(run):
+        return PICTURE
     stage = run / ("stage2" if logged(run / "stage2") else "stage1")
     if stage.name == "stage1" and steps_of(stage)[-1:] == [LONG["stage1.steps"]]:
         return BETWEEN
@@ -175,7 +191,8 @@ def test_fifty_deaths(forks: Forks, tmp_path: Path) -> None:
     for name, dotted in RUNS.items():
         whole, run = tmp_path / f"{name}, whole", tmp_path / name
         assert forks.start(train(whole, dotted), tmp_path / "whole.txt").wait() == 0
-        places += die_and_live(functools.partial(forks.start, train(run, dotted)), run, whole, rng)
+        wanted = WANTED | collections.Counter({PICTURE: 3} if "train.preview_every" in dotted else {})
+        places += die_and_live(functools.partial(forks.start, train(run, dotted)), run, whole, rng, 18, wanted)
     print(dict(places))
     assert places.total() >= 50 and places[WRITING] >= 15
 

@@ -480,6 +480,23 @@ def test_a_picture_that_kills_the_process_is_given_up(tmp_path, monkeypatch):
     assert made == [f"step-0000000{k}.png" for k in (2, 6, 8)]
 
 
+@pytest.mark.parametrize("step", [4, 8], ids=["on the way", "at the end"])
+def test_killed_with_the_picture_in_its_place(tmp_path, monkeypatch, step):
+    whole = Preview._make
+
+    def dying(self, model, path):
+        whole(self, model, path)
+        if path.name == f"step-0000000{step}.png":
+            raise Killed
+
+    monkeypatch.setattr(Preview, "_make", dying)
+    with pytest.raises(Killed):
+        train(toy.toy(PICTURED), tmp_path, quiet=True)
+    train(toy.toy(PICTURED), tmp_path, quiet=True)  # it is not made again, or this would die too
+    left = sorted(path.name for path in (tmp_path / "vanilla" / "previews").iterdir())
+    assert left == [f"step-0000000{k}.png" for k in (2, 4, 6, 8)]
+
+
 def test_a_notice_ends_a_picture_and_the_next_visit_makes_those_that_are_due(tmp_path, monkeypatch):
     whole, passes = Preview._make, []
 

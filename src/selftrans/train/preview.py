@@ -33,12 +33,15 @@ class Preview:
         )
         self._autoencoder: Autoencoder | None = None
 
-    def save(self, model: Any, path: Path) -> None:
-        """Sample with `model` (the EMA, in eval mode) and write a PNG.
+    def save(self, model: Any, path: Path, *, again: bool = False) -> None:
+        """Sample with `model` (the EMA, in eval mode) and write a PNG; `again`: on return, where the visit before did not.
 
         A notice ends it at the next pass of the model. What has ended the process TRIES times is not tried again.
         """
         tries = path.with_name(f".{path.stem}.tries")
+        if again and path.exists():
+            tries.unlink(missing_ok=True)  # the process before died with the picture in its place
+            return
         if tries.exists() and tries.stat().st_size >= TRIES:
             warnings.warn(f"no preview at {path}: the process has ended {TRIES} times while making it", stacklevel=2)
             return

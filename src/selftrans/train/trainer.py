@@ -188,13 +188,13 @@ class Trainer:
         self._preview(last)
 
     def _preview(self, last: bool, *, again: bool = False) -> None:
-        """A picture, if one is due at this step; `again`: on return to it, if the visit before has not made it."""
+        """A picture, if one is due at this step; `again`: on return to it."""
         every, path = self.config.train.preview_every, self.room / "previews" / f"step-{self.step:08d}.png"
         if self.preview and self.step and (self.step % every == 0 or last):
             manifest = self.shards.manifest
             model = gathered(self.ema.model, lambda: self.config.model.build(manifest.shape, manifest.num_classes))
-            if self.accelerator.is_main_process and not (again and path.exists()):
-                self.preview.save(model, path)
+            if self.accelerator.is_main_process:
+                self.preview.save(model, path, again=again)
 
     def _read(self) -> None:
         """Wait for the device, and learn what became of the steps so far; the time counts as training's."""
