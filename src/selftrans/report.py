@@ -143,11 +143,13 @@ def convergence(both: Mapping[str, Mapping[str, Curve]], metric: str) -> Figure:
 
 STYLE = """
 :root { color-scheme: light; }
-body { font: 16px/1.55 system-ui, sans-serif; color: #222; max-width: 60rem; margin: 2.5rem auto; padding: 0 1.2rem; }
+body { font: 16px/1.55 system-ui, sans-serif; color: #222; max-width: 71rem; margin: 2.5rem auto; padding: 0 1.2rem; }
+p { max-width: 60rem; }
 h1 { font-size: 1.7rem; margin-bottom: .2rem; } h2 { margin-top: 2.2rem; font-size: 1.2rem; }
-table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
-th, td { text-align: right; padding: .45rem .6rem; border-bottom: 1px solid #ddd; white-space: nowrap; }
-th:first-child, td:first-child { text-align: left; } th { font-weight: 600; border-bottom: 2px solid #222; }
+table { border-collapse: collapse; width: 100%; font-size: .85rem; font-variant-numeric: tabular-nums; }
+th, td { text-align: right; padding: .4rem .45rem; border-bottom: 1px solid #ddd; white-space: nowrap; }
+th:first-child, td:first-child { text-align: left; }
+th { font-weight: 600; border-bottom: 2px solid #222; white-space: normal; vertical-align: bottom; }
 .scroll { overflow-x: auto; } .note { color: #555; font-size: .9rem; }
 img { max-width: 100%; height: auto; } .grids { display: flex; flex-wrap: wrap; gap: 1.5rem; } figure { margin: 0; }
 figcaption { font-weight: 600; margin-bottom: .3rem; } code { background: #f3f3f3; padding: .1em .3em; border-radius: 3px; }
