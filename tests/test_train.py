@@ -383,10 +383,10 @@ def test_guidance_may_end_at_any_step_or_never(tmp_path, until):
 def test_previews_come_from_the_average_in_eval_mode(tmp_path, monkeypatch):
     shown = []
 
-    def save(self, model, path):
+    def make(self, model, path):
         shown.append((path.name, model.training, {k: v.clone() for k, v in model.state_dict().items()}))
 
-    monkeypatch.setattr(Preview, "save", save)
+    monkeypatch.setattr(Preview, "_make", make)
     train(toy.toy({"method": "vanilla", "train.preview_every": 3}), tmp_path, quiet=True)
     assert [name for name, *_ in shown] == ["step-00000003.png", "step-00000006.png", "step-00000008.png"]
     assert not any(training for _, training, _ in shown)
