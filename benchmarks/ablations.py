@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from selftrans import report
-from selftrans.compare.command import base, on
+from selftrans.compare.command import base, on, only
 from selftrans.compare.engine import Comparison, compare
 from selftrans.compare.table import mean_curve, rows
 from selftrans.config import RunConfig
@@ -66,7 +66,7 @@ def overridden(config: RunConfig, dotted: dict[str, Any]) -> RunConfig:
         section, _, field = name.rpartition(".")
         part = dataclasses.replace(getattr(config, section), **{field: value}) if section else value
         config = dataclasses.replace(config, **{section or field: part})
-    return config.check()
+    return only(config, config.method).check()
 
 
 def main() -> None:
@@ -84,7 +84,7 @@ def main() -> None:
     config = on(recipe(options.recipe), options.data, options.steps)
     config, features, weights = base(config, options.out, features=options.features)
     variants = {name: overridden(config, VARIANTS[name]) for name in options.variants}
-    chosen = Comparison(variants, tuple(options.seeds), options.out, options.images, features, weights)
+    chosen = Comparison(config, variants, tuple(options.seeds), options.out, options.images, features, weights)
     results = compare(chosen, workers=options.workers)
     table = rows(results, tuple(variants))
     curves = {name: mean_curve(results, name) for name in variants}

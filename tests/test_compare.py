@@ -6,16 +6,21 @@ import csv
 import dataclasses
 import json
 import math
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from pictures import class_folders
+from safetensors import safe_open
+from safetensors.torch import save_file
 from toy import quick  # noqa: F401 - quick is a fixture
 
+from selftrans import report
 from selftrans.cli import main
-from selftrans.compare.command import base, compare_methods, only, together
-from selftrans.compare.engine import Comparison, interval, measured_before, points
+from selftrans.compare.command import base, compare_methods, only
+from selftrans.compare.engine import Comparison, Ruler, interval, measured_before, points
 from selftrans.compare.table import as_csv, curve, first_below, mean_curve, rows
 from selftrans.methods.repa import Repa
 from selftrans.methods.sra import SRA
@@ -42,6 +47,9 @@ RESULTS = {
 }
 
 
+FAST = {job: run for job, run in RESULTS.items() if job[0] == "fast"}
+
+
 def test_rows_hold_means_and_deviations_over_seeds():
     vanilla, fast, slow = rows(RESULTS, ("vanilla", "fast", "slow"))
     assert vanilla["distance"] == {"mean": 15.0, "std": pytest.approx(math.sqrt(50))} and vanilla["seeds"] == 2
@@ -51,6 +59,22 @@ def test_rows_hold_means_and_deviations_over_seeds():
     assert fast["steps_to_baseline"]["mean"] == pytest.approx((150 + 100) / 2)
     assert fast["tflops_to_baseline"]["mean"] == pytest.approx((2 + 1.5 + 2 + 1) / 2), "the teacher's is in it"
     assert slow["reached"] == 1 and slow["steps_to_baseline"] == {"mean": 300.0, "std": 0.0}
+
+
+def test_what_is_not_known_is_not_made_up():
+    """An imported teacher's compute, and how early a run was as good that was so at its first point."""
+    imported = {("fast", seed): ({**run, "total_tflops": None}, points) for (_, seed), (run, points) in FAST.items()}
+    _, row = rows({**RESULTS, **imported}, ("vanilla", "fast"))
+    assert row["total_tflops"] is None and row["tflops_to_baseline"] is None and row["reached"] == 2
+    assert row["at_once"] == 1, "of seed 1, whose first point is at 20"
+    assert mean_curve({**RESULTS, **imported}, "fast", "tflops") == ([], [], [])
+    *_, steps, compute = report.cells(row, {"fast": "fast"})
+    assert steps == "≤ 125 ± 35" and compute == "-"
+
+
+def test_curves_meet_where_every_seed_was_measured():
+    run, measured = result([8.0, 4.0, 2.0])
+    assert mean_curve({("a", 0): (run, measured), ("a", 1): (run, measured[::2])}, "a")[:2] == ([100, 300], [8.0, 2.0])
 
 
 def test_without_the_baseline_nothing_is_said_of_it():
@@ -89,18 +113,23 @@ def test_a_teacher_is_shared_where_it_is_the_same_and_never_else(tmp_path):
     short = dataclasses.replace(config, stage1=dataclasses.replace(config.stage1, steps=interval(config.train.steps)))
     odd = dataclasses.replace(config, stage1=dataclasses.replace(config.stage1, steps=7))
     variants = {"structure": dataclasses.replace(config, method="structure"), "same": config, "other": other}
-    chosen = Comparison(variants | {"short": short, "odd": odd}, (3,), tmp_path, 10, "digits")
+    chosen = Comparison(config, variants | {"short": short, "odd": odd}, (3,), tmp_path, 10, "digits")
     assert chosen.teacher(("same", 3)) == chosen.teacher(("short", 3)) == ("structure", 3)
     assert chosen.teacher(("other", 3)) is None and chosen.teacher(("odd", 3)) is None
     assert chosen.teacher(("structure", 3)) is None
+    given = dataclasses.replace(config, stage2=dataclasses.replace(config.stage2, teacher="elsewhere"))
+    assert Comparison(config, variants | {"same": given}, (3,), tmp_path, 10, "digits").teacher(("same", 3)) is None
     assert points(1000) == 5 and points(1001) == 6
 
 
 def test_points_of_the_same_ruler_are_kept_and_damaged_ones_measured_again(tmp_path):
-    ruler, path = SimpleNamespace(images=3, extractor=SimpleNamespace(sha256="e")), tmp_path / "measured.json"
+    extractor, sample = SimpleNamespace(sha256="e"), dataclasses.replace(recipe("digits").sample, num=3)
+    ruler, path = Ruler(extractor, None, None, sample, 2), tmp_path / "measured.json"
     assert measured_before(path, ruler) == {}
-    sound = {"sha256": "w", "images": 3, "extractor_sha256": "e", "distance": 1.0}
-    path.write_text(json.dumps([sound, sound | {"sha256": "v", "images": 4}]))
+    sound = {"sha256": "w", "distance": 1.0} | json.loads(json.dumps(ruler.marks))
+    assert (sound["images"], sound["extractor_sha256"], sound["block"]) == (3, "e", 2)
+    others = {"images": 4, "block": 1, "extractor_sha256": "f", "sampler": sound["sampler"] | {"guidance_scale": 9.0}}
+    path.write_text(json.dumps([sound, *(sound | {"sha256": key, key: value} for key, value in others.items())]))
     assert measured_before(path, ruler) == {"w": sound}
     for content in (
         "",
@@ -121,8 +150,12 @@ def test_a_runs_settings_do_not_depend_on_what_it_is_compared_with():
     assert only(config, "repa").repa.encoder == "some/encoder" and only(config, "repa").sra == recipe("digits").sra
     assert only(config, "sra") == dataclasses.replace(recipe("digits"), method="sra", sra=SRA(span=0.1))
     assert only(config, "vanilla") == dataclasses.replace(recipe("digits"), method="vanilla")
-    every = {name: only(config, name) for name in ("vanilla", "sra", "repa")}
-    assert together(every) == dataclasses.replace(config, method="vanilla"), "what compare.json says of all of them"
+    stage1, stage2 = (dataclasses.replace(getattr(config, name), weight=0.1) for name in ("stage1", "stage2"))
+    config = dataclasses.replace(config, stage1=dataclasses.replace(stage1, steps=9), stage2=stage2)
+    assert only(config, "vanilla") == dataclasses.replace(recipe("digits"), method="vanilla")
+    assert only(config, "structure") == dataclasses.replace(recipe("digits"), method="structure", stage1=stage1)
+    taught = only(config, "self_transcendence")
+    assert (taught.stage1.steps, taught.stage1.weight, taught.stage2.weight) == (9, 0.1, 0.1)
 
 
 class Tags(HTMLParser):
@@ -192,6 +225,96 @@ def test_compare_as_a_person_uses_it(tmp_path: Path, capfd: pytest.CaptureFixtur
         m: kept[m] for m in methods
     } and "sra" in kept
     assert weights.stat().st_mtime_ns == trained
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_comparison_grows_under_other_settings(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Longer, with another sampler, with a method more that has settings of its own: one table, measured alike."""
+    out = tmp_path / "compared"
+    command = ["compare", "digits", "--out", str(out), "--images", "24", "--workers", "1", "--model.width", "16"]
+    command += ["--model.depth", "3", "--train.batch-size", "16", "--stage1.head-width", "8", "--sample.steps"]
+    assert main([*command, "2", "--steps", "10", "--methods", "vanilla", "--seeds", "0"]) == 0
+    more = ["--methods", "vanilla", "structure", "--seeds", "0", "1", "--stage1.block", "1"]
+    assert main([*command, "3", "--steps", "15", *more]) == 0
+    summary = json.loads((out / "compare.json").read_text())
+    assert summary["curves"]["step"]["vanilla"][0] == [6, 12, 15], "what the run that was made longer has, too"
+    assert summary["curves"]["step"]["structure"][0] == [3, 6, 9, 12, 15]
+    measured = [point for path in out.glob("*/measured.json") for point in json.loads(path.read_text())]
+    assert len(measured) == 3 * 5 + 3
+    assert {(point["sampler"]["steps"], point["block"]) for point in measured} == {(3, 1)}
+    assert summary["sampler"]["steps"] == 3 and summary["config"]["sample"]["steps"] == 3
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_data_without_classes_are_compared_too(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """What needs classes, the probe and the samples' accuracy, is left out of the table."""
+    labelled, flat = class_folders(tmp_path / "labelled", 12), tmp_path / "flat"
+    flat.mkdir()
+    for i, path in enumerate(sorted(labelled.rglob("*.png"))):
+        shutil.copy(path, flat / f"{i}.png")
+    for source in (labelled, flat):
+        assert main(["prepare", str(source), "--out", str(tmp_path / f"{source.name}-data")]) == 0
+    extractor = str(tmp_path / "classifier.safetensors")
+    assert main(["classifier", str(tmp_path / "labelled-data"), "--out", extractor, "--epochs", "1"]) == 0
+    command = [
+        "compare",
+        "imagefolder",
+        "--data",
+        str(tmp_path / "flat-data"),
+        "--features",
+        extractor,
+        "--images",
+        "8",
+    ]
+    command += [
+        "--out",
+        str(tmp_path / "out"),
+        "--steps",
+        "2",
+        "--methods",
+        "vanilla",
+        "--workers",
+        "1",
+        "--seeds",
+        "0",
+    ]
+    small = ["--model.width", "16", "--model.depth", "2", "--model.heads", "2", "--train.batch-size", "4"]
+    assert main([*command, *small, "--stage1.block", "1", "--sample.steps", "1"]) == 0, capfd.readouterr().err
+    (row,) = json.loads((tmp_path / "out" / "compare.json").read_text())["table"]
+    assert row["distance"]["mean"] > 0 and row["probe"] is None and row["accuracy"] is None
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_given_teacher_teaches_and_its_unknown_cost_is_said(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    small = ["--model.width", "16", "--model.depth", "3", "--train.batch-size", "16", "--stage1.head-width", "8"]
+    command = ["compare", "digits", "--out", str(tmp_path / "x"), "--images", "24", "--workers", "1", "--steps", "5"]
+    command += [*small, "--stage2.head-width", "8", "--sample.steps", "2", "--seeds", "0", "--stage2.teacher"]
+    assert main([*command, "nowhere"]) == 1
+    assert "nowhere does not exist" in capfd.readouterr().err and not list((tmp_path / "x").glob("*-seed*"))
+    teacher = tmp_path / "teacher"
+    assert main(["train", "digits", "--out", str(teacher), "--method", "structure", "--train.steps", "4", *small]) == 0
+    for path in teacher.glob("stage1/checkpoints/*/*.safetensors"):  # as of weights from elsewhere
+        with safe_open(path, framework="pt") as file:
+            about = json.loads(file.metadata()["selftrans"]) | {"tflops": None}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+        save_file(tensors, path, metadata={"selftrans": json.dumps(about)})
+        shutil.copy(path, tmp_path / path.name)
+    assert main([*command, str(tmp_path / "ema.safetensors"), "--methods", "structure", "self_transcendence"]) == 0
+    said = capfd.readouterr()
+    summary = json.loads((tmp_path / "x" / "compare.json").read_text())
+    assert [one["path"] for one in summary["teachers"]] == [str(tmp_path / "ema.safetensors")]
+    assert summary["table"][1]["total_tflops"] is None and summary["curves"]["tflops"]["self_transcendence"] == [
+        [],
+        [],
+        [],
+    ]
+    assert "ema.safetensors, step 4" in (tmp_path / "x" / "compare.html").read_text()
+    assert said.out
 
 
 @pytest.mark.parametrize(

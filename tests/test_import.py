@@ -350,6 +350,10 @@ def test_a_run_that_left_through_their_layout_goes_on_as_if_it_never_had(tmp_pat
     assert main([*typed[1:], *more]) == 0  # and again: nothing to do
     kept = json.loads((toy.checkpoint(tmp_path / "run", stage) / "state.json").read_text())
     assert kept["imported"]["path"] == str(file)
+    done, all_of_it = (
+        json.loads((tmp_path / name / "run.json").read_text())["student_tflops"] for name in ("run", "whole")
+    )
+    assert done == pytest.approx(all_of_it / 3), "what the steps before have cost is not known here"
 
 
 @pytest.fixture
@@ -393,7 +397,7 @@ def test_an_imported_model_teaches(tmp_path, capsys, imported, part):
     kept = json.loads((toy.checkpoint(tmp_path / "student", "stage2") / "state.json").read_text())
     assert kept["teacher"]["imported"]["path"].endswith("a.pt")
     report = json.loads((tmp_path / "student/run.json").read_text())
-    assert "but not the teacher's training (unknown), " in capsys.readouterr().out
+    assert "what the teacher's training took is unknown" in capsys.readouterr().out
     assert report["teacher"]["steps"] == 5 and [s["stage"] for s in report["stages"]] == ["stage2"]
 
 

@@ -145,14 +145,12 @@ def _train(argv: list[str]) -> None:
     report = train(config, options["out"])
     if os.environ.get("RANK", "0") != "0":
         return
-    known = (report.get("teacher") or {}).get("tflops", 0) is not None  # an imported teacher's training was not counted
-    counted = (
-        "all stages and the teacher's training" if known else "all stages, but not the teacher's training (unknown),"
-    )
-    print(
-        f"done: {report['student_steps']} student steps, {report['student_tflops']:.3g} TFLOPs; with {counted} "
-        f"{report['total_tflops']:.3g} TFLOPs, {report['total_seconds']:.0f} s -> {options['out']}"
-    )
+    total = "what the teacher's training took is unknown"  # it was imported
+    if report["total_tflops"] is not None:
+        sums = f"{report['total_tflops']:.3g} TFLOPs, {report['total_seconds']:.0f} s"
+        total = f"with all stages and the teacher's training {sums}"
+    steps, tflops = report["student_steps"], report["student_tflops"]
+    print(f"done: {steps} student steps, {tflops:.3g} TFLOPs; {total} -> {options['out']}")
 
 
 def configured(name: str, words: list[str], command: str, given: Sequence[str], beside: str) -> Any:

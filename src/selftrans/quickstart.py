@@ -67,7 +67,7 @@ def quickstart(
         # the teacher is stage 1 at its end, so that every row of the table has had the same number of steps
         config = dataclasses.replace(config, stage1=dataclasses.replace(config.stage1, steps=config.train.steps))
         variants = {name: dataclasses.replace(config, method=name) for name in METHODS}
-        chosen = Comparison(variants, tuple(seeds), out, images, "digits", str(classifier))
+        chosen = Comparison(config, variants, tuple(seeds), out, images, "digits", str(classifier))
         results = compare(chosen, workers=workers)
         summary = summarise(chosen, results)
         summary["seconds"] = round(time.perf_counter() - started + _seconds_before(out, summary), 1)
@@ -105,7 +105,7 @@ def summarise(chosen: Comparison, results: Results) -> dict[str, Any]:
 
 def write(out: Path, summary: dict[str, Any], shards: Shards, config: RunConfig, seed: int) -> None:
     """Everything that people open: the table, the picture, the page."""
-    grids = {label: samples_of(out / f"{name}-seed{seed}", SHOWN) for name, label in METHODS.items()}
+    grids = {label: samples_of(out / f"{name}-seed{seed}", config.sample, SHOWN) for name, label in METHODS.items()}
     maps = {label: maps_of(out / f"{name}-seed{seed}", shards, config.stage1.block) for name, label in METHODS.items()}
     curves = {METHODS[name]: curve for name, curve in summary["curves"].items()}
     save(report.overview(curves, grids, summary["metric"]), out / "quickstart.png")

@@ -60,8 +60,12 @@ def _reached(row: dict[str, Any], key: str, digits: int) -> str:
     if key not in row:
         return ""
     if row[key] is None:
-        return "never"
-    return _cell(row[key], digits) + (f" ({row['reached']} of {row['seeds']})" if row["reached"] < row["seeds"] else "")
+        return "never" if row["reached"] == 0 else "-"
+    return (
+        "≤ " * (row["at_once"] > 0)
+        + _cell(row[key], digits)
+        + (f" ({row['reached']} of {row['seeds']})" if row["reached"] < row["seeds"] else "")
+    )
 
 
 def _cell(value: dict[str, float] | None, digits: int) -> str:
@@ -87,7 +91,8 @@ def legend(metric: str) -> str:
         "of a linear classifier on the features of the block that stage 1 guides, at t = 0.4; seconds: of the student's "
         "training; total seconds and TFLOPs: the teacher's training included. Runs may train side by side, "
         "so compare TFLOPs rather than seconds. To vanilla's: student steps, and TFLOPs in all, after which the method is as "
-        "good as vanilla of the same seed at its end, between two measurements read off the straight line of log distance."
+        "good as vanilla of the same seed at its end, between two measurements read off the straight line of log distance; "
+        "≤ where the first measurement was as good already; - where the training of an imported teacher is unknown."
     )
 
 
@@ -204,7 +209,7 @@ def comparison_page(summary: dict[str, Any], figure: Figure, grids: Mapping[str,
         "model": _settings(config["model"]),
         "student steps, batch, learning rate": "{steps:,}, {batch_size}, {lr:g}".format(**config["train"]),
         "autoencoder": summary["autoencoder"],
-        "teacher": f"stage 1 for {config['stage1']['steps']:,} steps",
+        "teacher": _teachers(summary["teachers"]),
         **{name: _settings(config[name]) for name in ("stage1", "stage2", *names) if name in config},
         "seeds": ", ".join(map(str, summary["seeds"])),
         "distance": f"{summary['metric']}, {summary['images']:,} samples of the averaged weights, to the training data",
@@ -231,6 +236,11 @@ def comparison_page(summary: dict[str, Any], figure: Figure, grids: Mapping[str,
 <p class="note">The same numbers are in <code>compare.json</code> and <code>compare.csv</code> beside this page.</p>
 </body></html>
 """
+
+
+def _teachers(teachers: Sequence[Mapping[str, Any]]) -> str:
+    """`a/ema.safetensors, step 1,000`: the weights that taught, each once."""
+    return "; ".join(f"{teacher['path']}, step {teacher['steps']:,}" for teacher in teachers) or "none"
 
 
 def _settings(section: Mapping[str, Any]) -> str:

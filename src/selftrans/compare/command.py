@@ -25,8 +25,7 @@ from selftrans.files import write_json, write_text
 from selftrans.measure import classifier_from_data
 from selftrans.methods import METHODS, stages
 from selftrans.recipes import recipe
-from selftrans.train.external import external_encoder
-from selftrans.train.pipeline import put_together
+from selftrans.train.pipeline import put_together, teacher_of
 from selftrans.train.stop import lock
 
 NEIGHBOURS = ("repa", "sra", "layersync", "dispersive")  #: methods with a section of their own in the configuration
@@ -55,7 +54,7 @@ def compare_methods(
         config, features, weights = base(config, out, features=features)
         variants = {name: only(config, name) for name in methods}
         rehearse(variants)
-        chosen = Comparison(variants, tuple(seeds), out, images, features, weights)
+        chosen = Comparison(config, variants, tuple(seeds), out, images, features, weights)
         results = compare(chosen, workers=workers)
         summary = summarise(chosen, results)
         write(chosen, summary)
@@ -66,12 +65,15 @@ def compare_methods(
 
 
 def only(config: RunConfig, method: str) -> RunConfig:
-    """The configuration for one method; settings of the neighbours that are not its own are the recipe's again.
+    """The configuration for one method; settings of the others that are not its own are the recipe's again.
 
     So a run's directory is the same whatever is compared with it.
     """
     plain = recipe(config.recipe)
-    others = {name: getattr(plain, name) for name in NEIGHBOURS if name != method}
+    own = {"self_transcendence": {"stage1", "stage2"}, "structure": {"stage1"}}.get(method, {method})
+    others = {name: getattr(plain, name) for name in (*NEIGHBOURS, "stage1", "stage2") if name not in own}
+    if method == "structure":  # its length is train.steps
+        others["stage1"] = dataclasses.replace(config.stage1, steps=plain.stage1.steps)
     return dataclasses.replace(config, method=method, **others)
 
 
@@ -80,18 +82,10 @@ def rehearse(variants: Mapping[str, RunConfig]) -> None:
     for config in variants.values():
         shards = Shards.open(str(config.data.path))
         for stage in stages(config):
-            if stage.teacher and config.stage2.teacher:
-                continue  # a borrowed teacher has sizes of its own
-            encoder: Any = None
-            if stage.encoder:
-                encoder = external_encoder(stage.encoder.name, config, shards, torch.device("cpu"), torch.float32)
-            put_together(config, stage, shards.manifest, encoder)
-
-
-def together(variants: Mapping[str, RunConfig]) -> RunConfig:
-    """The inverse of `only`: the first variant's configuration, with the settings of every neighbour among them."""
-    own = {name: getattr(config, name) for name, config in variants.items() if name in NEIGHBOURS}
-    return dataclasses.replace(next(iter(variants.values())), **own)
+            given: Any = None
+            if stage.encoder or (stage.teacher and config.stage2.teacher):
+                given = teacher_of(config, stage, config.stage2.teacher or "", shards, torch.device("cpu"))
+            put_together(config, stage, shards.manifest, given)
 
 
 def _check(methods: Sequence[str], seeds: Sequence[int], images: int) -> None:
@@ -143,8 +137,8 @@ def on(config: RunConfig, data: str | None, steps: int | None) -> RunConfig:
 
 def summarise(chosen: Comparison, results: Results) -> dict[str, Any]:
     """What compare.json holds: the table, the curves over both axes, and everything the numbers depend on."""
-    point, names = next(iter(results.values()))[1][-1], tuple(chosen.variants)
-    config = together(chosen.variants)
+    point, names, config = next(iter(results.values()))[1][-1], tuple(chosen.variants), chosen.shared
+    teachers = {json.dumps(run["teacher"]): run["teacher"] for run, _ in results.values() if run.get("teacher")}
     return {
         "table": rows(results, names),
         "curves": {axis: {name: mean_curve(results, name, axis) for name in names} for axis in AXES},
@@ -154,13 +148,15 @@ def summarise(chosen: Comparison, results: Results) -> dict[str, Any]:
         "labels": point["sampler"].get("labels", "balanced"),
         "seeds": list(chosen.seeds),
         "autoencoder": config.data.autoencoder or Shards.open(str(config.data.path)).manifest.autoencoder,
+        "teachers": list(teachers.values()),
         "config": json.loads(to_json(config)),
     }
 
 
 def write(chosen: Comparison, summary: dict[str, Any]) -> None:
     """compare.json, .csv, .png and .html in the directory of the comparison."""
-    grids = {name: samples_of(chosen.run((name, chosen.seeds[0])), SHOWN) for name in chosen.variants}
+    runs = {name: chosen.run((name, chosen.seeds[0])) for name in chosen.variants}
+    grids = {name: samples_of(run, chosen.shared.sample, SHOWN) for name, run in runs.items()}
     figure = report.convergence(summary["curves"], summary["metric"])
     save(figure, chosen.out / "compare.png")
     write_json(chosen.out / "compare.json", summary)

@@ -31,7 +31,7 @@ from selftrans.files import write_json
 from selftrans.flow import PATHS
 from selftrans.latents import load_autoencoder
 from selftrans.measure import data_latents, shard_images
-from selftrans.sample import EVALUATIONS, sample_images
+from selftrans.sample import EVALUATIONS, SampleConfig, sample_images
 from selftrans.train import checkpoint
 from selftrans.train.log import progress_bar
 from selftrans.train.pipeline import train
@@ -47,19 +47,17 @@ Results: TypeAlias = dict[Job, Result]
 
 @dataclass(frozen=True)
 class Comparison:
-    """What is compared, and with what it is measured. All variants share data, steps, batch, sampler and shallow block."""
+    """What is compared, and with what it is measured."""
 
+    shared: (
+        RunConfig  #: what all variants have in common: data, steps, batch, sampler, the shallow block that is probed
+    )
     variants: dict[str, RunConfig]  #: by name; `method` is part of each
     seeds: tuple[int, ...]
     out: Path  #: holds everything
     images: int  #: samples for each distance
     features: str  #: extractor, by name or file
     weights: str | None = None  #: where a named extractor is kept
-
-    @property
-    def shared(self) -> RunConfig:
-        """Any variant's configuration, for what they have in common."""
-        return next(iter(self.variants.values()))
 
     @property
     def jobs(self) -> list[Job]:
@@ -77,7 +75,7 @@ class Comparison:
     def teacher(self, job: Job) -> Job | None:
         """The job whose stage 1 can teach this one: a run of stage 1 alone under the same stage-1 settings and seed."""
         name, seed = job
-        if self.variants[name].method != "self_transcendence":
+        if self.variants[name].method != "self_transcendence" or self.variants[name].stage2.teacher:
             return None
         same = (n for n, c in self.variants.items() if c.method == "structure" and _alike(c, self.variants[name]))
         return next(((n, seed) for n in same), None)
@@ -100,7 +98,7 @@ class Ruler:
     extractor: Extractor
     reference: Statistics
     shards: Shards
-    images: int
+    sample: SampleConfig  #: how many images, and how
     block: int  #: the shallow block that is probed (1-based)
 
     @classmethod
@@ -111,7 +109,18 @@ class Ruler:
         shards = Shards.open(path)
         extractor = load_extractor(comparison.features, weights=comparison.weights)
         reference = Statistics.of(shard_images(shards), extractor, source="training data", keep=False)
-        return cls(extractor, reference, shards, comparison.images, comparison.shared.stage1.block)
+        sample = dataclasses.replace(comparison.shared.sample, num=comparison.images, batch_size=500)
+        return cls(extractor, reference, shards, sample, comparison.shared.stage1.block)
+
+    @property
+    def marks(self) -> dict[str, Any]:
+        """What makes two measured points comparable, as json has it."""
+        return {
+            "sampler": json.loads(json.dumps(self.sample.settings())),
+            "images": self.sample.num,
+            "extractor_sha256": self.extractor.sha256,
+            "block": self.block,
+        }
 
 
 #: called with how many steps' worth of work has been done
@@ -256,9 +265,10 @@ def measure_run(run: Path, ruler: Ruler, tell: Tell, cost: int) -> list[dict[str
 
 def measured_before(path: Path, ruler: Ruler) -> dict[str, dict[str, Any]]:
     """Points measured with the same ruler, by the hash of their weights; none where the file is missing or damaged."""
-    same = {"images": ruler.images, "extractor_sha256": ruler.extractor.sha256}
     try:
-        return {entry["sha256"]: entry for entry in json.loads(path.read_text()) if same.items() <= entry.items()}
+        return {
+            entry["sha256"]: entry for entry in json.loads(path.read_text()) if ruler.marks.items() <= entry.items()
+        }
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return {}
 
@@ -267,13 +277,14 @@ def measure_checkpoint(folder: Path, ruler: Ruler) -> dict[str, Any]:
     """Distance, accuracy and shallow probe of a checkpoint's EMA, and what it has cost until there."""
     found = restore(folder, weights="ema")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model, config = found.model.to(device), dataclasses.replace(found.config.sample, num=ruler.images, batch_size=500)
+    model, classes = found.model.to(device), found.model.num_classes
     autoencoder = load_autoencoder(found.autoencoder, device=device)
     path = PATHS[found.config.train.path]
-    batches = list(sample_images(model, autoencoder, config, num_classes=model.num_classes, device=device, path=path))
+    batches = list(sample_images(model, autoencoder, ruler.sample, num_classes=classes, device=device, path=path))
     labels = np.concatenate([labels for _, labels, _ in batches])
     images = (images for _, _, images in batches)
-    report = evaluate(images, ruler.reference, ruler.extractor, labels=labels, metrics=("frechet", "accuracy"))
+    metrics = ("frechet", "accuracy") if classes > 1 else ("frechet",)
+    report = evaluate(images, ruler.reference, ruler.extractor, labels=labels, metrics=metrics)
     spent = checkpoint.read_header(folder / FILES["ema"])
     return {
         "step": found.step,
@@ -282,11 +293,8 @@ def measure_checkpoint(folder: Path, ruler: Ruler) -> dict[str, Any]:
         "metric": report["label"],
         "distance": report[report["metric"]],
         "accuracy": report.get("accuracy"),
-        "probe": probe(found.model, ruler, path),
-        "sampler": config.settings(),
-        "images": ruler.images,
-        "extractor_sha256": report["extractor_sha256"],
-    }
+        "probe": probe(found.model, ruler, path) if classes > 1 else None,
+    } | ruler.marks
 
 
 def probe(model: Any, ruler: Ruler, path: Any, most: int = 4000) -> float:
@@ -296,11 +304,11 @@ def probe(model: Any, ruler: Ruler, path: Any, most: int = 4000) -> float:
     return linear_probe(feats[ruler.block], labels, kind="ridge")
 
 
-def samples_of(run: Path, num: int) -> np.ndarray:
+def samples_of(run: Path, sample: SampleConfig, num: int) -> np.ndarray:
     """(num, R, R, C) samples of a finished run: the same noise and labels for every method."""
     found = restore(run)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    settings = dataclasses.replace(found.config.sample, num=num, seed=1, batch_size=num)
+    settings = dataclasses.replace(sample, num=num, seed=1, batch_size=num)
     autoencoder, path = load_autoencoder(found.autoencoder, device=device), PATHS[found.config.train.path]
     model, classes = found.model.to(device), found.model.num_classes
     batches = sample_images(model, autoencoder, settings, num_classes=classes, device=device, path=path)

@@ -25,7 +25,8 @@ def rows(results: Results, names: Sequence[str], baseline: str = "vanilla") -> l
     """The table: one row per variant, mean and standard deviation over seeds of its last point.
 
     `steps_to_baseline` and `tflops_to_baseline` say where a run first was as good as the baseline of its seed at its end
-    (None where no run ever was; `reached` counts those that were).
+    (None where no run ever was; `reached` counts those that were, `at_once` those that were at their first point: it may
+    have been sooner). The compute of a run whose teacher's training is unknown is None.
     """
     table = []
     goals = {seed: points[-1]["distance"] for (one, seed), (_, points) in results.items() if one == baseline}
@@ -34,21 +35,29 @@ def rows(results: Results, names: Sequence[str], baseline: str = "vanilla") -> l
         last = [points[-1] for _, points in runs.values()]
         row: dict[str, Any] = {"method": name, "seeds": len(runs), "steps": last[0]["step"]}
         row["seconds"] = spread([point["seconds"] for point in last])
-        row["total_seconds"] = spread([report["total_seconds"] for report, _ in runs.values()])
-        row["total_tflops"] = spread([report["total_tflops"] for report, _ in runs.values()])
+        for key in ("total_seconds", "total_tflops"):
+            row[key] = spread([report[key] for report, _ in runs.values()])
         for key in ("distance", "accuracy", "probe"):
-            row[key] = spread([point[key] for point in last]) if last[0][key] is not None else None
+            row[key] = spread([point[key] for point in last])
         for axis, column in AXES.items() if goals else ():
+            if axis == "tflops" and row["total_tflops"] is None:
+                row[column] = None
+                continue
             reached = [first_below(*curve(run, axis), goals[seed]) for seed, run in runs.items()]
             found = [x for x in reached if x is not None]
             row[column] = spread(found) if found else None
             row["reached"] = len(found)
+            row["at_once"] = sum(points[0]["distance"] <= goals[seed] for seed, (_, points) in runs.items())
         table.append(row)
     return table
 
 
-def spread(values: Sequence[float]) -> dict[str, float]:
-    """Mean and standard deviation (n - 1 below; 0 of a single value)."""
+def spread(values: Sequence[float | None]) -> dict[str, float] | None:
+    """Mean and standard deviation (n - 1 below; 0 of a single value); None if one of them is not known."""
+    known = [value for value in values if value is not None]
+    if len(known) < len(values):
+        return None
+    values = known
     return {"mean": statistics.fmean(values), "std": statistics.stdev(values) if len(values) > 1 else 0.0}
 
 
@@ -71,8 +80,15 @@ def first_below(x: Sequence[float], y: Sequence[float], goal: float) -> float | 
 
 
 def mean_curve(results: Results, name: str, axis: str = "step") -> tuple[list[float], list[float], list[float]]:
-    """(x, mean distance, standard deviation) of a variant over its seeds."""
-    pairs = [curve(run, axis) for run in of_method(results, name)]
+    """(x, mean distance, standard deviation) of a variant over its seeds, at the steps at which each of them was measured.
+
+    Empty over a compute that is not known.
+    """
+    runs = of_method(results, name)
+    if axis == "tflops" and any(report["total_tflops"] is None for report, _ in runs):
+        return [], [], []
+    shared = set[int].intersection(*({point["step"] for point in points} for _, points in runs))
+    pairs = [curve((report, [point for point in points if point["step"] in shared]), axis) for report, points in runs]
     x, values = np.array([pair[0] for pair in pairs]).mean(axis=0), np.array([pair[1] for pair in pairs])
     deviation = values.std(axis=0, ddof=1) if len(pairs) > 1 else 0 * values[0]
     return x.tolist(), values.mean(axis=0).tolist(), deviation.tolist()

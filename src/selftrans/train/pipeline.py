@@ -80,7 +80,7 @@ def _train(config: RunConfig, out: Path, bar: Callable[..., Any], quiet: bool) -
                 out / stage.name,
                 shards,
                 # held by nobody here, so that it leaves the memory when the guidance ends
-                teacher=_teacher(config, stage, source or str(out), shards, accelerator.device),
+                teacher=teacher_of(config, stage, source or str(out), shards, accelerator.device),
                 preview=preview,
                 stop=stop,
                 bar=bar,
@@ -170,11 +170,15 @@ def _rehearse(config: RunConfig, plan: list[Stage], out: Path, manifest: Manifes
             put_together(config, stage, manifest)
 
 
-def put_together(config: RunConfig, stage: Stage, manifest: Manifest, encoder: Any = None) -> None:
-    """ValueError where the parts of a stage do not fit; without memory for weights. `encoder`: what it wants, if it does."""
+def put_together(config: RunConfig, stage: Stage, manifest: Manifest, given: Any = None) -> None:
+    """ValueError where the parts of a stage do not fit; without memory for weights.
+
+    `given`: the encoder or teacher that it wants; of a teacher still to be trained the sizes are known.
+    """
     with torch.device("meta"):
         student, model = (config.model.build(manifest.shape, manifest.num_classes) for _ in range(2))
-        given = Frozen(model, stage.teacher.block(model.depth)) if stage.teacher else encoder
+        if stage.teacher and given is None:
+            given = Frozen(model, stage.teacher.block(model.depth))
         Objective(student, stage.guide(student, given))
 
 
@@ -187,7 +191,7 @@ def _plan(config: RunConfig) -> list[Stage]:
     return plan[wants[0] :] if config.stage2.teacher and wants else plan
 
 
-def _teacher(
+def teacher_of(
     config: RunConfig, stage: Stage, source: str, shards: Shards, device: torch.device
 ) -> Frozen | Encoder | Stored | None:
     """The frozen stage-1 model of `source`, or the external encoder, in the run's precision, if the stage wants one."""
@@ -240,13 +244,15 @@ def _report(config: RunConfig, spent: list[dict[str, Any]], source: str | None) 
             "tflops": said.get("tflops"),
             "seconds": said.get("seconds"),
         }
-    teacher_tflops, teacher_seconds = ((borrowed or {}).get(key) or 0.0 for key in ("tflops", "seconds"))
+    # of an imported teacher nobody knows the training's cost: then neither is the sum known
+    teacher_tflops, teacher_seconds = (borrowed[key] if borrowed else 0.0 for key in ("tflops", "seconds"))
+    known = teacher_tflops is not None and teacher_seconds is not None
     return {
         "method": config.method,
         "student_steps": spent[-1]["steps"],
         "student_tflops": spent[-1]["tflops"],
-        "total_tflops": sum(stage["tflops"] for stage in spent) + teacher_tflops,
-        "total_seconds": round(sum(stage["seconds"] for stage in spent) + teacher_seconds, 2),
+        "total_tflops": sum(stage["tflops"] for stage in spent) + teacher_tflops if known else None,
+        "total_seconds": round(sum(stage["seconds"] for stage in spent) + teacher_seconds, 2) if known else None,
         "stages": spent,
         "teacher": borrowed,
     }

@@ -240,11 +240,12 @@ class Trainer:
             warnings.warn(f"TensorBoard ends at step {self.step} ({error}); log.jsonl goes on", stacklevel=2)
 
     def total_flops(self) -> float:
-        """Operations of this stage so far: student, heads and teacher."""
-        guided = (
-            self.flops[i] * (self.step if end is None else min(self.step, end)) for i, end in enumerate(self.ends)
-        )
-        return self.flops[None] * self.step + sum(guided)
+        """Operations of this stage so far: student, heads and teacher; of imported weights since they came."""
+        begun = int(self.origin.get(IMPORTED, {}).get("step") or 0)
+        ends = {None: self.step} | {
+            i: self.step if end is None else min(self.step, end) for i, end in enumerate(self.ends)
+        }
+        return sum(self.flops[part] * max(0, end - begun) for part, end in ends.items())
 
     def _wrap(self) -> None:
         """(Re)wrap the objective for this process group; also after its parameters have changed."""
