@@ -224,7 +224,7 @@ def _write(
     data: Any = types.SimpleNamespace(
         shape=sizes.shape, num_classes=len(classes), classes=classes, autoencoder=autoencoder
     )
-    about = header(config, stage, step, data) | {"seconds": 0.0, "tflops": None, IMPORTED: source}
+    about = header(config, stage, step, data) | {"seconds": 0.0, "tflops": None, IMPORTED: source | {"steps": step}}
     beside = out.with_name(f".{out.name}.{os.getpid()}")
     try:
         shutil.rmtree(beside, ignore_errors=True)

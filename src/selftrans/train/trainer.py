@@ -241,7 +241,7 @@ class Trainer:
 
     def total_flops(self) -> float:
         """Operations of this stage so far: student, heads and teacher; of imported weights since they came."""
-        begun = int(self.origin.get(IMPORTED, {}).get("step") or 0)
+        begun = int(self.origin.get(IMPORTED, {}).get("steps", 0))
         ends = {None: self.step} | {
             i: self.step if end is None else min(self.step, end) for i, end in enumerate(self.ends)
         }
