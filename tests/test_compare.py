@@ -233,15 +233,27 @@ def test_a_comparison_grows_under_other_settings(tmp_path: Path, capfd: pytest.C
     """Longer, with another sampler, with a method more that has settings of its own: one table, measured alike."""
     out = tmp_path / "compared"
     command = ["compare", "digits", "--out", str(out), "--images", "24", "--workers", "1", "--model.width", "16"]
-    command += ["--model.depth", "3", "--train.batch-size", "16", "--stage1.head-width", "8", "--sample.steps"]
-    assert main([*command, "2", "--steps", "10", "--methods", "vanilla", "--seeds", "0"]) == 0
-    more = ["--methods", "vanilla", "structure", "--seeds", "0", "1", "--stage1.block", "1"]
-    assert main([*command, "3", "--steps", "15", *more]) == 0
+    command += [
+        "--model.depth",
+        "3",
+        "--train.batch-size",
+        "16",
+        "--stage1.head-width",
+        "8",
+        "--stage2.head-width",
+        "8",
+    ]
+    command += ["--stage1.block", "1", "--sample.steps"]
+    assert main([*command, "2", "--steps", "10", "--methods", "vanilla", "structure", "--seeds", "0"]) == 0
+    more = ["--methods", "vanilla", "structure", "self_transcendence", "--seeds", "0", "1", "--stage1.steps", "3"]
+    assert main([*command, "3", "--steps", "15", *more]) == 0, capfd.readouterr().err
     summary = json.loads((out / "compare.json").read_text())
     assert summary["curves"]["step"]["vanilla"][0] == [6, 12, 15], "what the run that was made longer has, too"
-    assert summary["curves"]["step"]["structure"][0] == [3, 6, 9, 12, 15]
+    assert summary["curves"]["step"]["self_transcendence"][0] == [3, 6, 9, 12, 15]
+    stages = [json.loads((out / f"self_transcendence-seed{k}" / "run.json").read_text())["stages"] for k in (0, 1)]
+    assert list(map(len, stages)) == [2, 1], "the longer run has no checkpoint at step 3 that could teach"
     measured = [point for path in out.glob("*/measured.json") for point in json.loads(path.read_text())]
-    assert len(measured) == 3 * 5 + 3
+    assert len(measured) == 4 * 5 + 2 * 3
     assert {(point["sampler"]["steps"], point["block"]) for point in measured} == {(3, 1)}
     assert summary["sampler"]["steps"] == 3 and summary["config"]["sample"]["steps"] == 3
 

@@ -242,7 +242,8 @@ def train_one(comparison: Comparison, job: Job, tell: Tell) -> Path:
     if teacher is not None:
         steps = config.stage1.steps or max(1, config.train.steps // 2)
         held = dict(checkpoint.steps(comparison.run(teacher) / "stage1" / "checkpoints"))
-        config = dataclasses.replace(config, stage2=dataclasses.replace(config.stage2, teacher=str(held[steps])))
+        if steps in held:  # not in a run that was first made shorter, with checkpoints elsewhere
+            config = dataclasses.replace(config, stage2=dataclasses.replace(config.stage2, teacher=str(held[steps])))
     train(config, run, bar=lambda **options: StepBar(tell, options["initial"]), quiet=True)
     return run
 
