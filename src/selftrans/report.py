@@ -209,7 +209,7 @@ def comparison_page(summary: dict[str, Any], figure: Figure, grids: Mapping[str,
         "model": _settings(config["model"]),
         "student steps, batch, learning rate": "{steps:,}, {batch_size}, {lr:g}".format(**config["train"]),
         "autoencoder": summary["autoencoder"],
-        "teacher": _teachers(summary["teachers"]),
+        "teachers from other runs": _teachers(summary["teachers"]),
         **{name: _settings(config[name]) for name in ("stage1", "stage2", *names) if name in config},
         "seeds": ", ".join(map(str, summary["seeds"])),
         "distance": f"{summary['metric']}, {summary['images']:,} samples of the averaged weights, to the training data",
@@ -221,7 +221,7 @@ def comparison_page(summary: dict[str, Any], figure: Figure, grids: Mapping[str,
     )
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>selftrans compare</title><style>{STYLE}.settings td {{ text-align: left; white-space: normal; }}</style></head><body>
+<title>selftrans compare</title><style>{STYLE}.settings td {{ text-align: left; white-space: normal; overflow-wrap: anywhere; }}</style></head><body>
 <h1>Methods side by side</h1>
 <div class="scroll">{_table(summary["table"], names)}</div>
 <p class="note">{html.escape(legend(summary["metric"]))}</p>
