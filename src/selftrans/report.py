@@ -155,6 +155,7 @@ table { border-collapse: collapse; width: 100%; font-size: .85rem; font-variant-
 th, td { text-align: right; padding: .4rem .45rem; border-bottom: 1px solid #ddd; white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; }
 th { font-weight: 600; border-bottom: 2px solid #222; white-space: normal; vertical-align: bottom; }
+.settings td { text-align: left; white-space: normal; overflow-wrap: anywhere; }
 .scroll { overflow-x: auto; } .note { color: #555; font-size: .9rem; }
 img { max-width: 100%; height: auto; } .grids { display: flex; flex-wrap: wrap; gap: 1.5rem; } figure { margin: 0; }
 figcaption { font-weight: 600; margin-bottom: .3rem; } code { background: #f3f3f3; padding: .1em .3em; border-radius: 3px; }
@@ -221,7 +222,7 @@ def comparison_page(summary: dict[str, Any], figure: Figure, grids: Mapping[str,
     )
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>selftrans compare</title><style>{STYLE}.settings td {{ text-align: left; white-space: normal; overflow-wrap: anywhere; }}</style></head><body>
+<title>selftrans compare</title><style>{STYLE}</style></head><body>
 <h1>Methods side by side</h1>
 <div class="scroll">{_table(summary["table"], names)}</div>
 <p class="note">{html.escape(legend(summary["metric"]))}</p>
