@@ -397,6 +397,31 @@ def test_an_imported_model_teaches(tmp_path, capsys, imported, part):
     assert report["teacher"]["steps"] == 5 and [s["stage"] for s in report["stages"]] == ["stage2"]
 
 
+def test_a_teacher_of_another_path_is_refused(tmp_path, capsys):
+    named = state(**TINY)
+    file = strangers.save(tmp_path / "a.pt", {"model": named, "ema": named, "args": options("sit", path_type="GVP")})
+    run, _ = brought(file, tmp_path / "run")
+    words = ["train", "digits", f"--data={toy.digits()}", f"--out={tmp_path / 'student'}", f"--teacher={run}"]
+    words += [word for word in toy.taught_flags() if "train.steps" not in word] + ["--train.steps=2"]
+    assert main(words) == 1
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and "was trained on the cosine path, the student's train.path is linear" in err, err
+    assert not list((tmp_path / "student").glob("*.json")), "nothing is written before"
+    assert main([*words, "--train.path=cosine"]) == 0
+    assert "autoencoder" not in capsys.readouterr().err
+
+
+def test_a_teacher_of_another_autoencoder_is_warned_about(tmp_path, capsys):
+    named = state(**TINY)
+    file = strangers.save(tmp_path / "a.pt", {"model": named, "ema": named, "args": options("repa")})
+    run, _ = brought(file, tmp_path / "run", autoencoder="somebody/vae")
+    words = ["train", "digits", f"--data={toy.digits()}", f"--out={tmp_path / 'student'}", f"--teacher={run}"]
+    words += [word for word in toy.taught_flags() if "train.steps" not in word] + ["--train.steps=2"]
+    assert main(words) == 0
+    said = [text for text in capsys.readouterr().err.splitlines() if "warning: the teacher" in text]
+    assert len(said) == 1 and "names the autoencoder somebody/vae, the data pixel" in said[0]
+
+
 @pytest.mark.parametrize(
     ("more", "said"),
     [
