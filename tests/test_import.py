@@ -118,7 +118,7 @@ def legacy(named):
 PAIR = {"args": options("repa", encoder_depth=2), "steps": 7}
 LAYOUTS = {
     "sit": (None, lambda m, e: e, "a guess"),
-    "sit, learn_sigma": ({"learn_sigma": True}, lambda m, e: e, "those of SIT, for its last layer"),
+    "sit, learn_sigma": ({"learn_sigma": True}, lambda m, e: e, "those of SIT, a guess: its last layer"),
     "sit training": (None, lambda m, e: {"model": m, "ema": e, "args": options("sit")}, "those of SIT, as the opt"),
     "repa": ({"projectors": "repa"}, lambda m, e: {"model": m, "ema": e, **PAIR}, "those of REPA, as the opt"),
     "repa, ema alone": ({"projectors": "repa"}, lambda m, e: {"ema": e}, "those of REPA, for it holds projectors"),
@@ -160,6 +160,24 @@ def test_every_layout(tmp_path, kind, form):
         "vanilla",
         "structure",
     )
+
+
+def test_what_may_be_a_file_of_dit_is_warned_about(tmp_path, capsys):
+    """DiT's files have the same names and shapes; only the user knows."""
+    for name, content in {"a": state(**TINY, learn_sigma=True), "b": {"ema": state(**TINY, learn_sigma=True)}}.items():
+        file = strangers.save(tmp_path / f"{name}.pt", content)
+        words = ["import", str(file), *HEADS, "--out"]
+        assert main([*words, str(tmp_path / name / "guessed")]) == 0
+        said = capsys.readouterr()
+        assert said.err.count("\n") == 1 and file.name in said.err, said.err
+        assert "may be a file of DiT" in said.err and "--convention sit" in said.err
+        assert "those of SIT, a guess" in said.out and "DiT" in said.out
+        assert main([*words, str(tmp_path / name / "told"), "--convention", "sit"]) == 0
+        said = capsys.readouterr()
+        assert not said.err and "those of SIT, as told" in said.out
+    for name, content in {"none": state(**TINY), "args": {"ema": content["ema"], "args": options("sit")}}.items():
+        assert main(["import", str(strangers.save(file, content)), *HEADS, "--out", str(tmp_path / name)]) == 0
+        assert not capsys.readouterr().err, name
 
 
 def test_heads_are_left_out_or_kept_beside(tmp_path):

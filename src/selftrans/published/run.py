@@ -64,8 +64,7 @@ def import_run(
     sizes = names.sizes(str(file), named, heads)
     for kind, tensors in found.weights.items():
         names.check(f"{file} ({kind} weights)" if len(found.weights) > 1 else str(file), tensors, sizes)
-    told, why = names.convention(found, named, sizes.learn_sigma)
-    chosen = convention or told
+    chosen, why = (convention, "as told") if convention else names.convention(found, named, sizes.learn_sigma)
     config = _config(found, named, sizes, name)
     source = {
         "path": str(file.resolve()),
@@ -87,7 +86,7 @@ def import_run(
     if left and not parts["heads"]:
         notes.append(f"its projectors are {'in projectors.safetensors' if keep_heads else 'left out (--keep-heads)'}")
     path = _write(out, config, sizes, done, parts, source, left if keep_heads else {})
-    for line in (f"time and sign are those of {chosen.upper()}, {'as told' if convention else why}", *notes):
+    for line in (f"time and sign are those of {chosen.upper()}, {why}", *notes):
         say(line)
     say(f"{_summary(config, sizes, autoencoder)}, after {done} steps -> {out}")
     say(f"to train on: {_command(config, out)}")
