@@ -175,9 +175,58 @@ def test_what_may_be_a_file_of_dit_is_warned_about(tmp_path, capsys):
         assert main([*words, str(tmp_path / name / "told"), "--convention", "sit"]) == 0
         said = capsys.readouterr()
         assert not said.err and "those of SIT, as told" in said.out
-    for name, content in {"none": state(**TINY), "args": {"ema": content["ema"], "args": options("sit")}}.items():
+    certain = {"ema": state(**TINY, learn_sigma=True), "args": options("sit")}
+    for name, content in {"none": state(**TINY), "args": certain}.items():
         assert main(["import", str(strangers.save(file, content)), *HEADS, "--out", str(tmp_path / name)]) == 0
         assert not capsys.readouterr().err, name
+
+
+def test_what_is_not_used_of_a_file_is_listed_and_kept_on_record(tmp_path):
+    named = state(**TINY)
+    beside = {
+        "epoch": 3,
+        "optimizer": {"exp_avg": torch.zeros(2)},
+        "scaler": {"scale": torch.ones(1)},
+        "rng": {"cpu": torch.ones(3)},
+    }
+    content = {
+        "model": named,
+        "steps": torch.tensor(4),
+        "best\x1b": 1.0,
+        "scheduler_state": {"x": torch.ones(2)},
+        **beside,
+    }
+    run, said = brought(strangers.save(tmp_path / "a.pt", content), tmp_path / "run")
+    listed = "best\\x1b, scheduler_state, epoch, optimizer, scaler, rng"
+    assert f"not used of it: {listed}\n" in said and "it holds one set of weights" in said
+    assert json.loads((run / "imported.json").read_text())["unused"] == listed
+    assert restore(run).step == 4 and "step 0" not in said
+    file = strangers.save(
+        tmp_path / "b.pt", {"ema": named, "steps": torch.tensor([4, 5])} | {f"x{k}": k for k in range(30)}
+    )
+    run, said = brought(file, tmp_path / "many")
+    assert "x18, x19 and 11 more\n" in said and restore(run).step == 0
+    run, said = brought(strangers.save(tmp_path / "c.pt", {"ema": named, "steps": 4}), tmp_path / "all")
+    assert "not used" not in said and "unused" not in json.loads((run / "imported.json").read_text())
+
+
+def test_one_set_of_weights_under_state_dict(tmp_path):
+    named = state(**TINY)
+    file = strangers.save(tmp_path / "a.pt", {"state_dict": named, "epoch": 3, "steps": 4})
+    run, said = brought(file, tmp_path / "run", convention="repa")
+    assert off(run, Assembled(named, **TINY), TINY) < 1e-5 and restore(run).step == 4
+    assert "it holds one set of weights" in said and "not used of it: epoch" in said
+
+
+@pytest.mark.parametrize("known", [["model"], ["ema"], ["model", "ema"], ["state_dict"], []])
+@pytest.mark.parametrize("other", ["ema_model", "state_dict_ema", "model_state_dict"])
+def test_weights_that_would_be_lost_are_refused_by_name(tmp_path, capsys, known, other):
+    named = state(**TINY)
+    file = strangers.save(tmp_path / "a.pt", dict.fromkeys([*known, other], named) | {"epoch": 3})
+    assert main(["import", str(file), "--out", str(tmp_path / "run"), *HEADS]) == 1
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and f"holds weights under {other}, which" in err and "model and ema" in err, err
+    assert not (tmp_path / "run").exists()
 
 
 def test_heads_are_left_out_or_kept_beside(tmp_path):

@@ -1,6 +1,6 @@
 """Published state dicts: what their names and shapes say, and the same weights under our names and in our time.
 
-    SiT (github.com/willisma/SiT)     a plain state dict, or {model, ema, opt, args}
+    SiT (github.com/willisma/SiT)     a plain state dict (also under state_dict), or {model, ema, opt, args}
     REPA (github.com/sihyun-yu/REPA)  {model, ema, opt, args, steps}; heads `projectors.i.j` inside the model
     Self-Transcendence (github.com/csslc/Self-Transcendence)  the same; heads `projectors.j`, in stage 1 `projectors_final` too
 each as torch.save or safetensors writes it, also with the wrappers' prefixes `module.` and `_orig_mod.`.

@@ -24,7 +24,7 @@ from selftrans.methods.objective import Objective
 from selftrans.models.sit import SIT
 from selftrans.published import names
 from selftrans.published.names import Convention, Sizes
-from selftrans.published.read import Found, Named, read
+from selftrans.published.read import Found, Named, listed, read
 from selftrans.recipes import recipe
 from selftrans.train import checkpoint
 from selftrans.train.restore import IMPORTED, header
@@ -73,6 +73,7 @@ def import_run(
         "heads": sizes.heads,
     }
     source |= {"step": step, "autoencoder": autoencoder, "keep_heads": keep_heads}
+    source |= {"unused": listed(found.unused)} if found.unused else {}
     if _occupied(out, source):
         say(f"{out} holds this import already")
         return checkpoint.steps(out / stages(config)[0].name / "checkpoints")[-1][1]
@@ -155,7 +156,7 @@ def _tensors(
     found: Found, named: Named, sizes: Sizes, config: RunConfig, *, flip: bool
 ) -> tuple[dict[str, Named], list[str]]:
     """The tensors of our checkpoint, and what the user should know about them."""
-    notes = []
+    notes = [f"not used of it: {listed(found.unused)}"] if found.unused else []
     states = {kind: names.translate(state, sizes, flip=flip) for kind, state in found.weights.items()}
     if len(states) == 1:
         held, absent = ("ema", "raw") if "ema" in states else ("raw", "ema")
