@@ -118,7 +118,7 @@ def legacy(named):
 PAIR = {"args": options("repa", encoder_depth=2), "steps": 7}
 LAYOUTS = {
     "sit": (None, lambda m, e: e, "a guess"),
-    "sit, learn_sigma": ({"learn_sigma": True}, lambda m, e: e, "those of SIT, for its last layer"),
+    "sit, learn_sigma": ({"learn_sigma": True}, lambda m, e: e, "those of SIT, a guess: its last layer"),
     "sit training": (None, lambda m, e: {"model": m, "ema": e, "args": options("sit")}, "those of SIT, as the opt"),
     "repa": ({"projectors": "repa"}, lambda m, e: {"model": m, "ema": e, **PAIR}, "those of REPA, as the opt"),
     "repa, ema alone": ({"projectors": "repa"}, lambda m, e: {"ema": e}, "those of REPA, for it holds projectors"),
@@ -160,6 +160,73 @@ def test_every_layout(tmp_path, kind, form):
         "vanilla",
         "structure",
     )
+
+
+def test_what_may_be_a_file_of_dit_is_warned_about(tmp_path, capsys):
+    """DiT's files have the same names and shapes; only the user knows."""
+    for name, content in {"a": state(**TINY, learn_sigma=True), "b": {"ema": state(**TINY, learn_sigma=True)}}.items():
+        file = strangers.save(tmp_path / f"{name}.pt", content)
+        words = ["import", str(file), *HEADS, "--out"]
+        assert main([*words, str(tmp_path / name / "guessed")]) == 0
+        said = capsys.readouterr()
+        assert said.err.count("\n") == 1 and file.name in said.err, said.err
+        assert "may be a file of DiT" in said.err and "--convention sit" in said.err
+        assert "those of SIT, a guess" in said.out and "DiT" in said.out
+        assert main([*words, str(tmp_path / name / "told"), "--convention", "sit"]) == 0
+        said = capsys.readouterr()
+        assert not said.err and "those of SIT, as told" in said.out
+    certain = {"ema": state(**TINY, learn_sigma=True), "args": options("sit")}
+    for name, content in {"none": state(**TINY), "args": certain}.items():
+        assert main(["import", str(strangers.save(file, content)), *HEADS, "--out", str(tmp_path / name)]) == 0
+        assert not capsys.readouterr().err, name
+
+
+def test_what_is_not_used_of_a_file_is_listed_and_kept_on_record(tmp_path):
+    named = state(**TINY)
+    beside = {
+        "epoch": 3,
+        "optimizer": {"exp_avg": torch.zeros(2)},
+        "scaler": {"scale": torch.ones(1)},
+        "rng": {"cpu": torch.ones(3)},
+    }
+    content = {
+        "model": named,
+        "steps": torch.tensor(4),
+        "best\x1b": 1.0,
+        "scheduler_state": {"x": torch.ones(2)},
+        **beside,
+    }
+    run, said = brought(strangers.save(tmp_path / "a.pt", content), tmp_path / "run")
+    listed = "best\\x1b, scheduler_state, epoch, optimizer, scaler, rng"
+    assert f"not used of it: {listed}\n" in said and "it holds one set of weights" in said
+    assert json.loads((run / "imported.json").read_text())["unused"] == listed
+    assert restore(run).step == 4 and "step 0" not in said
+    file = strangers.save(
+        tmp_path / "b.pt", {"ema": named, "steps": torch.tensor([4, 5])} | {f"x{k}": k for k in range(30)}
+    )
+    run, said = brought(file, tmp_path / "many")
+    assert "x18, x19 and 11 more\n" in said and restore(run).step == 0
+    run, said = brought(strangers.save(tmp_path / "c.pt", {"ema": named, "steps": 4}), tmp_path / "all")
+    assert "not used" not in said and "unused" not in json.loads((run / "imported.json").read_text())
+
+
+def test_one_set_of_weights_under_state_dict(tmp_path):
+    named = state(**TINY)
+    file = strangers.save(tmp_path / "a.pt", {"state_dict": named, "epoch": 3, "steps": 4})
+    run, said = brought(file, tmp_path / "run", convention="repa")
+    assert off(run, Assembled(named, **TINY), TINY) < 1e-5 and restore(run).step == 4
+    assert "it holds one set of weights" in said and "not used of it: epoch" in said
+
+
+@pytest.mark.parametrize("known", [["model"], ["ema"], ["model", "ema"], ["state_dict"], []])
+@pytest.mark.parametrize("other", ["ema_model", "state_dict_ema", "model_state_dict"])
+def test_weights_that_would_be_lost_are_refused_by_name(tmp_path, capsys, known, other):
+    named = state(**TINY)
+    file = strangers.save(tmp_path / "a.pt", dict.fromkeys([*known, other], named) | {"epoch": 3})
+    assert main(["import", str(file), "--out", str(tmp_path / "run"), *HEADS]) == 1
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and f"holds weights under {other}, which" in err and "model and ema" in err, err
+    assert not (tmp_path / "run").exists()
 
 
 def test_heads_are_left_out_or_kept_beside(tmp_path):
@@ -399,6 +466,31 @@ def test_an_imported_model_teaches(tmp_path, capsys, imported, part):
     report = json.loads((tmp_path / "student/run.json").read_text())
     assert "what the teacher's training took is unknown" in capsys.readouterr().out
     assert report["teacher"]["steps"] == 5 and [s["stage"] for s in report["stages"]] == ["stage2"]
+
+
+def test_a_teacher_of_another_path_is_refused(tmp_path, capsys):
+    named = state(**TINY)
+    file = strangers.save(tmp_path / "a.pt", {"model": named, "ema": named, "args": options("sit", path_type="GVP")})
+    run, _ = brought(file, tmp_path / "run")
+    words = ["train", "digits", f"--data={toy.digits()}", f"--out={tmp_path / 'student'}", f"--teacher={run}"]
+    words += [word for word in toy.taught_flags() if "train.steps" not in word] + ["--train.steps=2"]
+    assert main(words) == 1
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and "was trained on the cosine path, the student's train.path is linear" in err, err
+    assert not list((tmp_path / "student").glob("*.json")), "nothing is written before"
+    assert main([*words, "--train.path=cosine"]) == 0
+    assert "autoencoder" not in capsys.readouterr().err
+
+
+def test_a_teacher_of_another_autoencoder_is_warned_about(tmp_path, capsys):
+    named = state(**TINY)
+    file = strangers.save(tmp_path / "a.pt", {"model": named, "ema": named, "args": options("repa")})
+    run, _ = brought(file, tmp_path / "run", autoencoder="somebody/vae")
+    words = ["train", "digits", f"--data={toy.digits()}", f"--out={tmp_path / 'student'}", f"--teacher={run}"]
+    words += [word for word in toy.taught_flags() if "train.steps" not in word] + ["--train.steps=2"]
+    assert main(words) == 0
+    said = [text for text in capsys.readouterr().err.splitlines() if "warning: the teacher" in text]
+    assert len(said) == 1 and "names the autoencoder somebody/vae, the data pixel" in said[0]
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,6 @@
 """Published state dicts: what their names and shapes say, and the same weights under our names and in our time.
 
-    SiT (github.com/willisma/SiT)     a plain state dict, or {model, ema, opt, args}
+    SiT (github.com/willisma/SiT)     a plain state dict (also under state_dict), or {model, ema, opt, args}
     REPA (github.com/sihyun-yu/REPA)  {model, ema, opt, args, steps}; heads `projectors.i.j` inside the model
     Self-Transcendence (github.com/csslc/Self-Transcendence)  the same; heads `projectors.j`, in stage 1 `projectors_final` too
 each as torch.save or safetensors writes it, also with the wrappers' prefixes `module.` and `_orig_mod.`.
@@ -14,6 +14,7 @@ Shape legend: T tokens, D width, (C, H, W) latent.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal, NamedTuple
 
@@ -29,6 +30,8 @@ Convention = Literal["sit", "repa"]
 
 #: how far a table of positions may be from the true one: averages of it drift, half precision rounds it
 POSITIONS = 2e-3
+#: why a file whose last layer has the unused half of learn_sigma is taken for one of SiT
+LIKE_DIT = "a guess: its last layer has the unused half of learn_sigma, as DiT's has too; --convention decides"
 #: Self-Transcendence's head of stage 1 -> ours
 STAGE1_HEAD = {
     f"{theirs}.{part}": f"guidances.0.head.{ours}.{part}"
@@ -137,7 +140,10 @@ def _few(names: Iterable[str]) -> str:
 
 
 def convention(found: Found, named: Named, learn_sigma: bool) -> tuple[Convention, str]:
-    """Whose time and sign the weights have, and what tells: a header, the options kept, the heads, or, at last, a guess."""
+    """Whose time and sign the weights have, and what tells: a header, the options kept, the heads, or, at last, a guess.
+
+    Warns where the file may as well be one of DiT, which has SiT's names and shapes but predicts noise.
+    """
     told: tuple[tuple[bool, Convention, str], ...] = (
         (found.layout == "sit", "sit", "as its header says"),
         (found.layout == "repa", "repa", "as its header says"),
@@ -145,14 +151,23 @@ def convention(found: Found, named: Named, learn_sigma: bool) -> tuple[Conventio
         (found.args.get("prediction") is not None, "sit", "as the options kept in it show"),
         (any(map(is_head, named)), "repa", "for it holds projectors"),
         (found.steps is not None, "repa", "for it counts its steps"),
-        (learn_sigma, "sit", "for its last layer has the unused half of learn_sigma"),
+        (learn_sigma, "sit", LIKE_DIT),
         (
             "blocks.0.attn.q_norm.weight" in named,
             "repa",
             "a guess: the original SiT has no QK-norm; --convention decides",
         ),
     )
-    return next(((c, why) for holds, c, why in told if holds), ("sit", "a guess: nothing tells; --convention decides"))
+    chosen, why = next(
+        ((c, why) for holds, c, why in told if holds), ("sit", "a guess: nothing tells; --convention decides")
+    )
+    if why == LIKE_DIT:
+        warnings.warn(
+            f"{found.path} may be a file of DiT, whose names and shapes are the same, but which predicts noise and cannot be "
+            "used; if it is one of SiT, say so with --convention sit",
+            stacklevel=3,
+        )
+    return chosen, why
 
 
 # ---- our names and our time

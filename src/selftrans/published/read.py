@@ -25,6 +25,9 @@ Named = dict[str, Tensor]
 WRAPPERS = {"module", "_orig_mod"}  #: parts of a name that DataParallel and torch.compile put in
 #: what a file may hold besides tensors and plain containers
 HARMLESS: list[Any] = [argparse.Namespace]
+#: top-level entries with tensors in them that are no weights
+HELPERS = re.compile(r"(opt|optim|optimi[sz]ers?|(lr_)?schedulers?|(grad_?)?scaler|rng)(_|$)", re.IGNORECASE)
+MOST = 20  #: entries of a file that are listed
 LAYOUT = "layout"  #: header entry of the files that `selftrans export` writes in a published layout
 
 
@@ -37,6 +40,7 @@ class Found(NamedTuple):
     args: dict[str, Any]  #: the options of the command that trained it, if kept
     steps: int | None
     layout: str | None  #: "sit" or "repa", where our own export says so
+    unused: list[str]  #: its top-level entries that nothing here reads, fit for a terminal
 
 
 def read(path: Path) -> Found:
@@ -49,17 +53,43 @@ def read(path: Path) -> Found:
     if not isinstance(content, Mapping):
         raise ValueError(f"{path} holds a {type(content).__name__}; expected a state dict, or one with model and ema")
     named = {ours: content[theirs] for ours, theirs in (("raw", "model"), ("ema", "ema")) if theirs in content}
+    if not named and isinstance(content.get("state_dict"), Mapping):
+        named = {"ema": content["state_dict"]}
+    unused = _unused(path, content, bool(named))
     weights = {kind: _tensors(path, tensors) for kind, tensors in (named or {"ema": content}).items()}
-    args = content.get("args") if named else None
-    steps = content.get("steps") if named else None
-    return Found(
-        path,
-        weights,
-        content.get("opt") if named else None,
-        _options(args),
-        steps if isinstance(steps, int) and steps >= 0 else None,
-        layout,
-    )
+    optimizer, args, given = (content.get(key) if named else None for key in ("opt", "args", "steps"))
+    steps = _count(given)
+    if given is not None and steps is None:
+        unused.append("steps")
+    return Found(path, weights, optimizer, _options(args), steps, layout, unused)
+
+
+def _unused(path: Path, content: Mapping[Any, Any], apart: bool) -> list[str]:
+    """Names of the entries that nothing reads, of a file that keeps its weights `apart`. ValueError: weights are among them."""
+    models = ({"model", "ema"} & content.keys() or {"state_dict"}) if apart else set()
+    others = [key for key in content if key not in models | {"opt", "args", "steps"}]
+    lost = [shown(key) for key in others if _weights(key, content[key])]
+    if lost:
+        raise ValueError(
+            f"{path} holds weights under {listed(lost)}, which would be lost; expected a plain state dict, one under "
+            "state_dict, or model and ema (with opt, args, steps): save the weights wanted as one of these"
+        )
+    return [shown(key) for key in others] if apart else []
+
+
+def _weights(key: object, entry: Any) -> bool:
+    """Whether a top-level entry is a state dict of a network: tensors by name, and no state of an optimiser or its helpers."""
+    if not isinstance(entry, Mapping) or (isinstance(key, str) and HELPERS.match(key)):
+        return False
+    return any(isinstance(value, Tensor) and value.is_floating_point() and value.dim() for value in entry.values())
+
+
+def _count(steps: Any) -> int | None:
+    """A number of steps, also one kept as a tensor."""
+    if isinstance(steps, Tensor):
+        whole = steps.dim() == 0 and steps.layout == torch.strided and steps.device.type == "cpu"
+        steps = steps.item() if whole else None
+    return steps if isinstance(steps, int) and steps >= 0 else None
 
 
 def _options(args: Any) -> dict[str, Any]:
@@ -160,6 +190,11 @@ def _modern(name: str, first: int) -> str:
     """REPA's early files call the blocks behind the projectors `decoder_blocks`, and count them anew."""
     old = re.match(r"decoder_blocks\.(\d{1,6})\.", name)
     return f"blocks.{first + int(old[1])}.{name[old.end() :]}" if old else name
+
+
+def listed(names: list[str]) -> str:
+    """`a, b and 3 more`."""
+    return ", ".join(names[:MOST]) + (f" and {len(names) - MOST} more" if len(names) > MOST else "")
 
 
 def shown(name: object) -> str:

@@ -24,7 +24,7 @@ from selftrans.methods.objective import Objective
 from selftrans.models.sit import SIT
 from selftrans.published import names
 from selftrans.published.names import Convention, Sizes
-from selftrans.published.read import Found, Named, read
+from selftrans.published.read import Found, Named, listed, read
 from selftrans.recipes import recipe
 from selftrans.train import checkpoint
 from selftrans.train.restore import IMPORTED, header
@@ -64,8 +64,7 @@ def import_run(
     sizes = names.sizes(str(file), named, heads)
     for kind, tensors in found.weights.items():
         names.check(f"{file} ({kind} weights)" if len(found.weights) > 1 else str(file), tensors, sizes)
-    told, why = names.convention(found, named, sizes.learn_sigma)
-    chosen = convention or told
+    chosen, why = (convention, "as told") if convention else names.convention(found, named, sizes.learn_sigma)
     config = _config(found, named, sizes, name)
     source = {
         "path": str(file.resolve()),
@@ -74,6 +73,7 @@ def import_run(
         "heads": sizes.heads,
     }
     source |= {"step": step, "autoencoder": autoencoder, "keep_heads": keep_heads}
+    source |= {"unused": listed(found.unused)} if found.unused else {}
     if _occupied(out, source):
         say(f"{out} holds this import already")
         return checkpoint.steps(out / stages(config)[0].name / "checkpoints")[-1][1]
@@ -87,7 +87,7 @@ def import_run(
     if left and not parts["heads"]:
         notes.append(f"its projectors are {'in projectors.safetensors' if keep_heads else 'left out (--keep-heads)'}")
     path = _write(out, config, sizes, done, parts, source, left if keep_heads else {})
-    for line in (f"time and sign are those of {chosen.upper()}, {'as told' if convention else why}", *notes):
+    for line in (f"time and sign are those of {chosen.upper()}, {why}", *notes):
         say(line)
     say(f"{_summary(config, sizes, autoencoder)}, after {done} steps -> {out}")
     say(f"to train on: {_command(config, out)}")
@@ -156,7 +156,7 @@ def _tensors(
     found: Found, named: Named, sizes: Sizes, config: RunConfig, *, flip: bool
 ) -> tuple[dict[str, Named], list[str]]:
     """The tensors of our checkpoint, and what the user should know about them."""
-    notes = []
+    notes = [f"not used of it: {listed(found.unused)}"] if found.unused else []
     states = {kind: names.translate(state, sizes, flip=flip) for kind, state in found.weights.items()}
     if len(states) == 1:
         held, absent = ("ema", "raw") if "ema" in states else ("raw", "ema")

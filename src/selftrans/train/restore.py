@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -204,6 +205,28 @@ def find_teacher(source: str | Path, weights: Weights) -> Path:
     path = Path(source)
     single = not path.is_dir() or (path / "checkpoints").is_dir() or (path / checkpoint.STATE).exists()
     return find(path, stage=None if single or (path / f"{IMPORTED}.json").exists() else "stage1", weights=weights)
+
+
+def check_given(config: RunConfig, manifest: Manifest) -> None:
+    """ValueError where the teacher given learned another path than the student's; a warning where its latents may be others."""
+    source = find_teacher(str(config.stage2.teacher), config.stage2.teacher_weights)
+    said = checkpoint.read_header(source)
+    try:
+        path, theirs = line(from_json(json.dumps(said["config"])).train.path), str(said["autoencoder"])
+    except (KeyError, TypeError, ValueError, ArithmeticError, RuntimeError):
+        return  # `restore` says what is wrong with it
+    if path != config.train.path:
+        raise ValueError(
+            f"the teacher {source} was trained on the {path} path, the student's train.path is {config.train.path}: the same t "
+            f"is another noise level; give a teacher of that path, or --train.path {path}"
+        )
+    ours = config.data.autoencoder or manifest.autoencoder
+    if theirs and ours and theirs != ours:
+        warnings.warn(
+            f"the teacher {source} names the autoencoder {line(theirs)}, the data {line(ours)}; unless both are the same, its "
+            "features mean nothing here: give a teacher of these latents",
+            stacklevel=4,
+        )
 
 
 def check_teacher(found: checkpoint.Checkpoint, teacher: Any) -> None:
