@@ -316,6 +316,8 @@ def test_a_given_teacher_teaches_and_its_unknown_cost_is_said(
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
         save_file(tensors, path, metadata={"selftrans": json.dumps(about)})
         shutil.copy(path, tmp_path / path.name)
+    assert main([*command, str(tmp_path / "ema.safetensors"), "--train.path", "cosine"]) == 1
+    assert "was trained on the linear path" in capfd.readouterr().err and not list((tmp_path / "x").glob("*-seed*"))
     assert main([*command, str(tmp_path / "ema.safetensors"), "--methods", "structure", "self_transcendence"]) == 0
     said = capfd.readouterr()
     summary = json.loads((tmp_path / "x" / "compare.json").read_text())
