@@ -65,6 +65,10 @@ def test_a_run_is_measured_as_its_samples_on_disk_are(judge: Path, tmp_path: Pat
         "seed 0",
     ):
         assert told in said, told
+    computed = (
+        "score over 10 splits, precision and recall with 3 neighbours, kernel distance over 100 subsets of 30 images"
+    )
+    assert computed in said
     assert "autoencoder pixel" in said and "FID" not in said and toy.tree(run) == before
 
 

@@ -235,6 +235,13 @@ METRICS = {
     "accuracy": "accuracy of the labels",
 }
 
+#: key of a report -> what the table says of how its numbers were computed
+COMPUTED = {
+    "is_splits": "score over {is_splits} splits",
+    "neighbours": "precision and recall with {neighbours} neighbours",
+    "kernel_subsets": "kernel distance over {kernel_subsets} subsets of {kernel_subset_size} images",
+}
+
 
 def text(report: dict[str, Any]) -> str:
     """The report for a terminal: the numbers, and below them all that they depend on."""
@@ -247,11 +254,13 @@ def text(report: dict[str, Any]) -> str:
     told = [f"{name.replace('_', ' ')} {'unknown' if made[name] is None else _short(made[name])}" for name in SETTINGS]
     if balance:
         told.append(f"{balance['fewest']} to {balance['most']} images of each of {balance['classes']} classes")
+    computed = [form.format(**report) for key, form in COMPUTED.items() if key in report]
     against = f"{report['reference']} ({report['reference_images'] or 'unknown number of'} images)"
     lines += [
         "",
         f"{report['num_images']:,} images of {report['samples']} against {against}",
         f"features: {report['extractor']}, sha256 {report['extractor_sha256'][:12]}",
+        *([", ".join(computed)] if computed else []),
         ", ".join(told),
     ]
     return "\n".join([*lines, *([f"note: {report['note']}"] if report["note"] else [])])
