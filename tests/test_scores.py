@@ -101,6 +101,19 @@ def test_a_checkpoint_of_others_is_sent_to_import(judge: Path, tmp_path: Path, c
     assert "SiT.pt is a checkpoint of another code; make a run of it with `selftrans import`" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("given", ["pictrues/made", "nowhere", "made.npz"])
+def test_samples_and_references_that_do_not_exist_are_not_looked_for_on_the_hub(
+    judge: Path, tmp_path: Path, capsys, monkeypatch, given: str
+) -> None:
+    monkeypatch.setattr("selftrans.data.tables.hub", lambda *args: pytest.fail("asked the hub"))
+    assert main(["evaluate", given, "--reference", "digits", "--features", str(judge)]) == 1
+    said = capsys.readouterr().err
+    assert f"{given} does not exist; give a folder, zip or npz of pictures, or a run" in said and said.count("\n") == 1
+    made = folder(tmp_path / "made")
+    assert main(["evaluate", str(made), "--reference", given, "--features", str(judge)]) == 1
+    assert f"{given} does not exist; {scores.WANTED}" in capsys.readouterr().err
+
+
 # ---- references
 
 

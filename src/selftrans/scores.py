@@ -99,6 +99,7 @@ def open_samples(
     path = Path(samples)
     if path.suffix in FOREIGN:
         raise ValueError(f"{path} is a checkpoint of another code; make a run of it with `selftrans import`")
+    _must_exist(path)
     if path.name == "samples.npz" and (path.parent / "samples.json").exists():
         path = path.parent  # ours: what it was made with lies beside it
     if is_model(path):
@@ -118,6 +119,12 @@ def open_samples(
     described, found, stream = _sampled(path)
     target = path / "evaluate.json" if path.is_dir() else path.with_suffix(".evaluate.json")
     return Samples(stream, described, found, None, target)
+
+
+def _must_exist(path: Path, wanted: str = "give a folder, zip or npz of pictures, or a run") -> None:
+    """ValueError where nothing is at `path`: a name with one slash would be looked for on the hub, slowly."""
+    if not path.exists():
+        raise ValueError(f"{path} does not exist; {wanted}")
 
 
 def _sampled(samples: Path) -> tuple[dict[str, Any] | None, np.ndarray | None, Iterator[np.ndarray]]:
@@ -175,6 +182,7 @@ def reference_of(reference: str | Path, extractor: Extractor) -> Statistics:
 
 def _cached(path: Path, extractor: Extractor) -> Statistics:
     """Statistics of pictures: from the cache, or computed and put there; a cache that refuses to be written is no harm."""
+    _must_exist(path, WANTED)
     kept = cache() / f"{_identity(path, extractor)}.npz"
     if kept.exists():
         with contextlib.suppress(ValueError):  # damaged: computed again
@@ -211,8 +219,7 @@ def _identity(path: Path, extractor: Extractor) -> str:
 
 def _names(path: Path) -> set[str]:
     """Arrays of an npz. ValueError where there is none."""
-    if not path.is_file():
-        raise ValueError(f"{path} does not exist; {WANTED}")
+    _must_exist(path, WANTED)
     try:
         with ZipFile(path) as archive:
             return {name.removesuffix(".npy") for name in archive.namelist()}
