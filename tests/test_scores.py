@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import toy
+from pictures import class_folders, save_vae
 from PIL import Image
 from toy import quick  # noqa: F401 - a fixture
 
 from selftrans import scores
 from selftrans.cli import main
+from selftrans.data import Shards, prepare
 from selftrans.evaluate.classifier import SmallClassifier
 from selftrans.evaluate.features import ClassifierExtractor
 from selftrans.evaluate.metrics import frechet_distance
 from selftrans.evaluate.statistics import Statistics
+from selftrans.latents import load_autoencoder, to_uint8
+from selftrans.measure import shard_images
 
 
 @pytest.fixture
@@ -145,6 +150,30 @@ def test_a_reference_is_computed_once(judge: Path, tmp_path: Path, monkeypatch) 
     Image.fromarray(np.zeros((8, 8), np.uint8)).save(real / "0.png")
     assert not np.array_equal(scores.reference_of(real, one).mean, first.mean), "a picture has changed"
     assert len(list(scores.cache().iterdir())) == 3
+
+
+def test_latents_as_a_reference_are_the_same_each_time_and_said_to_be_decoded(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    vae = save_vae(tmp_path / "vae")
+    prepare(class_folders(tmp_path / "pictures"), tmp_path / "data", autoencoder=vae, dtype="float32", progress=False)
+    shards = Shards.open(tmp_path / "data")
+    first, again = (np.concatenate(list(shard_images(shards))) for _ in range(2))
+    assert np.array_equal(first, again), "whatever was drawn in between"
+    mean = shards.read(np.arange(23))[0][:, 0, :2]
+    expected = to_uint8(load_autoencoder(vae).decode(mean * 0.5)).numpy()
+    assert np.array_equal(first, expected)
+    SmallClassifier(8, 3, 2).save(tmp_path / "rgb.safetensors")
+    made, data, judge = tmp_path / "pictures", tmp_path / "data", tmp_path / "rgb.safetensors"
+    report = scores.evaluate_samples(made, data, str(judge), out=tmp_path / "r.json")
+    assert report[
+        "reference"
+    ] == f"{data}, decoded by {vae}" and f"against {data}, decoded by {vae} (23" in scores.text(report)
+    (kept,) = scores.cache().iterdir()
+    about = (data / "manifest.json").stat()
+    drawn = [extractor(judge).sha256, str(data.resolve()), f"manifest.json|{about.st_size}|{about.st_mtime_ns}"]
+    assert kept.stem != hashlib.sha256("\n".join(drawn).encode()).hexdigest()[:40], "what was drawn is not used again"
+    pixels = toy.prepared(tmp_path / "toy", classes=())
+    assert scores._described(pixels) == str(pixels), "pixels are as they were"
 
 
 def test_a_cache_that_cannot_be_written_is_no_harm(judge: Path, tmp_path: Path, monkeypatch) -> None:

@@ -85,7 +85,7 @@ def evaluate_samples(
     if save_reference is not None:
         statistics.save(save_reference)
     images = _counted(given.images, given.total)
-    report = evaluate(images, statistics, extractor, labels=given.labels, reference_name=str(reference))
+    report = evaluate(images, statistics, extractor, labels=given.labels, reference_name=_described(reference))
     made = {name: (given.made or {}).get(name) for name in SETTINGS} | (given.made or {})
     report |= {"samples": str(samples), "made": made, "label_balance": _balance(given.labels)}
     write_json(out or given.report, report)
@@ -188,11 +188,19 @@ def _cached(path: Path, extractor: Extractor) -> Statistics:
         with contextlib.suppress(ValueError):  # damaged: computed again
             return Statistics.load(kept)
     images = shard_images(Shards.open(path)) if (path / "manifest.json").exists() else iter_images(path)
-    statistics = Statistics.of(_counted(iter(images), None), extractor, source=str(path))
+    statistics = Statistics.of(_counted(iter(images), None), extractor, source=_described(path))
     with contextlib.suppress(OSError):
         kept.parent.mkdir(parents=True, exist_ok=True)
         statistics.save(kept)
     return statistics
+
+
+def _described(reference: str | Path) -> str:
+    """A reference in words: what is decoded from latents is not what the VAE was given."""
+    if not Path(reference, "manifest.json").exists():
+        return str(reference)
+    manifest = Shards.open(reference).manifest
+    return str(reference) + (f", decoded by {manifest.autoencoder}" if manifest.stochastic else "")
 
 
 def cache() -> Path:
@@ -203,6 +211,7 @@ def cache() -> Path:
 
 def _identity(path: Path, extractor: Extractor) -> str:
     """A hash of the extractor's weights and of which pictures these are: place, names, sizes, times of change."""
+    lines = [extractor.sha256, str(path.resolve())]
     files = (
         [path]
         if path.is_file()
@@ -210,7 +219,7 @@ def _identity(path: Path, extractor: Extractor) -> str:
     )
     if (path / "manifest.json").exists():
         files = [path / "manifest.json"]  # holds the sha256 of every shard
-    lines = [extractor.sha256, str(path.resolve())]
+        lines.append("posterior means")  # how they are decoded; at first they were drawn
     for file in files:
         about = file.stat()
         lines.append(f"{file.relative_to(path) if file != path else ''}|{about.st_size}|{about.st_mtime_ns}")
