@@ -101,6 +101,36 @@ def test_our_own_npz_is_measured_with_what_lies_beside_it(judge: Path, tmp_path:
     assert npz["made"]["sampler"] == "heun" and npz | {"samples": 0} == whole | {"samples": 0}
 
 
+def test_labels_beside_pictures_in_an_npz_are_read(judge: Path, tmp_path: Path) -> None:
+    """Ours away from its folder, and anyone's in ADM's layout."""
+    made, moved = tmp_path / "made", tmp_path / "moved.npz"
+    assert main(["sample", str(toy.finished()), "--out", str(made), "--num", "20", "--steps", "1"]) == 0
+    whole = scores.evaluate_samples(made, "digits", str(judge))
+    (made / "samples.npz").rename(moved)
+    alone = scores.evaluate_samples(moved, "digits", str(judge))
+    assert alone["label_balance"] == whole["label_balance"] == {"classes": 10, "fewest": 2, "most": 2}
+    assert alone["accuracy"] == whole["accuracy"] and alone["made"]["sampler"] is None
+    assert "2 to 2 images of each of 10 classes" in scores.text(alone)
+    images = np.zeros((4, 8, 8, 1), np.uint8)
+    for other in (np.zeros(4), np.zeros(4, np.int64), np.zeros((4, 10), np.int64)):  # no labels, and no classes
+        np.savez(moved, images, other)
+        assert scores.open_samples(moved, {}).labels is None
+    np.savez(moved, images)
+    unknown = scores.evaluate_samples(moved, "digits", str(judge))
+    assert unknown["label_balance"] is None and "label balance unknown" in scores.text(unknown)
+    assert "balance" not in scores.text(unknown | {"made": unknown["made"] | {"num_classes": 1}})
+
+
+def test_labels_that_do_not_fit_their_pictures(tmp_path: Path) -> None:
+    images = np.zeros((4, 8, 8, 1), np.uint8)
+    np.savez_compressed(tmp_path / "x.npz", images, np.ones(1 << 22, np.int64))  # would unfold
+    with pytest.raises(ValueError, match=r"x.npz holds labels arr_1 that do not fit .*: 4194304 labels of 4 images"):
+        scores.open_samples(tmp_path / "x.npz", {})
+    np.savez(tmp_path / "y.npz", images.astype(float), np.ones(4, np.int64))
+    with pytest.raises(ValueError, match=r"y.npz holds no uint8 array arr_0 of images .* it is float64"):
+        next(scores.open_samples(tmp_path / "y.npz", {}).images)
+
+
 def test_a_checkpoint_of_others_is_sent_to_import(judge: Path, tmp_path: Path, capsys) -> None:
     assert main(["evaluate", str(tmp_path / "SiT.pt"), "--reference", "digits", "--features", str(judge)]) == 1
     assert "SiT.pt is a checkpoint of another code; make a run of it with `selftrans import`" in capsys.readouterr().err

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from selftrans.data.files import npz_labels
 from selftrans.data.images import iter_images
 from selftrans.data.shards import Shards
 from selftrans.evaluate.classifier import digits
@@ -128,10 +129,10 @@ def _must_exist(path: Path, wanted: str = "give a folder, zip or npz of pictures
 
 
 def _sampled(samples: Path) -> tuple[dict[str, Any] | None, np.ndarray | None, Iterator[np.ndarray]]:
-    """How the images were made and their labels, where `selftrans sample` has written both, and the images."""
+    """How the images were made, where `selftrans sample` has written it, their labels, where known, and the images."""
     record, archive = samples / "samples.json", samples / "samples.npz"
     if not record.exists():
-        return None, None, iter_images(samples)
+        return None, npz_labels(samples) if samples.suffix.lower() == ".npz" else None, iter_images(samples)
     try:
         made = json.loads(record.read_text())
         complete, settings = made["complete"] and archive.exists(), made["settings"] | {"num": made["num"]}
@@ -270,6 +271,8 @@ def text(report: dict[str, Any]) -> str:
     told = [f"{name.replace('_', ' ')} {'unknown' if made[name] is None else _short(made[name])}" for name in SETTINGS]
     if balance:
         told.append(f"{balance['fewest']} to {balance['most']} images of each of {balance['classes']} classes")
+    elif made.get("num_classes") not in (0, 1):  # without classes there is nothing to balance
+        told.append("label balance unknown")
     computed = [form.format(**report) for key, form in COMPUTED.items() if key in report]
     against = f"{report['reference']} ({report['reference_images'] or 'unknown number of'} images)"
     lines += [
