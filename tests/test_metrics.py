@@ -169,6 +169,18 @@ def test_inception_score_by_hand() -> None:
     assert inception_score(np.tile([9.0, 0.0], (20, 1)))[0] == pytest.approx(1, rel=1e-12)  # makes one class only
 
 
+def test_a_score_of_few_images_a_split_is_said_to_be_biased() -> None:
+    sure = np.eye(10) * 100
+    with pytest.warns(UserWarning, match="over 10 splits of 1 images for 10 classes: it is biased downwards") as caught:
+        assert inception_score(sure) == pytest.approx((1, 0))  # of ten classes made perfectly
+    assert "\n" not in str(caught[0].message) and caught[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert inception_score(np.tile(sure, (10, 1)))[0] > 5
+    with pytest.warns(UserWarning, match="over 10 splits of 9 images"):
+        inception_score(np.tile(sure, (10, 1))[:99])
+
+
 class Colours:
     """Six random projections of the pixels, two of which serve as logits."""
 
@@ -206,6 +218,9 @@ def test_the_report_is_flat_json_with_honest_names() -> None:
     )
     assert report["accuracy"] == accuracy(features[:, :2], labels)
     assert {"kernel_distance", "kernel_distance_std", "precision", "recall", "classifier_score"} < report.keys()
+    assert (report["is_splits"], report["neighbours"]) == (10, 3)
+    assert (report["kernel_subsets"], report["kernel_subset_size"]) == (100, 80), "as computed: the smaller set's"
+    assert evaluate(samples[:7], reference, Colours(), metrics=["score"])["is_splits"] == 7
 
 
 def test_only_the_published_inception_gives_fid() -> None:

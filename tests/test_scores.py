@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import toy
+from pictures import class_folders, save_vae
 from PIL import Image
 from toy import quick  # noqa: F401 - a fixture
 
 from selftrans import scores
 from selftrans.cli import main
+from selftrans.data import Shards, prepare
 from selftrans.evaluate.classifier import SmallClassifier
 from selftrans.evaluate.features import ClassifierExtractor
 from selftrans.evaluate.metrics import frechet_distance
 from selftrans.evaluate.statistics import Statistics
+from selftrans.latents import load_autoencoder, to_uint8
+from selftrans.measure import shard_images
 
 
 @pytest.fixture
@@ -65,6 +70,10 @@ def test_a_run_is_measured_as_its_samples_on_disk_are(judge: Path, tmp_path: Pat
         "seed 0",
     ):
         assert told in said, told
+    computed = (
+        "score over 10 splits, precision and recall with 3 neighbours, kernel distance over 100 subsets of 30 images"
+    )
+    assert computed in said
     assert "autoencoder pixel" in said and "FID" not in said and toy.tree(run) == before
 
 
@@ -92,9 +101,52 @@ def test_our_own_npz_is_measured_with_what_lies_beside_it(judge: Path, tmp_path:
     assert npz["made"]["sampler"] == "heun" and npz | {"samples": 0} == whole | {"samples": 0}
 
 
+def test_labels_beside_pictures_in_an_npz_are_read(judge: Path, tmp_path: Path) -> None:
+    """Ours away from its folder, and anyone's in ADM's layout."""
+    made, moved = tmp_path / "made", tmp_path / "moved.npz"
+    assert main(["sample", str(toy.finished()), "--out", str(made), "--num", "20", "--steps", "1"]) == 0
+    whole = scores.evaluate_samples(made, "digits", str(judge))
+    (made / "samples.npz").rename(moved)
+    alone = scores.evaluate_samples(moved, "digits", str(judge))
+    assert alone["label_balance"] == whole["label_balance"] == {"classes": 10, "fewest": 2, "most": 2}
+    assert alone["accuracy"] == whole["accuracy"] and alone["made"]["sampler"] is None
+    assert "2 to 2 images of each of 10 classes" in scores.text(alone)
+    images = np.zeros((4, 8, 8, 1), np.uint8)
+    for other in (np.zeros(4), np.zeros(4, np.int64), np.zeros((4, 10), np.int64)):  # no labels, and no classes
+        np.savez(moved, images, other)
+        assert scores.open_samples(moved, {}).labels is None
+    np.savez(moved, images)
+    unknown = scores.evaluate_samples(moved, "digits", str(judge))
+    assert unknown["label_balance"] is None and "label balance unknown" in scores.text(unknown)
+    assert "balance" not in scores.text(unknown | {"made": unknown["made"] | {"num_classes": 1}})
+
+
+def test_labels_that_do_not_fit_their_pictures(tmp_path: Path) -> None:
+    images = np.zeros((4, 8, 8, 1), np.uint8)
+    np.savez_compressed(tmp_path / "x.npz", images, np.ones(1 << 22, np.int64))  # would unfold
+    with pytest.raises(ValueError, match=r"x.npz holds labels arr_1 that do not fit .*: 4194304 labels of 4 images"):
+        scores.open_samples(tmp_path / "x.npz", {})
+    np.savez(tmp_path / "y.npz", images.astype(float), np.ones(4, np.int64))
+    with pytest.raises(ValueError, match=r"y.npz holds no uint8 array arr_0 of images .* it is float64"):
+        next(scores.open_samples(tmp_path / "y.npz", {}).images)
+
+
 def test_a_checkpoint_of_others_is_sent_to_import(judge: Path, tmp_path: Path, capsys) -> None:
     assert main(["evaluate", str(tmp_path / "SiT.pt"), "--reference", "digits", "--features", str(judge)]) == 1
     assert "SiT.pt is a checkpoint of another code; make a run of it with `selftrans import`" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("given", ["pictrues/made", "nowhere", "made.npz"])
+def test_samples_and_references_that_do_not_exist_are_not_looked_for_on_the_hub(
+    judge: Path, tmp_path: Path, capsys, monkeypatch, given: str
+) -> None:
+    monkeypatch.setattr("selftrans.data.tables.hub", lambda *args: pytest.fail("asked the hub"))
+    assert main(["evaluate", given, "--reference", "digits", "--features", str(judge)]) == 1
+    said = capsys.readouterr().err
+    assert f"{given} does not exist; give a folder, zip or npz of pictures, or a run" in said and said.count("\n") == 1
+    made = folder(tmp_path / "made")
+    assert main(["evaluate", str(made), "--reference", given, "--features", str(judge)]) == 1
+    assert f"{given} does not exist; {scores.WANTED}" in capsys.readouterr().err
 
 
 # ---- references
@@ -128,6 +180,30 @@ def test_a_reference_is_computed_once(judge: Path, tmp_path: Path, monkeypatch) 
     Image.fromarray(np.zeros((8, 8), np.uint8)).save(real / "0.png")
     assert not np.array_equal(scores.reference_of(real, one).mean, first.mean), "a picture has changed"
     assert len(list(scores.cache().iterdir())) == 3
+
+
+def test_latents_as_a_reference_are_the_same_each_time_and_said_to_be_decoded(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    vae = save_vae(tmp_path / "vae")
+    prepare(class_folders(tmp_path / "pictures"), tmp_path / "data", autoencoder=vae, dtype="float32", progress=False)
+    shards = Shards.open(tmp_path / "data")
+    first, again = (np.concatenate(list(shard_images(shards))) for _ in range(2))
+    assert np.array_equal(first, again), "whatever was drawn in between"
+    mean = shards.read(np.arange(23))[0][:, 0, :2]
+    expected = to_uint8(load_autoencoder(vae).decode(mean * 0.5)).numpy()
+    assert np.array_equal(first, expected)
+    SmallClassifier(8, 3, 2).save(tmp_path / "rgb.safetensors")
+    made, data, judge = tmp_path / "pictures", tmp_path / "data", tmp_path / "rgb.safetensors"
+    report = scores.evaluate_samples(made, data, str(judge), out=tmp_path / "r.json")
+    assert report[
+        "reference"
+    ] == f"{data}, decoded by {vae}" and f"against {data}, decoded by {vae} (23" in scores.text(report)
+    (kept,) = scores.cache().iterdir()
+    about = (data / "manifest.json").stat()
+    drawn = [extractor(judge).sha256, str(data.resolve()), f"manifest.json|{about.st_size}|{about.st_mtime_ns}"]
+    assert kept.stem != hashlib.sha256("\n".join(drawn).encode()).hexdigest()[:40], "what was drawn is not used again"
+    pixels = toy.prepared(tmp_path / "toy", classes=())
+    assert scores._described(pixels) == str(pixels), "pixels are as they were"
 
 
 def test_a_cache_that_cannot_be_written_is_no_harm(judge: Path, tmp_path: Path, monkeypatch) -> None:

@@ -115,6 +115,9 @@ def test_foreign_and_damaged_files_are_refused(tmp_path: Path) -> None:
     refused("do not fit", mu=np.zeros(3), sigma=np.eye(4))
     refused("not finite", mu=np.zeros(3), sigma=np.eye(3) * np.nan)
     refused("not symmetric", mu=np.zeros(3), sigma=np.triu(np.ones((3, 3))))
+    refused("negative eigenvalues, which no images have", mu=np.zeros(3), sigma=-np.eye(3))
+    refused("negative eigenvalues", mu=np.zeros(3), sigma=np.diag([1.0, 1.0, -0.01]))
+    refused("negative eigenvalues", **good, mu_s=np.zeros(2), sigma_s=np.array([[1.0, 2.0], [2.0, 1.0]]))
     refused("holds features", **good, count=np.int64(5), features=np.zeros((4, 3), np.float32))
     refused("not a readable npz", mu=np.array([{"a": "pickle"}], dtype=object), sigma=np.eye(1))
     whole = tmp_path / "whole.npz"
@@ -127,6 +130,15 @@ def test_foreign_and_damaged_files_are_refused(tmp_path: Path) -> None:
         Statistics.load(tmp_path / "one.npy")
     with pytest.raises(ValueError, match="no statistics at"):
         Statistics.load(tmp_path / "absent.npz")
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e-12, 1.0, 1e200])
+def test_singular_covariances_are_read_whatever_rounding_made_of_their_zeros(tmp_path: Path, scale: float) -> None:
+    rows = np.random.default_rng(2).normal(size=(20, 300)) * np.linspace(30, 0, 300)
+    cov = np.cov(rows, rowvar=False).astype(np.float32)
+    assert np.linalg.eigvalsh(cov.astype(np.float64))[0] < 0
+    np.savez(tmp_path / "s.npz", mu=np.zeros(300), sigma=cov.astype(np.float64) * scale)
+    np.testing.assert_array_equal(Statistics.load(tmp_path / "s.npz").cov, cov.astype(np.float64) * scale)
 
 
 def test_statistics_that_would_unfold_are_refused_before_they_do(tmp_path: Path) -> None:

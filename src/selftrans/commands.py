@@ -104,8 +104,8 @@ class Sample:
 class Evaluate:
     """Distances between samples and a reference, in the features of an extractor: a table, and evaluate.json.
 
-    SAMPLES is a folder, zip or npz of pictures (arr_0: uint8, NHWC), or a run, checkpoint or weights file, which is sampled
-    on the way, without touching the disk.
+    SAMPLES is a folder, zip or npz of pictures (arr_0: uint8, NHWC; arr_1: their labels), or a run, checkpoint or weights
+    file, which is sampled on the way, without touching the disk.
     """
 
     samples: Positional[str]

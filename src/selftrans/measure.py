@@ -24,12 +24,13 @@ from selftrans.train.restore import Restored, Weights, restore
 
 
 def shard_images(shards: Shards, batch_size: int = 256) -> Iterator[np.ndarray]:
-    """Pictures of prepared data, decoded by its autoencoder, in order, unmirrored."""
+    """Pictures of prepared data, its posterior means decoded by its autoencoder, in order, unmirrored: always the same."""
     manifest = shards.manifest
     autoencoder = load_autoencoder(manifest.autoencoder)
     for start in range(0, len(shards), batch_size):
         moments, _ = shards.read(np.arange(start, min(start + batch_size, len(shards))))
-        z0 = sample_latents(moments[:, 0], stochastic=manifest.stochastic, scale=manifest.scale, shift=manifest.shift)
+        means = moments[:, 0, : manifest.shape[0]]
+        z0 = sample_latents(means, stochastic=False, scale=manifest.scale, shift=manifest.shift)
         with torch.inference_mode():
             yield to_uint8(autoencoder.decode(z0)).numpy()
 

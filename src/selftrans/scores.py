@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from selftrans.data.files import npz_labels
 from selftrans.data.images import iter_images
 from selftrans.data.shards import Shards
 from selftrans.evaluate.classifier import digits
@@ -85,7 +86,7 @@ def evaluate_samples(
     if save_reference is not None:
         statistics.save(save_reference)
     images = _counted(given.images, given.total)
-    report = evaluate(images, statistics, extractor, labels=given.labels, reference_name=str(reference))
+    report = evaluate(images, statistics, extractor, labels=given.labels, reference_name=_described(reference))
     made = {name: (given.made or {}).get(name) for name in SETTINGS} | (given.made or {})
     report |= {"samples": str(samples), "made": made, "label_balance": _balance(given.labels)}
     write_json(out or given.report, report)
@@ -99,6 +100,7 @@ def open_samples(
     path = Path(samples)
     if path.suffix in FOREIGN:
         raise ValueError(f"{path} is a checkpoint of another code; make a run of it with `selftrans import`")
+    _must_exist(path)
     if path.name == "samples.npz" and (path.parent / "samples.json").exists():
         path = path.parent  # ours: what it was made with lies beside it
     if is_model(path):
@@ -120,11 +122,17 @@ def open_samples(
     return Samples(stream, described, found, None, target)
 
 
+def _must_exist(path: Path, wanted: str = "give a folder, zip or npz of pictures, or a run") -> None:
+    """ValueError where nothing is at `path`: a name with one slash would be looked for on the hub, slowly."""
+    if not path.exists():
+        raise ValueError(f"{path} does not exist; {wanted}")
+
+
 def _sampled(samples: Path) -> tuple[dict[str, Any] | None, np.ndarray | None, Iterator[np.ndarray]]:
-    """How the images were made and their labels, where `selftrans sample` has written both, and the images."""
+    """How the images were made, where `selftrans sample` has written it, their labels, where known, and the images."""
     record, archive = samples / "samples.json", samples / "samples.npz"
     if not record.exists():
-        return None, None, iter_images(samples)
+        return None, npz_labels(samples) if samples.suffix.lower() == ".npz" else None, iter_images(samples)
     try:
         made = json.loads(record.read_text())
         complete, settings = made["complete"] and archive.exists(), made["settings"] | {"num": made["num"]}
@@ -175,16 +183,25 @@ def reference_of(reference: str | Path, extractor: Extractor) -> Statistics:
 
 def _cached(path: Path, extractor: Extractor) -> Statistics:
     """Statistics of pictures: from the cache, or computed and put there; a cache that refuses to be written is no harm."""
+    _must_exist(path, WANTED)
     kept = cache() / f"{_identity(path, extractor)}.npz"
     if kept.exists():
         with contextlib.suppress(ValueError):  # damaged: computed again
             return Statistics.load(kept)
     images = shard_images(Shards.open(path)) if (path / "manifest.json").exists() else iter_images(path)
-    statistics = Statistics.of(_counted(iter(images), None), extractor, source=str(path))
+    statistics = Statistics.of(_counted(iter(images), None), extractor, source=_described(path))
     with contextlib.suppress(OSError):
         kept.parent.mkdir(parents=True, exist_ok=True)
         statistics.save(kept)
     return statistics
+
+
+def _described(reference: str | Path) -> str:
+    """A reference in words: what is decoded from latents is not what the VAE was given."""
+    if not Path(reference, "manifest.json").exists():
+        return str(reference)
+    manifest = Shards.open(reference).manifest
+    return str(reference) + (f", decoded by {manifest.autoencoder}" if manifest.stochastic else "")
 
 
 def cache() -> Path:
@@ -195,6 +212,7 @@ def cache() -> Path:
 
 def _identity(path: Path, extractor: Extractor) -> str:
     """A hash of the extractor's weights and of which pictures these are: place, names, sizes, times of change."""
+    lines = [extractor.sha256, str(path.resolve())]
     files = (
         [path]
         if path.is_file()
@@ -202,7 +220,7 @@ def _identity(path: Path, extractor: Extractor) -> str:
     )
     if (path / "manifest.json").exists():
         files = [path / "manifest.json"]  # holds the sha256 of every shard
-    lines = [extractor.sha256, str(path.resolve())]
+        lines.append("posterior means")  # how they are decoded; at first they were drawn
     for file in files:
         about = file.stat()
         lines.append(f"{file.relative_to(path) if file != path else ''}|{about.st_size}|{about.st_mtime_ns}")
@@ -211,8 +229,7 @@ def _identity(path: Path, extractor: Extractor) -> str:
 
 def _names(path: Path) -> set[str]:
     """Arrays of an npz. ValueError where there is none."""
-    if not path.is_file():
-        raise ValueError(f"{path} does not exist; {WANTED}")
+    _must_exist(path, WANTED)
     try:
         with ZipFile(path) as archive:
             return {name.removesuffix(".npy") for name in archive.namelist()}
@@ -235,6 +252,13 @@ METRICS = {
     "accuracy": "accuracy of the labels",
 }
 
+#: key of a report -> what the table says of how its numbers were computed
+COMPUTED = {
+    "is_splits": "score over {is_splits} splits",
+    "neighbours": "precision and recall with {neighbours} neighbours",
+    "kernel_subsets": "kernel distance over {kernel_subsets} subsets of {kernel_subset_size} images",
+}
+
 
 def text(report: dict[str, Any]) -> str:
     """The report for a terminal: the numbers, and below them all that they depend on."""
@@ -247,11 +271,15 @@ def text(report: dict[str, Any]) -> str:
     told = [f"{name.replace('_', ' ')} {'unknown' if made[name] is None else _short(made[name])}" for name in SETTINGS]
     if balance:
         told.append(f"{balance['fewest']} to {balance['most']} images of each of {balance['classes']} classes")
+    elif made.get("num_classes") not in (0, 1):  # without classes there is nothing to balance
+        told.append("label balance unknown")
+    computed = [form.format(**report) for key, form in COMPUTED.items() if key in report]
     against = f"{report['reference']} ({report['reference_images'] or 'unknown number of'} images)"
     lines += [
         "",
         f"{report['num_images']:,} images of {report['samples']} against {against}",
         f"features: {report['extractor']}, sha256 {report['extractor_sha256'][:12]}",
+        *([", ".join(computed)] if computed else []),
         ", ".join(told),
     ]
     return "\n".join([*lines, *([f"note: {report['note']}"] if report["note"] else [])])

@@ -32,6 +32,7 @@ from selftrans.config import to_json
 from selftrans.data import Shards, iter_images, ledger, open_source
 from selftrans.data.decode import open_picture
 from selftrans.data.features import Features
+from selftrans.data.files import npz_labels
 from selftrans.data.source import Source
 from selftrans.evaluate.classifier import SmallClassifier
 from selftrans.evaluate.statistics import Statistics
@@ -290,6 +291,8 @@ def sample(path: Path) -> None:
 
 def npz_pictures(path: Path) -> None:
     samples_io._npz_count(path)
+    labels = npz_labels(path)
+    assert labels is None or labels.dtype == np.int64
     for batch in iter_images(path):
         assert batch.dtype == np.uint8 and batch.ndim == 4
 

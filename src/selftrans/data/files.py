@@ -177,6 +177,36 @@ def npz_images(path: Path, batch_size: int, resolution: int | None, channels: in
                 yield np.frombuffer(data, dtype=np.uint8).reshape(batch).copy()
 
 
+def npz_labels(path: Path) -> np.ndarray | None:
+    """Labels (n,) int64 of the images of an npz: its `arr_1`, as ADM names it, where that is a row of whole numbers.
+
+    None without, and where all are zero, as without classes. ValueError when they are not one per image, or damaged.
+    """
+    with _open_zip(path) as archive:
+        if not {"arr_0.npy", "arr_1.npy"} <= set(archive.namelist()):
+            return None
+        try:
+            info = archive.getinfo("arr_0.npy")
+            with archive.open(info) as images:
+                count = _npy_shape(images, info.file_size)[0]
+        except Exception:
+            return None  # `npz_images` says what is wrong
+        try:
+            with archive.open("arr_1.npy") as file:
+                version = np.lib.format.read_magic(file)
+                read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+                shape, _, dtype = read(file)
+                if len(shape) != 1 or dtype.kind not in "iu":
+                    return None
+                if shape[0] != count or count * dtype.itemsize > MAX_PICTURE_BYTES:
+                    raise ValueError(f"{shape[0]} labels of {count} images")
+                data = file.read(count * dtype.itemsize)
+            labels = np.frombuffer(data, dtype, count).astype(np.int64)
+        except Exception as error:  # as `npz_images`
+            raise ValueError(f"{path} holds labels arr_1 that do not fit its images: {error!s:.200}") from error
+    return labels if labels.any() else None
+
+
 def _npy_shape(file: IO[bytes], size: int) -> tuple[int, ...]:
     """Shape in the header of a member of `size` bytes, `file` left at the first image."""
     version = np.lib.format.read_magic(file)

@@ -43,18 +43,26 @@ def open_source(
     of each is read, with a bar if `progress`.
     Raises ValueError when there is no picture, the layout is ambiguous or hostile, or a resolution is needed.
     """
+    found = _open(source, resolution, channels, split, label_column)
+    native = resolution or _native_resolution(found, str(source), progress, "give --resolution, and they are cropped")
+    return dataclasses.replace(found, resolution=native)
+
+
+def _open(
+    source: str | Path, resolution: int | None, channels: int = 3, split: str = "train", label_column: str | None = None
+) -> Source:
+    """A source whose resolution is as given, 0 where it is to be found. Raises ValueError as `open_source` does."""
     if resolution is not None and not 1 <= resolution <= MAX_RESOLUTION:
         raise ValueError(f"resolution {resolution} is not between 1 and {MAX_RESOLUTION}")
     if channels not in (1, 3):
         raise ValueError(f"pictures have 1 or 3 channels, not {channels}")
     found = _find(source, split, label_column)
     if label_column is not None and not found.is_table:
-        warnings.warn(f"label_column is ignored: {source} is no table", stacklevel=2)
+        warnings.warn(f"label_column is ignored: {source} is no table", stacklevel=3)
     if not len(found):
         said = "".join(f"; {count} {why}" for why, count in found.ignored.items())
         raise ValueError(f"no pictures in {source} (looked for {' '.join(sorted(EXTENSIONS))}{said})")
-    found = dataclasses.replace(found, channels=1 if found.channels == 1 else channels)
-    return dataclasses.replace(found, resolution=resolution or _native_resolution(found, str(source), progress))
+    return dataclasses.replace(found, channels=1 if found.channels == 1 else channels, resolution=resolution or 0)
 
 
 def _find(source: str | Path, split: str, label_column: str | None) -> Source:
@@ -92,8 +100,8 @@ def _digits() -> Source:
     )
 
 
-def _native_resolution(source: Source, where: str, progress: bool) -> int:
-    """The side of all pictures, from their headers. Raises ValueError unless they are squares of one size."""
+def _native_resolution(source: Source, where: str, progress: bool, remedy: str) -> int:
+    """The side of all pictures, from their headers. Raises ValueError, with `remedy`, unless they are equal squares."""
     from tqdm import tqdm
 
     seen: tuple[int, int] | None = None
@@ -106,18 +114,14 @@ def _native_resolution(source: Source, where: str, progress: bool) -> int:
             error = error or bad_picture(name, unreadable)
             continue
         if size[0] != size[1]:
-            raise ValueError(
-                f"{shown(name)} in {where} is {size[0]}x{size[1]}, not square; give --resolution to crop it"
-            )
+            raise ValueError(f"{shown(name)} in {where} is {size[0]}x{size[1]}, not square; {remedy}")
         if seen is not None and size != seen:
-            raise ValueError(
-                f"{shown(name)} in {where} is {size[0]}x{size[1]}, others {seen[0]}x{seen[1]}; give --resolution"
-            )
+            raise ValueError(f"{shown(name)} in {where} is {size[0]}x{size[1]}, others {seen[0]}x{seen[1]}; {remedy}")
         seen = size
     if seen is None:
         raise ValueError(f"none of the {len(source)} pictures of {where} is readable; the first: {error}")
     if seen[0] > MAX_RESOLUTION:
-        raise ValueError(f"the pictures of {where} are {seen[0]} wide; give --resolution, at most {MAX_RESOLUTION}")
+        raise ValueError(f"the pictures of {where} are {seen[0]} wide, more than {MAX_RESOLUTION}; {remedy}")
     return seen[0]
 
 
@@ -132,7 +136,10 @@ def iter_images(
     if Path(path).suffix.lower() == ".npz":
         yield from files.npz_images(Path(path), batch_size, resolution, channels)
         return
-    source = open_source(path, resolution=resolution)
+    source = _open(path, resolution)
+    if resolution is None:
+        native = _native_resolution(source, str(path), False, "they are taken as they are: crop all to one square size")
+        source = dataclasses.replace(source, resolution=native)
     if channels is None:
         channels = 1 if source.channels == 1 or _all_grey(source) else 3
     source = dataclasses.replace(source, channels=channels)

@@ -16,6 +16,7 @@ from selftrans.evaluate.features import INCEPTION_SHA256, Extractor
 from selftrans.evaluate.statistics import Moments, Statistics
 
 SEED = 2020  #: torch-fidelity's, so that equal features give its very subsets and splits
+SPLITS = 10  #: of the inception score, torch-fidelity's
 
 
 def frechet_distance(a: Statistics | Moments, b: Statistics | Moments) -> float:
@@ -131,9 +132,19 @@ def accuracy(logits: np.ndarray, labels: np.ndarray | Iterable[int]) -> float:
     return float((logits.argmax(axis=-1) == labels).mean())
 
 
-def inception_score(logits: np.ndarray, *, splits: int = 10, seed: int = SEED) -> tuple[float, float]:
-    """Mean and deviation over splits of exp E KL(p(y | x) || p(y)), from logits (n, K) (1606.03498, section 4)."""
+def inception_score(logits: np.ndarray, *, splits: int = SPLITS, seed: int = SEED) -> tuple[float, float]:
+    """Mean and deviation over splits of exp E KL(p(y | x) || p(y)), from logits (n, K) (1606.03498, section 4).
+
+    The images are shuffled first. Warns when a split has fewer images than there are classes: its score is at most the
+    number of its images, 1 of a single one.
+    """
     splits = min(splits, len(logits))
+    if (least := len(logits) // splits) < logits.shape[1]:
+        warnings.warn(
+            f"the score is over {splits} splits of {least} images for {logits.shape[1]} classes: it is biased downwards, "
+            "and at most the number of images; use more images",
+            stacklevel=2,
+        )
     logits = logits[np.random.RandomState(seed).permutation(len(logits))].astype(np.float64)
     shifted = logits - logits.max(axis=-1, keepdims=True)
     log_p = shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))  # (n, K)
@@ -163,12 +174,14 @@ class Measured(NamedTuple):
     subset_size: int
 
 
-#: numbers by name, or the reason why there are none
-Outcome: TypeAlias = dict[str, float] | str
+#: numbers by name and what they were computed with, or the reason why there are none
+Outcome: TypeAlias = dict[str, float | int] | str
 
 
 def _frechet(m: Measured) -> Outcome:
-    numbers = {"fid" if m.inception else "frechet_distance": frechet_distance(m.samples, m.reference)}
+    numbers: dict[str, float | int] = {
+        "fid" if m.inception else "frechet_distance": frechet_distance(m.samples, m.reference)
+    }
     if m.samples.spatial is not None and m.reference.spatial is not None:
         name = "sfid" if m.inception else "spatial_frechet_distance"
         numbers[name] = frechet_distance(m.samples.spatial, m.reference.spatial)
@@ -181,7 +194,8 @@ def _kernel(m: Measured) -> Outcome:
     name = "kid" if m.inception else "kernel_distance"
     both = m.samples.features, m.reference.features
     mean, deviation = kernel_distance(*both, subsets=m.subsets, subset_size=m.subset_size)
-    return {name: mean, f"{name}_std": deviation}
+    size = min(m.subset_size, *map(len, both))
+    return {name: mean, f"{name}_std": deviation, "kernel_subsets": m.subsets, "kernel_subset_size": size}
 
 
 def _precision_recall(m: Measured) -> Outcome:
@@ -190,7 +204,7 @@ def _precision_recall(m: Measured) -> Outcome:
     if min(len(m.samples.features), len(m.reference.features)) <= m.neighbours:
         return f"no precision and recall: too few images for {m.neighbours} neighbours"
     precision, recall = precision_recall(m.samples.features, m.reference.features, neighbours=m.neighbours)
-    return {"precision": precision, "recall": recall}
+    return {"precision": precision, "recall": recall, "neighbours": m.neighbours}
 
 
 def _score(m: Measured) -> Outcome:
@@ -198,7 +212,7 @@ def _score(m: Measured) -> Outcome:
         return "no score: the extractor has no head"
     name = "inception_score" if m.inception else "classifier_score"
     mean, deviation = inception_score(m.logits)
-    return {name: mean, f"{name}_std": deviation}
+    return {name: mean, f"{name}_std": deviation, "is_splits": min(SPLITS, len(m.logits))}
 
 
 def _accuracy(m: Measured) -> Outcome:

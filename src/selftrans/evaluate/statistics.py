@@ -17,6 +17,7 @@ from selftrans.evaluate.features import Extractor, extract
 from selftrans.files import write_beside
 
 MAX_UNPACKED = 1 << 28  #: bytes of an array that may be packed tightly; statistics hardly can be
+NEGATIVE = 1e-3  #: share of a covariance's Frobenius norm that an eigenvalue may lie below zero
 
 
 class Moments(NamedTuple):
@@ -174,7 +175,7 @@ def _plain(name: str, array: Any) -> np.ndarray:
 
 
 def _moments(mean: np.ndarray, cov: np.ndarray, path: Path) -> Moments:
-    """Mean and covariance as float64, checked for shape, finiteness and symmetry."""
+    """Mean and covariance as float64, checked for shape, finiteness, symmetry and sign."""
     if mean.ndim != 1 or cov.shape != (len(mean), len(mean)):
         raise ValueError(
             f"{path} holds a mean {mean.shape} and a covariance {cov.shape}, which do not fit; compute it again"
@@ -184,4 +185,23 @@ def _moments(mean: np.ndarray, cov: np.ndarray, path: Path) -> Moments:
         raise ValueError(f"{path} holds statistics that are not finite; compute it again")
     if not np.allclose(cov, cov.T, rtol=1e-5, atol=1e-8 * max(1.0, np.abs(cov).max(initial=0.0))):
         raise ValueError(f"{path} holds a covariance that is not symmetric; compute it again")
+    if _is_negative(cov):
+        raise ValueError(f"{path} holds a covariance with negative eigenvalues, which no images have; compute it again")
     return Moments(mean, (cov + cov.T) / 2)
+
+
+def _is_negative(cov: np.ndarray) -> bool:
+    """Whether a symmetric matrix has eigenvalues below -`NEGATIVE` of its norm: tried by Cholesky, cheaper than they are.
+
+    A covariance of fewer images than features has zeros for eigenvalues, which float32 may turn to -1e-6 of the norm.
+    """
+    peak = np.abs(cov).max(initial=0.0)
+    if peak == 0:
+        return False  # all images are one
+    scaled = cov / peak  # its norm cannot overflow
+    scaled[np.diag_indices_from(scaled)] += NEGATIVE * np.linalg.norm(scaled)
+    try:
+        np.linalg.cholesky(scaled)
+    except np.linalg.LinAlgError:
+        return True
+    return False
