@@ -283,3 +283,9 @@ def test_labels_may_fill_while_the_samples_stream() -> None:
     assert report["accuracy"] == accuracy(Colours()(pictures(0))["logits"], [1] * 90)
     with pytest.raises(ValueError, match="90 images but labels"):
         evaluate(pictures(0), pictures(1), Colours(), labels=[0, 1])
+
+
+def test_a_class_that_no_image_could_be_of_is_no_nan():
+    logits = np.zeros((40, 3))
+    logits[:20, 0] = logits[20:, 1] = 2000.0  # the third, by exp(-2000), underflows everywhere
+    assert inception_score(logits, splits=1)[0] == pytest.approx(2.0)

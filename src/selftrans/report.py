@@ -213,7 +213,8 @@ def comparison_page(summary: dict[str, Any], figure: Figure, grids: Mapping[str,
         "teachers from other runs": _teachers(summary["teachers"]),
         **{name: _settings(config[name]) for name in ("stage1", "stage2", *names) if name in config},
         "seeds": ", ".join(map(str, summary["seeds"])),
-        "distance": f"{summary['metric']}, {summary['images']:,} samples of the averaged weights, to the training data",
+        "distance": f"{summary['metric']}, {summary['images']:,} samples of the averaged weights, to the training data"
+        + ("" if summary["autoencoder"] == "pixel" else " as the autoencoder decodes them"),
         "sampler": _settings(sampler),
         "extractor": f"{summary['features']}, sha256 {summary['extractor_sha256']}",
     }

@@ -151,8 +151,11 @@ def inception_score(logits: np.ndarray, *, splits: int = SPLITS, seed: int = SEE
     edges = [i * len(log_p) // splits for i in range(splits + 1)]
     scores = []
     for start, end in itertools.pairwise(edges):
-        p = np.exp(log_p[start:end])
-        scores.append(np.exp((p * (log_p[start:end] - np.log(p.mean(axis=0)))).sum(axis=-1).mean()))
+        each = log_p[start:end]
+        marginal = np.logaddexp.reduce(each, axis=0) - np.log(
+            len(each)
+        )  # of logarithms: a class nobody saw is no log 0
+        scores.append(np.exp((np.exp(each) * (each - marginal)).sum(axis=-1).mean()))
     return float(np.mean(scores)), float(np.std(scores))
 
 
