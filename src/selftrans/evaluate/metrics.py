@@ -152,9 +152,8 @@ def inception_score(logits: np.ndarray, *, splits: int = SPLITS, seed: int = SEE
     scores = []
     for start, end in itertools.pairwise(edges):
         each = log_p[start:end]
-        marginal = np.logaddexp.reduce(each, axis=0) - np.log(
-            len(each)
-        )  # of logarithms: a class nobody saw is no log 0
+        # the mean of p in logarithms: a class that underflows in every image is no log 0
+        marginal = np.logaddexp.reduce(each, axis=0) - np.log(len(each))
         scores.append(np.exp((np.exp(each) * (each - marginal)).sum(axis=-1).mean()))
     return float(np.mean(scores)), float(np.std(scores))
 
