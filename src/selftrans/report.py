@@ -61,11 +61,9 @@ def _reached(row: dict[str, Any], key: str, digits: int) -> str:
         return ""
     if row[key] is None:
         return "never" if row["reached"] == 0 else "-"
-    return (
-        "≤ " * (row["at_once"] > 0)
-        + _cell(row[key], digits)
-        + (f" ({row['reached']} of {row['seeds']})" if row["reached"] < row["seeds"] else "")
-    )
+    bound = "≤ " if row["at_once"] else ""
+    some = f" ({row['reached']} of {row['seeds']})" if row["reached"] < row["seeds"] else ""
+    return bound + _cell(row[key], digits) + some
 
 
 def _cell(value: dict[str, float] | None, digits: int) -> str:

@@ -26,7 +26,6 @@ from selftrans.measure import classifier_from_data
 from selftrans.methods import METHODS, stages
 from selftrans.recipes import recipe
 from selftrans.train.pipeline import put_together, teacher_of
-from selftrans.train.restore import check_given
 from selftrans.train.stop import lock
 
 NEIGHBOURS = ("repa", "sra", "layersync", "dispersive")  #: methods with a section of their own in the configuration
@@ -84,8 +83,6 @@ def rehearse(variants: Mapping[str, RunConfig]) -> None:
         shards = Shards.open(str(config.data.path))
         for stage in stages(config):
             given: Any = None
-            if stage.teacher and config.stage2.teacher:
-                check_given(config, shards.manifest)
             if stage.encoder or (stage.teacher and config.stage2.teacher):
                 given = teacher_of(config, stage, config.stage2.teacher or "", shards, torch.device("cpu"))
             put_together(config, stage, shards.manifest, given)

@@ -49,9 +49,7 @@ Results: TypeAlias = dict[Job, Result]
 class Comparison:
     """What is compared, and with what it is measured."""
 
-    shared: (
-        RunConfig  #: what all variants have in common: data, steps, batch, sampler, the shallow block that is probed
-    )
+    shared: RunConfig  #: what all variants have in common: data, steps, batch, sampler, the probed shallow block
     variants: dict[str, RunConfig]  #: by name; `method` is part of each
     seeds: tuple[int, ...]
     out: Path  #: holds everything
@@ -266,10 +264,9 @@ def measure_run(run: Path, ruler: Ruler, tell: Tell, cost: int) -> list[dict[str
 
 def measured_before(path: Path, ruler: Ruler) -> dict[str, dict[str, Any]]:
     """Points measured with the same ruler, by the hash of their weights; none where the file is missing or damaged."""
+    same = ruler.marks.items()
     try:
-        return {
-            entry["sha256"]: entry for entry in json.loads(path.read_text()) if ruler.marks.items() <= entry.items()
-        }
+        return {entry["sha256"]: entry for entry in json.loads(path.read_text()) if same <= entry.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return {}
 

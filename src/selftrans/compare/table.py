@@ -57,8 +57,7 @@ def spread(values: Sequence[float | None]) -> dict[str, float] | None:
     known = [value for value in values if value is not None]
     if len(known) < len(values):
         return None
-    values = known
-    return {"mean": statistics.fmean(values), "std": statistics.stdev(values) if len(values) > 1 else 0.0}
+    return {"mean": statistics.fmean(known), "std": statistics.stdev(known) if len(known) > 1 else 0.0}
 
 
 def curve(run: tuple[dict[str, Any], list[dict[str, Any]]], axis: str = "step") -> tuple[list[float], list[float]]:

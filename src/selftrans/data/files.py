@@ -193,9 +193,7 @@ def npz_labels(path: Path) -> np.ndarray | None:
             return None  # `npz_images` says what is wrong
         try:
             with archive.open("arr_1.npy") as file:
-                version = np.lib.format.read_magic(file)
-                read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-                shape, _, dtype = read(file)
+                shape, _, dtype = _npy_header(file)
                 if len(shape) != 1 or dtype.kind not in "iu":
                     return None
                 if shape[0] != count or count * dtype.itemsize > MAX_PICTURE_BYTES:
@@ -207,11 +205,16 @@ def npz_labels(path: Path) -> np.ndarray | None:
     return labels if labels.any() else None
 
 
-def _npy_shape(file: IO[bytes], size: int) -> tuple[int, ...]:
-    """Shape in the header of a member of `size` bytes, `file` left at the first image."""
+def _npy_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
+    """Shape, Fortran order and kind of an array, `file` left at its first entry."""
     version = np.lib.format.read_magic(file)
     read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    shape, fortran, dtype = read(file)
+    return read(file)
+
+
+def _npy_shape(file: IO[bytes], size: int) -> tuple[int, ...]:
+    """Shape in the header of a member of `size` bytes, `file` left at the first image."""
+    shape, fortran, dtype = _npy_header(file)
     if dtype != np.uint8 or fortran or len(shape) != 4 or shape[1] != shape[2] or shape[3] not in (1, 3):
         raise ValueError(f"it is {dtype} {shape}{' in Fortran order' if fortran else ''}")
     if min(shape) < 1 or file.tell() + math.prod(shape) != size:

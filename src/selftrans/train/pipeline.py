@@ -31,7 +31,7 @@ from selftrans.train.external import Stored, external_encoder
 from selftrans.train.log import progress_bar
 from selftrans.train.preview import Preview
 from selftrans.train.processes import patience, together
-from selftrans.train.restore import find_teacher, restore_teacher
+from selftrans.train.restore import check_given, find_teacher, restore_teacher
 from selftrans.train.settings import record, settle
 from selftrans.train.stop import Stop, lock
 from selftrans.train.trainer import Trainer
@@ -201,6 +201,8 @@ def teacher_of(
         return None
     shape, num_classes = shards.manifest.shape, shards.manifest.num_classes
     found = restore_teacher(source, weights=stage.teacher.weights, shape=shape, num_classes=num_classes)
+    if config.stage2.teacher:
+        check_given(found, config, shards.manifest)
     if found.weights != stage.teacher.weights:
         warnings.warn(
             f"{found.source['path']} holds {found.weights} weights, and they teach; stage2.teacher_weights "

@@ -207,14 +207,9 @@ def find_teacher(source: str | Path, weights: Weights) -> Path:
     return find(path, stage=None if single or (path / f"{IMPORTED}.json").exists() else "stage1", weights=weights)
 
 
-def check_given(config: RunConfig, manifest: Manifest) -> None:
-    """ValueError where the teacher given learned another path than the student's; a warning where its latents may be others."""
-    source = find_teacher(str(config.stage2.teacher), config.stage2.teacher_weights)
-    said = checkpoint.read_header(source)
-    try:
-        path, theirs = line(from_json(json.dumps(said["config"])).train.path), str(said["autoencoder"])
-    except (KeyError, TypeError, ValueError, ArithmeticError, RuntimeError):
-        return  # `restore` says what is wrong with it
+def check_given(found: Restored, config: RunConfig, manifest: Manifest) -> None:
+    """ValueError where a teacher learned another path than the student's; a warning where its latents may be others."""
+    source, path, theirs = found.source["path"], found.config.train.path, found.autoencoder
     if path != config.train.path:
         raise ValueError(
             f"the teacher {source} was trained on the {path} path, the student's train.path is {config.train.path}: the same t "

@@ -14,7 +14,7 @@ from selftrans.data.shards import Manifest
 from selftrans.files import write_json
 from selftrans.methods import METHODS, stages
 from selftrans.train import checkpoint
-from selftrans.train.restore import IMPORTED, check_given
+from selftrans.train.restore import IMPORTED
 
 #: sections and fields that may change between two visits to the same run directory
 FREE = (
@@ -31,7 +31,7 @@ MENDABLE = (
 
 
 def settle(config: RunConfig, out: Path, manifest: Manifest) -> RunConfig:
-    """The configuration in agreement with what `out` was started with and with its teacher. ValueError names what differs."""
+    """The configuration in agreement with what `out` was started with. ValueError names what differs."""
     data, before = out / "data.json", _before(out)
     if config.stage1.steps is None:  # settled once, so that a longer visit later keeps the same teacher
         steps = before.stage1.steps if before else max(1, config.train.steps // 2)
@@ -53,8 +53,6 @@ def settle(config: RunConfig, out: Path, manifest: Manifest) -> RunConfig:
             )
         if data.exists() and _read(data, _hashes) != _hashes(manifest.to_json()):
             raise ValueError(f"{out} was trained on other data than {config.data.path}; use that, or another --out")
-    if config.stage2.teacher and any(stage.teacher for stage in stages(config)):
-        check_given(config, manifest)
     return config
 
 
