@@ -15,13 +15,13 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from selftrans import report
-from selftrans.compare.command import base, on, only
-from selftrans.compare.engine import Comparison, compare
-from selftrans.compare.table import mean_curve, rows
 from selftrans.config import RunConfig
-from selftrans.files import write_json
+from selftrans.experiments import report
+from selftrans.experiments.compare import base, on, only
+from selftrans.experiments.runner import Comparison, compare
+from selftrans.experiments.table import mean_curve, rows
 from selftrans.recipes import recipe
+from selftrans.storage import write_json
 
 #: name -> dotted overrides of the recipe
 VARIANTS: dict[str, dict[str, Any]] = {

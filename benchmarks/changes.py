@@ -20,11 +20,11 @@ from typing import Any
 import torch
 
 from selftrans import flow
-from selftrans.bench import settings
-from selftrans.bench.machine import Clock, describe, load
-from selftrans.bench.plain import update_ema
-from selftrans.bench.race import randomise
 from selftrans.config import Model
+from selftrans.experiments.bench import settings
+from selftrans.experiments.bench.machine import Clock, describe, load
+from selftrans.experiments.bench.plain_step import update_ema
+from selftrans.experiments.bench.rounds import randomise
 from selftrans.methods.objective import Frozen, Objective
 from selftrans.methods.self_transcendence import SelfGuidance, default_teacher_block
 from selftrans.train.ema import EMA

@@ -19,7 +19,7 @@ from tqdm import trange
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
 
 from selftrans.evaluate.classifier import digits
-from selftrans.files import write_json
+from selftrans.storage import write_json
 
 
 def main() -> None:

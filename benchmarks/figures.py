@@ -20,14 +20,14 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from selftrans.analyse.features import collect, linear_probe
-from selftrans.analyse.plots import COLOURS, MARKERS, RULE, plain_ticks, save
-from selftrans.data.shards import Shards
-from selftrans.files import write_json
+from selftrans.checkpoints.load import restore
+from selftrans.data.dataset import Shards
+from selftrans.evaluate.plots import COLOURS, MARKERS, RULE, plain_ticks, save
+from selftrans.evaluate.probes import collect, linear_probe
+from selftrans.experiments.analyse_run import data_latents
 from selftrans.flow import PATHS
-from selftrans.measure import data_latents
+from selftrans.storage import write_json
 from selftrans.train.log import read_journal
-from selftrans.train.restore import restore
 
 METHODS = ("vanilla", "structure", "self_transcendence", "repa", "sra", "layersync", "dispersive")
 TIMESTEPS = (0.2, 0.4, 0.6, 0.8)

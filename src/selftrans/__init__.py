@@ -8,7 +8,7 @@ from selftrans.flow import COSINE, LINEAR, PATHS, draw, interpolate
 from selftrans.methods.objective import Frozen, Guidance, Objective
 from selftrans.methods.self_transcendence import SelfGuidance, Stage1, Stage2, StructureGuidance
 from selftrans.models.sit import SIT, SiT
-from selftrans.sample import SAMPLERS, guided, ode, sde
+from selftrans.sampling.samplers import SAMPLERS, guided, ode, sde
 from selftrans.types import Backbone, Batch, Cond, Draw, Output
 
 __version__ = "0.1.0"

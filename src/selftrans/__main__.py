@@ -2,7 +2,7 @@
 
 import sys
 
-from selftrans.cli import main
+from selftrans.cli.main import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -10,7 +10,9 @@ import math
 import types
 import typing
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
+
+import torch
 
 from selftrans.flow import PATHS, TIMES
 from selftrans.methods.dispersive import Dispersive
@@ -19,9 +21,11 @@ from selftrans.methods.repa import Repa
 from selftrans.methods.self_transcendence import Stage1, Stage2
 from selftrans.methods.sra import SRA
 from selftrans.models.sit import SIT, SiT
-from selftrans.sample import SampleConfig
 
 VERSION = 1  #: of the json layout
+Labels: TypeAlias = Literal["balanced", "random"] | tuple[int, ...]
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+SAMPLER_NAMES = ("euler", "heun", "ode", "sde")
 LARGEST = 1 << 20  #: size of a model's part: what is beyond is a mistake, or means to take all time and memory
 
 
@@ -132,6 +136,58 @@ class Train:
     allow_changes: bool = False
     """continue a run with another lr, warmup, clip, weight_decay, drop, precision or guidance weight; said, and written to
     changes.json"""
+
+
+@dataclass(frozen=True)
+class SampleConfig:
+    """How images are sampled; sampler and steps are the published ones (SiT, REPA)."""
+
+    num: int = 64
+    """images"""
+    steps: int = 250
+    """time steps (Heun's method evaluates the model twice in each)"""
+    sampler: Literal["euler", "heun", "ode", "sde"] = "sde"
+    """ode: euler, or heun, which is also called ode; sde: Euler-Maruyama"""
+    guidance_scale: float = 1.0
+    """classifier-free guidance; 1: none"""
+    guidance_interval: tuple[float, float] = (0.0, 1.0)
+    """t within which guidance is on; 0 is data, 1 is noise"""
+    seed: int = 0
+    batch_size: int = 64
+    """changes nothing but speed and memory"""
+    labels: Labels = "balanced"
+    """balanced, random, or a list of classes that repeats"""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """of the model; the integration itself is float32"""
+
+    def check(self) -> None:
+        """Raise ValueError for the first value that cannot be."""
+        low, high = self.guidance_interval
+        for good, message in (
+            (self.num >= 1, f"sample.num is {self.num}; ask for at least one image"),
+            (self.batch_size >= 1, f"sample.batch_size is {self.batch_size}; use at least 1"),
+            (
+                self.sampler in SAMPLER_NAMES,
+                f"sample.sampler {self.sampler!r} is unknown; choose from {sorted(SAMPLER_NAMES)}",
+            ),
+            (self.steps >= 1, f"sample.steps is {self.steps}; use at least 1"),
+            (self.sampler != "sde" or self.steps >= 2, "sample.steps is 1; the SDE needs at least 2"),
+            (0 <= self.guidance_scale < math.inf, f"sample.guidance_scale is {self.guidance_scale}; use 1 for none"),
+            (0 <= low < high <= 1, f"sample.guidance_interval {low} to {high} is no part of [0, 1]; 0 is data"),
+            (self.seed >= 0, f"sample.seed is {self.seed}; use a whole number from 0"),
+            (self.precision in DTYPES, f"sample.precision {self.precision!r} is unknown; choose from {list(DTYPES)}"),
+            (
+                not isinstance(self.labels, str) or self.labels in ("balanced", "random"),
+                f"sample.labels {self.labels!r} are unknown; use balanced, random or a list of classes",
+            ),
+        ):
+            if not good:
+                raise ValueError(message)
+
+    def settings(self) -> dict[str, Any]:
+        """What an image depends on: everything but their number and the batch size, with the sampler's own name."""
+        kept = {key: value for key, value in dataclasses.asdict(self).items() if key not in ("num", "batch_size")}
+        return kept | {"sampler": "heun" if self.sampler == "ode" else self.sampler}
 
 
 @dataclass(frozen=True)

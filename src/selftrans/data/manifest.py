@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from selftrans.data.decode import shown
+from selftrans.data.sources.decode import shown
 
 Option: TypeAlias = str | int | float | bool | None
 

@@ -1,7 +1,7 @@
 """Images in, numbers out: feature extractors, statistics and the metrics on them."""
 
 from selftrans.evaluate.classifier import SmallClassifier, digits_classifier, train_classifier
-from selftrans.evaluate.features import EXTRACTORS, Extractor, load_extractor
+from selftrans.evaluate.extractors import EXTRACTORS, Extractor, load_extractor
 from selftrans.evaluate.metrics import (
     METRICS,
     accuracy,

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
-from selftrans.evaluate.features import INCEPTION_SHA256, Extractor
+from selftrans.evaluate.extractors import INCEPTION_SHA256, Extractor
 from selftrans.evaluate.statistics import Moments, Statistics
 
 SEED = 2020  #: torch-fidelity's, so that equal features give its very subsets and splits

@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from selftrans.evaluate.features import Extractor, extract
-from selftrans.files import write_beside
+from selftrans.evaluate.extractors import Extractor, extract
+from selftrans.storage import write_beside
 
 MAX_UNPACKED = 1 << 28  #: bytes of an array that may be packed tightly; statistics hardly can be
 NEGATIVE = 1e-3  #: share of a covariance's Frobenius norm that an eigenvalue may lie below zero

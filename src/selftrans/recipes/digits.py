@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from selftrans.config import Log, Model, RunConfig, Train
+from selftrans.config import Log, Model, RunConfig, SampleConfig, Train
 from selftrans.methods.repa import Repa
 from selftrans.methods.self_transcendence import Stage1, Stage2
 from selftrans.methods.sra import SRA
-from selftrans.sample import SampleConfig
 
 
 def digits() -> RunConfig:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from selftrans.config import Model, RunConfig, Train
+from selftrans.config import Model, RunConfig, SampleConfig, Train
 from selftrans.methods.self_transcendence import Stage2
-from selftrans.sample import SampleConfig
 
 
 def imagefolder() -> RunConfig:

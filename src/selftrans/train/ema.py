@@ -7,7 +7,7 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from selftrans.train.shard import local
+from selftrans.train.fsdp import local
 
 
 class EMA:

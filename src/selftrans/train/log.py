@@ -14,7 +14,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from selftrans.files import sync
+from selftrans.storage import sync
 
 
 class Window:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from selftrans.config import Train
-from selftrans.train.shard import alike
+from selftrans.train.fsdp import alike
 
 
 def build_optimizer(model: nn.Module, config: Train) -> torch.optim.AdamW:

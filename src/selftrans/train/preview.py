@@ -10,14 +10,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from selftrans.analyse.plots import image_grid, save_png
 from selftrans.config import RunConfig
-from selftrans.data.shards import Manifest
-from selftrans.files import line, no_link
+from selftrans.data.dataset import Manifest
+from selftrans.encoders.autoencoder import Autoencoder, load_autoencoder
+from selftrans.evaluate.plots import image_grid, save_png
 from selftrans.flow import PATHS
-from selftrans.latents import Autoencoder, load_autoencoder
-from selftrans.sample import sample_images
-from selftrans.train.stop import Stop
+from selftrans.sampling.samplers import sample_images
+from selftrans.storage import line, no_link
+from selftrans.train.signals import Stop
 
 TRIES = 3  #: times that a picture may end the process, by want of memory for instance, before it is given up
 

@@ -16,16 +16,19 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 
+from selftrans.checkpoints import format as checkpoint
+from selftrans.checkpoints.load import IMPORTED, agreed, check_data, check_teacher, header, usable
 from selftrans.config import RunConfig
-from selftrans.data.shards import Shards
+from selftrans.data.dataset import Shards
 from selftrans.flow import PATHS
 from selftrans.methods import Stage
 from selftrans.methods.objective import Objective
-from selftrans.train import checkpoint
-from selftrans.train.accidents import Accidents, check_weights
-from selftrans.train.compute import compile_blocks, step_flops
+from selftrans.train.batches import Loaded, Stream, seed_step, to_batch
 from selftrans.train.ema import EMA
+from selftrans.train.flops import compile_blocks, step_flops
+from selftrans.train.fsdp import everything, exchange, gathered, load, release, split, whole
 from selftrans.train.log import Journal, Window, progress_bar, short
+from selftrans.train.nonfinite import Accidents, check_weights
 from selftrans.train.optim import (
     build_optimizer,
     forget,
@@ -36,10 +39,7 @@ from selftrans.train.optim import (
     update,
 )
 from selftrans.train.preview import Preview
-from selftrans.train.restore import IMPORTED, agreed, check_data, check_teacher, header, usable
-from selftrans.train.shard import everything, exchange, gathered, load, release, split, whole
-from selftrans.train.stop import Stop
-from selftrans.train.stream import Loaded, Stream, seed_step, to_batch
+from selftrans.train.signals import Stop
 
 
 class Trainer:

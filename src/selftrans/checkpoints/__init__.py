@@ -1,0 +1,1 @@
+"""Checkpoints on disk: their format, and loading a model from one."""

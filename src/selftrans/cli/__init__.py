@@ -1,0 +1,1 @@
+"""The command line: `main` dispatches, `commands` holds one dataclass per command."""

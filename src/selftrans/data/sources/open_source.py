@@ -1,0 +1,159 @@
+"""Sources of pictures: folder, zip, built-in digits, data set ⇒ `Source` ⇒ square uint8 images.
+
+Shape legend: (n, R, R, C) images, R resolution, C 1 (grey) or 3 (RGB).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from selftrans.data.sources import folder, table
+from selftrans.data.sources.decode import EXTENSIONS, bad_picture, shown
+from selftrans.data.sources.source import Picture, Source, ahead
+
+__all__ = ["MAX_RESOLUTION", "Picture", "Source", "iter_images", "open_source"]
+
+MAX_RESOLUTION = 16_384
+
+
+def open_source(
+    source: str | Path,
+    *,
+    resolution: int | None = None,
+    channels: int = 3,
+    split: str = "train",
+    label_column: str | None = None,
+    progress: bool = False,
+) -> Source:
+    """Open a collection of pictures, by what `source` is:
+
+    - a folder or zip of class folders (pictures at any depth inside a class), or of pictures only (unconditional);
+      in a zip the class folders may lie below one top-level folder; a zip is read in place;
+    - `digits`: scikit-learn's 1,797 scans, 8x8, one channel;
+    - a parquet file, a folder of them, or a hub id `owner/name`, read by `datasets`: `split`, and `label_column`
+      where several columns might be the label.
+    Hidden files and files that are no pictures are passed over and counted in `Source.ignored`. `channels` 1 reads
+    pictures as grey. `resolution` None keeps the size of the pictures, which must be squares of one size: the header
+    of each is read, with a bar if `progress`.
+    Raises ValueError when there is no picture, the layout is ambiguous or hostile, or a resolution is needed.
+    """
+    found = _open(source, resolution, channels, split, label_column)
+    native = resolution or _native_resolution(found, str(source), progress, "give --resolution, and they are cropped")
+    return dataclasses.replace(found, resolution=native)
+
+
+def _open(
+    source: str | Path, resolution: int | None, channels: int = 3, split: str = "train", label_column: str | None = None
+) -> Source:
+    """A source whose resolution is as given, 0 where it is to be found. Raises ValueError as `open_source` does."""
+    if resolution is not None and not 1 <= resolution <= MAX_RESOLUTION:
+        raise ValueError(f"resolution {resolution} is not between 1 and {MAX_RESOLUTION}")
+    if channels not in (1, 3):
+        raise ValueError(f"pictures have 1 or 3 channels, not {channels}")
+    found = _find(source, split, label_column)
+    if label_column is not None and not found.is_table:
+        warnings.warn(f"label_column is ignored: {source} is no table", stacklevel=3)
+    if not len(found):
+        said = "".join(f"; {count} {why}" for why, count in found.ignored.items())
+        raise ValueError(f"no pictures in {source} (looked for {' '.join(sorted(EXTENSIONS))}{said})")
+    return dataclasses.replace(found, channels=1 if found.channels == 1 else channels, resolution=resolution or 0)
+
+
+def _find(source: str | Path, split: str, label_column: str | None) -> Source:
+    path = Path(source)
+    if str(source) == "digits":
+        return _digits()
+    if path.is_dir():
+        if found := sorted(path.glob("*.parquet")):
+            for file in found:
+                folder.check_link(file, path.resolve(), file.name)
+            return table.parquet(found, label_column)
+        return folder.folder(path)
+    if path.is_file() and path.suffix.lower() == ".parquet":
+        return table.parquet([path], label_column)
+    if path.is_file():
+        return folder.zip_file(path)
+    if not path.exists() and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(source)):
+        return table.hub(str(source), split, label_column)
+    raise ValueError(f"no source {str(source)!r}: give a folder, zip or parquet file, a hub id owner/name, or 'digits'")
+
+
+def _digits() -> Source:
+    """scikit-learn's scanned digits; a value v of 0 .. 16 becomes round(v 255 / 16)."""
+    from PIL import Image
+    from sklearn.datasets import load_digits
+
+    data = load_digits()
+    images = np.rint(data.images * (255 / 16)).astype(np.uint8)  # (1797, 8, 8)
+    return Source(
+        names=[f"digits/{i:04d}" for i in range(len(images))],
+        labels=data.target.astype(np.int64),
+        classes=tuple(str(name) for name in data.target_names),
+        open=lambda i: Image.fromarray(images[i]),
+        channels=1,
+    )
+
+
+def _native_resolution(source: Source, where: str, progress: bool, remedy: str) -> int:
+    """The side of all pictures, from their headers. Raises ValueError, with `remedy`, unless they are equal squares."""
+    from tqdm import tqdm
+
+    seen: tuple[int, int] | None = None
+    error: Exception | None = None
+    for i, name in enumerate(tqdm(source.names, "sizes", unit=" pictures", disable=not progress, leave=False)):
+        try:
+            with source.open(i) as image:
+                size = image.size
+        except Exception as unreadable:  # named when it is read; here only its size is missing
+            error = error or bad_picture(name, unreadable)
+            continue
+        if size[0] != size[1]:
+            raise ValueError(f"{shown(name)} in {where} is {size[0]}x{size[1]}, not square; {remedy}")
+        if seen is not None and size != seen:
+            raise ValueError(f"{shown(name)} in {where} is {size[0]}x{size[1]}, others {seen[0]}x{seen[1]}; {remedy}")
+        seen = size
+    if seen is None:
+        raise ValueError(f"none of the {len(source)} pictures of {where} is readable; the first: {error}")
+    if seen[0] > MAX_RESOLUTION:
+        raise ValueError(f"the pictures of {where} are {seen[0]} wide, more than {MAX_RESOLUTION}; {remedy}")
+    return seen[0]
+
+
+def iter_images(
+    path: str | Path, batch_size: int = 256, *, resolution: int | None = None, channels: int | None = None
+) -> Iterator[np.ndarray]:
+    """Images (n, R, R, C) uint8, n <= batch_size, of any picture source or of an npz with `arr_0` (uint8, NHWC).
+
+    An npz is streamed, its images as they are stored. `channels` None takes pictures for grey when all of them are
+    8-bit grey, else for RGB. Raises ValueError as `open_source` does, and for an npz of another kind or size.
+    """
+    if Path(path).suffix.lower() == ".npz":
+        yield from folder.npz_images(Path(path), batch_size, resolution, channels)
+        return
+    source = _open(path, resolution)
+    if resolution is None:
+        native = _native_resolution(source, str(path), False, "they are taken as they are: crop all to one square size")
+        source = dataclasses.replace(source, resolution=native)
+    if channels is None:
+        channels = 1 if source.channels == 1 or _all_grey(source) else 3
+    source = dataclasses.replace(source, channels=channels)
+    everything = range(len(source))
+    batches = (everything[start : start + batch_size] for start in everything[::batch_size])
+    yield from ahead(lambda indices: np.stack([source.read(i) for i in indices]), batches)
+
+
+def _all_grey(source: Source) -> bool:
+    for i in range(len(source)):
+        try:
+            with source.open(i) as image:
+                if image.mode not in ("1", "L"):
+                    return False
+        except Exception as error:
+            raise bad_picture(source.names[i], error) from error
+    return True

@@ -1,0 +1,118 @@
+"""What every kind of picture source becomes: an ordered list of names, labels, and a way to open each picture.
+
+Shape legend: (R, R, C) image, R resolution, C 1 (grey) or 3 (RGB); labels are indices into `Source.classes`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
+
+import numpy as np
+
+from selftrans.data.sources.decode import bad_picture, shown, to_array
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+class Picture(NamedTuple):
+    """A picture after crop and resize."""
+
+    name: str  #: path inside its source
+    label: int  #: index into `Source.classes`; 0 when there are none
+    image: np.ndarray  #: (R, R, C) uint8
+
+
+@dataclass(frozen=True, eq=False)
+class Source:
+    """An ordered collection of pictures, read one at a time from any thread; opened by `open_source`."""
+
+    names: Sequence[str]  #: path of each picture inside the source, sorted by code point
+    labels: np.ndarray  #: (len,) int64
+    classes: tuple[str, ...]  #: empty: unconditional
+    open: Callable[[int], Image.Image] = field(repr=False)  #: picture i, its pixels not yet decoded
+    sizes: Sequence[int] = ()  #: bytes of each picture, where they are known
+    ignored: dict[str, int] = field(default_factory=dict)  #: why files were passed over -> how many
+    channels: int = 3
+    resolution: int = 0
+    is_table: bool = False
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def name(self, i: int) -> str:
+        return self.names[i]
+
+    def label(self, i: int) -> int:
+        return int(self.labels[i])
+
+    def read(self, i: int) -> np.ndarray:
+        """Picture i, cropped and resized: (R, R, C) uint8. Raises BadPicture (a ValueError) naming it."""
+        try:
+            with self.open(i) as image:
+                return to_array(image, self.resolution, self.channels)
+        except Exception as error:  # decoders raise anything on a broken file
+            raise bad_picture(self.names[i], error) from error
+
+    def picture(self, i: int) -> Picture:
+        """Picture i with its name and label; raises like `read`."""
+        return Picture(self.names[i], self.label(i), self.read(i))
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hash of names, labels, classes and sizes: the same wherever the pictures lie."""
+        digest = hashlib.sha256("\0".join(self.classes).encode(errors="surrogateescape"))
+        digest.update(self.labels.astype("<i8").tobytes() + np.asarray(self.sizes, dtype="<i8").tobytes())
+        for name in self.names:
+            digest.update(name.encode(errors="surrogateescape") + b"\0")
+        return digest.hexdigest()
+
+
+def classify(names: list[str], where: str) -> tuple[np.ndarray, tuple[str, ...]]:
+    """Labels and classes of sorted names: the first folder of each is its class; no folders, no classes.
+
+    Raises ValueError when some lie in folders and some beside them.
+    """
+    heads = [name.split("/", 1)[0] if "/" in name else None for name in names]
+    loose = heads.count(None)
+    if loose == len(names):
+        return np.zeros(len(names), dtype=np.int64), ()
+    if loose:
+        first = names[heads.index(None)]
+        raise ValueError(
+            f"{where} holds class folders and {loose} pictures beside them, such as {shown(first)}; move those"
+        )
+    classes = sorted({head for head in heads if head is not None})
+    index = {name: i for i, name in enumerate(classes)}
+    return np.array([index[head] for head in heads if head is not None], dtype=np.int64), tuple(classes)
+
+
+def ahead(work: Callable[[Item], Result], items: Iterable[Item]) -> Generator[Result, None, None]:
+    """Results of `work` in the order of the items, computed by threads ahead of the one who asks.
+
+    Threads, since decoders release the interpreter's lock. An error of `work` is raised at the place of its item.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    threads = min(cores + 1, 16)
+    waiting: deque[Future[Result]] = deque()
+    with ThreadPoolExecutor(threads, "decode") as pool:
+        try:
+            for item in items:
+                waiting.append(pool.submit(work, item))
+                if len(waiting) > threads + 1:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for future in waiting:  # nobody wants the rest after an error
+                future.cancel()

@@ -1,0 +1,122 @@
+"""Pictures in columns, read by `datasets`: parquet files and the hub. No code of a data set is ever run."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from selftrans.data.sources.decode import open_picture
+from selftrans.data.sources.source import Source
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+MAX_CLASSES = 1_000_000
+IMAGE_NAMES = ("image", "img", "picture", "jpg", "jpeg", "png", "webp")
+LABEL_NAMES = ("label", "labels", "class", "cls")
+
+
+def parquet(files: list[Path], label_column: str | None) -> Source:
+    """Rows of local parquet files, in their order. Raises ValueError as `_source` does."""
+    where = str(files[0]) if len(files) == 1 else f"{files[0]} and {len(files) - 1} more"
+    rows = _load(where, "parquet", data_files=[str(file) for file in files], split="train")
+    return _source(rows, where, label_column, trusted=())
+
+
+def hub(name: str, split: str, label_column: str | None) -> Source:
+    """Rows of one split of a hub data set. Raises ValueError when there is none, and as `_source` does."""
+    import datasets
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    caches = (Path(HF_HUB_CACHE).resolve(), Path(datasets.config.HF_DATASETS_CACHE).resolve())
+    return _source(_load(name, name, split=split), name, label_column, trusted=caches)
+
+
+def _load(where: str, path: str, **options: Any) -> Any:
+    import datasets
+
+    try:
+        return datasets.load_dataset(path, **options)
+    except Exception as error:  # its many types all mean: no such data set, or no reaching it
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+        raise ValueError(f"{where} is neither an existing path nor a data set that can be read ({reason})") from error
+
+
+def _source(rows: Any, where: str, label_column: str | None, trusted: tuple[Path, ...]) -> Source:
+    """A `datasets.Dataset` as a source; pictures outside the table are read from `trusted` folders only.
+
+    The image column is the one of type Image, or of encoded bytes under a usual name; the label column one of type
+    ClassLabel, or of integers under a usual name; without one the source is unconditional. Raises ValueError when
+    either is ambiguous, and for labels that are missing or negative.
+    """
+    import datasets
+
+    image_column = _image_column(rows.features, where)
+    label_column = _label_column(rows.features, where, label_column)
+    labels, classes = _labels(rows, label_column, where)
+    pictures = rows.select_columns([image_column]).cast_column(image_column, datasets.Image(decode=False))
+
+    def open_row(i: int) -> Image.Image:
+        cell = pictures[i][image_column]
+        if cell is None:
+            raise ValueError("the cell is empty")
+        if cell["bytes"] is not None:
+            return open_picture(io.BytesIO(cell["bytes"]))
+        # a path in a table is another's word, and may name any file of this machine
+        path = Path(cell["path"] or "").resolve()
+        if not any(path.is_relative_to(folder) for folder in trusted):
+            raise ValueError("the table names a file in place of holding the picture")
+        return open_picture(path)
+
+    return Source([f"row {i:08d}" for i in range(len(rows))], labels, classes, open_row, is_table=True)
+
+
+def _image_column(features: Any, where: str) -> str:
+    import datasets
+
+    typed = [name for name, kind in features.items() if isinstance(kind, datasets.Image)]
+    named = [name for name in features if name.lower() in IMAGE_NAMES]
+    columns = typed or named
+    if len(columns) != 1:
+        raise ValueError(f"{where} has {len(columns)} image columns among {', '.join(features)}; one is needed")
+    return columns[0]
+
+
+def _label_column(features: Any, where: str, wanted: str | None) -> str | None:
+    import datasets
+
+    if wanted is not None:
+        if wanted not in features:
+            raise ValueError(f"{where} has no column {wanted!r}; it has {', '.join(features)}")
+        return wanted
+    typed = [name for name, kind in features.items() if isinstance(kind, datasets.ClassLabel)]
+    whole = [name for name in LABEL_NAMES if "int" in str(getattr(features.get(name), "dtype", ""))]
+    columns = [name for name in typed if name in LABEL_NAMES] or typed or whole
+    if len(columns) > 1:
+        raise ValueError(f"{where} has several label columns: {', '.join(columns)}; choose one by label_column")
+    return columns[0] if columns else None
+
+
+def _labels(rows: Any, column: str | None, where: str) -> tuple[np.ndarray, tuple[str, ...]]:
+    """Labels (len,) int64 and class names; names are numbers where the table has none."""
+    if column is None:
+        return np.zeros(len(rows), dtype=np.int64), ()
+    values = rows.select_columns([column]).with_format("arrow")[:][column]  # a pyarrow column
+    absent = np.flatnonzero(values.is_null().to_numpy())
+    if len(absent):
+        raise ValueError(f"column {column!r} of {where} has no class in row {absent[0]}")
+    labels = values.to_numpy()
+    if labels.dtype.kind not in "iu":
+        raise ValueError(f"column {column!r} of {where} does not hold integers; choose another by label_column")
+    whole = labels.astype(np.int64)
+    wrong = np.flatnonzero(whole < 0)
+    if len(wrong):
+        raise ValueError(f"column {column!r} of {where} has no class in row {wrong[0]} ({whole[wrong[0]]})")
+    names = getattr(rows.features[column], "names", None)
+    count = len(names) if names else int(whole.max(initial=-1)) + 1
+    if count > MAX_CLASSES or (len(whole) and whole.max() >= count):
+        raise ValueError(f"column {column!r} of {where} has label {whole.max()}, beyond its classes")
+    return whole, tuple(names) if names else tuple(str(i) for i in range(count))

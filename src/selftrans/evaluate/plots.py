@@ -1,0 +1,236 @@
+"""Figures: image grids, curves, bars, feature maps, scatter. matplotlib's Agg only, no global state, no window.
+
+Shape legend: n images, R side of a square image, C channels (1 or 3). Colours are those of Okabe and Ito, which the
+colour-blind can tell apart.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import numpy as np
+
+from selftrans.storage import write_beside
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+#: blue, vermillion, green, purple, orange, sky, grey, black; their yellow is too pale for a line on white
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F", "#000000")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+DASHES = ("-", "--", "-.", ":")
+INK, RULE = "#222222", "#DDDDDD"
+
+#: (x, y), or (x, y, deviation of y) which is drawn as a band
+Series: TypeAlias = tuple[Sequence[float], Sequence[float]] | tuple[Sequence[float], Sequence[float], Sequence[float]]
+
+
+def image_grid(images: np.ndarray, columns: int | None = None, upscale: int = 1, *, gap: int = 2) -> np.ndarray:
+    """One picture, uint8 (height, width, C), of images uint8 (n, R, R, C), row by row, on white.
+
+    Each pixel becomes a square of `upscale`, so that small images stay sharp; `columns` defaults to the root of n.
+    Raises ValueError for anything but uint8 images of one or three channels.
+    """
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] not in (1, 3) or not len(images):
+        raise ValueError(f"images are {images.dtype} {images.shape}; a grid shows uint8 (n, R, R, 1 or 3)")
+    n, height, width, channels = images.shape
+    columns = min(columns or math.ceil(math.sqrt(n)), n)
+    rows = math.ceil(n / columns)
+    large = images.repeat(upscale, axis=1).repeat(upscale, axis=2)
+    step_y, step_x = height * upscale + gap, width * upscale + gap
+    grid = np.full((rows * step_y + gap, columns * step_x + gap, channels), 255, dtype=np.uint8)
+    for i, image in enumerate(large):
+        y, x = gap + i // columns * step_y, gap + i % columns * step_x
+        grid[y : y + image.shape[0], x : x + image.shape[1]] = image
+    return grid
+
+
+def curves(
+    series: Mapping[str, Series],
+    *,
+    xlabel: str,
+    ylabel: str,
+    title: str = "",
+    logx: bool = False,
+    logy: bool = False,
+    size: tuple[float, float] = (6.4, 4.0),
+) -> Figure:
+    """A line with markers per name; colours and markers follow the order of `series`. Size in inches."""
+    figure, axes = _figure(title, size)
+    for i, (name, values) in enumerate(series.items()):
+        x, y = np.asarray(values[0], dtype=float), np.asarray(values[1], dtype=float)
+        colour, marker, dash = (
+            COLOURS[i % len(COLOURS)],
+            MARKERS[i % len(MARKERS)],
+            DASHES[i // len(COLOURS) % len(DASHES)],
+        )
+        axes.plot(x, y, color=colour, marker=marker, linestyle=dash, label=name, markeredgecolor="white", zorder=3 + i)
+        if len(values) == 3:
+            deviation = np.asarray(values[2], dtype=float)
+            low = np.where(y - deviation > 0, y - deviation, y) if logy else y - deviation
+            axes.fill_between(x, low, y + deviation, color=colour, alpha=0.18, linewidth=0, zorder=2)
+    axes.set(xlabel=xlabel, ylabel=ylabel, xscale="log" if logx else "linear", yscale="log" if logy else "linear")
+    plain_ticks(axes, logx, logy)
+    axes.legend(frameon=False)
+    return figure
+
+
+def bars(
+    values: Mapping[str, float | tuple[float, float]],
+    *,
+    ylabel: str,
+    title: str = "",
+    size: tuple[float, float] = (6.4, 3.6),
+) -> Figure:
+    """A labelled bar per name; a pair is (value, deviation). Size in inches."""
+    figure, axes = _figure(title, size)
+    pairs = [value if isinstance(value, tuple) else (value, None) for value in values.values()]
+    heights = [pair[0] for pair in pairs]
+    colours = [COLOURS[i % len(COLOURS)] for i in range(len(pairs))]
+    drawn = axes.bar(list(values), heights, color=colours, width=0.62, zorder=3)
+    for x, (height, deviation) in enumerate(pairs):
+        if deviation is not None:
+            axes.errorbar(x, height, yerr=deviation, color=INK, capsize=3, linewidth=1.2, zorder=4)
+    texts = [_short(h) if d is None else f"{_short(h)} ± {d:.2g}" for h, d in pairs]
+    tops = [0.0 if d is None else d for _, d in pairs]
+    for rectangle, text, top in zip(drawn, texts, tops, strict=True):
+        middle, height = rectangle.get_x() + rectangle.get_width() / 2, rectangle.get_height() + top
+        axes.annotate(
+            text, (middle, height), xytext=(0, 3), textcoords="offset points", ha="center", va="bottom", color=INK
+        )
+    axes.set(ylabel=ylabel)
+    axes.margins(y=0.12)
+    axes.grid(False, axis="x")
+    if max(map(len, values), default=0) * len(values) > 60:
+        axes.tick_params(axis="x", labelrotation=20)
+    return figure
+
+
+def scatter(points: np.ndarray, labels: np.ndarray, *, title: str = "", names: Sequence[str] | None = None) -> Figure:
+    """Points (n, 2), such as t-SNE's, coloured by label (n,); axes without units, so without ticks."""
+    figure, axes = _figure(title, (5.6, 4.6))
+    for i, label in enumerate(np.unique(labels)):
+        rows, name = labels == label, names[int(label)] if names is not None else str(label)
+        colour, marker = COLOURS[i % len(COLOURS)], MARKERS[i // len(COLOURS) % len(MARKERS)]
+        axes.scatter(
+            points[rows, 0], points[rows, 1], s=14, color=colour, marker=marker, alpha=0.85, linewidths=0, label=name
+        )
+    axes.set(xticks=[], yticks=[])
+    axes.spines[:].set_visible(False)
+    key = axes.legend(frameon=False, bbox_to_anchor=(1.0, 1.0), loc="upper left", markerscale=1.6, handletextpad=0.2)
+    for text in key.get_texts():
+        text.set_parse_math(False)  # a name with dollar signs is a name
+    return figure
+
+
+def pca_grid(
+    rows: Mapping[str, np.ndarray], *, columns: Sequence[str] | None = None, title: str = "", cell: float = 0.9
+) -> Figure:
+    """A row of pictures per name: maps float (n, side, side, 3) in [0, 1], or images uint8 (n, R, R, 1 or 3).
+
+    `columns` are headings; `cell` is the side of a picture in inches. Raises ValueError when rows differ in n.
+    """
+    counts = {name: len(maps) for name, maps in rows.items()}
+    if len(set(counts.values())) != 1:
+        raise ValueError(f"rows of a grid hold different numbers of pictures, {counts}; give the same to each")
+    size = 1.4 + cell * max(counts.values()), cell * len(rows) + 0.1 + 0.3 * bool(title) + 0.2 * bool(columns)
+    figure = _blank(size, pad=0.02)
+    grid = figure.subplots(len(rows), max(counts.values()), squeeze=False)
+    for row, (name, maps) in zip(grid, rows.items(), strict=True):
+        for axes, picture in zip(row, maps, strict=True):
+            axes.imshow(picture.repeat(3, axis=-1) if picture.shape[-1] == 1 else picture, interpolation="nearest")
+            axes.set(xticks=[], yticks=[])
+            axes.spines[:].set_visible(False)
+        row[0].set_ylabel(name, rotation=0, ha="right", va="center", labelpad=8, color=INK)
+    for axes, heading in zip(grid[0], columns or (), strict=False):
+        axes.set_title(heading, fontsize=9, color=INK, pad=4)
+    if title:
+        figure.suptitle(title, fontsize=11, color=INK)
+    return figure
+
+
+def save(figure: Figure, path: str | Path, *, dpi: int = 150) -> None:
+    """Write a figure in the format of the path's suffix (png, svg, pdf), complete or not at all."""
+    path = Path(path)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format=path.suffix.lstrip(".") or "png", dpi=dpi)
+    write_beside(path, lambda file: file.write(buffer.getvalue()))
+
+
+def save_png(image: np.ndarray, path: str | Path) -> None:
+    """Write a picture, uint8 (height, width, 1 or 3), as png, complete or not at all."""
+    write_beside(Path(path), lambda file: file.write(_png(image)))
+
+
+def figure_to_data_uri(figure: Figure | np.ndarray, *, dpi: int = 110) -> str:
+    """A figure, or a picture uint8 (height, width, 1 or 3), as a png inside a `data:` address."""
+    if isinstance(figure, np.ndarray):
+        content = _png(figure)
+    else:
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="png", dpi=dpi)
+        content = buffer.getvalue()
+    return "data:image/png;base64," + base64.b64encode(content).decode("ascii")
+
+
+def _png(image: np.ndarray) -> bytes:
+    from PIL import Image
+
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] not in (1, 3):
+        raise ValueError(f"a picture is {image.dtype} {image.shape}; a png takes uint8 (height, width, 1 or 3)")
+    buffer = io.BytesIO()
+    Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).save(buffer, format="png")
+    return buffer.getvalue()
+
+
+def _blank(size: tuple[float, float], pad: float = 0.04) -> Figure:
+    """A figure outside pyplot's registry: nothing to close, no backend chosen for the caller. Sizes in inches."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
+
+    layout = ConstrainedLayoutEngine(w_pad=pad, h_pad=pad, wspace=0.02, hspace=0.02)
+    figure = Figure(figsize=size, layout=layout, facecolor="white")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _figure(title: str, size: tuple[float, float]) -> tuple[Figure, Axes]:
+    """A figure with one quiet pair of axes: no box, a light grid behind the data."""
+    figure = _blank(size)
+    axes = figure.subplots()
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(INK)
+    axes.grid(True, color=RULE, linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.tick_params(colors=INK, labelsize=9)
+    axes.xaxis.label.set_color(INK)
+    axes.yaxis.label.set_color(INK)
+    if title:
+        axes.set_title(title, loc="left", fontsize=11, color=INK, pad=10)
+    return figure, axes
+
+
+def _short(value: float) -> str:
+    """Three significant figures without an exponent: 0.700, 42.3, 1,234."""
+    decimals = 2 - math.floor(math.log10(abs(value))) if value else 2
+    return f"{value:,.{min(max(decimals, 0), 6)}f}"
+
+
+def plain_ticks(axes: Any, logx: bool, logy: bool) -> None:
+    """Thousands separated; on a log axis 20 and 50 rather than 2x10¹, and no minor labels to collide."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    plain = FuncFormatter(lambda value, _: f"{value:,.6g}")
+    for axis, log in ((axes.xaxis, logx), (axes.yaxis, logy)):
+        if log:
+            low, high = axis.get_view_interval()
+            axis.set_major_locator(LogLocator(base=10, subs=(1, 2, 5) if high < 1000 * low else (1,)))
+            axis.set_minor_formatter(NullFormatter())
+        axis.set_major_formatter(plain)

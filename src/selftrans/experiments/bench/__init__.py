@@ -1,0 +1,193 @@
+"""`selftrans bench`: the step, loading and sampling, measured on this machine beside the plain arithmetic of the field.
+
+One run, interleaved rounds, medians; ratios are medians over the rounds of the ratio within a round. `bench.json` holds
+what the table shows. Shape legend: N batch, T tokens, (C, H, W) latent.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from selftrans.config import Log, Model, RunConfig, Train
+from selftrans.data.dataset import Shards
+from selftrans.experiments.bench.loading_sampling import loading, made_up, prepared, sampling
+from selftrans.experiments.bench.machine import Clock, Peak, describe, load
+from selftrans.experiments.bench.rounds import Contestant, Marked, Memory, Ours, Plain, race, randomise
+from selftrans.experiments.bench.text_table import table
+from selftrans.methods import Stage, stages
+from selftrans.methods.objective import Frozen
+from selftrans.methods.self_transcendence import Stage2
+from selftrans.storage import write_json
+from selftrans.train.flops import keep_memory
+
+CLASSES = 1000
+#: images a step, where none are asked for: S takes ten in the time that the others take six
+BATCH = {"cpu": {"SiT-S/2": 10}, "cuda": {"SiT-S/2": 256, "SiT-B/2": 256}}
+OTHERWISE = {"cpu": 6, "cuda": 64}
+QUICK = 90  #: seconds for the steps of a quick run
+#: name -> (numerator, denominator), both rows of a race
+RATIOS = {
+    "stage1_over_vanilla": ("stage1", "vanilla"),
+    "stage2_over_vanilla": ("stage2", "vanilla"),
+    "plain_stage2_over_stage2": ("plain_stage2", "stage2"),
+    "plain_stage2_over_vanilla": ("plain_stage2", "vanilla"),
+    "plain_vanilla_over_vanilla": ("plain_vanilla", "vanilla"),
+}
+#: whose operations are counted for a row: what the method needs, however it is computed
+NEEDS = {"plain_vanilla": "vanilla", "plain_stage2": "stage2"}
+
+
+def bench(
+    models: Mapping[str, Model],
+    out: Path,
+    *,
+    batch_size: int | None = None,
+    tokens: int = 256,
+    device: Literal["cpu", "cuda"] | None = None,
+    seconds: float = 300,
+    quick: bool = False,
+) -> dict[str, Any]:
+    """Measure each model and write `out/bench.json`; returns what it holds.
+
+    Args:
+        models: name -> sizes. batch_size: images a step; None: by model and device (BATCH). tokens: T, a square.
+        device: None: a GPU if there is one, in bfloat16 and compiled; a CPU in float32, eager.
+        seconds: for the training steps of each model, at least three rounds. quick: fewer latents and images, too.
+    The file grows model by model; one that does not fit in memory is said to have failed, and the next one follows.
+    Raises ValueError for tokens that are no square, and for a device that is not there.
+    """
+    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if where.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: this machine has no GPU that torch can use; leave it out")
+    for model in models.values():
+        model.sizes()
+    if tokens < 1 or math.isqrt(tokens) ** 2 != tokens:
+        raise ValueError(f"tokens {tokens} is not a square number; use 64, 256 or 1024")
+    if batch_size is not None and batch_size < 1:
+        raise ValueError(f"batch_size {batch_size} should be 1 or more")
+    precision: Literal["fp32", "bf16"] = "bf16" if where.type == "cuda" else "fp32"
+    accelerator = Marked(mixed_precision="bf16" if precision == "bf16" else "no", cpu=where.type == "cpu")
+    if where.type == "cpu":
+        keep_memory()  # as `train` does; the plain steps profit alike
+    accelerator.clock, accelerator.marks = Clock(accelerator.device), []
+    report: dict[str, Any] = {"machine": describe(accelerator.device, precision), "models": {}}
+    out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as scratch:
+        for name, model in models.items():
+            side = math.isqrt(tokens) * model.sizes()["patch"]
+            shards = made_up(Path(scratch) / f"{side}", (4, side, side), 2048 if quick else 8192)
+            batch = batch_size or BATCH[where.type].get(name, OTHERWISE[where.type])
+            config = settings(model, batch, precision)
+            torch.compiler.reset()  # the last model's compilations
+            try:
+                found = _model(accelerator, config, shards, Path(scratch) / name.replace("/", "-"), seconds, quick)
+            except torch.OutOfMemoryError:
+                found = {"failed": "not enough memory for five contestants; give a smaller --batch-size"}
+            report["models"][name] = {"batch": batch, "tokens": tokens} | found
+            write_json(out / "bench.json", report)
+            accelerator.free_memory()
+        report["loading"] = loading(shards, accelerator.clock, batches=8 if quick else 40)
+    report["machine"]["load_after"] = load()
+    report["ratios"] = next((found["ratios"] for found in report["models"].values() if "ratios" in found), {})
+    write_json(out / "bench.json", report)
+    return report
+
+
+def published(names: Sequence[str] | None, device: str | None, *, quick: bool = False) -> dict[str, Model]:
+    """Models by their published names; None: those that are measured where none are asked for."""
+    gpu = torch.cuda.is_available() if device is None else device == "cuda"
+    usual = ("SiT-S/2",) if quick else ("SiT-S/2", "SiT-B/2", "SiT-XL/2") if gpu else ("SiT-S/2", "SiT-B/2")
+    return {name: Model(name=name) for name in names or usual}
+
+
+def settings(model: Model, batch_size: int, precision: Literal["fp32", "bf16"]) -> RunConfig:
+    """The published settings, with guidance that does not end."""
+    train = Train(steps=10**9, batch_size=batch_size, precision=precision, preview_every=0)
+    return RunConfig("bench", model=model, stage2=Stage2(until_step=None), train=train, log=Log(tensorboard=False))
+
+
+def _model(
+    accelerator: Marked, config: RunConfig, shards: Shards, room: Path, seconds: float, quick: bool
+) -> dict[str, Any]:
+    """Everything about one model: rows, ratios, sampling."""
+    clock, memory = accelerator.clock, Memory(accelerator.device)
+    dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
+    contestants = build(accelerator, config, shards, room, memory)
+    before = memory.allocated()
+    peaks = Peak(clock, dtype)
+    memory.own["matmul"] = memory.allocated() - before
+    rounds = race(contestants, clock, peaks, memory, seconds=min(seconds, QUICK) if quick else seconds)
+    flops = {name: one.flops for name, one in contestants.items() if isinstance(one, Ours)}
+    del contestants, peaks
+    peak = max(2 * int(side) ** 3 / _median(rounds["matmul"], side) for side in rounds["matmul"][0])
+    shown = {name: _row(each, config.train.batch_size) for name, each in rounds.items() if name != "matmul"}
+    for name, row in shown.items():
+        row |= {"peak_memory_gb": memory.gigabytes(name), "data_share": row["data_ms"] / row["ms"]}
+        row |= {"utilisation": flops[NEEDS.get(name, name)] / (row["ms"] / 1e3) / peak}
+    model = config.model.build(shards.manifest.shape, CLASSES).to(accelerator.device)
+    randomise(model)
+    images = (1 if quick else 2) if clock.device.type == "cpu" else 64
+    model = prepared(model, clock.device, dtype)
+    sampled = sampling(model, clock, precision=config.train.precision, images=images, rounds=2 if quick else 3)
+    ratios = {name: _ratios(rounds, *pair) for name, pair in RATIOS.items()}
+    return {
+        "rounds": len(rounds["matmul"]),
+        "matmul_peak_tflops": peak / 1e12,
+        "rows": shown,
+        "ratios": {name: statistics.median(each) for name, each in ratios.items()}
+        | {"sampling_interval_over_full": sampled["interval_over_full"]},
+        "ratios_range": {name: [min(each), max(each)] for name, each in ratios.items()},
+        "sampling": sampled,
+    }
+
+
+def build(accelerator: Marked, config: RunConfig, shards: Shards, room: Path, memory: Memory) -> dict[str, Contestant]:
+    """Who races: three stages as the trainer runs them, and two plain ones. `memory` learns what each holds."""
+    runs = {"vanilla": "vanilla", "stage1": "structure", "stage2": "self_transcendence"}
+    contestants: dict[str, Contestant] = {}
+    for name in (*runs, "plain_vanilla", "plain_stage2"):
+        before = memory.allocated()
+        if name in runs:
+            stage = stages(replace(config, method=runs[name]))[-1]
+            contestants[name] = Ours(accelerator, config, stage, room / name, shards, teacher(stage, config, shards))
+        else:
+            contestants[name] = Plain(config, shards, accelerator.clock, guided=name == "plain_stage2")
+        memory.own[name] = memory.allocated() - before
+    return contestants
+
+
+def teacher(stage: Stage, config: RunConfig, shards: Shards) -> Frozen | None:
+    """A model with random weights in the place of a trained one, cut and cast as `train` does it."""
+    if stage.teacher is None:
+        return None
+    model = config.model.build(shards.manifest.shape, shards.manifest.num_classes)
+    randomise(model)
+    dtype = torch.bfloat16 if config.train.precision == "bf16" else None
+    return Frozen(model, stage.teacher.block(model.depth), dtype=dtype)
+
+
+def _median(rounds: list[dict[str, float]], part: str) -> float:
+    return statistics.median(each[part] for each in rounds)
+
+
+def _row(rounds: list[dict[str, float]], batch_size: int) -> dict[str, Any]:
+    """Medians over rounds, in milliseconds."""
+    parts = {f"{part}_ms": 1e3 * _median(rounds, part) for part in rounds[0] if part != "total"}
+    total = _median(rounds, "total")
+    return {"images_per_s": batch_size / total, "ms": 1e3 * total} | parts
+
+
+def _ratios(rounds: dict[str, list[dict[str, float]]], numerator: str, denominator: str) -> list[float]:
+    pairs = zip(rounds[numerator], rounds[denominator], strict=True)
+    return [ours["total"] / theirs["total"] for ours, theirs in pairs]
+
+
+__all__ = ["bench", "build", "published", "settings", "table"]

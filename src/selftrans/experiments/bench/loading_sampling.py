@@ -1,0 +1,142 @@
+"""Beside the step: loading latents, and sampling with guidance on an interval. Shape legend: N batch, (C, H, W) latent."""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from selftrans.config import SampleConfig
+from selftrans.data import resumable
+from selftrans.data.dataset import Shards
+from selftrans.data.manifest import VERSION, Manifest, Shard
+from selftrans.data.on_device import Resident
+from selftrans.encoders.autoencoder import PixelAutoencoder
+from selftrans.experiments.bench.machine import Clock
+from selftrans.flow import LINEAR
+from selftrans.sampling.images import cast_products
+from selftrans.sampling.samplers import sample_images
+from selftrans.train.batches import Stream, to_batch
+from selftrans.train.flops import compile_model
+
+INTERVAL = (0.0, 0.65)  #: of guidance, as in the paper's headline result
+
+
+def made_up(folder: Path, shape: tuple[int, int, int], count: int, classes: int = 1000) -> Shards:
+    """Shards of random float16 moments (mean and std) of latents (C, H, W), as `prepare` with a VAE writes them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    draw, (channels, height, width) = np.random.default_rng(0), shape
+    few = draw.standard_normal((256, 1, 2 * channels, height, width), dtype=np.float32).astype("<f2")
+    few[:, :, channels:] = np.abs(few[:, :, channels:])  # a standard deviation
+    with resumable.beside(folder / "moments-00000.bin") as moments:
+        for start in range(0, count, len(few)):
+            moments.write(few[: count - start].data)
+    with resumable.beside(folder / "labels-00000.bin") as labels:
+        labels.write(draw.integers(classes, size=count).astype("<i8").data)
+    shard = Shard(0, "moments-00000.bin", count, moments.sha256, "labels-00000.bin", labels.sha256)
+    manifest = Manifest(
+        version=VERSION,
+        count=count,
+        copies=1,
+        shape=shape,
+        stochastic=True,
+        dtype="float16",
+        scale=0.18215,
+        shift=0.0,
+        autoencoder="pixel",
+        resolution=8 * height,
+        image_channels=3,
+        classes=tuple(f"class {k}" for k in range(classes)),
+        source="random numbers",
+        options={},
+        shards=(shard,),
+    )
+    resumable.write_text(folder / "manifest.json", manifest.to_json())
+    return Shards.open(folder)
+
+
+def loading(
+    shards: Shards, clock: Clock, *, batch_size: int = 256, batches: int = 40, rounds: int = 5
+) -> dict[str, Any]:
+    """Latents per second from shards to the device, posterior sampled: memory-mapped, and kept on the device."""
+    ways = {"memory_mapped": shards, "on_device": Resident(shards, clock.device)}
+    streams = {
+        name: Stream(source, batch_size=batch_size, accumulate=1, seed=0).from_step(0, pin=clock.device.type == "cuda")
+        for name, source in ways.items()
+    }
+    took: dict[str, list[float]] = {name: [] for name in ways}
+    for number, name in itertools.product(range(rounds + 1), ways):
+        began = time.perf_counter()
+        for drawn in itertools.islice(streams[name], batches):
+            to_batch(drawn, shards, clock.device)
+        clock.wait()
+        if number:  # the first round fetches the pages
+            took[name].append(time.perf_counter() - began)
+    rates = {f"{name}_latents_per_s": batch_size * batches / statistics.median(each) for name, each in took.items()}
+    latent = "x".join(str(side) for side in shards.manifest.shape)
+    return {"batch": batch_size, "latent": latent, "rounds": rounds} | rates
+
+
+def sampling(
+    model: Any, clock: Clock, *, precision: Any, images: int, steps: int = 20, rounds: int = 3, classes: int = 1000
+) -> dict[str, Any]:
+    """Images per second of Euler's method under guidance 1.9, on all of [0, 1] and on INTERVAL; decoding is not in it."""
+
+    def once(interval: tuple[float, float]) -> float:
+        config = SampleConfig(
+            num=images,
+            batch_size=images,
+            steps=steps,
+            sampler="euler",
+            guidance_scale=1.9,
+            guidance_interval=interval,
+            precision=precision,
+        )
+        made = sample_images(model, PixelAutoencoder(), config, num_classes=classes, device=clock.device, path=LINEAR)
+        return _timed(lambda: made, clock)
+
+    ways = {"full": (0.0, 1.0), "interval": INTERVAL}
+    took: dict[str, list[float]] = {name: [] for name in ways}
+    for number, name in itertools.product(range(rounds + 1), ways):
+        seconds = once(ways[name])
+        if number:
+            took[name].append(seconds)
+    ratio = statistics.median(part / whole for part, whole in zip(took["interval"], took["full"], strict=True))
+    return {
+        "batch": images,
+        "steps": steps,
+        "rounds": rounds,
+        "interval": list(INTERVAL),
+        **{f"{name}_images_per_s": images / statistics.median(each) for name, each in took.items()},
+        "interval_over_full": ratio,
+        "passes_interval_over_full": passes(steps),
+    }
+
+
+def passes(steps: int) -> float:
+    """Model passes (of one image) with guidance on INTERVAL over those with guidance everywhere, counted."""
+    times = [1 - i / steps for i in range(steps)]
+    return sum(2 if INTERVAL[0] <= t <= INTERVAL[1] + 1e-9 else 1 for t in times) / (2 * steps)
+
+
+def _timed(work: Callable[[], Iterator[Any]], clock: Clock) -> float:
+    clock.wait()
+    began = time.perf_counter()
+    for _ in work():
+        pass
+    clock.wait()
+    return time.perf_counter() - began
+
+
+def prepared(model: Any, device: torch.device, dtype: torch.dtype) -> Any:
+    """The model as `sample` runs it on this device: products in `dtype`, on a GPU with each block compiled."""
+    cast_products(model, dtype)
+    if device.type == "cuda":
+        compile_model(model)
+    return model

@@ -1,0 +1,131 @@
+"""`selftrans quickstart`: the whole method on real digits, measured, in minutes on two CPU cores, and a page about it.
+
+vanilla, stage 1 alone and both stages are trained for the same number of student steps from the same seeds. What comes
+out is what is written: no order of the methods is assumed anywhere.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from selftrans.checkpoints import format as checkpoint
+from selftrans.checkpoints.load import restore
+from selftrans.config import RunConfig
+from selftrans.data.dataset import Shards
+from selftrans.data.prepare import prepare_digits
+from selftrans.encoders.autoencoder import load_autoencoder, to_uint8
+from selftrans.evaluate.extractors import load_extractor
+from selftrans.evaluate.plots import save
+from selftrans.evaluate.probes import collect, pca_basis, pca_maps
+from selftrans.experiments import report
+from selftrans.experiments.analyse_run import latents_of
+from selftrans.experiments.runner import PROBE_T, Comparison, Results, compare, samples_of
+from selftrans.experiments.table import as_csv, mean_curve, rows
+from selftrans.flow import PATHS
+from selftrans.recipes.digits import digits
+from selftrans.storage import write_json, write_text
+from selftrans.train.signals import lock
+
+#: name of the method -> what the page calls it; in this order, so that stage 1 is there to teach
+METHODS = {"vanilla": "vanilla", "structure": "stage 1 only", "self_transcendence": "Self-Transcendence"}
+IMAGES = 1000  #: samples for each distance
+SHOWN = 42  #: samples on the page, per method
+MAPPED = 8  #: digits whose features are mapped
+
+
+def quickstart(
+    out: Path,
+    *,
+    steps: int | None = None,
+    seeds: Sequence[int] = (0,),
+    images: int = IMAGES,
+    workers: int | None = None,
+) -> dict[str, Any]:
+    """Train, measure and write `out`: report.html, quickstart.png, table.json, table.csv and a run directory per method.
+
+    Runs go side by side, one per core; with one worker the seconds of the methods compare better, and it takes longer.
+    Repeating the call continues it, and on a finished directory only writes the page again. Returns table.json's content.
+    """
+    if not seeds or len(set(seeds)) < len(seeds) or images < 2:
+        raise ValueError("the quickstart needs seeds that differ from each other, and at least two images")
+    started = time.perf_counter()
+    config = digits()
+    if steps is not None:
+        config = dataclasses.replace(config, train=dataclasses.replace(config.train, steps=steps)).check()
+    with lock(out):
+        shards = prepare_digits(out / "data")
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, path=str(out / "data")))
+        classifier = out / "digits-classifier.safetensors"
+        load_extractor("digits", weights=classifier)  # trained once, before the workers ask for it
+        # the teacher is stage 1 at its end, so that every row of the table has had the same number of steps
+        config = dataclasses.replace(config, stage1=dataclasses.replace(config.stage1, steps=config.train.steps))
+        variants = {name: dataclasses.replace(config, method=name) for name in METHODS}
+        chosen = Comparison(config, variants, tuple(seeds), out, images, "digits", str(classifier))
+        results = compare(chosen, workers=workers)
+        summary = summarise(chosen, results)
+        summary["seconds"] = round(time.perf_counter() - started + _seconds_before(out, summary), 1)
+        write(out, summary, shards, config, seeds[0])
+    print(report.text_table(summary["table"], METHODS, summary["metric"]))
+    print(f"\n{summary['seconds']:.0f} s. Open {out / 'report.html'}")
+    return summary
+
+
+def _seconds_before(out: Path, summary: dict[str, Any]) -> float:
+    """What earlier visits to the same comparison have taken."""
+    try:
+        before = json.loads((out / "table.json").read_text())
+        return float(before["seconds"]) if before["table"] == summary["table"] else 0.0
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):  # the first visit, or a damaged table
+        return 0.0
+
+
+def summarise(chosen: Comparison, results: Results) -> dict[str, Any]:
+    """What table.json holds."""
+    shared, point = chosen.shared, next(iter(results.values()))[1][-1]
+    return {
+        "table": rows(results, tuple(METHODS)),
+        "metric": point["metric"],
+        "sampler": point["sampler"],
+        "extractor_sha256": point["extractor_sha256"],
+        "curves": {name: mean_curve(results, name) for name in METHODS},
+        "seeds": list(chosen.seeds),
+        "steps": shared.train.steps,
+        "teacher_steps": shared.stage1.steps,
+        "block": shared.stage1.block,
+        "images": chosen.images,
+    }
+
+
+def write(out: Path, summary: dict[str, Any], shards: Shards, config: RunConfig, seed: int) -> None:
+    """Everything that people open: the table, the picture, the page."""
+    grids = {label: samples_of(out / f"{name}-seed{seed}", config.sample, SHOWN) for name, label in METHODS.items()}
+    maps = {label: maps_of(out / f"{name}-seed{seed}", shards, config.stage1.block) for name, label in METHODS.items()}
+    curves = {METHODS[name]: curve for name, curve in summary["curves"].items()}
+    save(report.overview(curves, grids, summary["metric"]), out / "quickstart.png")
+    page = report.page(summary, METHODS, curves, grids, maps)
+    write_json(out / "table.json", summary)
+    write_text(out / "table.csv", as_csv(summary["table"]))
+    write_text(out / "report.html", page)
+
+
+def maps_of(run: Path, shards: Shards, block: int) -> dict[str, np.ndarray]:
+    """Row name -> pictures: the digits, and PCA maps of the shallow block at every checkpoint, in the last one's colours."""
+    z0, labels = latents_of(shards, np.arange(min(MAPPED, len(shards))))
+    stage = json.loads((run / "run.json").read_text())["stages"][-1]["stage"]
+    found = [restore(folder) for _, folder in checkpoint.steps(run / stage / "checkpoints")]
+    feats = [
+        collect(one.model, z0, labels, t=PROBE_T, taps=(block,), path=PATHS[one.config.train.path])[block]
+        for one in found
+    ]
+    basis = pca_basis(feats[-1])
+    decoded = to_uint8(load_autoencoder(shards.manifest.autoencoder).decode(z0)).numpy()
+    return {"data": decoded} | {
+        f"step {one.step}": pca_maps(features, basis=basis) for one, features in zip(found, feats, strict=True)
+    }

@@ -1,0 +1,261 @@
+"""What people look at: a table for the terminal, an overview picture, and a page that needs no other file."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from selftrans.evaluate.plots import (
+    COLOURS,
+    INK,
+    MARKERS,
+    RULE,
+    curves,
+    figure_to_data_uri,
+    image_grid,
+    pca_grid,
+    plain_ticks,
+)
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+Curve = tuple[Sequence[float], Sequence[float], Sequence[float]]
+HEADINGS = (
+    "method",
+    "student steps",
+    "seconds",
+    "total seconds",
+    "total TFLOPs",
+    "distance",
+    "accuracy",
+    "shallow probe",
+    "steps to vanilla's",
+    "TFLOPs to vanilla's",
+)
+
+
+def cells(row: dict[str, Any], names: Mapping[str, str]) -> list[str]:
+    """One row of the table as text, in the order of HEADINGS."""
+    spread = [
+        _cell(row[key], digits)
+        for key, digits in (("seconds", 0), ("total_seconds", 0), ("total_tflops", 2), ("distance", 2))
+    ]
+    reach = [_reached(row, key, digits) for key, digits in (("steps_to_baseline", 0), ("tflops_to_baseline", 2))]
+    return [
+        names[row["method"]],
+        f"{row['steps']:,}",
+        *spread,
+        _cell(row["accuracy"], 3),
+        _cell(row["probe"], 3),
+        *reach,
+    ]
+
+
+def _reached(row: dict[str, Any], key: str, digits: int) -> str:
+    """Where vanilla's final distance was met; how many seeds met it, if not all did; empty without a vanilla run."""
+    if key not in row:
+        return ""
+    if row[key] is None:
+        return "never" if row["reached"] == 0 else "-"
+    bound = "≤ " if row["at_once"] else ""
+    some = f" ({row['reached']} of {row['seeds']})" if row["reached"] < row["seeds"] else ""
+    return bound + _cell(row[key], digits) + some
+
+
+def _cell(value: dict[str, float] | None, digits: int) -> str:
+    if value is None:
+        return "-"
+    mean = f"{value['mean']:.{digits}f}"
+    return f"{mean} ± {value['std']:.{digits}f}" if value["std"] else mean
+
+
+def text_table(table: list[dict[str, Any]], names: Mapping[str, str], metric: str) -> str:
+    """The table for a terminal."""
+    lines = [list(HEADINGS), *(cells(row, names) for row in table)]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(HEADINGS))]
+    texts = ["  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip() for line in lines]
+    texts.insert(1, "  ".join("-" * width for width in widths))
+    return "\n".join([*texts, "", legend(metric)])
+
+
+def legend(metric: str) -> str:
+    """What the columns of the table mean."""
+    return (
+        f"distance: {metric}, lower is better; accuracy: the classifier's, of the samples' labels; shallow probe: accuracy "
+        "of a linear classifier on the features of the block that stage 1 guides, at t = 0.4; seconds: of the student's "
+        "training; total seconds and TFLOPs: the teacher's training included. Runs may train side by side, "
+        "so compare TFLOPs rather than seconds. To vanilla's: student steps, and TFLOPs in all, after which the method is as "
+        "good as vanilla of the same seed at its end, between two measurements read off the straight line of log distance; "
+        "≤ where the first measurement was as good already; - where the training of an imported teacher is unknown."
+    )
+
+
+def overview(series: Mapping[str, Curve], grids: Mapping[str, np.ndarray], metric: str) -> Figure:
+    """Convergence on the left, samples of each method on the right."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 4.2), layout="constrained", facecolor="white")
+    FigureCanvasAgg(figure)
+    mosaic: dict[Any, Any] = figure.subplot_mosaic(
+        [["curve", str(i)] for i in range(len(grids))], width_ratios=[1.15, 1]
+    )
+    _draw_curves(mosaic["curve"], series, "student steps", metric)
+    mosaic["curve"].legend(frameon=False)
+    for i, (name, images) in enumerate(grids.items()):
+        picture = image_grid(images, columns=-(-len(images) // 3), upscale=6, gap=6)
+        mosaic[str(i)].imshow(
+            picture.repeat(3, axis=-1) if picture.shape[-1] == 1 else picture, interpolation="nearest"
+        )
+        mosaic[str(i)].set_title(name, fontsize=10, color=INK, loc="left")
+        mosaic[str(i)].axis("off")
+    return figure
+
+
+def _draw_curves(axes: Any, series: Mapping[str, Curve], xlabel: str, metric: str) -> None:
+    """Mean distance of each method with its deviation as a band, on a logarithmic axis."""
+    for i, (name, (x, values, deviation)) in enumerate(series.items()):
+        low, high = np.subtract(values, deviation), np.add(values, deviation)
+        colour, marker = COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)]
+        axes.plot(x, values, color=colour, marker=marker, markeredgecolor="white", label=name)
+        axes.fill_between(x, np.maximum(low, 1e-9), high, color=colour, alpha=0.14, linewidth=0)
+    axes.set(xlabel=xlabel, ylabel=metric, yscale="log")
+    axes.grid(color=RULE, which="both", linewidth=0.5)
+    axes.spines[["top", "right"]].set_visible(False)
+    plain_ticks(axes, logx=False, logy=True)
+
+
+def convergence(both: Mapping[str, Mapping[str, Curve]], metric: str) -> Figure:
+    """Distance against student steps, and against all compute: `both` is {"step": series, "tflops": series}."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 4.6), layout="constrained", facecolor="white")
+    FigureCanvasAgg(figure)
+    left, right = figure.subplots(1, 2, sharey=True)
+    _draw_curves(left, both["step"], "student steps", metric)
+    _draw_curves(right, both["tflops"], "TFLOPs in all, the teacher's training included", metric)
+    right.set_ylabel("")
+    left.legend(frameon=False)
+    return figure
+
+
+STYLE = """
+:root { color-scheme: light; }
+body { font: 16px/1.55 system-ui, sans-serif; color: #222; max-width: 71rem; margin: 2.5rem auto; padding: 0 1.2rem; }
+p { max-width: 60rem; }
+h1 { font-size: 1.7rem; margin-bottom: .2rem; } h2 { margin-top: 2.2rem; font-size: 1.2rem; }
+table { border-collapse: collapse; width: 100%; font-size: .85rem; font-variant-numeric: tabular-nums; }
+th, td { text-align: right; padding: .4rem .45rem; border-bottom: 1px solid #ddd; white-space: nowrap; }
+th:first-child, td:first-child { text-align: left; }
+th { font-weight: 600; border-bottom: 2px solid #222; white-space: normal; vertical-align: bottom; }
+.settings td { text-align: left; white-space: normal; overflow-wrap: anywhere; }
+.scroll { overflow-x: auto; } .note { color: #555; font-size: .9rem; }
+img { max-width: 100%; height: auto; } .grids { display: flex; flex-wrap: wrap; gap: 1.5rem; } figure { margin: 0; }
+figcaption { font-weight: 600; margin-bottom: .3rem; } code { background: #f3f3f3; padding: .1em .3em; border-radius: 3px; }
+"""
+
+
+def page(
+    summary: dict[str, Any],
+    names: Mapping[str, str],
+    series: Mapping[str, Curve],
+    grids: Mapping[str, np.ndarray],
+    maps: Mapping[str, Mapping[str, np.ndarray]],
+) -> str:
+    """report.html: table, curves, samples and PCA maps, with every picture inside."""
+    metric = html.escape(summary["metric"])
+    curve = curves(series, xlabel="student steps", ylabel=summary["metric"], logy=True, size=(8, 4.4))
+    samples = "".join(_figure(name, image_grid(images, columns=8, upscale=5), name) for name, images in grids.items())
+    features = "".join(_figure(name, pca_grid(rows, cell=0.62), f"feature maps, {name}") for name, rows in maps.items())
+    return f"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>selftrans quickstart</title><style>{STYLE}</style></head><body>
+<h1>Self-Transcendence on real digits</h1>
+<p>The same 6-block transformer, trained for {summary["steps"]:,} student steps with each method on scikit-learn's 1,797
+scanned digits, seed{"s" if len(summary["seeds"]) > 1 else ""} {", ".join(map(str, summary["seeds"]))}.
+Stage 2 is taught by stage 1 as it was at step {summary["teacher_steps"]:,}.</p>
+<div class="scroll">{_table(summary["table"], names)}</div>
+<p class="note">{html.escape(legend(summary["metric"]))} Each distance is of {summary["images"]:,} samples from the averaged
+weights ({summary["sampler"]["sampler"]} sampler, {summary["sampler"]["steps"]} steps, balanced labels, guidance scale
+{summary["sampler"]["guidance_scale"]:g}), classifier {summary["extractor_sha256"][:12]}.</p>
+<h2>Convergence</h2>
+<img src="{figure_to_data_uri(curve)}" alt="{metric} against student steps for each method">
+<h2>Samples at the end</h2>
+<p class="note">The same noise and the same labels for each method.</p>
+<div class="grids">{samples}</div>
+<h2>What the shallow block sees</h2>
+<p class="note">First three principal components of block {summary["block"]}, the one that stage 1 guides, at t = 0.4, over
+training, for the digits of the first row. Colours are those of the last checkpoint's components.</p>
+{features}
+<p class="note">Made by <code>selftrans quickstart</code> in {summary["seconds"]:.0f} s. The same numbers are in
+<code>table.json</code> and <code>table.csv</code> beside this page.</p>
+</body></html>
+"""
+
+
+def comparison_page(summary: dict[str, Any], figure: Figure, grids: Mapping[str, np.ndarray]) -> str:
+    """compare.html: table, convergence over steps and compute, samples, and what the numbers depend on."""
+    config, sampler = summary["config"], summary["sampler"]
+    names = {row["method"]: row["method"] for row in summary["table"]}
+    samples = "".join(_figure(name, image_grid(images, columns=8, upscale=3), name) for name, images in grids.items())
+    settings = {
+        "recipe": config["recipe"],
+        "model": _settings(config["model"]),
+        "student steps, batch, learning rate": "{steps:,}, {batch_size}, {lr:g}".format(**config["train"]),
+        "autoencoder": summary["autoencoder"],
+        "teachers from other runs": _teachers(summary["teachers"]),
+        **{name: _settings(config[name]) for name in ("stage1", "stage2", *names) if name in config},
+        "seeds": ", ".join(map(str, summary["seeds"])),
+        "distance": f"{summary['metric']}, {summary['images']:,} samples of the averaged weights, to the training data"
+        + ("" if summary["autoencoder"] == "pixel" else " as the autoencoder decodes them"),
+        "sampler": _settings(sampler),
+        "extractor": f"{summary['features']}, sha256 {summary['extractor_sha256']}",
+    }
+    lines = "".join(
+        f"<tr><td>{html.escape(key)}</td><td>{html.escape(value)}</td></tr>" for key, value in settings.items()
+    )
+    return f"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>selftrans compare</title><style>{STYLE}</style></head><body>
+<h1>Methods side by side</h1>
+<div class="scroll">{_table(summary["table"], names)}</div>
+<p class="note">{html.escape(legend(summary["metric"]))}</p>
+<h2>Convergence</h2>
+<p class="note">Mean over seeds; the band is one standard deviation.</p>
+<img src="{figure_to_data_uri(figure)}" alt="{html.escape(summary["metric"])} against student steps and against compute">
+<h2>Samples at the end</h2>
+<p class="note">Seed {summary["seeds"][0]}; the same noise and the same labels for each method.</p>
+<div class="grids">{samples}</div>
+<h2>What the numbers depend on</h2>
+<table class="settings">{lines}</table>
+<p class="note">The same numbers are in <code>compare.json</code> and <code>compare.csv</code> beside this page.</p>
+</body></html>
+"""
+
+
+def _teachers(teachers: Sequence[Mapping[str, Any]]) -> str:
+    """`a/ema.safetensors, step 1,000`: the weights that taught, each once."""
+    return "; ".join(f"{teacher['path']}, step {teacher['steps']:,}" for teacher in teachers) or "none"
+
+
+def _settings(section: Mapping[str, Any]) -> str:
+    """`block 2, weight 0.5`: what is set."""
+    return ", ".join(f"{key} {value}" for key, value in section.items() if value is not None)
+
+
+def _table(table: list[dict[str, Any]], names: Mapping[str, str]) -> str:
+    head = "".join(f"<th>{name}</th>" for name in HEADINGS)
+    rows = "".join(
+        "<tr>" + "".join(f"<td>{html.escape(text)}</td>" for text in cells(row, names)) + "</tr>" for row in table
+    )
+    return f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
+
+
+def _figure(name: str, picture: Any, alt: str) -> str:
+    image = f'<img src="{figure_to_data_uri(picture)}" alt="{html.escape(alt)}">'
+    return f"<figure><figcaption>{html.escape(name)}</figcaption>{image}</figure>"

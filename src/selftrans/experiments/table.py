@@ -1,0 +1,108 @@
+"""From measured runs to what people read: means over seeds, curves, and the steps and compute to reach vanilla's end."""
+
+from __future__ import annotations
+
+import csv
+import io
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from selftrans.experiments.runner import Results
+
+#: what a curve is drawn against (student steps, or all compute, the teacher's training in it) -> column of the table
+AXES = {"step": "steps_to_baseline", "tflops": "tflops_to_baseline"}
+
+
+def of_method(results: Results, name: str) -> list[tuple[dict[str, Any], list[dict[str, Any]]]]:
+    """(run.json, measured points) of a variant, one per seed."""
+    return [value for (one, _), value in results.items() if one == name]
+
+
+def rows(results: Results, names: Sequence[str], baseline: str = "vanilla") -> list[dict[str, Any]]:
+    """The table: one row per variant, mean and standard deviation over seeds of its last point.
+
+    `steps_to_baseline` and `tflops_to_baseline` say where a run first was as good as the baseline of its seed at its end
+    (None where no run ever was; `reached` counts those that were, `at_once` those that were at their first point: it may
+    have been sooner). The compute of a run whose teacher's training is unknown is None.
+    """
+    table = []
+    goals = {seed: points[-1]["distance"] for (one, seed), (_, points) in results.items() if one == baseline}
+    for name in names:
+        runs = {seed: value for (one, seed), value in results.items() if one == name}
+        last = [points[-1] for _, points in runs.values()]
+        row: dict[str, Any] = {"method": name, "seeds": len(runs), "steps": last[0]["step"]}
+        row["seconds"] = spread([point["seconds"] for point in last])
+        for key in ("total_seconds", "total_tflops"):
+            row[key] = spread([report[key] for report, _ in runs.values()])
+        for key in ("distance", "accuracy", "probe"):
+            row[key] = spread([point[key] for point in last])
+        for axis, column in AXES.items() if goals else ():
+            if axis == "tflops" and row["total_tflops"] is None:
+                row[column] = None
+                continue
+            reached = [first_below(*curve(run, axis), goals[seed]) for seed, run in runs.items()]
+            found = [x for x in reached if x is not None]
+            row[column] = spread(found) if found else None
+            row["reached"] = len(found)
+            row["at_once"] = sum(points[0]["distance"] <= goals[seed] for seed, (_, points) in runs.items())
+        table.append(row)
+    return table
+
+
+def spread(values: Sequence[float | None]) -> dict[str, float] | None:
+    """Mean and standard deviation (n - 1 below; 0 of a single value); None if one of them is not known."""
+    known = [value for value in values if value is not None]
+    if len(known) < len(values):
+        return None
+    return {"mean": statistics.fmean(known), "std": statistics.stdev(known) if len(known) > 1 else 0.0}
+
+
+def curve(run: tuple[dict[str, Any], list[dict[str, Any]]], axis: str = "step") -> tuple[list[float], list[float]]:
+    """(x, distance) of one run; the compute of the teacher's training is there from the start."""
+    report, points = run
+    before = report["total_tflops"] - report["student_tflops"] if axis == "tflops" else 0.0
+    return [before + point[axis] for point in points], [point["distance"] for point in points]
+
+
+def first_below(x: Sequence[float], y: Sequence[float], goal: float) -> float | None:
+    """Where a curve first is at `goal` or below: linear in x and log y between two points; None if it never is."""
+    for i, value in enumerate(y):
+        if value <= goal:
+            if i == 0 or min(goal, value) <= 0:
+                return float(x[i])
+            share = np.log(y[i - 1] / goal) / np.log(y[i - 1] / value)
+            return float(x[i - 1] + share * (x[i] - x[i - 1]))
+    return None
+
+
+def mean_curve(results: Results, name: str, axis: str = "step") -> tuple[list[float], list[float], list[float]]:
+    """(x, mean distance, standard deviation) of a variant over its seeds, at the steps at which each of them was measured.
+
+    Empty over a compute that is not known.
+    """
+    runs = of_method(results, name)
+    if axis == "tflops" and any(report["total_tflops"] is None for report, _ in runs):
+        return [], [], []
+    shared = set[int].intersection(*({point["step"] for point in points} for _, points in runs))
+    pairs = [curve((report, [point for point in points if point["step"] in shared]), axis) for report, points in runs]
+    x, values = np.array([pair[0] for pair in pairs]).mean(axis=0), np.array([pair[1] for pair in pairs])
+    deviation = values.std(axis=0, ddof=1) if len(pairs) > 1 else 0 * values[0]
+    return x.tolist(), values.mean(axis=0).tolist(), deviation.tolist()
+
+
+def as_csv(table: list[dict[str, Any]]) -> str:
+    """The table with a column for each mean and each standard deviation."""
+    text = io.StringIO()
+    flat: list[dict[str, Any]] = []
+    for row in table:
+        flat.append({})
+        for key, cell in row.items():
+            flat[-1] |= {key: cell["mean"], f"{key}_std": cell["std"]} if isinstance(cell, dict) else {key: cell}
+    columns = list(dict.fromkeys(column for row in flat for column in row))
+    writer = csv.DictWriter(text, fieldnames=columns)
+    writer.writeheader()
+    writer.writerows(flat)
+    return text.getvalue()

@@ -1,1 +1,0 @@
-"""Checkpoints as others publish them: `read` opens a file, `names` knows its names and its time, `run` makes a run of it."""

@@ -1,0 +1,101 @@
+"""FSDP2's corners on two gloo processes: runs that change over, parts that are empty or not finite, guidance that has ended."""
+
+from __future__ import annotations
+
+import os
+import weakref
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from selftrans.checkpoints.format import newest
+from selftrans.methods import objective
+from selftrans.train.fsdp import local, release, split
+from selftrans.train.nonfinite import check_weights
+from selftrans.train.run import train
+from selftrans.types import Batch
+from tests.integration import test_distributed as two
+from tests.support import toy
+from tests.support.processes import free_port
+from tests.support.toy import quick  # noqa: F401 - a fixture
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(200)]
+CPU = torch.device("cpu")
+
+
+def work(rank: int, folder: str, data: str, port: int) -> None:
+    """One of two processes, for all of this file: it leaves a file for each thing that held."""
+    places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ |= {name: str(value) for name, value in places.items()}
+    torch.set_num_threads(1)
+    change_over(Path(folder), data)
+    for part in (weights_that_are_not_finite, guidance_that_ends):
+        part(rank)
+        Path(folder, f"{part.__name__}-{rank}").touch()
+    dist.destroy_process_group()
+
+
+def change_over(folder: Path, data: str) -> None:
+    dotted = {"stage2.until_step": 6, "train.checkpoint_every": 4, "data.path": data}
+    for steps, kinds in ((4, (False, True)), (8, (True, False))):
+        for name, kind in zip(("whole, then split", "split, then whole"), kinds, strict=True):
+            train(toy.toy(dotted | {"train.steps": steps, "train.shard": kind}), folder / name, quiet=True)
+
+
+def weights_that_are_not_finite(rank: int) -> None:
+    model = nn.Sequential(
+        nn.Linear(3, 1), nn.Linear(1, 4)
+    )  # the first has one row: the second process holds none of it
+    split(model, device=CPU, processes=2)
+    parameters = list(model.parameters())
+    assert local(parameters[0]).numel() == (3 if rank == 0 else 0)
+    check_weights(parameters, "the start")
+    with torch.no_grad():
+        local(parameters[2])[0, 0] = float("nan") if rank == 1 else 1.0
+    with pytest.raises(
+        FloatingPointError, match="no longer finite at step 5"
+    ):  # in both, or one would wait for the other
+        check_weights(parameters, "step 5")
+
+
+def guidance_that_ends(rank: int) -> None:
+    objective.draw = two.by_row
+    built = two.build("stage 2")
+    gone = [weakref.ref(built.guidances[0].head), weakref.ref(built.guidances[0].teacher.model)]
+    split(built, device=CPU, processes=2)
+    rows = torch.arange(two.N)[rank::2]
+    batch = Batch(torch.randn(len(rows), *two.SHAPE), rows % two.CLASSES, rows)
+    built(batch, 0)[0].backward()
+    assert all(reference() is not None for reference in gone)
+    assert built.retire(2)
+    release(built)
+    assert all(reference() is None for reference in gone)
+    built(batch, 2)[0].backward()
+    assert all(p.grad is not None for p in built.parameters())
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("parts")
+    torch.multiprocessing.spawn(work, args=(str(folder), str(toy.digits()), free_port()), nprocs=2)
+    return folder
+
+
+def test_runs_change_over_to_split_weights_and_back(made):
+    """Each continues the other's checkpoint, past the end of the guidance, to the same weights."""
+    runs = [made / name for name in ("whole, then split", "split, then whole")]
+    found = [toy.tensors(run) for run in runs]
+    assert found[0].keys() == found[1].keys() and not any(name.startswith("heads/") for name in found[0])
+    for name in found[0]:
+        torch.testing.assert_close(found[0][name], found[1][name], rtol=1e-4, atol=1e-5, msg=name)
+    assert [newest(run / "stage2" / "checkpoints").step for run in runs] == [8, 8]
+    assert all([line["step"] for line in toy.log(run)] == [2, 4, 6, 8] for run in runs)
+
+
+@pytest.mark.parametrize("what", [weights_that_are_not_finite, guidance_that_ends])
+def test_in_both_processes(made, what):
+    """Weights are checked where a process holds nothing, and where one alone holds NaN; heads and teacher leave the memory."""
+    assert [(made / f"{what.__name__}-{rank}").exists() for rank in (0, 1)] == [True, True]

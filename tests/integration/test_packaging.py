@@ -1,0 +1,94 @@
+"""What is declared, what is pinned, what is imported and what is installed agree."""
+
+from __future__ import annotations
+
+import ast
+import importlib.metadata
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
+
+import selftrans
+
+ROOT = Path(__file__).parents[2]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+EXTRAS = {name: [Requirement(line) for line in lines] for name, lines in PROJECT["optional-dependencies"].items()}
+CORE = [Requirement(line) for line in PROJECT["dependencies"]]
+PINS = {
+    canonicalize_name(name): Version(version)
+    for name, version in (
+        line.split("==")
+        for line in (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+        if line and not line.startswith("#")
+    )
+}
+#: modules whose name is not their distribution's
+DISTRIBUTION = {"PIL": "pillow", "sklearn": "scikit-learn", "torch_fidelity": "torch-fidelity"}
+
+
+def test_one_version() -> None:
+    changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    newest = re.search(r"^## (\S+)", changelog, flags=re.MULTILINE)
+    assert newest is not None
+    assert newest[1] == PROJECT["version"]
+    assert importlib.metadata.version("selftrans") == PROJECT["version"]
+    assert selftrans.__version__ == PROJECT["version"]
+
+
+def test_the_command_resolves() -> None:
+    (script,) = importlib.metadata.entry_points(group="console_scripts", name="selftrans")
+    assert callable(script.load())
+    command = Path(sys.executable).parent / "selftrans"
+    done = subprocess.run([command, "--help"], capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    for word in ("prepare", "train", "sample", "evaluate", "quickstart"):
+        assert word in done.stdout
+
+
+@pytest.mark.parametrize("requirement", CORE + EXTRAS["dev"], ids=lambda requirement: requirement.name)
+def test_each_dependency_is_pinned_within_its_range(requirement: Requirement) -> None:
+    pin = PINS.get(canonicalize_name(requirement.name))
+    assert pin is not None, f"constraints.txt has no {requirement.name}"
+    assert pin in requirement.specifier
+
+
+def test_pins_fit_every_machine() -> None:
+    """A local build (+cpu, +cu126) exists on some machines only; nor does an address belong in the file."""
+    assert not [name for name, version in PINS.items() if version.local]
+
+
+def test_each_import_is_declared() -> None:
+    declared = {canonicalize_name(requirement.name) for requirement in CORE + EXTRAS["eval"]}
+    undeclared = {}
+    for path in sorted((ROOT / "src").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            modules = (
+                [alias.name for alias in node.names]
+                if isinstance(node, ast.Import)
+                else [node.module or ""]
+                if isinstance(node, ast.ImportFrom) and not node.level
+                else []
+            )
+            for top in (module.split(".")[0] for module in modules):
+                theirs = top not in sys.stdlib_module_names and top != "selftrans"
+                if theirs and canonicalize_name(DISTRIBUTION.get(top, top)) not in declared:
+                    undeclared[f"{path.name}:{node.lineno}"] = top
+    assert not undeclared
+
+
+def test_torch_fidelity_stays_out_of_the_core() -> None:
+    """It brings torchvision, which does not import beside every build of torch."""
+    names = {canonicalize_name(requirement.name) for requirement in CORE + EXTRAS["dev"]}
+    assert not names & {"torch-fidelity", "torchvision", "torchmetrics", "timm"}
+    assert not set(PINS) & {"torch-fidelity", "torchvision", "torchmetrics", "timm"}
+
+
+def test_type_hints_are_shipped() -> None:
+    assert (ROOT / "src" / "selftrans" / "py.typed").is_file()

@@ -1,0 +1,134 @@
+"""Every command block of the README is run as it stands, at toy size: small pictures, a small VAE, a few steps."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from selftrans.cli.main import main
+from tests.support import published_files as strangers
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"^```(bash|python)\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
+TOY_TRAIN = (
+    "--train.steps 4 --train.batch-size 8 --train.checkpoint-every 2 --model.width 32 --model.depth 3 --model.patch 8 "
+    "--log.preview-images 4 --log.preview-steps 2 --stage1.head-width 16 --stage2.head-width 16"
+)
+#: what makes a README command small; added to the command as it stands
+TOY = {
+    "prepare": "",
+    "train": TOY_TRAIN,
+    "sample": "--steps 2 --num 8",
+    "classifier": "--epochs 1",
+    "evaluate": "",
+    "analyse": "--samples 40 --timesteps 0.4",
+    "quickstart": "--steps 5 --images 40",
+    "compare": "--steps 5 --images 24 --seeds 0 --workers 1 --methods vanilla layersync",
+    "import": "--heads 2",  # of a width that no published model has
+    "export": "",
+}
+
+
+def commands(kind: str = "bash") -> list[str]:
+    lines = [
+        line.split("#")[0].strip() for language, block in BLOCKS if language == kind for line in block.splitlines()
+    ]
+    return [line for line in lines if line]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with what the README's commands expect: pictures, a little ImageNet, and a VAE under its hub id."""
+    from diffusers import AutoencoderKL
+
+    place = tmp_path_factory.mktemp("readme")
+    rng = np.random.default_rng(0)
+    for folder, side in (("pictures", 40), ("imagenet/train", 64)):
+        for name in ("first class", "second"):
+            (place / folder / name).mkdir(parents=True)
+            for k in range(12):
+                image = Image.fromarray(rng.integers(0, 256, (side, side + k, 3), dtype=np.uint8))
+                image.save(place / folder / name / f"{k}.png")
+    torch.manual_seed(0)
+    vae = AutoencoderKL(
+        block_out_channels=(4, 4, 4, 4),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        latent_channels=4,
+        norm_num_groups=2,
+        layers_per_block=1,
+        sample_size=256,
+    )
+    vae.save_pretrained(place / "stabilityai" / "sd-vae-ft-mse")
+    published = {"width": 32, "depth": 2, "heads": 2, "patch": 2, "channels": 4, "side": 4, "classes": 10}
+    strangers.save(place / "SiT-XL-2-256.pt", strangers.state(**published, learn_sigma=True))
+    return place
+
+
+def small(command: str) -> list[str]:
+    """Arguments of a README command for `main`, with its toy options in front of nothing it says itself."""
+    words = shlex.split(command.removeprefix("accelerate launch -m "))
+    assert words[0] == "selftrans", f"the README shows a command that this test cannot run: {command}"
+    extra = shlex.split(TOY[words[1]])
+    said = {word for word in words if word.startswith("--")}
+    if words[1] == "sample" and "--num" in said:  # a README asks for many
+        del words[words.index("--num") : words.index("--num") + 2]
+    return [*words[1:], *extra]
+
+
+def test_every_shell_command_runs(place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    monkeypatch.chdir(place)
+    for command in commands():
+        if command.startswith(("make ", "pip ")):
+            continue
+        assert main(small(command)) == 0, f"{command}\n{capsys.readouterr().err}"
+    assert len(list((place / "samples" / "b2").glob("*.png"))) == 8
+    assert (place / "samples" / "pictures" / "evaluate.json").exists()
+    assert (place / "analysis" / "pca.png").exists()
+    assert (place / "compared" / "compare.html").exists() and (place / "exported" / "model.safetensors").exists()
+
+
+def test_make_targets_do_what_the_readme_says(place: Path) -> None:
+    targets = [command.split()[1] for command in commands() if command.startswith("make ")]
+    assert {"quickstart", "test"} <= set(targets)
+    for target, runs in {"quickstart": "selftrans quickstart", "test": "pytest"}.items():
+        said = subprocess.run(["make", "-n", target], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+        assert runs in said
+
+
+def test_quickstart_makes_its_page(place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    monkeypatch.chdir(place)
+    assert main(["quickstart", "--out", "quickstart", *shlex.split(TOY["quickstart"])]) == 0, capsys.readouterr().err
+    page = (place / "quickstart" / "report.html").read_text()
+    assert page.count("data:image/png;base64,") == 7  # curves, and samples and maps of three methods
+    assert not re.findall(r'(?:src|href)="(?!data:)', page), "the page needs other files"
+    for name in ("vanilla", "stage 1 only", "Self-Transcendence"):
+        assert name in page
+    assert "FID" not in re.sub(r"base64,[^\"]*", "", page)
+    assert "Fréchet distance" in capsys.readouterr().out
+
+
+def test_python_blocks_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    import selftrans
+
+    toy = {"SiT-B/2": {"width": 32, "depth": 12, "heads": 2, "patch": 16}}
+    monkeypatch.setattr(selftrans, "SIT", toy)  # the block's own words, a small SiT-B/2
+    blocks = [block for language, block in BLOCKS if language == "python"]
+    code = "\n".join(blocks)
+    said = [line for line in blocks[0].splitlines() if line.strip() and not line.startswith(("import", "from"))]
+    assert len(said) <= 11  # a loop of one's own and both stages
+    torch.manual_seed(0)
+    batches = [(torch.randn(8, 4, 32, 32), torch.randint(1000, (8,))) for _ in range(3)]
+    scope = {"batches": batches}
+    exec(compile(code, "README.md", "exec"), scope)
+    assert scope["latents"].shape == (4, 4, 32, 32)
+    assert torch.isfinite(scope["latents"]).all()
+    assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in scope["student"].parameters())

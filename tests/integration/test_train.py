@@ -1,0 +1,586 @@
+"""Training as people use it, and its arithmetic against loops and sums written out here."""
+
+import contextlib
+import copy
+import dataclasses
+import gc
+import io
+import json
+import math
+import shutil
+import weakref
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from torch import nn
+
+from selftrans.cli.main import main
+from selftrans.config import from_json
+from selftrans.data.dataset import Shards
+from selftrans.flow import LINEAR, interpolate
+from selftrans.methods import objective, stages
+from selftrans.models.sit import SIT, SiT
+from selftrans.recipes import ignored, recipe
+from selftrans.train import flops as compute
+from selftrans.train.batches import Loaded, Stream, seed_step, to_batch
+from selftrans.train.ema import EMA
+from selftrans.train.log import progress_bar
+from selftrans.train.optim import build_optimizer, learning_rate, load_optimizer, optimizer_tensors
+from selftrans.train.preview import Preview
+from selftrans.train.run import train
+from selftrans.train.trainer import Trainer
+from selftrans.types import Draw
+from tests.support import toy
+from tests.support.toy import quick  # noqa: F401 - a fixture
+
+# ---- one command
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """`selftrans train digits` with its defaults but for the size, and what it printed."""
+    out = tmp_path_factory.mktemp("train") / "a run"
+    small = {"train.preview_every": 3, "log.tensorboard": True, "train.accumulate": 1}
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    screen, bars = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(screen), contextlib.redirect_stderr(bars):
+        assert main(["train", "digits", f"--out={out}", *toy.flags(small)]) == 0
+    torch.set_num_threads(before)
+    said = {"out": screen.getvalue(), "err": bars.getvalue()}
+    return out, said
+
+
+def test_the_screen_says_stage_steps_rate_and_terms(run):
+    out, said = run
+    lines = said["out"].splitlines()
+    assert lines[0].startswith("[1/2] stage1: 4 steps, ") and "structure guidance at block 2" in lines[0]
+    assert lines[1].startswith("[2/2] stage2: 8 steps, ") and "self guidance at block 1 until step 5" in lines[1]
+    assert lines[2].startswith("done: 8 student steps, ") and lines[2].endswith(f"-> {out}") and len(lines) == 3
+    for text in ("stage1: 100%", "4/4", "stage2: 100%", "8/8", "step/s", "loss=", "flow=", "structure/feature_norm="):
+        assert text in said["err"], text
+    assert "warning" not in said["err"]
+
+
+def test_the_run_directory_holds_its_whole_description(run):
+    out, _ = run
+    raw = json.loads((out / "config.json").read_text())
+    config = from_json((out / "config.json").read_text())
+    assert config.train.steps == 8 and config.stage1.steps == 4 and config.data.path is None
+    sections = {"recipe", "method", "data", "model", "stage1", "stage2", "train", "sample", "log"}
+    assert sections < set(raw) == {field.name for field in dataclasses.fields(config)} | {"version"}
+    data = json.loads((out / "data.json").read_text())
+    assert data == json.loads((out / "data" / "manifest.json").read_text()) and data["count"] == 1797
+    assert {path.name for path in out.iterdir()} - {".lock"} == {
+        *("config.json", "data.json", "run.json", "data", "stage1", "stage2", "tensorboard")
+    }
+    for stage in ("stage1", "stage2"):
+        assert {path.name for path in (out / stage).iterdir()} == {"checkpoints", "previews", "log.jsonl"}
+
+
+def test_checkpoints_are_safetensors_and_json_that_others_may_read(run):
+    out, _ = run
+    names = {"student", "ema", "heads", "optimizer"}
+    for stage, steps in {"stage1": (3, 4), "stage2": (6, 8)}.items():
+        assert [int(path.name[5:]) for path in sorted((out / stage / "checkpoints").iterdir())] == list(steps)
+        for path in (out / stage / "checkpoints").iterdir():
+            assert {file.name for file in path.iterdir()} == {f"{name}.safetensors" for name in names} | {"state.json"}
+            assert len({file.stat().st_mode for file in path.iterdir()}) == 1
+    assert {path.suffix for path in out.rglob("*") if path.is_file() and "tensorboard" not in path.parts} == {
+        *("", ".json", ".jsonl", ".safetensors", ".png", ".bin")
+    }
+
+
+def test_log_lines(run):
+    stage1, stage2 = toy.log(run[0], "stage1"), toy.log(run[0], "stage2")
+    assert [line["step"] for line in stage1] == [2, 4]
+    assert [line["step"] for line in stage2] == [2, 4, 6, 8]
+    common = ["stage", "step", "loss", "flow"]
+    guided = ["", "/feature_norm", "/target_norm"]
+    rest = ["grad_norm", "lr", "tflops"]
+    assert list(stage1[0]) == common + [f"structure{part}" for part in guided] + rest
+    assert list(stage2[1]) == common + [f"self{part}" for part in guided] + rest
+    assert list(stage2[3]) == common + rest  # the guidance has ended
+    assert stage2[2]["self"] > 0  # it acted in step 5, which this line holds
+    for line in stage1:
+        assert line["loss"] == pytest.approx(line["flow"] + 0.5 * line["structure"], rel=1e-6)
+    assert [line["lr"] for line in stage2] == pytest.approx([2e-3 / 3, 1e-3, 1e-3, 1e-3])
+
+
+def test_tensorboard_shows_the_log(run):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(run[0] / "tensorboard"))
+    events.Reload()
+    for stage in ("stage1", "stage2"):
+        lines = toy.log(run[0], stage)
+        seen = events.Scalars(f"{stage}/loss")
+        assert [(event.step, pytest.approx(event.value)) for event in seen] == [(x["step"], x["loss"]) for x in lines]
+
+
+def test_previews_are_grids_of_pictures(run):
+    files = sorted((run[0] / "stage2" / "previews").iterdir())
+    assert [file.name for file in files] == ["step-00000003.png", "step-00000006.png", "step-00000008.png"]
+    pixels = [np.asarray(Image.open(file)) for file in files]
+    assert pixels[0].shape[0] == pixels[0].shape[1] >= 2 * 64  # four digits, enlarged
+    assert all(len(np.unique(picture)) > 20 for picture in pixels) and not np.array_equal(pixels[0], pixels[2])
+
+
+# ---- compute
+
+
+def forward(tokens, width, depth, inside, *, whole=True):
+    """Operations (2 per multiply-add) of one image through SiT; `inside`: channels x patch² of a token."""
+    embed = tokens * inside * width + (256 + width) * width
+    block = 6 * width**2 + tokens * width * (3 + 1 + 8) * width + 2 * tokens**2 * width
+    final = 2 * width**2 + tokens * width * inside
+    return 2 * (embed + depth * block + final * whole)
+
+
+def test_forward_operations_are_the_published_ones():
+    with torch.device("meta"):
+        model = SiT((4, 32, 32), 1000, **SIT["SiT-B/2"])
+    counted = compute.forward_flops(model, torch.zeros(1, dtype=torch.long))
+    assert counted == forward(256, 768, 12, 16)
+    assert counted / 2e9 == pytest.approx(23.0, abs=0.05)  # multiply-adds: what the literature calls 23.0 Gflops
+
+
+def test_run_json_counts_students_heads_and_teacher_by_hand():
+    report = json.loads((toy.finished() / "run.json").read_text())
+    student = 3 * 8 * forward(16, 32, 3, 4)  # a step: 8 images, the backward pass counts twice
+    rows = 2 * 2  # two micro-batches of four: at most floor(4 * 0.3) + 1 of their times lie in the range
+    structure_head = 2 * 16 * (32 * 16 + 16 * 16 + 16 * 32 + 32 * 4)
+    self_head = 2 * 16 * (32 * 16 + 16 * 16 + 16 * 32)
+    teacher = forward(16, 32, 2, 4, whole=False)  # two thirds of three blocks, nothing after them
+    stage1 = 4 * (student + 3 * rows * structure_head)
+    stage2 = 8 * student + 5 * (3 * rows * self_head + 2 * rows * teacher)  # five steps of guidance, two halves each
+    assert [(s["stage"], s["steps"]) for s in report["stages"]] == [("stage1", 4), ("stage2", 8)]
+    assert [s["tflops"] * 1e12 for s in report["stages"]] == pytest.approx([stage1, stage2], rel=1e-12)
+    assert report["student_steps"] == 8 and report["student_tflops"] * 1e12 == pytest.approx(stage2)
+    assert report["total_tflops"] * 1e12 == pytest.approx(stage1 + stage2)
+    assert report["method"] == "self_transcendence" and report["teacher"] is None
+    lines = toy.log(toy.finished())
+    assert lines[3]["tflops"] - lines[2]["tflops"] == pytest.approx(2 * student / 1e12)  # no teacher any more
+
+
+# ---- the step
+
+
+def watch(monkeypatch, look):
+    """Call `look(trainer)` before every training step."""
+    original = Trainer._train_step
+
+    def step(self, *args):
+        look(self)
+        return original(self, *args)
+
+    monkeypatch.setattr(Trainer, "_train_step", step)
+
+
+@pytest.mark.parametrize("method", ["vanilla", "structure"])
+def test_training_is_the_plain_loop(tmp_path, monkeypatch, method):
+    """Micro-batches, clipping, AdamW with decay, warm-up and the average, written out."""
+    config = toy.toy(
+        {"method": method, "train.steps": 4, "train.weight_decay": 0.1, "train.checkpoint_every": 1, "train.keep": 0}
+    )
+    start = []
+    watch(monkeypatch, lambda trainer: start.append((copy.deepcopy(trainer.objective), trainer.stage, trainer.stream)))
+    train(config, tmp_path, quiet=True)
+    mine, stage, stream = start[0]
+    shards, lr, (beta1, beta2) = Shards.open(toy.digits()), 1e-3, (0.9, 0.999)
+    parameters = dict(mine.named_parameters())
+    average = {name: p.detach().clone() for name, p in mine.student.named_parameters()}
+    m, v = ({name: torch.zeros_like(p) for name, p in parameters.items()} for _ in range(2))
+    for step in range(4):
+        mine.zero_grad(set_to_none=True)
+        for micro in range(2):
+            seed_step(config.train.seed, stage.stream, step, micro, 0)
+            rows = stream.indices(step, micro)
+            loss, _ = mine(to_batch(Loaded(rows, *shards.read(rows)), shards, torch.device("cpu")), step)
+            (loss / 2).backward()
+        norm = math.sqrt(sum(float(p.grad.double().square().sum()) for p in parameters.values()))
+        assert norm > 1  # so that clipping is at work
+        rate = lr * min(1, (step + 1) / 3)
+        with torch.no_grad():
+            for name, p in parameters.items():
+                gradient = p.grad / (norm + 1e-6)
+                m[name] = beta1 * m[name] + (1 - beta1) * gradient
+                v[name] = beta2 * v[name] + (1 - beta2) * gradient**2
+                m_hat, v_hat = m[name] / (1 - beta1 ** (step + 1)), v[name] / (1 - beta2 ** (step + 1))
+                p.copy_(p * (1 - rate * 0.1) - rate * m_hat / (v_hat.sqrt() + 1e-8))
+            decay = (1 + step + 1) / (10 + step + 1)
+            for name, p in mine.student.named_parameters():
+                average[name] = decay * average[name] + (1 - decay) * p
+        found = toy.tensors(tmp_path, stage.name, step + 1)
+        for name, p in mine.student.named_parameters():
+            torch.testing.assert_close(found[f"student/{name}"], p.detach(), rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(found[f"ema/{name}"], average[name], rtol=1e-4, atol=1e-5)
+
+
+def test_stages_differ_in_weights_noise_and_order_under_one_seed(tmp_path, monkeypatch):
+    seen = {}
+
+    def look(trainer):
+        if trainer.step == 0:
+            weight = trainer.objective.student.x_embedder.proj.weight
+            seen[trainer.stage.name] = (weight.detach().clone(), trainer.stream.indices(0, 0))
+
+    watch(monkeypatch, look)
+    train(toy.toy(), tmp_path, quiet=True)
+    (weight1, rows1), (weight2, rows2) = seen["stage1"], seen["stage2"]
+    assert not torch.equal(weight1, weight2) and not np.array_equal(rows1, rows2)
+
+
+def by_index(batch, null, *, path=LINEAR, times="", drop=0.0):
+    """A draw that is a function of each sample alone, so that batches may be cut in any way."""
+    z0, cond, _ = batch
+    rows = (1000 * z0.flatten(1).abs().sum(dim=1)).long()
+    t = (rows * 37 % 101).float() / 101
+    noise = torch.stack([torch.randn(z0.shape[1:], generator=torch.Generator().manual_seed(int(i))) for i in rows])
+    zt, v = interpolate(path, z0, noise, t)
+    return Draw(z0, noise, t, zt, v, cond, null, torch.where(rows % 5 == 0, null, cond))
+
+
+def test_micro_batches_add_up_to_the_whole_batch(tmp_path, monkeypatch):
+    monkeypatch.setattr(objective, "draw", by_index)
+    results = {}
+    for parts in (1, 2, 4):
+        small = {"train.accumulate": parts, "data.path": None, "method": "structure", "train.steps": 2, "log.every": 1}
+        train(toy.toy(small), tmp_path / str(parts), quiet=True)
+        results[parts] = toy.tensors(tmp_path / str(parts), "stage1"), toy.log(tmp_path / str(parts), "stage1")
+    for parts in (2, 4):
+        for name, value in results[1][0].items():
+            if not name.startswith("optimizer"):
+                torch.testing.assert_close(results[parts][0][name], value, rtol=1e-4, atol=2e-5)
+        for key in ("loss", "flow", "structure", "grad_norm"):
+            means = [[line[key] for line in results[n][1]] for n in (1, parts)]
+            assert means[0] == pytest.approx(means[1], rel=1e-4)
+
+
+def test_warm_up_rises_linearly_and_stays():
+    config = toy.override(toy.toy(), {"train.lr": 0.3, "train.warmup": 3}).train
+    assert [learning_rate(step, config) for step in range(5)] == pytest.approx([0.1, 0.2, 0.3, 0.3, 0.3])
+    assert learning_rate(0, toy.override(toy.toy(), {"train.lr": 0.3, "train.warmup": 0}).train) == 0.3
+
+
+def test_average_by_hand():
+    student = nn.Linear(2, 1, bias=False)
+    nn.init.zeros_(student.weight)
+    ema = EMA(student, 0.5)
+    assert not ema.model.training and not ema.model.weight.requires_grad
+    expected = 0.0
+    for step in range(1, 30):
+        with torch.no_grad():
+            student.weight.fill_(float(step))
+        ema.update(step)
+        decay = min(0.5, (1 + step) / (10 + step))
+        expected = decay * expected + (1 - decay) * step
+        assert torch.allclose(ema.model.weight, torch.full((1, 2), expected))
+    assert (1 + 7) / (10 + 7) < 0.5 == (1 + 8) / (10 + 8)  # both sides of the warm-up were seen
+
+
+def test_optimizer_state_by_name_and_back():
+    config = toy.toy().train
+    models = [nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 1)) for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    optimizers = [build_optimizer(model, config) for model in models]
+    x = torch.randn(5, 3)
+    for _ in range(3):
+        models[0](x).square().mean().backward()
+        optimizers[0].step()
+        optimizers[0].zero_grad()
+    named = optimizer_tensors(optimizers[0], models[0])
+    moments = ("step", "exp_avg", "exp_avg_sq")
+    assert set(named) == {f"{i}.{p}:{moment}" for i in (0, 1) for p in ("weight", "bias") for moment in moments}
+    models[1].load_state_dict(models[0].state_dict())
+    load_optimizer(optimizers[1], models[1], named)
+    for model, optimizer in zip(models, optimizers, strict=True):
+        model(x).square().mean().backward()
+        optimizer.step()
+    assert all(torch.equal(p, q) for p, q in zip(models[0].parameters(), models[1].parameters(), strict=True))
+
+
+# ---- data order
+
+
+def test_every_epoch_visits_every_picture_once_whoever_reads():
+    shards = Shards.open(toy.digits())
+    alone = Stream(shards, batch_size=12, accumulate=1, seed=3)
+    rows = np.concatenate([alone.indices(step, 0) for step in range(2 * 1797 // 12 + 1)])
+    assert sorted(rows[:1797]) == sorted(rows[1797 : 2 * 1797]) == list(range(1797))
+    assert not np.array_equal(rows[:1797], rows[1797 : 2 * 1797])
+    shared = [Stream(shards, batch_size=12, accumulate=3, seed=3, rank=rank, world=2) for rank in (0, 1)]
+    for step in (0, 149, 150):  # the second crosses an epoch
+        parts = [stream.indices(step, micro) for stream in shared for micro in range(3)]
+        assert np.array_equal(np.concatenate(parts), alone.indices(step, 0))
+    batches = alone.from_step(149)
+    for step in (149, 150):
+        read_rows, moments, labels, _ = next(batches)
+        assert np.array_equal(read_rows, alone.indices(step, 0))
+        assert torch.equal(moments, shards.read(read_rows)[0]) and torch.equal(labels, shards.read(read_rows)[1])
+
+
+def test_a_batch_that_does_not_divide_says_what_would():
+    with pytest.raises(ValueError, match="multiple of 6"):
+        Stream(Shards.open(toy.digits()), batch_size=8, accumulate=3, seed=0, world=2)
+
+
+def test_each_visit_takes_one_of_the_mirrored_copies():
+    shards = Shards.open(toy.digits())
+    rows = np.repeat(7, 64)
+    torch.manual_seed(0)
+    z0 = to_batch(Loaded(rows, *shards.read(rows)), shards, torch.device("cpu")).z0
+    one, other = z0[0], z0[0].flip(dims=(-1,))
+    assert not torch.equal(one, other)
+    assert {int(torch.equal(z, one)) + 2 * int(torch.equal(z, other)) for z in z0} == {1, 2}
+
+
+# ---- the end of guidance
+
+
+def test_when_guidance_ends_heads_and_teacher_leave(tmp_path, monkeypatch):
+    seen, teachers = [], []
+
+    def look(trainer):
+        if trainer.stage.name == "stage2":
+            if trainer.teacher is not None and not teachers:
+                teachers.append(weakref.ref(trainer.teacher))
+            if trainer.step in (5, 7):
+                gc.collect()
+            held = sum(p.numel() for group in trainer.optimizer.param_groups for p in group["params"])
+            moments = len(trainer.optimizer.state)
+            seen.append((trainer.step, len(trainer.objective.guidances), held, moments, teachers[0]() is not None))
+
+    watch(monkeypatch, look)
+    train(toy.toy({"train.keep": 0, "train.checkpoint_every": 1}), tmp_path, quiet=True)
+    with torch.device("meta"):
+        student = sum(p.numel() for p in toy.toy().model.build((1, 8, 8), 10).parameters())
+    head = 32 * 16 + 16 + 16 * 16 + 16 + 16 * 32 + 32
+    assert [s[1:3] for s in seen] == 5 * [(1, student + head)] + 3 * [(0, student)]
+    assert [s[4] for s in seen] == 5 * [True] + 3 * [False]  # the memory is free, too
+    assert seen[4][3] == seen[5][3] + 6
+    for step in range(1, 9):
+        names = toy.tensors(tmp_path, step=step)
+        assert any(name.startswith("heads/") for name in names) == (step < 5)
+        assert any("optimizer/guidances" in name for name in names) == (step < 5)
+        assert not any("head" in name for name in names if name.startswith(("student/", "ema/")))
+        state = json.loads((toy.checkpoint(tmp_path, step=step) / "state.json").read_text())
+        assert (state["teacher"] is not None) == (step < 5)
+
+
+@pytest.mark.parametrize("until", [0, 1, 8, 20, None])
+def test_guidance_may_end_at_any_step_or_never(tmp_path, until):
+    train(toy.toy({"stage2.until_step": until, "log.every": 1}), tmp_path, quiet=True)
+    assert [("self" in line) for line in toy.log(tmp_path)] == [until is None or step < until for step in range(8)]
+
+
+# ---- averages are what is shown
+
+
+def test_previews_come_from_the_average_in_eval_mode(tmp_path, monkeypatch):
+    shown = []
+
+    def make(self, model, path):
+        shown.append((path.name, model.training, {k: v.clone() for k, v in model.state_dict().items()}))
+
+    monkeypatch.setattr(Preview, "_make", make)
+    train(toy.toy({"method": "vanilla", "train.preview_every": 3}), tmp_path, quiet=True)
+    assert [name for name, *_ in shown] == ["step-00000003.png", "step-00000006.png", "step-00000008.png"]
+    assert not any(training for _, training, _ in shown)
+    saved = load_file(toy.checkpoint(tmp_path, "vanilla") / "ema.safetensors")
+    toy.assert_same(shown[-1][2], saved)
+
+
+def test_a_preview_that_fails_does_not_stop_training(tmp_path):
+    small = {"method": "vanilla", "train.preview_every": 8, "sample.labels": (99,)}
+    with pytest.warns(UserWarning, match="no preview at .*99"):
+        train(toy.toy(small), tmp_path, quiet=True)
+
+
+# ---- precision and speed
+
+
+def test_bf16_trains_in_float32_weights_with_a_bf16_teacher(tmp_path, monkeypatch):
+    kinds = []
+    watch(monkeypatch, lambda t: kinds.append(next(t.teacher.model.parameters()).dtype if t.teacher else None))
+    train(toy.toy({"train.precision": "bf16"}), tmp_path / "bf16", quiet=True)
+    assert kinds == 4 * [None] + 5 * [torch.bfloat16] + 3 * [None]
+    assert {t.dtype for t in toy.tensors(tmp_path / "bf16").values()} == {torch.float32}
+    half, full = ([line["loss"] for line in toy.log(out)] for out in (tmp_path / "bf16", toy.finished()))
+    assert half == pytest.approx(full, rel=0.02) and half != full
+    train(toy.toy(), tmp_path / "fp32", quiet=True)  # the other precision in the same process leaves no trace
+    toy.assert_same_run(tmp_path / "fp32", toy.finished())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU computes in fp16")
+def test_fp16_without_a_gpu_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="fp16 needs a GPU; use bf16 or fp32"):
+        train(toy.toy({"train.precision": "fp16"}), tmp_path)
+
+
+def test_recomputed_activations_change_nothing(tmp_path):
+    train(toy.toy({"train.recompute": True, "train.compile": False}), tmp_path, quiet=True)
+    toy.assert_same(toy.tensors(tmp_path), toy.tensors(toy.finished()))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+@pytest.mark.skipif(shutil.which("gcc") is None, reason="torch.compile needs a C compiler")
+def test_compiled_training_is_the_same_training(tmp_path):
+    train(toy.toy({"train.compile": True}), tmp_path, quiet=True)
+    for mine, plain in zip(toy.log(tmp_path), toy.log(toy.finished()), strict=True):
+        assert mine["loss"] == pytest.approx(plain["loss"], rel=1e-4)
+    assert toy.tensors(tmp_path).keys() == toy.tensors(toy.finished()).keys()
+
+
+# ---- other methods, other data
+
+
+def test_vanilla_and_structure_are_single_stages(tmp_path, capsys):
+    assert main(["train", "digits", f"--out={tmp_path / 'v'}", "--method=vanilla", *toy.flags()]) == 0
+    assert "[1/1] vanilla: 8 steps" in capsys.readouterr().out
+    assert {*toy.log(tmp_path / "v", "vanilla")[0]} == {"stage", "step", "loss", "flow", "grad_norm", "lr", "tflops"}
+    assert main(["train", "digits", f"--out={tmp_path / 's'}", "--method=structure", *toy.flags()]) == 0
+    assert "[1/1] stage1: 8 steps" in capsys.readouterr().out
+    assert json.loads((tmp_path / "s" / "run.json").read_text())["student_steps"] == 8
+
+
+def test_structure_alone_passes_through_the_teacher_of_the_whole_method(tmp_path):
+    train(toy.toy({"method": "structure", "train.steps": 4}), tmp_path, quiet=True)
+    toy.assert_same(toy.tensors(tmp_path, "stage1"), toy.tensors(toy.finished(), "stage1"))
+
+
+def test_a_teacher_without_use_is_said_to_be_ignored(tmp_path, capsys):
+    argv = ["train", "digits", f"--out={tmp_path}", "--method=vanilla", f"--teacher={toy.finished()}", *toy.flags()]
+    assert main(argv) == 0
+    assert "warning: --teacher is ignored: method vanilla has no teacher" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("method", "given", "said"),
+    [
+        (
+            "vanilla",
+            {"stage2.scale": 3.0, "sra.block": 2},
+            ["stage2.scale is ignored: method vanilla", "sra.block is ignored"],
+        ),
+        (
+            "self_transcendence",
+            {"repa.weight": 0.75},
+            ["repa.weight is ignored: method self_transcendence does not use it"],
+        ),
+        (
+            "self_transcendence",
+            {"stage2.timestep_range": None, "stage2.range_mode": "scale"},
+            ["stage2.range_mode is ignored"],
+        ),
+        (
+            "self_transcendence",
+            {"stage2.teacher": "x", "stage1.weight": 0.25},
+            ["stage1.weight is ignored: --teacher takes"],
+        ),
+        ("structure", {"stage1.weight": 0.25}, []),
+        ("somebodys:method", {}, []),
+    ],
+)
+def test_settings_that_nothing_reads_are_said(monkeypatch, method, given, said):
+    monkeypatch.setattr("selftrans.recipes.stages", lambda config: [] if ":" in config.method else stages(config))
+    found = ignored(toy.override(recipe("digits"), {"method": method} | given))
+    assert len(found) == len(said)
+    for one, start in zip(sorted(found, reverse=True), sorted(said, reverse=True), strict=True):
+        assert one.startswith(start)
+
+
+def test_settings_that_nothing_reads_are_said_on_the_screen(tmp_path, capsys):
+    argv = ["train", "digits", f"--data={toy.digits()}", f"--out={tmp_path}", *toy.flags({"method": "vanilla"})]
+    assert main([*argv, "--dispersive.weight=0.1", "--train.steps=1"]) == 0
+    assert "dispersive.weight is ignored: method vanilla does not use it" in capsys.readouterr().err
+
+
+def test_a_run_does_not_begin_among_prepared_data(tmp_path, capsys):
+    data = toy.prepared(tmp_path)
+    before = toy.tree(data)
+    assert main(["train", "imagefolder", f"--data={data}", f"--out={data}", *toy.flags()]) == 1
+    assert f"{data} holds prepared data; choose another --out" in capsys.readouterr().err
+    assert toy.tree(data) == before
+
+
+def test_without_a_terminal_a_bar_is_lines(capsys):
+    bar = progress_bar(total=2, desc="stage1", unit="step")
+    bar.update(2)
+    bar.close()
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0].startswith("stage1:   0% 0/2") and lines[-1].startswith("stage1: 100% 2/2")
+
+
+@pytest.mark.parametrize(
+    ("classes", "count"),
+    [((), 6), (("only",), 6), (("a b", "ü"), 3), (("x",), 1), ((), 1)],
+    ids=["unconditional", "one class", "fewer than a batch", "one picture of one class", "one picture"],
+)
+def test_any_pictures_train_sample_and_are_analysed(tmp_path, capsys, classes, count):
+    toy.pictures(tmp_path / "my pictures", classes, count)
+    assert main(["prepare", str(tmp_path / "my pictures"), f"--out={tmp_path / 'data'}"]) == 0
+    small = ["--train.steps=3", "--stage1.steps=2", "--train.preview-every=3"]
+    run = tmp_path / "run"
+    assert main(["train", "imagefolder", f"--data={tmp_path / 'data'}", f"--out={run}", *toy.flags(), *small]) == 0
+    assert main(["sample", str(run), f"--out={tmp_path / 'made'}", "--num=3", "--steps=2"]) == 0
+    with np.load(tmp_path / "made" / "samples.npz") as arrays:
+        assert arrays["arr_0"].shape == (3, 8, 8, 3)
+        assert list(arrays["arr_1"]) == [k % max(1, len(classes)) for k in range(3)]
+    capsys.readouterr()
+    status = main(["analyse", str(run), f"--out={tmp_path / 'seen'}"])
+    assert status == (count == 1)
+    assert "1 images are too few for t-SNE" in capsys.readouterr().err or count > 1
+
+
+# ---- accidents
+
+
+def test_training_that_breaks_down_stops_and_keeps_the_last_good_checkpoint(tmp_path, capsys):
+    bad = {"train.lr": 1e30, "train.checkpoint_every": 1, "log.every": 100, "train.warmup": 0, "method": "vanilla"}
+    bad |= {"train.max_skips": 4}
+    assert main(["train", "digits", f"--out={tmp_path}", *toy.flags(bad | {"train.steps": 20})]) == 1
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith("selftrans: ") and "train.lr" in said and str(tmp_path / "vanilla" / "checkpoints") in said
+    assert all(torch.isfinite(t).all() for name, t in toy.tensors(tmp_path, "vanilla").items() if "student" in name)
+    assert toy.checkpoint(tmp_path, "vanilla").name < "step-00000010"
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("stage1.block", 9, "structure reads block 9, but the student has blocks 1..3"),
+        ("stage2.student_block", 9, "self reads block 9, but the student has blocks 1..3"),
+        ("stage2.student_block", 0, "self reads block 0"),
+        ("stage2.teacher_block", 9, "teacher block 9 is outside the teacher's 1..3"),
+        ("stage2.range_mode", "all", "range_mode"),
+        ("stage2.timestep_range", (0.7, 0.4), "timestep_range"),
+        ("train.batch_size", 9, "multiple of 2"),
+        ("model.patch", 3, "patches of 3"),
+        ("model.width", 30, "width 30"),
+        ("data.shape", (4, 8, 8), "data.shape expects"),
+        ("data.classes", 7, "data.classes expects 7"),
+        ("method", "self_transcendance", "unknown"),
+        ("method", "no_such_module:method", "cannot be imported"),
+        ("method", "selftrans.methods:no_such_function", "cannot be imported"),
+    ],
+)
+def test_what_cannot_work_is_said_before_anything_is_trained_or_written(tmp_path, field, value, message):
+    with pytest.raises(ValueError, match=message):
+        train(toy.toy({field: value}), tmp_path / "run")
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {".lock"}
+
+
+def test_a_strangers_method_joins_by_its_name(tmp_path, monkeypatch):
+    (tmp_path / "stranger.py").write_text(
+        "from selftrans.methods import Stage\n"
+        "def method(config):\n"
+        "    return [Stage('mine', config.train.steps, lambda student, teacher: [])]\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    report = train(toy.toy({"method": "stranger:method", "train.steps": 2}), tmp_path / "run", quiet=True)
+    assert report["stages"][0]["stage"] == "mine" and toy.checkpoint(tmp_path / "run", "mine").exists()

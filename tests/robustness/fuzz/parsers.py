@@ -1,0 +1,548 @@
+"""Every parser that meets a file of a stranger, as a function of that file, with sound examples to start from.
+
+A parser may return, or raise ValueError in one short line. It may not raise anything else, write outside its folder, start
+a process, open a connection, look up what a pickle names, or take memory and time beyond its input.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import functools
+import io
+import json
+import os
+import shutil
+import sys
+import warnings
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from safetensors.torch import save
+
+from selftrans.checkpoints import format as checkpoint
+from selftrans.checkpoints.load import restore
+from selftrans.config import to_json
+from selftrans.data import resumable as ledger
+from selftrans.data.dataset import Shards
+from selftrans.data.feature_files import Features
+from selftrans.data.sources.decode import open_picture
+from selftrans.data.sources.folder import npz_labels
+from selftrans.data.sources.open_source import iter_images, open_source
+from selftrans.data.sources.source import Source
+from selftrans.evaluate.classifier import SmallClassifier
+from selftrans.evaluate.statistics import Statistics
+from selftrans.experiments.evaluate_samples import _names, _sampled
+from selftrans.interop.importing import import_run
+from selftrans.interop.published_file import read as read_published
+from selftrans.recipes import recipe
+from selftrans.sampling import folder as samples_io
+from selftrans.train.log import Journal
+from selftrans.train.resume import _read, from_json
+from tests.support.pictures import encoded, noise
+from tests.support.shards import make
+
+LONGEST = 1200  #: letters of an error beside the path of its file
+
+
+class Parser(NamedTuple):
+    file: str  #: what the input is called
+    parse: Callable[[Path], object]  #: the file
+    examples: Callable[[], list[bytes]]
+    runs: int  #: inputs tried in the slow suite, guided by coverage
+    around: Callable[[Path], object] = lambda folder: None  #: puts other files in the folder, once
+    #: an input into the file: puts right the lengths and checksums that would turn away every change inside
+    wrap: Callable[[bytes], bytes] = bytes
+
+
+# ---- the files that are needed around, and sound examples
+
+
+def jsons(*values: Any) -> list[bytes]:
+    return [json.dumps(value).encode() for value in values]
+
+
+@functools.cache
+def prepared() -> dict[str, bytes]:
+    """A folder of shards written by hand."""
+    with temporary() as folder:
+        make(folder)
+        return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@functools.cache
+def run_files() -> dict[str, bytes]:
+    """A checkpoint of a model of a few hundred numbers."""
+    config = dataclasses.replace(
+        recipe("digits"), model=dataclasses.replace(recipe("digits").model, width=4, depth=1, heads=1, patch=4)
+    )
+    model = config.model.build((1, 8, 8), 2)
+    header = {
+        "stage": "stage1",
+        "step": 3,
+        "shape": [1, 8, 8],
+        "num_classes": 2,
+        "classes": ["a", "b"],
+        "autoencoder": "pixel",
+        "config": json.loads(to_json(config)),
+    }
+    with temporary() as folder:
+        weights = dict(model.state_dict())
+        state = header | {"seconds": 1.5, "window": {"loss": [0.5, 1]}, "scaler": None, "processes": 1, "teacher": None}
+        path = checkpoint.save(folder, 3, {"student": weights, "ema": weights, "heads": {}}, state, header)
+        return {file.name: file.read_bytes() for file in path.iterdir()}
+
+
+@contextlib.contextmanager
+def temporary() -> Iterator[Path]:
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as name:
+        yield Path(name)
+
+
+def put(files: Callable[[], dict[str, bytes]], but: str = "") -> Callable[[Path], object]:
+    def around(folder: Path) -> None:
+        for name, data in files().items():
+            if name != but:
+                (folder / name).write_bytes(data)
+
+    return around
+
+
+def unfinished(folder: Path) -> None:
+    """A folder of shards before its manifest was written."""
+    put(prepared, but="manifest.json")(folder)
+    plan = json.loads(prepared()["manifest.json"]) | {"count": 0, "shards": []}
+    (folder / "plan.json").write_text(json.dumps(plan))
+
+
+def npz(**arrays: Any) -> bytes:
+    buffer = io.BytesIO()
+    np.savez(buffer, **arrays)
+    return buffer.getvalue()
+
+
+def npy(array: Any) -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, array)
+    return buffer.getvalue()
+
+
+def packed(files: dict[str, bytes], method: int = zipfile.ZIP_STORED) -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", method) as archive:
+        for name, data in files.items():
+            archive.writestr(name, data)
+    return buffer.getvalue()
+
+
+def labelled(image: np.ndarray) -> bytes:
+    with temporary() as folder:
+        shaped = image.reshape(1, *image.shape[:2], -1)
+        samples_io._write_batch(folder, np.zeros(1, np.int64), np.ones(1, np.int64), shaped, 0)
+        return (folder / "000000.png").read_bytes()
+
+
+def parquet() -> list[bytes]:
+    import pyarrow
+    import pyarrow.parquet
+
+    def table(cells: list[Any], **options: Any) -> bytes:
+        buffer = io.BytesIO()
+        rows = pyarrow.table({"image": cells, "label": list(range(len(cells)))})
+        pyarrow.parquet.write_table(rows, buffer, **options)
+        return buffer.getvalue()
+
+    data = [encoded(noise(8, i)) for i in range(2)]
+    return [table(data), table([{"bytes": cell, "path": None} for cell in data], compression="gzip")]
+
+
+def images(n: int = 3) -> np.ndarray:
+    return np.stack([noise(8, i) for i in range(n)])
+
+
+def statistics() -> dict[str, Any]:
+    spatial = {"mu_s": np.zeros(2), "sigma_s": np.eye(2)}
+    more = {"features": np.zeros((5, 3), np.float32), "count": np.int64(5), "extractor": np.str_("x")}
+    return {"mu": np.zeros(3), "sigma": np.eye(3), **spatial, **more}
+
+
+@functools.cache
+def classifier() -> bytes:
+    with temporary() as folder:
+        SmallClassifier(resolution=4, channels=1, num_classes=2, width=1, dim=2).save(folder / "c.safetensors")
+        return (folder / "c.safetensors").read_bytes()
+
+
+def stored_features() -> list[bytes]:
+    entries = [{"index": i, "count": 3, "sha256": "0" * 64} for i in range(2)]
+    about = {
+        "encoder": "a/vit",
+        "sha256": "1" * 64,
+        "precision": "float32",
+        "grid": 2,
+        "width": 4,
+        "pictures": "2" * 64,
+    }
+    return jsons({"version": 1, **about, "files": entries}, {"version": 1, **about, "files": []})
+
+
+def published() -> dict[str, Any]:
+    return {"blocks.0.attn.qkv.weight": torch.zeros(6, 2), "x_embedder.proj.bias": torch.zeros(2)}
+
+
+def saved(content: Any) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    return buffer.getvalue()
+
+
+@functools.cache
+def torch_files() -> list[bytes]:
+    whole = {"model": published(), "ema": published(), "opt": {"state": {}, "param_groups": []}, "steps": 3}
+    return [saved(published()), saved(whole | {"args": argparse.Namespace(model="SiT-XL/2", path_type="linear")})]
+
+
+@functools.cache
+def models(depth: int) -> dict[str, torch.Tensor]:
+    from tests.support.published_files import state
+
+    sizes = {"width": 4, "depth": depth, "heads": 1, "patch": 4, "channels": 1, "side": 8, "classes": 2}
+    return {name: tensor.half() for name, tensor in state(**sizes, projectors="stage1").items()}
+
+
+@functools.cache
+def torch_models() -> list[bytes]:
+    from tests.support.published_files import options
+
+    said = {"opt": {"state": {}, "param_groups": []}, "args": options("repa", encoder_depth=1), "steps": 3}
+    return [saved({"ema": models(1)} | said)]
+
+
+# ---- the insides of a file, and the file around them
+
+
+def header(file: bytes) -> bytes:
+    """The json of a safetensors file."""
+    return file[8 : 8 + int.from_bytes(file[:8], "little")]
+
+
+def with_header(file: bytes) -> Callable[[bytes], bytes]:
+    """A safetensors file with another header before the same numbers."""
+    numbers = file[8 + len(header(file)) :]
+    return lambda data: len(data).to_bytes(8, "little") + data + numbers
+
+
+def pickled(file: bytes) -> bytes:
+    """The pickle in a file of torch.save."""
+    with zipfile.ZipFile(io.BytesIO(file)) as archive:
+        return archive.read(next(name for name in archive.namelist() if name.endswith("/data.pkl")))
+
+
+def with_pickle(file: bytes) -> Callable[[bytes], bytes]:
+    """A file of torch.save with another pickle beside the same numbers."""
+    with zipfile.ZipFile(io.BytesIO(file)) as archive:
+        records = {name: archive.read(name) for name in archive.namelist()}
+    return lambda data: packed({name: data if name.endswith("/data.pkl") else x for name, x in records.items()})
+
+
+def sealed(data: bytes) -> bytes:
+    """A state.json whose own hash is right, whatever it says."""
+    try:
+        state = json.loads(data)
+        state["sha256"].pop("state.json", None)
+        state["sha256"]["state.json"] = checkpoint._seal(state)
+        return json.dumps(state).encode()
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return data
+
+
+# ---- the parsers, as the commands call them
+
+
+def imported(path: Path) -> None:
+    """All of `selftrans import`, what it has written taken away."""
+    try:
+        import_run(path, path.parent / "run", heads=1, say=lambda line: None)
+    finally:
+        shutil.rmtree(path.parent / "run", ignore_errors=True)
+
+
+def picture(path: Path) -> None:
+    source = Source(["a.png"], np.zeros(1, np.int64), (), lambda i: open_picture(path), resolution=8)
+    assert source.read(0).shape == (8, 8, 3)
+
+
+def source(path: Path) -> None:
+    found = open_source(path, resolution=8)
+    for i in range(min(len(found), 4)):
+        with contextlib.suppress(ValueError):
+            found.read(i)
+
+
+def sample(path: Path) -> None:
+    pixels, label = samples_io.read_png(path)
+    assert pixels.dtype == np.uint8 and pixels.ndim == 3 and label >= -1
+
+
+def npz_pictures(path: Path) -> None:
+    samples_io._npz_count(path)
+    labels = npz_labels(path)
+    assert labels is None or labels.dtype == np.int64
+    for batch in iter_images(path):
+        assert batch.dtype == np.uint8 and batch.ndim == 4
+
+
+def table(path: Path) -> None:
+    """Rows go through the cache of `datasets`, put in the folder meanwhile."""
+    import datasets
+
+    cache, datasets.config.HF_DATASETS_CACHE = datasets.config.HF_DATASETS_CACHE, str(path.parent / "cache")
+    datasets.disable_progress_bars()
+    try:
+        source(path)
+    finally:
+        datasets.config.HF_DATASETS_CACHE = cache
+        shutil.rmtree(path.parent / "cache", ignore_errors=True)
+
+
+def samples_json(path: Path) -> None:
+    with contextlib.suppress(ValueError):
+        _sampled(path.parent)
+    data = path.read_bytes()
+    try:
+        samples_io._begin(path.parent, {"steps": 4, "guidance": {"scale": 1.5}}, 3, 0)
+    finally:
+        path.write_bytes(data)
+
+
+def journal(path: Path) -> None:
+    Journal(path, resume_step=4).close()
+    for line in path.read_text().splitlines():
+        assert json.loads(line)["step"] <= 4
+
+
+SETTINGS = {"steps": 4, "guidance": {"scale": 1.5}}
+PARSERS: dict[str, Parser] = {
+    "manifest": Parser(
+        "manifest.json",
+        lambda path: Shards.open(path.parent).manifest.summary(),
+        lambda: [prepared()["manifest.json"]],
+        16_000,
+        put(prepared, but="manifest.json"),
+    ),
+    "ledger": Parser(
+        "shard-00000.json",
+        lambda path: ledger.earlier(path.parent),
+        lambda: jsons(json.loads(prepared()["manifest.json"])["shards"][0]),
+        10_000,
+        unfinished,
+    ),
+    "config": Parser(
+        "config.json",
+        lambda path: _read(path, from_json).check(),
+        lambda: [to_json(recipe("digits")).encode()],
+        20_000,
+    ),
+    "state": Parser(
+        "state.json",
+        lambda path: checkpoint.read(path.parent),
+        lambda: [run_files()["state.json"]],
+        6_000,
+        put(run_files, but="state.json"),
+    ),
+    "sealed_state": Parser(
+        "state.json",
+        lambda path: checkpoint.read(path.parent),
+        lambda: [run_files()["state.json"]],
+        12_000,
+        put(run_files, but="state.json"),
+        sealed,
+    ),
+    "header": Parser("ema.safetensors", checkpoint.read_header, lambda: [run_files()["ema.safetensors"]], 14_000),
+    "weights": Parser("ema.safetensors", restore, lambda: [run_files()["ema.safetensors"]], 2_000),
+    "weights_header": Parser(
+        "ema.safetensors",
+        restore,
+        lambda: [header(run_files()["ema.safetensors"])],
+        4_000,
+        wrap=lambda data: with_header(run_files()["ema.safetensors"])(data),
+    ),
+    "classifier": Parser("c.safetensors", SmallClassifier.load, lambda: [classifier()], 5_000),
+    "samples": Parser(
+        "samples.json",
+        samples_json,
+        lambda: jsons(
+            {"num": 3, "complete": True, "settings": SETTINGS}, {"num": 1, "complete": False, "settings": SETTINGS}
+        ),
+        10_000,
+        lambda folder: (folder / "samples.npz").write_bytes(npz(arr_0=images(), arr_1=np.arange(3))),
+    ),
+    "sample": Parser(
+        "000000.png", sample, lambda: [labelled(noise(6)), labelled(noise(6, channels=1)), encoded(noise(6))], 6_000
+    ),
+    "npz": Parser(
+        "x.npz",
+        npz_pictures,
+        lambda: [npz(arr_0=images(), arr_1=np.arange(3)), packed({"arr_0.npy": npy(images())}, zipfile.ZIP_DEFLATED)],
+        5_000,
+    ),
+    "npz_member": Parser(
+        "x.npz", npz_pictures, lambda: [npy(images())], 8_000, wrap=lambda data: packed({"arr_0.npy": data})
+    ),
+    "statistics": Parser(
+        "s.npz", Statistics.load, lambda: [npz(**statistics()), npz(mu=np.zeros(3), sigma=np.eye(3))], 4_000
+    ),
+    "statistics_member": Parser(
+        "s.npz",
+        Statistics.load,
+        lambda: [npy(np.zeros(3)), npy(np.zeros(3, np.float32))],
+        6_000,
+        wrap=lambda data: packed({"mu.npy": data, "sigma.npy": npy(np.eye(3)), "source.npy": npy(np.str_("x"))}),
+    ),
+    "reference": Parser("r.npz", _names, lambda: [npz(**statistics()), npz(arr_0=images())], 5_000),
+    "picture": Parser(
+        "a.png",
+        picture,
+        lambda: [encoded(noise(9), kind) for kind in ("PNG", "JPEG", "GIF", "TIFF", "WEBP", "BMP", "PPM")],
+        12_000,
+    ),
+    "zip": Parser(
+        "x.zip",
+        source,
+        lambda: [
+            packed({f"{name}/a.png": encoded(noise()) for name in ("cat", "dog")}, method)
+            for method in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
+        ],
+        6_000,
+    ),
+    "parquet": Parser("x.parquet", table, parquet, 400),
+    "features": Parser("features.json", Features.load, stored_features, 12_000),
+    "torch": Parser("x.pt", read_published, torch_files, 4_000),
+    "torch_pickle": Parser(
+        "x.pt",
+        read_published,
+        lambda: [pickled(torch_files()[1])],
+        8_000,
+        wrap=lambda data: with_pickle(torch_files()[1])(data),
+    ),
+    "safetensors": Parser(
+        "x.safetensors",
+        read_published,
+        lambda: [save(published()), save({f"ema.{name}": tensor for name, tensor in published().items()})],
+        10_000,
+    ),
+    "import": Parser("x.safetensors", imported, lambda: [save(models(2))], 1_000),
+    "import_header": Parser(
+        "x.safetensors",
+        imported,
+        lambda: [header(save(models(2)))],
+        2_000,
+        wrap=lambda data: with_header(save(models(2)))(data),
+    ),
+    "import_pickle": Parser(
+        "x.pt",
+        imported,
+        lambda: [pickled(torch_models()[0])],
+        2_000,
+        wrap=lambda data: with_pickle(torch_models()[0])(data),
+    ),
+    "log": Parser(
+        "log.jsonl", journal, lambda: [b'{"step": 2}\n{"step": 4}\n{"step": 6, "loss": 0.5}\n{"step": 8'], 8_000
+    ),
+}
+
+
+# ---- one input
+
+
+@contextlib.contextmanager
+def room(name: str) -> Iterator[Path]:
+    """A folder in which the parser `name` finds what it needs, ready for its inputs."""
+    with temporary() as folder:
+        PARSERS[name].around(folder)
+        for data in PARSERS[name].examples():  # what is imported at first use is imported now
+            (folder / PARSERS[name].file).write_bytes(PARSERS[name].wrap(data))
+            PARSERS[name].parse(folder / PARSERS[name].file)
+        before = sorted(os.listdir(folder))
+        yield folder
+        assert sorted(os.listdir(folder)) == before
+
+
+def attempt(name: str, folder: Path, data: bytes) -> bool:
+    """Parse `data`; whether it was found sound. AssertionError where the parser breaks its promise."""
+    parser = PARSERS[name]
+    path = folder / parser.file
+    path.write_bytes(parser.wrap(data))
+    try:
+        with warnings.catch_warnings(), watched(folder):
+            warnings.simplefilter("ignore")
+            parser.parse(path)
+    except ValueError as error:
+        message = str(error).replace(str(path), "").replace(str(folder), "")
+        assert message.strip() and "\n" not in message and len(message) < LONGEST, repr(message)
+        return False
+    return True
+
+
+WATCHED: list[Path] = []
+FORBIDDEN = (
+    "subprocess.Popen",
+    "os.system",
+    "os.exec",
+    "os.posix_spawn",
+    "os.fork",
+    "os.symlink",
+    "socket.connect",
+    "pickle.find_class",
+)
+CHANGES = ("os.remove", "os.rename", "os.mkdir", "os.rmdir", "os.link", "shutil.rmtree")
+
+
+class Trespass(AssertionError):
+    """A parser did what no file may make it do."""
+
+
+TRESPASSES: list[str] = []  #: since `watched` began: a parser may well have caught the error
+
+
+def _trespass(what: str) -> None:
+    TRESPASSES.append(what)
+    raise Trespass(what)
+
+
+def _audit(event: str, arguments: tuple[Any, ...]) -> None:
+    if not WATCHED:
+        return
+    writes = event == "open" and isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
+    if event in FORBIDDEN:
+        _trespass(f"{event} {arguments}")
+    if writes or event in CHANGES:
+        below = arguments[-1] if event in ("os.remove", "os.rmdir", "os.mkdir") else -1  # an open folder, by number
+        base = os.readlink(f"/proc/self/fd/{below}") if below >= 0 else os.getcwd()
+        for name in arguments[: 2 if event in ("os.rename", "os.link") else 1]:
+            target = Path(os.path.abspath(os.path.join(base, os.fsdecode(name)))) if not isinstance(name, int) else None
+            if target and not target.is_relative_to(WATCHED[-1]) and target != Path(os.devnull):
+                _trespass(f"{event} {target}")
+
+
+@contextlib.contextmanager
+def watched(folder: Path) -> Iterator[None]:
+    """Trespass for a process, a connection, an unpickled name, or a file written outside `folder`."""
+    WATCHED.append(Path(os.path.abspath(folder)))
+    TRESPASSES.clear()
+    try:
+        yield
+    finally:
+        WATCHED.pop()
+        if TRESPASSES:
+            raise Trespass(TRESPASSES[0])
+
+
+sys.addaudithook(_audit)

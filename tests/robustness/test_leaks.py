@@ -1,0 +1,54 @@
+"""Memory and open files stay flat over a long run with previews, checkpoints and evaluation."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not sys.platform.startswith("linux"), reason="memory is read from /proc"),
+]
+FEW = 256 * 1024  #: bytes per 1,000 steps that may be chance
+
+
+def watched(folder: Path, steps: int, *leak: str) -> list[dict[str, int]]:
+    folder.mkdir()
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.support.leaks", str(folder), str(steps), *leak],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(folder / "cache")},
+        check=False,
+        cwd=Path(__file__).parents[2],
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["evaluated"] == steps // 500
+    return [one for one in found["samples"] if one["step"] > steps / 5]  # what is imported at first use has been
+
+
+def slope(samples: list[dict[str, int]], what: str) -> float:
+    """Growth per 1,000 steps, of the line through the samples."""
+    return float(np.polyfit([one["step"] / 1000 for one in samples], [one[what] for one in samples], 1)[0])
+
+
+@pytest.mark.timeout(900)
+def test_five_thousand_steps_leave_nothing_behind(tmp_path):
+    samples = watched(tmp_path / "long", 5000)
+    print({what: round(slope(samples, what), 1) for what in ("rss", "device", "files", "threads", "tensors")})
+    assert slope(samples, "rss") < FEW and slope(samples, "device") < FEW
+    for what in ("files", "threads", "tensors"):
+        seen = [one[what] for one in samples]
+        assert max(seen) == min(seen), (what, seen)
+
+
+def test_the_meter_sees_a_leak(tmp_path):
+    samples = watched(tmp_path / "leaking", 1000, "--leak")
+    assert slope(samples, "rss") > 3e6 and slope(samples, "files") > 5 and slope(samples, "tensors") > 900

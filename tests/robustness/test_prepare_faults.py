@@ -1,0 +1,204 @@
+"""`prepare` hindered: unreadable pictures, disks that refuse, bad options, damaged folders. Nothing is lost."""
+
+from __future__ import annotations
+
+import errno
+import os
+import resource
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from selftrans.data.dataset import Shards
+from selftrans.data.prepare import prepare
+from selftrans.data.sources.open_source import open_source
+from selftrans.encoders.autoencoder import to_uint8
+from tests.support.pictures import class_folders, contents, encoded, noise, save_vae, stopped_after, write
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    return class_folders(tmp_path / "my pictures")
+
+
+@pytest.fixture(scope="module")
+def vae(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return save_vae(tmp_path_factory.mktemp("vae"))
+
+
+def spoil(pictures: Path) -> None:
+    torn = encoded(noise(64), "JPEG")[:500]
+    write(pictures, {"cat/04 torn.jpg": torn, "wild dog/empty ü.png": b""})
+
+
+def test_an_unreadable_picture_stops_with_its_path(pictures: Path, tmp_path: Path) -> None:
+    spoil(pictures)
+    with pytest.raises(ValueError, match=r"^cat/04 torn.jpg: cannot be read .*--skip-bad$"):
+        prepare(pictures, tmp_path / "out", shard_size=3, progress=False)
+    # what was done counts, and the same command with --skip-bad goes on from there
+    manifest = prepare(pictures, tmp_path / "out", shard_size=3, skip_bad=True, progress=False)
+    assert manifest.count == 23 and [name for name, _ in manifest.skipped] == [
+        "cat/04 torn.jpg",
+        "wild dog/empty ü.png",
+    ]
+    assert (
+        "2 unreadable pictures left out" in manifest.summary() and "wild dog/empty ü.png: empty" in manifest.summary()
+    )
+    moments, labels = Shards.open(tmp_path / "out", verify=True).read(np.arange(23))
+    source = open_source(pictures)
+    good = [i for i in range(25) if source.name(i) not in dict(manifest.skipped)]
+    assert torch.equal(to_uint8(moments[:, 0]), torch.from_numpy(np.stack([source.read(i) for i in good])))
+    assert labels.tolist() == [source.label(i) for i in good]
+
+
+def test_skipping_continues_to_the_same_bytes(pictures: Path, tmp_path: Path) -> None:
+    spoil(pictures)
+    options = {"shard_size": 1, "skip_bad": True, "progress": False}  # the shard of a bad picture is empty
+    prepare(pictures, tmp_path / "whole", **options)  # type: ignore[arg-type]
+    with stopped_after(9):
+        prepare(pictures, tmp_path / "out", **options)  # type: ignore[arg-type]
+    prepare(pictures, tmp_path / "out", **options)  # type: ignore[arg-type]
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    assert len(Shards.open(tmp_path / "out", verify=True).read(np.arange(23))[0]) == 23
+
+
+def test_nothing_readable(tmp_path: Path) -> None:
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x" / "a.png").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"none of the 1 pictures is readable; the first: a.png \(empty"):
+        prepare(tmp_path / "x", tmp_path / "out", resolution=8, skip_bad=True, progress=False)
+
+
+def test_a_fault_of_the_machine_is_not_a_bad_picture(
+    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def exhausted(*_: object, **__: object) -> None:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    source = open_source(pictures)
+    monkeypatch.setattr(Image, "open", exhausted)
+    with pytest.raises(ValueError, match="Too many open files") as caught:
+        source.read(0)
+    assert type(caught.value) is ValueError  # --skip-bad would pass over a BadPicture
+
+
+def test_output_that_is_a_file_or_holds_other_things(pictures: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(ValueError, match="file is not a folder"):
+        prepare(pictures, tmp_path / "file", progress=False)
+    with pytest.raises(ValueError, match=r"cannot write .*Not a directory"):
+        prepare(pictures, tmp_path / "file" / "below", progress=False)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.tex").write_text("mine")
+    with pytest.raises(ValueError, match="not empty and holds no earlier preparation"):
+        prepare(pictures, tmp_path / "full", progress=False)
+    with pytest.raises(ValueError, match="lies inside the pictures"):
+        prepare(pictures, pictures / "out", progress=False)
+    assert (tmp_path / "file").read_text() == "mine" and sorted(contents(tmp_path / "full")) == ["thesis.tex"]
+    assert sorted(p.name for p in pictures.iterdir()) == ["cat", "wild dog"]
+
+
+def test_a_read_only_output(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path, *_: object, **__: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "mkdir", refuse)  # the superuser of a test machine is refused nothing
+    with pytest.raises(ValueError, match=r"cannot write .*out: Permission denied; make room or choose another --out"):
+        prepare(pictures, tmp_path / "out", progress=False)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_full_disk_keeps_whole_shards(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out, left, sync = tmp_path / "out", 8, os.fsync
+
+    def full(handle: int) -> None:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        sync(handle)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(ValueError, match=r"cannot write .*moments-00001.bin: No space left on device; make room"):
+            prepare(pictures, out, shard_size=5, progress=False)
+    assert sorted(contents(out)) == [".lock", "labels-00000.bin", "moments-00000.bin", "plan.json", "shard-00000.json"]
+    prepare(pictures, out, shard_size=5, progress=False)
+    prepare(pictures, tmp_path / "whole", shard_size=5, progress=False)
+    assert contents(out) == contents(tmp_path / "whole")
+
+
+def test_a_disk_that_refuses_large_files(pictures: Path, tmp_path: Path) -> None:
+    """The kernel's own refusal: a limit on the size of files, reached in the middle of a shard."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (6000, hard))
+        with pytest.raises(ValueError, match=r"cannot write .*moments-00000.bin: File too large"):
+            prepare(pictures, tmp_path / "out", batch_size=2, progress=False)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not list((tmp_path / "out").glob("moments*")) and not list((tmp_path / "out").glob(".tmp-*"))
+    assert prepare(pictures, tmp_path / "out", progress=False).count == 23
+
+
+def test_two_at_once(pictures: Path, tmp_path: Path) -> None:
+    fcntl = pytest.importorskip("fcntl")
+    (tmp_path / "out").mkdir()
+    with open(tmp_path / "out" / ".lock", "ab") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(ValueError, match="another `selftrans prepare` is writing to"):
+            prepare(pictures, tmp_path / "out", progress=False)
+    assert prepare(pictures, tmp_path / "out", progress=False).count == 23
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dtype": "int8"}, "dtype 'int8' is not one of float16, float32"),
+        ({"precision": "fp8"}, "precision 'fp8' is not one of"),
+        ({"batch_size": 0}, "batch_size 0"),
+        ({"autoencoder": "nonsense"}, "no autoencoder 'nonsense'"),
+    ],
+)
+def test_bad_options_leave_no_trace(pictures: Path, tmp_path: Path, options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        prepare(pictures, tmp_path / "out", progress=False, **options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_resolutions_an_autoencoder_cannot_take(pictures: Path, tmp_path: Path, vae: str) -> None:
+    with pytest.raises(ValueError, match=r"resolution 9 is not a multiple of 2"):
+        prepare(pictures, tmp_path / "out", autoencoder=vae, resolution=9, progress=False)
+
+
+def test_moments_beyond_half_precision(
+    pictures: Path, tmp_path: Path, vae: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from selftrans.encoders.autoencoder import DiffusersAutoencoder, Moments
+
+    monkeypatch.setattr(
+        DiffusersAutoencoder,
+        "encode",
+        lambda self, x: Moments(torch.full((len(x), 2, 4, 4), 1e5), torch.ones(len(x), 2, 4, 4)),
+    )
+    with pytest.raises(ValueError, match=r"^cat/01.png: its moments are too large for float16; try --dtype float32"):
+        prepare(pictures, tmp_path / "half", autoencoder=vae, progress=False)
+    assert prepare(pictures, tmp_path / "full", autoencoder=vae, dtype="float32", progress=False).count == 23
+
+
+def test_an_ignored_option_warns(pictures: Path, tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match="precision bfloat16 is ignored"):
+        prepare(pictures, tmp_path / "a", precision="bfloat16", progress=False)
+    with pytest.warns(UserWarning, match="label_column is ignored"):
+        prepare(pictures, tmp_path / "b", label_column="x", progress=False)
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "plan.json"])
+def test_a_damaged_folder_is_named(pictures: Path, tmp_path: Path, name: str) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / name).write_text('{"version": 1')
+    with pytest.raises(ValueError, match=r"out holds a damaged preparation \(.*\); delete it, or choose another --out"):
+        prepare(pictures, tmp_path / "out", progress=False)

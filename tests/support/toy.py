@@ -1,0 +1,189 @@
+"""Toy runs for the tests of training and of its commands: three narrow blocks on tiny pictures, a second or two each.
+
+What is shared here is made once and used by all of them; copy it before you change it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import os
+import shutil
+import types
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from torch import Tensor
+
+from selftrans.config import RunConfig
+from selftrans.data.prepare import prepare
+from selftrans.recipes import recipe
+from selftrans.train import flops as compute
+from selftrans.train.log import read_journal
+from selftrans.train.run import train
+
+#: dotted override -> value: every mechanism of training at work within a few steps
+TOY: dict[str, Any] = {
+    "model.width": 32,
+    "model.depth": 3,
+    "model.heads": 2,
+    "stage1.steps": 4,
+    "stage1.head_width": 16,
+    "stage2.head_width": 16,
+    "stage2.until_step": 5,
+    "train.steps": 8,
+    "train.batch_size": 8,
+    "train.accumulate": 2,
+    "train.warmup": 3,
+    "train.checkpoint_every": 3,
+    "train.preview_every": 0,
+    "log.every": 2,
+    "log.tensorboard": False,
+    "log.preview_images": 4,
+    "log.preview_steps": 2,
+}
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """What makes toys slow is left out. Import it into a test's module."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)  # on such small tensors two threads wait for each other longer than one computes
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    # accelerate sweeps up garbage after every stage, which takes longer than the stage
+    monkeypatch.setattr("accelerate.utils.memory.gc", types.SimpleNamespace(collect=lambda: 0))
+    monkeypatch.setattr(compute, "forward_flops", counted)
+    yield
+    torch.set_num_threads(before)
+
+
+KNOWN: dict[Any, int] = {}
+COUNT = compute.forward_flops
+
+
+def counted(backbone: Any, cond: Any, taps: tuple[int, ...] = (), *, stop: bool = False) -> int:
+    """`forward_flops`, each model once: its count takes longer than all other preparation of a toy's run."""
+    what = (repr(backbone), backbone.shape, taps, stop)
+    if what not in KNOWN:
+        KNOWN[what] = COUNT(backbone, cond, taps, stop=stop)
+    return KNOWN[what]
+
+
+def place(name: str) -> Path:
+    """A directory of all tests, removed at their end (see conftest.py)."""
+    return Path(os.environ["HF_HOME"], "toy", name)
+
+
+def override(config: RunConfig, dotted: dict[str, Any]) -> RunConfig:
+    """`config` with some fields replaced."""
+    for name, value in dotted.items():
+        section, _, field = name.rpartition(".")
+        if section:
+            value = dataclasses.replace(getattr(config, section), **{field: value})
+        config = dataclasses.replace(config, **{section or field: value})
+    return config
+
+
+def toy(dotted: dict[str, Any] | None = None, *, name: str = "digits") -> RunConfig:
+    """The recipe `name` at toy size, on mirrored digits unless told otherwise."""
+    return override(recipe(name), {"data.path": str(digits())} | TOY | (dotted or {}))
+
+
+def flags(dotted: dict[str, Any] | None = None) -> list[str]:
+    """The toy's overrides as they are written on the command line."""
+    return [f"--{name.replace('_', '-')}={value}" for name, value in (TOY | (dotted or {})).items()]
+
+
+def taught_flags() -> list[str]:
+    """Those of a run that is given a teacher: overrides of a stage 1 that is not trained would be warned about."""
+    return [flag for flag in flags() if not flag.startswith("--stage1")]
+
+
+@functools.cache
+def digits() -> Path:
+    """The digits, with a mirrored copy of each."""
+    prepare("digits", place("digits"), flip=True, progress=False)
+    return place("digits")
+
+
+@functools.cache
+def finished() -> Path:
+    """A run of both stages, trained to its end without interruption."""
+    train(toy(), place("finished"), quiet=True)
+    return place("finished")
+
+
+@functools.cache
+def vanilla() -> Path:
+    """A run without guidance."""
+    train(toy({"method": "vanilla", "train.steps": 2}), place("vanilla"), quiet=True)
+    return place("vanilla")
+
+
+def copy(run: Path, to: Path) -> Path:
+    """A copy to be changed."""
+    return Path(shutil.copytree(run, to))
+
+
+def pictures(folder: Path, classes: tuple[str, ...] = ("cat", "dog"), count: int = 5, side: int = 8) -> Path:
+    """`count` noisy PNGs in each class folder, or in `folder` itself where there are no classes."""
+    rng = np.random.default_rng(0)
+    for name in classes or (".",):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        for i in range(count):
+            Image.fromarray(rng.integers(0, 256, (side, side, 3), dtype=np.uint8)).save(folder / name / f"{i}.png")
+    return folder
+
+
+def prepared(folder: Path, classes: tuple[str, ...] = ("cat", "dog"), count: int = 5, side: int = 8) -> Path:
+    """The same as shards of pixels."""
+    prepare(pictures(folder / "pictures", classes, count, side), folder / "data", progress=False)
+    return folder / "data"
+
+
+def checkpoint(run: Path, stage: str = "stage2", step: int | None = None) -> Path:
+    """A checkpoint's directory; by default the newest of the stage."""
+    found = sorted((run / stage / "checkpoints").glob("step-*"))
+    return found[-1] if step is None else run / stage / "checkpoints" / f"step-{step:08d}"
+
+
+def tensors(run: Path, stage: str = "stage2", step: int | None = None) -> dict[str, Tensor]:
+    """Everything in a checkpoint, as `<file>/<name>`."""
+    return {
+        f"{file.stem}/{name}": tensor
+        for file in checkpoint(run, stage, step).glob("*.safetensors")
+        for name, tensor in load_file(file).items()
+    }
+
+
+def log(run: Path, stage: str = "stage2") -> list[dict[str, Any]]:
+    """Lines of a stage's log, without the time they took."""
+    return [{k: v for k, v in line.items() if k != "seconds"} for line in read_journal(run / stage / "log.jsonl")]
+
+
+def assert_same(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
+    """Bit for bit."""
+    assert a.keys() == b.keys()
+    assert [name for name in a if not torch.equal(a[name], b[name])] == []
+
+
+def assert_same_run(a: Path, b: Path, stages: tuple[str, ...] = ("stage1", "stage2")) -> None:
+    """Weights, averages, heads, optimiser, reports and log lines of two runs are the same bit for bit."""
+    for stage in stages:
+        assert_same(tensors(a, stage), tensors(b, stage))
+        assert log(a, stage) == log(b, stage)
+        kept = ("step", "window", "scaler", "tflops")
+        states = [json.loads((checkpoint(run, stage) / "state.json").read_text()) for run in (a, b)]
+        assert [states[0][key] for key in kept] == [states[1][key] for key in kept]
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    """Every file below, by its relative path."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}

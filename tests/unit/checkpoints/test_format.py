@@ -1,0 +1,595 @@
+"""Checkpoints: whole or not at all, checked before they are believed, and weights files that say what they are."""
+
+import contextlib
+import errno
+import json
+import os
+import re
+import resource
+import shutil
+import signal
+import types
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, safe_open, save_file
+
+from selftrans.checkpoints import format as checkpoint
+from selftrans.checkpoints import load as restore_module
+from selftrans.checkpoints.load import find, restore
+from selftrans.cli.main import main
+from selftrans.methods.objective import Objective
+from selftrans.train.log import Journal, Window, read_journal
+from selftrans.train.run import train
+from selftrans.train.signals import Interrupted, Stop
+from selftrans.train.trainer import Trainer
+from tests.support import toy
+from tests.support.toy import quick  # noqa: F401 - a fixture
+
+FILES = ("student.safetensors", "ema.safetensors", "heads.safetensors", "optimizer.safetensors", "state.json")
+
+
+def save(folder: Path, step: int = 1, value: float = 0.0) -> Path:
+    tensors = {name: {"a": torch.full((2, 3), value), "b": torch.arange(3)} for name in ("student", "ema")}
+    return checkpoint.save(folder, step, tensors | {"heads": {}}, {"note": "mine"}, {"stage": "x", "step": step})
+
+
+def test_what_is_saved_is_read(tmp_path):
+    path = save(tmp_path, 7, 1.5)
+    assert path == tmp_path / "step-00000007"
+    found = checkpoint.read(path)
+    assert found.step == 7 and found.state["note"] == "mine"
+    assert torch.equal(found.tensors("ema")["a"], torch.full((2, 3), 1.5)) and found.tensors("heads") == {}
+    assert found.state["sha256"].keys() == {"student.safetensors", "ema.safetensors", "heads.safetensors"}
+    for name, digest in found.state["sha256"].items():
+        assert checkpoint.sha256(path / name) == digest
+    assert checkpoint.read_header(path / "ema.safetensors") == {"stage": "x", "step": 7, "weights": "ema"}
+    assert os.listdir(tmp_path) == ["step-00000007"]
+
+
+def test_hash_of_weights_is_that_of_the_tensors_alone(tmp_path):
+    one, other, third = save(tmp_path / "a", 1, 0.5), save(tmp_path / "b", 9, 0.5), save(tmp_path / "c", 1, 0.25)
+    hashes = [checkpoint.weights_sha256(path / "ema.safetensors") for path in (one, other, third)]
+    assert hashes[0] == hashes[1] != hashes[2]
+    assert checkpoint.sha256(one / "ema.safetensors") != checkpoint.sha256(other / "ema.safetensors")
+
+
+# ---- damage
+
+
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[-1 if path.suffix == ".safetensors" else content.index(b"sha256") + 30] ^= 1
+    path.write_bytes(content)
+
+
+DAMAGE = {
+    "flipped bit": flip,
+    "truncated": lambda path: path.write_bytes(path.read_bytes()[:-5]),
+    "empty": lambda path: path.write_bytes(b""),
+    "missing": lambda path: path.unlink(),
+}
+
+
+@pytest.mark.parametrize("file", FILES)
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_checkpoint_is_named_and_passed_over(tmp_path, file, damage):
+    folder = toy.copy(toy.finished() / "stage2" / "checkpoints", tmp_path / "checkpoints")
+    assert checkpoint.newest(folder).step == 8
+    broken = folder / "step-00000008" / file
+    DAMAGE[damage](broken)
+    named = broken if (file, damage) != ("state.json", "flipped bit") else broken.parent
+    with pytest.warns(UserWarning, match=f"damaged.*{named}"):
+        assert checkpoint.newest(folder).step == 6
+
+
+@pytest.mark.parametrize(
+    "content", ["[]", "null", "{}", '{"step": "8", "sha256": {}}', '{"step": 8, "sha256": []}', "\x00", "[" * 99999]
+)
+def test_a_state_that_is_nonsense_is_passed_over(tmp_path, content):
+    save(tmp_path, 1)
+    (save(tmp_path, 2) / "state.json").write_text(content)
+    with pytest.warns(UserWarning, match="damaged"):
+        assert checkpoint.newest(tmp_path).step == 1
+
+
+def test_a_flipped_bit_anywhere_in_a_state_is_noticed_or_means_nothing(tmp_path):
+    path = save(tmp_path, 20)
+    sound, expected = (path / "state.json").read_bytes(), checkpoint.read(path)
+    said = []
+    for position in range(len(sound)):
+        (path / "state.json").write_bytes(
+            sound[:position] + bytes([sound[position] ^ 1 << position % 7]) + sound[position + 1 :]
+        )
+        try:
+            assert checkpoint.read(path) == expected  # white space
+        except ValueError as error:
+            said.append(str(error))
+    assert len(said) > 0.8 * len(sound)
+    assert all("state.json is missing or damaged" in message for message in said)
+
+
+def test_names_in_a_state_do_not_lead_out_of_the_checkpoint(tmp_path):
+    path = save(tmp_path / "run", 1)
+    (tmp_path / "secret").write_text("x")
+    state = json.loads((path / "state.json").read_text())
+    state["sha256"] = {"../../secret": checkpoint.sha256(tmp_path / "secret")}
+    state["sha256"]["state.json"] = checkpoint._seal(state)
+    (path / "state.json").write_text(json.dumps(state))
+    with pytest.raises(ValueError, match="missing or damaged"):
+        checkpoint.read(path)
+
+
+@pytest.mark.parametrize("stage", ["stage1", "stage2"])
+def test_training_goes_on_from_the_one_before_a_damaged_one(tmp_path, stage):
+    run = toy.copy(toy.finished(), tmp_path / "run")
+    flip(toy.checkpoint(run, stage) / "ema.safetensors")
+    with pytest.warns(UserWarning, match="damaged"):
+        train(toy.toy(), run, quiet=True)
+    toy.assert_same_run(run, toy.finished())
+
+
+def test_without_a_whole_checkpoint_the_stage_starts_again(tmp_path):
+    run = toy.copy(toy.finished(), tmp_path / "run")
+    for path in (run / "stage2" / "checkpoints").iterdir():
+        (path / "state.json").unlink()
+    with pytest.warns(UserWarning, match="damaged"):
+        train(toy.toy(), run, quiet=True)
+    toy.assert_same_run(run, toy.finished())
+
+
+def test_a_run_without_a_whole_checkpoint_is_no_model(tmp_path):
+    broken = toy.copy(toy.finished(), tmp_path / "broken")
+    for path in (broken / "stage2" / "checkpoints").iterdir():
+        (path / "ema.safetensors").unlink()
+    with pytest.warns(UserWarning, match="damaged"), pytest.raises(ValueError, match="holds no whole checkpoint"):
+        find(broken)
+
+
+# ---- a disk that refuses
+
+
+@pytest.mark.parametrize("kind", ["os", "safetensors", "state"])
+def test_a_failed_write_leaves_what_was_there(tmp_path, monkeypatch, kind):
+    before = save(tmp_path, 1, 1.0)
+    whole = toy.tree(tmp_path)
+    full = OSError(errno.ENOSPC, "No space left on device")
+    calls = []
+
+    def refuse(*args, **kwargs):
+        calls.append(args)
+        if len(calls) == 2 or kind == "state":
+            raise SafetensorError("I/O error: No space left on device") if kind == "safetensors" else full
+        return save_file(*args, **kwargs)
+
+    if kind == "state":
+        monkeypatch.setattr(Path, "write_text", refuse)
+    else:
+        monkeypatch.setattr(checkpoint, "save_file", refuse)
+    for step in (1, 2):
+        with pytest.raises(OSError, match=f"could not write checkpoint .*step-0000000{step}.*No space left"):
+            save(tmp_path, step, 2.0)
+        calls.clear()
+    assert toy.tree(tmp_path) == whole and os.listdir(tmp_path) == [before.name]
+
+
+def refusing(monkeypatch, steps):
+    """Checkpoints of these steps meet a full disk."""
+    original = checkpoint.save_file
+
+    def full(tensors, path, **kwargs):
+        if any(f"step-{step:08d}" in str(path) for step in steps) and path.name == "heads.safetensors":
+            path.write_bytes(b"half")
+            raise OSError(errno.ENOSPC, "No space left on device")
+        original(tensors, path, **kwargs)
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+
+
+def test_training_outlives_a_full_disk(tmp_path, monkeypatch, capsys):
+    refusing(monkeypatch, [6])
+    argv = ["train", "digits", f"--data={toy.digits()}", f"--out={tmp_path / 'run'}", *toy.flags()]
+    assert main(argv) == 0
+    said = capsys.readouterr().err
+    assert "warning: could not write checkpoint" in said and "step-00000006" in said and "training goes on" in said
+    assert [path.name[-1] for path in sorted((tmp_path / "run" / "stage2" / "checkpoints").iterdir())] == ["3", "8"]
+    toy.assert_same_run(tmp_path / "run", toy.finished())
+
+
+def test_a_last_checkpoint_without_room_is_an_error_and_room_is_all_it_takes(tmp_path, monkeypatch, capsys):
+    argv = ["train", "digits", f"--data={toy.digits()}", f"--out={tmp_path / 'run'}", *toy.flags()]
+    with monkeypatch.context() as patch:
+        refusing(patch, [8])
+        assert main(argv) == 1
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith("selftrans: could not write checkpoint") and "make room, then the same command" in said
+    assert main(argv) == 0
+    toy.assert_same_run(tmp_path / "run", toy.finished())
+
+
+def test_log_lines_wait_for_room(tmp_path):
+    path = tmp_path / "log.jsonl"
+    journal = Journal(path, resume_step=0)
+    journal.write({"step": 1})
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 5, limits[1]))  # room for half a line
+    try:
+        for step in (2, 3):
+            with pytest.warns(UserWarning, match="wait for room"):
+                journal.write({"step": step})
+        assert path.stat().st_size == len('{"step": 1}\n') + 5
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    journal.close()
+    assert [line["step"] for line in read_journal(path)] == [1, 2, 3]
+
+
+def test_tensorboard_without_room_does_not_stop_training(tmp_path, monkeypatch):
+    from accelerate.tracking import TensorBoardTracker
+
+    def full(self, *args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(TensorBoardTracker, "log", full)
+    with pytest.warns(UserWarning, match="TensorBoard ends at step 2"):
+        train(toy.toy({"log.tensorboard": True, "method": "vanilla"}), tmp_path, quiet=True)
+    assert [line["step"] for line in toy.log(tmp_path, "vanilla")] == [2, 4, 6, 8]
+
+
+def _stopped_after_a_step(config, run):
+    whole = Trainer._train_step
+
+    def once(self, batches):
+        whole(self, batches)
+        self.stop.received = signal.SIGTERM
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "_train_step", once)
+        train(config, run, quiet=True)
+
+
+# ---- what stays
+
+
+def test_leftovers_of_killed_processes_are_swept(tmp_path):
+    for name in (".step-00000001.123", f".step-00000002.{os.getpid()}"):  # in a container, numbers come again
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "student.safetensors").write_bytes(b"half")
+    save(tmp_path, 2)
+    checkpoint.prune(tmp_path, 2, keep=2)
+    assert os.listdir(tmp_path) == ["step-00000002"] and checkpoint.newest(tmp_path).step == 2
+
+
+@pytest.mark.parametrize(
+    ("keep", "best", "every", "left"),
+    [
+        (1, 0, 0, [5]),
+        (1, 1, 0, [4, 5]),
+        (1, 2, 0, [2, 4, 5]),
+        (2, 1, 0, [4, 5]),
+        (1, 0, 2, [2, 4, 5]),
+        (0, 1, 0, [1, 2, 3, 4, 5]),
+    ],
+)
+def test_the_best_and_the_round_stay_beside_the_newest(tmp_path, keep, best, every, left):
+    for step, flow in enumerate([0.9, 0.3, 0.5, 0.3, None], start=1):  # of equal losses the later one
+        checkpoint.save(tmp_path, step, {}, {"flow": flow}, {})
+    (tmp_path / "step-00000001" / "state.json").write_text("damaged")
+    checkpoint.prune(tmp_path, 5, keep, best=best, every=every)
+    assert [step for step, _ in checkpoint.steps(tmp_path)] == left
+
+
+def test_what_was_passed_over_pushes_out_nothing(tmp_path):
+    run = toy.copy(toy.finished(), tmp_path / "run")  # holds steps 6 and 8 of stage 2
+    folder = run / "stage2" / "checkpoints"
+    damage = folder / "step-00000008" / "student.safetensors"
+    damage.write_bytes(damage.read_bytes()[:-1])
+    with pytest.warns(UserWarning, match="damaged"), pytest.raises(Interrupted):
+        _stopped_after_a_step(toy.toy({"train.keep": 1, "train.keep_best": 0}), run)
+    assert [step for step, _ in checkpoint.steps(folder)] == [7]
+    train(toy.toy({"train.keep": 1, "train.keep_best": 0}), run, quiet=True)
+    toy.assert_same(toy.tensors(run, "stage2"), toy.tensors(toy.finished(), "stage2"))
+
+
+def test_a_draft_of_a_killed_process_is_swept_before_anything_is_saved(tmp_path):
+    run = toy.copy(toy.finished(), tmp_path / "run")
+    draft = run / "stage2" / "checkpoints" / ".step-00000009.123"
+    draft.mkdir()
+    train(toy.toy(), run, quiet=True)  # finished: nothing is saved any more
+    assert not draft.exists()
+
+
+@pytest.mark.parametrize("seen", [True, False])
+def test_all_processes_continue_from_the_step_of_the_first(tmp_path, monkeypatch, seen):
+    for step in (4, 8) if seen else (8,):
+        save(tmp_path, step)
+    monkeypatch.setattr(restore_module, "broadcast_object_list", lambda _: [4])
+    other = types.SimpleNamespace(is_main_process=False)
+    if seen:
+        assert restore_module.agreed(tmp_path, other).step == 4  # though it sees 8
+    else:
+        with pytest.raises(ValueError, match=r"step-00000004.* is missing .*all must see the same --out"):
+            restore_module.agreed(tmp_path, other)
+
+
+@pytest.mark.parametrize("value", ["gone", None, "x", -1, [], {}])
+@pytest.mark.parametrize(
+    "field", ["shape", "num_classes", "seconds", "window", "span", "accidents", "processes", "teacher"]
+)
+def test_a_sealed_state_of_another_making_costs_one_line(tmp_path, field, value):
+    run = toy.copy(toy.finished(), tmp_path / "run")
+    state = run / "stage2" / "checkpoints" / "step-00000008" / "state.json"
+    record = json.loads(state.read_text())
+    record.pop(field) if value == "gone" else record.update({field: value})
+    record["sha256"].pop("state.json")
+    record["sha256"]["state.json"] = checkpoint._seal(record)
+    state.write_text(json.dumps(record))
+    said = ""
+    try:
+        train(toy.toy({"train.steps": 9}), run, quiet=True)
+    except ValueError as error:  # what is harmless is taken
+        said = str(error)
+    assert not said or "step-00000008" in said or "teacher" in said
+
+
+def test_a_run_keeps_its_best_checkpoint(tmp_path, monkeypatch):
+    """By the mean flow loss of the steps since the checkpoint before, whatever the interruptions in between."""
+    whole, losses = Objective.forward, [5.0, 5.0, 1.0, 2.0, 4.0, 4.0, 3.0, 3.0]
+
+    def forward(self, batch, step):
+        loss, report = whole(self, batch, step)
+        return loss, report | {"flow": torch.tensor(losses[step])}
+
+    monkeypatch.setattr(Objective, "forward", forward)
+    small = {"method": "vanilla", "train.checkpoint_every": 2, "train.keep": 1}
+    asked = []
+    monkeypatch.setattr(Stop, "asked", lambda *_: asked.append(0) or len(asked) in (3, 4))  # after steps 3 and 4
+    for _ in range(3):
+        with contextlib.suppress(Interrupted):
+            train(toy.toy(small), tmp_path, quiet=True)
+    kept = checkpoint.steps(tmp_path / "vanilla" / "checkpoints")
+    assert [(step, checkpoint.read(path).state["flow"]) for step, path in kept] == [(4, 1.5), (8, 3.0)]
+
+
+@pytest.mark.parametrize(("keep", "left"), [(0, [2, 9, 10, 11]), (1, [11]), (2, [10, 11]), (9, [2, 9, 10, 11])])
+def test_the_newest_are_kept(tmp_path, keep, left):
+    for step in (9, 10, 2, 11):
+        save(tmp_path, step)
+    (tmp_path / "step-notes").mkdir()  # people keep their own things anywhere
+    (tmp_path / "step-00000012").write_text("a file")
+    checkpoint.prune(tmp_path, 11, keep)
+    assert [step for step, _ in checkpoint.steps(tmp_path)] == left
+    assert (tmp_path / "step-notes").exists() and (tmp_path / "step-00000012").exists()
+
+
+def test_a_step_saved_again_replaces_what_was_there(tmp_path):
+    save(tmp_path, 1, 1.0)
+    path = save(tmp_path, 1, 2.0)
+    assert float(checkpoint.read(path).tensors("ema")["a"][0, 0]) == 2.0 and os.listdir(tmp_path) == [path.name]
+
+
+# ---- means between log lines
+
+
+def test_means_survive_a_checkpoint_exactly():
+    window, again = Window(), Window()
+    values = [torch.tensor(x) for x in (0.1, 0.7, 1 / 3)]
+    window.add({"loss": values[0], "self": values[1]})
+    window.add({"loss": values[1]})
+    again.load(json.loads(json.dumps(window.state())), torch.device("cpu"))
+    for w in (window, again):
+        w.add({"loss": values[2]})
+    assert {k: float(v) for k, v in window.means().items()} == {k: float(v) for k, v in again.means().items()}
+    assert float(window.means()["loss"]) == pytest.approx((0.1 + 0.7 + 1 / 3) / 3)
+    assert float(window.means()["self"]) == pytest.approx(0.7)  # over the steps that had it
+    window.clear()
+    assert window.means() == {}
+
+
+# ---- from a path to a model
+
+
+@pytest.mark.parametrize(
+    ("path", "stage", "step"),
+    [
+        ("", "stage2", 8),
+        ("stage1", "stage1", 4),
+        ("stage2/checkpoints/step-00000006", "stage2", 6),
+        ("stage2/checkpoints/step-00000006/student.safetensors", "stage2", 6),
+        ("stage1/checkpoints/step-00000003/ema.safetensors", "stage1", 3),
+    ],
+)
+def test_every_path_that_may_stand_for_a_model(path, stage, step):
+    found = restore(toy.finished() / path)
+    assert (found.stage, found.step) == (stage, step)
+    assert not found.model.training and found.autoencoder == "pixel" and found.classes == tuple("0123456789")
+    file = toy.checkpoint(toy.finished(), stage, step) / (
+        "student.safetensors" if "student" in path else "ema.safetensors"
+    )
+    toy.assert_same(dict(found.model.state_dict()), load_file(file))
+    assert found.source["sha256"] == checkpoint.sha256(Path(found.source["path"]))
+
+
+def test_a_single_file_is_enough(tmp_path):
+    file = shutil.copy(toy.checkpoint(toy.finished()) / "ema.safetensors", tmp_path / "renamed.bin")
+    found = restore(file)
+    assert found.step == 8 and found.config == toy.toy()
+
+
+def header_of(path):
+    with safe_open(path, framework="pt") as file:
+        return json.loads(file.metadata()["selftrans"])
+
+
+def rewritten(tmp_path, change):
+    """A weights file whose header is `change(header)`."""
+    source = toy.checkpoint(toy.finished(), "stage1") / "student.safetensors"
+    header = header_of(source)
+    changed = change(header) or header
+    save_file(load_file(source), tmp_path / "weights.safetensors", metadata={"selftrans": json.dumps(changed)})
+    return tmp_path / "weights.safetensors"
+
+
+def set_model(**fields):
+    return lambda header: header["config"]["model"].update(fields)
+
+
+def bare(tmp_path):
+    save_file({"a": torch.zeros(2)}, tmp_path / "bare.safetensors")
+    return tmp_path / "bare.safetensors"
+
+
+def text(tmp_path):
+    (tmp_path / "notes.safetensors").write_text("these are no weights, but notes")
+    return tmp_path / "notes.safetensors"
+
+
+def cut(tmp_path):
+    content = (toy.checkpoint(toy.finished(), "stage1") / "student.safetensors").read_bytes()
+    (tmp_path / "cut.safetensors").write_bytes(content[: len(content) // 2])
+    return tmp_path / "cut.safetensors"
+
+
+def empty_folder(tmp_path):
+    (tmp_path / "empty").mkdir()
+    return tmp_path / "empty"
+
+
+def pickled(tmp_path):
+    class Hostile:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "executed"),)
+
+    torch.save({"model": Hostile()}, tmp_path / "model.pt")
+    return tmp_path / "model.pt"
+
+
+def damaged_checkpoint(tmp_path):
+    path = toy.copy(toy.checkpoint(toy.finished(), "stage1"), tmp_path / "step-00000004")
+    flip(path / "student.safetensors")
+    return path
+
+
+BAD = {
+    "missing": (lambda tmp_path: tmp_path / "nowhere", "does not exist; expected a run directory"),
+    "empty folder": (empty_folder, "is no|has no stage1"),
+    "vanilla run": (lambda _: toy.vanilla(), "has no stage1: it holds vanilla"),
+    "stage of vanilla": (lambda _: toy.vanilla() / "vanilla", "weights of 'vanilla'; expected a teacher"),
+    "stage 2": (lambda _: toy.finished() / "stage2", "weights of 'stage2'; expected a teacher"),
+    "stage-2 file": (lambda _: toy.checkpoint(toy.finished()) / "ema.safetensors", "weights of 'stage2'"),
+    "optimizer file": (lambda _: toy.checkpoint(toy.finished(), "stage1") / "optimizer.safetensors", "header asks for"),
+    "no safetensors": (text, "not a selftrans weights file"),
+    "no header": (bare, "no entry 'selftrans' in its header"),
+    "truncated": (cut, "not a selftrans weights file"),
+    "pickle": (pickled, "not a selftrans weights file"),
+    "damaged checkpoint": (damaged_checkpoint, "missing or damaged"),
+    "header is a list": (lambda p: rewritten(p, lambda h: [1, 2]), "not a selftrans weights file"),
+    "header is empty": (lambda p: rewritten(p, lambda h: {"a": 1}), "does not say how to build its model"),
+    "other version": (lambda p: rewritten(p, lambda h: h["config"].update(version=9)), "not of version 1"),
+    "strange field": (lambda p: rewritten(p, lambda h: h["config"].update(extra=1)), "config.extra is unknown"),
+    "config is text": (lambda p: rewritten(p, lambda h: h.update(config="x")), "does not say how"),
+    "shape of two": (lambda p: rewritten(p, lambda h: h.update(shape=[1, 8])), "does not say how"),
+    "shape of words": (lambda p: rewritten(p, lambda h: h.update(shape=["a", "b", "c"])), "does not say how"),
+    "no stage": (lambda p: rewritten(p, lambda h: h.pop("stage") and None), "does not say how"),
+    "zero heads": (lambda p: rewritten(p, set_model(heads=0)), "model.heads must be above zero"),
+    "other width": (lambda p: rewritten(p, set_model(width=64)), "header asks for"),
+    "more blocks": (lambda p: rewritten(p, set_model(depth=4)), "header asks for"),
+    "fewer blocks": (lambda p: rewritten(p, set_model(depth=2)), "header asks for"),
+    "absurd width": (lambda p: rewritten(p, set_model(width=1 << 40)), "does not say how"),
+    "absurd depth": (lambda p: rewritten(p, set_model(depth=1 << 40)), "does not say how"),
+    "absurd side": (lambda p: rewritten(p, lambda h: h.update(shape=[1, 1 << 40, 1 << 40])), "does not say how"),
+    "absurd classes": (lambda p: rewritten(p, lambda h: h.update(num_classes=1 << 70)), "does not say how"),
+    "negative classes": (lambda p: rewritten(p, lambda h: h.update(num_classes=-5)), "does not say how"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_a_bad_teacher_is_one_clear_line_and_nothing_is_begun(tmp_path, capsys, case):
+    make, message = BAD[case]
+    teacher, run = make(tmp_path), tmp_path / "run"
+    argv = ["train", "digits", f"--data={toy.digits()}", f"--out={run}", f"--teacher={teacher}", *toy.taught_flags()]
+    capsys.readouterr()
+    assert main(argv) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("selftrans: ") and said.count("\n") == 1, said
+    assert re.search(message, said), said
+    assert {path.name for path in run.iterdir()} == {".lock"} and not (tmp_path / "executed").exists()
+
+
+def test_a_teacher_of_other_latents_or_classes_or_patches_is_named(tmp_path, capsys):
+    data = toy.prepared(tmp_path, side=8)
+    common = ["train", "imagefolder", f"--data={data}", *toy.flags()]
+    for number, (extra, message) in enumerate(
+        [
+            ([], r"trained on latents \(1, 8, 8\) with 10 classes; expected \(3, 8, 8\) with 2 classes"),
+            (["--data.classes=9"], "data.classes expects 9"),
+        ]
+    ):
+        assert main([*common, f"--out={tmp_path / str(number)}", f"--teacher={toy.finished()}", *extra]) == 1
+        assert re.search(message, capsys.readouterr().err)
+    other = ["train", "digits", f"--data={toy.digits()}", f"--out={tmp_path / 'p'}", *toy.flags({"model.patch": 4})]
+    assert main([*other, f"--teacher={toy.finished()}"]) == 1
+    assert "patches of 2, the student (1, 8, 8) in patches of 4" in capsys.readouterr().err
+
+
+TEACHERS = {
+    "run": "",
+    "stage": "stage1",
+    "checkpoint": "stage1/checkpoints/step-00000004",
+    "raw file": "stage1/checkpoints/step-00000004/student.safetensors",
+}
+
+
+@pytest.mark.parametrize("form", TEACHERS)
+def test_a_borrowed_teacher_is_the_one_that_the_run_would_train(tmp_path, capsys, form):
+    argv = ["train", "digits", f"--data={toy.digits()}", f"--out={tmp_path / 'run'}", *toy.flags()]
+    assert main([*argv, f"--teacher={toy.finished() / TEACHERS[form]}"]) == 0
+    assert "[1/1] stage2: 8 steps" in capsys.readouterr().out
+    toy.assert_same_run(tmp_path / "run", toy.finished(), ("stage2",))
+    mine, whole = (json.loads((run / "run.json").read_text()) for run in (tmp_path / "run", toy.finished()))
+    assert mine["student_tflops"] == whole["student_tflops"]
+    assert mine["total_tflops"] == pytest.approx(whole["total_tflops"])  # the teacher's training is part of the bill
+    assert mine["teacher"]["steps"] == 4 and len(mine["stages"]) == 1
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert config["stage2"]["teacher"] == str(toy.finished() / TEACHERS[form])
+
+
+def test_which_weights_teach(tmp_path):
+    file = toy.checkpoint(toy.finished(), "stage1") / "ema.safetensors"
+    for name, dotted in {
+        "file": {"stage2.teacher": str(file)},
+        "option": {"stage2.teacher": str(toy.finished()), "stage2.teacher_weights": "ema"},
+    }.items():
+        small = {"train.steps": 2, "train.checkpoint_every": 1}
+        train(toy.toy(dotted | small), tmp_path / name, quiet=True)
+        state = json.loads((toy.checkpoint(tmp_path / name, step=2) / "state.json").read_text())
+        assert state["teacher"]["path"] == str(file.resolve())
+        assert state["teacher"]["sha256"] == checkpoint.sha256(file)
+    toy.assert_same_run(tmp_path / "file", tmp_path / "option", ("stage2",))
+    assert toy.log(tmp_path / "file")[0]["self"] != toy.log(toy.finished())[0]["self"]
+
+
+def test_a_teacher_of_another_width_and_depth(tmp_path):
+    big = {"model.width": 48, "model.depth": 4, "model.heads": 3, "train.steps": 3}
+    train(toy.toy({"stage2.teacher": str(toy.finished())} | big), tmp_path, quiet=True)
+    heads = {k: v for k, v in toy.tensors(tmp_path).items() if k.startswith("heads/")}
+    assert {tuple(v.shape) for v in heads.values()} >= {(16, 48), (32, 16)}  # from the student's width to the teacher's
+
+
+def test_another_teacher_for_a_run_in_progress_is_refused(tmp_path):
+    teacher = toy.copy(toy.finished() / "stage1", tmp_path / "teacher")
+    config = toy.toy({"stage2.teacher": str(teacher), "train.steps": 3})
+    train(config, tmp_path / "run", quiet=True)
+    other = toy.override(config, {"train.steps": 6})
+    before = toy.tree(tmp_path / "run")
+    for path in (teacher / "checkpoints").iterdir():
+        if path.name.endswith("4"):
+            shutil.rmtree(path)  # now the one of step 3 is the newest
+    with pytest.raises(ValueError, match=r"was trained with the teacher .*which is not the one given now"):
+        train(other, tmp_path / "run", quiet=True)
+    (toy.checkpoint(tmp_path, "teacher") / "student.safetensors").write_bytes(b"x")
+    with pytest.warns(UserWarning, match="damaged"), pytest.raises(ValueError, match="no whole checkpoint"):
+        train(other, tmp_path / "run", quiet=True)
+    assert toy.tree(tmp_path / "run") == before

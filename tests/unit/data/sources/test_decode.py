@@ -1,0 +1,168 @@
+"""Decoding against PIL and pixels made by hand: every kind of pixel, the field's resize, broken and hostile files."""
+
+from __future__ import annotations
+
+import io
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from selftrans.data.sources.decode import BadPicture, centre_square, open_picture
+from selftrans.data.sources.open_source import open_source
+from selftrans.data.sources.source import Source
+from tests.support.pictures import encoded, noise, write, zipped
+
+
+def read_one(tmp_path: Path, data: bytes, name: str = "a.png", **options: int) -> np.ndarray:
+    return open_source(write(tmp_path / "one", {name: data}), **options).read(0)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "mode", ["palette", "grey", "one bit", "cmyk", "rgba", "grey alpha", "palette alpha", "16 bit"]
+)
+def test_every_kind_of_pixel_becomes_rgb(tmp_path: Path, mode: str) -> None:
+    rgb, grey, alpha = noise(seed=5), noise(seed=6, channels=1), noise(seed=7, channels=1)
+    white = lambda x, a: x * (a / 255) + 255 * (1 - a / 255)  # noqa: E731 - over white, in exact arithmetic
+    if mode == "palette":
+        image = Image.fromarray(grey // 64)
+        image.putpalette(list(range(12)))  # value v shows as 3v, 3v + 1, 3v + 2
+        expected = (grey // 64)[..., None] * 3.0 + np.arange(3)
+    elif mode == "grey":
+        image, expected = Image.fromarray(grey), np.repeat(grey[..., None], 3, axis=2)
+    elif mode == "one bit":
+        image, expected = Image.fromarray(grey > 99), np.repeat((grey > 99)[..., None] * 255.0, 3, axis=2)
+    elif mode == "cmyk":
+        image = Image.fromarray(np.concatenate([255 - rgb, np.zeros((8, 8, 1), np.uint8)], axis=2), "CMYK")
+        expected = rgb
+    elif mode == "rgba":
+        image = Image.fromarray(np.concatenate([rgb, alpha[..., None]], axis=2))
+        expected = white(rgb, alpha[..., None])
+    elif mode == "grey alpha":
+        image = Image.fromarray(np.stack([grey, alpha], axis=2))
+        expected = np.repeat(white(grey, alpha)[..., None], 3, axis=2)
+    elif mode == "palette alpha":
+        image = Image.fromarray(grey // 64)
+        image.putpalette(list(range(12)))
+        image.info["transparency"] = 2
+        expected = np.where((grey // 64 == 2)[..., None], 255.0, (grey // 64)[..., None] * 3.0 + np.arange(3))
+    else:
+        deep = np.random.default_rng(8).integers(0, 65536, (8, 8), dtype=np.uint16)
+        image, expected = Image.fromarray(deep), np.repeat(np.rint(deep / 257)[..., None], 3, axis=2)
+    image = read_one(
+        tmp_path, encoded(image, "TIFF" if mode == "cmyk" else "PNG"), "a.tif" if mode == "cmyk" else "a.png"
+    )
+    assert image.shape == (8, 8, 3)
+    assert np.abs(image - expected.astype(float)).max() <= 1  # a rounding, no more
+
+
+def test_exif_orientation_is_applied(tmp_path: Path) -> None:
+    upright = np.zeros((16, 16, 3), np.uint8)
+    upright[:8] = 255  # bright above
+    exif = Image.Exif()
+    exif[0x0112] = 6  # stored turned: the viewer must turn it by 90 degrees clockwise
+    stored = np.rot90(upright, k=1)
+    image = read_one(tmp_path, encoded(np.ascontiguousarray(stored), "JPEG", exif=exif, quality=95), "a.jpg")
+    assert image[:6].min() > 240 and image[10:].max() < 15
+
+
+def adm(image: Image.Image, side: int) -> np.ndarray:
+    """The field's recipe to the letter: halve, resize the whole picture, then crop."""
+    while min(image.size) >= 2 * side:
+        image = image.resize(tuple(x // 2 for x in image.size), resample=Image.Resampling.BOX)
+    scale = side / min(image.size)
+    image = image.resize(tuple(round(x * scale) for x in image.size), resample=Image.Resampling.BICUBIC)
+    array = np.array(image)
+    top, left = (array.shape[0] - side) // 2, (array.shape[1] - side) // 2
+    return array[top : top + side, left : left + side]
+
+
+@pytest.mark.parametrize("size", [(64, 64), (100, 37), (37, 100), (33, 33), (16, 16), (9, 13), (200, 65), (17, 16)])
+def test_resize_is_that_of_the_field(size: tuple[int, int]) -> None:
+    y, x = np.mgrid[: size[1], : size[0]]
+    rings = (127.5 + 127.5 * np.sin((x**2 + y**2) / 40)).astype(np.uint8)
+    image = Image.fromarray(np.stack([rings, 255 - rings, (3 * x + y).astype(np.uint8)], axis=2))
+    difference = np.asarray(centre_square(image, 16)).astype(int) - adm(image, 16)
+    assert np.abs(difference).max() <= 1
+
+
+def test_box_halving_is_a_mean_of_four(tmp_path: Path) -> None:
+    array = noise(16, seed=9)
+    mean = array.reshape(8, 2, 8, 2, 3).mean(axis=(1, 3))
+    assert np.abs(read_one(tmp_path, encoded(array), resolution=8) - mean).max() <= 1  # PIL rounds after each direction
+
+
+def test_crop_is_central(tmp_path: Path) -> None:
+    wide = np.zeros((8, 24, 3), np.uint8)
+    wide[:, 8:16] = noise(8, seed=10)
+    assert np.array_equal(read_one(tmp_path, encoded(wide), resolution=8), noise(8, seed=10))
+
+
+def test_a_very_long_picture_costs_no_memory(tmp_path: Path) -> None:
+    # resized whole, it would be 256 x 5,120,000
+    image = read_one(tmp_path, encoded(np.full((1, 20_000), 77, np.uint8)), resolution=256)
+    assert image.shape == (256, 256, 3) and (image == 77).all()
+
+
+def test_grey_on_request(tmp_path: Path) -> None:
+    array = noise(8, seed=11, channels=1)
+    assert np.array_equal(read_one(tmp_path, encoded(array), channels=1)[..., 0], array)
+
+
+@pytest.mark.parametrize("kind", ["folder", "zip"])
+@pytest.mark.parametrize("fault", ["truncated", "zero bytes", "text", "float", "svg"])
+def test_unreadable_pictures_are_named(tmp_path: Path, kind: str, fault: str) -> None:
+    whole = encoded(noise(64), "JPEG")
+    data = {
+        "truncated": whole[: len(whole) // 2],
+        "zero bytes": b"",
+        "text": b"hello",
+        "float": encoded(Image.fromarray(np.zeros((8, 8), np.float32)), "TIFF"),
+        "svg": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n",  # would start an outside program
+    }[fault]
+    files = {"cat/ok.png": encoded(noise(8)), "dog/bad one.jpg": data}
+    source = open_source(
+        write(tmp_path / "x", files) if kind == "folder" else zipped(tmp_path / "x.zip", files), resolution=8
+    )
+    assert source.read(0).shape == (8, 8, 3)
+    with pytest.raises(ValueError, match=r"^dog/bad one.jpg: cannot be read as a picture \(.+\)$"):
+        source.read(1)
+
+
+def test_decompression_bomb(tmp_path: Path) -> None:
+    # a header that promises 60000 x 60000 pixels, in a hundred bytes
+    chunk = b"IHDR" + struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)
+    data = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + chunk + struct.pack(">I", zlib.crc32(chunk))
+    with pytest.raises(ValueError, match=r"a.png: cannot be read .*pixels"):
+        read_one(tmp_path, data + b"\0\0\0\0IDAT", resolution=8)
+
+
+def test_picture_above_the_pixel_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 40)
+    with pytest.warns(Image.DecompressionBombWarning), pytest.raises(ValueError, match="more than the limit of 40"):
+        read_one(tmp_path, encoded(noise(8)), resolution=8)
+
+
+SOUND = [encoded(noise(9), kind) for kind in ("PNG", "JPEG", "GIF", "TIFF", "WEBP", "BMP", "PPM")]
+
+
+@pytest.mark.filterwarnings("ignore")  # of PIL, on the damage
+@settings(max_examples=200, deadline=None)
+@given(data=st.data())
+def test_any_damage_decodes_or_is_one_line(data: st.DataObject) -> None:
+    damaged = bytearray(data.draw(st.sampled_from(SOUND)))
+    for _ in range(data.draw(st.integers(1, 8))):
+        damaged[data.draw(st.integers(0, len(damaged) - 1))] = data.draw(st.integers(0, 255))
+    source = Source(["a\nb.jpg"], np.zeros(1, np.int64), (), lambda i: open_picture(io.BytesIO(damaged)), resolution=8)
+    try:
+        assert source.read(0).shape == (8, 8, 3)
+    except BadPicture as error:
+        message = str(error)
+    else:
+        message = "a\\nb.jpg: read"
+    assert message.startswith("a\\nb.jpg: ") and "\n" not in message

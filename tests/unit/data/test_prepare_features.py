@@ -1,0 +1,313 @@
+"""`prepare --features`: what is stored is what the encoder says; stopped, shared, added or damaged, nothing is lost."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import selftrans.data.prepare_features as encode_features
+from selftrans.cli.main import main
+from selftrans.data.dataset import Shards
+from selftrans.data.manifest import Manifest
+from selftrans.data.prepare import prepare
+from selftrans.data.prepare_features import prepare_features
+from selftrans.data.sources.open_source import open_source
+from selftrans.encoders.vision import load_encoder
+from tests.support.pictures import class_folders, contents, encoded, noise, save_vae, write
+from tests.support.vision import patches_of, save_encoder
+
+OPTIONS: dict[str, Any] = {"shard_size": 4, "batch_size": 2, "progress": False}
+MORE: dict[str, Any] = {"batch_size": 2, "progress": False}
+NAMES = [f"features-{k:05d}.bin" for k in range(6)]
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    return class_folders(tmp_path / "my pictures")  # 23 pictures of 8x8: six shards
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return save_encoder(tmp_path_factory.mktemp("encoder"), "registers")
+
+
+@pytest.fixture
+def out(pictures: Path, tmp_path: Path) -> Path:
+    prepare(pictures, tmp_path / "out", **OPTIONS)
+    return tmp_path / "out"
+
+
+@pytest.fixture
+def whole(pictures: Path, out: Path, encoder: str) -> Path:
+    prepare_features(pictures, out, encoder, **MORE)
+    return out
+
+
+def rows(path: Path) -> torch.Tensor:
+    shards = Shards.open(path, verify=True)
+    shards.open_features()
+    return shards.read_features(np.arange(len(shards)))
+
+
+@pytest.mark.parametrize("flip", [False, True])
+def test_stored_features_are_those_of_transformers(pictures: Path, tmp_path: Path, flip: bool) -> None:
+    """On pictures of the encoder's own size, so that nothing is resized; the second copy is of the mirrored picture."""
+    folder = save_encoder(tmp_path / "encoder", "registers")
+    manifest = prepare(pictures, tmp_path / "out", resolution=28, flip=flip, **OPTIONS)
+    found = prepare_features(pictures, tmp_path / "out", folder, grid=4, **MORE)
+    assert (found.grid, found.width, found.encoder) == (4, 16, folder) and found.sha256 == load_encoder(
+        folder, 4
+    ).sha256
+    source = open_source(pictures, resolution=28)
+    shown = np.stack([source.read(i) for i in range(23)])
+    views = [shown, shown[:, :, ::-1].copy()][: manifest.copies]
+    expected = torch.stack([patches_of(folder, view, prefix=5) for view in views], dim=1)
+    stored = rows(tmp_path / "out")
+    assert stored.shape == (23, manifest.copies, 16, 16) and stored.dtype == torch.float16
+    torch.testing.assert_close(stored.float(), expected, rtol=2e-3, atol=2e-3)
+    if flip:
+        assert (stored[:, 0] - stored[:, 1]).abs().max() > 0.1
+        mirrored = stored[:, 1].unflatten(1, (4, 4)).flip(dims=(2,)).flatten(1, 2)
+        assert not torch.allclose(mirrored, stored[:, 0], atol=0.1), "of the mirrored picture, not mirrored features"
+
+
+def test_any_order_and_the_readers_own(whole: Path) -> None:
+    shards = Shards.open(whole)
+    shards.open_features()
+    every = rows(whole)
+    assert torch.equal(shards.read_features(np.array([22, 0, 7, 7])), every[[22, 0, 7, 7]])
+    shards.read_features(np.arange(23)).zero_()
+    assert torch.equal(shards.read_features(np.arange(23)), every)
+    with pytest.raises(ValueError, match="leave the 23 pictures"):
+        shards.read_features(np.array([23]))
+
+
+def test_adding_them_later_touches_nothing_else(pictures: Path, out: Path, encoder: str) -> None:
+    before = {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in out.iterdir()}
+    moments = Shards.open(out).read(np.arange(23))[0]
+    prepare_features(pictures, out, encoder, **MORE)
+    after = {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in out.iterdir()}
+    assert {name: after[name] for name in before} == before and set(after) - set(before) == {*NAMES, "features.json"}
+    assert torch.equal(Shards.open(out, verify=True).read(np.arange(23))[0], moments)
+    prepare_features(pictures, out, encoder, **MORE)  # does nothing
+    assert {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in out.iterdir()} == after
+
+
+def test_a_folder_without_features_opens_and_says_so(out: Path) -> None:
+    shards = Shards.open(out, verify=True)
+    assert not list(out.glob("features*"))
+    with pytest.raises(ValueError, match=r"holds no features; repeat its `selftrans prepare`, with --features MODEL"):
+        shards.open_features()
+
+
+def stop_after(patch: pytest.MonkeyPatch, batches: int) -> None:
+    encode, left = encode_features._encode, [batches]
+
+    def counting(*args: Any) -> np.ndarray:
+        left[0] -= 1
+        if left[0] < 0:
+            raise KeyboardInterrupt
+        return encode(*args)
+
+    patch.setattr(encode_features, "_encode", counting)
+
+
+def test_interrupted_and_continued_equals_uninterrupted(
+    pictures: Path, whole: Path, tmp_path: Path, encoder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "parts"
+    prepare(pictures, out, **OPTIONS)
+    for batches, done in ((1, 0), (5, 2), (3, 3)):  # 1 stops inside the first shard; none is made twice
+        with monkeypatch.context() as patch:
+            stop_after(patch, batches)
+            with pytest.raises(KeyboardInterrupt):
+                prepare_features(pictures, out, encoder, **MORE)
+        assert len(list(out.glob("features-*.json"))) == done and not (out / "features.json").exists()
+        assert not list(out.glob(".tmp*"))
+        with pytest.raises(ValueError, match="holds no features"):
+            Shards.open(out, verify=True).open_features()
+    prepare_features(pictures, out, encoder, **MORE)
+    assert contents(out) == contents(whole)
+
+
+def test_shared_by_parts(pictures: Path, whole: Path, tmp_path: Path, encoder: str) -> None:
+    """Each part makes its moments, then its features; whichever ends last writes features.json."""
+    out, made = tmp_path / "parts", []
+    for part in ("2/3", "1/3", "3/3"):
+        prepare(pictures, out, part=part, **OPTIONS)
+        made.append([file.index for file in prepare_features(pictures, out, encoder, part=part, **MORE).files])
+    assert made == [[1, 4], [0, 1, 3, 4], [0, 1, 2, 3, 4, 5]]
+    assert contents(out) == contents(whole)
+
+
+def test_a_part_waits_for_its_moments(pictures: Path, tmp_path: Path, encoder: str) -> None:
+    prepare(pictures, tmp_path / "out", part="1/2", **OPTIONS)
+    with pytest.raises(ValueError, match=r"shard 1 of .* is not whole; repeat its `selftrans prepare`"):
+        prepare_features(pictures, tmp_path / "out", encoder, part="2/2", **MORE)
+    with pytest.raises(ValueError, match="holds no prepared pictures; run `selftrans prepare`"):
+        prepare_features(pictures, tmp_path / "nowhere", encoder, **MORE)
+
+
+def test_a_lost_or_cut_file_is_made_again_alone(
+    pictures: Path, whole: Path, encoder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = contents(whole)
+    (whole / NAMES[4]).unlink()
+    (whole / NAMES[1]).write_bytes(b"short")
+    with pytest.raises(ValueError, match=r"features-00001.bin has 5 bytes"):
+        Shards.open(whole).open_features()
+    with monkeypatch.context() as patch:
+        stop_after(patch, 4)  # two shards of two batches, and no batch more
+        prepare_features(pictures, whole, encoder, **MORE)
+    assert contents(whole) == before
+
+
+def test_damage_is_found_and_named(whole: Path) -> None:
+    path = whole / NAMES[3]
+    data = bytearray(path.read_bytes())
+    data[100] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match=r"features-00003.bin fails its sha256; delete the file"):
+        Shards.open(whole, verify=True)
+    path.write_bytes(np.full(len(data) // 2, np.nan, dtype="<f2").tobytes())
+    shards = Shards.open(whole)
+    shards.open_features()
+    shards.read_features(np.arange(12))
+    with pytest.raises(ValueError, match=r"features-00003.bin holds NaN or infinite features for picture 13 \(row 1"):
+        shards.read_features(np.array([3, 13]))
+    shards.read(np.arange(23))  # the moments beside them are sound
+
+
+LIES: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
+    "version": (lambda f: f.update(version=2), "features.json is of version 2"),
+    "missing": (lambda f: f.pop("grid"), "'grid' is missing"),
+    "unknown": (lambda f: f.update(extra=1), "'extra' is unknown"),
+    "grid": (lambda f: f.update(grid=5), "features-00000.bin has 2048 bytes where its manifest says 3200"),
+    "grid zero": (lambda f: f.update(grid=0), "'grid' should be an integer from 1"),
+    "width huge": (lambda f: f.update(width=1 << 40), "'width' should be an integer"),
+    "sha256": (lambda f: f.update(sha256="x"), "'sha256' should be a sha256"),
+    "pictures": (lambda f: f.update(pictures="0" * 64), "is of other pictures than the shards beside it"),
+    "files": (lambda f: f["files"].pop(), "'files' does not agree with the shards"),
+    "count": (lambda f: f["files"][2].update(count=5), "'files' does not agree"),
+    "count true": (lambda f: f["files"][2].update(count=True), "'count' should be an integer"),
+    "file unknown": (lambda f: f["files"][0].update(path="../x"), "'path' is unknown"),
+    "file no object": (lambda f: f.update(files=[1]), "should be a JSON object"),
+}
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_a_features_json_that_lies_is_refused_by_name(whole: Path, lie: str) -> None:
+    change, said = LIES[lie]
+    found = json.loads((whole / "features.json").read_text())
+    change(found)
+    (whole / "features.json").write_text(json.dumps(found))
+    with pytest.raises(ValueError, match=said) as caught:
+        Shards.open(whole).open_features()
+    assert "\n" not in str(caught.value)
+
+
+def test_a_damaged_features_json_or_record(pictures: Path, whole: Path, encoder: str, tmp_path: Path) -> None:
+    before = contents(whole)
+    (whole / "features.json").write_text("{")
+    with pytest.raises(ValueError, match=r"features.json is not valid JSON .*delete the file"):
+        Shards.open(whole).open_features()
+    with pytest.raises(ValueError, match=r"features.json is not valid JSON .*delete the file, and repeat"):
+        prepare_features(pictures, whole, encoder, **MORE)
+    (whole / "features.json").unlink()
+    (whole / "features-00002.json").write_text("{")  # a damaged record is no record
+    prepare_features(pictures, whole, encoder, **MORE)
+    assert contents(whole) == before
+
+
+def test_other_features_are_refused_by_what_differs(pictures: Path, whole: Path, encoder: str, tmp_path: Path) -> None:
+    before = contents(whole)
+    other = save_encoder(tmp_path / "other", "registers")
+    for arguments, said in (
+        ((pictures, whole, other, {}), "features with encoder .*, not .*other; repeat the command as it was"),
+        ((pictures, whole, encoder, {"grid": 2}), "features with grid 4, not 2"),
+        ((pictures, whole, encoder, {"precision": "bfloat16"}), "features with precision float32, not bfloat16"),
+        (("digits", whole, encoder, {}), "prepared from other pictures"),
+        ((pictures, whole, encoder, {"grid": 0}), "grid 0 .* cannot be"),
+    ):
+        *positional, options = arguments
+        with pytest.raises(ValueError, match=said):
+            prepare_features(*positional, **(MORE | options))  # type: ignore[misc]
+    assert contents(whole) == before
+
+
+def test_changed_weights_do_not_mix(pictures: Path, out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = save_encoder(tmp_path / "encoder")
+    with monkeypatch.context() as patch:
+        stop_after(patch, 5)
+        with pytest.raises(KeyboardInterrupt):
+            prepare_features(pictures, out, folder, **MORE)
+    save_encoder(tmp_path / "encoder", seed=1)
+    with pytest.raises(ValueError, match=r"features with sha256 .*, not .*; repeat the command as it was"):
+        prepare_features(pictures, out, folder, **MORE)
+
+
+def test_bad_pictures_have_no_features(pictures: Path, tmp_path: Path, encoder: str) -> None:
+    write(pictures, {"cat/04 torn.jpg": encoded(noise(64), "JPEG")[:500]})
+    prepare(pictures, tmp_path / "out", skip_bad=True, resolution=8, **OPTIONS)
+    prepare_features(pictures, tmp_path / "out", encoder, **MORE)
+    sound, stored = (
+        [i for i in range(24) if open_source(pictures, resolution=8).name(i) != "cat/04 torn.jpg"],
+        rows(tmp_path / "out"),
+    )
+    assert len(stored) == len(sound) == 23
+    source, model = open_source(pictures, resolution=8), load_encoder(encoder, 4)
+    shown = torch.from_numpy(np.stack([source.read(i) for i in sound])).permute(0, 3, 1, 2) / 127.5 - 1
+    torch.testing.assert_close(stored[:, 0].float(), model.encode(shown), rtol=2e-3, atol=2e-3)
+
+
+def test_a_picture_spoilt_since_stops_with_its_name(pictures: Path, out: Path, encoder: str) -> None:
+    path = pictures / "cat" / "01.png"
+    path.write_bytes(b"x" * path.stat().st_size)  # of the same size, so the fingerprint is the same
+    with pytest.raises(ValueError, match=r"cat/01.png was readable when its moments were made: .*; restore it"):
+        prepare_features(pictures, out, encoder, **MORE)
+
+
+def test_features_too_large_for_half_precision(pictures: Path, out: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    folder = save_encoder(tmp_path / "encoder")
+    weights = load_file(tmp_path / "encoder" / "model.safetensors")
+    weights["layernorm.weight"] *= 1e7
+    save_file(weights, tmp_path / "encoder" / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=r"cat/01.png: features of .* are too large for float16"):
+        prepare_features(pictures, out, folder, **MORE)
+
+
+def test_beside_the_moments_of_a_vae(pictures: Path, tmp_path: Path, encoder: str) -> None:
+    """The grid is that of a student of patch 2 on the latents: 4x4 latents, 2 x 2 tokens."""
+    vae = save_vae(tmp_path / "vae")
+    prepare(pictures, tmp_path / "out", autoencoder=vae, flip=True, **OPTIONS)
+    found = prepare_features(pictures, tmp_path / "out", encoder, precision="bfloat16", **MORE)
+    assert found.grid == 2 and found.row_bytes(Manifest.load(tmp_path / "out")) == 2 * 4 * 16 * 2
+    model, source = load_encoder(encoder, 2, dtype=torch.bfloat16), open_source(pictures)
+    shown = torch.from_numpy(np.stack([source.read(i) for i in range(23)])).permute(0, 3, 1, 2) / 127.5 - 1
+    stored = rows(tmp_path / "out").float()
+    for copy, view in enumerate((shown, shown.flip(dims=(3,)))):
+        expected = model.encode(view)
+        assert (stored[:, copy] - expected).norm() / expected.norm() < 0.02  # batches of another size round otherwise
+
+
+def test_the_command(pictures: Path, tmp_path: Path, encoder: str, capsys: pytest.CaptureFixture[str]) -> None:
+    common = ["prepare", str(pictures), "--out", str(tmp_path / "out"), "--shard-size", "4", "--flip"]
+    assert main([*common, "--grid", "4"]) == 0
+    assert "--grid is ignored without --features" in capsys.readouterr().err
+    assert main([*common, "--features", encoder, "--precision", "bf16"]) == 0  # of the encoder: pixels meet no network
+    said = capsys.readouterr()
+    assert "23 pictures" in said.out and f"features by {encoder}: 4x4 of 16, float16, 0.0 MB" in said.out
+    assert "is complete already" in said.err and "23/23" in said.err and "ignored" not in said.err
+    assert main([*common, "--features", encoder, "--precision", "bf16"]) == 0
+    assert "the features in" in capsys.readouterr().err
+    assert main([*common, "--features", "no/model", "--grid", "2"]) == 1
+    assert "features with encoder" in capsys.readouterr().err
+    assert rows(tmp_path / "out").shape == (23, 2, 16, 16)

@@ -1,0 +1,221 @@
+"""Autoencoders against diffusers itself, sampling against the posterior, and pixels against their bytes."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, AutoencoderTiny
+from huggingface_hub.constants import HF_HUB_CACHE
+
+from selftrans.encoders.autoencoder import from_uint8, load_autoencoder, sample_latents, to_uint8
+
+
+def save_kl(folder: Path, **overrides: object) -> AutoencoderKL:
+    """A tiny AutoencoderKL that halves twice, with random weights, saved as diffusers saves it."""
+    torch.manual_seed(1)
+    config: dict = {
+        "down_block_types": ("DownEncoderBlock2D",) * 3,
+        "up_block_types": ("UpDecoderBlock2D",) * 3,
+        "block_out_channels": (4, 4, 8),
+        "norm_num_groups": 2,
+        "latent_channels": 4,
+        "layers_per_block": 1,
+        "scaling_factor": 0.4,
+        "shift_factor": 0.25,
+    }
+    model = AutoencoderKL(**(config | overrides)).eval()
+    model.save_pretrained(folder, safe_serialization=True)
+    return model
+
+
+def save_tiny(folder: Path) -> AutoencoderTiny:
+    torch.manual_seed(2)
+    sizes = {"encoder_block_out_channels": (4, 4), "decoder_block_out_channels": (4, 4), "latent_channels": 3}
+    blocks = {"num_encoder_blocks": (1, 1), "num_decoder_blocks": (1, 1)}
+    model = AutoencoderTiny(**sizes, **blocks, scaling_factor=2.0, shift_factor=0.5).eval()
+    model.save_pretrained(folder, safe_serialization=True)
+    return model
+
+
+@pytest.fixture(scope="module")
+def kl(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, AutoencoderKL]:
+    folder = tmp_path_factory.mktemp("kl")
+    return folder, save_kl(folder)
+
+
+@pytest.fixture
+def pixels() -> torch.Tensor:
+    return torch.rand(3, 3, 16, 16) * 2 - 1
+
+
+def test_every_byte_survives_pixels_and_half_precision() -> None:
+    images = torch.arange(256, dtype=torch.uint8).view(1, 16, 16, 1).expand(2, -1, -1, 3)
+    pixels = from_uint8(images)
+    assert pixels.shape == (2, 3, 16, 16) and pixels.min() == -1 and pixels.max() == 1
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        assert torch.equal(to_uint8(pixels.to(dtype)), images)
+
+
+def test_to_uint8_rounds_and_clamps_by_hand() -> None:
+    # 0 -> 127.5 rounds to the even 128; 0.1 -> 140.25; 0.9 -> 242.25; beyond the range -> its ends
+    values = torch.tensor([-3.0, -1.0, 0.0, 0.1, 0.9, 1.0, 7.0]).view(1, 1, 1, 7)
+    assert to_uint8(values).flatten().tolist() == [0, 0, 128, 140, 242, 255, 255]
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_pixel_autoencoder_is_the_identity(channels: int) -> None:
+    autoencoder = load_autoencoder("pixel")
+    x = torch.rand(2, channels, 8, 8) * 2 - 1
+    moments = autoencoder.encode(x)
+    assert moments.std is None and (autoencoder.scale, autoencoder.shift, autoencoder.downsample) == (1, 0, 1)
+    z0 = sample_latents(moments.stack(), stochastic=False, scale=autoencoder.scale, shift=autoencoder.shift)
+    assert torch.equal(autoencoder.decode(z0), x)
+
+
+def test_kl_moments_are_the_posterior_of_diffusers(kl: tuple[Path, AutoencoderKL], pixels: torch.Tensor) -> None:
+    folder, model = kl
+    autoencoder = load_autoencoder(str(folder))
+    assert autoencoder.stochastic and autoencoder.name == str(folder.resolve())
+    assert (autoencoder.scale, autoencoder.shift, autoencoder.channels, autoencoder.downsample) == (0.4, 0.25, 4, 4)
+    with torch.no_grad():
+        posterior = model.encode(pixels).latent_dist
+    moments = autoencoder.encode(pixels)
+    torch.testing.assert_close(moments.mean, posterior.mean)
+    torch.testing.assert_close(moments.std, posterior.std)
+    assert moments.stack().shape == (3, 8, 4, 4)
+
+
+def test_sampled_latents_have_the_moments_of_the_posterior(
+    kl: tuple[Path, AutoencoderKL], pixels: torch.Tensor
+) -> None:
+    folder, model = kl
+    moments = load_autoencoder(str(folder)).encode(pixels[:1]).stack()
+    many = sample_latents(moments.half().expand(4000, -1, -1, -1), stochastic=True, scale=0.4, shift=0.25)
+    with torch.no_grad():
+        posterior = model.encode(pixels[:1]).latent_dist
+    assert many.dtype == torch.float32
+    std = posterior.std[0] * 0.4
+    error = (many.mean(dim=0) - (posterior.mean[0] - 0.25) * 0.4) / (std / math.sqrt(4000))
+    assert error.abs().max() < 5  # standard errors, over 64 numbers
+    assert (many.std(dim=0) / std - 1).abs().max() < 5 / math.sqrt(2 * 4000)
+
+
+def test_sampling_follows_the_default_generator() -> None:
+    moments = torch.rand(2, 4, 3, 3)
+    torch.manual_seed(7)
+    first = sample_latents(moments, stochastic=True, scale=2.0, shift=1.0)
+    torch.manual_seed(7)
+    noise = torch.randn(2, 2, 3, 3)
+    torch.testing.assert_close(first, (moments[:, :2] + moments[:, 2:] * noise - 1.0) * 2.0)
+
+
+def test_kl_decode_undoes_scale_and_shift(kl: tuple[Path, AutoencoderKL], pixels: torch.Tensor) -> None:
+    folder, model = kl
+    latents = torch.randn(2, 4, 4, 4)
+    with torch.no_grad():
+        expected = model.decode(latents / 0.4 + 0.25).sample.clamp(-1, 1)
+    decoded = load_autoencoder(str(folder)).decode(latents)
+    assert decoded.shape == (2, 3, 16, 16)
+    torch.testing.assert_close(decoded, expected)
+
+
+def test_tiny_is_deterministic_and_agrees_with_diffusers(tmp_path: Path, pixels: torch.Tensor) -> None:
+    model = save_tiny(tmp_path / "vae")
+    autoencoder = load_autoencoder(str(tmp_path / "vae"))
+    assert not autoencoder.stochastic and (autoencoder.channels, autoencoder.downsample) == (3, 2)
+    with torch.no_grad():
+        expected = model.encode(pixels).latents
+        back = model.decode(expected).sample.clamp(-1, 1)
+    moments = autoencoder.encode(pixels)
+    assert moments.std is None
+    torch.testing.assert_close(moments.mean, expected)
+    z0 = sample_latents(moments.stack(), stochastic=False, scale=autoencoder.scale, shift=autoencoder.shift)
+    torch.testing.assert_close(z0, (expected - 0.5) * 2)
+    torch.testing.assert_close(autoencoder.decode(z0), back, atol=1e-5, rtol=1e-4)
+
+
+def test_reduced_precision_gives_float32_moments_near_the_full(kl: tuple[Path, AutoencoderKL]) -> None:
+    pixels = torch.rand(1, 3, 16, 16) * 2 - 1
+    full, reduced = (load_autoencoder(str(kl[0]), dtype=d).encode(pixels) for d in (torch.float32, torch.bfloat16))
+    assert reduced.mean.dtype == torch.float32
+    torch.testing.assert_close(reduced.mean, full.mean, atol=0.05, rtol=0.05)
+
+
+def test_grey_pixels_are_repeated_for_a_colour_autoencoder(kl: tuple[Path, AutoencoderKL]) -> None:
+    autoencoder = load_autoencoder(str(kl[0]))
+    grey = torch.rand(1, 1, 16, 16)
+    torch.testing.assert_close(autoencoder.encode(grey).mean, autoencoder.encode(grey.expand(-1, 3, -1, -1)).mean)
+
+
+@pytest.mark.filterwarnings("ignore:.*local_dir_use_symlinks")  # of diffusers itself
+@pytest.mark.parametrize("subfolder", ["", "vae"])
+def test_hub_ids_and_their_folders_load_through_the_hub_cache(subfolder: str) -> None:
+    repository = Path(HF_HUB_CACHE) / f"models--owner--name{subfolder}"
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    (repository / "refs").mkdir(parents=True, exist_ok=True)
+    (repository / "refs" / "main").write_text(commit)
+    save_kl(repository / "snapshots" / commit / subfolder)
+    name = f"owner/name{subfolder}" + ("/vae" if subfolder else "")
+    autoencoder = load_autoencoder(name)
+    assert autoencoder.name == name and autoencoder.encode(torch.zeros(1, 3, 8, 8)).mean.shape == (1, 4, 2, 2)
+
+
+@pytest.mark.parametrize("side", [18, 15])
+def test_sizes_that_do_not_divide_are_refused(kl: tuple[Path, AutoencoderKL], side: int) -> None:
+    with pytest.raises(ValueError, match="multiple of 4"):
+        load_autoencoder(str(kl[0])).encode(torch.zeros(1, 3, side, side))
+
+
+def test_unknown_names_are_refused(tmp_path: Path) -> None:
+    for name in ("nonsense", str(tmp_path / "absent"), "./absent/vae"):
+        with pytest.raises(ValueError, match="neither 'pixel', nor a folder, nor a hub id"):
+            load_autoencoder(name)
+    with pytest.raises(ValueError, match=r"config.json cannot be read"):
+        load_autoencoder("nobody/nothing")
+    with pytest.raises(ValueError, match=r"config.json cannot be read"):
+        load_autoencoder(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "config", ['{"_class_name": "UNet2DModel"}', '{"_class_name": "os.system"}', "[1]", "{", '{"_class_name": ["x"]}']
+)
+def test_unsupported_configs_are_refused(tmp_path: Path, config: str) -> None:
+    (tmp_path / "config.json").write_text(config)
+    with pytest.raises(ValueError, match=r"supported: pixel|config.json"):
+        load_autoencoder(str(tmp_path))
+
+
+def test_code_beside_an_autoencoder_is_not_run(tmp_path: Path) -> None:
+    save_kl(tmp_path / "vae")
+    config = json.loads((tmp_path / "vae" / "config.json").read_text())
+    config |= {"auto_map": {"AutoModel": "evil.Model"}, "_module": "evil", "_custom_pipeline": "evil"}
+    (tmp_path / "vae" / "config.json").write_text(json.dumps(config))
+    (tmp_path / "vae" / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    assert load_autoencoder(str(tmp_path / "vae")).encode(torch.zeros(1, 3, 8, 8)).mean.shape == (1, 4, 2, 2)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_only_safetensors_are_read(tmp_path: Path) -> None:
+    model = save_kl(tmp_path)
+    (tmp_path / "diffusion_pytorch_model.safetensors").unlink()
+    model.save_pretrained(tmp_path, safe_serialization=False)
+    with pytest.raises(ValueError, match="safetensors weights are needed"):
+        load_autoencoder(str(tmp_path))
+
+
+def test_weights_that_are_cut_off_or_do_not_fit_are_refused(tmp_path: Path) -> None:
+    save_kl(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    # without its quant_conv the file holds weights that the model has no place for
+    (tmp_path / "config.json").write_text(json.dumps(config | {"use_quant_conv": False}))
+    with pytest.raises(ValueError, match=r"2 weights do not fit .* quant_conv"):
+        load_autoencoder(str(tmp_path))
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    weights = tmp_path / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(ValueError, match="cannot be loaded"):
+        load_autoencoder(str(tmp_path))

@@ -1,0 +1,328 @@
+"""The small classifier: what it learns, its file, and what it leaves alone; and the extractors it serves in."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from selftrans.evaluate import SmallClassifier, digits_classifier, load_extractor, train_classifier
+from selftrans.evaluate import extractors as features
+from selftrans.evaluate.classifier import digits, to_input, weights_sha256
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory) -> Path:
+    """The file of the digit classifier, trained once for all tests."""
+    path = tmp_path_factory.mktemp("classifier") / "digits.safetensors"
+    digits_classifier(path)
+    return path
+
+
+def tiny(path: Path) -> Path:
+    """An untrained classifier of 5x5x3 images, saved."""
+    SmallClassifier(5, 3, 2, width=4, dim=6).save(path)
+    return path
+
+
+def rewrite(path: Path, change) -> Path:
+    """The same file with header and tensors passed through `change(header, tensors)`."""
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        header = dict(file.metadata())
+    tensors = load_file(path)
+    change(header, tensors)
+    save_file(tensors, path, metadata=header)
+    return path
+
+
+def blobs(n: int = 60) -> tuple[np.ndarray, np.ndarray]:
+    """Images whose brighter half tells the class: left or right."""
+    rng = np.random.default_rng(0)
+    images, labels = rng.integers(0, 60, (n, 6, 6, 3), dtype=np.uint8), np.arange(n) % 2
+    for image, label in zip(images, labels, strict=True):
+        image[:, 3 * label : 3 * label + 3] += 150
+    return images, labels
+
+
+def test_digits_are_the_real_scans() -> None:
+    images, labels = digits()
+    assert images.shape == (1797, 8, 8, 1) and images.dtype == np.uint8
+    assert images.min() == 0 and images.max() == 255  # 16 grey levels, spread over the whole byte
+    assert set(np.unique(images)) == {round(v * 255 / 16) for v in range(17)}
+    assert labels[:10].tolist() == list(range(10))
+
+
+def test_digit_classifier_is_accurate_on_held_out_digits(trained: Path) -> None:
+    record = SmallClassifier.load(trained).training_record
+    assert record is not None and record.accuracy > 0.97 and record.held_out == 359
+
+
+def test_digit_classifier_is_cached_and_the_same(trained: Path) -> None:
+    before = trained.stat().st_mtime_ns
+    again = digits_classifier(trained)
+    assert trained.stat().st_mtime_ns == before, "the file was read, not written again"
+    assert [file.name for file in trained.parent.iterdir()] == [trained.name], "nothing half-written stays"
+    x = to_input(digits()[0][:20])
+    torch.testing.assert_close(again(x), SmallClassifier.load(trained)(x), rtol=0, atol=0)
+
+
+def test_cache_of_another_seed_is_refused(trained: Path) -> None:
+    with pytest.raises(ValueError, match="other data or another seed"):
+        digits_classifier(trained, seed=3)
+
+
+def test_training_is_repeatable_and_leaves_global_state_alone() -> None:
+    images, labels = blobs()
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    state, threads = np.random.get_state()[1].copy(), torch.get_num_threads()  # noqa: NPY002 - that state is the point
+    runs = [train_classifier(images, labels, 2, epochs=2, width=4, dim=5, seed=1, shift=1, threads=1) for _ in "ab"]
+    assert torch.equal(torch.rand(3), expected)
+    assert (np.random.get_state()[1] == state).all()  # noqa: NPY002
+    assert torch.get_num_threads() == threads
+    assert weights_sha256(runs[0]) == weights_sha256(runs[1])
+    other = train_classifier(images, labels, 2, epochs=2, width=4, dim=5, seed=2, threads=1)
+    assert weights_sha256(other) != weights_sha256(runs[0])
+
+
+def test_separable_images_are_learnt_inside_no_grad() -> None:
+    images, labels = blobs(200)
+    with torch.no_grad():
+        model = train_classifier(images, labels, 2, epochs=6, batch_size=8, width=8, dim=16, threads=1)
+    assert model.training_record is not None and model.training_record.accuracy == 1.0
+    assert not model.training
+
+
+def test_moved_and_mirrored_images_by_hand() -> None:
+    from selftrans.evaluate.classifier import _augment
+
+    images = torch.arange(9, dtype=torch.uint8).view(1, 3, 3, 1).repeat(64, 1, 1, 1)
+    moved = _augment(images, shift=1, flip=False, generator=torch.Generator().manual_seed(0))
+    kinds = {tuple(image.flatten().tolist()) for image in moved}
+    assert (0, 0, 1, 3, 3, 4, 6, 6, 7) in kinds  # one to the right, the edge repeated
+    assert (3, 4, 5, 6, 7, 8, 6, 7, 8) in kinds  # one up
+    assert len(kinds) == 9
+    mirrored = _augment(images, shift=0, flip=True, generator=torch.Generator().manual_seed(0))
+    kinds = {tuple(image.flatten().tolist()) for image in mirrored}
+    assert kinds == {tuple(range(9)), (2, 1, 0, 5, 4, 3, 8, 7, 6)}
+
+
+@pytest.mark.parametrize("side", [1, 4, 5, 8, 13, 32])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_every_size_is_built_and_run(side: int, channels: int) -> None:
+    model = SmallClassifier(side, channels, 7, width=4, dim=9).eval()
+    x = torch.randn(2, channels, side, side)
+    assert model(x).shape == (2, 7) and model.features(x).shape == (2, 9)
+    torch.testing.assert_close(model.head(model.features(x)), model(x))
+
+
+def test_saving_and_loading_keeps_everything(tmp_path: Path) -> None:
+    images, labels = blobs()
+    model = train_classifier(images, labels, 2, epochs=1, width=4, dim=5, threads=1)
+    model.save(tmp_path / "new folder" / "ü.safetensors")
+    loaded = SmallClassifier.load(tmp_path / "new folder" / "ü.safetensors")
+    assert loaded.training_record == model.training_record
+    assert weights_sha256(loaded) == weights_sha256(model)
+    x = to_input(images)
+    torch.testing.assert_close(loaded(x), model(x), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda h, t: h.clear(), "not a classifier of this package"),
+        (lambda h, t: h.update(format="selftrans.classifier/99"), "selftrans.classifier/99"),
+        (lambda h, t: h.update(architecture="{"), "header .* damaged"),
+        (lambda h, t: h.pop("training"), "header .* damaged"),
+        (lambda h, t: h.update(training=json.dumps({"accuracy": 1})), "header .* damaged"),
+        (lambda h, t: h.update(architecture=json.dumps({"resolution": 5})), "must name"),
+        (lambda h, t: h.update(architecture=h["architecture"].replace("6", "-6")), "positive whole"),
+        (lambda h, t: h.update(architecture=h["architecture"].replace("6", "1000000000")), "head.weight"),
+        (lambda h, t: t.pop("head.bias"), "head.bias"),
+        (lambda h, t: t.update(stranger=torch.zeros(1)), "stranger"),
+        (lambda h, t: t.update({"head.bias": t["head.bias"].double()}), "head.bias"),
+        (lambda h, t: t["head.bias"].fill_(float("nan")), "not finite in head.bias"),
+    ],
+)
+def test_a_damaged_or_foreign_file_is_refused(tmp_path: Path, change, said: str) -> None:
+    path = rewrite(tiny(tmp_path / "c.safetensors"), change)
+    with pytest.raises(ValueError, match=said) as caught:
+        SmallClassifier.load(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_truncated_or_missing_file_is_refused(tmp_path: Path) -> None:
+    path = tiny(tmp_path / "c.safetensors")
+    path.write_bytes(path.read_bytes()[:-50])
+    with pytest.raises(ValueError, match="not a readable safetensors file"):
+        SmallClassifier.load(path)
+    path.write_bytes(b"")
+    with pytest.raises(ValueError, match="not a readable safetensors file"):
+        SmallClassifier.load(path)
+    with pytest.raises(ValueError, match="no classifier file at"):
+        SmallClassifier.load(tmp_path / "absent.safetensors")
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch) -> None:
+    path = tiny(tmp_path / "c.safetensors")
+    before = path.read_bytes()
+
+    def full(self: Path, target: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "replace", full)
+    with pytest.raises(ValueError, match="No space left"):
+        SmallClassifier(5, 3, 2, width=8, dim=6).save(path)
+    assert path.read_bytes() == before and [file.name for file in tmp_path.iterdir()] == ["c.safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("images", "labels", "said"),
+    [
+        (np.zeros((4, 6, 6, 3), np.float32), [0, 1, 0, 1], "float32"),
+        (np.zeros((4, 6, 5, 3), np.uint8), [0, 1, 0, 1], "uint8"),
+        (np.zeros((4, 6, 6, 3), np.uint8), [0, 1], "one label per image"),
+        (np.zeros((4, 6, 6, 3), np.uint8), [0, 1, 2, 1], "labels run from 0 to 2"),
+        (np.zeros((1, 6, 6, 3), np.uint8), [0], "needs two of each"),
+    ],
+)
+def test_unfit_data_is_refused(images: np.ndarray, labels: list[int], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        train_classifier(images, np.array(labels), 2)
+
+
+def test_extractor_of_the_digits_by_name_and_by_file(trained: Path) -> None:
+    named, filed = load_extractor("digits", weights=trained), load_extractor(trained)
+    assert named.name == filed.name == "digits classifier" and named.sha256 == filed.sha256 and named.dim == 64
+    images, labels = digits()
+    out = named(images[:200])
+    assert out["features"].shape == (200, 64) and out["logits"].shape == (200, 10)
+    assert (out["logits"].argmax(axis=-1) == labels[:200]).mean() > 0.97
+
+
+def test_images_of_another_size_are_refused(trained: Path) -> None:
+    extractor = load_extractor(trained)
+    with pytest.raises(ValueError, match="takes 8x8x1 images, these are 8x8x3"):
+        extractor(np.zeros((2, 8, 8, 3), np.uint8))
+    with pytest.raises(ValueError, match="these are 32x32x1"):
+        extractor(np.zeros((2, 32, 32, 1), np.uint8))
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("incepton", "did you mean inception"),
+        ("digit", "did you mean digits"),
+        ("clip", "choose from digits, inception"),
+        ("absent.safetensors", "no classifier file"),
+    ],
+)
+def test_unknown_features_name_the_remedy(name: str, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        load_extractor(name)
+
+
+def test_weights_beside_a_file_are_not_ignored(trained: Path) -> None:
+    with pytest.raises(ValueError, match="belong to a named extractor"):
+        load_extractor(trained, weights=trained)
+
+
+class FakeInception(torch.nn.Module):
+    """torch-fidelity's interface, with means of colours for features."""
+
+    def __init__(self, name: str, features_list: list[str], feature_extractor_weights_path: str | None = None) -> None:
+        super().__init__()
+        assert features_list == ["2048", "logits_unbiased"] and feature_extractor_weights_path is not None
+        self.path = feature_extractor_weights_path
+        self.Mixed_6d = torch.nn.Module()
+        self.Mixed_6d.branch1x1 = torch.nn.Conv2d(3, 192, kernel_size=1)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        assert x.dtype == torch.uint8 and x.shape[1] == 3
+        colours = x.float().mean(dim=(2, 3))
+        self.Mixed_6d.branch1x1(x.float()[:, :, :2, :3])
+        return torch.nn.functional.pad(colours, (0, 2045)), torch.nn.functional.pad(colours, (0, 1005))
+
+
+@pytest.fixture
+def inception(monkeypatch, tmp_path: Path) -> Path:
+    """torch-fidelity, faked, and a file whose hash is taken for the published one's."""
+    package, module = ModuleType("torch_fidelity"), ModuleType("torch_fidelity.feature_extractor_inceptionv3")
+    module.FeatureExtractorInceptionV3 = FakeInception  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, package.__name__, package)
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    weights = tmp_path / "weights.pth"
+    weights.write_bytes(b"published")
+    monkeypatch.setattr(features, "INCEPTION_SHA256", hashlib.sha256(b"published").hexdigest())
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    return weights
+
+
+def test_inception_through_torch_fidelity(inception: Path) -> None:
+    extractor = load_extractor("inception", weights=inception)
+    assert (extractor.name, extractor.dim) == ("inception", 2048) and extractor.sha256 == features.INCEPTION_SHA256
+    images = np.zeros((2, 4, 4, 3), np.uint8)
+    images[1, ..., 2] = 7
+    out = extractor(images)
+    assert out["features"].shape == (2, 2048) and out["logits"].shape == (2, 1008)
+    assert out["features"][1, :4].tolist() == [0, 0, 7, 0]  # channels stay channels
+    assert load_extractor(inception).sha256 == extractor.sha256
+    branch = extractor.module.Mixed_6d.branch1x1  # type: ignore[attr-defined]
+    kept = branch(torch.from_numpy(images).float().permute(0, 3, 1, 2)[:, :, :2, :3])[1]  # (192, 2, 3)
+    by_hand = [kept[c, i, j].item() for i in range(2) for j in range(3) for c in range(7)]
+    assert out["spatial"].shape == (2, 42) and out["spatial"][1].tolist() == pytest.approx(by_hand)
+    with pytest.raises(ValueError, match="3 channels"):
+        extractor(np.zeros((2, 4, 4, 1), np.uint8))
+
+
+def test_inception_uses_the_hub_cache(inception: Path, tmp_path: Path) -> None:
+    cached = tmp_path / "hub" / "checkpoints" / features.INCEPTION_FILE
+    cached.parent.mkdir(parents=True)
+    inception.rename(cached)
+    assert load_extractor("inception").module.path == str(cached)  # type: ignore[attr-defined]
+
+
+def test_inception_without_weights_says_how_to_supply_them(inception: Path, monkeypatch) -> None:
+    def offline(*args: object, **kwargs: object) -> None:
+        raise OSError("no network")
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
+    with pytest.raises(ValueError, match=r"cannot be downloaded \(no network\).*--features path/to/weights-") as caught:
+        load_extractor("inception")
+    assert "\n" not in str(caught.value)
+    with pytest.raises(ValueError, match=r"no inception weights at .*absent"):
+        load_extractor("inception", weights="absent.pth")
+
+
+def test_other_weights_are_no_inception_and_are_not_opened(inception: Path) -> None:
+    inception.write_bytes(b"other weights, or a pickle that runs code")
+    with pytest.raises(ValueError, match="is not the published inception"):
+        load_extractor("inception", weights=inception)
+
+
+@pytest.mark.parametrize("error", [ImportError("No module named 'torch_fidelity'"), RuntimeError("torchvision::nms")])
+def test_inception_without_the_package_says_what_to_install(monkeypatch, error: Exception) -> None:
+    class Broken:
+        def find_spec(self, name: str, *_: object) -> None:
+            if name.split(".")[0] == "torch_fidelity":
+                raise error
+
+    monkeypatch.setattr(sys, "meta_path", [Broken(), *sys.meta_path])
+    for name in [name for name in sys.modules if name.split(".")[0] == "torch_fidelity"]:
+        monkeypatch.delitem(sys.modules, name)
+    with pytest.raises(ValueError, match=r"pip install 'selftrans\[eval\]'.*--features") as caught:
+        load_extractor("inception")
+    assert "\n" not in str(caught.value)
+    assert ("with torchvision from the index that torch came from" in str(caught.value)) == isinstance(
+        error, RuntimeError
+    )

@@ -1,0 +1,291 @@
+"""Distances against scipy, closed forms, direct sums and numbers of torch-fidelity; and the honesty of the report."""
+
+from __future__ import annotations
+
+import json
+import warnings
+
+import numpy as np
+import pytest
+import scipy.linalg
+
+from selftrans.evaluate import (
+    METRICS,
+    Moments,
+    Statistics,
+    accuracy,
+    evaluate,
+    frechet_distance,
+    inception_score,
+    kernel_distance,
+    metrics,
+    precision_recall,
+)
+from selftrans.evaluate.extractors import INCEPTION_SHA256
+
+
+def described(x: np.ndarray) -> Statistics:
+    return Statistics(x.mean(axis=0), np.cov(x, rowvar=False), count=len(x), features=x)
+
+
+def golden() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Features of two sets and logits; torch-fidelity 0.4.0's numbers for these are quoted below."""
+    rng = np.random.default_rng(7)
+    mix = rng.normal(size=(12, 12))
+    a = (rng.normal(size=(300, 12)) @ mix).astype(np.float32)
+    b = (rng.normal(size=(260, 12)) @ mix * 1.1 + 0.3).astype(np.float32)
+    return a, b, rng.normal(size=(300, 7)).astype(np.float32) * 2
+
+
+def test_numbers_of_torch_fidelity() -> None:
+    a, b, logits = golden()
+    assert frechet_distance(described(a.astype(float)), described(b.astype(float))) == pytest.approx(
+        5.429343613138542, rel=1e-6
+    )
+    assert kernel_distance(a, b, subsets=10, subset_size=100) == pytest.approx(
+        (9.117525433678644, 33.15315173618173), rel=1e-6
+    )
+    assert precision_recall(a, b) == pytest.approx((0.9333333373069763, 0.8307692408561707), rel=1e-6)
+    assert inception_score(logits) == pytest.approx((2.2106400353723172, 0.14727577118242124), rel=1e-6)
+
+
+@pytest.mark.parametrize("dim", [2, 16, 64])
+def test_frechet_distance_is_scipys(dim: int) -> None:
+    rng = np.random.default_rng(dim)
+    a, b = rng.normal(size=(500, dim)), rng.normal(size=(400, dim)) @ rng.normal(size=(dim, dim)) + 1
+    one, two = described(a), described(b)
+    root = scipy.linalg.sqrtm(one.cov @ two.cov).real
+    expected = ((one.mean - two.mean) ** 2).sum() + np.trace(one.cov + two.cov - 2 * root)
+    assert frechet_distance(one, two) == pytest.approx(expected, rel=1e-6)
+    assert frechet_distance(two, one) == pytest.approx(expected, rel=1e-6)
+
+
+def test_frechet_distance_of_diagonal_gaussians() -> None:
+    one = Moments(np.array([0.0, 1.0, 2.0]), np.diag([1.0, 4.0, 0.0]))
+    two = Moments(np.array([3.0, 1.0, 0.0]), np.diag([9.0, 4.0, 25.0]))
+    # (3² + 0 + 2²) + (3 - 1)² + 0 + (5 - 0)²
+    assert frechet_distance(one, two) == pytest.approx(13 + 4 + 25, rel=1e-12)
+    assert frechet_distance(one, one) == pytest.approx(0, abs=1e-12)
+
+
+def test_frechet_distance_with_fewer_images_than_dimensions() -> None:
+    rng = np.random.default_rng(3)
+    a, b = rng.normal(size=(20, 100)), rng.normal(size=(30, 100)) * 2 + 0.1
+    one, two = described(a), described(b)
+    with (
+        pytest.warns(UserWarning, match="20 images for 100 dimensions"),
+        pytest.warns(UserWarning, match="30 images for 100 dimensions"),
+    ):
+        found = frechet_distance(one, two)
+    # tr (A B)^½ is the nuclear norm of the centred data's product, where nothing is singular
+    x, y = (a - one.mean) / np.sqrt(19), (b - two.mean) / np.sqrt(29)
+    overlap = np.linalg.svd(x @ y.T, compute_uv=False).sum()
+    expected = ((one.mean - two.mean) ** 2).sum() + (x**2).sum() + (y**2).sum() - 2 * overlap
+    assert found == pytest.approx(expected, rel=1e-9)
+    with pytest.warns(UserWarning, match="singular"):
+        assert frechet_distance(one, one) == pytest.approx(0, abs=1e-9)
+
+
+def test_enough_images_do_not_warn_and_constant_features_do_no_harm() -> None:
+    x = np.random.default_rng(0).normal(size=(50, 4)) * [1, 1, 0, 1]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert frechet_distance(described(x), described(x + np.array([0, 0, 2, 0]))) == pytest.approx(4, rel=1e-9)
+
+
+def test_lengths_must_agree() -> None:
+    with pytest.raises(ValueError, match="lengths 3 and 4"):
+        frechet_distance(Moments(np.zeros(3), np.eye(3)), Moments(np.zeros(4), np.eye(4)))
+    for metric in (kernel_distance, precision_recall):
+        with pytest.raises(ValueError, match="cannot be compared"):
+            metric(np.zeros((5, 3)), np.zeros((5, 4)))
+
+
+def test_kernel_distance_is_the_direct_double_sum() -> None:
+    rng = np.random.default_rng(1)
+    x, y = rng.normal(size=(6, 3)), rng.normal(size=(6, 3)) + 0.5
+
+    def k(a: np.ndarray, b: np.ndarray) -> float:
+        return (sum(p * q for p, q in zip(a, b, strict=True)) / 3 + 1) ** 3
+
+    within = sum(k(z[i], z[j]) for z in (x, y) for i in range(6) for j in range(6) if i != j) / 30
+    expected = within - 2 * sum(k(a, b) for a in x for b in y) / 36
+    mean, deviation = kernel_distance(x, y, subsets=3)
+    assert mean == pytest.approx(expected, rel=1e-12) and deviation == pytest.approx(0, abs=1e-12)
+
+
+def test_kernel_distance_is_unbiased_and_repeatable() -> None:
+    rng = np.random.default_rng(2)
+    x, y = rng.normal(size=(2000, 4)), rng.normal(size=(2000, 4))
+    mean, deviation = kernel_distance(x, y, subsets=200, subset_size=100)
+    assert abs(mean) < 3 * deviation / np.sqrt(200) + 0.02
+    assert kernel_distance(x, y, subsets=5, subset_size=50) == kernel_distance(x, y, subsets=5, subset_size=50)
+    assert kernel_distance(x, y, subsets=5, subset_size=50) != kernel_distance(x, y, subsets=5, subset_size=50, seed=1)
+    with pytest.raises(ValueError, match="too few"):
+        kernel_distance(x[:1], y)
+
+
+def test_precision_and_recall_of_points_on_a_line() -> None:
+    # With k = 1 a point's ball reaches to its neighbour: reference balls are [-1, 1], [0, 2] and [7, 13]
+    reference = np.array([[0.0], [1.0], [10.0], [13.0]])
+    samples = np.array([[2.0], [2.5], [9.0], [40.0]])
+    # reach of the reference: 1, 1, 3, 3; inside: 2 (from 1), 9 (from 10). 2.5 and 40 are not.
+    # reach of the samples: 0.5, 0.5, 6.5, 31; reference inside: all but none of 0? see below
+    precision, recall = precision_recall(samples, reference, neighbours=1)
+    assert precision == 2 / 4
+    # balls of samples: [1.5, 2.5], [2, 3], [2.5, 15.5], [9, 71]: 10 and 13 lie inside, 0 and 1 do not
+    assert recall == 2 / 4
+
+
+def test_precision_and_recall_see_what_is_missing() -> None:
+    rng = np.random.default_rng(0)
+    both = np.concatenate([rng.normal(size=(60, 2)), rng.normal(size=(60, 2)) + 50])
+    assert precision_recall(both[:60], both) == (1.0, 0.5)  # half of the reference is never made
+    assert precision_recall(both, both[:60]) == (0.5, 1.0)  # half of the samples are not like the reference
+    assert precision_recall(both, both) == (1.0, 1.0)
+
+
+def test_blocks_do_not_change_precision_and_recall() -> None:
+    a, b, _ = golden()
+    assert len({precision_recall(a, b, block=block) for block in (1, 7, 64, 10_000)}) == 1
+    with pytest.raises(ValueError, match="too few for 3 neighbours"):
+        precision_recall(a[:3], b)
+
+
+def test_accuracy_by_hand() -> None:
+    logits = np.array([[1.0, 2.0, 0.0], [5.0, 1.0, 2.0], [0.0, 0.0, 1.0], [0.0, 3.0, 1.0]])
+    assert accuracy(logits, np.array([1, 0, 2, 0])) == 0.75
+    assert accuracy(logits, [0, 1, 0, 0]) == 0.0
+    with pytest.raises(ValueError, match="4 images but labels"):
+        accuracy(logits, [1, 2])
+    with pytest.raises(ValueError, match="knows 3 classes"):
+        accuracy(logits, [1, 2, 3, 0])
+
+
+def test_inception_score_by_hand() -> None:
+    certain = np.eye(4).repeat(5, axis=0) * 1000  # sure of each of four classes, all equally often: score 4
+    assert inception_score(certain, splits=1)[0] == pytest.approx(4, rel=1e-12)
+    assert inception_score(np.zeros((20, 4)))[0] == pytest.approx(1, rel=1e-12)  # knows nothing
+    assert inception_score(np.tile([9.0, 0.0], (20, 1)))[0] == pytest.approx(1, rel=1e-12)  # makes one class only
+
+
+def test_a_score_of_few_images_a_split_is_said_to_be_biased() -> None:
+    sure = np.eye(10) * 100
+    with pytest.warns(UserWarning, match="over 10 splits of 1 images for 10 classes: it is biased downwards") as caught:
+        assert inception_score(sure) == pytest.approx((1, 0))  # of ten classes made perfectly
+    assert "\n" not in str(caught[0].message) and caught[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert inception_score(np.tile(sure, (10, 1)))[0] > 5
+    with pytest.warns(UserWarning, match="over 10 splits of 9 images"):
+        inception_score(np.tile(sure, (10, 1))[:99])
+
+
+class Colours:
+    """Six random projections of the pixels, two of which serve as logits."""
+
+    def __init__(self, name: str = "colours", sha256: str = "c" * 64, head: bool = True, spatial: bool = False) -> None:
+        self.name, self.sha256, self.dim, self.head, self.spatial = name, sha256, 6, head, spatial
+        self.weights = np.random.default_rng(0).normal(size=(12, 6)) / 255
+
+    def __call__(self, images: np.ndarray) -> dict[str, np.ndarray]:
+        features = images.reshape(len(images), -1) @ self.weights
+        out = {"features": features}
+        return (
+            out
+            | ({"logits": features[:, :2]} if self.head else {})
+            | ({"spatial": features[:, :3]} if self.spatial else {})
+        )
+
+
+def pictures(seed: int, n: int = 90) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 200 + 20 * seed, (n, 2, 2, 3), dtype=np.uint8)
+
+
+def test_the_report_is_flat_json_with_honest_names() -> None:
+    samples, reference = pictures(0), pictures(1, 80)
+    labels = (np.arange(90) % 2).tolist()
+    report = evaluate(iter([samples[:50], samples[50:]]), reference, Colours(), labels=labels, reference_name="real")
+    assert json.loads(json.dumps(report, allow_nan=False)) == report
+    assert all(isinstance(value, str | int | float) for value in report.values())
+    assert report["metric"] == "frechet_distance" and report["label"] == "Fréchet distance (colours features)"
+    assert (report["num_images"], report["reference_images"], report["reference"]) == (90, 80, "real")
+    assert (report["extractor"], report["extractor_sha256"]) == ("colours", "c" * 64)
+    assert not [name for name in report if "fid" in name.lower() or "kid" in name or "inception" in name]
+    features = Colours()(samples)["features"]
+    assert report["frechet_distance"] == pytest.approx(
+        frechet_distance(described(features), described(Colours()(reference)["features"])), rel=1e-9
+    )
+    assert report["accuracy"] == accuracy(features[:, :2], labels)
+    assert {"kernel_distance", "kernel_distance_std", "precision", "recall", "classifier_score"} < report.keys()
+    assert (report["is_splits"], report["neighbours"]) == (10, 3)
+    assert (report["kernel_subsets"], report["kernel_subset_size"]) == (100, 80), "as computed: the smaller set's"
+    assert evaluate(samples[:7], reference, Colours(), metrics=["score"])["is_splits"] == 7
+
+
+def test_only_the_published_inception_gives_fid() -> None:
+    assert "fid" not in evaluate(pictures(0), pictures(1), Colours(name="inception"))
+    inception = Colours(name="inception", sha256=INCEPTION_SHA256, spatial=True)
+    with pytest.warns(UserWarning, match="labels are not used: inception's classes"):
+        report = evaluate(pictures(0), pictures(1), inception, labels=[0] * 90)
+    assert report["metric"] == "fid" and report["label"] == "FID"
+    assert {"fid", "sfid", "kid", "kid_std", "inception_score", "precision", "recall"} < report.keys()
+    assert not {"accuracy", "frechet_distance", "classifier_score"} & report.keys()
+    assert "no accuracy" in report["note"]
+
+
+def test_what_cannot_be_measured_is_absent_and_said() -> None:
+    whole = Statistics.of(pictures(1), Colours())
+    bare = Statistics(whole.mean, whole.cov, source="adm.npz")
+    report = evaluate(pictures(0), bare, Colours(head=False))
+    assert "frechet_distance" in report and report["reference"] == "adm.npz" and report["reference_images"] is None
+    assert not {"kernel_distance", "precision", "classifier_score", "accuracy"} & report.keys()
+    for said in ("does not say which extractor", "no kernel distance", "no precision and recall", "no score"):
+        assert said in report["note"]
+    few = evaluate(pictures(0, 3), whole, Colours(), metrics=["precision_recall"])
+    assert "too few images for 3 neighbours" in few["note"] and "precision" not in few
+    with pytest.warns(UserWarning, match="the extractor has no head"):
+        evaluate(pictures(0), whole, Colours(head=False), labels=[0] * 90)
+
+
+def test_only_the_metrics_asked_for_are_computed(monkeypatch) -> None:
+    monkeypatch.setattr(metrics, "kernel_distance", None)
+    monkeypatch.setattr(metrics, "precision_recall", None)
+    report = evaluate(pictures(0), pictures(1), Colours(), labels=[0] * 90, metrics=("frechet", "accuracy"))
+    assert {"frechet_distance", "accuracy"} < report.keys() and "classifier_score" not in report
+    with pytest.raises(ValueError, match=f"unknown metric 'fid'; choose from {', '.join(METRICS)}"):
+        evaluate(pictures(0), pictures(1), Colours(), metrics=["fid"])
+
+
+def test_a_reference_of_another_extractor_is_refused_before_any_image_is_made() -> None:
+    reference = Statistics.of(pictures(1), Colours(name="other", sha256="d" * 64), source="ref")
+
+    def sampler():
+        raise AssertionError("an image was asked for")
+        yield
+
+    with pytest.raises(ValueError, match=r"reference ref was made by other dddddddd .* not by colours cccccccc"):
+        evaluate(sampler(), reference, Colours())
+    foreign = Statistics(np.zeros(3), np.eye(3))
+    with pytest.raises(ValueError, match=r"an unnamed extractor \(3 features\)"):
+        evaluate(sampler(), foreign, Colours())
+
+
+def test_labels_may_fill_while_the_samples_stream() -> None:
+    labels: list[int] = []
+
+    def sampler():
+        for start in range(0, 90, 30):
+            labels.extend([1] * 30)
+            yield pictures(0)[start : start + 30]
+
+    report = evaluate(sampler(), pictures(1), Colours(), labels=labels, metrics=["accuracy"])
+    assert report["accuracy"] == accuracy(Colours()(pictures(0))["logits"], [1] * 90)
+    with pytest.raises(ValueError, match="90 images but labels"):
+        evaluate(pictures(0), pictures(1), Colours(), labels=[0, 1])
+
+
+def test_a_class_that_no_image_could_be_of_is_no_nan():
+    logits = np.zeros((40, 3))
+    logits[:20, 0] = logits[20:, 1] = 2000.0  # the third, by exp(-2000), underflows everywhere
+    assert inception_score(logits, splits=1)[0] == pytest.approx(2.0)

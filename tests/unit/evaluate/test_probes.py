@@ -1,0 +1,296 @@
+"""Features, probes and maps against scikit-learn and hand-made data; figures by what they hold."""
+
+from __future__ import annotations
+
+import base64
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from sklearn.decomposition import PCA
+from torch import Tensor, nn
+
+from selftrans.evaluate import plots, probes
+from selftrans.evaluate.probes import pool
+from selftrans.flow import COSINE
+from selftrans.types import Output
+
+
+class Stub(nn.Module):
+    """Block k answers with the tokens of x times k, plus the label."""
+
+    depth, width, patch, shape = 3, 4, 1, (4, 2, 2)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dropout, self.frozen = nn.Dropout(0.5), nn.Dropout(0.5).eval()
+        self.weight = nn.Parameter(torch.ones(()))
+        self.calls: list[tuple[int, float, bool]] = []
+
+    def forward(self, x: Tensor, t: Tensor, cond, *, taps: tuple[int, ...] = (), stop: bool = False) -> Output:
+        self.calls.append((len(x), float(t[0]), stop))
+        assert not torch.is_grad_enabled() and len(t) == len(x) == len(cond)
+        tokens = self.dropout(x).flatten(start_dim=2).transpose(1, 2) * self.weight
+        return Output(None, {k: tokens * k + cond[:, None, None] for k in taps})
+
+
+def collected(**changes) -> dict[int, Tensor]:
+    z0 = torch.randn(10, 4, 2, 2, generator=torch.Generator().manual_seed(1))
+    arguments = {"t": 0.3, "taps": (1, 3), "batch_size": 4} | changes
+    return probes.collect(arguments.pop("backbone", Stub()), z0, torch.arange(10), **arguments)
+
+
+def test_collect_serves_the_taps_in_eval_mode_and_restores_it() -> None:
+    backbone = Stub().train()
+    backbone.frozen.eval()
+    feats = collected(backbone=backbone)
+    assert list(feats) == [1, 3] and feats[1].shape == (10, 4, 4)
+    labels = torch.arange(10)[:, None, None]
+    torch.testing.assert_close((feats[1] - labels) * 3, feats[3] - labels)
+    assert backbone.calls == [
+        (4, pytest.approx(0.3), True),
+        (4, pytest.approx(0.3), True),
+        (2, pytest.approx(0.3), True),
+    ]
+    assert backbone.training and backbone.dropout.training and not backbone.frozen.training
+
+
+def test_collect_stands_on_the_path() -> None:
+    z0 = torch.randn(10, 4, 2, 2, generator=torch.Generator().manual_seed(1))
+    noise = torch.randn(10, 4, 2, 2, generator=torch.Generator().manual_seed(7))
+    for path, expected in (
+        (None, 0.7 * z0 + 0.3 * noise),
+        (COSINE, np.cos(0.15 * np.pi) * z0 + np.sin(0.15 * np.pi) * noise),
+    ):
+        feats = collected(seed=7, **({"path": path} if path else {}))
+        tokens = expected.flatten(start_dim=2).transpose(1, 2) + torch.arange(10)[:, None, None]
+        torch.testing.assert_close(feats[1], tokens)
+
+
+def test_collect_is_the_same_for_every_batch_size_and_leaves_the_global_rng_alone() -> None:
+    torch.manual_seed(3)
+    expected = torch.rand(2)
+    torch.manual_seed(3)
+    runs = [collected(batch_size=size) for size in (1, 4, 256)]
+    assert torch.equal(torch.rand(2), expected)
+    for run in runs[1:]:
+        torch.testing.assert_close(run[3], runs[0][3], rtol=0, atol=0)
+    assert not torch.equal(collected(seed=1)[1], runs[0][1])
+
+
+def test_collect_takes_named_conditions() -> None:
+    class Named(Stub):
+        def forward(self, x, t, cond, *, taps=(), stop=False):
+            assert cond["mask"].shape == (len(x), 2)
+            return super().forward(x, t, cond["label"], taps=taps, stop=stop)
+
+    cond = {"label": torch.arange(10), "mask": torch.ones(10, 2)}
+    z0 = torch.randn(10, 4, 2, 2, generator=torch.Generator().manual_seed(1))
+    feats = probes.collect(Named(), z0, cond, t=0.3, taps=(1, 3), batch_size=4)
+    torch.testing.assert_close(feats[3], collected()[3])
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"), [({"taps": (4,)}, "backbone of 3"), ({"taps": ()}, "choose 1"), ({"t": 1.5}, "outside")]
+)
+def test_collect_refuses_what_it_cannot_read(changes: dict, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        collected(**changes)
+
+
+@pytest.mark.parametrize("kind", ["logistic", "ridge"])
+def test_probe_of_separable_and_of_random_labels(kind: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(600) % 3
+    features = torch.randn(600, 5, 8, generator=generator)
+    features[:, :, 7] = 4.0  # a constant feature
+    assert 0.2 < probes.linear_probe(features, labels, kind=kind) < 0.47  # chance is 1 / 3
+    features[torch.arange(600), :, labels] += 100.0
+    assert probes.linear_probe(features * 1e4 + 7, labels, kind=kind) == 1.0
+    assert probes.linear_probe(features, labels, kind=kind, seed=5, test_fraction=0.5) == 1.0
+
+
+def test_probe_is_tested_on_the_images_given_and_repeatable() -> None:
+    x = torch.randn(200, 6, generator=torch.Generator().manual_seed(0))
+    labels = (x[:, 0] > 0).long()
+    assert probes.linear_probe(x, labels, test=(x, 1 - labels), kind="ridge") < 0.1
+    noisy = torch.where(torch.rand(200, generator=torch.Generator().manual_seed(1)) < 0.3, 1 - labels, labels)
+    scores = [probes.linear_probe(x, noisy, seed=seed) for seed in (0, 0, 1)]
+    assert scores[0] == scores[1] != scores[2]
+
+
+def test_ridge_is_scikit_learns() -> None:
+    from sklearn.linear_model import Ridge
+
+    from selftrans.evaluate.probes import ridge_guesses
+
+    x = torch.randn(80, 5, generator=torch.Generator().manual_seed(0)).double()
+    x = (x - x.mean(dim=0)) / x.std(dim=0, correction=0)
+    y = (x[:, 0] + 0.3 * x[:, 1] > 0.2).long() + (x[:, 2] > 1).long()
+    theirs = Ridge(alpha=1e-2 * 80).fit(x.numpy(), torch.nn.functional.one_hot(y).double().numpy())
+    np.testing.assert_array_equal(ridge_guesses(x, y, x).numpy(), theirs.predict(x.numpy()).argmax(axis=-1))
+
+
+def test_probe_refuses_unfit_arguments() -> None:
+    x, y = torch.randn(20, 3), torch.arange(20) % 2
+    with pytest.raises(ValueError, match="do not fit each other"):
+        probes.linear_probe(x, y[:10])
+    with pytest.raises(ValueError, match="two classes"):
+        probes.linear_probe(x, torch.zeros(20))
+    with pytest.raises(ValueError, match="unknown probe 'svm'; choose from logistic, ridge"):
+        probes.linear_probe(x, y, kind="svm")
+
+
+def spread(n: int = 6, seed: int = 0) -> Tensor:
+    """Features (n, 9, 8) whose first three directions are the widest."""
+    feats = torch.randn(n, 9, 8, generator=torch.Generator().manual_seed(seed)) * torch.tensor(
+        [9, 6, 4, 1, 1, 1, 1, 1.0]
+    )
+    rotation = torch.linalg.qr(torch.randn(8, 8, generator=torch.Generator().manual_seed(9)))[0]
+    return feats @ rotation + 5
+
+
+def test_components_span_scikit_learns_subspace() -> None:
+    feats = spread(30)
+    basis = probes.pca_basis(feats)
+    theirs = PCA(n_components=3).fit(feats.reshape(-1, 8).double().numpy())
+    np.testing.assert_allclose(basis.mean.numpy(), theirs.mean_, rtol=1e-9)
+    np.testing.assert_allclose(np.abs(basis.components.numpy() @ theirs.components_.T), np.eye(3), atol=1e-9)
+    largest = basis.components.abs().argmax(dim=1)
+    assert (basis.components[torch.arange(3), largest] > 0).all()
+
+
+def test_maps_are_placed_scaled_and_repeatable() -> None:
+    feats = spread()
+    basis = probes.pca_basis(feats)
+    maps = probes.pca_maps(feats)
+    assert maps.shape == (6, 3, 3, 3) and maps.dtype == np.float32 and maps.min() == 0 and maps.max() == 1
+    np.testing.assert_array_equal(maps, probes.pca_maps(feats, basis=basis))
+    along = (feats[2, 5].double() - basis.mean) @ basis.components.T  # token 5 is row 1, column 2
+    np.testing.assert_allclose(maps[2, 1, 2], ((along - basis.low) / (basis.high - basis.low)).clamp(0, 1), rtol=1e-5)
+    assert not np.array_equal(probes.pca_maps(spread(seed=1), basis=basis), probes.pca_maps(spread(seed=1)))
+    outlier = feats.clone()
+    outlier[0, 0] += 1e5  # one wild token is clipped, the others keep their colours' range
+    held = probes.pca_maps(outlier, basis=basis)
+    np.testing.assert_array_equal(held[1:], maps[1:])
+
+
+def test_maps_of_equal_tokens_are_grey_and_unfit_features_refused() -> None:
+    assert (probes.pca_maps(torch.full((2, 4, 5), 3.7)) == 0.5).all()
+    with pytest.raises(ValueError, match="5 tokens form no square"):
+        probes.pca_maps(torch.randn(2, 5, 8))
+    with pytest.raises(ValueError, match="no three components"):
+        probes.pca_maps(torch.randn(2, 4, 2))
+    with pytest.raises(ValueError, match="basis of width 8"):
+        probes.pca_maps(torch.randn(2, 4, 5), basis=probes.pca_basis(spread()))
+
+
+def test_tsne_keeps_clusters_apart() -> None:
+    generator = torch.Generator().manual_seed(0)
+    labels = np.arange(40) % 2
+    features = torch.randn(40, 3, 5, generator=generator) + 40.0 * torch.from_numpy(labels)[:, None, None]
+    points = probes.tsne(features)
+    assert points.shape == (40, 2)
+    centres = np.stack([points[labels == k].mean(axis=0) for k in (0, 1)])
+    nearest = np.linalg.norm(points[:, None] - centres, axis=-1).argmin(axis=-1)
+    assert (nearest == labels).all()
+    torch.testing.assert_close(pool(features), features.mean(dim=1))
+    with pytest.raises(ValueError, match="too few for t-SNE"):
+        probes.tsne(torch.randn(3, 5))
+
+
+def test_image_grid_by_hand() -> None:
+    images = np.arange(3, dtype=np.uint8)[:, None, None, None] * np.ones((1, 1, 1, 1), np.uint8)
+    grid = plots.image_grid(images, columns=2, upscale=2, gap=1)
+    w = 255
+    expected = [
+        [w] * 7,
+        [w, 0, 0, w, 1, 1, w],
+        [w, 0, 0, w, 1, 1, w],
+        [w] * 7,
+        [w, 2, 2, w, w, w, w],
+        [w, 2, 2, w, w, w, w],
+        [w] * 7,
+    ]
+    assert grid[..., 0].tolist() == expected
+    assert plots.image_grid(np.zeros((10, 4, 4, 3), np.uint8)).shape == (3 * 6 + 2, 4 * 6 + 2, 3)
+    with pytest.raises(ValueError, match="a grid shows uint8"):
+        plots.image_grid(np.zeros((2, 4, 4, 3)))
+
+
+def figures() -> dict:
+    x = [100, 200, 300]
+    return {
+        "curves": plots.curves(
+            {"vanilla": (x, [90, 30, 10.0], [5, 3, 20.0]), "stage 1": (x, [80, 25, 9.0])},
+            xlabel="student steps", ylabel="Fréchet distance", title="Convergence", logx=True, logy=True,
+        ),
+        "bars": plots.bars({"a": 0.5, "b": (1234.5, 3.0), "c": 0.0}, ylabel="accuracy", title="Probe"),
+        "maps": plots.pca_grid(
+            {"images": np.zeros((2, 8, 8, 1), np.uint8), "block 2": np.random.default_rng(0).random((2, 4, 4, 3))},
+            columns=["step 1", "step 2"], title="Maps",
+        ),
+        "scatter": plots.scatter(np.random.default_rng(0).normal(size=(30, 2)), np.arange(30) % 10),
+    }  # fmt: skip
+
+
+def test_figures_hold_what_they_were_given() -> None:
+    drawn = figures()
+    axes = drawn["curves"].axes[0]
+    assert [line.get_label() for line in axes.lines] == ["vanilla", "stage 1"]
+    np.testing.assert_array_equal(axes.lines[0].get_ydata(), [90, 30, 10])
+    assert (axes.get_xlabel(), axes.get_ylabel(), axes.get_yscale()) == ("student steps", "Fréchet distance", "log")
+    axes = drawn["bars"].axes[0]
+    assert [patch.get_height() for patch in axes.patches] == [0.5, 1234.5, 0.0]
+    assert {"0.500", "1,234 ± 3", "0.00"} <= {text.get_text() for text in axes.texts}
+    assert len(drawn["maps"].axes) == 4 and drawn["maps"].axes[2].get_ylabel() == "block 2"
+    assert len(drawn["scatter"].axes[0].get_legend().get_texts()) == 10
+    with pytest.raises(ValueError, match="different numbers of pictures"):
+        plots.pca_grid({"a": np.zeros((2, 4, 4, 3)), "b": np.zeros((3, 4, 4, 3))})
+
+
+@pytest.mark.parametrize("name", ["curves", "bars", "maps", "scatter"])
+@pytest.mark.parametrize("suffix", ["png", "svg"])
+def test_figures_are_saved_whole(name: str, suffix: str, tmp_path: Path) -> None:
+    path = tmp_path / "new" / f"{name}.{suffix}"
+    plots.save(figures()[name], path, dpi=50)
+    assert [file.name for file in path.parent.iterdir()] == [path.name]
+    if suffix == "png":
+        picture = np.asarray(Image.open(path).convert("L"))
+        assert picture.min() < 100 and picture.max() == 255  # something was drawn, on white
+    else:
+        assert b"<svg" in path.read_bytes()
+
+
+def test_pictures_for_a_page_without_files(tmp_path: Path) -> None:
+    picture = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
+    for image in (picture, picture[..., :1]):
+        head, _, content = plots.figure_to_data_uri(image).partition(",")
+        assert head == "data:image/png;base64"
+        decoded = np.asarray(Image.open(io.BytesIO(base64.b64decode(content))))
+        np.testing.assert_array_equal(decoded, image.squeeze())
+    plots.save_png(picture, tmp_path / "a.png")
+    np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "a.png")), picture)
+    assert plots.figure_to_data_uri(figures()["bars"], dpi=40).startswith("data:image/png;base64,iVBOR")
+    with pytest.raises(ValueError, match="a png takes uint8"):
+        plots.save_png(picture.astype(float), tmp_path / "b.png")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="cannot be written"):
+        plots.save_png(picture, tmp_path / "file" / "c.png")
+
+
+def test_a_name_that_is_no_formula_is_written_as_it_is(tmp_path: Path) -> None:
+    figure = plots.scatter(np.eye(2), np.arange(2), names=["$\\frac$", "a"])
+    assert [text.get_text() for text in figure.axes[0].get_legend().get_texts()] == ["$\\frac$", "a"]
+    plots.save(figure, tmp_path / "a.png")  # a formula would fail here
+
+
+def test_no_figure_is_left_in_pyplot() -> None:
+    import matplotlib.pyplot as plt
+
+    before = plt.get_fignums()
+    figures()
+    assert plt.get_fignums() == before

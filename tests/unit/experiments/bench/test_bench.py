@@ -1,0 +1,285 @@
+"""The benchmark compares equals: the plain step has our loss and gradients; and it reports what a stopwatch would."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import functools
+import importlib
+import importlib.util
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from torch import nn
+
+from selftrans import flow
+from selftrans.cli.main import main
+from selftrans.config import Model
+from selftrans.experiments.bench import bench, published, settings, table
+from selftrans.experiments.bench.loading_sampling import made_up, passes
+from selftrans.experiments.bench.machine import Clock, Peak, cpu_name
+from selftrans.experiments.bench.plain_step import PlainStep, plain_losses, update_ema
+from selftrans.experiments.bench.rounds import PARTS, Memory, race, randomise
+from selftrans.methods.objective import Frozen, Objective
+from selftrans.methods.self_transcendence import SelfGuidance
+from selftrans.recipes import recipe
+from selftrans.types import Batch
+
+SMALL = Model(width=32, depth=3, heads=2, patch=2)
+SHAPE = (4, 8, 8)
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def _own_accelerator() -> Any:
+    AcceleratorState._reset_state(True)
+    yield
+    AcceleratorState._reset_state(True)
+
+
+def gradients(loss: torch.Tensor, *modules: nn.Module) -> list[torch.Tensor]:
+    return list(torch.autograd.grad(loss, [p for module in modules for p in module.parameters()]))
+
+
+@pytest.mark.parametrize("times", ["systematic", "uniform"])
+@pytest.mark.parametrize("n", [1, 7, 10])
+def test_the_plain_arithmetic_has_our_loss_and_gradients(times: str, n: int) -> None:
+    config = settings(SMALL, n, "fp32")
+    student, teacher = (SMALL.build(SHAPE, 10) for _ in range(2))
+    randomise(student)
+    randomise(teacher)
+    whole = copy.deepcopy(teacher)
+    ours = SelfGuidance(student, Frozen(teacher, 2), config.stage2)
+    batch = Batch(torch.randn(n, *SHAPE), torch.randint(10, (n,)))
+    d = flow.draw(batch, student.null(batch.cond), times=times, drop=0.3)
+    expected, report = Objective(student, [ours], times=times).losses(d, 0)
+    loss, matched, term = plain_losses(student, ours.head, whole, d, config.stage2, contextlib.nullcontext())
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close((matched.detach(), term.detach()), (report["flow"], report["self"]))
+    torch.testing.assert_close(
+        gradients(loss, student, ours.head), gradients(expected, student, ours.head), rtol=1e-4, atol=1e-6
+    )
+    assert n < 7 or report["self"] > 0
+
+
+def test_the_plain_vanilla_loss_is_ours() -> None:
+    student = SMALL.build(SHAPE, 10)
+    randomise(student)
+    batch = Batch(torch.randn(5, *SHAPE), torch.randint(10, (5,)))
+    d = flow.draw(batch, student.null(batch.cond))
+    config = settings(SMALL, 5, "fp32").stage2
+    loss, _, term = plain_losses(student, None, None, d, config, contextlib.nullcontext())
+    expected, _ = Objective(student).losses(d, 0)
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(gradients(loss, student), gradients(expected, student))
+    assert term == 0
+
+
+def test_a_plain_step_trains_and_averages() -> None:
+    step = PlainStep(settings(SMALL, 4, "fp32"), SHAPE, 10, CPU, guided=True)
+    before = copy.deepcopy(step.model)
+    assert step.teacher is not None and not any(p.requires_grad for p in step.teacher.parameters())
+    losses = step.forward(Batch(torch.randn(4, *SHAPE), torch.randint(10, (4,))))
+    step.backward(losses[0])
+    values = step.update(losses)
+    assert values[0] == losses[0].item() and len(values) == 3
+    pairs = list(zip(step.ema.parameters(), before.parameters(), step.model.parameters(), strict=True))
+    assert any(not torch.equal(old, new) for _, old, new in pairs)
+    for average, old, new in pairs:
+        torch.testing.assert_close(average, 0.9999 * old + 0.0001 * new)
+    half, one = nn.Linear(2, 2), nn.Linear(2, 2)
+    expected = (half.weight + 3 * one.weight) / 4
+    update_ema(half, one, 0.25)
+    torch.testing.assert_close(half.weight, expected)
+
+
+class Sleeper:
+    """A step of known length."""
+
+    def __init__(self, *parts: float) -> None:
+        self.parts, self.steps = parts, 0
+
+    def step(self) -> list[float]:
+        marks, self.steps = [time.perf_counter()], self.steps + 1
+        for part in self.parts:
+            time.sleep(part)
+            marks.append(time.perf_counter())
+        return marks
+
+
+def test_a_race_measures_what_a_stopwatch_would() -> None:
+    clock = Clock(CPU)
+    slow, fast = Sleeper(0.02, 0.04, 0.06, 0.08), Sleeper(0.01, 0.02, 0.03, 0.04)
+    rounds = race({"slow": slow, "fast": fast}, clock, Peak(clock, torch.float32), Memory(CPU), seconds=0, least=4)
+    assert slow.steps == fast.steps == 5, "the first step is not counted"
+    assert {name: len(each) for name, each in rounds.items()} == {"slow": 4, "fast": 4, "matmul": 4}
+    for one in rounds["slow"]:
+        assert one["total"] == pytest.approx(sum(one[part] for part in PARTS))
+        assert one["total"] >= 0.2 and all(one[part] >= 0.02 * (i + 1) for i, part in enumerate(PARTS))
+    best = min(one["total"] for one in rounds["fast"])
+    assert 0.1 <= best < min(one["total"] for one in rounds["slow"])
+    assert set(rounds["matmul"][0]) == {"512", "1024", "2048"} and all(s > 0 for s in rounds["matmul"][0].values())
+
+
+def test_a_race_goes_on_while_there_is_time() -> None:
+    clock = Clock(CPU)
+    one = Sleeper(0.001, 0.001, 0.001, 0.001)
+    rounds = race({"one": one}, clock, Peak(clock, torch.float32), Memory(CPU), seconds=3, least=1)
+    assert len(rounds["one"]) > 1
+
+
+def test_a_model_without_room_costs_the_others_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = importlib.import_module("selftrans.experiments.bench")
+    whole = module._model
+
+    def one(accelerator: Any, config: Any, *rest: Any) -> dict[str, Any]:
+        if config.model.depth == 4:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return whole(accelerator, config, *rest)
+
+    monkeypatch.setattr(module, "_model", one)
+    models = {"large": dataclasses.replace(SMALL, depth=4), "small": SMALL}
+    found = bench(models, tmp_path, batch_size=4, tokens=16, device="cpu", seconds=0, quick=True)
+    assert "rows" not in found["models"]["large"] and found["ratios"] == found["models"]["small"]["ratios"]
+    assert "large, 16 tokens, batch 4: not enough memory" in table(found)
+    assert json.loads((tmp_path / "bench.json").read_text()) == found
+
+
+def test_made_up_latents_are_prepared_data(tmp_path: Path) -> None:
+    shards = made_up(tmp_path, SHAPE, 600, classes=7)
+    shards.verify()
+    moments, labels = shards.read(torch.arange(600))
+    assert moments.shape == (600, 1, 8, 8, 8) and labels.max() == 6
+    assert (moments[:, :, 4:] >= 0).all() and moments[:, :, :4].float().std().item() == pytest.approx(1, abs=0.02)
+
+
+def test_passes_are_counted_on_the_sampler_s_grid() -> None:
+    """Twenty steps from t = 1, 0.95 ...: thirteen of them at 0.65 or below, each of two passes, seven of one."""
+    assert passes(20) == (13 * 2 + 7) / 40
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    AcceleratorState._reset_state(True)
+    out = tmp_path_factory.mktemp("bench")
+    found = bench({"small": SMALL}, out, batch_size=10, tokens=16, device="cpu", seconds=0, quick=True)
+    assert json.loads((out / "bench.json").read_text()) == json.loads(json.dumps(found))
+    return found
+
+
+def test_the_report_holds_together(report: dict[str, Any]) -> None:
+    machine, small = report["machine"], report["models"]["small"]
+    assert machine["device"] == "cpu" and machine["dtype"] == "fp32" and machine["cpu"] == cpu_name()
+    assert machine["threads"] == torch.get_num_threads() and machine["torch"] == torch.__version__
+    assert list(small["rows"]) == ["vanilla", "stage1", "stage2", "plain_vanilla", "plain_stage2"]
+    assert small["rounds"] >= 3 and (small["batch"], small["tokens"]) == (10, 16)
+    for row in small["rows"].values():
+        assert row["images_per_s"] * row["ms"] == pytest.approx(10_000)
+        assert all(row[f"{part}_ms"] > 0 for part in PARTS) and row["peak_memory_gb"] is None
+        assert 0 < row["utilisation"] < 1
+    assert report["ratios"] == small["ratios"] and set(small["ratios"]) == {
+        "stage1_over_vanilla",
+        "stage2_over_vanilla",
+        "plain_stage2_over_stage2",
+        "plain_stage2_over_vanilla",
+        "plain_vanilla_over_vanilla",
+        "sampling_interval_over_full",
+    }
+    for name, (low, high) in small["ratios_range"].items():
+        assert 0 < low <= small["ratios"][name] <= high
+    assert all(rate > 0 for name, rate in report["loading"].items() if name.endswith("per_s"))
+    assert small["sampling"]["passes_interval_over_full"] == 0.825
+
+
+def test_utilisation_counts_what_the_method_needs(report: dict[str, Any]) -> None:
+    """Our stage 2 and the plain one differ in time alone: what is wasted counts for nothing."""
+    small = report["models"]["small"]
+    needed = {name: row["utilisation"] * row["ms"] for name, row in small["rows"].items()}
+    assert needed["plain_stage2"] == pytest.approx(needed["stage2"])
+    assert needed["plain_vanilla"] == pytest.approx(needed["vanilla"])
+    # by hand: 12 products of D² a block and token, 2 of T D for attention, per image 6 D² in each block's modulation
+    d, tokens, patch = 32, 16, 16
+    block = 12 * d * d * tokens + 2 * tokens * tokens * d + 6 * d * d
+    rest = 2 * tokens * patch * d + 2 * d * d + 256 * d + d * d
+    image = 2 * (3 * block + rest)
+    operations = small["matmul_peak_tflops"] * 1e12 * needed["vanilla"] / 1e3
+    assert operations == pytest.approx(3 * 10 * image, rel=0.01)
+
+
+def test_the_table_shows_it(report: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    text = table(report)
+    assert "stage 2, plain" in text and "stage2_over_vanilla" in text and "latents/s" in text
+    assert f"{report['ratios']['stage1_over_vanilla']:.3f}" in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--tokens", "10"], "tokens 10 is not a square number; use 64, 256 or 1024"),
+        (["--models", "SiT-Q/2"], "model.name 'SiT-Q/2' is unknown"),
+        (["--batch-size", "0"], "batch_size 0 should be 1 or more"),
+        (["--device", "cuda"], "this machine has no GPU that torch can use"),
+    ],
+)
+def test_bad_arguments_are_one_line(
+    arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert main(["bench", *arguments, "--out", str(tmp_path / "out")]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("selftrans: ") and message in said and said.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_is_measured_unasked() -> None:
+    assert list(published(None, "cpu", quick=True)) == ["SiT-S/2"]
+    assert list(published(None, "cpu")) == ["SiT-S/2", "SiT-B/2"]
+    assert list(published(None, "cuda")) == ["SiT-S/2", "SiT-B/2", "SiT-XL/2"]
+    assert published(["SiT-L/4"], "cpu") == {"SiT-L/4": Model(name="SiT-L/4")}
+
+
+# ---- the scripts beside the package
+
+
+def script(name: str) -> Any:
+    path = Path(__file__).parents[4] / "benchmarks" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(f"benchmarks_{name}", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_every_ablation_changes_the_recipe_as_it_says() -> None:
+    ablations = script("ablations")
+    for name, dotted in ablations.VARIANTS.items():
+        config = ablations.overridden(recipe("digits"), dotted)
+        for path, value in dotted.items():
+            found = functools.reduce(getattr, path.split("."), config)
+            assert found == value, name
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_ablations_are_compared(tmp_path: Path) -> None:
+    command = [sys.executable, script("ablations").__file__, "digits", "--out", str(tmp_path), "--workers", "1"]
+    command += ["--steps", "4", "--seeds", "0", "--images", "12", "--variants", "vanilla", "vanilla-uniform"]
+    subprocess.run(command, check=True, capture_output=True, timeout=380)
+    report = json.loads((tmp_path / "ablations.json").read_text())
+    assert [row["method"] for row in report["table"]] == ["vanilla", "vanilla-uniform"]
+    configs = [json.loads((tmp_path / f"{row['method']}-seed0" / "config.json").read_text()) for row in report["table"]]
+    assert [each["train"]["times"] for each in configs] == ["systematic", "uniform"]
+
+
+def test_each_change_is_measured() -> None:
+    changes = script("changes")
+    table = changes.measure(changes.ways(SMALL, 10, CPU), Clock(CPU), rounds=1)
+    assert len(table) == 5 and all(row["plain_ms"] > 0 and row["ours_ms"] > 0 for row in table)

@@ -1,0 +1,371 @@
+"""`selftrans compare`: the table against hand-computed numbers, the command as a person uses it, and its repetition."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import json
+import math
+import shutil
+from html.parser import HTMLParser
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from selftrans.cli.main import main
+from selftrans.experiments import report
+from selftrans.experiments.compare import base, compare_methods, only
+from selftrans.experiments.runner import Comparison, Ruler, interval, measured_before, points
+from selftrans.experiments.table import as_csv, curve, first_below, mean_curve, rows
+from selftrans.methods.repa import Repa
+from selftrans.methods.sra import SRA
+from selftrans.recipes import recipe
+from tests.support.pictures import class_folders
+from tests.support.toy import quick  # noqa: F401 - quick is a fixture
+
+
+def result(distances: list[float], *, teacher: float = 0.0, seconds: float = 10.0) -> tuple:
+    """run.json and measured points: a distance every 100 steps, one TFLOP each."""
+    measured = [
+        {"step": 100 * i, "seconds": seconds, "tflops": float(i), "distance": d, "accuracy": 0.5, "probe": 0.25 * i}
+        for i, d in enumerate(distances, start=1)
+    ]
+    student = measured[-1]["tflops"]
+    return {"total_seconds": seconds, "total_tflops": student + teacher, "student_tflops": student}, measured
+
+
+RESULTS = {
+    ("vanilla", 0): result([80.0, 40.0, 10.0]),
+    ("vanilla", 1): result([80.0, 40.0, 20.0]),
+    ("fast", 0): result([40.0, 2.5, 1.0], teacher=2.0),
+    ("fast", 1): result([20.0, 10.0, 3.0], teacher=2.0),
+    ("slow", 0): result([90.0, 80.0, 11.0]),
+    ("slow", 1): result([90.0, 80.0, 20.0]),
+}
+
+
+FAST = {job: run for job, run in RESULTS.items() if job[0] == "fast"}
+
+
+def test_rows_hold_means_and_deviations_over_seeds():
+    vanilla, fast, slow = rows(RESULTS, ("vanilla", "fast", "slow"))
+    assert vanilla["distance"] == {"mean": 15.0, "std": pytest.approx(math.sqrt(50))} and vanilla["seeds"] == 2
+    assert fast["total_tflops"] == {"mean": 5.0, "std": 0.0} and fast["probe"]["mean"] == 0.75
+    assert vanilla["steps_to_baseline"]["mean"] == 300 and vanilla["reached"] == 2
+    # seed 0: from 40 at 100 to 2.5 at 200, 10 is half of the way in log; seed 1: 20 at the first point
+    assert fast["steps_to_baseline"]["mean"] == pytest.approx((150 + 100) / 2)
+    assert fast["tflops_to_baseline"]["mean"] == pytest.approx((2 + 1.5 + 2 + 1) / 2), "the teacher's is in it"
+    assert slow["reached"] == 1 and slow["steps_to_baseline"] == {"mean": 300.0, "std": 0.0}
+
+
+def test_what_is_not_known_is_not_made_up():
+    """An imported teacher's compute, and how early a run was as good that was so at its first point."""
+    imported = {("fast", seed): ({**run, "total_tflops": None}, points) for (_, seed), (run, points) in FAST.items()}
+    _, row = rows({**RESULTS, **imported}, ("vanilla", "fast"))
+    assert row["total_tflops"] is None and row["tflops_to_baseline"] is None and row["reached"] == 2
+    assert row["at_once"] == 1, "of seed 1, whose first point is at 20"
+    assert mean_curve({**RESULTS, **imported}, "fast", "tflops") == ([], [], [])
+    *_, steps, compute = report.cells(row, {"fast": "fast"})
+    assert steps == "≤ 125 ± 35" and compute == "-"
+
+
+def test_curves_meet_where_every_seed_was_measured():
+    run, measured = result([8.0, 4.0, 2.0])
+    assert mean_curve({("a", 0): (run, measured), ("a", 1): (run, measured[::2])}, "a")[:2] == ([100, 300], [8.0, 2.0])
+
+
+def test_without_the_baseline_nothing_is_said_of_it():
+    (row,) = rows(RESULTS, ("fast",), baseline="other")
+    assert "steps_to_baseline" not in row
+    (row,) = rows({("vanilla", 0): result([5.0]), ("bad", 0): result([9.0])}, ("bad",))
+    assert row["steps_to_baseline"] is None and row["reached"] == 0
+
+
+def test_curves_over_steps_and_over_all_compute():
+    assert curve(RESULTS["fast", 0]) == ([100, 200, 300], [40.0, 2.5, 1.0])
+    assert curve(RESULTS["fast", 0], "tflops") == ([3.0, 4.0, 5.0], [40.0, 2.5, 1.0])
+    x, mean, deviation = mean_curve(RESULTS, "fast")
+    assert x == [100, 200, 300] and mean == [30.0, 6.25, 2.0] and deviation[2] == pytest.approx(math.sqrt(2))
+
+
+@pytest.mark.parametrize(
+    ("y", "goal", "x"),
+    [([8, 4, 2], 4, 200), ([8, 4, 2], 1, None), ([8, 2], 4, 150), ([8, 0.0], 0.0, 200), ([3], 4, 100)],
+)
+def test_where_a_curve_first_is_as_good(y, goal, x):
+    found = first_below([100 * (i + 1) for i in range(len(y))], y, goal)
+    assert found == (None if x is None else pytest.approx(x))
+
+
+def test_csv_has_a_column_for_each_mean_and_deviation():
+    read = list(csv.DictReader(as_csv(rows(RESULTS, ("vanilla", "slow"))).splitlines()))
+    assert [row["method"] for row in read] == ["vanilla", "slow"]
+    assert float(read[0]["distance"]) == 15 and float(read[0]["distance_std"]) == pytest.approx(math.sqrt(50))
+
+
+def test_a_teacher_is_shared_where_it_is_the_same_and_never_else(tmp_path):
+    config, _, _ = base(recipe("digits"), tmp_path)
+    assert config.stage1.steps == config.train.steps
+    other = dataclasses.replace(config, stage1=dataclasses.replace(config.stage1, target="latent"))
+    short = dataclasses.replace(config, stage1=dataclasses.replace(config.stage1, steps=interval(config.train.steps)))
+    odd = dataclasses.replace(config, stage1=dataclasses.replace(config.stage1, steps=7))
+    variants = {"structure": dataclasses.replace(config, method="structure"), "same": config, "other": other}
+    chosen = Comparison(config, variants | {"short": short, "odd": odd}, (3,), tmp_path, 10, "digits")
+    assert chosen.teacher(("same", 3)) == chosen.teacher(("short", 3)) == ("structure", 3)
+    assert chosen.teacher(("other", 3)) is None and chosen.teacher(("odd", 3)) is None
+    assert chosen.teacher(("structure", 3)) is None
+    given = dataclasses.replace(config, stage2=dataclasses.replace(config.stage2, teacher="elsewhere"))
+    assert Comparison(config, variants | {"same": given}, (3,), tmp_path, 10, "digits").teacher(("same", 3)) is None
+    assert points(1000) == 5 and points(1001) == 6
+
+
+def test_points_of_the_same_ruler_are_kept_and_damaged_ones_measured_again(tmp_path):
+    extractor, sample = SimpleNamespace(sha256="e"), dataclasses.replace(recipe("digits").sample, num=3)
+    ruler, path = Ruler(extractor, None, None, sample, 2), tmp_path / "measured.json"
+    assert measured_before(path, ruler) == {}
+    sound = {"sha256": "w", "distance": 1.0} | json.loads(json.dumps(ruler.marks))
+    assert (sound["images"], sound["extractor_sha256"], sound["block"]) == (3, "e", 2)
+    others = {"images": 4, "block": 1, "extractor_sha256": "f", "sampler": sound["sampler"] | {"guidance_scale": 9.0}}
+    path.write_text(json.dumps([sound, *(sound | {"sha256": key, key: value} for key, value in others.items())]))
+    assert measured_before(path, ruler) == {"w": sound}
+    for content in (
+        "",
+        "[{",
+        "3",
+        "[3]",
+        "null",
+        '{"a": 1}',
+        "[" * 100_000,
+        '[{"images": 3, "extractor_sha256": "e"}]',
+    ):
+        path.write_text(content)
+        assert measured_before(path, ruler) == {}
+
+
+def test_a_runs_settings_do_not_depend_on_what_it_is_compared_with():
+    config = dataclasses.replace(recipe("digits"), repa=Repa(encoder="some/encoder"), sra=SRA(span=0.1))
+    assert only(config, "repa").repa.encoder == "some/encoder" and only(config, "repa").sra == recipe("digits").sra
+    assert only(config, "sra") == dataclasses.replace(recipe("digits"), method="sra", sra=SRA(span=0.1))
+    assert only(config, "vanilla") == dataclasses.replace(recipe("digits"), method="vanilla")
+    stage1, stage2 = (dataclasses.replace(getattr(config, name), weight=0.1) for name in ("stage1", "stage2"))
+    config = dataclasses.replace(config, stage1=dataclasses.replace(stage1, steps=9), stage2=stage2)
+    assert only(config, "vanilla") == dataclasses.replace(recipe("digits"), method="vanilla")
+    assert only(config, "structure") == dataclasses.replace(recipe("digits"), method="structure", stage1=stage1)
+    taught = only(config, "self_transcendence")
+    assert (taught.stage1.steps, taught.stage1.weight, taught.stage2.weight) == (9, 0.1, 0.1)
+
+
+class Tags(HTMLParser):
+    """Open and closed tags balance, and pictures are inside."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.pictures = 0
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        if tag == "img":
+            self.pictures += dict(attrs)["src"].startswith("data:image/")
+        elif tag != "meta":
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_compare_as_a_person_uses_it(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "compared"
+    overrides = ["--model.width", "16", "--model.depth", "3", "--train.batch-size", "16", "--sra.head-width", "8"]
+    overrides += [
+        "--stage1.head-width",
+        "8",
+        "--stage2.head-width",
+        "8",
+        "--stage2.until-step",
+        "7",
+        "--layersync.until-step",
+        "6",
+        "--sample.steps",
+        "2",
+    ]
+    command = ["compare", "digits", "--out", str(out), "--steps", "10", "--images", "24", "--workers", "1", *overrides]
+    methods = ["vanilla", "structure", "self_transcendence", "layersync"]
+    assert main([*command, "--methods", *methods, "--seeds", "0", "1"]) == 0
+    said = capfd.readouterr()
+    assert all(name in said.out for name in [*methods, "±", "compare.html"])
+    assert "selftrans: warning: 24 images for 64 dimensions" in said.err and "UserWarning" not in said.err
+    summary = json.loads((out / "compare.json").read_text())
+    assert [row["method"] for row in summary["table"]] == methods
+    assert summary["config"]["model"]["width"] == 16 and summary["seeds"] == [0, 1] and summary["images"] == 24
+    for row in summary["table"]:
+        assert row["seeds"] == 2 and row["steps"] == 10 and row["distance"]["mean"] > 0
+    taught = json.loads((out / "self_transcendence-seed0" / "run.json").read_text())
+    alone = json.loads((out / "structure-seed0" / "run.json").read_text())
+    assert [stage["stage"] for stage in taught["stages"]] == ["stage2"], "stage 1 is that of the run beside it"
+    assert taught["total_tflops"] == pytest.approx(taught["student_tflops"] + alone["total_tflops"])
+    lasts = [summary["curves"]["tflops"][name][0][-1] for name in methods]
+    assert lasts[2] == pytest.approx(taught["total_tflops"]) and lasts[0] < lasts[3] + 1e-9 < lasts[2]
+    assert summary["config"]["layersync"]["until_step"] == 6 and summary["autoencoder"] == "pixel"
+    assert ", until_step 6" in (out / "compare.html").read_text()
+    page = Tags((out / "compare.html").read_text())
+    assert page.open == [] and page.pictures == 1 + len(methods)
+    assert (out / "compare.png").read_bytes().startswith(b"\x89PNG") and (out / "compare.csv").exists()
+    # repeated with a method more: what was there is kept
+    weights = out / "vanilla-seed0" / "vanilla" / "checkpoints" / "step-00000010" / "ema.safetensors"
+    trained = weights.stat().st_mtime_ns
+    assert main([*command, "--methods", *methods, "sra", "--seeds", "0", "1"]) == 0
+    kept = {row["method"]: row["distance"] for row in json.loads((out / "compare.json").read_text())["table"]}
+    assert {row["method"]: row["distance"] for row in summary["table"]} == {
+        m: kept[m] for m in methods
+    } and "sra" in kept
+    assert weights.stat().st_mtime_ns == trained
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_comparison_grows_under_other_settings(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Longer, with another sampler, with a method more that has settings of its own: one table, measured alike."""
+    out = tmp_path / "compared"
+    command = ["compare", "digits", "--out", str(out), "--images", "24", "--workers", "1", "--model.width", "16"]
+    command += [
+        "--model.depth",
+        "3",
+        "--train.batch-size",
+        "16",
+        "--stage1.head-width",
+        "8",
+        "--stage2.head-width",
+        "8",
+    ]
+    command += ["--stage1.block", "1", "--sample.steps"]
+    assert main([*command, "2", "--steps", "10", "--methods", "vanilla", "structure", "--seeds", "0"]) == 0
+    more = ["--methods", "vanilla", "structure", "self_transcendence", "--seeds", "0", "1", "--stage1.steps", "3"]
+    assert main([*command, "3", "--steps", "15", *more]) == 0, capfd.readouterr().err
+    summary = json.loads((out / "compare.json").read_text())
+    assert summary["curves"]["step"]["vanilla"][0] == [6, 12, 15], "what the run that was made longer has, too"
+    assert summary["curves"]["step"]["self_transcendence"][0] == [3, 6, 9, 12, 15]
+    stages = [json.loads((out / f"self_transcendence-seed{k}" / "run.json").read_text())["stages"] for k in (0, 1)]
+    assert list(map(len, stages)) == [2, 1], "the longer run has no checkpoint at step 3 that could teach"
+    measured = [point for path in out.glob("*/measured.json") for point in json.loads(path.read_text())]
+    assert len(measured) == 4 * 5 + 2 * 3
+    assert {(point["sampler"]["steps"], point["block"]) for point in measured} == {(3, 1)}
+    assert summary["sampler"]["steps"] == 3 and summary["config"]["sample"]["steps"] == 3
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_data_without_classes_are_compared_too(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """What needs classes, the probe and the samples' accuracy, is left out of the table."""
+    labelled, flat = class_folders(tmp_path / "labelled", 12), tmp_path / "flat"
+    flat.mkdir()
+    for i, path in enumerate(sorted(labelled.rglob("*.png"))):
+        shutil.copy(path, flat / f"{i}.png")
+    for source in (labelled, flat):
+        assert main(["prepare", str(source), "--out", str(tmp_path / f"{source.name}-data")]) == 0
+    extractor = str(tmp_path / "classifier.safetensors")
+    assert main(["classifier", str(tmp_path / "labelled-data"), "--out", extractor, "--epochs", "1"]) == 0
+    command = [
+        "compare",
+        "imagefolder",
+        "--data",
+        str(tmp_path / "flat-data"),
+        "--features",
+        extractor,
+        "--images",
+        "8",
+    ]
+    command += [
+        "--out",
+        str(tmp_path / "out"),
+        "--steps",
+        "2",
+        "--methods",
+        "vanilla",
+        "--workers",
+        "1",
+        "--seeds",
+        "0",
+    ]
+    small = ["--model.width", "16", "--model.depth", "2", "--model.heads", "2", "--train.batch-size", "4"]
+    assert main([*command, *small, "--stage1.block", "1", "--sample.steps", "1"]) == 0, capfd.readouterr().err
+    (row,) = json.loads((tmp_path / "out" / "compare.json").read_text())["table"]
+    assert row["distance"]["mean"] > 0 and row["probe"] is None and row["accuracy"] is None
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_given_teacher_teaches_and_its_unknown_cost_is_said(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    small = ["--model.width", "16", "--model.depth", "3", "--train.batch-size", "16", "--stage1.head-width", "8"]
+    command = ["compare", "digits", "--out", str(tmp_path / "x"), "--images", "24", "--workers", "1", "--steps", "5"]
+    command += [*small, "--stage2.head-width", "8", "--sample.steps", "2", "--seeds", "0", "--stage2.teacher"]
+    assert main([*command, "nowhere"]) == 1
+    assert "nowhere does not exist" in capfd.readouterr().err and not list((tmp_path / "x").glob("*-seed*"))
+    teacher = tmp_path / "teacher"
+    assert main(["train", "digits", "--out", str(teacher), "--method", "structure", "--train.steps", "4", *small]) == 0
+    for path in teacher.glob("stage1/checkpoints/*/*.safetensors"):  # as of weights from elsewhere
+        with safe_open(path, framework="pt") as file:
+            about = json.loads(file.metadata()["selftrans"]) | {"tflops": None}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+        save_file(tensors, path, metadata={"selftrans": json.dumps(about)})
+        shutil.copy(path, tmp_path / path.name)
+    assert main([*command, str(tmp_path / "ema.safetensors"), "--train.path", "cosine"]) == 1
+    assert "was trained on the linear path" in capfd.readouterr().err and not list((tmp_path / "x").glob("*-seed*"))
+    assert main([*command, str(tmp_path / "ema.safetensors"), "--methods", "structure", "self_transcendence"]) == 0
+    said = capfd.readouterr()
+    summary = json.loads((tmp_path / "x" / "compare.json").read_text())
+    assert [one["path"] for one in summary["teachers"]] == [str(tmp_path / "ema.safetensors")]
+    assert summary["table"][1]["total_tflops"] is None and summary["curves"]["tflops"]["self_transcendence"] == [
+        [],
+        [],
+        [],
+    ]
+    assert "ema.safetensors, step 4" in (tmp_path / "x" / "compare.html").read_text()
+    assert said.out
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["compare", "digit", "--out", "x"], "did you mean digits"),
+        (["compare", "digits", "--out", "x", "--methods", "vanila"], "'vanila' is unknown; did you mean vanilla"),
+        (["compare", "digits", "--out", "x", "--methods", "vanilla", "vanilla"], "each of them once"),
+        (["compare", "digits", "--out", "x", "--seeds", "1", "1"], "seeds that differ"),
+        (["compare", "digits", "--out", "x", "--train.stepz", "3"], "did you mean train.steps"),
+        (["compare", "digits", "--methods", "vanilla"], "--out"),
+        (["compare", "cifar10", "--out", "x"], "needs --data DIR"),
+    ],
+)
+def test_mistakes_are_said_in_one_line(words, said, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    assert main(words) in (1, 2)
+    error = capfd.readouterr().err
+    assert said in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("method", "words", "said"),
+    [
+        ("repa", [], "holds no features"),
+        ("layersync", ["--layersync.target-block", "9"], "layersync reads block 9, but the student has blocks 1..3"),
+        ("sra", ["--sra.target-block", "9"], "sra.target_block 9 is outside the student's 1..3"),
+        ("self_transcendence", ["--stage2.teacher-block", "9"], "teacher block 9 is outside the teacher's 1..3"),
+    ],
+)
+def test_what_cannot_work_is_said_before_anything_is_trained(method, words, said, tmp_path, capfd):
+    command = ["compare", "digits", "--out", str(tmp_path / "x"), "--methods", "vanilla", method, "--seeds", "0"]
+    assert main([*command, "--model.width", "16", "--model.depth", "3", *words]) == 1
+    assert said in capfd.readouterr().err and not list((tmp_path / "x").glob("*-seed*"))
+
+
+def test_the_library_refuses_what_the_command_refuses(tmp_path):
+    with pytest.raises(ValueError, match="at least two images"):
+        compare_methods(recipe("digits"), tmp_path, ["vanilla"], images=1)
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,276 @@
+"""`selftrans evaluate`: a run measured without touching the disk, references kept in the cache, ADM's files, the table."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from selftrans.cli.main import main
+from selftrans.data.dataset import Shards
+from selftrans.data.prepare import prepare
+from selftrans.encoders.autoencoder import load_autoencoder, to_uint8
+from selftrans.evaluate.classifier import SmallClassifier
+from selftrans.evaluate.extractors import ClassifierExtractor
+from selftrans.evaluate.metrics import frechet_distance
+from selftrans.evaluate.statistics import Statistics
+from selftrans.experiments import evaluate_samples as scores
+from selftrans.experiments.analyse_run import shard_images
+from tests.support import toy
+from tests.support.pictures import class_folders, save_vae
+from tests.support.toy import quick  # noqa: F401 - a fixture
+
+
+@pytest.fixture
+def judge(tmp_path: Path) -> Path:
+    """A classifier of 8x8 grey pictures with random weights."""
+    SmallClassifier(8, 1, 10).save(tmp_path / "judge.safetensors")
+    return tmp_path / "judge.safetensors"
+
+
+def extractor(judge: Path) -> ClassifierExtractor:
+    return ClassifierExtractor(SmallClassifier.load(judge), "judge classifier")
+
+
+def folder(path: Path, count: int = 24, seed: int = 0) -> Path:
+    path.mkdir()
+    for k in range(count):
+        array = np.random.default_rng(1000 * seed + k).integers(0, 256, (8, 8), dtype=np.uint8)
+        Image.fromarray(array).save(path / f"{k}.png")
+    return path
+
+
+def test_a_run_is_measured_as_its_samples_on_disk_are(judge: Path, tmp_path: Path, capsys) -> None:
+    run = toy.copy(toy.finished(), tmp_path / "run")
+    settings = ["--num=30", "--steps=2", "--sampler=heun", "--guidance-scale=1.5", "--guidance-interval", "0.1", "0.8"]
+    rest = ["--reference=digits", f"--features={judge}"]
+    assert main(["evaluate", str(run), *settings, *rest, "--out", str(tmp_path / "a.json")]) == 0
+    said = capsys.readouterr().out
+    assert main(["sample", str(run), "--out", str(tmp_path / "samples"), *settings]) == 0
+    before = toy.tree(run)
+    assert main(["evaluate", str(tmp_path / "samples"), *rest]) == 0
+    direct = json.loads((tmp_path / "a.json").read_text())
+    stored = json.loads((tmp_path / "samples" / "evaluate.json").read_text())
+    for name in ("frechet_distance", "accuracy", "precision", "label_balance", "extractor_sha256", "num_images"):
+        assert direct[name] == stored[name], name
+    assert {name: direct["made"][name] for name in scores.SETTINGS} == {
+        **{name: stored["made"][name] for name in scores.SETTINGS},
+    }
+    assert direct["made"]["guidance_scale"] == 1.5 and direct["made"]["weights"] == "ema"
+    for told in (
+        "sampler heun",
+        "steps 2",
+        "guidance scale 1.5",
+        "guidance interval [0.1, 0.8]",
+        "weights ema",
+        "seed 0",
+    ):
+        assert told in said, told
+    computed = (
+        "score over 10 splits, precision and recall with 3 neighbours, kernel distance over 100 subsets of 30 images"
+    )
+    assert computed in said
+    assert "autoencoder pixel" in said and "FID" not in said and toy.tree(run) == before
+
+
+def test_a_run_keeps_its_report_and_raw_weights_give_other_numbers(judge: Path, tmp_path: Path) -> None:
+    run = toy.copy(toy.finished(), tmp_path / "run")
+    argv = ["evaluate", str(run), "--num=20", "--steps=1", "--reference=digits", f"--features={judge}"]
+    assert main(argv) == 0
+    first = json.loads((run / "evaluate.json").read_text())
+    assert main([*argv, "--weights=raw", "--stage=stage1"]) == 0
+    second = json.loads((run / "evaluate.json").read_text())
+    assert second["made"]["weights"] == "raw" and second["made"]["stage"] == "stage1"
+    assert first["frechet_distance"] != second["frechet_distance"]
+
+
+def test_options_of_a_run_are_said_to_be_ignored_for_pictures(judge: Path, tmp_path: Path) -> None:
+    pictures = folder(tmp_path / "pictures")
+    with pytest.warns(UserWarning, match=r"--steps is ignored: .* holds pictures"):
+        scores.evaluate_samples(pictures, pictures, str(judge), settings={"steps": 3})
+
+
+def test_our_own_npz_is_measured_with_what_lies_beside_it(judge: Path, tmp_path: Path) -> None:
+    made = tmp_path / "made"
+    assert main(["sample", str(toy.finished()), "--out", str(made), "--num", "12", "--steps", "2"]) == 0
+    whole, npz = (scores.evaluate_samples(path, "digits", str(judge)) for path in (made, made / "samples.npz"))
+    assert npz["made"]["sampler"] == "heun" and npz | {"samples": 0} == whole | {"samples": 0}
+
+
+def test_labels_beside_pictures_in_an_npz_are_read(judge: Path, tmp_path: Path) -> None:
+    """Ours away from its folder, and anyone's in ADM's layout."""
+    made, moved = tmp_path / "made", tmp_path / "moved.npz"
+    assert main(["sample", str(toy.finished()), "--out", str(made), "--num", "20", "--steps", "1"]) == 0
+    whole = scores.evaluate_samples(made, "digits", str(judge))
+    (made / "samples.npz").rename(moved)
+    alone = scores.evaluate_samples(moved, "digits", str(judge))
+    assert alone["label_balance"] == whole["label_balance"] == {"classes": 10, "fewest": 2, "most": 2}
+    assert alone["accuracy"] == whole["accuracy"] and alone["made"]["sampler"] is None
+    assert "2 to 2 images of each of 10 classes" in scores.text(alone)
+    images = np.zeros((4, 8, 8, 1), np.uint8)
+    for other in (np.zeros(4), np.zeros(4, np.int64), np.zeros((4, 10), np.int64)):  # no labels, and no classes
+        np.savez(moved, images, other)
+        assert scores.open_samples(moved, {}).labels is None
+    np.savez(moved, images)
+    unknown = scores.evaluate_samples(moved, "digits", str(judge))
+    assert unknown["label_balance"] is None and "label balance unknown" in scores.text(unknown)
+    assert "balance" not in scores.text(unknown | {"made": unknown["made"] | {"num_classes": 1}})
+
+
+def test_labels_that_do_not_fit_their_pictures(tmp_path: Path) -> None:
+    images = np.zeros((4, 8, 8, 1), np.uint8)
+    np.savez_compressed(tmp_path / "x.npz", images, np.ones(1 << 22, np.int64))  # would unfold
+    with pytest.raises(ValueError, match=r"x.npz holds labels arr_1 that do not fit .*: 4194304 labels of 4 images"):
+        scores.open_samples(tmp_path / "x.npz", {})
+    np.savez(tmp_path / "y.npz", images.astype(float), np.ones(4, np.int64))
+    with pytest.raises(ValueError, match=r"y.npz holds no uint8 array arr_0 of images .* it is float64"):
+        next(scores.open_samples(tmp_path / "y.npz", {}).images)
+
+
+def test_a_checkpoint_of_others_is_sent_to_import(judge: Path, tmp_path: Path, capsys) -> None:
+    assert main(["evaluate", str(tmp_path / "SiT.pt"), "--reference", "digits", "--features", str(judge)]) == 1
+    assert "SiT.pt is a checkpoint of another code; make a run of it with `selftrans import`" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("given", ["pictrues/made", "nowhere", "made.npz"])
+def test_samples_and_references_that_do_not_exist_are_not_looked_for_on_the_hub(
+    judge: Path, tmp_path: Path, capsys, monkeypatch, given: str
+) -> None:
+    monkeypatch.setattr("selftrans.data.sources.table.hub", lambda *args: pytest.fail("asked the hub"))
+    assert main(["evaluate", given, "--reference", "digits", "--features", str(judge)]) == 1
+    said = capsys.readouterr().err
+    assert f"{given} does not exist; give a folder, zip or npz of pictures, or a run" in said and said.count("\n") == 1
+    made = folder(tmp_path / "made")
+    assert main(["evaluate", str(made), "--reference", given, "--features", str(judge)]) == 1
+    assert f"{given} does not exist; {scores.WANTED}" in capsys.readouterr().err
+
+
+# ---- references
+
+
+def test_labels_that_would_unfold_are_refused(judge: Path, tmp_path: Path, capsys) -> None:
+    made = tmp_path / "made"
+    made.mkdir()
+    images = np.zeros((2, 8, 8, 1), np.uint8)
+    (made / "samples.json").write_text(json.dumps({"num": 2, "complete": True, "settings": {"num_classes": 10}}))
+    np.savez_compressed(made / "samples.npz", arr_0=images, arr_1=np.zeros(1 << 22, np.int64))  # 32 MB in 33 kB
+    assert main(["evaluate", str(made), "--reference", "digits", "--features", str(judge)]) == 1
+    said = capsys.readouterr().err
+    assert "made is damaged (its labels would expand beyond the file); delete it" in said and said.count("\n") == 1
+
+
+def test_a_reference_is_computed_once(judge: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    real, one = folder(tmp_path / "real"), extractor(judge)
+    first = scores.reference_of(real, one)
+    (kept,) = scores.cache().iterdir()
+    monkeypatch.setattr(scores, "iter_images", lambda path: pytest.fail("computed again"))
+    again = scores.reference_of(real, one)
+    assert np.array_equal(first.cov, again.cov) and np.array_equal(first.features, again.features)
+    monkeypatch.undo()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    kept.write_bytes(b"damaged")
+    assert np.array_equal(scores.reference_of(real, one).cov, first.cov)
+    other = ClassifierExtractor(SmallClassifier(8, 1, 10), "other")
+    assert not np.array_equal(scores.reference_of(real, other).mean, first.mean), "another extractor, other statistics"
+    Image.fromarray(np.zeros((8, 8), np.uint8)).save(real / "0.png")
+    assert not np.array_equal(scores.reference_of(real, one).mean, first.mean), "a picture has changed"
+    assert len(list(scores.cache().iterdir())) == 3
+
+
+def test_latents_as_a_reference_are_the_same_each_time_and_said_to_be_decoded(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    vae = save_vae(tmp_path / "vae")
+    prepare(class_folders(tmp_path / "pictures"), tmp_path / "data", autoencoder=vae, dtype="float32", progress=False)
+    shards = Shards.open(tmp_path / "data")
+    first, again = (np.concatenate(list(shard_images(shards))) for _ in range(2))
+    assert np.array_equal(first, again), "whatever was drawn in between"
+    mean = shards.read(np.arange(23))[0][:, 0, :2]
+    expected = to_uint8(load_autoencoder(vae).decode(mean * 0.5)).numpy()
+    assert np.array_equal(first, expected)
+    SmallClassifier(8, 3, 2).save(tmp_path / "rgb.safetensors")
+    made, data, judge = tmp_path / "pictures", tmp_path / "data", tmp_path / "rgb.safetensors"
+    report = scores.evaluate_samples(made, data, str(judge), out=tmp_path / "r.json")
+    assert report[
+        "reference"
+    ] == f"{data}, decoded by {vae}" and f"against {data}, decoded by {vae} (23" in scores.text(report)
+    (kept,) = scores.cache().iterdir()
+    about = (data / "manifest.json").stat()
+    drawn = [extractor(judge).sha256, str(data.resolve()), f"manifest.json|{about.st_size}|{about.st_mtime_ns}"]
+    assert kept.stem != hashlib.sha256("\n".join(drawn).encode()).hexdigest()[:40], "what was drawn is not used again"
+    pixels = toy.prepared(tmp_path / "toy", classes=())
+    assert scores._described(pixels) == str(pixels), "pixels are as they were"
+
+
+def test_a_cache_that_cannot_be_written_is_no_harm(judge: Path, tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "file").write_text("no directory")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert scores.reference_of(folder(tmp_path / "real"), extractor(judge)).count == 24
+
+
+def test_a_reference_is_saved_as_adm_names_it(judge: Path, tmp_path: Path) -> None:
+    real, made = folder(tmp_path / "real"), folder(tmp_path / "made", seed=1)
+    argv = ["evaluate", str(made), f"--features={judge}"]
+    assert main([*argv, f"--reference={real}", f"--save-reference={tmp_path / 'ref.npz'}"]) == 0
+    first = json.loads((made / "evaluate.json").read_text())
+    with np.load(tmp_path / "ref.npz") as arrays:
+        assert {"mu", "sigma"} <= set(arrays.files)
+    assert main([*argv, f"--reference={tmp_path / 'ref.npz'}"]) == 0
+    second = json.loads((made / "evaluate.json").read_text())
+    assert second["frechet_distance"] == pytest.approx(first["frechet_distance"], rel=1e-9)
+    assert second["precision"] == first["precision"]
+
+
+def test_adms_reference_batch_gives_distance_from_its_statistics_and_precision_from_its_pictures(
+    judge: Path, tmp_path: Path, monkeypatch
+) -> None:
+    """mu and sigma are of more pictures than arr_0 holds, so both must be used, each for its own."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    one, rng = extractor(judge), np.random.default_rng(3)
+    pictures = rng.integers(0, 256, (40, 8, 8, 1), dtype=np.uint8)
+    everything = Statistics.of(rng.integers(0, 256, (200, 8, 8, 1), dtype=np.uint8), one)
+    np.savez(tmp_path / "batch.npz", arr_0=pictures, mu=everything.mean, sigma=everything.cov)
+    found = scores.reference_of(tmp_path / "batch.npz", one)
+    assert np.array_equal(found.mean, everything.mean) and found.features.shape == (40, one.dim)
+    assert found.count is None, "how many pictures mu and sigma are of, nobody has written down"
+    found.save(tmp_path / "again.npz")
+    assert np.array_equal(Statistics.load(tmp_path / "again.npz").features, found.features)
+    assert np.array_equal(found.features, Statistics.of(pictures, one).features)
+    made = folder(tmp_path / "made")
+    report = scores.evaluate_samples(made, tmp_path / "batch.npz", str(judge))
+    expected = frechet_distance(
+        Statistics.of(scores.iter_images(made), one), dataclasses.replace(everything, count=None)
+    )
+    assert report["frechet_distance"] == pytest.approx(expected, rel=1e-9)
+    assert 0 <= report["recall"] <= 1 and "does not say which extractor" in report["note"]
+    assert report["reference_images"] is None and "of the 40 pictures beside its statistics" in report["note"]
+
+
+def test_spatial_statistics_give_a_distance_of_their_own(tmp_path: Path) -> None:
+    """sFID is the same formula on the spatial features; from a file with mu_s and sigma_s as well."""
+
+    class Spatial:
+        name, sha256, dim = "spatial", "0" * 64, 3
+
+        def __call__(self, images: np.ndarray) -> dict[str, np.ndarray]:
+            flat = images.reshape(len(images), -1).astype(np.float32)
+            return {"features": flat[:, :3], "spatial": flat[:, 3:8]}
+
+    rng = np.random.default_rng(0)
+    real, made = (rng.integers(low, 256, (60, 4, 4, 1), dtype=np.uint8) for low in (0, 40))
+    statistics = Statistics.of(real, Spatial())
+    statistics.save(tmp_path / "ref.npz")
+    with np.load(tmp_path / "ref.npz") as arrays:
+        assert {"mu_s", "sigma_s"} <= set(arrays.files)
+        spatial = arrays["mu_s"], arrays["sigma_s"]
+    flat = made.reshape(60, -1).astype(float)[:, 3:8]
+    report = scores.evaluate(made, Statistics.load(tmp_path / "ref.npz"), Spatial(), metrics=("frechet",))
+    by_hand = frechet_distance(
+        Statistics(flat.mean(axis=0), np.cov(flat, rowvar=False)), Statistics(spatial[0], spatial[1])
+    )
+    assert report["spatial_frechet_distance"] == pytest.approx(by_hand, rel=1e-6)

@@ -1,0 +1,135 @@
+"""A run's weights in one file: ours, or in a published layout that comes back as it went."""
+
+import json
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from selftrans.checkpoints.load import restore
+from selftrans.cli.main import main
+from selftrans.interop.exporting import export_run
+from selftrans.interop.importing import import_run
+from tests.support import published_files as strangers
+from tests.support import toy
+from tests.support.published_files import TINY, Assembled, options, state
+from tests.support.toy import quick  # noqa: F401 - a fixture
+
+quiet = {"say": lambda _: None}
+
+
+def a_run(tmp_path, *, qk_norm=False, **more):
+    """A run with random weights, raw and averaged ones unlike."""
+    raw, ema = (state(**TINY | more, qk_norm=qk_norm, seed=k) for k in (1, 2))
+    file = strangers.save(tmp_path / "a.pt", {"model": raw, "ema": ema, "args": options("repa"), "steps": 4})
+    import_run(file, tmp_path / "run", heads=2, **quiet)
+    return tmp_path / "run", raw, ema
+
+
+def inputs(classes=10, channels=1):
+    g = torch.Generator().manual_seed(5)
+    return torch.randn(5, channels, 8, 8, generator=g), torch.linspace(0, 1, 5), torch.tensor([0, 3, classes, 1, 9])
+
+
+@pytest.mark.parametrize("weights", ["ema", "raw"])
+def test_our_layout_is_taken_wherever_a_run_is(tmp_path, capsys, weights):
+    run, out = toy.finished(), tmp_path / "out"
+    assert main(["export", str(run), "--out", str(out), "--weights", weights]) == 0
+    assert [p.name for p in sorted(out.iterdir())] == ["config.json", "model.safetensors"]
+    file = out / "model.safetensors"
+    made, was = restore(file), restore(run, weights=weights)
+    toy.assert_same(made.model.state_dict(), was.model.state_dict())
+    assert made[1:-1] == was[1:-1] and made.source["weights"] == was.source["weights"] and made.weights == weights
+    assert not [name for name in load_file(file) if "head" in name or "guidance" in name]
+    assert json.loads((out / "config.json").read_text())["config"]["model"]["width"] == 32
+    for place in (file, out):
+        made = tmp_path / f"made by {place.name}"
+        assert main(["sample", str(place), "--out", str(made), "--num", "2", "--steps", "1", "--sampler", "ode"]) == 0
+
+
+def test_an_exported_stage_1_teaches_and_an_exported_stage_2_does_not(tmp_path, capsys):
+    for stage, status in (("stage1", 0), ("stage2", 1)):
+        out = tmp_path / stage
+        assert main(["export", str(toy.finished()), "--out", str(out), "--weights", "raw", "--stage", stage]) == 0
+        words = ["train", "digits", "--data", str(toy.digits()), "--out", str(tmp_path / f"by-{stage}")]
+        assert main([*words, "--teacher", str(out), *toy.flags({"train.steps": 2})]) == status
+    assert "expected a teacher trained in stage 1, or imported" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("channels", [1, 4])
+@pytest.mark.parametrize(("layout", "qk_norm"), [("repa", False), ("repa", True), ("sit", False)])
+def test_a_published_layout_is_the_same_network_in_its_own_time(tmp_path, layout, qk_norm, channels):
+    """The exported file, read by name into the network assembled from diffusers' parts."""
+    run, _, _ = a_run(tmp_path, qk_norm=qk_norm, channels=channels)
+    file = export_run(run, tmp_path / "out", layout=layout)
+    theirs = Assembled(load_file(file), **TINY | {"channels": channels})
+    x, t, labels = inputs(channels=channels)
+    with torch.no_grad():
+        ours = restore(run).model(x, t, labels).v
+        found = -theirs(x, 1 - t, labels) if layout == "sit" else theirs(x, t, labels)
+    assert (ours - found).abs().max() < 1e-5 < ours.abs().max()
+    said = json.loads((tmp_path / "out/config.json").read_text())
+    sizes = {"input_size": 8, "patch_size": 2, "in_channels": channels, "hidden_size": 32, "depth": 3, "num_heads": 2}
+    assert sizes.items() <= said["arguments"].items() and said["arguments"]["num_classes"] == 10
+    assert said["time"].startswith("t = 0 is noise" if layout == "sit" else "t = 0 is data") and said["step"] == 4
+
+
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_repa_in_and_out_is_the_identity(tmp_path, qk_norm):
+    run, raw, ema = a_run(tmp_path, qk_norm=qk_norm)
+    for weights, named in (("raw", raw), ("ema", ema)):
+        found = load_file(export_run(run, tmp_path / weights, weights=weights, layout="repa"))
+        assert sorted(found) == sorted(named)
+        assert torch.allclose(found.pop("pos_embed"), named["pos_embed"], atol=1e-6)
+        toy.assert_same(found, {name: named[name] for name in found})
+
+
+@pytest.mark.parametrize("layout", ["repa", "sit"])
+def test_out_and_in_again_is_the_same_model(tmp_path, layout):
+    """Bit for bit, but for the layer that turns with time: that one to a rounding."""
+    run, _, _ = a_run(tmp_path)
+    file, said = export_run(run, tmp_path / "out", layout=layout), []
+    import_run(file, tmp_path / "back", heads=2, say=said.append)
+    assert f"those of {layout.upper()}, as its header says" in said[0]
+    was, now = (restore(place).model.state_dict() for place in (run, tmp_path / "back"))
+    turned = "t_embedder.mlp.0.weight"
+    assert (was[turned] - now[turned]).abs().max() < (1e-9 if layout == "repa" else 2e-7)
+    for tensors in (was, now):
+        tensors.pop(turned)
+    toy.assert_same(was, now)
+    x, t, labels = inputs()
+    with torch.no_grad():
+        a, b = (restore(place).model(x, t, labels).v for place in (run, tmp_path / "back"))
+    assert (a - b).abs().max() < 1e-5
+
+
+def test_a_published_file_is_theirs_alone(tmp_path):
+    run, _, _ = a_run(tmp_path)
+    file = export_run(run, tmp_path / "out", layout="repa")
+    with safe_open(file, framework="pt") as opened:
+        assert opened.metadata() == {"layout": "repa", "format": "pt"}
+    with pytest.raises(ValueError, match="no entry 'selftrans' in its header"):
+        restore(file)
+    assert file.stat().st_mode & 0o777 == (tmp_path / "out").stat().st_mode & 0o666
+
+
+def test_the_original_sit_has_no_qk_norm(tmp_path, capsys):
+    assert main(["export", str(toy.finished()), "--out", str(tmp_path / "out"), "--layout", "sit"]) == 1
+    assert "has no QK-norm" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_an_export_goes_over_an_export_and_over_nothing_else(tmp_path, capsys):
+    out = tmp_path / "out"
+    for weights in ("ema", "raw"):
+        assert main(["export", str(toy.vanilla()), "--out", str(out), "--weights", weights]) == 0
+        toy.assert_same(
+            load_file(out / "model.safetensors"), restore(toy.vanilla(), weights=weights).model.state_dict()
+        )
+    run = toy.copy(toy.vanilla(), tmp_path / "run")
+    before = toy.tree(run)
+    assert main(["export", str(run), "--out", str(run)]) == 1
+    assert "holds something that is no export" in capsys.readouterr().err and toy.tree(run) == before
+    before = toy.tree(out)
+    assert main(["export", str(tmp_path / "absent"), "--out", str(out)]) == 1
+    assert "does not exist" in capsys.readouterr().err and toy.tree(out) == before

@@ -1,0 +1,798 @@
+"""Published checkpoints become runs: the same network, the same optimiser, nothing executed, nothing lost."""
+
+import argparse
+import builtins
+import json
+import os
+import re
+import shlex
+import zipfile
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from selftrans.checkpoints import format as checkpoint
+from selftrans.checkpoints.load import restore
+from selftrans.cli.main import main
+from selftrans.config import from_json
+from selftrans.interop.importing import import_run
+from selftrans.interop.sit_names import reflection
+from selftrans.train.run import train
+from tests.support import published_files as strangers
+from tests.support import toy
+from tests.support.published_files import TINY, Assembled, options, state
+from tests.support.toy import quick  # noqa: F401 - a fixture
+
+HEADS = ["--heads", "2"]
+
+
+def inputs(shape, classes, n=6):
+    g = torch.Generator().manual_seed(3)
+    t = torch.cat([torch.tensor([0.0, 1.0]), torch.rand(n - 2, generator=g)])
+    labels = torch.tensor(
+        [0, classes, *torch.randint(classes + 1, (n - 2,), generator=g).tolist()]
+    )  # one null at least
+    return torch.randn(n, *shape, generator=g), t, labels
+
+
+def brought(path, out, **given):
+    """A file as a run, and what was said."""
+    said = []
+    import_run(path, out, **{"heads": None if given.pop("qk", False) else 2, "say": said.append} | given)
+    return out, "\n".join(said)
+
+
+@torch.no_grad()
+def off(run, theirs, sizes, *, weights="ema", flip=False):
+    """Largest difference between a run's velocity and the assembled network's, in the network's own time."""
+    model = restore(run, weights=weights).model
+    x, t, labels = inputs((sizes["channels"], sizes["side"], sizes["side"]), sizes["classes"])
+    expected = -theirs(x, 1 - t, labels) if flip else theirs(x, t, labels)
+    assert expected.abs().max() > 0.1
+    return (model(x, t, labels).v - expected).abs().max().item()
+
+
+# ---- the same network
+
+
+@pytest.mark.parametrize("qk_norm", [False, True])
+@pytest.mark.parametrize("convention", ["repa", "sit"])
+@pytest.mark.parametrize("learn_sigma", [False, True])
+def test_imported_network_equals_one_assembled_from_diffusers(tmp_path, qk_norm, convention, learn_sigma):
+    raw, ema = (state(**TINY, qk_norm=qk_norm, learn_sigma=learn_sigma, seed=k) for k in (1, 2))
+    file = strangers.save(tmp_path / "a.pt", {"model": raw, "ema": ema, "opt": None, "args": options(convention)})
+    run, said = brought(file, tmp_path / "run")
+    assert f"those of {convention.upper()}, as the options kept" in said
+    for weights, named in (("raw", raw), ("ema", ema)):
+        assert off(run, Assembled(named, **TINY), TINY, weights=weights, flip=convention == "sit") < 1e-5
+    found = restore(run).config.model
+    assert (found.qk_norm, found.width, found.depth, found.heads, found.patch) == (qk_norm, 32, 3, 2, 2)
+
+
+@pytest.mark.parametrize(("qk_norm", "convention"), [(False, "sit"), (True, "repa")])
+def test_a_published_size_at_full_width_and_depth(tmp_path, qk_norm, convention):
+    sizes = {"width": 384, "depth": 12, "heads": 6, "patch": 2, "channels": 4, "side": 8, "classes": 1000}
+    named = state(**sizes, qk_norm=qk_norm, learn_sigma=convention == "sit")
+    file = strangers.save(tmp_path / "SiT.pt", named)
+    run, said = brought(file, tmp_path / "run", heads=None, name="SiT-S/2", convention=convention)
+    assert off(run, Assembled(named, **sizes), sizes, flip=convention == "sit") < 1e-5
+    found = restore(run)
+    assert found.config.model.name == "SiT-S/2" and found.config.model.width is None
+    assert found.autoencoder == "stabilityai/sd-vae-ft-mse" and found.model.num_classes == len(found.classes) == 1000
+    assert found.step == 0 and "step 0 (--step N says it)" in said
+
+
+def test_the_sinusoids_of_one_minus_t_are_a_reflection_of_those_of_t():
+    from diffusers.models.embeddings import get_timestep_embedding
+
+    t = torch.linspace(0, 1, 33)
+    theirs = [get_timestep_embedding(s, 256, flip_sin_to_cos=True, downscale_freq_shift=0).double() for s in (t, 1 - t)]
+    turn = reflection(256)
+    assert (theirs[0] @ turn - theirs[1]).abs().max() < 1e-6
+    assert (turn @ turn - torch.eye(256, dtype=torch.float64)).abs().max() < 1e-15 and torch.equal(turn, turn.T)
+
+
+def test_half_precision_and_a_drifted_average_of_positions_are_taken(tmp_path):
+    named = {name: tensor.half() for name, tensor in state(**TINY).items()}
+    named["pos_embed"] = named["pos_embed"] + 5e-4
+    run, _ = brought(strangers.save(tmp_path / "a.pt", named), tmp_path / "run", convention="repa")
+    named = {name: tensor.float() for name, tensor in named.items()} | {"pos_embed": state(**TINY)["pos_embed"]}
+    assert off(run, Assembled(named, **TINY), TINY) < 1e-5
+    assert restore(run).model.pos_embed.dtype == torch.float32
+
+
+# ---- layouts
+
+
+def wrapped(named):
+    """The names that DistributedDataParallel over torch.compile, and compiled blocks, leave behind."""
+    return {f"module._orig_mod.{k.replace('blocks.1.', 'blocks.1._orig_mod.')}": v for k, v in named.items()}
+
+
+def legacy(named):
+    """REPA's early files: block 2 (here) is the first behind the projector."""
+    return {k.replace("blocks.2.", "decoder_blocks.0."): v for k, v in named.items()}
+
+
+PAIR = {"args": options("repa", encoder_depth=2), "steps": 7}
+LAYOUTS = {
+    "sit": (None, lambda m, e: e, "a guess"),
+    "sit, learn_sigma": ({"learn_sigma": True}, lambda m, e: e, "those of SIT, a guess: its last layer"),
+    "sit training": (None, lambda m, e: {"model": m, "ema": e, "args": options("sit")}, "those of SIT, as the opt"),
+    "repa": ({"projectors": "repa"}, lambda m, e: {"model": m, "ema": e, **PAIR}, "those of REPA, as the opt"),
+    "repa, ema alone": ({"projectors": "repa"}, lambda m, e: {"ema": e}, "those of REPA, for it holds projectors"),
+    "repa, legacy": ({"projectors": "repa"}, lambda m, e: {"model": legacy(m), "ema": legacy(e), "steps": 7}, "those of REPA"),
+    "stage 1": ({"projectors": "stage1", "qk_norm": True}, lambda m, e: {"model": m, "ema": e, **PAIR}, "those of REPA"),
+    "stage 2": ({"projectors": "stage2", "qk_norm": True}, lambda m, e: {"model": m, "ema": e, **PAIR}, "those of REPA"),
+    "qk-norm alone": ({"qk_norm": True}, lambda m, e: e, "those of REPA, a guess"),
+    "compiled, in DDP": ({"projectors": "repa"}, lambda m, e: {"model": wrapped(m), "ema": wrapped(e)}, "those of REPA"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", LAYOUTS)
+@pytest.mark.parametrize("form", ["pt", "safetensors"])
+def test_every_layout(tmp_path, kind, form):
+    more, arrange, told = LAYOUTS[kind]
+    raw, ema = (state(**TINY, **(more or {}), seed=k) for k in (1, 2))
+    content = arrange(raw, ema)
+    file = tmp_path / f"a.{form}"
+    if form == "pt":
+        strangers.save(file, content)
+    elif "ema" not in content:
+        save_file(content, file)
+    else:
+        save_file({f"{k}.{n}": t for k in ("model", "ema") if k in content for n, t in content[k].items()}, file)
+        told = told.partition(",")[0] if "projectors" in (more or {}) else "time and sign"
+    given = {"convention": "sit"} if kind == "sit training" and form == "safetensors" else {}
+    run, said = brought(file, tmp_path / "run", **given)
+    assert told in said
+    flip = kind.startswith("sit")
+    both = isinstance(content, dict) and "model" in content
+    assert off(run, Assembled(ema, **TINY), TINY, flip=flip) < 1e-5
+    assert off(run, Assembled(raw if both else ema, **TINY), TINY, weights="raw", flip=flip) < 1e-5
+    stage = "stage1" if kind == "stage 1" else "vanilla"
+    steps = 7 if form == "pt" and "steps" in content else 0
+    assert [p.name for p in (run / stage / "checkpoints").iterdir()] == [f"step-{steps:08d}"]
+    state_json = json.loads(next((run / stage / "checkpoints").glob("*/state.json")).read_text())
+    assert state_json["imported"]["path"] == str(file) and state_json["imported"]["sha256"] == checkpoint.sha256(file)
+    assert (run / "imported.json").exists() and from_json((run / "config.json").read_text()).method in (
+        "vanilla",
+        "structure",
+    )
+
+
+def test_what_may_be_a_file_of_dit_is_warned_about(tmp_path, capsys):
+    """DiT's files have the same names and shapes; only the user knows."""
+    for name, content in {"a": state(**TINY, learn_sigma=True), "b": {"ema": state(**TINY, learn_sigma=True)}}.items():
+        file = strangers.save(tmp_path / f"{name}.pt", content)
+        words = ["import", str(file), *HEADS, "--out"]
+        assert main([*words, str(tmp_path / name / "guessed")]) == 0
+        said = capsys.readouterr()
+        assert said.err.count("\n") == 1 and file.name in said.err, said.err
+        assert "may be a file of DiT" in said.err and "--convention sit" in said.err
+        assert "those of SIT, a guess" in said.out and "DiT" in said.out
+        assert main([*words, str(tmp_path / name / "told"), "--convention", "sit"]) == 0
+        said = capsys.readouterr()
+        assert not said.err and "those of SIT, as told" in said.out
+    certain = {"ema": state(**TINY, learn_sigma=True), "args": options("sit")}
+    for name, content in {"none": state(**TINY), "args": certain}.items():
+        assert main(["import", str(strangers.save(file, content)), *HEADS, "--out", str(tmp_path / name)]) == 0
+        assert not capsys.readouterr().err, name
+
+
+def test_what_is_not_used_of_a_file_is_listed_and_kept_on_record(tmp_path):
+    named = state(**TINY)
+    beside = {
+        "epoch": 3,
+        "optimizer": {"exp_avg": torch.zeros(2)},
+        "scaler": {"scale": torch.ones(1)},
+        "rng": {"cpu": torch.ones(3)},
+    }
+    content = {
+        "model": named,
+        "steps": torch.tensor(4),
+        "best\x1b": 1.0,
+        "scheduler_state": {"x": torch.ones(2)},
+        **beside,
+    }
+    run, said = brought(strangers.save(tmp_path / "a.pt", content), tmp_path / "run")
+    listed = "best\\x1b, scheduler_state, epoch, optimizer, scaler, rng"
+    assert f"not used of it: {listed}\n" in said and "it holds one set of weights" in said
+    assert json.loads((run / "imported.json").read_text())["unused"] == listed
+    assert restore(run).step == 4 and "step 0" not in said
+    file = strangers.save(
+        tmp_path / "b.pt", {"ema": named, "steps": torch.tensor([4, 5])} | {f"x{k}": k for k in range(30)}
+    )
+    run, said = brought(file, tmp_path / "many")
+    assert "x18, x19 and 11 more\n" in said and restore(run).step == 0
+    run, said = brought(strangers.save(tmp_path / "c.pt", {"ema": named, "steps": 4}), tmp_path / "all")
+    assert "not used" not in said and "unused" not in json.loads((run / "imported.json").read_text())
+
+
+def test_one_set_of_weights_under_state_dict(tmp_path):
+    named = state(**TINY)
+    file = strangers.save(tmp_path / "a.pt", {"state_dict": named, "epoch": 3, "steps": 4})
+    run, said = brought(file, tmp_path / "run", convention="repa")
+    assert off(run, Assembled(named, **TINY), TINY) < 1e-5 and restore(run).step == 4
+    assert "it holds one set of weights" in said and "not used of it: epoch" in said
+
+
+@pytest.mark.parametrize("known", [["model"], ["ema"], ["model", "ema"], ["state_dict"], []])
+@pytest.mark.parametrize("other", ["ema_model", "state_dict_ema", "model_state_dict"])
+def test_weights_that_would_be_lost_are_refused_by_name(tmp_path, capsys, known, other):
+    named = state(**TINY)
+    file = strangers.save(tmp_path / "a.pt", dict.fromkeys([*known, other], named) | {"epoch": 3})
+    assert main(["import", str(file), "--out", str(tmp_path / "run"), *HEADS]) == 1
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and f"holds weights under {other}, which" in err and "model and ema" in err, err
+    assert not (tmp_path / "run").exists()
+
+
+def test_heads_are_left_out_or_kept_beside(tmp_path):
+    named = state(**TINY, projectors="repa")
+    file = strangers.save(tmp_path / "a.pt", {"model": named, "ema": named, "steps": 3})
+    run, said = brought(file, tmp_path / "run")
+    assert "left out (--keep-heads)" in said and not (run / "projectors.safetensors").exists()
+    run, said = brought(file, tmp_path / "kept", keep_heads=True)
+    kept = load_file(run / "projectors.safetensors")
+    heads = {k: v for k, v in named.items() if k.startswith("projectors")}
+    toy.assert_same(kept, {f"{kind}.{k}": v for kind in ("raw", "ema") for k, v in heads.items()})
+    assert not [k for k in load_file(toy.checkpoint(run, "vanilla") / "ema.safetensors") if "projector" in k]
+
+
+def test_the_head_of_stage_1_predicts_what_theirs_predicted(tmp_path):
+    """Their unpatchify of their head against our patches of the same picture."""
+    from selftrans.methods.self_transcendence import patchify
+
+    sizes = TINY | {"channels": 4}
+    named = state(**sizes, projectors="stage1", qk_norm=True)
+    args = options("repa", encoder_depth=2, t_range=[0.4, 0.7], proj_coeff=0.25)
+    file = strangers.save(tmp_path / "a.pt", {"model": named, "ema": named, "args": args, "steps": 5})
+    run, _ = brought(file, tmp_path / "run")
+    config = from_json((run / "config.json").read_text())
+    stage1 = config.stage1
+    assert config.method == "structure" and (stage1.block, stage1.weight, stage1.timestep_range) == (
+        2,
+        0.25,
+        (0.4, 0.7),
+    )
+    assert (stage1.range_mode, stage1.head_width) == ("scale", 16)
+
+    hidden = torch.randn(3, 16, 32)
+    x = hidden
+    for part in ("0", "2", "4"):
+        x = torch.nn.functional.linear(x, named[f"projectors.{part}.weight"], named[f"projectors.{part}.bias"])
+        x = torch.nn.functional.silu(x) if part != "4" else x
+    x = torch.nn.functional.layer_norm(x, (32,), eps=1e-6)
+    x = torch.nn.functional.linear(x, named["projectors_final.linear.weight"], named["projectors_final.linear.bias"])
+    picture = torch.einsum("nhwpqc->nchpwq", x.reshape(3, 4, 4, 2, 2, 4)).reshape(3, 4, 8, 8)
+
+    from selftrans.methods.self_transcendence import StructureGuidance
+
+    guidance = StructureGuidance(restore(run).model, stage1)
+    heads = load_file(toy.checkpoint(run, "stage1") / "heads.safetensors")
+    guidance.load_state_dict({k.removeprefix("guidances.0."): v for k, v in heads.items()}, strict=True)
+    torch.testing.assert_close(guidance.head(hidden), patchify(picture, 2), atol=1e-5, rtol=1e-5)
+
+
+# ---- the optimiser
+
+
+@pytest.mark.parametrize("convention", ["repa", "sit"])
+def test_adamw_moments_follow_their_parameters(tmp_path, convention):
+    """After one step exp_avg is a tenth of the gradient: theirs of the assembled network, ours of the imported one."""
+    named = state(**TINY, projectors="repa" if convention == "repa" else None)
+    theirs, (x, t, labels) = Assembled(named, **TINY), inputs((1, 8, 8), 10)
+    target = torch.randn_like(x)
+    flip = convention == "sit"
+    out = theirs(x, 1 - t if flip else t, labels)
+    (out - (-target if flip else target)).square().mean().backward()
+    gradients = {"final_layer.linear.weight": theirs.out.weight.grad, "final_layer.linear.bias": theirs.out.bias.grad}
+    for k in (0, 2):
+        layer = (theirs.time.linear_1, theirs.time.linear_2)[k // 2]
+        gradients |= {f"t_embedder.mlp.{k}.{part}": getattr(layer, part).grad for part in ("weight", "bias")}
+    others = {k: torch.randn_like(v) for k, v in named.items() if k not in gradients and k != "pos_embed"}
+    _, optimizer = strangers.adamw(named, [others | gradients])
+    content = {"model": named, "ema": named, "opt": optimizer, "args": options(convention)}
+    run, said = brought(strangers.save(tmp_path / "a.pt", content), tmp_path / "run")
+    assert "afresh" not in said
+    found = load_file(toy.checkpoint(run, "vanilla") / "optimizer.safetensors")
+    assert {float(v) for k, v in found.items() if k.endswith(":step")} == {1.0} and restore(run).step == 1
+    for name, gradient in others.items():
+        if name.startswith("projectors"):
+            assert f"student.{name}:exp_avg" not in found
+            continue
+        torch.testing.assert_close(found[f"student.{name}:exp_avg"], 0.1 * gradient, rtol=1e-6, atol=0)
+        torch.testing.assert_close(found[f"student.{name}:exp_avg_sq"], 1e-3 * gradient.square(), rtol=1e-5, atol=0)
+
+    model = restore(run, weights="raw").model.requires_grad_(True)
+    (model(x, t, labels).v - target).square().mean().backward()
+    for name in gradients:
+        own = model.get_parameter(name).grad
+        torch.testing.assert_close(found[f"student.{name}:exp_avg"], 0.1 * own, atol=1e-7, rtol=1e-3)
+        if name != "t_embedder.mlp.0.weight" or not flip:
+            torch.testing.assert_close(found[f"student.{name}:exp_avg_sq"], 1e-3 * own.square(), atol=1e-10, rtol=1e-2)
+    squares = found["student.t_embedder.mlp.0.weight:exp_avg_sq"]
+    assert (squares >= 0).all()  # turned as if frequencies were independent; the sum of each pair is kept
+    own = 1e-3 * model.t_embedder.mlp[0].weight.grad.square()
+    pairs = [x.unflatten(1, (2, 128)).sum(dim=1) for x in (squares, own)]
+    torch.testing.assert_close(*pairs, atol=1e-10, rtol=1e-2)
+
+
+@pytest.mark.parametrize("spoil", ["shape", "count", "missing", "nan", "kind", "step"])
+def test_an_optimiser_that_does_not_fit_starts_afresh(tmp_path, spoil):
+    named = state(**TINY)
+    _, optimizer = strangers.adamw(named, [{k: torch.ones_like(v) for k, v in named.items() if k != "pos_embed"}])
+    moments = optimizer["state"][3]
+    match spoil:
+        case "shape":
+            moments["exp_avg"] = torch.zeros(2)
+        case "count":
+            optimizer["param_groups"][0]["params"].pop()
+        case "missing":
+            del optimizer["state"][3]
+        case "nan":
+            moments["exp_avg_sq"] = moments["exp_avg_sq"] * float("nan")
+        case "kind":
+            optimizer["state"] = [1, 2]
+        case "step":
+            moments["step"] = torch.tensor(float("inf"))
+    file = strangers.save(tmp_path / "a.pt", {"model": named, "ema": named, "opt": optimizer, "steps": 9})
+    run, said = brought(file, tmp_path / "run")
+    assert "the optimiser starts afresh: its optimiser's state does not fit" in said
+    assert load_file(toy.checkpoint(run, "vanilla") / "optimizer.safetensors") == {} and restore(run).step == 9
+
+
+# ---- going on
+
+
+def theirs_of(run, stage, args):
+    """A run of ours as their training would have saved it: their names, order, counting, and nothing else."""
+    found = checkpoint.newest(run / stage / "checkpoints")
+    student, ema, heads, moments = (found.tensors(name) for name in ("student", "ema", "heads", "optimizer"))
+    order = list(state(**TINY, qk_norm=True, projectors="stage1" if heads else None))
+    back = {"projectors.0": "0.0", "projectors.2": "0.2", "projectors.4": "0.4", "projectors_final.linear": "2"}
+    positions = state(**TINY)["pos_embed"]
+
+    def named(source, of):
+        out = {}
+        for name in order:
+            layer, _, part = name.rpartition(".")
+            key = f"guidances.0.head.{back[layer]}.{part}" if layer in back else f"{of}{name}"
+            if name == "pos_embed":
+                out[name] = positions
+            else:  # one channel only, so that pixels and channels count alike
+                out[name] = source[key]
+        return out
+
+    objective = {f"student.{k}": v for k, v in student.items()} | heads
+    states = {}
+    for i, name in enumerate(order):
+        layer, _, part = name.rpartition(".")
+        key = f"guidances.0.head.{back[layer]}.{part}" if layer in back else f"student.{name}"
+        if name != "pos_embed":
+            states[i] = {m: moments[f"{key}:{m}"] for m in ("step", "exp_avg", "exp_avg_sq")}
+    groups = [{"lr": 1e-4, "betas": (0.9, 0.999), "params": list(range(len(order)))}]
+    return {
+        "model": named(objective, "student."),
+        "ema": named({f"student.{k}": v for k, v in ema.items()} | heads, "student."),
+        "opt": {"state": states, "param_groups": groups},
+        "args": args,
+        "steps": found.step,
+    }
+
+
+SETTINGS = {
+    "model.patch": 2,
+    "train.steps": 6,
+    "train.checkpoint_every": 6,
+    "train.times": "uniform",
+    "train.lr": 1e-3,
+    "train.ema": 0.995,
+    "stage1.range_mode": "scale",
+}
+
+
+@pytest.mark.parametrize(("method", "stage"), [("vanilla", "vanilla"), ("structure", "stage1")])
+def test_a_run_that_left_through_their_layout_goes_on_as_if_it_never_had(tmp_path, capsys, method, stage):
+    """Bit for bit (weights, averages, heads, moments, log): 6 steps, or 4, their file, and 2 by the command printed."""
+    settings = SETTINGS | {"method": method}
+    train(toy.toy(settings), tmp_path / "whole", quiet=True)
+    train(toy.toy(settings | {"train.steps": 4}), tmp_path / "half", quiet=True)
+    file = strangers.save(
+        tmp_path / "0000004.pt",
+        theirs_of(tmp_path / "half", stage, options("repa", encoder_depth=2, t_range=(0.4, 0.7))),
+    )
+    assert main(["import", str(file), "--out", str(tmp_path / "run")]) == 0
+    printed = next(x for x in capsys.readouterr().out.splitlines() if x.startswith("to train on: "))
+    typed = shlex.split(printed.removeprefix("to train on: "))
+    assert typed[:4] == ["selftrans", "train", "imagefolder", "--data"]
+    typed[typed.index("DIR")] = str(toy.digits())
+    own = ["train.", "log."]
+    more = [f for f in toy.flags(settings) if any(f.startswith(f"--{o}") for o in own)]
+    assert main([*typed[1:], *more]) == 0
+    toy.assert_same(toy.tensors(tmp_path / "run", stage), toy.tensors(tmp_path / "whole", stage))
+    last, its = toy.log(tmp_path / "run", stage)[-1], toy.log(tmp_path / "whole", stage)[-1]
+    assert last.pop("tflops") == pytest.approx(its.pop("tflops") / 3), (
+        "what the steps before have cost is not known here"
+    )
+    assert last == its
+    assert main([*typed[1:], *more]) == 0  # and again: nothing to do
+    kept = json.loads((toy.checkpoint(tmp_path / "run", stage) / "state.json").read_text())
+    assert kept["imported"]["path"] == str(file)
+
+
+@pytest.fixture
+def imported(tmp_path):
+    """A REPA file of the digits' size as a run."""
+    named = state(**TINY, qk_norm=True, projectors="repa")
+    file = strangers.save(tmp_path / "a.pt", {"model": named, "ema": named, "args": options("repa"), "steps": 5})
+    assert main(["import", str(file), "--out", str(tmp_path / "run")]) == 0
+    return tmp_path / "run"
+
+
+def test_sampling_analysing_and_exporting_an_imported_run(tmp_path, imported, capsys):
+    made = tmp_path / "samples"
+    assert main(["sample", str(imported), "--out", str(made), "--num", "4", "--steps", "2", "--sampler", "ode"]) == 0
+    said = json.loads((made / "samples.json").read_text())
+    assert said["settings"]["source"]["imported"]["path"].endswith("a.pt") and len(list(made.rglob("*.png"))) == 4
+    words = ["analyse", str(imported), "--out", str(tmp_path / "maps"), "--data", str(toy.digits()), "--samples", "40"]
+    assert main([*words, "--timesteps", "0.4"]) == 0
+    assert main(["evaluate", str(made), "--reference", "digits", "--features", "digits"]) == 0
+    assert main(["export", str(imported), "--out", str(tmp_path / "out")]) == 0
+
+
+@pytest.mark.parametrize("part", ["run", "stage", "file"])
+def test_an_imported_model_teaches(tmp_path, capsys, imported, part):
+    source = {
+        "run": imported,
+        "stage": imported / "vanilla",
+        "file": toy.checkpoint(imported, "vanilla") / "student.safetensors",
+    }
+    words = [
+        "train",
+        "digits",
+        "--data",
+        str(toy.digits()),
+        "--out",
+        str(tmp_path / "student"),
+        "--teacher",
+        str(source[part]),
+    ]
+    assert main([*words, *toy.flags({"train.steps": 2})]) == 0
+    kept = json.loads((toy.checkpoint(tmp_path / "student", "stage2") / "state.json").read_text())
+    assert kept["teacher"]["imported"]["path"].endswith("a.pt")
+    report = json.loads((tmp_path / "student/run.json").read_text())
+    assert "what the teacher's training took is unknown" in capsys.readouterr().out
+    assert report["teacher"]["steps"] == 5 and [s["stage"] for s in report["stages"]] == ["stage2"]
+
+
+def test_a_teacher_of_another_path_is_refused(tmp_path, capsys):
+    named = state(**TINY)
+    file = strangers.save(tmp_path / "a.pt", {"model": named, "ema": named, "args": options("sit", path_type="GVP")})
+    run, _ = brought(file, tmp_path / "run")
+    words = ["train", "digits", f"--data={toy.digits()}", f"--out={tmp_path / 'student'}", f"--teacher={run}"]
+    words += [word for word in toy.taught_flags() if "train.steps" not in word] + ["--train.steps=2"]
+    assert main(words) == 1
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and "was trained on the cosine path, the student's train.path is linear" in err, err
+    assert not list((tmp_path / "student").glob("*.json")), "nothing is written before"
+    assert main([*words, "--train.path=cosine"]) == 0
+    assert "autoencoder" not in capsys.readouterr().err
+
+
+def test_a_teacher_of_another_autoencoder_is_warned_about(tmp_path, capsys):
+    named = state(**TINY)
+    file = strangers.save(tmp_path / "a.pt", {"model": named, "ema": named, "args": options("repa")})
+    run, _ = brought(file, tmp_path / "run", autoencoder="somebody/vae")
+    words = ["train", "digits", f"--data={toy.digits()}", f"--out={tmp_path / 'student'}", f"--teacher={run}"]
+    words += [word for word in toy.taught_flags() if "train.steps" not in word] + ["--train.steps=2"]
+    assert main(words) == 0
+    said = [text for text in capsys.readouterr().err.splitlines() if "warning: the teacher" in text]
+    assert len(said) == 1 and "names the autoencoder somebody/vae, the data pixel" in said[0]
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["--method", "structure"], "method was vanilla, is structure"),
+        (["--model.depth", "4"], "model.depth was 3, is 4"),
+        (["--train.path", "cosine"], "train.path was linear, is cosine"),
+    ],
+)
+def test_what_the_weights_are_bound_to_cannot_change(imported, capsys, more, said):
+    words = ["train", "imagefolder", "--data", str(toy.digits()), "--out", str(imported), "--method", "vanilla"]
+    model = ["--model.width", "32", "--model.depth", "3", "--model.heads", "2", "--model.patch", "2"]
+    before = toy.tree(imported)
+    assert main([*words, *model, *toy.flags({"train.steps": 9})[5:], *more]) == 1
+    assert said in capsys.readouterr().err
+    before.pop(".lock", None)
+    assert {k: v for k, v in toy.tree(imported).items() if k != ".lock"} == before
+
+
+def test_other_data_are_refused_in_a_line(tmp_path, imported, capsys):
+    data = toy.prepared(tmp_path / "cats")
+    words = ["train", "imagefolder", "--data", str(data), "--out", str(imported), "--method", "vanilla"]
+    words += [
+        "--model.name",
+        "SiT-S/2",
+        "--model.width",
+        "32",
+        "--model.depth",
+        "3",
+        "--model.heads",
+        "2",
+        "--model.patch",
+        "2",
+    ]
+    assert main([*words, "--train.steps", "9"]) == 1
+    assert "was trained on latents (1, 8, 8) with 10 classes, the data are (3, 8, 8) with 2" in capsys.readouterr().err
+
+
+# ---- files that are not what they should be
+
+
+class Evil:
+    def __init__(self, function, *args):
+        self.what = function, args
+
+    def __reduce__(self):
+        return self.what
+
+
+def touch(path):
+    return f"touch {shlex.quote(str(path))}"
+
+
+@pytest.mark.parametrize("where", ["top", "args", "opt", "beside"])
+@pytest.mark.parametrize(
+    ("function", "name"), [(os.system, "posix.system"), (builtins.eval, "eval"), (builtins.exec, "exec")]
+)
+def test_code_in_a_file_is_refused_by_name_and_not_run(tmp_path, capsys, where, function, name):
+    trap = tmp_path / "trap"
+    code = touch(trap) if function is os.system else f"open({str(trap)!r}, 'w')"
+    evil, named = Evil(function, code), state(**TINY)
+    content = {
+        "top": evil,
+        "args": {"model": named, "ema": named, "args": argparse.Namespace(x=evil)},
+        "opt": {"model": named, "ema": named, "opt": evil},
+        "beside": {**named, "zzz": evil},
+    }[where]
+    file = strangers.save(tmp_path / "a.pt", content)
+    assert main(["import", str(file), "--out", str(tmp_path / "run"), *HEADS]) == 1
+    out, err = capsys.readouterr()
+    assert f"was refused, and nothing in it was run: it holds {name}, and only" in err and err.count("\n") == 1, err
+    assert not trap.exists() and not (tmp_path / "run").exists() and out == ""
+    torch.load(file, weights_only=False)  # the trap is real
+    assert trap.exists()
+
+
+@pytest.mark.parametrize("protocol", [3, 4, 5])
+def test_other_pickle_protocols_run_nothing_either(tmp_path, capsys, protocol):
+    trap = tmp_path / "trap"
+    torch.save({"ema": Evil(os.system, touch(trap))}, tmp_path / "a.pt", pickle_protocol=protocol)
+    assert main(["import", str(tmp_path / "a.pt"), "--out", str(tmp_path / "run")]) == 1
+    assert capsys.readouterr().err.count("\n") <= 2 and not trap.exists()
+
+
+class Custom:
+    pass
+
+
+def test_a_class_of_somebody_elses_is_named(tmp_path, capsys):
+    file = strangers.save(tmp_path / "a.pt", {"ema": state(**TINY), "args": Custom()})
+    assert main(["import", str(file), "--out", str(tmp_path / "run")]) == 1
+    assert f"it holds {Custom.__module__}.Custom" in capsys.readouterr().err
+
+
+def rezipped(file, change):
+    """The archive with its records written anew by `change(name, bytes) -> (bytes, compression)`."""
+    with zipfile.ZipFile(file) as source:
+        records = {info.filename: source.read(info) for info in source.infolist()}
+    with zipfile.ZipFile(file, "w") as target:
+        for name, data in records.items():
+            data, compression = change(name, data)
+            target.writestr(zipfile.ZipInfo(name), data, compression)
+    return file
+
+
+def bomb(file):
+    def blown(name, data):
+        return data + bytes(1 << 24) if name.endswith("data.pkl") else data, zipfile.ZIP_DEFLATED
+
+    return rezipped(file, blown)
+
+
+def truncated(file):
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    return file
+
+
+def shortened(file):
+    """One record holds fewer numbers than the pickle says."""
+    return rezipped(file, lambda name, data: (data[:8] if name.endswith("/data/3") else data, zipfile.ZIP_STORED))
+
+
+def flipped(file):
+    """One bit of a weight, as a bad download or disk leaves it."""
+    with zipfile.ZipFile(file) as source:
+        name = next(name for name in source.namelist() if name.endswith("/data/3"))
+        weights = source.read(name)
+    content = bytearray(file.read_bytes())
+    content[content.index(weights) + 2] ^= 1
+    file.write_bytes(content)
+    return file
+
+
+def unpickled(file):
+    return rezipped(file, lambda name, data: (data[:-9] if name.endswith("data.pkl") else data, zipfile.ZIP_STORED))
+
+
+def script(file):
+    torch.jit.script(torch.nn.Linear(1, 1)).save(file)
+    return file
+
+
+def written(data):
+    def write(file):
+        file.write_bytes(data)
+        return file
+
+    return write
+
+
+BROKEN = {
+    "bomb": (bomb, "compressed"),
+    "truncated": (truncated, "damaged or no torch checkpoint"),
+    "shortened": (shortened, "not of the sizes"),
+    "flipped": (flipped, "record a/data/3 fails its checksum"),
+    "unpickled": (unpickled, "damaged or no torch checkpoint"),
+    "script": (script, "compressed|TorchScript|damaged"),
+    "empty": (written(b""), "neither a torch checkpoint"),
+    "text": (written(b"weights" * 100), "neither a torch checkpoint"),
+    "zip of nothing": (written(b"PK\x05\x06" + bytes(18)), "neither|damaged"),
+    "zip and garbage": (written(b"PK\x03\x04" + bytes(range(256)) * 9), "damaged"),
+    "header of 2^62 bytes": (written((1 << 62).to_bytes(8, "little") + b"{}"), "neither a torch checkpoint"),
+    "a list": (lambda f: strangers.save(f, [1, 2]), "holds a list"),
+    "a number": (lambda f: strangers.save(f, {"ema": {"x": 3}}), "entry x is a int; expected a tensor"),
+    "nothing": (lambda f: strangers.save(f, {}), "no state dict"),
+    "no model": (lambda f: strangers.save(f, {"ema": {}}), "no state dict"),
+    "integers": (lambda f: strangers.save(f, {"x": torch.zeros(3, dtype=torch.long)}), "no plain tensor of floating"),
+    "sparse": (lambda f: strangers.save(f, {"x": torch.eye(3).to_sparse()}), "no plain tensor of floating"),
+    "meta": (lambda f: strangers.save(f, {"x": torch.empty(3, device="meta")}), "no plain tensor of floating"),
+    "stretched": (lambda f: strangers.save(f, {"pos_embed": torch.zeros(1).expand(1, 1 << 20, 1 << 20)}), "tensors claim"),
+    "twice": (lambda f: strangers.save(f, {"x": torch.zeros(1), "module.x": torch.zeros(1)}), "there twice"),
+    "another network": (lambda f: strangers.save(f, {"conv.weight": torch.zeros(3)}), "is no SiT: x_embedder.proj.weight is m"),
+    "terminal": (lambda f: strangers.save(f, {"\x1b[2J\n": torch.zeros(3)}), r"\\x1b\[2J"),
+    "absent": (lambda f: f.unlink() if f.exists() else None, "is no file"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+def test_a_broken_file_costs_one_line_and_nothing_else(tmp_path, capsys, kind):
+    spoil, said = BROKEN[kind]
+    out = tmp_path / "there"
+    out.mkdir()
+    file = strangers.save(tmp_path / "a.pt", {"model": state(**TINY), "ema": state(**TINY), "steps": 1})
+    spoil(file)
+    before = toy.tree(tmp_path)
+    assert main(["import", str(file), "--out", str(out), *HEADS]) == 1
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and "\x1b" not in err and str(file) in err, err
+    assert re.search(said, err), err
+    assert toy.tree(tmp_path) == before and out.is_dir()
+
+
+def altered(changes):
+    named = state(**TINY, qk_norm=True) | changes
+    return {name: tensor for name, tensor in named.items() if tensor is not None}
+
+
+FLAT = torch.zeros(1)
+TURNED = state(**TINY)["pos_embed"].view(4, 4, 32).transpose(0, 1).reshape(1, 16, 32)
+NAN = torch.full((96,), float("nan"))
+WRONG = {
+    "unknown": ({"blocks.1.extra.weight": FLAT}, "unknown: 1 (blocks.1.extra.weight)"),
+    "many": ({f"x{k}": FLAT for k in range(9)}, "unknown: 9 (x0, x1, x2, ...)"),
+    "missing": (
+        {"blocks.1.mlp.fc1.bias": None, "t_embedder.mlp.2.bias": None},
+        "missing: 2 (t_embedder.mlp.2.bias, blocks.1.mlp.fc1.bias)",
+    ),
+    "misshapen": (
+        {"blocks.0.attn.proj.weight": torch.zeros(32, 31)},
+        "misshapen: 1 (blocks.0.attn.proj.weight (32, 31) instead of (32, 32))",
+    ),
+    "all three": (
+        {"x": FLAT, "blocks.0.attn.proj.bias": None, "blocks.0.mlp.fc1.bias": torch.zeros(5)},
+        "unknown: 1 (x); missing: 1 (blocks.0.attn.proj.bias); misshapen: 1",
+    ),
+    "another ratio": ({f"blocks.{k}.mlp.fc1.weight": torch.zeros(64, 32) for k in range(3)}, "misshapen: 3"),
+    "a gap": ({k: None for k in state(**TINY, qk_norm=True) if k.startswith("blocks.1.")}, "unknown: 14 (blocks.2."),
+    "positions": ({"pos_embed": torch.randn(1, 16, 32)}, "pos_embed is not the fixed table"),
+    "rows for columns": ({"pos_embed": TURNED}, "pos_embed is not the fixed table"),
+    "no square": ({"pos_embed": torch.zeros(1, 15, 32)}, "15 tokens"),
+    "nan": ({"blocks.2.attn.qkv.bias": NAN}, "blocks.2.attn.qkv.bias holds values that are not finite"),
+}
+
+
+@pytest.mark.parametrize("kind", WRONG)
+def test_unknown_missing_and_misshapen_tensors_are_listed(tmp_path, capsys, kind):
+    changes, said = WRONG[kind]
+    file = strangers.save(tmp_path / "a.pt", altered(changes))
+    assert main(["import", str(file), "--out", str(tmp_path / "run")]) == 1
+    err = capsys.readouterr().err
+    assert said in err and err.count("\n") == 1, err
+    assert not (tmp_path / "run").exists() and [p.name for p in tmp_path.iterdir()] == ["a.pt"]
+
+
+@pytest.mark.parametrize(
+    ("content", "words", "said"),
+    [
+        ({}, [], "width 32, which is no published size; say its attention heads with --heads"),
+        ({"qk_norm": True}, ["--heads", "4"], "has 2 attention heads"),
+        ({"heads_": 5}, ["--heads", "5"], "heads 5"),
+        ({"channels": 16}, HEADS, "--autoencoder"),
+        ({}, [*HEADS, "--name", "SiT-XL/2"], "is not SiT-XL/2: it has width 32, depth 3, heads 2, patch 2"),
+        ({"args": options("sit", path_type="VP")}, HEADS, "path VP"),
+        ({"args": options("sit", prediction="score")}, HEADS, "predicts score"),
+        ({"args": options("repa", num_classes=11)}, HEADS, "11 label vectors for 11 classes"),
+        ({"args": options("repa", encoder_depth="x"), "projectors": "stage1"}, HEADS, "options kept in it cannot be used"),
+        ({"args": options("repa", encoder_depth=9), "projectors": "stage1"}, HEADS, "block 9"),
+        ({}, [*HEADS, "--step", "-1"], "must not be negative"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_used_is_said(tmp_path, capsys, content, words, said):
+    args = content.pop("args", None)
+    content.pop("heads_", None)
+    named = state(**TINY | content)
+    file = strangers.save(tmp_path / "a.pt", {"model": named, "ema": named, "args": args})
+    assert main(["import", str(file), "--out", str(tmp_path / "run"), *words]) == 1
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_cosine_path_of_sit_is_kept(tmp_path):
+    named = state(**TINY)
+    file = strangers.save(tmp_path / "a.pt", {"model": named, "ema": named, "args": options("sit", path_type="GVP")})
+    run, _ = brought(file, tmp_path / "run")
+    assert restore(run).config.train.path == "cosine"
+
+
+# ---- what was there
+
+
+def test_the_same_import_again_does_nothing_and_another_is_refused(tmp_path, capsys):
+    files = [strangers.save(tmp_path / f"{k}.pt", state(**TINY, seed=k)) for k in range(2)]
+    words = ["import", str(files[0]), "--out", str(tmp_path / "run"), *HEADS]
+    assert main(words) == 0
+    before = toy.tree(tmp_path / "run")
+    assert main(words) == 0 and "holds this import already" in capsys.readouterr().out
+    for other in ([*words, "--convention", "repa"], [words[0], str(files[1]), *words[2:]]):
+        assert main(other) == 1 and "holds something already" in capsys.readouterr().err
+    assert toy.tree(tmp_path / "run") == before
+
+
+def test_a_run_of_ours_is_never_overwritten(tmp_path, capsys):
+    run = toy.copy(toy.vanilla(), tmp_path / "run")
+    before = toy.tree(run)
+    file = strangers.save(tmp_path / "a.pt", state(**TINY))
+    assert main(["import", str(file), "--out", str(run), *HEADS]) == 1
+    assert "holds something already" in capsys.readouterr().err and toy.tree(run) == before
+
+
+def test_a_full_disk_leaves_nothing_half_done(tmp_path, capsys, monkeypatch):
+    file = strangers.save(tmp_path / "a.pt", state(**TINY))
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("selftrans.checkpoints.format.save_file", full)
+    assert main(["import", str(file), "--out", str(tmp_path / "run"), *HEADS]) == 1
+    assert "make room" in capsys.readouterr().err and [p.name for p in tmp_path.iterdir()] == ["a.pt"]
+
+
+def test_our_own_weights_need_no_import(tmp_path, capsys):
+    file = toy.checkpoint(toy.vanilla(), "vanilla") / "ema.safetensors"
+    assert main(["import", str(file), "--out", str(tmp_path / "run")]) == 1
+    assert "is a selftrans weights file already" in capsys.readouterr().err

@@ -1,0 +1,427 @@
+"""Both stages against their formulas in loops, selection against the plain masked computation, and the library face."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from sklearn.datasets import load_digits
+from torch import nn
+
+from selftrans import (
+    SIT,
+    Batch,
+    Draw,
+    Frozen,
+    Objective,
+    SelfGuidance,
+    SiT,
+    Stage1,
+    Stage2,
+    StructureGuidance,
+    flow,
+)
+from selftrans.methods.objective import capacity
+from selftrans.methods.self_transcendence import default_teacher_block, patchify
+from tests.support.stub import (
+    Stub,
+    gains_by_hand,
+    handmade_draw,
+    layer_norm_by_hand,
+    mlp_by_hand,
+    numbers,
+    patches_by_hand,
+)
+
+RANGE = (0.4, 0.7)
+MODES = [(RANGE, "select"), (RANGE, "scale"), (None, "select")]
+TIMES = [0.1, 0.4, 0.55, 0.7, 0.9, 0.3]
+STUDENT, TEACHER = (0.5, -1.5, 0.25), (1.25, 0.75, -0.5)  # a, b, c of the stubs
+
+
+def structure(student, **options):
+    return StructureGuidance(student, Stage1(**{"head_width": 5, **options}))
+
+
+def guidance(student, teacher, **options):
+    return SelfGuidance(student, teacher, Stage2(**{"student_block": 2, "head_width": 5, **options}))
+
+
+def frozen(block=3, **options):
+    return Frozen(Stub(abc=TEACHER, **options), block)
+
+
+def grown(head):
+    """Biases that are not zero, so that a forgotten one shows."""
+    for p in head.parameters():
+        nn.init.normal_(p, std=0.5)
+    return [numbers(p) for p in head.parameters()]
+
+
+def student_feature(d, i, wide=1):
+    """h_2 of the stub student for sample i: (T, D) on paper."""
+    a, b, _ = STUDENT
+    return np.tile(a * patches_by_hand(numbers(d.zt[i]), 2), (1, wide)) + b * TIMES[i]
+
+
+# ---- stage 1
+
+
+def test_patchify_goes_row_by_row_then_channel_row_column():
+    image = torch.arange(32).view(1, 2, 4, 4).float()
+    assert patchify(image, 2).tolist() == [
+        [
+            [0, 1, 4, 5, 16, 17, 20, 21],
+            [2, 3, 6, 7, 18, 19, 22, 23],
+            [8, 9, 12, 13, 24, 25, 28, 29],
+            [10, 11, 14, 15, 26, 27, 30, 31],
+        ]
+    ]
+    assert patches_by_hand(image[0].numpy(), 2).tolist() == patchify(image, 2)[0].tolist()
+    assert patchify(image, 1).shape == (1, 16, 2) and patchify(image, 4).shape == (1, 1, 32)
+
+
+def test_patches_are_the_tokens_of_the_backbone():
+    """Token k of a SiT sees exactly the pixels of patch k."""
+    model = SiT((2, 4, 4), 3, width=8, depth=1, heads=2, patch=2)
+    quiet, image = torch.zeros(1, 2, 4, 4), torch.zeros(1, 2, 4, 4)
+    image[0, 1, 1, 2] = 1.0  # row 1, column 2: the second token
+    changed = (model.x_embedder(image) - model.x_embedder(quiet)).abs().sum(dim=-1)[0] > 0
+    assert changed.tolist() == [False, True, False, False]
+    assert (patchify(image, 2).abs().sum(dim=-1)[0] > 0).tolist() == changed.tolist()
+
+
+@pytest.mark.parametrize("target", ["velocity", "latent"])
+@pytest.mark.parametrize(("span", "mode"), MODES)
+def test_stage_1_by_hand(target, span, mode):
+    """lambda g(t) mean | W LN(P(h)) − patchify(target) |²"""
+    student, d = Stub(), handmade_draw(TIMES, dropped=(2,))
+    g = structure(student, target=target, timestep_range=span, range_mode=mode, weight=0.7)
+    parameters = grown(g.head)
+    assert len(parameters) == 8, "P has three layers, W one, LN none"
+    w, b = parameters[6:]
+    term = 0.0
+    for i, gain in enumerate(gains_by_hand(TIMES, span, mode)):
+        truth = patches_by_hand(numbers((d.noise if target == "velocity" else 2 * d.z0)[i] - d.z0[i]), 2)
+        errors = []
+        for h, goal in zip(student_feature(d, i), truth, strict=True):
+            said = w @ layer_norm_by_hand(mlp_by_hand(parameters, h), eps=1e-6) + b
+            errors += [(x - y) ** 2 for x, y in zip(said, goal, strict=True)]
+        term += gain * np.mean(errors)
+    loss, report = Objective(student, [g]).losses(d, 0)
+    assert report["structure"].item() == pytest.approx(term, rel=1e-5)
+    assert loss.item() == pytest.approx(report["flow"].item() + 0.7 * term, rel=1e-5)
+
+
+def test_stage_1_reports_norms_of_feature_and_target():
+    student, d = Stub(), handmade_draw(TIMES)
+    _, report = Objective(student, [structure(student, timestep_range=None)]).losses(d, 0)
+    feature = [math.sqrt((h**2).sum()) for i in range(6) for h in student_feature(d, i)]
+    target = [math.sqrt((v**2).sum()) for i in range(6) for v in patches_by_hand(numbers(d.v[i]), 2)]
+    assert report["structure/feature_norm"].item() == pytest.approx(np.mean(feature), rel=1e-5)
+    assert report["structure/target_norm"].item() == pytest.approx(np.mean(target), rel=1e-5)
+
+
+# ---- stage 2
+
+
+def guided_by_hand(d, i, w, wide=1):
+    """f_u + w (f_c − f_u) of the stub teacher at its third block; its null label is 7."""
+    a, b, c = TEACHER
+    base = np.tile(a * patches_by_hand(numbers(d.zt[i]), 2), (1, wide)) + b * TIMES[i]
+    f_c, f_u = base + c * d.cond[i].item(), base + c * 7
+    return f_u + w * (f_c - f_u)
+
+
+def distance_by_hand(said, goal, norm):
+    if norm == "cosine":
+        return 1 - (said @ goal) / (math.sqrt(said @ said) * math.sqrt(goal @ goal))
+    if norm == "layer":
+        goal = layer_norm_by_hand(goal, eps=1e-5)
+    return ((said - goal) ** 2).mean()
+
+
+@pytest.mark.parametrize("norm", ["none", "layer", "cosine"])
+@pytest.mark.parametrize(("span", "mode"), MODES)
+@pytest.mark.parametrize("wide", [1, 2], ids=["same width", "wider teacher"])
+def test_stage_2_by_hand(norm, span, mode, wide):
+    """lambda g(t) mean | P(h) − f_g |²"""
+    student, d = Stub(), handmade_draw(TIMES, dropped=(2, 3))
+    options = {"timestep_range": span, "range_mode": mode, "target_norm": norm, "scale": 3.0, "weight": 0.7}
+    g = guidance(student, frozen(wide=wide), **options)
+    parameters = grown(g.head)
+    assert [p.shape for p in parameters[4:]] == [(8 * wide, 5), (8 * wide,)], "the head maps to the teacher's width"
+    term = 0.0
+    for i, gain in enumerate(gains_by_hand(TIMES, span, mode)):
+        goals = guided_by_hand(d, i, 3.0, wide)
+        pairs = zip(student_feature(d, i), goals, strict=True)
+        term += gain * np.mean([distance_by_hand(mlp_by_hand(parameters, h), goal, norm) for h, goal in pairs])
+    loss, report = Objective(student, [g]).losses(d, 0)
+    assert report["self"].item() == pytest.approx(term, rel=2e-5)
+    assert loss.item() == pytest.approx(report["flow"].item() + 0.7 * term, rel=2e-5)
+
+
+def test_stage_2_reports_norms_of_feature_and_guided_target():
+    student, d = Stub(), handmade_draw(TIMES)
+    _, report = Objective(student, [guidance(student, frozen(), timestep_range=None, scale=3.0)]).losses(d, 0)
+    feature = [math.sqrt((h**2).sum()) for i in range(6) for h in student_feature(d, i)]
+    target = [math.sqrt((f**2).sum()) for i in range(6) for f in guided_by_hand(d, i, 3.0)]
+    assert report["self/feature_norm"].item() == pytest.approx(np.mean(feature), rel=1e-5)
+    assert report["self/target_norm"].item() == pytest.approx(np.mean(target), rel=1e-5)
+
+
+@pytest.mark.parametrize("w", [0.0, 1.0, 1.5, 30.0])
+def test_features_are_guided_as_classifier_free_guidance_says(w):
+    d, teacher = handmade_draw(TIMES, dropped=(0, 1)), frozen()
+    f_g = guidance(Stub(), teacher, scale=w).guided_features(d)
+    for i in range(6):
+        np.testing.assert_allclose(numbers(f_g[i]), guided_by_hand(d, i, w), rtol=1e-4, atol=1e-4)
+    assert teacher.model.calls[0]["x"].shape[0] == (6 if w == 1 else 12), "w = 1 needs no unconditional half"
+    assert len(teacher.model.calls) == 1, "both halves pass side by side"
+    if w == 0:
+        unconditional = Frozen(Stub(abc=TEACHER), 3)(d.zt, d.t, torch.full((6,), 7))[0]
+        torch.testing.assert_close(f_g, unconditional.clone(), rtol=0, atol=0)
+
+
+def test_guided_features_of_some_rows_are_those_rows():
+    d, g = handmade_draw(TIMES), guidance(Stub(), frozen())
+    rows = torch.tensor([4, 0, 3])
+    torch.testing.assert_close(g.guided_features(d, rows), g.guided_features(d)[rows], rtol=0, atol=0)
+
+
+def test_a_teacher_of_another_width_and_depth_teaches():
+    student = SiT((1, 8, 8), 10, width=16, depth=4, heads=2, patch=2)
+    teacher = SiT((1, 8, 8), 10, width=24, depth=7, heads=3, patch=2)
+    objective = Objective(student, [guidance(student, Frozen(teacher, 5))])
+    loss, _ = objective(Batch(torch.randn(8, 1, 8, 8), torch.arange(8)), 0)
+    loss.backward()
+    assert math.isfinite(loss.item()) and objective.guidances[0].head[-1].out_features == 24
+
+
+# ---- selection
+
+
+def both_stages():
+    student = Stub()
+    return [structure(student), guidance(student, frozen(), scale=3.0)]
+
+
+def term_and_gradients(g, d, feature):
+    """The term, and its gradients in the student's features and each parameter of the head."""
+    feature = feature.clone().requires_grad_()
+    term, _ = g(d, {2: feature})
+    return term.detach(), torch.autograd.grad(term, [feature, *g.head.parameters()])
+
+
+@pytest.mark.parametrize("even", [False, True])
+def test_a_sample_outside_the_range_changes_nothing(even):
+    """With even times, room for two: two inside (0.5 and 0.7), then one and a row of padding, then one again."""
+    for times in ([0.3, 0.9, 0.5, 0.1, 0.7], [0.25, 0.85, 0.45, 0.05, 0.65], [0.39, 0.99, 0.59, 0.19, 0.79]):
+        d, guidances = handmade_draw(times, even=even), both_stages()
+        feature = torch.randn(5, 4, 8)
+        outside = [i for i, t in enumerate(times) if not np.float32(0.4) <= np.float32(t) <= np.float32(0.7)]
+        other = {name: getattr(d, name).clone() for name in ("z0", "noise", "zt", "v", "cond")}
+        for name in ("z0", "noise", "zt", "v"):
+            other[name][outside] += 100.0
+        other["cond"][outside] = (other["cond"][outside] + 1) % 7
+        strange = feature.clone()
+        strange[outside] -= 50.0
+        for g in guidances:
+            term, gradients = term_and_gradients(g, d, feature)
+            same, again = term_and_gradients(g, d._replace(**other), strange)
+            assert torch.equal(term, same) and term > 0
+            assert all(torch.equal(x, y) for x, y in zip(gradients[1:], again[1:], strict=True)), "heads"
+            assert torch.equal(gradients[0], again[0]) and not gradients[0][outside].any(), "features"
+            inside = [i for i in range(5) if i not in outside]
+            assert all(gradients[0][i].any() for i in inside)
+
+
+def test_a_sample_inside_the_range_matters():
+    d, guidances = handmade_draw([0.3, 0.9, 0.5, 0.1, 0.7], even=True), both_stages()
+    feature = torch.randn(5, 4, 8)
+    strange = feature.clone()
+    strange[2] += 1.0
+    assert all(term_and_gradients(g, d, feature)[0] != term_and_gradients(g, d, strange)[0] for g in guidances)
+
+
+def test_padding_meets_the_head_but_is_never_counted():
+    d = handmade_draw([0.3, 0.9, 0.5, 0.1, 0.75], even=True)  # one inside; room for two
+    for g in both_stages():
+        met = []
+        g.head.register_forward_hook(lambda _, args, __, met=met: met.append(args[0].shape[0]))
+        term, (feature, *_) = term_and_gradients(g, d, torch.ones(5, 4, 8))
+        assert met == [capacity(5, RANGE)] == [2]
+        assert [i for i in range(5) if feature[i].any()] == [2]
+        alone = d._replace(**{k: v[[2]] for k, v in d._asdict().items() if torch.is_tensor(v)})
+        one, _ = term_and_gradients(g, alone, torch.ones(1, 4, 8))
+        assert term.item() == pytest.approx(one.item() / 5, rel=1e-6), "a fifth of the one sample's error"
+
+
+def test_only_the_selected_meet_the_teacher():
+    for even, met in ((True, capacity(10, RANGE)), (False, 3)):
+        student, teacher = Stub(), frozen()
+        times = ((torch.randperm(10) + 0.5) / 10).tolist()
+        Objective(student, [guidance(student, teacher)]).losses(handmade_draw(times, even=even), 0)
+        assert len(teacher.model.calls[0]["x"]) == 2 * met
+    g = guidance(Stub(), frozen())
+    assert g.cost(10) == {"head": 3, "teacher": 6}
+    assert guidance(Stub(), frozen(), scale=1.0).cost(10) == {"head": 3, "teacher": 3}
+    assert guidance(Stub(), frozen(), range_mode="scale").cost(10) == {"head": 10, "teacher": 20}
+    assert structure(Stub()).cost(10) == {"head": 3, "teacher": 0}
+
+
+def plain_loss(student, head1, head2, teacher, d, w, weight):
+    """Both stages over the whole batch, a mask on each sample's error: the formulas as one would first write them."""
+    out = student(d.zt, d.t, d.dropped, taps=(1, 2))
+    mask = torch.tensor([float(np.float32(0.4) <= np.float32(t) <= np.float32(0.7)) for t in d.t.tolist()])
+    loss = ((out.v - d.v) ** 2).mean()
+    p, (w4, b4) = head1[:6], head1[6:]
+    hidden = mlp(p, out.feats[1])
+    hidden = (hidden - hidden.mean(dim=-1, keepdim=True)) / (
+        hidden.var(dim=-1, keepdim=True, unbiased=False) + 1e-6
+    ).sqrt()
+    target = torch.tensor(np.array([patches_by_hand(v.numpy(), student.patch) for v in d.v]))
+    loss = loss + weight * (mask * ((hidden @ w4.T + b4 - target) ** 2).mean(dim=(1, 2))).mean()
+    with torch.no_grad():
+        f_c, f_u = (teacher(d.zt, d.t, cond, taps=(2,)).feats[2] for cond in (d.cond, d.null))
+    error = ((mlp(head2, out.feats[2]) - (f_u + w * (f_c - f_u))) ** 2).mean(dim=(1, 2))
+    return loss + weight * (mask * error).mean()
+
+
+def mlp(p, x):
+    for w, b in ((p[0], p[1]), (p[2], p[3])):
+        x = x @ w.T + b
+        x = x * torch.sigmoid(x)
+    return x @ p[4].T + p[5]
+
+
+@pytest.mark.parametrize("times", ["systematic", "uniform"])
+@pytest.mark.parametrize("n", [3, 10, 13])
+def test_selection_has_the_gradient_of_the_plain_masked_computation(times, n):
+    shape, sizes = (1, 8, 8), {"depth": 3, "heads": 2, "patch": 2}
+    for seed in range(3):
+        torch.manual_seed(seed)
+        student, whole = SiT(shape, 10, width=16, **sizes), SiT(shape, 10, width=24, **sizes)
+        for p in [*student.parameters(), *whole.parameters()]:
+            nn.init.normal_(p, std=0.2)
+        cut = SiT(shape, 10, width=24, **sizes)
+        cut.load_state_dict(whole.state_dict())
+        first = structure(student, block=1)
+        second = guidance(student, Frozen(cut, 2), scale=5.0)
+        objective = Objective(student, [first, second])
+        batch = Batch(torch.randn(n, *shape), torch.randint(10, (n,)))
+        d = flow.draw(batch, student.null(batch.cond), times=times, drop=0.3)
+        loss, _ = objective.losses(d, 0)
+        parameters = list(objective.parameters())
+        ours = torch.autograd.grad(loss, parameters)
+        plain = plain_loss(student, [*first.head.parameters()], [*second.head.parameters()], whole, d, 5.0, 0.5)
+        theirs = torch.autograd.grad(plain, parameters)
+        torch.testing.assert_close(loss, plain, rtol=1e-5, atol=1e-6)
+        for x, y in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-4 * y.abs().max().item() + 1e-7)
+
+
+# ---- defaults
+
+
+def test_defaults_are_the_published_ones():
+    one, two = Stage1(), Stage2()
+    assert (one.block, one.target, one.weight, one.timestep_range, one.range_mode) == (
+        2,
+        "velocity",
+        0.5,
+        RANGE,
+        "select",
+    )
+    assert (two.scale, two.weight, two.timestep_range, two.range_mode) == (30.0, 0.5, RANGE, "select")
+    assert (two.until_step, two.target_norm, two.teacher_weights) == (100_000, "none", "raw")
+    assert one.head_width == two.head_width == 2048
+    layers = [m for m in structure(Stub(), head_width=2048).head.modules() if isinstance(m, nn.Linear)]
+    assert [m.out_features for m in layers] == [2048, 2048, 8, 8]
+    layers = [m for m in guidance(Stub(), frozen(), head_width=2048).head.modules() if isinstance(m, nn.Linear)]
+    assert [m.out_features for m in layers] == [2048, 2048, 8]
+
+
+@pytest.mark.parametrize(
+    ("name", "depth", "student_block", "teacher_block"),
+    [
+        ("SiT-S/2", 12, 6, 8),
+        ("SiT-B/2", 12, 6, 8),
+        ("SiT-L/2", 24, 12, 16),
+        ("SiT-XL/2", 28, 14, 18),
+        (None, 24, 12, 16),
+    ],
+)
+def test_default_blocks_are_the_published_ones(name, depth, student_block, teacher_block):
+    """The last row is the 24-block MMDiT, which is known here by its depth alone."""
+    student, teacher = Stub(), Stub()
+    student.depth = teacher.depth = depth
+    assert name is None or SIT[name]["depth"] == depth
+    assert default_teacher_block(depth) == teacher_block
+    g = SelfGuidance(student, Frozen(teacher, default_teacher_block(depth)), Stage2(head_width=4))
+    assert g.taps == (student_block,)
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3])
+def test_default_blocks_exist_in_the_smallest_models(depth):
+    assert 1 <= default_teacher_block(depth) <= depth
+    student = Stub()
+    student.depth = depth
+    (block,) = SelfGuidance(student, frozen(), Stage2(head_width=4)).taps
+    assert 1 <= block <= depth
+
+
+# ---- the library face
+
+
+def test_ten_lines_add_both_stages_to_a_training_loop_of_ones_own():
+    digits = load_digits()
+    images = torch.tensor(digits.images, dtype=torch.float32)[:, None] / 8 - 1  # (1797, 1, 8, 8) in [-1, 1]
+    labels = torch.tensor(digits.target)
+
+    def train(model, guidances, steps=40):
+        objective = Objective(model, guidances)
+        optimizer = torch.optim.AdamW(objective.parameters(), lr=3e-3, weight_decay=0.0)
+        flows = []
+        for step in range(steps):
+            rows = torch.randint(len(images), (32,))
+            loss, report = objective(Batch(images[rows], labels[rows]), step)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            flows.append(report["flow"].item())
+        return flows
+
+    def build():
+        return SiT((1, 8, 8), 10, width=32, depth=4, heads=4, patch=2)
+
+    first, second = build(), build()
+    runs = [train(first, [StructureGuidance(first, Stage1(block=1, head_width=64))])]
+    teacher = Frozen(first, block=3)
+    runs.append(train(second, [SelfGuidance(second, teacher, Stage2(scale=5.0, target_norm="layer", head_width=64))]))
+    for flows in runs:
+        assert np.mean(flows[-10:]) < 0.7 * np.mean(flows[:3])
+    v = second(images[:2], torch.full((2,), 0.5), labels[:2]).v
+    assert v.shape == (2, 1, 8, 8) and torch.isfinite(v).all()
+
+
+def test_layer_normalised_targets_are_of_unit_variance():
+    """PyTorch's own LayerNorm of the guided features is the target, without weights."""
+    d, student, teacher = handmade_draw(TIMES), Stub(), frozen()
+    g = guidance(student, teacher, target_norm="layer", timestep_range=None, scale=30.0)
+    g.head = nn.Identity()
+    feature = torch.zeros(6, 4, 8)
+    term, _ = g(d, {2: feature})
+    target = F.layer_norm(g.guided_features(d), (8,))
+    assert term.item() == pytest.approx(target.square().mean().item(), rel=1e-6)
+    assert term.item() == pytest.approx(1.0, rel=1e-3), "a zero prediction is off by the variance, whatever w"
+
+
+def test_draw_is_all_a_guidance_needs():
+    """No hidden state: the same draw and features give the same term."""
+    d, guidances = handmade_draw(TIMES), both_stages()
+    assert isinstance(d, Draw)
+    feature = torch.randn(6, 4, 8)
+    for g in guidances:
+        assert torch.equal(g(d, {2: feature})[0], g(d, {2: feature})[0])

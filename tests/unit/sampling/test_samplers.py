@@ -1,0 +1,413 @@
+"""Samplers on Gaussian data, whose velocity and flow are known in closed form; guidance; one random stream per image.
+
+For z0 ~ N(m, s²): z_t ~ N(alpha m, V) with V = alpha² s² + sigma², and regression of data and noise on z_t gives
+    v(z, t) = alpha' m + V' / (2 V) (z - alpha m),        V' / 2 = alpha alpha' s² + sigma sigma'.
+The probability flow keeps (z - alpha m) / sqrt(V) constant, so noise z at t = 1 arrives at m + s z.
+"""
+
+import warnings
+
+import numpy as np
+import pytest
+import torch
+
+from selftrans.encoders.autoencoder import PixelAutoencoder
+from selftrans.flow import COSINE, LINEAR, PATHS
+from selftrans.models.sit import SiT
+from selftrans.sampling.samplers import (
+    EVALUATIONS,
+    SAMPLERS,
+    SampleConfig,
+    guided,
+    image_noise,
+    labels_for,
+    ode,
+    sample_images,
+    sde,
+)
+from selftrans.types import Output
+
+M, S = 0.7, 0.4
+both_paths = pytest.mark.parametrize("path", PATHS.values(), ids=PATHS)
+
+
+def gaussian(path):
+    """The exact velocity, and a list of the times it was asked for."""
+    asked = []
+
+    def velocity(z, t):
+        asked.append(float(t))
+        alpha, sigma, d_alpha, d_sigma = (f(t) for f in path[1:5])
+        variance = alpha**2 * S**2 + sigma**2
+        return d_alpha * M + (alpha * d_alpha * S**2 + sigma * d_sigma) / variance * (z - alpha * M)
+
+    return velocity, asked
+
+
+def order(steps, errors):
+    """Slope of log error over log step size."""
+    return -np.polyfit(np.log(steps), np.log(errors), 1)[0]
+
+
+# ---- ODE
+
+
+@both_paths
+@pytest.mark.parametrize(("method", "expected"), [("euler", 1), ("heun", 2)])
+def test_ode_converges_to_the_exact_flow_with_its_order(path, method, expected):
+    z = torch.linspace(-2, 2, 9, dtype=torch.float64)
+    steps = (40, 80, 160, 320)
+    ends = [ode(gaussian(path)[0], z, steps=n, method=method) for n in steps]
+    errors = [(end - (M + S * z)).abs().max().item() for end in ends]
+    assert order(steps, errors) == pytest.approx(expected, abs=0.12), errors
+    assert ends[0].dtype == torch.float64 and errors[-1] < {"euler": 0.02, "heun": 1e-4}[method]
+
+
+def test_ode_grid_is_uniform_and_heun_looks_at_both_ends_of_each_step():
+    for method, expected in (("euler", [1, 0.75, 0.5, 0.25]), ("heun", [1, 0.75, 0.75, 0.5, 0.5, 0.25, 0.25, 0])):
+        velocity, asked = gaussian(LINEAR)
+        ode(velocity, torch.zeros(1), steps=4, method=method)
+        assert asked == pytest.approx(expected, abs=1e-15)
+
+
+def test_ode_by_hand():
+    """dz/dt = z from 1 to 0 in two steps: Euler multiplies by (1 - h), Heun by (1 - h + h² / 2)."""
+    z = torch.tensor([1.0], dtype=torch.float64)
+    assert ode(lambda z, t: z, z, steps=2, method="euler").item() == pytest.approx(0.25, abs=1e-15)
+    assert ode(lambda z, t: z, z, steps=2, method="heun").item() == pytest.approx(0.625**2, abs=1e-15)
+
+
+# ---- SDE
+
+
+def sde_moments(path, steps, last=0.04):
+    """Exact mean and variance of what `sde` returns for z ~ N(0, 1), without sampling.
+
+    Gaussian velocities make it linear in its start and in each noise: row j is given a one in the j-th of them.
+    """
+    rows = torch.eye(steps + 1, dtype=torch.float64)  # row 0 nothing, row 1 the start, the others the steps - 1 noises
+    noises = iter(rows[:, 2:].unbind(dim=1))
+    end = sde(gaussian(path)[0], rows[:, 1], steps=steps, path=path, last=last, noise=lambda: next(noises))
+    assert next(noises, None) is None, "the last step takes no noise"
+    return end[0].item(), (end[1:] - end[0]).square().sum().item()
+
+
+def after_last_step(path, last=0.04):
+    """Moments once the SDE is exact up to t = last, z ~ N(alpha m, V), and the noise-free step is taken by hand."""
+    t = torch.tensor(last, dtype=torch.float64)
+    alpha, sigma = path.alpha(t), path.sigma(t)
+    variance = alpha**2 * S**2 + sigma**2
+
+    def end(z):  # the true score of a Gaussian is -(z - mean) / variance
+        return z - t * (gaussian(path)[0](z, t) - t * -(z - alpha * M) / variance)
+
+    slope = end(alpha * M + 1) - end(alpha * M)
+    return end(alpha * M).item(), (slope**2 * variance).item()
+
+
+@both_paths
+def test_sde_moments_converge_with_weak_order_one(path):
+    mean, variance = after_last_step(path)
+    steps = (100, 200, 400, 800)
+    found = [sde_moments(path, n) for n in steps]
+    mean_errors, variance_errors = ([abs(f[i] - x) for f in found] for i, x in ((0, mean), (1, variance)))
+    assert order(steps, variance_errors) == pytest.approx(1, abs=0.15), variance_errors
+    if path is LINEAR:  # its mean is a straight line in t, which Euler's steps follow exactly
+        assert max(mean_errors) < 1e-12
+    else:
+        assert order(steps, mean_errors) == pytest.approx(1, abs=0.05), mean_errors
+
+
+@both_paths
+def test_sde_reaches_the_data_as_the_last_step_shrinks(path):
+    errors = []
+    for steps, last in ((100, 0.04), (400, 0.01)):
+        mean, variance = sde_moments(path, steps, last)
+        errors.append([abs(mean - M), abs(variance - S**2)])
+    (coarse_mean, coarse_variance), (fine_mean, fine_variance) = errors
+    assert fine_mean < max(0.35 * coarse_mean, 1e-12) and fine_variance < 0.35 * coarse_variance
+    assert fine_mean < 0.002 and fine_variance < 0.001
+
+
+@both_paths
+def test_sde_with_real_noise_has_those_moments(path):
+    torch.manual_seed(0)
+    n = 40_000
+    end = sde(gaussian(path)[0], torch.randn(n, dtype=torch.float64), steps=60, path=path)
+    mean, variance = sde_moments(path, 60)
+    assert end.mean().item() == pytest.approx(mean, abs=4 * (variance / n) ** 0.5)
+    assert end.var().item() == pytest.approx(variance, rel=4 * (2 / n) ** 0.5)
+
+
+def test_sde_uses_the_published_grid():
+    velocity, asked = gaussian(LINEAR)
+    sde(velocity, torch.zeros(1), steps=250)
+    assert asked == pytest.approx(np.linspace(1, 0.04, 250)) and len(asked) == 250
+
+
+def test_sde_by_hand():
+    """Two steps on the linear path with v = 0, where the score is -z / t: drift z and diffusion 2 t."""
+    z, noise = torch.tensor([0.5], dtype=torch.float64), torch.tensor([-1.5], dtype=torch.float64)
+    found = sde(lambda z, t: torch.zeros_like(z), z, steps=2, last=0.2, noise=lambda: noise)
+    middle = 0.5 - 0.8 * 0.5 + (2 * 1.0 * 0.8) ** 0.5 * -1.5
+    assert found.item() == pytest.approx(middle - 0.2 * middle, abs=1e-14)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda v, z: ode(v, z, steps=0), "0 sampling steps"),
+        (lambda v, z: ode(v, z, steps=2, method="rk4"), "'rk4' is unknown"),
+        (lambda v, z: sde(v, z, steps=1), "at least 2"),
+        (lambda v, z: sde(v, z, steps=9, last=0.0), "t = 0.0"),
+    ],
+)
+def test_samplers_refuse_what_cannot_be(call, message):
+    with pytest.raises(ValueError, match=message):
+        call(gaussian(LINEAR)[0], torch.zeros(1))
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_every_sampler_of_the_table_runs_and_counts_its_evaluations(name):
+    velocity, asked = gaussian(COSINE)
+    end = SAMPLERS[name](velocity, torch.zeros(3, 1), steps=200, path=COSINE, noise=lambda: torch.zeros(3, 1))
+    assert len(asked) == 200 * EVALUATIONS[name]
+    assert end.dtype == torch.float32 and end.mean().item() == pytest.approx(M, abs=0.02)
+
+
+# ---- guidance
+
+
+class Spy:
+    """v = label / 10 + t; remembers the batch size and time of each call."""
+
+    depth, width, patch, shape = 1, 4, 1, (1, 1, 1)
+
+    def __init__(self):
+        self.calls = []
+
+    def __call__(self, x, t, cond, *, taps=(), stop=False):
+        assert t.shape == (len(x),) and t.dtype == x.dtype and len(cond) == len(x)
+        self.calls.append((len(x), round(t[0].item(), 4)))
+        return Output((cond.to(x.dtype) / 10 + t).view(-1, 1, 1, 1).expand_as(x), {})
+
+    def null(self, cond):
+        return torch.full_like(cond, 100)
+
+
+def test_guidance_works_within_its_interval_and_costs_nothing_outside():
+    spy, z, labels = Spy(), torch.zeros(2, 1, 1, 1, dtype=torch.float64), torch.tensor([1, 4])
+    velocity = guided(spy, labels, scale=1.9, interval=(0.2, 0.65))
+    for t in (0.7, 0.65, 0.4, 0.2, 0.1):
+        on = 0.2 <= t <= 0.65
+        plain = labels / 10 + t
+        expected = (10 + t) + 1.9 * (plain - (10 + t)) if on else plain
+        found = velocity(z, torch.tensor(t, dtype=torch.float64)).flatten()
+        torch.testing.assert_close(found, expected.double(), atol=1e-5, rtol=0)
+        assert spy.calls[-1] == (4 if on else 2, t)
+    assert len(spy.calls) == 5, "one batch each time, never two"
+
+
+def test_interval_includes_its_ends_on_a_sampling_grid():
+    spy = Spy()
+    ode(
+        guided(spy, torch.tensor([1]), scale=2.0, interval=(0.3, 0.65)),
+        torch.zeros(1, 1, 1, 1),
+        steps=20,
+        method="euler",
+    )
+    assert [t for n, t in spy.calls if n == 2] == pytest.approx(np.arange(0.65, 0.29, -0.05))
+
+
+def test_scale_one_is_one_conditional_pass():
+    spy = Spy()
+    guided(spy, torch.tensor([1, 2]), scale=1.0)(torch.zeros(2, 1, 1, 1), torch.tensor(0.5))
+    assert spy.calls == [(2, 0.5)]
+
+
+def test_guidance_of_an_unconditional_model_is_ignored_with_a_warning():
+    spy = Spy()
+    with pytest.warns(UserWarning, match="guidance scale 3.0 is ignored"):
+        velocity = guided(spy, torch.tensor([100, 100]), scale=3.0)
+    velocity(torch.zeros(2, 1, 1, 1), torch.tensor(0.5))
+    assert spy.calls == [(2, 0.5)]
+
+
+def test_guidance_concatenates_conditions_of_several_tensors():
+    class Text(Spy):
+        def __call__(self, x, t, cond, *, taps=(), stop=False):
+            assert {name: len(c) for name, c in cond.items()} == {"tokens": len(x), "pooled": len(x)}
+            return super().__call__(x, t, cond["pooled"][:, 0])
+
+        def null(self, cond):
+            return {name: torch.full_like(c, 100) for name, c in cond.items()}
+
+    cond = {"tokens": torch.ones(2, 3, 5), "pooled": torch.tensor([[1.0], [4.0]])}
+    v = guided(Text(), cond, scale=2.0)(torch.zeros(2, 1, 1, 1), torch.tensor(0.0))
+    torch.testing.assert_close(v.flatten(), 10 + 2 * (torch.tensor([0.1, 0.4]) - 10))
+
+
+# ---- one random stream per image
+
+
+def test_noise_of_an_image_depends_on_seed_and_index_alone():
+    torch.manual_seed(1)
+    np.random.seed(1)  # noqa: NPY002 - the global generator is what must stay untouched
+    expected = torch.rand(3), np.random.rand(3)  # noqa: NPY002
+    torch.manual_seed(1)
+    np.random.seed(1)  # noqa: NPY002
+    together = image_noise([0, 1, 2, 3], (2, 3, 3), seed=5)
+    apart = {k: image_noise([k], (2, 3, 3), seed=5) for k in (3, 1)}
+    for _ in range(3):  # every draw of the stream, not only the first
+        rows = together()
+        for k, noise in apart.items():
+            assert torch.equal(noise()[0], rows[k])
+    assert torch.equal(torch.rand(3), expected[0]) and np.array_equal(np.random.rand(3), expected[1])  # noqa: NPY002
+
+
+def test_noise_is_standard_normal_and_never_repeats():
+    rows = image_noise(range(2000), (2, 2), seed=0)().flatten(start_dim=1)
+    assert rows.dtype == torch.float32
+    assert rows.mean().item() == pytest.approx(0, abs=0.05) and rows.std().item() == pytest.approx(1, abs=0.03)
+    seeds = torch.cat([image_noise([0, 3], (4,), seed)() for seed in (1, 3, 2**32, 3 * 2**32, 2**40 + 1)])
+    assert len(torch.unique(torch.cat([rows, seeds]), dim=0)) == 2010
+
+
+def test_labels():
+    k = np.array([0, 3, 9, 25])
+    assert labels_for(k, 10, "balanced", 0).tolist() == [0, 3, 9, 5]
+    assert labels_for(k, 10, (7, 2), 0).tolist() == [7, 2, 2, 2]
+    assert labels_for(k, 0, "random", 0).tolist() == labels_for(k, 0, "balanced", 0).tolist() == [0] * 4
+    assert labels_for(k, 10, (10,), 0).tolist() == [10] * 4, "the null label may be asked for"
+    many = labels_for(np.arange(2000), 10, "random", 3)
+    assert many.dtype == np.int64 and np.array_equal(many[[9, 4]], labels_for([9, 4], 10, "random", 3))
+    assert np.bincount(many, minlength=10).min() > 150 and not np.array_equal(
+        many, labels_for(np.arange(2000), 10, "random", 4)
+    )
+    for wrong in ((11,), (-1,), ()):
+        with pytest.raises(ValueError, match="10 classes"):
+            labels_for(k, 10, wrong, 0)
+
+
+# ---- whole images
+
+
+def small_model(num_classes=10):
+    torch.manual_seed(0)
+    model = SiT((3, 8, 8), num_classes, width=32, depth=2, heads=2, patch=2)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.05 * torch.randn_like(p))
+    return model
+
+
+def gather(model, config, **options):
+    batches = list(sample_images(model, PixelAutoencoder(), config, **{"num_classes": 10, "device": "cpu", **options}))
+    return [np.concatenate(parts) for parts in zip(*batches, strict=True)]
+
+
+@pytest.mark.parametrize("sampler", ["heun", "sde"])
+def test_image_k_is_the_same_for_every_batch_size_order_and_process_count(sampler):
+    model = small_model()
+    options = {
+        "num": 7,
+        "steps": 6,
+        "sampler": sampler,
+        "guidance_scale": 1.5,
+        "guidance_interval": (0.0, 0.65),
+        "seed": 9,
+    }
+    indices, labels, images = gather(model, SampleConfig(**options, batch_size=7))
+    assert (
+        images.shape == (7, 8, 8, 3)
+        and images.dtype == np.uint8
+        and indices.tolist() == labels.tolist() == list(range(7))
+    )
+    assert len(np.unique(images, axis=0)) == 7
+    for batch_size in (1, 3):
+        again = gather(model, SampleConfig(**options, batch_size=batch_size))
+        assert np.abs(images.astype(int) - again[2].astype(int)).max() <= 1
+        assert np.array_equal(labels, again[1])
+    chosen = gather(model, SampleConfig(**options, batch_size=2), indices=[6, 2, 4])
+    assert np.abs(images[[6, 2, 4]].astype(int) - chosen[2].astype(int)).max() <= 1
+    other = gather(model, SampleConfig(**{**options, "seed": 10}, batch_size=7))
+    assert np.abs(images.astype(int) - other[2].astype(int)).max() > 1
+
+
+def test_batches_are_full_but_the_last():
+    sizes = [
+        len(k)
+        for k, *_ in sample_images(
+            small_model(), PixelAutoencoder(), SampleConfig(num=7, steps=2, batch_size=3), num_classes=10, device="cpu"
+        )
+    ]
+    assert sizes == [3, 3, 1]
+
+
+def test_sampling_leaves_the_model_and_the_caller_as_they_were():
+    model = small_model().train()
+    model.blocks[0].eval()
+    modes = [m.training for m in model.modules()]
+    seen = []
+    model.blocks[1].register_forward_pre_hook(lambda m, _: seen.append((m.training, torch.is_inference_mode_enabled())))
+    state = torch.random.get_rng_state()
+    for _ in sample_images(
+        model, PixelAutoencoder(), SampleConfig(num=2, steps=2, batch_size=1), num_classes=10, device="cpu"
+    ):
+        assert [m.training for m in model.modules()] == modes, "also between batches"
+        assert torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
+    assert set(seen) == {(False, True)}
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert all(p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_half_precision_is_close(precision):
+    model, dtypes = small_model(), []
+    options = {"num": 4, "steps": 5, "sampler": "heun"}
+    full = gather(model, SampleConfig(**options))[2].astype(int)
+    model.blocks[0].attn.proj.register_forward_hook(lambda _m, _i, output: dtypes.append(output.dtype))
+    half = gather(model, SampleConfig(**options, precision=precision))[2].astype(int)
+    assert set(dtypes) == {torch.bfloat16 if precision == "bf16" else torch.float16}
+    assert 0 < np.abs(full - half).mean() < 3
+
+
+def test_an_unconditional_model_and_a_condition_of_its_own():
+    model = small_model(num_classes=0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        _, labels, images = gather(model, SampleConfig(num=2, steps=2), num_classes=0)
+    assert labels.tolist() == [0, 0] and images.shape[0] == 2
+    seen = []
+    condition = lambda labels: (seen.append(labels.tolist()), 9 - labels)[1]  # noqa: E731
+    ours = gather(small_model(), SampleConfig(num=2, steps=2), condition=condition)
+    theirs = gather(small_model(), SampleConfig(num=2, steps=2, labels=(9, 8)))
+    assert seen == [[0, 1]] and np.array_equal(ours[2], theirs[2])
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"num": 0}, "sample.num"),
+        ({"batch_size": 0}, "sample.batch_size"),
+        ({"sampler": "ddim"}, "sample.sampler 'ddim'"),
+        ({"steps": 0}, "sample.steps"),
+        ({"steps": 1}, "the SDE needs at least 2"),
+        ({"guidance_scale": -1.0}, "sample.guidance_scale"),
+        ({"guidance_scale": float("nan")}, "sample.guidance_scale"),
+        ({"guidance_interval": (0.7, 0.4)}, "sample.guidance_interval"),
+        ({"guidance_interval": (0.0, 1.5)}, "sample.guidance_interval"),
+        ({"seed": -1}, "sample.seed"),
+        ({"precision": "int8"}, "sample.precision"),
+        ({"labels": "sorted"}, "sample.labels"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(values, message):
+    with pytest.raises(ValueError, match=message):
+        next(sample_images(small_model(), PixelAutoencoder(), SampleConfig(**values), num_classes=10, device="cpu"))
+
+
+def test_settings_are_what_an_image_depends_on():
+    config = SampleConfig(num=3, batch_size=5, sampler="ode")
+    assert config.settings() == SampleConfig(num=9, batch_size=1, sampler="heun").settings()
+    assert config.settings() != SampleConfig(num=3, batch_size=5, sampler="ode", seed=1).settings()

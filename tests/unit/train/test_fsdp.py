@@ -1,0 +1,147 @@
+"""FSDP2 on two gloo processes: the same training as with whole weights in each, and checkpoints that know nothing of it."""
+
+import contextlib
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from selftrans.checkpoints.format import newest
+from selftrans.cli.main import main
+from selftrans.methods.objective import Objective
+from selftrans.train.run import train
+from selftrans.train.signals import Interrupted, Stop
+from tests.support import toy
+from tests.support.toy import quick  # noqa: F401 - a fixture
+
+#: what each run of two processes changes in the toy; "split" and "whole" differ in train.shard alone
+COMMON = {"train.preview_every": 4, "stage1.head_width": 7, "train.checkpoint_every": 3}
+RUNS = {
+    "whole": {},
+    "split": {"train.shard": True},
+    "split, stopped": {"train.shard": True},
+    "split, bf16": {"train.shard": True, "train.precision": "bf16"},
+    "whole, bf16": {"train.precision": "bf16"},
+    "split, sra": {"train.shard": True, "method": "sra", "sra.head_width": 16},
+    "whole, sra": {"method": "sra", "sra.head_width": 16},
+    "split, an accident": {"train.shard": True, "method": "vanilla"},
+    "whole, an accident": {"method": "vanilla"},
+}
+
+
+def work(rank: int, folder: str, data: str) -> None:
+    """One of two processes: every run of RUNS."""
+    where = {
+        "RANK": rank,
+        "LOCAL_RANK": rank,
+        "WORLD_SIZE": 2,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": os.environ["PORT"],
+    }
+    os.environ |= {name: str(value) for name, value in where.items()}
+    torch.set_num_threads(1)
+    asked, forward = Stop.asked, Objective.forward
+    for name, dotted in RUNS.items():
+        config = toy.toy(COMMON | dotted | {"data.path": data})
+        out = Path(folder, name)
+        if name.endswith("an accident"):
+
+            def spoiled(self, batch, step):
+                loss, report = forward(self, batch, step)
+                return (loss * float("nan") if step == 3 and rank == 1 else loss), report
+
+            Objective.forward = spoiled
+        if name.endswith("stopped"):
+            for at in (2, 5, 3):  # of the calls, in all of both stages
+                calls = []
+                Stop.asked = lambda *_, calls=calls, at=at: calls.append(0) or len(calls) == at
+                with contextlib.suppress(Interrupted):
+                    train(config, out, quiet=True)
+            Stop.asked = asked
+        train(config, out, quiet=True)
+        Objective.forward = forward
+    torch.distributed.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    import socket
+
+    folder = tmp_path_factory.mktemp("shard")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        os.environ["PORT"] = str(free.getsockname()[1])
+    torch.multiprocessing.spawn(work, args=(str(folder), str(toy.digits())), nprocs=2)
+    return folder
+
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+
+
+def assert_close(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor], atol: float = 1e-5) -> None:
+    assert a.keys() == b.keys()
+    for name in a:
+        torch.testing.assert_close(
+            a[name], b[name], rtol=1e-4, atol=atol, msg=lambda said, name=name: f"{name}: {said}"
+        )
+
+
+@pytest.mark.parametrize("stage", ["stage1", "stage2"])
+def test_split_weights_train_as_whole_ones(made, stage):
+    assert_close(toy.tensors(made / "split", stage), toy.tensors(made / "whole", stage))
+    lines = [toy.log(made / name, stage) for name in ("split", "whole")]
+    assert [line["step"] for line in lines[0]] == [line["step"] for line in lines[1]]
+    for one, other in zip(*lines, strict=True):
+        assert one.pop("stage") == other.pop("stage") and one == pytest.approx(other, rel=1e-4)
+
+
+def test_stopped_and_continued_it_is_the_same_bit_for_bit(made):
+    """But for the means of a log line that was interrupted, which sum the processes in another order."""
+    for stage in ("stage1", "stage2"):
+        toy.assert_same(toy.tensors(made / "split", stage), toy.tensors(made / "split, stopped", stage))
+        for one, other in zip(*(toy.log(made / name, stage) for name in ("split", "split, stopped")), strict=True):
+            assert one.pop("stage") == other.pop("stage") and one == pytest.approx(other, rel=1e-12)
+
+
+def test_in_bf16_it_is_the_same_training(made):
+    assert_close(toy.tensors(made / "split, bf16"), toy.tensors(made / "whole, bf16"))
+
+
+def test_a_moving_average_that_teaches_is_split_as_well(made):
+    assert_close(toy.tensors(made / "split, sra", "sra"), toy.tensors(made / "whole, sra", "sra"), atol=1e-3)
+
+
+def test_an_accident_in_one_process_is_skipped_in_both(made):
+    for name in ("split, an accident", "whole, an accident"):
+        state = newest(made / name / "vanilla" / "checkpoints").state
+        assert state["accidents"]["skipped"] == 1
+    found = [toy.tensors(made / name, "vanilla") for name in ("split, an accident", "whole, an accident")]
+    assert_close(*found)
+    assert {float(v) for name, v in found[0].items() if name.endswith(":step")} == {7.0}
+
+
+def test_its_weights_are_ordinary_files(made, tmp_path, capsys):
+    assert {t.shape for t in toy.tensors(made / "split").values()} == {
+        t.shape for t in toy.tensors(made / "whole").values()
+    }
+    assert (made / "split" / "stage2" / "previews" / "step-00000008.png").exists()
+    run = toy.copy(made / "split", tmp_path / "run")
+    assert main(["sample", str(run), f"--out={tmp_path / 'made'}", "--num=4", "--steps=2"]) == 0
+    assert main(["export", str(run), f"--out={tmp_path / 'exported'}", "--layout=repa"]) == 0
+    train(toy.toy(COMMON | {"train.steps": 9}), run)  # one process, whole weights
+    assert "resuming with 1 processes instead of 2" in capsys.readouterr().out
+    assert json.loads((run / "run.json").read_text())["student_steps"] == 9
+
+
+def test_one_process_has_nothing_to_split(tmp_path):
+    train(toy.toy({"train.shard": True}), tmp_path, quiet=True)
+    toy.assert_same_run(tmp_path, toy.finished())
+
+
+def test_fp16_is_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    argv = ["train", "digits", f"--data={toy.digits()}", f"--out={tmp_path}", *toy.flags()]
+    assert main([*argv, "--train.shard", "True", "--train.precision=fp16"]) == 1
+    assert "train.shard does not go with train.precision fp16" in capsys.readouterr().err

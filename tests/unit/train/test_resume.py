@@ -1,0 +1,550 @@
+"""A run that was interrupted, anywhere and any number of times, is bit for bit the run that was not."""
+
+import contextlib
+import itertools
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from selftrans.checkpoints import format as checkpoint
+from selftrans.cli.main import main
+from selftrans.data.prepare import prepare
+from selftrans.methods.objective import Objective
+from selftrans.train import trainer
+from selftrans.train.ema import EMA
+from selftrans.train.log import Journal
+from selftrans.train.preview import Preview
+from selftrans.train.run import train
+from selftrans.train.signals import RESUME_ME, Interrupted, Stop, lock
+from tests.support import toy
+from tests.support.toy import quick  # noqa: F401 - a fixture
+
+
+def visits(config, out, stop=Interrupted) -> int:
+    """Train as often as it takes, past every interruption; returns how often."""
+    for visit in range(1, 100):
+        try:
+            train(config, out, quiet=True)
+        except stop:
+            continue
+        return visit
+    raise AssertionError("no progress")
+
+
+# ---- stopped well
+
+SHORT = {"stage1.steps": 2, "train.steps": 5, "stage2.until_step": 3}
+VARIANTS = {
+    "as it is": SHORT,
+    "bf16": SHORT | {"train.precision": "bf16"},
+    "other options": SHORT
+    | {
+        "train.path": "cosine",
+        "train.times": "lognormal",
+        "train.weight_decay": 0.1,
+        "train.recompute": True,
+        "train.accumulate": 1,
+        "stage1.target": "latent",
+        "stage1.range_mode": "scale",
+        "stage2.timestep_range": None,
+        "stage2.target_norm": "layer",
+        "stage2.teacher_weights": "ema",
+        "log.every": 3,
+    },
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_stopped_at_every_step(tmp_path, monkeypatch, variant):
+    config = toy.toy(VARIANTS[variant])
+    train(config, whole := tmp_path / "whole", quiet=True)
+    monkeypatch.setattr(Stop, "asked", lambda self, accelerator: True)
+    stops = config.stage1.steps - 1 + config.train.steps - 1  # the last step of a stage ends it anyway
+    assert visits(config, tmp_path / "run") == stops + 1
+    toy.assert_same_run(tmp_path / "run", whole)
+    reports = [json.loads((run / "run.json").read_text()) for run in (tmp_path / "run", whole)]
+    for report in reports:
+        del report["total_seconds"]
+        assert [stage.pop("seconds") > 0 for stage in report["stages"]] == [True, True]
+    assert reports[0] == reports[1]
+
+
+@pytest.mark.parametrize("step", [4, 5, 6])
+def test_stopped_around_the_end_of_guidance(tmp_path, monkeypatch, step):
+    calls = itertools.count(-3)  # four steps of stage 1, then 1, 2, ...
+    monkeypatch.setattr(Stop, "asked", lambda self, accelerator: next(calls) == step)
+    message = f"at step {step}; checkpoint written in .*stage2; the same command continues"
+    with pytest.raises(Interrupted, match=message):
+        train(toy.toy(), tmp_path, quiet=True)
+    assert int(toy.checkpoint(tmp_path).name[5:]) == step
+    train(toy.toy(), tmp_path, quiet=True)
+    toy.assert_same_run(tmp_path, toy.finished())
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+def test_a_notice_becomes_a_checkpoint_within_one_step(tmp_path, monkeypatch, capsys, number):
+    handlers = {n: signal.getsignal(n) for n in Stop.SIGNALS}
+    forward, calls = Objective.forward, itertools.count(1)
+
+    def noticed(self, batch, step):
+        if next(calls) == 5:  # in the middle of step 3: two micro-batches a step
+            os.kill(os.getpid(), number)
+        return forward(self, batch, step)
+
+    monkeypatch.setattr(Objective, "forward", noticed)
+    argv = ["train", "digits", f"--data={toy.digits()}", f"--out={tmp_path}", *toy.flags()]
+    assert main(argv) == RESUME_ME == 75
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith(f"selftrans: stopped by {signal.Signals(number).name} at step 3; checkpoint written in")
+    assert toy.checkpoint(tmp_path, "stage1").name == "step-00000003"
+    assert {n: signal.getsignal(n) for n in Stop.SIGNALS} == handlers
+    assert main(argv) == 0
+    assert "[1/2] stage1: continues at step 3 of 4" in capsys.readouterr().out
+    toy.assert_same_run(tmp_path, toy.finished())
+
+
+def test_a_second_ctrl_c_means_now(tmp_path, monkeypatch, capsys):
+    def impatient(self, batch, step):
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(Objective, "forward", impatient)
+    assert main(["train", "digits", f"--data={toy.digits()}", f"--out={tmp_path}", *toy.flags()]) == 130
+    assert capsys.readouterr().err.endswith("selftrans: interrupted; the same command continues\n")
+
+
+# ---- killed
+
+
+class Killed(BaseException):
+    """Nothing catches it: the process is gone at this line."""
+
+
+def half_a_file(tensors, path, **kwargs):
+    path.write_bytes(b"\x08\x00\x00")
+
+
+def half_removed(folder, *_, **__):
+    (checkpoint.steps(folder)[0][1] / "ema.safetensors").unlink(missing_ok=True)
+
+
+def half_a_line(journal, line):
+    journal._file.write(json.dumps(line).encode()[:17])
+
+
+PLACES = {
+    "forward": (Objective, "forward", None),
+    "between optimiser and average": (EMA, "update", None),
+    "in a checkpoint's first file": (checkpoint, "save_file", half_a_file),
+    "in a checkpoint": (checkpoint, "sync", None),
+    "before old checkpoints go": (checkpoint, "prune", None),
+    "while old checkpoints go": (checkpoint, "prune", half_removed),
+    "in a log line": (Journal, "write", half_a_line),
+    "after a log line": (Journal, "flush", None),
+    "in a preview": (Preview, "save", None),
+    "between the stages": (trainer.Trainer, "__init__", None),
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_killed_again_and_again(tmp_path, monkeypatch, place):
+    owner, name, before = PLACES[place]
+    original, calls = getattr(owner, name), itertools.count(1)
+
+    def dying(*args, **kwargs):
+        if next(calls) in (2, 3, 5, 11, 17):
+            if before:
+                before(*args, **kwargs)
+            raise Killed
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, dying)
+    preview = {"train.preview_every": 2} if owner is Preview else {}
+    damaged = pytest.warns(UserWarning, match="damaged")
+    with damaged if before is half_removed else contextlib.nullcontext():
+        assert visits(toy.toy(preview), tmp_path, Killed) > 2
+    monkeypatch.undo()
+    if before is half_removed:
+        train(toy.toy(), tmp_path, quiet=True)
+    toy.assert_same_run(tmp_path, toy.finished())
+    assert not [path for path in tmp_path.rglob(".*") if path.name != ".lock"]
+
+
+def start(out: Path, **dotted) -> subprocess.Popen:
+    argv = ["train", "digits", f"--data={toy.digits()}", f"--out={out}", *toy.flags(dotted)]
+    return subprocess.Popen(
+        [sys.executable, "-m", "selftrans", *argv], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def wait_for_lines(process: subprocess.Popen, path: Path, count: int) -> None:
+    until = time.monotonic() + 90
+    while not path.exists() or path.read_bytes().count(b"\n") < count:
+        assert process.poll() is None and time.monotonic() < until, process.communicate()
+        time.sleep(0.005)
+
+
+LONG = {"method": "vanilla", "log.every": 1, "train.checkpoint_every": 2, "stage1.steps": 1}
+
+
+def test_a_real_process_killed_goes_on_in_another(tmp_path):
+    config = toy.toy(LONG | {"train.steps": 200})
+    process = start(tmp_path / "run", **LONG, **{"train.steps": 200})
+    wait_for_lines(process, tmp_path / "run" / "vanilla" / "log.jsonl", 7)
+    process.kill()
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    reached = int(toy.checkpoint(tmp_path / "run", "vanilla").name[5:])
+    assert 4 <= reached < 200
+    short = {"train.steps": reached + 5}
+    for out in (tmp_path / "run", tmp_path / "whole"):
+        train(toy.override(config, short), out, quiet=True)
+    toy.assert_same_run(tmp_path / "run", tmp_path / "whole", ("vanilla",))
+
+
+def test_a_real_process_on_notice_and_its_lock(tmp_path, capsys):
+    run, long = tmp_path / "run", LONG | {"train.steps": 1_000_000, "train.checkpoint_every": 1_000_000}
+    process = start(run, **long)
+    log = run / "vanilla" / "log.jsonl"
+    wait_for_lines(process, log, 3)
+    argv = ["train", "digits", f"--data={toy.digits()}", f"--out={run}", *toy.flags(long)]
+    assert main(argv) == 1  # while the other is at it
+    said = capsys.readouterr().err
+    line = f"selftrans: {run} is in use by process {process.pid}; wait for it, or choose another --out"
+    assert said.splitlines()[-1] == line
+    before = log.read_bytes().count(b"\n")
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 75
+    reached = int(toy.checkpoint(run, "vanilla").name[5:])
+    assert f"stopped by SIGTERM at step {reached}; checkpoint written in {run / 'vanilla'}" in said
+    assert before <= reached == log.read_bytes().count(b"\n") < before + 60  # a toy's step takes milliseconds
+    short = LONG | {"train.steps": reached + 2}
+    for out in (run, tmp_path / "whole"):
+        train(toy.toy(short), out, quiet=True)
+    toy.assert_same_run(run, tmp_path / "whole", ("vanilla",))
+
+
+# ---- one process at a time
+
+
+def test_a_run_belongs_to_one_process(tmp_path):
+    with lock(tmp_path):
+        with pytest.raises(ValueError, match=f"in use by process {os.getpid()}; wait for it, or choose another --out"):
+            train(toy.toy(), tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [".lock"]
+    with lock(tmp_path):  # it is free again
+        pass
+
+
+# ---- the same command again, and others
+
+
+def test_a_finished_command_repeated_changes_nothing(tmp_path, capsys):
+    run = toy.copy(toy.finished(), tmp_path / "run")
+    before = toy.tree(run)
+    train(toy.toy(), run)
+    assert toy.tree(run).items() - before.items() <= {(".lock", str(os.getpid()).encode())}
+    assert toy.tree(run).keys() == before.keys()
+    said = capsys.readouterr().out
+    assert "continues at step 4 of 4" in said and "continues at step 8 of 8" in said
+
+
+def test_more_steps_continue_a_finished_run(tmp_path):
+    run = toy.copy(toy.finished(), tmp_path / "run")
+    longer = toy.toy({"train.steps": 12})
+    for out in (run, run, tmp_path / "whole"):
+        report = train(longer, out, quiet=True)
+        assert report["student_steps"] == 12 and report["stages"][0]["steps"] == 4
+    toy.assert_same_run(run, tmp_path / "whole")
+    assert json.loads((run / "config.json").read_text())["train"]["steps"] == 12
+    with pytest.raises(ValueError, match=r"has trained stage2 for 12 steps already, more than the 8 asked for"):
+        train(toy.toy(), run)
+    assert json.loads((run / "config.json").read_text())["train"]["steps"] == 12
+
+
+def test_half_of_the_steps_is_settled_once(tmp_path):
+    for steps in (6, 8, 8, 10):
+        report = train(toy.toy({"stage1.steps": None, "train.steps": steps}), tmp_path, quiet=True)
+        assert [stage["steps"] for stage in report["stages"]] == [3, steps]
+    with pytest.raises(ValueError, match=r"stage1.steps was 3, is 5"):
+        train(toy.toy({"stage1.steps": 5, "train.steps": 10}), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("train.lr", 0.5, "train.lr was 0.001, is 0.5"),
+        ("train.batch_size", 16, "train.batch_size was 8, is 16"),
+        ("train.seed", 3, "train.seed was 0, is 3"),
+        ("model.depth", 4, "model.depth was 3, is 4"),
+        ("method", "vanilla", "method was self_transcendence, is vanilla"),
+        ("recipe", "digits_other", "recipe was digits, is digits_other"),
+        ("stage1.steps", 3, "stage1.steps was 4, is 3"),
+        ("stage2.timestep_range", None, r"stage2.timestep_range was \(0.4, 0.7\), is None"),
+        ("stage2.teacher", "x", "stage2.teacher was None, is x"),
+    ],
+)
+def test_other_settings_are_named_and_nothing_changes(field, value, message):
+    before = toy.tree(toy.finished())
+    with pytest.raises(ValueError, match=rf"was started with other settings: {message}; use those, or another --out"):
+        train(toy.toy({field: value}), toy.finished())
+    assert toy.tree(toy.finished()) == before
+
+
+def test_settings_that_change_no_number_are_free(tmp_path):
+    run = toy.copy(toy.finished(), tmp_path / "run")
+    shutil.copytree(toy.digits(), tmp_path / "moved")
+    free = {
+        "data.path": str(tmp_path / "moved"),
+        "log.every": 1,
+        "train.checkpoint_every": 1,
+        "train.preview_every": 9,
+        "train.keep": 4,
+        "train.keep_best": 0,
+        "train.max_skips": 3,
+        "train.steps": 9,
+        "sample.steps": 3,
+    }
+    train(toy.toy(free), run, quiet=True)
+    assert [line["step"] for line in toy.log(run)] == [2, 4, 6, 8, 9]
+    assert len(list((run / "stage2" / "checkpoints").iterdir())) == 4  # 3, the best before, 6 and 8 were there
+    assert (run / "stage2" / "previews" / "step-00000009.png").exists()
+    assert json.loads((run / "config.json").read_text())["sample"]["steps"] == 3
+
+
+def test_other_data_are_refused(tmp_path):
+    run = toy.copy(toy.finished(), tmp_path / "run")
+    before = toy.tree(run)
+    prepare("digits", tmp_path / "unmirrored", progress=False)
+    with pytest.raises(ValueError, match=r"was trained on other data than .*unmirrored; use that, or another --out"):
+        train(toy.toy({"data.path": str(tmp_path / "unmirrored")}), run)
+    assert {k: v for k, v in toy.tree(run).items() if k != ".lock"} == {k: v for k, v in before.items() if k != ".lock"}
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("config.json", "", "config.json cannot be used"),
+        ("config.json", '{"version": 7}', "config.json cannot be used .*another version of selftrans"),
+        ("config.json", '{"version": 1}', "config.json cannot be used .*config.recipe is missing"),
+        ("data.json", "[]", "data.json cannot be used"),
+        ("data.json", '{"shards": [{}]}', "data.json cannot be used"),
+    ],
+)
+def test_a_damaged_run_directory_names_the_file(tmp_path, file, content, message):
+    run = toy.copy(toy.finished(), tmp_path / "run")
+    (run / file).write_text(content)
+    with pytest.raises(ValueError, match=message):
+        train(toy.toy(), run)
+    assert (run / file).read_text() == content
+
+
+def test_a_log_is_cut_to_the_step_that_is_resumed(tmp_path):
+    path = tmp_path / "log.jsonl"
+    path.write_text('{"step": 2}\n{"step": 4}\n{"step": 6}\n\n{"other": 1}\nnonsense\n{"step": 8')
+    journal = Journal(path, resume_step=4)
+    journal.write({"step": 5})
+    journal.close()
+    assert path.read_text() == '{"step": 2}\n{"step": 4}\n{"step": 5}\n'
+
+
+def test_a_teacher_trained_again_to_the_same_weights_is_the_same_teacher(tmp_path, monkeypatch):
+    """The last checkpoint of stage 1 is damaged while stage 2 is under way."""
+    calls = itertools.count(-3)
+    with monkeypatch.context() as patch:
+        patch.setattr(Stop, "asked", lambda self, accelerator: next(calls) == 2)
+        with pytest.raises(Interrupted):
+            train(toy.toy(), tmp_path, quiet=True)
+    (toy.checkpoint(tmp_path, "stage1") / "student.safetensors").unlink()
+    with pytest.warns(UserWarning, match="passing over a damaged checkpoint"):
+        train(toy.toy({"log.preview_images": 5}), tmp_path, quiet=True)
+    toy.assert_same_run(tmp_path, toy.finished())
+
+
+# ---- other settings, on purpose
+
+
+def test_a_run_goes_on_with_another_rate_when_told_so_and_says_it(tmp_path, capsys):
+    run = toy.copy(toy.finished(), tmp_path / "run")
+    slower = {"train.steps": 10, "train.lr": 1e-5}
+    with pytest.raises(ValueError, match=r"or --train.allow-changes True to go on with these"):
+        train(toy.toy(slower), run, quiet=True)
+    assert (
+        main(
+            [
+                "train",
+                "digits",
+                f"--data={toy.digits()}",
+                f"--out={run}",
+                *toy.flags(slower | {"train.allow_changes": True}),
+            ]
+        )
+        == 0
+    )
+    assert "goes on with other settings: train.lr was 0.001, is 1e-05" in capsys.readouterr().err
+    assert [line["lr"] for line in toy.log(run, "stage2")[-2:]] == [0.001, 1e-5]
+    (told,) = json.loads((run / "changes.json").read_text())
+    assert told == {"steps": {"stage1": 4, "stage2": 8}, "changed": ["train.lr was 0.001, is 1e-05"]}
+    train(toy.toy(slower), run, quiet=True)  # settled now
+    assert len(json.loads((run / "changes.json").read_text())) == 1
+    with pytest.raises(ValueError, match=r"model.depth was 3, is 4; use those, or another --out$"):
+        train(toy.toy(slower | {"model.depth": 4, "train.allow_changes": True}), run, quiet=True)
+
+
+def test_a_lost_configuration_is_that_of_the_checkpoints(tmp_path):
+    run = toy.copy(toy.finished(), tmp_path / "run")
+    (run / "config.json").unlink()
+    with pytest.raises(ValueError, match=r"train.clip was 1.0, is 9.0"):
+        train(toy.toy({"train.clip": 9.0}), run, quiet=True)
+    train(toy.toy(), run, quiet=True)
+    assert (run / "config.json").read_bytes() == (toy.finished() / "config.json").read_bytes()
+
+
+def test_a_method_named_by_a_strangers_run_is_not_imported(tmp_path, monkeypatch):
+    run = toy.copy(toy.finished(), tmp_path / "run")
+    (tmp_path / "evil.py").write_text("import pathlib\npathlib.Path('ran').touch()\ngo = None\n")
+    config = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps(config | {"method": "evil:go"}))
+    (run / "imported.json").write_text("{}")
+    (run / "data.json").unlink()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ValueError, match="method was evil:go, is self_transcendence"):
+        train(toy.toy(), run, quiet=True)
+    assert not (tmp_path / "ran").exists() and "evil" not in sys.modules
+
+
+# ---- what a restart writes
+
+
+def test_a_restart_rewrites_nothing_that_it_would_write_again(tmp_path):
+    run = toy.copy(toy.finished(), tmp_path / "run")
+    names = ("config.json", "data.json", "run.json")
+    before = [(run / name).stat().st_ino for name in names]
+    train(toy.toy(), run, quiet=True)
+    assert [(run / name).stat().st_ino for name in names] == before
+
+
+def test_what_a_checkpoint_counts_on_is_on_the_disk_before_it(tmp_path, monkeypatch):
+    order, whole, saved = [], os.fsync, checkpoint.save
+
+    def fsync(descriptor):
+        order.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")).name)
+        whole(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(checkpoint, "save", lambda *args: order.append("checkpoint") or saved(*args))
+    train(toy.toy({"method": "vanilla", "train.checkpoint_every": 8}), tmp_path / "run", quiet=True)
+    assert any(name.startswith(".config.json") for name in order) and any(
+        name.startswith(".data.json") for name in order
+    )
+    assert "log.tmp" in order and order[order.index("checkpoint") - 1] == "log.jsonl"
+
+
+def test_a_file_system_without_locks_costs_a_warning(tmp_path, monkeypatch):
+    def none(*_):
+        raise OSError(38, "Function not implemented")
+
+    monkeypatch.setattr("fcntl.flock", none)
+    with pytest.warns(UserWarning, match=r"cannot be locked \(Function not implemented\)"):
+        train(toy.toy({"method": "vanilla", "train.steps": 2}), tmp_path, quiet=True)
+
+
+# ---- pictures on the way
+
+PICTURED = {"method": "vanilla", "train.preview_every": 2, "train.checkpoint_every": 2}
+
+
+def test_a_picture_that_kills_the_process_is_given_up(tmp_path, monkeypatch):
+    whole = Preview._make
+
+    def dying(self, model, path):
+        if "4" in path.name:
+            raise Killed
+        whole(self, model, path)
+
+    monkeypatch.setattr(Preview, "_make", dying)
+    for _ in range(3):
+        with pytest.raises(Killed):
+            train(toy.toy(PICTURED), tmp_path, quiet=True)
+    with pytest.warns(UserWarning, match="the process has ended 3 times while making it"):
+        train(toy.toy(PICTURED), tmp_path, quiet=True)
+    made = sorted(path.name for path in (tmp_path / "vanilla" / "previews").glob("*.png"))
+    assert made == [f"step-0000000{k}.png" for k in (2, 6, 8)]
+
+
+@pytest.mark.parametrize("step", [4, 8], ids=["on the way", "at the end"])
+def test_killed_with_the_picture_in_its_place(tmp_path, monkeypatch, step):
+    whole = Preview._make
+
+    def dying(self, model, path):
+        whole(self, model, path)
+        if path.name == f"step-0000000{step}.png":
+            raise Killed
+
+    monkeypatch.setattr(Preview, "_make", dying)
+    with pytest.raises(Killed):
+        train(toy.toy(PICTURED), tmp_path, quiet=True)
+    train(toy.toy(PICTURED), tmp_path, quiet=True)  # it is not made again, or this would die too
+    left = sorted(path.name for path in (tmp_path / "vanilla" / "previews").iterdir())
+    assert left == [f"step-0000000{k}.png" for k in (2, 4, 6, 8)]
+
+
+def test_a_notice_ends_a_picture_and_the_next_visit_makes_those_that_are_due(tmp_path, monkeypatch):
+    whole, passes = Preview._make, []
+
+    def noticed(self, model, path):
+        if "4" in path.name and not passes:
+            passes.append(path)
+            self.stop.received = signal.SIGTERM
+        whole(self, model, path)
+
+    monkeypatch.setattr(Preview, "_make", noticed)
+    with (
+        pytest.warns(UserWarning, match="no preview at .*4.png: asked to stop"),
+        pytest.raises(Interrupted, match="step 5"),
+    ):
+        train(toy.toy(PICTURED), tmp_path, quiet=True)
+    train(toy.toy(PICTURED), tmp_path, quiet=True)
+    assert len(list((tmp_path / "vanilla" / "previews").iterdir())) == 3  # all but that one
+    (tmp_path / "vanilla" / "previews" / "step-00000008.png").unlink()
+    train(toy.toy(PICTURED), tmp_path, quiet=True)
+    assert (tmp_path / "vanilla" / "previews" / "step-00000008.png").exists()
+
+
+def test_whatever_a_decoder_raises_costs_a_picture_alone(tmp_path, monkeypatch):
+    def broken(*_, **__):
+        raise ModuleNotFoundError("no diffusers here")
+
+    monkeypatch.setattr("selftrans.train.preview.load_autoencoder", broken)
+    with pytest.warns(UserWarning, match="no preview at .*: no diffusers here"):
+        train(toy.toy(PICTURED), tmp_path, quiet=True)
+    assert checkpoint.newest(tmp_path / "vanilla" / "checkpoints").step == 8
+
+
+# ---- data that were damaged since
+
+
+def test_damaged_shards_are_found_and_made_again(tmp_path, capsys):
+    data = tmp_path / "data"
+    assert main(["prepare", "digits", f"--out={data}"]) == 0
+    moments = data / "moments-00000.bin"
+    sound = moments.read_bytes()
+    moments.write_bytes(bytes(4096) + sound[4096:])
+    small = {"data.path": str(data), "method": "vanilla", "train.steps": 2}
+    with pytest.raises(ValueError, match=r"moments-00000.bin fails its sha256"):
+        train(toy.toy(small | {"data.verify": True}), tmp_path / "run", quiet=True)
+    assert main(["prepare", "digits", f"--out={data}"]) == 0
+    assert (
+        "moments-00000.bin fails its sha256 and is made again" in capsys.readouterr().err
+        and moments.read_bytes() == sound
+    )
+    train(toy.toy(small | {"data.verify": True}), tmp_path / "run", quiet=True)
