@@ -1,27 +1,48 @@
 """The types that flow through selftrans, and the shape legend used in every file.
 
-Shape legend: N batch, T tokens, D width, (C, H, W) latent, k block (1-based), M moments channels.
-States of the data, in order: pixels ⇒ moments ⇒ latents (`Batch`) ⇒ `Draw` ⇒ `Output` ⇒ loss.
+Shape legend: N batch, T tokens, D width, (C, *S) latent with one to three spatial dimensions S, k block (1-based), M moments
+channels. States of the data, in order: pixels => moments => latents (`Batch`) => `Draw` => `Output` => loss.
 t = 0 is data and t = 1 is noise everywhere (said once, in `flow.py`).
 """
 
 from __future__ import annotations
 
+import copy
+import math
 from collections.abc import Callable
-from typing import NamedTuple, Protocol, TypeAlias, runtime_checkable
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, Self, TypeAlias
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 #: A condition: a label tensor (N,), or named tensors that all start with N (text tokens, mask, pooled vector).
 #: Objective, guidance, trainer and sampler never look inside; they use the four functions below.
 Cond: TypeAlias = Tensor | dict[str, Tensor]
 
 
+@dataclass(frozen=True)
+class Conditions:
+    """What the samples of a data set are conditioned on. The data's manifest says it; a model says what its null is."""
+
+    kind: Literal["none", "labels", "text"]
+    num_classes: int = 0  #: of kind labels: labels are 0 .. num_classes - 1
+
+    def example(self) -> Cond:
+        """A condition of one sample, for counting operations; with kind none every label is 0."""
+        if self.kind == "text":
+            raise ValueError("text conditions are not supported yet")
+        return torch.zeros(1, dtype=torch.long)
+
+    def __str__(self) -> str:
+        """As messages name it."""
+        return {"none": "no condition", "labels": f"{self.num_classes} classes", "text": "text"}[self.kind]
+
+
 class Batch(NamedTuple):
     """What a training step is given."""
 
-    z0: Tensor  #: (N, C, H, W) latents, scaled to about unit variance
+    z0: Tensor  #: (N, C, *S) latents, scaled to about unit variance
     cond: Cond  #: true condition of each sample
     features: Tensor | None = None  #: (N, T, D) of an external encoder, stored with the data, if a guidance reads them
 
@@ -29,11 +50,11 @@ class Batch(NamedTuple):
 class Draw(NamedTuple):
     """Everything random in one step, drawn once and shared by the flow loss and every guidance."""
 
-    z0: Tensor  #: (N, C, H, W) data
-    noise: Tensor  #: (N, C, H, W) standard normal
+    z0: Tensor  #: (N, C, *S) data
+    noise: Tensor  #: (N, C, *S) standard normal
     t: Tensor  #: (N,) in [0, 1]; 0 is data, 1 is noise
-    zt: Tensor  #: (N, C, H, W) point on the path
-    v: Tensor  #: (N, C, H, W) velocity d zt / dt, the target of the flow loss
+    zt: Tensor  #: (N, C, *S) point on the path
+    v: Tensor  #: (N, C, *S) velocity d zt / dt, the target of the flow loss
     cond: Cond  #: true condition, for the teacher
     null: Cond  #: null condition of the same shape, for the teacher's other half
     dropped: Cond  #: condition with some samples replaced by the null one, for the student
@@ -44,29 +65,58 @@ class Draw(NamedTuple):
 class Output(NamedTuple):
     """What a backbone returns."""
 
-    v: Tensor | None  #: (N, C, H, W) velocity; None when stopped early
-    feats: dict[int, Tensor]  #: 1-based block -> (N, T, D) hidden image tokens after that block
+    v: Tensor | None  #: (N, C, *S) velocity; None when stopped early
+    feats: dict[int, Tensor]  #: 1-based block -> (N, T, D) tokens of the noisy latent after that block (no text tokens)
 
 
-@runtime_checkable
-class Backbone(Protocol):
-    """What the methods, the trainer and the samplers ask of a diffusion transformer."""
+class Backbone(nn.Module):
+    """A diffusion transformer, as the methods, the trainer and the samplers see it. Subclass it; see docs/extending.md.
+
+    A subclass sets the attributes and implements `forward`, `null` and `patchify`; the rest has working defaults.
+    """
 
     depth: int  #: number of blocks
     width: int  #: D, channels of a token
-    patch: int  #: side of a token's square of latent pixels
-    shape: tuple[int, int, int]  #: (C, H, W) of a latent
+    shape: tuple[int, ...]  #: (C, *S) of a latent
+    grid: tuple[int, ...]  #: tokens along each spatial dimension; T is their product
+    conditions: Conditions  #: what it is conditioned on
+    recompute: bool = False  #: activation checkpointing: keep each block's input alone, compute the rest again in backward
 
-    def __call__(self, x: Tensor, t: Tensor, cond: Cond, *, taps: tuple[int, ...] = (), stop: bool = False) -> Output:
-        """Velocity at (x, t) under `cond`, with the features after each block of `taps`.
+    def forward(self, x: Tensor, t: Tensor, cond: Cond, *, taps: tuple[int, ...] = (), stop: bool = False) -> Output:
+        """Velocity at x (N, C, *S), t (N,) under `cond`, with the features after each block of `taps` (1-based).
 
         With `stop=True` computation ends when the last tap is served, and `Output.v` is None.
         """
-        ...
+        raise NotImplementedError
 
     def null(self, cond: Cond) -> Cond:
         """The unconditional condition, in the shape of `cond`."""
-        ...
+        raise NotImplementedError
+
+    def patchify(self, x: Tensor) -> Tensor:
+        """Latents (N, C, *S) cut into the model's tokens: (N, T, C * cells), cells the positions that one token covers."""
+        raise NotImplementedError
+
+    @property
+    def tokens(self) -> int:
+        """T, tokens of a latent."""
+        return math.prod(self.grid)
+
+    def repeated(self) -> list[nn.Module]:
+        """The blocks in order: what is compiled and sharded one by one. Default: none, the model is treated as one part."""
+        return []
+
+    def truncate(self, block: int) -> None:
+        """Delete what comes after `block` (1-based), in place; afterwards only calls with `stop=True` are served.
+
+        Default: nothing is deleted; a call with `stop=True` computes no further anyway.
+        """
+
+    def truncated(self, block: int) -> Self:
+        """A copy of blocks 1 .. `block`; this model stays as it is."""
+        shallow = copy.deepcopy(self)
+        shallow.truncate(block)
+        return shallow
 
 
 def map_cond(fn: Callable[..., Tensor], *conds: Cond) -> Cond:

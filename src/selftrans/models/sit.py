@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from selftrans.models.layers import (
@@ -19,7 +20,7 @@ from selftrans.models.layers import (
     sincos_positions,
     unpatchify,
 )
-from selftrans.types import Cond, Output, map_cond
+from selftrans.types import Backbone, Cond, Conditions, Output, map_cond
 
 #: published sizes: width, depth, heads (SiT, table 1)
 SIZES = {"S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152, 28, 16)}
@@ -32,7 +33,7 @@ SIT = {
 }
 
 
-class SiT(nn.Module):
+class SiT(Backbone):
     """A class-conditional (or, with num_classes = 0, unconditional) diffusion transformer on square latents.
 
     Args:
@@ -61,15 +62,15 @@ class SiT(nn.Module):
             raise ValueError(
                 f"a latent of {height}x{side} does not divide into square patches of {patch}; change model.patch"
             )
-        self.shape, self.num_classes = (channels, height, side), num_classes
-        self.width, self.depth, self.patch = width, depth, patch
+        self.shape, self.grid = (channels, height, side), (height // patch, side // patch)
+        self.conditions = Conditions("labels" if num_classes else "none", num_classes)
+        self.width, self.depth, self.patch, self.num_classes = width, depth, patch, num_classes
         self.x_embedder = PatchEmbed(channels, patch, width)
         self.t_embedder = TimestepEmbedder(width)
         self.y_embedder = LabelEmbedder(num_classes, width)
         self.register_buffer("pos_embed", sincos_positions(width, side // patch)[None], persistent=False)
         self.blocks = nn.ModuleList(Block(width, heads, mlp_ratio, qk_norm) for _ in range(depth))
         self.final_layer: FinalLayer | None = FinalLayer(width, patch * patch * channels * (2 if learn_sigma else 1))
-        self.recompute = False  #: activation checkpointing: keep only each block's input, compute it again backward
         self._initialise()
 
     def forward(self, x: Tensor, t: Tensor, cond: Cond, *, taps: tuple[int, ...] = (), stop: bool = False) -> Output:
@@ -94,8 +95,14 @@ class SiT(nn.Module):
     def null(self, cond: Cond) -> Cond:
         return map_cond(lambda labels: torch.full_like(labels, self.num_classes), cond)
 
+    def patchify(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) -> (N, T, C patch²), row by row; inside a token: channel, row, column."""
+        return F.unfold(x, kernel_size=self.patch, stride=self.patch).transpose(1, 2)
+
+    def repeated(self) -> list[nn.Module]:
+        return list(self.blocks)
+
     def truncate(self, block: int) -> None:
-        """Forget everything after `block` (1-based): a frozen teacher needs no more."""
         del self.blocks[block:]
         self.final_layer = None
 
