@@ -27,7 +27,7 @@ EXPORTED = "model.safetensors"  #: in a folder that `selftrans export` wrote
 IMPORTED = "imported"  #: header entry of weights from elsewhere: their source; of a run of them, the name of a json
 
 
-class Restored(NamedTuple):
+class LoadedModel(NamedTuple):
     """A model with its weights, and where they came from."""
 
     model: SiT
@@ -41,7 +41,7 @@ class Restored(NamedTuple):
 
 
 def header(config: RunConfig, stage: str, step: int, manifest: Manifest) -> dict[str, Any]:
-    """What a weights file must say of itself so that `restore` can build the model and decode its latents."""
+    """What a weights file must say of itself so that `load_model` can build the model and decode its latents."""
     return {
         "stage": stage,
         "step": step,
@@ -138,7 +138,7 @@ def _stage_order(run: Path) -> list[str]:
     return sorted(names, key=lambda name: name != "stage1")
 
 
-def restore(origin: str | Path, *, stage: str | None = None, weights: Weights = "ema") -> Restored:
+def load_model(origin: str | Path, *, stage: str | None = None, weights: Weights = "ema") -> LoadedModel:
     """Build the model that `origin` stands for (see `find`) and load its weights, strictly, in eval mode."""
     path = find(origin, stage=stage, weights=weights)
     said = checkpoint.read_header(path)
@@ -165,7 +165,7 @@ def restore(origin: str | Path, *, stage: str | None = None, weights: Weights = 
         "sha256": checkpoint.sha256(path),
         "weights": checkpoint.weights_sha256(path),
     } | ({IMPORTED: said[IMPORTED]} if IMPORTED in said else {})
-    return Restored(model.eval(), config, name, held, step, autoencoder, names, source)
+    return LoadedModel(model.eval(), config, name, held, step, autoencoder, names, source)
 
 
 def _check_fit(path: Path, config: RunConfig, shape: tuple[int, int, int], num_classes: int) -> None:
@@ -185,9 +185,9 @@ def _check_fit(path: Path, config: RunConfig, shape: tuple[int, int, int], num_c
     )
 
 
-def restore_teacher(source: str | Path, *, weights: Weights, shape: tuple[int, int, int], num_classes: int) -> Restored:
+def load_teacher(source: str | Path, *, weights: Weights, shape: tuple[int, int, int], num_classes: int) -> LoadedModel:
     """A stage-1 or imported model for latents `shape` and `num_classes` classes. ValueError: what was expected and found."""
-    found = restore(find_teacher(source, weights), weights=weights)
+    found = load_model(find_teacher(source, weights), weights=weights)
     if found.stage != "stage1" and IMPORTED not in found.source:
         raise ValueError(
             f"{found.source['path']} holds weights of '{found.stage}'; expected a teacher trained in stage 1, or imported"
@@ -207,7 +207,7 @@ def find_teacher(source: str | Path, weights: Weights) -> Path:
     return find(path, stage=None if single or (path / f"{IMPORTED}.json").exists() else "stage1", weights=weights)
 
 
-def check_given(found: Restored, config: RunConfig, manifest: Manifest) -> None:
+def check_given(found: LoadedModel, config: RunConfig, manifest: Manifest) -> None:
     """ValueError where a teacher learned another path than the student's; a warning where its latents may be others."""
     source, path, theirs = found.source["path"], found.config.train.path, found.autoencoder
     if path != config.train.path:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from selftrans.checkpoints import format as checkpoint
-from selftrans.checkpoints.load import restore
+from selftrans.checkpoints.load import load_model
 from selftrans.config import RunConfig
 from selftrans.data.dataset import Shards
 from selftrans.data.prepare import prepare_digits
@@ -119,7 +119,7 @@ def maps_of(run: Path, shards: Shards, block: int) -> dict[str, np.ndarray]:
     """Row name -> pictures: the digits, and PCA maps of the shallow block at every checkpoint, in the last one's colours."""
     z0, labels = latents_of(shards, np.arange(min(MAPPED, len(shards))))
     stage = json.loads((run / "run.json").read_text())["stages"][-1]["stage"]
-    found = [restore(folder) for _, folder in checkpoint.steps(run / stage / "checkpoints")]
+    found = [load_model(folder) for _, folder in checkpoint.steps(run / stage / "checkpoints")]
     feats = [
         collect(one.model, z0, labels, t=PROBE_T, taps=(block,), path=PATHS[one.config.train.path])[block]
         for one in found

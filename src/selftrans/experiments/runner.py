@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from selftrans.checkpoints import format as checkpoint
-from selftrans.checkpoints.load import FILES, restore
+from selftrans.checkpoints.load import FILES, load_model
 from selftrans.config import RunConfig, SampleConfig
 from selftrans.data.dataset import Shards
 from selftrans.encoders.autoencoder import load_autoencoder
@@ -273,7 +273,7 @@ def measured_before(path: Path, ruler: Ruler) -> dict[str, dict[str, Any]]:
 
 def measure_checkpoint(folder: Path, ruler: Ruler) -> dict[str, Any]:
     """Distance, accuracy and shallow probe of a checkpoint's EMA, and what it has cost until there."""
-    found = restore(folder, weights="ema")
+    found = load_model(folder, weights="ema")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model, classes = found.model.to(device), found.model.num_classes
     autoencoder = load_autoencoder(found.autoencoder, device=device)
@@ -304,7 +304,7 @@ def probe(model: Any, ruler: Ruler, path: Any, most: int = 4000) -> float:
 
 def samples_of(run: Path, sample: SampleConfig, num: int) -> np.ndarray:
     """(num, R, R, C) samples of a finished run: the same noise and labels for every method."""
-    found = restore(run)
+    found = load_model(run)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     settings = dataclasses.replace(sample, num=num, seed=1, batch_size=num)
     autoencoder, path = load_autoencoder(found.autoencoder, device=device), PATHS[found.config.train.path]

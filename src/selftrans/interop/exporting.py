@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from selftrans.checkpoints import format as checkpoint
-from selftrans.checkpoints.load import EXPORTED, Weights, find, restore
+from selftrans.checkpoints.load import EXPORTED, Weights, find, load_model
 from selftrans.config import RunConfig
 from selftrans.interop import sit_names as names
 from selftrans.interop.published_file import LAYOUT
@@ -32,7 +32,7 @@ def export_run(
     """
     out = Path(out)
     path = find(run, stage=stage, weights=weights)
-    found = restore(path)
+    found = load_model(path)
     if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not (out / EXPORTED).is_file())):
         raise ValueError(f"{out} holds something that is no export; choose another --out")
     if layout == "sit" and found.config.model.qk_norm:

@@ -18,7 +18,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
 from selftrans.checkpoints import format as checkpoint
-from selftrans.checkpoints.load import check_given, find_teacher, restore_teacher
+from selftrans.checkpoints.load import check_given, find_teacher, load_teacher
 from selftrans.config import RunConfig
 from selftrans.data.dataset import Manifest, Shards
 from selftrans.data.on_device import Resident
@@ -200,7 +200,7 @@ def teacher_of(
     if stage.teacher is None:
         return None
     shape, num_classes = shards.manifest.shape, shards.manifest.num_classes
-    found = restore_teacher(source, weights=stage.teacher.weights, shape=shape, num_classes=num_classes)
+    found = load_teacher(source, weights=stage.teacher.weights, shape=shape, num_classes=num_classes)
     if config.stage2.teacher:
         check_given(found, config, shards.manifest)
     if found.weights != stage.teacher.weights:

@@ -26,7 +26,7 @@ import torch
 from safetensors.torch import save
 
 from selftrans.checkpoints import format as checkpoint
-from selftrans.checkpoints.load import restore
+from selftrans.checkpoints.load import load_model
 from selftrans.config import to_json
 from selftrans.data import resumable as ledger
 from selftrans.data.dataset import Shards
@@ -366,10 +366,10 @@ PARSERS: dict[str, Parser] = {
         sealed,
     ),
     "header": Parser("ema.safetensors", checkpoint.read_header, lambda: [run_files()["ema.safetensors"]], 14_000),
-    "weights": Parser("ema.safetensors", restore, lambda: [run_files()["ema.safetensors"]], 2_000),
+    "weights": Parser("ema.safetensors", load_model, lambda: [run_files()["ema.safetensors"]], 2_000),
     "weights_header": Parser(
         "ema.safetensors",
-        restore,
+        load_model,
         lambda: [header(run_files()["ema.safetensors"])],
         4_000,
         wrap=lambda data: with_header(run_files()["ema.safetensors"])(data),

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, safe_open, save_file
 
 from selftrans.checkpoints import format as checkpoint
 from selftrans.checkpoints import load as restore_module
-from selftrans.checkpoints.load import find, restore
+from selftrans.checkpoints.load import find, load_model
 from selftrans.cli.main import main
 from selftrans.methods.objective import Objective
 from selftrans.train.log import Journal, Window, read_journal
@@ -402,7 +402,7 @@ def test_means_survive_a_checkpoint_exactly():
     ],
 )
 def test_every_path_that_may_stand_for_a_model(path, stage, step):
-    found = restore(toy.finished() / path)
+    found = load_model(toy.finished() / path)
     assert (found.stage, found.step) == (stage, step)
     assert not found.model.training and found.autoencoder == "pixel" and found.classes == tuple("0123456789")
     file = toy.checkpoint(toy.finished(), stage, step) / (
@@ -414,7 +414,7 @@ def test_every_path_that_may_stand_for_a_model(path, stage, step):
 
 def test_a_single_file_is_enough(tmp_path):
     file = shutil.copy(toy.checkpoint(toy.finished()) / "ema.safetensors", tmp_path / "renamed.bin")
-    found = restore(file)
+    found = load_model(file)
     assert found.step == 8 and found.config == toy.toy()
 
 
