@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from selftrans.config import RunConfig
-from selftrans.experiments import report
+from selftrans.experiments import html_report
 from selftrans.experiments.compare import base, on, only
 from selftrans.experiments.runner import Comparison, compare
 from selftrans.experiments.table import mean_curve, rows
@@ -92,7 +92,7 @@ def main() -> None:
     overrides = {name: VARIANTS[name] for name in variants}
     write_json(options.out / "ablations.json", settings | {"table": table, "curves": curves, "overrides": overrides})
     metric = next(iter(results.values()))[1][-1]["metric"]
-    print(report.text_table(table, {name: name for name in variants}, metric))
+    print(html_report.text_table(table, {name: name for name in variants}, metric))
     for name, (steps, values, deviations) in curves.items():
         points = (f"{step}: {v:.2f} ± {d:.2f}" for step, v, d in zip(steps, values, deviations, strict=True))
         print(f"{name:<18}", "   ".join(points))

@@ -22,9 +22,9 @@ from matplotlib.figure import Figure
 
 from selftrans.checkpoints.load import load_model
 from selftrans.data.dataset import Shards
+from selftrans.data.decoded import data_latents
 from selftrans.evaluate.plots import COLOURS, MARKERS, RULE, plain_ticks, save
 from selftrans.evaluate.probes import collect, linear_probe
-from selftrans.experiments.analyse_run import data_latents
 from selftrans.flow import PATHS
 from selftrans.storage import write_json
 from selftrans.train.log import read_journal

@@ -18,6 +18,7 @@ FILES = {path.relative_to(SRC).as_posix(): path.read_text(encoding="utf-8") for 
 #: package or module of src/selftrans, from the bottom up: none imports one that stands below it in this list
 ORDER = (
     "storage",      # atomic writes, locks, hashes, text that any terminal takes
+    "device",       # which device a process works on
     "types",        # shapes, batches, draws, outputs; what a backbone and a guidance are
     "flow",         # paths, timestep samplers, the draw of a step
     "encoders",     # autoencoders, vision models

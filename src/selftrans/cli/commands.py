@@ -90,13 +90,13 @@ class Sample:
     """None: the last stage of the run"""
 
     def run(self) -> None:
-        from selftrans.sampling.images import generate
+        from selftrans.sampling.folder import sample_to_folder
 
         given = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         for name in ("run_or_file", "out", "weights", "stage"):
             del given[name]
         settings = {name: value for name, value in given.items() if value is not None}
-        made = generate(self.run_or_file, self.out, settings, weights=self.weights, stage=self.stage)
+        made = sample_to_folder(self.run_or_file, self.out, settings, weights=self.weights, stage=self.stage)
         if made:
             print(f"{made} images -> {self.out} (PNG files, samples.npz, samples.json)")
 
@@ -152,7 +152,7 @@ class Classifier:
     seed: int = 0
 
     def run(self) -> None:
-        from selftrans.experiments.analyse_run import classifier_from_data
+        from selftrans.experiments.train_classifier import classifier_from_data
 
         print(classifier_from_data(self.data, self.out, epochs=self.epochs, seed=self.seed))
 
@@ -230,9 +230,9 @@ class Compare:
     config: tyro.conf.Suppress[Any] = None  #: the recipe with its overrides, filled in by cli.py
 
     def run(self) -> None:
-        from selftrans.experiments.compare import compare_methods, on
+        from selftrans.experiments.compare import compare_methods, override
 
-        config = on(self.config, self.data, self.steps)
+        config = override(self.config, data=self.data, steps=self.steps)
         options = {name: getattr(self, name) for name in ("seeds", "images", "features", "workers")}
         compare_methods(config, self.out, self.methods, **options)
 

@@ -36,6 +36,7 @@ class Autoencoder(Protocol):
     channels: int  #: C of a latent; 0 when a latent has the channels of the pixels
     downsample: int  #: R / H
     stochastic: bool  #: whether moments have a standard deviation
+    pictures: bool  #: decodes to pixels in [-1, 1]; False: to numbers that are no pictures, which are not clamped
 
     def encode(self, pixels: Tensor) -> Moments:
         """Pixels (N, 3 or 1, R, R) in [-1, 1] to raw float32 moments (N, C, H, W)."""
@@ -49,7 +50,7 @@ class Autoencoder(Protocol):
 class PixelAutoencoder:
     """The identity: the model learns pixels themselves."""
 
-    name, scale, shift, channels, downsample, stochastic = "pixel", 1.0, 0.0, 0, 1, False
+    name, scale, shift, channels, downsample, stochastic, pictures = "pixel", 1.0, 0.0, 0, 1, False, True
 
     def encode(self, pixels: Tensor) -> Moments:
         return Moments(pixels.float(), None)
@@ -60,6 +61,8 @@ class PixelAutoencoder:
 
 class DiffusersAutoencoder:
     """A diffusers `AutoencoderKL` (stochastic) or `AutoencoderTiny` (deterministic), frozen."""
+
+    pictures = True
 
     def __init__(self, name: str, model: nn.Module, *, device: torch.device | str, dtype: torch.dtype) -> None:
         config: Any = model.config

@@ -1,4 +1,4 @@
-"""Distances between sets of images, and the report that carries their honest names.
+"""Distances between sets of images, and the report that names them and what they depend on.
 
 Shape legend: n, m images, F features, K classes. Everything is computed in float64.
 """
@@ -252,7 +252,9 @@ def evaluate(
     subset_size: int = 1000,
     chunk: int = 64,
 ) -> dict[str, Any]:
-    """Measure samples (uint8 batches (n, R, R, C)) against a reference (the same, or its statistics): a flat report.
+    """Measure samples (batches of pictures uint8 (n, H, W, C), or of arrays float32 (n, C, *S)) against a reference.
+
+    The reference is images in the same form, or their statistics; the report is one flat dictionary.
 
     `metric` names the headline: "fid" with the published Inception only, else "frechet_distance"; `label` is its full
     name. `labels` (n,), the samples' conditions in order, give the extractor's accuracy on them; they may be a list
@@ -300,9 +302,10 @@ def _check_extractor(reference: Statistics, extractor: Extractor) -> None:
 def _header(samples: Statistics, reference: Statistics, extractor: Extractor, name: str) -> dict[str, Any]:
     """What was measured with what: the part of a report that makes its numbers comparable."""
     fid = extractor.sha256 == INCEPTION_SHA256
+    what = "values" if extractor.name == "values" else f"{extractor.name} features"
     return {
         "metric": "fid" if fid else "frechet_distance",
-        "label": "FID" if fid else f"Fréchet distance ({extractor.name} features)",
+        "label": "FID" if fid else f"Fréchet distance ({what})",
         "num_images": samples.count,
         "extractor": extractor.name,
         "extractor_sha256": extractor.sha256,

@@ -85,7 +85,7 @@ class Statistics:
         source: str = "",
         observe: Callable[[dict[str, np.ndarray]], None] | None = None,
     ) -> Statistics:
-        """Statistics of a stream of uint8 image batches (n, R, R, C), the same however the stream is cut.
+        """Statistics of a stream of batches of images (see `extract`), the same however the stream is cut.
 
         With `keep` the features stay in memory, as float32. `chunk` images go through the extractor at a time;
         `observe` is handed each chunk's features and logits. Raises ValueError for unfit images, or fewer than two.

@@ -1,4 +1,4 @@
-"""`selftrans compare`: methods x seeds under one budget, measured alike; a table, the curves, and a page.
+"""`selftrans compare`: methods x seeds under one budget, measured alike; a table, the curves and a page.
 
 OUT/<method>-seed<k>/    ordinary run directories          OUT/compare.{json,csv,png,html}    what people open
 """
@@ -16,12 +16,13 @@ import torch
 from selftrans.config import RunConfig, nearest, to_json
 from selftrans.data.dataset import Shards
 from selftrans.data.prepare import prepare_digits
+from selftrans.encoders.autoencoder import load_autoencoder
 from selftrans.evaluate.extractors import load_extractor
 from selftrans.evaluate.plots import save
-from selftrans.experiments import report
-from selftrans.experiments.analyse_run import classifier_from_data
+from selftrans.experiments import html_report
 from selftrans.experiments.runner import Comparison, Results, compare, samples_of
 from selftrans.experiments.table import AXES, as_csv, mean_curve, rows
+from selftrans.experiments.train_classifier import classifier_from_data
 from selftrans.methods import METHODS, stages
 from selftrans.recipes import recipe
 from selftrans.storage import write_json, write_text
@@ -46,12 +47,12 @@ def compare_methods(
 
     All share data, model, student steps, batch, sampler, extractor and number of images. A teacher is a run of stage 1
     for as many steps as the student, unless `stage1.steps` says otherwise, and shared with the method `structure` of the
-    same seed. Distances are to the training data. `features`: an extractor's name or file; None: see `base`.
+    same seed. Distances are to the training data. `features`: an extractor's name or file; None: see `with_defaults`.
     Repeating the call continues it; methods and seeds may be added. Raises ValueError for unknown methods and seeds.
     """
     _check(methods, seeds, images)
     with lock(out):
-        config, features, weights = base(config, out, features=features)
+        config, features, weights = with_defaults(config, out, features=features)
         variants = {name: only(config, name) for name in methods}
         rehearse(variants)
         chosen = Comparison(config, variants, tuple(seeds), out, images, features, weights)
@@ -59,7 +60,7 @@ def compare_methods(
         summary = summarise(chosen, results)
         write(chosen, summary)
     names = {name: name for name in methods}
-    print(report.text_table(summary["table"], names, summary["metric"]))
+    print(html_report.text_table(summary["table"], names, summary["metric"]))
     print(f"\nOpen {out / 'compare.html'}")
     return summary
 
@@ -98,11 +99,12 @@ def _check(methods: Sequence[str], seeds: Sequence[int], images: int) -> None:
         raise ValueError("a comparison needs seeds that differ from each other, from 0 on, and at least two images")
 
 
-def base(config: RunConfig, out: Path, *, features: str | None = None) -> tuple[RunConfig, str, str | None]:
+def with_defaults(config: RunConfig, out: Path, *, features: str | None = None) -> tuple[RunConfig, str, str | None]:
     """(the configuration that all variants share, the extractor, the file of its weights).
 
-    Recipes named digits... bring data and classifier. Other data are measured with `features`; None: a small classifier
-    trained on them (`out/classifier.safetensors`), or Inception where there are no pixels or no classes to train it on.
+    Recipes named digits... bring data and classifier. Other data are measured with `features`; None: data that are no
+    pictures by their `values`, others by a small classifier trained on them (`out/classifier.safetensors`), or by
+    Inception where the data are not pixels or have no classes to train it on.
     """
     weights = None
     if config.data.path is None:
@@ -116,18 +118,22 @@ def base(config: RunConfig, out: Path, *, features: str | None = None) -> tuple[
     if features is None:
         manifest = Shards.open(str(config.data.path)).manifest
         features, own = "inception", out / "classifier.safetensors"
-        if manifest.autoencoder == "pixel" and manifest.num_classes > 1:
+        if not load_autoencoder(manifest.autoencoder).pictures:
+            features = "values"
+        elif manifest.autoencoder == "pixel" and manifest.num_classes > 1:
             features = str(own)
             if not own.exists():
                 print(classifier_from_data(str(config.data.path), own, epochs=12, seed=0))
-    load_extractor(features, weights=weights)  # what is missing is said, or trained, once and now
+    # fails, or trains the digit classifier, here and once: not in every worker
+    shape = Shards.open(str(config.data.path)).manifest.shape
+    load_extractor(features, weights=weights, shape=shape)
     if config.stage1.steps is None:  # every row of the table has had the same number of steps, its teacher too
         config = dataclasses.replace(config, stage1=dataclasses.replace(config.stage1, steps=config.train.steps))
     return config.check(), features, weights
 
 
-def on(config: RunConfig, data: str | None, steps: int | None) -> RunConfig:
-    """The same configuration on these data, with this many student steps; None leaves it as it is."""
+def override(config: RunConfig, *, data: str | None = None, steps: int | None = None) -> RunConfig:
+    """The configuration with other data or student steps; None keeps them."""
     if data is not None:
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, path=data))
     if steps is not None:
@@ -136,7 +142,7 @@ def on(config: RunConfig, data: str | None, steps: int | None) -> RunConfig:
 
 
 def summarise(chosen: Comparison, results: Results) -> dict[str, Any]:
-    """What compare.json holds: the table, the curves over both axes, and everything the numbers depend on."""
+    """What compare.json holds: the table, the curves over both axes, and what the numbers depend on."""
     point, names, config = next(iter(results.values()))[1][-1], tuple(chosen.variants), chosen.shared
     teachers = {json.dumps(run["teacher"]): run["teacher"] for run, _ in results.values() if run.get("teacher")}
     return {
@@ -154,11 +160,11 @@ def summarise(chosen: Comparison, results: Results) -> dict[str, Any]:
 
 
 def write(chosen: Comparison, summary: dict[str, Any]) -> None:
-    """compare.json, .csv, .png and .html in the directory of the comparison."""
+    """Write compare.json, .csv, .png and .html to the directory of the comparison."""
     runs = {name: chosen.run((name, chosen.seeds[0])) for name in chosen.variants}
     grids = {name: samples_of(run, chosen.shared.sample, SHOWN) for name, run in runs.items()}
-    figure = report.convergence(summary["curves"], summary["metric"])
+    figure = html_report.convergence(summary["curves"], summary["metric"])
     save(figure, chosen.out / "compare.png")
     write_json(chosen.out / "compare.json", summary)
     write_text(chosen.out / "compare.csv", as_csv(summary["table"]))
-    write_text(chosen.out / "compare.html", report.comparison_page(summary, figure, grids))
+    write_text(chosen.out / "compare.html", html_report.comparison_page(summary, figure, grids))

@@ -1,11 +1,10 @@
-"""Beside the step: loading latents, and sampling with guidance on an interval. Shape legend: N batch, (C, H, W) latent."""
+"""Speed of loading latents, and of sampling with guidance on an interval. Shape legend: N batch, (C, H, W) latent."""
 
 from __future__ import annotations
 
 import itertools
 import statistics
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +18,9 @@ from selftrans.data.manifest import VERSION, Manifest, Shard
 from selftrans.data.on_device import Resident
 from selftrans.encoders.autoencoder import PixelAutoencoder
 from selftrans.experiments.bench.machine import Clock
-from selftrans.flow import LINEAR
-from selftrans.sampling.images import cast_products
-from selftrans.sampling.samplers import sample_images
+from selftrans.models.compiling import compile_model
+from selftrans.sampling.images import Sampler, cast_products
 from selftrans.train.batches import Stream, to_batch
-from selftrans.train.flops import compile_model
 
 INTERVAL = (0.0, 0.65)  #: of guidance, as in the paper's headline result
 
@@ -76,7 +73,7 @@ def loading(
         for drawn in itertools.islice(streams[name], batches):
             to_batch(drawn, shards, clock.device)
         clock.wait()
-        if number:  # the first round fetches the pages
+        if number:  # the first round reads the files into memory
             took[name].append(time.perf_counter() - began)
     rates = {f"{name}_latents_per_s": batch_size * batches / statistics.median(each) for name, each in took.items()}
     latent = "x".join(str(side) for side in shards.manifest.shape)
@@ -84,7 +81,7 @@ def loading(
 
 
 def sampling(
-    model: Any, clock: Clock, *, precision: Any, images: int, steps: int = 20, rounds: int = 3, classes: int = 1000
+    model: Any, clock: Clock, *, precision: Any, images: int, steps: int = 20, rounds: int = 3
 ) -> dict[str, Any]:
     """Images per second of Euler's method under guidance 1.9, on all of [0, 1] and on INTERVAL; decoding is not in it."""
 
@@ -98,8 +95,13 @@ def sampling(
             guidance_interval=interval,
             precision=precision,
         )
-        made = sample_images(model, PixelAutoencoder(), config, num_classes=classes, device=clock.device, path=LINEAR)
-        return _timed(lambda: made, clock)
+        sampler = Sampler(model, PixelAutoencoder(), config, device=clock.device)
+        clock.wait()
+        began = time.perf_counter()
+        for _ in sampler.sample():
+            pass
+        clock.wait()
+        return time.perf_counter() - began
 
     ways = {"full": (0.0, 1.0), "interval": INTERVAL}
     took: dict[str, list[float]] = {name: [] for name in ways}
@@ -107,7 +109,7 @@ def sampling(
         seconds = once(ways[name])
         if number:
             took[name].append(seconds)
-    ratio = statistics.median(part / whole for part, whole in zip(took["interval"], took["full"], strict=True))
+    ratio = statistics.median(part / full for part, full in zip(took["interval"], took["full"], strict=True))
     return {
         "batch": images,
         "steps": steps,
@@ -125,18 +127,8 @@ def passes(steps: int) -> float:
     return sum(2 if INTERVAL[0] <= t <= INTERVAL[1] + 1e-9 else 1 for t in times) / (2 * steps)
 
 
-def _timed(work: Callable[[], Iterator[Any]], clock: Clock) -> float:
-    clock.wait()
-    began = time.perf_counter()
-    for _ in work():
-        pass
-    clock.wait()
-    return time.perf_counter() - began
-
-
-def prepared(model: Any, device: torch.device, dtype: torch.dtype) -> Any:
-    """The model as `sample` runs it on this device: products in `dtype`, on a GPU with each block compiled."""
+def prepare_sampling(model: Any, device: torch.device, dtype: torch.dtype) -> None:
+    """Make the model what `sample` runs on this device: products in `dtype`, on a GPU each block compiled."""
     cast_products(model, dtype)
     if device.type == "cuda":
         compile_model(model)
-    return model

@@ -1,4 +1,4 @@
-"""What people look at: a table for the terminal, an overview picture, and a page that needs no other file."""
+"""What `compare` and `quickstart` show: a table for the terminal, an overview picture, a page that needs no other file."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from selftrans.evaluate.plots import (
     RULE,
     curves,
     figure_to_data_uri,
-    image_grid,
     pca_grid,
     plain_ticks,
+    sample_sheet,
 )
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ def cells(row: dict[str, Any], names: Mapping[str, str]) -> list[str]:
 
 
 def _reached(row: dict[str, Any], key: str, digits: int) -> str:
-    """Where vanilla's final distance was met; how many seeds met it, if not all did; empty without a vanilla run."""
+    """Where vanilla's final distance was reached; by how many seeds, if not by all; empty without a vanilla run."""
     if key not in row:
         return ""
     if row[key] is None:
@@ -107,7 +107,7 @@ def overview(series: Mapping[str, Curve], grids: Mapping[str, np.ndarray], metri
     _draw_curves(mosaic["curve"], series, "student steps", metric)
     mosaic["curve"].legend(frameon=False)
     for i, (name, images) in enumerate(grids.items()):
-        picture = image_grid(images, columns=-(-len(images) // 3), upscale=6, gap=6)
+        picture = sample_sheet(images, columns=-(-len(images) // 3), upscale=6, gap=6)
         mosaic[str(i)].imshow(
             picture.repeat(3, axis=-1) if picture.shape[-1] == 1 else picture, interpolation="nearest"
         )
@@ -170,7 +170,7 @@ def page(
     """report.html: table, curves, samples and PCA maps, with every picture inside."""
     metric = html.escape(summary["metric"])
     curve = curves(series, xlabel="student steps", ylabel=summary["metric"], logy=True, size=(8, 4.4))
-    samples = "".join(_figure(name, image_grid(images, columns=8, upscale=5), name) for name, images in grids.items())
+    samples = "".join(_figure(name, sample_sheet(images, columns=8, upscale=5), name) for name, images in grids.items())
     features = "".join(_figure(name, pca_grid(rows, cell=0.62), f"feature maps, {name}") for name, rows in maps.items())
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
@@ -202,7 +202,7 @@ def comparison_page(summary: dict[str, Any], figure: Figure, grids: Mapping[str,
     """compare.html: table, convergence over steps and compute, samples, and what the numbers depend on."""
     config, sampler = summary["config"], summary["sampler"]
     names = {row["method"]: row["method"] for row in summary["table"]}
-    samples = "".join(_figure(name, image_grid(images, columns=8, upscale=3), name) for name, images in grids.items())
+    samples = "".join(_figure(name, sample_sheet(images, columns=8, upscale=3), name) for name, images in grids.items())
     settings = {
         "recipe": config["recipe"],
         "model": _settings(config["model"]),
