@@ -1,4 +1,4 @@
-"""A folder that a stranger made may hold symbolic links: what they lead to is never written, emptied or removed."""
+"""Folders may be untrusted: the targets of symbolic links in them are never written, emptied or removed."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 
 from selftrans import storage
-from selftrans.data import resumable as ledger
+from selftrans.data import resumable
 from selftrans.data.dataset import Shards
 from selftrans.data.prepare import prepare
 from selftrans.sampling.folder import write_samples
 from selftrans.storage import lock_file
-from selftrans.train.log import Journal, read_journal
+from selftrans.train.log import JsonlLog, read_log
 from selftrans.train.run import train
 from tests.support import toy
 from tests.support.pictures import class_folders, contents, stopped_after
@@ -30,7 +30,7 @@ def mine(tmp_path: Path) -> Path:
 
 
 def linked(folder: Path, to: Path) -> Path:
-    """The same tree, each file of it a link to the one in `folder`; folders are real, and there is no lock."""
+    """The same tree with a symlink to each file of `folder`; directories are real, and there is no lock."""
     for path in folder.rglob("*"):
         if path.is_file() and path.name != ".lock":
             (to / path.relative_to(folder)).parent.mkdir(parents=True, exist_ok=True)
@@ -38,7 +38,7 @@ def linked(folder: Path, to: Path) -> Path:
     return to
 
 
-def test_a_lock_that_is_a_link_is_refused_and_its_target_keeps_its_bytes(tmp_path, mine):
+def test_lock_that_is_a_symlink_is_refused(tmp_path, mine):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / ".lock").symlink_to(mine)
     with pytest.raises(ValueError, match=r"run/.lock cannot be opened \(.*symbolic links\); remove it, or"):
@@ -49,11 +49,11 @@ def test_a_lock_that_is_a_link_is_refused_and_its_target_keeps_its_bytes(tmp_pat
         assert (tmp_path / "run" / ".lock").read_text() == str(os.getpid())
 
 
-def test_locks_of_prepare_make_no_file_elsewhere(tmp_path):
+def test_prepare_locks_do_not_follow_symlinks(tmp_path):
     for name, part in ((".lock", (1, 1)), (".lock-1-of-2", (1, 2))):
         (tmp_path / "out").mkdir(exist_ok=True)
         (tmp_path / "out" / name).symlink_to(tmp_path / "absent")
-        with pytest.raises(ValueError, match="symbolic links"), ledger.locked(tmp_path / "out", part):
+        with pytest.raises(ValueError, match="symbolic links"), resumable.locked(tmp_path / "out", part):
             pass
         (tmp_path / "out" / name).unlink()
     assert not (tmp_path / "absent").exists()
@@ -70,15 +70,15 @@ def test_log_is_not_written_through_a_symlink(tmp_path, mine, name, exists, monk
     if not exists:
         mine.unlink()
     (out / name).symlink_to(mine)
-    journal = Journal(out / "log.jsonl", resume_step=1)
-    journal.write({"step": 2})
-    journal.close()
-    assert [line["step"] for line in read_journal(out / "log.jsonl")] == ([1, 2] if name == TEMPORARY else [2])
+    log = JsonlLog(out / "log.jsonl", resume_step=1)
+    log.write({"step": 2})
+    log.close()
+    assert [line["step"] for line in read_log(out / "log.jsonl")] == ([1, 2] if name == TEMPORARY else [2])
     assert sorted(contents(out)) == ["log.jsonl"] and not (out / "log.jsonl").is_symlink()
     assert mine.read_bytes() == MINE if exists else not mine.exists()
 
 
-def test_a_run_of_links_goes_on_beside_what_they_lead_to(tmp_path):
+def test_run_of_symlinks_continues_without_changing_their_targets(tmp_path):
     first = toy.copy(toy.finished(), tmp_path / "first")
     before = toy.tree(first)
     run = linked(first, tmp_path / "run")
@@ -89,7 +89,7 @@ def test_a_run_of_links_goes_on_beside_what_they_lead_to(tmp_path):
     toy.assert_same_run(run, first)
 
 
-def test_what_is_swept_is_ours_alone(tmp_path):
+def test_only_own_temporaries_are_removed(tmp_path):
     home = tmp_path / "home"
     (home / ".ssh").mkdir(parents=True)
     (home / ".profile").write_bytes(MINE)
@@ -103,7 +103,7 @@ def test_what_is_swept_is_ours_alone(tmp_path):
     assert not (run / "stage2" / "previews" / ".step-00000002.png.123.tmp").exists()
 
 
-def test_samples_are_written_through_no_link(tmp_path, mine):
+def test_samples_are_not_written_through_symlinks(tmp_path, mine):
     def sample(indices):
         yield indices, indices, np.zeros((len(indices), 4, 4, 3), np.uint8)
 
@@ -118,7 +118,7 @@ def test_samples_are_written_through_no_link(tmp_path, mine):
     assert not any(path.is_symlink() for path in out.iterdir())
 
 
-def test_an_unfinished_preparation_of_links_is_finished_beside_them(tmp_path):
+def test_unfinished_preparation_of_symlinks_leaves_their_targets_alone(tmp_path):
     pictures = class_folders(tmp_path / "pictures")
     with stopped_after(9):
         prepare(pictures, tmp_path / "first", shard_size=5, batch_size=5, progress=False)

@@ -64,9 +64,9 @@ def check_data(found: checkpoint.Checkpoint, manifest: Manifest) -> None:
 
 
 def agreed(folder: Path, accelerator: Accelerator) -> checkpoint.Checkpoint | None:
-    """The checkpoint that all processes continue from: the newest whole one that the first of them sees.
+    """The checkpoint that all processes continue from: the newest valid one that rank 0 sees.
 
-    ValueError in a process that cannot read it. Leftovers of interrupted writes are swept up.
+    ValueError in a process that cannot read it. Remains of interrupted writes are removed.
     """
     found = None
     if accelerator.is_main_process:
@@ -128,7 +128,7 @@ def find(source: str | Path, *, stage: str | None = None, weights: Weights = "em
 def _newest(stage: Path, weights: Weights) -> Path:
     found = checkpoint.newest(stage / "checkpoints")
     if found is None:
-        raise ValueError(f"{stage / 'checkpoints'} holds no whole checkpoint; train on, or choose another run")
+        raise ValueError(f"{stage / 'checkpoints'} holds no valid checkpoint; train on, or choose another run")
     return found.path / FILES[weights]
 
 

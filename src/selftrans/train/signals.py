@@ -1,4 +1,4 @@
-"""Stopping well: a notice (SIGTERM, SIGUSR1, Ctrl-C) becomes a checkpoint and an exit code that says "resume me"."""
+"""Stop signals: SIGTERM, SIGUSR1 or Ctrl-C becomes a checkpoint, and an exit status that asks for the same command again."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-#: exit status of a run that stopped on notice with its checkpoint written (EX_TEMPFAIL: try again)
+#: exit status of a run that was stopped by a signal, with its checkpoint written (EX_TEMPFAIL: try again)
 EXIT_RESUME = 75
 
 
@@ -19,14 +19,14 @@ class Interrupted(Exception):
 
 
 class StopSignal:
-    """Remembers a signal until the step is done. Use as a context manager around training."""
+    """Keeps a signal until the step is done. Use as a context manager around training."""
 
     SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
     def __init__(self) -> None:
         self.received: int | None = None
         self._before: dict[int, Any] = {}
-        self._heard: tuple[torch.Tensor, Any] | None = None
+        self._pending: tuple[torch.Tensor, Any] | None = None
 
     def __enter__(self) -> StopSignal:
         if threading.current_thread() is threading.main_thread():
@@ -39,13 +39,13 @@ class StopSignal:
 
     def _receive(self, number: int, frame: object) -> None:
         if self.received is not None and number == signal.SIGINT:
-            raise KeyboardInterrupt  # a second Ctrl-C means now
+            raise KeyboardInterrupt  # a second Ctrl-C stops at once
         self.received = number
 
     def asked(self, accelerator: Accelerator) -> bool:
-        """True in every process, at the same step, as soon as one of them has been notified.
+        """True in every process, at the same step, as soon as one of them has received a signal.
 
-        On GPUs the answer is that of the call before: its exchange is over by now, and the host waits for no kernel.
+        On GPUs the answer is that of the previous call, whose reduction has ended by now: the host waits for no kernel.
         """
         if accelerator.num_processes == 1:
             return self.received is not None
@@ -53,17 +53,18 @@ class StopSignal:
         flag = accelerator.reduce(flag, reduction="sum")
         if flag.device.type != "cuda":
             return bool(flag > 0)
-        heard, done = torch.empty((), pin_memory=True), torch.cuda.Event()
-        heard.copy_(flag, non_blocking=True)
+        received, done = torch.empty((), pin_memory=True), torch.cuda.Event()
+        received.copy_(flag, non_blocking=True)
         done.record()
-        before, self._heard = self._heard, (heard, done)
+        before, self._pending = self._pending, (received, done)
         if before is None:
             return False
         before[1].synchronize()
         return bool(before[0] > 0)
 
-    def interrupted(self, step: int, room: Path) -> Interrupted:
+    def interrupted(self, step: int, folder: Path) -> Interrupted:
+        """The exception that ends a run whose checkpoint of `step` is written in `folder`."""
         name = signal.Signals(self.received).name if self.received else "another process"
         return Interrupted(
-            f"stopped by {name} at step {step}; checkpoint written in {room}; the same command continues"
+            f"stopped by {name} at step {step}; checkpoint written in {folder}; the same command continues"
         )
