@@ -15,13 +15,12 @@ from tqdm import tqdm
 from selftrans.checkpoints.load import LoadedModel, Weights, load_model
 from selftrans.data.dataset import Shards
 from selftrans.data.decoded import data_latents, decode_images
-from selftrans.data.sources.decode import shown
 from selftrans.device import default_device
 from selftrans.encoders.autoencoder import load_autoencoder
 from selftrans.evaluate.plots import as_pictures, curves, pca_grid, save, scatter
 from selftrans.evaluate.probes import collect, linear_probe, pca_maps, tsne
 from selftrans.flow import PATHS
-from selftrans.storage import write_json
+from selftrans.storage import printable, write_json
 
 MAPPED = 8  #: images whose features are shown as maps
 
@@ -63,7 +62,7 @@ def analyse(
     save(pca_grid(shown_maps, title="principal components of the features"), out / "pca.png")
     for t, cloud in clouds.items():
         title = f"t-SNE of block {blocks[len(blocks) // 2]} at t = {t:g}"
-        names = [shown(name) for name in dataset.manifest.classes] or None
+        names = [printable(name) for name in dataset.manifest.classes] or None
         save(scatter(cloud, labels.numpy(), title=title, names=names), out / f"tsne-t{t:g}.png")
     if probes:
         series = {f"t = {t:g}": (blocks, accuracy) for t, accuracy in probes.items()}

@@ -24,7 +24,7 @@ from selftrans.evaluate.metrics import evaluate
 from selftrans.experiments.image_files import open_images
 from selftrans.experiments.reference import counted, described, must_exist, reference_of
 from selftrans.sampling.images import Sampler
-from selftrans.storage import write_json
+from selftrans.storage import first_line, write_json
 
 FOREIGN = (".pt", ".pth", ".ckpt")  #: checkpoints that only `selftrans import` reads
 #: settings of samples that a report always names, known or not
@@ -139,7 +139,7 @@ def _sampled(samples: Path) -> tuple[dict[str, Any] | None, np.ndarray | None, I
                     raise ValueError("its labels would expand beyond the file")
                 labels = arrays["arr_1"]
     except Exception as error:  # json, zip and npz raise almost anything for damaged files
-        raise ValueError(f"{samples} is damaged ({error!s:.200}); delete it and sample again") from error
+        raise ValueError(f"{samples} is damaged ({first_line(error)}); delete it and sample again") from error
     if not complete:
         raise ValueError(f"{samples} is not complete; repeat the `selftrans sample` command that began it")
     several = settings.get("num_classes", 2) > 1  # with one label for all, any accuracy would look good

@@ -16,6 +16,7 @@ from numpy.lib import format as npy
 from selftrans.data.dataset import Shards
 from selftrans.data.decoded import decoded_images
 from selftrans.data.sources.open_source import iter_images
+from selftrans.storage import first_line
 
 MAX_ARRAY_BYTES = 1 << 26  #: of one array of an npz
 
@@ -55,7 +56,7 @@ def _arrays(path: Path, shape: tuple[int, ...]) -> Iterator[np.ndarray]:
             try:
                 batch = np.frombuffer(file.read(count * row_bytes), dtype="<f4").reshape(count, *shape[1:])
             except Exception as error:  # as many kinds as there are kinds of damage
-                raise ValueError(f"{path} is damaged at image {start} ({error!s:.200}); make it again") from error
+                raise ValueError(f"{path} is damaged at image {start} ({first_line(error)}); make it again") from error
             if not np.isfinite(batch).all():
                 raise ValueError(f"{path} holds numbers that are not finite in images {start} to {start + count - 1}")
             yield batch.astype(np.float32)

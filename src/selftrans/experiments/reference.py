@@ -21,6 +21,7 @@ from selftrans.evaluate.classifier import digits
 from selftrans.evaluate.extractors import Extractor
 from selftrans.evaluate.statistics import Statistics
 from selftrans.experiments.image_files import open_images
+from selftrans.storage import first_line
 
 WANTED = "give a folder, zip or npz of pictures, prepared data, or statistics"
 
@@ -49,8 +50,7 @@ def _cached(path: Path, extractor: Extractor) -> Statistics:
         with contextlib.suppress(ValueError):  # damaged: computed again
             return Statistics.load(kept)
     statistics = Statistics.of(counted(open_images(path), None), extractor, source=described(path))
-    with contextlib.suppress(OSError):
-        kept.parent.mkdir(parents=True, exist_ok=True)
+    with contextlib.suppress(ValueError):  # a full disk, or a home that cannot be written
         statistics.save(kept)
     return statistics
 
@@ -93,7 +93,7 @@ def _names(path: Path) -> set[str]:
         with ZipFile(path) as archive:
             return {name.removesuffix(".npy") for name in archive.namelist()}
     except Exception as error:  # a damaged directory makes zipfile raise more than BadZipFile
-        raise ValueError(f"{path} cannot be read ({error!s:.200}); {WANTED}") from error
+        raise ValueError(f"{path} cannot be read ({first_line(error)}); {WANTED}") from error
 
 
 def must_exist(path: Path, wanted: str = "give a folder, zip or npz of pictures, or a run") -> None:

@@ -14,9 +14,9 @@ import zipfile
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import IO, Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.lib import format as npy
@@ -24,6 +24,7 @@ from numpy.lib import format as npy
 from selftrans.checkpoints.load import Weights
 from selftrans.sampling.images import Sampler
 from selftrans.sampling.sample_file import NPY, PNG, SampleFile
+from selftrans.storage import MAKE_ROOM, atomic_write, printable
 
 Samples = Iterable[tuple[np.ndarray, np.ndarray, np.ndarray]]  #: indices (n,), labels (n,), images; as `SampledBatch`
 
@@ -114,7 +115,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _write_json(out: Path, content: dict[str, Any], rank: int) -> None:
-    with _beside(out / "samples.json", rank) as file:
+    with _write(out / "samples.json", rank) as file:
         file.write((json.dumps(content, indent=1) + "\n").encode())
 
 
@@ -128,7 +129,7 @@ def _differences(there: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """`name: old there, new now` for each setting that differs."""
     old, new = _flat(there), _flat(json.loads(json.dumps(now)))  # through json, so that a tuple equals its list
     names = [name for name in {**old, **new} if old.get(name) != new.get(name) or (name in old) != (name in new)]
-    shown = {name: ascii(name)[1:-1][:60] for name in names}  # the folder may be untrusted
+    shown = {name: printable(name, 60) for name in names}  # the folder may be untrusted
     return [f"{shown[k]}: {old.get(k, 'absent')!s:.60} there, {new.get(k, 'absent')!s:.60} now" for k in names[:5]]
 
 
@@ -141,23 +142,9 @@ def _path(out: Path, index: int, kind: SampleFile) -> Path:
     return out / f"{index:06d}{kind.suffix}"
 
 
-@contextmanager
-def _beside(path: Path, rank: int) -> Iterator[IO[bytes]]:
-    """A temporary file that becomes `path` when it is complete; else it is removed, with a ValueError that says why."""
-    draft = path.with_name(f"{path.name}.{rank}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            draft.unlink(missing_ok=True)  # of a killed process; a link there is not followed
-            with draft.open("xb") as file:
-                yield file
-            os.replace(draft, path)
-        except BaseException:
-            draft.unlink(missing_ok=True)
-            raise
-    except OSError as error:
-        remedy = "make room or choose another folder; the same command then continues"
-        raise ValueError(f"{path} cannot be written ({error.strerror or error}); {remedy}") from error
+def _write(path: Path, rank: int) -> AbstractContextManager[BinaryIO]:
+    """`atomic_write` without waiting for the disk, which is slow for 50,000 files: `SampleFile.is_complete` checks them."""
+    return atomic_write(path, writer=rank, durable=False, remedy=f"{MAKE_ROOM}; the same command then continues")
 
 
 def _write_images(
@@ -184,7 +171,7 @@ def _write_batch(
 ) -> int:
     kind.check(images)
     for index, label, image in zip(indices, labels, images, strict=True):
-        with _beside(_path(out, int(index), kind), rank) as file:
+        with _write(_path(out, int(index), kind), rank) as file:
             kind.write(file, image, int(label))
     return len(indices)
 
@@ -206,7 +193,7 @@ def _write_npz(out: Path, num: int, rank: int, progress: bool, kind: SampleFile)
     first, _ = kind.read(_path(out, 0, kind))
     shape, labels = [num, *first.shape], np.empty(num, dtype=np.int64)
     header = {"descr": npy.dtype_to_descr(first.dtype), "fortran_order": False, "shape": tuple(shape)}
-    with _beside(out / "samples.npz", rank) as target, zipfile.ZipFile(target, "w") as archive:
+    with _write(out / "samples.npz", rank) as target, zipfile.ZipFile(target, "w") as archive:
         with archive.open("arr_0.npy", "w", force_zip64=True) as file:
             npy.write_array_header_1_0(file, header)
             images = _read_all([_path(out, k, kind) for k in range(num)], kind)

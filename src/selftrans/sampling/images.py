@@ -19,12 +19,13 @@ from torch import Tensor, nn
 
 from selftrans import flow
 from selftrans.checkpoints.load import LoadedModel, Weights, load_model
-from selftrans.config import DTYPES, Labels, SampleConfig
+from selftrans.config import Labels, SampleConfig
 from selftrans.data.decoded import decode_images
 from selftrans.device import default_device
 from selftrans.encoders.autoencoder import Autoencoder, DiffusersAutoencoder, load_autoencoder
 from selftrans.evaluate.probes import eval_mode
 from selftrans.models.compiling import compile_model
+from selftrans.precision import PRECISIONS
 from selftrans.sampling.samplers import SAMPLERS, Noise, guided
 from selftrans.types import Backbone, Cond, Conditions, map_cond
 
@@ -76,7 +77,7 @@ class Sampler:
         (float16 overflows in some), and both are compiled where that pays. Raises ValueError for unusable settings.
         """
         settings.check()
-        device, dtype = torch.device(device or default_device()), DTYPES[settings.precision]
+        device, dtype = torch.device(device or default_device()), PRECISIONS[settings.precision]
         reduced = device.type == "cuda" and dtype != torch.float32
         decoder = load_autoencoder(
             loaded.autoencoder, device=device, dtype=torch.bfloat16 if reduced else torch.float32
@@ -138,7 +139,7 @@ class Sampler:
 
     @torch.inference_mode()
     def _images(self, indices: np.ndarray, cond: Cond) -> np.ndarray:
-        settings, dtype = self.settings, DTYPES[self.settings.precision]
+        settings, dtype = self.settings, PRECISIONS[self.settings.precision]
         noise = image_noise(indices, self.model.shape, settings.seed, self.device)
         velocity = guided(self.model, cond, scale=settings.guidance_scale, interval=settings.guidance_interval)
         # autocast casts weights anew in each pass, inference mode or compiled: `cast_products` does so once before

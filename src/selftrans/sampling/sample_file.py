@@ -14,6 +14,8 @@ from typing import IO, NamedTuple
 import numpy as np
 from numpy.lib import format as npy
 
+from selftrans.storage import first_line
+
 PNG_START, PNG_END = b"\x89PNG\r\n\x1a\n", b"\x00\x00\x00\x00IEND\xaeB`\x82"
 
 
@@ -120,8 +122,8 @@ def _end_of_array(file: IO[bytes], dtype: str, dims: tuple[int, ...]) -> int:
 
 
 def _no_sample(path: Path, error: Exception) -> ValueError:
-    reason = " ".join(str(error).replace(str(path), "it").split()) or type(error).__name__
-    return ValueError(f"{path} is no sample ({reason:.100}); delete it and repeat the command")
+    reason = first_line(str(error).replace(str(path), "it") or type(error).__name__, 100)
+    return ValueError(f"{path} is no sample ({reason}); delete it and repeat the command")
 
 
 PNG = SampleFile(".png", check_pictures, write_png, is_complete_png, read_png)
