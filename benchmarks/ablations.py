@@ -17,7 +17,7 @@ from typing import Any
 
 from selftrans.config import RunConfig
 from selftrans.experiments import html_report
-from selftrans.experiments.compare import base, on, only
+from selftrans.experiments.compare import only, override, with_defaults
 from selftrans.experiments.runner import Comparison, compare
 from selftrans.experiments.table import mean_curve, rows
 from selftrans.recipes import recipe
@@ -81,8 +81,8 @@ def main() -> None:
     parser.add_argument("--features", help="extractor; the digits have their own")
     parser.add_argument("--workers", type=int)
     options = parser.parse_args()
-    config = on(recipe(options.recipe), options.data, options.steps)
-    config, features, weights = base(config, options.out, features=options.features)
+    config = override(recipe(options.recipe), data=options.data, steps=options.steps)
+    config, features, weights = with_defaults(config, options.out, features=options.features)
     variants = {name: overridden(config, VARIANTS[name]) for name in options.variants}
     chosen = Comparison(config, variants, tuple(options.seeds), options.out, options.images, features, weights)
     results = compare(chosen, workers=options.workers)

@@ -37,11 +37,13 @@ from selftrans.data.sources.open_source import iter_images, open_source
 from selftrans.data.sources.source import Source
 from selftrans.evaluate.classifier import SmallClassifier
 from selftrans.evaluate.statistics import Statistics
-from selftrans.experiments.evaluate_samples import _names, _sampled
+from selftrans.experiments.evaluate_samples import _sampled
+from selftrans.experiments.reference import _names
 from selftrans.interop.importing import import_run
 from selftrans.interop.published_file import read as read_published
 from selftrans.recipes import recipe
 from selftrans.sampling import folder as samples_io
+from selftrans.sampling.sample_file import read_png
 from selftrans.train.log import JsonlLog
 from selftrans.train.resume import _read, from_json
 from tests.support.pictures import encoded, noise
@@ -287,7 +289,7 @@ def source(path: Path) -> None:
 
 
 def sample(path: Path) -> None:
-    pixels, label = samples_io.read_png(path)
+    pixels, label = read_png(path)
     assert pixels.dtype == np.uint8 and pixels.ndim == 3 and label >= -1
 
 

@@ -223,7 +223,7 @@ def test_images_of_another_size_are_refused(trained: Path) -> None:
     [
         ("incepton", "did you mean inception"),
         ("digit", "did you mean digits"),
-        ("clip", "choose from digits, inception"),
+        ("clip", "choose from digits, inception, values"),
         ("absent.safetensors", "no classifier file"),
     ],
 )
@@ -326,3 +326,26 @@ def test_inception_without_the_package_says_what_to_install(monkeypatch, error: 
     assert ("with torchvision from the index that torch came from" in str(caught.value)) == isinstance(
         error, RuntimeError
     )
+
+
+@pytest.mark.parametrize("shape", [(2, 5), (1, 3, 4), (2, 2, 2, 2)])
+def test_values_are_the_numbers_themselves(shape: tuple[int, ...]) -> None:
+    extractor = load_extractor("values", shape=shape)
+    arrays = np.random.default_rng(0).normal(size=(4, *shape)).astype(np.float32)
+    features = extractor(arrays)["features"]
+    assert features.dtype == np.float64 and features.shape == (4, extractor.dim) and "logits" not in extractor(arrays)
+    np.testing.assert_array_equal(features, arrays.reshape(4, -1))
+    text = "values " + "x".join(map(str, shape))
+    assert extractor.name == "values" and extractor.sha256 == hashlib.sha256(text.encode()).hexdigest()
+
+
+def test_values_of_unfit_shapes_are_refused() -> None:
+    assert load_extractor("values", shape=(4, 1024)).dim == 4096
+    with pytest.raises(ValueError, match=r"images of 1x4097 are 4,097 numbers.*at most 4,096"):
+        load_extractor("values", shape=(1, 4097))
+    with pytest.raises(ValueError, match="the images are 2x3, the reference is 3x2"):
+        load_extractor("values", shape=(3, 2))(np.zeros((1, 2, 3), np.float32))
+    with pytest.raises(ValueError, match="no weights"):
+        load_extractor("values", weights="x.pth", shape=(1, 2))
+    with pytest.raises(ValueError, match="images of one shape"):
+        load_extractor("values")

@@ -184,6 +184,8 @@ def test_a_score_of_few_images_a_split_is_said_to_be_biased() -> None:
 class Colours:
     """Six random projections of the pixels, two of which serve as logits."""
 
+    pictures = True
+
     def __init__(self, name: str = "colours", sha256: str = "c" * 64, head: bool = True, spatial: bool = False) -> None:
         self.name, self.sha256, self.dim, self.head, self.spatial = name, sha256, 6, head, spatial
         self.weights = np.random.default_rng(0).normal(size=(12, 6)) / 255

@@ -17,7 +17,7 @@ from selftrans.evaluate.statistics import MAX_UNPACKED, RunningMoments
 class Pixels:
     """Features are the pixels, or what `change` makes of them."""
 
-    name, sha256, dim = "pixels", "0" * 64, 12
+    name, sha256, dim, pictures = "pixels", "0" * 64, 12, True
 
     def __init__(self, change=lambda x: x, spatial: bool = False) -> None:
         self.change, self.spatial, self.sizes = change, spatial, []
@@ -162,10 +162,11 @@ def test_statistics_that_would_unfold_are_refused_before_they_do(tmp_path: Path)
     [
         ([], "0 images have no covariance"),
         ([pictures(1)], "1 images have no covariance"),
-        ([pictures().astype(np.float32)], "a batch of images is float32"),
+        ([pictures().astype(np.float32)], "pixels takes pictures, uint8 .*measure them with --features values"),
+        ([pictures().astype(np.float64)], "a batch of images is float64"),
         ([pictures()[0]], "give uint8 arrays"),
         ([[1, 2]], "a batch of images is list"),
-        ([np.zeros((1, 2, 3, 3), np.uint8)], "give uint8 arrays"),
+        ([np.zeros((1, 12), np.float32)], "or float32"),
         ([pictures(2), np.zeros((1, 4, 4, 3), np.uint8)], "two sizes, 2x2x3 and 4x4x3"),
     ],
 )

@@ -13,6 +13,7 @@ from PIL import Image
 
 from selftrans.cli.main import main
 from selftrans.data.dataset import Shards
+from selftrans.data.decoded import decoded_images
 from selftrans.data.prepare import prepare
 from selftrans.encoders.autoencoder import load_autoencoder, to_uint8
 from selftrans.evaluate.classifier import SmallClassifier
@@ -20,7 +21,7 @@ from selftrans.evaluate.extractors import ClassifierExtractor
 from selftrans.evaluate.metrics import frechet_distance
 from selftrans.evaluate.statistics import Statistics
 from selftrans.experiments import evaluate_samples as scores
-from selftrans.experiments.analyse_run import shard_images
+from selftrans.experiments import image_files, reference
 from tests.support import toy
 from tests.support.pictures import class_folders, save_vae
 from tests.support.toy import quick  # noqa: F401 - a fixture
@@ -89,13 +90,13 @@ def test_a_run_keeps_its_report_and_raw_weights_give_other_numbers(judge: Path, 
     assert first["frechet_distance"] != second["frechet_distance"]
 
 
-def test_options_of_a_run_are_said_to_be_ignored_for_pictures(judge: Path, tmp_path: Path) -> None:
+def test_sampling_options_warn_when_pictures_are_given(judge: Path, tmp_path: Path) -> None:
     pictures = folder(tmp_path / "pictures")
     with pytest.warns(UserWarning, match=r"--steps is ignored: .* holds pictures"):
         scores.evaluate_samples(pictures, pictures, str(judge), settings={"steps": 3})
 
 
-def test_our_own_npz_is_measured_with_what_lies_beside_it(judge: Path, tmp_path: Path) -> None:
+def test_npz_of_a_sample_folder_is_measured_with_its_record(judge: Path, tmp_path: Path) -> None:
     made = tmp_path / "made"
     assert main(["sample", str(toy.finished()), "--out", str(made), "--num", "12", "--steps", "2"]) == 0
     whole, npz = (scores.evaluate_samples(path, "digits", str(judge)) for path in (made, made / "samples.npz"))
@@ -132,7 +133,7 @@ def test_labels_that_do_not_fit_their_pictures(tmp_path: Path) -> None:
         next(scores.open_samples(tmp_path / "y.npz", {}).images)
 
 
-def test_a_checkpoint_of_others_is_sent_to_import(judge: Path, tmp_path: Path, capsys) -> None:
+def test_checkpoint_of_other_code_is_pointed_to_import(judge: Path, tmp_path: Path, capsys) -> None:
     assert main(["evaluate", str(tmp_path / "SiT.pt"), "--reference", "digits", "--features", str(judge)]) == 1
     assert "SiT.pt is a checkpoint of another code; make a run of it with `selftrans import`" in capsys.readouterr().err
 
@@ -147,7 +148,7 @@ def test_samples_and_references_that_do_not_exist_are_not_looked_for_on_the_hub(
     assert f"{given} does not exist; give a folder, zip or npz of pictures, or a run" in said and said.count("\n") == 1
     made = folder(tmp_path / "made")
     assert main(["evaluate", str(made), "--reference", given, "--features", str(judge)]) == 1
-    assert f"{given} does not exist; {scores.WANTED}" in capsys.readouterr().err
+    assert f"{given} does not exist; {reference.WANTED}" in capsys.readouterr().err
 
 
 # ---- references
@@ -167,20 +168,22 @@ def test_labels_that_would_unfold_are_refused(judge: Path, tmp_path: Path, capsy
 def test_a_reference_is_computed_once(judge: Path, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     real, one = folder(tmp_path / "real"), extractor(judge)
-    first = scores.reference_of(real, one)
-    (kept,) = scores.cache().iterdir()
-    monkeypatch.setattr(scores, "iter_images", lambda path: pytest.fail("computed again"))
-    again = scores.reference_of(real, one)
+    first = reference.reference_of(real, one)
+    (kept,) = reference.cache().iterdir()
+    monkeypatch.setattr(image_files, "iter_images", lambda path: pytest.fail("computed again"))
+    again = reference.reference_of(real, one)
     assert np.array_equal(first.cov, again.cov) and np.array_equal(first.features, again.features)
     monkeypatch.undo()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     kept.write_bytes(b"damaged")
-    assert np.array_equal(scores.reference_of(real, one).cov, first.cov)
+    assert np.array_equal(reference.reference_of(real, one).cov, first.cov)
     other = ClassifierExtractor(SmallClassifier(8, 1, 10), "other")
-    assert not np.array_equal(scores.reference_of(real, other).mean, first.mean), "another extractor, other statistics"
+    assert not np.array_equal(reference.reference_of(real, other).mean, first.mean), (
+        "another extractor, other statistics"
+    )
     Image.fromarray(np.zeros((8, 8), np.uint8)).save(real / "0.png")
-    assert not np.array_equal(scores.reference_of(real, one).mean, first.mean), "a picture has changed"
-    assert len(list(scores.cache().iterdir())) == 3
+    assert not np.array_equal(reference.reference_of(real, one).mean, first.mean), "a picture has changed"
+    assert len(list(reference.cache().iterdir())) == 3
 
 
 def test_latents_as_a_reference_are_the_same_each_time_and_said_to_be_decoded(tmp_path: Path, monkeypatch) -> None:
@@ -188,7 +191,7 @@ def test_latents_as_a_reference_are_the_same_each_time_and_said_to_be_decoded(tm
     vae = save_vae(tmp_path / "vae")
     prepare(class_folders(tmp_path / "pictures"), tmp_path / "data", autoencoder=vae, dtype="float32", progress=False)
     shards = Shards.open(tmp_path / "data")
-    first, again = (np.concatenate(list(shard_images(shards))) for _ in range(2))
+    first, again = (np.concatenate(list(decoded_images(shards))) for _ in range(2))
     assert np.array_equal(first, again), "whatever was drawn in between"
     mean = shards.read(np.arange(23))[0][:, 0, :2]
     expected = to_uint8(load_autoencoder(vae).decode(mean * 0.5)).numpy()
@@ -199,18 +202,18 @@ def test_latents_as_a_reference_are_the_same_each_time_and_said_to_be_decoded(tm
     assert report[
         "reference"
     ] == f"{data}, decoded by {vae}" and f"against {data}, decoded by {vae} (23" in scores.text(report)
-    (kept,) = scores.cache().iterdir()
+    (kept,) = reference.cache().iterdir()
     about = (data / "manifest.json").stat()
     drawn = [extractor(judge).sha256, str(data.resolve()), f"manifest.json|{about.st_size}|{about.st_mtime_ns}"]
     assert kept.stem != hashlib.sha256("\n".join(drawn).encode()).hexdigest()[:40], "what was drawn is not used again"
     pixels = toy.prepared(tmp_path / "toy", classes=())
-    assert scores._described(pixels) == str(pixels), "pixels are as they were"
+    assert reference.described(pixels) == str(pixels), "pixels are as they were"
 
 
-def test_a_cache_that_cannot_be_written_is_no_harm(judge: Path, tmp_path: Path, monkeypatch) -> None:
+def test_unwritable_cache_is_ignored(judge: Path, tmp_path: Path, monkeypatch) -> None:
     (tmp_path / "file").write_text("no directory")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    assert scores.reference_of(folder(tmp_path / "real"), extractor(judge)).count == 24
+    assert reference.reference_of(folder(tmp_path / "real"), extractor(judge)).count == 24
 
 
 def test_a_reference_is_saved_as_adm_names_it(judge: Path, tmp_path: Path) -> None:
@@ -235,7 +238,7 @@ def test_adms_reference_batch_gives_distance_from_its_statistics_and_precision_f
     pictures = rng.integers(0, 256, (40, 8, 8, 1), dtype=np.uint8)
     everything = Statistics.of(rng.integers(0, 256, (200, 8, 8, 1), dtype=np.uint8), one)
     np.savez(tmp_path / "batch.npz", arr_0=pictures, mu=everything.mean, sigma=everything.cov)
-    found = scores.reference_of(tmp_path / "batch.npz", one)
+    found = reference.reference_of(tmp_path / "batch.npz", one)
     assert np.array_equal(found.mean, everything.mean) and found.features.shape == (40, one.dim)
     assert found.count is None, "how many pictures mu and sigma are of, nobody has written down"
     found.save(tmp_path / "again.npz")
@@ -244,7 +247,7 @@ def test_adms_reference_batch_gives_distance_from_its_statistics_and_precision_f
     made = folder(tmp_path / "made")
     report = scores.evaluate_samples(made, tmp_path / "batch.npz", str(judge))
     expected = frechet_distance(
-        Statistics.of(scores.iter_images(made), one), dataclasses.replace(everything, count=None)
+        Statistics.of(image_files.iter_images(made), one), dataclasses.replace(everything, count=None)
     )
     assert report["frechet_distance"] == pytest.approx(expected, rel=1e-9)
     assert 0 <= report["recall"] <= 1 and "does not say which extractor" in report["note"]
@@ -255,7 +258,7 @@ def test_spatial_statistics_give_a_distance_of_their_own(tmp_path: Path) -> None
     """sFID is the same formula on the spatial features; from a file with mu_s and sigma_s as well."""
 
     class Spatial:
-        name, sha256, dim = "spatial", "0" * 64, 3
+        name, sha256, dim, pictures = "spatial", "0" * 64, 3, True
 
         def __call__(self, images: np.ndarray) -> dict[str, np.ndarray]:
             flat = images.reshape(len(images), -1).astype(np.float32)
