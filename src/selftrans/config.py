@@ -12,8 +12,6 @@ import typing
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
-import torch
-
 from selftrans.flow import PATHS, TIMES
 from selftrans.methods.dispersive import Dispersive
 from selftrans.methods.layersync import LayerSync
@@ -21,10 +19,10 @@ from selftrans.methods.repa import Repa
 from selftrans.methods.self_transcendence import Stage1, Stage2
 from selftrans.methods.sra import SRA
 from selftrans.models.sit import SIT, SiT
+from selftrans.precision import PRECISIONS
 
 VERSION = 1  #: of the json layout
 Labels: TypeAlias = Literal["balanced", "random"] | tuple[int, ...]
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SAMPLER_NAMES = ("euler", "heun", "ode", "sde")
 LARGEST = 1 << 20  #: size of a model's part: what is beyond is a mistake, or means to take all time and memory
 
@@ -175,7 +173,10 @@ class SampleConfig:
             (0 <= self.guidance_scale < math.inf, f"sample.guidance_scale is {self.guidance_scale}; use 1 for none"),
             (0 <= low < high <= 1, f"sample.guidance_interval {low} to {high} is no part of [0, 1]; 0 is data"),
             (self.seed >= 0, f"sample.seed is {self.seed}; use a whole number from 0"),
-            (self.precision in DTYPES, f"sample.precision {self.precision!r} is unknown; choose from {list(DTYPES)}"),
+            (
+                self.precision in PRECISIONS,
+                f"sample.precision {self.precision!r} is unknown; choose from {list(PRECISIONS)}",
+            ),
             (
                 not isinstance(self.labels, str) or self.labels in ("balanced", "random"),
                 f"sample.labels {self.labels!r} are unknown; use balanced, random or a list of classes",

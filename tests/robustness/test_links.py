@@ -8,18 +8,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from selftrans import storage
 from selftrans.data import resumable as ledger
 from selftrans.data.dataset import Shards
 from selftrans.data.prepare import prepare
 from selftrans.sampling.folder import write_samples
-from selftrans.storage import write_json, write_text
+from selftrans.storage import lock_file
 from selftrans.train.log import Journal, read_journal
 from selftrans.train.run import train
-from selftrans.train.signals import lock
 from tests.support import toy
 from tests.support.pictures import class_folders, contents, stopped_after
 
 MINE = b"mine\n"
+TEMPORARY = f".log.jsonl.{os.getpid()}-00000000.tmp"
 
 
 @pytest.fixture
@@ -44,7 +45,7 @@ def test_a_lock_that_is_a_link_is_refused_and_its_target_keeps_its_bytes(tmp_pat
         train(toy.toy(), tmp_path / "run", quiet=True)
     assert mine.read_bytes() == MINE
     (tmp_path / "run" / ".lock").unlink()
-    with lock(tmp_path / "run"):
+    with lock_file(tmp_path / "run" / ".lock"):
         assert (tmp_path / "run" / ".lock").read_text() == str(os.getpid())
 
 
@@ -58,24 +59,13 @@ def test_locks_of_prepare_make_no_file_elsewhere(tmp_path):
     assert not (tmp_path / "absent").exists()
 
 
-def test_a_file_beside_is_a_new_one(tmp_path, mine):
-    out = tmp_path / "out"
-    out.mkdir()
-    for name in ("x.json", f".x.json.{os.getpid()}"):
-        (out / name).symlink_to(mine)
-    write_json(out / "x.json", 1)
-    assert mine.read_bytes() == MINE and contents(out) == {"x.json": b"1"} and not (out / "x.json").is_symlink()
-    (out / f".x.json.{os.getpid()}").write_text("of a killed process of the same number")
-    write_text(out / "x.json", "2")
-    assert contents(out) == {"x.json": b"2"}
-
-
-@pytest.mark.parametrize("name", ["log.jsonl", "log.tmp"])
+@pytest.mark.parametrize("name", ["log.jsonl", TEMPORARY])
 @pytest.mark.parametrize("exists", [True, False])
-def test_a_log_is_written_through_no_link(tmp_path, mine, name, exists):
+def test_log_is_not_written_through_a_symlink(tmp_path, mine, name, exists, monkeypatch):
+    monkeypatch.setattr(storage.secrets, "token_hex", lambda _: "0" * 8)
     out = tmp_path / "out"
     out.mkdir()
-    if name == "log.tmp":
+    if name == TEMPORARY:
         (out / "log.jsonl").write_text('{"step": 1}\n')
     if not exists:
         mine.unlink()
@@ -83,7 +73,7 @@ def test_a_log_is_written_through_no_link(tmp_path, mine, name, exists):
     journal = Journal(out / "log.jsonl", resume_step=1)
     journal.write({"step": 2})
     journal.close()
-    assert [line["step"] for line in read_journal(out / "log.jsonl")] == ([1, 2] if name == "log.tmp" else [2])
+    assert [line["step"] for line in read_journal(out / "log.jsonl")] == ([1, 2] if name == TEMPORARY else [2])
     assert sorted(contents(out)) == ["log.jsonl"] and not (out / "log.jsonl").is_symlink()
     assert mine.read_bytes() == MINE if exists else not mine.exists()
 
@@ -105,12 +95,12 @@ def test_what_is_swept_is_ours_alone(tmp_path):
     (home / ".profile").write_bytes(MINE)
     run = toy.copy(toy.finished(), tmp_path / "run")
     (run / "stage2" / "previews").mkdir(exist_ok=True)
-    (run / "stage2" / "previews" / ".step-00000002.png.123").write_text("of a killed process")
+    (run / "stage2" / "previews" / ".step-00000002.png.123.tmp").write_text("of a killed process")
     (run / "guest").mkdir()
     (run / "guest" / "previews").symlink_to(home)
     train(toy.toy(), run, quiet=True)
     assert (home / ".profile").read_bytes() == MINE and (home / ".ssh").is_dir()
-    assert not (run / "stage2" / "previews" / ".step-00000002.png.123").exists()
+    assert not (run / "stage2" / "previews" / ".step-00000002.png.123.tmp").exists()
 
 
 def test_samples_are_written_through_no_link(tmp_path, mine):
@@ -120,7 +110,7 @@ def test_samples_are_written_through_no_link(tmp_path, mine):
     out = tmp_path / "out"
     out.mkdir()
     names = ["000000.png", "samples.npz", "samples.json"]
-    for name in [f"{name}.0.tmp" for name in names] + names[1:2]:
+    for name in [f".{name}.0.tmp" for name in names] + names[1:2]:
         (out / name).symlink_to(mine)
     assert write_samples(sample, out, {"steps": 2}, 2, progress=False) == 2
     assert mine.read_bytes() == MINE

@@ -19,7 +19,7 @@ from selftrans.checkpoints import format as checkpoint
 from selftrans.config import RunConfig, from_json, to_json
 from selftrans.data.dataset import Manifest
 from selftrans.models.sit import SiT
-from selftrans.storage import line
+from selftrans.storage import first_line, printable, sha256_file
 
 Weights = Literal["raw", "ema"]
 FILES: dict[str, str] = {"raw": "student.safetensors", "ema": "ema.safetensors"}
@@ -70,13 +70,13 @@ def agreed(folder: Path, accelerator: Accelerator) -> checkpoint.Checkpoint | No
     """
     found = None
     if accelerator.is_main_process:
-        checkpoint.sweep(folder)
+        checkpoint.remove_unfinished(folder)
         found = checkpoint.newest(folder)
     (step,) = broadcast_object_list([found.step if found else None])
     if step is None or found is not None:
         return found
     try:
-        return checkpoint.read(checkpoint.at(folder, step))
+        return checkpoint.read(checkpoint.path_of_step(folder, step))
     except ValueError as error:
         raise ValueError(f"{error}, though another process has read it: all must see the same --out") from error
 
@@ -91,7 +91,7 @@ def usable(found: checkpoint.Checkpoint, *errors: type[Exception]) -> Iterator[N
         raise
     except wrong as error:
         raise ValueError(
-            f"{found.path / checkpoint.STATE} cannot be used ({type(error).__name__}: {line(error)}); was it written by "
+            f"{found.path / checkpoint.STATE} cannot be used ({type(error).__name__}: {first_line(error)}); was it written by "
             "another version? Remove that checkpoint, or choose another --out"
         ) from error
 
@@ -153,16 +153,16 @@ def restore(origin: str | Path, *, stage: str | None = None, weights: Weights = 
         autoencoder, names = str(said["autoencoder"]), tuple(map(str, said["classes"]))
     except (KeyError, TypeError, ValueError, ArithmeticError, RuntimeError) as error:
         raise ValueError(
-            f"{path} does not say how to build its model ({line(error)}); was it written by another version?"
+            f"{path} does not say how to build its model ({first_line(error)}); was it written by another version?"
         ) from error
     if stage is not None and stage != name:
         raise ValueError(
-            f"{path} holds weights of {line(name)}, not of {stage}; give the run directory to choose a stage of it"
+            f"{path} holds weights of {printable(name)}, not of {stage}; give the run directory to choose a stage of it"
         )
     model.load_state_dict(load_file(path), strict=True)
     source = {
         "path": str(path.resolve()),
-        "sha256": checkpoint.sha256(path),
+        "sha256": sha256_file(path),
         "weights": checkpoint.weights_sha256(path),
     } | ({IMPORTED: said[IMPORTED]} if IMPORTED in said else {})
     return Restored(model.eval(), config, name, held, step, autoencoder, names, source)
@@ -218,8 +218,8 @@ def check_given(found: Restored, config: RunConfig, manifest: Manifest) -> None:
     ours = config.data.autoencoder or manifest.autoencoder
     if theirs and ours and theirs != ours:
         warnings.warn(
-            f"the teacher {source} names the autoencoder {line(theirs)}, the data {line(ours)}; unless both are the same, its "
-            "features mean nothing here: give a teacher of these latents",
+            f"the teacher {source} names the autoencoder {printable(theirs)}, the data {printable(ours)}; unless both are the "
+            "same, its features mean nothing here: give a teacher of these latents",
             stacklevel=4,
         )
 

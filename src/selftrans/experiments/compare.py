@@ -24,9 +24,8 @@ from selftrans.experiments.runner import Comparison, Results, compare, samples_o
 from selftrans.experiments.table import AXES, as_csv, mean_curve, rows
 from selftrans.methods import METHODS, stages
 from selftrans.recipes import recipe
-from selftrans.storage import write_json, write_text
+from selftrans.storage import lock_file, write_json, write_text
 from selftrans.train.run import put_together, teacher_of
-from selftrans.train.signals import lock
 
 NEIGHBOURS = ("repa", "sra", "layersync", "dispersive")  #: methods with a section of their own in the configuration
 SHOWN = 32  #: samples on the page, per method
@@ -50,7 +49,7 @@ def compare_methods(
     Repeating the call continues it; methods and seeds may be added. Raises ValueError for unknown methods and seeds.
     """
     _check(methods, seeds, images)
-    with lock(out):
+    with lock_file(out / ".lock"):
         config, features, weights = base(config, out, features=features)
         variants = {name: only(config, name) for name in methods}
         rehearse(variants)

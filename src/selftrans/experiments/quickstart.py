@@ -30,8 +30,7 @@ from selftrans.experiments.runner import PROBE_T, Comparison, Results, compare, 
 from selftrans.experiments.table import as_csv, mean_curve, rows
 from selftrans.flow import PATHS
 from selftrans.recipes.digits import digits
-from selftrans.storage import write_json, write_text
-from selftrans.train.signals import lock
+from selftrans.storage import lock_file, write_json, write_text
 
 #: name of the method -> what the page calls it; in this order, so that stage 1 is there to teach
 METHODS = {"vanilla": "vanilla", "structure": "stage 1 only", "self_transcendence": "Self-Transcendence"}
@@ -59,7 +58,7 @@ def quickstart(
     config = digits()
     if steps is not None:
         config = dataclasses.replace(config, train=dataclasses.replace(config.train, steps=steps)).check()
-    with lock(out):
+    with lock_file(out / ".lock"):
         shards = prepare_digits(out / "data")
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, path=str(out / "data")))
         classifier = out / "digits-classifier.safetensors"

@@ -14,7 +14,7 @@ from selftrans.checkpoints.load import EXPORTED, Weights, find, restore
 from selftrans.config import RunConfig
 from selftrans.interop import sit_names as names
 from selftrans.interop.published_file import LAYOUT
-from selftrans.storage import write_beside, write_json
+from selftrans.storage import atomic_write, write_json
 
 
 def export_run(
@@ -45,7 +45,8 @@ def export_run(
         metadata, described = {LAYOUT: layout, "format": "pt"}, _described(found.model, found.config, layout, said)
     tensors = {key: value.contiguous() for key, value in tensors.items()}
     try:
-        write_beside(out / EXPORTED, lambda file: save_file(tensors, file.name, metadata=metadata))
+        with atomic_write(out / EXPORTED) as file:
+            save_file(tensors, file.name, metadata=metadata)
     except SafetensorError as error:
         raise OSError(f"{out / EXPORTED} could not be written ({error}); make room, or choose another --out") from error
     (out / EXPORTED).chmod(out.stat().st_mode & 0o666)

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import shlex
-import shutil
 import types
 from collections.abc import Callable
 from pathlib import Path
@@ -27,7 +25,7 @@ from selftrans.methods import stages
 from selftrans.methods.objective import Objective
 from selftrans.models.sit import SIT
 from selftrans.recipes import recipe
-from selftrans.storage import write_json
+from selftrans.storage import atomic_directory, sha256_file, write_json
 from selftrans.train.resume import essence
 
 #: autoencoder of latents with this many channels, where none is named: the field's for 4, none for pixels
@@ -68,7 +66,7 @@ def import_run(
     config = _config(found, named, sizes, name)
     source = {
         "path": str(file.resolve()),
-        "sha256": checkpoint.sha256(file),
+        "sha256": sha256_file(file),
         "convention": chosen,
         "heads": sizes.heads,
     }
@@ -218,28 +216,24 @@ def _write(
     source: dict[str, Any],
     projectors: Named,
 ) -> Path:
-    """The run directory, made beside and renamed; returns its checkpoint's folder."""
+    """The run directory, written completely or not at all; returns its checkpoint's folder."""
     stage, autoencoder = stages(config)[0].name, _autoencoder(sizes, source["autoencoder"])
     classes = [str(label) for label in range(sizes.classes)]
     data: Any = types.SimpleNamespace(
         shape=sizes.shape, num_classes=len(classes), classes=classes, autoencoder=autoencoder
     )
     about = header(config, stage, step, data) | {"seconds": 0.0, "tflops": None, IMPORTED: source | {"steps": step}}
-    beside = out.with_name(f".{out.name}.{os.getpid()}")
+    state = about | {"window": {}, "scaler": None, "processes": 1, "teacher": None}
     try:
-        shutil.rmtree(beside, ignore_errors=True)
-        state = about | {"window": {}, "scaler": None, "processes": 1, "teacher": None}
-        saved = checkpoint.save(beside / stage / "checkpoints", step, parts, state, about)
-        if projectors:
-            save_file({key: value.clone() for key, value in projectors.items()}, beside / "projectors.safetensors")
-        write_json(beside / "config.json", json.loads(to_json(config)))
-        write_json(beside / f"{IMPORTED}.json", source)
-        os.replace(beside, out)
+        with atomic_directory(out) as run:
+            saved = checkpoint.save(run / stage / "checkpoints", step, parts, state, about)
+            if projectors:
+                save_file({key: value.clone() for key, value in projectors.items()}, run / "projectors.safetensors")
+            write_json(run / "config.json", json.loads(to_json(config)))
+            write_json(run / f"{IMPORTED}.json", source)
     except (OSError, SafetensorError) as error:
         raise OSError(f"{out} could not be written ({error}); make room, or choose another --out") from error
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
-    return out / saved.relative_to(beside)
+    return out / saved.relative_to(run)
 
 
 def _command(config: RunConfig, out: Path) -> str:

@@ -21,10 +21,10 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from selftrans.interop.published_file import Found, Named, shown
+from selftrans.interop.published_file import Found, Named
 from selftrans.models.layers import sincos_positions, time_rates
 from selftrans.models.sit import SIZES, SiT
-from selftrans.storage import line
+from selftrans.storage import first_line, printable
 
 Convention = Literal["sit", "repa"]
 
@@ -136,7 +136,7 @@ def compare(where: str, named: Named, expected: Mapping[str, tuple[int, ...]]) -
 def _few(names: Iterable[str]) -> str:
     """`4 tensors (a, b, c, ...)`."""
     every = list(names)
-    return f"{len(every)} ({', '.join(map(shown, every[:3]))}{', ...' if len(every) > 3 else ''})"
+    return f"{len(every)} ({', '.join(printable(name, 80) for name in every[:3])}{', ...' if len(every) > 3 else ''})"
 
 
 def convention(found: Found, named: Named, learn_sigma: bool) -> tuple[Convention, str]:
@@ -234,7 +234,7 @@ def moments(optimizer: Any, named: Named) -> tuple[dict[str, Named], str]:
             if not 0 <= float(state["step"]) < 1 << 24:  # float32 counts no further
                 raise ValueError(f"step of {name}")
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
-        return {}, f"its optimiser's state does not fit its parameters ({shown(line(error))})"
+        return {}, f"its optimiser's state does not fit its parameters ({first_line(error, 80)})"
     return out, ""
 
 

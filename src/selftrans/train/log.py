@@ -14,7 +14,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from selftrans.storage import sync
+from selftrans.storage import atomic_write
 
 
 class Window:
@@ -59,11 +59,8 @@ class Journal:
     def __init__(self, path: Path, *, resume_step: int) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         lines = path.read_text(errors="replace").splitlines() if path.exists() else []
-        beside = path.with_suffix(".tmp")
-        beside.unlink(missing_ok=True)  # neither it nor the log is written through a link
-        beside.write_text("".join(line + "\n" for line in lines if _step(line) <= resume_step))
-        sync(beside)
-        os.replace(beside, path)
+        with atomic_write(path) as file:
+            file.write("".join(line + "\n" for line in lines if _step(line) <= resume_step).encode())
         self._file = open(path, "ab", buffering=0)  # noqa: SIM115 - kept open for the run
         self._waiting = b""
 

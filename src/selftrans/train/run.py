@@ -26,18 +26,16 @@ from selftrans.data.prepare import prepare_digits
 from selftrans.encoders.vision import Encoder
 from selftrans.methods import Stage, stages
 from selftrans.methods.objective import Frozen, Objective
-from selftrans.storage import write_json
+from selftrans.precision import PRECISIONS
+from selftrans.storage import lock_file, remove_stale_temporaries, write_json
 from selftrans.train.flops import keep_memory
 from selftrans.train.log import progress_bar
 from selftrans.train.preview import Preview
 from selftrans.train.processes import patience, together
 from selftrans.train.resume import record, settle
-from selftrans.train.signals import Stop, lock
+from selftrans.train.signals import StopSignal
 from selftrans.train.teachers import Stored, external_encoder
 from selftrans.train.trainer import Trainer
-
-PRECISION = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
-DTYPE = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def train(
@@ -61,9 +59,9 @@ def _train(config: RunConfig, out: Path, bar: Callable[..., Any], quiet: bool) -
     main = accelerator.is_main_process
     if accelerator.device.type == "cpu":
         keep_memory()
-    with lock(out) if main else contextlib.nullcontext(), Stop() as stop:
-        for draft in (*out.glob(".*.json.*"), *out.glob("*/previews/.step-*.png.*")) if main else ():
-            draft.unlink(missing_ok=True)  # of a killed process: while the lock is held, nobody else writes here
+    with lock_file(out / ".lock") if main else contextlib.nullcontext(), StopSignal() as stop:
+        if main:
+            _remove_unfinished(out)
         shards = open_data(config, out, accelerator)
         config = settle(_without_classes(config, shards.manifest), out, shards.manifest)
         plan = _plan(config)
@@ -101,9 +99,19 @@ def _train(config: RunConfig, out: Path, bar: Callable[..., Any], quiet: bool) -
     return report
 
 
+def _remove_unfinished(out: Path) -> None:
+    """Remove the temporaries of killed processes: nobody else writes here while the lock of the run is held."""
+    remove_stale_temporaries(out, "*.json")
+    for stage in out.iterdir():
+        if stage.is_dir() and not stage.is_symlink():
+            remove_stale_temporaries(stage, "log.jsonl")
+            remove_stale_temporaries(stage / "previews", "step-*.png")
+
+
 def _accelerator(config: RunConfig, out: Path) -> Accelerator:
     """accelerate's engine at this precision. ValueError where the machine cannot compute in it."""
-    if AcceleratorState._shared_state and AcceleratorState().mixed_precision != PRECISION[config.train.precision]:
+    mixed = "no" if config.train.precision == "fp32" else config.train.precision
+    if AcceleratorState._shared_state and AcceleratorState().mixed_precision != mixed:
         AcceleratorState._reset_state()  # an earlier run of this process had another precision
     if config.train.precision == "fp16" and not torch.cuda.is_available():
         raise ValueError("train.precision fp16 needs a GPU; use bf16 or fp32 here")
@@ -111,7 +119,7 @@ def _accelerator(config: RunConfig, out: Path) -> Accelerator:
         raise ValueError("train.shard does not go with train.precision fp16; use bf16 or fp32")
     return Accelerator(
         cpu=not torch.accelerator.is_available(),  # without a GPU, launched processes find each other only if told so
-        mixed_precision=PRECISION[config.train.precision],
+        mixed_precision=mixed,
         log_with="tensorboard" if config.log.tensorboard else None,
         project_dir=str(out),
         kwargs_handlers=[patience(config.train)],
@@ -196,7 +204,7 @@ def teacher_of(
 ) -> Frozen | Encoder | Stored | None:
     """The frozen stage-1 model of `source`, or the external encoder, in the run's precision, if the stage wants one."""
     if stage.encoder:
-        return external_encoder(stage.encoder.name, config, shards, device, DTYPE[config.train.precision])
+        return external_encoder(stage.encoder.name, config, shards, device, PRECISIONS[config.train.precision])
     if stage.teacher is None:
         return None
     shape, num_classes = shards.manifest.shape, shards.manifest.num_classes
@@ -210,7 +218,7 @@ def teacher_of(
             stacklevel=3,
         )
     block = stage.teacher.block(found.model.depth)
-    return Frozen(found.model, block, dtype=DTYPE[config.train.precision], source=found.source)
+    return Frozen(found.model, block, dtype=PRECISIONS[config.train.precision], source=found.source)
 
 
 def _announce(trainer: Trainer, number: int, of: int) -> str:

@@ -2,30 +2,23 @@
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
-import os
 import signal
 import threading
-import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 
-from selftrans.storage import no_link
-
 #: exit status of a run that stopped on notice with its checkpoint written (EX_TEMPFAIL: try again)
-RESUME_ME = 75
+EXIT_RESUME = 75
 
 
 class Interrupted(Exception):
     """The run was asked to stop; its checkpoint is written."""
 
 
-class Stop:
+class StopSignal:
     """Remembers a signal until the step is done. Use as a context manager around training."""
 
     SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
@@ -35,7 +28,7 @@ class Stop:
         self._before: dict[int, Any] = {}
         self._heard: tuple[torch.Tensor, Any] | None = None
 
-    def __enter__(self) -> Stop:
+    def __enter__(self) -> StopSignal:
         if threading.current_thread() is threading.main_thread():
             self._before = {number: signal.signal(number, self._receive) for number in self.SIGNALS}
         return self
@@ -74,31 +67,3 @@ class Stop:
         return Interrupted(
             f"stopped by {name} at step {step}; checkpoint written in {room}; the same command continues"
         )
-
-
-@contextlib.contextmanager
-def lock(run: Path) -> Iterator[None]:
-    """Keep a second process out of a run directory. ValueError when it is taken; a dead process leaves no lock behind."""
-    run.mkdir(parents=True, exist_ok=True)
-    try:
-        lock_file = open(run / ".lock", "a+", opener=no_link)  # noqa: SIM115 - held for the whole block below
-    except OSError as error:
-        raise ValueError(
-            f"{run / '.lock'} cannot be opened ({error.strerror}); remove it, or choose another --out"
-        ) from error
-    with lock_file as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            file.seek(0)
-            raise ValueError(
-                f"{run} is in use by process {file.read().strip() or '?'}; wait for it, or choose another --out"
-            ) from error
-        except OSError as error:  # a file system without locks
-            warnings.warn(
-                f"{run} cannot be locked ({error.strerror}): see to it that no second process uses it", stacklevel=2
-            )
-        file.truncate(0)
-        file.write(str(os.getpid()))
-        file.flush()
-        yield

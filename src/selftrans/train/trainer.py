@@ -39,7 +39,7 @@ from selftrans.train.optim import (
     update,
 )
 from selftrans.train.preview import Preview
-from selftrans.train.signals import Stop
+from selftrans.train.signals import StopSignal
 
 
 class Trainer:
@@ -62,11 +62,11 @@ class Trainer:
         *,
         teacher: Any = None,
         preview: Preview | None = None,
-        stop: Stop | None = None,
+        stop: StopSignal | None = None,
         bar: Callable[..., Any] = progress_bar,
     ) -> None:
         self.accelerator, self.config, self.stage, self.room = accelerator, config, stage, room
-        self.shards, self.teacher, self.preview, self.stop = shards, teacher, preview, stop or Stop()
+        self.shards, self.teacher, self.preview, self.stop = shards, teacher, preview, stop or StopSignal()
         self.bar = bar
         train, manifest = config.train, shards.manifest
         torch.manual_seed(int(np.random.SeedSequence([train.seed, stage.stream]).generate_state(1)[0]))

@@ -257,7 +257,7 @@ def sealed(data: bytes) -> bytes:
     try:
         state = json.loads(data)
         state["sha256"].pop("state.json", None)
-        state["sha256"]["state.json"] = checkpoint._seal(state)
+        state["sha256"]["state.json"] = checkpoint._state_sha256(state)
         return json.dumps(state).encode()
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return data

@@ -21,9 +21,10 @@ from selftrans.checkpoints import load as restore_module
 from selftrans.checkpoints.load import find, restore
 from selftrans.cli.main import main
 from selftrans.methods.objective import Objective
+from selftrans.storage import sha256_file
 from selftrans.train.log import Journal, Window, read_journal
 from selftrans.train.run import train
-from selftrans.train.signals import Interrupted, Stop
+from selftrans.train.signals import Interrupted, StopSignal
 from selftrans.train.trainer import Trainer
 from tests.support import toy
 from tests.support.toy import quick  # noqa: F401 - a fixture
@@ -44,7 +45,7 @@ def test_what_is_saved_is_read(tmp_path):
     assert torch.equal(found.tensors("ema")["a"], torch.full((2, 3), 1.5)) and found.tensors("heads") == {}
     assert found.state["sha256"].keys() == {"student.safetensors", "ema.safetensors", "heads.safetensors"}
     for name, digest in found.state["sha256"].items():
-        assert checkpoint.sha256(path / name) == digest
+        assert sha256_file(path / name) == digest
     assert checkpoint.read_header(path / "ema.safetensors") == {"stage": "x", "step": 7, "weights": "ema"}
     assert os.listdir(tmp_path) == ["step-00000007"]
 
@@ -53,7 +54,7 @@ def test_hash_of_weights_is_that_of_the_tensors_alone(tmp_path):
     one, other, third = save(tmp_path / "a", 1, 0.5), save(tmp_path / "b", 9, 0.5), save(tmp_path / "c", 1, 0.25)
     hashes = [checkpoint.weights_sha256(path / "ema.safetensors") for path in (one, other, third)]
     assert hashes[0] == hashes[1] != hashes[2]
-    assert checkpoint.sha256(one / "ema.safetensors") != checkpoint.sha256(other / "ema.safetensors")
+    assert sha256_file(one / "ema.safetensors") != sha256_file(other / "ema.safetensors")
 
 
 # ---- damage
@@ -115,8 +116,8 @@ def test_names_in_a_state_do_not_lead_out_of_the_checkpoint(tmp_path):
     path = save(tmp_path / "run", 1)
     (tmp_path / "secret").write_text("x")
     state = json.loads((path / "state.json").read_text())
-    state["sha256"] = {"../../secret": checkpoint.sha256(tmp_path / "secret")}
-    state["sha256"]["state.json"] = checkpoint._seal(state)
+    state["sha256"] = {"../../secret": sha256_file(tmp_path / "secret")}
+    state["sha256"]["state.json"] = checkpoint._state_sha256(state)
     (path / "state.json").write_text(json.dumps(state))
     with pytest.raises(ValueError, match="missing or damaged"):
         checkpoint.read(path)
@@ -324,7 +325,7 @@ def test_a_sealed_state_of_another_making_costs_one_line(tmp_path, field, value)
     record = json.loads(state.read_text())
     record.pop(field) if value == "gone" else record.update({field: value})
     record["sha256"].pop("state.json")
-    record["sha256"]["state.json"] = checkpoint._seal(record)
+    record["sha256"]["state.json"] = checkpoint._state_sha256(record)
     state.write_text(json.dumps(record))
     said = ""
     try:
@@ -345,7 +346,7 @@ def test_a_run_keeps_its_best_checkpoint(tmp_path, monkeypatch):
     monkeypatch.setattr(Objective, "forward", forward)
     small = {"method": "vanilla", "train.checkpoint_every": 2, "train.keep": 1}
     asked = []
-    monkeypatch.setattr(Stop, "asked", lambda *_: asked.append(0) or len(asked) in (3, 4))  # after steps 3 and 4
+    monkeypatch.setattr(StopSignal, "asked", lambda *_: asked.append(0) or len(asked) in (3, 4))  # after steps 3 and 4
     for _ in range(3):
         with contextlib.suppress(Interrupted):
             train(toy.toy(small), tmp_path, quiet=True)
@@ -409,7 +410,7 @@ def test_every_path_that_may_stand_for_a_model(path, stage, step):
         "student.safetensors" if "student" in path else "ema.safetensors"
     )
     toy.assert_same(dict(found.model.state_dict()), load_file(file))
-    assert found.source["sha256"] == checkpoint.sha256(Path(found.source["path"]))
+    assert found.source["sha256"] == sha256_file(Path(found.source["path"]))
 
 
 def test_a_single_file_is_enough(tmp_path):
@@ -566,7 +567,7 @@ def test_which_weights_teach(tmp_path):
         train(toy.toy(dotted | small), tmp_path / name, quiet=True)
         state = json.loads((toy.checkpoint(tmp_path / name, step=2) / "state.json").read_text())
         assert state["teacher"]["path"] == str(file.resolve())
-        assert state["teacher"]["sha256"] == checkpoint.sha256(file)
+        assert state["teacher"]["sha256"] == sha256_file(file)
     toy.assert_same_run(tmp_path / "file", tmp_path / "option", ("stage2",))
     assert toy.log(tmp_path / "file")[0]["self"] != toy.log(toy.finished())[0]["self"]
 

@@ -12,7 +12,7 @@ from selftrans.checkpoints.format import newest
 from selftrans.cli.main import main
 from selftrans.methods.objective import Objective
 from selftrans.train.run import train
-from selftrans.train.signals import Interrupted, Stop
+from selftrans.train.signals import Interrupted, StopSignal
 from tests.support import toy
 from tests.support.toy import quick  # noqa: F401 - a fixture
 
@@ -42,7 +42,7 @@ def work(rank: int, folder: str, data: str) -> None:
     }
     os.environ |= {name: str(value) for name, value in where.items()}
     torch.set_num_threads(1)
-    asked, forward = Stop.asked, Objective.forward
+    asked, forward = StopSignal.asked, Objective.forward
     for name, dotted in RUNS.items():
         config = toy.toy(COMMON | dotted | {"data.path": data})
         out = Path(folder, name)
@@ -56,10 +56,10 @@ def work(rank: int, folder: str, data: str) -> None:
         if name.endswith("stopped"):
             for at in (2, 5, 3):  # of the calls, in all of both stages
                 calls = []
-                Stop.asked = lambda *_, calls=calls, at=at: calls.append(0) or len(calls) == at
+                StopSignal.asked = lambda *_, calls=calls, at=at: calls.append(0) or len(calls) == at
                 with contextlib.suppress(Interrupted):
                     train(config, out, quiet=True)
-            Stop.asked = asked
+            StopSignal.asked = asked
         train(config, out, quiet=True)
         Objective.forward = forward
     torch.distributed.destroy_process_group()

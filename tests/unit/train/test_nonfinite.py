@@ -181,7 +181,7 @@ def test_a_run_with_accidents_resumes_bit_for_bit(tmp_path, monkeypatch, spoil):
         train(toy.toy(), tmp_path / "whole", quiet=True)
     asked = []
     monkeypatch.setattr(
-        trainer.Stop, "asked", lambda *_: asked.append(0) or len(asked) % 2 == 0
+        trainer.StopSignal, "asked", lambda *_: asked.append(0) or len(asked) % 2 == 0
     )  # at every second step
     for _ in range(40):
         with contextlib.suppress(Interrupted), warnings.catch_warnings(action="ignore"):

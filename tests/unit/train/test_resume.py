@@ -17,12 +17,13 @@ from selftrans.checkpoints import format as checkpoint
 from selftrans.cli.main import main
 from selftrans.data.prepare import prepare
 from selftrans.methods.objective import Objective
+from selftrans.storage import lock_file
 from selftrans.train import trainer
 from selftrans.train.ema import EMA
 from selftrans.train.log import Journal
 from selftrans.train.preview import Preview
 from selftrans.train.run import train
-from selftrans.train.signals import RESUME_ME, Interrupted, Stop, lock
+from selftrans.train.signals import EXIT_RESUME, Interrupted, StopSignal
 from tests.support import toy
 from tests.support.toy import quick  # noqa: F401 - a fixture
 
@@ -65,7 +66,7 @@ VARIANTS = {
 def test_stopped_at_every_step(tmp_path, monkeypatch, variant):
     config = toy.toy(VARIANTS[variant])
     train(config, whole := tmp_path / "whole", quiet=True)
-    monkeypatch.setattr(Stop, "asked", lambda self, accelerator: True)
+    monkeypatch.setattr(StopSignal, "asked", lambda self, accelerator: True)
     stops = config.stage1.steps - 1 + config.train.steps - 1  # the last step of a stage ends it anyway
     assert visits(config, tmp_path / "run") == stops + 1
     toy.assert_same_run(tmp_path / "run", whole)
@@ -79,7 +80,7 @@ def test_stopped_at_every_step(tmp_path, monkeypatch, variant):
 @pytest.mark.parametrize("step", [4, 5, 6])
 def test_stopped_around_the_end_of_guidance(tmp_path, monkeypatch, step):
     calls = itertools.count(-3)  # four steps of stage 1, then 1, 2, ...
-    monkeypatch.setattr(Stop, "asked", lambda self, accelerator: next(calls) == step)
+    monkeypatch.setattr(StopSignal, "asked", lambda self, accelerator: next(calls) == step)
     message = f"at step {step}; checkpoint written in .*stage2; the same command continues"
     with pytest.raises(Interrupted, match=message):
         train(toy.toy(), tmp_path, quiet=True)
@@ -90,7 +91,7 @@ def test_stopped_around_the_end_of_guidance(tmp_path, monkeypatch, step):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
 def test_a_notice_becomes_a_checkpoint_within_one_step(tmp_path, monkeypatch, capsys, number):
-    handlers = {n: signal.getsignal(n) for n in Stop.SIGNALS}
+    handlers = {n: signal.getsignal(n) for n in StopSignal.SIGNALS}
     forward, calls = Objective.forward, itertools.count(1)
 
     def noticed(self, batch, step):
@@ -100,11 +101,11 @@ def test_a_notice_becomes_a_checkpoint_within_one_step(tmp_path, monkeypatch, ca
 
     monkeypatch.setattr(Objective, "forward", noticed)
     argv = ["train", "digits", f"--data={toy.digits()}", f"--out={tmp_path}", *toy.flags()]
-    assert main(argv) == RESUME_ME == 75
+    assert main(argv) == EXIT_RESUME == 75
     said = capsys.readouterr().err.splitlines()[-1]
     assert said.startswith(f"selftrans: stopped by {signal.Signals(number).name} at step 3; checkpoint written in")
     assert toy.checkpoint(tmp_path, "stage1").name == "step-00000003"
-    assert {n: signal.getsignal(n) for n in Stop.SIGNALS} == handlers
+    assert {n: signal.getsignal(n) for n in StopSignal.SIGNALS} == handlers
     assert main(argv) == 0
     assert "[1/2] stage1: continues at step 3 of 4" in capsys.readouterr().out
     toy.assert_same_run(tmp_path, toy.finished())
@@ -236,11 +237,11 @@ def test_a_real_process_on_notice_and_its_lock(tmp_path, capsys):
 
 
 def test_a_run_belongs_to_one_process(tmp_path):
-    with lock(tmp_path):
+    with lock_file(tmp_path / ".lock"):
         with pytest.raises(ValueError, match=f"in use by process {os.getpid()}; wait for it, or choose another --out"):
             train(toy.toy(), tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == [".lock"]
-    with lock(tmp_path):  # it is free again
+    with lock_file(tmp_path / ".lock"):  # it is free again
         pass
 
 
@@ -360,7 +361,7 @@ def test_a_teacher_trained_again_to_the_same_weights_is_the_same_teacher(tmp_pat
     """The last checkpoint of stage 1 is damaged while stage 2 is under way."""
     calls = itertools.count(-3)
     with monkeypatch.context() as patch:
-        patch.setattr(Stop, "asked", lambda self, accelerator: next(calls) == 2)
+        patch.setattr(StopSignal, "asked", lambda self, accelerator: next(calls) == 2)
         with pytest.raises(Interrupted):
             train(toy.toy(), tmp_path, quiet=True)
     (toy.checkpoint(tmp_path, "stage1") / "student.safetensors").unlink()
