@@ -17,7 +17,7 @@ from typing import Any, Literal
 import torch
 
 from selftrans.config import Log, Model, RunConfig, Train
-from selftrans.data.dataset import Shards
+from selftrans.data.dataset import Dataset
 from selftrans.experiments.bench.loading_sampling import loading, made_up, prepared, sampling
 from selftrans.experiments.bench.machine import Clock, Peak, describe, load
 from selftrans.experiments.bench.rounds import Contestant, Marked, Memory, Ours, Plain, race, randomise
@@ -115,7 +115,7 @@ def settings(model: Model, batch_size: int, precision: Literal["fp32", "bf16"]) 
 
 
 def _model(
-    accelerator: Marked, config: RunConfig, shards: Shards, room: Path, seconds: float, quick: bool
+    accelerator: Marked, config: RunConfig, shards: Dataset, room: Path, seconds: float, quick: bool
 ) -> dict[str, Any]:
     """Everything about one model: rows, ratios, sampling."""
     clock, memory = accelerator.clock, Memory(accelerator.device)
@@ -149,7 +149,7 @@ def _model(
     }
 
 
-def build(accelerator: Marked, config: RunConfig, shards: Shards, room: Path, memory: Memory) -> dict[str, Contestant]:
+def build(accelerator: Marked, config: RunConfig, shards: Dataset, room: Path, memory: Memory) -> dict[str, Contestant]:
     """Who races: three stages as the trainer runs them, and two plain ones. `memory` learns what each holds."""
     runs = {"vanilla": "vanilla", "stage1": "structure", "stage2": "self_transcendence"}
     contestants: dict[str, Contestant] = {}
@@ -164,7 +164,7 @@ def build(accelerator: Marked, config: RunConfig, shards: Shards, room: Path, me
     return contestants
 
 
-def teacher(stage: Stage, config: RunConfig, shards: Shards) -> Frozen | None:
+def teacher(stage: Stage, config: RunConfig, shards: Dataset) -> Frozen | None:
     """A model with random weights in the place of a trained one, cut and cast as `train` does it."""
     if stage.teacher is None:
         return None
