@@ -78,7 +78,7 @@ class Model:
             sizes["heads"] = next(heads for heads in range(max(1, width // 64), 0, -1) if width % heads == 0)
         return sizes
 
-    def build(self, shape: tuple[int, int, int], num_classes: int) -> SiT:
+    def build(self, shape: tuple[int, ...], num_classes: int) -> SiT:
         """A student for latents (C, H, W) and this many classes, freshly initialised."""
         sizes = self.sizes()
         return SiT(shape, num_classes, qk_norm=self.qk_norm, **sizes)  # type: ignore[arg-type]

@@ -168,7 +168,7 @@ def load_model(origin: str | Path, *, stage: str | None = None, weights: Weights
     return LoadedModel(model.eval(), config, name, held, step, autoencoder, names, source)
 
 
-def _check_fit(path: Path, config: RunConfig, shape: tuple[int, int, int], num_classes: int) -> None:
+def _check_fit(path: Path, config: RunConfig, shape: tuple[int, ...], num_classes: int) -> None:
     """ValueError unless the tensors of a weights file are those of its model; before anything of a stranger's size is made."""
     with safe_open(path, framework="pt") as file:
         found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 - no mapping
@@ -185,7 +185,7 @@ def _check_fit(path: Path, config: RunConfig, shape: tuple[int, int, int], num_c
     )
 
 
-def load_teacher(source: str | Path, *, weights: Weights, shape: tuple[int, int, int], num_classes: int) -> LoadedModel:
+def load_teacher(source: str | Path, *, weights: Weights, shape: tuple[int, ...], num_classes: int) -> LoadedModel:
     """A stage-1 or imported model for latents `shape` and `num_classes` classes. ValueError: what was expected and found."""
     found = load_model(find_teacher(source, weights), weights=weights)
     if found.stage != "stage1" and IMPORTED not in found.source:

@@ -33,8 +33,8 @@ class Prepare:
     """go on after an unreadable picture, and list it"""
     batch_size: int = 64
     shard_size: int = 8192
-    dtype: Literal["float16", "float32"] = "float16"
-    """of the stored numbers"""
+    dtype: Literal["float16", "float32"] | None = None
+    """of the stored numbers; None: float16, and float32 with --autoencoder values"""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """of the encoder"""
     split: str = "train"
@@ -57,6 +57,8 @@ class Prepare:
         source, out, features, grid = (options.pop(name) for name in ("source", "out", "features", "grid"))
         precision = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}[self.precision]
         options["precision"] = "float32" if features and self.autoencoder == "pixel" else precision  # of a VAE
+        if features and self.autoencoder == "values":
+            raise ValueError("--features is for pictures; leave it out with --autoencoder values")
         if grid and not features:
             warnings.warn("--grid is ignored without --features", stacklevel=2)
         manifest = prepare(source, out, **options)

@@ -13,7 +13,7 @@ import numpy as np
 from tqdm import tqdm
 
 from selftrans.checkpoints.load import LoadedModel, Weights, load_model
-from selftrans.data.dataset import Shards
+from selftrans.data.dataset import Dataset
 from selftrans.data.decoded import data_latents, decode_images
 from selftrans.device import default_device
 from selftrans.encoders.autoencoder import load_autoencoder
@@ -45,7 +45,7 @@ def analyse(
             f"{samples} samples at {len(timesteps)} timesteps are too few; give at least 20, and a timestep"
         )
     loaded, device = load_model(origin, stage=stage, weights=weights), default_device()
-    model, dataset = loaded.model.to(device), Shards.open(_data_of(origin, loaded, data))
+    model, dataset = loaded.model.to(device), Dataset.open(_data_of(origin, loaded, data))
     _check_fit(loaded, dataset)
     z0, labels = data_latents(dataset, samples)
     path, blocks = PATHS[loaded.config.train.path], tuple(range(1, model.depth + 1))
@@ -80,7 +80,7 @@ def analyse(
     return report
 
 
-def _check_fit(loaded: LoadedModel, dataset: Shards) -> None:
+def _check_fit(loaded: LoadedModel, dataset: Dataset) -> None:
     """ValueError unless the data are of the shape and classes that the model was trained on."""
     manifest, model = dataset.manifest, loaded.model
     if manifest.shape != model.shape or manifest.num_classes != model.conditions.num_classes:

@@ -14,9 +14,8 @@ from typing import Any
 import torch
 
 from selftrans.config import RunConfig, nearest, to_json
-from selftrans.data.dataset import Shards
+from selftrans.data.dataset import Dataset
 from selftrans.data.prepare import prepare_digits
-from selftrans.encoders.autoencoder import load_autoencoder
 from selftrans.evaluate.extractors import load_extractor
 from selftrans.evaluate.plots import save
 from selftrans.experiments import html_report
@@ -80,7 +79,7 @@ def only(config: RunConfig, method: str) -> RunConfig:
 def rehearse(variants: Mapping[str, RunConfig]) -> None:
     """Build each method once, without memory for its weights: what cannot work is said now, not after the others' days."""
     for config in variants.values():
-        shards = Shards.open(str(config.data.path))
+        shards = Dataset.open(str(config.data.path))
         for stage in stages(config):
             given: Any = None
             if stage.encoder or (stage.teacher and config.stage2.teacher):
@@ -115,16 +114,16 @@ def with_defaults(config: RunConfig, out: Path, *, features: str | None = None) 
     if features == "digits":
         weights = str(out / "digits-classifier.safetensors")
     if features is None:
-        manifest = Shards.open(str(config.data.path)).manifest
+        manifest = Dataset.open(str(config.data.path)).manifest
         features, own = "inception", out / "classifier.safetensors"
-        if not load_autoencoder(manifest.autoencoder).pictures:
+        if manifest.resolution is None:
             features = "values"
         elif manifest.autoencoder == "pixel" and manifest.num_classes > 1:
             features = str(own)
             if not own.exists():
                 print(classifier_from_data(str(config.data.path), own, epochs=12, seed=0))
     # fails, or trains the digit classifier, here and once: not in every worker
-    shape = Shards.open(str(config.data.path)).manifest.shape
+    shape = Dataset.open(str(config.data.path)).manifest.shape
     load_extractor(features, weights=weights, shape=shape)
     if config.stage1.steps is None:  # every row of the table has had the same number of steps, its teacher too
         config = dataclasses.replace(config, stage1=dataclasses.replace(config.stage1, steps=config.train.steps))
@@ -152,7 +151,7 @@ def summarise(chosen: Comparison, results: Results) -> dict[str, Any]:
         "images": chosen.images,
         "labels": point["sampler"].get("labels", "balanced"),
         "seeds": list(chosen.seeds),
-        "autoencoder": config.data.autoencoder or Shards.open(str(config.data.path)).manifest.autoencoder,
+        "autoencoder": config.data.autoencoder or Dataset.open(str(config.data.path)).manifest.autoencoder,
         "teachers": list(teachers.values()),
         "config": json.loads(to_json(config)),
     }

@@ -17,7 +17,7 @@ import numpy as np
 
 from selftrans.checkpoints import format as checkpoint
 from selftrans.checkpoints.load import Weights
-from selftrans.data.sources.folder import npz_labels
+from selftrans.data.sources.npz import npz_labels
 from selftrans.device import default_device
 from selftrans.evaluate.extractors import load_extractor
 from selftrans.evaluate.metrics import evaluate

@@ -16,7 +16,7 @@ from zipfile import ZipFile
 import numpy as np
 from tqdm import tqdm
 
-from selftrans.data.dataset import Shards
+from selftrans.data.dataset import Dataset
 from selftrans.evaluate.classifier import digits
 from selftrans.evaluate.extractors import Extractor
 from selftrans.evaluate.statistics import Statistics
@@ -59,8 +59,8 @@ def described(reference: str | Path) -> str:
     """A reference as reports name it: images decoded from latents are not those that the VAE was given."""
     if not Path(reference, "manifest.json").exists():
         return str(reference)
-    manifest = Shards.open(reference).manifest
-    return str(reference) + (f", decoded by {manifest.autoencoder}" if manifest.stochastic else "")
+    manifest = Dataset.open(reference).manifest
+    return str(reference) + (f", decoded by {manifest.autoencoder}" if manifest.latent_space.stochastic else "")
 
 
 def cache() -> Path:

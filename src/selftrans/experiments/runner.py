@@ -24,7 +24,7 @@ import torch
 from selftrans.checkpoints import format as checkpoint
 from selftrans.checkpoints.load import FILES, load_model
 from selftrans.config import RunConfig, SampleConfig
-from selftrans.data.dataset import Shards
+from selftrans.data.dataset import Dataset
 from selftrans.data.decoded import data_latents, decoded_images
 from selftrans.device import default_device
 from selftrans.evaluate.extractors import Extractor, load_extractor
@@ -96,7 +96,7 @@ class Measurement:
 
     extractor: Extractor
     reference: Statistics
-    shards: Shards
+    shards: Dataset
     sample: SampleConfig  #: how many images, and how
     block: int  #: the shallow block that is probed (1-based)
 
@@ -105,7 +105,7 @@ class Measurement:
         """Distances to the training data, on the device at hand."""
         path = comparison.shared.data.path
         assert path is not None
-        shards, device = Shards.open(path), default_device()
+        shards, device = Dataset.open(path), default_device()
         # `values` keeps the shape of the latents: an autoencoder of arrays that are no pictures changes none
         extractor = load_extractor(
             comparison.features, weights=comparison.weights, device=device, shape=shards.manifest.shape

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from selftrans.data.dataset import Shards
+from selftrans.data.dataset import Dataset
 from selftrans.data.decoded import decoded_images
 from selftrans.device import default_device
 from selftrans.evaluate.classifier import train_classifier
@@ -19,7 +19,7 @@ def classifier_from_data(data: str | Path, out: Path, *, epochs: int, seed: int)
 
     Raises ValueError for data without two classes, and for data that are no pictures.
     """
-    dataset = Shards.open(data)
+    dataset = Dataset.open(data)
     if out.suffix != ".safetensors":
         raise ValueError(f"{out} must end in .safetensors, which is how evaluate knows a classifier")
     if dataset.manifest.num_classes < 2:

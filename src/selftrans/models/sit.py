@@ -45,7 +45,7 @@ class SiT(Backbone):
 
     def __init__(
         self,
-        shape: tuple[int, int, int],
+        shape: tuple[int, ...],
         num_classes: int,
         *,
         width: int,

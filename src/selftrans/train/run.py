@@ -20,8 +20,8 @@ from accelerate.state import AcceleratorState
 from selftrans.checkpoints import format as checkpoint
 from selftrans.checkpoints.load import check_given, find_teacher, load_teacher
 from selftrans.config import RunConfig
-from selftrans.data.dataset import Manifest, Shards
-from selftrans.data.on_device import Resident
+from selftrans.data.dataset import Dataset, Manifest
+from selftrans.data.on_device import OnDevice
 from selftrans.data.prepare import prepare_digits
 from selftrans.encoders.vision import Encoder
 from selftrans.methods import Stage, stages
@@ -67,7 +67,7 @@ def _train(config: RunConfig, out: Path, bar: Callable[..., Any], quiet: bool) -
         plan = _plan(config)
         _rehearse(config, plan, out, shards.manifest)
         if config.data.on_device:
-            shards = Resident(shards, accelerator.device)
+            shards = OnDevice(shards, accelerator.device)
         preview = Preview(config, shards.manifest, accelerator.device, stop) if config.train.preview_every else None
         spent, source = [], config.stage2.teacher
         for number, stage in enumerate(plan, start=1):
@@ -126,7 +126,7 @@ def _accelerator(config: RunConfig, out: Path) -> Accelerator:
     )
 
 
-def open_data(config: RunConfig, out: Path, accelerator: Accelerator | None = None) -> Shards:
+def open_data(config: RunConfig, out: Path, accelerator: Accelerator | None = None) -> Dataset:
     """The run's data; recipes named digits... bring their own. ValueError when they are not what the config expects."""
     path = config.data.path
     if path is None and not config.recipe.startswith("digits"):
@@ -138,7 +138,7 @@ def open_data(config: RunConfig, out: Path, accelerator: Accelerator | None = No
         if accelerator is not None:
             accelerator.wait_for_everyone()
     main = accelerator is None or accelerator.is_main_process
-    shards = Shards.open(path, verify=config.data.verify and main)
+    shards = Dataset.open(path, verify=config.data.verify and main)
     manifest, expected = shards.manifest, config.data
     if expected.shape is not None and tuple(expected.shape) != tuple(manifest.shape):
         raise ValueError(f"{path} holds latents {manifest.shape}, but data.shape expects {expected.shape}")
@@ -200,7 +200,7 @@ def _plan(config: RunConfig) -> list[Stage]:
 
 
 def teacher_of(
-    config: RunConfig, stage: Stage, source: str, shards: Shards, device: torch.device
+    config: RunConfig, stage: Stage, source: str, shards: Dataset, device: torch.device
 ) -> Frozen | Encoder | Stored | None:
     """The frozen stage-1 model of `source`, or the external encoder, in the run's precision, if the stage wants one."""
     if stage.encoder:

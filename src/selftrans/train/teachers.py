@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from selftrans.config import RunConfig
-from selftrans.data.dataset import Shards
+from selftrans.data.dataset import Dataset
 from selftrans.encoders.vision import Encoder, load_encoder
 
 
@@ -16,14 +16,14 @@ class Stored:
 
     encode, flops, model = None, 0, None
 
-    def __init__(self, shards: Shards) -> None:
+    def __init__(self, shards: Dataset) -> None:
         found = shards.open_features()
         self.grid, self.width = found.grid, found.width
         self.source: dict[str, Any] = {"path": found.encoder, "sha256": found.sha256, "weights": found.sha256}
 
 
 def external_encoder(
-    name: str | None, config: RunConfig, shards: Shards, device: torch.device, dtype: torch.dtype
+    name: str | None, config: RunConfig, shards: Dataset, device: torch.device, dtype: torch.dtype
 ) -> Stored | Encoder:
     """The encoder `name` on the grid of the student's tokens; None: what is stored with the data.
 

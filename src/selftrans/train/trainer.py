@@ -19,7 +19,7 @@ from accelerate import Accelerator
 from selftrans.checkpoints import format as checkpoint
 from selftrans.checkpoints.load import IMPORTED, agreed, check_data, check_teacher, header, usable
 from selftrans.config import RunConfig
-from selftrans.data.dataset import Shards
+from selftrans.data.dataset import Dataset
 from selftrans.flow import PATHS
 from selftrans.methods import Stage
 from selftrans.methods.objective import Objective
@@ -58,7 +58,7 @@ class Trainer:
         config: RunConfig,
         stage: Stage,
         room: Path,
-        shards: Shards,
+        shards: Dataset,
         *,
         teacher: Any = None,
         preview: Preview | None = None,

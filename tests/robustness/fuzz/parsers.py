@@ -24,15 +24,15 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from safetensors.torch import save
+from selftrans.data.feature_files import Features
 
 from selftrans.checkpoints import format as checkpoint
 from selftrans.checkpoints.load import load_model
 from selftrans.config import to_json
 from selftrans.data import resumable as ledger
 from selftrans.data.dataset import Shards
-from selftrans.data.feature_files import Features
 from selftrans.data.sources.decode import open_picture
-from selftrans.data.sources.folder import npz_labels
+from selftrans.data.sources.npz import npz_labels
 from selftrans.data.sources.open_source import iter_images, open_source
 from selftrans.data.sources.source import Source
 from selftrans.evaluate.classifier import SmallClassifier

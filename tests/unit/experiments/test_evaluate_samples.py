@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from selftrans.cli.main import main
-from selftrans.data.dataset import Shards
+from selftrans.data.dataset import Dataset
 from selftrans.data.decoded import decoded_images
 from selftrans.data.prepare import prepare
 from selftrans.encoders.autoencoder import load_autoencoder, to_uint8
@@ -190,7 +190,7 @@ def test_latents_as_a_reference_are_the_same_each_time_and_said_to_be_decoded(tm
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     vae = save_vae(tmp_path / "vae")
     prepare(class_folders(tmp_path / "pictures"), tmp_path / "data", autoencoder=vae, dtype="float32", progress=False)
-    shards = Shards.open(tmp_path / "data")
+    shards = Dataset.open(tmp_path / "data")
     first, again = (np.concatenate(list(decoded_images(shards))) for _ in range(2))
     assert np.array_equal(first, again), "whatever was drawn in between"
     mean = shards.read(np.arange(23))[0][:, 0, :2]

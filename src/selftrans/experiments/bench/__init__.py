@@ -17,7 +17,7 @@ from typing import Any, Literal
 import torch
 
 from selftrans.config import Log, Model, RunConfig, Train
-from selftrans.data.dataset import Shards
+from selftrans.data.dataset import Dataset
 from selftrans.device import default_device
 from selftrans.experiments.bench.loading_sampling import loading, made_up, prepare_sampling, sampling
 from selftrans.experiments.bench.machine import Clock, Peak, describe, load
@@ -124,7 +124,7 @@ def settings(model: Model, batch_size: int, precision: Literal["fp32", "bf16"]) 
 
 
 def _model(
-    accelerator: TimedAccelerator, config: RunConfig, shards: Shards, folder: Path, seconds: float, quick: bool
+    accelerator: TimedAccelerator, config: RunConfig, shards: Dataset, folder: Path, seconds: float, quick: bool
 ) -> dict[str, Any]:
     """Everything about one model: rows, ratios, sampling."""
     clock, memory = accelerator.clock, Memory(accelerator.device)
@@ -159,7 +159,7 @@ def _model(
 
 
 def build(
-    accelerator: TimedAccelerator, config: RunConfig, shards: Shards, folder: Path, memory: Memory
+    accelerator: TimedAccelerator, config: RunConfig, shards: Dataset, folder: Path, memory: Memory
 ) -> dict[str, Candidate]:
     """The candidates: three stages as the trainer runs them, and two plain ones. `memory` records what each holds."""
     runs = {"vanilla": "vanilla", "stage1": "structure", "stage2": "self_transcendence"}
@@ -176,7 +176,7 @@ def build(
     return candidates
 
 
-def teacher(stage: Stage, config: RunConfig, shards: Shards) -> Frozen | None:
+def teacher(stage: Stage, config: RunConfig, shards: Dataset) -> Frozen | None:
     """A model with random weights in place of a trained one, truncated and cast as in training."""
     if stage.teacher is None:
         return None

@@ -59,7 +59,7 @@ class PlainStep:
     """A complete training step of that code, in three parts. With `guided`, stage 2 under a random teacher; else vanilla."""
 
     def __init__(
-        self, config: RunConfig, shape: tuple[int, int, int], classes: int, device: torch.device, *, guided: bool
+        self, config: RunConfig, shape: tuple[int, ...], classes: int, device: torch.device, *, guided: bool
     ) -> None:
         self.config, self.device = config, device
         self.student = config.model.build(shape, classes)

@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from selftrans.config import RunConfig
-from selftrans.data.dataset import Shards
+from selftrans.data.dataset import Dataset
 from selftrans.experiments.bench.machine import Clock, Peak
 from selftrans.experiments.bench.plain_step import PlainStep
 from selftrans.methods import Stage
@@ -53,7 +53,7 @@ class TrainerStep:
         config: RunConfig,
         stage: Stage,
         folder: Path,
-        shards: Shards,
+        shards: Dataset,
         teacher: Frozen | None,
     ) -> None:
         self.accelerator, self.clock = accelerator, accelerator.clock
@@ -77,7 +77,7 @@ class TrainerStep:
 class FieldStep:
     """The step of the field's code (`plain_step`) on the same stream of data."""
 
-    def __init__(self, config: RunConfig, shards: Shards, clock: Clock, *, guided: bool) -> None:
+    def __init__(self, config: RunConfig, shards: Dataset, clock: Clock, *, guided: bool) -> None:
         self.clock, self.shards, manifest = clock, shards, shards.manifest
         self.plain = PlainStep(config, manifest.shape, manifest.num_classes, clock.device, guided=guided)
         randomise(self.plain.model)
