@@ -1,4 +1,4 @@
-"""Which device a process works on where nobody has chosen one."""
+"""The default device of a process."""
 
 from __future__ import annotations
 

@@ -140,7 +140,7 @@ def _inception_class() -> Callable[..., torch.nn.Module]:
     try:
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
     except (ImportError, RuntimeError) as error:
-        other = isinstance(error, RuntimeError)  # so torchvision fails beside another build of torch
+        other = isinstance(error, RuntimeError)  # torchvision raises it with another build of torch
         build = ", with torchvision from the index that torch came from (download.pytorch.org/whl/...)" if other else ""
         raise ValueError(
             f"inception features need torch-fidelity ({error}): pip install 'selftrans[eval]'{build}, and give the weights "
@@ -265,10 +265,10 @@ def rebatch(batches: np.ndarray | Iterable[np.ndarray], chunk: int) -> Iterator[
         waiting.append(images)
         if sum(map(len, waiting)) >= chunk:
             joined = np.concatenate(waiting)
-            whole = len(joined) // chunk * chunk
-            for start in range(0, whole, chunk):
+            full = len(joined) // chunk * chunk
+            for start in range(0, full, chunk):
                 yield joined[start : start + chunk]
-            waiting = [joined[whole:]]
+            waiting = [joined[full:]]
     rest = np.concatenate(waiting) if waiting else np.empty(0)
     if len(rest):
         yield rest

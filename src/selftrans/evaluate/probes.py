@@ -194,5 +194,7 @@ def tsne(features: Tensor, *, perplexity: float = 30.0, seed: int = 0) -> np.nda
     x = (x - x.mean(dim=0)) / torch.where(deviation > 1e-12, deviation, 1.0)
     fewer = min(perplexity, (len(x) - 1) / 3)
     model = TSNE(n_components=2, perplexity=fewer, init="pca", random_state=seed)
-    with threadpool_limits(limits=1):  # its threads wait by spinning: beside another busy process, twenty times slower
+    with threadpool_limits(
+        limits=1
+    ):  # threads that wait by spinning: twenty times slower while another process is busy
         return model.fit_transform(x.numpy())

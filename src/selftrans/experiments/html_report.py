@@ -87,7 +87,7 @@ def legend(metric: str) -> str:
     return (
         f"distance: {metric}, lower is better; accuracy: the classifier's, of the samples' labels; shallow probe: accuracy "
         "of a linear classifier on the features of the block that stage 1 guides, at t = 0.4; seconds: of the student's "
-        "training; total seconds and TFLOPs: the teacher's training included. Runs may train side by side, "
+        "training; total seconds and TFLOPs: the teacher's training included. Runs may train at the same time, "
         "so compare TFLOPs rather than seconds. To vanilla's: student steps, and TFLOPs in all, after which the method is as "
         "good as vanilla of the same seed at its end, between two measurements read off the straight line of log distance; "
         "≤ where the first measurement was as good already; - where the training of an imported teacher is unknown."
@@ -188,12 +188,12 @@ weights ({summary["sampler"]["sampler"]} sampler, {summary["sampler"]["steps"]} 
 <h2>Samples at the end</h2>
 <p class="note">The same noise and the same labels for each method.</p>
 <div class="grids">{samples}</div>
-<h2>What the shallow block sees</h2>
+<h2>Features of the shallow block</h2>
 <p class="note">First three principal components of block {summary["block"]}, the one that stage 1 guides, at t = 0.4, over
 training, for the digits of the first row. Colours are those of the last checkpoint's components.</p>
 {features}
 <p class="note">Made by <code>selftrans quickstart</code> in {summary["seconds"]:.0f} s. The same numbers are in
-<code>table.json</code> and <code>table.csv</code> beside this page.</p>
+<code>table.json</code> and <code>table.csv</code> next to this page.</p>
 </body></html>
 """
 
@@ -212,7 +212,7 @@ def comparison_page(summary: dict[str, Any], figure: Figure, grids: Mapping[str,
         **{name: _settings(config[name]) for name in ("stage1", "stage2", *names) if name in config},
         "seeds": ", ".join(map(str, summary["seeds"])),
         "distance": f"{summary['metric']}, {summary['images']:,} samples of the averaged weights, to the training data"
-        + ("" if summary["autoencoder"] == "pixel" else " as the autoencoder decodes them"),
+        + ("" if summary["autoencoder"] in ("pixel", "values") else " as the autoencoder decodes them"),
         "sampler": _settings(sampler),
         "extractor": f"{summary['features']}, sha256 {summary['extractor_sha256']}",
     }
@@ -222,7 +222,7 @@ def comparison_page(summary: dict[str, Any], figure: Figure, grids: Mapping[str,
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>selftrans compare</title><style>{STYLE}</style></head><body>
-<h1>Methods side by side</h1>
+<h1>Methods compared</h1>
 <div class="scroll">{_table(summary["table"], names)}</div>
 <p class="note">{html.escape(legend(summary["metric"]))}</p>
 <h2>Convergence</h2>
@@ -233,7 +233,7 @@ def comparison_page(summary: dict[str, Any], figure: Figure, grids: Mapping[str,
 <div class="grids">{samples}</div>
 <h2>What the numbers depend on</h2>
 <table class="settings">{lines}</table>
-<p class="note">The same numbers are in <code>compare.json</code> and <code>compare.csv</code> beside this page.</p>
+<p class="note">The same numbers are in <code>compare.json</code> and <code>compare.csv</code> next to this page.</p>
 </body></html>
 """
 

@@ -43,7 +43,7 @@ def reference_of(reference: str | Path, extractor: Extractor) -> Statistics:
 
 
 def _cached(path: Path, extractor: Extractor) -> Statistics:
-    """Statistics of pictures: from the cache, or computed and put there; a cache that refuses to be written is no harm."""
+    """Statistics of pictures: from the cache, or computed and put there, if it can be written."""
     must_exist(path, WANTED)
     kept = cache() / f"{_identity(path, extractor)}.npz"
     if kept.exists():
@@ -79,7 +79,7 @@ def _identity(path: Path, extractor: Extractor) -> str:
     )
     if (path / "manifest.json").exists():
         files = [path / "manifest.json"]  # holds the sha256 of every shard
-        lines.append("posterior means")  # how they are decoded; at first they were drawn
+        lines.append("posterior means")  # how they are decoded; older versions drew samples
     for file in files:
         about = file.stat()
         lines.append(f"{file.relative_to(path) if file != path else ''}|{about.st_size}|{about.st_mtime_ns}")

@@ -182,7 +182,7 @@ def _npz_count(path: Path) -> int:
         with zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as file:
             npy.read_magic(file)
             return int(npy.read_array_header_1_0(file)[0][0])
-    except Exception:  # a torn zip raises anything
+    except Exception:  # a damaged zip raises almost anything
         return -1
 
 

@@ -103,7 +103,7 @@ def test_separable_images_are_learnt_inside_no_grad() -> None:
     assert not model.training
 
 
-def test_moved_and_mirrored_images_by_hand() -> None:
+def test_shifted_and_mirrored_images_by_hand() -> None:
     from selftrans.evaluate.classifier import _augment
 
     images = torch.arange(9, dtype=torch.uint8).view(1, 3, 3, 1).repeat(64, 1, 1, 1)
@@ -146,7 +146,7 @@ def test_saving_and_loading_keeps_everything(tmp_path: Path) -> None:
         (lambda h, t: h.pop("training"), "header .* damaged"),
         (lambda h, t: h.update(training=json.dumps({"accuracy": 1})), "header .* damaged"),
         (lambda h, t: h.update(architecture=json.dumps({"resolution": 5})), "must name"),
-        (lambda h, t: h.update(architecture=h["architecture"].replace("6", "-6")), "positive whole"),
+        (lambda h, t: h.update(architecture=h["architecture"].replace("6", "-6")), "positive integers"),
         (lambda h, t: h.update(architecture=h["architecture"].replace("6", "1000000000")), "head.weight"),
         (lambda h, t: t.pop("head.bias"), "head.bias"),
         (lambda h, t: t.update(stranger=torch.zeros(1)), "stranger"),
@@ -232,7 +232,7 @@ def test_unknown_features_name_the_remedy(name: str, said: str) -> None:
         load_extractor(name)
 
 
-def test_weights_beside_a_file_are_not_ignored(trained: Path) -> None:
+def test_weights_given_with_a_file_are_refused(trained: Path) -> None:
     with pytest.raises(ValueError, match="belong to a named extractor"):
         load_extractor(trained, weights=trained)
 

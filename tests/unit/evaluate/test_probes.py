@@ -96,7 +96,7 @@ def test_collect_takes_named_conditions() -> None:
 @pytest.mark.parametrize(
     ("changes", "said"), [({"taps": (4,)}, "backbone of 3"), ({"taps": ()}, "choose 1"), ({"t": 1.5}, "outside")]
 )
-def test_collect_refuses_what_it_cannot_read(changes: dict, said: str) -> None:
+def test_collect_refuses_blocks_and_times_out_of_range(changes: dict, said: str) -> None:
     with pytest.raises(ValueError, match=said):
         collected(**changes)
 
@@ -286,7 +286,7 @@ def figures() -> dict:
     }  # fmt: skip
 
 
-def test_figures_hold_what_they_were_given() -> None:
+def test_figures_show_their_data() -> None:
     drawn = figures()
     axes = drawn["curves"].axes[0]
     assert [line.get_label() for line in axes.lines] == ["vanilla", "stage 1"]
@@ -331,7 +331,7 @@ def test_pictures_for_a_page_without_files(tmp_path: Path) -> None:
         plots.save_png(picture, tmp_path / "file" / "c.png")
 
 
-def test_a_name_that_is_no_formula_is_written_as_it_is(tmp_path: Path) -> None:
+def test_names_with_dollar_signs_are_no_formulas(tmp_path: Path) -> None:
     figure = plots.scatter(np.eye(2), np.arange(2), names=["$\\frac$", "a"])
     assert [text.get_text() for text in figure.axes[0].get_legend().get_texts()] == ["$\\frac$", "a"]
     plots.save(figure, tmp_path / "a.png")  # a formula would fail here

@@ -145,7 +145,7 @@ def test_points_measured_alike_are_kept_and_damaged_ones_measured_again(tmp_path
         assert measured_before(path, measurement) == {}
 
 
-def test_a_runs_settings_do_not_depend_on_what_it_is_compared_with():
+def test_settings_of_a_run_do_not_depend_on_the_other_methods():
     config = dataclasses.replace(recipe("digits"), repa=Repa(encoder="some/encoder"), sra=SRA(span=0.1))
     assert only(config, "repa").repa.encoder == "some/encoder" and only(config, "repa").sra == recipe("digits").sra
     assert only(config, "sra") == dataclasses.replace(recipe("digits"), method="sra", sra=SRA(span=0.1))
@@ -229,7 +229,9 @@ def test_compare_command(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> N
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-def test_a_comparison_grows_under_other_settings(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_comparison_continues_with_more_steps_methods_and_seeds(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     """Longer, with another sampler, with a method more that has settings of its own: one table, measured alike."""
     out = tmp_path / "compared"
     command = ["compare", "digits", "--out", str(out), "--images", "24", "--workers", "1", "--model.width", "16"]
@@ -300,9 +302,7 @@ def test_data_without_classes_are_compared_too(tmp_path: Path, capfd: pytest.Cap
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-def test_a_given_teacher_teaches_and_its_unknown_cost_is_said(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_given_teacher_is_used_and_its_cost_is_unknown(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     small = ["--model.width", "16", "--model.depth", "3", "--train.batch-size", "16", "--stage1.head-width", "8"]
     command = ["compare", "digits", "--out", str(tmp_path / "x"), "--images", "24", "--workers", "1", "--steps", "5"]
     command += [*small, "--stage2.head-width", "8", "--sample.steps", "2", "--seeds", "0", "--stage2.teacher"]
@@ -365,7 +365,7 @@ def test_unusable_methods_are_refused_before_training(method, words, said, tmp_p
     assert said in capfd.readouterr().err and not list((tmp_path / "x").glob("*-seed*"))
 
 
-def test_the_library_refuses_what_the_command_refuses(tmp_path):
+def test_too_few_images_are_refused_by_the_library(tmp_path):
     with pytest.raises(ValueError, match="at least two images"):
         compare_methods(recipe("digits"), tmp_path, ["vanilla"], images=1)
     assert not list(tmp_path.iterdir())

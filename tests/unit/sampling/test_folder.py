@@ -128,7 +128,7 @@ def test_fewer_images_than_begun_are_refused(tmp_path):
         write(tmp_path, 2)
 
 
-def test_a_folder_of_other_pictures_is_refused(tmp_path):
+def test_folder_of_other_pictures_is_refused(tmp_path):
     (tmp_path / "000000.png").write_bytes(b"somebody's picture")
     with pytest.raises(ValueError, match=r"no samples\.json"):
         write(tmp_path, 2)
@@ -264,7 +264,7 @@ def test_full_disk_leaves_complete_files_and_one_clear_error(tmp_path, side, lim
     assert np.load(tmp_path / "samples.npz")["arr_0"].shape == (20, side, side, 3)
 
 
-def test_a_folder_that_cannot_be_made_is_one_clear_error(tmp_path):
+def test_unwritable_folder_is_one_clear_error(tmp_path):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(ValueError, match=r"file.samples.json cannot be written \(File exists\)"):
         write(tmp_path / "file", 2)

@@ -9,7 +9,7 @@ import torch
 
 from selftrans.checkpoints.load import load_model
 from selftrans.config import SampleConfig
-from selftrans.encoders.autoencoder import PixelAutoencoder, load_autoencoder
+from selftrans.encoders.autoencoder import PixelAutoencoder, ValuesAutoencoder, load_autoencoder
 from selftrans.models.sit import SiT
 from selftrans.sampling import images as module
 from selftrans.sampling.images import Sampler, cast_products, conditions_for, fill, image_noise, worth_compiling
@@ -145,18 +145,33 @@ def test_model_without_classes_gets_label_zero():
     assert labels.tolist() == [0, 0] and images.shape[0] == 2
 
 
+class Straight(Backbone):
+    """Flows along a straight line to zero, whatever the shape."""
+
+    depth, width, conditions = 1, 1, Conditions("none")
+
+    def __init__(self, shape):
+        super().__init__()
+        self.shape, self.grid = shape, shape[1:]
+
+    def forward(self, x, t, cond, *, taps=(), stop=False):
+        return Output(x / t.view(-1, *[1] * (x.dim() - 1)), {})
+
+    def null(self, cond):
+        return cond
+
+
 def test_pictures_need_not_be_square():
-    class Wide(Backbone):
-        depth, width, shape, grid, conditions = 1, 1, (1, 4, 6), (4, 6), Conditions("none")
+    _, _, images = gather(Straight((1, 4, 6)), SampleConfig(num=2, steps=2, sampler="euler"))
+    assert images.shape == (2, 4, 6, 1) and images.dtype == np.uint8 and set(images.ravel()) <= {127, 128}
 
-        def forward(self, x, t, cond, *, taps=(), stop=False):
-            return Output(x, {})
 
-        def null(self, cond):
-            return cond
-
-    _, _, images = gather(Wide(), SampleConfig(num=2, steps=2))
-    assert images.shape == (2, 4, 6, 1) and images.dtype == np.uint8
+@pytest.mark.parametrize("shape", [(2, 9), (1, 4, 6), (2, 3, 4, 5)])
+def test_data_that_are_no_pictures_are_arrays(shape):
+    config = SampleConfig(num=3, steps=2, sampler="euler", batch_size=2)
+    batches = list(Sampler(Straight(shape), ValuesAutoencoder(), config, device="cpu").sample())
+    images = np.concatenate([batch.images for batch in batches])
+    assert images.shape == (3, *shape) and images.dtype == np.float32 and np.abs(images).max() < 1e-6
 
 
 @pytest.mark.parametrize(("count", "whole"), [(8, 8), (9, 12), (1, 4)])

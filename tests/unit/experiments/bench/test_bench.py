@@ -51,7 +51,7 @@ def gradients(loss: torch.Tensor, *modules: nn.Module) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("times", ["systematic", "uniform"])
 @pytest.mark.parametrize("n", [1, 7, 10])
-def test_the_plain_arithmetic_has_our_loss_and_gradients(times: str, n: int) -> None:
+def test_plain_step_has_the_loss_and_gradients_of_the_package(times: str, n: int) -> None:
     config = settings(SMALL, n, "fp32")
     student, teacher = (SMALL.build(SHAPE, 10) for _ in range(2))
     randomise(student)
@@ -70,7 +70,7 @@ def test_the_plain_arithmetic_has_our_loss_and_gradients(times: str, n: int) -> 
     assert n < 7 or report["self"] > 0
 
 
-def test_the_plain_vanilla_loss_is_ours() -> None:
+def test_plain_vanilla_loss_is_that_of_the_package() -> None:
     student = SMALL.build(SHAPE, 10)
     randomise(student)
     batch = Batch(torch.randn(5, *SHAPE), torch.randint(10, (5,)))
@@ -160,7 +160,7 @@ def test_a_model_beyond_memory_is_reported_and_the_next_is_measured(
 def test_random_latents_are_prepared_data(tmp_path: Path) -> None:
     shards = made_up(tmp_path, SHAPE, 600, classes=7)
     shards.verify()
-    moments, labels = shards.read(torch.arange(600))
+    moments, labels = (shards.read(torch.arange(600))[name] for name in ("moments", "labels"))
     assert moments.shape == (600, 1, 8, 8, 8) and labels.max() == 6
     assert (moments[:, :, 4:] >= 0).all() and moments[:, :, :4].float().std().item() == pytest.approx(1, abs=0.02)
 
