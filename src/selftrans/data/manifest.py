@@ -191,7 +191,9 @@ class Manifest:
                 "`selftrans prepare` into a new folder"
             )
         if version != VERSION:
-            raise ValueError(f"{FILE} is of version {version}, this package reads {VERSION}; install a newer version of it")
+            raise ValueError(
+                f"{FILE} is of version {version}, this package reads {VERSION}; install a newer version of it"
+            )
         record.only(field.name for field in fields(cls))
         shards = enumerate(record.items("shards", lambda x: x))
         manifest = cls(

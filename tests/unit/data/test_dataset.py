@@ -252,7 +252,8 @@ JSON = st.recursive(
     max_leaves=5,
 )
 FIELDS = (
-    "version count copies shape latent_space dtype autoencoder resolution image_channels conditions classes options features"
+    "version count copies shape latent_space dtype autoencoder resolution image_channels conditions classes options "
+    "features"
 )
 
 

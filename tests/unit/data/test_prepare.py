@@ -79,7 +79,7 @@ def test_interrupted_and_continued_equals_uninterrupted(
         "batch_size": 2,
         "progress": False,
     }
-    prepare(pictures, tmp_path / "whole", **options)  # type: ignore[arg-type]
+    prepare(pictures, tmp_path / "complete", **options)  # type: ignore[arg-type]
     out = tmp_path / "parts"
     for count in (3, 7, 1, 9):  # 3 and 1 stop inside a shard: nothing of it counts
         with stopped_after(count):
@@ -89,12 +89,12 @@ def test_interrupted_and_continued_equals_uninterrupted(
             Dataset.open(out)
     assert len(list(out.glob("shard-*.json"))) == 2  # from 7, then from 9: none is made twice
     prepare(pictures, out, **options)  # type: ignore[arg-type]
-    assert contents(out) == contents(tmp_path / "whole")
+    assert contents(out) == contents(tmp_path / "complete")
 
 
 def test_killed_between_writes(pictures: Path, tmp_path: Path) -> None:
     """A process that dies at a rename: the next call ends in the same bytes."""
-    prepare(pictures, tmp_path / "whole", shard_size=12, progress=False)
+    prepare(pictures, tmp_path / "complete", shard_size=12, progress=False)
     script = (
         "import os, sys; replace, left = os.replace, [int(sys.argv[3])]\n"
         "def dying(a, b):\n"
@@ -111,7 +111,7 @@ def test_killed_between_writes(pictures: Path, tmp_path: Path) -> None:
         )
         assert list(out.glob(".*.tmp"))
     prepare(pictures, out, shard_size=12, progress=False)
-    assert codes == [9, 9] and contents(out) == contents(tmp_path / "whole")
+    assert codes == [9, 9] and contents(out) == contents(tmp_path / "complete")
 
 
 def test_repeating_a_complete_preparation_writes_nothing(
@@ -160,7 +160,9 @@ def test_folder_of_version_one_is_refused_with_the_remedy(pictures: Path, tmp_pa
     prepare(pictures, out, progress=False)
     found = json.loads((out / "manifest.json").read_text())
     old = {name: value for name, value in found.items() if name not in ("latent_space", "conditions", "features")}
-    (out / "manifest.json").write_text(json.dumps(old | {"version": 1, "scale": 1.0, "shift": 0.0, "stochastic": False}))
+    (out / "manifest.json").write_text(
+        json.dumps(old | {"version": 1, "scale": 1.0, "shift": 0.0, "stochastic": False})
+    )
     remedy = r"of version 1, whose .bin files .* no longer reads; repeat its `selftrans prepare` into a new folder"
     for attempt in (lambda: Dataset.open(out), lambda: prepare(pictures, out, progress=False)):
         with pytest.raises(ValueError, match=remedy) as caught:
@@ -178,13 +180,13 @@ def test_a_changed_picture_is_noticed(pictures: Path, tmp_path: Path) -> None:
 def test_lost_or_damaged_shard_is_made_again(pictures: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     prepare(pictures, out, shard_size=5, progress=False)
-    whole = contents(out)
+    complete = contents(out)
     (out / "shard-00003.safetensors").unlink()
     (out / "shard-00001.safetensors").write_bytes(b"short")
     with pytest.raises(ValueError, match=r"shard-00001.safetensors cannot be used .* repeat the `selftrans prepare`"):
         Dataset.open(out)
     prepare(pictures, out, shard_size=5, progress=False)
-    assert contents(out) == whole
+    assert contents(out) == complete
     Dataset.open(out, verify=True)
 
 

@@ -140,8 +140,7 @@ class NpzValues:
         """Sample i: (C, *S) float32. Raises BadSample for numbers that are not finite, ValueError for a damaged file."""
         size = math.prod(self.shape) * self.dtype.itemsize
         with self._lock:
-            file = self._stream_at(i, size)
-            data = _read_exactly(file, size, self.path, f"sample {i}")
+            data = _read_exactly(self._stream_at(i, size), size, self.path, f"sample {i}")
             self._state["next"] = i + 1
         with np.errstate(over="ignore"):  # a float64 beyond float32 becomes infinite, and is refused below
             values = np.frombuffer(data, self.dtype).reshape(self.shape).astype(np.float32)
@@ -158,13 +157,13 @@ class NpzValues:
         return digest.hexdigest()
 
     def _stream_at(self, i: int, size: int) -> IO[bytes]:
-        """The stream, at the beginning of sample i."""
-        if self._state.get("next", len(self)) > i:
-            file = open_zip(self.path).open("data.npy")
-            _header(file)
-            self._state.update(file=file, next=0)
+        """The stream, at the beginning of sample i; where it stands is forgotten until that has been read."""
+        at = self._state.pop("next", len(self))
+        if at > i:
+            self._state["file"], at = open_zip(self.path).open("data.npy"), 0
+            _header(self._state["file"])
         file = self._state["file"]
-        left = (i - self._state["next"]) * size
+        left = (i - at) * size
         while left:
             left -= len(_read_exactly(file, min(left, CHUNK), self.path, f"a sample before {i}"))
         return file
