@@ -5,11 +5,12 @@ Importing it needs torch only.
 """
 
 from selftrans.flow import COSINE, LINEAR, PATHS, draw, interpolate
-from selftrans.methods.objective import Frozen, Guidance, Objective
+from selftrans.methods.guidance import Frozen, Guidance
+from selftrans.methods.objective import Objective
 from selftrans.methods.self_transcendence import SelfGuidance, Stage1, Stage2, StructureGuidance
-from selftrans.models.sit import SIT, SiT
+from selftrans.models.sit import SIT_SIZES, SiT
 from selftrans.sampling.samplers import SAMPLERS, guided, ode, sde
-from selftrans.types import Backbone, Batch, Cond, Draw, Output
+from selftrans.types import Backbone, Batch, Cond, Conditions, Draw, Output
 
 __version__ = "0.1.0"
 
@@ -18,10 +19,11 @@ __all__ = [
     "LINEAR",
     "PATHS",
     "SAMPLERS",
-    "SIT",
+    "SIT_SIZES",
     "Backbone",
     "Batch",
     "Cond",
+    "Conditions",
     "Draw",
     "Frozen",
     "Guidance",

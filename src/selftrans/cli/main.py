@@ -137,9 +137,9 @@ def _train(argv: list[str]) -> None:
     options, rest = _own_options(argv[1:], ("data", "out", "teacher"))
     config = configured(argv[0], rest, "train", tuple(options), "--out RUN, --data DIR, --teacher RUN_OR_FILE")
     if "data" in options:
-        config = dataclasses.replace(config, data=dataclasses.replace(config.data, path=options["data"]))
+        config = config.override({"data.path": options["data"]})
     if "teacher" in options:
-        config = dataclasses.replace(config, stage2=dataclasses.replace(config.stage2, teacher=options["teacher"]))
+        config = _taught(config, options["teacher"])
     for said in ignored(config):
         warnings.warn(said, stacklevel=2)
     report = train(config, options["out"])
@@ -153,26 +153,39 @@ def _train(argv: list[str]) -> None:
     print(f"done: {steps} student steps, {tflops:.3g} TFLOPs; {total} -> {options['out']}")
 
 
+def _taught(config: Any, teacher: str) -> Any:
+    """The configuration with a teacher given, where its method has one."""
+    from selftrans.methods.registry import stages
+
+    option = next((stage.teacher.option for stage in stages(config) if stage.teacher), None)
+    if option is None:
+        warnings.warn(f"--teacher is ignored: method {config.method} has no teacher", stacklevel=3)
+        return config
+    return config.override({option: teacher})
+
+
 def configured(name: str, words: list[str], command: str, given: Sequence[str], beside: str) -> Any:
     """The recipe `name` with the overrides `words`, all of the form --a.b=c or --a.b c; `given` are options taken out before.
 
     What is unknown ends with one line and the nearest name, and so does a missing --out.
     """
-    from selftrans.config import RunConfig
+    from selftrans.cli.overrides import overridden, override_type
     from selftrans.recipes import RECIPES
 
     if name not in RECIPES:
         raise _usage(f"recipe '{name}' is unknown", name, list(RECIPES), f"selftrans {command} --help")
+    config = RECIPES[name]()
+    kind, default = override_type(config, words)
     _check_flags(
         words,
-        [*sorted(_dotted(RunConfig)), *re.findall(r"--([a-z]+)", beside)],
+        [*sorted(_dotted(kind)), *re.findall(r"--([a-z]+)", beside)],
         "override",
         f"selftrans {command} {name} --help",
     )
     if not {"-h", "--help"} & set(words) and "out" not in given:
         raise _usage("--out RUN is missing", "", [], f"selftrans {command} --help")
     about = f"{inspect.getdoc(RECIPES[name])}\n\nBeside the overrides: {beside}."
-    return _parse(RunConfig, words, f"selftrans {command} {name}", RECIPES[name](), about)
+    return overridden(config, _parse(kind, words, f"selftrans {command} {name}", default, about))
 
 
 def _split_overrides(argv: list[str]) -> tuple[list[str], list[str]]:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from selftrans.data.sources.decode import shown
+from selftrans.types import Conditions
 
 Option: TypeAlias = str | int | float | bool | None
 
@@ -62,6 +63,11 @@ class Manifest:
     @property
     def num_classes(self) -> int:
         return len(self.classes)
+
+    @property
+    def conditions(self) -> Conditions:
+        """What a sample is conditioned on."""
+        return Conditions("labels" if self.classes else "none", self.num_classes)
 
     @property
     def moments_shape(self) -> tuple[int, int, int, int]:

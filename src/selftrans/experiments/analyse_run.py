@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from selftrans.checkpoints.load import Restored, Weights, restore
+from selftrans.checkpoints.load import LoadedModel, Weights, load_model
 from selftrans.data.dataset import Shards
 from selftrans.data.sources.decode import shown
 from selftrans.encoders.autoencoder import load_autoencoder, sample_latents, to_uint8
@@ -71,7 +71,7 @@ def analyse(
         raise ValueError(
             f"{samples} samples at {len(timesteps)} timesteps are too few; give at least 20, and a timestep"
         )
-    found = restore(origin, stage=stage, weights=weights)
+    found = load_model(origin, stage=stage, weights=weights)
     shards = Shards.open(_data_of(origin, found, data))
     if shards.manifest.shape != found.model.shape or shards.manifest.num_classes != found.model.num_classes:
         raise ValueError(
@@ -116,7 +116,7 @@ def _spread(blocks: Sequence[int]) -> list[int]:
     return sorted({blocks[round(fraction * (len(blocks) - 1))] for fraction in (0.15, 0.4, 0.7, 1.0)})
 
 
-def _data_of(origin: str | Path, found: Restored, data: str | None) -> str:
+def _data_of(origin: str | Path, found: LoadedModel, data: str | None) -> str:
     """Directory of the data: as given, else where the run found them."""
     known = data or found.config.data.path
     if known is None and (Path(origin) / "data" / "manifest.json").exists():

@@ -6,7 +6,6 @@ out is what is written: no order of the methods is assumed anywhere.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import time
 from collections.abc import Sequence
@@ -16,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from selftrans.checkpoints import format as checkpoint
-from selftrans.checkpoints.load import restore
+from selftrans.checkpoints.load import load_model
 from selftrans.config import RunConfig
 from selftrans.data.dataset import Shards
 from selftrans.data.prepare import prepare_digits
@@ -26,15 +25,18 @@ from selftrans.evaluate.plots import save
 from selftrans.evaluate.probes import collect, pca_basis, pca_maps
 from selftrans.experiments import report
 from selftrans.experiments.analyse_run import latents_of
+from selftrans.experiments.compare import equal_lengths, only
 from selftrans.experiments.runner import PROBE_T, Comparison, Results, compare, samples_of
 from selftrans.experiments.table import as_csv, mean_curve, rows
 from selftrans.flow import PATHS
+from selftrans.methods.self_transcendence import SELF_TRANSCENDENCE, STRUCTURE, Stage1
+from selftrans.methods.vanilla import VANILLA
 from selftrans.recipes.digits import digits
 from selftrans.storage import write_json, write_text
 from selftrans.train.signals import lock
 
 #: name of the method -> what the page calls it; in this order, so that stage 1 is there to teach
-METHODS = {"vanilla": "vanilla", "structure": "stage 1 only", "self_transcendence": "Self-Transcendence"}
+METHODS = {spec.name: spec.title for spec in (VANILLA, STRUCTURE, SELF_TRANSCENDENCE)}
 IMAGES = 1000  #: samples for each distance
 SHOWN = 42  #: samples on the page, per method
 MAPPED = 8  #: digits whose features are mapped
@@ -58,15 +60,15 @@ def quickstart(
     started = time.perf_counter()
     config = digits()
     if steps is not None:
-        config = dataclasses.replace(config, train=dataclasses.replace(config.train, steps=steps)).check()
+        config = config.override({"train.steps": steps}).check()
     with lock(out):
         shards = prepare_digits(out / "data")
-        config = dataclasses.replace(config, data=dataclasses.replace(config.data, path=str(out / "data")))
+        config = config.override({"data.path": str(out / "data")})
         classifier = out / "digits-classifier.safetensors"
         load_extractor("digits", weights=classifier)  # trained once, before the workers ask for it
         # the teacher is stage 1 at its end, so that every row of the table has had the same number of steps
-        config = dataclasses.replace(config, stage1=dataclasses.replace(config.stage1, steps=config.train.steps))
-        variants = {name: dataclasses.replace(config, method=name) for name in METHODS}
+        config = equal_lengths(config)
+        variants = {name: only(config, name) for name in METHODS}
         chosen = Comparison(config, variants, tuple(seeds), out, images, "digits", str(classifier))
         results = compare(chosen, workers=workers)
         summary = summarise(chosen, results)
@@ -97,8 +99,8 @@ def summarise(chosen: Comparison, results: Results) -> dict[str, Any]:
         "curves": {name: mean_curve(results, name) for name in METHODS},
         "seeds": list(chosen.seeds),
         "steps": shared.train.steps,
-        "teacher_steps": shared.stage1.steps,
-        "block": shared.stage1.block,
+        "teacher_steps": shared.section(Stage1).steps,
+        "block": chosen.block,
         "images": chosen.images,
     }
 
@@ -106,7 +108,7 @@ def summarise(chosen: Comparison, results: Results) -> dict[str, Any]:
 def write(out: Path, summary: dict[str, Any], shards: Shards, config: RunConfig, seed: int) -> None:
     """Everything that people open: the table, the picture, the page."""
     grids = {label: samples_of(out / f"{name}-seed{seed}", config.sample, SHOWN) for name, label in METHODS.items()}
-    maps = {label: maps_of(out / f"{name}-seed{seed}", shards, config.stage1.block) for name, label in METHODS.items()}
+    maps = {label: maps_of(out / f"{name}-seed{seed}", shards, summary["block"]) for name, label in METHODS.items()}
     curves = {METHODS[name]: curve for name, curve in summary["curves"].items()}
     save(report.overview(curves, grids, summary["metric"]), out / "quickstart.png")
     page = report.page(summary, METHODS, curves, grids, maps)
@@ -119,7 +121,7 @@ def maps_of(run: Path, shards: Shards, block: int) -> dict[str, np.ndarray]:
     """Row name -> pictures: the digits, and PCA maps of the shallow block at every checkpoint, in the last one's colours."""
     z0, labels = latents_of(shards, np.arange(min(MAPPED, len(shards))))
     stage = json.loads((run / "run.json").read_text())["stages"][-1]["stage"]
-    found = [restore(folder) for _, folder in checkpoint.steps(run / stage / "checkpoints")]
+    found = [load_model(folder) for _, folder in checkpoint.steps(run / stage / "checkpoints")]
     feats = [
         collect(one.model, z0, labels, t=PROBE_T, taps=(block,), path=PATHS[one.config.train.path])[block]
         for one in found

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from selftrans.checkpoints import format as checkpoint
-from selftrans.checkpoints.load import Weights, restore
+from selftrans.checkpoints.load import Weights, load_model
 from selftrans.config import DTYPES, SampleConfig
 from selftrans.encoders.autoencoder import load_autoencoder
 from selftrans.flow import PATHS
@@ -47,7 +47,7 @@ def sampling(
 
     ValueError for settings that cannot work.
     """
-    found = restore(origin, stage=stage, weights=weights)
+    found = load_model(origin, stage=stage, weights=weights)
     config = dataclasses.replace(found.config.sample, **settings)
     config.check()
     if config.guidance_scale == 1 and "guidance_interval" in settings:

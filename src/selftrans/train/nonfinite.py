@@ -88,7 +88,7 @@ class Accidents:
                 self.norms[name] = value
                 warnings.warn(
                     f"{name} has grown from {before:.3g} to {value:.3g} at step {step}: features whose scale runs away; a "
-                    "smaller guidance weight or stage2.scale, or target_norm layer, keeps it in bounds",
+                    "smaller guidance weight keeps it in bounds, and so does a normalised target",
                     stacklevel=2,
                 )
 

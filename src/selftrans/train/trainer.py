@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +17,17 @@ import torch
 from accelerate import Accelerator
 
 from selftrans.checkpoints import format as checkpoint
-from selftrans.checkpoints.load import IMPORTED, agreed, check_data, check_teacher, header, usable
+from selftrans.checkpoints.load import IMPORTED, header
 from selftrans.config import RunConfig
 from selftrans.data.dataset import Shards
 from selftrans.flow import PATHS
-from selftrans.methods import Stage
+from selftrans.methods.guidance import Frozen
 from selftrans.methods.objective import Objective
+from selftrans.methods.spec import Stage
+from selftrans.models.compiling import compile_model
 from selftrans.train.batches import Loaded, Stream, seed_step, to_batch
 from selftrans.train.ema import EMA
-from selftrans.train.flops import compile_blocks, step_flops
+from selftrans.train.flops import step_flops
 from selftrans.train.fsdp import everything, exchange, gathered, load, release, split, whole
 from selftrans.train.log import Journal, Window, progress_bar, short
 from selftrans.train.nonfinite import Accidents, check_weights
@@ -39,7 +41,9 @@ from selftrans.train.optim import (
     update,
 )
 from selftrans.train.preview import Preview
+from selftrans.train.resume import agreed, check_data, usable
 from selftrans.train.signals import Stop
+from selftrans.train.teachers import check_teacher
 
 
 class Trainer:
@@ -48,7 +52,8 @@ class Trainer:
     Args:
         accelerator: device, precision and processes; shared by the stages of a run.
         config: the whole run. stage: what this part of it does. room: its folder, `<run>/<stage.name>`.
-        shards: the data. teacher: frozen model or encoder, if the stage wants one. preview: makes the grids.
+        shards: the data. order: names of the run's stages; default: this one alone.
+        teacher: frozen model or encoder, if the stage wants one. preview: makes the grids.
         stop: the schedulers' notice. bar: makes the progress bar (tqdm's interface).
     """
 
@@ -60,6 +65,7 @@ class Trainer:
         room: Path,
         shards: Shards,
         *,
+        order: Sequence[str] = (),
         teacher: Any = None,
         preview: Preview | None = None,
         stop: Stop | None = None,
@@ -67,10 +73,10 @@ class Trainer:
     ) -> None:
         self.accelerator, self.config, self.stage, self.room = accelerator, config, stage, room
         self.shards, self.teacher, self.preview, self.stop = shards, teacher, preview, stop or Stop()
-        self.bar = bar
+        self.bar, self.order = bar, order or [stage.name]
         train, manifest = config.train, shards.manifest
         torch.manual_seed(int(np.random.SeedSequence([train.seed, stage.stream]).generate_state(1)[0]))
-        student = config.model.build(manifest.shape, manifest.num_classes)
+        student = config.build_model(manifest.shape, manifest.conditions)
         student.recompute = train.recompute
         guidances = stage.guide(student, teacher)
         self.objective = Objective(student, guidances, path=PATHS[train.path], times=train.times, drop=train.drop).to(
@@ -88,7 +94,7 @@ class Trainer:
             world=accelerator.num_processes,
         )
         micros = train.batch_size // self.stream.micro
-        each = step_flops(self.objective, torch.zeros(1, dtype=torch.long), self.stream.micro)
+        each = step_flops(self.objective, manifest.conditions.example(), self.stream.micro)
         self.flops = {part: micros * flops for part, flops in each.items()}
         self.sharded = train.shard and accelerator.num_processes > 1
         if self.sharded:
@@ -101,8 +107,18 @@ class Trainer:
         self.origin: dict[str, Any] = {}  #: of imported weights: where they came from
         self._restore()
         if (accelerator.device.type == "cuda") if train.compile is None else train.compile:
-            compile_blocks(self.objective, self.teacher)
+            self._compile()
         self._wrap()
+
+    def _compile(self) -> None:
+        """Compile the blocks of the student and of its teacher, for as long as they live.
+
+        Shapes are fixed: the student's batch, and as many samples as a guidance selects. Independent times select another
+        number at each step, so the teacher's batch stays dynamic there.
+        """
+        compile_model(self.objective.student)
+        if isinstance(self.teacher, Frozen):
+            compile_model(self.teacher.model, dynamic=False if self.objective.times == "systematic" else None)
 
     @property
     def folder(self) -> Path:
@@ -164,7 +180,7 @@ class Trainer:
     def _retire(self) -> bool:
         """Where guidance has ended, its heads and teacher leave the step, the memory and the checkpoints."""
         ended = self.objective.retire(self.step)
-        self.stream.features = any(getattr(g, "reads_features", False) for g in self.objective.guidances)
+        self.stream.features = any(g.reads_features for g in self.objective.guidances)
         if ended:
             forget(getattr(self.optimizer, "optimizer", self.optimizer), self.objective)
             release(self.objective)
@@ -192,7 +208,7 @@ class Trainer:
         every, path = self.config.train.preview_every, self.room / "previews" / f"step-{self.step:08d}.png"
         if self.preview and self.step and (self.step % every == 0 or last):
             manifest = self.shards.manifest
-            model = gathered(self.ema.model, lambda: self.config.model.build(manifest.shape, manifest.num_classes))
+            model = gathered(self.ema.model, lambda: self.config.build_model(manifest.shape, manifest.conditions))
             if self.accelerator.is_main_process:
                 self.preview.save(model, path, again=again)
 
@@ -295,7 +311,18 @@ class Trainer:
 
     def _write(self, tensors: dict[str, dict[str, torch.Tensor]], windows: dict[str, Any]) -> None:
         spent = {"seconds": self.seconds, "tflops": self.total_flops() / 1e12}
-        about = header(self.config, self.stage.name, self.step, self.shards.manifest) | spent | self.origin
+        manifest = self.shards.manifest
+        about = header(
+            self.config,
+            self.stage.name,
+            self.step,
+            order=self.order,
+            shape=manifest.shape,
+            conditions=manifest.conditions,
+            classes=manifest.classes,
+            autoencoder=manifest.autoencoder,
+        )
+        about |= spent | self.origin
         scaler = self.accelerator.scaler
         checkpoint.save(
             self.folder,

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import dataclasses
 import functools
 import io
 import json
@@ -26,7 +25,7 @@ import torch
 from safetensors.torch import save
 
 from selftrans.checkpoints import format as checkpoint
-from selftrans.checkpoints.load import restore
+from selftrans.checkpoints.load import load_model
 from selftrans.config import to_json
 from selftrans.data import resumable as ledger
 from selftrans.data.dataset import Shards
@@ -44,6 +43,7 @@ from selftrans.recipes import recipe
 from selftrans.sampling import folder as samples_io
 from selftrans.train.log import Journal
 from selftrans.train.resume import _read, from_json
+from selftrans.types import Conditions
 from tests.support.pictures import encoded, noise
 from tests.support.shards import make
 
@@ -78,15 +78,15 @@ def prepared() -> dict[str, bytes]:
 @functools.cache
 def run_files() -> dict[str, bytes]:
     """A checkpoint of a model of a few hundred numbers."""
-    config = dataclasses.replace(
-        recipe("digits"), model=dataclasses.replace(recipe("digits").model, width=4, depth=1, heads=1, patch=4)
-    )
-    model = config.model.build((1, 8, 8), 2)
+    small = {"model.width": 4, "model.depth": 1, "model.heads": 1, "model.patch": 4}
+    config = recipe("digits").override(small).restricted()
+    model = config.build_model((1, 8, 8), Conditions("labels", 2))
     header = {
         "stage": "stage1",
         "step": 3,
         "shape": [1, 8, 8],
-        "num_classes": 2,
+        "order": ["stage1", "stage2"],
+        "conditions": {"kind": "labels", "num_classes": 2},
         "classes": ["a", "b"],
         "autoencoder": "pixel",
         "config": json.loads(to_json(config)),
@@ -347,7 +347,7 @@ PARSERS: dict[str, Parser] = {
     "config": Parser(
         "config.json",
         lambda path: _read(path, from_json).check(),
-        lambda: [to_json(recipe("digits")).encode()],
+        lambda: [to_json(recipe("digits").restricted()).encode()],
         20_000,
     ),
     "state": Parser(
@@ -366,10 +366,10 @@ PARSERS: dict[str, Parser] = {
         sealed,
     ),
     "header": Parser("ema.safetensors", checkpoint.read_header, lambda: [run_files()["ema.safetensors"]], 14_000),
-    "weights": Parser("ema.safetensors", restore, lambda: [run_files()["ema.safetensors"]], 2_000),
+    "weights": Parser("ema.safetensors", load_model, lambda: [run_files()["ema.safetensors"]], 2_000),
     "weights_header": Parser(
         "ema.safetensors",
-        restore,
+        load_model,
         lambda: [header(run_files()["ema.safetensors"])],
         4_000,
         wrap=lambda data: with_header(run_files()["ema.safetensors"])(data),

@@ -17,10 +17,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, safe_open, save_file
 
 from selftrans.checkpoints import format as checkpoint
-from selftrans.checkpoints import load as restore_module
-from selftrans.checkpoints.load import find, restore
+from selftrans.checkpoints.load import find, load_model
 from selftrans.cli.main import main
 from selftrans.methods.objective import Objective
+from selftrans.train import resume
 from selftrans.train.log import Journal, Window, read_journal
 from selftrans.train.run import train
 from selftrans.train.signals import Interrupted, Stop
@@ -305,18 +305,18 @@ def test_a_draft_of_a_killed_process_is_swept_before_anything_is_saved(tmp_path)
 def test_all_processes_continue_from_the_step_of_the_first(tmp_path, monkeypatch, seen):
     for step in (4, 8) if seen else (8,):
         save(tmp_path, step)
-    monkeypatch.setattr(restore_module, "broadcast_object_list", lambda _: [4])
+    monkeypatch.setattr(resume, "broadcast_object_list", lambda _: [4])
     other = types.SimpleNamespace(is_main_process=False)
     if seen:
-        assert restore_module.agreed(tmp_path, other).step == 4  # though it sees 8
+        assert resume.agreed(tmp_path, other).step == 4  # though it sees 8
     else:
         with pytest.raises(ValueError, match=r"step-00000004.* is missing .*all must see the same --out"):
-            restore_module.agreed(tmp_path, other)
+            resume.agreed(tmp_path, other)
 
 
 @pytest.mark.parametrize("value", ["gone", None, "x", -1, [], {}])
 @pytest.mark.parametrize(
-    "field", ["shape", "num_classes", "seconds", "window", "span", "accidents", "processes", "teacher"]
+    "field", ["shape", "conditions", "seconds", "window", "span", "accidents", "processes", "teacher"]
 )
 def test_a_sealed_state_of_another_making_costs_one_line(tmp_path, field, value):
     run = toy.copy(toy.finished(), tmp_path / "run")
@@ -402,7 +402,7 @@ def test_means_survive_a_checkpoint_exactly():
     ],
 )
 def test_every_path_that_may_stand_for_a_model(path, stage, step):
-    found = restore(toy.finished() / path)
+    found = load_model(toy.finished() / path)
     assert (found.stage, found.step) == (stage, step)
     assert not found.model.training and found.autoencoder == "pixel" and found.classes == tuple("0123456789")
     file = toy.checkpoint(toy.finished(), stage, step) / (
@@ -414,7 +414,7 @@ def test_every_path_that_may_stand_for_a_model(path, stage, step):
 
 def test_a_single_file_is_enough(tmp_path):
     file = shutil.copy(toy.checkpoint(toy.finished()) / "ema.safetensors", tmp_path / "renamed.bin")
-    found = restore(file)
+    found = load_model(file)
     assert found.step == 8 and found.config == toy.toy()
 
 
@@ -487,7 +487,7 @@ BAD = {
     "damaged checkpoint": (damaged_checkpoint, "missing or damaged"),
     "header is a list": (lambda p: rewritten(p, lambda h: [1, 2]), "not a selftrans weights file"),
     "header is empty": (lambda p: rewritten(p, lambda h: {"a": 1}), "does not say how to build its model"),
-    "other version": (lambda p: rewritten(p, lambda h: h["config"].update(version=9)), "not of version 1"),
+    "other version": (lambda p: rewritten(p, lambda h: h["config"].update(version=9)), "not of version 2"),
     "strange field": (lambda p: rewritten(p, lambda h: h["config"].update(extra=1)), "config.extra is unknown"),
     "config is text": (lambda p: rewritten(p, lambda h: h.update(config="x")), "does not say how"),
     "shape of two": (lambda p: rewritten(p, lambda h: h.update(shape=[1, 8])), "does not say how"),
@@ -500,8 +500,11 @@ BAD = {
     "absurd width": (lambda p: rewritten(p, set_model(width=1 << 40)), "does not say how"),
     "absurd depth": (lambda p: rewritten(p, set_model(depth=1 << 40)), "does not say how"),
     "absurd side": (lambda p: rewritten(p, lambda h: h.update(shape=[1, 1 << 40, 1 << 40])), "does not say how"),
-    "absurd classes": (lambda p: rewritten(p, lambda h: h.update(num_classes=1 << 70)), "does not say how"),
-    "negative classes": (lambda p: rewritten(p, lambda h: h.update(num_classes=-5)), "does not say how"),
+    "absurd classes": (
+        lambda p: rewritten(p, lambda h: h["conditions"].update(num_classes=1 << 70)),
+        "does not say how",
+    ),
+    "negative classes": (lambda p: rewritten(p, lambda h: h["conditions"].update(num_classes=-5)), "does not say how"),
 }
 
 
@@ -531,7 +534,7 @@ def test_a_teacher_of_other_latents_or_classes_or_patches_is_named(tmp_path, cap
         assert re.search(message, capsys.readouterr().err)
     other = ["train", "digits", f"--data={toy.digits()}", f"--out={tmp_path / 'p'}", *toy.flags({"model.patch": 4})]
     assert main([*other, f"--teacher={toy.finished()}"]) == 1
-    assert "patches of 2, the student (1, 8, 8) in patches of 4" in capsys.readouterr().err
+    assert "latents (1, 8, 8) as (4, 4) tokens, the student (1, 8, 8) as (2, 2)" in capsys.readouterr().err
 
 
 TEACHERS = {

@@ -121,18 +121,20 @@ def test_overrides_of_every_kind(tmp_path, monkeypatch, capsys):
     argv = (
         "train digits --train.steps=7 --train.batch_size 16 --train.lr 1e-3 --train.betas 0.8 0.95 --model.qk-norm False "
         "--train.compile None --stage2.until-step None --stage2.timestep-range 0.2 0.5 --stage1.timestep-range None "
-        "--data.shape 1 8 8 --method vanilla --sample.labels 3 4 5 --stage1.block=1 --teacher=some/run --data=a/b"
+        "--data.shape 1 8 8 --method vanilla --sample.labels 3 4 5 --stage1.block=1 --data=a/b"
     )
     assert main([*argv.split(), "--out", "a run"]) == 0
     config, out = seen[0]
     assert out == "a run"
     assert (config.train.steps, config.train.batch_size, config.train.lr) == (7, 16, 1e-3)
     assert config.train.betas == (0.8, 0.95) and config.train.compile is None and config.model.qk_norm is False
-    assert config.stage2.until_step is None and config.stage2.timestep_range == (0.2, 0.5)
-    assert config.stage1.timestep_range is None and config.stage1.block == 1
+    assert config.sections["stage2"].until_step is None and config.sections["stage2"].timestep_range == (0.2, 0.5)
+    assert config.sections["stage1"].timestep_range is None and config.sections["stage1"].block == 1
     assert config.data.shape == (1, 8, 8) and config.sample.labels == (3, 4, 5) and config.method == "vanilla"
-    assert config.stage2.teacher == "some/run" and config.data.path == "a/b"
+    assert config.data.path == "a/b"
     assert config.model.width == RECIPES["digits"]().model.width  # the rest is the recipe's
+    assert main(["train", "digits", "--teacher=some/run", "--out", "a run"]) == 0
+    assert seen[1][0].sections["stage2"].teacher == "some/run" and seen[1][0].method == "self_transcendence"
 
 
 def test_a_list_of_labels_survives_the_run_directory(tmp_path):

@@ -13,11 +13,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from selftrans.checkpoints import format as checkpoint
-from selftrans.checkpoints.load import restore
+from selftrans.checkpoints.load import load_model
 from selftrans.cli.main import main
 from selftrans.config import from_json
 from selftrans.interop.importing import import_run
-from selftrans.interop.sit_names import reflection
+from selftrans.models.sit_published import reflection
 from selftrans.train.run import train
 from tests.support import published_files as strangers
 from tests.support import toy
@@ -46,7 +46,7 @@ def brought(path, out, **given):
 @torch.no_grad()
 def off(run, theirs, sizes, *, weights="ema", flip=False):
     """Largest difference between a run's velocity and the assembled network's, in the network's own time."""
-    model = restore(run, weights=weights).model
+    model = load_model(run, weights=weights).model
     x, t, labels = inputs((sizes["channels"], sizes["side"], sizes["side"]), sizes["classes"])
     expected = -theirs(x, 1 - t, labels) if flip else theirs(x, t, labels)
     assert expected.abs().max() > 0.1
@@ -66,7 +66,7 @@ def test_imported_network_equals_one_assembled_from_diffusers(tmp_path, qk_norm,
     assert f"those of {convention.upper()}, as the options kept" in said
     for weights, named in (("raw", raw), ("ema", ema)):
         assert off(run, Assembled(named, **TINY), TINY, weights=weights, flip=convention == "sit") < 1e-5
-    found = restore(run).config.model
+    found = load_model(run).config.model
     assert (found.qk_norm, found.width, found.depth, found.heads, found.patch) == (qk_norm, 32, 3, 2, 2)
 
 
@@ -77,7 +77,7 @@ def test_a_published_size_at_full_width_and_depth(tmp_path, qk_norm, convention)
     file = strangers.save(tmp_path / "SiT.pt", named)
     run, said = brought(file, tmp_path / "run", heads=None, name="SiT-S/2", convention=convention)
     assert off(run, Assembled(named, **sizes), sizes, flip=convention == "sit") < 1e-5
-    found = restore(run)
+    found = load_model(run)
     assert found.config.model.name == "SiT-S/2" and found.config.model.width is None
     assert found.autoencoder == "stabilityai/sd-vae-ft-mse" and found.model.num_classes == len(found.classes) == 1000
     assert found.step == 0 and "step 0 (--step N says it)" in said
@@ -99,7 +99,7 @@ def test_half_precision_and_a_drifted_average_of_positions_are_taken(tmp_path):
     run, _ = brought(strangers.save(tmp_path / "a.pt", named), tmp_path / "run", convention="repa")
     named = {name: tensor.float() for name, tensor in named.items()} | {"pos_embed": state(**TINY)["pos_embed"]}
     assert off(run, Assembled(named, **TINY), TINY) < 1e-5
-    assert restore(run).model.pos_embed.dtype == torch.float32
+    assert load_model(run).model.pos_embed.dtype == torch.float32
 
 
 # ---- layouts
@@ -174,7 +174,7 @@ def test_what_may_be_a_file_of_dit_is_warned_about(tmp_path, capsys):
         assert "those of SIT, a guess" in said.out and "DiT" in said.out
         assert main([*words, str(tmp_path / name / "told"), "--convention", "sit"]) == 0
         said = capsys.readouterr()
-        assert not said.err and "those of SIT, as told" in said.out
+        assert not said.err and "those of SIT, as given by --convention" in said.out
     certain = {"ema": state(**TINY, learn_sigma=True), "args": options("sit")}
     for name, content in {"none": state(**TINY), "args": certain}.items():
         assert main(["import", str(strangers.save(file, content)), *HEADS, "--out", str(tmp_path / name)]) == 0
@@ -200,12 +200,12 @@ def test_what_is_not_used_of_a_file_is_listed_and_kept_on_record(tmp_path):
     listed = "best\\x1b, scheduler_state, epoch, optimizer, scaler, rng"
     assert f"not used of it: {listed}\n" in said and "it holds one set of weights" in said
     assert json.loads((run / "imported.json").read_text())["unused"] == listed
-    assert restore(run).step == 4 and "step 0" not in said
+    assert load_model(run).step == 4 and "step 0" not in said
     file = strangers.save(
         tmp_path / "b.pt", {"ema": named, "steps": torch.tensor([4, 5])} | {f"x{k}": k for k in range(30)}
     )
     run, said = brought(file, tmp_path / "many")
-    assert "x18, x19 and 11 more\n" in said and restore(run).step == 0
+    assert "x18, x19 and 11 more\n" in said and load_model(run).step == 0
     run, said = brought(strangers.save(tmp_path / "c.pt", {"ema": named, "steps": 4}), tmp_path / "all")
     assert "not used" not in said and "unused" not in json.loads((run / "imported.json").read_text())
 
@@ -214,7 +214,7 @@ def test_one_set_of_weights_under_state_dict(tmp_path):
     named = state(**TINY)
     file = strangers.save(tmp_path / "a.pt", {"state_dict": named, "epoch": 3, "steps": 4})
     run, said = brought(file, tmp_path / "run", convention="repa")
-    assert off(run, Assembled(named, **TINY), TINY) < 1e-5 and restore(run).step == 4
+    assert off(run, Assembled(named, **TINY), TINY) < 1e-5 and load_model(run).step == 4
     assert "it holds one set of weights" in said and "not used of it: epoch" in said
 
 
@@ -243,7 +243,6 @@ def test_heads_are_left_out_or_kept_beside(tmp_path):
 
 def test_the_head_of_stage_1_predicts_what_theirs_predicted(tmp_path):
     """Their unpatchify of their head against our patches of the same picture."""
-    from selftrans.methods.self_transcendence import patchify
 
     sizes = TINY | {"channels": 4}
     named = state(**sizes, projectors="stage1", qk_norm=True)
@@ -251,7 +250,7 @@ def test_the_head_of_stage_1_predicts_what_theirs_predicted(tmp_path):
     file = strangers.save(tmp_path / "a.pt", {"model": named, "ema": named, "args": args, "steps": 5})
     run, _ = brought(file, tmp_path / "run")
     config = from_json((run / "config.json").read_text())
-    stage1 = config.stage1
+    stage1 = config.sections["stage1"]
     assert config.method == "structure" and (stage1.block, stage1.weight, stage1.timestep_range) == (
         2,
         0.25,
@@ -270,10 +269,10 @@ def test_the_head_of_stage_1_predicts_what_theirs_predicted(tmp_path):
 
     from selftrans.methods.self_transcendence import StructureGuidance
 
-    guidance = StructureGuidance(restore(run).model, stage1)
+    guidance = StructureGuidance(load_model(run).model, stage1)
     heads = load_file(toy.checkpoint(run, "stage1") / "heads.safetensors")
     guidance.load_state_dict({k.removeprefix("guidances.0."): v for k, v in heads.items()}, strict=True)
-    torch.testing.assert_close(guidance.head(hidden), patchify(picture, 2), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(guidance.head(hidden), guidance.patchify(picture), atol=1e-5, rtol=1e-5)
 
 
 # ---- the optimiser
@@ -298,7 +297,7 @@ def test_adamw_moments_follow_their_parameters(tmp_path, convention):
     run, said = brought(strangers.save(tmp_path / "a.pt", content), tmp_path / "run")
     assert "afresh" not in said
     found = load_file(toy.checkpoint(run, "vanilla") / "optimizer.safetensors")
-    assert {float(v) for k, v in found.items() if k.endswith(":step")} == {1.0} and restore(run).step == 1
+    assert {float(v) for k, v in found.items() if k.endswith(":step")} == {1.0} and load_model(run).step == 1
     for name, gradient in others.items():
         if name.startswith("projectors"):
             assert f"student.{name}:exp_avg" not in found
@@ -306,7 +305,7 @@ def test_adamw_moments_follow_their_parameters(tmp_path, convention):
         torch.testing.assert_close(found[f"student.{name}:exp_avg"], 0.1 * gradient, rtol=1e-6, atol=0)
         torch.testing.assert_close(found[f"student.{name}:exp_avg_sq"], 1e-3 * gradient.square(), rtol=1e-5, atol=0)
 
-    model = restore(run, weights="raw").model.requires_grad_(True)
+    model = load_model(run, weights="raw").model.requires_grad_(True)
     (model(x, t, labels).v - target).square().mean().backward()
     for name in gradients:
         own = model.get_parameter(name).grad
@@ -341,7 +340,7 @@ def test_an_optimiser_that_does_not_fit_starts_afresh(tmp_path, spoil):
     file = strangers.save(tmp_path / "a.pt", {"model": named, "ema": named, "opt": optimizer, "steps": 9})
     run, said = brought(file, tmp_path / "run")
     assert "the optimiser starts afresh: its optimiser's state does not fit" in said
-    assert load_file(toy.checkpoint(run, "vanilla") / "optimizer.safetensors") == {} and restore(run).step == 9
+    assert load_file(toy.checkpoint(run, "vanilla") / "optimizer.safetensors") == {} and load_model(run).step == 9
 
 
 # ---- going on
@@ -756,7 +755,7 @@ def test_the_cosine_path_of_sit_is_kept(tmp_path):
     named = state(**TINY)
     file = strangers.save(tmp_path / "a.pt", {"model": named, "ema": named, "args": options("sit", path_type="GVP")})
     run, _ = brought(file, tmp_path / "run")
-    assert restore(run).config.train.path == "cosine"
+    assert load_model(run).config.train.path == "cosine"
 
 
 # ---- what was there

@@ -17,6 +17,7 @@ from selftrans.encoders.autoencoder import PixelAutoencoder
 from selftrans.sampling.folder import read_png
 from selftrans.sampling.images import cast_products, fill, generate
 from selftrans.sampling.samplers import sample_images
+from selftrans.types import Conditions
 from tests.support import toy
 from tests.support.toy import quick  # noqa: F401 - a fixture
 
@@ -52,7 +53,7 @@ def test_pictures_and_archive_and_record(tmp_path):
 
 def test_weights_cast_once_are_those_that_autocast_casts_in_each_pass():
     torch.manual_seed(0)
-    model = toy.toy().model.build((1, 8, 8), 10)
+    model = toy.toy().build_model((1, 8, 8), Conditions("labels", 10))
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.1)
     config = SampleConfig(num=4, steps=3, sampler="heun", guidance_scale=2.0, precision="bf16")
@@ -84,7 +85,7 @@ def test_a_filled_batch_leaves_no_picture_too_many(tmp_path, monkeypatch):
 def test_they_are_what_the_library_samples(tmp_path):
     options = ["--sampler=sde", "--guidance-scale=2", "--guidance-interval", "0.2", "0.9", "--seed=5", "--batch-size=4"]
     assert sample(toy.finished(), tmp_path, *options, steps=3) == 0
-    model = toy.toy().model.build((1, 8, 8), 10)
+    model = toy.toy().build_model((1, 8, 8), Conditions("labels", 10))
     model.load_state_dict(load_file(toy.checkpoint(toy.finished()) / "ema.safetensors"))
     config = SampleConfig(
         num=6, steps=3, sampler="sde", guidance_scale=2.0, guidance_interval=(0.2, 0.9), seed=5, batch_size=6

@@ -66,7 +66,7 @@ def test_stopped_at_every_step(tmp_path, monkeypatch, variant):
     config = toy.toy(VARIANTS[variant])
     train(config, whole := tmp_path / "whole", quiet=True)
     monkeypatch.setattr(Stop, "asked", lambda self, accelerator: True)
-    stops = config.stage1.steps - 1 + config.train.steps - 1  # the last step of a stage ends it anyway
+    stops = config.sections["stage1"].steps - 1 + config.train.steps - 1  # the last step of a stage ends it anyway
     assert visits(config, tmp_path / "run") == stops + 1
     toy.assert_same_run(tmp_path / "run", whole)
     reports = [json.loads((run / "run.json").read_text()) for run in (tmp_path / "run", whole)]
@@ -334,7 +334,7 @@ def test_other_data_are_refused(tmp_path):
     [
         ("config.json", "", "config.json cannot be used"),
         ("config.json", '{"version": 7}', "config.json cannot be used .*another version of selftrans"),
-        ("config.json", '{"version": 1}', "config.json cannot be used .*config.recipe is missing"),
+        ("config.json", '{"version": 2}', "config.json cannot be used .*config.recipe is missing"),
         ("data.json", "[]", "data.json cannot be used"),
         ("data.json", '{"shards": [{}]}', "data.json cannot be used"),
     ],

@@ -20,10 +20,10 @@ from selftrans.data.on_device import Resident
 from selftrans.encoders.autoencoder import PixelAutoencoder
 from selftrans.experiments.bench.machine import Clock
 from selftrans.flow import LINEAR
+from selftrans.models.compiling import compile_model
 from selftrans.sampling.images import cast_products
 from selftrans.sampling.samplers import sample_images
 from selftrans.train.batches import Stream, to_batch
-from selftrans.train.flops import compile_model
 
 INTERVAL = (0.0, 0.65)  #: of guidance, as in the paper's headline result
 
