@@ -17,7 +17,8 @@ FILES = {path.relative_to(SRC).as_posix(): path.read_text(encoding="utf-8") for 
 
 #: package or module of src/selftrans, from the bottom up: none imports one that stands below it in this list
 ORDER = (
-    "storage",      # atomic writes, locks, hashes, text that any terminal takes
+    "storage",      # atomic writes, locks, hashes, text made safe for a terminal
+    "precision",    # fp32, bf16, fp16 -> torch's dtypes
     "sections",     # settings as frozen dataclasses, to and from json
     "plugins",      # records that other packages add
     "types",        # shapes, batches, draws, outputs; what a backbone and a guidance are
@@ -49,7 +50,7 @@ EXCEPT = {
 #: the one look upwards, for the type checker only: the registry reads a run's config, which holds the methods' configs
 TYPES_FROM_ABOVE = {("methods", "config")}
 #: rooms that import, of other people's, torch alone (others may: numpy, pillow, diffusers, ...)
-TORCH_ONLY = {"types", "flow", "methods"}
+TORCH_ONLY = {"precision", "types", "flow", "methods"}
 #: what `import selftrans` must not bring in
 HEAVY = "accelerate datasets diffusers huggingface_hub matplotlib PIL scipy sklearn tensorboard transformers tyro"
 #: these do not import beside every build of torch

@@ -9,19 +9,17 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias, TypeVar
 
-import torch
-
 from selftrans.flow import PATHS, TIMES
 from selftrans.methods import registry as methods
 from selftrans.models import registry as models
 from selftrans.models.sit import SiTConfig
 from selftrans.models.spec import ModelConfig
+from selftrans.precision import PRECISIONS
 from selftrans.sections import Resume, Section, fields_of, from_plain, setting
 from selftrans.types import Backbone, Conditions
 
 VERSION = 2  #: of the json layout
 DEFAULT_METHOD = methods.DEFAULT
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SAMPLER_NAMES = ("euler", "heun", "ode", "sde")
 Labels: TypeAlias = Literal["balanced", "random"] | tuple[int, ...]
 S = TypeVar("S", bound=Section)
@@ -160,7 +158,10 @@ class SampleConfig(Section):
             (0 <= self.guidance_scale < math.inf, f"sample.guidance_scale is {self.guidance_scale}; use 1 for none"),
             (0 <= low < high <= 1, f"sample.guidance_interval {low} to {high} is no part of [0, 1]; 0 is data"),
             (self.seed >= 0, f"sample.seed is {self.seed}; use a whole number from 0"),
-            (self.precision in DTYPES, f"sample.precision {self.precision!r} is unknown; choose from {list(DTYPES)}"),
+            (
+                self.precision in PRECISIONS,
+                f"sample.precision {self.precision!r} is unknown; choose from {list(PRECISIONS)}",
+            ),
             (
                 not isinstance(self.labels, str) or self.labels in ("balanced", "random"),
                 f"sample.labels {self.labels!r} are unknown; use balanced, random or a list of classes",

@@ -1,4 +1,4 @@
-"""FSDP2's corners on two gloo processes: runs that change over, parts that are empty or not finite, guidance that has ended."""
+"""Corner cases of FSDP2 on two gloo processes: switching to and from DDP, empty or non-finite shards, ended guidance."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import nn
 
 from selftrans.checkpoints.format import newest
 from selftrans.methods import objective
-from selftrans.train.fsdp import local, release, split
+from selftrans.train.fsdp import local, release, shard_models
 from selftrans.train.nonfinite import check_weights
 from selftrans.train.run import train
 from selftrans.types import Batch
@@ -27,29 +27,27 @@ CPU = torch.device("cpu")
 
 
 def work(rank: int, folder: str, data: str, port: int) -> None:
-    """One of two processes, for all of this file: it leaves a file for each thing that held."""
+    """One of two processes, for all of this file: it writes a file for each check that passed."""
     places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     os.environ |= {name: str(value) for name, value in places.items()}
     torch.set_num_threads(1)
-    change_over(Path(folder), data)
+    switch_between_sharded_and_ddp(Path(folder), data)
     for part in (weights_that_are_not_finite, guidance_that_ends):
         part(rank)
         Path(folder, f"{part.__name__}-{rank}").touch()
     dist.destroy_process_group()
 
 
-def change_over(folder: Path, data: str) -> None:
+def switch_between_sharded_and_ddp(folder: Path, data: str) -> None:
     dotted = {"stage2.until_step": 6, "train.checkpoint_every": 4, "data.path": data}
     for steps, kinds in ((4, (False, True)), (8, (True, False))):
-        for name, kind in zip(("whole, then split", "split, then whole"), kinds, strict=True):
+        for name, kind in zip(("ddp, then sharded", "sharded, then ddp"), kinds, strict=True):
             train(toy.toy(dotted | {"train.steps": steps, "train.shard": kind}), folder / name, quiet=True)
 
 
 def weights_that_are_not_finite(rank: int) -> None:
-    model = nn.Sequential(
-        nn.Linear(3, 1), nn.Linear(1, 4)
-    )  # the first has one row: the second process holds none of it
-    split(model, device=CPU, processes=2)
+    model = nn.Sequential(nn.Linear(3, 1), nn.Linear(1, 4))  # one row: the second process holds none of it
+    shard_models(model, device=CPU, processes=2)
     parameters = list(model.parameters())
     assert local(parameters[0]).numel() == (3 if rank == 0 else 0)
     check_weights(parameters, "the start")
@@ -57,7 +55,7 @@ def weights_that_are_not_finite(rank: int) -> None:
         local(parameters[2])[0, 0] = float("nan") if rank == 1 else 1.0
     with pytest.raises(
         FloatingPointError, match="no longer finite at step 5"
-    ):  # in both, or one would wait for the other
+    ):  # in both processes, or one would wait for ever
         check_weights(parameters, "step 5")
 
 
@@ -65,7 +63,7 @@ def guidance_that_ends(rank: int) -> None:
     objective.draw = two.by_row
     built = two.build("stage 2")
     gone = [weakref.ref(built.guidances[0].head), weakref.ref(built.guidances[0].teacher.model)]
-    split(built, device=CPU, processes=2)
+    shard_models(built, device=CPU, processes=2)
     rows = torch.arange(two.N)[rank::2]
     batch = Batch(torch.randn(len(rows), *two.SHAPE), rows % two.CLASSES, rows)
     built(batch, 0)[0].backward()
@@ -84,9 +82,9 @@ def made(tmp_path_factory):
     return folder
 
 
-def test_runs_change_over_to_split_weights_and_back(made):
-    """Each continues the other's checkpoint, past the end of the guidance, to the same weights."""
-    runs = [made / name for name in ("whole, then split", "split, then whole")]
+def test_runs_switch_between_sharded_and_ddp(made):
+    """Each continues from the other's checkpoint, past the end of the guidance, to the same weights."""
+    runs = [made / name for name in ("ddp, then sharded", "sharded, then ddp")]
     found = [toy.tensors(run) for run in runs]
     assert found[0].keys() == found[1].keys() and not any(name.startswith("heads/") for name in found[0])
     for name in found[0]:
@@ -96,6 +94,6 @@ def test_runs_change_over_to_split_weights_and_back(made):
 
 
 @pytest.mark.parametrize("what", [weights_that_are_not_finite, guidance_that_ends])
-def test_in_both_processes(made, what):
-    """Weights are checked where a process holds nothing, and where one alone holds NaN; heads and teacher leave the memory."""
+def test_checks_in_both_processes(made, what):
+    """Weights are checked where a process holds no rows, or one alone holds NaN; memory of heads and teacher is freed."""
     assert [(made / f"{what.__name__}-{rank}").exists() for rank in (0, 1)] == [True, True]

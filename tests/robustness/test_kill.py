@@ -1,5 +1,5 @@
-"""Death at any moment: processes of the real command are killed by SIGKILL, above all while a checkpoint is being
-written, and started again by the same command, until the run ends as if nothing had been."""
+"""SIGKILL at random instants, above all while a checkpoint is being written: the same command continues, and the finished
+run equals an undisturbed one."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def train(out: Path, dotted: dict[str, Any]) -> list[str]:
 
 
 def steps_of(stage: Path) -> list[int]:
-    """Steps of the checkpoints in their place, whole or not."""
+    """Steps of the checkpoints, valid or not."""
     try:
         return sorted(int(name[5:]) for name in os.listdir(stage / "checkpoints") if name.startswith("step-"))
     except FileNotFoundError:
@@ -77,7 +77,7 @@ def logged(stage: Path) -> int:
         return 0
 
 
-def drafts(run: Path) -> set[str]:
+def unfinished(run: Path) -> set[str]:
     """Checkpoints that are being written, or were when their process died."""
     return {path.name for path in run.glob("*/checkpoints/.step-*")}
 
@@ -87,11 +87,11 @@ def half_made(run: Path) -> set[str]:
     return {f"{path.parts[-3]}/{path.name}" for path in run.glob("*/previews/.*.tries") if path.stat().st_size < 2}
 
 
-# ---- where to kill: an occasion is worth a kill when it is a new one
+# ---- where to kill
 
 
 def a_checkpoint(run: Path) -> object:
-    return max(drafts(run), default=None)
+    return max(unfinished(run), default=None)
 
 
 def a_step(run: Path) -> object:
@@ -115,7 +115,7 @@ def any_time(run: Path) -> object:
     return True
 
 
-#: what is aimed at: the occasion, and the seconds within which the kill follows it
+#: place -> the event to wait for, and the seconds within which the kill follows it
 AIMS: dict[str, tuple[Callable[[Path], object], float]] = {
     WRITING: (a_checkpoint, 0.012),
     STEP: (a_step, 0.004),
@@ -123,12 +123,12 @@ AIMS: dict[str, tuple[Callable[[Path], object], float]] = {
     BETWEEN: (the_end_of_stage_1, 0.15),
     ELSEWHERE: (any_time, 1.5),
 }
-#: place -> deaths wanted there, of each run
+#: place -> kills wanted there, in each run
 WANTED = collections.Counter({WRITING: 9, STEP: 4, BETWEEN: 2, ELSEWHERE: 1})
 
 
 def kill(child: Any, run: Path, aim: Callable[[Path], object], within: float, rng: random.Random) -> bool:
-    """Kill the process on one of the next occasions; false when it came to its end before."""
+    """Kill the process after one of the next events; false when it finished before."""
     seen, left = {aim(run)} if aim is a_checkpoint else set(), rng.randrange(4) if within < 0.1 else 0
     while child.poll() is None:
         occasion = aim(run)
@@ -144,8 +144,8 @@ def kill(child: Any, run: Path, aim: Callable[[Path], object], within: float, rn
 
 
 def place(run: Path, pid: int, said: str) -> str:
-    """Where a process died, by what it left behind."""
-    if any(name.endswith(f".{pid}") for name in drafts(run)):
+    """Where a process was killed, by the files that it left."""
+    if any(f".{pid}-" in name for name in unfinished(run)):
         return WRITING
     if "[1/2] stage1" not in said:
         return STARTING
@@ -157,7 +157,7 @@ def place(run: Path, pid: int, said: str) -> str:
     return STEP if logged(stage) > max(steps_of(stage), default=0) else ELSEWHERE
 
 
-def die_and_live(
+def kill_and_restart(
     start: Callable[[Path], Any],
     run: Path,
     whole: Path,
@@ -186,14 +186,14 @@ def die_and_live(
 
 
 @pytest.mark.timeout(500)
-def test_fifty_deaths(forks: Forks, tmp_path: Path) -> None:
+def test_training_killed_fifty_times(forks: Forks, tmp_path: Path) -> None:
     """Weights, averages, optimiser, heads and log lines are bit for bit those of a run that nobody disturbed."""
     rng, places = random.Random(1), collections.Counter[str]()
     for name, dotted in RUNS.items():
         whole, run = tmp_path / f"{name}, whole", tmp_path / name
         assert forks.start(train(whole, dotted), tmp_path / "whole.txt").wait() == 0
         wanted = WANTED | collections.Counter({PICTURE: 3} if "train.preview_every" in dotted else {})
-        places += die_and_live(functools.partial(forks.start, train(run, dotted)), run, whole, rng, 18, wanted)
+        places += kill_and_restart(functools.partial(forks.start, train(run, dotted)), run, whole, rng, 18, wanted)
     print(dict(places))
     assert places.total() >= 50 and places[WRITING] >= 15
 
@@ -213,7 +213,7 @@ def assert_undisturbed(run: Path, whole: Path) -> None:
 
 
 @pytest.mark.timeout(200)
-def test_deaths_of_fresh_interpreters(forks: Forks, tmp_path: Path) -> None:
+def test_fresh_interpreters_killed(forks: Forks, tmp_path: Path) -> None:
     """The same of `python -m selftrans`, which a person types: no fork, nothing imported before."""
 
     def start(said: Path) -> subprocess.Popen:
@@ -223,16 +223,16 @@ def test_deaths_of_fresh_interpreters(forks: Forks, tmp_path: Path) -> None:
     whole, run = tmp_path / "whole", tmp_path / "run"
     assert forks.start(train(whole, {}), tmp_path / "whole.txt").wait() == 0
     argv = train(run, {})
-    assert die_and_live(start, run, whole, random.Random(3), 3, collections.Counter({WRITING: 1})).total() == 3
+    assert kill_and_restart(start, run, whole, random.Random(3), 3, collections.Counter({WRITING: 1})).total() == 3
 
 
 # ---- preparing and sampling
 
 
-def die_making(
+def kill_while_writing(
     forks: Forks, argv: list[str], out: Path, unfinished: str, kills: int, rng: random.Random
 ) -> tuple[int, int]:
-    """Kill a command `kills` times while it fills the folder `out`, then let it end; deaths, and how many left a draft."""
+    """Kill a command `kills` times while it fills the folder `out`, then let it end; kills, and how many left a temporary."""
     said, deaths, torn = out.with_name("said.txt"), 0, 0
     while deaths < kills:
         child, before = forks.start(argv, said), set(os.listdir(out)) if out.exists() else set()
@@ -251,22 +251,22 @@ def die_making(
 
 
 @pytest.mark.timeout(100)
-def test_deaths_of_prepare(forks: Forks, tmp_path: Path) -> None:
+def test_prepare_killed(forks: Forks, tmp_path: Path) -> None:
     pictures = class_folders(tmp_path / "pictures", 120)
     argv = ["prepare", str(pictures), "--shard-size=2", "--batch-size=2", "--out"]
     assert forks.start([*argv, str(tmp_path / "whole")], tmp_path / "said.txt").wait() == 0
     out = tmp_path / "out"
-    deaths, torn = die_making(forks, [*argv, str(out)], out, ".tmp-*", 10, random.Random(4))
+    deaths, torn = kill_while_writing(forks, [*argv, str(out)], out, ".tmp-*", 10, random.Random(4))
     assert deaths == 10 and torn >= 2
     assert toy.tree(out) == toy.tree(tmp_path / "whole")
 
 
 @pytest.mark.timeout(100)
-def test_deaths_of_sample(forks: Forks, tmp_path: Path) -> None:
+def test_sample_killed(forks: Forks, tmp_path: Path) -> None:
     assert forks.start(train(tmp_path / "run", {}), tmp_path / "said.txt").wait() == 0
     argv = ["sample", str(tmp_path / "run"), "--num=90", "--steps=2", "--batch-size=3", "--out"]
     assert forks.start([*argv, str(tmp_path / "whole")], tmp_path / "said.txt").wait() == 0
     out = tmp_path / "out"
-    deaths, _ = die_making(forks, [*argv, str(out)], out, "*.tmp", 10, random.Random(5))
+    deaths, _ = kill_while_writing(forks, [*argv, str(out)], out, ".*.tmp", 10, random.Random(5))
     assert deaths == 10
     assert toy.tree(out) == toy.tree(tmp_path / "whole")

@@ -1,4 +1,4 @@
-"""A folder that a stranger made may hold symbolic links: what they lead to is never written, emptied or removed."""
+"""Folders may be untrusted: the targets of symbolic links in them are never written, emptied or removed."""
 
 from __future__ import annotations
 
@@ -8,18 +8,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from selftrans.data import resumable as ledger
+from selftrans import storage
+from selftrans.data import resumable
 from selftrans.data.dataset import Shards
 from selftrans.data.prepare import prepare
 from selftrans.sampling.folder import write_samples
-from selftrans.storage import write_json, write_text
-from selftrans.train.log import Journal, read_journal
+from selftrans.storage import lock_file
+from selftrans.train.log import JsonlLog, read_log
 from selftrans.train.run import train
-from selftrans.train.signals import lock
 from tests.support import toy
 from tests.support.pictures import class_folders, contents, stopped_after
 
 MINE = b"mine\n"
+TEMPORARY = f".log.jsonl.{os.getpid()}-00000000.tmp"
 
 
 @pytest.fixture
@@ -29,7 +30,7 @@ def mine(tmp_path: Path) -> Path:
 
 
 def linked(folder: Path, to: Path) -> Path:
-    """The same tree, each file of it a link to the one in `folder`; folders are real, and there is no lock."""
+    """The same tree with a symlink to each file of `folder`; directories are real, and there is no lock."""
     for path in folder.rglob("*"):
         if path.is_file() and path.name != ".lock":
             (to / path.relative_to(folder)).parent.mkdir(parents=True, exist_ok=True)
@@ -37,58 +38,47 @@ def linked(folder: Path, to: Path) -> Path:
     return to
 
 
-def test_a_lock_that_is_a_link_is_refused_and_its_target_keeps_its_bytes(tmp_path, mine):
+def test_lock_that_is_a_symlink_is_refused(tmp_path, mine):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / ".lock").symlink_to(mine)
     with pytest.raises(ValueError, match=r"run/.lock cannot be opened \(.*symbolic links\); remove it, or"):
         train(toy.toy(), tmp_path / "run", quiet=True)
     assert mine.read_bytes() == MINE
     (tmp_path / "run" / ".lock").unlink()
-    with lock(tmp_path / "run"):
+    with lock_file(tmp_path / "run" / ".lock"):
         assert (tmp_path / "run" / ".lock").read_text() == str(os.getpid())
 
 
-def test_locks_of_prepare_make_no_file_elsewhere(tmp_path):
+def test_prepare_locks_do_not_follow_symlinks(tmp_path):
     for name, part in ((".lock", (1, 1)), (".lock-1-of-2", (1, 2))):
         (tmp_path / "out").mkdir(exist_ok=True)
         (tmp_path / "out" / name).symlink_to(tmp_path / "absent")
-        with pytest.raises(ValueError, match="symbolic links"), ledger.locked(tmp_path / "out", part):
+        with pytest.raises(ValueError, match="symbolic links"), resumable.locked(tmp_path / "out", part):
             pass
         (tmp_path / "out" / name).unlink()
     assert not (tmp_path / "absent").exists()
 
 
-def test_a_file_beside_is_a_new_one(tmp_path, mine):
-    out = tmp_path / "out"
-    out.mkdir()
-    for name in ("x.json", f".x.json.{os.getpid()}"):
-        (out / name).symlink_to(mine)
-    write_json(out / "x.json", 1)
-    assert mine.read_bytes() == MINE and contents(out) == {"x.json": b"1"} and not (out / "x.json").is_symlink()
-    (out / f".x.json.{os.getpid()}").write_text("of a killed process of the same number")
-    write_text(out / "x.json", "2")
-    assert contents(out) == {"x.json": b"2"}
-
-
-@pytest.mark.parametrize("name", ["log.jsonl", "log.tmp"])
+@pytest.mark.parametrize("name", ["log.jsonl", TEMPORARY])
 @pytest.mark.parametrize("exists", [True, False])
-def test_a_log_is_written_through_no_link(tmp_path, mine, name, exists):
+def test_log_is_not_written_through_a_symlink(tmp_path, mine, name, exists, monkeypatch):
+    monkeypatch.setattr(storage.secrets, "token_hex", lambda _: "0" * 8)
     out = tmp_path / "out"
     out.mkdir()
-    if name == "log.tmp":
+    if name == TEMPORARY:
         (out / "log.jsonl").write_text('{"step": 1}\n')
     if not exists:
         mine.unlink()
     (out / name).symlink_to(mine)
-    journal = Journal(out / "log.jsonl", resume_step=1)
-    journal.write({"step": 2})
-    journal.close()
-    assert [line["step"] for line in read_journal(out / "log.jsonl")] == ([1, 2] if name == "log.tmp" else [2])
+    log = JsonlLog(out / "log.jsonl", resume_step=1)
+    log.write({"step": 2})
+    log.close()
+    assert [line["step"] for line in read_log(out / "log.jsonl")] == ([1, 2] if name == TEMPORARY else [2])
     assert sorted(contents(out)) == ["log.jsonl"] and not (out / "log.jsonl").is_symlink()
     assert mine.read_bytes() == MINE if exists else not mine.exists()
 
 
-def test_a_run_of_links_goes_on_beside_what_they_lead_to(tmp_path):
+def test_run_of_symlinks_continues_without_changing_their_targets(tmp_path):
     first = toy.copy(toy.finished(), tmp_path / "first")
     before = toy.tree(first)
     run = linked(first, tmp_path / "run")
@@ -99,28 +89,28 @@ def test_a_run_of_links_goes_on_beside_what_they_lead_to(tmp_path):
     toy.assert_same_run(run, first)
 
 
-def test_what_is_swept_is_ours_alone(tmp_path):
+def test_only_own_temporaries_are_removed(tmp_path):
     home = tmp_path / "home"
     (home / ".ssh").mkdir(parents=True)
     (home / ".profile").write_bytes(MINE)
     run = toy.copy(toy.finished(), tmp_path / "run")
     (run / "stage2" / "previews").mkdir(exist_ok=True)
-    (run / "stage2" / "previews" / ".step-00000002.png.123").write_text("of a killed process")
+    (run / "stage2" / "previews" / ".step-00000002.png.123.tmp").write_text("of a killed process")
     (run / "guest").mkdir()
     (run / "guest" / "previews").symlink_to(home)
     train(toy.toy(), run, quiet=True)
     assert (home / ".profile").read_bytes() == MINE and (home / ".ssh").is_dir()
-    assert not (run / "stage2" / "previews" / ".step-00000002.png.123").exists()
+    assert not (run / "stage2" / "previews" / ".step-00000002.png.123.tmp").exists()
 
 
-def test_samples_are_written_through_no_link(tmp_path, mine):
+def test_samples_are_not_written_through_symlinks(tmp_path, mine):
     def sample(indices):
         yield indices, indices, np.zeros((len(indices), 4, 4, 3), np.uint8)
 
     out = tmp_path / "out"
     out.mkdir()
     names = ["000000.png", "samples.npz", "samples.json"]
-    for name in [f"{name}.0.tmp" for name in names] + names[1:2]:
+    for name in [f".{name}.0.tmp" for name in names] + names[1:2]:
         (out / name).symlink_to(mine)
     assert write_samples(sample, out, {"steps": 2}, 2, progress=False) == 2
     assert mine.read_bytes() == MINE
@@ -128,7 +118,7 @@ def test_samples_are_written_through_no_link(tmp_path, mine):
     assert not any(path.is_symlink() for path in out.iterdir())
 
 
-def test_an_unfinished_preparation_of_links_is_finished_beside_them(tmp_path):
+def test_unfinished_preparation_of_symlinks_leaves_their_targets_alone(tmp_path):
     pictures = class_folders(tmp_path / "pictures")
     with stopped_after(9):
         prepare(pictures, tmp_path / "first", shard_size=5, batch_size=5, progress=False)

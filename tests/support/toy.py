@@ -26,7 +26,7 @@ from selftrans.data.prepare import prepare
 from selftrans.methods.registry import METHODS
 from selftrans.recipes import recipe
 from selftrans.train import flops as compute
-from selftrans.train.log import read_journal
+from selftrans.train.log import read_log
 from selftrans.train.run import train
 
 #: dotted override -> value: every mechanism of training at work within a few steps
@@ -162,7 +162,7 @@ def tensors(run: Path, stage: str = "stage2", step: int | None = None) -> dict[s
 
 def log(run: Path, stage: str = "stage2") -> list[dict[str, Any]]:
     """Lines of a stage's log, without the time they took."""
-    return [{k: v for k, v in line.items() if k != "seconds"} for line in read_journal(run / stage / "log.jsonl")]
+    return [{k: v for k, v in line.items() if k != "seconds"} for line in read_log(run / stage / "log.jsonl")]
 
 
 def assert_same(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:

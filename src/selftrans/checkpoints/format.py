@@ -1,16 +1,15 @@
-"""Checkpoints: safetensors and json in one folder, written beside, fsynced, renamed, hashed; nothing is pickled.
+"""Checkpoints: safetensors and json in one directory, written atomically, with the sha256 of each file; nothing is pickled.
 
     <stage>/checkpoints/step-00001000/
         student.safetensors  ema.safetensors  heads.safetensors  optimizer.safetensors  state.json
-`state.json` is written last and holds the sha256 of the others and of itself. `student` and `ema` carry in their headers
-what is needed to build the model again, so either file is usable on its own.
+`state.json` holds the sha256 of the other files and of its own content. `student` and `ema` carry in their headers what is
+needed to build the model again, so either file is usable on its own.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import shutil
 import warnings
@@ -22,14 +21,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from selftrans.storage import line, sync
+from selftrans.storage import atomic_directory, first_line, remove_stale_temporaries, sha256_file
 
 STATE = "state.json"
 KEY = "selftrans"  #: header entry of a weights file: json of stage, step, config, shape, num_classes
 
 
 class Checkpoint(NamedTuple):
-    """A whole checkpoint on disk, its hashes checked."""
+    """A valid checkpoint on disk: complete, its hashes checked."""
 
     path: Path
     state: dict[str, Any]
@@ -42,61 +41,49 @@ class Checkpoint(NamedTuple):
         return load_file(self.path / f"{name}.safetensors")
 
 
-def sha256(path: Path) -> str:
-    """Hash of a whole file."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def weights_sha256(path: Path) -> str:
-    """Hash of a file's tensors alone: the same weights trained again, at another time or for longer, have the same."""
+    """sha256 of the tensors in a safetensors file, its header left out: equal for equal weights of different runs."""
     with open(path, "rb") as file:
         header = int.from_bytes(file.read(8), "little")  # safetensors: length of the header, header, tensors
         file.seek(8 + header)
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def at(folder: Path, step: int) -> Path:
-    """Where the checkpoint of a step lies."""
+def path_of_step(folder: Path, step: int) -> Path:
+    """Directory of the checkpoint of a step."""
     return folder / f"step-{step:08d}"
 
 
 def save(
     folder: Path, step: int, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any], header: dict[str, Any]
 ) -> Path:
-    """Write checkpoint `folder/step-...` whole or not at all. OSError (a full disk) leaves what was there."""
-    final = at(folder, step)
-    beside = folder / f".step-{step:08d}.{os.getpid()}"
+    """Write checkpoint `folder/step-...` completely or not at all, in place of one of the same step; returns its path.
+
+    Raises OSError where it cannot be written (a full disk); earlier checkpoints stay as they are.
+    """
+    final = path_of_step(folder, step)
     try:
-        shutil.rmtree(beside, ignore_errors=True)  # of a killed process that had this one's number, as in a container
-        beside.mkdir(parents=True)
-        hashes = {}
-        for name, named in tensors.items():
-            path = beside / f"{name}.safetensors"
-            metadata = {KEY: json.dumps(header | {"weights": name})}
-            save_file({key: value.detach().cpu().contiguous() for key, value in named.items()}, path, metadata=metadata)
-            path.chmod(beside.stat().st_mode & 0o666)  # safetensors makes them private, whatever the umask says
-            sync(path)
-            hashes[path.name] = sha256(path)
-        record = {"step": step, "sha256": hashes} | state
-        hashes[STATE] = _seal(json.loads(json.dumps(record)))
-        (beside / STATE).write_text(json.dumps(record, indent=2))
-        sync(beside / STATE)
-        sync(beside)
-        if final.exists():
-            shutil.rmtree(final)
-        os.replace(beside, final)
-        sync(folder)
+        with atomic_directory(final, replace=True) as directory:
+            hashes = {}
+            for name, named in tensors.items():
+                path = directory / f"{name}.safetensors"
+                metadata = {KEY: json.dumps(header | {"weights": name})}
+                on_cpu = {key: value.detach().cpu().contiguous() for key, value in named.items()}
+                save_file(on_cpu, path, metadata=metadata)
+                path.chmod(directory.stat().st_mode & 0o666)  # safetensors makes them private, whatever the umask
+                hashes[path.name] = sha256_file(path)
+            record = {"step": step, "sha256": hashes} | state
+            hashes[STATE] = _state_sha256(json.loads(json.dumps(record)))
+            (directory / STATE).write_text(json.dumps(record, indent=2))
     except (OSError, SafetensorError) as error:
-        shutil.rmtree(beside, ignore_errors=True)
         raise OSError(f"could not write checkpoint {final} ({error})") from error
     return final
 
 
-def _seal(record: dict[str, Any]) -> str:
-    """Hash of what a state.json says, this hash left out."""
-    said = record | {"sha256": {name: value for name, value in record["sha256"].items() if name != STATE}}
-    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
+def _state_sha256(record: dict[str, Any]) -> str:
+    """sha256 of the content of a state.json, without the entry that holds this hash."""
+    content = record | {"sha256": {name: value for name, value in record["sha256"].items() if name != STATE}}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def read(path: Path) -> Checkpoint:
@@ -105,17 +92,17 @@ def read(path: Path) -> Checkpoint:
         state = json.loads((path / STATE).read_text())
         hashes = state["sha256"]
         assert isinstance(state["step"], int) and isinstance(hashes, dict)
-        if hashes.pop(STATE, None) != _seal(state):
+        if hashes.pop(STATE, None) != _state_sha256(state):
             raise ValueError("its sha256 is not the recorded one")
     except (OSError, ValueError, KeyError, TypeError, AssertionError, RecursionError) as error:
         raise ValueError(f"{path / STATE} is missing or damaged ({error})") from error
     for name, expected in hashes.items():
         file = path / Path(name).name[:80]
         try:
-            sound = file.is_file() and sha256(file) == expected
+            valid = file.is_file() and sha256_file(file) == expected
         except OSError:
-            sound = False
-        if not sound:
+            valid = False
+        if not valid:
             raise ValueError(f"{file} is missing or damaged (its sha256 is not the recorded one)")
     return Checkpoint(path, state)
 
@@ -126,34 +113,33 @@ def steps(folder: Path) -> list[tuple[int, Path]]:
     return sorted((int(path.name[5:]), path) for path in found)
 
 
-def whole(folder: Path) -> Iterator[Checkpoint]:
-    """Checkpoints from the newest to the oldest; a damaged one is named in a warning and passed over."""
+def valid_checkpoints(folder: Path) -> Iterator[Checkpoint]:
+    """Valid checkpoints from the newest to the oldest; each damaged one is skipped with a warning that names it."""
     for _, path in reversed(steps(folder)):
         try:
             yield read(path)
         except ValueError as error:
-            warnings.warn(f"passing over a damaged checkpoint: {error}", stacklevel=2)
+            warnings.warn(f"skipping a damaged checkpoint: {error}", stacklevel=2)
 
 
 def newest(folder: Path) -> Checkpoint | None:
-    """The newest whole checkpoint of a folder, if it holds any."""
-    return next(whole(folder), None)
+    """The newest valid checkpoint of a folder; None where there is none."""
+    return next(valid_checkpoints(folder), None)
 
 
-def sweep(folder: Path) -> None:
-    """Remove what interrupted writes left behind; for the one process that may write there."""
-    for path in folder.glob(".step-*"):
-        shutil.rmtree(path, ignore_errors=True)
+def remove_unfinished(folder: Path) -> None:
+    """Remove what interrupted writes left behind; only for the process that holds the lock of the run."""
+    remove_stale_temporaries(folder, "step-*")
 
 
 def prune(folder: Path, step: int, keep: int, *, best: int = 0, every: int = 0) -> None:
-    """Remove checkpoints but the newest `keep` (0: all stay), the `best` of lowest loss, and multiples of `every` steps.
+    """Remove all checkpoints but the newest `keep` (0: remove none), the `best` of lowest loss, and multiples of `every` steps.
 
-    `step` is the one just written. What lies beyond it was passed over as damaged when the run continued: it counts for
-    nothing and goes. The loss is what `state.json` holds under `flow`: the mean flow loss of the steps that led to the
+    `step` is the one just written. Checkpoints of later steps were found damaged when the run continued: they do not count
+    and are removed. The loss is what `state.json` holds under `flow`: the mean flow loss of the steps that led to the
     checkpoint.
     """
-    sweep(folder)
+    remove_unfinished(folder)
     if not keep:
         return
     held = steps(folder)
@@ -167,7 +153,7 @@ def prune(folder: Path, step: int, keep: int, *, best: int = 0, every: int = 0) 
 
 
 def _flow(path: Path) -> float | None:
-    """Flow loss of a checkpoint, its hashes unchecked; None where it says nothing."""
+    """Flow loss of a checkpoint, its hashes unchecked; None where it is not recorded."""
     try:
         flow = json.loads((path / STATE).read_text()).get("flow")
     except (OSError, ValueError, AttributeError, RecursionError):
@@ -176,7 +162,7 @@ def _flow(path: Path) -> float | None:
 
 
 def read_header(path: Path) -> dict[str, Any]:
-    """What a weights file says of itself. ValueError when it is no selftrans weights file."""
+    """The metadata of a weights file. ValueError when it is no selftrans weights file."""
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
@@ -184,6 +170,6 @@ def read_header(path: Path) -> dict[str, Any]:
     except (OSError, SafetensorError, KeyError, ValueError, TypeError, RecursionError) as error:
         reason = "no entry 'selftrans' in its header" if isinstance(error, KeyError) else error
         raise ValueError(
-            f"{path} is not a selftrans weights file ({line(reason)}); expected student.safetensors or ema.safetensors of a "
-            "checkpoint, or a run directory; others' checkpoints go through `selftrans import` first"
+            f"{path} is not a selftrans weights file ({first_line(reason)}); expected student.safetensors or "
+            "ema.safetensors of a checkpoint, or a run directory; checkpoints of other code are read by `selftrans import`"
         ) from error

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from selftrans.checkpoints import format as checkpoint
 from selftrans.config import RunConfig, from_json, to_json
 from selftrans.sections import from_plain
-from selftrans.storage import line
+from selftrans.storage import first_line, printable, sha256_file
 from selftrans.types import Backbone, Conditions
 
 Weights = Literal["raw", "ema"]
@@ -99,7 +99,7 @@ def find(source: str | Path, *, stage: str | None = None, weights: Weights = "em
 def _newest(stage: Path, weights: Weights) -> Path:
     found = checkpoint.newest(stage / "checkpoints")
     if found is None:
-        raise ValueError(f"{stage / 'checkpoints'} holds no whole checkpoint; train on, or choose another run")
+        raise ValueError(f"{stage / 'checkpoints'} holds no valid checkpoint; train on, or choose another run")
     return found.path / FILES[weights]
 
 
@@ -146,16 +146,16 @@ def load_model(origin: str | Path, *, stage: str | None = None, weights: Weights
         autoencoder, names = str(said["autoencoder"]), tuple(map(str, said["classes"]))
     except (KeyError, TypeError, ValueError, ArithmeticError, RuntimeError) as error:
         raise ValueError(
-            f"{path} does not say how to build its model ({line(error)}); was it written by another version?"
+            f"{path} does not say how to build its model ({first_line(error)}); was it written by another version?"
         ) from error
     if stage is not None and stage != name:
         raise ValueError(
-            f"{path} holds weights of {line(name)}, not of {stage}; give the run directory to choose a stage of it"
+            f"{path} holds weights of {printable(name)}, not of {stage}; give the run directory to choose a stage of it"
         )
     model.load_state_dict(load_file(path), strict=True)
     source = {
         "path": str(path.resolve()),
-        "sha256": checkpoint.sha256(path),
+        "sha256": sha256_file(path),
         "weights": checkpoint.weights_sha256(path),
     } | ({IMPORTED: said[IMPORTED]} if IMPORTED in said else {})
     return LoadedModel(model.eval(), config, name, held, step, autoencoder, names, source)

@@ -28,14 +28,14 @@ TRAIN = "train a recipe: stage 1, then stage 2; rerun = resume"
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point. Every error a user can mend is one line on stderr."""
-    from selftrans.train.signals import RESUME_ME, Interrupted
+    from selftrans.train.signals import EXIT_RESUME, Interrupted
 
     warnings.showwarning = _show_warning  # type: ignore[assignment]
     try:
         _dispatch(list(sys.argv[1:] if argv is None else argv))
     except Interrupted as stopped:
         print(f"selftrans: {stopped}", file=sys.stderr)
-        return RESUME_ME
+        return EXIT_RESUME
     except BrokenPipeError:  # the reader (head, less) has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0

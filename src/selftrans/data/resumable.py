@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple, TypeAlias
 
 from selftrans.data.manifest import FILE, Manifest, Option, Shard, parse_json, read_text, shard_from
-from selftrans.storage import no_link, sync
+from selftrans.storage import no_symlink as no_link
+from selftrans.storage import sync
 
 PLAN, LOCK, TEMP = "plan.json", ".lock", ".tmp-"
 #: part I of N, counted from 1; the whole is part 1 of 1

@@ -21,6 +21,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from selftrans.storage import first_line
+
 MAX_PREFIX = 16  #: class and register tokens in front of the patches, at most
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  #: mean and deviation of pixels in [0, 1]
 UNUSED = ("pooler", "mask_token")  #: weights that no feature passes through; many checkpoints lack them
@@ -110,7 +112,7 @@ class Encoder:
         try:
             return self._grid(self._probe(), size).shape[1], ""
         except Exception as error:  # models raise anything on a size that is not theirs
-            return 0, _reason(error)
+            return 0, first_line(error, 200)
 
     def _probe(self) -> Tensor:
         """Noise to try the model with (1, channels, 32, 32)."""
@@ -147,7 +149,7 @@ def _load(name: str) -> tuple[Any, set[str]]:
         )
     except Exception as error:  # missing, offline, gated, pickled, of an unknown class: unusable, all of them
         raise ValueError(
-            f"encoder {name!r} cannot be loaded ({_reason(error)}); give a vision model of transformers, by hub id or "
+            f"encoder {name!r} cannot be loaded ({first_line(error, 200)}); give a vision model of transformers, by hub id or "
             "folder, with safetensors weights"
         ) from error
     assert isinstance(model, nn.Module)
@@ -167,7 +169,7 @@ def _normalisation(name: str) -> tuple[Sequence[float], Sequence[float]]:
         processor = AutoImageProcessor.from_pretrained(name, trust_remote_code=False)
     except Exception as error:  # as many kinds as there are ways to be incomplete
         warnings.warn(
-            f"encoder {name} has no usable preprocessor_config.json ({_reason(error)}); pixels are normalised by "
+            f"encoder {name} has no usable preprocessor_config.json ({first_line(error, 200)}); pixels are normalised by "
             "ImageNet's mean and deviation",
             stacklevel=3,
         )
@@ -190,8 +192,3 @@ def _side(config: Any, name: str) -> int:
     """A size of the configuration, a number or a pair; 0 where it has none."""
     value = getattr(config, name, None) or 0
     return int(value[0] if isinstance(value, Sequence) else value)
-
-
-def _reason(error: Exception) -> str:
-    """First line of an error, for a message of one line."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")[:200]

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from selftrans.storage import line, write_beside
+from selftrans.storage import atomic_write, first_line, printable
 
 FORMAT = "selftrans.classifier/1"
 LAYERS = ("resolution", "channels", "num_classes", "width", "dim")  #: the constructor's arguments, as in the header
@@ -79,7 +79,8 @@ class SmallClassifier(nn.Module):
         }
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
         content = save(tensors, metadata=header)
-        write_beside(Path(path), lambda file: file.write(content))
+        with atomic_write(Path(path)) as file:
+            file.write(content)
 
     @classmethod
     def load(cls, path: str | Path) -> SmallClassifier:
@@ -92,7 +93,7 @@ class SmallClassifier(nn.Module):
             training = Training(**record) if record else None
         except (KeyError, TypeError, ValueError, RecursionError) as error:
             raise ValueError(
-                f"the header of classifier {path} is damaged ({line(error)}); train the classifier again"
+                f"the header of classifier {path} is damaged ({first_line(error)}); train the classifier again"
             ) from None
         try:
             with torch.device("meta"):  # sizes are compared before anything of a stranger's size is allocated
@@ -104,12 +105,12 @@ class SmallClassifier(nn.Module):
         wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
         if wrong:
             raise ValueError(
-                f"classifier {path} does not fit its own header at {line(', '.join(wrong))}; train it again"
+                f"classifier {path} does not fit its own header at {printable(', '.join(wrong))}; train it again"
             )
         broken = sorted(name for name, tensor in tensors.items() if not torch.isfinite(tensor).all())
         if broken:
             raise ValueError(
-                f"classifier {path} holds values that are not finite in {line(', '.join(broken))}; train it again"
+                f"classifier {path} holds values that are not finite in {printable(', '.join(broken))}; train it again"
             )
         model.load_state_dict(tensors, assign=True)
         model.training_record = training
@@ -141,11 +142,13 @@ def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
     except (SafetensorError, OSError) as error:
         raise ValueError(
-            f"{path} is not a readable safetensors file ({line(error)}); train the classifier again"
+            f"{path} is not a readable safetensors file ({first_line(error)}); train the classifier again"
         ) from None
     if header.get("format") != FORMAT:
         found = header.get("format", "no format")
-        raise ValueError(f"{path} is not a classifier of this package ({line(found)} in its header, expected {FORMAT})")
+        raise ValueError(
+            f"{path} is not a classifier of this package ({printable(found)} in its header, expected {FORMAT})"
+        )
     return header, tensors
 
 

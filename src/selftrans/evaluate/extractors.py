@@ -6,7 +6,6 @@ Shape legend: N or n images, R side of a square image, C channels, F features, K
 from __future__ import annotations
 
 import difflib
-import hashlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias
@@ -15,6 +14,7 @@ import numpy as np
 import torch
 
 from selftrans.evaluate.classifier import SmallClassifier, cpu_threads, digits_classifier, to_input, weights_sha256
+from selftrans.storage import sha256_file
 
 Device: TypeAlias = torch.device | str
 
@@ -128,8 +128,7 @@ def _published_weights(path: Path | None) -> Path:
                 raise ValueError(f"the weights of inception cannot be downloaded ({error}); {supply}") from None
     if not path.is_file():
         raise ValueError(f"no inception weights at {path}; {supply}")
-    with path.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
+    found = sha256_file(path)
     if found != INCEPTION_SHA256:
         raise ValueError(
             f"{path} is not the published inception (sha256 {found[:8]}, not {INCEPTION_SHA256[:8]}); {supply}"

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
-from selftrans.storage import write_beside
+from selftrans.storage import atomic_write
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -160,12 +160,14 @@ def save(figure: Figure, path: str | Path, *, dpi: int = 150) -> None:
     path = Path(path)
     buffer = io.BytesIO()
     figure.savefig(buffer, format=path.suffix.lstrip(".") or "png", dpi=dpi)
-    write_beside(path, lambda file: file.write(buffer.getvalue()))
+    with atomic_write(path) as file:
+        file.write(buffer.getvalue())
 
 
 def save_png(image: np.ndarray, path: str | Path) -> None:
     """Write a picture, uint8 (height, width, 1 or 3), as png, complete or not at all."""
-    write_beside(Path(path), lambda file: file.write(_png(image)))
+    with atomic_write(Path(path)) as file:
+        file.write(_png(image))
 
 
 def figure_to_data_uri(figure: Figure | np.ndarray, *, dpi: int = 110) -> str:

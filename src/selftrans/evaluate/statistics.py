@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from selftrans.evaluate.extractors import Extractor, extract
-from selftrans.storage import write_beside
+from selftrans.storage import atomic_write, first_line, printable
 
 MAX_UNPACKED = 1 << 28  #: bytes of an array that may be packed tightly; statistics hardly can be
 NEGATIVE = 1e-3  #: share of a covariance's Frobenius norm that an eigenvalue may lie below zero
@@ -119,7 +119,8 @@ class Statistics:
         if self.count is not None:
             arrays["count"] = np.int64(self.count)
         arrays |= {name: np.str_(getattr(self, name)) for name in ("extractor", "sha256", "source")}
-        write_beside(Path(path), lambda file: np.savez(file, **arrays))
+        with atomic_write(Path(path)) as file:
+            np.savez(file, **arrays)
 
     @classmethod
     def load(cls, path: str | Path) -> Statistics:
@@ -157,10 +158,10 @@ def _read(path: Path) -> dict[str, np.ndarray]:
         with np.load(path, allow_pickle=False) as file:
             names = set(file.files)
             found = {name: _plain(name, file[name]) for name in names & wanted}
-            return found or {ascii(name)[1:-1][:20]: np.empty(0) for name in sorted(names)[:9]}
+            return found or {printable(name, 20): np.empty(0) for name in sorted(names)[:9]}
     except Exception as error:  # a torn zip and a header that lies raise anything
         raise ValueError(
-            f"{path} is not a readable npz of plain arrays ({' '.join(str(error).split()):.200}); compute the statistics again"
+            f"{path} is not a readable npz of plain arrays ({first_line(error)}); compute the statistics again"
         ) from None
 
 

@@ -14,13 +14,12 @@ from tqdm import tqdm
 
 from selftrans.checkpoints.load import LoadedModel, Weights, load_model
 from selftrans.data.dataset import Shards
-from selftrans.data.sources.decode import shown
 from selftrans.encoders.autoencoder import load_autoencoder, sample_latents, to_uint8
 from selftrans.evaluate.classifier import train_classifier
 from selftrans.evaluate.plots import curves, pca_grid, save, scatter
 from selftrans.evaluate.probes import collect, linear_probe, pca_maps, tsne
 from selftrans.flow import PATHS
-from selftrans.storage import write_json
+from selftrans.storage import printable, write_json
 
 
 def shard_images(shards: Shards, batch_size: int = 256) -> Iterator[np.ndarray]:
@@ -93,7 +92,7 @@ def analyse(
     save(pca_grid({"data": pictures} | maps, title="principal components of the features"), out / "pca.png")
     for t, cloud in clouds.items():
         title = f"t-SNE of block {blocks[len(blocks) // 2]} at t = {t:g}"
-        names = [shown(name) for name in shards.manifest.classes] or None
+        names = [printable(name) for name in shards.manifest.classes] or None
         save(scatter(cloud, labels.numpy(), title=title, names=names), out / f"tsne-t{t:g}.png")
     if probes:
         series = {f"t = {t:g}": (blocks, accuracy) for t, accuracy in probes.items()}

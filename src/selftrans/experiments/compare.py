@@ -24,9 +24,8 @@ from selftrans.experiments.runner import PROBED_BLOCK, Comparison, Results, comp
 from selftrans.experiments.table import AXES, as_csv, mean_curve, rows
 from selftrans.methods.registry import REGISTRY, find, sections_of, stages
 from selftrans.sections import fields_of
-from selftrans.storage import write_json, write_text
+from selftrans.storage import lock_file, write_json, write_text
 from selftrans.train.run import put_together, teacher_of
-from selftrans.train.signals import lock
 
 SHOWN = 32  #: samples on the page, per method
 
@@ -49,7 +48,7 @@ def compare_methods(
     Repeating the call continues it; methods and seeds may be added. Raises ValueError for unknown methods and seeds.
     """
     _check(methods, seeds, images)
-    with lock(out):
+    with lock_file(out / ".lock"):
         config, features, weights = base(config, out, features=features)
         variants = {name: only(config, name) for name in methods}
         rehearse(variants)

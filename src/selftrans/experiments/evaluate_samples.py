@@ -31,7 +31,7 @@ from selftrans.evaluate.metrics import evaluate
 from selftrans.evaluate.statistics import Statistics
 from selftrans.experiments.analyse_run import shard_images
 from selftrans.sampling.images import is_model, sampling
-from selftrans.storage import write_json
+from selftrans.storage import first_line, write_json
 
 WANTED = "give a folder, zip or npz of pictures, prepared data, or statistics"
 FOREIGN = (".pt", ".pth", ".ckpt")  #: checkpoints that only `selftrans import` reads
@@ -142,7 +142,7 @@ def _sampled(samples: Path) -> tuple[dict[str, Any] | None, np.ndarray | None, I
                     raise ValueError("its labels would expand beyond the file")
                 labels = arrays["arr_1"]
     except Exception as error:  # of json, zip and npz: as many kinds as there are ways to be torn
-        raise ValueError(f"{samples} is damaged ({error!s:.200}); delete it and sample again") from error
+        raise ValueError(f"{samples} is damaged ({first_line(error)}); delete it and sample again") from error
     if not complete:
         raise ValueError(f"{samples} is not complete; repeat the `selftrans sample` command that began it")
     told = settings.get("num_classes", 2) > 1  # with one label for all, any accuracy would look fine
@@ -190,8 +190,7 @@ def _cached(path: Path, extractor: Extractor) -> Statistics:
             return Statistics.load(kept)
     images = shard_images(Shards.open(path)) if (path / "manifest.json").exists() else iter_images(path)
     statistics = Statistics.of(_counted(iter(images), None), extractor, source=_described(path))
-    with contextlib.suppress(OSError):
-        kept.parent.mkdir(parents=True, exist_ok=True)
+    with contextlib.suppress(ValueError):  # a full disk, or a home that cannot be written
         statistics.save(kept)
     return statistics
 
@@ -234,7 +233,7 @@ def _names(path: Path) -> set[str]:
         with ZipFile(path) as archive:
             return {name.removesuffix(".npy") for name in archive.namelist()}
     except Exception as error:  # a damaged directory makes zipfile raise more than BadZipFile
-        raise ValueError(f"{path} cannot be read ({error!s:.200}); {WANTED}") from error
+        raise ValueError(f"{path} cannot be read ({first_line(error)}); {WANTED}") from error
 
 
 #: key of a report -> what the table calls it; in this order

@@ -32,8 +32,7 @@ from selftrans.flow import PATHS
 from selftrans.methods.self_transcendence import SELF_TRANSCENDENCE, STRUCTURE, Stage1
 from selftrans.methods.vanilla import VANILLA
 from selftrans.recipes.digits import digits
-from selftrans.storage import write_json, write_text
-from selftrans.train.signals import lock
+from selftrans.storage import lock_file, write_json, write_text
 
 #: name of the method -> what the page calls it; in this order, so that stage 1 is there to teach
 METHODS = {spec.name: spec.title for spec in (VANILLA, STRUCTURE, SELF_TRANSCENDENCE)}
@@ -61,7 +60,7 @@ def quickstart(
     config = digits()
     if steps is not None:
         config = config.override({"train.steps": steps}).check()
-    with lock(out):
+    with lock_file(out / ".lock"):
         shards = prepare_digits(out / "data")
         config = config.override({"data.path": str(out / "data")})
         classifier = out / "digits-classifier.safetensors"

@@ -13,7 +13,7 @@ from selftrans.checkpoints.load import EXPORTED, Weights, find, load_model
 from selftrans.interop.published_file import LAYOUT
 from selftrans.models import registry as models
 from selftrans.sections import nearest
-from selftrans.storage import write_beside, write_json
+from selftrans.storage import atomic_write, write_json
 
 OURS = "selftrans"  #: the layout that every command takes in place of a run
 
@@ -49,7 +49,8 @@ def export_run(
         tensors, metadata = theirs.tensors(found.model), {LAYOUT: layout, "format": "pt"}
     tensors = {key: value.contiguous() for key, value in tensors.items()}
     try:
-        write_beside(out / EXPORTED, lambda file: save_file(tensors, file.name, metadata=metadata))
+        with atomic_write(out / EXPORTED) as file:
+            save_file(tensors, file.name, metadata=metadata)
     except SafetensorError as error:
         raise OSError(f"{out / EXPORTED} could not be written ({error}); make room, or choose another --out") from error
     (out / EXPORTED).chmod(out.stat().st_mode & 0o666)

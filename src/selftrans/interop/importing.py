@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import shlex
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,7 +25,7 @@ from selftrans.methods.spec import PublishedHeads
 from selftrans.models.registry import REGISTRY as MODELS
 from selftrans.models.spec import Named, Published, PublishedFile, check_shapes
 from selftrans.recipes import recipe
-from selftrans.storage import write_json
+from selftrans.storage import sha256_file, write_json
 from selftrans.train.resume import bound_settings
 
 #: autoencoder of latents with this many channels, where none is named: the field's for 4, none for pixels
@@ -61,7 +59,7 @@ def import_run(
     held = read(file)
     found = _recognised(held, heads, convention)
     config, guided = _config(held, found, name)
-    source = {"path": str(file.resolve()), "sha256": checkpoint.sha256(file), "convention": found.convention}
+    source = {"path": str(file.resolve()), "sha256": sha256_file(file), "convention": found.convention}
     source |= found.source | {"step": step, "autoencoder": autoencoder, "keep_heads": keep_heads}
     source |= {"unused": listed(held.unused)} if held.unused else {}
     if _occupied(out, source):
@@ -211,28 +209,24 @@ def _write(
     source: dict[str, Any],
     projectors: Named,
 ) -> Path:
-    """The run directory, made under a temporary name and renamed; returns its checkpoint's folder."""
+    """The run directory, written completely or not at all; returns its checkpoint's folder."""
     order = [stage.name for stage in stages(config)]
     classes = [str(label) for label in range(found.conditions.num_classes)]
     about = header(
         config, order[0], step, order=order, shape=found.shape, conditions=found.conditions, classes=classes,
         autoencoder=_autoencoder(found, source["autoencoder"]),
     ) | {"seconds": 0.0, "tflops": None, IMPORTED: source | {"steps": step}}  # fmt: skip
-    temporary = out.with_name(f".{out.name}.{os.getpid()}")
+    state = about | {"window": {}, "scaler": None, "processes": 1, "teacher": None}
     try:
-        shutil.rmtree(temporary, ignore_errors=True)
-        state = about | {"window": {}, "scaler": None, "processes": 1, "teacher": None}
-        saved = checkpoint.save(temporary / order[0] / "checkpoints", step, parts, state, about)
-        if projectors:
-            save_file({key: value.clone() for key, value in projectors.items()}, temporary / "projectors.safetensors")
-        write_json(temporary / "config.json", json.loads(to_json(config)))
-        write_json(temporary / f"{IMPORTED}.json", source)
-        os.replace(temporary, out)
+        with atomic_directory(out) as run:
+            saved = checkpoint.save(run / order[0] / "checkpoints", step, parts, state, about)
+            if projectors:
+                save_file({key: value.clone() for key, value in projectors.items()}, run / "projectors.safetensors")
+            write_json(run / "config.json", json.loads(to_json(config)))
+            write_json(run / f"{IMPORTED}.json", source)
     except (OSError, SafetensorError) as error:
         raise OSError(f"{out} could not be written ({error}); make room, or choose another --out") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    return out / saved.relative_to(temporary)
+    return out / saved.relative_to(run)
 
 
 def _command(config: RunConfig, out: Path) -> str:

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from selftrans.models.spec import Named, PublishedFile
-from selftrans.storage import line
+from selftrans.storage import first_line, printable
 
 WRAPPERS = {"module", "_orig_mod"}  #: parts of a name that DataParallel and torch.compile put in
 #: what a file may hold besides tensors and plain containers
@@ -55,13 +55,13 @@ def _unused(path: Path, content: Mapping[Any, Any], apart: bool) -> list[str]:
     """Names of the entries that nothing reads, of a file that keeps its weights `apart`. ValueError: weights are among them."""
     models = ({"model", "ema"} & content.keys() or {"state_dict"}) if apart else set()
     others = [key for key in content if key not in models | {"opt", "args", "steps"}]
-    lost = [shown(key) for key in others if _weights(key, content[key])]
+    lost = [printable(key, 80) for key in others if _weights(key, content[key])]
     if lost:
         raise ValueError(
             f"{path} holds weights under {listed(lost)}, which would be lost; expected a plain state dict, one under "
             "state_dict, or model and ema (with opt, args, steps): save the weights wanted as one of these"
         )
-    return [shown(key) for key in others] if apart else []
+    return [printable(key, 80) for key in others] if apart else []
 
 
 def _weights(key: object, entry: Any) -> bool:
@@ -101,7 +101,7 @@ def _archive(path: Path) -> Any:
             if sum(r.file_size for r in records) > path.stat().st_size:
                 raise ValueError("its records overlap")
             if (torn := archive.testzip()) is not None:  # torch itself never looks
-                raise ValueError(f"its record {shown(torn)} fails its checksum")
+                raise ValueError(f"its record {printable(torn, 80)} fails its checksum")
         with torch.serialization.safe_globals(HARMLESS):
             content = torch.load(path, map_location=placed, weights_only=True, mmap=True)
         data = [r for r in records if re.search(r"/data/\d+$", r.filename) and r.file_size]
@@ -116,7 +116,7 @@ def _archive(path: Path) -> Any:
                 f"{path} was refused, and nothing in it was run: it holds {refused[1]}, and only tensors, plain "
                 "containers and argparse.Namespace are read; save its state dict alone, best as safetensors"
             ) from error
-        raise ValueError(f"{path} is damaged or no torch checkpoint ({line(error)}); fetch it again") from error
+        raise ValueError(f"{path} is damaged or no torch checkpoint ({first_line(error)}); fetch it again") from error
 
 
 def _safetensors(path: Path) -> tuple[dict[str, Any], str | None]:
@@ -127,7 +127,8 @@ def _safetensors(path: Path) -> tuple[dict[str, Any], str | None]:
         tensors = load_file(path)
     except (OSError, SafetensorError, ValueError, RuntimeError) as error:
         raise ValueError(
-            f"{path} is neither a torch checkpoint (a zip) nor safetensors, or is cut short ({line(error)}); fetch it again"
+            f"{path} is neither a torch checkpoint (a zip) nor safetensors, or is cut short ({first_line(error)}); "
+            "fetch it again"
         ) from error
     if "selftrans" in said:
         raise ValueError(f"{path} is a selftrans weights file already; use it as it is, where a run is asked for")
@@ -148,9 +149,9 @@ def _tensors(path: Path, named: Any) -> Named:
     size = 0
     for name, tensor in named.items():
         if not isinstance(name, str) or not isinstance(tensor, Tensor):
-            raise ValueError(f"{path}: entry {shown(name)} is a {type(tensor).__name__}; expected a tensor")
+            raise ValueError(f"{path}: entry {printable(name, 80)} is a {type(tensor).__name__}; expected a tensor")
         if tensor.layout != torch.strided or tensor.device.type != "cpu" or not tensor.is_floating_point():
-            raise ValueError(f"{path}: entry {shown(name)} is no plain tensor of floating-point numbers")
+            raise ValueError(f"{path}: entry {printable(name, 80)} is no plain tensor of floating-point numbers")
         size += tensor.numel() * tensor.element_size()
     if size > path.stat().st_size:  # views of one another, or stretched: small on disk, large once written
         raise ValueError(f"{path}: its tensors claim {size:,} bytes, more than the file has; fetch it again")
@@ -182,8 +183,3 @@ def _modern(name: str, first: int) -> str:
 def listed(names: list[str]) -> str:
     """`a, b and 3 more`."""
     return ", ".join(names[:MOST]) + (f" and {len(names) - MOST} more" if len(names) > MOST else "")
-
-
-def shown(name: object) -> str:
-    """A name out of a file, fit for a terminal."""
-    return ascii(name)[:80].strip("'\"")

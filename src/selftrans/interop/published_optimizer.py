@@ -7,9 +7,8 @@ from typing import Any
 
 import torch
 
-from selftrans.interop.published_file import shown
 from selftrans.models.spec import Named
-from selftrans.storage import line
+from selftrans.storage import first_line
 
 
 def adamw_moments(optimizer: Any, named: Named, may_be_absent: Callable[[str], bool]) -> tuple[dict[str, Named], str]:
@@ -34,5 +33,5 @@ def adamw_moments(optimizer: Any, named: Named, may_be_absent: Callable[[str], b
             if not 0 <= float(state["step"]) < 1 << 24:  # float32 counts no further
                 raise ValueError(f"step of {name}")
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
-        return {}, f"its optimiser's state does not fit its parameters ({shown(line(error))})"
+        return {}, f"its optimiser's state does not fit its parameters ({first_line(error, 80)})"
     return out, ""

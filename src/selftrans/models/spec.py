@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from selftrans.sections import Section
-from selftrans.storage import line
+from selftrans.storage import printable
 from selftrans.types import Backbone, Conditions
 
 Named = dict[str, Tensor]  #: tensors by name, in the order of the parameters
@@ -116,4 +116,4 @@ def check_shapes(where: str, named: Named, expected: Mapping[str, tuple[int, ...
 def few(names: Iterable[str]) -> str:
     """`4 tensors (a, b, c, ...)`, safe to print."""
     every = list(names)
-    return f"{len(every)} ({', '.join(map(line, every[:3]))}{', ...' if len(every) > 3 else ''})"
+    return f"{len(every)} ({', '.join(map(printable, every[:3]))}{', ...' if len(every) > 3 else ''})"

@@ -14,12 +14,14 @@ import zipfile
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import IO, Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.lib import format as npy
+
+from selftrans.storage import MAKE_ROOM, atomic_write, first_line, printable
 
 Samples = Iterable[tuple[np.ndarray, np.ndarray, np.ndarray]]  #: indices (n,), labels (n,), images uint8 (n, R, R, C)
 
@@ -98,7 +100,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _write_json(out: Path, content: dict[str, Any], rank: int) -> None:
-    with _beside(out / "samples.json", rank) as file:
+    with _write(out / "samples.json", rank) as file:
         file.write((json.dumps(content, indent=1) + "\n").encode())
 
 
@@ -112,7 +114,7 @@ def _differences(there: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """`name: old there, new now` for each setting that differs."""
     old, new = _flat(there), _flat(json.loads(json.dumps(now)))  # through json, so that a tuple equals its list
     names = [name for name in {**old, **new} if old.get(name) != new.get(name) or (name in old) != (name in new)]
-    shown = {name: ascii(name)[1:-1][:60] for name in names}  # what is there may be anything
+    shown = {name: printable(name, 60) for name in names}  # the file may be untrusted
     return [f"{shown[k]}: {old.get(k, 'absent')!s:.60} there, {new.get(k, 'absent')!s:.60} now" for k in names[:5]]
 
 
@@ -136,23 +138,9 @@ def _missing(out: Path, num: int) -> np.ndarray:
     return np.array([k for k in range(num) if not _whole(_png(out, k))], dtype=np.int64)
 
 
-@contextmanager
-def _beside(path: Path, rank: int) -> Iterator[IO[bytes]]:
-    """A file written beside `path` and renamed when it is whole; else removed, with a ValueError that says why."""
-    draft = path.with_name(f"{path.name}.{rank}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            draft.unlink(missing_ok=True)  # of a killed process; a link there is not followed
-            with draft.open("xb") as file:
-                yield file
-            os.replace(draft, path)
-        except BaseException:
-            draft.unlink(missing_ok=True)
-            raise
-    except OSError as error:
-        remedy = "make room or choose another folder; the same command then continues"
-        raise ValueError(f"{path} cannot be written ({error.strerror or error}); {remedy}") from error
+def _write(path: Path, rank: int) -> AbstractContextManager[BinaryIO]:
+    """`atomic_write` without waiting for the disk, which 50,000 images would wait for long: `_whole` checks them instead."""
+    return atomic_write(path, writer=rank, durable=False, remedy=f"{MAKE_ROOM}; the same command then continues")
 
 
 def _write_images(batches: Samples, out: Path, count: int, num: int, rank: int, progress: bool) -> None:
@@ -182,7 +170,7 @@ def _write_batch(out: Path, indices: np.ndarray, labels: np.ndarray, images: np.
     for index, label, image in zip(indices, labels, images, strict=True):
         text = PngImagePlugin.PngInfo()
         text.add_text("label", str(int(label)))
-        with _beside(_png(out, int(index)), rank) as file:
+        with _write(_png(out, int(index)), rank) as file:
             picture = Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
             picture.save(file, format="PNG", compress_level=1, pnginfo=text)  # level 6 costs thrice the time for 3 %
     return len(indices)
@@ -199,8 +187,8 @@ def read_png(path: Path) -> tuple[np.ndarray, int]:
             if picture.mode not in ("L", "RGB", "RGBA") or not -1 <= label < 1 << 31:
                 raise ValueError(f"mode {picture.mode}, label {label!s:.20}")
     except Exception as error:  # of PIL, on damage: as many kinds as there are ways to be torn
-        reason = " ".join(str(error).replace(str(path), "it").split()) or type(error).__name__
-        raise ValueError(f"{path} is no sample ({reason:.100}); delete it and repeat the command") from error
+        reason = first_line(str(error).replace(str(path), "it") or type(error).__name__, 100)
+        raise ValueError(f"{path} is no sample ({reason}); delete it and repeat the command") from error
     return (pixels[..., None] if pixels.ndim == 2 else pixels), label
 
 
@@ -221,7 +209,7 @@ def _write_npz(out: Path, num: int, rank: int, progress: bool) -> list[int]:
     shape = [num, *read_png(_png(out, 0))[0].shape]
     labels = np.empty(num, dtype=np.int64)
     header = {"descr": npy.dtype_to_descr(np.dtype(np.uint8)), "fortran_order": False, "shape": tuple(shape)}
-    with _beside(out / "samples.npz", rank) as target, zipfile.ZipFile(target, "w") as archive:
+    with _write(out / "samples.npz", rank) as target, zipfile.ZipFile(target, "w") as archive:
         with archive.open("arr_0.npy", "w", force_zip64=True) as file:
             npy.write_array_header_1_0(file, header)
             images = _read_all([_png(out, k) for k in range(num)])

@@ -15,10 +15,11 @@ from torch import nn
 
 from selftrans.checkpoints import format as checkpoint
 from selftrans.checkpoints.load import Weights, load_model
-from selftrans.config import DTYPES, SampleConfig
+from selftrans.config import SampleConfig
 from selftrans.encoders.autoencoder import load_autoencoder
 from selftrans.flow import PATHS
 from selftrans.models.compiling import compile_model
+from selftrans.precision import PRECISIONS
 from selftrans.sampling.folder import write_samples
 from selftrans.sampling.samplers import sample_images
 
@@ -54,7 +55,7 @@ def sampling(
         warnings.warn("the guidance interval is ignored: the guidance scale is 1", stacklevel=3)
     device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")
     model = found.model.to(device)
-    cast_products(model, DTYPES[config.precision])
+    cast_products(model, PRECISIONS[config.precision])
     compiled = worth_compiling(config, device)
     if compiled:
         compile_model(model)

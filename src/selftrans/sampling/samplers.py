@@ -18,9 +18,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from selftrans.config import DTYPES, Labels, SampleConfig
+from selftrans.config import Labels, SampleConfig
 from selftrans.encoders.autoencoder import Autoencoder, to_uint8
 from selftrans.flow import LINEAR, Path, score_from_v
+from selftrans.precision import PRECISIONS
 from selftrans.types import Backbone, Cond, cat_cond
 
 Velocity: TypeAlias = Callable[[Tensor, Tensor], Tensor]  #: (z (N, ...), t ()) -> (N, ...)
@@ -242,7 +243,7 @@ def _sample_batch(
 
     noise = image_noise(indices, model.shape, config.seed, device)
     velocity = guided(model, cond, scale=config.guidance_scale, interval=config.guidance_interval)
-    total, precision = config.steps * EVALUATIONS[config.sampler], DTYPES[config.precision]
+    total, precision = config.steps * EVALUATIONS[config.sampler], PRECISIONS[config.precision]
     # autocast casts weights anew in each pass, inference mode or compiled: `generate.cast_products` does so once before
     amp = torch.autocast(device.type, dtype=precision, enabled=precision != torch.float32)
     hidden = None if progress else True  # None hides it where there is no terminal

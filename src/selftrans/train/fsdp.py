@@ -1,7 +1,7 @@
-"""FSDP2: weights, gradients, moments and the average split over the processes (torch's `fully_shard`).
+"""FSDP2: weights, gradients, moments and the average sharded over the processes (torch's `fully_shard`).
 
-accelerate makes the processes find each other; the splitting is torch's own, which works on CPUs, too, and so is tested
-there. Checkpoints hold whole tensors: who reads or wrote them, and with how many processes, leaves no trace.
+accelerate sets up the process group; the sharding is torch's own, which works on CPUs, too, and is tested there.
+Checkpoints hold full tensors, so they do not depend on the number of processes, nor on whether the run is sharded.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from selftrans.methods.objective import Objective
 from selftrans.types import Backbone
 
 
-def split(*models: Objective | Backbone, device: torch.device, processes: int) -> None:
-    """Split each model in place over all processes: every block by itself, every guidance's heads, and what remains.
+def shard_models(*models: Objective | Backbone, device: torch.device, processes: int) -> None:
+    """Shard each model in place over all processes: every block, every guidance's heads, and then what remains.
 
     Blocks are gathered one at a time in the forward and in the backward pass. Every process must call it.
     """
@@ -38,26 +38,26 @@ def split(*models: Objective | Backbone, device: torch.device, processes: int) -
 
 
 def release(model: nn.Module) -> None:
-    """Let modules that have left a split model leave the memory as well: torch keeps a list of all that it has split."""
+    """Free the memory of modules that were removed from a sharded model: torch keeps a list of all that it has sharded."""
     if isinstance(model, FSDPModule):
         staying = [part._get_fsdp_state() for part in model.modules() if isinstance(part, FSDPModule)]
         states = model._get_fsdp_state()._state_ctx.all_states
         states[:] = [state for state in states if state in staying]
-        gc.collect()  # they refer to each other
+        gc.collect()  # the states refer to each other
 
 
 def local(tensor: Tensor) -> Tensor:
-    """The part of a tensor that this process holds; a tensor that is not split is its own."""
+    """The part of a tensor that this process holds; a tensor that is not sharded is returned as it is."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """The tensor put together again. Every process must call it, in the same order."""
+def gather_full_tensor(tensor: Tensor) -> Tensor:
+    """The full tensor. Every process must call it, in the same order."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def anywhere(flag: Tensor, tensors: list[Tensor]) -> Tensor:
-    """Whether a 0-d boolean is true in any of the processes that hold a part of the tensors. Every process must call it."""
+def any_rank(flag: Tensor, tensors: list[Tensor]) -> Tensor:
+    """Whether a 0-d boolean is true in any process, if the tensors are sharded; else the flag. Every process must call it."""
     if not any(isinstance(tensor, DTensor) for tensor in tensors):
         return flag
     count = flag.float()
@@ -65,8 +65,8 @@ def anywhere(flag: Tensor, tensors: list[Tensor]) -> Tensor:
     return count > 0
 
 
-def alike(tensor: Tensor, like: Tensor) -> Tensor:
-    """A whole tensor on the device of another, and split as that one is. Every process must call it."""
+def shard_like(tensor: Tensor, like: Tensor) -> Tensor:
+    """A full tensor on the device of `like`, and sharded as `like` is. Every process must call it."""
     tensor = tensor.to(like.device)
     return distribute_tensor(tensor, like.device_mesh, like.placements) if isinstance(like, DTensor) else tensor
 
@@ -79,20 +79,25 @@ def exchange(wrapped: Any, accelerator: Accelerator, last: bool) -> contextlib.A
     return contextlib.nullcontext() if last else accelerator.no_sync(wrapped)
 
 
-def gathered(model: nn.Module, build: Callable[[], nn.Module]) -> nn.Module:
-    """A split model, in eval mode, as one process can run it; one that is not split as it is. Every process must call it."""
+def gather_model(model: nn.Module, build: Callable[[], nn.Module]) -> nn.Module:
+    """A copy with full tensors of a sharded model, in eval mode, which one process can run. Every process must call it.
+
+    `build` makes an empty model of the same architecture. A model that is not sharded is returned as it is.
+    """
     if not isinstance(model, FSDPModule):
         return model
-    state = {name: whole(tensor) for name, tensor in model.state_dict().items()}
+    state = {name: gather_full_tensor(tensor) for name, tensor in model.state_dict().items()}
     copy = build().to(next(iter(state.values())).device)
     copy.load_state_dict(state)
     return copy.requires_grad_(False).eval()
 
 
-def everything(objective: nn.Module, average: nn.Module, optimizer: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """All tensors of a checkpoint by file, whole, for the first process to write. Every process must call it.
+def gather_checkpoint(
+    objective: nn.Module, average: nn.Module, optimizer: dict[str, Tensor]
+) -> dict[str, dict[str, Tensor]]:
+    """All tensors of a checkpoint by file, in full, for the first process to write. Every process must call it.
 
-    What was split is put together one tensor at a time, and kept in the first process alone, in its host's memory.
+    Sharded tensors are gathered one at a time, and kept by the first process alone, in host memory.
     """
     state = objective.state_dict()
     held = {
@@ -101,17 +106,17 @@ def everything(objective: nn.Module, average: nn.Module, optimizer: dict[str, Te
         "heads": {k: v for k, v in state.items() if not k.startswith("student.")},
         "optimizer": optimizer,
     }
-    return {file: {name: _kept(tensor) for name, tensor in named.items()} for file, named in held.items()}
+    return {file: {name: _gather_to_first(tensor) for name, tensor in named.items()} for file, named in held.items()}
 
 
-def _kept(tensor: Tensor) -> Tensor:
+def _gather_to_first(tensor: Tensor) -> Tensor:
     if not isinstance(tensor, DTensor):
         return tensor
-    together = whole(tensor.detach())
-    return together.cpu() if dist.get_rank() == 0 else together.new_empty(0)
+    full = gather_full_tensor(tensor.detach())
+    return full.cpu() if dist.get_rank() == 0 else full.new_empty(0)
 
 
 def load(model: nn.Module, state: dict[str, Tensor]) -> None:
-    """`load_state_dict` of whole tensors, each name in its place. RuntimeError for names that do not agree."""
+    """`load_state_dict` with full tensors, sharded where the model is. RuntimeError where the names do not agree."""
     mine: dict[str, Any] = model.state_dict()
-    model.load_state_dict({k: alike(v, mine[k]) if k in mine else v for k, v in state.items()}, strict=True)
+    model.load_state_dict({k: shard_like(v, mine[k]) if k in mine else v for k, v in state.items()}, strict=True)

@@ -1,4 +1,4 @@
-"""What a run says: a progress bar on the screen, one json line per report on disk, TensorBoard beside it."""
+"""Logging of a run: log.jsonl with one json object per line, running means, the progress bar."""
 
 from __future__ import annotations
 
@@ -14,34 +14,34 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from selftrans.storage import sync
+from selftrans.storage import atomic_write
 
 
-class Window:
-    """Means of the reported values since the last line, summed on the device: read only when a line is written."""
+class RunningMeans:
+    """Means of the reported values since the last line, summed on the device: it is waited for only when they are read."""
 
     def __init__(self) -> None:
         self._sums: dict[str, tuple[Tensor, Tensor]] = {}  #: sum and count, float64
 
-    def add(self, report: dict[str, Tensor], sound: Tensor | None = None) -> None:
-        """Take in the values of one step, unless `sound`, a 0-d boolean on their device, says that it does not count."""
+    def add(self, report: dict[str, Tensor], finite: Tensor | None = None) -> None:
+        """Add the 0-d values of one step, unless `finite`, a 0-d boolean on their device, is false."""
         for name, value in report.items():
             value = value.detach().double() if value.device.type != "mps" else value.detach().float()
             one = torch.ones_like(value)
-            if sound is not None:
-                value, one = (torch.where(sound, x, 0) for x in (value, one))
+            if finite is not None:
+                value, one = (torch.where(finite, x, 0) for x in (value, one))
             total, count = self._sums.get(name, (0, 0))
             self._sums[name] = total + value, count + one
 
     def means(self) -> dict[str, Tensor]:
-        """By name, 0-d; NaN where nothing counted."""
+        """By name, 0-d; NaN where no step counted."""
         return {name: total / count for name, (total, count) in self._sums.items()}
 
     def clear(self) -> None:
         self._sums = {}
 
     def state(self, accelerator: Accelerator | None = None) -> dict[str, Any]:
-        """What a checkpoint keeps: with several processes, which must all call it, the mean over them."""
+        """What a checkpoint keeps. With several processes, which must all call it, the mean over them."""
         sums = self._sums if accelerator is None else accelerator.reduce(self._sums, reduction="mean")
         return {name: [total.item(), count.item()] for name, (total, count) in sums.items()}
 
@@ -53,35 +53,35 @@ class Window:
         }
 
 
-class Journal:
-    """log.jsonl: one line per report. After a resume it holds exactly the lines up to the resumed step."""
+class JsonlLog:
+    """log.jsonl: one line per report. After a resume it holds exactly the lines up to the resumed step.
+
+    Raises ValueError where the file cannot be written at the start. Later a full disk costs a warning: see `write`.
+    """
 
     def __init__(self, path: Path, *, resume_step: int) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         lines = path.read_text(errors="replace").splitlines() if path.exists() else []
-        beside = path.with_suffix(".tmp")
-        beside.unlink(missing_ok=True)  # neither it nor the log is written through a link
-        beside.write_text("".join(line + "\n" for line in lines if _step(line) <= resume_step))
-        sync(beside)
-        os.replace(beside, path)
+        with atomic_write(path) as file:
+            file.write("".join(line + "\n" for line in lines if _step(line) <= resume_step).encode())
         self._file = open(path, "ab", buffering=0)  # noqa: SIM115 - kept open for the run
-        self._waiting = b""
+        self._pending = b""
 
     def write(self, line: dict[str, Any]) -> None:
-        """Append a line. What a full disk does not take is kept, and written later."""
-        self._waiting += json.dumps(line).encode() + b"\n"
+        """Append a line. What does not fit on a full disk is kept in memory, and written later."""
+        self._pending += json.dumps(line).encode() + b"\n"
         self.flush()
 
     def flush(self) -> None:
-        """Write what waits, if the disk takes it."""
+        """Write what is pending, as far as the disk has space."""
         try:
-            while self._waiting:  # unbuffered, so that what was written is known to the byte
-                self._waiting = self._waiting[self._file.write(self._waiting) :]
+            while self._pending:  # unbuffered, so that the number of bytes written is known
+                self._pending = self._pending[self._file.write(self._pending) :]
         except OSError as error:
-            warnings.warn(f"{len(self._waiting)} bytes of log.jsonl wait for room: {error}", stacklevel=2)
+            warnings.warn(f"{len(self._pending)} bytes of log.jsonl are not on the disk yet: {error}", stacklevel=2)
 
     def sync(self) -> None:
-        """Write what waits, and wait until the disk holds it: a checkpoint counts on the lines before it."""
+        """Write what is pending, and wait until it is on the disk: a checkpoint relies on the lines before it."""
         self.flush()
         with contextlib.suppress(OSError):
             os.fsync(self._file.fileno())
@@ -92,20 +92,20 @@ class Journal:
 
 
 def _step(line: str) -> float:
-    """Step of a line; infinite for a line that a killed process left half written, so that it is dropped."""
+    """Step of a line; infinite for a damaged line, such as the last one of a killed process, so that it is dropped."""
     try:
         return float(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return float("inf")
 
 
-def read_journal(path: Path) -> list[dict[str, Any]]:
-    """All lines of a log.jsonl; [] where there is none."""
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """All lines of a log.jsonl; [] where the file does not exist."""
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 class _Lines:
-    """Where no terminal is: each state of a bar becomes a line of its own."""
+    """stderr that is no terminal: each state of a bar is printed as a line of its own."""
 
     def write(self, text: str) -> None:
         if text.strip():
@@ -124,6 +124,6 @@ def progress_bar(**options: Any) -> Any:
     return tqdm(file=_Lines(), ncols=0, mininterval=15, **options)
 
 
-def short(values: dict[str, float]) -> dict[str, str]:
-    """Values as the bar shows them."""
+def format_values(values: dict[str, float]) -> dict[str, str]:
+    """Values as the progress bar shows them, to three significant figures."""
     return {name: f"{value:.3g}" for name, value in values.items()}

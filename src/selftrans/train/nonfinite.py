@@ -1,6 +1,6 @@
-"""Numerical accidents: an update whose loss or gradient is not finite is skipped, counted and told, never applied.
+"""Non-finite steps: an update whose loss or gradient is not finite is skipped, counted and reported, never applied.
 
-What happens to a step is decided on the device; the host learns of it when a line is logged or a checkpoint is written.
+A step is checked on the device; the host reads the result when a line is logged or a checkpoint is written.
 """
 
 from __future__ import annotations
@@ -14,29 +14,29 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from selftrans.train.fsdp import anywhere, local
+from selftrans.train.fsdp import any_rank, local
 
-GROWTH = 10.0  #: a feature norm that has grown by this factor is warned about
+GROWTH = 10.0  #: growth of a feature norm that is warned about
 LISTED = 100  #: skipped steps of one log line that are listed with their rows
 
 
-class Accidents:
-    """Judges every step of a stage.
+class NonFiniteSteps:
+    """Checks every step of a stage.
 
     Args:
         most: skipped updates in a row that end the training.
-        rows: step (0-based) -> positions in the data of its whole batch, to name what may have caused it.
+        rows: step (0-based) -> positions in the data of the batch of all processes, which are logged for a skipped step.
     """
 
     def __init__(self, most: int, rows: Callable[[int], np.ndarray]) -> None:
         self.most, self.rows = most, rows
-        self.skipped = self.row = 0  #: updates skipped so far, and in a row until now
+        self.skipped = self.in_a_row = 0  #: updates skipped so far, and the latest of them in a row
         self.norms: dict[str, float] = {}  #: feature norm at the first log line, or when last warned about
         self._unread: list[tuple[int, Tensor]] = []
-        self._untold: list[dict[str, Any]] = []
+        self._unreported: list[dict[str, Any]] = []
 
-    def judge(self, step: int, losses: list[Tensor], norm: Tensor, accelerator: Accelerator) -> Tensor:
-        """0-d boolean on the device: the update of this 0-based step may be made. The same in all processes.
+    def check(self, step: int, losses: list[Tensor], norm: Tensor, accelerator: Accelerator) -> Tensor:
+        """0-d boolean on the device: whether the update of this 0-based step is finite. The same in all processes.
 
         `losses` are those of the micro-batches, `norm` that of the gradient before clipping.
         """
@@ -47,38 +47,38 @@ class Accidents:
         self._unread.append((step, torch.stack([bad, loss.float(), norm.float()])))
         return bad == 0
 
-    def read(self, stage: str) -> None:
-        """Wait for the device and count. FloatingPointError, one line, when `most` updates in a row were skipped."""
+    def sync(self, stage: str) -> None:
+        """Wait for the device and count. FloatingPointError (one line) when `most` updates in a row were skipped."""
         if not self._unread:
             return
         seen = torch.stack([values for _, values in self._unread]).tolist()
         steps, self._unread = [step for step, _ in self._unread], []
         found, ending = [], None
         for step, (bad, loss, norm) in zip(steps, seen, strict=True):
-            self.row = self.row + 1 if bad else 0
+            self.in_a_row = self.in_a_row + 1 if bad else 0
             if bad:
-                told = {"step": step + 1, "loss": f"{loss:g}", "grad_norm": f"{norm:g}"}
-                found.append(told | {"rows": self.rows(step).tolist()})
-            if self.row == self.most:
+                skip = {"step": step + 1, "loss": f"{loss:g}", "grad_norm": f"{norm:g}"}
+                found.append(skip | {"rows": self.rows(step).tolist()})
+            if self.in_a_row == self.most:
                 ending = f"up to step {step + 1} of {stage}, had no finite gradient (loss {loss:g}, its norm {norm:g})"
         self.skipped += len(found)
-        self._untold = (self._untold + found)[:LISTED]
+        self._unreported = (self._unreported + found)[:LISTED]
         if ending:
             raise FloatingPointError(f"{self.most} updates in a row, {ending}")
         if found:
             one = found[0]
             warnings.warn(
                 f"{len(found)} of the last {len(steps)} updates of {stage} skipped, first at step {one['step']} (loss "
-                f"{one['loss']}, gradient norm {one['grad_norm']}); {self.skipped} in all; log.jsonl lists their pictures",
+                f"{one['loss']}, gradient norm {one['grad_norm']}); {self.skipped} in all; log.jsonl lists their rows",
                 stacklevel=2,
             )
 
-    def tell(self) -> dict[str, Any]:
+    def pop_report(self) -> dict[str, Any]:
         """Entries of a log line: `skipped`, the number so far, and `skips`, those since the last line. {} without any."""
-        untold, self._untold = self._untold, []
-        return ({"skipped": self.skipped} if self.skipped else {}) | ({"skips": untold} if untold else {})
+        unreported, self._unreported = self._unreported, []
+        return ({"skipped": self.skipped} if self.skipped else {}) | ({"skips": unreported} if unreported else {})
 
-    def watch_norms(self, values: dict[str, float], step: int) -> None:
+    def check_norms(self, values: dict[str, float], step: int) -> None:
         """Warn when the norm of guided features has grown tenfold, and again at each further tenfold."""
         for name, value in values.items():
             if not name.endswith("_norm") or name == "grad_norm":
@@ -87,24 +87,24 @@ class Accidents:
             if before > 0 and value > GROWTH * before:
                 self.norms[name] = value
                 warnings.warn(
-                    f"{name} has grown from {before:.3g} to {value:.3g} at step {step}: features whose scale runs away; a "
-                    "smaller guidance weight keeps it in bounds, and so does a normalised target",
+                    f"{name} has grown from {before:.3g} to {value:.3g} at step {step}: the scale of the features "
+                    "grows; a smaller guidance weight or a normalised target bounds it",
                     stacklevel=2,
                 )
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps, everything read."""
-        return {"skipped": self.skipped, "row": self.row, "norms": self.norms, "untold": self._untold}
+        """What a checkpoint keeps; call `sync` before."""
+        return {"skipped": self.skipped, "in_a_row": self.in_a_row, "norms": self.norms, "unreported": self._unreported}
 
     def load(self, state: dict[str, Any]) -> None:
-        self.skipped, self.row = int(state.get("skipped", 0)), int(state.get("row", 0))
-        self.norms, self._untold = dict(state.get("norms", {})), list(state.get("untold", []))
+        self.skipped, self.in_a_row = int(state.get("skipped", 0)), int(state.get("in_a_row", 0))
+        self.norms, self._unreported = dict(state.get("norms", {})), list(state.get("unreported", []))
 
 
 def check_weights(parameters: list[Tensor], where: str) -> None:
-    """FloatingPointError unless all weights are finite: a checkpoint of others would push out a good one."""
-    # of what is split and has few rows, some processes hold none
+    """FloatingPointError unless all weights are finite: a checkpoint of others would replace a good one."""
+    # some processes hold no row of a sharded tensor that has few
     parts = [part for p in parameters if (part := local(p.detach())).numel()]
     norms = torch.stack([norm.float() for norm in torch._foreach_norm(parts, ord=float("inf"))])
-    if bool(anywhere(~torch.isfinite(norms.sum(dim=0)), parameters)):
+    if bool(any_rank(~torch.isfinite(norms.sum(dim=0)), parameters)):
         raise FloatingPointError(f"the weights are no longer finite at {where}")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from selftrans.config import Train
-from selftrans.train.fsdp import alike
+from selftrans.train.fsdp import shard_like
 
 
 def build_optimizer(model: nn.Module, config: Train) -> torch.optim.AdamW:
@@ -64,6 +64,6 @@ def load_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, tensors: 
         moments = {key.rpartition(":")[2]: value for key, value in tensors.items() if key.rpartition(":")[0] == name}
         if moments:
             optimizer.state[parameter] = {
-                moment: alike(value, parameter).clone() if value.ndim else value.to(parameter.device).clone()
+                moment: shard_like(value, parameter).clone() if value.ndim else value.to(parameter.device).clone()
                 for moment, value in moments.items()
             }

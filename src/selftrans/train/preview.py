@@ -16,8 +16,8 @@ from selftrans.encoders.autoencoder import Autoencoder, load_autoencoder
 from selftrans.evaluate.plots import image_grid, save_png
 from selftrans.flow import PATHS
 from selftrans.sampling.samplers import sample_images
-from selftrans.storage import line, no_link
-from selftrans.train.signals import Stop
+from selftrans.storage import first_line, no_symlink
+from selftrans.train.signals import StopSignal
 
 TRIES = 3  #: times that a picture may end the process, by want of memory for instance, before it is given up
 
@@ -25,8 +25,10 @@ TRIES = 3  #: times that a picture may end the process, by want of memory for in
 class Preview:
     """Makes previews with Heun's method and the run's guidance. A preview that fails warns and never stops the training."""
 
-    def __init__(self, config: RunConfig, manifest: Manifest, device: torch.device, stop: Stop | None = None) -> None:
-        self.config, self.manifest, self.device, self.stop = config, manifest, device, stop or Stop()
+    def __init__(
+        self, config: RunConfig, manifest: Manifest, device: torch.device, stop: StopSignal | None = None
+    ) -> None:
+        self.config, self.manifest, self.device, self.stop = config, manifest, device, stop or StopSignal()
         log = config.log
         self.settings = dataclasses.replace(
             config.sample, num=log.preview_images, sampler="heun", steps=log.preview_steps
@@ -48,11 +50,11 @@ class Preview:
         hook = model.register_forward_pre_hook(self._unless_stopped)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with open(tries, "ab", opener=no_link) as file:
+            with open(tries, "ab", opener=no_symlink) as file:
                 file.write(b".")
             self._make(model, path)
         except Exception as error:  # whatever a decoder raises: a picture is worth no run
-            warnings.warn(f"no preview at {path}: {line(error)}", stacklevel=2)
+            warnings.warn(f"no preview at {path}: {first_line(error)}", stacklevel=2)
         finally:
             hook.remove()
         tries.unlink(missing_ok=True)

@@ -19,7 +19,7 @@ from selftrans.config import RunConfig, from_json, settings_of, to_json
 from selftrans.data.manifest import Manifest
 from selftrans.methods.registry import METHODS, find, stages
 from selftrans.sections import Resume
-from selftrans.storage import line, write_json
+from selftrans.storage import first_line, write_json
 from selftrans.types import Conditions
 
 Changes = list[tuple[str, Any, Any, Resume]]  #: name, before, now, what is allowed to happen to it
@@ -142,13 +142,13 @@ def agreed(folder: Path, accelerator: Accelerator) -> checkpoint.Checkpoint | No
     """
     found = None
     if accelerator.is_main_process:
-        checkpoint.sweep(folder)
+        checkpoint.remove_unfinished(folder)
         found = checkpoint.newest(folder)
     (step,) = broadcast_object_list([found.step if found else None])
     if step is None or found is not None:
         return found
     try:
-        return checkpoint.read(checkpoint.at(folder, step))
+        return checkpoint.read(checkpoint.path_of_step(folder, step))
     except ValueError as error:
         raise ValueError(f"{error}, though another process has read it: all must see the same --out") from error
 
@@ -163,6 +163,6 @@ def usable(found: checkpoint.Checkpoint, *errors: type[Exception]) -> Iterator[N
         raise
     except wrong as error:
         raise ValueError(
-            f"{found.path / checkpoint.STATE} cannot be used ({type(error).__name__}: {line(error)}); was it written by "
+            f"{found.path / checkpoint.STATE} cannot be used ({type(error).__name__}: {first_line(error)}); was it written by "
             "another version? Remove that checkpoint, or choose another --out"
         ) from error

@@ -27,16 +27,14 @@ from selftrans.methods.objective import Objective
 from selftrans.methods.registry import stages
 from selftrans.methods.spec import Stage
 from selftrans.plugins import trust
-from selftrans.storage import write_json
+from selftrans.storage import lock_file, remove_stale_temporaries, write_json
 from selftrans.train.log import progress_bar
 from selftrans.train.preview import Preview
 from selftrans.train.processes import keep_memory, patience, together
 from selftrans.train.resume import record, settle
-from selftrans.train.signals import Stop, lock
+from selftrans.train.signals import StopSignal
 from selftrans.train.teachers import teacher_of, training_cost
 from selftrans.train.trainer import Trainer
-
-PRECISION = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 
 
 def train(
@@ -63,9 +61,9 @@ def _train(config: RunConfig, out: Path, bar: Callable[..., Any], quiet: bool) -
     main = accelerator.is_main_process
     if accelerator.device.type == "cpu":
         keep_memory()
-    with lock(out) if main else contextlib.nullcontext(), Stop() as stop:
-        for draft in (*out.glob(".*.json.*"), *out.glob("*/previews/.step-*.png.*")) if main else ():
-            draft.unlink(missing_ok=True)  # of a killed process: while the lock is held, no other process writes here
+    with lock_file(out / ".lock") if main else contextlib.nullcontext(), StopSignal() as stop:
+        if main:
+            _remove_unfinished(out)
         shards = open_data(config, out, accelerator)
         config = settle(config, out, shards.manifest)
         plan = _plan(config)
@@ -104,9 +102,28 @@ def _train(config: RunConfig, out: Path, bar: Callable[..., Any], quiet: bool) -
     return report
 
 
+def _remove_unfinished(out: Path) -> None:
+    """Remove the temporaries of killed processes: nobody else writes here while the lock of the run is held."""
+    remove_stale_temporaries(out, "*.json")
+    for stage in out.iterdir():
+        if stage.is_dir() and not stage.is_symlink():
+            remove_stale_temporaries(stage, "log.jsonl")
+            remove_stale_temporaries(stage / "previews", "step-*.png")
+
+
+def _remove_unfinished(out: Path) -> None:
+    """Remove the temporaries of killed processes: nothing else writes here while the lock of the run is held."""
+    remove_stale_temporaries(out, "*.json")
+    for stage in out.iterdir():
+        if stage.is_dir() and not stage.is_symlink():
+            remove_stale_temporaries(stage, "log.jsonl")
+            remove_stale_temporaries(stage / "previews", "step-*.png")
+
+
 def _accelerator(config: RunConfig, out: Path) -> Accelerator:
     """accelerate's engine at this precision. ValueError where the machine cannot compute in it."""
-    if AcceleratorState._shared_state and AcceleratorState().mixed_precision != PRECISION[config.train.precision]:
+    mixed = "no" if config.train.precision == "fp32" else config.train.precision
+    if AcceleratorState._shared_state and AcceleratorState().mixed_precision != mixed:
         AcceleratorState._reset_state()  # an earlier run of this process had another precision
     if config.train.precision == "fp16" and not torch.cuda.is_available():
         raise ValueError("train.precision fp16 needs a GPU; use bf16 or fp32 here")
@@ -114,7 +131,7 @@ def _accelerator(config: RunConfig, out: Path) -> Accelerator:
         raise ValueError("train.shard does not go with train.precision fp16; use bf16 or fp32")
     return Accelerator(
         cpu=not torch.accelerator.is_available(),  # without a GPU, launched processes find each other only if told so
-        mixed_precision=PRECISION[config.train.precision],
+        mixed_precision=mixed,
         log_with="tensorboard" if config.log.tensorboard else None,
         project_dir=str(out),
         kwargs_handlers=[patience(config.train)],

@@ -1,41 +1,34 @@
-"""Stopping well: a notice (SIGTERM, SIGUSR1, Ctrl-C) becomes a checkpoint and an exit code that says "resume me"."""
+"""Stop signals: SIGTERM, SIGUSR1 or Ctrl-C becomes a checkpoint, and an exit status that asks for the same command again."""
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
-import os
 import signal
 import threading
-import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 
-from selftrans.storage import no_link
-
-#: exit status of a run that stopped on notice with its checkpoint written (EX_TEMPFAIL: try again)
-RESUME_ME = 75
+#: exit status of a run that was stopped by a signal, with its checkpoint written (EX_TEMPFAIL: try again)
+EXIT_RESUME = 75
 
 
 class Interrupted(Exception):
     """The run was asked to stop; its checkpoint is written."""
 
 
-class Stop:
-    """Remembers a signal until the step is done. Use as a context manager around training."""
+class StopSignal:
+    """Keeps a signal until the step is done. Use as a context manager around training."""
 
     SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
     def __init__(self) -> None:
         self.received: int | None = None
         self._before: dict[int, Any] = {}
-        self._heard: tuple[torch.Tensor, Any] | None = None
+        self._pending: tuple[torch.Tensor, Any] | None = None
 
-    def __enter__(self) -> Stop:
+    def __enter__(self) -> StopSignal:
         if threading.current_thread() is threading.main_thread():
             self._before = {number: signal.signal(number, self._receive) for number in self.SIGNALS}
         return self
@@ -46,13 +39,13 @@ class Stop:
 
     def _receive(self, number: int, frame: object) -> None:
         if self.received is not None and number == signal.SIGINT:
-            raise KeyboardInterrupt  # a second Ctrl-C means now
+            raise KeyboardInterrupt  # a second Ctrl-C stops at once
         self.received = number
 
     def asked(self, accelerator: Accelerator) -> bool:
-        """True in every process, at the same step, as soon as one of them has been notified.
+        """True in every process, at the same step, as soon as one of them has received a signal.
 
-        On GPUs the answer is that of the call before: its exchange is over by now, and the host waits for no kernel.
+        On GPUs the answer is that of the previous call, whose reduction has ended by now: the host waits for no kernel.
         """
         if accelerator.num_processes == 1:
             return self.received is not None
@@ -60,45 +53,18 @@ class Stop:
         flag = accelerator.reduce(flag, reduction="sum")
         if flag.device.type != "cuda":
             return bool(flag > 0)
-        heard, done = torch.empty((), pin_memory=True), torch.cuda.Event()
-        heard.copy_(flag, non_blocking=True)
+        received, done = torch.empty((), pin_memory=True), torch.cuda.Event()
+        received.copy_(flag, non_blocking=True)
         done.record()
-        before, self._heard = self._heard, (heard, done)
+        before, self._pending = self._pending, (received, done)
         if before is None:
             return False
         before[1].synchronize()
         return bool(before[0] > 0)
 
-    def interrupted(self, step: int, room: Path) -> Interrupted:
+    def interrupted(self, step: int, folder: Path) -> Interrupted:
+        """The exception that ends a run whose checkpoint of `step` is written in `folder`."""
         name = signal.Signals(self.received).name if self.received else "another process"
         return Interrupted(
-            f"stopped by {name} at step {step}; checkpoint written in {room}; the same command continues"
+            f"stopped by {name} at step {step}; checkpoint written in {folder}; the same command continues"
         )
-
-
-@contextlib.contextmanager
-def lock(run: Path) -> Iterator[None]:
-    """Keep a second process out of a run directory. ValueError when it is taken; a dead process leaves no lock behind."""
-    run.mkdir(parents=True, exist_ok=True)
-    try:
-        lock_file = open(run / ".lock", "a+", opener=no_link)  # noqa: SIM115 - held for the whole block below
-    except OSError as error:
-        raise ValueError(
-            f"{run / '.lock'} cannot be opened ({error.strerror}); remove it, or choose another --out"
-        ) from error
-    with lock_file as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            file.seek(0)
-            raise ValueError(
-                f"{run} is in use by process {file.read().strip() or '?'}; wait for it, or choose another --out"
-            ) from error
-        except OSError as error:  # a file system without locks
-            warnings.warn(
-                f"{run} cannot be locked ({error.strerror}): see to it that no second process uses it", stacklevel=2
-            )
-        file.truncate(0)
-        file.write(str(os.getpid()))
-        file.flush()
-        yield

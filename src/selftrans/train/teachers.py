@@ -10,13 +10,14 @@ import torch
 
 from selftrans.checkpoints import format as checkpoint
 from selftrans.checkpoints.load import IMPORTED, LoadedModel, find, load_model
-from selftrans.config import DTYPES, RunConfig
+from selftrans.config import RunConfig
 from selftrans.data.dataset import Shards
 from selftrans.data.manifest import Manifest
 from selftrans.encoders.vision import Encoder, load_encoder
 from selftrans.methods.guidance import Frozen
 from selftrans.methods.spec import Stage, TeacherSpec
-from selftrans.storage import line
+from selftrans.precision import PRECISIONS
+from selftrans.storage import printable
 
 
 class StoredFeatures:
@@ -38,7 +39,7 @@ def teacher_of(config: RunConfig, stage: Stage, run: str, shards: Shards, device
 
     `run` is the directory whose earlier stage teaches, unless a teacher is given by the settings.
     """
-    dtype = DTYPES[config.train.precision]
+    dtype = PRECISIONS[config.train.precision]
     if stage.encoder:
         return external_encoder(stage.encoder.name, config, shards, device, dtype)
     if stage.teacher is None:
@@ -99,8 +100,8 @@ def check_given(found: LoadedModel, config: RunConfig, manifest: Manifest) -> No
     ours = config.data.autoencoder or manifest.autoencoder
     if theirs and ours and theirs != ours:
         warnings.warn(
-            f"the teacher {source} names the autoencoder {line(theirs)}, the data {line(ours)}; unless both are the same, its "
-            "features mean nothing here: give a teacher of these latents",
+            f"the teacher {source} names the autoencoder {printable(theirs)}, the data {printable(ours)}; unless both are the "
+            "same, its features mean nothing here: give a teacher of these latents",
             stacklevel=4,
         )
 

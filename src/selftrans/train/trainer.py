@@ -25,12 +25,12 @@ from selftrans.methods.guidance import Frozen
 from selftrans.methods.objective import Objective
 from selftrans.methods.spec import Stage
 from selftrans.models.compiling import compile_model
+from selftrans.train import fsdp
 from selftrans.train.batches import Loaded, Stream, seed_step, to_batch
 from selftrans.train.ema import EMA
 from selftrans.train.flops import step_flops
-from selftrans.train.fsdp import everything, exchange, gathered, load, release, split, whole
-from selftrans.train.log import Journal, Window, progress_bar, short
-from selftrans.train.nonfinite import Accidents, check_weights
+from selftrans.train.log import JsonlLog, RunningMeans, format_values, progress_bar
+from selftrans.train.nonfinite import NonFiniteSteps, check_weights
 from selftrans.train.optim import (
     build_optimizer,
     forget,
@@ -42,7 +42,7 @@ from selftrans.train.optim import (
 )
 from selftrans.train.preview import Preview
 from selftrans.train.resume import agreed, check_data, usable
-from selftrans.train.signals import Stop
+from selftrans.train.signals import StopSignal
 from selftrans.train.teachers import check_teacher
 
 
@@ -68,11 +68,11 @@ class Trainer:
         order: Sequence[str] = (),
         teacher: Any = None,
         preview: Preview | None = None,
-        stop: Stop | None = None,
+        stop: StopSignal | None = None,
         bar: Callable[..., Any] = progress_bar,
     ) -> None:
         self.accelerator, self.config, self.stage, self.room = accelerator, config, stage, room
-        self.shards, self.teacher, self.preview, self.stop = shards, teacher, preview, stop or Stop()
+        self.shards, self.teacher, self.preview, self.stop = shards, teacher, preview, stop or StopSignal()
         self.bar, self.order = bar, order or [stage.name]
         train, manifest = config.train, shards.manifest
         torch.manual_seed(int(np.random.SeedSequence([train.seed, stage.stream]).generate_state(1)[0]))
@@ -98,12 +98,15 @@ class Trainer:
         self.flops = {part: micros * flops for part, flops in each.items()}
         self.sharded = train.shard and accelerator.num_processes > 1
         if self.sharded:
-            split(self.objective, self.ema.model, device=accelerator.device, processes=accelerator.num_processes)
+            fsdp.shard_models(
+                self.objective, self.ema.model, device=accelerator.device, processes=accelerator.num_processes
+            )
             self.ema.follow(self.objective.student)
         self.optimizer: Any = build_optimizer(self.objective, train)
         self.step, self.seconds = 0, 0.0
-        self.window, self.span = Window(), Window()  #: since the last log line; since the last checkpoint that was due
-        self.accidents, self.due = Accidents(train.max_skips, self.stream.whole), False
+        self.window = RunningMeans()  #: since the last log line
+        self.span = RunningMeans()  #: since the last checkpoint that was due
+        self.nonfinite, self.due = NonFiniteSteps(train.max_skips, self.stream.whole), False
         self.origin: dict[str, Any] = {}  #: of imported weights: where they came from
         self._restore()
         if (accelerator.device.type == "cuda") if train.compile is None else train.compile:
@@ -127,7 +130,7 @@ class Trainer:
     def run(self) -> checkpoint.Checkpoint:
         """Train to the last step; returns the final checkpoint. `Interrupted` after a stop notice, checkpoint written."""
         main = self.accelerator.is_main_process
-        journal = Journal(self.room / "log.jsonl", resume_step=self.step) if main else None
+        journal = JsonlLog(self.room / "log.jsonl", resume_step=self.step) if main else None
         bar = self.bar(total=self.stage.steps, initial=self.step, desc=self.stage.name, unit="step", disable=not main)
         try:
             self._preview(self.step == self.stage.steps, again=True)
@@ -140,7 +143,7 @@ class Trainer:
                 self._after_step(journal, bar)
         except FloatingPointError:
             if journal:
-                journal.write({"stage": self.stage.name, "step": self.step, **self.accidents.tell()})
+                journal.write({"stage": self.stage.name, "step": self.step, **self.nonfinite.pop_report()})
             raise
         finally:
             bar.close()
@@ -160,12 +163,12 @@ class Trainer:
         for micro in range(config.accumulate):
             seed_step(config.seed, self.stage.stream, self.step, micro, accelerator.process_index)
             batch = to_batch(next(batches), self.shards, accelerator.device)
-            with exchange(self.wrapped, accelerator, micro == config.accumulate - 1):
+            with fsdp.exchange(self.wrapped, accelerator, micro == config.accumulate - 1):
                 loss, report = self.wrapped(batch, self.step)
                 accelerator.backward(loss / config.accumulate)
             reports.append({"loss": loss.detach(), **report})
-        norm = whole(accelerator.clip_grad_norm_(self.wrapped.parameters(), config.clip))
-        sound = self.accidents.judge(self.step, [report["loss"] for report in reports], norm, accelerator)
+        norm = fsdp.gather_full_tensor(accelerator.clip_grad_norm_(self.wrapped.parameters(), config.clip))
+        sound = self.nonfinite.check(self.step, [report["loss"] for report in reports], norm, accelerator)
         update(self.optimizer, sound, accelerator.scaler)
         self.optimizer.zero_grad(set_to_none=True)
         for report in reports:
@@ -183,12 +186,12 @@ class Trainer:
         self.stream.features = any(g.reads_features for g in self.objective.guidances)
         if ended:
             forget(getattr(self.optimizer, "optimizer", self.optimizer), self.objective)
-            release(self.objective)
+            fsdp.release(self.objective)
             if not len(self.objective.guidances):
                 self.teacher = None
         return ended
 
-    def _after_step(self, journal: Journal | None, bar: Any) -> None:
+    def _after_step(self, journal: JsonlLog | None, bar: Any) -> None:
         """Whatever is due at this step: a log line, a preview, a checkpoint, a stop."""
         config, last = self.config, self.step == self.stage.steps
         stopping = self.stop.asked(self.accelerator)
@@ -208,7 +211,9 @@ class Trainer:
         every, path = self.config.train.preview_every, self.room / "previews" / f"step-{self.step:08d}.png"
         if self.preview and self.step and (self.step % every == 0 or last):
             manifest = self.shards.manifest
-            model = gathered(self.ema.model, lambda: self.config.build_model(manifest.shape, manifest.conditions))
+            model = fsdp.gather_model(
+                self.ema.model, lambda: self.config.build_model(manifest.shape, manifest.conditions)
+            )
             if self.accelerator.is_main_process:
                 self.preview.save(model, path, again=again)
 
@@ -216,7 +221,7 @@ class Trainer:
         """Wait for the device, and learn what became of the steps so far; the time counts as training's."""
         started = time.perf_counter()
         try:
-            self.accidents.read(self.stage.name)
+            self.nonfinite.sync(self.stage.name)
         except FloatingPointError as error:
             raise self._broken(error) from None
         self.seconds += time.perf_counter() - started
@@ -231,24 +236,24 @@ class Trainer:
             "and --train.allow-changes True"
         )
 
-    def _means(self, window: Window) -> dict[str, float]:
+    def _means(self, window: RunningMeans) -> dict[str, float]:
         """Averages over steps and processes, of what counted."""
         means = self.accelerator.reduce(window.means(), reduction="mean")
         return {name: value for name, mean in means.items() if np.isfinite(value := float(mean))}
 
-    def _log(self, journal: Journal | None, bar: Any) -> None:
+    def _log(self, journal: JsonlLog | None, bar: Any) -> None:
         """One line for the steps since the last one."""
         self._read()
         values = self._means(self.window)
         self.window.clear()
-        told = self.accidents.tell()
+        told = self.nonfinite.pop_report()
         if journal is None:
             return
         rate = self.optimizer.param_groups[0]["lr"]
-        self.accidents.watch_norms(values, self.step)
+        self.nonfinite.check_norms(values, self.step)
         line = {"stage": self.stage.name, "step": self.step, **values, "lr": rate, **told}
         journal.write(line | {"seconds": round(self.seconds, 3), "tflops": self.total_flops() / 1e12})
-        bar.set_postfix(short({k: v for k, v in values.items() if k != "grad_norm"}), refresh=False)
+        bar.set_postfix(format_values({k: v for k, v in values.items() if k != "grad_norm"}), refresh=False)
         try:
             self.accelerator.log({f"{self.stage.name}/{k}": v for k, v in values.items()}, step=self.step)
         except OSError as error:  # its writer does not recover
@@ -279,7 +284,7 @@ class Trainer:
         While updates are being skipped none is written, unless it must be, and none removed: what was good stays.
         """
         self._read()
-        if self.accidents.row and not required:
+        if self.nonfinite.in_a_row and not required:
             return  # it stays due
         try:
             check_weights(list(self.objective.parameters()), f"step {self.step} of {self.stage.name}")
@@ -291,7 +296,7 @@ class Trainer:
             self.due = False
             self.span.clear()
         windows["span"] = self.span.state(self.accelerator)
-        tensors = everything(
+        tensors = fsdp.gather_checkpoint(
             self.objective, self.ema.model, optimizer_tensors(self.optimizer.optimizer, self.objective)
         )
         self.accelerator.wait_for_everyone()
@@ -301,12 +306,12 @@ class Trainer:
             except OSError as error:
                 if required:
                     raise OSError(f"{error}; make room, then the same command continues") from error
-                warnings.warn(f"{error}; training goes on, the checkpoint before this one is whole", stacklevel=2)
+                warnings.warn(f"{error}; training goes on, the checkpoint before this one is valid", stacklevel=2)
         self.accelerator.wait_for_everyone()
 
     def _prune(self) -> None:
         train = self.config.train
-        if not self.accidents.row:
+        if not self.nonfinite.in_a_row:
             checkpoint.prune(self.folder, self.step, train.keep, best=train.keep_best, every=train.keep_every)
 
     def _write(self, tensors: dict[str, dict[str, torch.Tensor]], windows: dict[str, Any]) -> None:
@@ -331,7 +336,7 @@ class Trainer:
             about
             | windows
             | {
-                "accidents": self.accidents.state(),
+                "nonfinite": self.nonfinite.state(),
                 "scaler": scaler.state_dict() if scaler else None,
                 "processes": self.accelerator.num_processes,
                 "teacher": self.teacher.source if self.teacher else None,
@@ -357,12 +362,12 @@ class Trainer:
     def _load(self, found: checkpoint.Checkpoint) -> None:
         self.seconds = float(found.state["seconds"])
         student = {f"student.{k}": v for k, v in found.tensors("student").items()}
-        load(self.objective, student | found.tensors("heads"))
-        load(self.ema.model, found.tensors("ema"))
+        fsdp.load(self.objective, student | found.tensors("heads"))
+        fsdp.load(self.ema.model, found.tensors("ema"))
         load_optimizer(self.optimizer, self.objective, found.tensors("optimizer"))
         self.window.load(found.state["window"], self.accelerator.device)
         self.span.load(found.state.get("span", {}), self.accelerator.device)
-        self.accidents.load(found.state.get("accidents", {}))
+        self.nonfinite.load(found.state.get("nonfinite", {}))
         if self.accelerator.scaler and found.state["scaler"]:
             self.accelerator.scaler.load_state_dict(found.state["scaler"])
         if found.state["processes"] != self.accelerator.num_processes and self.step < self.stage.steps:

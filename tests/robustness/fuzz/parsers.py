@@ -41,7 +41,7 @@ from selftrans.interop.importing import import_run
 from selftrans.interop.published_file import read as read_published
 from selftrans.recipes import recipe
 from selftrans.sampling import folder as samples_io
-from selftrans.train.log import Journal
+from selftrans.train.log import JsonlLog
 from selftrans.train.resume import _read, from_json
 from selftrans.types import Conditions
 from tests.support.pictures import encoded, noise
@@ -257,7 +257,7 @@ def sealed(data: bytes) -> bytes:
     try:
         state = json.loads(data)
         state["sha256"].pop("state.json", None)
-        state["sha256"]["state.json"] = checkpoint._seal(state)
+        state["sha256"]["state.json"] = checkpoint._state_sha256(state)
         return json.dumps(state).encode()
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return data
@@ -323,7 +323,7 @@ def samples_json(path: Path) -> None:
 
 
 def journal(path: Path) -> None:
-    Journal(path, resume_step=4).close()
+    JsonlLog(path, resume_step=4).close()
     for line in path.read_text().splitlines():
         assert json.loads(line)["step"] <= 4
 

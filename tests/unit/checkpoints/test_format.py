@@ -1,4 +1,4 @@
-"""Checkpoints: whole or not at all, checked before they are believed, and weights files that say what they are."""
+"""Checkpoints: written completely or not at all, verified when read; weights files that hold their own description."""
 
 import contextlib
 import errno
@@ -20,10 +20,11 @@ from selftrans.checkpoints import format as checkpoint
 from selftrans.checkpoints.load import find, load_model
 from selftrans.cli.main import main
 from selftrans.methods.objective import Objective
+from selftrans.storage import sha256_file, temporary_for
 from selftrans.train import resume
-from selftrans.train.log import Journal, Window, read_journal
+from selftrans.train.log import JsonlLog, RunningMeans, read_log
 from selftrans.train.run import train
-from selftrans.train.signals import Interrupted, Stop
+from selftrans.train.signals import Interrupted, StopSignal
 from selftrans.train.trainer import Trainer
 from tests.support import toy
 from tests.support.toy import quick  # noqa: F401 - a fixture
@@ -36,7 +37,7 @@ def save(folder: Path, step: int = 1, value: float = 0.0) -> Path:
     return checkpoint.save(folder, step, tensors | {"heads": {}}, {"note": "mine"}, {"stage": "x", "step": step})
 
 
-def test_what_is_saved_is_read(tmp_path):
+def test_saved_checkpoint_is_read_back(tmp_path):
     path = save(tmp_path, 7, 1.5)
     assert path == tmp_path / "step-00000007"
     found = checkpoint.read(path)
@@ -44,16 +45,16 @@ def test_what_is_saved_is_read(tmp_path):
     assert torch.equal(found.tensors("ema")["a"], torch.full((2, 3), 1.5)) and found.tensors("heads") == {}
     assert found.state["sha256"].keys() == {"student.safetensors", "ema.safetensors", "heads.safetensors"}
     for name, digest in found.state["sha256"].items():
-        assert checkpoint.sha256(path / name) == digest
+        assert sha256_file(path / name) == digest
     assert checkpoint.read_header(path / "ema.safetensors") == {"stage": "x", "step": 7, "weights": "ema"}
     assert os.listdir(tmp_path) == ["step-00000007"]
 
 
-def test_hash_of_weights_is_that_of_the_tensors_alone(tmp_path):
+def test_weights_sha256_does_not_depend_on_the_header(tmp_path):
     one, other, third = save(tmp_path / "a", 1, 0.5), save(tmp_path / "b", 9, 0.5), save(tmp_path / "c", 1, 0.25)
     hashes = [checkpoint.weights_sha256(path / "ema.safetensors") for path in (one, other, third)]
     assert hashes[0] == hashes[1] != hashes[2]
-    assert checkpoint.sha256(one / "ema.safetensors") != checkpoint.sha256(other / "ema.safetensors")
+    assert sha256_file(one / "ema.safetensors") != sha256_file(other / "ema.safetensors")
 
 
 # ---- damage
@@ -75,7 +76,7 @@ DAMAGE = {
 
 @pytest.mark.parametrize("file", FILES)
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_a_damaged_checkpoint_is_named_and_passed_over(tmp_path, file, damage):
+def test_damaged_checkpoint_is_named_and_skipped(tmp_path, file, damage):
     folder = toy.copy(toy.finished() / "stage2" / "checkpoints", tmp_path / "checkpoints")
     assert checkpoint.newest(folder).step == 8
     broken = folder / "step-00000008" / file
@@ -88,14 +89,14 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(tmp_path, file, damage):
 @pytest.mark.parametrize(
     "content", ["[]", "null", "{}", '{"step": "8", "sha256": {}}', '{"step": 8, "sha256": []}', "\x00", "[" * 99999]
 )
-def test_a_state_that_is_nonsense_is_passed_over(tmp_path, content):
+def test_invalid_state_json_is_skipped(tmp_path, content):
     save(tmp_path, 1)
     (save(tmp_path, 2) / "state.json").write_text(content)
     with pytest.warns(UserWarning, match="damaged"):
         assert checkpoint.newest(tmp_path).step == 1
 
 
-def test_a_flipped_bit_anywhere_in_a_state_is_noticed_or_means_nothing(tmp_path):
+def test_flipped_bit_in_state_json_is_detected_unless_it_changes_nothing(tmp_path):
     path = save(tmp_path, 20)
     sound, expected = (path / "state.json").read_bytes(), checkpoint.read(path)
     said = []
@@ -104,26 +105,26 @@ def test_a_flipped_bit_anywhere_in_a_state_is_noticed_or_means_nothing(tmp_path)
             sound[:position] + bytes([sound[position] ^ 1 << position % 7]) + sound[position + 1 :]
         )
         try:
-            assert checkpoint.read(path) == expected  # white space
+            assert checkpoint.read(path) == expected  # a bit of white space
         except ValueError as error:
             said.append(str(error))
     assert len(said) > 0.8 * len(sound)
     assert all("state.json is missing or damaged" in message for message in said)
 
 
-def test_names_in_a_state_do_not_lead_out_of_the_checkpoint(tmp_path):
+def test_file_names_in_state_json_stay_inside_the_checkpoint(tmp_path):
     path = save(tmp_path / "run", 1)
     (tmp_path / "secret").write_text("x")
     state = json.loads((path / "state.json").read_text())
-    state["sha256"] = {"../../secret": checkpoint.sha256(tmp_path / "secret")}
-    state["sha256"]["state.json"] = checkpoint._seal(state)
+    state["sha256"] = {"../../secret": sha256_file(tmp_path / "secret")}
+    state["sha256"]["state.json"] = checkpoint._state_sha256(state)
     (path / "state.json").write_text(json.dumps(state))
     with pytest.raises(ValueError, match="missing or damaged"):
         checkpoint.read(path)
 
 
 @pytest.mark.parametrize("stage", ["stage1", "stage2"])
-def test_training_goes_on_from_the_one_before_a_damaged_one(tmp_path, stage):
+def test_training_continues_from_the_checkpoint_before_a_damaged_one(tmp_path, stage):
     run = toy.copy(toy.finished(), tmp_path / "run")
     flip(toy.checkpoint(run, stage) / "ema.safetensors")
     with pytest.warns(UserWarning, match="damaged"):
@@ -131,7 +132,7 @@ def test_training_goes_on_from_the_one_before_a_damaged_one(tmp_path, stage):
     toy.assert_same_run(run, toy.finished())
 
 
-def test_without_a_whole_checkpoint_the_stage_starts_again(tmp_path):
+def test_stage_restarts_without_a_valid_checkpoint(tmp_path):
     run = toy.copy(toy.finished(), tmp_path / "run")
     for path in (run / "stage2" / "checkpoints").iterdir():
         (path / "state.json").unlink()
@@ -140,21 +141,21 @@ def test_without_a_whole_checkpoint_the_stage_starts_again(tmp_path):
     toy.assert_same_run(run, toy.finished())
 
 
-def test_a_run_without_a_whole_checkpoint_is_no_model(tmp_path):
+def test_run_without_a_valid_checkpoint_is_refused_as_a_model(tmp_path):
     broken = toy.copy(toy.finished(), tmp_path / "broken")
     for path in (broken / "stage2" / "checkpoints").iterdir():
         (path / "ema.safetensors").unlink()
-    with pytest.warns(UserWarning, match="damaged"), pytest.raises(ValueError, match="holds no whole checkpoint"):
+    with pytest.warns(UserWarning, match="damaged"), pytest.raises(ValueError, match="holds no valid checkpoint"):
         find(broken)
 
 
-# ---- a disk that refuses
+# ---- a full disk
 
 
 @pytest.mark.parametrize("kind", ["os", "safetensors", "state"])
-def test_a_failed_write_leaves_what_was_there(tmp_path, monkeypatch, kind):
+def test_failed_write_keeps_the_old_checkpoints(tmp_path, monkeypatch, kind):
     before = save(tmp_path, 1, 1.0)
-    whole = toy.tree(tmp_path)
+    unchanged = toy.tree(tmp_path)
     full = OSError(errno.ENOSPC, "No space left on device")
     calls = []
 
@@ -172,7 +173,7 @@ def test_a_failed_write_leaves_what_was_there(tmp_path, monkeypatch, kind):
         with pytest.raises(OSError, match=f"could not write checkpoint .*step-0000000{step}.*No space left"):
             save(tmp_path, step, 2.0)
         calls.clear()
-    assert toy.tree(tmp_path) == whole and os.listdir(tmp_path) == [before.name]
+    assert toy.tree(tmp_path) == unchanged and os.listdir(tmp_path) == [before.name]
 
 
 def refusing(monkeypatch, steps):
@@ -188,7 +189,7 @@ def refusing(monkeypatch, steps):
     monkeypatch.setattr(checkpoint, "save_file", full)
 
 
-def test_training_outlives_a_full_disk(tmp_path, monkeypatch, capsys):
+def test_training_continues_on_a_full_disk(tmp_path, monkeypatch, capsys):
     refusing(monkeypatch, [6])
     argv = ["train", "digits", f"--data={toy.digits()}", f"--out={tmp_path / 'run'}", *toy.flags()]
     assert main(argv) == 0
@@ -198,7 +199,7 @@ def test_training_outlives_a_full_disk(tmp_path, monkeypatch, capsys):
     toy.assert_same_run(tmp_path / "run", toy.finished())
 
 
-def test_a_last_checkpoint_without_room_is_an_error_and_room_is_all_it_takes(tmp_path, monkeypatch, capsys):
+def test_full_disk_at_the_last_checkpoint_is_an_error_and_the_same_command_continues(tmp_path, monkeypatch, capsys):
     argv = ["train", "digits", f"--data={toy.digits()}", f"--out={tmp_path / 'run'}", *toy.flags()]
     with monkeypatch.context() as patch:
         refusing(patch, [8])
@@ -209,24 +210,24 @@ def test_a_last_checkpoint_without_room_is_an_error_and_room_is_all_it_takes(tmp
     toy.assert_same_run(tmp_path / "run", toy.finished())
 
 
-def test_log_lines_wait_for_room(tmp_path):
+def test_log_lines_are_kept_in_memory_while_the_disk_is_full(tmp_path):
     path = tmp_path / "log.jsonl"
-    journal = Journal(path, resume_step=0)
-    journal.write({"step": 1})
+    log = JsonlLog(path, resume_step=0)
+    log.write({"step": 1})
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 5, limits[1]))  # room for half a line
+    resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 5, limits[1]))  # half a line
     try:
         for step in (2, 3):
-            with pytest.warns(UserWarning, match="wait for room"):
-                journal.write({"step": step})
+            with pytest.warns(UserWarning, match="not on the disk yet"):
+                log.write({"step": step})
         assert path.stat().st_size == len('{"step": 1}\n') + 5
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    journal.close()
-    assert [line["step"] for line in read_journal(path)] == [1, 2, 3]
+    log.close()
+    assert [line["step"] for line in read_log(path)] == [1, 2, 3]
 
 
-def test_tensorboard_without_room_does_not_stop_training(tmp_path, monkeypatch):
+def test_full_disk_for_tensorboard_does_not_stop_training(tmp_path, monkeypatch):
     from accelerate.tracking import TensorBoardTracker
 
     def full(self, *args, **kwargs):
@@ -253,10 +254,10 @@ def _stopped_after_a_step(config, run):
 # ---- what stays
 
 
-def test_leftovers_of_killed_processes_are_swept(tmp_path):
-    for name in (".step-00000001.123", f".step-00000002.{os.getpid()}"):  # in a container, numbers come again
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "student.safetensors").write_bytes(b"half")
+def test_unfinished_checkpoints_of_killed_processes_are_removed(tmp_path):
+    for path in (temporary_for(tmp_path / "step-00000001"), temporary_for(tmp_path / "step-00000002", "123-abc")):
+        path.mkdir()
+        (path / "student.safetensors").write_bytes(b"half")
     save(tmp_path, 2)
     checkpoint.prune(tmp_path, 2, keep=2)
     assert os.listdir(tmp_path) == ["step-00000002"] and checkpoint.newest(tmp_path).step == 2
@@ -273,7 +274,7 @@ def test_leftovers_of_killed_processes_are_swept(tmp_path):
         (0, 1, 0, [1, 2, 3, 4, 5]),
     ],
 )
-def test_the_best_and_the_round_stay_beside_the_newest(tmp_path, keep, best, every, left):
+def test_prune_keeps_newest_best_and_every_nth(tmp_path, keep, best, every, left):
     for step, flow in enumerate([0.9, 0.3, 0.5, 0.3, None], start=1):  # of equal losses the later one
         checkpoint.save(tmp_path, step, {}, {"flow": flow}, {})
     (tmp_path / "step-00000001" / "state.json").write_text("damaged")
@@ -281,7 +282,7 @@ def test_the_best_and_the_round_stay_beside_the_newest(tmp_path, keep, best, eve
     assert [step for step, _ in checkpoint.steps(tmp_path)] == left
 
 
-def test_what_was_passed_over_pushes_out_nothing(tmp_path):
+def test_corrupt_checkpoint_does_not_evict_good_one(tmp_path):
     run = toy.copy(toy.finished(), tmp_path / "run")  # holds steps 6 and 8 of stage 2
     folder = run / "stage2" / "checkpoints"
     damage = folder / "step-00000008" / "student.safetensors"
@@ -293,16 +294,16 @@ def test_what_was_passed_over_pushes_out_nothing(tmp_path):
     toy.assert_same(toy.tensors(run, "stage2"), toy.tensors(toy.finished(), "stage2"))
 
 
-def test_a_draft_of_a_killed_process_is_swept_before_anything_is_saved(tmp_path):
+def test_unfinished_checkpoints_are_removed_when_a_run_starts(tmp_path):
     run = toy.copy(toy.finished(), tmp_path / "run")
-    draft = run / "stage2" / "checkpoints" / ".step-00000009.123"
-    draft.mkdir()
+    unfinished = temporary_for(run / "stage2" / "checkpoints" / "step-00000009")
+    unfinished.mkdir()
     train(toy.toy(), run, quiet=True)  # finished: nothing is saved any more
-    assert not draft.exists()
+    assert not unfinished.exists()
 
 
 @pytest.mark.parametrize("seen", [True, False])
-def test_all_processes_continue_from_the_step_of_the_first(tmp_path, monkeypatch, seen):
+def test_all_processes_continue_from_the_step_of_rank_0(tmp_path, monkeypatch, seen):
     for step in (4, 8) if seen else (8,):
         save(tmp_path, step)
     monkeypatch.setattr(resume, "broadcast_object_list", lambda _: [4])
@@ -316,26 +317,26 @@ def test_all_processes_continue_from_the_step_of_the_first(tmp_path, monkeypatch
 
 @pytest.mark.parametrize("value", ["gone", None, "x", -1, [], {}])
 @pytest.mark.parametrize(
-    "field", ["shape", "conditions", "seconds", "window", "span", "accidents", "processes", "teacher"]
+    "field", ["shape", "conditions", "seconds", "window", "span", "nonfinite", "processes", "teacher"]
 )
-def test_a_sealed_state_of_another_making_costs_one_line(tmp_path, field, value):
+def test_state_of_another_version_is_refused_in_one_line(tmp_path, field, value):
     run = toy.copy(toy.finished(), tmp_path / "run")
     state = run / "stage2" / "checkpoints" / "step-00000008" / "state.json"
     record = json.loads(state.read_text())
     record.pop(field) if value == "gone" else record.update({field: value})
     record["sha256"].pop("state.json")
-    record["sha256"]["state.json"] = checkpoint._seal(record)
+    record["sha256"]["state.json"] = checkpoint._state_sha256(record)
     state.write_text(json.dumps(record))
     said = ""
     try:
         train(toy.toy({"train.steps": 9}), run, quiet=True)
-    except ValueError as error:  # what is harmless is taken
+    except ValueError as error:  # harmless values are accepted
         said = str(error)
     assert not said or "step-00000008" in said or "teacher" in said
 
 
-def test_a_run_keeps_its_best_checkpoint(tmp_path, monkeypatch):
-    """By the mean flow loss of the steps since the checkpoint before, whatever the interruptions in between."""
+def test_run_keeps_its_best_checkpoint(tmp_path, monkeypatch):
+    """By the mean flow loss of the steps since the last regular checkpoint, whatever the interruptions in between."""
     whole, losses = Objective.forward, [5.0, 5.0, 1.0, 2.0, 4.0, 4.0, 3.0, 3.0]
 
     def forward(self, batch, step):
@@ -345,7 +346,7 @@ def test_a_run_keeps_its_best_checkpoint(tmp_path, monkeypatch):
     monkeypatch.setattr(Objective, "forward", forward)
     small = {"method": "vanilla", "train.checkpoint_every": 2, "train.keep": 1}
     asked = []
-    monkeypatch.setattr(Stop, "asked", lambda *_: asked.append(0) or len(asked) in (3, 4))  # after steps 3 and 4
+    monkeypatch.setattr(StopSignal, "asked", lambda *_: asked.append(0) or len(asked) in (3, 4))  # after steps 3 and 4
     for _ in range(3):
         with contextlib.suppress(Interrupted):
             train(toy.toy(small), tmp_path, quiet=True)
@@ -354,17 +355,17 @@ def test_a_run_keeps_its_best_checkpoint(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(("keep", "left"), [(0, [2, 9, 10, 11]), (1, [11]), (2, [10, 11]), (9, [2, 9, 10, 11])])
-def test_the_newest_are_kept(tmp_path, keep, left):
+def test_prune_keeps_the_newest(tmp_path, keep, left):
     for step in (9, 10, 2, 11):
         save(tmp_path, step)
-    (tmp_path / "step-notes").mkdir()  # people keep their own things anywhere
+    (tmp_path / "step-notes").mkdir()  # files of the user are left alone
     (tmp_path / "step-00000012").write_text("a file")
     checkpoint.prune(tmp_path, 11, keep)
     assert [step for step, _ in checkpoint.steps(tmp_path)] == left
     assert (tmp_path / "step-notes").exists() and (tmp_path / "step-00000012").exists()
 
 
-def test_a_step_saved_again_replaces_what_was_there(tmp_path):
+def test_saving_a_step_again_replaces_its_checkpoint(tmp_path):
     save(tmp_path, 1, 1.0)
     path = save(tmp_path, 1, 2.0)
     assert float(checkpoint.read(path).tensors("ema")["a"][0, 0]) == 2.0 and os.listdir(tmp_path) == [path.name]
@@ -373,8 +374,8 @@ def test_a_step_saved_again_replaces_what_was_there(tmp_path):
 # ---- means between log lines
 
 
-def test_means_survive_a_checkpoint_exactly():
-    window, again = Window(), Window()
+def test_running_means_survive_a_checkpoint_exactly():
+    window, again = RunningMeans(), RunningMeans()
     values = [torch.tensor(x) for x in (0.1, 0.7, 1 / 3)]
     window.add({"loss": values[0], "self": values[1]})
     window.add({"loss": values[1]})
@@ -401,7 +402,7 @@ def test_means_survive_a_checkpoint_exactly():
         ("stage1/checkpoints/step-00000003/ema.safetensors", "stage1", 3),
     ],
 )
-def test_every_path_that_may_stand_for_a_model(path, stage, step):
+def test_paths_that_name_a_model(path, stage, step):
     found = load_model(toy.finished() / path)
     assert (found.stage, found.step) == (stage, step)
     assert not found.model.training and found.autoencoder == "pixel" and found.classes == tuple("0123456789")
@@ -409,10 +410,10 @@ def test_every_path_that_may_stand_for_a_model(path, stage, step):
         "student.safetensors" if "student" in path else "ema.safetensors"
     )
     toy.assert_same(dict(found.model.state_dict()), load_file(file))
-    assert found.source["sha256"] == checkpoint.sha256(Path(found.source["path"]))
+    assert found.source["sha256"] == sha256_file(Path(found.source["path"]))
 
 
-def test_a_single_file_is_enough(tmp_path):
+def test_single_weights_file_is_enough(tmp_path):
     file = shutil.copy(toy.checkpoint(toy.finished()) / "ema.safetensors", tmp_path / "renamed.bin")
     found = load_model(file)
     assert found.step == 8 and found.config == toy.toy()
@@ -509,7 +510,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_a_bad_teacher_is_one_clear_line_and_nothing_is_begun(tmp_path, capsys, case):
+def test_invalid_teacher_is_one_line_and_writes_nothing(tmp_path, capsys, case):
     make, message = BAD[case]
     teacher, run = make(tmp_path), tmp_path / "run"
     argv = ["train", "digits", f"--data={toy.digits()}", f"--out={run}", f"--teacher={teacher}", *toy.taught_flags()]
@@ -521,7 +522,7 @@ def test_a_bad_teacher_is_one_clear_line_and_nothing_is_begun(tmp_path, capsys, 
     assert {path.name for path in run.iterdir()} == {".lock"} and not (tmp_path / "executed").exists()
 
 
-def test_a_teacher_of_other_latents_or_classes_or_patches_is_named(tmp_path, capsys):
+def test_teacher_of_other_latents_classes_or_patches_is_refused(tmp_path, capsys):
     data = toy.prepared(tmp_path, side=8)
     common = ["train", "imagefolder", f"--data={data}", *toy.flags()]
     for number, (extra, message) in enumerate(
@@ -546,7 +547,7 @@ TEACHERS = {
 
 
 @pytest.mark.parametrize("form", TEACHERS)
-def test_a_borrowed_teacher_is_the_one_that_the_run_would_train(tmp_path, capsys, form):
+def test_given_teacher_equals_the_one_that_the_run_would_train(tmp_path, capsys, form):
     argv = ["train", "digits", f"--data={toy.digits()}", f"--out={tmp_path / 'run'}", *toy.flags()]
     assert main([*argv, f"--teacher={toy.finished() / TEACHERS[form]}"]) == 0
     assert "[1/1] stage2: 8 steps" in capsys.readouterr().out
@@ -559,7 +560,7 @@ def test_a_borrowed_teacher_is_the_one_that_the_run_would_train(tmp_path, capsys
     assert config["stage2"]["teacher"] == str(toy.finished() / TEACHERS[form])
 
 
-def test_which_weights_teach(tmp_path):
+def test_which_weights_are_the_teacher(tmp_path):
     file = toy.checkpoint(toy.finished(), "stage1") / "ema.safetensors"
     for name, dotted in {
         "file": {"stage2.teacher": str(file)},
@@ -569,19 +570,19 @@ def test_which_weights_teach(tmp_path):
         train(toy.toy(dotted | small), tmp_path / name, quiet=True)
         state = json.loads((toy.checkpoint(tmp_path / name, step=2) / "state.json").read_text())
         assert state["teacher"]["path"] == str(file.resolve())
-        assert state["teacher"]["sha256"] == checkpoint.sha256(file)
+        assert state["teacher"]["sha256"] == sha256_file(file)
     toy.assert_same_run(tmp_path / "file", tmp_path / "option", ("stage2",))
     assert toy.log(tmp_path / "file")[0]["self"] != toy.log(toy.finished())[0]["self"]
 
 
-def test_a_teacher_of_another_width_and_depth(tmp_path):
+def test_teacher_of_another_width_and_depth(tmp_path):
     big = {"model.width": 48, "model.depth": 4, "model.heads": 3, "train.steps": 3}
     train(toy.toy({"stage2.teacher": str(toy.finished())} | big), tmp_path, quiet=True)
     heads = {k: v for k, v in toy.tensors(tmp_path).items() if k.startswith("heads/")}
     assert {tuple(v.shape) for v in heads.values()} >= {(16, 48), (32, 16)}  # from the student's width to the teacher's
 
 
-def test_another_teacher_for_a_run_in_progress_is_refused(tmp_path):
+def test_other_teacher_for_a_started_run_is_refused(tmp_path):
     teacher = toy.copy(toy.finished() / "stage1", tmp_path / "teacher")
     config = toy.toy({"stage2.teacher": str(teacher), "train.steps": 3})
     train(config, tmp_path / "run", quiet=True)
@@ -593,6 +594,6 @@ def test_another_teacher_for_a_run_in_progress_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"was trained with the teacher .*which is not the one given now"):
         train(other, tmp_path / "run", quiet=True)
     (toy.checkpoint(tmp_path, "teacher") / "student.safetensors").write_bytes(b"x")
-    with pytest.warns(UserWarning, match="damaged"), pytest.raises(ValueError, match="no whole checkpoint"):
+    with pytest.warns(UserWarning, match="damaged"), pytest.raises(ValueError, match="no valid checkpoint"):
         train(other, tmp_path / "run", quiet=True)
     assert toy.tree(tmp_path / "run") == before

@@ -18,6 +18,7 @@ from selftrans.cli.main import main
 from selftrans.config import from_json
 from selftrans.interop.importing import import_run
 from selftrans.models.sit_published import reflection
+from selftrans.storage import sha256_file
 from selftrans.train.run import train
 from tests.support import published_files as strangers
 from tests.support import toy
@@ -155,7 +156,7 @@ def test_every_layout(tmp_path, kind, form):
     steps = 7 if form == "pt" and "steps" in content else 0
     assert [p.name for p in (run / stage / "checkpoints").iterdir()] == [f"step-{steps:08d}"]
     state_json = json.loads(next((run / stage / "checkpoints").glob("*/state.json")).read_text())
-    assert state_json["imported"]["path"] == str(file) and state_json["imported"]["sha256"] == checkpoint.sha256(file)
+    assert state_json["imported"]["path"] == str(file) and state_json["imported"]["sha256"] == sha256_file(file)
     assert (run / "imported.json").exists() and from_json((run / "config.json").read_text()).method in (
         "vanilla",
         "structure",

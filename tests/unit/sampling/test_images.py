@@ -10,13 +10,13 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from selftrans.checkpoints.format import sha256
 from selftrans.cli.main import main
 from selftrans.config import SampleConfig
 from selftrans.encoders.autoencoder import PixelAutoencoder
 from selftrans.sampling.folder import read_png
 from selftrans.sampling.images import cast_products, fill, generate
 from selftrans.sampling.samplers import sample_images
+from selftrans.storage import sha256_file
 from selftrans.types import Conditions
 from tests.support import toy
 from tests.support.toy import quick  # noqa: F401 - a fixture
@@ -46,7 +46,7 @@ def test_pictures_and_archive_and_record(tmp_path):
     file = toy.checkpoint(toy.finished()) / "ema.safetensors"
     assert record["num"] == 12 and record["complete"] and record["shape"] == [12, 8, 8, 1]
     settings = record["settings"]
-    assert settings["source"]["path"] == str(file.resolve()) and settings["source"]["sha256"] == sha256(file)
+    assert settings["source"]["path"] == str(file.resolve()) and settings["source"]["sha256"] == sha256_file(file)
     expected = {"steps": 2, "sampler": "heun", "guidance_scale": 1.0, "weights": "ema", "stage": "stage2", "step": 8}
     assert settings.items() >= expected.items() and settings["autoencoder"] == "pixel"
 

@@ -1,4 +1,4 @@
-"""FSDP2 on two gloo processes: the same training as with whole weights in each, and checkpoints that know nothing of it."""
+"""FSDP2 on two gloo processes: the same training as with DDP, and the same checkpoint files."""
 
 import contextlib
 import json
@@ -12,22 +12,22 @@ from selftrans.checkpoints.format import newest
 from selftrans.cli.main import main
 from selftrans.methods.objective import Objective
 from selftrans.train.run import train
-from selftrans.train.signals import Interrupted, Stop
+from selftrans.train.signals import Interrupted, StopSignal
 from tests.support import toy
 from tests.support.toy import quick  # noqa: F401 - a fixture
 
-#: what each run of two processes changes in the toy; "split" and "whole" differ in train.shard alone
+#: what each run of two processes changes in the toy config; "sharded" and "ddp" differ in train.shard alone
 COMMON = {"train.preview_every": 4, "stage1.head_width": 7, "train.checkpoint_every": 3}
 RUNS = {
-    "whole": {},
-    "split": {"train.shard": True},
-    "split, stopped": {"train.shard": True},
-    "split, bf16": {"train.shard": True, "train.precision": "bf16"},
-    "whole, bf16": {"train.precision": "bf16"},
-    "split, sra": {"train.shard": True, "method": "sra", "sra.head_width": 16},
-    "whole, sra": {"method": "sra", "sra.head_width": 16},
-    "split, an accident": {"train.shard": True, "method": "vanilla"},
-    "whole, an accident": {"method": "vanilla"},
+    "ddp": {},
+    "sharded": {"train.shard": True},
+    "sharded, stopped": {"train.shard": True},
+    "sharded, bf16": {"train.shard": True, "train.precision": "bf16"},
+    "ddp, bf16": {"train.precision": "bf16"},
+    "sharded, sra": {"train.shard": True, "method": "sra", "sra.head_width": 16},
+    "ddp, sra": {"method": "sra", "sra.head_width": 16},
+    "sharded, non-finite": {"train.shard": True, "method": "vanilla"},
+    "ddp, non-finite": {"method": "vanilla"},
 }
 
 
@@ -42,24 +42,24 @@ def work(rank: int, folder: str, data: str) -> None:
     }
     os.environ |= {name: str(value) for name, value in where.items()}
     torch.set_num_threads(1)
-    asked, forward = Stop.asked, Objective.forward
+    asked, forward = StopSignal.asked, Objective.forward
     for name, dotted in RUNS.items():
         config = toy.toy(COMMON | dotted | {"data.path": data})
         out = Path(folder, name)
-        if name.endswith("an accident"):
+        if name.endswith("non-finite"):
 
-            def spoiled(self, batch, step):
+            def non_finite(self, batch, step):
                 loss, report = forward(self, batch, step)
                 return (loss * float("nan") if step == 3 and rank == 1 else loss), report
 
-            Objective.forward = spoiled
+            Objective.forward = non_finite
         if name.endswith("stopped"):
-            for at in (2, 5, 3):  # of the calls, in all of both stages
+            for at in (2, 5, 3):  # number of the call, over both stages
                 calls = []
-                Stop.asked = lambda *_, calls=calls, at=at: calls.append(0) or len(calls) == at
+                StopSignal.asked = lambda *_, calls=calls, at=at: calls.append(0) or len(calls) == at
                 with contextlib.suppress(Interrupted):
                     train(config, out, quiet=True)
-            Stop.asked = asked
+            StopSignal.asked = asked
         train(config, out, quiet=True)
         Objective.forward = forward
     torch.distributed.destroy_process_group()
@@ -89,53 +89,53 @@ def assert_close(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor], atol: f
 
 
 @pytest.mark.parametrize("stage", ["stage1", "stage2"])
-def test_split_weights_train_as_whole_ones(made, stage):
-    assert_close(toy.tensors(made / "split", stage), toy.tensors(made / "whole", stage))
-    lines = [toy.log(made / name, stage) for name in ("split", "whole")]
+def test_sharded_training_equals_ddp(made, stage):
+    assert_close(toy.tensors(made / "sharded", stage), toy.tensors(made / "ddp", stage))
+    lines = [toy.log(made / name, stage) for name in ("sharded", "ddp")]
     assert [line["step"] for line in lines[0]] == [line["step"] for line in lines[1]]
     for one, other in zip(*lines, strict=True):
         assert one.pop("stage") == other.pop("stage") and one == pytest.approx(other, rel=1e-4)
 
 
-def test_stopped_and_continued_it_is_the_same_bit_for_bit(made):
-    """But for the means of a log line that was interrupted, which sum the processes in another order."""
+def test_interrupted_sharded_run_equals_uninterrupted(made):
+    """Except the means of an interrupted log line, which sum the processes in another order."""
     for stage in ("stage1", "stage2"):
-        toy.assert_same(toy.tensors(made / "split", stage), toy.tensors(made / "split, stopped", stage))
-        for one, other in zip(*(toy.log(made / name, stage) for name in ("split", "split, stopped")), strict=True):
+        toy.assert_same(toy.tensors(made / "sharded", stage), toy.tensors(made / "sharded, stopped", stage))
+        for one, other in zip(*(toy.log(made / name, stage) for name in ("sharded", "sharded, stopped")), strict=True):
             assert one.pop("stage") == other.pop("stage") and one == pytest.approx(other, rel=1e-12)
 
 
-def test_in_bf16_it_is_the_same_training(made):
-    assert_close(toy.tensors(made / "split, bf16"), toy.tensors(made / "whole, bf16"))
+def test_sharded_bf16_training_equals_ddp(made):
+    assert_close(toy.tensors(made / "sharded, bf16"), toy.tensors(made / "ddp, bf16"))
 
 
-def test_a_moving_average_that_teaches_is_split_as_well(made):
-    assert_close(toy.tensors(made / "split, sra", "sra"), toy.tensors(made / "whole, sra", "sra"), atol=1e-3)
+def test_ema_teacher_is_sharded(made):
+    assert_close(toy.tensors(made / "sharded, sra", "sra"), toy.tensors(made / "ddp, sra", "sra"), atol=1e-3)
 
 
-def test_an_accident_in_one_process_is_skipped_in_both(made):
-    for name in ("split, an accident", "whole, an accident"):
+def test_non_finite_step_of_one_process_is_skipped_in_both(made):
+    for name in ("sharded, non-finite", "ddp, non-finite"):
         state = newest(made / name / "vanilla" / "checkpoints").state
-        assert state["accidents"]["skipped"] == 1
-    found = [toy.tensors(made / name, "vanilla") for name in ("split, an accident", "whole, an accident")]
+        assert state["nonfinite"]["skipped"] == 1
+    found = [toy.tensors(made / name, "vanilla") for name in ("sharded, non-finite", "ddp, non-finite")]
     assert_close(*found)
     assert {float(v) for name, v in found[0].items() if name.endswith(":step")} == {7.0}
 
 
-def test_its_weights_are_ordinary_files(made, tmp_path, capsys):
-    assert {t.shape for t in toy.tensors(made / "split").values()} == {
-        t.shape for t in toy.tensors(made / "whole").values()
+def test_checkpoints_of_sharded_runs_are_ordinary(made, tmp_path, capsys):
+    assert {t.shape for t in toy.tensors(made / "sharded").values()} == {
+        t.shape for t in toy.tensors(made / "ddp").values()
     }
-    assert (made / "split" / "stage2" / "previews" / "step-00000008.png").exists()
-    run = toy.copy(made / "split", tmp_path / "run")
+    assert (made / "sharded" / "stage2" / "previews" / "step-00000008.png").exists()
+    run = toy.copy(made / "sharded", tmp_path / "run")
     assert main(["sample", str(run), f"--out={tmp_path / 'made'}", "--num=4", "--steps=2"]) == 0
     assert main(["export", str(run), f"--out={tmp_path / 'exported'}", "--layout=repa"]) == 0
-    train(toy.toy(COMMON | {"train.steps": 9}), run)  # one process, whole weights
+    train(toy.toy(COMMON | {"train.steps": 9}), run)  # one process, not sharded
     assert "resuming with 1 processes instead of 2" in capsys.readouterr().out
     assert json.loads((run / "run.json").read_text())["student_steps"] == 9
 
 
-def test_one_process_has_nothing_to_split(tmp_path):
+def test_one_process_is_not_sharded(tmp_path):
     train(toy.toy({"train.shard": True}), tmp_path, quiet=True)
     toy.assert_same_run(tmp_path, toy.finished())
 

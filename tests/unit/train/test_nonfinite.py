@@ -1,4 +1,4 @@
-"""Updates without a finite gradient: skipped on the device, counted, told with the pictures that met it, never applied."""
+"""Updates without a finite gradient: skipped on the device, counted, logged with the rows of their batch, never applied."""
 
 import contextlib
 import json
@@ -16,8 +16,8 @@ from selftrans.methods.objective import Objective
 from selftrans.train import run as pipeline
 from selftrans.train import trainer
 from selftrans.train.batches import Stream
-from selftrans.train.log import Window, read_journal
-from selftrans.train.nonfinite import Accidents, check_weights
+from selftrans.train.log import RunningMeans, read_log
+from selftrans.train.nonfinite import NonFiniteSteps, check_weights
 from selftrans.train.optim import build_optimizer, update
 from selftrans.train.run import train
 from selftrans.train.signals import Interrupted
@@ -55,13 +55,13 @@ def vanilla(**more):
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-def test_an_update_without_a_finite_gradient_leaves_weights_and_moments_bit_for_bit(tmp_path, spoil, value):
+def test_non_finite_update_leaves_weights_and_moments_unchanged(tmp_path, spoil, value):
     spoil({3: value})
     with pytest.warns(
         UserWarning, match=r"1 of the last \d updates of vanilla skipped, first at step 4 \(loss -?(nan|inf)"
     ):
         train(vanilla(**{"train.checkpoint_every": 1, "train.keep": 0}), tmp_path, quiet=True)
-    # nothing is saved while the last update was skipped; what step 5 started from is what step 3 ended with
+    # nothing is saved while the latest update was skipped: step 5 started from the weights after step 3
     assert [step for step, _ in checkpoint.steps(tmp_path / "vanilla" / "checkpoints")] == [1, 2, 3, 5, 6, 7, 8]
     final = toy.tensors(tmp_path, "vanilla")
     counts = {float(t) for name, t in final.items() if name.endswith(":step")}
@@ -69,7 +69,7 @@ def test_an_update_without_a_finite_gradient_leaves_weights_and_moments_bit_for_
     assert all(torch.isfinite(t).all() for t in final.values())
 
 
-def test_the_flag_is_obeyed_on_the_device_and_an_update_that_is_made_is_the_ordinary_one():
+def test_update_with_flag_equals_plain_update_or_does_nothing():
     def made(flags):
         torch.manual_seed(0)
         model = torch.nn.Linear(5, 3)
@@ -91,14 +91,14 @@ def test_the_flag_is_obeyed_on_the_device_and_an_update_that_is_made_is_the_ordi
     assert all(torch.equal(a, b) for a, b in zip(plain, made([True, True, False]), strict=True))
 
 
-def test_the_log_counts_lists_and_does_not_average_what_was_skipped(tmp_path, spoil):
+def test_log_counts_and_lists_skipped_steps_and_excludes_them_from_means(tmp_path, spoil):
     train(vanilla(), tmp_path / "sound", quiet=True)
     spoil({2: BAD, 3: BAD, 6: float("inf")})
     with pytest.warns(UserWarning, match="skipped"):
         train(vanilla(), tmp_path / "run", quiet=True)
-    sound, lines = (read_journal(tmp_path / name / "vanilla" / "log.jsonl") for name in ("sound", "run"))
+    sound, lines = (read_log(tmp_path / name / "vanilla" / "log.jsonl") for name in ("sound", "run"))
     assert [line["step"] for line in lines] == [2, 4, 6, 8]
-    assert lines[0] == sound[0] | {"seconds": lines[0]["seconds"]}  # before the first accident all is as it was
+    assert lines[0] == sound[0] | {"seconds": lines[0]["seconds"]}  # equal before the first skipped step
     assert "loss" not in lines[1] and "grad_norm" not in lines[1]  # both steps of the line were skipped
     assert [line.get("skipped") for line in lines] == [None, 2, 2, 3]
     assert [[skip["step"] for skip in line.get("skips", [])] for line in lines] == [[], [3, 4], [], [7]]
@@ -113,7 +113,7 @@ def test_the_log_counts_lists_and_does_not_average_what_was_skipped(tmp_path, sp
     json.loads((tmp_path / "run" / "vanilla" / "log.jsonl").read_text().splitlines()[1], parse_constant=pytest.fail)
 
 
-def test_rows_of_a_skip_are_those_the_step_has_read(tmp_path, monkeypatch, spoil):
+def test_logged_rows_of_a_skip_are_those_of_its_batch(tmp_path, monkeypatch, spoil):
     seen, whole = [], trainer.to_batch
 
     def to_batch(loaded, *others):
@@ -124,14 +124,14 @@ def test_rows_of_a_skip_are_those_the_step_has_read(tmp_path, monkeypatch, spoil
     spoil({5: BAD})
     with pytest.warns(UserWarning, match="skipped"):
         train(vanilla(), tmp_path, quiet=True)
-    (skip,) = [skip for line in read_journal(tmp_path / "vanilla" / "log.jsonl") for skip in line.get("skips", [])]
+    (skip,) = [skip for line in read_log(tmp_path / "vanilla" / "log.jsonl") for skip in line.get("skips", [])]
     assert skip["rows"] == seen[10] + seen[11]  # two micro-batches a step
 
 
 # ---- many in a row
 
 
-def test_too_many_in_a_row_end_the_run_at_the_last_good_checkpoint(tmp_path, monkeypatch, capsys, spoil):
+def test_too_many_skips_in_a_row_end_the_run_and_name_the_last_good_checkpoint(tmp_path, monkeypatch, capsys, spoil):
     spoil(dict.fromkeys(range(4, 100), BAD))
     flags = toy.flags({"method": "vanilla", "train.steps": 60, "train.max_skips": 5, "train.checkpoint_every": 2})
     assert main(["train", "digits", f"--out={tmp_path}", *flags]) == 1
@@ -139,22 +139,22 @@ def test_too_many_in_a_row_end_the_run_at_the_last_good_checkpoint(tmp_path, mon
     assert said.startswith("selftrans: 5 updates in a row, up to step 9 of vanilla, had no finite gradient (loss nan")
     good = tmp_path / "vanilla" / "checkpoints" / "step-00000004"
     assert f"the last good checkpoint is {good};" in said and checkpoint.newest(good.parent).path == good
-    last = read_journal(tmp_path / "vanilla" / "log.jsonl")[-1]
+    last = read_log(tmp_path / "vanilla" / "log.jsonl")[-1]
     assert last["skipped"] == 5 and [skip["step"] for skip in last["skips"]] == [9]
-    monkeypatch.undo()  # the cause is gone: the same command continues
+    monkeypatch.undo()  # without its cause, the same command continues
     flags = toy.flags({"method": "vanilla", "train.steps": 12, "train.max_skips": 5, "train.checkpoint_every": 2})
     assert main(["train", "digits", f"--out={tmp_path}", *flags]) == 0
     assert checkpoint.newest(good.parent).step == 12
 
 
-def test_a_sound_update_between_starts_the_count_again(tmp_path, spoil):
+def test_finite_update_resets_the_count_in_a_row(tmp_path, spoil):
     spoil(dict.fromkeys((0, 1, 3, 4, 6, 7), BAD))
     with pytest.warns(UserWarning, match="skipped"):
         train(vanilla(**{"train.max_skips": 3}), tmp_path, quiet=True)
-    assert checkpoint.newest(tmp_path / "vanilla" / "checkpoints").state["accidents"]["skipped"] == 6
+    assert checkpoint.newest(tmp_path / "vanilla" / "checkpoints").state["nonfinite"]["skipped"] == 6
 
 
-def test_weights_that_are_not_finite_do_not_push_out_those_that_are(tmp_path, monkeypatch):
+def test_non_finite_weights_are_never_saved(tmp_path, monkeypatch):
     before = trainer.update
 
     def poison(optimizer, sound, scaler=None):
@@ -168,20 +168,20 @@ def test_weights_that_are_not_finite_do_not_push_out_those_that_are(tmp_path, mo
         train(vanilla(**{"train.checkpoint_every": 1, "train.keep": 1, "log.every": 100}), tmp_path, quiet=True)
     found = toy.tensors(tmp_path, "vanilla")
     assert all(torch.isfinite(t).all() for t in found.values())
-    check_weights([torch.full((2,), 3e38)], "here")  # large, and finite
+    check_weights([torch.full((2,), 3e38)], "here")  # large but finite
 
 
 # ---- resuming
 
 
-def test_a_run_with_accidents_resumes_bit_for_bit(tmp_path, monkeypatch, spoil):
-    accidents = {2: BAD, 3: BAD, 6: float("inf")}
-    spoil(accidents)
+def test_run_with_skipped_steps_resumes_bit_for_bit(tmp_path, monkeypatch, spoil):
+    values = {2: BAD, 3: BAD, 6: float("inf")}
+    spoil(values)
     with pytest.warns(UserWarning, match="skipped"):
         train(toy.toy(), tmp_path / "whole", quiet=True)
     asked = []
     monkeypatch.setattr(
-        trainer.Stop, "asked", lambda *_: asked.append(0) or len(asked) % 2 == 0
+        trainer.StopSignal, "asked", lambda *_: asked.append(0) or len(asked) % 2 == 0
     )  # at every second step
     for _ in range(40):
         with contextlib.suppress(Interrupted), warnings.catch_warnings(action="ignore"):
@@ -190,7 +190,7 @@ def test_a_run_with_accidents_resumes_bit_for_bit(tmp_path, monkeypatch, spoil):
     assert len(asked) >= 8
     toy.assert_same_run(tmp_path / "whole", tmp_path / "parts")
     states = [json.loads((toy.checkpoint(tmp_path / n) / "state.json").read_text()) for n in ("whole", "parts")]
-    assert states[0]["accidents"] == states[1]["accidents"] and states[0]["accidents"]["skipped"] == 3
+    assert states[0]["nonfinite"] == states[1]["nonfinite"] and states[0]["nonfinite"]["skipped"] == 3
     assert states[0]["span"] == states[1]["span"] and states[0]["flow"] == states[1]["flow"]
 
 
@@ -199,7 +199,7 @@ def test_a_run_with_accidents_resumes_bit_for_bit(tmp_path, monkeypatch, spoil):
 
 @pytest.fixture
 def fp16(monkeypatch):
-    """accelerate's fp16 on a CPU, which it declines by itself: torch's autocast and gradient scaler are the same there."""
+    """accelerate's fp16 on a CPU, which it refuses by itself: torch's autocast and gradient scaler work there, too."""
     AcceleratorState._reset_state(True)
     accelerator = Accelerator(cpu=True)
     accelerator.state._mixed_precision = "fp16"
@@ -209,62 +209,64 @@ def fp16(monkeypatch):
     AcceleratorState._reset_state(True)
 
 
-def test_an_fp16_overflow_is_skipped_by_the_scaler_and_counted(tmp_path, spoil, fp16):
+def test_fp16_overflow_is_skipped_by_the_scaler_and_counted(tmp_path, spoil, fp16):
     spoil({3: float("inf")})
     with pytest.warns(UserWarning, match="first at step 4"):
         train(vanilla(), tmp_path, quiet=True)
     found = checkpoint.newest(tmp_path / "vanilla" / "checkpoints")
-    assert found.state["accidents"]["skipped"] == 1 and found.state["scaler"]["scale"] == 2.0**15
+    assert found.state["nonfinite"]["skipped"] == 1 and found.state["scaler"]["scale"] == 2.0**15
     assert {float(t) for name, t in found.tensors("optimizer").items() if name.endswith(":step")} == {7.0}
-    assert all(math.isfinite(line["loss"]) for line in read_journal(tmp_path / "vanilla" / "log.jsonl"))
+    assert all(math.isfinite(line["loss"]) for line in read_log(tmp_path / "vanilla" / "log.jsonl"))
 
 
-def test_fp16_with_a_scale_too_large_finds_it_and_trains(tmp_path, fp16):
+def test_fp16_scaler_recovers_from_a_too_large_scale(tmp_path, fp16):
     fp16.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40)
     with pytest.warns(UserWarning, match="first at step 1 "):
         train(vanilla(**{"train.steps": 30, "log.every": 30, "train.checkpoint_every": 30}), tmp_path, quiet=True)
     state = checkpoint.newest(tmp_path / "vanilla" / "checkpoints").state
-    assert 1 <= state["accidents"]["skipped"] < 25 and state["accidents"]["row"] == 0
-    assert state["scaler"]["scale"] == 2.0 ** (40 - state["accidents"]["skipped"])
+    assert 1 <= state["nonfinite"]["skipped"] < 25 and state["nonfinite"]["in_a_row"] == 0
+    assert state["scaler"]["scale"] == 2.0 ** (40 - state["nonfinite"]["skipped"])
 
 
-# ---- what else is watched
+# ---- norms, means, several processes
 
 
-def test_norms_that_run_away_are_warned_about_once_per_tenfold():
-    accidents = Accidents(3, rows=lambda step: trainer.np.zeros(0))
+def test_growing_norms_warn_once_per_tenfold():
+    steps = NonFiniteSteps(3, rows=lambda step: trainer.np.zeros(0))
     values = [1.0, 9.0, 10.5, 90.0, 106.0]
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         for step, value in enumerate(values):
-            accidents.watch_norms({"self/feature_norm": value, "grad_norm": 10.0**step, "loss": 10.0**step}, step)
+            steps.check_norms({"self/feature_norm": value, "grad_norm": 10.0**step, "loss": 10.0**step}, step)
     assert ["from 1 to 10.5 at step 2" in str(w.message) for w in said] == [True, False]
     assert "from 10.5 to 106 at step 4" in str(said[1].message) and len(said) == 2
-    again = Accidents(3, rows=lambda step: trainer.np.zeros(0))
-    again.load(json.loads(json.dumps(accidents.state())))
+    again = NonFiniteSteps(3, rows=lambda step: trainer.np.zeros(0))
+    again.load(json.loads(json.dumps(steps.state())))
     assert again.norms == {"self/feature_norm": 106.0}
 
 
-def test_feature_norms_are_in_the_log_while_guidance_acts():
+def test_feature_norms_are_in_the_log_while_guidance_is_active():
     lines = toy.log(toy.finished(), "stage2")
     assert {"self/feature_norm", "self/target_norm"} <= lines[0].keys()
     assert "self/feature_norm" not in lines[-1]
 
 
-def test_the_window_counts_on_the_device():
-    window = Window()
+def test_running_means_exclude_skipped_steps():
+    window = RunningMeans()
     window.add({"a": torch.tensor(1.0)}, torch.tensor(True))
     window.add({"a": torch.tensor(BAD)}, torch.tensor(False))
     window.add({"a": torch.tensor(4.0)})
     assert float(window.means()["a"]) == 2.5 and window.state() == {"a": [5.0, 2.0]}
 
 
-def test_all_processes_judge_alike(monkeypatch):
+def test_all_processes_skip_the_same_step(monkeypatch):
     accelerator = Accelerator(cpu=True)
     monkeypatch.setattr(type(accelerator), "num_processes", property(lambda self: 2))
-    monkeypatch.setattr(accelerator, "reduce", lambda bad, reduction: bad + 1)  # the other process has met one
-    accidents = Accidents(9, rows=lambda step: trainer.np.arange(4))
-    assert not bool(accidents.judge(0, [torch.tensor(1.0)], torch.tensor(1.0), accelerator))
+    monkeypatch.setattr(
+        accelerator, "reduce", lambda bad, reduction: bad + 1
+    )  # the other process has a non-finite loss
+    steps = NonFiniteSteps(9, rows=lambda step: trainer.np.arange(4))
+    assert not bool(steps.check(0, [torch.tensor(1.0)], torch.tensor(1.0), accelerator))
     with pytest.warns(UserWarning, match="1 of the last 1 updates"):
-        accidents.read("stage1")
-    assert accidents.row == 1 and accidents.tell()["skips"][0]["rows"] == [0, 1, 2, 3]
+        steps.sync("stage1")
+    assert steps.in_a_row == 1 and steps.pop_report()["skips"][0]["rows"] == [0, 1, 2, 3]

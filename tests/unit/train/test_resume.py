@@ -1,4 +1,4 @@
-"""A run that was interrupted, anywhere and any number of times, is bit for bit the run that was not."""
+"""A run interrupted anywhere, any number of times, equals the uninterrupted run bit for bit."""
 
 import contextlib
 import itertools
@@ -13,22 +13,24 @@ from pathlib import Path
 
 import pytest
 
+from selftrans import storage
 from selftrans.checkpoints import format as checkpoint
 from selftrans.cli.main import main
 from selftrans.data.prepare import prepare
 from selftrans.methods.objective import Objective
+from selftrans.storage import lock_file
 from selftrans.train import trainer
 from selftrans.train.ema import EMA
-from selftrans.train.log import Journal
+from selftrans.train.log import JsonlLog
 from selftrans.train.preview import Preview
 from selftrans.train.run import train
-from selftrans.train.signals import RESUME_ME, Interrupted, Stop, lock
+from selftrans.train.signals import EXIT_RESUME, Interrupted, StopSignal
 from tests.support import toy
 from tests.support.toy import quick  # noqa: F401 - a fixture
 
 
 def visits(config, out, stop=Interrupted) -> int:
-    """Train as often as it takes, past every interruption; returns how often."""
+    """Train again after every interruption, until the run is finished; returns the number of calls."""
     for visit in range(1, 100):
         try:
             train(config, out, quiet=True)
@@ -38,7 +40,7 @@ def visits(config, out, stop=Interrupted) -> int:
     raise AssertionError("no progress")
 
 
-# ---- stopped well
+# ---- stopped by a signal
 
 SHORT = {"stage1.steps": 2, "train.steps": 5, "stage2.until_step": 3}
 VARIANTS = {
@@ -65,7 +67,7 @@ VARIANTS = {
 def test_stopped_at_every_step(tmp_path, monkeypatch, variant):
     config = toy.toy(VARIANTS[variant])
     train(config, whole := tmp_path / "whole", quiet=True)
-    monkeypatch.setattr(Stop, "asked", lambda self, accelerator: True)
+    monkeypatch.setattr(StopSignal, "asked", lambda self, accelerator: True)
     stops = config.sections["stage1"].steps - 1 + config.train.steps - 1  # the last step of a stage ends it anyway
     assert visits(config, tmp_path / "run") == stops + 1
     toy.assert_same_run(tmp_path / "run", whole)
@@ -79,7 +81,7 @@ def test_stopped_at_every_step(tmp_path, monkeypatch, variant):
 @pytest.mark.parametrize("step", [4, 5, 6])
 def test_stopped_around_the_end_of_guidance(tmp_path, monkeypatch, step):
     calls = itertools.count(-3)  # four steps of stage 1, then 1, 2, ...
-    monkeypatch.setattr(Stop, "asked", lambda self, accelerator: next(calls) == step)
+    monkeypatch.setattr(StopSignal, "asked", lambda self, accelerator: next(calls) == step)
     message = f"at step {step}; checkpoint written in .*stage2; the same command continues"
     with pytest.raises(Interrupted, match=message):
         train(toy.toy(), tmp_path, quiet=True)
@@ -89,8 +91,8 @@ def test_stopped_around_the_end_of_guidance(tmp_path, monkeypatch, step):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
-def test_a_notice_becomes_a_checkpoint_within_one_step(tmp_path, monkeypatch, capsys, number):
-    handlers = {n: signal.getsignal(n) for n in Stop.SIGNALS}
+def test_stop_signal_writes_a_checkpoint_within_one_step(tmp_path, monkeypatch, capsys, number):
+    handlers = {n: signal.getsignal(n) for n in StopSignal.SIGNALS}
     forward, calls = Objective.forward, itertools.count(1)
 
     def noticed(self, batch, step):
@@ -100,17 +102,17 @@ def test_a_notice_becomes_a_checkpoint_within_one_step(tmp_path, monkeypatch, ca
 
     monkeypatch.setattr(Objective, "forward", noticed)
     argv = ["train", "digits", f"--data={toy.digits()}", f"--out={tmp_path}", *toy.flags()]
-    assert main(argv) == RESUME_ME == 75
+    assert main(argv) == EXIT_RESUME == 75
     said = capsys.readouterr().err.splitlines()[-1]
     assert said.startswith(f"selftrans: stopped by {signal.Signals(number).name} at step 3; checkpoint written in")
     assert toy.checkpoint(tmp_path, "stage1").name == "step-00000003"
-    assert {n: signal.getsignal(n) for n in Stop.SIGNALS} == handlers
+    assert {n: signal.getsignal(n) for n in StopSignal.SIGNALS} == handlers
     assert main(argv) == 0
     assert "[1/2] stage1: continues at step 3 of 4" in capsys.readouterr().out
     toy.assert_same_run(tmp_path, toy.finished())
 
 
-def test_a_second_ctrl_c_means_now(tmp_path, monkeypatch, capsys):
+def test_second_ctrl_c_stops_at_once(tmp_path, monkeypatch, capsys):
     def impatient(self, batch, step):
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)
@@ -124,7 +126,7 @@ def test_a_second_ctrl_c_means_now(tmp_path, monkeypatch, capsys):
 
 
 class Killed(BaseException):
-    """Nothing catches it: the process is gone at this line."""
+    """Nothing catches it, as if the process were killed at this line."""
 
 
 def half_a_file(tensors, path, **kwargs):
@@ -135,26 +137,26 @@ def half_removed(folder, *_, **__):
     (checkpoint.steps(folder)[0][1] / "ema.safetensors").unlink(missing_ok=True)
 
 
-def half_a_line(journal, line):
-    journal._file.write(json.dumps(line).encode()[:17])
+def half_a_line(log, line):
+    log._file.write(json.dumps(line).encode()[:17])
 
 
 PLACES = {
     "forward": (Objective, "forward", None),
     "between optimiser and average": (EMA, "update", None),
     "in a checkpoint's first file": (checkpoint, "save_file", half_a_file),
-    "in a checkpoint": (checkpoint, "sync", None),
-    "before old checkpoints go": (checkpoint, "prune", None),
-    "while old checkpoints go": (checkpoint, "prune", half_removed),
-    "in a log line": (Journal, "write", half_a_line),
-    "after a log line": (Journal, "flush", None),
+    "while a checkpoint is fsynced": (storage, "sync", None),
+    "before old checkpoints are removed": (checkpoint, "prune", None),
+    "while old checkpoints are removed": (checkpoint, "prune", half_removed),
+    "in a log line": (JsonlLog, "write", half_a_line),
+    "after a log line": (JsonlLog, "flush", None),
     "in a preview": (Preview, "save", None),
     "between the stages": (trainer.Trainer, "__init__", None),
 }
 
 
 @pytest.mark.parametrize("place", PLACES)
-def test_killed_again_and_again(tmp_path, monkeypatch, place):
+def test_killed_at_many_places_equals_uninterrupted(tmp_path, monkeypatch, place):
     owner, name, before = PLACES[place]
     original, calls = getattr(owner, name), itertools.count(1)
 
@@ -194,7 +196,7 @@ def wait_for_lines(process: subprocess.Popen, path: Path, count: int) -> None:
 LONG = {"method": "vanilla", "log.every": 1, "train.checkpoint_every": 2, "stage1.steps": 1}
 
 
-def test_a_real_process_killed_goes_on_in_another(tmp_path):
+def test_killed_process_is_continued_by_another(tmp_path):
     config = toy.toy(LONG | {"train.steps": 200})
     process = start(tmp_path / "run", **LONG, **{"train.steps": 200})
     wait_for_lines(process, tmp_path / "run" / "vanilla" / "log.jsonl", 7)
@@ -209,13 +211,13 @@ def test_a_real_process_killed_goes_on_in_another(tmp_path):
     toy.assert_same_run(tmp_path / "run", tmp_path / "whole", ("vanilla",))
 
 
-def test_a_real_process_on_notice_and_its_lock(tmp_path, capsys):
+def test_process_stops_on_signal_and_holds_its_lock(tmp_path, capsys):
     run, long = tmp_path / "run", LONG | {"train.steps": 1_000_000, "train.checkpoint_every": 1_000_000}
     process = start(run, **long)
     log = run / "vanilla" / "log.jsonl"
     wait_for_lines(process, log, 3)
     argv = ["train", "digits", f"--data={toy.digits()}", f"--out={run}", *toy.flags(long)]
-    assert main(argv) == 1  # while the other is at it
+    assert main(argv) == 1  # while the other process runs
     said = capsys.readouterr().err
     line = f"selftrans: {run} is in use by process {process.pid}; wait for it, or choose another --out"
     assert said.splitlines()[-1] == line
@@ -235,19 +237,19 @@ def test_a_real_process_on_notice_and_its_lock(tmp_path, capsys):
 # ---- one process at a time
 
 
-def test_a_run_belongs_to_one_process(tmp_path):
-    with lock(tmp_path):
+def test_run_directory_is_locked(tmp_path):
+    with lock_file(tmp_path / ".lock"):
         with pytest.raises(ValueError, match=f"in use by process {os.getpid()}; wait for it, or choose another --out"):
             train(toy.toy(), tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == [".lock"]
-    with lock(tmp_path):  # it is free again
+    with lock_file(tmp_path / ".lock"):  # it is free again
         pass
 
 
-# ---- the same command again, and others
+# ---- the same command again, and with other settings
 
 
-def test_a_finished_command_repeated_changes_nothing(tmp_path, capsys):
+def test_repeating_a_finished_command_changes_nothing(tmp_path, capsys):
     run = toy.copy(toy.finished(), tmp_path / "run")
     before = toy.tree(run)
     train(toy.toy(), run)
@@ -270,7 +272,7 @@ def test_more_steps_continue_a_finished_run(tmp_path):
     assert json.loads((run / "config.json").read_text())["train"]["steps"] == 12
 
 
-def test_half_of_the_steps_is_settled_once(tmp_path):
+def test_default_stage1_steps_are_fixed_at_the_first_start(tmp_path):
     for steps in (6, 8, 8, 10):
         report = train(toy.toy({"stage1.steps": None, "train.steps": steps}), tmp_path, quiet=True)
         assert [stage["steps"] for stage in report["stages"]] == [3, steps]
@@ -292,14 +294,14 @@ def test_half_of_the_steps_is_settled_once(tmp_path):
         ("stage2.teacher", "x", "stage2.teacher was None, is x"),
     ],
 )
-def test_other_settings_are_named_and_nothing_changes(field, value, message):
+def test_other_settings_are_refused_by_name(field, value, message):
     before = toy.tree(toy.finished())
     with pytest.raises(ValueError, match=rf"was started with other settings: {message}; use those, or another --out"):
         train(toy.toy({field: value}), toy.finished())
     assert toy.tree(toy.finished()) == before
 
 
-def test_settings_that_change_no_number_are_free(tmp_path):
+def test_settings_that_do_not_affect_results_may_change(tmp_path):
     run = toy.copy(toy.finished(), tmp_path / "run")
     shutil.copytree(toy.digits(), tmp_path / "moved")
     free = {
@@ -339,7 +341,7 @@ def test_other_data_are_refused(tmp_path):
         ("data.json", '{"shards": [{}]}', "data.json cannot be used"),
     ],
 )
-def test_a_damaged_run_directory_names_the_file(tmp_path, file, content, message):
+def test_damaged_run_file_is_named(tmp_path, file, content, message):
     run = toy.copy(toy.finished(), tmp_path / "run")
     (run / file).write_text(content)
     with pytest.raises(ValueError, match=message):
@@ -347,32 +349,32 @@ def test_a_damaged_run_directory_names_the_file(tmp_path, file, content, message
     assert (run / file).read_text() == content
 
 
-def test_a_log_is_cut_to_the_step_that_is_resumed(tmp_path):
+def test_log_is_truncated_to_the_resumed_step(tmp_path):
     path = tmp_path / "log.jsonl"
     path.write_text('{"step": 2}\n{"step": 4}\n{"step": 6}\n\n{"other": 1}\nnonsense\n{"step": 8')
-    journal = Journal(path, resume_step=4)
-    journal.write({"step": 5})
-    journal.close()
+    log = JsonlLog(path, resume_step=4)
+    log.write({"step": 5})
+    log.close()
     assert path.read_text() == '{"step": 2}\n{"step": 4}\n{"step": 5}\n'
 
 
-def test_a_teacher_trained_again_to_the_same_weights_is_the_same_teacher(tmp_path, monkeypatch):
+def test_teacher_retrained_to_equal_weights_is_accepted(tmp_path, monkeypatch):
     """The last checkpoint of stage 1 is damaged while stage 2 is under way."""
     calls = itertools.count(-3)
     with monkeypatch.context() as patch:
-        patch.setattr(Stop, "asked", lambda self, accelerator: next(calls) == 2)
+        patch.setattr(StopSignal, "asked", lambda self, accelerator: next(calls) == 2)
         with pytest.raises(Interrupted):
             train(toy.toy(), tmp_path, quiet=True)
     (toy.checkpoint(tmp_path, "stage1") / "student.safetensors").unlink()
-    with pytest.warns(UserWarning, match="passing over a damaged checkpoint"):
+    with pytest.warns(UserWarning, match="skipping a damaged checkpoint"):
         train(toy.toy({"log.preview_images": 5}), tmp_path, quiet=True)
     toy.assert_same_run(tmp_path, toy.finished())
 
 
-# ---- other settings, on purpose
+# ---- allow_changes
 
 
-def test_a_run_goes_on_with_another_rate_when_told_so_and_says_it(tmp_path, capsys):
+def test_changed_learning_rate_with_allow_changes_is_reported_and_recorded(tmp_path, capsys):
     run = toy.copy(toy.finished(), tmp_path / "run")
     slower = {"train.steps": 10, "train.lr": 1e-5}
     with pytest.raises(ValueError, match=r"or --train.allow-changes True to go on with these"):
@@ -399,7 +401,7 @@ def test_a_run_goes_on_with_another_rate_when_told_so_and_says_it(tmp_path, caps
         train(toy.toy(slower | {"model.depth": 4, "train.allow_changes": True}), run, quiet=True)
 
 
-def test_a_lost_configuration_is_that_of_the_checkpoints(tmp_path):
+def test_lost_config_is_read_from_the_newest_checkpoint(tmp_path):
     run = toy.copy(toy.finished(), tmp_path / "run")
     (run / "config.json").unlink()
     with pytest.raises(ValueError, match=r"train.clip was 1.0, is 9.0"):
@@ -408,7 +410,7 @@ def test_a_lost_configuration_is_that_of_the_checkpoints(tmp_path):
     assert (run / "config.json").read_bytes() == (toy.finished() / "config.json").read_bytes()
 
 
-def test_a_method_named_by_a_strangers_run_is_not_imported(tmp_path, monkeypatch):
+def test_method_named_by_an_untrusted_run_is_not_imported(tmp_path, monkeypatch):
     run = toy.copy(toy.finished(), tmp_path / "run")
     (tmp_path / "evil.py").write_text("import pathlib\npathlib.Path('ran').touch()\ngo = None\n")
     config = json.loads((run / "config.json").read_text())
@@ -422,10 +424,10 @@ def test_a_method_named_by_a_strangers_run_is_not_imported(tmp_path, monkeypatch
     assert not (tmp_path / "ran").exists() and "evil" not in sys.modules
 
 
-# ---- what a restart writes
+# ---- what a restart rewrites
 
 
-def test_a_restart_rewrites_nothing_that_it_would_write_again(tmp_path):
+def test_restart_does_not_rewrite_unchanged_files(tmp_path):
     run = toy.copy(toy.finished(), tmp_path / "run")
     names = ("config.json", "data.json", "run.json")
     before = [(run / name).stat().st_ino for name in names]
@@ -433,7 +435,7 @@ def test_a_restart_rewrites_nothing_that_it_would_write_again(tmp_path):
     assert [(run / name).stat().st_ino for name in names] == before
 
 
-def test_what_a_checkpoint_counts_on_is_on_the_disk_before_it(tmp_path, monkeypatch):
+def test_config_and_log_are_fsynced_before_a_checkpoint(tmp_path, monkeypatch):
     order, whole, saved = [], os.fsync, checkpoint.save
 
     def fsync(descriptor):
@@ -446,10 +448,10 @@ def test_what_a_checkpoint_counts_on_is_on_the_disk_before_it(tmp_path, monkeypa
     assert any(name.startswith(".config.json") for name in order) and any(
         name.startswith(".data.json") for name in order
     )
-    assert "log.tmp" in order and order[order.index("checkpoint") - 1] == "log.jsonl"
+    assert any(name.startswith(".log.jsonl") for name in order) and order[order.index("checkpoint") - 1] == "log.jsonl"
 
 
-def test_a_file_system_without_locks_costs_a_warning(tmp_path, monkeypatch):
+def test_file_system_without_locks_warns(tmp_path, monkeypatch):
     def none(*_):
         raise OSError(38, "Function not implemented")
 
@@ -458,12 +460,12 @@ def test_a_file_system_without_locks_costs_a_warning(tmp_path, monkeypatch):
         train(toy.toy({"method": "vanilla", "train.steps": 2}), tmp_path, quiet=True)
 
 
-# ---- pictures on the way
+# ---- previews
 
 PICTURED = {"method": "vanilla", "train.preview_every": 2, "train.checkpoint_every": 2}
 
 
-def test_a_picture_that_kills_the_process_is_given_up(tmp_path, monkeypatch):
+def test_preview_that_kills_the_process_three_times_is_skipped(tmp_path, monkeypatch):
     whole = Preview._make
 
     def dying(self, model, path):
@@ -482,7 +484,7 @@ def test_a_picture_that_kills_the_process_is_given_up(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("step", [4, 8], ids=["on the way", "at the end"])
-def test_killed_with_the_picture_in_its_place(tmp_path, monkeypatch, step):
+def test_killed_after_writing_a_preview(tmp_path, monkeypatch, step):
     whole = Preview._make
 
     def dying(self, model, path):
@@ -498,7 +500,7 @@ def test_killed_with_the_picture_in_its_place(tmp_path, monkeypatch, step):
     assert left == [f"step-0000000{k}.png" for k in (2, 4, 6, 8)]
 
 
-def test_a_notice_ends_a_picture_and_the_next_visit_makes_those_that_are_due(tmp_path, monkeypatch):
+def test_stop_signal_interrupts_a_preview_and_restart_makes_due_ones(tmp_path, monkeypatch):
     whole, passes = Preview._make, []
 
     def noticed(self, model, path):
@@ -520,7 +522,7 @@ def test_a_notice_ends_a_picture_and_the_next_visit_makes_those_that_are_due(tmp
     assert (tmp_path / "vanilla" / "previews" / "step-00000008.png").exists()
 
 
-def test_whatever_a_decoder_raises_costs_a_picture_alone(tmp_path, monkeypatch):
+def test_preview_errors_do_not_stop_training(tmp_path, monkeypatch):
     def broken(*_, **__):
         raise ModuleNotFoundError("no diffusers here")
 
@@ -530,7 +532,7 @@ def test_whatever_a_decoder_raises_costs_a_picture_alone(tmp_path, monkeypatch):
     assert checkpoint.newest(tmp_path / "vanilla" / "checkpoints").step == 8
 
 
-# ---- data that were damaged since
+# ---- damaged data
 
 
 def test_damaged_shards_are_found_and_made_again(tmp_path, capsys):

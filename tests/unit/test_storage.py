@@ -1,0 +1,384 @@
+"""Atomic writes, locks, hashes and safe text, each against what the file system must hold afterwards."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from selftrans import storage
+from selftrans.storage import (
+    InUse,
+    atomic_directory,
+    atomic_write,
+    first_line,
+    lock_file,
+    no_symlink,
+    printable,
+    remove_stale_temporaries,
+    sha256_file,
+    temporary_for,
+    write_json,
+    write_text,
+)
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def run(code: str, *arguments: object) -> subprocess.Popen:
+    """Another process; its first line of output says that it has come to the point."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None and process.stdout.readline() == "ready\n", process.communicate()[1]
+    return process
+
+
+# ---- atomic writes
+
+
+def test_atomic_write_replaces_the_file_and_leaves_no_temporary(tmp_path):
+    path = tmp_path / "new" / "folder" / "x.bin"
+    for content in (b"one", b"two"):
+        with atomic_write(path) as file:
+            file.write(content)
+            assert names(path.parent)[0] == Path(file.name).name and file.name.endswith(".tmp")
+        assert path.read_bytes() == content and names(path.parent) == ["x.bin"]
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_error_in_the_block_keeps_the_old_file(tmp_path, error):
+    (tmp_path / "x").write_bytes(b"old")
+    with pytest.raises(error), atomic_write(tmp_path / "x") as file:  # noqa: PT012 - the block is what is tested
+        file.write(b"half")
+        raise error
+    assert (tmp_path / "x").read_bytes() == b"old" and names(tmp_path) == ["x"]
+
+
+def test_kill_between_write_and_rename_keeps_the_old_file(tmp_path):
+    (tmp_path / "x").write_bytes(b"old")
+    code = (
+        "import sys, time; from pathlib import Path; from selftrans import storage\n"
+        "def stall(path): print('ready', flush=True); time.sleep(60)\n"
+        "storage.sync = stall\n"
+        "storage.write_text(Path(sys.argv[1]), 'new')"
+    )
+    process = run(code, tmp_path / "x")
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    assert (tmp_path / "x").read_bytes() == b"old"
+    (left,) = [path for path in tmp_path.iterdir() if path.name != "x"]
+    assert left.read_bytes() == b"new" and left.match(f".x.{process.pid}-*.tmp")
+    write_text(tmp_path / "x", "newer")
+    assert (tmp_path / "x").read_text() == "newer"
+    remove_stale_temporaries(tmp_path)
+    assert names(tmp_path) == ["x"]
+
+
+def test_file_is_on_the_disk_before_it_is_renamed(tmp_path, monkeypatch):
+    order: list[str] = []
+    fsync, replace = os.fsync, Path.replace
+    monkeypatch.setattr(os, "fsync", lambda d: order.append(os.readlink(f"/proc/self/fd/{d}")) or fsync(d))
+    monkeypatch.setattr(Path, "replace", lambda self, target: order.append("rename") or replace(self, target))
+    write_text(tmp_path / "x", "1")
+    assert order[0].endswith(".tmp") and order[1:] == ["rename", str(tmp_path)]
+    order.clear()
+    with atomic_write(tmp_path / "y", durable=False) as file:
+        file.write(b"1")
+    assert order == ["rename"]
+
+
+@pytest.mark.parametrize("place", ["target", "temporary"])
+@pytest.mark.parametrize("dangling", [False, True])
+def test_symlinks_are_replaced_not_followed(tmp_path, place, dangling):
+    mine, path = tmp_path / "mine", tmp_path / "out" / "x"
+    path.parent.mkdir()
+    if not dangling:
+        mine.write_bytes(b"mine")
+    (path if place == "target" else temporary_for(path, "a")).symlink_to(mine)
+    with atomic_write(path, writer="a") as file:
+        file.write(b"new")
+    assert names(path.parent) == ["x"] and not path.is_symlink() and path.read_bytes() == b"new"
+    assert not mine.exists() if dangling else mine.read_bytes() == b"mine"
+
+
+def test_symlink_that_appears_at_the_temporary_is_not_followed(tmp_path, monkeypatch):
+    (tmp_path / "mine").write_bytes(b"mine")
+    monkeypatch.setattr(Path, "unlink", lambda self, missing_ok=False: None)
+    temporary_for(tmp_path / "x", "a").symlink_to(tmp_path / "mine")
+    with pytest.raises(ValueError, match="x cannot be written"), atomic_write(tmp_path / "x", writer="a") as file:
+        file.write(b"new")
+    assert (tmp_path / "mine").read_bytes() == b"mine" and not (tmp_path / "x").exists()
+
+
+def test_full_disk_is_one_line_with_the_path_and_the_remedy(tmp_path, monkeypatch):
+    (tmp_path / "x").write_text("old")
+
+    def full(path):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(storage, "sync", full)
+    with pytest.raises(ValueError, match="cannot be written") as raised:
+        write_text(tmp_path / "x", "new")
+    remedy = "make room or choose another folder"
+    assert str(raised.value) == f"{tmp_path / 'x'} cannot be written (No space left on device); {remedy}"
+    assert (tmp_path / "x").read_text() == "old" and names(tmp_path) == ["x"]
+    with (
+        pytest.raises(ValueError, match=r"; repeat the command$"),
+        atomic_write(tmp_path / "y", remedy="repeat the command"),
+    ):
+        pass
+
+
+def test_dev_full_fails_when_the_buffer_is_written(tmp_path, monkeypatch):
+    """A device that is really full: the error comes when the file is closed, not when it is written to."""
+    if not Path("/dev/full").exists():
+        pytest.skip("no /dev/full")
+    monkeypatch.setattr(Path, "open", lambda self, mode: open("/dev/full", "wb"))  # noqa: SIM115
+    with (
+        pytest.raises(ValueError, match="No space left"),
+        atomic_write(tmp_path / "x") as file,
+    ):
+        file.write(b"new")
+    assert names(tmp_path) == []
+
+
+def test_unchanged_text_is_not_rewritten(tmp_path):
+    write_json(tmp_path / "x.json", {"a": 1})
+    before = (tmp_path / "x.json").stat()
+    assert (tmp_path / "x.json").read_text() == '{\n  "a": 1\n}'
+    write_json(tmp_path / "x.json", {"a": 1})
+    assert (tmp_path / "x.json").stat() == before
+    write_json(tmp_path / "x.json", {"a": 2})
+    assert (tmp_path / "x.json").stat().st_ino != before.st_ino
+    (tmp_path / "link").symlink_to(tmp_path / "x.json")
+    write_json(tmp_path / "link", {"a": 2})  # equal, but a link that may lead anywhere
+    assert not (tmp_path / "link").is_symlink()
+
+
+def test_concurrent_writers_of_one_file_do_not_share_a_temporary(tmp_path):
+    with atomic_write(tmp_path / "x") as one, atomic_write(tmp_path / "x") as other:
+        one.write(b"one")
+        other.write(b"other")
+    assert (tmp_path / "x").read_bytes() == b"one" and names(tmp_path) == ["x"]
+
+
+def test_a_writer_replaces_what_it_left_behind(tmp_path):
+    temporary_for(tmp_path / "x", 3).write_bytes(b"of a killed process")
+    with atomic_write(tmp_path / "x", writer=3) as file:
+        file.write(b"new")
+    assert names(tmp_path) == ["x"] and (tmp_path / "x").read_bytes() == b"new"
+
+
+def test_permissions_are_those_of_an_ordinary_file(tmp_path):
+    (tmp_path / "ordinary").write_bytes(b"")
+    write_text(tmp_path / "x", "1")
+    assert (tmp_path / "x").stat().st_mode == (tmp_path / "ordinary").stat().st_mode
+
+
+# ---- directories
+
+
+def test_directory_appears_complete_or_not_at_all(tmp_path):
+    out = tmp_path / "a" / "out"
+    with pytest.raises(RuntimeError), atomic_directory(out) as directory:  # noqa: PT012
+        (directory / "x").write_text("half")
+        raise RuntimeError
+    assert names(out.parent) == []
+    with atomic_directory(out) as directory:
+        (directory / "sub").mkdir()
+        (directory / "sub" / "x").write_text("1")
+        assert not out.exists()
+    assert names(out.parent) == ["out"] and (out / "sub" / "x").read_text() == "1"
+
+
+def test_directory_replaces_another_only_when_asked(tmp_path):
+    (tmp_path / "out").mkdir()
+    with atomic_directory(tmp_path / "out") as directory:  # an empty one holds nothing to lose
+        (directory / "old").write_text("1")
+    with pytest.raises(OSError, match="not empty"), atomic_directory(tmp_path / "out"):
+        pass
+    assert names(tmp_path) == ["out"] and names(tmp_path / "out") == ["old"]
+    with atomic_directory(tmp_path / "out", replace=True) as directory:
+        (directory / "new").write_text("1")
+    assert names(tmp_path) == ["out"] and names(tmp_path / "out") == ["new"]
+
+
+def test_directory_replaces_a_symlink_without_following_it(tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "x").write_text("mine")
+    (tmp_path / "out").symlink_to(tmp_path / "mine")
+    with atomic_directory(tmp_path / "out", replace=True) as directory:
+        (directory / "y").write_text("1")
+    assert names(tmp_path / "mine") == ["x"] and names(tmp_path / "out") == ["y"]
+
+
+def test_full_disk_keeps_the_old_directory(tmp_path, monkeypatch):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "x").write_text("old")
+
+    def full(path):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(storage, "sync", full)
+    with pytest.raises(OSError, match="No space left"), atomic_directory(tmp_path / "out", replace=True) as directory:
+        (directory / "x").write_text("new")
+    assert names(tmp_path) == ["out"] and (tmp_path / "out" / "x").read_text() == "old"
+
+
+def test_stale_temporaries_are_removed_by_target(tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "x").write_text("mine")
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    temporary_for(folder / "x.json").write_text("")
+    temporary_for(folder / "step-3").mkdir()
+    (temporary_for(folder / "step-3", "b")).symlink_to(tmp_path / "mine")
+    for kept in ("x.json", ".x.json", ".lock", "a.tmp"):
+        (folder / kept).write_text("")
+    remove_stale_temporaries(folder, "step-*")
+    assert len(names(folder)) == 5
+    remove_stale_temporaries(folder)
+    assert names(folder) == [".lock", ".x.json", "a.tmp", "x.json"] and names(tmp_path / "mine") == ["x"]
+    temporary_for(tmp_path / "mine" / "y").write_text("")
+    (tmp_path / "link").symlink_to(tmp_path / "mine")
+    remove_stale_temporaries(tmp_path / "link")
+    remove_stale_temporaries(tmp_path / "absent")
+    assert len(names(tmp_path / "mine")) == 2
+
+
+# ---- locks
+
+HOLD = (
+    "import sys, time; from pathlib import Path; from selftrans.storage import lock_file\n"
+    "with lock_file(Path(sys.argv[1]), shared=sys.argv[2] == 'shared'): print('ready', flush=True); time.sleep(60)"
+)
+
+
+def test_second_process_is_refused_and_the_owner_named(tmp_path):
+    lock = tmp_path / "run" / ".lock"
+    process = run(HOLD, lock, "alone")
+    try:
+        with pytest.raises(InUse) as raised, lock_file(lock):
+            pass
+        assert str(raised.value) == (
+            f"{tmp_path / 'run'} is in use by process {process.pid}; wait for it, or choose another --out"
+        )
+        with pytest.raises(InUse), lock_file(lock, shared=True):
+            pass
+    finally:
+        process.kill()  # the system releases it
+        process.wait()
+    with lock_file(lock):
+        assert lock.read_text() == str(os.getpid())
+
+
+def test_shared_locks_exclude_exclusive_ones_alone(tmp_path):
+    process = run(HOLD, tmp_path / ".lock", "shared")
+    try:
+        with lock_file(tmp_path / ".lock", shared=True):
+            pass
+        with pytest.raises(InUse, match=r"in use by process \?;"), lock_file(tmp_path / ".lock"):
+            pass
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_waiting_ends_when_the_lock_is_free(tmp_path):
+    code = HOLD.replace("time.sleep(60)", "time.sleep(0.5)")
+    process = run(code, tmp_path / ".lock", "alone")
+    started = time.monotonic()
+    with lock_file(tmp_path / ".lock", wait=True):
+        assert time.monotonic() - started > 0.2
+    assert process.wait() == 0
+
+
+def test_lock_that_is_a_symlink_is_refused(tmp_path):
+    (tmp_path / "mine").write_text("mine")
+    (tmp_path / ".lock").symlink_to(tmp_path / "mine")
+    with (
+        pytest.raises(ValueError, match=r"cannot be opened \(.*symbolic links\); remove it"),
+        lock_file(tmp_path / ".lock"),
+    ):
+        pass
+    assert (tmp_path / "mine").read_text() == "mine"
+
+
+def test_file_system_without_locks_warns(tmp_path, monkeypatch):
+    def none(file, how):
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr(fcntl, "flock", none)
+    entered = False
+    with (
+        pytest.warns(UserWarning, match=r"cannot be locked \(Function not implemented\)"),
+        lock_file(tmp_path / ".lock"),
+    ):
+        entered = True
+    assert entered
+
+
+def test_opener_follows_no_symlink(tmp_path):
+    (tmp_path / "mine").write_text("mine")
+    (tmp_path / "link").symlink_to(tmp_path / "mine")
+    with pytest.raises(OSError, match="symbolic links"), open(tmp_path / "link", "ab", opener=no_symlink):
+        pass
+    with open(tmp_path / "new", "ab", opener=no_symlink) as file:
+        file.write(b"1")
+    assert (tmp_path / "new").read_bytes() == b"1"
+
+
+# ---- hashes and text
+
+
+def test_hash_of_a_file_is_that_of_its_bytes(tmp_path):
+    (tmp_path / "x").write_bytes(b"abc")
+    assert sha256_file(tmp_path / "x") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+    assert sha256_file(tmp_path / "x") == hashlib.sha256(b"abc").hexdigest()
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("plain name.png", "plain name.png"),
+        ("Ameise Ölbaum 猫", "Ameise Ölbaum 猫"),
+        ("red\x1b[31m", "red\\x1b[31m"),
+        ("two\nlines", "two\\nlines"),
+        ("right\u202eto left", "right\\u202eto left"),
+        ("not utf-8 \udcff", "not utf-8 \\udcff"),
+        (17, "17"),
+    ],
+)
+def test_text_cannot_command_a_terminal(text, shown):
+    assert printable(text) == shown and printable(text).isprintable()
+
+
+def test_text_is_cut_also_when_it_is_escaped():
+    assert printable("x" * 500) == "x" * 160 and printable("x" * 500, None) == "x" * 500
+    assert printable("\x1b" * 500, 10) == "\\x1b\\x1b\\x"
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (ValueError("No such file.\nIf this is a private repository, log in."), "No such file"),
+        (RuntimeError("Errors in loading SiT:\n\tsize mismatch for x\n\tand y"), "Errors in loading SiT: size mismatch for x"),
+        (MemoryError(), "MemoryError"),
+        (ValueError("   \n"), "ValueError"),
+        (ValueError("bad \x1b[2J name"), "bad \\x1b[2J name"),
+        (ValueError("x" * 999), "x" * 160),
+    ],
+)  # fmt: skip
+def test_first_line_of_an_error(error, line):
+    assert first_line(error) == line
