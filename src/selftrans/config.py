@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import difflib
 import json
 import math
 import types
@@ -21,6 +20,7 @@ from selftrans.methods.repa import Repa
 from selftrans.methods.self_transcendence import Stage1, Stage2
 from selftrans.methods.sra import SRA
 from selftrans.models.sit import SIT, SiT
+from selftrans.suggest import nearest
 
 VERSION = 1  #: of the json layout
 Labels: TypeAlias = Literal["balanced", "random"] | tuple[int, ...]
@@ -252,12 +252,6 @@ class RunConfig:
             raise ValueError(f"stage2.scale must be a number, not {self.stage2.scale}")
         self.sample.check()
         return self
-
-
-def nearest(word: str, known: typing.Iterable[str]) -> str:
-    """' (did you mean ...?)' with the closest known words, or a list of them all."""
-    close = difflib.get_close_matches(word, list(known), n=2, cutoff=0.5)
-    return f"; did you mean {' or '.join(close)}?" if close else f"; choose one of {', '.join(known)}"
 
 
 def to_json(config: RunConfig) -> str:

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from selftrans.config import Model, RunConfig, from_json, nearest, to_json
+from selftrans.config import Model, RunConfig, from_json, to_json
 from selftrans.models.sit import SIT
 from selftrans.recipes import RECIPES, recipe
 from selftrans.train.resume import FREE, differences
@@ -127,11 +127,6 @@ def test_sizes_come_from_the_published_name_unless_given():
     assert Model("SiT-B/4", width=32).sizes()["heads"] == 1
     assert Model("SiT-B/4", width=256, heads=8).sizes()["heads"] == 8
     assert Model("SiT-B/4", patch=2).sizes() == SIT["SiT-B/2"]
-
-
-def test_nearest_word_or_all_of_them():
-    assert nearest("digit", RECIPES) == "; did you mean digits?"
-    assert nearest("zzz", ["a", "b"]) == "; choose one of a, b"
 
 
 def test_differences_name_what_may_not_change_between_visits():

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from selftrans.config import RunConfig, nearest, to_json
+from selftrans.config import RunConfig, to_json
 from selftrans.data.dataset import Shards
 from selftrans.data.prepare import prepare_digits
 from selftrans.evaluate.extractors import load_extractor
@@ -25,6 +25,7 @@ from selftrans.experiments.table import AXES, as_csv, mean_curve, rows
 from selftrans.methods import METHODS, stages
 from selftrans.recipes import recipe
 from selftrans.storage import write_json, write_text
+from selftrans.suggest import nearest
 from selftrans.train.run import put_together, teacher_of
 from selftrans.train.signals import lock
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 
-from selftrans.config import RunConfig, nearest
+from selftrans.config import RunConfig
 from selftrans.methods import stages
 from selftrans.recipes.cifar10 import cifar10
 from selftrans.recipes.digits import digits
 from selftrans.recipes.imagefolder import imagefolder
 from selftrans.recipes.imagenet import sit_imagenet, sit_imagenet_b2, sit_imagenet_l2, sit_imagenet_s2, sit_imagenet_xl2
+from selftrans.suggest import nearest
 
 RECIPES: dict[str, Callable[[], RunConfig]] = {
     "digits": digits,
