@@ -16,13 +16,7 @@ import torch
 from accelerate import Accelerator
 
 from selftrans.storage import no_link
-
-#: exit status of a run that stopped on notice with its checkpoint written (EX_TEMPFAIL: try again)
-RESUME_ME = 75
-
-
-class Interrupted(Exception):
-    """The run was asked to stop; its checkpoint is written."""
+from selftrans.train.interrupted import Interrupted
 
 
 class Stop:

@@ -19,10 +19,11 @@ from selftrans.data.prepare import prepare
 from selftrans.methods.objective import Objective
 from selftrans.train import trainer
 from selftrans.train.ema import EMA
+from selftrans.train.interrupted import RESUME_ME, Interrupted
 from selftrans.train.log import Journal
 from selftrans.train.preview import Preview
 from selftrans.train.run import train
-from selftrans.train.signals import RESUME_ME, Interrupted, Stop, lock
+from selftrans.train.signals import Stop, lock
 from tests.support import toy
 from tests.support.toy import quick  # noqa: F401 - a fixture
 

@@ -1,0 +1,34 @@
+"""What `import selftrans` offers to a training loop of one's own: objective, guidances, backbones and samplers."""
+
+from selftrans.flow import COSINE, LINEAR, PATHS, draw, interpolate
+from selftrans.methods.objective import Frozen, Guidance, Objective
+from selftrans.methods.self_transcendence import SelfGuidance, Stage1, Stage2, StructureGuidance
+from selftrans.models.sit import SIT, SiT
+from selftrans.sampling.samplers import SAMPLERS, guided, ode, sde
+from selftrans.types import Backbone, Batch, Cond, Draw, Output
+
+__all__ = [
+    "COSINE",
+    "LINEAR",
+    "PATHS",
+    "SAMPLERS",
+    "SIT",
+    "Backbone",
+    "Batch",
+    "Cond",
+    "Draw",
+    "Frozen",
+    "Guidance",
+    "Objective",
+    "Output",
+    "SelfGuidance",
+    "SiT",
+    "Stage1",
+    "Stage2",
+    "StructureGuidance",
+    "draw",
+    "guided",
+    "interpolate",
+    "ode",
+    "sde",
+]
