@@ -11,14 +11,17 @@ from collections.abc import Callable, Iterator
 from importlib.metadata import entry_points
 from typing import Any, Generic, TypeVar
 
-from selftrans.sections import nearest
+from selftrans.suggest import nearest
 
 Record = TypeVar("Record")
 _trusted: set[str] = set()  #: `module:function` names that the user has given in this process
 
 
 def trust(name: str) -> None:
-    """Allow `module:function` to be imported where a run names it."""
+    """Allow `module:function` to be imported where a run names it. ValueError for a name of another form."""
+    module, _, function = name.partition(":")
+    if not (module and function):
+        raise ValueError(f"--trust {name} names no code; write MODULE:FUNCTION")
     _trusted.add(name)
 
 

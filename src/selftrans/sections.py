@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import difflib
 import types
 import typing
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
+
+from selftrans.suggest import nearest
 
 Resume = Literal["fixed", "free", "consent"]
 
@@ -43,12 +44,6 @@ def fields_of(section: Section) -> Iterator[tuple[str, Any, Resume, bool]]:
     for each in dataclasses.fields(section):
         rule = each.metadata.get("resume") or type(section).resume
         yield each.name, getattr(section, each.name), rule, bool(each.metadata.get("length"))
-
-
-def nearest(word: str, known: Iterable[str]) -> str:
-    """'; did you mean ...?' with the closest known words, or a list of them all."""
-    close = difflib.get_close_matches(word, list(known), n=2, cutoff=0.5)
-    return f"; did you mean {' or '.join(close)}?" if close else f"; choose one of {', '.join(known)}"
 
 
 def from_plain(kind: Any, raw: Any, where: str) -> Any:

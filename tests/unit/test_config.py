@@ -8,7 +8,6 @@ from selftrans.config import RunConfig, from_json, settings_of, to_json
 from selftrans.methods.registry import METHODS
 from selftrans.models.sit import SIT_SIZES, SiTConfig
 from selftrans.recipes import RECIPES, recipe
-from selftrans.sections import nearest
 from selftrans.train.resume import differences
 from tests.support.toy import override
 
@@ -163,11 +162,6 @@ def test_sizes_come_from_the_published_name_unless_given():
     assert SiTConfig("SiT-B/4", width=32).sizes()["heads"] == 1
     assert SiTConfig("SiT-B/4", width=256, heads=8).sizes()["heads"] == 8
     assert SiTConfig("SiT-B/4", patch=2).sizes() == SIT_SIZES["SiT-B/2"]
-
-
-def test_nearest_word_or_all_of_them():
-    assert nearest("digit", RECIPES) == "; did you mean digits?"
-    assert nearest("zzz", ["a", "b"]) == "; choose one of a, b"
 
 
 def test_differences_name_what_may_not_change_between_visits():

@@ -5,7 +5,6 @@ Shape legend: N or n images, R side of a square image, C channels, F features, K
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias
@@ -15,6 +14,7 @@ import torch
 
 from selftrans.evaluate.classifier import SmallClassifier, cpu_threads, digits_classifier, to_input, weights_sha256
 from selftrans.storage import sha256_file
+from selftrans.suggest import closest, did_you_mean
 
 Device: TypeAlias = torch.device | str
 
@@ -164,10 +164,10 @@ def load_extractor(name: str | Path, *, weights: str | Path | None = None, devic
         return ClassifierExtractor(SmallClassifier.load(text), f"{Path(name).stem} classifier", device)
     if suffix == ".pth":
         return InceptionExtractor(text, device)
-    nearest = difflib.get_close_matches(text, EXTRACTORS, n=1, cutoff=0.5)
-    hint = f"did you mean {nearest[0]}? " if nearest else ""
-    known = ", ".join(EXTRACTORS)
-    raise ValueError(f"unknown features {text!r}; {hint}choose from {known}, or give a classifier's .safetensors file")
+    hint, known = did_you_mean(closest(text, EXTRACTORS)), ", ".join(EXTRACTORS)
+    raise ValueError(
+        f"unknown features {text!r}{hint or ';'} choose from {known}, or give a classifier's .safetensors file"
+    )
 
 
 def extract(

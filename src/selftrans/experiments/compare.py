@@ -22,7 +22,7 @@ from selftrans.experiments import report
 from selftrans.experiments.analyse_run import classifier_from_data
 from selftrans.experiments.runner import PROBED_BLOCK, Comparison, Results, compare, samples_of
 from selftrans.experiments.table import AXES, as_csv, mean_curve, rows
-from selftrans.methods.registry import REGISTRY, find, sections_of, stages
+from selftrans.methods.registry import METHODS, REGISTRY, find, sections_of, stages
 from selftrans.sections import fields_of
 from selftrans.storage import lock_file, write_json, write_text
 from selftrans.train.run import put_together, teacher_of
@@ -33,7 +33,7 @@ SHOWN = 32  #: samples on the page, per method
 def compare_methods(
     config: RunConfig,
     out: Path,
-    methods: Sequence[str],
+    methods: Sequence[str] | None = None,
     *,
     seeds: Sequence[int] = (0,),
     images: int = 1000,
@@ -45,8 +45,11 @@ def compare_methods(
     All share data, model, student steps, batch, sampler, extractor and number of images. A teacher is a run of stage 1
     for as many steps as the student, unless `stage1.steps` says otherwise, and shared with the method `structure` of the
     same seed. Distances are to the training data. `features`: an extractor's name or file; None: see `base`.
-    Repeating the call continues it; methods and seeds may be added. Raises ValueError for unknown methods and seeds.
+    `methods`: None: the built-in ones that need no external encoder. Repeating the call continues it; methods and seeds
+    may be added. Raises ValueError for unknown methods and seeds.
     """
+    if methods is None:
+        methods = [name for name, spec in METHODS.items() if not any(s.encoder for s in spec.stages(config))]
     _check(methods, seeds, images)
     with lock_file(out / ".lock"):
         config, features, weights = base(config, out, features=features)

@@ -12,8 +12,8 @@ from selftrans.checkpoints import format as checkpoint
 from selftrans.checkpoints.load import EXPORTED, Weights, find, load_model
 from selftrans.interop.published_file import LAYOUT
 from selftrans.models import registry as models
-from selftrans.sections import nearest
 from selftrans.storage import atomic_write, write_json
+from selftrans.suggest import nearest
 
 OURS = "selftrans"  #: the layout that every command takes in place of a run
 

@@ -25,7 +25,7 @@ from selftrans.methods.spec import PublishedHeads
 from selftrans.models.registry import REGISTRY as MODELS
 from selftrans.models.spec import Named, Published, PublishedFile, check_shapes
 from selftrans.recipes import recipe
-from selftrans.storage import sha256_file, write_json
+from selftrans.storage import atomic_directory, sha256_file, write_json
 from selftrans.train.resume import bound_settings
 
 #: autoencoder of latents with this many channels, where none is named: the field's for 4, none for pixels

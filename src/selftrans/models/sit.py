@@ -22,7 +22,7 @@ from selftrans.models.layers import (
     unpatchify,
 )
 from selftrans.models.spec import ModelConfig
-from selftrans.sections import nearest
+from selftrans.suggest import nearest
 from selftrans.types import Backbone, Cond, Conditions, Output, map_cond
 
 #: published sizes: width, depth, heads (SiT, table 1)

@@ -10,7 +10,8 @@ from selftrans.recipes.cifar10 import cifar10
 from selftrans.recipes.digits import digits
 from selftrans.recipes.imagefolder import imagefolder
 from selftrans.recipes.imagenet import sit_imagenet, sit_imagenet_b2, sit_imagenet_l2, sit_imagenet_s2, sit_imagenet_xl2
-from selftrans.sections import fields_of, nearest
+from selftrans.sections import fields_of
+from selftrans.suggest import nearest
 
 RECIPES: dict[str, Callable[[], RunConfig]] = {
     "digits": digits,

@@ -103,15 +103,6 @@ def _train(config: RunConfig, out: Path, bar: Callable[..., Any], quiet: bool) -
 
 
 def _remove_unfinished(out: Path) -> None:
-    """Remove the temporaries of killed processes: nobody else writes here while the lock of the run is held."""
-    remove_stale_temporaries(out, "*.json")
-    for stage in out.iterdir():
-        if stage.is_dir() and not stage.is_symlink():
-            remove_stale_temporaries(stage, "log.jsonl")
-            remove_stale_temporaries(stage / "previews", "step-*.png")
-
-
-def _remove_unfinished(out: Path) -> None:
     """Remove the temporaries of killed processes: nothing else writes here while the lock of the run is held."""
     remove_stale_temporaries(out, "*.json")
     for stage in out.iterdir():

@@ -338,7 +338,7 @@ def test_a_given_teacher_teaches_and_its_unknown_cost_is_said(
         (["compare", "digits", "--out", "x", "--methods", "vanila"], "'vanila' is unknown; did you mean vanilla"),
         (["compare", "digits", "--out", "x", "--methods", "vanilla", "vanilla"], "each of them once"),
         (["compare", "digits", "--out", "x", "--seeds", "1", "1"], "seeds that differ"),
-        (["compare", "digits", "--out", "x", "--train.stepz", "3"], "did you mean train.steps"),
+        (["compare", "digits", "--out", "x", "--train.stepz", "3"], "did you mean --train.steps"),
         (["compare", "digits", "--methods", "vanilla"], "--out"),
         (["compare", "cifar10", "--out", "x"], "needs --data DIR"),
     ],

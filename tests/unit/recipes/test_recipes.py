@@ -66,7 +66,7 @@ def begin(name, tmp_path, data):
     return config
 
 
-def test_digits_bring_their_own_data(tmp_path):
+def test_digits_need_no_prepared_data(tmp_path):
     config = begin("digits", tmp_path, None)
     assert config.data.path is None and (tmp_path / "run" / "data" / "manifest.json").exists()
 
@@ -83,13 +83,13 @@ def test_on_the_latents_of_an_autoencoder(tmp_path, latents, name):
 
 
 @pytest.mark.parametrize("name", [name for name in RECIPES if name != "digits"])
-def test_all_others_ask_for_data(tmp_path, capsys, name):
+def test_other_recipes_require_data(tmp_path, capsys, name):
     assert main(["train", name, "--out", str(tmp_path / "run")]) == 1
     assert "needs --data DIR, a directory made by `selftrans prepare`" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_a_recipe_teaches_its_command(name):
+def test_the_docstring_of_a_recipe_gives_its_command(name):
     text = inspect.getdoc(RECIPES[name])
     assert f"selftrans train {name} " in text and "--out " in text
     assert text.splitlines()[0].endswith(".")
