@@ -11,7 +11,6 @@ ablations.json (means and deviations over seeds at the end, and the distance at 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -62,10 +61,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 def overridden(config: RunConfig, dotted: dict[str, Any]) -> RunConfig:
     """`config` with some fields replaced."""
-    for name, value in dotted.items():
-        section, _, field = name.rpartition(".")
-        part = dataclasses.replace(getattr(config, section), **{field: value}) if section else value
-        config = dataclasses.replace(config, **{section or field: part})
+    config = config.override(dotted)
     return only(config, config.method).check()
 
 

@@ -20,25 +20,26 @@ from typing import Any
 import torch
 
 from selftrans import flow
-from selftrans.config import Model
 from selftrans.experiments.bench import settings
 from selftrans.experiments.bench.machine import Clock, describe, load
 from selftrans.experiments.bench.plain_step import update_ema
 from selftrans.experiments.bench.rounds import randomise
-from selftrans.methods.objective import Frozen, Objective
-from selftrans.methods.self_transcendence import SelfGuidance, default_teacher_block
+from selftrans.methods.guidance import Frozen
+from selftrans.methods.objective import Objective
+from selftrans.methods.self_transcendence import SelfGuidance, Stage2, default_teacher_block
+from selftrans.models.sit import SiTConfig
 from selftrans.train.ema import EMA
 from selftrans.train.optim import build_optimizer
-from selftrans.types import Batch
+from selftrans.types import Batch, Conditions
 
 SHAPE, CLASSES = (4, 32, 32), 1000
 Way = Callable[[], Any]
 
 
-def ways(model: Model, batch_size: int, device: torch.device) -> dict[str, tuple[Way, Way]]:
+def ways(model: SiTConfig, batch_size: int, device: torch.device) -> dict[str, tuple[Way, Way]]:
     """What is changed -> (the plain way, ours)."""
     config = settings(model, batch_size, "fp32")
-    student, teacher = (model.build(SHAPE, CLASSES).to(device) for _ in range(2))
+    student, teacher = (config.build_model(SHAPE, Conditions("labels", CLASSES)).to(device) for _ in range(2))
     for one in (student, teacher):
         randomise(one)
     frozen = Frozen(teacher, default_teacher_block(teacher.depth))
@@ -46,7 +47,7 @@ def ways(model: Model, batch_size: int, device: torch.device) -> dict[str, tuple
     d = flow.draw(batch, student.null(batch.cond))
 
     def guided(mode: Any) -> Way:
-        stage2 = dataclasses.replace(config.stage2, range_mode=mode)
+        stage2 = dataclasses.replace(config.section(Stage2), range_mode=mode)
         objective = Objective(student, [SelfGuidance(student, frozen, stage2)]).to(device)
 
         def step() -> None:
@@ -124,7 +125,7 @@ def main() -> None:
     options = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     machine = describe(device, "fp32")
-    chosen = ways(Model(name=options.model), options.batch_size, device)
+    chosen = ways(SiTConfig(name=options.model), options.batch_size, device)
     table = measure(chosen, Clock(device), options.rounds)
     report = {
         "machine": machine | {"load_after": load()},

@@ -27,7 +27,7 @@ from selftrans.evaluate.plots import COLOURS, MARKERS, RULE, plain_ticks, save
 from selftrans.evaluate.probes import collect, linear_probe
 from selftrans.flow import PATHS
 from selftrans.storage import write_json
-from selftrans.train.log import read_journal
+from selftrans.train.log import read_log
 
 METHODS = ("vanilla", "structure", "self_transcendence", "repa", "sra", "layersync", "dispersive")
 TIMESTEPS = (0.2, 0.4, 0.6, 0.8)
@@ -109,7 +109,7 @@ def norms(folder: Path) -> tuple[Figure, dict[str, Any]]:
     found: dict[str, Any] = {}
     for i, name in enumerate(NORMS):
         for run in runs(folder, name)[:1]:
-            lines = [entry for entry in read_journal(run / "stage2" / "log.jsonl") if "self/feature_norm" in entry]
+            lines = [entry for entry in read_log(run / "stage2" / "log.jsonl") if "self/feature_norm" in entry]
             steps = [entry["step"] for entry in lines]
             for axis, key in zip(axes, ("self/feature_norm", "self/target_norm"), strict=True):
                 values = [entry[key] for entry in lines]

@@ -1,40 +1,25 @@
 """selftrans: train diffusion transformers fast, guided by nothing but themselves.
 
-The library face, for a training loop of one's own: the objective, the guidances, the backbones and the samplers.
-Importing it needs torch only.
+`library.py` lists what the package offers. It is loaded at the first use of one of its names, so that the command line
+prints help and errors without loading torch. Using it needs torch only.
 """
 
-from selftrans.flow import COSINE, LINEAR, PATHS, draw, interpolate
-from selftrans.methods.objective import Frozen, Guidance, Objective
-from selftrans.methods.self_transcendence import SelfGuidance, Stage1, Stage2, StructureGuidance
-from selftrans.models.sit import SIT, SiT
-from selftrans.sampling.samplers import SAMPLERS, guided, ode, sde
-from selftrans.types import Backbone, Batch, Cond, Draw, Output
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "COSINE",
-    "LINEAR",
-    "PATHS",
-    "SAMPLERS",
-    "SIT",
-    "Backbone",
-    "Batch",
-    "Cond",
-    "Draw",
-    "Frozen",
-    "Guidance",
-    "Objective",
-    "Output",
-    "SelfGuidance",
-    "SiT",
-    "Stage1",
-    "Stage2",
-    "StructureGuidance",
-    "draw",
-    "guided",
-    "interpolate",
-    "ode",
-    "sde",
-]
+if TYPE_CHECKING:
+    from selftrans.library import *  # noqa: F403
+else:
+
+    def __getattr__(name: str) -> Any:
+        import selftrans.library as library
+
+        if name not in {"__all__", *library.__all__}:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return getattr(library, name)
+
+    def __dir__() -> list[str]:
+        import selftrans.library as library
+
+        return sorted({*globals(), *library.__all__})

@@ -1,144 +1,129 @@
-"""The complete description of a run: frozen dataclasses, to and from json, with dotted overrides from the command line."""
+"""The complete description of a run: frozen dataclasses, to and from json, with dotted overrides."""
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import difflib
 import json
 import math
-import types
-import typing
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, TypeVar
 
 from selftrans.flow import PATHS, TIMES
-from selftrans.methods.dispersive import Dispersive
-from selftrans.methods.layersync import LayerSync
-from selftrans.methods.repa import Repa
-from selftrans.methods.self_transcendence import Stage1, Stage2
-from selftrans.methods.sra import SRA
-from selftrans.models.sit import SIT, SiT
+from selftrans.methods import registry as methods
+from selftrans.models import registry as models
+from selftrans.models.sit import SiTConfig
+from selftrans.models.spec import ModelConfig
 from selftrans.precision import PRECISIONS
+from selftrans.sections import Resume, Section, fields_of, from_plain, setting
+from selftrans.types import Backbone, Conditions
 
-VERSION = 1  #: of the json layout
-Labels: TypeAlias = Literal["balanced", "random"] | tuple[int, ...]
+VERSION = 2  #: of the json layout
+DEFAULT_METHOD = methods.DEFAULT
 SAMPLER_NAMES = ("euler", "heun", "ode", "sde")
-LARGEST = 1 << 20  #: size of a model's part: what is beyond is a mistake, or means to take all time and memory
+Labels: TypeAlias = Literal["balanced", "random"] | tuple[int, ...]
+S = TypeVar("S", bound=Section)
 
 
 @dataclass(frozen=True)
-class Data:
+class Data(Section):
     """Prepared data (`selftrans prepare`), and what is expected of it."""
 
-    path: str | None = None
+    key = "data"
+
+    path: str | None = setting(None, resume="free")
     """directory of shards; `--data DIR` sets it"""
     autoencoder: str | None = None
     """what decodes previews and samples; None: what the data was prepared with"""
-    shape: tuple[int, int, int] | None = None
+    builtin: Literal["digits"] | None = None
+    """data that the run prepares by itself where no path is given; recipes of such data set it"""
+    shape: tuple[int, ...] | None = None
     """(C, H, W) of a latent; None: as prepared; otherwise the data must agree"""
     classes: int | None = None
     """number of classes; None: as prepared; otherwise the data must agree"""
-    on_device: bool = False
+    on_device: bool = setting(False, resume="free")
     """keep the whole set in the memory of the training device and index it there; changes no number, only speed"""
-    verify: bool = False
+    verify: bool = setting(False, resume="free")
     """compare every shard with its sha256 before training, which reads all of it once"""
 
 
 @dataclass(frozen=True)
-class Model:
-    """The student. A field left at None comes from the published size `name`."""
-
-    name: str = "SiT-S/2"
-    """published size, SiT-{S,B,L,XL}/{1,2,4,8}"""
-    width: int | None = None
-    """channels of a token"""
-    depth: int | None = None
-    """number of blocks"""
-    heads: int | None = None
-    """attention heads; with a width of your own, None means one per 64 channels"""
-    patch: int | None = None
-    """side of a token in latent pixels"""
-    qk_norm: bool = True
-    """LayerNorm on queries and keys, as in the released models"""
-
-    def sizes(self) -> dict[str, int]:
-        """Constructor arguments width, depth, heads, patch. ValueError for an unknown name or a size below one."""
-        if self.name not in SIT:
-            raise ValueError(f"model.name '{self.name}' is unknown{nearest(self.name, SIT)}")
-        chosen = {key: getattr(self, key) for key in ("width", "depth", "heads", "patch")}
-        for key, value in chosen.items():
-            if value is not None and value < 1:
-                raise ValueError(f"model.{key} must be above zero, not {value}")
-            if value is not None and value > LARGEST:
-                raise ValueError(f"model.{key} must be at most {LARGEST}, not {value}")
-        sizes = SIT[self.name] | {key: value for key, value in chosen.items() if value is not None}
-        if self.heads is None and sizes["width"] != SIT[self.name]["width"]:
-            width = sizes["width"]
-            sizes["heads"] = next(heads for heads in range(max(1, width // 64), 0, -1) if width % heads == 0)
-        return sizes
-
-    def build(self, shape: tuple[int, ...], num_classes: int) -> SiT:
-        """A student for latents (C, H, W) and this many classes, freshly initialised."""
-        sizes = self.sizes()
-        return SiT(shape, num_classes, qk_norm=self.qk_norm, **sizes)  # type: ignore[arg-type]
-
-
-@dataclass(frozen=True)
-class Train:
+class Train(Section):
     """Optimisation of the student, and how the run is kept."""
 
-    steps: int = 400_000
+    key = "train"
+
+    steps: int = setting(400_000, resume="free")
     """student steps (of the last stage; `stage1.steps` has its own)"""
     batch_size: int = 256
     """images per step over all processes"""
     accumulate: int = 1
     """micro-batches per step and process"""
-    lr: float = 1e-4
+    lr: float = setting(1e-4, resume="consent")
     """AdamW learning rate after warm-up, constant"""
     betas: tuple[float, float] = (0.9, 0.999)
-    weight_decay: float = 0.0
-    warmup: int = 0
+    weight_decay: float = setting(0.0, resume="consent")
+    warmup: int = setting(0, resume="consent")
     """steps over which the learning rate rises linearly from zero"""
-    clip: float = 1.0
+    clip: float = setting(1.0, resume="consent")
     """largest gradient norm"""
     ema: float = 0.9999
     """decay of the weight average; warmed up as min(ema, (1 + step) / (10 + step))"""
-    drop: float = 0.1
+    drop: float = setting(0.1, resume="consent")
     """probability of training a sample on the null condition"""
     path: str = "linear"
     """probability path: linear or cosine"""
     times: str = "systematic"
     """timestep sampler: systematic (evenly spread over the batch), uniform (independent) or lognormal"""
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    compile: bool | None = None
+    precision: Literal["fp32", "bf16", "fp16"] = setting("fp32", resume="consent")
+    compile: bool | None = setting(None, resume="free")
     """torch.compile each block; None: on a GPU"""
-    recompute: bool = False
+    recompute: bool = setting(False, resume="free")
     """activation checkpointing: less memory, one more forward pass"""
-    shard: bool = False
+    shard: bool = setting(False, resume="free")
     """with several processes: FSDP2, which splits weights, gradients, moments and average over them; not with fp16"""
-    timeout: float = 1800.0
+    timeout: float = setting(1800.0, resume="free")
     """seconds that a process waits for the others of the run before it ends with an error"""
     seed: int = 0
-    checkpoint_every: int = 10_000
-    preview_every: int = 10_000
+    checkpoint_every: int = setting(10_000, resume="free")
+    preview_every: int = setting(10_000, resume="free")
     """a grid of samples from the EMA; 0: never"""
-    keep: int = 2
+    keep: int = setting(2, resume="free")
     """checkpoints kept per stage, the newest; 0: all"""
-    keep_best: int = 1
+    keep_best: int = setting(1, resume="free")
     """and those of the lowest mean flow loss since the checkpoint before"""
-    keep_every: int = 0
+    keep_every: int = setting(0, resume="free")
     """and those at every multiple of so many steps; 0: none"""
-    max_skips: int = 25
+    max_skips: int = setting(25, resume="free")
     """updates in a row skipped for want of a finite gradient that end the training (fp16 needs a few to find its scale)"""
-    allow_changes: bool = False
-    """continue a run with another lr, warmup, clip, weight_decay, drop, precision or guidance weight; said, and written to
-    changes.json"""
+    allow_changes: bool = setting(False, resume="free")
+    """continue a run with another lr, warmup, clip, weight_decay, drop, precision or guidance weight, which is printed and
+    written to changes.json"""
+
+    def check(self) -> None:
+        for name, known in {"path": list(PATHS), "times": list(TIMES)}.items():
+            if getattr(self, name) not in known:
+                raise ValueError(f"train.{name} '{getattr(self, name)}' is unknown; choose {', '.join(known)}")
+        for name in ("steps", "batch_size", "accumulate", "lr", "clip", "checkpoint_every", "max_skips", "timeout"):
+            check_positive(self, name)
+        for name in ("warmup", "preview_every", "keep", "keep_best", "keep_every", "seed", "weight_decay"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"train.{name} must not be negative, not {getattr(self, name)}")
+        if not 0 <= self.ema < 1 or not 0 <= self.drop <= 1:
+            raise ValueError(f"train.ema must be in [0, 1) and train.drop in [0, 1], not {self.ema}, {self.drop}")
+
+
+def check_positive(section: Section, name: str) -> None:
+    """ValueError unless a setting is above zero."""
+    if not getattr(section, name) > 0:
+        raise ValueError(f"{section.key}.{name} must be above zero, not {getattr(section, name)}")
 
 
 @dataclass(frozen=True)
-class SampleConfig:
+class SampleConfig(Section):
     """How images are sampled; sampler and steps are the published ones (SiT, REPA)."""
+
+    key, resume = "sample", "free"
 
     num: int = 64
     """images"""
@@ -192,8 +177,10 @@ class SampleConfig:
 
 
 @dataclass(frozen=True)
-class Log:
+class Log(Section):
     """What is written while a run goes on."""
+
+    key, resume = "log", "free"
 
     every: int = 100
     """steps between lines of log.jsonl"""
@@ -202,119 +189,129 @@ class Log:
     preview_steps: int = 25
     """Heun steps of a preview"""
 
+    def check(self) -> None:
+        for name in ("every", "preview_images", "preview_steps"):
+            check_positive(self, name)
+
 
 @dataclass(frozen=True)
 class RunConfig:
     """Everything a run depends on. Saved as config.json in the run directory and in every checkpoint."""
 
     recipe: str
-    method: str = "self_transcendence"
-    """a name in METHODS (vanilla, structure, self_transcendence, repa, sra, layersync, dispersive, ...) or module:function"""
+    method: str = DEFAULT_METHOD
+    """vanilla, structure (stage 1 alone), self_transcendence, repa, sra, layersync, dispersive, the name of an installed
+    package's method, or module:function"""
     data: Data = field(default_factory=Data)
-    model: Model = field(default_factory=Model)
-    stage1: Stage1 = field(default_factory=Stage1)
-    stage2: Stage2 = field(default_factory=Stage2)
-    repa: Repa = field(default_factory=Repa)
-    sra: SRA = field(default_factory=SRA)
-    layersync: LayerSync = field(default_factory=LayerSync)
-    dispersive: Dispersive = field(default_factory=Dispersive)
+    model: ModelConfig = field(default_factory=SiTConfig)
     train: Train = field(default_factory=Train)
     sample: SampleConfig = field(default_factory=SampleConfig)
     log: Log = field(default_factory=Log)
+    sections: Mapping[str, Any] = field(default_factory=dict)
+    """settings of methods, by key; a recipe may hold those of several, a run holds those of its own (`restricted`)"""
+
+    def section(self, kind: type[S]) -> S:
+        """The settings of one kind: as they are given, or their defaults."""
+        return self.sections.get(kind.key) or kind()
+
+    def restricted(self) -> RunConfig:
+        """The same with the sections of its own method, complete, and no others."""
+        own = {kind.key: self.section(kind) for kind in methods.find(self.method).sections}
+        return dataclasses.replace(self, sections=own)
+
+    def override(self, dotted: Mapping[str, Any]) -> RunConfig:
+        """The same with some fields replaced: `{"method": "vanilla", "train.steps": 8, "stage1.block": 1}`."""
+        config = self
+        for name, value in dotted.items():
+            where, _, leaf = name.rpartition(".")
+            if where in config.sections:
+                section = dataclasses.replace(config.sections[where], **{leaf: value})
+                config = dataclasses.replace(config, sections={**config.sections, where: section})
+            elif where in _known_sections():
+                section = dataclasses.replace(_known_sections()[where](), **{leaf: value})
+                config = dataclasses.replace(config, sections={**config.sections, where: section})
+            elif where:
+                config = dataclasses.replace(
+                    config, **{where: dataclasses.replace(getattr(config, where), **{leaf: value})}
+                )
+            else:
+                config = dataclasses.replace(config, **{leaf: value})
+        return config
+
+    def build_model(self, shape: tuple[int, ...], conditions: Conditions) -> Backbone:
+        """A student for latents (C, *S) under these conditions, freshly initialised. ValueError where it cannot be."""
+        return models.find(self.model.name).build(self.model, tuple(shape), conditions)
 
     def check(self) -> RunConfig:
         """Itself, or a ValueError that names the first field that cannot work."""
-        self.model.sizes()
-        for name, known in {"path": list(PATHS), "times": list(TIMES)}.items():
-            if getattr(self.train, name) not in known:
-                raise ValueError(f"train.{name} '{getattr(self.train, name)}' is unknown; choose {', '.join(known)}")
-        positive = ("steps", "batch_size", "accumulate", "lr", "clip", "checkpoint_every", "max_skips", "timeout")
-        for section, name in [("train", key) for key in positive] + [
-            ("log", key) for key in ("every", "preview_images", "preview_steps")
-        ]:
-            if not getattr(getattr(self, section), name) > 0:
-                raise ValueError(f"{section}.{name} must be above zero, not {getattr(getattr(self, section), name)}")
-        for name in ("warmup", "preview_every", "keep", "keep_best", "keep_every", "seed", "weight_decay"):
-            if getattr(self.train, name) < 0:
-                raise ValueError(f"train.{name} must not be negative, not {getattr(self.train, name)}")
-        if not 0 <= self.train.ema < 1 or not 0 <= self.train.drop <= 1:
-            raise ValueError(
-                f"train.ema must be in [0, 1) and train.drop in [0, 1], not {self.train.ema}, {self.train.drop}"
-            )
-        if self.stage1.steps is not None and self.stage1.steps < 1:
-            raise ValueError(
-                f"stage1.steps must be above zero, not {self.stage1.steps}; to skip stage 1 give --teacher"
-            )
-        for section in ("stage1", "stage2", "repa", "sra", "layersync", "dispersive"):
-            method = getattr(self, section)
-            if not 0 <= method.weight < math.inf or getattr(method, "head_width", 1) < 1:
-                raise ValueError(f"{section}.weight must be a number from 0 and {section}.head_width at least 1")
-        if not math.isfinite(self.stage2.scale):
-            raise ValueError(f"stage2.scale must be a number, not {self.stage2.scale}")
-        self.sample.check()
+        for section in (self.model, self.train, self.log, *self.sections.values(), self.sample):
+            section.check()
         return self
 
 
-def nearest(word: str, known: typing.Iterable[str]) -> str:
-    """' (did you mean ...?)' with the closest known words, or a list of them all."""
-    close = difflib.get_close_matches(word, list(known), n=2, cutoff=0.5)
-    return f"; did you mean {' or '.join(close)}?" if close else f"; choose one of {', '.join(known)}"
+def _known_sections() -> dict[str, type[Section]]:
+    return methods.sections_of(methods.REGISTRY.every())
+
+
+def sections(*given: Section) -> dict[str, Section]:
+    """Settings of methods by their keys, as `RunConfig.sections` takes them."""
+    return {section.key: section for section in given}
+
+
+def settings_of(config: RunConfig) -> Iterator[tuple[str, Any, Resume]]:
+    """(dotted name, value, what may happen to it when a run continues) of every setting, such as `train.lr`, `method`."""
+    yield "recipe", config.recipe, "fixed"
+    yield "method", config.method, "fixed"
+    for key, section in config.sections.items():
+        if isinstance(section, Section):
+            yield from ((f"{key}.{name}", value, rule) for name, value, rule, _ in fields_of(section))
+        else:  # of a method that is not known here
+            yield key, section, "fixed"
+    for section in (config.data, config.model, config.train, config.sample, config.log):
+        yield from ((f"{section.key}.{name}", value, rule) for name, value, rule, _ in fields_of(section))
 
 
 def to_json(config: RunConfig) -> str:
-    """A configuration and the version of its layout, as indented json."""
-    return json.dumps({"version": VERSION, **dataclasses.asdict(config)}, indent=2)
+    """A configuration and the version of its layout, as indented json; sections of methods stand beside the others."""
+    plain = dataclasses.asdict(config)
+    own = plain.pop("sections")
+    return json.dumps({"version": VERSION, **plain, **own}, indent=2)
 
 
 def from_json(text: str) -> RunConfig:
-    """Inverse of `to_json`. ValueError names a field that is unknown, missing or of another type, and other versions."""
+    """Inverse of `to_json`. ValueError names a field that is unknown, missing or of another type, and other versions.
+
+    The settings of a method that is not known here, or is code that nobody has allowed to run, stay plain json.
+    """
     try:
         raw = json.loads(text)
     except RecursionError as error:
-        raise ValueError("this configuration is nested beyond reason") from error
+        raise ValueError("this configuration is nested too deeply") from error
     if not isinstance(raw, dict) or raw.pop("version", None) != VERSION:
         raise ValueError(
             f"this configuration is not of version {VERSION}; it was written by another version of selftrans"
         )
-    return _build(RunConfig, raw, "config")
+    own = {f.name for f in dataclasses.fields(RunConfig)} - {"sections"}
+    kinds = _section_kinds(raw.get("method"))
+    found = {key: raw.pop(key) for key in list(raw) if key not in own and (kinds is None or key in kinds)}
+    if kinds is not None:
+        found = {key: from_plain(kinds[key], value, f"config.{key}") for key, value in found.items()}
+    model = raw.pop("model", {})
+    config = from_plain(RunConfig, raw, "config")
+    return dataclasses.replace(config, model=_model_from(model), sections=found)
 
 
-def _build(kind: Any, raw: Any, where: str) -> Any:
-    """A value of type `kind` from plain json."""
-    if dataclasses.is_dataclass(kind):
-        hints = typing.get_type_hints(kind)
-        if not isinstance(raw, dict):
-            raise ValueError(f"{where} should be an object, not {raw!r:.60}")
-        for name in raw:
-            if name not in hints:
-                raise ValueError(f"{where}.{ascii(name)[1:-1][:60]} is unknown{nearest(name, hints)}")
-        unset = dataclasses.MISSING
-        required = [f.name for f in dataclasses.fields(kind) if f.default is unset and f.default_factory is unset]
-        missing = [name for name in required if name not in raw]
-        if missing:
-            raise ValueError(f"{where}.{missing[0]} is missing")
-        return kind(**{name: _build(hints[name], value, f"{where}.{name}") for name, value in raw.items()})  # type: ignore[operator]
-    origin, inner = typing.get_origin(kind), typing.get_args(kind)
-    if origin in (typing.Union, types.UnionType):
-        if raw is None and type(None) in inner:
-            return None
-        kinds = [k for k in inner if k is not type(None)]
-        for other in kinds[1:]:
-            with contextlib.suppress(ValueError):
-                return _build(other, raw, where)
-        return _build(kinds[0], raw, where)
-    if origin is Literal and raw in inner:
-        return raw
-    if origin is tuple and isinstance(raw, list):
-        kinds = [inner[0]] * len(raw) if inner[-1] is Ellipsis else list(inner)
-        if len(kinds) == len(raw):
-            return tuple(_build(k, value, where) for k, value in zip(kinds, raw, strict=True))
-    if isinstance(kind, type) and origin is None:
-        whole = isinstance(raw, int) and not isinstance(raw, bool)
-        if whole and not abs(raw) < 1 << 63:
-            raise ValueError(f"{where} is beyond 64 bits")
-        if kind is float and whole:
-            return float(raw)
-        if isinstance(raw, kind) and not (kind is int and not whole):
-            return raw
-    raise ValueError(f"{where} should be {kind}, not {raw!r:.60}")
+def _section_kinds(method: object) -> dict[str, type[Section]] | None:
+    """Sections of a method by key; None where the method is unknown, so that nothing is known of its settings."""
+    try:
+        return {kind.key: kind for kind in methods.find(str(method)).sections}
+    except ValueError:
+        return None
+
+
+def _model_from(raw: Any) -> ModelConfig:
+    """The settings of a model; its name says of which family. ValueError as `from_json`."""
+    if not isinstance(raw, dict) or not isinstance(raw.get("name", ""), str):
+        raise ValueError(f"config.model should be an object with a name, not {raw!r:.60}")
+    kind = models.find(raw["name"]).Config if "name" in raw else SiTConfig
+    return from_plain(kind, raw, "config.model")

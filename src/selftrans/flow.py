@@ -3,7 +3,7 @@
 **t = 0 is data, t = 1 is noise**, for every function of the package. A path is four functions of t:
     z_t = alpha(t) z0 + sigma(t) noise          v = alpha'(t) z0 + sigma'(t) noise
 Everything else (z0, noise and score from a velocity) is linear algebra on those four.
-Shape legend: N batch, (C, H, W) latent.
+Shape legend: N batch, (C, *S) latent.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def _like(t: Tensor, x: Tensor) -> Tensor:
 
 
 def interpolate(path: Path, z0: Tensor, noise: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-    """Point on the path and its velocity, `(zt, v)`, both (N, C, H, W)."""
+    """Point on the path and its velocity, `(zt, v)`, both (N, C, *S)."""
     t = _like(t, z0)
     zt = path.alpha(t) * z0 + path.sigma(t) * noise
     v = path.d_alpha(t) * z0 + path.d_sigma(t) * noise
@@ -117,7 +117,7 @@ TIMES = {"systematic": systematic_times, "uniform": uniform_times, "lognormal": 
 def draw(batch: Batch, null: Cond, *, path: Path = LINEAR, times: str = "systematic", drop: float = 0.1) -> Draw:
     """Draw time, noise and the dropped condition of a step from torch's default generator, once for all losses.
 
-    batch.z0 is (N, C, H, W); `null` is the model's null condition for this batch; each sample is dropped with
+    batch.z0 is (N, C, *S); `null` is the model's null condition for this batch; each sample is dropped with
     probability `drop`.
     """
     n, device = batch.z0.shape[0], batch.z0.device

@@ -80,7 +80,9 @@ class Backbone(nn.Module):
     shape: tuple[int, ...]  #: (C, *S) of a latent
     grid: tuple[int, ...]  #: tokens along each spatial dimension; T is their product
     conditions: Conditions  #: what it is conditioned on
-    recompute: bool = False  #: activation checkpointing: keep each block's input alone, compute the rest again in backward
+    recompute: bool = (
+        False  #: activation checkpointing: keep each block's input alone, compute the rest again in backward
+    )
 
     def forward(self, x: Tensor, t: Tensor, cond: Cond, *, taps: tuple[int, ...] = (), stop: bool = False) -> Output:
         """Velocity at x (N, C, *S), t (N,) under `cond`, with the features after each block of `taps` (1-based).

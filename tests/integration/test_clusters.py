@@ -13,8 +13,7 @@ from pathlib import Path
 import pytest
 
 from selftrans.checkpoints import format as checkpoint
-from selftrans.cli import main as cli
-from selftrans.cli.commands import COMMANDS
+from selftrans.cli.main import parse_command
 from selftrans.data.prepare import prepare
 from tests.support import toy
 from tests.support.pictures import class_folders, contents
@@ -64,15 +63,10 @@ def programs(tmp_path, monkeypatch):
 
 def parses(words: list[str]) -> None:
     """Whether `selftrans` knows a command with all of its options; nothing is run."""
-    name, rest = words[0], words[1:]
-    if name == "train":
-        options, overrides = cli._own_options(rest[1:], ("data", "out", "teacher"))
-        cli.configured(
-            rest[0], overrides, "train", tuple(options), "--out RUN, --data DIR, --teacher RUN_OR_FILE"
-        ).check()
-        assert {"data", "out"} <= options.keys()
-    else:
-        cli._parse(COMMANDS[name], rest, f"selftrans {name}")
+    command = parse_command(words)
+    if words[0] == "train":
+        command.config.check()
+        assert command.data and command.out
 
 
 def of_torchrun(words: list[str]) -> list[str]:

@@ -1,6 +1,6 @@
 """Twenty steps of each stage on real digits, loss by loss, as they were when last looked at.
 
-    python tests/test_golden.py --write        computes tests/golden/losses.json anew
+    python -m tests.integration.test_golden --write        computes tests/integration/golden/losses.json anew
 
 A refactor leaves these numbers as they are. A commit that changes them explains why in its message: what the training
 now does differently, and why that is right.

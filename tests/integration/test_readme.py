@@ -120,7 +120,7 @@ def test_python_blocks_run(monkeypatch: pytest.MonkeyPatch) -> None:
     import selftrans
 
     toy = {"SiT-B/2": {"width": 32, "depth": 12, "heads": 2, "patch": 16}}
-    monkeypatch.setattr(selftrans, "SIT", toy)  # the block's own words, a small SiT-B/2
+    monkeypatch.setattr(selftrans, "SIT_SIZES", toy)  # the block's own words, a small SiT-B/2
     blocks = [block for language, block in BLOCKS if language == "python"]
     code = "\n".join(blocks)
     said = [line for line in blocks[0].splitlines() if line.strip() and not line.startswith(("import", "from"))]

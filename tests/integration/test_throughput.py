@@ -19,17 +19,16 @@ from accelerate.state import AcceleratorState
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from selftrans.checkpoints import format as checkpoint
-from selftrans.config import Data, Log, Model, RunConfig, Train
+from selftrans.config import Data, Log, RunConfig, Train, sections
 from selftrans.data.dataset import Dataset
 from selftrans.data.on_device import OnDevice
 from selftrans.data.prepare import prepare_digits
-from selftrans.methods import stages
-from selftrans.methods.layersync import LayerSync
-from selftrans.methods.objective import Frozen
+from selftrans.methods.guidance import Frozen
+from selftrans.methods.registry import stages
 from selftrans.methods.self_transcendence import Stage1, Stage2
-from selftrans.models.sit import SiT
+from selftrans.models.compiling import compile_model
+from selftrans.models.sit import SiT, SiTConfig
 from selftrans.train.batches import Stream, to_batch
-from selftrans.train.flops import compile_model
 from selftrans.train.run import train
 from selftrans.train.trainer import Trainer
 
@@ -40,9 +39,11 @@ def config(method: str = "vanilla", **settings: object) -> RunConfig:
     return RunConfig(
         recipe="digits",
         method=method,
-        model=Model(width=32, depth=2, heads=2, patch=2),
-        stage1=Stage1(steps=6, block=1, head_width=16),
-        stage2=Stage2(student_block=1, teacher_block=1, until_step=None, head_width=16),
+        model=SiTConfig(width=32, depth=2, heads=2, patch=2),
+        sections=sections(
+            Stage1(steps=6, block=1, head_width=16),
+            Stage2(student_block=1, teacher_block=1, until_step=None, head_width=16),
+        ),
         train=Train(**options),  # type: ignore[arg-type]
         log=Log(every=1000, tensorboard=False),
     )
@@ -68,7 +69,7 @@ def trainer(
 
 def frozen(settings: RunConfig, shards: Dataset) -> Frozen:
     """A teacher with something to say: random weights everywhere."""
-    model = settings.model.build(shards.manifest.shape, shards.manifest.num_classes)
+    model = settings.build_model(shards.manifest.shape, shards.manifest.conditions)
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.1)
     return Frozen(model, 1)
@@ -128,7 +129,7 @@ def test_reduced_precision_outlives_the_guidance(shards: Dataset, tmp_path: Path
     """accelerate marks what it has prepared: a model that is wrapped again must not lose its autocast."""
     AcceleratorState._reset_state(True)
     settings = config("self_transcendence", precision="bf16")
-    settings = dataclasses.replace(settings, stage2=dataclasses.replace(settings.stage2, until_step=2))
+    settings = settings.override({"stage2.until_step": 2})
     made = trainer(Accelerator(cpu=True, mixed_precision="bf16"), settings, shards, tmp_path, frozen(settings, shards))
     seen: list[torch.dtype] = []
     block = made.objective.student.blocks[0]
@@ -148,7 +149,7 @@ def test_reduced_precision_outlives_the_guidance(shards: Dataset, tmp_path: Path
 def test_freed_memory_is_kept_for_the_next_step() -> None:
     """Pages fetched from the system while blocks of 24 MB, six at a time, come and go: 6,000 each round, or none."""
     code = (
-        "import resource, torch; from selftrans.train.flops import keep_memory\n"
+        "import resource, torch; from selftrans.train.processes import keep_memory\n"
         "def fetched():\n"
         "    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
         "    for _ in range(5):\n"
@@ -185,7 +186,7 @@ class Waits(TorchDispatchMode):
 
 @pytest.mark.parametrize("method", ["vanilla", "structure", "self_transcendence", "sra", "layersync", "dispersive"])
 def test_a_step_waits_for_nothing(accelerator: Accelerator, shards: Dataset, tmp_path: Path, method: str) -> None:
-    settings = dataclasses.replace(config(method), layersync=LayerSync(block=1, target_block=2))
+    settings = config(method).override({"layersync.block": 1, "layersync.target_block": 2}).restricted()
     teacher = frozen(settings, shards) if method == "self_transcendence" else None
     made = trainer(accelerator, settings, shards, tmp_path, teacher)
     batches = made.stream.from_step(0)
@@ -256,7 +257,7 @@ def test_blocks_are_compiled_once(accelerator: Accelerator, shards: Dataset, tmp
     counters.clear()
     for name in ("vanilla", "structure", "self_transcendence"):
         settings = config(name, compile=True, steps=100)
-        settings = dataclasses.replace(settings, stage2=dataclasses.replace(settings.stage2, until_step=6))
+        settings = settings.override({"stage2.until_step": 6})
         teacher = frozen(settings, shards) if name == "self_transcendence" else None
         made = trainer(accelerator, settings, shards, tmp_path / name, teacher)
         model, teacher = weakref.ref(teacher.model) if teacher else None, None

@@ -59,7 +59,7 @@ def test_prepare_locks_do_not_follow_symlinks(tmp_path):
     assert not (tmp_path / "absent").exists()
 
 
-@pytest.mark.parametrize("name", ["log.jsonl", TEMPORARY])
+@pytest.mark.parametrize("name", ["log.jsonl", TEMPORARY], ids=["target", "temporary"])
 @pytest.mark.parametrize("exists", [True, False])
 def test_log_is_not_written_through_a_symlink(tmp_path, mine, name, exists, monkeypatch):
     monkeypatch.setattr(storage.secrets, "token_hex", lambda _: "0" * 8)

@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from selftrans.types import Draw, Output
+from selftrans.types import Backbone, Conditions, Draw, Output
 
 
-class Stub(nn.Module):
+class Stub(Backbone):
     """Three blocks of one parameter each; y is a class label, and the null label is `num_classes`.
 
     `wide` repeats every token's channels; every input that it is called with is kept in `calls`.
@@ -22,12 +22,18 @@ class Stub(nn.Module):
     def __init__(self, shape=(2, 4, 4), patch=2, num_classes=7, wide=1, abc=(0.5, -1.5, 0.25)):
         super().__init__()
         self.shape, self.patch, self.num_classes, self.wide = shape, patch, num_classes, wide
+        self.grid = (shape[1] // patch, shape[2] // patch)
+        self.conditions = Conditions("labels", num_classes)
         self.depth, self.width = 3, wide * shape[0] * patch**2
         self.a, self.b, self.c = (nn.Parameter(torch.tensor(x)) for x in abc)
         self.calls = []
 
     def null(self, cond):
         return torch.full_like(cond, self.num_classes)
+
+    def patchify(self, x):
+        n, (c, h, w), p = len(x), x.shape[1:], self.patch
+        return x.reshape(n, c, h // p, p, w // p, p).permute(0, 2, 4, 1, 3, 5).reshape(n, -1, c * p * p)
 
     def meaning(self, cond):
         """A number per sample (N,)."""

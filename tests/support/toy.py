@@ -5,7 +5,6 @@ What is shared here is made once and used by all of them; copy it before you cha
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import json
 import os
@@ -24,6 +23,7 @@ from torch import Tensor
 
 from selftrans.config import RunConfig
 from selftrans.data.prepare import prepare
+from selftrans.methods.registry import METHODS
 from selftrans.recipes import recipe
 from selftrans.train import flops as compute
 from selftrans.train.log import read_log
@@ -83,17 +83,14 @@ def place(name: str) -> Path:
 
 def override(config: RunConfig, dotted: dict[str, Any]) -> RunConfig:
     """`config` with some fields replaced."""
-    for name, value in dotted.items():
-        section, _, field = name.rpartition(".")
-        if section:
-            value = dataclasses.replace(getattr(config, section), **{field: value})
-        config = dataclasses.replace(config, **{section or field: value})
-    return config
+    return config.override(dotted)
 
 
 def toy(dotted: dict[str, Any] | None = None, *, name: str = "digits") -> RunConfig:
     """The recipe `name` at toy size, on mirrored digits unless told otherwise."""
-    return override(recipe(name), {"data.path": str(digits())} | TOY | (dotted or {}))
+    changed = {"data.path": str(digits())} | TOY | (dotted or {})
+    config = override(recipe(name), changed)
+    return config.restricted() if config.method in METHODS else config
 
 
 def flags(dotted: dict[str, Any] | None = None) -> list[str]:

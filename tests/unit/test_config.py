@@ -1,36 +1,68 @@
 """A run's configuration: complete, there and back through json, and refused where it cannot work."""
 
-import dataclasses
 import json
 
 import pytest
 
-from selftrans.config import Model, RunConfig, from_json, nearest, to_json
-from selftrans.models.sit import SIT
+from selftrans.config import RunConfig, from_json, settings_of, to_json
+from selftrans.methods.registry import METHODS
+from selftrans.models.sit import SIT_SIZES, SiTConfig
 from selftrans.recipes import RECIPES, recipe
-from selftrans.train.resume import FREE, differences
+from selftrans.train.resume import differences
 from tests.support.toy import override
 
-COMPLETE = to_json(recipe("digits"))
+COMPLETE = to_json(recipe("digits").restricted())
 
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_recipe_survives_json_and_its_own_check(name):
-    config = recipe(name)
-    assert config.recipe == name
-    assert from_json(to_json(config)) == config
-    assert config.check() is config
+    for method in METHODS:
+        config = override(recipe(name), {"method": method}).restricted()
+        assert config.recipe == name
+        assert from_json(to_json(config)) == config
+        assert config.check() is config
 
 
-def test_json_holds_every_field():
+def test_json_holds_every_setting():
     written = json.loads(COMPLETE)
-    assert written.pop("version") == 1
-    assert written == json.loads(json.dumps(dataclasses.asdict(recipe("digits"))))
+    assert written.pop("version") == 2
+    flat = {
+        f"{section}.{name}": value
+        for section, values in written.items()
+        if isinstance(values, dict)
+        for name, value in values.items()
+    } | {name: value for name, value in written.items() if not isinstance(value, dict)}
+    expected = {name: value for name, value, _ in settings_of(recipe("digits").restricted())}
+    assert flat == json.loads(json.dumps(expected))
+
+
+@pytest.mark.parametrize(
+    ("method", "own"),
+    [
+        ("vanilla", set()),
+        ("structure", {"stage1"}),
+        ("self_transcendence", {"stage1", "stage2"}),
+        ("repa", {"repa"}),
+        ("dispersive", {"dispersive"}),
+    ],
+)
+def test_json_of_a_run_holds_the_sections_of_its_own_method_only(method, own):
+    written = json.loads(to_json(override(recipe("digits"), {"method": method}).restricted()))
+    shared = {"version", "recipe", "method", "data", "model", "train", "sample", "log"}
+    assert set(written) - shared == own
+
+
+def test_sections_of_an_unknown_method_stay_plain_json_and_nothing_is_imported():
+    raw = json.loads(to_json(override(recipe("digits"), {"method": "vanilla"}).restricted()))
+    config = from_json(json.dumps(raw | {"method": "os:system", "extra": {"a": [1]}}))
+    assert config.method == "os:system" and config.sections == {"extra": {"a": [1]}}
+    with pytest.raises(ValueError, match=r"config\.stage1 is unknown"):
+        from_json(json.dumps(raw | {"stage1": {}}))
 
 
 def test_values_of_every_kind_survive_json():
     config = override(
-        recipe("digits"),
+        recipe("digits").restricted(),
         {
             "data.shape": (1, 8, 8),
             "train.compile": False,
@@ -59,10 +91,10 @@ def edited(path, value):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (edited(("version",), 2), "not of version 1"),
-        (edited(("version",), None), "not of version 1"),
-        ("[]", "not of version 1"),
-        ("null", "not of version 1"),
+        (edited(("version",), 1), "not of version 2"),
+        (edited(("version",), None), "not of version 2"),
+        ("[]", "not of version 2"),
+        ("null", "not of version 2"),
         ("{", "Expecting"),
         (edited(("train", "learning_rate"), 1), "config.train.learning_rate is unknown"),
         (edited(("train", "stesp"), 1), "did you mean steps"),
@@ -76,7 +108,10 @@ def edited(path, value):
         (edited(("train",), 3), "config.train should be an object"),
         (edited(("stage2", "timestep_range"), [0.4]), "config.stage2.timestep_range should be"),
         (edited(("recipe",), None), "config.recipe should be"),
-        (json.dumps({"version": 1}), "config.recipe is missing"),
+        (json.dumps({"version": 2}), "config.recipe is missing"),
+        (edited(("model", "name"), "SiT-S/3"), "model.name 'SiT-S/3' is unknown"),
+        (edited(("model",), 3), "config.model should be an object"),
+        (edited(("model", "widht"), 3), "did you mean width"),
     ],
 )
 def test_foreign_json_names_the_field(text, message):
@@ -121,35 +156,44 @@ def test_a_value_that_cannot_work_is_named(field, value):
 
 
 def test_sizes_come_from_the_published_name_unless_given():
-    assert Model("SiT-B/4").sizes() == SIT["SiT-B/4"]
-    assert Model("SiT-B/4", depth=3).sizes() == SIT["SiT-B/4"] | {"depth": 3}
-    assert Model("SiT-B/4", width=256).sizes()["heads"] == 4  # one per 64 channels
-    assert Model("SiT-B/4", width=32).sizes()["heads"] == 1
-    assert Model("SiT-B/4", width=256, heads=8).sizes()["heads"] == 8
-    assert Model("SiT-B/4", patch=2).sizes() == SIT["SiT-B/2"]
-
-
-def test_nearest_word_or_all_of_them():
-    assert nearest("digit", RECIPES) == "; did you mean digits?"
-    assert nearest("zzz", ["a", "b"]) == "; choose one of a, b"
+    assert SiTConfig("SiT-B/4").sizes() == SIT_SIZES["SiT-B/4"]
+    assert SiTConfig("SiT-B/4", depth=3).sizes() == SIT_SIZES["SiT-B/4"] | {"depth": 3}
+    assert SiTConfig("SiT-B/4", width=256).sizes()["heads"] == 4  # one per 64 channels
+    assert SiTConfig("SiT-B/4", width=32).sizes()["heads"] == 1
+    assert SiTConfig("SiT-B/4", width=256, heads=8).sizes()["heads"] == 8
+    assert SiTConfig("SiT-B/4", patch=2).sizes() == SIT_SIZES["SiT-B/2"]
 
 
 def test_differences_name_what_may_not_change_between_visits():
-    before, now = (dataclasses.asdict(recipe("digits")) for _ in range(2))
-    assert differences(before, now) == []
-    before["train"] |= {"lr": 0.5, "steps": 2}
-    now["train"] |= {"lr": 0.25, "steps": 1}
-    now["log"]["every"] = 1
-    before["stage2"]["timestep_range"] = None
-    now["stage2"]["timestep_range"] = (0.1, 0.2)
-    assert differences(before, now) == ["stage2.timestep_range was None, is (0.1, 0.2)", "train.lr was 0.5, is 0.25"]
+    config = recipe("digits").restricted()
+    assert differences(config, config) == []
+    before = override(config, {"train.lr": 0.5, "train.steps": 2, "stage2.timestep_range": None})
+    now = override(config, {"train.lr": 0.25, "train.steps": 1, "log.every": 1, "stage2.timestep_range": (0.1, 0.2)})
+    assert differences(before, now) == [
+        ("stage2.timestep_range", None, (0.1, 0.2), "fixed"),
+        ("train.lr", 0.5, 0.25, "consent"),
+    ]
 
 
-def test_what_may_change_exists():
-    raw = dataclasses.asdict(recipe("digits"))
-    for field in FREE:
-        section, _, name = field.partition(".")
-        assert name in raw[section] if name else field in raw
+def test_settings_that_may_change_are_exactly_these():
+    """Freely: where things are, how long, what is kept and shown. By consent: what a troubled run may need."""
+    rules = {
+        name: rule
+        for method in METHODS
+        for name, _, rule in settings_of(override(recipe("digits"), {"method": method}).restricted())
+    }
+    free = {name for name, rule in rules.items() if rule == "free" and name.split(".")[0] not in ("log", "sample")}
+    assert free == {
+        *("data.path", "data.on_device", "data.verify", "stage2.teacher", "repa.encoder"),
+        *("train.steps", "train.checkpoint_every", "train.preview_every", "train.keep", "train.keep_best"),
+        *("train.keep_every", "train.max_skips", "train.shard", "train.timeout", "train.recompute", "train.compile"),
+        "train.allow_changes",
+    }
+    assert all(rules[name] == "free" for name in rules if name.split(".")[0] in ("log", "sample"))
+    assert {name for name, rule in rules.items() if rule == "consent"} == {
+        *("train.lr", "train.warmup", "train.clip", "train.weight_decay", "train.precision", "train.drop"),
+        *(f"{key}.weight" for key in ("stage1", "stage2", "repa", "sra", "layersync", "dispersive")),
+    }
 
 
 def test_a_recipe_is_required_and_all_else_has_a_default():

@@ -34,14 +34,15 @@ class Encoder:
     Pictures are resized (bicubic, antialiased) so that the model's patches make the grid: to 224 for 16 x 16 patches of 14
     pixels, its position embeddings interpolated. A model that cannot read that size, or gives another grid there, reads
     pictures of its own size, and its features are resized to the grid (bilinear, antialiased), with a warning.
-    Made by `load_encoder`. `width` is D, `flops` the operations of one picture, `source` says where the weights came from.
+    Made by `load_encoder`. `grid` is (side, side), `width` is D, `flops` the operations of one picture, `source`
+    says where the weights came from.
     """
 
     def __init__(
         self, name: str, model: Any, sha256: str, grid: int, *, mean: Sequence[float], std: Sequence[float]
     ) -> None:
         config = getattr(model.config, "vision_config", model.config)
-        self.name, self.sha256, self.grid = name, sha256, grid
+        self.name, self.sha256, self.side, self.grid = name, sha256, grid, (grid, grid)
         self.source = {"path": name, "sha256": sha256, "weights": sha256}
         self.model: Any = getattr(model, "vision_model", model).requires_grad_(False).eval()
         # a pyramid (Swin, ConvNeXt) merges its patches: its stride shows in its output alone
@@ -67,9 +68,9 @@ class Encoder:
     def encode(self, pixels: Tensor) -> Tensor:
         """Pixels (N, 3 or 1, R, R) in [-1, 1] to float32 features (N, T, D), on the device of the pixels."""
         features = self._grid(pixels, self.size)  # (N, h, h, D)
-        if features.shape[1] != self.grid:
+        if features.shape[1] != self.side:
             x = features.permute(0, 3, 1, 2)
-            x = F.interpolate(x, size=(self.grid, self.grid), mode="bilinear", antialias=True, align_corners=False)
+            x = F.interpolate(x, size=self.grid, mode="bilinear", antialias=True, align_corners=False)
             features = x.permute(0, 2, 3, 1)
         return features.flatten(start_dim=1, end_dim=2)
 
@@ -98,8 +99,8 @@ class Encoder:
         """(side of its pictures, side of its own grid there). Raises ValueError when it reads no pictures at all."""
         own = 0 if self.patch else self._side_at(native)[0]
         stride = self.patch or (native // own if own else 0)
-        if stride and self._side_at(self.grid * stride)[0] == self.grid:
-            return self.grid * stride, self.grid
+        if stride and self._side_at(self.side * stride)[0] == self.side:
+            return self.side * stride, self.side
         own, failed = self._side_at(native)
         if not own:
             raise ValueError(f"encoder {self.name} gives no grid of features for a picture ({failed}); choose another")

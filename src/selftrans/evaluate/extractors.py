@@ -6,7 +6,6 @@ pictures, float32 (n, C, *S).
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import math
 from collections.abc import Callable, Iterable, Iterator
@@ -18,6 +17,7 @@ import torch
 
 from selftrans.evaluate.classifier import SmallClassifier, cpu_threads, digits_classifier, to_input, weights_sha256
 from selftrans.storage import sha256_file
+from selftrans.suggest import closest, did_you_mean
 
 Device: TypeAlias = torch.device | str
 
@@ -224,10 +224,10 @@ def load_extractor(
         return ClassifierExtractor(SmallClassifier.load(text), f"{Path(name).stem} classifier", device)
     if suffix == ".pth":
         return InceptionExtractor(text, device)
-    nearest = difflib.get_close_matches(text, EXTRACTORS, n=1, cutoff=0.5)
-    hint = f"did you mean {nearest[0]}? " if nearest else ""
-    known = ", ".join(EXTRACTORS)
-    raise ValueError(f"unknown features {text!r}; {hint}choose from {known}, or give a classifier's .safetensors file")
+    hint, known = did_you_mean(closest(text, EXTRACTORS)), ", ".join(EXTRACTORS)
+    raise ValueError(
+        f"unknown features {text!r}{hint or ';'} choose from {known}, or give a classifier's .safetensors file"
+    )
 
 
 def extract(

@@ -13,28 +13,27 @@ from typing import Any
 
 import torch
 
-from selftrans.config import RunConfig, nearest, to_json
+from selftrans.config import RunConfig, to_json
 from selftrans.data.dataset import Dataset
 from selftrans.data.prepare import prepare_digits
 from selftrans.evaluate.extractors import load_extractor
 from selftrans.evaluate.plots import save
 from selftrans.experiments import html_report
-from selftrans.experiments.runner import Comparison, Results, compare, samples_of
+from selftrans.experiments.runner import PROBED_BLOCK, Comparison, Results, compare, samples_of
 from selftrans.experiments.table import AXES, as_csv, mean_curve, rows
 from selftrans.experiments.train_classifier import classifier_from_data
-from selftrans.methods import METHODS, stages
-from selftrans.recipes import recipe
+from selftrans.methods.registry import METHODS, REGISTRY, find, sections_of, stages
+from selftrans.sections import fields_of
 from selftrans.storage import lock_file, write_json, write_text
 from selftrans.train.run import put_together, teacher_of
 
-NEIGHBOURS = ("repa", "sra", "layersync", "dispersive")  #: methods with a section of their own in the configuration
 SHOWN = 32  #: samples on the page, per method
 
 
 def compare_methods(
     config: RunConfig,
     out: Path,
-    methods: Sequence[str],
+    methods: Sequence[str] | None = None,
     *,
     seeds: Sequence[int] = (0,),
     images: int = 1000,
@@ -46,14 +45,18 @@ def compare_methods(
     All share data, model, student steps, batch, sampler, extractor and number of images. A teacher is a run of stage 1
     for as many steps as the student, unless `stage1.steps` says otherwise, and shared with the method `structure` of the
     same seed. Distances are to the training data. `features`: an extractor's name or file; None: see `with_defaults`.
-    Repeating the call continues it; methods and seeds may be added. Raises ValueError for unknown methods and seeds.
+    `methods`: None: the built-in ones that need no external encoder. Repeating the call continues it; methods and seeds
+    may be added. Raises ValueError for unknown methods and seeds.
     """
+    if methods is None:
+        methods = [name for name, spec in METHODS.items() if not any(s.encoder for s in spec.stages(config))]
     _check(methods, seeds, images)
     with lock_file(out / ".lock"):
         config, features, weights = with_defaults(config, out, features=features)
         variants = {name: only(config, name) for name in methods}
         rehearse(variants)
-        chosen = Comparison(config, variants, tuple(seeds), out, images, features, weights)
+        block = min(PROBED_BLOCK, _depth(config))
+        chosen = Comparison(config, variants, tuple(seeds), out, images, features, weights, block)
         results = compare(chosen, workers=workers)
         summary = summarise(chosen, results)
         write(chosen, summary)
@@ -63,17 +66,26 @@ def compare_methods(
     return summary
 
 
-def only(config: RunConfig, method: str) -> RunConfig:
-    """The configuration for one method; settings of the others that are not its own are the recipe's again.
+def _depth(config: RunConfig) -> int:
+    """Blocks of the students."""
+    manifest = Dataset.open(str(config.data.path)).manifest
+    with torch.device("meta"):
+        return config.build_model(manifest.shape, manifest.conditions).depth
 
-    So a run's directory is the same whatever is compared with it.
-    """
-    plain = recipe(config.recipe)
-    own = {"self_transcendence": {"stage1", "stage2"}, "structure": {"stage1"}}.get(method, {method})
-    others = {name: getattr(plain, name) for name in (*NEIGHBOURS, "stage1", "stage2") if name not in own}
-    if method == "structure":  # its length is train.steps
-        others["stage1"] = dataclasses.replace(config.stage1, steps=plain.stage1.steps)
-    return dataclasses.replace(config, method=method, **others)
+
+def only(config: RunConfig, method: str) -> RunConfig:
+    """The configuration for one method, with its own sections: its run is the same whatever it is compared with."""
+    config = dataclasses.replace(config, method=method).restricted()
+    plan = stages(config)
+    if len(plan) > 1:
+        return config
+    lengths = {  # a stage alone is as long as train.steps says
+        f"{key}.{name}": getattr(type(section)(), name)
+        for key, section in config.sections.items()
+        for name, _, _, length in fields_of(section)
+        if length
+    }
+    return config.override(lengths)
 
 
 def rehearse(variants: Mapping[str, RunConfig]) -> None:
@@ -82,8 +94,8 @@ def rehearse(variants: Mapping[str, RunConfig]) -> None:
         shards = Dataset.open(str(config.data.path))
         for stage in stages(config):
             given: Any = None
-            if stage.encoder or (stage.teacher and config.stage2.teacher):
-                given = teacher_of(config, stage, config.stage2.teacher or "", shards, torch.device("cpu"))
+            if stage.encoder or (stage.teacher and stage.teacher.given):
+                given = teacher_of(config, stage, "", shards, torch.device("cpu"))
             put_together(config, stage, shards.manifest, given)
 
 
@@ -91,8 +103,7 @@ def _check(methods: Sequence[str], seeds: Sequence[int], images: int) -> None:
     if not methods or len(set(methods)) < len(methods):
         raise ValueError("give one method at least, and each of them once")
     for name in methods:
-        if name not in METHODS:
-            raise ValueError(f"method '{name}' is unknown{nearest(name, METHODS)}")
+        find(name)
     if not seeds or len(set(seeds)) < len(seeds) or min(seeds) < 0 or images < 2:
         raise ValueError("a comparison needs seeds that differ from each other, from 0 on, and at least two images")
 
@@ -106,10 +117,10 @@ def with_defaults(config: RunConfig, out: Path, *, features: str | None = None) 
     """
     weights = None
     if config.data.path is None:
-        if not config.recipe.startswith("digits"):
+        if config.data.builtin is None:
             raise ValueError(f"recipe {config.recipe} needs --data DIR, a directory made by `selftrans prepare`")
         prepare_digits(out / "data")
-        config = dataclasses.replace(config, data=dataclasses.replace(config.data, path=str(out / "data")))
+        config = config.override({"data.path": str(out / "data")})
         features = features or "digits"
     if features == "digits":
         weights = str(out / "digits-classifier.safetensors")
@@ -125,23 +136,34 @@ def with_defaults(config: RunConfig, out: Path, *, features: str | None = None) 
     # fails, or trains the digit classifier, here and once: not in every worker
     shape = Dataset.open(str(config.data.path)).manifest.shape
     load_extractor(features, weights=weights, shape=shape)
-    if config.stage1.steps is None:  # every row of the table has had the same number of steps, its teacher too
-        config = dataclasses.replace(config, stage1=dataclasses.replace(config.stage1, steps=config.train.steps))
-    return config.check(), features, weights
+    return equal_lengths(config).check(), features, weights
+
+
+def equal_lengths(config: RunConfig) -> RunConfig:
+    """Every stage as long as the student's training, unless the settings say otherwise: so is each row's teacher."""
+    unset = {
+        f"{section.key}.{name}": config.train.steps
+        for section in (config.section(kind) for kind in sections_of(REGISTRY.every()).values())
+        for name, value, _, length in fields_of(section)
+        if length and value is None
+    }
+    return config.override(unset)
 
 
 def override(config: RunConfig, *, data: str | None = None, steps: int | None = None) -> RunConfig:
     """The configuration with other data or student steps; None keeps them."""
     if data is not None:
-        config = dataclasses.replace(config, data=dataclasses.replace(config.data, path=data))
+        config = config.override({"data.path": data})
     if steps is not None:
-        config = dataclasses.replace(config, train=dataclasses.replace(config.train, steps=steps))
+        config = config.override({"train.steps": steps})
     return config.check()
 
 
 def summarise(chosen: Comparison, results: Results) -> dict[str, Any]:
     """What compare.json holds: the table, the curves over both axes, and what the numbers depend on."""
-    point, names, config = next(iter(results.values()))[1][-1], tuple(chosen.variants), chosen.shared
+    point, names = next(iter(results.values()))[1][-1], tuple(chosen.variants)
+    used = {key: section for variant in chosen.variants.values() for key, section in variant.sections.items()}
+    config = dataclasses.replace(chosen.shared, sections=used)
     teachers = {json.dumps(run["teacher"]): run["teacher"] for run, _ in results.values() if run.get("teacher")}
     return {
         "table": rows(results, names),
@@ -154,6 +176,7 @@ def summarise(chosen: Comparison, results: Results) -> dict[str, Any]:
         "autoencoder": config.data.autoencoder or Dataset.open(str(config.data.path)).manifest.autoencoder,
         "teachers": list(teachers.values()),
         "config": json.loads(to_json(config)),
+        "sections": list(used),
     }
 
 

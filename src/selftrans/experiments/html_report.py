@@ -209,7 +209,7 @@ def comparison_page(summary: dict[str, Any], figure: Figure, grids: Mapping[str,
         "student steps, batch, learning rate": "{steps:,}, {batch_size}, {lr:g}".format(**config["train"]),
         "autoencoder": summary["autoencoder"],
         "teachers from other runs": _teachers(summary["teachers"]),
-        **{name: _settings(config[name]) for name in ("stage1", "stage2", *names) if name in config},
+        **{name: _settings(config[name]) for name in summary["sections"]},
         "seeds": ", ".join(map(str, summary["seeds"])),
         "distance": f"{summary['metric']}, {summary['images']:,} samples of the averaged weights, to the training data"
         + ("" if summary["autoencoder"] in ("pixel", "values") else " as the autoencoder decodes them"),

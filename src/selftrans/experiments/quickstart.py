@@ -6,7 +6,6 @@ shows what was measured: no order of the methods is assumed.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import time
 from collections.abc import Sequence
@@ -27,14 +26,17 @@ from selftrans.evaluate.extractors import load_extractor
 from selftrans.evaluate.plots import as_pictures, save
 from selftrans.evaluate.probes import collect, pca_basis, pca_maps
 from selftrans.experiments import html_report
+from selftrans.experiments.compare import equal_lengths, only
 from selftrans.experiments.runner import PROBE_T, Comparison, Results, compare, samples_of
 from selftrans.experiments.table import as_csv, mean_curve, rows
 from selftrans.flow import PATHS
+from selftrans.methods.self_transcendence import SELF_TRANSCENDENCE, STRUCTURE, Stage1
+from selftrans.methods.vanilla import VANILLA
 from selftrans.recipes.digits import digits
 from selftrans.storage import lock_file, write_json, write_text
 
 #: name of the method -> what the page calls it; in this order, so that stage 1 is there to teach
-METHODS = {"vanilla": "vanilla", "structure": "stage 1 only", "self_transcendence": "Self-Transcendence"}
+METHODS = {spec.name: spec.title for spec in (VANILLA, STRUCTURE, SELF_TRANSCENDENCE)}
 IMAGES = 1000  #: samples for each distance
 SHOWN = 42  #: samples on the page, per method
 MAPPED = 8  #: digits whose features are mapped
@@ -59,15 +61,15 @@ def quickstart(
     started = time.perf_counter()
     config = digits()
     if steps is not None:
-        config = dataclasses.replace(config, train=dataclasses.replace(config.train, steps=steps)).check()
+        config = config.override({"train.steps": steps}).check()
     with lock_file(out / ".lock"):
         shards = prepare_digits(out / "data")
-        config = dataclasses.replace(config, data=dataclasses.replace(config.data, path=str(out / "data")))
+        config = config.override({"data.path": str(out / "data")})
         classifier = out / "digits-classifier.safetensors"
         load_extractor("digits", weights=classifier)  # trained once, before the workers load it
         # the teacher is stage 1 at its end, so that every row of the table has had the same number of steps
-        config = dataclasses.replace(config, stage1=dataclasses.replace(config.stage1, steps=config.train.steps))
-        variants = {name: dataclasses.replace(config, method=name) for name in METHODS}
+        config = equal_lengths(config)
+        variants = {name: only(config, name) for name in METHODS}
         chosen = Comparison(config, variants, tuple(seeds), out, images, "digits", str(classifier))
         results = compare(chosen, workers=workers)
         summary = summarise(chosen, results)
@@ -98,8 +100,8 @@ def summarise(chosen: Comparison, results: Results) -> dict[str, Any]:
         "curves": {name: mean_curve(results, name) for name in METHODS},
         "seeds": list(chosen.seeds),
         "steps": shared.train.steps,
-        "teacher_steps": shared.stage1.steps,
-        "block": shared.stage1.block,
+        "teacher_steps": shared.section(Stage1).steps,
+        "block": chosen.block,
         "images": chosen.images,
     }
 
@@ -107,7 +109,7 @@ def summarise(chosen: Comparison, results: Results) -> dict[str, Any]:
 def write(out: Path, summary: dict[str, Any], shards: Dataset, config: RunConfig, seed: int) -> None:
     """Write the table, the overview picture and the page."""
     grids = {label: samples_of(out / f"{name}-seed{seed}", config.sample, SHOWN) for name, label in METHODS.items()}
-    maps = {label: maps_of(out / f"{name}-seed{seed}", shards, config.stage1.block) for name, label in METHODS.items()}
+    maps = {label: maps_of(out / f"{name}-seed{seed}", shards, summary["block"]) for name, label in METHODS.items()}
     curves = {METHODS[name]: curve for name, curve in summary["curves"].items()}
     save(html_report.overview(curves, grids, summary["metric"]), out / "quickstart.png")
     page = html_report.page(summary, METHODS, curves, grids, maps)

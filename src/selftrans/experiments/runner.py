@@ -32,14 +32,18 @@ from selftrans.evaluate.metrics import evaluate
 from selftrans.evaluate.probes import collect, linear_probe
 from selftrans.evaluate.statistics import Statistics
 from selftrans.flow import PATHS
+from selftrans.methods.registry import stages
+from selftrans.methods.spec import Stage
 from selftrans.sampling.images import Sampler
 from selftrans.sampling.samplers import EVALUATIONS
+from selftrans.sections import Section, fields_of
 from selftrans.storage import write_json
 from selftrans.train.log import progress_bar
 from selftrans.train.run import train
 
 POINTS = 5  #: measurements along a run
 PROBE_T = 0.4  #: noise level of the linear probe, the paper's
+PROBED_BLOCK = 2  #: the block that stage 1 guides in every published setting
 
 Result: TypeAlias = tuple[dict[str, Any], list[dict[str, Any]]]  #: run.json, and the measured points
 Job: TypeAlias = tuple[str, int]  #: name of a variant, seed
@@ -57,6 +61,7 @@ class Comparison:
     images: int  #: samples for each distance
     features: str  #: extractor, by name or file
     weights: str | None = None  #: where a named extractor is kept
+    block: int = PROBED_BLOCK  #: the shallow block whose features are probed (1-based)
 
     @property
     def jobs(self) -> list[Job]:
@@ -74,20 +79,34 @@ class Comparison:
     def teacher(self, job: Job) -> Job | None:
         """The job whose stage 1 can teach this one: a run of stage 1 alone under the same stage-1 settings and seed."""
         name, seed = job
-        if self.variants[name].method != "self_transcendence" or self.variants[name].stage2.teacher:
+        wanted = _own_teacher(self.variants[name])
+        if wanted is None:
             return None
-        same = (n for n, c in self.variants.items() if c.method == "structure" and _alike(c, self.variants[name]))
+        same = (n for n, c in self.variants.items() if n != name and _trains(c, wanted, self.variants[name]))
         return next(((n, seed) for n in same), None)
 
 
-def _alike(structure: RunConfig, taught: RunConfig) -> bool:
-    """Whether a run of stage 1 alone passes through the stage 1 that `taught` would train for itself, bit for bit."""
-    steps = taught.stage1.steps or max(1, taught.train.steps // 2)
-    held = (
-        steps == structure.train.steps or steps % interval(structure.train.steps) == 0 < structure.train.steps - steps
-    )
-    same = dataclasses.replace(taught.stage1, steps=structure.stage1.steps) == structure.stage1
-    return held and same and (structure.model, structure.train) == (taught.model, taught.train)
+def _own_teacher(config: RunConfig) -> Stage | None:
+    """The stage that a run would train first to teach its last one; None where there is none, or a teacher is given."""
+    plan = stages(config)
+    wanted = next((s.teacher for s in plan if s.teacher), None)
+    return None if wanted is None or wanted.given else next((s for s in plan if s.name == wanted.stage), None)
+
+
+def _trains(other: RunConfig, wanted: Stage, taught: RunConfig) -> bool:
+    """Whether another run consists of this stage alone, and passes a checkpoint of it that is the same bit for bit."""
+    plan = stages(other)
+    if [stage.name for stage in plan] != [wanted.name] or plan[0].stream != wanted.stream:
+        return False
+    total = other.train.steps
+    held = wanted.steps == total or wanted.steps % interval(total) == 0 < total - wanted.steps
+    same = all(_acting(other.section(kind)) == _acting(taught.section(kind)) for kind in wanted.sections)
+    return held and same and (other.model, other.train) == (taught.model, taught.train)
+
+
+def _acting(section: Section) -> dict[str, Any]:
+    """Settings that a step depends on: all but the lengths of stages."""
+    return {name: value for name, value, _, length in fields_of(section) if not length}
 
 
 @dataclass(frozen=True)
@@ -113,7 +132,7 @@ class Measurement:
         images = decoded_images(shards, device=device)
         reference = Statistics.of(images, extractor, source="training data", keep=False)
         sample = dataclasses.replace(comparison.shared.sample, num=comparison.images, batch_size=500)
-        return cls(extractor, reference, shards, sample, comparison.shared.stage1.block)
+        return cls(extractor, reference, shards, sample, comparison.block)
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -242,10 +261,11 @@ def train_one(comparison: Comparison, job: Job, progress: Progress) -> Path:
     settings = dataclasses.replace(config.train, seed=job[1], checkpoint_every=every, keep=0, preview_every=0)
     config = dataclasses.replace(config, train=settings)
     if teacher is not None:
-        steps = config.stage1.steps or max(1, config.train.steps // 2)
-        held = dict(checkpoint.steps(comparison.run(teacher) / "stage1" / "checkpoints"))
-        if steps in held:  # not in a run that was first made shorter, with checkpoints elsewhere
-            config = dataclasses.replace(config, stage2=dataclasses.replace(config.stage2, teacher=str(held[steps])))
+        wanted, taught = _own_teacher(config), next(s.teacher for s in stages(config) if s.teacher)
+        assert wanted is not None
+        held = dict(checkpoint.steps(comparison.run(teacher) / wanted.name / "checkpoints"))
+        if wanted.steps in held:  # not in a run that was first made shorter, with checkpoints elsewhere
+            config = config.override({taught.option: str(held[wanted.steps])})
     train(config, run, bar=lambda **options: StepBar(progress, options["initial"]), quiet=True)
     return run
 

@@ -1,11 +1,10 @@
-"""A published checkpoint ⇒ a run: sizes from its shapes, settings from the nearest recipe, AdamW's moments where they fit."""
+"""A published checkpoint => a run: model from its shapes, settings from the nearest recipe, AdamW's moments where they fit."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import shlex
-import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,22 +15,22 @@ from safetensors.torch import save_file
 
 from selftrans.checkpoints import format as checkpoint
 from selftrans.checkpoints.load import IMPORTED, header
-from selftrans.config import Model, RunConfig, to_json
+from selftrans.config import RunConfig, to_json
 from selftrans.encoders.autoencoder import autoencoder_name
-from selftrans.interop import sit_names as names
-from selftrans.interop.published_file import Found, Named, listed, read
-from selftrans.interop.sit_names import Convention, Sizes
-from selftrans.methods import stages
+from selftrans.interop.published_file import listed, read
+from selftrans.interop.published_optimizer import adamw_moments
 from selftrans.methods.objective import Objective
-from selftrans.models.sit import SIT
+from selftrans.methods.registry import BASELINE, METHODS, stages
+from selftrans.methods.spec import PublishedHeads
+from selftrans.models.registry import REGISTRY as MODELS
+from selftrans.models.spec import Named, Published, PublishedFile, check_shapes
 from selftrans.recipes import recipe
 from selftrans.storage import atomic_directory, sha256_file, write_json
-from selftrans.train.resume import essence
+from selftrans.train.resume import bound_settings
 
 #: autoencoder of latents with this many channels, where none is named: the field's for 4, none for pixels
 AUTOENCODERS = {1: "pixel", 3: "pixel", 4: "stabilityai/sd-vae-ft-mse"}
-#: paths by their names in SiT's and REPA's options; GVP is the cosine path
-PATH_NAMES = {"linear": "linear", "cosine": "cosine", "Linear": "linear", "GVP": "cosine"}
+USUAL = "imagefolder"  #: the recipe of a model that was not published with one of ours
 
 
 def import_run(
@@ -39,7 +38,7 @@ def import_run(
     out: str | Path,
     *,
     name: str | None = None,
-    convention: Convention | None = None,
+    convention: str | None = None,
     heads: int | None = None,
     step: int | None = None,
     autoencoder: str | None = None,
@@ -48,54 +47,53 @@ def import_run(
 ) -> Path:
     """Make the run `out` of a published checkpoint (SiT, REPA, Self-Transcendence); returns its checkpoint's folder.
 
-    A file with Self-Transcendence's head of stage 1 becomes a run of method `structure`, head included; any other one of
-    method `vanilla`, its heads left out (`keep_heads`: in projectors.safetensors). AdamW's moments come along where they
-    fit, turned with the weights (see `names.translate`). `name` is the published size expected, `convention` whose time
-    the weights have (None: told or guessed, and said), `heads` those of attention, `step` the steps trained.
+    A file with the heads of a method's first stage becomes a run of that method, heads included; any other one a run without
+    guidance, its heads left out (`keep_heads`: in projectors.safetensors). AdamW's moments come along where they fit, turned
+    with the weights. `name` is the published size expected, `convention` whose time the weights have (None: as the file
+    shows, or guessed, which is printed), `heads` those of attention, `step` the steps trained.
 
-    Written whole or not at all. ValueError for a file that is none of these and for an `out` that holds anything else;
+    Written completely or not at all. ValueError for a file that is none of these and for an `out` that holds anything else;
     the same import again does nothing.
     """
     file, out = Path(file), Path(out)
-    found = read(file)
-    named = found.weights.get("raw") or found.weights["ema"]
-    sizes = names.sizes(str(file), named, heads)
-    for kind, tensors in found.weights.items():
-        names.check(f"{file} ({kind} weights)" if len(found.weights) > 1 else str(file), tensors, sizes)
-    chosen, why = (convention, "as told") if convention else names.convention(found, named, sizes.learn_sigma)
-    config = _config(found, named, sizes, name)
-    source = {
-        "path": str(file.resolve()),
-        "sha256": sha256_file(file),
-        "convention": chosen,
-        "heads": sizes.heads,
-    }
-    source |= {"step": step, "autoencoder": autoencoder, "keep_heads": keep_heads}
-    source |= {"unused": listed(found.unused)} if found.unused else {}
+    held = read(file)
+    found = _recognised(held, heads, convention)
+    config, guided = _config(held, found, name)
+    source = {"path": str(file.resolve()), "sha256": sha256_file(file), "convention": found.convention}
+    source |= found.source | {"step": step, "autoencoder": autoencoder, "keep_heads": keep_heads}
+    source |= {"unused": listed(held.unused)} if held.unused else {}
     if _occupied(out, source):
         say(f"{out} holds this import already")
         return checkpoint.steps(out / stages(config)[0].name / "checkpoints")[-1][1]
-    parts, notes = _tensors(found, named, sizes, config, flip=chosen == "sit")
-    trained = _trained(found, parts["optimizer"], step)
+    parts, notes = _tensors(held, found, config, guided)
+    trained = _trained(held, parts["optimizer"], step)
     if trained is None:
         notes.append("how long it was trained is not known: step 0 (--step N says it)")
     done = trained or 0
-    config = dataclasses.replace(config, train=dataclasses.replace(config.train, steps=max(config.train.steps, done)))
-    left = {f"{kind}.{n}": t for kind, state in found.weights.items() for n, t in state.items() if names.is_head(n)}
+    config = config.override({"train.steps": max(config.train.steps, done)})
+    left = {f"{kind}.{n}": t for kind, state in held.weights.items() for n, t in state.items() if found.is_head(n)}
     if left and not parts["heads"]:
         notes.append(f"its projectors are {'in projectors.safetensors' if keep_heads else 'left out (--keep-heads)'}")
-    path = _write(out, config, sizes, done, parts, source, left if keep_heads else {})
-    for line in (f"time and sign are those of {chosen.upper()}, {why}", *notes):
+    path = _write(out, config, found, done, parts, source, left if keep_heads else {})
+    for line in (f"time and sign are those of {found.convention.upper()}, {found.reason}", *notes):
         say(line)
-    say(f"{_summary(config, sizes, autoencoder)}, after {done} steps -> {out}")
+    say(f"{_summary(found, autoencoder)}, after {done} steps -> {out}")
     say(f"to train on: {_command(config, out)}")
     return path
 
 
-def _summary(config: RunConfig, sizes: Sizes, autoencoder: str | None) -> str:
-    what = f"SiT of width {sizes.width}" if config.model.width else config.model.name
-    latents = "x".join(map(str, sizes.shape))
-    return f"{what}, latents {latents} of {_autoencoder(sizes, autoencoder)}, {sizes.classes} classes"
+def _recognised(held: PublishedFile, heads: int | None, convention: str | None) -> Published:
+    """The file in terms of the first family that knows it. ValueError where none does."""
+    for spec in MODELS.every():
+        found = spec.reader(held, heads, convention)
+        if found is not None:
+            return found
+    raise ValueError(f"{held.path} is a checkpoint of no model that selftrans knows")
+
+
+def _summary(found: Published, autoencoder: str | None) -> str:
+    latents = "x".join(map(str, found.shape))
+    return f"{found.name}, latents {latents} of {_autoencoder(found, autoencoder)}, {found.conditions}"
 
 
 def _occupied(out: Path, source: dict[str, Any]) -> bool:
@@ -112,121 +110,116 @@ def _occupied(out: Path, source: dict[str, Any]) -> bool:
     return False
 
 
-def _config(found: Found, named: Named, sizes: Sizes, name: str | None) -> RunConfig:
-    """The run that goes on with these weights: sizes from the shapes, the rest from the nearest recipe."""
-    args, own = found.args, {key: getattr(sizes, key) for key in ("width", "depth", "heads", "patch")}
-    published = next((known for known, made in SIT.items() if made == own), None)
-    if name is not None and name != published:
-        raise ValueError(f"{found.path} is not {name}: it has {', '.join(f'{k} {v}' for k, v in own.items())}")
-    if args.get("prediction", "v") not in ("v", "velocity"):
-        raise ValueError(f"{found.path} predicts {args['prediction']}; only models of the velocity can be used")
-    if str(args.get("path_type", "linear")) not in PATH_NAMES:
-        raise ValueError(f"{found.path} was trained on the path {args['path_type']}, which selftrans does not have")
-    if args.get("num_classes", sizes.classes) != sizes.classes:
-        raise ValueError(
-            f"{found.path} has {sizes.classes + 1} label vectors for {args['num_classes']} classes; expected one more than "
-            "classes, for the null label"
-        )
-    imagenet = published and published.endswith("/2") and sizes.shape == (4, 32, 32) and sizes.classes == 1000
-    base = recipe(f"sit_imagenet_{published[4:-2].lower()}2" if published and imagenet else "imagefolder")
-    model = Model(name=published, qk_norm=sizes.qk_norm) if published else Model(**own, qk_norm=sizes.qk_norm)
-    path = PATH_NAMES[str(args.get("path_type", "linear"))]
-    train = dataclasses.replace(base.train, path=path)
-    config = dataclasses.replace(base, method="vanilla", model=model, train=train)
-    if "projectors_final.linear.weight" not in named or "projectors.0.weight" not in named:
-        return config
-    try:
-        span = args.get("t_range")
-        stage1 = dataclasses.replace(
-            base.stage1,
-            block=int(args.get("encoder_depth", base.stage1.block)),
-            weight=float(args.get("proj_coeff", base.stage1.weight)),
-            timestep_range=(float(span[0]), float(span[1])) if span else None if args else base.stage1.timestep_range,
-            range_mode="scale",  # what the released code computes
-            head_width=named["projectors.0.weight"].shape[0],
-        )
-    except (IndexError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{found.path}: the options kept in it cannot be used ({error})") from error
-    return dataclasses.replace(config, method="structure", stage1=stage1)
+def _config(held: PublishedFile, found: Published, name: str | None) -> tuple[RunConfig, PublishedHeads | None]:
+    """The run that goes on with these weights, model from the file, the rest from the nearest recipe; and its heads."""
+    if name is not None and name != found.name:
+        raise ValueError(f"{held.path} is not {name}: it has {found.sizes}")
+    base = recipe(found.recipe or USUAL)
+    train = dataclasses.replace(base.train, path=found.path or base.train.path)
+    config = dataclasses.replace(base, method=BASELINE, model=found.config, train=train)
+    named = held.weights.get("raw") or held.weights["ema"]
+    for spec in METHODS.values():
+        try:
+            heads = spec.published_heads({k: t for k, t in named.items() if found.is_head(k)}, held.args, base)
+        except (IndexError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{held.path}: the options kept in it cannot be used ({error})") from error
+        if heads is not None:
+            sections = {**config.sections, **{section.key: section for section in heads.sections}}
+            return dataclasses.replace(config, method=spec.name, sections=sections).restricted(), heads
+    return config.restricted(), None
 
 
 def _tensors(
-    found: Found, named: Named, sizes: Sizes, config: RunConfig, *, flip: bool
+    held: PublishedFile, found: Published, config: RunConfig, guided: PublishedHeads | None
 ) -> tuple[dict[str, Named], list[str]]:
     """The tensors of our checkpoint, and what the user should know about them."""
-    notes = [f"not used of it: {listed(found.unused)}"] if found.unused else []
-    states = {kind: names.translate(state, sizes, flip=flip) for kind, state in found.weights.items()}
+    notes = [f"not used of it: {listed(held.unused)}"] if held.unused else []
+    states = {kind: found.translate(state, False) for kind, state in held.weights.items()}
     if len(states) == 1:
-        held, absent = ("ema", "raw") if "ema" in states else ("raw", "ema")
-        notes.append(f"it holds one set of weights; they stand for {absent} as for {held}")
+        there, absent = ("ema", "raw") if "ema" in states else ("raw", "ema")
+        notes.append(f"it holds one set of weights; they stand for {absent} as for {there}")
     raw, ema = (states.get(a) or states[b] for a, b in (("raw", "ema"), ("ema", "raw")))
-    head = names.stage1_head(named, sizes) if config.method == "structure" else {}
-    if head:
-        with torch.device("meta"):
-            student = config.model.build(sizes.shape, sizes.classes)
-            objective = Objective(student, stages(config)[0].guide(student, None))
-        expected = {k: tuple(v.shape) for k, v in objective.state_dict().items() if not k.startswith("student.")}
-        names.compare(f"{found.path} (its head of stage 1)", head, expected)
+    named = held.weights.get("raw") or held.weights["ema"]
+    head = _head(named, found, guided)
+    if guided is not None:
+        check_shapes(f"{held.path} (its head of {stages(config)[0].name})", head, _expected_heads(config, found))
     for key, tensor in [item for state in (raw, ema, head) for item in state.items()]:
         if not bool(torch.isfinite(tensor).all()):
-            raise ValueError(f"{found.path}: {key} holds values that are not finite; its training has broken down")
+            raise ValueError(f"{held.path}: {key} holds values that are not finite; its training has broken down")
     optimizer: Named = {}
-    if found.optimizer is not None:
-        moments, reason = names.moments(found.optimizer, named if "raw" in found.weights else {})
+    if held.optimizer is not None:
+        absent_ok = lambda key: found.is_fixed(key) or found.is_head(key)  # noqa: E731
+        moments, reason = adamw_moments(held.optimizer, named if "raw" in held.weights else {}, absent_ok)
         notes += [f"the optimiser starts afresh: {reason}"] if reason else []
         for moment, state in moments.items():
-            for key, value in _turned(state, sizes, moment, flip=flip, head=bool(head)).items():
+            for key, value in _turned(state, found, guided, moment).items():
                 optimizer[f"{key}:{moment}"] = value
     else:
         notes.append("the optimiser starts afresh: the file has no state of one")
     return {"student": raw, "ema": ema, "heads": head, "optimizer": optimizer}, notes
 
 
-def _turned(state: Named, sizes: Sizes, moment: str, *, flip: bool, head: bool) -> Named:
+def _head(named: Named, found: Published, guided: PublishedHeads | None) -> Named:
+    """The heads of a method under our names, float32; the layer that predicts a token's cells in our order of cells."""
+    if guided is None:
+        return {}
+    heads = {guided.names.get(key, key): (key, x.float()) for key, x in named.items() if found.is_head(key)}
+    return {ours: found.cells(x) if key.startswith(guided.predicts_cells) else x for ours, (key, x) in heads.items()}
+
+
+def _expected_heads(config: RunConfig, found: Published) -> dict[str, tuple[int, ...]]:
+    with torch.device("meta"):
+        student = config.build_model(found.shape, found.conditions)
+        objective = Objective(student, stages(config)[0].guide(student, None))
+    return {k: tuple(v.shape) for k, v in objective.state_dict().items() if not k.startswith("student.")}
+
+
+def _turned(state: Named, found: Published, guided: PublishedHeads | None, moment: str) -> Named:
     """One moment of every parameter, by its name in the objective, turned as its parameter was."""
     if moment == "step":
-        student = {key: value for key, value in state.items() if not names.is_head(key) and key != "pos_embed"}
-        heads = {names.STAGE1_HEAD.get(key, key): value for key, value in state.items() if names.is_head(key)}
+        student = {key: value for key, value in state.items() if not found.is_head(key) and not found.is_fixed(key)}
+        names = guided.names if guided else {}
+        heads = {names.get(key, key): value for key, value in state.items() if found.is_head(key)} if guided else {}
     else:
-        student = names.translate(state, sizes, flip=flip, squares=moment == "exp_avg_sq")
-        heads = names.stage1_head(state, sizes)
-    return {f"student.{key}": value for key, value in student.items()} | (heads if head else {})
+        student, heads = found.translate(state, moment == "exp_avg_sq"), _head(state, found, guided)
+    return {f"student.{key}": value for key, value in student.items()} | heads
 
 
-def _trained(found: Found, optimizer: Named, step: int | None) -> int | None:
-    """Steps of training: as told, as counted in the file, or as its optimiser counted them."""
+def _trained(held: PublishedFile, optimizer: Named, step: int | None) -> int | None:
+    """Steps of training: as given, as counted in the file, or as its optimiser counted them."""
     if step is not None and step < 0:
         raise ValueError(f"--step {step} must not be negative")
     counted = max((int(value) for key, value in optimizer.items() if key.endswith(":step")), default=None)
-    return next((n for n in (step, found.steps, counted) if n is not None), None)
+    return next((n for n in (step, held.steps, counted) if n is not None), None)
 
 
-def _autoencoder(sizes: Sizes, name: str | None) -> str:
-    if name is None and sizes.shape[0] not in AUTOENCODERS:
-        raise ValueError(f"what decodes latents of {sizes.shape[0]} channels is not known; say it with --autoencoder")
-    return autoencoder_name(name or AUTOENCODERS[sizes.shape[0]])
+def _autoencoder(found: Published, name: str | None) -> str:
+    channels = found.shape[0]
+    if name is None and channels not in AUTOENCODERS:
+        raise ValueError(f"what decodes latents of {channels} channels is not known; say it with --autoencoder")
+    return autoencoder_name(name or AUTOENCODERS[channels])
 
 
 def _write(
     out: Path,
     config: RunConfig,
-    sizes: Sizes,
+    found: Published,
     step: int,
     parts: dict[str, Named],
     source: dict[str, Any],
     projectors: Named,
 ) -> Path:
     """The run directory, written completely or not at all; returns its checkpoint's folder."""
-    stage, autoencoder = stages(config)[0].name, _autoencoder(sizes, source["autoencoder"])
-    classes = [str(label) for label in range(sizes.classes)]
-    data: Any = types.SimpleNamespace(
-        shape=sizes.shape, num_classes=len(classes), classes=classes, autoencoder=autoencoder
-    )
-    about = header(config, stage, step, data) | {"seconds": 0.0, "tflops": None, IMPORTED: source | {"steps": step}}
+    order = [stage.name for stage in stages(config)]
+    classes = [str(label) for label in range(found.conditions.num_classes)]
+    about = header(
+        config, order[0], step, order=order, shape=found.shape, conditions=found.conditions, classes=classes,
+        autoencoder=_autoencoder(found, source["autoencoder"]),
+    ) | {"seconds": 0.0, "tflops": None, IMPORTED: source | {"steps": step}}  # fmt: skip
     state = about | {"window": {}, "scaler": None, "processes": 1, "teacher": None}
     try:
         with atomic_directory(out) as run:
-            saved = checkpoint.save(run / stage / "checkpoints", step, parts, state, about)
+            saved = checkpoint.save(run / order[0] / "checkpoints", step, parts, state, about)
             if projectors:
                 save_file({key: value.clone() for key, value in projectors.items()}, run / "projectors.safetensors")
             write_json(run / "config.json", json.loads(to_json(config)))
@@ -237,14 +230,11 @@ def _write(
 
 
 def _command(config: RunConfig, out: Path) -> str:
-    """What continues an imported run, as it is typed: its recipe, and what its weights are bound to."""
+    """What continues an imported run, as it is typed: its recipe, and the settings that its weights are bound to."""
     words = ["selftrans", "train", config.recipe, "--data", "DIR", "--out", str(out)]
-    bound, base = essence(config, config), essence(recipe(config.recipe), config)
-    flat = {"method": config.method} | {
-        f"{s}.{k}": v for s, part in bound.items() if s != "method" for k, v in part.items()
-    }
-    usual = {f"{s}.{k}": v for s, part in base.items() if s != "method" for k, v in part.items()}
-    for name, value in flat.items():
+    bound = bound_settings(config, config)
+    usual = bound_settings(dataclasses.replace(recipe(config.recipe), method=config.method).restricted(), config)
+    for name, value in bound.items():
         if usual.get(name) != value or name == "method":
             words += [f"--{name.replace('_', '-')}", *map(str, value if isinstance(value, tuple) else [value])]
     return shlex.join(words)

@@ -1,6 +1,6 @@
 """A stranger's checkpoint file ⇒ its tensors and options, without running anything in it.
 
-Layouts: see `published.names`. Nothing is believed of a file before it is checked: what it holds beside tensors, how
+Layouts: see `models.sit_published`. Nothing is believed of a file before it is checked: what it holds beside tensors, how
 large it is, and what it would unfold into.
 """
 
@@ -11,16 +11,15 @@ import re
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
+from selftrans.models.spec import Named, PublishedFile
 from selftrans.storage import first_line, printable
-
-Named = dict[str, Tensor]
 
 WRAPPERS = {"module", "_orig_mod"}  #: parts of a name that DataParallel and torch.compile put in
 #: what a file may hold besides tensors and plain containers
@@ -31,19 +30,7 @@ MOST = 20  #: entries of a file that are listed
 LAYOUT = "layout"  #: header entry of the files that `selftrans export` writes in a published layout
 
 
-class Found(NamedTuple):
-    """What a file holds, under its own names but for the wrappers' parts."""
-
-    path: Path
-    weights: dict[str, Named]  #: "raw", "ema" or both -> the model with its heads, in the order of its parameters
-    optimizer: Any  #: AdamW's state_dict(), or None
-    args: dict[str, Any]  #: the options of the command that trained it, if kept
-    steps: int | None
-    layout: str | None  #: "sit" or "repa", where our own export says so
-    unused: list[str]  #: its top-level entries that nothing here reads, fit for a terminal
-
-
-def read(path: Path) -> Found:
+def read(path: Path) -> PublishedFile:
     """What `path` holds. ValueError, with nothing executed, when it is none of the layouts above or holds anything else."""
     if not path.is_file():
         raise ValueError(f"{path} is no file; expected a published checkpoint, .pt or .safetensors")
@@ -61,7 +48,7 @@ def read(path: Path) -> Found:
     steps = _count(given)
     if given is not None and steps is None:
         unused.append("steps")
-    return Found(path, weights, optimizer, _options(args), steps, layout, unused)
+    return PublishedFile(path, weights, optimizer, _options(args), steps, layout, unused)
 
 
 def _unused(path: Path, content: Mapping[Any, Any], apart: bool) -> list[str]:

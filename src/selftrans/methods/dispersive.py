@@ -12,41 +12,51 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from selftrans.methods.objective import Report, token_norm
+from selftrans.methods.guidance import Guidance, Report, check_term, token_norm
+from selftrans.methods.spec import MethodSpec, single_stage
+from selftrans.sections import Section, setting
 from selftrans.types import Backbone, Draw
+
+if TYPE_CHECKING:
+    from selftrans.config import RunConfig
 
 
 @dataclass(frozen=True)
-class Dispersive:
+class Dispersive(Section):
     """Repulsion between the samples of a batch, on one block (the InfoNCE form with squared distances)."""
+
+    key = "dispersive"
 
     block: int | None = None
     """s (1-based); None: a quarter of the depth, as published"""
     temperature: float = 0.5
     """tau"""
-    weight: float = 0.5
+    weight: float = setting(0.5, resume="consent")
     """lambda"""
     until_step: int | None = None
     """the term ends here (HASTE); None: never"""
 
+    def check(self) -> None:
+        check_term(self, self.weight)
+        if not self.temperature > 0:
+            raise ValueError(f"dispersive.temperature must be above zero, not {self.temperature}")
 
-class DispersiveGuidance(nn.Module):
+
+class DispersiveGuidance(Guidance):
     """One block of the student keeps the samples of a batch apart."""
 
-    name: str = "dispersive"
-    taps: tuple[int, ...]
+    name = "dispersive"
 
     def __init__(self, student: Backbone, config: Dispersive) -> None:
-        super().__init__()
-        if not config.temperature > 0:
-            raise ValueError(f"dispersive.temperature must be above zero, not {config.temperature}")
-        self.temperature, self.weight, self.until_step = config.temperature, config.weight, config.until_step
-        self.block = max(1, student.depth // 4) if config.block is None else config.block
-        self.taps = (self.block,)
+        config.check()
+        block = max(1, student.depth // 4) if config.block is None else config.block
+        super().__init__(config.weight, (block,), until_step=config.until_step)
+        self.block, self.temperature = block, config.temperature
 
     def forward(self, d: Draw, feats: dict[int, Tensor]) -> tuple[Tensor, Report]:
         hidden = feats[self.block].float().flatten(start_dim=1)  # (N, T D)
@@ -54,9 +64,6 @@ class DispersiveGuidance(nn.Module):
         pairs = -squared_distances(hidden) / (size * self.temperature)  # (N, N)
         term = torch.logsumexp(pairs.flatten(), dim=0) - 2 * math.log(n)
         return term, {"feature_norm": token_norm(feats[self.block])}
-
-    def cost(self, n: int) -> dict[str, int]:
-        return {"head": 0, "teacher": 0}
 
 
 def squared_distances(x: Tensor) -> Tensor:
@@ -70,3 +77,10 @@ def squared_distances(x: Tensor) -> Tensor:
     squares = product.diagonal()
     apart = (squares[:, None] + squares[None, :] - 2 * product).clamp_min(0)
     return apart * (1 - torch.eye(len(x), device=x.device))
+
+
+def _guidance(student: Backbone, config: RunConfig) -> Guidance:
+    return DispersiveGuidance(student, config.section(Dispersive))
+
+
+DISPERSIVE = MethodSpec("dispersive", "Dispersive", single_stage(Dispersive, _guidance), (Dispersive,))

@@ -11,57 +11,65 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from selftrans.methods.objective import Report, feature_error, projector, token_norm
+from selftrans.methods.guidance import Guidance, Report, check_term, feature_error, projector, token_norm
+from selftrans.methods.spec import EncoderSpec, MethodSpec, Stage
+from selftrans.sections import Section, setting
 from selftrans.types import Backbone, Draw
+
+if TYPE_CHECKING:
+    from selftrans.config import RunConfig
 
 
 @dataclass(frozen=True)
-class Repa:
+class Repa(Section):
     """Alignment with the features of an external encoder."""
 
-    encoder: str | None = None
+    key = "repa"
+
+    encoder: str | None = setting(None, resume="free")  # its weights may not change: checkpoints keep their hash
     """vision model of transformers, hub id or folder, run on pixel data; None: features of `selftrans prepare --features`"""
     block: int | None = None
     """s, the student's block (1-based); None: a third of its depth, 8 at most (8 of 24 and of 28, as published)"""
-    weight: float = 0.5
+    weight: float = setting(0.5, resume="consent")
     """lambda"""
     until_step: int | None = None
     """the term ends here, and encoder and head leave the step (HASTE); None: never"""
     head_width: int = 2048
     """hidden width of the head P"""
 
+    def check(self) -> None:
+        check_term(self, self.weight, self.head_width)
+
 
 class Features(Protocol):
     """Where the encoder's features come from."""
 
-    grid: int  #: T = grid², row by row
+    grid: tuple[int, ...]  #: of the features, row by row; T is their product
     width: int  #: D of a feature
     flops: int  #: operations for one picture; 0 when they are stored
     encode: Callable[[Tensor], Tensor] | None  #: pixels to (N, T, D), without a gradient; None: they come in the draw
 
 
-class RepaGuidance(nn.Module):
+class RepaGuidance(Guidance):
     """The student's block follows the encoder, which is no part of the module: never optimised, wrapped or saved."""
 
-    name: str = "repa"
-    taps: tuple[int, ...]
+    name = "repa"
 
     def __init__(self, student: Backbone, encoder: Features, config: Repa) -> None:
-        super().__init__()
-        grid = student.shape[1] // student.patch
-        if encoder.grid != grid:
+        if tuple(encoder.grid) != tuple(student.grid):
+            theirs, ours = ("x".join(map(str, grid)) for grid in (encoder.grid, student.grid))
             raise ValueError(
-                f"the stored features lie on a {encoder.grid}x{encoder.grid} grid, the student's tokens on {grid}x{grid}; "
-                f"prepare the data with --grid {grid}, or choose another model.patch"
+                f"the stored features lie on a {theirs} grid, the student's tokens on {ours}; prepare the data with "
+                f"--grid {student.grid[0]}, or choose another patch size of the model"
             )
-        self.weight, self.until_step, self.encoder = config.weight, config.until_step, encoder
-        self.reads_features = encoder.encode is None  #: asks the trainer for `Batch.features`
-        self.block = max(1, min(8, student.depth // 3)) if config.block is None else config.block
-        self.taps = (self.block,)
+        block = max(1, min(8, student.depth // 3)) if config.block is None else config.block
+        super().__init__(config.weight, (block,), until_step=config.until_step)
+        self.block, self.encoder, self.encoder_flops = block, encoder, encoder.flops
+        self.reads_features = encoder.encode is None
         self.head = projector(student.width, encoder.width, config.head_width)
 
     def forward(self, d: Draw, feats: dict[int, Tensor]) -> tuple[Tensor, Report]:
@@ -72,3 +80,15 @@ class RepaGuidance(nn.Module):
 
     def cost(self, n: int) -> dict[str, int]:
         return {"head": n, "teacher": 0 if self.reads_features else n}
+
+
+def _stages(config: RunConfig) -> list[Stage]:
+    repa = config.section(Repa)
+
+    def guide(student: Backbone, encoder: Features) -> list[Guidance]:
+        return [RepaGuidance(student, encoder, repa)]
+
+    return [Stage("repa", config.train.steps, guide, (Repa,), encoder=EncoderSpec(repa.encoder))]
+
+
+REPA = MethodSpec("repa", "REPA", _stages, (Repa,))

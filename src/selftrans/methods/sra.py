@@ -9,20 +9,27 @@ Both see the same, perhaps dropped, condition. Shape legend: N batch, T tokens, 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from selftrans.flow import LINEAR, Path, interpolate
-from selftrans.methods.objective import Frozen, Report, feature_error, projector, token_norm
+from selftrans.flow import LINEAR, PATHS, Path, interpolate
+from selftrans.methods.guidance import Frozen, Guidance, Report, check_term, feature_error, projector, token_norm
+from selftrans.methods.spec import MethodSpec, single_stage
+from selftrans.sections import Section, setting
 from selftrans.types import Backbone, Draw
+
+if TYPE_CHECKING:
+    from selftrans.config import RunConfig
 
 
 @dataclass(frozen=True)
-class SRA:
+class SRA(Section):
     """Alignment with a deeper block of the student's own moving average, at an earlier time."""
+
+    key = "sra"
 
     block: int | None = None
     """s, the student's block (1-based); None: 0.3 of its depth (4 of 12 and 8 of 28, as released)"""
@@ -32,36 +39,37 @@ class SRA:
     """the moving average sees time t - u, u uniform on [0, span]"""
     distance: Literal["cosine", "smooth_l1"] = "cosine"
     """cosine: 1 - cos per token, what its authors advise; smooth_l1 (beta 0.05): the paper's, grows with the features"""
-    weight: float = 0.5
+    weight: float = setting(0.5, resume="consent")
     """lambda"""
     until_step: int | None = None
     """the term ends here (HASTE); None: never"""
     head_width: int = 2048
     """hidden width of the head P"""
 
+    def check(self) -> None:
+        check_term(self, self.weight, self.head_width)
+        if not 0 <= self.span <= 1:
+            raise ValueError(f"sra.span {self.span} must be in [0, 1]")
 
-class SRAGuidance(nn.Module):
-    """The student's block follows a deeper one of its moving average, which the trainer hands over by `watch`."""
 
-    name: str = "sra"
-    taps: tuple[int, ...]
-    teacher: Frozen | None = None
+class SRAGuidance(Guidance):
+    """The student's block follows a deeper one of its moving average, which `watch` receives."""
+
+    name = "sra"
 
     def __init__(self, student: Backbone, config: SRA, path: Path = LINEAR) -> None:
-        super().__init__()
-        if not 0 <= config.span <= 1:
-            raise ValueError(f"sra.span {config.span} must be in [0, 1]")
-        self.config, self.path, self.weight, self.until_step = config, path, config.weight, config.until_step
-        self.block = max(1, round(0.3 * student.depth)) if config.block is None else config.block
-        self.target = max(1, round(0.7 * student.depth)) if config.target_block is None else config.target_block
-        self.taps = (self.block,)
-        if not 1 <= self.target <= student.depth:
-            raise ValueError(f"sra.target_block {self.target} is outside the student's 1..{student.depth}")
+        config.check()
+        block = max(1, round(0.3 * student.depth)) if config.block is None else config.block
+        target = max(1, round(0.7 * student.depth)) if config.target_block is None else config.target_block
+        if not 1 <= target <= student.depth:
+            raise ValueError(f"sra.target_block {target} is outside the student's 1..{student.depth}")
+        super().__init__(config.weight, (block,), until_step=config.until_step)
+        self.config, self.path, self.block, self.target = config, path, block, target
         self.head = projector(student.width, student.width, config.head_width)
 
     def watch(self, average: Backbone) -> None:
-        """Take the moving average as teacher: whole, as it is not ours to cut."""
-        self.teacher = Frozen(average, self.target, cut=False)
+        """Take the moving average as teacher; it is not truncated, since it is also what is sampled."""
+        self.teacher = Frozen.live(average, self.target)
 
     def forward(self, d: Draw, feats: dict[int, Tensor]) -> tuple[Tensor, Report]:
         if self.teacher is None:
@@ -78,3 +86,10 @@ class SRAGuidance(nn.Module):
 
     def cost(self, n: int) -> dict[str, int]:
         return {"head": n, "teacher": n}
+
+
+def _guidance(student: Backbone, config: RunConfig) -> Guidance:
+    return SRAGuidance(student, config.section(SRA), PATHS[config.train.path])
+
+
+SRA_METHOD = MethodSpec("sra", "SRA", single_stage(SRA, _guidance), (SRA,))

@@ -5,6 +5,7 @@ Parameter names are those of the published checkpoints. Shape legend: N batch, T
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import cast
 
 import torch
@@ -20,17 +21,69 @@ from selftrans.models.layers import (
     sincos_positions,
     unpatchify,
 )
+from selftrans.models.spec import ModelConfig
+from selftrans.suggest import nearest
 from selftrans.types import Backbone, Cond, Conditions, Output, map_cond
 
 #: published sizes: width, depth, heads (SiT, table 1)
 SIZES = {"S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152, 28, 16)}
 PATCHES = (1, 2, 4, 8)
 #: name of a published model -> the constructor's arguments
-SIT = {
+SIT_SIZES = {
     f"SiT-{size}/{patch}": {"width": width, "depth": depth, "heads": heads, "patch": patch}
     for size, (width, depth, heads) in SIZES.items()
     for patch in PATCHES
 }
+
+
+LARGEST = 1 << 20  #: of a size: what is beyond is a mistake, or an attempt to take all time and memory
+
+
+@dataclass(frozen=True)
+class SiTConfig(ModelConfig):
+    """The student. A field left at None comes from the published size `name`."""
+
+    name: str = "SiT-S/2"
+    """published size, SiT-{S,B,L,XL}/{1,2,4,8}"""
+    width: int | None = None
+    """channels of a token"""
+    depth: int | None = None
+    """number of blocks"""
+    heads: int | None = None
+    """attention heads; with a width of your own, None means one per 64 channels"""
+    patch: int | None = None
+    """side of a token in latent pixels"""
+    qk_norm: bool = True
+    """LayerNorm on queries and keys, as in the released models"""
+
+    def sizes(self) -> dict[str, int]:
+        """Constructor arguments width, depth, heads, patch. ValueError for an unknown name or a size below one."""
+        if self.name not in SIT_SIZES:
+            raise ValueError(f"model.name '{self.name}' is unknown{nearest(self.name, SIT_SIZES)}")
+        chosen = {key: getattr(self, key) for key in ("width", "depth", "heads", "patch")}
+        for key, value in chosen.items():
+            if value is not None and value < 1:
+                raise ValueError(f"model.{key} must be above zero, not {value}")
+            if value is not None and value > LARGEST:
+                raise ValueError(f"model.{key} must be at most {LARGEST}, not {value}")
+        sizes = SIT_SIZES[self.name] | {key: value for key, value in chosen.items() if value is not None}
+        if self.heads is None and sizes["width"] != SIT_SIZES[self.name]["width"]:
+            width = sizes["width"]
+            sizes["heads"] = next(heads for heads in range(max(1, width // 64), 0, -1) if width % heads == 0)
+        return sizes
+
+    def check(self) -> None:
+        self.sizes()
+
+    def blocks(self) -> int:
+        return self.sizes()["depth"]
+
+
+def build(config: SiTConfig, shape: tuple[int, ...], conditions: Conditions) -> SiT:
+    """A freshly initialised SiT for latents (C, H, W). ValueError for other latents, and for text."""
+    if conditions.kind == "text":
+        raise ValueError(f"{config.name} is conditioned on labels or on nothing; the data have text")
+    return SiT(shape, conditions.num_classes, qk_norm=config.qk_norm, **config.sizes())  # type: ignore[arg-type]
 
 
 class SiT(Backbone):
@@ -57,6 +110,8 @@ class SiT(Backbone):
         learn_sigma: bool = False,
     ) -> None:
         super().__init__()
+        if len(shape) != 3:
+            raise ValueError(f"SiT takes latents of pictures (C, H, W), not {tuple(shape)}; choose another model")
         channels, height, side = shape
         if height != side or side % patch:
             raise ValueError(

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 
-from selftrans.config import RunConfig, nearest
-from selftrans.methods import stages
+from selftrans.config import RunConfig
+from selftrans.methods.registry import find, stages
 from selftrans.recipes.cifar10 import cifar10
 from selftrans.recipes.digits import digits
 from selftrans.recipes.imagefolder import imagefolder
 from selftrans.recipes.imagenet import sit_imagenet, sit_imagenet_b2, sit_imagenet_l2, sit_imagenet_s2, sit_imagenet_xl2
+from selftrans.sections import fields_of
+from selftrans.suggest import nearest
 
 RECIPES: dict[str, Callable[[], RunConfig]] = {
     "digits": digits,
@@ -22,7 +23,6 @@ RECIPES: dict[str, Callable[[], RunConfig]] = {
     "sit_imagenet_l2": sit_imagenet_l2,
     "sit_imagenet_xl2": sit_imagenet_xl2,
 }
-SECTIONS = ("stage1", "stage2", "repa", "sra", "layersync", "dispersive")  #: settings of the methods
 
 
 def recipe(name: str) -> RunConfig:
@@ -33,21 +33,21 @@ def recipe(name: str) -> RunConfig:
 
 
 def ignored(config: RunConfig) -> list[str]:
-    """Sentences on what differs from the recipe and is never read: settings of methods and ranges that are not at work."""
-    names = {stage.name for stage in stages(config)}
-    taught = "stage2" in names and config.stage2.teacher is not None
-    names -= {"stage1"} if taught else set()
+    """Sentences on what differs from the recipe and is never read: settings of other methods, of stages that are not run,
+    and ranges that do not act. `config` may hold sections of several methods."""
+    plan = stages(config)
+    first = next((i for i, stage in enumerate(plan) if stage.teacher and stage.teacher.given), 0)
+    used = {section.key for stage in plan[first:] for section in stage.sections}
+    own = {section.key for section in find(config.method).sections}
+    options = {stage.teacher.option for stage in plan if stage.teacher}
     plain, found = recipe(config.recipe), []
-    for section in SECTIONS:
-        mine, theirs = dataclasses.asdict(getattr(config, section)), dataclasses.asdict(getattr(plain, section))
-        changed = [key for key in mine if mine[key] != theirs[key] and (section, key) != ("stage2", "teacher")]
-        if section not in names and changed and ":" not in config.method:
-            why = (
-                "--teacher takes its place"
-                if taught and section == "stage1"
-                else f"method {config.method} does not use it"
-            )
-            found.append(f"{', '.join(f'{section}.{key}' for key in changed)} is ignored: {why}")
-        if section in names and mine.get("timestep_range", 0) is None and "range_mode" in changed:
-            found.append(f"{section}.range_mode is ignored: without a timestep_range every sample counts")
+    for key, section in config.sections.items():
+        before = plain.section(type(section))
+        changed = [name for name, value, _, _ in fields_of(section) if value != getattr(before, name)]
+        changed = [name for name in changed if f"{key}.{name}" not in options or key not in own]
+        if key not in used and changed:
+            why = "--teacher takes its place" if key in own else f"method {config.method} does not use it"
+            found.append(f"{', '.join(f'{key}.{name}' for name in changed)} is ignored: {why}")
+        if key in used and getattr(section, "timestep_range", 0) is None and "range_mode" in changed:
+            found.append(f"{key}.range_mode is ignored: without a timestep_range every sample counts")
     return found

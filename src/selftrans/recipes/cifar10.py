@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from selftrans.config import Model, RunConfig, SampleConfig, Train
+from selftrans.config import RunConfig, SampleConfig, Train, sections
 from selftrans.methods.self_transcendence import Stage2
+from selftrans.models.sit import SiTConfig
 
 
 def cifar10() -> RunConfig:
@@ -16,8 +17,8 @@ def cifar10() -> RunConfig:
     """
     return RunConfig(
         recipe="cifar10",
-        model=Model(name="SiT-S/2"),
-        stage2=Stage2(scale=5.0, until_step=25_000),
+        model=SiTConfig(name="SiT-S/2"),
+        sections=sections(Stage2(scale=5.0, until_step=25_000)),
         train=Train(steps=50_000, batch_size=256, lr=2e-4, ema=0.9995),
         sample=SampleConfig(sampler="heun", steps=50),
     )

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from selftrans.config import Model, RunConfig, SampleConfig, Train
+from selftrans.config import RunConfig, SampleConfig, Train, sections
 from selftrans.methods.self_transcendence import Stage2
+from selftrans.models.sit import SiTConfig
 
 
 def imagefolder() -> RunConfig:
@@ -16,8 +17,8 @@ def imagefolder() -> RunConfig:
     """
     return RunConfig(
         recipe="imagefolder",
-        model=Model(name="SiT-B/2"),
-        stage2=Stage2(scale=5.0, until_step=50_000),
+        model=SiTConfig(name="SiT-B/2"),
+        sections=sections(Stage2(scale=5.0, until_step=50_000)),
         train=Train(steps=100_000, batch_size=256),
         sample=SampleConfig(sampler="heun", steps=50),
     )

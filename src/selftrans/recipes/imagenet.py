@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from selftrans.config import Model, RunConfig, SampleConfig, Train
+from selftrans.config import RunConfig, SampleConfig, Train, sections
 from selftrans.methods.self_transcendence import Stage1, Stage2
+from selftrans.models.sit import SiTConfig
 
 
 def _published(name: str, size: str, *, until_step: int) -> RunConfig:
@@ -16,9 +17,8 @@ def _published(name: str, size: str, *, until_step: int) -> RunConfig:
     """
     return RunConfig(
         recipe=name,
-        model=Model(name=f"SiT-{size}/2", qk_norm=True),
-        stage1=Stage1(block=2),
-        stage2=Stage2(scale=30.0, until_step=until_step),
+        model=SiTConfig(name=f"SiT-{size}/2", qk_norm=True),
+        sections=sections(Stage1(block=2), Stage2(scale=30.0, until_step=until_step)),
         train=Train(steps=400_000, batch_size=256, lr=1e-4, ema=0.9999, precision="bf16"),
         sample=SampleConfig(sampler="sde", steps=250),
     )

@@ -5,9 +5,10 @@ from __future__ import annotations
 import copy
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from selftrans.train.fsdp import local
+from selftrans.types import Backbone
 
 
 class EMA:
@@ -17,12 +18,12 @@ class EMA:
     are constants.
     """
 
-    def __init__(self, student: nn.Module, decay: float) -> None:
+    def __init__(self, student: Backbone, decay: float) -> None:
         self.decay = decay
         self.model = copy.deepcopy(student).requires_grad_(False).eval()
         self.follow(student)
 
-    def follow(self, student: nn.Module) -> None:
+    def follow(self, student: Backbone) -> None:
         """Average these parameters from now on, one by one those of the model; after both have been split, for instance."""
         self._pairs = list(zip(self.model.parameters(), student.parameters(), strict=True))
 

@@ -19,16 +19,18 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from selftrans.methods.objective import Objective
+from selftrans.types import Backbone
 
-def shard_models(*models: nn.Module, device: torch.device, processes: int) -> None:
+
+def shard_models(*models: Objective | Backbone, device: torch.device, processes: int) -> None:
     """Shard each model in place over all processes: every block, every guidance's heads, and then what remains.
 
     Blocks are gathered one at a time in the forward and in the backward pass. Every process must call it.
     """
     mesh = init_device_mesh(device.type, (processes,))
     for model in models:
-        student = getattr(model, "student", model)
-        parts = [*getattr(student, "blocks", ()), *getattr(model, "guidances", ())]
+        parts = [*model.student.repeated(), *model.guidances] if isinstance(model, Objective) else model.repeated()
         for part in parts:
             if any(True for _ in part.parameters()):
                 fully_shard(part, mesh=mesh)

@@ -88,7 +88,7 @@ class NonFiniteSteps:
                 self.norms[name] = value
                 warnings.warn(
                     f"{name} has grown from {before:.3g} to {value:.3g} at step {step}: the scale of the features "
-                    "grows; a smaller guidance weight or stage2.scale, or target_norm layer, bounds it",
+                    "grows; a smaller guidance weight or a normalised target bounds it",
                     stacklevel=2,
                 )
 

@@ -1,59 +1,87 @@
-"""A run directory is bound to the settings it was begun with: what may change between two visits, and what is said of it."""
+"""A run is bound to the settings it was begun with: what may change between two visits, and what it continues from."""
 
 from __future__ import annotations
 
-import dataclasses
+import contextlib
 import json
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+
 from selftrans.checkpoints import format as checkpoint
 from selftrans.checkpoints.load import IMPORTED
-from selftrans.config import RunConfig, from_json, to_json
-from selftrans.data.dataset import Manifest
-from selftrans.methods import METHODS, stages
-from selftrans.storage import write_json
+from selftrans.config import RunConfig, from_json, settings_of, to_json
+from selftrans.data.manifest import Manifest
+from selftrans.methods.registry import METHODS, find, stages
+from selftrans.sections import Resume
+from selftrans.storage import first_line, write_json
+from selftrans.types import Conditions
 
-#: sections and fields that may change between two visits to the same run directory
-FREE = (
-    *("log", "sample", "data.path", "data.on_device", "stage2.teacher", "repa.encoder"),
-    *("train.steps", "train.checkpoint_every", "train.preview_every"),
-    *("train.keep", "train.keep_best", "train.keep_every", "train.max_skips", "train.shard", "train.timeout"),
-    *("train.recompute", "train.compile", "train.allow_changes", "data.verify"),
-)
-#: and those that may with `train.allow_changes`, said and written to changes.json
-MENDABLE = (
-    *("train.lr", "train.warmup", "train.clip", "train.weight_decay", "train.precision", "train.drop"),
-    *(f"{name}.weight" for name in ("stage1", "stage2", "repa", "sra", "layersync", "dispersive")),
-)
+Changes = list[tuple[str, Any, Any, Resume]]  #: name, before, now, what is allowed to happen to it
 
 
 def settle(config: RunConfig, out: Path, manifest: Manifest) -> RunConfig:
     """The configuration in agreement with what `out` was started with. ValueError names what differs."""
     data, before = out / "data.json", _before(out)
-    if config.stage1.steps is None:  # settled once, so that a longer visit later keeps the same teacher
-        steps = before.stage1.steps if before else max(1, config.train.steps // 2)
-        config = dataclasses.replace(config, stage1=dataclasses.replace(config.stage1, steps=steps))
+    config = find(config.method).settle(config.restricted(), manifest.conditions, before)
     if before:
-        # nothing of ours has trained imported weights yet: what they are is settled, how to go on is not
+        # imported weights have not been trained here yet: what they are is fixed, how to go on is not
         fresh = (out / f"{IMPORTED}.json").exists() and not data.exists()
-        was, now = (essence(c, before) if fresh else dataclasses.asdict(c) for c in (before, config))
-        changed, teachers = differences(was, now), (before.stage2.teacher, config.stage2.teacher)
-        if not fresh and teachers.count(None) == 1:  # its path may change, its weights not
-            changed.append(f"stage2.teacher was {before.stage2.teacher}, is {config.stage2.teacher}")
-        mendable = all(change.split()[0] in MENDABLE for change in changed) and not fresh
+        changed = _bound_changes(before, config) if fresh else differences(before, config)
+        changed += _teacher_changes(before, config) if not fresh and before.method == config.method else []
+        said = [f"{name} was {was}, is {now}" for name, was, now, _ in changed]
+        mendable = not fresh and all(rule == "consent" for *_, rule in changed)
         if changed and mendable and config.train.allow_changes:
-            warnings.warn(f"{out} goes on with other settings: {'; '.join(changed)}", stacklevel=4)
+            warnings.warn(f"{out} goes on with other settings: {'; '.join(said)}", stacklevel=4)
         elif changed:
             consent = ", or --train.allow-changes True to go on with these" if mendable else ""
             raise ValueError(
-                f"{out} was started with other settings: {'; '.join(changed)}; use those, or another --out{consent}"
+                f"{out} was started with other settings: {'; '.join(said)}; use those, or another --out{consent}"
             )
         if data.exists() and _read(data, _hashes) != _hashes(manifest.to_json()):
             raise ValueError(f"{out} was trained on other data than {config.data.path}; use that, or another --out")
     return config
+
+
+def differences(before: RunConfig, now: RunConfig) -> Changes:
+    """Settings that differ and may not change freely."""
+    was = {name: value for name, value, _ in settings_of(before)}
+    return [
+        (name, was.get(name), value, rule)
+        for name, value, rule in settings_of(now)
+        if rule != "free" and was.get(name) != value
+    ]
+
+
+def _teacher_changes(before: RunConfig, now: RunConfig) -> Changes:
+    """A teacher that is given now and was trained by the run before, or the other way round; its path may change."""
+    given = [{s.teacher.option: s.teacher.given for s in stages(config) if s.teacher} for config in (before, now)]
+    return [
+        (option, given[0].get(option), value, "fixed")
+        for option, value in given[1].items()
+        if (given[0].get(option) is None) != (value is None)
+    ]
+
+
+def _bound_changes(before: RunConfig, now: RunConfig) -> Changes:
+    was = bound_settings(before, before)
+    return [(name, was.get(name), v, "fixed") for name, v in bound_settings(now, before).items() if was.get(name) != v]
+
+
+def bound_settings(config: RunConfig, imported: RunConfig) -> dict[str, Any]:
+    """What imported weights, not trained on yet, are bound to: method, model, path, and the sections of their stages."""
+    known = stages(imported) if imported.method in METHODS else []  # code outside the package is not imported for this
+    keys = {section.key for stage in known for section in stage.sections}
+    return {
+        name: value
+        for name, value, _ in settings_of(config)
+        if name in ("method", "train.path") or name.partition(".")[0] in {"model", *keys}
+    }
 
 
 def _before(out: Path) -> RunConfig | None:
@@ -71,25 +99,17 @@ def _before(out: Path) -> RunConfig | None:
 def record(config: RunConfig, out: Path, manifest: Manifest) -> None:
     """Write down what the run is; of settings that have changed since the last visit also when."""
     before, path = _before(out), out / "changes.json"
-    changed = differences(dataclasses.asdict(before), dataclasses.asdict(config)) if before else []
+    changed = [f"{name} was {was}, is {now}" for name, was, now, _ in differences(before, config)] if before else []
     if changed and config.train.allow_changes:
         reached = {
             folder.parent.name: steps[-1][0]
             for folder in out.glob("*/checkpoints")
             if (steps := checkpoint.steps(folder))
         }
-        told = _read(path, json.loads) if path.exists() else []
-        write_json(path, [*told, {"steps": reached, "changed": changed}])
+        earlier = _read(path, json.loads) if path.exists() else []
+        write_json(path, [*earlier, {"steps": reached, "changed": changed}])
     write_json(out / "config.json", json.loads(to_json(config)))
     write_json(out / "data.json", json.loads(manifest.to_json()))
-
-
-def essence(config: RunConfig, imported: RunConfig) -> dict[str, Any]:
-    """What imported weights, not trained on yet, are bound to: method, model, path, and the sections of their stages."""
-    bound = {"method": config.method, "model": dataclasses.asdict(config.model), "train": {"path": config.train.path}}
-    known = stages(imported) if imported.method in METHODS else []  # a stranger's module is not imported
-    sections = [stage.name for stage in known if hasattr(config, stage.name)]
-    return bound | {name: dataclasses.asdict(getattr(config, name)) for name in sections}
 
 
 def _read(path: Path, parse: Callable[[str], Any]) -> Any:
@@ -104,15 +124,45 @@ def _hashes(manifest: str) -> list[str]:
     return [shard["sha256"] for shard in json.loads(manifest)["shards"]]
 
 
-def differences(before: dict[str, Any], now: dict[str, Any], where: str = "") -> list[str]:
-    """`train.lr was 0.1, is 0.2` for each field that differs and is not in FREE."""
-    found = []
-    for name, value in now.items():
-        dotted = f"{where}{name}"
-        if dotted in FREE:
-            continue
-        if isinstance(value, dict):
-            found += differences(before[name], value, f"{dotted}.")
-        elif before[name] != value:
-            found.append(f"{dotted} was {before[name]}, is {value}")
-    return found
+def check_data(found: checkpoint.Checkpoint, manifest: Manifest) -> None:
+    """ValueError unless a checkpoint's model is one for these data."""
+    conditions, now = found.state["conditions"], manifest.conditions
+    was = (tuple(found.state["shape"]), Conditions(conditions["kind"], conditions["num_classes"]))
+    if was != (tuple(manifest.shape), now):
+        raise ValueError(
+            f"{found.path} was trained on latents {was[0]} with {was[1]}, the data are {tuple(manifest.shape)} with {now}; "
+            "give data prepared alike, or another --out"
+        )
+
+
+def agreed(folder: Path, accelerator: Accelerator) -> checkpoint.Checkpoint | None:
+    """The checkpoint that all processes continue from: the newest valid one that the first of them sees.
+
+    ValueError in a process that cannot read it. Leftovers of interrupted writes are removed.
+    """
+    found = None
+    if accelerator.is_main_process:
+        checkpoint.remove_unfinished(folder)
+        found = checkpoint.newest(folder)
+    (step,) = broadcast_object_list([found.step if found else None])
+    if step is None or found is not None:
+        return found
+    try:
+        return checkpoint.read(checkpoint.path_of_step(folder, step))
+    except ValueError as error:
+        raise ValueError(f"{error}, though another process has read it: all must see the same --out") from error
+
+
+@contextlib.contextmanager
+def usable(found: checkpoint.Checkpoint, *errors: type[Exception]) -> Iterator[None]:
+    """ValueError that names a checkpoint whose state is undamaged but does not say what it should."""
+    wrong: tuple[type[Exception], ...] = (KeyError, TypeError, AttributeError, RuntimeError, *errors)
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except wrong as error:
+        raise ValueError(
+            f"{found.path / checkpoint.STATE} cannot be used ({type(error).__name__}: {first_line(error)}); was it written by "
+            "another version? Remove that checkpoint, or choose another --out"
+        ) from error

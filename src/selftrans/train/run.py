@@ -7,9 +7,7 @@ RUN/<stage>/      checkpoints, previews, log.jsonl     RUN/run.json    student s
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,23 +16,24 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
 from selftrans.checkpoints import format as checkpoint
-from selftrans.checkpoints.load import check_given, find_teacher, load_teacher
+from selftrans.checkpoints.load import REPORT
 from selftrans.config import RunConfig
-from selftrans.data.dataset import Dataset, Manifest
+from selftrans.data.dataset import Dataset
+from selftrans.data.manifest import Manifest
 from selftrans.data.on_device import OnDevice
 from selftrans.data.prepare import prepare_digits
-from selftrans.encoders.vision import Encoder
-from selftrans.methods import Stage, stages
-from selftrans.methods.objective import Frozen, Objective
-from selftrans.precision import PRECISIONS
+from selftrans.methods.guidance import Frozen
+from selftrans.methods.objective import Objective
+from selftrans.methods.registry import stages
+from selftrans.methods.spec import Stage
+from selftrans.plugins import trust
 from selftrans.storage import lock_file, remove_stale_temporaries, write_json
-from selftrans.train.flops import keep_memory
 from selftrans.train.log import progress_bar
 from selftrans.train.preview import Preview
-from selftrans.train.processes import patience, together
+from selftrans.train.processes import keep_memory, patience, together
 from selftrans.train.resume import record, settle
 from selftrans.train.signals import StopSignal
-from selftrans.train.teachers import Stored, external_encoder
+from selftrans.train.teachers import teacher_of, training_cost
 from selftrans.train.trainer import Trainer
 
 
@@ -43,16 +42,19 @@ def train(
 ) -> dict[str, Any]:
     """Train `config` in the directory `out`; repeating the call continues it. Returns what run.json holds.
 
-    `config.stage2.teacher` (a run or a weights file) takes the place of the stages before the one that wants a teacher.
+    A teacher that the settings give (a run or a weights file) takes the place of the stages before the one that wants it.
     `bar` makes the progress bars, `quiet` keeps the stages unannounced.
     ValueError for anything the user can mend; `stop.Interrupted` after a notice, with a checkpoint written.
     """
+    for name in (config.method, config.model.name):
+        if ":" in name:
+            trust(name)  # the caller names it
     with together():
         return _train(config, Path(out), bar, quiet)
 
 
 def _train(config: RunConfig, out: Path, bar: Callable[..., Any], quiet: bool) -> dict[str, Any]:
-    config.check()
+    config = config.restricted().check()
     if (out / "manifest.json").exists():
         raise ValueError(f"{out} holds prepared data; choose another --out for the run")
     accelerator = _accelerator(config, out)
@@ -63,13 +65,13 @@ def _train(config: RunConfig, out: Path, bar: Callable[..., Any], quiet: bool) -
         if main:
             _remove_unfinished(out)
         shards = open_data(config, out, accelerator)
-        config = settle(_without_classes(config, shards.manifest), out, shards.manifest)
+        config = settle(config, out, shards.manifest)
         plan = _plan(config)
         _rehearse(config, plan, out, shards.manifest)
         if config.data.on_device:
             shards = OnDevice(shards, accelerator.device)
         preview = Preview(config, shards.manifest, accelerator.device, stop) if config.train.preview_every else None
-        spent, source = [], config.stage2.teacher
+        spent = []
         for number, stage in enumerate(plan, start=1):
             trainer = Trainer(
                 accelerator,
@@ -77,30 +79,31 @@ def _train(config: RunConfig, out: Path, bar: Callable[..., Any], quiet: bool) -
                 stage,
                 out / stage.name,
                 shards,
-                # held by nobody here, so that it leaves the memory when the guidance ends
-                teacher=teacher_of(config, stage, source or str(out), shards, accelerator.device),
+                order=[stage.name for stage in plan],
+                # no name refers to it here, so that it leaves the memory when the guidance ends
+                teacher=teacher_of(config, stage, str(out), shards, accelerator.device),
                 preview=preview,
                 stop=stop,
                 bar=bar,
             )
             if number == 1:  # nothing is written before everything is known to fit
-                _begin(config, out, shards.manifest, accelerator)
+                _begin(config, plan, out, shards.manifest, accelerator)
             if not quiet:
                 accelerator.print(_announce(trainer, number, len(plan)))
             trainer.run()
             spent.append(_spent(trainer))
             del trainer
             accelerator.free_memory()
-        report = _report(config, spent, source)
+        report = _report(config, plan, spent)
         if main:
-            write_json(out / "run.json", report)
+            write_json(out / REPORT, report)
         for tracker in accelerator.trackers:
             tracker.finish()
     return report
 
 
 def _remove_unfinished(out: Path) -> None:
-    """Remove the temporaries of killed processes: nobody else writes here while the lock of the run is held."""
+    """Remove the temporaries of killed processes: nothing else writes here while the lock of the run is held."""
     remove_stale_temporaries(out, "*.json")
     for stage in out.iterdir():
         if stage.is_dir() and not stage.is_symlink():
@@ -127,9 +130,9 @@ def _accelerator(config: RunConfig, out: Path) -> Accelerator:
 
 
 def open_data(config: RunConfig, out: Path, accelerator: Accelerator | None = None) -> Dataset:
-    """The run's data; recipes named digits... bring their own. ValueError when they are not what the config expects."""
+    """The run's data, prepared now where they are built in. ValueError when they are not what the config expects."""
     path = config.data.path
-    if path is None and not config.recipe.startswith("digits"):
+    if path is None and config.data.builtin is None:
         raise ValueError(f"recipe {config.recipe} needs --data DIR, a directory made by `selftrans prepare`")
     if path is None:
         path = str(out / "data")
@@ -147,26 +150,19 @@ def open_data(config: RunConfig, out: Path, accelerator: Accelerator | None = No
     return shards
 
 
-def _without_classes(config: RunConfig, manifest: Manifest) -> RunConfig:
-    """Data without classes have one condition, so f_c = f_u: guided features are the features, at half the cost."""
-    if manifest.num_classes or config.stage2.scale == 1:
-        return config
-    if any(stage.teacher for stage in stages(config)):
-        warnings.warn(f"stage2.scale {config.stage2.scale:g} is ignored: the data have no classes", stacklevel=3)
-    return dataclasses.replace(config, stage2=dataclasses.replace(config.stage2, scale=1.0))
-
-
-def _begin(config: RunConfig, out: Path, manifest: Manifest, accelerator: Accelerator) -> None:
-    """Write down what the run is."""
+def _begin(config: RunConfig, plan: Sequence[Stage], out: Path, manifest: Manifest, accelerator: Accelerator) -> None:
+    """Write down what the run is, and the order of its stages."""
     accelerator.wait_for_everyone()  # every process has read what was there before
     if accelerator.is_main_process:
         record(config, out, manifest)
+        if not (out / REPORT).exists():
+            write_json(out / REPORT, {"method": config.method, "order": [stage.name for stage in plan]})
     if config.log.tensorboard:
         accelerator.init_trackers("tensorboard")
 
 
-def _rehearse(config: RunConfig, plan: list[Stage], out: Path, manifest: Manifest) -> None:
-    """ValueError now for what would stop a later stage, not after days of the first: each is put together without weights."""
+def _rehearse(config: RunConfig, plan: Sequence[Stage], out: Path, manifest: Manifest) -> None:
+    """ValueError now for what would stop a later stage, not after days of the first: each is built without weights."""
     for number, stage in enumerate(plan):
         reached = max((step for step, _ in checkpoint.steps(out / stage.name / "checkpoints")), default=0)
         if reached > stage.steps:
@@ -184,41 +180,17 @@ def put_together(config: RunConfig, stage: Stage, manifest: Manifest, given: Any
     `given`: the encoder or teacher that it wants; of a teacher still to be trained the sizes are known.
     """
     with torch.device("meta"):
-        student, model = (config.model.build(manifest.shape, manifest.num_classes) for _ in range(2))
+        student, model = (config.build_model(manifest.shape, manifest.conditions) for _ in range(2))
         if stage.teacher and given is None:
-            given = Frozen(model, stage.teacher.block(model.depth))
+            given = Frozen(model, stage.teacher.block(model.depth), in_place=True)
         Objective(student, stage.guide(student, given))
 
 
 def _plan(config: RunConfig) -> list[Stage]:
-    """Stages still to be run: with a teacher given, those from the one that wants it."""
+    """Stages to be run: with a teacher given, those from the one that wants it."""
     plan = stages(config)
-    wants = [i for i, stage in enumerate(plan) if stage.teacher]
-    if config.stage2.teacher and not wants:
-        warnings.warn(f"--teacher is ignored: method {config.method} has no teacher", stacklevel=3)
-    return plan[wants[0] :] if config.stage2.teacher and wants else plan
-
-
-def teacher_of(
-    config: RunConfig, stage: Stage, source: str, shards: Dataset, device: torch.device
-) -> Frozen | Encoder | Stored | None:
-    """The frozen stage-1 model of `source`, or the external encoder, in the run's precision, if the stage wants one."""
-    if stage.encoder:
-        return external_encoder(stage.encoder.name, config, shards, device, PRECISIONS[config.train.precision])
-    if stage.teacher is None:
-        return None
-    shape, num_classes = shards.manifest.shape, shards.manifest.num_classes
-    found = load_teacher(source, weights=stage.teacher.weights, shape=shape, num_classes=num_classes)
-    if config.stage2.teacher:
-        check_given(found, config, shards.manifest)
-    if found.weights != stage.teacher.weights:
-        warnings.warn(
-            f"{found.source['path']} holds {found.weights} weights, and they teach; stage2.teacher_weights "
-            f"{stage.teacher.weights} is ignored",
-            stacklevel=3,
-        )
-    block = stage.teacher.block(found.model.depth)
-    return Frozen(found.model, block, dtype=PRECISIONS[config.train.precision], source=found.source)
+    given = [i for i, stage in enumerate(plan) if stage.teacher and stage.teacher.given]
+    return plan[given[0] :] if given else plan
 
 
 def _announce(trainer: Trainer, number: int, of: int) -> str:
@@ -230,7 +202,8 @@ def _announce(trainer: Trainer, number: int, of: int) -> str:
         for g in objective.guidances
     )
     start = f"continues at step {trainer.step} of {stage.steps}" if trainer.step else f"{stage.steps} steps"
-    return f"[{number}/{of}] {stage.name}: {start}, {millions:.1f} M parameters, {guided or 'no guidance'} -> {trainer.room}"
+    what = f"{start}, {millions:.1f} M parameters, {guided or 'no guidance'}"
+    return f"[{number}/{of}] {stage.name}: {what} -> {trainer.directory}"
 
 
 def _spent(trainer: Trainer) -> dict[str, Any]:
@@ -242,27 +215,20 @@ def _spent(trainer: Trainer) -> dict[str, Any]:
     }
 
 
-def _report(config: RunConfig, spent: list[dict[str, Any]], source: str | None) -> dict[str, Any]:
-    """Student steps and total compute, stage 1 and a borrowed teacher's training included."""
-    borrowed = None
-    if source and any(stage["stage"] == "stage2" for stage in spent):
-        path = find_teacher(source, config.stage2.teacher_weights)
-        said = checkpoint.read_header(path)
-        borrowed = {
-            "path": str(path),
-            "steps": said["step"],
-            "tflops": said.get("tflops"),
-            "seconds": said.get("seconds"),
-        }
-    # of an imported teacher nobody knows the training's cost: then neither is the sum known
-    teacher_tflops, teacher_seconds = (borrowed[key] if borrowed else 0.0 for key in ("tflops", "seconds"))
+def _report(config: RunConfig, plan: Sequence[Stage], spent: list[dict[str, Any]]) -> dict[str, Any]:
+    """Student steps and total compute, earlier stages and a given teacher's training included."""
+    costs = (training_cost(stage.teacher) for stage in plan if stage.teacher)
+    given = next((cost for cost in costs if cost), None)
+    # what an imported teacher's training cost is unknown: then so is the sum
+    teacher_tflops, teacher_seconds = (given[key] if given else 0.0 for key in ("tflops", "seconds"))
     known = teacher_tflops is not None and teacher_seconds is not None
     return {
         "method": config.method,
+        "order": [stage.name for stage in plan],
         "student_steps": spent[-1]["steps"],
         "student_tflops": spent[-1]["tflops"],
         "total_tflops": sum(stage["tflops"] for stage in spent) + teacher_tflops if known else None,
         "total_seconds": round(sum(stage["seconds"] for stage in spent) + teacher_seconds, 2) if known else None,
         "stages": spent,
-        "teacher": borrowed,
+        "teacher": given,
     }

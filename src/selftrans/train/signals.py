@@ -10,12 +10,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-#: exit status of a run that was stopped by a signal, with its checkpoint written (EX_TEMPFAIL: try again)
-EXIT_RESUME = 75
-
-
-class Interrupted(Exception):
-    """The run was asked to stop; its checkpoint is written."""
+from selftrans.train.interrupted import Interrupted
 
 
 class StopSignal:

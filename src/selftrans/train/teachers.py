@@ -1,30 +1,124 @@
-"""The external encoder of a stage: stored features of the data, or a frozen model that reads their pixels."""
+"""What teaches a stage: an earlier stage of the run, a run or file given in its place, or an external encoder."""
 
 from __future__ import annotations
 
+import warnings
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from selftrans.checkpoints import format as checkpoint
+from selftrans.checkpoints.load import IMPORTED, LoadedModel, find, load_model
 from selftrans.config import RunConfig
 from selftrans.data.dataset import Dataset
+from selftrans.data.manifest import Manifest
 from selftrans.encoders.vision import Encoder, load_encoder
+from selftrans.methods.guidance import Frozen
+from selftrans.methods.spec import Stage, TeacherSpec
+from selftrans.precision import PRECISIONS
+from selftrans.storage import printable
 
 
-class Stored:
+class StoredFeatures:
     """Features that come with the data: nothing to compute, only their sizes and where they came from."""
 
     encode, flops, model = None, 0, None
 
     def __init__(self, shards: Dataset) -> None:
         found = shards.open_features()
-        self.grid, self.width = found.grid, found.width
+        self.grid, self.width = (found.grid, found.grid), found.width
         self.source: dict[str, Any] = {"path": found.encoder, "sha256": found.sha256, "weights": found.sha256}
+
+
+Teacher = Frozen | Encoder | StoredFeatures
+
+
+def teacher_of(config: RunConfig, stage: Stage, run: str, shards: Dataset, device: torch.device) -> Teacher | None:
+    """The frozen model or the external encoder that a stage wants, in the run's precision; None where it wants none.
+
+    `run` is the directory whose earlier stage teaches, unless a teacher is given by the settings.
+    """
+    dtype = PRECISIONS[config.train.precision]
+    if stage.encoder:
+        return external_encoder(stage.encoder.name, config, shards, device, dtype)
+    if stage.teacher is None:
+        return None
+    found = load_teacher(stage.teacher.given or run, stage.teacher, shards.manifest)
+    if stage.teacher.given:
+        check_given(found, config, shards.manifest)
+    if found.weights != stage.teacher.weights:
+        warnings.warn(
+            f"{found.source['path']} holds {found.weights} weights, and they teach; the setting {stage.teacher.weights} "
+            "is ignored",
+            stacklevel=3,
+        )
+    block = stage.teacher.block(found.model.depth)
+    return Frozen(found.model, block, dtype=dtype, source=found.source, in_place=True)
+
+
+def load_teacher(source: str | Path, spec: TeacherSpec, manifest: Manifest) -> LoadedModel:
+    """A teacher for these data: of the stage that the method wants, or imported. ValueError: what was expected and found."""
+    found = load_model(find_teacher(source, spec), weights=spec.weights)
+    if found.stage != spec.stage and IMPORTED not in found.source:
+        raise ValueError(
+            f"{found.source['path']} holds weights of '{found.stage}'; expected a teacher trained in {spec.stage}, or imported"
+        )
+    model, shape = found.model, tuple(manifest.shape)
+    if tuple(model.shape) != shape or model.conditions != manifest.conditions:
+        raise ValueError(
+            f"the teacher {found.source['path']} was trained on latents {tuple(model.shape)} with {model.conditions}; "
+            f"expected {shape} with {manifest.conditions}, as in the data"
+        )
+    return found
+
+
+def find_teacher(source: str | Path, spec: TeacherSpec) -> Path:
+    """The weights file that teaches: of a run its stage of the wanted name, of an imported run its last."""
+    path, weights = Path(source), spec.weights
+    single = not path.is_dir() or (path / "checkpoints").is_dir() or (path / checkpoint.STATE).exists()
+    return find(path, stage=None if single or (path / f"{IMPORTED}.json").exists() else spec.stage, weights=weights)
+
+
+def training_cost(spec: TeacherSpec) -> dict[str, Any] | None:
+    """What a given teacher's training took, as its file says; None where the run trains its own."""
+    if spec.given is None:
+        return None
+    path = find_teacher(spec.given, spec)
+    said = checkpoint.read_header(path)
+    return {"path": str(path), "steps": said["step"], "tflops": said.get("tflops"), "seconds": said.get("seconds")}
+
+
+def check_given(found: LoadedModel, config: RunConfig, manifest: Manifest) -> None:
+    """ValueError where a teacher learned another path than the student's; a warning where its latents may be others."""
+    source, path, theirs = found.source["path"], found.config.train.path, found.autoencoder
+    if path != config.train.path:
+        raise ValueError(
+            f"the teacher {source} was trained on the {path} path, the student's train.path is {config.train.path}: the same t "
+            f"is another noise level; give a teacher of that path, or --train.path {path}"
+        )
+    ours = config.data.autoencoder or manifest.autoencoder
+    if theirs and ours and theirs != ours:
+        warnings.warn(
+            f"the teacher {source} names the autoencoder {printable(theirs)}, the data {printable(ours)}; unless both are the "
+            "same, its features mean nothing here: give a teacher of these latents",
+            stacklevel=4,
+        )
+
+
+def check_teacher(found: checkpoint.Checkpoint, teacher: Any) -> None:
+    """ValueError when a checkpoint was trained with other teacher weights than those given now."""
+    was = found.state.get("teacher")
+    if was and teacher and was.get("weights") != teacher.source.get("weights"):
+        raise ValueError(
+            f"{found.path} was trained with the teacher {was.get('path')} (sha256 {was.get('sha256', '')[:12]}), which is "
+            "not the one given now; give that teacher, or another --out"
+        )
 
 
 def external_encoder(
     name: str | None, config: RunConfig, shards: Dataset, device: torch.device, dtype: torch.dtype
-) -> Stored | Encoder:
+) -> StoredFeatures | Encoder:
     """The encoder `name` on the grid of the student's tokens; None: what is stored with the data.
 
     Raises ValueError for data without features, and for a name where the data hold no pixels to encode.
@@ -39,9 +133,13 @@ def external_encoder(
             f"by {prepare}, and leave the encoder out here"
         )
     if name is not None:
-        return load_encoder(name, manifest.shape[1] // config.model.sizes()["patch"], device=device, dtype=dtype)
+        with torch.device("meta"):
+            grid = config.build_model(manifest.shape, manifest.conditions).grid
+        if len(grid) != 2 or grid[0] != grid[1]:
+            raise ValueError(f"encoder {name} gives a square of features, the student's tokens lie on {grid}")
+        return load_encoder(name, grid[0], device=device, dtype=dtype)
     try:
-        return Stored(shards)
+        return StoredFeatures(shards)
     except ValueError as error:
         if manifest.autoencoder == "pixel":
             raise ValueError(f"{error}; or give an encoder by hub id or folder, to be run on the pixels") from error

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import dataclasses
 import functools
 import io
 import json
@@ -30,7 +29,7 @@ from selftrans.checkpoints import format as checkpoint
 from selftrans.checkpoints.load import load_model
 from selftrans.config import to_json
 from selftrans.data import resumable as ledger
-from selftrans.data.dataset import Shards
+from selftrans.data.dataset import Dataset
 from selftrans.data.sources.decode import open_picture
 from selftrans.data.sources.npz import npz_labels
 from selftrans.data.sources.open_source import iter_images, open_source
@@ -46,6 +45,7 @@ from selftrans.sampling import folder as samples_io
 from selftrans.sampling.sample_file import read_png
 from selftrans.train.log import JsonlLog
 from selftrans.train.resume import _read, from_json
+from selftrans.types import Conditions
 from tests.support.pictures import encoded, noise
 from tests.support.shards import make
 
@@ -80,15 +80,15 @@ def prepared() -> dict[str, bytes]:
 @functools.cache
 def run_files() -> dict[str, bytes]:
     """A checkpoint of a model of a few hundred numbers."""
-    config = dataclasses.replace(
-        recipe("digits"), model=dataclasses.replace(recipe("digits").model, width=4, depth=1, heads=1, patch=4)
-    )
-    model = config.model.build((1, 8, 8), 2)
+    small = {"model.width": 4, "model.depth": 1, "model.heads": 1, "model.patch": 4}
+    config = recipe("digits").override(small).restricted()
+    model = config.build_model((1, 8, 8), Conditions("labels", 2))
     header = {
         "stage": "stage1",
         "step": 3,
         "shape": [1, 8, 8],
-        "num_classes": 2,
+        "order": ["stage1", "stage2"],
+        "conditions": {"kind": "labels", "num_classes": 2},
         "classes": ["a", "b"],
         "autoencoder": "pixel",
         "config": json.loads(to_json(config)),
@@ -334,7 +334,7 @@ SETTINGS = {"steps": 4, "guidance": {"scale": 1.5}}
 PARSERS: dict[str, Parser] = {
     "manifest": Parser(
         "manifest.json",
-        lambda path: Shards.open(path.parent).manifest.summary(),
+        lambda path: Dataset.open(path.parent).manifest.summary(),
         lambda: [prepared()["manifest.json"]],
         16_000,
         put(prepared, but="manifest.json"),
@@ -349,7 +349,7 @@ PARSERS: dict[str, Parser] = {
     "config": Parser(
         "config.json",
         lambda path: _read(path, from_json).check(),
-        lambda: [to_json(recipe("digits")).encode()],
+        lambda: [to_json(recipe("digits").restricted()).encode()],
         20_000,
     ),
     "state": Parser(

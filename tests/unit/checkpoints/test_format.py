@@ -17,11 +17,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, safe_open, save_file
 
 from selftrans.checkpoints import format as checkpoint
-from selftrans.checkpoints import load as restore_module
 from selftrans.checkpoints.load import find, load_model
 from selftrans.cli.main import main
 from selftrans.methods.objective import Objective
 from selftrans.storage import sha256_file, temporary_for
+from selftrans.train import resume
 from selftrans.train.log import JsonlLog, RunningMeans, read_log
 from selftrans.train.run import train
 from selftrans.train.signals import Interrupted, StopSignal
@@ -306,18 +306,18 @@ def test_unfinished_checkpoints_are_removed_when_a_run_starts(tmp_path):
 def test_all_processes_continue_from_the_step_of_rank_0(tmp_path, monkeypatch, seen):
     for step in (4, 8) if seen else (8,):
         save(tmp_path, step)
-    monkeypatch.setattr(restore_module, "broadcast_object_list", lambda _: [4])
+    monkeypatch.setattr(resume, "broadcast_object_list", lambda _: [4])
     other = types.SimpleNamespace(is_main_process=False)
     if seen:
-        assert restore_module.agreed(tmp_path, other).step == 4  # though it sees 8
+        assert resume.agreed(tmp_path, other).step == 4  # though it sees 8
     else:
         with pytest.raises(ValueError, match=r"step-00000004.* is missing .*all must see the same --out"):
-            restore_module.agreed(tmp_path, other)
+            resume.agreed(tmp_path, other)
 
 
 @pytest.mark.parametrize("value", ["gone", None, "x", -1, [], {}])
 @pytest.mark.parametrize(
-    "field", ["shape", "num_classes", "seconds", "window", "span", "nonfinite", "processes", "teacher"]
+    "field", ["shape", "conditions", "seconds", "window", "span", "nonfinite", "processes", "teacher"]
 )
 def test_state_of_another_version_is_refused_in_one_line(tmp_path, field, value):
     run = toy.copy(toy.finished(), tmp_path / "run")
@@ -488,7 +488,7 @@ BAD = {
     "damaged checkpoint": (damaged_checkpoint, "missing or damaged"),
     "header is a list": (lambda p: rewritten(p, lambda h: [1, 2]), "not a selftrans weights file"),
     "header is empty": (lambda p: rewritten(p, lambda h: {"a": 1}), "does not say how to build its model"),
-    "other version": (lambda p: rewritten(p, lambda h: h["config"].update(version=9)), "not of version 1"),
+    "other version": (lambda p: rewritten(p, lambda h: h["config"].update(version=9)), "not of version 2"),
     "strange field": (lambda p: rewritten(p, lambda h: h["config"].update(extra=1)), "config.extra is unknown"),
     "config is text": (lambda p: rewritten(p, lambda h: h.update(config="x")), "does not say how"),
     "shape of two": (lambda p: rewritten(p, lambda h: h.update(shape=[1, 8])), "does not say how"),
@@ -501,8 +501,11 @@ BAD = {
     "absurd width": (lambda p: rewritten(p, set_model(width=1 << 40)), "does not say how"),
     "absurd depth": (lambda p: rewritten(p, set_model(depth=1 << 40)), "does not say how"),
     "absurd side": (lambda p: rewritten(p, lambda h: h.update(shape=[1, 1 << 40, 1 << 40])), "does not say how"),
-    "absurd classes": (lambda p: rewritten(p, lambda h: h.update(num_classes=1 << 70)), "does not say how"),
-    "negative classes": (lambda p: rewritten(p, lambda h: h.update(num_classes=-5)), "does not say how"),
+    "absurd classes": (
+        lambda p: rewritten(p, lambda h: h["conditions"].update(num_classes=1 << 70)),
+        "does not say how",
+    ),
+    "negative classes": (lambda p: rewritten(p, lambda h: h["conditions"].update(num_classes=-5)), "does not say how"),
 }
 
 
@@ -532,7 +535,7 @@ def test_teacher_of_other_latents_classes_or_patches_is_refused(tmp_path, capsys
         assert re.search(message, capsys.readouterr().err)
     other = ["train", "digits", f"--data={toy.digits()}", f"--out={tmp_path / 'p'}", *toy.flags({"model.patch": 4})]
     assert main([*other, f"--teacher={toy.finished()}"]) == 1
-    assert "patches of 2, the student (1, 8, 8) in patches of 4" in capsys.readouterr().err
+    assert "latents (1, 8, 8) as (4, 4) tokens, the student (1, 8, 8) as (2, 2)" in capsys.readouterr().err
 
 
 TEACHERS = {

@@ -1,4 +1,4 @@
-"""The command line as people type it: it teaches, it takes every override, and it says in one line what is wrong."""
+"""The command line as a user types it: help, exit statuses, one line per error, and what evaluate and analyse write."""
 
 import json
 import os
@@ -12,18 +12,10 @@ from PIL import Image
 from selftrans import __version__
 from selftrans.cli.commands import COMMANDS
 from selftrans.cli.main import main
-from selftrans.config import from_json
-from selftrans.recipes import RECIPES
+from selftrans.train.interrupted import Interrupted
 from tests.support import toy
 from tests.support.toy import quick  # noqa: F401 - a fixture
-
-
-def one_line(capsys) -> str:
-    """What was said on stderr: one line of ours, no traceback, nothing on stdout."""
-    out, err = capsys.readouterr()
-    assert out == "" and err.startswith("selftrans: ") and err.count("\n") == 1, (out, err)
-    return err
-
+from tests.unit.cli.lines import one_line
 
 # ---- help
 
@@ -31,29 +23,17 @@ def one_line(capsys) -> str:
 def test_the_overview_names_every_command(capsys):
     for argv in ([], ["-h"], ["--help"]):
         assert main(argv) == 0
-        said = capsys.readouterr().out
-        assert "usage: selftrans COMMAND" in said
-        assert all(f"\n  {name} " in said for name in ["train", *COMMANDS])
+        printed = capsys.readouterr().out
+        assert "usage: selftrans COMMAND" in printed
+        assert all(f"\n  {name} " in printed for name in COMMANDS)
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_help_of_a_command_teaches(name, capsys):
+def test_help_of_a_command_opens_with_its_docstring(name, capsys):
     assert main([name, "--help"]) == 0
-    said = " ".join(capsys.readouterr().out.split())
-    assert f"usage: selftrans {name}" in said
-    assert (COMMANDS[name].__doc__ or "").split("\n")[0][:60] in said
-
-
-def test_help_of_train_names_every_recipe_and_of_a_recipe_every_override(capsys):
-    for argv in (["train"], ["train", "--help"]):
-        assert main(argv) == 0
-        said = capsys.readouterr().out
-        assert all(f"\n  {name} " in said for name in RECIPES) and "--teacher RUN_OR_FILE" in said
-    assert main(["train", "cifar10", "--help"]) == 0
-    said = capsys.readouterr().out
-    for words in ("--train.batch-size INT", "--stage2.until-step {None}|INT", "--model.name STR", "(default: 50000)"):
-        assert words in said, words
-    assert "--out RUN, --data DIR, --teacher RUN_OR_FILE" in said and "selftrans prepare CIFAR10.zip" in said
+    printed = " ".join(capsys.readouterr().out.split())
+    assert f"usage: selftrans {name}" in printed
+    assert (COMMANDS[name].__doc__ or "").split("\n")[0][:60] in printed
 
 
 @pytest.mark.parametrize("flag", ["--version", "-V"])
@@ -62,91 +42,70 @@ def test_version(flag, capsys):
     assert capsys.readouterr().out == f"selftrans {__version__}\n"
 
 
-# ---- wrong words: status 2, one line, the nearest name
+@pytest.mark.parametrize(
+    ("argv", "status"),
+    [
+        ("--help", 0),
+        ("--version", 0),
+        ("nonsense", 2),
+        ("sample --help", 0),
+        ("evaluate --help", 0),
+        ("sample run --out x --stpes 3", 2),
+        ("import file", 2),
+    ],
+)
+def test_help_and_wrong_arguments_load_no_torch(argv, status):
+    code = "import sys; from selftrans.cli.main import main; status = main(sys.argv[1:]); sys.stdout.flush()\n"
+    code += "print(status, *{'torch', 'numpy', 'accelerate'} & set(sys.modules), file=sys.stderr)"
+    done = subprocess.run([sys.executable, "-c", code, *argv.split()], capture_output=True, text=True)
+    assert done.stderr.splitlines()[-1] == str(status)
+
+
+# ---- wrong commands: status 2, one line
 
 
 @pytest.mark.parametrize(
-    ("argv", "said"),
+    ("argv", "expected"),
     [
-        ("trian digits", "command 'trian' is unknown; did you mean train?"),
-        ("smaple run", "command 'smaple' is unknown; did you mean sample?"),
+        ("trian digits", "command 'trian' is unknown; did you mean train? (see selftrans --help)"),
+        ("smaple run", "command 'smaple' is unknown; did you mean sample? (see selftrans --help)"),
         ("xyz", "command 'xyz' is unknown (see selftrans --help)"),
-        ("train digit --out x", "recipe 'digit' is unknown; did you mean digits?"),
-        ("train sit_imagenet_b --out x", "did you mean sit_imagenet"),
-        ("train digits", "--out RUN is missing"),
-        ("train digits --out", "--out needs a value"),
-        ("train digits --out --train.steps 3", "--out needs a value"),
-        ("train digits --out x --data=", "--data needs a value"),
-        ("train digits --out x --train.stesp 3", "override --train.stesp is unknown; did you mean train.steps?"),
-        ("train digits --out x --train.stesp=3", "did you mean train.steps?"),
-        ("train digits --out x --teachr y", "override --teachr is unknown; did you mean teacher?"),
-        ("train digits --out x --stage3.steps 3", "did you mean stage1.steps?"),
-        ("train digits --out x --train.steps", "--train.steps"),
-        ("train digits --out x --train.steps many", "--train.steps: invalid literal for int() with base 10: 'many'"),
-        ("train digits --out x --train.steps 1.5", "--train.steps"),
-        ("train digits --out x --train.lr fast", "--train.lr: could not convert string to float: 'fast'"),
-        ("train digits --out x --train.betas 0.9", "--train.betas"),
-        ("train digits --out x --train.precision fp8", "Expected one of"),
-        ("train digits --out x --train.recompute maybe", "Expected one of"),
-        ("train digits --out x stray", "stray"),
-        ("train digits --out x -q", "-q"),
-        ("sample", "Missing from selftrans sample"),
-        ("sample run", "--out PATH"),
-        ("sample run --out x --stpes 3", "option --stpes is unknown; did you mean steps?"),
-        ("sample run --out x --num few", "--num"),
-        ("evaluate made", "--reference"),
-        ("analyse run --out x --timestep 0.4", "did you mean timesteps?"),
-        ("prepare pictures --out x --dtype float8", "--dtype"),
+        ("--verison", "option --verison is unknown; did you mean --version? (see selftrans --help)"),
     ],
 )
-def test_wrong_words(argv, said, capsys, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_unknown_commands(argv, expected, capsys):
     assert main(argv.split()) == 2
-    line = one_line(capsys)
-    assert said in line and " --help)" in line
-    assert list(tmp_path.iterdir()) == []
+    assert one_line(capsys) == f"selftrans: {expected}\n"
 
 
-# ---- every way to write a value
+# ---- exit statuses
 
 
-def test_overrides_of_every_kind(tmp_path, monkeypatch, capsys):
-    seen = []
+@pytest.mark.parametrize(
+    ("error", "status", "line"),
+    [
+        (ValueError("no\nsuch thing"), 1, "no such thing"),
+        (OSError("disk full"), 1, "disk full"),
+        (ImportError("no torch_fidelity"), 1, "no torch_fidelity"),
+        (FloatingPointError("not finite"), 1, "not finite"),
+        (Interrupted("stopped at step 3"), 75, "stopped at step 3"),
+        (KeyboardInterrupt(), 130, "interrupted; the same command continues"),
+    ],
+)
+def test_exit_status_of_each_error(error, status, line, monkeypatch, capsys):
+    def run(self):
+        raise error
 
-    def train(config, out):
-        seen.append((config, out))
-        return dict.fromkeys(("student_steps", "student_tflops", "total_tflops", "total_seconds"), 0)
-
-    monkeypatch.setattr("selftrans.train.run.train", train)
-    argv = (
-        "train digits --train.steps=7 --train.batch_size 16 --train.lr 1e-3 --train.betas 0.8 0.95 --model.qk-norm False "
-        "--train.compile None --stage2.until-step None --stage2.timestep-range 0.2 0.5 --stage1.timestep-range None "
-        "--data.shape 1 8 8 --method vanilla --sample.labels 3 4 5 --stage1.block=1 --teacher=some/run --data=a/b"
-    )
-    assert main([*argv.split(), "--out", "a run"]) == 0
-    config, out = seen[0]
-    assert out == "a run"
-    assert (config.train.steps, config.train.batch_size, config.train.lr) == (7, 16, 1e-3)
-    assert config.train.betas == (0.8, 0.95) and config.train.compile is None and config.model.qk_norm is False
-    assert config.stage2.until_step is None and config.stage2.timestep_range == (0.2, 0.5)
-    assert config.stage1.timestep_range is None and config.stage1.block == 1
-    assert config.data.shape == (1, 8, 8) and config.sample.labels == (3, 4, 5) and config.method == "vanilla"
-    assert config.stage2.teacher == "some/run" and config.data.path == "a/b"
-    assert config.model.width == RECIPES["digits"]().model.width  # the rest is the recipe's
-
-
-def test_a_list_of_labels_survives_the_run_directory(tmp_path):
-    argv = ["train", "digits", f"--out={tmp_path}", "--method=vanilla", *toy.flags({"train.steps": 1})]
-    for _ in range(2):
-        assert main([*argv, "--sample.labels", "3", "1"]) == 0
-    assert from_json((tmp_path / "config.json").read_text()).sample.labels == (3, 1)
+    monkeypatch.setattr(COMMANDS["quickstart"], "run", run)
+    assert main(["quickstart"]) == status
+    assert one_line(capsys) == f"selftrans: {line}\n"
 
 
 # ---- bad input: status 1, one line
 
 
 @pytest.mark.parametrize(
-    ("argv", "said"),
+    ("argv", "expected"),
     [
         ("train imagefolder --out x", "needs --data DIR"),
         ("train imagefolder --out x --data nowhere", "no manifest.json in nowhere"),
@@ -164,11 +123,11 @@ def test_a_list_of_labels_survives_the_run_directory(tmp_path):
         ("prepare nowhere --out x", "no source 'nowhere'"),
     ],
 )
-def test_bad_input(argv, said, capsys, tmp_path, monkeypatch):
+def test_bad_input(argv, expected, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").write_text("mine")
     assert main(argv.split()) == 1
-    assert said in one_line(capsys)
+    assert expected in one_line(capsys)
     assert (tmp_path / "file").read_text() == "mine"
 
 
@@ -183,15 +142,15 @@ def test_data_of_another_shape_or_class_count_than_the_checkpoints(tmp_path, cap
     assert main([*train, "--data.classes=3"]) == 1
     assert "has 2 classes, but data.classes expects 3" in one_line(capsys)
     assert main(["analyse", str(finished), f"--data={colour}", f"--out={tmp_path / 'a'}"]) == 1
-    said = one_line(capsys)
-    assert "(3, 8, 8) with 2 classes" in said and "(1, 8, 8) with 10" in said and "--data" in said
+    line = one_line(capsys)
+    assert "(3, 8, 8) with 2 classes" in line and "(1, 8, 8) with 10" in line and "--data" in line
     assert not (tmp_path / "a").exists()
     run = toy.copy(toy.finished(), tmp_path / "copy")
     assert main(["train", "digits", f"--data={colour}", f"--out={run}", *toy.flags()]) == 1
     assert "was trained on other data than" in one_line(capsys)
 
 
-# ---- what was made is measured
+# ---- evaluate, classifier, analyse
 
 
 @pytest.fixture(scope="module")
@@ -203,7 +162,7 @@ def made(tmp_path_factory):
     return folder
 
 
-def test_classifier_says_how_good_it_is(made, tmp_path, capsys):
+def test_classifier_prints_its_accuracy(made, tmp_path, capsys):
     path = tmp_path / "again.safetensors"
     assert main(["classifier", str(toy.digits()), f"--out={path}", "--epochs=1"]) == 0
     assert capsys.readouterr().out.startswith(f"{path}: accuracy 0.") and path.exists()
@@ -235,10 +194,10 @@ def test_evaluate_a_folder_against_itself(made, tmp_path, capsys):
     assert main(argv) == 0
     shown, text = json.loads((tmp_path / "evaluate.json").read_text()), capsys.readouterr().out
     assert shown[shown["metric"]] == pytest.approx(0, abs=1e-2)
-    assert "sampler unknown, steps unknown" in text and shown["made"]["sampler"] is None, "nobody wrote it down"
+    assert "sampler unknown, steps unknown" in text and shown["made"]["sampler"] is None, "no record of it"
 
 
-def test_evaluate_refuses_samples_that_are_not_all_there(made, tmp_path, capsys):
+def test_evaluate_refuses_incomplete_samples(made, tmp_path, capsys):
     samples = toy.copy(made / "samples", tmp_path / "samples")
     (samples / "samples.npz").unlink()
     argv = ["evaluate", str(samples), "--reference=digits", f"--features={made / 'judge.safetensors'}"]
@@ -251,14 +210,14 @@ def test_evaluate_refuses_samples_that_are_not_all_there(made, tmp_path, capsys)
 
 
 @pytest.mark.parametrize("content", [b"", b"no archive", b"PK\x03\x04 cut short"])
-def test_a_reference_that_is_no_archive(made, tmp_path, capsys, content):
+def test_evaluate_refuses_a_reference_that_is_no_archive(made, tmp_path, capsys, content):
     (tmp_path / "reference.npz").write_bytes(content)
     argv = ["evaluate", str(made / "samples"), f"--reference={tmp_path / 'reference.npz'}"]
     assert main([*argv, f"--features={made / 'judge.safetensors'}"]) == 1
     assert "reference.npz cannot be read" in one_line(capsys)
 
 
-def test_analyse_makes_its_pictures(tmp_path, capsys):
+def test_analyse_writes_pictures_and_report(tmp_path, capsys):
     before = toy.tree(toy.finished())
     out = tmp_path / "new" / "seen"
     argv = ["analyse", str(toy.finished()), f"--out={out}", "--timesteps", "0.3", "0.6", "--samples=60"]
@@ -277,7 +236,7 @@ def test_analyse_makes_its_pictures(tmp_path, capsys):
 # ---- as a process
 
 
-def test_as_a_process(tmp_path):
+def test_errors_of_a_process_are_one_line(tmp_path):
     command = [sys.executable, "-m", "selftrans", "train", "digits", "--out", "run", "--model.width=3"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 1 and done.stdout == ""

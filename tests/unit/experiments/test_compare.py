@@ -21,7 +21,7 @@ from selftrans.experiments.compare import compare_methods, only, with_defaults
 from selftrans.experiments.runner import Comparison, Measurement, interval, measured_before, points
 from selftrans.experiments.table import as_csv, curve, first_below, mean_curve, rows
 from selftrans.methods.repa import Repa
-from selftrans.methods.sra import SRA
+from selftrans.methods.self_transcendence import Stage1, Stage2
 from selftrans.recipes import recipe
 from tests.support.pictures import class_folders
 from tests.support.toy import quick  # noqa: F401 - quick is a fixture
@@ -108,16 +108,16 @@ def test_csv_has_a_column_for_each_mean_and_deviation():
 
 def test_teacher_is_shared_only_where_it_is_the_same(tmp_path):
     config, _, _ = with_defaults(recipe("digits"), tmp_path)
-    assert config.stage1.steps == config.train.steps
-    other = dataclasses.replace(config, stage1=dataclasses.replace(config.stage1, target="latent"))
-    short = dataclasses.replace(config, stage1=dataclasses.replace(config.stage1, steps=interval(config.train.steps)))
-    odd = dataclasses.replace(config, stage1=dataclasses.replace(config.stage1, steps=7))
+    assert config.sections["stage1"].steps == config.train.steps
+    other = config.override({"stage1.target": "latent"})
+    short = config.override({"stage1.steps": interval(config.train.steps)})
+    odd = config.override({"stage1.steps": 7})
     variants = {"structure": dataclasses.replace(config, method="structure"), "same": config, "other": other}
     chosen = Comparison(config, variants | {"short": short, "odd": odd}, (3,), tmp_path, 10, "digits")
     assert chosen.teacher(("same", 3)) == chosen.teacher(("short", 3)) == ("structure", 3)
     assert chosen.teacher(("other", 3)) is None and chosen.teacher(("odd", 3)) is None
     assert chosen.teacher(("structure", 3)) is None
-    given = dataclasses.replace(config, stage2=dataclasses.replace(config.stage2, teacher="elsewhere"))
+    given = config.override({"stage2.teacher": "elsewhere"})
     assert Comparison(config, variants | {"same": given}, (3,), tmp_path, 10, "digits").teacher(("same", 3)) is None
     assert points(1000) == 5 and points(1001) == 6
 
@@ -146,16 +146,16 @@ def test_points_measured_alike_are_kept_and_damaged_ones_measured_again(tmp_path
 
 
 def test_settings_of_a_run_do_not_depend_on_the_other_methods():
-    config = dataclasses.replace(recipe("digits"), repa=Repa(encoder="some/encoder"), sra=SRA(span=0.1))
-    assert only(config, "repa").repa.encoder == "some/encoder" and only(config, "repa").sra == recipe("digits").sra
-    assert only(config, "sra") == dataclasses.replace(recipe("digits"), method="sra", sra=SRA(span=0.1))
-    assert only(config, "vanilla") == dataclasses.replace(recipe("digits"), method="vanilla")
-    stage1, stage2 = (dataclasses.replace(getattr(config, name), weight=0.1) for name in ("stage1", "stage2"))
-    config = dataclasses.replace(config, stage1=dataclasses.replace(stage1, steps=9), stage2=stage2)
-    assert only(config, "vanilla") == dataclasses.replace(recipe("digits"), method="vanilla")
-    assert only(config, "structure") == dataclasses.replace(recipe("digits"), method="structure", stage1=stage1)
+    config = recipe("digits").override({"repa.encoder": "some/encoder", "sra.span": 0.1})
+    plain = recipe("digits")
+    assert only(config, "repa").sections == {"repa": Repa(encoder="some/encoder", head_width=128)}
+    assert only(config, "sra") == plain.override({"method": "sra", "sra.span": 0.1}).restricted()
+    assert only(config, "vanilla") == plain.override({"method": "vanilla"}).restricted()
+    config = config.override({"stage1.weight": 0.1, "stage2.weight": 0.1, "stage1.steps": 9})
+    assert only(config, "vanilla") == plain.override({"method": "vanilla"}).restricted()
+    assert only(config, "structure") == plain.override({"method": "structure", "stage1.weight": 0.1}).restricted()
     taught = only(config, "self_transcendence")
-    assert (taught.stage1.steps, taught.stage1.weight, taught.stage2.weight) == (9, 0.1, 0.1)
+    assert (taught.section(Stage1).steps, taught.section(Stage1).weight, taught.section(Stage2).weight) == (9, 0.1, 0.1)
 
 
 class Tags(HTMLParser):
@@ -338,7 +338,7 @@ def test_given_teacher_is_used_and_its_cost_is_unknown(tmp_path: Path, capfd: py
         (["compare", "digits", "--out", "x", "--methods", "vanila"], "'vanila' is unknown; did you mean vanilla"),
         (["compare", "digits", "--out", "x", "--methods", "vanilla", "vanilla"], "each of them once"),
         (["compare", "digits", "--out", "x", "--seeds", "1", "1"], "seeds that differ"),
-        (["compare", "digits", "--out", "x", "--train.stepz", "3"], "did you mean train.steps"),
+        (["compare", "digits", "--out", "x", "--train.stepz", "3"], "did you mean --train.steps"),
         (["compare", "digits", "--methods", "vanilla"], "--out"),
         (["compare", "cifar10", "--out", "x"], "needs --data DIR"),
     ],

@@ -54,7 +54,7 @@ def test_an_exported_stage_1_teaches_and_an_exported_stage_2_does_not(tmp_path, 
         assert main(["export", str(toy.finished()), "--out", str(out), "--weights", "raw", "--stage", stage]) == 0
         words = ["train", "digits", "--data", str(toy.digits()), "--out", str(tmp_path / f"by-{stage}")]
         assert main([*words, "--teacher", str(out), *toy.flags({"train.steps": 2})]) == status
-    assert "expected a teacher trained in stage 1, or imported" in capsys.readouterr().err
+    assert "expected a teacher trained in stage1, or imported" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("channels", [1, 4])

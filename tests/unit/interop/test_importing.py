@@ -17,7 +17,7 @@ from selftrans.checkpoints.load import load_model
 from selftrans.cli.main import main
 from selftrans.config import from_json
 from selftrans.interop.importing import import_run
-from selftrans.interop.sit_names import reflection
+from selftrans.models.sit_published import reflection
 from selftrans.storage import sha256_file
 from selftrans.train.run import train
 from tests.support import published_files as strangers
@@ -175,7 +175,7 @@ def test_what_may_be_a_file_of_dit_is_warned_about(tmp_path, capsys):
         assert "those of SIT, a guess" in said.out and "DiT" in said.out
         assert main([*words, str(tmp_path / name / "told"), "--convention", "sit"]) == 0
         said = capsys.readouterr()
-        assert not said.err and "those of SIT, as told" in said.out
+        assert not said.err and "those of SIT, as given by --convention" in said.out
     certain = {"ema": state(**TINY, learn_sigma=True), "args": options("sit")}
     for name, content in {"none": state(**TINY), "args": certain}.items():
         assert main(["import", str(strangers.save(file, content)), *HEADS, "--out", str(tmp_path / name)]) == 0
@@ -244,7 +244,6 @@ def test_heads_are_left_out_or_kept_beside(tmp_path):
 
 def test_the_head_of_stage_1_predicts_what_theirs_predicted(tmp_path):
     """Their unpatchify of their head against our patches of the same picture."""
-    from selftrans.methods.self_transcendence import patchify
 
     sizes = TINY | {"channels": 4}
     named = state(**sizes, projectors="stage1", qk_norm=True)
@@ -252,7 +251,7 @@ def test_the_head_of_stage_1_predicts_what_theirs_predicted(tmp_path):
     file = strangers.save(tmp_path / "a.pt", {"model": named, "ema": named, "args": args, "steps": 5})
     run, _ = brought(file, tmp_path / "run")
     config = from_json((run / "config.json").read_text())
-    stage1 = config.stage1
+    stage1 = config.sections["stage1"]
     assert config.method == "structure" and (stage1.block, stage1.weight, stage1.timestep_range) == (
         2,
         0.25,
@@ -274,7 +273,7 @@ def test_the_head_of_stage_1_predicts_what_theirs_predicted(tmp_path):
     guidance = StructureGuidance(load_model(run).model, stage1)
     heads = load_file(toy.checkpoint(run, "stage1") / "heads.safetensors")
     guidance.load_state_dict({k.removeprefix("guidances.0."): v for k, v in heads.items()}, strict=True)
-    torch.testing.assert_close(guidance.head(hidden), patchify(picture, 2), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(guidance.head(hidden), guidance.patchify(picture), atol=1e-5, rtol=1e-5)
 
 
 # ---- the optimiser

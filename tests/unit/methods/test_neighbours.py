@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from selftrans import LINEAR, Batch, Objective, SiT
-from selftrans.methods import METHODS, stages
 from selftrans.methods.dispersive import Dispersive, DispersiveGuidance, squared_distances
 from selftrans.methods.layersync import LayerSync, LayerSyncGuidance
+from selftrans.methods.registry import METHODS, stages
 from selftrans.methods.sra import SRA, SRAGuidance
 from selftrans.train.run import train
 from tests.support.stub import Stub, handmade_draw, mlp_by_hand, numbers, patches_by_hand

@@ -12,12 +12,15 @@ import scipy.stats
 import torch
 from torch import nn
 
-from selftrans.config import RunConfig, Train
+from selftrans.config import RunConfig, Train, sections
 from selftrans.flow import COSINE, LINEAR
-from selftrans.methods import METHODS, Stage, stages
-from selftrans.methods.objective import Frozen, Objective, capacity, gate
+from selftrans.methods.guidance import Frozen, capacity, gate
+from selftrans.methods.objective import Objective
+from selftrans.methods.registry import METHODS, stages
 from selftrans.methods.self_transcendence import SelfGuidance, Stage1, Stage2, StructureGuidance
+from selftrans.methods.spec import Stage
 from selftrans.models.sit import SiT
+from selftrans.plugins import trust
 from selftrans.types import Backbone, Batch
 from tests.support.stub import Stub, TextStub, handmade_draw, numbers
 
@@ -396,7 +399,8 @@ def test_the_teachers_features_are_constants_of_the_backward_pass(w, norm):
     assert all(p.grad.any() for p in g.head.parameters())
 
 
-def test_the_teacher_is_cut_after_its_block_and_says_the_same():
+@pytest.mark.parametrize("in_place", [False, True])
+def test_teacher_is_truncated_after_its_block_and_its_features_stay(in_place):
     torch.manual_seed(1)
     model = SiT((1, 8, 8), 10, width=16, depth=4, heads=2, patch=2)
     for p in model.parameters():
@@ -406,9 +410,15 @@ def test_the_teacher_is_cut_after_its_block_and_says_the_same():
     with torch.no_grad():
         whole = model(b.z0, t, b.cond, taps=(2,))
     later, last = weakref.ref(model.blocks[2]), weakref.ref(model.final_layer)
-    (feature,) = Frozen(model, 2)(b.z0, t, b.cond)
+    teacher = Frozen(model, 2, in_place=in_place)
+    (feature,) = teacher(b.z0, t, b.cond)
     gc.collect()
-    assert len(model.blocks) == 2 and later() is None and last() is None
+    assert len(teacher.model.blocks) == 2 and teacher.model.final_layer is None
+    if in_place:
+        assert teacher.model is model and later() is None and last() is None
+    else:  # the model that was given can be sampled and trained as before
+        assert len(model.blocks) == 4 and model.final_layer is not None
+        assert all(p.requires_grad for p in model.parameters()) and model.training
     torch.testing.assert_close(feature, whole.feats[2], rtol=0, atol=0)
 
 
@@ -465,7 +475,7 @@ def test_teacher_blocks_out_of_range_are_refused(block):
     "other", [{"patch": 1}, {"shape": (2, 8, 8)}, {"shape": (1, 4, 4)}, {"shape": (2, 8, 8), "patch": 4}]
 )
 def test_a_teacher_of_other_latents_or_patches_is_refused(other):
-    with pytest.raises(ValueError, match=r"the teacher reads latents .* in patches of"):
+    with pytest.raises(ValueError, match=r"the teacher reads latents .* as .* tokens, the student"):
         stage2(Stub(), frozen_stub(**other))
 
 
@@ -579,8 +589,7 @@ def config(method):
         recipe="digits",
         method=method,
         train=Train(steps=6),
-        stage1=Stage1(block=1, head_width=8),
-        stage2=Stage2(head_width=8),
+        sections=sections(Stage1(block=1, head_width=8), Stage2(head_width=8)),
     )
 
 
@@ -593,7 +602,9 @@ def test_every_method_builds_its_stages_and_takes_a_step(method):
         student = Stub()
         teacher = Frozen(Stub(), stage.teacher.block(3)) if stage.teacher else None
         if stage.encoder:
-            teacher = SimpleNamespace(grid=2, width=5, flops=0, encode=lambda pixels: torch.ones(len(pixels), 4, 5))
+            teacher = SimpleNamespace(
+                grid=(2, 2), width=5, flops=0, encode=lambda pixels: torch.ones(len(pixels), 4, 5)
+            )
         objective = Objective(student, stage.guide(student, teacher))
         objective.watch(Stub())
         loss, _ = objective(data(10), 0)
@@ -616,12 +627,26 @@ def test_unknown_methods_name_the_known_ones():
         stages(config("magic"))
 
 
-def test_a_strangers_method_joins_by_module_and_function(tmp_path, monkeypatch):
-    (tmp_path / "strangers_method.py").write_text(
-        "from selftrans.methods import Stage\n"
+def test_a_method_outside_the_package_joins_by_module_and_function(tmp_path, monkeypatch):
+    (tmp_path / "outside_method.py").write_text(
+        "from selftrans.methods.spec import MethodSpec, Stage\n"
         "def plan(config):\n"
-        "    yield Stage('alone', config.train.steps, lambda student, teacher: [])\n"
+        "    return [Stage('alone', config.train.steps, lambda student, teacher: [])]\n"
+        "def method():\n"
+        "    return MethodSpec('alone', 'Alone', plan)\n"
+        "def other():\n"
+        "    return 3\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
-    (stage,) = stages(config("strangers_method:plan"))
+    with pytest.raises(ValueError, match="--trust outside_method:method allows it"):
+        stages(config("outside_method:method"))
+    for name in ("outside_method:method", "outside_method:other", "outside_method:plan"):
+        trust(name)
+    (stage,) = stages(config("outside_method:method"))
     assert isinstance(stage, Stage) and (stage.name, stage.steps) == ("alone", 6)
+    with pytest.raises(ValueError, match="is no MethodSpec"):
+        stages(config("outside_method:other"))
+    with pytest.raises(ValueError, match="cannot be imported"):
+        stages(config("outside_method:plan"))
+    with pytest.raises(ValueError, match="outside_method has no absent"):
+        trust("outside_method:absent")

@@ -10,7 +10,6 @@ from sklearn.datasets import load_digits
 from torch import nn
 
 from selftrans import (
-    SIT,
     Batch,
     Draw,
     Frozen,
@@ -22,8 +21,9 @@ from selftrans import (
     StructureGuidance,
     flow,
 )
-from selftrans.methods.objective import capacity
-from selftrans.methods.self_transcendence import default_teacher_block, patchify
+from selftrans.methods.guidance import capacity
+from selftrans.methods.self_transcendence import default_teacher_block
+from selftrans.models.sit import SIT_SIZES
 from tests.support.stub import (
     Stub,
     gains_by_hand,
@@ -66,6 +66,11 @@ def student_feature(d, i, wide=1):
 
 
 # ---- stage 1
+
+
+def patchify(x, patch):
+    """As a SiT cuts latents (N, C, H, W) into tokens."""
+    return SiT(tuple(x.shape[1:]), 0, width=8, depth=1, heads=1, patch=patch).patchify(x)
 
 
 def test_patchify_goes_row_by_row_then_channel_row_column():
@@ -357,7 +362,7 @@ def test_default_blocks_are_the_published_ones(name, depth, student_block, teach
     """The last row is the 24-block MMDiT, which is known here by its depth alone."""
     student, teacher = Stub(), Stub()
     student.depth = teacher.depth = depth
-    assert name is None or SIT[name]["depth"] == depth
+    assert name is None or SIT_SIZES[name]["depth"] == depth
     assert default_teacher_block(depth) == teacher_block
     g = SelfGuidance(student, Frozen(teacher, default_teacher_block(depth)), Stage2(head_width=4))
     assert g.taps == (student_block,)

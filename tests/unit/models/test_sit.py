@@ -9,7 +9,7 @@ from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DMod
 from torch import nn
 
 from selftrans.models import layers
-from selftrans.models.sit import SIT, SiT
+from selftrans.models.sit import SIT_SIZES, SiT
 from selftrans.types import Backbone
 
 TINY = {"width": 32, "depth": 4, "heads": 4, "patch": 2}
@@ -44,20 +44,20 @@ def inputs(model, n=3):
 @pytest.mark.parametrize(("size", "millions"), [("S", 33), ("B", 130), ("L", 458), ("XL", 675)])
 def test_parameter_counts_are_the_published_ones(size, millions):
     with torch.device("meta"):
-        model = SiT((4, 32, 32), 1000, **SIT[f"SiT-{size}/2"])
+        model = SiT((4, 32, 32), 1000, **SIT_SIZES[f"SiT-{size}/2"])
     assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(millions, rel=0.01)
 
 
-@pytest.mark.parametrize("name", SIT)
+@pytest.mark.parametrize("name", SIT_SIZES)
 def test_every_published_size_builds_and_runs(name):
     with torch.device("meta"):
-        model = SiT((4, 32, 32), 1000, **SIT[name])
+        model = SiT((4, 32, 32), 1000, **SIT_SIZES[name])
         v, feats = model(
             torch.empty(2, 4, 32, 32), torch.empty(2), torch.zeros(2, dtype=torch.long), taps=(model.depth,)
         )
     assert v.shape == (2, 4, 32, 32)
     assert feats[model.depth].shape == (2, (32 // model.patch) ** 2, model.width)
-    small = tiny((4, 16, 16), **{**SIT[name], "depth": 1})  # the same width, heads and patch, with real numbers
+    small = tiny((4, 16, 16), **{**SIT_SIZES[name], "depth": 1})  # the same width, heads and patch, with real numbers
     assert torch.isfinite(small(*inputs(small, 1)).v).all()
 
 

@@ -10,9 +10,10 @@ from PIL import Image
 
 from selftrans.cli.main import main
 from selftrans.config import from_json
-from selftrans.methods import stages
-from selftrans.methods.objective import Frozen
+from selftrans.methods.guidance import Frozen
+from selftrans.methods.registry import stages
 from selftrans.recipes import RECIPES, recipe
+from selftrans.types import Conditions
 from tests.support import toy
 from tests.support.toy import quick  # noqa: F401 - a fixture
 
@@ -56,8 +57,8 @@ def begin(name, tmp_path, data):
     extra = [] if data is None else ["--data", str(data)]
     assert main(["train", name, "--out", str(tmp_path / "run"), *extra, *OVERRIDES.split(), *SMALL]) == 0
     config = from_json((tmp_path / "run" / "config.json").read_text())
-    assert config.recipe == name and config.stage1.steps == 2
-    assert config.stage2.until_step == recipe(name).stage2.until_step
+    assert config.recipe == name and config.sections["stage1"].steps == 2
+    assert config.sections["stage2"].until_step == recipe(name).sections["stage2"].until_step
     for stage, steps in {"stage1": 2, "stage2": 4}.items():
         assert toy.checkpoint(tmp_path / "run", stage).name == f"step-0000000{steps}"
         picture = np.asarray(Image.open(tmp_path / "run" / stage / "previews" / f"step-0000000{steps}.png"))
@@ -65,7 +66,7 @@ def begin(name, tmp_path, data):
     return config
 
 
-def test_digits_bring_their_own_data(tmp_path):
+def test_digits_need_no_prepared_data(tmp_path):
     config = begin("digits", tmp_path, None)
     assert config.data.path is None and (tmp_path / "run" / "data" / "manifest.json").exists()
 
@@ -78,17 +79,17 @@ def test_on_prepared_pixels(tmp_path, pixels, name):
 @pytest.mark.parametrize("name", [name for name in RECIPES if name not in ("digits", "cifar10", "imagefolder")])
 def test_on_the_latents_of_an_autoencoder(tmp_path, latents, name):
     config = begin(name, tmp_path, latents)
-    assert config.train.precision == "bf16" and config.stage2.scale == 30.0
+    assert config.train.precision == "bf16" and config.sections["stage2"].scale == 30.0
 
 
 @pytest.mark.parametrize("name", [name for name in RECIPES if name != "digits"])
-def test_all_others_ask_for_data(tmp_path, capsys, name):
+def test_other_recipes_require_data(tmp_path, capsys, name):
     assert main(["train", name, "--out", str(tmp_path / "run")]) == 1
     assert "needs --data DIR, a directory made by `selftrans prepare`" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_a_recipe_teaches_its_command(name):
+def test_the_docstring_of_a_recipe_gives_its_command(name):
     text = inspect.getdoc(RECIPES[name])
     assert f"selftrans train {name} " in text and "--out " in text
     assert text.splitlines()[0].endswith(".")
@@ -101,19 +102,23 @@ def test_a_recipe_teaches_its_command(name):
 def test_published_settings(name, size, until):
     config = recipe(f"sit_imagenet_{name}")
     assert config.model.name == f"SiT-{size}/2" and config.model.qk_norm
-    train, stage2 = config.train, config.stage2
+    train, stage2 = config.train, config.sections["stage2"]
     assert (train.steps, train.batch_size, train.lr, train.betas) == (400_000, 256, 1e-4, (0.9, 0.999))
     assert (train.weight_decay, train.clip, train.ema, train.warmup) == (0.0, 1.0, 0.9999, 0)
     assert (stage2.scale, stage2.weight, stage2.timestep_range, stage2.until_step) == (30.0, 0.5, (0.4, 0.7), until)
-    assert (config.stage1.weight, config.stage1.timestep_range) == (0.5, (0.4, 0.7))
+    assert (config.sections["stage1"].weight, config.sections["stage1"].timestep_range) == (0.5, (0.4, 0.7))
     assert (config.sample.sampler, config.sample.steps) == ("sde", 250)
-    assert config.stage1.target == "velocity" and stage2.teacher_weights == "raw" and stage2.target_norm == "none"
+    assert (
+        config.sections["stage1"].target == "velocity"
+        and stage2.teacher_weights == "raw"
+        and stage2.target_norm == "none"
+    )
     first, second = stages(config)
     assert first.steps == 200_000 and second.teacher.weights == "raw"
     table = {"S": (2, 6, 8), "B": (2, 6, 8), "L": (2, 12, 16), "XL": (2, 14, 18)}  # blocks s of both stages, and k
     depth = config.model.sizes()["depth"]
     with torch.device("meta"):
-        student, teacher = (config.model.build((4, 32, 32), 1000) for _ in range(2))
+        student, teacher = (config.build_model((4, 32, 32), Conditions("labels", 1000)) for _ in range(2))
         guided = [*first.guide(student, None), *second.guide(student, Frozen(teacher, second.teacher.block(depth)))]
     assert (guided[0].taps[0], guided[1].taps[0], guided[1].teacher.block) == table[size]
 

@@ -15,6 +15,7 @@ from selftrans.sampling.folder import sample_to_folder
 from selftrans.sampling.images import Sampler, fill
 from selftrans.sampling.sample_file import read_png
 from selftrans.storage import sha256_file
+from selftrans.types import Conditions
 from tests.support import toy
 from tests.support.toy import quick  # noqa: F401 - a fixture
 
@@ -63,7 +64,7 @@ def test_batches_filled_for_compiling_give_no_extra_pictures(tmp_path, monkeypat
 def test_command_gives_the_images_of_the_library(tmp_path):
     options = ["--sampler=sde", "--guidance-scale=2", "--guidance-interval", "0.2", "0.9", "--seed=5", "--batch-size=4"]
     assert sample(toy.finished(), tmp_path, *options, steps=3) == 0
-    model = toy.toy().model.build((1, 8, 8), 10)
+    model = toy.toy().build_model((1, 8, 8), Conditions("labels", 10))
     model.load_state_dict(load_file(toy.checkpoint(toy.finished()) / "ema.safetensors"))
     config = SampleConfig(
         num=6, steps=3, sampler="sde", guidance_scale=2.0, guidance_interval=(0.2, 0.9), seed=5, batch_size=6

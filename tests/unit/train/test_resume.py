@@ -21,10 +21,11 @@ from selftrans.methods.objective import Objective
 from selftrans.storage import lock_file
 from selftrans.train import trainer
 from selftrans.train.ema import EMA
+from selftrans.train.interrupted import EXIT_RESUME
 from selftrans.train.log import JsonlLog
 from selftrans.train.preview import Preview
 from selftrans.train.run import train
-from selftrans.train.signals import EXIT_RESUME, Interrupted, StopSignal
+from selftrans.train.signals import Interrupted, StopSignal
 from tests.support import toy
 from tests.support.toy import quick  # noqa: F401 - a fixture
 
@@ -68,7 +69,7 @@ def test_stopped_at_every_step(tmp_path, monkeypatch, variant):
     config = toy.toy(VARIANTS[variant])
     train(config, whole := tmp_path / "whole", quiet=True)
     monkeypatch.setattr(StopSignal, "asked", lambda self, accelerator: True)
-    stops = config.stage1.steps - 1 + config.train.steps - 1  # the last step of a stage ends it anyway
+    stops = config.sections["stage1"].steps - 1 + config.train.steps - 1  # the last step of a stage ends it anyway
     assert visits(config, tmp_path / "run") == stops + 1
     toy.assert_same_run(tmp_path / "run", whole)
     reports = [json.loads((run / "run.json").read_text()) for run in (tmp_path / "run", whole)]
@@ -336,7 +337,7 @@ def test_other_data_are_refused(tmp_path):
     [
         ("config.json", "", "config.json cannot be used"),
         ("config.json", '{"version": 7}', "config.json cannot be used .*another version of selftrans"),
-        ("config.json", '{"version": 1}', "config.json cannot be used .*config.recipe is missing"),
+        ("config.json", '{"version": 2}', "config.json cannot be used .*config.recipe is missing"),
         ("data.json", "[]", "data.json cannot be used"),
         ("data.json", '{"shards": [{}]}', "data.json cannot be used"),
     ],

@@ -10,13 +10,12 @@ import math
 import statistics
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
-from selftrans.config import Log, Model, RunConfig, Train
+from selftrans.config import Log, RunConfig, Train, sections
 from selftrans.data.dataset import Dataset
 from selftrans.device import default_device
 from selftrans.experiments.bench.loading_sampling import loading, made_up, prepare_sampling, sampling
@@ -31,11 +30,13 @@ from selftrans.experiments.bench.rounds import (
     randomise,
 )
 from selftrans.experiments.bench.text_table import table
-from selftrans.methods import Stage, stages
-from selftrans.methods.objective import Frozen
-from selftrans.methods.self_transcendence import Stage2
+from selftrans.methods.guidance import Frozen
+from selftrans.methods.self_transcendence import SELF_TRANSCENDENCE, STRUCTURE, Stage2
+from selftrans.methods.spec import Stage
+from selftrans.methods.vanilla import VANILLA
+from selftrans.models.sit import SiTConfig
 from selftrans.storage import write_json
-from selftrans.train.flops import keep_memory
+from selftrans.train.processes import keep_memory
 
 CLASSES = 1000
 #: default number of images a step: SiT-S takes ten in the time that the others take six
@@ -55,7 +56,7 @@ NEEDS = {"plain_vanilla": "vanilla", "plain_stage2": "stage2"}
 
 
 def bench(
-    models: Mapping[str, Model],
+    models: Mapping[str, SiTConfig],
     out: Path,
     *,
     batch_size: int | None = None,
@@ -110,17 +111,18 @@ def bench(
     return report
 
 
-def published(names: Sequence[str] | None, device: str | None, *, quick: bool = False) -> dict[str, Model]:
+def published(names: Sequence[str] | None, device: str | None, *, quick: bool = False) -> dict[str, SiTConfig]:
     """Models by their published names; None: the default ones of the device."""
     gpu = torch.cuda.is_available() if device is None else device == "cuda"
     usual = ("SiT-S/2",) if quick else ("SiT-S/2", "SiT-B/2", "SiT-XL/2") if gpu else ("SiT-S/2", "SiT-B/2")
-    return {name: Model(name=name) for name in names or usual}
+    return {name: SiTConfig(name=name) for name in names or usual}
 
 
-def settings(model: Model, batch_size: int, precision: Literal["fp32", "bf16"]) -> RunConfig:
+def settings(model: SiTConfig, batch_size: int, precision: Literal["fp32", "bf16"]) -> RunConfig:
     """The published settings, with guidance that does not end."""
     train = Train(steps=10**9, batch_size=batch_size, precision=precision, preview_every=0)
-    return RunConfig("bench", model=model, stage2=Stage2(until_step=None), train=train, log=Log(tensorboard=False))
+    guided = sections(Stage2(until_step=None))
+    return RunConfig("bench", model=model, sections=guided, train=train, log=Log(tensorboard=False))
 
 
 def _model(
@@ -141,7 +143,7 @@ def _model(
     for name, row in shown.items():
         row |= {"peak_memory_gb": memory.gigabytes(name), "data_share": row["data_ms"] / row["ms"]}
         row |= {"utilisation": flops[NEEDS.get(name, name)] / (row["ms"] / 1e3) / peak}
-    model = config.model.build(shards.manifest.shape, CLASSES).to(accelerator.device)
+    model = config.build_model(shards.manifest.shape, shards.manifest.conditions).to(accelerator.device)
     randomise(model)
     images = (1 if quick else 2) if clock.device.type == "cpu" else 64
     prepare_sampling(model, clock.device, dtype)
@@ -162,12 +164,12 @@ def build(
     accelerator: TimedAccelerator, config: RunConfig, shards: Dataset, folder: Path, memory: Memory
 ) -> dict[str, Candidate]:
     """The candidates: three stages as the trainer runs them, and two plain ones. `memory` records what each holds."""
-    runs = {"vanilla": "vanilla", "stage1": "structure", "stage2": "self_transcendence"}
+    runs = {"vanilla": VANILLA, "stage1": STRUCTURE, "stage2": SELF_TRANSCENDENCE}
     candidates: dict[str, Candidate] = {}
     for name in (*runs, "plain_vanilla", "plain_stage2"):
         before = memory.allocated()
         if name in runs:
-            stage = stages(replace(config, method=runs[name]))[-1]
+            stage = runs[name].stages(config)[-1]
             given = teacher(stage, config, shards)
             candidates[name] = TrainerStep(accelerator, config, stage, folder / name, shards, given)
         else:
@@ -180,7 +182,7 @@ def teacher(stage: Stage, config: RunConfig, shards: Dataset) -> Frozen | None:
     """A model with random weights in place of a trained one, truncated and cast as in training."""
     if stage.teacher is None:
         return None
-    model = config.model.build(shards.manifest.shape, shards.manifest.num_classes)
+    model = config.build_model(shards.manifest.shape, shards.manifest.conditions)
     randomise(model)
     dtype = torch.bfloat16 if config.train.precision == "bf16" else None
     return Frozen(model, stage.teacher.block(model.depth), dtype=dtype)

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 
 from selftrans.config import RunConfig
 from selftrans.flow import LINEAR, draw
-from selftrans.methods.objective import projector
+from selftrans.methods.guidance import projector
 from selftrans.methods.self_transcendence import Stage2, default_teacher_block
-from selftrans.types import Batch, Draw
+from selftrans.types import Batch, Conditions, Draw
 
 
 def plain_losses(
@@ -59,14 +59,14 @@ class PlainStep:
     """A complete training step of that code, in three parts. With `guided`, stage 2 under a random teacher; else vanilla."""
 
     def __init__(
-        self, config: RunConfig, shape: tuple[int, ...], classes: int, device: torch.device, *, guided: bool
+        self, config: RunConfig, shape: tuple[int, ...], conditions: Conditions, device: torch.device, *, guided: bool
     ) -> None:
-        self.config, self.device = config, device
-        self.student = config.model.build(shape, classes)
+        self.config, self.stage2, self.device = config, config.section(Stage2), device
+        self.student = config.build_model(shape, conditions)
         width = self.student.width
-        self.head = projector(width, width, config.stage2.head_width) if guided else None
+        self.head = projector(width, width, self.stage2.head_width) if guided else None
         self.model = nn.ModuleList([self.student] if self.head is None else [self.student, self.head]).to(device)
-        self.teacher = config.model.build(shape, classes).to(device).requires_grad_(False).eval() if guided else None
+        self.teacher = config.build_model(shape, conditions).to(device).requires_grad_(False).eval() if guided else None
         self.ema = copy.deepcopy(self.model).requires_grad_(False)
         train = config.train
         self.optimizer = torch.optim.AdamW(
@@ -78,7 +78,7 @@ class PlainStep:
         amp = torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=reduced)
         d = draw(batch, self.student.null(batch.cond), path=LINEAR, times="uniform", drop=self.config.train.drop)
         with _tf32():
-            return plain_losses(self.student, self.head, self.teacher, d, self.config.stage2, amp)
+            return plain_losses(self.student, self.head, self.teacher, d, self.stage2, amp)
 
     def backward(self, loss: Tensor) -> None:
         with _tf32():

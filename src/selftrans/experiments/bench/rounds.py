@@ -17,8 +17,8 @@ from selftrans.config import RunConfig
 from selftrans.data.dataset import Dataset
 from selftrans.experiments.bench.machine import Clock, Peak
 from selftrans.experiments.bench.plain_step import PlainStep
-from selftrans.methods import Stage
-from selftrans.methods.objective import Frozen
+from selftrans.methods.guidance import Frozen
+from selftrans.methods.spec import Stage
 from selftrans.train.batches import Stream, to_batch
 from selftrans.train.trainer import Trainer
 
@@ -79,7 +79,7 @@ class FieldStep:
 
     def __init__(self, config: RunConfig, shards: Dataset, clock: Clock, *, guided: bool) -> None:
         self.clock, self.shards, manifest = clock, shards, shards.manifest
-        self.plain = PlainStep(config, manifest.shape, manifest.num_classes, clock.device, guided=guided)
+        self.plain = PlainStep(config, manifest.shape, manifest.conditions, clock.device, guided=guided)
         randomise(self.plain.model)
         if self.plain.teacher is not None:
             randomise(self.plain.teacher)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
-import functools
 import importlib
 import importlib.util
 import json
@@ -22,18 +21,21 @@ from torch import nn
 
 from selftrans import flow
 from selftrans.cli.main import main
-from selftrans.config import Model
+from selftrans.config import settings_of
 from selftrans.experiments.bench import bench, published, settings, table
 from selftrans.experiments.bench.loading_sampling import made_up, passes
 from selftrans.experiments.bench.machine import Clock, Peak, cpu_name
 from selftrans.experiments.bench.plain_step import PlainStep, plain_losses, update_ema
 from selftrans.experiments.bench.rounds import PARTS, Memory, interleaved, randomise
-from selftrans.methods.objective import Frozen, Objective
-from selftrans.methods.self_transcendence import SelfGuidance
+from selftrans.methods.guidance import Frozen
+from selftrans.methods.objective import Objective
+from selftrans.methods.self_transcendence import SelfGuidance, Stage2
+from selftrans.models.sit import SiTConfig, build
 from selftrans.recipes import recipe
-from selftrans.types import Batch
+from selftrans.types import Batch, Conditions
 
-SMALL = Model(width=32, depth=3, heads=2, patch=2)
+TEN = Conditions("labels", 10)
+SMALL = SiTConfig(width=32, depth=3, heads=2, patch=2)
 SHAPE = (4, 8, 8)
 CPU = torch.device("cpu")
 
@@ -53,15 +55,17 @@ def gradients(loss: torch.Tensor, *modules: nn.Module) -> list[torch.Tensor]:
 @pytest.mark.parametrize("n", [1, 7, 10])
 def test_plain_step_has_the_loss_and_gradients_of_the_package(times: str, n: int) -> None:
     config = settings(SMALL, n, "fp32")
-    student, teacher = (SMALL.build(SHAPE, 10) for _ in range(2))
+    student, teacher = (build(SMALL, SHAPE, TEN) for _ in range(2))
     randomise(student)
     randomise(teacher)
     whole = copy.deepcopy(teacher)
-    ours = SelfGuidance(student, Frozen(teacher, 2), config.stage2)
+    ours = SelfGuidance(student, Frozen(teacher, 2), config.sections["stage2"])
     batch = Batch(torch.randn(n, *SHAPE), torch.randint(10, (n,)))
     d = flow.draw(batch, student.null(batch.cond), times=times, drop=0.3)
     expected, report = Objective(student, [ours], times=times).losses(d, 0)
-    loss, matched, term = plain_losses(student, ours.head, whole, d, config.stage2, contextlib.nullcontext())
+    loss, matched, term = plain_losses(
+        student, ours.head, whole, d, config.sections["stage2"], contextlib.nullcontext()
+    )
     torch.testing.assert_close(loss, expected)
     torch.testing.assert_close((matched.detach(), term.detach()), (report["flow"], report["self"]))
     torch.testing.assert_close(
@@ -71,11 +75,11 @@ def test_plain_step_has_the_loss_and_gradients_of_the_package(times: str, n: int
 
 
 def test_plain_vanilla_loss_is_that_of_the_package() -> None:
-    student = SMALL.build(SHAPE, 10)
+    student = build(SMALL, SHAPE, TEN)
     randomise(student)
     batch = Batch(torch.randn(5, *SHAPE), torch.randint(10, (5,)))
     d = flow.draw(batch, student.null(batch.cond))
-    config = settings(SMALL, 5, "fp32").stage2
+    config = settings(SMALL, 5, "fp32").section(Stage2)
     loss, _, term = plain_losses(student, None, None, d, config, contextlib.nullcontext())
     expected, _ = Objective(student).losses(d, 0)
     torch.testing.assert_close(loss, expected)
@@ -84,7 +88,7 @@ def test_plain_vanilla_loss_is_that_of_the_package() -> None:
 
 
 def test_a_plain_step_trains_and_averages() -> None:
-    step = PlainStep(settings(SMALL, 4, "fp32"), SHAPE, 10, CPU, guided=True)
+    step = PlainStep(settings(SMALL, 4, "fp32"), SHAPE, TEN, CPU, guided=True)
     before = copy.deepcopy(step.model)
     assert step.teacher is not None and not any(p.requires_grad for p in step.teacher.parameters())
     losses = step.forward(Batch(torch.randn(4, *SHAPE), torch.randint(10, (4,))))
@@ -247,7 +251,7 @@ def test_default_models_of_each_device() -> None:
     assert list(published(None, "cpu", quick=True)) == ["SiT-S/2"]
     assert list(published(None, "cpu")) == ["SiT-S/2", "SiT-B/2"]
     assert list(published(None, "cuda")) == ["SiT-S/2", "SiT-B/2", "SiT-XL/2"]
-    assert published(["SiT-L/4"], "cpu") == {"SiT-L/4": Model(name="SiT-L/4")}
+    assert published(["SiT-L/4"], "cpu") == {"SiT-L/4": SiTConfig(name="SiT-L/4")}
 
 
 # ---- the scripts in benchmarks/
@@ -266,9 +270,8 @@ def test_every_ablation_changes_the_recipe_as_it_says() -> None:
     ablations = script("ablations")
     for name, dotted in ablations.VARIANTS.items():
         config = ablations.overridden(recipe("digits"), dotted)
-        for path, value in dotted.items():
-            found = functools.reduce(getattr, path.split("."), config)
-            assert found == value, name
+        found = {path: value for path, value, _ in settings_of(config)}
+        assert {path: found[path] for path in dotted} == dotted, name
 
 
 @pytest.mark.slow

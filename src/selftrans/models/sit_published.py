@@ -1,4 +1,4 @@
-"""Published state dicts: what their names and shapes say, and the same weights under our names and in our time.
+"""Published checkpoints of SiT: what their names and shapes say, and the same weights under our names and in our time.
 
     SiT (github.com/willisma/SiT)     a plain state dict (also under state_dict), or {model, ema, opt, args}
     REPA (github.com/sihyun-yu/REPA)  {model, ema, opt, args, steps}; heads `projectors.i.j` inside the model
@@ -15,16 +15,15 @@ Shape legend: T tokens, D width, (C, H, W) latent.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from selftrans.interop.published_file import Found, Named
 from selftrans.models.layers import sincos_positions, time_rates
-from selftrans.models.sit import SIZES, SiT
-from selftrans.storage import first_line, printable
+from selftrans.models.sit import SIT_SIZES, SIZES, SiT, SiTConfig
+from selftrans.models.spec import Layout, Named, Published, PublishedFile, check_shapes, few
+from selftrans.types import Conditions
 
 Convention = Literal["sit", "repa"]
 
@@ -32,12 +31,8 @@ Convention = Literal["sit", "repa"]
 POSITIONS = 2e-3
 #: why a file whose last layer has the unused half of learn_sigma is taken for one of SiT
 LIKE_DIT = "a guess: its last layer has the unused half of learn_sigma, as DiT's has too; --convention decides"
-#: Self-Transcendence's head of stage 1 -> ours
-STAGE1_HEAD = {
-    f"{theirs}.{part}": f"guidances.0.head.{ours}.{part}"
-    for theirs, ours in {"projectors.0": "0.0", "projectors.2": "0.2", "projectors.4": "0.4"}.items()
-    for part in ("weight", "bias")
-} | {f"projectors_final.linear.{part}": f"guidances.0.head.2.{part}" for part in ("weight", "bias")}
+#: paths by their names in SiT's and REPA's options; GVP is the cosine path
+PATH_NAMES = {"linear": "linear", "cosine": "cosine", "Linear": "linear", "GVP": "cosine"}
 
 
 class Sizes(NamedTuple):
@@ -74,7 +69,7 @@ def sizes(where: str, named: Named, heads: int | None = None) -> Sizes:
             what = (
                 f"{name} is missing" if name not in named else f"{name} has {named[name].dim()} dimensions, not {dims}"
             )
-            raise ValueError(f"{where} is no SiT: {what}; it holds {_few(named)}")
+            raise ValueError(f"{where} is no SiT: {what}; it holds {few(named)}")
     width, channels, patch, _ = named["x_embedder.proj.weight"].shape
     tokens, rows = named["pos_embed"].shape[1], named["y_embedder.embedding_table.weight"].shape[0]
     grid = int(tokens**0.5)
@@ -109,37 +104,14 @@ def check(where: str, named: Named, found: Sizes) -> None:
         )
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     expected["pos_embed"] = (1, (found.shape[1] // found.patch) ** 2, found.width)
-    compare(where, {name: tensor for name, tensor in named.items() if not is_head(name)}, expected)
+    check_shapes(where, {name: tensor for name, tensor in named.items() if not is_head(name)}, expected)
     true = sincos_positions(found.width, found.shape[1] // found.patch)
     off = (named["pos_embed"][0].float() - true).abs().max().item()
     if not off <= POSITIONS:
         raise ValueError(f"{where}: pos_embed is not the fixed table of sines and cosines (off by {off:.2g})")
 
 
-def compare(where: str, named: Named, expected: Mapping[str, tuple[int, ...]]) -> None:
-    """ValueError unless these tensors, with these shapes, are exactly what is there."""
-    known = [name for name in named if name in expected]
-    shapes = [
-        f"{n} {tuple(named[n].shape)} instead of {expected[n]}" for n in known if tuple(named[n].shape) != expected[n]
-    ]
-    wrong = {
-        "unknown": [name for name in named if name not in expected],
-        "missing": [name for name in expected if name not in named],
-        "misshapen": shapes,
-    }
-    if any(wrong.values()):
-        raise ValueError(
-            f"{where} is not as expected: " + "; ".join(f"{what}: {_few(n)}" for what, n in wrong.items() if n)
-        )
-
-
-def _few(names: Iterable[str]) -> str:
-    """`4 tensors (a, b, c, ...)`."""
-    every = list(names)
-    return f"{len(every)} ({', '.join(printable(name, 80) for name in every[:3])}{', ...' if len(every) > 3 else ''})"
-
-
-def convention(found: Found, named: Named, learn_sigma: bool) -> tuple[Convention, str]:
+def convention(found: PublishedFile, named: Named, learn_sigma: bool) -> tuple[Convention, str]:
     """Whose time and sign the weights have, and what tells: a header, the options kept, the heads, or, at last, a guess.
 
     Warns where the file may as well be one of DiT, which has SiT's names and shapes but predicts noise.
@@ -201,41 +173,59 @@ def translate(named: Named, found: Sizes, *, flip: bool, squares: bool = False) 
     return out
 
 
-def stage1_head(named: Named, found: Sizes) -> Named:
-    """Self-Transcendence's head of stage 1 under our names; its last layer counts channels before pixels, as ours does."""
-    out = {}
-    for name, tensor in named.items():
-        x = tensor.float()
-        if name.startswith("projectors_final.linear.") and x.dim() and len(x) == found.patch**2 * found.shape[0]:
-            x = x.reshape(found.patch**2, found.shape[0], *x.shape[1:]).transpose(0, 1).flatten(end_dim=1)
-        if is_head(name):
-            out[STAGE1_HEAD.get(name, name)] = x
-    return out
+def cells(layer: Tensor, patch: int, channels: int) -> Tensor:
+    """Rows of a layer that predicts a token's cells pixel by pixel (row, column, channel), in `SiT.patchify`'s order."""
+    if not layer.dim() or len(layer) != patch**2 * channels:
+        return layer
+    return layer.reshape(patch**2, channels, *layer.shape[1:]).transpose(0, 1).flatten(end_dim=1)
 
 
-def moments(optimizer: Any, named: Named) -> tuple[dict[str, Named], str]:
-    """AdamW's `step`, `exp_avg`, `exp_avg_sq` -> parameter -> tensor, or {} and the reason.
+def read(file: PublishedFile, heads: int | None, chosen: str | None) -> Published:
+    """A published file as a SiT. ValueError where it is none, or one that cannot be used."""
+    named = file.weights.get("raw") or file.weights["ema"]
+    found = sizes(str(file.path), named, heads)
+    for kind, tensors in file.weights.items():
+        check(f"{file.path} ({kind} weights)" if len(file.weights) > 1 else str(file.path), tensors, found)
+    theirs, why = (chosen, "as given by --convention") if chosen else convention(file, named, found.learn_sigma)
+    _check_arguments(file, found)
+    own = {key: getattr(found, key) for key in ("width", "depth", "heads", "patch")}
+    known = next((name for name, made in SIT_SIZES.items() if made == own), None)
+    config = SiTConfig(name=known, qk_norm=found.qk_norm) if known else SiTConfig(**own, qk_norm=found.qk_norm)
+    imagenet = known and known.endswith("/2") and found.shape == (4, 32, 32) and found.classes == 1000
+    flip = theirs == "sit"
+    return Published(
+        name=known or f"SiT of width {found.width}",
+        sizes=", ".join(f"{key} {value}" for key, value in own.items()),
+        config=config,
+        shape=found.shape,
+        conditions=Conditions("labels" if found.classes else "none", found.classes),
+        convention=theirs,
+        reason=why,
+        path=PATH_NAMES[str(file.args.get("path_type", "linear"))],
+        recipe=f"sit_imagenet_{known[4:-2].lower()}2" if known and imagenet else None,
+        source={"heads": found.heads},
+        is_head=is_head,
+        is_fixed=lambda name: name == "pos_embed",
+        translate=lambda tensors, squares: translate(tensors, found, flip=flip, squares=squares),
+        cells=lambda layer: cells(layer, found.patch, found.shape[0]),
+    )
 
-    A state_dict() of an optimiser has no names: parameters are counted, in the order in which the model registered
-    them, which is the order of its own state dict. That order is believed only where every shape agrees.
-    """
-    out: dict[str, Named] = {"step": {}, "exp_avg": {}, "exp_avg_sq": {}}
-    try:
-        ids = [i for group in optimizer["param_groups"] for i in group["params"]]
-        for name, i in zip(named, ids, strict=True):
-            state = optimizer["state"].get(i)
-            if state is None and (name == "pos_embed" or is_head(name)):  # fixed, or not in use
-                continue
-            for moment in ("exp_avg", "exp_avg_sq"):
-                if state[moment].shape != named[name].shape or not bool(torch.isfinite(state[moment]).all()):
-                    raise ValueError(f"{moment} of {name}")
-                out[moment][name] = state[moment].detach()
-            out["step"][name] = torch.tensor(float(state["step"]))
-            if not 0 <= float(state["step"]) < 1 << 24:  # float32 counts no further
-                raise ValueError(f"step of {name}")
-    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
-        return {}, f"its optimiser's state does not fit its parameters ({first_line(error, 80)})"
-    return out, ""
+
+def _check_arguments(file: PublishedFile, found: Sizes) -> None:
+    """ValueError where the options that trained a file make it unusable."""
+    args = file.args
+    if args.get("prediction", "v") not in ("v", "velocity"):
+        raise ValueError(f"{file.path} predicts {args['prediction']}; only models of the velocity can be used")
+    if str(args.get("path_type", "linear")) not in PATH_NAMES:
+        raise ValueError(f"{file.path} was trained on the path {args['path_type']}, which selftrans does not have")
+    if args.get("num_classes", found.classes) != found.classes:
+        raise ValueError(
+            f"{file.path} has {found.classes + 1} label vectors for {args['num_classes']} classes; expected one more than "
+            "classes, for the null label"
+        )
+
+
+# ---- our weights in their layouts
 
 
 def give_back(model: SiT, *, flip: bool) -> Named:
@@ -244,3 +234,33 @@ def give_back(model: SiT, *, flip: bool) -> Named:
     channels, side, _ = model.shape
     found = Sizes(model.width, model.depth, 0, model.patch, (channels, side, side), model.num_classes, False, False)
     return {"pos_embed": model.pos_embed.detach().clone(), **translate(named, found, flip=flip)}  # type: ignore[operator]
+
+
+def _arguments(model: SiT, config: SiTConfig) -> dict[str, Any]:
+    """Arguments of the published `SiT` class that both repositories share."""
+    return {
+        "input_size": model.shape[1],
+        "patch_size": model.patch,
+        "in_channels": model.shape[0],
+        "hidden_size": model.width,
+        "depth": model.depth,
+        "num_heads": config.sizes()["heads"],
+        "num_classes": model.num_classes,
+    }
+
+
+def _sit_arguments(model: SiT, config: SiTConfig) -> dict[str, Any]:
+    if config.qk_norm:
+        raise ValueError("the original SiT has no QK-norm, and this model has; use --layout repa")
+    return _arguments(model, config) | {"learn_sigma": False}
+
+
+def _repa_arguments(model: SiT, config: SiTConfig) -> dict[str, Any]:
+    own = {"decoder_hidden_size": model.width, "z_dims": [], "encoder_depth": 1, "qk_norm": config.qk_norm}
+    return _arguments(model, config) | own
+
+
+LAYOUTS = {
+    "sit": Layout("t = 0 is noise, v = data - noise", lambda model: give_back(model, flip=True), _sit_arguments),
+    "repa": Layout("t = 0 is data, v = noise - data", lambda model: give_back(model, flip=False), _repa_arguments),
+}

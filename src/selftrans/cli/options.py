@@ -1,0 +1,79 @@
+"""Options that several commands share, and what every command can do with its own."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, Generic, Literal, TypeVar
+
+import tyro
+
+Config = TypeVar("Config")  #: the dataclass of a run's settings, which depends on the recipe and its method
+
+#: a nested dataclass whose fields are options of the command itself, without a prefix
+Inline = tyro.conf.arg(name="")
+#: overrides are all written `--a.b VALUE`, `True` and `False` included
+Overrides = (Inline, tyro.conf.FlagConversionOff)
+
+RunOrFile = Annotated[
+    str,
+    tyro.conf.Positional,
+    tyro.conf.arg(metavar="RUN_OR_FILE", help="run directory, checkpoint or weights file"),
+]
+Weights = Annotated[
+    Literal["ema", "raw"], tyro.conf.arg(help="ema: the moving average of the weights; raw: the weights themselves")
+]
+Stage = Annotated[str | None, tyro.conf.arg(metavar="NAME", help="stage of the run; None: its last")]
+Trust = Annotated[
+    tuple[str, ...],
+    tyro.conf.UseAppendAction,
+    tyro.conf.arg(
+        metavar="MODULE:FUNCTION",
+        help="import this code outside selftrans: a method or model that the run names; it runs with your permissions",
+    ),
+]
+
+
+@dataclass
+class Command:
+    """A command: its fields are its arguments, its docstring opens its help page, `run()` executes it."""
+
+    def options(self, *but: str) -> dict[str, Any]:
+        """The arguments by name, except `but` and `trust`, which is dealt with before `run`."""
+        names = [field.name for field in dataclasses.fields(self) if field.name not in (*but, "trust")]
+        return {name: getattr(self, name) for name in names}
+
+
+@dataclass
+class RecipeCommand(Command, Generic[Config]):
+    """A command on a recipe. Has the fields `recipe`, `out`, `trust` and `config`: the recipe with its overrides."""
+
+    NO_OVERRIDES: ClassVar[tuple[str, ...]] = ("recipe",)  #: fields of the configuration that are no options here
+
+
+@dataclass
+class SamplingOptions:
+    """How images are sampled: each a field of SampleConfig. What is None stays as the run's configuration says."""
+
+    num: int | None = None
+    """number of images; None, here and below: as in the run's configuration (--sample.num and so on at training)"""
+    steps: int | None = None
+    """time steps of the sampler"""
+    sampler: Literal["ode", "sde", "euler", "heun"] | None = None
+    """ode is Heun's method, sde is Euler-Maruyama"""
+    guidance_scale: float | None = None
+    """strength of classifier-free guidance; 1: none"""
+    guidance_interval: tuple[float, float] | None = None
+    """t within which guidance acts; 0 is data, 1 is noise"""
+    seed: int | None = None
+    """image k depends on the seed and k alone"""
+    batch_size: int | None = None
+    """images at a time; changes speed and memory only"""
+    labels: Literal["balanced", "random"] | None = None
+    """classes of the images; balanced: each equally often; random: drawn at random"""
+    precision: Literal["fp32", "bf16", "fp16"] | None = None
+    """of the model; the sampler itself computes in fp32"""
+
+    def given(self) -> dict[str, Any]:
+        """Those that were set, by name."""
+        return {name: value for name, value in vars(self).items() if value is not None}

@@ -1,0 +1,155 @@
+"""Commands on a recipe (train, compare): their own options, and `--a.b VALUE` for every setting of the recipe."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import tyro
+
+from selftrans.cli.options import RecipeCommand
+from selftrans.cli.parse import HELP, UsageError, blank, option_names, parse
+from selftrans.plugins import trust
+from selftrans.suggest import closest, did_you_mean
+
+if TYPE_CHECKING:
+    from selftrans.config import RunConfig
+
+
+@dataclass(frozen=True)
+class _NoOverrides:
+    """In place of a recipe's settings while the recipe is not known."""
+
+
+def override_type(config: RunConfig, words: Sequence[str]) -> tuple[Any, Any]:
+    """(the dataclass whose fields are the overrides, an instance with their defaults) for a recipe's `config`.
+
+    The overrides are the settings of the run, of its model, and of every method that is known. `words` are the arguments of
+    the command: a method or model that they name as module:function is imported, and so known. ValueError for unknown names.
+    """
+    from selftrans.config import Data, Log, SampleConfig, Train
+    from selftrans.methods import registry as methods
+    from selftrans.models import registry as models
+
+    method = (_values(words, "method") or [config.method])[-1]
+    for name in (method, *_values(words, "methods")):
+        if ":" in name:
+            trust(name)
+            methods.find(name)
+    methods.find(method)
+    model = config.model
+    for name in _values(words, "model.name")[-1:]:
+        if ":" in name:
+            trust(name)
+        if not isinstance(model, models.find(name).Config):
+            model = models.find(name).Config(name=name)
+    kinds = methods.sections_of(methods.REGISTRY.every())
+    types = {"data": Data, "model": type(model), "train": Train, **kinds, "sample": SampleConfig, "log": Log}
+    values = {"data": config.data, "model": model, "train": config.train, "sample": config.sample, "log": config.log}
+    values |= {key: config.section(kind) for key, kind in kinds.items()}
+    fields: list[Any] = [("method", _method_type(methods.REGISTRY.known()), dataclasses.field(default=method))]
+    fields += [(key, kind, dataclasses.field(default=values[key])) for key, kind in types.items()]
+    overrides = dataclasses.make_dataclass("Overrides", fields, frozen=True)
+    return overrides, overrides()
+
+
+def overridden(config: RunConfig, parsed: Any) -> RunConfig:
+    """The recipe's configuration with parsed overrides; it still holds the sections of every method."""
+    values = {field.name: getattr(parsed, field.name) for field in dataclasses.fields(parsed)}
+    own = {name: values.pop(name) for name in ("method", "data", "model", "train", "sample", "log")}
+    return dataclasses.replace(config, **own, sections=values)
+
+
+def _method_type(known: Sequence[str]) -> Any:
+    return Annotated[str, tyro.conf.arg(help=f"one of {', '.join(known)}, or module:function")]
+
+
+def _values(words: Sequence[str], name: str) -> list[str]:
+    """Every value of `--name a b` and `--name=a`, in their order."""
+    found, taking = [], False
+    for word in words:
+        if word.startswith("--"):
+            flag, equals, value = word.partition("=")
+            taking = flag.replace("_", "-") == f"--{name}" and not equals
+            found += [value] if equals and flag.replace("_", "-") == f"--{name}" else []
+        elif taking:
+            found.append(word)
+    return found
+
+
+def parse_on_recipe(kind: type[RecipeCommand[Any]], words: Sequence[str], prog: str) -> Any:
+    """The command that `words` describe, its `config` complete. Raises as `parse` does.
+
+    The words are read twice: for the recipe and for the code to import, on which the overrides depend, and then in full.
+    """
+    from selftrans.recipes import RECIPES
+
+    first = _own_options(kind, words, prog)
+    if not first.recipe:
+        _without_recipe(kind, words, prog, RECIPES)
+    if first.recipe not in RECIPES:
+        hint = did_you_mean(closest(first.recipe, RECIPES))
+        raise UsageError(f"recipe '{first.recipe}' is unknown{hint}", prog)
+    for name in first.trust:
+        trust(name)
+    recipe = RECIPES[first.recipe]
+    shown, config = override_type(recipe(), words)
+    shown = _without(shown, kind.NO_OVERRIDES)
+    command = parse(
+        blank(kind, config=_as(shown, config)),
+        words,
+        prog,
+        kind=kind[shown],  # type: ignore[index]
+        see=f"{prog} {first.recipe}",
+        description=f"{_first_line(kind)}\n\nRecipe {first.recipe}: {inspect.getdoc(recipe)}",
+    )
+    command.config = overridden(recipe(), _as(type(config), command.config))
+    return command
+
+
+def _own_options(kind: type[RecipeCommand[Any]], words: Sequence[str], prog: str) -> Any:
+    """The command without overrides; `recipe` is empty where none is named, and `out` need not be given."""
+    command = blank(kind, recipe="", out=Path(), config=_NoOverrides())
+    names, own, mine = option_names(command), [], True
+    for word in words:
+        if word.startswith("--") and word not in HELP:
+            mine = word[2:].partition("=")[0].replace("_", "-") in names
+        if mine and word not in HELP:
+            own.append(word)
+    return parse(command, own, prog, kind=kind[_NoOverrides], see=prog)  # type: ignore[index]
+
+
+def _without_recipe(kind: type[RecipeCommand[Any]], words: Sequence[str], prog: str, recipes: Any) -> None:
+    """Print the page that lists the recipes, or raise UsageError where options were given without one."""
+    if not HELP & set(words):
+        raise UsageError(f"RECIPE is missing; it comes first: {prog} RECIPE ...", prog)
+    listed = "\n".join(f"  {name:<17} {_first_line(function)}" for name, function in recipes.items())
+    about = f"{inspect.getdoc(kind)}\n\nRecipes, each with its own page ({prog} RECIPE --help):\n{listed}"
+    command = blank(kind, config=_NoOverrides())
+    parse(command, ["--help"], prog, kind=kind[_NoOverrides], see=prog, description=about)  # type: ignore[index]
+
+
+def _without(kind: Any, names: Sequence[str]) -> Any:
+    """A subclass of a dataclass, in which these fields are neither options nor on the help page."""
+    fixed = Annotated[Any, tyro.conf.Fixed, tyro.conf.SuppressFixed]
+    there = {field.name for field in dataclasses.fields(kind)}
+    hidden: list[Any] = [(name, fixed, field) for name in names if name in there for field in [_default(kind, name)]]
+    return dataclasses.make_dataclass(kind.__name__, hidden, bases=(kind,), frozen=kind.__dataclass_params__.frozen)
+
+
+def _default(kind: Any, name: str) -> Any:
+    default = next(field.default for field in dataclasses.fields(kind) if field.name == name)
+    return dataclasses.field() if default is dataclasses.MISSING else dataclasses.field(default=default)
+
+
+def _as(kind: Any, instance: Any) -> Any:
+    """The fields of a dataclass instance in another dataclass that has the same."""
+    return kind(**{field.name: getattr(instance, field.name) for field in dataclasses.fields(instance)})
+
+
+def _first_line(documented: Any) -> str:
+    return (inspect.getdoc(documented) or "").splitlines()[0]

@@ -1,0 +1,163 @@
+"""Words ⇒ a command, by tyro; what is wrong with them becomes one line, a `UsageError`.
+
+tyro reports a parse error as an event to a hook (`tyro._errors.on_parse_error`), whose API it does not promise to keep.
+Where a release of tyro differs, its own text is shown instead; the exit status is 2 in both cases.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import inspect
+import itertools
+import shutil
+import textwrap
+import typing
+from collections.abc import Sequence
+from typing import Any
+
+import tyro
+
+from selftrans.cli.options import Inline
+from selftrans.suggest import closest, did_you_mean
+
+HELP = {"-h", "--help"}
+#: options of other programs that have no counterpart here, and what takes their place
+AUTOMATIC = "the device is found automatically, a GPU if there is one; for several: accelerate launch -m selftrans ..."
+REPLACED = dict.fromkeys(("device", "cuda", "cpu", "gpu", "gpus", "num-gpus", "ngpus"), AUTOMATIC) | {
+    "resume": "the same command again continues what was interrupted",
+}
+
+
+class UsageError(Exception):
+    """Wrong arguments: what is wrong, and the command whose help page lists the right ones."""
+
+    def __init__(self, message: str, see: str) -> None:
+        super().__init__(f"{message} (see {see} --help)")
+
+
+def parse(command: Any, words: Sequence[str], prog: str, *, kind: Any, see: str, description: str | None = None) -> Any:
+    """The command that `words` describe.
+
+    Args:
+        command: an instance with the defaults; required arguments are `tyro.MISSING` (see `blank`).
+        prog: `selftrans NAME`, as the help page prints it. see: the command whose help page errors refer to.
+        kind: the type of `command`, with its type parameters.
+        description: opens the help page; None: the docstring of `command`.
+    Raises UsageError for wrong words, and SystemExit(0) after printing a help page.
+    """
+    if HELP & set(words):
+        words = ["--help"]  # after other words, tyro would leave those out of the page
+    known = option_names(command)
+    _check_for_empty_values(words, see)
+
+    def report(event: Any) -> None:
+        with contextlib.suppress(AttributeError):  # another release of tyro: let it print its own text
+            message = _describe(event, known)
+            if message:
+                raise UsageError(message, see)
+
+    hook = getattr(getattr(tyro, "_errors", None), "on_parse_error", None)
+    with hook(report) if hook else contextlib.nullcontext():
+        return tyro.cli(
+            kind,
+            args=words,
+            prog=prog,
+            default=command,
+            description=wrapped(description or inspect.getdoc(type(command)) or ""),
+            config=(tyro.conf.PositionalMetavarFromFieldName,),
+        )
+
+
+def blank(kind: Any, **given: Any) -> Any:
+    """A command of this class with its defaults, except what is `given`; required arguments are `tyro.MISSING`."""
+    missing = dataclasses.MISSING
+    required = [f.name for f in dataclasses.fields(kind) if f.default is missing and f.default_factory is missing]
+    return kind(**dict.fromkeys(required, tyro.MISSING) | given)
+
+
+def option_names(section: Any, prefix: str = "") -> list[str]:
+    """Every option of a command, or of a section of a run's settings: without the leading `--`, with dashes and dots."""
+    hints = typing.get_type_hints(type(section), include_extras=True)
+    names: list[str] = []
+    for field in dataclasses.fields(section):
+        value, marks = getattr(section, field.name), getattr(hints[field.name], "__metadata__", ())
+        name = f"{prefix}{field.name.replace('_', '-')}"
+        if dataclasses.is_dataclass(value):
+            names += option_names(value, prefix if Inline in marks else f"{name}.")
+        elif not any(mark in (tyro.conf.Positional, tyro.conf.Fixed) for mark in marks):
+            names.append(name)
+    return names
+
+
+def wrapped(text: str) -> str:
+    """Paragraphs wrapped to the terminal; lines that are indented (lists, tables) stay as they are."""
+    width = max(40, min(shutil.get_terminal_size().columns, 120))
+    paragraphs = []
+    for paragraph in text.split("\n\n"):
+        lines = paragraph.splitlines()
+        prose = list(itertools.takewhile(lambda line: not line.startswith(" "), lines))
+        filled = textwrap.wrap(" ".join(prose), width, subsequent_indent="  ")  # tyro joins lines that are not indented
+        paragraphs.append("\n".join(filled + lines[len(prose) :]))
+    return "\n\n".join(paragraphs)
+
+
+def _check_for_empty_values(words: Sequence[str], see: str) -> None:
+    """An empty value is an unset variable of a shell script: `--out "$RUN"` would write to the current directory."""
+    for at, word in enumerate(words):
+        if word.startswith("--") and (word.endswith("=") or ("=" not in word and list(words[at + 1 : at + 2]) == [""])):
+            raise UsageError(f"{word.removesuffix('=')} needs a value", see)
+
+
+def _describe(event: Any, known: Sequence[str]) -> str | None:
+    """One line about a parse error of tyro; None for an event that is unknown."""
+    match type(event).__name__:
+        case "UnrecognizedArgs":
+            return unrecognised(event.tokens, known)
+        case "MissingArgs":
+            if any(word.startswith("-") for word in event.unrecognized_tokens):  # a misspelt --out: name that
+                return unrecognised(event.unrecognized_tokens, known)
+            missing = [_invocation(each.arg) for each in event.missing_arguments]
+            return f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing"
+        case "BadValue" if event.reason == "too_few_values":
+            count, shape = event.argument.lowered.nargs, event.argument.lowered.metavar
+            return f"{_flag(event.argument)} needs {'a value' if count in (None, 1) else f'{count} values'}: {shape}"
+        case "InvalidChoice":
+            return f"{_flag(event.argument)} '{event.value}' is not one of {', '.join(sorted(event.choices))}"
+        case "InstantiationFailure" if event.argument is not None:
+            return f"{_flag(event.argument)}: {event.message.splitlines()[0].rstrip('.')}"
+    return None
+
+
+def unrecognised(tokens: Sequence[str], known: Sequence[str]) -> str:
+    """One line about the first word that is no option, with those that may be meant."""
+    flag = next((token.partition("=")[0] for token in tokens if token.startswith("-")), None)
+    if flag is None:
+        return f"'{tokens[0]}' is one argument too many"
+    name = flag.lstrip("-").replace("_", "-")
+    if name in REPLACED:
+        return f"option {flag} is unknown: {REPLACED[name]}"
+    return f"option {flag} is unknown{did_you_mean([f'--{option}' for option in _likely(name, known)])}"
+
+
+def _likely(name: str, known: Sequence[str]) -> list[str]:
+    """Options that a misspelt one may mean: of its section if it names one; a bare `lr` may be that of a section."""
+    section = name[: name.rfind(".") + 1]  # "train."
+    lasts = [option.removeprefix(section) for option in known if section and option.startswith(section)]
+    if lasts:
+        return [section + last for last in closest(name.removeprefix(section), lasts, most=1)]
+    same = [option for option in known if option.rpartition(".")[2] == name]
+    return same[:3] or closest(name, known, most=1)
+
+
+def _flag(argument: Any) -> str:
+    """`--out`, or the name of a positional argument."""
+    flags = argument.lowered.name_or_flags
+    return str(
+        argument.lowered.metavar if argument.is_positional() else flags[-1] if flags else argument.field.extern_name
+    )
+
+
+def _invocation(argument: Any) -> str:
+    """`--out PATH`, or the name of a positional argument."""
+    return _flag(argument) if argument.is_positional() else f"{_flag(argument)} {argument.lowered.metavar}"

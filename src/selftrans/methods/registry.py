@@ -1,0 +1,49 @@
+"""The training methods by name: those listed here, entry points of installed packages, and `module:function` by consent."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from selftrans.methods.dispersive import DISPERSIVE
+from selftrans.methods.layersync import LAYERSYNC
+from selftrans.methods.repa import REPA
+from selftrans.methods.self_transcendence import SELF_TRANSCENDENCE, STRUCTURE
+from selftrans.methods.spec import MethodSpec, Stage
+from selftrans.methods.sra import SRA_METHOD
+from selftrans.methods.vanilla import VANILLA
+from selftrans.plugins import Registry
+from selftrans.sections import Section
+
+if TYPE_CHECKING:
+    from selftrans.config import RunConfig
+
+#: the built-in methods, in the order in which tables show them
+METHODS: dict[str, MethodSpec] = {
+    spec.name: spec for spec in (VANILLA, STRUCTURE, SELF_TRANSCENDENCE, REPA, SRA_METHOD, LAYERSYNC, DISPERSIVE)
+}
+DEFAULT, BASELINE = SELF_TRANSCENDENCE.name, VANILLA.name
+#: the methods of this process; `selftrans.methods` is the group of entry points that other packages join by
+REGISTRY: Registry[MethodSpec] = Registry("method", METHODS, MethodSpec, "selftrans.methods")
+
+
+def find(name: str) -> MethodSpec:
+    """The method of this name. ValueError suggests the nearest, or says how code outside the package is allowed."""
+    return REGISTRY.find(name)
+
+
+def stages(config: RunConfig) -> list[Stage]:
+    """The stages of a run with this configuration, in order."""
+    return list(find(config.method).stages(config))
+
+
+def sections_of(methods: Iterable[MethodSpec]) -> dict[str, type[Section]]:
+    """key -> section of all these methods. ValueError where two different sections have one key."""
+    found: dict[str, type[Section]] = {}
+    for spec in methods:
+        for section in spec.sections:
+            if found.setdefault(section.key, section) is not section:
+                raise ValueError(
+                    f"method {spec.name} has a section '{section.key}', which is another method's; rename it"
+                )
+    return found

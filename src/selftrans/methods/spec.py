@@ -1,0 +1,94 @@
+"""What a training method is: a record of its settings and of its stages, in order.
+
+Nothing outside this package names a method, one of its sections or one of its stages.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+from torch import Tensor
+
+from selftrans.methods.guidance import Guidance
+from selftrans.sections import Section
+from selftrans.types import Backbone, Conditions
+
+if TYPE_CHECKING:
+    from selftrans.config import RunConfig
+
+
+@dataclass(frozen=True)
+class TeacherSpec:
+    """The frozen model that teaches a stage: an earlier stage of the run, or a run or file given in its place."""
+
+    stage: str  #: name of the stage that trains it, in this run or in the one given
+    block: Callable[[int], int]  #: its last block that is used (1-based), from its depth
+    weights: Literal["raw", "ema"]
+    given: str | None = None  #: a run, checkpoint or weights file; the stages before this one are then not run
+    option: str = ""  #: dotted setting that holds `given`; `--teacher` sets it
+
+
+@dataclass(frozen=True)
+class EncoderSpec:
+    """The external encoder of a stage: a vision model (hub id or folder), or None for features stored with the data."""
+
+    name: str | None
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One training run inside a method: a new student, some steps, some guidance."""
+
+    name: str  #: folder in the run directory; also what the screen calls it
+    steps: int
+    guide: Callable[[Backbone, Any], Sequence[Guidance]]  #: from the student, and the teacher or encoder below
+    sections: tuple[type[Section], ...] = ()  #: settings that its steps depend on
+    teacher: TeacherSpec | None = None
+    encoder: EncoderSpec | None = None
+    stream: int = 0  #: stages with another stream start from other weights and draw other noise under the same seed
+
+
+def single_stage(
+    section: type[Section], guidance: Callable[[Backbone, RunConfig], Guidance]
+) -> Callable[[RunConfig], list[Stage]]:
+    """The stages of a method with one stage, named as its section, and one guidance that needs no teacher or encoder."""
+
+    def stages(config: RunConfig) -> list[Stage]:
+        guide = lambda student, _: [guidance(student, config)]  # noqa: E731
+        return [Stage(section.key, config.train.steps, guide, (section,))]
+
+    return stages
+
+
+class PublishedHeads(NamedTuple):
+    """Heads found in a published checkpoint that belong to a method's stage."""
+
+    sections: tuple[Section, ...]  #: the settings that they were trained with
+    names: Mapping[str, str]  #: their names -> ours, as in `Objective.state_dict`
+    predicts_cells: (
+        str  #: prefix of the layer that predicts a token's cells, which their code may count in another order
+    )
+
+
+def _unchanged(config: RunConfig, conditions: Conditions, before: RunConfig | None) -> RunConfig:
+    return config
+
+
+def _no_heads(named: Mapping[str, Tensor], arguments: Mapping[str, Any], config: RunConfig) -> PublishedHeads | None:
+    return None
+
+
+@dataclass(frozen=True)
+class MethodSpec:
+    """A training method. Built-in ones are listed in `registry.METHODS`; other packages add theirs by an entry point."""
+
+    name: str
+    title: str  #: what tables and pages call it
+    stages: Callable[[RunConfig], list[Stage]]
+    sections: tuple[type[Section], ...] = ()  #: its own settings; each becomes `--<key>.*`
+    #: fills in what must not change between visits, from the data's conditions and the settings of the visit before
+    settle: Callable[[RunConfig, Conditions, RunConfig | None], RunConfig] = _unchanged
+    #: recognises heads of this method's first stage in a published file: (tensors, options of its command, config)
+    published_heads: Callable[[Mapping[str, Tensor], Mapping[str, Any], RunConfig], PublishedHeads | None] = _no_heads

@@ -1,0 +1,19 @@
+"""The backbones by name: those listed here, entry points of installed packages, and `module:function` by consent."""
+
+from __future__ import annotations
+
+from selftrans.models import sit, sit_published
+from selftrans.models.spec import ModelSpec
+from selftrans.plugins import Registry
+
+SIT = ModelSpec("sit", sit.SiTConfig, sit.build, tuple(sit.SIT_SIZES), sit_published.LAYOUTS, sit_published.read)
+
+#: the built-in families of models
+MODELS: dict[str, ModelSpec] = {spec.name: spec for spec in (SIT,)}
+#: the models of this process; `selftrans.models` is the group of entry points that other packages join by
+REGISTRY: Registry[ModelSpec] = Registry("model.name", MODELS, ModelSpec, "selftrans.models", lambda spec: spec.names)
+
+
+def find(name: str) -> ModelSpec:
+    """The family that `model.name` belongs to. ValueError suggests the nearest name."""
+    return REGISTRY.find(name)

@@ -1,0 +1,104 @@
+"""Records (methods, models) that other packages add: by an entry point, or as `module:function` that the user has named.
+
+Entry points belong to packages that are installed, so they are trusted. `module:function` imports any module: it is followed
+only where the user has given it on the command line, never because a checkpoint or a configuration file names it.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterator
+from importlib.metadata import entry_points
+from typing import Any, Generic, TypeVar
+
+from selftrans.suggest import nearest
+
+Record = TypeVar("Record")
+_trusted: dict[str, Any] = {}  #: `module:function` that the user has given in this process -> what it names
+
+
+def trust(name: str) -> None:
+    """Import `module:function`, so that a run may name it (a second time does nothing).
+
+    ValueError for a name of another form, a module that cannot be imported and a function that it does not have.
+    """
+    module, _, attribute = name.partition(":")
+    if not (module and attribute):
+        raise ValueError(f"--trust {name} names no code; write MODULE:FUNCTION")
+    try:
+        _trusted[name] = getattr(importlib.import_module(module), attribute)
+    except ImportError as error:
+        raise ValueError(f"{name} cannot be imported: {error}") from error
+    except AttributeError as error:
+        raise ValueError(f"{name} cannot be imported: {module} has no {attribute}") from error
+
+
+class Registry(Generic[Record]):
+    """Records by name.
+
+    Args:
+        what: "method" or "model", for messages. builtin: the records of this package, by name.
+        kind: the class of a record. group: entry points whose name is a record's, and whose object is one or returns one.
+        names: other names that a record answers to, such as those of published sizes.
+    """
+
+    def __init__(
+        self,
+        what: str,
+        builtin: dict[str, Record],
+        kind: type[Record],
+        group: str,
+        names: Callable[[Record], tuple[str, ...]] = lambda record: (),
+    ) -> None:
+        self.what, self.builtin, self.kind, self.group, self.names = what, builtin, kind, group, names
+        self._outside: dict[str, Record] = {}  #: loaded so far, by the name they were found under
+
+    def find(self, name: str) -> Record:
+        """The record `name`. ValueError suggests the nearest name, or says what is wrong with code outside the package."""
+        for record_name, record in {**self.builtin, **self._outside}.items():
+            if name == record_name or name in self.names(record):
+                return record
+        if ":" in name:
+            return self._by_module(name)
+        for record_name, record in self.installed():
+            if name == record_name or name in self.names(record):
+                return record
+        raise ValueError(f"{self.what} '{name:.80}' is unknown{nearest(name, self.known())}, or module:function")
+
+    def known(self) -> list[str]:
+        """Every name, those of entry points included; nothing is imported but for the names of published sizes."""
+        names = [name for key, record in self.builtin.items() for name in self.names(record) or (key,)]
+        return [*names, *(point.name for point in entry_points(group=self.group))]
+
+    def every(self) -> list[Record]:
+        """The built-in records, those of entry points, and those that were named as module:function in this process."""
+        outside = dict(self.installed())
+        return [*self.builtin.values(), *{**outside, **self._outside}.values()]
+
+    def installed(self) -> Iterator[tuple[str, Record]]:
+        """Records of entry points, each loaded once. ValueError where one cannot be."""
+        for point in entry_points(group=self.group):
+            if point.name in self.builtin:
+                raise ValueError(f"{point.value} calls its {self.what} '{point.name}', which is built in; rename it")
+            if point.name not in self._outside:
+                self._outside[point.name] = self._checked(point.name, point.value, point.load)
+            yield point.name, self._outside[point.name]
+
+    def _by_module(self, name: str) -> Record:
+        if name not in _trusted:
+            raise ValueError(
+                f"{self.what} '{name:.80}' is code outside selftrans, and is not imported because a file names it; "
+                f"--trust {name:.80} allows it"
+            )
+        self._outside[name] = self._checked(name, name, lambda: _trusted[name])
+        return self._outside[name]
+
+    def _checked(self, name: str, origin: str, load: Callable[[], Any]) -> Record:
+        try:
+            found = load()
+            record = found if isinstance(found, self.kind) else found()
+        except (ImportError, AttributeError, TypeError) as error:
+            raise ValueError(f"{self.what} '{name}' cannot be imported from {origin} ({error})") from error
+        if not isinstance(record, self.kind):
+            raise ValueError(f"{origin} is no {self.kind.__name__}; see docs/extending.md")
+        return record

@@ -1,0 +1,91 @@
+"""Sections of a run's settings: frozen dataclasses that methods, models and the run itself declare, to and from json.
+
+Each field says, where it is declared, what may happen to it when a run continues (`setting`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import types
+import typing
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+from selftrans.suggest import nearest
+
+Resume = Literal["fixed", "free", "consent"]
+
+
+@dataclass(frozen=True)
+class Section:
+    """Settings under one name: fields of `--<key>.*` and of the object `<key>` in config.json."""
+
+    key: ClassVar[str]
+    resume: ClassVar[Resume] = "fixed"  #: of fields that do not say it themselves
+
+    def check(self) -> None:
+        """ValueError naming the first field that cannot work."""
+
+
+def setting(default: Any, *, resume: Resume | None = None, length: bool = False) -> Any:
+    """A field of a section, with what a run in progress allows.
+
+    resume: `fixed` fields must stay as they were when the run began, `free` ones may change between two visits, `consent`
+    ones may with `train.allow_changes`, which is recorded. length: the field is the number of steps of a stage, and no
+    step depends on it.
+    """
+    return field(default=default, metadata={"resume": resume, "length": length})
+
+
+def fields_of(section: Section) -> Iterator[tuple[str, Any, Resume, bool]]:
+    """(name, value, what may happen to it when a run continues, whether it is a length) of every field."""
+    for each in dataclasses.fields(section):
+        rule = each.metadata.get("resume") or type(section).resume
+        yield each.name, getattr(section, each.name), rule, bool(each.metadata.get("length"))
+
+
+def from_plain(kind: Any, raw: Any, where: str) -> Any:
+    """A value of type `kind` from plain json. ValueError names a field that is unknown, missing or of another type."""
+    if dataclasses.is_dataclass(kind):
+        return _dataclass(kind, raw, where)
+    origin, inner = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (typing.Union, types.UnionType):
+        if raw is None and type(None) in inner:
+            return None
+        kinds = [k for k in inner if k is not type(None)]
+        for other in kinds[1:]:
+            with contextlib.suppress(ValueError):
+                return from_plain(other, raw, where)
+        return from_plain(kinds[0], raw, where)
+    if origin is Literal and raw in inner:
+        return raw
+    if origin is tuple and isinstance(raw, list):
+        kinds = [inner[0]] * len(raw) if inner[-1] is Ellipsis else list(inner)
+        if len(kinds) == len(raw):
+            return tuple(from_plain(k, value, where) for k, value in zip(kinds, raw, strict=True))
+    if isinstance(kind, type) and origin is None:
+        integer = isinstance(raw, int) and not isinstance(raw, bool)
+        if integer and not abs(raw) < 1 << 63:
+            raise ValueError(f"{where} is beyond 64 bits")
+        if kind is float and integer:
+            return float(raw)
+        if isinstance(raw, kind) and not (kind is int and not integer):
+            return raw
+    raise ValueError(f"{where} should be {kind}, not {raw!r:.60}")
+
+
+def _dataclass(kind: Any, raw: Any, where: str) -> Any:
+    hints = typing.get_type_hints(kind)
+    known = [f.name for f in dataclasses.fields(kind)]
+    if not isinstance(raw, dict):
+        raise ValueError(f"{where} should be an object, not {raw!r:.60}")
+    for name in raw:
+        if name not in known:
+            raise ValueError(f"{where}.{ascii(name)[1:-1][:60]} is unknown{nearest(name, known)}")
+    unset = dataclasses.MISSING
+    for f in dataclasses.fields(kind):
+        if f.default is unset and f.default_factory is unset and f.name not in raw:
+            raise ValueError(f"{where}.{f.name} is missing")
+    return kind(**{name: from_plain(hints[name], value, f"{where}.{name}") for name, value in raw.items()})

@@ -1,0 +1,82 @@
+"""Wrong arguments of plain commands: one line that names the option; and the help pages' text."""
+
+import pytest
+import tyro
+
+from selftrans.cli.commands import COMMANDS
+from selftrans.cli.main import main
+from selftrans.cli.parse import blank, option_names, wrapped
+from tests.unit.cli.lines import one_line
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        ("sample", "RUN_OR_FILE and --out PATH are missing (see selftrans sample --help)"),
+        ("sample run", "--out PATH is missing (see selftrans sample --help)"),
+        (
+            "sample run --out x --stpes 3",
+            "option --stpes is unknown; did you mean --steps? (see selftrans sample --help)",
+        ),
+        ("sample run --uot x", "option --uot is unknown; did you mean --out? (see selftrans sample --help)"),
+        ("sample run --out x --num few", "--num: no type matching {None}|INT could be instantiated from ['few']"),
+        ("sample run --out x --guidance_scal 2", "did you mean --guidance-scale?"),
+        ("sample run --out x --device cuda", "option --device is unknown: the device is found automatically"),
+        ("sample run --out x y", "'y' is one argument too many"),
+        ("sample run --out=", "--out needs a value (see selftrans sample --help)"),
+        ("evaluate made", "--reference STR is missing"),
+        ("evaluate made --reference", "--reference needs a value: STR"),
+        ("analyse run --out x --timestep 0.4", "did you mean --timesteps?"),
+        ("prepare pictures --out x --dtype float8", "--dtype 'float8' is not one of float16, float32"),
+        ("prepare pictures --out x --flip yes", "'yes' is one argument too many"),
+        ("classifier data --out x --epochs 1.5", "--epochs: invalid literal for int() with base 10: '1.5'"),
+        ("bench --device tpu", "--device 'tpu' is not one of None, cpu, cuda"),
+    ],
+)
+def test_wrong_words(argv, expected, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(argv.split()) == 2
+    line = one_line(capsys)
+    assert expected in line and line.endswith(" --help)\n")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_unset_shell_variable_is_no_value(capsys):
+    assert main(["sample", "run", "--out", ""]) == 2
+    assert "--out needs a value" in one_line(capsys)
+
+
+def test_help_wins_over_wrong_words(capsys):
+    assert main(["sample", "run", "--stpes", "3", "--help"]) == 0
+    assert "RUN_OR_FILE" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("argv", ["sample", "sample run --out x --stpes 3", "sample run --out x --num few"])
+def test_another_tyro_without_the_hook_prints_its_own_text(argv, capsys, monkeypatch):
+    monkeypatch.delattr(tyro._errors, "on_parse_error")
+    assert main(argv.split()) == 2
+    assert "selftrans sample --help" in " ".join(capsys.readouterr().err.split())
+
+
+def test_another_tyro_with_other_events_prints_its_own_text(capsys, monkeypatch):
+    fire = tyro._errors._fire
+    monkeypatch.setattr(tyro._errors, "_fire", lambda event: fire(type(type(event).__name__, (), {})()))
+    assert main(["sample"]) == 2
+    assert "selftrans sample --help" in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_option_of_the_help_page_is_known_to_the_suggestions(name, capsys):
+    command = blank(COMMANDS[name])
+    assert main([name, "--help"]) == 0
+    printed = capsys.readouterr().out
+    names = [option for option in option_names(command) if option != "config"]
+    assert names and all(f"--{option}" in printed for option in names)
+    assert not {"recipe", "run-or-file", "source", "file"} & set(names)
+
+
+def test_paragraphs_are_wrapped_and_tables_kept(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "40")
+    table = "  a   1\n  bb  2"
+    text = f"One sentence that is longer than the terminal\nis wide.\n\nA table:\n{table}"
+    assert wrapped(text) == f"One sentence that is longer than the\n  terminal is wide.\n\nA table:\n{table}"
