@@ -200,8 +200,7 @@ class RunConfig:
 
     recipe: str
     method: str = DEFAULT_METHOD
-    """vanilla, structure (stage 1 alone), self_transcendence, repa, sra, layersync, dispersive, the name of an installed
-    package's method, or module:function"""
+    """a built-in method, one of an installed package, or module:function"""
     data: Data = field(default_factory=Data)
     model: ModelConfig = field(default_factory=SiTConfig)
     train: Train = field(default_factory=Train)
