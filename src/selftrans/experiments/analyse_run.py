@@ -13,8 +13,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from selftrans.checkpoints.load import LoadedModel, Weights, load_model
-from selftrans.data.dataset import Shards
-from selftrans.encoders.autoencoder import load_autoencoder, sample_latents, to_uint8
+from selftrans.data.dataset import Dataset
+from selftrans.encoders.autoencoder import load_autoencoder, to_uint8
 from selftrans.evaluate.classifier import train_classifier
 from selftrans.evaluate.plots import curves, pca_grid, save, scatter
 from selftrans.evaluate.probes import collect, linear_probe, pca_maps, tsne
@@ -22,21 +22,20 @@ from selftrans.flow import PATHS
 from selftrans.storage import printable, write_json
 
 
-def shard_images(shards: Shards, batch_size: int = 256) -> Iterator[np.ndarray]:
+def shard_images(shards: Dataset, batch_size: int = 256) -> Iterator[np.ndarray]:
     """Pictures of prepared data, its posterior means decoded by its autoencoder, in order, unmirrored: always the same."""
     manifest = shards.manifest
     autoencoder = load_autoencoder(manifest.autoencoder)
     for start in range(0, len(shards), batch_size):
-        moments, _ = shards.read(np.arange(start, min(start + batch_size, len(shards))))
-        means = moments[:, 0, : manifest.shape[0]]
-        z0 = sample_latents(means, stochastic=False, scale=manifest.scale, shift=manifest.shift)
+        rows = np.arange(start, min(start + batch_size, len(shards)))
+        z0 = manifest.latent_space.mean(shards.read(rows, ["moments"])["moments"][:, 0])
         with torch.inference_mode():
             yield to_uint8(autoencoder.decode(z0)).numpy()
 
 
 def classifier_from_data(data: str | Path, out: Path, *, epochs: int, seed: int) -> str:
     """Train a classifier on prepared data and save it; returns what to print. ValueError for data without classes."""
-    shards = Shards.open(data)
+    shards = Dataset.open(data)
     if out.suffix != ".safetensors":
         raise ValueError(f"{out} must end in .safetensors, which is how evaluate knows a classifier")
     if shards.manifest.num_classes < 2:
@@ -71,7 +70,7 @@ def analyse(
             f"{samples} samples at {len(timesteps)} timesteps are too few; give at least 20, and a timestep"
         )
     found = load_model(origin, stage=stage, weights=weights)
-    shards = Shards.open(_data_of(origin, found, data))
+    shards = Dataset.open(_data_of(origin, found, data))
     if shards.manifest.shape != found.model.shape or shards.manifest.num_classes != found.model.num_classes:
         raise ValueError(
             f"the data are latents {shards.manifest.shape} with {shards.manifest.num_classes} classes; the run was trained on "
@@ -125,16 +124,15 @@ def _data_of(origin: str | Path, found: LoadedModel, data: str | None) -> str:
     return known
 
 
-def data_latents(shards: Shards, most: int) -> tuple[Tensor, Tensor]:
+def data_latents(shards: Dataset, most: int) -> tuple[Tensor, Tensor]:
     """At most `most` latents (N, C, H, W) of a fixed shuffle, and their labels (N,)."""
     return latents_of(shards, np.random.default_rng(0).permutation(len(shards))[:most])
 
 
-def latents_of(shards: Shards, rows: np.ndarray) -> tuple[Tensor, Tensor]:
+def latents_of(shards: Dataset, rows: np.ndarray) -> tuple[Tensor, Tensor]:
     """Latents (N, C, H, W) of these rows, the same posterior sample each time; torch's generator is left alone."""
-    moments, labels = shards.read(rows)
-    manifest = shards.manifest
+    tensors = shards.read(rows, ["moments", "labels"])
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)
-        z0 = sample_latents(moments[:, 0], stochastic=manifest.stochastic, scale=manifest.scale, shift=manifest.shift)
-    return z0, labels
+        z0 = shards.manifest.latent_space.sample(tensors["moments"][:, 0])
+    return z0, tensors["labels"]

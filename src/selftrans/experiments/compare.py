@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from selftrans.config import RunConfig, to_json
-from selftrans.data.dataset import Shards
+from selftrans.data.dataset import Dataset
 from selftrans.data.prepare import prepare_digits
 from selftrans.evaluate.extractors import load_extractor
 from selftrans.evaluate.plots import save
@@ -68,7 +68,7 @@ def compare_methods(
 
 def _depth(config: RunConfig) -> int:
     """Blocks of the students."""
-    manifest = Shards.open(str(config.data.path)).manifest
+    manifest = Dataset.open(str(config.data.path)).manifest
     with torch.device("meta"):
         return config.build_model(manifest.shape, manifest.conditions).depth
 
@@ -91,7 +91,7 @@ def only(config: RunConfig, method: str) -> RunConfig:
 def rehearse(variants: Mapping[str, RunConfig]) -> None:
     """Build each method once, without memory for its weights: what cannot work is said now, not after the others' days."""
     for config in variants.values():
-        shards = Shards.open(str(config.data.path))
+        shards = Dataset.open(str(config.data.path))
         for stage in stages(config):
             given: Any = None
             if stage.encoder or (stage.teacher and stage.teacher.given):
@@ -124,7 +124,7 @@ def base(config: RunConfig, out: Path, *, features: str | None = None) -> tuple[
     if features == "digits":
         weights = str(out / "digits-classifier.safetensors")
     if features is None:
-        manifest = Shards.open(str(config.data.path)).manifest
+        manifest = Dataset.open(str(config.data.path)).manifest
         features, own = "inception", out / "classifier.safetensors"
         if manifest.autoencoder == "pixel" and manifest.num_classes > 1:
             features = str(own)
@@ -168,7 +168,7 @@ def summarise(chosen: Comparison, results: Results) -> dict[str, Any]:
         "images": chosen.images,
         "labels": point["sampler"].get("labels", "balanced"),
         "seeds": list(chosen.seeds),
-        "autoencoder": config.data.autoencoder or Shards.open(str(config.data.path)).manifest.autoencoder,
+        "autoencoder": config.data.autoencoder or Dataset.open(str(config.data.path)).manifest.autoencoder,
         "teachers": list(teachers.values()),
         "config": json.loads(to_json(config)),
         "sections": list(used),

@@ -22,8 +22,8 @@ import torch
 from tqdm import tqdm
 
 from selftrans.checkpoints.load import Weights
-from selftrans.data.dataset import Shards
-from selftrans.data.sources.folder import npz_labels
+from selftrans.data.dataset import Dataset
+from selftrans.data.sources.npz import npz_labels
 from selftrans.data.sources.open_source import iter_images
 from selftrans.evaluate.classifier import digits
 from selftrans.evaluate.extractors import Extractor, load_extractor
@@ -188,7 +188,7 @@ def _cached(path: Path, extractor: Extractor) -> Statistics:
     if kept.exists():
         with contextlib.suppress(ValueError):  # damaged: computed again
             return Statistics.load(kept)
-    images = shard_images(Shards.open(path)) if (path / "manifest.json").exists() else iter_images(path)
+    images = shard_images(Dataset.open(path)) if (path / "manifest.json").exists() else iter_images(path)
     statistics = Statistics.of(_counted(iter(images), None), extractor, source=_described(path))
     with contextlib.suppress(ValueError):  # a full disk, or a home that cannot be written
         statistics.save(kept)
@@ -199,8 +199,8 @@ def _described(reference: str | Path) -> str:
     """A reference in words: what is decoded from latents is not what the VAE was given."""
     if not Path(reference, "manifest.json").exists():
         return str(reference)
-    manifest = Shards.open(reference).manifest
-    return str(reference) + (f", decoded by {manifest.autoencoder}" if manifest.stochastic else "")
+    manifest = Dataset.open(reference).manifest
+    return str(reference) + (f", decoded by {manifest.autoencoder}" if manifest.latent_space.stochastic else "")
 
 
 def cache() -> Path:

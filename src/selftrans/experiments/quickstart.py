@@ -17,7 +17,7 @@ import numpy as np
 from selftrans.checkpoints import format as checkpoint
 from selftrans.checkpoints.load import load_model
 from selftrans.config import RunConfig
-from selftrans.data.dataset import Shards
+from selftrans.data.dataset import Dataset
 from selftrans.data.prepare import prepare_digits
 from selftrans.encoders.autoencoder import load_autoencoder, to_uint8
 from selftrans.evaluate.extractors import load_extractor
@@ -104,7 +104,7 @@ def summarise(chosen: Comparison, results: Results) -> dict[str, Any]:
     }
 
 
-def write(out: Path, summary: dict[str, Any], shards: Shards, config: RunConfig, seed: int) -> None:
+def write(out: Path, summary: dict[str, Any], shards: Dataset, config: RunConfig, seed: int) -> None:
     """Everything that people open: the table, the picture, the page."""
     grids = {label: samples_of(out / f"{name}-seed{seed}", config.sample, SHOWN) for name, label in METHODS.items()}
     maps = {label: maps_of(out / f"{name}-seed{seed}", shards, summary["block"]) for name, label in METHODS.items()}
@@ -116,7 +116,7 @@ def write(out: Path, summary: dict[str, Any], shards: Shards, config: RunConfig,
     write_text(out / "report.html", page)
 
 
-def maps_of(run: Path, shards: Shards, block: int) -> dict[str, np.ndarray]:
+def maps_of(run: Path, shards: Dataset, block: int) -> dict[str, np.ndarray]:
     """Row name -> pictures: the digits, and PCA maps of the shallow block at every checkpoint, in the last one's colours."""
     z0, labels = latents_of(shards, np.arange(min(MAPPED, len(shards))))
     stage = json.loads((run / "run.json").read_text())["stages"][-1]["stage"]

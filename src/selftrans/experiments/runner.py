@@ -24,7 +24,7 @@ import torch
 from selftrans.checkpoints import format as checkpoint
 from selftrans.checkpoints.load import FILES, load_model
 from selftrans.config import RunConfig, SampleConfig
-from selftrans.data.dataset import Shards
+from selftrans.data.dataset import Dataset
 from selftrans.encoders.autoencoder import load_autoencoder
 from selftrans.evaluate.extractors import Extractor, load_extractor
 from selftrans.evaluate.metrics import evaluate
@@ -114,7 +114,7 @@ class Ruler:
 
     extractor: Extractor
     reference: Statistics
-    shards: Shards
+    shards: Dataset
     sample: SampleConfig  #: how many images, and how
     block: int  #: the shallow block that is probed (1-based)
 
@@ -123,7 +123,7 @@ class Ruler:
         """Measure against the data themselves."""
         path = comparison.shared.data.path
         assert path is not None
-        shards = Shards.open(path)
+        shards = Dataset.open(path)
         extractor = load_extractor(comparison.features, weights=comparison.weights)
         reference = Statistics.of(shard_images(shards), extractor, source="training data", keep=False)
         sample = dataclasses.replace(comparison.shared.sample, num=comparison.images, batch_size=500)

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from selftrans.cli.main import main
-from selftrans.data.dataset import Shards
+from selftrans.data.dataset import Dataset
 from selftrans.data.prepare import prepare
 from selftrans.encoders.autoencoder import load_autoencoder, to_uint8
 from selftrans.evaluate.classifier import SmallClassifier
@@ -187,10 +187,10 @@ def test_latents_as_a_reference_are_the_same_each_time_and_said_to_be_decoded(tm
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     vae = save_vae(tmp_path / "vae")
     prepare(class_folders(tmp_path / "pictures"), tmp_path / "data", autoencoder=vae, dtype="float32", progress=False)
-    shards = Shards.open(tmp_path / "data")
+    shards = Dataset.open(tmp_path / "data")
     first, again = (np.concatenate(list(shard_images(shards))) for _ in range(2))
     assert np.array_equal(first, again), "whatever was drawn in between"
-    mean = shards.read(np.arange(23))[0][:, 0, :2]
+    mean = shards.read(np.arange(23))["moments"][:, 0, :2]
     expected = to_uint8(load_autoencoder(vae).decode(mean * 0.5)).numpy()
     assert np.array_equal(first, expected)
     SmallClassifier(8, 3, 2).save(tmp_path / "rgb.safetensors")

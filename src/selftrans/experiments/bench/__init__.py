@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 
 from selftrans.config import Log, RunConfig, Train, sections
-from selftrans.data.dataset import Shards
+from selftrans.data.dataset import Dataset
 from selftrans.experiments.bench.loading_sampling import loading, made_up, prepared, sampling
 from selftrans.experiments.bench.machine import Clock, Peak, describe, load
 from selftrans.experiments.bench.rounds import Contestant, Marked, Memory, Ours, Plain, race, randomise
@@ -117,7 +117,7 @@ def settings(model: SiTConfig, batch_size: int, precision: Literal["fp32", "bf16
 
 
 def _model(
-    accelerator: Marked, config: RunConfig, shards: Shards, room: Path, seconds: float, quick: bool
+    accelerator: Marked, config: RunConfig, shards: Dataset, room: Path, seconds: float, quick: bool
 ) -> dict[str, Any]:
     """Everything about one model: rows, ratios, sampling."""
     clock, memory = accelerator.clock, Memory(accelerator.device)
@@ -151,7 +151,7 @@ def _model(
     }
 
 
-def build(accelerator: Marked, config: RunConfig, shards: Shards, room: Path, memory: Memory) -> dict[str, Contestant]:
+def build(accelerator: Marked, config: RunConfig, shards: Dataset, room: Path, memory: Memory) -> dict[str, Contestant]:
     """Who races: three stages as the trainer runs them, and two plain ones. `memory` learns what each holds."""
     runs = {"vanilla": VANILLA, "stage1": STRUCTURE, "stage2": SELF_TRANSCENDENCE}
     contestants: dict[str, Contestant] = {}
@@ -166,7 +166,7 @@ def build(accelerator: Marked, config: RunConfig, shards: Shards, room: Path, me
     return contestants
 
 
-def teacher(stage: Stage, config: RunConfig, shards: Shards) -> Frozen | None:
+def teacher(stage: Stage, config: RunConfig, shards: Dataset) -> Frozen | None:
     """A model with random weights in the place of a trained one, cut and cast as `train` does it."""
     if stage.teacher is None:
         return None

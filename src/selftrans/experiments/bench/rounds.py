@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from selftrans.config import RunConfig
-from selftrans.data.dataset import Shards
+from selftrans.data.dataset import Dataset
 from selftrans.experiments.bench.machine import Clock, Peak
 from selftrans.experiments.bench.plain_step import PlainStep
 from selftrans.methods.guidance import Frozen
@@ -48,7 +48,7 @@ class Ours:
     """The trainer's own step, nothing left out: from the stream of shards to the moving average."""
 
     def __init__(
-        self, accelerator: Marked, config: RunConfig, stage: Stage, room: Path, shards: Shards, teacher: Frozen | None
+        self, accelerator: Marked, config: RunConfig, stage: Stage, room: Path, shards: Dataset, teacher: Frozen | None
     ) -> None:
         self.accelerator, self.clock = accelerator, accelerator.clock
         self.trainer = Trainer(accelerator, config, stage, room, shards, teacher=teacher)
@@ -71,7 +71,7 @@ class Ours:
 class Plain:
     """The field's step (`bench.plain`) on the same stream of data."""
 
-    def __init__(self, config: RunConfig, shards: Shards, clock: Clock, *, guided: bool) -> None:
+    def __init__(self, config: RunConfig, shards: Dataset, clock: Clock, *, guided: bool) -> None:
         self.clock, self.shards, manifest = clock, shards, shards.manifest
         self.plain = PlainStep(config, manifest.shape, manifest.conditions, clock.device, guided=guided)
         randomise(self.plain.model)
