@@ -89,7 +89,7 @@ def only(config: RunConfig, method: str) -> RunConfig:
 
 
 def rehearse(variants: Mapping[str, RunConfig]) -> None:
-    """Build each method once, without memory for its weights: what cannot work is said now, not after the others' days."""
+    """Build each method once, without memory for its weights: an unusable setting is refused before anything is trained."""
     for config in variants.values():
         shards = Dataset.open(str(config.data.path))
         for stage in stages(config):
