@@ -32,7 +32,9 @@ def test_only_what_was_set_is_given():
 @pytest.mark.parametrize(("flags", "settings"), [(FLAGS, SET), ("--seed 0", {"seed": 0}), ("", {})])
 def test_sample_passes_what_was_set(flags, settings, monkeypatch, capsys):
     calls = []
-    monkeypatch.setattr("selftrans.sampling.images.generate", lambda *args, **options: calls.append((args, options)))
+    monkeypatch.setattr(
+        "selftrans.sampling.folder.sample_to_folder", lambda *args, **options: calls.append((args, options))
+    )
     assert main(["sample", "run", "--out", "x", "--weights", "raw", *flags.split()]) == 0
     assert calls == [(("run", Path("x"), settings), {"weights": "raw", "stage": None})]
 
