@@ -73,16 +73,10 @@ def prepare(
         native = resolution or _native_before(before)
         samples = open_source(source, resolution=native, split=split, label_column=label_column, progress=progress)
     options: dict[str, Option] = {
-        "autoencoder": autoencoder_name(autoencoder),
-        "resolution": resolution,
-        "flip": flip,
-        "shard_size": shard_size,
-        "dtype": dtype,
-        "precision": precision,
-        "split": split,
-        "label_column": label_column,
+        "autoencoder": autoencoder_name(autoencoder), "resolution": resolution, "flip": flip, "shard_size": shard_size,
+        "dtype": dtype, "precision": precision, "split": split, "label_column": label_column,
         "fingerprint": samples.fingerprint,
-    }
+    }  # fmt: skip
     if before:
         resumable.check_options(before.plan, options, out)
         if _is_complete(before, len(samples), out, progress):
