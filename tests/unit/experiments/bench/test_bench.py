@@ -160,7 +160,8 @@ def test_a_model_without_room_costs_the_others_nothing(tmp_path: Path, monkeypat
 def test_made_up_latents_are_prepared_data(tmp_path: Path) -> None:
     shards = made_up(tmp_path, SHAPE, 600, classes=7)
     shards.verify()
-    moments, labels = shards.read(torch.arange(600))
+    tensors = shards.read(torch.arange(600))
+    moments, labels = tensors["moments"], tensors["labels"]
     assert moments.shape == (600, 1, 8, 8, 8) and labels.max() == 6
     assert (moments[:, :, 4:] >= 0).all() and moments[:, :, :4].float().std().item() == pytest.approx(1, abs=0.02)
 
