@@ -125,7 +125,7 @@ def trespasses(source: str, file: str) -> list[str]:
 
 def cheap(module: str) -> bool:
     """Whether the command line may import this before it knows what it is asked for."""
-    ours = module.split(".")[:2] in (["selftrans", "cli"], ["selftrans", "suggest"])
+    ours = module.split(".")[:2] in (["selftrans", "cli"], ["selftrans", "suggest"], ["selftrans", "plugins"])
     return ours or module.split(".")[0] in {"tyro"} | sys.stdlib_module_names
 
 

@@ -16,6 +16,7 @@ from selftrans.models.sit import SiTConfig
 from selftrans.models.spec import ModelConfig
 from selftrans.precision import PRECISIONS
 from selftrans.sections import Resume, Section, fields_of, from_plain, setting
+from selftrans.suggest import nearest
 from selftrans.types import Backbone, Conditions
 
 VERSION = 2  #: of the json layout
@@ -23,6 +24,7 @@ DEFAULT_METHOD = methods.DEFAULT
 SAMPLER_NAMES = ("euler", "heun", "ode", "sde")
 Labels: TypeAlias = Literal["balanced", "random"] | tuple[int, ...]
 S = TypeVar("S", bound=Section)
+OWN = ("data", "model", "train", "sample", "log")  #: sections that every run has
 
 
 @dataclass(frozen=True)
@@ -200,8 +202,7 @@ class RunConfig:
 
     recipe: str
     method: str = DEFAULT_METHOD
-    """vanilla, structure (stage 1 alone), self_transcendence, repa, sra, layersync, dispersive, the name of an installed
-    package's method, or module:function"""
+    """a built-in method, one of an installed package, or module:function"""
     data: Data = field(default_factory=Data)
     model: ModelConfig = field(default_factory=SiTConfig)
     train: Train = field(default_factory=Train)
@@ -223,20 +224,21 @@ class RunConfig:
         """The same with some fields replaced: `{"method": "vanilla", "train.steps": 8, "stage1.block": 1}`."""
         config = self
         for name, value in dotted.items():
-            where, _, leaf = name.rpartition(".")
-            if where in config.sections:
-                section = dataclasses.replace(config.sections[where], **{leaf: value})
-                config = dataclasses.replace(config, sections={**config.sections, where: section})
-            elif where in _known_sections():
-                section = dataclasses.replace(_known_sections()[where](), **{leaf: value})
-                config = dataclasses.replace(config, sections={**config.sections, where: section})
-            elif where:
-                config = dataclasses.replace(
-                    config, **{where: dataclasses.replace(getattr(config, where), **{leaf: value})}
-                )
-            else:
+            key, _, leaf = name.rpartition(".")
+            if not key:
                 config = dataclasses.replace(config, **{leaf: value})
+            elif key in OWN:
+                section: Any = config.model_of(value) if name == "model.name" else getattr(config, key)
+                config = dataclasses.replace(config, **{key: dataclasses.replace(section, **{leaf: value})})
+            else:
+                section = dataclasses.replace(config.sections.get(key) or _section_kind(key)(), **{leaf: value})
+                config = dataclasses.replace(config, sections={**config.sections, key: section})
         return config
+
+    def model_of(self, name: str) -> ModelConfig:
+        """The settings of the model `name`: those of this run where it is of the same family, else that family's defaults."""
+        kind = models.find(name).Config
+        return dataclasses.replace(self.model, name=name) if isinstance(self.model, kind) else kind(name=name)
 
     def build_model(self, shape: tuple[int, ...], conditions: Conditions) -> Backbone:
         """A student for latents (C, *S) under these conditions, freshly initialised. ValueError where it cannot be."""
@@ -249,8 +251,12 @@ class RunConfig:
         return self
 
 
-def _known_sections() -> dict[str, type[Section]]:
-    return methods.sections_of(methods.REGISTRY.every())
+def _section_kind(key: str) -> type[Section]:
+    """The section of a method, by its key. ValueError where no known method has it."""
+    known = methods.sections_of(methods.REGISTRY.every())
+    if key not in known:
+        raise ValueError(f"section '{key}' is unknown{nearest(key, known)}")
+    return known[key]
 
 
 def sections(*given: Section) -> dict[str, Section]:

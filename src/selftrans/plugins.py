@@ -14,15 +14,23 @@ from typing import Any, Generic, TypeVar
 from selftrans.suggest import nearest
 
 Record = TypeVar("Record")
-_trusted: set[str] = set()  #: `module:function` names that the user has given in this process
+_trusted: dict[str, Any] = {}  #: `module:function` that the user has given in this process -> what it names
 
 
 def trust(name: str) -> None:
-    """Allow `module:function` to be imported where a run names it. ValueError for a name of another form."""
-    module, _, function = name.partition(":")
-    if not (module and function):
+    """Import `module:function`, so that a run may name it (a second time does nothing).
+
+    ValueError for a name of another form, a module that cannot be imported and a function that it does not have.
+    """
+    module, _, attribute = name.partition(":")
+    if not (module and attribute):
         raise ValueError(f"--trust {name} names no code; write MODULE:FUNCTION")
-    _trusted.add(name)
+    try:
+        _trusted[name] = getattr(importlib.import_module(module), attribute)
+    except ImportError as error:
+        raise ValueError(f"{name} cannot be imported: {error}") from error
+    except AttributeError as error:
+        raise ValueError(f"{name} cannot be imported: {module} has no {attribute}") from error
 
 
 class Registry(Generic[Record]):
@@ -82,8 +90,7 @@ class Registry(Generic[Record]):
                 f"{self.what} '{name:.80}' is code outside selftrans, and is not imported because a file names it; "
                 f"--trust {name:.80} allows it"
             )
-        module, _, attribute = name.partition(":")
-        self._outside[name] = self._checked(name, name, lambda: getattr(importlib.import_module(module), attribute))
+        self._outside[name] = self._checked(name, name, lambda: _trusted[name])
         return self._outside[name]
 
     def _checked(self, name: str, origin: str, load: Callable[[], Any]) -> Record:

@@ -28,6 +28,10 @@ class Section:
     def check(self) -> None:
         """ValueError naming the first field that cannot work."""
 
+    def ineffective(self) -> dict[str, str]:
+        """Fields that another setting makes ineffective -> why."""
+        return {}
+
 
 def setting(default: Any, *, resume: Resume | None = None, length: bool = False) -> Any:
     """A field of a section, with what a run in progress allows.

@@ -24,7 +24,7 @@ from torch import Tensor
 from selftrans.storage import atomic_directory, first_line, remove_stale_temporaries, sha256_file
 
 STATE = "state.json"
-KEY = "selftrans"  #: header entry of a weights file: json of stage, step, config, shape, num_classes
+KEY = "selftrans"  #: header entry of a weights file: what `load.header` gives, as json
 
 
 class Checkpoint(NamedTuple):

@@ -33,7 +33,6 @@ def override_type(config: RunConfig, words: Sequence[str]) -> tuple[Any, Any]:
     """
     from selftrans.config import Data, Log, SampleConfig, Train
     from selftrans.methods import registry as methods
-    from selftrans.models import registry as models
 
     method = (_values(words, "method") or [config.method])[-1]
     for name in (method, *_values(words, "methods")):
@@ -45,8 +44,7 @@ def override_type(config: RunConfig, words: Sequence[str]) -> tuple[Any, Any]:
     for name in _values(words, "model.name")[-1:]:
         if ":" in name:
             trust(name)
-        if not isinstance(model, models.find(name).Config):
-            model = models.find(name).Config(name=name)
+        model = config.model_of(name)
     kinds = methods.sections_of(methods.REGISTRY.every())
     types = {"data": Data, "model": type(model), "train": Train, **kinds, "sample": SampleConfig, "log": Log}
     values = {"data": config.data, "model": model, "train": config.train, "sample": config.sample, "log": config.log}

@@ -165,6 +165,11 @@ def check_gate(timestep_range: tuple[float, float] | None, mode: str) -> None:
         raise ValueError(f"timestep_range {timestep_range} must be two increasing numbers in [0, 1], or None")
 
 
+def ineffective_range_mode(timestep_range: tuple[float, float] | None) -> dict[str, str]:
+    """What `Section.ineffective` says of a range mode."""
+    return {} if timestep_range else {"range_mode": "without a timestep_range every sample counts"}
+
+
 def check_tokens(student: Backbone, teacher: Frozen) -> None:
     """ValueError unless student and teacher cut the same latents into the same tokens (widths may differ)."""
     theirs, ours = (teacher.model.shape, teacher.model.grid), (student.shape, student.grid)

@@ -31,6 +31,7 @@ from selftrans.methods.guidance import (
     check_tokens,
     feature_error,
     gate,
+    ineffective_range_mode,
     initialised,
     projector,
     selected,
@@ -70,6 +71,9 @@ class Stage1(Section):
         if self.steps is not None and self.steps < 1:
             raise ValueError(f"stage1.steps must be above zero, not {self.steps}; to skip stage 1 give --teacher")
 
+    def ineffective(self) -> dict[str, str]:
+        return ineffective_range_mode(self.timestep_range)
+
 
 @dataclass(frozen=True)
 class Stage2(Section):
@@ -104,6 +108,9 @@ class Stage2(Section):
         check_term(self, self.weight, self.head_width)
         if not math.isfinite(self.scale):
             raise ValueError(f"stage2.scale must be a number, not {self.scale}")
+
+    def ineffective(self) -> dict[str, str]:
+        return ineffective_range_mode(self.timestep_range)
 
 
 class StructureGuidance(Guidance):

@@ -48,6 +48,7 @@ def ignored(config: RunConfig) -> list[str]:
         if key not in used and changed:
             why = "--teacher takes its place" if key in own else f"method {config.method} does not use it"
             found.append(f"{', '.join(f'{key}.{name}' for name in changed)} is ignored: {why}")
-        if key in used and getattr(section, "timestep_range", 0) is None and "range_mode" in changed:
-            found.append(f"{key}.range_mode is ignored: without a timestep_range every sample counts")
+        if key in used:
+            reasons = section.ineffective()
+            found += [f"{key}.{name} is ignored: {reasons[name]}" for name in changed if name in reasons]
     return found

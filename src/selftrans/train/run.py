@@ -202,7 +202,8 @@ def _announce(trainer: Trainer, number: int, of: int) -> str:
         for g in objective.guidances
     )
     start = f"continues at step {trainer.step} of {stage.steps}" if trainer.step else f"{stage.steps} steps"
-    return f"[{number}/{of}] {stage.name}: {start}, {millions:.1f} M parameters, {guided or 'no guidance'} -> {trainer.room}"
+    what = f"{start}, {millions:.1f} M parameters, {guided or 'no guidance'}"
+    return f"[{number}/{of}] {stage.name}: {what} -> {trainer.directory}"
 
 
 def _spent(trainer: Trainer) -> dict[str, Any]:

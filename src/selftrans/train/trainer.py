@@ -17,7 +17,7 @@ import torch
 from accelerate import Accelerator
 
 from selftrans.checkpoints import format as checkpoint
-from selftrans.checkpoints.load import IMPORTED, header
+from selftrans.checkpoints.load import IMPORTED
 from selftrans.config import RunConfig
 from selftrans.data.dataset import Shards
 from selftrans.flow import PATHS
@@ -25,7 +25,7 @@ from selftrans.methods.guidance import Frozen
 from selftrans.methods.objective import Objective
 from selftrans.methods.spec import Stage
 from selftrans.models.compiling import compile_model
-from selftrans.train import fsdp
+from selftrans.train import checkpointing, fsdp
 from selftrans.train.batches import Loaded, Stream, seed_step, to_batch
 from selftrans.train.ema import EMA
 from selftrans.train.flops import step_flops
@@ -35,7 +35,6 @@ from selftrans.train.optim import (
     build_optimizer,
     forget,
     learning_rate,
-    load_optimizer,
     optimizer_tensors,
     set_learning_rate,
     update,
@@ -47,11 +46,11 @@ from selftrans.train.teachers import check_teacher
 
 
 class Trainer:
-    """Trains one stage in `room`, from its newest whole checkpoint if there is one.
+    """Trains one stage in `directory`, from its newest valid checkpoint if there is one.
 
     Args:
         accelerator: device, precision and processes; shared by the stages of a run.
-        config: the whole run. stage: what this part of it does. room: its folder, `<run>/<stage.name>`.
+        config: the whole run. stage: what this part of it does. directory: `<run>/<stage.name>`.
         shards: the data. order: names of the run's stages; default: this one alone.
         teacher: frozen model or encoder, if the stage wants one. preview: makes the grids.
         stop: the schedulers' notice. bar: makes the progress bar (tqdm's interface).
@@ -62,7 +61,7 @@ class Trainer:
         accelerator: Accelerator,
         config: RunConfig,
         stage: Stage,
-        room: Path,
+        directory: Path,
         shards: Shards,
         *,
         order: Sequence[str] = (),
@@ -71,7 +70,7 @@ class Trainer:
         stop: StopSignal | None = None,
         bar: Callable[..., Any] = progress_bar,
     ) -> None:
-        self.accelerator, self.config, self.stage, self.room = accelerator, config, stage, room
+        self.accelerator, self.config, self.stage, self.directory = accelerator, config, stage, directory
         self.shards, self.teacher, self.preview, self.stop = shards, teacher, preview, stop or StopSignal()
         self.bar, self.order = bar, order or [stage.name]
         train, manifest = config.train, shards.manifest
@@ -124,13 +123,13 @@ class Trainer:
             compile_model(self.teacher.model, dynamic=False if self.objective.times == "systematic" else None)
 
     @property
-    def folder(self) -> Path:
-        return self.room / "checkpoints"
+    def checkpoints(self) -> Path:
+        return self.directory / "checkpoints"
 
     def run(self) -> checkpoint.Checkpoint:
         """Train to the last step; returns the final checkpoint. `Interrupted` after a stop notice, checkpoint written."""
         main = self.accelerator.is_main_process
-        journal = JsonlLog(self.room / "log.jsonl", resume_step=self.step) if main else None
+        journal = JsonlLog(self.directory / "log.jsonl", resume_step=self.step) if main else None
         bar = self.bar(total=self.stage.steps, initial=self.step, desc=self.stage.name, unit="step", disable=not main)
         try:
             self._preview(self.step == self.stage.steps, again=True)
@@ -149,7 +148,7 @@ class Trainer:
             bar.close()
             if journal:
                 journal.close()
-        found = checkpoint.newest(self.folder)
+        found = checkpoint.newest(self.checkpoints)
         assert found is not None and found.step == self.step
         if main:
             self._prune()  # a process killed after its last one has not done so
@@ -203,12 +202,12 @@ class Trainer:
                 journal.sync()
             self._save(required=last or stopping)
         if stopping and not last:  # a scheduler waits for the checkpoint alone: a picture that is due is made on return
-            raise self.stop.interrupted(self.step, self.room)
+            raise self.stop.interrupted(self.step, self.directory)
         self._preview(last)
 
     def _preview(self, last: bool, *, again: bool = False) -> None:
         """A picture, if one is due at this step; `again`: on return to it."""
-        every, path = self.config.train.preview_every, self.room / "previews" / f"step-{self.step:08d}.png"
+        every, path = self.config.train.preview_every, self.directory / "previews" / f"step-{self.step:08d}.png"
         if self.preview and self.step and (self.step % every == 0 or last):
             manifest = self.shards.manifest
             model = fsdp.gather_model(
@@ -227,9 +226,11 @@ class Trainer:
         self.seconds += time.perf_counter() - started
 
     def _broken(self, error: FloatingPointError) -> FloatingPointError:
-        found = checkpoint.newest(self.folder)
+        found = checkpoint.newest(self.checkpoints)
         good = (
-            f"the last good checkpoint is {found.path}" if found else f"no checkpoint was written in {self.folder} yet"
+            f"the last good checkpoint is {found.path}"
+            if found
+            else f"no checkpoint was written in {self.checkpoints} yet"
         )
         return FloatingPointError(
             f"{error}; {good}; to go on from there: a lower train.lr or guidance weight, or train.precision bf16 or fp32, "
@@ -302,7 +303,8 @@ class Trainer:
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
             try:
-                self._write(tensors, windows)
+                checkpointing.write(self, tensors, windows)
+                self._prune()
             except OSError as error:
                 if required:
                     raise OSError(f"{error}; make room, then the same command continues") from error
@@ -312,42 +314,11 @@ class Trainer:
     def _prune(self) -> None:
         train = self.config.train
         if not self.nonfinite.in_a_row:
-            checkpoint.prune(self.folder, self.step, train.keep, best=train.keep_best, every=train.keep_every)
-
-    def _write(self, tensors: dict[str, dict[str, torch.Tensor]], windows: dict[str, Any]) -> None:
-        spent = {"seconds": self.seconds, "tflops": self.total_flops() / 1e12}
-        manifest = self.shards.manifest
-        about = header(
-            self.config,
-            self.stage.name,
-            self.step,
-            order=self.order,
-            shape=manifest.shape,
-            conditions=manifest.conditions,
-            classes=manifest.classes,
-            autoencoder=manifest.autoencoder,
-        )
-        about |= spent | self.origin
-        scaler = self.accelerator.scaler
-        checkpoint.save(
-            self.folder,
-            self.step,
-            tensors,
-            about
-            | windows
-            | {
-                "nonfinite": self.nonfinite.state(),
-                "scaler": scaler.state_dict() if scaler else None,
-                "processes": self.accelerator.num_processes,
-                "teacher": self.teacher.source if self.teacher else None,
-            },
-            about,
-        )
-        self._prune()
+            checkpoint.prune(self.checkpoints, self.step, train.keep, best=train.keep_best, every=train.keep_every)
 
     def _restore(self) -> None:
-        """Continue from the newest whole checkpoint of the room. Order and noise follow from the step."""
-        found = agreed(self.folder, self.accelerator)
+        """Continue from the newest valid checkpoint of the stage. Order and noise follow from the step."""
+        found = agreed(self.checkpoints, self.accelerator)
         self.step = found.step if found else 0
         if found:
             with usable(found):
@@ -357,21 +328,4 @@ class Trainer:
         self._retire()
         if found:
             with usable(found, ValueError):
-                self._load(found)
-
-    def _load(self, found: checkpoint.Checkpoint) -> None:
-        self.seconds = float(found.state["seconds"])
-        student = {f"student.{k}": v for k, v in found.tensors("student").items()}
-        fsdp.load(self.objective, student | found.tensors("heads"))
-        fsdp.load(self.ema.model, found.tensors("ema"))
-        load_optimizer(self.optimizer, self.objective, found.tensors("optimizer"))
-        self.window.load(found.state["window"], self.accelerator.device)
-        self.span.load(found.state.get("span", {}), self.accelerator.device)
-        self.nonfinite.load(found.state.get("nonfinite", {}))
-        if self.accelerator.scaler and found.state["scaler"]:
-            self.accelerator.scaler.load_state_dict(found.state["scaler"])
-        if found.state["processes"] != self.accelerator.num_processes and self.step < self.stage.steps:
-            self.accelerator.print(
-                f"resuming with {self.accelerator.num_processes} processes instead of {found.state['processes']}: "
-                "nothing is lost, but noise and order within a batch differ from here on"
-            )
+                checkpointing.load(self, found)

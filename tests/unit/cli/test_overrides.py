@@ -1,5 +1,6 @@
 """Commands on a recipe: how the recipe is found, its help page, every way to write an override, and wrong ones."""
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,9 @@ from selftrans.cli.main import main, parse_command
 from selftrans.cli.overrides import override_type
 from selftrans.cli.parse import option_names
 from selftrans.config import RunConfig, from_json
+from selftrans.methods.registry import METHODS, sections_of
+from selftrans.methods.self_transcendence import Stage1, Stage2
+from selftrans.methods.sra import SRA
 from selftrans.recipes import RECIPES
 from tests.support import toy
 from tests.support.toy import quick  # noqa: F401 - a fixture
@@ -40,7 +44,7 @@ def test_help_of_a_recipe_lists_every_override_with_its_default(argv, capsys):
         assert words in printed, words
     for words in ("--out RUN", "--data DIR", "--teacher RUN_OR_FILE", "selftrans prepare CIFAR10.zip", "RECIPE"):
         assert words in printed, words
-    overrides = set(option_names(RECIPES["cifar10"]())) - {"recipe"}
+    overrides = set(option_names(override_type(RECIPES["cifar10"](), [])[1]))
     assert len(overrides) > 80 and not {name for name in overrides if f"--{name} " not in printed}
     assert "--recipe" not in printed
 
@@ -65,23 +69,29 @@ def test_overrides_of_every_kind(monkeypatch):
     argv = (
         "train digits --train.steps=7 --train.batch_size 16 --train.lr 1e-3 --train.betas 0.8 0.95 --model.qk-norm False "
         "--train.compile None --stage2.until-step None --stage2.timestep-range 0.2 0.5 --stage1.timestep-range None "
-        "--data.shape 1 8 8 --method vanilla --sample.labels 3 4 5 --stage1.block=1 --teacher=some/run --data=a/b"
+        "--data.shape 1 8 8 --method vanilla --sample.labels 3 4 5 --stage1.block=1 --data=a/b"
     )
     assert main([*argv.split(), "--out", "a run"]) == 0
     config, out = calls[0]
     assert out == Path("a run") and type(config) is RunConfig and config.recipe == "digits"
     assert (config.train.steps, config.train.batch_size, config.train.lr) == (7, 16, 1e-3)
     assert config.train.betas == (0.8, 0.95) and config.train.compile is None and config.model.qk_norm is False
-    assert config.stage2.until_step is None and config.stage2.timestep_range == (0.2, 0.5)
-    assert config.stage1.timestep_range is None and config.stage1.block == 1
+    stage1, stage2 = config.section(Stage1), config.section(Stage2)
+    assert stage2.until_step is None and stage2.timestep_range == (0.2, 0.5)
+    assert stage1.timestep_range is None and stage1.block == 1
     assert config.data.shape == (1, 8, 8) and config.sample.labels == (3, 4, 5) and config.method == "vanilla"
-    assert config.stage2.teacher == "some/run" and config.data.path == "a/b"
+    assert config.data.path == "a/b"
     assert config.model.width == RECIPES["digits"]().model.width  # the rest is the recipe's
+    assert main(["train", "digits", "--teacher=some/run", "--out", "a run"]) == 0
+    assert calls[1][0].section(Stage2).teacher == "some/run" and calls[1][0].method == "self_transcendence"
 
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_without_overrides_the_configuration_is_the_recipe(name):
-    assert parse_command(["train", name, "--out", "x"]).config == RECIPES[name]()
+    parsed, recipe = parse_command(["train", name, "--out", "x"]).config, RECIPES[name]()
+    for method in METHODS:
+        expected = recipe.override({"method": method}).restricted()
+        assert dataclasses.replace(parsed, method=method).restricted() == expected
 
 
 @pytest.mark.parametrize(
@@ -112,12 +122,19 @@ def test_compare_takes_its_own_options_and_overrides(monkeypatch):
         "features": None,
         "workers": 1,
     }
-    assert type(config) is RunConfig and (config.train.steps, config.sra.weight) == (9, 0.25)
+    assert type(config) is RunConfig and (config.train.steps, config.section(SRA).weight) == (9, 0.25)
 
 
-def test_the_type_of_the_overrides_is_that_of_the_recipe():
+def test_overrides_are_those_of_the_run_its_model_and_every_method():
     config = RECIPES["digits"]()
-    assert override_type(config, ["--train.steps", "3"]) == (RunConfig, config)
+    kind, default = override_type(config, ["--train.steps", "3"])
+    names = {field.name for field in dataclasses.fields(kind)}
+    assert names == {"method", "data", "model", "train", "sample", "log"} | set(sections_of(METHODS.values()))
+    assert (default.method, default.model, default.stage1) == (config.method, config.model, config.section(Stage1))
+    with pytest.raises(ValueError, match="'magic' is unknown"):
+        override_type(config, ["--method=magic"])
+    with pytest.raises(ValueError, match="'SiT-S/3' is unknown; did you mean"):
+        override_type(config, ["--model.name", "SiT-S/3"])
 
 
 def test_a_list_of_labels_survives_the_run_directory(tmp_path):
@@ -147,7 +164,7 @@ def test_a_list_of_labels_survives_the_run_directory(tmp_path):
         ("train digits --out x --teachr y", "option --teachr is unknown; did you mean --teacher?"),
         ("train digits --out x --stage3.steps 3", "did you mean --stage1.steps?"),
         ("train digits --out x --lr 0.1", "option --lr is unknown; did you mean --train.lr?"),
-        ("train digits --out x --steps 3", "did you mean --stage1.steps, --train.steps or --sample.steps?"),
+        ("train digits --out x --steps 3", "did you mean --train.steps, --stage1.steps or --sample.steps?"),
         ("train digits --out x --device cuda", "option --device is unknown: the device is found automatically"),
         ("train digits --out x --resume", "option --resume is unknown: the same command again continues"),
         ("train digits --out x --recipe cifar10", "option --recipe is unknown"),
@@ -157,7 +174,7 @@ def test_a_list_of_labels_survives_the_run_directory(tmp_path):
         ("train digits --out x --train.steps 1.5", "--train.steps: invalid literal for int() with base 10: '1.5'"),
         ("train digits --out x --train.lr fast", "--train.lr: could not convert string to float: 'fast'"),
         ("train digits --out x --train.betas 0.9", "--train.betas needs 2 values: FLOAT FLOAT"),
-        ("train digits --out x --data.shape 1 2", "--data.shape: no type matching {None}|{INT INT INT}"),
+        ("train digits --out x --data.shape 1 x", "--data.shape: no type matching"),
         ("train digits --out x --train.precision fp8", "--train.precision 'fp8' is not one of bf16, fp16, fp32"),
         ("train digits --out x --train.recompute maybe", "--train.recompute 'maybe' is not one of False, True"),
         ("train digits --out x --seeds 1", "option --seeds is unknown"),

@@ -640,12 +640,13 @@ def test_a_method_outside_the_package_joins_by_module_and_function(tmp_path, mon
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(ValueError, match="--trust outside_method:method allows it"):
         stages(config("outside_method:method"))
-    for name in ("outside_method:method", "outside_method:other", "outside_method:plan", "outside_method:no"):
+    for name in ("outside_method:method", "outside_method:other", "outside_method:plan"):
         trust(name)
     (stage,) = stages(config("outside_method:method"))
     assert isinstance(stage, Stage) and (stage.name, stage.steps) == ("alone", 6)
     with pytest.raises(ValueError, match="is no MethodSpec"):
         stages(config("outside_method:other"))
-    for name in ("plan", "no"):
-        with pytest.raises(ValueError, match="cannot be imported"):
-            stages(config(f"outside_method:{name}"))
+    with pytest.raises(ValueError, match="cannot be imported"):
+        stages(config("outside_method:plan"))
+    with pytest.raises(ValueError, match="outside_method has no absent"):
+        trust("outside_method:absent")

@@ -21,10 +21,11 @@ from selftrans.methods.objective import Objective
 from selftrans.storage import lock_file
 from selftrans.train import trainer
 from selftrans.train.ema import EMA
+from selftrans.train.interrupted import EXIT_RESUME
 from selftrans.train.log import JsonlLog
 from selftrans.train.preview import Preview
 from selftrans.train.run import train
-from selftrans.train.signals import EXIT_RESUME, Interrupted, StopSignal
+from selftrans.train.signals import Interrupted, StopSignal
 from tests.support import toy
 from tests.support.toy import quick  # noqa: F401 - a fixture
 

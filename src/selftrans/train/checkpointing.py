@@ -1,0 +1,69 @@
+"""What a checkpoint holds of a stage in training, and how training continues from it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from selftrans.checkpoints import format as checkpoint
+from selftrans.checkpoints.load import header
+from selftrans.train import fsdp
+from selftrans.train.optim import load_optimizer
+
+if TYPE_CHECKING:
+    from selftrans.train.trainer import Trainer
+
+
+def write(trainer: Trainer, tensors: dict[str, dict[str, Tensor]], windows: dict[str, Any]) -> None:
+    """Write the checkpoint of the trainer's step; in the first process alone. OSError where the disk refuses.
+
+    `tensors` are those of `fsdp.gather_checkpoint`, `windows` the running means.
+    """
+    spent = {"seconds": trainer.seconds, "tflops": trainer.total_flops() / 1e12}
+    manifest = trainer.shards.manifest
+    about = header(
+        trainer.config,
+        trainer.stage.name,
+        trainer.step,
+        order=trainer.order,
+        shape=manifest.shape,
+        conditions=manifest.conditions,
+        classes=manifest.classes,
+        autoencoder=manifest.autoencoder,
+    )
+    about |= spent | trainer.origin
+    scaler = trainer.accelerator.scaler
+    checkpoint.save(
+        trainer.checkpoints,
+        trainer.step,
+        tensors,
+        about
+        | windows
+        | {
+            "nonfinite": trainer.nonfinite.state(),
+            "scaler": scaler.state_dict() if scaler else None,
+            "processes": trainer.accelerator.num_processes,
+            "teacher": trainer.teacher.source if trainer.teacher else None,
+        },
+        about,
+    )
+
+
+def load(trainer: Trainer, found: checkpoint.Checkpoint) -> None:
+    """Put a checkpoint into the trainer. Order and noise need no state: they follow from the step."""
+    trainer.seconds = float(found.state["seconds"])
+    student = {f"student.{k}": v for k, v in found.tensors("student").items()}
+    fsdp.load(trainer.objective, student | found.tensors("heads"))
+    fsdp.load(trainer.ema.model, found.tensors("ema"))
+    load_optimizer(trainer.optimizer, trainer.objective, found.tensors("optimizer"))
+    trainer.window.load(found.state["window"], trainer.accelerator.device)
+    trainer.span.load(found.state.get("span", {}), trainer.accelerator.device)
+    trainer.nonfinite.load(found.state.get("nonfinite", {}))
+    if trainer.accelerator.scaler and found.state["scaler"]:
+        trainer.accelerator.scaler.load_state_dict(found.state["scaler"])
+    if found.state["processes"] != trainer.accelerator.num_processes and trainer.step < trainer.stage.steps:
+        trainer.accelerator.print(
+            f"resuming with {trainer.accelerator.num_processes} processes instead of {found.state['processes']}: "
+            "nothing is lost, but noise and order within a batch differ from here on"
+        )
