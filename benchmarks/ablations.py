@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from selftrans.config import RunConfig
-from selftrans.experiments import report
-from selftrans.experiments.compare import base, on, only
+from selftrans.experiments import html_report
+from selftrans.experiments.compare import only, override, with_defaults
 from selftrans.experiments.runner import Comparison, compare
 from selftrans.experiments.table import mean_curve, rows
 from selftrans.recipes import recipe
@@ -77,8 +77,8 @@ def main() -> None:
     parser.add_argument("--features", help="extractor; the digits have their own")
     parser.add_argument("--workers", type=int)
     options = parser.parse_args()
-    config = on(recipe(options.recipe), options.data, options.steps)
-    config, features, weights = base(config, options.out, features=options.features)
+    config = override(recipe(options.recipe), data=options.data, steps=options.steps)
+    config, features, weights = with_defaults(config, options.out, features=options.features)
     variants = {name: overridden(config, VARIANTS[name]) for name in options.variants}
     chosen = Comparison(config, variants, tuple(options.seeds), options.out, options.images, features, weights)
     results = compare(chosen, workers=options.workers)
@@ -88,7 +88,7 @@ def main() -> None:
     overrides = {name: VARIANTS[name] for name in variants}
     write_json(options.out / "ablations.json", settings | {"table": table, "curves": curves, "overrides": overrides})
     metric = next(iter(results.values()))[1][-1]["metric"]
-    print(report.text_table(table, {name: name for name in variants}, metric))
+    print(html_report.text_table(table, {name: name for name in variants}, metric))
     for name, (steps, values, deviations) in curves.items():
         points = (f"{step}: {v:.2f} ± {d:.2f}" for step, v, d in zip(steps, values, deviations, strict=True))
         print(f"{name:<18}", "   ".join(points))

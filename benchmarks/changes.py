@@ -96,9 +96,9 @@ def measure(chosen: dict[str, tuple[Way, Way]], clock: Clock, rounds: int) -> li
             spans = [0.0, 0.0]
             for i in (0, 1) if number % 2 else (1, 0):
                 clock.wait()
-                start = clock.mark()
+                start = clock.now()
                 pair[i]()
-                end = clock.mark()
+                end = clock.now()
                 clock.wait()
                 spans[i] = clock.seconds(start, end)
             if number:

@@ -20,11 +20,11 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from selftrans.checkpoints.load import restore
-from selftrans.data.dataset import Shards
+from selftrans.checkpoints.load import load_model
+from selftrans.data.dataset import Dataset
+from selftrans.data.decoded import data_latents
 from selftrans.evaluate.plots import COLOURS, MARKERS, RULE, plain_ticks, save
 from selftrans.evaluate.probes import collect, linear_probe
-from selftrans.experiments.analyse_run import data_latents
 from selftrans.flow import PATHS
 from selftrans.storage import write_json
 from selftrans.train.log import read_log
@@ -84,8 +84,8 @@ def probes(folder: Path) -> tuple[Figure, dict[str, Any]]:
     found: dict[str, Any] = {}
     for name in METHODS:
         for run in runs(folder, name):
-            one = restore(run)
-            shards = Shards.open(str(one.config.data.path))
+            one = load_model(run)
+            shards = Dataset.open(str(one.config.data.path))
             z0, labels = data_latents(shards, 4000)
             blocks = tuple(range(1, one.model.depth + 1))
             for t in TIMESTEPS:

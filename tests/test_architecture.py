@@ -20,6 +20,7 @@ ORDER = (
     "suggest",      # the nearest known word to a misspelt one
     "storage",      # atomic writes, locks, hashes, text made safe for a terminal
     "precision",    # fp32, bf16, fp16 -> torch's dtypes
+    "device",       # which device a process works on
     "sections",     # settings as frozen dataclasses, to and from json
     "plugins",      # records that other packages add
     "types",        # shapes, batches, draws, outputs; what a backbone and a guidance are
@@ -53,7 +54,7 @@ EXCEPT = {
 #: the one look upwards, for the type checker only: the registry reads a run's config, which holds the methods' configs
 TYPES_FROM_ABOVE = {("methods", "config")}
 #: rooms that import, of other people's, torch alone (others may: numpy, pillow, diffusers, ...)
-TORCH_ONLY = {"precision", "types", "flow", "methods"}
+TORCH_ONLY = {"device", "precision", "types", "flow", "methods"}
 #: what `import selftrans` must not bring in
 HEAVY = "accelerate datasets diffusers huggingface_hub matplotlib PIL scipy sklearn tensorboard transformers tyro"
 #: these do not import beside every build of torch

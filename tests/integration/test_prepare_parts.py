@@ -9,20 +9,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import selftrans.data.prepare as encode_module
+import selftrans.data.prepare as prepare_module
 from selftrans.cli.main import main
-from selftrans.data import resumable as ledger
-from selftrans.data.dataset import Shards
+from selftrans.data import resumable
+from selftrans.data.dataset import Dataset
 from selftrans.data.prepare import prepare
 from tests.support.pictures import class_folders, contents, stopped_after
 
 OPTIONS = {"shard_size": 4, "batch_size": 2, "progress": False}
 #: `prepare SOURCE OUT PART`, each picture a moment slower, so that processes overlap
 SLOW = (
-    "import sys, time; import selftrans.data.prepare as encode\n"
-    "decode = encode._Encoder.decode\n"
-    "encode._Encoder.decode = lambda self, indices: (time.sleep(0.1), decode(self, indices))[1]\n"
-    "encode.prepare(sys.argv[1], sys.argv[2], part=sys.argv[3], shard_size=4, batch_size=2, progress=False)"
+    "import sys, time; from selftrans.data.prepare import ShardEncoder, prepare\n"
+    "decode = ShardEncoder.decode\n"
+    "ShardEncoder.decode = lambda self, indices: (time.sleep(0.1), decode(self, indices))[1]\n"
+    "prepare(sys.argv[1], sys.argv[2], part=sys.argv[3], shard_size=4, batch_size=2, progress=False)"
 )
 
 
@@ -32,9 +32,9 @@ def pictures(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def whole(pictures: Path, tmp_path: Path) -> dict[str, bytes]:
-    prepare(pictures, tmp_path / "whole", **OPTIONS)  # type: ignore[arg-type]
-    return contents(tmp_path / "whole")
+def complete(pictures: Path, tmp_path: Path) -> dict[str, bytes]:
+    prepare(pictures, tmp_path / "complete", **OPTIONS)  # type: ignore[arg-type]
+    return contents(tmp_path / "complete")
 
 
 def made(out: Path) -> list[str]:
@@ -42,7 +42,7 @@ def made(out: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("parts", [2, 3, 9])  # nine: some have nothing to do
-def test_one_after_the_other(pictures: Path, tmp_path: Path, whole: dict[str, bytes], parts: int) -> None:
+def test_parts_one_after_the_other(pictures: Path, tmp_path: Path, complete: dict[str, bytes], parts: int) -> None:
     out, written = tmp_path / "out", []
     for i in range(parts):
         manifest = prepare(pictures, out, part=f"{i + 1}/{parts}", **OPTIONS)  # type: ignore[arg-type]
@@ -50,34 +50,34 @@ def test_one_after_the_other(pictures: Path, tmp_path: Path, whole: dict[str, by
         if len(written[-1]) < 6:
             assert not (out / "manifest.json").exists() and made(out) == [f"{k:05d}" for k in written[-1]]
             with pytest.raises(ValueError, match="not prepared or not finished"):
-                Shards.open(out)
+                Dataset.open(out)
     assert [len(shards) for shards in written] == {2: [3, 6], 3: [2, 4, 6], 9: [1, 2, 3, 4, 5, 6, 6, 6, 6]}[parts]
-    assert contents(out) == whole
-    assert np.array_equal(Shards.open(out, verify=True).labels, Shards.open(tmp_path / "whole").labels)
+    assert contents(out) == complete
+    assert np.array_equal(Dataset.open(out, verify=True).labels, Dataset.open(tmp_path / "complete").labels)
 
 
-def test_side_by_side(pictures: Path, tmp_path: Path, whole: dict[str, bytes]) -> None:
+def test_parts_at_the_same_time(pictures: Path, tmp_path: Path, complete: dict[str, bytes]) -> None:
     """Two processes at once: the state of the folder passes through both, and each makes its own half."""
     out = tmp_path / "out"
     pair = [subprocess.Popen([sys.executable, "-c", SLOW, pictures, out, f"{i}/2"]) for i in (1, 2)]
     assert [process.wait(timeout=100) for process in pair] == [0, 0]
-    assert contents(out) == whole
+    assert contents(out) == complete
 
 
-def test_a_killed_part_is_repeated(pictures: Path, tmp_path: Path, whole: dict[str, bytes]) -> None:
+def test_killed_part_can_be_repeated(pictures: Path, tmp_path: Path, complete: dict[str, bytes]) -> None:
     out = tmp_path / "out"
     with stopped_after(5):  # inside its second shard
         prepare(pictures, out, part="1/2", **OPTIONS)  # type: ignore[arg-type]
-    (out / ".tmp-moments-00002.bin-1-0").write_bytes(b"torn")
-    (out / ".tmp-moments-00003.bin-1-0").write_bytes(b"another part's, perhaps at work")
+    (out / ".shard-00002.safetensors.1-0.tmp").write_bytes(b"torn")
+    (out / ".shard-00003.safetensors.1-0.tmp").write_bytes(b"another part's, perhaps at work")
     prepare(pictures, out, part="2/2", **OPTIONS)  # type: ignore[arg-type]
     assert made(out) == ["00000", "00001", "00003", "00005"]
-    assert [path.name for path in out.glob(".tmp-*")] == [".tmp-moments-00002.bin-1-0"]
+    assert [path.name for path in out.glob(".*.tmp")] == [".shard-00002.safetensors.1-0.tmp"]
     prepare(pictures, out, part="1/2", **OPTIONS)  # type: ignore[arg-type]
-    assert contents(out) == whole
+    assert contents(out) == complete
 
 
-def test_a_part_of_a_finished_folder_does_nothing(pictures: Path, tmp_path: Path) -> None:
+def test_part_of_a_finished_folder_writes_nothing(pictures: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     manifest = prepare(pictures, out, **OPTIONS)  # type: ignore[arg-type]
     before = {path: path.stat().st_mtime_ns for path in out.iterdir()}
@@ -85,38 +85,38 @@ def test_a_part_of_a_finished_folder_does_nothing(pictures: Path, tmp_path: Path
     assert {path: path.stat().st_mtime_ns for path in out.iterdir()} == before
 
 
-def test_another_part_may_finish_while_this_one_starts(
-    pictures: Path, tmp_path: Path, whole: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+def test_folder_finished_by_another_part_while_this_one_starts(
+    pictures: Path, tmp_path: Path, complete: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The folder turns from unfinished to finished between the first look at it and the lock."""
     out = tmp_path / "out"
     prepare(pictures, out, part="1/2", **OPTIONS)  # type: ignore[arg-type]
-    run = encode_module._run
+    run = prepare_module._run
 
     def late(*args: object) -> object:
-        monkeypatch.setattr(encode_module, "_run", run)
+        monkeypatch.setattr(prepare_module, "_run", run)
         prepare(pictures, out, part="2/2", **OPTIONS)  # type: ignore[arg-type]
         return run(*args)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(encode_module, "_run", late)
+    monkeypatch.setattr(prepare_module, "_run", late)
     prepare(pictures, out, part="1/2", **OPTIONS)  # type: ignore[arg-type]
-    assert contents(out) == whole
+    assert contents(out) == complete
 
 
-def test_who_may_write(pictures: Path, tmp_path: Path) -> None:
-    """A part runs beside other parts, not beside itself; the whole runs beside nobody."""
+def test_locks_of_parts(pictures: Path, tmp_path: Path) -> None:
+    """A part runs while other parts do, not twice at once; a call without parts runs alone."""
     out = tmp_path / "out"
-    with ledger.locked(out, (1, 2), [0, 2, 4]):
+    with resumable.locked(out, (1, 2), [0, 2, 4]):
         with pytest.raises(ValueError, match=r"is making part 1/2 in .*; wait for it"):
             prepare(pictures, out, part="1/2", **OPTIONS)  # type: ignore[arg-type]
         with pytest.raises(ValueError, match="another `selftrans prepare` is writing to"):
             prepare(pictures, out, **OPTIONS)  # type: ignore[arg-type]
         prepare(pictures, out, part="2/2", **OPTIONS)  # type: ignore[arg-type]
         assert made(out) == ["00001", "00003", "00005"]
-    with ledger.locked(out), pytest.raises(ValueError, match="another `selftrans prepare` is writing to"):
+    with resumable.locked(out), pytest.raises(ValueError, match="another `selftrans prepare` is writing to"):
         prepare(pictures, out, part="1/2", **OPTIONS)  # type: ignore[arg-type]
     prepare(pictures, out, **OPTIONS)  # type: ignore[arg-type]  # alone, it makes what is missing
-    assert len(Shards.open(out, verify=True)) == 23
+    assert len(Dataset.open(out, verify=True)) == 23
 
 
 @pytest.mark.parametrize("part", ["2", "0/2", "3/2", "1/0", "a/b", "1/2/3", "-1/2", ""])
@@ -129,7 +129,7 @@ def test_impossible_parts_are_refused(pictures: Path, tmp_path: Path, part: str)
 def test_the_command(pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     common = ["prepare", str(pictures), "--out", str(tmp_path / "out"), "--shard-size", "4"]
     assert main([*common, "--part", "2/2"]) == 0
-    assert "3 of 6 shards are whole; the other parts make the rest" in capsys.readouterr().err
+    assert "3 of 6 shards are finished; the other parts make the rest" in capsys.readouterr().err
     assert main([*common, "--part", "1/2"]) == 0
     assert "23 pictures" in capsys.readouterr().out
     assert main([*common, "--part", "half"]) == 1

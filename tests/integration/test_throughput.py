@@ -20,8 +20,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from selftrans.checkpoints import format as checkpoint
 from selftrans.config import Data, Log, RunConfig, Train, sections
-from selftrans.data.dataset import Shards
-from selftrans.data.on_device import Resident
+from selftrans.data.dataset import Dataset
+from selftrans.data.on_device import OnDevice
 from selftrans.data.prepare import prepare_digits
 from selftrans.methods.guidance import Frozen
 from selftrans.methods.registry import stages
@@ -50,7 +50,7 @@ def config(method: str = "vanilla", **settings: object) -> RunConfig:
 
 
 @pytest.fixture(scope="module")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> Shards:
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
     return prepare_digits(tmp_path_factory.mktemp("digits") / "data")
 
 
@@ -61,13 +61,13 @@ def accelerator() -> Accelerator:
 
 
 def trainer(
-    accelerator: Accelerator, settings: RunConfig, shards: Shards, room: Path, teacher: Frozen | None = None
+    accelerator: Accelerator, settings: RunConfig, shards: Dataset, room: Path, teacher: Frozen | None = None
 ) -> Trainer:
     """The last stage of `settings.method`."""
     return Trainer(accelerator, settings, stages(settings)[-1], room, shards, teacher=teacher)
 
 
-def frozen(settings: RunConfig, shards: Shards) -> Frozen:
+def frozen(settings: RunConfig, shards: Dataset) -> Frozen:
     """A teacher with something to say: random weights everywhere."""
     model = settings.build_model(shards.manifest.shape, shards.manifest.conditions)
     for p in model.parameters():
@@ -78,11 +78,13 @@ def frozen(settings: RunConfig, shards: Shards) -> Frozen:
 # ---- the set on the device
 
 
-def test_a_resident_set_gives_the_same_batches(shards: Shards) -> None:
-    resident = Resident(shards, "cpu")
+def test_a_resident_set_gives_the_same_batches(shards: Dataset) -> None:
+    resident = OnDevice(shards, "cpu")
     rows = np.array([0, 1796, 5, 5, 1024, 1023])
-    for ours, theirs in zip(resident.read(rows), shards.read(torch.from_numpy(rows)), strict=True):
-        assert torch.equal(ours, theirs) and ours.dtype == theirs.dtype
+    ours, theirs = resident.read(rows), shards.read(torch.from_numpy(rows))
+    assert all(
+        torch.equal(ours[name], theirs[name]) and ours[name].dtype == theirs[name].dtype for name in shards.names
+    )
     streams = (Stream(x, batch_size=7, accumulate=1, seed=3).from_step(250) for x in (shards, resident))
     for _, one, two in zip(range(20), *streams, strict=False):  # over the end of an epoch
         assert np.array_equal(one[0], two[0])
@@ -95,7 +97,7 @@ def test_a_resident_set_gives_the_same_batches(shards: Shards) -> None:
         resident.read(np.array([-1, 1797]))
 
 
-def test_a_run_on_a_resident_set_is_the_same_run(shards: Shards, tmp_path: Path) -> None:
+def test_a_run_on_a_resident_set_is_the_same_run(shards: Dataset, tmp_path: Path) -> None:
     weights = []
     for on_device in (False, True):
         out = tmp_path / str(on_device)
@@ -111,19 +113,19 @@ def _steps(settings: RunConfig, steps: int) -> dict:
     return dataclasses.asdict(settings.train) | {"steps": steps}
 
 
-def test_a_device_without_room_is_told_in_one_line(shards: Shards, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_device_without_room_is_told_in_one_line(shards: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object, **__: object) -> None:
         raise torch.OutOfMemoryError("out of memory. Tried to allocate 21 GiB\nmore")
 
     monkeypatch.setattr(torch, "empty", full)
     with pytest.raises(ValueError, match=r"takes 0.0 GB, which cpu has not free \(out of memory.*on_device off$"):
-        Resident(shards, "cpu")
+        OnDevice(shards, "cpu")
 
 
 # ---- precision after the guidance has ended
 
 
-def test_reduced_precision_outlives_the_guidance(shards: Shards, tmp_path: Path) -> None:
+def test_reduced_precision_outlives_the_guidance(shards: Dataset, tmp_path: Path) -> None:
     """accelerate marks what it has prepared: a model that is wrapped again must not lose its autocast."""
     AcceleratorState._reset_state(True)
     settings = config("self_transcendence", precision="bf16")
@@ -183,7 +185,7 @@ class Waits(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("method", ["vanilla", "structure", "self_transcendence", "sra", "layersync", "dispersive"])
-def test_a_step_waits_for_nothing(accelerator: Accelerator, shards: Shards, tmp_path: Path, method: str) -> None:
+def test_a_step_waits_for_nothing(accelerator: Accelerator, shards: Dataset, tmp_path: Path, method: str) -> None:
     settings = config(method).override({"layersync.block": 1, "layersync.target_block": 2}).restricted()
     teacher = frozen(settings, shards) if method == "self_transcendence" else None
     made = trainer(accelerator, settings, shards, tmp_path, teacher)
@@ -199,7 +201,7 @@ def test_a_step_waits_for_nothing(accelerator: Accelerator, shards: Shards, tmp_
 
 
 def test_independent_times_wait_once_for_how_many_are_selected(
-    accelerator: Accelerator, shards: Shards, tmp_path: Path
+    accelerator: Accelerator, shards: Dataset, tmp_path: Path
 ) -> None:
     settings = config("self_transcendence", times="uniform")
     made = trainer(accelerator, settings, shards, tmp_path, frozen(settings, shards))
@@ -218,7 +220,7 @@ needs_compiler = pytest.mark.skipif(
 @pytest.mark.slow
 @needs_compiler
 @pytest.mark.timeout(600)
-def test_a_batch_is_on_the_device_as_a_whole(shards: Shards) -> None:
+def test_a_batch_is_on_the_device_as_a_whole(shards: Dataset) -> None:
     # what is not would be moved by DDP, at every micro-batch, and the host would wait for it
     loaded = next(Stream(shards, batch_size=4, accumulate=1, seed=0).from_step(0))
     batch = to_batch(loaded, shards, torch.device("meta"))
@@ -244,7 +246,7 @@ def test_many_shapes_are_all_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(graphs) == 12 and len(calls) == 24
 
 
-def test_blocks_are_compiled_once(accelerator: Accelerator, shards: Shards, tmp_path: Path) -> None:
+def test_blocks_are_compiled_once(accelerator: Accelerator, shards: Dataset, tmp_path: Path) -> None:
     """After two steps of each stage nothing is compiled any more: not by other steps, nor when guidance ends."""
     from torch._dynamo.utils import counters
 
@@ -278,7 +280,7 @@ def test_blocks_are_compiled_once(accelerator: Accelerator, shards: Shards, tmp_
 @needs_compiler
 @pytest.mark.timeout(600)
 def test_a_compiled_step_has_the_numbers_of_an_eager_one(
-    accelerator: Accelerator, shards: Shards, tmp_path: Path
+    accelerator: Accelerator, shards: Dataset, tmp_path: Path
 ) -> None:
     torch._dynamo.reset()
     losses = []

@@ -18,7 +18,7 @@ from torch import nn
 
 from selftrans.cli.main import main
 from selftrans.config import from_json
-from selftrans.data.dataset import Shards
+from selftrans.data.dataset import Dataset
 from selftrans.flow import LINEAR, interpolate
 from selftrans.methods import objective
 from selftrans.models.sit import SIT_SIZES, SiT
@@ -190,7 +190,7 @@ def test_training_is_the_plain_loop(tmp_path, monkeypatch, method):
     watch(monkeypatch, lambda trainer: start.append((copy.deepcopy(trainer.objective), trainer.stage, trainer.stream)))
     train(config, tmp_path, quiet=True)
     mine, stage, stream = start[0]
-    shards, lr, (beta1, beta2) = Shards.open(toy.digits()), 1e-3, (0.9, 0.999)
+    shards, lr, (beta1, beta2) = Dataset.open(toy.digits()), 1e-3, (0.9, 0.999)
     parameters = dict(mine.named_parameters())
     average = {name: p.detach().clone() for name, p in mine.student.named_parameters()}
     m, v = ({name: torch.zeros_like(p) for name, p in parameters.items()} for _ in range(2))
@@ -199,7 +199,7 @@ def test_training_is_the_plain_loop(tmp_path, monkeypatch, method):
         for micro in range(2):
             seed_step(config.train.seed, stage.stream, step, micro, 0)
             rows = stream.indices(step, micro)
-            loss, _ = mine(to_batch(Loaded(rows, *shards.read(rows)), shards, torch.device("cpu")), step)
+            loss, _ = mine(to_batch(Loaded(rows, shards.read(rows)), shards, torch.device("cpu")), step)
             (loss / 2).backward()
         norm = math.sqrt(sum(float(p.grad.double().square().sum()) for p in parameters.values()))
         assert norm > 1  # so that clipping is at work
@@ -307,7 +307,7 @@ def test_optimizer_state_by_name_and_back():
 
 
 def test_every_epoch_visits_every_picture_once_whoever_reads():
-    shards = Shards.open(toy.digits())
+    shards = Dataset.open(toy.digits())
     alone = Stream(shards, batch_size=12, accumulate=1, seed=3)
     rows = np.concatenate([alone.indices(step, 0) for step in range(2 * 1797 // 12 + 1)])
     assert sorted(rows[:1797]) == sorted(rows[1797 : 2 * 1797]) == list(range(1797))
@@ -318,21 +318,21 @@ def test_every_epoch_visits_every_picture_once_whoever_reads():
         assert np.array_equal(np.concatenate(parts), alone.indices(step, 0))
     batches = alone.from_step(149)
     for step in (149, 150):
-        read_rows, moments, labels, _ = next(batches)
+        read_rows, tensors = next(batches)
         assert np.array_equal(read_rows, alone.indices(step, 0))
-        assert torch.equal(moments, shards.read(read_rows)[0]) and torch.equal(labels, shards.read(read_rows)[1])
+        assert all(torch.equal(tensors[name], each) for name, each in shards.read(read_rows).items())
 
 
 def test_a_batch_that_does_not_divide_says_what_would():
     with pytest.raises(ValueError, match="multiple of 6"):
-        Stream(Shards.open(toy.digits()), batch_size=8, accumulate=3, seed=0, world=2)
+        Stream(Dataset.open(toy.digits()), batch_size=8, accumulate=3, seed=0, world=2)
 
 
 def test_each_visit_takes_one_of_the_mirrored_copies():
-    shards = Shards.open(toy.digits())
+    shards = Dataset.open(toy.digits())
     rows = np.repeat(7, 64)
     torch.manual_seed(0)
-    z0 = to_batch(Loaded(rows, *shards.read(rows)), shards, torch.device("cpu")).z0
+    z0 = to_batch(Loaded(rows, shards.read(rows)), shards, torch.device("cpu")).z0
     one, other = z0[0], z0[0].flip(dims=(-1,))
     assert not torch.equal(one, other)
     assert {int(torch.equal(z, one)) + 2 * int(torch.equal(z, other)) for z in z0} == {1, 2}

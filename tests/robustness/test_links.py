@@ -10,7 +10,7 @@ import pytest
 
 from selftrans import storage
 from selftrans.data import resumable
-from selftrans.data.dataset import Shards
+from selftrans.data.dataset import Dataset
 from selftrans.data.prepare import prepare
 from selftrans.sampling.folder import write_samples
 from selftrans.storage import lock_file
@@ -128,4 +128,4 @@ def test_unfinished_preparation_of_symlinks_leaves_their_targets_alone(tmp_path)
     assert len(list(out.glob("shard-*.json"))) == 1
     assert prepare(pictures, out, shard_size=5, batch_size=5, progress=False).count == 23
     assert contents(tmp_path / "first") == before
-    Shards.open(out, verify=True)
+    Dataset.open(out, verify=True)

@@ -1,4 +1,4 @@
-"""`prepare` hindered: unreadable pictures, disks that refuse, bad options, damaged folders. Nothing is lost."""
+"""Faults during `prepare`: unreadable pictures, disks that refuse, bad options, damaged folders. Nothing is lost."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from selftrans.data.dataset import Shards
+from selftrans.data.dataset import Dataset
 from selftrans.data.prepare import prepare
 from selftrans.data.sources.open_source import open_source
 from selftrans.encoders.autoencoder import to_uint8
@@ -47,7 +47,8 @@ def test_an_unreadable_picture_stops_with_its_path(pictures: Path, tmp_path: Pat
     assert (
         "2 unreadable pictures left out" in manifest.summary() and "wild dog/empty ü.png: empty" in manifest.summary()
     )
-    moments, labels = Shards.open(tmp_path / "out", verify=True).read(np.arange(23))
+    tensors = Dataset.open(tmp_path / "out", verify=True).read(np.arange(23))
+    moments, labels = tensors["moments"], tensors["labels"]
     source = open_source(pictures)
     good = [i for i in range(25) if source.name(i) not in dict(manifest.skipped)]
     assert torch.equal(to_uint8(moments[:, 0]), torch.from_numpy(np.stack([source.read(i) for i in good])))
@@ -57,12 +58,12 @@ def test_an_unreadable_picture_stops_with_its_path(pictures: Path, tmp_path: Pat
 def test_skipping_continues_to_the_same_bytes(pictures: Path, tmp_path: Path) -> None:
     spoil(pictures)
     options = {"shard_size": 1, "skip_bad": True, "progress": False}  # the shard of a bad picture is empty
-    prepare(pictures, tmp_path / "whole", **options)  # type: ignore[arg-type]
+    prepare(pictures, tmp_path / "complete", **options)  # type: ignore[arg-type]
     with stopped_after(9):
         prepare(pictures, tmp_path / "out", **options)  # type: ignore[arg-type]
     prepare(pictures, tmp_path / "out", **options)  # type: ignore[arg-type]
-    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
-    assert len(Shards.open(tmp_path / "out", verify=True).read(np.arange(23))[0]) == 23
+    assert contents(tmp_path / "out") == contents(tmp_path / "complete")
+    assert len(Dataset.open(tmp_path / "out", verify=True).read(np.arange(23))["moments"]) == 23
 
 
 def test_nothing_readable(tmp_path: Path) -> None:
@@ -89,7 +90,7 @@ def test_output_that_is_a_file_or_holds_other_things(pictures: Path, tmp_path: P
     (tmp_path / "file").write_text("mine")
     with pytest.raises(ValueError, match="file is not a folder"):
         prepare(pictures, tmp_path / "file", progress=False)
-    with pytest.raises(ValueError, match=r"cannot write .*Not a directory"):
+    with pytest.raises(ValueError, match=r"below/.lock cannot be opened \(Not a directory\)"):
         prepare(pictures, tmp_path / "file" / "below", progress=False)
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.tex").write_text("mine")
@@ -106,13 +107,13 @@ def test_a_read_only_output(pictures: Path, tmp_path: Path, monkeypatch: pytest.
         raise PermissionError(errno.EACCES, "Permission denied", str(path))
 
     monkeypatch.setattr(Path, "mkdir", refuse)  # the superuser of a test machine is refused nothing
-    with pytest.raises(ValueError, match=r"cannot write .*out: Permission denied; make room or choose another --out"):
+    with pytest.raises(ValueError, match=r"out/.lock cannot be opened \(Permission denied\).* choose another --out"):
         prepare(pictures, tmp_path / "out", progress=False)
     assert not (tmp_path / "out").exists()
 
 
-def test_a_full_disk_keeps_whole_shards(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    out, left, sync = tmp_path / "out", 8, os.fsync
+def test_full_disk_keeps_finished_shards(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out, left, sync = tmp_path / "out", 6, os.fsync  # of a file and of its folder: for the plan, a shard, its record
 
     def full(handle: int) -> None:
         nonlocal left
@@ -123,24 +124,24 @@ def test_a_full_disk_keeps_whole_shards(pictures: Path, tmp_path: Path, monkeypa
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", full)
-        with pytest.raises(ValueError, match=r"cannot write .*moments-00001.bin: No space left on device; make room"):
+        with pytest.raises(ValueError, match=r"shard-00001.safetensors cannot be written \(No space left.*make room"):
             prepare(pictures, out, shard_size=5, progress=False)
-    assert sorted(contents(out)) == [".lock", "labels-00000.bin", "moments-00000.bin", "plan.json", "shard-00000.json"]
+    assert sorted(contents(out)) == [".lock", "plan.json", "shard-00000.json", "shard-00000.safetensors"]
     prepare(pictures, out, shard_size=5, progress=False)
-    prepare(pictures, tmp_path / "whole", shard_size=5, progress=False)
-    assert contents(out) == contents(tmp_path / "whole")
+    prepare(pictures, tmp_path / "complete", shard_size=5, progress=False)
+    assert contents(out) == contents(tmp_path / "complete")
 
 
 def test_a_disk_that_refuses_large_files(pictures: Path, tmp_path: Path) -> None:
-    """The kernel's own refusal: a limit on the size of files, reached in the middle of a shard."""
+    """The kernel's own error: a limit on the size of files, reached in the middle of a shard."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (6000, hard))
-        with pytest.raises(ValueError, match=r"cannot write .*moments-00000.bin: File too large"):
+        with pytest.raises(ValueError, match=r"shard-00000.safetensors cannot be written \(File too large\)"):
             prepare(pictures, tmp_path / "out", batch_size=2, progress=False)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert not list((tmp_path / "out").glob("moments*")) and not list((tmp_path / "out").glob(".tmp-*"))
+    assert not list((tmp_path / "out").glob("shard*")) and not list((tmp_path / "out").glob(".*.tmp"))
     assert prepare(pictures, tmp_path / "out", progress=False).count == 23
 
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-import selftrans.data.prepare as encode_module
+from selftrans.data.encode import ShardEncoder
 from selftrans.data.shard_plan import Decoded
 
 
@@ -69,18 +69,18 @@ def save_vae(folder: Path) -> str:
 
 
 @contextmanager
-def stopped_after(pictures_read: int) -> Iterator[None]:
-    """Ctrl-C after this many pictures were encoded."""
-    encode, seen = encode_module._Encoder.encode, 0
+def stopped_after(count: int) -> Iterator[None]:
+    """Ctrl-C after this many samples were encoded."""
+    encode, seen = ShardEncoder.encode, 0
 
-    def counting(self: encode_module._Encoder, decoded: Decoded) -> np.ndarray:
+    def counting(self: ShardEncoder, decoded: Decoded) -> np.ndarray:
         nonlocal seen
         seen += len(decoded.good)
-        if seen > pictures_read:
+        if seen > count:
             raise KeyboardInterrupt
         return encode(self, decoded)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(encode_module._Encoder, "encode", counting)
+        patch.setattr(ShardEncoder, "encode", counting)
         with pytest.raises(KeyboardInterrupt):
             yield

@@ -1,4 +1,4 @@
-"""A folder of shards, written by hand from the format's description."""
+"""A folder of shards, written by safetensors itself from the format's description."""
 
 from __future__ import annotations
 
@@ -9,47 +9,57 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors.numpy import save
 
 COUNTS, CLASSES, SHAPE = (5, 0, 3), ("cat", "dog", "ü"), (2, 8, 4, 4)  # copies, M = 2C, H, W
 
 
 def make(folder: Path, dtype: str = "float16") -> tuple[np.ndarray, np.ndarray]:
-    """Three shards, one of them empty, written by hand from the format's description."""
+    """Three shards, one of them empty, and their manifest; returns all moments and labels."""
     rng = np.random.default_rng(0)
     moments = rng.standard_normal((sum(COUNTS), *SHAPE)).astype(dtype)
     labels = rng.integers(0, len(CLASSES), sum(COUNTS))
-    shards, start = [], 0
-    for k, count in enumerate(COUNTS):
-        parts = {
-            f"moments-{k:05d}.bin": moments[start : start + count].astype({"float16": "<f2", "float32": "<f4"}[dtype]),
-            f"labels-{k:05d}.bin": labels[start : start + count].astype("<i8"),
-        }
-        (file, labels_file), data = parts, [part.tobytes() for part in parts.values()]
-        for name, content in zip(parts, data, strict=True):
-            (folder / name).write_bytes(content)
-        hashes = [hashlib.sha256(content).hexdigest() for content in data]
-        shard = {"index": k, "file": file, "count": count, "sha256": hashes[0], "labels_file": labels_file}
-        shards.append(shard | {"labels_sha256": hashes[1], "skipped": [["x/y.jpg", "cut off"]] if k == 1 else []})
-        start += count
+    write_shards(folder, moments, labels)
+    shards = [
+        {"index": k, "count": count, "sha256": sha256(folder, k), "skipped": [["x/y.jpg", "cut off"]] if k == 1 else []}
+        for k, count in enumerate(COUNTS)
+    ]
     manifest = {
-        "version": 1,
+        "version": 2,
         "count": sum(COUNTS),
         "copies": 2,
         "shape": [4, 4, 4],
-        "stochastic": True,
+        "latent_space": {"shift": 0.0, "scale": 0.18215, "stochastic": True},
         "dtype": dtype,
-        "scale": 0.18215,
-        "shift": 0.0,
         "autoencoder": "owner/name",
         "resolution": 32,
         "image_channels": 3,
+        "conditions": {"kind": "labels", "num_classes": 3},
         "classes": list(CLASSES),
         "source": "pictures",
         "options": {"flip": True, "resolution": None, "shard_size": 5},
         "shards": shards,
+        "features": None,
     }
     (folder / "manifest.json").write_text(json.dumps(manifest))
     return moments, labels
+
+
+def write_shards(folder: Path, moments: np.ndarray, labels: np.ndarray) -> None:
+    """The rows of COUNTS, a safetensors file each."""
+    start = 0
+    for k, count in enumerate(COUNTS):
+        rows = slice(start, start + count)
+        (folder / name(k)).write_bytes(save({"moments": moments[rows], "labels": labels[rows].astype(np.int64)}))
+        start += count
+
+
+def name(k: int) -> str:
+    return f"shard-{k:05d}.safetensors"
+
+
+def sha256(folder: Path, k: int) -> str:
+    return hashlib.sha256((folder / name(k)).read_bytes()).hexdigest()
 
 
 def edit(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:

@@ -53,8 +53,8 @@ class Prepare(Command):
     """pictures that are encoded at a time"""
     shard_size: int = 8192
     """pictures per shard file"""
-    dtype: Literal["float16", "float32"] = "float16"
-    """of the stored numbers"""
+    dtype: Literal["float16", "float32"] | None = None
+    """of the stored numbers; None: float16, and float32 with --autoencoder values"""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """in which the encoder computes"""
     split: str = "train"
@@ -75,6 +75,8 @@ class Prepare(Command):
 
         precision = dtype_name(self.precision)
         of_vae = "float32" if self.features and self.autoencoder == "pixel" else precision
+        if self.features and self.autoencoder == "values":
+            raise ValueError("--features is for pictures; leave it out with --autoencoder values")
         if self.grid and not self.features:
             warnings.warn("--grid is ignored without --features", stacklevel=2)
         manifest = prepare(**self.options("features", "grid", "precision"), precision=of_vae)
@@ -145,9 +147,10 @@ class Sample(Command):
     trust: Trust = ()
 
     def run(self) -> None:
-        from selftrans.sampling.images import generate
+        from selftrans.sampling.folder import sample_to_folder
 
-        made = generate(self.run_or_file, self.out, self.sampling.given(), weights=self.weights, stage=self.stage)
+        given = self.sampling.given()
+        made = sample_to_folder(self.run_or_file, self.out, given, weights=self.weights, stage=self.stage)
         if made:
             print(f"{made} images -> {self.out} (PNG files, samples.npz, samples.json)")
 

@@ -36,7 +36,8 @@ class Evaluate(Command):
     reference: str
     """folder, zip or npz of real pictures, prepared data, `digits`, or statistics (npz with mu and sigma, as ADM's)"""
     features: str = "inception"
-    """`inception` or its file of weights (.pth), `digits`, or a classifier file made by `selftrans classifier`"""
+    """`inception` or its file of weights (.pth), `digits`, a classifier file made by `selftrans classifier`, or `values`: the
+    numbers themselves, for data that are no pictures"""
     out: Path | None = None
     """file for the json report; None: evaluate.json next to the pictures, or in the run"""
     save_reference: Path | None = None
@@ -66,7 +67,7 @@ class Classifier(Command):
     """of its initial weights and of the order of the pictures"""
 
     def run(self) -> None:
-        from selftrans.experiments.analyse_run import classifier_from_data
+        from selftrans.experiments.train_classifier import classifier_from_data
 
         print(classifier_from_data(**self.options()))
 
@@ -141,16 +142,17 @@ class Compare(RecipeCommand[Config]):
     images: int = 1000
     """samples for each distance"""
     features: str | None = None
-    """extractor, by name or file; None: the digits' classifier, one trained on pixel data with classes, or inception"""
+    """extractor, by name or file; None: the digits' classifier, one trained on pixel data with classes, values for data that
+    are no pictures, or inception"""
     workers: int | None = None
     """runs at the same time; None: one per core, one on a GPU"""
     trust: Trust = ()
     config: Annotated[Config, *Overrides] = tyro.MISSING
 
     def run(self) -> None:
-        from selftrans.experiments.compare import compare_methods, on
+        from selftrans.experiments.compare import compare_methods, override
 
-        config: Any = on(self.config, self.data, self.steps)  # type: ignore[arg-type]
+        config: Any = override(self.config, data=self.data, steps=self.steps)  # type: ignore[arg-type]
         compare_methods(config, **self.options("recipe", "config", "data", "steps"))
 
 

@@ -1,43 +1,111 @@
-"""The manifest of prepared shards, and its strict parser: nothing in it is believed before it is checked.
+"""The manifest of prepared data, and its strict parser: nothing in it is believed before it is checked.
 
-On disk: `manifest.json`, and per shard two raw little-endian files without headers,
-    moments-00000.bin  (count, copies, M, H, W) in `dtype`        labels-00000.bin  (count,) int64
-Shape legend: (C, H, W) latent, M moments channels: 2C (mean, std) when stochastic, else C.
+On disk: `manifest.json`, and per shard one safetensors file (see `shard_file`); where features of an external encoder are
+stored, one more per shard, which the manifest lists in `features`.
+Shape legend: (C, *S) latent with one to three spatial dimensions S, M moments channels: 2C (mean, std) when stochastic,
+else C; T = grid² tokens row by row and D width of the features.
 """
 
 from __future__ import annotations
 
 import json
-import math
-import re
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Literal
 
-from selftrans.data.sources.decode import shown
+from selftrans.data.record import (
+    REMEDY,
+    Option,
+    Record,
+    as_integer,
+    as_number,
+    as_pair,
+    as_text,
+    parse_json,
+    read_text,
+)
+from selftrans.data.shard_file import Layout, row_bytes
+from selftrans.encoders.autoencoder import LatentSpace
+from selftrans.storage import printable
 from selftrans.types import Conditions
 
-Option: TypeAlias = str | int | float | bool | None
-
-VERSION = 1
+VERSION = 2
 FILE = "manifest.json"
-DTYPES = {"float16": 2, "float32": 4}  #: name -> bytes of a number
-MAX_BYTES = 1 << 28  #: of a manifest
-REMEDY = "prepare the data again"
+DTYPES = ("float16", "float32")  #: of stored moments
 
 
 @dataclass(frozen=True)
 class Shard:
-    """One finished unit of work: pictures [index * shard_size, (index + 1) * shard_size) of the source."""
+    """One finished unit of work: samples [index * shard_size, (index + 1) * shard_size) of the source."""
 
     index: int
-    file: str  #: moments
-    count: int  #: pictures in it, the skipped left out
+    count: int  #: samples in it, the skipped left out
     sha256: str
-    labels_file: str
-    labels_sha256: str
-    skipped: tuple[tuple[str, str], ...] = ()  #: name and reason of each picture left out
+    skipped: tuple[tuple[str, str], ...] = ()  #: name and reason of each sample left out
+
+    @property
+    def file(self) -> str:
+        return f"shard-{self.index:05d}.safetensors"
+
+    @property
+    def asked(self) -> int:
+        """How many samples of the source the shard accounts for."""
+        return self.count + len(self.skipped)
+
+
+@dataclass(frozen=True)
+class FeatureFile:
+    """The features of one shard."""
+
+    index: int  #: of the shard
+    sha256: str
+
+    @property
+    def name(self) -> str:
+        return f"features-{self.index:05d}.safetensors"
+
+
+@dataclass(frozen=True)
+class Features:
+    """What the feature files of a folder hold and how they were made."""
+
+    encoder: str  #: hub id or folder
+    sha256: str  #: of the encoder's weights
+    precision: str  #: of the encoder's network
+    grid: int  #: T = grid²
+    width: int  #: D
+    fingerprint: str  #: of the pictures, as in the manifest's options
+    files: tuple[FeatureFile, ...]
+
+    def layout(self, manifest: Manifest) -> Layout:
+        """What one feature file holds."""
+        return {"features": ("float16", (manifest.copies, self.grid**2, self.width))}
+
+    def summary(self, manifest: Manifest) -> str:
+        """A line to print."""
+        made = {file.index for file in self.files}
+        count = sum(shard.count for shard in manifest.shards if shard.index in made)
+        size = count * row_bytes(self.layout(manifest)) / 1e6
+        return f"features by {self.encoder}: {self.grid}x{self.grid} of {self.width}, float16, {size:,.1f} MB"
+
+    @classmethod
+    def parse(cls, data: object, where: str) -> Features:
+        """Check every field. Raises ValueError naming the field that is wrong."""
+        record = Record(data, where)
+        record.only(field.name for field in fields(cls))
+        entries = [Record(item, f"{where}: files") for item in record.items("files", lambda x: x)]
+        for entry in entries:
+            entry.only(field.name for field in fields(FeatureFile))
+        return cls(
+            encoder=record.text("encoder"),
+            sha256=record.sha256("sha256"),
+            precision=record.text("precision"),
+            grid=record.integer("grid", 1, 1 << 12),
+            width=record.integer("width", 1, 1 << 20),
+            fingerprint=record.sha256("fingerprint"),
+            files=tuple(FeatureFile(entry.integer("index", 0), entry.sha256("sha256")) for entry in entries),
+        )
 
 
 @dataclass(frozen=True)
@@ -45,63 +113,69 @@ class Manifest:
     """What a folder of shards holds and how it was made."""
 
     version: int
-    count: int  #: pictures in all shards
-    copies: int  #: moments per picture: 1, or 2 when the mirrored picture is stored too
-    shape: tuple[int, int, int]  #: (C, H, W) of a latent
-    stochastic: bool  #: whether moments have a standard deviation
-    dtype: str  #: of the stored moments, a key of DTYPES
-    scale: float  #: latents = (sample - shift) * scale
-    shift: float
+    count: int  #: samples in all shards
+    copies: int  #: moments per sample: 1, or 2 when the mirrored picture is stored too
+    shape: tuple[int, ...]  #: (C, *S) of a latent
+    latent_space: LatentSpace  #: moments => latents
+    dtype: str  #: of the stored moments, one of DTYPES
     autoencoder: str
-    resolution: int  #: of the pictures
-    image_channels: int
-    classes: tuple[str, ...]  #: empty: unconditional, every label 0
+    resolution: int | None  #: of the pictures; None: the data are no pictures
+    image_channels: int | None  #: of the pictures; None: the data are no pictures
+    conditions: Conditions  #: of kind none, every label is 0
+    classes: tuple[str, ...]  #: names of the labels; of kind labels only
     source: str
     options: dict[str, Option]
     shards: tuple[Shard, ...]
+    features: Features | None = None  #: of an external encoder, for all shards
 
     @property
     def num_classes(self) -> int:
-        return len(self.classes)
+        return self.conditions.num_classes
 
     @property
-    def conditions(self) -> Conditions:
-        """What a sample is conditioned on."""
-        return Conditions("labels" if self.classes else "none", self.num_classes)
+    def moments_shape(self) -> tuple[int, ...]:
+        """(copies, M, *S) of one sample."""
+        channels, *spatial = self.shape
+        return self.copies, channels * (2 if self.latent_space.stochastic else 1), *spatial
 
     @property
-    def moments_shape(self) -> tuple[int, int, int, int]:
-        """(copies, M, H, W) of one picture."""
-        channels, height, width = self.shape
-        return self.copies, channels * (2 if self.stochastic else 1), height, width
+    def layout(self) -> Layout:
+        """What one shard holds."""
+        return {"moments": (self.dtype, self.moments_shape), "labels": ("int64", ())}
 
     @property
-    def row_bytes(self) -> int:
-        """Bytes of one picture in a moments file."""
-        return math.prod(self.moments_shape) * DTYPES[self.dtype]
+    def unit(self) -> str:
+        """What the samples are, for messages."""
+        return "samples" if self.resolution is None else "pictures"
 
     @property
     def skipped(self) -> tuple[tuple[str, str], ...]:
-        """Name and reason of every picture that was left out."""
+        """Name and reason of every sample that was left out."""
         return tuple(pair for shard in self.shards for pair in shard.skipped)
 
     def summary(self) -> str:
         """A few lines to print."""
         kind = {0: "unconditional", 1: "1 class"}.get(self.num_classes, f"{self.num_classes} classes")
         if self.classes:  # shown, as train/ and val/ may be taken for classes unseen
-            kind += f": {', '.join(map(shown, self.classes[:6]))}{', …' if self.num_classes > 6 else ''}"
+            kind += f": {', '.join(map(printable, self.classes[:6]))}{', …' if self.num_classes > 6 else ''}"
+        size = "" if self.resolution is None else f" of {self.resolution}x{self.resolution}"
         latent = "x".join(str(side) for side in self.shape)
+        std = "mean and std" if self.latent_space.stochastic else "no std"
         lines = [
-            f"{self.count:,} pictures of {self.resolution}x{self.resolution}, {kind}",
-            f"{latent} latents by {shown(self.autoencoder)}, {'mean and std' if self.stochastic else 'no std'}, {self.dtype}"
+            f"{self.count:,} {self.unit}{size}, {kind}",
+            f"{latent} latents by {printable(self.autoencoder)}, {std}, {self.dtype}"
             + (", with mirrored copies" if self.copies == 2 else ""),
-            f"{len(self.shards)} shards, {self.count * self.row_bytes / 1e6:,.1f} MB",
+            f"{len(self.shards)} shards, {self.count * row_bytes(self.layout) / 1e6:,.1f} MB",
         ]
         if self.skipped:
-            lines.append(f"{len(self.skipped)} unreadable pictures left out:")
-            lines += [f"  {shown(name)}: {shown(reason)}" for name, reason in self.skipped[:10]]
+            lines.append(f"{len(self.skipped)} unreadable {self.unit} left out:")
+            lines += [f"  {printable(name)}: {printable(reason)}" for name, reason in self.skipped[:10]]
             lines += [f"  and {len(self.skipped) - 10} more, listed in {FILE}"] if len(self.skipped) > 10 else []
         return "\n".join(lines)
+
+    def without_shards(self) -> Manifest:
+        """The plan by which the shards are made."""
+        return replace(self, count=0, shards=())
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=1)
@@ -111,30 +185,37 @@ class Manifest:
         """Parse and check every field. Raises ValueError naming the field that is wrong."""
         record = Record(parse_json(text, FILE), FILE)
         version = record.integer("version", 0)
+        if version < VERSION:
+            raise ValueError(
+                f"{FILE} is of version {version}, whose .bin files this package no longer reads; repeat its "
+                "`selftrans prepare` into a new folder"
+            )
         if version != VERSION:
-            raise ValueError(f"{FILE} is of version {version}, this package reads {VERSION}; {REMEDY}")
+            raise ValueError(
+                f"{FILE} is of version {version}, this package reads {VERSION}; install a newer version of it"
+            )
         record.only(field.name for field in fields(cls))
-        shape = record.items("shape", lambda x: _integer(x, 1, 1 << 16), 3)
+        shards = enumerate(record.items("shards", lambda x: x))
         manifest = cls(
             version=version,
             count=record.integer("count", 0),
             copies=record.integer("copies", 1, 2),
-            shape=(shape[0], shape[1], shape[2]),
-            stochastic=record.boolean("stochastic"),
-            dtype=record.one_of("dtype", tuple(DTYPES)),
-            scale=record.number("scale"),
-            shift=record.number("shift"),
+            shape=record.items("shape", lambda x: as_integer(x, 1, 1 << 24)),
+            latent_space=_latent_space(record.record("latent_space")),
+            dtype=record.one_of("dtype", DTYPES),
             autoencoder=record.text("autoencoder"),
-            resolution=record.integer("resolution", 1, 1 << 16),
-            image_channels=record.integer("image_channels", 1, 3),
-            classes=record.items("classes", _text),
+            resolution=record.optional_integer("resolution", 1, 1 << 16),
+            image_channels=record.optional_integer("image_channels", 1, 3),
+            conditions=_conditions(record.record("conditions")),
+            classes=record.items("classes", as_text),
             source=record.text("source"),
             options=record.options("options"),
-            shards=tuple(
-                shard_from(item, f"{FILE}: shards[{i}]") for i, item in enumerate(record.items("shards", lambda x: x))
+            shards=tuple(parse_shard(item, f"{FILE}: shards[{i}]") for i, item in shards),
+            features=record.take(
+                "features", lambda x: None if x is None else Features.parse(x, f"{FILE}: field 'features'")
             ),
         )
-        _agree(manifest)
+        _check_agreement(manifest)
         return manifest
 
     @classmethod
@@ -152,147 +233,74 @@ class Manifest:
         return manifest
 
 
-def shard_from(data: object, where: str) -> Shard:
-    """A shard's record, checked."""
+def parse_shard(data: object, where: str) -> Shard:
+    """A shard's record, checked. Raises ValueError naming the field that is wrong."""
     record = Record(data, where)
     record.only(field.name for field in fields(Shard))
     return Shard(
         index=record.integer("index", 0),
-        file=record.file_name("file"),
         count=record.integer("count", 0),
         sha256=record.sha256("sha256"),
-        labels_file=record.file_name("labels_file"),
-        labels_sha256=record.sha256("labels_sha256"),
-        skipped=record.items("skipped", _pair),
+        skipped=record.items("skipped", as_pair),
     )
 
 
-def _agree(manifest: Manifest) -> None:
+def conditions_of(classes: tuple[str, ...]) -> Conditions:
+    """The conditions of samples with these class names; none of them: no condition."""
+    return Conditions("labels", len(classes)) if classes else Conditions("none")
+
+
+def _latent_space(record: Record) -> LatentSpace:
+    def per_channel(name: str) -> float | tuple[float, ...]:
+        return (
+            record.items(name, as_number) if isinstance(record.data.get(name), list) else record.take(name, as_number)
+        )
+
+    record.only(field.name for field in fields(LatentSpace))
+    return LatentSpace(per_channel("shift"), per_channel("scale"), record.boolean("stochastic"))
+
+
+def _conditions(record: Record) -> Conditions:
+    if record.data.get("kind") == "text":
+        raise ValueError(f"{record.where} has kind 'text', which needs a newer version of this package; install one")
+    record.only(field.name for field in fields(Conditions))
+    kind: Literal["none", "labels"] = record.take("kind", _kind)
+    return Conditions(kind, record.integer("num_classes", 0))
+
+
+def _kind(value: object) -> object:
+    if value not in ("none", "labels"):
+        raise ValueError("one of none, labels")
+    return value
+
+
+def _check_agreement(manifest: Manifest) -> None:
     """Raise ValueError where fields contradict each other."""
-    total = sum(shard.count for shard in manifest.shards)
-    files = [name for shard in manifest.shards for name in (shard.file, shard.labels_file)]
+    for fault in _contradictions(manifest):
+        raise ValueError(f"{FILE}: {fault}; {REMEDY}")
+
+
+def _contradictions(manifest: Manifest) -> Iterator[str]:
+    space, conditions, features = manifest.latent_space, manifest.conditions, manifest.features
+    total, indices = sum(shard.count for shard in manifest.shards), [shard.index for shard in manifest.shards]
     if total != manifest.count:
-        raise ValueError(f"{FILE}: field 'count' is {manifest.count}, its shards add up to {total}; {REMEDY}")
-    if [shard.index for shard in manifest.shards] != list(range(len(manifest.shards))):
-        raise ValueError(f"{FILE}: field 'shards' is not in order 0, 1, ...; {REMEDY}")
-    if len(set(files)) != len(files):
-        raise ValueError(f"{FILE}: field 'shards' names a file twice; {REMEDY}")
+        yield f"field 'count' is {manifest.count}, its shards add up to {total}"
+    if indices != list(range(len(indices))):
+        yield "field 'shards' is not in order 0, 1, ..."
+    if not 2 <= len(manifest.shape) <= 4:
+        yield f"field 'shape' should have 2 to 4 entries, not {len(manifest.shape)}"
+    for name, each in (("shift", space.shift), ("scale", space.scale)):
+        if isinstance(each, tuple) and len(each) != manifest.shape[0]:
+            yield f"field 'latent_space': {name!r} should have {manifest.shape[0]} entries, not {len(each)}"
+    if space.scale == 0 or (isinstance(space.scale, tuple) and 0 in space.scale):
+        yield "field 'latent_space': 'scale' is zero"
     if len(set(manifest.classes)) != len(manifest.classes):
-        raise ValueError(f"{FILE}: field 'classes' names a class twice; {REMEDY}")
-    if manifest.scale == 0:
-        raise ValueError(f"{FILE}: field 'scale' is zero; {REMEDY}")
-
-
-def read_text(path: Path) -> str:
-    """A small text file. Raises ValueError when it is absurdly large or no text."""
-    try:
-        if path.stat().st_size > MAX_BYTES:
-            raise ValueError(f"{path.name} is larger than {MAX_BYTES} bytes")
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path.name} cannot be read ({error})") from error
-
-
-def parse_json(text: str, where: str) -> object:
-    """JSON as data. Raises ValueError when it is none, or nested beyond reason."""
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{where} is not valid JSON ({error}); {REMEDY}") from error
-
-
-class Record:
-    """A JSON object whose fields are taken one by one, each checked; `where` names it in errors."""
-
-    def __init__(self, data: object, where: str) -> None:
-        if not isinstance(data, dict):
-            raise ValueError(f"{where} should be a JSON object, not {data!r:.40}; {REMEDY}")
-        self.data, self.where = data, where
-
-    def only(self, names: Any) -> None:
-        unknown = sorted(set(self.data) - set(names))
-        if unknown:
-            raise ValueError(f"{self.where}: field {unknown[0]!r:.60} is unknown; {REMEDY}")
-
-    def take(self, name: str, check: Callable[[object], Any]) -> Any:
-        if name not in self.data:
-            raise ValueError(f"{self.where}: field {name!r} is missing; {REMEDY}")
-        value = self.data[name]
-        try:
-            return check(value)
-        except ValueError as error:
-            raise ValueError(f"{self.where}: field {name!r} should be {error}, not {value!r:.60}; {REMEDY}") from None
-
-    def integer(self, name: str, low: int, high: int = 1 << 48) -> int:
-        return self.take(name, lambda x: _integer(x, low, high))
-
-    def text(self, name: str) -> str:
-        return self.take(name, _text)
-
-    def boolean(self, name: str) -> bool:
-        return self.take(name, lambda x: _is(x, bool, "true or false"))
-
-    def number(self, name: str) -> float:
-        return self.take(name, _number)
-
-    def one_of(self, name: str, choices: tuple[str, ...]) -> str:
-        return self.take(name, lambda x: _matches(x, "|".join(choices), f"one of {', '.join(choices)}"))
-
-    def file_name(self, name: str) -> str:
-        return self.take(name, lambda x: _matches(x, r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,200}", "a plain file name"))
-
-    def sha256(self, name: str) -> str:
-        return self.take(name, lambda x: _matches(x, "[0-9a-f]{64}", "a sha256 in hexadecimal"))
-
-    def items(self, name: str, check: Callable[[object], Any], length: int | None = None) -> tuple[Any, ...]:
-        items = self.take(name, lambda x: _is(x, list, "a list"))
-        if length is not None and len(items) != length:
-            raise ValueError(f"{self.where}: field {name!r} should have {length} entries, not {len(items)}; {REMEDY}")
-        entries = Record({f"{name}[{i}]": item for i, item in enumerate(items)}, self.where)
-        return tuple(entries.take(key, check) for key in entries.data)
-
-    def options(self, name: str) -> dict[str, Option]:
-        options = Record(self.take(name, lambda x: _is(x, dict, "an object")), f"{self.where}: {name}")
-        return {key: options.take(key, _option) for key in options.data}
-
-
-def _is(value: object, kind: type, name: str) -> Any:
-    if not isinstance(value, kind):
-        raise ValueError(name)
-    return value
-
-
-def _integer(value: object, low: int, high: int) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
-        raise ValueError(f"an integer from {low} to {high}")
-    return value
-
-
-def _number(value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e30:
-        raise ValueError("a finite number")
-    return float(value)
-
-
-def _text(value: object) -> str:
-    if not isinstance(value, str) or not value:
-        raise ValueError("text")
-    return value
-
-
-def _matches(value: object, pattern: str, name: str) -> str:
-    if not isinstance(value, str) or not re.fullmatch(pattern, value):
-        raise ValueError(name)
-    return value
-
-
-def _pair(value: object) -> tuple[str, str]:
-    if not isinstance(value, list) or len(value) != 2:
-        raise ValueError("a name and a reason")
-    return _text(value[0]), _text(value[1])
-
-
-def _option(value: object) -> Option:
-    if value is not None and not isinstance(value, str | int | float | bool):
-        raise ValueError("text, a number, true, false or null")
-    return value
+        yield "field 'classes' names a class twice"
+    if conditions != conditions_of(manifest.classes):
+        yield f"field 'conditions' says {conditions}, field 'classes' names {len(manifest.classes)}"
+    if (manifest.resolution is None) != (manifest.image_channels is None):
+        yield "fields 'resolution' and 'image_channels' should both be null, or neither"
+    if features and features.fingerprint != manifest.options.get("fingerprint"):
+        yield "field 'features' is of other pictures than the shards"
+    if features and indices and [file.index for file in features.files] != indices:
+        yield "field 'features': 'files' does not agree with the shards"

@@ -1,49 +1,63 @@
-"""Shards ⇒ the memory of a device: the whole set lies there and is indexed there, nothing is read during training.
+"""Prepared data => the memory of a device: all moments lie there and are indexed there, none are read during training.
 
 ImageNet-256 in float16 moments of 4x32x32 latents (mean and std, unmirrored) takes 21 GB.
-Shape legend: N batch, M moments channels, (C, H, W) latent.
+Shape legend: N batch, M moments channels, (C, *S) latent.
 """
 
 from __future__ import annotations
+
+from collections.abc import Collection
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from selftrans.data.dataset import NUMBERS, Shards
+from selftrans.data.dataset import NUMBERS, Dataset
+from selftrans.data.manifest import Features
+from selftrans.data.shard_file import row_bytes
 
-CHUNK = 1024  #: pictures copied at a time
+CHUNK = 1024  #: rows copied at a time
 
 
-class Resident(Shards):
-    """The same numbers at the same positions as `shards`, held whole on `device`; stored features stay on the disk.
+class OnDevice(Dataset):
+    """The same numbers at the same positions as `dataset`, moments and labels on `device`; features stay on the disk.
 
     Every number is checked once, here, where reading from the disk checks it at each visit. Raises ValueError for
-    moments that are not finite, and when the device has no room.
+    moments that are not finite, and when the device has too little free memory.
     """
 
-    def __init__(self, shards: Shards, device: torch.device | str) -> None:
-        super().__init__(shards.path, shards.manifest, {}, shards.labels)
-        self.device, manifest = torch.device(device), shards.manifest
+    def __init__(self, dataset: Dataset, device: torch.device | str) -> None:
+        super().__init__(dataset.path, dataset.manifest, {}, dataset.labels)
+        self.device, manifest = torch.device(device), dataset.manifest
+        self._dataset = dataset
         try:
             dtype = NUMBERS[manifest.dtype][0]
-            self._held = torch.empty((len(shards), *manifest.moments_shape), dtype=dtype, device=device)
-            self._held_labels = torch.from_numpy(shards.labels).to(device)
+            moments = torch.empty((len(dataset), *manifest.moments_shape), dtype=dtype, device=device)
+            self._on_device = {"labels": torch.from_numpy(dataset.labels).to(device), "moments": moments}
         except RuntimeError as error:  # torch's own error of a full device is one, too
-            size = len(shards) * manifest.row_bytes / 1e9
+            size = len(dataset) * row_bytes(manifest.layout) / 1e9
             raise ValueError(
-                f"{shards.path} takes {size:.1f} GB, which {self.device} has not free ({str(error).splitlines()[0]}); "
+                f"{dataset.path} takes {size:.1f} GB, which {self.device} has not free ({str(error).splitlines()[0]}); "
                 "leave data.on_device off"
             ) from error
-        for start in range(0, len(shards), CHUNK):
-            rows = np.arange(start, min(start + CHUNK, len(shards)))
-            self._held[start : start + len(rows)] = shards.read(rows)[0].to(device)
+        for start in range(0, len(dataset), CHUNK):
+            rows = np.arange(start, min(start + CHUNK, len(dataset)))
+            moments[start : start + len(rows)] = dataset.read(rows, ["moments"])["moments"].to(device)
 
-    def read(self, indices: np.ndarray | Tensor) -> tuple[Tensor, Tensor]:
-        """As `Shards.read`, both results on the device."""
-        rows = torch.as_tensor(indices, dtype=torch.int64).reshape(-1)
-        if rows.device.type == "cpu":
-            if len(rows) and (rows.min() < 0 or rows.max() >= len(self)):
-                raise ValueError(f"indices {rows.min()} .. {rows.max()} leave the {len(self)} pictures of {self.path}")
-            rows = rows.to(self.device, non_blocking=True)
-        return self._held[rows], self._held_labels[rows]
+    @property
+    def names(self) -> tuple[str, ...]:
+        return self._dataset.names
+
+    def open_features(self) -> Features:
+        return self._dataset.open_features()
+
+    def read(self, rows: np.ndarray | Tensor, names: Collection[str] | None = None) -> dict[str, Tensor]:
+        """As `Dataset.read`; moments and labels are on the device."""
+        wanted = self.names if names is None else names
+        at = torch.as_tensor(rows, dtype=torch.int64).reshape(-1)
+        if at.device.type == "cpu":
+            self._check_range(at)
+            at = at.to(self.device, non_blocking=True)
+        elsewhere = [name for name in wanted if name not in self._on_device]
+        stored = self._dataset.read(rows, elsewhere) if elsewhere else {}
+        return {name: stored[name] if name in stored else self._on_device[name][at] for name in wanted}

@@ -1,41 +1,83 @@
-"""Autoencoders: pixels ⇒ moments ⇒ latents ⇒ pixels.
+"""Autoencoders: pixels => moments => latents => pixels.
 
-pixels   (N, 3 or 1, R, R) float in [-1, 1]
+pixels   (N, 3 or 1, R, R) float in [-1, 1]; for data that are no pictures values (N, C, *S) of any range
 moments  mean and, for a variational autoencoder, standard deviation: raw, as the encoder gives them; this is stored
-latents  (N, C, H, W) = (sample - shift) * scale, of about unit variance; this is what a model learns
-Shape legend: N batch, R resolution, (C, H, W) latent, M moments channels (2C when stochastic, else C).
+latents  (N, C, *S) = (sample - shift) * scale, of about unit variance; this is what a model learns
+Shape legend: N batch, R resolution, (C, *S) latent with one to three spatial dimensions S, M moments channels (2C when
+stochastic, else C).
 """
 
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 
+from selftrans.storage import first_line
+
 
 class Moments(NamedTuple):
-    """What an encoder says of an image: raw, not yet scaled."""
+    """What an encoder says of a batch: raw, not yet scaled."""
 
-    mean: Tensor  #: (N, C, H, W)
-    std: Tensor | None  #: (N, C, H, W); None when the autoencoder is deterministic
+    mean: Tensor  #: (N, C, *S)
+    std: Tensor | None  #: (N, C, *S); None when the autoencoder is deterministic
 
     def stack(self) -> Tensor:
-        """(N, M, H, W): mean, then std if there is one, along the channels."""
+        """(N, M, *S): mean, then std if there is one, along the channels."""
         return self.mean if self.std is None else torch.cat([self.mean, self.std], dim=1)
+
+
+@dataclass(frozen=True)
+class LatentSpace:
+    """How stored moments become the latents that a model learns, and back: latents = (sample - shift) * scale."""
+
+    shift: float | tuple[float, ...] = 0.0  #: a number, or one for each of the C channels
+    scale: float | tuple[float, ...] = 1.0  #: likewise
+    stochastic: bool = False  #: moments hold a standard deviation behind the mean
+
+    def sample(self, moments: Tensor) -> Tensor:
+        """Stored moments (N, M, *S) to scaled float32 latents (N, C, *S), drawn by torch's default RNG if stochastic."""
+        if not self.stochastic:
+            return self.mean(moments)
+        assert moments.shape[1] % 2 == 0, "stochastic moments are mean and std stacked along the channels"
+        mean, std = moments.float().chunk(2, dim=1)
+        drawn = torch.addcmul(mean, std, torch.randn_like(mean))
+        return drawn.sub_(_per_channel(self.shift, drawn)).mul_(_per_channel(self.scale, drawn))
+
+    def mean(self, moments: Tensor) -> Tensor:
+        """Scaled float32 latents (N, C, *S) of the posterior's mean; nothing is drawn."""
+        mean = moments.float().chunk(2, dim=1)[0] if self.stochastic else moments.float()
+        return (mean - _per_channel(self.shift, mean)) * _per_channel(self.scale, mean)
+
+    def unscale(self, latents: Tensor) -> Tensor:
+        """Scaled latents (N, C, *S) to the raw float32 numbers that the decoder reads."""
+        raw = latents.float()
+        return raw / _per_channel(self.scale, raw) + _per_channel(self.shift, raw)
+
+
+def _per_channel(value: float | tuple[float, ...], like: Tensor) -> float | Tensor:
+    """A number as it is; one per channel as a tensor that broadcasts along dim 1 of `like` (N, C, *S)."""
+    return _column(value, like.dim() - 2, like.device) if isinstance(value, tuple) else value
+
+
+@lru_cache(maxsize=16)  # sent to a GPU once: a step must not wait for it
+def _column(values: tuple[float, ...], spatial: int, device: torch.device) -> Tensor:
+    return torch.tensor(values, device=device).view(-1, *[1] * spatial)  # (C, 1, ...)
 
 
 class Autoencoder(Protocol):
     """Maps pixels to moments, and scaled latents back to pixels."""
 
-    name: str  #: "pixel", a hub id, or the absolute path of a folder
-    scale: float  #: latents = (sample - shift) * scale
-    shift: float
+    name: str  #: "pixel", "values", a hub id, or the absolute path of a folder
+    pictures: bool  #: whether it encodes pictures; if not, values (N, C, *S) take the place of pixels
+    latent_space: LatentSpace
     channels: int  #: C of a latent; 0 when a latent has the channels of the pixels
     downsample: int  #: R / H
-    stochastic: bool  #: whether moments have a standard deviation
 
     def encode(self, pixels: Tensor) -> Moments:
         """Pixels (N, 3 or 1, R, R) in [-1, 1] to raw float32 moments (N, C, H, W)."""
@@ -49,7 +91,7 @@ class Autoencoder(Protocol):
 class PixelAutoencoder:
     """The identity: the model learns pixels themselves."""
 
-    name, scale, shift, channels, downsample, stochastic = "pixel", 1.0, 0.0, 0, 1, False
+    name, pictures, latent_space, channels, downsample = "pixel", True, LatentSpace(), 0, 1
 
     def encode(self, pixels: Tensor) -> Moments:
         return Moments(pixels.float(), None)
@@ -58,16 +100,39 @@ class PixelAutoencoder:
         return latents.float().clamp(-1, 1)
 
 
+class ValuesAutoencoder:
+    """The identity for data that are no pictures: values (N, C, *S) of any range, never clamped."""
+
+    name, pictures, latent_space, channels, downsample = "values", False, LatentSpace(), 0, 1
+
+    def encode(self, pixels: Tensor) -> Moments:
+        return Moments(pixels.float(), None)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        return latents.float()
+
+
+#: those without a network
+IDENTITIES: dict[str, type[PixelAutoencoder] | type[ValuesAutoencoder]] = {
+    "pixel": PixelAutoencoder,
+    "values": ValuesAutoencoder,
+}
+
+
 class DiffusersAutoencoder:
     """A diffusers `AutoencoderKL` (stochastic) or `AutoencoderTiny` (deterministic), frozen."""
+
+    pictures = True
 
     def __init__(self, name: str, model: nn.Module, *, device: torch.device | str, dtype: torch.dtype) -> None:
         config: Any = model.config
         self.name = name
-        self.stochastic = config["_class_name"] == "AutoencoderKL"
-        self.scale, self.shift = float(config.scaling_factor), float(config.shift_factor or 0.0)
+        stochastic = config["_class_name"] == "AutoencoderKL"
+        self.latent_space = LatentSpace(
+            float(config.shift_factor or 0.0), float(config.scaling_factor), stochastic=stochastic
+        )
         self.channels, self.pixel_channels = int(config.latent_channels), int(config.in_channels)
-        stages = config.block_out_channels if self.stochastic else config.encoder_block_out_channels
+        stages = config.block_out_channels if stochastic else config.encoder_block_out_channels
         self.downsample = 2 ** (len(stages) - 1)
         self.device, self.dtype = torch.device(device), dtype
         # convolutions in reduced precision are fastest with the channels innermost
@@ -90,43 +155,46 @@ class DiffusersAutoencoder:
         elif channels != self.pixel_channels:
             raise ValueError(f"autoencoder {self.name} reads {self.pixel_channels} channels, not {channels}")
         encoded = self.model.encode(self._cast(pixels))
-        if not self.stochastic:
+        if not self.latent_space.stochastic:
             return Moments(encoded.latents.float().contiguous(), None)
         posterior = encoded.latent_dist
         return Moments(posterior.mean.float().contiguous(), posterior.std.float().contiguous())
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        raw = latents.float() / self.scale + self.shift
-        return self.model.decode(self._cast(raw)).sample.float().clamp(-1, 1).contiguous()
+        return (
+            self.model.decode(self._cast(self.latent_space.unscale(latents))).sample.float().clamp(-1, 1).contiguous()
+        )
 
 
-#: classes of diffusers that are understood; a table so that a stranger sees what may be added
+#: classes of diffusers that are understood
 DIFFUSERS_CLASSES = ("AutoencoderKL", "AutoencoderTiny")
 
 
 def autoencoder_name(name: str) -> str:
     """The name that is stored: a local folder by its absolute path, so that it is found from anywhere."""
-    return name if name == "pixel" or not Path(name).is_dir() else str(Path(name).resolve())
+    return name if name in IDENTITIES or not Path(name).is_dir() else str(Path(name).resolve())
 
 
 def load_autoencoder(
     name: str, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
-) -> PixelAutoencoder | DiffusersAutoencoder:
-    """Load an autoencoder: `pixel`, or a diffusers VAE by local folder or hub id.
+) -> Autoencoder:
+    """Load an autoencoder: `pixel`, `values` (data that are no pictures), or a diffusers VAE by local folder or hub id.
 
     A hub id may name a folder of its repository (`owner/repository/vae`). Only safetensors are read and no code is
     run. `dtype` is that of the network; moments and pixels are float32 always.
     Raises ValueError when there is none of that name, of an unknown class, without safetensors or with other weights
     than its config asks for.
     """
-    if name == "pixel":
-        return PixelAutoencoder()
+    if name in IDENTITIES:
+        return IDENTITIES[name]()
     folder, subfolder = _locate(name)
     config = _read_config(name, folder, subfolder)
     kind = config.get("_class_name")
     if kind not in DIFFUSERS_CLASSES:
-        raise ValueError(f"autoencoder {name!r} is of class {kind!r}; supported: pixel, {', '.join(DIFFUSERS_CLASSES)}")
+        raise ValueError(
+            f"autoencoder {name!r} is of class {kind!r}; supported: pixel, values, {', '.join(DIFFUSERS_CLASSES)}"
+        )
     import diffusers
 
     where = {"subfolder": subfolder} if subfolder else {}
@@ -136,22 +204,13 @@ def load_autoencoder(
         )
     except Exception as error:  # diffusers raises a dozen types for what is one fault here: unusable files
         raise ValueError(
-            f"autoencoder {name!r} cannot be loaded ({_reason(error)}); safetensors weights are needed"
+            f"autoencoder {name!r} cannot be loaded ({first_line(error)}); safetensors weights are needed"
         ) from error
     # diffusers only warns of these, and fills the gaps with random numbers
     wrong = [key for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") for key in info.get(kind) or ()]
     if wrong:
         raise ValueError(f"autoencoder {name!r}: {len(wrong)} weights do not fit its config, such as {wrong[0]}")
     return DiffusersAutoencoder(autoencoder_name(name), model, device=device, dtype=dtype)
-
-
-def sample_latents(moments: Tensor, *, stochastic: bool, scale: float, shift: float) -> Tensor:
-    """Stored moments (N, M, H, W) to scaled float32 latents (N, C, H, W), drawn by torch's default RNG."""
-    if not stochastic:
-        return (moments.float() - shift) * scale
-    assert moments.shape[1] % 2 == 0, "stochastic moments are mean and std stacked along the channels"
-    mean, std = moments.float().chunk(2, dim=1)
-    return torch.addcmul(mean, std, torch.randn_like(mean)).sub_(shift).mul_(scale)
 
 
 def to_uint8(pixels: Tensor) -> Tensor:
@@ -172,7 +231,9 @@ def _locate(name: str) -> tuple[str, str]:
         return str(path), ""
     parts = name.split("/")
     if path.exists() or path.is_absolute() or name.startswith(".") or len(parts) < 2 or not all(parts):
-        raise ValueError(f"no autoencoder {name!r}: neither 'pixel', nor a folder, nor a hub id such as owner/name")
+        raise ValueError(
+            f"no autoencoder {name!r}: neither 'pixel', nor 'values', nor a folder, nor a hub id such as owner/name"
+        )
     return "/".join(parts[:2]), "/".join(parts[2:])
 
 
@@ -186,12 +247,7 @@ def _read_config(name: str, folder: str, subfolder: str) -> dict[str, Any]:
             path = Path(hf_hub_download(folder, "config.json", subfolder=subfolder or None))
         config = json.loads(path.read_text(encoding="utf-8"))
     except Exception as error:  # missing, offline, gated, not json: to the reader all are "no such autoencoder"
-        raise ValueError(f"no autoencoder {name!r}: its config.json cannot be read ({_reason(error)})") from error
+        raise ValueError(f"no autoencoder {name!r}: its config.json cannot be read ({first_line(error)})") from error
     if not isinstance(config, dict):
         raise ValueError(f"no autoencoder {name!r}: its config.json is not an object")
     return config
-
-
-def _reason(error: Exception) -> str:
-    """First line of an error, for a message of one line."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")

@@ -1,4 +1,4 @@
-"""A small image classifier, trained here, whose features measure what Inception is too large or too foreign for.
+"""A small image classifier, for distances between images that Inception does not suit: tiny, grey, or of another kind.
 
 Shape legend: N images, R side of a square image, C channels, K classes, F features.
 images are uint8 (N, R, R, C); the network itself takes float (N, C, R, R) in [-1, 1].
@@ -28,7 +28,7 @@ LAYERS = ("resolution", "channels", "num_classes", "width", "dim")  #: the const
 
 @dataclass(frozen=True)
 class Training:
-    """How a classifier came to be; stored in its file."""
+    """How a classifier was trained; stored in its file."""
 
     accuracy: float  #: on the held-out images, in [0, 1]
     held_out: int  #: number of held-out images
@@ -96,10 +96,10 @@ class SmallClassifier(nn.Module):
                 f"the header of classifier {path} is damaged ({first_line(error)}); train the classifier again"
             ) from None
         try:
-            with torch.device("meta"):  # sizes are compared before anything of a stranger's size is allocated
+            with torch.device("meta"):  # the file may be untrusted: sizes are compared before anything is allocated
                 model = cls(**architecture)
         except (RuntimeError, TypeError) as error:  # beyond 64 bits
-            raise ValueError(f"classifier {path} is of absurd size ({architecture}); train it again") from error
+            raise ValueError(f"classifier {path} is of an impossible size ({architecture}); train it again") from error
         expected = {name: (tuple(t.shape), t.dtype) for name, t in model.state_dict().items()}
         found = {name: (tuple(t.shape), t.dtype) for name, t in tensors.items()}
         wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
@@ -122,11 +122,11 @@ def _conv(inner: int, outer: int) -> tuple[nn.Module, ...]:
 
 
 def _architecture(values: Any) -> dict[str, int]:
-    """The constructor's arguments from a header; ValueError unless they are exactly five positive whole numbers."""
+    """The constructor's arguments from a header; ValueError unless they are exactly five positive integers."""
     if not isinstance(values, dict) or set(values) != set(LAYERS):
         raise ValueError(f"architecture must name {', '.join(LAYERS)}")
     if any(type(value) is not int or not 1 <= value < 1 << 31 for value in values.values()):
-        raise ValueError("architecture holds something other than positive whole numbers of 31 bits")
+        raise ValueError("architecture holds something other than positive integers of 31 bits")
     return values
 
 
@@ -228,8 +228,8 @@ def train_classifier(
 def cpu_threads(count: int | None) -> Iterator[None]:
     """Let torch use `count` CPU threads for a while; None changes nothing.
 
-    On tiny images a second thread gains little, and beside another busy process it costs twenty times as much: threads
-    wait for each other by spinning.
+    On tiny images a second thread gains little, and while another process is busy it makes the work twenty times
+    slower: threads wait for each other by spinning.
     """
     before = torch.get_num_threads()
     torch.set_num_threads(count or before)

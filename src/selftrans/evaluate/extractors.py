@@ -1,10 +1,13 @@
 """Feature extractors: images in, the features that distances are measured in out. `EXTRACTORS` lists them by name.
 
-Shape legend: N or n images, R side of a square image, C channels, F features, K classes. Images are uint8 (n, R, R, C).
+Shape legend: n images, F features, K classes. Images are pictures, uint8 (n, H, W, C), or arrays of numbers that are no
+pictures, float32 (n, C, *S).
 """
 
 from __future__ import annotations
 
+import hashlib
+import math
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias
@@ -26,6 +29,7 @@ INCEPTION_URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.
 INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 
 SPATIAL_CHANNELS = 7  #: of 192, as ADM's evaluator keeps them
+MAX_VALUES = 4096  #: numbers per image of the extractor `values`: its covariance has the square of that
 
 
 class Extractor(Protocol):
@@ -34,6 +38,7 @@ class Extractor(Protocol):
     name: str  #: as printed: "inception", "digits classifier"
     sha256: str
     dim: int  #: F
+    pictures: bool  #: takes pictures alone; False: arrays, too
 
     def __call__(self, images: np.ndarray) -> dict[str, np.ndarray]:
         """'features' (n, F); 'logits' (n, K) where there is a head; 'spatial' (n, S) where they are offered.
@@ -45,6 +50,8 @@ class Extractor(Protocol):
 
 class ClassifierExtractor:
     """The penultimate features and the logits of a `SmallClassifier`."""
+
+    pictures = True
 
     def __init__(self, classifier: SmallClassifier, name: str, device: Device = "cpu") -> None:
         self.classifier, self.name, self.device = classifier.to(device).eval(), name, device
@@ -72,6 +79,8 @@ class InceptionExtractor:
     refused: with other weights the distance is no FID, and torch-fidelity unpickles whatever it is given.
     """
 
+    pictures = True
+
     def __init__(self, weights: str | Path | None = None, device: Device = "cpu") -> None:
         network = _inception_class()
         path = _published_weights(Path(weights) if weights is not None else None)
@@ -98,6 +107,31 @@ class InceptionExtractor:
         return {name: value.float().cpu().numpy() for name, value in named.items()}
 
 
+class ValuesExtractor:
+    """The numbers themselves, flattened, as features in float64. There are no weights; the shape is what identifies it.
+
+    Raises ValueError for a `shape`, of one image, of more than MAX_VALUES numbers.
+    """
+
+    pictures, name = False, "values"
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        self.shape, self.dim = tuple(shape), math.prod(shape)
+        if not 1 <= self.dim <= MAX_VALUES:
+            raise ValueError(
+                f"images of {_size(self.shape)} are {self.dim:,} numbers, and the features `values` are at most "
+                f"{MAX_VALUES:,}; measure in the features of a classifier (--features FILE)"
+            )
+        self.sha256 = hashlib.sha256(f"values {_size(self.shape)}".encode()).hexdigest()
+
+    def __call__(self, images: np.ndarray) -> dict[str, np.ndarray]:
+        if images.shape[1:] != self.shape:
+            raise ValueError(
+                f"the images are {_size(images.shape[1:])}, the reference is {_size(self.shape)}; give both of one shape"
+            )
+        return {"features": images.reshape(len(images), -1).astype(np.float64)}
+
+
 def _size(shape: tuple[int, ...]) -> str:
     return "x".join(map(str, shape))
 
@@ -106,7 +140,7 @@ def _inception_class() -> Callable[..., torch.nn.Module]:
     try:
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
     except (ImportError, RuntimeError) as error:
-        other = isinstance(error, RuntimeError)  # so torchvision fails beside another build of torch
+        other = isinstance(error, RuntimeError)  # torchvision raises it with another build of torch
         build = ", with torchvision from the index that torch came from (download.pytorch.org/whl/...)" if other else ""
         raise ValueError(
             f"inception features need torch-fidelity ({error}): pip install 'selftrans[eval]'{build}, and give the weights "
@@ -136,26 +170,52 @@ def _published_weights(path: Path | None) -> Path:
     return path
 
 
-def digits_extractor(weights: str | Path | None = None, device: Device = "cpu") -> Extractor:
-    """The classifier of scikit-learn's digits, trained in seconds, or read from (and kept in) the file `weights`."""
+def digits_extractor(weights: str | Path | None, device: Device, shape: tuple[int, ...] | None) -> Extractor:
+    """The classifier of scikit-learn's digits, trained in seconds, or read from (and kept in) the file `weights`.
+
+    It is trained on the CPU whatever the device, so that its weights do not depend on that.
+    """
     return ClassifierExtractor(digits_classifier(weights), "digits classifier", device)
 
 
-EXTRACTORS: dict[str, Callable[[str | Path | None, Device], Extractor]] = {
+def inception_extractor(weights: str | Path | None, device: Device, shape: tuple[int, ...] | None) -> Extractor:
+    """The Inception of FID; see `InceptionExtractor`."""
+    return InceptionExtractor(weights, device)
+
+
+def values_extractor(weights: str | Path | None, device: Device, shape: tuple[int, ...] | None) -> Extractor:
+    """The numbers of images of `shape`; see `ValuesExtractor`."""
+    if weights is not None or shape is None:
+        raise ValueError(
+            "the features `values` have no weights; they are made for images of one shape, which is needed"
+        )
+    return ValuesExtractor(shape)
+
+
+#: name -> extractor(weights, device, shape)
+EXTRACTORS: dict[str, Callable[[str | Path | None, Device, tuple[int, ...] | None], Extractor]] = {
     "digits": digits_extractor,
-    "inception": InceptionExtractor,
+    "inception": inception_extractor,
+    "values": values_extractor,
 }
 
 
-def load_extractor(name: str | Path, *, weights: str | Path | None = None, device: Device = "cpu") -> Extractor:
+def load_extractor(
+    name: str | Path,
+    *,
+    weights: str | Path | None = None,
+    device: Device = "cpu",
+    shape: tuple[int, ...] | None = None,
+) -> Extractor:
     """The extractor of a name in `EXTRACTORS`, of a classifier's .safetensors file, or of Inception's .pth file.
 
     `weights` is the file of a named extractor: Inception's weights, or where the digit classifier is kept between runs.
-    Raises ValueError for unknown names (the nearest is suggested) and for missing or unfit files.
+    `shape` of one image is what `values` needs. Raises ValueError for unknown names (the nearest is suggested) and for
+    missing or unfit files.
     """
     text, suffix = str(name), Path(name).suffix
     if text in EXTRACTORS:
-        return EXTRACTORS[text](weights, device)
+        return EXTRACTORS[text](weights, device, shape)
     if weights is not None:
         raise ValueError(
             f"weights {weights} belong to a named extractor ({', '.join(EXTRACTORS)}), but {text} is a file"
@@ -176,10 +236,15 @@ def extract(
     """Features of a stream of image batches, `chunk` images at a time however the batches were cut.
 
     Equal chunks give equal features to the last bit, whatever the batch size of the sampler. Raises ValueError for
-    anything but uint8 (n, R, R, C), and for features that are not finite or not of the extractor's length.
+    batches that the extractor does not take, and for features that are not finite or not of its length.
     """
     done = 0
     for images in rebatch(batches, chunk):
+        if extractor.pictures and images.dtype != np.uint8:
+            raise ValueError(
+                f"{extractor.name} takes pictures, uint8 (n, H, W, C), but these are arrays of {_size(images.shape[1:])} "
+                "numbers; measure them with --features values"
+            )
         out = extractor(images)
         if out["features"].shape != (len(images), extractor.dim):
             raise ValueError(
@@ -200,24 +265,22 @@ def rebatch(batches: np.ndarray | Iterable[np.ndarray], chunk: int) -> Iterator[
         waiting.append(images)
         if sum(map(len, waiting)) >= chunk:
             joined = np.concatenate(waiting)
-            whole = len(joined) // chunk * chunk
-            for start in range(0, whole, chunk):
+            full = len(joined) // chunk * chunk
+            for start in range(0, full, chunk):
                 yield joined[start : start + chunk]
-            waiting = [joined[whole:]]
+            waiting = [joined[full:]]
     rest = np.concatenate(waiting) if waiting else np.empty(0)
     if len(rest):
         yield rest
 
 
 def _check(images: Any, before: list[np.ndarray]) -> None:
-    if (
-        not isinstance(images, np.ndarray)
-        or images.dtype != np.uint8
-        or images.ndim != 4
-        or images.shape[1] != images.shape[2]
-    ):
-        what = f"{images.dtype} {images.shape}" if isinstance(images, np.ndarray) else type(images).__name__
-        raise ValueError(f"a batch of images is {what}; give uint8 arrays (n, R, R, C)")
-    if before and images.shape[1:] != before[-1].shape[1:]:
+    """ValueError unless a batch is pictures uint8 (n, H, W, C) or arrays float32 (n, C, *S), alike those before it."""
+    array = isinstance(images, np.ndarray)
+    pictures = array and images.dtype == np.uint8 and images.ndim == 4
+    if not pictures and not (array and images.dtype == np.float32 and 3 <= images.ndim <= 5):
+        what = f"{images.dtype} {images.shape}" if array else type(images).__name__
+        raise ValueError(f"a batch of images is {what}; give uint8 arrays (n, H, W, C), or float32 (n, C, *S)")
+    if before and (images.shape[1:], images.dtype) != (before[-1].shape[1:], before[-1].dtype):
         sizes = f"{_size(before[-1].shape[1:])} and {_size(images.shape[1:])}"
         raise ValueError(f"the images are of two sizes, {sizes}; bring them to one")

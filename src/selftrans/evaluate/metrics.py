@@ -1,4 +1,4 @@
-"""Distances between sets of images, and the report that carries their honest names.
+"""Distances between sets of images, and the report that names them and what they depend on.
 
 Shape legend: n, m images, F features, K classes. Everything is computed in float64.
 """
@@ -23,7 +23,7 @@ def frechet_distance(a: Statistics | Moments, b: Statistics | Moments) -> float:
     """|mean_a - mean_b|² + tr(A + B - 2 (A B)^½) of two Gaussians (Dowson & Landau 1982; for FID 1706.08500, eq. 6).
 
     tr (A B)^½ is the sum of the singular values of A^½ B^½, whose factors are symmetric: no imaginary part can arise,
-    and singular covariances do no harm. Warns when a set has too few images for its dimensions; ValueError when the
+    and singular covariances are no problem. Warns when a set has too few images for its dimensions; ValueError when the
     lengths of the features differ.
     """
     if a.mean.shape != b.mean.shape:
@@ -128,7 +128,7 @@ def accuracy(logits: np.ndarray, labels: np.ndarray | Iterable[int]) -> float:
         raise ValueError(f"{len(logits)} images but labels of shape {labels.shape}; give one label per image")
     if labels.min() < 0 or labels.max() >= logits.shape[1]:
         span = f"labels run from {labels.min()} to {labels.max()}"
-        raise ValueError(f"{span}, but the classifier knows {logits.shape[1]} classes; use one made for these")
+        raise ValueError(f"{span}, but the classifier has {logits.shape[1]} classes; use one made for these")
     return float((logits.argmax(axis=-1) == labels).mean())
 
 
@@ -170,7 +170,7 @@ class Measured(NamedTuple):
     reference: Statistics
     logits: np.ndarray  #: (n, K) of the samples; (0, 0) without a head
     labels: np.ndarray | Iterable[int] | None
-    inception: bool  #: the extractor is the published Inception, so its numbers bear the published names
+    inception: bool  #: the extractor is the published Inception, so its numbers have the published names
     neighbours: int
     subsets: int
     subset_size: int
@@ -252,7 +252,9 @@ def evaluate(
     subset_size: int = 1000,
     chunk: int = 64,
 ) -> dict[str, Any]:
-    """Measure samples (uint8 batches (n, R, R, C)) against a reference (the same, or its statistics): a flat report.
+    """Measure samples (batches of pictures uint8 (n, H, W, C), or of arrays float32 (n, C, *S)) against a reference.
+
+    The reference is images in the same form, or their statistics; the report is one flat dictionary.
 
     `metric` names the headline: "fid" with the published Inception only, else "frechet_distance"; `label` is its full
     name. `labels` (n,), the samples' conditions in order, give the extractor's accuracy on them; they may be a list
@@ -276,7 +278,7 @@ def evaluate(
     notes = [] if reference.sha256 else ["the reference does not say which extractor made it"]
     if reference.features is not None and len(reference.features) != reference.count:
         notes.append(
-            f"neighbours and kernel distance are of the {len(reference.features)} pictures beside its statistics"
+            f"neighbours and kernel distance are of the {len(reference.features)} pictures stored with its statistics"
         )
     for name in chosen:
         outcome = METRICS[name](given)
@@ -288,7 +290,7 @@ def evaluate(
 
 
 def _check_extractor(reference: Statistics, extractor: Extractor) -> None:
-    """Refuse statistics of other weights; a foreign file that does not say whose it is passes by its length alone."""
+    """Refuse statistics of other weights; of a file that does not name its extractor only the length is checked."""
     if reference.dim != extractor.dim or reference.sha256 not in ("", extractor.sha256):
         theirs = f"{reference.extractor or 'an unnamed extractor'} {reference.sha256[:8]}".strip()
         raise ValueError(
@@ -300,9 +302,10 @@ def _check_extractor(reference: Statistics, extractor: Extractor) -> None:
 def _header(samples: Statistics, reference: Statistics, extractor: Extractor, name: str) -> dict[str, Any]:
     """What was measured with what: the part of a report that makes its numbers comparable."""
     fid = extractor.sha256 == INCEPTION_SHA256
+    what = "values" if extractor.name == "values" else f"{extractor.name} features"
     return {
         "metric": "fid" if fid else "frechet_distance",
-        "label": "FID" if fid else f"Fréchet distance ({extractor.name} features)",
+        "label": "FID" if fid else f"Fréchet distance ({what})",
         "num_images": samples.count,
         "extractor": extractor.name,
         "extractor_sha256": extractor.sha256,

@@ -1,7 +1,7 @@
-"""Figures: image grids, curves, bars, feature maps, scatter. matplotlib's Agg only, no global state, no window.
+"""Figures: sheets of samples, curves, bars, feature maps, scatter. matplotlib's Agg only, no global state, no window.
 
-Shape legend: n images, R side of a square image, C channels (1 or 3). Colours are those of Okabe and Ito, which the
-colour-blind can tell apart.
+Shape legend: n images, (H, W, C) picture with C of 1 or 3, (C, *S) array. The colours are those of Okabe and Ito, which
+the colour-blind can tell apart.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ Series: TypeAlias = tuple[Sequence[float], Sequence[float]] | tuple[Sequence[flo
 
 
 def image_grid(images: np.ndarray, columns: int | None = None, upscale: int = 1, *, gap: int = 2) -> np.ndarray:
-    """One picture, uint8 (height, width, C), of images uint8 (n, R, R, C), row by row, on white.
+    """One picture, uint8 (height, width, C), of images uint8 (n, H, W, C), row by row, on white.
 
     Each pixel becomes a square of `upscale`, so that small images stay sharp; `columns` defaults to the root of n.
     Raises ValueError for anything but uint8 images of one or three channels.
     """
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] not in (1, 3) or not len(images):
-        raise ValueError(f"images are {images.dtype} {images.shape}; a grid shows uint8 (n, R, R, 1 or 3)")
+        raise ValueError(f"images are {images.dtype} {images.shape}; a grid shows uint8 (n, H, W, 1 or 3)")
     n, height, width, channels = images.shape
     columns = min(columns or math.ceil(math.sqrt(n)), n)
     rows = math.ceil(n / columns)
@@ -49,6 +49,62 @@ def image_grid(images: np.ndarray, columns: int | None = None, upscale: int = 1,
         y, x = gap + i // columns * step_y, gap + i % columns * step_x
         grid[y : y + image.shape[0], x : x + image.shape[1]] = image
     return grid
+
+
+def sample_sheet(
+    samples: np.ndarray, columns: int | None = None, upscale: int | None = None, *, gap: int = 2
+) -> np.ndarray:
+    """One picture, uint8 (height, width, 1 or 3), of samples: pictures uint8 (n, H, W, C), or arrays float (n, C, *S).
+
+    `columns`, `upscale` and `gap` as in `image_grid`; `upscale` None enlarges pictures of fewer than 64 rows to about
+    64, and plots of 1-D arrays always keep their size. See `as_pictures` for how arrays are shown.
+    """
+    pictures = as_pictures(samples)
+    if samples.ndim == 3:
+        upscale = 1
+    return image_grid(pictures, columns, max(1, 64 // pictures.shape[1]) if upscale is None else upscale, gap=gap)
+
+
+def as_pictures(samples: np.ndarray) -> np.ndarray:
+    """Samples as uint8 pictures (n, H, W, 1 or 3), on one scale for all of them.
+
+    Pictures uint8 (n, H, W, C) pass unchanged. Of float arrays, (n, C, L) becomes line plots with one line per channel;
+    of (n, C, H, W), three channels become red, green and blue, else the first one is shown in grey; of (n, C, F, H, W)
+    the same for the slice in the middle of F. Raises ValueError for anything else.
+    """
+    if samples.dtype == np.uint8:
+        return samples
+    if samples.dtype.kind != "f" or not 3 <= samples.ndim <= 5 or not len(samples):
+        raise ValueError(
+            f"samples are {samples.dtype} {samples.shape}; a sheet shows uint8 (n, H, W, C) or float (n, C, *S)"
+        )
+    if samples.ndim == 3:
+        return _line_plots(samples)
+    if samples.ndim == 5:
+        samples = samples[:, :, samples.shape[2] // 2]
+    shown = (samples if samples.shape[1] == 3 else samples[:, :1]).transpose(0, 2, 3, 1).astype(np.float64)
+    low, span = shown.min(), np.ptp(shown) or 1.0
+    return np.round((shown - low) * (255 / span)).astype(np.uint8)
+
+
+def _line_plots(samples: np.ndarray) -> np.ndarray:
+    """Arrays (n, C, L) as pictures uint8 (n, 96, 160, 3), one line per channel, all with the same vertical range."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(1.6, 0.96), dpi=100, facecolor="white")
+    canvas, pictures = FigureCanvasAgg(figure), []
+    axes = figure.add_axes((0, 0, 1, 1))
+    low, margin = float(samples.min()), 0.05 * (float(np.ptp(samples)) or 1.0)
+    for sample in samples:
+        axes.clear()
+        axes.set_axis_off()
+        axes.set(xlim=(0, max(1, sample.shape[1] - 1)), ylim=(low - margin, float(samples.max()) + margin))
+        for i, channel in enumerate(sample):
+            axes.plot(channel, color=COLOURS[i % len(COLOURS)], linewidth=0.8)
+        canvas.draw()
+        pictures.append(np.asarray(canvas.buffer_rgba())[..., :3].copy())
+    return np.stack(pictures)
 
 
 def curves(
@@ -132,9 +188,10 @@ def scatter(points: np.ndarray, labels: np.ndarray, *, title: str = "", names: S
 def pca_grid(
     rows: Mapping[str, np.ndarray], *, columns: Sequence[str] | None = None, title: str = "", cell: float = 0.9
 ) -> Figure:
-    """A row of pictures per name: maps float (n, side, side, 3) in [0, 1], or images uint8 (n, R, R, 1 or 3).
+    """A row of pictures per name: colour maps float (n, *grid, 3) in [0, 1], or images uint8 (n, H, W, 1 or 3).
 
-    `columns` are headings; `cell` is the side of a picture in inches. Raises ValueError when rows differ in n.
+    A map of a 1-D grid is drawn as a strip, of a 3-D grid its slice in the middle. `columns` are headings; `cell` is
+    the side of a picture in inches. Raises ValueError when rows differ in n.
     """
     counts = {name: len(maps) for name, maps in rows.items()}
     if len(set(counts.values())) != 1:
@@ -144,7 +201,7 @@ def pca_grid(
     grid = figure.subplots(len(rows), max(counts.values()), squeeze=False)
     for row, (name, maps) in zip(grid, rows.items(), strict=True):
         for axes, picture in zip(row, maps, strict=True):
-            axes.imshow(picture.repeat(3, axis=-1) if picture.shape[-1] == 1 else picture, interpolation="nearest")
+            _draw_map(axes, picture)
             axes.set(xticks=[], yticks=[])
             axes.spines[:].set_visible(False)
         row[0].set_ylabel(name, rotation=0, ha="right", va="center", labelpad=8, color=INK)
@@ -153,6 +210,15 @@ def pca_grid(
     if title:
         figure.suptitle(title, fontsize=11, color=INK)
     return figure
+
+
+def _draw_map(axes: Axes, picture: np.ndarray) -> None:
+    """A picture (H, W, 1 or 3) or a map (*grid, 3) of one to three dimensions."""
+    if picture.ndim == 4:
+        picture = picture[len(picture) // 2]
+    strip = picture.ndim == 2
+    shown = picture[None] if strip else picture.repeat(3, axis=-1) if picture.shape[-1] == 1 else picture
+    axes.imshow(shown, interpolation="nearest", aspect="auto" if strip else "equal")
 
 
 def save(figure: Figure, path: str | Path, *, dpi: int = 150) -> None:

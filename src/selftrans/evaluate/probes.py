@@ -1,6 +1,6 @@
-"""Looking inside a backbone: features at a noise level, what a linear probe reads from them, and their maps.
+"""Features of a backbone at a noise level: linear probes, colour maps of their principal components, t-SNE.
 
-Shape legend: N images, T tokens (side² of them), D width, F features, (C, H, W) latent.
+Shape legend: N images, T tokens on a grid of one to three dimensions, D width, F features, (C, *S) latent.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def collect(
     seed: int = 0,
     batch_size: int = 256,
 ) -> dict[int, Tensor]:
-    """Features (N, T, D), float32 on the CPU, after each block of `taps`, for latents z0 (N, C, H, W) at noise level t.
+    """Features (N, T, D), float32 on the CPU, after each block of `taps`, for latents z0 (N, C, *S) at noise level t.
 
     The noise depends on `seed` and z0's shape alone, so every model, block and batch size sees the same; torch's global
     RNG is left alone. The backbone runs in eval mode and is returned to its own. ValueError for taps or t out of range.
@@ -44,7 +44,7 @@ def collect(
     noise = torch.randn(z0.shape, generator=torch.Generator().manual_seed(seed))
     device = next(backbone.parameters()).device if isinstance(backbone, nn.Module) else z0.device
     feats: dict[int, list[Tensor]] = {k: [] for k in wanted}
-    with _eval_mode(backbone):
+    with eval_mode(backbone):
         for rows in torch.arange(len(z0)).split(batch_size):
             data = z0[rows.to(z0.device)].to(device, torch.float32)
             times = torch.full((len(rows),), t, device=device)
@@ -57,7 +57,7 @@ def collect(
 
 
 @contextmanager
-def _eval_mode(backbone: Any) -> Iterator[None]:
+def eval_mode(backbone: Any) -> Iterator[None]:
     """Eval mode for a while; each submodule returns to its own mode, a frozen part of a training model included."""
     modes = {module: module.training for module in backbone.modules()} if isinstance(backbone, nn.Module) else {}
     try:
@@ -89,7 +89,8 @@ def linear_probe(
     drawn by `seed`. kind: "logistic" (multinomial, scikit-learn) or "ridge" (one-hot targets, closed form, faster).
     Raises ValueError for unfit arguments.
     """
-    x, y = pool(features).double(), labels.long()
+    x = pool(features).double()
+    y = labels.long().to(x.device)
     if len(x) != len(y) or x.dim() != 2:
         raise ValueError(f"features {tuple(features.shape)} and labels {tuple(labels.shape)} do not fit each other")
     if test is None:
@@ -102,15 +103,15 @@ def linear_probe(
         raise ValueError(f"unknown probe {kind!r}; choose from {', '.join(PROBES)}")
     mean, deviation = x.mean(dim=0), x.std(dim=0, correction=0)
     deviation = torch.where(deviation > 1e-12, deviation, 1.0)  # a constant feature stays zero
-    guesses = PROBES[kind]((x - mean) / deviation, y, (pool(test[0]).double() - mean) / deviation)
-    return (guesses == test[1].long()).double().mean().item()
+    guesses = PROBES[kind]((x - mean) / deviation, y, (pool(test[0]).to(x) - mean) / deviation)
+    return (guesses == test[1].to(x.device).long()).double().mean().item()
 
 
 def ridge_guesses(x: Tensor, y: Tensor, x_test: Tensor) -> Tensor:
     """Classes (M,) of x_test (M, F) by ridge regression of one-hot labels y (N,) on standardised x (N, F)."""
     targets = F.one_hot(y).double()
     prior = targets.mean(dim=0)
-    gram = x.T @ x + 1e-2 * len(x) * torch.eye(x.shape[1], dtype=x.dtype)
+    gram = x.T @ x + 1e-2 * len(x) * torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
     weights = torch.linalg.solve(gram, x.T @ (targets - prior))  # (F, K)
     return (x_test @ weights + prior).argmax(dim=-1)
 
@@ -119,8 +120,8 @@ def logistic_guesses(x: Tensor, y: Tensor, x_test: Tensor) -> Tensor:
     """Classes (M,) of x_test (M, F) by multinomial logistic regression on x (N, F)."""
     from sklearn.linear_model import LogisticRegression
 
-    model = LogisticRegression(max_iter=1000, tol=1e-3).fit(x.numpy(), y.numpy())
-    return torch.from_numpy(model.predict(x_test.numpy()))
+    model = LogisticRegression(max_iter=1000, tol=1e-3).fit(x.cpu().numpy(), y.cpu().numpy())
+    return torch.from_numpy(model.predict(x_test.cpu().numpy())).to(x.device)
 
 
 PROBES = {"logistic": logistic_guesses, "ridge": ridge_guesses}
@@ -154,16 +155,18 @@ def pca_basis(feats: Tensor) -> Basis:
     return Basis(mean, components, torch.from_numpy(along[0]), torch.from_numpy(along[1]))
 
 
-def pca_maps(feats: Tensor, *, basis: Basis | None = None) -> np.ndarray:
-    """Colour maps (N, side, side, 3), float32 in [0, 1], of the tokens of feats (N, T, D) along a basis.
+def pca_maps(feats: Tensor, grid: tuple[int, ...], *, basis: Basis | None = None) -> np.ndarray:
+    """Colour maps (N, *grid, 3), float32 in [0, 1], of the tokens of feats (N, T, D) along a basis.
 
-    Without `basis` the features' own is used; give the same one to maps that are to be compared. Raises ValueError when
-    T is no square or the basis has another width.
+    `grid` is the backbone's: tokens along each spatial dimension. Without `basis` the features' own is used; give the
+    same one to maps that are to be compared. Raises ValueError when T is not that of the grid, or the basis has another
+    width.
     """
     n, t, d = feats.shape
-    side = math.isqrt(t)
-    if side * side != t:
-        raise ValueError(f"{t} tokens form no square; give image tokens only")
+    if math.prod(grid) != t:
+        raise ValueError(
+            f"{t} tokens do not form a grid of {'x'.join(map(str, grid))}; give the grid of their backbone"
+        )
     basis = basis if basis is not None else pca_basis(feats)
     if len(basis.mean) != d:
         raise ValueError(
@@ -173,7 +176,7 @@ def pca_maps(feats: Tensor, *, basis: Basis | None = None) -> np.ndarray:
     span = basis.high - basis.low
     flat = span <= 1e-12 * (1 + basis.mean.norm())  # features all alike: grey, not amplified rounding
     maps = torch.where(flat, 0.5, (along - basis.low) / torch.where(flat, 1.0, span)).clamp(0, 1)
-    return maps.view(n, side, side, 3).float().numpy()
+    return maps.view(n, *grid, 3).float().numpy()
 
 
 def tsne(features: Tensor, *, perplexity: float = 30.0, seed: int = 0) -> np.ndarray:
@@ -191,5 +194,7 @@ def tsne(features: Tensor, *, perplexity: float = 30.0, seed: int = 0) -> np.nda
     x = (x - x.mean(dim=0)) / torch.where(deviation > 1e-12, deviation, 1.0)
     fewer = min(perplexity, (len(x) - 1) / 3)
     model = TSNE(n_components=2, perplexity=fewer, init="pca", random_state=seed)
-    with threadpool_limits(limits=1):  # its threads wait by spinning: beside another busy process, twenty times slower
+    with threadpool_limits(
+        limits=1
+    ):  # threads that wait by spinning: twenty times slower while another process is busy
         return model.fit_transform(x.numpy())

@@ -16,7 +16,7 @@ import numpy as np
 from selftrans.evaluate.extractors import Extractor, extract
 from selftrans.storage import atomic_write, first_line, printable
 
-MAX_UNPACKED = 1 << 28  #: bytes of an array that may be packed tightly; statistics hardly can be
+MAX_UNPACKED = 1 << 28  #: bytes of an array that may be compressed strongly; statistics compress little
 NEGATIVE = 1e-3  #: share of a covariance's Frobenius norm that an eigenvalue may lie below zero
 
 
@@ -30,7 +30,7 @@ class Moments(NamedTuple):
 class RunningMoments:
     """Mean and scatter of rows that come in pieces, by the pairwise update of Chan, Golub and LeVeque (1979).
 
-    Sums of squares, the shorter way, cancel when the mean is large beside the deviation.
+    Sums of squares, the shorter way, cancel when the mean is large compared to the deviation.
     """
 
     def __init__(self) -> None:
@@ -58,14 +58,14 @@ class RunningMoments:
 
 @dataclass(frozen=True, eq=False)
 class Statistics:
-    """What a set of images looks like to an extractor."""
+    """Mean and covariance of the features of a set of images, and what they are of."""
 
     mean: np.ndarray  #: (F,) float64
     cov: np.ndarray  #: (F, F) float64
-    count: int | None = None  #: number of images; None when a foreign file does not say
+    count: int | None = None  #: number of images; None when the file does not say
     features: np.ndarray | None = None  #: (n, F) float32, for kernel distance, precision and recall
     spatial: Moments | None = None  #: of spatial features (S,), where the extractor offers them
-    extractor: str = ""  #: its name; empty when a foreign file does not say
+    extractor: str = ""  #: its name; empty when the file does not say
     sha256: str = ""  #: of the extractor's weights
     source: str = ""  #: which images, in words or as a path
 
@@ -85,7 +85,7 @@ class Statistics:
         source: str = "",
         observe: Callable[[dict[str, np.ndarray]], None] | None = None,
     ) -> Statistics:
-        """Statistics of a stream of uint8 image batches (n, R, R, C), the same however the stream is cut.
+        """Statistics of a stream of batches of images (see `extract`), the same however the stream is cut.
 
         With `keep` the features stay in memory, as float32. `chunk` images go through the extractor at a time;
         `observe` is handed each chunk's features and logits. Raises ValueError for unfit images, or fewer than two.
@@ -144,7 +144,7 @@ class Statistics:
 
 
 def _read(path: Path) -> dict[str, np.ndarray]:
-    """The arrays of an npz that statistics are made of; images beside them (ADM's arr_0) are not read."""
+    """The arrays of an npz that statistics are made of; images in the same file (ADM's arr_0) are not read."""
     wanted = {"mu", "sigma", "mu_s", "sigma_s", "features", "count", "extractor", "sha256", "source"}
     if not path.is_file():
         raise ValueError(f"no statistics at {path}; give an npz with mu and sigma, or a folder of images")
@@ -159,7 +159,7 @@ def _read(path: Path) -> dict[str, np.ndarray]:
             names = set(file.files)
             found = {name: _plain(name, file[name]) for name in names & wanted}
             return found or {printable(name, 20): np.empty(0) for name in sorted(names)[:9]}
-    except Exception as error:  # a torn zip and a header that lies raise anything
+    except Exception as error:  # a damaged zip or a false header raises almost anything
         raise ValueError(
             f"{path} is not a readable npz of plain arrays ({first_line(error)}); compute the statistics again"
         ) from None

@@ -1,54 +1,28 @@
-"""Files ⇒ numbers: what the commands classifier and analyse do. Shape legend: (n, R, R, C) uint8 images."""
+"""`selftrans analyse`: the features of a run ⇒ linear probes, colour maps and t-SNE, as pictures and analyse.json.
+
+Shape legend: N images, (C, *S) latent.
+"""
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from selftrans.checkpoints.load import LoadedModel, Weights, load_model
-from selftrans.data.dataset import Shards
-from selftrans.encoders.autoencoder import load_autoencoder, sample_latents, to_uint8
-from selftrans.evaluate.classifier import train_classifier
-from selftrans.evaluate.plots import curves, pca_grid, save, scatter
+from selftrans.data.dataset import Dataset
+from selftrans.data.decoded import data_latents, decode_images
+from selftrans.device import default_device
+from selftrans.encoders.autoencoder import load_autoencoder
+from selftrans.evaluate.plots import as_pictures, curves, pca_grid, save, scatter
 from selftrans.evaluate.probes import collect, linear_probe, pca_maps, tsne
 from selftrans.flow import PATHS
 from selftrans.storage import printable, write_json
 
-
-def shard_images(shards: Shards, batch_size: int = 256) -> Iterator[np.ndarray]:
-    """Pictures of prepared data, its posterior means decoded by its autoencoder, in order, unmirrored: always the same."""
-    manifest = shards.manifest
-    autoencoder = load_autoencoder(manifest.autoencoder)
-    for start in range(0, len(shards), batch_size):
-        moments, _ = shards.read(np.arange(start, min(start + batch_size, len(shards))))
-        means = moments[:, 0, : manifest.shape[0]]
-        z0 = sample_latents(means, stochastic=False, scale=manifest.scale, shift=manifest.shift)
-        with torch.inference_mode():
-            yield to_uint8(autoencoder.decode(z0)).numpy()
-
-
-def classifier_from_data(data: str | Path, out: Path, *, epochs: int, seed: int) -> str:
-    """Train a classifier on prepared data and save it; returns what to print. ValueError for data without classes."""
-    shards = Shards.open(data)
-    if out.suffix != ".safetensors":
-        raise ValueError(f"{out} must end in .safetensors, which is how evaluate knows a classifier")
-    if shards.manifest.num_classes < 2:
-        raise ValueError(f"{data} has {shards.manifest.num_classes} classes; a classifier needs at least two")
-    images = np.concatenate(list(shard_images(shards)), axis=0)
-    model = train_classifier(images, shards.labels, shards.manifest.num_classes, seed=seed, epochs=epochs)
-    model.save(out)
-    record = model.training_record
-    assert record is not None
-    about = dataclasses.asdict(record) | {"data": str(data), "classes": list(shards.manifest.classes)}
-    write_json(out.with_suffix(".json"), about)
-    return f"{out}: accuracy {record.accuracy:.3f} on {record.held_out} held-out images"
+MAPPED = 8  #: images whose features are shown as maps
 
 
 def analyse(
@@ -61,7 +35,7 @@ def analyse(
     weights: Weights,
     stage: str | None,
 ) -> dict[str, Any]:
-    """Probes per block and timestep, PCA maps, t-SNE of a run's features, as pictures and analyse.json in `out`.
+    """Probes per block and timestep, PCA maps and t-SNE of a run's features, as pictures and analyse.json in `out`.
 
     Features are taken under the null condition, so that a probe cannot read the label from the conditioning. `data`:
     prepared data; None: what the run was trained on. ValueError for data of another shape or class count than the run's.
@@ -70,37 +44,33 @@ def analyse(
         raise ValueError(
             f"{samples} samples at {len(timesteps)} timesteps are too few; give at least 20, and a timestep"
         )
-    found = load_model(origin, stage=stage, weights=weights)
-    shards = Shards.open(_data_of(origin, found, data))
-    if shards.manifest.shape != found.model.shape or shards.manifest.num_classes != found.model.num_classes:
-        raise ValueError(
-            f"the data are latents {shards.manifest.shape} with {shards.manifest.num_classes} classes; the run was trained on "
-            f"{found.model.shape} with {found.model.num_classes}; give that data with --data"
-        )
-    z0, labels = data_latents(shards, samples)
-    path, blocks = PATHS[found.config.train.path], tuple(range(1, found.model.depth + 1))
-    null, maps = found.model.null(labels), dict[str, np.ndarray]()
+    loaded, device = load_model(origin, stage=stage, weights=weights), default_device()
+    model, dataset = loaded.model.to(device), Dataset.open(_data_of(origin, loaded, data))
+    _check_fit(loaded, dataset)
+    z0, labels = data_latents(dataset, samples)
+    path, blocks = PATHS[loaded.config.train.path], tuple(range(1, model.depth + 1))
+    null, maps = model.null(labels), dict[str, np.ndarray]()
     probes, clouds = dict[float, list[float]](), dict[float, np.ndarray]()
     for t in tqdm(timesteps, desc="timesteps", unit="t"):
-        feats = collect(found.model, z0, null, t=t, taps=blocks, path=path)
-        if shards.manifest.num_classes > 1:
-            probes[t] = [linear_probe(feats[k], labels, kind="ridge") for k in blocks]
-        maps |= {f"block {k}, t = {t:g}": pca_maps(feats[k][:8]) for k in _spread(blocks)}
+        feats = collect(model, z0, null, t=t, taps=blocks, path=path)
+        if dataset.manifest.num_classes > 1:
+            probes[t] = [linear_probe(feats[k].to(device), labels, kind="ridge") for k in blocks]
+        maps |= {f"block {k}, t = {t:g}": pca_maps(feats[k][:MAPPED], model.grid) for k in _spread(blocks)}
         clouds[t] = tsne(feats[blocks[len(blocks) // 2]])
-    with torch.inference_mode():
-        pictures = to_uint8(load_autoencoder(found.autoencoder).decode(z0[:8])).numpy()
-    save(pca_grid({"data": pictures} | maps, title="principal components of the features"), out / "pca.png")
+    decoded = decode_images(load_autoencoder(loaded.autoencoder, device=device), z0[:MAPPED].to(device))
+    shown_maps = {"data": as_pictures(decoded)} | maps
+    save(pca_grid(shown_maps, title="principal components of the features"), out / "pca.png")
     for t, cloud in clouds.items():
         title = f"t-SNE of block {blocks[len(blocks) // 2]} at t = {t:g}"
-        names = [printable(name) for name in shards.manifest.classes] or None
+        names = [printable(name) for name in dataset.manifest.classes] or None
         save(scatter(cloud, labels.numpy(), title=title, names=names), out / f"tsne-t{t:g}.png")
     if probes:
         series = {f"t = {t:g}": (blocks, accuracy) for t, accuracy in probes.items()}
         save(curves(series, xlabel="block", ylabel="linear probe accuracy"), out / "probes.png")
     report = {
-        "source": found.source,
-        "stage": found.stage,
-        "step": found.step,
+        "source": loaded.source,
+        "stage": loaded.stage,
+        "step": loaded.step,
         "images": len(labels),
         "condition": "null",
         "blocks": list(blocks),
@@ -110,31 +80,26 @@ def analyse(
     return report
 
 
+def _check_fit(loaded: LoadedModel, dataset: Dataset) -> None:
+    """ValueError unless the data are of the shape and classes that the model was trained on."""
+    manifest, model = dataset.manifest, loaded.model
+    if manifest.shape != model.shape or manifest.num_classes != model.conditions.num_classes:
+        raise ValueError(
+            f"the data are latents {manifest.shape} with {manifest.num_classes} classes; the run was trained on "
+            f"{model.shape} with {model.conditions.num_classes}; give that data with --data"
+        )
+
+
 def _spread(blocks: Sequence[int]) -> list[int]:
     """A shallow, two middle and the last block."""
     return sorted({blocks[round(fraction * (len(blocks) - 1))] for fraction in (0.15, 0.4, 0.7, 1.0)})
 
 
-def _data_of(origin: str | Path, found: LoadedModel, data: str | None) -> str:
+def _data_of(origin: str | Path, loaded: LoadedModel, data: str | None) -> str:
     """Directory of the data: as given, else where the run found them."""
-    known = data or found.config.data.path
+    known = data or loaded.config.data.path
     if known is None and (Path(origin) / "data" / "manifest.json").exists():
         known = str(Path(origin) / "data")
     if known is None:
         raise ValueError(f"{origin} does not say where its data are; give --data DIR")
     return known
-
-
-def data_latents(shards: Shards, most: int) -> tuple[Tensor, Tensor]:
-    """At most `most` latents (N, C, H, W) of a fixed shuffle, and their labels (N,)."""
-    return latents_of(shards, np.random.default_rng(0).permutation(len(shards))[:most])
-
-
-def latents_of(shards: Shards, rows: np.ndarray) -> tuple[Tensor, Tensor]:
-    """Latents (N, C, H, W) of these rows, the same posterior sample each time; torch's generator is left alone."""
-    moments, labels = shards.read(rows)
-    manifest = shards.manifest
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(0)
-        z0 = sample_latents(moments[:, 0], stochastic=manifest.stochastic, scale=manifest.scale, shift=manifest.shift)
-    return z0, labels

@@ -1,4 +1,4 @@
-"""`selftrans compare`: methods x seeds under one budget, measured alike; a table, the curves, and a page.
+"""`selftrans compare`: methods x seeds under one budget, measured alike; a table, the curves and a page.
 
 OUT/<method>-seed<k>/    ordinary run directories          OUT/compare.{json,csv,png,html}    what people open
 """
@@ -14,14 +14,14 @@ from typing import Any
 import torch
 
 from selftrans.config import RunConfig, to_json
-from selftrans.data.dataset import Shards
+from selftrans.data.dataset import Dataset
 from selftrans.data.prepare import prepare_digits
 from selftrans.evaluate.extractors import load_extractor
 from selftrans.evaluate.plots import save
-from selftrans.experiments import report
-from selftrans.experiments.analyse_run import classifier_from_data
+from selftrans.experiments import html_report
 from selftrans.experiments.runner import PROBED_BLOCK, Comparison, Results, compare, samples_of
 from selftrans.experiments.table import AXES, as_csv, mean_curve, rows
+from selftrans.experiments.train_classifier import classifier_from_data
 from selftrans.methods.registry import METHODS, REGISTRY, find, sections_of, stages
 from selftrans.sections import fields_of
 from selftrans.storage import lock_file, write_json, write_text
@@ -44,7 +44,7 @@ def compare_methods(
 
     All share data, model, student steps, batch, sampler, extractor and number of images. A teacher is a run of stage 1
     for as many steps as the student, unless `stage1.steps` says otherwise, and shared with the method `structure` of the
-    same seed. Distances are to the training data. `features`: an extractor's name or file; None: see `base`.
+    same seed. Distances are to the training data. `features`: an extractor's name or file; None: see `with_defaults`.
     `methods`: None: the built-in ones that need no external encoder. Repeating the call continues it; methods and seeds
     may be added. Raises ValueError for unknown methods and seeds.
     """
@@ -52,7 +52,7 @@ def compare_methods(
         methods = [name for name, spec in METHODS.items() if not any(s.encoder for s in spec.stages(config))]
     _check(methods, seeds, images)
     with lock_file(out / ".lock"):
-        config, features, weights = base(config, out, features=features)
+        config, features, weights = with_defaults(config, out, features=features)
         variants = {name: only(config, name) for name in methods}
         rehearse(variants)
         block = min(PROBED_BLOCK, _depth(config))
@@ -61,14 +61,14 @@ def compare_methods(
         summary = summarise(chosen, results)
         write(chosen, summary)
     names = {name: name for name in methods}
-    print(report.text_table(summary["table"], names, summary["metric"]))
+    print(html_report.text_table(summary["table"], names, summary["metric"]))
     print(f"\nOpen {out / 'compare.html'}")
     return summary
 
 
 def _depth(config: RunConfig) -> int:
     """Blocks of the students."""
-    manifest = Shards.open(str(config.data.path)).manifest
+    manifest = Dataset.open(str(config.data.path)).manifest
     with torch.device("meta"):
         return config.build_model(manifest.shape, manifest.conditions).depth
 
@@ -91,7 +91,7 @@ def only(config: RunConfig, method: str) -> RunConfig:
 def rehearse(variants: Mapping[str, RunConfig]) -> None:
     """Build each method once, without memory for its weights: what cannot work is said now, not after the others' days."""
     for config in variants.values():
-        shards = Shards.open(str(config.data.path))
+        shards = Dataset.open(str(config.data.path))
         for stage in stages(config):
             given: Any = None
             if stage.encoder or (stage.teacher and stage.teacher.given):
@@ -108,11 +108,12 @@ def _check(methods: Sequence[str], seeds: Sequence[int], images: int) -> None:
         raise ValueError("a comparison needs seeds that differ from each other, from 0 on, and at least two images")
 
 
-def base(config: RunConfig, out: Path, *, features: str | None = None) -> tuple[RunConfig, str, str | None]:
+def with_defaults(config: RunConfig, out: Path, *, features: str | None = None) -> tuple[RunConfig, str, str | None]:
     """(the configuration that all variants share, the extractor, the file of its weights).
 
-    Recipes named digits... bring data and classifier. Other data are measured with `features`; None: a small classifier
-    trained on them (`out/classifier.safetensors`), or Inception where there are no pixels or no classes to train it on.
+    Recipes named digits... bring data and classifier. Other data are measured with `features`; None: data that are no
+    pictures by their `values`, others by a small classifier trained on them (`out/classifier.safetensors`), or by
+    Inception where the data are not pixels or have no classes to train it on.
     """
     weights = None
     if config.data.path is None:
@@ -124,13 +125,17 @@ def base(config: RunConfig, out: Path, *, features: str | None = None) -> tuple[
     if features == "digits":
         weights = str(out / "digits-classifier.safetensors")
     if features is None:
-        manifest = Shards.open(str(config.data.path)).manifest
+        manifest = Dataset.open(str(config.data.path)).manifest
         features, own = "inception", out / "classifier.safetensors"
-        if manifest.autoencoder == "pixel" and manifest.num_classes > 1:
+        if manifest.resolution is None:
+            features = "values"
+        elif manifest.autoencoder == "pixel" and manifest.num_classes > 1:
             features = str(own)
             if not own.exists():
                 print(classifier_from_data(str(config.data.path), own, epochs=12, seed=0))
-    load_extractor(features, weights=weights)  # what is missing is said, or trained, once and now
+    # fails, or trains the digit classifier, here and once: not in every worker
+    shape = Dataset.open(str(config.data.path)).manifest.shape
+    load_extractor(features, weights=weights, shape=shape)
     return equal_lengths(config).check(), features, weights
 
 
@@ -145,8 +150,8 @@ def equal_lengths(config: RunConfig) -> RunConfig:
     return config.override(unset)
 
 
-def on(config: RunConfig, data: str | None, steps: int | None) -> RunConfig:
-    """The same configuration on these data, with this many student steps; None leaves it as it is."""
+def override(config: RunConfig, *, data: str | None = None, steps: int | None = None) -> RunConfig:
+    """The configuration with other data or student steps; None keeps them."""
     if data is not None:
         config = config.override({"data.path": data})
     if steps is not None:
@@ -155,7 +160,7 @@ def on(config: RunConfig, data: str | None, steps: int | None) -> RunConfig:
 
 
 def summarise(chosen: Comparison, results: Results) -> dict[str, Any]:
-    """What compare.json holds: the table, the curves over both axes, and everything the numbers depend on."""
+    """What compare.json holds: the table, the curves over both axes, and what the numbers depend on."""
     point, names = next(iter(results.values()))[1][-1], tuple(chosen.variants)
     used = {key: section for variant in chosen.variants.values() for key, section in variant.sections.items()}
     config = dataclasses.replace(chosen.shared, sections=used)
@@ -168,7 +173,7 @@ def summarise(chosen: Comparison, results: Results) -> dict[str, Any]:
         "images": chosen.images,
         "labels": point["sampler"].get("labels", "balanced"),
         "seeds": list(chosen.seeds),
-        "autoencoder": config.data.autoencoder or Shards.open(str(config.data.path)).manifest.autoencoder,
+        "autoencoder": config.data.autoencoder or Dataset.open(str(config.data.path)).manifest.autoencoder,
         "teachers": list(teachers.values()),
         "config": json.loads(to_json(config)),
         "sections": list(used),
@@ -176,11 +181,11 @@ def summarise(chosen: Comparison, results: Results) -> dict[str, Any]:
 
 
 def write(chosen: Comparison, summary: dict[str, Any]) -> None:
-    """compare.json, .csv, .png and .html in the directory of the comparison."""
+    """Write compare.json, .csv, .png and .html to the directory of the comparison."""
     runs = {name: chosen.run((name, chosen.seeds[0])) for name in chosen.variants}
     grids = {name: samples_of(run, chosen.shared.sample, SHOWN) for name, run in runs.items()}
-    figure = report.convergence(summary["curves"], summary["metric"])
+    figure = html_report.convergence(summary["curves"], summary["metric"])
     save(figure, chosen.out / "compare.png")
     write_json(chosen.out / "compare.json", summary)
     write_text(chosen.out / "compare.csv", as_csv(summary["table"]))
-    write_text(chosen.out / "compare.html", report.comparison_page(summary, figure, grids))
+    write_text(chosen.out / "compare.html", html_report.comparison_page(summary, figure, grids))

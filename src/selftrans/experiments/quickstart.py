@@ -1,7 +1,7 @@
-"""`selftrans quickstart`: the whole method on real digits, measured, in minutes on two CPU cores, and a page about it.
+"""`selftrans quickstart`: the complete method on real digits, measured, in minutes on two CPU cores, and a page about it.
 
-vanilla, stage 1 alone and both stages are trained for the same number of student steps from the same seeds. What comes
-out is what is written: no order of the methods is assumed anywhere.
+vanilla, stage 1 alone and both stages are trained for the same number of student steps from the same seeds. The page
+shows what was measured: no order of the methods is assumed.
 """
 
 from __future__ import annotations
@@ -17,14 +17,15 @@ import numpy as np
 from selftrans.checkpoints import format as checkpoint
 from selftrans.checkpoints.load import load_model
 from selftrans.config import RunConfig
-from selftrans.data.dataset import Shards
+from selftrans.data.dataset import Dataset
+from selftrans.data.decoded import decode_images, latents_of
 from selftrans.data.prepare import prepare_digits
-from selftrans.encoders.autoencoder import load_autoencoder, to_uint8
+from selftrans.device import default_device
+from selftrans.encoders.autoencoder import load_autoencoder
 from selftrans.evaluate.extractors import load_extractor
-from selftrans.evaluate.plots import save
+from selftrans.evaluate.plots import as_pictures, save
 from selftrans.evaluate.probes import collect, pca_basis, pca_maps
-from selftrans.experiments import report
-from selftrans.experiments.analyse_run import latents_of
+from selftrans.experiments import html_report
 from selftrans.experiments.compare import equal_lengths, only
 from selftrans.experiments.runner import PROBE_T, Comparison, Results, compare, samples_of
 from selftrans.experiments.table import as_csv, mean_curve, rows
@@ -51,8 +52,9 @@ def quickstart(
 ) -> dict[str, Any]:
     """Train, measure and write `out`: report.html, quickstart.png, table.json, table.csv and a run directory per method.
 
-    Runs go side by side, one per core; with one worker the seconds of the methods compare better, and it takes longer.
-    Repeating the call continues it, and on a finished directory only writes the page again. Returns table.json's content.
+    Runs train at the same time, one per core; with one worker it takes longer, and the seconds of the methods compare
+    better. Repeating the call continues it; on a finished directory it only writes the page again. Returns what
+    table.json holds.
     """
     if not seeds or len(set(seeds)) < len(seeds) or images < 2:
         raise ValueError("the quickstart needs seeds that differ from each other, and at least two images")
@@ -64,7 +66,7 @@ def quickstart(
         shards = prepare_digits(out / "data")
         config = config.override({"data.path": str(out / "data")})
         classifier = out / "digits-classifier.safetensors"
-        load_extractor("digits", weights=classifier)  # trained once, before the workers ask for it
+        load_extractor("digits", weights=classifier)  # trained once, before the workers load it
         # the teacher is stage 1 at its end, so that every row of the table has had the same number of steps
         config = equal_lengths(config)
         variants = {name: only(config, name) for name in METHODS}
@@ -73,17 +75,17 @@ def quickstart(
         summary = summarise(chosen, results)
         summary["seconds"] = round(time.perf_counter() - started + _seconds_before(out, summary), 1)
         write(out, summary, shards, config, seeds[0])
-    print(report.text_table(summary["table"], METHODS, summary["metric"]))
+    print(html_report.text_table(summary["table"], METHODS, summary["metric"]))
     print(f"\n{summary['seconds']:.0f} s. Open {out / 'report.html'}")
     return summary
 
 
 def _seconds_before(out: Path, summary: dict[str, Any]) -> float:
-    """What earlier visits to the same comparison have taken."""
+    """Seconds that earlier calls for the same comparison took."""
     try:
         before = json.loads((out / "table.json").read_text())
         return float(before["seconds"]) if before["table"] == summary["table"] else 0.0
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):  # the first visit, or a damaged table
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):  # the first call, or a damaged table
         return 0.0
 
 
@@ -104,29 +106,30 @@ def summarise(chosen: Comparison, results: Results) -> dict[str, Any]:
     }
 
 
-def write(out: Path, summary: dict[str, Any], shards: Shards, config: RunConfig, seed: int) -> None:
-    """Everything that people open: the table, the picture, the page."""
+def write(out: Path, summary: dict[str, Any], shards: Dataset, config: RunConfig, seed: int) -> None:
+    """Write the table, the overview picture and the page."""
     grids = {label: samples_of(out / f"{name}-seed{seed}", config.sample, SHOWN) for name, label in METHODS.items()}
     maps = {label: maps_of(out / f"{name}-seed{seed}", shards, summary["block"]) for name, label in METHODS.items()}
     curves = {METHODS[name]: curve for name, curve in summary["curves"].items()}
-    save(report.overview(curves, grids, summary["metric"]), out / "quickstart.png")
-    page = report.page(summary, METHODS, curves, grids, maps)
+    save(html_report.overview(curves, grids, summary["metric"]), out / "quickstart.png")
+    page = html_report.page(summary, METHODS, curves, grids, maps)
     write_json(out / "table.json", summary)
     write_text(out / "table.csv", as_csv(summary["table"]))
     write_text(out / "report.html", page)
 
 
-def maps_of(run: Path, shards: Shards, block: int) -> dict[str, np.ndarray]:
+def maps_of(run: Path, shards: Dataset, block: int) -> dict[str, np.ndarray]:
     """Row name -> pictures: the digits, and PCA maps of the shallow block at every checkpoint, in the last one's colours."""
     z0, labels = latents_of(shards, np.arange(min(MAPPED, len(shards))))
-    stage = json.loads((run / "run.json").read_text())["stages"][-1]["stage"]
+    stage, device = json.loads((run / "run.json").read_text())["stages"][-1]["stage"], default_device()
     found = [load_model(folder) for _, folder in checkpoint.steps(run / stage / "checkpoints")]
     feats = [
-        collect(one.model, z0, labels, t=PROBE_T, taps=(block,), path=PATHS[one.config.train.path])[block]
+        collect(one.model.to(device), z0, labels, t=PROBE_T, taps=(block,), path=PATHS[one.config.train.path])[block]
         for one in found
     ]
     basis = pca_basis(feats[-1])
-    decoded = to_uint8(load_autoencoder(shards.manifest.autoencoder).decode(z0)).numpy()
-    return {"data": decoded} | {
-        f"step {one.step}": pca_maps(features, basis=basis) for one, features in zip(found, feats, strict=True)
+    decoded = decode_images(load_autoencoder(shards.manifest.autoencoder, device=device), z0.to(device))
+    return {"data": as_pictures(decoded)} | {
+        f"step {one.step}": pca_maps(features, one.model.grid, basis=basis)
+        for one, features in zip(found, feats, strict=True)
     }

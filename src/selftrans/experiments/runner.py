@@ -1,7 +1,7 @@
-"""Methods side by side: the same model, data, seeds, sampler and metric for each; resumable.
+"""Variants trained in worker processes and measured alike: the same data, seeds, sampler and metric; resumable.
 
-Every run is an ordinary run directory `OUT/<method>-seed<k>`, its checkpoints are the points of its curve, and each
-point is measured once and kept in `measured.json` beside them. Shape legend: n images, (R, R, C) uint8 image.
+Every run is an ordinary run directory `OUT/<method>-seed<k>`. Its checkpoints are the points of its curve; each point is
+measured once and kept in the run's `measured.json`.
 """
 
 from __future__ import annotations
@@ -24,17 +24,18 @@ import torch
 from selftrans.checkpoints import format as checkpoint
 from selftrans.checkpoints.load import FILES, load_model
 from selftrans.config import RunConfig, SampleConfig
-from selftrans.data.dataset import Shards
-from selftrans.encoders.autoencoder import load_autoencoder
+from selftrans.data.dataset import Dataset
+from selftrans.data.decoded import data_latents, decoded_images
+from selftrans.device import default_device
 from selftrans.evaluate.extractors import Extractor, load_extractor
 from selftrans.evaluate.metrics import evaluate
 from selftrans.evaluate.probes import collect, linear_probe
 from selftrans.evaluate.statistics import Statistics
-from selftrans.experiments.analyse_run import data_latents, shard_images
 from selftrans.flow import PATHS
 from selftrans.methods.registry import stages
 from selftrans.methods.spec import Stage
-from selftrans.sampling.samplers import EVALUATIONS, sample_images
+from selftrans.sampling.images import Sampler
+from selftrans.sampling.samplers import EVALUATIONS
 from selftrans.sections import Section, fields_of
 from selftrans.storage import write_json
 from selftrans.train.log import progress_bar
@@ -53,7 +54,7 @@ Results: TypeAlias = dict[Job, Result]
 class Comparison:
     """What is compared, and with what it is measured."""
 
-    shared: RunConfig  #: what all variants have in common: data, steps, batch, sampler, the probed shallow block
+    shared: RunConfig  #: what all variants share: data, steps, batch, sampler, the probed shallow block
     variants: dict[str, RunConfig]  #: by name; `method` is part of each
     seeds: tuple[int, ...]
     out: Path  #: holds everything
@@ -68,7 +69,7 @@ class Comparison:
 
     @property
     def total(self) -> int:
-        """All the work, in training steps."""
+        """Cost of the comparison, in training steps."""
         steps = self.shared.train.steps
         return len(self.jobs) * (steps + points(steps) * measuring_cost(self.shared, self.images))
 
@@ -109,29 +110,33 @@ def _acting(section: Section) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class Ruler:
-    """What one process measures with."""
+class Measurement:
+    """How a process measures checkpoints."""
 
     extractor: Extractor
     reference: Statistics
-    shards: Shards
+    shards: Dataset
     sample: SampleConfig  #: how many images, and how
     block: int  #: the shallow block that is probed (1-based)
 
     @classmethod
-    def of(cls, comparison: Comparison) -> Ruler:
-        """Measure against the data themselves."""
+    def of(cls, comparison: Comparison) -> Measurement:
+        """Distances to the training data, on the device at hand."""
         path = comparison.shared.data.path
         assert path is not None
-        shards = Shards.open(path)
-        extractor = load_extractor(comparison.features, weights=comparison.weights)
-        reference = Statistics.of(shard_images(shards), extractor, source="training data", keep=False)
+        shards, device = Dataset.open(path), default_device()
+        # `values` keeps the shape of the latents: an autoencoder of arrays that are no pictures changes none
+        extractor = load_extractor(
+            comparison.features, weights=comparison.weights, device=device, shape=shards.manifest.shape
+        )
+        images = decoded_images(shards, device=device)
+        reference = Statistics.of(images, extractor, source="training data", keep=False)
         sample = dataclasses.replace(comparison.shared.sample, num=comparison.images, batch_size=500)
         return cls(extractor, reference, shards, sample, comparison.block)
 
     @property
-    def marks(self) -> dict[str, Any]:
-        """What makes two measured points comparable, as json has it."""
+    def identity(self) -> dict[str, Any]:
+        """What two measured points must share to be comparable, as json has it."""
         return {
             "sampler": json.loads(json.dumps(self.sample.settings())),
             "images": self.sample.num,
@@ -140,25 +145,25 @@ class Ruler:
         }
 
 
-#: called with how many steps' worth of work has been done
-Tell = Callable[[int], object]
+#: called with the number of training steps done, or their equivalent in measuring
+Progress = Callable[[int], object]
 
 
 class StepBar:
-    """Stands in for a run's own bar: passes its steps on to the bar of the whole."""
+    """Takes the place of a run's progress bar, and passes its steps on to the bar of the comparison."""
 
-    def __init__(self, tell: Tell, initial: int) -> None:
-        self.tell = tell
-        tell(initial)
+    def __init__(self, progress: Progress, initial: int) -> None:
+        self.progress = progress
+        progress(initial)
 
     def update(self, steps: int = 1) -> None:
-        self.tell(steps)
+        self.progress(steps)
 
     def set_postfix(self, *_: Any, **__: Any) -> None:
-        """The bar of the whole shows no losses."""
+        """The comparison's bar shows no losses."""
 
     def close(self) -> None:
-        """The bar of the whole stays open."""
+        """The comparison's bar stays open."""
 
 
 def measuring_cost(config: RunConfig, images: int) -> int:
@@ -173,21 +178,19 @@ def interval(steps: int) -> int:
 
 
 def points(steps: int) -> int:
-    """How many measurements a run of `steps` gets: every interval, and the end."""
+    """Number of measurements of a run of `steps`: every interval, and the end."""
     return -(-steps // interval(steps))
 
 
 def compare(comparison: Comparison, *, workers: int | None = None) -> Results:
     """Train and measure every variant with every seed: (name, seed) -> (run.json, measured points, oldest first).
 
-    `workers` processes work side by side (None: one per core, one on a GPU). Repeating the call continues it.
+    `workers` processes run at the same time (None: one per core, one on a GPU). Repeating the call continues it.
     """
-    jobs, cores = (
-        comparison.jobs,
-        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
-    )
+    jobs = comparison.jobs
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     workers = min(len(jobs), workers or (1 if torch.cuda.is_available() else cores))
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin while they wait starve each other
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that wait by spinning slow each other down
     with progress_bar(total=comparison.total, unit="step", desc="training and measuring") as bar:
         done = _in_workers(comparison, workers, max(1, cores // workers), bar)
     return {job: done[job] for job in jobs}
@@ -197,61 +200,62 @@ def _teachers_first(comparison: Comparison) -> list[Job]:
     return sorted(comparison.jobs, key=lambda job: comparison.teacher(job) is not None)
 
 
-def work(comparison: Comparison, job: Job, ruler: Ruler, tell: Tell) -> Result:
+def train_and_measure(comparison: Comparison, job: Job, measurement: Measurement, progress: Progress) -> Result:
     """One variant with one seed: trained, then measured at every checkpoint."""
-    run = train_one(comparison, job, tell)
+    run = train_one(comparison, job, progress)
     cost = measuring_cost(comparison.shared, comparison.images)
-    return json.loads((run / "run.json").read_text()), measure_run(run, ruler, tell, cost)
+    return json.loads((run / "run.json").read_text()), measure_run(run, measurement, progress, cost)
 
 
 def _in_workers(comparison: Comparison, workers: int, threads: int, bar: Any) -> Results:
-    """The jobs in processes of their own; one that wants another's teacher waits for it."""
+    """Run the jobs in worker processes; a job that needs another's teacher starts after that has finished."""
     context = multiprocessing.get_context("spawn")
     done: Results = {}
-    told = context.SimpleQueue()
-    with ProcessPoolExecutor(workers, context, _begin, (comparison, threads, told, warnings.showwarning)) as pool:
+    steps_done = context.SimpleQueue()
+    shared = (comparison, threads, steps_done, warnings.showwarning)
+    with ProcessPoolExecutor(workers, context, _init_worker, shared) as pool:
         waiting, running = _teachers_first(comparison), dict[Future[Result], Job]()
         try:
             while waiting or running:
                 for job in [job for job in waiting if comparison.teacher(job) in {None, *done}]:
                     waiting.remove(job)
-                    running[pool.submit(_work, job)] = job
+                    running[pool.submit(_run_job, job)] = job
                 finished, _ = wait(running, timeout=0.2, return_when=FIRST_COMPLETED)
-                while not told.empty():
-                    bar.update(told.get())
+                while not steps_done.empty():
+                    bar.update(steps_done.get())
                 for future in finished:
                     done[running.pop(future)] = future.result()
         except BaseException:
-            pool.shutdown(cancel_futures=True)  # what has begun writes its checkpoint; nothing else begins
+            pool.shutdown(cancel_futures=True)  # running jobs write a checkpoint and end; no other job starts
             raise
     return done
 
 
-def _begin(comparison: Comparison, threads: int, told: Any, show: Any) -> None:
-    """In a new worker: what its jobs share, and how its parent shows warnings."""
-    warnings.showwarning = show
+def _init_worker(comparison: Comparison, threads: int, steps_done: Any, show_warning: Any) -> None:
+    """In a new worker: what its jobs share, and how the parent process shows warnings."""
+    warnings.showwarning = show_warning
     threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(threads)
-    _worker.update(comparison=comparison, ruler=Ruler.of(comparison), tell=told.put)
+    _worker.update(comparison=comparison, measurement=Measurement.of(comparison), progress=steps_done.put)
 
 
 def _end_with_parent() -> None:
-    """A worker whose parent was killed would train on unseen; runs survive an end at any moment."""
+    """End this worker when its parent is killed: else it would train on unnoticed. Runs survive an end at any moment."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()
         os._exit(1)
 
 
-_worker: dict[str, Any] = {}  #: of this process, filled by `_begin`
+_worker: dict[str, Any] = {}  #: of this process, set by `_init_worker`
 
 
-def _work(job: Job) -> Result:
-    return work(_worker["comparison"], job, _worker["ruler"], _worker["tell"])
+def _run_job(job: Job) -> Result:
+    return train_and_measure(_worker["comparison"], job, _worker["measurement"], _worker["progress"])
 
 
-def train_one(comparison: Comparison, job: Job, tell: Tell) -> Path:
-    """Train one variant with one seed (or continue it), every point a checkpoint; returns its run directory."""
+def train_one(comparison: Comparison, job: Job, progress: Progress) -> Path:
+    """Train one variant with one seed, or continue it, with a checkpoint at every point; returns its run directory."""
     config, run, teacher = comparison.variants[job[0]], comparison.run(job), comparison.teacher(job)
     every = interval(config.train.steps)
     settings = dataclasses.replace(config.train, seed=job[1], checkpoint_every=every, keep=0, preview_every=0)
@@ -262,72 +266,67 @@ def train_one(comparison: Comparison, job: Job, tell: Tell) -> Path:
         held = dict(checkpoint.steps(comparison.run(teacher) / wanted.name / "checkpoints"))
         if wanted.steps in held:  # not in a run that was first made shorter, with checkpoints elsewhere
             config = config.override({taught.option: str(held[wanted.steps])})
-    train(config, run, bar=lambda **options: StepBar(tell, options["initial"]), quiet=True)
+    train(config, run, bar=lambda **options: StepBar(progress, options["initial"]), quiet=True)
     return run
 
 
-def measure_run(run: Path, ruler: Ruler, tell: Tell, cost: int) -> list[dict[str, Any]]:
-    """Every checkpoint of a run's last stage measured, oldest first; what was measured before is read, not repeated."""
+def measure_run(run: Path, measurement: Measurement, progress: Progress, cost: int) -> list[dict[str, Any]]:
+    """Measured points of a run's last stage, oldest first; those measured before are read, not measured again."""
     stage = json.loads((run / "run.json").read_text())["stages"][-1]["stage"]
     path = run / "measured.json"
-    known = measured_before(path, ruler)
+    known = measured_before(path, measurement)
     entries = []
     held = checkpoint.steps(run / stage / "checkpoints")
     due = [folder for step, folder in held if step % interval(held[-1][0]) == 0 or step == held[-1][0]]
-    for folder in due:  # an interruption leaves a checkpoint of its own, which is no point of the curve
+    for folder in due:  # an interruption leaves a checkpoint at another step, which is no point of the curve
         digest = checkpoint.read(folder).state["sha256"][FILES["ema"]]
-        entries.append(known.get(digest) or measure_checkpoint(folder, ruler) | {"sha256": digest})
-        tell(cost)
+        entries.append(known.get(digest) or measure_checkpoint(folder, measurement) | {"sha256": digest})
+        progress(cost)
         write_json(path, entries)
     return entries
 
 
-def measured_before(path: Path, ruler: Ruler) -> dict[str, dict[str, Any]]:
-    """Points measured with the same ruler, by the hash of their weights; none where the file is missing or damaged."""
-    same = ruler.marks.items()
+def measured_before(path: Path, measurement: Measurement) -> dict[str, dict[str, Any]]:
+    """Points that were measured in the same way, by the hash of their weights; none for a missing or damaged file."""
+    same = measurement.identity.items()
     try:
         return {entry["sha256"]: entry for entry in json.loads(path.read_text()) if same <= entry.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return {}
 
 
-def measure_checkpoint(folder: Path, ruler: Ruler) -> dict[str, Any]:
-    """Distance, accuracy and shallow probe of a checkpoint's EMA, and what it has cost until there."""
-    found = load_model(folder, weights="ema")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model, classes = found.model.to(device), found.model.conditions.num_classes
-    autoencoder = load_autoencoder(found.autoencoder, device=device)
-    path = PATHS[found.config.train.path]
-    batches = list(sample_images(model, autoencoder, ruler.sample, num_classes=classes, device=device, path=path))
-    labels = np.concatenate([labels for _, labels, _ in batches])
-    images = (images for _, _, images in batches)
-    metrics = ("frechet", "accuracy") if classes > 1 else ("frechet",)
-    report = evaluate(images, ruler.reference, ruler.extractor, labels=labels, metrics=metrics)
+def measure_checkpoint(folder: Path, measurement: Measurement) -> dict[str, Any]:
+    """Distance, accuracy and shallow probe of a checkpoint's EMA, and what training has cost up to it."""
+    loaded, device = load_model(folder, weights="ema"), default_device()
+    classes = loaded.model.conditions.num_classes
+    path = PATHS[loaded.config.train.path]
+    # first: a sampler casts and compiles the model in place
+    probed = probe(loaded.model.to(device), measurement, path) if classes > 1 else None
+    batches = list(Sampler.of(loaded, measurement.sample, device=device).sample())
+    labels = np.concatenate([batch.labels for batch in batches])
+    images = (batch.images for batch in batches)
+    metrics = ("frechet", "accuracy") if classes > 1 and measurement.extractor.pictures else ("frechet",)
+    report = evaluate(images, measurement.reference, measurement.extractor, labels=labels, metrics=metrics)
     spent = checkpoint.read_header(folder / FILES["ema"])
     return {
-        "step": found.step,
+        "step": loaded.step,
         "seconds": spent["seconds"],
         "tflops": spent["tflops"],
         "metric": report["label"],
         "distance": report[report["metric"]],
         "accuracy": report.get("accuracy"),
-        "probe": probe(found.model, ruler, path) if classes > 1 else None,
-    } | ruler.marks
+        "probe": probed,
+    } | measurement.identity
 
 
-def probe(model: Any, ruler: Ruler, path: Any, most: int = 4000) -> float:
+def probe(model: Any, measurement: Measurement, path: Any, most: int = 4000) -> float:
     """Accuracy of a linear classifier on the shallow block's features at t = 0.4, under the null condition."""
-    z0, labels = data_latents(ruler.shards, most)
-    feats = collect(model, z0, model.null(labels), t=PROBE_T, taps=(ruler.block,), path=path)
-    return linear_probe(feats[ruler.block], labels, kind="ridge")
+    z0, labels = data_latents(measurement.shards, most)
+    feats = collect(model, z0, model.null(labels), t=PROBE_T, taps=(measurement.block,), path=path)
+    return linear_probe(feats[measurement.block].to(default_device()), labels, kind="ridge")
 
 
 def samples_of(run: Path, sample: SampleConfig, num: int) -> np.ndarray:
-    """(num, R, R, C) samples of a finished run: the same noise and labels for every method."""
-    found = load_model(run)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """Images 0 .. num - 1 of a finished run: the same noise and conditions for every method."""
     settings = dataclasses.replace(sample, num=num, seed=1, batch_size=num)
-    autoencoder, path = load_autoencoder(found.autoencoder, device=device), PATHS[found.config.train.path]
-    model, classes = found.model.to(device), found.model.conditions.num_classes
-    batches = sample_images(model, autoencoder, settings, num_classes=classes, device=device, path=path)
-    return np.concatenate([images for _, _, images in batches])
+    return np.concatenate([batch.images for batch in Sampler.of(load_model(run), settings).sample()])

@@ -1,4 +1,4 @@
-"""From measured runs to what people read: means over seeds, curves, and the steps and compute to reach vanilla's end."""
+"""Measured runs => the table: means over seeds, curves, and the steps and compute to reach vanilla's final distance."""
 
 from __future__ import annotations
 

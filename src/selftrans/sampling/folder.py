@@ -1,8 +1,8 @@
-"""Images ⇒ a folder of samples: `000000.png …`, `samples.npz` (ADM style) and `samples.json` with every setting.
+"""Images ⇒ a folder of samples: `000000.png …`, `samples.npz` (ADM's names) and `samples.json` with every setting.
 
-The PNGs are the state: a repeated command samples those that are missing, and the npz is put together from them, so
-that memory is bounded by a few batches. Each PNG carries its label. Every file is written beside and renamed.
-Shape legend: n images, (R, R, C) image with C of 1 (grey), 3 or 4.
+Samples that are no pictures are `000000.npy …`. The files of the samples are the state: a repeated command samples the
+missing ones, and the npz is made from them, so that memory is bounded by a few batches. Every file is written under
+another name and renamed. Shape legend: n images, (H, W, C) picture with C of 1 (grey), 3 or 4, (C, *S) array.
 """
 
 from __future__ import annotations
@@ -21,12 +21,30 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.lib import format as npy
 
-from selftrans.storage import MAKE_ROOM, atomic_write, first_line, printable
+from selftrans.checkpoints.load import Weights
+from selftrans.sampling.images import Sampler
+from selftrans.sampling.sample_file import NPY, PNG, SampleFile
+from selftrans.storage import MAKE_ROOM, atomic_write, printable
 
-Samples = Iterable[tuple[np.ndarray, np.ndarray, np.ndarray]]  #: indices (n,), labels (n,), images uint8 (n, R, R, C)
+Samples = Iterable[tuple[np.ndarray, np.ndarray, np.ndarray]]  #: indices (n,), labels (n,), images; as `SampledBatch`
 
 BACKLOG = 4  #: batches that may wait for the disk before sampling waits too
-PNG_START, PNG_END = b"\x89PNG\r\n\x1a\n", b"\x00\x00\x00\x00IEND\xaeB`\x82"
+
+
+def sample_to_folder(
+    origin: str | Path, out: str | Path, settings: dict[str, Any], *, weights: Weights = "ema", stage: str | None = None
+) -> int:
+    """Sample from a run, checkpoint or weights file into the folder `out`; returns how many images this call made.
+
+    `settings` override fields of the run's own `SampleConfig`. Several processes share the work (RANK, WORLD_SIZE,
+    LOCAL_RANK as accelerate sets them). ValueError for settings that cannot work and for a folder with other samples.
+    """
+    sampler = Sampler.load(origin, settings, weights=weights, stage=stage)
+    if (Path(out) / "manifest.json").exists():
+        raise ValueError(f"{out} holds prepared data; choose another folder for samples")
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    kind, num = PNG if sampler.autoencoder.pictures else NPY, sampler.settings.num
+    return write_samples(sampler.sample, Path(out), sampler.described, num, kind=kind, rank=rank, world=world)
 
 
 def write_samples(
@@ -35,34 +53,39 @@ def write_samples(
     settings: dict[str, Any],
     num: int,
     *,
+    kind: SampleFile = PNG,
     rank: int = 0,
     world: int = 1,
     progress: bool = True,
 ) -> int:
-    """Fill `out` with images 0 .. num - 1 and return how many this call sampled; 0 when all were there.
+    """Write images 0 .. num - 1 to `out` and return how many this call sampled; 0 when all were there.
 
     Args:
         sample: called once, with the sorted indices of the images still missing; yields them in batches.
         settings: all that the images depend on (json-able); not their number, which may grow from call to call.
-        rank, world: this process takes indices k with k % world == rank; whichever finds the folder full ends it.
-    Raises ValueError when the folder holds images of other settings or of none, when fewer are asked for than an
-    unfinished folder was begun with, or when a file cannot be written (what was written until then is whole).
+        kind: how one sample is stored.
+        rank, world: this process takes indices k with k % world == rank; the one that finds no image missing
+            writes the npz.
+    Raises ValueError when the folder holds images of other or unknown settings, when fewer are asked for than the
+    folder was begun with, or when a file cannot be written (those written before are complete).
     """
-    complete = _begin(out, settings, num, rank)
-    todo = _missing(out, num)
+    complete = _begin(out, settings, num, rank, kind)
+    todo = _missing(out, num, kind)
     mine = todo[todo % world == rank]
     if complete and not len(todo) and _npz_count(out / "samples.npz") == num:
         if rank == 0:
             print(f"{out} already holds these {num} images; nothing to do")
         return 0
     if len(mine):
-        _write_images(sample(mine), out, len(mine), num, rank, progress)
-    _finish(out, settings, num, rank, progress)
+        _write_images(sample(mine), out, len(mine), num, rank, progress, kind)
+    if not len(_missing(out, num, kind)):  # every process has written its images
+        shape = _write_npz(out, num, rank, progress, kind)
+        _write_json(out, {"num": num, "complete": True, "shape": shape, "settings": settings}, rank)
     return len(mine)
 
 
-def _begin(out: Path, settings: dict[str, Any], num: int, rank: int) -> bool:
-    """Compare `out` with what is asked, and leave a samples.json that says so; true when it says it is complete."""
+def _begin(out: Path, settings: dict[str, Any], num: int, rank: int, kind: SampleFile = PNG) -> bool:
+    """Compare `out` with what is asked, and write samples.json; true when that says that the folder is complete."""
     record = out / "samples.json"
     if record.exists():
         there = _read_json(record)
@@ -75,25 +98,17 @@ def _begin(out: Path, settings: dict[str, Any], num: int, rank: int) -> bool:
             )
         if num == there["num"]:
             return there["complete"]
-    elif out.is_dir() and any(out.glob("[0-9]*.png")):
+    elif out.is_dir() and any(out.glob(f"[0-9]*{kind.suffix}")):
         raise ValueError(f"{out} holds pictures but no samples.json; choose an empty folder")
     _write_json(out, {"num": num, "complete": False, "settings": settings}, rank)
     return False
-
-
-def _finish(out: Path, settings: dict[str, Any], num: int, rank: int, progress: bool) -> None:
-    """Put the npz together, if by now every process has written its images."""
-    if len(_missing(out, num)):
-        return
-    shape = _write_npz(out, num, rank, progress)
-    _write_json(out, {"num": num, "complete": True, "shape": shape, "settings": settings}, rank)
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text())
         found = {key: kind(content[key]) for key, kind in (("num", int), ("complete", bool), ("settings", dict))}
-        _flat(found["settings"])  # what is nested beyond reason is found here
+        _flat(found["settings"])  # RecursionError where it is nested too deep
         return found
     except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise ValueError(f"{path} cannot be read ({error}); choose another folder, or delete this one") from error
@@ -114,37 +129,28 @@ def _differences(there: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """`name: old there, new now` for each setting that differs."""
     old, new = _flat(there), _flat(json.loads(json.dumps(now)))  # through json, so that a tuple equals its list
     names = [name for name in {**old, **new} if old.get(name) != new.get(name) or (name in old) != (name in new)]
-    shown = {name: printable(name, 60) for name in names}  # the file may be untrusted
+    shown = {name: printable(name, 60) for name in names}  # the folder may be untrusted
     return [f"{shown[k]}: {old.get(k, 'absent')!s:.60} there, {new.get(k, 'absent')!s:.60} now" for k in names[:5]]
 
 
-def _png(out: Path, index: int) -> Path:
-    return out / f"{index:06d}.png"
+def _missing(out: Path, num: int, kind: SampleFile) -> np.ndarray:
+    """(m,) sorted indices below `num` without a complete file."""
+    return np.array([k for k in range(num) if not kind.is_complete(_path(out, k, kind))], dtype=np.int64)
 
 
-def _whole(path: Path) -> bool:
-    """A PNG from its signature to its end mark: a rename can outlive the bytes when a machine goes down."""
-    try:
-        with path.open("rb") as file:
-            start = file.read(len(PNG_START))
-            file.seek(-len(PNG_END), os.SEEK_END)
-            return start == PNG_START and file.read() == PNG_END
-    except OSError:
-        return False
-
-
-def _missing(out: Path, num: int) -> np.ndarray:
-    """(m,) sorted indices below `num` without a whole PNG."""
-    return np.array([k for k in range(num) if not _whole(_png(out, k))], dtype=np.int64)
+def _path(out: Path, index: int, kind: SampleFile) -> Path:
+    return out / f"{index:06d}{kind.suffix}"
 
 
 def _write(path: Path, rank: int) -> AbstractContextManager[BinaryIO]:
-    """`atomic_write` without waiting for the disk, which 50,000 images would wait for long: `_whole` checks them instead."""
+    """`atomic_write` without waiting for the disk, which is slow for 50,000 files: `SampleFile.is_complete` checks them."""
     return atomic_write(path, writer=rank, durable=False, remedy=f"{MAKE_ROOM}; the same command then continues")
 
 
-def _write_images(batches: Samples, out: Path, count: int, num: int, rank: int, progress: bool) -> None:
-    """Write batches from a thread of its own, while the next ones are sampled."""
+def _write_images(
+    batches: Samples, out: Path, count: int, num: int, rank: int, progress: bool, kind: SampleFile
+) -> None:
+    """Write batches in another thread, while the next ones are sampled."""
     from tqdm import tqdm
 
     pending: deque[Future[int]] = deque()
@@ -153,43 +159,21 @@ def _write_images(batches: Samples, out: Path, count: int, num: int, rank: int, 
     bar = tqdm(total=count, desc=f"samples of {num}", unit="img", mininterval=every, disable=hidden)
     with ThreadPoolExecutor(max_workers=1) as pool, bar:
         for indices, labels, images in batches:
-            pending.append(pool.submit(_write_batch, out, indices, labels, images, rank))
+            pending.append(pool.submit(_write_batch, out, indices, labels, images, rank, kind))
             while pending and (len(pending) > BACKLOG or pending[0].done()):
                 bar.update(pending.popleft().result())
         while pending:
             bar.update(pending.popleft().result())
 
 
-def _write_batch(out: Path, indices: np.ndarray, labels: np.ndarray, images: np.ndarray, rank: int) -> int:
-    from PIL import Image, PngImagePlugin
-
-    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] not in (1, 3, 4):
-        raise ValueError(
-            f"images of {images.dtype} {images.shape} are no PNGs; give uint8 (n, R, R, C) with C of 1, 3 or 4"
-        )
+def _write_batch(
+    out: Path, indices: np.ndarray, labels: np.ndarray, images: np.ndarray, rank: int, kind: SampleFile = PNG
+) -> int:
+    kind.check(images)
     for index, label, image in zip(indices, labels, images, strict=True):
-        text = PngImagePlugin.PngInfo()
-        text.add_text("label", str(int(label)))
-        with _write(_png(out, int(index)), rank) as file:
-            picture = Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
-            picture.save(file, format="PNG", compress_level=1, pnginfo=text)  # level 6 costs thrice the time for 3 %
+        with _write(_path(out, int(index), kind), rank) as file:
+            kind.write(file, image, int(label))
     return len(indices)
-
-
-def read_png(path: Path) -> tuple[np.ndarray, int]:
-    """One sample: uint8 (R, R, C) and its label (-1 when the PNG carries none). ValueError for anything but a sample."""
-    from PIL import Image
-
-    try:
-        with Image.open(path, formats=["PNG"]) as picture:
-            pixels = np.asarray(picture)
-            label = int(picture.info.get("label", -1))
-            if picture.mode not in ("L", "RGB", "RGBA") or not -1 <= label < 1 << 31:
-                raise ValueError(f"mode {picture.mode}, label {label!s:.20}")
-    except Exception as error:  # of PIL, on damage: as many kinds as there are ways to be torn
-        reason = first_line(str(error).replace(str(path), "it") or type(error).__name__, 100)
-        raise ValueError(f"{path} is no sample ({reason}); delete it and repeat the command") from error
-    return (pixels[..., None] if pixels.ndim == 2 else pixels), label
 
 
 def _npz_count(path: Path) -> int:
@@ -198,26 +182,26 @@ def _npz_count(path: Path) -> int:
         with zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as file:
             npy.read_magic(file)
             return int(npy.read_array_header_1_0(file)[0][0])
-    except Exception:  # a torn zip raises anything
+    except Exception:  # a damaged zip raises almost anything
         return -1
 
 
-def _write_npz(out: Path, num: int, rank: int, progress: bool) -> list[int]:
-    """PNGs ⇒ samples.npz with arr_0 (num, R, R, C) uint8 and arr_1 (num,) labels, streamed; returns arr_0's shape."""
+def _write_npz(out: Path, num: int, rank: int, progress: bool, kind: SampleFile) -> list[int]:
+    """Sample files ⇒ samples.npz with arr_0 (num, *shape) and arr_1 (num,) labels, streamed; returns arr_0's shape."""
     from tqdm import tqdm
 
-    shape = [num, *read_png(_png(out, 0))[0].shape]
-    labels = np.empty(num, dtype=np.int64)
-    header = {"descr": npy.dtype_to_descr(np.dtype(np.uint8)), "fortran_order": False, "shape": tuple(shape)}
+    first, _ = kind.read(_path(out, 0, kind))
+    shape, labels = [num, *first.shape], np.empty(num, dtype=np.int64)
+    header = {"descr": npy.dtype_to_descr(first.dtype), "fortran_order": False, "shape": tuple(shape)}
     with _write(out / "samples.npz", rank) as target, zipfile.ZipFile(target, "w") as archive:
         with archive.open("arr_0.npy", "w", force_zip64=True) as file:
             npy.write_array_header_1_0(file, header)
-            images = _read_all([_png(out, k) for k in range(num)])
+            images = _read_all([_path(out, k, kind) for k in range(num)], kind)
             bar = tqdm(images, "samples.npz", num, leave=False, disable=None if progress else True)
             for k, (image, label) in enumerate(bar):
                 if list(image.shape) != shape[1:]:
                     raise ValueError(
-                        f"{_png(out, k)} is {image.shape}, not {tuple(shape[1:])} as the first; delete it and repeat"
+                        f"{_path(out, k, kind)} is {image.shape}, not {tuple(shape[1:])} as the first; delete it and repeat"
                     )
                 file.write(image.tobytes())
                 labels[k] = label
@@ -226,8 +210,8 @@ def _write_npz(out: Path, num: int, rank: int, progress: bool) -> list[int]:
     return shape
 
 
-def _read_all(paths: list[Path], chunk: int = 64) -> Iterator[tuple[np.ndarray, int]]:
+def _read_all(paths: list[Path], kind: SampleFile, chunk: int = 64) -> Iterator[tuple[np.ndarray, int]]:
     """Decode in order with four threads, a chunk at a time: an executor's map would read all of them ahead."""
     with ThreadPoolExecutor(max_workers=4) as pool:
         for start in range(0, len(paths), chunk):
-            yield from pool.map(read_png, paths[start : start + chunk])
+            yield from pool.map(kind.read, paths[start : start + chunk])

@@ -1,111 +1,231 @@
-"""Run ⇒ images: what `selftrans sample` does, alone or under `accelerate launch`."""
+"""Model ⇒ images: the one path that `selftrans sample`, previews, `compare`, `evaluate` and `bench` take.
+
+Image k is a function of the model, the settings, the seed and k alone: not of batch size, process count or order.
+Shape legend: N or n images, (C, *S) latent, (H, W, C) picture.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from selftrans.checkpoints import format as checkpoint
-from selftrans.checkpoints.load import Weights, load_model
-from selftrans.config import SampleConfig
-from selftrans.encoders.autoencoder import load_autoencoder
-from selftrans.flow import PATHS
+from selftrans import flow
+from selftrans.checkpoints.load import LoadedModel, Weights, load_model
+from selftrans.config import Labels, SampleConfig
+from selftrans.data.decoded import decode_images
+from selftrans.device import default_device
+from selftrans.encoders.autoencoder import Autoencoder, DiffusersAutoencoder, load_autoencoder
+from selftrans.evaluate.probes import eval_mode
 from selftrans.models.compiling import compile_model
 from selftrans.precision import PRECISIONS
-from selftrans.sampling.folder import write_samples
-from selftrans.sampling.samplers import sample_images
+from selftrans.sampling.samplers import SAMPLERS, Noise, guided
+from selftrans.types import Backbone, Cond, Conditions, map_cond
 
-MANY = 20  #: batches of a process that are worth the minute of compiling, on a GPU
-
-
-class Sampling(NamedTuple):
-    """A model that is ready to be sampled."""
-
-    config: SampleConfig
-    described: dict[str, Any]  #: all that the images depend on, but for their number
-    sample: Callable[[np.ndarray], Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]]  #: see `sample_images`
+#: random streams of one image; a new use takes a new number, so that the others stay as they are
+NOISE_STREAM, LABEL_STREAM = 1, 2
+MANY = 20  #: batches per process from which compiling, which takes about a minute, pays on a GPU
 
 
-def is_model(path: Path) -> bool:
-    """Whether `path` is a run, a stage, a checkpoint or a weights file, rather than pictures."""
-    if path.is_file():
-        return path.suffix == ".safetensors"
-    return (path / "checkpoints").is_dir() or (path / checkpoint.STATE).exists() or (path / "config.json").exists()
+class SampledBatch(NamedTuple):
+    """Some of the images that were asked for, in their order."""
+
+    indices: np.ndarray  #: (n,) int64
+    labels: np.ndarray  #: (n,) int64; 0 where the model has no classes
+    images: np.ndarray  #: pictures uint8 (n, H, W, C), or float32 (n, C, *S) of data that are no pictures
 
 
-def sampling(
-    origin: str | Path, settings: dict[str, Any], *, weights: Weights = "ema", stage: str | None = None
-) -> Sampling:
-    """The model that `origin` stands for, on this process' device; `settings` override the run's own `SampleConfig`.
+class Sampler:
+    """A model and an autoencoder on a device, ready to be sampled under fixed settings.
 
-    ValueError for settings that cannot work.
+    Attributes:
+        settings: how many images, and how.
+        described: all that an image depends on besides its index, as json has it.
     """
-    found = load_model(origin, stage=stage, weights=weights)
-    config = dataclasses.replace(found.config.sample, **settings)
-    config.check()
-    if config.guidance_scale == 1 and "guidance_interval" in settings:
-        warnings.warn("the guidance interval is ignored: the guidance scale is 1", stacklevel=3)
-    device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")
-    model = found.model.to(device)
-    cast_products(model, PRECISIONS[config.precision])
-    compiled = worth_compiling(config, device)
-    if compiled:
-        compile_model(model)
-    autoencoder, path = load_autoencoder(found.autoencoder, device=device), PATHS[found.config.train.path]
-    described = config.settings() | {
-        "weights": found.weights,
-        "num_classes": model.num_classes,
-        "stage": found.stage,
-        "step": found.step,
-        "autoencoder": found.autoencoder,
-        "source": found.source,
-    }
 
-    def sample(indices: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-        options: dict[str, Any] = {"num_classes": model.num_classes, "device": device, "path": path}
-        padded = fill(indices, config.batch_size) if compiled else indices
-        for at, batch in enumerate(sample_images(model, autoencoder, config, **options, indices=padded)):
-            left = len(indices) - at * config.batch_size
-            yield batch[0][:left], batch[1][:left], batch[2][:left]
+    def __init__(
+        self,
+        model: Backbone,
+        autoencoder: Autoencoder,
+        settings: SampleConfig,
+        path: flow.Path = flow.LINEAR,
+        *,
+        device: torch.device | str,
+    ) -> None:
+        """Sample `model`, which is on `device` and predicts the velocity of `path`, as it is: neither cast nor compiled.
 
-    return Sampling(config, described, sample)
+        Raises ValueError for settings that cannot work.
+        """
+        settings.check()
+        self.model, self.autoencoder, self.settings, self.path = model, autoencoder, settings, path
+        self.device = torch.device(device)
+        self.described = settings.settings()
+        self._compiled = False
+
+    @classmethod
+    def of(cls, loaded: LoadedModel, settings: SampleConfig, *, device: torch.device | str | None = None) -> Self:
+        """The sampler of a loaded model, whose weights are moved to `device` and cast in place (None: `default_device`).
+
+        In reduced precision the weights of products are cast once. On a GPU the autoencoder then decodes in bfloat16
+        (float16 overflows in some), and both are compiled where that pays. Raises ValueError for unusable settings.
+        """
+        settings.check()
+        device, dtype = torch.device(device or default_device()), PRECISIONS[settings.precision]
+        reduced = device.type == "cuda" and dtype != torch.float32
+        decoder = load_autoencoder(
+            loaded.autoencoder, device=device, dtype=torch.bfloat16 if reduced else torch.float32
+        )
+        sampler = cls(loaded.model.to(device), decoder, settings, flow.PATHS[loaded.config.train.path], device=device)
+        cast_products(sampler.model, dtype)
+        if worth_compiling(settings, device):
+            sampler._compile()
+        sampler.described |= {
+            "weights": loaded.weights,
+            "num_classes": loaded.model.conditions.num_classes,
+            "stage": loaded.stage,
+            "step": loaded.step,
+            "autoencoder": loaded.autoencoder,
+            "source": loaded.source,
+        }
+        return sampler
+
+    @classmethod
+    def load(
+        cls,
+        origin: str | Path,
+        overrides: dict[str, Any],
+        *,
+        weights: Weights = "ema",
+        stage: str | None = None,
+        device: torch.device | str | None = None,
+    ) -> Self:
+        """The sampler of a run, checkpoint or weights file; `overrides` replace fields of the run's own `SampleConfig`.
+
+        Raises ValueError for settings that cannot work and for anything that `load_model` refuses.
+        """
+        loaded = load_model(origin, stage=stage, weights=weights)
+        settings = dataclasses.replace(loaded.config.sample, **overrides)
+        settings.check()
+        if settings.guidance_scale == 1 and "guidance_interval" in overrides:
+            warnings.warn("the guidance interval is ignored: the guidance scale is 1", stacklevel=3)
+        return cls.of(loaded, settings, device=device)
+
+    def sample(self, indices: Sequence[int] | np.ndarray | None = None) -> Iterator[SampledBatch]:
+        """Images in batches; `indices`: which, None for 0 .. settings.num - 1. The last batch may be smaller.
+
+        The model is in eval mode meanwhile and returns to its own mode after each batch.
+        """
+        todo = np.arange(self.settings.num) if indices is None else np.asarray(indices, dtype=np.int64)
+        size = self.settings.batch_size
+        for start in range(0, len(todo), size):
+            chunk = todo[start : start + size]
+            computed = fill(chunk, size) if self._compiled else chunk
+            cond = conditions_for(computed, self.model.conditions, self.settings.labels, self.settings.seed)
+            images = self._images(computed, map_cond(lambda x: x.to(self.device), cond))
+            yield SampledBatch(chunk, _labels(cond)[: len(chunk)], images[: len(chunk)])
+
+    def _compile(self) -> None:
+        compile_model(self.model)
+        if isinstance(self.autoencoder, DiffusersAutoencoder):
+            self.autoencoder.model.decoder.compile(dynamic=False)
+        self._compiled = True
+
+    @torch.inference_mode()
+    def _images(self, indices: np.ndarray, cond: Cond) -> np.ndarray:
+        settings, dtype = self.settings, PRECISIONS[self.settings.precision]
+        noise = image_noise(indices, self.model.shape, settings.seed, self.device)
+        velocity = guided(self.model, cond, scale=settings.guidance_scale, interval=settings.guidance_interval)
+        # autocast casts weights anew in each pass, inference mode or compiled: `cast_products` does so once before
+        amp = torch.autocast(self.device.type, dtype=dtype, enabled=dtype != torch.float32)
+        with eval_mode(self.model), amp:
+            sampler = SAMPLERS[settings.sampler]
+            z0 = sampler(velocity, noise(), steps=settings.steps, path=self.path, noise=noise)
+        return decode_images(self.autoencoder, z0)  # outside autocast: an autoencoder can overflow in float16
 
 
-def worth_compiling(config: SampleConfig, device: torch.device) -> bool:
+def worth_compiling(settings: SampleConfig, device: torch.device) -> bool:
     """Whether each process samples so many batches on a GPU that compiling pays."""
-    return device.type == "cuda" and config.num >= MANY * config.batch_size * int(os.environ.get("WORLD_SIZE", 1))
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    return device.type == "cuda" and settings.num >= MANY * settings.batch_size * world
 
 
 def cast_products(model: nn.Module, dtype: torch.dtype) -> None:
     """Store the weights of every product in `dtype`, once, as autocast would round them in each pass of a sampler."""
     for module in model.modules():
-        if isinstance(module, nn.Linear | nn.Conv2d):
+        if isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d):
             module.to(dtype=dtype)
 
 
 def fill(indices: np.ndarray, batch_size: int) -> np.ndarray:
-    """Indices up to whole batches, the last one repeated: another shape of batch would be compiled anew."""
+    """Indices up to a full batch, the last one repeated: a batch of another size would be compiled again."""
     return np.concatenate([indices, np.repeat(indices[-1:], -len(indices) % batch_size)])
 
 
-def generate(
-    origin: str | Path, out: str | Path, settings: dict[str, Any], *, weights: Weights = "ema", stage: str | None = None
-) -> int:
-    """Sample from a run, checkpoint or weights file into the folder `out`; returns how many images this call made.
+def image_noise(
+    indices: Sequence[int] | np.ndarray, shape: tuple[int, ...], seed: int, device: torch.device | str = "cpu"
+) -> Noise:
+    """Endless float32 standard normals (N, *shape), row i drawn from the stream of (seed, indices[i]) alone.
 
-    ValueError for settings that cannot work and for a folder that holds other samples. Several processes share the work
-    (RANK, WORLD_SIZE, LOCAL_RANK as accelerate sets them).
+    Drawn on the CPU whatever the device, so that an image is the same on each; global generators stay untouched.
     """
-    made = sampling(origin, settings, weights=weights, stage=stage)
-    if (Path(out) / "manifest.json").exists():
-        raise ValueError(f"{out} holds prepared data; choose another folder for samples")
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    return write_samples(made.sample, Path(out), made.described, made.config.num, rank=rank, world=world)
+    streams = [_stream(seed, int(k), NOISE_STREAM) for k in indices]
+
+    def noise() -> Tensor:
+        rows = np.empty((len(streams), *shape), dtype=np.float32)
+        for row, generator in zip(rows, streams, strict=True):
+            generator.standard_normal(dtype=np.float32, out=row)
+        drawn = torch.from_numpy(rows)
+        if torch.device(device).type == "cuda":  # page-locked, so that the copy does not hold up the host
+            return drawn.pin_memory().to(device, non_blocking=True)
+        return drawn.to(device)
+
+    return noise
+
+
+def conditions_for(
+    indices: Sequence[int] | np.ndarray, conditions: Conditions, mode: Labels = "balanced", seed: int = 0
+) -> Cond:
+    """Condition of each image, from its index and the seed alone; of kinds none and labels, labels (N,) int64.
+
+    `balanced` counts through the classes, `random` draws them uniformly, a tuple of classes is repeated (there,
+    `num_classes` is the null label); with kind none every label is 0. Raises ValueError for anything else.
+    """
+    if conditions.kind == "text":
+        raise ValueError("text conditions are not supported yet")
+    indices, count = np.asarray(indices, dtype=np.int64), conditions.num_classes
+    if not isinstance(mode, str):
+        wrong = [label for label in mode if not 0 <= label <= count]
+        if wrong or not mode:
+            raise ValueError(f"labels {list(mode)} do not fit a model of {count} classes; use 0 to {count}")
+        labels = np.asarray(mode, dtype=np.int64)[indices % len(mode)]
+    elif mode not in ("balanced", "random"):
+        raise ValueError(f"labels {mode!r} are unknown; use 'balanced', 'random' or a list of classes")
+    elif conditions.kind == "none":
+        labels = np.zeros_like(indices)
+    elif mode == "balanced":
+        labels = indices % count
+    else:
+        draws = [_stream(seed, int(k), LABEL_STREAM).integers(count) for k in indices]
+        labels = np.asarray(draws, dtype=np.int64)
+    return torch.from_numpy(labels)
+
+
+def _labels(cond: Cond) -> np.ndarray:
+    assert isinstance(cond, Tensor), "conditions_for gives labels alone so far"
+    return cond.cpu().numpy()
+
+
+def _stream(seed: int, index: int, stream: int) -> np.random.Generator:
+    """Random generator of image `index` alone.
+
+    NumPy's, as torch's CPU generator keeps 32 bits of its seed, where two of 50,000 images are likely to collide.
+    The seed comes last: SeedSequence pads with zeros, so that in front a long seed could equal another (seed, index).
+    """
+    return np.random.Generator(np.random.PCG64(np.random.SeedSequence((stream, index, seed))))

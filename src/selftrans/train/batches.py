@@ -1,7 +1,7 @@
 """Which samples a step sees, and what noise: both are functions of (seed, step) alone, so a resumed run needs no state.
 
 The data are read as an endless sequence of shuffled epochs; step s takes positions [s B, (s + 1) B) of it, B the batch of
-all processes. Shape legend: N batch, M moments channels, (C, H, W) latent, T tokens and D width of stored features.
+all processes. Shape legend: N batch, M moments channels, (C, *S) latent, T tokens and D width of stored features.
 """
 
 from __future__ import annotations
@@ -15,32 +15,31 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from selftrans.data.dataset import Shards
-from selftrans.encoders.autoencoder import sample_latents
-from selftrans.types import Batch
+from selftrans.data.dataset import Dataset
+from selftrans.types import Batch, map_cond
 
 
 class Loaded(NamedTuple):
     """What a micro-batch is made from, as it is stored."""
 
     rows: np.ndarray  #: (N,) positions in the data
-    moments: Tensor  #: (N, copies, M, H, W)
-    labels: Tensor  #: (N,)
-    features: Tensor | None = None  #: (N, copies, T, D), where they are wanted
+    tensors: dict[
+        str, Tensor
+    ]  #: moments (N, copies, M, *S), labels (N,); features (N, copies, T, D) where they are wanted
 
 
 class Stream:
     """Batches of one process, read ahead in a thread while the step runs."""
 
     def __init__(
-        self, shards: Shards, *, batch_size: int, accumulate: int, seed: int, rank: int = 0, world: int = 1
+        self, dataset: Dataset, *, batch_size: int, accumulate: int, seed: int, rank: int = 0, world: int = 1
     ) -> None:
         if batch_size % (accumulate * world):
             raise ValueError(
                 f"train.batch_size {batch_size} does not divide among {world} processes x {accumulate} micro-batches; "
                 f"choose a multiple of {accumulate * world}"
             )
-        self.shards, self.batch_size, self.accumulate, self.seed = shards, batch_size, accumulate, seed
+        self.dataset, self.batch_size, self.accumulate, self.seed = dataset, batch_size, accumulate, seed
         self.rank, self.micro = rank, batch_size // (accumulate * world)
         self.features = False  #: whether stored features are read, too
         self._epoch, self._order = -1, np.empty(0, dtype=np.int64)
@@ -56,10 +55,10 @@ class Stream:
         return np.array([mine._at(step * self.batch_size + i) for i in range(self.batch_size)], dtype=np.int64)
 
     def _at(self, position: int) -> int:
-        epoch, offset = divmod(position, len(self.shards))
+        epoch, offset = divmod(position, len(self.dataset))
         if epoch != self._epoch:
             order = np.random.default_rng(np.random.SeedSequence([self.seed, epoch]))
-            self._epoch, self._order = epoch, order.permutation(len(self.shards))
+            self._epoch, self._order = epoch, order.permutation(len(self.dataset))
         return int(self._order[offset])
 
     def from_step(self, step: int, *, pin: bool = False) -> Iterator[Loaded]:
@@ -70,13 +69,11 @@ class Stream:
 
         def read(at: int) -> Loaded:
             rows = self.indices(*divmod(at, self.accumulate))
-            moments, labels = self.shards.read(rows)
-            features = self.shards.read_features(rows) if self.features else None
-            if pin and moments.device.type == "cpu":  # here, not in the step, and only then does a copy not wait
-                moments, labels = moments.pin_memory(), labels.pin_memory()
-            if pin and features is not None:
-                features = features.pin_memory()
-            return Loaded(rows, moments, labels, features)
+            names = [name for name in self.dataset.names if name != "features" or self.features]
+            tensors = self.dataset.read(rows, names)
+            if pin:  # here, not in the step, and only then does a copy not wait
+                tensors = {name: x.pin_memory() if x.device.type == "cpu" else x for name, x in tensors.items()}
+            return Loaded(rows, tensors)
 
         with ThreadPoolExecutor(max_workers=1, thread_name_prefix="data") as pool:
             at = step * self.accumulate
@@ -93,14 +90,14 @@ def seed_step(seed: int, stream: int, step: int, micro: int, rank: int) -> None:
     torch.manual_seed(int(state) % 2**63)
 
 
-def to_batch(loaded: Loaded, shards: Shards, device: torch.device) -> Batch:
-    """moments ⇒ latents on the device: one stored copy (mirrored or not) and one posterior sample for each visit."""
-    _, moments, labels, features = loaded
-    moments = moments.to(device, non_blocking=True)
+def to_batch(loaded: Loaded, dataset: Dataset, device: torch.device) -> Batch:
+    """moments => latents on the device: one stored copy (mirrored or not) and one posterior sample for each visit."""
+    moments = loaded.tensors["moments"].to(device, non_blocking=True)
     n, copies = moments.shape[:2]
     chosen = torch.arange(n, device=device), torch.randint(copies, (n,), device=device)
-    manifest = shards.manifest
-    z0 = sample_latents(moments[chosen], stochastic=manifest.stochastic, scale=manifest.scale, shift=manifest.shift)
+    z0 = dataset.manifest.latent_space.sample(moments[chosen])
+    cond = map_cond(lambda x: x.to(device, non_blocking=True), dataset.condition(loaded.tensors))
+    features = loaded.tensors.get("features")
     if features is not None:
         features = features.to(device, non_blocking=True)[chosen]
-    return Batch(z0, labels.to(device, non_blocking=True), features)
+    return Batch(z0, cond, features)

@@ -1,4 +1,4 @@
-"""A grid of samples from the EMA while training goes on: the same noise and labels each time, so that grids compare."""
+"""A sheet of samples from the EMA during training: the same noise and labels each time, so that sheets compare."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ import torch
 from selftrans.config import RunConfig
 from selftrans.data.dataset import Manifest
 from selftrans.encoders.autoencoder import Autoencoder, load_autoencoder
-from selftrans.evaluate.plots import image_grid, save_png
+from selftrans.evaluate.plots import sample_sheet, save_png
 from selftrans.flow import PATHS
-from selftrans.sampling.samplers import sample_images
+from selftrans.sampling.images import Sampler
 from selftrans.storage import first_line, no_symlink
 from selftrans.train.signals import StopSignal
 
-TRIES = 3  #: times that a picture may end the process, by want of memory for instance, before it is given up
+TRIES = 3  #: times that a preview may end the process, for example by running out of memory, before it is given up
 
 
 class Preview:
-    """Makes previews with Heun's method and the run's guidance. A preview that fails warns and never stops the training."""
+    """Makes previews with Heun's method and the run's guidance. A preview that fails warns and never stops training."""
 
     def __init__(
         self, config: RunConfig, manifest: Manifest, device: torch.device, stop: StopSignal | None = None
@@ -36,13 +36,14 @@ class Preview:
         self._autoencoder: Autoencoder | None = None
 
     def save(self, model: Any, path: Path, *, again: bool = False) -> None:
-        """Sample with `model` (the EMA, in eval mode) and write a PNG; `again`: on return, where the visit before did not.
+        """Sample with `model` (the EMA, in eval mode) and write a PNG; `again`: after a resume, if it is not there yet.
 
-        A notice ends it at the next pass of the model. What has ended the process TRIES times is not tried again.
+        A stop signal ends it at the next pass of the model. A preview that has ended the process TRIES times is not
+        tried again.
         """
         tries = path.with_name(f".{path.stem}.tries")
         if again and path.exists():
-            tries.unlink(missing_ok=True)  # the process before died with the picture in its place
+            tries.unlink(missing_ok=True)  # the process before ended after the preview was written
             return
         if tries.exists() and tries.stat().st_size >= TRIES:
             warnings.warn(f"no preview at {path}: the process has ended {TRIES} times while making it", stacklevel=2)
@@ -53,7 +54,7 @@ class Preview:
             with open(tries, "ab", opener=no_symlink) as file:
                 file.write(b".")
             self._make(model, path)
-        except Exception as error:  # whatever a decoder raises: a picture is worth no run
+        except Exception as error:  # whatever a decoder raises, the run goes on
             warnings.warn(f"no preview at {path}: {first_line(error)}", stacklevel=2)
         finally:
             hook.remove()
@@ -67,13 +68,8 @@ class Preview:
         if self._autoencoder is None:
             name = self.config.data.autoencoder or self.manifest.autoencoder
             self._autoencoder = load_autoencoder(name, device=self.device)
-        batches = sample_images(
-            model,
-            self._autoencoder,
-            self.settings,
-            num_classes=self.manifest.num_classes,
-            path=PATHS[self.config.train.path],
-            device=self.device,
-        )
-        images = np.concatenate([images for _, _, images in batches], axis=0)
-        save_png(image_grid(images, upscale=max(1, 64 // images.shape[1])), path)
+        # not `Sampler.of`: these are the EMA's own weights, which must be neither cast nor compiled
+        path_on = PATHS[self.config.train.path]
+        sampler = Sampler(model, self._autoencoder, self.settings, path_on, device=self.device)
+        images = np.concatenate([batch.images for batch in sampler.sample()], axis=0)
+        save_png(sample_sheet(images), path)

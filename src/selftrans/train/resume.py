@@ -121,7 +121,7 @@ def _read(path: Path, parse: Callable[[str], Any]) -> Any:
 
 
 def _hashes(manifest: str) -> list[str]:
-    return [shard[key] for shard in json.loads(manifest)["shards"] for key in ("sha256", "labels_sha256")]
+    return [shard["sha256"] for shard in json.loads(manifest)["shards"]]
 
 
 def check_data(found: checkpoint.Checkpoint, manifest: Manifest) -> None:

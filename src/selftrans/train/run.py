@@ -18,9 +18,9 @@ from accelerate.state import AcceleratorState
 from selftrans.checkpoints import format as checkpoint
 from selftrans.checkpoints.load import REPORT
 from selftrans.config import RunConfig
-from selftrans.data.dataset import Shards
+from selftrans.data.dataset import Dataset
 from selftrans.data.manifest import Manifest
-from selftrans.data.on_device import Resident
+from selftrans.data.on_device import OnDevice
 from selftrans.data.prepare import prepare_digits
 from selftrans.methods.guidance import Frozen
 from selftrans.methods.objective import Objective
@@ -69,7 +69,7 @@ def _train(config: RunConfig, out: Path, bar: Callable[..., Any], quiet: bool) -
         plan = _plan(config)
         _rehearse(config, plan, out, shards.manifest)
         if config.data.on_device:
-            shards = Resident(shards, accelerator.device)
+            shards = OnDevice(shards, accelerator.device)
         preview = Preview(config, shards.manifest, accelerator.device, stop) if config.train.preview_every else None
         spent = []
         for number, stage in enumerate(plan, start=1):
@@ -129,7 +129,7 @@ def _accelerator(config: RunConfig, out: Path) -> Accelerator:
     )
 
 
-def open_data(config: RunConfig, out: Path, accelerator: Accelerator | None = None) -> Shards:
+def open_data(config: RunConfig, out: Path, accelerator: Accelerator | None = None) -> Dataset:
     """The run's data, prepared now where they are built in. ValueError when they are not what the config expects."""
     path = config.data.path
     if path is None and config.data.builtin is None:
@@ -141,7 +141,7 @@ def open_data(config: RunConfig, out: Path, accelerator: Accelerator | None = No
         if accelerator is not None:
             accelerator.wait_for_everyone()
     main = accelerator is None or accelerator.is_main_process
-    shards = Shards.open(path, verify=config.data.verify and main)
+    shards = Dataset.open(path, verify=config.data.verify and main)
     manifest, expected = shards.manifest, config.data
     if expected.shape is not None and tuple(expected.shape) != tuple(manifest.shape):
         raise ValueError(f"{path} holds latents {manifest.shape}, but data.shape expects {expected.shape}")

@@ -11,7 +11,7 @@ import torch
 from selftrans.checkpoints import format as checkpoint
 from selftrans.checkpoints.load import IMPORTED, LoadedModel, find, load_model
 from selftrans.config import RunConfig
-from selftrans.data.dataset import Shards
+from selftrans.data.dataset import Dataset
 from selftrans.data.manifest import Manifest
 from selftrans.encoders.vision import Encoder, load_encoder
 from selftrans.methods.guidance import Frozen
@@ -25,7 +25,7 @@ class StoredFeatures:
 
     encode, flops, model = None, 0, None
 
-    def __init__(self, shards: Shards) -> None:
+    def __init__(self, shards: Dataset) -> None:
         found = shards.open_features()
         self.grid, self.width = (found.grid, found.grid), found.width
         self.source: dict[str, Any] = {"path": found.encoder, "sha256": found.sha256, "weights": found.sha256}
@@ -34,7 +34,7 @@ class StoredFeatures:
 Teacher = Frozen | Encoder | StoredFeatures
 
 
-def teacher_of(config: RunConfig, stage: Stage, run: str, shards: Shards, device: torch.device) -> Teacher | None:
+def teacher_of(config: RunConfig, stage: Stage, run: str, shards: Dataset, device: torch.device) -> Teacher | None:
     """The frozen model or the external encoder that a stage wants, in the run's precision; None where it wants none.
 
     `run` is the directory whose earlier stage teaches, unless a teacher is given by the settings.
@@ -117,7 +117,7 @@ def check_teacher(found: checkpoint.Checkpoint, teacher: Any) -> None:
 
 
 def external_encoder(
-    name: str | None, config: RunConfig, shards: Shards, device: torch.device, dtype: torch.dtype
+    name: str | None, config: RunConfig, shards: Dataset, device: torch.device, dtype: torch.dtype
 ) -> StoredFeatures | Encoder:
     """The encoder `name` on the grid of the student's tokens; None: what is stored with the data.
 

@@ -19,7 +19,7 @@ from accelerate import Accelerator
 from selftrans.checkpoints import format as checkpoint
 from selftrans.checkpoints.load import IMPORTED
 from selftrans.config import RunConfig
-from selftrans.data.dataset import Shards
+from selftrans.data.dataset import Dataset
 from selftrans.flow import PATHS
 from selftrans.methods.guidance import Frozen
 from selftrans.methods.objective import Objective
@@ -62,7 +62,7 @@ class Trainer:
         config: RunConfig,
         stage: Stage,
         directory: Path,
-        shards: Shards,
+        shards: Dataset,
         *,
         order: Sequence[str] = (),
         teacher: Any = None,

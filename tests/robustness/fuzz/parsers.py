@@ -23,24 +23,26 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from safetensors.torch import save
+from selftrans.data.feature_files import Features
 
 from selftrans.checkpoints import format as checkpoint
 from selftrans.checkpoints.load import load_model
 from selftrans.config import to_json
 from selftrans.data import resumable as ledger
-from selftrans.data.dataset import Shards
-from selftrans.data.feature_files import Features
+from selftrans.data.dataset import Dataset
 from selftrans.data.sources.decode import open_picture
-from selftrans.data.sources.folder import npz_labels
+from selftrans.data.sources.npz import npz_labels
 from selftrans.data.sources.open_source import iter_images, open_source
 from selftrans.data.sources.source import Source
 from selftrans.evaluate.classifier import SmallClassifier
 from selftrans.evaluate.statistics import Statistics
-from selftrans.experiments.evaluate_samples import _names, _sampled
+from selftrans.experiments.evaluate_samples import _sampled
+from selftrans.experiments.reference import _names
 from selftrans.interop.importing import import_run
 from selftrans.interop.published_file import read as read_published
 from selftrans.recipes import recipe
 from selftrans.sampling import folder as samples_io
+from selftrans.sampling.sample_file import read_png
 from selftrans.train.log import JsonlLog
 from selftrans.train.resume import _read, from_json
 from selftrans.types import Conditions
@@ -287,7 +289,7 @@ def source(path: Path) -> None:
 
 
 def sample(path: Path) -> None:
-    pixels, label = samples_io.read_png(path)
+    pixels, label = read_png(path)
     assert pixels.dtype == np.uint8 and pixels.ndim == 3 and label >= -1
 
 
@@ -332,7 +334,7 @@ SETTINGS = {"steps": 4, "guidance": {"scale": 1.5}}
 PARSERS: dict[str, Parser] = {
     "manifest": Parser(
         "manifest.json",
-        lambda path: Shards.open(path.parent).manifest.summary(),
+        lambda path: Dataset.open(path.parent).manifest.summary(),
         lambda: [prepared()["manifest.json"]],
         16_000,
         put(prepared, but="manifest.json"),

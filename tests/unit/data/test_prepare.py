@@ -1,7 +1,8 @@
-"""`prepare`: what is stored is what the autoencoder says; stopped, repeated, hindered or misled, it loses nothing."""
+"""`prepare`: what is stored is what the autoencoder gives; stopped, repeated or damaged, nothing is lost."""
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import zipfile
@@ -11,13 +12,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.numpy import load_file
 
-import selftrans.data.prepare as encode_module
-from selftrans.data.dataset import Shards
+import selftrans.data.prepare as prepare_module
+from selftrans.data.dataset import Dataset
 from selftrans.data.manifest import Manifest
 from selftrans.data.prepare import prepare, prepare_digits
 from selftrans.data.sources.open_source import open_source
-from selftrans.encoders.autoencoder import from_uint8, sample_latents, to_uint8
+from selftrans.encoders.autoencoder import LatentSpace, from_uint8, to_uint8
 from selftrans.types import Batch
 from tests.support.pictures import class_folders, contents, save_vae, stopped_after
 
@@ -38,31 +40,32 @@ def test_pixels_come_back_to_the_byte(pictures: Path, tmp_path: Path, dtype: str
     assert (manifest.count, manifest.shape, manifest.copies, manifest.resolution) == (23, (3, 8, 8), 2, 8)
     assert [shard.count for shard in manifest.shards] == [10, 10, 3] and manifest.classes == ("cat", "wild dog")
     assert sorted(contents(tmp_path / "out")) == sorted(
-        ["manifest.json", *(f"{kind}-{k:05d}.bin" for kind in ("moments", "labels") for k in range(3))]
+        ["manifest.json", *(f"shard-{k:05d}.safetensors" for k in range(3))]
     )
-    moments, labels = Shards.open(tmp_path / "out", verify=True).read(np.arange(23))
+    tensors = Dataset.open(tmp_path / "out", verify=True).read(np.arange(23))
+    moments, labels = tensors["moments"], tensors["labels"]
     source = open_source(pictures)
     expected = torch.from_numpy(np.stack([source.read(i) for i in range(23)]))
     assert torch.equal(to_uint8(moments[:, 0]), expected)
     assert torch.equal(to_uint8(moments[:, 1]), expected.flip(dims=(2,)))  # mirrored left to right
-    assert torch.equal(moments[:, 0], from_uint8(expected).to(moments.dtype))  # as the pixel autoencoder says
+    assert torch.equal(moments[:, 0], from_uint8(expected).to(moments.dtype))  # as the pixel autoencoder gives them
     assert labels.tolist() == source.labels.tolist()
 
 
-def test_vae_moments_are_stored_and_sampled_afresh(pictures: Path, tmp_path: Path, vae: str) -> None:
+def test_vae_moments_are_stored_and_sampled_at_each_visit(pictures: Path, tmp_path: Path, vae: str) -> None:
     from diffusers import AutoencoderKL
 
     options = {"autoencoder": vae, "flip": True, "dtype": "float32", "batch_size": 8, "progress": False}
     manifest = prepare(pictures, tmp_path / "out", **options)  # type: ignore[arg-type]
-    assert (manifest.shape, manifest.stochastic, manifest.scale) == ((2, 4, 4), True, 0.5)
+    assert (manifest.shape, manifest.latent_space) == ((2, 4, 4), LatentSpace(0.0, 0.5, stochastic=True))
     assert manifest.autoencoder == vae and manifest.moments_shape == (2, 4, 4, 4)
-    moments, _ = Shards.open(tmp_path / "out").read(np.arange(23))
+    moments = Dataset.open(tmp_path / "out").read(np.arange(23))["moments"]
     pixels = from_uint8(torch.from_numpy(open_source(pictures).read(5))[None])
     with torch.no_grad():
         posteriors = AutoencoderKL.from_pretrained(vae).encode(torch.cat([pixels, pixels.flip(dims=(3,))])).latent_dist
     torch.testing.assert_close(moments[5, :, :2], posteriors.mean, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(moments[5, :, 2:], posteriors.std, atol=1e-5, rtol=1e-5)
-    first, second = (sample_latents(moments[:, 0], stochastic=True, scale=0.5, shift=0.0) for _ in range(2))
+    first, second = (manifest.latent_space.sample(moments[:, 0]) for _ in range(2))
     assert Batch(first, torch.zeros(23)).z0.shape == (23, 2, 4, 4) and not torch.equal(first, second)
 
 
@@ -76,22 +79,22 @@ def test_interrupted_and_continued_equals_uninterrupted(
         "batch_size": 2,
         "progress": False,
     }
-    prepare(pictures, tmp_path / "whole", **options)  # type: ignore[arg-type]
+    prepare(pictures, tmp_path / "complete", **options)  # type: ignore[arg-type]
     out = tmp_path / "parts"
     for count in (3, 7, 1, 9):  # 3 and 1 stop inside a shard: nothing of it counts
         with stopped_after(count):
             prepare(pictures, out, **options)  # type: ignore[arg-type]
-        assert not (out / "manifest.json").exists() and not list(out.glob(".tmp*"))
+        assert not (out / "manifest.json").exists() and not list(out.glob(".*.tmp"))
         with pytest.raises(ValueError, match="not prepared or not finished"):
-            Shards.open(out)
+            Dataset.open(out)
     assert len(list(out.glob("shard-*.json"))) == 2  # from 7, then from 9: none is made twice
     prepare(pictures, out, **options)  # type: ignore[arg-type]
-    assert contents(out) == contents(tmp_path / "whole")
+    assert contents(out) == contents(tmp_path / "complete")
 
 
 def test_killed_between_writes(pictures: Path, tmp_path: Path) -> None:
-    """A process that dies without a word, at a rename: the next call ends in the same bytes."""
-    prepare(pictures, tmp_path / "whole", shard_size=12, progress=False)
+    """A process that dies at a rename: the next call ends in the same bytes."""
+    prepare(pictures, tmp_path / "complete", shard_size=12, progress=False)
     script = (
         "import os, sys; replace, left = os.replace, [int(sys.argv[3])]\n"
         "def dying(a, b):\n"
@@ -102,23 +105,23 @@ def test_killed_between_writes(pictures: Path, tmp_path: Path) -> None:
         "prepare(sys.argv[1], sys.argv[2], shard_size=12, progress=False)"
     )
     out, codes = tmp_path / "out", []
-    for renames in (2, 4):  # between the two files of the first shard, inside the second
+    for renames in (2, 2):  # between the first shard and its record, then before the second shard
         codes.append(
             subprocess.run([sys.executable, "-c", script, pictures, out, str(renames)], check=False).returncode
         )
-        assert list(out.glob(".tmp-*"))
+        assert list(out.glob(".*.tmp"))
     prepare(pictures, out, shard_size=12, progress=False)
-    assert codes == [9, 9] and contents(out) == contents(tmp_path / "whole")
+    assert codes == [9, 9] and contents(out) == contents(tmp_path / "complete")
 
 
-def test_repeating_does_nothing_and_says_so(
+def test_repeating_a_complete_preparation_writes_nothing(
     pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     manifest = prepare(pictures, tmp_path / "out")
     shown = capsys.readouterr()
     assert shown.out == "" and "23/23" in shown.err and "pictures/s" in shown.err
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
-    monkeypatch.setattr(encode_module, "load_autoencoder", None)  # is not needed
+    monkeypatch.setattr(prepare_module, "load_autoencoder", None)  # is not needed
     pictures.rename(tmp_path / "elsewhere")  # the same pictures in another place
     assert prepare(tmp_path / "elsewhere", tmp_path / "out") == manifest
     assert "is complete already" in capsys.readouterr().err
@@ -151,6 +154,22 @@ def test_other_options_are_refused_by_name(
     assert contents(tmp_path / "out") == before
 
 
+def test_folder_of_version_one_is_refused_with_the_remedy(pictures: Path, tmp_path: Path) -> None:
+    """Version 1 kept raw .bin files."""
+    out = tmp_path / "out"
+    prepare(pictures, out, progress=False)
+    found = json.loads((out / "manifest.json").read_text())
+    old = {name: value for name, value in found.items() if name not in ("latent_space", "conditions", "features")}
+    (out / "manifest.json").write_text(
+        json.dumps(old | {"version": 1, "scale": 1.0, "shift": 0.0, "stochastic": False})
+    )
+    remedy = r"of version 1, whose .bin files .* no longer reads; repeat its `selftrans prepare` into a new folder"
+    for attempt in (lambda: Dataset.open(out), lambda: prepare(pictures, out, progress=False)):
+        with pytest.raises(ValueError, match=remedy) as caught:
+            attempt()
+        assert "\n" not in str(caught.value)
+
+
 def test_a_changed_picture_is_noticed(pictures: Path, tmp_path: Path) -> None:
     prepare(pictures, tmp_path / "out", progress=False)
     (pictures / "cat" / "new.png").write_bytes((pictures / "cat" / "01.png").read_bytes())
@@ -158,29 +177,30 @@ def test_a_changed_picture_is_noticed(pictures: Path, tmp_path: Path) -> None:
         prepare(pictures, tmp_path / "out", progress=False)
 
 
-def test_a_lost_or_lying_shard_is_made_again(pictures: Path, tmp_path: Path) -> None:
+def test_lost_or_damaged_shard_is_made_again(pictures: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     prepare(pictures, out, shard_size=5, progress=False)
-    whole = contents(out)
-    (out / "moments-00003.bin").unlink()
-    (out / "labels-00001.bin").write_bytes(b"short")
-    with pytest.raises(ValueError, match=r"labels-00001.bin has 5 bytes .* repeat the `selftrans prepare`"):
-        Shards.open(out)
+    complete = contents(out)
+    (out / "shard-00003.safetensors").unlink()
+    (out / "shard-00001.safetensors").write_bytes(b"short")
+    with pytest.raises(ValueError, match=r"shard-00001.safetensors cannot be used .* repeat the `selftrans prepare`"):
+        Dataset.open(out)
     prepare(pictures, out, shard_size=5, progress=False)
-    assert contents(out) == whole
-    Shards.open(out, verify=True)
+    assert contents(out) == complete
+    Dataset.open(out, verify=True)
 
 
 def test_digits_are_made_once(tmp_path: Path) -> None:
     from sklearn.datasets import load_digits
 
-    shards = prepare_digits(tmp_path / "digits")
+    dataset = prepare_digits(tmp_path / "digits")
     written = {path: path.stat().st_mtime_ns for path in (tmp_path / "digits").iterdir()}
     again = prepare_digits(tmp_path / "digits")
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "digits").iterdir()} == written
-    assert again.manifest == shards.manifest and shards.manifest.shape == (1, 8, 8)
-    assert shards.manifest.classes == tuple("0123456789") and len(shards) == 1797
-    moments, labels = shards.read(np.arange(1797))
+    assert again.manifest == dataset.manifest and dataset.manifest.shape == (1, 8, 8)
+    assert dataset.manifest.classes == tuple("0123456789") and len(dataset) == 1797
+    tensors = dataset.read(np.arange(1797))
+    moments, labels = tensors["moments"], tensors["labels"]
     data = load_digits()
     assert labels.tolist() == data.target.tolist()
     # 16 grey levels of the scan, recovered from the pixels
@@ -193,8 +213,9 @@ def test_real_photographs(cifar10_zip: Path, tmp_path: Path) -> None:
         prepare(cifar10_zip, tmp_path / "out", resolution=32, batch_size=512, progress=False)
     plan = Manifest.from_json((tmp_path / "out" / "plan.json").read_text())
     assert plan.shape == (3, 32, 32) and len(plan.classes) == 10 and plan.classes[0] == "airplane"
-    moments = np.fromfile(tmp_path / "out" / "moments-00000.bin", "<f2").reshape(8192, 3, 32, 32)
-    labels = np.fromfile(tmp_path / "out" / "labels-00000.bin", "<i8")
+    tensors = load_file(tmp_path / "out" / "shard-00000.safetensors")
+    moments, labels = tensors["moments"][:, 0], tensors["labels"]
+    assert moments.shape == (8192, 3, 32, 32) and moments.dtype == np.float16
     assert np.bincount(labels).tolist() == [5000, 3192]
     with zipfile.ZipFile(cifar10_zip) as archive:
         for row, name in ((0, "airplane/0000.jpg"), (4999, "airplane/4999.jpg"), (8191, "automobile/3191.jpg")):
@@ -202,6 +223,6 @@ def test_real_photographs(cifar10_zip: Path, tmp_path: Path) -> None:
             assert np.abs((moments[row].transpose(1, 2, 0).astype(np.float64) + 1) * 127.5 - pixels).max() < 0.1
 
 
-def test_the_built_in_digits_are_meant_even_beside_a_folder_of_that_name(tmp_path: Path, monkeypatch) -> None:
+def test_built_in_digits_are_read_even_where_a_folder_has_that_name(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert prepare("digits", "digits/data", progress=False).count == 1797

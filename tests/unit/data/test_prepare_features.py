@@ -1,30 +1,35 @@
-"""`prepare --features`: what is stored is what the encoder says; stopped, shared, added or damaged, nothing is lost."""
+"""`prepare --features`: what is stored is what the encoder gives; stopped, shared, added or damaged, nothing is lost."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import save_file
 
-import selftrans.data.prepare_features as encode_features
+import selftrans.data.prepare_features as features_module
 from selftrans.cli.main import main
-from selftrans.data.dataset import Shards
+from selftrans.data.dataset import Dataset
 from selftrans.data.manifest import Manifest
+from selftrans.data.on_device import OnDevice
 from selftrans.data.prepare import prepare
 from selftrans.data.prepare_features import prepare_features
+from selftrans.data.shard_file import row_bytes
 from selftrans.data.sources.open_source import open_source
 from selftrans.encoders.vision import load_encoder
-from tests.support.pictures import class_folders, contents, encoded, noise, save_vae, write
+from tests.support.pictures import class_folders, contents, encoded, noise, save_vae, stopped_after, write
+from tests.support.shards import edit
 from tests.support.vision import patches_of, save_encoder
 
 OPTIONS: dict[str, Any] = {"shard_size": 4, "batch_size": 2, "progress": False}
 MORE: dict[str, Any] = {"batch_size": 2, "progress": False}
-NAMES = [f"features-{k:05d}.bin" for k in range(6)]
+NAMES = [f"features-{k:05d}.safetensors" for k in range(6)]
 
 
 @pytest.fixture
@@ -44,15 +49,15 @@ def out(pictures: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def whole(pictures: Path, out: Path, encoder: str) -> Path:
+def complete(pictures: Path, out: Path, encoder: str) -> Path:
     prepare_features(pictures, out, encoder, **MORE)
     return out
 
 
 def rows(path: Path) -> torch.Tensor:
-    shards = Shards.open(path, verify=True)
-    shards.open_features()
-    return shards.read_features(np.arange(len(shards)))
+    dataset = Dataset.open(path, verify=True)
+    dataset.open_features()
+    return dataset.read(np.arange(len(dataset)))["features"]
 
 
 @pytest.mark.parametrize("flip", [False, True])
@@ -77,37 +82,51 @@ def test_stored_features_are_those_of_transformers(pictures: Path, tmp_path: Pat
         assert not torch.allclose(mirrored, stored[:, 0], atol=0.1), "of the mirrored picture, not mirrored features"
 
 
-def test_any_order_and_the_readers_own(whole: Path) -> None:
-    shards = Shards.open(whole)
-    shards.open_features()
-    every = rows(whole)
-    assert torch.equal(shards.read_features(np.array([22, 0, 7, 7])), every[[22, 0, 7, 7]])
-    shards.read_features(np.arange(23)).zero_()
-    assert torch.equal(shards.read_features(np.arange(23)), every)
+@pytest.mark.parametrize("on_device", [False, True])
+def test_rows_in_any_order_are_copies(complete: Path, on_device: bool) -> None:
+    dataset = OnDevice(Dataset.open(complete), "cpu") if on_device else Dataset.open(complete)
+    assert "features" not in dataset.read(np.arange(2))
+    dataset.open_features()
+    every = rows(complete)
+    assert torch.equal(dataset.read(np.array([22, 0, 7, 7]))["features"], every[[22, 0, 7, 7]])
+    dataset.read(np.arange(23), ["features"])["features"].zero_()
+    assert torch.equal(dataset.read(np.arange(23))["features"], every)
     with pytest.raises(ValueError, match="leave the 23 pictures"):
-        shards.read_features(np.array([23]))
+        dataset.read(np.array([23]), ["features"])
 
 
-def test_adding_them_later_touches_nothing_else(pictures: Path, out: Path, encoder: str) -> None:
+def test_adding_features_changes_only_what_the_manifest_says_of_them(pictures: Path, out: Path, encoder: str) -> None:
     before = {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in out.iterdir()}
-    moments = Shards.open(out).read(np.arange(23))[0]
-    prepare_features(pictures, out, encoder, **MORE)
+    manifest, moments = Manifest.load(out), Dataset.open(out).read(np.arange(23))["moments"]
+    found = prepare_features(pictures, out, encoder, **MORE)
     after = {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in out.iterdir()}
-    assert {name: after[name] for name in before} == before and set(after) - set(before) == {*NAMES, "features.json"}
-    assert torch.equal(Shards.open(out, verify=True).read(np.arange(23))[0], moments)
+    assert set(after) - set(before) == set(NAMES) and set(before) <= set(after)
+    assert {name for name in before if after[name] != before[name]} == {"manifest.json"}
+    assert Manifest.load(out) == replace(manifest, features=found)
+    assert torch.equal(Dataset.open(out, verify=True).read(np.arange(23))["moments"], moments)
     prepare_features(pictures, out, encoder, **MORE)  # does nothing
     assert {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in out.iterdir()} == after
 
 
-def test_a_folder_without_features_opens_and_says_so(out: Path) -> None:
-    shards = Shards.open(out, verify=True)
-    assert not list(out.glob("features*"))
+def test_folder_without_features_opens_and_names_the_remedy(out: Path) -> None:
+    dataset = Dataset.open(out, verify=True)
+    assert not list(out.glob("features*")) and dataset.manifest.features is None
     with pytest.raises(ValueError, match=r"holds no features; repeat its `selftrans prepare`, with --features MODEL"):
-        shards.open_features()
+        dataset.open_features()
+
+
+def test_features_survive_when_a_shard_of_moments_is_made_again(pictures: Path, complete: Path) -> None:
+    before = contents(complete)
+    (complete / "shard-00002.safetensors").unlink()
+    with stopped_after(2):
+        prepare(pictures, complete, **OPTIONS)
+    assert not (complete / "manifest.json").exists()
+    prepare(pictures, complete, **OPTIONS)
+    assert contents(complete) == before and rows(complete).shape == (23, 1, 16, 16)
 
 
 def stop_after(patch: pytest.MonkeyPatch, batches: int) -> None:
-    encode, left = encode_features._encode, [batches]
+    encode, left = features_module._encode, [batches]
 
     def counting(*args: Any) -> np.ndarray:
         left[0] -= 1
@@ -115,11 +134,11 @@ def stop_after(patch: pytest.MonkeyPatch, batches: int) -> None:
             raise KeyboardInterrupt
         return encode(*args)
 
-    patch.setattr(encode_features, "_encode", counting)
+    patch.setattr(features_module, "_encode", counting)
 
 
 def test_interrupted_and_continued_equals_uninterrupted(
-    pictures: Path, whole: Path, tmp_path: Path, encoder: str, monkeypatch: pytest.MonkeyPatch
+    pictures: Path, complete: Path, tmp_path: Path, encoder: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "parts"
     prepare(pictures, out, **OPTIONS)
@@ -128,117 +147,131 @@ def test_interrupted_and_continued_equals_uninterrupted(
             stop_after(patch, batches)
             with pytest.raises(KeyboardInterrupt):
                 prepare_features(pictures, out, encoder, **MORE)
-        assert len(list(out.glob("features-*.json"))) == done and not (out / "features.json").exists()
-        assert not list(out.glob(".tmp*"))
+        assert len(list(out.glob("features-*.json"))) == done and Manifest.load(out).features is None
+        assert not list(out.glob(".*.tmp"))
         with pytest.raises(ValueError, match="holds no features"):
-            Shards.open(out, verify=True).open_features()
+            Dataset.open(out, verify=True).open_features()
     prepare_features(pictures, out, encoder, **MORE)
-    assert contents(out) == contents(whole)
+    assert contents(out) == contents(complete)
 
 
-def test_shared_by_parts(pictures: Path, whole: Path, tmp_path: Path, encoder: str) -> None:
-    """Each part makes its moments, then its features; whichever ends last writes features.json."""
+def test_shared_by_parts(pictures: Path, complete: Path, tmp_path: Path, encoder: str) -> None:
+    """Each part makes its moments, then its features; the one that ends last lists them in the manifest."""
     out, made = tmp_path / "parts", []
     for part in ("2/3", "1/3", "3/3"):
         prepare(pictures, out, part=part, **OPTIONS)
         made.append([file.index for file in prepare_features(pictures, out, encoder, part=part, **MORE).files])
     assert made == [[1, 4], [0, 1, 3, 4], [0, 1, 2, 3, 4, 5]]
-    assert contents(out) == contents(whole)
+    assert contents(out) == contents(complete)
 
 
 def test_a_part_waits_for_its_moments(pictures: Path, tmp_path: Path, encoder: str) -> None:
     prepare(pictures, tmp_path / "out", part="1/2", **OPTIONS)
-    with pytest.raises(ValueError, match=r"shard 1 of .* is not whole; repeat its `selftrans prepare`"):
+    with pytest.raises(ValueError, match=r"shard 1 of .* is not finished; repeat its `selftrans prepare`"):
         prepare_features(pictures, tmp_path / "out", encoder, part="2/2", **MORE)
     with pytest.raises(ValueError, match="holds no prepared pictures; run `selftrans prepare`"):
         prepare_features(pictures, tmp_path / "nowhere", encoder, **MORE)
 
 
 def test_a_lost_or_cut_file_is_made_again_alone(
-    pictures: Path, whole: Path, encoder: str, monkeypatch: pytest.MonkeyPatch
+    pictures: Path, complete: Path, encoder: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    before = contents(whole)
-    (whole / NAMES[4]).unlink()
-    (whole / NAMES[1]).write_bytes(b"short")
-    with pytest.raises(ValueError, match=r"features-00001.bin has 5 bytes"):
-        Shards.open(whole).open_features()
+    before = contents(complete)
+    (complete / NAMES[4]).unlink()
+    (complete / NAMES[1]).write_bytes(b"short")
+    with pytest.raises(ValueError, match=r"features-00001.safetensors cannot be used"):
+        Dataset.open(complete).open_features()
     with monkeypatch.context() as patch:
         stop_after(patch, 4)  # two shards of two batches, and no batch more
-        prepare_features(pictures, whole, encoder, **MORE)
-    assert contents(whole) == before
+        prepare_features(pictures, complete, encoder, **MORE)
+    assert contents(complete) == before
 
 
-def test_damage_is_found_and_named(whole: Path) -> None:
-    path = whole / NAMES[3]
+def test_damage_is_found_and_named(complete: Path) -> None:
+    path = complete / NAMES[3]
     data = bytearray(path.read_bytes())
-    data[100] ^= 1
+    data[-100] ^= 1
     path.write_bytes(data)
-    with pytest.raises(ValueError, match=r"features-00003.bin fails its sha256; delete the file"):
-        Shards.open(whole, verify=True)
-    path.write_bytes(np.full(len(data) // 2, np.nan, dtype="<f2").tobytes())
-    shards = Shards.open(whole)
-    shards.open_features()
-    shards.read_features(np.arange(12))
-    with pytest.raises(ValueError, match=r"features-00003.bin holds NaN or infinite features for picture 13 \(row 1"):
-        shards.read_features(np.array([3, 13]))
-    shards.read(np.arange(23))  # the moments beside them are sound
+    with pytest.raises(ValueError, match=r"features-00003.safetensors fails its sha256; delete the file"):
+        Dataset.open(complete, verify=True)
+    save_file({"features": np.full((4, 1, 16, 16), np.nan, np.float16)}, path)
+    dataset = Dataset.open(complete)
+    dataset.open_features()
+    dataset.read(np.arange(12))
+    message = r"features-00003.safetensors holds NaN or infinite features for picture 13 \(row 1"
+    with pytest.raises(ValueError, match=message):
+        dataset.read(np.array([3, 13]))
+    dataset.read(np.arange(23), ["moments", "labels"])  # those are valid
 
 
 LIES: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
-    "version": (lambda f: f.update(version=2), "features.json is of version 2"),
     "missing": (lambda f: f.pop("grid"), "'grid' is missing"),
     "unknown": (lambda f: f.update(extra=1), "'extra' is unknown"),
-    "grid": (lambda f: f.update(grid=5), "features-00000.bin has 2048 bytes where its manifest says 3200"),
+    "grid": (
+        lambda f: f.update(grid=5),
+        r"features-00000.safetensors cannot be used \(its features are F16 \(4, 1, 16, 16\) where the manifest says",
+    ),
     "grid zero": (lambda f: f.update(grid=0), "'grid' should be an integer from 1"),
     "width huge": (lambda f: f.update(width=1 << 40), "'width' should be an integer"),
     "sha256": (lambda f: f.update(sha256="x"), "'sha256' should be a sha256"),
-    "pictures": (lambda f: f.update(pictures="0" * 64), "is of other pictures than the shards beside it"),
+    "fingerprint": (lambda f: f.update(fingerprint="0" * 64), "'features' is of other pictures than the shards"),
     "files": (lambda f: f["files"].pop(), "'files' does not agree with the shards"),
-    "count": (lambda f: f["files"][2].update(count=5), "'files' does not agree"),
-    "count true": (lambda f: f["files"][2].update(count=True), "'count' should be an integer"),
+    "order": (lambda f: f["files"].reverse(), "'files' does not agree"),
+    "index true": (lambda f: f["files"][2].update(index=True), "'index' should be an integer"),
     "file unknown": (lambda f: f["files"][0].update(path="../x"), "'path' is unknown"),
     "file no object": (lambda f: f.update(files=[1]), "should be a JSON object"),
 }
 
 
 @pytest.mark.parametrize("lie", LIES)
-def test_a_features_json_that_lies_is_refused_by_name(whole: Path, lie: str) -> None:
-    change, said = LIES[lie]
-    found = json.loads((whole / "features.json").read_text())
-    change(found)
-    (whole / "features.json").write_text(json.dumps(found))
-    with pytest.raises(ValueError, match=said) as caught:
-        Shards.open(whole).open_features()
+def test_lies_about_features_are_refused_by_name(complete: Path, lie: str) -> None:
+    change, message = LIES[lie]
+    edit(complete, lambda manifest: change(manifest["features"]))
+    with pytest.raises(ValueError, match=message) as caught:
+        Dataset.open(complete).open_features()
     assert "\n" not in str(caught.value)
 
 
-def test_a_damaged_features_json_or_record(pictures: Path, whole: Path, encoder: str, tmp_path: Path) -> None:
-    before = contents(whole)
-    (whole / "features.json").write_text("{")
-    with pytest.raises(ValueError, match=r"features.json is not valid JSON .*delete the file"):
-        Shards.open(whole).open_features()
-    with pytest.raises(ValueError, match=r"features.json is not valid JSON .*delete the file, and repeat"):
-        prepare_features(pictures, whole, encoder, **MORE)
-    (whole / "features.json").unlink()
-    (whole / "features-00002.json").write_text("{")  # a damaged record is no record
-    prepare_features(pictures, whole, encoder, **MORE)
-    assert contents(whole) == before
+def test_damaged_record_is_made_again(
+    pictures: Path, complete: Path, encoder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "parts"
+    prepare(pictures, out, **OPTIONS)
+    with monkeypatch.context() as patch:
+        stop_after(patch, 7)
+        with pytest.raises(KeyboardInterrupt):
+            prepare_features(pictures, out, encoder, **MORE)
+    for text in ("{", json.dumps(json.loads((out / "features-00001.json").read_text()) | {"grid": -1})):
+        (out / "features-00002.json").write_text(text)
+    prepare_features(pictures, out, encoder, **MORE)
+    assert contents(out) == contents(complete)
 
 
-def test_other_features_are_refused_by_what_differs(pictures: Path, whole: Path, encoder: str, tmp_path: Path) -> None:
-    before = contents(whole)
+def test_deleted_features_give_way_to_others(pictures: Path, complete: Path, tmp_path: Path) -> None:
+    """As the error message of the test below advises."""
+    for path in complete.glob("features-*"):
+        path.unlink()
     other = save_encoder(tmp_path / "other", "registers")
-    for arguments, said in (
-        ((pictures, whole, other, {}), "features with encoder .*, not .*other; repeat the command as it was"),
-        ((pictures, whole, encoder, {"grid": 2}), "features with grid 4, not 2"),
-        ((pictures, whole, encoder, {"precision": "bfloat16"}), "features with precision float32, not bfloat16"),
-        (("digits", whole, encoder, {}), "prepared from other pictures"),
-        ((pictures, whole, encoder, {"grid": 0}), "grid 0 .* cannot be"),
+    assert prepare_features(pictures, complete, other, **MORE).encoder == other
+    assert rows(complete).shape == (23, 1, 16, 16)
+
+
+def test_other_features_are_refused_by_what_differs(
+    pictures: Path, complete: Path, encoder: str, tmp_path: Path
+) -> None:
+    before = contents(complete)
+    other = save_encoder(tmp_path / "other", "registers")
+    for arguments, message in (
+        ((pictures, complete, other, {}), "features with encoder .*, not .*other; repeat the command as it was"),
+        ((pictures, complete, encoder, {"grid": 2}), "features with grid 4, not 2"),
+        ((pictures, complete, encoder, {"precision": "bfloat16"}), "features with precision float32, not bfloat16"),
+        (("digits", complete, encoder, {}), "prepared from other pictures"),
+        ((pictures, complete, encoder, {"grid": 0}), "grid 0 .* cannot be"),
     ):
         *positional, options = arguments
-        with pytest.raises(ValueError, match=said):
+        with pytest.raises(ValueError, match=message):
             prepare_features(*positional, **(MORE | options))  # type: ignore[misc]
-    assert contents(whole) == before
+    assert contents(complete) == before
 
 
 def test_changed_weights_do_not_mix(pictures: Path, out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -289,7 +322,7 @@ def test_beside_the_moments_of_a_vae(pictures: Path, tmp_path: Path, encoder: st
     vae = save_vae(tmp_path / "vae")
     prepare(pictures, tmp_path / "out", autoencoder=vae, flip=True, **OPTIONS)
     found = prepare_features(pictures, tmp_path / "out", encoder, precision="bfloat16", **MORE)
-    assert found.grid == 2 and found.row_bytes(Manifest.load(tmp_path / "out")) == 2 * 4 * 16 * 2
+    assert found.grid == 2 and row_bytes(found.layout(Manifest.load(tmp_path / "out"))) == 2 * 4 * 16 * 2
     model, source = load_encoder(encoder, 2, dtype=torch.bfloat16), open_source(pictures)
     shown = torch.from_numpy(np.stack([source.read(i) for i in range(23)])).permute(0, 3, 1, 2) / 127.5 - 1
     stored = rows(tmp_path / "out").float()

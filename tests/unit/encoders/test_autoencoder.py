@@ -11,7 +11,7 @@ import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
 from huggingface_hub.constants import HF_HUB_CACHE
 
-from selftrans.encoders.autoencoder import from_uint8, load_autoencoder, sample_latents, to_uint8
+from selftrans.encoders.autoencoder import LatentSpace, from_uint8, load_autoencoder, to_uint8
 
 
 def save_kl(folder: Path, **overrides: object) -> AutoencoderKL:
@@ -71,16 +71,26 @@ def test_pixel_autoencoder_is_the_identity(channels: int) -> None:
     autoencoder = load_autoencoder("pixel")
     x = torch.rand(2, channels, 8, 8) * 2 - 1
     moments = autoencoder.encode(x)
-    assert moments.std is None and (autoencoder.scale, autoencoder.shift, autoencoder.downsample) == (1, 0, 1)
-    z0 = sample_latents(moments.stack(), stochastic=False, scale=autoencoder.scale, shift=autoencoder.shift)
-    assert torch.equal(autoencoder.decode(z0), x)
+    assert moments.std is None and autoencoder.latent_space == LatentSpace(0, 1, False) and autoencoder.downsample == 1
+    z0 = autoencoder.latent_space.sample(moments.stack())
+    assert torch.equal(autoencoder.decode(z0), x) and autoencoder.pictures
+    assert autoencoder.decode(z0 + 1).max() == 1, "clamped"
+
+
+@pytest.mark.parametrize("shape", [(2, 5, 64), (2, 1, 8, 8), (2, 2, 3, 4, 5)])
+def test_values_are_the_identity_without_clamping(shape: tuple[int, ...]) -> None:
+    autoencoder, x = load_autoencoder("values"), torch.randn(shape) * 100
+    assert not autoencoder.pictures and autoencoder.channels == 0
+    moments = autoencoder.encode(x)
+    assert moments.std is None
+    assert torch.equal(autoencoder.decode(autoencoder.latent_space.sample(moments.stack())), x)
 
 
 def test_kl_moments_are_the_posterior_of_diffusers(kl: tuple[Path, AutoencoderKL], pixels: torch.Tensor) -> None:
     folder, model = kl
     autoencoder = load_autoencoder(str(folder))
-    assert autoencoder.stochastic and autoencoder.name == str(folder.resolve())
-    assert (autoencoder.scale, autoencoder.shift, autoencoder.channels, autoencoder.downsample) == (0.4, 0.25, 4, 4)
+    assert autoencoder.latent_space == LatentSpace(0.25, 0.4, stochastic=True)
+    assert (autoencoder.name, autoencoder.channels, autoencoder.downsample) == (str(folder.resolve()), 4, 4)
     with torch.no_grad():
         posterior = model.encode(pixels).latent_dist
     moments = autoencoder.encode(pixels)
@@ -94,7 +104,7 @@ def test_sampled_latents_have_the_moments_of_the_posterior(
 ) -> None:
     folder, model = kl
     moments = load_autoencoder(str(folder)).encode(pixels[:1]).stack()
-    many = sample_latents(moments.half().expand(4000, -1, -1, -1), stochastic=True, scale=0.4, shift=0.25)
+    many = LatentSpace(0.25, 0.4, stochastic=True).sample(moments.half().expand(4000, -1, -1, -1))
     with torch.no_grad():
         posterior = model.encode(pixels[:1]).latent_dist
     assert many.dtype == torch.float32
@@ -107,10 +117,37 @@ def test_sampled_latents_have_the_moments_of_the_posterior(
 def test_sampling_follows_the_default_generator() -> None:
     moments = torch.rand(2, 4, 3, 3)
     torch.manual_seed(7)
-    first = sample_latents(moments, stochastic=True, scale=2.0, shift=1.0)
+    first = LatentSpace(shift=1.0, scale=2.0, stochastic=True).sample(moments)
     torch.manual_seed(7)
     noise = torch.randn(2, 2, 3, 3)
     torch.testing.assert_close(first, (moments[:, :2] + moments[:, 2:] * noise - 1.0) * 2.0)
+
+
+@pytest.mark.parametrize("spatial", [(7,), (3, 4), (2, 3, 4)])
+@pytest.mark.parametrize("stochastic", [False, True])
+def test_latent_space_per_channel_against_loops(spatial: tuple[int, ...], stochastic: bool) -> None:
+    shift, scale = (0.5, -1.0, 2.0), (2.0, 0.25, -3.0)
+    space = LatentSpace(shift, scale, stochastic)
+    moments = torch.rand(4, 6 if stochastic else 3, *spatial)
+    torch.manual_seed(0)
+    noise = torch.randn(4, 3, *spatial) if stochastic else 0
+    raw = moments[:, :3] + (moments[:, 3:] * noise if stochastic else 0)
+    torch.manual_seed(0)
+    latents, means = space.sample(moments), space.mean(moments)
+    for c in range(3):
+        torch.testing.assert_close(latents[:, c], (raw[:, c] - shift[c]) * scale[c])
+        torch.testing.assert_close(means[:, c], (moments[:, c] - shift[c]) * scale[c])
+    torch.testing.assert_close(space.unscale(latents), raw)
+    assert space == LatentSpace(shift, scale, stochastic) and hash(space) == hash(LatentSpace(shift, scale, stochastic))
+
+
+def test_latent_space_of_equal_channels_is_that_of_one_number_bit_for_bit() -> None:
+    moments = torch.randn(5, 8, 6, 6)
+    one, each = LatentSpace(0.25, 0.18215, True), LatentSpace((0.25,) * 4, (0.18215,) * 4, True)
+    torch.manual_seed(1)
+    first = one.sample(moments)
+    torch.manual_seed(1)
+    assert torch.equal(first, each.sample(moments)) and torch.equal(one.unscale(first), each.unscale(first))
 
 
 def test_kl_decode_undoes_scale_and_shift(kl: tuple[Path, AutoencoderKL], pixels: torch.Tensor) -> None:
@@ -126,14 +163,15 @@ def test_kl_decode_undoes_scale_and_shift(kl: tuple[Path, AutoencoderKL], pixels
 def test_tiny_is_deterministic_and_agrees_with_diffusers(tmp_path: Path, pixels: torch.Tensor) -> None:
     model = save_tiny(tmp_path / "vae")
     autoencoder = load_autoencoder(str(tmp_path / "vae"))
-    assert not autoencoder.stochastic and (autoencoder.channels, autoencoder.downsample) == (3, 2)
+    assert autoencoder.latent_space == LatentSpace(0.5, 2.0, False)
+    assert (autoencoder.channels, autoencoder.downsample) == (3, 2)
     with torch.no_grad():
         expected = model.encode(pixels).latents
         back = model.decode(expected).sample.clamp(-1, 1)
     moments = autoencoder.encode(pixels)
     assert moments.std is None
     torch.testing.assert_close(moments.mean, expected)
-    z0 = sample_latents(moments.stack(), stochastic=False, scale=autoencoder.scale, shift=autoencoder.shift)
+    z0 = autoencoder.latent_space.sample(moments.stack())
     torch.testing.assert_close(z0, (expected - 0.5) * 2)
     torch.testing.assert_close(autoencoder.decode(z0), back, atol=1e-5, rtol=1e-4)
 
@@ -172,7 +210,7 @@ def test_sizes_that_do_not_divide_are_refused(kl: tuple[Path, AutoencoderKL], si
 
 def test_unknown_names_are_refused(tmp_path: Path) -> None:
     for name in ("nonsense", str(tmp_path / "absent"), "./absent/vae"):
-        with pytest.raises(ValueError, match="neither 'pixel', nor a folder, nor a hub id"):
+        with pytest.raises(ValueError, match="neither 'pixel', nor 'values', nor a folder, nor a hub id"):
             load_autoencoder(name)
     with pytest.raises(ValueError, match=r"config.json cannot be read"):
         load_autoencoder("nobody/nothing")

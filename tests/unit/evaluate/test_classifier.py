@@ -103,7 +103,7 @@ def test_separable_images_are_learnt_inside_no_grad() -> None:
     assert not model.training
 
 
-def test_moved_and_mirrored_images_by_hand() -> None:
+def test_shifted_and_mirrored_images_by_hand() -> None:
     from selftrans.evaluate.classifier import _augment
 
     images = torch.arange(9, dtype=torch.uint8).view(1, 3, 3, 1).repeat(64, 1, 1, 1)
@@ -146,7 +146,7 @@ def test_saving_and_loading_keeps_everything(tmp_path: Path) -> None:
         (lambda h, t: h.pop("training"), "header .* damaged"),
         (lambda h, t: h.update(training=json.dumps({"accuracy": 1})), "header .* damaged"),
         (lambda h, t: h.update(architecture=json.dumps({"resolution": 5})), "must name"),
-        (lambda h, t: h.update(architecture=h["architecture"].replace("6", "-6")), "positive whole"),
+        (lambda h, t: h.update(architecture=h["architecture"].replace("6", "-6")), "positive integers"),
         (lambda h, t: h.update(architecture=h["architecture"].replace("6", "1000000000")), "head.weight"),
         (lambda h, t: t.pop("head.bias"), "head.bias"),
         (lambda h, t: t.update(stranger=torch.zeros(1)), "stranger"),
@@ -223,7 +223,7 @@ def test_images_of_another_size_are_refused(trained: Path) -> None:
     [
         ("incepton", "did you mean inception"),
         ("digit", "did you mean digits"),
-        ("clip", "choose from digits, inception"),
+        ("clip", "choose from digits, inception, values"),
         ("absent.safetensors", "no classifier file"),
     ],
 )
@@ -232,7 +232,7 @@ def test_unknown_features_name_the_remedy(name: str, said: str) -> None:
         load_extractor(name)
 
 
-def test_weights_beside_a_file_are_not_ignored(trained: Path) -> None:
+def test_weights_given_with_a_file_are_refused(trained: Path) -> None:
     with pytest.raises(ValueError, match="belong to a named extractor"):
         load_extractor(trained, weights=trained)
 
@@ -326,3 +326,26 @@ def test_inception_without_the_package_says_what_to_install(monkeypatch, error: 
     assert ("with torchvision from the index that torch came from" in str(caught.value)) == isinstance(
         error, RuntimeError
     )
+
+
+@pytest.mark.parametrize("shape", [(2, 5), (1, 3, 4), (2, 2, 2, 2)])
+def test_values_are_the_numbers_themselves(shape: tuple[int, ...]) -> None:
+    extractor = load_extractor("values", shape=shape)
+    arrays = np.random.default_rng(0).normal(size=(4, *shape)).astype(np.float32)
+    features = extractor(arrays)["features"]
+    assert features.dtype == np.float64 and features.shape == (4, extractor.dim) and "logits" not in extractor(arrays)
+    np.testing.assert_array_equal(features, arrays.reshape(4, -1))
+    text = "values " + "x".join(map(str, shape))
+    assert extractor.name == "values" and extractor.sha256 == hashlib.sha256(text.encode()).hexdigest()
+
+
+def test_values_of_unfit_shapes_are_refused() -> None:
+    assert load_extractor("values", shape=(4, 1024)).dim == 4096
+    with pytest.raises(ValueError, match=r"images of 1x4097 are 4,097 numbers.*at most 4,096"):
+        load_extractor("values", shape=(1, 4097))
+    with pytest.raises(ValueError, match="the images are 2x3, the reference is 3x2"):
+        load_extractor("values", shape=(3, 2))(np.zeros((1, 2, 3), np.float32))
+    with pytest.raises(ValueError, match="no weights"):
+        load_extractor("values", weights="x.pth", shape=(1, 2))
+    with pytest.raises(ValueError, match="images of one shape"):
+        load_extractor("values")

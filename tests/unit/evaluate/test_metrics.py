@@ -86,7 +86,7 @@ def test_frechet_distance_with_fewer_images_than_dimensions() -> None:
         assert frechet_distance(one, one) == pytest.approx(0, abs=1e-9)
 
 
-def test_enough_images_do_not_warn_and_constant_features_do_no_harm() -> None:
+def test_enough_images_and_constant_features_do_not_warn() -> None:
     x = np.random.default_rng(0).normal(size=(50, 4)) * [1, 1, 0, 1]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -137,7 +137,7 @@ def test_precision_and_recall_of_points_on_a_line() -> None:
     assert recall == 2 / 4
 
 
-def test_precision_and_recall_see_what_is_missing() -> None:
+def test_precision_and_recall_drop_for_missing_modes() -> None:
     rng = np.random.default_rng(0)
     both = np.concatenate([rng.normal(size=(60, 2)), rng.normal(size=(60, 2)) + 50])
     assert precision_recall(both[:60], both) == (1.0, 0.5)  # half of the reference is never made
@@ -158,7 +158,7 @@ def test_accuracy_by_hand() -> None:
     assert accuracy(logits, [0, 1, 0, 0]) == 0.0
     with pytest.raises(ValueError, match="4 images but labels"):
         accuracy(logits, [1, 2])
-    with pytest.raises(ValueError, match="knows 3 classes"):
+    with pytest.raises(ValueError, match="has 3 classes"):
         accuracy(logits, [1, 2, 3, 0])
 
 
@@ -169,7 +169,7 @@ def test_inception_score_by_hand() -> None:
     assert inception_score(np.tile([9.0, 0.0], (20, 1)))[0] == pytest.approx(1, rel=1e-12)  # makes one class only
 
 
-def test_a_score_of_few_images_a_split_is_said_to_be_biased() -> None:
+def test_score_of_few_images_per_split_warns() -> None:
     sure = np.eye(10) * 100
     with pytest.warns(UserWarning, match="over 10 splits of 1 images for 10 classes: it is biased downwards") as caught:
         assert inception_score(sure) == pytest.approx((1, 0))  # of ten classes made perfectly
@@ -183,6 +183,8 @@ def test_a_score_of_few_images_a_split_is_said_to_be_biased() -> None:
 
 class Colours:
     """Six random projections of the pixels, two of which serve as logits."""
+
+    pictures = True
 
     def __init__(self, name: str = "colours", sha256: str = "c" * 64, head: bool = True, spatial: bool = False) -> None:
         self.name, self.sha256, self.dim, self.head, self.spatial = name, sha256, 6, head, spatial
@@ -202,7 +204,7 @@ def pictures(seed: int, n: int = 90) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 200 + 20 * seed, (n, 2, 2, 3), dtype=np.uint8)
 
 
-def test_the_report_is_flat_json_with_honest_names() -> None:
+def test_report_is_flat_json_with_exact_names() -> None:
     samples, reference = pictures(0), pictures(1, 80)
     labels = (np.arange(90) % 2).tolist()
     report = evaluate(iter([samples[:50], samples[50:]]), reference, Colours(), labels=labels, reference_name="real")
@@ -223,7 +225,7 @@ def test_the_report_is_flat_json_with_honest_names() -> None:
     assert evaluate(samples[:7], reference, Colours(), metrics=["score"])["is_splits"] == 7
 
 
-def test_only_the_published_inception_gives_fid() -> None:
+def test_only_the_published_inception_is_called_fid() -> None:
     assert "fid" not in evaluate(pictures(0), pictures(1), Colours(name="inception"))
     inception = Colours(name="inception", sha256=INCEPTION_SHA256, spatial=True)
     with pytest.warns(UserWarning, match="labels are not used: inception's classes"):
@@ -234,7 +236,7 @@ def test_only_the_published_inception_gives_fid() -> None:
     assert "no accuracy" in report["note"]
 
 
-def test_what_cannot_be_measured_is_absent_and_said() -> None:
+def test_unmeasurable_numbers_are_absent_and_explained() -> None:
     whole = Statistics.of(pictures(1), Colours())
     bare = Statistics(whole.mean, whole.cov, source="adm.npz")
     report = evaluate(pictures(0), bare, Colours(head=False))
@@ -285,7 +287,7 @@ def test_labels_may_fill_while_the_samples_stream() -> None:
         evaluate(pictures(0), pictures(1), Colours(), labels=[0, 1])
 
 
-def test_a_class_that_no_image_could_be_of_is_no_nan():
+def test_class_without_probability_gives_no_nan():
     logits = np.zeros((40, 3))
     logits[:20, 0] = logits[20:, 1] = 2000.0  # the third, by exp(-2000), underflows everywhere
     assert inception_score(logits, splits=1)[0] == pytest.approx(2.0)

@@ -58,7 +58,7 @@ def test_collect_serves_the_taps_in_eval_mode_and_restores_it() -> None:
     assert backbone.training and backbone.dropout.training and not backbone.frozen.training
 
 
-def test_collect_stands_on_the_path() -> None:
+def test_collect_adds_noise_along_the_path() -> None:
     z0 = torch.randn(10, 4, 2, 2, generator=torch.Generator().manual_seed(1))
     noise = torch.randn(10, 4, 2, 2, generator=torch.Generator().manual_seed(7))
     for path, expected in (
@@ -96,7 +96,7 @@ def test_collect_takes_named_conditions() -> None:
 @pytest.mark.parametrize(
     ("changes", "said"), [({"taps": (4,)}, "backbone of 3"), ({"taps": ()}, "choose 1"), ({"t": 1.5}, "outside")]
 )
-def test_collect_refuses_what_it_cannot_read(changes: dict, said: str) -> None:
+def test_collect_refuses_blocks_and_times_out_of_range(changes: dict, said: str) -> None:
     with pytest.raises(ValueError, match=said):
         collected(**changes)
 
@@ -166,26 +166,39 @@ def test_components_span_scikit_learns_subspace() -> None:
 def test_maps_are_placed_scaled_and_repeatable() -> None:
     feats = spread()
     basis = probes.pca_basis(feats)
-    maps = probes.pca_maps(feats)
+    maps = probes.pca_maps(feats, (3, 3))
     assert maps.shape == (6, 3, 3, 3) and maps.dtype == np.float32 and maps.min() == 0 and maps.max() == 1
-    np.testing.assert_array_equal(maps, probes.pca_maps(feats, basis=basis))
+    np.testing.assert_array_equal(maps, probes.pca_maps(feats, (3, 3), basis=basis))
     along = (feats[2, 5].double() - basis.mean) @ basis.components.T  # token 5 is row 1, column 2
     np.testing.assert_allclose(maps[2, 1, 2], ((along - basis.low) / (basis.high - basis.low)).clamp(0, 1), rtol=1e-5)
-    assert not np.array_equal(probes.pca_maps(spread(seed=1), basis=basis), probes.pca_maps(spread(seed=1)))
+    assert not np.array_equal(
+        probes.pca_maps(spread(seed=1), (3, 3), basis=basis), probes.pca_maps(spread(seed=1), (3, 3))
+    )
     outlier = feats.clone()
     outlier[0, 0] += 1e5  # one wild token is clipped, the others keep their colours' range
-    held = probes.pca_maps(outlier, basis=basis)
+    held = probes.pca_maps(outlier, (3, 3), basis=basis)
     np.testing.assert_array_equal(held[1:], maps[1:])
 
 
 def test_maps_of_equal_tokens_are_grey_and_unfit_features_refused() -> None:
-    assert (probes.pca_maps(torch.full((2, 4, 5), 3.7)) == 0.5).all()
-    with pytest.raises(ValueError, match="5 tokens form no square"):
-        probes.pca_maps(torch.randn(2, 5, 8))
+    assert (probes.pca_maps(torch.full((2, 4, 5), 3.7), (2, 2)) == 0.5).all()
+    with pytest.raises(ValueError, match="5 tokens do not form a grid of 2x3"):
+        probes.pca_maps(torch.randn(2, 5, 8), (2, 3))
     with pytest.raises(ValueError, match="no three components"):
-        probes.pca_maps(torch.randn(2, 4, 2))
+        probes.pca_maps(torch.randn(2, 4, 2), (4,))
     with pytest.raises(ValueError, match="basis of width 8"):
-        probes.pca_maps(torch.randn(2, 4, 5), basis=probes.pca_basis(spread()))
+        probes.pca_maps(torch.randn(2, 4, 5), (4,), basis=probes.pca_basis(spread()))
+
+
+@pytest.mark.parametrize("grid", [(12,), (3, 4), (2, 3, 2)])
+def test_maps_have_the_grid_of_the_tokens(grid: tuple[int, ...]) -> None:
+    feats = torch.randn(5, 12, 6, generator=torch.Generator().manual_seed(0))
+    maps = probes.pca_maps(feats, grid)
+    assert maps.shape == (5, *grid, 3)
+    np.testing.assert_array_equal(maps.reshape(5, 12, 1, 3), probes.pca_maps(feats, (12, 1)))
+    drawn = plots.pca_grid({"maps": maps}).axes[0].images[0].get_array()
+    expected = {1: maps[0][None], 2: maps[0], 3: maps[0][len(maps[0]) // 2]}[len(grid)]  # a strip; the middle slice
+    np.testing.assert_array_equal(drawn, expected)
 
 
 def test_tsne_keeps_clusters_apart() -> None:
@@ -221,6 +234,42 @@ def test_image_grid_by_hand() -> None:
         plots.image_grid(np.zeros((2, 4, 4, 3)))
 
 
+def test_sheet_of_pictures_is_the_grid_of_small_pictures_enlarged() -> None:
+    images = np.random.default_rng(0).integers(0, 256, (5, 6, 9, 3), dtype=np.uint8)
+    np.testing.assert_array_equal(plots.sample_sheet(images), plots.image_grid(images, upscale=10))
+    np.testing.assert_array_equal(plots.sample_sheet(images, 5, 3, gap=4), plots.image_grid(images, 5, 3, gap=4))
+    large = np.zeros((2, 100, 80, 1), np.uint8)
+    np.testing.assert_array_equal(plots.sample_sheet(large), plots.image_grid(large))
+
+
+def test_sheet_of_volumes_shows_the_middle_slice() -> None:
+    volumes = np.random.default_rng(0).normal(size=(3, 2, 5, 4, 6)).astype(np.float32)
+    middle = volumes[:, 0, 2]
+    expected = np.round((middle - middle.min()) * 255 / np.ptp(middle)).astype(np.uint8)[..., None]
+    assert np.abs(plots.as_pictures(volumes).astype(int) - expected).max() <= 1
+    np.testing.assert_array_equal(plots.as_pictures(volumes), plots.as_pictures(volumes[:, :, 2]))
+    assert plots.as_pictures(np.zeros((2, 3, 4, 6), np.float32)).shape == (2, 4, 6, 3), "three channels are colours"
+    assert plots.sample_sheet(volumes, upscale=1).shape[-1] == 1
+
+
+def test_sheet_of_series_shows_a_line_per_channel() -> None:
+    series = np.zeros((3, 2, 50), np.float32)
+    series[:, 1] = np.linspace(-1, 1, 50)
+    pictures = plots.as_pictures(series)
+    assert pictures.shape == (3, 96, 160, 3) and pictures.dtype == np.uint8
+    np.testing.assert_array_equal(pictures[0], pictures[2])
+    blue, red = (
+        (np.abs(pictures[0].astype(int) - colour) < 40).all(axis=-1) for colour in ((0, 114, 178), (213, 94, 0))
+    )
+    assert np.ptp(np.flatnonzero(blue.any(axis=1))) < 4, "a channel of zeros is a level line"
+    assert np.ptp(np.flatnonzero(red.any(axis=1))) > 70, "the other one goes from bottom to top"
+    assert (
+        plots.sample_sheet(series, upscale=5).shape == plots.sample_sheet(series).shape == (2 * 98 + 2, 2 * 162 + 2, 3)
+    )
+    with pytest.raises(ValueError, match="a sheet shows"):
+        plots.sample_sheet(np.zeros((2, 4), np.float32))
+
+
 def figures() -> dict:
     x = [100, 200, 300]
     return {
@@ -237,7 +286,7 @@ def figures() -> dict:
     }  # fmt: skip
 
 
-def test_figures_hold_what_they_were_given() -> None:
+def test_figures_show_their_data() -> None:
     drawn = figures()
     axes = drawn["curves"].axes[0]
     assert [line.get_label() for line in axes.lines] == ["vanilla", "stage 1"]
@@ -254,7 +303,7 @@ def test_figures_hold_what_they_were_given() -> None:
 
 @pytest.mark.parametrize("name", ["curves", "bars", "maps", "scatter"])
 @pytest.mark.parametrize("suffix", ["png", "svg"])
-def test_figures_are_saved_whole(name: str, suffix: str, tmp_path: Path) -> None:
+def test_figures_are_saved_complete(name: str, suffix: str, tmp_path: Path) -> None:
     path = tmp_path / "new" / f"{name}.{suffix}"
     plots.save(figures()[name], path, dpi=50)
     assert [file.name for file in path.parent.iterdir()] == [path.name]
@@ -282,7 +331,7 @@ def test_pictures_for_a_page_without_files(tmp_path: Path) -> None:
         plots.save_png(picture, tmp_path / "file" / "c.png")
 
 
-def test_a_name_that_is_no_formula_is_written_as_it_is(tmp_path: Path) -> None:
+def test_names_with_dollar_signs_are_no_formulas(tmp_path: Path) -> None:
     figure = plots.scatter(np.eye(2), np.arange(2), names=["$\\frac$", "a"])
     assert [text.get_text() for text in figure.axes[0].get_legend().get_texts()] == ["$\\frac$", "a"]
     plots.save(figure, tmp_path / "a.png")  # a formula would fail here

@@ -17,7 +17,7 @@ from selftrans.evaluate.statistics import MAX_UNPACKED, RunningMoments
 class Pixels:
     """Features are the pixels, or what `change` makes of them."""
 
-    name, sha256, dim = "pixels", "0" * 64, 12
+    name, sha256, dim, pictures = "pixels", "0" * 64, 12, True
 
     def __init__(self, change=lambda x: x, spatial: bool = False) -> None:
         self.change, self.spatial, self.sizes = change, spatial, []
@@ -55,7 +55,7 @@ def test_batches_of_any_size_give_the_same_to_the_last_bit() -> None:
         np.testing.assert_array_equal(run.mean, runs[0].mean)
 
 
-def test_a_large_mean_does_not_cancel_the_deviation() -> None:
+def test_large_means_do_not_cancel_the_deviation() -> None:
     rows = np.random.default_rng(1).normal(size=(1000, 3)) + 1e8
     running = RunningMoments()
     for i in range(0, 1000, 13):
@@ -70,14 +70,14 @@ def test_chunks_are_full_whatever_the_batches() -> None:
     np.testing.assert_array_equal(np.concatenate(list(rebatch(cut(images, 4), 6))), images)
 
 
-def test_features_are_dropped_when_not_kept_and_observed_in_order() -> None:
+def test_features_not_kept_are_observed_in_order() -> None:
     seen: list[np.ndarray] = []
     found = Statistics.of(pictures(), Pixels(), keep=False, observe=lambda out: seen.append(out["features"]))
     assert found.features is None
     np.testing.assert_array_equal(np.concatenate(seen), pictures().reshape(100, -1))
 
 
-def test_a_file_keeps_everything(tmp_path: Path) -> None:
+def test_statistics_are_read_back_from_their_file(tmp_path: Path) -> None:
     written = Statistics.of(pictures(), Pixels(spatial=True), source="hundred pictures")
     written.save(tmp_path / "deep" / "stats.npz")
     read = Statistics.load(tmp_path / "deep" / "stats.npz")
@@ -133,7 +133,7 @@ def test_foreign_and_damaged_files_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("scale", [0.0, 1e-12, 1.0, 1e200])
-def test_singular_covariances_are_read_whatever_rounding_made_of_their_zeros(tmp_path: Path, scale: float) -> None:
+def test_singular_covariances_with_rounding_are_read(tmp_path: Path, scale: float) -> None:
     rows = np.random.default_rng(2).normal(size=(20, 300)) * np.linspace(30, 0, 300)
     cov = np.cov(rows, rowvar=False).astype(np.float32)
     assert np.linalg.eigvalsh(cov.astype(np.float64))[0] < 0
@@ -141,7 +141,7 @@ def test_singular_covariances_are_read_whatever_rounding_made_of_their_zeros(tmp
     np.testing.assert_array_equal(Statistics.load(tmp_path / "s.npz").cov, cov.astype(np.float64) * scale)
 
 
-def test_statistics_that_would_unfold_are_refused_before_they_do(tmp_path: Path) -> None:
+def test_statistics_that_expand_beyond_reason_are_refused_unread(tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "bomb.npz", "w", zipfile.ZIP_DEFLATED) as archive:
         with archive.open("mu.npy", "w", force_zip64=True) as file:
             np.lib.format.write_array_header_1_0(
@@ -162,10 +162,11 @@ def test_statistics_that_would_unfold_are_refused_before_they_do(tmp_path: Path)
     [
         ([], "0 images have no covariance"),
         ([pictures(1)], "1 images have no covariance"),
-        ([pictures().astype(np.float32)], "a batch of images is float32"),
+        ([pictures().astype(np.float32)], "pixels takes pictures, uint8 .*measure them with --features values"),
+        ([pictures().astype(np.float64)], "a batch of images is float64"),
         ([pictures()[0]], "give uint8 arrays"),
         ([[1, 2]], "a batch of images is list"),
-        ([np.zeros((1, 2, 3, 3), np.uint8)], "give uint8 arrays"),
+        ([np.zeros((1, 12), np.float32)], "or float32"),
         ([pictures(2), np.zeros((1, 4, 4, 3), np.uint8)], "two sizes, 2x2x3 and 4x4x3"),
     ],
 )

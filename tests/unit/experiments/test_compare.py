@@ -16,9 +16,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from selftrans.cli.main import main
-from selftrans.experiments import report
-from selftrans.experiments.compare import base, compare_methods, only
-from selftrans.experiments.runner import Comparison, Ruler, interval, measured_before, points
+from selftrans.experiments import html_report
+from selftrans.experiments.compare import compare_methods, only, with_defaults
+from selftrans.experiments.runner import Comparison, Measurement, interval, measured_before, points
 from selftrans.experiments.table import as_csv, curve, first_below, mean_curve, rows
 from selftrans.methods.repa import Repa
 from selftrans.methods.self_transcendence import Stage1, Stage2
@@ -61,23 +61,23 @@ def test_rows_hold_means_and_deviations_over_seeds():
     assert slow["reached"] == 1 and slow["steps_to_baseline"] == {"mean": 300.0, "std": 0.0}
 
 
-def test_what_is_not_known_is_not_made_up():
+def test_unknown_compute_gives_no_numbers():
     """An imported teacher's compute, and how early a run was as good that was so at its first point."""
     imported = {("fast", seed): ({**run, "total_tflops": None}, points) for (_, seed), (run, points) in FAST.items()}
     _, row = rows({**RESULTS, **imported}, ("vanilla", "fast"))
     assert row["total_tflops"] is None and row["tflops_to_baseline"] is None and row["reached"] == 2
     assert row["at_once"] == 1, "of seed 1, whose first point is at 20"
     assert mean_curve({**RESULTS, **imported}, "fast", "tflops") == ([], [], [])
-    *_, steps, compute = report.cells(row, {"fast": "fast"})
+    *_, steps, compute = html_report.cells(row, {"fast": "fast"})
     assert steps == "≤ 125 ± 35" and compute == "-"
 
 
-def test_curves_meet_where_every_seed_was_measured():
+def test_mean_curves_keep_the_steps_that_every_seed_was_measured_at():
     run, measured = result([8.0, 4.0, 2.0])
     assert mean_curve({("a", 0): (run, measured), ("a", 1): (run, measured[::2])}, "a")[:2] == ([100, 300], [8.0, 2.0])
 
 
-def test_without_the_baseline_nothing_is_said_of_it():
+def test_columns_of_the_baseline_need_the_baseline():
     (row,) = rows(RESULTS, ("fast",), baseline="other")
     assert "steps_to_baseline" not in row
     (row,) = rows({("vanilla", 0): result([5.0]), ("bad", 0): result([9.0])}, ("bad",))
@@ -95,7 +95,7 @@ def test_curves_over_steps_and_over_all_compute():
     ("y", "goal", "x"),
     [([8, 4, 2], 4, 200), ([8, 4, 2], 1, None), ([8, 2], 4, 150), ([8, 0.0], 0.0, 200), ([3], 4, 100)],
 )
-def test_where_a_curve_first_is_as_good(y, goal, x):
+def test_first_step_at_a_goal_is_interpolated(y, goal, x):
     found = first_below([100 * (i + 1) for i in range(len(y))], y, goal)
     assert found == (None if x is None else pytest.approx(x))
 
@@ -106,8 +106,8 @@ def test_csv_has_a_column_for_each_mean_and_deviation():
     assert float(read[0]["distance"]) == 15 and float(read[0]["distance_std"]) == pytest.approx(math.sqrt(50))
 
 
-def test_a_teacher_is_shared_where_it_is_the_same_and_never_else(tmp_path):
-    config, _, _ = base(recipe("digits"), tmp_path)
+def test_teacher_is_shared_only_where_it_is_the_same(tmp_path):
+    config, _, _ = with_defaults(recipe("digits"), tmp_path)
     assert config.sections["stage1"].steps == config.train.steps
     other = config.override({"stage1.target": "latent"})
     short = config.override({"stage1.steps": interval(config.train.steps)})
@@ -122,15 +122,15 @@ def test_a_teacher_is_shared_where_it_is_the_same_and_never_else(tmp_path):
     assert points(1000) == 5 and points(1001) == 6
 
 
-def test_points_of_the_same_ruler_are_kept_and_damaged_ones_measured_again(tmp_path):
+def test_points_measured_alike_are_kept_and_damaged_ones_measured_again(tmp_path):
     extractor, sample = SimpleNamespace(sha256="e"), dataclasses.replace(recipe("digits").sample, num=3)
-    ruler, path = Ruler(extractor, None, None, sample, 2), tmp_path / "measured.json"
-    assert measured_before(path, ruler) == {}
-    sound = {"sha256": "w", "distance": 1.0} | json.loads(json.dumps(ruler.marks))
+    measurement, path = Measurement(extractor, None, None, sample, 2), tmp_path / "measured.json"
+    assert measured_before(path, measurement) == {}
+    sound = {"sha256": "w", "distance": 1.0} | json.loads(json.dumps(measurement.identity))
     assert (sound["images"], sound["extractor_sha256"], sound["block"]) == (3, "e", 2)
     others = {"images": 4, "block": 1, "extractor_sha256": "f", "sampler": sound["sampler"] | {"guidance_scale": 9.0}}
     path.write_text(json.dumps([sound, *(sound | {"sha256": key, key: value} for key, value in others.items())]))
-    assert measured_before(path, ruler) == {"w": sound}
+    assert measured_before(path, measurement) == {"w": sound}
     for content in (
         "",
         "[{",
@@ -142,10 +142,10 @@ def test_points_of_the_same_ruler_are_kept_and_damaged_ones_measured_again(tmp_p
         '[{"images": 3, "extractor_sha256": "e"}]',
     ):
         path.write_text(content)
-        assert measured_before(path, ruler) == {}
+        assert measured_before(path, measurement) == {}
 
 
-def test_a_runs_settings_do_not_depend_on_what_it_is_compared_with():
+def test_settings_of_a_run_do_not_depend_on_the_other_methods():
     config = recipe("digits").override({"repa.encoder": "some/encoder", "sra.span": 0.1})
     plain = recipe("digits")
     assert only(config, "repa").sections == {"repa": Repa(encoder="some/encoder", head_width=128)}
@@ -179,7 +179,7 @@ class Tags(HTMLParser):
 
 @pytest.mark.slow
 @pytest.mark.timeout(400)
-def test_compare_as_a_person_uses_it(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_compare_command(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "compared"
     overrides = ["--model.width", "16", "--model.depth", "3", "--train.batch-size", "16", "--sra.head-width", "8"]
     overrides += [
@@ -229,7 +229,9 @@ def test_compare_as_a_person_uses_it(tmp_path: Path, capfd: pytest.CaptureFixtur
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-def test_a_comparison_grows_under_other_settings(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_comparison_continues_with_more_steps_methods_and_seeds(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     """Longer, with another sampler, with a method more that has settings of its own: one table, measured alike."""
     out = tmp_path / "compared"
     command = ["compare", "digits", "--out", str(out), "--images", "24", "--workers", "1", "--model.width", "16"]
@@ -300,9 +302,7 @@ def test_data_without_classes_are_compared_too(tmp_path: Path, capfd: pytest.Cap
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-def test_a_given_teacher_teaches_and_its_unknown_cost_is_said(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_given_teacher_is_used_and_its_cost_is_unknown(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     small = ["--model.width", "16", "--model.depth", "3", "--train.batch-size", "16", "--stage1.head-width", "8"]
     command = ["compare", "digits", "--out", str(tmp_path / "x"), "--images", "24", "--workers", "1", "--steps", "5"]
     command += [*small, "--stage2.head-width", "8", "--sample.steps", "2", "--seeds", "0", "--stage2.teacher"]
@@ -343,7 +343,7 @@ def test_a_given_teacher_teaches_and_its_unknown_cost_is_said(
         (["compare", "cifar10", "--out", "x"], "needs --data DIR"),
     ],
 )
-def test_mistakes_are_said_in_one_line(words, said, tmp_path, monkeypatch, capfd):
+def test_wrong_arguments_are_one_line(words, said, tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     assert main(words) in (1, 2)
     error = capfd.readouterr().err
@@ -359,13 +359,13 @@ def test_mistakes_are_said_in_one_line(words, said, tmp_path, monkeypatch, capfd
         ("self_transcendence", ["--stage2.teacher-block", "9"], "teacher block 9 is outside the teacher's 1..3"),
     ],
 )
-def test_what_cannot_work_is_said_before_anything_is_trained(method, words, said, tmp_path, capfd):
+def test_unusable_methods_are_refused_before_training(method, words, said, tmp_path, capfd):
     command = ["compare", "digits", "--out", str(tmp_path / "x"), "--methods", "vanilla", method, "--seeds", "0"]
     assert main([*command, "--model.width", "16", "--model.depth", "3", *words]) == 1
     assert said in capfd.readouterr().err and not list((tmp_path / "x").glob("*-seed*"))
 
 
-def test_the_library_refuses_what_the_command_refuses(tmp_path):
+def test_too_few_images_are_refused_by_the_library(tmp_path):
     with pytest.raises(ValueError, match="at least two images"):
         compare_methods(recipe("digits"), tmp_path, ["vanilla"], images=1)
     assert not list(tmp_path.iterdir())

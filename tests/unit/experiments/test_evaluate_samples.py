@@ -12,15 +12,19 @@ import pytest
 from PIL import Image
 
 from selftrans.cli.main import main
-from selftrans.data.dataset import Shards
+from selftrans.data.dataset import Dataset
+from selftrans.data.decoded import decoded_images
 from selftrans.data.prepare import prepare
 from selftrans.encoders.autoencoder import load_autoencoder, to_uint8
 from selftrans.evaluate.classifier import SmallClassifier
-from selftrans.evaluate.extractors import ClassifierExtractor
+from selftrans.evaluate.extractors import ClassifierExtractor, ValuesExtractor
 from selftrans.evaluate.metrics import frechet_distance
 from selftrans.evaluate.statistics import Statistics
 from selftrans.experiments import evaluate_samples as scores
-from selftrans.experiments.analyse_run import shard_images
+from selftrans.experiments import image_files, reference
+from selftrans.experiments.compare import override, with_defaults
+from selftrans.experiments.runner import Comparison, Measurement, measure_checkpoint, samples_of
+from selftrans.train.run import train
 from tests.support import toy
 from tests.support.pictures import class_folders, save_vae
 from tests.support.toy import quick  # noqa: F401 - a fixture
@@ -45,7 +49,7 @@ def folder(path: Path, count: int = 24, seed: int = 0) -> Path:
     return path
 
 
-def test_a_run_is_measured_as_its_samples_on_disk_are(judge: Path, tmp_path: Path, capsys) -> None:
+def test_run_gives_the_report_of_its_samples_on_disk(judge: Path, tmp_path: Path, capsys) -> None:
     run = toy.copy(toy.finished(), tmp_path / "run")
     settings = ["--num=30", "--steps=2", "--sampler=heun", "--guidance-scale=1.5", "--guidance-interval", "0.1", "0.8"]
     rest = ["--reference=digits", f"--features={judge}"]
@@ -78,7 +82,7 @@ def test_a_run_is_measured_as_its_samples_on_disk_are(judge: Path, tmp_path: Pat
     assert "autoencoder pixel" in said and "FID" not in said and toy.tree(run) == before
 
 
-def test_a_run_keeps_its_report_and_raw_weights_give_other_numbers(judge: Path, tmp_path: Path) -> None:
+def test_report_is_written_to_the_run_and_raw_weights_give_other_numbers(judge: Path, tmp_path: Path) -> None:
     run = toy.copy(toy.finished(), tmp_path / "run")
     argv = ["evaluate", str(run), "--num=20", "--steps=1", "--reference=digits", f"--features={judge}"]
     assert main(argv) == 0
@@ -89,20 +93,20 @@ def test_a_run_keeps_its_report_and_raw_weights_give_other_numbers(judge: Path, 
     assert first["frechet_distance"] != second["frechet_distance"]
 
 
-def test_options_of_a_run_are_said_to_be_ignored_for_pictures(judge: Path, tmp_path: Path) -> None:
+def test_sampling_options_warn_when_pictures_are_given(judge: Path, tmp_path: Path) -> None:
     pictures = folder(tmp_path / "pictures")
     with pytest.warns(UserWarning, match=r"--steps is ignored: .* holds pictures"):
         scores.evaluate_samples(pictures, pictures, str(judge), settings={"steps": 3})
 
 
-def test_our_own_npz_is_measured_with_what_lies_beside_it(judge: Path, tmp_path: Path) -> None:
+def test_npz_of_a_sample_folder_is_measured_with_its_record(judge: Path, tmp_path: Path) -> None:
     made = tmp_path / "made"
     assert main(["sample", str(toy.finished()), "--out", str(made), "--num", "12", "--steps", "2"]) == 0
     whole, npz = (scores.evaluate_samples(path, "digits", str(judge)) for path in (made, made / "samples.npz"))
     assert npz["made"]["sampler"] == "heun" and npz | {"samples": 0} == whole | {"samples": 0}
 
 
-def test_labels_beside_pictures_in_an_npz_are_read(judge: Path, tmp_path: Path) -> None:
+def test_labels_in_an_npz_of_pictures_are_read(judge: Path, tmp_path: Path) -> None:
     """Ours away from its folder, and anyone's in ADM's layout."""
     made, moved = tmp_path / "made", tmp_path / "moved.npz"
     assert main(["sample", str(toy.finished()), "--out", str(made), "--num", "20", "--steps", "1"]) == 0
@@ -124,7 +128,7 @@ def test_labels_beside_pictures_in_an_npz_are_read(judge: Path, tmp_path: Path) 
 
 def test_labels_that_do_not_fit_their_pictures(tmp_path: Path) -> None:
     images = np.zeros((4, 8, 8, 1), np.uint8)
-    np.savez_compressed(tmp_path / "x.npz", images, np.ones(1 << 22, np.int64))  # would unfold
+    np.savez_compressed(tmp_path / "x.npz", images, np.ones(1 << 22, np.int64))  # would expand
     with pytest.raises(ValueError, match=r"x.npz holds labels arr_1 that do not fit .*: 4194304 labels of 4 images"):
         scores.open_samples(tmp_path / "x.npz", {})
     np.savez(tmp_path / "y.npz", images.astype(float), np.ones(4, np.int64))
@@ -132,7 +136,7 @@ def test_labels_that_do_not_fit_their_pictures(tmp_path: Path) -> None:
         next(scores.open_samples(tmp_path / "y.npz", {}).images)
 
 
-def test_a_checkpoint_of_others_is_sent_to_import(judge: Path, tmp_path: Path, capsys) -> None:
+def test_checkpoint_of_other_code_is_pointed_to_import(judge: Path, tmp_path: Path, capsys) -> None:
     assert main(["evaluate", str(tmp_path / "SiT.pt"), "--reference", "digits", "--features", str(judge)]) == 1
     assert "SiT.pt is a checkpoint of another code; make a run of it with `selftrans import`" in capsys.readouterr().err
 
@@ -147,13 +151,13 @@ def test_samples_and_references_that_do_not_exist_are_not_looked_for_on_the_hub(
     assert f"{given} does not exist; give a folder, zip or npz of pictures, or a run" in said and said.count("\n") == 1
     made = folder(tmp_path / "made")
     assert main(["evaluate", str(made), "--reference", given, "--features", str(judge)]) == 1
-    assert f"{given} does not exist; {scores.WANTED}" in capsys.readouterr().err
+    assert f"{given} does not exist; {reference.WANTED}" in capsys.readouterr().err
 
 
 # ---- references
 
 
-def test_labels_that_would_unfold_are_refused(judge: Path, tmp_path: Path, capsys) -> None:
+def test_labels_that_expand_beyond_the_file_are_refused(judge: Path, tmp_path: Path, capsys) -> None:
     made = tmp_path / "made"
     made.mkdir()
     images = np.zeros((2, 8, 8, 1), np.uint8)
@@ -167,30 +171,32 @@ def test_labels_that_would_unfold_are_refused(judge: Path, tmp_path: Path, capsy
 def test_a_reference_is_computed_once(judge: Path, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     real, one = folder(tmp_path / "real"), extractor(judge)
-    first = scores.reference_of(real, one)
-    (kept,) = scores.cache().iterdir()
-    monkeypatch.setattr(scores, "iter_images", lambda path: pytest.fail("computed again"))
-    again = scores.reference_of(real, one)
+    first = reference.reference_of(real, one)
+    (kept,) = reference.cache().iterdir()
+    monkeypatch.setattr(image_files, "iter_images", lambda path: pytest.fail("computed again"))
+    again = reference.reference_of(real, one)
     assert np.array_equal(first.cov, again.cov) and np.array_equal(first.features, again.features)
     monkeypatch.undo()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     kept.write_bytes(b"damaged")
-    assert np.array_equal(scores.reference_of(real, one).cov, first.cov)
+    assert np.array_equal(reference.reference_of(real, one).cov, first.cov)
     other = ClassifierExtractor(SmallClassifier(8, 1, 10), "other")
-    assert not np.array_equal(scores.reference_of(real, other).mean, first.mean), "another extractor, other statistics"
+    assert not np.array_equal(reference.reference_of(real, other).mean, first.mean), (
+        "another extractor, other statistics"
+    )
     Image.fromarray(np.zeros((8, 8), np.uint8)).save(real / "0.png")
-    assert not np.array_equal(scores.reference_of(real, one).mean, first.mean), "a picture has changed"
-    assert len(list(scores.cache().iterdir())) == 3
+    assert not np.array_equal(reference.reference_of(real, one).mean, first.mean), "a picture has changed"
+    assert len(list(reference.cache().iterdir())) == 3
 
 
-def test_latents_as_a_reference_are_the_same_each_time_and_said_to_be_decoded(tmp_path: Path, monkeypatch) -> None:
+def test_reference_of_latents_is_decoded_alike_each_time_and_reported_as_decoded(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     vae = save_vae(tmp_path / "vae")
     prepare(class_folders(tmp_path / "pictures"), tmp_path / "data", autoencoder=vae, dtype="float32", progress=False)
-    shards = Shards.open(tmp_path / "data")
-    first, again = (np.concatenate(list(shard_images(shards))) for _ in range(2))
+    shards = Dataset.open(tmp_path / "data")
+    first, again = (np.concatenate(list(decoded_images(shards))) for _ in range(2))
     assert np.array_equal(first, again), "whatever was drawn in between"
-    mean = shards.read(np.arange(23))[0][:, 0, :2]
+    mean = shards.read(np.arange(23))["moments"][:, 0, :2]
     expected = to_uint8(load_autoencoder(vae).decode(mean * 0.5)).numpy()
     assert np.array_equal(first, expected)
     SmallClassifier(8, 3, 2).save(tmp_path / "rgb.safetensors")
@@ -199,18 +205,18 @@ def test_latents_as_a_reference_are_the_same_each_time_and_said_to_be_decoded(tm
     assert report[
         "reference"
     ] == f"{data}, decoded by {vae}" and f"against {data}, decoded by {vae} (23" in scores.text(report)
-    (kept,) = scores.cache().iterdir()
+    (kept,) = reference.cache().iterdir()
     about = (data / "manifest.json").stat()
     drawn = [extractor(judge).sha256, str(data.resolve()), f"manifest.json|{about.st_size}|{about.st_mtime_ns}"]
     assert kept.stem != hashlib.sha256("\n".join(drawn).encode()).hexdigest()[:40], "what was drawn is not used again"
     pixels = toy.prepared(tmp_path / "toy", classes=())
-    assert scores._described(pixels) == str(pixels), "pixels are as they were"
+    assert reference.described(pixels) == str(pixels), "pixels are as they were"
 
 
-def test_a_cache_that_cannot_be_written_is_no_harm(judge: Path, tmp_path: Path, monkeypatch) -> None:
+def test_unwritable_cache_is_ignored(judge: Path, tmp_path: Path, monkeypatch) -> None:
     (tmp_path / "file").write_text("no directory")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    assert scores.reference_of(folder(tmp_path / "real"), extractor(judge)).count == 24
+    assert reference.reference_of(folder(tmp_path / "real"), extractor(judge)).count == 24
 
 
 def test_a_reference_is_saved_as_adm_names_it(judge: Path, tmp_path: Path) -> None:
@@ -235,7 +241,7 @@ def test_adms_reference_batch_gives_distance_from_its_statistics_and_precision_f
     pictures = rng.integers(0, 256, (40, 8, 8, 1), dtype=np.uint8)
     everything = Statistics.of(rng.integers(0, 256, (200, 8, 8, 1), dtype=np.uint8), one)
     np.savez(tmp_path / "batch.npz", arr_0=pictures, mu=everything.mean, sigma=everything.cov)
-    found = scores.reference_of(tmp_path / "batch.npz", one)
+    found = reference.reference_of(tmp_path / "batch.npz", one)
     assert np.array_equal(found.mean, everything.mean) and found.features.shape == (40, one.dim)
     assert found.count is None, "how many pictures mu and sigma are of, nobody has written down"
     found.save(tmp_path / "again.npz")
@@ -244,18 +250,18 @@ def test_adms_reference_batch_gives_distance_from_its_statistics_and_precision_f
     made = folder(tmp_path / "made")
     report = scores.evaluate_samples(made, tmp_path / "batch.npz", str(judge))
     expected = frechet_distance(
-        Statistics.of(scores.iter_images(made), one), dataclasses.replace(everything, count=None)
+        Statistics.of(image_files.iter_images(made), one), dataclasses.replace(everything, count=None)
     )
     assert report["frechet_distance"] == pytest.approx(expected, rel=1e-9)
     assert 0 <= report["recall"] <= 1 and "does not say which extractor" in report["note"]
-    assert report["reference_images"] is None and "of the 40 pictures beside its statistics" in report["note"]
+    assert report["reference_images"] is None and "of the 40 pictures stored with its statistics" in report["note"]
 
 
-def test_spatial_statistics_give_a_distance_of_their_own(tmp_path: Path) -> None:
+def test_spatial_statistics_give_the_spatial_distance(tmp_path: Path) -> None:
     """sFID is the same formula on the spatial features; from a file with mu_s and sigma_s as well."""
 
     class Spatial:
-        name, sha256, dim = "spatial", "0" * 64, 3
+        name, sha256, dim, pictures = "spatial", "0" * 64, 3, True
 
         def __call__(self, images: np.ndarray) -> dict[str, np.ndarray]:
             flat = images.reshape(len(images), -1).astype(np.float32)
@@ -274,3 +280,98 @@ def test_spatial_statistics_give_a_distance_of_their_own(tmp_path: Path) -> None
         Statistics(flat.mean(axis=0), np.cov(flat, rowvar=False)), Statistics(spatial[0], spatial[1])
     )
     assert report["spatial_frechet_distance"] == pytest.approx(by_hand, rel=1e-6)
+
+
+# ---- data that are no pictures
+
+
+@pytest.fixture(scope="module")
+def values(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with `values.npz`, its prepared data `data`, and a short `run` on them."""
+    place = tmp_path_factory.mktemp("values")
+    rng = np.random.default_rng(0)
+    np.savez(place / "values.npz", data=rng.normal(3, 2, (200, 2, 8, 8)).astype(np.float32), labels=np.arange(200) % 4)
+    prepare(place / "values.npz", place / "data", autoencoder="values", progress=False)
+    small = {"method": "vanilla", "train.steps": 2, "data.path": str(place / "data"), "train.preview_every": 2}
+    train(toy.toy(small), place / "run", quiet=True)
+    return place
+
+
+def test_values_are_sampled_to_npy_files_and_measured_by_themselves(values: Path, tmp_path: Path, capsys) -> None:
+    made, settings = tmp_path / "made", ["--num=150", "--steps=2", "--sampler=heun"]
+    assert main(["sample", str(values / "run"), "--out", str(made), *settings]) == 0
+    with np.load(made / "samples.npz") as arrays:
+        samples, labels = arrays["arr_0"], arrays["arr_1"]
+    assert (
+        samples.shape == (150, 2, 8, 8)
+        and samples.dtype == np.float32
+        and labels.tolist() == [k % 4 for k in range(150)]
+    )
+    assert np.array_equal(np.load(made / "000007.npy"), samples[7])
+    assert np.abs(samples).max() > 1, "values are not clamped"
+    reports = []
+    for given in (values / "run", made, made / "samples.npz"):
+        out = tmp_path / "report.json"
+        argv = ["evaluate", str(given), "--reference", str(values / "data"), "--features", "values", "--out", str(out)]
+        assert main([*argv, *(settings if given == values / "run" else ())]) == 0
+        reports.append(json.loads(out.read_text()))
+    with np.load(values / "values.npz") as arrays:
+        real = arrays["data"].reshape(200, -1).astype(float)
+    flat = samples.reshape(150, -1).astype(float)
+    by_hand = frechet_distance(*(Statistics(x.mean(axis=0), np.cov(x, rowvar=False)) for x in (flat, real)))
+    for report in reports:
+        assert report["frechet_distance"] == pytest.approx(by_hand, rel=1e-6)
+        assert report["label"] == "Fréchet distance (values)" and report["extractor"] == "values"
+        assert report["label_balance"] == {"classes": 4, "fewest": 37, "most": 38}
+    assert "features: values" in capsys.readouterr().out
+
+
+def test_arrays_of_an_npz_are_measured(values: Path, tmp_path: Path) -> None:
+    rng = np.random.default_rng(1)
+    for name in "ab":
+        np.savez(tmp_path / f"{name}.npz", arr_0=rng.normal(size=(40, 3, 6)).astype(np.float32))
+    report = scores.evaluate_samples(tmp_path / "a.npz", tmp_path / "b.npz", "values")
+    assert report["num_images"] == report["reference_images"] == 40 and report["frechet_distance"] > 0
+    arrays = decoded_images(Dataset.open(values / "data"))
+    Statistics.of(arrays, ValuesExtractor((2, 8, 8))).save(tmp_path / "c.npz")
+    with pytest.raises(ValueError, match=r"made by values .* \(128 features\), not by values .* \(18\)"):
+        scores.evaluate_samples(tmp_path / "a.npz", tmp_path / "c.npz", "values")
+    np.savez(tmp_path / "nan.npz", arr_0=np.full((4, 1, 3), np.nan, np.float32))
+    with pytest.raises(ValueError, match=r"nan.npz holds numbers that are not finite in samples 0 to 3"):
+        scores.evaluate_samples(tmp_path / "nan.npz", tmp_path / "b.npz", "values")
+    (tmp_path / "cut.npz").write_bytes((tmp_path / "a.npz").read_bytes()[:-30])
+    with pytest.raises(ValueError, match=r"cut\.npz"):
+        scores.evaluate_samples(tmp_path / "cut.npz", tmp_path / "b.npz", "values")
+
+
+def test_extractors_of_pictures_refuse_arrays(values: Path, judge: Path, capsys) -> None:
+    argv = ["evaluate", str(values / "run"), "--num=4", "--steps=2", "--reference", "digits", f"--features={judge}"]
+    assert main(argv) == 1
+    said = capsys.readouterr().err
+    assert "judge classifier takes pictures" in said and "--features values" in said
+
+
+def test_previews_of_values_are_pictures(values: Path) -> None:
+    (preview,) = (values / "run" / "vanilla" / "previews").iterdir()
+    assert np.asarray(Image.open(preview)).shape == (2 * 66 + 2, 2 * 66 + 2)
+
+
+def test_comparisons_measure_values(values: Path, tmp_path: Path) -> None:
+    config = override(toy.toy(), data=str(values / "data"))
+    _, features, weights = with_defaults(config, tmp_path)
+    assert features == "values" and weights is None
+    variants = {"vanilla": dataclasses.replace(config, method="vanilla")}
+    measurement = Measurement.of(Comparison(config, variants, (0,), tmp_path, 130, features))
+    point = measure_checkpoint(toy.checkpoint(values / "run", "vanilla"), measurement)
+    assert point["metric"] == "Fréchet distance (values)" and point["distance"] > 0 and point["accuracy"] is None
+    assert samples_of(values / "run", config.sample, 3).shape == (3, 2, 8, 8)
+
+
+def test_values_have_no_classifier(values: Path, tmp_path: Path, capsys) -> None:
+    assert main(["classifier", str(values / "data"), "--out", str(tmp_path / "c.safetensors")]) == 1
+    assert "holds arrays that are no pictures; measure them with --features values" in capsys.readouterr().err
+
+
+def test_analysis_of_values(values: Path, tmp_path: Path) -> None:
+    assert main(["analyse", str(values / "run"), "--out", str(tmp_path), "--samples=40", "--timesteps", "0.4"]) == 0
+    assert {"pca.png", "probes.png", "analyse.json"} <= {path.name for path in tmp_path.iterdir()}

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from selftrans.cli.main import main
-from selftrans.data.dataset import Shards
+from selftrans.data.dataset import Dataset
 from selftrans.data.prepare import prepare
 from selftrans.data.prepare_features import prepare_features
 from selftrans.encoders.vision import load_encoder
@@ -133,18 +133,18 @@ def test_a_grid_that_is_not_the_students_is_refused() -> None:
 
 def test_stored_features_are_those_of_the_chosen_copy() -> None:
     """The digits are stored with their mirror images: whichever is drawn, its features come with it."""
-    shards, model = Shards.open(with_features()), load_encoder(encoder(), 4)
+    shards, model = Dataset.open(with_features()), load_encoder(encoder(), 4)
     shards.open_features()
     rows = np.arange(0, 1797, 45)
-    loaded = Loaded(rows, *shards.read(rows), shards.read_features(rows))
+    loaded = Loaded(rows, shards.read(rows))
     torch.manual_seed(3)
     batch = to_batch(loaded, shards, torch.device("cpu"))
     torch.manual_seed(3)
-    without = to_batch(loaded._replace(features=None), shards, torch.device("cpu"))
+    without = to_batch(Loaded(rows, shards.read(rows, ["moments", "labels"])), shards, torch.device("cpu"))
     assert torch.equal(batch.z0, without.z0) and without.features is None, (
         "the noise of a run is the same with features"
     )
-    mirrored = [not torch.equal(z, m[0].float()) for z, m in zip(batch.z0, loaded.moments, strict=True)]
+    mirrored = [not torch.equal(z, m[0].float()) for z, m in zip(batch.z0, loaded.tensors["moments"], strict=True)]
     assert 5 < sum(mirrored) < 35
     assert batch.features is not None and batch.features.shape == (40, 16, 16)
     expected = model.encode(batch.z0)
@@ -217,8 +217,13 @@ def test_at_its_end_the_encoder_leaves_memory_and_features_the_disk(
     assert seen[1:] == [(True, True)] * 2 + [(False, False)] * 4
 
     monkeypatch.undo()
-    read, batches = Shards.read_features, []
-    monkeypatch.setattr(Shards, "read_features", lambda self, rows: (batches.append(len(rows)), read(self, rows))[1])
+    gather, batches = Dataset._gather, []
+
+    def counted(self: Dataset, name: str, rows: np.ndarray) -> torch.Tensor:
+        batches.extend([len(rows)] * (name == "features"))
+        return gather(self, name, rows)
+
+    monkeypatch.setattr(Dataset, "_gather", counted)
     options = REPA | {"data.path": str(with_features()), "repa.until_step": 3, "train.accumulate": 1}
     train(toy(options), tmp_path / "stored", quiet=True)
     assert 3 <= len(batches) <= 5, "three steps, and at most two read ahead"

@@ -1,4 +1,4 @@
-"""The folder of samples: read back with other libraries, interrupted, continued, refused, and on a full disk."""
+"""The folder of samples: read back with other libraries, interrupted, continued, refused, and on a full disk; arrays."""
 
 import io
 import json
@@ -14,7 +14,8 @@ import pytest
 from PIL import Image, PngImagePlugin
 
 from selftrans.sampling import folder as samples_io
-from selftrans.sampling.folder import read_png, write_samples
+from selftrans.sampling.folder import write_samples
+from selftrans.sampling.sample_file import NPY, PNG_END, PNG_START, read_png
 
 SETTINGS = {"steps": 4, "guidance": {"scale": 1.5, "interval": (0.0, 0.65)}}
 
@@ -105,7 +106,7 @@ def test_damaged_pictures_are_sampled_again(tmp_path, damage):
     check_folder(tmp_path, 5)
 
 
-def test_a_lost_npz_is_put_together_again_without_sampling(tmp_path):
+def test_lost_npz_is_written_again_without_sampling(tmp_path):
     write(tmp_path, 5)
     (tmp_path / "samples.npz").write_bytes(b"no zip")
     assert write(tmp_path, 5).asked == []
@@ -127,7 +128,7 @@ def test_fewer_images_than_begun_are_refused(tmp_path):
         write(tmp_path, 2)
 
 
-def test_a_folder_of_other_pictures_is_refused(tmp_path):
+def test_folder_of_other_pictures_is_refused(tmp_path):
     (tmp_path / "000000.png").write_bytes(b"somebody's picture")
     with pytest.raises(ValueError, match=r"no samples\.json"):
         write(tmp_path, 2)
@@ -141,7 +142,7 @@ def test_an_unreadable_record_is_refused(tmp_path, content):
         write(tmp_path, 2)
 
 
-def test_processes_share_the_images_and_the_last_one_ends_it(tmp_path, capsys):
+def test_processes_share_the_images_and_the_last_one_writes_the_npz(tmp_path, capsys):
     first = write(tmp_path, 7, rank=1, world=2)
     assert first.asked == [1, 3, 5] and not (tmp_path / "samples.npz").exists()
     assert write(tmp_path, 7, rank=0, world=2).asked == [0, 2, 4, 6]
@@ -191,7 +192,7 @@ def test_images_of_two_sizes_are_refused(tmp_path):
 
 
 def spoilt(data: bytes, kind: str) -> bytes:
-    """A picture that begins and ends as a whole PNG does, and is none."""
+    """A damaged picture that begins and ends as a complete PNG does."""
     if kind == "torn inside":
         return data[:60] + bytes(len(data) - 80) + data[-20:]
     if kind == "bomb":  # a header that promises 60000 x 60000 pixels
@@ -201,11 +202,11 @@ def spoilt(data: bytes, kind: str) -> bytes:
     text.add_text("label", {"label": "9" * 30, "word": "cat"}.get(kind, "1"))
     picture = Image.new("I;16", (6, 6)) if kind == "16 bit" else Image.new("RGB", (6, 6))
     picture.save(buffer, "JPEG" if kind == "jpeg" else "PNG", pnginfo=text)
-    return samples_io.PNG_START + buffer.getvalue()[8:] + (samples_io.PNG_END if kind == "jpeg" else b"")
+    return PNG_START + buffer.getvalue()[8:] + (PNG_END if kind == "jpeg" else b"")
 
 
 @pytest.mark.parametrize("kind", ["torn inside", "bomb", "label", "word", "16 bit", "jpeg"])
-def test_a_picture_that_is_no_sample_is_named_and_goes_into_no_npz(tmp_path, kind):
+def test_damaged_pictures_are_named_and_left_out_of_the_npz(tmp_path, kind):
     write(tmp_path, 3)
     before = (tmp_path / "samples.npz").read_bytes()
     path = tmp_path / "000001.png"
@@ -220,7 +221,7 @@ def test_a_picture_that_is_no_sample_is_named_and_goes_into_no_npz(tmp_path, kin
     check_folder(tmp_path, 4)
 
 
-def test_a_sampler_that_fails_leaves_whole_pictures(tmp_path):
+def test_failing_sampler_leaves_complete_pictures(tmp_path):
     def source(indices):
         yield from list(Source()(indices))[:1]
         raise RuntimeError("out of memory")
@@ -243,7 +244,7 @@ def no_file_above(size):
 
 
 @pytest.mark.parametrize(("side", "limit"), [(6, 1500), (40, 3000)], ids=["npz", "png"])
-def test_a_full_disk_leaves_whole_files_and_one_clear_error(tmp_path, side, limit):
+def test_full_disk_leaves_complete_files_and_one_clear_error(tmp_path, side, limit):
     """Either the pictures fit and the npz does not, or already the second picture (noise) does not."""
 
     def source(indices):
@@ -263,7 +264,7 @@ def test_a_full_disk_leaves_whole_files_and_one_clear_error(tmp_path, side, limi
     assert np.load(tmp_path / "samples.npz")["arr_0"].shape == (20, side, side, 3)
 
 
-def test_a_folder_that_cannot_be_made_is_one_clear_error(tmp_path):
+def test_unwritable_folder_is_one_clear_error(tmp_path):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(ValueError, match=r"file.samples.json cannot be written \(File exists\)"):
         write(tmp_path / "file", 2)
@@ -282,3 +283,55 @@ def test_npz_is_streamed(tmp_path):
     assert peak < 4e6
     with np.load(tmp_path / "samples.npz") as arrays:
         assert np.array_equal(arrays["arr_0"][999], noise[0])
+
+
+# ---- samples that are no pictures
+
+
+def array(k, shape=(2, 5)):
+    return np.random.default_rng(k).standard_normal(shape, dtype=np.float32)
+
+
+class Arrays(Source):
+    """A sampler of `array(k)` with label k % 10."""
+
+    def __call__(self, indices):
+        for chunk, labels, _ in super().__call__(indices):
+            yield chunk, labels, np.stack([array(k) for k in chunk])
+
+
+def write_arrays(out, num, source=None, **options):
+    return write(out, num, source or Arrays(), kind=NPY, **options)
+
+
+def check_arrays(out, num):
+    names = [*(f"{k:06d}.npy" for k in range(num)), "samples.json", "samples.npz"]
+    assert sorted(p.name for p in out.iterdir()) == sorted(names)
+    assert all(np.array_equal(np.load(out / f"{k:06d}.npy", allow_pickle=False), array(k)) for k in range(num))
+    with np.load(out / "samples.npz", allow_pickle=False) as arrays:
+        assert arrays["arr_0"].dtype == np.float32 and arrays["arr_0"].shape == (num, 2, 5)
+        assert np.array_equal(arrays["arr_0"], np.stack([array(k) for k in range(num)]))
+        assert arrays["arr_1"].tolist() == [k % 10 for k in range(num)]
+    assert json.loads((out / "samples.json").read_text())["shape"] == [num, 2, 5]
+
+
+def test_arrays_are_stored_interrupted_and_continued_as_pictures_are(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        write_arrays(tmp_path, 10, Arrays(limit=6))
+    assert write_arrays(tmp_path, 10).asked == [6, 7, 8, 9]
+    check_arrays(tmp_path, 10)
+    (tmp_path / "000004.npy").write_bytes((tmp_path / "000004.npy").read_bytes()[:-3])
+    assert write_arrays(tmp_path, 12).asked == [4, 10, 11]
+    check_arrays(tmp_path, 12)
+
+
+def test_arrays_without_a_record_are_not_overwritten(tmp_path):
+    np.save(tmp_path / "000000.npy", array(0))
+    with pytest.raises(ValueError, match=r"no samples\.json"):
+        write_arrays(tmp_path, 2)
+
+
+def test_arrays_of_another_type_are_refused(tmp_path):
+    for arrays in (np.zeros((1, 4, 4)), np.zeros((1, 4), np.float32), np.zeros((1, 4, 4, 3), np.uint8)):
+        with pytest.raises(ValueError, match="npy files hold float32"):
+            write_samples(lambda k, arrays=arrays: [(k, k, arrays)], tmp_path, SETTINGS, 1, kind=NPY, progress=False)

@@ -1,67 +1,177 @@
-"""`selftrans sample`: from a run to pictures; repeated, it does nothing; asked for more or in other hands, it continues."""
+"""From a model to images: a random stream per image, conditions, and the sampler."""
 
 import copy
-import json
-import os
+import warnings
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
-from safetensors.torch import load_file
 
-from selftrans.cli.main import main
+from selftrans.checkpoints.load import load_model
 from selftrans.config import SampleConfig
-from selftrans.encoders.autoencoder import PixelAutoencoder
-from selftrans.sampling.folder import read_png
-from selftrans.sampling.images import cast_products, fill, generate
-from selftrans.sampling.samplers import sample_images
-from selftrans.storage import sha256_file
-from selftrans.types import Conditions
+from selftrans.encoders.autoencoder import PixelAutoencoder, ValuesAutoencoder, load_autoencoder
+from selftrans.models.sit import SiT
+from selftrans.sampling import images as module
+from selftrans.sampling.images import Sampler, cast_products, conditions_for, fill, image_noise, worth_compiling
+from selftrans.types import Backbone, Conditions, Output
 from tests.support import toy
+from tests.support.pictures import save_vae
 from tests.support.toy import quick  # noqa: F401 - a fixture
 
 
-def sample(run, out, *options, num=6, steps=2):
-    return main(["sample", str(run), f"--out={out}", f"--num={num}", f"--steps={steps}", *options])
+def test_noise_of_an_image_depends_on_seed_and_index_alone():
+    torch.manual_seed(1)
+    np.random.seed(1)  # noqa: NPY002 - the global generator is what must stay untouched
+    expected = torch.rand(3), np.random.rand(3)  # noqa: NPY002
+    torch.manual_seed(1)
+    np.random.seed(1)  # noqa: NPY002
+    together = image_noise([0, 1, 2, 3], (2, 3, 3), seed=5)
+    apart = {k: image_noise([k], (2, 3, 3), seed=5) for k in (3, 1)}
+    for _ in range(3):  # every draw of the stream, not only the first
+        rows = together()
+        for k, noise in apart.items():
+            assert torch.equal(noise()[0], rows[k])
+    assert torch.equal(torch.rand(3), expected[0]) and np.array_equal(np.random.rand(3), expected[1])  # noqa: NPY002
 
 
-def images(folder):
-    with np.load(folder / "samples.npz", allow_pickle=False) as arrays:
-        return arrays["arr_0"], arrays["arr_1"]
+def test_noise_is_standard_normal_and_never_repeats():
+    rows = image_noise(range(2000), (2, 2), seed=0)().flatten(start_dim=1)
+    assert rows.dtype == torch.float32
+    assert rows.mean().item() == pytest.approx(0, abs=0.05) and rows.std().item() == pytest.approx(1, abs=0.03)
+    seeds = torch.cat([image_noise([0, 3], (4,), seed)() for seed in (1, 3, 2**32, 3 * 2**32, 2**40 + 1)])
+    assert len(torch.unique(torch.cat([rows, seeds]), dim=0)) == 2010
 
 
-def test_pictures_and_archive_and_record(tmp_path):
-    out = tmp_path / "new" / "made"
-    assert sample(toy.finished(), out, num=12) == 0
-    assert sorted(os.listdir(out)) == [*(f"{k:06d}.png" for k in range(12)), "samples.json", "samples.npz"]
-    array, labels = images(out)
-    assert array.shape == (12, 8, 8, 1) and array.dtype == np.uint8
-    assert list(labels) == [k % 10 for k in range(12)]  # balanced
-    for k in range(12):
-        image, label = read_png(out / f"{k:06d}.png")
-        assert np.array_equal(image, array[k]) and label == k % 10
-    assert np.asarray(Image.open(out / "000003.png")).shape == (8, 8)
-    record = json.loads((out / "samples.json").read_text())
-    file = toy.checkpoint(toy.finished()) / "ema.safetensors"
-    assert record["num"] == 12 and record["complete"] and record["shape"] == [12, 8, 8, 1]
-    settings = record["settings"]
-    assert settings["source"]["path"] == str(file.resolve()) and settings["source"]["sha256"] == sha256_file(file)
-    expected = {"steps": 2, "sampler": "heun", "guidance_scale": 1.0, "weights": "ema", "stage": "stage2", "step": 8}
-    assert settings.items() >= expected.items() and settings["autoencoder"] == "pixel"
+def test_labels():
+    k, ten, none = np.array([0, 3, 9, 25]), Conditions("labels", 10), Conditions("none")
+    assert conditions_for(k, ten, "balanced").tolist() == [0, 3, 9, 5]
+    assert conditions_for(k, ten, (7, 2)).tolist() == [7, 2, 2, 2]
+    assert conditions_for(k, none, "random").tolist() == conditions_for(k, none, "balanced").tolist() == [0] * 4
+    assert conditions_for(k, ten, (10,)).tolist() == [10] * 4, "the null label may be asked for"
+    many = conditions_for(np.arange(2000), ten, "random", 3)
+    assert many.dtype == torch.int64 and torch.equal(many[[9, 4]], conditions_for([9, 4], ten, "random", 3))
+    assert np.bincount(many, minlength=10).min() > 150
+    assert not torch.equal(many, conditions_for(np.arange(2000), ten, "random", 4))
+    for wrong in ((11,), (-1,), ()):
+        with pytest.raises(ValueError, match="10 classes"):
+            conditions_for(k, ten, wrong)
+    with pytest.raises(ValueError, match="text conditions are not supported yet"):
+        conditions_for(k, Conditions("text"))
 
 
-def test_weights_cast_once_are_those_that_autocast_casts_in_each_pass():
+# ---- the sampler
+
+
+def small_model(num_classes=10):
     torch.manual_seed(0)
-    model = toy.toy().build_model((1, 8, 8), Conditions("labels", 10))
-    for p in model.parameters():
-        torch.nn.init.normal_(p, std=0.1)
-    config = SampleConfig(num=4, steps=3, sampler="heun", guidance_scale=2.0, precision="bf16")
-    cast = copy.deepcopy(model)
-    cast_products(cast, torch.bfloat16)
-    assert {p.dtype for p in cast.parameters()} == {torch.float32, torch.bfloat16}
-    both = [next(sample_images(m, PixelAutoencoder(), config, num_classes=10, device="cpu"))[2] for m in (model, cast)]
-    assert np.array_equal(*both)
+    model = SiT((3, 8, 8), num_classes, width=32, depth=2, heads=2, patch=2)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.05 * torch.randn_like(p))
+    return model
+
+
+def gather(model, config, indices=None):
+    batches = list(Sampler(model, PixelAutoencoder(), config, device="cpu").sample(indices))
+    return [np.concatenate(parts) for parts in zip(*batches, strict=True)]
+
+
+@pytest.mark.parametrize("sampler", ["heun", "sde"])
+def test_image_k_is_the_same_for_every_batch_size_order_and_process_count(sampler):
+    model = small_model()
+    options = {
+        "num": 7,
+        "steps": 6,
+        "sampler": sampler,
+        "guidance_scale": 1.5,
+        "guidance_interval": (0.0, 0.65),
+        "seed": 9,
+    }
+    indices, labels, images = gather(model, SampleConfig(**options, batch_size=7))
+    assert (
+        images.shape == (7, 8, 8, 3)
+        and images.dtype == np.uint8
+        and indices.tolist() == labels.tolist() == list(range(7))
+    )
+    assert len(np.unique(images, axis=0)) == 7
+    for batch_size in (1, 3):
+        again = gather(model, SampleConfig(**options, batch_size=batch_size))
+        assert np.abs(images.astype(int) - again[2].astype(int)).max() <= 1
+        assert np.array_equal(labels, again[1])
+    chosen = gather(model, SampleConfig(**options, batch_size=2), indices=[6, 2, 4])
+    assert np.abs(images[[6, 2, 4]].astype(int) - chosen[2].astype(int)).max() <= 1
+    other = gather(model, SampleConfig(**{**options, "seed": 10}, batch_size=7))
+    assert np.abs(images.astype(int) - other[2].astype(int)).max() > 1
+
+
+def test_batches_are_full_but_the_last():
+    sampler = Sampler(small_model(), PixelAutoencoder(), SampleConfig(num=7, steps=2, batch_size=3), device="cpu")
+    assert [len(batch.indices) for batch in sampler.sample()] == [3, 3, 1]
+    assert list(sampler.sample([])) == []
+
+
+def test_sampling_leaves_the_model_and_the_caller_as_they_were():
+    model = small_model().train()
+    model.blocks[0].eval()
+    modes = [m.training for m in model.modules()]
+    seen = []
+    model.blocks[1].register_forward_pre_hook(lambda m, _: seen.append((m.training, torch.is_inference_mode_enabled())))
+    state = torch.random.get_rng_state()
+    config = SampleConfig(num=2, steps=2, batch_size=1)
+    for _ in Sampler(model, PixelAutoencoder(), config, device="cpu").sample():
+        assert [m.training for m in model.modules()] == modes, "also between batches"
+        assert torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
+    assert set(seen) == {(False, True)}
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert all(p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_half_precision_is_close(precision):
+    model, dtypes = small_model(), []
+    options = {"num": 4, "steps": 5, "sampler": "heun"}
+    full = gather(model, SampleConfig(**options))[2].astype(int)
+    model.blocks[0].attn.proj.register_forward_hook(lambda _m, _i, output: dtypes.append(output.dtype))
+    half = gather(model, SampleConfig(**options, precision=precision))[2].astype(int)
+    assert set(dtypes) == {torch.bfloat16 if precision == "bf16" else torch.float16}
+    assert 0 < np.abs(full - half).mean() < 3
+
+
+def test_model_without_classes_gets_label_zero():
+    model = small_model(num_classes=0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        _, labels, images = gather(model, SampleConfig(num=2, steps=2))
+    assert labels.tolist() == [0, 0] and images.shape[0] == 2
+
+
+class Straight(Backbone):
+    """Flows along a straight line to zero, whatever the shape."""
+
+    depth, width, conditions = 1, 1, Conditions("none")
+
+    def __init__(self, shape):
+        super().__init__()
+        self.shape, self.grid = shape, shape[1:]
+
+    def forward(self, x, t, cond, *, taps=(), stop=False):
+        return Output(x / t.view(-1, *[1] * (x.dim() - 1)), {})
+
+    def null(self, cond):
+        return cond
+
+
+def test_pictures_need_not_be_square():
+    _, _, images = gather(Straight((1, 4, 6)), SampleConfig(num=2, steps=2, sampler="euler"))
+    assert images.shape == (2, 4, 6, 1) and images.dtype == np.uint8 and set(images.ravel()) <= {127, 128}
+
+
+@pytest.mark.parametrize("shape", [(2, 9), (1, 4, 6), (2, 3, 4, 5)])
+def test_data_that_are_no_pictures_are_arrays(shape):
+    config = SampleConfig(num=3, steps=2, sampler="euler", batch_size=2)
+    batches = list(Sampler(Straight(shape), ValuesAutoencoder(), config, device="cpu").sample())
+    images = np.concatenate([batch.images for batch in batches])
+    assert images.shape == (3, *shape) and images.dtype == np.float32 and np.abs(images).max() < 1e-6
 
 
 @pytest.mark.parametrize(("count", "whole"), [(8, 8), (9, 12), (1, 4)])
@@ -70,147 +180,83 @@ def test_batches_are_filled_with_the_last_picture(count, whole):
     assert list(fill(indices, 4)) == [*indices, *[count + 2] * (whole - count)]
 
 
-def test_a_filled_batch_leaves_no_picture_too_many(tmp_path, monkeypatch):
-    sample(toy.finished(), tmp_path / "plain", "--batch-size=4")
-    filled = []
-    monkeypatch.setattr("selftrans.sampling.images.fill", lambda indices, n: filled.append(n) or fill(indices, n))
-    monkeypatch.setattr("selftrans.sampling.images.worth_compiling", lambda *_: True)
-    monkeypatch.setattr("selftrans.sampling.images.compile_model", lambda model: None)
-    assert sample(toy.finished(), tmp_path / "filled", "--batch-size=4") == 0 and filled == [4]
-    assert np.array_equal(images(tmp_path / "filled")[1], images(tmp_path / "plain")[1])
-    difference = images(tmp_path / "filled")[0].astype(int) - images(tmp_path / "plain")[0]
-    assert np.abs(difference).max() <= 1  # another batch size may round otherwise
-
-
-def test_they_are_what_the_library_samples(tmp_path):
-    options = ["--sampler=sde", "--guidance-scale=2", "--guidance-interval", "0.2", "0.9", "--seed=5", "--batch-size=4"]
-    assert sample(toy.finished(), tmp_path, *options, steps=3) == 0
-    model = toy.toy().build_model((1, 8, 8), Conditions("labels", 10))
-    model.load_state_dict(load_file(toy.checkpoint(toy.finished()) / "ema.safetensors"))
-    config = SampleConfig(
-        num=6, steps=3, sampler="sde", guidance_scale=2.0, guidance_interval=(0.2, 0.9), seed=5, batch_size=6
-    )
-    (_, labels, pictures), *more = sample_images(model, PixelAutoencoder(), config, num_classes=10, device="cpu")
-    assert not more and np.array_equal(images(tmp_path)[1], labels)
-    assert np.abs(images(tmp_path)[0].astype(int) - pictures).max() <= 1  # another batch size may round otherwise
-
-
-def test_repeated_it_does_nothing_and_more_continue(tmp_path, capsys):
-    assert sample(toy.finished(), tmp_path / "a", num=5) == 0
-    before = toy.tree(tmp_path / "a")
-    times = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "a").iterdir()}
-    capsys.readouterr()
-    assert sample(toy.finished(), tmp_path / "a", num=5) == 0
-    assert "already holds these 5 images; nothing to do" in capsys.readouterr().out
-    assert {path.name: path.stat().st_mtime_ns for path in (tmp_path / "a").iterdir()} == times
-    (tmp_path / "a" / "000002.png").unlink()
-    (tmp_path / "a" / "000003.png").write_bytes(before["000003.png"][:-9])
-    assert sample(toy.finished(), tmp_path / "a", num=5, steps=2) == 0
-    assert toy.tree(tmp_path / "a") == before
-    assert sample(toy.finished(), tmp_path / "a", num=8) == 0
-    assert sample(toy.finished(), tmp_path / "b", "--batch-size=3", num=8) == 0
-    assert {k: v for k, v in toy.tree(tmp_path / "a").items() if k.endswith("png")} == {
-        k: v for k, v in toy.tree(tmp_path / "b").items() if k.endswith("png")
-    }
-
-
-def test_other_settings_and_fewer_images_are_refused(tmp_path, capsys):
-    assert sample(toy.finished(), tmp_path) == 0
-    before = toy.tree(tmp_path)
-    for options, message in [
-        (["--seed=3"], "seed: 0 there, 3 now"),
-        (["--sampler=euler"], "sampler: heun there, euler now"),
-        (["--weights=raw"], "weights: ema there, raw now"),
-        (["--stage=stage1"], "stage: stage2 there, stage1 now"),
-    ]:
-        capsys.readouterr()
-        assert sample(toy.finished(), tmp_path, *options) == 1
-        said = capsys.readouterr().err
-        assert said.startswith("selftrans: ") and message in said and said.count("\n") == 1
-    assert sample(toy.finished(), tmp_path, num=3) == 1
-    assert "begun for 6 images" in capsys.readouterr().err
-    assert toy.tree(tmp_path) == before
+def test_weights_cast_once_give_the_images_of_autocast():
+    torch.manual_seed(0)
+    model = small_model()
+    config = SampleConfig(num=4, steps=3, sampler="heun", guidance_scale=2.0, precision="bf16")
+    cast = copy.deepcopy(model)
+    cast_products(cast, torch.bfloat16)
+    assert {p.dtype for p in cast.parameters()} == {torch.float32, torch.bfloat16}
+    assert np.array_equal(gather(model, config)[2], gather(cast, config)[2])
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("values", "message"),
     [
-        (["--num=0"], "sample.num is 0"),
-        (["--steps=0"], "sample.steps is 0"),
-        (["--sampler=sde", "--steps=1"], "the SDE needs at least 2"),
-        (["--guidance-interval", "0.9", "0.1"], "guidance_interval"),
-        (["--guidance-scale=nan"], "guidance_scale"),
-        (["--seed=-1"], "sample.seed is -1"),
-        (["--batch-size=0"], "batch_size"),
-        (["--stage=stage3"], "has no stage3: it holds stage1, stage2"),
+        ({"num": 0}, "sample.num"),
+        ({"batch_size": 0}, "sample.batch_size"),
+        ({"sampler": "ddim"}, "sample.sampler 'ddim'"),
+        ({"steps": 0}, "sample.steps"),
+        ({"steps": 1}, "the SDE needs at least 2"),
+        ({"guidance_scale": -1.0}, "sample.guidance_scale"),
+        ({"guidance_scale": float("nan")}, "sample.guidance_scale"),
+        ({"guidance_interval": (0.7, 0.4)}, "sample.guidance_interval"),
+        ({"guidance_interval": (0.0, 1.5)}, "sample.guidance_interval"),
+        ({"seed": -1}, "sample.seed"),
+        ({"precision": "int8"}, "sample.precision"),
+        ({"labels": "sorted"}, "sample.labels"),
     ],
 )
-def test_what_cannot_be_is_one_line(tmp_path, capsys, options, message):
-    assert main(["sample", str(toy.finished()), f"--out={tmp_path / 'made'}", *options]) == 1
-    said = capsys.readouterr().err
-    assert said.startswith("selftrans: ") and message in said and said.count("\n") == 1
-    assert not (tmp_path / "made").exists()
+def test_unusable_settings_are_refused(values, message):
+    with pytest.raises(ValueError, match=message):
+        Sampler(small_model(), PixelAutoencoder(), SampleConfig(**values), device="cpu")
 
 
-def test_wrong_origins(tmp_path, capsys):
-    (tmp_path / "empty").mkdir()
-    for origin, message in [
-        (tmp_path / "nowhere", "does not exist"),
-        (tmp_path / "empty", "is no run directory"),
-        (toy.digits(), "is no run directory"),
-        (toy.digits() / "manifest.json", "not a selftrans weights file"),
-        (toy.checkpoint(toy.finished()) / "optimizer.safetensors", "header asks for"),
-    ]:
-        assert sample(origin, tmp_path / "made") == 1
-        assert message in capsys.readouterr().err
-    assert not (tmp_path / "made").exists()
+def test_settings_leave_out_number_and_batch_size():
+    config = SampleConfig(num=3, batch_size=5, sampler="ode")
+    assert config.settings() == SampleConfig(num=9, batch_size=1, sampler="heun").settings()
+    assert config.settings() != SampleConfig(num=3, batch_size=5, sampler="ode", seed=1).settings()
 
 
-def test_raw_weights_other_stages_and_files(tmp_path):
-    stage1 = toy.finished() / "stage1"
-    for name, origin, options in [
-        ("last", toy.finished(), []),
-        ("raw", toy.finished(), ["--weights=raw"]),
-        ("stage", toy.finished(), ["--stage=stage1"]),
-        ("folder", stage1, []),
-        ("checkpoint", toy.checkpoint(toy.finished(), "stage1"), []),
-        ("file", toy.checkpoint(toy.finished(), "stage1") / "ema.safetensors", []),
-    ]:
-        assert sample(origin, tmp_path / name, *options) == 0
-    names = ("last", "raw", "stage", "folder", "checkpoint", "file")
-    last, raw, stage, *same = (images(tmp_path / name)[0] for name in names)
-    assert not np.array_equal(last, raw) and not np.array_equal(last, stage)
-    assert all(np.array_equal(stage, other) for other in same)
+# ---- the sampler of a loaded model
 
 
-def test_random_labels_by_their_seed(tmp_path):
-    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
-        assert sample(toy.finished(), tmp_path / name, "--labels=random", f"--seed={seed}", num=20, steps=1) == 0
-    a, b, c = (images(tmp_path / name)[1] for name in "abc")
-    assert np.array_equal(a, b) and not np.array_equal(a, c) and len(set(a)) > 4
+def test_loaded_model_is_described_and_sampled_as_it_is():
+    loaded = load_model(toy.finished())
+    config = SampleConfig(num=3, steps=2, sampler="heun")
+    sampler = Sampler.of(loaded, config)
+    expected = config.settings() | {"weights": "ema", "stage": "stage2", "step": 8, "autoencoder": "pixel"}
+    assert sampler.described == expected | {"num_classes": 10, "source": loaded.source}
+    (batch,) = sampler.sample()
+    plain = load_model(toy.finished()).model
+    assert np.array_equal(batch.images, gather(plain, config)[2])
+    with pytest.raises(ValueError, match=r"sample\.steps"):
+        Sampler.of(loaded, SampleConfig(steps=0))
 
 
-def test_the_recipe_decides_what_is_not_asked(tmp_path):
-    assert main(["sample", str(toy.vanilla()), f"--out={tmp_path}", "--num=2"]) == 0
-    settings = json.loads((tmp_path / "samples.json").read_text())["settings"]
-    assert settings["steps"] == toy.toy().sample.steps and settings["sampler"] == toy.toy().sample.sampler
+@pytest.mark.parametrize(("precision", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
+def test_weights_are_cast_where_precision_is_reduced(precision, dtype):
+    sampler = Sampler.of(load_model(toy.finished()), SampleConfig(num=2, steps=1, sampler="euler", precision=precision))
+    assert sampler.model.blocks[0].mlp.fc1.weight.dtype == dtype
+    assert sampler.model.y_embedder.embedding_table.weight.dtype == torch.float32
+    next(sampler.sample())
 
 
-def test_processes_share_the_work(tmp_path, monkeypatch):
-    settings = {"num": 7, "steps": 1}
-    made = {}
-    for rank in (1, 0):
-        monkeypatch.setenv("RANK", str(rank))
-        monkeypatch.setenv("WORLD_SIZE", "2")
-        made[rank] = generate(toy.finished(), tmp_path / "both", settings)
-    assert made == {0: 4, 1: 3}
-    monkeypatch.delenv("RANK")
-    monkeypatch.delenv("WORLD_SIZE")
-    assert generate(toy.finished(), tmp_path / "alone", settings) == 7
-    assert toy.tree(tmp_path / "both") == toy.tree(tmp_path / "alone")
+def test_compiling_pays_for_many_batches_on_a_gpu_alone(monkeypatch):
+    config, gpu = SampleConfig(num=40, batch_size=2), torch.device("cuda:0")
+    assert worth_compiling(config, gpu) and not worth_compiling(config, torch.device("cpu"))
+    assert not worth_compiling(SampleConfig(num=39, batch_size=2), gpu)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert not worth_compiling(config, gpu), "each of two processes samples half"
 
 
-def test_sampling_leaves_the_run_as_it_is(tmp_path):
-    before = toy.tree(toy.finished())
-    generate(toy.finished(), tmp_path, {"num": 2, "steps": 1})
-    assert toy.tree(toy.finished()) == before
+def test_model_and_decoder_are_compiled_where_that_pays(monkeypatch, tmp_path):
+    vae = load_autoencoder(str(save_vae(tmp_path / "vae")))
+    compiled = []
+    monkeypatch.setattr(module, "worth_compiling", lambda *_: True)
+    monkeypatch.setattr(module, "compile_model", compiled.append)
+    monkeypatch.setattr(module, "load_autoencoder", lambda *_, **__: vae)
+    monkeypatch.setattr(type(vae.model.decoder), "compile", lambda self, **_: compiled.append(self), raising=False)
+    loaded = load_model(toy.finished())
+    Sampler.of(loaded, SampleConfig(num=2, steps=1, sampler="euler"))
+    assert compiled == [loaded.model, vae.model.decoder]

@@ -1,30 +1,16 @@
-"""Samplers on Gaussian data, whose velocity and flow are known in closed form; guidance; one random stream per image.
+"""Samplers on Gaussian data, whose velocity and flow are known in closed form; guidance.
 
 For z0 ~ N(m, s²): z_t ~ N(alpha m, V) with V = alpha² s² + sigma², and regression of data and noise on z_t gives
     v(z, t) = alpha' m + V' / (2 V) (z - alpha m),        V' / 2 = alpha alpha' s² + sigma sigma'.
 The probability flow keeps (z - alpha m) / sqrt(V) constant, so noise z at t = 1 arrives at m + s z.
 """
 
-import warnings
-
 import numpy as np
 import pytest
 import torch
 
-from selftrans.encoders.autoencoder import PixelAutoencoder
 from selftrans.flow import COSINE, LINEAR, PATHS
-from selftrans.models.sit import SiT
-from selftrans.sampling.samplers import (
-    EVALUATIONS,
-    SAMPLERS,
-    SampleConfig,
-    guided,
-    image_noise,
-    labels_for,
-    ode,
-    sample_images,
-    sde,
-)
+from selftrans.sampling.samplers import EVALUATIONS, SAMPLERS, guided, ode, sde
 from selftrans.types import Output
 
 M, S = 0.7, 0.4
@@ -63,7 +49,7 @@ def test_ode_converges_to_the_exact_flow_with_its_order(path, method, expected):
     assert ends[0].dtype == torch.float64 and errors[-1] < {"euler": 0.02, "heun": 1e-4}[method]
 
 
-def test_ode_grid_is_uniform_and_heun_looks_at_both_ends_of_each_step():
+def test_ode_grid_is_uniform_and_heun_evaluates_both_ends_of_each_step():
     for method, expected in (("euler", [1, 0.75, 0.5, 0.25]), ("heun", [1, 0.75, 0.75, 0.5, 0.5, 0.25, 0.25, 0])):
         velocity, asked = gaussian(LINEAR)
         ode(velocity, torch.zeros(1), steps=4, method=method)
@@ -162,7 +148,7 @@ def test_sde_by_hand():
         (lambda v, z: sde(v, z, steps=9, last=0.0), "t = 0.0"),
     ],
 )
-def test_samplers_refuse_what_cannot_be(call, message):
+def test_unusable_arguments_are_refused(call, message):
     with pytest.raises(ValueError, match=message):
         call(gaussian(LINEAR)[0], torch.zeros(1))
 
@@ -195,7 +181,7 @@ class Spy:
         return torch.full_like(cond, 100)
 
 
-def test_guidance_works_within_its_interval_and_costs_nothing_outside():
+def test_guidance_acts_within_its_interval_and_costs_nothing_outside():
     spy, z, labels = Spy(), torch.zeros(2, 1, 1, 1, dtype=torch.float64), torch.tensor([1, 4])
     velocity = guided(spy, labels, scale=1.9, interval=(0.2, 0.65))
     for t in (0.7, 0.65, 0.4, 0.2, 0.1):
@@ -245,169 +231,3 @@ def test_guidance_concatenates_conditions_of_several_tensors():
     cond = {"tokens": torch.ones(2, 3, 5), "pooled": torch.tensor([[1.0], [4.0]])}
     v = guided(Text(), cond, scale=2.0)(torch.zeros(2, 1, 1, 1), torch.tensor(0.0))
     torch.testing.assert_close(v.flatten(), 10 + 2 * (torch.tensor([0.1, 0.4]) - 10))
-
-
-# ---- one random stream per image
-
-
-def test_noise_of_an_image_depends_on_seed_and_index_alone():
-    torch.manual_seed(1)
-    np.random.seed(1)  # noqa: NPY002 - the global generator is what must stay untouched
-    expected = torch.rand(3), np.random.rand(3)  # noqa: NPY002
-    torch.manual_seed(1)
-    np.random.seed(1)  # noqa: NPY002
-    together = image_noise([0, 1, 2, 3], (2, 3, 3), seed=5)
-    apart = {k: image_noise([k], (2, 3, 3), seed=5) for k in (3, 1)}
-    for _ in range(3):  # every draw of the stream, not only the first
-        rows = together()
-        for k, noise in apart.items():
-            assert torch.equal(noise()[0], rows[k])
-    assert torch.equal(torch.rand(3), expected[0]) and np.array_equal(np.random.rand(3), expected[1])  # noqa: NPY002
-
-
-def test_noise_is_standard_normal_and_never_repeats():
-    rows = image_noise(range(2000), (2, 2), seed=0)().flatten(start_dim=1)
-    assert rows.dtype == torch.float32
-    assert rows.mean().item() == pytest.approx(0, abs=0.05) and rows.std().item() == pytest.approx(1, abs=0.03)
-    seeds = torch.cat([image_noise([0, 3], (4,), seed)() for seed in (1, 3, 2**32, 3 * 2**32, 2**40 + 1)])
-    assert len(torch.unique(torch.cat([rows, seeds]), dim=0)) == 2010
-
-
-def test_labels():
-    k = np.array([0, 3, 9, 25])
-    assert labels_for(k, 10, "balanced", 0).tolist() == [0, 3, 9, 5]
-    assert labels_for(k, 10, (7, 2), 0).tolist() == [7, 2, 2, 2]
-    assert labels_for(k, 0, "random", 0).tolist() == labels_for(k, 0, "balanced", 0).tolist() == [0] * 4
-    assert labels_for(k, 10, (10,), 0).tolist() == [10] * 4, "the null label may be asked for"
-    many = labels_for(np.arange(2000), 10, "random", 3)
-    assert many.dtype == np.int64 and np.array_equal(many[[9, 4]], labels_for([9, 4], 10, "random", 3))
-    assert np.bincount(many, minlength=10).min() > 150 and not np.array_equal(
-        many, labels_for(np.arange(2000), 10, "random", 4)
-    )
-    for wrong in ((11,), (-1,), ()):
-        with pytest.raises(ValueError, match="10 classes"):
-            labels_for(k, 10, wrong, 0)
-
-
-# ---- whole images
-
-
-def small_model(num_classes=10):
-    torch.manual_seed(0)
-    model = SiT((3, 8, 8), num_classes, width=32, depth=2, heads=2, patch=2)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(0.05 * torch.randn_like(p))
-    return model
-
-
-def gather(model, config, **options):
-    batches = list(sample_images(model, PixelAutoencoder(), config, **{"num_classes": 10, "device": "cpu", **options}))
-    return [np.concatenate(parts) for parts in zip(*batches, strict=True)]
-
-
-@pytest.mark.parametrize("sampler", ["heun", "sde"])
-def test_image_k_is_the_same_for_every_batch_size_order_and_process_count(sampler):
-    model = small_model()
-    options = {
-        "num": 7,
-        "steps": 6,
-        "sampler": sampler,
-        "guidance_scale": 1.5,
-        "guidance_interval": (0.0, 0.65),
-        "seed": 9,
-    }
-    indices, labels, images = gather(model, SampleConfig(**options, batch_size=7))
-    assert (
-        images.shape == (7, 8, 8, 3)
-        and images.dtype == np.uint8
-        and indices.tolist() == labels.tolist() == list(range(7))
-    )
-    assert len(np.unique(images, axis=0)) == 7
-    for batch_size in (1, 3):
-        again = gather(model, SampleConfig(**options, batch_size=batch_size))
-        assert np.abs(images.astype(int) - again[2].astype(int)).max() <= 1
-        assert np.array_equal(labels, again[1])
-    chosen = gather(model, SampleConfig(**options, batch_size=2), indices=[6, 2, 4])
-    assert np.abs(images[[6, 2, 4]].astype(int) - chosen[2].astype(int)).max() <= 1
-    other = gather(model, SampleConfig(**{**options, "seed": 10}, batch_size=7))
-    assert np.abs(images.astype(int) - other[2].astype(int)).max() > 1
-
-
-def test_batches_are_full_but_the_last():
-    sizes = [
-        len(k)
-        for k, *_ in sample_images(
-            small_model(), PixelAutoencoder(), SampleConfig(num=7, steps=2, batch_size=3), num_classes=10, device="cpu"
-        )
-    ]
-    assert sizes == [3, 3, 1]
-
-
-def test_sampling_leaves_the_model_and_the_caller_as_they_were():
-    model = small_model().train()
-    model.blocks[0].eval()
-    modes = [m.training for m in model.modules()]
-    seen = []
-    model.blocks[1].register_forward_pre_hook(lambda m, _: seen.append((m.training, torch.is_inference_mode_enabled())))
-    state = torch.random.get_rng_state()
-    for _ in sample_images(
-        model, PixelAutoencoder(), SampleConfig(num=2, steps=2, batch_size=1), num_classes=10, device="cpu"
-    ):
-        assert [m.training for m in model.modules()] == modes, "also between batches"
-        assert torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
-    assert set(seen) == {(False, True)}
-    assert torch.equal(torch.random.get_rng_state(), state)
-    assert all(p.requires_grad for p in model.parameters())
-
-
-@pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_half_precision_is_close(precision):
-    model, dtypes = small_model(), []
-    options = {"num": 4, "steps": 5, "sampler": "heun"}
-    full = gather(model, SampleConfig(**options))[2].astype(int)
-    model.blocks[0].attn.proj.register_forward_hook(lambda _m, _i, output: dtypes.append(output.dtype))
-    half = gather(model, SampleConfig(**options, precision=precision))[2].astype(int)
-    assert set(dtypes) == {torch.bfloat16 if precision == "bf16" else torch.float16}
-    assert 0 < np.abs(full - half).mean() < 3
-
-
-def test_an_unconditional_model_and_a_condition_of_its_own():
-    model = small_model(num_classes=0)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        _, labels, images = gather(model, SampleConfig(num=2, steps=2), num_classes=0)
-    assert labels.tolist() == [0, 0] and images.shape[0] == 2
-    seen = []
-    condition = lambda labels: (seen.append(labels.tolist()), 9 - labels)[1]  # noqa: E731
-    ours = gather(small_model(), SampleConfig(num=2, steps=2), condition=condition)
-    theirs = gather(small_model(), SampleConfig(num=2, steps=2, labels=(9, 8)))
-    assert seen == [[0, 1]] and np.array_equal(ours[2], theirs[2])
-
-
-@pytest.mark.parametrize(
-    ("values", "message"),
-    [
-        ({"num": 0}, "sample.num"),
-        ({"batch_size": 0}, "sample.batch_size"),
-        ({"sampler": "ddim"}, "sample.sampler 'ddim'"),
-        ({"steps": 0}, "sample.steps"),
-        ({"steps": 1}, "the SDE needs at least 2"),
-        ({"guidance_scale": -1.0}, "sample.guidance_scale"),
-        ({"guidance_scale": float("nan")}, "sample.guidance_scale"),
-        ({"guidance_interval": (0.7, 0.4)}, "sample.guidance_interval"),
-        ({"guidance_interval": (0.0, 1.5)}, "sample.guidance_interval"),
-        ({"seed": -1}, "sample.seed"),
-        ({"precision": "int8"}, "sample.precision"),
-        ({"labels": "sorted"}, "sample.labels"),
-    ],
-)
-def test_settings_that_cannot_be_are_refused(values, message):
-    with pytest.raises(ValueError, match=message):
-        next(sample_images(small_model(), PixelAutoencoder(), SampleConfig(**values), num_classes=10, device="cpu"))
-
-
-def test_settings_are_what_an_image_depends_on():
-    config = SampleConfig(num=3, batch_size=5, sampler="ode")
-    assert config.settings() == SampleConfig(num=9, batch_size=1, sampler="heun").settings()
-    assert config.settings() != SampleConfig(num=3, batch_size=5, sampler="ode", seed=1).settings()

@@ -104,7 +104,7 @@ def test_log_counts_and_lists_skipped_steps_and_excludes_them_from_means(tmp_pat
     assert [[skip["step"] for skip in line.get("skips", [])] for line in lines] == [[], [3, 4], [], [7]]
     assert all(math.isfinite(v) for line in lines for v in line.values() if isinstance(v, float))
     config = vanilla()
-    shards = trainer.Shards.open(toy.digits())
+    shards = trainer.Dataset.open(toy.digits())
     seed = int(trainer.np.random.SeedSequence([config.train.seed, 0, 1]).generate_state(1)[0])
     streams = [Stream(shards, batch_size=8, accumulate=2, seed=seed, rank=rank, world=2) for rank in (0, 1)]
     rows = [row for stream in streams for micro in (0, 1) for row in stream.indices(2, micro).tolist()]

@@ -539,15 +539,15 @@ def test_preview_errors_do_not_stop_training(tmp_path, monkeypatch):
 def test_damaged_shards_are_found_and_made_again(tmp_path, capsys):
     data = tmp_path / "data"
     assert main(["prepare", "digits", f"--out={data}"]) == 0
-    moments = data / "moments-00000.bin"
-    sound = moments.read_bytes()
-    moments.write_bytes(bytes(4096) + sound[4096:])
+    shard = data / "shard-00000.safetensors"
+    sound = shard.read_bytes()
+    shard.write_bytes(sound[:-4096] + bytes(4096))
     small = {"data.path": str(data), "method": "vanilla", "train.steps": 2}
-    with pytest.raises(ValueError, match=r"moments-00000.bin fails its sha256"):
+    with pytest.raises(ValueError, match=r"shard-00000.safetensors fails its sha256"):
         train(toy.toy(small | {"data.verify": True}), tmp_path / "run", quiet=True)
     assert main(["prepare", "digits", f"--out={data}"]) == 0
     assert (
-        "moments-00000.bin fails its sha256 and is made again" in capsys.readouterr().err
-        and moments.read_bytes() == sound
+        "shard-00000.safetensors fails its sha256 and is made again" in capsys.readouterr().err
+        and shard.read_bytes() == sound
     )
     train(toy.toy(small | {"data.verify": True}), tmp_path / "run", quiet=True)

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 
+from selftrans.storage import first_line, printable
+
 if TYPE_CHECKING:
     from PIL import Image
 
@@ -22,26 +24,28 @@ FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 MACHINE_FAULTS = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE, errno.ENOTCONN, errno.ETIMEDOUT})
 
 
-def shown(name: str) -> str:
-    """A file's name on one line that any terminal takes: line breaks and broken encodings are escaped."""
-    return name if name.isprintable() else ascii(name)[1:-1]
+class BadSample(ValueError):
+    """A sample that cannot be used. `name` says where it lies, `reason` is one line."""
+
+    def __init__(self, name: str, reason: str, fault: str = "cannot be used") -> None:
+        super().__init__(f"{printable(name, 1000)}: {fault} ({reason})")
+        self.name, self.reason = name, reason
 
 
-class BadPicture(ValueError):
-    """A picture that cannot be read. `name` is its path, `reason` one line."""
+class BadPicture(BadSample):
+    """A picture that cannot be read."""
 
     def __init__(self, name: str, reason: str) -> None:
-        super().__init__(f"{shown(name)}: cannot be read as a picture ({reason})")
-        self.name, self.reason = name, reason
+        super().__init__(name, reason, "cannot be read as a picture")
 
 
 def bad_picture(name: str, error: Exception) -> Exception:
     """The error to raise for a picture whose decoding raised `error`: BadPicture, unless the machine is at fault."""
     if isinstance(error, BadPicture | MemoryError):
         return error
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+    reason = first_line(error)
     if isinstance(error, OSError) and error.errno in MACHINE_FAULTS:
-        return ValueError(f"{shown(name)}: cannot be read now ({reason}); the picture may be sound; repeat later")
+        return ValueError(f"{printable(name)}: cannot be read now ({reason}); the picture may be sound; repeat later")
     if type(error).__name__ == "UnidentifiedImageError":  # its text shows an address in memory
         reason = "empty, or of an unknown format"
     return BadPicture(name, reason)

@@ -13,9 +13,10 @@ from pathlib import Path
 
 import numpy as np
 
-from selftrans.data.sources import folder, table
-from selftrans.data.sources.decode import EXTENSIONS, bad_picture, shown
+from selftrans.data.sources import folder, npz, table, zip_archive
+from selftrans.data.sources.decode import EXTENSIONS, bad_picture
 from selftrans.data.sources.source import Picture, Source, ahead
+from selftrans.storage import printable
 
 __all__ = ["MAX_RESOLUTION", "Picture", "Source", "iter_images", "open_source"]
 
@@ -78,7 +79,7 @@ def _find(source: str | Path, split: str, label_column: str | None) -> Source:
     if path.is_file() and path.suffix.lower() == ".parquet":
         return table.parquet([path], label_column)
     if path.is_file():
-        return folder.zip_file(path)
+        return zip_archive.zip_file(path)
     if not path.exists() and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(source)):
         return table.hub(str(source), split, label_column)
     raise ValueError(f"no source {str(source)!r}: give a folder, zip or parquet file, a hub id owner/name, or 'digits'")
@@ -114,9 +115,11 @@ def _native_resolution(source: Source, where: str, progress: bool, remedy: str) 
             error = error or bad_picture(name, unreadable)
             continue
         if size[0] != size[1]:
-            raise ValueError(f"{shown(name)} in {where} is {size[0]}x{size[1]}, not square; {remedy}")
+            raise ValueError(f"{printable(name)} in {where} is {size[0]}x{size[1]}, not square; {remedy}")
         if seen is not None and size != seen:
-            raise ValueError(f"{shown(name)} in {where} is {size[0]}x{size[1]}, others {seen[0]}x{seen[1]}; {remedy}")
+            raise ValueError(
+                f"{printable(name)} in {where} is {size[0]}x{size[1]}, others {seen[0]}x{seen[1]}; {remedy}"
+            )
         seen = size
     if seen is None:
         raise ValueError(f"none of the {len(source)} pictures of {where} is readable; the first: {error}")
@@ -134,7 +137,7 @@ def iter_images(
     8-bit grey, else for RGB. Raises ValueError as `open_source` does, and for an npz of another kind or size.
     """
     if Path(path).suffix.lower() == ".npz":
-        yield from folder.npz_images(Path(path), batch_size, resolution, channels)
+        yield from npz.npz_images(Path(path), batch_size, resolution, channels)
         return
     source = _open(path, resolution)
     if resolution is None:

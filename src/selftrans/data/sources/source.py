@@ -1,5 +1,7 @@
 """What every kind of picture source becomes: an ordered list of names, labels, and a way to open each picture.
 
+`Samples` is what `prepare` asks of a source, of pictures or of arrays.
+
 Shape legend: (R, R, C) image, R resolution, C 1 (grey) or 3 (RGB); labels are indices into `Source.classes`.
 """
 
@@ -12,17 +14,53 @@ from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
-from selftrans.data.sources.decode import bad_picture, shown, to_array
+from selftrans.data.sources.decode import bad_picture, to_array
+from selftrans.storage import printable
 
 if TYPE_CHECKING:
     from PIL import Image
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+
+MAX_CLASSES = 1_000_000
+HIDDEN, OTHER = "hidden or system files", "files that are no pictures"  #: why files are passed over
+
+
+class Samples(Protocol):
+    """An ordered collection of labelled samples: what `prepare` asks of a source."""
+
+    @property
+    def labels(self) -> np.ndarray:
+        """(len,) int64, indices into `classes`; all 0 when there are none."""
+        ...
+
+    @property
+    def classes(self) -> tuple[str, ...]: ...
+
+    @property
+    def ignored(self) -> dict[str, int]:
+        """Why files were passed over -> how many."""
+        ...
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash by which a changed source is noticed."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def name(self, i: int) -> str:
+        """Where sample i lies, for messages."""
+        ...
+
+    def read(self, i: int) -> np.ndarray:
+        """Sample i as an array. Raises BadSample (a ValueError) naming it."""
+        ...
 
 
 class Picture(NamedTuple):
@@ -78,6 +116,11 @@ class Source:
         return digest.hexdigest()
 
 
+def is_hidden(name: str) -> bool:
+    """Whether a file or folder of this name is passed over: hidden, or put there by an operating system."""
+    return name.startswith((".", "__MACOSX")) or name.lower() in ("thumbs.db", "desktop.ini")
+
+
 def classify(names: list[str], where: str) -> tuple[np.ndarray, tuple[str, ...]]:
     """Labels and classes of sorted names: the first folder of each is its class; no folders, no classes.
 
@@ -90,20 +133,23 @@ def classify(names: list[str], where: str) -> tuple[np.ndarray, tuple[str, ...]]
     if loose:
         first = names[heads.index(None)]
         raise ValueError(
-            f"{where} holds class folders and {loose} pictures beside them, such as {shown(first)}; move those"
+            f"{where} holds class folders and {loose} pictures beside them, such as {printable(first)}; move those"
         )
     classes = sorted({head for head in heads if head is not None})
     index = {name: i for i, name in enumerate(classes)}
     return np.array([index[head] for head in heads if head is not None], dtype=np.int64), tuple(classes)
 
 
-def ahead(work: Callable[[Item], Result], items: Iterable[Item]) -> Generator[Result, None, None]:
-    """Results of `work` in the order of the items, computed by threads ahead of the one who asks.
+def ahead(
+    work: Callable[[Item], Result], items: Iterable[Item], *, threads: int | None = None
+) -> Generator[Result, None, None]:
+    """Results of `work` in the order of the items, computed by threads ahead of the caller.
 
-    Threads, since decoders release the interpreter's lock. An error of `work` is raised at the place of its item.
+    Threads, since decoders release the interpreter's lock; None: one more than there are cores. An error of `work` is
+    raised at the place of its item.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    threads = min(cores + 1, 16)
+    threads = threads or min(cores + 1, 16)
     waiting: deque[Future[Result]] = deque()
     with ThreadPoolExecutor(threads, "decode") as pool:
         try:
@@ -114,5 +160,5 @@ def ahead(work: Callable[[Item], Result], items: Iterable[Item]) -> Generator[Re
             while waiting:
                 yield waiting.popleft().result()
         finally:
-            for future in waiting:  # nobody wants the rest after an error
+            for future in waiting:  # the rest is not needed after an error
                 future.cancel()

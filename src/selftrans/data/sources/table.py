@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from selftrans.data.sources.decode import open_picture
-from selftrans.data.sources.source import Source
+from selftrans.data.sources.source import MAX_CLASSES, Source
+from selftrans.storage import first_line
 
 if TYPE_CHECKING:
     from PIL import Image
 
-MAX_CLASSES = 1_000_000
 IMAGE_NAMES = ("image", "img", "picture", "jpg", "jpeg", "png", "webp")
 LABEL_NAMES = ("label", "labels", "class", "cls")
 
@@ -40,9 +40,10 @@ def _load(where: str, path: str, **options: Any) -> Any:
 
     try:
         return datasets.load_dataset(path, **options)
-    except Exception as error:  # its many types all mean: no such data set, or no reaching it
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
-        raise ValueError(f"{where} is neither an existing path nor a data set that can be read ({reason})") from error
+    except Exception as error:  # its many types all mean: no such data set, or it cannot be reached
+        raise ValueError(
+            f"{where} is neither an existing path nor a data set that can be read ({first_line(error)})"
+        ) from error
 
 
 def _source(rows: Any, where: str, label_column: str | None, trusted: tuple[Path, ...]) -> Source:
@@ -65,7 +66,7 @@ def _source(rows: Any, where: str, label_column: str | None, trusted: tuple[Path
             raise ValueError("the cell is empty")
         if cell["bytes"] is not None:
             return open_picture(io.BytesIO(cell["bytes"]))
-        # a path in a table is another's word, and may name any file of this machine
+        # a path in an untrusted table may name any file of this machine
         path = Path(cell["path"] or "").resolve()
         if not any(path.is_relative_to(folder) for folder in trusted):
             raise ValueError("the table names a file in place of holding the picture")
@@ -93,8 +94,8 @@ def _label_column(features: Any, where: str, wanted: str | None) -> str | None:
             raise ValueError(f"{where} has no column {wanted!r}; it has {', '.join(features)}")
         return wanted
     typed = [name for name, kind in features.items() if isinstance(kind, datasets.ClassLabel)]
-    whole = [name for name in LABEL_NAMES if "int" in str(getattr(features.get(name), "dtype", ""))]
-    columns = [name for name in typed if name in LABEL_NAMES] or typed or whole
+    integers = [name for name in LABEL_NAMES if "int" in str(getattr(features.get(name), "dtype", ""))]
+    columns = [name for name in typed if name in LABEL_NAMES] or typed or integers
     if len(columns) > 1:
         raise ValueError(f"{where} has several label columns: {', '.join(columns)}; choose one by label_column")
     return columns[0] if columns else None
@@ -111,12 +112,12 @@ def _labels(rows: Any, column: str | None, where: str) -> tuple[np.ndarray, tupl
     labels = values.to_numpy()
     if labels.dtype.kind not in "iu":
         raise ValueError(f"column {column!r} of {where} does not hold integers; choose another by label_column")
-    whole = labels.astype(np.int64)
-    wrong = np.flatnonzero(whole < 0)
+    found = labels.astype(np.int64)
+    wrong = np.flatnonzero(found < 0)
     if len(wrong):
-        raise ValueError(f"column {column!r} of {where} has no class in row {wrong[0]} ({whole[wrong[0]]})")
+        raise ValueError(f"column {column!r} of {where} has no class in row {wrong[0]} ({found[wrong[0]]})")
     names = getattr(rows.features[column], "names", None)
-    count = len(names) if names else int(whole.max(initial=-1)) + 1
-    if count > MAX_CLASSES or (len(whole) and whole.max() >= count):
-        raise ValueError(f"column {column!r} of {where} has label {whole.max()}, beyond its classes")
-    return whole, tuple(names) if names else tuple(str(i) for i in range(count))
+    count = len(names) if names else int(found.max(initial=-1)) + 1
+    if count > MAX_CLASSES or (len(found) and found.max() >= count):
+        raise ValueError(f"column {column!r} of {where} has label {found.max()}, beyond its classes")
+    return found, tuple(names) if names else tuple(str(i) for i in range(count))

@@ -1,4 +1,4 @@
-"""`selftrans bench`: the step, loading and sampling, measured on this machine beside the plain arithmetic of the field.
+"""`selftrans bench`: the step, loading and sampling, measured on this machine together with the field's plain arithmetic.
 
 One run, interleaved rounds, medians; ratios are medians over the rounds of the ratio within a round. `bench.json` holds
 what the table shows. Shape legend: N batch, T tokens, (C, H, W) latent.
@@ -16,10 +16,19 @@ from typing import Any, Literal
 import torch
 
 from selftrans.config import Log, RunConfig, Train, sections
-from selftrans.data.dataset import Shards
-from selftrans.experiments.bench.loading_sampling import loading, made_up, prepared, sampling
+from selftrans.data.dataset import Dataset
+from selftrans.device import default_device
+from selftrans.experiments.bench.loading_sampling import loading, made_up, prepare_sampling, sampling
 from selftrans.experiments.bench.machine import Clock, Peak, describe, load
-from selftrans.experiments.bench.rounds import Contestant, Marked, Memory, Ours, Plain, race, randomise
+from selftrans.experiments.bench.rounds import (
+    Candidate,
+    FieldStep,
+    Memory,
+    TimedAccelerator,
+    TrainerStep,
+    interleaved,
+    randomise,
+)
 from selftrans.experiments.bench.text_table import table
 from selftrans.methods.guidance import Frozen
 from selftrans.methods.self_transcendence import SELF_TRANSCENDENCE, STRUCTURE, Stage2
@@ -30,11 +39,11 @@ from selftrans.storage import write_json
 from selftrans.train.processes import keep_memory
 
 CLASSES = 1000
-#: images a step, where none are asked for: S takes ten in the time that the others take six
+#: default number of images a step: SiT-S takes ten in the time that the others take six
 BATCH = {"cpu": {"SiT-S/2": 10}, "cuda": {"SiT-S/2": 256, "SiT-B/2": 256}}
 OTHERWISE = {"cpu": 6, "cuda": 64}
 QUICK = 90  #: seconds for the steps of a quick run
-#: name -> (numerator, denominator), both rows of a race
+#: name -> (numerator, denominator), both rows of the table
 RATIOS = {
     "stage1_over_vanilla": ("stage1", "vanilla"),
     "stage2_over_vanilla": ("stage2", "vanilla"),
@@ -42,7 +51,7 @@ RATIOS = {
     "plain_stage2_over_vanilla": ("plain_stage2", "vanilla"),
     "plain_vanilla_over_vanilla": ("plain_vanilla", "vanilla"),
 }
-#: whose operations are counted for a row: what the method needs, however it is computed
+#: row -> the row whose operations are counted for it: what the method needs, however it is computed
 NEEDS = {"plain_vanilla": "vanilla", "plain_stage2": "stage2"}
 
 
@@ -62,10 +71,10 @@ def bench(
         models: name -> sizes. batch_size: images a step; None: by model and device (BATCH). tokens: T, a square.
         device: None: a GPU if there is one, in bfloat16 and compiled; a CPU in float32, eager.
         seconds: for the training steps of each model, at least three rounds. quick: fewer latents and images, too.
-    The file grows model by model; one that does not fit in memory is said to have failed, and the next one follows.
+    The file grows model by model; one that does not fit in memory is reported as failed, and the next one follows.
     Raises ValueError for tokens that are no square, and for a device that is not there.
     """
-    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    where = torch.device(device or default_device().type)
     if where.type == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: this machine has no GPU that torch can use; leave it out")
     for model in models.values():
@@ -75,10 +84,10 @@ def bench(
     if batch_size is not None and batch_size < 1:
         raise ValueError(f"batch_size {batch_size} should be 1 or more")
     precision: Literal["fp32", "bf16"] = "bf16" if where.type == "cuda" else "fp32"
-    accelerator = Marked(mixed_precision="bf16" if precision == "bf16" else "no", cpu=where.type == "cpu")
+    accelerator = TimedAccelerator(mixed_precision="bf16" if precision == "bf16" else "no", cpu=where.type == "cpu")
     if where.type == "cpu":
-        keep_memory()  # as `train` does; the plain steps profit alike
-    accelerator.clock, accelerator.marks = Clock(accelerator.device), []
+        keep_memory()  # as `train` does; the plain steps gain from it too
+    accelerator.clock, accelerator.timestamps = Clock(accelerator.device), []
     report: dict[str, Any] = {"machine": describe(accelerator.device, precision), "models": {}}
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch:
@@ -91,7 +100,7 @@ def bench(
             try:
                 found = _model(accelerator, config, shards, Path(scratch) / name.replace("/", "-"), seconds, quick)
             except torch.OutOfMemoryError:
-                found = {"failed": "not enough memory for five contestants; give a smaller --batch-size"}
+                found = {"failed": "not enough memory for five candidates; give a smaller --batch-size"}
             report["models"][name] = {"batch": batch, "tokens": tokens} | found
             write_json(out / "bench.json", report)
             accelerator.free_memory()
@@ -103,7 +112,7 @@ def bench(
 
 
 def published(names: Sequence[str] | None, device: str | None, *, quick: bool = False) -> dict[str, SiTConfig]:
-    """Models by their published names; None: those that are measured where none are asked for."""
+    """Models by their published names; None: the default ones of the device."""
     gpu = torch.cuda.is_available() if device is None else device == "cuda"
     usual = ("SiT-S/2",) if quick else ("SiT-S/2", "SiT-B/2", "SiT-XL/2") if gpu else ("SiT-S/2", "SiT-B/2")
     return {name: SiTConfig(name=name) for name in names or usual}
@@ -117,18 +126,18 @@ def settings(model: SiTConfig, batch_size: int, precision: Literal["fp32", "bf16
 
 
 def _model(
-    accelerator: Marked, config: RunConfig, shards: Shards, room: Path, seconds: float, quick: bool
+    accelerator: TimedAccelerator, config: RunConfig, shards: Dataset, folder: Path, seconds: float, quick: bool
 ) -> dict[str, Any]:
     """Everything about one model: rows, ratios, sampling."""
     clock, memory = accelerator.clock, Memory(accelerator.device)
     dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
-    contestants = build(accelerator, config, shards, room, memory)
+    candidates = build(accelerator, config, shards, folder, memory)
     before = memory.allocated()
     peaks = Peak(clock, dtype)
     memory.own["matmul"] = memory.allocated() - before
-    rounds = race(contestants, clock, peaks, memory, seconds=min(seconds, QUICK) if quick else seconds)
-    flops = {name: one.flops for name, one in contestants.items() if isinstance(one, Ours)}
-    del contestants, peaks
+    rounds = interleaved(candidates, clock, peaks, memory, seconds=min(seconds, QUICK) if quick else seconds)
+    flops = {name: one.flops for name, one in candidates.items() if isinstance(one, TrainerStep)}
+    del candidates, peaks
     peak = max(2 * int(side) ** 3 / _median(rounds["matmul"], side) for side in rounds["matmul"][0])
     shown = {name: _row(each, config.train.batch_size) for name, each in rounds.items() if name != "matmul"}
     for name, row in shown.items():
@@ -137,7 +146,7 @@ def _model(
     model = config.build_model(shards.manifest.shape, shards.manifest.conditions).to(accelerator.device)
     randomise(model)
     images = (1 if quick else 2) if clock.device.type == "cpu" else 64
-    model = prepared(model, clock.device, dtype)
+    prepare_sampling(model, clock.device, dtype)
     sampled = sampling(model, clock, precision=config.train.precision, images=images, rounds=2 if quick else 3)
     ratios = {name: _ratios(rounds, *pair) for name, pair in RATIOS.items()}
     return {
@@ -151,23 +160,26 @@ def _model(
     }
 
 
-def build(accelerator: Marked, config: RunConfig, shards: Shards, room: Path, memory: Memory) -> dict[str, Contestant]:
-    """Who races: three stages as the trainer runs them, and two plain ones. `memory` learns what each holds."""
+def build(
+    accelerator: TimedAccelerator, config: RunConfig, shards: Dataset, folder: Path, memory: Memory
+) -> dict[str, Candidate]:
+    """The candidates: three stages as the trainer runs them, and two plain ones. `memory` records what each holds."""
     runs = {"vanilla": VANILLA, "stage1": STRUCTURE, "stage2": SELF_TRANSCENDENCE}
-    contestants: dict[str, Contestant] = {}
+    candidates: dict[str, Candidate] = {}
     for name in (*runs, "plain_vanilla", "plain_stage2"):
         before = memory.allocated()
         if name in runs:
             stage = runs[name].stages(config)[-1]
-            contestants[name] = Ours(accelerator, config, stage, room / name, shards, teacher(stage, config, shards))
+            given = teacher(stage, config, shards)
+            candidates[name] = TrainerStep(accelerator, config, stage, folder / name, shards, given)
         else:
-            contestants[name] = Plain(config, shards, accelerator.clock, guided=name == "plain_stage2")
+            candidates[name] = FieldStep(config, shards, accelerator.clock, guided=name == "plain_stage2")
         memory.own[name] = memory.allocated() - before
-    return contestants
+    return candidates
 
 
-def teacher(stage: Stage, config: RunConfig, shards: Shards) -> Frozen | None:
-    """A model with random weights in the place of a trained one, cut and cast as `train` does it."""
+def teacher(stage: Stage, config: RunConfig, shards: Dataset) -> Frozen | None:
+    """A model with random weights in place of a trained one, truncated and cast as in training."""
     if stage.teacher is None:
         return None
     model = config.build_model(shards.manifest.shape, shards.manifest.conditions)

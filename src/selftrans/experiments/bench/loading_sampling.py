@@ -1,11 +1,11 @@
-"""Beside the step: loading latents, and sampling with guidance on an interval. Shape legend: N batch, (C, H, W) latent."""
+"""Speed of loading latents, and of sampling with guidance on an interval. Shape legend: N batch, (C, H, W) latent."""
 
 from __future__ import annotations
 
 import itertools
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,58 +14,56 @@ import torch
 
 from selftrans.config import SampleConfig
 from selftrans.data import resumable
-from selftrans.data.dataset import Shards
-from selftrans.data.manifest import VERSION, Manifest, Shard
-from selftrans.data.on_device import Resident
-from selftrans.encoders.autoencoder import PixelAutoencoder
+from selftrans.data.dataset import Dataset
+from selftrans.data.manifest import VERSION, Manifest, Shard, conditions_of
+from selftrans.data.on_device import OnDevice
+from selftrans.data.shard_file import write_shard
+from selftrans.encoders.autoencoder import LatentSpace, PixelAutoencoder
 from selftrans.experiments.bench.machine import Clock
-from selftrans.flow import LINEAR
 from selftrans.models.compiling import compile_model
-from selftrans.sampling.images import cast_products
-from selftrans.sampling.samplers import sample_images
+from selftrans.sampling.images import Sampler, cast_products
+from selftrans.storage import sha256_file
 from selftrans.train.batches import Stream, to_batch
 
 INTERVAL = (0.0, 0.65)  #: of guidance, as in the paper's headline result
 
 
-def made_up(folder: Path, shape: tuple[int, int, int], count: int, classes: int = 1000) -> Shards:
-    """Shards of random float16 moments (mean and std) of latents (C, H, W), as `prepare` with a VAE writes them."""
-    folder.mkdir(parents=True, exist_ok=True)
+def made_up(folder: Path, shape: tuple[int, int, int], count: int, classes: int = 1000) -> Dataset:
+    """Random float16 moments (mean and std) of latents (C, H, W), as `prepare` with a VAE writes them."""
     draw, (channels, height, width) = np.random.default_rng(0), shape
-    few = draw.standard_normal((256, 1, 2 * channels, height, width), dtype=np.float32).astype("<f2")
+    few = draw.standard_normal((256, 1, 2 * channels, height, width), dtype=np.float32).astype(np.float16)
     few[:, :, channels:] = np.abs(few[:, :, channels:])  # a standard deviation
-    with resumable.beside(folder / "moments-00000.bin") as moments:
-        for start in range(0, count, len(few)):
-            moments.write(few[: count - start].data)
-    with resumable.beside(folder / "labels-00000.bin") as labels:
-        labels.write(draw.integers(classes, size=count).astype("<i8").data)
-    shard = Shard(0, "moments-00000.bin", count, moments.sha256, "labels-00000.bin", labels.sha256)
-    manifest = Manifest(
+    names = tuple(f"class {k}" for k in range(classes))
+    plan = Manifest(
         version=VERSION,
         count=count,
         copies=1,
         shape=shape,
-        stochastic=True,
+        latent_space=LatentSpace(0.0, 0.18215, stochastic=True),
         dtype="float16",
-        scale=0.18215,
-        shift=0.0,
         autoencoder="pixel",
         resolution=8 * height,
         image_channels=3,
-        classes=tuple(f"class {k}" for k in range(classes)),
+        conditions=conditions_of(names),
+        classes=names,
         source="random numbers",
         options={},
-        shards=(shard,),
+        shards=(),
     )
-    resumable.write_text(folder / "manifest.json", manifest.to_json())
-    return Shards.open(folder)
+    shard = Shard(0, count, "")
+    with write_shard(folder / shard.file, plan.layout, count) as rows:
+        for start in range(0, count, len(few)):
+            moments = few[: count - start]
+            rows.write({"moments": moments, "labels": draw.integers(classes, size=len(moments))})
+    resumable.finish(folder, plan, [replace(shard, sha256=sha256_file(folder / shard.file))])
+    return Dataset.open(folder)
 
 
 def loading(
-    shards: Shards, clock: Clock, *, batch_size: int = 256, batches: int = 40, rounds: int = 5
+    shards: Dataset, clock: Clock, *, batch_size: int = 256, batches: int = 40, rounds: int = 5
 ) -> dict[str, Any]:
     """Latents per second from shards to the device, posterior sampled: memory-mapped, and kept on the device."""
-    ways = {"memory_mapped": shards, "on_device": Resident(shards, clock.device)}
+    ways = {"memory_mapped": shards, "on_device": OnDevice(shards, clock.device)}
     streams = {
         name: Stream(source, batch_size=batch_size, accumulate=1, seed=0).from_step(0, pin=clock.device.type == "cuda")
         for name, source in ways.items()
@@ -76,7 +74,7 @@ def loading(
         for drawn in itertools.islice(streams[name], batches):
             to_batch(drawn, shards, clock.device)
         clock.wait()
-        if number:  # the first round fetches the pages
+        if number:  # the first round reads the files into memory
             took[name].append(time.perf_counter() - began)
     rates = {f"{name}_latents_per_s": batch_size * batches / statistics.median(each) for name, each in took.items()}
     latent = "x".join(str(side) for side in shards.manifest.shape)
@@ -84,7 +82,7 @@ def loading(
 
 
 def sampling(
-    model: Any, clock: Clock, *, precision: Any, images: int, steps: int = 20, rounds: int = 3, classes: int = 1000
+    model: Any, clock: Clock, *, precision: Any, images: int, steps: int = 20, rounds: int = 3
 ) -> dict[str, Any]:
     """Images per second of Euler's method under guidance 1.9, on all of [0, 1] and on INTERVAL; decoding is not in it."""
 
@@ -98,8 +96,13 @@ def sampling(
             guidance_interval=interval,
             precision=precision,
         )
-        made = sample_images(model, PixelAutoencoder(), config, num_classes=classes, device=clock.device, path=LINEAR)
-        return _timed(lambda: made, clock)
+        sampler = Sampler(model, PixelAutoencoder(), config, device=clock.device)
+        clock.wait()
+        began = time.perf_counter()
+        for _ in sampler.sample():
+            pass
+        clock.wait()
+        return time.perf_counter() - began
 
     ways = {"full": (0.0, 1.0), "interval": INTERVAL}
     took: dict[str, list[float]] = {name: [] for name in ways}
@@ -107,7 +110,7 @@ def sampling(
         seconds = once(ways[name])
         if number:
             took[name].append(seconds)
-    ratio = statistics.median(part / whole for part, whole in zip(took["interval"], took["full"], strict=True))
+    ratio = statistics.median(part / full for part, full in zip(took["interval"], took["full"], strict=True))
     return {
         "batch": images,
         "steps": steps,
@@ -125,18 +128,8 @@ def passes(steps: int) -> float:
     return sum(2 if INTERVAL[0] <= t <= INTERVAL[1] + 1e-9 else 1 for t in times) / (2 * steps)
 
 
-def _timed(work: Callable[[], Iterator[Any]], clock: Clock) -> float:
-    clock.wait()
-    began = time.perf_counter()
-    for _ in work():
-        pass
-    clock.wait()
-    return time.perf_counter() - began
-
-
-def prepared(model: Any, device: torch.device, dtype: torch.dtype) -> Any:
-    """The model as `sample` runs it on this device: products in `dtype`, on a GPU with each block compiled."""
+def prepare_sampling(model: Any, device: torch.device, dtype: torch.dtype) -> None:
+    """Make the model what `sample` runs on this device: products in `dtype`, on a GPU each block compiled."""
     cast_products(model, dtype)
     if device.type == "cuda":
         compile_model(model)
-    return model

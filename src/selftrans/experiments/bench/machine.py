@@ -1,4 +1,4 @@
-"""What is measured on, and with what clock."""
+"""The machine that is measured, and the clock that measures it."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ SIDES = {"cpu": (512, 1024, 2048), "cuda": (4096, 8192, 16384)}
 
 @dataclass(frozen=True)
 class Clock:
-    """Marks in time. On a GPU events in its own queue, read later, so that marking waits for nothing."""
+    """Timestamps. On a GPU they are events in its queue, read later, so that taking one does not wait for the GPU."""
 
     device: torch.device
 
-    def mark(self) -> Any:
+    def now(self) -> Any:
         if self.device.type != "cuda":
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
@@ -29,17 +29,17 @@ class Clock:
         return event
 
     def wait(self) -> None:
-        """Until everything that was asked for is done."""
+        """Wait until the device has finished its work."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
     def seconds(self, start: Any, end: Any) -> float:
-        """Between two marks; on a GPU after `wait`."""
+        """Between two timestamps; on a GPU call `wait` before."""
         return end - start if self.device.type != "cuda" else start.elapsed_time(end) / 1e3
 
 
 class Peak:
-    """Square products in the step's dtype: operations per second that the machine reaches where nothing is in the way."""
+    """Square products in the step's dtype: the operations per second that the machine reaches at best."""
 
     def __init__(self, clock: Clock, dtype: torch.dtype) -> None:
         self.clock = clock
@@ -53,10 +53,10 @@ class Peak:
     def _once(self, side: int) -> float:
         a, b = (x.flatten()[: side * side].view(side, side) for x in (self.a, self.b))
         repeats = max(1, (SIDES[self.clock.device.type][-1] // side) ** 2 // 2)
-        start = self.clock.mark()
+        start = self.clock.now()
         for _ in range(repeats):
             a @ b
-        end = self.clock.mark()
+        end = self.clock.now()
         self.clock.wait()
         return self.clock.seconds(start, end) / repeats
 
@@ -76,12 +76,12 @@ def describe(device: torch.device, precision: str) -> dict[str, Any]:
 
 
 def load() -> float | None:
-    """Processes that wanted a core over the last minute; bench itself counts once it runs."""
+    """Mean number of runnable processes over the last minute (the load average); bench itself is one of them."""
     return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
 
 
 def cpu_name() -> str:
-    """As the system tells it."""
+    """Name of the CPU, as the system reports it."""
     about = Path("/proc/cpuinfo")
     lines = about.read_text().splitlines() if about.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]

@@ -1,10 +1,10 @@
 """The plain arithmetic of the field's training code: what `selftrans bench` measures the package against.
 
-It computes the same loss (a test compares loss and gradients), as that code does: the teacher in float32 and outside
-autocast, on the whole batch, once with the label and once without, the range a mask over finished errors; everything
-eager, AdamW as torch builds it by default, the moving average tensor by tensor with the head in it, three values read
-on the host at each step. Kept out, in its favour: raw images moved to the GPU, a teacher that runs past its block or
-after the guidance has ended. Shape legend: N batch, T tokens, D width, (C, H, W) latent.
+It computes the same loss (a test compares loss and gradients), in the way of that code: the teacher in float32 and
+outside autocast, on the complete batch, once with the label and once without, the range as a mask over computed errors;
+everything eager, AdamW as torch builds it by default, the moving average tensor by tensor and of the head too, three
+values read on the host at each step. Left out, in its favour: raw images moved to the GPU, a teacher that runs past its
+block or after the guidance has ended. Shape legend: N batch, T tokens, D width, (C, H, W) latent.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def plain_losses(
 
 
 class PlainStep:
-    """A whole training step of that code, in three parts. With `guided`, stage 2 under a random teacher; else vanilla."""
+    """A complete training step of that code, in three parts. With `guided`, stage 2 under a random teacher; else vanilla."""
 
     def __init__(
         self, config: RunConfig, shape: tuple[int, ...], conditions: Conditions, device: torch.device, *, guided: bool

@@ -26,7 +26,7 @@ from selftrans.experiments.bench import bench, published, settings, table
 from selftrans.experiments.bench.loading_sampling import made_up, passes
 from selftrans.experiments.bench.machine import Clock, Peak, cpu_name
 from selftrans.experiments.bench.plain_step import PlainStep, plain_losses, update_ema
-from selftrans.experiments.bench.rounds import PARTS, Memory, race, randomise
+from selftrans.experiments.bench.rounds import PARTS, Memory, interleaved, randomise
 from selftrans.methods.guidance import Frozen
 from selftrans.methods.objective import Objective
 from selftrans.methods.self_transcendence import SelfGuidance, Stage2
@@ -53,7 +53,7 @@ def gradients(loss: torch.Tensor, *modules: nn.Module) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("times", ["systematic", "uniform"])
 @pytest.mark.parametrize("n", [1, 7, 10])
-def test_the_plain_arithmetic_has_our_loss_and_gradients(times: str, n: int) -> None:
+def test_plain_step_has_the_loss_and_gradients_of_the_package(times: str, n: int) -> None:
     config = settings(SMALL, n, "fp32")
     student, teacher = (build(SMALL, SHAPE, TEN) for _ in range(2))
     randomise(student)
@@ -74,7 +74,7 @@ def test_the_plain_arithmetic_has_our_loss_and_gradients(times: str, n: int) -> 
     assert n < 7 or report["self"] > 0
 
 
-def test_the_plain_vanilla_loss_is_ours() -> None:
+def test_plain_vanilla_loss_is_that_of_the_package() -> None:
     student = build(SMALL, SHAPE, TEN)
     randomise(student)
     batch = Batch(torch.randn(5, *SHAPE), torch.randint(10, (5,)))
@@ -105,24 +105,26 @@ def test_a_plain_step_trains_and_averages() -> None:
     torch.testing.assert_close(half.weight, expected)
 
 
-class Sleeper:
+class SleepingStep:
     """A step of known length."""
 
     def __init__(self, *parts: float) -> None:
         self.parts, self.steps = parts, 0
 
     def step(self) -> list[float]:
-        marks, self.steps = [time.perf_counter()], self.steps + 1
+        times, self.steps = [time.perf_counter()], self.steps + 1
         for part in self.parts:
             time.sleep(part)
-            marks.append(time.perf_counter())
-        return marks
+            times.append(time.perf_counter())
+        return times
 
 
-def test_a_race_measures_what_a_stopwatch_would() -> None:
+def test_interleaved_steps_take_the_time_of_a_stopwatch() -> None:
     clock = Clock(CPU)
-    slow, fast = Sleeper(0.02, 0.04, 0.06, 0.08), Sleeper(0.01, 0.02, 0.03, 0.04)
-    rounds = race({"slow": slow, "fast": fast}, clock, Peak(clock, torch.float32), Memory(CPU), seconds=0, least=4)
+    slow, fast = SleepingStep(0.02, 0.04, 0.06, 0.08), SleepingStep(0.01, 0.02, 0.03, 0.04)
+    rounds = interleaved(
+        {"slow": slow, "fast": fast}, clock, Peak(clock, torch.float32), Memory(CPU), seconds=0, least=4
+    )
     assert slow.steps == fast.steps == 5, "the first step is not counted"
     assert {name: len(each) for name, each in rounds.items()} == {"slow": 4, "fast": 4, "matmul": 4}
     for one in rounds["slow"]:
@@ -133,21 +135,23 @@ def test_a_race_measures_what_a_stopwatch_would() -> None:
     assert set(rounds["matmul"][0]) == {"512", "1024", "2048"} and all(s > 0 for s in rounds["matmul"][0].values())
 
 
-def test_a_race_goes_on_while_there_is_time() -> None:
+def test_rounds_continue_for_the_given_seconds() -> None:
     clock = Clock(CPU)
-    one = Sleeper(0.001, 0.001, 0.001, 0.001)
-    rounds = race({"one": one}, clock, Peak(clock, torch.float32), Memory(CPU), seconds=3, least=1)
+    one = SleepingStep(0.001, 0.001, 0.001, 0.001)
+    rounds = interleaved({"one": one}, clock, Peak(clock, torch.float32), Memory(CPU), seconds=3, least=1)
     assert len(rounds["one"]) > 1
 
 
-def test_a_model_without_room_costs_the_others_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_beyond_memory_is_reported_and_the_next_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     module = importlib.import_module("selftrans.experiments.bench")
-    whole = module._model
+    measure = module._model
 
     def one(accelerator: Any, config: Any, *rest: Any) -> dict[str, Any]:
         if config.model.depth == 4:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return whole(accelerator, config, *rest)
+        return measure(accelerator, config, *rest)
 
     monkeypatch.setattr(module, "_model", one)
     models = {"large": dataclasses.replace(SMALL, depth=4), "small": SMALL}
@@ -157,10 +161,10 @@ def test_a_model_without_room_costs_the_others_nothing(tmp_path: Path, monkeypat
     assert json.loads((tmp_path / "bench.json").read_text()) == found
 
 
-def test_made_up_latents_are_prepared_data(tmp_path: Path) -> None:
+def test_random_latents_are_prepared_data(tmp_path: Path) -> None:
     shards = made_up(tmp_path, SHAPE, 600, classes=7)
     shards.verify()
-    moments, labels = shards.read(torch.arange(600))
+    moments, labels = (shards.read(torch.arange(600))[name] for name in ("moments", "labels"))
     assert moments.shape == (600, 1, 8, 8, 8) and labels.max() == 6
     assert (moments[:, :, 4:] >= 0).all() and moments[:, :, :4].float().std().item() == pytest.approx(1, abs=0.02)
 
@@ -179,7 +183,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return found
 
 
-def test_the_report_holds_together(report: dict[str, Any]) -> None:
+def test_numbers_of_the_report_agree_with_each_other(report: dict[str, Any]) -> None:
     machine, small = report["machine"], report["models"]["small"]
     assert machine["device"] == "cpu" and machine["dtype"] == "fp32" and machine["cpu"] == cpu_name()
     assert machine["threads"] == torch.get_num_threads() and machine["torch"] == torch.__version__
@@ -218,7 +222,7 @@ def test_utilisation_counts_what_the_method_needs(report: dict[str, Any]) -> Non
     assert operations == pytest.approx(3 * 10 * image, rel=0.01)
 
 
-def test_the_table_shows_it(report: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+def test_table_shows_the_report(report: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
     text = table(report)
     assert "stage 2, plain" in text and "stage2_over_vanilla" in text and "latents/s" in text
     assert f"{report['ratios']['stage1_over_vanilla']:.3f}" in text
@@ -243,14 +247,14 @@ def test_bad_arguments_are_one_line(
     assert not (tmp_path / "out").exists()
 
 
-def test_what_is_measured_unasked() -> None:
+def test_default_models_of_each_device() -> None:
     assert list(published(None, "cpu", quick=True)) == ["SiT-S/2"]
     assert list(published(None, "cpu")) == ["SiT-S/2", "SiT-B/2"]
     assert list(published(None, "cuda")) == ["SiT-S/2", "SiT-B/2", "SiT-XL/2"]
     assert published(["SiT-L/4"], "cpu") == {"SiT-L/4": SiTConfig(name="SiT-L/4")}
 
 
-# ---- the scripts beside the package
+# ---- the scripts in benchmarks/
 
 
 def script(name: str) -> Any:

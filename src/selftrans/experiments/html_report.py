@@ -1,4 +1,4 @@
-"""What people look at: a table for the terminal, an overview picture, and a page that needs no other file."""
+"""What `compare` and `quickstart` show: a table for the terminal, an overview picture, a page that needs no other file."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from selftrans.evaluate.plots import (
     RULE,
     curves,
     figure_to_data_uri,
-    image_grid,
     pca_grid,
     plain_ticks,
+    sample_sheet,
 )
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ def cells(row: dict[str, Any], names: Mapping[str, str]) -> list[str]:
 
 
 def _reached(row: dict[str, Any], key: str, digits: int) -> str:
-    """Where vanilla's final distance was met; how many seeds met it, if not all did; empty without a vanilla run."""
+    """Where vanilla's final distance was reached; by how many seeds, if not by all; empty without a vanilla run."""
     if key not in row:
         return ""
     if row[key] is None:
@@ -87,7 +87,7 @@ def legend(metric: str) -> str:
     return (
         f"distance: {metric}, lower is better; accuracy: the classifier's, of the samples' labels; shallow probe: accuracy "
         "of a linear classifier on the features of the block that stage 1 guides, at t = 0.4; seconds: of the student's "
-        "training; total seconds and TFLOPs: the teacher's training included. Runs may train side by side, "
+        "training; total seconds and TFLOPs: the teacher's training included. Runs may train at the same time, "
         "so compare TFLOPs rather than seconds. To vanilla's: student steps, and TFLOPs in all, after which the method is as "
         "good as vanilla of the same seed at its end, between two measurements read off the straight line of log distance; "
         "≤ where the first measurement was as good already; - where the training of an imported teacher is unknown."
@@ -107,7 +107,7 @@ def overview(series: Mapping[str, Curve], grids: Mapping[str, np.ndarray], metri
     _draw_curves(mosaic["curve"], series, "student steps", metric)
     mosaic["curve"].legend(frameon=False)
     for i, (name, images) in enumerate(grids.items()):
-        picture = image_grid(images, columns=-(-len(images) // 3), upscale=6, gap=6)
+        picture = sample_sheet(images, columns=-(-len(images) // 3), upscale=6, gap=6)
         mosaic[str(i)].imshow(
             picture.repeat(3, axis=-1) if picture.shape[-1] == 1 else picture, interpolation="nearest"
         )
@@ -170,7 +170,7 @@ def page(
     """report.html: table, curves, samples and PCA maps, with every picture inside."""
     metric = html.escape(summary["metric"])
     curve = curves(series, xlabel="student steps", ylabel=summary["metric"], logy=True, size=(8, 4.4))
-    samples = "".join(_figure(name, image_grid(images, columns=8, upscale=5), name) for name, images in grids.items())
+    samples = "".join(_figure(name, sample_sheet(images, columns=8, upscale=5), name) for name, images in grids.items())
     features = "".join(_figure(name, pca_grid(rows, cell=0.62), f"feature maps, {name}") for name, rows in maps.items())
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
@@ -188,12 +188,12 @@ weights ({summary["sampler"]["sampler"]} sampler, {summary["sampler"]["steps"]} 
 <h2>Samples at the end</h2>
 <p class="note">The same noise and the same labels for each method.</p>
 <div class="grids">{samples}</div>
-<h2>What the shallow block sees</h2>
+<h2>Features of the shallow block</h2>
 <p class="note">First three principal components of block {summary["block"]}, the one that stage 1 guides, at t = 0.4, over
 training, for the digits of the first row. Colours are those of the last checkpoint's components.</p>
 {features}
 <p class="note">Made by <code>selftrans quickstart</code> in {summary["seconds"]:.0f} s. The same numbers are in
-<code>table.json</code> and <code>table.csv</code> beside this page.</p>
+<code>table.json</code> and <code>table.csv</code> next to this page.</p>
 </body></html>
 """
 
@@ -202,7 +202,7 @@ def comparison_page(summary: dict[str, Any], figure: Figure, grids: Mapping[str,
     """compare.html: table, convergence over steps and compute, samples, and what the numbers depend on."""
     config, sampler = summary["config"], summary["sampler"]
     names = {row["method"]: row["method"] for row in summary["table"]}
-    samples = "".join(_figure(name, image_grid(images, columns=8, upscale=3), name) for name, images in grids.items())
+    samples = "".join(_figure(name, sample_sheet(images, columns=8, upscale=3), name) for name, images in grids.items())
     settings = {
         "recipe": config["recipe"],
         "model": _settings(config["model"]),
@@ -212,7 +212,7 @@ def comparison_page(summary: dict[str, Any], figure: Figure, grids: Mapping[str,
         **{name: _settings(config[name]) for name in summary["sections"]},
         "seeds": ", ".join(map(str, summary["seeds"])),
         "distance": f"{summary['metric']}, {summary['images']:,} samples of the averaged weights, to the training data"
-        + ("" if summary["autoencoder"] == "pixel" else " as the autoencoder decodes them"),
+        + ("" if summary["autoencoder"] in ("pixel", "values") else " as the autoencoder decodes them"),
         "sampler": _settings(sampler),
         "extractor": f"{summary['features']}, sha256 {summary['extractor_sha256']}",
     }
@@ -222,7 +222,7 @@ def comparison_page(summary: dict[str, Any], figure: Figure, grids: Mapping[str,
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>selftrans compare</title><style>{STYLE}</style></head><body>
-<h1>Methods side by side</h1>
+<h1>Methods compared</h1>
 <div class="scroll">{_table(summary["table"], names)}</div>
 <p class="note">{html.escape(legend(summary["metric"]))}</p>
 <h2>Convergence</h2>
@@ -233,7 +233,7 @@ def comparison_page(summary: dict[str, Any], figure: Figure, grids: Mapping[str,
 <div class="grids">{samples}</div>
 <h2>What the numbers depend on</h2>
 <table class="settings">{lines}</table>
-<p class="note">The same numbers are in <code>compare.json</code> and <code>compare.csv</code> beside this page.</p>
+<p class="note">The same numbers are in <code>compare.json</code> and <code>compare.csv</code> next to this page.</p>
 </body></html>
 """
 

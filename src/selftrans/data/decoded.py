@@ -1,0 +1,52 @@
+"""Prepared data ⇒ latents ⇒ what people look at and extractors read.
+
+Shape legend: N or n rows, (C, *S) latent or array, (H, W, C) picture.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from selftrans.data.dataset import Dataset
+from selftrans.device import default_device
+from selftrans.encoders.autoencoder import Autoencoder, load_autoencoder, to_uint8
+
+
+@torch.inference_mode()
+def decode_images(autoencoder: Autoencoder, z0: Tensor) -> np.ndarray:
+    """Latents (N, C, *S) to pictures, uint8 (N, H, W, C); of an autoencoder without pictures, to float32 (N, C, *S)."""
+    decoded = autoencoder.decode(z0)
+    return (to_uint8(decoded) if autoencoder.pictures else decoded.float()).cpu().numpy()
+
+
+def decoded_images(
+    dataset: Dataset, batch_size: int = 256, *, device: torch.device | str | None = None
+) -> Iterator[np.ndarray]:
+    """Posterior means of prepared data, decoded by its autoencoder, in order and unmirrored: the same at each call.
+
+    Batches as `decode_images` gives them. `device`: where it is decoded; None: see `default_device`.
+    """
+    manifest, device = dataset.manifest, device or default_device()
+    autoencoder = load_autoencoder(manifest.autoencoder, device=device)
+    for start in range(0, len(dataset), batch_size):
+        rows = np.arange(start, min(start + batch_size, len(dataset)))
+        z0 = manifest.latent_space.mean(dataset.read(rows, ["moments"])["moments"][:, 0])
+        yield decode_images(autoencoder, z0.to(device))
+
+
+def data_latents(dataset: Dataset, most: int) -> tuple[Tensor, Tensor]:
+    """At most `most` latents (N, C, *S) of a fixed shuffle, and their labels (N,)."""
+    return latents_of(dataset, np.random.default_rng(0).permutation(len(dataset))[:most])
+
+
+def latents_of(dataset: Dataset, rows: np.ndarray) -> tuple[Tensor, Tensor]:
+    """Latents (N, C, *S) of these rows, the same posterior sample each time, and labels (N,); torch's RNG is left alone."""
+    tensors = dataset.read(rows, ["moments", "labels"])
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)
+        z0 = dataset.manifest.latent_space.sample(tensors["moments"][:, 0])
+    return z0, tensors["labels"]

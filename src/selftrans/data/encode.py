@@ -1,0 +1,117 @@
+"""Decoded samples => moments => one shard on disk.
+
+Shape legend: N batch, (R, R, C) image, M moments channels, (C, *S) latent or values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import cast
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from selftrans.data.dataset import NUMBERS
+from selftrans.data.manifest import VERSION, Manifest, Shard, conditions_of
+from selftrans.data.record import Option
+from selftrans.data.shard_file import write_shard
+from selftrans.data.shard_plan import Decoded, ShardPlan
+from selftrans.data.sources.npz import NpzValues
+from selftrans.data.sources.source import Source
+from selftrans.encoders.autoencoder import Autoencoder, from_uint8
+from selftrans.storage import printable, sha256_file
+
+
+@dataclass(frozen=True)
+class ShardEncoder(ShardPlan):
+    """Samples by index => moments as they are stored."""
+
+    autoencoder: Autoencoder
+    device: torch.device
+    flip: bool
+    dtype: str
+
+    @torch.no_grad()
+    def encode(self, decoded: Decoded) -> np.ndarray:
+        """Moments (N, copies, M, *S) in the stored dtype. Raises ValueError where they exceed its range."""
+        arrays = np.stack(decoded.arrays)  # (N, R, R, C) or (N, C, *S)
+        if self.autoencoder.name == "pixel":
+            return self._look_up(arrays)
+        moments = torch.stack([self.autoencoder.encode(view).stack() for view in self._views(arrays)], dim=1)
+        stored = moments.to(NUMBERS[self.dtype][0])
+        finite = torch.isfinite(stored).flatten(start_dim=1).all(dim=1)
+        if not finite.all():
+            name = self.source.name(decoded.good[int((~finite).nonzero()[0])])
+            raise ValueError(f"{printable(name)}: its moments are too large for {self.dtype}; try --dtype float32")
+        return stored.cpu().numpy()
+
+    def _views(self, arrays: np.ndarray) -> tuple[Tensor, ...]:
+        """What the autoencoder reads: values, or pixels and perhaps their mirror images."""
+        given = torch.from_numpy(arrays).to(self.device)
+        if not self.autoencoder.pictures:
+            return (given,)
+        pixels = from_uint8(given)
+        return (pixels, pixels.flip(dims=(-1,))) if self.flip else (pixels,)
+
+    def _look_up(self, images: np.ndarray) -> np.ndarray:
+        """What `encode` gives for pixels, from a table of the 256 values.
+
+        The arithmetic on complete batches would wait at each step for cores that are decoding: ten times slower.
+        """
+        every = from_uint8(torch.arange(256, dtype=torch.uint8).view(1, 16, 16, 1))
+        table = every.flatten().to(NUMBERS[self.dtype][0]).numpy()
+        planes = images.transpose(0, 3, 1, 2)
+        views = (planes, planes[..., ::-1]) if self.flip else (planes,)
+        return table[np.ascontiguousarray(np.stack(views, axis=1))]
+
+    def plan(self, source: str, options: dict[str, Option]) -> Manifest:
+        """The manifest that will be, without its shards. Raises ValueError for a resolution that does not divide."""
+        model = self.autoencoder
+        resolution = channels = None
+        if model.pictures:
+            pictures = cast(Source, self.source)
+            resolution, channels = pictures.resolution, pictures.channels
+            if resolution % model.downsample:
+                raise ValueError(
+                    f"resolution {resolution} is not a multiple of {model.downsample}, as {model.name} needs; "
+                    "give another --resolution"
+                )
+            side = resolution // model.downsample
+            shape: tuple[int, ...] = (model.channels or channels, side, side)
+        else:
+            shape = cast(NpzValues, self.source).shape
+        return Manifest(
+            version=VERSION,
+            count=0,
+            copies=2 if self.flip else 1,
+            shape=shape,
+            latent_space=model.latent_space,
+            dtype=self.dtype,
+            autoencoder=model.name,
+            resolution=resolution,
+            image_channels=channels,
+            conditions=conditions_of(self.source.classes),
+            classes=self.source.classes,
+            source=source,
+            options=options,
+            shards=(),
+        )
+
+    def write(
+        self, plan: Manifest, out: Path, shard: int, decoded: Iterator[Decoded], advance: Callable[[int], object]
+    ) -> Shard:
+        """Encode and write one shard from the next batches of `decoded`."""
+        made, skipped = Shard(shard, 0, ""), list[tuple[str, str]]()
+        with write_shard(out / made.file, plan.layout, self.asked(shard)) as rows:
+            for batch in islice(decoded, len(self.batches(shard))):
+                skipped += batch.skipped
+                if batch.good:
+                    encoded = self.encode(batch)
+                    assert encoded.shape[1:] == plan.moments_shape, "the autoencoder does not keep to its own sizes"
+                    rows.write({"moments": encoded, "labels": self.source.labels[batch.good]})
+                advance(batch.asked)
+        return Shard(shard, rows.count, sha256_file(out / made.file), tuple(skipped))

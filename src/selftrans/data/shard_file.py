@@ -1,0 +1,146 @@
+"""One shard is one safetensors file of named tensors, rows first; it is written row by row and read memory-mapped.
+
+    shard-00000.safetensors      moments (count, copies, M, *S) float16 or float32;  labels (count,) int64
+    features-00000.safetensors   features (count, copies, T, D) float16
+A `Layout` says which tensors a file holds, and the dtype and shape of one row of each. The header is padded with spaces, as
+the format allows, so that the numbers start at a page of memory. Shape legend: M moments channels, S spatial dimensions.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO, TypeAlias
+
+import numpy as np
+
+from selftrans.storage import atomic_write, first_line
+
+#: name of a tensor -> dtype (a key of DTYPES) and shape of one row
+Layout: TypeAlias = Mapping[str, tuple[str, tuple[int, ...]]]
+
+DTYPES = {"float16": "F16", "float32": "F32", "int64": "I64"}  #: name -> as safetensors spells it
+PAGE = 4096  #: bytes
+CHUNK = 1 << 24  #: bytes moved at a time
+REMEDY = "repeat the `selftrans prepare` that made the folder to restore it"
+KEPT = "make room or choose another --out, then repeat: finished shards are kept"
+
+
+def row_bytes(layout: Layout) -> int:
+    """Bytes of one row of all tensors."""
+    return sum(_bytes(*row) for row in layout.values())
+
+
+def open_tensors(path: Path, layout: Layout, count: int) -> dict[str, np.ndarray]:
+    """The tensors of a shard, each (count, *row shape): read-only views of the mapped file, nothing is read yet.
+
+    Raises ValueError, with the remedy, when the file is missing or no safetensors file, or holds other tensors.
+    """
+    import torch  # noqa: F401 - safetensors maps the file through it
+    from safetensors import safe_open
+
+    if not path.is_file():
+        raise ValueError(f"shard {path} is missing; {REMEDY}")
+    tensors: dict[str, np.ndarray] = {}
+    try:
+        with safe_open(path, framework="pt") as file:
+            for name, (dtype, shape) in layout.items():
+                found = file.get_slice(name)
+                if (found.get_dtype(), found.get_shape()) != (DTYPES[dtype], [count, *shape]):
+                    held = f"{found.get_dtype()} {tuple(found.get_shape())}"
+                    wanted = f"{DTYPES[dtype]} {(count, *shape)}"
+                    raise ValueError(f"its {name} are {held} where the manifest says {wanted}")
+                tensors[name] = file.get_tensor(name).numpy()
+                tensors[name].flags.writeable = False
+            if extra := sorted(set(file.keys()) - set(layout)):
+                raise ValueError(f"it also holds {extra[0]!r:.60}")
+    except Exception as error:  # of safetensors, torch or the system: the file is not what the manifest says
+        raise ValueError(f"shard {path} cannot be used ({first_line(error, 300)}); {REMEDY}") from error
+    return tensors
+
+
+def is_valid(path: Path, layout: Layout, count: int) -> bool:
+    """Whether `open_tensors` succeeds; the numbers themselves are not read."""
+    try:
+        open_tensors(path, layout, count)
+    except ValueError:
+        return False
+    return True
+
+
+class ShardWriter:
+    """Rows appended to a shard, which takes its final form when `write_shard` ends."""
+
+    def __init__(self, file: BinaryIO, layout: Layout, most: int) -> None:
+        # tensors of wide numbers first, so that every number lies at a multiple of its size
+        order = sorted(layout, key=lambda name: (-np.dtype(layout[name][0]).itemsize, name))
+        self.count = 0  #: rows written
+        self._file, self._most = file, most
+        self._layout = {name: layout[name] for name in order}
+        unpadded = 8 + len(json.dumps(self._header(most)))
+        self._start = -(-unpadded // PAGE) * PAGE  # of the numbers
+
+    def write(self, rows: Mapping[str, np.ndarray]) -> None:
+        """Append rows: of each tensor of the layout an array (n, *row shape) in its dtype."""
+        n = len(next(iter(rows.values())))
+        assert rows.keys() == self._layout.keys() and self.count + n <= self._most
+        for name, (begin, _) in self._spans(self._most).items():
+            dtype, shape = self._layout[name]
+            values = np.ascontiguousarray(rows[name], dtype=np.dtype(dtype).newbyteorder("<"))
+            assert rows[name].dtype == dtype and values.shape == (n, *shape), f"{name} of another dtype or shape"
+            self._file.seek(self._start + begin + self.count * _bytes(dtype, shape))
+            self._file.write(values.data)
+        self.count += n
+
+    def finish(self) -> None:
+        """Close the gaps that skipped rows have left, and write the header."""
+        self._file.flush()
+        spans, final = self._spans(self._most), self._spans(self.count)
+        if self.count < self._most:
+            with open(self._file.name, "rb") as written:
+                for name, (begin, end) in final.items():
+                    self._move(written, spans[name][0], begin, end - begin)
+        self._file.truncate(self._start + max((end for _, end in final.values()), default=0))
+        header = json.dumps(self._header(self.count)).encode().ljust(self._start - 8)
+        self._file.seek(0)
+        self._file.write(len(header).to_bytes(8, "little") + header)
+
+    def _move(self, written: BinaryIO, source: int, target: int, size: int) -> None:
+        """Move bytes towards the start of the file."""
+        for done in range(0, size if source != target else 0, CHUNK):
+            written.seek(self._start + source + done)
+            self._file.seek(self._start + target + done)
+            self._file.write(written.read(min(CHUNK, size - done)))
+
+    def _spans(self, count: int) -> dict[str, tuple[int, int]]:
+        """Where each tensor begins and ends behind the header, with `count` rows."""
+        spans, at = {}, 0
+        for name, row in self._layout.items():
+            spans[name] = (at, at + count * _bytes(*row))
+            at = spans[name][1]
+        return spans
+
+    def _header(self, count: int) -> dict[str, object]:
+        return {
+            name: {"dtype": DTYPES[dtype], "shape": [count, *shape], "data_offsets": list(self._spans(count)[name])}
+            for name, (dtype, shape) in self._layout.items()
+        }
+
+
+@contextmanager
+def write_shard(path: Path, layout: Layout, most: int) -> Iterator[ShardWriter]:
+    """Write a shard of at most `most` rows; after an error what was at `path` before is still there.
+
+    Raises ValueError when the disk refuses.
+    """
+    with atomic_write(path, remedy=KEPT) as file:
+        writer = ShardWriter(file, layout, most)
+        yield writer
+        writer.finish()
+
+
+def _bytes(dtype: str, shape: tuple[int, ...]) -> int:
+    return math.prod(shape) * np.dtype(dtype).itemsize

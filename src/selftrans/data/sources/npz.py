@@ -1,0 +1,294 @@
+"""Arrays in npz files: images or samples (`arr_0`) and their labels, and the values of data that are no pictures (`data`).
+
+Read without pickle, one batch at a time; headers are checked against the size of what follows them.
+Shape legend: (n, R, R, C) images, N samples of shape (C, *S), one to three spatial dimensions S.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import IO, Any
+from zipfile import ZipFile
+
+import numpy as np
+
+from selftrans.data.sources.decode import BadSample
+from selftrans.data.sources.source import MAX_CLASSES
+from selftrans.data.sources.zip_archive import MAX_PICTURE_BYTES, open_zip
+from selftrans.storage import first_line
+
+MAX_BYTES = 1 << 30  #: of labels or class names, and of one sample
+EXPANSION = 1100  #: an entry holds at most this many bytes per byte of its zip (deflate reaches 1032)
+CHUNK = 1 << 24  #: bytes passed over at a time
+
+
+def npz_images(path: Path, batch_size: int, resolution: int | None, channels: int | None) -> Iterator[np.ndarray]:
+    """Stream `arr_0` (uint8, NHWC) of an npz, one batch (n, R, R, C) in memory at a time.
+
+    Raises ValueError when it has no such array, is of another kind, or of another resolution or channels than asked.
+    """
+    with open_zip(path) as archive:
+        try:
+            info = archive.getinfo("arr_0.npy")
+            file = archive.open(info)
+            shape = _image_shape(file, info.file_size)
+        except Exception as error:  # any fault of an untrusted header means the same to the reader
+            raise ValueError(f"{path} holds no uint8 array arr_0 of images (N, R, R, C): {error!s:.200}") from error
+        if resolution not in (None, shape[1]) or channels not in (None, shape[3]):
+            raise ValueError(f"{path} holds images {shape[1:]}, not of resolution {resolution} and {channels} channels")
+        rows = min(batch_size, MAX_PICTURE_BYTES // math.prod(shape[1:]))
+        with file:
+            for start in range(0, shape[0], rows):
+                batch = (min(rows, shape[0] - start), *shape[1:])
+                data = _read_exactly(file, math.prod(batch), path, f"image {start}")
+                yield np.frombuffer(data, dtype=np.uint8).reshape(batch).copy()
+
+
+def npz_arrays(path: Path, batch_size: int = 256) -> Iterator[np.ndarray] | None:
+    """Stream `arr_0` of an npz that holds samples which are no pictures, float32 (n, C, *S), one batch in memory at a time.
+
+    None where it holds anything else, which `npz_images` explains. The stream raises ValueError where the file is
+    damaged, or a number is not finite.
+    """
+    with open_zip(path) as archive:
+        try:
+            info = archive.getinfo("arr_0.npy")
+            with archive.open(info) as file:
+                shape, fortran, dtype = _header(file)
+                size = file.tell() + math.prod(shape) * dtype.itemsize
+        except Exception:  # as `npz_images`
+            return None
+    fits = dtype == np.dtype("<f4") and not fortran and 3 <= len(shape) <= 5 and min(shape) > 0
+    if not fits or size != info.file_size or 4 * math.prod(shape[1:]) > MAX_PICTURE_BYTES:
+        return None
+    return _stream_arrays(path, shape, min(batch_size, MAX_PICTURE_BYTES // (4 * math.prod(shape[1:]))))
+
+
+def _stream_arrays(path: Path, shape: tuple[int, ...], rows: int) -> Iterator[np.ndarray]:
+    with open_zip(path) as archive, archive.open("arr_0.npy") as file:
+        _header(file)
+        for start in range(0, shape[0], rows):
+            batch = (min(rows, shape[0] - start), *shape[1:])
+            data = _read_exactly(file, 4 * math.prod(batch), path, f"sample {start}")
+            values = np.frombuffer(data, dtype="<f4").reshape(batch).astype(np.float32)
+            if not np.isfinite(values).all():
+                raise ValueError(
+                    f"{path} holds numbers that are not finite in samples {start} to {start + len(values) - 1}"
+                )
+            yield values
+
+
+def npz_labels(path: Path) -> np.ndarray | None:
+    """Labels (n,) int64 of the images of an npz: its `arr_1`, as ADM names it, where that is a row of whole numbers.
+
+    None without, and where all are zero, as without classes. ValueError when they are not one per image, or damaged.
+    """
+    with open_zip(path) as archive:
+        if not {"arr_0.npy", "arr_1.npy"} <= set(archive.namelist()):
+            return None
+        try:
+            info = archive.getinfo("arr_0.npy")
+            with archive.open(info) as images:
+                count = _image_shape(images, info.file_size)[0]
+        except Exception:
+            return None  # `npz_images` says what is wrong
+        try:
+            with archive.open("arr_1.npy") as file:
+                shape, _, dtype = _header(file)
+                if len(shape) != 1 or dtype.kind not in "iu":
+                    return None
+                if shape[0] != count or count * dtype.itemsize > MAX_PICTURE_BYTES:
+                    raise ValueError(f"{shape[0]} labels of {count} images")
+                data = file.read(count * dtype.itemsize)
+            labels = np.frombuffer(data, dtype, count).astype(np.int64)
+        except Exception as error:  # as `npz_images`
+            raise ValueError(f"{path} holds labels arr_1 that do not fit its images: {error!s:.200}") from error
+    return labels if labels.any() else None
+
+
+@dataclass(frozen=True, eq=False)
+class NpzValues:
+    """Float values `data` (N, C, *S) of an npz, with `labels` and `classes` where it has them; see `npz_values`.
+
+    Read one sample at a time, in a stream: fast in ascending order; another order begins the stream again.
+    """
+
+    path: Path
+    shape: tuple[int, ...]  #: (C, *S) of a sample
+    dtype: np.dtype
+    labels: np.ndarray  #: (N,) int64
+    classes: tuple[str, ...]  #: empty: unconditional
+    crc: int  #: checksum of the array, as the zip's directory has it
+    ignored: dict[str, int] = field(default_factory=dict)  #: nothing
+    _state: dict[str, Any] = field(default_factory=dict, repr=False)  #: the open stream and its next sample
+    _lock: Any = field(default_factory=threading.Lock, repr=False)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def name(self, i: int) -> str:
+        return f"sample {i} of {self.path.name}"
+
+    def read(self, i: int) -> np.ndarray:
+        """Sample i: (C, *S) float32. Raises BadSample for numbers that are not finite, ValueError for a damaged file."""
+        size = math.prod(self.shape) * self.dtype.itemsize
+        with self._lock:
+            data = _read_exactly(self._stream_at(i, size), size, self.path, f"sample {i}")
+            self._state["next"] = i + 1
+        with np.errstate(over="ignore"):  # a float64 beyond float32 becomes infinite, and is refused below
+            values = np.frombuffer(data, self.dtype).reshape(self.shape).astype(np.float32)
+        if not np.isfinite(values).all():
+            raise BadSample(self.name(i), "NaN, infinite, or beyond float32")
+        return values
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hash of shape, dtype, checksum, labels and classes: the same wherever the file lies."""
+        about = f"{len(self)} {self.shape} {self.dtype.str} {self.crc}\0" + "\0".join(self.classes)
+        digest = hashlib.sha256(about.encode(errors="surrogatepass"))
+        digest.update(self.labels.astype("<i8").tobytes())
+        return digest.hexdigest()
+
+    def _stream_at(self, i: int, size: int) -> IO[bytes]:
+        """The stream, at the beginning of sample i; where it stands is forgotten until that has been read."""
+        at = self._state.pop("next", len(self))
+        if at > i:
+            self._state["file"], at = open_zip(self.path).open("data.npy"), 0
+            _header(self._state["file"])
+        file = self._state["file"]
+        left = (i - at) * size
+        while left:
+            left -= len(_read_exactly(file, min(left, CHUNK), self.path, f"a sample before {i}"))
+        return file
+
+
+def npz_values(path: Path) -> NpzValues:
+    """Open an npz of values: `data` (N, C, *S) float16, 32 or 64; optionally `labels` (N,) integers from 0, and `classes`,
+    the names of the labels (without: "0", "1", ... up to the highest).
+
+    Raises ValueError, with the remedy, for any other array, pickled ones included, and for labels that do not fit.
+    """
+    if not path.is_file():
+        raise ValueError(f"no file {path}: autoencoder values reads an npz file with an array `data`")
+    with open_zip(path) as archive:
+        names = set(archive.namelist())
+        if "data.npy" not in names:
+            raise ValueError(f"{path} holds no array `data`; save it with numpy.savez(file, data=..., labels=...)")
+        info = archive.getinfo("data.npy")
+        with _member(archive, path, "data") as file:
+            shape, dtype = _values_header(file, path, info.file_size)
+        if "labels.npy" not in names:
+            if "classes.npy" in names:
+                raise ValueError(f"{path} holds `classes` without `labels`; add labels, or leave the classes out")
+            labels, classes = np.zeros(shape[0], np.int64), tuple[str, ...]()
+        else:
+            labels, classes = _labels(archive, path, shape[0], "classes.npy" in names)
+    return NpzValues(path, shape[1:], dtype, labels, classes, info.CRC)
+
+
+def _values_header(file: IO[bytes], path: Path, size: int) -> tuple[tuple[int, ...], np.dtype]:
+    """Shape (N, C, *S) and dtype of `data`, a member of `size` bytes."""
+    shape, fortran, dtype = _header(file)
+    said = f"{path}: data is {dtype} {shape}{' in Fortran order' if fortran else ''}"
+    if dtype.kind != "f" or dtype.itemsize > 8 or fortran or not 3 <= len(shape) <= 5 or min(shape) < 1:
+        raise ValueError(
+            f"{said}; expected float16, float32 or float64 of shape (N, channels, 1 to 3 spatial dimensions), in C order: "
+            "convert it with numpy.ascontiguousarray(data, dtype='float32')"
+        )
+    if file.tell() + math.prod(shape) * dtype.itemsize != size:
+        raise ValueError(f"{said}, which does not agree with its {size} bytes; save it again")
+    if math.prod(shape[1:]) * dtype.itemsize > MAX_BYTES:
+        raise ValueError(f"{said}; samples of more than {MAX_BYTES} bytes are refused")
+    return shape, dtype
+
+
+def _labels(archive: ZipFile, path: Path, count: int, named: bool) -> tuple[np.ndarray, tuple[str, ...]]:
+    """Labels (N,) int64 and the names of the classes."""
+    found = _small_array(archive, path, "labels")
+    if found.dtype.kind not in "iu" or found.shape != (count,):
+        raise ValueError(
+            f"{path}: labels are {found.dtype} {found.shape}; expected ({count},) integers, one per sample"
+        )
+    if int(found.min()) < 0 or int(found.max()) >= MAX_CLASSES:
+        wrong = int(np.argmax((found < 0) | (found >= MAX_CLASSES)))
+        raise ValueError(f"{path}: label {found[wrong]} of sample {wrong} is outside 0 .. {MAX_CLASSES - 1}")
+    labels = found.astype(np.int64)
+    if not named:
+        return labels, tuple(str(k) for k in range(int(labels.max()) + 1))
+    names = _small_array(archive, path, "classes")
+    if names.dtype.kind != "U" or names.ndim != 1 or not all(names.tolist()):
+        raise ValueError(
+            f"{path}: classes are {names.dtype} {names.shape}; expected a list of names, none of them empty"
+        )
+    classes = tuple(names.tolist())
+    if len(set(classes)) != len(classes):
+        raise ValueError(f"{path}: classes names a class twice; give each its own name")
+    if labels.max() >= len(classes):
+        wrong = int(np.argmax(labels >= len(classes)))
+        raise ValueError(f"{path}: label {labels[wrong]} of sample {wrong} is outside 0 .. {len(classes) - 1}")
+    return labels, classes
+
+
+def _small_array(archive: ZipFile, path: Path, name: str) -> np.ndarray:
+    """An array that is read at once. Raises ValueError when it is pickled, too large or damaged."""
+    with _member(archive, path, name) as file:
+        shape, fortran, dtype = _header(file)
+        size = math.prod(shape) * dtype.itemsize
+        if size > MAX_BYTES or fortran:
+            raise ValueError(f"{path}: {name} of {dtype} {shape} is too large, or in Fortran order; save it again")
+        return np.frombuffer(_read_exactly(file, size, path, name), dtype).reshape(shape)
+
+
+@contextmanager
+def _member(archive: ZipFile, path: Path, name: str) -> Iterator[IO[bytes]]:
+    """An open array of an npz; what its header and the zip around it raise becomes a ValueError of one line."""
+    try:
+        size, most = archive.getinfo(f"{name}.npy").file_size, EXPANSION * path.stat().st_size
+        if size > most:
+            raise ValueError(f"it says that it expands to {size} bytes, more than such a file can hold")
+        with archive.open(f"{name}.npy") as file:
+            yield file
+    except Exception as error:  # encrypted, of an unknown compression, a damaged entry, a hostile header
+        if str(error).startswith(str(path)):
+            raise
+        raise ValueError(f"{path}: array `{name}` cannot be read ({first_line(error)}); save it again") from error
+
+
+def _read_exactly(file: IO[bytes], size: int, path: Path, where: str) -> bytes:
+    """The next `size` bytes of a member. Raises ValueError where it is damaged, or ends before."""
+    try:
+        data = file.read(size)
+    except Exception as error:  # as many kinds as there are kinds of damage
+        raise ValueError(f"{path} is damaged at {where} ({first_line(error)}); make it again") from error
+    if len(data) != size:
+        raise ValueError(f"{path} is cut off at {where}; make it again")
+    return data
+
+
+def _header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
+    """Shape, Fortran order and dtype of an array, `file` left at its first entry. Raises ValueError for pickled objects."""
+    version = np.lib.format.read_magic(file)
+    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, fortran, dtype = read(file)
+    if dtype.hasobject:
+        raise ValueError("it is pickled, and pickles are never read")
+    return shape, fortran, dtype
+
+
+def _image_shape(file: IO[bytes], size: int) -> tuple[int, ...]:
+    """Shape in the header of a member of `size` bytes, `file` left at the first image."""
+    shape, fortran, dtype = _header(file)
+    if dtype != np.uint8 or fortran or len(shape) != 4 or shape[1] != shape[2] or shape[3] not in (1, 3):
+        raise ValueError(f"it is {dtype} {shape}{' in Fortran order' if fortran else ''}")
+    if min(shape) < 1 or file.tell() + math.prod(shape) != size:
+        raise ValueError(f"shape {shape} does not agree with its {size} bytes")
+    if math.prod(shape[1:]) > MAX_PICTURE_BYTES:
+        raise ValueError(f"images of {shape[1:]} are larger than {MAX_PICTURE_BYTES} bytes")
+    return shape

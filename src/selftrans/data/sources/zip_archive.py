@@ -1,0 +1,87 @@
+"""Pictures in a zip: its names are checked before anything is read, and nothing is extracted."""
+
+from __future__ import annotations
+
+import io
+import stat
+import threading
+import zipfile
+from collections import Counter
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING
+
+from selftrans.data.sources.decode import EXTENSIONS, open_picture
+from selftrans.data.sources.source import HIDDEN, OTHER, Source, classify, is_hidden
+from selftrans.storage import printable
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+MAX_PICTURE_BYTES = 1 << 29  #: no picture file is larger; entries that claim to be are refused
+
+
+def zip_file(path: Path) -> Source:
+    """A zip of class folders (one folder that holds two or more of them, and nothing else, may enclose them), or of
+    pictures.
+
+    Raises ValueError for names that are absolute or climb (`..`), symbolic links, encrypted or doubled entries, and
+    pictures said to be larger than `MAX_PICTURE_BYTES`.
+    """
+    archive = open_zip(path)
+    ignored: Counter[str] = Counter()
+    entries: dict[str, zipfile.ZipInfo] = {}
+    for info in archive.infolist():
+        parts = _checked_parts(info, path)
+        if info.is_dir():
+            continue
+        if any(is_hidden(part) for part in parts):
+            ignored[HIDDEN] += 1
+        elif PurePosixPath(parts[-1]).suffix.lower() not in EXTENSIONS:
+            ignored[OTHER] += 1
+        elif (name := "/".join(parts)) in entries:
+            raise ValueError(f"{path} holds {printable(name)} twice; make the zip again")
+        else:
+            entries[name] = info
+    names = sorted(entries)
+    infos = [entries[name] for name in names]
+    labels, classes = classify(_without_top(names), str(path))
+    lock = threading.Lock()  # ZipFile counts its readers without one
+
+    def open_entry(i: int) -> Image.Image:
+        with lock, archive.open(infos[i]) as file:
+            # bounded by the size it claims, whatever the compressed stream expands to
+            return open_picture(io.BytesIO(file.read(infos[i].file_size)))
+
+    return Source(names, labels, classes, open_entry, [info.file_size for info in infos], dict(ignored))
+
+
+def open_zip(path: Path) -> zipfile.ZipFile:
+    """A zip file, its directory read. Raises ValueError when it is none."""
+    try:
+        return zipfile.ZipFile(path)
+    except Exception as error:  # a damaged directory makes zipfile raise more than BadZipFile
+        raise ValueError(f"{path} is not a folder, a parquet file or a readable zip ({error})") from error
+
+
+def _checked_parts(info: zipfile.ZipInfo, path: Path) -> list[str]:
+    """The parts of an entry's name. Raises ValueError where the entry is hostile."""
+    name = info.filename.replace("\\", "/")
+    parts = [part for part in name.split("/") if part not in ("", ".")]
+    if name.startswith("/") or ".." in parts or not parts or ":" in parts[0]:
+        raise ValueError(f"{path} holds the name {info.filename!r}, which leads out of it; do not trust this zip")
+    if stat.S_ISLNK(info.external_attr >> 16):
+        raise ValueError(f"{path} holds the symbolic link {info.filename!r}; make the zip of the files themselves")
+    if info.flag_bits & 1:
+        raise ValueError(f"{path} is encrypted ({info.filename!r}); make one without a password")
+    if info.file_size > MAX_PICTURE_BYTES:
+        raise ValueError(f"{path} says {info.filename!r} expands to {info.file_size} bytes; such a zip is refused")
+    return parts
+
+
+def _without_top(names: list[str]) -> list[str]:
+    """Names below an enclosing folder, where there is one that holds two or more folders and no picture itself."""
+    split = [name.split("/", 2) for name in names]
+    below = {tuple(parts[:2]) for parts in split}
+    if all(len(parts) == 3 for parts in split) and len({top for top, _ in below}) == 1 and len(below) > 1:
+        return ["/".join(parts[1:]) for parts in split]
+    return names

@@ -1,0 +1,12 @@
+"""The default device of a process."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+
+def default_device() -> torch.device:
+    """The GPU of this process (LOCAL_RANK, as accelerate and torchrun set it); the CPU where torch finds no GPU."""
+    return torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")

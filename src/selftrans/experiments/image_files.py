@@ -1,0 +1,24 @@
+"""Files => batches of images: pictures as they are stored, arrays of an npz, or prepared data as its autoencoder decodes it.
+
+Pictures are uint8 (n, H, W, C), arrays that are no pictures float32 (n, C, *S).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from selftrans.data.dataset import Dataset
+from selftrans.data.decoded import decoded_images
+from selftrans.data.sources.npz import npz_arrays
+from selftrans.data.sources.open_source import iter_images
+
+
+def open_images(path: Path) -> Iterator[np.ndarray]:
+    """Images of a folder, zip or npz, or of prepared data, in batches. Raises ValueError for anything else."""
+    if (path / "manifest.json").exists():
+        return decoded_images(Dataset.open(path))
+    arrays = npz_arrays(path) if path.suffix.lower() == ".npz" else None
+    return iter_images(path) if arrays is None else arrays

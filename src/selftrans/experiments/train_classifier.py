@@ -1,0 +1,38 @@
+"""`selftrans classifier`: prepared pictures with classes ⇒ a small classifier, whose features distances are measured in."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+
+from selftrans.data.dataset import Dataset
+from selftrans.data.decoded import decoded_images
+from selftrans.device import default_device
+from selftrans.evaluate.classifier import train_classifier
+from selftrans.storage import write_json
+
+
+def classifier_from_data(data: str | Path, out: Path, *, epochs: int, seed: int) -> str:
+    """Train a classifier on prepared data, on the device at hand, and save it; returns what to print.
+
+    Raises ValueError for data without two classes, and for data that are no pictures.
+    """
+    dataset = Dataset.open(data)
+    if out.suffix != ".safetensors":
+        raise ValueError(f"{out} must end in .safetensors, which is how evaluate knows a classifier")
+    if dataset.manifest.num_classes < 2:
+        raise ValueError(f"{data} has {dataset.manifest.num_classes} classes; a classifier needs at least two")
+    device = default_device()
+    images = np.concatenate(list(decoded_images(dataset, device=device)), axis=0)
+    if images.dtype != np.uint8:
+        raise ValueError(f"{data} holds arrays that are no pictures; measure them with --features values instead")
+    classes = dataset.manifest.num_classes
+    model = train_classifier(images, dataset.labels, classes, seed=seed, epochs=epochs, device=device)
+    model.save(out)
+    record = model.training_record
+    assert record is not None
+    about = dataclasses.asdict(record) | {"data": str(data), "classes": list(dataset.manifest.classes)}
+    write_json(out.with_suffix(".json"), about)
+    return f"{out}: accuracy {record.accuracy:.3f} on {record.held_out} held-out images"

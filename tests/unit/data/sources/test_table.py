@@ -1,0 +1,65 @@
+"""Parquet files: columns, labels, and cells that name files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from selftrans.data.sources.open_source import open_source
+from tests.support.pictures import encoded, noise, write
+
+
+def test_tables_that_are_links_out_of_the_folder(tmp_path: Path) -> None:
+    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    (tmp_path / "x").mkdir()
+    for name in ("private.parquet", "x/a.parquet"):
+        parquet.write_table(arrow.table({"image": [encoded(noise(8))]}), tmp_path / name)
+    (tmp_path / "x" / "again.parquet").symlink_to(tmp_path / "x" / "a.parquet")
+    assert len(open_source(tmp_path / "x")) == 2
+    (tmp_path / "x" / "b.parquet").symlink_to(tmp_path / "private.parquet")
+    with pytest.raises(ValueError, match=r"^b.parquet in .* is a symbolic link out of the folder"):
+        open_source(tmp_path / "x")
+
+
+def test_parquet(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    cells = [{"bytes": encoded(noise(8, i)), "path": None} for i in range(4)]
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["cat", "dog"])})
+    rows = datasets.Dataset.from_dict({"image": cells, "label": [1, 0, 1, 0]}, features=features)
+    (tmp_path / "x").mkdir()
+    rows.to_parquet(tmp_path / "x" / "train.parquet")
+    for where in (tmp_path / "x", tmp_path / "x" / "train.parquet"):
+        source = open_source(where)
+        assert source.classes == ("cat", "dog") and source.labels.tolist() == [1, 0, 1, 0]
+        assert np.array_equal(source.read(2), noise(8, 2))
+
+
+def test_plain_parquet_and_its_faults(tmp_path: Path) -> None:
+    """Columns that other tools write: bytes and integers; labels that are none; a cell that names a file."""
+    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+
+    def table(name: str, image: list, **columns: list) -> Path:
+        parquet.write_table(arrow.table({"image": image, **columns}), tmp_path / name)
+        return tmp_path / name
+
+    pictures = [encoded(noise(8, i)) for i in range(3)]
+    source = open_source(table("a.parquet", pictures, label=[2, 0, 2]))
+    assert source.classes == ("0", "1", "2") and np.array_equal(source.read(1), noise(8, 1))
+    assert open_source(table("b.parquet", pictures)).classes == ()
+    with pytest.raises(ValueError, match="has no class in row 1"):
+        open_source(table("c.parquet", pictures, label=[2, -1, 2]))
+    with pytest.raises(ValueError, match="has no class in row 1"):
+        open_source(table("d.parquet", pictures, label=[2, None, 2]))
+    with pytest.raises(ValueError, match="does not hold integers"):
+        open_source(table("d.parquet", pictures, kind=["a", "b", "c"]), label_column="kind")
+    with pytest.raises(ValueError, match=r"several label columns: label, class; choose"):
+        open_source(table("e.parquet", pictures, label=[0, 1, 2], **{"class": [0, 0, 0]}))
+    assert open_source(tmp_path / "e.parquet", label_column="class").classes == ("0",)
+    secret = write(tmp_path / "s", {"secret.png": encoded(noise(8))}) / "secret.png"
+    named = table("f.parquet", [{"bytes": None, "path": str(secret)}, {"bytes": pictures[0], "path": None}])
+    source = open_source(named)
+    assert np.array_equal(source.read(1), noise(8, 0))
+    with pytest.raises(ValueError, match="names a file in place of holding the picture"):
+        source.read(0)
