@@ -213,7 +213,8 @@ class RunConfig:
 
     def section(self, kind: type[S]) -> S:
         """The settings of one kind: as they are given, or their defaults."""
-        return self.sections.get(kind.key) or kind()
+        found = self.sections.get(kind.key)
+        return found if isinstance(found, kind) else kind()  # of a method that is not known here it is plain json
 
     def restricted(self) -> RunConfig:
         """The same with the sections of its own method, complete, and no others."""
