@@ -15,7 +15,7 @@ from selftrans.models import registry as models
 from selftrans.models.sit import SiTConfig
 from selftrans.models.spec import ModelConfig
 from selftrans.precision import PRECISIONS
-from selftrans.sections import Resume, Section, fields_of, from_plain, setting
+from selftrans.sections import OWN, Resume, Section, fields_of, from_plain, setting
 from selftrans.suggest import nearest
 from selftrans.types import Backbone, Conditions
 
@@ -24,7 +24,6 @@ DEFAULT_METHOD = methods.DEFAULT
 SAMPLER_NAMES = ("euler", "heun", "ode", "sde")
 Labels: TypeAlias = Literal["balanced", "random"] | tuple[int, ...]
 S = TypeVar("S", bound=Section)
-OWN = ("data", "model", "train", "sample", "log")  #: sections that every run has
 
 
 @dataclass(frozen=True)

@@ -75,7 +75,7 @@ def test_broken_package_does_not_disable_the_others(value, module, expected, ins
     assert found.find("vanilla") is METHODS["vanilla"]
     with pytest.warns(UserWarning, match=f"{expected}.*left out"):
         assert [spec.name for spec in found.every()] == [*METHODS, "plain"]
-    with pytest.warns(UserWarning), pytest.raises(ValueError, match=expected):
+    with pytest.warns(UserWarning, match=expected), pytest.raises(ValueError, match=expected):
         found.find("broken")
 
 
