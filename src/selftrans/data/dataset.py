@@ -1,4 +1,4 @@
-"""Shards on disk => named tensors: memory-mapped, gathered by row.
+"""Dataset on disk => named tensors: memory-mapped, gathered by row.
 
 Shape legend: N batch, M moments channels, (C, *S) latent, T tokens and D width of the features.
 """

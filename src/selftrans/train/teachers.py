@@ -25,8 +25,8 @@ class StoredFeatures:
 
     encode, flops, model = None, 0, None
 
-    def __init__(self, shards: Dataset) -> None:
-        found = shards.open_features()
+    def __init__(self, dataset: Dataset) -> None:
+        found = dataset.open_features()
         self.grid, self.width = (found.grid, found.grid), found.width
         self.source: dict[str, Any] = {"path": found.encoder, "sha256": found.sha256, "weights": found.sha256}
 
@@ -34,19 +34,19 @@ class StoredFeatures:
 Teacher = Frozen | Encoder | StoredFeatures
 
 
-def teacher_of(config: RunConfig, stage: Stage, run: str, shards: Dataset, device: torch.device) -> Teacher | None:
+def teacher_of(config: RunConfig, stage: Stage, run: str, dataset: Dataset, device: torch.device) -> Teacher | None:
     """The frozen model or the external encoder that a stage wants, in the run's precision; None where it wants none.
 
     `run` is the directory whose earlier stage teaches, unless a teacher is given by the settings.
     """
     dtype = PRECISIONS[config.train.precision]
     if stage.encoder:
-        return external_encoder(stage.encoder.name, config, shards, device, dtype)
+        return external_encoder(stage.encoder.name, config, dataset, device, dtype)
     if stage.teacher is None:
         return None
-    found = load_teacher(stage.teacher.given or run, stage.teacher, shards.manifest)
+    found = load_teacher(stage.teacher.given or run, stage.teacher, dataset.manifest)
     if stage.teacher.given:
-        check_given(found, config, shards.manifest)
+        check_given(found, config, dataset.manifest)
     if found.weights != stage.teacher.weights:
         warnings.warn(
             f"{found.source['path']} holds {found.weights} weights, and they teach; the setting {stage.teacher.weights} "
@@ -117,19 +117,19 @@ def check_teacher(found: checkpoint.Checkpoint, teacher: Any) -> None:
 
 
 def external_encoder(
-    name: str | None, config: RunConfig, shards: Dataset, device: torch.device, dtype: torch.dtype
+    name: str | None, config: RunConfig, dataset: Dataset, device: torch.device, dtype: torch.dtype
 ) -> StoredFeatures | Encoder:
     """The encoder `name` on the grid of the student's tokens; None: what is stored with the data.
 
     Raises ValueError for data without features, and for a name where the data hold no pixels to encode.
     """
-    manifest = shards.manifest
+    manifest = dataset.manifest
     prepare = (
-        f"`selftrans prepare {manifest.source} --out {shards.path} --features MODEL`, its other options as they were"
+        f"`selftrans prepare {manifest.source} --out {dataset.path} --features MODEL`, its other options as they were"
     )
     if name is not None and manifest.autoencoder != "pixel":
         raise ValueError(
-            f"{shards.path} holds latents of {manifest.autoencoder}, and encoder {name} reads pixels; store its features "
+            f"{dataset.path} holds latents of {manifest.autoencoder}, and encoder {name} reads pixels; store its features "
             f"by {prepare}, and leave the encoder out here"
         )
     if name is not None:
@@ -139,7 +139,7 @@ def external_encoder(
             raise ValueError(f"encoder {name} gives a square of features, the student's tokens lie on {grid}")
         return load_encoder(name, grid[0], device=device, dtype=dtype)
     try:
-        return StoredFeatures(shards)
+        return StoredFeatures(dataset)
     except ValueError as error:
         if manifest.autoencoder == "pixel":
             raise ValueError(f"{error}; or give an encoder by hub id or folder, to be run on the pixels") from error

@@ -1,4 +1,4 @@
-"""Every parser that meets a file of a stranger, as a function of that file, with sound examples to start from.
+"""Every parser of untrusted files, as a function of the file, with valid examples to start from.
 
 A parser may return, or raise ValueError in one short line. It may not raise anything else, write outside its folder, start
 a process, open a connection, look up what a pickle names, or take memory and time beyond its input.
@@ -23,15 +23,16 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from safetensors.torch import save
-from selftrans.data.feature_files import Features
 
 from selftrans.checkpoints import format as checkpoint
 from selftrans.checkpoints.load import load_model
 from selftrans.config import to_json
-from selftrans.data import resumable as ledger
+from selftrans.data import resumable
 from selftrans.data.dataset import Dataset
+from selftrans.data.manifest import Features
+from selftrans.data.record import parse_json, read_text
 from selftrans.data.sources.decode import open_picture
-from selftrans.data.sources.npz import npz_labels
+from selftrans.data.sources.npz import npz_labels, npz_values
 from selftrans.data.sources.open_source import iter_images, open_source
 from selftrans.data.sources.source import Source
 from selftrans.evaluate.classifier import SmallClassifier
@@ -183,16 +184,16 @@ def classifier() -> bytes:
 
 
 def stored_features() -> list[bytes]:
-    entries = [{"index": i, "count": 3, "sha256": "0" * 64} for i in range(2)]
+    entries = [{"index": i, "sha256": "0" * 64} for i in range(2)]
     about = {
         "encoder": "a/vit",
         "sha256": "1" * 64,
         "precision": "float32",
         "grid": 2,
         "width": 4,
-        "pictures": "2" * 64,
+        "fingerprint": "2" * 64,
     }
-    return jsons({"version": 1, **about, "files": entries}, {"version": 1, **about, "files": []})
+    return jsons({**about, "files": entries}, {**about, "files": []})
 
 
 def published() -> dict[str, Any]:
@@ -301,6 +302,19 @@ def npz_pictures(path: Path) -> None:
         assert batch.dtype == np.uint8 and batch.ndim == 4
 
 
+def read_all(path: Path) -> None:
+    dataset = Dataset.open(path.parent)
+    tensors = dataset.read(np.arange(len(dataset)))
+    assert torch.isfinite(tensors["moments"]).all() and int(tensors["labels"].max()) < 3
+
+
+def values(path: Path) -> None:
+    found = npz_values(path)
+    assert len(found.fingerprint) == 64 and found.labels.shape == (len(found),)
+    for i in range(min(len(found), 4)):
+        assert found.read(i).shape == found.shape
+
+
 def table(path: Path) -> None:
     """Rows go through the cache of `datasets`, put in the folder meanwhile."""
     import datasets
@@ -339,9 +353,24 @@ PARSERS: dict[str, Parser] = {
         16_000,
         put(prepared, but="manifest.json"),
     ),
-    "ledger": Parser(
+    "shard": Parser(
+        "shard-00000.safetensors",
+        read_all,
+        lambda: [prepared()["shard-00000.safetensors"]],
+        8_000,
+        put(prepared, but="shard-00000.safetensors"),
+    ),
+    "shard_header": Parser(
+        "shard-00000.safetensors",
+        read_all,
+        lambda: [header(prepared()["shard-00000.safetensors"])],
+        12_000,
+        put(prepared, but="shard-00000.safetensors"),
+        lambda data: with_header(prepared()["shard-00000.safetensors"])(data),
+    ),
+    "shard_record": Parser(
         "shard-00000.json",
-        lambda path: ledger.earlier(path.parent),
+        lambda path: resumable.earlier(path.parent),
         lambda: jsons(json.loads(prepared()["manifest.json"])["shards"][0]),
         10_000,
         unfinished,
@@ -425,7 +454,40 @@ PARSERS: dict[str, Parser] = {
         6_000,
     ),
     "parquet": Parser("x.parquet", table, parquet, 400),
-    "features": Parser("features.json", Features.load, stored_features, 12_000),
+    "features": Parser(
+        "features-00000.json",
+        lambda path: Features.parse(parse_json(read_text(path), "x"), "x"),
+        stored_features,
+        12_000,
+    ),
+    "values": Parser(
+        "x.npz",
+        values,
+        lambda: [
+            npz(data=np.ones((3, 2, 4)), labels=np.arange(3), classes=np.array(["a", "b", "c"])),
+            packed({"data.npy": npy(np.ones((3, 2, 4), np.float32))}, zipfile.ZIP_DEFLATED),
+        ],
+        5_000,
+    ),
+    "values_member": Parser(
+        "x.npz", values, lambda: [npy(np.ones((3, 2, 4)))], 8_000, wrap=lambda data: packed({"data.npy": data})
+    ),
+    "values_labels": Parser(
+        "x.npz",
+        values,
+        lambda: [npy(np.arange(3)), npy(np.arange(3, dtype=np.uint8))],
+        6_000,
+        wrap=lambda data: packed({"data.npy": npy(np.ones((3, 2, 4))), "labels.npy": data}),
+    ),
+    "values_classes": Parser(
+        "x.npz",
+        values,
+        lambda: [npy(np.array(["a", "b", "c"]))],
+        6_000,
+        wrap=lambda data: packed(
+            {"data.npy": npy(np.ones((3, 2, 4))), "labels.npy": npy(np.arange(3)), "classes.npy": data}
+        ),
+    ),
     "torch": Parser("x.pt", read_published, torch_files, 4_000),
     "torch_pickle": Parser(
         "x.pt",

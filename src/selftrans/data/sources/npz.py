@@ -222,18 +222,25 @@ def _labels(archive: ZipFile, path: Path, count: int, named: bool) -> tuple[np.n
     labels = found.astype(np.int64)
     if not named:
         return labels, tuple(str(k) for k in range(int(labels.max()) + 1))
-    names = _small_array(archive, path, "classes")
-    if names.dtype.kind != "U" or names.ndim != 1 or not all(names.tolist()):
-        raise ValueError(
-            f"{path}: classes are {names.dtype} {names.shape}; expected a list of names, none of them empty"
-        )
-    classes = tuple(names.tolist())
+    classes = _class_names(_small_array(archive, path, "classes"), path)
     if len(set(classes)) != len(classes):
         raise ValueError(f"{path}: classes names a class twice; give each its own name")
     if labels.max() >= len(classes):
         wrong = int(np.argmax(labels >= len(classes)))
         raise ValueError(f"{path}: label {labels[wrong]} of sample {wrong} is outside 0 .. {len(classes) - 1}")
     return labels, classes
+
+
+def _class_names(names: np.ndarray, path: Path) -> tuple[str, ...]:
+    try:
+        classes = tuple(names.tolist())
+    except Exception as error:  # numpy's own for numbers that are no characters is a SystemError
+        raise ValueError(f"{path}: classes are no text ({first_line(error)})") from error
+    if names.dtype.kind != "U" or names.ndim != 1 or not all(classes):
+        raise ValueError(
+            f"{path}: classes are {names.dtype} {names.shape}; expected a list of names, none of them empty"
+        )
+    return classes
 
 
 def _small_array(archive: ZipFile, path: Path, name: str) -> np.ndarray:

@@ -164,6 +164,15 @@ def test_headers_of_values_are_not_believed(tmp_path: Path) -> None:
         npz_values(tmp_path / "x.npz")
 
 
+def test_class_names_that_are_no_characters(tmp_path: Path) -> None:
+    names = np.array([0x41, 0x7FFFFFFF], np.uint32).view("<U1")
+    zipped(
+        tmp_path / "x.npz", {"data.npy": npy(FLOATS), "labels.npy": npy(np.zeros(4, int)), "classes.npy": npy(names)}
+    )
+    with pytest.raises(ValueError, match="classes are no text"):
+        npz_values(tmp_path / "x.npz")
+
+
 def test_an_entry_that_says_it_expands_without_end(tmp_path: Path) -> None:
     path = tmp_path / "x.npz"
     np.savez_compressed(path, data=FLOATS)
