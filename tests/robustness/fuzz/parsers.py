@@ -32,7 +32,7 @@ from selftrans.data.dataset import Dataset
 from selftrans.data.manifest import Features
 from selftrans.data.record import parse_json, read_text
 from selftrans.data.sources.decode import open_picture
-from selftrans.data.sources.npz import npz_labels, npz_values
+from selftrans.data.sources.npz import npz_arrays, npz_labels, npz_values
 from selftrans.data.sources.open_source import iter_images, open_source
 from selftrans.data.sources.source import Source
 from selftrans.evaluate.classifier import SmallClassifier
@@ -43,7 +43,7 @@ from selftrans.interop.importing import import_run
 from selftrans.interop.published_file import read as read_published
 from selftrans.recipes import recipe
 from selftrans.sampling import folder as samples_io
-from selftrans.sampling.sample_file import read_png
+from selftrans.sampling.sample_file import read_npy, read_png, write_npy
 from selftrans.train.log import JsonlLog
 from selftrans.train.resume import _read, from_json
 from selftrans.types import Conditions
@@ -150,6 +150,12 @@ def labelled(image: np.ndarray) -> bytes:
         shaped = image.reshape(1, *image.shape[:2], -1)
         samples_io._write_batch(folder, np.zeros(1, np.int64), np.ones(1, np.int64), shaped, 0)
         return (folder / "000000.png").read_bytes()
+
+
+def stored_array(array: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    write_npy(buffer, array, 1)
+    return buffer.getvalue()
 
 
 def parquet() -> list[bytes]:
@@ -294,6 +300,19 @@ def sample(path: Path) -> None:
     assert pixels.dtype == np.uint8 and pixels.ndim == 3 and label >= -1
 
 
+def sample_array(path: Path) -> None:
+    values, label = read_npy(path)
+    assert values.dtype == np.float32 and np.isfinite(values).all() and label >= 0
+
+
+def npz_samples(path: Path) -> None:
+    batches = npz_arrays(path)
+    if batches is None:
+        raise ValueError("no arrays, so it is read as pictures")
+    for batch in batches:
+        assert batch.dtype == np.float32 and 3 <= batch.ndim <= 5 and np.isfinite(batch).all()
+
+
 def npz_pictures(path: Path) -> None:
     samples_io._npz_count(path)
     labels = npz_labels(path)
@@ -417,6 +436,19 @@ PARSERS: dict[str, Parser] = {
     ),
     "sample": Parser(
         "000000.png", sample, lambda: [labelled(noise(6)), labelled(noise(6, channels=1)), encoded(noise(6))], 6_000
+    ),
+    "sample_array": Parser(
+        "000000.npy",
+        sample_array,
+        lambda: [stored_array(np.ones(shape, np.float32)) for shape in ((1, 3), (2, 2, 2), (1, 2, 1, 2))],
+        8_000,
+    ),
+    "npz_samples": Parser(
+        "x.npz",
+        npz_samples,
+        lambda: [npy(np.ones((3, 1, 4), np.float32)), npy(np.ones((2, 2, 2, 2), np.float32))],
+        8_000,
+        wrap=lambda data: packed({"arr_0.npy": data}),
     ),
     "npz": Parser(
         "x.npz",

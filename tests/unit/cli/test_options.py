@@ -32,7 +32,8 @@ def test_only_what_was_set_is_given():
 @pytest.mark.parametrize(("flags", "settings"), [(FLAGS, SET), ("--seed 0", {"seed": 0}), ("", {})])
 def test_sample_passes_what_was_set(flags, settings, monkeypatch, capsys):
     calls = []
-    monkeypatch.setattr("selftrans.sampling.images.generate", lambda *args, **options: calls.append((args, options)))
+    sampled = lambda *args, **options: calls.append((args, options))  # noqa: E731
+    monkeypatch.setattr("selftrans.sampling.folder.sample_to_folder", sampled)
     assert main(["sample", "run", "--out", "x", "--weights", "raw", *flags.split()]) == 0
     assert calls == [(("run", Path("x"), settings), {"weights": "raw", "stage": None})]
 
