@@ -90,7 +90,7 @@ def test_checkpoints_are_safetensors_and_json_that_others_may_read(run):
             assert {file.name for file in path.iterdir()} == {f"{name}.safetensors" for name in names} | {"state.json"}
             assert len({file.stat().st_mode for file in path.iterdir()}) == 1
     assert {path.suffix for path in out.rglob("*") if path.is_file() and "tensorboard" not in path.parts} == {
-        *("", ".json", ".jsonl", ".safetensors", ".png", ".bin")
+        *("", ".json", ".jsonl", ".safetensors", ".png")
     }
 
 

@@ -60,8 +60,8 @@ def prepare(
         part: "I/N": make every Nth shard only, while other processes or machines make the others in the same folder;
             the one that ends last finishes it, and until then the manifest returned is that of the shards so far.
     An interrupted call continues when repeated (with the same batch_size and device to the same bits); a complete one
-    is checked against its sha256; a shard that is lost or damaged is made again.
-    Raises ValueError for a bad source, sample, autoencoder or option, a folder begun with others, a disk that refuses.
+    is checked against its sha256; lost or damaged shards are made again. ValueError: the source, a sample, the autoencoder or
+    an option is bad, the folder was begun with others, or the disk refuses.
     """
     out, values = Path(out), autoencoder == "values"
     dtype = dtype or ("float32" if values else "float16")
@@ -70,31 +70,35 @@ def prepare(
     if values:
         samples = _open_values(source, resolution, flip, label_column)
     else:
-        native = before.plan.resolution if before and before.plan.options.get("resolution") is None else None
-        samples = open_source(
-            source, resolution=resolution or native, split=split, label_column=label_column, progress=progress
-        )
+        native = resolution or _native_before(before)
+        samples = open_source(source, resolution=native, split=split, label_column=label_column, progress=progress)
     options: dict[str, Option] = {
-        "autoencoder": autoencoder_name(autoencoder),
-        "resolution": resolution,
-        "flip": flip,
-        "shard_size": shard_size,
-        "dtype": dtype,
-        "precision": precision,
-        "split": split,
-        "label_column": label_column,
+        "autoencoder": autoencoder_name(autoencoder), "resolution": resolution, "flip": flip, "shard_size": shard_size,
+        "dtype": dtype, "precision": precision, "split": split, "label_column": label_column,
         "fingerprint": samples.fingerprint,
-    }
+    }  # fmt: skip
     if before:
         resumable.check_options(before.plan, options, out)
-        complete = before.complete and sum(shard.asked for shard in before.shards) == len(samples)
-        if complete and not _remove_damaged(out, progress):
+        if _is_complete(before, len(samples), out, progress):
             return Manifest.load(out)
-    if samples.ignored:
-        say("passed over: " + ", ".join(f"{count} {why}" for why, count in samples.ignored.items()), progress)
-    where, model = _load(autoencoder, device, precision)
-    encoder = ShardEncoder(samples, batch_size, shard_size, skip_bad, model, where, flip, dtype)
+    for why, count in samples.ignored.items():
+        say(f"skipped: {count} {why}", progress)
+    encoder = ShardEncoder(
+        samples, batch_size, shard_size, skip_bad, *_load(autoencoder, device, precision), flip, dtype
+    )
     return _run(encoder, encoder.plan(str(source), options), out, mine, progress)
+
+
+def _is_complete(before: resumable.Earlier, count: int, out: Path, progress: bool) -> bool:
+    """Whether an earlier visit has made all of `count` samples, undamaged; damaged files are removed."""
+    return (
+        before.complete and sum(shard.asked for shard in before.shards) == count and not _remove_damaged(out, progress)
+    )
+
+
+def _native_before(before: resumable.Earlier | None) -> int | None:
+    """The pictures' own resolution, as an earlier visit found it: it is not searched for again."""
+    return before.plan.resolution if before and before.plan.options.get("resolution") is None else None
 
 
 def prepare_digits(out: str | Path) -> Dataset:
@@ -145,14 +149,14 @@ def _remove_damaged(out: Path, progress: bool) -> list[str]:
     return damaged
 
 
-def _load(name: str, device: str | torch.device | None, precision: str) -> tuple[torch.device, Autoencoder]:
+def _load(name: str, device: str | torch.device | None, precision: str) -> tuple[Autoencoder, torch.device]:
     """The autoencoder, and where it runs: by default on a GPU if there is one."""
     if name in IDENTITIES:
         if precision != "float32":
             warnings.warn(f"precision {precision} is ignored: {name} needs no network", stacklevel=3)
-        return torch.device("cpu"), load_autoencoder(name)
+        return load_autoencoder(name), torch.device("cpu")
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    return where, load_autoencoder(name, device=where, dtype=NETWORK_DTYPES[precision])
+    return load_autoencoder(name, device=where, dtype=NETWORK_DTYPES[precision]), where
 
 
 def _run(encoder: ShardEncoder, plan: Manifest, out: Path, part: resumable.Part, progress: bool) -> Manifest:

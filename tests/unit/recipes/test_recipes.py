@@ -49,7 +49,7 @@ def latents(tmp_path_factory):
     argv = ["prepare", str(pictures), f"--out={folder / 'data'}", f"--autoencoder={folder / 'vae'}", "--flip"]
     assert main(argv) == 0
     manifest = json.loads((folder / "data" / "manifest.json").read_text())
-    assert manifest["shape"] == [4, 32, 32] and manifest["stochastic"] and manifest["copies"] == 2
+    assert manifest["shape"] == [4, 32, 32] and manifest["latent_space"]["stochastic"] and manifest["copies"] == 2
     return folder / "data"
 
 
