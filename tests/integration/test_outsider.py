@@ -155,6 +155,18 @@ def test_built_in_methods_train_the_backbone_and_the_method_trains_a_built_in_on
     assert written(Path("digits/run.json"))["order"] == ["warmup", "align"]
 
 
+def test_options_of_training_reach_the_backbone(run):
+    """bf16 casts the teacher's weights; recomputation changes no bit; data without classes have one condition."""
+    with np.load("signals.npz") as arrays:
+        np.savez("unlabelled.npz", data=arrays["data"])
+    assert selftrans("prepare unlabelled.npz --autoencoder values --out unlabelled") == 0
+    common = "--train.steps 3 --data.path unlabelled --train.precision bf16 --data.on-device True --train.path cosine"
+    for out, options in (("plain", ""), ("recomputed", "--train.recompute True")):
+        assert selftrans(train(out, f"{common} {options}").replace("--data data ", "")) == 0
+    assert_same_run(Path("plain"), Path("recomputed"), stages=("warmup", "align"))
+    assert selftrans("sample recomputed --out samples/bf16 --num 2 --steps 2 --precision bf16 --guidance-scale 2") == 0
+
+
 def test_samples_are_evaluated_by_their_values(run, capsys):
     assert selftrans("sample run --out samples/many --num 48 --steps 2 --sampler heun") == 0
     for samples in ("samples/many", "run --num 48 --steps 2 --sampler heun"):
