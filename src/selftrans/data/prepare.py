@@ -11,6 +11,7 @@ import warnings
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -59,46 +60,36 @@ def prepare(
         split, label_column: for parquet files and data sets of the hub.
         part: "I/N": make every Nth shard only, while other processes or machines make the others in the same folder;
             the one that ends last finishes it, and until then the manifest returned is that of the shards so far.
-    An interrupted call continues when repeated (with the same batch_size and device to the same bits); a complete one
-    is checked against its sha256; lost or damaged shards are made again. ValueError: the source, a sample, the autoencoder or
-    an option is bad, the folder was begun with others, or the disk refuses.
+    An interrupted call continues when repeated, with the same batch_size and device to the same bits; a complete one is
+    checked against its sha256, and a shard that is lost or damaged is made again.
+    Raises ValueError for a bad source, sample, autoencoder or option, a folder begun with others, a disk that refuses.
     """
-    out, values = Path(out), autoencoder == "values"
-    dtype = dtype or ("float32" if values else "float16")
+    out, dtype = Path(out), dtype or ("float32" if autoencoder == "values" else "float16")
     mine = _check(source, out, batch_size, shard_size, dtype, precision, part)
     before = resumable.earlier(out)
-    if values:
+    if autoencoder == "values":
         samples = _open_values(source, resolution, flip, label_column)
     else:
-        native = resolution or _native_before(before)
-        samples = open_source(source, resolution=native, split=split, label_column=label_column, progress=progress)
+        samples = _open_pictures(source, resolution, before, split=split, label_column=label_column, progress=progress)
     options: dict[str, Option] = {
-        "autoencoder": autoencoder_name(autoencoder), "resolution": resolution, "flip": flip, "shard_size": shard_size,
-        "dtype": dtype, "precision": precision, "split": split, "label_column": label_column,
+        "autoencoder": autoencoder_name(autoencoder),
+        "resolution": resolution,
+        "flip": flip,
+        "shard_size": shard_size,
+        "dtype": dtype,
+        "precision": precision,
+        "split": split,
+        "label_column": label_column,
         "fingerprint": samples.fingerprint,
-    }  # fmt: skip
+    }
     if before:
         resumable.check_options(before.plan, options, out)
-        if _is_complete(before, len(samples), out, progress):
+        if _covers(before, samples) and not _remove_damaged(out, progress):
             return Manifest.load(out)
-    for why, count in samples.ignored.items():
-        say(f"skipped: {count} {why}", progress)
-    encoder = ShardEncoder(
-        samples, batch_size, shard_size, skip_bad, *_load(autoencoder, device, precision), flip, dtype
-    )
+    _say_ignored(samples, progress)
+    where, model = _load(autoencoder, device, precision)
+    encoder = ShardEncoder(samples, batch_size, shard_size, skip_bad, model, where, flip, dtype)
     return _run(encoder, encoder.plan(str(source), options), out, mine, progress)
-
-
-def _is_complete(before: resumable.Earlier, count: int, out: Path, progress: bool) -> bool:
-    """Whether an earlier visit has made all of `count` samples, undamaged; damaged files are removed."""
-    return (
-        before.complete and sum(shard.asked for shard in before.shards) == count and not _remove_damaged(out, progress)
-    )
-
-
-def _native_before(before: resumable.Earlier | None) -> int | None:
-    """The pictures' own resolution, as an earlier visit found it: it is not searched for again."""
-    return before.plan.resolution if before and before.plan.options.get("resolution") is None else None
 
 
 def prepare_digits(out: str | Path) -> Dataset:
@@ -111,6 +102,11 @@ def say(text: str, progress: bool) -> None:
     """A line for the person who watches; standard output belongs to the command."""
     if progress:
         print(text, file=sys.stderr)
+
+
+def _say_ignored(samples: Samples, progress: bool) -> None:
+    if samples.ignored:
+        say("passed over: " + ", ".join(f"{count} {why}" for why, count in samples.ignored.items()), progress)
 
 
 def _check(
@@ -128,6 +124,14 @@ def _check(
     return resumable.parse_part(part)
 
 
+def _open_pictures(
+    source: str | Path, resolution: int | None, before: resumable.Earlier | None, **options: Any
+) -> Samples:
+    """Pictures at a resolution; where none is given, at that with which the folder was begun."""
+    native = before.plan.resolution if before and before.plan.options.get("resolution") is None else None
+    return open_source(source, resolution=resolution or native, **options)
+
+
 def _open_values(source: str | Path, resolution: int | None, flip: bool, label_column: str | None) -> Samples:
     """An npz of values. Raises ValueError for an option that only pictures have."""
     for name, given in (("resolution", resolution is not None), ("flip", flip)):
@@ -136,6 +140,11 @@ def _open_values(source: str | Path, resolution: int | None, flip: bool, label_c
     if label_column is not None:
         warnings.warn(f"label_column is ignored: {source} is no table", stacklevel=3)
     return npz_values(Path(source))
+
+
+def _covers(before: resumable.Earlier, samples: Samples) -> bool:
+    """Whether a folder is complete for these samples."""
+    return before.complete and sum(shard.asked for shard in before.shards) == len(samples)
 
 
 def _remove_damaged(out: Path, progress: bool) -> list[str]:
@@ -149,14 +158,14 @@ def _remove_damaged(out: Path, progress: bool) -> list[str]:
     return damaged
 
 
-def _load(name: str, device: str | torch.device | None, precision: str) -> tuple[Autoencoder, torch.device]:
+def _load(name: str, device: str | torch.device | None, precision: str) -> tuple[torch.device, Autoencoder]:
     """The autoencoder, and where it runs: by default on a GPU if there is one."""
     if name in IDENTITIES:
         if precision != "float32":
             warnings.warn(f"precision {precision} is ignored: {name} needs no network", stacklevel=3)
-        return load_autoencoder(name), torch.device("cpu")
+        return torch.device("cpu"), load_autoencoder(name)
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    return load_autoencoder(name, device=where, dtype=NETWORK_DTYPES[precision]), where
+    return where, load_autoencoder(name, device=where, dtype=NETWORK_DTYPES[precision])
 
 
 def _run(encoder: ShardEncoder, plan: Manifest, out: Path, part: resumable.Part, progress: bool) -> Manifest:
