@@ -34,6 +34,13 @@ def trust(name: str) -> None:
         raise ValueError(f"{name} cannot be imported: {module} has no {attribute}") from error
 
 
+def trust_named(*names: str) -> None:
+    """`trust` those of these names that are of the form `module:function`, because the caller names them."""
+    for name in names:
+        if ":" in name:
+            trust(name)
+
+
 class NotFound(ValueError):
     """No record of a name. `in_file`: the same for a file that holds the name, whose reader cannot choose another."""
 

@@ -179,12 +179,14 @@ def test_samples_are_evaluated_by_their_values(run, capsys):
     assert "Fréchet distance" in capsys.readouterr().out
 
 
-def test_compare_trains_and_measures_the_method_beside_vanilla(run):
-    options = f"{WAVE} --align.head-width 16 --train.batch-size 16 --sample.steps 2 --steps 5 --images 40"
-    compared = (
-        f"compare imagefolder --data data --out compared --methods vanilla warmup_align --seeds 0 --workers 1 {options}"
-    )
-    assert selftrans(compared) == 0
+COMPARE = (
+    f"compare imagefolder --data data --seeds 0 --workers 1 --steps 5 --images 40 {WAVE} --align.head-width 16 "
+    "--train.batch-size 16 --sample.steps 2"
+)
+
+
+def test_compare_trains_and_measures_the_method_next_to_vanilla(run):
+    assert selftrans(f"{COMPARE} --out compared --methods vanilla warmup_align") == 0
     summary = written(Path("compared/compare.json"))
     rows = {row["method"]: row for row in summary["table"]}
     assert set(rows) == {"vanilla", "warmup_align"} and "align" in summary["config"]
@@ -222,6 +224,13 @@ def test_module_and_function_do_the_same_as_an_installed_package(run, place, cap
     with importable(place / "site", drop=("own_method",)):  # installed later, it has another name
         assert selftrans(train("named", f"--train.steps 4 --trust {MODEL}")) == 1
     assert f"method was {METHOD}, is warmup_align" in one_line(capsys)
+
+
+def test_module_and_function_are_known_in_the_processes_of_compare(run):
+    with importable(PROJECT / "src", drop=("own_method",)):
+        assert selftrans(f"{COMPARE.replace('wave-s', MODEL)} --out compared-named --methods {METHOD}") == 0
+    (row,) = written(Path("compared-named/compare.json"))["table"]
+    assert row["method"] == METHOD and row["steps"] == 5
 
 
 @pytest.mark.parametrize(
