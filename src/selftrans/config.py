@@ -15,7 +15,7 @@ from selftrans.models import registry as models
 from selftrans.models.sit import SiTConfig
 from selftrans.models.spec import ModelConfig
 from selftrans.precision import PRECISIONS
-from selftrans.sections import Resume, Section, fields_of, from_plain, setting
+from selftrans.sections import OWN, Resume, Section, fields_of, from_plain, setting
 from selftrans.suggest import nearest
 from selftrans.types import Backbone, Conditions
 
@@ -24,7 +24,6 @@ DEFAULT_METHOD = methods.DEFAULT
 SAMPLER_NAMES = ("euler", "heun", "ode", "sde")
 Labels: TypeAlias = Literal["balanced", "random"] | tuple[int, ...]
 S = TypeVar("S", bound=Section)
-OWN = ("data", "model", "train", "sample", "log")  #: sections that every run has
 
 
 @dataclass(frozen=True)
@@ -213,7 +212,8 @@ class RunConfig:
 
     def section(self, kind: type[S]) -> S:
         """The settings of one kind: as they are given, or their defaults."""
-        return self.sections.get(kind.key) or kind()
+        found = self.sections.get(kind.key)
+        return found if isinstance(found, kind) else kind()  # of a method that is not known here it is plain json
 
     def restricted(self) -> RunConfig:
         """The same with the sections of its own method, complete, and no others."""

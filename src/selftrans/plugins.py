@@ -7,8 +7,9 @@ only where the user has given it on the command line, never because a checkpoint
 from __future__ import annotations
 
 import importlib
+import warnings
 from collections.abc import Callable, Iterator
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Generic, TypeVar
 
 from selftrans.suggest import nearest
@@ -31,6 +32,21 @@ def trust(name: str) -> None:
         raise ValueError(f"{name} cannot be imported: {error}") from error
     except AttributeError as error:
         raise ValueError(f"{name} cannot be imported: {module} has no {attribute}") from error
+
+
+def trust_named(*names: str) -> None:
+    """`trust` those of these names that are of the form `module:function`, because the caller names them."""
+    for name in names:
+        if ":" in name:
+            trust(name)
+
+
+class NotFound(ValueError):
+    """No record of a name. `in_file`: the same for a file that holds the name, whose reader cannot choose another."""
+
+    def __init__(self, message: str, in_file: str | None = None) -> None:
+        super().__init__(message)
+        self.in_file = in_file or message
 
 
 class Registry(Generic[Record]):
@@ -63,12 +79,19 @@ class Registry(Generic[Record]):
         for record_name, record in self.installed():
             if name == record_name or name in self.names(record):
                 return record
-        raise ValueError(f"{self.what} '{name:.80}' is unknown{nearest(name, self.known())}, or module:function")
+        for point in entry_points(group=self.group, name=name):
+            return self._load(point)  # it was left out above: this says why
+        hint = nearest(name, self.known())
+        raise NotFound(
+            f"{self.what} '{name:.80}' is unknown{hint}{'' if hint.endswith('?') else ', or module:function'}",
+            f"{self.what} '{name:.80}' is not known here; install the package that adds it",
+        )
 
     def known(self) -> list[str]:
-        """Every name, those of entry points included; nothing is imported but for the names of published sizes."""
-        names = [name for key, record in self.builtin.items() for name in self.names(record) or (key,)]
-        return [*names, *(point.name for point in entry_points(group=self.group))]
+        """Every name, those of entry points included; nothing is imported for this."""
+        records: dict[str, Record | None] = dict(self.builtin)
+        records |= {point.name: self._outside.get(point.name) for point in entry_points(group=self.group)}
+        return [name for key, record in records.items() for name in (self.names(record) if record else ()) or (key,)]
 
     def every(self) -> list[Record]:
         """The built-in records, those of entry points, and those that were named as module:function in this process."""
@@ -76,17 +99,23 @@ class Registry(Generic[Record]):
         return [*self.builtin.values(), *{**outside, **self._outside}.values()]
 
     def installed(self) -> Iterator[tuple[str, Record]]:
-        """Records of entry points, each loaded once. ValueError where one cannot be."""
+        """Records of entry points, each loaded once. A package that is broken is left out, with a warning."""
         for point in entry_points(group=self.group):
-            if point.name in self.builtin:
-                raise ValueError(f"{point.value} calls its {self.what} '{point.name}', which is built in; rename it")
-            if point.name not in self._outside:
-                self._outside[point.name] = self._checked(point.name, point.value, point.load)
-            yield point.name, self._outside[point.name]
+            try:
+                yield point.name, self._load(point)
+            except ValueError as error:
+                warnings.warn(f"{error}; it is left out", stacklevel=2)
+
+    def _load(self, point: EntryPoint) -> Record:
+        if point.name in self.builtin:
+            raise ValueError(f"{point.value} calls its {self.what} '{point.name}', which is built in; rename it")
+        if point.name not in self._outside:
+            self._outside[point.name] = self._checked(point.name, point.value, point.load)
+        return self._outside[point.name]
 
     def _by_module(self, name: str) -> Record:
         if name not in _trusted:
-            raise ValueError(
+            raise NotFound(
                 f"{self.what} '{name:.80}' is code outside selftrans, and is not imported because a file names it; "
                 f"--trust {name:.80} allows it"
             )
@@ -96,9 +125,11 @@ class Registry(Generic[Record]):
     def _checked(self, name: str, origin: str, load: Callable[[], Any]) -> Record:
         try:
             found = load()
-            record = found if isinstance(found, self.kind) else found()
-        except (ImportError, AttributeError, TypeError) as error:
-            raise ValueError(f"{self.what} '{name}' cannot be imported from {origin} ({error})") from error
+            record = found() if callable(found) and not isinstance(found, self.kind) else found
+        except Exception as error:  # code outside selftrans fails in its own ways
+            raise ValueError(
+                f"{self.what} '{name}' cannot be imported from {origin} ({type(error).__name__}: {error})"
+            ) from error
         if not isinstance(record, self.kind):
             raise ValueError(f"{origin} is no {self.kind.__name__}; see docs/extending.md")
         return record

@@ -6,6 +6,7 @@ import pytest
 
 from selftrans.config import RunConfig, from_json, settings_of, to_json
 from selftrans.methods.registry import METHODS
+from selftrans.methods.self_transcendence import Stage1
 from selftrans.models.sit import SIT_SIZES, SiTConfig
 from selftrans.recipes import RECIPES, recipe
 from selftrans.train.resume import differences
@@ -198,3 +199,10 @@ def test_settings_that_may_change_are_exactly_these():
 
 def test_a_recipe_is_required_and_all_else_has_a_default():
     assert RunConfig(recipe="mine").check().train.steps == 400_000
+
+
+def test_section_of_a_method_that_is_not_known_here_gives_defaults():
+    """A run of code that is not imported is compared with the same method under the name of an installed package."""
+    raw = json.loads(to_json(override(recipe("digits"), {"method": "vanilla"}).restricted()))
+    config = from_json(json.dumps(raw | {"method": "os:system", "stage1": {"steps": 3}}))
+    assert config.section(Stage1) == Stage1()

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from selftrans.checkpoints import format as checkpoint
 from selftrans.config import RunConfig, from_json, to_json
+from selftrans.plugins import NotFound
 from selftrans.sections import from_plain
 from selftrans.storage import first_line, printable, sha256_file
 from selftrans.types import Backbone, Conditions
@@ -144,6 +145,8 @@ def load_model(origin: str | Path, *, stage: str | None = None, weights: Weights
         name, step = str(said["stage"]), int(said["step"])
         held: Weights = "ema" if said.get("weights") == "ema" else "raw"
         autoencoder, names = str(said["autoencoder"]), tuple(map(str, said["classes"]))
+    except NotFound as error:
+        raise ValueError(f"{path}: {error.in_file}") from error
     except (KeyError, TypeError, ValueError, ArithmeticError, RuntimeError) as error:
         raise ValueError(
             f"{path} does not say how to build its model ({first_line(error)}); was it written by another version?"

@@ -34,6 +34,7 @@ from selftrans.evaluate.statistics import Statistics
 from selftrans.flow import PATHS
 from selftrans.methods.registry import stages
 from selftrans.methods.spec import Stage
+from selftrans.plugins import trust_named
 from selftrans.sampling.images import Sampler
 from selftrans.sampling.samplers import EVALUATIONS
 from selftrans.sections import Section, fields_of
@@ -236,6 +237,8 @@ def _init_worker(comparison: Comparison, threads: int, steps_done: Any, show_war
     warnings.showwarning = show_warning
     threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(threads)
+    for config in comparison.variants.values():  # this process knows nothing of what the parent was allowed to import
+        trust_named(config.method, config.model.name)
     _worker.update(comparison=comparison, measurement=Measurement.of(comparison), progress=steps_done.put)
 
 

@@ -33,8 +33,17 @@ def find(name: str) -> MethodSpec:
 
 
 def stages(config: RunConfig) -> list[Stage]:
-    """The stages of a run with this configuration, in order."""
-    return list(find(config.method).stages(config))
+    """The stages of a run with this configuration, in order. ValueError where the method's list is inconsistent."""
+    plan = list(find(config.method).stages(config))
+    names = [stage.name for stage in plan]
+    if not plan or len(set(names)) < len(names):
+        raise ValueError(f"method {config.method} has the stages {names}; it needs one at least, each of another name")
+    for number, stage in enumerate(plan):
+        if stage.teacher and stage.teacher.stage not in names[:number]:
+            raise ValueError(
+                f"method {config.method}: stage {stage.name} is taught by '{stage.teacher.stage}', which is no stage before it"
+            )
+    return plan
 
 
 def sections_of(methods: Iterable[MethodSpec]) -> dict[str, type[Section]]:

@@ -5,6 +5,7 @@ Nothing outside this package names a method, one of its sections or one of its s
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -12,11 +13,14 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from torch import Tensor
 
 from selftrans.methods.guidance import Guidance
-from selftrans.sections import Section
+from selftrans.sections import OWN, TAKEN, Section
 from selftrans.types import Backbone, Conditions
 
 if TYPE_CHECKING:
     from selftrans.config import RunConfig
+
+
+TAKEN_FOLDERS = ("data", "tensorboard")  #: in a run directory
 
 
 @dataclass(frozen=True)
@@ -48,6 +52,10 @@ class Stage:
     teacher: TeacherSpec | None = None
     encoder: EncoderSpec | None = None
     stream: int = 0  #: stages with another stream start from other weights and draw other noise under the same seed
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"\w[\w.-]{0,99}", self.name) or self.name in TAKEN_FOLDERS:
+            raise ValueError(f"stage '{self.name}' cannot be a folder of a run; use letters, digits, '_' and '-'")
 
 
 def single_stage(
@@ -92,3 +100,8 @@ class MethodSpec:
     settle: Callable[[RunConfig, Conditions, RunConfig | None], RunConfig] = _unchanged
     #: recognises heads of this method's first stage in a published file: (tensors, options of its command, config)
     published_heads: Callable[[Mapping[str, Tensor], Mapping[str, Any], RunConfig], PublishedHeads | None] = _no_heads
+
+    def __post_init__(self) -> None:
+        for key in (section.key for section in self.sections):
+            if not re.fullmatch(r"[a-z][a-z0-9_]*", key) or key in (*OWN, *TAKEN):
+                raise ValueError(f"method {self.name}: '{key}' cannot be the key of a section; choose another name")

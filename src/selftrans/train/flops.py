@@ -14,7 +14,8 @@ from selftrans.types import Backbone, Cond, map_cond
 
 def forward_flops(backbone: Backbone, cond: Cond, taps: tuple[int, ...] = (), *, stop: bool = False) -> int:
     """Operations (2 per multiply-add) of one sample through a backbone; `cond` holds one condition."""
-    meta = copy.deepcopy(backbone).to("meta")  # shapes are enough: nothing is computed, no memory is held
+    # shapes are enough: nothing is computed, no memory is held; float32, since a teacher's weights need autocast otherwise
+    meta = copy.deepcopy(backbone).to(device="meta", dtype=torch.float32)
     z = torch.empty(1, *backbone.shape, device="meta")
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         meta(z, torch.empty(1, device="meta"), map_cond(lambda x: x.to("meta"), cond), taps=taps, stop=stop)

@@ -26,7 +26,7 @@ from selftrans.methods.guidance import Frozen
 from selftrans.methods.objective import Objective
 from selftrans.methods.registry import stages
 from selftrans.methods.spec import Stage
-from selftrans.plugins import trust
+from selftrans.plugins import trust_named
 from selftrans.storage import lock_file, remove_stale_temporaries, write_json
 from selftrans.train.log import progress_bar
 from selftrans.train.preview import Preview
@@ -46,9 +46,7 @@ def train(
     `bar` makes the progress bars, `quiet` keeps the stages unannounced.
     ValueError for anything the user can mend; `stop.Interrupted` after a notice, with a checkpoint written.
     """
-    for name in (config.method, config.model.name):
-        if ":" in name:
-            trust(name)  # the caller names it
+    trust_named(config.method, config.model.name)
     with together():
         return _train(config, Path(out), bar, quiet)
 

@@ -1,0 +1,122 @@
+"""The examples that are scripts run, and the code of docs/extending.md works as it stands, block after block."""
+
+from __future__ import annotations
+
+import importlib
+import math
+import re
+import runpy
+import shlex
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+from selftrans import Batch, Frozen, Objective, Stage1, Stage2
+from selftrans.cli.main import main
+from selftrans.methods import registry as methods
+from selftrans.methods.self_transcendence import SelfGuidance, StructureGuidance
+from selftrans.models import registry as models
+from selftrans.types import Conditions
+from tests.support.packages import importable
+from tests.support.toy import quick  # noqa: F401
+
+ROOT = Path(__file__).parents[2]
+PAGE = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", PAGE, flags=re.MULTILINE | re.DOTALL)
+TOY = "--train.steps 2 --train.batch-size 8 --train.preview-every 0 --log.tensorboard False"
+
+
+def blocks(language: str) -> list[str]:
+    return [block for kind, block in BLOCKS if kind == language]
+
+
+# ---- scripts
+
+
+def test_own_loop_learns_and_samples(capsys):
+    losses, samples = runpy.run_path(str(ROOT / "examples" / "own_loop.py"))["main"](steps=40)
+    assert sum(losses[-10:]) < 0.8 * sum(losses[:10])
+    assert samples.shape == (10, 1, 8, 8) and samples.isfinite().all()
+    assert "stage 2  step  25  flow" in capsys.readouterr().out
+
+
+def test_own_backbone_learns(capsys):
+    losses = runpy.run_path(str(ROOT / "examples" / "own_backbone.py"))["main"](steps=40)
+    assert sum(losses[-10:]) < 0.8 * sum(losses[:10])
+    assert capsys.readouterr().out.count("flow loss") == 4
+
+
+# ---- docs/extending.md
+
+
+@pytest.fixture
+def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+    """The page's Python blocks as my_method.py in the current directory, from which they can be imported."""
+    (tmp_path / "my_method.py").write_text("\n\n".join(blocks("python")), encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    with importable(tmp_path, drop=("my_method",)):
+        torch.manual_seed(0)
+        yield importlib.import_module("my_method")
+    sys.modules.pop("my_method", None)
+
+
+def step(student, guidances) -> float:
+    """One step of training, in which every part of the student that the loss depends on gets a gradient."""
+    latents, labels = torch.randn(4, *student.shape), torch.arange(4)
+    loss, _ = Objective(student, guidances)(Batch(latents, labels), 0)
+    loss.backward()
+    assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in student.parameters())
+    return loss.item()
+
+
+def test_backbone_of_the_page_is_the_example(module):
+    example = (ROOT / "examples" / "own_backbone.py").read_text(encoding="utf-8")
+    source = next(block for block in blocks("python") if "class Mixer" in block)
+    assert source[source.index("class Mixer") :].strip() in example
+    assert len(source.splitlines()) < 45
+
+
+def test_backbones_of_the_page_train_and_teach(module):
+    mixer = module.Mixer((1, 8, 8), Conditions("labels", 10))
+    for student in (mixer, module.dit):
+        assert math.isfinite(step(student, [StructureGuidance(student, Stage1(block=1, head_width=8))]))
+        x, t, labels = torch.randn(2, *student.shape), torch.rand(2), torch.tensor([3, 4])
+        early = student(x, t, labels, taps=(1,), stop=True)
+        assert early.v is None and torch.equal(early.feats[1], student(x, t, labels, taps=(1, 2)).feats[1])
+        teacher = Frozen(student, 2)
+        assert math.isfinite(step(student, [SelfGuidance(student, teacher, Stage2(student_block=1, head_width=8))]))
+
+
+def test_labels_reach_the_wrapped_model_undropped_in_training(module):
+    """Features of a block that depends on the labels: the last layers of a new DiT ignore everything."""
+    model = module.dit.train()
+    for block in model.net.transformer_blocks:
+        torch.nn.init.normal_(block.norm1.linear.weight)
+    x, t, labels = torch.randn(64, *model.shape), torch.rand(64), torch.arange(64) % 10
+    feats = [model(x, t, labels, taps=(3,), stop=True).feats[3] for _ in range(2)]
+    assert torch.equal(*feats)
+    assert not torch.equal(feats[0], model(x, t, model.null(labels), taps=(3,), stop=True).feats[3])
+
+
+def test_commands_of_the_page_run(module, capsys):
+    (line,) = [line for block in blocks("bash") for line in block.splitlines() if line]
+    words = shlex.split(line.removeprefix("PYTHONPATH=. "))
+    assert words[0] == "selftrans"
+    extra = "--decorrelate.weight 0.2 --model.name my_method:MIXER --model.width 16"
+    assert main([*words[1:], *shlex.split(f"{TOY} {extra}")]) == 0, capsys.readouterr().err
+    assert methods.find("my_method:DECORRELATE") is module.DECORRELATE
+    run = words[words.index("--out") + 1]
+    assert main(shlex.split(f"sample {run} --out samples --num 2 --steps 2 --trust my_method:MIXER")) == 0
+
+
+def test_entry_points_of_the_page_are_the_groups_that_are_read():
+    (block,) = blocks("toml")
+    assert set(tomllib.loads(block)["project"]["entry-points"]) == {methods.REGISTRY.group, models.REGISTRY.group}
+    project = tomllib.loads((ROOT / "examples" / "own_method" / "pyproject.toml").read_text(encoding="utf-8"))
+    assert set(project["project"]["entry-points"]) == {methods.REGISTRY.group, models.REGISTRY.group}

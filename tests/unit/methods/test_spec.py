@@ -1,0 +1,49 @@
+"""What a method's record may say: keys of sections, names of stages, and who teaches whom."""
+
+from dataclasses import dataclass
+
+import pytest
+
+from selftrans.config import RunConfig
+from selftrans.methods import registry
+from selftrans.methods.spec import MethodSpec, Stage, TeacherSpec
+from selftrans.sections import Section
+
+
+def stage(name, taught_by=None):
+    teacher = TeacherSpec(taught_by, lambda depth: depth, "raw") if taught_by else None
+    return Stage(name, 1, lambda student, teacher: [], teacher=teacher)
+
+
+@pytest.mark.parametrize("key", ["train", "model", "recipe", "version", "own method", "Own", "own.part", ""])
+def test_section_cannot_take_a_key_that_means_something_else(key):
+    @dataclass(frozen=True)
+    class Own(Section):
+        """Settings."""
+
+    Own.key = key
+    with pytest.raises(ValueError, match=f"'{key}' cannot be the key of a section"):
+        MethodSpec("own", "own", lambda config: [], (Own,))
+
+
+@pytest.mark.parametrize("name", ["warm up", "../up", "", ".", ".hidden", "a/b", "data", "tensorboard", "x" * 101])
+def test_stage_is_named_as_a_folder_whose_order_can_be_recorded(name):
+    with pytest.raises(ValueError, match="cannot be a folder of a run"):
+        stage(name)
+
+
+@pytest.mark.parametrize(
+    ("plan", "expected"),
+    [
+        ([], "needs one at least"),
+        ([stage("same"), stage("same")], "each of another name"),
+        ([stage("first"), stage("second", "frist")], "stage second is taught by 'frist', which is no stage before it"),
+        ([stage("first", "second"), stage("second")], "which is no stage before it"),
+        ([stage("first", "first")], "which is no stage before it"),
+    ],
+)
+def test_inconsistent_stages_are_refused_before_training(plan, expected, monkeypatch):
+    own = MethodSpec("own", "own", lambda config: plan)
+    monkeypatch.setitem(registry.METHODS, "own", own)
+    with pytest.raises(ValueError, match=expected):
+        registry.stages(RunConfig(recipe="digits", method="own"))

@@ -1,0 +1,28 @@
+"""Operations are counted whatever the dtype of the weights."""
+
+import pytest
+import torch
+from torch import nn
+
+from selftrans.train.flops import forward_flops
+from selftrans.types import Backbone, Conditions, Output
+
+
+class Plain(Backbone):
+    """A backbone that leaves dtypes to autocast, as most do."""
+
+    def __init__(self):
+        super().__init__()
+        self.shape, self.grid, self.width, self.depth = (2, 3), (3,), 4, 1
+        self.conditions = Conditions("none")
+        self.block = nn.Linear(2, 4)
+
+    def forward(self, x, t, cond, *, taps=(), stop=False):
+        return Output(None, {1: self.block(x.transpose(1, 2))})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_teacher_in_reduced_precision_is_counted_without_autocast(dtype):
+    model = Plain().to(dtype)
+    assert forward_flops(model, torch.zeros(1, dtype=torch.long), (1,), stop=True) == 2 * 3 * 2 * 4
+    assert model.block.weight.dtype == dtype and model.block.weight.device.type == "cpu"
