@@ -93,7 +93,7 @@ def test_a_resident_set_gives_the_same_batches(shards: Dataset) -> None:
             torch.manual_seed(1)
             batches.append(to_batch(drawn, shards, torch.device("cpu")))
         assert all(torch.equal(a, b) for a, b in zip(*(batch[:2] for batch in batches), strict=True))
-    with pytest.raises(ValueError, match=r"indices -1 .. 1797 leave the 1797 pictures"):
+    with pytest.raises(ValueError, match=r"indices -1 .. 1797 are outside the 1797 pictures"):
         resident.read(np.array([-1, 1797]))
 
 
@@ -118,7 +118,7 @@ def test_a_device_without_room_is_told_in_one_line(shards: Dataset, monkeypatch:
         raise torch.OutOfMemoryError("out of memory. Tried to allocate 21 GiB\nmore")
 
     monkeypatch.setattr(torch, "empty", full)
-    with pytest.raises(ValueError, match=r"takes 0.0 GB, which cpu has not free \(out of memory.*on_device off$"):
+    with pytest.raises(ValueError, match=r"needs 0.0 GB, more than cpu has free \(out of memory.*on_device off$"):
         OnDevice(shards, "cpu")
 
 

@@ -64,7 +64,7 @@ def test_imported_network_equals_one_assembled_from_diffusers(tmp_path, qk_norm,
     raw, ema = (state(**TINY, qk_norm=qk_norm, learn_sigma=learn_sigma, seed=k) for k in (1, 2))
     file = strangers.save(tmp_path / "a.pt", {"model": raw, "ema": ema, "opt": None, "args": options(convention)})
     run, said = brought(file, tmp_path / "run")
-    assert f"those of {convention.upper()}, as the options kept" in said
+    assert f"those of {convention.upper()}, from its stored options" in said
     for weights, named in (("raw", raw), ("ema", ema)):
         assert off(run, Assembled(named, **TINY), TINY, weights=weights, flip=convention == "sit") < 1e-5
     found = load_model(run).config.model
@@ -81,7 +81,7 @@ def test_a_published_size_at_full_width_and_depth(tmp_path, qk_norm, convention)
     found = load_model(run)
     assert found.config.model.name == "SiT-S/2" and found.config.model.width is None
     assert found.autoencoder == "stabilityai/sd-vae-ft-mse" and found.model.num_classes == len(found.classes) == 1000
-    assert found.step == 0 and "step 0 (--step N says it)" in said
+    assert found.step == 0 and "taken as 0; set it with --step N" in said
 
 
 def test_the_sinusoids_of_one_minus_t_are_a_reflection_of_those_of_t():
@@ -120,9 +120,9 @@ PAIR = {"args": options("repa", encoder_depth=2), "steps": 7}
 LAYOUTS = {
     "sit": (None, lambda m, e: e, "a guess"),
     "sit, learn_sigma": ({"learn_sigma": True}, lambda m, e: e, "those of SIT, a guess: its last layer"),
-    "sit training": (None, lambda m, e: {"model": m, "ema": e, "args": options("sit")}, "those of SIT, as the opt"),
-    "repa": ({"projectors": "repa"}, lambda m, e: {"model": m, "ema": e, **PAIR}, "those of REPA, as the opt"),
-    "repa, ema alone": ({"projectors": "repa"}, lambda m, e: {"ema": e}, "those of REPA, for it holds projectors"),
+    "sit training": (None, lambda m, e: {"model": m, "ema": e, "args": options("sit")}, "those of SIT, from its stored opt"),
+    "repa": ({"projectors": "repa"}, lambda m, e: {"model": m, "ema": e, **PAIR}, "those of REPA, from its stored opt"),
+    "repa, ema alone": ({"projectors": "repa"}, lambda m, e: {"ema": e}, "those of REPA, since it holds projectors"),
     "repa, legacy": ({"projectors": "repa"}, lambda m, e: {"model": legacy(m), "ema": legacy(e), "steps": 7}, "those of REPA"),
     "stage 1": ({"projectors": "stage1", "qk_norm": True}, lambda m, e: {"model": m, "ema": e, **PAIR}, "those of REPA"),
     "stage 2": ({"projectors": "stage2", "qk_norm": True}, lambda m, e: {"model": m, "ema": e, **PAIR}, "those of REPA"),
@@ -171,11 +171,11 @@ def test_what_may_be_a_file_of_dit_is_warned_about(tmp_path, capsys):
         assert main([*words, str(tmp_path / name / "guessed")]) == 0
         said = capsys.readouterr()
         assert said.err.count("\n") == 1 and file.name in said.err, said.err
-        assert "may be a file of DiT" in said.err and "--convention sit" in said.err
+        assert "may be a DiT checkpoint" in said.err and "--convention sit" in said.err
         assert "those of SIT, a guess" in said.out and "DiT" in said.out
         assert main([*words, str(tmp_path / name / "told"), "--convention", "sit"]) == 0
         said = capsys.readouterr()
-        assert not said.err and "those of SIT, as given by --convention" in said.out
+        assert not said.err and "those of SIT, from --convention" in said.out
     certain = {"ema": state(**TINY, learn_sigma=True), "args": options("sit")}
     for name, content in {"none": state(**TINY), "args": certain}.items():
         assert main(["import", str(strangers.save(file, content)), *HEADS, "--out", str(tmp_path / name)]) == 0
@@ -199,7 +199,7 @@ def test_what_is_not_used_of_a_file_is_listed_and_kept_on_record(tmp_path):
     }
     run, said = brought(strangers.save(tmp_path / "a.pt", content), tmp_path / "run")
     listed = "best\\x1b, scheduler_state, epoch, optimizer, scaler, rng"
-    assert f"not used of it: {listed}\n" in said and "it holds one set of weights" in said
+    assert f"unused entries of the file: {listed}\n" in said and "it holds one set of weights" in said
     assert json.loads((run / "imported.json").read_text())["unused"] == listed
     assert load_model(run).step == 4 and "step 0" not in said
     file = strangers.save(
@@ -216,7 +216,7 @@ def test_one_set_of_weights_under_state_dict(tmp_path):
     file = strangers.save(tmp_path / "a.pt", {"state_dict": named, "epoch": 3, "steps": 4})
     run, said = brought(file, tmp_path / "run", convention="repa")
     assert off(run, Assembled(named, **TINY), TINY) < 1e-5 and load_model(run).step == 4
-    assert "it holds one set of weights" in said and "not used of it: epoch" in said
+    assert "it holds one set of weights" in said and "unused entries of the file: epoch" in said
 
 
 @pytest.mark.parametrize("known", [["model"], ["ema"], ["model", "ema"], ["state_dict"], []])
@@ -340,7 +340,7 @@ def test_an_optimiser_that_does_not_fit_starts_afresh(tmp_path, spoil):
             moments["step"] = torch.tensor(float("inf"))
     file = strangers.save(tmp_path / "a.pt", {"model": named, "ema": named, "opt": optimizer, "steps": 9})
     run, said = brought(file, tmp_path / "run")
-    assert "the optimiser starts afresh: its optimiser's state does not fit" in said
+    assert "the optimiser starts from zero: its optimiser state does not match" in said
     assert load_file(toy.checkpoint(run, "vanilla") / "optimizer.safetensors") == {} and load_model(run).step == 9
 
 
@@ -562,7 +562,7 @@ def test_code_in_a_file_is_refused_by_name_and_not_run(tmp_path, capsys, where, 
     file = strangers.save(tmp_path / "a.pt", content)
     assert main(["import", str(file), "--out", str(tmp_path / "run"), *HEADS]) == 1
     out, err = capsys.readouterr()
-    assert f"was refused, and nothing in it was run: it holds {name}, and only" in err and err.count("\n") == 1, err
+    assert f"was refused, without running anything in it: it holds {name}, and only" in err and err.count("\n") == 1, err
     assert not trap.exists() and not (tmp_path / "run").exists() and out == ""
     torch.load(file, weights_only=False)  # the trap is real
     assert trap.exists()
@@ -644,10 +644,10 @@ def written(data):
 
 BROKEN = {
     "bomb": (bomb, "compressed"),
-    "truncated": (truncated, "damaged or no torch checkpoint"),
-    "shortened": (shortened, "not of the sizes"),
-    "flipped": (flipped, "record a/data/3 fails its checksum"),
-    "unpickled": (unpickled, "damaged or no torch checkpoint"),
+    "truncated": (truncated, "damaged or not a torch checkpoint"),
+    "shortened": (shortened, "other sizes than its index"),
+    "flipped": (flipped, "record a/data/3 has a wrong checksum"),
+    "unpickled": (unpickled, "damaged or not a torch checkpoint"),
     "script": (script, "compressed|TorchScript|damaged"),
     "empty": (written(b""), "neither a torch checkpoint"),
     "text": (written(b"weights" * 100), "neither a torch checkpoint"),
@@ -658,14 +658,14 @@ BROKEN = {
     "a number": (lambda f: strangers.save(f, {"ema": {"x": 3}}), "entry x is a int; expected a tensor"),
     "nothing": (lambda f: strangers.save(f, {}), "no state dict"),
     "no model": (lambda f: strangers.save(f, {"ema": {}}), "no state dict"),
-    "integers": (lambda f: strangers.save(f, {"x": torch.zeros(3, dtype=torch.long)}), "no plain tensor of floating"),
-    "sparse": (lambda f: strangers.save(f, {"x": torch.eye(3).to_sparse()}), "no plain tensor of floating"),
-    "meta": (lambda f: strangers.save(f, {"x": torch.empty(3, device="meta")}), "no plain tensor of floating"),
+    "integers": (lambda f: strangers.save(f, {"x": torch.zeros(3, dtype=torch.long)}), "not a plain floating-point tensor"),
+    "sparse": (lambda f: strangers.save(f, {"x": torch.eye(3).to_sparse()}), "not a plain floating-point tensor"),
+    "meta": (lambda f: strangers.save(f, {"x": torch.empty(3, device="meta")}), "not a plain floating-point tensor"),
     "stretched": (lambda f: strangers.save(f, {"pos_embed": torch.zeros(1).expand(1, 1 << 20, 1 << 20)}), "tensors claim"),
     "twice": (lambda f: strangers.save(f, {"x": torch.zeros(1), "module.x": torch.zeros(1)}), "there twice"),
-    "another network": (lambda f: strangers.save(f, {"conv.weight": torch.zeros(3)}), "is no SiT: x_embedder.proj.weight is m"),
+    "another network": (lambda f: strangers.save(f, {"conv.weight": torch.zeros(3)}), "is not a SiT: x_embedder.proj.weight is m"),
     "terminal": (lambda f: strangers.save(f, {"\x1b[2J\n": torch.zeros(3)}), r"\\x1b\[2J"),
-    "absent": (lambda f: f.unlink() if f.exists() else None, "is no file"),
+    "absent": (lambda f: f.unlink() if f.exists() else None, "is not a file"),
 }  # fmt: skip
 
 
@@ -729,7 +729,7 @@ def test_unknown_missing_and_misshapen_tensors_are_listed(tmp_path, capsys, kind
 @pytest.mark.parametrize(
     ("content", "words", "said"),
     [
-        ({}, [], "width 32, which is no published size; say its attention heads with --heads"),
+        ({}, [], "width 32, not a published size; set its number of attention heads with --heads"),
         ({"qk_norm": True}, ["--heads", "4"], "has 2 attention heads"),
         ({"heads_": 5}, ["--heads", "5"], "heads 5"),
         ({"channels": 16}, HEADS, "--autoencoder"),
@@ -737,7 +737,7 @@ def test_unknown_missing_and_misshapen_tensors_are_listed(tmp_path, capsys, kind
         ({"args": options("sit", path_type="VP")}, HEADS, "path VP"),
         ({"args": options("sit", prediction="score")}, HEADS, "predicts score"),
         ({"args": options("repa", num_classes=11)}, HEADS, "11 label vectors for 11 classes"),
-        ({"args": options("repa", encoder_depth="x"), "projectors": "stage1"}, HEADS, "options kept in it cannot be used"),
+        ({"args": options("repa", encoder_depth="x"), "projectors": "stage1"}, HEADS, "its stored options cannot be used"),
         ({"args": options("repa", encoder_depth=9), "projectors": "stage1"}, HEADS, "block 9"),
         ({}, [*HEADS, "--step", "-1"], "must not be negative"),
     ],
@@ -769,7 +769,7 @@ def test_the_same_import_again_does_nothing_and_another_is_refused(tmp_path, cap
     before = toy.tree(tmp_path / "run")
     assert main(words) == 0 and "holds this import already" in capsys.readouterr().out
     for other in ([*words, "--convention", "repa"], [words[0], str(files[1]), *words[2:]]):
-        assert main(other) == 1 and "holds something already" in capsys.readouterr().err
+        assert main(other) == 1 and "exists and is not empty" in capsys.readouterr().err
     assert toy.tree(tmp_path / "run") == before
 
 
@@ -778,7 +778,7 @@ def test_a_run_of_ours_is_never_overwritten(tmp_path, capsys):
     before = toy.tree(run)
     file = strangers.save(tmp_path / "a.pt", state(**TINY))
     assert main(["import", str(file), "--out", str(run), *HEADS]) == 1
-    assert "holds something already" in capsys.readouterr().err and toy.tree(run) == before
+    assert "exists and is not empty" in capsys.readouterr().err and toy.tree(run) == before
 
 
 def test_a_full_disk_leaves_nothing_half_done(tmp_path, capsys, monkeypatch):
@@ -789,10 +789,10 @@ def test_a_full_disk_leaves_nothing_half_done(tmp_path, capsys, monkeypatch):
 
     monkeypatch.setattr("selftrans.checkpoints.format.save_file", full)
     assert main(["import", str(file), "--out", str(tmp_path / "run"), *HEADS]) == 1
-    assert "make room" in capsys.readouterr().err and [p.name for p in tmp_path.iterdir()] == ["a.pt"]
+    assert "free disk space" in capsys.readouterr().err and [p.name for p in tmp_path.iterdir()] == ["a.pt"]
 
 
 def test_our_own_weights_need_no_import(tmp_path, capsys):
     file = toy.checkpoint(toy.vanilla(), "vanilla") / "ema.safetensors"
     assert main(["import", str(file), "--out", str(tmp_path / "run")]) == 1
-    assert "is a selftrans weights file already" in capsys.readouterr().err
+    assert "is already a selftrans weights file" in capsys.readouterr().err
