@@ -124,7 +124,9 @@ def test_full_disk_keeps_finished_shards(pictures: Path, tmp_path: Path, monkeyp
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", full)
-        with pytest.raises(ValueError, match=r"shard-00001.safetensors cannot be written \(No space left.*free disk space"):
+        with pytest.raises(
+            ValueError, match=r"shard-00001.safetensors cannot be written \(No space left.*free disk space"
+        ):
             prepare(pictures, out, shard_size=5, progress=False)
     assert sorted(contents(out)) == [".lock", "plan.json", "shard-00000.json", "shard-00000.safetensors"]
     prepare(pictures, out, shard_size=5, progress=False)

@@ -480,7 +480,10 @@ BAD = {
     "stage of vanilla": (lambda _: toy.vanilla() / "vanilla", "weights of 'vanilla'; expected a teacher"),
     "stage 2": (lambda _: toy.finished() / "stage2", "weights of 'stage2'; expected a teacher"),
     "stage-2 file": (lambda _: toy.checkpoint(toy.finished()) / "ema.safetensors", "weights of 'stage2'"),
-    "optimizer file": (lambda _: toy.checkpoint(toy.finished(), "stage1") / "optimizer.safetensors", "its header describes"),
+    "optimizer file": (
+        lambda _: toy.checkpoint(toy.finished(), "stage1") / "optimizer.safetensors",
+        "its header describes",
+    ),
     "no safetensors": (text, "not a selftrans weights file"),
     "no header": (bare, "no entry 'selftrans' in its header"),
     "truncated": (cut, "not a selftrans weights file"),
@@ -492,7 +495,10 @@ BAD = {
     "strange field": (lambda p: rewritten(p, lambda h: h["config"].update(extra=1)), "config.extra is unknown"),
     "config is text": (lambda p: rewritten(p, lambda h: h.update(config="x")), "does not describe its model"),
     "shape of two": (lambda p: rewritten(p, lambda h: h.update(shape=[1, 8])), "does not describe its model"),
-    "shape of words": (lambda p: rewritten(p, lambda h: h.update(shape=["a", "b", "c"])), "does not describe its model"),
+    "shape of words": (
+        lambda p: rewritten(p, lambda h: h.update(shape=["a", "b", "c"])),
+        "does not describe its model",
+    ),
     "no stage": (lambda p: rewritten(p, lambda h: h.pop("stage") and None), "does not describe its model"),
     "zero heads": (lambda p: rewritten(p, set_model(heads=0)), "model.heads must be above zero"),
     "other width": (lambda p: rewritten(p, set_model(width=64)), "its header describes"),
@@ -500,12 +506,18 @@ BAD = {
     "fewer blocks": (lambda p: rewritten(p, set_model(depth=2)), "its header describes"),
     "absurd width": (lambda p: rewritten(p, set_model(width=1 << 40)), "does not describe its model"),
     "absurd depth": (lambda p: rewritten(p, set_model(depth=1 << 40)), "does not describe its model"),
-    "absurd side": (lambda p: rewritten(p, lambda h: h.update(shape=[1, 1 << 40, 1 << 40])), "does not describe its model"),
+    "absurd side": (
+        lambda p: rewritten(p, lambda h: h.update(shape=[1, 1 << 40, 1 << 40])),
+        "does not describe its model",
+    ),
     "absurd classes": (
         lambda p: rewritten(p, lambda h: h["conditions"].update(num_classes=1 << 70)),
         "does not describe its model",
     ),
-    "negative classes": (lambda p: rewritten(p, lambda h: h["conditions"].update(num_classes=-5)), "does not describe its model"),
+    "negative classes": (
+        lambda p: rewritten(p, lambda h: h["conditions"].update(num_classes=-5)),
+        "does not describe its model",
+    ),
 }
 
 
