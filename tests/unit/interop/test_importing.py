@@ -562,7 +562,9 @@ def test_code_in_a_file_is_refused_by_name_and_not_run(tmp_path, capsys, where, 
     file = strangers.save(tmp_path / "a.pt", content)
     assert main(["import", str(file), "--out", str(tmp_path / "run"), *HEADS]) == 1
     out, err = capsys.readouterr()
-    assert f"was refused, without running anything in it: it holds {name}, and only" in err and err.count("\n") == 1, err
+    assert f"was refused, without running anything in it: it holds {name}, and only" in err and err.count("\n") == 1, (
+        err
+    )
     assert not trap.exists() and not (tmp_path / "run").exists() and out == ""
     torch.load(file, weights_only=False)  # the trap is real
     assert trap.exists()
@@ -662,7 +664,7 @@ BROKEN = {
     "sparse": (lambda f: strangers.save(f, {"x": torch.eye(3).to_sparse()}), "not a plain floating-point tensor"),
     "meta": (lambda f: strangers.save(f, {"x": torch.empty(3, device="meta")}), "not a plain floating-point tensor"),
     "stretched": (lambda f: strangers.save(f, {"pos_embed": torch.zeros(1).expand(1, 1 << 20, 1 << 20)}), "tensors claim"),
-    "twice": (lambda f: strangers.save(f, {"x": torch.zeros(1), "module.x": torch.zeros(1)}), "there twice"),
+    "twice": (lambda f: strangers.save(f, {"x": torch.zeros(1), "module.x": torch.zeros(1)}), "occur twice"),
     "another network": (lambda f: strangers.save(f, {"conv.weight": torch.zeros(3)}), "is not a SiT: x_embedder.proj.weight is m"),
     "terminal": (lambda f: strangers.save(f, {"\x1b[2J\n": torch.zeros(3)}), r"\\x1b\[2J"),
     "absent": (lambda f: f.unlink() if f.exists() else None, "is not a file"),
