@@ -347,5 +347,5 @@ def test_values_of_unfit_shapes_are_refused() -> None:
         load_extractor("values", shape=(3, 2))(np.zeros((1, 2, 3), np.float32))
     with pytest.raises(ValueError, match="no weights"):
         load_extractor("values", weights="x.pth", shape=(1, 2))
-    with pytest.raises(ValueError, match="images of one shape"):
+    with pytest.raises(ValueError, match="need the shape of an image"):
         load_extractor("values")

@@ -228,7 +228,7 @@ def test_report_is_flat_json_with_exact_names() -> None:
 def test_only_the_published_inception_is_called_fid() -> None:
     assert "fid" not in evaluate(pictures(0), pictures(1), Colours(name="inception"))
     inception = Colours(name="inception", sha256=INCEPTION_SHA256, spatial=True)
-    with pytest.warns(UserWarning, match="labels are not used: inception's classes"):
+    with pytest.warns(UserWarning, match="labels are not used: inception has other classes"):
         report = evaluate(pictures(0), pictures(1), inception, labels=[0] * 90)
     assert report["metric"] == "fid" and report["label"] == "FID"
     assert {"fid", "sfid", "kid", "kid_std", "inception_score", "precision", "recall"} < report.keys()

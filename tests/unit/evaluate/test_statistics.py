@@ -112,7 +112,7 @@ def test_foreign_and_damaged_files_are_refused(tmp_path: Path) -> None:
 
     good = {"mu": np.zeros(3), "sigma": np.eye(3)}
     refused("holds arr_0, not mu and sigma", arr_0=pictures())
-    refused("do not fit", mu=np.zeros(3), sigma=np.eye(4))
+    refused("do not match", mu=np.zeros(3), sigma=np.eye(4))
     refused("not finite", mu=np.zeros(3), sigma=np.eye(3) * np.nan)
     refused("not symmetric", mu=np.zeros(3), sigma=np.triu(np.ones((3, 3))))
     refused("negative eigenvalues, which no images have", mu=np.zeros(3), sigma=-np.eye(3))
