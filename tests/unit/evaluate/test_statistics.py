@@ -115,7 +115,7 @@ def test_foreign_and_damaged_files_are_refused(tmp_path: Path) -> None:
     refused("do not match", mu=np.zeros(3), sigma=np.eye(4))
     refused("not finite", mu=np.zeros(3), sigma=np.eye(3) * np.nan)
     refused("not symmetric", mu=np.zeros(3), sigma=np.triu(np.ones((3, 3))))
-    refused("negative eigenvalues, which no images have", mu=np.zeros(3), sigma=-np.eye(3))
+    refused("negative eigenvalues, which is impossible", mu=np.zeros(3), sigma=-np.eye(3))
     refused("negative eigenvalues", mu=np.zeros(3), sigma=np.diag([1.0, 1.0, -0.01]))
     refused("negative eigenvalues", **good, mu_s=np.zeros(2), sigma_s=np.array([[1.0, 2.0], [2.0, 1.0]]))
     refused("holds features", **good, count=np.int64(5), features=np.zeros((4, 3), np.float32))

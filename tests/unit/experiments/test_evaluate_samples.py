@@ -165,7 +165,9 @@ def test_labels_that_expand_beyond_the_file_are_refused(judge: Path, tmp_path: P
     np.savez_compressed(made / "samples.npz", arr_0=images, arr_1=np.zeros(1 << 22, np.int64))  # 32 MB in 33 kB
     assert main(["evaluate", str(made), "--reference", "digits", "--features", str(judge)]) == 1
     said = capsys.readouterr().err
-    assert "made is damaged (its labels claim more bytes than the file has); delete it" in said and said.count("\n") == 1
+    assert (
+        "made is damaged (its labels claim more bytes than the file has); delete it" in said and said.count("\n") == 1
+    )
 
 
 def test_a_reference_is_computed_once(judge: Path, tmp_path: Path, monkeypatch) -> None:
@@ -254,7 +256,7 @@ def test_adms_reference_batch_gives_distance_from_its_statistics_and_precision_f
     )
     assert report["frechet_distance"] == pytest.approx(expected, rel=1e-9)
     assert 0 <= report["recall"] <= 1 and "does not name its extractor" in report["note"]
-    assert report["reference_images"] is None and "of the 40 pictures stored with its statistics" in report["note"]
+    assert report["reference_images"] is None and "use the 40 pictures stored with its statistics" in report["note"]
 
 
 def test_spatial_statistics_give_the_spatial_distance(tmp_path: Path) -> None:
