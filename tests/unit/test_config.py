@@ -120,6 +120,17 @@ def test_foreign_json_names_the_field(text, message):
         from_json(text)
 
 
+def test_lenient_reading_keeps_sections_of_another_version_as_json():
+    raw = json.loads(COMPLETE)
+    raw["stage2"]["of_a_later_version"] = 1
+    with pytest.raises(ValueError, match=r"config\.stage2\.of_a_later_version is unknown"):
+        from_json(json.dumps(raw))
+    config = from_json(json.dumps(raw), lenient=True)
+    assert config.sections["stage2"] == raw["stage2"] and config.section(Stage1) == recipe("digits").section(Stage1)
+    with pytest.raises(ValueError, match=r"config\.train\.lr should be"):  # what a model needs is never skipped
+        from_json(edited(("train", "lr"), "fast"), lenient=True)
+
+
 @pytest.mark.parametrize(
     ("field", "value"),
     [

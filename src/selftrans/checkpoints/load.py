@@ -137,7 +137,7 @@ def load_model(origin: str | Path, *, stage: str | None = None, weights: Weights
     path = find(origin, stage=stage, weights=weights)
     said = checkpoint.read_header(path)
     try:
-        config = from_json(json.dumps(said["config"]))
+        config = from_json(json.dumps(said["config"]), lenient=True)
         shape = tuple(int(n) for n in said["shape"])
         conditions = from_plain(Conditions, said["conditions"], "conditions")
         _check_fit(path, config, shape, conditions)

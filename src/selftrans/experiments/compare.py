@@ -55,7 +55,7 @@ def compare_methods(
         config, features, weights = with_defaults(config, out, features=features)
         variants = {name: only(config, name) for name in methods}
         rehearse(variants)
-        block = min(PROBED_BLOCK, _depth(config))
+        block = probed_block(config)
         chosen = Comparison(config, variants, tuple(seeds), out, images, features, weights, block)
         results = compare(chosen, workers=workers)
         summary = summarise(chosen, results)
@@ -66,11 +66,13 @@ def compare_methods(
     return summary
 
 
-def _depth(config: RunConfig) -> int:
-    """Blocks of the students."""
-    manifest = Dataset.open(str(config.data.path)).manifest
+def probed_block(config: RunConfig) -> int:
+    """The shallow block whose features are probed in every run: the one that the recipe's method guides first."""
+    manifest, first = Dataset.open(str(config.data.path)).manifest, stages(config)[0]
     with torch.device("meta"):
-        return config.build_model(manifest.shape, manifest.conditions).depth
+        student = config.build_model(manifest.shape, manifest.conditions)
+        guidances = [] if first.teacher or first.encoder else first.guide(student, None)
+    return guidances[0].taps[0] if guidances else min(PROBED_BLOCK, student.depth)
 
 
 def only(config: RunConfig, method: str) -> RunConfig:

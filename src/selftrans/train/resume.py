@@ -18,7 +18,7 @@ from selftrans.checkpoints.load import IMPORTED
 from selftrans.config import RunConfig, from_json, settings_of, to_json
 from selftrans.data.manifest import Manifest
 from selftrans.methods.registry import METHODS, find, stages
-from selftrans.sections import Resume
+from selftrans.sections import Resume, fields_of
 from selftrans.storage import first_line, write_json
 from selftrans.types import Conditions
 
@@ -28,7 +28,7 @@ Changes = list[tuple[str, Any, Any, Resume]]  #: name, before, now, what is allo
 def settle(config: RunConfig, out: Path, manifest: Manifest) -> RunConfig:
     """The configuration in agreement with what `out` was started with. ValueError names what differs."""
     data, before = out / "data.json", _before(out)
-    config = find(config.method).settle(config.restricted(), manifest.conditions, before)
+    config = find(config.method).settle(_with_lengths(config.restricted(), before), manifest.conditions)
     if before:
         # imported weights have not been trained here yet: what they are is fixed, how to go on is not
         fresh = (out / f"{IMPORTED}.json").exists() and not data.exists()
@@ -46,6 +46,18 @@ def settle(config: RunConfig, out: Path, manifest: Manifest) -> RunConfig:
         if data.exists() and _read(data, _hashes) != _hashes(manifest.to_json()):
             raise ValueError(f"{out} was trained on other data than {config.data.path}; use that, or another --out")
     return config
+
+
+def _with_lengths(config: RunConfig, before: RunConfig | None) -> RunConfig:
+    """The lengths of earlier stages, fixed once: a run that is made longer later keeps its teacher."""
+    fixed = {}
+    for stage in stages(config)[:-1]:
+        for section in map(config.section, stage.sections):
+            for name, value, _, length in fields_of(section):
+                if length and value is None:
+                    kept = getattr(before.section(type(section)), name) if before else None
+                    fixed[f"{section.key}.{name}"] = kept or stage.steps
+    return config.override(fixed)
 
 
 def differences(before: RunConfig, now: RunConfig) -> Changes:

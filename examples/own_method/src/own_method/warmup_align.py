@@ -14,7 +14,7 @@ from selftrans.config import RunConfig
 from selftrans.flow import PATHS
 from selftrans.methods.guidance import Frozen, Guidance
 from selftrans.methods.spec import MethodSpec, Stage, TeacherSpec
-from selftrans.types import Backbone, Conditions
+from selftrans.types import Backbone
 
 
 def stages(config: RunConfig) -> list[Stage]:
@@ -36,10 +36,4 @@ def stages(config: RunConfig) -> list[Stage]:
     ]
 
 
-def settle(config: RunConfig, conditions: Conditions, before: RunConfig | None) -> RunConfig:
-    """Fix the length of `warmup` at the first visit, so that a run that is made longer later keeps its teacher."""
-    earlier = before.section(Align).steps if before else None
-    return config.override({"align.steps": config.section(Align).steps or earlier or stages(config)[0].steps})
-
-
-WARMUP_ALIGN = MethodSpec("warmup_align", "warm-up and align", stages, (Align,), settle)
+WARMUP_ALIGN = MethodSpec("warmup_align", "warm-up and align", stages, (Align,))

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from own_method.gated_block import GatedBlock
 from own_method.wave_settings import SIZES, WaveConfig
@@ -42,8 +41,7 @@ class Wave(Backbone):
         c = self.time(t) + self.label(cond)  # (N, D)
         feats: dict[int, Tensor] = {}
         for k, block in enumerate(self.layers, start=1):
-            recompute = self.recompute and self.training  # --train.recompute: less memory, one more forward pass
-            tokens = checkpoint(block, tokens, c, use_reentrant=False) if recompute else block(tokens, c)
+            tokens = self.run_block(block, tokens, c)
             if k in taps:
                 feats[k] = tokens
             if stop and len(feats) == len(set(taps)):
