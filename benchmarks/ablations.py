@@ -16,7 +16,7 @@ from typing import Any
 
 from selftrans.config import RunConfig
 from selftrans.experiments import html_report
-from selftrans.experiments.compare import only, override, with_defaults
+from selftrans.experiments.compare import for_method, override, with_defaults
 from selftrans.experiments.runner import Comparison, compare
 from selftrans.experiments.table import mean_curve, rows
 from selftrans.recipes import recipe
@@ -62,7 +62,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 def overridden(config: RunConfig, dotted: dict[str, Any]) -> RunConfig:
     """`config` with some fields replaced."""
     config = config.override(dotted)
-    return only(config, config.method).check()
+    return for_method(config, config.method).check()
 
 
 def main() -> None:
