@@ -247,7 +247,8 @@ class RunConfig:
 
     def check(self) -> RunConfig:
         """Itself, or a ValueError that names the first field that cannot work."""
-        for section in (self.model, self.train, self.log, *self.sections.values(), self.sample):
+        known = (section for section in self.sections.values() if isinstance(section, Section))  # else plain json
+        for section in (self.model, self.train, self.log, *known, self.sample):
             section.check()
         return self
 
