@@ -237,7 +237,7 @@ def test_rule_holds(rule) -> None:
         (heads, "models/sit.py", "self.projectors = build()"),
     ],
 )
-def test_each_rule_notices(rule, file: str, source: str) -> None:
+def test_each_rule_detects_its_example(rule, file: str, source: str) -> None:
     assert rule(source, file)
 
 
@@ -251,7 +251,7 @@ def test_each_rule_notices(rule, file: str, source: str) -> None:
         ("models/mmdit.py", "class MultiHeadAttention: ..."),
     ],
 )
-def test_no_rule_cries_wolf(file: str, source: str) -> None:
+def test_valid_code_breaks_no_rule(file: str, source: str) -> None:
     assert not [line for rule in RULES for line in rule(source, file)]
 
 

@@ -53,7 +53,7 @@ def test_installed_records_are_found_by_every_name(install):
         models().find("net-l")
 
 
-def test_an_entry_point_may_be_a_function_that_returns_the_record(install):
+def test_entry_point_may_be_a_function_that_returns_the_record(install):
     install("outside_b", [("methods", "plain", "outside_b:method")])
     assert methods().find("plain").name == "plain"
 

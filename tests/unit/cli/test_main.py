@@ -20,7 +20,7 @@ from tests.unit.cli.lines import one_line
 # ---- help
 
 
-def test_the_overview_names_every_command(capsys):
+def test_overview_lists_every_command(capsys):
     for argv in ([], ["-h"], ["--help"]):
         assert main(argv) == 0
         printed = capsys.readouterr().out
@@ -29,7 +29,7 @@ def test_the_overview_names_every_command(capsys):
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_help_of_a_command_opens_with_its_docstring(name, capsys):
+def test_help_of_a_command_starts_with_its_docstring(name, capsys):
     assert main([name, "--help"]) == 0
     printed = " ".join(capsys.readouterr().out.split())
     assert f"usage: selftrans {name}" in printed
@@ -186,7 +186,7 @@ def test_evaluate_samples_with_their_labels(made, capsys):
     assert again[again["metric"]] == pytest.approx(shown[shown["metric"]], rel=1e-6)  # prepared digits are the digits
 
 
-def test_evaluate_a_folder_against_itself(made, tmp_path, capsys):
+def test_folder_evaluated_against_itself_has_distance_zero(made, tmp_path, capsys):
     for k in range(20):
         array = np.random.default_rng(k).integers(0, 256, (8, 8), dtype=np.uint8)
         Image.fromarray(array).save(tmp_path / f"{k}.png")
@@ -236,7 +236,7 @@ def test_analyse_writes_pictures_and_report(tmp_path, capsys):
 # ---- as a process
 
 
-def test_errors_of_a_process_are_one_line(tmp_path):
+def test_error_of_a_process_is_one_line(tmp_path):
     command = [sys.executable, "-m", "selftrans", "train", "digits", "--out", "run", "--model.width=3"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 1 and done.stdout == ""

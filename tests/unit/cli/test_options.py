@@ -24,13 +24,13 @@ SET = {
 }
 
 
-def test_only_what_was_set_is_given():
+def test_only_options_that_were_set_are_returned():
     assert SamplingOptions().given() == {}
     assert SamplingOptions(seed=0, steps=3).given() == {"steps": 3, "seed": 0}
 
 
 @pytest.mark.parametrize(("flags", "settings"), [(FLAGS, SET), ("--seed 0", {"seed": 0}), ("", {})])
-def test_sample_passes_what_was_set(flags, settings, monkeypatch, capsys):
+def test_sample_passes_the_options_that_were_set(flags, settings, monkeypatch, capsys):
     calls = []
     sampled = lambda *args, **options: calls.append((args, options))  # noqa: E731
     monkeypatch.setattr("selftrans.sampling.folder.sample_to_folder", sampled)
@@ -39,7 +39,7 @@ def test_sample_passes_what_was_set(flags, settings, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(("flags", "settings"), [(FLAGS, SET), ("--seed 0", {"seed": 0}), ("", {})])
-def test_evaluate_passes_what_was_set(flags, settings, monkeypatch):
+def test_evaluate_passes_the_options_that_were_set(flags, settings, monkeypatch):
     calls = []
     monkeypatch.setattr(
         "selftrans.experiments.evaluate_samples.evaluate_samples", lambda **options: calls.append(options)
@@ -50,6 +50,6 @@ def test_evaluate_passes_what_was_set(flags, settings, monkeypatch):
     assert calls == [own | {"settings": settings, "weights": "ema", "stage": "stage1"}]
 
 
-def test_options_leave_out_what_is_asked_and_what_is_trusted():
+def test_options_exclude_the_named_fields_and_trust():
     command = parse_command(["export", "run", "--out", "x", "--layout", "sit"])
     assert command.options("run_or_file") == {"out": Path("x"), "weights": "ema", "layout": "sit", "stage": None}

@@ -99,7 +99,7 @@ def test_without_overrides_the_configuration_is_the_recipe(name):
     ["digits --out x --train.steps 5", "--out x digits --train.steps=5", "--train.steps 5 --out x digits"],
 )
 @pytest.mark.parametrize("command", ["train", "compare"])
-def test_the_recipe_may_stand_anywhere_after_a_complete_option(command, argv):
+def test_recipe_may_be_anywhere_between_options(command, argv):
     parsed = parse_command([command, *argv.split()])
     assert (parsed.recipe, parsed.out, parsed.config.train.steps) == ("digits", Path("x"), 5)
 
@@ -137,7 +137,7 @@ def test_overrides_are_those_of_the_run_its_model_and_every_method():
         override_type(config, ["--model.name", "SiT-S/3"])
 
 
-def test_a_list_of_labels_survives_the_run_directory(tmp_path):
+def test_list_of_labels_is_kept_in_the_run_directory(tmp_path):
     argv = ["train", "digits", f"--out={tmp_path}", "--method=vanilla", *toy.flags({"train.steps": 1})]
     for _ in range(2):
         assert main([*argv, "--sample.labels", "3", "1"]) == 0
@@ -184,7 +184,7 @@ def test_a_list_of_labels_survives_the_run_directory(tmp_path):
         ("train digits --out x -q", "option -q is unknown"),
     ],
 )
-def test_wrong_words(argv, expected, capsys, tmp_path, monkeypatch):
+def test_wrong_arguments(argv, expected, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert main(argv.split()) == 2
     line = one_line(capsys)

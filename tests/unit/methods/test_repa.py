@@ -57,7 +57,7 @@ def with_features() -> Path:
 # ---- the loss
 
 
-def test_known_vectors() -> None:
+def test_loss_of_known_vectors() -> None:
     """Mean over samples and tokens of one minus the cosine over channels; lengths do not count."""
     g = RepaGuidance(Stub(), stored(width=3), Repa(block=2))
     g.head = nn.Identity()
@@ -76,7 +76,7 @@ def test_known_vectors() -> None:
     assert report["target_norm"].item() == pytest.approx((5 + 2 + 7 + 1 + 1 + 9 + 1 + math.sqrt(2)) / 8, rel=1e-6)
 
 
-def test_the_whole_loss_by_hand() -> None:
+def test_loss_with_head_equals_a_hand_computed_value() -> None:
     """Every sample counts at every time, through the head, in the student's dropped condition."""
     student, d = Stub(), handmade_draw(TIMES, dropped=(1,))
     target = torch.randn(3, 4, 5)
@@ -93,7 +93,7 @@ def test_the_whole_loss_by_hand() -> None:
     assert loss.item() == pytest.approx(report["flow"].item() + 0.3 * np.mean(terms), rel=1e-5)
 
 
-def test_the_gradient_reaches_head_and_student_and_never_the_encoder() -> None:
+def test_gradient_reaches_head_and_student_but_not_the_encoder() -> None:
     model = load_encoder(encoder(), 4)
     student = SiT((3, 8, 8), 3, width=16, depth=3, heads=2, patch=2)
     with torch.no_grad():
@@ -113,7 +113,7 @@ def test_the_gradient_reaches_head_and_student_and_never_the_encoder() -> None:
     assert not [m for m in objective.modules() if m is model.model]
 
 
-def test_published_block() -> None:
+def test_default_block_is_the_published_one() -> None:
     blocks = {}
     for depth in (2, 6, 12, 24, 28):
         blocks[depth] = RepaGuidance(
@@ -123,7 +123,7 @@ def test_published_block() -> None:
     assert (Repa().weight, Repa().head_width, Repa().until_step) == (0.5, 2048, None)
 
 
-def test_a_grid_that_is_not_the_students_is_refused() -> None:
+def test_grid_that_differs_from_the_students_is_refused() -> None:
     with pytest.raises(ValueError, match=r"on a 4x4 grid, the student's tokens on 2x2; prepare the data with --grid 2"):
         RepaGuidance(Stub(), stored(grid=4), Repa())
 
@@ -178,7 +178,7 @@ def test_stored_and_computed_features_train_alike() -> None:
     )
 
 
-def test_the_compute_of_the_encoder_counts() -> None:
+def test_operations_of_the_encoder_are_counted() -> None:
     """What a step costs more than with stored features: a picture of the encoder for each image."""
     live, kept = (log(run, "repa")[-1]["tflops"] * 1e12 for run in runs())
     expected = 6 * 8 * load_encoder(encoder(), 4).flops  # steps x images
@@ -199,7 +199,7 @@ def test_interrupted_and_continued_equals_uninterrupted(features: str, tmp_path:
     assert not [name for name in tensors(tmp_path / "whole", "repa") if name.startswith("heads/")]
 
 
-def test_at_its_end_the_encoder_leaves_memory_and_features_the_disk(
+def test_encoder_is_freed_and_features_are_not_read_after_guidance_ends(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[Any] = []
@@ -246,7 +246,7 @@ def test_reduced_precision(tmp_path: Path) -> None:
 # ---- what cannot work
 
 
-def test_another_encoder_is_refused_on_resume_and_a_moved_one_is_not(tmp_path: Path) -> None:
+def test_other_encoder_is_refused_on_resume_and_a_moved_one_is_accepted(tmp_path: Path) -> None:
     shutil.copytree(encoder(), tmp_path / "moved")
     shutil.copytree(runs()[0], tmp_path / "run")
     other = save_encoder(tmp_path / "other", seed=1)
@@ -256,7 +256,7 @@ def test_another_encoder_is_refused_on_resume_and_a_moved_one_is_not(tmp_path: P
     assert checkpoint(tmp_path / "run", "repa").name == "step-00000007"
 
 
-def test_data_that_cannot_serve_say_what_to_do(tmp_path: Path) -> None:
+def test_unsuitable_data_are_refused_with_the_remedy(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"holds no features; .*or give an encoder by hub id or folder"):
         train(toy(REPA), tmp_path / "run", quiet=True)
     vae, source = save_vae(tmp_path / "vae"), pictures(tmp_path / "pictures")
@@ -278,7 +278,7 @@ def test_data_that_cannot_serve_say_what_to_do(tmp_path: Path) -> None:
     assert "repa" in log(tmp_path / "run", "repa")[0]
 
 
-def test_the_method_has_one_stage_and_no_teacher_of_its_own() -> None:
+def test_method_has_one_stage_with_an_encoder_and_no_teacher() -> None:
     (stage,) = stages(toy(REPA | {"repa.encoder": "owner/model"}))
     assert stage.name == "repa" and stage.teacher is None and stage.encoder is not None
     assert stage.encoder.name == "owner/model"
@@ -287,7 +287,7 @@ def test_the_method_has_one_stage_and_no_teacher_of_its_own() -> None:
 # ---- the commands
 
 
-def test_the_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_train_and_sample_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = str(tmp_path / "run")
     options = flags({"repa.head_width": 16, "repa.encoder": encoder(), "train.steps": 3})
     assert main(["train", "digits", "--method", "repa", "--out", run, *options]) == 0

@@ -73,7 +73,7 @@ def patchify(x, patch):
     return SiT(tuple(x.shape[1:]), 0, width=8, depth=1, heads=1, patch=patch).patchify(x)
 
 
-def test_patchify_goes_row_by_row_then_channel_row_column():
+def test_patchify_orders_patches_by_row_and_values_by_channel_row_column():
     image = torch.arange(32).view(1, 2, 4, 4).float()
     assert patchify(image, 2).tolist() == [
         [
@@ -87,7 +87,7 @@ def test_patchify_goes_row_by_row_then_channel_row_column():
     assert patchify(image, 1).shape == (1, 16, 2) and patchify(image, 4).shape == (1, 1, 32)
 
 
-def test_patches_are_the_tokens_of_the_backbone():
+def test_patchify_matches_the_tokens_of_the_backbone():
     """Token k of a SiT sees exactly the pixels of patch k."""
     model = SiT((2, 4, 4), 3, width=8, depth=1, heads=2, patch=2)
     quiet, image = torch.zeros(1, 2, 4, 4), torch.zeros(1, 2, 4, 4)
@@ -177,7 +177,7 @@ def test_stage_2_reports_norms_of_feature_and_guided_target():
 
 
 @pytest.mark.parametrize("w", [0.0, 1.0, 1.5, 30.0])
-def test_features_are_guided_as_classifier_free_guidance_says(w):
+def test_guided_features_equal_classifier_free_guidance(w):
     d, teacher = handmade_draw(TIMES, dropped=(0, 1)), frozen()
     f_g = guidance(Stub(), teacher, scale=w).guided_features(d)
     for i in range(6):
@@ -189,13 +189,13 @@ def test_features_are_guided_as_classifier_free_guidance_says(w):
         torch.testing.assert_close(f_g, unconditional.clone(), rtol=0, atol=0)
 
 
-def test_guided_features_of_some_rows_are_those_rows():
+def test_guided_features_of_rows_equal_those_rows_of_all():
     d, g = handmade_draw(TIMES), guidance(Stub(), frozen())
     rows = torch.tensor([4, 0, 3])
     torch.testing.assert_close(g.guided_features(d, rows), g.guided_features(d)[rows], rtol=0, atol=0)
 
 
-def test_a_teacher_of_another_width_and_depth_teaches():
+def test_teacher_may_have_another_width_and_depth():
     student = SiT((1, 8, 8), 10, width=16, depth=4, heads=2, patch=2)
     teacher = SiT((1, 8, 8), 10, width=24, depth=7, heads=3, patch=2)
     objective = Objective(student, [guidance(student, Frozen(teacher, 5))])
@@ -220,7 +220,7 @@ def term_and_gradients(g, d, feature):
 
 
 @pytest.mark.parametrize("even", [False, True])
-def test_a_sample_outside_the_range_changes_nothing(even):
+def test_samples_outside_the_range_do_not_affect_term_or_gradients(even):
     """With even times, room for two: two inside (0.5 and 0.7), then one and a row of padding, then one again."""
     for times in ([0.3, 0.9, 0.5, 0.1, 0.7], [0.25, 0.85, 0.45, 0.05, 0.65], [0.39, 0.99, 0.59, 0.19, 0.79]):
         d, guidances = handmade_draw(times, even=even), both_stages()
@@ -242,7 +242,7 @@ def test_a_sample_outside_the_range_changes_nothing(even):
             assert all(gradients[0][i].any() for i in inside)
 
 
-def test_a_sample_inside_the_range_matters():
+def test_sample_inside_the_range_affects_the_term():
     d, guidances = handmade_draw([0.3, 0.9, 0.5, 0.1, 0.7], even=True), both_stages()
     feature = torch.randn(5, 4, 8)
     strange = feature.clone()
@@ -250,7 +250,7 @@ def test_a_sample_inside_the_range_matters():
     assert all(term_and_gradients(g, d, feature)[0] != term_and_gradients(g, d, strange)[0] for g in guidances)
 
 
-def test_padding_meets_the_head_but_is_never_counted():
+def test_padding_passes_the_head_with_a_gain_of_zero():
     d = handmade_draw([0.3, 0.9, 0.5, 0.1, 0.75], even=True)  # one inside; room for two
     for g in both_stages():
         met = []
@@ -263,7 +263,7 @@ def test_padding_meets_the_head_but_is_never_counted():
         assert term.item() == pytest.approx(one.item() / 5, rel=1e-6), "a fifth of the one sample's error"
 
 
-def test_only_the_selected_meet_the_teacher():
+def test_only_selected_samples_pass_the_teacher():
     for even, met in ((True, capacity(10, RANGE)), (False, 3)):
         student, teacher = Stub(), frozen()
         times = ((torch.randperm(10) + 0.5) / 10).tolist()
@@ -303,7 +303,7 @@ def mlp(p, x):
 
 @pytest.mark.parametrize("times", ["systematic", "uniform"])
 @pytest.mark.parametrize("n", [3, 10, 13])
-def test_selection_has_the_gradient_of_the_plain_masked_computation(times, n):
+def test_selection_has_the_gradient_of_a_masked_computation_over_all_samples(times, n):
     shape, sizes = (1, 8, 8), {"depth": 3, "heads": 2, "patch": 2}
     for seed in range(3):
         torch.manual_seed(seed)
@@ -380,7 +380,7 @@ def test_default_blocks_exist_in_the_smallest_models(depth):
 # ---- the library face
 
 
-def test_ten_lines_add_both_stages_to_a_training_loop_of_ones_own():
+def test_both_stages_in_an_own_training_loop_reduce_the_loss():
     digits = load_digits()
     images = torch.tensor(digits.images, dtype=torch.float32)[:, None] / 8 - 1  # (1797, 1, 8, 8) in [-1, 1]
     labels = torch.tensor(digits.target)
@@ -411,7 +411,7 @@ def test_ten_lines_add_both_stages_to_a_training_loop_of_ones_own():
     assert v.shape == (2, 1, 8, 8) and torch.isfinite(v).all()
 
 
-def test_layer_normalised_targets_are_of_unit_variance():
+def test_layer_normalised_targets_have_unit_variance():
     """PyTorch's own LayerNorm of the guided features is the target, without weights."""
     d, student, teacher = handmade_draw(TIMES), Stub(), frozen()
     g = guidance(student, teacher, target_norm="layer", timestep_range=None, scale=30.0)
@@ -423,7 +423,7 @@ def test_layer_normalised_targets_are_of_unit_variance():
     assert term.item() == pytest.approx(1.0, rel=1e-3), "a zero prediction is off by the variance, whatever w"
 
 
-def test_draw_is_all_a_guidance_needs():
+def test_guidance_depends_on_draw_and_features_only():
     """No hidden state: the same draw and features give the same term."""
     d, guidances = handmade_draw(TIMES), both_stages()
     assert isinstance(d, Draw)

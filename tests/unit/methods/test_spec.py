@@ -16,7 +16,7 @@ def stage(name, taught_by=None):
 
 
 @pytest.mark.parametrize("key", ["train", "model", "recipe", "version", "own method", "Own", "own.part", ""])
-def test_section_cannot_take_a_key_that_means_something_else(key):
+def test_reserved_key_of_a_section_is_refused(key):
     @dataclass(frozen=True)
     class Own(Section):
         """Settings."""
@@ -27,7 +27,7 @@ def test_section_cannot_take_a_key_that_means_something_else(key):
 
 
 @pytest.mark.parametrize("name", ["warm up", "../up", "", ".", ".hidden", "a/b", "data", "tensorboard", "x" * 101])
-def test_stage_is_named_as_a_folder_whose_order_can_be_recorded(name):
+def test_stage_name_that_is_no_folder_name_is_refused(name):
     with pytest.raises(ValueError, match="cannot be a folder of a run"):
         stage(name)
 

@@ -12,7 +12,7 @@ from selftrans.cli.main import main
 from selftrans.config import from_json
 from selftrans.methods.guidance import Frozen
 from selftrans.methods.registry import stages
-from selftrans.recipes import RECIPES, recipe
+from selftrans.recipes import RECIPES, ignored, recipe
 from selftrans.types import Conditions
 from tests.support import toy
 from tests.support.toy import quick  # noqa: F401 - a fixture
@@ -72,12 +72,12 @@ def test_digits_need_no_prepared_data(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["digits", "cifar10", "imagefolder"])
-def test_on_prepared_pixels(tmp_path, pixels, name):
+def test_recipe_trains_on_prepared_pixels(tmp_path, pixels, name):
     begin(name, tmp_path, pixels)
 
 
 @pytest.mark.parametrize("name", [name for name in RECIPES if name not in ("digits", "cifar10", "imagefolder")])
-def test_on_the_latents_of_an_autoencoder(tmp_path, latents, name):
+def test_recipe_trains_on_the_latents_of_an_autoencoder(tmp_path, latents, name):
     config = begin(name, tmp_path, latents)
     assert config.train.precision == "bf16" and config.sections["stage2"].scale == 30.0
 
@@ -89,7 +89,7 @@ def test_other_recipes_require_data(tmp_path, capsys, name):
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_the_docstring_of_a_recipe_gives_its_command(name):
+def test_docstring_of_a_recipe_gives_its_command(name):
     text = inspect.getdoc(RECIPES[name])
     assert f"selftrans train {name} " in text and "--out " in text
     assert text.splitlines()[0].endswith(".")
@@ -123,6 +123,39 @@ def test_published_settings(name, size, until):
     assert (guided[0].taps[0], guided[1].taps[0], guided[1].teacher.block) == table[size]
 
 
-def test_the_headline_recipe_is_the_largest():
+def test_sit_imagenet_is_the_largest_size():
     small, large = (toy.override(recipe(name), {"recipe": "x"}) for name in ("sit_imagenet", "sit_imagenet_xl2"))
     assert small == large
+
+
+@pytest.mark.parametrize(
+    ("method", "given", "said"),
+    [
+        (
+            "vanilla",
+            {"stage2.scale": 3.0, "sra.block": 2},
+            ["stage2.scale is ignored: method vanilla", "sra.block is ignored"],
+        ),
+        (
+            "self_transcendence",
+            {"repa.weight": 0.75},
+            ["repa.weight is ignored: method self_transcendence does not use it"],
+        ),
+        (
+            "self_transcendence",
+            {"stage2.timestep_range": None, "stage2.range_mode": "scale"},
+            ["stage2.range_mode is ignored"],
+        ),
+        (
+            "self_transcendence",
+            {"stage2.teacher": "x", "stage1.weight": 0.25},
+            ["stage1.weight is ignored: --teacher takes"],
+        ),
+        ("structure", {"stage1.weight": 0.25}, []),
+    ],
+)
+def test_ignored_settings_are_listed(method, given, said):
+    found = ignored(toy.override(recipe("digits"), {"method": method} | given))
+    assert len(found) == len(said)
+    for one, start in zip(sorted(found, reverse=True), sorted(said, reverse=True), strict=True):
+        assert one.startswith(start)

@@ -16,9 +16,8 @@ from selftrans.methods.objective import Objective
 from selftrans.train import run as pipeline
 from selftrans.train import trainer
 from selftrans.train.batches import Stream
-from selftrans.train.log import RunningMeans, read_log
+from selftrans.train.log import read_log
 from selftrans.train.nonfinite import NonFiniteSteps, check_weights
-from selftrans.train.optim import build_optimizer, update
 from selftrans.train.run import train
 from selftrans.train.signals import Interrupted
 from tests.support import toy
@@ -67,28 +66,6 @@ def test_non_finite_update_leaves_weights_and_moments_unchanged(tmp_path, spoil,
     counts = {float(t) for name, t in final.items() if name.endswith(":step")}
     assert counts == {7.0}  # AdamW has made seven updates of eight
     assert all(torch.isfinite(t).all() for t in final.values())
-
-
-def test_update_with_flag_equals_plain_update_or_does_nothing():
-    def made(flags):
-        torch.manual_seed(0)
-        model = torch.nn.Linear(5, 3)
-        optimizer = build_optimizer(model, toy.toy().train)
-        for i, sound in enumerate(flags):
-            model(torch.randn(4, 5, generator=torch.Generator().manual_seed(i))).square().mean().backward()
-            if sound is None:
-                optimizer.step()
-            else:
-                if not sound:
-                    for p in model.parameters():
-                        p.grad.fill_(BAD)
-                update(optimizer, torch.tensor(sound))
-            optimizer.zero_grad()
-        return [*model.state_dict().values(), *(v for p in model.parameters() for v in optimizer.state[p].values())]
-
-    plain = made([None, None])
-    assert all(torch.equal(a, b) for a, b in zip(plain, made([True, True]), strict=True))
-    assert all(torch.equal(a, b) for a, b in zip(plain, made([True, True, False]), strict=True))
 
 
 def test_log_counts_and_lists_skipped_steps_and_excludes_them_from_means(tmp_path, spoil):
@@ -249,14 +226,6 @@ def test_feature_norms_are_in_the_log_while_guidance_is_active():
     lines = toy.log(toy.finished(), "stage2")
     assert {"self/feature_norm", "self/target_norm"} <= lines[0].keys()
     assert "self/feature_norm" not in lines[-1]
-
-
-def test_running_means_exclude_skipped_steps():
-    window = RunningMeans()
-    window.add({"a": torch.tensor(1.0)}, torch.tensor(True))
-    window.add({"a": torch.tensor(BAD)}, torch.tensor(False))
-    window.add({"a": torch.tensor(4.0)})
-    assert float(window.means()["a"]) == 2.5 and window.state() == {"a": [5.0, 2.0]}
 
 
 def test_all_processes_skip_the_same_step(monkeypatch):

@@ -6,9 +6,7 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -21,12 +19,12 @@ from selftrans.methods.objective import Objective
 from selftrans.storage import lock_file
 from selftrans.train import trainer
 from selftrans.train.ema import EMA
-from selftrans.train.interrupted import EXIT_RESUME
 from selftrans.train.log import JsonlLog
 from selftrans.train.preview import Preview
 from selftrans.train.run import train
 from selftrans.train.signals import Interrupted, StopSignal
 from tests.support import toy
+from tests.support.processes import Killed, start, wait_for_lines
 from tests.support.toy import quick  # noqa: F401 - a fixture
 
 
@@ -91,43 +89,7 @@ def test_stopped_around_the_end_of_guidance(tmp_path, monkeypatch, step):
     toy.assert_same_run(tmp_path, toy.finished())
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
-def test_stop_signal_writes_a_checkpoint_within_one_step(tmp_path, monkeypatch, capsys, number):
-    handlers = {n: signal.getsignal(n) for n in StopSignal.SIGNALS}
-    forward, calls = Objective.forward, itertools.count(1)
-
-    def noticed(self, batch, step):
-        if next(calls) == 5:  # in the middle of step 3: two micro-batches a step
-            os.kill(os.getpid(), number)
-        return forward(self, batch, step)
-
-    monkeypatch.setattr(Objective, "forward", noticed)
-    argv = ["train", "digits", f"--data={toy.digits()}", f"--out={tmp_path}", *toy.flags()]
-    assert main(argv) == EXIT_RESUME == 75
-    said = capsys.readouterr().err.splitlines()[-1]
-    assert said.startswith(f"selftrans: stopped by {signal.Signals(number).name} at step 3; checkpoint written in")
-    assert toy.checkpoint(tmp_path, "stage1").name == "step-00000003"
-    assert {n: signal.getsignal(n) for n in StopSignal.SIGNALS} == handlers
-    assert main(argv) == 0
-    assert "[1/2] stage1: continues at step 3 of 4" in capsys.readouterr().out
-    toy.assert_same_run(tmp_path, toy.finished())
-
-
-def test_second_ctrl_c_stops_at_once(tmp_path, monkeypatch, capsys):
-    def impatient(self, batch, step):
-        os.kill(os.getpid(), signal.SIGINT)
-        os.kill(os.getpid(), signal.SIGINT)
-
-    monkeypatch.setattr(Objective, "forward", impatient)
-    assert main(["train", "digits", f"--data={toy.digits()}", f"--out={tmp_path}", *toy.flags()]) == 130
-    assert capsys.readouterr().err.endswith("selftrans: interrupted; the same command continues\n")
-
-
 # ---- killed
-
-
-class Killed(BaseException):
-    """Nothing catches it, as if the process were killed at this line."""
 
 
 def half_a_file(tensors, path, **kwargs):
@@ -180,26 +142,20 @@ def test_killed_at_many_places_equals_uninterrupted(tmp_path, monkeypatch, place
     assert not [path for path in tmp_path.rglob(".*") if path.name != ".lock"]
 
 
-def start(out: Path, **dotted) -> subprocess.Popen:
-    argv = ["train", "digits", f"--data={toy.digits()}", f"--out={out}", *toy.flags(dotted)]
-    return subprocess.Popen(
-        [sys.executable, "-m", "selftrans", *argv], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-
-
-def wait_for_lines(process: subprocess.Popen, path: Path, count: int) -> None:
-    until = time.monotonic() + 90
-    while not path.exists() or path.read_bytes().count(b"\n") < count:
-        assert process.poll() is None and time.monotonic() < until, process.communicate()
-        time.sleep(0.005)
-
-
 LONG = {"method": "vanilla", "log.every": 1, "train.checkpoint_every": 2, "stage1.steps": 1}
 
 
+@pytest.mark.slow
 def test_killed_process_is_continued_by_another(tmp_path):
     config = toy.toy(LONG | {"train.steps": 200})
-    process = start(tmp_path / "run", **LONG, **{"train.steps": 200})
+    argv = [
+        "train",
+        "digits",
+        f"--data={toy.digits()}",
+        f"--out={tmp_path / 'run'}",
+        *toy.flags(LONG | {"train.steps": 200}),
+    ]
+    process = start(argv)
     wait_for_lines(process, tmp_path / "run" / "vanilla" / "log.jsonl", 7)
     process.kill()
     process.communicate()
@@ -210,29 +166,6 @@ def test_killed_process_is_continued_by_another(tmp_path):
     for out in (tmp_path / "run", tmp_path / "whole"):
         train(toy.override(config, short), out, quiet=True)
     toy.assert_same_run(tmp_path / "run", tmp_path / "whole", ("vanilla",))
-
-
-def test_process_stops_on_signal_and_holds_its_lock(tmp_path, capsys):
-    run, long = tmp_path / "run", LONG | {"train.steps": 1_000_000, "train.checkpoint_every": 1_000_000}
-    process = start(run, **long)
-    log = run / "vanilla" / "log.jsonl"
-    wait_for_lines(process, log, 3)
-    argv = ["train", "digits", f"--data={toy.digits()}", f"--out={run}", *toy.flags(long)]
-    assert main(argv) == 1  # while the other process runs
-    said = capsys.readouterr().err
-    line = f"selftrans: {run} is in use by process {process.pid}; wait for it, or choose another --out"
-    assert said.splitlines()[-1] == line
-    before = log.read_bytes().count(b"\n")
-    process.send_signal(signal.SIGTERM)
-    _, said = process.communicate(timeout=60)
-    assert process.returncode == 75
-    reached = int(toy.checkpoint(run, "vanilla").name[5:])
-    assert f"stopped by SIGTERM at step {reached}; checkpoint written in {run / 'vanilla'}" in said
-    assert before <= reached == log.read_bytes().count(b"\n") < before + 60  # a toy's step takes milliseconds
-    short = LONG | {"train.steps": reached + 2}
-    for out in (run, tmp_path / "whole"):
-        train(toy.toy(short), out, quiet=True)
-    toy.assert_same_run(run, tmp_path / "whole", ("vanilla",))
 
 
 # ---- one process at a time
@@ -350,15 +283,6 @@ def test_damaged_run_file_is_named(tmp_path, file, content, message):
     assert (run / file).read_text() == content
 
 
-def test_log_is_truncated_to_the_resumed_step(tmp_path):
-    path = tmp_path / "log.jsonl"
-    path.write_text('{"step": 2}\n{"step": 4}\n{"step": 6}\n\n{"other": 1}\nnonsense\n{"step": 8')
-    log = JsonlLog(path, resume_step=4)
-    log.write({"step": 5})
-    log.close()
-    assert path.read_text() == '{"step": 2}\n{"step": 4}\n{"step": 5}\n'
-
-
 def test_teacher_retrained_to_equal_weights_is_accepted(tmp_path, monkeypatch):
     """The last checkpoint of stage 1 is damaged while stage 2 is under way."""
     calls = itertools.count(-3)
@@ -459,78 +383,6 @@ def test_file_system_without_locks_warns(tmp_path, monkeypatch):
     monkeypatch.setattr("fcntl.flock", none)
     with pytest.warns(UserWarning, match=r"cannot be locked \(Function not implemented\)"):
         train(toy.toy({"method": "vanilla", "train.steps": 2}), tmp_path, quiet=True)
-
-
-# ---- previews
-
-PICTURED = {"method": "vanilla", "train.preview_every": 2, "train.checkpoint_every": 2}
-
-
-def test_preview_that_kills_the_process_three_times_is_skipped(tmp_path, monkeypatch):
-    whole = Preview._make
-
-    def dying(self, model, path):
-        if "4" in path.name:
-            raise Killed
-        whole(self, model, path)
-
-    monkeypatch.setattr(Preview, "_make", dying)
-    for _ in range(3):
-        with pytest.raises(Killed):
-            train(toy.toy(PICTURED), tmp_path, quiet=True)
-    with pytest.warns(UserWarning, match="the process has ended 3 times while making it"):
-        train(toy.toy(PICTURED), tmp_path, quiet=True)
-    made = sorted(path.name for path in (tmp_path / "vanilla" / "previews").glob("*.png"))
-    assert made == [f"step-0000000{k}.png" for k in (2, 6, 8)]
-
-
-@pytest.mark.parametrize("step", [4, 8], ids=["on the way", "at the end"])
-def test_killed_after_writing_a_preview(tmp_path, monkeypatch, step):
-    whole = Preview._make
-
-    def dying(self, model, path):
-        whole(self, model, path)
-        if path.name == f"step-0000000{step}.png":
-            raise Killed
-
-    monkeypatch.setattr(Preview, "_make", dying)
-    with pytest.raises(Killed):
-        train(toy.toy(PICTURED), tmp_path, quiet=True)
-    train(toy.toy(PICTURED), tmp_path, quiet=True)  # it is not made again, or this would die too
-    left = sorted(path.name for path in (tmp_path / "vanilla" / "previews").iterdir())
-    assert left == [f"step-0000000{k}.png" for k in (2, 4, 6, 8)]
-
-
-def test_stop_signal_interrupts_a_preview_and_restart_makes_due_ones(tmp_path, monkeypatch):
-    whole, passes = Preview._make, []
-
-    def noticed(self, model, path):
-        if "4" in path.name and not passes:
-            passes.append(path)
-            self.stop.received = signal.SIGTERM
-        whole(self, model, path)
-
-    monkeypatch.setattr(Preview, "_make", noticed)
-    with (
-        pytest.warns(UserWarning, match="no preview at .*4.png: asked to stop"),
-        pytest.raises(Interrupted, match="step 5"),
-    ):
-        train(toy.toy(PICTURED), tmp_path, quiet=True)
-    train(toy.toy(PICTURED), tmp_path, quiet=True)
-    assert len(list((tmp_path / "vanilla" / "previews").iterdir())) == 3  # all but that one
-    (tmp_path / "vanilla" / "previews" / "step-00000008.png").unlink()
-    train(toy.toy(PICTURED), tmp_path, quiet=True)
-    assert (tmp_path / "vanilla" / "previews" / "step-00000008.png").exists()
-
-
-def test_preview_errors_do_not_stop_training(tmp_path, monkeypatch):
-    def broken(*_, **__):
-        raise ModuleNotFoundError("no diffusers here")
-
-    monkeypatch.setattr("selftrans.train.preview.load_autoencoder", broken)
-    with pytest.warns(UserWarning, match="no preview at .*: no diffusers here"):
-        train(toy.toy(PICTURED), tmp_path, quiet=True)
-    assert checkpoint.newest(tmp_path / "vanilla" / "checkpoints").step == 8
 
 
 # ---- damaged data
