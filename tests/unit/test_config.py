@@ -1,4 +1,4 @@
-"""A run's configuration: complete, there and back through json, and refused where it cannot work."""
+"""The configuration of a run: complete, unchanged through json, and refused where a value is impossible."""
 
 import json
 
@@ -82,10 +82,10 @@ def test_values_of_every_type_pass_json_unchanged():
 
 def edited(path, value):
     raw = json.loads(COMPLETE)
-    place = raw
+    section = raw
     for key in path[:-1]:
-        place = place[key]
-    place[path[-1]] = value
+        section = section[key]
+    section[path[-1]] = value
     return json.dumps(raw)
 
 
@@ -177,7 +177,7 @@ def test_differences_list_settings_that_may_not_change_on_resume():
 
 
 def test_settings_that_may_change_on_resume():
-    """Freely: where things are, how long, what is kept and shown. By consent: what a troubled run may need."""
+    """Free: paths, lengths, what is kept and logged. With consent: settings that may rescue a diverging run."""
     rules = {
         name: rule
         for method in METHODS
@@ -202,7 +202,7 @@ def test_only_the_recipe_is_required():
 
 
 def test_section_of_an_unknown_method_gives_defaults():
-    """A run of code that is not imported is compared with the same method under the name of an installed package."""
+    """So that a run of code that is not imported can be compared with the same method of an installed package."""
     raw = json.loads(to_json(override(recipe("digits"), {"method": "vanilla"}).restricted()))
     config = from_json(json.dumps(raw | {"method": "os:system", "stage1": {"steps": 3}}))
     assert config.section(Stage1) == Stage1()

@@ -1,4 +1,4 @@
-"""flow.py against calculus (autograd), statistics (scipy) and its own algebra in float64."""
+"""flow.py against autograd, statistics of scipy, and its own algebra in float64."""
 
 import math
 

@@ -37,9 +37,9 @@ def settle(config: RunConfig, out: Path, manifest: Manifest) -> RunConfig:
         said = [f"{name} was {was}, is {now}" for name, was, now, _ in changed]
         mendable = not fresh and all(rule == "consent" for *_, rule in changed)
         if changed and mendable and config.train.allow_changes:
-            warnings.warn(f"{out} goes on with other settings: {'; '.join(said)}", stacklevel=4)
+            warnings.warn(f"{out} continues with other settings: {'; '.join(said)}", stacklevel=4)
         elif changed:
-            consent = ", or --train.allow-changes True to go on with these" if mendable else ""
+            consent = ", or --train.allow-changes True to continue with these" if mendable else ""
             raise ValueError(
                 f"{out} was started with other settings: {'; '.join(said)}; use those, or another --out{consent}"
             )

@@ -1,4 +1,4 @@
-"""Options that several commands share arrive at the functions that the commands call."""
+"""Options that several commands share are passed to the functions that the commands call."""
 
 from pathlib import Path
 

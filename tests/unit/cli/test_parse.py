@@ -1,4 +1,4 @@
-"""Wrong arguments of plain commands: one line that names the option; and the help pages' text."""
+"""Wrong arguments of commands without a recipe: one line that names the option; and the text of help pages."""
 
 import pytest
 import tyro

@@ -1,4 +1,4 @@
-"""`--trust MODULE:FUNCTION` imports that module, and no command imports any other code outside selftrans."""
+"""`--trust MODULE:FUNCTION` imports that module before the command runs; a wrong value is one line."""
 
 import re
 import sys

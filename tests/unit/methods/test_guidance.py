@@ -28,7 +28,7 @@ def test_gain_of_each_sample_in_each_mode():
 
 
 def test_scale_is_the_arithmetic_of_the_released_code():
-    """There the mask keeps its image axes and meets one loss per sample: (B, 1, 1, 1) times (B,) is (B, 1, 1, B)."""
+    """The released code multiplies a mask of shape (B, 1, 1, 1) by losses of shape (B,), which gives (B, 1, 1, B)."""
     d, error = handmade_draw(TIMES), torch.rand(len(TIMES))
     t = d.t.view(-1, 1, 1, 1)
     mask = ((t >= 0.4) & (t <= 0.7)).float()
@@ -63,7 +63,7 @@ def test_capacity_holds_every_sample_inside_and_at_most_one_more(span):
 
 
 def test_times_on_both_edges_lose_at_most_one_sample():
-    """Where n (b - a) is whole and the offset is zero to the last bit, one time more lies inside than there is room for."""
+    """Where n (b - a) is an integer and the offset is exactly zero, one time more is inside than the capacity."""
     for n in (10, 300, 3000):
         for start in range(0, n - 1, max(1, n // 50)):
             for k in (1, 2):
@@ -73,7 +73,7 @@ def test_times_on_both_edges_lose_at_most_one_sample():
                 d = handmade_draw(stratified(n, 0.0), (1, 1, 1), even=True)
                 assert round(gate(d, span, "select").gain.sum().item() * n) == k
                 d = handmade_draw(stratified(n, 0.5), (1, 1, 1), even=True)
-                assert round(gate(d, span, "select").gain.sum().item() * n) == k, "nothing is left out elsewhere"
+                assert round(gate(d, span, "select").gain.sum().item() * n) == k, "no sample is lost elsewhere"
 
 
 @pytest.mark.parametrize("span", [(0.7, 0.4), (0.5, 0.5), (-0.1, 0.5), (0.4, 1.1)])
@@ -98,7 +98,7 @@ def test_teacher_is_truncated_after_its_block_and_its_features_stay(in_place):
     b = data(3, (1, 8, 8))
     t = torch.tensor([0.2, 0.5, 0.8])
     with torch.no_grad():
-        whole = model(b.z0, t, b.cond, taps=(2,))
+        full = model(b.z0, t, b.cond, taps=(2,))
     later, last = weakref.ref(model.blocks[2]), weakref.ref(model.final_layer)
     teacher = Frozen(model, 2, in_place=in_place)
     (feature,) = teacher(b.z0, t, b.cond)
@@ -106,10 +106,10 @@ def test_teacher_is_truncated_after_its_block_and_its_features_stay(in_place):
     assert len(teacher.model.blocks) == 2 and teacher.model.final_layer is None
     if in_place:
         assert teacher.model is model and later() is None and last() is None
-    else:  # the model that was given can be sampled and trained as before
+    else:  # the original model is unchanged
         assert len(model.blocks) == 4 and model.final_layer is not None
         assert all(p.requires_grad for p in model.parameters()) and model.training
-    torch.testing.assert_close(feature, whole.feats[2], rtol=0, atol=0)
+    torch.testing.assert_close(feature, full.feats[2], rtol=0, atol=0)
 
 
 def test_teacher_moves_to_the_device_of_the_data():
@@ -132,7 +132,7 @@ def test_teacher_computes_in_its_dtype_and_gives_float32_targets():
     teacher = Frozen(model, 2, dtype=torch.bfloat16)
     b = data(4, (1, 8, 8))
     assert {p.dtype for p in teacher.model.parameters()} == {torch.bfloat16}
-    assert teacher(b.z0, torch.rand(4), b.cond)[0].dtype == torch.float32, "the sum along the blocks is not rounded"
+    assert teacher(b.z0, torch.rand(4), b.cond)[0].dtype == torch.float32, "the residual sum is not rounded"
 
 
 def test_guided_features_of_a_bf16_teacher_are_as_exact_as_autocast():

@@ -1,4 +1,4 @@
-"""The objective, its gate and the frozen teacher, against arithmetic done here and a backbone of three numbers."""
+"""The objective against arithmetic done here, on a backbone with three parameters."""
 
 import gc
 import math
@@ -20,7 +20,7 @@ from tests.support.stub import Stub, TextStub, handmade_draw, numbers
 
 
 class Ridge(nn.Module):
-    """A stranger's guidance: the mean square of one block's features, times a learned number."""
+    """A guidance outside the package: the mean square of the features of one block times a learned number."""
 
     def __init__(self, name="ridge", block=1, weight=0.5, until_step=None):
         super().__init__()
@@ -74,7 +74,7 @@ def test_flow_loss_and_its_gradient_by_hand():
 @pytest.mark.parametrize("path", [LINEAR, COSINE], ids=lambda p: p.name)
 @pytest.mark.parametrize("times", ["systematic", "uniform", "lognormal"])
 def test_loss_follows_from_the_drawn_point_and_time(path, times):
-    """From what the student saw (z_t, t) and z0, noise and target follow on paper; so does the loss."""
+    """From (z_t, t) of the student and z0, noise, target and loss are computed by hand."""
     student, b = Stub(), data(9)
     loss, _ = Objective(student, path=path, times=times, drop=0.5)(b, 0)
     (call,) = student.calls
@@ -94,15 +94,17 @@ def test_loss_follows_from_the_drawn_point_and_time(path, times):
 def test_labels_are_dropped_for_the_student_and_never_for_the_teacher():
     student, teacher, b = Stub((1, 2, 2)), frozen_stub(shape=(1, 2, 2)), data(20_000, (1, 2, 2))
     Objective(student, [stage2(student, teacher)], drop=0.1)(b, 0)
-    seen, taught = student.calls[0], teacher.model.calls[0]
-    null = seen["cond"] == 7  # the model's own null label; b holds 0..6
+    seen, calls_of_teacher = student.calls[0], teacher.model.calls[0]
+    null = seen["cond"] == 7  # the null label of the model; b has labels 0..6
     assert scipy.stats.binomtest(int(null.sum()), 20_000, 0.1).pvalue > 1e-3
     assert torch.equal(seen["cond"][~null], b.cond[~null])
     label_of = dict(zip(map(tuple, seen["x"].flatten(1).tolist()), b.cond.tolist(), strict=True))
-    half = len(taught["cond"]) // 2
-    true = torch.tensor([label_of[tuple(x)] for x in taught["x"][:half].flatten(1).tolist()])
-    assert torch.equal(taught["cond"][:half], true), "the conditional half knows the true label, dropped or not"
-    assert (taught["cond"][half:] == 7).all(), "the other half knows nothing"
+    half = len(calls_of_teacher["cond"]) // 2
+    true = torch.tensor([label_of[tuple(x)] for x in calls_of_teacher["x"][:half].flatten(1).tolist()])
+    assert torch.equal(calls_of_teacher["cond"][:half], true), (
+        "the conditional half gets the true label, dropped or not"
+    )
+    assert (calls_of_teacher["cond"][half:] == 7).all(), "the other half gets the null label"
 
 
 @pytest.mark.parametrize(("drop", "expected"), [(0.0, None), (1.0, 7)])
@@ -133,14 +135,14 @@ def test_condition_of_several_tensors_is_passed_unchanged():
     objective = Objective(student, [stage2(student, teacher, timestep_range=None, scale=5.0)], drop=0.5)
     objective.guidances[0].head = nn.Identity()
     loss, report = objective(Batch(torch.randn(n, *SHAPE), cond), 0)
-    seen, taught = student.calls[0], teacher.model.calls[0]
+    seen, calls_of_teacher = student.calls[0], teacher.model.calls[0]
     dropped = ~seen["cond"]["pooled"].any(dim=1)
     assert 0 < dropped.sum() < n
     for name, value in cond.items():
         assert torch.equal(seen["cond"][name][~dropped], value[~dropped])
-        assert torch.equal(taught["cond"][name][:n], value)
-    assert not taught["cond"]["tokens"][n:].any() and not taught["cond"]["pooled"][n:].any()
-    assert taught["cond"]["mask"][n:].tolist() == [[True] + [False] * 4] * n
+        assert torch.equal(calls_of_teacher["cond"][name][:n], value)
+    assert not calls_of_teacher["cond"]["tokens"][n:].any() and not calls_of_teacher["cond"]["pooled"][n:].any()
+    assert calls_of_teacher["cond"]["mask"][n:].tolist() == [[True] + [False] * 4] * n
     zt, t, total = numbers(seen["x"]), numbers(seen["t"]), 0.0
     for i in range(n):
         kept = [j for j in range(5) if cond["mask"][i, j]]
@@ -185,10 +187,12 @@ def test_guidances_add_up_and_share_one_draw():
 def test_teacher_and_student_get_the_same_point_and_time():
     student, teacher = Stub(), frozen_stub()
     Objective(student, [stage2(student, teacher, timestep_range=None)])(data(9), 0)
-    seen, taught = student.calls[0], teacher.model.calls[0]
+    seen, calls_of_teacher = student.calls[0], teacher.model.calls[0]
     for key in ("x", "t"):
-        assert torch.equal(taught[key], torch.cat([seen[key], seen[key]]))
-    assert taught["taps"] == (3,) and taught["stop"] is True, "computation ends at the teacher's block"
+        assert torch.equal(calls_of_teacher[key], torch.cat([seen[key], seen[key]]))
+    assert calls_of_teacher["taps"] == (3,) and calls_of_teacher["stop"] is True, (
+        "computation ends at the block of the teacher"
+    )
 
 
 def test_report_is_detached_scalars_under_known_keys():
@@ -227,17 +231,17 @@ def test_student_blocks_out_of_range_are_refused(block):
 def test_guidance_ends_at_its_step():
     student, teacher = Stub(), frozen_stub()
     objective = Objective(student, [stage2(student, teacher, until_step=3)])
-    taught = []
+    calls_of_teacher = []
     for step in range(5):
         objective.zero_grad(set_to_none=True)
         loss, report = objective(data(10), step)
         loss.backward()
-        taught.append(len(teacher.model.calls))
+        calls_of_teacher.append(len(teacher.model.calls))
         acts = step < 3
         assert ("self" in report) is acts
         assert all((p.grad is not None) is acts for p in objective.guidances[0].head.parameters())
         assert student.calls[-1]["taps"] == ((2,) if acts else ())
-    assert taught == [1, 2, 3, 3, 3], "not one teacher forward after the end"
+    assert calls_of_teacher == [1, 2, 3, 3, 3], "no teacher forward after the end"
 
 
 def test_retire_keeps_the_student_and_frees_the_teacher():
@@ -252,8 +256,8 @@ def test_retire_keeps_the_student_and_frees_the_teacher():
     assert objective.retire(2) is False and len(objective.guidances) == 2 and model() is not None
     assert objective.retire(3) is True and [g.name for g in objective.guidances] == ["structure"]
     gc.collect()
-    assert model() is None and plain() is None, "nothing holds the teacher any more"
-    assert objective.retire(4) is False, "and nothing is left to drop"
+    assert model() is None and plain() is None, "nothing refers to the teacher"
+    assert objective.retire(4) is False, "no further guidance ends"
     only = Objective(student, [stage2(student, frozen_stub(), until_step=0)])
     assert only.retire(0) is True
     assert set(only.state_dict()) == {"student.a", "student.b", "student.c"}
@@ -298,11 +302,11 @@ def test_teacher_features_have_no_gradient(w, norm):
     assert all(p.grad.any() for p in g.head.parameters())
 
 
-# ---- the whole step
+# ---- the complete step
 
 
 def test_every_parameter_that_trains_gets_a_gradient():
-    """Also in a batch of which no sample lies in the range: DDP waits for a gradient of each head."""
+    """Also in a batch without a sample in the range: DDP waits for a gradient of each head."""
     for even, t in ((False, [0.1, 0.2, 0.9]), (True, [0.1, 0.35, 0.8])):
         student = Stub()
         objective = Objective(student, [stage1(student), stage2(student, frozen_stub())])
@@ -325,7 +329,7 @@ def sit_objective(times="systematic", dtype=None):
 
 
 def test_step_with_even_times_reads_no_value_on_the_host(monkeypatch):
-    """Reading a value on the host (item, bool, int, ...) is made an error; independent times prove the trap."""
+    """Reading a value on the host (item, bool, int, ...) raises; independent times show that this is detected."""
 
     def trap(name):
         def read(self, *args, **kwargs):
@@ -347,7 +351,7 @@ def test_step_with_even_times_reads_no_value_on_the_host(monkeypatch):
 
 
 def test_step_with_even_times_runs_on_meta_tensors():
-    """Tensors without data: whatever depends on a value fails here, inside operators, too."""
+    """Tensors without data: any operation that depends on a value fails."""
     with torch.device("meta"):
         student, teacher = (SiT((1, 8, 8), 10, width=16, depth=3, heads=2, patch=2) for _ in range(2))
         guidances = [stage1(student), stage2(student, Frozen(teacher, 2))]

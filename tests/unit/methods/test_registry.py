@@ -1,4 +1,4 @@
-"""The methods by name: each builds its stages; unknown and outside ones."""
+"""The registry of methods: each builds its stages; unknown methods, and methods outside the package."""
 
 import math
 from types import SimpleNamespace
@@ -47,12 +47,14 @@ def test_every_method_builds_its_stages_and_takes_a_step(method):
 
 
 def test_stages_of_vanilla_structure_and_self_transcendence():
-    vanilla, structure, whole = (stages(config(m)) for m in ("vanilla", "structure", "self_transcendence"))
+    vanilla, structure, full = (stages(config(m)) for m in ("vanilla", "structure", "self_transcendence"))
     assert [(s.name, s.steps) for s in vanilla] == [("vanilla", 6)] and not vanilla[0].guide(Stub(), None)
     assert [(s.name, s.steps) for s in structure] == [("stage1", 6)]
-    assert [(s.name, s.steps) for s in whole] == [("stage1", 3), ("stage2", 6)], "half of the steps, unless said"
-    assert whole[1].teacher.weights == "raw" and whole[1].teacher.block(12) == 8
-    assert whole[0].teacher is None and whole[0].stream != whole[1].stream, "teacher and student start apart"
+    assert [(s.name, s.steps) for s in full] == [("stage1", 3), ("stage2", 6)], "by default half of the steps"
+    assert full[1].teacher.weights == "raw" and full[1].teacher.block(12) == 8
+    assert full[0].teacher is None and full[0].stream != full[1].stream, (
+        "teacher and student have different initial weights"
+    )
 
 
 def test_error_for_an_unknown_method_lists_the_known_ones():

@@ -1,4 +1,4 @@
-"""What a method's record may say: keys of sections, names of stages, and who teaches whom."""
+"""The record of a method: keys of sections, names of stages, and which stage teaches which."""
 
 from dataclasses import dataclass
 

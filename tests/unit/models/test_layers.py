@@ -1,4 +1,4 @@
-"""The layers of a transformer against diffusers' own."""
+"""The layers of a transformer against those of diffusers."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""SiT against diffusers' DiT (block by block and whole), published sizes, and the contract of a backbone."""
+"""SiT against DiT of diffusers, published sizes, and the contract of a backbone."""
 
 import pytest
 import torch
@@ -45,7 +45,7 @@ def test_every_published_size_builds_and_runs(name):
         )
     assert v.shape == (2, 4, 32, 32)
     assert feats[model.depth].shape == (2, (32 // model.patch) ** 2, model.width)
-    small = tiny((4, 16, 16), **{**SIT_SIZES[name], "depth": 1})  # the same width, heads and patch, with real numbers
+    small = tiny((4, 16, 16), **{**SIT_SIZES[name], "depth": 1})  # the same width, heads and patch, with data
     assert torch.isfinite(small(*inputs(small, 1)).v).all()
 
 
@@ -103,13 +103,13 @@ def counted(model):
 def test_stopping_computes_no_block_after_the_last_tap(taps):
     model = randomised(tiny())
     x, t, y = inputs(model)
-    whole = model(x, t, y, taps=taps)
+    full = model(x, t, y, taps=taps)
     runs = counted(model)
     early = model(x, t, y, taps=taps, stop=True)
     assert runs == [1] * max(taps) + [0] * (model.depth - max(taps))
-    assert early.v is None and whole.v is not None and set(early.feats) == set(taps)
+    assert early.v is None and full.v is not None and set(early.feats) == set(taps)
     for k in taps:
-        assert torch.equal(early.feats[k], whole.feats[k]) and whole.feats[k].shape == (3, 16, 32)
+        assert torch.equal(early.feats[k], full.feats[k]) and full.feats[k].shape == (3, 16, 32)
 
 
 def test_taps_do_not_change_the_velocity():

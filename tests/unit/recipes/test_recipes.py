@@ -1,4 +1,4 @@
-"""Every recipe runs at toy size through overrides alone, and says what it is."""
+"""Every recipe runs at toy size through overrides only; its docstring gives the command; published settings."""
 
 import inspect
 import json
@@ -17,7 +17,7 @@ from selftrans.types import Conditions
 from tests.support import toy
 from tests.support.toy import quick  # noqa: F401 - a fixture
 
-#: the same words for every recipe
+#: the same overrides for every recipe
 OVERRIDES = (
     "--train.steps 4 --train.batch-size 8 --train.checkpoint-every 2 --model.width 64 --model.patch 4 --model.depth 4"
 )
@@ -115,7 +115,7 @@ def test_published_settings(name, size, until):
     )
     first, second = stages(config)
     assert first.steps == 200_000 and second.teacher.weights == "raw"
-    table = {"S": (2, 6, 8), "B": (2, 6, 8), "L": (2, 12, 16), "XL": (2, 14, 18)}  # blocks s of both stages, and k
+    table = {"S": (2, 6, 8), "B": (2, 6, 8), "L": (2, 12, 16), "XL": (2, 14, 18)}  # block s of each stage, and k
     depth = config.model.sizes()["depth"]
     with torch.device("meta"):
         student, teacher = (config.build_model((4, 32, 32), Conditions("labels", 1000)) for _ in range(2))
@@ -129,7 +129,7 @@ def test_sit_imagenet_is_the_largest_size():
 
 
 @pytest.mark.parametrize(
-    ("method", "given", "said"),
+    ("method", "changes", "expected"),
     [
         (
             "vanilla",
@@ -154,8 +154,8 @@ def test_sit_imagenet_is_the_largest_size():
         ("structure", {"stage1.weight": 0.25}, []),
     ],
 )
-def test_ignored_settings_are_listed(method, given, said):
-    found = ignored(toy.override(recipe("digits"), {"method": method} | given))
-    assert len(found) == len(said)
-    for one, start in zip(sorted(found, reverse=True), sorted(said, reverse=True), strict=True):
-        assert one.startswith(start)
+def test_ignored_settings_are_listed(method, changes, expected):
+    sentences = ignored(toy.override(recipe("digits"), {"method": method} | changes))
+    assert len(sentences) == len(expected)
+    for sentence, start in zip(sorted(sentences, reverse=True), sorted(expected, reverse=True), strict=True):
+        assert sentence.startswith(start)

@@ -1,4 +1,4 @@
-"""Which samples a step reads, and what a batch is made of."""
+"""Which samples a step reads, and the batch made from them."""
 
 import numpy as np
 import pytest

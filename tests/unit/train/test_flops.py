@@ -1,4 +1,4 @@
-"""Operations are counted whatever the dtype of the weights."""
+"""Operations of a forward pass, for every dtype of the weights."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from tests.support.operations import sit_forward_flops
 
 
 class Plain(Backbone):
-    """A backbone that leaves dtypes to autocast, as most do."""
+    """A backbone that relies on autocast for its dtypes, as most do."""
 
     def __init__(self):
         super().__init__()

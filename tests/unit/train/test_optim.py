@@ -40,7 +40,7 @@ BAD = float("nan")
 
 
 def test_update_with_flag_equals_plain_update_or_does_nothing():
-    def made(flags):
+    def trained(flags):
         torch.manual_seed(0)
         model = torch.nn.Linear(5, 3)
         optimizer = build_optimizer(model, toy.toy().train)
@@ -56,6 +56,6 @@ def test_update_with_flag_equals_plain_update_or_does_nothing():
             optimizer.zero_grad()
         return [*model.state_dict().values(), *(v for p in model.parameters() for v in optimizer.state[p].values())]
 
-    plain = made([None, None])
-    assert all(torch.equal(a, b) for a, b in zip(plain, made([True, True]), strict=True))
-    assert all(torch.equal(a, b) for a, b in zip(plain, made([True, True, False]), strict=True))
+    plain = trained([None, None])
+    assert all(torch.equal(a, b) for a, b in zip(plain, trained([True, True]), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(plain, trained([True, True, False]), strict=True))

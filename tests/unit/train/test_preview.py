@@ -38,57 +38,57 @@ PICTURED = {"method": "vanilla", "train.preview_every": 2, "train.checkpoint_eve
 
 
 def test_preview_that_kills_the_process_three_times_is_skipped(tmp_path, monkeypatch):
-    whole = Preview._make
+    original = Preview._make
 
-    def dying(self, model, path):
+    def killing(self, model, path):
         if "4" in path.name:
             raise Killed
-        whole(self, model, path)
+        original(self, model, path)
 
-    monkeypatch.setattr(Preview, "_make", dying)
+    monkeypatch.setattr(Preview, "_make", killing)
     for _ in range(3):
         with pytest.raises(Killed):
             train(toy.toy(PICTURED), tmp_path, quiet=True)
     with pytest.warns(UserWarning, match="the process has ended 3 times while making it"):
         train(toy.toy(PICTURED), tmp_path, quiet=True)
-    made = sorted(path.name for path in (tmp_path / "vanilla" / "previews").glob("*.png"))
-    assert made == [f"step-0000000{k}.png" for k in (2, 6, 8)]
+    names = sorted(path.name for path in (tmp_path / "vanilla" / "previews").glob("*.png"))
+    assert names == [f"step-0000000{k}.png" for k in (2, 6, 8)]
 
 
 @pytest.mark.parametrize("step", [4, 8], ids=["on the way", "at the end"])
 def test_killed_after_writing_a_preview(tmp_path, monkeypatch, step):
-    whole = Preview._make
+    original = Preview._make
 
-    def dying(self, model, path):
-        whole(self, model, path)
+    def killing(self, model, path):
+        original(self, model, path)
         if path.name == f"step-0000000{step}.png":
             raise Killed
 
-    monkeypatch.setattr(Preview, "_make", dying)
+    monkeypatch.setattr(Preview, "_make", killing)
     with pytest.raises(Killed):
         train(toy.toy(PICTURED), tmp_path, quiet=True)
-    train(toy.toy(PICTURED), tmp_path, quiet=True)  # it is not made again, or this would die too
+    train(toy.toy(PICTURED), tmp_path, quiet=True)  # it is not made again; otherwise this would raise Killed
     left = sorted(path.name for path in (tmp_path / "vanilla" / "previews").iterdir())
     assert left == [f"step-0000000{k}.png" for k in (2, 4, 6, 8)]
 
 
 def test_stop_signal_interrupts_a_preview_and_restart_makes_due_ones(tmp_path, monkeypatch):
-    whole, passes = Preview._make, []
+    original, passes = Preview._make, []
 
-    def noticed(self, model, path):
+    def stopping(self, model, path):
         if "4" in path.name and not passes:
             passes.append(path)
             self.stop.received = signal.SIGTERM
-        whole(self, model, path)
+        original(self, model, path)
 
-    monkeypatch.setattr(Preview, "_make", noticed)
+    monkeypatch.setattr(Preview, "_make", stopping)
     with (
         pytest.warns(UserWarning, match="no preview at .*4.png: asked to stop"),
         pytest.raises(Interrupted, match="step 5"),
     ):
         train(toy.toy(PICTURED), tmp_path, quiet=True)
     train(toy.toy(PICTURED), tmp_path, quiet=True)
-    assert len(list((tmp_path / "vanilla" / "previews").iterdir())) == 3  # all but that one
+    assert len(list((tmp_path / "vanilla" / "previews").iterdir())) == 3  # all except the interrupted one
     (tmp_path / "vanilla" / "previews" / "step-00000008.png").unlink()
     train(toy.toy(PICTURED), tmp_path, quiet=True)
     assert (tmp_path / "vanilla" / "previews" / "step-00000008.png").exists()

@@ -29,7 +29,7 @@ from tests.support.toy import quick  # noqa: F401 - a fixture
 
 
 def visits(config, out, stop=Interrupted) -> int:
-    """Train again after every interruption, until the run is finished; returns the number of calls."""
+    """Call `train` again after every interruption until the run is finished; returns the number of calls."""
     for visit in range(1, 100):
         try:
             train(config, out, quiet=True)
@@ -43,7 +43,7 @@ def visits(config, out, stop=Interrupted) -> int:
 
 SHORT = {"stage1.steps": 2, "train.steps": 5, "stage2.until_step": 3}
 VARIANTS = {
-    "as it is": SHORT,
+    "default": SHORT,
     "bf16": SHORT | {"train.precision": "bf16"},
     "other options": SHORT
     | {
@@ -65,12 +65,12 @@ VARIANTS = {
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_stopped_at_every_step(tmp_path, monkeypatch, variant):
     config = toy.toy(VARIANTS[variant])
-    train(config, whole := tmp_path / "whole", quiet=True)
+    train(config, uninterrupted := tmp_path / "uninterrupted", quiet=True)
     monkeypatch.setattr(StopSignal, "asked", lambda self, accelerator: True)
     stops = config.sections["stage1"].steps - 1 + config.train.steps - 1  # the last step of a stage ends it anyway
     assert visits(config, tmp_path / "run") == stops + 1
-    toy.assert_same_run(tmp_path / "run", whole)
-    reports = [json.loads((run / "run.json").read_text()) for run in (tmp_path / "run", whole)]
+    toy.assert_same_run(tmp_path / "run", uninterrupted)
+    reports = [json.loads((run / "run.json").read_text()) for run in (tmp_path / "run", uninterrupted)]
     for report in reports:
         del report["total_seconds"]
         assert [stage.pop("seconds") > 0 for stage in report["stages"]] == [True, True]
@@ -123,14 +123,14 @@ def test_killed_at_many_places_equals_uninterrupted(tmp_path, monkeypatch, place
     owner, name, before = PLACES[place]
     original, calls = getattr(owner, name), itertools.count(1)
 
-    def dying(*args, **kwargs):
+    def killing(*args, **kwargs):
         if next(calls) in (2, 3, 5, 11, 17):
             if before:
                 before(*args, **kwargs)
             raise Killed
         return original(*args, **kwargs)
 
-    monkeypatch.setattr(owner, name, dying)
+    monkeypatch.setattr(owner, name, killing)
     preview = {"train.preview_every": 2} if owner is Preview else {}
     damaged = pytest.warns(UserWarning, match="damaged")
     with damaged if before is half_removed else contextlib.nullcontext():
@@ -163,9 +163,9 @@ def test_killed_process_is_continued_by_another(tmp_path):
     reached = int(toy.checkpoint(tmp_path / "run", "vanilla").name[5:])
     assert 4 <= reached < 200
     short = {"train.steps": reached + 5}
-    for out in (tmp_path / "run", tmp_path / "whole"):
+    for out in (tmp_path / "run", tmp_path / "uninterrupted"):
         train(toy.override(config, short), out, quiet=True)
-    toy.assert_same_run(tmp_path / "run", tmp_path / "whole", ("vanilla",))
+    toy.assert_same_run(tmp_path / "run", tmp_path / "uninterrupted", ("vanilla",))
 
 
 # ---- one process at a time
@@ -176,7 +176,7 @@ def test_run_directory_is_locked(tmp_path):
         with pytest.raises(ValueError, match=f"in use by process {os.getpid()}; wait for it, or choose another --out"):
             train(toy.toy(), tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == [".lock"]
-    with lock_file(tmp_path / ".lock"):  # it is free again
+    with lock_file(tmp_path / ".lock"):  # the lock is released
         pass
 
 
@@ -189,17 +189,17 @@ def test_repeating_a_finished_command_changes_nothing(tmp_path, capsys):
     train(toy.toy(), run)
     assert toy.tree(run).items() - before.items() <= {(".lock", str(os.getpid()).encode())}
     assert toy.tree(run).keys() == before.keys()
-    said = capsys.readouterr().out
-    assert "continues at step 4 of 4" in said and "continues at step 8 of 8" in said
+    output = capsys.readouterr().out
+    assert "continues at step 4 of 4" in output and "continues at step 8 of 8" in output
 
 
 def test_more_steps_continue_a_finished_run(tmp_path):
     run = toy.copy(toy.finished(), tmp_path / "run")
     longer = toy.toy({"train.steps": 12})
-    for out in (run, run, tmp_path / "whole"):
+    for out in (run, run, tmp_path / "uninterrupted"):
         report = train(longer, out, quiet=True)
         assert report["student_steps"] == 12 and report["stages"][0]["steps"] == 4
-    toy.assert_same_run(run, tmp_path / "whole")
+    toy.assert_same_run(run, tmp_path / "uninterrupted")
     assert json.loads((run / "config.json").read_text())["train"]["steps"] == 12
     with pytest.raises(ValueError, match=r"has trained stage2 for 12 steps already, more than the 8 asked for"):
         train(toy.toy(), run)
@@ -251,7 +251,9 @@ def test_settings_that_do_not_affect_results_may_change(tmp_path):
     }
     train(toy.toy(free), run, quiet=True)
     assert [line["step"] for line in toy.log(run)] == [2, 4, 6, 8, 9]
-    assert len(list((run / "stage2" / "checkpoints").iterdir())) == 4  # 3, the best before, 6 and 8 were there
+    assert (
+        len(list((run / "stage2" / "checkpoints").iterdir())) == 4
+    )  # of the earlier 3 (the best), 6 and 8, and the new 9
     assert (run / "stage2" / "previews" / "step-00000009.png").exists()
     assert json.loads((run / "config.json").read_text())["sample"]["steps"] == 3
 
@@ -284,7 +286,7 @@ def test_damaged_run_file_is_named(tmp_path, file, content, message):
 
 
 def test_teacher_retrained_to_equal_weights_is_accepted(tmp_path, monkeypatch):
-    """The last checkpoint of stage 1 is damaged while stage 2 is under way."""
+    """The last checkpoint of stage 1 is damaged after stage 2 has begun."""
     calls = itertools.count(-3)
     with monkeypatch.context() as patch:
         patch.setattr(StopSignal, "asked", lambda self, accelerator: next(calls) == 2)
@@ -302,7 +304,7 @@ def test_teacher_retrained_to_equal_weights_is_accepted(tmp_path, monkeypatch):
 def test_changed_learning_rate_with_allow_changes_is_reported_and_recorded(tmp_path, capsys):
     run = toy.copy(toy.finished(), tmp_path / "run")
     slower = {"train.steps": 10, "train.lr": 1e-5}
-    with pytest.raises(ValueError, match=r"or --train.allow-changes True to go on with these"):
+    with pytest.raises(ValueError, match=r"or --train.allow-changes True to continue with these"):
         train(toy.toy(slower), run, quiet=True)
     assert (
         main(
@@ -316,11 +318,11 @@ def test_changed_learning_rate_with_allow_changes_is_reported_and_recorded(tmp_p
         )
         == 0
     )
-    assert "goes on with other settings: train.lr was 0.001, is 1e-05" in capsys.readouterr().err
+    assert "continues with other settings: train.lr was 0.001, is 1e-05" in capsys.readouterr().err
     assert [line["lr"] for line in toy.log(run, "stage2")[-2:]] == [0.001, 1e-5]
-    (told,) = json.loads((run / "changes.json").read_text())
-    assert told == {"steps": {"stage1": 4, "stage2": 8}, "changed": ["train.lr was 0.001, is 1e-05"]}
-    train(toy.toy(slower), run, quiet=True)  # settled now
+    (change,) = json.loads((run / "changes.json").read_text())
+    assert change == {"steps": {"stage1": 4, "stage2": 8}, "changed": ["train.lr was 0.001, is 1e-05"]}
+    train(toy.toy(slower), run, quiet=True)  # the changed settings are now those of the run
     assert len(json.loads((run / "changes.json").read_text())) == 1
     with pytest.raises(ValueError, match=r"model.depth was 3, is 4; use those, or another --out$"):
         train(toy.toy(slower | {"model.depth": 4, "train.allow_changes": True}), run, quiet=True)
@@ -349,7 +351,7 @@ def test_method_named_by_an_untrusted_run_is_not_imported(tmp_path, monkeypatch)
     assert not (tmp_path / "ran").exists() and "evil" not in sys.modules
 
 
-# ---- what a restart rewrites
+# ---- files that a restart rewrites
 
 
 def test_restart_does_not_rewrite_unchanged_files(tmp_path):
@@ -361,11 +363,11 @@ def test_restart_does_not_rewrite_unchanged_files(tmp_path):
 
 
 def test_config_and_log_are_fsynced_before_a_checkpoint(tmp_path, monkeypatch):
-    order, whole, saved = [], os.fsync, checkpoint.save
+    order, original, saved = [], os.fsync, checkpoint.save
 
     def fsync(descriptor):
         order.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")).name)
-        whole(descriptor)
+        original(descriptor)
 
     monkeypatch.setattr(os, "fsync", fsync)
     monkeypatch.setattr(checkpoint, "save", lambda *args: order.append("checkpoint") or saved(*args))
@@ -392,14 +394,14 @@ def test_damaged_shards_are_found_and_made_again(tmp_path, capsys):
     data = tmp_path / "data"
     assert main(["prepare", "digits", f"--out={data}"]) == 0
     shard = data / "shard-00000.safetensors"
-    sound = shard.read_bytes()
-    shard.write_bytes(sound[:-4096] + bytes(4096))
+    original = shard.read_bytes()
+    shard.write_bytes(original[:-4096] + bytes(4096))
     small = {"data.path": str(data), "method": "vanilla", "train.steps": 2}
     with pytest.raises(ValueError, match=r"shard-00000.safetensors fails its sha256"):
         train(toy.toy(small | {"data.verify": True}), tmp_path / "run", quiet=True)
     assert main(["prepare", "digits", f"--out={data}"]) == 0
     assert (
         "shard-00000.safetensors fails its sha256 and is made again" in capsys.readouterr().err
-        and shard.read_bytes() == sound
+        and shard.read_bytes() == original
     )
     train(toy.toy(small | {"data.verify": True}), tmp_path / "run", quiet=True)

@@ -1,4 +1,4 @@
-"""Signals: a checkpoint within one step, and an exit status that asks for the same command again."""
+"""Stop signals: a checkpoint within one step, and exit status 75, after which the same command continues."""
 
 import itertools
 import os
@@ -21,16 +21,16 @@ def test_stop_signal_writes_a_checkpoint_within_one_step(tmp_path, monkeypatch, 
     handlers = {n: signal.getsignal(n) for n in StopSignal.SIGNALS}
     forward, calls = Objective.forward, itertools.count(1)
 
-    def noticed(self, batch, step):
+    def signalled(self, batch, step):
         if next(calls) == 5:  # in the middle of step 3: two micro-batches a step
             os.kill(os.getpid(), number)
         return forward(self, batch, step)
 
-    monkeypatch.setattr(Objective, "forward", noticed)
+    monkeypatch.setattr(Objective, "forward", signalled)
     argv = ["train", "digits", f"--data={toy.digits()}", f"--out={tmp_path}", *toy.flags()]
     assert main(argv) == EXIT_RESUME == 75
-    said = capsys.readouterr().err.splitlines()[-1]
-    assert said.startswith(f"selftrans: stopped by {signal.Signals(number).name} at step 3; checkpoint written in")
+    output = capsys.readouterr().err.splitlines()[-1]
+    assert output.startswith(f"selftrans: stopped by {signal.Signals(number).name} at step 3; checkpoint written in")
     assert toy.checkpoint(tmp_path, "stage1").name == "step-00000003"
     assert {n: signal.getsignal(n) for n in StopSignal.SIGNALS} == handlers
     assert main(argv) == 0
@@ -39,11 +39,11 @@ def test_stop_signal_writes_a_checkpoint_within_one_step(tmp_path, monkeypatch, 
 
 
 def test_second_ctrl_c_stops_at_once(tmp_path, monkeypatch, capsys):
-    def impatient(self, batch, step):
+    def interrupted_twice(self, batch, step):
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr(Objective, "forward", impatient)
+    monkeypatch.setattr(Objective, "forward", interrupted_twice)
     assert main(["train", "digits", f"--data={toy.digits()}", f"--out={tmp_path}", *toy.flags()]) == 130
     assert capsys.readouterr().err.endswith("selftrans: interrupted; the same command continues\n")
 
@@ -58,17 +58,17 @@ def test_process_stops_on_signal_and_holds_its_lock(tmp_path, capsys):
     log = run / "vanilla" / "log.jsonl"
     wait_for_lines(process, log, 3)
     assert main(argv) == 1  # while the other process runs
-    said = capsys.readouterr().err
+    output = capsys.readouterr().err
     line = f"selftrans: {run} is in use by process {process.pid}; wait for it, or choose another --out"
-    assert said.splitlines()[-1] == line
+    assert output.splitlines()[-1] == line
     before = log.read_bytes().count(b"\n")
     process.send_signal(signal.SIGTERM)
-    _, said = process.communicate(timeout=60)
+    _, output = process.communicate(timeout=60)
     assert process.returncode == 75
     reached = int(toy.checkpoint(run, "vanilla").name[5:])
-    assert f"stopped by SIGTERM at step {reached}; checkpoint written in {run / 'vanilla'}" in said
-    assert before <= reached == log.read_bytes().count(b"\n") < before + 60  # a toy's step takes milliseconds
+    assert f"stopped by SIGTERM at step {reached}; checkpoint written in {run / 'vanilla'}" in output
+    assert before <= reached == log.read_bytes().count(b"\n") < before + 60  # a step of a toy run takes milliseconds
     short = LONG | {"train.steps": reached + 2}
-    for out in (run, tmp_path / "whole"):
+    for out in (run, tmp_path / "uninterrupted"):
         train(toy.toy(short), out, quiet=True)
-    toy.assert_same_run(run, tmp_path / "whole", ("vanilla",))
+    toy.assert_same_run(run, tmp_path / "uninterrupted", ("vanilla",))
