@@ -78,6 +78,7 @@ def method_names() -> set[str]:
 
 METHOD_NAMES = method_names()
 METHOD_NAME = re.compile(rf"(?<![A-Za-z0-9])({'|'.join(sorted(METHOD_NAMES, key=len, reverse=True))})(?![A-Za-z0-9])")
+#: syntax node -> its field that holds a name
 NAMED_BY = {ast.Attribute: "attr", ast.Name: "id", ast.keyword: "arg", ast.arg: "arg"}
 ENGLISH = {"structure"}  #: method names that are ordinary words of messages, too
 #: methods themselves, recipes for them, and the two experiments that are about Self-Transcendence alone
@@ -286,12 +287,7 @@ def names_of_methods(source: str, file: str) -> list[str]:
             found = set(METHOD_NAME.findall(node.value))
             found -= ENGLISH if " " in node.value else set()
         else:
-            name = getattr(
-                node,
-                {ast.Attribute: "attr", ast.Name: "id", ast.keyword: "arg", ast.arg: "arg"}.get(type(node), ""),
-                "",
-            )
-            found = {name}
+            found = {getattr(node, NAMED_BY.get(type(node), ""), "")}
         wrong += [f"{file}:{node.lineno} names {name}" for name in sorted((found & METHOD_NAMES) - allowed)]
     return wrong
 

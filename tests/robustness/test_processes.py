@@ -115,4 +115,4 @@ def test_timeout_is_finite_and_a_setting(tmp_path, capsys, monkeypatch):
     assert "train.timeout must be above zero, not 0" in capsys.readouterr().err
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     assert main(["train", "digits", "--out", out, *toy.flags()]) == 1
-    assert "say --train.shard True" in capsys.readouterr().err
+    assert "set --train.shard True" in capsys.readouterr().err
