@@ -1,4 +1,4 @@
-"""A whole run: the stages of a method in order, in one directory, continued where they stopped.
+"""A complete run: the stages of a method in order, in one directory, continued where they stopped.
 
 RUN/config.json   the complete configuration          RUN/data.json   manifest of the data it was trained on
 RUN/<stage>/      checkpoints, previews, log.jsonl     RUN/run.json    student steps and total compute

@@ -50,7 +50,7 @@ class Trainer:
 
     Args:
         accelerator: device, precision and processes; shared by the stages of a run.
-        config: the whole run. stage: what this part of it does. directory: `<run>/<stage.name>`.
+        config: of the run. stage: the part of it to train. directory: `<run>/<stage.name>`.
         shards: the data. order: names of the run's stages; default: this one alone.
         teacher: frozen model or encoder, if the stage has one. preview: makes the previews.
         stop: the stop signals. bar: makes the progress bar (tqdm's interface).

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from selftrans.methods.guidance import Frozen, capacity, gate
+from selftrans.methods.guidance import Frozen, Guidance, capacity, feature_error, gate, projector, selected
 from selftrans.models.sit import SiT
 from tests.support.guidances import RANGE, TIMES, data, frozen_stub, stage1, stage2
 from tests.support.stub import Stub, handmade_draw
@@ -167,3 +167,38 @@ def test_teacher_blocks_out_of_range_are_refused(block):
 def test_teacher_of_other_latents_or_patches_is_refused(other):
     with pytest.raises(ValueError, match=r"the teacher reads latents .* as .* tokens, the student"):
         stage2(Stub(), frozen_stub(**other))
+
+
+def test_heads_start_with_xavier_weights_and_zero_biases():
+    head = projector(64, 48, hidden=256)
+    layers = [module for module in head if isinstance(module, nn.Linear)]
+    assert [(layer.in_features, layer.out_features) for layer in layers] == [(64, 256), (256, 256), (256, 48)]
+    for layer in layers:
+        bound = math.sqrt(6 / (layer.in_features + layer.out_features))  # Xavier, uniform
+        assert 0.98 * bound < layer.weight.abs().max() <= bound and not layer.bias.any()
+
+
+@pytest.mark.parametrize(("norm", "expected"), [("none", 5.0), ("layer", 1.0), ("cosine", 1 - 1 / math.sqrt(10))])
+def test_feature_error_by_hand(norm, expected):
+    """One sample, one token: prediction (0, 0) or, for the cosine, (1, 0); target (1, 3), normalised (-1, 1)."""
+    prediction = torch.tensor([[[1.0 if norm == "cosine" else 0.0, 0.0]]])
+    error = feature_error(prediction, torch.tensor([[[1.0, 3.0]]]), norm)
+    assert error.shape == (1,) and error.item() == pytest.approx(expected, rel=1e-4)
+
+
+def test_defaults_of_a_guidance():
+    g = Guidance(0.5, (2,), until_step=3)
+    assert (g.weight, g.taps, g.until_step) == (0.5, (2,), 3)
+    assert (g.reads_features, g.teacher, g.encoder_flops, g.head) == (False, None, 0, None)
+    assert g.cost(7) == {"head": 0, "teacher": 0} and g.watch(Stub()) is None
+    g.head = nn.Identity()
+    assert g.cost(7) == {"head": 7, "teacher": 0}
+    with pytest.raises(NotImplementedError):
+        g(handmade_draw(TIMES), {})
+
+
+@pytest.mark.parametrize(
+    ("span", "mode", "expected"), [(None, "select", 10), (RANGE, "scale", 10), (RANGE, "select", 3)]
+)
+def test_number_of_selected_samples(span, mode, expected):
+    assert selected(10, span, mode) == expected

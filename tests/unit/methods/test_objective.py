@@ -45,7 +45,7 @@ def test_stub_is_a_backbone():
 
 
 def test_flow_loss_equals_a_hand_computed_value():
-    """z0 = 1, noise = 3, t = 1/2: z_t = 2, v = 2. The stub says 1·2 + 1·½ + 0.1·2 = 2.7, so the loss is 0.7² = 0.49."""
+    """z0 = 1, noise = 3, t = 1/2: z_t = 2, v = 2. The stub predicts 1·2 + 1·½ + 0.1·2 = 2.7, so the loss is 0.7² = 0.49."""
     d = handmade_draw([0.5], (1, 1, 1), num_classes=2)
     d = d._replace(z0=torch.ones(1, 1, 1, 1), noise=torch.full((1, 1, 1, 1), 3.0), dropped=torch.tensor([2]))
     d = d._replace(zt=torch.full((1, 1, 1, 1), 2.0), v=torch.full((1, 1, 1, 1), 2.0))

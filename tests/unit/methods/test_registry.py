@@ -7,11 +7,12 @@ import pytest
 import torch
 
 from selftrans.config import RunConfig, Train, sections
+from selftrans.methods import registry
 from selftrans.methods.guidance import Frozen
 from selftrans.methods.objective import Objective
 from selftrans.methods.registry import METHODS, stages
 from selftrans.methods.self_transcendence import Stage1, Stage2
-from selftrans.methods.spec import Stage
+from selftrans.methods.spec import MethodSpec, Stage, TeacherSpec
 from selftrans.plugins import trust
 from tests.support.guidances import data
 from tests.support.stub import Stub
@@ -85,3 +86,25 @@ def test_method_outside_the_package_is_found_by_module_and_function(tmp_path, mo
         stages(config("outside_method:plan"))
     with pytest.raises(ValueError, match="outside_method has no absent"):
         trust("outside_method:absent")
+
+
+def stage(name, taught_by=None):
+    teacher = TeacherSpec(taught_by, lambda depth: depth, "raw") if taught_by else None
+    return Stage(name, 1, lambda student, teacher: [], teacher=teacher)
+
+
+@pytest.mark.parametrize(
+    ("plan", "expected"),
+    [
+        ([], "needs one at least"),
+        ([stage("same"), stage("same")], "each of another name"),
+        ([stage("first"), stage("second", "frist")], "stage second is taught by 'frist', which is no stage before it"),
+        ([stage("first", "second"), stage("second")], "which is no stage before it"),
+        ([stage("first", "first")], "which is no stage before it"),
+    ],
+)
+def test_inconsistent_stages_are_refused_before_training(plan, expected, monkeypatch):
+    own = MethodSpec("own", "own", lambda config: plan)
+    monkeypatch.setitem(registry.METHODS, "own", own)
+    with pytest.raises(ValueError, match=expected):
+        registry.stages(RunConfig(recipe="digits", method="own"))

@@ -4,8 +4,6 @@ from dataclasses import dataclass
 
 import pytest
 
-from selftrans.config import RunConfig
-from selftrans.methods import registry
 from selftrans.methods.spec import MethodSpec, Stage, TeacherSpec
 from selftrans.sections import Section
 
@@ -30,20 +28,3 @@ def test_reserved_key_of_a_section_is_refused(key):
 def test_stage_name_that_is_no_folder_name_is_refused(name):
     with pytest.raises(ValueError, match="cannot be a folder of a run"):
         stage(name)
-
-
-@pytest.mark.parametrize(
-    ("plan", "expected"),
-    [
-        ([], "needs one at least"),
-        ([stage("same"), stage("same")], "each of another name"),
-        ([stage("first"), stage("second", "frist")], "stage second is taught by 'frist', which is no stage before it"),
-        ([stage("first", "second"), stage("second")], "which is no stage before it"),
-        ([stage("first", "first")], "which is no stage before it"),
-    ],
-)
-def test_inconsistent_stages_are_refused_before_training(plan, expected, monkeypatch):
-    own = MethodSpec("own", "own", lambda config: plan)
-    monkeypatch.setitem(registry.METHODS, "own", own)
-    with pytest.raises(ValueError, match=expected):
-        registry.stages(RunConfig(recipe="digits", method="own"))

@@ -4,7 +4,15 @@ import pytest
 import torch
 from torch import nn
 
-from selftrans.train.optim import build_optimizer, learning_rate, load_optimizer, optimizer_tensors, update
+from selftrans.train.optim import (
+    build_optimizer,
+    forget,
+    learning_rate,
+    load_optimizer,
+    optimizer_tensors,
+    set_learning_rate,
+    update,
+)
 from tests.support import toy
 from tests.support.toy import quick  # noqa: F401 - a fixture
 
@@ -59,3 +67,28 @@ def test_update_with_flag_equals_plain_update_or_does_nothing():
     plain = trained([None, None])
     assert all(torch.equal(a, b) for a, b in zip(plain, trained([True, True]), strict=True))
     assert all(torch.equal(a, b) for a, b in zip(plain, trained([True, True, False]), strict=True))
+
+
+def test_optimizer_has_the_settings_and_only_trainable_parameters():
+    model = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 1).requires_grad_(False))
+    config = toy.override(toy.toy(), {"train.betas": (0.8, 0.95), "train.weight_decay": 0.3, "train.lr": 0.2}).train
+    (group,) = build_optimizer(model, config).param_groups
+    assert (group["lr"], group["betas"], group["weight_decay"]) == (0.2, (0.8, 0.95), 0.3)
+    assert [id(p) for p in group["params"]] == [id(p) for p in model[0].parameters()]
+
+
+def test_removed_parameters_and_their_moments_are_forgotten():
+    model = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 1))
+    optimizer = build_optimizer(model, toy.toy().train)
+    model(torch.randn(4, 3)).sum().backward()
+    optimizer.step()
+    del model[1]
+    forget(optimizer, model)
+    staying = {id(p) for p in model.parameters()}
+    assert {id(p) for p in optimizer.param_groups[0]["params"]} == {id(p) for p in optimizer.state} == staying
+
+
+def test_rate_is_set_for_every_group():
+    optimizer = torch.optim.AdamW([{"params": [nn.Parameter(torch.zeros(1))]} for _ in range(2)], lr=1.0)
+    set_learning_rate(optimizer, 0.25)
+    assert [group["lr"] for group in optimizer.param_groups] == [0.25, 0.25]
