@@ -16,7 +16,7 @@ from selftrans.methods import objective as objective_module
 from selftrans.train.fsdp import local, release, shard_models
 from selftrans.train.nonfinite import check_weights
 from selftrans.train.run import train
-from selftrans.types import Batch
+from selftrans.types import Backbone, Batch
 from tests.integration import test_distributed as two
 from tests.support import toy
 from tests.support.processes import free_port
@@ -45,8 +45,16 @@ def switch_between_sharded_and_ddp(folder: Path, data: str) -> None:
             train(toy.toy(dotted | {"train.steps": steps, "train.shard": kind}), folder / name, quiet=True)
 
 
+class TwoLayers(Backbone):
+    """Parameters alone: 1 x 3 weights, of which the second of two processes has no row, and 4 x 1."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(3, 1), nn.Linear(1, 4)
+
+
 def weights_that_are_not_finite(rank: int) -> None:
-    model = nn.Sequential(nn.Linear(3, 1), nn.Linear(1, 4))  # one row: the second process has none of it
+    model = TwoLayers()
     shard_models(model, device=CPU, processes=2)
     parameters = list(model.parameters())
     assert local(parameters[0]).numel() == (3 if rank == 0 else 0)
