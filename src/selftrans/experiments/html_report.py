@@ -19,6 +19,7 @@ from selftrans.evaluate.plots import (
     plain_ticks,
     sample_sheet,
 )
+from selftrans.methods.registry import BASELINE
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -33,8 +34,8 @@ HEADINGS = (
     "distance",
     "accuracy",
     "shallow probe",
-    "steps to vanilla's",
-    "TFLOPs to vanilla's",
+    f"steps to {BASELINE}'s",
+    f"TFLOPs to {BASELINE}'s",
 )
 
 
@@ -88,8 +89,9 @@ def legend(metric: str) -> str:
         f"distance: {metric}, lower is better; accuracy: the classifier's, of the samples' labels; shallow probe: accuracy "
         "of a linear classifier on the features of the block that stage 1 guides, at t = 0.4; seconds: of the student's "
         "training; total seconds and TFLOPs: the teacher's training included. Runs may train at the same time, "
-        "so compare TFLOPs rather than seconds. To vanilla's: student steps, and TFLOPs in all, after which the method is as "
-        "good as vanilla of the same seed at its end, between two measurements read off the straight line of log distance; "
+        f"so compare TFLOPs rather than seconds. To {BASELINE}'s: student steps, and TFLOPs in all, after which the method is "
+        f"as good as {BASELINE} of the same seed at its end, between two measurements read off the straight line of log "
+        "distance; "
         "≤ where the first measurement was as good already; - where the training of an imported teacher is unknown."
     )
 
