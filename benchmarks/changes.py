@@ -74,7 +74,7 @@ def ways(model: SiTConfig, batch_size: int, device: torch.device) -> dict[str, t
 
     plain_average, average = copy.deepcopy(student), EMA(student, 0.9999)
     return {
-        "guidance on the whole batch / on the selected samples (forward and backward)": (
+        "guidance on the full batch / on the selected samples (forward and backward)": (
             guided("scale"),
             guided("select"),
         ),
