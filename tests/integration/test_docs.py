@@ -27,6 +27,8 @@ def test_links_and_tests_of_a_page_exist(page):
 
 def test_every_guarantee_names_its_test():
     text = (ROOT / "docs" / "reliability.md").read_text(encoding="utf-8")
-    rows = [line for line in text.splitlines() if line.startswith("| ") and not line.startswith(("| guarantee", "|---"))]
+    rows = [
+        line for line in text.splitlines() if line.startswith("| ") and not line.startswith(("| guarantee", "|---"))
+    ]
     assert len(rows) > 30 and [row for row in rows if not re.search(r"`(\w+/)*test_", row)] == []
     assert "@" not in text
