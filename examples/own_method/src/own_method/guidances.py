@@ -49,7 +49,7 @@ class Follow(Guidance):
     def forward(self, d: Draw, feats: dict[int, Tensor]) -> tuple[Tensor, Report]:
         t = (d.t - self.cleaner).clamp(min=0)  # (N,)
         zt, _ = interpolate(self.path, d.z0, d.noise, t)
-        target = self.teacher(zt, t, d.cond)[0].float() + 0.0  # + 0.0 makes an ordinary tensor of an inference tensor
+        target = self.teacher(zt, t, d.cond)[0].float() + 0.0  # an ordinary tensor of an inference tensor
         return feature_error(self.head(feats[self.taps[0]]).float(), target, "cosine").mean(dim=0), {}
 
     def cost(self, n: int) -> dict[str, int]:

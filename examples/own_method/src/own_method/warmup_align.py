@@ -37,7 +37,7 @@ def stages(config: RunConfig) -> list[Stage]:
 
 
 def settle(config: RunConfig, conditions: Conditions, before: RunConfig | None) -> RunConfig:
-    """Fix the length of `warmup` when the run begins, so that continuing it with more steps does not change the teacher."""
+    """Fix the length of `warmup` at the first visit, so that a run that is made longer later keeps its teacher."""
     earlier = before.section(Align).steps if before else None
     return config.override({"align.steps": config.section(Align).steps or earlier or stages(config)[0].steps})
 
