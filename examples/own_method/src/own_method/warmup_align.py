@@ -1,9 +1,9 @@
-"""A method with two stages. `warmup`: a block learns the coarse shape of the data. `align`: a new student follows it.
+"""A method with two stages. `warmup`: a block learns smoothed data. `align`: a new student is aligned with that model.
 
     warmup  L = L_flow + lambda mean | W h_s(z_t, t, y) - patchify(smooth(z0)) |²
     align   L = L_flow + lambda mean (1 - cos(P h_s(z_t, t, y), h_k(z_t', t', y)))     t' = max(0, t - cleaner)
 
-h_k is a deeper block of the frozen warmup model, on the same data under the same noise at a cleaner time.
+h_k is a deeper block of the frozen warmup model, for the same data and noise at a time with less noise.
 """
 
 from __future__ import annotations

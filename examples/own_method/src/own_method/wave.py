@@ -1,4 +1,4 @@
-"""A backbone that is no transformer: gated dilated convolutions, as in WaveNet (1609.03499), on 1-D latents (C, L).
+"""A backbone that is not a transformer: gated dilated convolutions, as in WaveNet (1609.03499), on 1-D latents (C, L).
 
 Shape legend: N batch, T tokens of `patch` positions each, D width, (C, L) latent.
 """
@@ -16,7 +16,7 @@ from selftrans.types import Backbone, Cond, Conditions, Output, map_cond
 
 
 class Wave(Backbone):
-    """Label-conditional (or, without classes, unconditional) convolutions along one axis."""
+    """Convolutions along one axis, conditioned on labels (unconditional for data without classes)."""
 
     def __init__(self, shape: tuple[int, ...], conditions: Conditions, config: WaveConfig) -> None:
         super().__init__()
