@@ -266,7 +266,7 @@ def test_prepare_killed(forks: Forks, tmp_path: Path) -> None:
     argv = ["prepare", str(pictures), "--shard-size=2", "--batch-size=2", "--out"]
     assert forks.start([*argv, str(tmp_path / "uninterrupted")], tmp_path / "output.txt").wait() == 0
     out = tmp_path / "out"
-    killed, torn = kill_while_writing(forks, [*argv, str(out)], out, ".tmp-*", 10, random.Random(4))
+    killed, torn = kill_while_writing(forks, [*argv, str(out)], out, ".*.tmp", 10, random.Random(4))
     assert killed == 10 and torn >= 2
     assert toy.tree(out) == toy.tree(tmp_path / "uninterrupted")
 
