@@ -120,6 +120,7 @@ COVERED_BY = {
     "experiments/bench/text_table": "unit/experiments/bench/test_bench.py",
     "experiments/html_report": "unit/experiments/test_compare.py",
     "experiments/image_files": "unit/experiments/test_evaluate_samples.py",
+    "experiments/measurement": "unit/experiments/test_compare.py",
     "experiments/quickstart": "integration/test_readme.py",
     "experiments/reference": "unit/experiments/test_evaluate_samples.py",
     "experiments/runner": "unit/experiments/test_compare.py",

@@ -144,9 +144,9 @@ def reached(run: Path) -> int:
 class Script(Rank):
     """A script run by bash, in its own session."""
 
-    def __init__(self, script: str, argv: list[str], said: Path, env: dict[str, str]) -> None:
-        self.said = said
-        with said.open("wb") as file:
+    def __init__(self, script: str, argv: list[str], output: Path, env: dict[str, str]) -> None:
+        self.output = output
+        with output.open("wb") as file:
             subprocess.Popen.__init__(
                 self,
                 ["bash", str(CLUSTERS / script), *argv],
@@ -174,8 +174,8 @@ def test_torchrun_script_restarts_killed_processes(programs, tmp_path):
             if alive(pid):
                 os.killpg(pid, signal.SIGKILL)
         script.wait()
-    assert "vanilla: continues at step" in script.said.read_text()
-    assert "done: 90 student steps" in script.said.read_text()
+    assert "vanilla: continues at step" in script.output.read_text()
+    assert "done: 90 student steps" in script.output.read_text()
     assert [line["step"] for line in toy.log(run, "vanilla")] == list(range(1, 91))
 
 
@@ -196,7 +196,7 @@ def test_slurm_script_stops_on_signal_and_requeues_itself(programs, tmp_path):
         script.wait()
     assert requeued.read_text() == "requeue 4711\n"
     at = reached(run)
-    assert at > 5 and script.said.read_text().count(f"at step {at}; checkpoint written") == 2
+    assert at > 5 and script.output.read_text().count(f"at step {at}; checkpoint written") == 2
 
     again = Script("slurm.sbatch", run_of(run, train__steps=at + 5), tmp_path / "again.txt", env)
     try:
@@ -204,7 +204,7 @@ def test_slurm_script_stops_on_signal_and_requeues_itself(programs, tmp_path):
     finally:
         again.group(signal.SIGKILL)
         again.wait()
-    assert f"continues at step {at} of {at + 5}" in again.said.read_text() and reached(run) == at + 5
+    assert f"continues at step {at} of {at + 5}" in again.output.read_text() and reached(run) == at + 5
     assert requeued.read_text() == "requeue 4711\n", "a completed run is not requeued"
 
 

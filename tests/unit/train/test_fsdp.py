@@ -106,7 +106,8 @@ def test_interrupted_sharded_run_equals_uninterrupted(runs):
 
 
 def test_sharded_bf16_training_equals_ddp(runs):
-    assert_close(toy.tensors(runs / "sharded, bf16"), toy.tensors(runs / "ddp, bf16"))
+    # gradients are summed in another order, and bf16 keeps 8 bits: moments of 0.01 agree to 4e-5 at best
+    assert_close(toy.tensors(runs / "sharded, bf16"), toy.tensors(runs / "ddp, bf16"), atol=1e-4)
 
 
 def test_ema_teacher_is_sharded(runs):
