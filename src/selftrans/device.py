@@ -8,5 +8,5 @@ import torch
 
 
 def default_device() -> torch.device:
-    """The GPU of this process (LOCAL_RANK, as accelerate and torchrun set it); the CPU where torch finds no GPU."""
+    """The GPU of this process (by LOCAL_RANK, as accelerate and torchrun set it), or the CPU when torch finds no GPU."""
     return torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")

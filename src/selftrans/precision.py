@@ -1,4 +1,4 @@
-"""Numeric precisions by the names that settings and flags use; torch's own names are those of its dtypes."""
+"""Numeric precisions: the names in settings and flags, and the torch dtypes."""
 
 from __future__ import annotations
 
@@ -8,5 +8,5 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float
 
 
 def dtype_name(precision: str) -> str:
-    """The name that torch, numpy and stored manifests use: "float32" for "fp32"."""
+    """The dtype name that torch, numpy and manifests use: "float32" for "fp32"."""
     return str(PRECISIONS[precision]).removeprefix("torch.")

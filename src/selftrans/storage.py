@@ -1,7 +1,7 @@
-"""Files on disk: atomic writes, locks, hashes, and text from files made safe for a terminal. Each exists once, here.
+"""Files on disk: atomic writes, locks, hashes, and text from files made safe for a terminal.
 
-A temporary file or directory lies next to its target and is called `.<target>.<writer>.tmp`: hidden, and on the same file
-system, so that the rename is atomic. Folders may be untrusted: nothing is written through a symbolic link in them.
+A temporary file or directory is next to its target and is called `.<target>.<writer>.tmp`: hidden, and on the same file
+system, so that the rename is atomic. Folders may be untrusted: never write through symbolic links in them.
 """
 
 from __future__ import annotations
@@ -18,30 +18,30 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
-MAKE_ROOM = "make room or choose another folder"
+FREE_SPACE = "free disk space or choose another folder"
 
 
 # ---- atomic writes
 
 
 def temporary_for(path: Path, writer: object = None) -> Path:
-    """Where `path` is written before it is renamed. `writer` (None: pid and a random number) tells concurrent writers apart."""
+    """The path under which `path` is written before the rename. `writer` (None: pid and random number) names the writer."""
     return path.with_name(f".{path.name}.{f'{os.getpid()}-{secrets.token_hex(4)}' if writer is None else writer}.tmp")
 
 
 @contextmanager
 def atomic_write(
-    path: Path, *, writer: object = None, durable: bool = True, remedy: str = MAKE_ROOM
+    path: Path, *, writer: object = None, durable: bool = True, remedy: str = FREE_SPACE
 ) -> Iterator[BinaryIO]:
-    """A binary file that replaces `path` when the block ends; after an error it is removed, and `path` stays as it was.
+    """A binary file that replaces `path` when the block ends. After an error it is removed, and `path` is unchanged.
 
     Args:
-        writer: a name that no concurrent writer of `path` has, such as a rank: what an earlier process of this name left
-            behind is then replaced. None: a name that is never used again; see `remove_stale_temporaries`.
-        durable: wait until the file is on the disk before it is renamed. False is for many small files that are checked
-            when they are read.
+        writer: a name that no concurrent writer of `path` has, such as a rank: a temporary file that an earlier process of
+            this name left is then replaced. None: a name that is never used again; see `remove_stale_temporaries`.
+        durable: wait until the file is on disk before the rename. False is for many small files that are checked
+            when read.
         remedy: the end of the error message.
-    Raises ValueError in one line that names `path` where it cannot be written.
+    Raises ValueError, in one line that names `path`, when it cannot be written.
     """
     temporary = temporary_for(path, writer)
     try:
@@ -63,8 +63,8 @@ def atomic_write(
         raise ValueError(f"{path} cannot be written ({error.strerror or error}); {remedy}") from error
 
 
-def write_text(path: Path, text: str, *, writer: object = None, remedy: str = MAKE_ROOM) -> None:
-    """Write `text` in UTF-8 as `atomic_write` does. A file that holds it already is left alone, which needs no space."""
+def write_text(path: Path, text: str, *, writer: object = None, remedy: str = FREE_SPACE) -> None:
+    """Write `text` in UTF-8 as `atomic_write` does. A file with this content is not written again: that needs no disk space."""
     if not path.is_symlink() and path.is_file() and path.read_bytes() == text.encode():
         return
     with atomic_write(path, writer=writer, remedy=remedy) as file:
@@ -78,10 +78,10 @@ def write_json(path: Path, value: Any) -> None:
 
 @contextmanager
 def atomic_directory(path: Path, *, replace: bool = False) -> Iterator[Path]:
-    """A new directory that takes the place of `path` when the block ends, with all that was written into it.
+    """A new directory that replaces `path` when the block ends.
 
-    After an error it is removed, and `path` stays as it was. `replace` removes a `path` that exists and is not empty.
-    Raises OSError where the disk refuses, or `path` is occupied.
+    After an error it is removed, and `path` is unchanged. `replace` removes a `path` that exists and is not empty.
+    Raises OSError when it cannot be written, or `path` is not empty and `replace` is False.
     """
     temporary = temporary_for(path)
     try:
@@ -99,9 +99,9 @@ def atomic_directory(path: Path, *, replace: bool = False) -> Iterator[Path]:
 
 
 def remove_stale_temporaries(folder: Path, *targets: str) -> None:
-    """Remove the temporaries that killed processes left in `folder`, of targets that match the patterns (none: of all).
+    """Remove the temporary files that killed processes left in `folder`, for targets that match the patterns (none: all).
 
-    Only for a process that holds the lock under which these targets are written. Symbolic links are removed, not followed.
+    The caller must hold the lock under which these targets are written. Symbolic links are removed, not followed.
     """
     if folder.is_symlink():
         return
@@ -111,7 +111,7 @@ def remove_stale_temporaries(folder: Path, *targets: str) -> None:
 
 
 def _remove(path: Path) -> None:
-    """Remove a file, a directory or a symbolic link, as far as the disk lets us."""
+    """Remove a file, a directory or a symbolic link; errors are ignored."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
@@ -120,11 +120,11 @@ def _remove(path: Path) -> None:
 
 
 def sync(path: Path) -> None:
-    """Wait until a file, or the names in a directory, are on the disk; no error on a file system that cannot wait."""
+    """Flush a file, or the entries of a directory, to disk; no error on a file system without fsync."""
     try:
         descriptor = os.open(path, os.O_RDONLY)
     except PermissionError:
-        if path.is_dir():  # not every system lets a directory be opened
+        if path.is_dir():  # some systems cannot open a directory
             return
         raise
     try:
@@ -140,7 +140,7 @@ def sync(path: Path) -> None:
 
 
 def no_symlink(path: str, flags: int) -> int:
-    """For `open(..., opener=no_symlink)`: OSError where `path` is a symbolic link."""
+    """For `open(..., opener=no_symlink)`: OSError when `path` is a symbolic link."""
     return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)
 
 
@@ -150,15 +150,15 @@ class InUse(ValueError):
 
 @contextmanager
 def lock_file(path: Path, *, shared: bool = False, wait: bool = False) -> Iterator[None]:
-    """Hold the lock `path` of its folder, which is made if need be. The system releases it however the process ends.
+    """Hold the lock file `path`; its folder is created if needed. The system releases the lock however the process ends.
 
-    An exclusive lock holds the process id of its owner. `shared` excludes exclusive locks alone; `wait` waits for others.
-    On a file system without locks a warning is all that happens.
-    Raises InUse where another process has the lock, ValueError where `path` cannot be opened or is a symbolic link.
+    The file of an exclusive lock holds the process id of its owner. A `shared` lock excludes only exclusive ones. `wait`
+    waits until the lock is free. On a file system without locks there is only a warning.
+    Raises InUse when another process holds the lock, ValueError when `path` cannot be opened or is a symbolic link.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        file = open(path, "a+", errors="replace", opener=no_symlink)  # noqa: SIM115 - held for the whole block below
+        file = open(path, "a+", errors="replace", opener=no_symlink)  # noqa: SIM115 - open for the block below
     except OSError as error:
         raise ValueError(f"{path} cannot be opened ({error.strerror}); remove it, or choose another --out") from error
     with file:
@@ -199,13 +199,15 @@ def sha256_file(path: Path) -> str:
 
 
 def printable(text: object, limit: int | None = 160) -> str:
-    """Text from a file, at most `limit` characters, that cannot command a terminal: if need be in escapes, on one line."""
-    cut = str(text)[:limit]
-    return cut if cut.isprintable() else ascii(cut)[1:-1][:limit]
+    """Text from a file on one line of at most `limit` characters, with control characters escaped for the terminal."""
+    start = str(text)[:limit]
+    return start if start.isprintable() else ascii(start)[1:-1][:limit]
 
 
 def first_line(error: object, limit: int = 160) -> str:
-    """The first line of an error's message, without its full stop, for a message of one line; its kind where it has none."""
+    """The first line of an error's message without the full stop, for use in another message; its type if it has none."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
-    text = " ".join(lines[:2] if lines[0].rstrip().endswith(":") else lines[:1])  # a line that announces the next
+    text = " ".join(
+        lines[:2] if lines[0].rstrip().endswith(":") else lines[:1]
+    )  # a final colon introduces the next line
     return printable(" ".join(text.split()).rstrip("."), limit)

@@ -1,4 +1,4 @@
-"""The nearest known word to a misspelt one, and how an error message offers it."""
+"""Suggestions for misspelt names in error messages."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from collections.abc import Iterable
 
 
 def closest(word: str, known: Iterable[str], *, most: int = 2) -> list[str]:
-    """At most `most` known words that resemble `word`, the most similar first; empty when none does."""
+    """At most `most` known words similar to `word`, the most similar first; empty if there are none."""
     return difflib.get_close_matches(word, list(known), n=most, cutoff=0.5)
 
 
 def did_you_mean(words: list[str]) -> str:
-    """`; did you mean a or b?`, to be appended to a message; empty for no words."""
+    """`; did you mean a or b?`, to append to a message; empty for no words."""
     if not words:
         return ""
     *others, last = words
@@ -20,6 +20,6 @@ def did_you_mean(words: list[str]) -> str:
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """`; did you mean ...?` with the closest known words, or `; choose one of ...` with all of them."""
+    """`; did you mean ...?` with the closest known words, or else `; choose one of ...` with all known words."""
     known = list(known)
     return did_you_mean(closest(word, known)) or f"; choose one of {', '.join(known)}"

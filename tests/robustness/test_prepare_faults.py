@@ -96,7 +96,7 @@ def test_output_that_is_a_file_or_holds_other_files_is_refused(pictures: Path, t
     (tmp_path / "full" / "thesis.tex").write_text("mine")
     with pytest.raises(ValueError, match="not empty and holds no earlier preparation"):
         prepare(pictures, tmp_path / "full", progress=False)
-    with pytest.raises(ValueError, match="lies inside the pictures"):
+    with pytest.raises(ValueError, match="is inside the source folder"):
         prepare(pictures, pictures / "out", progress=False)
     assert (tmp_path / "file").read_text() == "mine" and sorted(contents(tmp_path / "full")) == ["thesis.tex"]
     assert sorted(p.name for p in pictures.iterdir()) == ["cat", "wild dog"]
@@ -128,7 +128,9 @@ def test_full_disk_keeps_finished_shards(pictures: Path, tmp_path: Path, monkeyp
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", full)
-        with pytest.raises(ValueError, match=r"shard-00001.safetensors cannot be written \(No space left.*make room"):
+        with pytest.raises(
+            ValueError, match=r"shard-00001.safetensors cannot be written \(No space left.*free disk space"
+        ):
             prepare(pictures, out, shard_size=5, progress=False)
     assert sorted(contents(out)) == [".lock", "plan.json", "shard-00000.json", "shard-00000.safetensors"]
     prepare(pictures, out, shard_size=5, progress=False)

@@ -130,7 +130,7 @@ def test_full_disk_is_one_line_with_the_path_and_the_remedy(tmp_path, monkeypatc
     monkeypatch.setattr(storage, "sync", full)
     with pytest.raises(ValueError, match="cannot be written") as raised:
         write_text(tmp_path / "x", "new")
-    remedy = "make room or choose another folder"
+    remedy = "free disk space or choose another folder"
     assert str(raised.value) == f"{tmp_path / 'x'} cannot be written (No space left on device); {remedy}"
     assert (tmp_path / "x").read_text() == "old" and names(tmp_path) == ["x"]
     with (

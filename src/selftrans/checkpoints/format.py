@@ -2,8 +2,8 @@
 
     <stage>/checkpoints/step-00001000/
         student.safetensors  ema.safetensors  heads.safetensors  optimizer.safetensors  state.json
-`state.json` holds the sha256 of the other files and of its own content. `student` and `ema` carry in their headers what is
-needed to build the model again, so either file is usable on its own.
+`state.json` holds the sha256 of the other files and of its own content. The headers of `student` and `ema` contain all that
+is needed to build the model, so each of these files can be used alone.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from torch import Tensor
 from selftrans.storage import atomic_directory, first_line, remove_stale_temporaries, sha256_file
 
 STATE = "state.json"
-KEY = "selftrans"  #: header entry of a weights file: what `load.header` gives, as json
+KEY = "selftrans"  #: header entry of a weights file: the result of `load.header`, as json
 
 
 class Checkpoint(NamedTuple):
@@ -42,7 +42,7 @@ class Checkpoint(NamedTuple):
 
 
 def weights_sha256(path: Path) -> str:
-    """sha256 of the tensors in a safetensors file, its header left out: equal for equal weights of different runs."""
+    """sha256 of the tensors in a safetensors file without its header: the same for equal weights of different runs."""
     with open(path, "rb") as file:
         header = int.from_bytes(file.read(8), "little")  # safetensors: length of the header, header, tensors
         file.seek(8 + header)
@@ -57,9 +57,9 @@ def path_of_step(folder: Path, step: int) -> Path:
 def save(
     folder: Path, step: int, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any], header: dict[str, Any]
 ) -> Path:
-    """Write checkpoint `folder/step-...` completely or not at all, in place of one of the same step; returns its path.
+    """Write checkpoint `folder/step-...` atomically, replacing one of the same step; returns its path.
 
-    Raises OSError where it cannot be written (a full disk); earlier checkpoints stay as they are.
+    Raises OSError when it cannot be written (a full disk); earlier checkpoints are unchanged.
     """
     final = path_of_step(folder, step)
     try:
@@ -70,7 +70,7 @@ def save(
                 metadata = {KEY: json.dumps(header | {"weights": name})}
                 on_cpu = {key: value.detach().cpu().contiguous() for key, value in named.items()}
                 save_file(on_cpu, path, metadata=metadata)
-                path.chmod(directory.stat().st_mode & 0o666)  # safetensors makes them private, whatever the umask
+                path.chmod(directory.stat().st_mode & 0o666)  # safetensors makes files private, whatever the umask
                 hashes[path.name] = sha256_file(path)
             record = {"step": step, "sha256": hashes} | state
             hashes[STATE] = _state_sha256(json.loads(json.dumps(record)))
@@ -87,7 +87,7 @@ def _state_sha256(record: dict[str, Any]) -> str:
 
 
 def read(path: Path) -> Checkpoint:
-    """The checkpoint in `path`. ValueError names the file that is missing or damaged."""
+    """Read and verify the checkpoint in `path`. ValueError names the file that is missing or damaged."""
     try:
         state = json.loads((path / STATE).read_text())
         hashes = state["sha256"]
@@ -108,9 +108,9 @@ def read(path: Path) -> Checkpoint:
 
 
 def steps(folder: Path) -> list[tuple[int, Path]]:
-    """(step, path) of the checkpoints in a folder, oldest first, unchecked."""
-    found = [path for path in folder.glob("step-*") if path.is_dir() and re.fullmatch("step-[0-9]+", path.name)]
-    return sorted((int(path.name[5:]), path) for path in found)
+    """(step, path) of the checkpoints in a folder, oldest first, not verified."""
+    paths = [path for path in folder.glob("step-*") if path.is_dir() and re.fullmatch("step-[0-9]+", path.name)]
+    return sorted((int(path.name[5:]), path) for path in paths)
 
 
 def valid_checkpoints(folder: Path) -> Iterator[Checkpoint]:
@@ -123,37 +123,37 @@ def valid_checkpoints(folder: Path) -> Iterator[Checkpoint]:
 
 
 def newest(folder: Path) -> Checkpoint | None:
-    """The newest valid checkpoint of a folder; None where there is none."""
+    """The newest valid checkpoint of a folder, or None."""
     return next(valid_checkpoints(folder), None)
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Remove what interrupted writes left behind; only for the process that holds the lock of the run."""
+    """Remove the temporary files of interrupted writes; the caller must hold the lock of the run."""
     remove_stale_temporaries(folder, "step-*")
 
 
 def prune(folder: Path, step: int, keep: int, *, best: int = 0, every: int = 0) -> None:
-    """Remove all checkpoints but the newest `keep` (0: remove none), the `best` of lowest loss, and multiples of `every` steps.
+    """Remove all checkpoints but the newest `keep` (0: remove none), the `best` with the lowest loss, and multiples of `every`.
 
-    `step` is the one just written. Checkpoints of later steps were found damaged when the run continued: they do not count
-    and are removed. The loss is what `state.json` holds under `flow`: the mean flow loss of the steps that led to the
+    `step` is the one just written. Checkpoints of later steps were found damaged when the run continued: they are not counted
+    and are removed. The loss is `flow` in `state.json`: the mean flow loss of the steps that led to the
     checkpoint.
     """
     remove_unfinished(folder)
     if not keep:
         return
-    held = steps(folder)
-    found = [(reached, path) for reached, path in held if reached <= step]
-    losses = sorted((loss, -reached) for reached, path in found if (loss := _flow(path)) is not None) if best else []
-    stay = {-reached for _, reached in losses[:best]} | {reached for reached, _ in found[-keep:]}
-    stay |= {reached for reached, _ in found if every and reached % every == 0}
-    for reached, path in held:
-        if reached not in stay:
+    existing = steps(folder)
+    counted = [(number, path) for number, path in existing if number <= step]
+    losses = sorted((loss, -number) for number, path in counted if (loss := _flow(path)) is not None) if best else []
+    kept = {-number for _, number in losses[:best]} | {number for number, _ in counted[-keep:]}
+    kept |= {number for number, _ in counted if every and number % every == 0}
+    for number, path in existing:
+        if number not in kept:
             shutil.rmtree(path, ignore_errors=True)
 
 
 def _flow(path: Path) -> float | None:
-    """Flow loss of a checkpoint, its hashes unchecked; None where it is not recorded."""
+    """Flow loss of a checkpoint, without verifying its hashes; None if it is not recorded."""
     try:
         flow = json.loads((path / STATE).read_text()).get("flow")
     except (OSError, ValueError, AttributeError, RecursionError):
@@ -162,7 +162,7 @@ def _flow(path: Path) -> float | None:
 
 
 def read_header(path: Path) -> dict[str, Any]:
-    """The metadata of a weights file. ValueError when it is no selftrans weights file."""
+    """The metadata of a weights file. ValueError when it is not a selftrans weights file."""
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}

@@ -1,4 +1,4 @@
-"""From a path to a model: a run, a stage, a checkpoint or a single weights file, found, checked and built."""
+"""Load a model from a run, a stage, a checkpoint or a weights file."""
 
 from __future__ import annotations
 
@@ -22,23 +22,23 @@ from selftrans.types import Backbone, Conditions
 
 Weights = Literal["raw", "ema"]
 FILES: dict[str, str] = {"raw": "student.safetensors", "ema": "ema.safetensors"}
-EXPORTED = "model.safetensors"  #: in a folder that `selftrans export` wrote
-IMPORTED = "imported"  #: header entry of weights from elsewhere: their source; of a run of them, the name of a json
-REPORT = "run.json"  #: of a run: the order of its stages and, when it is finished, what it cost
-LARGEST = 1 << 16  #: side of a latent: what is beyond is a mistake, or an attempt to take all memory
+EXPORTED = "model.safetensors"  #: the weights in a folder written by `selftrans export`
+IMPORTED = "imported"  #: header entry with the source of imported weights; also the name of a json in their run
+REPORT = "run.json"  #: in a run: the order of its stages and, when it is finished, its cost
+LARGEST = 1 << 16  #: largest side of a latent; a larger one is an error or an attempt to exhaust the memory
 
 
 class LoadedModel(NamedTuple):
-    """A model with its weights, and where they came from."""
+    """A model with its weights and their source."""
 
     model: Backbone
     config: RunConfig
     stage: str
-    weights: Weights  #: what the file says it holds
+    weights: Weights  #: kind of the weights, from the header
     step: int
     autoencoder: str  #: name or path, for decoding
     classes: tuple[str, ...]
-    source: dict[str, Any]  #: {"path", "sha256", "weights"}, and where imported; what a checkpoint keeps of its teacher
+    source: dict[str, Any]  #: {"path", "sha256", "weights"}, plus IMPORTED; a checkpoint records this for its teacher
 
 
 def header(
@@ -52,9 +52,9 @@ def header(
     classes: Sequence[str],
     autoencoder: str,
 ) -> dict[str, Any]:
-    """What a weights file must say of itself so that `load_model` can build the model and decode its latents.
+    """The header of a weights file: all that `load_model` needs to build the model and decode its latents.
 
-    `order` holds the stages of the run, the last one last.
+    `order` lists the stages of the run in order.
     """
     return {
         "stage": stage,
@@ -69,9 +69,9 @@ def header(
 
 
 def find(source: str | Path, *, stage: str | None = None, weights: Weights = "ema") -> Path:
-    """The weights file that `source` stands for: a run, stage or checkpoint directory, or the file itself.
+    """The weights file of `source`: a run, stage or checkpoint directory, or the file itself.
 
-    Of a run, the newest checkpoint of `stage` (None: of its last stage). ValueError says what was expected.
+    For a run, the newest checkpoint of `stage` (None: its last stage). ValueError says what was expected.
     """
     path = Path(source)
     if path.is_file():
@@ -84,40 +84,40 @@ def find(source: str | Path, *, stage: str | None = None, weights: Weights = "em
         raise ValueError(
             f"{path} does not exist; expected a run directory, a checkpoint or a .safetensors weights file"
         )
-    held = stages_held(path)
-    if not held and (path / EXPORTED).is_file():
+    existing = stages_held(path)
+    if not existing and (path / EXPORTED).is_file():
         return path / EXPORTED
-    if stage is not None and stage not in held:
-        found = f"it holds {', '.join(held)}" if held else "it holds no stage at all"
-        raise ValueError(f"{path} has no {stage}: {found}; expected a run directory with a {stage} (selftrans train)")
-    if not held:
+    if stage is not None and stage not in existing:
+        held = f"it holds {', '.join(existing)}" if existing else "it holds no stage"
+        raise ValueError(f"{path} has no {stage}: {held}; expected a run directory with a {stage} (selftrans train)")
+    if not existing:
         raise ValueError(
-            f"{path} is no run directory (no checkpoints in it); expected what selftrans train --out wrote"
+            f"{path} is not a run directory (no checkpoints in it); expected a directory written by selftrans train"
         )
-    return _newest(path / (stage or held[-1]), weights)
+    return _newest(path / (stage or existing[-1]), weights)
 
 
 def _newest(stage: Path, weights: Weights) -> Path:
-    found = checkpoint.newest(stage / "checkpoints")
-    if found is None:
-        raise ValueError(f"{stage / 'checkpoints'} holds no valid checkpoint; train on, or choose another run")
-    return found.path / FILES[weights]
+    newest = checkpoint.newest(stage / "checkpoints")
+    if newest is None:
+        raise ValueError(f"{stage / 'checkpoints'} holds no valid checkpoint; continue training or choose another run")
+    return newest.path / FILES[weights]
 
 
 def stages_held(run: Path) -> list[str]:
-    """Stages of a run that have checkpoints, in the order in which they are trained, the last one last."""
-    there = sorted(path.name for path in run.iterdir() if (path / "checkpoints").is_dir())
-    order = _order(run, there)
-    return sorted(there, key=lambda name: (order.index(name) if name in order else len(order), name))
+    """Stages of a run that have checkpoints, in the order of training."""
+    existing = sorted(path.name for path in run.iterdir() if (path / "checkpoints").is_dir())
+    order = _order(run, existing)
+    return sorted(existing, key=lambda name: (order.index(name) if name in order else len(order), name))
 
 
-def _order(run: Path, there: Sequence[str]) -> list[str]:
-    """The order of a run's stages, as run.json records it; where that is lost or damaged, as its checkpoints do."""
+def _order(run: Path, existing: Sequence[str]) -> list[str]:
+    """The order of a run's stages, from run.json or, if that is missing or damaged, from its checkpoints."""
     try:
         return _names(json.loads((run / REPORT).read_text())["order"])
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         pass
-    for name in there if len(there) > 1 else ():
+    for name in existing if len(existing) > 1 else ():
         for _, folder in reversed(checkpoint.steps(run / name / "checkpoints")):
             try:
                 return _names(json.loads((folder / checkpoint.STATE).read_text())["order"])
@@ -128,28 +128,28 @@ def _order(run: Path, there: Sequence[str]) -> list[str]:
 
 def _names(order: Any) -> list[str]:
     if not isinstance(order, list) or not all(isinstance(x, str) and re.fullmatch(r"[\w.-]{1,100}", x) for x in order):
-        raise ValueError("the order of stages is no list of names")
+        raise ValueError("the order of stages is not a list of names")
     return order
 
 
 def load_model(origin: str | Path, *, stage: str | None = None, weights: Weights = "ema") -> LoadedModel:
-    """Build the model that `origin` stands for (see `find`) and load its weights, strictly, in eval mode."""
+    """Build the model of `origin` (see `find`) and load its weights, strictly, in eval mode."""
     path = find(origin, stage=stage, weights=weights)
-    said = checkpoint.read_header(path)
+    metadata = checkpoint.read_header(path)
     try:
-        config = from_json(json.dumps(said["config"]), lenient=True)
-        shape = tuple(int(n) for n in said["shape"])
-        conditions = from_plain(Conditions, said["conditions"], "conditions")
+        config = from_json(json.dumps(metadata["config"]), lenient=True)
+        shape = tuple(int(n) for n in metadata["shape"])
+        conditions = from_plain(Conditions, metadata["conditions"], "conditions")
         _check_fit(path, config, shape, conditions)
         model = config.build_model(shape, conditions)
-        name, step = str(said["stage"]), int(said["step"])
-        held: Weights = "ema" if said.get("weights") == "ema" else "raw"
-        autoencoder, names = str(said["autoencoder"]), tuple(map(str, said["classes"]))
+        name, step = str(metadata["stage"]), int(metadata["step"])
+        kind: Weights = "ema" if metadata.get("weights") == "ema" else "raw"
+        autoencoder, classes = str(metadata["autoencoder"]), tuple(map(str, metadata["classes"]))
     except NotFound as error:
         raise ValueError(f"{path}: {error.in_file}") from error
     except (KeyError, TypeError, ValueError, ArithmeticError, RuntimeError) as error:
         raise ValueError(
-            f"{path} does not say how to build its model ({first_line(error)}); was it written by another version?"
+            f"the header of {path} does not describe its model ({first_line(error)}); was it written by another version?"
         ) from error
     if stage is not None and stage != name:
         raise ValueError(
@@ -160,22 +160,22 @@ def load_model(origin: str | Path, *, stage: str | None = None, weights: Weights
         "path": str(path.resolve()),
         "sha256": sha256_file(path),
         "weights": checkpoint.weights_sha256(path),
-    } | ({IMPORTED: said[IMPORTED]} if IMPORTED in said else {})
-    return LoadedModel(model.eval(), config, name, held, step, autoencoder, names, source)
+    } | ({IMPORTED: metadata[IMPORTED]} if IMPORTED in metadata else {})
+    return LoadedModel(model.eval(), config, name, kind, step, autoencoder, classes, source)
 
 
 def _check_fit(path: Path, config: RunConfig, shape: tuple[int, ...], conditions: Conditions) -> None:
-    """ValueError unless the tensors of a weights file are those of its model, before anything of a hostile size is made."""
+    """ValueError unless a file's tensors match its model; checked before memory is allocated for the sizes in the header."""
     with safe_open(path, framework="pt") as file:
-        found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 - no mapping
+        stored = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 - no mapping
     config.model.check()
-    if config.model.blocks() > len(found) or not shape or not 0 < min(shape) <= max(shape) <= LARGEST:
+    if config.model.blocks() > len(stored) or not shape or not 0 < min(shape) <= max(shape) <= LARGEST:
         raise ValueError(
-            f"its header asks for {config.model.blocks()} blocks on latents {shape}, which its {len(found)} tensors are not"
+            f"its header describes {config.model.blocks()} blocks on latents {shape}, but it holds {len(stored)} tensors"
         )
     with torch.device("meta"):
         model = config.build_model(shape, conditions)
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    wrong = sorted(name for name in found | expected if found.get(name) != expected.get(name))
+    wrong = sorted(name for name in stored | expected if stored.get(name) != expected.get(name))
     if wrong:
-        raise ValueError(f"{wrong[0]} is {found.get(wrong[0])} where its header asks for {expected.get(wrong[0])}")
+        raise ValueError(f"{wrong[0]} is {stored.get(wrong[0])}, its header describes {expected.get(wrong[0])}")

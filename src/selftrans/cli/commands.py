@@ -136,7 +136,7 @@ def _totals(report: dict[str, Any]) -> str:
 
 @dataclass
 class Sample(Command):
-    """Images from a trained run: PNG files, samples.npz (ADM layout) and samples.json. The same command again continues."""
+    """Samples from a trained run: PNG or npy files, samples.npz (ADM layout), samples.json. Repeat the command to continue."""
 
     run_or_file: RunOrFile
     out: Path
@@ -147,12 +147,12 @@ class Sample(Command):
     trust: Trust = ()
 
     def run(self) -> None:
-        from selftrans.sampling.folder import sample_to_folder
+        from selftrans.sampling.folder import sample_to_folder, summary_line
 
         given = self.sampling.given()
         made = sample_to_folder(self.run_or_file, self.out, given, weights=self.weights, stage=self.stage)
         if made:
-            print(f"{made} images -> {self.out} (PNG files, samples.npz, samples.json)")
+            print(summary_line(self.out, made))
 
 
 @dataclass

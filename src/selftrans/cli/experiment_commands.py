@@ -35,9 +35,9 @@ class Evaluate(Command):
     """pictures, or a run, checkpoint or weights file"""
     reference: str
     """folder, zip or npz of real pictures, prepared data, `digits`, or statistics (npz with mu and sigma, as ADM's)"""
-    features: str = "inception"
+    features: str | None = None
     """`inception` or its file of weights (.pth), `digits`, a classifier file made by `selftrans classifier`, or `values`: the
-    numbers themselves, for data that are no pictures"""
+    numbers themselves; None: inception for pictures, values for data that are not pictures"""
     out: Path | None = None
     """file for the json report; None: evaluate.json next to the pictures, or in the run"""
     save_reference: Path | None = None

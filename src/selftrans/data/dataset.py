@@ -1,4 +1,4 @@
-"""Dataset on disk => named tensors: memory-mapped, gathered by row.
+"""Prepared data on disk => named tensors, memory-mapped and gathered by row.
 
 Shape legend: N batch, M moments channels, (C, *S) latent, T tokens and D width of the features.
 """
@@ -20,7 +20,7 @@ from selftrans.types import Cond
 
 __all__ = ["Dataset", "Manifest", "Shard"]
 
-#: dtype in memory, of its bits, and the bits of infinity: NaN is above, finite numbers below (IEEE 754)
+#: torch dtype, integer type of the same size, and bit pattern of infinity: NaN is above it, finite numbers below (IEEE 754)
 NUMBERS = {
     "float16": (torch.float16, "<u2", 0x7C00),
     "float32": (torch.float32, "<u4", 0x7F800000),
@@ -34,15 +34,15 @@ class Dataset:
         self, path: Path, manifest: Manifest, tensors: dict[str, list[np.ndarray]], labels: np.ndarray
     ) -> None:
         self.path, self.manifest, self.labels = path, manifest, labels  #: labels (len,) int64
-        self._tensors = tensors  # name -> of each shard (count, *row shape)
+        self._tensors = tensors  # name -> one array (count, *row shape) per shard
         self._starts = np.cumsum([0] + [shard.count for shard in manifest.shards])[:-1]
 
     @classmethod
     def open(cls, path: str | Path, *, verify: bool = False) -> Dataset:
-        """Open a folder made by `prepare`; `verify` reads every byte and compares it with its sha256.
+        """Open a folder made by `prepare`. `verify` reads every file and compares its sha256 with the manifest.
 
-        Raises ValueError, with the remedy, when the manifest is missing or wrong, a shard is missing, holds other tensors
-        or (`verify`) has another content, or a label is out of range.
+        Raises ValueError, with the remedy, when the manifest is missing or invalid, when a shard is missing or has unexpected
+        tensors, when its sha256 differs (`verify`), or when a label is out of range.
         """
         path = Path(path)
         manifest = Manifest.load(path)
@@ -61,19 +61,19 @@ class Dataset:
         return self.manifest.count
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # a worker process opens the files itself; the mapped numbers must not travel
+        # a worker process opens the files itself: the mapped arrays must not be pickled
         return Dataset.open, (self.path,)
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The tensors that `read` gives: moments, labels, and features once they are opened."""
+        """The tensors that `read` returns: moments, labels, and features once they are opened."""
         return "labels", *self._tensors
 
     def read(self, rows: np.ndarray | Tensor, names: Collection[str] | None = None) -> dict[str, Tensor]:
-        """Rows (N,) of the tensors `names` (None: of all), in their order and as they are stored.
+        """Rows (N,) of the tensors `names` (None: all), in the order of `rows` and in the stored dtype.
 
-        Of moments (N, copies, M, *S), of labels (N,) int64, of features (N, copies, T, D) float16, in memory of their own.
-        Raises ValueError for a row out of range, and for numbers that are not finite (naming shard and row).
+        Shapes: moments (N, copies, M, *S), labels (N,) int64, features (N, copies, T, D) float16. The tensors are copies.
+        Raises ValueError for a row out of range, and for values that are not finite (naming shard and row).
         """
         if isinstance(rows, Tensor):
             rows = rows.cpu().numpy()
@@ -86,11 +86,11 @@ class Dataset:
         }
 
     def condition(self, tensors: Mapping[str, Tensor]) -> Cond:
-        """The condition of rows that `read` gave: their labels, which are all 0 where the manifest says kind none."""
+        """The condition of rows that `read` returned: their labels, all 0 when the data have no conditions."""
         return tensors["labels"]
 
     def open_features(self) -> Features:
-        """What the stored features are of; from now on `read` gives them.
+        """Open the stored features, which `read` returns from now on, and return their description.
 
         Raises ValueError when there are none (`prepare --features` makes them), or a file is missing or damaged.
         """
@@ -110,7 +110,7 @@ class Dataset:
             raise ValueError(f"shard {self.path / name} fails its sha256; delete the file and {REMEDY}")
 
     def damaged(self, *, features: bool = True) -> Iterator[str]:
-        """Names of the files whose content is not that of the manifest; reads every byte."""
+        """Names of the files whose sha256 differs from the manifest; reads every byte."""
         expected = {shard.file: shard.sha256 for shard in self.manifest.shards}
         if features and self.manifest.features:
             expected |= {file.name: file.sha256 for file in self.open_features().files}
@@ -121,21 +121,21 @@ class Dataset:
     def _check_range(self, rows: np.ndarray | Tensor) -> None:
         if len(rows) and (rows.min() < 0 or rows.max() >= len(self)):
             raise ValueError(
-                f"indices {rows.min()} .. {rows.max()} leave the {len(self)} {self.manifest.unit} of {self.path}"
+                f"indices {rows.min()} .. {rows.max()} are outside the {len(self)} {self.manifest.unit} of {self.path}"
             )
 
     def _gather(self, name: str, rows: np.ndarray) -> Tensor:
-        """Rows (N,) of one tensor. Raises ValueError for numbers that are not finite."""
+        """Rows (N,) of one tensor. Raises ValueError for values that are not finite."""
         shards = self._tensors[name]
         which = np.searchsorted(self._starts, rows, side="right") - 1
         dtype, bits, infinity = NUMBERS[shards[0].dtype.name]
         out = torch.empty((len(rows), *shards[0].shape[1:]), dtype=dtype)
-        view = out.numpy()  # numpy gathers on this thread alone: cores are left to the step that runs meanwhile
+        view = out.numpy()  # numpy gathers in this thread only, which leaves the other cores to the training step
         for k in np.unique(which):
             at = np.flatnonzero(which == k)
             view[at] = shards[k][rows[at] - self._starts[k]]
         sign = np.array(1 << (8 * view.itemsize - 1), dtype=bits)
-        # magnitudes compared as integers: exact, and many times faster than isfinite on half precision
+        # comparing the bits as integers is exact, and many times faster than isfinite in half precision
         magnitude = view.view(bits) & ~sign
         if magnitude.max(initial=0) >= infinity:
             index = int(np.argmax(magnitude.reshape(len(rows), -1).max(axis=1) >= infinity))
@@ -143,7 +143,7 @@ class Dataset:
         return out
 
     def _refuse(self, name: str, row: int, k: int) -> None:
-        """Raise ValueError for numbers that are not finite at `row`, which lies in shard k."""
+        """Raise ValueError for values that are not finite at `row`, which is in shard k."""
         shard, manifest = self.manifest.shards[k], self.manifest
         file = manifest.features.files[k].name if manifest.features and name == "features" else shard.file
         raise ValueError(

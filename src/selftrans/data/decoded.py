@@ -1,4 +1,4 @@
-"""Prepared data ⇒ latents ⇒ what people look at and extractors read.
+"""Prepared data ⇒ latents ⇒ decoded pictures or arrays.
 
 Shape legend: N or n rows, (C, *S) latent or array, (H, W, C) picture.
 """
@@ -18,7 +18,7 @@ from selftrans.encoders.autoencoder import Autoencoder, load_autoencoder, to_uin
 
 @torch.inference_mode()
 def decode_images(autoencoder: Autoencoder, z0: Tensor) -> np.ndarray:
-    """Latents (N, C, *S) to pictures, uint8 (N, H, W, C); of an autoencoder without pictures, to float32 (N, C, *S)."""
+    """Decode latents (N, C, *S) to pictures, uint8 (N, H, W, C), or to float32 (N, C, *S) when the data are not pictures."""
     decoded = autoencoder.decode(z0)
     return (to_uint8(decoded) if autoencoder.pictures else decoded.float()).cpu().numpy()
 
@@ -26,9 +26,9 @@ def decode_images(autoencoder: Autoencoder, z0: Tensor) -> np.ndarray:
 def decoded_images(
     dataset: Dataset, batch_size: int = 256, *, device: torch.device | str | None = None
 ) -> Iterator[np.ndarray]:
-    """Posterior means of prepared data, decoded by its autoencoder, in order and unmirrored: the same at each call.
+    """Decoded posterior means of prepared data, in order and not mirrored; every call returns the same.
 
-    Batches as `decode_images` gives them. `device`: where it is decoded; None: see `default_device`.
+    Yields batches as `decode_images` returns them. `device` is where they are decoded (None: `default_device`).
     """
     manifest, device = dataset.manifest, device or default_device()
     autoencoder = load_autoencoder(manifest.autoencoder, device=device)
@@ -39,12 +39,12 @@ def decoded_images(
 
 
 def data_latents(dataset: Dataset, most: int) -> tuple[Tensor, Tensor]:
-    """At most `most` latents (N, C, *S) of a fixed shuffle, and their labels (N,)."""
+    """At most `most` latents (N, C, *S), chosen by a fixed shuffle, and their labels (N,)."""
     return latents_of(dataset, np.random.default_rng(0).permutation(len(dataset))[:most])
 
 
 def latents_of(dataset: Dataset, rows: np.ndarray) -> tuple[Tensor, Tensor]:
-    """Latents (N, C, *S) of these rows, the same posterior sample each time, and labels (N,); torch's RNG is left alone."""
+    """Latents (N, C, *S) of these rows, always the same posterior sample, and labels (N,). Keeps torch's RNG state."""
     tensors = dataset.read(rows, ["moments", "labels"])
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)

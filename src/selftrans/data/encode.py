@@ -1,4 +1,4 @@
-"""Decoded samples => moments => one shard on disk.
+"""Samples => moments => one shard on disk.
 
 Shape legend: N batch, (R, R, C) image, M moments channels, (C, *S) latent or values.
 """
@@ -28,7 +28,7 @@ from selftrans.storage import printable, sha256_file
 
 @dataclass(frozen=True)
 class ShardEncoder(ShardPlan):
-    """Samples by index => moments as they are stored."""
+    """Encodes samples, by index, into the moments that a shard stores."""
 
     autoencoder: Autoencoder
     device: torch.device
@@ -37,7 +37,7 @@ class ShardEncoder(ShardPlan):
 
     @torch.no_grad()
     def encode(self, decoded: Decoded) -> np.ndarray:
-        """Moments (N, copies, M, *S) in the stored dtype. Raises ValueError where they exceed its range."""
+        """Moments (N, copies, M, *S) in the stored dtype. Raises ValueError when they exceed its range."""
         arrays = np.stack(decoded.arrays)  # (N, R, R, C) or (N, C, *S)
         if self.autoencoder.name == "pixel":
             return self._look_up(arrays)
@@ -50,26 +50,26 @@ class ShardEncoder(ShardPlan):
         return stored.cpu().numpy()
 
     def _views(self, arrays: np.ndarray) -> tuple[Tensor, ...]:
-        """What the autoencoder reads: values, or pixels and perhaps their mirror images."""
-        given = torch.from_numpy(arrays).to(self.device)
+        """The inputs of the autoencoder: values, or pixels and, with `flip`, the mirrored pixels."""
+        inputs = torch.from_numpy(arrays).to(self.device)
         if not self.autoencoder.pictures:
-            return (given,)
-        pixels = from_uint8(given)
+            return (inputs,)
+        pixels = from_uint8(inputs)
         return (pixels, pixels.flip(dims=(-1,))) if self.flip else (pixels,)
 
     def _look_up(self, images: np.ndarray) -> np.ndarray:
-        """What `encode` gives for pixels, from a table of the 256 values.
+        """The moments of pixels, looked up in a table of the 256 values.
 
-        The arithmetic on complete batches would wait at each step for cores that are decoding: ten times slower.
+        Arithmetic on full batches competes with the decoding threads for cores and is ten times slower.
         """
-        every = from_uint8(torch.arange(256, dtype=torch.uint8).view(1, 16, 16, 1))
-        table = every.flatten().to(NUMBERS[self.dtype][0]).numpy()
+        values = from_uint8(torch.arange(256, dtype=torch.uint8).view(1, 16, 16, 1))
+        table = values.flatten().to(NUMBERS[self.dtype][0]).numpy()
         planes = images.transpose(0, 3, 1, 2)
         views = (planes, planes[..., ::-1]) if self.flip else (planes,)
         return table[np.ascontiguousarray(np.stack(views, axis=1))]
 
     def plan(self, source: str, options: dict[str, Option]) -> Manifest:
-        """The manifest that will be, without its shards. Raises ValueError for a resolution that does not divide."""
+        """The manifest without its shards. Raises ValueError for a resolution that the autoencoder cannot downsample."""
         model = self.autoencoder
         resolution = channels = None
         if model.pictures:
@@ -105,13 +105,13 @@ class ShardEncoder(ShardPlan):
         self, plan: Manifest, out: Path, shard: int, decoded: Iterator[Decoded], advance: Callable[[int], object]
     ) -> Shard:
         """Encode and write one shard from the next batches of `decoded`."""
-        made, skipped = Shard(shard, 0, ""), list[tuple[str, str]]()
-        with write_shard(out / made.file, plan.layout, self.asked(shard)) as rows:
+        file, skipped = Shard(shard, 0, "").file, list[tuple[str, str]]()
+        with write_shard(out / file, plan.layout, self.asked(shard)) as rows:
             for batch in islice(decoded, len(self.batches(shard))):
                 skipped += batch.skipped
                 if batch.good:
                     encoded = self.encode(batch)
-                    assert encoded.shape[1:] == plan.moments_shape, "the autoencoder does not keep to its own sizes"
+                    assert encoded.shape[1:] == plan.moments_shape, "the moments must have the shape in the manifest"
                     rows.write({"moments": encoded, "labels": self.source.labels[batch.good]})
                 advance(batch.asked)
-        return Shard(shard, rows.count, sha256_file(out / made.file), tuple(skipped))
+        return Shard(shard, rows.count, sha256_file(out / file), tuple(skipped))

@@ -1,7 +1,7 @@
-"""The manifest of prepared data, and its strict parser: nothing in it is believed before it is checked.
+"""The manifest of prepared data, and its parser, which checks every field.
 
-On disk: `manifest.json`, and per shard one safetensors file (see `shard_file`); where features of an external encoder are
-stored, one more per shard, which the manifest lists in `features`.
+On disk: `manifest.json`, and one safetensors file per shard (see `shard_file`). If features of an external encoder are
+stored, there is one more file per shard, which the manifest lists in `features`.
 Shape legend: (C, *S) latent with one to three spatial dimensions S, M moments channels: 2C (mean, std) when stochastic,
 else C; T = grid² tokens row by row and D width of the features.
 """
@@ -37,12 +37,12 @@ DTYPES = ("float16", "float32")  #: of stored moments
 
 @dataclass(frozen=True)
 class Shard:
-    """One finished unit of work: samples [index * shard_size, (index + 1) * shard_size) of the source."""
+    """One finished shard: samples [index * shard_size, (index + 1) * shard_size) of the source."""
 
     index: int
-    count: int  #: samples in it, the skipped left out
+    count: int  #: samples in it, without the skipped ones
     sha256: str
-    skipped: tuple[tuple[str, str], ...] = ()  #: name and reason of each sample left out
+    skipped: tuple[tuple[str, str], ...] = ()  #: name and reason of each skipped sample
 
     @property
     def file(self) -> str:
@@ -50,7 +50,7 @@ class Shard:
 
     @property
     def asked(self) -> int:
-        """How many samples of the source the shard accounts for."""
+        """How many samples of the source the shard covers, skipped ones included."""
         return self.count + len(self.skipped)
 
 
@@ -68,7 +68,7 @@ class FeatureFile:
 
 @dataclass(frozen=True)
 class Features:
-    """What the feature files of a folder hold and how they were made."""
+    """The contents of a folder's feature files, and how they were made."""
 
     encoder: str  #: hub id or folder
     sha256: str  #: of the encoder's weights
@@ -84,14 +84,14 @@ class Features:
 
     def summary(self, manifest: Manifest) -> str:
         """A line to print."""
-        made = {file.index for file in self.files}
-        count = sum(shard.count for shard in manifest.shards if shard.index in made)
+        finished = {file.index for file in self.files}
+        count = sum(shard.count for shard in manifest.shards if shard.index in finished)
         size = count * row_bytes(self.layout(manifest)) / 1e6
         return f"features by {self.encoder}: {self.grid}x{self.grid} of {self.width}, float16, {size:,.1f} MB"
 
     @classmethod
     def parse(cls, data: object, where: str) -> Features:
-        """Check every field. Raises ValueError naming the field that is wrong."""
+        """Parse and check every field. Raises ValueError naming the field that is wrong."""
         record = Record(data, where)
         record.only(field.name for field in fields(cls))
         entries = [Record(item, f"{where}: files") for item in record.items("files", lambda x: x)]
@@ -110,19 +110,19 @@ class Features:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a folder of shards holds and how it was made."""
+    """The contents of a folder of shards, and how it was made."""
 
     version: int
     count: int  #: samples in all shards
-    copies: int  #: moments per sample: 1, or 2 when the mirrored picture is stored too
+    copies: int  #: moments per sample: 1, or 2 with those of the mirrored picture
     shape: tuple[int, ...]  #: (C, *S) of a latent
     latent_space: LatentSpace  #: moments => latents
     dtype: str  #: of the stored moments, one of DTYPES
     autoencoder: str
-    resolution: int | None  #: of the pictures; None: the data are no pictures
-    image_channels: int | None  #: of the pictures; None: the data are no pictures
+    resolution: int | None  #: of the pictures; None: the data are not pictures
+    image_channels: int | None  #: of the pictures; None: the data are not pictures
     conditions: Conditions  #: of kind none, every label is 0
-    classes: tuple[str, ...]  #: names of the labels; of kind labels only
+    classes: tuple[str, ...]  #: names of the labels; empty unless conditions are of kind labels
     source: str
     options: dict[str, Option]
     shards: tuple[Shard, ...]
@@ -145,18 +145,18 @@ class Manifest:
 
     @property
     def unit(self) -> str:
-        """What the samples are, for messages."""
+        """The noun for the samples in messages."""
         return "samples" if self.resolution is None else "pictures"
 
     @property
     def skipped(self) -> tuple[tuple[str, str], ...]:
-        """Name and reason of every sample that was left out."""
+        """Name and reason of every skipped sample."""
         return tuple(pair for shard in self.shards for pair in shard.skipped)
 
     def summary(self) -> str:
         """A few lines to print."""
         kind = {0: "unconditional", 1: "1 class"}.get(self.num_classes, f"{self.num_classes} classes")
-        if self.classes:  # shown, as train/ and val/ may be taken for classes unseen
+        if self.classes:  # shown, since folders such as train/ and val/ could be mistaken for classes
             kind += f": {', '.join(map(printable, self.classes[:6]))}{', …' if self.num_classes > 6 else ''}"
         size = "" if self.resolution is None else f" of {self.resolution}x{self.resolution}"
         latent = "x".join(str(side) for side in self.shape)
@@ -174,7 +174,7 @@ class Manifest:
         return "\n".join(lines)
 
     def without_shards(self) -> Manifest:
-        """The plan by which the shards are made."""
+        """The plan: the manifest before any shard is written."""
         return replace(self, count=0, shards=())
 
     def to_json(self) -> str:
@@ -187,12 +187,12 @@ class Manifest:
         version = record.integer("version", 0)
         if version < VERSION:
             raise ValueError(
-                f"{FILE} is of version {version}, whose .bin files this package no longer reads; repeat its "
+                f"{FILE} has version {version}, whose .bin files this package no longer reads; repeat its "
                 "`selftrans prepare` into a new folder"
             )
         if version != VERSION:
             raise ValueError(
-                f"{FILE} is of version {version}, this package reads {VERSION}; install a newer version of it"
+                f"{FILE} has version {version}, this package reads version {VERSION}; install a newer version of it"
             )
         record.only(field.name for field in fields(cls))
         shards = enumerate(record.items("shards", lambda x: x))
@@ -220,7 +220,7 @@ class Manifest:
 
     @classmethod
     def load(cls, folder: str | Path) -> Manifest:
-        """Read a folder's manifest. Raises ValueError when there is none, or it is wrong."""
+        """Read a folder's manifest. Raises ValueError when it is missing or invalid."""
         path = Path(folder, FILE)
         if not path.is_file():
             raise ValueError(f"no {FILE} in {folder}: not prepared or not finished; run `selftrans prepare` to make it")
@@ -234,7 +234,7 @@ class Manifest:
 
 
 def parse_shard(data: object, where: str) -> Shard:
-    """A shard's record, checked. Raises ValueError naming the field that is wrong."""
+    """Parse and check a shard's record. Raises ValueError naming the field that is wrong."""
     record = Record(data, where)
     record.only(field.name for field in fields(Shard))
     return Shard(
@@ -246,7 +246,7 @@ def parse_shard(data: object, where: str) -> Shard:
 
 
 def conditions_of(classes: tuple[str, ...]) -> Conditions:
-    """The conditions of samples with these class names; none of them: no condition."""
+    """The conditions of data with these class names; no names mean no conditions."""
     return Conditions("labels", len(classes)) if classes else Conditions("none")
 
 
@@ -275,7 +275,7 @@ def _kind(value: object) -> object:
 
 
 def _check_agreement(manifest: Manifest) -> None:
-    """Raise ValueError where fields contradict each other."""
+    """Raise ValueError when fields contradict each other."""
     for fault in _contradictions(manifest):
         raise ValueError(f"{FILE}: {fault}; {REMEDY}")
 
@@ -301,6 +301,6 @@ def _contradictions(manifest: Manifest) -> Iterator[str]:
     if (manifest.resolution is None) != (manifest.image_channels is None):
         yield "fields 'resolution' and 'image_channels' should both be null, or neither"
     if features and features.fingerprint != manifest.options.get("fingerprint"):
-        yield "field 'features' is of other pictures than the shards"
+        yield "field 'features' belongs to other pictures than the shards"
     if features and indices and [file.index for file in features.files] != indices:
         yield "field 'features': 'files' does not agree with the shards"

@@ -1,4 +1,4 @@
-"""Prepared data => the memory of a device: all moments lie there and are indexed there, none are read during training.
+"""Prepared data => device memory: all moments are copied there once, so training reads none from disk.
 
 ImageNet-256 in float16 moments of 4x32x32 latents (mean and std, unmirrored) takes 21 GB.
 Shape legend: N batch, M moments channels, (C, *S) latent.
@@ -20,9 +20,9 @@ CHUNK = 1024  #: rows copied at a time
 
 
 class OnDevice(Dataset):
-    """The same numbers at the same positions as `dataset`, moments and labels on `device`; features stay on the disk.
+    """The same data as `dataset`, with moments and labels on `device`; features stay on disk.
 
-    Every number is checked once, here, where reading from the disk checks it at each visit. Raises ValueError for
+    Every value is checked once, here; `Dataset` checks it at each read. Raises ValueError for
     moments that are not finite, and when the device has too little free memory.
     """
 
@@ -34,10 +34,10 @@ class OnDevice(Dataset):
             dtype = NUMBERS[manifest.dtype][0]
             moments = torch.empty((len(dataset), *manifest.moments_shape), dtype=dtype, device=device)
             self._on_device = {"labels": torch.from_numpy(dataset.labels).to(device), "moments": moments}
-        except RuntimeError as error:  # torch's own error of a full device is one, too
+        except RuntimeError as error:  # torch.OutOfMemoryError is a RuntimeError
             size = len(dataset) * row_bytes(manifest.layout) / 1e9
             raise ValueError(
-                f"{dataset.path} takes {size:.1f} GB, which {self.device} has not free ({str(error).splitlines()[0]}); "
+                f"{dataset.path} needs {size:.1f} GB, more than {self.device} has free ({str(error).splitlines()[0]}); "
                 "leave data.on_device off"
             ) from error
         for start in range(0, len(dataset), CHUNK):
@@ -58,6 +58,6 @@ class OnDevice(Dataset):
         if at.device.type == "cpu":
             self._check_range(at)
             at = at.to(self.device, non_blocking=True)
-        elsewhere = [name for name in wanted if name not in self._on_device]
-        stored = self._dataset.read(rows, elsewhere) if elsewhere else {}
+        on_disk = [name for name in wanted if name not in self._on_device]
+        stored = self._dataset.read(rows, on_disk) if on_disk else {}
         return {name: stored[name] if name in stored else self._on_device[name][at] for name in wanted}

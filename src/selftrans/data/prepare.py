@@ -1,7 +1,7 @@
-"""Pictures or arrays => moments => shards on disk: decoded by threads ahead of the encoder, resumable shard by shard.
+"""Pictures or arrays => moments => shards on disk. Threads decode ahead of the encoder; work resumes at shard granularity.
 
-A shard depends on no other, so several processes or machines can each make some (`part`).
-Shape legend: R resolution, (C, *S) values of data that are no pictures.
+Shards are independent, so several processes or machines can each make some of them (`part`).
+Shape legend: R resolution, (C, *S) values of data that are not pictures.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from selftrans.encoders.autoencoder import IDENTITIES, Autoencoder, autoencoder_
 from selftrans.precision import PRECISIONS, dtype_name
 from selftrans.storage import printable
 
-NETWORK_DTYPES = {dtype_name(name): dtype for name, dtype in PRECISIONS.items()}  #: "float32", ... -> torch's
+NETWORK_DTYPES = {dtype_name(name): dtype for name, dtype in PRECISIONS.items()}  #: "float32", ... -> torch dtype
 
 
 def prepare(
@@ -50,27 +50,28 @@ def prepare(
 ) -> Manifest:
     """Encode a source of pictures (see `open_source`) into a folder of shards, and return its manifest.
 
-    With autoencoder "values" the source is an npz of arrays (N, C, *S) that are no pictures (see `npz_values`).
+    With autoencoder "values" the source is an npz of arrays (N, C, *S) that are not pictures (see `npz_values`).
 
     Args:
-        resolution: side R to crop and resize to; None keeps that of the pictures.
+        resolution: side R to crop and resize to; None keeps the size of the pictures.
         flip: store the moments of the mirrored pictures as a second copy.
-        dtype: of the stored moments; None: float16, and float32 for values. `precision` is that of the network.
-        skip_bad: leave unreadable samples out, listed in the manifest, in place of stopping at the first.
-        split, label_column: for parquet files and data sets of the hub.
-        part: "I/N": make every Nth shard only, while other processes or machines make the others in the same folder;
-            the one that ends last finishes it, and until then the manifest returned is that of the shards so far.
-    An interrupted call continues when repeated, with the same batch_size and device to the same bits; a complete one is
-    checked against its sha256, and a shard that is lost or damaged is made again.
-    Raises ValueError for a bad source, sample, autoencoder or option, a folder begun with others, a disk that refuses.
+        dtype: of the stored moments; None: float16, or float32 for values. `precision` is that of the network.
+        skip_bad: skip unreadable samples and list them in the manifest, instead of stopping at the first.
+        split, label_column: for parquet files and hub data sets.
+        part: "I/N": make every Nth shard only; other processes or machines make the others in the same folder. The part
+            that ends last writes the manifest. Until then, the returned manifest lists the shards made so far.
+    To continue an interrupted call, repeat it; with the same batch_size and device the shards are bit-identical. Repeating
+    a complete call checks every sha256 and makes lost or damaged shards again.
+    Raises ValueError for a bad source, sample, autoencoder or option, for a folder begun with other options, and when the
+    folder cannot be written.
     """
     out, dtype = Path(out), dtype or ("float32" if autoencoder == "values" else "float16")
     mine = _check(source, out, batch_size, shard_size, dtype, precision, part)
-    before = resumable.earlier(out)
+    earlier = resumable.earlier(out)
     if autoencoder == "values":
         samples = _open_values(source, resolution, flip, label_column)
     else:
-        samples = _open_pictures(source, resolution, before, split=split, label_column=label_column, progress=progress)
+        samples = _open_pictures(source, resolution, earlier, split=split, label_column=label_column, progress=progress)
     options: dict[str, Option] = {
         "autoencoder": autoencoder_name(autoencoder),
         "resolution": resolution,
@@ -82,31 +83,31 @@ def prepare(
         "label_column": label_column,
         "fingerprint": samples.fingerprint,
     }
-    if before:
-        resumable.check_options(before.plan, options, out)
-        if _covers(before, samples) and not _remove_damaged(out, progress):
+    if earlier:
+        resumable.check_options(earlier.plan, options, out)
+        if _covers(earlier, samples) and not _remove_damaged(out, progress):
             return Manifest.load(out)
-    _say_ignored(samples, progress)
-    where, model = _load(autoencoder, device, precision)
-    encoder = ShardEncoder(samples, batch_size, shard_size, skip_bad, model, where, flip, dtype)
+    _report_ignored(samples, progress)
+    device, model = _load(autoencoder, device, precision)
+    encoder = ShardEncoder(samples, batch_size, shard_size, skip_bad, model, device, flip, dtype)
     return _run(encoder, encoder.plan(str(source), options), out, mine, progress)
 
 
 def prepare_digits(out: str | Path) -> Dataset:
-    """The built-in digits as 8x8 pixel shards in `out`, made on the first call, opened on every other."""
+    """The built-in digits as 8x8 pixel shards in `out`: made by the first call, opened by later ones."""
     prepare("digits", out, progress=False)
     return Dataset.open(out)
 
 
 def say(text: str, progress: bool) -> None:
-    """A line for the person who watches; standard output belongs to the command."""
+    """Print a progress message to standard error; standard output is for the command's result."""
     if progress:
         print(text, file=sys.stderr)
 
 
-def _say_ignored(samples: Samples, progress: bool) -> None:
+def _report_ignored(samples: Samples, progress: bool) -> None:
     if samples.ignored:
-        say("passed over: " + ", ".join(f"{count} {why}" for why, count in samples.ignored.items()), progress)
+        say("ignored: " + ", ".join(f"{count} {why}" for why, count in samples.ignored.items()), progress)
 
 
 def _check(
@@ -120,35 +121,35 @@ def _check(
     if batch_size < 1 or shard_size < 1:
         raise ValueError(f"batch_size {batch_size} and shard_size {shard_size} should be 1 or more")
     if str(source) != "digits" and Path(source).is_dir() and out.resolve().is_relative_to(Path(source).resolve()):
-        raise ValueError(f"{out} lies inside the pictures {source}; choose an --out elsewhere")
+        raise ValueError(f"{out} is inside the source folder {source}; choose an --out outside it")
     return resumable.parse_part(part)
 
 
 def _open_pictures(
-    source: str | Path, resolution: int | None, before: resumable.Earlier | None, **options: Any
+    source: str | Path, resolution: int | None, earlier: resumable.Earlier | None, **options: Any
 ) -> Samples:
-    """Pictures at a resolution; where none is given, at that with which the folder was begun."""
-    native = before.plan.resolution if before and before.plan.options.get("resolution") is None else None
+    """Pictures at `resolution`; if that is None, at the resolution with which the folder was begun."""
+    native = earlier.plan.resolution if earlier and earlier.plan.options.get("resolution") is None else None
     return open_source(source, resolution=resolution or native, **options)
 
 
 def _open_values(source: str | Path, resolution: int | None, flip: bool, label_column: str | None) -> Samples:
-    """An npz of values. Raises ValueError for an option that only pictures have."""
+    """Open an npz of values. Raises ValueError for an option that only applies to pictures."""
     for name, given in (("resolution", resolution is not None), ("flip", flip)):
         if given:
             raise ValueError(f"--{name} is for pictures; leave it out with --autoencoder values")
     if label_column is not None:
-        warnings.warn(f"label_column is ignored: {source} is no table", stacklevel=3)
+        warnings.warn(f"label_column is ignored: {source} is not a table", stacklevel=3)
     return npz_values(Path(source))
 
 
-def _covers(before: resumable.Earlier, samples: Samples) -> bool:
+def _covers(earlier: resumable.Earlier, samples: Samples) -> bool:
     """Whether a folder is complete for these samples."""
-    return before.complete and sum(shard.asked for shard in before.shards) == len(samples)
+    return earlier.complete and sum(shard.asked for shard in earlier.shards) == len(samples)
 
 
 def _remove_damaged(out: Path, progress: bool) -> list[str]:
-    """Remove the files of a complete folder that fail their sha256, so that they are made again; their names."""
+    """Remove the files of a complete folder whose sha256 is wrong, so that they are made again; returns their names."""
     damaged = list(Dataset.open(out).damaged(features=False))
     for name in damaged:
         say(f"{out / name} fails its sha256 and is made again", progress)
@@ -159,24 +160,24 @@ def _remove_damaged(out: Path, progress: bool) -> list[str]:
 
 
 def _load(name: str, device: str | torch.device | None, precision: str) -> tuple[torch.device, Autoencoder]:
-    """The autoencoder, and where it runs: by default on a GPU if there is one."""
+    """The device (None: a GPU if there is one) and the autoencoder on it."""
     if name in IDENTITIES:
         if precision != "float32":
             warnings.warn(f"precision {precision} is ignored: {name} needs no network", stacklevel=3)
         return torch.device("cpu"), load_autoencoder(name)
-    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    return where, load_autoencoder(name, device=where, dtype=NETWORK_DTYPES[precision])
+    chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    return chosen, load_autoencoder(name, device=chosen, dtype=NETWORK_DTYPES[precision])
 
 
 def _run(encoder: ShardEncoder, plan: Manifest, out: Path, part: resumable.Part, progress: bool) -> Manifest:
-    """Make the shards of a part that are missing; then, if no other part has any left to make, the manifest."""
+    """Make the missing shards of a part; then write the manifest, if the shards of all other parts are finished."""
     from tqdm import tqdm
 
     mine = [shard for shard in encoder.shards() if shard % part[1] == part[0] - 1]
     with resumable.locked(out, part, mine):
         with resumable.changing(out, part):
-            begun, done = _valid(encoder, plan, out)  # again, now that nobody else writes to them
-            if resumable.is_finished(out) and len(done) == len(encoder.shards()):  # meanwhile, by another part
+            begun, done = _valid(encoder, plan, out)  # read again under the lock
+            if resumable.is_finished(out) and len(done) == len(encoder.shards()):  # by another part in the meantime
                 return Manifest.load(out)
             resumable.begin(out, begun, done.values())
         missing = [shard for shard in mine if shard not in done]
@@ -184,7 +185,7 @@ def _run(encoder: ShardEncoder, plan: Manifest, out: Path, part: resumable.Part,
         total = sum(encoder.asked(shard) for shard in mine)
         bar = tqdm(total=total, initial=initial, unit=f" {plan.unit}", disable=not progress)
         batches = (batch for shard in missing for batch in encoder.batches(shard))
-        threads = None if encoder.autoencoder.pictures else 1  # an npz is read in order
+        threads = None if encoder.autoencoder.pictures else 1  # an npz must be read in order
         with bar, closing(ahead(encoder.decode, batches, threads=threads)) as decoded:
             for shard in missing:
                 resumable.record(out, encoder.write(plan, out, shard, decoded, bar.update))
@@ -193,21 +194,21 @@ def _run(encoder: ShardEncoder, plan: Manifest, out: Path, part: resumable.Part,
 
 
 def _valid(encoder: ShardEncoder, plan: Manifest, out: Path) -> tuple[Manifest, dict[int, Shard]]:
-    """The plan with the features that are stored already, and the valid shards in the folder, by index.
+    """The plan with the features that are already stored, and the valid shards in the folder, by index.
 
     Raises ValueError when the folder was begun with another plan.
     """
-    before = resumable.earlier(out)
-    if before is None:
+    earlier = resumable.earlier(out)
+    if earlier is None:
         return plan, {}
-    resumable.check_plan(before.plan, plan, out)
+    resumable.check_plan(earlier.plan, plan, out)
     shards = encoder.shards()
-    valid = {s.index: s for s in before.shards if s.index in shards and s.asked == encoder.asked(s.index)}
-    return replace(plan, features=before.plan.features), valid
+    valid = {s.index: s for s in earlier.shards if s.index in shards and s.asked == encoder.asked(s.index)}
+    return replace(plan, features=earlier.plan.features), valid
 
 
 def _finish(encoder: ShardEncoder, plan: Manifest, out: Path, progress: bool) -> Manifest:
-    """The manifest of the folder, written if all shards are valid; else that of the shards so far."""
+    """The manifest, written to the folder if all shards are valid; otherwise one of the shards made so far."""
     plan, shards = _valid(encoder, plan, out)
     if len(shards) < len(encoder.shards()):
         count = sum(shard.count for shard in shards.values())

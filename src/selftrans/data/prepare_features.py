@@ -1,8 +1,8 @@
 """Pictures => features of an external encoder, stored with the shards of moments: the second half of `prepare --features`.
 
-The shards themselves are not touched, so features can be added to a folder that is long complete; the manifest lists them
-once those of all shards are made. Until then each has a record `features-00000.json`. Resumable shard by shard, and shared
-by parts, as the moments are. Shape legend: N batch, T = grid² tokens, D width.
+The shards are not changed, so features can be added to a complete folder. The manifest lists them once the features of
+all shards are made; until then each file has a record `features-00000.json`. Like the moments, they are made shard by
+shard, resumable, and in parts. Shape legend: N batch, T = grid² tokens, D width.
 """
 
 from __future__ import annotations
@@ -46,20 +46,21 @@ def prepare_features(
 
     Args:
         encoder: hub id or folder. Its network computes in `precision`; features are stored as float16.
-        grid: side of the grid of features, one for each token of the students; None: half the side of the latents, as of a
-            student of patch 2. 16 x 16 features of 768 take 0.4 MB a picture, twice that with mirrored copies.
-        part: "I/N", as in `prepare`: the shards of this part, whose moments must be finished. Until all parts have ended,
-            what is returned is that of the shards so far.
-    An interrupted call continues when repeated; a complete folder is left alone; a lost or cut file is made again.
-    Raises ValueError for a folder of other pictures, of no pictures or with other features, a bad encoder, a disk that
-    refuses.
+        grid: side of the grid of features, one for each token of the student; None: half the side of the latents, which is
+            the grid of a student with patch size 2. 16 x 16 features of width 768 take 0.4 MB per picture, twice that with
+            mirrored copies.
+        part: "I/N", as in `prepare`: make the features of this part's shards, whose moments must be finished. Until all
+            parts have ended, the returned value lists the files made so far.
+    To continue an interrupted call, repeat it. A complete folder is not changed; a lost or truncated file is made again.
+    Raises ValueError for a folder prepared from other pictures or from data that are not pictures, a folder with other
+    features, a bad encoder, and when the folder cannot be written.
     """
-    out, mine, before = Path(out), resumable.parse_part(part), resumable.earlier(Path(out))
-    if before is None:
+    out, mine, earlier = Path(out), resumable.parse_part(part), resumable.earlier(Path(out))
+    if earlier is None:
         raise ValueError(f"{out} holds no prepared pictures; run `selftrans prepare` on {source} first")
-    manifest, options = before.plan, before.plan.options
+    manifest, options = earlier.plan, earlier.plan.options
     if manifest.resolution is None:
-        raise ValueError(f"{out} holds data that are no pictures, which no vision encoder reads; leave --features out")
+        raise ValueError(f"{out} holds data that are not pictures; a vision encoder cannot read them: omit --features")
     label_column = options.get("label_column")
     pictures = open_source(
         source,
@@ -76,25 +77,25 @@ def prepare_features(
         or (grid is not None and grid < 1)
         or precision not in NETWORK_DTYPES
     ):
-        raise ValueError(f"batch_size {batch_size}, grid {grid} or precision {precision!r} cannot be")
+        raise ValueError(f"batch_size {batch_size}, grid {grid} or precision {precision!r} is out of range")
     wanted = Features(
         encoder=encoder_name(encoder),
-        sha256="",  # known once it is loaded
+        sha256="",  # known once the encoder is loaded
         precision=precision,
         grid=grid or max(1, manifest.shape[1] // 2),
         width=0,
         fingerprint=pictures.fingerprint,
         files=(),
     )
-    _stored(wanted, out)  # other features are refused before anything is touched
-    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    return _run(ShardPlan(pictures, batch_size, size, skip_bad=True), wanted, out, mine, where, progress)
+    _stored(wanted, out)  # refuse other features before anything is written
+    chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    return _run(ShardPlan(pictures, batch_size, size, skip_bad=True), wanted, out, mine, chosen, progress)
 
 
 def _run(
     plan: ShardPlan, wanted: Features, out: Path, part: resumable.Part, device: torch.device, progress: bool
 ) -> Features:
-    """Make the features of a part that are missing; then, if no other part has any left to make, list them all."""
+    """Make the missing features of a part; then list them in the manifest, if those of all other parts are finished."""
     from tqdm import tqdm
 
     mine = [shard for shard in plan.shards() if shard % part[1] == part[0] - 1]
@@ -119,8 +120,8 @@ def _run(
         batches = (batch for shard in missing for batch in plan.batches(shard))
         with bar, closing(ahead(plan.decode, batches)) as decoded:
             for shard in missing:
-                its = _counted(islice(decoded, len(plan.batches(shard))), bar)
-                file = _write(model, device, plan, wanted.layout(manifest), shards[shard], out, its)
+                of_shard = _counted(islice(decoded, len(plan.batches(shard))), bar)
+                file = _write(model, device, plan, wanted.layout(manifest), shards[shard], out, of_shard)
                 _record(out, replace(wanted, files=(file,)))
         with resumable.changing(out, part):
             return _finish(plan, wanted, out, progress)
@@ -133,32 +134,32 @@ def _counted(batches: Iterable[Decoded], bar: object) -> Iterator[Decoded]:
 
 
 def _stored(wanted: Features, out: Path) -> tuple[Manifest, dict[int, Shard], dict[int, Features]]:
-    """The folder's plan, its finished shards, and the valid feature files by shard, each with what made it.
+    """The folder's plan, its finished shards, and by shard the `Features` of each valid feature file.
 
     Raises ValueError for other features than `wanted`.
     """
-    before = resumable.earlier(out)
-    assert before is not None, "checked by the caller"
-    manifest, shards = before.plan, {shard.index: shard for shard in before.shards}
-    found = [manifest.features] if manifest.features else []
+    earlier = resumable.earlier(out)
+    assert earlier is not None, "checked by the caller"
+    manifest, shards = earlier.plan, {shard.index: shard for shard in earlier.shards}
+    records = [manifest.features] if manifest.features else []
     for path in sorted(out.glob("features-*.json")):
-        with suppress(ValueError):  # a damaged record is no record: its features are made again
-            found.append(Features.parse(parse_json(read_text(path), path.name), path.name))
-    each = {file.index: replace(features, files=(file,)) for features in found for file in features.files}
+        with suppress(ValueError):  # a damaged record is ignored: its features are made again
+            records.append(Features.parse(parse_json(read_text(path), path.name), path.name))
+    by_shard = {file.index: replace(features, files=(file,)) for features in records for file in features.files}
     valid = {
-        index: one
-        for index, one in each.items()
-        if index in shards and is_valid(out / one.files[0].name, one.layout(manifest), shards[index].count)
+        index: features
+        for index, features in by_shard.items()
+        if index in shards and is_valid(out / features.files[0].name, features.layout(manifest), shards[index].count)
     }
     _check_same(valid, wanted, out)
     return manifest, shards, valid
 
 
 def _check_same(stored: dict[int, Features], wanted: Features, out: Path) -> None:
-    """Raise ValueError naming what differs between the features of the folder and those that are to be made."""
-    for one in stored.values():
+    """Raise ValueError naming the first field in which the features of the folder differ from `wanted`."""
+    for features in stored.values():
         for name in ("encoder", "precision", "grid", "fingerprint", "sha256", "width"):
-            old, new = getattr(one, name), getattr(wanted, name)
+            old, new = getattr(features, name), getattr(wanted, name)
             if old != new and new:  # hash and width are not known before the encoder is loaded
                 raise ValueError(
                     f"{out} holds features with {name} {old}, not {new}; repeat the command as it was, delete its "
@@ -167,16 +168,16 @@ def _check_same(stored: dict[int, Features], wanted: Features, out: Path) -> Non
 
 
 def _begin(manifest: Manifest, stored: dict[int, Features], out: Path) -> None:
-    """Record each valid file by itself, since the manifest lists features of all shards only."""
-    for one in stored.values():
-        _record(out, one)
+    """Write one record per valid file: the manifest lists features only when those of all shards are finished."""
+    for features in stored.values():
+        _record(out, features)
     if manifest.features:
         resumable.set_features(out, None)
 
 
-def _record(out: Path, one: Features) -> None:
-    """Note that the features of one shard are finished."""
-    write_text(out / f"features-{one.files[0].index:05d}.json", json.dumps(asdict(one)), remedy=KEPT)
+def _record(out: Path, features: Features) -> None:
+    """Record that the features of one shard are finished."""
+    write_text(out / f"features-{features.files[0].index:05d}.json", json.dumps(asdict(features)), remedy=KEPT)
 
 
 def _write(
@@ -188,7 +189,7 @@ def _write(
     out: Path,
     decoded: Iterable[Decoded],
 ) -> FeatureFile:
-    """Encode and write the features of one shard. ValueError when other pictures are readable than for its moments."""
+    """Encode and write one shard's features. ValueError unless the readable pictures are those of its moments."""
     (copies, *_) = layout["features"][1]
     file, absent = FeatureFile(shard.index, ""), {name for name, _ in shard.skipped}
     with write_shard(out / file.name, layout, shard.asked) as rows:
@@ -206,7 +207,7 @@ def _write(
 
 
 def _encode(model: Encoder, device: torch.device, plan: ShardPlan, batch: Decoded, copies: int) -> np.ndarray:
-    """Features (N, copies, T, D) float16. Raises ValueError where they exceed its range."""
+    """Features (N, copies, T, D) float16. Raises ValueError when they exceed the range of float16."""
     pixels = from_uint8(torch.from_numpy(np.stack(batch.arrays)).to(device))
     views = (pixels, pixels.flip(dims=(-1,)))[:copies]
     features = torch.stack([model.encode(view) for view in views], dim=1).to(torch.float16)
@@ -220,7 +221,7 @@ def _encode(model: Encoder, device: torch.device, plan: ShardPlan, batch: Decode
 
 
 def _finish(plan: ShardPlan, wanted: Features, out: Path, progress: bool) -> Features:
-    """The features of all shards, listed in the manifest; else what there is so far."""
+    """The features of all shards, once listed in the manifest; otherwise those made so far."""
     *_, stored = _stored(wanted, out)
     files = tuple(stored[index].files[0] for index in sorted(stored))
     so_far = replace(next(iter(stored.values()), wanted), files=files)

@@ -1,4 +1,4 @@
-"""Strict reading of small JSON files: a field is taken by name and checked, and nothing is believed before that."""
+"""Strict reading of small JSON files: every field is taken by name and checked."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ REMEDY = "prepare the data again"
 
 
 def read_text(path: Path) -> str:
-    """A small text file. Raises ValueError when it is larger than MAX_BYTES, or no text."""
+    """Read a small text file. Raises ValueError when it is larger than MAX_BYTES or not UTF-8."""
     try:
         if path.stat().st_size > MAX_BYTES:
             raise ValueError(f"{path.name} is larger than {MAX_BYTES} bytes")
@@ -25,7 +25,7 @@ def read_text(path: Path) -> str:
 
 
 def parse_json(text: str, where: str) -> object:
-    """JSON as data. Raises ValueError when it is none, or nested too deeply."""
+    """Parse JSON. Raises ValueError when it is invalid or nested too deeply."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -44,13 +44,13 @@ class Record:
         self.data, self.where = data, where
 
     def only(self, names: Iterable[str]) -> None:
-        """Refuse any other field."""
+        """Refuse any field that is not in `names`."""
         unknown = sorted(set(self.data) - set(names))
         if unknown:
             raise ValueError(f"{self.where}: field {unknown[0]!r:.60} is unknown; {REMEDY}")
 
     def take(self, name: str, check: Callable[[object], Any]) -> Any:
-        """What `check` makes of a field; its ValueError says what the field should be."""
+        """The value of a field after `check`, whose ValueError says what the field should be."""
         if name not in self.data:
             raise ValueError(f"{self.where}: field {name!r} is missing; {REMEDY}")
         value = self.data[name]
@@ -91,7 +91,7 @@ class Record:
 
 
 def as_integer(value: object, low: int, high: int) -> int:
-    """An integer within bounds. Its ValueError, as of all below, says what it should be."""
+    """An integer within bounds. The ValueError of this and the functions below says what the value should be."""
     if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
         raise ValueError(f"an integer from {low} to {high}")
     return value

@@ -1,10 +1,10 @@
-"""The output folder of `prepare`: what is finished in it, and who may write.
+"""The output folder of `prepare`: which shards are finished, and which process may write.
 
 unfinished: `plan.json` (a manifest without shards) and a record `shard-00000.json` per finished shard
-finished:   `manifest.json`, written last, which takes the place of both
+finished:   `manifest.json`, written last, which replaces both
 
-One process writes alone, or several write different shards: each makes the shards k with k % N == I - 1, and the one that
-finds all of them finished writes the manifest.
+Either one process writes all shards, or N processes write different ones: part I makes the shards k with k % N == I - 1,
+and the process that finds all shards finished writes the manifest.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ ALONE: Part = (1, 1)
 
 
 def parse_part(text: str) -> Part:
-    """The part that "I/N" means. Raises ValueError where it means none."""
+    """Parse "I/N". Raises ValueError for any other text, or I outside 1 .. N."""
     number, _, parts = text.partition("/")
     if not (number.isdecimal() and parts.isdecimal() and 1 <= int(number) <= int(parts)):
         raise ValueError(f"part {text!r} should be I/N with I from 1 to N, as 1/2 and 2/2 for two processes")
@@ -36,17 +36,17 @@ def parse_part(text: str) -> Part:
 
 
 class Earlier(NamedTuple):
-    """What an earlier `prepare` left in the folder."""
+    """The state in which an earlier `prepare` left the folder."""
 
     plan: Manifest  #: without shards
-    shards: tuple[Shard, ...]  #: those that are finished, and whose files hold what they should
+    shards: tuple[Shard, ...]  #: the finished ones whose files are valid
     complete: bool
 
 
 def earlier(out: Path) -> Earlier | None:
-    """What the folder holds; None when there is no folder, or an empty one.
+    """The state of the folder; None when it does not exist or is empty.
 
-    Raises ValueError when it is no folder, holds other things, or a plan or manifest that is damaged.
+    Raises ValueError when it is not a folder, holds other files, or its plan or manifest is damaged.
     """
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out} is not a folder; choose another --out")
@@ -60,38 +60,38 @@ def earlier(out: Path) -> Earlier | None:
             raise ValueError(f"{out} is not empty and holds no earlier preparation; choose a new folder for --out")
         return None
     try:
-        found = Manifest.from_json(read_text(out / name))
+        manifest = Manifest.from_json(read_text(out / name))
     except ValueError as error:
         raise ValueError(f"{out} holds a damaged preparation ({error}); delete it, or choose another --out") from error
-    recorded = found.shards if name == FILE else tuple(_records(out))
-    valid = tuple(shard for shard in recorded if is_valid(out / shard.file, found.layout, shard.count))
-    complete = name == FILE and PLAN not in visible and 0 < len(valid) == len(found.shards)
-    return Earlier(found.without_shards(), valid, complete)
+    recorded = manifest.shards if name == FILE else tuple(_records(out))
+    valid = tuple(shard for shard in recorded if is_valid(out / shard.file, manifest.layout, shard.count))
+    complete = name == FILE and PLAN not in visible and 0 < len(valid) == len(manifest.shards)
+    return Earlier(manifest.without_shards(), valid, complete)
 
 
 def is_finished(out: Path) -> bool:
-    """Whether the folder is in its finished state (its shards may be damaged all the same)."""
+    """Whether the folder is in its finished state (its shards may still be damaged)."""
     return (out / FILE).is_file() and not (out / PLAN).exists()
 
 
 def _records(out: Path) -> Iterator[Shard]:
     for path in sorted(out.glob("shard-*.json")):
-        with suppress(ValueError):  # a damaged record is no record: its shard is made again
+        with suppress(ValueError):  # a damaged record is ignored: its shard is made again
             yield parse_shard(parse_json(read_text(path), path.name), path.name)
 
 
 def check_options(before: Manifest, options: dict[str, Option], out: Path) -> None:
-    """Raise ValueError naming the first option that is not what the folder was begun with."""
+    """Raise ValueError naming the first option that differs from those with which the folder was begun."""
     for name in sorted(before.options.keys() | options.keys()):
         old, new = before.options.get(name), options.get(name)
         if old == new:
             continue
-        how = f"with {name} {old}, not {new}" if name != "fingerprint" else f"from other {before.unit}"
-        raise ValueError(f"{out} was prepared {how}; repeat the command as it was, or choose another --out")
+        difference = f"with {name} {old}, not {new}" if name != "fingerprint" else f"from other {before.unit}"
+        raise ValueError(f"{out} was prepared {difference}; repeat the command as it was, or choose another --out")
 
 
 def check_plan(before: Manifest, plan: Manifest, out: Path) -> None:
-    """Raise ValueError naming the first field that the same options would fill differently today."""
+    """Raise ValueError naming the first field of the folder's plan that differs from the new plan."""
     for name in (field.name for field in fields(Manifest)):
         old, new = getattr(before, name), getattr(plan, name)
         if old != new and name not in ("source", "shards", "count", "features"):
@@ -100,13 +100,13 @@ def check_plan(before: Manifest, plan: Manifest, out: Path) -> None:
 
 @contextmanager
 def locked(out: Path, part: Part = ALONE, shards: Iterable[int] = ()) -> Iterator[None]:
-    """Make the folder and hold it for this process; or hold one part of it, these shards, while others hold other parts.
+    """Create the folder and lock it for this process, or lock one part of it (these shards) while others lock other parts.
 
-    Raises ValueError when another process has it, or it cannot be written.
+    Raises ValueError when another process holds the lock, or the folder cannot be written.
     """
-    with ExitStack() as held:
+    with ExitStack() as locks:
         try:
-            held.enter_context(lock_file(out / LOCK, shared=part != ALONE))
+            locks.enter_context(lock_file(out / LOCK, shared=part != ALONE))
         except InUse as error:
             raise ValueError(
                 f"another `selftrans prepare` is writing to {out}; wait for it, or choose another --out"
@@ -115,7 +115,7 @@ def locked(out: Path, part: Part = ALONE, shards: Iterable[int] = ()) -> Iterato
             remove_stale_temporaries(out)
         else:
             try:
-                held.enter_context(lock_file(out / f"{LOCK}-{part[0]}-of-{part[1]}"))
+                locks.enter_context(lock_file(out / f"{LOCK}-{part[0]}-of-{part[1]}"))
             except InUse as error:
                 raise ValueError(
                     f"another `selftrans prepare` is making part {part[0]}/{part[1]} in {out}; wait for it"
@@ -130,8 +130,8 @@ def locked(out: Path, part: Part = ALONE, shards: Iterable[int] = ()) -> Iterato
 
 @contextmanager
 def changing(out: Path, part: Part) -> Iterator[None]:
-    """Hold the state of the folder (plan and manifest) while it is read and changed; other parts wait a moment."""
-    if part == ALONE:  # there are no others
+    """Lock the state of the folder (plan and manifest) while it is read and changed; other parts wait."""
+    if part == ALONE:  # there are no other parts
         yield
         return
     with lock_file(out / f"{LOCK}-state", wait=True):
@@ -140,7 +140,7 @@ def changing(out: Path, part: Part) -> Iterator[None]:
 
 
 def begin(out: Path, plan: Manifest, shards: Iterable[Shard]) -> None:
-    """Put the folder in its unfinished state, these shards being finished."""
+    """Put the folder in its unfinished state, with these shards recorded as finished."""
     write_text(out / PLAN, plan.to_json(), remedy=KEPT)
     for shard in shards:
         record(out, shard)
@@ -148,12 +148,12 @@ def begin(out: Path, plan: Manifest, shards: Iterable[Shard]) -> None:
 
 
 def record(out: Path, shard: Shard) -> None:
-    """Note that a shard is finished."""
+    """Record that a shard is finished."""
     write_text(out / f"shard-{shard.index:05d}.json", json.dumps(asdict(shard)), remedy=KEPT)
 
 
 def finish(out: Path, plan: Manifest, shards: Iterable[Shard]) -> Manifest:
-    """Write the manifest, and remove what it replaces."""
+    """Write the manifest, and remove the plan and records that it replaces."""
     ordered = tuple(sorted(shards, key=lambda shard: shard.index))
     manifest = replace(plan, shards=ordered, count=sum(shard.count for shard in ordered))
     write_text(out / FILE, manifest.to_json(), remedy=KEPT)
@@ -163,7 +163,7 @@ def finish(out: Path, plan: Manifest, shards: Iterable[Shard]) -> Manifest:
 
 
 def set_features(out: Path, features: Features | None) -> None:
-    """Write into the manifest, or into the plan of an unfinished folder, which features are stored for all shards."""
+    """Write `features` into the manifest, or into the plan of an unfinished folder."""
     path = out / (FILE if (out / FILE).is_file() else PLAN)
-    found = Manifest.from_json(read_text(path))
-    write_text(path, replace(found, features=features).to_json(), remedy=KEPT)
+    manifest = Manifest.from_json(read_text(path))
+    write_text(path, replace(manifest, features=features).to_json(), remedy=KEPT)

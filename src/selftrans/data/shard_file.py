@@ -1,9 +1,9 @@
-"""One shard is one safetensors file of named tensors, rows first; it is written row by row and read memory-mapped.
+"""A shard is a safetensors file of named tensors, rows first; it is written row by row and read memory-mapped.
 
     shard-00000.safetensors      moments (count, copies, M, *S) float16 or float32;  labels (count,) int64
     features-00000.safetensors   features (count, copies, T, D) float16
-A `Layout` says which tensors a file holds, and the dtype and shape of one row of each. The header is padded with spaces, as
-the format allows, so that the numbers start at a page of memory. Shape legend: M moments channels, S spatial dimensions.
+A `Layout` lists the tensors of a file, with the dtype and shape of one row of each. The header is padded with spaces, as
+the format allows, so that the data start at a page boundary. Shape legend: M moments channels, S spatial dimensions.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from selftrans.storage import atomic_write, first_line
 #: name of a tensor -> dtype (a key of DTYPES) and shape of one row
 Layout: TypeAlias = Mapping[str, tuple[str, tuple[int, ...]]]
 
-DTYPES = {"float16": "F16", "float32": "F32", "int64": "I64"}  #: name -> as safetensors spells it
+DTYPES = {"float16": "F16", "float32": "F32", "int64": "I64"}  #: name -> safetensors name
 PAGE = 4096  #: bytes
-CHUNK = 1 << 24  #: bytes moved at a time
+CHUNK = 1 << 24  #: bytes copied at a time
 REMEDY = "repeat the `selftrans prepare` that made the folder to restore it"
-KEPT = "make room or choose another --out, then repeat: finished shards are kept"
+KEPT = "free disk space or choose another --out, then repeat: finished shards are kept"
 
 
 def row_bytes(layout: Layout) -> int:
@@ -35,9 +35,9 @@ def row_bytes(layout: Layout) -> int:
 
 
 def open_tensors(path: Path, layout: Layout, count: int) -> dict[str, np.ndarray]:
-    """The tensors of a shard, each (count, *row shape): read-only views of the mapped file, nothing is read yet.
+    """The tensors of a shard, each (count, *row shape), as read-only views of the mapped file; no data are read yet.
 
-    Raises ValueError, with the remedy, when the file is missing or no safetensors file, or holds other tensors.
+    Raises ValueError, with the remedy, when the file is missing or is not a safetensors file of exactly these tensors.
     """
     import torch  # noqa: F401 - safetensors maps the file through it
     from safetensors import safe_open
@@ -48,22 +48,22 @@ def open_tensors(path: Path, layout: Layout, count: int) -> dict[str, np.ndarray
     try:
         with safe_open(path, framework="pt") as file:
             for name, (dtype, shape) in layout.items():
-                found = file.get_slice(name)
-                if (found.get_dtype(), found.get_shape()) != (DTYPES[dtype], [count, *shape]):
-                    held = f"{found.get_dtype()} {tuple(found.get_shape())}"
-                    wanted = f"{DTYPES[dtype]} {(count, *shape)}"
-                    raise ValueError(f"its {name} are {held} where the manifest says {wanted}")
+                stored = file.get_slice(name)
+                if (stored.get_dtype(), stored.get_shape()) != (DTYPES[dtype], [count, *shape]):
+                    actual = f"{stored.get_dtype()} {tuple(stored.get_shape())}"
+                    expected = f"{DTYPES[dtype]} {(count, *shape)}"
+                    raise ValueError(f"its {name} are {actual}, the manifest expects {expected}")
                 tensors[name] = file.get_tensor(name).numpy()
                 tensors[name].flags.writeable = False
             if extra := sorted(set(file.keys()) - set(layout)):
                 raise ValueError(f"it also holds {extra[0]!r:.60}")
-    except Exception as error:  # of safetensors, torch or the system: the file is not what the manifest says
+    except Exception as error:  # from safetensors, torch or the system: the file does not match the manifest
         raise ValueError(f"shard {path} cannot be used ({first_line(error, 300)}); {REMEDY}") from error
     return tensors
 
 
 def is_valid(path: Path, layout: Layout, count: int) -> bool:
-    """Whether `open_tensors` succeeds; the numbers themselves are not read."""
+    """Whether `open_tensors` succeeds; the data are not read."""
     try:
         open_tensors(path, layout, count)
     except ValueError:
@@ -72,19 +72,19 @@ def is_valid(path: Path, layout: Layout, count: int) -> bool:
 
 
 class ShardWriter:
-    """Rows appended to a shard, which takes its final form when `write_shard` ends."""
+    """Appends rows to a shard, which is finished when `write_shard` ends."""
 
     def __init__(self, file: BinaryIO, layout: Layout, most: int) -> None:
-        # tensors of wide numbers first, so that every number lies at a multiple of its size
+        # tensors with wide dtypes first, so that every value is aligned to its size
         order = sorted(layout, key=lambda name: (-np.dtype(layout[name][0]).itemsize, name))
         self.count = 0  #: rows written
         self._file, self._most = file, most
         self._layout = {name: layout[name] for name in order}
         unpadded = 8 + len(json.dumps(self._header(most)))
-        self._start = -(-unpadded // PAGE) * PAGE  # of the numbers
+        self._start = -(-unpadded // PAGE) * PAGE  # offset of the data
 
     def write(self, rows: Mapping[str, np.ndarray]) -> None:
-        """Append rows: of each tensor of the layout an array (n, *row shape) in its dtype."""
+        """Append rows: for each tensor of the layout an array (n, *row shape) in its dtype."""
         n = len(next(iter(rows.values())))
         assert rows.keys() == self._layout.keys() and self.count + n <= self._most
         for name, (begin, _) in self._spans(self._most).items():
@@ -96,7 +96,7 @@ class ShardWriter:
         self.count += n
 
     def finish(self) -> None:
-        """Close the gaps that skipped rows have left, and write the header."""
+        """Close the gaps that skipped rows left, and write the header."""
         self._file.flush()
         spans, final = self._spans(self._most), self._spans(self.count)
         if self.count < self._most:
@@ -116,7 +116,7 @@ class ShardWriter:
             self._file.write(written.read(min(CHUNK, size - done)))
 
     def _spans(self, count: int) -> dict[str, tuple[int, int]]:
-        """Where each tensor begins and ends behind the header, with `count` rows."""
+        """Begin and end of each tensor, in bytes after the header, with `count` rows."""
         spans, at = {}, 0
         for name, row in self._layout.items():
             spans[name] = (at, at + count * _bytes(*row))
@@ -132,9 +132,9 @@ class ShardWriter:
 
 @contextmanager
 def write_shard(path: Path, layout: Layout, most: int) -> Iterator[ShardWriter]:
-    """Write a shard of at most `most` rows; after an error what was at `path` before is still there.
+    """Write a shard of at most `most` rows; after an error, an existing file at `path` is unchanged.
 
-    Raises ValueError when the disk refuses.
+    Raises ValueError when it cannot be written.
     """
     with atomic_write(path, remedy=KEPT) as file:
         writer = ShardWriter(file, layout, most)

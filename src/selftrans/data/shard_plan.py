@@ -1,7 +1,7 @@
-"""A source cut into shards and batches: samples by index => decoded batches, the same on every run.
+"""A source divided into shards and batches: samples by index => decoded batches, the same in every run.
 
 Shard k holds samples [k * shard_size, (k + 1) * shard_size) of the source, minus the unreadable ones.
-Shape legend: (R, R, C) image, (C, *S) values of data that are no pictures.
+Shape legend: (R, R, C) image, (C, *S) values of data that are not pictures.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from selftrans.data.sources.source import Samples
 class Decoded(NamedTuple):
     """A batch of samples read from the source."""
 
-    asked: int  #: how many were to be read
-    good: list[int]  #: index in the source of each that was
+    asked: int  #: how many were requested
+    good: list[int]  #: index in the source of each sample that was read
     arrays: list[np.ndarray]  #: each (R, R, C) uint8 or (C, *S) float32
     skipped: tuple[tuple[str, str], ...]
 
@@ -37,7 +37,7 @@ class ShardPlan:
         return range(-(-len(self.source) // self.shard_size))
 
     def batches(self, shard: int) -> list[range]:
-        """Indices of a shard's samples; cut the same way on every run, since an encoder may round by batch."""
+        """Indices of a shard's samples, by batch; the same in every run, since rounding may depend on the batch."""
         stop = min((shard + 1) * self.shard_size, len(self.source))
         return [
             range(start, min(start + self.batch_size, stop))
@@ -49,7 +49,7 @@ class ShardPlan:
         return sum(len(batch) for batch in self.batches(shard))
 
     def decode(self, indices: range) -> Decoded:
-        """Read a batch of samples. Raises ValueError for an unreadable one, unless they are to be skipped."""
+        """Read a batch of samples. Raises ValueError for an unreadable one, unless `skip_bad`."""
         good, skipped, arrays = [], [], []
         for i in indices:
             try:
@@ -57,6 +57,6 @@ class ShardPlan:
                 good.append(i)
             except BadSample as error:
                 if not self.skip_bad:
-                    raise ValueError(f"{error}; repair or remove it, or go on without it by --skip-bad") from error
+                    raise ValueError(f"{error}; repair or remove it, or skip it with --skip-bad") from error
                 skipped.append((error.name, error.reason))
         return Decoded(len(indices), good, arrays, tuple(skipped))

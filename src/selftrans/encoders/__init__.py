@@ -1,1 +1,1 @@
-"""Networks that turn pixels into something else: autoencoders (latents) and vision models (features)."""
+"""Frozen encoders of pixels: autoencoders (latents) and vision models (features)."""

@@ -1,8 +1,8 @@
 """Autoencoders: pixels => moments => latents => pixels.
 
-pixels   (N, 3 or 1, R, R) float in [-1, 1]; for data that are no pictures values (N, C, *S) of any range
-moments  mean and, for a variational autoencoder, standard deviation: raw, as the encoder gives them; this is stored
-latents  (N, C, *S) = (sample - shift) * scale, of about unit variance; this is what a model learns
+pixels   (N, 3 or 1, R, R) float in [-1, 1]; for data that are not pictures, values (N, C, *S) of any range
+moments  mean and, for a variational autoencoder, standard deviation: raw encoder output; stored on disk
+latents  (N, C, *S) = (sample - shift) * scale, of about unit variance; a model is trained on these
 Shape legend: N batch, R resolution, (C, *S) latent with one to three spatial dimensions S, M moments channels (2C when
 stochastic, else C).
 """
@@ -22,26 +22,26 @@ from selftrans.storage import first_line
 
 
 class Moments(NamedTuple):
-    """What an encoder says of a batch: raw, not yet scaled."""
+    """The raw output of an encoder for a batch, not yet scaled."""
 
     mean: Tensor  #: (N, C, *S)
     std: Tensor | None  #: (N, C, *S); None when the autoencoder is deterministic
 
     def stack(self) -> Tensor:
-        """(N, M, *S): mean, then std if there is one, along the channels."""
+        """(N, M, *S): mean, then std if there is one, concatenated along the channels."""
         return self.mean if self.std is None else torch.cat([self.mean, self.std], dim=1)
 
 
 @dataclass(frozen=True)
 class LatentSpace:
-    """How stored moments become the latents that a model learns, and back: latents = (sample - shift) * scale."""
+    """Conversion between stored moments and the latents of a model: latents = (sample - shift) * scale."""
 
-    shift: float | tuple[float, ...] = 0.0  #: a number, or one for each of the C channels
+    shift: float | tuple[float, ...] = 0.0  #: one number, or one per channel
     scale: float | tuple[float, ...] = 1.0  #: likewise
-    stochastic: bool = False  #: moments hold a standard deviation behind the mean
+    stochastic: bool = False  #: moments hold the mean and then a standard deviation
 
     def sample(self, moments: Tensor) -> Tensor:
-        """Stored moments (N, M, *S) to scaled float32 latents (N, C, *S), drawn by torch's default RNG if stochastic."""
+        """Stored moments (N, M, *S) to scaled float32 latents (N, C, *S), sampled with torch's default RNG if stochastic."""
         if not self.stochastic:
             return self.mean(moments)
         assert moments.shape[1] % 2 == 0, "stochastic moments are mean and std stacked along the channels"
@@ -50,22 +50,22 @@ class LatentSpace:
         return drawn.sub_(_per_channel(self.shift, drawn)).mul_(_per_channel(self.scale, drawn))
 
     def mean(self, moments: Tensor) -> Tensor:
-        """Scaled float32 latents (N, C, *S) of the posterior's mean; nothing is drawn."""
+        """Scaled float32 latents (N, C, *S) of the posterior mean, without sampling."""
         mean = moments.float().chunk(2, dim=1)[0] if self.stochastic else moments.float()
         return (mean - _per_channel(self.shift, mean)) * _per_channel(self.scale, mean)
 
     def unscale(self, latents: Tensor) -> Tensor:
-        """Scaled latents (N, C, *S) to the raw float32 numbers that the decoder reads."""
+        """Scaled latents (N, C, *S) to the raw float32 latents that the decoder reads."""
         raw = latents.float()
         return raw / _per_channel(self.scale, raw) + _per_channel(self.shift, raw)
 
 
 def _per_channel(value: float | tuple[float, ...], like: Tensor) -> float | Tensor:
-    """A number as it is; one per channel as a tensor that broadcasts along dim 1 of `like` (N, C, *S)."""
+    """A single number unchanged; numbers per channel as a tensor that broadcasts along dim 1 of `like` (N, C, *S)."""
     return _column(value, like.dim() - 2, like.device) if isinstance(value, tuple) else value
 
 
-@lru_cache(maxsize=16)  # sent to a GPU once: a step must not wait for it
+@lru_cache(maxsize=16)  # copied to a GPU once, so that no training step waits for it
 def _column(values: tuple[float, ...], spatial: int, device: torch.device) -> Tensor:
     return torch.tensor(values, device=device).view(-1, *[1] * spatial)  # (C, 1, ...)
 
@@ -74,9 +74,9 @@ class Autoencoder(Protocol):
     """Maps pixels to moments, and scaled latents back to pixels."""
 
     name: str  #: "pixel", "values", a hub id, or the absolute path of a folder
-    pictures: bool  #: whether it encodes pictures; if not, values (N, C, *S) take the place of pixels
+    pictures: bool  #: whether it encodes pictures; if not, its inputs are values (N, C, *S)
     latent_space: LatentSpace
-    channels: int  #: C of a latent; 0 when a latent has the channels of the pixels
+    channels: int  #: C of a latent; 0: as many as the pixels have
     downsample: int  #: R / H
 
     def encode(self, pixels: Tensor) -> Moments:
@@ -89,7 +89,7 @@ class Autoencoder(Protocol):
 
 
 class PixelAutoencoder:
-    """The identity: the model learns pixels themselves."""
+    """The identity: the model is trained on pixels."""
 
     name, pictures, latent_space, channels, downsample = "pixel", True, LatentSpace(), 0, 1
 
@@ -101,7 +101,7 @@ class PixelAutoencoder:
 
 
 class ValuesAutoencoder:
-    """The identity for data that are no pictures: values (N, C, *S) of any range, never clamped."""
+    """The identity for data that are not pictures: values (N, C, *S) of any range, never clamped."""
 
     name, pictures, latent_space, channels, downsample = "values", False, LatentSpace(), 0, 1
 
@@ -112,7 +112,7 @@ class ValuesAutoencoder:
         return latents.float()
 
 
-#: those without a network
+#: autoencoders without a network
 IDENTITIES: dict[str, type[PixelAutoencoder] | type[ValuesAutoencoder]] = {
     "pixel": PixelAutoencoder,
     "values": ValuesAutoencoder,
@@ -135,7 +135,7 @@ class DiffusersAutoencoder:
         stages = config.block_out_channels if stochastic else config.encoder_block_out_channels
         self.downsample = 2 ** (len(stages) - 1)
         self.device, self.dtype = torch.device(device), dtype
-        # convolutions in reduced precision are fastest with the channels innermost
+        # convolutions in reduced precision are fastest in channels_last layout
         self.model = cast(Any, model.eval().requires_grad_(False))
         self.model.to(self.device, dtype, memory_format=torch.channels_last)
 
@@ -167,24 +167,24 @@ class DiffusersAutoencoder:
         )
 
 
-#: classes of diffusers that are understood
+#: supported classes of diffusers
 DIFFUSERS_CLASSES = ("AutoencoderKL", "AutoencoderTiny")
 
 
 def autoencoder_name(name: str) -> str:
-    """The name that is stored: a local folder by its absolute path, so that it is found from anywhere."""
+    """The name to store: a local folder by its absolute path, so that it is found from any working directory."""
     return name if name in IDENTITIES or not Path(name).is_dir() else str(Path(name).resolve())
 
 
 def load_autoencoder(
     name: str, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
 ) -> Autoencoder:
-    """Load an autoencoder: `pixel`, `values` (data that are no pictures), or a diffusers VAE by local folder or hub id.
+    """Load an autoencoder: `pixel`, `values` (data that are not pictures), or a diffusers VAE by local folder or hub id.
 
-    A hub id may name a folder of its repository (`owner/repository/vae`). Only safetensors are read and no code is
-    run. `dtype` is that of the network; moments and pixels are float32 always.
-    Raises ValueError when there is none of that name, of an unknown class, without safetensors or with other weights
-    than its config asks for.
+    A hub id may include a folder of its repository (`owner/repository/vae`). Only safetensors are read, and no code is
+    run. `dtype` is that of the network; moments and pixels are always float32.
+    Raises ValueError when it does not exist, has an unknown class, has no safetensors, or when its weights do not match
+    its config.
     """
     if name in IDENTITIES:
         return IDENTITIES[name]()
@@ -202,11 +202,11 @@ def load_autoencoder(
         model, info = getattr(diffusers, kind).from_pretrained(
             folder, use_safetensors=True, torch_dtype=dtype, output_loading_info=True, **where
         )
-    except Exception as error:  # diffusers raises a dozen types for what is one fault here: unusable files
+    except Exception as error:  # diffusers raises many types; all mean unusable files
         raise ValueError(
             f"autoencoder {name!r} cannot be loaded ({first_line(error)}); safetensors weights are needed"
         ) from error
-    # diffusers only warns of these, and fills the gaps with random numbers
+    # diffusers only warns about these, and initialises missing weights randomly
     wrong = [key for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") for key in info.get(kind) or ()]
     if wrong:
         raise ValueError(f"autoencoder {name!r}: {len(wrong)} weights do not fit its config, such as {wrong[0]}")
@@ -214,13 +214,13 @@ def load_autoencoder(
 
 
 def to_uint8(pixels: Tensor) -> Tensor:
-    """Pixels (N, C, R, R) in [-1, 1] to images (N, R, R, C) uint8, rounded to the nearest and clamped."""
+    """Pixels (N, C, R, R) in [-1, 1] to images (N, R, R, C) uint8, rounded to nearest and clamped."""
     images = (pixels.float() * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8)
     return images.permute(0, 2, 3, 1).contiguous()
 
 
 def from_uint8(images: Tensor) -> Tensor:
-    """Images (N, R, R, C) uint8 to float32 pixels (N, C, R, R) in [-1, 1]; `to_uint8` gives them back exactly."""
+    """Images (N, R, R, C) uint8 to float32 pixels (N, C, R, R) in [-1, 1]; `to_uint8` is its exact inverse."""
     return images.permute(0, 3, 1, 2).float().div(127.5).sub(1).contiguous()
 
 
@@ -246,7 +246,7 @@ def _read_config(name: str, folder: str, subfolder: str) -> dict[str, Any]:
 
             path = Path(hf_hub_download(folder, "config.json", subfolder=subfolder or None))
         config = json.loads(path.read_text(encoding="utf-8"))
-    except Exception as error:  # missing, offline, gated, not json: to the reader all are "no such autoencoder"
+    except Exception as error:  # missing, offline, gated, not json: the same to the user
         raise ValueError(f"no autoencoder {name!r}: its config.json cannot be read ({first_line(error)})") from error
     if not isinstance(config, dict):
         raise ValueError(f"no autoencoder {name!r}: its config.json is not an object")

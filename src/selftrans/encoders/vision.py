@@ -1,6 +1,6 @@
-"""External vision models as frozen encoders: pixels ⇒ one feature for each token of a student's grid.
+"""External vision models as frozen encoders: pixels ⇒ one feature per token of a student's grid.
 
-Any vision model of `transformers` whose last hidden state is a grid of patches will do (DINOv2, ViT, SigLIP, CLIP,
+Supports any vision model of `transformers` whose last hidden state is a grid of patches (DINOv2, ViT, SigLIP, CLIP,
 I-JEPA, ConvNeXt, ...). Only safetensors are read and no code is run.
 Shape legend: N batch, R side of a picture, T = grid² tokens row by row, D width.
 """
@@ -23,19 +23,19 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from selftrans.storage import first_line
 
-MAX_PREFIX = 16  #: class and register tokens in front of the patches, at most
+MAX_PREFIX = 16  #: maximum number of class and register tokens before the patches
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  #: mean and deviation of pixels in [0, 1]
-UNUSED = ("pooler", "mask_token")  #: weights that no feature passes through; many checkpoints lack them
+UNUSED = ("pooler", "mask_token")  #: weights that features do not depend on; many checkpoints lack them
 
 
 class Encoder:
-    """A frozen vision model with a fixed grid of features: a plain object, so it is never optimised, wrapped or saved.
+    """A frozen vision model with a fixed grid of features. Not a module, so it is never optimised, wrapped or saved.
 
-    Pictures are resized (bicubic, antialiased) so that the model's patches make the grid: to 224 for 16 x 16 patches of 14
-    pixels, its position embeddings interpolated. A model that cannot read that size, or gives another grid there, reads
-    pictures of its own size, and its features are resized to the grid (bilinear, antialiased), with a warning.
-    Made by `load_encoder`. `grid` is (side, side), `width` is D, `flops` the operations of one picture, `source`
-    says where the weights came from.
+    Pictures are resized (bicubic, antialiased) so that the model's patches form the grid: to 224 for 16 x 16 patches of 14
+    pixels, with interpolated position embeddings. If the model cannot read that size, or has another grid at it, pictures
+    have the model's own size, and its features are resized to the grid (bilinear, antialiased), with a warning.
+    Made by `load_encoder`. `grid` is (side, side), `width` is D, `flops` is the cost of one picture, `source`
+    identifies the weights.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class Encoder:
         self.name, self.sha256, self.side, self.grid = name, sha256, grid, (grid, grid)
         self.source = {"path": name, "sha256": sha256, "weights": sha256}
         self.model: Any = getattr(model, "vision_model", model).requires_grad_(False).eval()
-        # a pyramid (Swin, ConvNeXt) merges its patches: its stride shows in its output alone
+        # hierarchical models (Swin, ConvNeXt) merge patches: their stride is only known from the output
         self.patch = 0 if hasattr(config, "depths") else _side(config, "patch_size")
         self.channels = int(getattr(config, "num_channels", 3))
         self.mean, self.std = (torch.tensor(x, dtype=torch.float32).view(1, -1, 1, 1) for x in (mean, std))
@@ -56,13 +56,13 @@ class Encoder:
             change = f"from {native}x{native} to {grid}x{grid}"
             warnings.warn(f"features of encoder {name} are resized {change}", stacklevel=3)
         probe = self._probe()
-        # the fused attention of a CPU is unknown to the counter
+        # the counter does not support the fused attention of a CPU
         with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
             self.encode(probe)
         features = self.encode(probe)
         self.width, self.flops = features.shape[-1], counter.get_total_flops()
         if not torch.equal(features, self.encode(probe)):
-            raise ValueError(f"encoder {name} gives other features each time (does it mask patches?); choose another")
+            raise ValueError(f"encoder {name} is not deterministic (does it mask patches?); choose another")
 
     @torch.no_grad()
     def encode(self, pixels: Tensor) -> Tensor:
@@ -92,11 +92,11 @@ class Encoder:
         tokens = hidden.shape[1]
         side = size // self.patch if self.patch else math.isqrt(tokens)
         if not 0 <= tokens - side**2 <= (MAX_PREFIX if self.patch else 0):
-            raise ValueError(f"its {tokens} tokens are no square of patches after a few class and register tokens")
+            raise ValueError(f"its {tokens} tokens are not a square of patches after a few class and register tokens")
         return hidden[:, tokens - side**2 :].unflatten(dim=1, sizes=(side, side))
 
     def _fit(self, native: int) -> tuple[int, int]:
-        """(side of its pictures, side of its own grid there). Raises ValueError when it reads no pictures at all."""
+        """(side of the pictures, side of the model's grid at that size). Raises ValueError when it reads no pictures."""
         own = 0 if self.patch else self._side_at(native)[0]
         stride = self.patch or (native // own if own else 0)
         if stride and self._side_at(self.side * stride)[0] == self.side:
@@ -108,53 +108,53 @@ class Encoder:
 
     @torch.no_grad()
     def _side_at(self, size: int) -> tuple[int, str]:
-        """The side of its own grid for pictures of this size, or 0 and the reason."""
+        """The side of the model's grid for pictures of this size, or 0 and the reason."""
         try:
             return self._grid(self._probe(), size).shape[1], ""
-        except Exception as error:  # models raise anything on a size that is not theirs
+        except Exception as error:  # models raise any type for an unsupported size
             return 0, first_line(error, 200)
 
     def _probe(self) -> Tensor:
-        """Noise to try the model with (1, channels, 32, 32)."""
+        """Noise (1, channels, 32, 32) to test the model with."""
         noise = torch.rand(1, self.channels, 32, 32, generator=torch.Generator().manual_seed(0))
         return (2 * noise - 1).to(next(self.model.parameters()).device)
 
 
 def encoder_name(name: str) -> str:
-    """The name that is stored: a local folder by its absolute path, so that it is found from anywhere."""
+    """The name to store: a local folder by its absolute path, so that it is found from any working directory."""
     return str(Path(name).resolve()) if Path(name).is_dir() else name
 
 
 def load_encoder(
     name: str, grid: int, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
 ) -> Encoder:
-    """Load a vision model of `transformers` by hub id or local folder, with grid x grid features for a picture.
+    """Load a vision model of `transformers` by hub id or local folder, with grid x grid features per picture.
 
-    `dtype` is that of the network; features are float32 always. Raises ValueError when there is none of that name,
-    without safetensors, with weights missing, or when it is no vision model.
+    `dtype` is that of the network; features are always float32. Raises ValueError when it does not exist,
+    has no safetensors, lacks weights, or is not a vision model.
     """
     model, absent = _load(name)
-    held = {key: tensor for key, tensor in model.state_dict().items() if key not in absent}
+    stored = {key: tensor for key, tensor in model.state_dict().items() if key not in absent}
     mean, std = _normalisation(name)
-    return Encoder(encoder_name(name), model.to(device, dtype), _sha256(held), grid, mean=mean, std=std)
+    return Encoder(encoder_name(name), model.to(device, dtype), _sha256(stored), grid, mean=mean, std=std)
 
 
 def _load(name: str) -> tuple[Any, set[str]]:
-    """The model, and the names of its weights that the checkpoint does not hold."""
+    """The model, and the names of the weights that its checkpoint lacks."""
     from transformers import AutoModel
 
     try:
         model, info = AutoModel.from_pretrained(
             name, use_safetensors=True, trust_remote_code=False, output_loading_info=True
         )
-    except Exception as error:  # missing, offline, gated, pickled, of an unknown class: unusable, all of them
+    except Exception as error:  # missing, offline, gated, pickled, of an unknown class: all unusable
         raise ValueError(
             f"encoder {name!r} cannot be loaded ({first_line(error, 200)}); give a vision model of transformers, by hub id or "
             "folder, with safetensors weights"
         ) from error
     assert isinstance(model, nn.Module)
     absent = set(info["missing_keys"])
-    # transformers only warns of these, and fills the gaps with random numbers
+    # transformers only warns about these, and initialises them randomly
     gaps = sorted(key for key in absent if not any(part in key for part in UNUSED))
     if gaps:
         raise ValueError(f"encoder {name!r}: its checkpoint lacks {len(gaps)} weights, such as {gaps[0]}")
@@ -162,14 +162,14 @@ def _load(name: str) -> tuple[Any, set[str]]:
 
 
 def _normalisation(name: str) -> tuple[Sequence[float], Sequence[float]]:
-    """Mean and deviation, per channel, by which the model's own processor normalises pixels in [0, 1]."""
+    """Mean and deviation, per channel, with which the model's processor normalises pixels in [0, 1]."""
     from transformers import AutoImageProcessor
 
     try:
         processor = AutoImageProcessor.from_pretrained(name, trust_remote_code=False)
-    except Exception as error:  # as many kinds as there are ways to be incomplete
+    except Exception as error:  # the type depends on what is missing
         warnings.warn(
-            f"encoder {name} has no usable preprocessor_config.json ({first_line(error, 200)}); pixels are normalised by "
+            f"encoder {name} has no usable preprocessor_config.json ({first_line(error, 200)}); pixels are normalised with "
             "ImageNet's mean and deviation",
             stacklevel=3,
         )
@@ -180,7 +180,7 @@ def _normalisation(name: str) -> tuple[Sequence[float], Sequence[float]]:
 
 
 def _sha256(tensors: dict[str, Tensor]) -> str:
-    """Of names and contents, in the order of the names."""
+    """sha256 of names, shapes and contents, in the order of the names."""
     digest = hashlib.sha256()
     for name in sorted(tensors):
         digest.update(f"{name} {tuple(tensors[name].shape)}\n".encode())
@@ -189,6 +189,6 @@ def _sha256(tensors: dict[str, Tensor]) -> str:
 
 
 def _side(config: Any, name: str) -> int:
-    """A size of the configuration, a number or a pair; 0 where it has none."""
+    """A size in the configuration, a number or a pair; 0 if it is not there."""
     value = getattr(config, name, None) or 0
     return int(value[0] if isinstance(value, Sequence) else value)

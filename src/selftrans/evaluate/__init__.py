@@ -1,4 +1,4 @@
-"""Images in, numbers out: feature extractors, statistics and the metrics on them."""
+"""Evaluation of images: feature extractors, statistics and metrics."""
 
 from selftrans.evaluate.classifier import SmallClassifier, digits_classifier, train_classifier
 from selftrans.evaluate.extractors import EXTRACTORS, Extractor, load_extractor

@@ -1,4 +1,4 @@
-"""A small image classifier, for distances between images that Inception does not suit: tiny, grey, or of another kind.
+"""A small image classifier, whose features measure distances where Inception is unsuitable: tiny or greyscale images.
 
 Shape legend: N images, R side of a square image, C channels, K classes, F features.
 images are uint8 (N, R, R, C); the network itself takes float (N, C, R, R) in [-1, 1].
@@ -69,7 +69,7 @@ class SmallClassifier(nn.Module):
         return self.head(self.features(x))
 
     def save(self, path: str | Path) -> None:
-        """Write weights, architecture and training record as one safetensors file, complete or not at all."""
+        """Write weights, architecture and training record to one safetensors file, atomically."""
         from safetensors.torch import save
 
         header = {
@@ -84,7 +84,7 @@ class SmallClassifier(nn.Module):
 
     @classmethod
     def load(cls, path: str | Path) -> SmallClassifier:
-        """The classifier of a file written by `save`, in eval mode; ValueError when the file is anything else."""
+        """Load a file written by `save`, in eval mode; ValueError for any other file."""
         path = Path(path)
         header, tensors = _read(path)
         try:
@@ -96,16 +96,16 @@ class SmallClassifier(nn.Module):
                 f"the header of classifier {path} is damaged ({first_line(error)}); train the classifier again"
             ) from None
         try:
-            with torch.device("meta"):  # the file may be untrusted: sizes are compared before anything is allocated
+            with torch.device("meta"):  # the file may be untrusted: compare sizes before allocating memory
                 model = cls(**architecture)
-        except (RuntimeError, TypeError) as error:  # beyond 64 bits
-            raise ValueError(f"classifier {path} is of an impossible size ({architecture}); train it again") from error
+        except (RuntimeError, TypeError) as error:  # sizes over 64 bits
+            raise ValueError(f"classifier {path} has an impossible size ({architecture}); train it again") from error
         expected = {name: (tuple(t.shape), t.dtype) for name, t in model.state_dict().items()}
-        found = {name: (tuple(t.shape), t.dtype) for name, t in tensors.items()}
-        wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
+        stored = {name: (tuple(t.shape), t.dtype) for name, t in tensors.items()}
+        wrong = sorted(name for name in expected.keys() | stored.keys() if expected.get(name) != stored.get(name))
         if wrong:
             raise ValueError(
-                f"classifier {path} does not fit its own header at {printable(', '.join(wrong))}; train it again"
+                f"classifier {path} does not match its own header at {printable(', '.join(wrong))}; train it again"
             )
         broken = sorted(name for name, tensor in tensors.items() if not torch.isfinite(tensor).all())
         if broken:
@@ -145,9 +145,9 @@ def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
             f"{path} is not a readable safetensors file ({first_line(error)}); train the classifier again"
         ) from None
     if header.get("format") != FORMAT:
-        found = header.get("format", "no format")
+        stored = header.get("format", "no format")
         raise ValueError(
-            f"{path} is not a classifier of this package ({printable(found)} in its header, expected {FORMAT})"
+            f"{path} is not a classifier of this package ({printable(stored)} in its header, expected {FORMAT})"
         )
     return header, tensors
 
@@ -158,7 +158,7 @@ def to_input(images: np.ndarray | Tensor, device: torch.device | str = "cpu") ->
 
 
 def weights_sha256(module: nn.Module) -> str:
-    """sha256 over names, types, shapes and values of all weights: the same in memory and in every file format."""
+    """sha256 of names, types, shapes and values of all weights, independent of the file format."""
     digest = hashlib.sha256()
     for name, tensor in sorted(module.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -167,7 +167,7 @@ def weights_sha256(module: nn.Module) -> str:
 
 
 def data_sha256(images: np.ndarray, labels: np.ndarray) -> str:
-    """sha256 of a labelled data set: shapes, pixels, labels."""
+    """sha256 of a labelled data set: shape, pixels, labels."""
     digest = hashlib.sha256(f"{images.shape} {images.dtype}".encode())
     digest.update(np.ascontiguousarray(images).tobytes())
     digest.update(np.ascontiguousarray(labels, dtype=np.int64).tobytes())
@@ -191,12 +191,12 @@ def train_classifier(
     device: torch.device | str = "cpu",
     threads: int | None = None,
 ) -> SmallClassifier:
-    """Train a classifier on uint8 images (N, R, R, C) with labels (N,) in 0 .. K - 1; torch's global RNG is left alone.
+    """Train a classifier on uint8 images (N, R, R, C) with labels (N,) in 0 .. K - 1; keeps torch's global RNG state.
 
-    AdamW under a one-cycle schedule. A part `test_fraction` of the images, drawn by `seed`, is never trained on and
-    gives the accuracy in the result's `training_record`. `shift` moves each image by up to so many pixels, `flip`
-    mirrors half of them. `threads` CPU threads are used (None: torch's own setting). The same arguments give the same
-    weights on the same machine. Raises ValueError for unfit data.
+    AdamW with a one-cycle schedule. A fraction `test_fraction` of the images, drawn by `seed`, is held out and gives the
+    accuracy in the result's `training_record`. Augmentation: `shift` moves each image by up to that many pixels, `flip`
+    mirrors half of them. `threads`: number of CPU threads (None: torch's setting). The same arguments give the same
+    weights on the same machine. Raises ValueError for invalid data.
     """
     labels = _checked_labels(images, labels, num_classes)
     generator = torch.Generator().manual_seed(seed)
@@ -226,10 +226,10 @@ def train_classifier(
 
 @contextmanager
 def cpu_threads(count: int | None) -> Iterator[None]:
-    """Let torch use `count` CPU threads for a while; None changes nothing.
+    """Limit torch to `count` CPU threads in the block; None changes nothing.
 
-    On tiny images a second thread gains little, and while another process is busy it makes the work twenty times
-    slower: threads wait for each other by spinning.
+    On tiny images a second thread gains little, and while another process is busy the work becomes twenty times
+    slower, because threads wait for each other in a busy loop.
     """
     before = torch.get_num_threads()
     torch.set_num_threads(count or before)
@@ -240,23 +240,23 @@ def cpu_threads(count: int | None) -> Iterator[None]:
 
 
 def _checked_labels(images: np.ndarray, labels: np.ndarray, num_classes: int) -> np.ndarray:
-    """Labels as int64, after checking that data and labels fit each other."""
+    """Labels as int64, after checking that images and labels match."""
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1] != images.shape[2]:
         raise ValueError(f"images are {images.dtype} {images.shape}; a classifier trains on uint8 (N, R, R, C)")
     labels = np.asarray(labels).astype(np.int64)
     if labels.shape != (len(images),):
         raise ValueError(f"{len(images)} images but labels of shape {labels.shape}; give one label per image")
     if len(images) < 2 or num_classes < 2:
-        raise ValueError(f"{len(images)} images of {num_classes} classes; a classifier needs two of each at least")
+        raise ValueError(f"{len(images)} images of {num_classes} classes; a classifier needs at least two of each")
     if labels.min() < 0 or labels.max() >= num_classes:
         raise ValueError(
-            f"labels run from {labels.min()} to {labels.max()}; {num_classes} classes are 0 .. {num_classes - 1}"
+            f"labels range from {labels.min()} to {labels.max()}; {num_classes} classes are 0 .. {num_classes - 1}"
         )
     return labels
 
 
 def _augment(images: Tensor, shift: int, flip: bool, generator: torch.Generator) -> Tensor:
-    """Randomly move and mirror uint8 images (N, R, R, C); pixels beyond the edge repeat it."""
+    """Randomly shift and mirror uint8 images (N, R, R, C), with edge padding."""
     n, side = images.shape[:2]
     if shift:
         line, offsets = torch.arange(side), torch.randint(-shift, shift + 1, (2, n, 1), generator=generator)
@@ -275,7 +275,7 @@ def _accuracy(model: SmallClassifier, images: Tensor, labels: Tensor, device: to
 
 
 def digits() -> tuple[np.ndarray, np.ndarray]:
-    """scikit-learn's real scans of handwritten digits: uint8 (1797, 8, 8, 1) and labels (1797,)."""
+    """scikit-learn's scans of handwritten digits: uint8 (1797, 8, 8, 1) and labels (1797,)."""
     from sklearn.datasets import load_digits
 
     data = load_digits()
@@ -283,7 +283,7 @@ def digits() -> tuple[np.ndarray, np.ndarray]:
 
 
 def digits_classifier(cache: str | Path | None = None, *, seed: int = 0) -> SmallClassifier:
-    """The classifier of the digits, read from `cache` where that file exists, else trained (seconds) and kept there.
+    """The classifier of the digits, read from the file `cache` if it exists, else trained (in seconds) and saved there.
 
     Raises ValueError when the cached file is not a classifier of these digits and this seed.
     """

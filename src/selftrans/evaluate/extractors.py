@@ -1,7 +1,7 @@
-"""Feature extractors: images in, the features that distances are measured in out. `EXTRACTORS` lists them by name.
+"""Feature extractors: images => the features that metrics compare. `EXTRACTORS` lists them by name.
 
-Shape legend: n images, F features, K classes. Images are pictures, uint8 (n, H, W, C), or arrays of numbers that are no
-pictures, float32 (n, C, *S).
+Shape legend: n images, F features, K classes. Images are pictures, uint8 (n, H, W, C), or arrays that are not pictures,
+float32 (n, C, *S).
 """
 
 from __future__ import annotations
@@ -21,29 +21,29 @@ from selftrans.suggest import closest, did_you_mean
 
 Device: TypeAlias = torch.device | str
 
-TINY = 16  #: images up to this side go through a classifier on one CPU thread
+TINY = 16  #: a classifier of images up to this side uses one CPU thread
 
-#: the one file of weights that makes a Fréchet distance an FID: Inception of 2015-12-05, converted from TensorFlow
+#: the weights that define FID: Inception of 2015-12-05, converted from TensorFlow
 INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
 INCEPTION_URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{INCEPTION_FILE}"
 INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 
 SPATIAL_CHANNELS = 7  #: of 192, as ADM's evaluator keeps them
-MAX_VALUES = 4096  #: numbers per image of the extractor `values`: its covariance has the square of that
+MAX_VALUES = 4096  #: most values per image for the extractor `values`: its covariance has the square of that
 
 
 class Extractor(Protocol):
-    """What turns images into features; `sha256` identifies its weights, so that numbers of two extractors never mix."""
+    """Maps images to features; `sha256` identifies its weights, so that results of two extractors are never mixed."""
 
     name: str  #: as printed: "inception", "digits classifier"
     sha256: str
     dim: int  #: F
-    pictures: bool  #: takes pictures alone; False: arrays, too
+    pictures: bool  #: takes pictures only; False: arrays, too
 
     def __call__(self, images: np.ndarray) -> dict[str, np.ndarray]:
-        """'features' (n, F); 'logits' (n, K) where there is a head; 'spatial' (n, S) where they are offered.
+        """'features' (n, F), 'logits' (n, K) if there is a head, and 'spatial' (n, S) if the extractor has them.
 
-        Raises ValueError for images of a size or channel count that it was not made for.
+        Raises ValueError for images of an unsupported size or number of channels.
         """
         ...
 
@@ -63,7 +63,7 @@ class ClassifierExtractor:
         if images.shape[1:] != expected:
             raise ValueError(
                 f"the {self.name} takes {_size(expected)} images, these are {_size(images.shape[1:])}; "
-                "give samples and reference of that size, or another extractor"
+                "give samples and reference of that size, or use another extractor"
             )
         with cpu_threads(1 if self.classifier.resolution <= TINY else None):
             features = self.classifier.features(to_input(images, self.device))
@@ -71,12 +71,12 @@ class ClassifierExtractor:
 
 
 class InceptionExtractor:
-    """The Inception network of FID through torch-fidelity: 2048 pooled features, logits without bias for IS, and the
+    """The Inception network of FID from torch-fidelity: 2048 pooled features, logits without bias for IS, and the
     spatial features of sFID (2103.03841): the first 7 channels of ADM's `mixed_6/conv:0`, which is the 1x1 branch of
-    Mixed_6d here, 17 x 17 x 7 = 2023 numbers.
+    Mixed_6d here, 17 x 17 x 7 = 2023 values.
 
     `weights` is the published file, by default in torch's hub cache, where it is downloaded once. Any other file is
-    refused: with other weights the distance is no FID, and torch-fidelity unpickles whatever it is given.
+    refused: with other weights the distance is not an FID, and torch-fidelity unpickles any file.
     """
 
     pictures = True
@@ -88,7 +88,7 @@ class InceptionExtractor:
             "inception-v3-compat", ["2048", "logits_unbiased"], feature_extractor_weights_path=str(path)
         )
         self.module.to(device).eval()
-        self._spatial: list[torch.Tensor] = []  #: of the pass that is under way
+        self._spatial: list[torch.Tensor] = []  #: of the current forward pass
         branch: Any = self.module.get_submodule("Mixed_6d.branch1x1")
         branch.register_forward_hook(lambda _, __, out: self._spatial.append(out[:, :SPATIAL_CHANNELS]))
         self.name, self.sha256, self.dim, self.device = "inception", INCEPTION_SHA256, 2048, device
@@ -98,19 +98,21 @@ class InceptionExtractor:
         if images.shape[-1] != 3:
             raise ValueError(
                 f"inception takes images of 3 channels, these are {_size(images.shape[1:])}; convert them to RGB, or "
-                "measure in the features of a classifier of your own (a .safetensors file)"
+                "use the features of your own classifier (a .safetensors file)"
             )
         x = torch.from_numpy(images).to(self.device).permute(0, 3, 1, 2).contiguous()
         features, logits = self.module(x)
-        spatial = self._spatial.pop().permute(0, 2, 3, 1).flatten(start_dim=1)  # row, column, channel, as TensorFlow's
+        spatial = (
+            self._spatial.pop().permute(0, 2, 3, 1).flatten(start_dim=1)
+        )  # (row, column, channel), as in TensorFlow
         named = {"features": features, "logits": logits, "spatial": spatial}
         return {name: value.float().cpu().numpy() for name, value in named.items()}
 
 
 class ValuesExtractor:
-    """The numbers themselves, flattened, as features in float64. There are no weights; the shape is what identifies it.
+    """The values themselves, flattened, as float64 features. There are no weights: `sha256` is of the shape.
 
-    Raises ValueError for a `shape`, of one image, of more than MAX_VALUES numbers.
+    Raises ValueError for a `shape` (of one image) with more than MAX_VALUES values.
     """
 
     pictures, name = False, "values"
@@ -119,8 +121,8 @@ class ValuesExtractor:
         self.shape, self.dim = tuple(shape), math.prod(shape)
         if not 1 <= self.dim <= MAX_VALUES:
             raise ValueError(
-                f"images of {_size(self.shape)} are {self.dim:,} numbers, and the features `values` are at most "
-                f"{MAX_VALUES:,}; measure in the features of a classifier (--features FILE)"
+                f"images of {_size(self.shape)} are {self.dim:,} values, the features `values` support at most "
+                f"{MAX_VALUES:,}; use the features of a classifier (--features FILE)"
             )
         self.sha256 = hashlib.sha256(f"values {_size(self.shape)}".encode()).hexdigest()
 
@@ -140,17 +142,17 @@ def _inception_class() -> Callable[..., torch.nn.Module]:
     try:
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
     except (ImportError, RuntimeError) as error:
-        other = isinstance(error, RuntimeError)  # torchvision raises it with another build of torch
+        other = isinstance(error, RuntimeError)  # torchvision raises it when torch is another build
         build = ", with torchvision from the index that torch came from (download.pytorch.org/whl/...)" if other else ""
         raise ValueError(
             f"inception features need torch-fidelity ({error}): pip install 'selftrans[eval]'{build}, and give the weights "
-            f"with --features path/to/{INCEPTION_FILE} where they cannot be downloaded from {INCEPTION_URL}"
+            f"with --features path/to/{INCEPTION_FILE} if they cannot be downloaded from {INCEPTION_URL}"
         ) from None
     return FeatureExtractorInceptionV3
 
 
 def _published_weights(path: Path | None) -> Path:
-    """A file that is, by its hash, the published Inception: `path`, or one downloaded to torch's hub cache."""
+    """A file with the hash of the published Inception: `path`, or one downloaded to torch's hub cache."""
     supply = f"download {INCEPTION_URL} and give it with --features path/to/{INCEPTION_FILE}"
     if path is None:
         path = Path(torch.hub.get_dir(), "checkpoints", INCEPTION_FILE)
@@ -162,18 +164,18 @@ def _published_weights(path: Path | None) -> Path:
                 raise ValueError(f"the weights of inception cannot be downloaded ({error}); {supply}") from None
     if not path.is_file():
         raise ValueError(f"no inception weights at {path}; {supply}")
-    found = sha256_file(path)
-    if found != INCEPTION_SHA256:
+    sha256 = sha256_file(path)
+    if sha256 != INCEPTION_SHA256:
         raise ValueError(
-            f"{path} is not the published inception (sha256 {found[:8]}, not {INCEPTION_SHA256[:8]}); {supply}"
+            f"{path} is not the published inception (sha256 {sha256[:8]}, not {INCEPTION_SHA256[:8]}); {supply}"
         )
     return path
 
 
 def digits_extractor(weights: str | Path | None, device: Device, shape: tuple[int, ...] | None) -> Extractor:
-    """The classifier of scikit-learn's digits, trained in seconds, or read from (and kept in) the file `weights`.
+    """The classifier of scikit-learn's digits, trained in seconds and saved to the file `weights`, or read from it.
 
-    It is trained on the CPU whatever the device, so that its weights do not depend on that.
+    It is always trained on the CPU, so that its weights do not depend on the device.
     """
     return ClassifierExtractor(digits_classifier(weights), "digits classifier", device)
 
@@ -184,11 +186,9 @@ def inception_extractor(weights: str | Path | None, device: Device, shape: tuple
 
 
 def values_extractor(weights: str | Path | None, device: Device, shape: tuple[int, ...] | None) -> Extractor:
-    """The numbers of images of `shape`; see `ValuesExtractor`."""
+    """The values of images of `shape`; see `ValuesExtractor`."""
     if weights is not None or shape is None:
-        raise ValueError(
-            "the features `values` have no weights; they are made for images of one shape, which is needed"
-        )
+        raise ValueError("the features `values` have no weights, and need the shape of an image")
     return ValuesExtractor(shape)
 
 
@@ -207,11 +207,10 @@ def load_extractor(
     device: Device = "cpu",
     shape: tuple[int, ...] | None = None,
 ) -> Extractor:
-    """The extractor of a name in `EXTRACTORS`, of a classifier's .safetensors file, or of Inception's .pth file.
+    """Load an extractor by its name in `EXTRACTORS`, from a classifier's .safetensors file, or from Inception's .pth file.
 
-    `weights` is the file of a named extractor: Inception's weights, or where the digit classifier is kept between runs.
-    `shape` of one image is what `values` needs. Raises ValueError for unknown names (the nearest is suggested) and for
-    missing or unfit files.
+    `weights` is the file of a named extractor: Inception's weights, or the cached digit classifier. `shape` of one image
+    is needed for `values`. Raises ValueError for unknown names (with a suggestion) and for missing or invalid files.
     """
     text, suffix = str(name), Path(name).suffix
     if text in EXTRACTORS:
@@ -233,32 +232,34 @@ def load_extractor(
 def extract(
     batches: np.ndarray | Iterable[np.ndarray], extractor: Extractor, *, chunk: int = 64
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Features of a stream of image batches, `chunk` images at a time however the batches were cut.
+    """Features of a stream of image batches, computed for `chunk` images at a time whatever the batch sizes.
 
-    Equal chunks give equal features to the last bit, whatever the batch size of the sampler. Raises ValueError for
-    batches that the extractor does not take, and for features that are not finite or not of its length.
+    With equal chunks the features are bit-identical for any batch size of the sampler. Raises ValueError for batches
+    that the extractor does not support, and for features that are not finite or have the wrong length.
     """
     done = 0
     for images in rebatch(batches, chunk):
         if extractor.pictures and images.dtype != np.uint8:
             raise ValueError(
                 f"{extractor.name} takes pictures, uint8 (n, H, W, C), but these are arrays of {_size(images.shape[1:])} "
-                "numbers; measure them with --features values"
+                "values; use --features values"
             )
         out = extractor(images)
         if out["features"].shape != (len(images), extractor.dim):
             raise ValueError(
-                f"{extractor.name} gave {out['features'].shape} for {len(images)} images of {extractor.dim} features"
+                f"{extractor.name} returned {out['features'].shape} for {len(images)} images of {extractor.dim} features"
             )
         bad = ~np.isfinite(out["features"]).all(axis=-1)
         if bad.any():
-            raise ValueError(f"{extractor.name} gave features that are not finite for image {done + int(bad.argmax())}")
+            raise ValueError(
+                f"{extractor.name} returned features that are not finite for image {done + int(bad.argmax())}"
+            )
         done += len(images)
         yield out
 
 
 def rebatch(batches: np.ndarray | Iterable[np.ndarray], chunk: int) -> Iterator[np.ndarray]:
-    """The images of a stream, cut anew into chunks of `chunk` (the last may be smaller), checked on the way."""
+    """Check the batches of a stream and regroup them into chunks of `chunk` images (the last may be smaller)."""
     waiting: list[np.ndarray] = []
     for images in [batches] if isinstance(batches, np.ndarray) else batches:
         _check(images, waiting)
@@ -275,12 +276,12 @@ def rebatch(batches: np.ndarray | Iterable[np.ndarray], chunk: int) -> Iterator[
 
 
 def _check(images: Any, before: list[np.ndarray]) -> None:
-    """ValueError unless a batch is pictures uint8 (n, H, W, C) or arrays float32 (n, C, *S), alike those before it."""
+    """ValueError unless a batch is uint8 (n, H, W, C) or float32 (n, C, *S), of the same shape and type as those before."""
     array = isinstance(images, np.ndarray)
     pictures = array and images.dtype == np.uint8 and images.ndim == 4
     if not pictures and not (array and images.dtype == np.float32 and 3 <= images.ndim <= 5):
-        what = f"{images.dtype} {images.shape}" if array else type(images).__name__
-        raise ValueError(f"a batch of images is {what}; give uint8 arrays (n, H, W, C), or float32 (n, C, *S)")
+        actual = f"{images.dtype} {images.shape}" if array else type(images).__name__
+        raise ValueError(f"a batch of images is {actual}; give uint8 arrays (n, H, W, C), or float32 (n, C, *S)")
     if before and (images.shape[1:], images.dtype) != (before[-1].shape[1:], before[-1].dtype):
         sizes = f"{_size(before[-1].shape[1:])} and {_size(images.shape[1:])}"
-        raise ValueError(f"the images are of two sizes, {sizes}; bring them to one")
+        raise ValueError(f"the images have two sizes, {sizes}; resize them to one")

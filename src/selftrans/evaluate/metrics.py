@@ -1,4 +1,4 @@
-"""Distances between sets of images, and the report that names them and what they depend on.
+"""Distances between sets of images, and a report with everything that they depend on.
 
 Shape legend: n, m images, F features, K classes. Everything is computed in float64.
 """
@@ -15,26 +15,25 @@ import numpy as np
 from selftrans.evaluate.extractors import INCEPTION_SHA256, Extractor
 from selftrans.evaluate.statistics import Moments, Statistics
 
-SEED = 2020  #: torch-fidelity's, so that equal features give its very subsets and splits
-SPLITS = 10  #: of the inception score, torch-fidelity's
+SEED = 2020  #: as in torch-fidelity, so that equal features give the same subsets and splits
+SPLITS = 10  #: of the inception score, as in torch-fidelity
 
 
 def frechet_distance(a: Statistics | Moments, b: Statistics | Moments) -> float:
     """|mean_a - mean_b|² + tr(A + B - 2 (A B)^½) of two Gaussians (Dowson & Landau 1982; for FID 1706.08500, eq. 6).
 
-    tr (A B)^½ is the sum of the singular values of A^½ B^½, whose factors are symmetric: no imaginary part can arise,
-    and singular covariances are no problem. Warns when a set has too few images for its dimensions; ValueError when the
-    lengths of the features differ.
+    tr (A B)^½ is computed as the sum of the singular values of A^½ B^½, which is always real and also works for singular
+    covariances. Warns when a set has too few images for its dimensions; ValueError when the feature lengths differ.
     """
     if a.mean.shape != b.mean.shape:
         raise ValueError(
-            f"features of lengths {len(a.mean)} and {len(b.mean)} have no distance; use one extractor for both"
+            f"features of lengths {len(a.mean)} and {len(b.mean)} cannot be compared; use one extractor for both"
         )
     for one in (a, b):
         if isinstance(one, Statistics) and one.count is not None and one.count <= one.dim:
             warnings.warn(
-                f"{one.count} images for {one.dim} dimensions: the covariance is singular, and the Fréchet distance, "
-                "right for these images, is biased upwards; use more images",
+                f"{one.count} images for {one.dim} dimensions: the covariance is singular and the Fréchet distance is "
+                "biased upwards; use more images",
                 stacklevel=2,
             )
     step = a.mean - b.mean
@@ -43,7 +42,7 @@ def frechet_distance(a: Statistics | Moments, b: Statistics | Moments) -> float:
 
 
 def _square_root(cov: np.ndarray) -> np.ndarray:
-    """Symmetric square root (F, F) of a covariance, its eigenvalues below rounding taken as zero."""
+    """Symmetric square root (F, F) of a covariance; eigenvalues below rounding error are taken as zero."""
     values, vectors = np.linalg.eigh(cov)
     floor = len(values) * np.finfo(np.float64).eps * max(values[-1], 0.0)
     return (vectors * np.sqrt(np.where(values > floor, values, 0.0))) @ vectors.T
@@ -52,14 +51,14 @@ def _square_root(cov: np.ndarray) -> np.ndarray:
 def kernel_distance(
     a: np.ndarray, b: np.ndarray, *, subsets: int = 100, subset_size: int = 1000, seed: int = SEED
 ) -> tuple[float, float]:
-    """Mean and deviation over subsets of the squared MMD under the kernel (x·y / F + 1)³ (KID: 1801.01401, section 4).
+    """Mean and standard deviation over subsets of the squared MMD with the kernel (x·y / F + 1)³ (KID: 1801.01401, sec. 4).
 
-    a (n, F) and b (m, F); the estimate is unbiased, so it may be negative. `subset_size` shrinks to the smaller set.
+    a (n, F) and b (m, F); the estimate is unbiased, so it may be negative. `subset_size` is limited by the smaller set.
     """
     _same_length(a, b)
     size = min(subset_size, len(a), len(b))
     if size < 2:
-        raise ValueError(f"{len(a)} and {len(b)} images are too few for a kernel distance; give two of each at least")
+        raise ValueError(f"{len(a)} and {len(b)} images are too few for a kernel distance; give at least two of each")
     rng = np.random.RandomState(seed)
     values = []
     for _ in range(subsets):
@@ -74,7 +73,7 @@ def kernel_distance(
 def _cubic(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     inner = (x / x.shape[1]) @ y.T
     inner += 1
-    cube = inner * inner  # in place from here: a fresh matrix costs more than its arithmetic, and ** still more
+    cube = inner * inner  # in-place products are faster than ** and than allocating a new matrix
     cube *= inner
     return cube
 
@@ -82,19 +81,19 @@ def _cubic(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 def precision_recall(
     samples: np.ndarray, reference: np.ndarray, *, neighbours: int = 3, block: int = 1024
 ) -> tuple[float, float]:
-    """Share of samples (n, F) in the reference's manifold, and of the reference (m, F) in that of the samples.
+    """Fraction of samples (n, F) in the reference's manifold, and of the reference (m, F) in that of the samples.
 
-    A manifold is the union of balls around its points, each reaching to its k-th nearest neighbour (Kynkäänniemi et
-    al., 1904.06991, eq. 1-2). Distances are computed `block` rows at a time: memory grows as block x max(n, m). Raises
-    ValueError when a set has no more than `neighbours` images.
+    A manifold is the union of balls around its points; the radius is the distance to the k-th nearest neighbour
+    (Kynkäänniemi et al., 1904.06991, eq. 1-2). Distances are computed `block` rows at a time: memory grows as
+    block x max(n, m). Raises ValueError unless each set has more than `neighbours` images.
     """
     _same_length(samples, reference)
     if min(len(samples), len(reference)) <= neighbours:
         sizes = f"{len(samples)} samples and {len(reference)} reference images"
         raise ValueError(f"{sizes} are too few for {neighbours} neighbours; give more than {neighbours} of each")
     x, y = samples.astype(np.float64), reference.astype(np.float64)
-    precision = _covered(x, y, _reach(y, neighbours, block), block)
-    recall = _covered(y, x, _reach(x, neighbours, block), block)
+    precision = _covered(x, y, _radii(y, neighbours, block), block)
+    recall = _covered(y, x, _radii(x, neighbours, block), block)
     return precision, recall
 
 
@@ -106,43 +105,43 @@ def _distances(x: np.ndarray, y: np.ndarray, block: int) -> Iterator[tuple[int, 
         yield start, np.maximum((rows * rows).sum(axis=-1)[:, None] + norms[None, :] - 2 * rows @ y.T, 0.0)
 
 
-def _reach(x: np.ndarray, neighbours: int, block: int) -> np.ndarray:
+def _radii(x: np.ndarray, neighbours: int, block: int) -> np.ndarray:
     """Squared distance (n,) of each point to its k-th nearest other point."""
-    reach = np.empty(len(x))
+    radii = np.empty(len(x))
     for start, distances in _distances(x, x, block):
         own = np.arange(len(distances))
         distances[own, start + own] = np.inf
-        reach[start : start + len(distances)] = np.partition(distances, neighbours - 1, axis=-1)[:, neighbours - 1]
-    return reach
+        radii[start : start + len(distances)] = np.partition(distances, neighbours - 1, axis=-1)[:, neighbours - 1]
+    return radii
 
 
-def _covered(x: np.ndarray, centres: np.ndarray, reach: np.ndarray, block: int) -> float:
-    """Share of points x (n, F) that lie in a ball of `reach` (m,) around one of `centres` (m, F)."""
-    return sum(int((d <= reach).any(axis=-1).sum()) for _, d in _distances(x, centres, block)) / len(x)
+def _covered(x: np.ndarray, centres: np.ndarray, radii: np.ndarray, block: int) -> float:
+    """Fraction of points x (n, F) within the squared radius `radii` (m,) of one of `centres` (m, F)."""
+    return sum(int((d <= radii).any(axis=-1).sum()) for _, d in _distances(x, centres, block)) / len(x)
 
 
 def accuracy(logits: np.ndarray, labels: np.ndarray | Iterable[int]) -> float:
-    """Share of logits (n, K) whose largest is at the label (n,); ValueError when the counts or classes differ."""
+    """Fraction of logits (n, K) whose argmax is the label (n,); ValueError when counts or classes differ."""
     labels = np.asarray(labels if isinstance(labels, np.ndarray) else list(labels))
     if labels.shape != (len(logits),):
         raise ValueError(f"{len(logits)} images but labels of shape {labels.shape}; give one label per image")
     if labels.min() < 0 or labels.max() >= logits.shape[1]:
-        span = f"labels run from {labels.min()} to {labels.max()}"
-        raise ValueError(f"{span}, but the classifier has {logits.shape[1]} classes; use one made for these")
+        span = f"labels range from {labels.min()} to {labels.max()}"
+        raise ValueError(f"{span}, but the classifier has {logits.shape[1]} classes; use one trained for these")
     return float((logits.argmax(axis=-1) == labels).mean())
 
 
 def inception_score(logits: np.ndarray, *, splits: int = SPLITS, seed: int = SEED) -> tuple[float, float]:
-    """Mean and deviation over splits of exp E KL(p(y | x) || p(y)), from logits (n, K) (1606.03498, section 4).
+    """Mean and standard deviation over splits of exp E KL(p(y | x) || p(y)), from logits (n, K) (1606.03498, sec. 4).
 
-    The images are shuffled first. Warns when a split has fewer images than there are classes: its score is at most the
-    number of its images, 1 of a single one.
+    The images are shuffled first. Warns when a split has fewer images than there are classes: its score cannot exceed
+    the number of its images.
     """
     splits = min(splits, len(logits))
     if (least := len(logits) // splits) < logits.shape[1]:
         warnings.warn(
-            f"the score is over {splits} splits of {least} images for {logits.shape[1]} classes: it is biased downwards, "
-            "and at most the number of images; use more images",
+            f"the score is over {splits} splits of {least} images for {logits.shape[1]} classes: it is biased downwards "
+            "and cannot exceed the number of images; use more images",
             stacklevel=2,
         )
     logits = logits[np.random.RandomState(seed).permutation(len(logits))].astype(np.float64)
@@ -152,7 +151,7 @@ def inception_score(logits: np.ndarray, *, splits: int = SPLITS, seed: int = SEE
     scores = []
     for start, end in itertools.pairwise(edges):
         each = log_p[start:end]
-        # the mean of p in logarithms: a class that underflows in every image is no log 0
+        # mean of p in log space: no log(0) for a class that underflows in every image
         marginal = np.logaddexp.reduce(each, axis=0) - np.log(len(each))
         scores.append(np.exp((np.exp(each) * (each - marginal)).sum(axis=-1).mean()))
     return float(np.mean(scores)), float(np.std(scores))
@@ -164,19 +163,19 @@ def _same_length(a: np.ndarray, b: np.ndarray) -> None:
 
 
 class Measured(NamedTuple):
-    """What a metric of `METRICS` is given."""
+    """The input of a metric in `METRICS`."""
 
     samples: Statistics
     reference: Statistics
     logits: np.ndarray  #: (n, K) of the samples; (0, 0) without a head
     labels: np.ndarray | Iterable[int] | None
-    inception: bool  #: the extractor is the published Inception, so its numbers have the published names
+    inception: bool  #: whether the extractor is the published Inception, so that results have the published names
     neighbours: int
     subsets: int
     subset_size: int
 
 
-#: numbers by name and what they were computed with, or the reason why there are none
+#: results and parameters by name, or the reason why there are none
 Outcome: TypeAlias = dict[str, float | int] | str
 
 
@@ -221,7 +220,7 @@ def _accuracy(m: Measured) -> Outcome:
     if m.labels is None:
         return {}
     if m.inception or not len(m.logits):
-        reason = "inception's classes are not the samples'" if m.inception else "the extractor has no head"
+        reason = "inception has other classes than the samples" if m.inception else "the extractor has no head"
         warnings.warn(f"the labels are not used: {reason}", stacklevel=3)
         return f"no accuracy: {reason}"
     return {"accuracy": accuracy(m.logits, m.labels)}
@@ -229,7 +228,7 @@ def _accuracy(m: Measured) -> Outcome:
 
 _NONE = np.empty((0, 0))  # logits of an extractor without a head
 
-#: what `evaluate` can measure
+#: the metrics of `evaluate`, by name
 METRICS: dict[str, Callable[[Measured], Outcome]] = {
     "frechet": _frechet,
     "kernel": _kernel,
@@ -252,14 +251,15 @@ def evaluate(
     subset_size: int = 1000,
     chunk: int = 64,
 ) -> dict[str, Any]:
-    """Measure samples (batches of pictures uint8 (n, H, W, C), or of arrays float32 (n, C, *S)) against a reference.
+    """Compare samples (batches of pictures uint8 (n, H, W, C), or of arrays float32 (n, C, *S)) with a reference.
 
-    The reference is images in the same form, or their statistics; the report is one flat dictionary.
+    The reference is images in the same form, or their statistics. Returns the report, a flat dictionary.
 
-    `metric` names the headline: "fid" with the published Inception only, else "frechet_distance"; `label` is its full
-    name. `labels` (n,), the samples' conditions in order, give the extractor's accuracy on them; they may be a list
-    that fills while the samples stream. What could not be measured is absent, and `note` says why. Raises ValueError
-    for statistics of another extractor and for unfit images or labels; warns when labels go unused.
+    `metric` is the name of the main distance: "fid" with the published Inception only, else "frechet_distance"; `label`
+    is its full name. `labels` (n,) are the conditions of the samples in order, for the extractor's accuracy on them; they
+    may be a list that fills while the samples stream. Metrics that could not be computed are absent, with the reason in
+    `note`. Raises ValueError for statistics of another extractor and for invalid images or labels; warns about unused
+    labels.
     """
     chosen = tuple(metrics)
     unknown = [name for name in chosen if name not in METRICS]
@@ -274,14 +274,14 @@ def evaluate(
     )
     report = _header(measured, reference, extractor, reference_name)
     inception = report["metric"] == "fid"
-    given = Measured(measured, reference, np.concatenate(logits), labels, inception, neighbours, subsets, subset_size)
-    notes = [] if reference.sha256 else ["the reference does not say which extractor made it"]
+    inputs = Measured(measured, reference, np.concatenate(logits), labels, inception, neighbours, subsets, subset_size)
+    notes = [] if reference.sha256 else ["the reference does not name its extractor"]
     if reference.features is not None and len(reference.features) != reference.count:
         notes.append(
-            f"neighbours and kernel distance are of the {len(reference.features)} pictures stored with its statistics"
+            f"precision, recall and kernel distance use the {len(reference.features)} pictures stored with its statistics"
         )
     for name in chosen:
-        outcome = METRICS[name](given)
+        outcome = METRICS[name](inputs)
         if isinstance(outcome, str):
             notes.append(outcome)
         else:
@@ -290,22 +290,22 @@ def evaluate(
 
 
 def _check_extractor(reference: Statistics, extractor: Extractor) -> None:
-    """Refuse statistics of other weights; of a file that does not name its extractor only the length is checked."""
+    """ValueError for statistics of another extractor; for a file that does not name one, only the length is checked."""
     if reference.dim != extractor.dim or reference.sha256 not in ("", extractor.sha256):
-        theirs = f"{reference.extractor or 'an unnamed extractor'} {reference.sha256[:8]}".strip()
+        other = f"{reference.extractor or 'an unnamed extractor'} {reference.sha256[:8]}".strip()
         raise ValueError(
-            f"reference {reference.source or 'statistics'} was made by {theirs} ({reference.dim} features), not by "
+            f"reference {reference.source or 'statistics'} was made by {other} ({reference.dim} features), not by "
             f"{extractor.name} {extractor.sha256[:8]} ({extractor.dim}); compute it again with this extractor"
         )
 
 
 def _header(samples: Statistics, reference: Statistics, extractor: Extractor, name: str) -> dict[str, Any]:
-    """What was measured with what: the part of a report that makes its numbers comparable."""
+    """The part of a report that says what was measured and how."""
     fid = extractor.sha256 == INCEPTION_SHA256
-    what = "values" if extractor.name == "values" else f"{extractor.name} features"
+    features = "values" if extractor.name == "values" else f"{extractor.name} features"
     return {
         "metric": "fid" if fid else "frechet_distance",
-        "label": "FID" if fid else f"Fréchet distance ({what})",
+        "label": "FID" if fid else f"Fréchet distance ({features})",
         "num_images": samples.count,
         "extractor": extractor.name,
         "extractor_sha256": extractor.sha256,

@@ -1,7 +1,7 @@
-"""Figures: sheets of samples, curves, bars, feature maps, scatter. matplotlib's Agg only, no global state, no window.
+"""Figures: sheets of samples, curves, bars, feature maps, scatter. Uses matplotlib's Agg without global state or windows.
 
-Shape legend: n images, (H, W, C) picture with C of 1 or 3, (C, *S) array. The colours are those of Okabe and Ito, which
-the colour-blind can tell apart.
+Shape legend: n images, (H, W, C) picture with C of 1 or 3, (C, *S) array. The colours are the colour-blind-safe palette of
+Okabe and Ito.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-#: blue, vermillion, green, purple, orange, sky, grey, black; their yellow is too pale for a line on white
+#: blue, vermillion, green, purple, orange, sky, grey, black; the palette's yellow is too pale for lines on white
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 DASHES = ("-", "--", "-.", ":")
@@ -32,10 +32,10 @@ Series: TypeAlias = tuple[Sequence[float], Sequence[float]] | tuple[Sequence[flo
 
 
 def image_grid(images: np.ndarray, columns: int | None = None, upscale: int = 1, *, gap: int = 2) -> np.ndarray:
-    """One picture, uint8 (height, width, C), of images uint8 (n, H, W, C), row by row, on white.
+    """One picture, uint8 (height, width, C), of images uint8 (n, H, W, C), in rows, on white.
 
-    Each pixel becomes a square of `upscale`, so that small images stay sharp; `columns` defaults to the root of n.
-    Raises ValueError for anything but uint8 images of one or three channels.
+    Each pixel becomes `upscale` x `upscale` pixels without smoothing; `columns` defaults to the square root of n.
+    Raises ValueError for anything but uint8 images with one or three channels.
     """
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] not in (1, 3) or not len(images):
         raise ValueError(f"images are {images.dtype} {images.shape}; a grid shows uint8 (n, H, W, 1 or 3)")
@@ -57,7 +57,7 @@ def sample_sheet(
     """One picture, uint8 (height, width, 1 or 3), of samples: pictures uint8 (n, H, W, C), or arrays float (n, C, *S).
 
     `columns`, `upscale` and `gap` as in `image_grid`; `upscale` None enlarges pictures of fewer than 64 rows to about
-    64, and plots of 1-D arrays always keep their size. See `as_pictures` for how arrays are shown.
+    64; plots of 1-D arrays always keep their size. See `as_pictures` for how arrays are shown.
     """
     pictures = as_pictures(samples)
     if samples.ndim == 3:
@@ -66,11 +66,11 @@ def sample_sheet(
 
 
 def as_pictures(samples: np.ndarray) -> np.ndarray:
-    """Samples as uint8 pictures (n, H, W, 1 or 3), on one scale for all of them.
+    """Samples as uint8 pictures (n, H, W, 1 or 3), with one scale for all.
 
-    Pictures uint8 (n, H, W, C) pass unchanged. Of float arrays, (n, C, L) becomes line plots with one line per channel;
-    of (n, C, H, W), three channels become red, green and blue, else the first one is shown in grey; of (n, C, F, H, W)
-    the same for the slice in the middle of F. Raises ValueError for anything else.
+    Pictures uint8 (n, H, W, C) are returned unchanged. Float arrays (n, C, L) become line plots with one line per
+    channel. For (n, C, H, W), three channels become red, green and blue; otherwise the first one is shown in grey. For
+    (n, C, F, H, W) the same is done for the middle slice of F. Raises ValueError for anything else.
     """
     if samples.dtype == np.uint8:
         return samples
@@ -117,7 +117,7 @@ def curves(
     logy: bool = False,
     size: tuple[float, float] = (6.4, 4.0),
 ) -> Figure:
-    """A line with markers per name; colours and markers follow the order of `series`. Size in inches."""
+    """One line with markers per name; colours and markers follow the order of `series`. Size in inches."""
     figure, axes = _figure(title, size)
     for i, (name, values) in enumerate(series.items()):
         x, y = np.asarray(values[0], dtype=float), np.asarray(values[1], dtype=float)
@@ -144,7 +144,7 @@ def bars(
     title: str = "",
     size: tuple[float, float] = (6.4, 3.6),
 ) -> Figure:
-    """A labelled bar per name; a pair is (value, deviation). Size in inches."""
+    """One labelled bar per name; a pair is (value, deviation). Size in inches."""
     figure, axes = _figure(title, size)
     pairs = [value if isinstance(value, tuple) else (value, None) for value in values.values()]
     heights = [pair[0] for pair in pairs]
@@ -169,7 +169,7 @@ def bars(
 
 
 def scatter(points: np.ndarray, labels: np.ndarray, *, title: str = "", names: Sequence[str] | None = None) -> Figure:
-    """Points (n, 2), such as t-SNE's, coloured by label (n,); axes without units, so without ticks."""
+    """Points (n, 2), such as those of t-SNE, coloured by label (n,); without ticks, since the axes have no units."""
     figure, axes = _figure(title, (5.6, 4.6))
     for i, label in enumerate(np.unique(labels)):
         rows, name = labels == label, names[int(label)] if names is not None else str(label)
@@ -181,21 +181,21 @@ def scatter(points: np.ndarray, labels: np.ndarray, *, title: str = "", names: S
     axes.spines[:].set_visible(False)
     key = axes.legend(frameon=False, bbox_to_anchor=(1.0, 1.0), loc="upper left", markerscale=1.6, handletextpad=0.2)
     for text in key.get_texts():
-        text.set_parse_math(False)  # a name with dollar signs is a name
+        text.set_parse_math(False)  # names may contain dollar signs
     return figure
 
 
 def pca_grid(
     rows: Mapping[str, np.ndarray], *, columns: Sequence[str] | None = None, title: str = "", cell: float = 0.9
 ) -> Figure:
-    """A row of pictures per name: colour maps float (n, *grid, 3) in [0, 1], or images uint8 (n, H, W, 1 or 3).
+    """One row of pictures per name: colour maps float (n, *grid, 3) in [0, 1], or images uint8 (n, H, W, 1 or 3).
 
-    A map of a 1-D grid is drawn as a strip, of a 3-D grid its slice in the middle. `columns` are headings; `cell` is
+    A map of a 1-D grid is drawn as a strip, a map of a 3-D grid by its middle slice. `columns` are headings; `cell` is
     the side of a picture in inches. Raises ValueError when rows differ in n.
     """
     counts = {name: len(maps) for name, maps in rows.items()}
     if len(set(counts.values())) != 1:
-        raise ValueError(f"rows of a grid hold different numbers of pictures, {counts}; give the same to each")
+        raise ValueError(f"rows of a grid have different numbers of pictures, {counts}; give the same number to each")
     size = 1.4 + cell * max(counts.values()), cell * len(rows) + 0.1 + 0.3 * bool(title) + 0.2 * bool(columns)
     figure = _blank(size, pad=0.02)
     grid = figure.subplots(len(rows), max(counts.values()), squeeze=False)
@@ -213,7 +213,7 @@ def pca_grid(
 
 
 def _draw_map(axes: Axes, picture: np.ndarray) -> None:
-    """A picture (H, W, 1 or 3) or a map (*grid, 3) of one to three dimensions."""
+    """Draw a picture (H, W, 1 or 3) or a map (*grid, 3) of one to three dimensions."""
     if picture.ndim == 4:
         picture = picture[len(picture) // 2]
     strip = picture.ndim == 2
@@ -222,7 +222,7 @@ def _draw_map(axes: Axes, picture: np.ndarray) -> None:
 
 
 def save(figure: Figure, path: str | Path, *, dpi: int = 150) -> None:
-    """Write a figure in the format of the path's suffix (png, svg, pdf), complete or not at all."""
+    """Write a figure atomically, in the format of the path's suffix (png, svg, pdf)."""
     path = Path(path)
     buffer = io.BytesIO()
     figure.savefig(buffer, format=path.suffix.lstrip(".") or "png", dpi=dpi)
@@ -231,13 +231,13 @@ def save(figure: Figure, path: str | Path, *, dpi: int = 150) -> None:
 
 
 def save_png(image: np.ndarray, path: str | Path) -> None:
-    """Write a picture, uint8 (height, width, 1 or 3), as png, complete or not at all."""
+    """Write a picture, uint8 (height, width, 1 or 3), as png, atomically."""
     with atomic_write(Path(path)) as file:
         file.write(_png(image))
 
 
 def figure_to_data_uri(figure: Figure | np.ndarray, *, dpi: int = 110) -> str:
-    """A figure, or a picture uint8 (height, width, 1 or 3), as a png inside a `data:` address."""
+    """A figure, or a picture uint8 (height, width, 1 or 3), as a png in a `data:` URI."""
     if isinstance(figure, np.ndarray):
         content = _png(figure)
     else:
@@ -258,7 +258,7 @@ def _png(image: np.ndarray) -> bytes:
 
 
 def _blank(size: tuple[float, float], pad: float = 0.04) -> Figure:
-    """A figure outside pyplot's registry: nothing to close, no backend chosen for the caller. Sizes in inches."""
+    """A figure outside pyplot's registry: it need not be closed and selects no backend. Sizes in inches."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
@@ -270,7 +270,7 @@ def _blank(size: tuple[float, float], pad: float = 0.04) -> Figure:
 
 
 def _figure(title: str, size: tuple[float, float]) -> tuple[Figure, Axes]:
-    """A figure with one quiet pair of axes: no box, a light grid behind the data."""
+    """A figure with one pair of axes, without a box, with a light grid behind the data."""
     figure = _blank(size)
     axes = figure.subplots()
     axes.spines[["top", "right"]].set_visible(False)
@@ -292,7 +292,7 @@ def _short(value: float) -> str:
 
 
 def plain_ticks(axes: Any, logx: bool, logy: bool) -> None:
-    """Thousands separated; on a log axis 20 and 50 rather than 2x10¹, and no minor labels to collide."""
+    """Tick labels with thousands separators; on a log axis 20 instead of 2x10¹, and no minor labels, which overlap."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     plain = FuncFormatter(lambda value, _: f"{value:,.6g}")

@@ -1,4 +1,4 @@
-"""Features of a backbone at a noise level: linear probes, colour maps of their principal components, t-SNE.
+"""Features of a backbone at a noise level: linear probes, PCA colour maps, t-SNE.
 
 Shape legend: N images, T tokens on a grid of one to three dimensions, D width, F features, (C, *S) latent.
 """
@@ -33,12 +33,13 @@ def collect(
 ) -> dict[int, Tensor]:
     """Features (N, T, D), float32 on the CPU, after each block of `taps`, for latents z0 (N, C, *S) at noise level t.
 
-    The noise depends on `seed` and z0's shape alone, so every model, block and batch size sees the same; torch's global
-    RNG is left alone. The backbone runs in eval mode and is returned to its own. ValueError for taps or t out of range.
+    The noise depends only on `seed` and the shape of z0, so it is the same for every model, block and batch size. Keeps
+    torch's global RNG state. The backbone runs in eval mode, then returns to its previous mode. ValueError for taps or t
+    out of range.
     """
     wanted = tuple(sorted(set(taps)))
     if not wanted or wanted[0] < 1 or wanted[-1] > backbone.depth:
-        raise ValueError(f"blocks {list(taps)} cannot be read from a backbone of {backbone.depth}; choose 1 .. depth")
+        raise ValueError(f"blocks {list(taps)} are not in a backbone of {backbone.depth} blocks; choose 1 .. depth")
     if not 0.0 <= t <= 1.0:
         raise ValueError(f"noise level t = {t} is outside [0, 1]; 0 is data and 1 is noise")
     noise = torch.randn(z0.shape, generator=torch.Generator().manual_seed(seed))
@@ -58,7 +59,7 @@ def collect(
 
 @contextmanager
 def eval_mode(backbone: Any) -> Iterator[None]:
-    """Eval mode for a while; each submodule returns to its own mode, a frozen part of a training model included."""
+    """Eval mode in the block; afterwards each submodule returns to its own previous mode."""
     modes = {module: module.training for module in backbone.modules()} if isinstance(backbone, nn.Module) else {}
     try:
         if modes:
@@ -70,7 +71,7 @@ def eval_mode(backbone: Any) -> Iterator[None]:
 
 
 def pool(features: Tensor) -> Tensor:
-    """Mean over tokens, (N, T, D) -> (N, D); features that are (N, F) already pass unchanged."""
+    """Mean over tokens, (N, T, D) -> (N, D); features (N, F) are returned unchanged."""
     return features.mean(dim=1) if features.dim() == 3 else features
 
 
@@ -83,22 +84,22 @@ def linear_probe(
     seed: int = 0,
     kind: str = "logistic",
 ) -> float:
-    """Accuracy, in [0, 1], of a linear classifier on features (N, F), or (N, T, D) which are averaged over tokens.
+    """Accuracy, in [0, 1], of a linear classifier on features (N, F), or (N, T, D), which are averaged over tokens.
 
-    It is fitted on standardised features and tested on `test` (features, labels), or else on a part `test_fraction`
+    It is fitted on standardised features and tested on `test` (features, labels), by default a fraction `test_fraction`
     drawn by `seed`. kind: "logistic" (multinomial, scikit-learn) or "ridge" (one-hot targets, closed form, faster).
-    Raises ValueError for unfit arguments.
+    Raises ValueError for invalid arguments.
     """
     x = pool(features).double()
     y = labels.long().to(x.device)
     if len(x) != len(y) or x.dim() != 2:
-        raise ValueError(f"features {tuple(features.shape)} and labels {tuple(labels.shape)} do not fit each other")
+        raise ValueError(f"features {tuple(features.shape)} and labels {tuple(labels.shape)} do not match")
     if test is None:
         order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))
         held_out = min(max(1, round(test_fraction * len(x))), len(x) - 1)
         x, y, test = x[order[held_out:]], y[order[held_out:]], (x[order[:held_out]], y[order[:held_out]])
     if len(torch.unique(y)) < 2:
-        raise ValueError("a probe needs two classes at least among the images that it is fitted on")
+        raise ValueError("a probe needs at least two classes among the images that it is fitted on")
     if kind not in PROBES:
         raise ValueError(f"unknown probe {kind!r}; choose from {', '.join(PROBES)}")
     mean, deviation = x.mean(dim=0), x.std(dim=0, correction=0)
@@ -128,7 +129,7 @@ PROBES = {"logistic": logistic_guesses, "ridge": ridge_guesses}
 
 
 class Basis(NamedTuple):
-    """Three directions in feature space, and the range of each that becomes black to full colour."""
+    """Three directions in feature space, and the range of each that is mapped to the colour range."""
 
     mean: Tensor  #: (D,)
     components: Tensor  #: (3, D), orthonormal
@@ -137,30 +138,27 @@ class Basis(NamedTuple):
 
 
 def pca_basis(feats: Tensor) -> Basis:
-    """First three principal components over all tokens of feats (N, T, D), with the 1st and 99th percentile along each.
+    """First three principal components of all tokens of feats (N, T, D), with the 1st and 99th percentile along each.
 
-    A component's sign is arbitrary; it is fixed by making its largest entry positive. ValueError when D < 3.
+    The sign of a component is arbitrary: its largest entry is made positive. ValueError when D < 3.
     """
     tokens = feats.reshape(-1, feats.shape[-1]).double()  # (N T, D)
     if tokens.shape[1] < 3:
-        raise ValueError(f"features of width {tokens.shape[1]} have no three components")
+        raise ValueError(f"features of width {tokens.shape[1]} do not have three components; at least 3 are needed")
     mean = tokens.mean(dim=0)
     _, vectors = torch.linalg.eigh((tokens - mean).T @ (tokens - mean))  # ascending eigenvalues
     components = vectors.T[-3:].flip(dims=(0,))
     largest = components.gather(dim=1, index=components.abs().argmax(dim=1, keepdim=True))
     components = components * torch.sign(largest)
-    along = np.percentile(
-        ((tokens - mean) @ components.T).numpy(), [1, 99], axis=0
-    )  # torch's quantile has a size limit
+    along = np.percentile(((tokens - mean) @ components.T).numpy(), [1, 99], axis=0)  # torch.quantile has a size limit
     return Basis(mean, components, torch.from_numpy(along[0]), torch.from_numpy(along[1]))
 
 
 def pca_maps(feats: Tensor, grid: tuple[int, ...], *, basis: Basis | None = None) -> np.ndarray:
-    """Colour maps (N, *grid, 3), float32 in [0, 1], of the tokens of feats (N, T, D) along a basis.
+    """Colour maps (N, *grid, 3), float32 in [0, 1], of the tokens of feats (N, T, D) in a basis.
 
-    `grid` is the backbone's: tokens along each spatial dimension. Without `basis` the features' own is used; give the
-    same one to maps that are to be compared. Raises ValueError when T is not that of the grid, or the basis has another
-    width.
+    `grid` is the backbone's: tokens along each spatial dimension. `basis` None: that of these features; to compare maps,
+    give all of them the same basis. Raises ValueError when T does not match the grid, or the basis has another width.
     """
     n, t, d = feats.shape
     if math.prod(grid) != t:
@@ -174,27 +172,26 @@ def pca_maps(feats: Tensor, grid: tuple[int, ...], *, basis: Basis | None = None
         )
     along = (feats.double() - basis.mean) @ basis.components.T  # (N, T, 3)
     span = basis.high - basis.low
-    flat = span <= 1e-12 * (1 + basis.mean.norm())  # features all alike: grey, not amplified rounding
+    flat = span <= 1e-12 * (1 + basis.mean.norm())  # constant features: grey instead of amplified rounding
     maps = torch.where(flat, 0.5, (along - basis.low) / torch.where(flat, 1.0, span)).clamp(0, 1)
     return maps.view(n, *grid, 3).float().numpy()
 
 
 def tsne(features: Tensor, *, perplexity: float = 30.0, seed: int = 0) -> np.ndarray:
-    """t-SNE (N, 2), by scikit-learn, of features (N, F), or (N, T, D) which are averaged over tokens; standardised.
+    """t-SNE (N, 2), from scikit-learn, of standardised features (N, F), or (N, T, D), which are averaged over tokens.
 
-    `perplexity` shrinks to (N - 1) / 3 for few images. Raises ValueError for fewer than four.
+    `perplexity` is limited to (N - 1) / 3. Raises ValueError for fewer than four images.
     """
     from sklearn.manifold import TSNE
     from threadpoolctl import threadpool_limits
 
     x = pool(features).double()
     if len(x) < 4:
-        raise ValueError(f"{len(x)} images are too few for t-SNE; give four at least")
+        raise ValueError(f"{len(x)} images are too few for t-SNE; give at least four")
     deviation = x.std(dim=0, correction=0)
     x = (x - x.mean(dim=0)) / torch.where(deviation > 1e-12, deviation, 1.0)
     fewer = min(perplexity, (len(x) - 1) / 3)
     model = TSNE(n_components=2, perplexity=fewer, init="pca", random_state=seed)
-    with threadpool_limits(
-        limits=1
-    ):  # threads that wait by spinning: twenty times slower while another process is busy
+    # its threads wait in a busy loop: more than one is twenty times slower while another process is busy
+    with threadpool_limits(limits=1):
         return model.fit_transform(x.numpy())

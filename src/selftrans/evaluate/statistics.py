@@ -1,4 +1,4 @@
-"""Mean and covariance of features, streamed over images, and their file (ADM's npz names).
+"""Mean and covariance of features, computed in a stream, and their file format (ADM's npz names).
 
 Shape legend: n images, F features, S spatial features.
 """
@@ -16,8 +16,8 @@ import numpy as np
 from selftrans.evaluate.extractors import Extractor, extract
 from selftrans.storage import atomic_write, first_line, printable
 
-MAX_UNPACKED = 1 << 28  #: bytes of an array that may be compressed strongly; statistics compress little
-NEGATIVE = 1e-3  #: share of a covariance's Frobenius norm that an eigenvalue may lie below zero
+MAX_UNPACKED = 1 << 28  #: bytes up to which any compression ratio is accepted; statistics compress little
+NEGATIVE = 1e-3  #: how far below zero an eigenvalue may be, relative to the covariance's Frobenius norm
 
 
 class Moments(NamedTuple):
@@ -28,9 +28,9 @@ class Moments(NamedTuple):
 
 
 class RunningMoments:
-    """Mean and scatter of rows that come in pieces, by the pairwise update of Chan, Golub and LeVeque (1979).
+    """Mean and scatter of rows in a stream, by the pairwise update of Chan, Golub and LeVeque (1979).
 
-    Sums of squares, the shorter way, cancel when the mean is large compared to the deviation.
+    Simple sums of squares suffer cancellation when the mean is large compared to the deviation.
     """
 
     def __init__(self) -> None:
@@ -50,24 +50,24 @@ class RunningMoments:
         self.count = total
 
     def moments(self) -> Moments:
-        """Mean (F,) and covariance (F, F) with n - 1 below; ValueError for fewer than two rows."""
+        """Mean (F,) and unbiased covariance (F, F); ValueError for fewer than two rows."""
         if self.count < 2:
-            raise ValueError(f"{self.count} images have no covariance; give two at least")
+            raise ValueError(f"{self.count} images have no covariance; give at least two")
         return Moments(self.mean, self.scatter / (self.count - 1))
 
 
 @dataclass(frozen=True, eq=False)
 class Statistics:
-    """Mean and covariance of the features of a set of images, and what they are of."""
+    """Mean and covariance of the features of a set of images, with their origin."""
 
     mean: np.ndarray  #: (F,) float64
     cov: np.ndarray  #: (F, F) float64
-    count: int | None = None  #: number of images; None when the file does not say
+    count: int | None = None  #: number of images; None if the file does not record it
     features: np.ndarray | None = None  #: (n, F) float32, for kernel distance, precision and recall
-    spatial: Moments | None = None  #: of spatial features (S,), where the extractor offers them
-    extractor: str = ""  #: its name; empty when the file does not say
+    spatial: Moments | None = None  #: of spatial features (S,), if the extractor has them
+    extractor: str = ""  #: its name; empty if the file does not record it
     sha256: str = ""  #: of the extractor's weights
-    source: str = ""  #: which images, in words or as a path
+    source: str = ""  #: description or path of the images
 
     @property
     def dim(self) -> int:
@@ -85,10 +85,10 @@ class Statistics:
         source: str = "",
         observe: Callable[[dict[str, np.ndarray]], None] | None = None,
     ) -> Statistics:
-        """Statistics of a stream of batches of images (see `extract`), the same however the stream is cut.
+        """Statistics of a stream of image batches (see `extract`), independent of the batch size.
 
-        With `keep` the features stay in memory, as float32. `chunk` images go through the extractor at a time;
-        `observe` is handed each chunk's features and logits. Raises ValueError for unfit images, or fewer than two.
+        `keep` stores the features in memory, as float32. The extractor processes `chunk` images at a time; `observe` is
+        called with each chunk's output. Raises ValueError for invalid images, or fewer than two.
         """
         running, spatial, kept = RunningMoments(), RunningMoments(), []
         for out in extract(batches, extractor, chunk=chunk):
@@ -110,7 +110,7 @@ class Statistics:
         )
 
     def save(self, path: str | Path) -> None:
-        """Write an npz: `mu`, `sigma`, `mu_s`, `sigma_s` as ADM names them, and what else is known."""
+        """Write an npz: `mu`, `sigma`, `mu_s`, `sigma_s` as ADM names them, and the other fields that are known."""
         arrays: dict[str, Any] = {"mu": self.mean, "sigma": self.cov}
         if self.spatial is not None:
             arrays |= {"mu_s": self.spatial.mean, "sigma_s": self.spatial.cov}
@@ -124,12 +124,12 @@ class Statistics:
 
     @classmethod
     def load(cls, path: str | Path) -> Statistics:
-        """Statistics from an npz of ours or of ADM's; ValueError when it is damaged, pickled or another thing."""
+        """Load an npz written by `save` or by ADM; ValueError when it is damaged, pickled or something else."""
         path = Path(path)
         arrays = _read(path)
         if "mu" not in arrays or "sigma" not in arrays:
-            found = ", ".join(sorted(arrays)) or "nothing"
-            raise ValueError(f"{path} holds {found}, not mu and sigma; compute statistics from the images instead")
+            names = ", ".join(sorted(arrays)) or "nothing"
+            raise ValueError(f"{path} holds {names}, not mu and sigma; compute statistics from the images instead")
         mean, cov = _moments(arrays["mu"], arrays["sigma"], path)
         spatial = _moments(arrays["mu_s"], arrays["sigma_s"], path) if {"mu_s", "sigma_s"} <= arrays.keys() else None
         text = {name: str(arrays[name]) for name in ("extractor", "sha256", "source") if name in arrays}
@@ -144,31 +144,31 @@ class Statistics:
 
 
 def _read(path: Path) -> dict[str, np.ndarray]:
-    """The arrays of an npz that statistics are made of; images in the same file (ADM's arr_0) are not read."""
+    """The arrays of an npz that belong to statistics; images in the same file (ADM's arr_0) are not read."""
     wanted = {"mu", "sigma", "mu_s", "sigma_s", "features", "count", "extractor", "sha256", "source"}
     if not path.is_file():
         raise ValueError(f"no statistics at {path}; give an npz with mu and sigma, or a folder of images")
     try:
         if not zipfile.is_zipfile(path):
-            raise ValueError("no zip file")
+            raise ValueError("not a zip file")
         with zipfile.ZipFile(path) as archive:
             for member in archive.infolist():
                 if member.file_size > max(MAX_UNPACKED, 200 * member.compress_size):
                     raise ValueError(f"{member.filename!r:.60} expands to {member.file_size} bytes")
         with np.load(path, allow_pickle=False) as file:
             names = set(file.files)
-            found = {name: _plain(name, file[name]) for name in names & wanted}
-            return found or {printable(name, 20): np.empty(0) for name in sorted(names)[:9]}
-    except Exception as error:  # a damaged zip or a false header raises almost anything
+            arrays = {name: _plain(name, file[name]) for name in names & wanted}
+            return arrays or {printable(name, 20): np.empty(0) for name in sorted(names)[:9]}
+    except Exception as error:  # a damaged zip or a wrong header raises many types
         raise ValueError(
             f"{path} is not a readable npz of plain arrays ({first_line(error)}); compute the statistics again"
         ) from None
 
 
 def _plain(name: str, array: Any) -> np.ndarray:
-    """An array of numbers, or of words where those belong; ValueError for anything else, whose `name` is given."""
+    """Check that an array is numeric, or text if `name` is a text field; ValueError otherwise."""
     if not isinstance(array, np.ndarray):
-        raise ValueError(f"{name} is no array")
+        raise ValueError(f"{name} is not an array")
     words = name in ("extractor", "sha256", "source")
     if array.dtype.kind not in ("U" if words else "iuf") or (array.ndim and (words or name == "count")):
         raise ValueError(f"{name} is {array.dtype} {array.shape}")
@@ -179,7 +179,7 @@ def _moments(mean: np.ndarray, cov: np.ndarray, path: Path) -> Moments:
     """Mean and covariance as float64, checked for shape, finiteness, symmetry and sign."""
     if mean.ndim != 1 or cov.shape != (len(mean), len(mean)):
         raise ValueError(
-            f"{path} holds a mean {mean.shape} and a covariance {cov.shape}, which do not fit; compute it again"
+            f"{path} holds a mean {mean.shape} and a covariance {cov.shape}, which do not match; compute it again"
         )
     mean, cov = mean.astype(np.float64), cov.astype(np.float64)
     if not (np.isfinite(mean).all() and np.isfinite(cov).all()):
@@ -187,18 +187,18 @@ def _moments(mean: np.ndarray, cov: np.ndarray, path: Path) -> Moments:
     if not np.allclose(cov, cov.T, rtol=1e-5, atol=1e-8 * max(1.0, np.abs(cov).max(initial=0.0))):
         raise ValueError(f"{path} holds a covariance that is not symmetric; compute it again")
     if _is_negative(cov):
-        raise ValueError(f"{path} holds a covariance with negative eigenvalues, which no images have; compute it again")
+        raise ValueError(f"{path} holds a covariance with negative eigenvalues, which is impossible; compute it again")
     return Moments(mean, (cov + cov.T) / 2)
 
 
 def _is_negative(cov: np.ndarray) -> bool:
-    """Whether a symmetric matrix has eigenvalues below -`NEGATIVE` of its norm: tried by Cholesky, cheaper than they are.
+    """Whether a symmetric matrix has eigenvalues below -`NEGATIVE` of its norm, by Cholesky, which is faster than eigh.
 
-    A covariance of fewer images than features has zeros for eigenvalues, which float32 may turn to -1e-6 of the norm.
+    A covariance of fewer images than features has zero eigenvalues, which become as low as -1e-6 of the norm in float32.
     """
     peak = np.abs(cov).max(initial=0.0)
     if peak == 0:
-        return False  # all images are one
+        return False  # all images are the same
     scaled = cov / peak  # its norm cannot overflow
     scaled[np.diag_indices_from(scaled)] += NEGATIVE * np.linalg.norm(scaled)
     try:

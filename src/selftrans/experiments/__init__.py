@@ -1,1 +1,1 @@
-"""Whole experiments on top of training: comparison, quickstart, benchmark, evaluation, analysis."""
+"""Experiments on top of training: comparison, quickstart, benchmark, evaluation, analysis."""

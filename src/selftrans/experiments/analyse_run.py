@@ -1,4 +1,4 @@
-"""`selftrans analyse`: the features of a run ⇒ linear probes, colour maps and t-SNE, as pictures and analyse.json.
+"""`selftrans analyse`: features of a run ⇒ linear probes, PCA colour maps and t-SNE, as pictures and analyse.json.
 
 Shape legend: N images, (C, *S) latent.
 """
@@ -22,7 +22,7 @@ from selftrans.evaluate.probes import collect, linear_probe, pca_maps, tsne
 from selftrans.flow import PATHS
 from selftrans.storage import printable, write_json
 
-MAPPED = 8  #: images whose features are shown as maps
+MAPPED = 8  #: images whose features are shown as PCA maps
 
 
 def analyse(
@@ -35,14 +35,14 @@ def analyse(
     weights: Weights,
     stage: str | None,
 ) -> dict[str, Any]:
-    """Probes per block and timestep, PCA maps and t-SNE of a run's features, as pictures and analyse.json in `out`.
+    """Write probes per block and timestep, PCA maps and t-SNE of a run's features to `out`; returns analyse.json.
 
-    Features are taken under the null condition, so that a probe cannot read the label from the conditioning. `data`:
-    prepared data; None: what the run was trained on. ValueError for data of another shape or class count than the run's.
+    Features are computed with the null condition, so that a probe cannot read the label from the conditioning. `data`:
+    prepared data; None: the run's training data. ValueError for data of another shape or number of classes.
     """
     if samples < 20 or not timesteps:
         raise ValueError(
-            f"{samples} samples at {len(timesteps)} timesteps are too few; give at least 20, and a timestep"
+            f"{samples} samples at {len(timesteps)} timesteps are too few; give at least 20 samples and one timestep"
         )
     loaded, device = load_model(origin, stage=stage, weights=weights), default_device()
     model, dataset = loaded.model.to(device), Dataset.open(_data_of(origin, loaded, data))
@@ -81,7 +81,7 @@ def analyse(
 
 
 def _check_fit(loaded: LoadedModel, dataset: Dataset) -> None:
-    """ValueError unless the data are of the shape and classes that the model was trained on."""
+    """ValueError unless the data have the shape and number of classes of the model."""
     manifest, model = dataset.manifest, loaded.model
     if manifest.shape != model.shape or manifest.num_classes != model.conditions.num_classes:
         raise ValueError(
@@ -91,15 +91,15 @@ def _check_fit(loaded: LoadedModel, dataset: Dataset) -> None:
 
 
 def _spread(blocks: Sequence[int]) -> list[int]:
-    """A shallow, two middle and the last block."""
+    """A shallow block, two middle blocks and the last one."""
     return sorted({blocks[round(fraction * (len(blocks) - 1))] for fraction in (0.15, 0.4, 0.7, 1.0)})
 
 
 def _data_of(origin: str | Path, loaded: LoadedModel, data: str | None) -> str:
-    """Directory of the data: as given, else where the run found them."""
-    known = data or loaded.config.data.path
-    if known is None and (Path(origin) / "data" / "manifest.json").exists():
-        known = str(Path(origin) / "data")
-    if known is None:
-        raise ValueError(f"{origin} does not say where its data are; give --data DIR")
-    return known
+    """Directory of the data: `data`, or the one that the run was trained on."""
+    path = data or loaded.config.data.path
+    if path is None and (Path(origin) / "data" / "manifest.json").exists():
+        path = str(Path(origin) / "data")
+    if path is None:
+        raise ValueError(f"{origin} does not record the path of its data; give --data DIR")
+    return path

@@ -1,6 +1,6 @@
-"""`selftrans evaluate`: images, or a run that is sampled for it, against a reference: one report, printed and kept.
+"""`selftrans evaluate`: compare images, or samples of a run, with a reference ⇒ a report, printed and written as json.
 
-Shape legend: images are pictures, uint8 (n, H, W, C), or arrays that are no pictures, float32 (n, C, *S).
+Shape legend: images are pictures, uint8 (n, H, W, C), or arrays that are not pictures, float32 (n, C, *S).
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from selftrans.experiments.reference import counted, described, must_exist, refe
 from selftrans.sampling.images import Sampler
 from selftrans.storage import first_line, write_json
 
-FOREIGN = (".pt", ".pth", ".ckpt")  #: checkpoints that only `selftrans import` reads
-#: settings of samples that a report always names, known or not
+FOREIGN = (".pt", ".pth", ".ckpt")  #: suffixes of checkpoints that only `selftrans import` reads
+#: settings of samples that a report always lists, known or not
 SETTINGS = (
     "sampler",
     "steps",
@@ -42,19 +42,20 @@ SETTINGS = (
 
 
 class Samples(NamedTuple):
-    """What is measured."""
+    """The images to evaluate."""
 
     images: Iterator[np.ndarray]
-    made: dict[str, Any] | None  #: the settings they were made with; None where they are not recorded
-    labels: Any  #: (n,) or a list that fills while the images stream; None where there are no classes, or not known
-    total: int | None  #: number of images, where that is known
-    report: Path  #: where the report is kept by default
+    settings: dict[str, Any] | None  #: the sampling settings; None if they are not recorded
+    labels: Any  #: (n,), or a list that fills while the images stream; None if unknown or without classes
+    total: int | None  #: number of images, if known
+    report: Path  #: default path of the report
+    pictures: bool | None  #: whether they are pictures; None: only the first batch shows it
 
 
 def evaluate_samples(
     samples: str | Path,
     reference: str | Path,
-    features: str,
+    features: str | None,
     *,
     settings: dict[str, Any] | None = None,
     weights: Weights = "ema",
@@ -62,43 +63,49 @@ def evaluate_samples(
     out: Path | None = None,
     save_reference: Path | None = None,
 ) -> dict[str, Any]:
-    """Measure images, or a run, against a reference and keep the report as json; returns it.
+    """Compare images, or a run, with a reference; writes the report as json and returns it.
 
     Args:
         samples: a folder, zip or npz of images, prepared data, or a run, checkpoint or weights file, which is sampled
             in memory under `settings` (fields of SampleConfig; `weights` and `stage` choose the model).
         reference: images in the same forms, `digits`, or an npz of statistics (`mu`, `sigma`).
-        features: name or file of an extractor, see `load_extractor`.
-        out: of the report; None: next to the images, or in the run. save_reference: an npz for the statistics, as ADM's.
-    Raises ValueError for unknown features, unfit images and statistics of another extractor.
+        features: name or file of an extractor, see `load_extractor`; None: `inception` for pictures, else `values`.
+        out: file for the report; None: next to the images, or in the run.
+        save_reference: npz file for the statistics of the reference, with ADM's names.
+    Raises ValueError for unknown features, invalid images and statistics of another extractor.
     """
-    extractor = None if features == "values" else load_extractor(features, device=default_device())
-    given = open_samples(samples, settings or {}, weights, stage)
-    images = given.images
+    device = default_device()
+    extractor = None if features in (None, "values") else load_extractor(features, device=device)
+    opened = open_samples(samples, settings or {}, weights, stage)
+    images = opened.images
+    if features is None and opened.pictures:  # before the first batch is sampled: inception may not be installed
+        extractor = load_extractor("inception", device=device)
     if extractor is None:
         first = next(images)
-        extractor, images = load_extractor(features, shape=first.shape[1:]), itertools.chain([first], images)
+        chosen = features or ("inception" if first.dtype == np.uint8 else "values")
+        extractor = load_extractor(chosen, device=device, shape=first.shape[1:])
+        images = itertools.chain([first], images)
     statistics = reference_of(reference, extractor)
     if save_reference is not None:
         statistics.save(save_reference)
-    images = counted(images, given.total)
-    report = evaluate(images, statistics, extractor, labels=given.labels, reference_name=described(reference))
-    made = {name: (given.made or {}).get(name) for name in SETTINGS} | (given.made or {})
-    report |= {"samples": str(samples), "made": made, "label_balance": _balance(given.labels)}
-    write_json(out or given.report, report)
+    images = counted(images, opened.total)
+    report = evaluate(images, statistics, extractor, labels=opened.labels, reference_name=described(reference))
+    made = {name: (opened.settings or {}).get(name) for name in SETTINGS} | (opened.settings or {})
+    report |= {"samples": str(samples), "made": made, "label_balance": _balance(opened.labels)}
+    write_json(out or opened.report, report)
     return report
 
 
 def open_samples(
     samples: str | Path, settings: dict[str, Any], weights: Weights = "ema", stage: str | None = None
 ) -> Samples:
-    """Images as they are stored, or as a run makes them."""
+    """Open stored images, or the images sampled from a run."""
     path = Path(samples)
     if path.suffix in FOREIGN:
-        raise ValueError(f"{path} is a checkpoint of another code; make a run of it with `selftrans import`")
+        raise ValueError(f"{path} is a checkpoint of another code base; convert it with `selftrans import`")
     must_exist(path)
     if path.name == "samples.npz" and (path.parent / "samples.json").exists():
-        path = path.parent  # ours: samples.json holds its settings
+        path = path.parent  # written by `selftrans sample`: samples.json holds its settings
     if is_model(path):
         sampler = Sampler.load(path, settings, weights=weights, stage=stage)
         labels: list[int] | None = [] if sampler.model.conditions.num_classes > 1 else None
@@ -110,12 +117,19 @@ def open_samples(
                 yield batch.images
 
         target = path if path.is_dir() else path.parent
-        return Samples(images(), sampler.described, labels, sampler.settings.num, target / "evaluate.json")
+        return Samples(
+            images(),
+            sampler.described,
+            labels,
+            sampler.settings.num,
+            target / "evaluate.json",
+            sampler.autoencoder.pictures,
+        )
     for name in settings:
-        warnings.warn(f"--{name.replace('_', '-')} is ignored: {path} holds pictures, not a run", stacklevel=3)
-    made, found, stream = _sampled(path)
+        warnings.warn(f"--{name.replace('_', '-')} is ignored: {path} holds images, not a run", stacklevel=3)
+    recorded, stored_labels, stream = _stored(path)
     target = path / "evaluate.json" if path.is_dir() else path.with_suffix(".evaluate.json")
-    return Samples(stream, made, found, None, target)
+    return Samples(stream, recorded, stored_labels, None, target, None)
 
 
 def is_model(path: Path) -> bool:
@@ -125,36 +139,37 @@ def is_model(path: Path) -> bool:
     return (path / "checkpoints").is_dir() or (path / checkpoint.STATE).exists() or (path / "config.json").exists()
 
 
-def _sampled(samples: Path) -> tuple[dict[str, Any] | None, np.ndarray | None, Iterator[np.ndarray]]:
-    """Settings that the images were made with, where samples.json records them; their labels, where known; the images."""
+def _stored(samples: Path) -> tuple[dict[str, Any] | None, np.ndarray | None, Iterator[np.ndarray]]:
+    """The sampling settings if samples.json records them, the labels if they are known, and the images."""
     record, archive = samples / "samples.json", samples / "samples.npz"
     if not record.exists():
         return None, npz_labels(samples) if samples.suffix.lower() == ".npz" else None, open_images(samples)
     try:
-        made = json.loads(record.read_text())
-        complete, settings = made["complete"] and archive.exists(), made["settings"] | {"num": made["num"]}
+        content = json.loads(record.read_text())
+        complete, settings = content["complete"] and archive.exists(), content["settings"] | {"num": content["num"]}
         if complete:
             with np.load(archive, allow_pickle=False) as arrays:
-                if arrays.zip.getinfo("arr_1.npy").file_size > archive.stat().st_size:  # ours are not compressed
-                    raise ValueError("its labels would expand beyond the file")
+                # `selftrans sample` does not compress the npz
+                if arrays.zip.getinfo("arr_1.npy").file_size > archive.stat().st_size:
+                    raise ValueError("its labels claim more bytes than the file has")
                 labels = arrays["arr_1"]
-    except Exception as error:  # json, zip and npz raise almost anything for damaged files
+    except Exception as error:  # json, zip and npz raise many types for damaged files
         raise ValueError(f"{samples} is damaged ({first_line(error)}); delete it and sample again") from error
     if not complete:
         raise ValueError(f"{samples} is not complete; repeat the `selftrans sample` command that began it")
-    several = settings.get("num_classes", 2) > 1  # with one label for all, any accuracy would look good
+    several = settings.get("num_classes", 2) > 1  # with one class, every accuracy would be 1
     return settings, labels if several else None, open_images(archive)
 
 
 def _balance(labels: Any) -> dict[str, int] | None:
-    """Fewest and most images of a class that occurs, and how many classes do."""
+    """Number of classes that occur, and the fewest and most images of one of them."""
     if labels is None or not len(labels):
         return None
     counts = Counter(np.asarray(labels).tolist())
     return {"classes": len(counts), "fewest": min(counts.values()), "most": max(counts.values())}
 
 
-#: key of a report -> what the table calls it; in this order
+#: key of a report -> its name in the table, in this order
 METRICS = {
     "fid": "FID",
     "frechet_distance": "Fréchet distance",
@@ -169,7 +184,7 @@ METRICS = {
     "accuracy": "accuracy of the labels",
 }
 
-#: key of a report -> what the table says of how its numbers were computed
+#: key of a report -> how the text describes the parameters of a metric
 COMPUTED = {
     "is_splits": "score over {is_splits} splits",
     "neighbours": "precision and recall with {neighbours} neighbours",
@@ -178,7 +193,7 @@ COMPUTED = {
 
 
 def text(report: dict[str, Any]) -> str:
-    """The report for a terminal: the numbers, and below them what they depend on."""
+    """The report as text: the numbers, and below them what they depend on."""
     lines = []
     for key, name in METRICS.items():
         if key in report:
@@ -190,13 +205,13 @@ def text(report: dict[str, Any]) -> str:
     ]
     if balance:
         made_with.append(f"{balance['fewest']} to {balance['most']} images of each of {balance['classes']} classes")
-    elif made.get("num_classes") not in (0, 1):  # without classes there is nothing to balance
+    elif made.get("num_classes") not in (0, 1):  # without classes there is no balance
         made_with.append("label balance unknown")
     computed = [form.format(**report) for key, form in COMPUTED.items() if key in report]
-    against = f"{report['reference']} ({report['reference_images'] or 'unknown number of'} images)"
+    reference = f"{report['reference']} ({report['reference_images'] or 'unknown number of'} images)"
     lines += [
         "",
-        f"{report['num_images']:,} images of {report['samples']} against {against}",
+        f"{report['num_images']:,} images of {report['samples']} against {reference}",
         f"features: {report['extractor']}, sha256 {report['extractor_sha256'][:12]}",
         *([", ".join(computed)] if computed else []),
         ", ".join(made_with),

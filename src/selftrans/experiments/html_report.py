@@ -1,4 +1,4 @@
-"""What `compare` and `quickstart` show: a table for the terminal, an overview picture, a page that needs no other file."""
+"""Reports of `compare` and `quickstart`: a table for the terminal, an overview picture, a self-contained page."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def cells(row: dict[str, Any], names: Mapping[str, str]) -> list[str]:
 
 
 def _reached(row: dict[str, Any], key: str, digits: int) -> str:
-    """Where vanilla's final distance was reached; by how many seeds, if not by all; empty without a vanilla run."""
+    """Where vanilla's final distance was reached, and by how many seeds if not by all; empty without a vanilla run."""
     if key not in row:
         return ""
     if row[key] is None:
@@ -84,15 +84,14 @@ def text_table(table: list[dict[str, Any]], names: Mapping[str, str], metric: st
 
 
 def legend(metric: str) -> str:
-    """What the columns of the table mean."""
+    """An explanation of the table's columns."""
     return (
-        f"distance: {metric}, lower is better; accuracy: the classifier's, of the samples' labels; shallow probe: accuracy "
-        "of a linear classifier on the features of the block that stage 1 guides, at t = 0.4; seconds: of the student's "
-        "training; total seconds and TFLOPs: the teacher's training included. Runs may train at the same time, "
-        f"so compare TFLOPs rather than seconds. To {BASELINE}'s: student steps, and TFLOPs in all, after which the method is "
-        f"as good as {BASELINE} of the same seed at its end, between two measurements read off the straight line of log "
-        "distance; "
-        "≤ where the first measurement was as good already; - where the training of an imported teacher is unknown."
+        f"distance: {metric}, lower is better; accuracy: of the classifier on the samples' labels; shallow probe: accuracy "
+        "of a linear classifier on the features of an early block, the same for all methods, at t = 0.4; seconds: of the "
+        "student's training; total seconds and TFLOPs: with the teacher's training. Runs may train in parallel, so compare TFLOPs "
+        f"rather than seconds. To {BASELINE}'s: student steps and total TFLOPs at which the method first reaches the final "
+        f"distance of {BASELINE} with the same seed, with log distance interpolated linearly between measurements; ≤: reached "
+        "at the first measurement; -: the training of an imported teacher is unknown."
     )
 
 
@@ -119,7 +118,7 @@ def overview(series: Mapping[str, Curve], grids: Mapping[str, np.ndarray], metri
 
 
 def _draw_curves(axes: Any, series: Mapping[str, Curve], xlabel: str, metric: str) -> None:
-    """Mean distance of each method with its deviation as a band, on a logarithmic axis."""
+    """Mean distance of each method, with its standard deviation as a band, on a logarithmic axis."""
     for i, (name, (x, values, deviation)) in enumerate(series.items()):
         low, high = np.subtract(values, deviation), np.add(values, deviation)
         colour, marker = COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)]
@@ -132,7 +131,7 @@ def _draw_curves(axes: Any, series: Mapping[str, Curve], xlabel: str, metric: st
 
 
 def convergence(both: Mapping[str, Mapping[str, Curve]], metric: str) -> Figure:
-    """Distance against student steps, and against all compute: `both` is {"step": series, "tflops": series}."""
+    """Distance against student steps and against total compute: `both` is {"step": series, "tflops": series}."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -169,7 +168,7 @@ def page(
     grids: Mapping[str, np.ndarray],
     maps: Mapping[str, Mapping[str, np.ndarray]],
 ) -> str:
-    """report.html: table, curves, samples and PCA maps, with every picture inside."""
+    """report.html: table, curves, samples and PCA maps, with all pictures embedded."""
     metric = html.escape(summary["metric"])
     curve = curves(series, xlabel="student steps", ylabel=summary["metric"], logy=True, size=(8, 4.4))
     samples = "".join(_figure(name, sample_sheet(images, columns=8, upscale=5), name) for name, images in grids.items())
@@ -180,7 +179,7 @@ def page(
 <h1>Self-Transcendence on real digits</h1>
 <p>The same 6-block transformer, trained for {summary["steps"]:,} student steps with each method on scikit-learn's 1,797
 scanned digits, seed{"s" if len(summary["seeds"]) > 1 else ""} {", ".join(map(str, summary["seeds"]))}.
-Stage 2 is taught by stage 1 as it was at step {summary["teacher_steps"]:,}.</p>
+The teacher of stage 2 is the checkpoint of stage 1 at step {summary["teacher_steps"]:,}.</p>
 <div class="scroll">{_table(summary["table"], names)}</div>
 <p class="note">{html.escape(legend(summary["metric"]))} Each distance is of {summary["images"]:,} samples from the averaged
 weights ({summary["sampler"]["sampler"]} sampler, {summary["sampler"]["steps"]} steps, balanced labels, guidance scale
@@ -192,7 +191,7 @@ weights ({summary["sampler"]["sampler"]} sampler, {summary["sampler"]["steps"]} 
 <div class="grids">{samples}</div>
 <h2>Features of the shallow block</h2>
 <p class="note">First three principal components of block {summary["block"]}, the one that stage 1 guides, at t = 0.4, over
-training, for the digits of the first row. Colours are those of the last checkpoint's components.</p>
+training, for the digits of the first row. All rows use the components of the last checkpoint.</p>
 {features}
 <p class="note">Made by <code>selftrans quickstart</code> in {summary["seconds"]:.0f} s. The same numbers are in
 <code>table.json</code> and <code>table.csv</code> next to this page.</p>
@@ -201,7 +200,7 @@ training, for the digits of the first row. Colours are those of the last checkpo
 
 
 def comparison_page(summary: dict[str, Any], figure: Figure, grids: Mapping[str, np.ndarray]) -> str:
-    """compare.html: table, convergence over steps and compute, samples, and what the numbers depend on."""
+    """compare.html: table, convergence over steps and compute, samples, and settings."""
     config, sampler = summary["config"], summary["sampler"]
     names = {row["method"]: row["method"] for row in summary["table"]}
     samples = "".join(_figure(name, sample_sheet(images, columns=8, upscale=3), name) for name, images in grids.items())
@@ -241,12 +240,12 @@ def comparison_page(summary: dict[str, Any], figure: Figure, grids: Mapping[str,
 
 
 def _teachers(teachers: Sequence[Mapping[str, Any]]) -> str:
-    """`a/ema.safetensors, step 1,000`: the weights that taught, each once."""
+    """`a/ema.safetensors, step 1,000`: the weights of the teachers."""
     return "; ".join(f"{teacher['path']}, step {teacher['steps']:,}" for teacher in teachers) or "none"
 
 
 def _settings(section: Mapping[str, Any]) -> str:
-    """`block 2, weight 0.5`: what is set."""
+    """`block 2, weight 0.5`: the settings that are not None."""
     return ", ".join(f"{key} {value}" for key, value in section.items() if value is not None)
 
 

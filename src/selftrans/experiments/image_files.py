@@ -1,6 +1,6 @@
-"""Files => batches of images: pictures as they are stored, arrays of an npz, or prepared data as its autoencoder decodes it.
+"""Files => batches of images: stored pictures, arrays of an npz, or prepared data decoded by its autoencoder.
 
-Pictures are uint8 (n, H, W, C), arrays that are no pictures float32 (n, C, *S).
+Pictures are uint8 (n, H, W, C), arrays that are not pictures float32 (n, C, *S).
 """
 
 from __future__ import annotations

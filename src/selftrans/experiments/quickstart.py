@@ -1,7 +1,7 @@
-"""`selftrans quickstart`: the complete method on real digits, measured, in minutes on two CPU cores, and a page about it.
+"""`selftrans quickstart`: train and measure the method on real digits, in minutes on two CPU cores, and write a report.
 
-vanilla, stage 1 alone and both stages are trained for the same number of student steps from the same seeds. The page
-shows what was measured: no order of the methods is assumed.
+vanilla, stage 1 alone and both stages are trained for the same number of student steps from the same seeds. The report
+shows the measurements and assumes no order of the methods.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ from selftrans.methods.vanilla import VANILLA
 from selftrans.recipes.digits import digits
 from selftrans.storage import lock_file, write_json, write_text
 
-#: name of the method -> what the page calls it; in this order, so that stage 1 is there to teach
+#: name of the method -> its title in the report; stage 1 precedes stage 2, which it teaches
 METHODS = {spec.name: spec.title for spec in (VANILLA, STRUCTURE, SELF_TRANSCENDENCE)}
 IMAGES = 1000  #: samples for each distance
-SHOWN = 42  #: samples on the page, per method
-MAPPED = 8  #: digits whose features are mapped
+SHOWN = 42  #: samples in the report, per method
+MAPPED = 8  #: digits whose features are shown as PCA maps
 
 
 def quickstart(
@@ -53,9 +53,9 @@ def quickstart(
 ) -> dict[str, Any]:
     """Train, measure and write `out`: report.html, quickstart.png, table.json, table.csv and a run directory per method.
 
-    Runs train at the same time, one per core; with one worker it takes longer, and the seconds of the methods compare
-    better. Repeating the call continues it; on a finished directory it only writes the page again. Returns what
-    table.json holds.
+    Runs train in parallel, one per core; with one worker it takes longer, but the seconds of the methods are comparable.
+    Repeating the call continues it; for a finished directory it only writes the report again. Returns the content of
+    table.json.
     """
     if not seeds or len(set(seeds)) < len(seeds) or images < 2:
         raise ValueError("the quickstart needs seeds that differ from each other, and at least two images")
@@ -64,25 +64,25 @@ def quickstart(
     if steps is not None:
         config = config.override({"train.steps": steps}).check()
     with lock_file(out / ".lock"):
-        shards = prepare_digits(out / "data")
+        dataset = prepare_digits(out / "data")
         config = config.override({"data.path": str(out / "data")})
         classifier = out / "digits-classifier.safetensors"
         load_extractor("digits", weights=classifier)  # trained once, before the workers load it
-        # the teacher is stage 1 at its end, so that every row of the table has had the same number of steps
+        # the teacher is the final stage 1, so that all rows of the table have the same number of steps
         config = equal_lengths(config)
         variants = {name: for_method(config, name) for name in METHODS}
         chosen = Comparison(config, variants, tuple(seeds), out, images, "digits", str(classifier))
         results = compare(chosen, workers=workers)
         summary = summarise(chosen, results)
         summary["seconds"] = round(time.perf_counter() - started + _seconds_before(out, summary), 1)
-        write(out, summary, shards, config, seeds[0])
+        write(out, summary, dataset, config, seeds[0])
     print(html_report.text_table(summary["table"], METHODS, summary["metric"]))
     print(f"\n{summary['seconds']:.0f} s. Open {out / 'report.html'}")
     return summary
 
 
 def _seconds_before(out: Path, summary: dict[str, Any]) -> float:
-    """Seconds that earlier calls for the same comparison took."""
+    """Seconds that earlier calls for the same comparison took; 0 if unknown."""
     try:
         before = json.loads((out / "table.json").read_text())
         return float(before["seconds"]) if before["table"] == summary["table"] else 0.0
@@ -91,7 +91,7 @@ def _seconds_before(out: Path, summary: dict[str, Any]) -> float:
 
 
 def summarise(chosen: Comparison, results: Results) -> dict[str, Any]:
-    """What table.json holds."""
+    """The content of table.json."""
     shared, point = chosen.shared, next(iter(results.values()))[1][-1]
     return {
         "table": rows(results, tuple(METHODS)),
@@ -107,10 +107,10 @@ def summarise(chosen: Comparison, results: Results) -> dict[str, Any]:
     }
 
 
-def write(out: Path, summary: dict[str, Any], shards: Dataset, config: RunConfig, seed: int) -> None:
-    """Write the table, the overview picture and the page."""
+def write(out: Path, summary: dict[str, Any], dataset: Dataset, config: RunConfig, seed: int) -> None:
+    """Write the table, the overview picture and the report."""
     grids = {label: samples_of(out / f"{name}-seed{seed}", config.sample, SHOWN) for name, label in METHODS.items()}
-    maps = {label: maps_of(out / f"{name}-seed{seed}", shards, summary["block"]) for name, label in METHODS.items()}
+    maps = {label: maps_of(out / f"{name}-seed{seed}", dataset, summary["block"]) for name, label in METHODS.items()}
     curves = {METHODS[name]: curve for name, curve in summary["curves"].items()}
     save(html_report.overview(curves, grids, summary["metric"]), out / "quickstart.png")
     page = html_report.page(summary, METHODS, curves, grids, maps)
@@ -119,18 +119,18 @@ def write(out: Path, summary: dict[str, Any], shards: Dataset, config: RunConfig
     write_text(out / "report.html", page)
 
 
-def maps_of(run: Path, shards: Dataset, block: int) -> dict[str, np.ndarray]:
-    """Row name -> pictures: the digits, and PCA maps of the shallow block at every checkpoint, in the last one's colours."""
-    z0, labels = latents_of(shards, np.arange(min(MAPPED, len(shards))))
+def maps_of(run: Path, dataset: Dataset, block: int) -> dict[str, np.ndarray]:
+    """Row name -> pictures: the digits, and PCA maps of the shallow block at every checkpoint in the last one's basis."""
+    z0, labels = latents_of(dataset, np.arange(min(MAPPED, len(dataset))))
     stage, device = json.loads((run / "run.json").read_text())["stages"][-1]["stage"], default_device()
-    found = [load_model(folder) for _, folder in checkpoint.steps(run / stage / "checkpoints")]
+    loaded = [load_model(folder) for _, folder in checkpoint.steps(run / stage / "checkpoints")]
     feats = [
-        collect(one.model.to(device), z0, labels, t=PROBE_T, taps=(block,), path=PATHS[one.config.train.path])[block]
-        for one in found
+        collect(each.model.to(device), z0, labels, t=PROBE_T, taps=(block,), path=PATHS[each.config.train.path])[block]
+        for each in loaded
     ]
     basis = pca_basis(feats[-1])
-    decoded = decode_images(load_autoencoder(shards.manifest.autoencoder, device=device), z0.to(device))
+    decoded = decode_images(load_autoencoder(dataset.manifest.autoencoder, device=device), z0.to(device))
     return {"data": as_pictures(decoded)} | {
-        f"step {one.step}": pca_maps(features, one.model.grid, basis=basis)
-        for one, features in zip(found, feats, strict=True)
+        f"step {each.step}": pca_maps(features, each.model.grid, basis=basis)
+        for each, features in zip(loaded, feats, strict=True)
     }

@@ -1,6 +1,6 @@
-"""References of `selftrans evaluate` ⇒ statistics, computed once and kept in the user's cache.
+"""References of `selftrans evaluate` ⇒ statistics, cached in the user's cache directory.
 
-Shape legend: images are pictures, uint8 (n, H, W, C), or arrays that are no pictures, float32 (n, C, *S).
+Shape legend: images are pictures, uint8 (n, H, W, C), or arrays that are not pictures, float32 (n, C, *S).
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ WANTED = "give a folder, zip or npz of pictures, prepared data, or statistics"
 
 
 def reference_of(reference: str | Path, extractor: Extractor) -> Statistics:
-    """Statistics of a reference (see `evaluate_samples`) in the features of `extractor`, from the cache if they are there.
+    """Statistics of a reference (see `evaluate_samples`) in the features of `extractor`, from the cache if possible.
 
-    An npz of statistics that holds pictures, too (ADM's reference batches), has its features from those.
+    For an npz of statistics that also holds pictures (ADM's reference batches), the features are computed from these.
     """
     path = Path(reference)
     if str(reference) == "digits":
@@ -38,25 +38,27 @@ def reference_of(reference: str | Path, extractor: Extractor) -> Statistics:
         statistics = Statistics.load(path)
         if statistics.features is not None or not names & {"arr_0"} or statistics.dim != extractor.dim:
             return statistics
-        return dataclasses.replace(statistics, features=_cached(path, extractor).features)  # of fewer than mu and sigma
+        return dataclasses.replace(
+            statistics, features=_cached(path, extractor).features
+        )  # fewer images than mu and sigma
     return _cached(path, extractor)
 
 
 def _cached(path: Path, extractor: Extractor) -> Statistics:
-    """Statistics of pictures: from the cache, or computed and put there, if it can be written."""
+    """Statistics of pictures, from the cache, or computed and written to it if possible."""
     must_exist(path, WANTED)
-    kept = cache() / f"{_identity(path, extractor)}.npz"
-    if kept.exists():
-        with contextlib.suppress(ValueError):  # damaged: computed again
-            return Statistics.load(kept)
+    cached = cache() / f"{_identity(path, extractor)}.npz"
+    if cached.exists():
+        with contextlib.suppress(ValueError):  # damaged: compute again
+            return Statistics.load(cached)
     statistics = Statistics.of(counted(open_images(path), None), extractor, source=described(path))
-    with contextlib.suppress(ValueError):  # a full disk, or a home that cannot be written
-        statistics.save(kept)
+    with contextlib.suppress(ValueError):  # a full disk, or a read-only home directory
+        statistics.save(cached)
     return statistics
 
 
 def described(reference: str | Path) -> str:
-    """A reference as reports name it: images decoded from latents are not those that the VAE was given."""
+    """The name of a reference in reports: images decoded from latents differ from the VAE's inputs."""
     if not Path(reference, "manifest.json").exists():
         return str(reference)
     manifest = Dataset.open(reference).manifest
@@ -64,13 +66,13 @@ def described(reference: str | Path) -> str:
 
 
 def cache() -> Path:
-    """Where statistics of references are kept: XDG_CACHE_HOME, by default ~/.cache."""
+    """The folder of cached statistics, in XDG_CACHE_HOME, by default ~/.cache."""
     home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(home, "selftrans", "statistics")
 
 
 def _identity(path: Path, extractor: Extractor) -> str:
-    """A hash of the extractor's weights and of which pictures these are: place, names, sizes, times of change."""
+    """A hash of the extractor's weights and of the paths, sizes and modification times of the pictures."""
     lines = [extractor.sha256, str(path.resolve())]
     files = (
         [path]
@@ -79,7 +81,7 @@ def _identity(path: Path, extractor: Extractor) -> str:
     )
     if (path / "manifest.json").exists():
         files = [path / "manifest.json"]  # holds the sha256 of every shard
-        lines.append("posterior means")  # how they are decoded; older versions drew samples
+        lines.append("posterior means")  # older versions decoded posterior samples
     for file in files:
         about = file.stat()
         lines.append(f"{file.relative_to(path) if file != path else ''}|{about.st_size}|{about.st_mtime_ns}")
@@ -87,23 +89,23 @@ def _identity(path: Path, extractor: Extractor) -> str:
 
 
 def _names(path: Path) -> set[str]:
-    """Arrays of an npz. ValueError where there is none."""
+    """Names of the arrays of an npz. ValueError when it cannot be read."""
     must_exist(path, WANTED)
     try:
         with ZipFile(path) as archive:
             return {name.removesuffix(".npy") for name in archive.namelist()}
-    except Exception as error:  # a damaged directory makes zipfile raise more than BadZipFile
+    except Exception as error:  # for a damaged directory zipfile raises more than BadZipFile
         raise ValueError(f"{path} cannot be read ({first_line(error)}); {WANTED}") from error
 
 
 def must_exist(path: Path, wanted: str = "give a folder, zip or npz of pictures, or a run") -> None:
-    """ValueError where nothing is at `path`: a name with one slash would be looked for on the hub, slowly."""
+    """ValueError when `path` does not exist: a name with one slash would otherwise be searched for on the hub, slowly."""
     if not path.exists():
         raise ValueError(f"{path} does not exist; {wanted}")
 
 
 def counted(batches: Iterator[np.ndarray], total: int | None) -> Iterator[np.ndarray]:
-    """The same batches, with a progress bar."""
+    """Yield the same batches, with a progress bar."""
     with tqdm(desc="measuring", unit="img", total=total) as bar:
         for images in batches:
             yield images

@@ -13,7 +13,7 @@ import numpy as np
 from selftrans.experiments.runner import Results
 from selftrans.methods.registry import BASELINE
 
-#: what a curve is drawn against (student steps, or all compute, the teacher's training in it) -> column of the table
+#: x axis of a curve (student steps, or total compute with the teacher's training) -> column of the table
 AXES = {"step": "steps_to_baseline", "tflops": "tflops_to_baseline"}
 
 
@@ -23,11 +23,11 @@ def of_method(results: Results, name: str) -> list[tuple[dict[str, Any], list[di
 
 
 def rows(results: Results, names: Sequence[str], baseline: str = BASELINE) -> list[dict[str, Any]]:
-    """The table: one row per variant, mean and standard deviation over seeds of its last point.
+    """The table: one row per variant, with mean and standard deviation over seeds of its last point.
 
-    `steps_to_baseline` and `tflops_to_baseline` say where a run first was as good as the baseline of its seed at its end
-    (None where no run ever was; `reached` counts those that were, `at_once` those that were at their first point: it may
-    have been sooner). The compute of a run whose teacher's training is unknown is None.
+    `steps_to_baseline` and `tflops_to_baseline` are where a run first reaches the final distance of the baseline with the
+    same seed (None if no run does). `reached` counts the runs that do, `at_once` those that do at their first point, which
+    may have reached it earlier. Compute is None for a run whose teacher's training is unknown.
     """
     table = []
     goals = {seed: points[-1]["distance"] for (one, seed), (_, points) in results.items() if one == baseline}
@@ -45,16 +45,16 @@ def rows(results: Results, names: Sequence[str], baseline: str = BASELINE) -> li
                 row[column] = None
                 continue
             reached = [first_below(*curve(run, axis), goals[seed]) for seed, run in runs.items()]
-            found = [x for x in reached if x is not None]
-            row[column] = spread(found) if found else None
-            row["reached"] = len(found)
+            known = [x for x in reached if x is not None]
+            row[column] = spread(known) if known else None
+            row["reached"] = len(known)
             row["at_once"] = sum(points[0]["distance"] <= goals[seed] for seed, (_, points) in runs.items())
         table.append(row)
     return table
 
 
 def spread(values: Sequence[float | None]) -> dict[str, float] | None:
-    """Mean and standard deviation (n - 1 below; 0 of a single value); None if one of them is not known."""
+    """Mean and sample standard deviation (0 for a single value); None if any value is unknown."""
     known = [value for value in values if value is not None]
     if len(known) < len(values):
         return None
@@ -62,14 +62,14 @@ def spread(values: Sequence[float | None]) -> dict[str, float] | None:
 
 
 def curve(run: tuple[dict[str, Any], list[dict[str, Any]]], axis: str = "step") -> tuple[list[float], list[float]]:
-    """(x, distance) of one run; the compute of the teacher's training is there from the start."""
+    """(x, distance) of one run; compute includes the teacher's training from the first point on."""
     report, points = run
     before = report["total_tflops"] - report["student_tflops"] if axis == "tflops" else 0.0
     return [before + point[axis] for point in points], [point["distance"] for point in points]
 
 
 def first_below(x: Sequence[float], y: Sequence[float], goal: float) -> float | None:
-    """Where a curve first is at `goal` or below: linear in x and log y between two points; None if it never is."""
+    """The x at which a curve first reaches `goal`, with x linear in log y between two points; None if it never does."""
     for i, value in enumerate(y):
         if value <= goal:
             if i == 0 or min(goal, value) <= 0:
@@ -80,9 +80,9 @@ def first_below(x: Sequence[float], y: Sequence[float], goal: float) -> float | 
 
 
 def mean_curve(results: Results, name: str, axis: str = "step") -> tuple[list[float], list[float], list[float]]:
-    """(x, mean distance, standard deviation) of a variant over its seeds, at the steps at which each of them was measured.
+    """(x, mean distance, standard deviation) of a variant over its seeds, at the steps measured for all of them.
 
-    Empty over a compute that is not known.
+    Empty if the compute is unknown and `axis` needs it.
     """
     runs = of_method(results, name)
     if axis == "tflops" and any(report["total_tflops"] is None for report, _ in runs):

@@ -1,4 +1,4 @@
-"""`selftrans classifier`: prepared pictures with classes ⇒ a small classifier, whose features distances are measured in."""
+"""`selftrans classifier`: prepared pictures with classes ⇒ a small classifier, whose features `evaluate` can use."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ from selftrans.storage import write_json
 
 
 def classifier_from_data(data: str | Path, out: Path, *, epochs: int, seed: int) -> str:
-    """Train a classifier on prepared data, on the device at hand, and save it; returns what to print.
+    """Train a classifier on prepared data, on the default device, and save it; returns a message.
 
-    Raises ValueError for data without two classes, and for data that are no pictures.
+    Raises ValueError for data with less than two classes, and for data that are not pictures.
     """
     dataset = Dataset.open(data)
     if out.suffix != ".safetensors":
-        raise ValueError(f"{out} must end in .safetensors, which is how evaluate knows a classifier")
+        raise ValueError(f"{out} must end in .safetensors, by which evaluate recognises a classifier")
     if dataset.manifest.num_classes < 2:
         raise ValueError(f"{data} has {dataset.manifest.num_classes} classes; a classifier needs at least two")
     device = default_device()
     images = np.concatenate(list(decoded_images(dataset, device=device)), axis=0)
     if images.dtype != np.uint8:
-        raise ValueError(f"{data} holds arrays that are no pictures; measure them with --features values instead")
+        raise ValueError(f"{data} holds arrays that are not pictures; evaluate them with --features values instead")
     classes = dataset.manifest.num_classes
     model = train_classifier(images, dataset.labels, classes, seed=seed, epochs=epochs, device=device)
     model.save(out)
     record = model.training_record
     assert record is not None
-    about = dataclasses.asdict(record) | {"data": str(data), "classes": list(dataset.manifest.classes)}
-    write_json(out.with_suffix(".json"), about)
+    description = dataclasses.asdict(record) | {"data": str(data), "classes": list(dataset.manifest.classes)}
+    write_json(out.with_suffix(".json"), description)
     return f"{out}: accuracy {record.accuracy:.3f} on {record.held_out} held-out images"

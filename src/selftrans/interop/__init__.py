@@ -1,1 +1,1 @@
-"""Other people's checkpoints in, ours out."""
+"""Import of published checkpoints, and export to their layouts."""

@@ -1,4 +1,4 @@
-"""AdamW's state as other codes save it => moments by the name of their parameter."""
+"""AdamW's state as other code bases save it => moments by parameter name."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from selftrans.storage import first_line
 def adamw_moments(optimizer: Any, named: Named, may_be_absent: Callable[[str], bool]) -> tuple[dict[str, Named], str]:
     """AdamW's `step`, `exp_avg`, `exp_avg_sq` -> parameter -> tensor, or {} and the reason.
 
-    A state_dict() of an optimiser has no names: parameters are counted, in the order in which the model registered
-    them, which is the order of its own state dict. That order is used only where every shape agrees. Parameters that
+    An optimiser's state_dict() has no names: parameters are numbered in the order in which the model registered them,
+    which is the order of the model's state dict. It is used only if every shape matches. Parameters that
     `may_be_absent` (fixed, or not in use) have no state in some files.
     """
     out: dict[str, Named] = {"step": {}, "exp_avg": {}, "exp_avg_sq": {}}
@@ -30,8 +30,8 @@ def adamw_moments(optimizer: Any, named: Named, may_be_absent: Callable[[str], b
                     raise ValueError(f"{moment} of {name}")
                 out[moment][name] = state[moment].detach()
             out["step"][name] = torch.tensor(float(state["step"]))
-            if not 0 <= float(state["step"]) < 1 << 24:  # float32 counts no further
+            if not 0 <= float(state["step"]) < 1 << 24:  # exact integers in float32
                 raise ValueError(f"step of {name}")
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
-        return {}, f"its optimiser's state does not fit its parameters ({first_line(error, 80)})"
+        return {}, f"its optimiser state does not match its parameters ({first_line(error, 80)})"
     return out, ""

@@ -1,8 +1,8 @@
-"""Images ⇒ a folder of samples: `000000.png …`, `samples.npz` (ADM's names) and `samples.json` with every setting.
+"""Samples ⇒ a folder: `000000.png …`, `samples.npz` (ADM's names) and `samples.json` with every setting.
 
-Samples that are no pictures are `000000.npy …`. The files of the samples are the state: a repeated command samples the
-missing ones, and the npz is made from them, so that memory is bounded by a few batches. Every file is written under
-another name and renamed. Shape legend: n images, (H, W, C) picture with C of 1 (grey), 3 or 4, (C, *S) array.
+Samples that are not pictures are `000000.npy …`. Progress is stored as the sample files only: a repeated command makes the
+missing ones, and the npz is written from the files, so that memory is bounded by a few batches. Every file is written
+under a temporary name and renamed. Shape legend: n samples, (H, W, C) picture with C of 1 (grey), 3 or 4, (C, *S) array.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ from numpy.lib import format as npy
 from selftrans.checkpoints.load import Weights
 from selftrans.sampling.images import Sampler
 from selftrans.sampling.sample_file import NPY, PNG, SampleFile
-from selftrans.storage import MAKE_ROOM, atomic_write, printable
+from selftrans.storage import FREE_SPACE, atomic_write, printable
 
-Samples = Iterable[tuple[np.ndarray, np.ndarray, np.ndarray]]  #: indices (n,), labels (n,), images; as `SampledBatch`
+Samples = Iterable[tuple[np.ndarray, np.ndarray, np.ndarray]]  #: indices (n,), labels (n,), samples; as `SampledBatch`
 
-BACKLOG = 4  #: batches that may wait for the disk before sampling waits too
+BACKLOG = 4  #: maximum number of batches that wait to be written
 
 
 def sample_to_folder(
     origin: str | Path, out: str | Path, settings: dict[str, Any], *, weights: Weights = "ema", stage: str | None = None
 ) -> int:
-    """Sample from a run, checkpoint or weights file into the folder `out`; returns how many images this call made.
+    """Sample from a run, checkpoint or weights file into the folder `out`; returns how many samples this call made.
 
     `settings` override fields of the run's own `SampleConfig`. Several processes share the work (RANK, WORLD_SIZE,
-    LOCAL_RANK as accelerate sets them). ValueError for settings that cannot work and for a folder with other samples.
+    LOCAL_RANK as accelerate sets them). ValueError for invalid settings and for a folder with other samples.
     """
     sampler = Sampler.load(origin, settings, weights=weights, stage=stage)
     if (Path(out) / "manifest.json").exists():
@@ -45,6 +45,12 @@ def sample_to_folder(
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     kind, num = PNG if sampler.autoencoder.pictures else NPY, sampler.settings.num
     return write_samples(sampler.sample, Path(out), sampler.described, num, kind=kind, rank=rank, world=world)
+
+
+def summary_line(out: str | Path, count: int) -> str:
+    """The message of `selftrans sample` after it has written `count` samples to the folder `out`."""
+    kind = NPY if any(Path(out).glob(f"[0-9]*{NPY.suffix}")) else PNG
+    return f"{count} samples -> {out} ({kind.suffix} files, samples.npz, samples.json)"
 
 
 def write_samples(
@@ -58,48 +64,48 @@ def write_samples(
     world: int = 1,
     progress: bool = True,
 ) -> int:
-    """Write images 0 .. num - 1 to `out` and return how many this call sampled; 0 when all were there.
+    """Write samples 0 .. num - 1 to `out` and return how many this call made; 0 when all existed.
 
     Args:
-        sample: called once, with the sorted indices of the images still missing; yields them in batches.
-        settings: all that the images depend on (json-able); not their number, which may grow from call to call.
-        kind: how one sample is stored.
-        rank, world: this process takes indices k with k % world == rank; the one that finds no image missing
+        sample: called once, with the sorted indices of the missing samples; yields them in batches.
+        settings: everything that the samples depend on, as json types; without `num`, which may grow from call to call.
+        kind: the file format of a sample.
+        rank, world: this process makes indices k with k % world == rank; the process that finds no sample missing
             writes the npz.
-    Raises ValueError when the folder holds images of other or unknown settings, when fewer are asked for than the
-    folder was begun with, or when a file cannot be written (those written before are complete).
+    Raises ValueError when the folder holds samples of other or unknown settings, when `num` is below the number with
+    which the folder was begun, or when a file cannot be written (files written before are complete).
     """
     complete = _begin(out, settings, num, rank, kind)
     todo = _missing(out, num, kind)
     mine = todo[todo % world == rank]
     if complete and not len(todo) and _npz_count(out / "samples.npz") == num:
         if rank == 0:
-            print(f"{out} already holds these {num} images; nothing to do")
+            print(f"{out} already holds these {num} samples; nothing to do")
         return 0
     if len(mine):
-        _write_images(sample(mine), out, len(mine), num, rank, progress, kind)
-    if not len(_missing(out, num, kind)):  # every process has written its images
+        _write_files(sample(mine), out, len(mine), num, rank, progress, kind)
+    if not len(_missing(out, num, kind)):  # every process has written its samples
         shape = _write_npz(out, num, rank, progress, kind)
         _write_json(out, {"num": num, "complete": True, "shape": shape, "settings": settings}, rank)
     return len(mine)
 
 
 def _begin(out: Path, settings: dict[str, Any], num: int, rank: int, kind: SampleFile = PNG) -> bool:
-    """Compare `out` with what is asked, and write samples.json; true when that says that the folder is complete."""
+    """Compare `out` with the settings, and write samples.json; True when samples.json marks the folder as complete."""
     record = out / "samples.json"
     if record.exists():
-        there = _read_json(record)
-        differing = _differences(there["settings"], settings)
+        earlier = _read_json(record)
+        differing = _differences(earlier["settings"], settings)
         if differing:
             raise ValueError(f"{out} holds samples of other settings ({'; '.join(differing)}); choose another folder")
-        if num < there["num"]:
+        if num < earlier["num"]:
             raise ValueError(
-                f"{out} was begun for {there['num']} images; ask for at least as many, or choose another folder"
+                f"{out} was begun for {earlier['num']} samples; request at least as many, or choose another folder"
             )
-        if num == there["num"]:
-            return there["complete"]
+        if num == earlier["num"]:
+            return earlier["complete"]
     elif out.is_dir() and any(out.glob(f"[0-9]*{kind.suffix}")):
-        raise ValueError(f"{out} holds pictures but no samples.json; choose an empty folder")
+        raise ValueError(f"{out} holds {kind.suffix} files but no samples.json; choose an empty folder")
     _write_json(out, {"num": num, "complete": False, "settings": settings}, rank)
     return False
 
@@ -107,9 +113,9 @@ def _begin(out: Path, settings: dict[str, Any], num: int, rank: int, kind: Sampl
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text())
-        found = {key: kind(content[key]) for key, kind in (("num", int), ("complete", bool), ("settings", dict))}
-        _flat(found["settings"])  # RecursionError where it is nested too deep
-        return found
+        record = {key: kind(content[key]) for key, kind in (("num", int), ("complete", bool), ("settings", dict))}
+        _flat(record["settings"])  # raises RecursionError when it is nested too deeply
+        return record
     except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise ValueError(f"{path} cannot be read ({error}); choose another folder, or delete this one") from error
 
@@ -125,16 +131,16 @@ def _flat(settings: Any, prefix: str = "") -> dict[str, Any]:
     return {k: v for key, value in settings.items() for k, v in _flat(value, f"{prefix}.{key}".lstrip(".")).items()}
 
 
-def _differences(there: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """`name: old there, new now` for each setting that differs."""
-    old, new = _flat(there), _flat(json.loads(json.dumps(now)))  # through json, so that a tuple equals its list
+def _differences(earlier: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """`name: OLD there, NEW now` for each setting that differs."""
+    old, new = _flat(earlier), _flat(json.loads(json.dumps(now)))  # through json, so that a tuple equals its list
     names = [name for name in {**old, **new} if old.get(name) != new.get(name) or (name in old) != (name in new)]
     shown = {name: printable(name, 60) for name in names}  # the folder may be untrusted
     return [f"{shown[k]}: {old.get(k, 'absent')!s:.60} there, {new.get(k, 'absent')!s:.60} now" for k in names[:5]]
 
 
 def _missing(out: Path, num: int, kind: SampleFile) -> np.ndarray:
-    """(m,) sorted indices below `num` without a complete file."""
+    """Sorted indices (m,) below `num` that have no complete file."""
     return np.array([k for k in range(num) if not kind.is_complete(_path(out, k, kind))], dtype=np.int64)
 
 
@@ -143,20 +149,20 @@ def _path(out: Path, index: int, kind: SampleFile) -> Path:
 
 
 def _write(path: Path, rank: int) -> AbstractContextManager[BinaryIO]:
-    """`atomic_write` without waiting for the disk, which is slow for 50,000 files: `SampleFile.is_complete` checks them."""
-    return atomic_write(path, writer=rank, durable=False, remedy=f"{MAKE_ROOM}; the same command then continues")
+    """`atomic_write` without fsync, which is slow for 50,000 files: `SampleFile.is_complete` detects incomplete ones."""
+    return atomic_write(path, writer=rank, durable=False, remedy=f"{FREE_SPACE}; the same command then continues")
 
 
-def _write_images(
+def _write_files(
     batches: Samples, out: Path, count: int, num: int, rank: int, progress: bool, kind: SampleFile
 ) -> None:
     """Write batches in another thread, while the next ones are sampled."""
     from tqdm import tqdm
 
     pending: deque[Future[int]] = deque()
-    every = 0.2 if sys.stderr.isatty() else 15  # seconds; a log file needs no line per batch
+    interval = 0.2 if sys.stderr.isatty() else 15  # seconds; a log file needs no line per batch
     hidden = not progress or rank > 0
-    bar = tqdm(total=count, desc=f"samples of {num}", unit="img", mininterval=every, disable=hidden)
+    bar = tqdm(total=count, desc=f"samples of {num}", unit="img", mininterval=interval, disable=hidden)
     with ThreadPoolExecutor(max_workers=1) as pool, bar:
         for indices, labels, images in batches:
             pending.append(pool.submit(_write_batch, out, indices, labels, images, rank, kind))
@@ -177,17 +183,17 @@ def _write_batch(
 
 
 def _npz_count(path: Path) -> int:
-    """Images in an npz, from its header alone; -1 when there is none."""
+    """Number of samples in an npz, from its header; -1 if it cannot be read."""
     try:
         with zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as file:
             npy.read_magic(file)
             return int(npy.read_array_header_1_0(file)[0][0])
-    except Exception:  # a damaged zip raises almost anything
+    except Exception:  # a damaged zip raises many types
         return -1
 
 
 def _write_npz(out: Path, num: int, rank: int, progress: bool, kind: SampleFile) -> list[int]:
-    """Sample files ⇒ samples.npz with arr_0 (num, *shape) and arr_1 (num,) labels, streamed; returns arr_0's shape."""
+    """Sample files ⇒ samples.npz with arr_0 (num, *shape) and labels arr_1 (num,), streamed; returns the shape of arr_0."""
     from tqdm import tqdm
 
     first, _ = kind.read(_path(out, 0, kind))
@@ -201,7 +207,7 @@ def _write_npz(out: Path, num: int, rank: int, progress: bool, kind: SampleFile)
             for k, (image, label) in enumerate(bar):
                 if list(image.shape) != shape[1:]:
                     raise ValueError(
-                        f"{_path(out, k, kind)} is {image.shape}, not {tuple(shape[1:])} as the first; delete it and repeat"
+                        f"{_path(out, k, kind)} is {image.shape}, the first is {tuple(shape[1:])}; delete it and repeat"
                     )
                 file.write(image.tobytes())
                 labels[k] = label
@@ -211,7 +217,7 @@ def _write_npz(out: Path, num: int, rank: int, progress: bool, kind: SampleFile)
 
 
 def _read_all(paths: list[Path], kind: SampleFile, chunk: int = 64) -> Iterator[tuple[np.ndarray, int]]:
-    """Decode in order with four threads, a chunk at a time: an executor's map would read all of them ahead."""
+    """Decode in order with four threads, a chunk at a time: `map` over all paths would read all files ahead."""
     with ThreadPoolExecutor(max_workers=4) as pool:
         for start in range(0, len(paths), chunk):
             yield from pool.map(kind.read, paths[start : start + chunk])

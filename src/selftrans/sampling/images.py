@@ -1,6 +1,6 @@
-"""Model ⇒ images: the one path that `selftrans sample`, previews, `compare`, `evaluate` and `bench` take.
+"""Model ⇒ images, for `selftrans sample`, previews, `compare`, `evaluate` and `bench`.
 
-Image k is a function of the model, the settings, the seed and k alone: not of batch size, process count or order.
+Image k depends only on the model, the settings, the seed and k, not on batch size, number of processes or order.
 Shape legend: N or n images, (C, *S) latent, (H, W, C) picture.
 """
 
@@ -29,25 +29,25 @@ from selftrans.precision import PRECISIONS
 from selftrans.sampling.samplers import SAMPLERS, Noise, guided
 from selftrans.types import Backbone, Cond, Conditions, map_cond
 
-#: random streams of one image; a new use takes a new number, so that the others stay as they are
+#: random streams of one image; a new use takes a new number, so that the others do not change
 NOISE_STREAM, LABEL_STREAM = 1, 2
-MANY = 20  #: batches per process from which compiling, which takes about a minute, pays on a GPU
+MANY = 20  #: batches per process from which compilation, which takes about a minute, saves time on a GPU
 
 
 class SampledBatch(NamedTuple):
-    """Some of the images that were asked for, in their order."""
+    """A batch of the requested images, in order."""
 
     indices: np.ndarray  #: (n,) int64
-    labels: np.ndarray  #: (n,) int64; 0 where the model has no classes
-    images: np.ndarray  #: pictures uint8 (n, H, W, C), or float32 (n, C, *S) of data that are no pictures
+    labels: np.ndarray  #: (n,) int64; 0 if the model has no classes
+    images: np.ndarray  #: pictures uint8 (n, H, W, C), or float32 (n, C, *S) for data that are not pictures
 
 
 class Sampler:
-    """A model and an autoencoder on a device, ready to be sampled under fixed settings.
+    """Samples a model with an autoencoder on a device, under fixed settings.
 
     Attributes:
-        settings: how many images, and how.
-        described: all that an image depends on besides its index, as json has it.
+        settings: number of images, sampler, guidance.
+        described: everything that an image depends on besides its index, as json types.
     """
 
     def __init__(
@@ -59,9 +59,9 @@ class Sampler:
         *,
         device: torch.device | str,
     ) -> None:
-        """Sample `model`, which is on `device` and predicts the velocity of `path`, as it is: neither cast nor compiled.
+        """Sample `model`, which is on `device` and predicts the velocity of `path`; it is neither cast nor compiled.
 
-        Raises ValueError for settings that cannot work.
+        Raises ValueError for invalid settings.
         """
         settings.check()
         self.model, self.autoencoder, self.settings, self.path = model, autoencoder, settings, path
@@ -71,10 +71,11 @@ class Sampler:
 
     @classmethod
     def of(cls, loaded: LoadedModel, settings: SampleConfig, *, device: torch.device | str | None = None) -> Self:
-        """The sampler of a loaded model, whose weights are moved to `device` and cast in place (None: `default_device`).
+        """The sampler of a loaded model, which is moved to `device` (None: `default_device`) and cast in place.
 
-        In reduced precision the weights of products are cast once. On a GPU the autoencoder then decodes in bfloat16
-        (float16 overflows in some), and both are compiled where that pays. Raises ValueError for unusable settings.
+        In reduced precision the weights of linear and convolution layers are cast once. On a GPU the autoencoder then decodes
+        in bfloat16 (float16 overflows in some), and both are compiled if that saves time.
+        Raises ValueError for invalid settings.
         """
         settings.check()
         device, dtype = torch.device(device or default_device()), PRECISIONS[settings.precision]
@@ -108,7 +109,7 @@ class Sampler:
     ) -> Self:
         """The sampler of a run, checkpoint or weights file; `overrides` replace fields of the run's own `SampleConfig`.
 
-        Raises ValueError for settings that cannot work and for anything that `load_model` refuses.
+        Raises ValueError for invalid settings and as `load_model` does.
         """
         loaded = load_model(origin, stage=stage, weights=weights)
         settings = dataclasses.replace(loaded.config.sample, **overrides)
@@ -118,9 +119,9 @@ class Sampler:
         return cls.of(loaded, settings, device=device)
 
     def sample(self, indices: Sequence[int] | np.ndarray | None = None) -> Iterator[SampledBatch]:
-        """Images in batches; `indices`: which, None for 0 .. settings.num - 1. The last batch may be smaller.
+        """Yield the images of `indices` (None: 0 .. settings.num - 1) in batches; the last batch may be smaller.
 
-        The model is in eval mode meanwhile and returns to its own mode after each batch.
+        The model is in eval mode while a batch is computed, and in its previous mode between batches.
         """
         todo = np.arange(self.settings.num) if indices is None else np.asarray(indices, dtype=np.int64)
         size = self.settings.batch_size
@@ -142,7 +143,7 @@ class Sampler:
         settings, dtype = self.settings, PRECISIONS[self.settings.precision]
         noise = image_noise(indices, self.model.shape, settings.seed, self.device)
         velocity = guided(self.model, cond, scale=settings.guidance_scale, interval=settings.guidance_interval)
-        # autocast casts weights anew in each pass, inference mode or compiled: `cast_products` does so once before
+        # autocast casts the weights again in every forward pass, also compiled: `cast_products` avoids that
         amp = torch.autocast(self.device.type, dtype=dtype, enabled=dtype != torch.float32)
         with eval_mode(self.model), amp:
             sampler = SAMPLERS[settings.sampler]
@@ -151,29 +152,29 @@ class Sampler:
 
 
 def worth_compiling(settings: SampleConfig, device: torch.device) -> bool:
-    """Whether each process samples so many batches on a GPU that compiling pays."""
+    """Whether each process samples enough batches on a GPU for compilation to save time."""
     world = int(os.environ.get("WORLD_SIZE", 1))
     return device.type == "cuda" and settings.num >= MANY * settings.batch_size * world
 
 
 def cast_products(model: nn.Module, dtype: torch.dtype) -> None:
-    """Store the weights of every product in `dtype`, once, as autocast would round them in each pass of a sampler."""
+    """Cast the weights of linear and convolution layers to `dtype`, as autocast would in every forward pass."""
     for module in model.modules():
         if isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d):
             module.to(dtype=dtype)
 
 
 def fill(indices: np.ndarray, batch_size: int) -> np.ndarray:
-    """Indices up to a full batch, the last one repeated: a batch of another size would be compiled again."""
+    """Pad indices to a full batch by repeating the last one: another batch size would trigger recompilation."""
     return np.concatenate([indices, np.repeat(indices[-1:], -len(indices) % batch_size)])
 
 
 def image_noise(
     indices: Sequence[int] | np.ndarray, shape: tuple[int, ...], seed: int, device: torch.device | str = "cpu"
 ) -> Noise:
-    """Endless float32 standard normals (N, *shape), row i drawn from the stream of (seed, indices[i]) alone.
+    """A function that returns float32 standard normals (N, *shape); row i comes from the stream of (seed, indices[i]).
 
-    Drawn on the CPU whatever the device, so that an image is the same on each; global generators stay untouched.
+    Drawn on the CPU, so that an image does not depend on the device; global generators are not used.
     """
     streams = [_stream(seed, int(k), NOISE_STREAM) for k in indices]
 
@@ -182,7 +183,7 @@ def image_noise(
         for row, generator in zip(rows, streams, strict=True):
             generator.standard_normal(dtype=np.float32, out=row)
         drawn = torch.from_numpy(rows)
-        if torch.device(device).type == "cuda":  # page-locked, so that the copy does not hold up the host
+        if torch.device(device).type == "cuda":  # pinned, so that the copy is asynchronous
             return drawn.pin_memory().to(device, non_blocking=True)
         return drawn.to(device)
 
@@ -192,9 +193,9 @@ def image_noise(
 def conditions_for(
     indices: Sequence[int] | np.ndarray, conditions: Conditions, mode: Labels = "balanced", seed: int = 0
 ) -> Cond:
-    """Condition of each image, from its index and the seed alone; of kinds none and labels, labels (N,) int64.
+    """Condition of each image, from its index and the seed: labels (N,) int64 for the kinds none and labels.
 
-    `balanced` counts through the classes, `random` draws them uniformly, a tuple of classes is repeated (there,
+    `balanced` cycles through the classes, `random` draws them uniformly, a tuple of classes is repeated (in it,
     `num_classes` is the null label); with kind none every label is 0. Raises ValueError for anything else.
     """
     if conditions.kind == "text":
@@ -218,14 +219,14 @@ def conditions_for(
 
 
 def _labels(cond: Cond) -> np.ndarray:
-    assert isinstance(cond, Tensor), "conditions_for gives labels alone so far"
+    assert isinstance(cond, Tensor), "conditions_for only returns labels so far"
     return cond.cpu().numpy()
 
 
 def _stream(seed: int, index: int, stream: int) -> np.random.Generator:
-    """Random generator of image `index` alone.
+    """The random generator of image `index`.
 
-    NumPy's, as torch's CPU generator keeps 32 bits of its seed, where two of 50,000 images are likely to collide.
-    The seed comes last: SeedSequence pads with zeros, so that in front a long seed could equal another (seed, index).
+    From NumPy, because torch's CPU generator keeps only 32 bits of a seed: two of 50,000 images would likely collide.
+    The seed comes last, because SeedSequence pads with zeros: in front, a long seed could equal another (seed, index).
     """
     return np.random.Generator(np.random.PCG64(np.random.SeedSequence((stream, index, seed))))

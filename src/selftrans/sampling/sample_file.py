@@ -1,4 +1,4 @@
-"""One sample ⇔ one file that carries its label: a PNG of a picture, or an npy file of float32 numbers.
+"""One sample ⇔ one file with its label: a PNG for a picture, an npy file for a float32 array.
 
 Shape legend: (H, W, C) picture with C of 1 (grey), 3 or 4; (C, *S) array.
 """
@@ -20,12 +20,12 @@ PNG_START, PNG_END = b"\x89PNG\r\n\x1a\n", b"\x00\x00\x00\x00IEND\xaeB`\x82"
 
 
 class SampleFile(NamedTuple):
-    """How a sample is stored."""
+    """A file format for samples."""
 
     suffix: str
     check: Callable[[np.ndarray], None]  #: ValueError unless a batch of samples can be stored
     write: Callable[[IO[bytes], np.ndarray, int], None]  #: one sample and its label
-    is_complete: Callable[[Path], bool]  #: cheap; False where nothing is
+    is_complete: Callable[[Path], bool]  #: cheap; False for a missing file
     read: Callable[[Path], tuple[np.ndarray, int]]  #: a sample and its label; ValueError for anything else
 
 
@@ -33,22 +33,22 @@ def check_pictures(images: np.ndarray) -> None:
     """ValueError unless these are pictures, uint8 (n, H, W, C)."""
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] not in (1, 3, 4):
         raise ValueError(
-            f"images of {images.dtype} {images.shape} are no PNGs; give uint8 (n, H, W, C) with C of 1, 3 or 4"
+            f"images of {images.dtype} {images.shape} cannot be PNGs; give uint8 (n, H, W, C) with C of 1, 3 or 4"
         )
 
 
 def write_png(file: IO[bytes], image: np.ndarray, label: int) -> None:
-    """A picture (H, W, C), its label as text."""
+    """Write a picture (H, W, C), with its label as a text chunk."""
     from PIL import Image, PngImagePlugin
 
     text = PngImagePlugin.PngInfo()
     text.add_text("label", str(label))
     picture = Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
-    picture.save(file, format="PNG", compress_level=1, pnginfo=text)  # level 6 costs thrice the time for 3 %
+    picture.save(file, format="PNG", compress_level=1, pnginfo=text)  # level 6 takes three times as long and saves 3 %
 
 
 def is_complete_png(path: Path) -> bool:
-    """Whether a PNG goes from its signature to its end mark: a rename can reach the disk before the bytes do."""
+    """Whether a PNG has its signature and its end marker: after a power loss, a renamed file can lack its content."""
     try:
         with path.open("rb") as file:
             start = file.read(len(PNG_START))
@@ -59,7 +59,7 @@ def is_complete_png(path: Path) -> bool:
 
 
 def read_png(path: Path) -> tuple[np.ndarray, int]:
-    """A picture, uint8 (H, W, C), and its label (-1 when the PNG has none). ValueError for anything but a sample."""
+    """A picture, uint8 (H, W, C), and its label (-1 if the PNG has none). ValueError when the file is not a sample."""
     from PIL import Image
 
     try:
@@ -68,7 +68,7 @@ def read_png(path: Path) -> tuple[np.ndarray, int]:
             label = int(picture.info.get("label", -1))
             if picture.mode not in ("L", "RGB", "RGBA") or not -1 <= label < 1 << 31:
                 raise ValueError(f"mode {picture.mode}, label {label!s:.20}")
-    except Exception as error:  # a damaged file makes PIL raise almost anything
+    except Exception as error:  # PIL raises many types for a damaged file
         raise _no_sample(path, error) from error
     return (pixels[..., None] if pixels.ndim == 2 else pixels), label
 
@@ -80,50 +80,50 @@ def check_arrays(images: np.ndarray) -> None:
 
 
 def write_npy(file: IO[bytes], image: np.ndarray, label: int) -> None:
-    """An array (C, *S), then its label as a second array: `np.load` reads the first."""
+    """Write an array (C, *S), then its label as a second array: `np.load` reads the first."""
     npy.write_array(file, np.ascontiguousarray(image), version=(1, 0), allow_pickle=False)
     npy.write_array(file, np.asarray(label, dtype=np.int64), version=(1, 0), allow_pickle=False)
 
 
 def is_complete_npy(path: Path) -> bool:
-    """Whether a file of `write_npy` has the size that its headers give."""
+    """Whether a file of `write_npy` has the size that follows from its headers."""
     try:
         with path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
             file.seek(_end_of_array(file, "<f4", (2, 3, 4)))
             return _end_of_array(file, "<i8", (0,)) == size
-    except Exception:  # numpy raises almost anything for a damaged header
+    except Exception:  # numpy raises many types for a damaged header
         return False
 
 
 def read_npy(path: Path) -> tuple[np.ndarray, int]:
-    """An array, float32 (C, *S), and its label. ValueError for anything but a sample."""
+    """An array, float32 (C, *S), and its label. ValueError when the file is not a sample."""
     try:
-        if not is_complete_npy(path):  # before anything of the size in a header is allocated
-            raise ValueError("its size is not that of its header")
+        if not is_complete_npy(path):  # before memory is allocated for the size in a header
+            raise ValueError("its size does not match its header")
         with path.open("rb") as file:
             image = npy.read_array(file, allow_pickle=False)
             label = int(npy.read_array(file, allow_pickle=False))
         if not 0 <= label < 1 << 31 or not np.isfinite(image).all():
-            raise ValueError(f"label {label}, or numbers that are not finite")
+            raise ValueError(f"label {label}, or values that are not finite")
     except Exception as error:
         raise _no_sample(path, error) from error
     return image, label
 
 
 def _end_of_array(file: IO[bytes], dtype: str, dims: tuple[int, ...]) -> int:
-    """Offset behind the array that begins here. ValueError unless it is of this dtype and one of these `dims`."""
+    """Offset of the end of the array that begins here. ValueError unless it has this dtype and one of these `dims`."""
     if npy.read_magic(file) != (1, 0):
         raise ValueError("another version of the npy format")
-    shape, fortran, found = npy.read_array_header_1_0(file)
-    if found != np.dtype(dtype) or fortran or len(shape) not in dims or min(shape, default=1) < 1:
-        raise ValueError(f"it is {found} {shape}")
-    return file.tell() + math.prod(shape) * found.itemsize
+    shape, fortran, stored = npy.read_array_header_1_0(file)
+    if stored != np.dtype(dtype) or fortran or len(shape) not in dims or min(shape, default=1) < 1:
+        raise ValueError(f"it is {stored} {shape}")
+    return file.tell() + math.prod(shape) * stored.itemsize
 
 
 def _no_sample(path: Path, error: Exception) -> ValueError:
     reason = first_line(str(error).replace(str(path), "it") or type(error).__name__, 100)
-    return ValueError(f"{path} is no sample ({reason}); delete it and repeat the command")
+    return ValueError(f"{path} is not a valid sample ({reason}); delete it and repeat the command")
 
 
 PNG = SampleFile(".png", check_pictures, write_png, is_complete_png, read_png)

@@ -24,8 +24,8 @@ Noise: TypeAlias = Callable[[], Tensor]  #: the next standard normal (N, ...)
 def ode(velocity: Velocity, z: Tensor, *, steps: int, method: Literal["euler", "heun"] = "heun") -> Tensor:
     """Integrate dz/dt = v from t = 1 to t = 0 on a uniform grid, in the dtype of z (N, ...).
 
-    `euler` is first-order with one evaluation a step; `heun` is second-order, the last step included (a velocity
-    exists at t = 0), with two. Raises ValueError for an unknown method or less than one step.
+    `euler` is first-order with one evaluation per step; `heun` is second-order with two, also in the last step (the
+    velocity is defined at t = 0). Raises ValueError for an unknown method or less than one step.
     """
     if method not in ("euler", "heun"):
         raise ValueError(f"ODE method {method!r} is unknown; choose 'euler' or 'heun'")
@@ -43,23 +43,23 @@ def ode(velocity: Velocity, z: Tensor, *, steps: int, method: Literal["euler", "
 def sde(
     velocity: Velocity, z: Tensor, *, steps: int, path: Path = LINEAR, last: float = 0.04, noise: Noise | None = None
 ) -> Tensor:
-    """Euler–Maruyama on the reverse SDE, as SiT (2401.08740, eq. 4) and REPA's published sampler use it.
+    """Euler–Maruyama on the reverse SDE, as in SiT (2401.08740, eq. 4) and REPA's published sampler.
 
         dz = (v - w/2 score) dt + sqrt(w) dB,   w(t) = 2 t
 
-    Any w >= 0 leaves the marginals as they are; on the linear path 2 t is 2 sigma, and REPA keeps 2 t on its
-    cosine path too, as does this function. The grid runs from 1 to `last` in steps - 1 equal noisy steps, then one
-    noise-free step of the same drift reaches 0: `steps` evaluations in all.
+    Any w >= 0 gives the same marginals. On the linear path 2 t is 2 sigma; REPA uses 2 t on its cosine path too, and so
+    does this function. The grid runs from 1 to `last` in steps - 1 equal noisy steps, followed by one noise-free step
+    with the same drift to 0: `steps` evaluations in total.
 
     Args:
         z: (N, ...) noise at t = 1; its dtype is kept.
-        last: t from which the last step goes; below it the score is too steep for a step of this size.
-        noise: the next standard normal in the shape of z; default torch.randn_like.
+        last: t at which the last step starts; below it the score changes too fast for a step of this size.
+        noise: returns the next standard normal in the shape of z; default torch.randn_like.
     Raises ValueError for less than two steps, or `last` outside (0, 1).
     """
     _check_steps(steps, least=2)
     if not 0 < last < 1:
-        raise ValueError(f"the last SDE step starts at t = {last}; choose it between 0 and 1, as 0.04")
+        raise ValueError(f"the last SDE step starts at t = {last}; choose a value between 0 and 1, such as 0.04")
     draw = noise or (lambda: torch.randn_like(z))
     times = torch.cat([torch.linspace(1, last, steps, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)])
     for t, t_next in pairwise(times):
@@ -77,32 +77,32 @@ def _check_steps(steps: int, least: int) -> None:
 
 
 def _ode(method: Literal["euler", "heun"]) -> Callable[..., Tensor]:
-    """The ODE sampler in the signature of SAMPLERS: it has no use for a path or for noise."""
+    """The ODE sampler with the signature of SAMPLERS; it ignores the path and the noise."""
     return lambda velocity, z, *, steps, path, noise: ode(velocity, z, steps=steps, method=method)
 
 
-#: name -> sampler(velocity, z, *, steps, path, noise); `ode` is another name of Heun's method
+#: name -> sampler(velocity, z, *, steps, path, noise); `ode` is another name for Heun's method
 SAMPLERS: dict[str, Callable[..., Tensor]] = {
     "euler": _ode("euler"),
     "heun": _ode("heun"),
     "ode": _ode("heun"),
     "sde": sde,
 }
-EVALUATIONS = {"euler": 1, "heun": 2, "ode": 2, "sde": 1}  #: of the velocity, in each step
+EVALUATIONS = {"euler": 1, "heun": 2, "ode": 2, "sde": 1}  #: of the velocity, per step
 
 
 def guided(model: Backbone, cond: Cond, *, scale: float = 1.0, interval: tuple[float, float] = (0.0, 1.0)) -> Velocity:
-    """Velocity of a model under classifier-free guidance, v_u + scale (v_c - v_u), for interval[0] <= t <= interval[1].
+    """Velocity of a model with classifier-free guidance, v_u + scale (v_c - v_u), for interval[0] <= t <= interval[1].
 
-    Both halves go through the model as one batch of 2 N; outside the interval (Kynkäänniemi et al., 2404.07724), or
-    with scale 1, the unconditional half is not computed. A model without conditions is not guided, with a warning.
+    Both halves are computed as one batch of 2 N. Outside the interval (Kynkäänniemi et al., 2404.07724), or with
+    scale 1, the unconditional half is not computed. A model without conditions is not guided, with a warning.
     """
     null = model.null(cond)
     if scale != 1 and all(torch.equal(a, b) for a, b in zip(_tensors(cond), _tensors(null), strict=True)):
         warnings.warn(f"guidance scale {scale} is ignored: the condition is the null condition", stacklevel=2)
         scale = 1.0
     both = cat_cond(cond, null) if scale != 1 else cond
-    low, high = interval[0] - 1e-9, interval[1] + 1e-9  # grid times carry rounding: 0.65 must count as 0.65
+    low, high = interval[0] - 1e-9, interval[1] + 1e-9  # grid times have rounding errors: 0.65 must count as 0.65
 
     def evaluate(z: Tensor, t: Tensor, c: Cond) -> Tensor:
         v = model(z, torch.full((z.shape[0],), float(t), device=z.device, dtype=z.dtype), c).v

@@ -117,7 +117,7 @@ def test_no_manifest(tmp_path: Path) -> None:
         Dataset.open(tmp_path)
 
 
-MOMENTS = r"shard-00000.safetensors cannot be used \(its moments are F16 \(5, 2, 8, 4, 4\) where the manifest says "
+MOMENTS = r"shard-00000.safetensors cannot be used \(its moments are F16 \(5, 2, 8, 4, 4\), the manifest expects "
 LIES: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "count": (lambda m: m.update(count=9), "'count' is 9, its shards add up to 8"),
     "count negative": (lambda m: m.update(count=-1), "'count' should be an integer"),
@@ -126,9 +126,9 @@ LIES: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "nothing": (lambda m: m.update(count=0, shards=[]), "'count' is 0"),
     "version old": (
         lambda m: m.update(version=1),
-        "of version 1, whose .bin files this package no longer reads; repeat its `selftrans prepare` into a new folder",
+        "has version 1, whose .bin files this package no longer reads; repeat its `selftrans prepare` into a new folder",
     ),
-    "version": (lambda m: m.update(version=3), "of version 3, this package reads 2; install a newer version"),
+    "version": (lambda m: m.update(version=3), "has version 3, this package reads version 2; install a newer version"),
     "missing": (lambda m: m.pop("latent_space"), "'latent_space' is missing"),
     "unknown": (lambda m: m.update(extra=1), "'extra' is unknown"),
     "shape": (lambda m: m.update(shape=[4, 4, 8]), MOMENTS + r"F16 \(5, 2, 8, 4, 8\)"),

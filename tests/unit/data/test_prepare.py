@@ -163,7 +163,7 @@ def test_folder_of_version_one_is_refused_with_the_remedy(pictures: Path, tmp_pa
     (out / "manifest.json").write_text(
         json.dumps(old | {"version": 1, "scale": 1.0, "shift": 0.0, "stochastic": False})
     )
-    remedy = r"of version 1, whose .bin files .* no longer reads; repeat its `selftrans prepare` into a new folder"
+    remedy = r"has version 1, whose .bin files .* no longer reads; repeat its `selftrans prepare` into a new folder"
     for attempt in (lambda: Dataset.open(out), lambda: prepare(pictures, out, progress=False)):
         with pytest.raises(ValueError, match=remedy) as caught:
             attempt()

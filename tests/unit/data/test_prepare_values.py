@@ -127,7 +127,7 @@ def test_features_of_values_are_refused(tmp_path: Path) -> None:
 
     save(tmp_path / "x.npz", 2, 40)
     prepare(tmp_path / "x.npz", tmp_path / "out", **OPTIONS)
-    with pytest.raises(ValueError, match="no pictures, which no vision encoder reads; leave --features out"):
+    with pytest.raises(ValueError, match="not pictures; a vision encoder cannot read them: omit --features"):
         prepare_features(tmp_path / "x.npz", tmp_path / "out", "owner/vit", progress=False)
 
 

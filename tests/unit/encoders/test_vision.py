@@ -163,11 +163,11 @@ def remote_code(folder: Path) -> None:
         ),
         (
             lambda f: transformers.ViTMAEModel(transformers.ViTMAEConfig(**VIT)).save_pretrained(f),
-            "5 tokens are no square",
+            "5 tokens are not a square",
         ),
         (
             lambda f: transformers.ViTMAEModel(transformers.ViTMAEConfig(**VIT, mask_ratio=0.0)).save_pretrained(f),
-            "other features each time",
+            "is not deterministic",
         ),
     ],
 )

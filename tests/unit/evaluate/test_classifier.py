@@ -192,8 +192,8 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch) -> None
         (np.zeros((4, 6, 6, 3), np.float32), [0, 1, 0, 1], "float32"),
         (np.zeros((4, 6, 5, 3), np.uint8), [0, 1, 0, 1], "uint8"),
         (np.zeros((4, 6, 6, 3), np.uint8), [0, 1], "one label per image"),
-        (np.zeros((4, 6, 6, 3), np.uint8), [0, 1, 2, 1], "labels run from 0 to 2"),
-        (np.zeros((1, 6, 6, 3), np.uint8), [0], "needs two of each"),
+        (np.zeros((4, 6, 6, 3), np.uint8), [0, 1, 2, 1], "labels range from 0 to 2"),
+        (np.zeros((1, 6, 6, 3), np.uint8), [0], "at least two of each"),
     ],
 )
 def test_unfit_data_is_refused(images: np.ndarray, labels: list[int], said: str) -> None:
@@ -341,7 +341,7 @@ def test_values_are_the_numbers_themselves(shape: tuple[int, ...]) -> None:
 
 def test_values_of_unfit_shapes_are_refused() -> None:
     assert load_extractor("values", shape=(4, 1024)).dim == 4096
-    with pytest.raises(ValueError, match=r"images of 1x4097 are 4,097 numbers.*at most 4,096"):
+    with pytest.raises(ValueError, match=r"images of 1x4097 are 4,097 values.*at most 4,096"):
         load_extractor("values", shape=(1, 4097))
     with pytest.raises(ValueError, match="the images are 2x3, the reference is 3x2"):
         load_extractor("values", shape=(3, 2))(np.zeros((1, 2, 3), np.float32))

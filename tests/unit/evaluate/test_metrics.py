@@ -242,7 +242,7 @@ def test_unmeasurable_numbers_are_absent_and_explained() -> None:
     report = evaluate(pictures(0), bare, Colours(head=False))
     assert "frechet_distance" in report and report["reference"] == "adm.npz" and report["reference_images"] is None
     assert not {"kernel_distance", "precision", "classifier_score", "accuracy"} & report.keys()
-    for said in ("does not say which extractor", "no kernel distance", "no precision and recall", "no score"):
+    for said in ("does not name its extractor", "no kernel distance", "no precision and recall", "no score"):
         assert said in report["note"]
     few = evaluate(pictures(0, 3), whole, Colours(), metrics=["precision_recall"])
     assert "too few images for 3 neighbours" in few["note"] and "precision" not in few

@@ -136,7 +136,7 @@ def test_ridge_is_scikit_learns() -> None:
 
 def test_probe_refuses_unfit_arguments() -> None:
     x, y = torch.randn(20, 3), torch.arange(20) % 2
-    with pytest.raises(ValueError, match="do not fit each other"):
+    with pytest.raises(ValueError, match="do not match"):
         probes.linear_probe(x, y[:10])
     with pytest.raises(ValueError, match="two classes"):
         probes.linear_probe(x, torch.zeros(20))
@@ -184,7 +184,7 @@ def test_maps_of_equal_tokens_are_grey_and_unfit_features_refused() -> None:
     assert (probes.pca_maps(torch.full((2, 4, 5), 3.7), (2, 2)) == 0.5).all()
     with pytest.raises(ValueError, match="5 tokens do not form a grid of 2x3"):
         probes.pca_maps(torch.randn(2, 5, 8), (2, 3))
-    with pytest.raises(ValueError, match="no three components"):
+    with pytest.raises(ValueError, match="do not have three components"):
         probes.pca_maps(torch.randn(2, 4, 2), (4,))
     with pytest.raises(ValueError, match="basis of width 8"):
         probes.pca_maps(torch.randn(2, 4, 5), (4,), basis=probes.pca_basis(spread()))

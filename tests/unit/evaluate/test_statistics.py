@@ -162,7 +162,7 @@ def test_statistics_that_expand_beyond_reason_are_refused_unread(tmp_path: Path)
     [
         ([], "0 images have no covariance"),
         ([pictures(1)], "1 images have no covariance"),
-        ([pictures().astype(np.float32)], "pixels takes pictures, uint8 .*measure them with --features values"),
+        ([pictures().astype(np.float32)], "pixels takes pictures, uint8 .*use --features values"),
         ([pictures().astype(np.float64)], "a batch of images is float64"),
         ([pictures()[0]], "give uint8 arrays"),
         ([[1, 2]], "a batch of images is list"),
@@ -181,5 +181,5 @@ def test_broken_features_name_the_image() -> None:
 
     with pytest.raises(ValueError, match="not finite for image 70"):
         Statistics.of(pictures(), Pixels(poison))
-    with pytest.raises(ValueError, match="pixels gave"):
+    with pytest.raises(ValueError, match="pixels returned"):
         Statistics.of(pictures(), Pixels(lambda x: x[:, :5]))

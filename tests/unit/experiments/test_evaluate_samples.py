@@ -95,7 +95,7 @@ def test_report_is_written_to_the_run_and_raw_weights_give_other_numbers(judge: 
 
 def test_sampling_options_warn_when_pictures_are_given(judge: Path, tmp_path: Path) -> None:
     pictures = folder(tmp_path / "pictures")
-    with pytest.warns(UserWarning, match=r"--steps is ignored: .* holds pictures"):
+    with pytest.warns(UserWarning, match=r"--steps is ignored: .* holds images"):
         scores.evaluate_samples(pictures, pictures, str(judge), settings={"steps": 3})
 
 
@@ -138,7 +138,7 @@ def test_labels_that_do_not_fit_their_pictures(tmp_path: Path) -> None:
 
 def test_checkpoint_of_other_code_is_pointed_to_import(judge: Path, tmp_path: Path, capsys) -> None:
     assert main(["evaluate", str(tmp_path / "SiT.pt"), "--reference", "digits", "--features", str(judge)]) == 1
-    assert "SiT.pt is a checkpoint of another code; make a run of it with `selftrans import`" in capsys.readouterr().err
+    assert "SiT.pt is a checkpoint of another code base; convert it with `selftrans import`" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("given", ["pictrues/made", "nowhere", "made.npz"])
@@ -165,7 +165,9 @@ def test_labels_that_expand_beyond_the_file_are_refused(judge: Path, tmp_path: P
     np.savez_compressed(made / "samples.npz", arr_0=images, arr_1=np.zeros(1 << 22, np.int64))  # 32 MB in 33 kB
     assert main(["evaluate", str(made), "--reference", "digits", "--features", str(judge)]) == 1
     said = capsys.readouterr().err
-    assert "made is damaged (its labels would expand beyond the file); delete it" in said and said.count("\n") == 1
+    assert (
+        "made is damaged (its labels claim more bytes than the file has); delete it" in said and said.count("\n") == 1
+    )
 
 
 def test_a_reference_is_computed_once(judge: Path, tmp_path: Path, monkeypatch) -> None:
@@ -253,7 +255,7 @@ def test_adms_reference_batch_gives_distance_from_its_statistics_and_precision_f
         Statistics.of(image_files.iter_images(made), one), dataclasses.replace(everything, count=None)
     )
     assert report["frechet_distance"] == pytest.approx(expected, rel=1e-9)
-    assert 0 <= report["recall"] <= 1 and "does not say which extractor" in report["note"]
+    assert 0 <= report["recall"] <= 1 and "does not name its extractor" in report["note"]
     assert report["reference_images"] is None and "of the 40 pictures stored with its statistics" in report["note"]
 
 
@@ -368,7 +370,7 @@ def test_comparisons_measure_values(values: Path, tmp_path: Path) -> None:
 
 def test_values_have_no_classifier(values: Path, tmp_path: Path, capsys) -> None:
     assert main(["classifier", str(values / "data"), "--out", str(tmp_path / "c.safetensors")]) == 1
-    assert "holds arrays that are no pictures; measure them with --features values" in capsys.readouterr().err
+    assert "holds arrays that are not pictures; evaluate them with --features values" in capsys.readouterr().err
 
 
 def test_analysis_of_values(values: Path, tmp_path: Path) -> None:

@@ -11,8 +11,7 @@ from selftrans.checkpoints.load import load_model
 from selftrans.cli.main import main
 from selftrans.interop.exporting import export_run
 from selftrans.interop.importing import import_run
-from tests.support import published_files as strangers
-from tests.support import toy
+from tests.support import published_files, toy
 from tests.support.published_files import TINY, Assembled, options, state
 from tests.support.toy import quick  # noqa: F401 - a fixture
 
@@ -22,7 +21,7 @@ quiet = {"say": lambda _: None}
 def a_run(tmp_path, *, qk_norm=False, **more):
     """A run with random weights, raw and averaged ones unlike."""
     raw, ema = (state(**TINY | more, qk_norm=qk_norm, seed=k) for k in (1, 2))
-    file = strangers.save(tmp_path / "a.pt", {"model": raw, "ema": ema, "args": options("repa"), "steps": 4})
+    file = published_files.save(tmp_path / "a.pt", {"model": raw, "ema": ema, "args": options("repa"), "steps": 4})
     import_run(file, tmp_path / "run", heads=2, **quiet)
     return tmp_path / "run", raw, ema
 
@@ -91,7 +90,7 @@ def test_out_and_in_again_is_the_same_model(tmp_path, layout):
     run, _, _ = a_run(tmp_path)
     file, said = export_run(run, tmp_path / "out", layout=layout), []
     import_run(file, tmp_path / "back", heads=2, say=said.append)
-    assert f"those of {layout.upper()}, as its header says" in said[0]
+    assert f"those of {layout.upper()}, from its header" in said[0]
     was, now = (load_model(place).model.state_dict() for place in (run, tmp_path / "back"))
     turned = "t_embedder.mlp.0.weight"
     assert (was[turned] - now[turned]).abs().max() < (1e-9 if layout == "repa" else 2e-7)
@@ -116,7 +115,7 @@ def test_a_published_file_is_theirs_alone(tmp_path):
 
 def test_the_original_sit_has_no_qk_norm(tmp_path, capsys):
     assert main(["export", str(toy.finished()), "--out", str(tmp_path / "out"), "--layout", "sit"]) == 1
-    assert "has no QK-norm" in capsys.readouterr().err and not (tmp_path / "out").exists()
+    assert "QK-norm, which the original SiT lacks" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
 def test_an_export_goes_over_an_export_and_over_nothing_else(tmp_path, capsys):
@@ -129,7 +128,7 @@ def test_an_export_goes_over_an_export_and_over_nothing_else(tmp_path, capsys):
     run = toy.copy(toy.vanilla(), tmp_path / "run")
     before = toy.tree(run)
     assert main(["export", str(run), "--out", str(run)]) == 1
-    assert "holds something that is no export" in capsys.readouterr().err and toy.tree(run) == before
+    assert "exists and is not an export" in capsys.readouterr().err and toy.tree(run) == before
     before = toy.tree(out)
     assert main(["export", str(tmp_path / "absent"), "--out", str(out)]) == 1
     assert "does not exist" in capsys.readouterr().err and toy.tree(out) == before

@@ -77,7 +77,7 @@ def test_repeating_a_complete_command_does_nothing_and_says_so(tmp_path, capsys)
     before = {p: p.stat().st_mtime_ns for p in tmp_path.iterdir()}
     assert write(tmp_path, 4).asked == []
     assert {p: p.stat().st_mtime_ns for p in tmp_path.iterdir()} == before
-    assert "already holds these 4 images; nothing to do" in capsys.readouterr().out
+    assert "already holds these 4 samples; nothing to do" in capsys.readouterr().out
 
 
 def test_an_interrupted_command_continues(tmp_path):
@@ -124,7 +124,7 @@ def test_other_settings_in_the_same_folder_are_named(tmp_path):
 
 def test_fewer_images_than_begun_are_refused(tmp_path):
     write(tmp_path, 3)
-    with pytest.raises(ValueError, match="begun for 3 images"):
+    with pytest.raises(ValueError, match="begun for 3 samples"):
         write(tmp_path, 2)
 
 
@@ -181,13 +181,13 @@ def test_pictures_are_written_by_another_thread_in_bounded_number(tmp_path, monk
 
 def test_images_that_are_no_pngs_are_refused(tmp_path):
     for images in (np.zeros((1, 4, 4, 2), np.uint8), np.zeros((1, 4, 4, 3), np.float32), np.zeros((1, 4, 4), np.uint8)):
-        with pytest.raises(ValueError, match="are no PNGs"):
+        with pytest.raises(ValueError, match="cannot be PNGs"):
             write_samples(lambda k, images=images: [(k, k, images)], tmp_path, SETTINGS, 1, progress=False)
 
 
 def test_images_of_two_sizes_are_refused(tmp_path):
     sizes = lambda indices: [(indices[k : k + 1], [0], image(k, side=6 + k)[None]) for k in range(2)]  # noqa: E731
-    with pytest.raises(ValueError, match=r"000001.png is \(7, 7, 3\), not \(6, 6, 3\)"):
+    with pytest.raises(ValueError, match=r"000001.png is \(7, 7, 3\), the first is \(6, 6, 3\)"):
         write_samples(sizes, tmp_path, SETTINGS, 2, progress=False)
 
 
@@ -212,7 +212,7 @@ def test_damaged_pictures_are_named_and_left_out_of_the_npz(tmp_path, kind):
     path = tmp_path / "000001.png"
     path.write_bytes(spoilt(path.read_bytes(), kind))
     with pytest.raises(
-        ValueError, match=r"000001.png is no sample \(.+\); delete it and repeat the command$"
+        ValueError, match=r"000001.png is not a valid sample \(.+\); delete it and repeat the command$"
     ) as caught:
         write(tmp_path, 4)
     assert "\n" not in str(caught.value) and (tmp_path / "samples.npz").read_bytes() == before
@@ -252,7 +252,7 @@ def test_full_disk_leaves_complete_files_and_one_clear_error(tmp_path, side, lim
             flat = np.zeros((1, side, side, 3), np.uint8)
             yield np.array([k]), np.array([k]), flat if k == 0 else image(k, side=side)[None]
 
-    with no_file_above(limit), pytest.raises(ValueError, match=r"cannot be written .*make room") as caught:
+    with no_file_above(limit), pytest.raises(ValueError, match=r"cannot be written .*free disk space") as caught:
         write_samples(source, tmp_path, SETTINGS, 20, progress=False)
     assert "\n" not in str(caught.value)
     left = sorted(p.name for p in tmp_path.iterdir())

@@ -31,7 +31,7 @@ def test_sample_and_label_are_read_back(tmp_path, kind, image):
         assert not kind.is_complete(tmp_path / "cut")
         if kind is PNG and cut == -1:
             continue  # Pillow reads a PNG without its last byte
-        with pytest.raises(ValueError, match=r"cut is no sample \(.+\); delete it and repeat the command$"):
+        with pytest.raises(ValueError, match=r"cut is not a valid sample \(.+\); delete it and repeat the command$"):
             kind.read(tmp_path / "cut")
     assert not kind.is_complete(tmp_path / "absent")
 
@@ -69,5 +69,5 @@ GOOD, LABEL = np.zeros((2, 3), np.float32), np.asarray(1, np.int64)
 )
 def test_other_npy_files_are_refused(tmp_path, content):
     (tmp_path / "x.npy").write_bytes(content)
-    with pytest.raises(ValueError, match=r"x.npy is no sample"):
+    with pytest.raises(ValueError, match=r"x.npy is not a valid sample"):
         NPY.read(tmp_path / "x.npy")

@@ -80,7 +80,7 @@ def test_repeating_does_nothing_and_more_images_continue(tmp_path, capsys):
     times = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "a").iterdir()}
     capsys.readouterr()
     assert sample(toy.finished(), tmp_path / "a", num=5) == 0
-    assert "already holds these 5 images; nothing to do" in capsys.readouterr().out
+    assert "already holds these 5 samples; nothing to do" in capsys.readouterr().out
     assert {path.name: path.stat().st_mtime_ns for path in (tmp_path / "a").iterdir()} == times
     (tmp_path / "a" / "000002.png").unlink()
     (tmp_path / "a" / "000003.png").write_bytes(before["000003.png"][:-9])
@@ -107,7 +107,7 @@ def test_other_settings_and_fewer_images_are_refused(tmp_path, capsys):
         said = capsys.readouterr().err
         assert said.startswith("selftrans: ") and message in said and said.count("\n") == 1
     assert sample(toy.finished(), tmp_path, num=3) == 1
-    assert "begun for 6 images" in capsys.readouterr().err
+    assert "begun for 6 samples" in capsys.readouterr().err
     assert toy.tree(tmp_path) == before
 
 
@@ -135,10 +135,10 @@ def test_what_is_no_run_is_refused(tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     for origin, message in [
         (tmp_path / "nowhere", "does not exist"),
-        (tmp_path / "empty", "is no run directory"),
-        (toy.digits(), "is no run directory"),
+        (tmp_path / "empty", "is not a run directory"),
+        (toy.digits(), "is not a run directory"),
         (toy.digits() / "manifest.json", "not a selftrans weights file"),
-        (toy.checkpoint(toy.finished()) / "optimizer.safetensors", "header asks for"),
+        (toy.checkpoint(toy.finished()) / "optimizer.safetensors", "its header describes"),
     ]:
         assert sample(origin, tmp_path / "made") == 1
         assert message in capsys.readouterr().err

@@ -1,1 +1,1 @@
-"""Where pictures come from: folders, zips, tables, the built-in digits."""
+"""Sources of pictures: folders, zips, tables, the built-in digits."""

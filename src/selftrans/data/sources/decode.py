@@ -15,17 +15,17 @@ from selftrans.storage import first_line, printable
 if TYPE_CHECKING:
     from PIL import Image
 
-#: extensions taken for pictures, and the only decoders of PIL that may run (others call outside programs)
+#: extensions of picture files, and the only PIL decoders that may run (others call external programs)
 EXTENSIONS = frozenset(
     (".bmp", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp")
 )
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
-#: faults of the machine, not of one picture: passing over the picture would lose good data
+#: faults of the machine, not of one picture: skipping the picture would lose good data
 MACHINE_FAULTS = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE, errno.ENOTCONN, errno.ETIMEDOUT})
 
 
 class BadSample(ValueError):
-    """A sample that cannot be used. `name` says where it lies, `reason` is one line."""
+    """A sample that cannot be used. `name` is its path in the source, `reason` is one line."""
 
     def __init__(self, name: str, reason: str, fault: str = "cannot be used") -> None:
         super().__init__(f"{printable(name, 1000)}: {fault} ({reason})")
@@ -40,19 +40,19 @@ class BadPicture(BadSample):
 
 
 def bad_picture(name: str, error: Exception) -> Exception:
-    """The error to raise for a picture whose decoding raised `error`: BadPicture, unless the machine is at fault."""
+    """The error to raise when decoding a picture raised `error`: BadPicture, unless the fault is in the machine."""
     if isinstance(error, BadPicture | MemoryError):
         return error
     reason = first_line(error)
     if isinstance(error, OSError) and error.errno in MACHINE_FAULTS:
-        return ValueError(f"{printable(name)}: cannot be read now ({reason}); the picture may be sound; repeat later")
-    if type(error).__name__ == "UnidentifiedImageError":  # its text shows an address in memory
+        return ValueError(f"{printable(name)}: cannot be read now ({reason}); the picture may be valid: repeat later")
+    if type(error).__name__ == "UnidentifiedImageError":  # its message contains a memory address
         reason = "empty, or of an unknown format"
     return BadPicture(name, reason)
 
 
 class _File(io.BufferedReader):
-    """A file that sets aside memory for what it holds, not for the length that a hostile chunk claims."""
+    """A file whose reads allocate at most its size, not the length that a malicious chunk header claims."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(io.FileIO(path))
@@ -62,14 +62,14 @@ class _File(io.BufferedReader):
         return super().read(size if size is None else min(size, self._size))
 
     def __del__(self) -> None:
-        self.close()  # PIL leaves it open: it goes with the picture
+        self.close()  # PIL leaves it open
 
 
 def open_picture(file: Path | BinaryIO) -> Image.Image:
-    """Open a picture, its header read and its pixels not yet.
+    """Open a picture and read its header, not its pixels.
 
     Raises ValueError when it has more pixels than PIL's limit against decompression bombs
-    (`PIL.Image.MAX_IMAGE_PIXELS`), and whatever PIL raises when it is none.
+    (`PIL.Image.MAX_IMAGE_PIXELS`), and whatever PIL raises for a file that is not a picture.
     """
     from PIL import Image
 
@@ -84,7 +84,7 @@ def open_picture(file: Path | BinaryIO) -> Image.Image:
 def to_array(image: Image.Image, resolution: int, channels: int) -> np.ndarray:
     """Decode, turn upright, convert to 8 bits, crop to the central square and resize: (R, R, C) uint8.
 
-    EXIF orientation is applied; transparency is laid on white; palette, grey, CMYK and 16-bit pictures become RGB
+    EXIF orientation is applied; transparency is composited on white; palette, grey, CMYK and 16-bit pictures become RGB
     (or grey when `channels` is 1); colour profiles are ignored. See `centre_square` for the resampling.
     """
     from PIL import ImageOps

@@ -1,4 +1,4 @@
-"""Pictures in a folder: class folders, or pictures only. Symbolic links out of the folder are refused."""
+"""Pictures in a folder: class folders, or pictures only. Symbolic links that lead out of the folder are refused."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ LINKS, SPECIAL = "symbolic links to folders", "broken links, pipes and devices"
 def folder(root: Path) -> Source:
     """A folder of class folders, or of pictures.
 
-    Symbolic links to files inside the folder are followed. Raises ValueError for one that leads out of it, for a
-    class folder without pictures, and for pictures beside class folders.
+    Symbolic links to files inside the folder are followed. Raises ValueError for a link that leads out of it, for a
+    class folder without pictures, and for pictures next to class folders.
     """
     ignored: Counter[str] = Counter()
-    found = sorted(_walk(root, root.resolve(), "", ignored))
-    names = [name for name, _ in found]
+    pictures = sorted(_walk(root, root.resolve(), "", ignored))
+    names = [name for name, _ in pictures]
     labels, classes = classify(names, str(root))
     if classes:
         with os.scandir(root) as entries:
@@ -30,12 +30,12 @@ def folder(root: Path) -> Source:
         if empty:
             raise ValueError(f"class folder {empty[0]!r} of {root} holds no picture; fill it or remove it")
     return Source(
-        names, labels, classes, lambda i: open_picture(root / names[i]), [size for _, size in found], dict(ignored)
+        names, labels, classes, lambda i: open_picture(root / names[i]), [size for _, size in pictures], dict(ignored)
     )
 
 
 def check_link(path: Path, root: Path, name: str) -> None:
-    """Raise ValueError where `path` leads out of the folder `root` (a path without links), by a symbolic link."""
+    """Raise ValueError when `path` leads out of the folder `root` (a path without links) through a symbolic link."""
     if not path.resolve().is_relative_to(root):
         raise ValueError(f"{printable(name)} in {root} is a symbolic link out of the folder; copy its target there")
 

@@ -1,6 +1,6 @@
-"""Arrays in npz files: images or samples (`arr_0`) and their labels, and the values of data that are no pictures (`data`).
+"""Arrays in npz files: images or samples (`arr_0`) with labels (`arr_1`), and values that are not pictures (`data`).
 
-Read without pickle, one batch at a time; headers are checked against the size of what follows them.
+Read without pickle, one batch at a time; array headers are checked against the size of the array data.
 Shape legend: (n, R, R, C) images, N samples of shape (C, *S), one to three spatial dimensions S.
 """
 
@@ -26,20 +26,20 @@ from selftrans.storage import first_line
 
 MAX_BYTES = 1 << 30  #: of labels or class names, and of one sample
 EXPANSION = 1100  #: an entry holds at most this many bytes per byte of its zip (deflate reaches 1032)
-CHUNK = 1 << 24  #: bytes passed over at a time
+CHUNK = 1 << 24  #: bytes skipped at a time
 
 
 def npz_images(path: Path, batch_size: int, resolution: int | None, channels: int | None) -> Iterator[np.ndarray]:
     """Stream `arr_0` (uint8, NHWC) of an npz, one batch (n, R, R, C) in memory at a time.
 
-    Raises ValueError when it has no such array, is of another kind, or of another resolution or channels than asked.
+    Raises ValueError when there is no such array, or its type, resolution or channels differ from those requested.
     """
     with open_zip(path) as archive:
         try:
             info = archive.getinfo("arr_0.npy")
             file = archive.open(info)
             shape = _image_shape(file, info.file_size)
-        except Exception as error:  # any fault of an untrusted header means the same to the reader
+        except Exception as error:  # any fault of an untrusted header has the same remedy
             raise ValueError(f"{path} holds no uint8 array arr_0 of images (N, R, R, C): {error!s:.200}") from error
         if resolution not in (None, shape[1]) or channels not in (None, shape[3]):
             raise ValueError(f"{path} holds images {shape[1:]}, not of resolution {resolution} and {channels} channels")
@@ -52,10 +52,10 @@ def npz_images(path: Path, batch_size: int, resolution: int | None, channels: in
 
 
 def npz_arrays(path: Path, batch_size: int = 256) -> Iterator[np.ndarray] | None:
-    """Stream `arr_0` of an npz that holds samples which are no pictures, float32 (n, C, *S), one batch in memory at a time.
+    """Stream `arr_0` of an npz of samples that are not pictures, float32 (n, C, *S), one batch in memory at a time.
 
-    None where it holds anything else, which `npz_images` explains. The stream raises ValueError where the file is
-    damaged, or a number is not finite.
+    None if it holds anything else (`npz_images` then reports why). The stream raises ValueError when the file is
+    damaged, or a value is not finite.
     """
     with open_zip(path) as archive:
         try:
@@ -86,9 +86,9 @@ def _stream_arrays(path: Path, shape: tuple[int, ...], rows: int) -> Iterator[np
 
 
 def npz_labels(path: Path) -> np.ndarray | None:
-    """Labels (n,) int64 of the images of an npz: its `arr_1`, as ADM names it, where that is a row of whole numbers.
+    """Labels (n,) int64 of the images of an npz: its `arr_1`, as ADM names it, if that is a 1-D array of integers.
 
-    None without, and where all are zero, as without classes. ValueError when they are not one per image, or damaged.
+    None without it, and when all labels are 0, as for data without classes. ValueError unless there is one per image.
     """
     with open_zip(path) as archive:
         if not {"arr_0.npy", "arr_1.npy"} <= set(archive.namelist()):
@@ -98,7 +98,7 @@ def npz_labels(path: Path) -> np.ndarray | None:
             with archive.open(info) as images:
                 count = _image_shape(images, info.file_size)[0]
         except Exception:
-            return None  # `npz_images` says what is wrong
+            return None  # `npz_images` reports the fault
         try:
             with archive.open("arr_1.npy") as file:
                 shape, _, dtype = _header(file)
@@ -115,9 +115,9 @@ def npz_labels(path: Path) -> np.ndarray | None:
 
 @dataclass(frozen=True, eq=False)
 class NpzValues:
-    """Float values `data` (N, C, *S) of an npz, with `labels` and `classes` where it has them; see `npz_values`.
+    """Float values `data` (N, C, *S) of an npz, with `labels` and `classes` if it has them; see `npz_values`.
 
-    Read one sample at a time, in a stream: fast in ascending order; another order begins the stream again.
+    Samples are read from a stream: ascending order is fast, going back restarts the stream.
     """
 
     path: Path
@@ -125,8 +125,8 @@ class NpzValues:
     dtype: np.dtype
     labels: np.ndarray  #: (N,) int64
     classes: tuple[str, ...]  #: empty: unconditional
-    crc: int  #: checksum of the array, as the zip's directory has it
-    ignored: dict[str, int] = field(default_factory=dict)  #: nothing
+    crc: int  #: checksum of the array, from the zip's directory
+    ignored: dict[str, int] = field(default_factory=dict)  #: always empty
     _state: dict[str, Any] = field(default_factory=dict, repr=False)  #: the open stream and its next sample
     _lock: Any = field(default_factory=threading.Lock, repr=False)
 
@@ -137,7 +137,7 @@ class NpzValues:
         return f"sample {i} of {self.path.name}"
 
     def read(self, i: int) -> np.ndarray:
-        """Sample i: (C, *S) float32. Raises BadSample for numbers that are not finite, ValueError for a damaged file."""
+        """Sample i: (C, *S) float32. Raises BadSample for values that are not finite, ValueError for a damaged file."""
         size = math.prod(self.shape) * self.dtype.itemsize
         with self._lock:
             data = _read_exactly(self._stream_at(i, size), size, self.path, f"sample {i}")
@@ -150,14 +150,14 @@ class NpzValues:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Hash of shape, dtype, checksum, labels and classes: the same wherever the file lies."""
+        """Hash of shape, dtype, checksum, labels and classes; independent of the file's path."""
         about = f"{len(self)} {self.shape} {self.dtype.str} {self.crc}\0" + "\0".join(self.classes)
         digest = hashlib.sha256(about.encode(errors="surrogatepass"))
         digest.update(self.labels.astype("<i8").tobytes())
         return digest.hexdigest()
 
     def _stream_at(self, i: int, size: int) -> IO[bytes]:
-        """The stream, at the beginning of sample i; where it stands is forgotten until that has been read."""
+        """The stream, positioned at sample i. The position counts as unknown until `read` has succeeded."""
         at = self._state.pop("next", len(self))
         if at > i:
             self._state["file"], at = open_zip(self.path).open("data.npy"), 0
@@ -170,10 +170,10 @@ class NpzValues:
 
 
 def npz_values(path: Path) -> NpzValues:
-    """Open an npz of values: `data` (N, C, *S) float16, 32 or 64; optionally `labels` (N,) integers from 0, and `classes`,
-    the names of the labels (without: "0", "1", ... up to the highest).
+    """Open an npz of values: `data` (N, C, *S) float16, 32 or 64; optionally `labels` (N,), integers from 0, and `classes`,
+    the names of the labels (default: "0", "1", ... up to the highest label).
 
-    Raises ValueError, with the remedy, for any other array, pickled ones included, and for labels that do not fit.
+    Raises ValueError, with the remedy, for any other array, also a pickled one, and for labels that do not match.
     """
     if not path.is_file():
         raise ValueError(f"no file {path}: autoencoder values reads an npz file with an array `data`")
@@ -196,30 +196,30 @@ def npz_values(path: Path) -> NpzValues:
 def _values_header(file: IO[bytes], path: Path, size: int) -> tuple[tuple[int, ...], np.dtype]:
     """Shape (N, C, *S) and dtype of `data`, a member of `size` bytes."""
     shape, fortran, dtype = _header(file)
-    said = f"{path}: data is {dtype} {shape}{' in Fortran order' if fortran else ''}"
+    described = f"{path}: data is {dtype} {shape}{' in Fortran order' if fortran else ''}"
     if dtype.kind != "f" or dtype.itemsize > 8 or fortran or not 3 <= len(shape) <= 5 or min(shape) < 1:
         raise ValueError(
-            f"{said}; expected float16, float32 or float64 of shape (N, channels, 1 to 3 spatial dimensions), in C order: "
+            f"{described}; expected float16, float32 or float64 of shape (N, channels, 1 to 3 spatial dimensions), in C order: "
             "convert it with numpy.ascontiguousarray(data, dtype='float32')"
         )
     if file.tell() + math.prod(shape) * dtype.itemsize != size:
-        raise ValueError(f"{said}, which does not agree with its {size} bytes; save it again")
+        raise ValueError(f"{described}, which does not match its {size} bytes; save it again")
     if math.prod(shape[1:]) * dtype.itemsize > MAX_BYTES:
-        raise ValueError(f"{said}; samples of more than {MAX_BYTES} bytes are refused")
+        raise ValueError(f"{described}; samples of more than {MAX_BYTES} bytes are refused")
     return shape, dtype
 
 
 def _labels(archive: ZipFile, path: Path, count: int, named: bool) -> tuple[np.ndarray, tuple[str, ...]]:
     """Labels (N,) int64 and the names of the classes."""
-    found = _small_array(archive, path, "labels")
-    if found.dtype.kind not in "iu" or found.shape != (count,):
+    stored = _small_array(archive, path, "labels")
+    if stored.dtype.kind not in "iu" or stored.shape != (count,):
         raise ValueError(
-            f"{path}: labels are {found.dtype} {found.shape}; expected ({count},) integers, one per sample"
+            f"{path}: labels are {stored.dtype} {stored.shape}; expected ({count},) integers, one per sample"
         )
-    if int(found.min()) < 0 or int(found.max()) >= MAX_CLASSES:
-        wrong = int(np.argmax((found < 0) | (found >= MAX_CLASSES)))
-        raise ValueError(f"{path}: label {found[wrong]} of sample {wrong} is outside 0 .. {MAX_CLASSES - 1}")
-    labels = found.astype(np.int64)
+    if int(stored.min()) < 0 or int(stored.max()) >= MAX_CLASSES:
+        wrong = int(np.argmax((stored < 0) | (stored >= MAX_CLASSES)))
+        raise ValueError(f"{path}: label {stored[wrong]} of sample {wrong} is outside 0 .. {MAX_CLASSES - 1}")
+    labels = stored.astype(np.int64)
     if not named:
         return labels, tuple(str(k) for k in range(int(labels.max()) + 1))
     classes = _class_names(_small_array(archive, path, "classes"), path)
@@ -234,8 +234,8 @@ def _labels(archive: ZipFile, path: Path, count: int, named: bool) -> tuple[np.n
 def _class_names(names: np.ndarray, path: Path) -> tuple[str, ...]:
     try:
         classes = tuple(names.tolist())
-    except Exception as error:  # numpy's own for numbers that are no characters is a SystemError
-        raise ValueError(f"{path}: classes are no text ({first_line(error)})") from error
+    except Exception as error:  # numpy raises SystemError for invalid code points
+        raise ValueError(f"{path}: classes are not valid text ({first_line(error)})") from error
     if names.dtype.kind != "U" or names.ndim != 1 or not all(classes):
         raise ValueError(
             f"{path}: classes are {names.dtype} {names.shape}; expected a list of names, none of them empty"
@@ -244,7 +244,7 @@ def _class_names(names: np.ndarray, path: Path) -> tuple[str, ...]:
 
 
 def _small_array(archive: ZipFile, path: Path, name: str) -> np.ndarray:
-    """An array that is read at once. Raises ValueError when it is pickled, too large or damaged."""
+    """Read a complete array. Raises ValueError when it is pickled, too large or damaged."""
     with _member(archive, path, name) as file:
         shape, fortran, dtype = _header(file)
         size = math.prod(shape) * dtype.itemsize
@@ -255,32 +255,32 @@ def _small_array(archive: ZipFile, path: Path, name: str) -> np.ndarray:
 
 @contextmanager
 def _member(archive: ZipFile, path: Path, name: str) -> Iterator[IO[bytes]]:
-    """An open array of an npz; what its header and the zip around it raise becomes a ValueError of one line."""
+    """An open array of an npz. Every exception of its header and of the zip becomes a ValueError of one line."""
     try:
         size, most = archive.getinfo(f"{name}.npy").file_size, EXPANSION * path.stat().st_size
         if size > most:
-            raise ValueError(f"it says that it expands to {size} bytes, more than such a file can hold")
+            raise ValueError(f"it claims to expand to {size} bytes, more than a zip of this size can hold")
         with archive.open(f"{name}.npy") as file:
             yield file
-    except Exception as error:  # encrypted, of an unknown compression, a damaged entry, a hostile header
+    except Exception as error:  # encrypted, unknown compression, damaged entry, malicious header
         if str(error).startswith(str(path)):
             raise
         raise ValueError(f"{path}: array `{name}` cannot be read ({first_line(error)}); save it again") from error
 
 
 def _read_exactly(file: IO[bytes], size: int, path: Path, where: str) -> bytes:
-    """The next `size` bytes of a member. Raises ValueError where it is damaged, or ends before."""
+    """The next `size` bytes of a member. Raises ValueError when it is damaged or truncated."""
     try:
         data = file.read(size)
-    except Exception as error:  # as many kinds as there are kinds of damage
+    except Exception as error:  # the type depends on the damage
         raise ValueError(f"{path} is damaged at {where} ({first_line(error)}); make it again") from error
     if len(data) != size:
-        raise ValueError(f"{path} is cut off at {where}; make it again")
+        raise ValueError(f"{path} is truncated at {where}; make it again")
     return data
 
 
 def _header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
-    """Shape, Fortran order and dtype of an array, `file` left at its first entry. Raises ValueError for pickled objects."""
+    """Shape, Fortran order and dtype of an array; leaves `file` at the data. Raises ValueError for pickled objects."""
     version = np.lib.format.read_magic(file)
     read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
     shape, fortran, dtype = read(file)
@@ -290,12 +290,12 @@ def _header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
 
 
 def _image_shape(file: IO[bytes], size: int) -> tuple[int, ...]:
-    """Shape in the header of a member of `size` bytes, `file` left at the first image."""
+    """Shape in the header of a member of `size` bytes; leaves `file` at the first image."""
     shape, fortran, dtype = _header(file)
     if dtype != np.uint8 or fortran or len(shape) != 4 or shape[1] != shape[2] or shape[3] not in (1, 3):
         raise ValueError(f"it is {dtype} {shape}{' in Fortran order' if fortran else ''}")
     if min(shape) < 1 or file.tell() + math.prod(shape) != size:
-        raise ValueError(f"shape {shape} does not agree with its {size} bytes")
+        raise ValueError(f"shape {shape} does not match its {size} bytes")
     if math.prod(shape[1:]) > MAX_PICTURE_BYTES:
         raise ValueError(f"images of {shape[1:]} are larger than {MAX_PICTURE_BYTES} bytes")
     return shape

@@ -32,38 +32,40 @@ def open_source(
     label_column: str | None = None,
     progress: bool = False,
 ) -> Source:
-    """Open a collection of pictures, by what `source` is:
+    """Open a collection of pictures. `source` is one of:
 
     - a folder or zip of class folders (pictures at any depth inside a class), or of pictures only (unconditional);
-      in a zip the class folders may lie below one top-level folder; a zip is read in place;
+      in a zip, one top-level folder may enclose the class folders; a zip is read in place;
     - `digits`: scikit-learn's 1,797 scans, 8x8, one channel;
     - a parquet file, a folder of them, or a hub id `owner/name`, read by `datasets`: `split`, and `label_column`
-      where several columns might be the label.
-    Hidden files and files that are no pictures are passed over and counted in `Source.ignored`. `channels` 1 reads
-    pictures as grey. `resolution` None keeps the size of the pictures, which must be squares of one size: the header
-    of each is read, with a bar if `progress`.
-    Raises ValueError when there is no picture, the layout is ambiguous or hostile, or a resolution is needed.
+      if several columns could be the label.
+    Hidden files and files that are not pictures are ignored and counted in `Source.ignored`. `channels` 1 reads
+    pictures as greyscale. `resolution` None keeps the size of the pictures, which must be squares of one size: the header
+    of each is read, with a progress bar if `progress`.
+    Raises ValueError when there is no picture, the layout is ambiguous or unsafe, or a resolution is needed.
     """
-    found = _open(source, resolution, channels, split, label_column)
-    native = resolution or _native_resolution(found, str(source), progress, "give --resolution, and they are cropped")
-    return dataclasses.replace(found, resolution=native)
+    opened = _open(source, resolution, channels, split, label_column)
+    native = resolution or _native_resolution(
+        opened, str(source), progress, "give --resolution to crop and resize them"
+    )
+    return dataclasses.replace(opened, resolution=native)
 
 
 def _open(
     source: str | Path, resolution: int | None, channels: int = 3, split: str = "train", label_column: str | None = None
 ) -> Source:
-    """A source whose resolution is as given, 0 where it is to be found. Raises ValueError as `open_source` does."""
+    """A source with this resolution (None: 0, to be set later). Raises ValueError as `open_source` does."""
     if resolution is not None and not 1 <= resolution <= MAX_RESOLUTION:
         raise ValueError(f"resolution {resolution} is not between 1 and {MAX_RESOLUTION}")
     if channels not in (1, 3):
         raise ValueError(f"pictures have 1 or 3 channels, not {channels}")
-    found = _find(source, split, label_column)
-    if label_column is not None and not found.is_table:
-        warnings.warn(f"label_column is ignored: {source} is no table", stacklevel=3)
-    if not len(found):
-        said = "".join(f"; {count} {why}" for why, count in found.ignored.items())
-        raise ValueError(f"no pictures in {source} (looked for {' '.join(sorted(EXTENSIONS))}{said})")
-    return dataclasses.replace(found, channels=1 if found.channels == 1 else channels, resolution=resolution or 0)
+    opened = _find(source, split, label_column)
+    if label_column is not None and not opened.is_table:
+        warnings.warn(f"label_column is ignored: {source} is not a table", stacklevel=3)
+    if not len(opened):
+        ignored = "".join(f"; {count} {why}" for why, count in opened.ignored.items())
+        raise ValueError(f"no pictures in {source} (looked for {' '.join(sorted(EXTENSIONS))}{ignored})")
+    return dataclasses.replace(opened, channels=1 if opened.channels == 1 else channels, resolution=resolution or 0)
 
 
 def _find(source: str | Path, split: str, label_column: str | None) -> Source:
@@ -71,10 +73,10 @@ def _find(source: str | Path, split: str, label_column: str | None) -> Source:
     if str(source) == "digits":
         return _digits()
     if path.is_dir():
-        if found := sorted(path.glob("*.parquet")):
-            for file in found:
+        if files := sorted(path.glob("*.parquet")):
+            for file in files:
                 folder.check_link(file, path.resolve(), file.name)
-            return table.parquet(found, label_column)
+            return table.parquet(files, label_column)
         return folder.folder(path)
     if path.is_file() and path.suffix.lower() == ".parquet":
         return table.parquet([path], label_column)
@@ -102,7 +104,7 @@ def _digits() -> Source:
 
 
 def _native_resolution(source: Source, where: str, progress: bool, remedy: str) -> int:
-    """The side of all pictures, from their headers. Raises ValueError, with `remedy`, unless they are equal squares."""
+    """The side of all pictures, from their headers. Raises ValueError, with `remedy`, unless all are squares of one size."""
     from tqdm import tqdm
 
     seen: tuple[int, int] | None = None
@@ -111,7 +113,7 @@ def _native_resolution(source: Source, where: str, progress: bool, remedy: str) 
         try:
             with source.open(i) as image:
                 size = image.size
-        except Exception as unreadable:  # named when it is read; here only its size is missing
+        except Exception as unreadable:  # reported when its pixels are read; only its size is needed here
             error = error or bad_picture(name, unreadable)
             continue
         if size[0] != size[1]:
@@ -131,24 +133,26 @@ def _native_resolution(source: Source, where: str, progress: bool, remedy: str) 
 def iter_images(
     path: str | Path, batch_size: int = 256, *, resolution: int | None = None, channels: int | None = None
 ) -> Iterator[np.ndarray]:
-    """Images (n, R, R, C) uint8, n <= batch_size, of any picture source or of an npz with `arr_0` (uint8, NHWC).
+    """Images (n, R, R, C) uint8, n <= batch_size, from any picture source or an npz with `arr_0` (uint8, NHWC).
 
-    An npz is streamed, its images as they are stored. `channels` None takes pictures for grey when all of them are
-    8-bit grey, else for RGB. Raises ValueError as `open_source` does, and for an npz of another kind or size.
+    An npz is streamed as it is stored. `channels` None means 1 if all pictures are
+    8-bit greyscale, else 3 (RGB). Raises ValueError as `open_source` does, and for an npz of another type or size.
     """
     if Path(path).suffix.lower() == ".npz":
         yield from npz.npz_images(Path(path), batch_size, resolution, channels)
         return
     source = _open(path, resolution)
     if resolution is None:
-        native = _native_resolution(source, str(path), False, "they are taken as they are: crop all to one square size")
+        native = _native_resolution(
+            source, str(path), False, "they are read without resizing: crop all to one square size"
+        )
         source = dataclasses.replace(source, resolution=native)
     if channels is None:
         channels = 1 if source.channels == 1 or _all_grey(source) else 3
     source = dataclasses.replace(source, channels=channels)
-    everything = range(len(source))
-    batches = (everything[start : start + batch_size] for start in everything[::batch_size])
-    yield from ahead(lambda indices: np.stack([source.read(i) for i in indices]), batches)
+    indices = range(len(source))
+    batches = (indices[start : start + batch_size] for start in indices[::batch_size])
+    yield from ahead(lambda batch: np.stack([source.read(i) for i in batch]), batches)
 
 
 def _all_grey(source: Source) -> bool:

@@ -1,6 +1,6 @@
-"""What every kind of picture source becomes: an ordered list of names, labels, and a way to open each picture.
+"""A picture source: an ordered list of names, labels, and a function that opens each picture.
 
-`Samples` is what `prepare` asks of a source, of pictures or of arrays.
+`Samples` is the interface that `prepare` needs, of pictures or of arrays.
 
 Shape legend: (R, R, C) image, R resolution, C 1 (grey) or 3 (RGB); labels are indices into `Source.classes`.
 """
@@ -28,15 +28,15 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 MAX_CLASSES = 1_000_000
-HIDDEN, OTHER = "hidden or system files", "files that are no pictures"  #: why files are passed over
+HIDDEN, OTHER = "hidden or system files", "files that are not pictures"  #: why files are ignored
 
 
 class Samples(Protocol):
-    """An ordered collection of labelled samples: what `prepare` asks of a source."""
+    """An ordered collection of labelled samples: the interface that `prepare` needs."""
 
     @property
     def labels(self) -> np.ndarray:
-        """(len,) int64, indices into `classes`; all 0 when there are none."""
+        """(len,) int64, indices into `classes`; all 0 when there are no classes."""
         ...
 
     @property
@@ -44,18 +44,18 @@ class Samples(Protocol):
 
     @property
     def ignored(self) -> dict[str, int]:
-        """Why files were passed over -> how many."""
+        """Reason for ignoring files -> how many."""
         ...
 
     @property
     def fingerprint(self) -> str:
-        """A hash by which a changed source is noticed."""
+        """A hash that changes when the source does."""
         ...
 
     def __len__(self) -> int: ...
 
     def name(self, i: int) -> str:
-        """Where sample i lies, for messages."""
+        """Path or position of sample i, for messages."""
         ...
 
     def read(self, i: int) -> np.ndarray:
@@ -67,20 +67,20 @@ class Picture(NamedTuple):
     """A picture after crop and resize."""
 
     name: str  #: path inside its source
-    label: int  #: index into `Source.classes`; 0 when there are none
+    label: int  #: index into `Source.classes`; 0 when there are no classes
     image: np.ndarray  #: (R, R, C) uint8
 
 
 @dataclass(frozen=True, eq=False)
 class Source:
-    """An ordered collection of pictures, read one at a time from any thread; opened by `open_source`."""
+    """An ordered collection of pictures, readable from any thread; opened by `open_source`."""
 
     names: Sequence[str]  #: path of each picture inside the source, sorted by code point
     labels: np.ndarray  #: (len,) int64
     classes: tuple[str, ...]  #: empty: unconditional
     open: Callable[[int], Image.Image] = field(repr=False)  #: picture i, its pixels not yet decoded
-    sizes: Sequence[int] = ()  #: bytes of each picture, where they are known
-    ignored: dict[str, int] = field(default_factory=dict)  #: why files were passed over -> how many
+    sizes: Sequence[int] = ()  #: bytes of each picture, if known
+    ignored: dict[str, int] = field(default_factory=dict)  #: reason for ignoring files -> how many
     channels: int = 3
     resolution: int = 0
     is_table: bool = False
@@ -99,7 +99,7 @@ class Source:
         try:
             with self.open(i) as image:
                 return to_array(image, self.resolution, self.channels)
-        except Exception as error:  # decoders raise anything on a broken file
+        except Exception as error:  # decoders raise any type on a damaged file
             raise bad_picture(self.names[i], error) from error
 
     def picture(self, i: int) -> Picture:
@@ -108,7 +108,7 @@ class Source:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Hash of names, labels, classes and sizes: the same wherever the pictures lie."""
+        """Hash of names, labels, classes and sizes; independent of where the source is stored."""
         digest = hashlib.sha256("\0".join(self.classes).encode(errors="surrogateescape"))
         digest.update(self.labels.astype("<i8").tobytes() + np.asarray(self.sizes, dtype="<i8").tobytes())
         for name in self.names:
@@ -117,14 +117,14 @@ class Source:
 
 
 def is_hidden(name: str) -> bool:
-    """Whether a file or folder of this name is passed over: hidden, or put there by an operating system."""
+    """Whether a file or folder of this name is ignored: hidden, or made by an operating system."""
     return name.startswith((".", "__MACOSX")) or name.lower() in ("thumbs.db", "desktop.ini")
 
 
 def classify(names: list[str], where: str) -> tuple[np.ndarray, tuple[str, ...]]:
-    """Labels and classes of sorted names: the first folder of each is its class; no folders, no classes.
+    """Labels and classes of sorted names: the first folder of a name is its class; without folders there are no classes.
 
-    Raises ValueError when some lie in folders and some beside them.
+    Raises ValueError when some pictures are in class folders and some are not.
     """
     heads = [name.split("/", 1)[0] if "/" in name else None for name in names]
     loose = heads.count(None)
@@ -133,7 +133,7 @@ def classify(names: list[str], where: str) -> tuple[np.ndarray, tuple[str, ...]]
     if loose:
         first = names[heads.index(None)]
         raise ValueError(
-            f"{where} holds class folders and {loose} pictures beside them, such as {printable(first)}; move those"
+            f"{where} holds class folders and {loose} pictures outside them, such as {printable(first)}; move those"
         )
     classes = sorted({head for head in heads if head is not None})
     index = {name: i for i, name in enumerate(classes)}
@@ -143,10 +143,10 @@ def classify(names: list[str], where: str) -> tuple[np.ndarray, tuple[str, ...]]
 def ahead(
     work: Callable[[Item], Result], items: Iterable[Item], *, threads: int | None = None
 ) -> Generator[Result, None, None]:
-    """Results of `work` in the order of the items, computed by threads ahead of the caller.
+    """Yield the results of `work` in the order of the items, computed by threads ahead of the caller.
 
-    Threads, since decoders release the interpreter's lock; None: one more than there are cores. An error of `work` is
-    raised at the place of its item.
+    Threads suffice, since decoders release the GIL. `threads` None: number of cores + 1. An error of `work` is
+    raised in place of its result.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     threads = threads or min(cores + 1, 16)
@@ -160,5 +160,5 @@ def ahead(
             while waiting:
                 yield waiting.popleft().result()
         finally:
-            for future in waiting:  # the rest is not needed after an error
+            for future in waiting:  # not needed after an error
                 future.cancel()

@@ -1,4 +1,4 @@
-"""Pictures in columns, read by `datasets`: parquet files and the hub. No code of a data set is ever run."""
+"""Pictures in table columns, read by `datasets`: parquet files and the hub. Code from a data set is never run."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def parquet(files: list[Path], label_column: str | None) -> Source:
 
 
 def hub(name: str, split: str, label_column: str | None) -> Source:
-    """Rows of one split of a hub data set. Raises ValueError when there is none, and as `_source` does."""
+    """Rows of one split of a hub data set. Raises ValueError when it cannot be loaded, and as `_source` does."""
     import datasets
     from huggingface_hub.constants import HF_HUB_CACHE
 
@@ -40,17 +40,17 @@ def _load(where: str, path: str, **options: Any) -> Any:
 
     try:
         return datasets.load_dataset(path, **options)
-    except Exception as error:  # its many types all mean: no such data set, or it cannot be reached
+    except Exception as error:  # every type means: no such data set, or no connection
         raise ValueError(
             f"{where} is neither an existing path nor a data set that can be read ({first_line(error)})"
         ) from error
 
 
 def _source(rows: Any, where: str, label_column: str | None, trusted: tuple[Path, ...]) -> Source:
-    """A `datasets.Dataset` as a source; pictures outside the table are read from `trusted` folders only.
+    """A `datasets.Dataset` as a source; picture files outside the table are read from `trusted` folders only.
 
-    The image column is the one of type Image, or of encoded bytes under a usual name; the label column one of type
-    ClassLabel, or of integers under a usual name; without one the source is unconditional. Raises ValueError when
+    The image column is the one of type Image, or one of encoded bytes with a usual name; the label column is one of type
+    ClassLabel, or one of integers with a usual name; without one the source is unconditional. Raises ValueError when
     either is ambiguous, and for labels that are missing or negative.
     """
     import datasets
@@ -66,10 +66,10 @@ def _source(rows: Any, where: str, label_column: str | None, trusted: tuple[Path
             raise ValueError("the cell is empty")
         if cell["bytes"] is not None:
             return open_picture(io.BytesIO(cell["bytes"]))
-        # a path in an untrusted table may name any file of this machine
+        # a path in an untrusted table could name any file of this machine
         path = Path(cell["path"] or "").resolve()
         if not any(path.is_relative_to(folder) for folder in trusted):
-            raise ValueError("the table names a file in place of holding the picture")
+            raise ValueError("the table holds a file name instead of the picture")
         return open_picture(path)
 
     return Source([f"row {i:08d}" for i in range(len(rows))], labels, classes, open_row, is_table=True)
@@ -102,7 +102,7 @@ def _label_column(features: Any, where: str, wanted: str | None) -> str | None:
 
 
 def _labels(rows: Any, column: str | None, where: str) -> tuple[np.ndarray, tuple[str, ...]]:
-    """Labels (len,) int64 and class names; names are numbers where the table has none."""
+    """Labels (len,) int64 and class names, which are numbers if the table has no names."""
     if column is None:
         return np.zeros(len(rows), dtype=np.int64), ()
     values = rows.select_columns([column]).with_format("arrow")[:][column]  # a pyarrow column
@@ -112,12 +112,12 @@ def _labels(rows: Any, column: str | None, where: str) -> tuple[np.ndarray, tupl
     labels = values.to_numpy()
     if labels.dtype.kind not in "iu":
         raise ValueError(f"column {column!r} of {where} does not hold integers; choose another by label_column")
-    found = labels.astype(np.int64)
-    wrong = np.flatnonzero(found < 0)
+    labels = labels.astype(np.int64)
+    wrong = np.flatnonzero(labels < 0)
     if len(wrong):
-        raise ValueError(f"column {column!r} of {where} has no class in row {wrong[0]} ({found[wrong[0]]})")
+        raise ValueError(f"column {column!r} of {where} has no class in row {wrong[0]} ({labels[wrong[0]]})")
     names = getattr(rows.features[column], "names", None)
-    count = len(names) if names else int(found.max(initial=-1)) + 1
-    if count > MAX_CLASSES or (len(found) and found.max() >= count):
-        raise ValueError(f"column {column!r} of {where} has label {found.max()}, beyond its classes")
-    return found, tuple(names) if names else tuple(str(i) for i in range(count))
+    count = len(names) if names else int(labels.max(initial=-1)) + 1
+    if count > MAX_CLASSES or (len(labels) and labels.max() >= count):
+        raise ValueError(f"column {column!r} of {where} has label {labels.max()}, beyond its classes")
+    return labels, tuple(names) if names else tuple(str(i) for i in range(count))

@@ -1,4 +1,4 @@
-"""Pictures in a zip: its names are checked before anything is read, and nothing is extracted."""
+"""Pictures in a zip: entry names are checked before any entry is read, and nothing is extracted."""
 
 from __future__ import annotations
 
@@ -17,15 +17,14 @@ from selftrans.storage import printable
 if TYPE_CHECKING:
     from PIL import Image
 
-MAX_PICTURE_BYTES = 1 << 29  #: no picture file is larger; entries that claim to be are refused
+MAX_PICTURE_BYTES = 1 << 29  #: entries that claim a larger size are refused
 
 
 def zip_file(path: Path) -> Source:
-    """A zip of class folders (one folder that holds two or more of them, and nothing else, may enclose them), or of
-    pictures.
+    """A zip of class folders, or of pictures only. One top-level folder may enclose two or more class folders.
 
-    Raises ValueError for names that are absolute or climb (`..`), symbolic links, encrypted or doubled entries, and
-    pictures said to be larger than `MAX_PICTURE_BYTES`.
+    Raises ValueError for absolute names, names with `..`, symbolic links, encrypted or duplicate entries, and pictures
+    whose claimed size is above `MAX_PICTURE_BYTES`.
     """
     archive = open_zip(path)
     ignored: Counter[str] = Counter()
@@ -49,22 +48,22 @@ def zip_file(path: Path) -> Source:
 
     def open_entry(i: int) -> Image.Image:
         with lock, archive.open(infos[i]) as file:
-            # bounded by the size it claims, whatever the compressed stream expands to
+            # never read more than the claimed size, whatever the compressed stream expands to
             return open_picture(io.BytesIO(file.read(infos[i].file_size)))
 
     return Source(names, labels, classes, open_entry, [info.file_size for info in infos], dict(ignored))
 
 
 def open_zip(path: Path) -> zipfile.ZipFile:
-    """A zip file, its directory read. Raises ValueError when it is none."""
+    """Open a zip file and read its directory. Raises ValueError when that fails."""
     try:
         return zipfile.ZipFile(path)
-    except Exception as error:  # a damaged directory makes zipfile raise more than BadZipFile
+    except Exception as error:  # for a damaged directory zipfile raises more than BadZipFile
         raise ValueError(f"{path} is not a folder, a parquet file or a readable zip ({error})") from error
 
 
 def _checked_parts(info: zipfile.ZipInfo, path: Path) -> list[str]:
-    """The parts of an entry's name. Raises ValueError where the entry is hostile."""
+    """The parts of an entry's name. Raises ValueError for an unsafe entry."""
     name = info.filename.replace("\\", "/")
     parts = [part for part in name.split("/") if part not in ("", ".")]
     if name.startswith("/") or ".." in parts or not parts or ":" in parts[0]:
@@ -74,12 +73,14 @@ def _checked_parts(info: zipfile.ZipInfo, path: Path) -> list[str]:
     if info.flag_bits & 1:
         raise ValueError(f"{path} is encrypted ({info.filename!r}); make one without a password")
     if info.file_size > MAX_PICTURE_BYTES:
-        raise ValueError(f"{path} says {info.filename!r} expands to {info.file_size} bytes; such a zip is refused")
+        raise ValueError(
+            f"{path} claims that {info.filename!r} expands to {info.file_size} bytes; such a zip is refused"
+        )
     return parts
 
 
 def _without_top(names: list[str]) -> list[str]:
-    """Names below an enclosing folder, where there is one that holds two or more folders and no picture itself."""
+    """The names without their top-level folder, if there is only one and it holds two or more folders and no picture."""
     split = [name.split("/", 2) for name in names]
     below = {tuple(parts[:2]) for parts in split}
     if all(len(parts) == 3 for parts in split) and len({top for top, _ in below}) == 1 and len(below) > 1:

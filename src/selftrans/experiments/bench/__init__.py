@@ -1,7 +1,7 @@
-"""`selftrans bench`: the step, loading and sampling, measured on this machine together with the field's plain arithmetic.
+"""`selftrans bench`: speed of training step, loading and sampling on this machine, compared with a plain implementation.
 
-One run, interleaved rounds, medians; ratios are medians over the rounds of the ratio within a round. `bench.json` holds
-what the table shows. Shape legend: N batch, T tokens, (C, H, W) latent.
+All candidates are measured in interleaved rounds. The table shows medians; a ratio is the median of its values in the
+rounds. `bench.json` holds the numbers of the table. Shape legend: N batch, T tokens, (C, H, W) latent.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 from selftrans.config import Log, RunConfig, Train, sections
 from selftrans.data.dataset import Dataset
 from selftrans.device import default_device
-from selftrans.experiments.bench.loading_sampling import loading, made_up, prepare_sampling, sampling
+from selftrans.experiments.bench.loading_sampling import loading, prepare_sampling, random_dataset, sampling
 from selftrans.experiments.bench.machine import Clock, Peak, describe, load
 from selftrans.experiments.bench.rounds import (
     Candidate,
@@ -39,7 +39,7 @@ from selftrans.storage import write_json
 from selftrans.train.processes import keep_memory
 
 CLASSES = 1000
-#: default number of images a step: SiT-S takes ten in the time that the others take six
+#: default batch size: SiT-S takes as long for ten images as the larger models for six
 BATCH = {"cpu": {"SiT-S/2": 10}, "cuda": {"SiT-S/2": 256, "SiT-B/2": 256}}
 OTHERWISE = {"cpu": 6, "cuda": 64}
 QUICK = 90  #: seconds for the steps of a quick run
@@ -51,7 +51,7 @@ RATIOS = {
     "plain_stage2_over_vanilla": ("plain_stage2", "vanilla"),
     "plain_vanilla_over_vanilla": ("plain_vanilla", "vanilla"),
 }
-#: row -> the row whose operations are counted for it: what the method needs, however it is computed
+#: row -> the row whose operations are counted for it, so that utilisation counts only what the method needs
 NEEDS = {"plain_vanilla": "vanilla", "plain_stage2": "stage2"}
 
 
@@ -65,18 +65,21 @@ def bench(
     seconds: float = 300,
     quick: bool = False,
 ) -> dict[str, Any]:
-    """Measure each model and write `out/bench.json`; returns what it holds.
+    """Measure each model and write `out/bench.json`; returns its content.
 
     Args:
-        models: name -> sizes. batch_size: images a step; None: by model and device (BATCH). tokens: T, a square.
-        device: None: a GPU if there is one, in bfloat16 and compiled; a CPU in float32, eager.
-        seconds: for the training steps of each model, at least three rounds. quick: fewer latents and images, too.
-    The file grows model by model; one that does not fit in memory is reported as failed, and the next one follows.
-    Raises ValueError for tokens that are no square, and for a device that is not there.
+        models: name -> sizes.
+        batch_size: images per step; None: by model and device (BATCH).
+        tokens: T, a square number.
+        device: None: a GPU if there is one. A GPU is measured in bfloat16 and compiled, a CPU in float32 and eager.
+        seconds: time for the training steps of each model (at least three rounds).
+        quick: less time, and fewer latents and images.
+    The file is written after each model. A model that does not fit in memory is reported as failed.
+    Raises ValueError when tokens is not a square number, and for an unavailable device.
     """
     where = torch.device(device or default_device().type)
     if where.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: this machine has no GPU that torch can use; leave it out")
+        raise ValueError("--device cuda: this machine has no GPU that torch can use; omit --device")
     for model in models.values():
         model.sizes()
     if tokens < 1 or math.isqrt(tokens) ** 2 != tokens:
@@ -86,52 +89,52 @@ def bench(
     precision: Literal["fp32", "bf16"] = "bf16" if where.type == "cuda" else "fp32"
     accelerator = TimedAccelerator(mixed_precision="bf16" if precision == "bf16" else "no", cpu=where.type == "cpu")
     if where.type == "cpu":
-        keep_memory()  # as `train` does; the plain steps gain from it too
+        keep_memory()  # as `train` does; the plain steps profit too
     accelerator.clock, accelerator.timestamps = Clock(accelerator.device), []
     report: dict[str, Any] = {"machine": describe(accelerator.device, precision), "models": {}}
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch:
         for name, model in models.items():
             side = math.isqrt(tokens) * model.sizes()["patch"]
-            shards = made_up(Path(scratch) / f"{side}", (4, side, side), 2048 if quick else 8192)
+            dataset = random_dataset(Path(scratch) / f"{side}", (4, side, side), 2048 if quick else 8192)
             batch = batch_size or BATCH[where.type].get(name, OTHERWISE[where.type])
             config = settings(model, batch, precision)
-            torch.compiler.reset()  # the last model's compilations
+            torch.compiler.reset()  # compilations of the previous model
             try:
-                found = _model(accelerator, config, shards, Path(scratch) / name.replace("/", "-"), seconds, quick)
+                result = _model(accelerator, config, dataset, Path(scratch) / name.replace("/", "-"), seconds, quick)
             except torch.OutOfMemoryError:
-                found = {"failed": "not enough memory for five candidates; give a smaller --batch-size"}
-            report["models"][name] = {"batch": batch, "tokens": tokens} | found
+                result = {"failed": "not enough memory for five candidates; give a smaller --batch-size"}
+            report["models"][name] = {"batch": batch, "tokens": tokens} | result
             write_json(out / "bench.json", report)
             accelerator.free_memory()
-        report["loading"] = loading(shards, accelerator.clock, batches=8 if quick else 40)
+        report["loading"] = loading(dataset, accelerator.clock, batches=8 if quick else 40)
     report["machine"]["load_after"] = load()
-    report["ratios"] = next((found["ratios"] for found in report["models"].values() if "ratios" in found), {})
+    report["ratios"] = next((model["ratios"] for model in report["models"].values() if "ratios" in model), {})
     write_json(out / "bench.json", report)
     return report
 
 
 def published(names: Sequence[str] | None, device: str | None, *, quick: bool = False) -> dict[str, SiTConfig]:
-    """Models by their published names; None: the default ones of the device."""
+    """Models by their published names; None: the defaults of the device."""
     gpu = torch.cuda.is_available() if device is None else device == "cuda"
     usual = ("SiT-S/2",) if quick else ("SiT-S/2", "SiT-B/2", "SiT-XL/2") if gpu else ("SiT-S/2", "SiT-B/2")
     return {name: SiTConfig(name=name) for name in names or usual}
 
 
 def settings(model: SiTConfig, batch_size: int, precision: Literal["fp32", "bf16"]) -> RunConfig:
-    """The published settings, with guidance that does not end."""
+    """The published settings, with guidance in all steps."""
     train = Train(steps=10**9, batch_size=batch_size, precision=precision, preview_every=0)
     guided = sections(Stage2(until_step=None))
     return RunConfig("bench", model=model, sections=guided, train=train, log=Log(tensorboard=False))
 
 
 def _model(
-    accelerator: TimedAccelerator, config: RunConfig, shards: Dataset, folder: Path, seconds: float, quick: bool
+    accelerator: TimedAccelerator, config: RunConfig, dataset: Dataset, folder: Path, seconds: float, quick: bool
 ) -> dict[str, Any]:
-    """Everything about one model: rows, ratios, sampling."""
+    """Measure one model: rows, ratios, sampling."""
     clock, memory = accelerator.clock, Memory(accelerator.device)
     dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
-    candidates = build(accelerator, config, shards, folder, memory)
+    candidates = build(accelerator, config, dataset, folder, memory)
     before = memory.allocated()
     peaks = Peak(clock, dtype)
     memory.own["matmul"] = memory.allocated() - before
@@ -143,7 +146,7 @@ def _model(
     for name, row in shown.items():
         row |= {"peak_memory_gb": memory.gigabytes(name), "data_share": row["data_ms"] / row["ms"]}
         row |= {"utilisation": flops[NEEDS.get(name, name)] / (row["ms"] / 1e3) / peak}
-    model = config.build_model(shards.manifest.shape, shards.manifest.conditions).to(accelerator.device)
+    model = config.build_model(dataset.manifest.shape, dataset.manifest.conditions).to(accelerator.device)
     randomise(model)
     images = (1 if quick else 2) if clock.device.type == "cpu" else 64
     prepare_sampling(model, clock.device, dtype)
@@ -161,28 +164,28 @@ def _model(
 
 
 def build(
-    accelerator: TimedAccelerator, config: RunConfig, shards: Dataset, folder: Path, memory: Memory
+    accelerator: TimedAccelerator, config: RunConfig, dataset: Dataset, folder: Path, memory: Memory
 ) -> dict[str, Candidate]:
-    """The candidates: three stages as the trainer runs them, and two plain ones. `memory` records what each holds."""
+    """The candidates: three stages in the trainer, and two plain steps. `memory` records what each allocates."""
     runs = {"vanilla": VANILLA, "stage1": STRUCTURE, "stage2": SELF_TRANSCENDENCE}
     candidates: dict[str, Candidate] = {}
     for name in (*runs, "plain_vanilla", "plain_stage2"):
         before = memory.allocated()
         if name in runs:
             stage = runs[name].stages(config)[-1]
-            given = teacher(stage, config, shards)
-            candidates[name] = TrainerStep(accelerator, config, stage, folder / name, shards, given)
+            frozen = teacher(stage, config, dataset)
+            candidates[name] = TrainerStep(accelerator, config, stage, folder / name, dataset, frozen)
         else:
-            candidates[name] = FieldStep(config, shards, accelerator.clock, guided=name == "plain_stage2")
+            candidates[name] = FieldStep(config, dataset, accelerator.clock, guided=name == "plain_stage2")
         memory.own[name] = memory.allocated() - before
     return candidates
 
 
-def teacher(stage: Stage, config: RunConfig, shards: Dataset) -> Frozen | None:
-    """A model with random weights in place of a trained one, truncated and cast as in training."""
+def teacher(stage: Stage, config: RunConfig, dataset: Dataset) -> Frozen | None:
+    """A model with random weights as the teacher, truncated and cast as in training."""
     if stage.teacher is None:
         return None
-    model = config.build_model(shards.manifest.shape, shards.manifest.conditions)
+    model = config.build_model(dataset.manifest.shape, dataset.manifest.conditions)
     randomise(model)
     dtype = torch.bfloat16 if config.train.precision == "bf16" else None
     return Frozen(model, stage.teacher.block(model.depth), dtype=dtype)
@@ -201,7 +204,7 @@ def _row(rounds: list[dict[str, float]], batch_size: int) -> dict[str, Any]:
 
 def _ratios(rounds: dict[str, list[dict[str, float]]], numerator: str, denominator: str) -> list[float]:
     pairs = zip(rounds[numerator], rounds[denominator], strict=True)
-    return [ours["total"] / theirs["total"] for ours, theirs in pairs]
+    return [above["total"] / below["total"] for above, below in pairs]
 
 
 __all__ = ["bench", "build", "published", "settings", "table"]

@@ -25,14 +25,14 @@ from selftrans.sampling.images import Sampler, cast_products
 from selftrans.storage import sha256_file
 from selftrans.train.batches import Stream, to_batch
 
-INTERVAL = (0.0, 0.65)  #: of guidance, as in the paper's headline result
+INTERVAL = (0.0, 0.65)  #: guidance interval of the paper's main result
 
 
-def made_up(folder: Path, shape: tuple[int, int, int], count: int, classes: int = 1000) -> Dataset:
-    """Random float16 moments (mean and std) of latents (C, H, W), as `prepare` with a VAE writes them."""
+def random_dataset(folder: Path, shape: tuple[int, int, int], count: int, classes: int = 1000) -> Dataset:
+    """A dataset of random float16 moments (mean and std) of latents (C, H, W), in the format of `prepare` with a VAE."""
     draw, (channels, height, width) = np.random.default_rng(0), shape
     few = draw.standard_normal((256, 1, 2 * channels, height, width), dtype=np.float32).astype(np.float16)
-    few[:, :, channels:] = np.abs(few[:, :, channels:])  # a standard deviation
+    few[:, :, channels:] = np.abs(few[:, :, channels:])  # standard deviations
     names = tuple(f"class {k}" for k in range(classes))
     plan = Manifest(
         version=VERSION,
@@ -60,31 +60,31 @@ def made_up(folder: Path, shape: tuple[int, int, int], count: int, classes: int 
 
 
 def loading(
-    shards: Dataset, clock: Clock, *, batch_size: int = 256, batches: int = 40, rounds: int = 5
+    dataset: Dataset, clock: Clock, *, batch_size: int = 256, batches: int = 40, rounds: int = 5
 ) -> dict[str, Any]:
-    """Latents per second from shards to the device, posterior sampled: memory-mapped, and kept on the device."""
-    ways = {"memory_mapped": shards, "on_device": OnDevice(shards, clock.device)}
+    """Latents per second, from storage to sampled latents on the device: memory-mapped, and with the data on the device."""
+    ways = {"memory_mapped": dataset, "on_device": OnDevice(dataset, clock.device)}
     streams = {
         name: Stream(source, batch_size=batch_size, accumulate=1, seed=0).from_step(0, pin=clock.device.type == "cuda")
         for name, source in ways.items()
     }
-    took: dict[str, list[float]] = {name: [] for name in ways}
+    times: dict[str, list[float]] = {name: [] for name in ways}
     for number, name in itertools.product(range(rounds + 1), ways):
         began = time.perf_counter()
         for drawn in itertools.islice(streams[name], batches):
-            to_batch(drawn, shards, clock.device)
+            to_batch(drawn, dataset, clock.device)
         clock.wait()
         if number:  # the first round reads the files into memory
-            took[name].append(time.perf_counter() - began)
-    rates = {f"{name}_latents_per_s": batch_size * batches / statistics.median(each) for name, each in took.items()}
-    latent = "x".join(str(side) for side in shards.manifest.shape)
+            times[name].append(time.perf_counter() - began)
+    rates = {f"{name}_latents_per_s": batch_size * batches / statistics.median(each) for name, each in times.items()}
+    latent = "x".join(str(side) for side in dataset.manifest.shape)
     return {"batch": batch_size, "latent": latent, "rounds": rounds} | rates
 
 
 def sampling(
     model: Any, clock: Clock, *, precision: Any, images: int, steps: int = 20, rounds: int = 3
 ) -> dict[str, Any]:
-    """Images per second of Euler's method under guidance 1.9, on all of [0, 1] and on INTERVAL; decoding is not in it."""
+    """Images per second of Euler's method with guidance scale 1.9, on [0, 1] and on INTERVAL, without decoding."""
 
     def once(interval: tuple[float, float]) -> float:
         config = SampleConfig(
@@ -105,31 +105,31 @@ def sampling(
         return time.perf_counter() - began
 
     ways = {"full": (0.0, 1.0), "interval": INTERVAL}
-    took: dict[str, list[float]] = {name: [] for name in ways}
+    times: dict[str, list[float]] = {name: [] for name in ways}
     for number, name in itertools.product(range(rounds + 1), ways):
         seconds = once(ways[name])
         if number:
-            took[name].append(seconds)
-    ratio = statistics.median(part / full for part, full in zip(took["interval"], took["full"], strict=True))
+            times[name].append(seconds)
+    ratio = statistics.median(part / full for part, full in zip(times["interval"], times["full"], strict=True))
     return {
         "batch": images,
         "steps": steps,
         "rounds": rounds,
         "interval": list(INTERVAL),
-        **{f"{name}_images_per_s": images / statistics.median(each) for name, each in took.items()},
+        **{f"{name}_images_per_s": images / statistics.median(each) for name, each in times.items()},
         "interval_over_full": ratio,
         "passes_interval_over_full": passes(steps),
     }
 
 
 def passes(steps: int) -> float:
-    """Model passes (of one image) with guidance on INTERVAL over those with guidance everywhere, counted."""
+    """Number of model passes per image with guidance on INTERVAL, divided by that with guidance everywhere."""
     times = [1 - i / steps for i in range(steps)]
     return sum(2 if INTERVAL[0] <= t <= INTERVAL[1] + 1e-9 else 1 for t in times) / (2 * steps)
 
 
 def prepare_sampling(model: Any, device: torch.device, dtype: torch.dtype) -> None:
-    """Make the model what `sample` runs on this device: products in `dtype`, on a GPU each block compiled."""
+    """Cast and compile the model as `sample` does: weights of products in `dtype`, blocks compiled on a GPU."""
     cast_products(model, dtype)
     if device.type == "cuda":
         compile_model(model)

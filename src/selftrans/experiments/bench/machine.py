@@ -1,4 +1,4 @@
-"""The machine that is measured, and the clock that measures it."""
+"""Timestamps, peak speed, and a description of the machine."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from typing import Any
 
 import torch
 
-#: sides of the square products of which the fastest counts as the machine's peak
+#: sizes of square matrix products; the fastest one defines the machine's peak
 SIDES = {"cpu": (512, 1024, 2048), "cuda": (4096, 8192, 16384)}
 
 
 @dataclass(frozen=True)
 class Clock:
-    """Timestamps. On a GPU they are events in its queue, read later, so that taking one does not wait for the GPU."""
+    """Timestamps. On a GPU they are CUDA events, which are read later, so that taking one does not synchronise."""
 
     device: torch.device
 
@@ -34,12 +34,12 @@ class Clock:
             torch.cuda.synchronize(self.device)
 
     def seconds(self, start: Any, end: Any) -> float:
-        """Between two timestamps; on a GPU call `wait` before."""
+        """Seconds between two timestamps; on a GPU call `wait` first."""
         return end - start if self.device.type != "cuda" else start.elapsed_time(end) / 1e3
 
 
 class Peak:
-    """Square products in the step's dtype: the operations per second that the machine reaches at best."""
+    """Measures the peak speed of the machine with square matrix products in the dtype of the training step."""
 
     def __init__(self, clock: Clock, dtype: torch.dtype) -> None:
         self.clock = clock
@@ -76,13 +76,13 @@ def describe(device: torch.device, precision: str) -> dict[str, Any]:
 
 
 def load() -> float | None:
-    """Mean number of runnable processes over the last minute (the load average); bench itself is one of them."""
+    """Mean number of runnable processes over the last minute (the load average), bench itself included."""
     return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
 
 
 def cpu_name() -> str:
     """Name of the CPU, as the system reports it."""
-    about = Path("/proc/cpuinfo")
-    lines = about.read_text().splitlines() if about.exists() else []
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()

@@ -1,10 +1,10 @@
-"""The plain arithmetic of the field's training code: what `selftrans bench` measures the package against.
+"""A plain training step like that of published research code, with which `selftrans bench` compares the package.
 
-It computes the same loss (a test compares loss and gradients), in the way of that code: the teacher in float32 and
-outside autocast, on the complete batch, once with the label and once without, the range as a mask over computed errors;
-everything eager, AdamW as torch builds it by default, the moving average tensor by tensor and of the head too, three
-values read on the host at each step. Left out, in its favour: raw images moved to the GPU, a teacher that runs past its
-block or after the guidance has ended. Shape legend: N batch, T tokens, D width, (C, H, W) latent.
+It computes the same loss (a test compares loss and gradients). Like that code, it runs the teacher in float32 outside
+autocast on the full batch, with and without labels; masks errors outside the timestep range after computing them; is
+eager; uses torch's default AdamW; updates the moving average tensor by tensor, head included; and reads three values on
+the host in each step. Omitted in its favour: moving raw images to the GPU, running the teacher past its block or after
+guidance has ended. Shape legend: N batch, T tokens, D width, (C, H, W) latent.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ def plain_losses(
     config: Stage2,
     amp: AbstractContextManager[object],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(loss, flow loss, guidance term), each 0-d; without a teacher the guidance term is 0.
+    """(loss, flow loss, guidance term), each 0-d; the guidance term is 0 without a teacher.
 
-    The student's block and the teacher's are the defaults: half of the depth, and two thirds of it.
+    The blocks of student and teacher are the defaults: at half and two thirds of the depth.
     """
     s, k = student.depth // 2, default_teacher_block(student.depth)
     assert config.timestep_range is not None
@@ -56,7 +56,7 @@ def plain_losses(
 
 
 class PlainStep:
-    """A complete training step of that code, in three parts. With `guided`, stage 2 under a random teacher; else vanilla."""
+    """A complete plain training step, in three parts: stage 2 with a random teacher if `guided`, else vanilla."""
 
     def __init__(
         self, config: RunConfig, shape: tuple[int, ...], conditions: Conditions, device: torch.device, *, guided: bool
@@ -85,7 +85,7 @@ class PlainStep:
             loss.backward()
 
     def update(self, losses: tuple[Tensor, Tensor, Tensor]) -> list[float]:
-        """Clip, optimise, average; the values that its log reads at every step."""
+        """Clip, optimise, update the moving average; returns the values that are logged at every step."""
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.train.clip)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -103,7 +103,7 @@ def update_ema(ema: nn.Module, model: nn.Module, decay: float) -> None:
 
 @contextmanager
 def _tf32() -> Iterator[None]:
-    """Float32 products on TensorFloat-32 units, as that code's scripts ask for; without an effect on a CPU."""
+    """Allow TensorFloat-32 for float32 products, as research code usually does; no effect on a CPU."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high")
     try:

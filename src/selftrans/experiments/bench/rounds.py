@@ -1,4 +1,4 @@
-"""Training steps interleaved: each candidate takes one step in turn, so that machine noise affects all of them alike."""
+"""Interleaved timing: the candidates take steps in turn, so that machine noise affects all of them alike."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ class Candidate(Protocol):
     """One implementation of a training step."""
 
     def step(self) -> list[Any]:
-        """Take one step and return five timestamps: its beginning and the end of each of PARTS."""
+        """Take one step and return five timestamps: its start and the end of each of PARTS."""
         ...
 
 
 class TimedAccelerator(Accelerator):
-    """accelerate's engine, with a timestamp after each backward pass."""
+    """An Accelerator that takes a timestamp after each backward pass."""
 
     timestamps: list[Any]
     clock: Clock
@@ -45,7 +45,7 @@ class TimedAccelerator(Accelerator):
 
 
 class TrainerStep:
-    """The trainer's own step, complete: from the stream of data to the moving average."""
+    """The trainer's complete step, from reading data to the moving average."""
 
     def __init__(
         self,
@@ -53,16 +53,16 @@ class TrainerStep:
         config: RunConfig,
         stage: Stage,
         folder: Path,
-        shards: Dataset,
+        dataset: Dataset,
         teacher: Frozen | None,
     ) -> None:
         self.accelerator, self.clock = accelerator, accelerator.clock
-        self.trainer = Trainer(accelerator, config, stage, folder, shards, teacher=teacher)
+        self.trainer = Trainer(accelerator, config, stage, folder, dataset, teacher=teacher)
         randomise(self.trainer.objective)
         self.trainer.wrapped.register_forward_pre_hook(lambda *_: self._timestamp())
         self.trainer.wrapped.register_forward_hook(lambda *_: self._timestamp())
         self.batches = self.trainer.stream.from_step(0, pin=accelerator.device.type == "cuda")
-        self.flops = sum(self.trainer.flops.values())  #: that the method needs for one step
+        self.flops = sum(self.trainer.flops.values())  #: floating-point operations that the method needs per step
 
     def _timestamp(self) -> None:
         self.accelerator.timestamps.append(self.clock.now())
@@ -75,20 +75,20 @@ class TrainerStep:
 
 
 class FieldStep:
-    """The step of the field's code (`plain_step`) on the same stream of data."""
+    """The plain step (`plain_step`) on the same stream of data."""
 
-    def __init__(self, config: RunConfig, shards: Dataset, clock: Clock, *, guided: bool) -> None:
-        self.clock, self.shards, manifest = clock, shards, shards.manifest
+    def __init__(self, config: RunConfig, dataset: Dataset, clock: Clock, *, guided: bool) -> None:
+        self.clock, self.dataset, manifest = clock, dataset, dataset.manifest
         self.plain = PlainStep(config, manifest.shape, manifest.conditions, clock.device, guided=guided)
         randomise(self.plain.model)
         if self.plain.teacher is not None:
             randomise(self.plain.teacher)
-        stream = Stream(shards, batch_size=config.train.batch_size, accumulate=1, seed=0)
+        stream = Stream(dataset, batch_size=config.train.batch_size, accumulate=1, seed=0)
         self.batches = stream.from_step(0, pin=clock.device.type == "cuda")
 
     def step(self) -> list[Any]:
         times = [self.clock.now()]
-        batch = to_batch(next(self.batches), self.shards, self.clock.device)
+        batch = to_batch(next(self.batches), self.dataset, self.clock.device)
         times.append(self.clock.now())
         losses = self.plain.forward(batch)
         times.append(self.clock.now())
@@ -101,14 +101,14 @@ class FieldStep:
 
 @torch.no_grad()
 def randomise(model: nn.Module) -> None:
-    """Give every matrix small random weights: a GPU draws less power for the zeros of a new model than for a trained one."""
+    """Give every matrix small random weights: the zeros of a new model use less GPU power and would distort the timing."""
     for parameter in model.parameters():
         if parameter.dim() > 1:
             parameter.normal_(std=0.02)
 
 
 class Memory:
-    """Peak memory of each of several candidates on one GPU; on a CPU nothing is measured."""
+    """Peak memory of each candidate on a GPU; on a CPU it is not measured."""
 
     def __init__(self, device: torch.device) -> None:
         self.device, self.known = device, device.type == "cuda"
@@ -123,7 +123,7 @@ class Memory:
             torch.cuda.reset_peak_memory_stats(self.device)
 
     def end(self, name: str) -> None:
-        """Record the peak of `name` since `begin`, without what the others hold."""
+        """Record the peak of `name` since `begin`, without the memory of the other candidates."""
         if self.known:
             others = sum(size for other, size in self.own.items() if other != name)
             self.peak[name] = max(self.peak.get(name, 0), torch.cuda.max_memory_allocated(self.device) - others)
@@ -135,16 +135,16 @@ class Memory:
 def interleaved(
     candidates: Mapping[str, Candidate], clock: Clock, peak: Peak, memory: Memory, *, seconds: float, least: int = 3
 ) -> dict[str, list[dict[str, float]]]:
-    """Seconds of each part of a step, per round: at least `least` rounds, more while `seconds` last.
+    """Seconds of each part of a step, per candidate and round: at least `least` rounds, and more within `seconds`.
 
-    Before the rounds every candidate takes steps that do not count (the first ones allocate and compile). In a round
-    each takes one step, on a GPU the median of eight, and the order rotates. "matmul" holds the products.
+    Before the rounds every candidate takes warm-up steps, which allocate and compile. In a round each candidate takes one
+    step (on a GPU the median of eight), in rotating order. The key "matmul" holds the seconds of the matrix products.
     """
     names, several = list(candidates), 8 if clock.device.type == "cuda" else 1
     for name in names:
         before = memory.allocated()
         _timed_steps(candidates[name], clock, 3 if several > 1 else 1)
-        memory.own[name] = memory.own.get(name, 0) + memory.allocated() - before  # its optimiser's state
+        memory.own[name] = memory.own.get(name, 0) + memory.allocated() - before  # the optimiser's state
     rounds: dict[str, list[dict[str, float]]] = {name: [] for name in [*names, "matmul"]}
     began, each = time.monotonic(), 0.0
     while len(rounds["matmul"]) < least or time.monotonic() - began + each < seconds:
@@ -153,13 +153,13 @@ def interleaved(
             memory.begin()
             rounds[name].append(_timed_steps(candidates[name], clock, several))
             memory.end(name)
-        rounds["matmul"].append({str(side): took for side, took in peak.measure().items()})
+        rounds["matmul"].append({str(side): duration for side, duration in peak.measure().items()})
         each = time.monotonic() - started
     return rounds
 
 
 def _timed_steps(candidate: Candidate, clock: Clock, steps: int) -> dict[str, float]:
-    """Median seconds of each part over some steps in a row."""
+    """Median seconds of each part over consecutive steps."""
     times = [candidate.step() for _ in range(steps)]
     clock.wait()
     spans = [[clock.seconds(a, b) for a, b in pairwise(step)] for step in times]

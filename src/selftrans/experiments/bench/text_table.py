@@ -15,24 +15,24 @@ COLUMNS = ("images/s", "ms/step", "data", "forward", "backward", "optimiser", "p
 
 
 def table(report: dict[str, Any]) -> str:
-    """A few lines to print. "plain" is the arithmetic of the field's code; the optimiser's part holds clipping and EMA."""
+    """The results as text. Rows named "plain" are those of `plain_step`; "optimiser" includes clipping and EMA."""
     machine = report["machine"]
     lines = [
         f"{machine['gpu'] or machine['cpu']}, {machine['cores']} cores, {machine['threads']} threads, torch "
         f"{machine['torch']}, {machine['dtype']}, load {machine['load_before']} before, {machine['load_after']} after"
     ]
-    for name, found in report["models"].items():
-        if "failed" in found:
-            lines += ["", f"{name}, {found['tokens']} tokens, batch {found['batch']}: {found['failed']}"]
+    for name, model in report["models"].items():
+        if "failed" in model:
+            lines += ["", f"{name}, {model['tokens']} tokens, batch {model['batch']}: {model['failed']}"]
             continue
-        lines += ["", f"{name}, {found['tokens']} tokens, batch {found['batch']}, medians of {found['rounds']} rounds"]
+        lines += ["", f"{name}, {model['tokens']} tokens, batch {model['batch']}, medians of {model['rounds']} rounds"]
         lines.append(" " * 16 + "".join(f"{column:>12}" for column in COLUMNS))
-        lines += [f"{NAMES[row]:<16}" + _cells(values) for row, values in found["rows"].items()]
-        lines.append(f"best matmul {found['matmul_peak_tflops']:.4g} TFLOP/s")
-        for ratio, value in found["ratios"].items():
-            low, high = found["ratios_range"].get(ratio, (None, None))
+        lines += [f"{NAMES[row]:<16}" + _cells(values) for row, values in model["rows"].items()]
+        lines.append(f"best matmul {model['matmul_peak_tflops']:.4g} TFLOP/s")
+        for ratio, value in model["ratios"].items():
+            low, high = model["ratios_range"].get(ratio, (None, None))
             lines.append(f"  {ratio:<28} {value:.3f}" + (f"   ({low:.3f} to {high:.3f})" if low is not None else ""))
-        sampled = found["sampling"]
+        sampled = model["sampling"]
         lines.append(
             f"sampling, batch {sampled['batch']}, {sampled['steps']} Euler steps, guided: "
             f"{sampled['full_images_per_s']:.3g} images/s; guided on {sampled['interval']} only: "
@@ -42,7 +42,7 @@ def table(report: dict[str, Any]) -> str:
     lines += [
         "",
         f"loading {loaded['latent']}, posterior sampled: {loaded['memory_mapped_latents_per_s']:,.0f} latents/s "
-        f"memory-mapped, {loaded['on_device_latents_per_s']:,.0f} from a set on the device",
+        f"memory-mapped, {loaded['on_device_latents_per_s']:,.0f} with the data on the device",
     ]
     return "\n".join(lines)
 

@@ -58,7 +58,7 @@ def test_files_that_are_no_pictures_are_counted(tmp_path: Path) -> None:
         open_source(zipped(tmp_path / "x.zip", TREE | junk)),
     ):
         assert len(source) == 4 and source.classes == ("Zebra finch", "cat", "dog")
-        assert source.ignored == {"hidden or system files": 4, "files that are no pictures": 1}
+        assert source.ignored == {"hidden or system files": 4, "files that are not pictures": 1}
 
 
 def test_digits_are_the_scans_of_scikit_learn() -> None:
@@ -77,7 +77,7 @@ def test_digits_are_the_scans_of_scikit_learn() -> None:
 def test_nothing_to_read(tmp_path: Path, kind: str) -> None:
     files = {"readme.txt": b"x"}
     empty = write(tmp_path / "x", files) if kind == "folder" else zipped(tmp_path / "x.zip", files)
-    with pytest.raises(ValueError, match=r"no pictures in .*1 files that are no pictures"):
+    with pytest.raises(ValueError, match=r"no pictures in .*1 files that are not pictures"):
         open_source(empty)
 
 
@@ -94,7 +94,7 @@ def test_unknown_sources(tmp_path: Path) -> None:
 
 
 def test_layouts_that_are_ambiguous(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"class folders and 1 pictures beside them, such as loose.png"):
+    with pytest.raises(ValueError, match=r"class folders and 1 pictures outside them, such as loose.png"):
         open_source(write(tmp_path / "x", TREE | {"loose.png": encoded(noise())}))
     write(tmp_path / "y", TREE)
     (tmp_path / "y" / "aardvark").mkdir()
@@ -113,7 +113,7 @@ def test_native_resolution_needs_squares_of_one_size(tmp_path: Path) -> None:
         "x": "9x9, others 8x8",
         "y": "8x5, not square",
     }.items():  # as `evaluate` reads, without --resolution
-        with pytest.raises(ValueError, match=f"{said}; they are taken as they are: crop all to one square size$"):
+        with pytest.raises(ValueError, match=f"{said}; they are read without resizing: crop all to one square size$"):
             next(iter_images(tmp_path / name))
     assert [image.shape for image in iter_images(tmp_path / "x", resolution=4)] == [(2, 4, 4, 3)]
 

@@ -61,5 +61,5 @@ def test_plain_parquet_and_its_faults(tmp_path: Path) -> None:
     named = table("f.parquet", [{"bytes": None, "path": str(secret)}, {"bytes": pictures[0], "path": None}])
     source = open_source(named)
     assert np.array_equal(source.read(1), noise(8, 0))
-    with pytest.raises(ValueError, match="names a file in place of holding the picture"):
+    with pytest.raises(ValueError, match="holds a file name instead of the picture"):
         source.read(0)

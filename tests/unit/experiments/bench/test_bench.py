@@ -23,7 +23,7 @@ from selftrans import flow
 from selftrans.cli.main import main
 from selftrans.config import settings_of
 from selftrans.experiments.bench import bench, published, settings, table
-from selftrans.experiments.bench.loading_sampling import made_up, passes
+from selftrans.experiments.bench.loading_sampling import passes, random_dataset
 from selftrans.experiments.bench.machine import Clock, Peak, cpu_name
 from selftrans.experiments.bench.plain_step import PlainStep, plain_losses, update_ema
 from selftrans.experiments.bench.rounds import PARTS, Memory, interleaved, randomise
@@ -162,7 +162,7 @@ def test_a_model_beyond_memory_is_reported_and_the_next_is_measured(
 
 
 def test_random_latents_are_prepared_data(tmp_path: Path) -> None:
-    shards = made_up(tmp_path, SHAPE, 600, classes=7)
+    shards = random_dataset(tmp_path, SHAPE, 600, classes=7)
     shards.verify()
     moments, labels = (shards.read(torch.arange(600))[name] for name in ("moments", "labels"))
     assert moments.shape == (600, 1, 8, 8, 8) and labels.max() == 6
