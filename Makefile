@@ -1,6 +1,6 @@
 # make help | quickstart | test | fast | lint | format | clean
-# Everything is installed into .venv, once; it is renewed when pyproject.toml or constraints.txt changes.
-# Another Python: make test PYTHON=python3.12        Options for pip: its own environment variables (PIP_...).
+# Everything is installed into .venv once, and again when pyproject.toml or constraints.txt changes.
+# Another Python: make test PYTHON=python3.12        Options for pip: environment variables PIP_...
 
 PYTHON ?= python3
 PY := .venv/bin/python
@@ -12,13 +12,13 @@ PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 $(PY) -m pip install --quiet --quiet --no
 help:  ## show these lines
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' Makefile
 
-quickstart: .venv/installed  ## the whole method on real digits: CPU, minutes; writes a table and report.html
+quickstart: .venv/installed  ## the complete method on real digits: CPU, minutes; writes a table and report.html
 	@.venv/bin/selftrans quickstart
 
-test: .venv/installed-dev  ## the whole test-suite
+test: .venv/installed-dev  ## all tests
 	@$(PY) -m pytest --numprocesses auto --dist loadfile
 
-fast: .venv/installed-dev  ## the test-suite without its slow tests
+fast: .venv/installed-dev  ## all tests but the slow ones
 	@$(PY) -m pytest --numprocesses auto --dist loadfile -m "not slow"
 
 lint: .venv/installed-dev  ## ruff (rules and format) and mypy
@@ -34,10 +34,10 @@ clean:  ## remove caches and build output
 	@rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	@find src tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
 
-distclean: clean  ## remove .venv, too
+distclean: clean  ## also remove .venv
 	@rm -rf .venv
 
-# A .venv without a working pip (an install that was cut short, a Python that has gone) is made anew.
+# A .venv without a working pip (an interrupted installation, a removed Python) is made again.
 .venv/created:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { echo "selftrans needs Python 3.11 or newer, and '$(PYTHON)' is not: try 'make PYTHON=python3.12 ...'" >&2; exit 1; }
 	@$(PY) -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv

@@ -1,11 +1,11 @@
-"""The ablations that settle the defaults: variants of one recipe over seeds, one table and one set of curves.
+"""The ablations behind the defaults: variants of one recipe over seeds, with one table and one set of curves.
 
     python benchmarks/ablations.py digits --out results/digits --seeds 0 1 2
     python benchmarks/ablations.py cifar10 --data data/cifar10 --out results/cifar10 --variants vanilla w5 w30
 
-Each variant changes the recipe by dotted overrides (VARIANTS); what can be taught by the stage-1 run of its seed is. Run
-directories are those of `selftrans compare`, so both may share an --out. Repeating the command continues it. Writes
-ablations.json (means and deviations over seeds at the end, and the distance at every measured step).
+Each variant changes the recipe by dotted overrides (VARIANTS). Where settings allow it, the stage-1 run of the same seed is the
+teacher. Run directories are those of `selftrans compare`, so both may use the same --out. Repeat the command to continue.
+Writes ablations.json: means and deviations over seeds at the end, and the distance at every measured step.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 
 from selftrans.config import RunConfig
 from selftrans.experiments import html_report
-from selftrans.experiments.compare import only, override, with_defaults
+from selftrans.experiments.compare import for_method, override, with_defaults
 from selftrans.experiments.runner import Comparison, compare
 from selftrans.experiments.table import mean_curve, rows
 from selftrans.recipes import recipe
@@ -52,7 +52,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     # the end of guidance
     "ends-300": {"stage2.until_step": 300},
     "never-ends": {"stage2.until_step": None},
-    # the neighbours at a tenth of their published weights
+    # other methods at a tenth of their published weights
     "sra-tenth": {"method": "sra", "sra.weight": 0.05},
     "layersync-tenth": {"method": "layersync", "layersync.weight": 0.02},
     "dispersive-tenth": {"method": "dispersive", "dispersive.weight": 0.05},
@@ -62,19 +62,19 @@ VARIANTS: dict[str, dict[str, Any]] = {
 def overridden(config: RunConfig, dotted: dict[str, Any]) -> RunConfig:
     """`config` with some fields replaced."""
     config = config.override(dotted)
-    return only(config, config.method).check()
+    return for_method(config, config.method).check()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe")
-    parser.add_argument("--data", help="prepared data; the digits bring their own")
+    parser.add_argument("--data", help="prepared data; not needed for digits")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS))
     parser.add_argument("--steps", type=int)
     parser.add_argument("--images", type=int, default=1000)
-    parser.add_argument("--features", help="extractor; the digits have their own")
+    parser.add_argument("--features", help="extractor; not needed for digits")
     parser.add_argument("--workers", type=int)
     options = parser.parse_args()
     config = override(recipe(options.recipe), data=options.data, steps=options.steps)

@@ -1,9 +1,9 @@
-"""What each choice in the training step is worth, alone: the plain way and ours, in turns, in one process.
+"""Time saved by each design choice of the training step: plain version and ours, interleaved in one process.
 
     python benchmarks/changes.py [--model SiT-S/2] [--batch-size 10] [--rounds 9] [--out DIR]
 
 Prints the medians in milliseconds and the median of the ratio within a round, and writes them to DIR/changes.json.
-`selftrans bench` measures the whole step.
+`selftrans bench` measures the complete step.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ Way = Callable[[], Any]
 
 
 def ways(model: SiTConfig, batch_size: int, device: torch.device) -> dict[str, tuple[Way, Way]]:
-    """What is changed -> (the plain way, ours)."""
+    """Design choice -> (the plain version, ours)."""
     config = settings(model, batch_size, "fp32")
     student, teacher = (config.build_model(SHAPE, Conditions("labels", CLASSES)).to(device) for _ in range(2))
     for one in (student, teacher):
@@ -74,7 +74,7 @@ def ways(model: SiTConfig, batch_size: int, device: torch.device) -> dict[str, t
 
     plain_average, average = copy.deepcopy(student), EMA(student, 0.9999)
     return {
-        "guidance on the whole batch / on the selected samples (forward and backward)": (
+        "guidance on the full batch / on the selected samples (forward and backward)": (
             guided("scale"),
             guided("select"),
         ),
@@ -89,7 +89,7 @@ def ways(model: SiTConfig, batch_size: int, device: torch.device) -> dict[str, t
 
 
 def measure(chosen: dict[str, tuple[Way, Way]], clock: Clock, rounds: int) -> list[dict[str, Any]]:
-    """Each pair in turns; the first round does not count."""
+    """Each pair interleaved; the first round is not counted."""
     took: dict[str, list[tuple[float, ...]]] = {name: [] for name in chosen}
     for number in range(rounds + 1):
         for name, pair in chosen.items():

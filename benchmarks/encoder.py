@@ -1,11 +1,12 @@
-"""A stand-in for REPA's external encoder where none is to be had: a small vision transformer that has learned the labels.
+"""A replacement for REPA's external encoder where none is available: a small vision transformer trained on the labels.
 
     python benchmarks/encoder.py --out results/encoder
     selftrans compare digits --out results/digits --methods vanilla repa --repa.encoder results/encoder
 
-DINOv2 has never seen the labels and is far larger; this one has, so that REPA's row in the table is that of an encoder
-made for these very pictures. It is a ViT of `transformers` on the digits (4 x 4 patches, as the students' tokens), trained
-on three quarters of them. Writes a folder that `AutoModel.from_pretrained` reads, and encoder.json with its accuracy.
+DINOv2 is far larger and is trained without labels. This encoder is trained on the labels, so REPA's row in the table is that
+of an encoder made for these pictures. It is a ViT of `transformers` on the digits (a 4 x 4 grid of patches, like the students'
+tokens), trained on three quarters of them. Writes a folder that `AutoModel.from_pretrained` reads, and encoder.json with its
+accuracy.
 """
 
 from __future__ import annotations
@@ -30,7 +31,9 @@ def main() -> None:
     options = parser.parse_args()
     torch.manual_seed(options.seed)
     images, labels = digits()
-    x = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1  # (N, 1, 8, 8), as the processor below says
+    x = (
+        torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
+    )  # (N, 1, 8, 8), normalised as by the processor below
     y = torch.as_tensor(labels)
     order = torch.randperm(len(x))
     held, train = order[: len(x) // 4], order[len(x) // 4 :]

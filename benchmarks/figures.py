@@ -1,10 +1,10 @@
-"""The figures of docs/results.md, from the runs that `selftrans compare` and `ablations.py` left in a directory.
+"""The figures of docs/results.md, from the runs of `selftrans compare` and `ablations.py` in a directory.
 
     python benchmarks/figures.py results/digits --out docs/figures --name digits
 
 Writes <name>-probes.png (linear-probe accuracy per block and timestep of every method), <name>-norms.png (feature and
-target norms over training, per target), <name>-ablations.png (convergence, a panel per question) and <name>.json with the
-numbers behind them. What the directory does not hold is left out.
+target norms over training, per target), <name>-ablations.png (convergence, one panel per question) and <name>.json with the
+numbers. Methods and variants without a run in the directory are left out.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ QUESTIONS = {
     "stage 1: length and weights": ("vanilla", "self_transcendence", "stage1-200", "stage1-400", "ema-teacher"),
     "stage 1: what it predicts": ("structure", "structure-latent", "self_transcendence", "latent"),
     "end": ("vanilla", "ends-300", "self_transcendence", "never-ends"),
-    "the neighbours' weights": (
+    "weights of other methods": (
         *("vanilla", "sra", "sra-tenth", "layersync", "layersync-tenth", "dispersive", "dispersive-tenth"),
     ),
 }
@@ -55,7 +55,7 @@ def runs(folder: Path, name: str) -> list[Path]:
 def panels(
     count: int, columns: int, ylabel: str, *, size: tuple[float, float] = (3.7, 3.1)
 ) -> tuple[Figure, list[Any]]:
-    """A figure of `count` panels that share their y axis."""
+    """A figure with `count` panels and a common y axis."""
     lines = -(-count // columns)
     figure = Figure(figsize=(size[0] * columns, size[1] * lines), layout="constrained", facecolor="white")
     FigureCanvasAgg(figure)
@@ -123,7 +123,7 @@ def norms(folder: Path) -> tuple[Figure, dict[str, Any]]:
 
 
 def ablations(folder: Path) -> tuple[Figure, dict[str, Any]]:
-    """Distance over student steps, a panel per question."""
+    """Distance over student steps, one panel per question."""
     found: dict[str, Any] = {}
     for name in sorted({name for names in QUESTIONS.values() for name in names} | set(METHODS)):
         measured = [json.loads((run / "measured.json").read_text()) for run in runs(folder, name)]

@@ -1,4 +1,4 @@
-"""A backbone of your own in about 30 lines: tokens mixed by two small MLPs (2105.01601), trained for a few steps on digits.
+"""Your own backbone in about 30 lines: tokens mixed by two small MLPs (2105.01601), trained for a few steps on digits.
 
 Run it with `python examples/own_backbone.py`; it takes seconds. Shape legend: N batch, T tokens, D width, (C, H, W) latent.
 """
@@ -36,7 +36,7 @@ class Mixer(Backbone):
             h = h + channels(self.norm(h + c))
             if k in taps:
                 feats[k] = h
-            if stop and len(feats) == len(set(taps)):  # a teacher computes no further than it must
+            if stop and len(feats) == len(set(taps)):  # a teacher needs no later block
                 return Output(None, feats)
         return Output(unpatchify(self.unembed(self.norm(h)), self.patch, self.shape[0]), feats)
 

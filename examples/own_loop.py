@@ -1,4 +1,4 @@
-"""A training loop of your own: Self-Transcendence on handwritten digits with plain PyTorch, then samples.
+"""Your own training loop: Self-Transcendence on handwritten digits with plain PyTorch, then samples.
 
 Run it with `python examples/own_loop.py`; it takes less than a minute on two CPU cores. Recipes and commands
 (`selftrans train digits`) do the same with checkpoints, averaged weights and previews.

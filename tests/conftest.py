@@ -1,4 +1,4 @@
-"""What every test gets: a fixed seed, one thread, no display, no network, and caches of its own."""
+"""Set-up of every test: a fixed seed, one thread, no display, no network, and a temporary cache."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-# Before torch and the hub's libraries are imported: they read these once. Subprocesses of tests inherit them.
+# Set before torch and the hub libraries are imported, which read these once. Subprocesses of tests inherit them.
 CACHE = tempfile.mkdtemp(prefix="selftrans-tests-")
 os.environ.update(
-    HF_HOME=CACHE,  # neither reads nor litters the user's own
+    HF_HOME=CACHE,  # the user's own cache is neither read nor written
     XDG_CACHE_HOME=CACHE,
     HF_HUB_OFFLINE="1",
     HF_DATASETS_OFFLINE="1",
@@ -23,8 +23,8 @@ os.environ.update(
     WANDB_MODE="offline",
     TOKENIZERS_PARALLELISM="false",
     MPLBACKEND="Agg",
-    OMP_NUM_THREADS="1",  # tests run side by side, one process per core; threads that contend are far slower
-    COLUMNS="120",  # help texts wrap alike on every terminal
+    OMP_NUM_THREADS="1",  # tests run in parallel, one process per core; more threads than cores are far slower
+    COLUMNS="120",  # help texts wrap the same on every terminal
 )
 for name in ("ACCELERATE_MIXED_PRECISION", "ACCELERATE_USE_CPU", "FORCE_COLOR"):
     os.environ.pop(name, None)
@@ -44,7 +44,7 @@ def pytest_unconfigure() -> None:
 
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
-    """Each test starts from the same randomness, whichever tests ran before it."""
+    """Each test starts with the same seeds, independent of the tests before it."""
     random.seed(0)
     np.random.seed(0)  # noqa: NPY002 - libraries draw from the global generator
     torch.manual_seed(0)
@@ -52,7 +52,7 @@ def _seeded() -> None:
 
 @pytest.fixture(autouse=True, scope="session")
 def _no_network() -> Iterator[None]:
-    """A connection to anywhere but this machine fails at once, and says so."""
+    """A connection to another machine fails at once with a clear error."""
     patch = pytest.MonkeyPatch()
     connect = socket.socket.connect
 

@@ -1,21 +1,27 @@
-"""Who may import whom in src/selftrans, read from its imports. A newcomer may start with `ORDER`."""
+"""Rules of the source tree, checked on its syntax trees: imports, names, sizes, tests, words. Start with `ORDER`."""
 
 from __future__ import annotations
 
 import ast
+import collections
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 
-SRC = Path(__file__).parents[1] / "src" / "selftrans"
+from selftrans.config import RunConfig
+from selftrans.methods.registry import METHODS, sections_of, stages
+
+ROOT = Path(__file__).parents[1]
+TESTS = ROOT / "tests"
+SRC = ROOT / "src" / "selftrans"
 FILES = {path.relative_to(SRC).as_posix(): path.read_text(encoding="utf-8") for path in sorted(SRC.rglob("*.py"))}
 
-#: package or module of src/selftrans, from the bottom up: none imports one that stands below it in this list
+#: packages and modules of src/selftrans; each may import those above it in this list
 ORDER = (
     "suggest",      # the nearest known word to a misspelt one
     "storage",      # atomic writes, locks, hashes, text made safe for a terminal
@@ -28,7 +34,7 @@ ORDER = (
     "encoders",     # autoencoders, vision models
     "data",         # sources => shards => batches
     "models",       # backbones; no heads: those belong to the objective
-    "methods",      # is handed a Backbone, never imports models
+    "methods",      # get a Backbone, never import models
     "config",       # a run's settings, built from the registries of methods and models
     "recipes",      # functions that return a config
     "checkpoints",  # format on disk, loading
@@ -41,27 +47,102 @@ ORDER = (
     "cli",
     "__main__",
 )  # fmt: skip
-#: narrower than the order
+#: packages that may import less than the order allows
 EXCEPT = {
     "encoders": "storage",
     "models": "suggest storage sections plugins types flow",
     "methods": "sections plugins types flow",
     "evaluate": "suggest storage types flow",
-    "library": "types flow models methods config sampling",  # import selftrans: torch and nothing else
+    "library": "sections types flow models methods config sampling",  # import selftrans: torch and nothing else
     "__init__": "library",
 }
 
-#: the one look upwards, for the type checker only: the registry reads a run's config, which holds the methods' configs
+#: imports against the order, for the type checker only: methods read the config of a run, which holds their sections
 TYPES_FROM_ABOVE = {("methods", "config")}
-#: rooms that import, of other people's, torch alone (others may: numpy, pillow, diffusers, ...)
+#: packages whose only third-party import is torch (others may import numpy, pillow, diffusers, ...)
 TORCH_ONLY = {"device", "precision", "types", "flow", "methods"}
-#: what `import selftrans` must not bring in
+#: packages that `import selftrans` must not import
 HEAVY = "accelerate datasets diffusers huggingface_hub matplotlib PIL scipy sklearn tensorboard transformers tyro"
-#: these do not import beside every build of torch
+#: packages whose wheels fail to import with some builds of torch
 NEVER = {"torchvision", "timm", "torchmetrics"}
-#: code that arrives inside a file is never run
+#: modules that run code stored in a file
 PICKLES = {"pickle", "cloudpickle", "dill", "joblib", "shelve"}
 MAX_FILE, MAX_FUNCTION = 350, 60
+
+
+def method_names() -> set[str]:
+    """Every built-in method, the keys of its sections, and its stages."""
+    configs = [RunConfig(recipe="digits", method=name) for name in METHODS]
+    return {*METHODS, *sections_of(METHODS.values()), *(stage.name for config in configs for stage in stages(config))}
+
+
+METHOD_NAMES = method_names()
+METHOD_NAME = re.compile(rf"(?<![A-Za-z0-9])({'|'.join(sorted(METHOD_NAMES, key=len, reverse=True))})(?![A-Za-z0-9])")
+#: syntax node -> its field that holds a name
+NAMED_BY = {ast.Attribute: "attr", ast.Name: "id", ast.keyword: "arg", ast.arg: "arg"}
+ENGLISH = {"structure"}  #: method names that are ordinary words of messages, too
+#: methods themselves, recipes for them, and the two experiments that are about Self-Transcendence alone
+MAY_NAME_METHODS = ("methods/", "recipes/", "experiments/quickstart.py", "experiments/bench/")
+#: published layouts of checkpoints that have the name of a method, and where they are read, written and chosen
+LAYOUTS, MAY_NAME_LAYOUTS = {"repa"}, ("models/sit_published.py", "interop/published_file.py", "cli/")
+#: files that may probe attributes of models: file -> why
+MAY_PROBE = {"encoders/vision.py": "models of transformers, whose attributes differ between families"}
+#: file names that several packages use: name -> why
+SHARED_FILE_NAMES = {
+    "__init__.py": "required by Python",
+    "registry.py": "one in methods and one in models: the records by name",
+    "spec.py": "one in methods and one in models: the record",
+    "folder.py": "data/sources: a folder of pictures; sampling: a folder of samples",
+    "table.py": "data/sources: rows of a data set; experiments: the table of results",
+}
+MANNERED = re.compile(r"\b(strangers?|moods?|lest|whoever)\b|three in the morning", re.IGNORECASE)
+
+#: modules without a unit test of their name -> the test that covers them
+COVERED_BY = {
+    "__main__": "unit/cli/test_main.py",
+    "checkpoints/load": "unit/checkpoints/test_format.py",
+    "cli/commands": "unit/cli/test_main.py",
+    "cli/experiment_commands": "unit/cli/test_main.py",
+    "data/decoded": "unit/data/test_prepare.py",
+    "data/encode": "unit/data/test_prepare.py",
+    "data/manifest": "unit/data/test_dataset.py",
+    "data/record": "unit/data/test_dataset.py",
+    "data/resumable": "integration/test_prepare_parts.py",
+    "data/shard_plan": "unit/data/test_prepare.py",
+    "data/sources/source": "unit/data/sources/test_open_source.py",
+    "evaluate/extractors": "unit/evaluate/test_statistics.py",
+    "evaluate/plots": "unit/evaluate/test_probes.py",
+    "experiments/analyse_run": "unit/cli/test_main.py",
+    "experiments/bench/loading_sampling": "unit/experiments/bench/test_bench.py",
+    "experiments/bench/machine": "unit/experiments/bench/test_bench.py",
+    "experiments/bench/plain_step": "unit/experiments/bench/test_bench.py",
+    "experiments/bench/rounds": "unit/experiments/bench/test_bench.py",
+    "experiments/bench/text_table": "unit/experiments/bench/test_bench.py",
+    "experiments/html_report": "unit/experiments/test_compare.py",
+    "experiments/image_files": "unit/experiments/test_evaluate_samples.py",
+    "experiments/measurement": "unit/experiments/test_compare.py",
+    "experiments/quickstart": "integration/test_readme.py",
+    "experiments/reference": "unit/experiments/test_evaluate_samples.py",
+    "experiments/runner": "unit/experiments/test_compare.py",
+    "experiments/table": "unit/experiments/test_compare.py",
+    "experiments/train_classifier": "unit/evaluate/test_classifier.py",
+    "interop/published_file": "unit/interop/test_importing.py",
+    "interop/published_optimizer": "unit/interop/test_importing.py",
+    "models/sit_published": "unit/interop/test_importing.py",
+    "recipes/cifar10": "unit/recipes/test_recipes.py",
+    "recipes/digits": "unit/recipes/test_recipes.py",
+    "recipes/imagefolder": "unit/recipes/test_recipes.py",
+    "recipes/imagenet": "unit/recipes/test_recipes.py",
+    "train/checkpointing": "unit/train/test_resume.py",
+    "train/interrupted": "unit/train/test_signals.py",
+    "train/run": "integration/test_train.py",
+    "train/trainer": "integration/test_train.py",
+}
+#: unit tests that are not named after a module -> why
+OTHER_UNIT_TESTS = {
+    "data/test_prepare_values": "`prepare` on arrays, which have no decoder and no autoencoder",
+    "sampling/test_sample_to_folder": "`sample_to_folder` from a run to its files",
+}
 
 
 class Import(NamedTuple):
@@ -72,7 +153,7 @@ class Import(NamedTuple):
 
 
 def imports(source: str, file: str) -> Iterator[Import]:
-    """Every import of `source`, which lies in src/selftrans/`file`; relative ones made absolute."""
+    """Every import in `source` of src/selftrans/`file`; relative imports as absolute names."""
     package = ("selftrans", *Path(file).parent.parts)
 
     def walk(node: ast.AST, when: str) -> Iterator[Import]:
@@ -98,7 +179,7 @@ def package_of(file: str) -> str:
 
 
 def packages_of(found: Import) -> set[str]:
-    """The rooms of ours that an import enters; `__init__` is the package's face."""
+    """The packages of selftrans that an import names; `__init__` is selftrans itself."""
     parts = found.module.split(".")
     if parts[0] != "selftrans":
         return set()
@@ -113,11 +194,11 @@ def may_import(name: str) -> set[str]:
     return set(ORDER[: ORDER.index(name)]) | ({"__init__"} if name == "cli" else set())
 
 
-def trespasses(source: str, file: str) -> list[str]:
-    """Imports of ours that the plan does not allow to `file`."""
+def forbidden_imports(source: str, file: str) -> list[str]:
+    """Imports within selftrans that the order does not allow to `file`."""
     own = package_of(file)
     return [
-        f"{file}:{found.line} imports {entered}; '{own}' may import: {' '.join(sorted(may_import(own))) or 'nothing of ours'}"
+        f"{file}:{found.line} imports {entered}; '{own}' may import: {' '.join(sorted(may_import(own))) or '-'}"
         for found in imports(source, file)
         for entered in sorted(packages_of(found) - {own} - may_import(own))
         if found.when != "typing" or (own, entered) not in TYPES_FROM_ABOVE
@@ -125,20 +206,20 @@ def trespasses(source: str, file: str) -> list[str]:
 
 
 def cheap(module: str) -> bool:
-    """Whether the command line may import this before it knows what it is asked for."""
-    ours = module.split(".")[:2] in (["selftrans", "cli"], ["selftrans", "suggest"], ["selftrans", "plugins"])
-    return ours or module.split(".")[0] in {"tyro"} | sys.stdlib_module_names
+    """Whether the command line may import this before it has parsed its arguments."""
+    own = module.split(".")[:2] in (["selftrans", "cli"], ["selftrans", "suggest"], ["selftrans", "plugins"])
+    return own or module.split(".")[0] in {"tyro"} | sys.stdlib_module_names
 
 
-def strangers(source: str, file: str) -> list[str]:
-    """Imports of other people's packages that do not belong in `file`."""
+def foreign_packages(source: str, file: str) -> list[str]:
+    """Imports of third-party packages that `file` may not use."""
     own, wrong = package_of(file), []
     for found in imports(source, file):
         top = found.module.split(".")[0]
-        theirs = top != "selftrans" and top not in sys.stdlib_module_names
+        third_party = top != "selftrans" and top not in sys.stdlib_module_names
         if (
             top in NEVER | PICKLES
-            or (theirs and own in TORCH_ONLY and top != "torch")
+            or (third_party and own in TORCH_ONLY and top != "torch")
             or (own == "cli" and found.when == "load" and not cheap(found.module))
         ):
             wrong.append(f"{file}:{found.line} imports {found.module}")
@@ -146,7 +227,7 @@ def strangers(source: str, file: str) -> list[str]:
 
 
 def unsafe_calls(source: str, file: str) -> list[str]:
-    """Calls that would run code found in a file or fetched from a hub, or write such a file."""
+    """Calls that may run code from a file or from a hub, or write such a file."""
     wrong = []
     for node in ast.walk(ast.parse(source)):
         if not isinstance(node, ast.Call):
@@ -156,7 +237,7 @@ def unsafe_calls(source: str, file: str) -> list[str]:
         if (
             (name == "torch.load" and options.get("weights_only") != "True")
             or name in {"torch.save", "eval", "exec"}
-            or (name.endswith(("import_module", "__import__")) and file != "plugins.py")  # a method of one's own
+            or (name.endswith(("import_module", "__import__")) and file != "plugins.py")  # code outside selftrans
             or options.get("allow_pickle", "False") != "False"
             or options.get("trust_remote_code", "False") != "False"
         ):
@@ -176,7 +257,7 @@ def too_long(source: str, file: str) -> list[str]:
 
 
 def heads(source: str, file: str) -> list[str]:
-    """Projection heads by their names; `MultiHeadAttention` is none."""
+    """Projection heads by their names; `MultiHeadAttention` is not one."""
     pattern = re.compile(r"(?<!Multi)Heads?$|Project(or|ion)|projectors?$|_head$")
     if package_of(file) != "models":
         return []
@@ -189,7 +270,78 @@ def heads(source: str, file: str) -> list[str]:
     return wrong
 
 
-RULES = [trespasses, strangers, unsafe_calls, too_long, heads]
+def docstrings(tree: ast.AST) -> set[ast.AST]:
+    """String constants that stand as statements: docstrings, and those below the fields of a dataclass."""
+    bodies = (node for parent in ast.walk(tree) for node in ast.iter_child_nodes(parent) if isinstance(node, ast.Expr))
+    return {node.value for node in bodies if isinstance(node.value, ast.Constant)}
+
+
+def names_of_methods(source: str, file: str) -> list[str]:
+    """Strings, attributes, variables and arguments that name a method, a section of one, or a stage."""
+    if file.startswith(MAY_NAME_METHODS):
+        return []
+    tree, wrong = ast.parse(source), []
+    skipped = docstrings(tree)
+    allowed = LAYOUTS if file.startswith(MAY_NAME_LAYOUTS) else set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and node not in skipped:
+            found = set(METHOD_NAME.findall(node.value))
+            found -= ENGLISH if " " in node.value else set()
+        else:
+            found = {getattr(node, NAMED_BY.get(type(node), ""), "")}
+        wrong += [f"{file}:{node.lineno} names {name}" for name in sorted((found & METHOD_NAMES) - allowed)]
+    return wrong
+
+
+def details_of_models(source: str, file: str) -> list[str]:
+    """`.blocks` of a model (the method `blocks()` of its config is public), and arithmetic on the area of a patch."""
+    if package_of(file) == "models":
+        return []
+    tree, wrong = ast.parse(source), []
+    called = {node.func for node in ast.walk(tree) if isinstance(node, ast.Call)}
+    for node in ast.walk(tree):
+        blocks = isinstance(node, ast.Attribute) and node.attr == "blocks" and node not in called
+        area = (
+            isinstance(node, ast.BinOp)
+            and re.search(r"\bpatch(_size)?$", ast.unparse(node.left))
+            and (isinstance(node.op, ast.Pow) or ast.unparse(node.left) == ast.unparse(node.right))
+        )
+        if blocks or area:
+            wrong.append(f"{file}:{node.lineno} {ast.unparse(node)}: use `Backbone.repeated`, `grid` or `patchify`")
+    return wrong
+
+
+def probed_attributes(source: str, file: str) -> list[str]:
+    """`hasattr` and `getattr` with a default on models and guidances: what is asked of them is declared in their class."""
+    if package_of(file) == "models" or file in MAY_PROBE:
+        return []
+    probed = re.compile(r"model|student|teacher|backbone|objective|average|ema|guidance|head|\bg\b")
+    wrong = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in {"hasattr", "getattr"} and node.args:
+            probing = ast.unparse(node.func) == "hasattr" or len(node.args) == 3
+            if probing and probed.search(ast.unparse(node.args[0])):
+                wrong.append(f"{file}:{node.lineno} {ast.unparse(node)}")
+    return wrong
+
+
+def mannered_words(source: str, file: str) -> list[str]:
+    """Words that plain technical English does without."""
+    lines = enumerate(source.splitlines(), start=1)
+    return [f"{file}:{number} '{match[0]}'" for number, line in lines for match in MANNERED.finditer(line)]
+
+
+RULES = [
+    forbidden_imports,
+    foreign_packages,
+    unsafe_calls,
+    too_long,
+    heads,
+    names_of_methods,
+    details_of_models,
+    probed_attributes,
+    mannered_words,
+]
 
 
 def test_narrower_rules_agree_with_the_order() -> None:
@@ -199,8 +351,8 @@ def test_narrower_rules_agree_with_the_order() -> None:
 
 def test_every_file_is_in_the_order() -> None:
     assert FILES, f"no source under {SRC}"
-    homeless = {file for file in FILES if package_of(file) not in (*ORDER, "__init__")}
-    assert not homeless, f"not in ORDER: {homeless}; add a row and say why"
+    unknown = {file for file in FILES if package_of(file) not in (*ORDER, "__init__")}
+    assert not unknown, f"not in ORDER: {unknown}; add a row with its purpose"
     assert not [file for file in FILES if Path(file).stem in {"util", "utils", "helpers", "misc", "common"}]
 
 
@@ -213,21 +365,21 @@ def test_rule_holds(rule) -> None:
 @pytest.mark.parametrize(
     ("rule", "file", "source"),
     [
-        (trespasses, "methods/repa.py", "from selftrans.models.sit import SiT"),
-        (trespasses, "methods/repa.py", "from ..models import sit"),
-        (trespasses, "methods/repa.py", "from selftrans import models"),
-        (trespasses, "methods/repa.py", "if TYPE_CHECKING:\n    from selftrans.models import sit"),
-        (trespasses, "evaluate/metrics.py", "import selftrans.methods.objective"),
-        (trespasses, "evaluate/metrics.py", "def f():\n    from selftrans import models"),
-        (trespasses, "flow.py", "from .train import trainer"),
-        (trespasses, "train/trainer.py", "from selftrans import Objective"),
-        (strangers, "cli/main.py", "import torch"),
-        (strangers, "cli/main.py", "from selftrans.train import trainer"),
-        (strangers, "methods/repa.py", "import numpy as np"),
-        (strangers, "encoders/autoencoder.py", "def f():\n    import torchvision.transforms"),
-        (strangers, "checkpoints/format.py", "from pickle import dumps"),
+        (forbidden_imports, "methods/repa.py", "from selftrans.models.sit import SiT"),
+        (forbidden_imports, "methods/repa.py", "from ..models import sit"),
+        (forbidden_imports, "methods/repa.py", "from selftrans import models"),
+        (forbidden_imports, "methods/repa.py", "if TYPE_CHECKING:\n    from selftrans.models import sit"),
+        (forbidden_imports, "evaluate/metrics.py", "import selftrans.methods.objective"),
+        (forbidden_imports, "evaluate/metrics.py", "def f():\n    from selftrans import models"),
+        (forbidden_imports, "flow.py", "from .train import trainer"),
+        (forbidden_imports, "train/trainer.py", "from selftrans import Objective"),
+        (foreign_packages, "cli/main.py", "import torch"),
+        (foreign_packages, "cli/main.py", "from selftrans.train import trainer"),
+        (foreign_packages, "methods/repa.py", "import numpy as np"),
+        (foreign_packages, "encoders/autoencoder.py", "def f():\n    import torchvision.transforms"),
+        (foreign_packages, "checkpoints/format.py", "from pickle import dumps"),
         (unsafe_calls, "interop/exporting.py", "torch.load(path)"),
-        (unsafe_calls, "train/resume.py", "importlib.import_module(said)"),
+        (unsafe_calls, "train/resume.py", "importlib.import_module(name)"),
         (unsafe_calls, "interop/exporting.py", "torch.load(path, weights_only=False)"),
         (unsafe_calls, "interop/exporting.py", "np.load(path, allow_pickle=flag)"),
         (unsafe_calls, "interop/exporting.py", "AutoModel.from_pretrained(path, trust_remote_code=True)"),
@@ -235,9 +387,25 @@ def test_rule_holds(rule) -> None:
         (too_long, "flow.py", "x = 1\n" * (MAX_FILE + 1)),
         (heads, "models/sit.py", "class ProjectionHead: ..."),
         (heads, "models/sit.py", "self.projectors = build()"),
+        (names_of_methods, "train/run.py", "if config.method == 'vanilla': pass"),
+        (names_of_methods, "train/run.py", "config.sections['stage1']"),
+        (names_of_methods, "train/run.py", "config.stage2.teacher"),
+        (names_of_methods, "train/run.py", "override(config, 'stage2.teacher')"),
+        (names_of_methods, "experiments/runner.py", "f'{out}/stage1/checkpoints'"),
+        (names_of_methods, "experiments/table.py", "print('faster than self_transcendence')"),
+        (names_of_methods, "cli/main.py", "dict(sra=1)"),
+        (names_of_methods, "train/run.py", "layout = 'repa'"),
+        (details_of_models, "train/fsdp.py", "for block in model.blocks: pass"),
+        (details_of_models, "methods/self_transcendence.py", "out = student.patch**2 * channels"),
+        (details_of_models, "methods/self_transcendence.py", "out = patch * patch * channels"),
+        (probed_attributes, "train/trainer.py", "hasattr(self.objective.student, 'null')"),
+        (probed_attributes, "methods/objective.py", "getattr(guidance, 'until_step', None)"),
+        (probed_attributes, "methods/objective.py", "getattr(g, 'until_step', None)"),
+        (mannered_words, "flow.py", "# lest a stranger changes it"),
+        (mannered_words, "flow.py", "# at three in the morning"),
     ],
 )
-def test_each_rule_notices(rule, file: str, source: str) -> None:
+def test_each_rule_detects_its_example(rule, file: str, source: str) -> None:
     assert rule(source, file)
 
 
@@ -249,9 +417,14 @@ def test_each_rule_notices(rule, file: str, source: str) -> None:
         ("experiments/compare.py", "from selftrans import evaluate\nfrom selftrans.train.run import run"),
         ("interop/exporting.py", "torch.load(path, weights_only=True, map_location='cpu')\nmodel.eval()"),
         ("models/mmdit.py", "class MultiHeadAttention: ..."),
+        ("train/run.py", '"""A docstring may name stage1."""\nprint("the structure of the file")\nvanillas = 1'),
+        ("interop/published_file.py", "layout = 'repa'"),
+        ("checkpoints/load.py", "config.model.blocks()"),
+        ("storage.py", "getattr(os, 'O_NOFOLLOW', 0)\ngetattr(model, 'depth')"),
+        ("models/sit.py", "self.blocks, self.patch**2, hasattr(model, 'blocks')"),
     ],
 )
-def test_no_rule_cries_wolf(file: str, source: str) -> None:
+def test_valid_code_breaks_no_rule(file: str, source: str) -> None:
     assert not [line for rule in RULES for line in rule(source, file)]
 
 
@@ -267,3 +440,55 @@ def test_import_needs_torch_only() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stderr
     assert not done.stdout.split()
+
+
+def shared_file_names(files: Iterable[str]) -> set[str]:
+    """Names that more than one file of these paths has, without those that may be shared."""
+    counts = collections.Counter(Path(file).name for file in files)
+    return {name for name, count in counts.items() if count > 1} - set(SHARED_FILE_NAMES)
+
+
+def test_file_names_are_unique() -> None:
+    assert not shared_file_names(FILES)
+    assert shared_file_names(["data/sources/npz.py", "sampling/npz.py", "data/__init__.py", "cli/__init__.py"]) == {
+        "npz.py"
+    }
+    counts = collections.Counter(Path(file).name for file in FILES)
+    assert not [name for name in SHARED_FILE_NAMES if counts[name] < 2], "remove the entries that are no longer needed"
+    assert counts["registry.py"] == counts["spec.py"] == 2
+
+
+def module_of(test: str) -> str:
+    """`methods/test_sra` -> `methods/sra`; a test with the name of its package tests `__init__`."""
+    folder, _, name = test.rpartition("/")
+    name = name.removeprefix("test_")
+    if folder.rpartition("/")[2] == name:
+        name = "__init__"
+    return f"{folder}/{name}" if folder else name
+
+
+MODULES = {file.removesuffix(".py") for file in FILES}
+UNIT_TESTS = {
+    path.relative_to(TESTS / "unit").as_posix().removesuffix(".py") for path in TESTS.glob("unit/**/test_*.py")
+}
+
+
+def test_every_unit_test_belongs_to_a_module() -> None:
+    assert module_of("methods/test_sra") == "methods/sra" and module_of("test_flow") == "flow"
+    assert module_of("recipes/test_recipes") == "recipes/__init__"
+    other = {test for test in UNIT_TESTS if module_of(test) not in MODULES}
+    assert other == set(OTHER_UNIT_TESTS)
+
+
+def test_every_module_has_a_unit_test_or_names_the_test_that_covers_it() -> None:
+    tested = {module_of(test) for test in UNIT_TESTS}
+    packages = {module for module in MODULES if module.endswith("__init__")}
+    assert MODULES - packages - tested == set(COVERED_BY)
+    assert not [file for file in COVERED_BY.values() if not (TESTS / file).is_file()]
+
+
+def test_documents_and_tests_have_no_mannered_words() -> None:
+    pages = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), *sorted(TESTS.rglob("*.py"))]
+    texts = {path: path.read_text(encoding="utf-8") for path in pages if path != Path(__file__)}
+    wrong = [line for path, text in texts.items() for line in mannered_words(text, path.relative_to(ROOT).as_posix())]
+    assert not wrong, "\n" + "\n".join(wrong)

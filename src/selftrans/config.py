@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -39,7 +40,7 @@ class Data(Section):
     builtin: Literal["digits"] | None = None
     """data that the run prepares by itself where no path is given; recipes of such data set it"""
     shape: tuple[int, ...] | None = None
-    """(C, H, W) of a latent; None: as prepared; otherwise the data must agree"""
+    """shape of a latent, channels first: C H W of pictures; None: as prepared; otherwise the data must agree"""
     classes: int | None = None
     """number of classes; None: as prepared; otherwise the data must agree"""
     on_device: bool = setting(False, resume="free")
@@ -55,9 +56,9 @@ class Train(Section):
     key = "train"
 
     steps: int = setting(400_000, resume="free")
-    """student steps (of the last stage; `stage1.steps` has its own)"""
+    """student steps, those of the last stage; earlier stages have lengths of their own"""
     batch_size: int = 256
-    """images per step over all processes"""
+    """samples per step over all processes"""
     accumulate: int = 1
     """micro-batches per step and process"""
     lr: float = setting(1e-4, resume="consent")
@@ -246,7 +247,8 @@ class RunConfig:
 
     def check(self) -> RunConfig:
         """Itself, or a ValueError that names the first field that cannot work."""
-        for section in (self.model, self.train, self.log, *self.sections.values(), self.sample):
+        known = (section for section in self.sections.values() if isinstance(section, Section))  # else plain json
+        for section in (self.model, self.train, self.log, *known, self.sample):
             section.check()
         return self
 
@@ -284,10 +286,11 @@ def to_json(config: RunConfig) -> str:
     return json.dumps({"version": VERSION, **plain, **own}, indent=2)
 
 
-def from_json(text: str) -> RunConfig:
+def from_json(text: str, *, lenient: bool = False) -> RunConfig:
     """Inverse of `to_json`. ValueError names a field that is unknown, missing or of another type, and other versions.
 
-    The settings of a method that is not known here, or is code that nobody has allowed to run, stay plain json.
+    The settings of a method that is not known here, or whose code may not be imported, stay plain json. So do, with
+    `lenient`, sections that this version of a method does not understand: a model is loaded without them.
     """
     try:
         raw = json.loads(text)
@@ -300,8 +303,10 @@ def from_json(text: str) -> RunConfig:
     own = {f.name for f in dataclasses.fields(RunConfig)} - {"sections"}
     kinds = _section_kinds(raw.get("method"))
     found = {key: raw.pop(key) for key in list(raw) if key not in own and (kinds is None or key in kinds)}
-    if kinds is not None:
-        found = {key: from_plain(kinds[key], value, f"config.{key}") for key, value in found.items()}
+    for key, kind in (kinds or {}).items():
+        if key in found:
+            with contextlib.suppress(ValueError) if lenient else contextlib.nullcontext():
+                found[key] = from_plain(kind, found[key], f"config.{key}")
     model = raw.pop("model", {})
     config = from_plain(RunConfig, raw, "config")
     return dataclasses.replace(config, model=_model_from(model), sections=found)

@@ -1,11 +1,14 @@
-"""What `import selftrans` offers to a training loop of one's own: objective, guidances, backbones and samplers."""
+"""What `import selftrans` offers: objective, guidances, backbones, samplers, and the records of methods and models."""
 
 from selftrans.flow import COSINE, LINEAR, PATHS, draw, interpolate
 from selftrans.methods.guidance import Frozen, Guidance
 from selftrans.methods.objective import Objective
 from selftrans.methods.self_transcendence import SelfGuidance, Stage1, Stage2, StructureGuidance
+from selftrans.methods.spec import EncoderSpec, MethodSpec, Stage, TeacherSpec
 from selftrans.models.sit import SIT_SIZES, SiT
+from selftrans.models.spec import ModelConfig, ModelSpec
 from selftrans.sampling.samplers import SAMPLERS, guided, ode, sde
+from selftrans.sections import Section, setting
 from selftrans.types import Backbone, Batch, Cond, Conditions, Draw, Output
 
 __all__ = [
@@ -19,18 +22,26 @@ __all__ = [
     "Cond",
     "Conditions",
     "Draw",
+    "EncoderSpec",
     "Frozen",
     "Guidance",
+    "MethodSpec",
+    "ModelConfig",
+    "ModelSpec",
     "Objective",
     "Output",
+    "Section",
     "SelfGuidance",
     "SiT",
+    "Stage",
     "Stage1",
     "Stage2",
     "StructureGuidance",
+    "TeacherSpec",
     "draw",
     "guided",
     "interpolate",
     "ode",
     "sde",
+    "setting",
 ]

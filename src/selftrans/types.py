@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple, Self, TypeAlias
 
 import torch
+import torch.utils.checkpoint
 from torch import Tensor, nn
 
 #: A condition: a label tensor (N,), or named tensors that all start with N (text tokens, mask, pooled vector).
@@ -80,9 +81,7 @@ class Backbone(nn.Module):
     shape: tuple[int, ...]  #: (C, *S) of a latent
     grid: tuple[int, ...]  #: tokens along each spatial dimension; T is their product
     conditions: Conditions  #: what it is conditioned on
-    recompute: bool = (
-        False  #: activation checkpointing: keep each block's input alone, compute the rest again in backward
-    )
+    recompute: bool = False  #: activation checkpointing, in models that call their blocks by `run_block`
 
     def forward(self, x: Tensor, t: Tensor, cond: Cond, *, taps: tuple[int, ...] = (), stop: bool = False) -> Output:
         """Velocity at x (N, C, *S), t (N,) under `cond`, with the features after each block of `taps` (1-based).
@@ -107,6 +106,12 @@ class Backbone(nn.Module):
     def repeated(self) -> list[nn.Module]:
         """The blocks in order: what is compiled and sharded one by one. Default: none, the model is treated as one part."""
         return []
+
+    def run_block(self, block: nn.Module, *inputs: Tensor) -> Tensor:
+        """The output of one block; with `recompute`, in training, its activations are computed again in backward."""
+        if self.recompute and self.training:
+            return torch.utils.checkpoint.checkpoint(block, *inputs, use_reentrant=False)
+        return block(*inputs)
 
     def truncate(self, block: int) -> None:
         """Delete what comes after `block` (1-based), in place; afterwards only calls with `stop=True` are served.

@@ -1,4 +1,4 @@
-"""docs/clusters: every script is valid, calls commands and options that exist, and does what the page says of it."""
+"""docs/clusters: every script is valid, calls existing commands and options, and behaves as the page documents."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ SCRIPTS = sorted(path for path in CLUSTERS.iterdir() if path.suffix in {".sh", "
 VARIABLES = {"DATA": "some data", "RUN": "some run", "SOURCE": "pictures"}
 SLURM = {"SLURM_JOB_ID": "4711", "SLURM_JOB_NODELIST": "node[1-2]", "SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2"}
 ARRAY = {"SLURM_ARRAY_TASK_ID": "3", "SLURM_ARRAY_TASK_COUNT": "16"}
-#: a program that writes down how it was called
+#: a program that records its name and arguments
 RECORD = '#!/bin/bash\nprintf "%s\\n" "$(basename "$0")" "$@" > "$CALLED"\n'
 SCONTROL = '#!/bin/bash\n[ "$1" = show ] && echo 127.0.0.1 || echo "$@" >> "$REQUEUED"\n'
-#: srun: its tasks side by side, signals handed on, the largest of their exit statuses
+#: srun: runs its tasks in parallel, forwards signals, exits with the largest of their exit statuses
 SRUN = """#!/bin/bash
 while [[ $1 == --* ]]; do shift; done
 for k in 0 1; do SLURM_PROCID=$k SLURM_LOCALID=$k "$@" & tasks+=($!); done
@@ -46,61 +46,62 @@ exit "$worst"
 
 @pytest.fixture
 def programs(tmp_path, monkeypatch):
-    """Put programs of these texts in front of all others; `selftrans` and `torchrun` are those of this Python."""
-    place = tmp_path / "programs"
-    place.mkdir()
-    monkeypatch.setenv("PATH", f"{place}:{Path(sys.executable).parent}:{os.environ['PATH']}")
+    """A function that puts scripts first on PATH; otherwise `selftrans` and `torchrun` are those of this Python."""
+    folder = tmp_path / "programs"
+    folder.mkdir()
+    monkeypatch.setenv("PATH", f"{folder}:{Path(sys.executable).parent}:{os.environ['PATH']}")
     for name, value in VARIABLES.items():
         monkeypatch.setenv(name, value)
 
     def install(**texts: str) -> None:
         for name, text in texts.items():
-            (place / name).write_text(text)
-            (place / name).chmod(0o755)
+            (folder / name).write_text(text)
+            (folder / name).chmod(0o755)
 
     return install
 
 
 def parses(words: list[str]) -> None:
-    """Whether `selftrans` knows a command with all of its options; nothing is run."""
+    """Fails unless `selftrans` accepts the command and all its options; nothing is run."""
     command = parse_command(words)
     if words[0] == "train":
         command.config.check()
         assert command.data and command.out
 
 
-def of_torchrun(words: list[str]) -> list[str]:
-    """What a torchrun command line runs."""
+def run_by_torchrun(words: list[str]) -> list[str]:
+    """The arguments of `selftrans` in a torchrun command line."""
     from torch.distributed.run import get_args_parser
 
-    found = get_args_parser().parse_args(words)
-    assert found.module and found.training_script == "selftrans"
-    return found.training_script_args
+    options = get_args_parser().parse_args(words)
+    assert options.module and options.training_script == "selftrans"
+    return options.training_script_args
 
 
-def of_accelerate(words: list[str]) -> list[str]:
+def run_by_accelerate(words: list[str]) -> list[str]:
+    """The arguments of `selftrans` in a command line of accelerate."""
     from accelerate.commands.config.config_args import load_config_from_file
     from accelerate.commands.launch import launch_command_parser
 
-    found = launch_command_parser().parse_args(words[1:])
-    assert words[0] == "launch" and found.module and found.training_script == "selftrans"
-    config = load_config_from_file(found.config_file)
+    options = launch_command_parser().parse_args(words[1:])
+    assert words[0] == "launch" and options.module and options.training_script == "selftrans"
+    config = load_config_from_file(options.config_file)
     assert config.num_processes == 8 and config.distributed_type == "MULTI_GPU"
-    return found.training_script_args
+    return options.training_script_args
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
-def test_scripts_are_valid_and_call_what_exists(script, programs, tmp_path, monkeypatch):
+def test_scripts_are_valid_and_call_existing_commands(script, programs, tmp_path, monkeypatch):
     subprocess.run(["bash", "-n", script], check=True)
     programs(torchrun=RECORD, accelerate=RECORD, selftrans=RECORD, scontrol=SCONTROL, srun=SRUN)
     monkeypatch.setenv("CALLED", str(tmp_path / "called"))
     extra = ["--flip"] if script.stem == "prepare" else ["--train.shard", "True"]
     subprocess.run(["bash", script, *extra], env=os.environ | SLURM | ARRAY, check=True)
     program, *words = (tmp_path / "called").read_text().splitlines()
-    words = {"torchrun": of_torchrun, "accelerate": of_accelerate}.get(program, list)(words)
+    words = {"torchrun": run_by_torchrun, "accelerate": run_by_accelerate}.get(program, list)(words)
     assert words[-len(extra) :] == extra and {"some data", "some run", "pictures"} & set(words)
     parses(words)
-    for name in VARIABLES:  # what is missing is said, before anything starts
+    for name in VARIABLES:  # a missing variable is named before anything starts
         (tmp_path / "called").unlink(missing_ok=True)
         env = {key: value for key, value in (os.environ | SLURM | ARRAY).items() if key != name}
         done = subprocess.run(["bash", script], env=env, capture_output=True, text=True)
@@ -108,7 +109,7 @@ def test_scripts_are_valid_and_call_what_exists(script, programs, tmp_path, monk
         assert done.returncode == 0 or name in done.stderr
 
 
-def test_the_page_names_every_file_and_its_commands_exist(monkeypatch):
+def test_page_names_every_file_and_its_commands_exist(monkeypatch):
     monkeypatch.chdir(CLUSTERS.parents[1])
     files = {name for pair in re.findall(r"\]\((?:clusters/)?([\w./]+)\)", PAGE) for name in [Path(pair).name]}
     assert files >= {path.name for path in CLUSTERS.iterdir()}
@@ -123,11 +124,11 @@ def test_the_page_names_every_file_and_its_commands_exist(monkeypatch):
             parses([*recipe, *words[2:]])
         else:
             assert words[0] == "accelerate"
-            parses(of_accelerate(words[1:]))
-    assert of_torchrun(shlex.split("-m -- selftrans sample runs/b2 --num 4")) == ["sample", "runs/b2", "--num", "4"]
+            parses(run_by_accelerate(words[1:]))
+    assert run_by_torchrun(shlex.split("-m -- selftrans sample runs/b2 --num 4")) == ["sample", "runs/b2", "--num", "4"]
 
 
-# ---- they do what they say
+# ---- behaviour of the scripts
 
 
 def run_of(folder: Path, **dotted: object) -> list[str]:
@@ -141,11 +142,11 @@ def reached(run: Path) -> int:
 
 
 class Script(Rank):
-    """A script under bash, in a session of its own."""
+    """A script run by bash, in its own session."""
 
-    def __init__(self, script: str, argv: list[str], said: Path, env: dict[str, str]) -> None:
-        self.said = said
-        with said.open("wb") as file:
+    def __init__(self, script: str, argv: list[str], output: Path, env: dict[str, str]) -> None:
+        self.output = output
+        with output.open("wb") as file:
             subprocess.Popen.__init__(
                 self,
                 ["bash", str(CLUSTERS / script), *argv],
@@ -158,10 +159,10 @@ class Script(Rank):
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-def test_torchrun_script_trains_and_starts_again_what_was_killed(programs, tmp_path):
+def test_torchrun_script_restarts_killed_processes(programs, tmp_path):
     run = tmp_path / "a run"
     env = {"DATA": str(toy.digits()), "RUN": str(run), "RECIPE": "digits", "PROCESSES": "2", "RESTARTS": "1"}
-    script = Script("torchrun.sh", run_of(run, train__steps=90), tmp_path / "said.txt", env)
+    script = Script("torchrun.sh", run_of(run, train__steps=90), tmp_path / "output.txt", env)
     workers: list[int] = []
     try:
         until(lambda: reached(run) >= 5, script)
@@ -173,19 +174,19 @@ def test_torchrun_script_trains_and_starts_again_what_was_killed(programs, tmp_p
             if alive(pid):
                 os.killpg(pid, signal.SIGKILL)
         script.wait()
-    assert "vanilla: continues at step" in script.said.read_text()
-    assert "done: 90 student steps" in script.said.read_text()
+    assert "vanilla: continues at step" in script.output.read_text()
+    assert "done: 90 student steps" in script.output.read_text()
     assert [line["step"] for line in toy.log(run, "vanilla")] == list(range(1, 91))
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-def test_slurm_script_stops_on_notice_and_asks_for_its_requeue(programs, tmp_path):
-    """USR1 to the batch script alone → srun → both processes: one checkpoint, 75, `scontrol requeue`; then it continues."""
+def test_slurm_script_stops_on_signal_and_requeues_itself(programs, tmp_path):
+    """USR1 to the batch script only → srun → both processes: one checkpoint, 75, `scontrol requeue`; then it continues."""
     run, requeued = tmp_path / "a run", tmp_path / "requeued"
     programs(srun=SRUN, scontrol=SCONTROL)
     env = SLURM | {"DATA": str(toy.digits()), "RUN": str(run), "RECIPE": "digits", "REQUEUED": str(requeued)}
-    script = Script("slurm.sbatch", run_of(run, train__steps=100_000), tmp_path / "said.txt", env)
+    script = Script("slurm.sbatch", run_of(run, train__steps=100_000), tmp_path / "output.txt", env)
     try:
         until(lambda: reached(run) >= 5, script)
         os.kill(script.pid, signal.SIGUSR1)
@@ -195,7 +196,7 @@ def test_slurm_script_stops_on_notice_and_asks_for_its_requeue(programs, tmp_pat
         script.wait()
     assert requeued.read_text() == "requeue 4711\n"
     at = reached(run)
-    assert at > 5 and script.said.read_text().count(f"at step {at}; checkpoint written") == 2
+    assert at > 5 and script.output.read_text().count(f"at step {at}; checkpoint written") == 2
 
     again = Script("slurm.sbatch", run_of(run, train__steps=at + 5), tmp_path / "again.txt", env)
     try:
@@ -203,12 +204,12 @@ def test_slurm_script_stops_on_notice_and_asks_for_its_requeue(programs, tmp_pat
     finally:
         again.group(signal.SIGKILL)
         again.wait()
-    assert f"continues at step {at} of {at + 5}" in again.said.read_text() and reached(run) == at + 5
-    assert requeued.read_text() == "requeue 4711\n", "what is done is not queued again"
+    assert f"continues at step {at} of {at + 5}" in again.output.read_text() and reached(run) == at + 5
+    assert requeued.read_text() == "requeue 4711\n", "a completed run is not requeued"
 
 
 @pytest.mark.parametrize("status", [1, 75, 137])
-def test_slurm_script_requeues_nothing_that_failed_by_itself(programs, tmp_path, status):
+def test_slurm_script_does_not_requeue_a_failed_run(programs, tmp_path, status):
     programs(srun=f"#!/bin/bash\nexit {status}\n", scontrol=SCONTROL)
     env = os.environ | SLURM | {"REQUEUED": str(tmp_path / "requeued")}
     assert subprocess.run(["bash", CLUSTERS / "slurm.sbatch"], env=env).returncode == status
@@ -216,11 +217,11 @@ def test_slurm_script_requeues_nothing_that_failed_by_itself(programs, tmp_path,
 
 
 @pytest.mark.slow
-def test_prepare_script_shares_the_work(tmp_path, programs):
+def test_prepare_script_divides_the_shards_among_tasks(tmp_path, programs):
     pictures = class_folders(tmp_path / "my pictures")
-    prepare(pictures, tmp_path / "whole", shard_size=4, progress=False)
+    prepare(pictures, tmp_path / "single", shard_size=4, progress=False)
     env = os.environ | {"SOURCE": str(pictures), "DATA": str(tmp_path / "shared"), "SLURM_ARRAY_TASK_COUNT": "2"}
     script = ["bash", str(CLUSTERS / "prepare.sbatch"), "--shard-size=4", "--autoencoder=pixel", "--precision=fp32"]
     pair = [subprocess.Popen(script, env=env | {"SLURM_ARRAY_TASK_ID": str(k)}) for k in (1, 2)]
     assert [process.wait(timeout=100) for process in pair] == [0, 0]
-    assert contents(tmp_path / "shared") == contents(tmp_path / "whole")
+    assert contents(tmp_path / "shared") == contents(tmp_path / "single")

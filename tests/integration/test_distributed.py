@@ -1,4 +1,4 @@
-"""Two processes on one machine (gloo): their gradients are those of one, and a run of two is an ordinary run."""
+"""Two processes on one machine (gloo): same gradients as one process, and an ordinary run directory."""
 
 import contextlib
 import json
@@ -33,7 +33,7 @@ SHAPE, CLASSES, N = (2, 4, 4), 5, 12
 
 
 def build(kind: str) -> Objective:
-    """A student with a guidance, its zero-initialised gates opened so that gradients reach everything."""
+    """A student with a guidance, its zero-initialised gates made nonzero so that gradients reach every parameter."""
     torch.manual_seed(0)
     student, teacher = (SiT(SHAPE, CLASSES, width=16, depth=3, heads=2, patch=2) for _ in range(2))
     for p in [*student.parameters(), *teacher.parameters()]:
@@ -48,13 +48,13 @@ def build(kind: str) -> Objective:
         "dispersive": lambda: DispersiveGuidance(student, Dispersive(block=2)),
     }[kind.partition(",")[0]]()
     built = Objective(student, [guidance])
-    built.watch(teacher)  # stands for the moving average
+    built.watch(teacher)  # used as the moving average
     return built
 
 
 def by_row(batch, null, **_):
     """A draw that is a function of each sample alone. Its times are even, so that a range has a capacity."""
-    z0, cond, rows = batch  # in the place of features
+    z0, cond, rows = batch  # passed as features
     noise = torch.stack([torch.randn(SHAPE, generator=torch.Generator().manual_seed(int(i))) for i in rows])
     t = (rows.float() + 0.5) / N
     dropped = torch.where(rows % 4 == 0, null, cond)
@@ -62,7 +62,7 @@ def by_row(batch, null, **_):
 
 
 def gradients(wrapped, micros: list[torch.Tensor], steps=(0, 2)) -> dict[str, torch.Tensor]:
-    """Of the mean loss of these micro-batches, while guidance acts and after it has ended."""
+    """Gradients of the mean loss of these micro-batches, while guidance acts (step 0) and after its end (step 2)."""
     z0 = torch.randn(N, *SHAPE, generator=torch.Generator().manual_seed(1))
     found = {}
     for step in steps:
@@ -71,22 +71,22 @@ def gradients(wrapped, micros: list[torch.Tensor], steps=(0, 2)) -> dict[str, to
             wrapped = DistributedDataParallel(inner)
         wrapped.zero_grad(set_to_none=True)
         for rows in micros:
-            kept = wrapped.no_sync() if wrapped is not inner and rows is not micros[-1] else contextlib.nullcontext()
-            with kept:
+            context = wrapped.no_sync() if wrapped is not inner and rows is not micros[-1] else contextlib.nullcontext()
+            with context:
                 (wrapped(Batch(z0[rows], rows % CLASSES, rows), step)[0] / len(micros)).backward()
         found |= {f"{step}/{name}": p.grad.clone() for name, p in inner.named_parameters()}
     return found
 
 
 def share(rank: int, kind: str) -> list[torch.Tensor]:
-    """Micro-batches of a process: every second row, so that its times are even as well; of two, each again."""
+    """Micro-batches of a process: every second row, so that its times are even as well; accumulated: two of them."""
     mine = torch.arange(N)[rank::2]
     return [mine[0::2], mine[1::2]] if kind.endswith("accumulated") else [mine]
 
 
-def half(rank: int, folder: str) -> None:
+def train_half(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
     objective.draw = by_row
     for kind in (*KINDS, "dispersive"):
         mine = gradients(DistributedDataParallel(build(kind)), share(rank, kind))
@@ -105,29 +105,29 @@ KINDS = (
 def halves(tmp_path_factory):
     """A folder with the gradients of two processes, for each kind."""
     folder = tmp_path_factory.mktemp("halves")
-    torch.multiprocessing.spawn(half, args=(str(folder),), nprocs=2)
+    torch.multiprocessing.spawn(train_half, args=(str(folder),), nprocs=2)
     return folder
 
 
-def assert_close(mine: dict[str, torch.Tensor], whole: dict[str, torch.Tensor], kind: str) -> None:
-    assert mine.keys() == whole.keys()
-    for name in whole:
-        torch.testing.assert_close(mine[name], whole[name], rtol=1e-4, atol=1e-7, msg=f"{kind}: {name}")
+def assert_close(mine: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], kind: str) -> None:
+    assert mine.keys() == expected.keys()
+    for name in expected:
+        torch.testing.assert_close(mine[name], expected[name], rtol=1e-4, atol=1e-7, msg=f"{kind}: {name}")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
-def test_gradients_of_two_processes_are_those_of_one_with_the_whole_batch(halves, monkeypatch, kind):
+def test_gradients_of_two_processes_equal_those_of_one_with_the_full_batch(halves, monkeypatch, kind):
     monkeypatch.setattr(objective, "draw", by_row)
-    whole = gradients(build(kind), [torch.arange(N)])
-    assert any("head" in name for name in whole) == (kind != "layersync")
-    assert all(gradient.abs().max() > 0 for name, gradient in whole.items() if name.startswith("0/"))
+    full = gradients(build(kind), [torch.arange(N)])
+    assert any("head" in name for name in full) == (kind != "layersync")
+    assert all(gradient.abs().max() > 0 for name, gradient in full.items() if name.startswith("0/"))
     for rank in range(2):
-        assert_close(load_file(halves / f"{kind}-{rank}.safetensors"), whole, kind)
+        assert_close(load_file(halves / f"{kind}-{rank}.safetensors"), full, kind)
 
 
-def test_the_range_has_a_capacity_and_a_padding_row_in_one_process_alone():
-    """What the comparison above covers: 6 of 12 rows are computed, 3 in each process, of which 5 count, 3 and 2."""
+def test_range_needs_a_padding_row_in_one_process_only():
+    """Covered by the comparison above: 6 of 12 rows are computed, 3 in each process; 5 have a gain, 3 and 2."""
     for rows, counted in ((range(12), 5), (range(0, 12, 2), 3), (range(1, 12, 2), 2)):
         batch = Batch(torch.zeros(len(rows), *SHAPE), torch.zeros(len(rows)), torch.tensor(list(rows)))
         found = gate(by_row(batch, torch.zeros(len(rows))), (0.3, 0.75), "select")
@@ -136,14 +136,14 @@ def test_the_range_has_a_capacity_and_a_padding_row_in_one_process_alone():
 
 @pytest.mark.slow
 def test_dispersive_compares_the_samples_of_each_process_alone(halves, monkeypatch):
-    """A statistic of the batch that a process sees: the mean over processes of their own, not that of all samples."""
+    """The term is a statistic of the batch of one process; its gradient is the mean over processes."""
     monkeypatch.setattr(objective, "draw", by_row)
     apart = [gradients(build("dispersive"), share(rank, "dispersive")) for rank in range(2)]
     expected = {name: (apart[0][name] + apart[1][name]) / 2 for name in apart[0]}
     mine = load_file(halves / "dispersive-0.safetensors")
     assert_close(mine, expected, "dispersive")
-    whole = gradients(build("dispersive"), [torch.arange(N)])
-    assert max((mine[name] - whole[name]).abs().max().item() for name in whole) > 1e-3
+    full = gradients(build("dispersive"), [torch.arange(N)])
+    assert max((mine[name] - full[name]).abs().max().item() for name in full) > 1e-3
 
 
 def launch(out: Path, *extra: str) -> str:
@@ -154,18 +154,18 @@ def launch(out: Path, *extra: str) -> str:
         [*command, *argv], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
     ) as process:
         try:
-            said, errors = process.communicate(timeout=100)
+            output, errors = process.communicate(timeout=100)
         except BaseException:
-            os.killpg(process.pid, signal.SIGKILL)  # the launcher alone would leave its processes behind
+            os.killpg(process.pid, signal.SIGKILL)  # killing the launcher alone would leave its processes running
             raise
     assert process.returncode == 0, errors
-    return said
+    return output
 
 
 @pytest.mark.slow
-def test_two_processes_train_both_stages_and_one_continues(tmp_path, capsys):
-    said = launch(tmp_path / "run", "--train.steps=7")
-    assert said.count("[2/2] stage2") == said.count("done: 7 student steps") == 1
+def test_run_of_two_processes_is_continued_by_one(tmp_path, capsys):
+    output = launch(tmp_path / "run", "--train.steps=7")
+    assert output.count("[2/2] stage2") == output.count("done: 7 student steps") == 1
     for stage, steps in {"stage1": [2, 4], "stage2": [2, 4, 6, 7]}.items():
         assert [line["step"] for line in toy.log(tmp_path / "run", stage)] == steps
         found = newest(tmp_path / "run" / stage / "checkpoints")
@@ -173,9 +173,9 @@ def test_two_processes_train_both_stages_and_one_continues(tmp_path, capsys):
     assert not any("module." in name for name in toy.tensors(tmp_path / "run"))
     assert toy.tensors(tmp_path / "run").keys() == toy.tensors(toy.finished()).keys()
     mine, alone = (toy.log(run, "stage1")[-1]["flow"] for run in (tmp_path / "run", toy.finished()))
-    assert mine == pytest.approx(alone, rel=0.15) and mine != alone  # other noise, the same problem
+    assert mine == pytest.approx(alone, rel=0.15) and mine != alone  # other noise, similar loss
     train(toy.toy(), tmp_path / "run")
-    said = capsys.readouterr().out
-    assert said.count("resuming with 1 processes instead of 2: nothing is lost") == 1
+    output = capsys.readouterr().out
+    assert output.count("resuming with 1 processes instead of 2: nothing is lost") == 1
     assert [line["step"] for line in toy.log(tmp_path / "run")] == [2, 4, 6, 7, 8]
     assert json.loads((tmp_path / "run" / "run.json").read_text())["student_steps"] == 8

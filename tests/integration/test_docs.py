@@ -1,4 +1,4 @@
-"""What the documents name exists: tests, files, and figures."""
+"""Tests, files and figures that the documents name exist."""
 
 import re
 from pathlib import Path
@@ -25,8 +25,10 @@ def test_links_and_tests_of_a_page_exist(page):
     assert missing == []
 
 
-def test_every_promise_has_its_test():
+def test_every_guarantee_names_its_test():
     text = (ROOT / "docs" / "reliability.md").read_text(encoding="utf-8")
-    rows = [line for line in text.splitlines() if line.startswith("| ") and not line.startswith(("| promise", "|---"))]
+    rows = [
+        line for line in text.splitlines() if line.startswith("| ") and not line.startswith(("| guarantee", "|---"))
+    ]
     assert len(rows) > 30 and [row for row in rows if not re.search(r"`(\w+/)*test_", row)] == []
     assert "@" not in text

@@ -1,4 +1,4 @@
-"""The examples that are scripts run, and the code of docs/extending.md works as it stands, block after block."""
+"""The scripts in examples/ run, and the code blocks of docs/extending.md run in their order."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleTy
 
 
 def step(student, guidances) -> float:
-    """One step of training, in which every part of the student that the loss depends on gets a gradient."""
+    """The loss of one training step, after checking that its gradient reaches the student."""
     latents, labels = torch.randn(4, *student.shape), torch.arange(4)
     loss, _ = Objective(student, guidances)(Batch(latents, labels), 0)
     loss.backward()
@@ -93,8 +93,8 @@ def test_backbones_of_the_page_train_and_teach(module):
         assert math.isfinite(step(student, [SelfGuidance(student, teacher, Stage2(student_block=1, head_width=8))]))
 
 
-def test_labels_reach_the_wrapped_model_undropped_in_training(module):
-    """Features of a block that depends on the labels: the last layers of a new DiT ignore everything."""
+def test_wrapped_model_does_not_drop_labels_in_training(module):
+    """Compared are features of a block: the velocity of a new DiT does not depend on its input."""
     model = module.dit.train()
     for block in model.net.transformer_blocks:
         torch.nn.init.normal_(block.norm1.linear.weight)

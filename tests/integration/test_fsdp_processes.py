@@ -12,11 +12,11 @@ import torch.distributed as dist
 from torch import nn
 
 from selftrans.checkpoints.format import newest
-from selftrans.methods import objective
+from selftrans.methods import objective as objective_module
 from selftrans.train.fsdp import local, release, shard_models
 from selftrans.train.nonfinite import check_weights
 from selftrans.train.run import train
-from selftrans.types import Batch
+from selftrans.types import Backbone, Batch
 from tests.integration import test_distributed as two
 from tests.support import toy
 from tests.support.processes import free_port
@@ -27,9 +27,9 @@ CPU = torch.device("cpu")
 
 
 def work(rank: int, folder: str, data: str, port: int) -> None:
-    """One of two processes, for all of this file: it writes a file for each check that passed."""
-    places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    os.environ |= {name: str(value) for name, value in places.items()}
+    """One of two processes, which run all checks of this file: writes a file for each check that passed."""
+    settings = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ |= {name: str(value) for name, value in settings.items()}
     torch.set_num_threads(1)
     switch_between_sharded_and_ddp(Path(folder), data)
     for part in (weights_that_are_not_finite, guidance_that_ends):
@@ -45,8 +45,16 @@ def switch_between_sharded_and_ddp(folder: Path, data: str) -> None:
             train(toy.toy(dotted | {"train.steps": steps, "train.shard": kind}), folder / name, quiet=True)
 
 
+class TwoLayers(Backbone):
+    """Parameters alone: 1 x 3 weights, of which the second of two processes has no row, and 4 x 1."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(3, 1), nn.Linear(1, 4)
+
+
 def weights_that_are_not_finite(rank: int) -> None:
-    model = nn.Sequential(nn.Linear(3, 1), nn.Linear(1, 4))  # one row: the second process holds none of it
+    model = TwoLayers()
     shard_models(model, device=CPU, processes=2)
     parameters = list(model.parameters())
     assert local(parameters[0]).numel() == (3 if rank == 0 else 0)
@@ -55,36 +63,36 @@ def weights_that_are_not_finite(rank: int) -> None:
         local(parameters[2])[0, 0] = float("nan") if rank == 1 else 1.0
     with pytest.raises(
         FloatingPointError, match="no longer finite at step 5"
-    ):  # in both processes, or one would wait for ever
+    ):  # in both processes, or one would wait without end
         check_weights(parameters, "step 5")
 
 
 def guidance_that_ends(rank: int) -> None:
-    objective.draw = two.by_row
-    built = two.build("stage 2")
-    gone = [weakref.ref(built.guidances[0].head), weakref.ref(built.guidances[0].teacher.model)]
-    shard_models(built, device=CPU, processes=2)
+    objective_module.draw = two.by_row
+    objective = two.build("stage 2")
+    references = [weakref.ref(objective.guidances[0].head), weakref.ref(objective.guidances[0].teacher.model)]
+    shard_models(objective, device=CPU, processes=2)
     rows = torch.arange(two.N)[rank::2]
     batch = Batch(torch.randn(len(rows), *two.SHAPE), rows % two.CLASSES, rows)
-    built(batch, 0)[0].backward()
-    assert all(reference() is not None for reference in gone)
-    assert built.retire(2)
-    release(built)
-    assert all(reference() is None for reference in gone)
-    built(batch, 2)[0].backward()
-    assert all(p.grad is not None for p in built.parameters())
+    objective(batch, 0)[0].backward()
+    assert all(reference() is not None for reference in references)
+    assert objective.retire(2)
+    release(objective)
+    assert all(reference() is None for reference in references)
+    objective(batch, 2)[0].backward()
+    assert all(p.grad is not None for p in objective.parameters())
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory):
+def results(tmp_path_factory):
     folder = tmp_path_factory.mktemp("parts")
     torch.multiprocessing.spawn(work, args=(str(folder), str(toy.digits()), free_port()), nprocs=2)
     return folder
 
 
-def test_runs_switch_between_sharded_and_ddp(made):
-    """Each continues from the other's checkpoint, past the end of the guidance, to the same weights."""
-    runs = [made / name for name in ("ddp, then sharded", "sharded, then ddp")]
+def test_runs_switch_between_sharded_and_ddp(results):
+    """Each continues from the checkpoint of the other, beyond the end of the guidance, to the same weights."""
+    runs = [results / name for name in ("ddp, then sharded", "sharded, then ddp")]
     found = [toy.tensors(run) for run in runs]
     assert found[0].keys() == found[1].keys() and not any(name.startswith("heads/") for name in found[0])
     for name in found[0]:
@@ -93,7 +101,7 @@ def test_runs_switch_between_sharded_and_ddp(made):
     assert all([line["step"] for line in toy.log(run)] == [2, 4, 6, 8] for run in runs)
 
 
-@pytest.mark.parametrize("what", [weights_that_are_not_finite, guidance_that_ends])
-def test_checks_in_both_processes(made, what):
-    """Weights are checked where a process holds no rows, or one alone holds NaN; memory of heads and teacher is freed."""
-    assert [(made / f"{what.__name__}-{rank}").exists() for rank in (0, 1)] == [True, True]
+@pytest.mark.parametrize("check", [weights_that_are_not_finite, guidance_that_ends])
+def test_checks_in_both_processes(results, check):
+    """Weights are checked where a process has no rows, or only one has NaN; memory of heads and teacher is freed."""
+    assert [(results / f"{check.__name__}-{rank}").exists() for rank in (0, 1)] == [True, True]

@@ -1,9 +1,9 @@
-"""Twenty steps of each stage on real digits, loss by loss, as they were when last looked at.
+"""Losses of twenty steps of each stage on real digits, compared with stored numbers.
 
-    python -m tests.integration.test_golden --write        computes tests/integration/golden/losses.json anew
+    python -m tests.integration.test_golden --write        writes tests/integration/golden/losses.json again
 
-A refactor leaves these numbers as they are. A commit that changes them explains why in its message: what the training
-now does differently, and why that is right.
+A refactoring does not change these numbers. A commit that changes them explains in its message what training does
+differently and why.
 """
 
 import json
@@ -64,15 +64,15 @@ def now():
 
 
 @pytest.mark.parametrize("stage", ["vanilla", "stage1", "stage2"])
-def test_losses_are_the_golden_ones(now, stage):
+def test_losses_equal_the_golden_numbers(now, stage):
     golden = json.loads(FILE.read_text())[stage]
     assert list(now[stage]) == list(golden)
     for name, curve in golden.items():
         assert now[stage][name] == pytest.approx(curve, rel=2e-4), f"{name}: explain it, then --write"
 
 
-def test_the_golden_numbers_make_sense(now):
-    """What can be said of them without running anything."""
+def test_golden_numbers_are_plausible(now):
+    """Properties that hold without a reference: the loss of a new model, its decrease, and the end of guidance."""
     images, _ = digits()
     for stage, curves in now.items():
         guided = {"vanilla": [], "stage1": ["structure"], "stage2": ["self"]}[stage]
@@ -80,8 +80,8 @@ def test_the_golden_numbers_make_sense(now):
             name + end for name in guided for end in ("", "/feature_norm", "/target_norm")
         }
         assert len(curves["flow"]) == STEPS
-        silent = 1 + images[:BATCH].square().mean().item()  # a new model says v = 0, and E v² = 1 + E z0²
-        assert curves["flow"][0] == pytest.approx(silent, rel=0.1)
+        initial = 1 + images[:BATCH].square().mean().item()  # a new model predicts v = 0, and E v² = 1 + E z0²
+        assert curves["flow"][0] == pytest.approx(initial, rel=0.1)
         assert sum(curves["flow"][-5:]) < sum(curves["flow"][:5])
     assert len(now["stage2"]["self"]) == GUIDED
     assert now["vanilla"]["flow"][0] == now["stage2"]["flow"][0], "the same student, the same draw"

@@ -1,7 +1,7 @@
-"""A package outside selftrans adds a method and a backbone for 1-D data; every command works with them, and without it says so.
+"""A separate package adds a method and a backbone for 1-D data; every command works with them, or reports that it is missing.
 
-The package is examples/own_method, installed as pip would. Its stages are `warmup` and then `align`: sorted by name they are in
-the wrong order.
+The package is examples/own_method, installed as pip would install it. Its stages are `warmup`, then `align`; sorted by name
+they would be in the wrong order.
 """
 
 from __future__ import annotations
@@ -39,34 +39,34 @@ def selftrans(line: str) -> int:
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The package installed in `site`, signals.npz, and the working directory of the module."""
-    place = tmp_path_factory.mktemp("outsider")
-    install(PROJECT, place / "site")
+def workdir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The working directory of the module, with signals.npz and the package installed in `site`."""
+    workdir = tmp_path_factory.mktemp("outsider")
+    install(PROJECT, workdir / "site")
     rng = np.random.default_rng(0)
     labels = np.arange(96) % 3
     phase = rng.uniform(0, 2 * np.pi, (96, 1))
     sines = np.sin((labels + 1)[:, None] * np.linspace(0, 2 * np.pi, 32, endpoint=False) + phase)
     data = (sines + 0.1 * rng.standard_normal((96, 32)))[:, None].astype(np.float32)  # (N, 1, 32)
-    np.savez(place / "signals.npz", data=data, labels=labels, classes=np.array(["slow", "middle", "fast"]))
-    return place
+    np.savez(workdir / "signals.npz", data=data, labels=labels, classes=np.array(["slow", "middle", "fast"]))
+    return workdir
 
 
 @pytest.fixture(autouse=True)
-def installed(place: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.chdir(place)
-    with importable(place / "site", drop=("own_method",)):
+def installed(workdir: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.chdir(workdir)
+    with importable(workdir / "site", drop=("own_method",)):
         yield
 
 
 @pytest.fixture(scope="module")
-def run(place: Path) -> Path:
-    """A run of both stages that nothing interrupted."""
-    with pytest.MonkeyPatch.context() as patch, importable(place / "site", drop=("own_method",)):
-        patch.chdir(place)
+def run(workdir: Path) -> Path:
+    """An uninterrupted run of both stages."""
+    with pytest.MonkeyPatch.context() as patch, importable(workdir / "site", drop=("own_method",)):
+        patch.chdir(workdir)
         assert selftrans("prepare signals.npz --autoencoder values --out data") == 0
         assert selftrans(train("run", "--train.steps 40 --align.steps 6")) == 0
-    return place / "run"
+    return workdir / "run"
 
 
 def train(out: str, options: str = "", method: str = "warmup_align") -> str:
@@ -101,30 +101,32 @@ def test_order_of_stages_is_recorded_and_the_last_one_is_sampled(run, capsys):
     assert "has no stage2: it holds warmup, align" in one_line(capsys)
 
 
-def test_interrupted_run_ends_with_the_same_bits(run, place):
-    """A process that finds the package through its path alone is stopped in the last stage, and continued here."""
+def test_interrupted_run_ends_with_the_same_bits(run, workdir):
+    """A process that finds the package through PYTHONPATH is stopped in the last stage; the run continues in this process."""
     words = train("stopped", "--train.steps 40 --align.steps 6 --train.checkpoint-every 2").split()
-    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(place / "site"), str(ROOT / "src")])}
-    process = subprocess.Popen([sys.executable, "-m", "selftrans", *words], cwd=place, env=env, stderr=subprocess.PIPE)
-    reached, end = place / "stopped" / "align" / "checkpoints" / "step-00000002", time.monotonic() + 60
+    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(workdir / "site"), str(ROOT / "src")])}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "selftrans", *words], cwd=workdir, env=env, stderr=subprocess.PIPE
+    )
+    reached, end = workdir / "stopped" / "align" / "checkpoints" / "step-00000002", time.monotonic() + 60
     try:
         while not reached.exists() and process.poll() is None and time.monotonic() < end:
             time.sleep(0.005)
         process.send_signal(signal.SIGTERM)
-        _, said = process.communicate(timeout=60)
+        _, stderr = process.communicate(timeout=60)
     finally:
         process.kill()
-    assert process.returncode == EXIT_RESUME, said.decode()
-    steps = {int(path.name[5:]) for path in (place / "stopped" / "align" / "checkpoints").iterdir()}
+    assert process.returncode == EXIT_RESUME, stderr.decode()
+    steps = {int(path.name[5:]) for path in (workdir / "stopped" / "align" / "checkpoints").iterdir()}
     assert max(steps) < 40
     assert selftrans(train("stopped", "--train.steps 40 --align.steps 6")) == 0
-    assert_same_run(run, place / "stopped", stages=("warmup", "align"))
+    assert_same_run(run, workdir / "stopped", stages=("warmup", "align"))
 
 
 def test_settings_of_the_method_change_on_resume_as_declared(run, capsys):
     short = "--train.steps 4"
     assert selftrans(train("resumed", short)) == 0
-    assert written(Path("resumed/config.json"))["align"]["steps"] == 2, "half of train.steps, fixed at the first visit"
+    assert written(Path("resumed/config.json"))["align"]["steps"] == 2, "half of train.steps, fixed when the run began"
     assert selftrans(train("resumed", "--train.steps 8")) == 0
     assert [stage["steps"] for stage in written(Path("resumed/run.json"))["stages"]] == [2, 8]
     capsys.readouterr()
@@ -137,7 +139,7 @@ def test_settings_of_the_method_change_on_resume_as_declared(run, capsys):
     assert "align.weight was 0.5, is 0.4" in written(Path("resumed/changes.json"))[0]["changed"]
 
 
-def test_run_teaches_another_in_place_of_its_first_stage(run, capsys):
+def test_another_run_as_teacher_replaces_the_first_stage(run, capsys):
     assert selftrans(train("taught", "--train.steps 4 --teacher run")) == 0
     report = written(Path("taught/run.json"))
     assert report["order"] == ["align"] and "run/warmup" in report["teacher"]["path"]
@@ -146,7 +148,7 @@ def test_run_teaches_another_in_place_of_its_first_stage(run, capsys):
     assert "taught has no warmup: it holds align" in one_line(capsys)
 
 
-def test_built_in_methods_train_the_backbone_and_the_method_trains_a_built_in_one(run):
+def test_built_in_methods_train_the_new_backbone_and_the_new_method_trains_a_built_in_backbone(run):
     heads = "--stage1.head-width 16 --stage2.head-width 16"
     assert selftrans(f"{train('built-in', '--train.steps 2', 'self_transcendence')} {heads}") == 0
     pictures = "--model.width 32 --model.depth 3 --model.heads 2 --train.steps 2 --train.batch-size 8"
@@ -156,7 +158,7 @@ def test_built_in_methods_train_the_backbone_and_the_method_trains_a_built_in_on
 
 
 def test_options_of_training_reach_the_backbone(run):
-    """bf16 casts the teacher's weights; recomputation changes no bit; data without classes have one condition."""
+    """bf16 casts the teacher's weights; recomputation gives the same bits; data without classes have one condition."""
     with np.load("signals.npz") as arrays:
         np.savez("unlabelled.npz", data=arrays["data"])
     assert selftrans("prepare unlabelled.npz --autoencoder values --out unlabelled") == 0
@@ -185,7 +187,7 @@ COMPARE = (
 )
 
 
-def test_compare_trains_and_measures_the_method_next_to_vanilla(run):
+def test_compare_trains_and_measures_vanilla_and_the_method(run):
     assert selftrans(f"{COMPARE} --out compared --methods vanilla warmup_align") == 0
     summary = written(Path("compared/compare.json"))
     rows = {row["method"]: row for row in summary["table"]}
@@ -213,7 +215,7 @@ def test_features_are_analysed(run):
 # ---- without entry points
 
 
-def test_module_and_function_do_the_same_as_an_installed_package(run, place, capsys):
+def test_module_and_function_work_like_an_installed_package(run, workdir, capsys):
     with importable(PROJECT / "src", drop=("own_method",)):
         assert selftrans(train("named", "--train.steps 4", METHOD).replace("wave-s", MODEL)) == 0
     stored = written(Path("named/config.json"))
@@ -221,12 +223,12 @@ def test_module_and_function_do_the_same_as_an_installed_package(run, place, cap
     with importable(PROJECT / "src", drop=("own_method",)):
         assert selftrans(f"sample named --out samples/named --num 2 --steps 2 --trust {MODEL}") == 0
     capsys.readouterr()
-    with importable(place / "site", drop=("own_method",)):  # installed later, it has another name
+    with importable(workdir / "site", drop=("own_method",)):  # the installed package has another name
         assert selftrans(train("named", f"--train.steps 4 --trust {MODEL}")) == 1
     assert f"method was {METHOD}, is warmup_align" in one_line(capsys)
 
 
-def test_module_and_function_are_known_in_the_processes_of_compare(run):
+def test_module_and_function_are_imported_in_the_processes_of_compare(run):
     with importable(PROJECT / "src", drop=("own_method",)):
         assert selftrans(f"{COMPARE.replace('wave-s', MODEL)} --out compared-named --methods {METHOD}") == 0
     (row,) = written(Path("compared-named/compare.json"))["table"]
@@ -244,13 +246,13 @@ def test_code_that_a_checkpoint_names_is_not_imported_without_trust(command, run
     with importable(PROJECT / "src", drop=("own_method",)):
         command = command.replace("run", "untrusted", 1)
         assert selftrans(f"{command} --out never") == 1
-        said = one_line(capsys)
+        error = one_line(capsys)
         assert "own_method" not in {name.partition(".")[0] for name in sys.modules}
-    assert f"is not imported because a file names it; --trust {MODEL} allows it" in said
+    assert f"is not imported because a file names it; --trust {MODEL} allows it" in error
     assert not Path("never").exists()
 
 
-def test_run_of_a_package_that_is_not_installed_asks_for_it_in_one_line(run, capsys):
+def test_missing_package_is_reported_in_one_line(run, capsys):
     with importable(drop=("own_method",)):
         for line, expected in {
             "sample run --out never": "model.name 'wave-s' is not known here; install the package that adds it",
@@ -263,7 +265,7 @@ def test_run_of_a_package_that_is_not_installed_asks_for_it_in_one_line(run, cap
     assert not Path("never").exists()
 
 
-def test_no_file_of_selftrans_knows_the_package():
+def test_no_file_of_selftrans_names_the_package():
     words = ("own_method", "own-method", "warmup_align", "wave-s", "WaveConfig", '"align"', "align.steps", "GatedBlock")
     for path in (ROOT / "src").rglob("*.py"):
         text = path.read_text(encoding="utf-8")

@@ -1,4 +1,4 @@
-"""What is declared, what is pinned, what is imported and what is installed agree."""
+"""Declared, pinned, imported and installed packages agree."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ PINS = {
         if line and not line.startswith("#")
     )
 }
-#: modules whose name is not their distribution's
+#: import names that differ from the name of their distribution
 DISTRIBUTION = {"PIL": "pillow", "sklearn": "scikit-learn", "torch_fidelity": "torch-fidelity"}
 
 
@@ -42,7 +42,7 @@ def test_one_version() -> None:
     assert selftrans.__version__ == PROJECT["version"]
 
 
-def test_the_command_resolves() -> None:
+def test_command_is_installed_and_lists_its_commands() -> None:
     (script,) = importlib.metadata.entry_points(group="console_scripts", name="selftrans")
     assert callable(script.load())
     command = Path(sys.executable).parent / "selftrans"
@@ -60,7 +60,7 @@ def test_each_dependency_is_pinned_within_its_range(requirement: Requirement) ->
 
 
 def test_pins_fit_every_machine() -> None:
-    """A local build (+cpu, +cu126) exists on some machines only; nor does an address belong in the file."""
+    """No local builds (+cpu, +cu126), which exist on some machines only, and no addresses."""
     assert not [name for name, version in PINS.items() if version.local]
 
 
@@ -84,7 +84,7 @@ def test_each_import_is_declared() -> None:
 
 
 def test_torch_fidelity_stays_out_of_the_core() -> None:
-    """It brings torchvision, which does not import beside every build of torch."""
+    """It depends on torchvision, which cannot be imported with every build of torch."""
     names = {canonicalize_name(requirement.name) for requirement in CORE + EXTRAS["dev"]}
     assert not names & {"torch-fidelity", "torchvision", "torchmetrics", "timm"}
     assert not set(PINS) & {"torch-fidelity", "torchvision", "torchmetrics", "timm"}

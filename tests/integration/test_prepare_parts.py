@@ -1,4 +1,4 @@
-"""`prepare` shared by several processes: no shard is made twice, and the folder is that of one process to the byte."""
+"""`prepare` in parts: no shard is made twice, and the files equal those of one process."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from selftrans.data.prepare import prepare
 from tests.support.pictures import class_folders, contents, stopped_after
 
 OPTIONS = {"shard_size": 4, "batch_size": 2, "progress": False}
-#: `prepare SOURCE OUT PART`, each picture a moment slower, so that processes overlap
+#: `prepare SOURCE OUT PART` with a delay at each batch, so that the processes overlap
 SLOW = (
     "import sys, time; from selftrans.data.prepare import ShardEncoder, prepare\n"
     "decode = ShardEncoder.decode\n"
@@ -41,8 +41,10 @@ def made(out: Path) -> list[str]:
     return sorted(path.name[6:11] for path in out.glob("shard-*.json"))
 
 
-@pytest.mark.parametrize("parts", [2, 3, 9])  # nine: some have nothing to do
-def test_parts_one_after_the_other(pictures: Path, tmp_path: Path, complete: dict[str, bytes], parts: int) -> None:
+@pytest.mark.parametrize("parts", [2, 3, 9])  # nine: some parts are empty
+def test_parts_in_sequence_make_the_same_folder(
+    pictures: Path, tmp_path: Path, complete: dict[str, bytes], parts: int
+) -> None:
     out, written = tmp_path / "out", []
     for i in range(parts):
         manifest = prepare(pictures, out, part=f"{i + 1}/{parts}", **OPTIONS)  # type: ignore[arg-type]
@@ -56,8 +58,9 @@ def test_parts_one_after_the_other(pictures: Path, tmp_path: Path, complete: dic
     assert np.array_equal(Dataset.open(out, verify=True).labels, Dataset.open(tmp_path / "complete").labels)
 
 
-def test_parts_at_the_same_time(pictures: Path, tmp_path: Path, complete: dict[str, bytes]) -> None:
-    """Two processes at once: the state of the folder passes through both, and each makes its own half."""
+@pytest.mark.slow
+def test_concurrent_parts_make_the_same_folder(pictures: Path, tmp_path: Path, complete: dict[str, bytes]) -> None:
+    """Two processes at the same time make their own halves of one folder."""
     out = tmp_path / "out"
     pair = [subprocess.Popen([sys.executable, "-c", SLOW, pictures, out, f"{i}/2"]) for i in (1, 2)]
     assert [process.wait(timeout=100) for process in pair] == [0, 0]
@@ -69,7 +72,7 @@ def test_killed_part_can_be_repeated(pictures: Path, tmp_path: Path, complete: d
     with stopped_after(5):  # inside its second shard
         prepare(pictures, out, part="1/2", **OPTIONS)  # type: ignore[arg-type]
     (out / ".shard-00002.safetensors.1-0.tmp").write_bytes(b"torn")
-    (out / ".shard-00003.safetensors.1-0.tmp").write_bytes(b"another part's, perhaps at work")
+    (out / ".shard-00003.safetensors.1-0.tmp").write_bytes(b"of another part, which may be running")
     prepare(pictures, out, part="2/2", **OPTIONS)  # type: ignore[arg-type]
     assert made(out) == ["00000", "00001", "00003", "00005"]
     assert [path.name for path in out.glob(".*.tmp")] == [".shard-00002.safetensors.1-0.tmp"]
@@ -88,7 +91,7 @@ def test_part_of_a_finished_folder_writes_nothing(pictures: Path, tmp_path: Path
 def test_folder_finished_by_another_part_while_this_one_starts(
     pictures: Path, tmp_path: Path, complete: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The folder turns from unfinished to finished between the first look at it and the lock."""
+    """The other part finishes the folder after this one has read its state and before it has the lock."""
     out = tmp_path / "out"
     prepare(pictures, out, part="1/2", **OPTIONS)  # type: ignore[arg-type]
     run = prepare_module._run
@@ -104,7 +107,7 @@ def test_folder_finished_by_another_part_while_this_one_starts(
 
 
 def test_locks_of_parts(pictures: Path, tmp_path: Path) -> None:
-    """A part runs while other parts do, not twice at once; a call without parts runs alone."""
+    """Different parts run at the same time, the same part does not; a call without parts excludes all others."""
     out = tmp_path / "out"
     with resumable.locked(out, (1, 2), [0, 2, 4]):
         with pytest.raises(ValueError, match=r"is making part 1/2 in .*; wait for it"):
@@ -115,7 +118,7 @@ def test_locks_of_parts(pictures: Path, tmp_path: Path) -> None:
         assert made(out) == ["00001", "00003", "00005"]
     with resumable.locked(out), pytest.raises(ValueError, match="another `selftrans prepare` is writing to"):
         prepare(pictures, out, part="1/2", **OPTIONS)  # type: ignore[arg-type]
-    prepare(pictures, out, **OPTIONS)  # type: ignore[arg-type]  # alone, it makes what is missing
+    prepare(pictures, out, **OPTIONS)  # type: ignore[arg-type]  # without a part, it makes all missing shards
     assert len(Dataset.open(out, verify=True)) == 23
 
 
@@ -126,7 +129,7 @@ def test_impossible_parts_are_refused(pictures: Path, tmp_path: Path, part: str)
     assert not (tmp_path / "out").exists()
 
 
-def test_the_command(pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_prepare_command_with_parts(pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     common = ["prepare", str(pictures), "--out", str(tmp_path / "out"), "--shard-size", "4"]
     assert main([*common, "--part", "2/2"]) == 0
     assert "3 of 6 shards are finished; the other parts make the rest" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Every command block of the README is run as it stands, at toy size: small pictures, a small VAE, a few steps."""
+"""The README: every command and Python block runs, at toy size, and the tree of the package names the files that exist."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ import torch
 from PIL import Image
 
 from selftrans.cli.main import main
-from tests.support import published_files as strangers
+from tests.support import published_files
+from tests.test_architecture import FILES, ORDER
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -22,7 +23,7 @@ TOY_TRAIN = (
     "--train.steps 4 --train.batch-size 8 --train.checkpoint-every 2 --model.width 32 --model.depth 3 --model.patch 8 "
     "--log.preview-images 4 --log.preview-steps 2 --stage1.head-width 16 --stage2.head-width 16"
 )
-#: what makes a README command small; added to the command as it stands
+#: options that make a README command small; appended to the command
 TOY = {
     "prepare": "",
     "train": TOY_TRAIN,
@@ -45,18 +46,18 @@ def commands(kind: str = "bash") -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory with what the README's commands expect: pictures, a little ImageNet, and a VAE under its hub id."""
+def workdir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with the inputs of the README's commands: pictures, a small ImageNet, and a VAE under its hub id."""
     from diffusers import AutoencoderKL
 
-    place = tmp_path_factory.mktemp("readme")
+    workdir = tmp_path_factory.mktemp("readme")
     rng = np.random.default_rng(0)
     for folder, side in (("pictures", 40), ("imagenet/train", 64)):
         for name in ("first class", "second"):
-            (place / folder / name).mkdir(parents=True)
+            (workdir / folder / name).mkdir(parents=True)
             for k in range(12):
                 image = Image.fromarray(rng.integers(0, 256, (side, side + k, 3), dtype=np.uint8))
-                image.save(place / folder / name / f"{k}.png")
+                image.save(workdir / folder / name / f"{k}.png")
     torch.manual_seed(0)
     vae = AutoencoderKL(
         block_out_channels=(4, 4, 4, 4),
@@ -67,47 +68,50 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         layers_per_block=1,
         sample_size=256,
     )
-    vae.save_pretrained(place / "stabilityai" / "sd-vae-ft-mse")
+    vae.save_pretrained(workdir / "stabilityai" / "sd-vae-ft-mse")
     published = {"width": 32, "depth": 2, "heads": 2, "patch": 2, "channels": 4, "side": 4, "classes": 10}
-    strangers.save(place / "SiT-XL-2-256.pt", strangers.state(**published, learn_sigma=True))
-    return place
+    published_files.save(workdir / "SiT-XL-2-256.pt", published_files.state(**published, learn_sigma=True))
+    return workdir
 
 
 def small(command: str) -> list[str]:
-    """Arguments of a README command for `main`, with its toy options in front of nothing it says itself."""
+    """Arguments of a README command for `main`, with its toy options appended."""
     words = shlex.split(command.removeprefix("accelerate launch -m "))
     assert words[0] == "selftrans", f"the README shows a command that this test cannot run: {command}"
     extra = shlex.split(TOY[words[1]])
-    said = {word for word in words if word.startswith("--")}
-    if words[1] == "sample" and "--num" in said:  # a README asks for many
+    if words[1] == "sample" and "--num" in words:  # TOY gives a smaller number
         del words[words.index("--num") : words.index("--num") + 2]
     return [*words[1:], *extra]
 
 
-def test_every_shell_command_runs(place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
-    monkeypatch.chdir(place)
+def test_every_shell_command_runs(
+    workdir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.chdir(workdir)
     for command in commands():
         if command.startswith(("make ", "pip ")):
             continue
         assert main(small(command)) == 0, f"{command}\n{capsys.readouterr().err}"
-    assert len(list((place / "samples" / "b2").glob("*.png"))) == 8
-    assert (place / "samples" / "pictures" / "evaluate.json").exists()
-    assert (place / "analysis" / "pca.png").exists()
-    assert (place / "compared" / "compare.html").exists() and (place / "exported" / "model.safetensors").exists()
+    assert len(list((workdir / "samples" / "b2").glob("*.png"))) == 8
+    assert (workdir / "samples" / "pictures" / "evaluate.json").exists()
+    assert (workdir / "analysis" / "pca.png").exists()
+    assert (workdir / "compared" / "compare.html").exists() and (workdir / "exported" / "model.safetensors").exists()
 
 
-def test_make_targets_do_what_the_readme_says(place: Path) -> None:
+def test_make_targets_of_the_readme_run_quickstart_and_tests() -> None:
     targets = [command.split()[1] for command in commands() if command.startswith("make ")]
     assert {"quickstart", "test"} <= set(targets)
     for target, runs in {"quickstart": "selftrans quickstart", "test": "pytest"}.items():
-        said = subprocess.run(["make", "-n", target], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-        assert runs in said
+        printed = subprocess.run(["make", "-n", target], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+        assert runs in printed
 
 
-def test_quickstart_makes_its_page(place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
-    monkeypatch.chdir(place)
+def test_quickstart_writes_a_self_contained_page(
+    workdir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.chdir(workdir)
     assert main(["quickstart", "--out", "quickstart", *shlex.split(TOY["quickstart"])]) == 0, capsys.readouterr().err
-    page = (place / "quickstart" / "report.html").read_text()
+    page = (workdir / "quickstart" / "report.html").read_text()
     assert page.count("data:image/png;base64,") == 7  # curves, and samples and maps of three methods
     assert not re.findall(r'(?:src|href)="(?!data:)', page), "the page needs other files"
     for name in ("vanilla", "stage 1 only", "Self-Transcendence"):
@@ -120,11 +124,11 @@ def test_python_blocks_run(monkeypatch: pytest.MonkeyPatch) -> None:
     import selftrans
 
     toy = {"SiT-B/2": {"width": 32, "depth": 12, "heads": 2, "patch": 16}}
-    monkeypatch.setattr(selftrans, "SIT_SIZES", toy)  # the block's own words, a small SiT-B/2
+    monkeypatch.setattr(selftrans, "SIT_SIZES", toy)  # the block as it is, with a small SiT-B/2
     blocks = [block for language, block in BLOCKS if language == "python"]
     code = "\n".join(blocks)
-    said = [line for line in blocks[0].splitlines() if line.strip() and not line.startswith(("import", "from"))]
-    assert len(said) <= 11  # a loop of one's own and both stages
+    lines = [line for line in blocks[0].splitlines() if line.strip() and not line.startswith(("import", "from"))]
+    assert len(lines) <= 11  # a training loop and both stages
     torch.manual_seed(0)
     batches = [(torch.randn(8, 4, 32, 32), torch.randint(1000, (8,))) for _ in range(3)]
     scope = {"batches": batches}
@@ -132,3 +136,29 @@ def test_python_blocks_run(monkeypatch: pytest.MonkeyPatch) -> None:
     assert scope["latents"].shape == (4, 4, 32, 32)
     assert torch.isfinite(scope["latents"]).all()
     assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in scope["student"].parameters())
+
+
+def tree() -> list[str]:
+    """The paths in src/selftrans that the README's tree names, in its order; directories end with a slash."""
+    block = re.search(r"^```\nsrc/selftrans/\n(.*?)^tests/", README, flags=re.MULTILINE | re.DOTALL)
+    assert block is not None
+    paths, parents = [], [""]
+    for line in block[1].splitlines():
+        indent, name, phrase = re.fullmatch(r"((?:  )+)(\S+) {2,}(\S.*)", line).groups()
+        assert phrase
+        del parents[len(indent) // 2 :]
+        path = parents[-1] + name
+        paths.append(path)
+        parents.append(path)
+    return paths
+
+
+def test_tree_of_the_readme_names_the_files_that_exist() -> None:
+    expected = {file.removesuffix("__init__.py") for file in FILES} - {""}  # a package is named by its directory
+    named = tree()
+    assert sorted(named) == sorted(expected)
+    top = [path.removesuffix("/").removesuffix(".py") for path in named if path.count("/") == path.endswith("/")]
+    assert top == list(reversed(ORDER)), "the order of tests/test_architecture.py, top first"
+    others = re.findall(r"^(\w+)/ ", README, flags=re.MULTILINE)
+    assert {"tests", "examples", "benchmarks", "docs"} <= set(others)
+    assert [name for name in others if not (ROOT / name).is_dir()] == []

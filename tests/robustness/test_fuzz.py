@@ -1,7 +1,7 @@
-"""Every parser of a stranger's file against inputs that nobody thought of: mutated, guided by coverage, and remembered.
+"""Every parser of untrusted files against mutated inputs, coverage-guided inputs, and inputs that once broke it.
 
-`fuzz/parsers.py` says what a parser may do: return, or raise ValueError in one line. Nothing else may leave it, nothing may
-be written beside its folder, no process started, no connection opened, no name looked up for a pickle.
+`fuzz/parsers.py` defines what a parser may do: return, or raise ValueError in one line. It may raise nothing else, write
+nothing outside its folder, start no process, open no connection, and look up no name for a pickle.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ LEAST = 100_000  #: inputs of all parsers together, in the slow suite
 
 @st.composite
 def mutated(draw: st.DrawFn, examples: list[bytes]) -> bytes:
-    """A sound example with some bytes changed, left out, doubled, or put in from elsewhere."""
+    """A valid example with some bytes changed, removed, doubled, or inserted."""
     data = bytearray(draw(st.sampled_from(examples)))
     for _ in range(draw(st.integers(1, 4))):
         at = draw(st.integers(0, len(data)))
@@ -45,8 +45,8 @@ def mutated(draw: st.DrawFn, examples: list[bytes]) -> bytes:
 
 
 @pytest.mark.parametrize("name", parsers.PARSERS)
-def test_a_mutated_file_is_read_or_refused_in_a_line(name):
-    with parsers.room(name) as folder:
+def test_mutated_file_is_read_or_refused_in_one_line(name):
+    with parsers.folder_for(name) as folder:
 
         @settings(
             max_examples=40, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
@@ -59,43 +59,43 @@ def test_a_mutated_file_is_read_or_refused_in_a_line(name):
 
 
 @pytest.mark.parametrize("name", parsers.PARSERS)
-def test_sound_examples_are_read_and_rubbish_is_not(name):
-    with parsers.room(name) as folder:
+def test_valid_examples_are_read_and_garbage_is_refused(name):
+    with parsers.folder_for(name) as folder:
         assert all(parsers.attempt(name, folder, data) for data in parsers.PARSERS[name].examples())
-        if name not in ("log", "shard_record"):  # lines and records that are none are made again
+        if name not in ("log", "shard_record"):  # invalid lines and records are written again
             assert not parsers.attempt(name, folder, b"\x89nothing of the kind")
 
 
 @pytest.mark.parametrize("path", CRASHES, ids=[path.name for path in CRASHES])
-def test_what_once_broke_a_parser_does_so_no_more(path):
+def test_inputs_that_once_broke_a_parser_are_handled(path):
     name = path.name.rpartition("-")[0]
-    with parsers.room(name) as folder:
+    with parsers.folder_for(name) as folder:
         parsers.attempt(name, folder, path.read_bytes())
 
 
-def test_a_parser_that_trespasses_is_noticed(tmp_path, monkeypatch):
-    def trespassing(path: Path) -> object:
+def test_forbidden_actions_of_a_parser_are_detected(tmp_path, monkeypatch):
+    def writing(path: Path) -> object:
         return (path.parent.parent / "elsewhere").write_text("x")
 
-    def talkative(path: Path) -> object:
+    def two_lines(path: Path) -> object:
         raise ValueError("one\ntwo")
 
     def starting(path: Path) -> object:
         return subprocess.Popen(["true"])
 
-    def secretive(path: Path) -> object:
+    def hiding(path: Path) -> object:
         with contextlib.suppress(Exception):
-            trespassing(path)
+            writing(path)
         raise ValueError("one line")
 
     def crashing(path: Path) -> object:
         raise KeyError("x")
 
     for broken, expected in (
-        (trespassing, parsers.Trespass),
-        (starting, parsers.Trespass),
-        (secretive, parsers.Trespass),
-        (talkative, AssertionError),
+        (writing, parsers.Violation),
+        (starting, parsers.Violation),
+        (hiding, parsers.Violation),
+        (two_lines, AssertionError),
         (crashing, KeyError),
     ):
         monkeypatch.setitem(parsers.PARSERS, "config", parsers.PARSERS["config"]._replace(parse=broken))
@@ -106,7 +106,7 @@ def test_a_parser_that_trespasses_is_noticed(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
-def test_a_hundred_thousand_inputs_guided_by_coverage(tmp_path):
+def test_100_000_inputs_guided_by_coverage(tmp_path):
     pytest.importorskip("atheris")
     assert sum(parser.runs for parser in parsers.PARSERS.values()) >= LEAST
     done = subprocess.run(
@@ -116,12 +116,12 @@ def test_a_hundred_thousand_inputs_guided_by_coverage(tmp_path):
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         check=False,
     )
-    found = [json.loads(line) for line in done.stdout.splitlines()]
+    results = [json.loads(line) for line in done.stdout.splitlines()]
     print(done.stdout)
-    assert not [one for one in found if one["broke"] or one["code"]], (
-        "copy what broke into tests/robustness/fuzz/crashes/PARSER-HASH"
+    assert not [result for result in results if result["broke"] or result["code"]], (
+        "copy the inputs that failed to tests/robustness/fuzz/crashes/PARSER-HASH"
     )
-    assert {one["parser"]: one["inputs"] >= parsers.PARSERS[one["parser"]].runs for one in found} == dict.fromkeys(
-        parsers.PARSERS, True
-    )
+    assert {
+        result["parser"]: result["inputs"] >= parsers.PARSERS[result["parser"]].runs for result in results
+    } == dict.fromkeys(parsers.PARSERS, True)
     assert done.returncode == 0, done.stderr[-2000:]

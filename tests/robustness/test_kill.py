@@ -1,5 +1,5 @@
-"""SIGKILL at random instants, above all while a checkpoint is being written: the same command continues, and the finished
-run equals an undisturbed one."""
+"""SIGKILL at random instants, most of them while a checkpoint is being written: the same command continues, and the
+finished run equals an uninterrupted one."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tests.support.pictures import class_folders
 
 pytestmark = pytest.mark.slow
 
-#: overrides of runs through stage 1 and stage 2, whose guidance ends on the way
+#: overrides of runs of stage 1 and stage 2, whose guidance ends before the last step
 RUNS: dict[str, dict[str, Any]] = {
     "accumulation and warm-up": {"train.checkpoint_every": 2},
     "bf16 and a single checkpoint": {"train.checkpoint_every": 2, "train.precision": "bf16", "train.keep": 1},
@@ -40,10 +40,10 @@ RUNS: dict[str, dict[str, Any]] = {
     },
 }
 LONG = {"stage1.steps": 14, "train.steps": 30, "stage2.until_step": 17, "log.every": 1}
-WRITING, STEP, PICTURE, BETWEEN, STARTING, ELSEWHERE = (
+WRITING, STEP, PREVIEW, BETWEEN, STARTING, ELSEWHERE = (
     "while a checkpoint was written",
     "in a step",
-    "while a picture was made",
+    "while a preview was made",
     "between the stages",
     "while starting",
     "elsewhere",
@@ -78,12 +78,12 @@ def logged(stage: Path) -> int:
 
 
 def unfinished(run: Path) -> set[str]:
-    """Checkpoints that are being written, or were when their process died."""
+    """Checkpoints that are being written, or were when their process was killed."""
     return {path.name for path in run.glob("*/checkpoints/.step-*")}
 
 
-def half_made(run: Path) -> set[str]:
-    """Pictures that are being made, or were when their process died, and have ended a process at most once."""
+def unfinished_previews(run: Path) -> set[str]:
+    """Previews that are being made, or were when their process was killed, and have ended a process at most once."""
     return {f"{path.parts[-3]}/{path.name}" for path in run.glob("*/previews/.*.tries") if path.stat().st_size < 2}
 
 
@@ -100,10 +100,10 @@ def a_step(run: Path) -> object:
     return (stage.name, count) if count > max(steps_of(stage), default=0) else None
 
 
-def a_picture(run: Path) -> object:
+def a_preview(run: Path) -> object:
     try:
-        return max(half_made(run), default=None)
-    except FileNotFoundError:  # made since
+        return max(unfinished_previews(run), default=None)
+    except FileNotFoundError:  # finished meanwhile
         return None
 
 
@@ -119,21 +119,21 @@ def any_time(run: Path) -> object:
 AIMS: dict[str, tuple[Callable[[Path], object], float]] = {
     WRITING: (a_checkpoint, 0.012),
     STEP: (a_step, 0.004),
-    PICTURE: (a_picture, 0.012),
+    PREVIEW: (a_preview, 0.012),
     BETWEEN: (the_end_of_stage_1, 0.15),
     ELSEWHERE: (any_time, 1.5),
 }
-#: place -> kills wanted there, in each run
-WANTED = collections.Counter({WRITING: 9, STEP: 4, BETWEEN: 2, ELSEWHERE: 1})
+#: place -> number of kills required there, in each run
+REQUIRED = collections.Counter({WRITING: 9, STEP: 4, BETWEEN: 2, ELSEWHERE: 1})
 
 
 def kill(child: Any, run: Path, aim: Callable[[Path], object], within: float, rng: random.Random) -> bool:
-    """Kill the process after one of the next events; false when it finished before."""
+    """Kill the process after one of the next events; False if it finished before."""
     seen, left = {aim(run)} if aim is a_checkpoint else set(), rng.randrange(4) if within < 0.1 else 0
     while child.poll() is None:
-        occasion = aim(run)
-        if occasion is not None and occasion not in seen:
-            seen.add(occasion)
+        event = aim(run)
+        if event is not None and event not in seen:
+            seen.add(event)
             left -= 1
             if left < 0:
                 time.sleep(rng.uniform(0, within))
@@ -143,14 +143,14 @@ def kill(child: Any, run: Path, aim: Callable[[Path], object], within: float, rn
     return False
 
 
-def place(run: Path, pid: int, said: str) -> str:
-    """Where a process was killed, by the files that it left."""
+def place(run: Path, pid: int, output: str) -> str:
+    """Where a process was killed, from the files that it left."""
     if any(f".{pid}-" in name for name in unfinished(run)):
         return WRITING
-    if "[1/2] stage1" not in said:
+    if "[1/2] stage1" not in output:
         return STARTING
-    if half_made(run):
-        return PICTURE
+    if unfinished_previews(run):
+        return PREVIEW
     stage = run / ("stage2" if logged(run / "stage2") else "stage1")
     if stage.name == "stage1" and steps_of(stage)[-1:] == [LONG["stage1.steps"]]:
         return BETWEEN
@@ -160,52 +160,57 @@ def place(run: Path, pid: int, said: str) -> str:
 def kill_and_restart(
     start: Callable[[Path], Any],
     run: Path,
-    whole: Path,
+    uninterrupted: Path,
     rng: random.Random,
     kills: int = 18,
-    wanted: collections.Counter[str] = WANTED,
+    required: collections.Counter[str] = REQUIRED,
 ) -> collections.Counter[str]:
-    """Kill processes of a run until `kills` have died, so many where `wanted`, then let one come to its end.
+    """Kill processes of a run until `kills` were killed, with the counts `required` per place, then let one finish.
 
-    Returns the places. A run that ends before is compared with the undisturbed one too, and begun anew.
+    Returns the places of the kills. A run that finishes earlier is compared with the uninterrupted one as well, and started
+    again.
     """
     places: collections.Counter[str] = collections.Counter()
-    for life in range(5 * kills):
-        said = run.with_name(f"{run.name}-{life}.txt")
-        child, missing = start(said), wanted - places
+    for attempt in range(5 * kills):
+        output = run.with_name(f"{run.name}-{attempt}.txt")
+        child, missing = start(output), required - places
         aim, within = AIMS[rng.choices(list(missing), list(missing.values()))[0] if missing else ELSEWHERE]
         if (missing or places.total() < kills) and kill(child, run, aim, within, rng):
-            places[place(run, child.pid, said.read_text())] += 1
+            places[place(run, child.pid, output.read_text())] += 1
             continue
-        assert child.wait() == 0, said.read_text()
-        assert_undisturbed(run, whole)
+        assert child.wait() == 0, output.read_text()
+        assert_equals_uninterrupted(run, uninterrupted)
         if not missing and places.total() >= kills:
             return places
         shutil.rmtree(run)
-    raise AssertionError(f"{places} after {5 * kills} lives")
+    raise AssertionError(f"{places} after {5 * kills} processes")
 
 
 @pytest.mark.timeout(500)
 def test_training_killed_fifty_times(forks: Forks, tmp_path: Path) -> None:
-    """Weights, averages, optimiser, heads and log lines are bit for bit those of a run that nobody disturbed."""
+    """Weights, EMA, optimiser, heads and log lines equal those of an uninterrupted run bit for bit."""
     rng, places = random.Random(1), collections.Counter[str]()
     for name, dotted in RUNS.items():
-        whole, run = tmp_path / f"{name}, whole", tmp_path / name
-        assert forks.start(train(whole, dotted), tmp_path / "whole.txt").wait() == 0
-        wanted = WANTED | collections.Counter({PICTURE: 3} if "train.preview_every" in dotted else {})
-        places += kill_and_restart(functools.partial(forks.start, train(run, dotted)), run, whole, rng, 18, wanted)
+        uninterrupted, run = tmp_path / f"{name}, uninterrupted", tmp_path / name
+        assert forks.start(train(uninterrupted, dotted), tmp_path / "uninterrupted.txt").wait() == 0
+        required = REQUIRED | collections.Counter({PREVIEW: 3} if "train.preview_every" in dotted else {})
+        places += kill_and_restart(
+            functools.partial(forks.start, train(run, dotted)), run, uninterrupted, rng, 18, required
+        )
     print(dict(places))
     assert places.total() >= 50 and places[WRITING] >= 15
 
 
-def assert_undisturbed(run: Path, whole: Path) -> None:
-    toy.assert_same_run(run, whole)
+def assert_equals_uninterrupted(run: Path, uninterrupted: Path) -> None:
+    toy.assert_same_run(run, uninterrupted)
     for stage, steps in (("stage1", LONG["stage1.steps"]), ("stage2", LONG["train.steps"])):
-        assert [line["step"] for line in toy.log(run, stage)] == list(range(1, steps + 1))  # none doubled, none missing
-        assert steps_of(run / stage) == steps_of(whole / stage)
-        assert toy.tree(run / stage / "previews") == toy.tree(whole / stage / "previews")
+        assert [line["step"] for line in toy.log(run, stage)] == list(
+            range(1, steps + 1)
+        )  # no line twice, none missing
+        assert steps_of(run / stage) == steps_of(uninterrupted / stage)
+        assert toy.tree(run / stage / "previews") == toy.tree(uninterrupted / stage / "previews")
     assert [path.name for path in run.rglob(".*")] == [".lock"]
-    reports = [json.loads((path / "run.json").read_text()) for path in (run, whole)]
+    reports = [json.loads((path / "run.json").read_text()) for path in (run, uninterrupted)]
     for report in reports:
         del report["total_seconds"]
         assert all(stage.pop("seconds") > 0 for stage in report["stages"])
@@ -214,16 +219,18 @@ def assert_undisturbed(run: Path, whole: Path) -> None:
 
 @pytest.mark.timeout(200)
 def test_fresh_interpreters_killed(forks: Forks, tmp_path: Path) -> None:
-    """The same of `python -m selftrans`, which a person types: no fork, nothing imported before."""
+    """The same for `python -m selftrans`: no fork, nothing imported before."""
 
-    def start(said: Path) -> subprocess.Popen:
-        with said.open("w") as file:
+    def start(output: Path) -> subprocess.Popen:
+        with output.open("w") as file:
             return subprocess.Popen([sys.executable, "-u", "-m", "selftrans", *argv], stdout=file, stderr=file)
 
-    whole, run = tmp_path / "whole", tmp_path / "run"
-    assert forks.start(train(whole, {}), tmp_path / "whole.txt").wait() == 0
+    uninterrupted, run = tmp_path / "uninterrupted", tmp_path / "run"
+    assert forks.start(train(uninterrupted, {}), tmp_path / "uninterrupted.txt").wait() == 0
     argv = train(run, {})
-    assert kill_and_restart(start, run, whole, random.Random(3), 3, collections.Counter({WRITING: 1})).total() == 3
+    assert (
+        kill_and_restart(start, run, uninterrupted, random.Random(3), 3, collections.Counter({WRITING: 1})).total() == 3
+    )
 
 
 # ---- preparing and sampling
@@ -232,41 +239,44 @@ def test_fresh_interpreters_killed(forks: Forks, tmp_path: Path) -> None:
 def kill_while_writing(
     forks: Forks, argv: list[str], out: Path, unfinished: str, kills: int, rng: random.Random
 ) -> tuple[int, int]:
-    """Kill a command `kills` times while it fills the folder `out`, then let it end; kills, and how many left a temporary."""
-    said, deaths, torn = out.with_name("said.txt"), 0, 0
-    while deaths < kills:
-        child, before = forks.start(argv, said), set(os.listdir(out)) if out.exists() else set()
-        wanted = rng.randrange(1, 8)  # new files before the kill
+    """Kill a command `kills` times while it fills the folder `out`, then let it finish.
+
+    Returns the number of kills, and of those that left a temporary file.
+    """
+    output, killed, torn = out.with_name("output.txt"), 0, 0
+    while killed < kills:
+        child, before = forks.start(argv, output), set(os.listdir(out)) if out.exists() else set()
+        required = rng.randrange(1, 8)  # new files before the kill
         while child.poll() is None:
-            if out.exists() and len(set(os.listdir(out)) - before) >= wanted:
+            if out.exists() and len(set(os.listdir(out)) - before) >= required:
                 time.sleep(rng.uniform(0, 0.004))
                 child.kill()
                 break
             time.sleep(0.0002)
-        assert child.wait() == -signal.SIGKILL, f"it ended after {deaths} deaths: {said.read_text()}"
-        deaths += 1
+        assert child.wait() == -signal.SIGKILL, f"it finished after {killed} kills: {output.read_text()}"
+        killed += 1
         torn += any(out.glob(unfinished))
-    assert forks.start(argv, said).wait() == 0, said.read_text()
-    return deaths, torn
+    assert forks.start(argv, output).wait() == 0, output.read_text()
+    return killed, torn
 
 
 @pytest.mark.timeout(100)
 def test_prepare_killed(forks: Forks, tmp_path: Path) -> None:
     pictures = class_folders(tmp_path / "pictures", 120)
     argv = ["prepare", str(pictures), "--shard-size=2", "--batch-size=2", "--out"]
-    assert forks.start([*argv, str(tmp_path / "whole")], tmp_path / "said.txt").wait() == 0
+    assert forks.start([*argv, str(tmp_path / "uninterrupted")], tmp_path / "output.txt").wait() == 0
     out = tmp_path / "out"
-    deaths, torn = kill_while_writing(forks, [*argv, str(out)], out, ".tmp-*", 10, random.Random(4))
-    assert deaths == 10 and torn >= 2
-    assert toy.tree(out) == toy.tree(tmp_path / "whole")
+    killed, torn = kill_while_writing(forks, [*argv, str(out)], out, ".*.tmp", 10, random.Random(4))
+    assert killed == 10 and torn >= 2
+    assert toy.tree(out) == toy.tree(tmp_path / "uninterrupted")
 
 
 @pytest.mark.timeout(100)
 def test_sample_killed(forks: Forks, tmp_path: Path) -> None:
-    assert forks.start(train(tmp_path / "run", {}), tmp_path / "said.txt").wait() == 0
+    assert forks.start(train(tmp_path / "run", {}), tmp_path / "output.txt").wait() == 0
     argv = ["sample", str(tmp_path / "run"), "--num=90", "--steps=2", "--batch-size=3", "--out"]
-    assert forks.start([*argv, str(tmp_path / "whole")], tmp_path / "said.txt").wait() == 0
+    assert forks.start([*argv, str(tmp_path / "uninterrupted")], tmp_path / "output.txt").wait() == 0
     out = tmp_path / "out"
-    deaths, _ = kill_while_writing(forks, [*argv, str(out)], out, ".*.tmp", 10, random.Random(5))
-    assert deaths == 10
-    assert toy.tree(out) == toy.tree(tmp_path / "whole")
+    killed, _ = kill_while_writing(forks, [*argv, str(out)], out, ".*.tmp", 10, random.Random(5))
+    assert killed == 10
+    assert toy.tree(out) == toy.tree(tmp_path / "uninterrupted")

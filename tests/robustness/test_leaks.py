@@ -1,4 +1,4 @@
-"""Memory and open files stay flat over a long run with previews, checkpoints and evaluation."""
+"""Memory and open files stay constant over a long run with previews, checkpoints and evaluation."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(not sys.platform.startswith("linux"), reason="memory is read from /proc"),
 ]
-FEW = 256 * 1024  #: bytes per 1,000 steps that may be chance
+FEW = 256 * 1024  #: bytes per 1,000 steps that are measurement noise
 
 
-def watched(folder: Path, steps: int, *leak: str) -> list[dict[str, int]]:
+def measure(folder: Path, steps: int, *leak: str) -> list[dict[str, int]]:
     folder.mkdir()
     done = subprocess.run(
         [sys.executable, "-m", "tests.support.leaks", str(folder), str(steps), *leak],
@@ -29,26 +29,26 @@ def watched(folder: Path, steps: int, *leak: str) -> list[dict[str, int]]:
         cwd=Path(__file__).parents[2],
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    found = json.loads(done.stdout.splitlines()[-1])
-    assert found["evaluated"] == steps // 500
-    return [one for one in found["samples"] if one["step"] > steps / 5]  # what is imported at first use has been
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result["evaluated"] == steps // 500
+    return [sample for sample in result["samples"] if sample["step"] > steps / 5]  # after all lazy imports
 
 
 def slope(samples: list[dict[str, int]], what: str) -> float:
     """Growth per 1,000 steps, of the line through the samples."""
-    return float(np.polyfit([one["step"] / 1000 for one in samples], [one[what] for one in samples], 1)[0])
+    return float(np.polyfit([sample["step"] / 1000 for sample in samples], [sample[what] for sample in samples], 1)[0])
 
 
 @pytest.mark.timeout(900)
-def test_five_thousand_steps_leave_nothing_behind(tmp_path):
-    samples = watched(tmp_path / "long", 5000)
+def test_memory_and_open_files_are_constant_over_5000_steps(tmp_path):
+    samples = measure(tmp_path / "long", 5000)
     print({what: round(slope(samples, what), 1) for what in ("rss", "device", "files", "threads", "tensors")})
     assert slope(samples, "rss") < FEW and slope(samples, "device") < FEW
     for what in ("files", "threads", "tensors"):
-        seen = [one[what] for one in samples]
+        seen = [sample[what] for sample in samples]
         assert max(seen) == min(seen), (what, seen)
 
 
-def test_the_meter_sees_a_leak(tmp_path):
-    samples = watched(tmp_path / "leaking", 1000, "--leak")
+def test_leak_is_detected(tmp_path):
+    samples = measure(tmp_path / "leaking", 1000, "--leak")
     assert slope(samples, "rss") > 3e6 and slope(samples, "files") > 5 and slope(samples, "tensors") > 900

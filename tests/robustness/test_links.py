@@ -18,6 +18,7 @@ from selftrans.train.log import JsonlLog, read_log
 from selftrans.train.run import train
 from tests.support import toy
 from tests.support.pictures import class_folders, contents, stopped_after
+from tests.support.toy import quick  # noqa: F401 - a fixture
 
 MINE = b"mine\n"
 TEMPORARY = f".log.jsonl.{os.getpid()}-00000000.tmp"
@@ -30,7 +31,7 @@ def mine(tmp_path: Path) -> Path:
 
 
 def linked(folder: Path, to: Path) -> Path:
-    """The same tree with a symlink to each file of `folder`; directories are real, and there is no lock."""
+    """`to`: the tree of `folder` with a symlink for each file except the lock; directories are real."""
     for path in folder.rglob("*"):
         if path.is_file() and path.name != ".lock":
             (to / path.relative_to(folder)).parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Faults during `prepare`: unreadable pictures, disks that refuse, bad options, damaged folders. Nothing is lost."""
+"""Faults during `prepare`: unreadable pictures, full disks, bad options, damaged folders. Finished work is kept."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ def spoil(pictures: Path) -> None:
     write(pictures, {"cat/04 torn.jpg": torn, "wild dog/empty ü.png": b""})
 
 
-def test_an_unreadable_picture_stops_with_its_path(pictures: Path, tmp_path: Path) -> None:
+def test_unreadable_picture_is_named(pictures: Path, tmp_path: Path) -> None:
     spoil(pictures)
     with pytest.raises(ValueError, match=r"^cat/04 torn.jpg: cannot be read .*--skip-bad$"):
         prepare(pictures, tmp_path / "out", shard_size=3, progress=False)
-    # what was done counts, and the same command with --skip-bad goes on from there
+    # finished shards are kept, and the same command with --skip-bad continues
     manifest = prepare(pictures, tmp_path / "out", shard_size=3, skip_bad=True, progress=False)
     assert manifest.count == 23 and [name for name, _ in manifest.skipped] == [
         "cat/04 torn.jpg",
@@ -66,14 +66,14 @@ def test_skipping_continues_to_the_same_bytes(pictures: Path, tmp_path: Path) ->
     assert len(Dataset.open(tmp_path / "out", verify=True).read(np.arange(23))["moments"]) == 23
 
 
-def test_nothing_readable(tmp_path: Path) -> None:
+def test_source_without_readable_pictures_is_refused(tmp_path: Path) -> None:
     (tmp_path / "x").mkdir()
     (tmp_path / "x" / "a.png").write_bytes(b"")
     with pytest.raises(ValueError, match=r"none of the 1 pictures is readable; the first: a.png \(empty"):
         prepare(tmp_path / "x", tmp_path / "out", resolution=8, skip_bad=True, progress=False)
 
 
-def test_a_fault_of_the_machine_is_not_a_bad_picture(
+def test_system_error_is_not_skipped_as_a_bad_picture(
     pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def exhausted(*_: object, **__: object) -> None:
@@ -83,10 +83,10 @@ def test_a_fault_of_the_machine_is_not_a_bad_picture(
     monkeypatch.setattr(Image, "open", exhausted)
     with pytest.raises(ValueError, match="Too many open files") as caught:
         source.read(0)
-    assert type(caught.value) is ValueError  # --skip-bad would pass over a BadPicture
+    assert type(caught.value) is ValueError  # a BadPicture would be skipped by --skip-bad
 
 
-def test_output_that_is_a_file_or_holds_other_things(pictures: Path, tmp_path: Path) -> None:
+def test_output_that_is_a_file_or_holds_other_files_is_refused(pictures: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
     with pytest.raises(ValueError, match="file is not a folder"):
         prepare(pictures, tmp_path / "file", progress=False)
@@ -102,18 +102,22 @@ def test_output_that_is_a_file_or_holds_other_things(pictures: Path, tmp_path: P
     assert sorted(p.name for p in pictures.iterdir()) == ["cat", "wild dog"]
 
 
-def test_a_read_only_output(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_read_only_output_is_refused(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(path: Path, *_: object, **__: object) -> None:
         raise PermissionError(errno.EACCES, "Permission denied", str(path))
 
-    monkeypatch.setattr(Path, "mkdir", refuse)  # the superuser of a test machine is refused nothing
+    monkeypatch.setattr(Path, "mkdir", refuse)  # permissions do not stop the root user of a test machine
     with pytest.raises(ValueError, match=r"out/.lock cannot be opened \(Permission denied\).* choose another --out"):
         prepare(pictures, tmp_path / "out", progress=False)
     assert not (tmp_path / "out").exists()
 
 
 def test_full_disk_keeps_finished_shards(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    out, left, sync = tmp_path / "out", 6, os.fsync  # of a file and of its folder: for the plan, a shard, its record
+    out, left, sync = (
+        tmp_path / "out",
+        6,
+        os.fsync,
+    )  # two syncs (file and folder) each for the plan, a shard and its record
 
     def full(handle: int) -> None:
         nonlocal left
@@ -134,8 +138,8 @@ def test_full_disk_keeps_finished_shards(pictures: Path, tmp_path: Path, monkeyp
     assert contents(out) == contents(tmp_path / "complete")
 
 
-def test_a_disk_that_refuses_large_files(pictures: Path, tmp_path: Path) -> None:
-    """The kernel's own error: a limit on the size of files, reached in the middle of a shard."""
+def test_file_size_limit_leaves_no_partial_shard(pictures: Path, tmp_path: Path) -> None:
+    """A real error of the kernel: the limit on the size of files is reached in the middle of a shard."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (6000, hard))
@@ -147,7 +151,7 @@ def test_a_disk_that_refuses_large_files(pictures: Path, tmp_path: Path) -> None
     assert prepare(pictures, tmp_path / "out", progress=False).count == 23
 
 
-def test_two_at_once(pictures: Path, tmp_path: Path) -> None:
+def test_second_prepare_in_the_same_folder_is_refused(pictures: Path, tmp_path: Path) -> None:
     fcntl = pytest.importorskip("fcntl")
     (tmp_path / "out").mkdir()
     with open(tmp_path / "out" / ".lock", "ab") as lock:
@@ -166,18 +170,18 @@ def test_two_at_once(pictures: Path, tmp_path: Path) -> None:
         ({"autoencoder": "nonsense"}, "no autoencoder 'nonsense'"),
     ],
 )
-def test_bad_options_leave_no_trace(pictures: Path, tmp_path: Path, options: dict, message: str) -> None:
+def test_bad_options_create_no_output(pictures: Path, tmp_path: Path, options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         prepare(pictures, tmp_path / "out", progress=False, **options)
     assert not (tmp_path / "out").exists()
 
 
-def test_resolutions_an_autoencoder_cannot_take(pictures: Path, tmp_path: Path, vae: str) -> None:
+def test_resolution_that_does_not_divide_is_refused(pictures: Path, tmp_path: Path, vae: str) -> None:
     with pytest.raises(ValueError, match=r"resolution 9 is not a multiple of 2"):
         prepare(pictures, tmp_path / "out", autoencoder=vae, resolution=9, progress=False)
 
 
-def test_moments_beyond_half_precision(
+def test_moments_that_overflow_float16_are_refused(
     pictures: Path, tmp_path: Path, vae: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from selftrans.encoders.autoencoder import DiffusersAutoencoder, Moments
@@ -192,7 +196,7 @@ def test_moments_beyond_half_precision(
     assert prepare(pictures, tmp_path / "full", autoencoder=vae, dtype="float32", progress=False).count == 23
 
 
-def test_an_ignored_option_warns(pictures: Path, tmp_path: Path) -> None:
+def test_ignored_option_warns(pictures: Path, tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="precision bfloat16 is ignored"):
         prepare(pictures, tmp_path / "a", precision="bfloat16", progress=False)
     with pytest.warns(UserWarning, match="label_column is ignored"):
@@ -200,7 +204,7 @@ def test_an_ignored_option_warns(pictures: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["manifest.json", "plan.json"])
-def test_a_damaged_folder_is_named(pictures: Path, tmp_path: Path, name: str) -> None:
+def test_damaged_folder_is_named(pictures: Path, tmp_path: Path, name: str) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / name).write_text('{"version": 1')
     with pytest.raises(ValueError, match=r"out holds a damaged preparation \(.*\); delete it, or choose another --out"):

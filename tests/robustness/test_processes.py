@@ -1,4 +1,4 @@
-"""Runs of several processes when one of them is told to stop, freezes or is killed: the others never wait for ever."""
+"""Runs of several processes when one is asked to stop, freezes or is killed: the others end in finite time."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ def argv(out: Path, dotted: dict[str, object] | None = None) -> list[str]:
 
 
 def reached(out: Path, stage: str = "vanilla") -> int:
-    """The newest checkpoint that is whole."""
+    """Step of the newest valid checkpoint, 0 without one."""
     found = checkpoint.newest(out / stage / "checkpoints") if (out / stage).exists() else None
     return found.step if found else 0
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(240)
-def test_notice_freeze_and_death_without_a_launcher(tmp_path):
-    """Started by `srun` or by hand, nobody watches the processes but they themselves."""
+def test_signal_freeze_and_kill_without_a_launcher(tmp_path):
+    """Under `srun` or started by hand, no launcher ends the other processes."""
     out = tmp_path / "run"
-    with ranks(argv(out), tmp_path / "notice") as pair:
+    with ranks(argv(out), tmp_path / "signal") as pair:
         until(lambda: reached(out) >= 5, pair[0])
         pair[1].send_signal(signal.SIGUSR1)
         assert [process.ends(90) for process in pair] == [75, 75]
@@ -47,16 +47,16 @@ def test_notice_freeze_and_death_without_a_launcher(tmp_path):
         pair[1].send_signal(signal.SIGSTOP)
         started = time.monotonic()
         assert pair[0].ends(90) == 1
-        assert time.monotonic() - started > 10, "it gave up before the time it was given"
+        assert time.monotonic() - started > 10, "it ended before the timeout"
     assert "process 0 of 2 ends, because another one is gone or did not answer in time" in pair[0].lines()[-1]
     second = reached(out)
 
-    with ranks(argv(out), tmp_path / "death") as pair:
+    with ranks(argv(out), tmp_path / "kill") as pair:
         until(lambda: reached(out) >= second + 5, pair[0])
-        pair[0].kill()  # the one that the others met at
+        pair[0].kill()  # rank 0 holds the store through which the processes communicate
         assert pair[1].ends(90) == 1
     assert "process 1 of 2 ends, because another one is gone" in pair[1].lines()[-1]
-    assert "Traceback" not in pair[1].said.read_text()
+    assert "Traceback" not in pair[1].output.read_text()
 
     last = reached(out)
     train(toy.toy(VANILLA | {"train.steps": last + 2}), out, quiet=True)
@@ -66,7 +66,7 @@ def test_notice_freeze_and_death_without_a_launcher(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.timeout(200)
-def test_torchrun_ends_a_run_whose_process_was_killed_and_the_same_command_continues(tmp_path):
+def test_torchrun_ends_after_a_kill_and_the_same_command_continues(tmp_path):
     out = tmp_path / "run"
     with torchrun(argv(out), tmp_path / "killed.txt") as launcher:
         until(lambda: reached(out) >= 5, launcher)
@@ -79,40 +79,40 @@ def test_torchrun_ends_a_run_whose_process_was_killed_and_the_same_command_conti
     with torchrun(argv(out), tmp_path / "again.txt") as launcher:
         until(lambda: reached(out) >= first + 5, launcher)
         launcher.send_signal(signal.SIGTERM)
-        assert launcher.ends(90) == 1  # torchrun's own: it passes the notice on, not the 75
+        assert launcher.ends(90) == 1  # torchrun's own status: it forwards the signal but not the 75
     assert len([line for line in launcher.lines() if "stopped by SIGTERM at step" in line]) == 2
     assert reached(out) > first + 5
 
 
 @pytest.mark.slow
-def test_a_process_that_never_comes_is_not_waited_for_for_ever(tmp_path):
+def test_wait_for_a_missing_process_ends_after_the_timeout(tmp_path):
     command = argv(tmp_path / "run", {"train.timeout": 3})
-    alone = Rank(["selftrans", *command], tmp_path / "said.txt", rank=0, world=2, port=free_port())
+    alone = Rank(["selftrans", *command], tmp_path / "output.txt", rank=0, world=2, port=free_port())
     try:
         assert alone.ends(90) == 1
     finally:
         alone.group(signal.SIGKILL)
         alone.wait()
     assert "process 0 of 2 ends, because another one is gone or did not answer in time" in alone.lines()[-1]
-    assert "Traceback" not in alone.said.read_text() and not (tmp_path / "run").exists()
+    assert "Traceback" not in alone.output.read_text() and not (tmp_path / "run").exists()
 
 
 @pytest.mark.slow
-def test_two_processes_share_the_sampling_and_leave_the_same_bytes(tmp_path):
-    """12 images: full batches alone and together, so that every product has the same shape."""
+def test_sampling_by_two_processes_writes_the_same_bytes(tmp_path):
+    """12 images make full batches with one and with two processes, so that all matrix products have the same shape."""
     command = ["sample", str(toy.finished()), "--steps=3", "--batch-size=3"]
     assert main([*command, "--num=12", f"--out={tmp_path / 'alone'}"]) == 0
-    with ranks([*command, "--num=12", f"--out={tmp_path / 'shared'}"], tmp_path / "said") as pair:
+    with ranks([*command, "--num=12", f"--out={tmp_path / 'shared'}"], tmp_path / "output") as pair:
         assert [process.ends(90) for process in pair] == [0, 0]
     alone, shared = (toy.tree(tmp_path / name) for name in ("alone", "shared"))
     assert len(alone) == 14 and shared == alone
-    assert sum("img" in process.said.read_text() for process in pair) == 1, "one bar for all"
+    assert sum("img" in process.output.read_text() for process in pair) == 1, "one progress bar for both"
 
 
-def test_the_time_to_wait_is_finite_and_a_setting(tmp_path, capsys, monkeypatch):
+def test_timeout_is_finite_and_a_setting(tmp_path, capsys, monkeypatch):
     out = str(tmp_path / "run")
     assert main(["train", "digits", "--out", out, *toy.flags(), "--train.timeout=0"]) == 1
     assert "train.timeout must be above zero, not 0" in capsys.readouterr().err
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     assert main(["train", "digits", "--out", out, *toy.flags()]) == 1
-    assert "say --train.shard True" in capsys.readouterr().err
+    assert "set --train.shard True" in capsys.readouterr().err

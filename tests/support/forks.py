@@ -1,8 +1,8 @@
-"""Real processes of the real command that start in milliseconds: children of one that has imported everything.
+"""Processes of the real command that start in milliseconds, because they are forked from one with all imports done.
 
-A fresh interpreter needs seconds for torch alone. `Forks` starts one process, which imports what the commands import, makes
-no thread and computes nothing, and forks a child for each command line. The child is a process like any other: it has
-its own memory, files and locks, and dies of SIGKILL without a word.
+A fresh interpreter needs seconds to import torch. `Forks` starts one server process, which imports what the commands import,
+starts no thread and computes nothing, and forks a child for each command line. The child is an ordinary process with its own
+memory, files and locks, and can be ended by SIGKILL.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from typing import Any
 
 
 def serve() -> None:
-    """In the parent of the children: a line in is a command, lines out are its child's number and its exit."""
+    """Loop of the server process: a line in is a command; lines out are the pid of its child and its exit code."""
     import PIL.Image  # noqa: F401
     import sklearn.datasets  # noqa: F401
-    import torch._dynamo  # what building a model on the meta device brings in
+    import torch._dynamo  # imported when a model is built on the meta device
 
     from selftrans import recipes  # noqa: F401
     from selftrans.cli.main import main
@@ -29,14 +29,14 @@ def serve() -> None:
     from selftrans.sampling import images  # noqa: F401
     from selftrans.train import run  # noqa: F401
 
-    torch.set_num_threads(1)  # before any is made: a child does not inherit threads
+    torch.set_num_threads(1)  # before any thread starts: a child does not inherit threads
     for line in sys.stdin:
         command = json.loads(line)
         child = os.fork()
         if child == 0:
-            said = os.open(command["said"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-            os.dup2(said, 1)
-            os.dup2(said, 2)
+            output = os.open(command["output"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+            os.dup2(output, 1)
+            os.dup2(output, 2)
             os.close(0)
             try:
                 os._exit(main(command["argv"]))
@@ -48,21 +48,21 @@ def serve() -> None:
 
 
 class Child:
-    """One command under way, with the words of `subprocess.Popen`."""
+    """A running command, with the interface of `subprocess.Popen`."""
 
-    def __init__(self, server: Any, argv: list[str], said: Path) -> None:
+    def __init__(self, server: Any, argv: list[str], output: Path) -> None:
         self._server = server
-        server.stdin.write(json.dumps({"argv": argv, "said": str(said)}) + "\n")
+        server.stdin.write(json.dumps({"argv": argv, "output": str(output)}) + "\n")
         server.stdin.flush()
         self.pid = int(server.stdout.readline())
         self.returncode: int | None = None
 
     def poll(self) -> int | None:
-        """Its exit code once it has ended; that of a process that was killed is negative."""
+        """Its exit code once it has ended; negative for a process that was killed."""
         if self.returncode is None:
             try:
                 os.kill(self.pid, 0)
-            except ProcessLookupError:  # its parent waits for it, so that it never stays as a zombie
+            except ProcessLookupError:  # the server has waited for it, so it is never a zombie
                 self.wait()
         return self.returncode
 
@@ -77,15 +77,15 @@ class Child:
 
 
 class Forks:
-    """The parent of the children. One child at a time."""
+    """The server process and its children, one child at a time."""
 
     def __init__(self) -> None:
         environment = os.environ | {"PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"}
         self._server = subprocess.Popen([sys.executable, __file__], stdin=-1, stdout=-1, text=True, env=environment)
 
-    def start(self, argv: list[str], said: Path) -> Child:
-        said.touch()  # a child may be killed before it opens it
-        return Child(self._server, argv, said)
+    def start(self, argv: list[str], output: Path) -> Child:
+        output.touch()  # a child may be killed before it opens the file
+        return Child(self._server, argv, output)
 
     def close(self) -> None:
         self._server.communicate()

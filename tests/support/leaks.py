@@ -1,8 +1,8 @@
-"""A long tiny run that is watched: memory and open files, every hundred steps, as json on the last line.
+"""A long run of a tiny model that measures memory and open files every hundred steps; json on the last line.
 
     python -m tests.support.leaks FOLDER STEPS [--leak]
 Previews, checkpoints and evaluation are on. `--leak` keeps a tensor at each step and a file at each sample, so that a test
-can see the meter notice.
+can check that a leak is detected.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ KEPT: list[Any] = []
 
 
 def sample(step: int) -> dict[str, int]:
-    """What the process holds, after everything that can go has gone."""
+    """Memory, files, threads and tensors of the process, after garbage collection."""
     gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)  # glibc keeps what is freed
+    ctypes.CDLL(None).malloc_trim(0)  # glibc keeps freed memory
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return {
         "step": step,
@@ -43,7 +43,7 @@ def sample(step: int) -> dict[str, int]:
 
 
 class Meter:
-    """Stands in for the progress bar, and so is called once per step."""
+    """Replaces the progress bar, so that it is called once per step."""
 
     def __init__(self, run: Path, weights: Path, leak: bool) -> None:
         self.run, self.weights, self.leak = run, weights, leak
@@ -56,7 +56,7 @@ class Meter:
         self.step += steps
         if self.leak:
             KEPT.append(torch.zeros(1000))
-        if self.step % EVALUATED == 1 and self.step > 1:  # the checkpoint of the step before is there
+        if self.step % EVALUATED == 1 and self.step > 1:  # the checkpoint of the previous step exists
             evaluate_samples(self.run, toy.digits(), str(self.weights), settings={"num": 16, "steps": 2})
             self.evaluated += 1
         if self.step % EVERY == 2:

@@ -1,4 +1,4 @@
-"""Packages outside selftrans: put on the path as pip would install them, without pip, a network or a build."""
+"""Packages outside selftrans, put on the path as pip would install them, but without pip, network or build."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from selftrans.models.registry import REGISTRY as MODELS
 
 
 def install(project: Path, site: Path) -> Path:
-    """Copy the modules of `project` (src layout) to `site`, with the metadata that its pyproject.toml makes; returns `site`."""
+    """Copy the modules of `project` (src layout) to `site`, with the metadata of its pyproject.toml; returns `site`."""
     about = tomllib.loads((project / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     skip = shutil.ignore_patterns("__pycache__")
     shutil.copytree(project / "src", site, dirs_exist_ok=True, ignore=skip)
@@ -33,9 +33,9 @@ def install(project: Path, site: Path) -> Path:
 
 @contextlib.contextmanager
 def importable(*folders: Path, drop: tuple[str, ...]) -> Iterator[None]:
-    """These folders first on the path, and nothing remembered of code outside selftrans; `drop`: top modules to import anew.
+    """These folders first on the path, without records of code outside selftrans; `drop`: top modules to import again.
 
-    Afterwards path, modules and records are as they were before.
+    Afterwards path, modules and records are restored.
     """
     ours = [name for name in sys.modules if name.partition(".")[0] in drop]
     with pytest.MonkeyPatch.context() as patch:

@@ -1,4 +1,4 @@
-"""The command in several processes that find each other through their environment alone, as `srun` starts them."""
+"""The command in several processes, configured by environment variables only, as `srun` starts them."""
 
 from __future__ import annotations
 
@@ -14,19 +14,25 @@ from pathlib import Path
 
 
 def free_port() -> int:
-    with socket.socket() as there:
-        there.bind(("127.0.0.1", 0))
-        return int(there.getsockname()[1])
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 class Rank(subprocess.Popen):
-    """One process of `world`, in a session of its own; what it says is kept in `said`."""
+    """One process of `world`, in its own session; its stdout and stderr go to the file `output`."""
 
-    def __init__(self, argv: list[str], said: Path, *, rank: int = 0, world: int = 1, port: int = 0) -> None:
-        places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "MASTER_PORT": port}
-        env = os.environ | {key: str(value) for key, value in places.items()} | {"MASTER_ADDR": "127.0.0.1"}
-        self.said = said
-        with said.open("wb") as file:
+    def __init__(self, argv: list[str], output: Path, *, rank: int = 0, world: int = 1, port: int = 0) -> None:
+        settings = {
+            "RANK": rank,
+            "LOCAL_RANK": rank,
+            "WORLD_SIZE": world,
+            "LOCAL_WORLD_SIZE": world,
+            "MASTER_PORT": port,
+        }
+        env = os.environ | {key: str(value) for key, value in settings.items()} | {"MASTER_ADDR": "127.0.0.1"}
+        self.output = output
+        with output.open("wb") as file:
             super().__init__(
                 [sys.executable, "-m", *argv],
                 env=env if port else None,
@@ -36,24 +42,24 @@ class Rank(subprocess.Popen):
             )
 
     def group(self, number: int) -> None:
-        """A signal to it and to all that it has started."""
+        """Send a signal to it and to every process that it has started."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.pid, number)
 
     def ends(self, seconds: float) -> int:
-        """Its exit status; what it said, if it does not end in time."""
+        """Its exit status. AssertionError with its output if it does not end in time."""
         try:
             return self.wait(timeout=seconds)
         except subprocess.TimeoutExpired:
-            raise AssertionError(f"still running after {seconds} s: {self.said.read_text()}") from None
+            raise AssertionError(f"still running after {seconds} s: {self.output.read_text()}") from None
 
     def lines(self) -> list[str]:
-        return [line for line in self.said.read_text().splitlines() if line.startswith("selftrans: ")]
+        return [line for line in self.output.read_text().splitlines() if line.startswith("selftrans: ")]
 
 
 @contextlib.contextmanager
 def ranks(argv: list[str], folder: Path, world: int = 2) -> Iterator[list[Rank]]:
-    """`selftrans` with these arguments in `world` processes; none outlives the block."""
+    """`selftrans` with these arguments in `world` processes; all are ended with the block."""
     folder.mkdir(parents=True, exist_ok=True)
     port, started = free_port(), []
     try:
@@ -67,22 +73,22 @@ def ranks(argv: list[str], folder: Path, world: int = 2) -> Iterator[list[Rank]]
 
 
 @contextlib.contextmanager
-def torchrun(argv: list[str], said: Path, world: int = 2) -> Iterator[Rank]:
-    """The same under `torchrun`, whose process it is."""
+def torchrun(argv: list[str], output: Path, world: int = 2) -> Iterator[Rank]:
+    """The same under `torchrun`; yields the process of torchrun itself."""
     launcher = ["torch.distributed.run", f"--nproc-per-node={world}", "--standalone", "-m", "selftrans"]
-    process = Rank([*launcher, *argv], said)
+    process = Rank([*launcher, *argv], output)
     try:
         yield process
     finally:
         for pid in children(process.pid):
             with contextlib.suppress(ProcessLookupError):
-                os.killpg(pid, signal.SIGKILL)  # each is in a session of its own
+                os.killpg(pid, signal.SIGKILL)  # each is in its own session
         process.group(signal.SIGKILL)
         process.wait()
 
 
 def children(pid: int) -> list[int]:
-    """Processes that `pid` has started and that are alive, the first one first."""
+    """Living processes that `pid` has started, by rising pid."""
     try:
         return sorted(int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split())
     except FileNotFoundError:
@@ -96,10 +102,28 @@ def alive(pid: int) -> bool:
         return False
 
 
-def until(true: Callable[[], object], what: subprocess.Popen, seconds: float = 100) -> None:
-    """Wait for something that a process does."""
+def until(condition: Callable[[], object], process: subprocess.Popen, seconds: float = 100) -> None:
+    """Wait until `condition` holds. AssertionError with the output of the process if it ends before, or the time is over."""
     end = time.monotonic() + seconds
-    while not true():
-        said = getattr(what, "said", None)
-        assert what.poll() is None and time.monotonic() < end, said.read_text() if said else what
+    while not condition():
+        output = getattr(process, "output", None)
+        assert process.poll() is None and time.monotonic() < end, output.read_text() if output else process
         time.sleep(0.02)
+
+
+class Killed(BaseException):
+    """Raised to end a run as a kill would: no handler of the package catches it."""
+
+
+def start(argv: list[str]) -> subprocess.Popen[str]:
+    """`selftrans` with these arguments in another process."""
+    command = [sys.executable, "-m", "selftrans", *argv]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for_lines(process: subprocess.Popen[str], path: Path, count: int) -> None:
+    """Wait until a file that the process writes has `count` lines."""
+    deadline = time.monotonic() + 90
+    while not path.exists() or path.read_bytes().count(b"\n") < count:
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+        time.sleep(0.005)

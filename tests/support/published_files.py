@@ -1,6 +1,6 @@
-"""Strangers' checkpoints, made here from what their repositories say, and their network out of diffusers' parts.
+"""Checkpoints in the published layouts of other code bases, and their network assembled from parts of diffusers.
 
-Nothing of selftrans is used: names and order are those of the published modules, the arithmetic is diffusers'.
+Nothing of selftrans is used: names and order are those of the published modules, the arithmetic is that of diffusers.
 """
 
 from __future__ import annotations
@@ -65,7 +65,9 @@ def state(
     for i in range(depth):
         linear(f"blocks.{i}.attn.qkv", 3 * width, width)
         if qk_norm:
-            out[f"blocks.{i}.attn.qkv.weight"][: 2 * width] *= 0.1  # small enough for the norms' epsilon to show
+            out[f"blocks.{i}.attn.qkv.weight"][: 2 * width] *= (
+                0.1  # small enough for the epsilon of the norms to matter
+            )
             for norm in ("q_norm", "k_norm"):
                 out[f"blocks.{i}.attn.{norm}.weight"] = 1 + 0.1 * torch.randn(width // heads, generator=g)
                 out[f"blocks.{i}.attn.{norm}.bias"] = 0.1 * torch.randn(width // heads, generator=g)
@@ -85,7 +87,7 @@ def state(
 
 
 def options(kind: str, **more: Any) -> argparse.Namespace:
-    """What their training commands keep of themselves."""
+    """The options that their training commands store in a checkpoint."""
     sit = {"model": "SiT-XL/2", "path_type": "Linear", "prediction": "velocity", "loss_weight": None, "ckpt": None}
     repa = {"model": "SiT-B/2", "path_type": "linear", "prediction": "v", "weighting": "uniform", "proj_coeff": 0.5}
     return argparse.Namespace(**{**(sit if kind == "sit" else repa), **more})
@@ -110,7 +112,7 @@ def save(path: Path, content: Any) -> Path:
 
 
 class Given(nn.Module):
-    """In place of an embedder: the condition that was computed once for all blocks."""
+    """Replaces an embedder: returns the condition that was computed once for all blocks."""
 
     value: Tensor
 
@@ -119,7 +121,7 @@ class Given(nn.Module):
 
 
 class Assembled(nn.Module):
-    """The published network from diffusers' parts, with the tensors of a published state dict; in their own time."""
+    """The published network from parts of diffusers, with the tensors of a published state dict, in its own time convention."""
 
     def __init__(
         self, named: Named, width: int, depth: int, heads: int, patch: int, channels: int, side: int, classes: int
@@ -143,7 +145,7 @@ class Assembled(nn.Module):
             width, heads, width // heads, activation_fn="gelu-approximate", num_embeds_ada_norm=1, attention_bias=True,
             norm_type="ada_norm_zero", norm_elementwise_affine=False, norm_eps=1e-6,
         )  # fmt: skip
-        norm = "layer_norm" if qk_norm else None  # timm's attention, which they use, leaves torch's epsilon as it is
+        norm = "layer_norm" if qk_norm else None  # they use timm's attention, whose norms have torch's default epsilon
         block.attn1 = Attention(width, heads=heads, dim_head=width // heads, bias=True, qk_norm=norm, eps=1e-5)
         block.norm1.emb = self.given
         return block
@@ -174,7 +176,7 @@ class Assembled(nn.Module):
         fill(self.out, "final_layer.linear")
 
     def forward(self, x: Tensor, t: Tensor, labels: Tensor) -> Tensor:
-        """(N, C, H, W), (N,), (N,) -> (N, C, H, W), the second half of learn_sigma left out as they do."""
+        """(N, C, H, W), (N,), (N,) -> (N, C, H, W), without the second half of learn_sigma, as published."""
         self.given.value = self.time(self.waves(t)) + self.label.embedding_table(labels)
         tokens = self.patches(x)
         for block in self.blocks:

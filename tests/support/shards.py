@@ -1,4 +1,4 @@
-"""A folder of shards, written by safetensors itself from the format's description."""
+"""A folder of shards, written with the safetensors library from the description of the format."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def make(folder: Path, dtype: str = "float16") -> tuple[np.ndarray, np.ndarray]:
 
 
 def write_shards(folder: Path, moments: np.ndarray, labels: np.ndarray) -> None:
-    """The rows of COUNTS, a safetensors file each."""
+    """A safetensors file for each entry of COUNTS, with that many rows."""
     start = 0
     for k, count in enumerate(COUNTS):
         rows = slice(start, start + count)

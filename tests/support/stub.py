@@ -1,7 +1,7 @@
-"""Two backbones of three numbers each, whose features and velocity anyone can compute on paper, and helpers of the
-method's tests. Nothing here comes from selftrans but its types.
+"""Two backbones with three parameters each, whose features and velocity can be computed by hand, and helpers of the
+tests of methods. Nothing here uses selftrans except its types.
 
-    h_1 = a patches(x)        h_2 = h_1 + b t        h_3 = h_2 + c y        velocity = h_3 put back: a x + b t + c y
+    h_1 = a patches(x)        h_2 = h_1 + b t        h_3 = h_2 + c y        velocity = h_3 as an image: a x + b t + c y
 """
 
 import math
@@ -16,7 +16,7 @@ from selftrans.types import Backbone, Conditions, Draw, Output
 class Stub(Backbone):
     """Three blocks of one parameter each; y is a class label, and the null label is `num_classes`.
 
-    `wide` repeats every token's channels; every input that it is called with is kept in `calls`.
+    `wide` repeats every token's channels; the inputs of every call are kept in `calls`.
     """
 
     def __init__(self, shape=(2, 4, 4), patch=2, num_classes=7, wide=1, abc=(0.5, -1.5, 0.25)):
@@ -36,7 +36,7 @@ class Stub(Backbone):
         return x.reshape(n, c, h // p, p, w // p, p).permute(0, 2, 4, 1, 3, 5).reshape(n, -1, c * p * p)
 
     def meaning(self, cond):
-        """A number per sample (N,)."""
+        """y of each sample (N,)."""
         return cond.to(self.c.dtype)
 
     def forward(self, x, t, cond, *, taps=(), stop=False):
@@ -56,7 +56,7 @@ class Stub(Backbone):
 
 
 class TextStub(Stub):
-    """With a text-like condition: y is the mean of the tokens that the mask keeps, plus that of the pooled vector."""
+    """With a text-like condition: y is the mean of the unmasked tokens plus the mean of the pooled vector."""
 
     def null(self, cond):
         first = torch.zeros_like(cond["mask"])
@@ -70,7 +70,7 @@ class TextStub(Stub):
 
 
 def handmade_draw(t, shape=(2, 4, 4), num_classes=7, dropped=(), even=False, seed=0):
-    """A draw on the linear path with these times, written out here; the samples `dropped` lose their label."""
+    """A draw on the linear path with these times, computed here; the samples `dropped` have the null label."""
     g = torch.Generator().manual_seed(seed)
     t = torch.tensor(t)
     n = len(t)
@@ -113,9 +113,21 @@ def layer_norm_by_hand(x, eps):
 
 
 def gains_by_hand(t, timestep_range, mode):
-    """What each sample's error counts, from the method's three sentences."""
+    """The gain of each sample, from the definition of the three modes."""
     n = len(t)
     inside = [timestep_range is None or timestep_range[0] <= x <= timestep_range[1] for x in t]
     if timestep_range is None or mode == "select":
         return [x / n for x in inside]
     return [sum(inside) / n / n] * n
+
+
+def features_by_hand(d, i, block, t=None, zt=None, cond=None, abc=(0.5, -1.5, 0.25)):
+    """h_block (T, D) of a stub with the parameters `abc` for sample i of a draw; default: at its zt, t, condition."""
+    a, b, c = abc
+    h = a * patches_by_hand(numbers(d.zt[i] if zt is None else zt), 2)
+    h = h + b * (d.t[i].item() if t is None else t) if block > 1 else h
+    return h + c * (d.dropped[i] if cond is None else cond).item() if block > 2 else h
+
+
+def cosine_by_hand(x, y):
+    return (x @ y) / math.sqrt((x @ x) * (y @ y))

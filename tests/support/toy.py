@@ -1,6 +1,6 @@
-"""Toy runs for the tests of training and of its commands: three narrow blocks on tiny pictures, a second or two each.
+"""Toy runs for the tests of training and its commands: three narrow blocks on tiny pictures, a second or two each.
 
-What is shared here is made once and used by all of them; copy it before you change it.
+The shared runs are trained once and used by all tests; copy one before you change it.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from selftrans.train import flops as compute
 from selftrans.train.log import read_log
 from selftrans.train.run import train
 
-#: dotted override -> value: every mechanism of training at work within a few steps
+#: dotted override -> value: every mechanism of training is used within a few steps
 TOY: dict[str, Any] = {
     "model.width": 32,
     "model.depth": 3,
@@ -53,11 +53,11 @@ TOY: dict[str, Any] = {
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """What makes toys slow is left out. Import it into a test's module."""
+    """Skip what makes toy runs slow. Import it into a test module."""
     before = torch.get_num_threads()
-    torch.set_num_threads(1)  # on such small tensors two threads wait for each other longer than one computes
+    torch.set_num_threads(1)  # on such small tensors two threads are slower than one
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    # accelerate sweeps up garbage after every stage, which takes longer than the stage
+    # accelerate runs the garbage collector after every stage, which takes longer than the stage
     monkeypatch.setattr("accelerate.utils.memory.gc", types.SimpleNamespace(collect=lambda: 0))
     monkeypatch.setattr(compute, "forward_flops", counted)
     yield
@@ -69,7 +69,7 @@ COUNT = compute.forward_flops
 
 
 def counted(backbone: Any, cond: Any, taps: tuple[int, ...] = (), *, stop: bool = False) -> int:
-    """`forward_flops`, each model once: its count takes longer than all other preparation of a toy's run."""
+    """`forward_flops`, cached by model: the count takes longer than all other preparation of a toy run."""
     what = (repr(backbone), backbone.shape, taps, stop)
     if what not in KNOWN:
         KNOWN[what] = COUNT(backbone, cond, taps, stop=stop)
@@ -77,7 +77,7 @@ def counted(backbone: Any, cond: Any, taps: tuple[int, ...] = (), *, stop: bool 
 
 
 def place(name: str) -> Path:
-    """A directory of all tests, removed at their end (see conftest.py)."""
+    """A directory that all tests share, removed after the last one (see conftest.py)."""
     return Path(os.environ["HF_HOME"], "toy", name)
 
 
@@ -87,32 +87,32 @@ def override(config: RunConfig, dotted: dict[str, Any]) -> RunConfig:
 
 
 def toy(dotted: dict[str, Any] | None = None, *, name: str = "digits") -> RunConfig:
-    """The recipe `name` at toy size, on mirrored digits unless told otherwise."""
+    """The recipe `name` at toy size, by default on mirrored digits."""
     changed = {"data.path": str(digits())} | TOY | (dotted or {})
     config = override(recipe(name), changed)
     return config.restricted() if config.method in METHODS else config
 
 
 def flags(dotted: dict[str, Any] | None = None) -> list[str]:
-    """The toy's overrides as they are written on the command line."""
+    """The overrides of a toy run as command-line flags."""
     return [f"--{name.replace('_', '-')}={value}" for name, value in (TOY | (dotted or {})).items()]
 
 
 def taught_flags() -> list[str]:
-    """Those of a run that is given a teacher: overrides of a stage 1 that is not trained would be warned about."""
+    """Flags of a run with a given teacher: overrides of stage 1, which is not trained, would give a warning."""
     return [flag for flag in flags() if not flag.startswith("--stage1")]
 
 
 @functools.cache
 def digits() -> Path:
-    """The digits, with a mirrored copy of each."""
+    """The prepared digits, with a mirrored copy of each."""
     prepare("digits", place("digits"), flip=True, progress=False)
     return place("digits")
 
 
 @functools.cache
 def finished() -> Path:
-    """A run of both stages, trained to its end without interruption."""
+    """A finished run of both stages, trained without interruption."""
     train(toy(), place("finished"), quiet=True)
     return place("finished")
 
@@ -125,12 +125,12 @@ def vanilla() -> Path:
 
 
 def copy(run: Path, to: Path) -> Path:
-    """A copy to be changed."""
+    """A copy that may be changed."""
     return Path(shutil.copytree(run, to))
 
 
 def pictures(folder: Path, classes: tuple[str, ...] = ("cat", "dog"), count: int = 5, side: int = 8) -> Path:
-    """`count` noisy PNGs in each class folder, or in `folder` itself where there are no classes."""
+    """`count` PNGs of noise in each class folder, or in `folder` itself without classes."""
     rng = np.random.default_rng(0)
     for name in classes or (".",):
         (folder / name).mkdir(parents=True, exist_ok=True)
@@ -140,13 +140,13 @@ def pictures(folder: Path, classes: tuple[str, ...] = ("cat", "dog"), count: int
 
 
 def prepared(folder: Path, classes: tuple[str, ...] = ("cat", "dog"), count: int = 5, side: int = 8) -> Path:
-    """The same as shards of pixels."""
+    """The same pictures, prepared as shards of pixels."""
     prepare(pictures(folder / "pictures", classes, count, side), folder / "data", progress=False)
     return folder / "data"
 
 
 def checkpoint(run: Path, stage: str = "stage2", step: int | None = None) -> Path:
-    """A checkpoint's directory; by default the newest of the stage."""
+    """The directory of a checkpoint; by default the newest of the stage."""
     found = sorted((run / stage / "checkpoints").glob("step-*"))
     return found[-1] if step is None else run / stage / "checkpoints" / f"step-{step:08d}"
 
@@ -161,18 +161,18 @@ def tensors(run: Path, stage: str = "stage2", step: int | None = None) -> dict[s
 
 
 def log(run: Path, stage: str = "stage2") -> list[dict[str, Any]]:
-    """Lines of a stage's log, without the time they took."""
+    """Lines of the log of a stage, without their times."""
     return [{k: v for k, v in line.items() if k != "seconds"} for line in read_log(run / stage / "log.jsonl")]
 
 
 def assert_same(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
-    """Bit for bit."""
+    """AssertionError unless all tensors are equal bit for bit."""
     assert a.keys() == b.keys()
     assert [name for name in a if not torch.equal(a[name], b[name])] == []
 
 
 def assert_same_run(a: Path, b: Path, stages: tuple[str, ...] = ("stage1", "stage2")) -> None:
-    """Weights, averages, heads, optimiser, reports and log lines of two runs are the same bit for bit."""
+    """AssertionError unless weights, EMA, heads, optimiser, state and log lines of two runs are equal bit for bit."""
     for stage in stages:
         assert_same(tensors(a, stage), tensors(b, stage))
         assert log(a, stage) == log(b, stage)
@@ -182,5 +182,5 @@ def assert_same_run(a: Path, b: Path, stages: tuple[str, ...] = ("stage1", "stag
 
 
 def tree(folder: Path) -> dict[str, bytes]:
-    """Every file below, by its relative path."""
+    """Content of every file below `folder`, by relative path."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}

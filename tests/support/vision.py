@@ -1,4 +1,4 @@
-"""Tiny vision models of `transformers` with random weights, saved as their authors save them."""
+"""Tiny vision models of `transformers` with random weights, saved as `transformers` saves them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def _one(kind: str, **options: object) -> transformers.PreTrainedModel:
     return getattr(transformers, f"{kind}Model")(getattr(transformers, f"{kind}Config")(**options))
 
 
-#: name -> (a fresh model, how many tokens stand before its patches)
+#: name -> (a new model, number of tokens before its patches)
 FAMILIES = {
     "dinov2": (lambda: _one("Dinov2", **SIZES, image_size=28, patch_size=7), 1),
     "registers": (lambda: _one("Dinov2WithRegisters", **SIZES, image_size=28, patch_size=7, num_register_tokens=4), 5),
@@ -46,7 +46,7 @@ FAMILIES = {
 
 
 def save_encoder(folder: Path, family: str = "dinov2", *, processor: bool = True, seed: int = 0) -> str:
-    """A model of `FAMILIES`, its numbers far from their zeros and ones at birth, and its processor's settings."""
+    """A model of `FAMILIES` with random weights, none left at its initial zero or one, and the settings of its processor."""
     torch.manual_seed(seed)
     model = FAMILIES[family][0]()
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""A run's configuration: complete, there and back through json, and refused where it cannot work."""
+"""The configuration of a run: complete, unchanged through json, and refused where a value is impossible."""
 
 import json
 
@@ -16,7 +16,7 @@ COMPLETE = to_json(recipe("digits").restricted())
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_every_recipe_survives_json_and_its_own_check(name):
+def test_every_recipe_passes_json_and_its_check_unchanged(name):
     for method in METHODS:
         config = override(recipe(name), {"method": method}).restricted()
         assert config.recipe == name
@@ -61,7 +61,7 @@ def test_sections_of_an_unknown_method_stay_plain_json_and_nothing_is_imported()
         from_json(json.dumps(raw | {"stage1": {}}))
 
 
-def test_values_of_every_kind_survive_json():
+def test_values_of_every_type_pass_json_unchanged():
     config = override(
         recipe("digits").restricted(),
         {
@@ -82,10 +82,10 @@ def test_values_of_every_kind_survive_json():
 
 def edited(path, value):
     raw = json.loads(COMPLETE)
-    place = raw
+    section = raw
     for key in path[:-1]:
-        place = place[key]
-    place[path[-1]] = value
+        section = section[key]
+    section[path[-1]] = value
     return json.dumps(raw)
 
 
@@ -115,9 +115,20 @@ def edited(path, value):
         (edited(("model", "widht"), 3), "did you mean width"),
     ],
 )
-def test_foreign_json_names_the_field(text, message):
+def test_invalid_json_is_refused_by_field(text, message):
     with pytest.raises(ValueError, match=message):
         from_json(text)
+
+
+def test_lenient_reading_keeps_sections_of_another_version_as_json():
+    raw = json.loads(COMPLETE)
+    raw["stage2"]["of_a_later_version"] = 1
+    with pytest.raises(ValueError, match=r"config\.stage2\.of_a_later_version is unknown"):
+        from_json(json.dumps(raw))
+    config = from_json(json.dumps(raw), lenient=True)
+    assert config.sections["stage2"] == raw["stage2"] and config.section(Stage1) == recipe("digits").section(Stage1)
+    with pytest.raises(ValueError, match=r"config\.train\.lr should be"):  # what a model needs is never skipped
+        from_json(edited(("train", "lr"), "fast"), lenient=True)
 
 
 @pytest.mark.parametrize(
@@ -151,7 +162,7 @@ def test_foreign_json_names_the_field(text, message):
         ("sample.num", 0),
     ],
 )
-def test_a_value_that_cannot_work_is_named(field, value):
+def test_impossible_value_is_named(field, value):
     with pytest.raises(ValueError, match=field.replace(".", r"\.")):
         override(recipe("digits"), {field: value}).check()
 
@@ -165,7 +176,7 @@ def test_sizes_come_from_the_published_name_unless_given():
     assert SiTConfig("SiT-B/4", patch=2).sizes() == SIT_SIZES["SiT-B/2"]
 
 
-def test_differences_name_what_may_not_change_between_visits():
+def test_differences_list_settings_that_may_not_change_on_resume():
     config = recipe("digits").restricted()
     assert differences(config, config) == []
     before = override(config, {"train.lr": 0.5, "train.steps": 2, "stage2.timestep_range": None})
@@ -176,8 +187,8 @@ def test_differences_name_what_may_not_change_between_visits():
     ]
 
 
-def test_settings_that_may_change_are_exactly_these():
-    """Freely: where things are, how long, what is kept and shown. By consent: what a troubled run may need."""
+def test_settings_that_may_change_on_resume():
+    """Free: paths, lengths, what is kept and logged. With consent: settings that may rescue a diverging run."""
     rules = {
         name: rule
         for method in METHODS
@@ -197,12 +208,12 @@ def test_settings_that_may_change_are_exactly_these():
     }
 
 
-def test_a_recipe_is_required_and_all_else_has_a_default():
+def test_only_the_recipe_is_required():
     assert RunConfig(recipe="mine").check().train.steps == 400_000
 
 
-def test_section_of_a_method_that_is_not_known_here_gives_defaults():
-    """A run of code that is not imported is compared with the same method under the name of an installed package."""
+def test_section_of_an_unknown_method_gives_defaults():
+    """So that a run of code that is not imported can be compared with the same method of an installed package."""
     raw = json.loads(to_json(override(recipe("digits"), {"method": "vanilla"}).restricted()))
     config = from_json(json.dumps(raw | {"method": "os:system", "stage1": {"steps": 3}}))
     assert config.section(Stage1) == Stage1()

@@ -1,4 +1,4 @@
-"""flow.py against calculus (autograd), statistics (scipy) and its own algebra in float64."""
+"""flow.py against autograd, statistics of scipy, and its own algebra in float64."""
 
 import math
 
@@ -122,7 +122,7 @@ def batch(n):
 
 
 @pytest.mark.parametrize("times", TIMES)
-def test_draw_lies_on_the_path(times):
+def test_draw_is_on_the_path(times):
     torch.manual_seed(4)
     b = batch(16)
     d = flow.draw(b, torch.full_like(b.cond, 10), path=flow.COSINE, times=times)
@@ -154,7 +154,7 @@ def test_same_seed_same_draw():
     assert not torch.equal(same.noise, other.noise) and not torch.equal(same.t, other.t)
 
 
-def test_draw_drops_whole_rows_of_a_condition_of_several_tensors():
+def test_draw_drops_all_tensors_of_a_row_together():
     torch.manual_seed(8)
     n = 64
     cond = {"tokens": torch.ones(n, 5, 3), "mask": torch.ones(n, 5, dtype=torch.bool), "pooled": torch.ones(n, 4)}

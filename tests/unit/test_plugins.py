@@ -1,4 +1,4 @@
-"""Records of other packages: by entry points that are found on the path, and as module:function."""
+"""Records of other packages: entry points on the path, and module:function."""
 
 import pytest
 
@@ -53,7 +53,7 @@ def test_installed_records_are_found_by_every_name(install):
         models().find("net-l")
 
 
-def test_an_entry_point_may_be_a_function_that_returns_the_record(install):
+def test_entry_point_may_be_a_function_that_returns_the_record(install):
     install("outside_b", [("methods", "plain", "outside_b:method")])
     assert methods().find("plain").name == "plain"
 
@@ -71,12 +71,12 @@ def test_an_entry_point_may_be_a_function_that_returns_the_record(install):
 def test_broken_package_does_not_disable_the_others(value, module, expected, install):
     install("outside_c", [("methods", "broken", value)], module)
     install("outside_d", [("methods", "plain", "outside_d:METHOD")])
-    found = methods()
-    assert found.find("vanilla") is METHODS["vanilla"]
+    registry_of_methods = methods()
+    assert registry_of_methods.find("vanilla") is METHODS["vanilla"]
     with pytest.warns(UserWarning, match=f"{expected}.*left out"):
-        assert [spec.name for spec in found.every()] == [*METHODS, "plain"]
+        assert [spec.name for spec in registry_of_methods.every()] == [*METHODS, "plain"]
     with pytest.warns(UserWarning, match=expected), pytest.raises(ValueError, match=expected):
-        found.find("broken")
+        registry_of_methods.find("broken")
 
 
 def test_package_cannot_replace_a_built_in_method(install):

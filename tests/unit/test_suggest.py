@@ -4,13 +4,13 @@ from selftrans.recipes import RECIPES
 from selftrans.suggest import closest, did_you_mean, nearest
 
 
-def test_nearest_word_or_all_of_them():
+def test_nearest_word_or_else_all_words():
     assert nearest("digit", RECIPES) == "; did you mean digits?"
     assert nearest("zzz", ["a", "b"]) == "; choose one of a, b"
     assert nearest("zzz", iter(["a", "b"])) == "; choose one of a, b"
 
 
-def test_closest_first_and_none_where_nothing_is_alike():
+def test_closest_word_comes_first_and_unlike_words_give_none():
     assert closest("stesp", ["seeds", "steps"], most=1) == ["steps"]
     assert closest("zzz", ["a", "b"]) == []
 

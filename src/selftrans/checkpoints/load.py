@@ -137,7 +137,7 @@ def load_model(origin: str | Path, *, stage: str | None = None, weights: Weights
     path = find(origin, stage=stage, weights=weights)
     metadata = checkpoint.read_header(path)
     try:
-        config = from_json(json.dumps(metadata["config"]))
+        config = from_json(json.dumps(metadata["config"]), lenient=True)
         shape = tuple(int(n) for n in metadata["shape"])
         conditions = from_plain(Conditions, metadata["conditions"], "conditions")
         _check_fit(path, config, shape, conditions)

@@ -88,7 +88,7 @@ class Prepare(Command):
 
 @dataclass
 class Train(RecipeCommand[Config]):
-    """Train a recipe: stage 1, then stage 2. The same command again continues the run.
+    """Train a recipe: the stages of its method, in order. The same command again continues the run.
 
     Every setting of a recipe can be overridden: `--train.steps 20000 --model.name=SiT-S/2`.
     """

@@ -19,7 +19,8 @@ from selftrans.data.prepare import prepare_digits
 from selftrans.evaluate.extractors import load_extractor
 from selftrans.evaluate.plots import save
 from selftrans.experiments import html_report
-from selftrans.experiments.runner import PROBED_BLOCK, Comparison, Results, compare, samples_of
+from selftrans.experiments.measurement import PROBED_BLOCK, samples_of
+from selftrans.experiments.runner import Comparison, Results, compare
 from selftrans.experiments.table import AXES, as_csv, mean_curve, rows
 from selftrans.experiments.train_classifier import classifier_from_data
 from selftrans.methods.registry import METHODS, REGISTRY, find, sections_of, stages
@@ -42,20 +43,23 @@ def compare_methods(
 ) -> dict[str, Any]:
     """Train and measure each method with each seed and write `out`; returns what compare.json holds.
 
-    All share data, model, student steps, batch, sampler, extractor and number of images. A teacher is a run of stage 1
-    for as many steps as the student, unless `stage1.steps` says otherwise, and shared with the method `structure` of the
-    same seed. Distances are to the training data. `features`: an extractor's name or file; None: see `with_defaults`.
-    `methods`: None: the built-in ones that need no external encoder. Repeating the call continues it; methods and seeds
-    may be added. Raises ValueError for unknown methods and seeds.
+    All share data, model, student steps, batch, sampler, extractor and number of images. Every stage is as long as the
+    student's training, unless the settings say otherwise; a stage that another method trains alone, with the same settings
+    and seed, is shared. Distances are to the training data. Repeating the call continues it; methods and seeds may be added.
+
+    Args:
+        methods: their names; None: the built-in ones that need no external encoder.
+        features: an extractor's name or file; None: see `with_defaults`.
+    Raises ValueError for unknown methods and seeds.
     """
     if methods is None:
         methods = [name for name, spec in METHODS.items() if not any(s.encoder for s in spec.stages(config))]
     _check(methods, seeds, images)
     with lock_file(out / ".lock"):
         config, features, weights = with_defaults(config, out, features=features)
-        variants = {name: only(config, name) for name in methods}
+        variants = {name: for_method(config, name) for name in methods}
         rehearse(variants)
-        block = min(PROBED_BLOCK, _depth(config))
+        block = probed_block(config)
         chosen = Comparison(config, variants, tuple(seeds), out, images, features, weights, block)
         results = compare(chosen, workers=workers)
         summary = summarise(chosen, results)
@@ -66,14 +70,16 @@ def compare_methods(
     return summary
 
 
-def _depth(config: RunConfig) -> int:
-    """Blocks of the students."""
-    manifest = Dataset.open(str(config.data.path)).manifest
+def probed_block(config: RunConfig) -> int:
+    """The shallow block whose features are probed in every run: the one that the recipe's method guides first."""
+    manifest, first = Dataset.open(str(config.data.path)).manifest, stages(config)[0]
     with torch.device("meta"):
-        return config.build_model(manifest.shape, manifest.conditions).depth
+        student = config.build_model(manifest.shape, manifest.conditions)
+        guidances = [] if first.teacher or first.encoder else first.guide(student, None)
+    return guidances[0].taps[0] if guidances else min(PROBED_BLOCK, student.depth)
 
 
-def only(config: RunConfig, method: str) -> RunConfig:
+def for_method(config: RunConfig, method: str) -> RunConfig:
     """The configuration for one method, with its own sections: its run is the same whatever it is compared with."""
     config = dataclasses.replace(config, method=method).restricted()
     plan = stages(config)
@@ -91,12 +97,12 @@ def only(config: RunConfig, method: str) -> RunConfig:
 def rehearse(variants: Mapping[str, RunConfig]) -> None:
     """Build each method once, without memory for its weights: an unusable setting is refused before anything is trained."""
     for config in variants.values():
-        shards = Dataset.open(str(config.data.path))
+        dataset = Dataset.open(str(config.data.path))
         for stage in stages(config):
             given: Any = None
             if stage.encoder or (stage.teacher and stage.teacher.given):
-                given = teacher_of(config, stage, "", shards, torch.device("cpu"))
-            put_together(config, stage, shards.manifest, given)
+                given = teacher_of(config, stage, "", dataset, torch.device("cpu"))
+            put_together(config, stage, dataset.manifest, given)
 
 
 def _check(methods: Sequence[str], seeds: Sequence[int], images: int) -> None:
@@ -111,7 +117,7 @@ def _check(methods: Sequence[str], seeds: Sequence[int], images: int) -> None:
 def with_defaults(config: RunConfig, out: Path, *, features: str | None = None) -> tuple[RunConfig, str, str | None]:
     """(the configuration that all variants share, the extractor, the file of its weights).
 
-    Recipes named digits... bring data and classifier. Other data are measured with `features`; None: data that are no
+    Recipes with built-in data bring a classifier, too. Other data are measured with `features`; None: data that are no
     pictures by their `values`, others by a small classifier trained on them (`out/classifier.safetensors`), or by
     Inception where the data are not pixels or have no classes to train it on.
     """

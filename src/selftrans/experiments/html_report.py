@@ -19,6 +19,7 @@ from selftrans.evaluate.plots import (
     plain_ticks,
     sample_sheet,
 )
+from selftrans.methods.registry import BASELINE
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -33,8 +34,8 @@ HEADINGS = (
     "distance",
     "accuracy",
     "shallow probe",
-    "steps to vanilla's",
-    "TFLOPs to vanilla's",
+    f"steps to {BASELINE}'s",
+    f"TFLOPs to {BASELINE}'s",
 )
 
 
@@ -86,10 +87,10 @@ def legend(metric: str) -> str:
     """An explanation of the table's columns."""
     return (
         f"distance: {metric}, lower is better; accuracy: of the classifier on the samples' labels; shallow probe: accuracy "
-        "of a linear classifier on the features of the block that stage 1 guides, at t = 0.4; seconds: of the student's "
-        "training; total seconds and TFLOPs: with the teacher's training. Runs may train in parallel, so compare TFLOPs "
-        "rather than seconds. To vanilla's: student steps and total TFLOPs at which the method first reaches the final "
-        "distance of vanilla with the same seed, with log distance interpolated linearly between measurements; ≤: reached "
+        "of a linear classifier on the features of an early block, the same for all methods, at t = 0.4; seconds: of the "
+        "student's training; total seconds and TFLOPs: with the teacher's training. Runs may train in parallel, so compare TFLOPs "
+        f"rather than seconds. To {BASELINE}'s: student steps and total TFLOPs at which the method first reaches the final "
+        f"distance of {BASELINE} with the same seed, with log distance interpolated linearly between measurements; ≤: reached "
         "at the first measurement; -: the training of an imported teacher is unknown."
     )
 

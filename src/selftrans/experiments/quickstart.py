@@ -26,8 +26,9 @@ from selftrans.evaluate.extractors import load_extractor
 from selftrans.evaluate.plots import as_pictures, save
 from selftrans.evaluate.probes import collect, pca_basis, pca_maps
 from selftrans.experiments import html_report
-from selftrans.experiments.compare import equal_lengths, only
-from selftrans.experiments.runner import PROBE_T, Comparison, Results, compare, samples_of
+from selftrans.experiments.compare import equal_lengths, for_method
+from selftrans.experiments.measurement import PROBE_T, samples_of
+from selftrans.experiments.runner import Comparison, Results, compare
 from selftrans.experiments.table import as_csv, mean_curve, rows
 from selftrans.flow import PATHS
 from selftrans.methods.self_transcendence import SELF_TRANSCENDENCE, STRUCTURE, Stage1
@@ -69,7 +70,7 @@ def quickstart(
         load_extractor("digits", weights=classifier)  # trained once, before the workers load it
         # the teacher is the final stage 1, so that all rows of the table have the same number of steps
         config = equal_lengths(config)
-        variants = {name: only(config, name) for name in METHODS}
+        variants = {name: for_method(config, name) for name in METHODS}
         chosen = Comparison(config, variants, tuple(seeds), out, images, "digits", str(classifier))
         results = compare(chosen, workers=workers)
         summary = summarise(chosen, results)

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from selftrans.experiments.runner import Results
+from selftrans.methods.registry import BASELINE
 
 #: x axis of a curve (student steps, or total compute with the teacher's training) -> column of the table
 AXES = {"step": "steps_to_baseline", "tflops": "tflops_to_baseline"}
@@ -21,7 +22,7 @@ def of_method(results: Results, name: str) -> list[tuple[dict[str, Any], list[di
     return [value for (one, _), value in results.items() if one == name]
 
 
-def rows(results: Results, names: Sequence[str], baseline: str = "vanilla") -> list[dict[str, Any]]:
+def rows(results: Results, names: Sequence[str], baseline: str = BASELINE) -> list[dict[str, Any]]:
     """The table: one row per variant, with mean and standard deviation over seeds of its last point.
 
     `steps_to_baseline` and `tflops_to_baseline` are where a run first reaches the final distance of the baseline with the

@@ -99,7 +99,7 @@ class Frozen:
         many = len(conds)
         reduced = self.dtype not in (None, torch.float32)
         amp = torch.autocast(zt.device.type, dtype=self.dtype) if reduced else contextlib.nullcontext()
-        with torch.inference_mode(), amp:
+        with torch.no_grad(), amp:  # not inference mode: its tensors cannot take part in a loss
             out = self.model(
                 torch.cat([zt] * many), torch.cat([t] * many), cat_cond(*conds), taps=(self.block,), stop=True
             )

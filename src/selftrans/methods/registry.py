@@ -49,10 +49,13 @@ def stages(config: RunConfig) -> list[Stage]:
 def sections_of(methods: Iterable[MethodSpec]) -> dict[str, type[Section]]:
     """key -> section of all these methods. ValueError where two different sections have one key."""
     found: dict[str, type[Section]] = {}
+    owner: dict[str, str] = {}
     for spec in methods:
         for section in spec.sections:
             if found.setdefault(section.key, section) is not section:
+                both = f"methods {owner[section.key]} and {spec.name}"
                 raise ValueError(
-                    f"method {spec.name} has a section '{section.key}', which is another method's; rename it"
+                    f"{both} have different sections '{section.key}'; rename one, or uninstall its package"
                 )
+            owner.setdefault(section.key, spec.name)
     return found

@@ -167,7 +167,7 @@ class SelfGuidance(Guidance):
         if rows is not None:
             zt, t, true, null = zt[rows], t[rows], take_cond(true, rows), take_cond(null, rows)
         if self.config.scale == 1:  # f_g = f_c: the unconditional half would be multiplied by zero
-            return self.teacher(zt, t, true)[0].float() + 0.0  # the sum makes an ordinary tensor of an inference tensor
+            return self.teacher(zt, t, true)[0].float()
         f_c, f_u = (f.float() for f in self.teacher(zt, t, true, null))
         return f_u + self.config.scale * (f_c - f_u)
 
@@ -211,13 +211,10 @@ def _self_transcendence(config: RunConfig) -> list[Stage]:
     return [_stage1(config, steps), Stage("stage2", config.train.steps, guide, (Stage2,), teacher)]
 
 
-def _settle(config: RunConfig, conditions: Conditions, before: RunConfig | None) -> RunConfig:
-    """The length of stage 1, fixed once so that a run made longer later keeps its teacher; w = 1 without conditions."""
-    stage1, stage2 = config.section(Stage1), config.section(Stage2)
-    if stage1.steps is None:
-        steps = before.section(Stage1).steps if before else max(1, config.train.steps // 2)
-        config = config.override({"stage1.steps": steps})
-    if conditions.kind == "none" and stage2.scale != 1:  # f_c = f_u: guided features are the features, at half the cost
+def _settle(config: RunConfig, conditions: Conditions) -> RunConfig:
+    """Without conditions f_c = f_u, so guided features are the features: w = 1, at half the cost."""
+    stage2 = config.section(Stage2)
+    if conditions.kind == "none" and stage2.scale != 1:
         warnings.warn(f"stage2.scale {stage2.scale:g} is ignored: the data have no classes", stacklevel=5)
         config = config.override({"stage2.scale": 1.0})
     return config

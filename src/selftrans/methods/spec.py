@@ -80,7 +80,7 @@ class PublishedHeads(NamedTuple):
     )
 
 
-def _unchanged(config: RunConfig, conditions: Conditions, before: RunConfig | None) -> RunConfig:
+def _unchanged(config: RunConfig, conditions: Conditions) -> RunConfig:
     return config
 
 
@@ -96,8 +96,8 @@ class MethodSpec:
     title: str  #: what tables and pages call it
     stages: Callable[[RunConfig], list[Stage]]
     sections: tuple[type[Section], ...] = ()  #: its own settings; each becomes `--<key>.*`
-    #: fills in what must not change between visits, from the data's conditions and the settings of the visit before
-    settle: Callable[[RunConfig, Conditions, RunConfig | None], RunConfig] = _unchanged
+    #: adapts the settings to what the data are conditioned on, before a run begins or continues
+    settle: Callable[[RunConfig, Conditions], RunConfig] = _unchanged
     #: recognises heads of this method's first stage in a published file: (tensors, options of its command, config)
     published_heads: Callable[[Mapping[str, Tensor], Mapping[str, Any], RunConfig], PublishedHeads | None] = _no_heads
 

@@ -77,7 +77,7 @@ class SRAGuidance(Guidance):
         prediction = self.head(feats[self.block]).float()  # (N, T, D)
         earlier = (d.t - self.config.span * torch.rand_like(d.t)).clamp(min=0)  # (N,)
         zt, _ = interpolate(self.path, d.z0, d.noise, earlier)
-        target = self.teacher(zt, earlier, d.dropped)[0].float() + 0.0  # an ordinary tensor of an inference tensor
+        target = self.teacher(zt, earlier, d.dropped)[0].float()
         if self.config.distance == "cosine":
             term = feature_error(prediction, target, "cosine").mean(dim=0)
         else:

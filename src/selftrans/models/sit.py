@@ -135,10 +135,7 @@ class SiT(Backbone):
         c = self.t_embedder(t) + self.y_embedder(cond)  # (N, D)
         feats: dict[int, Tensor] = {}
         for k, block in enumerate(self.blocks, start=1):
-            if self.recompute and self.training:
-                tokens = torch.utils.checkpoint.checkpoint(block, tokens, c, use_reentrant=False)
-            else:
-                tokens = block(tokens, c)
+            tokens = self.run_block(block, tokens, c)
             if k in taps:
                 feats[k] = tokens
             if stop and len(feats) == len(set(taps)):

@@ -1,4 +1,4 @@
-"""Which samples a step sees, and what noise: both are functions of (seed, step) alone, so a resumed run needs no state.
+"""The samples and the noise of a step: both are functions of (seed, step) alone, so a resumed run needs no state.
 
 The data are read as an endless sequence of shuffled epochs; step s takes positions [s B, (s + 1) B) of it, B the batch of
 all processes. Shape legend: N batch, M moments channels, (C, *S) latent, T tokens and D width of stored features.
@@ -20,12 +20,10 @@ from selftrans.types import Batch, map_cond
 
 
 class Loaded(NamedTuple):
-    """What a micro-batch is made from, as it is stored."""
+    """The stored tensors from which a micro-batch is made."""
 
     rows: np.ndarray  #: (N,) positions in the data
-    tensors: dict[
-        str, Tensor
-    ]  #: moments (N, copies, M, *S), labels (N,); features (N, copies, T, D) where they are wanted
+    tensors: dict[str, Tensor]  #: moments (N, copies, M, *S), labels (N,); features (N, copies, T, D) if they are read
 
 
 class Stream:
@@ -50,8 +48,8 @@ class Stream:
         return np.array([self._at(position) for position in range(start, start + self.micro)], dtype=np.int64)
 
     def whole(self, step: int) -> np.ndarray:
-        """(B,) positions in the data of the batch of all processes. Safe beside the thread that reads ahead."""
-        mine = copy.copy(self)  # with an order of its own
+        """(B,) positions in the data of the batch of all processes. Safe while the thread reads ahead."""
+        mine = copy.copy(self)  # the thread uses the order of this one
         return np.array([mine._at(step * self.batch_size + i) for i in range(self.batch_size)], dtype=np.int64)
 
     def _at(self, position: int) -> int:
@@ -71,7 +69,7 @@ class Stream:
             rows = self.indices(*divmod(at, self.accumulate))
             names = [name for name in self.dataset.names if name != "features" or self.features]
             tensors = self.dataset.read(rows, names)
-            if pin:  # here, not in the step, and only then does a copy not wait
+            if pin:  # in this thread, not in the step: only copies from pinned memory are asynchronous
                 tensors = {name: x.pin_memory() if x.device.type == "cpu" else x for name, x in tensors.items()}
             return Loaded(rows, tensors)
 

@@ -1,4 +1,4 @@
-"""What a checkpoint holds of a stage in training, and how training continues from it."""
+"""The checkpoint of a stage in training: written from a trainer, and loaded into one."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def write(trainer: Trainer, tensors: dict[str, dict[str, Tensor]], windows: dict[str, Any]) -> None:
-    """Write the checkpoint of the trainer's step; in the first process alone. OSError where the disk refuses.
+    """Write the checkpoint of the trainer's step; in the first process only. OSError where it cannot be written.
 
     `tensors` are those of `fsdp.gather_checkpoint`, `windows` the running means.
     """
@@ -51,7 +51,7 @@ def write(trainer: Trainer, tensors: dict[str, dict[str, Tensor]], windows: dict
 
 
 def load(trainer: Trainer, found: checkpoint.Checkpoint) -> None:
-    """Put a checkpoint into the trainer. Order and noise need no state: they follow from the step."""
+    """Load a checkpoint into the trainer. Order and noise need no state: they follow from the step."""
     trainer.seconds = float(found.state["seconds"])
     student = {f"student.{k}": v for k, v in found.tensors("student").items()}
     fsdp.load(trainer.objective, student | found.tensors("heads"))

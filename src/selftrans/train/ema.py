@@ -1,4 +1,4 @@
-"""Exponential moving average of the student's weights: what previews and samples are made with."""
+"""Exponential moving average of the weights of the student, which previews and samples use."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class EMA:
         self.follow(student)
 
     def follow(self, student: Backbone) -> None:
-        """Average these parameters from now on, one by one those of the model; after both have been split, for instance."""
+        """Average these parameters from now on: called again after student and average have been sharded."""
         self._pairs = list(zip(self.model.parameters(), student.parameters(), strict=True))
 
     @torch.no_grad()

@@ -1,4 +1,4 @@
-"""How many floating-point operations a training step takes."""
+"""Number of floating-point operations of a training step."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from selftrans.types import Backbone, Cond, map_cond
 
 def forward_flops(backbone: Backbone, cond: Cond, taps: tuple[int, ...] = (), *, stop: bool = False) -> int:
     """Operations (2 per multiply-add) of one sample through a backbone; `cond` holds one condition."""
-    # shapes are enough: nothing is computed, no memory is held; float32, since a teacher's weights need autocast otherwise
+    # on meta: only shapes are needed. float32: the reduced weights of a teacher would need autocast
     meta = copy.deepcopy(backbone).to(device="meta", dtype=torch.float32)
     z = torch.empty(1, *backbone.shape, device="meta")
     with torch.no_grad(), FlopCounterMode(display=False) as counter:

@@ -18,7 +18,7 @@ from selftrans.storage import atomic_write
 
 
 class RunningMeans:
-    """Means of the reported values since the last line, summed on the device: it is waited for only when they are read."""
+    """Means of the reported values since the last line, summed on the device: the host waits only when they are read."""
 
     def __init__(self) -> None:
         self._sums: dict[str, tuple[Tensor, Tensor]] = {}  #: sum and count, float64
@@ -68,7 +68,7 @@ class JsonlLog:
         self._pending = b""
 
     def write(self, line: dict[str, Any]) -> None:
-        """Append a line. What does not fit on a full disk is kept in memory, and written later."""
+        """Append a line. On a full disk it is kept in memory and written later."""
         self._pending += json.dumps(line).encode() + b"\n"
         self.flush()
 
@@ -105,7 +105,7 @@ def read_log(path: Path) -> list[dict[str, Any]]:
 
 
 class _Lines:
-    """stderr that is no terminal: each state of a bar is printed as a line of its own."""
+    """stderr that is not a terminal: each state of a bar is printed as a separate line."""
 
     def write(self, text: str) -> None:
         if text.strip():

@@ -102,8 +102,8 @@ class NonFiniteSteps:
 
 
 def check_weights(parameters: list[Tensor], where: str) -> None:
-    """FloatingPointError unless all weights are finite: a checkpoint of others would replace a good one."""
-    # some processes hold no row of a sharded tensor that has few
+    """FloatingPointError unless all weights are finite: a checkpoint of other weights would replace a valid one."""
+    # a process may have no rows of a small sharded tensor
     parts = [part for p in parameters if (part := local(p.detach())).numel()]
     norms = torch.stack([norm.float() for norm in torch._foreach_norm(parts, ord=float("inf"))])
     if bool(any_rank(~torch.isfinite(norms.sum(dim=0)), parameters)):

@@ -1,4 +1,4 @@
-"""The optimiser and its schedule, and what of them a checkpoint keeps."""
+"""The optimiser, its schedule, and its tensors in a checkpoint."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
 
 
 def update(optimizer: Any, sound: Tensor, scaler: Any = None) -> None:
-    """One update where `sound`, a 0-d boolean on the device, is true; else weights and moments stay, bit for bit.
+    """One update where `sound`, a 0-d boolean on the device, is true; else weights and moments stay unchanged, bit for bit.
 
-    torch's fused kernels read the flag on the device (`found_inf`), so the host waits for nothing. With fp16, the gradient
-    scaler, which has unscaled the gradient and found what overflowed, sets the flag itself.
+    torch's fused kernels read the flag on the device (`found_inf`), so the host does not wait. With fp16 the gradient
+    scaler, which has unscaled the gradient and checked it for overflow, sets the flag itself.
     """
     inner = getattr(optimizer, "optimizer", optimizer)
     if scaler is None:

@@ -1,4 +1,4 @@
-"""A sheet of samples from the EMA during training: the same noise and labels each time, so that sheets compare."""
+"""A sheet of samples from the EMA during training, with the same noise and labels each time for comparison."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from selftrans.sampling.images import Sampler
 from selftrans.storage import first_line, no_symlink
 from selftrans.train.signals import StopSignal
 
-TRIES = 3  #: times that a preview may end the process, for example by running out of memory, before it is given up
+TRIES = 3  #: times that a preview may end the process, for example out of memory, before it is skipped
 
 
 class Preview:
@@ -43,7 +43,7 @@ class Preview:
         """
         tries = path.with_name(f".{path.stem}.tries")
         if again and path.exists():
-            tries.unlink(missing_ok=True)  # the process before ended after the preview was written
+            tries.unlink(missing_ok=True)  # the previous process ended after it had written the preview
             return
         if tries.exists() and tries.stat().st_size >= TRIES:
             warnings.warn(f"no preview at {path}: the process has ended {TRIES} times while making it", stacklevel=2)
@@ -54,7 +54,7 @@ class Preview:
             with open(tries, "ab", opener=no_symlink) as file:
                 file.write(b".")
             self._make(model, path)
-        except Exception as error:  # whatever a decoder raises, the run goes on
+        except Exception as error:  # the run continues, whatever a decoder raises
             warnings.warn(f"no preview at {path}: {first_line(error)}", stacklevel=2)
         finally:
             hook.remove()

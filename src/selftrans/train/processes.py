@@ -1,4 +1,4 @@
-"""What a training process sets for itself, how long processes wait for each other, and how they end when one is gone."""
+"""Memory settings of a training process, the timeout between processes, and the error when another one is gone."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from accelerate.utils import InitProcessGroupKwargs
 
 from selftrans.config import Train
 
-#: how gloo, NCCL and torch's store speak of a process that they wait for in vain
+#: messages of gloo, NCCL and torch's store about a process that does not answer
 GONE = re.compile(
     r"gloo|nccl|tcpstore|connection (was )?(closed|reset|refused)|broken pipe|timed out|timeout", re.IGNORECASE
 )
@@ -24,14 +24,14 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  #: of glibc's malloc.h
 def keep_memory() -> bool:
     """Let this process keep the memory that a step frees, for the next step; for training on a CPU.
 
-    As it is, glibc gives large blocks back to the system and gets them anew, page by page: a tenth of a step of SiT-S/2.
-    True where it has been done (glibc), False elsewhere, where nothing is changed.
+    By default glibc returns large blocks to the system and requests them again page by page: a tenth of a step of SiT-S/2.
+    Returns True with glibc; False elsewhere, where nothing changes.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError, TypeError):
         return False
-    # 32 MiB is the most that is allowed: larger blocks still come from the system, one by one
+    # 32 MiB is the maximum: larger blocks still come from the system
     return bool(mallopt(M_MMAP_THRESHOLD, 32 << 20) and mallopt(M_TRIM_THRESHOLD, 2**31 - 1))
 
 
@@ -39,7 +39,7 @@ def patience(config: Train) -> InitProcessGroupKwargs:
     """A finite time to wait for other processes. ValueError where they were launched in a way that would not work."""
     if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
         raise ValueError(
-            "accelerate is configured to use FSDP by itself; take that out of its options or configuration file, and say "
+            "accelerate is configured to use FSDP; remove that from its options or configuration file, and set "
             "--train.shard True"
         )
     return InitProcessGroupKwargs(timeout=timedelta(seconds=config.timeout))
@@ -47,7 +47,7 @@ def patience(config: Train) -> InitProcessGroupKwargs:
 
 @contextlib.contextmanager
 def together() -> Iterator[None]:
-    """Where a process fails because it waits for another in vain: ConnectionError, in one line."""
+    """Turn the failure of a wait for another process into a ConnectionError of one line."""
     try:
         yield
     except RuntimeError as error:

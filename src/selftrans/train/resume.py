@@ -1,4 +1,4 @@
-"""A run is bound to the settings it was begun with: what may change between two visits, and what it continues from."""
+"""Resuming a run: which settings may change, and the checkpoint from which it continues."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from selftrans.checkpoints.load import IMPORTED
 from selftrans.config import RunConfig, from_json, settings_of, to_json
 from selftrans.data.manifest import Manifest
 from selftrans.methods.registry import METHODS, find, stages
-from selftrans.sections import Resume
+from selftrans.sections import Resume, fields_of
 from selftrans.storage import first_line, write_json
 from selftrans.types import Conditions
 
@@ -28,24 +28,36 @@ Changes = list[tuple[str, Any, Any, Resume]]  #: name, before, now, what is allo
 def settle(config: RunConfig, out: Path, manifest: Manifest) -> RunConfig:
     """The configuration in agreement with what `out` was started with. ValueError names what differs."""
     data, before = out / "data.json", _before(out)
-    config = find(config.method).settle(config.restricted(), manifest.conditions, before)
+    config = find(config.method).settle(_with_lengths(config.restricted(), before), manifest.conditions)
     if before:
-        # imported weights have not been trained here yet: what they are is fixed, how to go on is not
+        # imported weights that are not trained yet: the model is fixed, the training settings are free
         fresh = (out / f"{IMPORTED}.json").exists() and not data.exists()
         changed = _bound_changes(before, config) if fresh else differences(before, config)
         changed += _teacher_changes(before, config) if not fresh and before.method == config.method else []
         said = [f"{name} was {was}, is {now}" for name, was, now, _ in changed]
         mendable = not fresh and all(rule == "consent" for *_, rule in changed)
         if changed and mendable and config.train.allow_changes:
-            warnings.warn(f"{out} goes on with other settings: {'; '.join(said)}", stacklevel=4)
+            warnings.warn(f"{out} continues with other settings: {'; '.join(said)}", stacklevel=4)
         elif changed:
-            consent = ", or --train.allow-changes True to go on with these" if mendable else ""
+            consent = ", or --train.allow-changes True to continue with these" if mendable else ""
             raise ValueError(
                 f"{out} was started with other settings: {'; '.join(said)}; use those, or another --out{consent}"
             )
         if data.exists() and _read(data, _hashes) != _hashes(manifest.to_json()):
             raise ValueError(f"{out} was trained on other data than {config.data.path}; use that, or another --out")
     return config
+
+
+def _with_lengths(config: RunConfig, before: RunConfig | None) -> RunConfig:
+    """The lengths of earlier stages, fixed once: a run that is made longer later keeps its teacher."""
+    fixed = {}
+    for stage in stages(config)[:-1]:
+        for section in map(config.section, stage.sections):
+            for name, value, _, length in fields_of(section):
+                if length and value is None:
+                    kept = getattr(before.section(type(section)), name) if before else None
+                    fixed[f"{section.key}.{name}"] = kept or stage.steps
+    return config.override(fixed)
 
 
 def differences(before: RunConfig, now: RunConfig) -> Changes:
@@ -74,7 +86,7 @@ def _bound_changes(before: RunConfig, now: RunConfig) -> Changes:
 
 
 def bound_settings(config: RunConfig, imported: RunConfig) -> dict[str, Any]:
-    """What imported weights, not trained on yet, are bound to: method, model, path, and the sections of their stages."""
+    """Settings that imported weights fix before they are trained: method, model, path, and the sections of their stages."""
     known = stages(imported) if imported.method in METHODS else []  # code outside the package is not imported for this
     keys = {section.key for stage in known for section in stage.sections}
     return {
@@ -85,7 +97,7 @@ def bound_settings(config: RunConfig, imported: RunConfig) -> dict[str, Any]:
 
 
 def _before(out: Path) -> RunConfig | None:
-    """The settings that `out` was begun with: its config.json or, where that is lost, the newest checkpoint's copy."""
+    """The settings that `out` was started with: its config.json or, if that is lost, the copy in the newest checkpoint."""
     path = out / "config.json"
     if path.exists():
         return _read(path, from_json)
@@ -97,7 +109,7 @@ def _before(out: Path) -> RunConfig | None:
 
 
 def record(config: RunConfig, out: Path, manifest: Manifest) -> None:
-    """Write down what the run is; of settings that have changed since the last visit also when."""
+    """Write config.json and data.json; changed settings, and the steps reached, are added to changes.json."""
     before, path = _before(out), out / "changes.json"
     changed = [f"{name} was {was}, is {now}" for name, was, now, _ in differences(before, config)] if before else []
     if changed and config.train.allow_changes:
@@ -136,7 +148,7 @@ def check_data(found: checkpoint.Checkpoint, manifest: Manifest) -> None:
 
 
 def agreed(folder: Path, accelerator: Accelerator) -> checkpoint.Checkpoint | None:
-    """The checkpoint that all processes continue from: the newest valid one that the first of them sees.
+    """The checkpoint that all processes continue from: the newest valid one that the first process sees.
 
     ValueError in a process that cannot read it. Leftovers of interrupted writes are removed.
     """
@@ -155,7 +167,7 @@ def agreed(folder: Path, accelerator: Accelerator) -> checkpoint.Checkpoint | No
 
 @contextlib.contextmanager
 def usable(found: checkpoint.Checkpoint, *errors: type[Exception]) -> Iterator[None]:
-    """ValueError that names a checkpoint whose state is undamaged but does not say what it should."""
+    """ValueError that names a checkpoint whose state is intact but has missing or wrong entries."""
     wrong: tuple[type[Exception], ...] = (KeyError, TypeError, AttributeError, RuntimeError, *errors)
     try:
         yield

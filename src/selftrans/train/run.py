@@ -1,4 +1,4 @@
-"""A whole run: the stages of a method in order, in one directory, continued where they stopped.
+"""A complete run: the stages of a method in order, in one directory, continued where they stopped.
 
 RUN/config.json   the complete configuration          RUN/data.json   manifest of the data it was trained on
 RUN/<stage>/      checkpoints, previews, log.jsonl     RUN/run.json    student steps and total compute
@@ -42,9 +42,9 @@ def train(
 ) -> dict[str, Any]:
     """Train `config` in the directory `out`; repeating the call continues it. Returns what run.json holds.
 
-    A teacher that the settings give (a run or a weights file) takes the place of the stages before the one that wants it.
-    `bar` makes the progress bars, `quiet` keeps the stages unannounced.
-    ValueError for anything the user can mend; `stop.Interrupted` after a notice, with a checkpoint written.
+    A teacher given by the settings (a run or a weights file) replaces the stages before the one that it teaches.
+    `bar` makes the progress bars, `quiet` leaves out the line of each stage.
+    ValueError for errors that the user can correct; `Interrupted` after a stop signal, with a checkpoint written.
     """
     trust_named(config.method, config.model.name)
     with together():
@@ -78,13 +78,13 @@ def _train(config: RunConfig, out: Path, bar: Callable[..., Any], quiet: bool) -
                 out / stage.name,
                 shards,
                 order=[stage.name for stage in plan],
-                # no name refers to it here, so that it leaves the memory when the guidance ends
+                # no variable refers to it, so that its memory is freed when the guidance ends
                 teacher=teacher_of(config, stage, str(out), shards, accelerator.device),
                 preview=preview,
                 stop=stop,
                 bar=bar,
             )
-            if number == 1:  # nothing is written before everything is known to fit
+            if number == 1:  # nothing is written before the first trainer is built
                 _begin(config, plan, out, shards.manifest, accelerator)
             if not quiet:
                 accelerator.print(_announce(trainer, number, len(plan)))
@@ -101,7 +101,7 @@ def _train(config: RunConfig, out: Path, bar: Callable[..., Any], quiet: bool) -
 
 
 def _remove_unfinished(out: Path) -> None:
-    """Remove the temporaries of killed processes: nothing else writes here while the lock of the run is held."""
+    """Remove temporary files of killed processes: nothing else writes here while this process has the lock."""
     remove_stale_temporaries(out, "*.json")
     for stage in out.iterdir():
         if stage.is_dir() and not stage.is_symlink():
@@ -119,7 +119,7 @@ def _accelerator(config: RunConfig, out: Path) -> Accelerator:
     if config.train.precision == "fp16" and config.train.shard:
         raise ValueError("train.shard does not go with train.precision fp16; use bf16 or fp32")
     return Accelerator(
-        cpu=not torch.accelerator.is_available(),  # without a GPU, launched processes find each other only if told so
+        cpu=not torch.accelerator.is_available(),  # without a GPU, launched processes form a group only with this
         mixed_precision=mixed,
         log_with="tensorboard" if config.log.tensorboard else None,
         project_dir=str(out),
@@ -128,7 +128,7 @@ def _accelerator(config: RunConfig, out: Path) -> Accelerator:
 
 
 def open_data(config: RunConfig, out: Path, accelerator: Accelerator | None = None) -> Dataset:
-    """The run's data, prepared now where they are built in. ValueError when they are not what the config expects."""
+    """The data of the run; built-in data are prepared here. ValueError when they are not what the config expects."""
     path = config.data.path
     if path is None and config.data.builtin is None:
         raise ValueError(f"recipe {config.recipe} needs --data DIR, a directory made by `selftrans prepare`")
@@ -173,9 +173,9 @@ def _rehearse(config: RunConfig, plan: Sequence[Stage], out: Path, manifest: Man
 
 
 def put_together(config: RunConfig, stage: Stage, manifest: Manifest, given: Any = None) -> None:
-    """ValueError where the parts of a stage do not fit; without memory for weights.
+    """ValueError where the parts of a stage do not fit; needs no memory for weights.
 
-    `given`: the encoder or teacher that it wants; of a teacher still to be trained the sizes are known.
+    `given`: the encoder or teacher of the stage; None for a teacher that is not trained yet, whose sizes are known.
     """
     with torch.device("meta"):
         student, model = (config.build_model(manifest.shape, manifest.conditions) for _ in range(2))
@@ -185,7 +185,7 @@ def put_together(config: RunConfig, stage: Stage, manifest: Manifest, given: Any
 
 
 def _plan(config: RunConfig) -> list[Stage]:
-    """Stages to be run: with a teacher given, those from the one that wants it."""
+    """Stages to be run: with a given teacher, those from the one that it teaches."""
     plan = stages(config)
     given = [i for i, stage in enumerate(plan) if stage.teacher and stage.teacher.given]
     return plan[given[0] :] if given else plan
@@ -217,7 +217,7 @@ def _report(config: RunConfig, plan: Sequence[Stage], spent: list[dict[str, Any]
     """Student steps and total compute, earlier stages and a given teacher's training included."""
     costs = (training_cost(stage.teacher) for stage in plan if stage.teacher)
     given = next((cost for cost in costs if cost), None)
-    # what an imported teacher's training cost is unknown: then so is the sum
+    # the training cost of an imported teacher is unknown, and then so is the sum
     teacher_tflops, teacher_seconds = (given[key] if given else 0.0 for key in ("tflops", "seconds"))
     known = teacher_tflops is not None and teacher_seconds is not None
     return {

@@ -1,4 +1,4 @@
-"""Stop signals: SIGTERM, SIGUSR1 or Ctrl-C becomes a checkpoint, and an exit status that asks for the same command again."""
+"""Stop signals: SIGTERM, SIGUSR1 or Ctrl-C leads to a checkpoint, and to an exit status that asks for the same command."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from selftrans.train.interrupted import Interrupted
 
 
 class StopSignal:
-    """Keeps a signal until the step is done. Use as a context manager around training."""
+    """Records a stop signal until the current step is done. Use as a context manager around training."""
 
     SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
@@ -40,7 +40,7 @@ class StopSignal:
     def asked(self, accelerator: Accelerator) -> bool:
         """True in every process, at the same step, as soon as one of them has received a signal.
 
-        On GPUs the answer is that of the previous call, whose reduction has ended by now: the host waits for no kernel.
+        On GPUs the answer is that of the previous call, whose reduction has finished, so the host does not wait.
         """
         if accelerator.num_processes == 1:
             return self.received is not None

@@ -1,4 +1,4 @@
-"""What teaches a stage: an earlier stage of the run, a run or file given in its place, or an external encoder."""
+"""The teacher of a stage: an earlier stage of the run, a run or file from the settings, or an external encoder."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from selftrans.storage import printable
 
 
 class StoredFeatures:
-    """Features that come with the data: nothing to compute, only their sizes and where they came from."""
+    """Features stored with the data: nothing to compute, only their sizes and their source."""
 
     encode, flops, model = None, 0, None
 
@@ -35,7 +35,7 @@ Teacher = Frozen | Encoder | StoredFeatures
 
 
 def teacher_of(config: RunConfig, stage: Stage, run: str, dataset: Dataset, device: torch.device) -> Teacher | None:
-    """The frozen model or the external encoder that a stage wants, in the run's precision; None where it wants none.
+    """The frozen model or the external encoder of a stage, in the precision of the run; None for a stage without one.
 
     `run` is the directory whose earlier stage teaches, unless a teacher is given by the settings.
     """
@@ -49,7 +49,7 @@ def teacher_of(config: RunConfig, stage: Stage, run: str, dataset: Dataset, devi
         check_given(found, config, dataset.manifest)
     if found.weights != stage.teacher.weights:
         warnings.warn(
-            f"{found.source['path']} holds {found.weights} weights, and they teach; the setting {stage.teacher.weights} "
+            f"{found.source['path']} holds {found.weights} weights, which are used; the setting {stage.teacher.weights} "
             "is ignored",
             stacklevel=3,
         )
@@ -58,7 +58,7 @@ def teacher_of(config: RunConfig, stage: Stage, run: str, dataset: Dataset, devi
 
 
 def load_teacher(source: str | Path, spec: TeacherSpec, manifest: Manifest) -> LoadedModel:
-    """A teacher for these data: of the stage that the method wants, or imported. ValueError: what was expected and found."""
+    """A teacher for these data: of the stage that the method names, or imported. ValueError: what was expected and found."""
     found = load_model(find_teacher(source, spec), weights=spec.weights)
     if found.stage != spec.stage and IMPORTED not in found.source:
         raise ValueError(
@@ -74,14 +74,14 @@ def load_teacher(source: str | Path, spec: TeacherSpec, manifest: Manifest) -> L
 
 
 def find_teacher(source: str | Path, spec: TeacherSpec) -> Path:
-    """The weights file that teaches: of a run its stage of the wanted name, of an imported run its last."""
+    """The weights file that teaches: of a run the stage that `spec` names, of an imported run its last."""
     path, weights = Path(source), spec.weights
     single = not path.is_dir() or (path / "checkpoints").is_dir() or (path / checkpoint.STATE).exists()
     return find(path, stage=None if single or (path / f"{IMPORTED}.json").exists() else spec.stage, weights=weights)
 
 
 def training_cost(spec: TeacherSpec) -> dict[str, Any] | None:
-    """What a given teacher's training took, as its file says; None where the run trains its own."""
+    """Steps, compute and time of the training of a given teacher, from its file; None where the run trains its own."""
     if spec.given is None:
         return None
     path = find_teacher(spec.given, spec)
@@ -90,7 +90,7 @@ def training_cost(spec: TeacherSpec) -> dict[str, Any] | None:
 
 
 def check_given(found: LoadedModel, config: RunConfig, manifest: Manifest) -> None:
-    """ValueError where a teacher learned another path than the student's; a warning where its latents may be others."""
+    """ValueError where a teacher was trained on another path than the student; a warning where its latents may differ."""
     source, path, theirs = found.source["path"], found.config.train.path, found.autoencoder
     if path != config.train.path:
         raise ValueError(
@@ -101,7 +101,7 @@ def check_given(found: LoadedModel, config: RunConfig, manifest: Manifest) -> No
     if theirs and ours and theirs != ours:
         warnings.warn(
             f"the teacher {source} names the autoencoder {printable(theirs)}, the data {printable(ours)}; unless both are the "
-            "same, its features mean nothing here: give a teacher of these latents",
+            "same, its features do not fit: give a teacher of these latents",
             stacklevel=4,
         )
 
@@ -136,7 +136,7 @@ def external_encoder(
         with torch.device("meta"):
             grid = config.build_model(manifest.shape, manifest.conditions).grid
         if len(grid) != 2 or grid[0] != grid[1]:
-            raise ValueError(f"encoder {name} gives a square of features, the student's tokens lie on {grid}")
+            raise ValueError(f"encoder {name} gives a square of features, the student's tokens are on {grid}")
         return load_encoder(name, grid[0], device=device, dtype=dtype)
     try:
         return StoredFeatures(dataset)

@@ -1,6 +1,6 @@
-"""One stage of training, on accelerate. It knows an `Objective`, never a method's name.
+"""One stage of training, on accelerate. It uses an `Objective` and names no method.
 
-The step: seed from (seed, step) → moments ⇒ latents → objective → backward → clip → AdamW → EMA. Nothing in it waits
+The step: seed from (seed, step) → moments ⇒ latents → objective → backward → clip → AdamW → EMA. No part of it waits
 for the device; values are read when a line is logged. Shape legend: N batch, (C, H, W) latent.
 """
 
@@ -50,10 +50,10 @@ class Trainer:
 
     Args:
         accelerator: device, precision and processes; shared by the stages of a run.
-        config: the whole run. stage: what this part of it does. directory: `<run>/<stage.name>`.
+        config: of the run. stage: the part of it to train. directory: `<run>/<stage.name>`.
         shards: the data. order: names of the run's stages; default: this one alone.
-        teacher: frozen model or encoder, if the stage wants one. preview: makes the grids.
-        stop: the schedulers' notice. bar: makes the progress bar (tqdm's interface).
+        teacher: frozen model or encoder, if the stage has one. preview: makes the previews.
+        stop: the stop signals. bar: makes the progress bar (tqdm's interface).
     """
 
     def __init__(
@@ -113,10 +113,10 @@ class Trainer:
         self._wrap()
 
     def _compile(self) -> None:
-        """Compile the blocks of the student and of its teacher, for as long as they live.
+        """Compile the blocks of the student and of its teacher.
 
-        Shapes are fixed: the student's batch, and as many samples as a guidance selects. Independent times select another
-        number at each step, so the teacher's batch stays dynamic there.
+        Shapes are fixed: the student's batch, and as many samples as a guidance selects. Independent times select a
+        different number at each step, so the batch of the teacher is dynamic there.
         """
         compile_model(self.objective.student)
         if isinstance(self.teacher, Frozen):
@@ -127,7 +127,7 @@ class Trainer:
         return self.directory / "checkpoints"
 
     def run(self) -> checkpoint.Checkpoint:
-        """Train to the last step; returns the final checkpoint. `Interrupted` after a stop notice, checkpoint written."""
+        """Train to the last step; returns the final checkpoint. `Interrupted` after a stop signal, checkpoint written."""
         main = self.accelerator.is_main_process
         journal = JsonlLog(self.directory / "log.jsonl", resume_step=self.step) if main else None
         bar = self.bar(total=self.stage.steps, initial=self.step, desc=self.stage.name, unit="step", disable=not main)
@@ -151,7 +151,7 @@ class Trainer:
         found = checkpoint.newest(self.checkpoints)
         assert found is not None and found.step == self.step
         if main:
-            self._prune()  # a process killed after its last one has not done so
+            self._prune()  # a process killed after its last checkpoint has not done so
         return found
 
     def _train_step(self, batches: Iterator[Loaded]) -> None:
@@ -180,7 +180,7 @@ class Trainer:
             self._wrap()
 
     def _retire(self) -> bool:
-        """Where guidance has ended, its heads and teacher leave the step, the memory and the checkpoints."""
+        """Remove heads and teachers of guidance that has ended from the step, the memory and the checkpoints."""
         ended = self.objective.retire(self.step)
         self.stream.features = any(g.reads_features for g in self.objective.guidances)
         if ended:
@@ -191,7 +191,7 @@ class Trainer:
         return ended
 
     def _after_step(self, journal: JsonlLog | None, bar: Any) -> None:
-        """Whatever is due at this step: a log line, a preview, a checkpoint, a stop."""
+        """Do what is due at this step: a log line, a checkpoint, a stop, a preview."""
         config, last = self.config, self.step == self.stage.steps
         stopping = self.stop.asked(self.accelerator)
         if self.step % config.log.every == 0 or last:
@@ -201,12 +201,14 @@ class Trainer:
             if journal:
                 journal.sync()
             self._save(required=last or stopping)
-        if stopping and not last:  # a scheduler waits for the checkpoint alone: a picture that is due is made on return
+        if (
+            stopping and not last
+        ):  # the scheduler waits for the checkpoint only; a preview that is due is made after the restart
             raise self.stop.interrupted(self.step, self.directory)
         self._preview(last)
 
     def _preview(self, last: bool, *, again: bool = False) -> None:
-        """A picture, if one is due at this step; `again`: on return to it."""
+        """A preview, if one is due at this step; `again`: after a restart at this step."""
         every, path = self.config.train.preview_every, self.directory / "previews" / f"step-{self.step:08d}.png"
         if self.preview and self.step and (self.step % every == 0 or last):
             manifest = self.shards.manifest
@@ -217,7 +219,7 @@ class Trainer:
                 self.preview.save(model, path, again=again)
 
     def _read(self) -> None:
-        """Wait for the device, and learn what became of the steps so far; the time counts as training's."""
+        """Wait for the device and count the skipped updates; the time counts as training time."""
         started = time.perf_counter()
         try:
             self.nonfinite.sync(self.stage.name)
@@ -233,12 +235,12 @@ class Trainer:
             else f"no checkpoint was written in {self.checkpoints} yet"
         )
         return FloatingPointError(
-            f"{error}; {good}; to go on from there: a lower train.lr or guidance weight, or train.precision bf16 or fp32, "
+            f"{error}; {good}; to continue from there: a lower train.lr or guidance weight, or train.precision bf16 or fp32, "
             "and --train.allow-changes True"
         )
 
     def _means(self, window: RunningMeans) -> dict[str, float]:
-        """Averages over steps and processes, of what counted."""
+        """Means over steps and processes, without skipped updates."""
         means = self.accelerator.reduce(window.means(), reduction="mean")
         return {name: value for name, mean in means.items() if np.isfinite(value := float(mean))}
 
@@ -259,10 +261,10 @@ class Trainer:
             self.accelerator.log({f"{self.stage.name}/{k}": v for k, v in values.items()}, step=self.step)
         except OSError as error:  # its writer does not recover
             self.accelerator.trackers.clear()
-            warnings.warn(f"TensorBoard ends at step {self.step} ({error}); log.jsonl goes on", stacklevel=2)
+            warnings.warn(f"TensorBoard ends at step {self.step} ({error}); log.jsonl continues", stacklevel=2)
 
     def total_flops(self) -> float:
-        """Operations of this stage so far: student, heads and teacher; of imported weights since they came."""
+        """Operations of this stage so far: student, heads and teacher; of imported weights since the import."""
         begun = int(self.origin.get(IMPORTED, {}).get("steps", 0))
         ends = {None: self.step} | {
             i: self.step if end is None else min(self.step, end) for i, end in enumerate(self.ends)
@@ -273,16 +275,16 @@ class Trainer:
         """(Re)wrap the objective for this process group; also after its parameters have changed."""
         self.accelerator._models.clear()
         self.objective = self.accelerator.unwrap_model(self.objective, keep_fp32_wrapper=False)
-        self.objective.__dict__.pop("_is_accelerate_prepared", None)  # or it would stay without autocast from here on
-        # what is split gets autocast alone: that is all that "evaluation" means here
+        self.objective.__dict__.pop("_is_accelerate_prepared", None)  # otherwise it would have no autocast from now on
+        # a sharded model only gets autocast: evaluation_mode leaves out all else
         self.wrapped = self.accelerator.prepare_model(self.objective, evaluation_mode=self.sharded)
         if not hasattr(self.optimizer, "optimizer"):
             self.optimizer = self.accelerator.prepare_optimizer(self.optimizer)
 
     def _save(self, *, required: bool) -> None:
-        """Checkpoint from the main process. A disk that is full costs a warning, unless the run ends here.
+        """Write a checkpoint in the main process. A full disk gives a warning, or an OSError if the run ends here.
 
-        While updates are being skipped none is written, unless it must be, and none removed: what was good stays.
+        While updates are skipped, a checkpoint is written only if `required`, and none is removed.
         """
         self._read()
         if self.nonfinite.in_a_row and not required:
@@ -291,7 +293,7 @@ class Trainer:
             check_weights(list(self.objective.parameters()), f"step {self.step} of {self.stage.name}")
         except FloatingPointError as error:
             raise self._broken(error) from None
-        flow = self._means(self.span).get("flow") if self.due else None  # of a few steps it would be chance
+        flow = self._means(self.span).get("flow") if self.due else None  # the mean of a few steps would be noise
         windows = {"window": self.window.state(self.accelerator), "flow": flow}
         if self.due:
             self.due = False
@@ -308,7 +310,7 @@ class Trainer:
             except OSError as error:
                 if required:
                     raise OSError(f"{error}; make room, then the same command continues") from error
-                warnings.warn(f"{error}; training goes on, the checkpoint before this one is valid", stacklevel=2)
+                warnings.warn(f"{error}; training continues, the previous checkpoint is valid", stacklevel=2)
         self.accelerator.wait_for_everyone()
 
     def _prune(self) -> None:

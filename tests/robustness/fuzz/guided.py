@@ -1,7 +1,7 @@
-"""Inputs guided by the branches they reach: libFuzzer, through atheris, on each parser of `parsers.py`.
+"""Coverage-guided fuzzing with libFuzzer, through atheris, of each parser of `parsers.py`.
 
     python tests/robustness/fuzz/guided.py OUT [PARSER ...] [--runs N] [--seed K]
-prints a line of json for each parser: inputs tried, seconds, and the input that broke it, kept in OUT.
+prints a line of json for each parser: inputs tried, seconds, and the inputs that broke it, which are kept in OUT.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import atheris  # noqa: E402
 
-#: whose branches count
+#: packages whose coverage is measured
 INSTRUMENTED = ["selftrans", "zipfile", "numpy.lib", "PIL", "safetensors", "json"]
 with atheris.instrument_imports(include=INSTRUMENTED, enable_loader_override=False):
     from tests.robustness.fuzz import parsers
 
-MEMORY = 1 << 31  #: bytes that a parser may take beside what it began with
+MEMORY = 1 << 31  #: bytes that a parser may allocate
 LARGEST = 16_384  #: bytes of an input
 
 
 def words(examples: list[bytes]) -> list[str]:
-    """A dictionary for libFuzzer: what the examples spell, and what tends to break parsers."""
+    """A dictionary for libFuzzer: words of the examples, and values that often break parsers."""
     spelled = {word for data in examples for word in re.findall(rb'"[\w.]{2,30}"', data)}
     nasty = [
         b"null",
@@ -52,7 +52,7 @@ def words(examples: list[bytes]) -> list[str]:
 
 
 def fuzz(name: str, folder: Path, out: Path, runs: int, seed: int) -> None:
-    """In a process of its own, which libFuzzer ends."""
+    """Fuzz in a forked process, which libFuzzer ends."""
     log = os.open(out / "log", os.O_WRONLY | os.O_CREAT)
     os.dup2(log, 1)
     os.dup2(log, 2)
@@ -80,14 +80,14 @@ def fuzz(name: str, folder: Path, out: Path, runs: int, seed: int) -> None:
 
 
 def run(name: str, out: Path, runs: int, seed: int) -> dict[str, object]:
-    """Fuzz one parser; what came of it."""
+    """Fuzz one parser; returns the line of json for it."""
     (out / "corpus").mkdir(parents=True)
     examples = parsers.PARSERS[name].examples()
     for i, data in enumerate(examples):
         (out / "corpus" / str(i)).write_bytes(data)
     (out / "words").write_text("\n".join(words(examples)) + "\n")
     started = time.perf_counter()
-    with parsers.room(name) as folder:
+    with parsers.folder_for(name) as folder:
         child = os.fork()
         if child == 0:
             try:
@@ -95,16 +95,16 @@ def run(name: str, out: Path, runs: int, seed: int) -> dict[str, object]:
             finally:
                 os._exit(70)
         code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    said = (out / "log").read_text(errors="replace")
-    tried = re.search(r"number_of_executed_units: (\d+)", said)
+    log = (out / "log").read_text(errors="replace")
+    tried = re.search(r"number_of_executed_units: (\d+)", log)
     broke = [str(path) for kind in ("crash", "timeout", "oom", "slow") for path in out.glob(f"{kind}-*")]
     seconds = round(time.perf_counter() - started, 1)
-    found = {"parser": name, "inputs": int(tried[1]) if tried else 0, "seconds": seconds, "code": code, "broke": broke}
-    return found | ({"said": said[-3000:]} if code or broke else {})
+    result = {"parser": name, "inputs": int(tried[1]) if tried else 0, "seconds": seconds, "code": code, "broke": broke}
+    return result | ({"log": log[-3000:]} if code or broke else {})
 
 
 def main() -> int:
-    """All parsers named, one after the other; 1 if one broke."""
+    """Fuzz the named parsers one after the other; 1 if one broke."""
     options = argparse.ArgumentParser(description=__doc__)
     options.add_argument("out", type=Path)
     options.add_argument("names", nargs="*", default=list(parsers.PARSERS))
@@ -113,9 +113,9 @@ def main() -> int:
     given = options.parse_args()
     bad = False
     for name in given.names:
-        found = run(name, given.out / name, given.runs or parsers.PARSERS[name].runs, given.seed)
-        print(json.dumps(found), flush=True)
-        bad |= bool(found["code"] or found["broke"])
+        result = run(name, given.out / name, given.runs or parsers.PARSERS[name].runs, given.seed)
+        print(json.dumps(result), flush=True)
+        bad |= bool(result["code"] or result["broke"])
     return int(bad)
 
 

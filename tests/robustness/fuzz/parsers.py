@@ -1,7 +1,7 @@
 """Every parser of untrusted files, as a function of the file, with valid examples to start from.
 
 A parser may return, or raise ValueError in one short line. It may not raise anything else, write outside its folder, start
-a process, open a connection, look up what a pickle names, or take memory and time beyond its input.
+a process, open a connection, look up the names in a pickle, or take memory and time out of proportion to its input.
 """
 
 from __future__ import annotations
@@ -50,20 +50,20 @@ from selftrans.types import Conditions
 from tests.support.pictures import encoded, noise
 from tests.support.shards import make
 
-LONGEST = 1200  #: letters of an error beside the path of its file
+LONGEST = 1200  #: characters of an error message without the path of its file
 
 
 class Parser(NamedTuple):
-    file: str  #: what the input is called
+    file: str  #: name of the input file
     parse: Callable[[Path], object]  #: the file
     examples: Callable[[], list[bytes]]
     runs: int  #: inputs tried in the slow suite, guided by coverage
-    around: Callable[[Path], object] = lambda folder: None  #: puts other files in the folder, once
-    #: an input into the file: puts right the lengths and checksums that would turn away every change inside
+    around: Callable[[Path], object] = lambda folder: None  #: writes the other files of the folder, once
+    #: input -> content of the file, with correct lengths and checksums; otherwise these would refuse every mutation
     wrap: Callable[[bytes], bytes] = bytes
 
 
-# ---- the files that are needed around, and sound examples
+# ---- other files that a parser needs, and valid examples
 
 
 def jsons(*values: Any) -> list[bytes]:
@@ -72,7 +72,7 @@ def jsons(*values: Any) -> list[bytes]:
 
 @functools.cache
 def prepared() -> dict[str, bytes]:
-    """A folder of shards written by hand."""
+    """A folder of shards, from `tests.support.shards`."""
     with temporary() as folder:
         make(folder)
         return {path.name: path.read_bytes() for path in folder.iterdir()}
@@ -80,7 +80,7 @@ def prepared() -> dict[str, bytes]:
 
 @functools.cache
 def run_files() -> dict[str, bytes]:
-    """A checkpoint of a model of a few hundred numbers."""
+    """A checkpoint of a model with a few hundred parameters."""
     small = {"model.width": 4, "model.depth": 1, "model.heads": 1, "model.patch": 4}
     config = recipe("digits").override(small).restricted()
     model = config.build_model((1, 8, 8), Conditions("labels", 2))
@@ -214,8 +214,8 @@ def saved(content: Any) -> bytes:
 
 @functools.cache
 def torch_files() -> list[bytes]:
-    whole = {"model": published(), "ema": published(), "opt": {"state": {}, "param_groups": []}, "steps": 3}
-    return [saved(published()), saved(whole | {"args": argparse.Namespace(model="SiT-XL/2", path_type="linear")})]
+    complete = {"model": published(), "ema": published(), "opt": {"state": {}, "param_groups": []}, "steps": 3}
+    return [saved(published()), saved(complete | {"args": argparse.Namespace(model="SiT-XL/2", path_type="linear")})]
 
 
 @functools.cache
@@ -230,11 +230,11 @@ def models(depth: int) -> dict[str, torch.Tensor]:
 def torch_models() -> list[bytes]:
     from tests.support.published_files import options
 
-    said = {"opt": {"state": {}, "param_groups": []}, "args": options("repa", encoder_depth=1), "steps": 3}
-    return [saved({"ema": models(1)} | said)]
+    extra = {"opt": {"state": {}, "param_groups": []}, "args": options("repa", encoder_depth=1), "steps": 3}
+    return [saved({"ema": models(1)} | extra)]
 
 
-# ---- the insides of a file, and the file around them
+# ---- a part of a file, and the file around it
 
 
 def header(file: bytes) -> bytes:
@@ -243,7 +243,7 @@ def header(file: bytes) -> bytes:
 
 
 def with_header(file: bytes) -> Callable[[bytes], bytes]:
-    """A safetensors file with another header before the same numbers."""
+    """A safetensors file with another header and the same data."""
     numbers = file[8 + len(header(file)) :]
     return lambda data: len(data).to_bytes(8, "little") + data + numbers
 
@@ -255,14 +255,14 @@ def pickled(file: bytes) -> bytes:
 
 
 def with_pickle(file: bytes) -> Callable[[bytes], bytes]:
-    """A file of torch.save with another pickle beside the same numbers."""
+    """A file of torch.save with another pickle and the same tensors."""
     with zipfile.ZipFile(io.BytesIO(file)) as archive:
         records = {name: archive.read(name) for name in archive.namelist()}
     return lambda data: packed({name: data if name.endswith("/data.pkl") else x for name, x in records.items()})
 
 
 def sealed(data: bytes) -> bytes:
-    """A state.json whose own hash is right, whatever it says."""
+    """A state.json with a correct hash of its own content."""
     try:
         state = json.loads(data)
         state["sha256"].pop("state.json", None)
@@ -276,7 +276,7 @@ def sealed(data: bytes) -> bytes:
 
 
 def imported(path: Path) -> None:
-    """All of `selftrans import`, what it has written taken away."""
+    """The complete `selftrans import`; its output is removed."""
     try:
         import_run(path, path.parent / "run", heads=1, say=lambda line: None)
     finally:
@@ -289,10 +289,10 @@ def picture(path: Path) -> None:
 
 
 def source(path: Path) -> None:
-    found = open_source(path, resolution=8)
-    for i in range(min(len(found), 4)):
+    opened = open_source(path, resolution=8)
+    for i in range(min(len(opened), 4)):
         with contextlib.suppress(ValueError):
-            found.read(i)
+            opened.read(i)
 
 
 def sample(path: Path) -> None:
@@ -328,14 +328,14 @@ def read_all(path: Path) -> None:
 
 
 def values(path: Path) -> None:
-    found = npz_values(path)
-    assert len(found.fingerprint) == 64 and found.labels.shape == (len(found),)
-    for i in range(min(len(found), 4)):
-        assert found.read(i).shape == found.shape
+    arrays = npz_values(path)
+    assert len(arrays.fingerprint) == 64 and arrays.labels.shape == (len(arrays),)
+    for i in range(min(len(arrays), 4)):
+        assert arrays.read(i).shape == arrays.shape
 
 
 def table(path: Path) -> None:
-    """Rows go through the cache of `datasets`, put in the folder meanwhile."""
+    """Reads rows through the cache of `datasets`, which is put in the folder for this test."""
     import datasets
 
     cache, datasets.config.HF_DATASETS_CACHE = datasets.config.HF_DATASETS_CACHE, str(path.parent / "cache")
@@ -559,11 +559,11 @@ PARSERS: dict[str, Parser] = {
 
 
 @contextlib.contextmanager
-def room(name: str) -> Iterator[Path]:
-    """A folder in which the parser `name` finds what it needs, ready for its inputs."""
+def folder_for(name: str) -> Iterator[Path]:
+    """A folder with the other files that the parser `name` needs."""
     with temporary() as folder:
         PARSERS[name].around(folder)
-        for data in PARSERS[name].examples():  # what is imported at first use is imported now
+        for data in PARSERS[name].examples():  # does all lazy imports before anything is watched
             (folder / PARSERS[name].file).write_bytes(PARSERS[name].wrap(data))
             PARSERS[name].parse(folder / PARSERS[name].file)
         before = sorted(os.listdir(folder))
@@ -572,7 +572,7 @@ def room(name: str) -> Iterator[Path]:
 
 
 def attempt(name: str, folder: Path, data: bytes) -> bool:
-    """Parse `data`; whether it was found sound. AssertionError where the parser breaks its promise."""
+    """Parse `data`; True if it was accepted. AssertionError if the parser does what it may not."""
     parser = PARSERS[name]
     path = folder / parser.file
     path.write_bytes(parser.wrap(data))
@@ -601,16 +601,16 @@ FORBIDDEN = (
 CHANGES = ("os.remove", "os.rename", "os.mkdir", "os.rmdir", "os.link", "shutil.rmtree")
 
 
-class Trespass(AssertionError):
-    """A parser did what no file may make it do."""
+class Violation(AssertionError):
+    """A parser did something that a file must never cause."""
 
 
-TRESPASSES: list[str] = []  #: since `watched` began: a parser may well have caught the error
+VIOLATIONS: list[str] = []  #: since `watched` began; kept because a parser may catch the error
 
 
-def _trespass(what: str) -> None:
-    TRESPASSES.append(what)
-    raise Trespass(what)
+def _violation(what: str) -> None:
+    VIOLATIONS.append(what)
+    raise Violation(what)
 
 
 def _audit(event: str, arguments: tuple[Any, ...]) -> None:
@@ -618,27 +618,27 @@ def _audit(event: str, arguments: tuple[Any, ...]) -> None:
         return
     writes = event == "open" and isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
     if event in FORBIDDEN:
-        _trespass(f"{event} {arguments}")
+        _violation(f"{event} {arguments}")
     if writes or event in CHANGES:
-        below = arguments[-1] if event in ("os.remove", "os.rmdir", "os.mkdir") else -1  # an open folder, by number
+        below = arguments[-1] if event in ("os.remove", "os.rmdir", "os.mkdir") else -1  # descriptor of an open folder
         base = os.readlink(f"/proc/self/fd/{below}") if below >= 0 else os.getcwd()
         for name in arguments[: 2 if event in ("os.rename", "os.link") else 1]:
             target = Path(os.path.abspath(os.path.join(base, os.fsdecode(name)))) if not isinstance(name, int) else None
             if target and not target.is_relative_to(WATCHED[-1]) and target != Path(os.devnull):
-                _trespass(f"{event} {target}")
+                _violation(f"{event} {target}")
 
 
 @contextlib.contextmanager
 def watched(folder: Path) -> Iterator[None]:
-    """Trespass for a process, a connection, an unpickled name, or a file written outside `folder`."""
+    """Raise Violation for a process, a connection, an unpickled name, or a file written outside `folder`."""
     WATCHED.append(Path(os.path.abspath(folder)))
-    TRESPASSES.clear()
+    VIOLATIONS.clear()
     try:
         yield
     finally:
         WATCHED.pop()
-        if TRESPASSES:
-            raise Trespass(TRESPASSES[0])
+        if VIOLATIONS:
+            raise Violation(VIOLATIONS[0])
 
 
 sys.addaudithook(_audit)

@@ -20,7 +20,7 @@ from tests.unit.cli.lines import one_line
 # ---- help
 
 
-def test_the_overview_names_every_command(capsys):
+def test_overview_lists_every_command(capsys):
     for argv in ([], ["-h"], ["--help"]):
         assert main(argv) == 0
         printed = capsys.readouterr().out
@@ -29,7 +29,7 @@ def test_the_overview_names_every_command(capsys):
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_help_of_a_command_opens_with_its_docstring(name, capsys):
+def test_help_of_a_command_starts_with_its_docstring(name, capsys):
     assert main([name, "--help"]) == 0
     printed = " ".join(capsys.readouterr().out.split())
     assert f"usage: selftrans {name}" in printed
@@ -154,15 +154,15 @@ def test_data_of_another_shape_or_class_count_than_the_checkpoints(tmp_path, cap
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory):
+def results(tmp_path_factory):
     """Samples of the toy run, and a classifier of the digits."""
-    folder = tmp_path_factory.mktemp("made")
+    folder = tmp_path_factory.mktemp("results")
     assert main(["sample", str(toy.finished()), f"--out={folder / 'samples'}", "--num=30", "--steps=2"]) == 0
     assert main(["classifier", str(toy.digits()), f"--out={folder / 'judge.safetensors'}", "--epochs=1"]) == 0
     return folder
 
 
-def test_classifier_prints_its_accuracy(made, tmp_path, capsys):
+def test_classifier_prints_its_accuracy(results, tmp_path, capsys):
     path = tmp_path / "again.safetensors"
     assert main(["classifier", str(toy.digits()), f"--out={path}", "--epochs=1"]) == 0
     assert capsys.readouterr().out.startswith(f"{path}: accuracy 0.") and path.exists()
@@ -173,8 +173,8 @@ def test_classifier_prints_its_accuracy(made, tmp_path, capsys):
     assert "has 0 classes; a classifier needs at least two" in one_line(capsys)
 
 
-def test_evaluate_samples_with_their_labels(made, capsys):
-    samples, judge = made / "samples", made / "judge.safetensors"
+def test_evaluate_samples_with_their_labels(results, capsys):
+    samples, judge = results / "samples", results / "judge.safetensors"
     assert main(["evaluate", str(samples), f"--reference={toy.digits()}", f"--features={judge}"]) == 0
     text, shown = capsys.readouterr().out, json.loads((samples / "evaluate.json").read_text())
     assert f"Fréchet distance          {shown['frechet_distance']:.5g}" in text and "steps 2" in text
@@ -186,21 +186,23 @@ def test_evaluate_samples_with_their_labels(made, capsys):
     assert again[again["metric"]] == pytest.approx(shown[shown["metric"]], rel=1e-6)  # prepared digits are the digits
 
 
-def test_evaluate_a_folder_against_itself(made, tmp_path, capsys):
+def test_folder_evaluated_against_itself_has_distance_zero(results, tmp_path, capsys):
     for k in range(20):
         array = np.random.default_rng(k).integers(0, 256, (8, 8), dtype=np.uint8)
         Image.fromarray(array).save(tmp_path / f"{k}.png")
-    argv = ["evaluate", str(tmp_path), f"--reference={tmp_path}", f"--features={made / 'judge.safetensors'}"]
+    argv = ["evaluate", str(tmp_path), f"--reference={tmp_path}", f"--features={results / 'judge.safetensors'}"]
     assert main(argv) == 0
     shown, text = json.loads((tmp_path / "evaluate.json").read_text()), capsys.readouterr().out
     assert shown[shown["metric"]] == pytest.approx(0, abs=1e-2)
-    assert "sampler unknown, steps unknown" in text and shown["made"]["sampler"] is None, "no record of it"
+    assert "sampler unknown, steps unknown" in text and shown["made"]["sampler"] is None, (
+        "the folder has no record of its settings"
+    )
 
 
-def test_evaluate_refuses_incomplete_samples(made, tmp_path, capsys):
-    samples = toy.copy(made / "samples", tmp_path / "samples")
+def test_evaluate_refuses_incomplete_samples(results, tmp_path, capsys):
+    samples = toy.copy(results / "samples", tmp_path / "samples")
     (samples / "samples.npz").unlink()
-    argv = ["evaluate", str(samples), "--reference=digits", f"--features={made / 'judge.safetensors'}"]
+    argv = ["evaluate", str(samples), "--reference=digits", f"--features={results / 'judge.safetensors'}"]
     assert main(argv) == 1
     assert "is not complete; repeat the `selftrans sample` command" in one_line(capsys)
     for name, content in {"samples.npz": "no archive", "samples.json": "[]"}.items():
@@ -210,10 +212,10 @@ def test_evaluate_refuses_incomplete_samples(made, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("content", [b"", b"no archive", b"PK\x03\x04 cut short"])
-def test_evaluate_refuses_a_reference_that_is_no_archive(made, tmp_path, capsys, content):
+def test_evaluate_refuses_a_reference_that_is_no_archive(results, tmp_path, capsys, content):
     (tmp_path / "reference.npz").write_bytes(content)
-    argv = ["evaluate", str(made / "samples"), f"--reference={tmp_path / 'reference.npz'}"]
-    assert main([*argv, f"--features={made / 'judge.safetensors'}"]) == 1
+    argv = ["evaluate", str(results / "samples"), f"--reference={tmp_path / 'reference.npz'}"]
+    assert main([*argv, f"--features={results / 'judge.safetensors'}"]) == 1
     assert "reference.npz cannot be read" in one_line(capsys)
 
 
@@ -236,7 +238,7 @@ def test_analyse_writes_pictures_and_report(tmp_path, capsys):
 # ---- as a process
 
 
-def test_errors_of_a_process_are_one_line(tmp_path):
+def test_error_of_a_process_is_one_line(tmp_path):
     command = [sys.executable, "-m", "selftrans", "train", "digits", "--out", "run", "--model.width=3"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 1 and done.stdout == ""

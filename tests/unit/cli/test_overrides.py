@@ -1,4 +1,4 @@
-"""Commands on a recipe: how the recipe is found, its help page, every way to write an override, and wrong ones."""
+"""Commands on a recipe: position of the recipe, help page, every form of an override, and wrong overrides."""
 
 import dataclasses
 from pathlib import Path
@@ -35,15 +35,15 @@ def test_without_a_recipe_help_lists_the_recipes_and_the_own_options(argv, capsy
 def test_help_of_a_recipe_lists_every_override_with_its_default(argv, capsys):
     assert main(argv.split()) == 0
     printed = capsys.readouterr().out
-    for words in (
+    for text in (
         "--train.batch-size INT",
         "--stage2.until-step {None}|INT",
         "--model.name STR",
         "(default: 50000)",
     ):
-        assert words in printed, words
-    for words in ("--out RUN", "--data DIR", "--teacher RUN_OR_FILE", "selftrans prepare CIFAR10.zip", "RECIPE"):
-        assert words in printed, words
+        assert text in printed, text
+    for text in ("--out RUN", "--data DIR", "--teacher RUN_OR_FILE", "selftrans prepare CIFAR10.zip", "RECIPE"):
+        assert text in printed, text
     overrides = set(option_names(override_type(RECIPES["cifar10"](), [])[1]))
     assert len(overrides) > 80 and not {name for name in overrides if f"--{name} " not in printed}
     assert "--recipe" not in printed
@@ -55,7 +55,7 @@ def test_help_of_a_recipe_to_compare_lists_the_overrides_but_not_the_method(caps
     assert "--train.batch-size INT" in printed and "--methods" in printed and "--method " not in printed
 
 
-# ---- every way to write a value
+# ---- every form of a value
 
 
 def test_overrides_of_every_kind(monkeypatch):
@@ -81,7 +81,7 @@ def test_overrides_of_every_kind(monkeypatch):
     assert stage1.timestep_range is None and stage1.block == 1
     assert config.data.shape == (1, 8, 8) and config.sample.labels == (3, 4, 5) and config.method == "vanilla"
     assert config.data.path == "a/b"
-    assert config.model.width == RECIPES["digits"]().model.width  # the rest is the recipe's
+    assert config.model.width == RECIPES["digits"]().model.width  # other settings are those of the recipe
     assert main(["train", "digits", "--teacher=some/run", "--out", "a run"]) == 0
     assert calls[1][0].section(Stage2).teacher == "some/run" and calls[1][0].method == "self_transcendence"
 
@@ -99,7 +99,7 @@ def test_without_overrides_the_configuration_is_the_recipe(name):
     ["digits --out x --train.steps 5", "--out x digits --train.steps=5", "--train.steps 5 --out x digits"],
 )
 @pytest.mark.parametrize("command", ["train", "compare"])
-def test_the_recipe_may_stand_anywhere_after_a_complete_option(command, argv):
+def test_recipe_may_be_anywhere_between_options(command, argv):
     parsed = parse_command([command, *argv.split()])
     assert (parsed.recipe, parsed.out, parsed.config.train.steps) == ("digits", Path("x"), 5)
 
@@ -137,14 +137,14 @@ def test_overrides_are_those_of_the_run_its_model_and_every_method():
         override_type(config, ["--model.name", "SiT-S/3"])
 
 
-def test_a_list_of_labels_survives_the_run_directory(tmp_path):
+def test_list_of_labels_is_kept_in_the_run_directory(tmp_path):
     argv = ["train", "digits", f"--out={tmp_path}", "--method=vanilla", *toy.flags({"train.steps": 1})]
     for _ in range(2):
         assert main([*argv, "--sample.labels", "3", "1"]) == 0
     assert from_json((tmp_path / "config.json").read_text()).sample.labels == (3, 1)
 
 
-# ---- wrong words: status 2, one line, the nearest name
+# ---- wrong arguments: status 2, one line, the nearest name
 
 
 @pytest.mark.parametrize(
@@ -184,7 +184,7 @@ def test_a_list_of_labels_survives_the_run_directory(tmp_path):
         ("train digits --out x -q", "option -q is unknown"),
     ],
 )
-def test_wrong_words(argv, expected, capsys, tmp_path, monkeypatch):
+def test_wrong_arguments(argv, expected, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert main(argv.split()) == 2
     line = one_line(capsys)

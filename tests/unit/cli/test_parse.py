@@ -1,4 +1,4 @@
-"""Wrong arguments of plain commands: one line that names the option; and the help pages' text."""
+"""Wrong arguments of commands without a recipe: one line that names the option; and the text of help pages."""
 
 import pytest
 import tyro
@@ -33,7 +33,7 @@ from tests.unit.cli.lines import one_line
         ("bench --device tpu", "--device 'tpu' is not one of None, cpu, cuda"),
     ],
 )
-def test_wrong_words(argv, expected, capsys, tmp_path, monkeypatch):
+def test_wrong_arguments(argv, expected, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert main(argv.split()) == 2
     line = one_line(capsys)
@@ -41,24 +41,24 @@ def test_wrong_words(argv, expected, capsys, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_unset_shell_variable_is_no_value(capsys):
+def test_empty_argument_is_refused(capsys):
     assert main(["sample", "run", "--out", ""]) == 2
     assert "--out needs a value" in one_line(capsys)
 
 
-def test_help_wins_over_wrong_words(capsys):
+def test_help_takes_precedence_over_wrong_arguments(capsys):
     assert main(["sample", "run", "--stpes", "3", "--help"]) == 0
     assert "RUN_OR_FILE" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("argv", ["sample", "sample run --out x --stpes 3", "sample run --out x --num few"])
-def test_another_tyro_without_the_hook_prints_its_own_text(argv, capsys, monkeypatch):
+def test_tyro_without_the_hook_prints_its_own_text(argv, capsys, monkeypatch):
     monkeypatch.delattr(tyro._errors, "on_parse_error")
     assert main(argv.split()) == 2
     assert "selftrans sample --help" in " ".join(capsys.readouterr().err.split())
 
 
-def test_another_tyro_with_other_events_prints_its_own_text(capsys, monkeypatch):
+def test_tyro_with_other_events_prints_its_own_text(capsys, monkeypatch):
     fire = tyro._errors._fire
     monkeypatch.setattr(tyro._errors, "_fire", lambda event: fire(type(type(event).__name__, (), {})()))
     assert main(["sample"]) == 2
@@ -66,7 +66,7 @@ def test_another_tyro_with_other_events_prints_its_own_text(capsys, monkeypatch)
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_every_option_of_the_help_page_is_known_to_the_suggestions(name, capsys):
+def test_suggestions_know_every_option_of_the_help_page(name, capsys):
     command = blank(COMMANDS[name])
     assert main([name, "--help"]) == 0
     printed = capsys.readouterr().out

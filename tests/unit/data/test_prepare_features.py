@@ -331,7 +331,9 @@ def test_beside_the_moments_of_a_vae(pictures: Path, tmp_path: Path, encoder: st
         assert (stored[:, copy] - expected).norm() / expected.norm() < 0.02  # batches of another size round otherwise
 
 
-def test_the_command(pictures: Path, tmp_path: Path, encoder: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_prepare_command_with_parts(
+    pictures: Path, tmp_path: Path, encoder: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     common = ["prepare", str(pictures), "--out", str(tmp_path / "out"), "--shard-size", "4", "--flip"]
     assert main([*common, "--grid", "4"]) == 0
     assert "--grid is ignored without --features" in capsys.readouterr().err

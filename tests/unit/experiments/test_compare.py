@@ -17,8 +17,9 @@ from safetensors.torch import save_file
 
 from selftrans.cli.main import main
 from selftrans.experiments import html_report
-from selftrans.experiments.compare import compare_methods, only, with_defaults
-from selftrans.experiments.runner import Comparison, Measurement, interval, measured_before, points
+from selftrans.experiments.compare import compare_methods, for_method, with_defaults
+from selftrans.experiments.measurement import Measurement, interval, measured_before, points
+from selftrans.experiments.runner import Comparison
 from selftrans.experiments.table import as_csv, curve, first_below, mean_curve, rows
 from selftrans.methods.repa import Repa
 from selftrans.methods.self_transcendence import Stage1, Stage2
@@ -148,13 +149,13 @@ def test_points_measured_alike_are_kept_and_damaged_ones_measured_again(tmp_path
 def test_settings_of_a_run_do_not_depend_on_the_other_methods():
     config = recipe("digits").override({"repa.encoder": "some/encoder", "sra.span": 0.1})
     plain = recipe("digits")
-    assert only(config, "repa").sections == {"repa": Repa(encoder="some/encoder", head_width=128)}
-    assert only(config, "sra") == plain.override({"method": "sra", "sra.span": 0.1}).restricted()
-    assert only(config, "vanilla") == plain.override({"method": "vanilla"}).restricted()
+    assert for_method(config, "repa").sections == {"repa": Repa(encoder="some/encoder", head_width=128)}
+    assert for_method(config, "sra") == plain.override({"method": "sra", "sra.span": 0.1}).restricted()
+    assert for_method(config, "vanilla") == plain.override({"method": "vanilla"}).restricted()
     config = config.override({"stage1.weight": 0.1, "stage2.weight": 0.1, "stage1.steps": 9})
-    assert only(config, "vanilla") == plain.override({"method": "vanilla"}).restricted()
-    assert only(config, "structure") == plain.override({"method": "structure", "stage1.weight": 0.1}).restricted()
-    taught = only(config, "self_transcendence")
+    assert for_method(config, "vanilla") == plain.override({"method": "vanilla"}).restricted()
+    assert for_method(config, "structure") == plain.override({"method": "structure", "stage1.weight": 0.1}).restricted()
+    taught = for_method(config, "self_transcendence")
     assert (taught.section(Stage1).steps, taught.section(Stage1).weight, taught.section(Stage2).weight) == (9, 0.1, 0.1)
 
 

@@ -23,7 +23,7 @@ from selftrans.evaluate.statistics import Statistics
 from selftrans.experiments import evaluate_samples as scores
 from selftrans.experiments import image_files, reference
 from selftrans.experiments.compare import override, with_defaults
-from selftrans.experiments.runner import Comparison, Measurement, measure_checkpoint, samples_of
+from selftrans.experiments.measurement import Measurement, measure_checkpoint, samples_of
 from selftrans.train.run import train
 from tests.support import toy
 from tests.support.pictures import class_folders, save_vae
@@ -362,8 +362,7 @@ def test_comparisons_measure_values(values: Path, tmp_path: Path) -> None:
     config = override(toy.toy(), data=str(values / "data"))
     _, features, weights = with_defaults(config, tmp_path)
     assert features == "values" and weights is None
-    variants = {"vanilla": dataclasses.replace(config, method="vanilla")}
-    measurement = Measurement.of(Comparison(config, variants, (0,), tmp_path, 130, features))
+    measurement = Measurement.of(config, features, weights=None, images=130, block=2)
     point = measure_checkpoint(toy.checkpoint(values / "run", "vanilla"), measurement)
     assert point["metric"] == "Fréchet distance (values)" and point["distance"] > 0 and point["accuracy"] is None
     assert samples_of(values / "run", config.sample, 3).shape == (3, 2, 8, 8)

@@ -11,8 +11,7 @@ from selftrans.checkpoints.load import load_model
 from selftrans.cli.main import main
 from selftrans.interop.exporting import export_run
 from selftrans.interop.importing import import_run
-from tests.support import published_files as strangers
-from tests.support import toy
+from tests.support import published_files, toy
 from tests.support.published_files import TINY, Assembled, options, state
 from tests.support.toy import quick  # noqa: F401 - a fixture
 
@@ -22,7 +21,7 @@ quiet = {"say": lambda _: None}
 def a_run(tmp_path, *, qk_norm=False, **more):
     """A run with random weights, raw and averaged ones unlike."""
     raw, ema = (state(**TINY | more, qk_norm=qk_norm, seed=k) for k in (1, 2))
-    file = strangers.save(tmp_path / "a.pt", {"model": raw, "ema": ema, "args": options("repa"), "steps": 4})
+    file = published_files.save(tmp_path / "a.pt", {"model": raw, "ema": ema, "args": options("repa"), "steps": 4})
     import_run(file, tmp_path / "run", heads=2, **quiet)
     return tmp_path / "run", raw, ema
 

@@ -1,10 +1,8 @@
-"""The objective, its gate and the frozen teacher, against arithmetic done here and a backbone of three numbers."""
+"""The objective against arithmetic done here, on a backbone with three parameters."""
 
-import copy
 import gc
 import math
 import weakref
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,43 +10,17 @@ import scipy.stats
 import torch
 from torch import nn
 
-from selftrans.config import RunConfig, Train, sections
 from selftrans.flow import COSINE, LINEAR
 from selftrans.methods.guidance import Frozen, capacity, gate
 from selftrans.methods.objective import Objective
-from selftrans.methods.registry import METHODS, stages
-from selftrans.methods.self_transcendence import SelfGuidance, Stage1, Stage2, StructureGuidance
-from selftrans.methods.spec import Stage
 from selftrans.models.sit import SiT
-from selftrans.plugins import trust
 from selftrans.types import Backbone, Batch
+from tests.support.guidances import RANGE, SHAPE, TIMES, data, frozen_stub, stage1, stage2
 from tests.support.stub import Stub, TextStub, handmade_draw, numbers
-
-RANGE = (0.4, 0.7)
-#: two inside, two on the very edges, three outside
-TIMES = [0.1, 0.4, 0.55, 0.7, 0.9, 0.39, 0.41]
-SHAPE = (2, 4, 4)
-
-
-def data(n, shape=SHAPE, classes=7):
-    g = torch.Generator().manual_seed(3)
-    return Batch(torch.randn(n, *shape, generator=g), torch.randint(classes, (n,), generator=g))
-
-
-def stage1(student, **options):
-    return StructureGuidance(student, Stage1(**{"block": 2, "head_width": 8, **options}))
-
-
-def stage2(student, teacher, **options):
-    return SelfGuidance(student, teacher, Stage2(**{"student_block": 2, "head_width": 8, "scale": 3.0, **options}))
-
-
-def frozen_stub(**options):
-    return Frozen(Stub(abc=(1.25, 0.75, -0.5), **options), 3)
 
 
 class Ridge(nn.Module):
-    """A stranger's guidance: the mean square of one block's features, times a learned number."""
+    """A guidance outside the package: the mean square of the features of one block times a learned number."""
 
     def __init__(self, name="ridge", block=1, weight=0.5, until_step=None):
         super().__init__()
@@ -68,12 +40,12 @@ class Ridge(nn.Module):
 # ---- flow loss
 
 
-def test_the_stub_is_a_backbone():
+def test_stub_is_a_backbone():
     assert isinstance(Stub(), Backbone) and isinstance(TextStub(), Backbone)
 
 
-def test_flow_loss_on_paper():
-    """z0 = 1, noise = 3, t = 1/2: z_t = 2, v = 2. The stub says 1·2 + 1·½ + 0.1·2 = 2.7, so the loss is 0.7² = 0.49."""
+def test_flow_loss_equals_a_hand_computed_value():
+    """z0 = 1, noise = 3, t = 1/2: z_t = 2, v = 2. The stub predicts 1·2 + 1·½ + 0.1·2 = 2.7, so the loss is 0.7² = 0.49."""
     d = handmade_draw([0.5], (1, 1, 1), num_classes=2)
     d = d._replace(z0=torch.ones(1, 1, 1, 1), noise=torch.full((1, 1, 1, 1), 3.0), dropped=torch.tensor([2]))
     d = d._replace(zt=torch.full((1, 1, 1, 1), 2.0), v=torch.full((1, 1, 1, 1), 2.0))
@@ -101,8 +73,8 @@ def test_flow_loss_and_its_gradient_by_hand():
 
 @pytest.mark.parametrize("path", [LINEAR, COSINE], ids=lambda p: p.name)
 @pytest.mark.parametrize("times", ["systematic", "uniform", "lognormal"])
-def test_forward_draws_what_it_is_scored_on(path, times):
-    """From what the student saw (z_t, t) and z0, noise and target follow on paper; so does the loss."""
+def test_loss_follows_from_the_drawn_point_and_time(path, times):
+    """From (z_t, t) of the student and z0, noise, target and loss are computed by hand."""
     student, b = Stub(), data(9)
     loss, _ = Objective(student, path=path, times=times, drop=0.5)(b, 0)
     (call,) = student.calls
@@ -122,15 +94,17 @@ def test_forward_draws_what_it_is_scored_on(path, times):
 def test_labels_are_dropped_for_the_student_and_never_for_the_teacher():
     student, teacher, b = Stub((1, 2, 2)), frozen_stub(shape=(1, 2, 2)), data(20_000, (1, 2, 2))
     Objective(student, [stage2(student, teacher)], drop=0.1)(b, 0)
-    seen, taught = student.calls[0], teacher.model.calls[0]
-    null = seen["cond"] == 7  # the model's own null label; b holds 0..6
+    seen, calls_of_teacher = student.calls[0], teacher.model.calls[0]
+    null = seen["cond"] == 7  # the null label of the model; b has labels 0..6
     assert scipy.stats.binomtest(int(null.sum()), 20_000, 0.1).pvalue > 1e-3
     assert torch.equal(seen["cond"][~null], b.cond[~null])
     label_of = dict(zip(map(tuple, seen["x"].flatten(1).tolist()), b.cond.tolist(), strict=True))
-    half = len(taught["cond"]) // 2
-    true = torch.tensor([label_of[tuple(x)] for x in taught["x"][:half].flatten(1).tolist()])
-    assert torch.equal(taught["cond"][:half], true), "the conditional half knows the true label, dropped or not"
-    assert (taught["cond"][half:] == 7).all(), "the other half knows nothing"
+    half = len(calls_of_teacher["cond"]) // 2
+    true = torch.tensor([label_of[tuple(x)] for x in calls_of_teacher["x"][:half].flatten(1).tolist()])
+    assert torch.equal(calls_of_teacher["cond"][:half], true), (
+        "the conditional half gets the true label, dropped or not"
+    )
+    assert (calls_of_teacher["cond"][half:] == 7).all(), "the other half gets the null label"
 
 
 @pytest.mark.parametrize(("drop", "expected"), [(0.0, None), (1.0, 7)])
@@ -141,7 +115,7 @@ def test_drop_probabilities_of_zero_and_one(drop, expected):
 
 
 @pytest.mark.parametrize("classes", [0, 1, 7, 1000])
-def test_the_null_label_is_the_models_own(classes, monkeypatch):
+def test_null_label_comes_from_the_model(classes, monkeypatch):
     model, seen = SiT((1, 4, 4), classes, width=8, depth=2, heads=2, patch=2), []
     embed = model.y_embedder.forward
     monkeypatch.setattr(model.y_embedder, "forward", lambda labels: seen.append(labels) or embed(labels))
@@ -149,7 +123,7 @@ def test_the_null_label_is_the_models_own(classes, monkeypatch):
     assert seen[0].tolist() == [classes] * 4
 
 
-def test_conditions_of_several_tensors_pass_through_untouched():
+def test_condition_of_several_tensors_is_passed_unchanged():
     """Text-like: tokens, mask and pooled vector. Value by hand with f_c − f_u = c · (meaning − 0)."""
     n, student = 12, TextStub()
     teacher = Frozen(TextStub(abc=(1.0, 0.0, 2.0)), 3)
@@ -161,14 +135,14 @@ def test_conditions_of_several_tensors_pass_through_untouched():
     objective = Objective(student, [stage2(student, teacher, timestep_range=None, scale=5.0)], drop=0.5)
     objective.guidances[0].head = nn.Identity()
     loss, report = objective(Batch(torch.randn(n, *SHAPE), cond), 0)
-    seen, taught = student.calls[0], teacher.model.calls[0]
+    seen, calls_of_teacher = student.calls[0], teacher.model.calls[0]
     dropped = ~seen["cond"]["pooled"].any(dim=1)
     assert 0 < dropped.sum() < n
     for name, value in cond.items():
         assert torch.equal(seen["cond"][name][~dropped], value[~dropped])
-        assert torch.equal(taught["cond"][name][:n], value)
-    assert not taught["cond"]["tokens"][n:].any() and not taught["cond"]["pooled"][n:].any()
-    assert taught["cond"]["mask"][n:].tolist() == [[True] + [False] * 4] * n
+        assert torch.equal(calls_of_teacher["cond"][name][:n], value)
+    assert not calls_of_teacher["cond"]["tokens"][n:].any() and not calls_of_teacher["cond"]["pooled"][n:].any()
+    assert calls_of_teacher["cond"]["mask"][n:].tolist() == [[True] + [False] * 4] * n
     zt, t, total = numbers(seen["x"]), numbers(seen["t"]), 0.0
     for i in range(n):
         kept = [j for j in range(5) if cond["mask"][i, j]]
@@ -182,67 +156,7 @@ def test_conditions_of_several_tensors_pass_through_untouched():
 # ---- the gate
 
 
-def test_gate_counts_each_sample_as_the_method_says():
-    d, n = handmade_draw(TIMES), len(TIMES)
-    every = gate(d, None, "select")
-    assert every.rows is None and every.gain.tolist() == pytest.approx([1 / n] * n)
-    scaled = gate(d, RANGE, "scale")
-    assert scaled.rows is None and scaled.gain.tolist() == pytest.approx([4 / n / n] * n)
-    chosen = gate(d, RANGE, "select")
-    assert sorted(chosen.rows.tolist()) == [1, 2, 3, 6], "0.4 <= t <= 0.7, edges included"
-    assert chosen.gain.tolist() == pytest.approx([1 / n] * 4)
-
-
-def test_scale_is_the_arithmetic_of_the_released_code():
-    """There the mask keeps its image axes and meets one loss per sample: (B, 1, 1, 1) times (B,) is (B, 1, 1, B)."""
-    d, error = handmade_draw(TIMES), torch.rand(len(TIMES))
-    t = d.t.view(-1, 1, 1, 1)
-    mask = ((t >= 0.4) & (t <= 0.7)).float()
-    product = mask * error
-    assert product.shape == (7, 1, 1, 7)
-    assert gate(d, RANGE, "scale").mean(error).item() == pytest.approx(product.mean().item(), rel=1e-6)
-
-
-def stratified(n, u):
-    """One time per nth of [0, 1], at the offset u of each, in float32."""
-    return ((torch.arange(n) + torch.tensor(u)) / n).tolist()
-
-
-@pytest.mark.parametrize(
-    "span", [(0.4, 0.7), (0.0, 1.0), (0.0, 0.3), (0.65, 1.0), (0.5, 0.51), (0.1, 0.95), (1 / 3, 2 / 3)]
-)
-def test_capacity_holds_every_sample_inside_and_at_most_one_more(span):
-    a, b = span
-    offsets = [0.0, 2**-24, 1e-3, 0.2, 0.35, 0.5, 0.8, 0.999, 1 - 2**-24]
-    for n in [*range(1, 24), 31, 64, 100, 255, 256]:
-        for u in offsets:
-            d = handmade_draw(stratified(n, u), (1, 1, 1), even=True)
-            picked = gate(d, span, "select")
-            inside = {i for i, t in enumerate(d.t.tolist()) if np.float32(a) <= np.float32(t) <= np.float32(b)}
-            assert len(picked.rows) == capacity(n, span) == max(1, math.ceil(n * (b - a) - 1e-6)), "a static shape"
-            assert len(set(picked.rows.tolist())) == len(picked.rows)
-            counted = {r for r, g in zip(picked.rows.tolist(), picked.gain.tolist(), strict=True) if g}
-            on_edge = min(u, 1 - u) < 1e-6 and abs(n * (b - a) - round(n * (b - a))) < 1e-6
-            assert counted == inside or (on_edge and counted < inside and len(inside - counted) == 1), f"n={n}, u={u}"
-            assert len(picked.rows) - len(inside) <= 1
-            assert all(g in (0.0, pytest.approx(1 / n)) for g in picked.gain.tolist())
-
-
-def test_a_time_on_both_edges_costs_one_sample_at_most():
-    """Where n (b - a) is whole and the offset is zero to the last bit, one time more lies inside than there is room for."""
-    for n in (10, 300, 3000):
-        for start in range(0, n - 1, max(1, n // 50)):
-            for k in (1, 2):
-                if start + k > n:
-                    continue
-                span = (start / n, (start + k) / n)
-                d = handmade_draw(stratified(n, 0.0), (1, 1, 1), even=True)
-                assert round(gate(d, span, "select").gain.sum().item() * n) == k
-                d = handmade_draw(stratified(n, 0.5), (1, 1, 1), even=True)
-                assert round(gate(d, span, "select").gain.sum().item() * n) == k, "nothing is left out elsewhere"
-
-
-def test_a_batch_as_drawn_is_gated_the_same():
+def test_gate_selects_the_times_inside_of_drawn_batches():
     student = Stub((1, 2, 2))
     for n in (1, 5, 10, 33):
         for _ in range(20):
@@ -252,19 +166,6 @@ def test_a_batch_as_drawn_is_gated_the_same():
             inside = sum(np.float32(0.4) <= np.float32(t) <= np.float32(0.7) for t in ridge.seen[0].t.tolist())
             assert picked.gain.sum().item() == pytest.approx(inside / n, abs=1e-6)
             assert len(picked.rows) == capacity(n, RANGE)
-
-
-@pytest.mark.parametrize("span", [(0.7, 0.4), (0.5, 0.5), (-0.1, 0.5), (0.4, 1.1)])
-def test_impossible_ranges_are_refused(span):
-    with pytest.raises(ValueError, match="timestep_range"):
-        stage1(Stub(), timestep_range=span)
-    with pytest.raises(ValueError, match="timestep_range"):
-        stage2(Stub(), frozen_stub(), timestep_range=span)
-
-
-def test_unknown_range_modes_are_refused():
-    with pytest.raises(ValueError, match="'mask' is unknown; choose one of select, scale"):
-        stage1(Stub(), range_mode="mask")
 
 
 # ---- composition
@@ -283,13 +184,15 @@ def test_guidances_add_up_and_share_one_draw():
     assert student.calls[0]["stop"] is False
 
 
-def test_teacher_and_student_meet_the_same_point_and_time():
+def test_teacher_and_student_get_the_same_point_and_time():
     student, teacher = Stub(), frozen_stub()
     Objective(student, [stage2(student, teacher, timestep_range=None)])(data(9), 0)
-    seen, taught = student.calls[0], teacher.model.calls[0]
+    seen, calls_of_teacher = student.calls[0], teacher.model.calls[0]
     for key in ("x", "t"):
-        assert torch.equal(taught[key], torch.cat([seen[key], seen[key]]))
-    assert taught["taps"] == (3,) and taught["stop"] is True, "computation ends at the teacher's block"
+        assert torch.equal(calls_of_teacher[key], torch.cat([seen[key], seen[key]]))
+    assert calls_of_teacher["taps"] == (3,) and calls_of_teacher["stop"] is True, (
+        "computation ends at the block of the teacher"
+    )
 
 
 def test_report_is_detached_scalars_under_known_keys():
@@ -300,7 +203,7 @@ def test_report_is_detached_scalars_under_known_keys():
     assert all(x.dim() == 0 and not x.requires_grad and x.dtype == torch.float32 for x in report.values())
 
 
-def test_a_strangers_guidance_joins_without_inheriting():
+def test_guidance_outside_the_package_adds_its_term():
     student, ridge, d = Stub(), Ridge(block=1, weight=0.3, until_step=5), handmade_draw(TIMES)
     objective = Objective(student, [ridge])
     loss, report = objective.losses(d, 4)
@@ -328,20 +231,20 @@ def test_student_blocks_out_of_range_are_refused(block):
 def test_guidance_ends_at_its_step():
     student, teacher = Stub(), frozen_stub()
     objective = Objective(student, [stage2(student, teacher, until_step=3)])
-    taught = []
+    calls_of_teacher = []
     for step in range(5):
         objective.zero_grad(set_to_none=True)
         loss, report = objective(data(10), step)
         loss.backward()
-        taught.append(len(teacher.model.calls))
+        calls_of_teacher.append(len(teacher.model.calls))
         acts = step < 3
         assert ("self" in report) is acts
         assert all((p.grad is not None) is acts for p in objective.guidances[0].head.parameters())
         assert student.calls[-1]["taps"] == ((2,) if acts else ())
-    assert taught == [1, 2, 3, 3, 3], "not one teacher forward after the end"
+    assert calls_of_teacher == [1, 2, 3, 3, 3], "no teacher forward after the end"
 
 
-def test_retire_leaves_the_student_alone_and_frees_the_teacher():
+def test_retire_keeps_the_student_and_frees_the_teacher():
     student, teacher = Stub(), frozen_stub()
     model, plain = weakref.ref(teacher.model), weakref.ref(teacher)
     objective = Objective(student, [stage2(student, teacher, until_step=3), stage1(student)])
@@ -353,8 +256,8 @@ def test_retire_leaves_the_student_alone_and_frees_the_teacher():
     assert objective.retire(2) is False and len(objective.guidances) == 2 and model() is not None
     assert objective.retire(3) is True and [g.name for g in objective.guidances] == ["structure"]
     gc.collect()
-    assert model() is None and plain() is None, "nothing holds the teacher any more"
-    assert objective.retire(4) is False, "and nothing is left to drop"
+    assert model() is None and plain() is None, "nothing refers to the teacher"
+    assert objective.retire(4) is False, "no further guidance ends"
     only = Objective(student, [stage2(student, frozen_stub(), until_step=0)])
     assert only.retire(0) is True
     assert set(only.state_dict()) == {"student.a", "student.b", "student.c"}
@@ -365,7 +268,7 @@ def test_retire_leaves_the_student_alone_and_frees_the_teacher():
 # ---- the frozen teacher
 
 
-def test_the_teacher_is_no_part_of_the_module():
+def test_teacher_is_not_part_of_the_module():
     student, teacher = Stub(), frozen_stub()
     objective = Objective(student, [stage2(student, teacher)])
     theirs = {id(p) for p in teacher.model.parameters()}
@@ -375,7 +278,7 @@ def test_the_teacher_is_no_part_of_the_module():
     assert set(objective.state_dict()) == {"student.a", "student.b", "student.c"} | heads
 
 
-def test_the_teacher_stays_frozen_and_in_eval_mode():
+def test_teacher_stays_frozen_and_in_eval_mode():
     student, teacher = Stub(), frozen_stub()
     objective = Objective(student, [stage2(student, teacher)])
     before = [p.clone() for p in teacher.model.parameters()]
@@ -390,7 +293,7 @@ def test_the_teacher_stays_frozen_and_in_eval_mode():
 
 @pytest.mark.parametrize("w", [1.0, 3.0])
 @pytest.mark.parametrize("norm", ["none", "layer", "cosine"])
-def test_the_teachers_features_are_constants_of_the_backward_pass(w, norm):
+def test_teacher_features_have_no_gradient(w, norm):
     student, d = Stub(), handmade_draw(TIMES)
     g = stage2(student, frozen_stub(), scale=w, target_norm=norm)
     target = g.guided_features(d)
@@ -399,91 +302,11 @@ def test_the_teachers_features_are_constants_of_the_backward_pass(w, norm):
     assert all(p.grad.any() for p in g.head.parameters())
 
 
-@pytest.mark.parametrize("in_place", [False, True])
-def test_teacher_is_truncated_after_its_block_and_its_features_stay(in_place):
-    torch.manual_seed(1)
-    model = SiT((1, 8, 8), 10, width=16, depth=4, heads=2, patch=2)
-    for p in model.parameters():
-        nn.init.normal_(p, std=0.2)
-    b = data(3, (1, 8, 8))
-    t = torch.tensor([0.2, 0.5, 0.8])
-    with torch.no_grad():
-        whole = model(b.z0, t, b.cond, taps=(2,))
-    later, last = weakref.ref(model.blocks[2]), weakref.ref(model.final_layer)
-    teacher = Frozen(model, 2, in_place=in_place)
-    (feature,) = teacher(b.z0, t, b.cond)
-    gc.collect()
-    assert len(teacher.model.blocks) == 2 and teacher.model.final_layer is None
-    if in_place:
-        assert teacher.model is model and later() is None and last() is None
-    else:  # the model that was given can be sampled and trained as before
-        assert len(model.blocks) == 4 and model.final_layer is not None
-        assert all(p.requires_grad for p in model.parameters()) and model.training
-    torch.testing.assert_close(feature, whole.feats[2], rtol=0, atol=0)
-
-
-def test_the_teacher_moves_with_the_data():
-    teacher, b = frozen_stub(), data(2)
-    (feature,) = teacher(b.z0.to("meta"), torch.rand(2, device="meta"), b.cond.to("meta"))
-    assert feature.device.type == "meta" and teacher.model.a.device.type == "meta"
-
-
-def test_the_teacher_computes_in_its_dtype_and_teaches_in_float32():
-    student = Stub()
-    full, half = frozen_stub(), Frozen(Stub(abc=(1.25, 0.75, -0.5)), 3, dtype=torch.bfloat16)
-    assert {p.dtype for p in half.model.parameters()} == {torch.bfloat16}
-    assert {p.dtype for p in full.model.parameters()} == {torch.float32}
-    d = handmade_draw(TIMES)
-    d = d._replace(zt=d.zt.bfloat16())  # the stub, unlike SiT, does not cast its input
-    targets = [stage2(student, teacher).guided_features(d) for teacher in (full, half)]
-    assert {x.dtype for x in targets} == {torch.float32}
-    torch.testing.assert_close(targets[1], targets[0], rtol=0.05, atol=0.2)
-    model = SiT((1, 8, 8), 10, width=16, depth=2, heads=2, patch=2)
-    teacher = Frozen(model, 2, dtype=torch.bfloat16)
-    b = data(4, (1, 8, 8))
-    assert {p.dtype for p in teacher.model.parameters()} == {torch.bfloat16}
-    assert teacher(b.z0, torch.rand(4), b.cond)[0].dtype == torch.float32, "the sum along the blocks is not rounded"
-
-
-def test_guided_features_of_a_reduced_teacher_are_those_of_autocast():
-    torch.manual_seed(0)
-    model = SiT((4, 8, 8), 10, width=64, depth=6, heads=2, patch=2)
-    for name, p in model.named_parameters():
-        if p.dim() > 1:
-            nn.init.normal_(p, std=0.1 if "adaLN" in name else 0.02)
-    b, t = data(8, (4, 8, 8)), torch.rand(8) * 0.3 + 0.4
-
-    def guided(teacher, reduced=False):
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=reduced):
-            f_c, f_u = (f.float() + 0 for f in teacher(b.z0, t, b.cond, torch.full_like(b.cond, 10)))
-        return f_u + 30 * (f_c - f_u)
-
-    exact = guided(Frozen(copy.deepcopy(model), 6))
-    half = guided(Frozen(copy.deepcopy(model), 6, dtype=torch.bfloat16), reduced=True)
-    usual = guided(Frozen(copy.deepcopy(model), 6), reduced=True)
-    wrong, allowed = ((x - exact).norm() / exact.norm() for x in (half, usual))
-    assert 0 < wrong < 2 * allowed and wrong < 0.02  # with the sum in bfloat16 it is 0.1 and more
-
-
-@pytest.mark.parametrize("block", [0, -1, 4])
-def test_teacher_blocks_out_of_range_are_refused(block):
-    with pytest.raises(ValueError, match=rf"teacher block {block} is outside the teacher's 1..3"):
-        Frozen(Stub(), block)
-
-
-@pytest.mark.parametrize(
-    "other", [{"patch": 1}, {"shape": (2, 8, 8)}, {"shape": (1, 4, 4)}, {"shape": (2, 8, 8), "patch": 4}]
-)
-def test_a_teacher_of_other_latents_or_patches_is_refused(other):
-    with pytest.raises(ValueError, match=r"the teacher reads latents .* as .* tokens, the student"):
-        stage2(Stub(), frozen_stub(**other))
-
-
-# ---- the whole step
+# ---- the complete step
 
 
 def test_every_parameter_that_trains_gets_a_gradient():
-    """Also in a batch of which no sample lies in the range: DDP waits for a gradient of each head."""
+    """Also in a batch without a sample in the range: DDP waits for a gradient of each head."""
     for even, t in ((False, [0.1, 0.2, 0.9]), (True, [0.1, 0.35, 0.8])):
         student = Stub()
         objective = Objective(student, [stage1(student), stage2(student, frozen_stub())])
@@ -505,8 +328,8 @@ def sit_objective(times="systematic", dtype=None):
     return Objective(student, guidances, times=times)
 
 
-def test_a_step_of_even_times_never_waits_for_the_device(monkeypatch):
-    """Reading a value on the host (item, bool, int, ...) is made an error; independent times prove the trap."""
+def test_step_with_even_times_reads_no_value_on_the_host(monkeypatch):
+    """Reading a value on the host (item, bool, int, ...) raises; independent times show that this is detected."""
 
     def trap(name):
         def read(self, *args, **kwargs):
@@ -527,8 +350,8 @@ def test_a_step_of_even_times_never_waits_for_the_device(monkeypatch):
             step(independent)
 
 
-def test_a_step_of_even_times_needs_no_values_at_all():
-    """Tensors without data: whatever depends on a value fails here, inside operators, too."""
+def test_step_with_even_times_runs_on_meta_tensors():
+    """Tensors without data: any operation that depends on a value fails."""
     with torch.device("meta"):
         student, teacher = (SiT((1, 8, 8), 10, width=16, depth=3, heads=2, patch=2) for _ in range(2))
         guidances = [stage1(student), stage2(student, Frozen(teacher, 2))]
@@ -541,7 +364,7 @@ def test_a_step_of_even_times_needs_no_values_at_all():
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_a_step_of_even_times_never_synchronises_a_gpu():
+def test_step_with_even_times_never_synchronises_a_gpu():
     objective = sit_objective().cuda()
     b = Batch(*(x.cuda() for x in data(10, (1, 8, 8))[:2]))
     objective(b, 0)[0].backward()  # the first call moves the teacher
@@ -570,7 +393,7 @@ def test_autocast_keeps_losses_and_errors_in_float32(dtype):
         assert report[name].item() == pytest.approx(value.item(), rel=0.1)
 
 
-def test_the_error_is_taken_in_float32_of_a_half_precision_head():
+def test_error_of_a_bf16_head_is_computed_in_float32():
     student, d, kept = Stub(), handmade_draw(TIMES), []
     guidance = stage1(student, timestep_range=None)
     guidance.head.register_forward_hook(lambda _, __, out: kept.append(out))
@@ -579,74 +402,3 @@ def test_the_error_is_taken_in_float32_of_a_half_precision_head():
     assert kept[0].dtype == torch.bfloat16
     target = numbers(d.v).reshape(7, 2, 2, 2, 2, 2).transpose(0, 2, 4, 1, 3, 5).reshape(7, 4, 8)
     assert report["structure"].item() == pytest.approx(((numbers(kept[0]) - target) ** 2).mean(), rel=1e-6)
-
-
-# ---- the registry
-
-
-def config(method):
-    return RunConfig(
-        recipe="digits",
-        method=method,
-        train=Train(steps=6),
-        sections=sections(Stage1(block=1, head_width=8), Stage2(head_width=8)),
-    )
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_every_method_builds_its_stages_and_takes_a_step(method):
-    plan = stages(config(method))
-    assert plan and len({stage.name for stage in plan}) == len(plan)
-    assert plan[-1].steps == 6, "the last stage is the student's"
-    for stage in plan:
-        student = Stub()
-        teacher = Frozen(Stub(), stage.teacher.block(3)) if stage.teacher else None
-        if stage.encoder:
-            teacher = SimpleNamespace(
-                grid=(2, 2), width=5, flops=0, encode=lambda pixels: torch.ones(len(pixels), 4, 5)
-            )
-        objective = Objective(student, stage.guide(student, teacher))
-        objective.watch(Stub())
-        loss, _ = objective(data(10), 0)
-        loss.backward()
-        assert math.isfinite(loss.item())
-        assert all(g.cost(10)["head"] >= 0 and g.cost(10)["teacher"] >= 0 for g in objective.guidances)
-
-
-def test_the_stages_of_the_three_first_methods():
-    vanilla, structure, whole = (stages(config(m)) for m in ("vanilla", "structure", "self_transcendence"))
-    assert [(s.name, s.steps) for s in vanilla] == [("vanilla", 6)] and not vanilla[0].guide(Stub(), None)
-    assert [(s.name, s.steps) for s in structure] == [("stage1", 6)]
-    assert [(s.name, s.steps) for s in whole] == [("stage1", 3), ("stage2", 6)], "half of the steps, unless said"
-    assert whole[1].teacher.weights == "raw" and whole[1].teacher.block(12) == 8
-    assert whole[0].teacher is None and whole[0].stream != whole[1].stream, "teacher and student start apart"
-
-
-def test_unknown_methods_name_the_known_ones():
-    with pytest.raises(ValueError, match=r"'magic' is unknown; choose one of vanilla, .*, or module:function"):
-        stages(config("magic"))
-
-
-def test_a_method_outside_the_package_joins_by_module_and_function(tmp_path, monkeypatch):
-    (tmp_path / "outside_method.py").write_text(
-        "from selftrans.methods.spec import MethodSpec, Stage\n"
-        "def plan(config):\n"
-        "    return [Stage('alone', config.train.steps, lambda student, teacher: [])]\n"
-        "def method():\n"
-        "    return MethodSpec('alone', 'Alone', plan)\n"
-        "def other():\n"
-        "    return 3\n"
-    )
-    monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(ValueError, match="--trust outside_method:method allows it"):
-        stages(config("outside_method:method"))
-    for name in ("outside_method:method", "outside_method:other", "outside_method:plan"):
-        trust(name)
-    (stage,) = stages(config("outside_method:method"))
-    assert isinstance(stage, Stage) and (stage.name, stage.steps) == ("alone", 6)
-    with pytest.raises(ValueError, match="is no MethodSpec"):
-        stages(config("outside_method:other"))
-    with pytest.raises(ValueError, match="cannot be imported"):
-        stages(config("outside_method:plan"))
-    with pytest.raises(ValueError, match="outside_method has no absent"):
-        trust("outside_method:absent")

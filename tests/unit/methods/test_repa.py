@@ -1,4 +1,4 @@
-"""REPA against hand-computed values; the encoder stays outside; stored and computed features agree; runs, ends and resumes."""
+"""REPA against hand-computed values; the encoder is not part of the objective; stored and computed features agree."""
 
 from __future__ import annotations
 
@@ -57,8 +57,8 @@ def with_features() -> Path:
 # ---- the loss
 
 
-def test_known_vectors() -> None:
-    """Mean over samples and tokens of one minus the cosine over channels; lengths do not count."""
+def test_loss_of_known_vectors() -> None:
+    """Mean over samples and tokens of one minus the cosine over channels; norms do not matter."""
     g = RepaGuidance(Stub(), stored(width=3), Repa(block=2))
     g.head = nn.Identity()
     hidden = torch.tensor([  # (N, T, D): 2 samples of 4 tokens
@@ -76,8 +76,8 @@ def test_known_vectors() -> None:
     assert report["target_norm"].item() == pytest.approx((5 + 2 + 7 + 1 + 1 + 9 + 1 + math.sqrt(2)) / 8, rel=1e-6)
 
 
-def test_the_whole_loss_by_hand() -> None:
-    """Every sample counts at every time, through the head, in the student's dropped condition."""
+def test_loss_with_head_equals_a_hand_computed_value() -> None:
+    """All samples at all times, through the head, with the condition that the student sees."""
     student, d = Stub(), handmade_draw(TIMES, dropped=(1,))
     target = torch.randn(3, 4, 5)
     g = RepaGuidance(student, stored(), Repa(block=3, weight=0.3, head_width=6))
@@ -93,11 +93,11 @@ def test_the_whole_loss_by_hand() -> None:
     assert loss.item() == pytest.approx(report["flow"].item() + 0.3 * np.mean(terms), rel=1e-5)
 
 
-def test_the_gradient_reaches_head_and_student_and_never_the_encoder() -> None:
+def test_gradient_reaches_head_and_student_but_not_the_encoder() -> None:
     model = load_encoder(encoder(), 4)
     student = SiT((3, 8, 8), 3, width=16, depth=3, heads=2, patch=2)
     with torch.no_grad():
-        for parameter in student.parameters():  # a fresh model's blocks are closed by their gates
+        for parameter in student.parameters():  # the gates of a new model are zero
             parameter.normal_(std=0.1)
     g = RepaGuidance(student, model, Repa(head_width=8))
     objective, d = Objective(student, [g]), handmade_draw(TIMES, shape=(3, 8, 8), num_classes=3)
@@ -113,7 +113,7 @@ def test_the_gradient_reaches_head_and_student_and_never_the_encoder() -> None:
     assert not [m for m in objective.modules() if m is model.model]
 
 
-def test_published_block() -> None:
+def test_default_block_is_the_published_one() -> None:
     blocks = {}
     for depth in (2, 6, 12, 24, 28):
         blocks[depth] = RepaGuidance(
@@ -123,16 +123,16 @@ def test_published_block() -> None:
     assert (Repa().weight, Repa().head_width, Repa().until_step) == (0.5, 2048, None)
 
 
-def test_a_grid_that_is_not_the_students_is_refused() -> None:
+def test_grid_that_differs_from_the_students_is_refused() -> None:
     with pytest.raises(ValueError, match=r"on a 4x4 grid, the student's tokens on 2x2; prepare the data with --grid 2"):
         RepaGuidance(Stub(), stored(grid=4), Repa())
 
 
-# ---- features and their pictures
+# ---- stored features
 
 
 def test_stored_features_are_those_of_the_chosen_copy() -> None:
-    """The digits are stored with their mirror images: whichever is drawn, its features come with it."""
+    """The digits are stored with mirrored copies: the features belong to the copy that is drawn."""
     shards, model = Dataset.open(with_features()), load_encoder(encoder(), 4)
     shards.open_features()
     rows = np.arange(0, 1797, 45)
@@ -150,7 +150,7 @@ def test_stored_features_are_those_of_the_chosen_copy() -> None:
     expected = model.encode(batch.z0)
     torch.testing.assert_close(batch.features.float(), expected, rtol=0.01, atol=0.01)
     assert (expected - model.encode(batch.z0.flip(dims=(3,)))).abs().amax(dim=(1, 2)).min() > 0.05, (
-        "or nothing is proven"
+        "otherwise the comparison proves nothing"
     )
 
 
@@ -178,8 +178,8 @@ def test_stored_and_computed_features_train_alike() -> None:
     )
 
 
-def test_the_compute_of_the_encoder_counts() -> None:
-    """What a step costs more than with stored features: a picture of the encoder for each image."""
+def test_operations_of_the_encoder_are_counted() -> None:
+    """The extra cost of a step compared with stored features: one forward pass of the encoder per image."""
     live, kept = (log(run, "repa")[-1]["tflops"] * 1e12 for run in runs())
     expected = 6 * 8 * load_encoder(encoder(), 4).flops  # steps x images
     assert live - kept == pytest.approx(expected, rel=1e-6)
@@ -190,16 +190,16 @@ def test_interrupted_and_continued_equals_uninterrupted(features: str, tmp_path:
     """Across checkpoints, and across the guidance's end at step 5."""
     options = REPA | {"repa.until_step": 5, "train.steps": 8}
     options |= {"data.path": str(with_features())} if features == "stored" else {"repa.encoder": encoder()}
-    train(toy(options), tmp_path / "whole", quiet=True)
+    train(toy(options), tmp_path / "uninterrupted", quiet=True)
     for steps in (2, 4, 6, 8):
-        train(toy(options | {"train.steps": steps}), tmp_path / "parts", quiet=True)
-    assert_same_run(tmp_path / "whole", tmp_path / "parts", stages=("repa",))
-    lines = log(tmp_path / "whole", "repa")
-    assert "repa" in lines[0] and "repa" not in lines[-1], "the term is gone after its end"
-    assert not [name for name in tensors(tmp_path / "whole", "repa") if name.startswith("heads/")]
+        train(toy(options | {"train.steps": steps}), tmp_path / "resumed", quiet=True)
+    assert_same_run(tmp_path / "uninterrupted", tmp_path / "resumed", stages=("repa",))
+    lines = log(tmp_path / "uninterrupted", "repa")
+    assert "repa" in lines[0] and "repa" not in lines[-1], "the term is absent after its end"
+    assert not [name for name in tensors(tmp_path / "uninterrupted", "repa") if name.startswith("heads/")]
 
 
-def test_at_its_end_the_encoder_leaves_memory_and_features_the_disk(
+def test_encoder_is_freed_and_features_are_not_read_after_guidance_ends(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[Any] = []
@@ -226,11 +226,11 @@ def test_at_its_end_the_encoder_leaves_memory_and_features_the_disk(
     monkeypatch.setattr(Dataset, "_gather", counted)
     options = REPA | {"data.path": str(with_features()), "repa.until_step": 3, "train.accumulate": 1}
     train(toy(options), tmp_path / "stored", quiet=True)
-    assert 3 <= len(batches) <= 5, "three steps, and at most two read ahead"
+    assert 3 <= len(batches) <= 5, "three steps and at most two batches read ahead"
     train(
         toy({"method": "vanilla", "train.steps": 2, "data.path": str(with_features())}), tmp_path / "plain", quiet=True
     )
-    assert len(batches) <= 5, "a method that does not want them reads none"
+    assert len(batches) <= 5, "a method that does not use features reads none"
 
 
 def test_on_device_data_give_the_same_run(tmp_path: Path) -> None:
@@ -243,10 +243,10 @@ def test_reduced_precision(tmp_path: Path) -> None:
     assert log(tmp_path / "run", "repa")[0]["repa"] == pytest.approx(log(runs()[0], "repa")[0]["repa"], rel=0.02)
 
 
-# ---- what cannot work
+# ---- refused settings and data
 
 
-def test_another_encoder_is_refused_on_resume_and_a_moved_one_is_not(tmp_path: Path) -> None:
+def test_other_encoder_is_refused_on_resume_and_a_moved_one_is_accepted(tmp_path: Path) -> None:
     shutil.copytree(encoder(), tmp_path / "moved")
     shutil.copytree(runs()[0], tmp_path / "run")
     other = save_encoder(tmp_path / "other", seed=1)
@@ -256,7 +256,7 @@ def test_another_encoder_is_refused_on_resume_and_a_moved_one_is_not(tmp_path: P
     assert checkpoint(tmp_path / "run", "repa").name == "step-00000007"
 
 
-def test_data_that_cannot_serve_say_what_to_do(tmp_path: Path) -> None:
+def test_unsuitable_data_are_refused_with_the_remedy(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"holds no features; .*or give an encoder by hub id or folder"):
         train(toy(REPA), tmp_path / "run", quiet=True)
     vae, source = save_vae(tmp_path / "vae"), pictures(tmp_path / "pictures")
@@ -278,7 +278,7 @@ def test_data_that_cannot_serve_say_what_to_do(tmp_path: Path) -> None:
     assert "repa" in log(tmp_path / "run", "repa")[0]
 
 
-def test_the_method_has_one_stage_and_no_teacher_of_its_own() -> None:
+def test_method_has_one_stage_with_an_encoder_and_no_teacher() -> None:
     (stage,) = stages(toy(REPA | {"repa.encoder": "owner/model"}))
     assert stage.name == "repa" and stage.teacher is None and stage.encoder is not None
     assert stage.encoder.name == "owner/model"
@@ -287,7 +287,7 @@ def test_the_method_has_one_stage_and_no_teacher_of_its_own() -> None:
 # ---- the commands
 
 
-def test_the_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_train_and_sample_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = str(tmp_path / "run")
     options = flags({"repa.head_width": 16, "repa.encoder": encoder(), "train.steps": 3})
     assert main(["train", "digits", "--method", "repa", "--out", run, *options]) == 0

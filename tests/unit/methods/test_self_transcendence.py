@@ -1,4 +1,4 @@
-"""Both stages against their formulas in loops, selection against the plain masked computation, and the library face."""
+"""Both stages against their formulas in loops, selection against a masked computation, and use as a library."""
 
 import math
 
@@ -52,15 +52,15 @@ def frozen(block=3, **options):
     return Frozen(Stub(abc=TEACHER, **options), block)
 
 
-def grown(head):
-    """Biases that are not zero, so that a forgotten one shows."""
+def random_parameters(head):
+    """Draw all parameters of a head at random, biases too, so that a missing bias is detected; returns them as arrays."""
     for p in head.parameters():
         nn.init.normal_(p, std=0.5)
     return [numbers(p) for p in head.parameters()]
 
 
 def student_feature(d, i, wide=1):
-    """h_2 of the stub student for sample i: (T, D) on paper."""
+    """h_2 of the stub student for sample i, (T, D), by hand."""
     a, b, _ = STUDENT
     return np.tile(a * patches_by_hand(numbers(d.zt[i]), 2), (1, wide)) + b * TIMES[i]
 
@@ -69,11 +69,11 @@ def student_feature(d, i, wide=1):
 
 
 def patchify(x, patch):
-    """As a SiT cuts latents (N, C, H, W) into tokens."""
+    """Tokens (N, T, C patch²) of latents (N, C, H, W), by SiT."""
     return SiT(tuple(x.shape[1:]), 0, width=8, depth=1, heads=1, patch=patch).patchify(x)
 
 
-def test_patchify_goes_row_by_row_then_channel_row_column():
+def test_patchify_orders_patches_by_row_and_values_by_channel_row_column():
     image = torch.arange(32).view(1, 2, 4, 4).float()
     assert patchify(image, 2).tolist() == [
         [
@@ -87,7 +87,7 @@ def test_patchify_goes_row_by_row_then_channel_row_column():
     assert patchify(image, 1).shape == (1, 16, 2) and patchify(image, 4).shape == (1, 1, 32)
 
 
-def test_patches_are_the_tokens_of_the_backbone():
+def test_patchify_matches_the_tokens_of_the_backbone():
     """Token k of a SiT sees exactly the pixels of patch k."""
     model = SiT((2, 4, 4), 3, width=8, depth=1, heads=2, patch=2)
     quiet, image = torch.zeros(1, 2, 4, 4), torch.zeros(1, 2, 4, 4)
@@ -103,7 +103,7 @@ def test_stage_1_by_hand(target, span, mode):
     """lambda g(t) mean | W LN(P(h)) − patchify(target) |²"""
     student, d = Stub(), handmade_draw(TIMES, dropped=(2,))
     g = structure(student, target=target, timestep_range=span, range_mode=mode, weight=0.7)
-    parameters = grown(g.head)
+    parameters = random_parameters(g.head)
     assert len(parameters) == 8, "P has three layers, W one, LN none"
     w, b = parameters[6:]
     term = 0.0
@@ -111,8 +111,8 @@ def test_stage_1_by_hand(target, span, mode):
         truth = patches_by_hand(numbers((d.noise if target == "velocity" else 2 * d.z0)[i] - d.z0[i]), 2)
         errors = []
         for h, goal in zip(student_feature(d, i), truth, strict=True):
-            said = w @ layer_norm_by_hand(mlp_by_hand(parameters, h), eps=1e-6) + b
-            errors += [(x - y) ** 2 for x, y in zip(said, goal, strict=True)]
+            predicted = w @ layer_norm_by_hand(mlp_by_hand(parameters, h), eps=1e-6) + b
+            errors += [(x - y) ** 2 for x, y in zip(predicted, goal, strict=True)]
         term += gain * np.mean(errors)
     loss, report = Objective(student, [g]).losses(d, 0)
     assert report["structure"].item() == pytest.approx(term, rel=1e-5)
@@ -139,12 +139,12 @@ def guided_by_hand(d, i, w, wide=1):
     return f_u + w * (f_c - f_u)
 
 
-def distance_by_hand(said, goal, norm):
+def distance_by_hand(predicted, goal, norm):
     if norm == "cosine":
-        return 1 - (said @ goal) / (math.sqrt(said @ said) * math.sqrt(goal @ goal))
+        return 1 - (predicted @ goal) / (math.sqrt(predicted @ predicted) * math.sqrt(goal @ goal))
     if norm == "layer":
         goal = layer_norm_by_hand(goal, eps=1e-5)
-    return ((said - goal) ** 2).mean()
+    return ((predicted - goal) ** 2).mean()
 
 
 @pytest.mark.parametrize("norm", ["none", "layer", "cosine"])
@@ -155,7 +155,7 @@ def test_stage_2_by_hand(norm, span, mode, wide):
     student, d = Stub(), handmade_draw(TIMES, dropped=(2, 3))
     options = {"timestep_range": span, "range_mode": mode, "target_norm": norm, "scale": 3.0, "weight": 0.7}
     g = guidance(student, frozen(wide=wide), **options)
-    parameters = grown(g.head)
+    parameters = random_parameters(g.head)
     assert [p.shape for p in parameters[4:]] == [(8 * wide, 5), (8 * wide,)], "the head maps to the teacher's width"
     term = 0.0
     for i, gain in enumerate(gains_by_hand(TIMES, span, mode)):
@@ -177,25 +177,25 @@ def test_stage_2_reports_norms_of_feature_and_guided_target():
 
 
 @pytest.mark.parametrize("w", [0.0, 1.0, 1.5, 30.0])
-def test_features_are_guided_as_classifier_free_guidance_says(w):
+def test_guided_features_equal_classifier_free_guidance(w):
     d, teacher = handmade_draw(TIMES, dropped=(0, 1)), frozen()
     f_g = guidance(Stub(), teacher, scale=w).guided_features(d)
     for i in range(6):
         np.testing.assert_allclose(numbers(f_g[i]), guided_by_hand(d, i, w), rtol=1e-4, atol=1e-4)
     assert teacher.model.calls[0]["x"].shape[0] == (6 if w == 1 else 12), "w = 1 needs no unconditional half"
-    assert len(teacher.model.calls) == 1, "both halves pass side by side"
+    assert len(teacher.model.calls) == 1, "both halves pass in one call"
     if w == 0:
         unconditional = Frozen(Stub(abc=TEACHER), 3)(d.zt, d.t, torch.full((6,), 7))[0]
         torch.testing.assert_close(f_g, unconditional.clone(), rtol=0, atol=0)
 
 
-def test_guided_features_of_some_rows_are_those_rows():
+def test_guided_features_of_rows_equal_those_rows_of_all():
     d, g = handmade_draw(TIMES), guidance(Stub(), frozen())
     rows = torch.tensor([4, 0, 3])
     torch.testing.assert_close(g.guided_features(d, rows), g.guided_features(d)[rows], rtol=0, atol=0)
 
 
-def test_a_teacher_of_another_width_and_depth_teaches():
+def test_teacher_may_have_another_width_and_depth():
     student = SiT((1, 8, 8), 10, width=16, depth=4, heads=2, patch=2)
     teacher = SiT((1, 8, 8), 10, width=24, depth=7, heads=3, patch=2)
     objective = Objective(student, [guidance(student, Frozen(teacher, 5))])
@@ -220,8 +220,8 @@ def term_and_gradients(g, d, feature):
 
 
 @pytest.mark.parametrize("even", [False, True])
-def test_a_sample_outside_the_range_changes_nothing(even):
-    """With even times, room for two: two inside (0.5 and 0.7), then one and a row of padding, then one again."""
+def test_samples_outside_the_range_do_not_affect_term_or_gradients(even):
+    """With even times the capacity is two: two inside (0.5 and 0.7), then one and a row of padding, then one again."""
     for times in ([0.3, 0.9, 0.5, 0.1, 0.7], [0.25, 0.85, 0.45, 0.05, 0.65], [0.39, 0.99, 0.59, 0.19, 0.79]):
         d, guidances = handmade_draw(times, even=even), both_stages()
         feature = torch.randn(5, 4, 8)
@@ -230,11 +230,11 @@ def test_a_sample_outside_the_range_changes_nothing(even):
         for name in ("z0", "noise", "zt", "v"):
             other[name][outside] += 100.0
         other["cond"][outside] = (other["cond"][outside] + 1) % 7
-        strange = feature.clone()
-        strange[outside] -= 50.0
+        changed = feature.clone()
+        changed[outside] -= 50.0
         for g in guidances:
             term, gradients = term_and_gradients(g, d, feature)
-            same, again = term_and_gradients(g, d._replace(**other), strange)
+            same, again = term_and_gradients(g, d._replace(**other), changed)
             assert torch.equal(term, same) and term > 0
             assert all(torch.equal(x, y) for x, y in zip(gradients[1:], again[1:], strict=True)), "heads"
             assert torch.equal(gradients[0], again[0]) and not gradients[0][outside].any(), "features"
@@ -242,33 +242,33 @@ def test_a_sample_outside_the_range_changes_nothing(even):
             assert all(gradients[0][i].any() for i in inside)
 
 
-def test_a_sample_inside_the_range_matters():
+def test_sample_inside_the_range_affects_the_term():
     d, guidances = handmade_draw([0.3, 0.9, 0.5, 0.1, 0.7], even=True), both_stages()
     feature = torch.randn(5, 4, 8)
-    strange = feature.clone()
-    strange[2] += 1.0
-    assert all(term_and_gradients(g, d, feature)[0] != term_and_gradients(g, d, strange)[0] for g in guidances)
+    changed = feature.clone()
+    changed[2] += 1.0
+    assert all(term_and_gradients(g, d, feature)[0] != term_and_gradients(g, d, changed)[0] for g in guidances)
 
 
-def test_padding_meets_the_head_but_is_never_counted():
-    d = handmade_draw([0.3, 0.9, 0.5, 0.1, 0.75], even=True)  # one inside; room for two
+def test_padding_passes_the_head_with_a_gain_of_zero():
+    d = handmade_draw([0.3, 0.9, 0.5, 0.1, 0.75], even=True)  # one inside; the capacity is two
     for g in both_stages():
-        met = []
-        g.head.register_forward_hook(lambda _, args, __, met=met: met.append(args[0].shape[0]))
+        rows = []
+        g.head.register_forward_hook(lambda _, args, __, rows=rows: rows.append(args[0].shape[0]))
         term, (feature, *_) = term_and_gradients(g, d, torch.ones(5, 4, 8))
-        assert met == [capacity(5, RANGE)] == [2]
+        assert rows == [capacity(5, RANGE)] == [2]
         assert [i for i in range(5) if feature[i].any()] == [2]
         alone = d._replace(**{k: v[[2]] for k, v in d._asdict().items() if torch.is_tensor(v)})
         one, _ = term_and_gradients(g, alone, torch.ones(1, 4, 8))
-        assert term.item() == pytest.approx(one.item() / 5, rel=1e-6), "a fifth of the one sample's error"
+        assert term.item() == pytest.approx(one.item() / 5, rel=1e-6), "a fifth of the error of that sample"
 
 
-def test_only_the_selected_meet_the_teacher():
-    for even, met in ((True, capacity(10, RANGE)), (False, 3)):
+def test_only_selected_samples_pass_the_teacher():
+    for even, rows in ((True, capacity(10, RANGE)), (False, 3)):
         student, teacher = Stub(), frozen()
         times = ((torch.randperm(10) + 0.5) / 10).tolist()
         Objective(student, [guidance(student, teacher)]).losses(handmade_draw(times, even=even), 0)
-        assert len(teacher.model.calls[0]["x"]) == 2 * met
+        assert len(teacher.model.calls[0]["x"]) == 2 * rows
     g = guidance(Stub(), frozen())
     assert g.cost(10) == {"head": 3, "teacher": 6}
     assert guidance(Stub(), frozen(), scale=1.0).cost(10) == {"head": 3, "teacher": 3}
@@ -277,7 +277,7 @@ def test_only_the_selected_meet_the_teacher():
 
 
 def plain_loss(student, head1, head2, teacher, d, w, weight):
-    """Both stages over the whole batch, a mask on each sample's error: the formulas as one would first write them."""
+    """Both stages computed for all samples, with a mask on the error of each: the formulas written directly."""
     out = student(d.zt, d.t, d.dropped, taps=(1, 2))
     mask = torch.tensor([float(np.float32(0.4) <= np.float32(t) <= np.float32(0.7)) for t in d.t.tolist()])
     loss = ((out.v - d.v) ** 2).mean()
@@ -303,27 +303,27 @@ def mlp(p, x):
 
 @pytest.mark.parametrize("times", ["systematic", "uniform"])
 @pytest.mark.parametrize("n", [3, 10, 13])
-def test_selection_has_the_gradient_of_the_plain_masked_computation(times, n):
+def test_selection_has_the_gradient_of_a_masked_computation_over_all_samples(times, n):
     shape, sizes = (1, 8, 8), {"depth": 3, "heads": 2, "patch": 2}
     for seed in range(3):
         torch.manual_seed(seed)
-        student, whole = SiT(shape, 10, width=16, **sizes), SiT(shape, 10, width=24, **sizes)
-        for p in [*student.parameters(), *whole.parameters()]:
+        student, full = SiT(shape, 10, width=16, **sizes), SiT(shape, 10, width=24, **sizes)
+        for p in [*student.parameters(), *full.parameters()]:
             nn.init.normal_(p, std=0.2)
-        cut = SiT(shape, 10, width=24, **sizes)
-        cut.load_state_dict(whole.state_dict())
+        teacher = SiT(shape, 10, width=24, **sizes)
+        teacher.load_state_dict(full.state_dict())
         first = structure(student, block=1)
-        second = guidance(student, Frozen(cut, 2), scale=5.0)
+        second = guidance(student, Frozen(teacher, 2), scale=5.0)
         objective = Objective(student, [first, second])
         batch = Batch(torch.randn(n, *shape), torch.randint(10, (n,)))
         d = flow.draw(batch, student.null(batch.cond), times=times, drop=0.3)
         loss, _ = objective.losses(d, 0)
         parameters = list(objective.parameters())
-        ours = torch.autograd.grad(loss, parameters)
-        plain = plain_loss(student, [*first.head.parameters()], [*second.head.parameters()], whole, d, 5.0, 0.5)
-        theirs = torch.autograd.grad(plain, parameters)
+        gradients = torch.autograd.grad(loss, parameters)
+        plain = plain_loss(student, [*first.head.parameters()], [*second.head.parameters()], full, d, 5.0, 0.5)
+        plain_gradients = torch.autograd.grad(plain, parameters)
         torch.testing.assert_close(loss, plain, rtol=1e-5, atol=1e-6)
-        for x, y in zip(ours, theirs, strict=True):
+        for x, y in zip(gradients, plain_gradients, strict=True):
             torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-4 * y.abs().max().item() + 1e-7)
 
 
@@ -359,7 +359,7 @@ def test_defaults_are_the_published_ones():
     ],
 )
 def test_default_blocks_are_the_published_ones(name, depth, student_block, teacher_block):
-    """The last row is the 24-block MMDiT, which is known here by its depth alone."""
+    """The last row is the 24-block MMDiT, of which only the depth is used."""
     student, teacher = Stub(), Stub()
     student.depth = teacher.depth = depth
     assert name is None or SIT_SIZES[name]["depth"] == depth
@@ -377,10 +377,10 @@ def test_default_blocks_exist_in_the_smallest_models(depth):
     assert 1 <= block <= depth
 
 
-# ---- the library face
+# ---- use as a library
 
 
-def test_ten_lines_add_both_stages_to_a_training_loop_of_ones_own():
+def test_both_stages_in_an_own_training_loop_reduce_the_loss():
     digits = load_digits()
     images = torch.tensor(digits.images, dtype=torch.float32)[:, None] / 8 - 1  # (1797, 1, 8, 8) in [-1, 1]
     labels = torch.tensor(digits.target)
@@ -411,8 +411,8 @@ def test_ten_lines_add_both_stages_to_a_training_loop_of_ones_own():
     assert v.shape == (2, 1, 8, 8) and torch.isfinite(v).all()
 
 
-def test_layer_normalised_targets_are_of_unit_variance():
-    """PyTorch's own LayerNorm of the guided features is the target, without weights."""
+def test_layer_normalised_targets_have_unit_variance():
+    """The target is torch's LayerNorm of the guided features, without weights."""
     d, student, teacher = handmade_draw(TIMES), Stub(), frozen()
     g = guidance(student, teacher, target_norm="layer", timestep_range=None, scale=30.0)
     g.head = nn.Identity()
@@ -420,10 +420,10 @@ def test_layer_normalised_targets_are_of_unit_variance():
     term, _ = g(d, {2: feature})
     target = F.layer_norm(g.guided_features(d), (8,))
     assert term.item() == pytest.approx(target.square().mean().item(), rel=1e-6)
-    assert term.item() == pytest.approx(1.0, rel=1e-3), "a zero prediction is off by the variance, whatever w"
+    assert term.item() == pytest.approx(1.0, rel=1e-3), "the error of a zero prediction is the variance, for every w"
 
 
-def test_draw_is_all_a_guidance_needs():
+def test_guidance_depends_on_draw_and_features_only():
     """No hidden state: the same draw and features give the same term."""
     d, guidances = handmade_draw(TIMES), both_stages()
     assert isinstance(d, Draw)

@@ -1,11 +1,9 @@
-"""What a method's record may say: keys of sections, names of stages, and who teaches whom."""
+"""The record of a method: keys of sections, names of stages, and which stage teaches which."""
 
 from dataclasses import dataclass
 
 import pytest
 
-from selftrans.config import RunConfig
-from selftrans.methods import registry
 from selftrans.methods.spec import MethodSpec, Stage, TeacherSpec
 from selftrans.sections import Section
 
@@ -16,7 +14,7 @@ def stage(name, taught_by=None):
 
 
 @pytest.mark.parametrize("key", ["train", "model", "recipe", "version", "own method", "Own", "own.part", ""])
-def test_section_cannot_take_a_key_that_means_something_else(key):
+def test_reserved_key_of_a_section_is_refused(key):
     @dataclass(frozen=True)
     class Own(Section):
         """Settings."""
@@ -27,23 +25,6 @@ def test_section_cannot_take_a_key_that_means_something_else(key):
 
 
 @pytest.mark.parametrize("name", ["warm up", "../up", "", ".", ".hidden", "a/b", "data", "tensorboard", "x" * 101])
-def test_stage_is_named_as_a_folder_whose_order_can_be_recorded(name):
+def test_stage_name_that_is_no_folder_name_is_refused(name):
     with pytest.raises(ValueError, match="cannot be a folder of a run"):
         stage(name)
-
-
-@pytest.mark.parametrize(
-    ("plan", "expected"),
-    [
-        ([], "needs one at least"),
-        ([stage("same"), stage("same")], "each of another name"),
-        ([stage("first"), stage("second", "frist")], "stage second is taught by 'frist', which is no stage before it"),
-        ([stage("first", "second"), stage("second")], "which is no stage before it"),
-        ([stage("first", "first")], "which is no stage before it"),
-    ],
-)
-def test_inconsistent_stages_are_refused_before_training(plan, expected, monkeypatch):
-    own = MethodSpec("own", "own", lambda config: plan)
-    monkeypatch.setitem(registry.METHODS, "own", own)
-    with pytest.raises(ValueError, match=expected):
-        registry.stages(RunConfig(recipe="digits", method="own"))

@@ -1,16 +1,13 @@
-"""SiT against diffusers' DiT (block by block and whole), published sizes, and the contract of a backbone."""
+"""SiT against DiT of diffusers, published sizes, and the contract of a backbone."""
 
 import pytest
 import torch
-from diffusers.models.attention import BasicTransformerBlock
-from diffusers.models.attention_processor import Attention as DiffusersAttention
-from diffusers.models.embeddings import Timesteps, get_2d_sincos_pos_embed, get_timestep_embedding
+from diffusers.models.embeddings import Timesteps
 from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DModel
-from torch import nn
 
-from selftrans.models import layers
 from selftrans.models.sit import SIT_SIZES, SiT
 from selftrans.types import Backbone
+from tests.support.diffusers_blocks import copy_block, copy_linear, randomised
 
 TINY = {"width": 32, "depth": 4, "heads": 4, "patch": 2}
 
@@ -18,15 +15,6 @@ TINY = {"width": 32, "depth": 4, "heads": 4, "patch": 2}
 def tiny(shape=(4, 8, 8), num_classes=10, **options):
     torch.manual_seed(0)
     return SiT(shape, num_classes, **{**TINY, **options})
-
-
-def randomised(module):
-    """Weights far from the zero gates of initialisation, so that every path contributes."""
-    g = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for p in module.parameters():
-            p.copy_(torch.randn(p.shape, generator=g) * 0.2 + (1.0 if p.dim() == 1 and p.mean() == 1 else 0.0))
-    return module
 
 
 def inputs(model, n=3):
@@ -57,32 +45,11 @@ def test_every_published_size_builds_and_runs(name):
         )
     assert v.shape == (2, 4, 32, 32)
     assert feats[model.depth].shape == (2, (32 // model.patch) ** 2, model.width)
-    small = tiny((4, 16, 16), **{**SIT_SIZES[name], "depth": 1})  # the same width, heads and patch, with real numbers
+    small = tiny((4, 16, 16), **{**SIT_SIZES[name], "depth": 1})  # the same width, heads and patch, with data
     assert torch.isfinite(small(*inputs(small, 1)).v).all()
 
 
 # ---- against diffusers
-
-
-def copy_linear(target, source):
-    target.load_state_dict(source.state_dict())
-
-
-def copy_block(theirs, ours):
-    """Weights of our Block into diffusers' BasicTransformerBlock (or its parts)."""
-    projections = (theirs.attn1.to_q, theirs.attn1.to_k, theirs.attn1.to_v)
-    weights, biases = ours.attn.qkv.weight.chunk(3, dim=0), ours.attn.qkv.bias.chunk(3, dim=0)
-    with torch.no_grad():
-        for projection, weight, bias in zip(projections, weights, biases, strict=True):
-            projection.weight.copy_(weight)
-            projection.bias.copy_(bias)
-    copy_linear(theirs.attn1.to_out[0], ours.attn.proj)
-    copy_linear(theirs.ff.net[0].proj, ours.mlp.fc1)
-    copy_linear(theirs.ff.net[2], ours.mlp.fc2)
-    copy_linear(theirs.norm1.linear, ours.adaLN_modulation[1])
-    for name in ("q_norm", "k_norm"):
-        if not isinstance(getattr(ours.attn, name), nn.Identity):
-            copy_linear(getattr(theirs.attn1, {"q_norm": "norm_q", "k_norm": "norm_k"}[name]), getattr(ours.attn, name))
 
 
 def copy_embedder(theirs, ours):
@@ -93,44 +60,8 @@ def copy_embedder(theirs, ours):
     copy_linear(theirs.class_embedder.embedding_table, ours.y_embedder.embedding_table)
 
 
-class Given(nn.Module):
-    """In place of an embedder: a condition from outside, as our Block takes it."""
-
-    def __init__(self, c):
-        super().__init__()
-        self.c = c
-
-    def forward(self, *_, **__):
-        return self.c
-
-
-@pytest.mark.parametrize("qk_norm", [False, True])
-def test_block_equals_diffusers_block(qk_norm):
-    width, heads = 48, 4
-    ours = randomised(layers.Block(width, heads, 4.0, qk_norm))
-    theirs = BasicTransformerBlock(
-        width,
-        heads,
-        width // heads,
-        activation_fn="gelu-approximate",
-        num_embeds_ada_norm=10,
-        attention_bias=True,
-        norm_type="ada_norm_zero",
-        norm_elementwise_affine=False,
-        norm_eps=1e-6,
-    ).eval()
-    theirs.attn1 = DiffusersAttention(
-        width, heads=heads, dim_head=width // heads, bias=True, qk_norm="layer_norm" if qk_norm else None, eps=1e-5
-    )
-    copy_block(theirs, ours)
-    c = torch.randn(3, width)
-    theirs.norm1.emb = Given(c)
-    x = torch.randn(3, 16, width)
-    torch.testing.assert_close(ours(x, c), theirs(x, timestep=torch.zeros(3)), atol=1e-5, rtol=1e-5)
-
-
 @pytest.mark.parametrize("learn_sigma", [False, True])
-def test_whole_model_equals_diffusers_dit(learn_sigma):
+def test_model_equals_diffusers_dit(learn_sigma):
     ours = randomised(tiny(learn_sigma=learn_sigma)).eval()
     theirs = DiTTransformer2DModel(
         num_attention_heads=TINY["heads"],
@@ -156,41 +87,6 @@ def test_whole_model_equals_diffusers_dit(learn_sigma):
         torch.testing.assert_close(ours(x, t, labels).v, expected, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize(("width", "side"), [(32, 4), (1152, 16), (384, 7)])
-def test_positions_equal_diffusers(width, side):
-    expected = get_2d_sincos_pos_embed(width, side, base_size=side, output_type="pt")
-    torch.testing.assert_close(layers.sincos_positions(width, side).double(), expected.double(), atol=1e-6, rtol=0)
-
-
-def test_timestep_sinusoids_equal_diffusers():
-    embedder = layers.TimestepEmbedder(8)
-    embedder.mlp = nn.Sequential(nn.Linear(256, 256))
-    nn.init.eye_(embedder.mlp[0].weight)
-    nn.init.zeros_(embedder.mlp[0].bias)
-    t = torch.linspace(0, 1, 9)
-    expected = get_timestep_embedding(t, 256, flip_sin_to_cos=True, downscale_freq_shift=0)
-    torch.testing.assert_close(embedder(t), expected, atol=1e-6, rtol=0)
-
-
-# ---- patches
-
-
-def test_unpatchify_undoes_cutting_into_patches():
-    n, c, side, patch = 2, 3, 8, 2
-    x = torch.arange(n * c * side * side, dtype=torch.float32).view(n, c, side, side)
-    tokens = torch.nn.functional.unfold(x, patch, stride=patch)  # (n, c p p, T), channel first inside a token
-    tokens = tokens.view(n, c, patch * patch, -1).permute(0, 3, 2, 1).reshape(n, -1, patch * patch * c)
-    assert torch.equal(layers.unpatchify(tokens, patch, c), x)
-
-
-def test_tokens_run_row_by_row():
-    embed = layers.PatchEmbed(1, 2, 4)
-    nn.init.constant_(embed.proj.weight, 0.25)
-    nn.init.zeros_(embed.proj.bias)
-    x = torch.kron(torch.arange(9.0).view(3, 3), torch.ones(2, 2))[None, None]  # patch k holds the number k
-    assert embed(x)[0, :, 0].tolist() == list(range(9))
-
-
 # ---- the contract of a backbone
 
 
@@ -207,13 +103,13 @@ def counted(model):
 def test_stopping_computes_no_block_after_the_last_tap(taps):
     model = randomised(tiny())
     x, t, y = inputs(model)
-    whole = model(x, t, y, taps=taps)
+    full = model(x, t, y, taps=taps)
     runs = counted(model)
     early = model(x, t, y, taps=taps, stop=True)
     assert runs == [1] * max(taps) + [0] * (model.depth - max(taps))
-    assert early.v is None and whole.v is not None and set(early.feats) == set(taps)
+    assert early.v is None and full.v is not None and set(early.feats) == set(taps)
     for k in taps:
-        assert torch.equal(early.feats[k], whole.feats[k]) and whole.feats[k].shape == (3, 16, 32)
+        assert torch.equal(early.feats[k], full.feats[k]) and full.feats[k].shape == (3, 16, 32)
 
 
 def test_taps_do_not_change_the_velocity():
@@ -235,7 +131,7 @@ def test_truncated_model_gives_the_same_features_and_no_velocity():
         model(x, t, y)
 
 
-def test_a_fresh_model_predicts_zero_and_its_blocks_are_the_identity():
+def test_new_model_predicts_zero_and_its_blocks_are_the_identity():
     model = tiny()
     x, t, y = inputs(model)
     v, feats = model(x, t, y, taps=(1, 4))
@@ -262,7 +158,7 @@ def test_null_is_the_label_after_the_last_class():
     assert isinstance(model, Backbone)
 
 
-def test_a_model_without_classes():
+def test_model_without_classes():
     model = randomised(tiny(num_classes=0))
     x, t, _ = inputs(model)
     labels = torch.zeros(3, dtype=torch.long)
@@ -271,7 +167,7 @@ def test_a_model_without_classes():
 
 
 @pytest.mark.parametrize(("shape", "patch"), [((1, 8, 8), 2), ((3, 32, 32), 4), ((16, 12, 12), 1), ((4, 6, 6), 3)])
-def test_any_square_latent(shape, patch):
+def test_square_latents_of_any_size(shape, patch):
     model = randomised(tiny(shape, patch=patch, depth=1))
     x, t, y = inputs(model, 2)
     assert model(x, t, y).v.shape == x.shape
@@ -288,7 +184,7 @@ def test_condition_time_and_each_pixel_reach_the_velocity(qk_norm):
     assert (gradient != 0).all()
 
 
-def test_samples_of_a_batch_do_not_meet():
+def test_samples_of_a_batch_are_independent():
     model = randomised(tiny())
     x, t, y = inputs(model)
     torch.testing.assert_close(model(x, t, y).v[1:2], model(x[1:2], t[1:2], y[1:2]).v, atol=1e-5, rtol=1e-5)

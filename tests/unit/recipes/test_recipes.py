@@ -1,4 +1,4 @@
-"""Every recipe runs at toy size through overrides alone, and says what it is."""
+"""Every recipe runs at toy size through overrides only; its docstring gives the command; published settings."""
 
 import inspect
 import json
@@ -12,12 +12,12 @@ from selftrans.cli.main import main
 from selftrans.config import from_json
 from selftrans.methods.guidance import Frozen
 from selftrans.methods.registry import stages
-from selftrans.recipes import RECIPES, recipe
+from selftrans.recipes import RECIPES, ignored, recipe
 from selftrans.types import Conditions
 from tests.support import toy
 from tests.support.toy import quick  # noqa: F401 - a fixture
 
-#: the same words for every recipe
+#: the same overrides for every recipe
 OVERRIDES = (
     "--train.steps 4 --train.batch-size 8 --train.checkpoint-every 2 --model.width 64 --model.patch 4 --model.depth 4"
 )
@@ -72,12 +72,12 @@ def test_digits_need_no_prepared_data(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["digits", "cifar10", "imagefolder"])
-def test_on_prepared_pixels(tmp_path, pixels, name):
+def test_recipe_trains_on_prepared_pixels(tmp_path, pixels, name):
     begin(name, tmp_path, pixels)
 
 
 @pytest.mark.parametrize("name", [name for name in RECIPES if name not in ("digits", "cifar10", "imagefolder")])
-def test_on_the_latents_of_an_autoencoder(tmp_path, latents, name):
+def test_recipe_trains_on_the_latents_of_an_autoencoder(tmp_path, latents, name):
     config = begin(name, tmp_path, latents)
     assert config.train.precision == "bf16" and config.sections["stage2"].scale == 30.0
 
@@ -89,7 +89,7 @@ def test_other_recipes_require_data(tmp_path, capsys, name):
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_the_docstring_of_a_recipe_gives_its_command(name):
+def test_docstring_of_a_recipe_gives_its_command(name):
     text = inspect.getdoc(RECIPES[name])
     assert f"selftrans train {name} " in text and "--out " in text
     assert text.splitlines()[0].endswith(".")
@@ -115,7 +115,7 @@ def test_published_settings(name, size, until):
     )
     first, second = stages(config)
     assert first.steps == 200_000 and second.teacher.weights == "raw"
-    table = {"S": (2, 6, 8), "B": (2, 6, 8), "L": (2, 12, 16), "XL": (2, 14, 18)}  # blocks s of both stages, and k
+    table = {"S": (2, 6, 8), "B": (2, 6, 8), "L": (2, 12, 16), "XL": (2, 14, 18)}  # block s of each stage, and k
     depth = config.model.sizes()["depth"]
     with torch.device("meta"):
         student, teacher = (config.build_model((4, 32, 32), Conditions("labels", 1000)) for _ in range(2))
@@ -123,6 +123,39 @@ def test_published_settings(name, size, until):
     assert (guided[0].taps[0], guided[1].taps[0], guided[1].teacher.block) == table[size]
 
 
-def test_the_headline_recipe_is_the_largest():
+def test_sit_imagenet_is_the_largest_size():
     small, large = (toy.override(recipe(name), {"recipe": "x"}) for name in ("sit_imagenet", "sit_imagenet_xl2"))
     assert small == large
+
+
+@pytest.mark.parametrize(
+    ("method", "changes", "expected"),
+    [
+        (
+            "vanilla",
+            {"stage2.scale": 3.0, "sra.block": 2},
+            ["stage2.scale is ignored: method vanilla", "sra.block is ignored"],
+        ),
+        (
+            "self_transcendence",
+            {"repa.weight": 0.75},
+            ["repa.weight is ignored: method self_transcendence does not use it"],
+        ),
+        (
+            "self_transcendence",
+            {"stage2.timestep_range": None, "stage2.range_mode": "scale"},
+            ["stage2.range_mode is ignored"],
+        ),
+        (
+            "self_transcendence",
+            {"stage2.teacher": "x", "stage1.weight": 0.25},
+            ["stage1.weight is ignored: --teacher takes"],
+        ),
+        ("structure", {"stage1.weight": 0.25}, []),
+    ],
+)
+def test_ignored_settings_are_listed(method, changes, expected):
+    sentences = ignored(toy.override(recipe("digits"), {"method": method} | changes))
+    assert len(sentences) == len(expected)
+    for sentence, start in zip(sorted(sentences, reverse=True), sorted(expected, reverse=True), strict=True):
+        assert sentence.startswith(start)

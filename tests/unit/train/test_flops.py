@@ -1,15 +1,17 @@
-"""Operations are counted whatever the dtype of the weights."""
+"""Operations of a forward pass, for every dtype of the weights."""
 
 import pytest
 import torch
 from torch import nn
 
+from selftrans.models.sit import SIT_SIZES, SiT
 from selftrans.train.flops import forward_flops
 from selftrans.types import Backbone, Conditions, Output
+from tests.support.operations import sit_forward_flops
 
 
 class Plain(Backbone):
-    """A backbone that leaves dtypes to autocast, as most do."""
+    """A backbone that relies on autocast for its dtypes, as most do."""
 
     def __init__(self):
         super().__init__()
@@ -26,3 +28,11 @@ def test_teacher_in_reduced_precision_is_counted_without_autocast(dtype):
     model = Plain().to(dtype)
     assert forward_flops(model, torch.zeros(1, dtype=torch.long), (1,), stop=True) == 2 * 3 * 2 * 4
     assert model.block.weight.dtype == dtype and model.block.weight.device.type == "cpu"
+
+
+def test_forward_operations_equal_the_published_count():
+    with torch.device("meta"):
+        model = SiT((4, 32, 32), 1000, **SIT_SIZES["SiT-B/2"])
+    counted = forward_flops(model, torch.zeros(1, dtype=torch.long))
+    assert counted == sit_forward_flops(256, 768, 12, 16)
+    assert counted / 2e9 == pytest.approx(23.0, abs=0.05)  # multiply-adds: what the literature calls 23.0 Gflops

@@ -16,7 +16,7 @@ from selftrans.train.signals import Interrupted, StopSignal
 from tests.support import toy
 from tests.support.toy import quick  # noqa: F401 - a fixture
 
-#: what each run of two processes changes in the toy config; "sharded" and "ddp" differ in train.shard alone
+#: changes of the toy config for each run of two processes; "sharded" and "ddp" differ in train.shard only
 COMMON = {"train.preview_every": 4, "stage1.head_width": 7, "train.checkpoint_every": 3}
 RUNS = {
     "ddp": {},
@@ -66,7 +66,7 @@ def work(rank: int, folder: str, data: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory):
+def runs(tmp_path_factory):
     import socket
 
     folder = tmp_path_factory.mktemp("shard")
@@ -84,50 +84,51 @@ def assert_close(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor], atol: f
     assert a.keys() == b.keys()
     for name in a:
         torch.testing.assert_close(
-            a[name], b[name], rtol=1e-4, atol=atol, msg=lambda said, name=name: f"{name}: {said}"
+            a[name], b[name], rtol=1e-4, atol=atol, msg=lambda message, name=name: f"{name}: {message}"
         )
 
 
 @pytest.mark.parametrize("stage", ["stage1", "stage2"])
-def test_sharded_training_equals_ddp(made, stage):
-    assert_close(toy.tensors(made / "sharded", stage), toy.tensors(made / "ddp", stage))
-    lines = [toy.log(made / name, stage) for name in ("sharded", "ddp")]
+def test_sharded_training_equals_ddp(runs, stage):
+    assert_close(toy.tensors(runs / "sharded", stage), toy.tensors(runs / "ddp", stage))
+    lines = [toy.log(runs / name, stage) for name in ("sharded", "ddp")]
     assert [line["step"] for line in lines[0]] == [line["step"] for line in lines[1]]
     for one, other in zip(*lines, strict=True):
         assert one.pop("stage") == other.pop("stage") and one == pytest.approx(other, rel=1e-4)
 
 
-def test_interrupted_sharded_run_equals_uninterrupted(made):
-    """Except the means of an interrupted log line, which sum the processes in another order."""
+def test_interrupted_sharded_run_equals_uninterrupted(runs):
+    """Equal bit for bit, except the means of an interrupted log line, which sum the processes in another order."""
     for stage in ("stage1", "stage2"):
-        toy.assert_same(toy.tensors(made / "sharded", stage), toy.tensors(made / "sharded, stopped", stage))
-        for one, other in zip(*(toy.log(made / name, stage) for name in ("sharded", "sharded, stopped")), strict=True):
+        toy.assert_same(toy.tensors(runs / "sharded", stage), toy.tensors(runs / "sharded, stopped", stage))
+        for one, other in zip(*(toy.log(runs / name, stage) for name in ("sharded", "sharded, stopped")), strict=True):
             assert one.pop("stage") == other.pop("stage") and one == pytest.approx(other, rel=1e-12)
 
 
-def test_sharded_bf16_training_equals_ddp(made):
-    assert_close(toy.tensors(made / "sharded, bf16"), toy.tensors(made / "ddp, bf16"))
+def test_sharded_bf16_training_equals_ddp(runs):
+    # gradients are summed in another order, and bf16 keeps 8 bits: moments of 0.01 agree to 4e-5 at best
+    assert_close(toy.tensors(runs / "sharded, bf16"), toy.tensors(runs / "ddp, bf16"), atol=1e-4)
 
 
-def test_ema_teacher_is_sharded(made):
-    assert_close(toy.tensors(made / "sharded, sra", "sra"), toy.tensors(made / "ddp, sra", "sra"), atol=1e-3)
+def test_ema_teacher_is_sharded(runs):
+    assert_close(toy.tensors(runs / "sharded, sra", "sra"), toy.tensors(runs / "ddp, sra", "sra"), atol=1e-3)
 
 
-def test_non_finite_step_of_one_process_is_skipped_in_both(made):
+def test_non_finite_step_of_one_process_is_skipped_in_both(runs):
     for name in ("sharded, non-finite", "ddp, non-finite"):
-        state = newest(made / name / "vanilla" / "checkpoints").state
+        state = newest(runs / name / "vanilla" / "checkpoints").state
         assert state["nonfinite"]["skipped"] == 1
-    found = [toy.tensors(made / name, "vanilla") for name in ("sharded, non-finite", "ddp, non-finite")]
-    assert_close(*found)
-    assert {float(v) for name, v in found[0].items() if name.endswith(":step")} == {7.0}
+    states = [toy.tensors(runs / name, "vanilla") for name in ("sharded, non-finite", "ddp, non-finite")]
+    assert_close(*states)
+    assert {float(v) for name, v in states[0].items() if name.endswith(":step")} == {7.0}
 
 
-def test_checkpoints_of_sharded_runs_are_ordinary(made, tmp_path, capsys):
-    assert {t.shape for t in toy.tensors(made / "sharded").values()} == {
-        t.shape for t in toy.tensors(made / "ddp").values()
+def test_checkpoints_of_sharded_runs_are_ordinary(runs, tmp_path, capsys):
+    assert {t.shape for t in toy.tensors(runs / "sharded").values()} == {
+        t.shape for t in toy.tensors(runs / "ddp").values()
     }
-    assert (made / "sharded" / "stage2" / "previews" / "step-00000008.png").exists()
-    run = toy.copy(made / "sharded", tmp_path / "run")
+    assert (runs / "sharded" / "stage2" / "previews" / "step-00000008.png").exists()
+    run = toy.copy(runs / "sharded", tmp_path / "run")
     assert main(["sample", str(run), f"--out={tmp_path / 'made'}", "--num=4", "--steps=2"]) == 0
     assert main(["export", str(run), f"--out={tmp_path / 'exported'}", "--layout=repa"]) == 0
     train(toy.toy(COMMON | {"train.steps": 9}), run)  # one process, not sharded

@@ -6,9 +6,7 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -21,17 +19,17 @@ from selftrans.methods.objective import Objective
 from selftrans.storage import lock_file
 from selftrans.train import trainer
 from selftrans.train.ema import EMA
-from selftrans.train.interrupted import EXIT_RESUME
 from selftrans.train.log import JsonlLog
 from selftrans.train.preview import Preview
 from selftrans.train.run import train
 from selftrans.train.signals import Interrupted, StopSignal
 from tests.support import toy
+from tests.support.processes import Killed, start, wait_for_lines
 from tests.support.toy import quick  # noqa: F401 - a fixture
 
 
 def visits(config, out, stop=Interrupted) -> int:
-    """Train again after every interruption, until the run is finished; returns the number of calls."""
+    """Call `train` again after every interruption until the run is finished; returns the number of calls."""
     for visit in range(1, 100):
         try:
             train(config, out, quiet=True)
@@ -45,7 +43,7 @@ def visits(config, out, stop=Interrupted) -> int:
 
 SHORT = {"stage1.steps": 2, "train.steps": 5, "stage2.until_step": 3}
 VARIANTS = {
-    "as it is": SHORT,
+    "default": SHORT,
     "bf16": SHORT | {"train.precision": "bf16"},
     "other options": SHORT
     | {
@@ -67,12 +65,12 @@ VARIANTS = {
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_stopped_at_every_step(tmp_path, monkeypatch, variant):
     config = toy.toy(VARIANTS[variant])
-    train(config, whole := tmp_path / "whole", quiet=True)
+    train(config, uninterrupted := tmp_path / "uninterrupted", quiet=True)
     monkeypatch.setattr(StopSignal, "asked", lambda self, accelerator: True)
     stops = config.sections["stage1"].steps - 1 + config.train.steps - 1  # the last step of a stage ends it anyway
     assert visits(config, tmp_path / "run") == stops + 1
-    toy.assert_same_run(tmp_path / "run", whole)
-    reports = [json.loads((run / "run.json").read_text()) for run in (tmp_path / "run", whole)]
+    toy.assert_same_run(tmp_path / "run", uninterrupted)
+    reports = [json.loads((run / "run.json").read_text()) for run in (tmp_path / "run", uninterrupted)]
     for report in reports:
         del report["total_seconds"]
         assert [stage.pop("seconds") > 0 for stage in report["stages"]] == [True, True]
@@ -91,43 +89,7 @@ def test_stopped_around_the_end_of_guidance(tmp_path, monkeypatch, step):
     toy.assert_same_run(tmp_path, toy.finished())
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
-def test_stop_signal_writes_a_checkpoint_within_one_step(tmp_path, monkeypatch, capsys, number):
-    handlers = {n: signal.getsignal(n) for n in StopSignal.SIGNALS}
-    forward, calls = Objective.forward, itertools.count(1)
-
-    def noticed(self, batch, step):
-        if next(calls) == 5:  # in the middle of step 3: two micro-batches a step
-            os.kill(os.getpid(), number)
-        return forward(self, batch, step)
-
-    monkeypatch.setattr(Objective, "forward", noticed)
-    argv = ["train", "digits", f"--data={toy.digits()}", f"--out={tmp_path}", *toy.flags()]
-    assert main(argv) == EXIT_RESUME == 75
-    said = capsys.readouterr().err.splitlines()[-1]
-    assert said.startswith(f"selftrans: stopped by {signal.Signals(number).name} at step 3; checkpoint written in")
-    assert toy.checkpoint(tmp_path, "stage1").name == "step-00000003"
-    assert {n: signal.getsignal(n) for n in StopSignal.SIGNALS} == handlers
-    assert main(argv) == 0
-    assert "[1/2] stage1: continues at step 3 of 4" in capsys.readouterr().out
-    toy.assert_same_run(tmp_path, toy.finished())
-
-
-def test_second_ctrl_c_stops_at_once(tmp_path, monkeypatch, capsys):
-    def impatient(self, batch, step):
-        os.kill(os.getpid(), signal.SIGINT)
-        os.kill(os.getpid(), signal.SIGINT)
-
-    monkeypatch.setattr(Objective, "forward", impatient)
-    assert main(["train", "digits", f"--data={toy.digits()}", f"--out={tmp_path}", *toy.flags()]) == 130
-    assert capsys.readouterr().err.endswith("selftrans: interrupted; the same command continues\n")
-
-
 # ---- killed
-
-
-class Killed(BaseException):
-    """Nothing catches it, as if the process were killed at this line."""
 
 
 def half_a_file(tensors, path, **kwargs):
@@ -161,14 +123,14 @@ def test_killed_at_many_places_equals_uninterrupted(tmp_path, monkeypatch, place
     owner, name, before = PLACES[place]
     original, calls = getattr(owner, name), itertools.count(1)
 
-    def dying(*args, **kwargs):
+    def killing(*args, **kwargs):
         if next(calls) in (2, 3, 5, 11, 17):
             if before:
                 before(*args, **kwargs)
             raise Killed
         return original(*args, **kwargs)
 
-    monkeypatch.setattr(owner, name, dying)
+    monkeypatch.setattr(owner, name, killing)
     preview = {"train.preview_every": 2} if owner is Preview else {}
     damaged = pytest.warns(UserWarning, match="damaged")
     with damaged if before is half_removed else contextlib.nullcontext():
@@ -180,26 +142,20 @@ def test_killed_at_many_places_equals_uninterrupted(tmp_path, monkeypatch, place
     assert not [path for path in tmp_path.rglob(".*") if path.name != ".lock"]
 
 
-def start(out: Path, **dotted) -> subprocess.Popen:
-    argv = ["train", "digits", f"--data={toy.digits()}", f"--out={out}", *toy.flags(dotted)]
-    return subprocess.Popen(
-        [sys.executable, "-m", "selftrans", *argv], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-
-
-def wait_for_lines(process: subprocess.Popen, path: Path, count: int) -> None:
-    until = time.monotonic() + 90
-    while not path.exists() or path.read_bytes().count(b"\n") < count:
-        assert process.poll() is None and time.monotonic() < until, process.communicate()
-        time.sleep(0.005)
-
-
 LONG = {"method": "vanilla", "log.every": 1, "train.checkpoint_every": 2, "stage1.steps": 1}
 
 
+@pytest.mark.slow
 def test_killed_process_is_continued_by_another(tmp_path):
     config = toy.toy(LONG | {"train.steps": 200})
-    process = start(tmp_path / "run", **LONG, **{"train.steps": 200})
+    argv = [
+        "train",
+        "digits",
+        f"--data={toy.digits()}",
+        f"--out={tmp_path / 'run'}",
+        *toy.flags(LONG | {"train.steps": 200}),
+    ]
+    process = start(argv)
     wait_for_lines(process, tmp_path / "run" / "vanilla" / "log.jsonl", 7)
     process.kill()
     process.communicate()
@@ -207,32 +163,9 @@ def test_killed_process_is_continued_by_another(tmp_path):
     reached = int(toy.checkpoint(tmp_path / "run", "vanilla").name[5:])
     assert 4 <= reached < 200
     short = {"train.steps": reached + 5}
-    for out in (tmp_path / "run", tmp_path / "whole"):
+    for out in (tmp_path / "run", tmp_path / "uninterrupted"):
         train(toy.override(config, short), out, quiet=True)
-    toy.assert_same_run(tmp_path / "run", tmp_path / "whole", ("vanilla",))
-
-
-def test_process_stops_on_signal_and_holds_its_lock(tmp_path, capsys):
-    run, long = tmp_path / "run", LONG | {"train.steps": 1_000_000, "train.checkpoint_every": 1_000_000}
-    process = start(run, **long)
-    log = run / "vanilla" / "log.jsonl"
-    wait_for_lines(process, log, 3)
-    argv = ["train", "digits", f"--data={toy.digits()}", f"--out={run}", *toy.flags(long)]
-    assert main(argv) == 1  # while the other process runs
-    said = capsys.readouterr().err
-    line = f"selftrans: {run} is in use by process {process.pid}; wait for it, or choose another --out"
-    assert said.splitlines()[-1] == line
-    before = log.read_bytes().count(b"\n")
-    process.send_signal(signal.SIGTERM)
-    _, said = process.communicate(timeout=60)
-    assert process.returncode == 75
-    reached = int(toy.checkpoint(run, "vanilla").name[5:])
-    assert f"stopped by SIGTERM at step {reached}; checkpoint written in {run / 'vanilla'}" in said
-    assert before <= reached == log.read_bytes().count(b"\n") < before + 60  # a toy's step takes milliseconds
-    short = LONG | {"train.steps": reached + 2}
-    for out in (run, tmp_path / "whole"):
-        train(toy.toy(short), out, quiet=True)
-    toy.assert_same_run(run, tmp_path / "whole", ("vanilla",))
+    toy.assert_same_run(tmp_path / "run", tmp_path / "uninterrupted", ("vanilla",))
 
 
 # ---- one process at a time
@@ -243,7 +176,7 @@ def test_run_directory_is_locked(tmp_path):
         with pytest.raises(ValueError, match=f"in use by process {os.getpid()}; wait for it, or choose another --out"):
             train(toy.toy(), tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == [".lock"]
-    with lock_file(tmp_path / ".lock"):  # it is free again
+    with lock_file(tmp_path / ".lock"):  # the lock is released
         pass
 
 
@@ -256,17 +189,17 @@ def test_repeating_a_finished_command_changes_nothing(tmp_path, capsys):
     train(toy.toy(), run)
     assert toy.tree(run).items() - before.items() <= {(".lock", str(os.getpid()).encode())}
     assert toy.tree(run).keys() == before.keys()
-    said = capsys.readouterr().out
-    assert "continues at step 4 of 4" in said and "continues at step 8 of 8" in said
+    output = capsys.readouterr().out
+    assert "continues at step 4 of 4" in output and "continues at step 8 of 8" in output
 
 
 def test_more_steps_continue_a_finished_run(tmp_path):
     run = toy.copy(toy.finished(), tmp_path / "run")
     longer = toy.toy({"train.steps": 12})
-    for out in (run, run, tmp_path / "whole"):
+    for out in (run, run, tmp_path / "uninterrupted"):
         report = train(longer, out, quiet=True)
         assert report["student_steps"] == 12 and report["stages"][0]["steps"] == 4
-    toy.assert_same_run(run, tmp_path / "whole")
+    toy.assert_same_run(run, tmp_path / "uninterrupted")
     assert json.loads((run / "config.json").read_text())["train"]["steps"] == 12
     with pytest.raises(ValueError, match=r"has trained stage2 for 12 steps already, more than the 8 asked for"):
         train(toy.toy(), run)
@@ -318,7 +251,9 @@ def test_settings_that_do_not_affect_results_may_change(tmp_path):
     }
     train(toy.toy(free), run, quiet=True)
     assert [line["step"] for line in toy.log(run)] == [2, 4, 6, 8, 9]
-    assert len(list((run / "stage2" / "checkpoints").iterdir())) == 4  # 3, the best before, 6 and 8 were there
+    assert (
+        len(list((run / "stage2" / "checkpoints").iterdir())) == 4
+    )  # of the earlier 3 (the best), 6 and 8, and the new 9
     assert (run / "stage2" / "previews" / "step-00000009.png").exists()
     assert json.loads((run / "config.json").read_text())["sample"]["steps"] == 3
 
@@ -350,17 +285,8 @@ def test_damaged_run_file_is_named(tmp_path, file, content, message):
     assert (run / file).read_text() == content
 
 
-def test_log_is_truncated_to_the_resumed_step(tmp_path):
-    path = tmp_path / "log.jsonl"
-    path.write_text('{"step": 2}\n{"step": 4}\n{"step": 6}\n\n{"other": 1}\nnonsense\n{"step": 8')
-    log = JsonlLog(path, resume_step=4)
-    log.write({"step": 5})
-    log.close()
-    assert path.read_text() == '{"step": 2}\n{"step": 4}\n{"step": 5}\n'
-
-
 def test_teacher_retrained_to_equal_weights_is_accepted(tmp_path, monkeypatch):
-    """The last checkpoint of stage 1 is damaged while stage 2 is under way."""
+    """The last checkpoint of stage 1 is damaged after stage 2 has begun."""
     calls = itertools.count(-3)
     with monkeypatch.context() as patch:
         patch.setattr(StopSignal, "asked", lambda self, accelerator: next(calls) == 2)
@@ -378,7 +304,7 @@ def test_teacher_retrained_to_equal_weights_is_accepted(tmp_path, monkeypatch):
 def test_changed_learning_rate_with_allow_changes_is_reported_and_recorded(tmp_path, capsys):
     run = toy.copy(toy.finished(), tmp_path / "run")
     slower = {"train.steps": 10, "train.lr": 1e-5}
-    with pytest.raises(ValueError, match=r"or --train.allow-changes True to go on with these"):
+    with pytest.raises(ValueError, match=r"or --train.allow-changes True to continue with these"):
         train(toy.toy(slower), run, quiet=True)
     assert (
         main(
@@ -392,11 +318,11 @@ def test_changed_learning_rate_with_allow_changes_is_reported_and_recorded(tmp_p
         )
         == 0
     )
-    assert "goes on with other settings: train.lr was 0.001, is 1e-05" in capsys.readouterr().err
+    assert "continues with other settings: train.lr was 0.001, is 1e-05" in capsys.readouterr().err
     assert [line["lr"] for line in toy.log(run, "stage2")[-2:]] == [0.001, 1e-5]
-    (told,) = json.loads((run / "changes.json").read_text())
-    assert told == {"steps": {"stage1": 4, "stage2": 8}, "changed": ["train.lr was 0.001, is 1e-05"]}
-    train(toy.toy(slower), run, quiet=True)  # settled now
+    (change,) = json.loads((run / "changes.json").read_text())
+    assert change == {"steps": {"stage1": 4, "stage2": 8}, "changed": ["train.lr was 0.001, is 1e-05"]}
+    train(toy.toy(slower), run, quiet=True)  # the changed settings are now those of the run
     assert len(json.loads((run / "changes.json").read_text())) == 1
     with pytest.raises(ValueError, match=r"model.depth was 3, is 4; use those, or another --out$"):
         train(toy.toy(slower | {"model.depth": 4, "train.allow_changes": True}), run, quiet=True)
@@ -425,7 +351,7 @@ def test_method_named_by_an_untrusted_run_is_not_imported(tmp_path, monkeypatch)
     assert not (tmp_path / "ran").exists() and "evil" not in sys.modules
 
 
-# ---- what a restart rewrites
+# ---- files that a restart rewrites
 
 
 def test_restart_does_not_rewrite_unchanged_files(tmp_path):
@@ -437,11 +363,11 @@ def test_restart_does_not_rewrite_unchanged_files(tmp_path):
 
 
 def test_config_and_log_are_fsynced_before_a_checkpoint(tmp_path, monkeypatch):
-    order, whole, saved = [], os.fsync, checkpoint.save
+    order, original, saved = [], os.fsync, checkpoint.save
 
     def fsync(descriptor):
         order.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")).name)
-        whole(descriptor)
+        original(descriptor)
 
     monkeypatch.setattr(os, "fsync", fsync)
     monkeypatch.setattr(checkpoint, "save", lambda *args: order.append("checkpoint") or saved(*args))
@@ -461,78 +387,6 @@ def test_file_system_without_locks_warns(tmp_path, monkeypatch):
         train(toy.toy({"method": "vanilla", "train.steps": 2}), tmp_path, quiet=True)
 
 
-# ---- previews
-
-PICTURED = {"method": "vanilla", "train.preview_every": 2, "train.checkpoint_every": 2}
-
-
-def test_preview_that_kills_the_process_three_times_is_skipped(tmp_path, monkeypatch):
-    whole = Preview._make
-
-    def dying(self, model, path):
-        if "4" in path.name:
-            raise Killed
-        whole(self, model, path)
-
-    monkeypatch.setattr(Preview, "_make", dying)
-    for _ in range(3):
-        with pytest.raises(Killed):
-            train(toy.toy(PICTURED), tmp_path, quiet=True)
-    with pytest.warns(UserWarning, match="the process has ended 3 times while making it"):
-        train(toy.toy(PICTURED), tmp_path, quiet=True)
-    made = sorted(path.name for path in (tmp_path / "vanilla" / "previews").glob("*.png"))
-    assert made == [f"step-0000000{k}.png" for k in (2, 6, 8)]
-
-
-@pytest.mark.parametrize("step", [4, 8], ids=["on the way", "at the end"])
-def test_killed_after_writing_a_preview(tmp_path, monkeypatch, step):
-    whole = Preview._make
-
-    def dying(self, model, path):
-        whole(self, model, path)
-        if path.name == f"step-0000000{step}.png":
-            raise Killed
-
-    monkeypatch.setattr(Preview, "_make", dying)
-    with pytest.raises(Killed):
-        train(toy.toy(PICTURED), tmp_path, quiet=True)
-    train(toy.toy(PICTURED), tmp_path, quiet=True)  # it is not made again, or this would die too
-    left = sorted(path.name for path in (tmp_path / "vanilla" / "previews").iterdir())
-    assert left == [f"step-0000000{k}.png" for k in (2, 4, 6, 8)]
-
-
-def test_stop_signal_interrupts_a_preview_and_restart_makes_due_ones(tmp_path, monkeypatch):
-    whole, passes = Preview._make, []
-
-    def noticed(self, model, path):
-        if "4" in path.name and not passes:
-            passes.append(path)
-            self.stop.received = signal.SIGTERM
-        whole(self, model, path)
-
-    monkeypatch.setattr(Preview, "_make", noticed)
-    with (
-        pytest.warns(UserWarning, match="no preview at .*4.png: asked to stop"),
-        pytest.raises(Interrupted, match="step 5"),
-    ):
-        train(toy.toy(PICTURED), tmp_path, quiet=True)
-    train(toy.toy(PICTURED), tmp_path, quiet=True)
-    assert len(list((tmp_path / "vanilla" / "previews").iterdir())) == 3  # all but that one
-    (tmp_path / "vanilla" / "previews" / "step-00000008.png").unlink()
-    train(toy.toy(PICTURED), tmp_path, quiet=True)
-    assert (tmp_path / "vanilla" / "previews" / "step-00000008.png").exists()
-
-
-def test_preview_errors_do_not_stop_training(tmp_path, monkeypatch):
-    def broken(*_, **__):
-        raise ModuleNotFoundError("no diffusers here")
-
-    monkeypatch.setattr("selftrans.train.preview.load_autoencoder", broken)
-    with pytest.warns(UserWarning, match="no preview at .*: no diffusers here"):
-        train(toy.toy(PICTURED), tmp_path, quiet=True)
-    assert checkpoint.newest(tmp_path / "vanilla" / "checkpoints").step == 8
-
-
 # ---- damaged data
 
 
@@ -540,14 +394,14 @@ def test_damaged_shards_are_found_and_made_again(tmp_path, capsys):
     data = tmp_path / "data"
     assert main(["prepare", "digits", f"--out={data}"]) == 0
     shard = data / "shard-00000.safetensors"
-    sound = shard.read_bytes()
-    shard.write_bytes(sound[:-4096] + bytes(4096))
+    original = shard.read_bytes()
+    shard.write_bytes(original[:-4096] + bytes(4096))
     small = {"data.path": str(data), "method": "vanilla", "train.steps": 2}
     with pytest.raises(ValueError, match=r"shard-00000.safetensors fails its sha256"):
         train(toy.toy(small | {"data.verify": True}), tmp_path / "run", quiet=True)
     assert main(["prepare", "digits", f"--out={data}"]) == 0
     assert (
         "shard-00000.safetensors fails its sha256 and is made again" in capsys.readouterr().err
-        and shard.read_bytes() == sound
+        and shard.read_bytes() == original
     )
     train(toy.toy(small | {"data.verify": True}), tmp_path / "run", quiet=True)

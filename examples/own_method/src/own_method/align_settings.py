@@ -10,14 +10,14 @@ from selftrans.sections import Section, setting
 
 @dataclass(frozen=True)
 class Align(Section):
-    """Warm-up on coarse data, then alignment with the warmed-up model."""
+    """Training on coarse data, then alignment of a new model with the result."""
 
     key = "align"
 
     steps: int | None = setting(None, length=True)
     """steps of the stage warmup; None: half of train.steps"""
-    teacher: str | None = setting(None, resume="free")  # the path may change, the weights may not: their hash is kept
-    """a run with a stage warmup, or a weights file, in place of this run's own; `--teacher` sets it"""
+    teacher: str | None = setting(None, resume="free")  # the path may change; the weights may not, their hash is stored
+    """a run with a stage warmup, or a weights file, that replaces this run's stage warmup; `--teacher` sets it"""
     block: int | None = None
     """the student's guided block (1-based), in both stages; None: a third of its depth"""
     teacher_block: int | None = None
@@ -25,9 +25,9 @@ class Align(Section):
     weight: float = setting(0.5, resume="consent")
     """factor of the guidance term"""
     smooth: int = 2
-    """warmup: neighbours on each side that a number is averaged with"""
+    """warmup: how many neighbours on each side a value is averaged with"""
     cleaner: float = 0.2
-    """align: how much less noise the teacher's input has, as a difference of t"""
+    """align: the teacher's input has less noise than the student's by this difference of t"""
     head_width: int = 256
     """align: hidden width of the head"""
 

@@ -9,7 +9,7 @@ from selftrans.models.layers import modulate
 
 
 class GatedBlock(nn.Module):
-    """x + gate * W (tanh(a) sigmoid(b)), (a, b) a convolution of the modulated tokens; zero at the start."""
+    """x + gate * W (tanh(a) sigmoid(b)), where (a, b) is a convolution of the modulated tokens. Initially gate is zero."""
 
     def __init__(self, width: int, kernel: int, dilation: int) -> None:
         super().__init__()

@@ -14,7 +14,7 @@ from selftrans.types import Backbone, Draw
 
 
 def smooth(z0: Tensor, cells: int) -> Tensor:
-    """Latents (N, C, *S), each number averaged with `cells` neighbours on both sides along the last axis."""
+    """Latents (N, C, *S), each value averaged with `cells` neighbours on both sides along the last axis."""
     rows = z0.flatten(1, -2)  # (N, C * ..., L)
     return F.avg_pool1d(rows, 2 * cells + 1, stride=1, padding=cells, count_include_pad=False).view_as(z0)
 
@@ -35,7 +35,7 @@ class Coarse(Guidance):
 
 
 class Follow(Guidance):
-    """Stage `align`: the student's block points where the teacher's deeper block does, which sees cleaner data."""
+    """Stage `align`: the student's block is aligned with a deeper block of the teacher, whose input has less noise."""
 
     name = "follow"
     teacher: Frozen
@@ -49,7 +49,7 @@ class Follow(Guidance):
     def forward(self, d: Draw, feats: dict[int, Tensor]) -> tuple[Tensor, Report]:
         t = (d.t - self.cleaner).clamp(min=0)  # (N,)
         zt, _ = interpolate(self.path, d.z0, d.noise, t)
-        target = self.teacher(zt, t, d.cond)[0].float() + 0.0  # an ordinary tensor of an inference tensor
+        target = self.teacher(zt, t, d.cond)[0].float()
         return feature_error(self.head(feats[self.taps[0]]).float(), target, "cosine").mean(dim=0), {}
 
     def cost(self, n: int) -> dict[str, int]:

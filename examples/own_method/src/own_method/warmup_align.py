@@ -1,9 +1,9 @@
-"""A method with two stages. `warmup`: a block learns the coarse shape of the data. `align`: a new student follows it.
+"""A method with two stages. `warmup`: a block learns smoothed data. `align`: a new student is aligned with that model.
 
     warmup  L = L_flow + lambda mean | W h_s(z_t, t, y) - patchify(smooth(z0)) |²
     align   L = L_flow + lambda mean (1 - cos(P h_s(z_t, t, y), h_k(z_t', t', y)))     t' = max(0, t - cleaner)
 
-h_k is a deeper block of the frozen warmup model, on the same data under the same noise at a cleaner time.
+h_k is a deeper block of the frozen warmup model, for the same data and noise at a time with less noise.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from selftrans.config import RunConfig
 from selftrans.flow import PATHS
 from selftrans.methods.guidance import Frozen, Guidance
 from selftrans.methods.spec import MethodSpec, Stage, TeacherSpec
-from selftrans.types import Backbone, Conditions
+from selftrans.types import Backbone
 
 
 def stages(config: RunConfig) -> list[Stage]:
@@ -36,10 +36,4 @@ def stages(config: RunConfig) -> list[Stage]:
     ]
 
 
-def settle(config: RunConfig, conditions: Conditions, before: RunConfig | None) -> RunConfig:
-    """Fix the length of `warmup` at the first visit, so that a run that is made longer later keeps its teacher."""
-    earlier = before.section(Align).steps if before else None
-    return config.override({"align.steps": config.section(Align).steps or earlier or stages(config)[0].steps})
-
-
-WARMUP_ALIGN = MethodSpec("warmup_align", "warm-up and align", stages, (Align,), settle)
+WARMUP_ALIGN = MethodSpec("warmup_align", "warm-up and align", stages, (Align,))

@@ -1,4 +1,4 @@
-"""A backbone that is no transformer: gated dilated convolutions, as in WaveNet (1609.03499), on 1-D latents (C, L).
+"""A backbone that is not a transformer: gated dilated convolutions, as in WaveNet (1609.03499), on 1-D latents (C, L).
 
 Shape legend: N batch, T tokens of `patch` positions each, D width, (C, L) latent.
 """
@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from own_method.gated_block import GatedBlock
 from own_method.wave_settings import SIZES, WaveConfig
@@ -17,7 +16,7 @@ from selftrans.types import Backbone, Cond, Conditions, Output, map_cond
 
 
 class Wave(Backbone):
-    """Label-conditional (or, without classes, unconditional) convolutions along one axis."""
+    """Convolutions along one axis, conditioned on labels (unconditional for data without classes)."""
 
     def __init__(self, shape: tuple[int, ...], conditions: Conditions, config: WaveConfig) -> None:
         super().__init__()
@@ -42,8 +41,7 @@ class Wave(Backbone):
         c = self.time(t) + self.label(cond)  # (N, D)
         feats: dict[int, Tensor] = {}
         for k, block in enumerate(self.layers, start=1):
-            recompute = self.recompute and self.training  # --train.recompute: less memory, one more forward pass
-            tokens = checkpoint(block, tokens, c, use_reentrant=False) if recompute else block(tokens, c)
+            tokens = self.run_block(block, tokens, c)
             if k in taps:
                 feats[k] = tokens
             if stop and len(feats) == len(set(taps)):

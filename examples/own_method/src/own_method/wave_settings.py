@@ -20,12 +20,12 @@ class WaveConfig(ModelConfig):
     depth: int | None = None
     """number of blocks"""
     kernel: int = 3
-    """tokens that a convolution covers, an odd number"""
+    """kernel size of a convolution in tokens, an odd number"""
     patch: int = 2
-    """positions of a token"""
+    """positions per token"""
 
     def sizes(self) -> dict[str, int]:
-        """Width and depth. A name that is no size, such as that of the family or module:function, means wave-s."""
+        """Width and depth. A name that is not a size, such as that of the family or module:function, means wave-s."""
         given = {"width": self.width, "depth": self.depth}
         return SIZES.get(self.name, SIZES["wave-s"]) | {key: value for key, value in given.items() if value is not None}
 
@@ -33,7 +33,9 @@ class WaveConfig(ModelConfig):
         sizes = {**self.sizes(), "kernel": self.kernel, "patch": self.patch}
         for key, value in sizes.items():
             if not 1 <= value <= 1 << 16 or (key == "kernel" and value % 2 == 0):
-                raise ValueError(f"model.{key} {value} cannot be; give a number from 1 to 65536, odd for the kernel")
+                raise ValueError(
+                    f"model.{key} {value} is not possible; give a number from 1 to 65536, odd for the kernel"
+                )
 
     def blocks(self) -> int:
         return self.sizes()["depth"]

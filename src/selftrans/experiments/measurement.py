@@ -1,0 +1,154 @@
+"""Checkpoints measured along a run: distance, accuracy of the labels, and a linear probe of a shallow block.
+
+Each point is measured once and kept in the run's `measured.json`. Shape legend: n images.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from selftrans.checkpoints import format as checkpoint
+from selftrans.checkpoints.load import FILES, load_model
+from selftrans.config import RunConfig, SampleConfig
+from selftrans.data.dataset import Dataset
+from selftrans.data.decoded import data_latents, decoded_images
+from selftrans.device import default_device
+from selftrans.evaluate.extractors import Extractor, load_extractor
+from selftrans.evaluate.metrics import evaluate
+from selftrans.evaluate.probes import collect, linear_probe
+from selftrans.evaluate.statistics import Statistics
+from selftrans.flow import PATHS
+from selftrans.sampling.images import Sampler
+from selftrans.sampling.samplers import EVALUATIONS
+from selftrans.storage import write_json
+
+POINTS = 5  #: measurements along a run
+PROBE_T = 0.4  #: noise level of the linear probe, the paper's
+PROBED_BLOCK = (
+    2  #: the block that is probed where a method guides none; the first guided one in every published setting
+)
+
+#: called with the number of training steps done, or their equivalent in measuring
+Progress = Callable[[int], object]
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """How a process measures checkpoints."""
+
+    extractor: Extractor
+    reference: Statistics
+    dataset: Dataset
+    sample: SampleConfig  #: how many images, and how
+    block: int  #: the shallow block that is probed (1-based)
+
+    @classmethod
+    def of(cls, config: RunConfig, features: str, *, weights: str | None, images: int, block: int) -> Measurement:
+        """Distances to the training data, on the device at hand.
+
+        Args:
+            config: data and sampler. features: an extractor, by name or file; weights: where a named one is kept.
+            images: samples for each distance. block: the one that is probed (1-based).
+        """
+        assert config.data.path is not None
+        dataset, device = Dataset.open(config.data.path), default_device()
+        # `values` keeps the shape of the latents: an autoencoder of arrays that are no pictures changes none
+        extractor = load_extractor(features, weights=weights, device=device, shape=dataset.manifest.shape)
+        reference = Statistics.of(decoded_images(dataset, device=device), extractor, source="training data", keep=False)
+        sample = dataclasses.replace(config.sample, num=images, batch_size=500)
+        return cls(extractor, reference, dataset, sample, block)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What two measured points must share to be comparable, as json has it."""
+        return {
+            "sampler": json.loads(json.dumps(self.sample.settings())),
+            "images": self.sample.num,
+            "extractor_sha256": self.extractor.sha256,
+            "block": self.block,
+        }
+
+
+def measuring_cost(config: RunConfig, images: int) -> int:
+    """What measuring one checkpoint costs, in training steps (a step is three forward passes of its batch)."""
+    passes = config.sample.steps * EVALUATIONS[config.sample.sampler] * images / config.train.batch_size
+    return max(1, round(passes / 3))
+
+
+def interval(steps: int) -> int:
+    """Steps between two measurements."""
+    return max(1, steps // POINTS)
+
+
+def points(steps: int) -> int:
+    """Number of measurements of a run of `steps`: every interval, and the end."""
+    return -(-steps // interval(steps))
+
+
+def measure_run(run: Path, measurement: Measurement, progress: Progress, cost: int) -> list[dict[str, Any]]:
+    """Measured points of a run's last stage, oldest first; those measured before are read, not measured again."""
+    stage = json.loads((run / "run.json").read_text())["stages"][-1]["stage"]
+    path = run / "measured.json"
+    known = measured_before(path, measurement)
+    entries = []
+    held = checkpoint.steps(run / stage / "checkpoints")
+    due = [folder for step, folder in held if step % interval(held[-1][0]) == 0 or step == held[-1][0]]
+    for folder in due:  # an interruption leaves a checkpoint at another step, which is no point of the curve
+        digest = checkpoint.read(folder).state["sha256"][FILES["ema"]]
+        entries.append(known.get(digest) or measure_checkpoint(folder, measurement) | {"sha256": digest})
+        progress(cost)
+        write_json(path, entries)
+    return entries
+
+
+def measured_before(path: Path, measurement: Measurement) -> dict[str, dict[str, Any]]:
+    """Points that were measured in the same way, by the hash of their weights; none for a missing or damaged file."""
+    same = measurement.identity.items()
+    try:
+        return {entry["sha256"]: entry for entry in json.loads(path.read_text()) if same <= entry.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return {}
+
+
+def measure_checkpoint(folder: Path, measurement: Measurement) -> dict[str, Any]:
+    """Distance, accuracy and shallow probe of a checkpoint's EMA, and what training has cost up to it."""
+    loaded, device = load_model(folder, weights="ema"), default_device()
+    classes = loaded.model.conditions.num_classes
+    path = PATHS[loaded.config.train.path]
+    # first: a sampler casts and compiles the model in place
+    probed = probe(loaded.model.to(device), measurement, path) if classes > 1 else None
+    batches = list(Sampler.of(loaded, measurement.sample, device=device).sample())
+    labels = np.concatenate([batch.labels for batch in batches])
+    images = (batch.images for batch in batches)
+    metrics = ("frechet", "accuracy") if classes > 1 and measurement.extractor.pictures else ("frechet",)
+    report = evaluate(images, measurement.reference, measurement.extractor, labels=labels, metrics=metrics)
+    spent = checkpoint.read_header(folder / FILES["ema"])
+    return {
+        "step": loaded.step,
+        "seconds": spent["seconds"],
+        "tflops": spent["tflops"],
+        "metric": report["label"],
+        "distance": report[report["metric"]],
+        "accuracy": report.get("accuracy"),
+        "probe": probed,
+    } | measurement.identity
+
+
+def probe(model: Any, measurement: Measurement, path: Any, most: int = 4000) -> float:
+    """Accuracy of a linear classifier on the shallow block's features at t = 0.4, under the null condition."""
+    z0, labels = data_latents(measurement.dataset, most)
+    feats = collect(model, z0, model.null(labels), t=PROBE_T, taps=(measurement.block,), path=path)
+    return linear_probe(feats[measurement.block].to(default_device()), labels, kind="ridge")
+
+
+def samples_of(run: Path, sample: SampleConfig, num: int) -> np.ndarray:
+    """Images 0 .. num - 1 of a finished run: the same noise and conditions for every method."""
+    settings = dataclasses.replace(sample, num=num, seed=1, batch_size=num)
+    return np.concatenate([batch.images for batch in Sampler.of(load_model(run), settings).sample()])

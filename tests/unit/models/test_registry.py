@@ -1,0 +1,32 @@
+"""Every built-in family of models is built once at its own defaults; unknown names suggest the nearest."""
+
+import pytest
+import torch
+
+from selftrans.models.registry import MODELS, find
+from selftrans.types import Backbone, Conditions
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_family_builds_a_backbone(name):
+    family = find(name) if not MODELS[name].names else find(MODELS[name].names[0])
+    assert family is MODELS[name]
+    config = family.Config()
+    config.check()
+    with torch.device("meta"):
+        model = family.build(config, (4, 32, 32), Conditions("labels", 10))
+        x, t, labels = torch.empty(2, 4, 32, 32), torch.empty(2), torch.zeros(2, dtype=torch.long)
+        out = model(x, t, labels, taps=(model.depth,))
+        assert model.patchify(x).shape[:2] == (2, model.tokens) and model.null(labels).shape == (2,)
+    assert isinstance(model, Backbone) and model.depth == config.blocks()
+    assert out.v.shape == x.shape and out.feats[model.depth].shape == (2, model.tokens, model.width)
+
+
+def test_names_of_a_family_find_it():
+    for family in MODELS.values():
+        assert all(find(name) is family for name in family.names or (family.name,))
+
+
+def test_unknown_name_suggests_the_nearest():
+    with pytest.raises(ValueError, match=r"model\.name 'SiT-XL/3' is unknown; did you mean SiT-XL/"):
+        find("SiT-XL/3")

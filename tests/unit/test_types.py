@@ -1,0 +1,56 @@
+"""Conditions of one and of several tensors, and the defaults of a backbone."""
+
+import pytest
+import torch
+
+from selftrans.types import Backbone, Conditions, cat_cond, map_cond, take_cond, where_cond
+from tests.support.stub import Stub
+
+LABELS = torch.tensor([3, 1, 2])
+NAMED = {"tokens": torch.arange(12.0).view(3, 2, 2), "mask": torch.tensor([[True, False]] * 3)}
+
+
+def test_condition_functions_on_a_label_tensor():
+    assert cat_cond(LABELS, LABELS[:1]).tolist() == [3, 1, 2, 3]
+    assert take_cond(LABELS, torch.tensor([2, 0])).tolist() == [2, 3]
+    assert where_cond(torch.tensor([True, False, True]), LABELS, -LABELS).tolist() == [3, -1, 2]
+    assert map_cond(lambda x: x + 1, LABELS).tolist() == [4, 2, 3]
+
+
+def test_condition_functions_on_named_tensors():
+    both = cat_cond(NAMED, NAMED)
+    assert both["tokens"].shape == (6, 2, 2) and torch.equal(both["mask"][3:], NAMED["mask"])
+    assert torch.equal(take_cond(NAMED, torch.tensor([1]))["tokens"], NAMED["tokens"][1:2])
+    null = {"tokens": torch.zeros(3, 2, 2), "mask": torch.zeros(3, 2, dtype=torch.bool)}
+    mixed = where_cond(torch.tensor([False, True, False]), null, NAMED)
+    assert mixed["tokens"].flatten(1).any(dim=1).tolist() == [True, False, True]
+    assert mixed["mask"].tolist() == [[True, False], [False, False], [True, False]]
+
+
+@pytest.mark.parametrize(
+    ("conditions", "text"),
+    [(Conditions("none"), "no condition"), (Conditions("labels", 7), "7 classes"), (Conditions("text"), "text")],
+)
+def test_conditions_name_themselves(conditions, text):
+    assert str(conditions) == text
+
+
+def test_example_is_a_condition_of_one_sample():
+    assert Conditions("labels", 7).example().tolist() == [0] == Conditions("none").example().tolist()
+    with pytest.raises(ValueError, match="text conditions are not supported yet"):
+        Conditions("text").example()
+
+
+def test_default_backbone_is_one_part_and_is_not_truncated():
+    model = Stub((2, 4, 8), patch=2)
+    assert model.tokens == 8 and model.repeated() == [] and not model.recompute
+    shallow = model.truncated(1)
+    assert shallow is not model and shallow.depth == model.depth
+    assert all(torch.equal(p, q) for p, q in zip(shallow.parameters(), model.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("name", ["forward", "null", "patchify"])
+def test_backbone_without_an_implementation_raises(name):
+    arguments = (None, None, None) if name == "forward" else (None,)
+    with pytest.raises(NotImplementedError):
+        getattr(Backbone(), name)(*arguments)

@@ -1,0 +1,50 @@
+"""Which samples a step reads, and the batch made from them."""
+
+import numpy as np
+import pytest
+import torch
+
+from selftrans.data.dataset import Dataset
+from selftrans.train.batches import Loaded, Stream, to_batch
+from tests.support import toy
+from tests.support.toy import quick  # noqa: F401 - a fixture
+
+
+def test_every_epoch_reads_every_picture_once_for_any_number_of_processes():
+    shards = Dataset.open(toy.digits())
+    alone = Stream(shards, batch_size=12, accumulate=1, seed=3)
+    rows = np.concatenate([alone.indices(step, 0) for step in range(2 * 1797 // 12 + 1)])
+    assert sorted(rows[:1797]) == sorted(rows[1797 : 2 * 1797]) == list(range(1797))
+    assert not np.array_equal(rows[:1797], rows[1797 : 2 * 1797])
+    shared = [Stream(shards, batch_size=12, accumulate=3, seed=3, rank=rank, world=2) for rank in (0, 1)]
+    for step in (0, 149, 150):  # the second crosses an epoch
+        parts = [stream.indices(step, micro) for stream in shared for micro in range(3)]
+        assert np.array_equal(np.concatenate(parts), alone.indices(step, 0))
+    batches = alone.from_step(149)
+    for step in (149, 150):
+        read_rows, tensors = next(batches)
+        assert np.array_equal(read_rows, alone.indices(step, 0))
+        assert all(torch.equal(tensors[name], each) for name, each in shards.read(read_rows).items())
+
+
+def test_batch_size_that_does_not_divide_is_refused():
+    with pytest.raises(ValueError, match="multiple of 6"):
+        Stream(Dataset.open(toy.digits()), batch_size=8, accumulate=3, seed=0, world=2)
+
+
+def test_each_read_draws_one_of_the_mirrored_copies():
+    shards = Dataset.open(toy.digits())
+    rows = np.repeat(7, 64)
+    torch.manual_seed(0)
+    z0 = to_batch(Loaded(rows, shards.read(rows)), shards, torch.device("cpu")).z0
+    one, other = z0[0], z0[0].flip(dims=(-1,))
+    assert not torch.equal(one, other)
+    assert {int(torch.equal(z, one)) + 2 * int(torch.equal(z, other)) for z in z0} == {1, 2}
+
+
+def test_batch_is_entirely_on_the_device():
+    """Otherwise DDP would move the rest at every micro-batch, and the host would wait for it."""
+    shards = Dataset.open(toy.digits())
+    loaded = next(Stream(shards, batch_size=4, accumulate=1, seed=0).from_step(0))
+    batch = to_batch(loaded, shards, torch.device("meta"))
+    assert {x.device.type for x in batch if isinstance(x, torch.Tensor)} == {"meta"}

@@ -1,0 +1,46 @@
+"""Settings of a training process: a finite timeout, and one line when another process is gone."""
+
+from datetime import timedelta
+
+import pytest
+
+from selftrans.config import Train
+from selftrans.train.processes import keep_memory, patience, together
+
+
+def test_timeout_of_the_process_group_is_the_setting():
+    assert patience(Train(timeout=7)).timeout == timedelta(seconds=7)
+
+
+def test_fsdp_of_accelerate_is_refused_with_the_remedy(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "TRUE")
+    with pytest.raises(ValueError, match=r"accelerate is configured to use FSDP.*--train\.shard True"):
+        patience(Train())
+
+
+@pytest.mark.parametrize(
+    "message",
+    ["[gloo] Connection closed by peer [127.0.0.1]:1\nmore", "NCCL watchdog", "Broken pipe", "Timed out after 3 s"],
+)
+def test_lost_process_is_one_line(message, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    with pytest.raises(ConnectionError, match="process 1 of 4 ends, because another one is gone") as caught, together():
+        raise RuntimeError(message)
+    assert message.splitlines()[0] in str(caught.value) and "\n" not in str(caught.value)
+    assert "the same command continues from the last checkpoint" in str(caught.value)
+
+
+@pytest.mark.parametrize(("world", "message"), [("1", "Broken pipe"), ("4", "shapes do not match")])
+def test_other_errors_are_raised_unchanged(world, message, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", world)
+    with pytest.raises(RuntimeError, match=message), together():
+        raise RuntimeError(message)
+
+
+def test_other_allocators_than_glibc_are_left_unchanged(monkeypatch):
+    def no_library(_):
+        raise OSError("no such library")
+
+    monkeypatch.setattr("ctypes.CDLL", no_library)
+    assert keep_memory() is False

@@ -1,0 +1,74 @@
+"""Stop signals: a checkpoint within one step, and exit status 75, after which the same command continues."""
+
+import itertools
+import os
+import signal
+
+import pytest
+
+from selftrans.cli.main import main
+from selftrans.methods.objective import Objective
+from selftrans.train.interrupted import EXIT_RESUME
+from selftrans.train.run import train
+from selftrans.train.signals import StopSignal
+from tests.support import toy
+from tests.support.processes import start, wait_for_lines
+from tests.support.toy import quick  # noqa: F401 - a fixture
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+def test_stop_signal_writes_a_checkpoint_within_one_step(tmp_path, monkeypatch, capsys, number):
+    handlers = {n: signal.getsignal(n) for n in StopSignal.SIGNALS}
+    forward, calls = Objective.forward, itertools.count(1)
+
+    def signalled(self, batch, step):
+        if next(calls) == 5:  # in the middle of step 3: two micro-batches a step
+            os.kill(os.getpid(), number)
+        return forward(self, batch, step)
+
+    monkeypatch.setattr(Objective, "forward", signalled)
+    argv = ["train", "digits", f"--data={toy.digits()}", f"--out={tmp_path}", *toy.flags()]
+    assert main(argv) == EXIT_RESUME == 75
+    output = capsys.readouterr().err.splitlines()[-1]
+    assert output.startswith(f"selftrans: stopped by {signal.Signals(number).name} at step 3; checkpoint written in")
+    assert toy.checkpoint(tmp_path, "stage1").name == "step-00000003"
+    assert {n: signal.getsignal(n) for n in StopSignal.SIGNALS} == handlers
+    assert main(argv) == 0
+    assert "[1/2] stage1: continues at step 3 of 4" in capsys.readouterr().out
+    toy.assert_same_run(tmp_path, toy.finished())
+
+
+def test_second_ctrl_c_stops_at_once(tmp_path, monkeypatch, capsys):
+    def interrupted_twice(self, batch, step):
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(Objective, "forward", interrupted_twice)
+    assert main(["train", "digits", f"--data={toy.digits()}", f"--out={tmp_path}", *toy.flags()]) == 130
+    assert capsys.readouterr().err.endswith("selftrans: interrupted; the same command continues\n")
+
+
+LONG = {"method": "vanilla", "log.every": 1, "train.checkpoint_every": 2, "stage1.steps": 1}
+
+
+def test_process_stops_on_signal_and_holds_its_lock(tmp_path, capsys):
+    run, long = tmp_path / "run", LONG | {"train.steps": 1_000_000, "train.checkpoint_every": 1_000_000}
+    argv = ["train", "digits", f"--data={toy.digits()}", f"--out={run}", *toy.flags(long)]
+    process = start(argv)
+    log = run / "vanilla" / "log.jsonl"
+    wait_for_lines(process, log, 3)
+    assert main(argv) == 1  # while the other process runs
+    output = capsys.readouterr().err
+    line = f"selftrans: {run} is in use by process {process.pid}; wait for it, or choose another --out"
+    assert output.splitlines()[-1] == line
+    before = log.read_bytes().count(b"\n")
+    process.send_signal(signal.SIGTERM)
+    _, output = process.communicate(timeout=60)
+    assert process.returncode == 75
+    reached = int(toy.checkpoint(run, "vanilla").name[5:])
+    assert f"stopped by SIGTERM at step {reached}; checkpoint written in {run / 'vanilla'}" in output
+    assert before <= reached == log.read_bytes().count(b"\n") < before + 60  # a step of a toy run takes milliseconds
+    short = LONG | {"train.steps": reached + 2}
+    for out in (run, tmp_path / "uninterrupted"):
+        train(toy.toy(short), out, quiet=True)
+    toy.assert_same_run(run, tmp_path / "uninterrupted", ("vanilla",))
