@@ -69,9 +69,7 @@ def test_pictures_are_resized_as_pil_does(tmp_path: Path, side: int) -> None:
     assert (encoder.encode(plain) - expected).norm() / expected.norm() > 0.05, "the comparison can fail"
 
 
-def test_features_of_a_fixed_size_model_are_resized(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_features_of_a_fixed_size_model_are_resized(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The features of a linear ramp across the picture, resized, are still a ramp."""
     folder = save_encoder(tmp_path / "model")
     forward = transformers.Dinov2Model.forward
@@ -151,7 +149,7 @@ def remote_code(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("make", "said"),
+    ("make", "message"),
     [
         (lambda folder: None, "cannot be loaded .*; give a vision model"),
         (missing_weights, r"checkpoint lacks 1 weights, such as encoder.layer.1.mlp.fc1.weight"),
@@ -172,9 +170,9 @@ def remote_code(folder: Path) -> None:
     ],
 )
 @pytest.mark.filterwarnings("ignore:encoder .* has no usable")
-def test_invalid_encoder_is_refused_in_one_line(tmp_path: Path, make, said: str) -> None:
+def test_invalid_encoder_is_refused_in_one_line(tmp_path: Path, make, message: str) -> None:
     make(tmp_path / "model")
-    with pytest.raises(ValueError, match=said) as caught:
+    with pytest.raises(ValueError, match=message) as caught:
         load_encoder(str(tmp_path / "model"), 4)
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 600
     assert not (tmp_path / "model" / "ran").exists()
