@@ -29,6 +29,16 @@ def noise(side: int = 8, seed: int = 0, channels: int = 3) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
 
 
+#: class folders with pictures, as files by name, and their names in code point order
+TREE = {
+    "dog/b.png": encoded(noise(seed=1)),
+    "dog/a.PNG": encoded(noise(seed=2)),
+    "cat/deep/er/c.png": encoded(noise(seed=3)),
+    "Zebra finch/ü ñ 猫.png": encoded(noise(seed=4)),
+}
+ORDER = ["Zebra finch/ü ñ 猫.png", "cat/deep/er/c.png", "dog/a.PNG", "dog/b.png"]
+
+
 def write(root: Path, files: dict[str, bytes]) -> Path:
     for name, data in files.items():
         (root / name).parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Atomic writes, locks, hashes and safe text, each against what the file system must hold afterwards."""
+"""Atomic writes, locks, hashes and safe text, checked by the resulting files."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def names(folder: Path) -> list[str]:
 
 
 def run(code: str, *arguments: object) -> subprocess.Popen:
-    """Another process; its first line of output says that it has come to the point."""
+    """Start another process, and wait for its first line of output."""
     process = subprocess.Popen(
         [sys.executable, "-c", code, *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
@@ -59,7 +59,7 @@ def test_atomic_write_replaces_the_file_and_leaves_no_temporary(tmp_path):
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 def test_error_in_the_block_keeps_the_old_file(tmp_path, error):
     (tmp_path / "x").write_bytes(b"old")
-    with pytest.raises(error), atomic_write(tmp_path / "x") as file:  # noqa: PT012 - the block is what is tested
+    with pytest.raises(error), atomic_write(tmp_path / "x") as file:  # noqa: PT012 - the block is under test
         file.write(b"half")
         raise error
     assert (tmp_path / "x").read_bytes() == b"old" and names(tmp_path) == ["x"]
@@ -141,7 +141,7 @@ def test_full_disk_is_one_line_with_the_path_and_the_remedy(tmp_path, monkeypatc
 
 
 def test_full_device_fails_when_the_file_is_closed(tmp_path, monkeypatch):
-    """A device that is really full: the error comes when the file is closed, not when it is written to."""
+    """On a full device the error is raised when the file is closed, not when it is written to."""
     if not Path("/dev/full").exists():
         pytest.skip("no /dev/full")
     monkeypatch.setattr(Path, "open", lambda self, mode: open("/dev/full", "wb"))  # noqa: SIM115
@@ -162,7 +162,7 @@ def test_unchanged_text_is_not_rewritten(tmp_path):
     write_json(tmp_path / "x.json", {"a": 2})
     assert (tmp_path / "x.json").stat().st_ino != before.st_ino
     (tmp_path / "link").symlink_to(tmp_path / "x.json")
-    write_json(tmp_path / "link", {"a": 2})  # equal, but a link that may lead anywhere
+    write_json(tmp_path / "link", {"a": 2})  # equal content, but through a symbolic link
     assert not (tmp_path / "link").is_symlink()
 
 
@@ -204,7 +204,7 @@ def test_directory_appears_complete_or_not_at_all(tmp_path):
 
 def test_directory_replaces_another_only_when_asked(tmp_path):
     (tmp_path / "out").mkdir()
-    with atomic_directory(tmp_path / "out") as directory:  # an empty one holds nothing to lose
+    with atomic_directory(tmp_path / "out") as directory:  # an empty directory may be replaced
         (directory / "old").write_text("1")
     with pytest.raises(OSError, match="not empty"), atomic_directory(tmp_path / "out"):
         pass

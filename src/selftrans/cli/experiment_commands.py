@@ -143,7 +143,7 @@ class Compare(RecipeCommand[Config]):
     """samples for each distance"""
     features: str | None = None
     """extractor, by name or file; None: the digits' classifier, one trained on pixel data with classes, values for data that
-    are no pictures, or inception"""
+    are not pictures, or inception"""
     workers: int | None = None
     """runs at the same time; None: one per core, one on a GPU"""
     trust: Trust = ()

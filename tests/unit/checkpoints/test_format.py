@@ -1,4 +1,4 @@
-"""Checkpoints: written completely or not at all, verified when read; weights files that hold their own description."""
+"""Checkpoints: atomic writes, verification, pruning; loading models from runs, checkpoints and weights files."""
 
 import contextlib
 import errno
@@ -177,7 +177,7 @@ def test_failed_write_keeps_the_old_checkpoints(tmp_path, monkeypatch, kind):
 
 
 def refusing(monkeypatch, steps):
-    """Checkpoints of these steps meet a full disk."""
+    """Writing checkpoints of these steps fails as on a full disk."""
     original = checkpoint.save_file
 
     def full(tensors, path, **kwargs):
@@ -253,7 +253,7 @@ def _stopped_after_a_step(config, run):
         train(config, run, quiet=True)
 
 
-# ---- what stays
+# ---- pruning
 
 
 def test_unfinished_checkpoints_of_killed_processes_are_removed(tmp_path):
@@ -338,7 +338,7 @@ def test_state_of_another_version_is_refused_in_one_line(tmp_path, field, value)
 
 
 def test_run_keeps_its_best_checkpoint(tmp_path, monkeypatch):
-    """By the mean flow loss of the steps since the last regular checkpoint, whatever the interruptions in between."""
+    """Best by the mean flow loss of the steps since the last regular checkpoint, regardless of interruptions."""
     original, losses = Objective.forward, [5.0, 5.0, 1.0, 2.0, 4.0, 4.0, 3.0, 3.0]
 
     def forward(self, batch, step):
@@ -360,7 +360,7 @@ def test_run_keeps_its_best_checkpoint(tmp_path, monkeypatch):
 def test_prune_keeps_the_newest(tmp_path, keep, left):
     for step in (9, 10, 2, 11):
         save(tmp_path, step)
-    (tmp_path / "step-notes").mkdir()  # files of the user are left alone
+    (tmp_path / "step-notes").mkdir()  # files of the user are not touched
     (tmp_path / "step-00000012").write_text("a file")
     checkpoint.prune(tmp_path, 11, keep)
     assert [step for step, _ in checkpoint.steps(tmp_path)] == left
@@ -391,7 +391,7 @@ def test_running_means_survive_a_checkpoint_exactly():
     assert window.means() == {}
 
 
-# ---- from a path to a model
+# ---- loading models
 
 
 @pytest.mark.parametrize(
@@ -445,7 +445,7 @@ def bare(tmp_path):
 
 
 def text(tmp_path):
-    (tmp_path / "notes.safetensors").write_text("these are no weights, but notes")
+    (tmp_path / "notes.safetensors").write_text("notes, not weights")
     return tmp_path / "notes.safetensors"
 
 
@@ -568,7 +568,7 @@ def test_given_teacher_equals_the_trained_one(tmp_path, capsys, form):
     toy.assert_same_run(tmp_path / "run", toy.finished(), ("stage2",))
     mine, original = (json.loads((run / "run.json").read_text()) for run in (tmp_path / "run", toy.finished()))
     assert mine["student_tflops"] == original["student_tflops"]
-    assert mine["total_tflops"] == pytest.approx(original["total_tflops"])  # the teacher's training is part of the bill
+    assert mine["total_tflops"] == pytest.approx(original["total_tflops"])  # the cost includes the teacher's training
     assert mine["teacher"]["steps"] == 4 and len(mine["stages"]) == 1
     config = json.loads((tmp_path / "run" / "config.json").read_text())
     assert config["stage2"]["teacher"] == str(toy.finished() / TEACHERS[form])

@@ -57,7 +57,7 @@ def test_pickled_dataset_holds_the_path_not_the_data(tmp_path: Path) -> None:
     rebuild, arguments = dataset.__reduce__()
     assert arguments == (tmp_path,)
     assert np.array_equal(rebuild(*arguments).read(np.array([7]))["moments"].numpy(), moments[[7]])
-    assert np.array_equal(copy.deepcopy(dataset).labels, dataset.labels)  # takes the same way
+    assert np.array_equal(copy.deepcopy(dataset).labels, dataset.labels)  # copied through pickle's protocol
 
 
 def test_manifest_properties_and_round_trip(tmp_path: Path) -> None:
@@ -209,7 +209,7 @@ def test_missing_truncated_and_changed_files_are_named(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=r"shard-00002.safetensors cannot be used \(.*\); repeat the `selftrans"):
             Dataset.open(tmp_path)
     file.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
-    Dataset.open(tmp_path)  # one bit: only the hash can tell
+    Dataset.open(tmp_path)  # one bit: only the hash detects it
     with pytest.raises(ValueError, match=r"shard-00002.safetensors fails its sha256; delete the file and repeat"):
         Dataset.open(tmp_path, verify=True)
     file.unlink()
@@ -224,7 +224,7 @@ def test_missing_truncated_and_changed_files_are_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_moments_that_are_not_finite_are_named(tmp_path: Path, dtype: str, value: float) -> None:
     moments, labels = make(tmp_path, dtype)
-    moments[0] = np.finfo(dtype).max  # as large as a valid number can be, and its negative
+    moments[0] = np.finfo(dtype).max  # the largest finite number, and its negative
     moments[1] = np.finfo(dtype).min
     moments[6, 1, 3, 2, 2] = value
     write_shards(tmp_path, moments, labels)

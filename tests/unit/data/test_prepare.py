@@ -1,4 +1,4 @@
-"""`prepare`: what is stored is what the autoencoder gives; stopped, repeated or damaged, nothing is lost."""
+"""`prepare`: stored moments are those of the autoencoder, also after interruption, repetition and damage."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_pixels_are_stored_exactly(pictures: Path, tmp_path: Path, dtype: str) -
     expected = torch.from_numpy(np.stack([source.read(i) for i in range(23)]))
     assert torch.equal(to_uint8(moments[:, 0]), expected)
     assert torch.equal(to_uint8(moments[:, 1]), expected.flip(dims=(2,)))  # mirrored left to right
-    assert torch.equal(moments[:, 0], from_uint8(expected).to(moments.dtype))  # as the pixel autoencoder gives them
+    assert torch.equal(moments[:, 0], from_uint8(expected).to(moments.dtype))  # as from the pixel autoencoder
     assert labels.tolist() == source.labels.tolist()
 
 
@@ -81,19 +81,19 @@ def test_interrupted_and_continued_equals_uninterrupted(
     }
     prepare(pictures, tmp_path / "complete", **options)  # type: ignore[arg-type]
     out = tmp_path / "parts"
-    for count in (3, 7, 1, 9):  # 3 and 1 stop inside a shard: nothing of it counts
+    for count in (3, 7, 1, 9):  # 3 and 1 stop inside a shard, which is discarded
         with stopped_after(count):
             prepare(pictures, out, **options)  # type: ignore[arg-type]
         assert not (out / "manifest.json").exists() and not list(out.glob(".*.tmp"))
         with pytest.raises(ValueError, match="not prepared or not finished"):
             Dataset.open(out)
-    assert len(list(out.glob("shard-*.json"))) == 2  # from 7, then from 9: none is made twice
+    assert len(list(out.glob("shard-*.json"))) == 2  # from 7, then from 9: no shard is made twice
     prepare(pictures, out, **options)  # type: ignore[arg-type]
     assert contents(out) == contents(tmp_path / "complete")
 
 
 def test_prepare_killed_between_writes_continues(pictures: Path, tmp_path: Path) -> None:
-    """A process that dies at a rename: the next call ends in the same bytes."""
+    """After a process dies at a rename, the next call produces the same bytes."""
     prepare(pictures, tmp_path / "complete", shard_size=12, progress=False)
     script = (
         "import os, sys; replace, left = os.replace, [int(sys.argv[3])]\n"
@@ -121,8 +121,8 @@ def test_repeating_a_complete_preparation_writes_nothing(
     shown = capsys.readouterr()
     assert shown.out == "" and "23/23" in shown.err and "pictures/s" in shown.err
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
-    monkeypatch.setattr(prepare_module, "load_autoencoder", None)  # is not needed
-    pictures.rename(tmp_path / "elsewhere")  # the same pictures in another place
+    monkeypatch.setattr(prepare_module, "load_autoencoder", None)  # must not be called
+    pictures.rename(tmp_path / "elsewhere")  # the same pictures at another path
     assert prepare(tmp_path / "elsewhere", tmp_path / "out") == manifest
     assert "is complete already" in capsys.readouterr().err
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()} == before
@@ -155,7 +155,7 @@ def test_other_options_are_refused_by_name(
 
 
 def test_folder_of_version_one_is_refused_with_the_remedy(pictures: Path, tmp_path: Path) -> None:
-    """Version 1 kept raw .bin files."""
+    """Version 1 stored raw .bin files."""
     out = tmp_path / "out"
     prepare(pictures, out, progress=False)
     found = json.loads((out / "manifest.json").read_text())

@@ -1,4 +1,4 @@
-"""`prepare --features`: what is stored is what the encoder gives; stopped, shared, added or damaged, nothing is lost."""
+"""`prepare --features`: stored features are those of the encoder, also after interruption, in parts, and after damage."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def rows(path: Path) -> torch.Tensor:
 
 @pytest.mark.parametrize("flip", [False, True])
 def test_stored_features_are_those_of_transformers(pictures: Path, tmp_path: Path, flip: bool) -> None:
-    """On pictures of the encoder's own size, so that nothing is resized; the second copy is of the mirrored picture."""
+    """With pictures of the encoder's own size, without resizing; the second copy belongs to the mirrored picture."""
     folder = save_encoder(tmp_path / "encoder", "registers")
     manifest = prepare(pictures, tmp_path / "out", resolution=28, flip=flip, **OPTIONS)
     found = prepare_features(pictures, tmp_path / "out", folder, grid=4, **MORE)
@@ -142,7 +142,7 @@ def test_interrupted_and_continued_equals_uninterrupted(
 ) -> None:
     out = tmp_path / "parts"
     prepare(pictures, out, **OPTIONS)
-    for batches, done in ((1, 0), (5, 2), (3, 3)):  # 1 stops inside the first shard; none is made twice
+    for batches, done in ((1, 0), (5, 2), (3, 3)):  # 1 stops inside the first shard; no shard is made twice
         with monkeypatch.context() as patch:
             stop_after(patch, batches)
             with pytest.raises(KeyboardInterrupt):
@@ -156,7 +156,7 @@ def test_interrupted_and_continued_equals_uninterrupted(
 
 
 def test_parts_share_the_work(pictures: Path, complete: Path, tmp_path: Path, encoder: str) -> None:
-    """Each part makes its moments, then its features; the one that ends last lists them in the manifest."""
+    """Each part makes its moments, then its features; the part that ends last lists them in the manifest."""
     out, made = tmp_path / "parts", []
     for part in ("2/3", "1/3", "3/3"):
         prepare(pictures, out, part=part, **OPTIONS)
@@ -182,7 +182,7 @@ def test_lost_or_truncated_file_is_made_again_alone(
     with pytest.raises(ValueError, match=r"features-00001.safetensors cannot be used"):
         Dataset.open(complete).open_features()
     with monkeypatch.context() as patch:
-        stop_after(patch, 4)  # two shards of two batches, and no batch more
+        stop_after(patch, 4)  # two shards of two batches, and no further batch
         prepare_features(pictures, complete, encoder, **MORE)
     assert contents(complete) == before
 
@@ -248,7 +248,7 @@ def test_damaged_record_is_made_again(
 
 
 def test_other_features_after_deleting_the_old_ones(pictures: Path, complete: Path, tmp_path: Path) -> None:
-    """As the error message of the test below advises."""
+    """As the error message of the test below recommends."""
     for path in complete.glob("features-*"):
         path.unlink()
     other = save_encoder(tmp_path / "other", "registers")
@@ -320,7 +320,7 @@ def test_features_too_large_for_half_precision_are_refused(pictures: Path, out: 
 
 
 def test_features_with_vae_latents(pictures: Path, tmp_path: Path, encoder: str) -> None:
-    """The grid is that of a student of patch 2 on the latents: 4x4 latents, 2 x 2 tokens."""
+    """The grid is that of a student with patch size 2: 4x4 latents, 2 x 2 tokens."""
     vae = save_vae(tmp_path / "vae")
     prepare(pictures, tmp_path / "out", autoencoder=vae, flip=True, **OPTIONS)
     found = prepare_features(pictures, tmp_path / "out", encoder, precision="bfloat16", **MORE)
@@ -330,7 +330,7 @@ def test_features_with_vae_latents(pictures: Path, tmp_path: Path, encoder: str)
     stored = rows(tmp_path / "out").float()
     for copy, view in enumerate((shown, shown.flip(dims=(3,)))):
         expected = model.encode(view)
-        assert (stored[:, copy] - expected).norm() / expected.norm() < 0.02  # batches of another size round otherwise
+        assert (stored[:, copy] - expected).norm() / expected.norm() < 0.02  # rounding depends on the batch size
 
 
 def test_prepare_command_with_parts(
@@ -339,7 +339,7 @@ def test_prepare_command_with_parts(
     common = ["prepare", str(pictures), "--out", str(tmp_path / "out"), "--shard-size", "4", "--flip"]
     assert main([*common, "--grid", "4"]) == 0
     assert "--grid is ignored without --features" in capsys.readouterr().err
-    assert main([*common, "--features", encoder, "--precision", "bf16"]) == 0  # of the encoder: pixels meet no network
+    assert main([*common, "--features", encoder, "--precision", "bf16"]) == 0  # of the encoder; pixels need no network
     output = capsys.readouterr()
     assert "23 pictures" in output.out and f"features by {encoder}: 4x4 of 16, float16, 0.0 MB" in output.out
     assert "is complete already" in output.err and "23/23" in output.err and "ignored" not in output.err

@@ -1,4 +1,4 @@
-"""`prepare --autoencoder values`: arrays of one to three spatial dimensions, stored as they are, resumable as pictures are."""
+"""`prepare --autoencoder values`: arrays of one to three spatial dimensions, stored exactly, resumable like pictures."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_interrupted_in_parts_and_continued_equals_uninterrupted(tmp_path: Path)
     for count in (3, 7):
         with stopped_after(count):
             prepare(tmp_path / "x.npz", out, **OPTIONS)
-    assert len(list(out.glob("shard-*.json"))) == 1  # 3 stops inside the first, 7 inside the second
+    assert len(list(out.glob("shard-*.json"))) == 1  # 3 stops inside the first shard, 7 inside the second
     for part in ("2/2", "1/2"):
         prepare(tmp_path / "x.npz", out, part=part, **OPTIONS)
     assert contents(out) == contents(tmp_path / "complete")
@@ -143,7 +143,7 @@ def test_values_refuse_pictures_and_other_sources(tmp_path: Path) -> None:
     np.savez(tmp_path / "x.npz", np.zeros((4, 8, 8, 3), np.uint8))
     with pytest.raises(ValueError, match="holds no array `data`"):
         prepare(tmp_path / "x.npz", tmp_path / "out", **OPTIONS)
-    with pytest.raises(ValueError, match=r"no pictures in .*x.npz"):  # as it always was: npz pictures are for evaluate
+    with pytest.raises(ValueError, match=r"no pictures in .*x.npz"):  # npz pictures are for evaluate only
         prepare(tmp_path / "x.npz", tmp_path / "out", progress=False)
     for source in ("digits", tmp_path):
         with pytest.raises(ValueError, match="autoencoder values reads an npz file"):

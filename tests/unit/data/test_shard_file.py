@@ -1,4 +1,4 @@
-"""Shard files against safetensors itself: what is written is a valid file of it, and a file that lies is refused."""
+"""Shard files compared with safetensors: written files are valid, and invalid files are refused."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def write(path: Path, rows: dict[str, np.ndarray], most: int, batch: int = 3) ->
 @pytest.mark.parametrize("count", [0, 1, 7, 10])
 @pytest.mark.parametrize("missing", [0, 1, 5])
 def test_safetensors_reads_the_written_rows(tmp_path: Path, count: int, missing: int) -> None:
-    """Also where fewer rows come than were announced, as when unreadable pictures are skipped."""
+    """Also with fewer rows than announced, as when unreadable pictures are skipped."""
     rows, path = tensors(count), tmp_path / "x.safetensors"
     write(path, rows, count + missing)
     for found in (load_file(path), open_tensors(path, LAYOUT, count)):
@@ -149,7 +149,7 @@ def test_additional_tensors_are_refused(tmp_path: Path) -> None:
 
 
 def test_missing_files_and_pipes_are_refused(tmp_path: Path) -> None:
-    os.mkfifo(tmp_path / "pipe")  # opening it would wait forever
+    os.mkfifo(tmp_path / "pipe")  # opening it would block forever
     for name in ("pipe", "absent", "."):
         with pytest.raises(ValueError, match="is missing; repeat the `selftrans prepare`"):
             open_tensors(tmp_path / name, LAYOUT, 4)

@@ -1,4 +1,4 @@
-"""Autoencoders against diffusers itself, sampling against the posterior, and pixels against their bytes."""
+"""Autoencoders compared with diffusers, sampling with the posterior, pixels with their bytes."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def test_sampled_latents_have_the_moments_of_the_posterior(
     assert many.dtype == torch.float32
     std = posterior.std[0] * 0.4
     error = (many.mean(dim=0) - (posterior.mean[0] - 0.25) * 0.4) / (std / math.sqrt(4000))
-    assert error.abs().max() < 5  # standard errors, over 64 numbers
+    assert error.abs().max() < 5  # standard errors, over 64 values
     assert (many.std(dim=0) / std - 1).abs().max() < 5 / math.sqrt(2 * 4000)
 
 
@@ -189,7 +189,7 @@ def test_grey_pixels_are_repeated_for_a_colour_autoencoder(kl: tuple[Path, Autoe
     torch.testing.assert_close(autoencoder.encode(grey).mean, autoencoder.encode(grey.expand(-1, 3, -1, -1)).mean)
 
 
-@pytest.mark.filterwarnings("ignore:.*local_dir_use_symlinks")  # of diffusers itself
+@pytest.mark.filterwarnings("ignore:.*local_dir_use_symlinks")  # raised by diffusers
 @pytest.mark.parametrize("subfolder", ["", "vae"])
 def test_hub_ids_with_and_without_subfolder_load_from_the_cache(subfolder: str) -> None:
     repository = Path(HF_HUB_CACHE) / f"models--owner--name{subfolder}"
@@ -248,7 +248,7 @@ def test_only_safetensors_are_read(tmp_path: Path) -> None:
 def test_truncated_or_mismatched_weights_are_refused(tmp_path: Path) -> None:
     save_kl(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
-    # without its quant_conv the file holds weights that the model has no place for
+    # without quant_conv in the config, the file holds weights that the model lacks
     (tmp_path / "config.json").write_text(json.dumps(config | {"use_quant_conv": False}))
     with pytest.raises(ValueError, match=r"2 weights do not fit .* quant_conv"):
         load_autoencoder(str(tmp_path))

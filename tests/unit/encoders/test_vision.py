@@ -1,4 +1,4 @@
-"""External encoders: their features are those of `transformers` itself, on the grid that was asked for, and no code is run."""
+"""External encoders: features equal those of `transformers`, on the requested grid, and no code is run."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.support.vision import FAMILIES, SIZES, VIT, patches_of, save_encoder
 
 
 def images(side: int, n: int = 3, channels: int = 3) -> np.ndarray:
-    """Smooth pictures (n, side, side, channels) uint8, so that resizing is no matter of single pixels."""
+    """Smooth pictures (n, side, side, channels) uint8, so that resizing does not depend on single pixels."""
     small = np.random.default_rng(0).integers(0, 256, (n, 4, 4, channels), dtype=np.uint8)
     resized = [np.array(Image.fromarray(x.squeeze()).resize((side, side), Image.Resampling.BICUBIC)) for x in small]
     return np.stack(resized).reshape(n, side, side, channels)
@@ -32,10 +32,10 @@ def pixels(array: np.ndarray) -> torch.Tensor:
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("grid", [4, 6])
 def test_features_are_those_of_transformers(tmp_path: Path, family: str, grid: int) -> None:
-    """Patch tokens alone, in their order, normalised as the model's own processor does; 6 x 6 is no model's own grid."""
+    """Only patch tokens, in order, normalised as by the model's processor; 6 x 6 is not the native grid of any model."""
     folder, prefix = save_encoder(tmp_path / "model", family), FAMILIES[family][1]
     with warnings.catch_warnings():
-        warnings.simplefilter("error")  # nothing is resized behind one's back
+        warnings.simplefilter("error")  # features must not be resized
         encoder = load_encoder(folder, grid)
     shown = images(encoder.size)
     options = (
@@ -51,7 +51,7 @@ def test_features_are_those_of_transformers(tmp_path: Path, family: str, grid: i
 
 @pytest.mark.filterwarnings("ignore:encoder .* has no usable")
 def test_grid_16_uses_pictures_of_224(tmp_path: Path) -> None:
-    """A 16 x 16 grid of patches of 14 pixels is a picture of 224, whatever size the model was made for."""
+    """A 16 x 16 grid of 14-pixel patches needs pictures of 224, whatever the model's native size."""
     config = transformers.Dinov2Config(**SIZES, image_size=518, patch_size=14)
     transformers.Dinov2Model(config).save_pretrained(tmp_path)
     encoder = load_encoder(str(tmp_path), 16)
@@ -70,7 +70,7 @@ def test_pictures_are_resized_as_pil_does(tmp_path: Path, side: int) -> None:
 
 
 def test_features_of_a_fixed_size_model_are_resized(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The features of a linear ramp across the picture, resized, are still a ramp."""
+    """The resized features of a linear ramp across the picture are still a ramp."""
     folder = save_encoder(tmp_path / "model")
     forward = transformers.Dinov2Model.forward
 
@@ -120,7 +120,7 @@ def test_encoder_is_frozen_cast_and_hashed(tmp_path: Path) -> None:
     assert half.sha256 == encoder.sha256 == load_encoder(save_encoder(tmp_path / "b"), 4).sha256
     assert encoder.sha256 != load_encoder(save_encoder(tmp_path / "c", seed=1), 4).sha256
     assert encoder.name == str((tmp_path / "a").resolve()) == encoder.source["path"]
-    patches, width, hidden = 16, 16, 64  # of 7 x 7 x 3 numbers; 17 tokens through two blocks
+    patches, width, hidden = 16, 16, 64  # patches of 7 x 7 x 3 values; 17 tokens in two blocks
     block = 4 * 17 * width**2 + 2 * 17**2 * width + 2 * 17 * width * hidden
     assert encoder.flops == 2 * (patches * 147 * width + 2 * block)
 
@@ -192,7 +192,7 @@ def test_code_in_an_encoder_folder_is_not_run(tmp_path: Path, file: str) -> None
     reader = transformers.AutoModel if file == "config.json" else transformers.AutoImageProcessor
     with contextlib.suppress(Exception):
         reader.from_pretrained(str(folder), trust_remote_code=True)
-    assert (tmp_path / "ran").exists()  # the trap is real
+    assert (tmp_path / "ran").exists()  # the code would run if it were imported
 
 
 def test_unknown_hub_id_names_the_remedy() -> None:

@@ -1,4 +1,4 @@
-"""The small classifier: what it learns, its file, and what it leaves alone; and the extractors it serves in."""
+"""The small classifier: accuracy, its file, global state; and the extractors."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def rewrite(path: Path, change) -> Path:
 
 
 def blobs(n: int = 60) -> tuple[np.ndarray, np.ndarray]:
-    """Images whose brighter half tells the class: left or right."""
+    """Images whose class is the brighter half: left or right."""
     rng = np.random.default_rng(0)
     images, labels = rng.integers(0, 60, (n, 6, 6, 3), dtype=np.uint8), np.arange(n) % 2
     for image, label in zip(images, labels, strict=True):
@@ -56,7 +56,7 @@ def blobs(n: int = 60) -> tuple[np.ndarray, np.ndarray]:
 def test_digits_are_the_real_scans() -> None:
     images, labels = digits()
     assert images.shape == (1797, 8, 8, 1) and images.dtype == np.uint8
-    assert images.min() == 0 and images.max() == 255  # 16 grey levels, spread over the whole byte
+    assert images.min() == 0 and images.max() == 255  # 16 grey levels over the range of a byte
     assert set(np.unique(images)) == {round(v * 255 / 16) for v in range(17)}
     assert labels[:10].tolist() == list(range(10))
 
@@ -85,7 +85,7 @@ def test_training_is_repeatable_and_keeps_global_state() -> None:
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)
-    state, threads = np.random.get_state()[1].copy(), torch.get_num_threads()  # noqa: NPY002 - that state is the point
+    state, threads = np.random.get_state()[1].copy(), torch.get_num_threads()  # noqa: NPY002 - the test is about that state
     runs = [train_classifier(images, labels, 2, epochs=2, width=4, dim=5, seed=1, shift=1, threads=1) for _ in "ab"]
     assert torch.equal(torch.rand(3), expected)
     assert (np.random.get_state()[1] == state).all()  # noqa: NPY002
@@ -238,7 +238,7 @@ def test_weights_with_a_file_as_name_are_refused(trained: Path) -> None:
 
 
 class FakeInception(torch.nn.Module):
-    """torch-fidelity's interface, with means of colours for features."""
+    """The interface of torch-fidelity, with mean colours as features."""
 
     def __init__(self, name: str, features_list: list[str], feature_extractor_weights_path: str | None = None) -> None:
         super().__init__()
@@ -256,7 +256,7 @@ class FakeInception(torch.nn.Module):
 
 @pytest.fixture
 def inception(monkeypatch, tmp_path: Path) -> Path:
-    """torch-fidelity, faked, and a file whose hash is taken for the published one's."""
+    """A fake torch-fidelity, and a file whose hash is patched in as the published one."""
     package, module = ModuleType("torch_fidelity"), ModuleType("torch_fidelity.feature_extractor_inceptionv3")
     module.FeatureExtractorInceptionV3 = FakeInception  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, package.__name__, package)

@@ -1,4 +1,4 @@
-"""Distances against scipy, closed forms, direct sums and numbers of torch-fidelity; and the honesty of the report."""
+"""Distances compared with scipy, closed forms, direct sums and torch-fidelity; the contents of the report."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def described(x: np.ndarray) -> Statistics:
 
 
 def golden() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Features of two sets and logits; torch-fidelity 0.4.0's numbers for these are quoted below."""
+    """Features of two sets, and logits, for which the results of torch-fidelity 0.4.0 are given below."""
     rng = np.random.default_rng(7)
     mix = rng.normal(size=(12, 12))
     a = (rng.normal(size=(300, 12)) @ mix).astype(np.float32)
@@ -140,7 +140,7 @@ def test_precision_and_recall_of_points_on_a_line() -> None:
 def test_precision_and_recall_drop_for_missing_modes() -> None:
     rng = np.random.default_rng(0)
     both = np.concatenate([rng.normal(size=(60, 2)), rng.normal(size=(60, 2)) + 50])
-    assert precision_recall(both[:60], both) == (1.0, 0.5)  # half of the reference is never made
+    assert precision_recall(both[:60], both) == (1.0, 0.5)  # half of the reference is not covered
     assert precision_recall(both, both[:60]) == (0.5, 1.0)  # half of the samples are not like the reference
     assert precision_recall(both, both) == (1.0, 1.0)
 
@@ -163,16 +163,16 @@ def test_accuracy_by_hand() -> None:
 
 
 def test_inception_score_by_hand() -> None:
-    certain = np.eye(4).repeat(5, axis=0) * 1000  # sure of each of four classes, all equally often: score 4
+    certain = np.eye(4).repeat(5, axis=0) * 1000  # certain predictions, four equally frequent classes: score 4
     assert inception_score(certain, splits=1)[0] == pytest.approx(4, rel=1e-12)
-    assert inception_score(np.zeros((20, 4)))[0] == pytest.approx(1, rel=1e-12)  # knows nothing
-    assert inception_score(np.tile([9.0, 0.0], (20, 1)))[0] == pytest.approx(1, rel=1e-12)  # makes one class only
+    assert inception_score(np.zeros((20, 4)))[0] == pytest.approx(1, rel=1e-12)  # uniform predictions
+    assert inception_score(np.tile([9.0, 0.0], (20, 1)))[0] == pytest.approx(1, rel=1e-12)  # one class only
 
 
 def test_score_of_few_images_per_split_warns() -> None:
     sure = np.eye(10) * 100
     with pytest.warns(UserWarning, match="over 10 splits of 1 images for 10 classes: it is biased downwards") as caught:
-        assert inception_score(sure) == pytest.approx((1, 0))  # of ten classes made perfectly
+        assert inception_score(sure) == pytest.approx((1, 0))  # for ten perfect classes
     assert "\n" not in str(caught[0].message) and caught[0].filename == __file__
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -289,5 +289,5 @@ def test_labels_may_be_appended_while_samples_stream() -> None:
 
 def test_class_without_probability_gives_no_nan():
     logits = np.zeros((40, 3))
-    logits[:20, 0] = logits[20:, 1] = 2000.0  # the third, by exp(-2000), underflows everywhere
+    logits[:20, 0] = logits[20:, 1] = 2000.0  # the third class, exp(-2000), underflows everywhere
     assert inception_score(logits, splits=1)[0] == pytest.approx(2.0)

@@ -1,4 +1,4 @@
-"""Features, probes and maps against scikit-learn and hand-made data; figures by what they hold."""
+"""Features, probes and maps compared with scikit-learn and hand-made data; contents of figures."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from selftrans.types import Output
 
 
 class Stub(nn.Module):
-    """Block k answers with the tokens of x times k, plus the label."""
+    """Block k returns the tokens of x times k, plus the label."""
 
     depth, width, patch, shape = 3, 4, 1, (4, 2, 2)
 
@@ -145,7 +145,7 @@ def test_probe_refuses_invalid_arguments() -> None:
 
 
 def spread(n: int = 6, seed: int = 0) -> Tensor:
-    """Features (n, 9, 8) whose first three directions are the widest."""
+    """Features (n, 9, 8) with the largest variance in the first three directions."""
     feats = torch.randn(n, 9, 8, generator=torch.Generator().manual_seed(seed)) * torch.tensor(
         [9, 6, 4, 1, 1, 1, 1, 1.0]
     )
@@ -175,7 +175,7 @@ def test_maps_have_the_right_positions_and_scale() -> None:
         probes.pca_maps(spread(seed=1), (3, 3), basis=basis), probes.pca_maps(spread(seed=1), (3, 3))
     )
     outlier = feats.clone()
-    outlier[0, 0] += 1e5  # one wild token is clipped, the others keep their colours' range
+    outlier[0, 0] += 1e5  # one outlier is clipped; the colours of the other tokens keep their range
     held = probes.pca_maps(outlier, (3, 3), basis=basis)
     np.testing.assert_array_equal(held[1:], maps[1:])
 
@@ -334,7 +334,7 @@ def test_figures_as_data_uris(tmp_path: Path) -> None:
 def test_names_with_dollar_signs_are_not_parsed_as_math(tmp_path: Path) -> None:
     figure = plots.scatter(np.eye(2), np.arange(2), names=["$\\frac$", "a"])
     assert [text.get_text() for text in figure.axes[0].get_legend().get_texts()] == ["$\\frac$", "a"]
-    plots.save(figure, tmp_path / "a.png")  # a formula would fail here
+    plots.save(figure, tmp_path / "a.png")  # an invalid formula would fail here
 
 
 def test_no_figure_is_left_in_pyplot() -> None:

@@ -1,4 +1,4 @@
-"""Streamed mean and covariance against numpy's, and the file that keeps them."""
+"""Streamed mean and covariance compared with numpy, and their file format."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from selftrans.evaluate.statistics import MAX_UNPACKED, RunningMoments
 
 
 class Pixels:
-    """Features are the pixels, or what `change` makes of them."""
+    """Features are the pixels, or `change` of them."""
 
     name, sha256, dim, pictures = "pixels", "0" * 64, 12, True
 

@@ -1,4 +1,4 @@
-"""`selftrans compare`: the table against hand-computed numbers, the command as a person uses it, and its repetition."""
+"""`selftrans compare`: the table compared with hand-computed numbers, the command, and its repetition."""
 
 from __future__ import annotations
 
@@ -56,14 +56,14 @@ def test_rows_hold_means_and_deviations_over_seeds():
     assert vanilla["distance"] == {"mean": 15.0, "std": pytest.approx(math.sqrt(50))} and vanilla["seeds"] == 2
     assert fast["total_tflops"] == {"mean": 5.0, "std": 0.0} and fast["probe"]["mean"] == 0.75
     assert vanilla["steps_to_baseline"]["mean"] == 300 and vanilla["reached"] == 2
-    # seed 0: from 40 at 100 to 2.5 at 200, 10 is half of the way in log; seed 1: 20 at the first point
+    # seed 0: from 40 at 100 to 2.5 at 200, 10 is halfway in log; seed 1: 20 at the first point
     assert fast["steps_to_baseline"]["mean"] == pytest.approx((150 + 100) / 2)
     assert fast["tflops_to_baseline"]["mean"] == pytest.approx((2 + 1.5 + 2 + 1) / 2), "the teacher's is in it"
     assert slow["reached"] == 1 and slow["steps_to_baseline"] == {"mean": 300.0, "std": 0.0}
 
 
 def test_unknown_compute_gives_no_numbers():
-    """An imported teacher's compute, and how early a run was as good that was so at its first point."""
+    """The compute of an imported teacher, and the step of a run that reaches the goal at its first point."""
     imported = {("fast", seed): ({**run, "total_tflops": None}, points) for (_, seed), (run, points) in FAST.items()}
     _, row = rows({**RESULTS, **imported}, ("vanilla", "fast"))
     assert row["total_tflops"] is None and row["tflops_to_baseline"] is None and row["reached"] == 2
@@ -217,7 +217,7 @@ def test_compare_command(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> N
     page = Tags((out / "compare.html").read_text())
     assert page.open == [] and page.pictures == 1 + len(methods)
     assert (out / "compare.png").read_bytes().startswith(b"\x89PNG") and (out / "compare.csv").exists()
-    # repeated with a method more: what was there is kept
+    # repeated with one more method: existing runs are kept
     weights = out / "vanilla-seed0" / "vanilla" / "checkpoints" / "step-00000010" / "ema.safetensors"
     trained = weights.stat().st_mtime_ns
     assert main([*command, "--methods", *methods, "sra", "--seeds", "0", "1"]) == 0
@@ -233,7 +233,7 @@ def test_compare_command(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> N
 def test_comparison_continues_with_more_steps_methods_and_seeds(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """Longer, with another sampler, with a method more that has settings of its own: one table, measured alike."""
+    """With more steps, another sampler, and one more method with its own settings: one table with equal measurements."""
     out = tmp_path / "compared"
     command = ["compare", "digits", "--out", str(out), "--images", "24", "--workers", "1", "--model.width", "16"]
     command += [
@@ -264,7 +264,7 @@ def test_comparison_continues_with_more_steps_methods_and_seeds(
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_data_without_classes_are_compared_too(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """What needs classes, the probe and the samples' accuracy, is left out of the table."""
+    """The table omits probe and accuracy, which need classes."""
     labelled, flat = class_folders(tmp_path / "labelled", 12), tmp_path / "flat"
     flat.mkdir()
     for i, path in enumerate(sorted(labelled.rglob("*.png"))):
@@ -311,7 +311,7 @@ def test_given_teacher_is_used_and_its_cost_is_unknown(tmp_path: Path, capfd: py
     assert "nowhere does not exist" in capfd.readouterr().err and not list((tmp_path / "x").glob("*-seed*"))
     teacher = tmp_path / "teacher"
     assert main(["train", "digits", "--out", str(teacher), "--method", "structure", "--train.steps", "4", *small]) == 0
-    for path in teacher.glob("stage1/checkpoints/*/*.safetensors"):  # as of weights from elsewhere
+    for path in teacher.glob("stage1/checkpoints/*/*.safetensors"):  # as for imported weights
         with safe_open(path, framework="pt") as file:
             about = json.loads(file.metadata()["selftrans"]) | {"tflops": None}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping

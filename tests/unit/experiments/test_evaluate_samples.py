@@ -1,4 +1,4 @@
-"""`selftrans evaluate`: a run measured without touching the disk, references kept in the cache, ADM's files, the table."""
+"""`selftrans evaluate`: runs sampled in memory, cached references, ADM's files, the table."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ from selftrans.experiments import evaluate_samples as scores
 from selftrans.experiments import image_files, reference
 from selftrans.experiments.compare import override, with_defaults
 from selftrans.experiments.measurement import Measurement, measure_checkpoint, samples_of
+from selftrans.sampling.images import Sampler
 from selftrans.train.run import train
 from tests.support import toy
 from tests.support.pictures import class_folders, save_vae
@@ -107,7 +108,7 @@ def test_npz_of_a_sample_folder_uses_its_samples_json(scorer: Path, tmp_path: Pa
 
 
 def test_labels_in_an_npz_of_pictures_are_read(scorer: Path, tmp_path: Path) -> None:
-    """Ours away from its folder, and anyone's in ADM's layout."""
+    """An npz of `selftrans sample` outside its folder, and any npz in ADM's layout."""
     made, moved = tmp_path / "made", tmp_path / "moved.npz"
     assert main(["sample", str(toy.finished()), "--out", str(made), "--num", "20", "--steps", "1"]) == 0
     complete = scores.evaluate_samples(made, "digits", str(scorer))
@@ -117,7 +118,7 @@ def test_labels_in_an_npz_of_pictures_are_read(scorer: Path, tmp_path: Path) -> 
     assert alone["accuracy"] == complete["accuracy"] and alone["made"]["sampler"] is None
     assert "2 to 2 images of each of 10 classes" in scores.text(alone)
     images = np.zeros((4, 8, 8, 1), np.uint8)
-    for other in (np.zeros(4), np.zeros(4, np.int64), np.zeros((4, 10), np.int64)):  # no labels, and no classes
+    for other in (np.zeros(4), np.zeros(4, np.int64), np.zeros((4, 10), np.int64)):  # neither labels nor classes
         np.savez(moved, images, other)
         assert scores.open_samples(moved, {}).labels is None
     np.savez(moved, images)
@@ -242,7 +243,7 @@ def test_reference_is_saved_with_adm_names(scorer: Path, tmp_path: Path) -> None
 
 
 def test_adm_reference_batch_uses_its_statistics_and_its_pictures(scorer: Path, tmp_path: Path, monkeypatch) -> None:
-    """mu and sigma are of more pictures than arr_0 holds, so both must be used, each for its own."""
+    """mu and sigma are of more pictures than arr_0 holds, so both must be used."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     one, rng = extractor(scorer), np.random.default_rng(3)
     pictures = rng.integers(0, 256, (40, 8, 8, 1), dtype=np.uint8)
@@ -250,7 +251,7 @@ def test_adm_reference_batch_uses_its_statistics_and_its_pictures(scorer: Path, 
     np.savez(tmp_path / "batch.npz", arr_0=pictures, mu=everything.mean, sigma=everything.cov)
     found = reference.reference_of(tmp_path / "batch.npz", one)
     assert np.array_equal(found.mean, everything.mean) and found.features.shape == (40, one.dim)
-    assert found.count is None, "how many pictures mu and sigma are of, nobody has written down"
+    assert found.count is None, "the file does not record the number of pictures of mu and sigma"
     found.save(tmp_path / "again.npz")
     assert np.array_equal(Statistics.load(tmp_path / "again.npz").features, found.features)
     assert np.array_equal(found.features, Statistics.of(pictures, one).features)
@@ -265,7 +266,7 @@ def test_adm_reference_batch_uses_its_statistics_and_its_pictures(scorer: Path, 
 
 
 def test_spatial_distance_from_spatial_statistics(tmp_path: Path) -> None:
-    """sFID is the same formula on the spatial features; from a file with mu_s and sigma_s as well."""
+    """sFID is the same formula for spatial features, also from a file with mu_s and sigma_s."""
 
     class Spatial:
         name, sha256, dim, pictures = "spatial", "0" * 64, 3, True
@@ -289,7 +290,7 @@ def test_spatial_distance_from_spatial_statistics(tmp_path: Path) -> None:
     assert report["spatial_frechet_distance"] == pytest.approx(by_hand, rel=1e-6)
 
 
-# ---- data that are no pictures
+# ---- data that are not pictures
 
 
 @pytest.fixture(scope="module")
@@ -307,6 +308,7 @@ def values(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_values_are_sampled_to_npy_files_and_evaluated(values: Path, tmp_path: Path, capsys) -> None:
     made, settings = tmp_path / "made", ["--num=150", "--steps=2", "--sampler=heun"]
     assert main(["sample", str(values / "run"), "--out", str(made), *settings]) == 0
+    assert f"150 samples -> {made} (.npy files, samples.npz, samples.json)" in capsys.readouterr().out
     with np.load(made / "samples.npz") as arrays:
         samples, labels = arrays["arr_0"], arrays["arr_1"]
     assert (
@@ -331,6 +333,32 @@ def test_values_are_sampled_to_npy_files_and_evaluated(values: Path, tmp_path: P
         assert report["label"] == "Fréchet distance (values)" and report["extractor"] == "values"
         assert report["label_balance"] == {"classes": 4, "fewest": 37, "most": 38}
     assert "features: values" in capsys.readouterr().out
+
+
+def test_features_default_to_values_for_arrays_and_inception_for_pictures(
+    values: Path, tmp_path: Path, monkeypatch
+) -> None:
+    few = {"num": 6, "steps": 1}
+    for samples in (values / "data", values / "run"):
+        settings = few if samples.name == "run" else {}
+        report = scores.evaluate_samples(
+            samples, values / "data", None, settings=settings, out=tmp_path / "report.json"
+        )
+        assert report["extractor"] == "values"
+    requested = []
+
+    def refuse(name: str, **_: object) -> None:
+        requested.append(name)
+        raise ValueError("not installed")
+
+    monkeypatch.setattr(scores, "load_extractor", refuse)
+    monkeypatch.setattr(
+        Sampler, "_images", None
+    )  # a run of pictures must not be sampled before the extractor is loaded
+    for samples in (folder(tmp_path / "pictures"), toy.finished()):
+        with pytest.raises(ValueError, match="not installed"):
+            scores.evaluate_samples(samples, "digits", None)
+    assert requested == ["inception", "inception"]
 
 
 def test_arrays_of_an_npz_are_evaluated(values: Path, tmp_path: Path) -> None:

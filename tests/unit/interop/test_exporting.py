@@ -19,7 +19,7 @@ quiet = {"say": lambda _: None}
 
 
 def a_run(tmp_path, *, qk_norm=False, **more):
-    """A run with random weights, raw and averaged ones unlike."""
+    """A run with random weights, different for raw and ema."""
     raw, ema = (state(**TINY | more, qk_norm=qk_norm, seed=k) for k in (1, 2))
     file = published_files.save(tmp_path / "a.pt", {"model": raw, "ema": ema, "args": options("repa"), "steps": 4})
     import_run(file, tmp_path / "run", heads=2, **quiet)
@@ -59,7 +59,7 @@ def test_exported_stage_1_can_teach_and_exported_stage_2_cannot(tmp_path, capsys
 @pytest.mark.parametrize("channels", [1, 4])
 @pytest.mark.parametrize(("layout", "qk_norm"), [("repa", False), ("repa", True), ("sit", False)])
 def test_published_layout_is_the_same_network_in_its_convention(tmp_path, layout, qk_norm, channels):
-    """The exported file, read by name into the network assembled from diffusers' parts."""
+    """The exported file, loaded by name into a network assembled from parts of diffusers."""
     run, _, _ = a_run(tmp_path, qk_norm=qk_norm, channels=channels)
     file = export_run(run, tmp_path / "out", layout=layout)
     network = Assembled(load_file(file), **TINY | {"channels": channels})
@@ -89,7 +89,7 @@ def test_repa_import_and_export_are_inverse(tmp_path, qk_norm):
 
 @pytest.mark.parametrize("layout", ["repa", "sit"])
 def test_export_and_import_are_inverse(tmp_path, layout):
-    """Bit for bit, but for the layer that turns with time: that one to a rounding."""
+    """Bit-identical, except for the time layer, which is equal up to rounding."""
     run, _, _ = a_run(tmp_path)
     file, lines = export_run(run, tmp_path / "out", layout=layout), []
     import_run(file, tmp_path / "back", heads=2, say=lines.append)

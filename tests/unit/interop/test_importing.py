@@ -1,4 +1,4 @@
-"""Published checkpoints become runs: the same network, the same optimiser, nothing executed, nothing lost."""
+"""Import of published checkpoints: same network and optimiser state, no code executed, no weights lost."""
 
 import argparse
 import builtins
@@ -37,7 +37,7 @@ def inputs(shape, classes, n=6):
 
 
 def run_import(path, out, **given):
-    """A file as a run, and what it printed."""
+    """Import a file; returns the run and the printed lines."""
     output = []
     import_run(path, out, **{"heads": None if given.pop("qk", False) else 2, "say": output.append} | given)
     return out, "\n".join(output)
@@ -45,7 +45,7 @@ def run_import(path, out, **given):
 
 @torch.no_grad()
 def off(run, network, sizes, *, weights="ema", flip=False):
-    """Largest difference between a run's velocity and the assembled network's, in the network's own time."""
+    """Largest difference between the velocities of a run and of the assembled network, in the network's convention."""
     model = load_model(run, weights=weights).model
     x, t, labels = inputs((sizes["channels"], sizes["side"], sizes["side"]), sizes["classes"])
     expected = -network(x, 1 - t, labels) if flip else network(x, t, labels)
@@ -108,12 +108,12 @@ def test_half_precision_and_averaged_positions_are_accepted(tmp_path):
 
 
 def wrapped(named):
-    """The names that DistributedDataParallel over torch.compile, and compiled blocks, leave behind."""
+    """Names as saved with DistributedDataParallel around torch.compile, and with compiled blocks."""
     return {f"module._orig_mod.{k.replace('blocks.1.', 'blocks.1._orig_mod.')}": v for k, v in named.items()}
 
 
 def legacy(named):
-    """REPA's early files: block 2 (here) is the first behind the projector."""
+    """Names of early REPA files: block 2 is the first after the projector."""
     return {k.replace("blocks.2.", "decoder_blocks.0."): v for k, v in named.items()}
 
 
@@ -165,7 +165,7 @@ def test_every_layout_is_imported(tmp_path, kind, form):
 
 
 def test_possible_dit_file_warns(tmp_path, capsys):
-    """DiT's files have the same names and shapes; only the user knows."""
+    """DiT's files have the same names and shapes; the user must decide."""
     for name, content in {"a": state(**TINY, learn_sigma=True), "b": {"ema": state(**TINY, learn_sigma=True)}}.items():
         file = published_files.save(tmp_path / f"{name}.pt", content)
         words = ["import", str(file), *HEADS, "--out"]
@@ -244,7 +244,7 @@ def test_heads_are_omitted_or_written_to_a_separate_file(tmp_path):
 
 
 def test_imported_stage_1_head_equals_the_published_one(tmp_path):
-    """Their unpatchify of their head against our patches of the same picture."""
+    """The published head with its unpatchify, compared with the imported head and `SiT.patchify` of the same picture."""
 
     sizes = TINY | {"channels": 4}
     named = state(**sizes, projectors="stage1", qk_norm=True)
@@ -315,7 +315,7 @@ def test_adamw_moments_follow_their_parameters(tmp_path, convention):
         if name != "t_embedder.mlp.0.weight" or not flip:
             torch.testing.assert_close(found[f"student.{name}:exp_avg_sq"], 1e-3 * own.square(), atol=1e-10, rtol=1e-2)
     squares = found["student.t_embedder.mlp.0.weight:exp_avg_sq"]
-    assert (squares >= 0).all()  # turned as if frequencies were independent; the sum of each pair is kept
+    assert (squares >= 0).all()  # converted as if frequencies were independent; the sum of each pair is kept
     own = 1e-3 * model.t_embedder.mlp[0].weight.grad.square()
     pairs = [x.unflatten(1, (2, 128)).sum(dim=1) for x in (squares, own)]
     torch.testing.assert_close(*pairs, atol=1e-10, rtol=1e-2)
@@ -345,7 +345,7 @@ def test_mismatched_optimiser_state_is_dropped(tmp_path, damage):
     assert load_file(toy.checkpoint(run, "vanilla") / "optimizer.safetensors") == {} and load_model(run).step == 9
 
 
-# ---- going on
+# ---- continued training
 
 
 def published_form(run, stage, args):
@@ -363,7 +363,7 @@ def published_form(run, stage, args):
             key = f"guidances.0.head.{back[layer]}.{part}" if layer in back else f"{of}{name}"
             if name == "pos_embed":
                 out[name] = positions
-            else:  # one channel only, so that pixels and channels count alike
+            else:  # with one channel, the order of cells is the same
                 out[name] = source[key]
         return out
 
@@ -397,7 +397,7 @@ SETTINGS = {
 
 @pytest.mark.parametrize(("method", "stage"), [("vanilla", "vanilla"), ("structure", "stage1")])
 def test_run_converted_to_published_layout_and_back_continues_identically(tmp_path, capsys, method, stage):
-    """Bit for bit (weights, averages, heads, moments, log): 6 steps, or 4, their file, and 2 by the command printed."""
+    """6 steps, or 4 steps, export, import, and 2 steps by the printed command: bit-identical in state and log."""
     settings = SETTINGS | {"method": method}
     train(toy.toy(settings), tmp_path / "uninterrupted", quiet=True)
     train(toy.toy(settings | {"train.steps": 4}), tmp_path / "half", quiet=True)
@@ -533,7 +533,7 @@ def test_other_data_are_refused_in_one_line(tmp_path, imported, capsys):
     assert "was trained on latents (1, 8, 8) with 10 classes, the data are (3, 8, 8) with 2" in capsys.readouterr().err
 
 
-# ---- files that are not what they should be
+# ---- invalid files
 
 
 class Evil:
@@ -569,7 +569,7 @@ def test_code_in_a_file_is_refused_by_name_and_not_run(tmp_path, capsys, where, 
         err
     )
     assert not trap.exists() and not (tmp_path / "run").exists() and out == ""
-    torch.load(file, weights_only=False)  # the trap is real
+    torch.load(file, weights_only=False)  # the code would run if it were unpickled
     assert trap.exists()
 
 
@@ -592,7 +592,7 @@ def test_unknown_class_in_a_file_is_named(tmp_path, capsys):
 
 
 def rezipped(file, change):
-    """The archive with its records written anew by `change(name, bytes) -> (bytes, compression)`."""
+    """The archive with its records rewritten by `change(name, bytes) -> (bytes, compression)`."""
     with zipfile.ZipFile(file) as source:
         records = {info.filename: source.read(info) for info in source.infolist()}
     with zipfile.ZipFile(file, "w") as target:
@@ -615,12 +615,12 @@ def truncated(file):
 
 
 def shortened(file):
-    """One record holds fewer numbers than the pickle says."""
+    """One record holds fewer values than the pickle claims."""
     return rezipped(file, lambda name, data: (data[:8] if name.endswith("/data/3") else data, zipfile.ZIP_STORED))
 
 
 def flipped(file):
-    """One bit of a weight, as a bad download or disk leaves it."""
+    """One flipped bit of a weight, as after a bad download."""
     with zipfile.ZipFile(file) as source:
         name = next(name for name in source.namelist() if name.endswith("/data/3"))
         weights = source.read(name)
@@ -770,7 +770,7 @@ def test_cosine_path_of_sit_is_kept(tmp_path):
     assert load_model(run).config.train.path == "cosine"
 
 
-# ---- what was there
+# ---- existing files
 
 
 def test_repeated_import_does_nothing_and_another_is_refused(tmp_path, capsys):

@@ -1,4 +1,4 @@
-"""The folder of samples: read back with other libraries, interrupted, continued, refused, and on a full disk; arrays."""
+"""The folder of samples: contents, interruption, continuation, refusals, full disks; pictures and arrays."""
 
 import io
 import json
@@ -25,7 +25,7 @@ def image(k, channels=3, side=6):
 
 
 class Source:
-    """A sampler of `image(k)` with label k % 10; remembers what it was asked for; stops after `limit` images."""
+    """A sampler of `image(k)` with label k % 10; records the requested indices; fails after `limit` images."""
 
     def __init__(self, batch=3, channels=3, limit=None):
         self.batch, self.channels, self.limit, self.asked = batch, channels, limit, []
@@ -47,7 +47,7 @@ def write(out, num, source=None, settings=SETTINGS, **options):
 
 
 def check_folder(out, num, channels=3):
-    """All of it, with Pillow, numpy and json alone, and nothing else in the folder."""
+    """Check all files, with Pillow, numpy and json only, and that the folder holds no others."""
     assert sorted(p.name for p in out.iterdir()) == sorted(
         [*(f"{k:06d}.png" for k in range(num)), "samples.json", "samples.npz"]
     )
@@ -129,10 +129,10 @@ def test_fewer_images_than_begun_are_refused(tmp_path):
 
 
 def test_folder_of_other_pictures_is_refused(tmp_path):
-    (tmp_path / "000000.png").write_bytes(b"somebody's picture")
+    (tmp_path / "000000.png").write_bytes(b"another picture")
     with pytest.raises(ValueError, match=r"no samples\.json"):
         write(tmp_path, 2)
-    assert (tmp_path / "000000.png").read_bytes() == b"somebody's picture"
+    assert (tmp_path / "000000.png").read_bytes() == b"another picture"
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"num": 3}', '{"num": "x", "settings": {}, "complete": true}'])
@@ -192,10 +192,10 @@ def test_images_of_two_sizes_are_refused(tmp_path):
 
 
 def damaged(data: bytes, kind: str) -> bytes:
-    """A damaged picture that begins and ends as a complete PNG does."""
+    """A damaged picture that begins and ends like a complete PNG."""
     if kind == "damaged inside":
         return data[:60] + bytes(len(data) - 80) + data[-20:]
-    if kind == "bomb":  # a header that promises 60000 x 60000 pixels
+    if kind == "bomb":  # a header that claims 60000 x 60000 pixels
         chunk = b"IHDR" + struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)
         return data[:12] + chunk + struct.pack(">I", zlib.crc32(chunk)) + data[33:]
     buffer, text = io.BytesIO(), PngImagePlugin.PngInfo()
@@ -234,7 +234,7 @@ def test_failing_sampler_leaves_only_complete_pictures(tmp_path):
 
 @contextmanager
 def no_file_above(size):
-    """The operating system refuses to write files above `size` bytes, as it would refuse any on a full disk."""
+    """The operating system refuses to write files above `size` bytes, which simulates a full disk."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
     try:
@@ -245,7 +245,7 @@ def no_file_above(size):
 
 @pytest.mark.parametrize(("side", "limit"), [(6, 1500), (40, 3000)], ids=["npz", "png"])
 def test_full_disk_leaves_complete_files_and_one_clear_error(tmp_path, side, limit):
-    """Either the pictures fit and the npz does not, or already the second picture (noise) does not."""
+    """Either the pictures fit and the npz does not, or the second picture (noise) does not fit."""
 
     def source(indices):
         for k in indices:
@@ -271,7 +271,7 @@ def test_unwritable_folder_is_one_clear_error(tmp_path):
 
 
 def test_npz_is_streamed(tmp_path):
-    """Memory does not grow with the number of images: 12 MB of them pass through far less."""
+    """Memory does not grow with the number of images: 12 MB of images need far less memory."""
     noise = np.random.default_rng(0).integers(256, size=(1, 64, 64, 3), dtype=np.uint8)
     source = lambda indices: ((indices[i : i + 1], [0], noise) for i in range(len(indices)))  # noqa: E731
     tracemalloc.start()
@@ -285,7 +285,7 @@ def test_npz_is_streamed(tmp_path):
         assert np.array_equal(arrays["arr_0"][999], noise[0])
 
 
-# ---- samples that are no pictures
+# ---- samples that are not pictures
 
 
 def array(k, shape=(2, 5)):

@@ -21,7 +21,7 @@ from tests.support.toy import quick  # noqa: F401 - a fixture
 
 def test_noise_of_an_image_depends_on_seed_and_index_alone():
     torch.manual_seed(1)
-    np.random.seed(1)  # noqa: NPY002 - the global generator is what must stay untouched
+    np.random.seed(1)  # noqa: NPY002 - the global generator must not be used
     expected = torch.rand(3), np.random.rand(3)  # noqa: NPY002
     torch.manual_seed(1)
     np.random.seed(1)  # noqa: NPY002
@@ -146,7 +146,7 @@ def test_model_without_classes_gets_label_zero():
 
 
 class Straight(Backbone):
-    """Flows along a straight line to zero, whatever the shape."""
+    """Flows along a straight line to zero, for any shape."""
 
     depth, width, conditions = 1, 1, Conditions("none")
 

@@ -1,4 +1,4 @@
-"""One sample as a file: what is written is read back, and damaged or hostile files are refused."""
+"""Files of samples: samples are read back, and damaged or invalid files are refused."""
 
 import io
 

@@ -1,4 +1,4 @@
-"""`selftrans sample`: a run to a folder of pictures; repeated it does nothing, with more images or processes it continues."""
+"""`selftrans sample`: a run to a folder of pictures; repetition, continuation with more images, several processes."""
 
 import json
 import os
@@ -58,7 +58,7 @@ def test_padded_batches_give_no_extra_pictures(tmp_path, monkeypatch):
     assert sample(toy.finished(), tmp_path / "filled", "--batch-size=4") == 0 and filled == [4, 4]
     assert np.array_equal(images(tmp_path / "filled")[1], images(tmp_path / "plain")[1])
     difference = images(tmp_path / "filled")[0].astype(int) - images(tmp_path / "plain")[0]
-    assert np.abs(difference).max() <= 1  # another batch size may round otherwise
+    assert np.abs(difference).max() <= 1  # rounding depends on the batch size
 
 
 def test_command_gives_the_images_of_the_library(tmp_path):
@@ -71,7 +71,7 @@ def test_command_gives_the_images_of_the_library(tmp_path):
     )
     (_, labels, pictures), *more = Sampler(model, PixelAutoencoder(), config, device="cpu").sample()
     assert not more and np.array_equal(images(tmp_path)[1], labels)
-    assert np.abs(images(tmp_path)[0].astype(int) - pictures).max() <= 1  # another batch size may round otherwise
+    assert np.abs(images(tmp_path)[0].astype(int) - pictures).max() <= 1  # rounding depends on the batch size
 
 
 def test_repeating_does_nothing_and_more_images_continue(tmp_path, capsys):

@@ -18,7 +18,7 @@ both_paths = pytest.mark.parametrize("path", PATHS.values(), ids=PATHS)
 
 
 def gaussian(path):
-    """The exact velocity, and a list of the times it was asked for."""
+    """The exact velocity, and a list of the times of its evaluations."""
     asked = []
 
     def velocity(z, t):
@@ -67,7 +67,7 @@ def test_ode_equals_hand_computed_steps():
 
 
 def sde_moments(path, steps, last=0.04):
-    """Exact mean and variance of what `sde` returns for z ~ N(0, 1), without sampling.
+    """Exact mean and variance of the result of `sde` for z ~ N(0, 1), without sampling.
 
     Gaussian velocities make it linear in its start and in each noise: row j is given a one in the j-th of them.
     """
@@ -165,7 +165,7 @@ def test_every_sampler_runs_with_its_number_of_evaluations(name):
 
 
 class Spy:
-    """v = label / 10 + t; remembers the batch size and time of each call."""
+    """v = label / 10 + t; records the batch size and time of each call."""
 
     depth, width, patch, shape = 1, 4, 1, (1, 1, 1)
 

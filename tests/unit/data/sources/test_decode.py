@@ -1,4 +1,4 @@
-"""Decoding against PIL and pixels made by hand: every kind of pixel, the field's resize, broken and hostile files."""
+"""Decoding compared with PIL and hand-made pixels: all pixel formats, ADM's resizing, damaged and malicious files."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def read_one(tmp_path: Path, data: bytes, name: str = "a.png", **options: int) -
 )
 def test_every_kind_of_pixel_becomes_rgb(tmp_path: Path, mode: str) -> None:
     rgb, grey, alpha = noise(seed=5), noise(seed=6, channels=1), noise(seed=7, channels=1)
-    white = lambda x, a: x * (a / 255) + 255 * (1 - a / 255)  # noqa: E731 - over white, in exact arithmetic
+    white = lambda x, a: x * (a / 255) + 255 * (1 - a / 255)  # noqa: E731 - composited on white, exactly
     if mode == "palette":
         image = Image.fromarray(grey // 64)
         image.putpalette(list(range(12)))  # value v shows as 3v, 3v + 1, 3v + 2
@@ -58,14 +58,14 @@ def test_every_kind_of_pixel_becomes_rgb(tmp_path: Path, mode: str) -> None:
         tmp_path, encoded(image, "TIFF" if mode == "cmyk" else "PNG"), "a.tif" if mode == "cmyk" else "a.png"
     )
     assert image.shape == (8, 8, 3)
-    assert np.abs(image - expected.astype(float)).max() <= 1  # a rounding, no more
+    assert np.abs(image - expected.astype(float)).max() <= 1  # rounding
 
 
 def test_exif_orientation_is_applied(tmp_path: Path) -> None:
     upright = np.zeros((16, 16, 3), np.uint8)
     upright[:8] = 255  # bright above
     exif = Image.Exif()
-    exif[0x0112] = 6  # stored turned: the viewer must turn it by 90 degrees clockwise
+    exif[0x0112] = 6  # stored rotated: viewers rotate it by 90 degrees clockwise
     stored = np.rot90(upright, k=1)
     image = read_one(tmp_path, encoded(np.ascontiguousarray(stored), "JPEG", exif=exif, quality=95), "a.jpg")
     assert image[:6].min() > 240 and image[10:].max() < 15
@@ -123,7 +123,7 @@ def test_unreadable_pictures_are_named(tmp_path: Path, kind: str, fault: str) ->
         "zero bytes": b"",
         "text": b"hello",
         "float": encoded(Image.fromarray(np.zeros((8, 8), np.float32)), "TIFF"),
-        "svg": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n",  # would start an outside program
+        "svg": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n",  # PIL would start an external program
     }[fault]
     files = {"cat/ok.png": encoded(noise(8)), "dog/bad one.jpg": data}
     source = open_source(
@@ -135,7 +135,7 @@ def test_unreadable_pictures_are_named(tmp_path: Path, kind: str, fault: str) ->
 
 
 def test_decompression_bomb(tmp_path: Path) -> None:
-    # a header that promises 60000 x 60000 pixels, in a hundred bytes
+    # a header that claims 60000 x 60000 pixels, in a hundred bytes
     chunk = b"IHDR" + struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)
     data = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + chunk + struct.pack(">I", zlib.crc32(chunk))
     with pytest.raises(ValueError, match=r"a.png: cannot be read .*pixels"):
@@ -151,7 +151,7 @@ def test_picture_above_the_pixel_limit(tmp_path: Path, monkeypatch: pytest.Monke
 VALID = [encoded(noise(9), kind) for kind in ("PNG", "JPEG", "GIF", "TIFF", "WEBP", "BMP", "PPM")]
 
 
-@pytest.mark.filterwarnings("ignore")  # of PIL, on the damage
+@pytest.mark.filterwarnings("ignore")  # PIL's warnings about damaged files
 @settings(max_examples=200, deadline=None)
 @given(data=st.data())
 def test_any_damage_decodes_or_is_one_line(data: st.DataObject) -> None:

@@ -32,5 +32,5 @@ def test_symbolic_links(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=r"dog/leak.png .* symbolic link out of the folder"):
             open_source(root)
         leak.unlink()
-    os.mkfifo(root / "dog" / "pipe.png")  # opening it would wait for ever
+    os.mkfifo(root / "dog" / "pipe.png")  # opening it would block forever
     assert open_source(root).ignored["broken links, pipes and devices"] == 1

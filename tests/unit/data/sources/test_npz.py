@@ -1,4 +1,4 @@
-"""Arrays in npz files: images, values, labels; headers that lie, pickles, and damage."""
+"""Arrays in npz files: images, values, labels; wrong headers, pickles, and damage."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_npz_with_wrong_header_is_refused(tmp_path: Path) -> None:
         next(iter_images(tmp_path / "y.npz"))
 
 
-# ---- values of data that are no pictures
+# ---- values of data that are not pictures
 
 
 def npy(array: np.ndarray, **options: bool) -> bytes:
@@ -186,14 +186,14 @@ def test_entry_with_huge_claimed_size_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
 def test_damaged_values_are_detected(tmp_path: Path, save) -> None:
-    """By the checksum of the zip, when the last sample is read at the latest."""
+    """By the checksum of the zip, at the latest when the last sample is read."""
     path = tmp_path / "x.npz"
     save(path, data=np.random.default_rng(0).standard_normal((50, 1, 100)))
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
     path.write_bytes(data)
     source = npz_values(path)
-    for _ in range(2):  # a damaged stream is not read on
+    for _ in range(2):  # a damaged stream is not continued
         with pytest.raises(ValueError, match=r"x.npz is damaged at sample \d+"):
             list(map(source.read, range(50)))
 

@@ -1,4 +1,4 @@
-"""Sources of pictures: layouts of folders and zips, digits, native sizes, and everything ambiguous."""
+"""Sources of pictures: layouts of folders and zips, digits, native sizes, and ambiguous layouts."""
 
 from __future__ import annotations
 
@@ -8,15 +8,7 @@ import numpy as np
 import pytest
 
 from selftrans.data.sources.open_source import iter_images, open_source
-from tests.support.pictures import encoded, noise, write, zipped
-
-TREE = {
-    "dog/b.png": encoded(noise(seed=1)),
-    "dog/a.PNG": encoded(noise(seed=2)),
-    "cat/deep/er/c.png": encoded(noise(seed=3)),
-    "Zebra finch/ü ñ 猫.png": encoded(noise(seed=4)),
-}
-ORDER = ["Zebra finch/ü ñ 猫.png", "cat/deep/er/c.png", "dog/a.PNG", "dog/b.png"]
+from tests.support.pictures import ORDER, TREE, encoded, noise, write, zipped
 
 
 @pytest.mark.parametrize("kind", ["folder", "zip"])

@@ -37,7 +37,7 @@ def test_parquet(tmp_path: Path) -> None:
 
 
 def test_plain_parquet_columns_and_invalid_cells(tmp_path: Path) -> None:
-    """Columns that other tools write: bytes and integers; labels that are none; a cell that names a file."""
+    """Columns of bytes and integers, as other tools write them; invalid labels; a cell with a file name."""
     arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
 
     def table(name: str, image: list, **columns: list) -> Path:

@@ -1,4 +1,4 @@
-"""Zips: where the class folders may lie, and hostile entries."""
+"""Zips: positions of class folders, and unsafe entries."""
 
 from __future__ import annotations
 
@@ -9,15 +9,7 @@ from pathlib import Path
 import pytest
 
 from selftrans.data.sources.open_source import open_source
-from tests.support.pictures import encoded, noise, zipped
-
-TREE = {
-    "dog/b.png": encoded(noise(seed=1)),
-    "dog/a.PNG": encoded(noise(seed=2)),
-    "cat/deep/er/c.png": encoded(noise(seed=3)),
-    "Zebra finch/ü ñ 猫.png": encoded(noise(seed=4)),
-}
-ORDER = ["Zebra finch/ü ñ 猫.png", "cat/deep/er/c.png", "dog/a.PNG", "dog/b.png"]
+from tests.support.pictures import ORDER, TREE, encoded, noise, zipped
 
 
 def test_zip_with_one_top_folder(tmp_path: Path) -> None:
@@ -67,14 +59,14 @@ def test_zip_entries_with_wrong_sizes_are_refused(tmp_path: Path) -> None:
 
     with pytest.raises(ValueError, match="expands to 4000000000 bytes"):
         open_source(with_size(4_000_000_000), resolution=8)
-    with pytest.raises(ValueError, match=r"^a.png: cannot be read"):  # it says 10 bytes and expands to a million
+    with pytest.raises(ValueError, match=r"^a.png: cannot be read"):  # it claims 10 bytes and expands to a million
         open_source(with_size(10), resolution=8).read(0)
 
 
 def test_zip_damage_is_detected_by_checksum(tmp_path: Path) -> None:
     path = zipped(tmp_path / "x.zip", {"a.ppm": b"P6 8 8 255 " + noise().tobytes()})
     data = bytearray(path.read_bytes())
-    data[80] ^= 1  # a pixel: the picture would still decode
+    data[80] ^= 1  # one pixel: the picture would still decode
     path.write_bytes(data)
     with pytest.raises(ValueError, match=r"a.ppm: .*CRC"):
         open_source(path, resolution=8).read(0)

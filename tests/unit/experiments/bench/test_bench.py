@@ -1,4 +1,4 @@
-"""The benchmark compares equals: the plain step has our loss and gradients; and it reports what a stopwatch would."""
+"""The plain step has the loss and gradients of the package; measured times and the report are correct."""
 
 from __future__ import annotations
 
@@ -206,12 +206,12 @@ def test_report_is_consistent(report: dict[str, Any]) -> None:
 
 
 def test_utilisation_counts_only_needed_operations(report: dict[str, Any]) -> None:
-    """Our stage 2 and the plain one differ in time alone: what is wasted counts for nothing."""
+    """Stage 2 and the plain stage 2 differ only in time: superfluous operations are not counted."""
     small = report["models"]["small"]
     needed = {name: row["utilisation"] * row["ms"] for name, row in small["rows"].items()}
     assert needed["plain_stage2"] == pytest.approx(needed["stage2"])
     assert needed["plain_vanilla"] == pytest.approx(needed["vanilla"])
-    # by hand: 12 products of D² a block and token, 2 of T D for attention, per image 6 D² in each block's modulation
+    # by hand: 12 D² products per block and token, 2 T D for attention, and 6 D² per image in each block's modulation
     d, tokens, patch = 32, 16, 16
     block = 12 * d * d * tokens + 2 * tokens * tokens * d + 6 * d * d
     rest = 2 * tokens * patch * d + 2 * d * d + 256 * d + d * d
