@@ -88,10 +88,10 @@ def legend(metric: str) -> str:
     return (
         f"distance: {metric}, lower is better; accuracy: of the classifier on the samples' labels; shallow probe: accuracy "
         "of a linear classifier on the features of an early block, the same for all methods, at t = 0.4; seconds: of the "
-        "student's training; total seconds and TFLOPs: with the teacher's training. Runs may train in parallel, so compare TFLOPs "
-        f"rather than seconds. To {BASELINE}'s: student steps and total TFLOPs at which the method first reaches the final "
-        f"distance of {BASELINE} with the same seed, with log distance interpolated linearly between measurements; ≤: reached "
-        "at the first measurement; -: the training of an imported teacher is unknown."
+        "student's training; total seconds and TFLOPs: with the teacher's training. Runs may train in parallel, so compare "
+        f"TFLOPs rather than seconds. To {BASELINE}'s: student steps and total TFLOPs at which the method first reaches the "
+        f"final distance of {BASELINE} with the same seed, with log distance interpolated linearly between measurements; ≤: "
+        "reached at the first measurement; -: the training of an imported teacher is unknown."
     )
 
 

@@ -149,7 +149,7 @@ def test_saving_and_loading_keeps_everything(tmp_path: Path) -> None:
         (lambda h, t: h.update(architecture=h["architecture"].replace("6", "-6")), "positive integers"),
         (lambda h, t: h.update(architecture=h["architecture"].replace("6", "1000000000")), "head.weight"),
         (lambda h, t: t.pop("head.bias"), "head.bias"),
-        (lambda h, t: t.update(stranger=torch.zeros(1)), "stranger"),
+        (lambda h, t: t.update(surplus=torch.zeros(1)), "surplus"),
         (lambda h, t: t.update({"head.bias": t["head.bias"].double()}), "head.bias"),
         (lambda h, t: t["head.bias"].fill_(float("nan")), "not finite in head.bias"),
     ],
@@ -347,5 +347,5 @@ def test_values_of_unfit_shapes_are_refused() -> None:
         load_extractor("values", shape=(3, 2))(np.zeros((1, 2, 3), np.float32))
     with pytest.raises(ValueError, match="no weights"):
         load_extractor("values", weights="x.pth", shape=(1, 2))
-    with pytest.raises(ValueError, match="images of one shape"):
+    with pytest.raises(ValueError, match="shape of an image"):
         load_extractor("values")

@@ -21,7 +21,7 @@ from selftrans.models.sit_published import reflection
 from selftrans.storage import sha256_file
 from selftrans.train.run import train
 from tests.support import published_files, toy
-from tests.support.published_files import TINY, Assembled, options, state
+from tests.support.published_files import TINY, Assembled, options, save, state
 from tests.support.toy import quick  # noqa: F401 - a fixture
 
 HEADS = ["--heads", "2"]
@@ -61,7 +61,7 @@ def off(run, theirs, sizes, *, weights="ema", flip=False):
 @pytest.mark.parametrize("learn_sigma", [False, True])
 def test_imported_network_equals_one_assembled_from_diffusers(tmp_path, qk_norm, convention, learn_sigma):
     raw, ema = (state(**TINY, qk_norm=qk_norm, learn_sigma=learn_sigma, seed=k) for k in (1, 2))
-    file = published_files.save(tmp_path / "a.pt", {"model": raw, "ema": ema, "opt": None, "args": options(convention)})
+    file = save(tmp_path / "a.pt", {"model": raw, "ema": ema, "opt": None, "args": options(convention)})
     run, said = brought(file, tmp_path / "run")
     assert f"those of {convention.upper()}, from its stored options" in said
     for weights, named in (("raw", raw), ("ema", ema)):
@@ -74,7 +74,7 @@ def test_imported_network_equals_one_assembled_from_diffusers(tmp_path, qk_norm,
 def test_a_published_size_at_full_width_and_depth(tmp_path, qk_norm, convention):
     sizes = {"width": 384, "depth": 12, "heads": 6, "patch": 2, "channels": 4, "side": 8, "classes": 1000}
     named = state(**sizes, qk_norm=qk_norm, learn_sigma=convention == "sit")
-    file = published_files.save(tmp_path / "SiT.pt", named)
+    file = save(tmp_path / "SiT.pt", named)
     run, said = brought(file, tmp_path / "run", heads=None, name="SiT-S/2", convention=convention)
     assert off(run, Assembled(named, **sizes), sizes, flip=convention == "sit") < 1e-5
     found = load_model(run)
@@ -96,7 +96,7 @@ def test_the_sinusoids_of_one_minus_t_are_a_reflection_of_those_of_t():
 def test_half_precision_and_a_drifted_average_of_positions_are_taken(tmp_path):
     named = {name: tensor.half() for name, tensor in state(**TINY).items()}
     named["pos_embed"] = named["pos_embed"] + 5e-4
-    run, _ = brought(published_files.save(tmp_path / "a.pt", named), tmp_path / "run", convention="repa")
+    run, _ = brought(save(tmp_path / "a.pt", named), tmp_path / "run", convention="repa")
     named = {name: tensor.float() for name, tensor in named.items()} | {"pos_embed": state(**TINY)["pos_embed"]}
     assert off(run, Assembled(named, **TINY), TINY) < 1e-5
     assert load_model(run).model.pos_embed.dtype == torch.float32
@@ -138,7 +138,7 @@ def test_every_layout(tmp_path, kind, form):
     content = arrange(raw, ema)
     file = tmp_path / f"a.{form}"
     if form == "pt":
-        published_files.save(file, content)
+        save(file, content)
     elif "ema" not in content:
         save_file(content, file)
     else:
@@ -165,7 +165,7 @@ def test_every_layout(tmp_path, kind, form):
 def test_what_may_be_a_file_of_dit_is_warned_about(tmp_path, capsys):
     """DiT's files have the same names and shapes; only the user knows."""
     for name, content in {"a": state(**TINY, learn_sigma=True), "b": {"ema": state(**TINY, learn_sigma=True)}}.items():
-        file = published_files.save(tmp_path / f"{name}.pt", content)
+        file = save(tmp_path / f"{name}.pt", content)
         words = ["import", str(file), *HEADS, "--out"]
         assert main([*words, str(tmp_path / name / "guessed")]) == 0
         said = capsys.readouterr()
@@ -177,7 +177,7 @@ def test_what_may_be_a_file_of_dit_is_warned_about(tmp_path, capsys):
         assert not said.err and "those of SIT, from --convention" in said.out
     certain = {"ema": state(**TINY, learn_sigma=True), "args": options("sit")}
     for name, content in {"none": state(**TINY), "args": certain}.items():
-        assert main(["import", str(published_files.save(file, content)), *HEADS, "--out", str(tmp_path / name)]) == 0
+        assert main(["import", str(save(file, content)), *HEADS, "--out", str(tmp_path / name)]) == 0
         assert not capsys.readouterr().err, name
 
 
@@ -196,23 +196,21 @@ def test_what_is_not_used_of_a_file_is_listed_and_kept_on_record(tmp_path):
         "scheduler_state": {"x": torch.ones(2)},
         **beside,
     }
-    run, said = brought(published_files.save(tmp_path / "a.pt", content), tmp_path / "run")
+    run, said = brought(save(tmp_path / "a.pt", content), tmp_path / "run")
     listed = "best\\x1b, scheduler_state, epoch, optimizer, scaler, rng"
     assert f"unused entries of the file: {listed}\n" in said and "it holds one set of weights" in said
     assert json.loads((run / "imported.json").read_text())["unused"] == listed
     assert load_model(run).step == 4 and "step 0" not in said
-    file = published_files.save(
-        tmp_path / "b.pt", {"ema": named, "steps": torch.tensor([4, 5])} | {f"x{k}": k for k in range(30)}
-    )
+    file = save(tmp_path / "b.pt", {"ema": named, "steps": torch.tensor([4, 5])} | {f"x{k}": k for k in range(30)})
     run, said = brought(file, tmp_path / "many")
     assert "x18, x19 and 11 more\n" in said and load_model(run).step == 0
-    run, said = brought(published_files.save(tmp_path / "c.pt", {"ema": named, "steps": 4}), tmp_path / "all")
+    run, said = brought(save(tmp_path / "c.pt", {"ema": named, "steps": 4}), tmp_path / "all")
     assert "not used" not in said and "unused" not in json.loads((run / "imported.json").read_text())
 
 
 def test_one_set_of_weights_under_state_dict(tmp_path):
     named = state(**TINY)
-    file = published_files.save(tmp_path / "a.pt", {"state_dict": named, "epoch": 3, "steps": 4})
+    file = save(tmp_path / "a.pt", {"state_dict": named, "epoch": 3, "steps": 4})
     run, said = brought(file, tmp_path / "run", convention="repa")
     assert off(run, Assembled(named, **TINY), TINY) < 1e-5 and load_model(run).step == 4
     assert "it holds one set of weights" in said and "unused entries of the file: epoch" in said
@@ -222,7 +220,7 @@ def test_one_set_of_weights_under_state_dict(tmp_path):
 @pytest.mark.parametrize("other", ["ema_model", "state_dict_ema", "model_state_dict"])
 def test_weights_that_would_be_lost_are_refused_by_name(tmp_path, capsys, known, other):
     named = state(**TINY)
-    file = published_files.save(tmp_path / "a.pt", dict.fromkeys([*known, other], named) | {"epoch": 3})
+    file = save(tmp_path / "a.pt", dict.fromkeys([*known, other], named) | {"epoch": 3})
     assert main(["import", str(file), "--out", str(tmp_path / "run"), *HEADS]) == 1
     err = capsys.readouterr().err
     assert err.count("\n") == 1 and f"holds weights under {other}, which" in err and "model and ema" in err, err
@@ -231,7 +229,7 @@ def test_weights_that_would_be_lost_are_refused_by_name(tmp_path, capsys, known,
 
 def test_heads_are_left_out_or_kept_beside(tmp_path):
     named = state(**TINY, projectors="repa")
-    file = published_files.save(tmp_path / "a.pt", {"model": named, "ema": named, "steps": 3})
+    file = save(tmp_path / "a.pt", {"model": named, "ema": named, "steps": 3})
     run, said = brought(file, tmp_path / "run")
     assert "left out (--keep-heads)" in said and not (run / "projectors.safetensors").exists()
     run, said = brought(file, tmp_path / "kept", keep_heads=True)
@@ -247,7 +245,7 @@ def test_the_head_of_stage_1_predicts_what_theirs_predicted(tmp_path):
     sizes = TINY | {"channels": 4}
     named = state(**sizes, projectors="stage1", qk_norm=True)
     args = options("repa", encoder_depth=2, t_range=[0.4, 0.7], proj_coeff=0.25)
-    file = published_files.save(tmp_path / "a.pt", {"model": named, "ema": named, "args": args, "steps": 5})
+    file = save(tmp_path / "a.pt", {"model": named, "ema": named, "args": args, "steps": 5})
     run, _ = brought(file, tmp_path / "run")
     config = from_json((run / "config.json").read_text())
     stage1 = config.sections["stage1"]
@@ -294,7 +292,7 @@ def test_adamw_moments_follow_their_parameters(tmp_path, convention):
     others = {k: torch.randn_like(v) for k, v in named.items() if k not in gradients and k != "pos_embed"}
     _, optimizer = published_files.adamw(named, [others | gradients])
     content = {"model": named, "ema": named, "opt": optimizer, "args": options(convention)}
-    run, said = brought(published_files.save(tmp_path / "a.pt", content), tmp_path / "run")
+    run, said = brought(save(tmp_path / "a.pt", content), tmp_path / "run")
     assert "afresh" not in said
     found = load_file(toy.checkpoint(run, "vanilla") / "optimizer.safetensors")
     assert {float(v) for k, v in found.items() if k.endswith(":step")} == {1.0} and load_model(run).step == 1
@@ -337,7 +335,7 @@ def test_an_optimiser_that_does_not_fit_starts_afresh(tmp_path, spoil):
             optimizer["state"] = [1, 2]
         case "step":
             moments["step"] = torch.tensor(float("inf"))
-    file = published_files.save(tmp_path / "a.pt", {"model": named, "ema": named, "opt": optimizer, "steps": 9})
+    file = save(tmp_path / "a.pt", {"model": named, "ema": named, "opt": optimizer, "steps": 9})
     run, said = brought(file, tmp_path / "run")
     assert "the optimiser starts from zero: its optimiser state does not match" in said
     assert load_file(toy.checkpoint(run, "vanilla") / "optimizer.safetensors") == {} and load_model(run).step == 9
@@ -399,7 +397,7 @@ def test_a_run_that_left_through_their_layout_goes_on_as_if_it_never_had(tmp_pat
     settings = SETTINGS | {"method": method}
     train(toy.toy(settings), tmp_path / "whole", quiet=True)
     train(toy.toy(settings | {"train.steps": 4}), tmp_path / "half", quiet=True)
-    file = published_files.save(
+    file = save(
         tmp_path / "0000004.pt",
         theirs_of(tmp_path / "half", stage, options("repa", encoder_depth=2, t_range=(0.4, 0.7))),
     )
@@ -426,7 +424,7 @@ def test_a_run_that_left_through_their_layout_goes_on_as_if_it_never_had(tmp_pat
 def imported(tmp_path):
     """A REPA file of the digits' size as a run."""
     named = state(**TINY, qk_norm=True, projectors="repa")
-    file = published_files.save(tmp_path / "a.pt", {"model": named, "ema": named, "args": options("repa"), "steps": 5})
+    file = save(tmp_path / "a.pt", {"model": named, "ema": named, "args": options("repa"), "steps": 5})
     assert main(["import", str(file), "--out", str(tmp_path / "run")]) == 0
     return tmp_path / "run"
 
@@ -469,9 +467,7 @@ def test_an_imported_model_teaches(tmp_path, capsys, imported, part):
 
 def test_a_teacher_of_another_path_is_refused(tmp_path, capsys):
     named = state(**TINY)
-    file = published_files.save(
-        tmp_path / "a.pt", {"model": named, "ema": named, "args": options("sit", path_type="GVP")}
-    )
+    file = save(tmp_path / "a.pt", {"model": named, "ema": named, "args": options("sit", path_type="GVP")})
     run, _ = brought(file, tmp_path / "run")
     words = ["train", "digits", f"--data={toy.digits()}", f"--out={tmp_path / 'student'}", f"--teacher={run}"]
     words += [word for word in toy.taught_flags() if "train.steps" not in word] + ["--train.steps=2"]
@@ -485,7 +481,7 @@ def test_a_teacher_of_another_path_is_refused(tmp_path, capsys):
 
 def test_a_teacher_of_another_autoencoder_is_warned_about(tmp_path, capsys):
     named = state(**TINY)
-    file = published_files.save(tmp_path / "a.pt", {"model": named, "ema": named, "args": options("repa")})
+    file = save(tmp_path / "a.pt", {"model": named, "ema": named, "args": options("repa")})
     run, _ = brought(file, tmp_path / "run", autoencoder="somebody/vae")
     words = ["train", "digits", f"--data={toy.digits()}", f"--out={tmp_path / 'student'}", f"--teacher={run}"]
     words += [word for word in toy.taught_flags() if "train.steps" not in word] + ["--train.steps=2"]
@@ -560,7 +556,7 @@ def test_code_in_a_file_is_refused_by_name_and_not_run(tmp_path, capsys, where, 
         "opt": {"model": named, "ema": named, "opt": evil},
         "beside": {**named, "zzz": evil},
     }[where]
-    file = published_files.save(tmp_path / "a.pt", content)
+    file = save(tmp_path / "a.pt", content)
     assert main(["import", str(file), "--out", str(tmp_path / "run"), *HEADS]) == 1
     out, err = capsys.readouterr()
     assert f"was refused, without running anything in it: it holds {name}, and only" in err and err.count("\n") == 1, (
@@ -584,7 +580,7 @@ class Custom:
 
 
 def test_a_class_of_somebody_elses_is_named(tmp_path, capsys):
-    file = published_files.save(tmp_path / "a.pt", {"ema": state(**TINY), "args": Custom()})
+    file = save(tmp_path / "a.pt", {"ema": state(**TINY), "args": Custom()})
     assert main(["import", str(file), "--out", str(tmp_path / "run")]) == 1
     assert f"it holds {Custom.__module__}.Custom" in capsys.readouterr().err
 
@@ -657,17 +653,17 @@ BROKEN = {
     "zip of nothing": (written(b"PK\x05\x06" + bytes(18)), "neither|damaged"),
     "zip and garbage": (written(b"PK\x03\x04" + bytes(range(256)) * 9), "damaged"),
     "header of 2^62 bytes": (written((1 << 62).to_bytes(8, "little") + b"{}"), "neither a torch checkpoint"),
-    "a list": (lambda f: published_files.save(f, [1, 2]), "holds a list"),
-    "a number": (lambda f: published_files.save(f, {"ema": {"x": 3}}), "entry x is a int; expected a tensor"),
-    "nothing": (lambda f: published_files.save(f, {}), "no state dict"),
-    "no model": (lambda f: published_files.save(f, {"ema": {}}), "no state dict"),
-    "integers": (lambda f: published_files.save(f, {"x": torch.zeros(3, dtype=torch.long)}), "not a plain floating-point tensor"),
-    "sparse": (lambda f: published_files.save(f, {"x": torch.eye(3).to_sparse()}), "not a plain floating-point tensor"),
-    "meta": (lambda f: published_files.save(f, {"x": torch.empty(3, device="meta")}), "not a plain floating-point tensor"),
-    "stretched": (lambda f: published_files.save(f, {"pos_embed": torch.zeros(1).expand(1, 1 << 20, 1 << 20)}), "tensors claim"),
-    "twice": (lambda f: published_files.save(f, {"x": torch.zeros(1), "module.x": torch.zeros(1)}), "there twice"),
-    "another network": (lambda f: published_files.save(f, {"conv.weight": torch.zeros(3)}), "is not a SiT: x_embedder.proj.weight"),
-    "terminal": (lambda f: published_files.save(f, {"\x1b[2J\n": torch.zeros(3)}), r"\\x1b\[2J"),
+    "a list": (lambda f: save(f, [1, 2]), "holds a list"),
+    "a number": (lambda f: save(f, {"ema": {"x": 3}}), "entry x is a int; expected a tensor"),
+    "nothing": (lambda f: save(f, {}), "no state dict"),
+    "no model": (lambda f: save(f, {"ema": {}}), "no state dict"),
+    "integers": (lambda f: save(f, {"x": torch.zeros(3, dtype=torch.long)}), "not a plain floating-point tensor"),
+    "sparse": (lambda f: save(f, {"x": torch.eye(3).to_sparse()}), "not a plain floating-point tensor"),
+    "meta": (lambda f: save(f, {"x": torch.empty(3, device="meta")}), "not a plain floating-point tensor"),
+    "stretched": (lambda f: save(f, {"pos_embed": torch.zeros(1).expand(1, 1 << 20, 1 << 20)}), "tensors claim"),
+    "twice": (lambda f: save(f, {"x": torch.zeros(1), "module.x": torch.zeros(1)}), "occur twice"),
+    "another network": (lambda f: save(f, {"conv.weight": torch.zeros(3)}), "is not a SiT: x_embedder.proj.weight"),
+    "terminal": (lambda f: save(f, {"\x1b[2J\n": torch.zeros(3)}), r"\\x1b\[2J"),
     "absent": (lambda f: f.unlink() if f.exists() else None, "is not a file"),
 }  # fmt: skip
 
@@ -677,7 +673,7 @@ def test_a_broken_file_costs_one_line_and_nothing_else(tmp_path, capsys, kind):
     spoil, said = BROKEN[kind]
     out = tmp_path / "there"
     out.mkdir()
-    file = published_files.save(tmp_path / "a.pt", {"model": state(**TINY), "ema": state(**TINY), "steps": 1})
+    file = save(tmp_path / "a.pt", {"model": state(**TINY), "ema": state(**TINY), "steps": 1})
     spoil(file)
     before = toy.tree(tmp_path)
     assert main(["import", str(file), "--out", str(out), *HEADS]) == 1
@@ -722,7 +718,7 @@ WRONG = {
 @pytest.mark.parametrize("kind", WRONG)
 def test_unknown_missing_and_misshapen_tensors_are_listed(tmp_path, capsys, kind):
     changes, said = WRONG[kind]
-    file = published_files.save(tmp_path / "a.pt", altered(changes))
+    file = save(tmp_path / "a.pt", altered(changes))
     assert main(["import", str(file), "--out", str(tmp_path / "run")]) == 1
     err = capsys.readouterr().err
     assert said in err and err.count("\n") == 1, err
@@ -749,7 +745,7 @@ def test_what_cannot_be_used_is_said(tmp_path, capsys, content, words, said):
     args = content.pop("args", None)
     content.pop("heads_", None)
     named = state(**TINY | content)
-    file = published_files.save(tmp_path / "a.pt", {"model": named, "ema": named, "args": args})
+    file = save(tmp_path / "a.pt", {"model": named, "ema": named, "args": args})
     assert main(["import", str(file), "--out", str(tmp_path / "run"), *words]) == 1
     assert said in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
@@ -757,9 +753,7 @@ def test_what_cannot_be_used_is_said(tmp_path, capsys, content, words, said):
 
 def test_the_cosine_path_of_sit_is_kept(tmp_path):
     named = state(**TINY)
-    file = published_files.save(
-        tmp_path / "a.pt", {"model": named, "ema": named, "args": options("sit", path_type="GVP")}
-    )
+    file = save(tmp_path / "a.pt", {"model": named, "ema": named, "args": options("sit", path_type="GVP")})
     run, _ = brought(file, tmp_path / "run")
     assert load_model(run).config.train.path == "cosine"
 
@@ -768,7 +762,7 @@ def test_the_cosine_path_of_sit_is_kept(tmp_path):
 
 
 def test_the_same_import_again_does_nothing_and_another_is_refused(tmp_path, capsys):
-    files = [published_files.save(tmp_path / f"{k}.pt", state(**TINY, seed=k)) for k in range(2)]
+    files = [save(tmp_path / f"{k}.pt", state(**TINY, seed=k)) for k in range(2)]
     words = ["import", str(files[0]), "--out", str(tmp_path / "run"), *HEADS]
     assert main(words) == 0
     before = toy.tree(tmp_path / "run")
@@ -781,13 +775,13 @@ def test_the_same_import_again_does_nothing_and_another_is_refused(tmp_path, cap
 def test_a_run_of_ours_is_never_overwritten(tmp_path, capsys):
     run = toy.copy(toy.vanilla(), tmp_path / "run")
     before = toy.tree(run)
-    file = published_files.save(tmp_path / "a.pt", state(**TINY))
+    file = save(tmp_path / "a.pt", state(**TINY))
     assert main(["import", str(file), "--out", str(run), *HEADS]) == 1
     assert "exists and is not empty" in capsys.readouterr().err and toy.tree(run) == before
 
 
 def test_a_full_disk_leaves_nothing_half_done(tmp_path, capsys, monkeypatch):
-    file = published_files.save(tmp_path / "a.pt", state(**TINY))
+    file = save(tmp_path / "a.pt", state(**TINY))
 
     def full(*_, **__):
         raise OSError(28, "No space left on device")
