@@ -140,7 +140,7 @@ def test_full_disk_is_one_line_with_the_path_and_the_remedy(tmp_path, monkeypatc
         pass
 
 
-def test_dev_full_fails_when_the_buffer_is_written(tmp_path, monkeypatch):
+def test_full_device_fails_when_the_file_is_closed(tmp_path, monkeypatch):
     """A device that is really full: the error comes when the file is closed, not when it is written to."""
     if not Path("/dev/full").exists():
         pytest.skip("no /dev/full")
@@ -173,7 +173,7 @@ def test_concurrent_writers_of_one_file_do_not_share_a_temporary(tmp_path):
     assert (tmp_path / "x").read_bytes() == b"one" and names(tmp_path) == ["x"]
 
 
-def test_a_writer_replaces_what_it_left_behind(tmp_path):
+def test_named_writer_replaces_its_stale_temporary(tmp_path):
     temporary_for(tmp_path / "x", 3).write_bytes(b"of a killed process")
     with atomic_write(tmp_path / "x", writer=3) as file:
         file.write(b"new")
@@ -283,7 +283,7 @@ def test_second_process_is_refused_and_the_owner_named(tmp_path):
         assert lock.read_text() == str(os.getpid())
 
 
-def test_shared_locks_exclude_exclusive_ones_alone(tmp_path):
+def test_shared_locks_exclude_only_exclusive_ones(tmp_path):
     process = run(HOLD, tmp_path / ".lock", "shared")
     try:
         with lock_file(tmp_path / ".lock", shared=True):
@@ -295,7 +295,7 @@ def test_shared_locks_exclude_exclusive_ones_alone(tmp_path):
         process.wait()
 
 
-def test_waiting_ends_when_the_lock_is_free(tmp_path):
+def test_waiting_for_a_lock_ends_when_it_is_free(tmp_path):
     code = HOLD.replace("time.sleep(60)", "time.sleep(0.5)")
     process = run(code, tmp_path / ".lock", "alone")
     started = time.monotonic()
@@ -342,7 +342,7 @@ def test_opener_follows_no_symlink(tmp_path):
 # ---- hashes and text
 
 
-def test_hash_of_a_file_is_that_of_its_bytes(tmp_path):
+def test_hash_of_a_file_equals_that_of_its_bytes(tmp_path):
     (tmp_path / "x").write_bytes(b"abc")
     assert sha256_file(tmp_path / "x") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
     assert sha256_file(tmp_path / "x") == hashlib.sha256(b"abc").hexdigest()
@@ -360,11 +360,11 @@ def test_hash_of_a_file_is_that_of_its_bytes(tmp_path):
         (17, "17"),
     ],
 )
-def test_text_cannot_command_a_terminal(text, shown):
+def test_control_characters_are_escaped(text, shown):
     assert printable(text) == shown and printable(text).isprintable()
 
 
-def test_text_is_cut_also_when_it_is_escaped():
+def test_escaped_text_is_truncated():
     assert printable("x" * 500) == "x" * 160 and printable("x" * 500, None) == "x" * 500
     assert printable("\x1b" * 500, 10) == "\\x1b\\x1b\\x"
 

@@ -61,8 +61,7 @@ def prepare(
             that ends last writes the manifest. Until then, the returned manifest lists the shards made so far.
     To continue an interrupted call, repeat it; with the same batch_size and device the shards are bit-identical. Repeating
     a complete call checks every sha256 and makes lost or damaged shards again.
-    Raises ValueError for a bad source, sample, autoencoder or option, for a folder begun with other options, and when the
-    folder cannot be written.
+    Raises ValueError for a bad source, sample, autoencoder or option, a folder begun with other options, a failed write.
     """
     out, dtype = Path(out), dtype or ("float32" if autoencoder == "values" else "float16")
     mine = _check(source, out, batch_size, shard_size, dtype, precision, part)

@@ -141,7 +141,7 @@ def test_stage_restarts_without_a_valid_checkpoint(tmp_path):
     toy.assert_same_run(run, toy.finished())
 
 
-def test_run_without_a_valid_checkpoint_is_refused_as_a_model(tmp_path):
+def test_loading_a_run_without_a_valid_checkpoint_is_refused(tmp_path):
     broken = toy.copy(toy.finished(), tmp_path / "broken")
     for path in (broken / "stage2" / "checkpoints").iterdir():
         (path / "ema.safetensors").unlink()
@@ -413,7 +413,7 @@ def test_paths_that_name_a_model(path, stage, step):
     assert found.source["sha256"] == sha256_file(Path(found.source["path"]))
 
 
-def test_single_weights_file_is_enough(tmp_path):
+def test_single_weights_file_can_be_loaded(tmp_path):
     file = shutil.copy(toy.checkpoint(toy.finished()) / "ema.safetensors", tmp_path / "renamed.bin")
     found = load_model(file)
     assert found.step == 8 and found.config == toy.toy()
@@ -559,7 +559,7 @@ TEACHERS = {
 
 
 @pytest.mark.parametrize("form", TEACHERS)
-def test_given_teacher_equals_the_one_that_the_run_would_train(tmp_path, capsys, form):
+def test_given_teacher_equals_the_trained_one(tmp_path, capsys, form):
     argv = ["train", "digits", f"--data={toy.digits()}", f"--out={tmp_path / 'run'}", *toy.flags()]
     assert main([*argv, f"--teacher={toy.finished() / TEACHERS[form]}"]) == 0
     assert "[1/1] stage2: 8 steps" in capsys.readouterr().out
@@ -572,7 +572,7 @@ def test_given_teacher_equals_the_one_that_the_run_would_train(tmp_path, capsys,
     assert config["stage2"]["teacher"] == str(toy.finished() / TEACHERS[form])
 
 
-def test_which_weights_are_the_teacher(tmp_path):
+def test_teacher_uses_ema_weights(tmp_path):
     file = toy.checkpoint(toy.finished(), "stage1") / "ema.safetensors"
     for name, dotted in {
         "file": {"stage2.teacher": str(file)},

@@ -50,7 +50,7 @@ def test_evaluate_passes_the_options_that_were_set(flags, settings, monkeypatch)
     )
     monkeypatch.setattr("selftrans.experiments.evaluate_samples.text", lambda report: "")
     assert main(["evaluate", "run", "--reference", "digits", "--stage", "stage1", *flags.split()]) == 0
-    own = {"samples": "run", "reference": "digits", "features": "inception", "out": None, "save_reference": None}
+    own = {"samples": "run", "reference": "digits", "features": None, "out": None, "save_reference": None}
     assert calls == [own | {"settings": settings, "weights": "ema", "stage": "stage1"}]
 
 

@@ -25,7 +25,7 @@ from tests.support.shards import SHAPE, edit, make, write_shards
 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
 @pytest.mark.parametrize("on_device", [False, True])
-def test_read_gives_what_was_written(tmp_path: Path, dtype: str, on_device: bool) -> None:
+def test_read_returns_the_written_rows(tmp_path: Path, dtype: str, on_device: bool) -> None:
     moments, labels = make(tmp_path, dtype)
     dataset = Dataset.open(tmp_path, verify=True)
     assert len(dataset) == 8 and np.array_equal(dataset.labels, labels) and dataset.labels.dtype == np.int64
@@ -43,7 +43,7 @@ def test_read_gives_what_was_written(tmp_path: Path, dtype: str, on_device: bool
     assert list(dataset.read(np.arange(2), ["labels"])) == ["labels"]
 
 
-def test_rows_are_copies_and_the_files_stay_as_they_are(tmp_path: Path) -> None:
+def test_rows_are_copies_of_the_files(tmp_path: Path) -> None:
     moments, _ = make(tmp_path)
     dataset = Dataset.open(tmp_path)
     dataset.read(np.arange(8))["moments"].zero_()
@@ -51,7 +51,7 @@ def test_rows_are_copies_and_the_files_stay_as_they_are(tmp_path: Path) -> None:
     dataset.verify()
 
 
-def test_worker_process_gets_the_path_and_not_the_numbers(tmp_path: Path) -> None:
+def test_pickled_dataset_holds_the_path_not_the_data(tmp_path: Path) -> None:
     moments, _ = make(tmp_path)
     dataset = Dataset.open(tmp_path)
     rebuild, arguments = dataset.__reduce__()
@@ -72,7 +72,7 @@ def test_manifest_properties_and_round_trip(tmp_path: Path) -> None:
     assert "1 unreadable" in summary and "x/y.jpg: cut off" in summary
 
 
-def test_data_that_are_no_pictures(tmp_path: Path) -> None:
+def test_manifest_of_data_that_are_not_pictures(tmp_path: Path) -> None:
     make(tmp_path)
     edit(tmp_path, lambda m: m.update(resolution=None, image_channels=None, autoencoder="values"))
     edit(tmp_path, lambda m: m["latent_space"].update(scale=[1, 2, 3.5, 4], shift=[0, 0, 0, 1]))
@@ -92,7 +92,7 @@ def test_data_without_classes_have_the_label_zero(tmp_path: Path) -> None:
     assert torch.equal(dataset.condition(dataset.read(np.arange(8))), torch.zeros(8, dtype=torch.int64))  # type: ignore[arg-type]
 
 
-def test_names_from_a_manifest_cannot_command_the_terminal(tmp_path: Path) -> None:
+def test_names_from_a_manifest_are_escaped_for_the_terminal(tmp_path: Path) -> None:
     make(tmp_path)
     names = ["\x1b]0;owned\x07", "two\nlines", "\ud800"]  # the last cannot be encoded at all
     edit(tmp_path, lambda m: m.update(classes=names, autoencoder="\x1b[2J"))
@@ -104,7 +104,7 @@ def test_names_from_a_manifest_cannot_command_the_terminal(tmp_path: Path) -> No
 
 @pytest.mark.parametrize("indices", [[8], [-1], [0, 1 << 40]])
 @pytest.mark.parametrize("on_device", [False, True])
-def test_indices_out_of_range(tmp_path: Path, indices: list[int], on_device: bool) -> None:
+def test_indices_out_of_range_are_refused(tmp_path: Path, indices: list[int], on_device: bool) -> None:
     make(tmp_path)
     dataset = OnDevice(Dataset.open(tmp_path), "cpu") if on_device else Dataset.open(tmp_path)
     for names in (None, ["labels"]):
@@ -112,7 +112,7 @@ def test_indices_out_of_range(tmp_path: Path, indices: list[int], on_device: boo
             dataset.read(np.array(indices), names)
 
 
-def test_no_manifest(tmp_path: Path) -> None:
+def test_missing_manifest_names_the_remedy(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"no manifest.json in .*run `selftrans prepare`"):
         Dataset.open(tmp_path)
 
@@ -180,7 +180,7 @@ LIES: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
 
 
 @pytest.mark.parametrize("lie", LIES)
-def test_lies_in_the_manifest(tmp_path: Path, lie: str) -> None:
+def test_invalid_manifest_names_the_field(tmp_path: Path, lie: str) -> None:
     make(tmp_path)
     change, message = LIES[lie]
     edit(tmp_path, change)
@@ -190,7 +190,7 @@ def test_lies_in_the_manifest(tmp_path: Path, lie: str) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "null", "[" * 100_000, '"x"', "\x00", "{}", '{"version": 1}'])
-def test_manifests_that_are_no_manifest(tmp_path: Path, text: str) -> None:
+def test_invalid_json_is_not_a_manifest(tmp_path: Path, text: str) -> None:
     make(tmp_path)
     (tmp_path / "manifest.json").write_text(text)
     with pytest.raises(ValueError, match=r"manifest.json"):
@@ -200,7 +200,7 @@ def test_manifests_that_are_no_manifest(tmp_path: Path, text: str) -> None:
         Dataset.open(tmp_path)
 
 
-def test_files_missing_short_or_changed(tmp_path: Path) -> None:
+def test_missing_truncated_and_changed_files_are_named(tmp_path: Path) -> None:
     make(tmp_path)
     file = tmp_path / "shard-00002.safetensors"
     data = file.read_bytes()

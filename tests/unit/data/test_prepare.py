@@ -35,7 +35,7 @@ def vae(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
-def test_pixels_come_back_to_the_byte(pictures: Path, tmp_path: Path, dtype: str) -> None:
+def test_pixels_are_stored_exactly(pictures: Path, tmp_path: Path, dtype: str) -> None:
     manifest = prepare(pictures, tmp_path / "out", shard_size=10, batch_size=4, dtype=dtype, flip=True, progress=False)
     assert (manifest.count, manifest.shape, manifest.copies, manifest.resolution) == (23, (3, 8, 8), 2, 8)
     assert [shard.count for shard in manifest.shards] == [10, 10, 3] and manifest.classes == ("cat", "wild dog")
@@ -52,7 +52,7 @@ def test_pixels_come_back_to_the_byte(pictures: Path, tmp_path: Path, dtype: str
     assert labels.tolist() == source.labels.tolist()
 
 
-def test_vae_moments_are_stored_and_sampled_at_each_visit(pictures: Path, tmp_path: Path, vae: str) -> None:
+def test_vae_moments_are_stored_and_sampled_at_each_read(pictures: Path, tmp_path: Path, vae: str) -> None:
     from diffusers import AutoencoderKL
 
     options = {"autoencoder": vae, "flip": True, "dtype": "float32", "batch_size": 8, "progress": False}
@@ -92,7 +92,7 @@ def test_interrupted_and_continued_equals_uninterrupted(
     assert contents(out) == contents(tmp_path / "complete")
 
 
-def test_killed_between_writes(pictures: Path, tmp_path: Path) -> None:
+def test_prepare_killed_between_writes_continues(pictures: Path, tmp_path: Path) -> None:
     """A process that dies at a rename: the next call ends in the same bytes."""
     prepare(pictures, tmp_path / "complete", shard_size=12, progress=False)
     script = (
@@ -170,7 +170,7 @@ def test_folder_of_version_one_is_refused_with_the_remedy(pictures: Path, tmp_pa
         assert "\n" not in str(caught.value)
 
 
-def test_a_changed_picture_is_noticed(pictures: Path, tmp_path: Path) -> None:
+def test_changed_picture_is_detected(pictures: Path, tmp_path: Path) -> None:
     prepare(pictures, tmp_path / "out", progress=False)
     (pictures / "cat" / "new.png").write_bytes((pictures / "cat" / "01.png").read_bytes())
     with pytest.raises(ValueError, match="from other pictures"):
@@ -207,7 +207,7 @@ def test_digits_are_made_once(tmp_path: Path) -> None:
     assert np.array_equal(np.rint((moments[:, 0, 0].float().numpy() + 1) * 8), data.images)
 
 
-def test_real_photographs(cifar10_zip: Path, tmp_path: Path) -> None:
+def test_first_shard_of_cifar10_zip(cifar10_zip: Path, tmp_path: Path) -> None:
     """The first shard of CIFAR-10's zip: 8192 of 50,000 pictures, in order, then stopped."""
     with stopped_after(8192):
         prepare(cifar10_zip, tmp_path / "out", resolution=32, batch_size=512, progress=False)
@@ -223,6 +223,6 @@ def test_real_photographs(cifar10_zip: Path, tmp_path: Path) -> None:
             assert np.abs((moments[row].transpose(1, 2, 0).astype(np.float64) + 1) * 127.5 - pixels).max() < 0.1
 
 
-def test_built_in_digits_are_read_even_where_a_folder_has_that_name(tmp_path: Path, monkeypatch) -> None:
+def test_built_in_digits_take_precedence_over_a_folder_of_that_name(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert prepare("digits", "digits/data", progress=False).count == 1797

@@ -95,7 +95,7 @@ def test_rows_in_any_order_are_copies(complete: Path, on_device: bool) -> None:
         dataset.read(np.array([23]), ["features"])
 
 
-def test_adding_features_changes_only_what_the_manifest_says_of_them(pictures: Path, out: Path, encoder: str) -> None:
+def test_adding_features_changes_only_the_features_field(pictures: Path, out: Path, encoder: str) -> None:
     before = {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in out.iterdir()}
     manifest, moments = Manifest.load(out), Dataset.open(out).read(np.arange(23))["moments"]
     found = prepare_features(pictures, out, encoder, **MORE)
@@ -155,7 +155,7 @@ def test_interrupted_and_continued_equals_uninterrupted(
     assert contents(out) == contents(complete)
 
 
-def test_shared_by_parts(pictures: Path, complete: Path, tmp_path: Path, encoder: str) -> None:
+def test_parts_share_the_work(pictures: Path, complete: Path, tmp_path: Path, encoder: str) -> None:
     """Each part makes its moments, then its features; the one that ends last lists them in the manifest."""
     out, made = tmp_path / "parts", []
     for part in ("2/3", "1/3", "3/3"):
@@ -165,7 +165,7 @@ def test_shared_by_parts(pictures: Path, complete: Path, tmp_path: Path, encoder
     assert contents(out) == contents(complete)
 
 
-def test_a_part_waits_for_its_moments(pictures: Path, tmp_path: Path, encoder: str) -> None:
+def test_features_of_unfinished_moments_are_refused(pictures: Path, tmp_path: Path, encoder: str) -> None:
     prepare(pictures, tmp_path / "out", part="1/2", **OPTIONS)
     with pytest.raises(ValueError, match=r"shard 1 of .* is not finished; repeat its `selftrans prepare`"):
         prepare_features(pictures, tmp_path / "out", encoder, part="2/2", **MORE)
@@ -173,7 +173,7 @@ def test_a_part_waits_for_its_moments(pictures: Path, tmp_path: Path, encoder: s
         prepare_features(pictures, tmp_path / "nowhere", encoder, **MORE)
 
 
-def test_a_lost_or_cut_file_is_made_again_alone(
+def test_lost_or_truncated_file_is_made_again_alone(
     pictures: Path, complete: Path, encoder: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = contents(complete)
@@ -187,7 +187,7 @@ def test_a_lost_or_cut_file_is_made_again_alone(
     assert contents(complete) == before
 
 
-def test_damage_is_found_and_named(complete: Path) -> None:
+def test_damaged_features_are_named(complete: Path) -> None:
     path = complete / NAMES[3]
     data = bytearray(path.read_bytes())
     data[-100] ^= 1
@@ -224,7 +224,7 @@ LIES: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
 
 
 @pytest.mark.parametrize("lie", LIES)
-def test_lies_about_features_are_refused_by_name(complete: Path, lie: str) -> None:
+def test_invalid_features_name_the_field(complete: Path, lie: str) -> None:
     change, message = LIES[lie]
     edit(complete, lambda manifest: change(manifest["features"]))
     with pytest.raises(ValueError, match=message) as caught:
@@ -247,7 +247,7 @@ def test_damaged_record_is_made_again(
     assert contents(out) == contents(complete)
 
 
-def test_deleted_features_give_way_to_others(pictures: Path, complete: Path, tmp_path: Path) -> None:
+def test_other_features_after_deleting_the_old_ones(pictures: Path, complete: Path, tmp_path: Path) -> None:
     """As the error message of the test below advises."""
     for path in complete.glob("features-*"):
         path.unlink()
@@ -256,7 +256,7 @@ def test_deleted_features_give_way_to_others(pictures: Path, complete: Path, tmp
     assert rows(complete).shape == (23, 1, 16, 16)
 
 
-def test_other_features_are_refused_by_what_differs(
+def test_other_features_are_refused_naming_the_difference(
     pictures: Path, complete: Path, encoder: str, tmp_path: Path
 ) -> None:
     before = contents(complete)
@@ -274,7 +274,9 @@ def test_other_features_are_refused_by_what_differs(
     assert contents(complete) == before
 
 
-def test_changed_weights_do_not_mix(pictures: Path, out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_features_of_changed_weights_are_not_mixed(
+    pictures: Path, out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = save_encoder(tmp_path / "encoder")
     with monkeypatch.context() as patch:
         stop_after(patch, 5)
@@ -285,7 +287,7 @@ def test_changed_weights_do_not_mix(pictures: Path, out: Path, tmp_path: Path, m
         prepare_features(pictures, out, folder, **MORE)
 
 
-def test_bad_pictures_have_no_features(pictures: Path, tmp_path: Path, encoder: str) -> None:
+def test_skipped_pictures_have_no_features(pictures: Path, tmp_path: Path, encoder: str) -> None:
     write(pictures, {"cat/04 torn.jpg": encoded(noise(64), "JPEG")[:500]})
     prepare(pictures, tmp_path / "out", skip_bad=True, resolution=8, **OPTIONS)
     prepare_features(pictures, tmp_path / "out", encoder, **MORE)
@@ -299,14 +301,14 @@ def test_bad_pictures_have_no_features(pictures: Path, tmp_path: Path, encoder: 
     torch.testing.assert_close(stored[:, 0].float(), model.encode(shown), rtol=2e-3, atol=2e-3)
 
 
-def test_a_picture_spoilt_since_stops_with_its_name(pictures: Path, out: Path, encoder: str) -> None:
+def test_picture_damaged_after_prepare_is_named(pictures: Path, out: Path, encoder: str) -> None:
     path = pictures / "cat" / "01.png"
     path.write_bytes(b"x" * path.stat().st_size)  # of the same size, so the fingerprint is the same
     with pytest.raises(ValueError, match=r"cat/01.png was readable when its moments were made: .*; restore it"):
         prepare_features(pictures, out, encoder, **MORE)
 
 
-def test_features_too_large_for_half_precision(pictures: Path, out: Path, tmp_path: Path) -> None:
+def test_features_too_large_for_half_precision_are_refused(pictures: Path, out: Path, tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 
     folder = save_encoder(tmp_path / "encoder")
@@ -317,7 +319,7 @@ def test_features_too_large_for_half_precision(pictures: Path, out: Path, tmp_pa
         prepare_features(pictures, out, folder, **MORE)
 
 
-def test_beside_the_moments_of_a_vae(pictures: Path, tmp_path: Path, encoder: str) -> None:
+def test_features_with_vae_latents(pictures: Path, tmp_path: Path, encoder: str) -> None:
     """The grid is that of a student of patch 2 on the latents: 4x4 latents, 2 x 2 tokens."""
     vae = save_vae(tmp_path / "vae")
     prepare(pictures, tmp_path / "out", autoencoder=vae, flip=True, **OPTIONS)

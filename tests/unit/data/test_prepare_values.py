@@ -27,7 +27,7 @@ def save(path: Path, *shape: int, count: int = 13, **arrays: np.ndarray) -> np.n
 
 
 @pytest.mark.parametrize("shape", [(2, 40), (1, 6, 7), (3, 2, 4, 5)])
-def test_values_come_back_to_the_bit(tmp_path: Path, shape: tuple[int, ...]) -> None:
+def test_values_are_stored_exactly(tmp_path: Path, shape: tuple[int, ...]) -> None:
     labels = np.arange(13) % 3
     data = save(tmp_path / "x.npz", *shape, labels=labels, classes=np.array(["a", "b", "c"]))
     manifest = prepare(tmp_path / "x.npz", tmp_path / "out", **OPTIONS)
@@ -88,7 +88,7 @@ def test_samples_that_are_not_finite_stop_or_are_skipped(tmp_path: Path) -> None
     assert np.array_equal(read[:, 0].numpy(), np.delete(data, 6, axis=0))
 
 
-def test_half_precision_on_request_and_its_range(tmp_path: Path) -> None:
+def test_half_precision_is_optional_and_checks_its_range(tmp_path: Path) -> None:
     data = save(tmp_path / "x.npz", 2, 40)
     prepare(tmp_path / "x.npz", tmp_path / "half", dtype="float16", **OPTIONS)
     read = Dataset.open(tmp_path / "half").read(np.arange(13))["moments"]
@@ -108,7 +108,7 @@ def test_half_precision_on_request_and_its_range(tmp_path: Path) -> None:
         (["--features", "owner/vit"], "--features is for pictures; leave it out"),
     ],
 )
-def test_options_of_pictures_are_refused_in_one_line(
+def test_options_for_pictures_are_refused_in_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: list[str], message: str
 ) -> None:
     save(tmp_path / "x.npz", 2, 40)
@@ -139,7 +139,7 @@ def test_ignored_options_warn(tmp_path: Path) -> None:
         prepare(tmp_path / "x.npz", tmp_path / "b", label_column="x", **OPTIONS)
 
 
-def test_pictures_and_other_sources_are_not_values(tmp_path: Path) -> None:
+def test_values_refuse_pictures_and_other_sources(tmp_path: Path) -> None:
     np.savez(tmp_path / "x.npz", np.zeros((4, 8, 8, 3), np.uint8))
     with pytest.raises(ValueError, match="holds no array `data`"):
         prepare(tmp_path / "x.npz", tmp_path / "out", **OPTIONS)

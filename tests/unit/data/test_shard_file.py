@@ -35,7 +35,7 @@ def write(path: Path, rows: dict[str, np.ndarray], most: int, batch: int = 3) ->
 
 @pytest.mark.parametrize("count", [0, 1, 7, 10])
 @pytest.mark.parametrize("missing", [0, 1, 5])
-def test_written_rows_are_what_safetensors_reads(tmp_path: Path, count: int, missing: int) -> None:
+def test_safetensors_reads_the_written_rows(tmp_path: Path, count: int, missing: int) -> None:
     """Also where fewer rows come than were announced, as when unreadable pictures are skipped."""
     rows, path = tensors(count), tmp_path / "x.safetensors"
     write(path, rows, count + missing)
@@ -55,19 +55,19 @@ def test_compaction_of_more_than_one_chunk(tmp_path: Path, monkeypatch: pytest.M
     assert all(np.array_equal(load_file(path)[name], rows[name]) for name in rows)
 
 
-def test_files_of_safetensors_itself_are_read(tmp_path: Path) -> None:
+def test_files_written_by_safetensors_are_read(tmp_path: Path) -> None:
     rows, path = tensors(4), tmp_path / "x.safetensors"
     save_file(rows, path, metadata={"any": "text"})
     assert all(np.array_equal(each, rows[name]) for name, each in open_tensors(path, LAYOUT, 4).items())
 
 
-def test_views_cannot_be_written(tmp_path: Path) -> None:
+def test_mapped_tensors_are_read_only(tmp_path: Path) -> None:
     write(tmp_path / "x.safetensors", tensors(4), 4)
     with pytest.raises(ValueError, match="read-only"):
         open_tensors(tmp_path / "x.safetensors", LAYOUT, 4)["labels"][0] = 1
 
 
-def test_after_an_error_the_old_file_is_still_there(tmp_path: Path) -> None:
+def test_error_keeps_the_old_file(tmp_path: Path) -> None:
     path = tmp_path / "x.safetensors"
     write(path, tensors(4), 4)
     before = path.read_bytes()
@@ -76,7 +76,7 @@ def test_after_an_error_the_old_file_is_still_there(tmp_path: Path) -> None:
     assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["x.safetensors"]
 
 
-def test_links_are_replaced_and_not_followed(tmp_path: Path) -> None:
+def test_symlinks_are_replaced_not_followed(tmp_path: Path) -> None:
     (tmp_path / "mine").write_text("mine")
     (tmp_path / "x.safetensors").symlink_to(tmp_path / "mine")
     write(tmp_path / "x.safetensors", tensors(2), 2)
@@ -124,7 +124,7 @@ HOSTILE: dict[str, Callable[[bytes], bytes]] = {
 
 
 @pytest.mark.parametrize("fault", HOSTILE)
-def test_hostile_files_are_refused_in_one_line(tmp_path: Path, fault: str) -> None:
+def test_invalid_shard_files_are_refused_in_one_line(tmp_path: Path, fault: str) -> None:
     path = tmp_path / "x.safetensors"
     path.write_bytes(HOSTILE[fault](save(tensors(4))))
     with pytest.raises(ValueError, match=r"x.safetensors cannot be used \(.+\); repeat the `selftrans") as caught:
@@ -133,7 +133,7 @@ def test_hostile_files_are_refused_in_one_line(tmp_path: Path, fault: str) -> No
     assert not is_valid(path, LAYOUT, 4)
 
 
-def test_numbers_that_are_not_aligned_are_read_as_they_are(tmp_path: Path) -> None:
+def test_unaligned_tensors_are_read(tmp_path: Path) -> None:
     data = save(tensors(4))
     size = int.from_bytes(data[:8], "little")
     path = tmp_path / "x.safetensors"
@@ -148,7 +148,7 @@ def test_additional_tensors_are_refused(tmp_path: Path) -> None:
         open_tensors(path, LAYOUT, 4)
 
 
-def test_missing_files_and_pipes(tmp_path: Path) -> None:
+def test_missing_files_and_pipes_are_refused(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")  # opening it would wait forever
     for name in ("pipe", "absent", "."):
         with pytest.raises(ValueError, match="is missing; repeat the `selftrans prepare`"):

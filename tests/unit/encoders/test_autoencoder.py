@@ -78,7 +78,7 @@ def test_pixel_autoencoder_is_the_identity(channels: int) -> None:
 
 
 @pytest.mark.parametrize("shape", [(2, 5, 64), (2, 1, 8, 8), (2, 2, 3, 4, 5)])
-def test_values_are_the_identity_without_clamping(shape: tuple[int, ...]) -> None:
+def test_values_autoencoder_is_the_identity_without_clamping(shape: tuple[int, ...]) -> None:
     autoencoder, x = load_autoencoder("values"), torch.randn(shape) * 100
     assert not autoencoder.pictures and autoencoder.channels == 0
     moments = autoencoder.encode(x)
@@ -141,7 +141,7 @@ def test_latent_space_per_channel_against_loops(spatial: tuple[int, ...], stocha
     assert space == LatentSpace(shift, scale, stochastic) and hash(space) == hash(LatentSpace(shift, scale, stochastic))
 
 
-def test_latent_space_of_equal_channels_is_that_of_one_number_bit_for_bit() -> None:
+def test_equal_scales_per_channel_are_bit_identical_to_one_scale() -> None:
     moments = torch.randn(5, 8, 6, 6)
     one, each = LatentSpace(0.25, 0.18215, True), LatentSpace((0.25,) * 4, (0.18215,) * 4, True)
     torch.manual_seed(1)
@@ -150,7 +150,7 @@ def test_latent_space_of_equal_channels_is_that_of_one_number_bit_for_bit() -> N
     assert torch.equal(first, each.sample(moments)) and torch.equal(one.unscale(first), each.unscale(first))
 
 
-def test_kl_decode_undoes_scale_and_shift(kl: tuple[Path, AutoencoderKL], pixels: torch.Tensor) -> None:
+def test_kl_decode_inverts_scale_and_shift(kl: tuple[Path, AutoencoderKL], pixels: torch.Tensor) -> None:
     folder, model = kl
     latents = torch.randn(2, 4, 4, 4)
     with torch.no_grad():
@@ -176,7 +176,7 @@ def test_tiny_is_deterministic_and_agrees_with_diffusers(tmp_path: Path, pixels:
     torch.testing.assert_close(autoencoder.decode(z0), back, atol=1e-5, rtol=1e-4)
 
 
-def test_reduced_precision_gives_float32_moments_near_the_full(kl: tuple[Path, AutoencoderKL]) -> None:
+def test_reduced_precision_moments_are_float32_and_close(kl: tuple[Path, AutoencoderKL]) -> None:
     pixels = torch.rand(1, 3, 16, 16) * 2 - 1
     full, reduced = (load_autoencoder(str(kl[0]), dtype=d).encode(pixels) for d in (torch.float32, torch.bfloat16))
     assert reduced.mean.dtype == torch.float32
@@ -191,7 +191,7 @@ def test_grey_pixels_are_repeated_for_a_colour_autoencoder(kl: tuple[Path, Autoe
 
 @pytest.mark.filterwarnings("ignore:.*local_dir_use_symlinks")  # of diffusers itself
 @pytest.mark.parametrize("subfolder", ["", "vae"])
-def test_hub_ids_and_their_folders_load_through_the_hub_cache(subfolder: str) -> None:
+def test_hub_ids_with_and_without_subfolder_load_from_the_cache(subfolder: str) -> None:
     repository = Path(HF_HUB_CACHE) / f"models--owner--name{subfolder}"
     commit = "0123456789abcdef0123456789abcdef01234567"
     (repository / "refs").mkdir(parents=True, exist_ok=True)
@@ -203,7 +203,7 @@ def test_hub_ids_and_their_folders_load_through_the_hub_cache(subfolder: str) ->
 
 
 @pytest.mark.parametrize("side", [18, 15])
-def test_sizes_that_do_not_divide_are_refused(kl: tuple[Path, AutoencoderKL], side: int) -> None:
+def test_sizes_not_divisible_by_the_downsampling_are_refused(kl: tuple[Path, AutoencoderKL], side: int) -> None:
     with pytest.raises(ValueError, match="multiple of 4"):
         load_autoencoder(str(kl[0])).encode(torch.zeros(1, 3, side, side))
 
@@ -227,7 +227,7 @@ def test_unsupported_configs_are_refused(tmp_path: Path, config: str) -> None:
         load_autoencoder(str(tmp_path))
 
 
-def test_code_beside_an_autoencoder_is_not_run(tmp_path: Path) -> None:
+def test_code_in_an_autoencoder_folder_is_not_run(tmp_path: Path) -> None:
     save_kl(tmp_path / "vae")
     config = json.loads((tmp_path / "vae" / "config.json").read_text())
     config |= {"auto_map": {"AutoModel": "evil.Model"}, "_module": "evil", "_custom_pipeline": "evil"}
@@ -245,7 +245,7 @@ def test_only_safetensors_are_read(tmp_path: Path) -> None:
         load_autoencoder(str(tmp_path))
 
 
-def test_weights_that_are_cut_off_or_do_not_fit_are_refused(tmp_path: Path) -> None:
+def test_truncated_or_mismatched_weights_are_refused(tmp_path: Path) -> None:
     save_kl(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     # without its quant_conv the file holds weights that the model has no place for

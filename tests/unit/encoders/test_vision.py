@@ -50,7 +50,7 @@ def test_features_are_those_of_transformers(tmp_path: Path, family: str, grid: i
 
 
 @pytest.mark.filterwarnings("ignore:encoder .* has no usable")
-def test_published_size(tmp_path: Path) -> None:
+def test_grid_16_uses_pictures_of_224(tmp_path: Path) -> None:
     """A 16 x 16 grid of patches of 14 pixels is a picture of 224, whatever size the model was made for."""
     config = transformers.Dinov2Config(**SIZES, image_size=518, patch_size=14)
     transformers.Dinov2Model(config).save_pretrained(tmp_path)
@@ -69,9 +69,7 @@ def test_pictures_are_resized_as_pil_does(tmp_path: Path, side: int) -> None:
     assert (encoder.encode(plain) - expected).norm() / expected.norm() > 0.05, "the comparison can fail"
 
 
-def test_a_model_of_one_size_keeps_it_and_its_features_are_resized(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_features_of_a_fixed_size_model_are_resized(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The features of a linear ramp across the picture, resized, are still a ramp."""
     folder = save_encoder(tmp_path / "model")
     forward = transformers.Dinov2Model.forward
@@ -92,13 +90,13 @@ def test_a_model_of_one_size_keeps_it_and_its_features_are_resized(
     torch.testing.assert_close(found, torch.tensor([0, 0.25, 0.75, 1.25, 1.75, 2.25, 2.75, 3]).expand(8, 8))
 
 
-def test_grey_pictures_become_colour(tmp_path: Path) -> None:
+def test_grey_pictures_are_expanded_to_rgb(tmp_path: Path) -> None:
     encoder = load_encoder(save_encoder(tmp_path), 4)
     grey = pixels(images(28, channels=1))
     torch.testing.assert_close(encoder.encode(grey), encoder.encode(grey.expand(-1, 3, -1, -1)), rtol=0, atol=0)
 
 
-def test_without_a_processor_imagenets_numbers_are_used_and_said(tmp_path: Path) -> None:
+def test_missing_processor_uses_imagenet_normalisation_with_a_warning(tmp_path: Path) -> None:
     folder = save_encoder(tmp_path, processor=False)
     with pytest.warns(UserWarning, match="no usable preprocessor_config.json"):
         encoder = load_encoder(folder, 4)
@@ -110,7 +108,7 @@ def test_without_a_processor_imagenets_numbers_are_used_and_said(tmp_path: Path)
     torch.testing.assert_close(encoder.encode(pixels(images(28))), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_it_is_frozen_reduced_and_identified(tmp_path: Path) -> None:
+def test_encoder_is_frozen_cast_and_hashed(tmp_path: Path) -> None:
     folder = save_encoder(tmp_path / "a")
     encoder, half = load_encoder(folder, 4), load_encoder(folder, 4, dtype=torch.bfloat16)
     shown = pixels(images(28)).requires_grad_()
@@ -172,7 +170,7 @@ def remote_code(folder: Path) -> None:
     ],
 )
 @pytest.mark.filterwarnings("ignore:encoder .* has no usable")
-def test_what_is_no_encoder_is_refused_in_one_line(tmp_path: Path, make, said: str) -> None:
+def test_invalid_encoder_is_refused_in_one_line(tmp_path: Path, make, said: str) -> None:
     make(tmp_path / "model")
     with pytest.raises(ValueError, match=said) as caught:
         load_encoder(str(tmp_path / "model"), 4)
@@ -181,7 +179,7 @@ def test_what_is_no_encoder_is_refused_in_one_line(tmp_path: Path, make, said: s
 
 
 @pytest.mark.parametrize("file", ["config.json", "preprocessor_config.json"])
-def test_code_beside_a_sound_model_is_not_run(tmp_path: Path, file: str) -> None:
+def test_code_in_an_encoder_folder_is_not_run(tmp_path: Path, file: str) -> None:
     folder = Path(save_encoder(tmp_path / "model"))
     settings = json.loads((folder / file).read_text())
     wanted = {"AutoConfig": "evil.Config", "AutoModel": "evil.Model", "AutoImageProcessor": "evil.Processor"}
@@ -197,6 +195,6 @@ def test_code_beside_a_sound_model_is_not_run(tmp_path: Path, file: str) -> None
     assert (tmp_path / "ran").exists()  # the trap is real
 
 
-def test_an_unknown_hub_id_says_what_is_wanted() -> None:
+def test_unknown_hub_id_names_the_remedy() -> None:
     with pytest.raises(ValueError, match=r"encoder 'facebook/no-such-model' cannot be loaded .*hub id or folder"):
         load_encoder("facebook/no-such-model", 4)

@@ -80,7 +80,7 @@ def test_cache_of_another_seed_is_refused(trained: Path) -> None:
         digits_classifier(trained, seed=3)
 
 
-def test_training_is_repeatable_and_leaves_global_state_alone() -> None:
+def test_training_is_repeatable_and_keeps_global_state() -> None:
     images, labels = blobs()
     torch.manual_seed(5)
     expected = torch.rand(3)
@@ -95,7 +95,7 @@ def test_training_is_repeatable_and_leaves_global_state_alone() -> None:
     assert weights_sha256(other) != weights_sha256(runs[0])
 
 
-def test_separable_images_are_learnt_inside_no_grad() -> None:
+def test_separable_images_are_learnt_under_no_grad() -> None:
     images, labels = blobs(200)
     with torch.no_grad():
         model = train_classifier(images, labels, 2, epochs=6, batch_size=8, width=8, dim=16, threads=1)
@@ -154,14 +154,14 @@ def test_saving_and_loading_keeps_everything(tmp_path: Path) -> None:
         (lambda h, t: t["head.bias"].fill_(float("nan")), "not finite in head.bias"),
     ],
 )
-def test_a_damaged_or_foreign_file_is_refused(tmp_path: Path, change, said: str) -> None:
+def test_damaged_or_other_file_is_refused(tmp_path: Path, change, said: str) -> None:
     path = rewrite(tiny(tmp_path / "c.safetensors"), change)
     with pytest.raises(ValueError, match=said) as caught:
         SmallClassifier.load(path)
     assert "\n" not in str(caught.value)
 
 
-def test_a_truncated_or_missing_file_is_refused(tmp_path: Path) -> None:
+def test_truncated_or_missing_file_is_refused(tmp_path: Path) -> None:
     path = tiny(tmp_path / "c.safetensors")
     path.write_bytes(path.read_bytes()[:-50])
     with pytest.raises(ValueError, match="not a readable safetensors file"):
@@ -173,7 +173,7 @@ def test_a_truncated_or_missing_file_is_refused(tmp_path: Path) -> None:
         SmallClassifier.load(tmp_path / "absent.safetensors")
 
 
-def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch) -> None:
+def test_failed_write_keeps_the_old_file(tmp_path: Path, monkeypatch) -> None:
     path = tiny(tmp_path / "c.safetensors")
     before = path.read_bytes()
 
@@ -196,12 +196,12 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch) -> None
         (np.zeros((1, 6, 6, 3), np.uint8), [0], "at least two of each"),
     ],
 )
-def test_unfit_data_is_refused(images: np.ndarray, labels: list[int], said: str) -> None:
+def test_invalid_data_are_refused(images: np.ndarray, labels: list[int], said: str) -> None:
     with pytest.raises(ValueError, match=said):
         train_classifier(images, np.array(labels), 2)
 
 
-def test_extractor_of_the_digits_by_name_and_by_file(trained: Path) -> None:
+def test_digits_extractor_by_name_and_by_file(trained: Path) -> None:
     named, filed = load_extractor("digits", weights=trained), load_extractor(trained)
     assert named.name == filed.name == "digits classifier" and named.sha256 == filed.sha256 and named.dim == 64
     images, labels = digits()
@@ -227,12 +227,12 @@ def test_images_of_another_size_are_refused(trained: Path) -> None:
         ("absent.safetensors", "no classifier file"),
     ],
 )
-def test_unknown_features_name_the_remedy(name: str, said: str) -> None:
+def test_unknown_features_suggest_a_remedy(name: str, said: str) -> None:
     with pytest.raises(ValueError, match=said):
         load_extractor(name)
 
 
-def test_weights_given_with_a_file_are_refused(trained: Path) -> None:
+def test_weights_with_a_file_as_name_are_refused(trained: Path) -> None:
     with pytest.raises(ValueError, match="belong to a named extractor"):
         load_extractor(trained, weights=trained)
 
@@ -268,7 +268,7 @@ def inception(monkeypatch, tmp_path: Path) -> Path:
     return weights
 
 
-def test_inception_through_torch_fidelity(inception: Path) -> None:
+def test_inception_features_of_torch_fidelity(inception: Path) -> None:
     extractor = load_extractor("inception", weights=inception)
     assert (extractor.name, extractor.dim) == ("inception", 2048) and extractor.sha256 == features.INCEPTION_SHA256
     images = np.zeros((2, 4, 4, 3), np.uint8)
@@ -292,7 +292,7 @@ def test_inception_uses_the_hub_cache(inception: Path, tmp_path: Path) -> None:
     assert load_extractor("inception").module.path == str(cached)  # type: ignore[attr-defined]
 
 
-def test_inception_without_weights_says_how_to_supply_them(inception: Path, monkeypatch) -> None:
+def test_inception_without_weights_names_the_remedy(inception: Path, monkeypatch) -> None:
     def offline(*args: object, **kwargs: object) -> None:
         raise OSError("no network")
 
@@ -304,14 +304,14 @@ def test_inception_without_weights_says_how_to_supply_them(inception: Path, monk
         load_extractor("inception", weights="absent.pth")
 
 
-def test_other_weights_are_no_inception_and_are_not_opened(inception: Path) -> None:
+def test_other_weights_than_inceptions_are_refused_unopened(inception: Path) -> None:
     inception.write_bytes(b"other weights, or a pickle that runs code")
     with pytest.raises(ValueError, match="is not the published inception"):
         load_extractor("inception", weights=inception)
 
 
 @pytest.mark.parametrize("error", [ImportError("No module named 'torch_fidelity'"), RuntimeError("torchvision::nms")])
-def test_inception_without_the_package_says_what_to_install(monkeypatch, error: Exception) -> None:
+def test_inception_without_torch_fidelity_names_the_package(monkeypatch, error: Exception) -> None:
     class Broken:
         def find_spec(self, name: str, *_: object) -> None:
             if name.split(".")[0] == "torch_fidelity":
@@ -329,7 +329,7 @@ def test_inception_without_the_package_says_what_to_install(monkeypatch, error: 
 
 
 @pytest.mark.parametrize("shape", [(2, 5), (1, 3, 4), (2, 2, 2, 2)])
-def test_values_are_the_numbers_themselves(shape: tuple[int, ...]) -> None:
+def test_values_extractor_returns_the_flattened_values(shape: tuple[int, ...]) -> None:
     extractor = load_extractor("values", shape=shape)
     arrays = np.random.default_rng(0).normal(size=(4, *shape)).astype(np.float32)
     features = extractor(arrays)["features"]
@@ -339,7 +339,7 @@ def test_values_are_the_numbers_themselves(shape: tuple[int, ...]) -> None:
     assert extractor.name == "values" and extractor.sha256 == hashlib.sha256(text.encode()).hexdigest()
 
 
-def test_values_of_unfit_shapes_are_refused() -> None:
+def test_values_extractor_refuses_unsupported_shapes() -> None:
     assert load_extractor("values", shape=(4, 1024)).dim == 4096
     with pytest.raises(ValueError, match=r"images of 1x4097 are 4,097 values.*at most 4,096"):
         load_extractor("values", shape=(1, 4097))
@@ -347,5 +347,5 @@ def test_values_of_unfit_shapes_are_refused() -> None:
         load_extractor("values", shape=(3, 2))(np.zeros((1, 2, 3), np.float32))
     with pytest.raises(ValueError, match="no weights"):
         load_extractor("values", weights="x.pth", shape=(1, 2))
-    with pytest.raises(ValueError, match="shape of an image"):
+    with pytest.raises(ValueError, match="need the shape of an image"):
         load_extractor("values")

@@ -37,7 +37,7 @@ def golden() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return a, b, rng.normal(size=(300, 7)).astype(np.float32) * 2
 
 
-def test_numbers_of_torch_fidelity() -> None:
+def test_metrics_equal_torch_fidelity() -> None:
     a, b, logits = golden()
     assert frechet_distance(described(a.astype(float)), described(b.astype(float))) == pytest.approx(
         5.429343613138542, rel=1e-6
@@ -50,7 +50,7 @@ def test_numbers_of_torch_fidelity() -> None:
 
 
 @pytest.mark.parametrize("dim", [2, 16, 64])
-def test_frechet_distance_is_scipys(dim: int) -> None:
+def test_frechet_distance_equals_scipy(dim: int) -> None:
     rng = np.random.default_rng(dim)
     a, b = rng.normal(size=(500, dim)), rng.normal(size=(400, dim)) @ rng.normal(size=(dim, dim)) + 1
     one, two = described(a), described(b)
@@ -93,7 +93,7 @@ def test_enough_images_and_constant_features_do_not_warn() -> None:
         assert frechet_distance(described(x), described(x + np.array([0, 0, 2, 0]))) == pytest.approx(4, rel=1e-9)
 
 
-def test_lengths_must_agree() -> None:
+def test_different_feature_lengths_are_refused() -> None:
     with pytest.raises(ValueError, match="lengths 3 and 4"):
         frechet_distance(Moments(np.zeros(3), np.eye(3)), Moments(np.zeros(4), np.eye(4)))
     for metric in (kernel_distance, precision_recall):
@@ -101,7 +101,7 @@ def test_lengths_must_agree() -> None:
             metric(np.zeros((5, 3)), np.zeros((5, 4)))
 
 
-def test_kernel_distance_is_the_direct_double_sum() -> None:
+def test_kernel_distance_equals_the_direct_double_sum() -> None:
     rng = np.random.default_rng(1)
     x, y = rng.normal(size=(6, 3)), rng.normal(size=(6, 3)) + 0.5
 
@@ -225,10 +225,10 @@ def test_report_is_flat_json_with_exact_names() -> None:
     assert evaluate(samples[:7], reference, Colours(), metrics=["score"])["is_splits"] == 7
 
 
-def test_only_the_published_inception_is_called_fid() -> None:
+def test_fid_requires_the_published_inception() -> None:
     assert "fid" not in evaluate(pictures(0), pictures(1), Colours(name="inception"))
     inception = Colours(name="inception", sha256=INCEPTION_SHA256, spatial=True)
-    with pytest.warns(UserWarning, match="labels are not used: inception's classes"):
+    with pytest.warns(UserWarning, match="labels are not used: inception has other classes"):
         report = evaluate(pictures(0), pictures(1), inception, labels=[0] * 90)
     assert report["metric"] == "fid" and report["label"] == "FID"
     assert {"fid", "sfid", "kid", "kid_std", "inception_score", "precision", "recall"} < report.keys()
@@ -236,7 +236,7 @@ def test_only_the_published_inception_is_called_fid() -> None:
     assert "no accuracy" in report["note"]
 
 
-def test_unmeasurable_numbers_are_absent_and_explained() -> None:
+def test_unavailable_metrics_are_absent_and_explained() -> None:
     whole = Statistics.of(pictures(1), Colours())
     bare = Statistics(whole.mean, whole.cov, source="adm.npz")
     report = evaluate(pictures(0), bare, Colours(head=False))
@@ -250,7 +250,7 @@ def test_unmeasurable_numbers_are_absent_and_explained() -> None:
         evaluate(pictures(0), whole, Colours(head=False), labels=[0] * 90)
 
 
-def test_only_the_metrics_asked_for_are_computed(monkeypatch) -> None:
+def test_only_requested_metrics_are_computed(monkeypatch) -> None:
     monkeypatch.setattr(metrics, "kernel_distance", None)
     monkeypatch.setattr(metrics, "precision_recall", None)
     report = evaluate(pictures(0), pictures(1), Colours(), labels=[0] * 90, metrics=("frechet", "accuracy"))
@@ -259,7 +259,7 @@ def test_only_the_metrics_asked_for_are_computed(monkeypatch) -> None:
         evaluate(pictures(0), pictures(1), Colours(), metrics=["fid"])
 
 
-def test_a_reference_of_another_extractor_is_refused_before_any_image_is_made() -> None:
+def test_reference_of_another_extractor_is_refused_before_sampling() -> None:
     reference = Statistics.of(pictures(1), Colours(name="other", sha256="d" * 64), source="ref")
 
     def sampler():
@@ -273,7 +273,7 @@ def test_a_reference_of_another_extractor_is_refused_before_any_image_is_made() 
         evaluate(sampler(), foreign, Colours())
 
 
-def test_labels_may_fill_while_the_samples_stream() -> None:
+def test_labels_may_be_appended_while_samples_stream() -> None:
     labels: list[int] = []
 
     def sampler():

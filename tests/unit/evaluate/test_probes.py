@@ -43,7 +43,7 @@ def collected(**changes) -> dict[int, Tensor]:
     return probes.collect(arguments.pop("backbone", Stub()), z0, torch.arange(10), **arguments)
 
 
-def test_collect_serves_the_taps_in_eval_mode_and_restores_it() -> None:
+def test_collect_runs_in_eval_mode_and_restores_the_mode() -> None:
     backbone = Stub().train()
     backbone.frozen.eval()
     feats = collected(backbone=backbone)
@@ -70,7 +70,7 @@ def test_collect_adds_noise_along_the_path() -> None:
         torch.testing.assert_close(feats[1], tokens)
 
 
-def test_collect_is_the_same_for_every_batch_size_and_leaves_the_global_rng_alone() -> None:
+def test_collect_is_independent_of_batch_size_and_keeps_the_global_rng() -> None:
     torch.manual_seed(3)
     expected = torch.rand(2)
     torch.manual_seed(3)
@@ -102,7 +102,7 @@ def test_collect_refuses_blocks_and_times_out_of_range(changes: dict, said: str)
 
 
 @pytest.mark.parametrize("kind", ["logistic", "ridge"])
-def test_probe_of_separable_and_of_random_labels(kind: str) -> None:
+def test_probe_accuracy_of_separable_and_random_labels(kind: str) -> None:
     generator = torch.Generator().manual_seed(0)
     labels = torch.arange(600) % 3
     features = torch.randn(600, 5, 8, generator=generator)
@@ -113,7 +113,7 @@ def test_probe_of_separable_and_of_random_labels(kind: str) -> None:
     assert probes.linear_probe(features, labels, kind=kind, seed=5, test_fraction=0.5) == 1.0
 
 
-def test_probe_is_tested_on_the_images_given_and_repeatable() -> None:
+def test_probe_uses_the_given_test_set_and_is_repeatable() -> None:
     x = torch.randn(200, 6, generator=torch.Generator().manual_seed(0))
     labels = (x[:, 0] > 0).long()
     assert probes.linear_probe(x, labels, test=(x, 1 - labels), kind="ridge") < 0.1
@@ -122,7 +122,7 @@ def test_probe_is_tested_on_the_images_given_and_repeatable() -> None:
     assert scores[0] == scores[1] != scores[2]
 
 
-def test_ridge_is_scikit_learns() -> None:
+def test_ridge_equals_scikit_learn() -> None:
     from sklearn.linear_model import Ridge
 
     from selftrans.evaluate.probes import ridge_guesses
@@ -134,7 +134,7 @@ def test_ridge_is_scikit_learns() -> None:
     np.testing.assert_array_equal(ridge_guesses(x, y, x).numpy(), theirs.predict(x.numpy()).argmax(axis=-1))
 
 
-def test_probe_refuses_unfit_arguments() -> None:
+def test_probe_refuses_invalid_arguments() -> None:
     x, y = torch.randn(20, 3), torch.arange(20) % 2
     with pytest.raises(ValueError, match="do not match"):
         probes.linear_probe(x, y[:10])
@@ -153,7 +153,7 @@ def spread(n: int = 6, seed: int = 0) -> Tensor:
     return feats @ rotation + 5
 
 
-def test_components_span_scikit_learns_subspace() -> None:
+def test_components_span_the_subspace_of_scikit_learn() -> None:
     feats = spread(30)
     basis = probes.pca_basis(feats)
     theirs = PCA(n_components=3).fit(feats.reshape(-1, 8).double().numpy())
@@ -163,7 +163,7 @@ def test_components_span_scikit_learns_subspace() -> None:
     assert (basis.components[torch.arange(3), largest] > 0).all()
 
 
-def test_maps_are_placed_scaled_and_repeatable() -> None:
+def test_maps_have_the_right_positions_and_scale() -> None:
     feats = spread()
     basis = probes.pca_basis(feats)
     maps = probes.pca_maps(feats, (3, 3))
@@ -180,7 +180,7 @@ def test_maps_are_placed_scaled_and_repeatable() -> None:
     np.testing.assert_array_equal(held[1:], maps[1:])
 
 
-def test_maps_of_equal_tokens_are_grey_and_unfit_features_refused() -> None:
+def test_maps_of_equal_tokens_are_grey_and_invalid_features_refused() -> None:
     assert (probes.pca_maps(torch.full((2, 4, 5), 3.7), (2, 2)) == 0.5).all()
     with pytest.raises(ValueError, match="5 tokens do not form a grid of 2x3"):
         probes.pca_maps(torch.randn(2, 5, 8), (2, 3))
@@ -201,7 +201,7 @@ def test_maps_have_the_grid_of_the_tokens(grid: tuple[int, ...]) -> None:
     np.testing.assert_array_equal(drawn, expected)
 
 
-def test_tsne_keeps_clusters_apart() -> None:
+def test_tsne_separates_clusters() -> None:
     generator = torch.Generator().manual_seed(0)
     labels = np.arange(40) % 2
     features = torch.randn(40, 3, 5, generator=generator) + 40.0 * torch.from_numpy(labels)[:, None, None]
@@ -303,7 +303,7 @@ def test_figures_show_their_data() -> None:
 
 @pytest.mark.parametrize("name", ["curves", "bars", "maps", "scatter"])
 @pytest.mark.parametrize("suffix", ["png", "svg"])
-def test_figures_are_saved_complete(name: str, suffix: str, tmp_path: Path) -> None:
+def test_figures_are_saved(name: str, suffix: str, tmp_path: Path) -> None:
     path = tmp_path / "new" / f"{name}.{suffix}"
     plots.save(figures()[name], path, dpi=50)
     assert [file.name for file in path.parent.iterdir()] == [path.name]
@@ -314,7 +314,7 @@ def test_figures_are_saved_complete(name: str, suffix: str, tmp_path: Path) -> N
         assert b"<svg" in path.read_bytes()
 
 
-def test_pictures_for_a_page_without_files(tmp_path: Path) -> None:
+def test_figures_as_data_uris(tmp_path: Path) -> None:
     picture = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
     for image in (picture, picture[..., :1]):
         head, _, content = plots.figure_to_data_uri(image).partition(",")
@@ -331,7 +331,7 @@ def test_pictures_for_a_page_without_files(tmp_path: Path) -> None:
         plots.save_png(picture, tmp_path / "file" / "c.png")
 
 
-def test_names_with_dollar_signs_are_no_formulas(tmp_path: Path) -> None:
+def test_names_with_dollar_signs_are_not_parsed_as_math(tmp_path: Path) -> None:
     figure = plots.scatter(np.eye(2), np.arange(2), names=["$\\frac$", "a"])
     assert [text.get_text() for text in figure.axes[0].get_legend().get_texts()] == ["$\\frac$", "a"]
     plots.save(figure, tmp_path / "a.png")  # a formula would fail here

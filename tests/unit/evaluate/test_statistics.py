@@ -37,7 +37,7 @@ def cut(images: np.ndarray, size: int) -> list[np.ndarray]:
 
 
 @pytest.mark.parametrize("size", [1, 7, 64, 100])
-def test_mean_and_covariance_are_numpys(size: int) -> None:
+def test_mean_and_covariance_equal_numpy(size: int) -> None:
     images = pictures()
     flat = images.reshape(100, -1).astype(np.float64)
     found = Statistics.of(iter(cut(images, size)), Pixels(), chunk=size)
@@ -47,7 +47,7 @@ def test_mean_and_covariance_are_numpys(size: int) -> None:
     np.testing.assert_array_equal(found.features, flat)
 
 
-def test_batches_of_any_size_give_the_same_to_the_last_bit() -> None:
+def test_statistics_are_bit_identical_for_every_batch_size() -> None:
     images = pictures()
     runs = [Statistics.of(cut(images, size), Pixels()) for size in (1, 3, 64, 99)] + [Statistics.of(images, Pixels())]
     for run in runs[1:]:
@@ -55,7 +55,7 @@ def test_batches_of_any_size_give_the_same_to_the_last_bit() -> None:
         np.testing.assert_array_equal(run.mean, runs[0].mean)
 
 
-def test_large_means_do_not_cancel_the_deviation() -> None:
+def test_large_means_do_not_cause_cancellation() -> None:
     rows = np.random.default_rng(1).normal(size=(1000, 3)) + 1e8
     running = RunningMoments()
     for i in range(0, 1000, 13):
@@ -70,7 +70,7 @@ def test_chunks_are_full_whatever_the_batches() -> None:
     np.testing.assert_array_equal(np.concatenate(list(rebatch(cut(images, 4), 6))), images)
 
 
-def test_features_not_kept_are_observed_in_order() -> None:
+def test_observe_receives_features_in_order() -> None:
     seen: list[np.ndarray] = []
     found = Statistics.of(pictures(), Pixels(), keep=False, observe=lambda out: seen.append(out["features"]))
     assert found.features is None
@@ -103,7 +103,7 @@ def test_adms_files_are_read(tmp_path: Path) -> None:
     assert isinstance(read.spatial, Moments)
 
 
-def test_foreign_and_damaged_files_are_refused(tmp_path: Path) -> None:
+def test_other_and_damaged_files_are_refused(tmp_path: Path) -> None:
     def refused(said: str, **arrays: object) -> None:
         np.savez(tmp_path / "s.npz", **arrays)  # type: ignore[arg-type]
         with pytest.raises(ValueError, match=said) as caught:
@@ -112,10 +112,10 @@ def test_foreign_and_damaged_files_are_refused(tmp_path: Path) -> None:
 
     good = {"mu": np.zeros(3), "sigma": np.eye(3)}
     refused("holds arr_0, not mu and sigma", arr_0=pictures())
-    refused("do not fit", mu=np.zeros(3), sigma=np.eye(4))
+    refused("do not match", mu=np.zeros(3), sigma=np.eye(4))
     refused("not finite", mu=np.zeros(3), sigma=np.eye(3) * np.nan)
     refused("not symmetric", mu=np.zeros(3), sigma=np.triu(np.ones((3, 3))))
-    refused("negative eigenvalues, which no images have", mu=np.zeros(3), sigma=-np.eye(3))
+    refused("negative eigenvalues, which is impossible", mu=np.zeros(3), sigma=-np.eye(3))
     refused("negative eigenvalues", mu=np.zeros(3), sigma=np.diag([1.0, 1.0, -0.01]))
     refused("negative eigenvalues", **good, mu_s=np.zeros(2), sigma_s=np.array([[1.0, 2.0], [2.0, 1.0]]))
     refused("holds features", **good, count=np.int64(5), features=np.zeros((4, 3), np.float32))
@@ -141,7 +141,7 @@ def test_singular_covariances_with_rounding_are_read(tmp_path: Path, scale: floa
     np.testing.assert_array_equal(Statistics.load(tmp_path / "s.npz").cov, cov.astype(np.float64) * scale)
 
 
-def test_statistics_that_expand_beyond_reason_are_refused_unread(tmp_path: Path) -> None:
+def test_strongly_compressed_statistics_are_refused_unread(tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "bomb.npz", "w", zipfile.ZIP_DEFLATED) as archive:
         with archive.open("mu.npy", "w", force_zip64=True) as file:
             np.lib.format.write_array_header_1_0(
@@ -170,12 +170,12 @@ def test_statistics_that_expand_beyond_reason_are_refused_unread(tmp_path: Path)
         ([pictures(2), np.zeros((1, 4, 4, 3), np.uint8)], "two sizes, 2x2x3 and 4x4x3"),
     ],
 )
-def test_unfit_images_are_refused(batches: list, said: str) -> None:
+def test_invalid_images_are_refused(batches: list, said: str) -> None:
     with pytest.raises(ValueError, match=said):
         Statistics.of(batches, Pixels())
 
 
-def test_broken_features_name_the_image() -> None:
+def test_invalid_features_name_the_image() -> None:
     def poison(x: np.ndarray) -> np.ndarray:
         return np.where((x == pictures()[70].reshape(-1)).all(axis=-1, keepdims=True), np.nan, x)
 

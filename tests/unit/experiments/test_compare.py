@@ -85,7 +85,7 @@ def test_columns_of_the_baseline_need_the_baseline():
     assert row["steps_to_baseline"] is None and row["reached"] == 0
 
 
-def test_curves_over_steps_and_over_all_compute():
+def test_curves_over_steps_and_total_compute():
     assert curve(RESULTS["fast", 0]) == ([100, 200, 300], [40.0, 2.5, 1.0])
     assert curve(RESULTS["fast", 0], "tflops") == ([3.0, 4.0, 5.0], [40.0, 2.5, 1.0])
     x, mean, deviation = mean_curve(RESULTS, "fast")
@@ -123,7 +123,7 @@ def test_teacher_is_shared_only_where_it_is_the_same(tmp_path):
     assert points(1000) == 5 and points(1001) == 6
 
 
-def test_points_measured_alike_are_kept_and_damaged_ones_measured_again(tmp_path):
+def test_comparable_points_are_kept_and_damaged_ones_measured_again(tmp_path):
     extractor, sample = SimpleNamespace(sha256="e"), dataclasses.replace(recipe("digits").sample, num=3)
     measurement, path = Measurement(extractor, None, None, sample, 2), tmp_path / "measured.json"
     assert measured_before(path, measurement) == {}
@@ -344,7 +344,7 @@ def test_given_teacher_is_used_and_its_cost_is_unknown(tmp_path: Path, capfd: py
         (["compare", "cifar10", "--out", "x"], "needs --data DIR"),
     ],
 )
-def test_wrong_arguments_are_one_line(words, said, tmp_path, monkeypatch, capfd):
+def test_wrong_arguments_are_refused_in_one_line(words, said, tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     assert main(words) in (1, 2)
     error = capfd.readouterr().err

@@ -49,7 +49,7 @@ def folder(path: Path, count: int = 24, seed: int = 0) -> Path:
     return path
 
 
-def test_run_gives_the_report_of_its_samples_on_disk(judge: Path, tmp_path: Path, capsys) -> None:
+def test_report_of_a_run_equals_report_of_its_samples_on_disk(judge: Path, tmp_path: Path, capsys) -> None:
     run = toy.copy(toy.finished(), tmp_path / "run")
     settings = ["--num=30", "--steps=2", "--sampler=heun", "--guidance-scale=1.5", "--guidance-interval", "0.1", "0.8"]
     rest = ["--reference=digits", f"--features={judge}"]
@@ -82,7 +82,7 @@ def test_run_gives_the_report_of_its_samples_on_disk(judge: Path, tmp_path: Path
     assert "autoencoder pixel" in said and "FID" not in said and toy.tree(run) == before
 
 
-def test_report_is_written_to_the_run_and_raw_weights_give_other_numbers(judge: Path, tmp_path: Path) -> None:
+def test_report_is_written_to_the_run_and_raw_weights_differ(judge: Path, tmp_path: Path) -> None:
     run = toy.copy(toy.finished(), tmp_path / "run")
     argv = ["evaluate", str(run), "--num=20", "--steps=1", "--reference=digits", f"--features={judge}"]
     assert main(argv) == 0
@@ -93,13 +93,13 @@ def test_report_is_written_to_the_run_and_raw_weights_give_other_numbers(judge: 
     assert first["frechet_distance"] != second["frechet_distance"]
 
 
-def test_sampling_options_warn_when_pictures_are_given(judge: Path, tmp_path: Path) -> None:
+def test_sampling_options_warn_for_stored_images(judge: Path, tmp_path: Path) -> None:
     pictures = folder(tmp_path / "pictures")
     with pytest.warns(UserWarning, match=r"--steps is ignored: .* holds images"):
         scores.evaluate_samples(pictures, pictures, str(judge), settings={"steps": 3})
 
 
-def test_npz_of_a_sample_folder_is_measured_with_its_record(judge: Path, tmp_path: Path) -> None:
+def test_npz_of_a_sample_folder_uses_its_samples_json(judge: Path, tmp_path: Path) -> None:
     made = tmp_path / "made"
     assert main(["sample", str(toy.finished()), "--out", str(made), "--num", "12", "--steps", "2"]) == 0
     whole, npz = (scores.evaluate_samples(path, "digits", str(judge)) for path in (made, made / "samples.npz"))
@@ -126,7 +126,7 @@ def test_labels_in_an_npz_of_pictures_are_read(judge: Path, tmp_path: Path) -> N
     assert "balance" not in scores.text(unknown | {"made": unknown["made"] | {"num_classes": 1}})
 
 
-def test_labels_that_do_not_fit_their_pictures(tmp_path: Path) -> None:
+def test_labels_that_do_not_match_the_pictures_are_refused(tmp_path: Path) -> None:
     images = np.zeros((4, 8, 8, 1), np.uint8)
     np.savez_compressed(tmp_path / "x.npz", images, np.ones(1 << 22, np.int64))  # would expand
     with pytest.raises(ValueError, match=r"x.npz holds labels arr_1 that do not fit .*: 4194304 labels of 4 images"):
@@ -136,13 +136,13 @@ def test_labels_that_do_not_fit_their_pictures(tmp_path: Path) -> None:
         next(scores.open_samples(tmp_path / "y.npz", {}).images)
 
 
-def test_checkpoint_of_other_code_is_pointed_to_import(judge: Path, tmp_path: Path, capsys) -> None:
+def test_checkpoint_of_other_code_names_selftrans_import(judge: Path, tmp_path: Path, capsys) -> None:
     assert main(["evaluate", str(tmp_path / "SiT.pt"), "--reference", "digits", "--features", str(judge)]) == 1
     assert "SiT.pt is a checkpoint of another code base; convert it with `selftrans import`" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("given", ["pictrues/made", "nowhere", "made.npz"])
-def test_samples_and_references_that_do_not_exist_are_not_looked_for_on_the_hub(
+def test_missing_samples_and_references_are_not_searched_on_the_hub(
     judge: Path, tmp_path: Path, capsys, monkeypatch, given: str
 ) -> None:
     monkeypatch.setattr("selftrans.data.sources.table.hub", lambda *args: pytest.fail("asked the hub"))
@@ -170,7 +170,7 @@ def test_labels_that_expand_beyond_the_file_are_refused(judge: Path, tmp_path: P
     )
 
 
-def test_a_reference_is_computed_once(judge: Path, tmp_path: Path, monkeypatch) -> None:
+def test_reference_is_computed_once(judge: Path, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     real, one = folder(tmp_path / "real"), extractor(judge)
     first = reference.reference_of(real, one)
@@ -191,7 +191,7 @@ def test_a_reference_is_computed_once(judge: Path, tmp_path: Path, monkeypatch) 
     assert len(list(reference.cache().iterdir())) == 3
 
 
-def test_reference_of_latents_is_decoded_alike_each_time_and_reported_as_decoded(tmp_path: Path, monkeypatch) -> None:
+def test_reference_of_latents_is_decoded_deterministically_and_reported(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     vae = save_vae(tmp_path / "vae")
     prepare(class_folders(tmp_path / "pictures"), tmp_path / "data", autoencoder=vae, dtype="float32", progress=False)
@@ -221,7 +221,7 @@ def test_unwritable_cache_is_ignored(judge: Path, tmp_path: Path, monkeypatch) -
     assert reference.reference_of(folder(tmp_path / "real"), extractor(judge)).count == 24
 
 
-def test_a_reference_is_saved_as_adm_names_it(judge: Path, tmp_path: Path) -> None:
+def test_reference_is_saved_with_adm_names(judge: Path, tmp_path: Path) -> None:
     real, made = folder(tmp_path / "real"), folder(tmp_path / "made", seed=1)
     argv = ["evaluate", str(made), f"--features={judge}"]
     assert main([*argv, f"--reference={real}", f"--save-reference={tmp_path / 'ref.npz'}"]) == 0
@@ -234,9 +234,7 @@ def test_a_reference_is_saved_as_adm_names_it(judge: Path, tmp_path: Path) -> No
     assert second["precision"] == first["precision"]
 
 
-def test_adms_reference_batch_gives_distance_from_its_statistics_and_precision_from_its_pictures(
-    judge: Path, tmp_path: Path, monkeypatch
-) -> None:
+def test_adm_reference_batch_uses_its_statistics_and_its_pictures(judge: Path, tmp_path: Path, monkeypatch) -> None:
     """mu and sigma are of more pictures than arr_0 holds, so both must be used, each for its own."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     one, rng = extractor(judge), np.random.default_rng(3)
@@ -256,10 +254,10 @@ def test_adms_reference_batch_gives_distance_from_its_statistics_and_precision_f
     )
     assert report["frechet_distance"] == pytest.approx(expected, rel=1e-9)
     assert 0 <= report["recall"] <= 1 and "does not name its extractor" in report["note"]
-    assert report["reference_images"] is None and "of the 40 pictures stored with its statistics" in report["note"]
+    assert report["reference_images"] is None and "use the 40 pictures stored with its statistics" in report["note"]
 
 
-def test_spatial_statistics_give_the_spatial_distance(tmp_path: Path) -> None:
+def test_spatial_distance_from_spatial_statistics(tmp_path: Path) -> None:
     """sFID is the same formula on the spatial features; from a file with mu_s and sigma_s as well."""
 
     class Spatial:
@@ -299,7 +297,7 @@ def values(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place
 
 
-def test_values_are_sampled_to_npy_files_and_measured_by_themselves(values: Path, tmp_path: Path, capsys) -> None:
+def test_values_are_sampled_to_npy_files_and_evaluated(values: Path, tmp_path: Path, capsys) -> None:
     made, settings = tmp_path / "made", ["--num=150", "--steps=2", "--sampler=heun"]
     assert main(["sample", str(values / "run"), "--out", str(made), *settings]) == 0
     with np.load(made / "samples.npz") as arrays:
@@ -328,7 +326,7 @@ def test_values_are_sampled_to_npy_files_and_measured_by_themselves(values: Path
     assert "features: values" in capsys.readouterr().out
 
 
-def test_arrays_of_an_npz_are_measured(values: Path, tmp_path: Path) -> None:
+def test_arrays_of_an_npz_are_evaluated(values: Path, tmp_path: Path) -> None:
     rng = np.random.default_rng(1)
     for name in "ab":
         np.savez(tmp_path / f"{name}.npz", arr_0=rng.normal(size=(40, 3, 6)).astype(np.float32))
@@ -358,7 +356,7 @@ def test_previews_of_values_are_pictures(values: Path) -> None:
     assert np.asarray(Image.open(preview)).shape == (2 * 66 + 2, 2 * 66 + 2)
 
 
-def test_comparisons_measure_values(values: Path, tmp_path: Path) -> None:
+def test_compare_evaluates_values(values: Path, tmp_path: Path) -> None:
     config = override(toy.toy(), data=str(values / "data"))
     _, features, weights = with_defaults(config, tmp_path)
     assert features == "values" and weights is None
@@ -368,7 +366,7 @@ def test_comparisons_measure_values(values: Path, tmp_path: Path) -> None:
     assert samples_of(values / "run", config.sample, 3).shape == (3, 2, 8, 8)
 
 
-def test_values_have_no_classifier(values: Path, tmp_path: Path, capsys) -> None:
+def test_classifier_of_values_is_refused(values: Path, tmp_path: Path, capsys) -> None:
     assert main(["classifier", str(values / "data"), "--out", str(tmp_path / "c.safetensors")]) == 1
     assert "holds arrays that are not pictures; evaluate them with --features values" in capsys.readouterr().err
 

@@ -32,7 +32,7 @@ def inputs(classes=10, channels=1):
 
 
 @pytest.mark.parametrize("weights", ["ema", "raw"])
-def test_our_layout_is_taken_wherever_a_run_is(tmp_path, capsys, weights):
+def test_selftrans_layout_is_accepted_in_place_of_a_run(tmp_path, capsys, weights):
     run, out = toy.finished(), tmp_path / "out"
     assert main(["export", str(run), "--out", str(out), "--weights", weights]) == 0
     assert [p.name for p in sorted(out.iterdir())] == ["config.json", "model.safetensors"]
@@ -47,7 +47,7 @@ def test_our_layout_is_taken_wherever_a_run_is(tmp_path, capsys, weights):
         assert main(["sample", str(place), "--out", str(made), "--num", "2", "--steps", "1", "--sampler", "ode"]) == 0
 
 
-def test_an_exported_stage_1_teaches_and_an_exported_stage_2_does_not(tmp_path, capsys):
+def test_exported_stage_1_can_teach_and_exported_stage_2_cannot(tmp_path, capsys):
     for stage, status in (("stage1", 0), ("stage2", 1)):
         out = tmp_path / stage
         assert main(["export", str(toy.finished()), "--out", str(out), "--weights", "raw", "--stage", stage]) == 0
@@ -58,7 +58,7 @@ def test_an_exported_stage_1_teaches_and_an_exported_stage_2_does_not(tmp_path, 
 
 @pytest.mark.parametrize("channels", [1, 4])
 @pytest.mark.parametrize(("layout", "qk_norm"), [("repa", False), ("repa", True), ("sit", False)])
-def test_a_published_layout_is_the_same_network_in_its_own_time(tmp_path, layout, qk_norm, channels):
+def test_published_layout_is_the_same_network_in_its_convention(tmp_path, layout, qk_norm, channels):
     """The exported file, read by name into the network assembled from diffusers' parts."""
     run, _, _ = a_run(tmp_path, qk_norm=qk_norm, channels=channels)
     file = export_run(run, tmp_path / "out", layout=layout)
@@ -75,7 +75,7 @@ def test_a_published_layout_is_the_same_network_in_its_own_time(tmp_path, layout
 
 
 @pytest.mark.parametrize("qk_norm", [False, True])
-def test_repa_in_and_out_is_the_identity(tmp_path, qk_norm):
+def test_repa_import_and_export_are_inverse(tmp_path, qk_norm):
     run, raw, ema = a_run(tmp_path, qk_norm=qk_norm)
     for weights, named in (("raw", raw), ("ema", ema)):
         found = load_file(export_run(run, tmp_path / weights, weights=weights, layout="repa"))
@@ -85,7 +85,7 @@ def test_repa_in_and_out_is_the_identity(tmp_path, qk_norm):
 
 
 @pytest.mark.parametrize("layout", ["repa", "sit"])
-def test_out_and_in_again_is_the_same_model(tmp_path, layout):
+def test_export_and_import_are_inverse(tmp_path, layout):
     """Bit for bit, but for the layer that turns with time: that one to a rounding."""
     run, _, _ = a_run(tmp_path)
     file, said = export_run(run, tmp_path / "out", layout=layout), []
@@ -103,7 +103,7 @@ def test_out_and_in_again_is_the_same_model(tmp_path, layout):
     assert (a - b).abs().max() < 1e-5
 
 
-def test_a_published_file_is_theirs_alone(tmp_path):
+def test_published_layout_is_not_accepted_as_a_run(tmp_path):
     run, _, _ = a_run(tmp_path)
     file = export_run(run, tmp_path / "out", layout="repa")
     with safe_open(file, framework="pt") as opened:
@@ -113,12 +113,12 @@ def test_a_published_file_is_theirs_alone(tmp_path):
     assert file.stat().st_mode & 0o777 == (tmp_path / "out").stat().st_mode & 0o666
 
 
-def test_the_original_sit_has_no_qk_norm(tmp_path, capsys):
+def test_sit_layout_refuses_qk_norm(tmp_path, capsys):
     assert main(["export", str(toy.finished()), "--out", str(tmp_path / "out"), "--layout", "sit"]) == 1
     assert "QK-norm, which the original SiT lacks" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
-def test_an_export_goes_over_an_export_and_over_nothing_else(tmp_path, capsys):
+def test_export_replaces_only_an_earlier_export(tmp_path, capsys):
     out = tmp_path / "out"
     for weights in ("ema", "raw"):
         assert main(["export", str(toy.vanilla()), "--out", str(out), "--weights", weights]) == 0

@@ -71,7 +71,7 @@ def test_imported_network_equals_one_assembled_from_diffusers(tmp_path, qk_norm,
 
 
 @pytest.mark.parametrize(("qk_norm", "convention"), [(False, "sit"), (True, "repa")])
-def test_a_published_size_at_full_width_and_depth(tmp_path, qk_norm, convention):
+def test_published_size_at_full_width_and_depth(tmp_path, qk_norm, convention):
     sizes = {"width": 384, "depth": 12, "heads": 6, "patch": 2, "channels": 4, "side": 8, "classes": 1000}
     named = state(**sizes, qk_norm=qk_norm, learn_sigma=convention == "sit")
     file = save(tmp_path / "SiT.pt", named)
@@ -83,7 +83,7 @@ def test_a_published_size_at_full_width_and_depth(tmp_path, qk_norm, convention)
     assert found.step == 0 and "taken as 0; set it with --step N" in said
 
 
-def test_the_sinusoids_of_one_minus_t_are_a_reflection_of_those_of_t():
+def test_reflection_maps_sinusoids_of_t_to_those_of_one_minus_t():
     from diffusers.models.embeddings import get_timestep_embedding
 
     t = torch.linspace(0, 1, 33)
@@ -93,7 +93,7 @@ def test_the_sinusoids_of_one_minus_t_are_a_reflection_of_those_of_t():
     assert (turn @ turn - torch.eye(256, dtype=torch.float64)).abs().max() < 1e-15 and torch.equal(turn, turn.T)
 
 
-def test_half_precision_and_a_drifted_average_of_positions_are_taken(tmp_path):
+def test_half_precision_and_averaged_positions_are_accepted(tmp_path):
     named = {name: tensor.half() for name, tensor in state(**TINY).items()}
     named["pos_embed"] = named["pos_embed"] + 5e-4
     run, _ = brought(save(tmp_path / "a.pt", named), tmp_path / "run", convention="repa")
@@ -132,7 +132,7 @@ LAYOUTS = {
 
 @pytest.mark.parametrize("kind", LAYOUTS)
 @pytest.mark.parametrize("form", ["pt", "safetensors"])
-def test_every_layout(tmp_path, kind, form):
+def test_every_layout_is_imported(tmp_path, kind, form):
     more, arrange, told = LAYOUTS[kind]
     raw, ema = (state(**TINY, **(more or {}), seed=k) for k in (1, 2))
     content = arrange(raw, ema)
@@ -162,7 +162,7 @@ def test_every_layout(tmp_path, kind, form):
     )
 
 
-def test_what_may_be_a_file_of_dit_is_warned_about(tmp_path, capsys):
+def test_possible_dit_file_warns(tmp_path, capsys):
     """DiT's files have the same names and shapes; only the user knows."""
     for name, content in {"a": state(**TINY, learn_sigma=True), "b": {"ema": state(**TINY, learn_sigma=True)}}.items():
         file = save(tmp_path / f"{name}.pt", content)
@@ -181,7 +181,7 @@ def test_what_may_be_a_file_of_dit_is_warned_about(tmp_path, capsys):
         assert not capsys.readouterr().err, name
 
 
-def test_what_is_not_used_of_a_file_is_listed_and_kept_on_record(tmp_path):
+def test_unused_entries_are_listed_and_recorded(tmp_path):
     named = state(**TINY)
     beside = {
         "epoch": 3,
@@ -208,7 +208,7 @@ def test_what_is_not_used_of_a_file_is_listed_and_kept_on_record(tmp_path):
     assert "not used" not in said and "unused" not in json.loads((run / "imported.json").read_text())
 
 
-def test_one_set_of_weights_under_state_dict(tmp_path):
+def test_single_state_dict_is_used_for_raw_and_ema(tmp_path):
     named = state(**TINY)
     file = save(tmp_path / "a.pt", {"state_dict": named, "epoch": 3, "steps": 4})
     run, said = brought(file, tmp_path / "run", convention="repa")
@@ -227,7 +227,7 @@ def test_weights_that_would_be_lost_are_refused_by_name(tmp_path, capsys, known,
     assert not (tmp_path / "run").exists()
 
 
-def test_heads_are_left_out_or_kept_beside(tmp_path):
+def test_heads_are_omitted_or_written_to_a_separate_file(tmp_path):
     named = state(**TINY, projectors="repa")
     file = save(tmp_path / "a.pt", {"model": named, "ema": named, "steps": 3})
     run, said = brought(file, tmp_path / "run")
@@ -239,7 +239,7 @@ def test_heads_are_left_out_or_kept_beside(tmp_path):
     assert not [k for k in load_file(toy.checkpoint(run, "vanilla") / "ema.safetensors") if "projector" in k]
 
 
-def test_the_head_of_stage_1_predicts_what_theirs_predicted(tmp_path):
+def test_imported_stage_1_head_equals_the_published_one(tmp_path):
     """Their unpatchify of their head against our patches of the same picture."""
 
     sizes = TINY | {"channels": 4}
@@ -318,7 +318,7 @@ def test_adamw_moments_follow_their_parameters(tmp_path, convention):
 
 
 @pytest.mark.parametrize("spoil", ["shape", "count", "missing", "nan", "kind", "step"])
-def test_an_optimiser_that_does_not_fit_starts_afresh(tmp_path, spoil):
+def test_mismatched_optimiser_state_is_dropped(tmp_path, spoil):
     named = state(**TINY)
     _, optimizer = published_files.adamw(named, [{k: torch.ones_like(v) for k, v in named.items() if k != "pos_embed"}])
     moments = optimizer["state"][3]
@@ -392,7 +392,7 @@ SETTINGS = {
 
 
 @pytest.mark.parametrize(("method", "stage"), [("vanilla", "vanilla"), ("structure", "stage1")])
-def test_a_run_that_left_through_their_layout_goes_on_as_if_it_never_had(tmp_path, capsys, method, stage):
+def test_run_converted_to_published_layout_and_back_continues_identically(tmp_path, capsys, method, stage):
     """Bit for bit (weights, averages, heads, moments, log): 6 steps, or 4, their file, and 2 by the command printed."""
     settings = SETTINGS | {"method": method}
     train(toy.toy(settings), tmp_path / "whole", quiet=True)
@@ -441,7 +441,7 @@ def test_sampling_analysing_and_exporting_an_imported_run(tmp_path, imported, ca
 
 
 @pytest.mark.parametrize("part", ["run", "stage", "file"])
-def test_an_imported_model_teaches(tmp_path, capsys, imported, part):
+def test_imported_model_can_teach(tmp_path, capsys, imported, part):
     source = {
         "run": imported,
         "stage": imported / "vanilla",
@@ -465,7 +465,7 @@ def test_an_imported_model_teaches(tmp_path, capsys, imported, part):
     assert report["teacher"]["steps"] == 5 and [s["stage"] for s in report["stages"]] == ["stage2"]
 
 
-def test_a_teacher_of_another_path_is_refused(tmp_path, capsys):
+def test_teacher_of_another_path_is_refused(tmp_path, capsys):
     named = state(**TINY)
     file = save(tmp_path / "a.pt", {"model": named, "ema": named, "args": options("sit", path_type="GVP")})
     run, _ = brought(file, tmp_path / "run")
@@ -479,7 +479,7 @@ def test_a_teacher_of_another_path_is_refused(tmp_path, capsys):
     assert "autoencoder" not in capsys.readouterr().err
 
 
-def test_a_teacher_of_another_autoencoder_is_warned_about(tmp_path, capsys):
+def test_teacher_of_another_autoencoder_warns(tmp_path, capsys):
     named = state(**TINY)
     file = save(tmp_path / "a.pt", {"model": named, "ema": named, "args": options("repa")})
     run, _ = brought(file, tmp_path / "run", autoencoder="somebody/vae")
@@ -498,7 +498,7 @@ def test_a_teacher_of_another_autoencoder_is_warned_about(tmp_path, capsys):
         (["--train.path", "cosine"], "train.path was linear, is cosine"),
     ],
 )
-def test_what_the_weights_are_bound_to_cannot_change(imported, capsys, more, said):
+def test_settings_fixed_by_the_weights_cannot_change(imported, capsys, more, said):
     words = ["train", "imagefolder", "--data", str(toy.digits()), "--out", str(imported), "--method", "vanilla"]
     model = ["--model.width", "32", "--model.depth", "3", "--model.heads", "2", "--model.patch", "2"]
     before = toy.tree(imported)
@@ -508,7 +508,7 @@ def test_what_the_weights_are_bound_to_cannot_change(imported, capsys, more, sai
     assert {k: v for k, v in toy.tree(imported).items() if k != ".lock"} == before
 
 
-def test_other_data_are_refused_in_a_line(tmp_path, imported, capsys):
+def test_other_data_are_refused_in_one_line(tmp_path, imported, capsys):
     data = toy.prepared(tmp_path / "cats")
     words = ["train", "imagefolder", "--data", str(data), "--out", str(imported), "--method", "vanilla"]
     words += [
@@ -579,7 +579,7 @@ class Custom:
     pass
 
 
-def test_a_class_of_somebody_elses_is_named(tmp_path, capsys):
+def test_unknown_class_in_a_file_is_named(tmp_path, capsys):
     file = save(tmp_path / "a.pt", {"ema": state(**TINY), "args": Custom()})
     assert main(["import", str(file), "--out", str(tmp_path / "run")]) == 1
     assert f"it holds {Custom.__module__}.Custom" in capsys.readouterr().err
@@ -669,7 +669,7 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("kind", BROKEN)
-def test_a_broken_file_costs_one_line_and_nothing_else(tmp_path, capsys, kind):
+def test_damaged_file_is_refused_in_one_line_and_writes_nothing(tmp_path, capsys, kind):
     spoil, said = BROKEN[kind]
     out = tmp_path / "there"
     out.mkdir()
@@ -741,7 +741,7 @@ def test_unknown_missing_and_misshapen_tensors_are_listed(tmp_path, capsys, kind
         ({}, [*HEADS, "--step", "-1"], "must not be negative"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_used_is_said(tmp_path, capsys, content, words, said):
+def test_unsupported_file_names_the_reason(tmp_path, capsys, content, words, said):
     args = content.pop("args", None)
     content.pop("heads_", None)
     named = state(**TINY | content)
@@ -751,7 +751,7 @@ def test_what_cannot_be_used_is_said(tmp_path, capsys, content, words, said):
     assert not (tmp_path / "run").exists()
 
 
-def test_the_cosine_path_of_sit_is_kept(tmp_path):
+def test_cosine_path_of_sit_is_kept(tmp_path):
     named = state(**TINY)
     file = save(tmp_path / "a.pt", {"model": named, "ema": named, "args": options("sit", path_type="GVP")})
     run, _ = brought(file, tmp_path / "run")
@@ -761,7 +761,7 @@ def test_the_cosine_path_of_sit_is_kept(tmp_path):
 # ---- what was there
 
 
-def test_the_same_import_again_does_nothing_and_another_is_refused(tmp_path, capsys):
+def test_repeated_import_does_nothing_and_another_is_refused(tmp_path, capsys):
     files = [save(tmp_path / f"{k}.pt", state(**TINY, seed=k)) for k in range(2)]
     words = ["import", str(files[0]), "--out", str(tmp_path / "run"), *HEADS]
     assert main(words) == 0
@@ -772,7 +772,7 @@ def test_the_same_import_again_does_nothing_and_another_is_refused(tmp_path, cap
     assert toy.tree(tmp_path / "run") == before
 
 
-def test_a_run_of_ours_is_never_overwritten(tmp_path, capsys):
+def test_existing_run_is_never_overwritten(tmp_path, capsys):
     run = toy.copy(toy.vanilla(), tmp_path / "run")
     before = toy.tree(run)
     file = save(tmp_path / "a.pt", state(**TINY))
@@ -780,7 +780,7 @@ def test_a_run_of_ours_is_never_overwritten(tmp_path, capsys):
     assert "exists and is not empty" in capsys.readouterr().err and toy.tree(run) == before
 
 
-def test_a_full_disk_leaves_nothing_half_done(tmp_path, capsys, monkeypatch):
+def test_full_disk_leaves_no_partial_run(tmp_path, capsys, monkeypatch):
     file = save(tmp_path / "a.pt", state(**TINY))
 
     def full(*_, **__):
@@ -791,7 +791,7 @@ def test_a_full_disk_leaves_nothing_half_done(tmp_path, capsys, monkeypatch):
     assert "free disk space" in capsys.readouterr().err and [p.name for p in tmp_path.iterdir()] == ["a.pt"]
 
 
-def test_our_own_weights_need_no_import(tmp_path, capsys):
+def test_import_refuses_selftrans_weights(tmp_path, capsys):
     file = toy.checkpoint(toy.vanilla(), "vanilla") / "ema.safetensors"
     assert main(["import", str(file), "--out", str(tmp_path / "run")]) == 1
     assert "is already a selftrans weights file" in capsys.readouterr().err

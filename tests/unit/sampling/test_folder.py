@@ -72,7 +72,7 @@ def test_folder_and_npz_hold_the_images(tmp_path, channels):
     check_folder(out, 11, channels)
 
 
-def test_repeating_a_complete_command_does_nothing_and_says_so(tmp_path, capsys):
+def test_repeating_a_complete_command_does_nothing_and_reports_it(tmp_path, capsys):
     write(tmp_path, 4)
     before = {p: p.stat().st_mtime_ns for p in tmp_path.iterdir()}
     assert write(tmp_path, 4).asked == []
@@ -80,7 +80,7 @@ def test_repeating_a_complete_command_does_nothing_and_says_so(tmp_path, capsys)
     assert "already holds these 4 samples; nothing to do" in capsys.readouterr().out
 
 
-def test_an_interrupted_command_continues(tmp_path):
+def test_interrupted_command_continues(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         write(tmp_path, 10, Source(limit=6))
     assert (
@@ -136,7 +136,7 @@ def test_folder_of_other_pictures_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"num": 3}', '{"num": "x", "settings": {}, "complete": true}'])
-def test_an_unreadable_record_is_refused(tmp_path, content):
+def test_unreadable_samples_json_is_refused(tmp_path, content):
     (tmp_path / "samples.json").write_text(content)
     with pytest.raises(ValueError, match=r"samples\.json cannot be read"):
         write(tmp_path, 2)
@@ -179,7 +179,7 @@ def test_pictures_are_written_by_another_thread_in_bounded_number(tmp_path, monk
     check_folder(tmp_path, 40)
 
 
-def test_images_that_are_no_pngs_are_refused(tmp_path):
+def test_images_that_cannot_be_png_are_refused(tmp_path):
     for images in (np.zeros((1, 4, 4, 2), np.uint8), np.zeros((1, 4, 4, 3), np.float32), np.zeros((1, 4, 4), np.uint8)):
         with pytest.raises(ValueError, match="cannot be PNGs"):
             write_samples(lambda k, images=images: [(k, k, images)], tmp_path, SETTINGS, 1, progress=False)
@@ -206,7 +206,7 @@ def spoilt(data: bytes, kind: str) -> bytes:
 
 
 @pytest.mark.parametrize("kind", ["torn inside", "bomb", "label", "word", "16 bit", "jpeg"])
-def test_damaged_pictures_are_named_and_left_out_of_the_npz(tmp_path, kind):
+def test_damaged_pictures_are_named_and_not_written_to_the_npz(tmp_path, kind):
     write(tmp_path, 3)
     before = (tmp_path / "samples.npz").read_bytes()
     path = tmp_path / "000001.png"
@@ -221,7 +221,7 @@ def test_damaged_pictures_are_named_and_left_out_of_the_npz(tmp_path, kind):
     check_folder(tmp_path, 4)
 
 
-def test_failing_sampler_leaves_complete_pictures(tmp_path):
+def test_failing_sampler_leaves_only_complete_pictures(tmp_path):
     def source(indices):
         yield from list(Source()(indices))[:1]
         raise RuntimeError("out of memory")
@@ -315,7 +315,7 @@ def check_arrays(out, num):
     assert json.loads((out / "samples.json").read_text())["shape"] == [num, 2, 5]
 
 
-def test_arrays_are_stored_interrupted_and_continued_as_pictures_are(tmp_path):
+def test_arrays_are_stored_and_continued_after_interruption(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         write_arrays(tmp_path, 10, Arrays(limit=6))
     assert write_arrays(tmp_path, 10).asked == [6, 7, 8, 9]

@@ -42,7 +42,7 @@ def test_noise_is_standard_normal_and_never_repeats():
     assert len(torch.unique(torch.cat([rows, seeds]), dim=0)) == 2010
 
 
-def test_labels():
+def test_labels_of_every_mode():
     k, ten, none = np.array([0, 3, 9, 25]), Conditions("labels", 10), Conditions("none")
     assert conditions_for(k, ten, "balanced").tolist() == [0, 3, 9, 5]
     assert conditions_for(k, ten, (7, 2)).tolist() == [7, 2, 2, 2]
@@ -104,13 +104,13 @@ def test_image_k_is_the_same_for_every_batch_size_order_and_process_count(sample
     assert np.abs(images.astype(int) - other[2].astype(int)).max() > 1
 
 
-def test_batches_are_full_but_the_last():
+def test_only_the_last_batch_is_smaller():
     sampler = Sampler(small_model(), PixelAutoencoder(), SampleConfig(num=7, steps=2, batch_size=3), device="cpu")
     assert [len(batch.indices) for batch in sampler.sample()] == [3, 3, 1]
     assert list(sampler.sample([])) == []
 
 
-def test_sampling_leaves_the_model_and_the_caller_as_they_were():
+def test_sampling_restores_the_model_and_the_grad_mode():
     model = small_model().train()
     model.blocks[0].eval()
     modes = [m.training for m in model.modules()]
@@ -167,7 +167,7 @@ def test_pictures_need_not_be_square():
 
 
 @pytest.mark.parametrize("shape", [(2, 9), (1, 4, 6), (2, 3, 4, 5)])
-def test_data_that_are_no_pictures_are_arrays(shape):
+def test_data_that_are_not_pictures_are_returned_as_arrays(shape):
     config = SampleConfig(num=3, steps=2, sampler="euler", batch_size=2)
     batches = list(Sampler(Straight(shape), ValuesAutoencoder(), config, device="cpu").sample())
     images = np.concatenate([batch.images for batch in batches])
@@ -175,12 +175,12 @@ def test_data_that_are_no_pictures_are_arrays(shape):
 
 
 @pytest.mark.parametrize(("count", "whole"), [(8, 8), (9, 12), (1, 4)])
-def test_batches_are_filled_with_the_last_picture(count, whole):
+def test_batches_are_padded_with_the_last_index(count, whole):
     indices = np.arange(count) + 3
     assert list(fill(indices, 4)) == [*indices, *[count + 2] * (whole - count)]
 
 
-def test_weights_cast_once_give_the_images_of_autocast():
+def test_cast_weights_give_the_same_images_as_autocast():
     torch.manual_seed(0)
     model = small_model()
     config = SampleConfig(num=4, steps=3, sampler="heun", guidance_scale=2.0, precision="bf16")
@@ -212,7 +212,7 @@ def test_unusable_settings_are_refused(values, message):
         Sampler(small_model(), PixelAutoencoder(), SampleConfig(**values), device="cpu")
 
 
-def test_settings_leave_out_number_and_batch_size():
+def test_settings_exclude_number_and_batch_size():
     config = SampleConfig(num=3, batch_size=5, sampler="ode")
     assert config.settings() == SampleConfig(num=9, batch_size=1, sampler="heun").settings()
     assert config.settings() != SampleConfig(num=3, batch_size=5, sampler="ode", seed=1).settings()
@@ -221,7 +221,7 @@ def test_settings_leave_out_number_and_batch_size():
 # ---- the sampler of a loaded model
 
 
-def test_loaded_model_is_described_and_sampled_as_it_is():
+def test_loaded_model_is_described_and_sampled_in_fp32():
     loaded = load_model(toy.finished())
     config = SampleConfig(num=3, steps=2, sampler="heun")
     sampler = Sampler.of(loaded, config)
@@ -235,14 +235,14 @@ def test_loaded_model_is_described_and_sampled_as_it_is():
 
 
 @pytest.mark.parametrize(("precision", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
-def test_weights_are_cast_where_precision_is_reduced(precision, dtype):
+def test_weights_are_cast_in_reduced_precision(precision, dtype):
     sampler = Sampler.of(load_model(toy.finished()), SampleConfig(num=2, steps=1, sampler="euler", precision=precision))
     assert sampler.model.blocks[0].mlp.fc1.weight.dtype == dtype
     assert sampler.model.y_embedder.embedding_table.weight.dtype == torch.float32
     next(sampler.sample())
 
 
-def test_compiling_pays_for_many_batches_on_a_gpu_alone(monkeypatch):
+def test_compilation_needs_many_batches_and_a_gpu(monkeypatch):
     config, gpu = SampleConfig(num=40, batch_size=2), torch.device("cuda:0")
     assert worth_compiling(config, gpu) and not worth_compiling(config, torch.device("cpu"))
     assert not worth_compiling(SampleConfig(num=39, batch_size=2), gpu)
@@ -250,7 +250,7 @@ def test_compiling_pays_for_many_batches_on_a_gpu_alone(monkeypatch):
     assert not worth_compiling(config, gpu), "each of two processes samples half"
 
 
-def test_model_and_decoder_are_compiled_where_that_pays(monkeypatch, tmp_path):
+def test_model_and_decoder_are_compiled_for_many_batches(monkeypatch, tmp_path):
     vae = load_autoencoder(str(save_vae(tmp_path / "vae")))
     compiled = []
     monkeypatch.setattr(module, "worth_compiling", lambda *_: True)

@@ -29,7 +29,7 @@ def images(folder):
         return arrays["arr_0"], arrays["arr_1"]
 
 
-def test_pictures_and_archive_and_record(tmp_path):
+def test_pictures_npz_and_samples_json(tmp_path):
     out = tmp_path / "new" / "made"
     assert sample(toy.finished(), out, num=12) == 0
     assert sorted(os.listdir(out)) == [*(f"{k:06d}.png" for k in range(12)), "samples.json", "samples.npz"]
@@ -49,7 +49,7 @@ def test_pictures_and_archive_and_record(tmp_path):
     assert settings.items() >= expected.items() and settings["autoencoder"] == "pixel"
 
 
-def test_batches_filled_for_compiling_give_no_extra_pictures(tmp_path, monkeypatch):
+def test_padded_batches_give_no_extra_pictures(tmp_path, monkeypatch):
     sample(toy.finished(), tmp_path / "plain", "--batch-size=4")
     filled = []
     monkeypatch.setattr("selftrans.sampling.images.fill", lambda indices, n: filled.append(n) or fill(indices, n))
@@ -131,7 +131,7 @@ def test_unusable_settings_are_refused_in_one_line(tmp_path, capsys, options, me
     assert not (tmp_path / "made").exists()
 
 
-def test_what_is_no_run_is_refused(tmp_path, capsys):
+def test_paths_that_are_not_runs_are_refused(tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     for origin, message in [
         (tmp_path / "nowhere", "does not exist"),
@@ -169,7 +169,7 @@ def test_random_labels_by_their_seed(tmp_path):
     assert np.array_equal(a, b) and not np.array_equal(a, c) and len(set(a)) > 4
 
 
-def test_options_default_to_the_run_s_settings(tmp_path):
+def test_options_default_to_the_settings_of_the_run(tmp_path):
     assert main(["sample", str(toy.vanilla()), f"--out={tmp_path}", "--num=2"]) == 0
     settings = json.loads((tmp_path / "samples.json").read_text())["settings"]
     assert settings["steps"] == toy.toy().sample.steps and settings["sampler"] == toy.toy().sample.sampler
@@ -189,7 +189,7 @@ def test_processes_share_the_work(tmp_path, monkeypatch):
     assert toy.tree(tmp_path / "both") == toy.tree(tmp_path / "alone")
 
 
-def test_sampling_leaves_the_run_as_it_is(tmp_path):
+def test_sampling_does_not_change_the_run(tmp_path):
     before = toy.tree(toy.finished())
     sample_to_folder(toy.finished(), tmp_path, {"num": 2, "steps": 1})
     assert toy.tree(toy.finished()) == before

@@ -56,7 +56,7 @@ def test_ode_grid_is_uniform_and_heun_evaluates_both_ends_of_each_step():
         assert asked == pytest.approx(expected, abs=1e-15)
 
 
-def test_ode_by_hand():
+def test_ode_equals_hand_computed_steps():
     """dz/dt = z from 1 to 0 in two steps: Euler multiplies by (1 - h), Heun by (1 - h + h² / 2)."""
     z = torch.tensor([1.0], dtype=torch.float64)
     assert ode(lambda z, t: z, z, steps=2, method="euler").item() == pytest.approx(0.25, abs=1e-15)
@@ -116,7 +116,7 @@ def test_sde_reaches_the_data_as_the_last_step_shrinks(path):
 
 
 @both_paths
-def test_sde_with_real_noise_has_those_moments(path):
+def test_sde_with_sampled_noise_has_the_exact_moments(path):
     torch.manual_seed(0)
     n = 40_000
     end = sde(gaussian(path)[0], torch.randn(n, dtype=torch.float64), steps=60, path=path)
@@ -131,7 +131,7 @@ def test_sde_uses_the_published_grid():
     assert asked == pytest.approx(np.linspace(1, 0.04, 250)) and len(asked) == 250
 
 
-def test_sde_by_hand():
+def test_sde_equals_hand_computed_steps():
     """Two steps on the linear path with v = 0, where the score is -z / t: drift z and diffusion 2 t."""
     z, noise = torch.tensor([0.5], dtype=torch.float64), torch.tensor([-1.5], dtype=torch.float64)
     found = sde(lambda z, t: torch.zeros_like(z), z, steps=2, last=0.2, noise=lambda: noise)
@@ -148,13 +148,13 @@ def test_sde_by_hand():
         (lambda v, z: sde(v, z, steps=9, last=0.0), "t = 0.0"),
     ],
 )
-def test_unusable_arguments_are_refused(call, message):
+def test_invalid_arguments_are_refused(call, message):
     with pytest.raises(ValueError, match=message):
         call(gaussian(LINEAR)[0], torch.zeros(1))
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
-def test_every_sampler_of_the_table_runs_and_counts_its_evaluations(name):
+def test_every_sampler_runs_with_its_number_of_evaluations(name):
     velocity, asked = gaussian(COSINE)
     end = SAMPLERS[name](velocity, torch.zeros(3, 1), steps=200, path=COSINE, noise=lambda: torch.zeros(3, 1))
     assert len(asked) == 200 * EVALUATIONS[name]
@@ -181,7 +181,7 @@ class Spy:
         return torch.full_like(cond, 100)
 
 
-def test_guidance_acts_within_its_interval_and_costs_nothing_outside():
+def test_guidance_only_inside_its_interval_and_free_outside():
     spy, z, labels = Spy(), torch.zeros(2, 1, 1, 1, dtype=torch.float64), torch.tensor([1, 4])
     velocity = guided(spy, labels, scale=1.9, interval=(0.2, 0.65))
     for t in (0.7, 0.65, 0.4, 0.2, 0.1):
@@ -205,7 +205,7 @@ def test_interval_includes_its_ends_on_a_sampling_grid():
     assert [t for n, t in spy.calls if n == 2] == pytest.approx(np.arange(0.65, 0.29, -0.05))
 
 
-def test_scale_one_is_one_conditional_pass():
+def test_scale_one_needs_one_conditional_pass():
     spy = Spy()
     guided(spy, torch.tensor([1, 2]), scale=1.0)(torch.zeros(2, 1, 1, 1), torch.tensor(0.5))
     assert spy.calls == [(2, 0.5)]

@@ -83,7 +83,7 @@ def adm(image: Image.Image, side: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize("size", [(64, 64), (100, 37), (37, 100), (33, 33), (16, 16), (9, 13), (200, 65), (17, 16)])
-def test_resize_is_that_of_the_field(size: tuple[int, int]) -> None:
+def test_resize_equals_adm_preprocessing(size: tuple[int, int]) -> None:
     y, x = np.mgrid[: size[1], : size[0]]
     rings = (127.5 + 127.5 * np.sin((x**2 + y**2) / 40)).astype(np.uint8)
     image = Image.fromarray(np.stack([rings, 255 - rings, (3 * x + y).astype(np.uint8)], axis=2))
@@ -103,7 +103,7 @@ def test_crop_is_central(tmp_path: Path) -> None:
     assert np.array_equal(read_one(tmp_path, encoded(wide), resolution=8), noise(8, seed=10))
 
 
-def test_a_very_long_picture_costs_no_memory(tmp_path: Path) -> None:
+def test_very_long_picture_needs_little_memory(tmp_path: Path) -> None:
     # resized whole, it would be 256 x 5,120,000
     image = read_one(tmp_path, encoded(np.full((1, 20_000), 77, np.uint8)), resolution=256)
     assert image.shape == (256, 256, 3) and (image == 77).all()

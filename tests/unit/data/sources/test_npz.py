@@ -37,13 +37,13 @@ def test_npz_is_streamed(tmp_path: Path) -> None:
     ],
     ids=["float", "channels first", "one image", "fortran", "none", "pickled"],
 )
-def test_npz_of_another_kind(tmp_path: Path, array: np.ndarray) -> None:
+def test_npz_without_uint8_images_is_refused(tmp_path: Path, array: np.ndarray) -> None:
     np.savez(tmp_path / "x.npz", array)
     with pytest.raises(ValueError, match="holds no uint8 array arr_0"):
         next(iter_images(tmp_path / "x.npz"))
 
 
-def test_npz_whose_header_lies(tmp_path: Path) -> None:
+def test_npz_with_wrong_header_is_refused(tmp_path: Path) -> None:
     buffer = io.BytesIO()
     np.lib.format.write_array_header_1_0(buffer, {"descr": "|u1", "fortran_order": False, "shape": (10**6, 8, 8, 3)})
     zipped(tmp_path / "x.npz", {"arr_0.npy": buffer.getvalue() + bytes(500)})
@@ -66,7 +66,7 @@ def npy(array: np.ndarray, **options: bool) -> bytes:
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
 @pytest.mark.parametrize("dtype", ["<f2", "<f4", "<f8", ">f4"])
 @pytest.mark.parametrize("shape", [(2, 50), (1, 6, 7), (3, 2, 4, 5)])
-def test_values_in_any_order(tmp_path: Path, save, dtype: str, shape: tuple[int, ...]) -> None:
+def test_values_are_read_in_any_order(tmp_path: Path, save, dtype: str, shape: tuple[int, ...]) -> None:
     data = np.random.default_rng(0).standard_normal((9, *shape)).astype(dtype)
     save(tmp_path / "x.npz", data=data, labels=np.arange(9) % 3, classes=np.array(["a", "b", "ü"]))
     source = npz_values(tmp_path / "x.npz")
@@ -85,7 +85,7 @@ def test_values_without_labels_or_class_names(tmp_path: Path) -> None:
     assert npz_values(tmp_path / "x.npz").classes == ("0", "1", "2")
 
 
-def test_fingerprint_is_of_the_content_and_not_of_the_place(tmp_path: Path) -> None:
+def test_fingerprint_depends_on_content_not_path(tmp_path: Path) -> None:
     data, labels = np.zeros((4, 1, 8), np.float32), np.arange(4)
     prints = []
     for k, (values, marks) in enumerate([(data, labels), (data, labels), (data + 1, labels), (data, labels[::-1])]):
@@ -152,7 +152,7 @@ def test_other_arrays_are_refused_in_one_line(tmp_path: Path, kind: str) -> None
     assert str(caught.value).isprintable()
 
 
-def test_headers_of_values_are_not_believed(tmp_path: Path) -> None:
+def test_wrong_headers_of_values_are_refused(tmp_path: Path) -> None:
     buffer = io.BytesIO()
     shape = (10**6, 8, 8)
     np.lib.format.write_array_header_1_0(buffer, {"descr": "<f4", "fortran_order": False, "shape": shape})
@@ -164,7 +164,7 @@ def test_headers_of_values_are_not_believed(tmp_path: Path) -> None:
         npz_values(tmp_path / "x.npz")
 
 
-def test_class_names_that_are_no_characters(tmp_path: Path) -> None:
+def test_class_names_with_invalid_code_points_are_refused(tmp_path: Path) -> None:
     names = np.array([0x41, 0x7FFFFFFF], np.uint32).view("<U1")
     zipped(
         tmp_path / "x.npz", {"data.npy": npy(FLOATS), "labels.npy": npy(np.zeros(4, int)), "classes.npy": npy(names)}
@@ -173,7 +173,7 @@ def test_class_names_that_are_no_characters(tmp_path: Path) -> None:
         npz_values(tmp_path / "x.npz")
 
 
-def test_an_entry_that_says_it_expands_without_end(tmp_path: Path) -> None:
+def test_entry_with_huge_claimed_size_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "x.npz"
     np.savez_compressed(path, data=FLOATS)
     data = bytearray(path.read_bytes())
@@ -185,7 +185,7 @@ def test_an_entry_that_says_it_expands_without_end(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
-def test_damaged_values_are_noticed(tmp_path: Path, save) -> None:
+def test_damaged_values_are_detected(tmp_path: Path, save) -> None:
     """By the checksum of the zip, when the last sample is read at the latest."""
     path = tmp_path / "x.npz"
     save(path, data=np.random.default_rng(0).standard_normal((50, 1, 100)))
@@ -198,7 +198,7 @@ def test_damaged_values_are_noticed(tmp_path: Path, save) -> None:
             list(map(source.read, range(50)))
 
 
-def test_no_file_and_no_zip(tmp_path: Path) -> None:
+def test_missing_file_and_non_zip_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"no file .*absent.npz"):
         npz_values(tmp_path / "absent.npz")
     (tmp_path / "x.npz").write_bytes(b"x")

@@ -32,20 +32,20 @@ def test_class_folders_in_code_point_order(tmp_path: Path, kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["folder", "zip"])
-def test_flat_is_unconditional(tmp_path: Path, kind: str) -> None:
+def test_pictures_without_folders_are_unconditional(tmp_path: Path, kind: str) -> None:
     files = {"b.png": encoded(noise()), "a.png": encoded(noise())}
     source = open_source(write(tmp_path / "x", files) if kind == "folder" else zipped(tmp_path / "x.zip", files))
     assert source.classes == () and source.labels.tolist() == [0, 0] and source.name(0) == "a.png"
 
 
 @pytest.mark.parametrize("kind", ["folder", "zip"])
-def test_one_class(tmp_path: Path, kind: str) -> None:
+def test_single_class_folder(tmp_path: Path, kind: str) -> None:
     files = {"only/b.png": encoded(noise()), "only/a.png": encoded(noise())}
     source = open_source(write(tmp_path / "x", files) if kind == "folder" else zipped(tmp_path / "x.zip", files))
     assert source.classes == ("only",) and source.labels.tolist() == [0, 0]
 
 
-def test_files_that_are_no_pictures_are_counted(tmp_path: Path) -> None:
+def test_files_that_are_not_pictures_are_counted(tmp_path: Path) -> None:
     junk = {
         "dog/.hidden.png": b"",
         "__MACOSX/dog/a.png": b"",
@@ -61,7 +61,7 @@ def test_files_that_are_no_pictures_are_counted(tmp_path: Path) -> None:
         assert source.ignored == {"hidden or system files": 4, "files that are not pictures": 1}
 
 
-def test_digits_are_the_scans_of_scikit_learn() -> None:
+def test_digits_equal_those_of_scikit_learn() -> None:
     from sklearn.datasets import load_digits
 
     source, data = open_source("digits"), load_digits()
@@ -74,14 +74,14 @@ def test_digits_are_the_scans_of_scikit_learn() -> None:
 
 
 @pytest.mark.parametrize("kind", ["folder", "zip"])
-def test_nothing_to_read(tmp_path: Path, kind: str) -> None:
+def test_source_without_pictures_is_refused(tmp_path: Path, kind: str) -> None:
     files = {"readme.txt": b"x"}
     empty = write(tmp_path / "x", files) if kind == "folder" else zipped(tmp_path / "x.zip", files)
     with pytest.raises(ValueError, match=r"no pictures in .*1 files that are not pictures"):
         open_source(empty)
 
 
-def test_unknown_sources(tmp_path: Path) -> None:
+def test_unknown_sources_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no source"):
         open_source(tmp_path / "absent")
     with pytest.raises(ValueError, match="neither an existing path nor a data set"):
@@ -93,7 +93,7 @@ def test_unknown_sources(tmp_path: Path) -> None:
         open_source("digits", resolution=0)
 
 
-def test_layouts_that_are_ambiguous(tmp_path: Path) -> None:
+def test_ambiguous_layouts_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"class folders and 1 pictures outside them, such as loose.png"):
         open_source(write(tmp_path / "x", TREE | {"loose.png": encoded(noise())}))
     write(tmp_path / "y", TREE)
@@ -118,7 +118,7 @@ def test_native_resolution_needs_squares_of_one_size(tmp_path: Path) -> None:
     assert [image.shape for image in iter_images(tmp_path / "x", resolution=4)] == [(2, 4, 4, 3)]
 
 
-def test_native_resolution_passes_over_unreadable_pictures(tmp_path: Path) -> None:
+def test_native_resolution_ignores_unreadable_pictures(tmp_path: Path) -> None:
     write(tmp_path / "x", {"a.png": b"", "b.png": encoded(noise(8))})
     assert open_source(tmp_path / "x").resolution == 8
     write(tmp_path / "y", {"a.png": b"", "b.png": b"no"})
@@ -126,7 +126,7 @@ def test_native_resolution_passes_over_unreadable_pictures(tmp_path: Path) -> No
         open_source(tmp_path / "y")
 
 
-def test_iter_images_keeps_grey_only_if_all_are(tmp_path: Path) -> None:
+def test_iter_images_is_grey_only_if_all_pictures_are(tmp_path: Path) -> None:
     grey = {f"{i}.png": encoded(noise(8, i, channels=1)) for i in range(3)}
     assert [b.shape for b in iter_images(write(tmp_path / "x", grey), 2)] == [(2, 8, 8, 1), (1, 8, 8, 1)]
     write(tmp_path / "x", {"3.png": encoded(noise(8))})

@@ -11,7 +11,7 @@ from selftrans.data.sources.open_source import open_source
 from tests.support.pictures import encoded, noise, write
 
 
-def test_tables_that_are_links_out_of_the_folder(tmp_path: Path) -> None:
+def test_parquet_links_out_of_the_folder_are_refused(tmp_path: Path) -> None:
     arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     (tmp_path / "x").mkdir()
     for name in ("private.parquet", "x/a.parquet"):
@@ -36,7 +36,7 @@ def test_parquet(tmp_path: Path) -> None:
         assert np.array_equal(source.read(2), noise(8, 2))
 
 
-def test_plain_parquet_and_its_faults(tmp_path: Path) -> None:
+def test_plain_parquet_columns_and_invalid_cells(tmp_path: Path) -> None:
     """Columns that other tools write: bytes and integers; labels that are none; a cell that names a file."""
     arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
 

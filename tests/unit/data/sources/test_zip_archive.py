@@ -20,20 +20,20 @@ TREE = {
 ORDER = ["Zebra finch/ü ñ 猫.png", "cat/deep/er/c.png", "dog/a.PNG", "dog/b.png"]
 
 
-def test_zip_below_one_top_folder(tmp_path: Path) -> None:
+def test_zip_with_one_top_folder(tmp_path: Path) -> None:
     source = open_source(zipped(tmp_path / "x.zip", {f"train/{name}": data for name, data in TREE.items()}))
     assert source.classes == ("Zebra finch", "cat", "dog") and source.name(0) == "train/" + ORDER[0]
 
 
 @pytest.mark.parametrize("name", ["../evil.png", "/etc/evil.png", "a/../../evil.png", "..\\evil.png", "C:/evil.png"])
-def test_zip_names_that_climb_are_refused(tmp_path: Path, name: str) -> None:
+def test_zip_names_outside_the_archive_are_refused(tmp_path: Path, name: str) -> None:
     path = zipped(tmp_path / "x.zip", {"a/ok.png": encoded(noise()), name: encoded(noise())})
     with pytest.raises(ValueError, match="which leads out of it"):
         open_source(path)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["x.zip"]
 
 
-def test_zip_entries_that_are_links_doubled_or_encrypted(tmp_path: Path) -> None:
+def test_zip_links_duplicates_and_encrypted_entries_are_refused(tmp_path: Path) -> None:
     link = zipfile.ZipInfo("a/link.png")
     link.external_attr = 0o120777 << 16
     with zipfile.ZipFile(tmp_path / "link.zip", "w") as archive:
@@ -54,7 +54,7 @@ def test_zip_entries_that_are_links_doubled_or_encrypted(tmp_path: Path) -> None
         open_source(tmp_path / "x.zip")
 
 
-def test_zip_sizes_are_not_believed(tmp_path: Path) -> None:
+def test_zip_entries_with_wrong_sizes_are_refused(tmp_path: Path) -> None:
     def with_size(size: int) -> Path:
         path = tmp_path / "x.zip"
         with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
@@ -71,7 +71,7 @@ def test_zip_sizes_are_not_believed(tmp_path: Path) -> None:
         open_source(with_size(10), resolution=8).read(0)
 
 
-def test_zip_damage_is_noticed_by_its_checksum(tmp_path: Path) -> None:
+def test_zip_damage_is_detected_by_checksum(tmp_path: Path) -> None:
     path = zipped(tmp_path / "x.zip", {"a.ppm": b"P6 8 8 255 " + noise().tobytes()})
     data = bytearray(path.read_bytes())
     data[80] ^= 1  # a pixel: the picture would still decode

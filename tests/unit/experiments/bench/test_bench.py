@@ -87,7 +87,7 @@ def test_plain_vanilla_loss_is_that_of_the_package() -> None:
     assert term == 0
 
 
-def test_a_plain_step_trains_and_averages() -> None:
+def test_plain_step_updates_weights_and_average() -> None:
     step = PlainStep(settings(SMALL, 4, "fp32"), SHAPE, TEN, CPU, guided=True)
     before = copy.deepcopy(step.model)
     assert step.teacher is not None and not any(p.requires_grad for p in step.teacher.parameters())
@@ -119,7 +119,7 @@ class SleepingStep:
         return times
 
 
-def test_interleaved_steps_take_the_time_of_a_stopwatch() -> None:
+def test_interleaved_steps_measure_known_durations() -> None:
     clock = Clock(CPU)
     slow, fast = SleepingStep(0.02, 0.04, 0.06, 0.08), SleepingStep(0.01, 0.02, 0.03, 0.04)
     rounds = interleaved(
@@ -142,9 +142,7 @@ def test_rounds_continue_for_the_given_seconds() -> None:
     assert len(rounds["one"]) > 1
 
 
-def test_a_model_beyond_memory_is_reported_and_the_next_is_measured(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_out_of_memory_model_is_reported_and_the_next_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     module = importlib.import_module("selftrans.experiments.bench")
     measure = module._model
 
@@ -161,7 +159,7 @@ def test_a_model_beyond_memory_is_reported_and_the_next_is_measured(
     assert json.loads((tmp_path / "bench.json").read_text()) == found
 
 
-def test_random_latents_are_prepared_data(tmp_path: Path) -> None:
+def test_random_dataset_can_be_read(tmp_path: Path) -> None:
     shards = random_dataset(tmp_path, SHAPE, 600, classes=7)
     shards.verify()
     moments, labels = (shards.read(torch.arange(600))[name] for name in ("moments", "labels"))
@@ -169,7 +167,7 @@ def test_random_latents_are_prepared_data(tmp_path: Path) -> None:
     assert (moments[:, :, 4:] >= 0).all() and moments[:, :, :4].float().std().item() == pytest.approx(1, abs=0.02)
 
 
-def test_passes_are_counted_on_the_sampler_s_grid() -> None:
+def test_passes_are_counted_on_the_sampling_grid() -> None:
     """Twenty steps from t = 1, 0.95 ...: thirteen of them at 0.65 or below, each of two passes, seven of one."""
     assert passes(20) == (13 * 2 + 7) / 40
 
@@ -183,7 +181,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return found
 
 
-def test_numbers_of_the_report_agree_with_each_other(report: dict[str, Any]) -> None:
+def test_report_is_consistent(report: dict[str, Any]) -> None:
     machine, small = report["machine"], report["models"]["small"]
     assert machine["device"] == "cpu" and machine["dtype"] == "fp32" and machine["cpu"] == cpu_name()
     assert machine["threads"] == torch.get_num_threads() and machine["torch"] == torch.__version__
@@ -207,7 +205,7 @@ def test_numbers_of_the_report_agree_with_each_other(report: dict[str, Any]) -> 
     assert small["sampling"]["passes_interval_over_full"] == 0.825
 
 
-def test_utilisation_counts_what_the_method_needs(report: dict[str, Any]) -> None:
+def test_utilisation_counts_only_needed_operations(report: dict[str, Any]) -> None:
     """Our stage 2 and the plain one differ in time alone: what is wasted counts for nothing."""
     small = report["models"]["small"]
     needed = {name: row["utilisation"] * row["ms"] for name, row in small["rows"].items()}
@@ -237,7 +235,7 @@ def test_table_shows_the_report(report: dict[str, Any], capsys: pytest.CaptureFi
         (["--device", "cuda"], "this machine has no GPU that torch can use"),
     ],
 )
-def test_bad_arguments_are_one_line(
+def test_invalid_arguments_are_refused_in_one_line(
     arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -266,7 +264,7 @@ def script(name: str) -> Any:
     return module
 
 
-def test_every_ablation_changes_the_recipe_as_it_says() -> None:
+def test_ablations_change_the_recipe_as_named() -> None:
     ablations = script("ablations")
     for name, dotted in ablations.VARIANTS.items():
         config = ablations.overridden(recipe("digits"), dotted)
@@ -286,7 +284,7 @@ def test_ablations_are_compared(tmp_path: Path) -> None:
     assert [each["train"]["times"] for each in configs] == ["systematic", "uniform"]
 
 
-def test_each_change_is_measured() -> None:
+def test_every_change_is_measured() -> None:
     changes = script("changes")
     table = changes.measure(changes.ways(SMALL, 10, CPU), Clock(CPU), rounds=1)
     assert len(table) == 5 and all(row["plain_ms"] > 0 and row["ours_ms"] > 0 for row in table)
