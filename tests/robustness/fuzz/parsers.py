@@ -37,7 +37,7 @@ from selftrans.data.sources.open_source import iter_images, open_source
 from selftrans.data.sources.source import Source
 from selftrans.evaluate.classifier import SmallClassifier
 from selftrans.evaluate.statistics import Statistics
-from selftrans.experiments.evaluate_samples import _sampled
+from selftrans.experiments.evaluate_samples import _stored
 from selftrans.experiments.reference import _names
 from selftrans.interop.importing import import_run
 from selftrans.interop.published_file import read as read_published
@@ -349,7 +349,7 @@ def table(path: Path) -> None:
 
 def samples_json(path: Path) -> None:
     with contextlib.suppress(ValueError):
-        _sampled(path.parent)
+        _stored(path.parent)
     data = path.read_bytes()
     try:
         samples_io._begin(path.parent, {"steps": 4, "guidance": {"scale": 1.5}}, 3, 0)

@@ -32,7 +32,7 @@ def test_data_on_the_device_give_the_same_batches(shards: Dataset) -> None:
             torch.manual_seed(1)
             batches.append(to_batch(drawn, shards, torch.device("cpu")))
         assert all(torch.equal(a, b) for a, b in zip(*(batch[:2] for batch in batches), strict=True))
-    with pytest.raises(ValueError, match=r"indices -1 .. 1797 leave the 1797 pictures"):
+    with pytest.raises(ValueError, match=r"indices -1 .. 1797 are outside the 1797 pictures"):
         on_device.read(np.array([-1, 1797]))
 
 
@@ -41,5 +41,5 @@ def test_device_out_of_memory_is_one_line(shards: Dataset, monkeypatch: pytest.M
         raise torch.OutOfMemoryError("out of memory. Tried to allocate 21 GiB\nmore")
 
     monkeypatch.setattr(torch, "empty", full)
-    with pytest.raises(ValueError, match=r"takes 0.0 GB, which cpu has not free \(out of memory.*on_device off$"):
+    with pytest.raises(ValueError, match=r"needs 0.0 GB, more than cpu has free \(out of memory.*on_device off$"):
         OnDevice(shards, "cpu")
