@@ -79,9 +79,9 @@ DAMAGE = {
 def test_damaged_checkpoint_is_named_and_skipped(tmp_path, file, damage):
     folder = toy.copy(toy.finished() / "stage2" / "checkpoints", tmp_path / "checkpoints")
     assert checkpoint.newest(folder).step == 8
-    broken = folder / "step-00000008" / file
-    DAMAGE[damage](broken)
-    named = broken if (file, damage) != ("state.json", "flipped bit") else broken.parent
+    damaged = folder / "step-00000008" / file
+    DAMAGE[damage](damaged)
+    named = damaged if (file, damage) != ("state.json", "flipped bit") else damaged.parent
     with pytest.warns(UserWarning, match=f"damaged.*{named}"):
         assert checkpoint.newest(folder).step == 6
 
@@ -98,18 +98,18 @@ def test_invalid_state_json_is_skipped(tmp_path, content):
 
 def test_flipped_bit_in_state_json_is_detected_unless_it_changes_nothing(tmp_path):
     path = save(tmp_path, 20)
-    sound, expected = (path / "state.json").read_bytes(), checkpoint.read(path)
-    said = []
-    for position in range(len(sound)):
+    valid, expected = (path / "state.json").read_bytes(), checkpoint.read(path)
+    output = []
+    for position in range(len(valid)):
         (path / "state.json").write_bytes(
-            sound[:position] + bytes([sound[position] ^ 1 << position % 7]) + sound[position + 1 :]
+            valid[:position] + bytes([valid[position] ^ 1 << position % 7]) + valid[position + 1 :]
         )
         try:
             assert checkpoint.read(path) == expected  # a bit of white space
         except ValueError as error:
-            said.append(str(error))
-    assert len(said) > 0.8 * len(sound)
-    assert all("state.json is missing or damaged" in message for message in said)
+            output.append(str(error))
+    assert len(output) > 0.8 * len(valid)
+    assert all("state.json is missing or damaged" in message for message in output)
 
 
 def test_file_names_in_state_json_stay_inside_the_checkpoint(tmp_path):
@@ -142,11 +142,11 @@ def test_stage_restarts_without_a_valid_checkpoint(tmp_path):
 
 
 def test_loading_a_run_without_a_valid_checkpoint_is_refused(tmp_path):
-    broken = toy.copy(toy.finished(), tmp_path / "broken")
-    for path in (broken / "stage2" / "checkpoints").iterdir():
+    damaged = toy.copy(toy.finished(), tmp_path / "damaged")
+    for path in (damaged / "stage2" / "checkpoints").iterdir():
         (path / "ema.safetensors").unlink()
     with pytest.warns(UserWarning, match="damaged"), pytest.raises(ValueError, match="holds no valid checkpoint"):
-        find(broken)
+        find(damaged)
 
 
 # ---- a full disk
@@ -193,8 +193,10 @@ def test_training_continues_on_a_full_disk(tmp_path, monkeypatch, capsys):
     refusing(monkeypatch, [6])
     argv = ["train", "digits", f"--data={toy.digits()}", f"--out={tmp_path / 'run'}", *toy.flags()]
     assert main(argv) == 0
-    said = capsys.readouterr().err
-    assert "warning: could not write checkpoint" in said and "step-00000006" in said and "training continues" in said
+    output = capsys.readouterr().err
+    assert (
+        "warning: could not write checkpoint" in output and "step-00000006" in output and "training continues" in output
+    )
     assert [path.name[-1] for path in sorted((tmp_path / "run" / "stage2" / "checkpoints").iterdir())] == ["3", "8"]
     toy.assert_same_run(tmp_path / "run", toy.finished())
 
@@ -204,8 +206,8 @@ def test_full_disk_at_the_last_checkpoint_is_an_error_and_the_same_command_conti
     with monkeypatch.context() as patch:
         refusing(patch, [8])
         assert main(argv) == 1
-    said = capsys.readouterr().err.splitlines()[-1]
-    assert said.startswith("selftrans: could not write checkpoint") and "make room, then the same command" in said
+    output = capsys.readouterr().err.splitlines()[-1]
+    assert output.startswith("selftrans: could not write checkpoint") and "make room, then the same command" in output
     assert main(argv) == 0
     toy.assert_same_run(tmp_path / "run", toy.finished())
 
@@ -240,10 +242,10 @@ def test_full_disk_for_tensorboard_does_not_stop_training(tmp_path, monkeypatch)
 
 
 def _stopped_after_a_step(config, run):
-    whole = Trainer._train_step
+    original = Trainer._train_step
 
     def once(self, batches):
-        whole(self, batches)
+        original(self, batches)
         self.stop.received = signal.SIGTERM
 
     with pytest.MonkeyPatch.context() as patch:
@@ -327,20 +329,20 @@ def test_state_of_another_version_is_refused_in_one_line(tmp_path, field, value)
     record["sha256"].pop("state.json")
     record["sha256"]["state.json"] = checkpoint._state_sha256(record)
     state.write_text(json.dumps(record))
-    said = ""
+    output = ""
     try:
         train(toy.toy({"train.steps": 9}), run, quiet=True)
     except ValueError as error:  # harmless values are accepted
-        said = str(error)
-    assert not said or "step-00000008" in said or "teacher" in said
+        output = str(error)
+    assert not output or "step-00000008" in output or "teacher" in output
 
 
 def test_run_keeps_its_best_checkpoint(tmp_path, monkeypatch):
     """By the mean flow loss of the steps since the last regular checkpoint, whatever the interruptions in between."""
-    whole, losses = Objective.forward, [5.0, 5.0, 1.0, 2.0, 4.0, 4.0, 3.0, 3.0]
+    original, losses = Objective.forward, [5.0, 5.0, 1.0, 2.0, 4.0, 4.0, 3.0, 3.0]
 
     def forward(self, batch, step):
-        loss, report = whole(self, batch, step)
+        loss, report = original(self, batch, step)
         return loss, report | {"flow": torch.tensor(losses[step])}
 
     monkeypatch.setattr(Objective, "forward", forward)
@@ -447,10 +449,10 @@ def text(tmp_path):
     return tmp_path / "notes.safetensors"
 
 
-def cut(tmp_path):
+def truncated(tmp_path):
     content = (toy.checkpoint(toy.finished(), "stage1") / "student.safetensors").read_bytes()
-    (tmp_path / "cut.safetensors").write_bytes(content[: len(content) // 2])
-    return tmp_path / "cut.safetensors"
+    (tmp_path / "truncated.safetensors").write_bytes(content[: len(content) // 2])
+    return tmp_path / "truncated.safetensors"
 
 
 def empty_folder(tmp_path):
@@ -459,11 +461,11 @@ def empty_folder(tmp_path):
 
 
 def pickled(tmp_path):
-    class Hostile:
+    class RunsCode:
         def __reduce__(self):
             return os.mkdir, (str(tmp_path / "executed"),)
 
-    torch.save({"model": Hostile()}, tmp_path / "model.pt")
+    torch.save({"model": RunsCode()}, tmp_path / "model.pt")
     return tmp_path / "model.pt"
 
 
@@ -486,7 +488,7 @@ BAD = {
     ),
     "no safetensors": (text, "not a selftrans weights file"),
     "no header": (bare, "no entry 'selftrans' in its header"),
-    "truncated": (cut, "not a selftrans weights file"),
+    "truncated": (truncated, "not a selftrans weights file"),
     "pickle": (pickled, "not a selftrans weights file"),
     "damaged checkpoint": (damaged_checkpoint, "missing or damaged"),
     "header is a list": (lambda p: rewritten(p, lambda h: [1, 2]), "not a selftrans weights file"),
@@ -528,9 +530,9 @@ def test_invalid_teacher_is_one_line_and_writes_nothing(tmp_path, capsys, case):
     argv = ["train", "digits", f"--data={toy.digits()}", f"--out={run}", f"--teacher={teacher}", *toy.taught_flags()]
     capsys.readouterr()
     assert main(argv) == 1
-    said = capsys.readouterr().err
-    assert said.startswith("selftrans: ") and said.count("\n") == 1, said
-    assert re.search(message, said), said
+    output = capsys.readouterr().err
+    assert output.startswith("selftrans: ") and output.count("\n") == 1, output
+    assert re.search(message, output), output
     assert {path.name for path in run.iterdir()} == {".lock"} and not (tmp_path / "executed").exists()
 
 
@@ -564,9 +566,9 @@ def test_given_teacher_equals_the_trained_one(tmp_path, capsys, form):
     assert main([*argv, f"--teacher={toy.finished() / TEACHERS[form]}"]) == 0
     assert "[1/1] stage2: 8 steps" in capsys.readouterr().out
     toy.assert_same_run(tmp_path / "run", toy.finished(), ("stage2",))
-    mine, whole = (json.loads((run / "run.json").read_text()) for run in (tmp_path / "run", toy.finished()))
-    assert mine["student_tflops"] == whole["student_tflops"]
-    assert mine["total_tflops"] == pytest.approx(whole["total_tflops"])  # the teacher's training is part of the bill
+    mine, original = (json.loads((run / "run.json").read_text()) for run in (tmp_path / "run", toy.finished()))
+    assert mine["student_tflops"] == original["student_tflops"]
+    assert mine["total_tflops"] == pytest.approx(original["total_tflops"])  # the teacher's training is part of the bill
     assert mine["teacher"]["steps"] == 4 and len(mine["stages"]) == 1
     config = json.loads((tmp_path / "run" / "config.json").read_text())
     assert config["stage2"]["teacher"] == str(toy.finished() / TEACHERS[form])

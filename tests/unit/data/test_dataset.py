@@ -1,4 +1,4 @@
-"""Prepared data: what is read is what was written; a manifest or a file that lies is an error that names the lie."""
+"""Prepared data: reading returns what was written; an invalid manifest or file is an error that names the fault."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ def test_missing_manifest_names_the_remedy(tmp_path: Path) -> None:
 
 
 MOMENTS = r"shard-00000.safetensors cannot be used \(its moments are F16 \(5, 2, 8, 4, 4\), the manifest expects "
-LIES: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
+INVALID: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "count": (lambda m: m.update(count=9), "'count' is 9, its shards add up to 8"),
     "count negative": (lambda m: m.update(count=-1), "'count' should be an integer"),
     "count true": (lambda m: m.update(count=True), "'count' should be an integer"),
@@ -179,10 +179,10 @@ LIES: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
 }
 
 
-@pytest.mark.parametrize("lie", LIES)
-def test_invalid_manifest_names_the_field(tmp_path: Path, lie: str) -> None:
+@pytest.mark.parametrize("case", INVALID)
+def test_invalid_manifest_names_the_field(tmp_path: Path, case: str) -> None:
     make(tmp_path)
-    change, message = LIES[lie]
+    change, message = INVALID[case]
     edit(tmp_path, change)
     with pytest.raises(ValueError, match=message) as caught:
         Dataset.open(tmp_path)

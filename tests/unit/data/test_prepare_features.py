@@ -204,7 +204,7 @@ def test_damaged_features_are_named(complete: Path) -> None:
     dataset.read(np.arange(23), ["moments", "labels"])  # those are valid
 
 
-LIES: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
+INVALID: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "missing": (lambda f: f.pop("grid"), "'grid' is missing"),
     "unknown": (lambda f: f.update(extra=1), "'extra' is unknown"),
     "grid": (
@@ -223,9 +223,9 @@ LIES: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
 }
 
 
-@pytest.mark.parametrize("lie", LIES)
-def test_invalid_features_name_the_field(complete: Path, lie: str) -> None:
-    change, message = LIES[lie]
+@pytest.mark.parametrize("case", INVALID)
+def test_invalid_features_name_the_field(complete: Path, case: str) -> None:
+    change, message = INVALID[case]
     edit(complete, lambda manifest: change(manifest["features"]))
     with pytest.raises(ValueError, match=message) as caught:
         Dataset.open(complete).open_features()
@@ -288,16 +288,16 @@ def test_features_of_changed_weights_are_not_mixed(
 
 
 def test_skipped_pictures_have_no_features(pictures: Path, tmp_path: Path, encoder: str) -> None:
-    write(pictures, {"cat/04 torn.jpg": encoded(noise(64), "JPEG")[:500]})
+    write(pictures, {"cat/04 truncated.jpg": encoded(noise(64), "JPEG")[:500]})
     prepare(pictures, tmp_path / "out", skip_bad=True, resolution=8, **OPTIONS)
     prepare_features(pictures, tmp_path / "out", encoder, **MORE)
-    sound, stored = (
-        [i for i in range(24) if open_source(pictures, resolution=8).name(i) != "cat/04 torn.jpg"],
+    readable, stored = (
+        [i for i in range(24) if open_source(pictures, resolution=8).name(i) != "cat/04 truncated.jpg"],
         rows(tmp_path / "out"),
     )
-    assert len(stored) == len(sound) == 23
+    assert len(stored) == len(readable) == 23
     source, model = open_source(pictures, resolution=8), load_encoder(encoder, 4)
-    shown = torch.from_numpy(np.stack([source.read(i) for i in sound])).permute(0, 3, 1, 2) / 127.5 - 1
+    shown = torch.from_numpy(np.stack([source.read(i) for i in readable])).permute(0, 3, 1, 2) / 127.5 - 1
     torch.testing.assert_close(stored[:, 0].float(), model.encode(shown), rtol=2e-3, atol=2e-3)
 
 
@@ -340,9 +340,9 @@ def test_prepare_command_with_parts(
     assert main([*common, "--grid", "4"]) == 0
     assert "--grid is ignored without --features" in capsys.readouterr().err
     assert main([*common, "--features", encoder, "--precision", "bf16"]) == 0  # of the encoder: pixels meet no network
-    said = capsys.readouterr()
-    assert "23 pictures" in said.out and f"features by {encoder}: 4x4 of 16, float16, 0.0 MB" in said.out
-    assert "is complete already" in said.err and "23/23" in said.err and "ignored" not in said.err
+    output = capsys.readouterr()
+    assert "23 pictures" in output.out and f"features by {encoder}: 4x4 of 16, float16, 0.0 MB" in output.out
+    assert "is complete already" in output.err and "23/23" in output.err and "ignored" not in output.err
     assert main([*common, "--features", encoder, "--precision", "bf16"]) == 0
     assert "the features in" in capsys.readouterr().err
     assert main([*common, "--features", "no/model", "--grid", "2"]) == 1

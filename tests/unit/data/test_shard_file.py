@@ -97,14 +97,14 @@ def header(change: Callable[[dict[str, Any]], object]) -> Callable[[bytes], byte
     return changed
 
 
-HOSTILE: dict[str, Callable[[bytes], bytes]] = {
+INVALID: dict[str, Callable[[bytes], bytes]] = {
     "empty": lambda data: b"",
     "no header": lambda data: data[:7],
     "no safetensors": lambda data: b"PK\x03\x04" * 100,
     "header beyond the file": lambda data: (1 << 40).to_bytes(8, "little") + data[8:],
     "header of 2^64 bytes": lambda data: b"\xff" * 8 + data[8:],
     "header no json": lambda data: data[:8] + b"[" * (len(data) - 8),
-    "cut off": lambda data: data[:-1],
+    "truncated": lambda data: data[:-1],
     "longer": lambda data: data + b"\0",
     "huge header": lambda data: (100_000_001).to_bytes(8, "little") + bytes(100_000_001),
     "offsets beyond": header(lambda h: h["moments"].update(data_offsets=[0, 1 << 40])),
@@ -123,10 +123,10 @@ HOSTILE: dict[str, Callable[[bytes], bytes]] = {
 }
 
 
-@pytest.mark.parametrize("fault", HOSTILE)
+@pytest.mark.parametrize("fault", INVALID)
 def test_invalid_shard_files_are_refused_in_one_line(tmp_path: Path, fault: str) -> None:
     path = tmp_path / "x.safetensors"
-    path.write_bytes(HOSTILE[fault](save(tensors(4))))
+    path.write_bytes(INVALID[fault](save(tensors(4))))
     with pytest.raises(ValueError, match=r"x.safetensors cannot be used \(.+\); repeat the `selftrans") as caught:
         open_tensors(path, LAYOUT, 4)
     assert str(caught.value).isprintable() and len(str(caught.value)) < 600

@@ -149,7 +149,7 @@ def remote_code(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("make", "said"),
+    ("make", "message"),
     [
         (lambda folder: None, "cannot be loaded .*; give a vision model"),
         (missing_weights, r"checkpoint lacks 1 weights, such as encoder.layer.1.mlp.fc1.weight"),
@@ -170,9 +170,9 @@ def remote_code(folder: Path) -> None:
     ],
 )
 @pytest.mark.filterwarnings("ignore:encoder .* has no usable")
-def test_invalid_encoder_is_refused_in_one_line(tmp_path: Path, make, said: str) -> None:
+def test_invalid_encoder_is_refused_in_one_line(tmp_path: Path, make, message: str) -> None:
     make(tmp_path / "model")
-    with pytest.raises(ValueError, match=said) as caught:
+    with pytest.raises(ValueError, match=message) as caught:
         load_encoder(str(tmp_path / "model"), 4)
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 600
     assert not (tmp_path / "model" / "ran").exists()

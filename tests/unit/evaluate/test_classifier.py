@@ -138,7 +138,7 @@ def test_saving_and_loading_keeps_everything(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         (lambda h, t: h.clear(), "not a classifier of this package"),
         (lambda h, t: h.update(format="selftrans.classifier/99"), "selftrans.classifier/99"),
@@ -149,14 +149,14 @@ def test_saving_and_loading_keeps_everything(tmp_path: Path) -> None:
         (lambda h, t: h.update(architecture=h["architecture"].replace("6", "-6")), "positive integers"),
         (lambda h, t: h.update(architecture=h["architecture"].replace("6", "1000000000")), "head.weight"),
         (lambda h, t: t.pop("head.bias"), "head.bias"),
-        (lambda h, t: t.update(surplus=torch.zeros(1)), "surplus"),
+        (lambda h, t: t.update(unexpected=torch.zeros(1)), "unexpected"),
         (lambda h, t: t.update({"head.bias": t["head.bias"].double()}), "head.bias"),
         (lambda h, t: t["head.bias"].fill_(float("nan")), "not finite in head.bias"),
     ],
 )
-def test_damaged_or_other_file_is_refused(tmp_path: Path, change, said: str) -> None:
+def test_damaged_or_other_file_is_refused(tmp_path: Path, change, message: str) -> None:
     path = rewrite(tiny(tmp_path / "c.safetensors"), change)
-    with pytest.raises(ValueError, match=said) as caught:
+    with pytest.raises(ValueError, match=message) as caught:
         SmallClassifier.load(path)
     assert "\n" not in str(caught.value)
 
@@ -187,7 +187,7 @@ def test_failed_write_keeps_the_old_file(tmp_path: Path, monkeypatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("images", "labels", "said"),
+    ("images", "labels", "message"),
     [
         (np.zeros((4, 6, 6, 3), np.float32), [0, 1, 0, 1], "float32"),
         (np.zeros((4, 6, 5, 3), np.uint8), [0, 1, 0, 1], "uint8"),
@@ -196,8 +196,8 @@ def test_failed_write_keeps_the_old_file(tmp_path: Path, monkeypatch) -> None:
         (np.zeros((1, 6, 6, 3), np.uint8), [0], "at least two of each"),
     ],
 )
-def test_invalid_data_are_refused(images: np.ndarray, labels: list[int], said: str) -> None:
-    with pytest.raises(ValueError, match=said):
+def test_invalid_data_are_refused(images: np.ndarray, labels: list[int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         train_classifier(images, np.array(labels), 2)
 
 
@@ -219,7 +219,7 @@ def test_images_of_another_size_are_refused(trained: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "said"),
+    ("name", "message"),
     [
         ("incepton", "did you mean inception"),
         ("digit", "did you mean digits"),
@@ -227,8 +227,8 @@ def test_images_of_another_size_are_refused(trained: Path) -> None:
         ("absent.safetensors", "no classifier file"),
     ],
 )
-def test_unknown_features_suggest_a_remedy(name: str, said: str) -> None:
-    with pytest.raises(ValueError, match=said):
+def test_unknown_features_suggest_a_remedy(name: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         load_extractor(name)
 
 
@@ -312,12 +312,12 @@ def test_other_weights_than_inceptions_are_refused_unopened(inception: Path) -> 
 
 @pytest.mark.parametrize("error", [ImportError("No module named 'torch_fidelity'"), RuntimeError("torchvision::nms")])
 def test_inception_without_torch_fidelity_names_the_package(monkeypatch, error: Exception) -> None:
-    class Broken:
+    class FailingImport:
         def find_spec(self, name: str, *_: object) -> None:
             if name.split(".")[0] == "torch_fidelity":
                 raise error
 
-    monkeypatch.setattr(sys, "meta_path", [Broken(), *sys.meta_path])
+    monkeypatch.setattr(sys, "meta_path", [FailingImport(), *sys.meta_path])
     for name in [name for name in sys.modules if name.split(".")[0] == "torch_fidelity"]:
         monkeypatch.delitem(sys.modules, name)
     with pytest.raises(ValueError, match=r"pip install 'selftrans\[eval\]'.*--features") as caught:

@@ -237,17 +237,17 @@ def test_fid_requires_the_published_inception() -> None:
 
 
 def test_unavailable_metrics_are_absent_and_explained() -> None:
-    whole = Statistics.of(pictures(1), Colours())
-    bare = Statistics(whole.mean, whole.cov, source="adm.npz")
+    complete = Statistics.of(pictures(1), Colours())
+    bare = Statistics(complete.mean, complete.cov, source="adm.npz")
     report = evaluate(pictures(0), bare, Colours(head=False))
     assert "frechet_distance" in report and report["reference"] == "adm.npz" and report["reference_images"] is None
     assert not {"kernel_distance", "precision", "classifier_score", "accuracy"} & report.keys()
-    for said in ("does not name its extractor", "no kernel distance", "no precision and recall", "no score"):
-        assert said in report["note"]
-    few = evaluate(pictures(0, 3), whole, Colours(), metrics=["precision_recall"])
+    for reason in ("does not name its extractor", "no kernel distance", "no precision and recall", "no score"):
+        assert reason in report["note"]
+    few = evaluate(pictures(0, 3), complete, Colours(), metrics=["precision_recall"])
     assert "too few images for 3 neighbours" in few["note"] and "precision" not in few
     with pytest.warns(UserWarning, match="the extractor has no head"):
-        evaluate(pictures(0), whole, Colours(head=False), labels=[0] * 90)
+        evaluate(pictures(0), complete, Colours(head=False), labels=[0] * 90)
 
 
 def test_only_requested_metrics_are_computed(monkeypatch) -> None:
@@ -268,9 +268,9 @@ def test_reference_of_another_extractor_is_refused_before_sampling() -> None:
 
     with pytest.raises(ValueError, match=r"reference ref was made by other dddddddd .* not by colours cccccccc"):
         evaluate(sampler(), reference, Colours())
-    foreign = Statistics(np.zeros(3), np.eye(3))
+    unnamed = Statistics(np.zeros(3), np.eye(3))
     with pytest.raises(ValueError, match=r"an unnamed extractor \(3 features\)"):
-        evaluate(sampler(), foreign, Colours())
+        evaluate(sampler(), unnamed, Colours())
 
 
 def test_labels_may_be_appended_while_samples_stream() -> None:

@@ -94,10 +94,10 @@ def test_collect_takes_named_conditions() -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"), [({"taps": (4,)}, "backbone of 3"), ({"taps": ()}, "choose 1"), ({"t": 1.5}, "outside")]
+    ("changes", "message"), [({"taps": (4,)}, "backbone of 3"), ({"taps": ()}, "choose 1"), ({"t": 1.5}, "outside")]
 )
-def test_collect_refuses_blocks_and_times_out_of_range(changes: dict, said: str) -> None:
-    with pytest.raises(ValueError, match=said):
+def test_collect_refuses_blocks_and_times_out_of_range(changes: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         collected(**changes)
 
 
@@ -130,8 +130,8 @@ def test_ridge_equals_scikit_learn() -> None:
     x = torch.randn(80, 5, generator=torch.Generator().manual_seed(0)).double()
     x = (x - x.mean(dim=0)) / x.std(dim=0, correction=0)
     y = (x[:, 0] + 0.3 * x[:, 1] > 0.2).long() + (x[:, 2] > 1).long()
-    theirs = Ridge(alpha=1e-2 * 80).fit(x.numpy(), torch.nn.functional.one_hot(y).double().numpy())
-    np.testing.assert_array_equal(ridge_guesses(x, y, x).numpy(), theirs.predict(x.numpy()).argmax(axis=-1))
+    reference = Ridge(alpha=1e-2 * 80).fit(x.numpy(), torch.nn.functional.one_hot(y).double().numpy())
+    np.testing.assert_array_equal(ridge_guesses(x, y, x).numpy(), reference.predict(x.numpy()).argmax(axis=-1))
 
 
 def test_probe_refuses_invalid_arguments() -> None:
@@ -156,9 +156,9 @@ def spread(n: int = 6, seed: int = 0) -> Tensor:
 def test_components_span_the_subspace_of_scikit_learn() -> None:
     feats = spread(30)
     basis = probes.pca_basis(feats)
-    theirs = PCA(n_components=3).fit(feats.reshape(-1, 8).double().numpy())
-    np.testing.assert_allclose(basis.mean.numpy(), theirs.mean_, rtol=1e-9)
-    np.testing.assert_allclose(np.abs(basis.components.numpy() @ theirs.components_.T), np.eye(3), atol=1e-9)
+    reference = PCA(n_components=3).fit(feats.reshape(-1, 8).double().numpy())
+    np.testing.assert_allclose(basis.mean.numpy(), reference.mean_, rtol=1e-9)
+    np.testing.assert_allclose(np.abs(basis.components.numpy() @ reference.components_.T), np.eye(3), atol=1e-9)
     largest = basis.components.abs().argmax(dim=1)
     assert (basis.components[torch.arange(3), largest] > 0).all()
 

@@ -32,7 +32,7 @@ def pictures(n: int = 100) -> np.ndarray:
     return np.random.default_rng(0).integers(0, 256, (n, 2, 2, 3), dtype=np.uint8)
 
 
-def cut(images: np.ndarray, size: int) -> list[np.ndarray]:
+def batches_of(images: np.ndarray, size: int) -> list[np.ndarray]:
     return [images[i : i + size] for i in range(0, len(images), size)]
 
 
@@ -40,7 +40,7 @@ def cut(images: np.ndarray, size: int) -> list[np.ndarray]:
 def test_mean_and_covariance_equal_numpy(size: int) -> None:
     images = pictures()
     flat = images.reshape(100, -1).astype(np.float64)
-    found = Statistics.of(iter(cut(images, size)), Pixels(), chunk=size)
+    found = Statistics.of(iter(batches_of(images, size)), Pixels(), chunk=size)
     np.testing.assert_allclose(found.mean, flat.mean(axis=0), rtol=1e-10)
     np.testing.assert_allclose(found.cov, np.cov(flat, rowvar=False), rtol=1e-10, atol=1e-10)
     assert found.count == 100 and found.extractor == "pixels" and found.dim == 12
@@ -49,7 +49,9 @@ def test_mean_and_covariance_equal_numpy(size: int) -> None:
 
 def test_statistics_are_bit_identical_for_every_batch_size() -> None:
     images = pictures()
-    runs = [Statistics.of(cut(images, size), Pixels()) for size in (1, 3, 64, 99)] + [Statistics.of(images, Pixels())]
+    runs = [Statistics.of(batches_of(images, size), Pixels()) for size in (1, 3, 64, 99)] + [
+        Statistics.of(images, Pixels())
+    ]
     for run in runs[1:]:
         np.testing.assert_array_equal(run.cov, runs[0].cov)
         np.testing.assert_array_equal(run.mean, runs[0].mean)
@@ -67,7 +69,7 @@ def test_chunks_are_full_whatever_the_batches() -> None:
     images, extractor = pictures(23), Pixels()
     Statistics.of([images[:1], images[1:1], images[1:15], images[15:]], extractor, chunk=5)
     assert extractor.sizes == [5, 5, 5, 5, 3]
-    np.testing.assert_array_equal(np.concatenate(list(rebatch(cut(images, 4), 6))), images)
+    np.testing.assert_array_equal(np.concatenate(list(rebatch(batches_of(images, 4), 6))), images)
 
 
 def test_observe_receives_features_in_order() -> None:
@@ -104,9 +106,9 @@ def test_adms_files_are_read(tmp_path: Path) -> None:
 
 
 def test_other_and_damaged_files_are_refused(tmp_path: Path) -> None:
-    def refused(said: str, **arrays: object) -> None:
+    def refused(message: str, **arrays: object) -> None:
         np.savez(tmp_path / "s.npz", **arrays)  # type: ignore[arg-type]
-        with pytest.raises(ValueError, match=said) as caught:
+        with pytest.raises(ValueError, match=message) as caught:
             Statistics.load(tmp_path / "s.npz")
         assert "\n" not in str(caught.value)
 
@@ -120,11 +122,11 @@ def test_other_and_damaged_files_are_refused(tmp_path: Path) -> None:
     refused("negative eigenvalues", **good, mu_s=np.zeros(2), sigma_s=np.array([[1.0, 2.0], [2.0, 1.0]]))
     refused("holds features", **good, count=np.int64(5), features=np.zeros((4, 3), np.float32))
     refused("not a readable npz", mu=np.array([{"a": "pickle"}], dtype=object), sigma=np.eye(1))
-    whole = tmp_path / "whole.npz"
-    np.savez(whole, **good)
-    whole.write_bytes(whole.read_bytes()[:-30])
+    truncated = tmp_path / "truncated.npz"
+    np.savez(truncated, **good)
+    truncated.write_bytes(truncated.read_bytes()[:-30])
     with pytest.raises(ValueError, match="not a readable npz"):
-        Statistics.load(whole)
+        Statistics.load(truncated)
     np.save(tmp_path / "one.npy", np.zeros(3))
     with pytest.raises(ValueError, match="not a readable npz"):
         Statistics.load(tmp_path / "one.npy")
@@ -158,7 +160,7 @@ def test_strongly_compressed_statistics_are_refused_unread(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(
-    ("batches", "said"),
+    ("batches", "message"),
     [
         ([], "0 images have no covariance"),
         ([pictures(1)], "1 images have no covariance"),
@@ -170,8 +172,8 @@ def test_strongly_compressed_statistics_are_refused_unread(tmp_path: Path) -> No
         ([pictures(2), np.zeros((1, 4, 4, 3), np.uint8)], "two sizes, 2x2x3 and 4x4x3"),
     ],
 )
-def test_invalid_images_are_refused(batches: list, said: str) -> None:
-    with pytest.raises(ValueError, match=said):
+def test_invalid_images_are_refused(batches: list, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         Statistics.of(batches, Pixels())
 
 

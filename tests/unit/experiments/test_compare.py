@@ -198,9 +198,9 @@ def test_compare_command(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> N
     command = ["compare", "digits", "--out", str(out), "--steps", "10", "--images", "24", "--workers", "1", *overrides]
     methods = ["vanilla", "structure", "self_transcendence", "layersync"]
     assert main([*command, "--methods", *methods, "--seeds", "0", "1"]) == 0
-    said = capfd.readouterr()
-    assert all(name in said.out for name in [*methods, "±", "compare.html"])
-    assert "selftrans: warning: 24 images for 64 dimensions" in said.err and "UserWarning" not in said.err
+    output = capfd.readouterr()
+    assert all(name in output.out for name in [*methods, "±", "compare.html"])
+    assert "selftrans: warning: 24 images for 64 dimensions" in output.err and "UserWarning" not in output.err
     summary = json.loads((out / "compare.json").read_text())
     assert [row["method"] for row in summary["table"]] == methods
     assert summary["config"]["model"]["width"] == 16 and summary["seeds"] == [0, 1] and summary["images"] == 24
@@ -320,7 +320,7 @@ def test_given_teacher_is_used_and_its_cost_is_unknown(tmp_path: Path, capfd: py
     assert main([*command, str(tmp_path / "ema.safetensors"), "--train.path", "cosine"]) == 1
     assert "was trained on the linear path" in capfd.readouterr().err and not list((tmp_path / "x").glob("*-seed*"))
     assert main([*command, str(tmp_path / "ema.safetensors"), "--methods", "structure", "self_transcendence"]) == 0
-    said = capfd.readouterr()
+    output = capfd.readouterr()
     summary = json.loads((tmp_path / "x" / "compare.json").read_text())
     assert [one["path"] for one in summary["teachers"]] == [str(tmp_path / "ema.safetensors")]
     assert summary["table"][1]["total_tflops"] is None and summary["curves"]["tflops"]["self_transcendence"] == [
@@ -329,11 +329,11 @@ def test_given_teacher_is_used_and_its_cost_is_unknown(tmp_path: Path, capfd: py
         [],
     ]
     assert "ema.safetensors, step 4" in (tmp_path / "x" / "compare.html").read_text()
-    assert said.out
+    assert output.out
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         (["compare", "digit", "--out", "x"], "did you mean digits"),
         (["compare", "digits", "--out", "x", "--methods", "vanila"], "'vanila' is unknown; did you mean vanilla"),
@@ -344,15 +344,15 @@ def test_given_teacher_is_used_and_its_cost_is_unknown(tmp_path: Path, capfd: py
         (["compare", "cifar10", "--out", "x"], "needs --data DIR"),
     ],
 )
-def test_wrong_arguments_are_refused_in_one_line(words, said, tmp_path, monkeypatch, capfd):
+def test_wrong_arguments_are_refused_in_one_line(words, message, tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     assert main(words) in (1, 2)
     error = capfd.readouterr().err
-    assert said in error and error.count("\n") == 1
+    assert message in error and error.count("\n") == 1
 
 
 @pytest.mark.parametrize(
-    ("method", "words", "said"),
+    ("method", "words", "message"),
     [
         ("repa", [], "holds no features"),
         ("layersync", ["--layersync.target-block", "9"], "layersync reads block 9, but the student has blocks 1..3"),
@@ -360,10 +360,10 @@ def test_wrong_arguments_are_refused_in_one_line(words, said, tmp_path, monkeypa
         ("self_transcendence", ["--stage2.teacher-block", "9"], "teacher block 9 is outside the teacher's 1..3"),
     ],
 )
-def test_unusable_methods_are_refused_before_training(method, words, said, tmp_path, capfd):
+def test_unusable_methods_are_refused_before_training(method, words, message, tmp_path, capfd):
     command = ["compare", "digits", "--out", str(tmp_path / "x"), "--methods", "vanilla", method, "--seeds", "0"]
     assert main([*command, "--model.width", "16", "--model.depth", "3", *words]) == 1
-    assert said in capfd.readouterr().err and not list((tmp_path / "x").glob("*-seed*"))
+    assert message in capfd.readouterr().err and not list((tmp_path / "x").glob("*-seed*"))
 
 
 def test_too_few_images_are_refused_by_the_library(tmp_path):

@@ -31,14 +31,14 @@ from tests.support.toy import quick  # noqa: F401 - a fixture
 
 
 @pytest.fixture
-def judge(tmp_path: Path) -> Path:
+def scorer(tmp_path: Path) -> Path:
     """A classifier of 8x8 grey pictures with random weights."""
-    SmallClassifier(8, 1, 10).save(tmp_path / "judge.safetensors")
-    return tmp_path / "judge.safetensors"
+    SmallClassifier(8, 1, 10).save(tmp_path / "scorer.safetensors")
+    return tmp_path / "scorer.safetensors"
 
 
-def extractor(judge: Path) -> ClassifierExtractor:
-    return ClassifierExtractor(SmallClassifier.load(judge), "judge classifier")
+def extractor(scorer: Path) -> ClassifierExtractor:
+    return ClassifierExtractor(SmallClassifier.load(scorer), "scorer classifier")
 
 
 def folder(path: Path, count: int = 24, seed: int = 0) -> Path:
@@ -49,12 +49,12 @@ def folder(path: Path, count: int = 24, seed: int = 0) -> Path:
     return path
 
 
-def test_report_of_a_run_equals_report_of_its_samples_on_disk(judge: Path, tmp_path: Path, capsys) -> None:
+def test_report_of_a_run_equals_report_of_its_samples_on_disk(scorer: Path, tmp_path: Path, capsys) -> None:
     run = toy.copy(toy.finished(), tmp_path / "run")
     settings = ["--num=30", "--steps=2", "--sampler=heun", "--guidance-scale=1.5", "--guidance-interval", "0.1", "0.8"]
-    rest = ["--reference=digits", f"--features={judge}"]
+    rest = ["--reference=digits", f"--features={scorer}"]
     assert main(["evaluate", str(run), *settings, *rest, "--out", str(tmp_path / "a.json")]) == 0
-    said = capsys.readouterr().out
+    output = capsys.readouterr().out
     assert main(["sample", str(run), "--out", str(tmp_path / "samples"), *settings]) == 0
     before = toy.tree(run)
     assert main(["evaluate", str(tmp_path / "samples"), *rest]) == 0
@@ -66,7 +66,7 @@ def test_report_of_a_run_equals_report_of_its_samples_on_disk(judge: Path, tmp_p
         **{name: stored["made"][name] for name in scores.SETTINGS},
     }
     assert direct["made"]["guidance_scale"] == 1.5 and direct["made"]["weights"] == "ema"
-    for told in (
+    for text in (
         "sampler heun",
         "steps 2",
         "guidance scale 1.5",
@@ -74,17 +74,17 @@ def test_report_of_a_run_equals_report_of_its_samples_on_disk(judge: Path, tmp_p
         "weights ema",
         "seed 0",
     ):
-        assert told in said, told
+        assert text in output, text
     computed = (
         "score over 10 splits, precision and recall with 3 neighbours, kernel distance over 100 subsets of 30 images"
     )
-    assert computed in said
-    assert "autoencoder pixel" in said and "FID" not in said and toy.tree(run) == before
+    assert computed in output
+    assert "autoencoder pixel" in output and "FID" not in output and toy.tree(run) == before
 
 
-def test_report_is_written_to_the_run_and_raw_weights_differ(judge: Path, tmp_path: Path) -> None:
+def test_report_is_written_to_the_run_and_raw_weights_differ(scorer: Path, tmp_path: Path) -> None:
     run = toy.copy(toy.finished(), tmp_path / "run")
-    argv = ["evaluate", str(run), "--num=20", "--steps=1", "--reference=digits", f"--features={judge}"]
+    argv = ["evaluate", str(run), "--num=20", "--steps=1", "--reference=digits", f"--features={scorer}"]
     assert main(argv) == 0
     first = json.loads((run / "evaluate.json").read_text())
     assert main([*argv, "--weights=raw", "--stage=stage1"]) == 0
@@ -93,35 +93,35 @@ def test_report_is_written_to_the_run_and_raw_weights_differ(judge: Path, tmp_pa
     assert first["frechet_distance"] != second["frechet_distance"]
 
 
-def test_sampling_options_warn_for_stored_images(judge: Path, tmp_path: Path) -> None:
+def test_sampling_options_warn_for_stored_images(scorer: Path, tmp_path: Path) -> None:
     pictures = folder(tmp_path / "pictures")
     with pytest.warns(UserWarning, match=r"--steps is ignored: .* holds images"):
-        scores.evaluate_samples(pictures, pictures, str(judge), settings={"steps": 3})
+        scores.evaluate_samples(pictures, pictures, str(scorer), settings={"steps": 3})
 
 
-def test_npz_of_a_sample_folder_uses_its_samples_json(judge: Path, tmp_path: Path) -> None:
+def test_npz_of_a_sample_folder_uses_its_samples_json(scorer: Path, tmp_path: Path) -> None:
     made = tmp_path / "made"
     assert main(["sample", str(toy.finished()), "--out", str(made), "--num", "12", "--steps", "2"]) == 0
-    whole, npz = (scores.evaluate_samples(path, "digits", str(judge)) for path in (made, made / "samples.npz"))
-    assert npz["made"]["sampler"] == "heun" and npz | {"samples": 0} == whole | {"samples": 0}
+    complete, npz = (scores.evaluate_samples(path, "digits", str(scorer)) for path in (made, made / "samples.npz"))
+    assert npz["made"]["sampler"] == "heun" and npz | {"samples": 0} == complete | {"samples": 0}
 
 
-def test_labels_in_an_npz_of_pictures_are_read(judge: Path, tmp_path: Path) -> None:
+def test_labels_in_an_npz_of_pictures_are_read(scorer: Path, tmp_path: Path) -> None:
     """Ours away from its folder, and anyone's in ADM's layout."""
     made, moved = tmp_path / "made", tmp_path / "moved.npz"
     assert main(["sample", str(toy.finished()), "--out", str(made), "--num", "20", "--steps", "1"]) == 0
-    whole = scores.evaluate_samples(made, "digits", str(judge))
+    complete = scores.evaluate_samples(made, "digits", str(scorer))
     (made / "samples.npz").rename(moved)
-    alone = scores.evaluate_samples(moved, "digits", str(judge))
-    assert alone["label_balance"] == whole["label_balance"] == {"classes": 10, "fewest": 2, "most": 2}
-    assert alone["accuracy"] == whole["accuracy"] and alone["made"]["sampler"] is None
+    alone = scores.evaluate_samples(moved, "digits", str(scorer))
+    assert alone["label_balance"] == complete["label_balance"] == {"classes": 10, "fewest": 2, "most": 2}
+    assert alone["accuracy"] == complete["accuracy"] and alone["made"]["sampler"] is None
     assert "2 to 2 images of each of 10 classes" in scores.text(alone)
     images = np.zeros((4, 8, 8, 1), np.uint8)
     for other in (np.zeros(4), np.zeros(4, np.int64), np.zeros((4, 10), np.int64)):  # no labels, and no classes
         np.savez(moved, images, other)
         assert scores.open_samples(moved, {}).labels is None
     np.savez(moved, images)
-    unknown = scores.evaluate_samples(moved, "digits", str(judge))
+    unknown = scores.evaluate_samples(moved, "digits", str(scorer))
     assert unknown["label_balance"] is None and "label balance unknown" in scores.text(unknown)
     assert "balance" not in scores.text(unknown | {"made": unknown["made"] | {"num_classes": 1}})
 
@@ -136,43 +136,46 @@ def test_labels_that_do_not_match_the_pictures_are_refused(tmp_path: Path) -> No
         next(scores.open_samples(tmp_path / "y.npz", {}).images)
 
 
-def test_checkpoint_of_other_code_names_selftrans_import(judge: Path, tmp_path: Path, capsys) -> None:
-    assert main(["evaluate", str(tmp_path / "SiT.pt"), "--reference", "digits", "--features", str(judge)]) == 1
+def test_checkpoint_of_other_code_names_selftrans_import(scorer: Path, tmp_path: Path, capsys) -> None:
+    assert main(["evaluate", str(tmp_path / "SiT.pt"), "--reference", "digits", "--features", str(scorer)]) == 1
     assert "SiT.pt is a checkpoint of another code base; convert it with `selftrans import`" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("given", ["pictrues/made", "nowhere", "made.npz"])
 def test_missing_samples_and_references_are_not_searched_on_the_hub(
-    judge: Path, tmp_path: Path, capsys, monkeypatch, given: str
+    scorer: Path, tmp_path: Path, capsys, monkeypatch, given: str
 ) -> None:
     monkeypatch.setattr("selftrans.data.sources.table.hub", lambda *args: pytest.fail("asked the hub"))
-    assert main(["evaluate", given, "--reference", "digits", "--features", str(judge)]) == 1
-    said = capsys.readouterr().err
-    assert f"{given} does not exist; give a folder, zip or npz of pictures, or a run" in said and said.count("\n") == 1
+    assert main(["evaluate", given, "--reference", "digits", "--features", str(scorer)]) == 1
+    output = capsys.readouterr().err
+    assert (
+        f"{given} does not exist; give a folder, zip or npz of pictures, or a run" in output and output.count("\n") == 1
+    )
     made = folder(tmp_path / "made")
-    assert main(["evaluate", str(made), "--reference", given, "--features", str(judge)]) == 1
+    assert main(["evaluate", str(made), "--reference", given, "--features", str(scorer)]) == 1
     assert f"{given} does not exist; {reference.WANTED}" in capsys.readouterr().err
 
 
 # ---- references
 
 
-def test_labels_that_expand_beyond_the_file_are_refused(judge: Path, tmp_path: Path, capsys) -> None:
+def test_labels_that_expand_beyond_the_file_are_refused(scorer: Path, tmp_path: Path, capsys) -> None:
     made = tmp_path / "made"
     made.mkdir()
     images = np.zeros((2, 8, 8, 1), np.uint8)
     (made / "samples.json").write_text(json.dumps({"num": 2, "complete": True, "settings": {"num_classes": 10}}))
     np.savez_compressed(made / "samples.npz", arr_0=images, arr_1=np.zeros(1 << 22, np.int64))  # 32 MB in 33 kB
-    assert main(["evaluate", str(made), "--reference", "digits", "--features", str(judge)]) == 1
-    said = capsys.readouterr().err
+    assert main(["evaluate", str(made), "--reference", "digits", "--features", str(scorer)]) == 1
+    output = capsys.readouterr().err
     assert (
-        "made is damaged (its labels claim more bytes than the file has); delete it" in said and said.count("\n") == 1
+        "made is damaged (its labels claim more bytes than the file has); delete it" in output
+        and output.count("\n") == 1
     )
 
 
-def test_reference_is_computed_once(judge: Path, tmp_path: Path, monkeypatch) -> None:
+def test_reference_is_computed_once(scorer: Path, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    real, one = folder(tmp_path / "real"), extractor(judge)
+    real, one = folder(tmp_path / "real"), extractor(scorer)
     first = reference.reference_of(real, one)
     (kept,) = reference.cache().iterdir()
     monkeypatch.setattr(image_files, "iter_images", lambda path: pytest.fail("computed again"))
@@ -202,28 +205,32 @@ def test_reference_of_latents_is_decoded_deterministically_and_reported(tmp_path
     expected = to_uint8(load_autoencoder(vae).decode(mean * 0.5)).numpy()
     assert np.array_equal(first, expected)
     SmallClassifier(8, 3, 2).save(tmp_path / "rgb.safetensors")
-    made, data, judge = tmp_path / "pictures", tmp_path / "data", tmp_path / "rgb.safetensors"
-    report = scores.evaluate_samples(made, data, str(judge), out=tmp_path / "r.json")
+    made, data, scorer = tmp_path / "pictures", tmp_path / "data", tmp_path / "rgb.safetensors"
+    report = scores.evaluate_samples(made, data, str(scorer), out=tmp_path / "r.json")
     assert report[
         "reference"
     ] == f"{data}, decoded by {vae}" and f"against {data}, decoded by {vae} (23" in scores.text(report)
     (kept,) = reference.cache().iterdir()
     about = (data / "manifest.json").stat()
-    drawn = [extractor(judge).sha256, str(data.resolve()), f"manifest.json|{about.st_size}|{about.st_mtime_ns}"]
+    drawn = [
+        extractor(scorer).sha256,
+        str(data.resolve()),
+        f"manifest.json|{about.st_size}|{about.st_mtime_ns}",
+    ]
     assert kept.stem != hashlib.sha256("\n".join(drawn).encode()).hexdigest()[:40], "what was drawn is not used again"
     pixels = toy.prepared(tmp_path / "toy", classes=())
     assert reference.described(pixels) == str(pixels), "pixels are as they were"
 
 
-def test_unwritable_cache_is_ignored(judge: Path, tmp_path: Path, monkeypatch) -> None:
+def test_unwritable_cache_is_ignored(scorer: Path, tmp_path: Path, monkeypatch) -> None:
     (tmp_path / "file").write_text("no directory")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    assert reference.reference_of(folder(tmp_path / "real"), extractor(judge)).count == 24
+    assert reference.reference_of(folder(tmp_path / "real"), extractor(scorer)).count == 24
 
 
-def test_reference_is_saved_with_adm_names(judge: Path, tmp_path: Path) -> None:
+def test_reference_is_saved_with_adm_names(scorer: Path, tmp_path: Path) -> None:
     real, made = folder(tmp_path / "real"), folder(tmp_path / "made", seed=1)
-    argv = ["evaluate", str(made), f"--features={judge}"]
+    argv = ["evaluate", str(made), f"--features={scorer}"]
     assert main([*argv, f"--reference={real}", f"--save-reference={tmp_path / 'ref.npz'}"]) == 0
     first = json.loads((made / "evaluate.json").read_text())
     with np.load(tmp_path / "ref.npz") as arrays:
@@ -234,10 +241,10 @@ def test_reference_is_saved_with_adm_names(judge: Path, tmp_path: Path) -> None:
     assert second["precision"] == first["precision"]
 
 
-def test_adm_reference_batch_uses_its_statistics_and_its_pictures(judge: Path, tmp_path: Path, monkeypatch) -> None:
+def test_adm_reference_batch_uses_its_statistics_and_its_pictures(scorer: Path, tmp_path: Path, monkeypatch) -> None:
     """mu and sigma are of more pictures than arr_0 holds, so both must be used, each for its own."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    one, rng = extractor(judge), np.random.default_rng(3)
+    one, rng = extractor(scorer), np.random.default_rng(3)
     pictures = rng.integers(0, 256, (40, 8, 8, 1), dtype=np.uint8)
     everything = Statistics.of(rng.integers(0, 256, (200, 8, 8, 1), dtype=np.uint8), one)
     np.savez(tmp_path / "batch.npz", arr_0=pictures, mu=everything.mean, sigma=everything.cov)
@@ -248,7 +255,7 @@ def test_adm_reference_batch_uses_its_statistics_and_its_pictures(judge: Path, t
     assert np.array_equal(Statistics.load(tmp_path / "again.npz").features, found.features)
     assert np.array_equal(found.features, Statistics.of(pictures, one).features)
     made = folder(tmp_path / "made")
-    report = scores.evaluate_samples(made, tmp_path / "batch.npz", str(judge))
+    report = scores.evaluate_samples(made, tmp_path / "batch.npz", str(scorer))
     expected = frechet_distance(
         Statistics.of(image_files.iter_images(made), one), dataclasses.replace(everything, count=None)
     )
@@ -344,11 +351,19 @@ def test_arrays_of_an_npz_are_evaluated(values: Path, tmp_path: Path) -> None:
         scores.evaluate_samples(tmp_path / "cut.npz", tmp_path / "b.npz", "values")
 
 
-def test_extractors_of_pictures_refuse_arrays(values: Path, judge: Path, capsys) -> None:
-    argv = ["evaluate", str(values / "run"), "--num=4", "--steps=2", "--reference", "digits", f"--features={judge}"]
+def test_extractors_of_pictures_refuse_arrays(values: Path, scorer: Path, capsys) -> None:
+    argv = [
+        "evaluate",
+        str(values / "run"),
+        "--num=4",
+        "--steps=2",
+        "--reference",
+        "digits",
+        f"--features={scorer}",
+    ]
     assert main(argv) == 1
-    said = capsys.readouterr().err
-    assert "judge classifier takes pictures" in said and "--features values" in said
+    output = capsys.readouterr().err
+    assert "scorer classifier takes pictures" in output and "--features values" in output
 
 
 def test_previews_of_values_are_pictures(values: Path) -> None:

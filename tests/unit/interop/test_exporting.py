@@ -1,4 +1,4 @@
-"""A run's weights in one file: ours, or in a published layout that comes back as it went."""
+"""A run's weights in one file, in selftrans's layout or in a published one."""
 
 import json
 
@@ -62,16 +62,19 @@ def test_published_layout_is_the_same_network_in_its_convention(tmp_path, layout
     """The exported file, read by name into the network assembled from diffusers' parts."""
     run, _, _ = a_run(tmp_path, qk_norm=qk_norm, channels=channels)
     file = export_run(run, tmp_path / "out", layout=layout)
-    theirs = Assembled(load_file(file), **TINY | {"channels": channels})
+    network = Assembled(load_file(file), **TINY | {"channels": channels})
     x, t, labels = inputs(channels=channels)
     with torch.no_grad():
-        ours = load_model(run).model(x, t, labels).v
-        found = -theirs(x, 1 - t, labels) if layout == "sit" else theirs(x, t, labels)
-    assert (ours - found).abs().max() < 1e-5 < ours.abs().max()
-    said = json.loads((tmp_path / "out/config.json").read_text())
+        expected = load_model(run).model(x, t, labels).v
+        found = -network(x, 1 - t, labels) if layout == "sit" else network(x, t, labels)
+    assert (expected - found).abs().max() < 1e-5 < expected.abs().max()
+    described = json.loads((tmp_path / "out/config.json").read_text())
     sizes = {"input_size": 8, "patch_size": 2, "in_channels": channels, "hidden_size": 32, "depth": 3, "num_heads": 2}
-    assert sizes.items() <= said["arguments"].items() and said["arguments"]["num_classes"] == 10
-    assert said["time"].startswith("t = 0 is noise" if layout == "sit" else "t = 0 is data") and said["step"] == 4
+    assert sizes.items() <= described["arguments"].items() and described["arguments"]["num_classes"] == 10
+    assert (
+        described["time"].startswith("t = 0 is noise" if layout == "sit" else "t = 0 is data")
+        and described["step"] == 4
+    )
 
 
 @pytest.mark.parametrize("qk_norm", [False, True])
@@ -88,9 +91,9 @@ def test_repa_import_and_export_are_inverse(tmp_path, qk_norm):
 def test_export_and_import_are_inverse(tmp_path, layout):
     """Bit for bit, but for the layer that turns with time: that one to a rounding."""
     run, _, _ = a_run(tmp_path)
-    file, said = export_run(run, tmp_path / "out", layout=layout), []
-    import_run(file, tmp_path / "back", heads=2, say=said.append)
-    assert f"those of {layout.upper()}, from its header" in said[0]
+    file, lines = export_run(run, tmp_path / "out", layout=layout), []
+    import_run(file, tmp_path / "back", heads=2, say=lines.append)
+    assert f"those of {layout.upper()}, from its header" in lines[0]
     was, now = (load_model(place).model.state_dict() for place in (run, tmp_path / "back"))
     turned = "t_embedder.mlp.0.weight"
     assert (was[turned] - now[turned]).abs().max() < (1e-9 if layout == "repa" else 2e-7)

@@ -36,19 +36,19 @@ def inputs(shape, classes, n=6):
     return torch.randn(n, *shape, generator=g), t, labels
 
 
-def brought(path, out, **given):
-    """A file as a run, and what was said."""
-    said = []
-    import_run(path, out, **{"heads": None if given.pop("qk", False) else 2, "say": said.append} | given)
-    return out, "\n".join(said)
+def run_import(path, out, **given):
+    """A file as a run, and what it printed."""
+    output = []
+    import_run(path, out, **{"heads": None if given.pop("qk", False) else 2, "say": output.append} | given)
+    return out, "\n".join(output)
 
 
 @torch.no_grad()
-def off(run, theirs, sizes, *, weights="ema", flip=False):
+def off(run, network, sizes, *, weights="ema", flip=False):
     """Largest difference between a run's velocity and the assembled network's, in the network's own time."""
     model = load_model(run, weights=weights).model
     x, t, labels = inputs((sizes["channels"], sizes["side"], sizes["side"]), sizes["classes"])
-    expected = -theirs(x, 1 - t, labels) if flip else theirs(x, t, labels)
+    expected = -network(x, 1 - t, labels) if flip else network(x, t, labels)
     assert expected.abs().max() > 0.1
     return (model(x, t, labels).v - expected).abs().max().item()
 
@@ -62,8 +62,8 @@ def off(run, theirs, sizes, *, weights="ema", flip=False):
 def test_imported_network_equals_one_assembled_from_diffusers(tmp_path, qk_norm, convention, learn_sigma):
     raw, ema = (state(**TINY, qk_norm=qk_norm, learn_sigma=learn_sigma, seed=k) for k in (1, 2))
     file = save(tmp_path / "a.pt", {"model": raw, "ema": ema, "opt": None, "args": options(convention)})
-    run, said = brought(file, tmp_path / "run")
-    assert f"those of {convention.upper()}, from its stored options" in said
+    run, output = run_import(file, tmp_path / "run")
+    assert f"those of {convention.upper()}, from its stored options" in output
     for weights, named in (("raw", raw), ("ema", ema)):
         assert off(run, Assembled(named, **TINY), TINY, weights=weights, flip=convention == "sit") < 1e-5
     found = load_model(run).config.model
@@ -75,28 +75,30 @@ def test_published_size_at_full_width_and_depth(tmp_path, qk_norm, convention):
     sizes = {"width": 384, "depth": 12, "heads": 6, "patch": 2, "channels": 4, "side": 8, "classes": 1000}
     named = state(**sizes, qk_norm=qk_norm, learn_sigma=convention == "sit")
     file = save(tmp_path / "SiT.pt", named)
-    run, said = brought(file, tmp_path / "run", heads=None, name="SiT-S/2", convention=convention)
+    run, output = run_import(file, tmp_path / "run", heads=None, name="SiT-S/2", convention=convention)
     assert off(run, Assembled(named, **sizes), sizes, flip=convention == "sit") < 1e-5
     found = load_model(run)
     assert found.config.model.name == "SiT-S/2" and found.config.model.width is None
     assert found.autoencoder == "stabilityai/sd-vae-ft-mse" and found.model.num_classes == len(found.classes) == 1000
-    assert found.step == 0 and "taken as 0; set it with --step N" in said
+    assert found.step == 0 and "taken as 0; set it with --step N" in output
 
 
 def test_reflection_maps_sinusoids_of_t_to_those_of_one_minus_t():
     from diffusers.models.embeddings import get_timestep_embedding
 
     t = torch.linspace(0, 1, 33)
-    theirs = [get_timestep_embedding(s, 256, flip_sin_to_cos=True, downscale_freq_shift=0).double() for s in (t, 1 - t)]
+    embedded = [
+        get_timestep_embedding(s, 256, flip_sin_to_cos=True, downscale_freq_shift=0).double() for s in (t, 1 - t)
+    ]
     turn = reflection(256)
-    assert (theirs[0] @ turn - theirs[1]).abs().max() < 1e-6
+    assert (embedded[0] @ turn - embedded[1]).abs().max() < 1e-6
     assert (turn @ turn - torch.eye(256, dtype=torch.float64)).abs().max() < 1e-15 and torch.equal(turn, turn.T)
 
 
 def test_half_precision_and_averaged_positions_are_accepted(tmp_path):
     named = {name: tensor.half() for name, tensor in state(**TINY).items()}
     named["pos_embed"] = named["pos_embed"] + 5e-4
-    run, _ = brought(save(tmp_path / "a.pt", named), tmp_path / "run", convention="repa")
+    run, _ = run_import(save(tmp_path / "a.pt", named), tmp_path / "run", convention="repa")
     named = {name: tensor.float() for name, tensor in named.items()} | {"pos_embed": state(**TINY)["pos_embed"]}
     assert off(run, Assembled(named, **TINY), TINY) < 1e-5
     assert load_model(run).model.pos_embed.dtype == torch.float32
@@ -133,7 +135,7 @@ LAYOUTS = {
 @pytest.mark.parametrize("kind", LAYOUTS)
 @pytest.mark.parametrize("form", ["pt", "safetensors"])
 def test_every_layout_is_imported(tmp_path, kind, form):
-    more, arrange, told = LAYOUTS[kind]
+    more, arrange, reason = LAYOUTS[kind]
     raw, ema = (state(**TINY, **(more or {}), seed=k) for k in (1, 2))
     content = arrange(raw, ema)
     file = tmp_path / f"a.{form}"
@@ -143,10 +145,10 @@ def test_every_layout_is_imported(tmp_path, kind, form):
         save_file(content, file)
     else:
         save_file({f"{k}.{n}": t for k in ("model", "ema") if k in content for n, t in content[k].items()}, file)
-        told = told.partition(",")[0] if "projectors" in (more or {}) else "time and sign"
+        reason = reason.partition(",")[0] if "projectors" in (more or {}) else "time and sign"
     given = {"convention": "sit"} if kind == "sit training" and form == "safetensors" else {}
-    run, said = brought(file, tmp_path / "run", **given)
-    assert told in said
+    run, output = run_import(file, tmp_path / "run", **given)
+    assert reason in output
     flip = kind.startswith("sit")
     both = isinstance(content, dict) and "model" in content
     assert off(run, Assembled(ema, **TINY), TINY, flip=flip) < 1e-5
@@ -168,13 +170,13 @@ def test_possible_dit_file_warns(tmp_path, capsys):
         file = save(tmp_path / f"{name}.pt", content)
         words = ["import", str(file), *HEADS, "--out"]
         assert main([*words, str(tmp_path / name / "guessed")]) == 0
-        said = capsys.readouterr()
-        assert said.err.count("\n") == 1 and file.name in said.err, said.err
-        assert "may be a DiT checkpoint" in said.err and "--convention sit" in said.err
-        assert "those of SIT, a guess" in said.out and "DiT" in said.out
-        assert main([*words, str(tmp_path / name / "told"), "--convention", "sit"]) == 0
-        said = capsys.readouterr()
-        assert not said.err and "those of SIT, from --convention" in said.out
+        output = capsys.readouterr()
+        assert output.err.count("\n") == 1 and file.name in output.err, output.err
+        assert "may be a DiT checkpoint" in output.err and "--convention sit" in output.err
+        assert "those of SIT, a guess" in output.out and "DiT" in output.out
+        assert main([*words, str(tmp_path / name / "chosen"), "--convention", "sit"]) == 0
+        output = capsys.readouterr()
+        assert not output.err and "those of SIT, from --convention" in output.out
     certain = {"ema": state(**TINY, learn_sigma=True), "args": options("sit")}
     for name, content in {"none": state(**TINY), "args": certain}.items():
         assert main(["import", str(save(file, content)), *HEADS, "--out", str(tmp_path / name)]) == 0
@@ -183,7 +185,7 @@ def test_possible_dit_file_warns(tmp_path, capsys):
 
 def test_unused_entries_are_listed_and_recorded(tmp_path):
     named = state(**TINY)
-    beside = {
+    others = {
         "epoch": 3,
         "optimizer": {"exp_avg": torch.zeros(2)},
         "scaler": {"scale": torch.ones(1)},
@@ -194,26 +196,26 @@ def test_unused_entries_are_listed_and_recorded(tmp_path):
         "steps": torch.tensor(4),
         "best\x1b": 1.0,
         "scheduler_state": {"x": torch.ones(2)},
-        **beside,
+        **others,
     }
-    run, said = brought(save(tmp_path / "a.pt", content), tmp_path / "run")
+    run, output = run_import(save(tmp_path / "a.pt", content), tmp_path / "run")
     listed = "best\\x1b, scheduler_state, epoch, optimizer, scaler, rng"
-    assert f"unused entries of the file: {listed}\n" in said and "it holds one set of weights" in said
+    assert f"unused entries of the file: {listed}\n" in output and "it holds one set of weights" in output
     assert json.loads((run / "imported.json").read_text())["unused"] == listed
-    assert load_model(run).step == 4 and "step 0" not in said
+    assert load_model(run).step == 4 and "taken as 0" not in output
     file = save(tmp_path / "b.pt", {"ema": named, "steps": torch.tensor([4, 5])} | {f"x{k}": k for k in range(30)})
-    run, said = brought(file, tmp_path / "many")
-    assert "x18, x19 and 11 more\n" in said and load_model(run).step == 0
-    run, said = brought(save(tmp_path / "c.pt", {"ema": named, "steps": 4}), tmp_path / "all")
-    assert "not used" not in said and "unused" not in json.loads((run / "imported.json").read_text())
+    run, output = run_import(file, tmp_path / "many")
+    assert "x18, x19 and 11 more\n" in output and load_model(run).step == 0
+    run, output = run_import(save(tmp_path / "c.pt", {"ema": named, "steps": 4}), tmp_path / "all")
+    assert "unused entries" not in output and "unused" not in json.loads((run / "imported.json").read_text())
 
 
 def test_single_state_dict_is_used_for_raw_and_ema(tmp_path):
     named = state(**TINY)
     file = save(tmp_path / "a.pt", {"state_dict": named, "epoch": 3, "steps": 4})
-    run, said = brought(file, tmp_path / "run", convention="repa")
+    run, output = run_import(file, tmp_path / "run", convention="repa")
     assert off(run, Assembled(named, **TINY), TINY) < 1e-5 and load_model(run).step == 4
-    assert "it holds one set of weights" in said and "unused entries of the file: epoch" in said
+    assert "it holds one set of weights" in output and "unused entries of the file: epoch" in output
 
 
 @pytest.mark.parametrize("known", [["model"], ["ema"], ["model", "ema"], ["state_dict"], []])
@@ -230,9 +232,9 @@ def test_weights_that_would_be_lost_are_refused_by_name(tmp_path, capsys, known,
 def test_heads_are_omitted_or_written_to_a_separate_file(tmp_path):
     named = state(**TINY, projectors="repa")
     file = save(tmp_path / "a.pt", {"model": named, "ema": named, "steps": 3})
-    run, said = brought(file, tmp_path / "run")
-    assert "left out (--keep-heads)" in said and not (run / "projectors.safetensors").exists()
-    run, said = brought(file, tmp_path / "kept", keep_heads=True)
+    run, output = run_import(file, tmp_path / "run")
+    assert "left out (--keep-heads)" in output and not (run / "projectors.safetensors").exists()
+    run, output = run_import(file, tmp_path / "kept", keep_heads=True)
     kept = load_file(run / "projectors.safetensors")
     heads = {k: v for k, v in named.items() if k.startswith("projectors")}
     toy.assert_same(kept, {f"{kind}.{k}": v for kind in ("raw", "ema") for k, v in heads.items()})
@@ -246,7 +248,7 @@ def test_imported_stage_1_head_equals_the_published_one(tmp_path):
     named = state(**sizes, projectors="stage1", qk_norm=True)
     args = options("repa", encoder_depth=2, t_range=[0.4, 0.7], proj_coeff=0.25)
     file = save(tmp_path / "a.pt", {"model": named, "ema": named, "args": args, "steps": 5})
-    run, _ = brought(file, tmp_path / "run")
+    run, _ = run_import(file, tmp_path / "run")
     config = from_json((run / "config.json").read_text())
     stage1 = config.sections["stage1"]
     assert config.method == "structure" and (stage1.block, stage1.weight, stage1.timestep_range) == (
@@ -278,22 +280,22 @@ def test_imported_stage_1_head_equals_the_published_one(tmp_path):
 
 @pytest.mark.parametrize("convention", ["repa", "sit"])
 def test_adamw_moments_follow_their_parameters(tmp_path, convention):
-    """After one step exp_avg is a tenth of the gradient: theirs of the assembled network, ours of the imported one."""
+    """After one step exp_avg is a tenth of the gradient, in the assembled network and in the imported one."""
     named = state(**TINY, projectors="repa" if convention == "repa" else None)
-    theirs, (x, t, labels) = Assembled(named, **TINY), inputs((1, 8, 8), 10)
+    network, (x, t, labels) = Assembled(named, **TINY), inputs((1, 8, 8), 10)
     target = torch.randn_like(x)
     flip = convention == "sit"
-    out = theirs(x, 1 - t if flip else t, labels)
+    out = network(x, 1 - t if flip else t, labels)
     (out - (-target if flip else target)).square().mean().backward()
-    gradients = {"final_layer.linear.weight": theirs.out.weight.grad, "final_layer.linear.bias": theirs.out.bias.grad}
+    gradients = {"final_layer.linear.weight": network.out.weight.grad, "final_layer.linear.bias": network.out.bias.grad}
     for k in (0, 2):
-        layer = (theirs.time.linear_1, theirs.time.linear_2)[k // 2]
+        layer = (network.time.linear_1, network.time.linear_2)[k // 2]
         gradients |= {f"t_embedder.mlp.{k}.{part}": getattr(layer, part).grad for part in ("weight", "bias")}
     others = {k: torch.randn_like(v) for k, v in named.items() if k not in gradients and k != "pos_embed"}
     _, optimizer = published_files.adamw(named, [others | gradients])
     content = {"model": named, "ema": named, "opt": optimizer, "args": options(convention)}
-    run, said = brought(save(tmp_path / "a.pt", content), tmp_path / "run")
-    assert "afresh" not in said
+    run, output = run_import(save(tmp_path / "a.pt", content), tmp_path / "run")
+    assert "starts from zero" not in output
     found = load_file(toy.checkpoint(run, "vanilla") / "optimizer.safetensors")
     assert {float(v) for k, v in found.items() if k.endswith(":step")} == {1.0} and load_model(run).step == 1
     for name, gradient in others.items():
@@ -317,12 +319,12 @@ def test_adamw_moments_follow_their_parameters(tmp_path, convention):
     torch.testing.assert_close(*pairs, atol=1e-10, rtol=1e-2)
 
 
-@pytest.mark.parametrize("spoil", ["shape", "count", "missing", "nan", "kind", "step"])
-def test_mismatched_optimiser_state_is_dropped(tmp_path, spoil):
+@pytest.mark.parametrize("damage", ["shape", "count", "missing", "nan", "kind", "step"])
+def test_mismatched_optimiser_state_is_dropped(tmp_path, damage):
     named = state(**TINY)
     _, optimizer = published_files.adamw(named, [{k: torch.ones_like(v) for k, v in named.items() if k != "pos_embed"}])
     moments = optimizer["state"][3]
-    match spoil:
+    match damage:
         case "shape":
             moments["exp_avg"] = torch.zeros(2)
         case "count":
@@ -336,16 +338,16 @@ def test_mismatched_optimiser_state_is_dropped(tmp_path, spoil):
         case "step":
             moments["step"] = torch.tensor(float("inf"))
     file = save(tmp_path / "a.pt", {"model": named, "ema": named, "opt": optimizer, "steps": 9})
-    run, said = brought(file, tmp_path / "run")
-    assert "the optimiser starts from zero: its optimiser state does not match" in said
+    run, output = run_import(file, tmp_path / "run")
+    assert "the optimiser starts from zero: its optimiser state does not match" in output
     assert load_file(toy.checkpoint(run, "vanilla") / "optimizer.safetensors") == {} and load_model(run).step == 9
 
 
 # ---- going on
 
 
-def theirs_of(run, stage, args):
-    """A run of ours as their training would have saved it: their names, order, counting, and nothing else."""
+def published_form(run, stage, args):
+    """A run in the published layout: its names, order and numbering."""
     found = checkpoint.newest(run / stage / "checkpoints")
     student, ema, heads, moments = (found.tensors(name) for name in ("student", "ema", "heads", "optimizer"))
     order = list(state(**TINY, qk_norm=True, projectors="stage1" if heads else None))
@@ -395,11 +397,11 @@ SETTINGS = {
 def test_run_converted_to_published_layout_and_back_continues_identically(tmp_path, capsys, method, stage):
     """Bit for bit (weights, averages, heads, moments, log): 6 steps, or 4, their file, and 2 by the command printed."""
     settings = SETTINGS | {"method": method}
-    train(toy.toy(settings), tmp_path / "whole", quiet=True)
+    train(toy.toy(settings), tmp_path / "uninterrupted", quiet=True)
     train(toy.toy(settings | {"train.steps": 4}), tmp_path / "half", quiet=True)
     file = save(
         tmp_path / "0000004.pt",
-        theirs_of(tmp_path / "half", stage, options("repa", encoder_depth=2, t_range=(0.4, 0.7))),
+        published_form(tmp_path / "half", stage, options("repa", encoder_depth=2, t_range=(0.4, 0.7))),
     )
     assert main(["import", str(file), "--out", str(tmp_path / "run")]) == 0
     printed = next(x for x in capsys.readouterr().out.splitlines() if x.startswith("to train on: "))
@@ -409,8 +411,8 @@ def test_run_converted_to_published_layout_and_back_continues_identically(tmp_pa
     own = ["train.", "log."]
     more = [f for f in toy.flags(settings) if any(f.startswith(f"--{o}") for o in own)]
     assert main([*typed[1:], *more]) == 0
-    toy.assert_same(toy.tensors(tmp_path / "run", stage), toy.tensors(tmp_path / "whole", stage))
-    last, its = toy.log(tmp_path / "run", stage)[-1], toy.log(tmp_path / "whole", stage)[-1]
+    toy.assert_same(toy.tensors(tmp_path / "run", stage), toy.tensors(tmp_path / "uninterrupted", stage))
+    last, its = toy.log(tmp_path / "run", stage)[-1], toy.log(tmp_path / "uninterrupted", stage)[-1]
     assert last.pop("tflops") == pytest.approx(its.pop("tflops") / 3), (
         "what the steps before have cost is not known here"
     )
@@ -432,8 +434,8 @@ def imported(tmp_path):
 def test_sampling_analysing_and_exporting_an_imported_run(tmp_path, imported, capsys):
     made = tmp_path / "samples"
     assert main(["sample", str(imported), "--out", str(made), "--num", "4", "--steps", "2", "--sampler", "ode"]) == 0
-    said = json.loads((made / "samples.json").read_text())
-    assert said["settings"]["source"]["imported"]["path"].endswith("a.pt") and len(list(made.rglob("*.png"))) == 4
+    record = json.loads((made / "samples.json").read_text())
+    assert record["settings"]["source"]["imported"]["path"].endswith("a.pt") and len(list(made.rglob("*.png"))) == 4
     words = ["analyse", str(imported), "--out", str(tmp_path / "maps"), "--data", str(toy.digits()), "--samples", "40"]
     assert main([*words, "--timesteps", "0.4"]) == 0
     assert main(["evaluate", str(made), "--reference", "digits", "--features", "digits"]) == 0
@@ -468,7 +470,7 @@ def test_imported_model_can_teach(tmp_path, capsys, imported, part):
 def test_teacher_of_another_path_is_refused(tmp_path, capsys):
     named = state(**TINY)
     file = save(tmp_path / "a.pt", {"model": named, "ema": named, "args": options("sit", path_type="GVP")})
-    run, _ = brought(file, tmp_path / "run")
+    run, _ = run_import(file, tmp_path / "run")
     words = ["train", "digits", f"--data={toy.digits()}", f"--out={tmp_path / 'student'}", f"--teacher={run}"]
     words += [word for word in toy.taught_flags() if "train.steps" not in word] + ["--train.steps=2"]
     assert main(words) == 1
@@ -482,28 +484,28 @@ def test_teacher_of_another_path_is_refused(tmp_path, capsys):
 def test_teacher_of_another_autoencoder_warns(tmp_path, capsys):
     named = state(**TINY)
     file = save(tmp_path / "a.pt", {"model": named, "ema": named, "args": options("repa")})
-    run, _ = brought(file, tmp_path / "run", autoencoder="somebody/vae")
+    run, _ = run_import(file, tmp_path / "run", autoencoder="somebody/vae")
     words = ["train", "digits", f"--data={toy.digits()}", f"--out={tmp_path / 'student'}", f"--teacher={run}"]
     words += [word for word in toy.taught_flags() if "train.steps" not in word] + ["--train.steps=2"]
     assert main(words) == 0
-    said = [text for text in capsys.readouterr().err.splitlines() if "warning: the teacher" in text]
-    assert len(said) == 1 and "names the autoencoder somebody/vae, the data pixel" in said[0]
+    warnings = [text for text in capsys.readouterr().err.splitlines() if "warning: the teacher" in text]
+    assert len(warnings) == 1 and "names the autoencoder somebody/vae, the data pixel" in warnings[0]
 
 
 @pytest.mark.parametrize(
-    ("more", "said"),
+    ("more", "message"),
     [
         (["--method", "structure"], "method was vanilla, is structure"),
         (["--model.depth", "4"], "model.depth was 3, is 4"),
         (["--train.path", "cosine"], "train.path was linear, is cosine"),
     ],
 )
-def test_settings_fixed_by_the_weights_cannot_change(imported, capsys, more, said):
+def test_settings_fixed_by_the_weights_cannot_change(imported, capsys, more, message):
     words = ["train", "imagefolder", "--data", str(toy.digits()), "--out", str(imported), "--method", "vanilla"]
     model = ["--model.width", "32", "--model.depth", "3", "--model.heads", "2", "--model.patch", "2"]
     before = toy.tree(imported)
     assert main([*words, *model, *toy.flags({"train.steps": 9})[5:], *more]) == 1
-    assert said in capsys.readouterr().err
+    assert message in capsys.readouterr().err
     before.pop(".lock", None)
     assert {k: v for k, v in toy.tree(imported).items() if k != ".lock"} == before
 
@@ -542,7 +544,7 @@ def touch(path):
     return f"touch {shlex.quote(str(path))}"
 
 
-@pytest.mark.parametrize("where", ["top", "args", "opt", "beside"])
+@pytest.mark.parametrize("where", ["top", "args", "opt", "others"])
 @pytest.mark.parametrize(
     ("function", "name"), [(os.system, "posix.system"), (builtins.eval, "eval"), (builtins.exec, "exec")]
 )
@@ -554,7 +556,7 @@ def test_code_in_a_file_is_refused_by_name_and_not_run(tmp_path, capsys, where, 
         "top": evil,
         "args": {"model": named, "ema": named, "args": argparse.Namespace(x=evil)},
         "opt": {"model": named, "ema": named, "opt": evil},
-        "beside": {**named, "zzz": evil},
+        "others": {**named, "zzz": evil},
     }[where]
     file = save(tmp_path / "a.pt", content)
     assert main(["import", str(file), "--out", str(tmp_path / "run"), *HEADS]) == 1
@@ -633,6 +635,10 @@ def script(file):
     return file
 
 
+def stored(content):
+    return lambda file: save(file, content)
+
+
 def written(data):
     def write(file):
         file.write_bytes(data)
@@ -641,7 +647,7 @@ def written(data):
     return write
 
 
-BROKEN = {
+DAMAGED = {
     "bomb": (bomb, "compressed"),
     "truncated": (truncated, "damaged or not a torch checkpoint"),
     "shortened": (shortened, "other sizes than its index"),
@@ -653,33 +659,33 @@ BROKEN = {
     "zip of nothing": (written(b"PK\x05\x06" + bytes(18)), "neither|damaged"),
     "zip and garbage": (written(b"PK\x03\x04" + bytes(range(256)) * 9), "damaged"),
     "header of 2^62 bytes": (written((1 << 62).to_bytes(8, "little") + b"{}"), "neither a torch checkpoint"),
-    "a list": (lambda f: save(f, [1, 2]), "holds a list"),
-    "a number": (lambda f: save(f, {"ema": {"x": 3}}), "entry x is a int; expected a tensor"),
-    "nothing": (lambda f: save(f, {}), "no state dict"),
-    "no model": (lambda f: save(f, {"ema": {}}), "no state dict"),
-    "integers": (lambda f: save(f, {"x": torch.zeros(3, dtype=torch.long)}), "not a plain floating-point tensor"),
-    "sparse": (lambda f: save(f, {"x": torch.eye(3).to_sparse()}), "not a plain floating-point tensor"),
-    "meta": (lambda f: save(f, {"x": torch.empty(3, device="meta")}), "not a plain floating-point tensor"),
-    "stretched": (lambda f: save(f, {"pos_embed": torch.zeros(1).expand(1, 1 << 20, 1 << 20)}), "tensors claim"),
-    "twice": (lambda f: save(f, {"x": torch.zeros(1), "module.x": torch.zeros(1)}), "occur twice"),
-    "another network": (lambda f: save(f, {"conv.weight": torch.zeros(3)}), "is not a SiT: x_embedder.proj.weight"),
-    "terminal": (lambda f: save(f, {"\x1b[2J\n": torch.zeros(3)}), r"\\x1b\[2J"),
+    "a list": (stored([1, 2]), "holds a list"),
+    "a number": (stored({"ema": {"x": 3}}), "entry x is a int; expected a tensor"),
+    "nothing": (stored({}), "no state dict"),
+    "no model": (stored({"ema": {}}), "no state dict"),
+    "integers": (stored({"x": torch.zeros(3, dtype=torch.long)}), "not a plain floating-point tensor"),
+    "sparse": (stored({"x": torch.eye(3).to_sparse()}), "not a plain floating-point tensor"),
+    "meta": (stored({"x": torch.empty(3, device="meta")}), "not a plain floating-point tensor"),
+    "stretched": (stored({"pos_embed": torch.zeros(1).expand(1, 1 << 20, 1 << 20)}), "tensors claim"),
+    "twice": (stored({"x": torch.zeros(1), "module.x": torch.zeros(1)}), "occur twice"),
+    "another network": (stored({"conv.weight": torch.zeros(3)}), "is not a SiT: x_embedder.proj.weight"),
+    "terminal": (stored({"\x1b[2J\n": torch.zeros(3)}), r"\\x1b\[2J"),
     "absent": (lambda f: f.unlink() if f.exists() else None, "is not a file"),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", BROKEN)
+@pytest.mark.parametrize("kind", DAMAGED)
 def test_damaged_file_is_refused_in_one_line_and_writes_nothing(tmp_path, capsys, kind):
-    spoil, said = BROKEN[kind]
+    damage, message = DAMAGED[kind]
     out = tmp_path / "there"
     out.mkdir()
     file = save(tmp_path / "a.pt", {"model": state(**TINY), "ema": state(**TINY), "steps": 1})
-    spoil(file)
+    damage(file)
     before = toy.tree(tmp_path)
     assert main(["import", str(file), "--out", str(out), *HEADS]) == 1
     err = capsys.readouterr().err
     assert err.count("\n") == 1 and "\x1b" not in err and str(file) in err, err
-    assert re.search(said, err), err
+    assert re.search(message, err), err
     assert toy.tree(tmp_path) == before and out.is_dir()
 
 
@@ -717,16 +723,16 @@ WRONG = {
 
 @pytest.mark.parametrize("kind", WRONG)
 def test_unknown_missing_and_misshapen_tensors_are_listed(tmp_path, capsys, kind):
-    changes, said = WRONG[kind]
+    changes, message = WRONG[kind]
     file = save(tmp_path / "a.pt", altered(changes))
     assert main(["import", str(file), "--out", str(tmp_path / "run")]) == 1
     err = capsys.readouterr().err
-    assert said in err and err.count("\n") == 1, err
+    assert message in err and err.count("\n") == 1, err
     assert not (tmp_path / "run").exists() and [p.name for p in tmp_path.iterdir()] == ["a.pt"]
 
 
 @pytest.mark.parametrize(
-    ("content", "words", "said"),
+    ("content", "words", "message"),
     [
         ({}, [], "width 32, not a published size; set its number of attention heads with --heads"),
         ({"qk_norm": True}, ["--heads", "4"], "has 2 attention heads"),
@@ -741,20 +747,20 @@ def test_unknown_missing_and_misshapen_tensors_are_listed(tmp_path, capsys, kind
         ({}, [*HEADS, "--step", "-1"], "must not be negative"),
     ],
 )  # fmt: skip
-def test_unsupported_file_names_the_reason(tmp_path, capsys, content, words, said):
+def test_unsupported_file_names_the_reason(tmp_path, capsys, content, words, message):
     args = content.pop("args", None)
     content.pop("heads_", None)
     named = state(**TINY | content)
     file = save(tmp_path / "a.pt", {"model": named, "ema": named, "args": args})
     assert main(["import", str(file), "--out", str(tmp_path / "run"), *words]) == 1
-    assert said in capsys.readouterr().err
+    assert message in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 
 def test_cosine_path_of_sit_is_kept(tmp_path):
     named = state(**TINY)
     file = save(tmp_path / "a.pt", {"model": named, "ema": named, "args": options("sit", path_type="GVP")})
-    run, _ = brought(file, tmp_path / "run")
+    run, _ = run_import(file, tmp_path / "run")
     assert load_model(run).config.train.path == "cosine"
 
 

@@ -191,9 +191,9 @@ def test_images_of_two_sizes_are_refused(tmp_path):
         write_samples(sizes, tmp_path, SETTINGS, 2, progress=False)
 
 
-def spoilt(data: bytes, kind: str) -> bytes:
+def damaged(data: bytes, kind: str) -> bytes:
     """A damaged picture that begins and ends as a complete PNG does."""
-    if kind == "torn inside":
+    if kind == "damaged inside":
         return data[:60] + bytes(len(data) - 80) + data[-20:]
     if kind == "bomb":  # a header that promises 60000 x 60000 pixels
         chunk = b"IHDR" + struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)
@@ -205,12 +205,12 @@ def spoilt(data: bytes, kind: str) -> bytes:
     return PNG_START + buffer.getvalue()[8:] + (PNG_END if kind == "jpeg" else b"")
 
 
-@pytest.mark.parametrize("kind", ["torn inside", "bomb", "label", "word", "16 bit", "jpeg"])
+@pytest.mark.parametrize("kind", ["damaged inside", "bomb", "label", "word", "16 bit", "jpeg"])
 def test_damaged_pictures_are_named_and_not_written_to_the_npz(tmp_path, kind):
     write(tmp_path, 3)
     before = (tmp_path / "samples.npz").read_bytes()
     path = tmp_path / "000001.png"
-    path.write_bytes(spoilt(path.read_bytes(), kind))
+    path.write_bytes(damaged(path.read_bytes(), kind))
     with pytest.raises(
         ValueError, match=r"000001.png is not a valid sample \(.+\); delete it and repeat the command$"
     ) as caught:

@@ -174,10 +174,10 @@ def test_data_that_are_not_pictures_are_returned_as_arrays(shape):
     assert images.shape == (3, *shape) and images.dtype == np.float32 and np.abs(images).max() < 1e-6
 
 
-@pytest.mark.parametrize(("count", "whole"), [(8, 8), (9, 12), (1, 4)])
-def test_batches_are_padded_with_the_last_index(count, whole):
+@pytest.mark.parametrize(("count", "length"), [(8, 8), (9, 12), (1, 4)])
+def test_batches_are_padded_with_the_last_index(count, length):
     indices = np.arange(count) + 3
-    assert list(fill(indices, 4)) == [*indices, *[count + 2] * (whole - count)]
+    assert list(fill(indices, 4)) == [*indices, *[count + 2] * (length - count)]
 
 
 def test_cast_weights_give_the_same_images_as_autocast():

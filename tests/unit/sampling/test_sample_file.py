@@ -26,13 +26,15 @@ def test_sample_and_label_are_read_back(tmp_path, kind, image):
     assert kind.is_complete(path)
     found, label = kind.read(path)
     assert label == 7 and found.dtype == image.dtype and np.array_equal(found, image)
-    for cut in (0, 3, len(path.read_bytes()) // 2, -1):
-        (tmp_path / "cut").write_bytes(path.read_bytes()[:cut])
-        assert not kind.is_complete(tmp_path / "cut")
-        if kind is PNG and cut == -1:
+    for length in (0, 3, len(path.read_bytes()) // 2, -1):
+        (tmp_path / "truncated").write_bytes(path.read_bytes()[:length])
+        assert not kind.is_complete(tmp_path / "truncated")
+        if kind is PNG and length == -1:
             continue  # Pillow reads a PNG without its last byte
-        with pytest.raises(ValueError, match=r"cut is not a valid sample \(.+\); delete it and repeat the command$"):
-            kind.read(tmp_path / "cut")
+        with pytest.raises(
+            ValueError, match=r"truncated is not a valid sample \(.+\); delete it and repeat the command$"
+        ):
+            kind.read(tmp_path / "truncated")
     assert not kind.is_complete(tmp_path / "absent")
 
 

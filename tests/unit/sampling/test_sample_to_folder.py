@@ -104,8 +104,8 @@ def test_other_settings_and_fewer_images_are_refused(tmp_path, capsys):
     ]:
         capsys.readouterr()
         assert sample(toy.finished(), tmp_path, *options) == 1
-        said = capsys.readouterr().err
-        assert said.startswith("selftrans: ") and message in said and said.count("\n") == 1
+        output = capsys.readouterr().err
+        assert output.startswith("selftrans: ") and message in output and output.count("\n") == 1
     assert sample(toy.finished(), tmp_path, num=3) == 1
     assert "begun for 6 samples" in capsys.readouterr().err
     assert toy.tree(tmp_path) == before
@@ -126,8 +126,8 @@ def test_other_settings_and_fewer_images_are_refused(tmp_path, capsys):
 )
 def test_unusable_settings_are_refused_in_one_line(tmp_path, capsys, options, message):
     assert main(["sample", str(toy.finished()), f"--out={tmp_path / 'made'}", *options]) == 1
-    said = capsys.readouterr().err
-    assert said.startswith("selftrans: ") and message in said and said.count("\n") == 1
+    output = capsys.readouterr().err
+    assert output.startswith("selftrans: ") and message in output and output.count("\n") == 1
     assert not (tmp_path / "made").exists()
 
 

@@ -72,7 +72,7 @@ def test_exif_orientation_is_applied(tmp_path: Path) -> None:
 
 
 def adm(image: Image.Image, side: int) -> np.ndarray:
-    """The field's recipe to the letter: halve, resize the whole picture, then crop."""
+    """ADM's preprocessing: halve, resize the complete picture, then crop."""
     while min(image.size) >= 2 * side:
         image = image.resize(tuple(x // 2 for x in image.size), resample=Image.Resampling.BOX)
     scale = side / min(image.size)
@@ -104,7 +104,7 @@ def test_crop_is_central(tmp_path: Path) -> None:
 
 
 def test_very_long_picture_needs_little_memory(tmp_path: Path) -> None:
-    # resized whole, it would be 256 x 5,120,000
+    # the complete resized picture would be 256 x 5,120,000
     image = read_one(tmp_path, encoded(np.full((1, 20_000), 77, np.uint8)), resolution=256)
     assert image.shape == (256, 256, 3) and (image == 77).all()
 
@@ -117,9 +117,9 @@ def test_grey_on_request(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", ["folder", "zip"])
 @pytest.mark.parametrize("fault", ["truncated", "zero bytes", "text", "float", "svg"])
 def test_unreadable_pictures_are_named(tmp_path: Path, kind: str, fault: str) -> None:
-    whole = encoded(noise(64), "JPEG")
+    jpeg = encoded(noise(64), "JPEG")
     data = {
-        "truncated": whole[: len(whole) // 2],
+        "truncated": jpeg[: len(jpeg) // 2],
         "zero bytes": b"",
         "text": b"hello",
         "float": encoded(Image.fromarray(np.zeros((8, 8), np.float32)), "TIFF"),
@@ -148,14 +148,14 @@ def test_picture_above_the_pixel_limit(tmp_path: Path, monkeypatch: pytest.Monke
         read_one(tmp_path, encoded(noise(8)), resolution=8)
 
 
-SOUND = [encoded(noise(9), kind) for kind in ("PNG", "JPEG", "GIF", "TIFF", "WEBP", "BMP", "PPM")]
+VALID = [encoded(noise(9), kind) for kind in ("PNG", "JPEG", "GIF", "TIFF", "WEBP", "BMP", "PPM")]
 
 
 @pytest.mark.filterwarnings("ignore")  # of PIL, on the damage
 @settings(max_examples=200, deadline=None)
 @given(data=st.data())
 def test_any_damage_decodes_or_is_one_line(data: st.DataObject) -> None:
-    damaged = bytearray(data.draw(st.sampled_from(SOUND)))
+    damaged = bytearray(data.draw(st.sampled_from(VALID)))
     for _ in range(data.draw(st.integers(1, 8))):
         damaged[data.draw(st.integers(0, len(damaged) - 1))] = data.draw(st.integers(0, 255))
     source = Source(["a\nb.jpg"], np.zeros(1, np.int64), (), lambda i: open_picture(io.BytesIO(damaged)), resolution=8)

@@ -109,11 +109,11 @@ def test_native_resolution_needs_squares_of_one_size(tmp_path: Path) -> None:
     write(tmp_path / "y", {"a.png": encoded(noise(8)[:5])})
     with pytest.raises(ValueError, match=r"a.png .* is 8x5, not square; give --resolution"):
         open_source(tmp_path / "y")
-    for name, said in {
+    for name, reason in {
         "x": "9x9, others 8x8",
         "y": "8x5, not square",
     }.items():  # as `evaluate` reads, without --resolution
-        with pytest.raises(ValueError, match=f"{said}; they are read without resizing: crop all to one square size$"):
+        with pytest.raises(ValueError, match=f"{reason}; they are read without resizing: crop all to one square size$"):
             next(iter_images(tmp_path / name))
     assert [image.shape for image in iter_images(tmp_path / "x", resolution=4)] == [(2, 4, 4, 3)]
 

@@ -160,9 +160,9 @@ def test_out_of_memory_model_is_reported_and_the_next_measured(tmp_path: Path, m
 
 
 def test_random_dataset_can_be_read(tmp_path: Path) -> None:
-    shards = random_dataset(tmp_path, SHAPE, 600, classes=7)
-    shards.verify()
-    moments, labels = (shards.read(torch.arange(600))[name] for name in ("moments", "labels"))
+    dataset = random_dataset(tmp_path, SHAPE, 600, classes=7)
+    dataset.verify()
+    moments, labels = (dataset.read(torch.arange(600))[name] for name in ("moments", "labels"))
     assert moments.shape == (600, 1, 8, 8, 8) and labels.max() == 6
     assert (moments[:, :, 4:] >= 0).all() and moments[:, :, :4].float().std().item() == pytest.approx(1, abs=0.02)
 
@@ -240,8 +240,8 @@ def test_invalid_arguments_are_refused_in_one_line(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert main(["bench", *arguments, "--out", str(tmp_path / "out")]) == 1
-    said = capsys.readouterr().err
-    assert said.startswith("selftrans: ") and message in said and said.count("\n") == 1
+    output = capsys.readouterr().err
+    assert output.startswith("selftrans: ") and message in output and output.count("\n") == 1
     assert not (tmp_path / "out").exists()
 
 
