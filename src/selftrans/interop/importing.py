@@ -149,7 +149,8 @@ def _tensors(
     optimizer: Named = {}
     if held.optimizer is not None:
         absent_ok = lambda key: found.is_fixed(key) or found.is_head(key)  # noqa: E731
-        moments, reason = adamw_moments(held.optimizer, named if "raw" in held.weights else {}, absent_ok)
+        counted = {k: t for k, t in named.items() if "raw" in held.weights and not found.is_buffer(k)}
+        moments, reason = adamw_moments(held.optimizer, counted, absent_ok)
         notes += [f"the optimiser starts afresh: {reason}"] if reason else []
         for moment, state in moments.items():
             for key, value in _turned(state, found, guided, moment).items():

@@ -45,6 +45,8 @@ def read(path: Path) -> PublishedFile:
     unused = _unused(path, content, bool(named))
     weights = {kind: _tensors(path, tensors) for kind, tensors in (named or {"ema": content}).items()}
     optimizer, args, given = (content.get(key) if named else None for key in ("opt", "args", "steps"))
+    if named and args is None:
+        args = content.get("config")  # LightningDiT's
     steps = _count(given)
     if given is not None and steps is None:
         unused.append("steps")
@@ -61,7 +63,8 @@ def _unused(path: Path, content: Mapping[Any, Any], apart: bool) -> list[str]:
             f"{path} holds weights under {listed(lost)}, which would be lost; expected a plain state dict, one under "
             "state_dict, or model and ema (with opt, args, steps): save the weights wanted as one of these"
         )
-    return [printable(key, 80) for key in others] if apart else []
+    options = {"config"} if isinstance(content.get("config"), dict) and "args" not in content else set()
+    return [printable(key, 80) for key in others if key not in options] if apart else []
 
 
 def _weights(key: object, entry: Any) -> bool:
@@ -80,8 +83,9 @@ def _count(steps: Any) -> int | None:
 
 
 def _options(args: Any) -> dict[str, Any]:
-    """The options of a command, those of plain kinds."""
+    """The options of a command, those of plain kinds; of a file of settings those of its sections, too."""
     given = vars(args) if isinstance(args, argparse.Namespace) else args if isinstance(args, dict) else {}
+    given = {**given, **{k: v for section in given.values() if isinstance(section, dict) for k, v in section.items()}}
     return {k: v for k, v in given.items() if isinstance(k, str) and isinstance(v, str | int | float | list | tuple)}
 
 
@@ -132,7 +136,7 @@ def _safetensors(path: Path) -> tuple[dict[str, Any], str | None]:
         ) from error
     if "selftrans" in said:
         raise ValueError(f"{path} is a selftrans weights file already; use it as it is, where a run is asked for")
-    layout = said.get(LAYOUT) if said.get(LAYOUT) in ("sit", "repa") else None
+    layout = said.get(LAYOUT) if said.get(LAYOUT) in ("sit", "repa", "lightningdit") else None
     if {name.partition(".")[0] for name in tensors} - {"model", "ema"}:
         return dict(tensors), layout
     content: dict[str, Any] = {}

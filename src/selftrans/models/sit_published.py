@@ -56,8 +56,8 @@ def is_head(name: str) -> bool:
     return name.startswith(("projectors.", "projectors_final."))
 
 
-def sizes(where: str, named: Named, heads: int | None = None) -> Sizes:
-    """Sizes of the model that a state dict belongs to. ValueError where it is no SiT, or `heads` must be given."""
+def sizes(where: str, named: Named, heads: int | None = None, family: str = "SiT") -> Sizes:
+    """Sizes of the model that a state dict belongs to. ValueError where it is none of `family`, or `heads` must be given."""
     needed = {
         "x_embedder.proj.weight": 4,
         "pos_embed": 3,
@@ -69,12 +69,14 @@ def sizes(where: str, named: Named, heads: int | None = None) -> Sizes:
             what = (
                 f"{name} is missing" if name not in named else f"{name} has {named[name].dim()} dimensions, not {dims}"
             )
-            raise ValueError(f"{where} is no SiT: {what}; it holds {few(named)}")
+            raise ValueError(f"{where} is no {family}: {what}; it holds {few(named)}")
     width, channels, patch, _ = named["x_embedder.proj.weight"].shape
     tokens, rows = named["pos_embed"].shape[1], named["y_embedder.embedding_table.weight"].shape[0]
     grid = int(tokens**0.5)
     if not width or not channels or not patch or not rows or not grid or grid**2 != tokens:
-        raise ValueError(f"{where} is no SiT on square latents: {tokens} tokens, {rows} labels, patches of {patch}")
+        raise ValueError(
+            f"{where} is no {family} on square latents: {tokens} tokens, {rows} labels, patches of {patch}"
+        )
     q_norm = named.get("blocks.0.attn.q_norm.weight")
     known = width // len(q_norm) if q_norm is not None and q_norm.dim() and len(q_norm) else None
     published = next((h for w, _, h in SIZES.values() if w == width), None)
@@ -105,10 +107,14 @@ def check(where: str, named: Named, found: Sizes) -> None:
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     expected["pos_embed"] = (1, (found.shape[1] // found.patch) ** 2, found.width)
     check_shapes(where, {name: tensor for name, tensor in named.items() if not is_head(name)}, expected)
-    true = sincos_positions(found.width, found.shape[1] // found.patch)
-    off = (named["pos_embed"][0].float() - true).abs().max().item()
+    check_table(where, "pos_embed", named["pos_embed"], sincos_positions(found.width, found.shape[1] // found.patch))
+
+
+def check_table(where: str, name: str, table: Tensor, true: Tensor) -> None:
+    """ValueError unless a constant of the file, of the right shape but for leading ones, is the true one."""
+    off = (table.float() - true.float()).abs().max().item()
     if not off <= POSITIONS:
-        raise ValueError(f"{where}: pos_embed is not the fixed table of sines and cosines (off by {off:.2g})")
+        raise ValueError(f"{where}: {name} is not the fixed table of sines and cosines (off by {off:.2g})")
 
 
 def convention(found: PublishedFile, named: Named, learn_sigma: bool) -> tuple[Convention, str]:
@@ -187,7 +193,7 @@ def read(file: PublishedFile, heads: int | None, chosen: str | None) -> Publishe
     for kind, tensors in file.weights.items():
         check(f"{file.path} ({kind} weights)" if len(file.weights) > 1 else str(file.path), tensors, found)
     theirs, why = (chosen, "as given by --convention") if chosen else convention(file, named, found.learn_sigma)
-    _check_arguments(file, found)
+    check_arguments(file, found)
     own = {key: getattr(found, key) for key in ("width", "depth", "heads", "patch")}
     known = next((name for name, made in SIT_SIZES.items() if made == own), None)
     config = SiTConfig(name=known, qk_norm=found.qk_norm) if known else SiTConfig(**own, qk_norm=found.qk_norm)
@@ -211,7 +217,7 @@ def read(file: PublishedFile, heads: int | None, chosen: str | None) -> Publishe
     )
 
 
-def _check_arguments(file: PublishedFile, found: Sizes) -> None:
+def check_arguments(file: PublishedFile, found: Sizes) -> None:
     """ValueError where the options that trained a file make it unusable."""
     args = file.args
     if args.get("prediction", "v") not in ("v", "velocity"):
