@@ -278,7 +278,7 @@ def test_condition_time_and_each_pixel_reach_the_velocity():
     assert (gradient != 0).all()
 
 
-def test_samples_of_a_batch_do_not_meet():
+def test_samples_of_a_batch_are_independent():
     model = randomised(tiny())
     x, t, y = inputs(model)
     torch.testing.assert_close(model(x, t, y).v[1:2], model(x[1:2], t[1:2], y[1:2]).v, atol=1e-5, rtol=1e-5)

@@ -3,6 +3,7 @@
 import itertools
 import json
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -94,6 +95,14 @@ def test_a_published_size_is_known_by_its_name(tmp_path):
         brought(file, tmp_path / "other", heads=None, autoencoder=None)
 
 
+def test_latents_of_va_vae_are_sampled_as_they_are(tmp_path):
+    sizes = TINY | {"channels": 32}
+    run, _ = brought(published_files.save(tmp_path / "a.pt", state(**sizes)), tmp_path / "run", autoencoder="values")
+    assert main(["sample", str(run), "--out", str(tmp_path / "latents"), "--num=3", "--steps=2"]) == 0
+    arrays = [np.load(path) for path in sorted((tmp_path / "latents").rglob("*.npy"))]
+    assert [array.shape for array in arrays] in ([(3, 32, 4, 4)], [(32, 4, 4)] * 3)
+
+
 @pytest.mark.parametrize("options", [RELEASED, {**RELEASED, "rope": False, "qk_norm": True}], ids=named)
 def test_heads_of_attention_are_read_from_the_tensors(tmp_path, options):
     sizes = TINY | {"heads": 4}
@@ -159,7 +168,7 @@ def test_files_that_do_not_fit_are_refused_by_name(tmp_path, capsys, spoil, mess
     assert not (tmp_path / "run").exists()
 
 
-def test_settings_kept_in_the_file_are_obeyed(tmp_path):
+def test_path_and_prediction_are_read_from_the_settings_in_the_file(tmp_path):
     def bring(name, **transport):
         content = {"ema": state(**TINY), "config": settings(**transport)}
         return brought(published_files.save(tmp_path / f"{name}.pt", content), tmp_path / name)[0]
@@ -196,7 +205,7 @@ def test_rotary_tables_are_the_published_ones():
 
 
 @pytest.mark.parametrize("options", [RELEASED, {**RELEASED, "rope": False, "qk_norm": True, "shift": False}], ids=named)
-def test_out_gives_back_what_came_in(tmp_path, options):
+def test_export_of_an_import_is_the_same_file(tmp_path, options):
     """Names, order and shapes exactly; values but for the rounding of the reflection, which goes through float32."""
     weights = state(**TINY, **options)
     file = published_files.save(tmp_path / "a.pt", weights)
@@ -219,7 +228,7 @@ def test_out_gives_back_what_came_in(tmp_path, options):
     assert "as its header says" in said and off(load_model(again).model, weights, flip=True) < 1e-5
 
 
-def test_a_trained_run_leaves_and_comes_back_and_teaches(tmp_path):
+def test_exported_run_is_the_published_network_and_imported_it_teaches(tmp_path):
     """Its export is the published network with our weights; imported, it is the teacher of another run."""
     own = {"model.name": "LightningDiT-S/1", "data.path": str(toy.digits())} | toy.TOY
     train(recipe("digits").override(own | {"method": "structure"}).restricted(), tmp_path / "run", quiet=True)
