@@ -157,7 +157,7 @@ class Sample(Command):
 
 @dataclass
 class Import(Command):
-    """A published checkpoint (SiT, REPA, Self-Transcendence) to a run: sample it, be taught by it, train it further.
+    """A published checkpoint (SiT, REPA, Self-Transcendence, LightningDiT) to a run: sample it, train it, be taught by it.
 
     FILE is what their training writes (a .pt with model, ema, opt) or a plain state dict, also as safetensors. No code in
     it is executed: a file that holds anything but tensors, plain containers and the options of a command is refused by
@@ -206,7 +206,8 @@ class Export(Command):
     """directory for model.safetensors and config.json"""
     weights: Weights = "ema"
     layout: str = "selftrans"
-    """selftrans: accepted in place of a run by every command; or a published layout of the model, for SiT sit or repa"""
+    """selftrans: accepted in place of a run by every command; or a published layout of the model, for SiT sit or repa, for
+    LightningDiT lightningdit"""
     stage: Stage = None
     trust: Trust = ()
 
