@@ -107,6 +107,10 @@ class Backbone(nn.Module):
         """The blocks in order: what is compiled and sharded one by one. Default: none, the model is treated as one part."""
         return []
 
+    def sharded(self) -> list[nn.Module]:
+        """The parts whose weights FSDP2 gathers one by one. Default: the blocks."""
+        return self.repeated()
+
     def run_block(self, block: nn.Module, *inputs: Tensor) -> Tensor:
         """The output of one block; with `recompute`, in training, its activations are computed again in backward."""
         if self.recompute and self.training:
