@@ -98,6 +98,9 @@ class Backbone(nn.Module):
         """Latents (N, C, *S) cut into the model's tokens: (N, T, C * cells), cells the positions that one token covers."""
         raise NotImplementedError
 
+    def use_path(self, path: str) -> None:
+        """The path (a name in `flow.PATHS`) whose velocity is asked for. Default: nothing, as the weights learn it."""
+
     @property
     def tokens(self) -> int:
         """T, tokens of a latent."""

@@ -174,8 +174,9 @@ class Import(Command):
     """run directory to make; nothing else may be in it"""
     name: str | None = None
     """published size that is expected, such as SiT-XL/2; None: any"""
-    convention: Literal["sit", "repa"] | None = None
-    """sit (t = 0 is noise) or repa (t = 0 is data; also Self-Transcendence); None: from the file, or guessed and printed"""
+    convention: Literal["sit", "repa", "dit"] | None = None
+    """sit (t = 0 is noise), repa (t = 0 is data; also Self-Transcendence) or dit (predicts noise of DDPM); None: from the
+    file, or guessed and printed"""
     heads: int | None = None
     """attention heads; None: from q_norm, or as published for this width"""
     step: int | None = None

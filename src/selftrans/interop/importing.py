@@ -45,7 +45,7 @@ def import_run(
     keep_heads: bool = False,
     say: Callable[[str], None] = print,
 ) -> Path:
-    """Make the run `out` of a published checkpoint (SiT, REPA, Self-Transcendence); returns its checkpoint's folder.
+    """Make the run `out` of a published checkpoint (SiT, DiT, REPA, Self-Transcendence); returns its checkpoint's folder.
 
     A file with the heads of a method's first stage becomes a run of that method, heads included; any other one a run without
     guidance, its heads left out (`keep_heads`: in projectors.safetensors). AdamW's moments come along where they fit, turned

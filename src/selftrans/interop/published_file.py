@@ -132,7 +132,7 @@ def _safetensors(path: Path) -> tuple[dict[str, Any], str | None]:
         ) from error
     if "selftrans" in said:
         raise ValueError(f"{path} is a selftrans weights file already; use it as it is, where a run is asked for")
-    layout = said.get(LAYOUT) if said.get(LAYOUT) in ("sit", "repa") else None
+    layout = said.get(LAYOUT) if said.get(LAYOUT) in ("sit", "repa", "dit") else None
     if {name.partition(".")[0] for name in tensors} - {"model", "ema"}:
         return dict(tensors), layout
     content: dict[str, Any] = {}

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from selftrans.models import sit, sit_published
+from selftrans.models import dit, dit_published, sit, sit_published
 from selftrans.models.spec import ModelSpec
 from selftrans.plugins import Registry
 
 SIT = ModelSpec("sit", sit.SiTConfig, sit.build, tuple(sit.SIT_SIZES), sit_published.LAYOUTS, sit_published.read)
+DIT = ModelSpec("dit", dit.DiTConfig, dit.build, tuple(dit.DIT_SIZES), dit_published.LAYOUTS, dit_published.read)
 
-#: the built-in families of models
-MODELS: dict[str, ModelSpec] = {spec.name: spec for spec in (SIT,)}
+#: the built-in families of models; DiT's reader comes first, as it takes only files that are said to be of DiT
+MODELS: dict[str, ModelSpec] = {spec.name: spec for spec in (DIT, SIT)}
 #: the models of this process; `selftrans.models` is the group of entry points that other packages join by
 REGISTRY: Registry[ModelSpec] = Registry("model.name", MODELS, ModelSpec, "selftrans.models", lambda spec: spec.names)
 

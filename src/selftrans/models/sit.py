@@ -6,7 +6,7 @@ Parameter names are those of the published checkpoints. Shape legend: N batch, T
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import cast
+from typing import ClassVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -43,6 +43,8 @@ LARGEST = 1 << 20  #: of a size: what is beyond is a mistake, or an attempt to t
 class SiTConfig(ModelConfig):
     """The student. A field left at None comes from the published size `name`."""
 
+    published: ClassVar[dict[str, dict[str, int]]] = SIT_SIZES
+
     name: str = "SiT-S/2"
     """published size, SiT-{S,B,L,XL}/{1,2,4,8}"""
     width: int | None = None
@@ -58,16 +60,16 @@ class SiTConfig(ModelConfig):
 
     def sizes(self) -> dict[str, int]:
         """Constructor arguments width, depth, heads, patch. ValueError for an unknown name or a size below one."""
-        if self.name not in SIT_SIZES:
-            raise ValueError(f"model.name '{self.name}' is unknown{nearest(self.name, SIT_SIZES)}")
+        if self.name not in self.published:
+            raise ValueError(f"model.name '{self.name}' is unknown{nearest(self.name, self.published)}")
         chosen = {key: getattr(self, key) for key in ("width", "depth", "heads", "patch")}
         for key, value in chosen.items():
             if value is not None and value < 1:
                 raise ValueError(f"model.{key} must be above zero, not {value}")
             if value is not None and value > LARGEST:
                 raise ValueError(f"model.{key} must be at most {LARGEST}, not {value}")
-        sizes = SIT_SIZES[self.name] | {key: value for key, value in chosen.items() if value is not None}
-        if self.heads is None and sizes["width"] != SIT_SIZES[self.name]["width"]:
+        sizes = self.published[self.name] | {key: value for key, value in chosen.items() if value is not None}
+        if self.heads is None and sizes["width"] != self.published[self.name]["width"]:
             width = sizes["width"]
             sizes["heads"] = next(heads for heads in range(max(1, width // 64), 0, -1) if width % heads == 0)
         return sizes

@@ -135,8 +135,8 @@ def convention(found: PublishedFile, named: Named, learn_sigma: bool) -> tuple[C
     )
     if why == LIKE_DIT:
         warnings.warn(
-            f"{found.path} may be a file of DiT, whose names and shapes are the same, but which predicts noise and cannot be "
-            "used; if it is one of SiT, say so with --convention sit",
+            f"{found.path} may be a file of DiT, whose names and shapes are the same, but which predicts noise: if it is, say "
+            "--convention dit; if it is one of SiT, --convention sit",
             stacklevel=3,
         )
     return chosen, why
@@ -236,7 +236,7 @@ def give_back(model: SiT, *, flip: bool) -> Named:
     return {"pos_embed": model.pos_embed.detach().clone(), **translate(named, found, flip=flip)}  # type: ignore[operator]
 
 
-def _arguments(model: SiT, config: SiTConfig) -> dict[str, Any]:
+def arguments(model: SiT, config: SiTConfig) -> dict[str, Any]:
     """Arguments of the published `SiT` class that both repositories share."""
     return {
         "input_size": model.shape[1],
@@ -252,12 +252,12 @@ def _arguments(model: SiT, config: SiTConfig) -> dict[str, Any]:
 def _sit_arguments(model: SiT, config: SiTConfig) -> dict[str, Any]:
     if config.qk_norm:
         raise ValueError("the original SiT has no QK-norm, and this model has; use --layout repa")
-    return _arguments(model, config) | {"learn_sigma": False}
+    return arguments(model, config) | {"learn_sigma": False}
 
 
 def _repa_arguments(model: SiT, config: SiTConfig) -> dict[str, Any]:
     own = {"decoder_hidden_size": model.width, "z_dims": [], "encoder_depth": 1, "qk_norm": config.qk_norm}
-    return _arguments(model, config) | own
+    return arguments(model, config) | own
 
 
 LAYOUTS = {
