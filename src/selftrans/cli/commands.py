@@ -157,7 +157,7 @@ class Sample(Command):
 
 @dataclass
 class Import(Command):
-    """A published checkpoint (SiT, REPA, Self-Transcendence) to a run: sample it, be taught by it, train it further.
+    """A published checkpoint (SiT, DiT, REPA, Self-Transcendence) to a run: sample it, be taught by it, train it further.
 
     FILE is what their training writes (a .pt with model, ema, opt) or a plain state dict, also as safetensors. No code in
     it is executed: a file that holds anything but tensors, plain containers and the options of a command is refused by
@@ -194,10 +194,10 @@ class Import(Command):
 
 @dataclass
 class Export(Command):
-    """A run's weights as one safetensors file without heads, for selftrans or in the layout of SiT's or REPA's code.
+    """A run's weights as one safetensors file without heads, for selftrans or in the layout of the code of SiT, REPA or DiT.
 
-    Writes OUT/model.safetensors and OUT/config.json. In a published layout the file holds what `SiT(**arguments)` of that
-    repository loads, with `arguments` from config.json (REPA's with z_dims=[], so without projectors), and `selftrans import`
+    Writes OUT/model.safetensors and OUT/config.json. In a published layout the file holds what `SiT(**arguments)` (or
+    `DiT`) of that repository loads, with `arguments` from config.json (REPA's with z_dims=[], so without projectors), and `selftrans import`
     reads it back. There is no diffusers layout: its DiT has other timestep frequencies and no QK-norm, so it would be
     another network.
     """
@@ -207,7 +207,7 @@ class Export(Command):
     """directory for model.safetensors and config.json"""
     weights: Weights = "ema"
     layout: str = "selftrans"
-    """selftrans: accepted in place of a run by every command; or a published layout of the model, for SiT sit or repa"""
+    """selftrans: accepted in place of a run by every command; or a published layout of the model: of SiT sit or repa, of DiT dit"""
     stage: Stage = None
     trust: Trust = ()
 

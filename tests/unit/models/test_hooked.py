@@ -14,17 +14,21 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from selftrans.cli.main import main
 from selftrans.methods.guidance import Frozen
 from selftrans.methods.objective import Objective
 from selftrans.methods.self_transcendence import SelfGuidance, Stage1, Stage2, StructureGuidance
 from selftrans.methods.sra import SRA, SRAGuidance
 from selftrans.models.compiling import compile_model
 from selftrans.models.hooked import HookedBackbone
+from selftrans.models.spec import ModelConfig, ModelSpec
 from selftrans.train.ema import EMA
 from selftrans.train.flops import forward_flops
 from selftrans.train.fsdp import gather_full_tensor, shard_models
 from selftrans.types import Batch, Conditions
+from tests.support import toy
 from tests.support.processes import free_port
+from tests.support.toy import quick  # noqa: F401 - a fixture
 
 CLASSES, DEPTH, WIDTH = 5, 4, 16
 
@@ -468,6 +472,50 @@ def test_compiled_training_has_the_gradients_of_eager_training():
         gradients.append({n: p.grad for n, p in objective.named_parameters()})
     for name in gradients[0]:
         torch.testing.assert_close(gradients[1][name], gradients[0][name], rtol=1e-3, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_teacher_in_bfloat16_stays_close(kind):
+    model = KINDS[kind]()
+    found, expected = (Frozen(model, 3, dtype=dtype)(*inputs())[0].float() for dtype in (torch.bfloat16, None))
+    assert 0 < (found - expected).norm() < 0.03 * expected.norm()
+
+
+def of_digits(config, shape, conditions):
+    net = DiTTransformer2DModel(
+        num_attention_heads=2,
+        attention_head_dim=8,
+        in_channels=shape[0],
+        num_layers=3,
+        sample_size=shape[1],
+        num_embeds_ada_norm=conditions.num_classes,
+    )
+    for block in net.transformer_blocks:
+        block.norm1.emb.class_embedder.dropout_prob = 0.0
+    return HookedBackbone(
+        net,
+        blocks="transformer_blocks",
+        call=lambda net, x, t, labels: net(x, 1000 * t, labels).sample,
+        shape=shape,
+        grid=(shape[1] // 2, shape[2] // 2),
+        width=WIDTH,
+        conditions=conditions,
+    )
+
+
+DIGITS = ModelSpec("hooked_digits", ModelConfig, of_digits)
+NAME = "tests.unit.models.test_hooked:DIGITS"
+
+
+def test_a_run_of_both_stages_is_trained_continued_and_sampled(tmp_path, capsys):
+    run = tmp_path / "run"
+    flags = [flag for flag in toy.flags() if not flag.startswith(("--model", "--train.steps"))]
+    words = ["train", "digits", f"--data={toy.digits()}", f"--out={run}", "--model.name", NAME, *flags]
+    for steps in (4, 8):
+        assert main([*words, f"--train.steps={steps}"]) == 0, capsys.readouterr().err
+    assert [line["step"] for line in toy.log(run)] == [2, 4, 6, 8] and toy.log(run)[0]["self"] > 0
+    made = ["sample", str(run), f"--out={tmp_path / 'made'}", "--num=2", "--steps=2", "--trust", NAME]
+    assert main(made) == 0 and len(list((tmp_path / "made").rglob("*.png"))) == 2
 
 
 # ---- two processes
