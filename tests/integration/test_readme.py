@@ -69,7 +69,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     vae.save_pretrained(place / "stabilityai" / "sd-vae-ft-mse")
     published = {"width": 32, "depth": 2, "heads": 2, "patch": 2, "channels": 4, "side": 4, "classes": 10}
-    strangers.save(place / "SiT-XL-2-256.pt", strangers.state(**published, learn_sigma=True))
+    for name in ("SiT-XL-2-256.pt", "DiT-XL-2-256x256.pt"):
+        strangers.save(place / name, strangers.state(**published, learn_sigma=True))
     return place
 
 

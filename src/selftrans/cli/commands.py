@@ -196,9 +196,9 @@ class Import(Command):
 class Export(Command):
     """A run's weights as one safetensors file without heads, for selftrans or in the layout of the code of SiT, REPA or DiT.
 
-    Writes OUT/model.safetensors and OUT/config.json. In a published layout the file holds what `SiT(**arguments)` (or
-    `DiT`) of that repository loads, with `arguments` from config.json (REPA's with z_dims=[], so without projectors), and `selftrans import`
-    reads it back. There is no diffusers layout: its DiT has other timestep frequencies and no QK-norm, so it would be
+    Writes OUT/model.safetensors and OUT/config.json. In a published layout the file holds what `SiT(**arguments)`, or `DiT`,
+    of that repository loads, with `arguments` from config.json (REPA's with z_dims=[], so without projectors), and `selftrans
+    import` reads it back. There is no diffusers layout: its DiT has other timestep frequencies and no QK-norm, so it would be
     another network.
     """
 
@@ -207,7 +207,7 @@ class Export(Command):
     """directory for model.safetensors and config.json"""
     weights: Weights = "ema"
     layout: str = "selftrans"
-    """selftrans: accepted in place of a run by every command; or a published layout of the model: of SiT sit or repa, of DiT dit"""
+    """selftrans: accepted in place of a run by every command; or a published layout: of SiT sit or repa, of DiT dit"""
     stage: Stage = None
     trust: Trust = ()
 
