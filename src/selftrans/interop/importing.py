@@ -45,7 +45,7 @@ def import_run(
     keep_heads: bool = False,
     say: Callable[[str], None] = print,
 ) -> Path:
-    """Make the run `out` from a published checkpoint (SiT, REPA, Self-Transcendence); returns its checkpoint's folder.
+    """Make the run `out` from a published checkpoint (SiT, DiT, REPA, LightningDiT, ...); returns its checkpoint's folder.
 
     A file with the heads of a method's first stage becomes a run of that method with its heads. Any other file becomes a run
     without guidance and without heads (`keep_heads` writes them to projectors.safetensors). AdamW's moments are kept if they

@@ -141,7 +141,7 @@ def _safetensors(path: Path) -> tuple[dict[str, Any], str | None]:
         ) from error
     if "selftrans" in metadata:
         raise ValueError(f"{path} is already a selftrans weights file; use it directly in place of a run")
-    layout = metadata.get(LAYOUT) if metadata.get(LAYOUT) in ("sit", "repa", "lightningdit") else None
+    layout = metadata.get(LAYOUT) if metadata.get(LAYOUT) in ("sit", "repa", "dit", "lightningdit") else None
     if {name.partition(".")[0] for name in tensors} - {"model", "ema"}:
         return dict(tensors), layout
     content: dict[str, Any] = {}

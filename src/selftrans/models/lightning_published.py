@@ -92,7 +92,11 @@ def read(file: PublishedFile, heads: int | None, chosen: str | None) -> Publishe
     known = next((name for name, made in LIGHTNING_SIZES.items() if made == own), None)
     fields: dict[str, Any] = {**parts, **({"name": known} if known else own)}
     config = LightningConfig(**fields)
-    source, why = (chosen, "from --convention") if chosen else ("sit", _reason(file, named))
+    if chosen == "dit":
+        raise ValueError(
+            f"{file.path} is a LightningDiT, which predicts velocity, not noise; leave out --convention dit"
+        )
+    source, reason = (chosen, "from --convention") if chosen else ("sit", _reason(file, named))
     flip = source == "sit"
     return Published(
         name=known or f"LightningDiT of width {found.width}",
@@ -101,7 +105,7 @@ def read(file: PublishedFile, heads: int | None, chosen: str | None) -> Publishe
         shape=found.shape,
         conditions=Conditions("labels" if found.classes else "none", found.classes),
         convention=source,
-        reason=why,
+        reason=reason,
         path=sit.PATH_NAMES[str(file.args.get("path_type", "linear"))],
         recipe=None,
         source={"heads": found.heads},

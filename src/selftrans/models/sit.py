@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -45,6 +45,8 @@ LARGEST = 1 << 20  #: of a size: what is beyond is a mistake, or an attempt to t
 class SiTConfig(ModelConfig):
     """The student. A field left at None comes from the published size `name`."""
 
+    published: ClassVar[dict[str, dict[str, int]]] = SIT_SIZES
+
     name: str = "SiT-S/2"
     """published size, SiT-{S,B,L,XL}/{1,2,4,8}"""
     width: int | None = None
@@ -60,7 +62,7 @@ class SiTConfig(ModelConfig):
 
     def sizes(self) -> dict[str, int]:
         """Constructor arguments width, depth, heads, patch. ValueError for an unknown name or a size below one."""
-        return chosen_sizes(self, SIT_SIZES)
+        return chosen_sizes(self, self.published)
 
     def check(self) -> None:
         self.sizes()

@@ -144,8 +144,8 @@ def convention(file: PublishedFile, named: Named, learn_sigma: bool) -> tuple[Co
     )
     if reason == LIKE_DIT:
         warnings.warn(
-            f"{file.path} may be a DiT checkpoint, which has the same names and shapes but predicts noise and cannot be "
-            "used; if it is a SiT checkpoint, set --convention sit",
+            f"{file.path} may be a DiT checkpoint, which has the same names and shapes but predicts noise: set "
+            "--convention dit if it is one, --convention sit if it is a SiT checkpoint",
             stacklevel=3,
         )
     return chosen, reason
@@ -245,7 +245,7 @@ def give_back(model: SiT, *, flip: bool) -> Named:
     return {"pos_embed": model.pos_embed.detach().clone(), **translate(named, sizes, flip=flip)}  # type: ignore[operator]
 
 
-def _arguments(model: SiT, config: SiTConfig) -> dict[str, Any]:
+def arguments(model: SiT, config: SiTConfig) -> dict[str, Any]:
     """Arguments of the published `SiT` class that are the same in both repositories."""
     return {
         "input_size": model.shape[1],
@@ -261,12 +261,12 @@ def _arguments(model: SiT, config: SiTConfig) -> dict[str, Any]:
 def _sit_arguments(model: SiT, config: SiTConfig) -> dict[str, Any]:
     if config.qk_norm:
         raise ValueError("this model has QK-norm, which the original SiT lacks; use --layout repa")
-    return _arguments(model, config) | {"learn_sigma": False}
+    return arguments(model, config) | {"learn_sigma": False}
 
 
 def _repa_arguments(model: SiT, config: SiTConfig) -> dict[str, Any]:
     own = {"decoder_hidden_size": model.width, "z_dims": [], "encoder_depth": 1, "qk_norm": config.qk_norm}
-    return _arguments(model, config) | own
+    return arguments(model, config) | own
 
 
 LAYOUTS = {

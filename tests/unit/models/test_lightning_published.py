@@ -151,7 +151,7 @@ def test_moments_of_the_optimiser_follow_their_parameters_past_the_buffers(tmp_p
         (lambda s: s.update({"feat_rope.freqs_cos": torch.zeros(16, 16)}), "freqs_cos is not the fixed table"),
         (lambda s: s.update({"pos_embed": torch.zeros(1, 16, 32)}), "pos_embed is not the fixed table"),
         (lambda s: s.pop("feat_rope.freqs_sin"), "missing: 1"),
-        (lambda s: s.pop("y_embedder.embedding_table.weight"), "is no LightningDiT: y_embedder"),
+        (lambda s: s.pop("y_embedder.embedding_table.weight"), "is not a LightningDiT: y_embedder"),
         (lambda s: s.update({"blocks.0.adaLN_modulation.1.bias": torch.tensor(1.0)}), "misshapen: 1"),
         (lambda s: s.update({"feat_rope.freqs_cos": torch.zeros(16, 0)}), "misshapen: 1"),
     ],
