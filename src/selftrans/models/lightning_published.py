@@ -45,7 +45,7 @@ def sizes(where: str, named: Named, heads: int | None) -> sit.Sizes:
     width = len(x) if x is not None and x.dim() else 0
     known = width // table.shape[1] if table is not None and table.dim() == 2 and table.shape[1] else None
     if heads is not None and known is not None and heads != known:
-        raise ValueError(f"{where} has {known} attention heads, by its rotary positions; leave out --heads {heads}")
+        raise ValueError(f"{where} has {known} attention heads, from its rotary positions; omit --heads {heads}")
     normalised = "blocks.0.attn.q_norm.weight" in named  # says the heads itself
     usual = None if normalised else next((h for w, _, h in SIZES.values() if w == width), None)
     return sit.sizes(where, named, heads or known or usual, "LightningDiT")
@@ -94,7 +94,7 @@ def read(file: PublishedFile, heads: int | None, chosen: str | None) -> Publishe
     config = LightningConfig(**fields)
     if chosen == "dit":
         raise ValueError(
-            f"{file.path} is a LightningDiT, which predicts velocity, not noise; leave out --convention dit"
+            f"{file.path} is a LightningDiT, which predicts velocity, not noise; omit --convention dit"
         )
     source, reason = (chosen, "from --convention") if chosen else ("sit", _reason(file, named))
     flip = source == "sit"

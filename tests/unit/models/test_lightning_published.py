@@ -103,13 +103,20 @@ def test_latents_of_va_vae_are_sampled_as_they_are(tmp_path):
     assert [array.shape for array in arrays] in ([(3, 32, 4, 4)], [(32, 4, 4)] * 3)
 
 
+def test_the_convention_of_noise_is_refused(tmp_path):
+    file = published_files.save(tmp_path / "a.pt", state(**TINY))
+    with pytest.raises(ValueError, match="omit --convention dit"):
+        brought(file, tmp_path / "run", convention="dit")
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("options", [RELEASED, {**RELEASED, "rope": False, "qk_norm": True}], ids=named)
 def test_heads_of_attention_are_read_from_the_tensors(tmp_path, options):
     sizes = TINY | {"heads": 4}
     file = published_files.save(tmp_path / "a.pt", state(**sizes, **options))
     run, _ = brought(file, tmp_path / "run", heads=None)
     assert load_model(run).config.model.heads == 4
-    with pytest.raises(ValueError, match="leave out --heads 2"):
+    with pytest.raises(ValueError, match="omit --heads 2"):
         brought(file, tmp_path / "other", heads=2)
 
 
