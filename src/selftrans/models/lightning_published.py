@@ -93,9 +93,7 @@ def read(file: PublishedFile, heads: int | None, chosen: str | None) -> Publishe
     fields: dict[str, Any] = {**parts, **({"name": known} if known else own)}
     config = LightningConfig(**fields)
     if chosen == "dit":
-        raise ValueError(
-            f"{file.path} is a LightningDiT, which predicts velocity, not noise; omit --convention dit"
-        )
+        raise ValueError(f"{file.path} is a LightningDiT, which predicts velocity, not noise; omit --convention dit")
     source, reason = (chosen, "from --convention") if chosen else ("sit", _reason(file, named))
     flip = source == "sit"
     return Published(
