@@ -194,11 +194,11 @@ class Import(Command):
 
 @dataclass
 class Export(Command):
-    """A run's weights as one safetensors file without heads, for selftrans or in the layout of the code of SiT, REPA or DiT.
+    """A run's weights as one safetensors file without heads, for selftrans or in the layout of SiT, REPA, DiT or LightningDiT.
 
-    Writes OUT/model.safetensors and OUT/config.json. In a published layout the file holds what `SiT(**arguments)`, or `DiT`,
-    of that repository loads, with `arguments` from config.json (REPA's with z_dims=[], so without projectors), and `selftrans
-    import` reads it back. There is no diffusers layout: its DiT has other timestep frequencies and no QK-norm, so it would be
+    Writes OUT/model.safetensors and OUT/config.json. In a published layout the file holds what `SiT(**arguments)` (`DiT`,
+    `LightningDiT`) of that repository loads, with `arguments` from config.json (REPA's with z_dims=[], so without projectors),
+    and `selftrans import` reads it back. There is no diffusers layout: its DiT has other timestep frequencies and no QK-norm, so it would be
     another network.
     """
 
