@@ -198,8 +198,8 @@ class Export(Command):
 
     Writes OUT/model.safetensors and OUT/config.json. In a published layout the file holds what `SiT(**arguments)` (`DiT`,
     `LightningDiT`) of that repository loads, with `arguments` from config.json (REPA's with z_dims=[], so without projectors),
-    and `selftrans import` reads it back. There is no diffusers layout: its DiT has other timestep frequencies and no QK-norm, so it would be
-    another network.
+    and `selftrans import` reads it back. There is no diffusers layout: its DiT has other timestep frequencies and no QK-norm,
+    so it would be another network.
     """
 
     run_or_file: RunOrFile
