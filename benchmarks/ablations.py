@@ -18,7 +18,7 @@ from selftrans.config import RunConfig
 from selftrans.experiments import html_report
 from selftrans.experiments.compare import for_method, override, with_defaults
 from selftrans.experiments.runner import Comparison, compare
-from selftrans.experiments.table import mean_curve, rows
+from selftrans.experiments.summary import mean_curve, rows
 from selftrans.recipes import recipe
 from selftrans.storage import write_json
 

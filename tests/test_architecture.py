@@ -93,7 +93,6 @@ SHARED_FILE_NAMES = {
     "registry.py": "one in methods and one in models: the records by name",
     "spec.py": "one in methods and one in models: the record",
     "folder.py": "data/sources: a folder of pictures; sampling: a folder of samples",
-    "table.py": "data/sources: rows of a data set; experiments: the table of results",
 }
 MANNERED = re.compile(r"\b(strangers?|moods?|lest|whoever)\b|three in the morning", re.IGNORECASE)
 
@@ -124,10 +123,11 @@ COVERED_BY = {
     "experiments/quickstart": "integration/test_readme.py",
     "experiments/reference": "unit/experiments/test_evaluate_samples.py",
     "experiments/runner": "unit/experiments/test_compare.py",
-    "experiments/table": "unit/experiments/test_compare.py",
+    "experiments/summary": "unit/experiments/test_compare.py",
     "experiments/train_classifier": "unit/evaluate/test_classifier.py",
     "interop/published_file": "unit/interop/test_importing.py",
     "interop/published_optimizer": "unit/interop/test_importing.py",
+    "models/dit_published": "unit/models/test_dit.py",
     "models/sit_published": "unit/interop/test_importing.py",
     "recipes/cifar10": "unit/recipes/test_recipes.py",
     "recipes/digits": "unit/recipes/test_recipes.py",
@@ -392,7 +392,7 @@ def test_rule_holds(rule) -> None:
         (names_of_methods, "train/run.py", "config.stage2.teacher"),
         (names_of_methods, "train/run.py", "override(config, 'stage2.teacher')"),
         (names_of_methods, "experiments/runner.py", "f'{out}/stage1/checkpoints'"),
-        (names_of_methods, "experiments/table.py", "print('faster than self_transcendence')"),
+        (names_of_methods, "experiments/summary.py", "print('faster than self_transcendence')"),
         (names_of_methods, "cli/main.py", "dict(sra=1)"),
         (names_of_methods, "train/run.py", "layout = 'repa'"),
         (details_of_models, "train/fsdp.py", "for block in model.blocks: pass"),

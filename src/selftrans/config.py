@@ -239,11 +239,13 @@ class RunConfig:
     def model_of(self, name: str) -> ModelConfig:
         """The settings of the model `name`: those of this run where it is of the same family, else that family's defaults."""
         kind = models.find(name).Config
-        return dataclasses.replace(self.model, name=name) if isinstance(self.model, kind) else kind(name=name)
+        return dataclasses.replace(self.model, name=name) if type(self.model) is kind else kind(name=name)
 
     def build_model(self, shape: tuple[int, ...], conditions: Conditions) -> Backbone:
         """A student for latents (C, *S) under these conditions, freshly initialised. ValueError where it cannot be."""
-        return models.find(self.model.name).build(self.model, tuple(shape), conditions)
+        model = models.find(self.model.name).build(self.model, tuple(shape), conditions)
+        model.use_path(self.train.path)
+        return model
 
     def check(self) -> RunConfig:
         """Itself, or a ValueError that names the first field that cannot work."""

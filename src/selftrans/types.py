@@ -98,6 +98,9 @@ class Backbone(nn.Module):
         """Latents (N, C, *S) cut into the model's tokens: (N, T, C * cells), cells the positions that one token covers."""
         raise NotImplementedError
 
+    def use_path(self, path: str) -> None:
+        """The path (a name in `flow.PATHS`) whose velocity is asked for. Default: nothing, as the weights learn it."""
+
     @property
     def tokens(self) -> int:
         """T, tokens of a latent."""
@@ -106,6 +109,10 @@ class Backbone(nn.Module):
     def repeated(self) -> list[nn.Module]:
         """The blocks in order: what is compiled and sharded one by one. Default: none, the model is treated as one part."""
         return []
+
+    def sharded(self) -> list[nn.Module]:
+        """The parts whose weights FSDP2 gathers one by one. Default: the blocks."""
+        return self.repeated()
 
     def run_block(self, block: nn.Module, *inputs: Tensor) -> Tensor:
         """The output of one block; with `recompute`, in training, its activations are computed again in backward."""

@@ -70,7 +70,8 @@ def workdir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     vae.save_pretrained(workdir / "stabilityai" / "sd-vae-ft-mse")
     published = {"width": 32, "depth": 2, "heads": 2, "patch": 2, "channels": 4, "side": 4, "classes": 10}
-    published_files.save(workdir / "SiT-XL-2-256.pt", published_files.state(**published, learn_sigma=True))
+    for name in ("SiT-XL-2-256.pt", "DiT-XL-2-256x256.pt"):
+        published_files.save(workdir / name, published_files.state(**published, learn_sigma=True))
     return workdir
 
 

@@ -157,7 +157,7 @@ class Sample(Command):
 
 @dataclass
 class Import(Command):
-    """A published checkpoint (SiT, REPA, Self-Transcendence) to a run: sample it, be taught by it, train it further.
+    """A published checkpoint (SiT, DiT, REPA, Self-Transcendence, LightningDiT) to a run, to sample, train or teach.
 
     FILE is what their training writes (a .pt with model, ema, opt) or a plain state dict, also as safetensors. No code in
     it is executed: a file that holds anything but tensors, plain containers and the options of a command is refused by
@@ -174,8 +174,9 @@ class Import(Command):
     """run directory to make; nothing else may be in it"""
     name: str | None = None
     """published size that is expected, such as SiT-XL/2; None: any"""
-    convention: Literal["sit", "repa"] | None = None
-    """sit (t = 0 is noise) or repa (t = 0 is data; also Self-Transcendence); None: from the file, or guessed and printed"""
+    convention: Literal["sit", "repa", "dit"] | None = None
+    """sit (t = 0 is noise), repa (t = 0 is data; also Self-Transcendence) or dit (predicts noise of DDPM); None: from the
+    file, or guessed and printed"""
     heads: int | None = None
     """attention heads; None: from q_norm, or as published for this width"""
     step: int | None = None
@@ -193,12 +194,12 @@ class Import(Command):
 
 @dataclass
 class Export(Command):
-    """A run's weights as one safetensors file without heads, for selftrans or in the layout of SiT's or REPA's code.
+    """A run's weights as one safetensors file without heads, for selftrans or in the layout of SiT, REPA, DiT or LightningDiT.
 
-    Writes OUT/model.safetensors and OUT/config.json. In a published layout the file holds what `SiT(**arguments)` of that
-    repository loads, with `arguments` from config.json (REPA's with z_dims=[], so without projectors), and `selftrans import`
-    reads it back. There is no diffusers layout: its DiT has other timestep frequencies and no QK-norm, so it would be
-    another network.
+    Writes OUT/model.safetensors and OUT/config.json. In a published layout the file holds what `SiT(**arguments)` (`DiT`,
+    `LightningDiT`) of that repository loads, with `arguments` from config.json (REPA's with z_dims=[], so without projectors),
+    and `selftrans import` reads it back. There is no diffusers layout: its DiT has other timestep frequencies and no QK-norm,
+    so it would be another network.
     """
 
     run_or_file: RunOrFile
@@ -206,7 +207,8 @@ class Export(Command):
     """directory for model.safetensors and config.json"""
     weights: Weights = "ema"
     layout: str = "selftrans"
-    """selftrans: accepted in place of a run by every command; or a published layout of the model, for SiT sit or repa"""
+    """selftrans: accepted in place of a run by every command; or a published layout: of SiT sit or repa, of DiT dit, of
+    LightningDiT lightningdit"""
     stage: Stage = None
     trust: Trust = ()
 

@@ -50,9 +50,8 @@ def prepare(
 ) -> Manifest:
     """Encode a source of pictures (see `open_source`) into a folder of shards, and return its manifest.
 
-    With autoencoder "values" the source is an npz of arrays (N, C, *S) that are not pictures (see `npz_values`).
-
     Args:
+        autoencoder: with "values" the source is an npz of arrays (N, C, *S) that are not pictures (see `npz_values`).
         resolution: side R to crop and resize to; None keeps the size of the pictures.
         flip: store the moments of the mirrored pictures as a second copy.
         dtype: of the stored moments; None: float16, or float32 for values. `precision` is that of the network.

@@ -21,7 +21,7 @@ from selftrans.evaluate.plots import save
 from selftrans.experiments import html_report
 from selftrans.experiments.measurement import PROBED_BLOCK, samples_of
 from selftrans.experiments.runner import Comparison, Results, compare
-from selftrans.experiments.table import AXES, as_csv, mean_curve, rows
+from selftrans.experiments.summary import AXES, as_csv, mean_curve, rows
 from selftrans.experiments.train_classifier import classifier_from_data
 from selftrans.methods.registry import METHODS, REGISTRY, find, sections_of, stages
 from selftrans.sections import fields_of

@@ -90,7 +90,7 @@ def legend(metric: str) -> str:
         "of a linear classifier on the features of an early block, the same for all methods, at t = 0.4; seconds: of the "
         "student's training; total seconds and TFLOPs: with the teacher's training. Runs may train in parallel, so compare "
         f"TFLOPs rather than seconds. To {BASELINE}'s: student steps and total TFLOPs at which the method first reaches the "
-        f"final distance of {BASELINE} with the same seed, interpolated linearly in log distance between measurements; ≤: "
+        f"final distance of {BASELINE} with the same seed, with log distance interpolated linearly between measurements; ≤: "
         "reached at the first measurement; -: the training of an imported teacher is unknown."
     )
 

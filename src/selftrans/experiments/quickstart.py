@@ -29,7 +29,7 @@ from selftrans.experiments import html_report
 from selftrans.experiments.compare import equal_lengths, for_method
 from selftrans.experiments.measurement import PROBE_T, samples_of
 from selftrans.experiments.runner import Comparison, Results, compare
-from selftrans.experiments.table import as_csv, mean_curve, rows
+from selftrans.experiments.summary import as_csv, mean_curve, rows
 from selftrans.flow import PATHS
 from selftrans.methods.self_transcendence import SELF_TRANSCENDENCE, STRUCTURE, Stage1
 from selftrans.methods.vanilla import VANILLA

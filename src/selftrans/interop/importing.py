@@ -45,7 +45,7 @@ def import_run(
     keep_heads: bool = False,
     say: Callable[[str], None] = print,
 ) -> Path:
-    """Make the run `out` from a published checkpoint (SiT, REPA, Self-Transcendence); returns its checkpoint's folder.
+    """Make the run `out` from a published checkpoint (SiT, DiT, REPA, LightningDiT, ...); returns its checkpoint's folder.
 
     A file with the heads of a method's first stage becomes a run of that method with its heads. Any other file becomes a run
     without guidance and without heads (`keep_heads` writes them to projectors.safetensors). AdamW's moments are kept if they
@@ -151,7 +151,8 @@ def _tensors(
     optimizer: Named = {}
     if file.optimizer is not None:
         absent_ok = lambda key: model.is_fixed(key) or model.is_head(key)  # noqa: E731
-        moments, reason = adamw_moments(file.optimizer, named if "raw" in file.weights else {}, absent_ok)
+        parameters = {k: t for k, t in named.items() if "raw" in file.weights and not model.is_buffer(k)}
+        moments, reason = adamw_moments(file.optimizer, parameters, absent_ok)
         notes += [f"the optimiser starts from zero: {reason}"] if reason else []
         for moment, state in moments.items():
             for key, value in _converted(state, model, guided, moment).items():

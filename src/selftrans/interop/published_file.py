@@ -45,6 +45,8 @@ def read(path: Path) -> PublishedFile:
     unused = _unused(path, content, bool(named))
     weights = {kind: _tensors(path, tensors) for kind, tensors in (named or {"ema": content}).items()}
     optimizer, args, stored = (content.get(key) if named else None for key in ("opt", "args", "steps"))
+    if named and args is None:
+        args = content.get("config")  # LightningDiT's name of it
     steps = _count(stored)
     if stored is not None and steps is None:
         unused.append("steps")
@@ -61,7 +63,8 @@ def _unused(path: Path, content: Mapping[Any, Any], nested: bool) -> list[str]:
             f"{path} holds weights under {listed(lost)}, which would be lost; expected a plain state dict, one under "
             "state_dict, or model and ema (with opt, args, steps): save the weights in one of these layouts"
         )
-    return [printable(key, 80) for key in others] if nested else []
+    options = {"config"} if isinstance(content.get("config"), dict) and "args" not in content else set()
+    return [printable(key, 80) for key in others if key not in options] if nested else []
 
 
 def _weights(key: object, entry: Any) -> bool:
@@ -80,8 +83,10 @@ def _count(steps: Any) -> int | None:
 
 
 def _options(args: Any) -> dict[str, Any]:
-    """The stored options of the training command, those of plain types."""
+    """The stored options of the training command, those of plain types; of a configuration also those of its sections."""
     options = vars(args) if isinstance(args, argparse.Namespace) else args if isinstance(args, dict) else {}
+    nested = (section for section in options.values() if isinstance(section, dict))
+    options = {**options, **{k: v for section in nested for k, v in section.items()}}
     return {k: v for k, v in options.items() if isinstance(k, str) and isinstance(v, str | int | float | list | tuple)}
 
 
@@ -136,7 +141,7 @@ def _safetensors(path: Path) -> tuple[dict[str, Any], str | None]:
         ) from error
     if "selftrans" in metadata:
         raise ValueError(f"{path} is already a selftrans weights file; use it directly in place of a run")
-    layout = metadata.get(LAYOUT) if metadata.get(LAYOUT) in ("sit", "repa") else None
+    layout = metadata.get(LAYOUT) if metadata.get(LAYOUT) in ("sit", "repa", "dit", "lightningdit") else None
     if {name.partition(".")[0] for name in tensors} - {"model", "ema"}:
         return dict(tensors), layout
     content: dict[str, Any] = {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -133,9 +134,28 @@ class PatchEmbed(nn.Module):
         return self.proj(x).flatten(start_dim=2).transpose(1, 2).contiguous()
 
 
-def unpatchify(tokens: Tensor, patch: int, channels: int) -> Tensor:
-    """(N, T, patch² C) -> (N, C, H, W) for a square latent; inside a token: row, column, channel (DiT's order)."""
+def unpatchify(tokens: Tensor, patch: int, channels: int, grid: tuple[int, int] | None = None) -> Tensor:
+    """(N, T, patch² C) -> (N, C, H, W); inside a token: row, column, channel (DiT's order). grid None: a square latent."""
     n, t, _ = tokens.shape
-    side = math.isqrt(t)
-    x = tokens.view(n, side, side, patch, patch, channels)
-    return x.permute(0, 5, 1, 3, 2, 4).reshape(n, channels, side * patch, side * patch)
+    rows, columns = grid or (math.isqrt(t),) * 2
+    x = tokens.view(n, rows, columns, patch, patch, channels)
+    return x.permute(0, 5, 1, 3, 2, 4).reshape(n, channels, rows * patch, columns * patch)
+
+
+def initialise(model: Any) -> None:
+    """DiT's initialisation of a model with its module names: Xavier, then zero gates and output, so that each block starts
+    as the identity."""
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.xavier_uniform_(module.weight)
+            nn.init.zeros_(module.bias)
+    projection = model.x_embedder.proj
+    nn.init.xavier_uniform_(projection.weight.view(projection.weight.shape[0], -1))
+    nn.init.zeros_(projection.bias)
+    nn.init.normal_(model.y_embedder.embedding_table.weight, std=0.02)
+    for weight in (model.t_embedder.mlp[0].weight, model.t_embedder.mlp[2].weight):
+        nn.init.normal_(weight, std=0.02)
+    final = model.final_layer
+    for module in [*(block.adaLN_modulation for block in model.blocks), final.adaLN_modulation, final.linear]:
+        for parameter in module.parameters():
+            nn.init.zeros_(parameter)

@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
-from selftrans.models import sit, sit_published
+from selftrans.models import dit, dit_published, lightning, lightning_published, sit, sit_published
 from selftrans.models.spec import ModelSpec
 from selftrans.plugins import Registry
 
 SIT = ModelSpec("sit", sit.SiTConfig, sit.build, tuple(sit.SIT_SIZES), sit_published.LAYOUTS, sit_published.read)
+DIT = ModelSpec("dit", dit.DiTConfig, dit.build, tuple(dit.DIT_SIZES), dit_published.LAYOUTS, dit_published.read)
+LIGHTNING = ModelSpec(
+    "lightningdit",
+    lightning.LightningConfig,
+    lightning.build,
+    tuple(lightning.LIGHTNING_SIZES),
+    lightning_published.LAYOUTS,
+    lightning_published.read,
+)
 
-#: the built-in families of models
-MODELS: dict[str, ModelSpec] = {spec.name: spec for spec in (SIT,)}
+#: the built-in families of models; published files are offered to them in this order: LightningDiT's reader leaves files with
+#: SiT's names, DiT's those without evidence of DiT, and SiT's reader refuses what it does not know
+MODELS: dict[str, ModelSpec] = {spec.name: spec for spec in (LIGHTNING, DIT, SIT)}
 #: the models of this process; `selftrans.models` is the group of entry points that other packages join by
 REGISTRY: Registry[ModelSpec] = Registry("model.name", MODELS, ModelSpec, "selftrans.models", lambda spec: spec.names)
 

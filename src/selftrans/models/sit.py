@@ -5,8 +5,9 @@ Parameter names are those of the published checkpoints. Shape legend: N batch, T
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,7 @@ from selftrans.models.layers import (
     LabelEmbedder,
     PatchEmbed,
     TimestepEmbedder,
+    initialise,
     sincos_positions,
     unpatchify,
 )
@@ -43,6 +45,8 @@ LARGEST = 1 << 20  #: of a size: what is beyond is a mistake, or an attempt to t
 class SiTConfig(ModelConfig):
     """The student. A field left at None comes from the published size `name`."""
 
+    published: ClassVar[dict[str, dict[str, int]]] = SIT_SIZES
+
     name: str = "SiT-S/2"
     """published size, SiT-{S,B,L,XL}/{1,2,4,8}"""
     width: int | None = None
@@ -58,25 +62,33 @@ class SiTConfig(ModelConfig):
 
     def sizes(self) -> dict[str, int]:
         """Constructor arguments width, depth, heads, patch. ValueError for an unknown name or a size below one."""
-        if self.name not in SIT_SIZES:
-            raise ValueError(f"model.name '{self.name}' is unknown{nearest(self.name, SIT_SIZES)}")
-        chosen = {key: getattr(self, key) for key in ("width", "depth", "heads", "patch")}
-        for key, value in chosen.items():
-            if value is not None and value < 1:
-                raise ValueError(f"model.{key} must be above zero, not {value}")
-            if value is not None and value > LARGEST:
-                raise ValueError(f"model.{key} must be at most {LARGEST}, not {value}")
-        sizes = SIT_SIZES[self.name] | {key: value for key, value in chosen.items() if value is not None}
-        if self.heads is None and sizes["width"] != SIT_SIZES[self.name]["width"]:
-            width = sizes["width"]
-            sizes["heads"] = next(heads for heads in range(max(1, width // 64), 0, -1) if width % heads == 0)
-        return sizes
+        return chosen_sizes(self, self.published)
 
     def check(self) -> None:
         self.sizes()
 
     def blocks(self) -> int:
         return self.sizes()["depth"]
+
+
+def chosen_sizes(config: Any, published: Mapping[str, Mapping[str, int]]) -> dict[str, int]:
+    """Width, depth, heads, patch: those of the published size `config.name`, replaced by the fields that are given.
+
+    ValueError for an unknown name or a size out of range.
+    """
+    if config.name not in published:
+        raise ValueError(f"model.name '{config.name}' is unknown{nearest(config.name, published)}")
+    chosen = {key: getattr(config, key) for key in ("width", "depth", "heads", "patch")}
+    for key, value in chosen.items():
+        if value is not None and value < 1:
+            raise ValueError(f"model.{key} must be above zero, not {value}")
+        if value is not None and value > LARGEST:
+            raise ValueError(f"model.{key} must be at most {LARGEST}, not {value}")
+    sizes = {**published[config.name], **{key: value for key, value in chosen.items() if value is not None}}
+    if config.heads is None and sizes["width"] != published[config.name]["width"]:
+        width = sizes["width"]
+        sizes["heads"] = next(heads for heads in range(max(1, width // 64), 0, -1) if width % heads == 0)
+    return sizes
 
 
 def build(config: SiTConfig, shape: tuple[int, ...], conditions: Conditions) -> SiT:
@@ -126,7 +138,7 @@ class SiT(Backbone):
         self.register_buffer("pos_embed", sincos_positions(width, side // patch)[None], persistent=False)
         self.blocks = nn.ModuleList(Block(width, heads, mlp_ratio, qk_norm) for _ in range(depth))
         self.final_layer: FinalLayer | None = FinalLayer(width, patch * patch * channels * (2 if learn_sigma else 1))
-        self._initialise()
+        initialise(self)
 
     def forward(self, x: Tensor, t: Tensor, cond: Cond, *, taps: tuple[int, ...] = (), stop: bool = False) -> Output:
         """x (N, C, H, W), t (N,), labels (N,) -> velocity (N, C, H, W) and the features of blocks `taps` (1-based)."""
@@ -157,24 +169,3 @@ class SiT(Backbone):
     def truncate(self, block: int) -> None:
         del self.blocks[block:]
         self.final_layer = None
-
-    def _initialise(self) -> None:
-        """Published initialisation: Xavier, then zero gates and output so that each block starts as the identity."""
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)
-        projection = self.x_embedder.proj
-        nn.init.xavier_uniform_(projection.weight.view(projection.weight.shape[0], -1))
-        nn.init.zeros_(projection.bias)  # type: ignore[arg-type]
-        nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
-        for weight in (self.t_embedder.mlp[0].weight, self.t_embedder.mlp[2].weight):
-            nn.init.normal_(cast(Tensor, weight), std=0.02)
-        assert self.final_layer is not None
-        blocks = [cast(Block, block) for block in self.blocks]
-        zeros = [block.adaLN_modulation for block in blocks] + [
-            self.final_layer.adaLN_modulation,
-            self.final_layer.linear,
-        ]
-        for parameter in (p for module in zeros for p in module.parameters()):
-            nn.init.zeros_(parameter)

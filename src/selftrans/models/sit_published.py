@@ -56,8 +56,8 @@ def is_head(name: str) -> bool:
     return name.startswith(("projectors.", "projectors_final."))
 
 
-def sizes(where: str, named: Named, heads: int | None = None) -> Sizes:
-    """Sizes of the model of a state dict. ValueError when it is not a SiT, or `heads` is needed and missing."""
+def sizes(where: str, named: Named, heads: int | None = None, family: str = "SiT") -> Sizes:
+    """Sizes of the model of a state dict. ValueError when it is not of `family`, or `heads` is needed and missing."""
     needed = {
         "x_embedder.proj.weight": 4,
         "pos_embed": 3,
@@ -69,12 +69,14 @@ def sizes(where: str, named: Named, heads: int | None = None) -> Sizes:
             what = (
                 f"{name} is missing" if name not in named else f"{name} has {named[name].dim()} dimensions, not {dims}"
             )
-            raise ValueError(f"{where} is not a SiT: {what}; it holds {few(named)}")
+            raise ValueError(f"{where} is not a {family}: {what}; it holds {few(named)}")
     width, channels, patch, _ = named["x_embedder.proj.weight"].shape
     tokens, rows = named["pos_embed"].shape[1], named["y_embedder.embedding_table.weight"].shape[0]
     grid = int(tokens**0.5)
     if not width or not channels or not patch or not rows or not grid or grid**2 != tokens:
-        raise ValueError(f"{where} is not a SiT on square latents: {tokens} tokens, {rows} labels, patches of {patch}")
+        raise ValueError(
+            f"{where} is not a {family} on square latents: {tokens} tokens, {rows} labels, patches of {patch}"
+        )
     q_norm = named.get("blocks.0.attn.q_norm.weight")
     known = width // len(q_norm) if q_norm is not None and q_norm.dim() and len(q_norm) else None
     published = next((h for w, _, h in SIZES.values() if w == width), None)
@@ -107,10 +109,14 @@ def check(where: str, named: Named, sizes: Sizes) -> None:
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     expected["pos_embed"] = (1, (sizes.shape[1] // sizes.patch) ** 2, sizes.width)
     check_shapes(where, {name: tensor for name, tensor in named.items() if not is_head(name)}, expected)
-    true = sincos_positions(sizes.width, sizes.shape[1] // sizes.patch)
-    error = (named["pos_embed"][0].float() - true).abs().max().item()
+    check_table(where, "pos_embed", named["pos_embed"], sincos_positions(sizes.width, sizes.shape[1] // sizes.patch))
+
+
+def check_table(where: str, name: str, table: Tensor, true: Tensor) -> None:
+    """ValueError unless a constant of the file equals the true one; it may have leading dimensions of size 1."""
+    error = (table.float() - true.float()).abs().max().item()
     if not error <= POSITIONS:
-        raise ValueError(f"{where}: pos_embed is not the fixed table of sines and cosines (off by {error:.2g})")
+        raise ValueError(f"{where}: {name} is not the fixed table of sines and cosines (off by {error:.2g})")
 
 
 def convention(file: PublishedFile, named: Named, learn_sigma: bool) -> tuple[Convention, str]:
@@ -138,8 +144,8 @@ def convention(file: PublishedFile, named: Named, learn_sigma: bool) -> tuple[Co
     )
     if reason == LIKE_DIT:
         warnings.warn(
-            f"{file.path} may be a DiT checkpoint, which has the same names and shapes but predicts noise and cannot be "
-            "used; if it is a SiT checkpoint, set --convention sit",
+            f"{file.path} may be a DiT checkpoint, which has the same names and shapes but predicts noise: set "
+            "--convention dit if it is one, --convention sit if it is a SiT checkpoint",
             stacklevel=3,
         )
     return chosen, reason
@@ -190,7 +196,7 @@ def read(file: PublishedFile, heads: int | None, chosen: str | None) -> Publishe
     for kind, tensors in file.weights.items():
         check(f"{file.path} ({kind} weights)" if len(file.weights) > 1 else str(file.path), tensors, inferred)
     source, reason = (chosen, "from --convention") if chosen else convention(file, named, inferred.learn_sigma)
-    _check_arguments(file, inferred)
+    check_arguments(file, inferred)
     own = {key: getattr(inferred, key) for key in ("width", "depth", "heads", "patch")}
     known = next((name for name, published in SIT_SIZES.items() if published == own), None)
     config = SiTConfig(name=known, qk_norm=inferred.qk_norm) if known else SiTConfig(**own, qk_norm=inferred.qk_norm)
@@ -214,7 +220,7 @@ def read(file: PublishedFile, heads: int | None, chosen: str | None) -> Publishe
     )
 
 
-def _check_arguments(file: PublishedFile, sizes: Sizes) -> None:
+def check_arguments(file: PublishedFile, sizes: Sizes) -> None:
     """ValueError when a file was trained with unsupported options."""
     args = file.args
     if args.get("prediction", "v") not in ("v", "velocity"):
@@ -239,7 +245,7 @@ def give_back(model: SiT, *, flip: bool) -> Named:
     return {"pos_embed": model.pos_embed.detach().clone(), **translate(named, sizes, flip=flip)}  # type: ignore[operator]
 
 
-def _arguments(model: SiT, config: SiTConfig) -> dict[str, Any]:
+def arguments(model: SiT, config: SiTConfig) -> dict[str, Any]:
     """Arguments of the published `SiT` class that are the same in both repositories."""
     return {
         "input_size": model.shape[1],
@@ -255,12 +261,12 @@ def _arguments(model: SiT, config: SiTConfig) -> dict[str, Any]:
 def _sit_arguments(model: SiT, config: SiTConfig) -> dict[str, Any]:
     if config.qk_norm:
         raise ValueError("this model has QK-norm, which the original SiT lacks; use --layout repa")
-    return _arguments(model, config) | {"learn_sigma": False}
+    return arguments(model, config) | {"learn_sigma": False}
 
 
 def _repa_arguments(model: SiT, config: SiTConfig) -> dict[str, Any]:
     own = {"decoder_hidden_size": model.width, "z_dims": [], "encoder_depth": 1, "qk_norm": config.qk_norm}
-    return _arguments(model, config) | own
+    return arguments(model, config) | own
 
 
 LAYOUTS = {

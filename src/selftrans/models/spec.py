@@ -66,6 +66,7 @@ class Published(NamedTuple):
     cells: Callable[
         [Tensor], Tensor
     ]  #: rows of a layer that predicts a token's cells, in the order of `Backbone.patchify`
+    is_buffer: Callable[[str], bool] = lambda name: False  #: whether a constant is no parameter for their optimiser
 
 
 class Layout(NamedTuple):

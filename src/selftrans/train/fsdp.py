@@ -30,7 +30,7 @@ def shard_models(*models: Objective | Backbone, device: torch.device, processes:
     """
     mesh = init_device_mesh(device.type, (processes,))
     for model in models:
-        parts = [*model.student.repeated(), *model.guidances] if isinstance(model, Objective) else model.repeated()
+        parts = [*model.student.sharded(), *model.guidances] if isinstance(model, Objective) else model.sharded()
         for part in parts:
             if any(True for _ in part.parameters()):
                 fully_shard(part, mesh=mesh)

@@ -37,7 +37,7 @@ from selftrans.data.sources.open_source import iter_images, open_source
 from selftrans.data.sources.source import Source
 from selftrans.evaluate.classifier import SmallClassifier
 from selftrans.evaluate.statistics import Statistics
-from selftrans.experiments.evaluate_samples import _sampled
+from selftrans.experiments.evaluate_samples import _stored
 from selftrans.experiments.reference import _names
 from selftrans.interop.importing import import_run
 from selftrans.interop.published_file import read as read_published
@@ -227,6 +227,20 @@ def models(depth: int) -> dict[str, torch.Tensor]:
 
 
 @functools.cache
+def published_lightning() -> dict[str, torch.Tensor]:
+    from tests.support.published_lightning import state
+
+    return state(width=4, depth=1, heads=1, patch=4, channels=1, side=8, classes=10)
+
+
+@functools.cache
+def lightning_file() -> bytes:
+    from tests.support.published_lightning import settings
+
+    return saved({"ema": published_lightning(), "config": settings()})
+
+
+@functools.cache
 def torch_models() -> list[bytes]:
     from tests.support.published_files import options
 
@@ -349,7 +363,7 @@ def table(path: Path) -> None:
 
 def samples_json(path: Path) -> None:
     with contextlib.suppress(ValueError):
-        _sampled(path.parent)
+        _stored(path.parent)
     data = path.read_bytes()
     try:
         samples_io._begin(path.parent, {"steps": 4, "guidance": {"scale": 1.5}}, 3, 0)
@@ -541,6 +555,20 @@ PARSERS: dict[str, Parser] = {
         lambda: [header(save(models(2)))],
         2_000,
         wrap=lambda data: with_header(save(models(2)))(data),
+    ),
+    "import_lightning": Parser(
+        "x.safetensors",
+        imported,
+        lambda: [header(save(published_lightning()))],
+        1_000,
+        wrap=lambda data: with_header(save(published_lightning()))(data),
+    ),
+    "import_lightning_pickle": Parser(
+        "x.pt",
+        imported,
+        lambda: [pickled(lightning_file())],
+        1_000,
+        wrap=lambda data: with_pickle(lightning_file())(data),
     ),
     "import_pickle": Parser(
         "x.pt",

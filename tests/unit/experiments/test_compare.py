@@ -20,7 +20,7 @@ from selftrans.experiments import html_report
 from selftrans.experiments.compare import compare_methods, for_method, with_defaults
 from selftrans.experiments.measurement import Measurement, interval, measured_before, points
 from selftrans.experiments.runner import Comparison
-from selftrans.experiments.table import as_csv, curve, first_below, mean_curve, rows
+from selftrans.experiments.summary import as_csv, curve, first_below, mean_curve, rows
 from selftrans.methods.repa import Repa
 from selftrans.methods.self_transcendence import Stage1, Stage2
 from selftrans.recipes import recipe

@@ -21,7 +21,7 @@ from selftrans.models.sit_published import reflection
 from selftrans.storage import sha256_file
 from selftrans.train.run import train
 from tests.support import published_files, toy
-from tests.support.published_files import TINY, Assembled, options, state
+from tests.support.published_files import TINY, Assembled, options, save, state
 from tests.support.toy import quick  # noqa: F401 - a fixture
 
 HEADS = ["--heads", "2"]
@@ -61,7 +61,7 @@ def off(run, network, sizes, *, weights="ema", flip=False):
 @pytest.mark.parametrize("learn_sigma", [False, True])
 def test_imported_network_equals_one_assembled_from_diffusers(tmp_path, qk_norm, convention, learn_sigma):
     raw, ema = (state(**TINY, qk_norm=qk_norm, learn_sigma=learn_sigma, seed=k) for k in (1, 2))
-    file = published_files.save(tmp_path / "a.pt", {"model": raw, "ema": ema, "opt": None, "args": options(convention)})
+    file = save(tmp_path / "a.pt", {"model": raw, "ema": ema, "opt": None, "args": options(convention)})
     run, output = run_import(file, tmp_path / "run")
     assert f"those of {convention.upper()}, from its stored options" in output
     for weights, named in (("raw", raw), ("ema", ema)):
@@ -74,7 +74,7 @@ def test_imported_network_equals_one_assembled_from_diffusers(tmp_path, qk_norm,
 def test_published_size_at_full_width_and_depth(tmp_path, qk_norm, convention):
     sizes = {"width": 384, "depth": 12, "heads": 6, "patch": 2, "channels": 4, "side": 8, "classes": 1000}
     named = state(**sizes, qk_norm=qk_norm, learn_sigma=convention == "sit")
-    file = published_files.save(tmp_path / "SiT.pt", named)
+    file = save(tmp_path / "SiT.pt", named)
     run, output = run_import(file, tmp_path / "run", heads=None, name="SiT-S/2", convention=convention)
     assert off(run, Assembled(named, **sizes), sizes, flip=convention == "sit") < 1e-5
     found = load_model(run)
@@ -98,7 +98,7 @@ def test_reflection_maps_sinusoids_of_t_to_those_of_one_minus_t():
 def test_half_precision_and_averaged_positions_are_accepted(tmp_path):
     named = {name: tensor.half() for name, tensor in state(**TINY).items()}
     named["pos_embed"] = named["pos_embed"] + 5e-4
-    run, _ = run_import(published_files.save(tmp_path / "a.pt", named), tmp_path / "run", convention="repa")
+    run, _ = run_import(save(tmp_path / "a.pt", named), tmp_path / "run", convention="repa")
     named = {name: tensor.float() for name, tensor in named.items()} | {"pos_embed": state(**TINY)["pos_embed"]}
     assert off(run, Assembled(named, **TINY), TINY) < 1e-5
     assert load_model(run).model.pos_embed.dtype == torch.float32
@@ -140,7 +140,7 @@ def test_every_layout_is_imported(tmp_path, kind, form):
     content = arrange(raw, ema)
     file = tmp_path / f"a.{form}"
     if form == "pt":
-        published_files.save(file, content)
+        save(file, content)
     elif "ema" not in content:
         save_file(content, file)
     else:
@@ -167,7 +167,7 @@ def test_every_layout_is_imported(tmp_path, kind, form):
 def test_possible_dit_file_warns(tmp_path, capsys):
     """DiT's files have the same names and shapes; the user must decide."""
     for name, content in {"a": state(**TINY, learn_sigma=True), "b": {"ema": state(**TINY, learn_sigma=True)}}.items():
-        file = published_files.save(tmp_path / f"{name}.pt", content)
+        file = save(tmp_path / f"{name}.pt", content)
         words = ["import", str(file), *HEADS, "--out"]
         assert main([*words, str(tmp_path / name / "guessed")]) == 0
         output = capsys.readouterr()
@@ -179,7 +179,7 @@ def test_possible_dit_file_warns(tmp_path, capsys):
         assert not output.err and "those of SIT, from --convention" in output.out
     certain = {"ema": state(**TINY, learn_sigma=True), "args": options("sit")}
     for name, content in {"none": state(**TINY), "args": certain}.items():
-        assert main(["import", str(published_files.save(file, content)), *HEADS, "--out", str(tmp_path / name)]) == 0
+        assert main(["import", str(save(file, content)), *HEADS, "--out", str(tmp_path / name)]) == 0
         assert not capsys.readouterr().err, name
 
 
@@ -198,23 +198,21 @@ def test_unused_entries_are_listed_and_recorded(tmp_path):
         "scheduler_state": {"x": torch.ones(2)},
         **others,
     }
-    run, output = run_import(published_files.save(tmp_path / "a.pt", content), tmp_path / "run")
+    run, output = run_import(save(tmp_path / "a.pt", content), tmp_path / "run")
     listed = "best\\x1b, scheduler_state, epoch, optimizer, scaler, rng"
     assert f"unused entries of the file: {listed}\n" in output and "it holds one set of weights" in output
     assert json.loads((run / "imported.json").read_text())["unused"] == listed
     assert load_model(run).step == 4 and "taken as 0" not in output
-    file = published_files.save(
-        tmp_path / "b.pt", {"ema": named, "steps": torch.tensor([4, 5])} | {f"x{k}": k for k in range(30)}
-    )
+    file = save(tmp_path / "b.pt", {"ema": named, "steps": torch.tensor([4, 5])} | {f"x{k}": k for k in range(30)})
     run, output = run_import(file, tmp_path / "many")
     assert "x18, x19 and 11 more\n" in output and load_model(run).step == 0
-    run, output = run_import(published_files.save(tmp_path / "c.pt", {"ema": named, "steps": 4}), tmp_path / "all")
+    run, output = run_import(save(tmp_path / "c.pt", {"ema": named, "steps": 4}), tmp_path / "all")
     assert "unused entries" not in output and "unused" not in json.loads((run / "imported.json").read_text())
 
 
 def test_single_state_dict_is_used_for_raw_and_ema(tmp_path):
     named = state(**TINY)
-    file = published_files.save(tmp_path / "a.pt", {"state_dict": named, "epoch": 3, "steps": 4})
+    file = save(tmp_path / "a.pt", {"state_dict": named, "epoch": 3, "steps": 4})
     run, output = run_import(file, tmp_path / "run", convention="repa")
     assert off(run, Assembled(named, **TINY), TINY) < 1e-5 and load_model(run).step == 4
     assert "it holds one set of weights" in output and "unused entries of the file: epoch" in output
@@ -224,7 +222,7 @@ def test_single_state_dict_is_used_for_raw_and_ema(tmp_path):
 @pytest.mark.parametrize("other", ["ema_model", "state_dict_ema", "model_state_dict"])
 def test_weights_that_would_be_lost_are_refused_by_name(tmp_path, capsys, known, other):
     named = state(**TINY)
-    file = published_files.save(tmp_path / "a.pt", dict.fromkeys([*known, other], named) | {"epoch": 3})
+    file = save(tmp_path / "a.pt", dict.fromkeys([*known, other], named) | {"epoch": 3})
     assert main(["import", str(file), "--out", str(tmp_path / "run"), *HEADS]) == 1
     err = capsys.readouterr().err
     assert err.count("\n") == 1 and f"holds weights under {other}, which" in err and "model and ema" in err, err
@@ -233,7 +231,7 @@ def test_weights_that_would_be_lost_are_refused_by_name(tmp_path, capsys, known,
 
 def test_heads_are_omitted_or_written_to_a_separate_file(tmp_path):
     named = state(**TINY, projectors="repa")
-    file = published_files.save(tmp_path / "a.pt", {"model": named, "ema": named, "steps": 3})
+    file = save(tmp_path / "a.pt", {"model": named, "ema": named, "steps": 3})
     run, output = run_import(file, tmp_path / "run")
     assert "left out (--keep-heads)" in output and not (run / "projectors.safetensors").exists()
     run, output = run_import(file, tmp_path / "kept", keep_heads=True)
@@ -249,7 +247,7 @@ def test_imported_stage_1_head_equals_the_published_one(tmp_path):
     sizes = TINY | {"channels": 4}
     named = state(**sizes, projectors="stage1", qk_norm=True)
     args = options("repa", encoder_depth=2, t_range=[0.4, 0.7], proj_coeff=0.25)
-    file = published_files.save(tmp_path / "a.pt", {"model": named, "ema": named, "args": args, "steps": 5})
+    file = save(tmp_path / "a.pt", {"model": named, "ema": named, "args": args, "steps": 5})
     run, _ = run_import(file, tmp_path / "run")
     config = from_json((run / "config.json").read_text())
     stage1 = config.sections["stage1"]
@@ -296,7 +294,7 @@ def test_adamw_moments_follow_their_parameters(tmp_path, convention):
     others = {k: torch.randn_like(v) for k, v in named.items() if k not in gradients and k != "pos_embed"}
     _, optimizer = published_files.adamw(named, [others | gradients])
     content = {"model": named, "ema": named, "opt": optimizer, "args": options(convention)}
-    run, output = run_import(published_files.save(tmp_path / "a.pt", content), tmp_path / "run")
+    run, output = run_import(save(tmp_path / "a.pt", content), tmp_path / "run")
     assert "starts from zero" not in output
     found = load_file(toy.checkpoint(run, "vanilla") / "optimizer.safetensors")
     assert {float(v) for k, v in found.items() if k.endswith(":step")} == {1.0} and load_model(run).step == 1
@@ -339,7 +337,7 @@ def test_mismatched_optimiser_state_is_dropped(tmp_path, damage):
             optimizer["state"] = [1, 2]
         case "step":
             moments["step"] = torch.tensor(float("inf"))
-    file = published_files.save(tmp_path / "a.pt", {"model": named, "ema": named, "opt": optimizer, "steps": 9})
+    file = save(tmp_path / "a.pt", {"model": named, "ema": named, "opt": optimizer, "steps": 9})
     run, output = run_import(file, tmp_path / "run")
     assert "the optimiser starts from zero: its optimiser state does not match" in output
     assert load_file(toy.checkpoint(run, "vanilla") / "optimizer.safetensors") == {} and load_model(run).step == 9
@@ -401,7 +399,7 @@ def test_run_converted_to_published_layout_and_back_continues_identically(tmp_pa
     settings = SETTINGS | {"method": method}
     train(toy.toy(settings), tmp_path / "uninterrupted", quiet=True)
     train(toy.toy(settings | {"train.steps": 4}), tmp_path / "half", quiet=True)
-    file = published_files.save(
+    file = save(
         tmp_path / "0000004.pt",
         published_form(tmp_path / "half", stage, options("repa", encoder_depth=2, t_range=(0.4, 0.7))),
     )
@@ -428,7 +426,7 @@ def test_run_converted_to_published_layout_and_back_continues_identically(tmp_pa
 def imported(tmp_path):
     """A REPA file of the digits' size as a run."""
     named = state(**TINY, qk_norm=True, projectors="repa")
-    file = published_files.save(tmp_path / "a.pt", {"model": named, "ema": named, "args": options("repa"), "steps": 5})
+    file = save(tmp_path / "a.pt", {"model": named, "ema": named, "args": options("repa"), "steps": 5})
     assert main(["import", str(file), "--out", str(tmp_path / "run")]) == 0
     return tmp_path / "run"
 
@@ -471,9 +469,7 @@ def test_imported_model_can_teach(tmp_path, capsys, imported, part):
 
 def test_teacher_of_another_path_is_refused(tmp_path, capsys):
     named = state(**TINY)
-    file = published_files.save(
-        tmp_path / "a.pt", {"model": named, "ema": named, "args": options("sit", path_type="GVP")}
-    )
+    file = save(tmp_path / "a.pt", {"model": named, "ema": named, "args": options("sit", path_type="GVP")})
     run, _ = run_import(file, tmp_path / "run")
     words = ["train", "digits", f"--data={toy.digits()}", f"--out={tmp_path / 'student'}", f"--teacher={run}"]
     words += [word for word in toy.taught_flags() if "train.steps" not in word] + ["--train.steps=2"]
@@ -487,7 +483,7 @@ def test_teacher_of_another_path_is_refused(tmp_path, capsys):
 
 def test_teacher_of_another_autoencoder_warns(tmp_path, capsys):
     named = state(**TINY)
-    file = published_files.save(tmp_path / "a.pt", {"model": named, "ema": named, "args": options("repa")})
+    file = save(tmp_path / "a.pt", {"model": named, "ema": named, "args": options("repa")})
     run, _ = run_import(file, tmp_path / "run", autoencoder="somebody/vae")
     words = ["train", "digits", f"--data={toy.digits()}", f"--out={tmp_path / 'student'}", f"--teacher={run}"]
     words += [word for word in toy.taught_flags() if "train.steps" not in word] + ["--train.steps=2"]
@@ -562,7 +558,7 @@ def test_code_in_a_file_is_refused_by_name_and_not_run(tmp_path, capsys, where, 
         "opt": {"model": named, "ema": named, "opt": evil},
         "others": {**named, "zzz": evil},
     }[where]
-    file = published_files.save(tmp_path / "a.pt", content)
+    file = save(tmp_path / "a.pt", content)
     assert main(["import", str(file), "--out", str(tmp_path / "run"), *HEADS]) == 1
     out, err = capsys.readouterr()
     assert f"was refused, without running anything in it: it holds {name}, and only" in err and err.count("\n") == 1, (
@@ -586,7 +582,7 @@ class Custom:
 
 
 def test_unknown_class_in_a_file_is_named(tmp_path, capsys):
-    file = published_files.save(tmp_path / "a.pt", {"ema": state(**TINY), "args": Custom()})
+    file = save(tmp_path / "a.pt", {"ema": state(**TINY), "args": Custom()})
     assert main(["import", str(file), "--out", str(tmp_path / "run")]) == 1
     assert f"it holds {Custom.__module__}.Custom" in capsys.readouterr().err
 
@@ -640,7 +636,7 @@ def script(file):
 
 
 def stored(content):
-    return lambda file: published_files.save(file, content)
+    return lambda file: save(file, content)
 
 
 def written(data):
@@ -683,7 +679,7 @@ def test_damaged_file_is_refused_in_one_line_and_writes_nothing(tmp_path, capsys
     damage, message = DAMAGED[kind]
     out = tmp_path / "there"
     out.mkdir()
-    file = published_files.save(tmp_path / "a.pt", {"model": state(**TINY), "ema": state(**TINY), "steps": 1})
+    file = save(tmp_path / "a.pt", {"model": state(**TINY), "ema": state(**TINY), "steps": 1})
     damage(file)
     before = toy.tree(tmp_path)
     assert main(["import", str(file), "--out", str(out), *HEADS]) == 1
@@ -728,7 +724,7 @@ WRONG = {
 @pytest.mark.parametrize("kind", WRONG)
 def test_unknown_missing_and_misshapen_tensors_are_listed(tmp_path, capsys, kind):
     changes, message = WRONG[kind]
-    file = published_files.save(tmp_path / "a.pt", altered(changes))
+    file = save(tmp_path / "a.pt", altered(changes))
     assert main(["import", str(file), "--out", str(tmp_path / "run")]) == 1
     err = capsys.readouterr().err
     assert message in err and err.count("\n") == 1, err
@@ -755,7 +751,7 @@ def test_unsupported_file_names_the_reason(tmp_path, capsys, content, words, mes
     args = content.pop("args", None)
     content.pop("heads_", None)
     named = state(**TINY | content)
-    file = published_files.save(tmp_path / "a.pt", {"model": named, "ema": named, "args": args})
+    file = save(tmp_path / "a.pt", {"model": named, "ema": named, "args": args})
     assert main(["import", str(file), "--out", str(tmp_path / "run"), *words]) == 1
     assert message in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
@@ -763,9 +759,7 @@ def test_unsupported_file_names_the_reason(tmp_path, capsys, content, words, mes
 
 def test_cosine_path_of_sit_is_kept(tmp_path):
     named = state(**TINY)
-    file = published_files.save(
-        tmp_path / "a.pt", {"model": named, "ema": named, "args": options("sit", path_type="GVP")}
-    )
+    file = save(tmp_path / "a.pt", {"model": named, "ema": named, "args": options("sit", path_type="GVP")})
     run, _ = run_import(file, tmp_path / "run")
     assert load_model(run).config.train.path == "cosine"
 
@@ -774,7 +768,7 @@ def test_cosine_path_of_sit_is_kept(tmp_path):
 
 
 def test_repeated_import_does_nothing_and_another_is_refused(tmp_path, capsys):
-    files = [published_files.save(tmp_path / f"{k}.pt", state(**TINY, seed=k)) for k in range(2)]
+    files = [save(tmp_path / f"{k}.pt", state(**TINY, seed=k)) for k in range(2)]
     words = ["import", str(files[0]), "--out", str(tmp_path / "run"), *HEADS]
     assert main(words) == 0
     before = toy.tree(tmp_path / "run")
@@ -787,13 +781,13 @@ def test_repeated_import_does_nothing_and_another_is_refused(tmp_path, capsys):
 def test_existing_run_is_never_overwritten(tmp_path, capsys):
     run = toy.copy(toy.vanilla(), tmp_path / "run")
     before = toy.tree(run)
-    file = published_files.save(tmp_path / "a.pt", state(**TINY))
+    file = save(tmp_path / "a.pt", state(**TINY))
     assert main(["import", str(file), "--out", str(run), *HEADS]) == 1
     assert "exists and is not empty" in capsys.readouterr().err and toy.tree(run) == before
 
 
 def test_full_disk_leaves_no_partial_run(tmp_path, capsys, monkeypatch):
-    file = published_files.save(tmp_path / "a.pt", state(**TINY))
+    file = save(tmp_path / "a.pt", state(**TINY))
 
     def full(*_, **__):
         raise OSError(28, "No space left on device")

@@ -106,8 +106,12 @@ def test_interrupted_sharded_run_equals_uninterrupted(runs):
 
 
 def test_sharded_bf16_training_equals_ddp(runs):
-    # gradients are summed in another order, and bf16 keeps 8 bits: moments of 0.01 agree to 4e-5 at best
-    assert_close(toy.tensors(runs / "sharded, bf16"), toy.tensors(runs / "ddp, bf16"), atol=1e-4)
+    # k_norm.bias adds the same to every key, which softmax cancels: its gradient is rounding alone, and Adam enlarges it
+    sharded, ddp = (
+        {name: tensor for name, tensor in toy.tensors(runs / run).items() if "k_norm.bias" not in name}
+        for run in ("sharded, bf16", "ddp, bf16")
+    )
+    assert_close(sharded, ddp, atol=1e-4)  # gradients are summed in another order, and bf16 keeps 8 bits
 
 
 def test_ema_teacher_is_sharded(runs):

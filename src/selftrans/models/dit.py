@@ -1,0 +1,115 @@
+"""DiT (Peebles and Xie, 2212.09748) as it is released: SiT's network, trained to predict the noise of a discrete DDPM schedule.
+
+The schedule (2006.11239): beta from 1e-4 to 0.02 linearly in 1000 steps, x_k = sqrt(abar_k) z0 + sqrt(1 - abar_k) noise.
+A point of our path, z_t = alpha z0 + sigma noise, is one of it but for its scale:
+    z_t / sqrt(alpha² + sigma²) = x_k    where    sqrt((1 - abar_k) / abar_k) = sigma / alpha
+so the network is asked for the noise at that x_k and k, and its answer is turned into the velocity of our path:
+    z0 = (x_k - sqrt(1 - abar_k) noise) / sqrt(abar_k)        v = alpha' z0 + sigma' noise
+k lies between two steps; the logarithm of the noise-to-signal ratio is interpolated (as in k-diffusion). The path is not the
+network's own: the same weights serve both paths. So it is no setting of the model; the run's `train.path` sets it (`use_path`).
+Shape legend: N batch, (C, H, W) latent.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from selftrans.flow import LINEAR, PATHS, Path
+from selftrans.models.sit import SIZES, SiT, SiTConfig
+from selftrans.types import Cond, Conditions, Output
+
+STEPS, BETAS = 1000, (1e-4, 0.02)  #: the schedule of all released models
+PATCHES = (2, 4, 8)
+#: name of a published model -> the constructor's arguments
+DIT_SIZES = {
+    f"DiT-{size}/{patch}": {"width": width, "depth": depth, "heads": heads, "patch": patch}
+    for size, (width, depth, heads) in SIZES.items()
+    for patch in PATCHES
+}
+
+
+@dataclass(frozen=True)
+class DiTConfig(SiTConfig):
+    """A DiT: SiT's network, which predicts noise. For released weights; a student from scratch learns better as SiT."""
+
+    published: ClassVar[dict[str, dict[str, int]]] = DIT_SIZES
+
+    name: str = "DiT-S/2"
+    """published size, DiT-{S,B,L,XL}/{2,4,8}"""
+    qk_norm: bool = False
+    """LayerNorm on queries and keys; the released models have none"""
+    learn_sigma: bool = True
+    """the output has a second half, the variance, as in the released models; it is neither used nor trained"""
+
+
+def build(config: DiTConfig, shape: tuple[int, ...], conditions: Conditions) -> DiT:
+    """A freshly initialised DiT for latents (C, H, W). ValueError for other latents, and for text."""
+    if conditions.kind == "text":
+        raise ValueError(f"{config.name} is conditioned on labels or on nothing; the data have text")
+    return DiT(
+        shape,
+        conditions.num_classes,
+        qk_norm=config.qk_norm,
+        learn_sigma=config.learn_sigma,
+        **config.sizes(),  # type: ignore[arg-type]
+    )
+
+
+def log_ratios() -> Tensor:
+    """(1000,) float64, increasing: log of the noise-to-signal ratio sqrt((1 - abar_k) / abar_k) of each step."""
+    log_abar = torch.log1p(-torch.linspace(*BETAS, STEPS, dtype=torch.float64)).cumsum(dim=0)
+    return 0.5 * (torch.log(-torch.expm1(log_abar)) - log_abar)
+
+
+def timestep(log_ratio: Tensor, table: Tensor) -> Tensor:
+    """(N,) position between 0 and 999 at which the schedule has these log ratios; those outside it take its nearest end."""
+    inside = log_ratio.clamp(table[0], table[-1])
+    above = torch.searchsorted(table, inside).clamp(1, len(table) - 1)
+    low, high = table[above - 1], table[above]
+    return above - 1 + (inside - low) / (high - low)
+
+
+def velocity(path: Path, x: Tensor, noise: Tensor, ratio: Tensor, t: Tensor) -> Tensor:
+    """Velocity of the path at t, from x of variance-preserving scale with this noise-to-signal ratio and its noise.
+
+    All of x's shape, or broadcasting over it. With ratio = sigma / alpha it is exact.
+    """
+    z0 = torch.sqrt(1 + ratio.square()) * x - ratio * noise
+    return path.d_alpha(t) * z0 + path.d_sigma(t) * noise
+
+
+class DiT(SiT):
+    """A SiT whose output is the noise of the DDPM schedule; called in our time, it returns the velocity of `path`.
+
+    Times beyond the schedule's last step (t > 0.9937 on the linear path) are treated as that step: alpha vanishes at t = 1,
+    and z0 would be the quotient of two small numbers. Those before its first step (t < 0.0099) get that step's noise.
+    """
+
+    ratios: Tensor
+
+    def __init__(
+        self, shape: tuple[int, ...], num_classes: int, *, path: Path = LINEAR, learn_sigma: bool = True, **sizes: int
+    ) -> None:
+        super().__init__(shape, num_classes, learn_sigma=learn_sigma, **sizes)  # type: ignore[arg-type]
+        self.path, self.learn_sigma = path, learn_sigma
+        # as bits: a model that is cast to half precision must keep its schedule
+        self.register_buffer("ratios", log_ratios().float().view(torch.int32), persistent=False)
+
+    def use_path(self, path: str) -> None:
+        self.path = PATHS[path]
+
+    def forward(self, x: Tensor, t: Tensor, cond: Cond, *, taps: tuple[int, ...] = (), stop: bool = False) -> Output:
+        """As `SiT`; features are those of the network at the matching step of the schedule."""
+        alpha, sigma = self.path.alpha(t).clamp(min=0), self.path.sigma(t)  # rounded, the cosine of pi / 2 is negative
+        table = self.ratios.view(torch.float32)
+        step = timestep(torch.log(sigma / alpha).to(table.dtype), table)
+        scaled = x * torch.rsqrt(alpha.square() + sigma.square()).view(-1, 1, 1, 1)
+        found = super().forward(scaled, step, cond, taps=taps, stop=stop)
+        if found.v is None:
+            return found
+        ratio = torch.minimum(sigma / alpha, table[-1].exp().to(t.dtype)).view(-1, 1, 1, 1)
+        return Output(velocity(self.path, scaled, found.v.to(scaled.dtype), ratio, t.view(-1, 1, 1, 1)), found.feats)

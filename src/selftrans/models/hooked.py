@@ -1,0 +1,266 @@
+"""A backbone made of any module with a list of blocks: their outputs are read while the module runs its own forward.
+
+The blocks are read around `nn.Module.__call__`, by a subclass that each of them is given at construction, and not by
+`register_forward_hook`: the exception that ends a pass early would, in a forward hook, skip the hooks that FSDP2 adds later,
+which free the block's gathered weights; a compiled block has its forward hooks within what is compiled; and activations can
+be recomputed from there. What was read lives in an object that a deep copy of the model copies too, so a copy reads its own
+blocks.
+Shape legend: N batch, T tokens, D width, (C, *S) latent.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.utils.checkpoint
+from torch import Tensor, nn
+
+from selftrans.types import Backbone, Cond, Conditions, Output, map_cond
+
+Blocks = str | Callable[[Any], Sequence[nn.Module]]
+Call = Callable[[Any, Tensor, Tensor, Cond], Tensor]
+
+
+class _Stopped(BaseException):
+    """The last feature was read. No `Exception`, which the module might catch."""
+
+
+class _Reading:
+    """A forward pass in progress: what is wanted of the blocks, and what was read. One object for all blocks of a model."""
+
+    def __init__(self, tokens: Callable[[Any], Any]) -> None:
+        self.tokens = tokens
+        self.active = False
+
+    def begin(self, taps: tuple[int, ...], stop: bool, recompute: bool, shape: tuple[int, int, int]) -> None:
+        self.taps, self.stop, self.recompute, self.shape = frozenset(taps), stop, recompute, shape
+        self.grad, self.active = torch.is_grad_enabled(), True
+        self.called: set[int] = set()
+        self.feats: dict[int, Tensor] = {}
+        self.versions: dict[int, int] = {}
+
+    def end(self) -> None:
+        """Keep no features alive."""
+        self.active, self.feats = False, {}
+
+    def run(self, k: int, block: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The output of block k. Raises `_Stopped` when no more is wanted."""
+        if k in self.called:
+            raise ValueError(f"block {k} is called several times in one forward pass, so it has no one output to read")
+        self.called.add(k)
+        if self.recompute:
+            output = torch.utils.checkpoint.checkpoint(block, *args, use_reentrant=False, **kwargs)
+        else:
+            output = block(*args, **kwargs)
+        if k in self.taps:
+            self._read(k, output)
+            if self.stop and len(self.feats) == len(self.taps):
+                raise _Stopped
+        return output
+
+    def _read(self, k: int, output: Any) -> None:
+        found = self.tokens(output)
+        if not isinstance(found, Tensor):
+            raise ValueError(
+                f"the output of block {k} is of type {type(found).__name__}, not a tensor; give tokens=, which picks "
+                "the tokens of the latent"
+            )
+        if tuple(found.shape) != self.shape:
+            raise ValueError(
+                f"the tokens of block {k} are of shape {tuple(found.shape)}; expected (N, T, D) = {self.shape}; give tokens=, "
+                "which leaves out those that are not of the latent (class, text, registers), or correct grid and width"
+            )
+        if self.grad and not torch.is_grad_enabled():
+            raise ValueError(
+                f"block {k} runs without gradients inside a forward pass with gradients (reentrant checkpointing?), so its "
+                "features could not be trained; switch that off and use train.recompute"
+            )
+        self.feats[k] = found
+        self.versions[k] = 0 if found.is_inference() else found._version
+
+    def features(self) -> dict[int, Tensor]:
+        """What was read. ValueError where the module changed it afterwards, or never ran the block."""
+        missing = sorted(self.taps - self.feats.keys())
+        if missing:
+            raise ValueError(f"the module did not call block {missing[0]}; give blocks= that each forward pass calls")
+        for k, found in self.feats.items():
+            if not found.is_inference() and found._version != self.versions[k]:
+                raise ValueError(
+                    f"the output of block {k} is changed in place by what follows it; give tokens=, which returns a copy"
+                )
+        return self.feats
+
+
+@functools.cache
+def _read_class(kind: type[nn.Module]) -> type[nn.Module]:
+    """The subclass of a block's class that lets `_Reading` see its calls."""
+    plain: Callable[..., Any] = kind.__call__
+
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        reading, k = self._read_by
+        if not reading.active:  # the module is used by itself, or its blocks are computed again in a backward pass
+            return plain(self, *args, **kwargs)
+        return reading.run(k, functools.partial(plain, self), args, kwargs)
+
+    return type(f"Read{kind.__name__}", (kind,), {"__call__": call, "__module__": kind.__module__})
+
+
+class _Deleted(nn.Module):
+    """In the place of a block that was deleted: names and positions of the others stay."""
+
+    def forward(self, *_: Any, **__: Any) -> Any:
+        raise ValueError(
+            "a truncated model runs a deleted block first; give blocks= in the order in which they are called"
+        )
+
+
+class HookedBackbone(Backbone):
+    """Any module as a backbone.
+
+    Args:
+        net: the module. Its blocks get a subclass of their class; names of parameters stay, behind `net.`.
+        blocks: the blocks in the order in which they are called: the dotted path of a list, or a function of `net`.
+        call: `(net, x (N, C, *S), t (N,), cond) -> velocity (N, C, *S)` in our time and sign: t = 0 is data.
+        shape, grid, width, conditions: as `Backbone` has them: (C, *S), tokens per dimension, D, what `cond` is.
+        tokens: output of a block -> its tokens of the latent (N, T, D), in the order of `grid`. Default: the output itself.
+        null: `cond` -> the unconditional one. Default, except for text: the label after the last class.
+        patchify: latents -> (N, T, C * cells). Default: channel, then positions, inside a token.
+        shard_blocks: False where the module uses parameters of a block outside its call (diffusers' DiT embeds the time for
+            its last layer by its first block). FSDP2 then gathers the model as one part, as where blocks share parameters.
+    The functions must not hold `net` themselves: a copy of this model calls them with its own.
+    Raises ValueError for blocks that are not found or cannot be read.
+    """
+
+    def __init__(
+        self,
+        net: nn.Module,
+        *,
+        blocks: Blocks,
+        call: Call,
+        shape: tuple[int, ...],
+        grid: tuple[int, ...],
+        width: int,
+        conditions: Conditions,
+        tokens: Callable[[Any], Any] = lambda output: output,
+        null: Callable[[Cond], Cond] | None = None,
+        patchify: Callable[[Tensor], Tensor] | None = None,
+        shard_blocks: bool = True,
+    ) -> None:
+        super().__init__()
+        if conditions.kind == "text" and null is None:
+            raise ValueError("the null condition of text depends on its encoder; give null=")
+        if len(grid) != len(shape) - 1 or any(side % n for side, n in zip(shape[1:], grid, strict=True)):
+            raise ValueError(f"a latent {shape} does not divide into {grid} tokens; correct shape or grid")
+        self.shape, self.grid, self.width, self.conditions = tuple(shape), tuple(grid), width, conditions
+        self.net, self._blocks, self._call, self._null, self._patchify = net, blocks, call, null, patchify
+        self._reading, self._shard_blocks, self._kept = _Reading(tokens), shard_blocks, 0
+        found = self._found()
+        _check_blocks(found)
+        self.depth = self._kept = len(found)
+        for k, block in enumerate(found, start=1):
+            block.__class__ = _read_class(type(block))  # type: ignore[arg-type]
+            block._read_by = (self._reading, k)  # type: ignore[assignment]
+
+    def forward(self, x: Tensor, t: Tensor, cond: Cond, *, taps: tuple[int, ...] = (), stop: bool = False) -> Output:
+        """As `Backbone`. ValueError where a block or `call` returns something else than expected."""
+        assert all(1 <= k <= self._kept for k in taps)
+        assert stop or self._kept == self.depth, "a truncated model has no velocity; call it with stop=True"
+        if stop and not taps:
+            return Output(None, {})
+        reading = self._reading
+        reading.begin(taps, stop, self.recompute and self.training, (x.shape[0], self.tokens, self.width))
+        try:
+            v = self._call(self.net, x, t, cond)
+            feats = reading.features()
+        except _Stopped:
+            return Output(None, reading.features())
+        finally:
+            reading.end()
+        if stop:
+            return Output(None, feats)
+        if not isinstance(v, Tensor) or v.shape != x.shape:
+            what = tuple(v.shape) if isinstance(v, Tensor) else type(v).__name__
+            raise ValueError(f"call= returned {what}; expected a velocity of shape {tuple(x.shape)}")
+        return Output(v, feats)
+
+    def null(self, cond: Cond) -> Cond:
+        if self._null is not None:
+            return self._null(cond)
+        return map_cond(lambda labels: torch.full_like(labels, self.conditions.num_classes), cond)
+
+    def patchify(self, x: Tensor) -> Tensor:
+        if self._patchify is not None:
+            return self._patchify(x)
+        dims = len(self.grid)
+        for i, (side, n) in enumerate(zip(self.shape[1:], self.grid, strict=True)):
+            x = x.unflatten(2 + 2 * i, (n, side // n))
+        order = (0, *range(2, 2 + 2 * dims, 2), 1, *range(3, 3 + 2 * dims, 2))  # N, grid, C, cells
+        return x.permute(order).reshape(x.shape[0], self.tokens, math.prod(self.shape) // self.tokens)
+
+    def repeated(self) -> list[nn.Module]:
+        return self._found()
+
+    def sharded(self) -> list[nn.Module]:
+        found = self._found()
+        return found if self._shard_blocks and not _shared(found) else []
+
+    def truncate(self, block: int) -> None:
+        """As `Backbone`. What follows the blocks stays, as it is not known. ValueError where blocks share parameters."""
+        found = self._found()
+        if shared := _shared(found):
+            raise ValueError(f"{shared}, so a truncated copy cannot be made; give the module parameters of their own")
+        gone = set(found[block:])
+        for parent in list(self.net.modules()):
+            for name, child in parent.named_children():
+                if child in gone:
+                    setattr(parent, name, _Deleted())
+        self._kept = min(self._kept, block)
+
+    def _found(self) -> list[nn.Module]:
+        """The blocks that are still there, in order."""
+        if not isinstance(self._blocks, str):
+            found: Any = self._blocks(self.net)
+        else:
+            try:
+                found = self.net.get_submodule(self._blocks)
+            except AttributeError as error:
+                names = ", ".join(
+                    n for n, m in self.net.named_modules() if isinstance(m, nn.ModuleList | nn.Sequential)
+                )
+                raise ValueError(
+                    f"{type(self.net).__name__} has no blocks '{self._blocks}'; it has the lists {names or '(none)'}"
+                ) from error
+        if not isinstance(found, list | tuple | nn.ModuleList | nn.Sequential):
+            raise ValueError(f"blocks= leads to a {type(found).__name__}; expected a list of modules")
+        return [block for block in found if not isinstance(block, _Deleted)]
+
+
+def _check_blocks(blocks: list[nn.Module]) -> None:
+    """ValueError unless there are blocks, each one once, and each can be read."""
+    if not blocks:
+        raise ValueError("the list of blocks is empty; give blocks= that names the transformer blocks")
+    if len(set(map(id, blocks))) < len(blocks):
+        raise ValueError(
+            "a block is in the list of blocks twice: it is called several times, and has no one output to read"
+        )
+    for k, block in enumerate(blocks, start=1):
+        if isinstance(block, torch.jit.ScriptModule):
+            raise ValueError(f"block {k} is a TorchScript module, which cannot be read; give the module it was made of")
+        if hasattr(block, "_read_by"):
+            raise ValueError(
+                f"block {k} belongs to another HookedBackbone; give each a module of its own (copy.deepcopy)"
+            )
+
+
+def _shared(blocks: list[nn.Module]) -> str | None:
+    """Which blocks share a parameter; None where none do."""
+    owner: dict[int, int] = {}
+    for k, block in enumerate(blocks, start=1):
+        for name, parameter in block.named_parameters():
+            if owner.setdefault(id(parameter), k) != k:
+                return f"blocks {owner[id(parameter)]} and {k} share the parameter {name}"
+    return None
