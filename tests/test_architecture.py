@@ -94,7 +94,10 @@ SHARED_FILE_NAMES = {
     "spec.py": "one in methods and one in models: the record",
     "folder.py": "data/sources: a folder of pictures; sampling: a folder of samples",
 }
-MANNERED = re.compile(r"\b(strangers?|moods?|lest|whoever)\b|three in the morning", re.IGNORECASE)
+MANNERED = re.compile(
+    r"\b(strangers?|moods?|lest|whoever|told|beside|honest|somebody)\b|three in the morning|for want of|make room",
+    re.IGNORECASE,
+)
 
 #: modules without a unit test of their name -> the test that covers them
 COVERED_BY = {

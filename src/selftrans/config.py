@@ -97,7 +97,7 @@ class Train(Section):
     keep_every: int = setting(0, resume="free")
     """and those at every multiple of so many steps; 0: none"""
     max_skips: int = setting(25, resume="free")
-    """updates in a row skipped for want of a finite gradient that end the training (fp16 needs a few to find its scale)"""
+    """updates skipped in a row, with gradients not finite, that end the training (fp16 needs a few to find its scale)"""
     allow_changes: bool = setting(False, resume="free")
     """continue a run with another lr, warmup, clip, weight_decay, drop, precision or guidance weight, which is printed and
     written to changes.json"""
@@ -282,7 +282,7 @@ def settings_of(config: RunConfig) -> Iterator[tuple[str, Any, Resume]]:
 
 
 def to_json(config: RunConfig) -> str:
-    """A configuration and the version of its layout, as indented json; sections of methods stand beside the others."""
+    """A configuration and the version of its layout, as indented json; sections of methods at the level of the others."""
     plain = dataclasses.asdict(config)
     own = plain.pop("sections")
     return json.dumps({"version": VERSION, **plain, **own}, indent=2)

@@ -2,7 +2,7 @@
 
 Shape legend: N batch, T tokens, D width, (C, *S) latent with one to three spatial dimensions S, k block (1-based), M moments
 channels. States of the data, in order: pixels => moments => latents (`Batch`) => `Draw` => `Output` => loss.
-t = 0 is data and t = 1 is noise everywhere (said once, in `flow.py`).
+t = 0 is data and t = 1 is noise everywhere (see `flow.py`).
 """
 
 from __future__ import annotations

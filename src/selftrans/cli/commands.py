@@ -174,13 +174,13 @@ class Import(Command):
     """run directory to make; nothing else may be in it"""
     name: str | None = None
     """published size that is expected, such as SiT-XL/2; None: any"""
-    convention: Literal["sit", "repa", "dit"] | None = None
+    convention: str | None = None
     """sit (t = 0 is noise), repa (t = 0 is data; also Self-Transcendence) or dit (predicts noise of DDPM); None: from the
     file, or guessed and printed"""
     heads: int | None = None
     """attention heads; None: from q_norm, or as published for this width"""
     step: int | None = None
-    """steps it was trained for; None: as the file says"""
+    """steps it was trained for; None: from the file"""
     autoencoder: str | None = None
     """what decodes its latents; None: stabilityai/sd-vae-ft-mse for 4 channels, pixel for 1 or 3"""
     keep_heads: bool = False

@@ -119,7 +119,7 @@ class Quickstart(Command):
 
 @dataclass
 class Compare(RecipeCommand[Config]):
-    """Methods x seeds under one budget: a table, the curves over steps and compute, and a page. Repeating it continues.
+    """Methods x seeds with equal budgets: a table, the curves over steps and compute, and a page. Repeating it continues.
 
     The overrides of RECIPE (--train.batch-size 64 ...) apply to every method. Each run is an ordinary run directory,
     OUT/<method>-seed<k>.
@@ -158,7 +158,7 @@ class Compare(RecipeCommand[Config]):
 
 @dataclass
 class Bench(Command):
-    """Throughput on this machine, in one run: training steps next to the field's plain arithmetic, loading, sampling."""
+    """Throughput on this machine, in one run: training steps next to a plain implementation, loading, sampling."""
 
     models: Annotated[tuple[str, ...] | None, tyro.conf.arg(metavar="NAME [NAME ...]", aliases=("--model",))] = None
     """published sizes; None: SiT-S/2 and SiT-B/2, on a GPU SiT-XL/2 as well"""

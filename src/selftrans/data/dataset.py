@@ -67,7 +67,7 @@ class Dataset:
     @property
     def names(self) -> tuple[str, ...]:
         """The tensors that `read` returns: moments, labels, and features once they are opened."""
-        return "labels", *self._tensors
+        return *self._tensors, "labels"
 
     def read(self, rows: np.ndarray | Tensor, names: Collection[str] | None = None) -> dict[str, Tensor]:
         """Rows (N,) of the tensors `names` (None: all), in the order of `rows` and in the stored dtype.

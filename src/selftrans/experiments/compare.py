@@ -1,4 +1,4 @@
-"""`selftrans compare`: methods x seeds under one budget, measured alike; a table, the curves and a page.
+"""`selftrans compare`: methods x seeds with equal budgets, measured alike; a table, the curves and a page.
 
 OUT/<method>-seed<k>/    ordinary run directories          OUT/compare.{json,csv,png,html}    what people open
 """

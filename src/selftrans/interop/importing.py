@@ -26,6 +26,7 @@ from selftrans.models.registry import REGISTRY as MODELS
 from selftrans.models.spec import Named, Published, PublishedFile, check_shapes
 from selftrans.recipes import recipe
 from selftrans.storage import FREE_SPACE, atomic_directory, sha256_file, write_json
+from selftrans.suggest import nearest
 from selftrans.train.resume import bound_settings
 
 #: channels of the latents -> default autoencoder: the usual one for 4, `pixel` for 1 and 3
@@ -86,6 +87,9 @@ def import_run(
 
 def _recognised(file: PublishedFile, heads: int | None, convention: str | None) -> Published:
     """The model of a file, from the first model family that recognises it. ValueError if none does."""
+    known = {name for spec in MODELS.every() for name in spec.conventions}
+    if convention is not None and convention not in known:
+        raise ValueError(f"--convention {convention!r} is unknown{nearest(convention, known)}")
     for spec in MODELS.every():
         model = spec.reader(file, heads, convention)
         if model is not None:

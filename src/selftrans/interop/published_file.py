@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
+from selftrans.models.registry import REGISTRY as MODELS
 from selftrans.models.spec import Named, PublishedFile
 from selftrans.storage import first_line, printable
 
@@ -141,7 +142,8 @@ def _safetensors(path: Path) -> tuple[dict[str, Any], str | None]:
         ) from error
     if "selftrans" in metadata:
         raise ValueError(f"{path} is already a selftrans weights file; use it directly in place of a run")
-    layout = metadata.get(LAYOUT) if metadata.get(LAYOUT) in ("sit", "repa", "dit", "lightningdit") else None
+    layouts = {name for spec in MODELS.every() for name in spec.layouts}
+    layout = metadata.get(LAYOUT) if metadata.get(LAYOUT) in layouts else None
     if {name.partition(".")[0] for name in tensors} - {"model", "ema"}:
         return dict(tensors), layout
     content: dict[str, Any] = {}

@@ -86,7 +86,7 @@ class Frozen:
 
     @classmethod
     def live(cls, average: Backbone, block: int) -> Self:
-        """A model that somebody else updates, as a teacher: neither copied nor truncated."""
+        """A model that other code updates, as a teacher: neither copied nor truncated."""
         frozen = cls.__new__(cls)
         frozen.model = average.requires_grad_(False).eval()
         frozen.block, frozen.width, frozen.dtype, frozen.source = block, average.width, None, {}

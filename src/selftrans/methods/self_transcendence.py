@@ -185,7 +185,7 @@ def _stage1(config: RunConfig, steps: int) -> Stage:
     def guide(student: Backbone, teacher: None) -> Sequence[Guidance]:
         return [StructureGuidance(student, config.section(Stage1))]
 
-    # stream 1: a teacher that shared the student's initial weights would be easier to match than an honest one
+    # stream 1: a teacher that shared the student's initial weights would be easier to match than an independent one
     return Stage("stage1", steps, guide, (Stage1,), stream=1)
 
 

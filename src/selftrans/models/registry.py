@@ -2,12 +2,30 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 from selftrans.models import dit, dit_published, lightning, lightning_published, sit, sit_published
 from selftrans.models.spec import ModelSpec
 from selftrans.plugins import Registry
 
-SIT = ModelSpec("sit", sit.SiTConfig, sit.build, tuple(sit.SIT_SIZES), sit_published.LAYOUTS, sit_published.read)
-DIT = ModelSpec("dit", dit.DiTConfig, dit.build, tuple(dit.DIT_SIZES), dit_published.LAYOUTS, dit_published.read)
+SIT = ModelSpec(
+    "sit",
+    sit.SiTConfig,
+    sit.build,
+    tuple(sit.SIT_SIZES),
+    sit_published.LAYOUTS,
+    sit_published.read,
+    conventions=get_args(sit_published.Convention),
+)
+DIT = ModelSpec(
+    "dit",
+    dit.DiTConfig,
+    dit.build,
+    tuple(dit.DIT_SIZES),
+    dit_published.LAYOUTS,
+    dit_published.read,
+    conventions=("dit",),
+)
 LIGHTNING = ModelSpec(
     "lightningdit",
     lightning.LightningConfig,

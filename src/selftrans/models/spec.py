@@ -96,6 +96,7 @@ class ModelSpec:
     layouts: Mapping[str, Layout] = field(default_factory=dict)  #: published layouts that `export` writes, by name
     #: reads a published file: (file, attention heads if given, convention if given). None: it is of another family
     reader: Callable[[PublishedFile, int | None, str | None], Published | None] = _no_reader
+    conventions: tuple[str, ...] = ()  #: of time and sign, that `import --convention` may name for its files
 
 
 def check_shapes(where: str, named: Named, expected: Mapping[str, tuple[int, ...]]) -> None:

@@ -47,7 +47,7 @@ class Stream:
         start = step * self.batch_size + (self.rank * self.accumulate + micro) * self.micro
         return np.array([self._at(position) for position in range(start, start + self.micro)], dtype=np.int64)
 
-    def whole(self, step: int) -> np.ndarray:
+    def all_indices(self, step: int) -> np.ndarray:
         """(B,) positions in the data of the batch of all processes. Safe while the thread reads ahead."""
         mine = copy.copy(self)  # the thread uses the order of this one
         return np.array([mine._at(step * self.batch_size + i) for i in range(self.batch_size)], dtype=np.int64)

@@ -34,14 +34,14 @@ def settle(config: RunConfig, out: Path, manifest: Manifest) -> RunConfig:
         fresh = (out / f"{IMPORTED}.json").exists() and not data.exists()
         changed = _bound_changes(before, config) if fresh else differences(before, config)
         changed += _teacher_changes(before, config) if not fresh and before.method == config.method else []
-        said = [f"{name} was {was}, is {now}" for name, was, now, _ in changed]
+        changes = [f"{name} was {was}, is {now}" for name, was, now, _ in changed]
         mendable = not fresh and all(rule == "consent" for *_, rule in changed)
         if changed and mendable and config.train.allow_changes:
-            warnings.warn(f"{out} continues with other settings: {'; '.join(said)}", stacklevel=4)
+            warnings.warn(f"{out} continues with other settings: {'; '.join(changes)}", stacklevel=4)
         elif changed:
             consent = ", or --train.allow-changes True to continue with these" if mendable else ""
             raise ValueError(
-                f"{out} was started with other settings: {'; '.join(said)}; use those, or another --out{consent}"
+                f"{out} was started with other settings: {'; '.join(changes)}; use those, or another --out{consent}"
             )
         if data.exists() and _read(data, _hashes) != _hashes(manifest.to_json()):
             raise ValueError(f"{out} was trained on other data than {config.data.path}; use that, or another --out")

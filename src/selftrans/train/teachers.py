@@ -85,8 +85,13 @@ def training_cost(spec: TeacherSpec) -> dict[str, Any] | None:
     if spec.given is None:
         return None
     path = find_teacher(spec.given, spec)
-    said = checkpoint.read_header(path)
-    return {"path": str(path), "steps": said["step"], "tflops": said.get("tflops"), "seconds": said.get("seconds")}
+    header = checkpoint.read_header(path)
+    return {
+        "path": str(path),
+        "steps": header["step"],
+        "tflops": header.get("tflops"),
+        "seconds": header.get("seconds"),
+    }
 
 
 def check_given(found: LoadedModel, config: RunConfig, manifest: Manifest) -> None:

@@ -105,7 +105,7 @@ class Trainer:
         self.step, self.seconds = 0, 0.0
         self.window = RunningMeans()  #: since the last log line
         self.span = RunningMeans()  #: since the last checkpoint that was due
-        self.nonfinite, self.due = NonFiniteSteps(train.max_skips, self.stream.whole), False
+        self.nonfinite, self.due = NonFiniteSteps(train.max_skips, self.stream.all_indices), False
         self.origin: dict[str, Any] = {}  #: of imported weights: where they came from
         self._restore()
         if (accelerator.device.type == "cuda") if train.compile is None else train.compile:
@@ -249,12 +249,12 @@ class Trainer:
         self._read()
         values = self._means(self.window)
         self.window.clear()
-        told = self.nonfinite.pop_report()
+        skips = self.nonfinite.pop_report()
         if journal is None:
             return
         rate = self.optimizer.param_groups[0]["lr"]
         self.nonfinite.check_norms(values, self.step)
-        line = {"stage": self.stage.name, "step": self.step, **values, "lr": rate, **told}
+        line = {"stage": self.stage.name, "step": self.step, **values, "lr": rate, **skips}
         journal.write(line | {"seconds": round(self.seconds, 3), "tflops": self.total_flops() / 1e12})
         bar.set_postfix(format_values({k: v for k, v in values.items() if k != "grad_norm"}), refresh=False)
         try:
@@ -309,7 +309,7 @@ class Trainer:
                 self._prune()
             except OSError as error:
                 if required:
-                    raise OSError(f"{error}; make room, then the same command continues") from error
+                    raise OSError(f"{error}; free disk space, then the same command continues") from error
                 warnings.warn(f"{error}; training continues, the previous checkpoint is valid", stacklevel=2)
         self.accelerator.wait_for_everyone()
 

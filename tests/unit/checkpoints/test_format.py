@@ -207,7 +207,10 @@ def test_full_disk_at_the_last_checkpoint_is_an_error_and_the_same_command_conti
         refusing(patch, [8])
         assert main(argv) == 1
     output = capsys.readouterr().err.splitlines()[-1]
-    assert output.startswith("selftrans: could not write checkpoint") and "make room, then the same command" in output
+    assert (
+        output.startswith("selftrans: could not write checkpoint")
+        and "free disk space, then the same command" in output
+    )
     assert main(argv) == 0
     toy.assert_same_run(tmp_path / "run", toy.finished())
 

@@ -208,7 +208,7 @@ def test_compare_command(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> N
         assert row["seeds"] == 2 and row["steps"] == 10 and row["distance"]["mean"] > 0
     taught = json.loads((out / "self_transcendence-seed0" / "run.json").read_text())
     alone = json.loads((out / "structure-seed0" / "run.json").read_text())
-    assert [stage["stage"] for stage in taught["stages"]] == ["stage2"], "stage 1 is that of the run beside it"
+    assert [stage["stage"] for stage in taught["stages"]] == ["stage2"], "stage 1 is that of the run next to it"
     assert taught["total_tflops"] == pytest.approx(taught["student_tflops"] + alone["total_tflops"])
     lasts = [summary["curves"]["tflops"][name][0][-1] for name in methods]
     assert lasts[2] == pytest.approx(taught["total_tflops"]) and lasts[0] < lasts[3] + 1e-9 < lasts[2]

@@ -484,12 +484,12 @@ def test_teacher_of_another_path_is_refused(tmp_path, capsys):
 def test_teacher_of_another_autoencoder_warns(tmp_path, capsys):
     named = state(**TINY)
     file = save(tmp_path / "a.pt", {"model": named, "ema": named, "args": options("repa")})
-    run, _ = run_import(file, tmp_path / "run", autoencoder="somebody/vae")
+    run, _ = run_import(file, tmp_path / "run", autoencoder="example/vae")
     words = ["train", "digits", f"--data={toy.digits()}", f"--out={tmp_path / 'student'}", f"--teacher={run}"]
     words += [word for word in toy.taught_flags() if "train.steps" not in word] + ["--train.steps=2"]
     assert main(words) == 0
     warnings = [text for text in capsys.readouterr().err.splitlines() if "warning: the teacher" in text]
-    assert len(warnings) == 1 and "names the autoencoder somebody/vae, the data pixel" in warnings[0]
+    assert len(warnings) == 1 and "names the autoencoder example/vae, the data pixel" in warnings[0]
 
 
 @pytest.mark.parametrize(

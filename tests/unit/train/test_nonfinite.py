@@ -85,7 +85,7 @@ def test_log_counts_and_lists_skipped_steps_and_excludes_them_from_means(tmp_pat
     seed = int(trainer.np.random.SeedSequence([config.train.seed, 0, 1]).generate_state(1)[0])
     streams = [Stream(shards, batch_size=8, accumulate=2, seed=seed, rank=rank, world=2) for rank in (0, 1)]
     rows = [row for stream in streams for micro in (0, 1) for row in stream.indices(2, micro).tolist()]
-    assert rows == streams[0].whole(2).tolist()  # of all processes, in their order
+    assert rows == streams[0].all_indices(2).tolist()  # of all processes, in their order
     assert lines[1]["skips"][0]["loss"] == "nan" and len(lines[1]["skips"][0]["rows"]) == 8
     json.loads((tmp_path / "run" / "vanilla" / "log.jsonl").read_text().splitlines()[1], parse_constant=pytest.fail)
 
