@@ -99,7 +99,6 @@ MANNERED = re.compile(r"\b(strangers?|moods?|lest|whoever)\b|three in the mornin
 #: modules without a unit test of their name -> the test that covers them
 COVERED_BY = {
     "__main__": "unit/cli/test_main.py",
-    "checkpoints/load": "unit/checkpoints/test_format.py",
     "cli/commands": "unit/cli/test_main.py",
     "cli/experiment_commands": "unit/cli/test_main.py",
     "data/decoded": "unit/data/test_prepare.py",
