@@ -109,7 +109,6 @@ COVERED_BY = {
     "data/shard_plan": "unit/data/test_prepare.py",
     "data/sources/source": "unit/data/sources/test_open_source.py",
     "evaluate/extractors": "unit/evaluate/test_statistics.py",
-    "evaluate/plots": "unit/evaluate/test_probes.py",
     "experiments/analyse_run": "unit/cli/test_main.py",
     "experiments/bench/loading_sampling": "unit/experiments/bench/test_bench.py",
     "experiments/bench/machine": "unit/experiments/bench/test_bench.py",
