@@ -134,7 +134,6 @@ COVERED_BY = {
     "train/checkpointing": "unit/train/test_resume.py",
     "train/interrupted": "unit/train/test_signals.py",
     "train/run": "integration/test_train.py",
-    "train/trainer": "integration/test_train.py",
 }
 #: unit tests that are not named after a module -> why
 OTHER_UNIT_TESTS = {
