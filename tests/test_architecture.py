@@ -126,7 +126,6 @@ COVERED_BY = {
     "interop/published_file": "unit/interop/test_importing.py",
     "interop/published_optimizer": "unit/interop/test_importing.py",
     "models/dit_published": "unit/models/test_dit.py",
-    "models/sit_published": "unit/interop/test_importing.py",
     "recipes/cifar10": "unit/recipes/test_recipes.py",
     "recipes/digits": "unit/recipes/test_recipes.py",
     "recipes/imagefolder": "unit/recipes/test_recipes.py",
