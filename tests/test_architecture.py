@@ -102,7 +102,6 @@ MANNERED = re.compile(
 #: modules without a unit test of their name -> the test that covers them
 COVERED_BY = {
     "__main__": "unit/cli/test_main.py",
-    "checkpoints/load": "unit/checkpoints/test_format.py",
     "cli/commands": "unit/cli/test_main.py",
     "cli/experiment_commands": "unit/cli/test_main.py",
     "data/decoded": "unit/data/test_prepare.py",
@@ -113,7 +112,6 @@ COVERED_BY = {
     "data/shard_plan": "unit/data/test_prepare.py",
     "data/sources/source": "unit/data/sources/test_open_source.py",
     "evaluate/extractors": "unit/evaluate/test_statistics.py",
-    "evaluate/plots": "unit/evaluate/test_probes.py",
     "experiments/analyse_run": "unit/cli/test_main.py",
     "experiments/bench/loading_sampling": "unit/experiments/bench/test_bench.py",
     "experiments/bench/machine": "unit/experiments/bench/test_bench.py",
@@ -131,7 +129,6 @@ COVERED_BY = {
     "interop/published_file": "unit/interop/test_importing.py",
     "interop/published_optimizer": "unit/interop/test_importing.py",
     "models/dit_published": "unit/models/test_dit.py",
-    "models/sit_published": "unit/interop/test_importing.py",
     "recipes/cifar10": "unit/recipes/test_recipes.py",
     "recipes/digits": "unit/recipes/test_recipes.py",
     "recipes/imagefolder": "unit/recipes/test_recipes.py",
@@ -139,7 +136,6 @@ COVERED_BY = {
     "train/checkpointing": "unit/train/test_resume.py",
     "train/interrupted": "unit/train/test_signals.py",
     "train/run": "integration/test_train.py",
-    "train/trainer": "integration/test_train.py",
 }
 #: unit tests that are not named after a module -> why
 OTHER_UNIT_TESTS = {

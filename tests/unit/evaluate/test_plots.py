@@ -1,0 +1,143 @@
+"""Sheets of samples compared with arrays written by hand; contents of figures and of their files."""
+
+from __future__ import annotations
+
+import base64
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from selftrans.evaluate import plots
+
+
+def test_image_grid_by_hand() -> None:
+    images = np.arange(3, dtype=np.uint8)[:, None, None, None] * np.ones((1, 1, 1, 1), np.uint8)
+    grid = plots.image_grid(images, columns=2, upscale=2, gap=1)
+    w = 255
+    expected = [
+        [w] * 7,
+        [w, 0, 0, w, 1, 1, w],
+        [w, 0, 0, w, 1, 1, w],
+        [w] * 7,
+        [w, 2, 2, w, w, w, w],
+        [w, 2, 2, w, w, w, w],
+        [w] * 7,
+    ]
+    assert grid[..., 0].tolist() == expected
+    assert plots.image_grid(np.zeros((10, 4, 4, 3), np.uint8)).shape == (3 * 6 + 2, 4 * 6 + 2, 3)
+    with pytest.raises(ValueError, match="a grid shows uint8"):
+        plots.image_grid(np.zeros((2, 4, 4, 3)))
+
+
+def test_sheet_of_pictures_is_the_grid_of_small_pictures_enlarged() -> None:
+    images = np.random.default_rng(0).integers(0, 256, (5, 6, 9, 3), dtype=np.uint8)
+    np.testing.assert_array_equal(plots.sample_sheet(images), plots.image_grid(images, upscale=10))
+    np.testing.assert_array_equal(plots.sample_sheet(images, 5, 3, gap=4), plots.image_grid(images, 5, 3, gap=4))
+    large = np.zeros((2, 100, 80, 1), np.uint8)
+    np.testing.assert_array_equal(plots.sample_sheet(large), plots.image_grid(large))
+
+
+def test_sheet_of_volumes_shows_the_middle_slice() -> None:
+    volumes = np.random.default_rng(0).normal(size=(3, 2, 5, 4, 6)).astype(np.float32)
+    middle = volumes[:, 0, 2]
+    expected = np.round((middle - middle.min()) * 255 / np.ptp(middle)).astype(np.uint8)[..., None]
+    assert np.abs(plots.as_pictures(volumes).astype(int) - expected).max() <= 1
+    np.testing.assert_array_equal(plots.as_pictures(volumes), plots.as_pictures(volumes[:, :, 2]))
+    assert plots.as_pictures(np.zeros((2, 3, 4, 6), np.float32)).shape == (2, 4, 6, 3), "three channels are colours"
+    assert plots.sample_sheet(volumes, upscale=1).shape[-1] == 1
+
+
+def test_sheet_of_series_shows_a_line_per_channel() -> None:
+    series = np.zeros((3, 2, 50), np.float32)
+    series[:, 1] = np.linspace(-1, 1, 50)
+    pictures = plots.as_pictures(series)
+    assert pictures.shape == (3, 96, 160, 3) and pictures.dtype == np.uint8
+    np.testing.assert_array_equal(pictures[0], pictures[2])
+    blue, red = (
+        (np.abs(pictures[0].astype(int) - colour) < 40).all(axis=-1) for colour in ((0, 114, 178), (213, 94, 0))
+    )
+    assert np.ptp(np.flatnonzero(blue.any(axis=1))) < 4, "a channel of zeros is a level line"
+    assert np.ptp(np.flatnonzero(red.any(axis=1))) > 70, "the other one goes from bottom to top"
+    assert (
+        plots.sample_sheet(series, upscale=5).shape == plots.sample_sheet(series).shape == (2 * 98 + 2, 2 * 162 + 2, 3)
+    )
+    with pytest.raises(ValueError, match="a sheet shows"):
+        plots.sample_sheet(np.zeros((2, 4), np.float32))
+
+
+def figures() -> dict:
+    x = [100, 200, 300]
+    return {
+        "curves": plots.curves(
+            {"vanilla": (x, [90, 30, 10.0], [5, 3, 20.0]), "stage 1": (x, [80, 25, 9.0])},
+            xlabel="student steps", ylabel="Fréchet distance", title="Convergence", logx=True, logy=True,
+        ),
+        "bars": plots.bars({"a": 0.5, "b": (1234.5, 3.0), "c": 0.0}, ylabel="accuracy", title="Probe"),
+        "maps": plots.pca_grid(
+            {"images": np.zeros((2, 8, 8, 1), np.uint8), "block 2": np.random.default_rng(0).random((2, 4, 4, 3))},
+            columns=["step 1", "step 2"], title="Maps",
+        ),
+        "scatter": plots.scatter(np.random.default_rng(0).normal(size=(30, 2)), np.arange(30) % 10),
+    }  # fmt: skip
+
+
+def test_figures_show_their_data() -> None:
+    drawn = figures()
+    axes = drawn["curves"].axes[0]
+    assert [line.get_label() for line in axes.lines] == ["vanilla", "stage 1"]
+    np.testing.assert_array_equal(axes.lines[0].get_ydata(), [90, 30, 10])
+    assert (axes.get_xlabel(), axes.get_ylabel(), axes.get_yscale()) == ("student steps", "Fréchet distance", "log")
+    axes = drawn["bars"].axes[0]
+    assert [patch.get_height() for patch in axes.patches] == [0.5, 1234.5, 0.0]
+    assert {"0.500", "1,234 ± 3", "0.00"} <= {text.get_text() for text in axes.texts}
+    assert len(drawn["maps"].axes) == 4 and drawn["maps"].axes[2].get_ylabel() == "block 2"
+    assert len(drawn["scatter"].axes[0].get_legend().get_texts()) == 10
+    with pytest.raises(ValueError, match="different numbers of pictures"):
+        plots.pca_grid({"a": np.zeros((2, 4, 4, 3)), "b": np.zeros((3, 4, 4, 3))})
+
+
+@pytest.mark.parametrize("name", ["curves", "bars", "maps", "scatter"])
+@pytest.mark.parametrize("suffix", ["png", "svg"])
+def test_figures_are_saved(name: str, suffix: str, tmp_path: Path) -> None:
+    path = tmp_path / "new" / f"{name}.{suffix}"
+    plots.save(figures()[name], path, dpi=50)
+    assert [file.name for file in path.parent.iterdir()] == [path.name]
+    if suffix == "png":
+        picture = np.asarray(Image.open(path).convert("L"))
+        assert picture.min() < 100 and picture.max() == 255  # something was drawn, on white
+    else:
+        assert b"<svg" in path.read_bytes()
+
+
+def test_figures_as_data_uris(tmp_path: Path) -> None:
+    picture = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
+    for image in (picture, picture[..., :1]):
+        head, _, content = plots.figure_to_data_uri(image).partition(",")
+        assert head == "data:image/png;base64"
+        decoded = np.asarray(Image.open(io.BytesIO(base64.b64decode(content))))
+        np.testing.assert_array_equal(decoded, image.squeeze())
+    plots.save_png(picture, tmp_path / "a.png")
+    np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "a.png")), picture)
+    assert plots.figure_to_data_uri(figures()["bars"], dpi=40).startswith("data:image/png;base64,iVBOR")
+    with pytest.raises(ValueError, match="a png takes uint8"):
+        plots.save_png(picture.astype(float), tmp_path / "b.png")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="cannot be written"):
+        plots.save_png(picture, tmp_path / "file" / "c.png")
+
+
+def test_names_with_dollar_signs_are_not_parsed_as_math(tmp_path: Path) -> None:
+    figure = plots.scatter(np.eye(2), np.arange(2), names=["$\\frac$", "a"])
+    assert [text.get_text() for text in figure.axes[0].get_legend().get_texts()] == ["$\\frac$", "a"]
+    plots.save(figure, tmp_path / "a.png")  # an invalid formula would fail here
+
+
+def test_no_figure_is_left_in_pyplot() -> None:
+    import matplotlib.pyplot as plt
+
+    before = plt.get_fignums()
+    figures()
+    assert plt.get_fignums() == before
