@@ -626,3 +626,9 @@ def test_import_refuses_selftrans_weights(tmp_path, capsys):
     file = toy.checkpoint(toy.vanilla(), "vanilla") / "ema.safetensors"
     assert main(["import", str(file), "--out", str(tmp_path / "run")]) == 1
     assert "is already a selftrans weights file" in capsys.readouterr().err
+
+
+def test_unknown_convention_suggests_the_nearest(tmp_path, capsys):
+    file = save(tmp_path / "a.pt", state(**TINY))
+    assert main(["import", str(file), "--out", str(tmp_path / "run"), "--convention", "reppa"]) == 1
+    assert "--convention 'reppa' is unknown" in (err := capsys.readouterr().err) and "repa" in err and err.count("\n") == 1

@@ -272,6 +272,15 @@ def test_ablations_change_the_recipe_as_named() -> None:
         assert {path: found[path] for path in dotted} == dotted, name
 
 
+def test_shard_reads_are_compared_with_plain_files(tmp_path: Path) -> None:
+    reads = script("shard_reads")
+    dataset = reads.random_dataset(tmp_path / "data", (3, 8, 8), 40)
+    found = reads.compare(dataset, tmp_path, batch_size=8, rounds=3)
+    assert found["plain_ms"] > 0 and found["safetensors_ms"] > 0
+    low, high = found["speed_ratio_range"]
+    assert low <= found["speed_ratio"] <= high
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(400)
 def test_ablations_are_compared(tmp_path: Path) -> None:
