@@ -45,13 +45,14 @@ def plain_reader(dataset: Dataset, folder: Path) -> Callable[[np.ndarray], tuple
         if rows.min() < 0 or rows.max() >= len(every):
             raise ValueError("a row is outside the data")
         which = np.searchsorted(ends, rows, side="right")
-        out = np.empty((len(rows), *files[0].shape[1:]), dtype=np.float16)
+        out = torch.empty((len(rows), *files[0].shape[1:]), dtype=torch.float16)
+        view = out.numpy()
         for shard in np.unique(which):
             at = np.flatnonzero(which == shard)
-            out[at] = files[shard][rows[at] - (ends[shard] - len(files[shard]))]
-        if (out.view(np.uint16) & 0x7FFF).max(initial=0) >= 0x7C00:  # float16: NaN or infinite
+            view[at] = files[shard][rows[at] - (ends[shard] - len(files[shard]))]
+        if (view.view(np.uint16) & 0x7FFF).max(initial=0) >= 0x7C00:  # float16: NaN or infinite
             raise ValueError("a value is not finite")
-        return torch.from_numpy(out), torch.from_numpy(every[rows])
+        return out, torch.from_numpy(every[rows])
 
     return read
 

@@ -631,4 +631,6 @@ def test_import_refuses_selftrans_weights(tmp_path, capsys):
 def test_unknown_convention_suggests_the_nearest(tmp_path, capsys):
     file = save(tmp_path / "a.pt", state(**TINY))
     assert main(["import", str(file), "--out", str(tmp_path / "run"), "--convention", "reppa"]) == 1
-    assert "--convention 'reppa' is unknown" in (err := capsys.readouterr().err) and "repa" in err and err.count("\n") == 1
+    assert (
+        "--convention 'reppa' is unknown" in (err := capsys.readouterr().err) and "repa" in err and err.count("\n") == 1
+    )
