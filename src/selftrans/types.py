@@ -1,8 +1,8 @@
 """The types that flow through selftrans, and the shape legend used in every file.
 
 Shape legend: N batch, T tokens, D width, (C, *S) latent with one to three spatial dimensions S, k block (1-based), M moments
-channels. States of the data, in order: pixels => moments => latents (`Batch`) => `Draw` => `Output` => loss.
-t = 0 is data and t = 1 is noise everywhere (see `flow.py`).
+channels, L text tokens of E channels. States of the data, in order: pixels => moments => latents (`Batch`) => `Draw` =>
+`Output` => loss. t = 0 is data and t = 1 is noise everywhere (see `flow.py`).
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, NamedTuple, Self, TypeAlias
 
 import torch
@@ -20,6 +20,8 @@ from torch import Tensor, nn
 #: A condition: a label tensor (N,), or named tensors that all start with N (text tokens, mask, pooled vector).
 #: Objective, guidance, trainer and sampler never look inside; they use the four functions below.
 Cond: TypeAlias = Tensor | dict[str, Tensor]
+#: names in a text condition: tokens (N, L, E) of the last hidden state; mask (N, L) bool, true where there is no padding
+TEXT, MASK = "text", "mask"
 
 
 @dataclass(frozen=True)
@@ -28,16 +30,22 @@ class Conditions:
 
     kind: Literal["none", "labels", "text"]
     num_classes: int = 0  #: of kind labels: labels are 0 .. num_classes - 1
+    tokens: int = 0  #: L, of kind text: tokens of a caption, padding included
+    width: int = 0  #: E, of kind text: channels of a text token
+    encoder: str = field(default="", compare=False)  #: of kind text: hub id or folder of the text encoder
+    sha256: str = ""  #: of kind text: of the encoder's weights and tokeniser, data of another encoder differ in it
 
     def example(self) -> Cond:
         """A condition of one sample, for counting operations; with kind none every label is 0."""
         if self.kind == "text":
-            raise ValueError("text conditions are not supported yet")
+            text, mask = torch.zeros(1, self.tokens, self.width), torch.ones(1, self.tokens, dtype=torch.bool)
+            return {TEXT: text, MASK: mask}
         return torch.zeros(1, dtype=torch.long)
 
     def __str__(self) -> str:
         """As messages name it."""
-        return {"none": "no condition", "labels": f"{self.num_classes} classes", "text": "text"}[self.kind]
+        text = f"text of {self.tokens}x{self.width} by {self.encoder or 'an unnamed encoder'}"
+        return {"none": "no condition", "labels": f"{self.num_classes} classes", "text": text}[self.kind]
 
 
 class Batch(NamedTuple):
@@ -93,6 +101,12 @@ class Backbone(nn.Module):
     def null(self, cond: Cond) -> Cond:
         """The unconditional condition, in the shape of `cond`."""
         raise NotImplementedError
+
+    def use_null(self, cond: Cond) -> None:
+        """Take the null condition from one row of data: the empty caption. Default: nothing, the model has its own.
+
+        Called once, before training; a model that needs it keeps it as a buffer, so that its checkpoints hold it.
+        """
 
     def patchify(self, x: Tensor) -> Tensor:
         """Latents (N, C, *S) cut into the model's tokens: (N, T, C * cells), cells the positions that one token covers."""

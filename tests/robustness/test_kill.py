@@ -40,6 +40,7 @@ RUNS: dict[str, dict[str, Any]] = {
     },
 }
 LONG = {"stage1.steps": 14, "train.steps": 30, "stage2.until_step": 17, "log.every": 1}
+FIRST_LINE = "[1/2] stage1"
 WRITING, STEP, PREVIEW, BETWEEN, STARTING, ELSEWHERE = (
     "while a checkpoint was written",
     "in a step",
@@ -127,8 +128,18 @@ AIMS: dict[str, tuple[Callable[[Path], object], float]] = {
 REQUIRED = collections.Counter({WRITING: 9, STEP: 4, BETWEEN: 2, ELSEWHERE: 1})
 
 
-def kill(child: Any, run: Path, aim: Callable[[Path], object], within: float, rng: random.Random) -> bool:
+def started(output: Path) -> bool:
+    """Whether a process has announced its first stage: files from before say nothing about where it is."""
+    try:
+        return FIRST_LINE in output.read_text()
+    except FileNotFoundError:
+        return False
+
+
+def kill(child: Any, run: Path, output: Path, aim: Callable[[Path], object], within: float, rng: random.Random) -> bool:
     """Kill the process after one of the next events; False if it finished before."""
+    while aim is not any_time and child.poll() is None and not started(output):
+        time.sleep(0.0002)
     seen, left = {aim(run)} if aim is a_checkpoint else set(), rng.randrange(4) if within < 0.1 else 0
     while child.poll() is None:
         event = aim(run)
@@ -147,7 +158,7 @@ def place(run: Path, pid: int, output: str) -> str:
     """Where a process was killed, from the files that it left."""
     if any(f".{pid}-" in name for name in unfinished(run)):
         return WRITING
-    if "[1/2] stage1" not in output:
+    if FIRST_LINE not in output:
         return STARTING
     if unfinished_previews(run):
         return PREVIEW
@@ -175,7 +186,7 @@ def kill_and_restart(
         output = run.with_name(f"{run.name}-{attempt}.txt")
         child, missing = start(output), required - places
         aim, within = AIMS[rng.choices(list(missing), list(missing.values()))[0] if missing else ELSEWHERE]
-        if (missing or places.total() < kills) and kill(child, run, aim, within, rng):
+        if (missing or places.total() < kills) and kill(child, run, output, aim, within, rng):
             places[place(run, child.pid, output.read_text())] += 1
             continue
         assert child.wait() == 0, output.read_text()

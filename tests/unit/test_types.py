@@ -1,5 +1,7 @@
 """Conditions of one and of several tensors, and the defaults of a backbone."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -29,7 +31,11 @@ def test_condition_functions_on_named_tensors():
 
 @pytest.mark.parametrize(
     ("conditions", "text"),
-    [(Conditions("none"), "no condition"), (Conditions("labels", 7), "7 classes"), (Conditions("text"), "text")],
+    [
+        (Conditions("none"), "no condition"),
+        (Conditions("labels", 7), "7 classes"),
+        (Conditions("text", tokens=77, width=768, encoder="owner/clip"), "text of 77x768 by owner/clip"),
+    ],
 )
 def test_conditions_name_themselves(conditions, text):
     assert str(conditions) == text
@@ -37,8 +43,13 @@ def test_conditions_name_themselves(conditions, text):
 
 def test_example_is_a_condition_of_one_sample():
     assert Conditions("labels", 7).example().tolist() == [0] == Conditions("none").example().tolist()
-    with pytest.raises(ValueError, match="text conditions are not supported yet"):
-        Conditions("text").example()
+    text = Conditions("text", tokens=5, width=3).example()
+    assert text["text"].shape == (1, 5, 3) and text["mask"].tolist() == [[True] * 5]
+
+
+def test_text_of_the_same_encoder_is_the_same_wherever_it_is_stored():
+    one = Conditions("text", tokens=5, width=3, encoder="/a/clip", sha256="1")
+    assert one == dataclasses.replace(one, encoder="owner/clip") != dataclasses.replace(one, sha256="2")
 
 
 def test_default_backbone_is_one_part_and_is_not_truncated():

@@ -18,7 +18,7 @@ from selftrans.checkpoints.load import IMPORTED
 from selftrans.config import RunConfig, from_json, settings_of, to_json
 from selftrans.data.manifest import Manifest
 from selftrans.methods.registry import METHODS, find, stages
-from selftrans.sections import Resume, fields_of
+from selftrans.sections import Resume, fields_of, from_plain
 from selftrans.storage import first_line, write_json
 from selftrans.types import Conditions
 
@@ -138,8 +138,8 @@ def _hashes(manifest: str) -> list[str]:
 
 def check_data(found: checkpoint.Checkpoint, manifest: Manifest) -> None:
     """ValueError unless a checkpoint's model is one for these data."""
-    conditions, now = found.state["conditions"], manifest.conditions
-    was = (tuple(found.state["shape"]), Conditions(conditions["kind"], conditions["num_classes"]))
+    now = manifest.conditions
+    was = (tuple(found.state["shape"]), from_plain(Conditions, found.state["conditions"], "conditions"))
     if was != (tuple(manifest.shape), now):
         raise ValueError(
             f"{found.path} was trained on latents {was[0]} with {was[1]}, the data are {tuple(manifest.shape)} with {now}; "
