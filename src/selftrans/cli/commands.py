@@ -101,6 +101,9 @@ class Train(RecipeCommand[Config]):
     """directory made by `selftrans prepare`; sets --data.path. The recipe digits brings its own data"""
     teacher: Annotated[str | None, tyro.conf.arg(metavar="RUN_OR_FILE")] = None
     """a run, checkpoint or weights file that teaches in place of this run's own first stage"""
+    init: Annotated[str | None, tyro.conf.arg(metavar="RUN_OR_FILE")] = None
+    """weights to start from: a run, checkpoint or weights file, or a published file; sets --init.path. --lora.rank R then
+    trains adapters only"""
     trust: Trust = ()
     config: Annotated[Config, *Overrides] = tyro.MISSING
 
@@ -112,6 +115,8 @@ class Train(RecipeCommand[Config]):
         config: Any = self.config
         if self.data is not None:
             config = config.override({"data.path": self.data})
+        if self.init is not None:
+            config = config.override({"init.path": self.init})
         if self.teacher is not None:
             option = next((stage.teacher.option for stage in stages(config) if stage.teacher), None)
             if option is None:
@@ -209,13 +214,22 @@ class Export(Command):
     layout: str = "selftrans"
     """selftrans: accepted in place of a run by every command; or a published layout: of SiT sit or repa, of DiT dit, of
     LightningDiT lightningdit"""
+    adapters: bool = False
+    """of a run with --lora.rank: its adapters alone, in peft's format; otherwise they are merged into the weights"""
     stage: Stage = None
     trust: Trust = ()
 
     def run(self) -> None:
-        from selftrans.interop.exporting import export_run
+        from selftrans.interop.adapter_files import export_adapters
+        from selftrans.interop.exporting import OURS, export_run
 
-        made = export_run(self.run_or_file, **self.options("run_or_file"))
+        if self.adapters:
+            if self.layout != OURS:
+                raise ValueError("--adapters are written in peft's format; leave out --layout")
+            folder = export_adapters(self.run_or_file, self.out, weights=self.weights, stage=self.stage).parent
+            print(f"adapters of the {self.weights} weights, in peft's format -> {folder}")
+            return
+        made = export_run(self.run_or_file, **self.options("run_or_file", "adapters"))
         print(f"{self.weights} weights, layout {self.layout} -> {made}")
 
 

@@ -9,6 +9,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from selftrans.checkpoints import format as checkpoint
+from selftrans.checkpoints.adapted import ADAPTERS
 from selftrans.checkpoints.load import EXPORTED, Weights, find, load_model
 from selftrans.interop.published_file import LAYOUT
 from selftrans.models import registry as models
@@ -31,7 +32,7 @@ def export_run(
     loaded = load_model(path)
     if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not (out / EXPORTED).is_file())):
         raise ValueError(f"{out} exists and is not an export; choose another --out")
-    header = checkpoint.read_header(path)
+    header = {key: value for key, value in checkpoint.read_header(path).items() if key != ADAPTERS}  # they are merged
     if layout == OURS:
         tensors, metadata, config = dict(loaded.model.state_dict()), {checkpoint.KEY: json.dumps(header)}, header
     else:
