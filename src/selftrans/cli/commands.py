@@ -215,7 +215,8 @@ class Export(Command):
     """selftrans: accepted in place of a run by every command; or a published layout: of SiT sit or repa, of DiT dit, of
     LightningDiT lightningdit"""
     adapters: bool = False
-    """of a run with --lora.rank: its adapters alone, in peft's format; otherwise they are merged into the weights"""
+    """of a run with --lora.rank: its adapters alone, with --layout peft (the default then) or diffusers; otherwise they are
+    merged into the weights"""
     stage: Stage = None
     trust: Trust = ()
 
@@ -224,10 +225,11 @@ class Export(Command):
         from selftrans.interop.exporting import OURS, export_run
 
         if self.adapters:
-            if self.layout != OURS:
-                raise ValueError("--adapters are written in peft's format; leave out --layout")
-            folder = export_adapters(self.run_or_file, self.out, weights=self.weights, stage=self.stage).parent
-            print(f"adapters of the {self.weights} weights, in peft's format -> {folder}")
+            layout = "peft" if self.layout == OURS else self.layout
+            options = self.options("run_or_file", "adapters") | {"layout": layout}
+            print(
+                f"adapters of the {self.weights} weights, layout {layout} -> {export_adapters(self.run_or_file, **options)}"
+            )
             return
         made = export_run(self.run_or_file, **self.options("run_or_file", "adapters"))
         print(f"{self.weights} weights, layout {self.layout} -> {made}")

@@ -119,6 +119,11 @@ def with_model_of(config: RunConfig, model: ModelConfig) -> RunConfig:
     return dataclasses.replace(config, model=model)
 
 
+def with_given_model(config: RunConfig) -> RunConfig:
+    """The settings with the model of the weights that they name, if they name any. ValueError as `with_model_of`."""
+    return config if config.init.path is None else with_model_of(config, read_given(config.init).model)
+
+
 def _settings(model: ModelConfig) -> list[tuple[str, Any]]:
     return [(name, value) for name, value, _, _ in fields_of(model)]
 
