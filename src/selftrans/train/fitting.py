@@ -49,7 +49,10 @@ def fit(config: RunConfig, manifest: Manifest, given: Given, student: Backbone) 
             new.append(name)
     if len(new) + len(constants) >= len(fresh):
         raise ValueError(f"{given.about['path']} holds no tensor that fits this model; start without --init")
+    chosen = {f.name: getattr(given.model, f.name) for f in dataclasses.fields(given.model)}
+    usual = type(given.model)()
     record = given.about | {
+        "model": {k: v for k, v in chosen.items() if k == "name" or v != getattr(usual, k)},
         "kept": len(fresh) - len(new) - len(partly),
         "tensors": len(fresh),
         "new": new,
@@ -103,6 +106,8 @@ def describe(record: dict[str, Any]) -> str:
     about = f"{record['weights']} weights"
     about += f" of {printable(record['stage'])}" if record.get("stage") else ""
     about += f", step {record['step']}" if record.get("step") is not None else ""
+    model = [str(v) if k == "name" else f"{k} {v}" for k, v in record["model"].items()]
+    about += f"; model {printable(', '.join(model))}"
     about += f"; time and sign: {printable(record['convention'])}" if record.get("convention") else ""
     classes, said = record["classes"], [f"kept {record['kept']} of {record['tensors']} tensors"]
     if record["new_rows"]:

@@ -115,3 +115,15 @@ def test_file_without_its_run_and_damaged_headers_are_named(tmp_path):
     save_file(named | {TABLE: torch.zeros(9, 9)}, tmp_path / "c.safetensors")
     with pytest.raises(ValueError, match=r"c.safetensors cannot be used: .*embedding_table.* does not belong"):
         full_weights(tmp_path / "c.safetensors", base, config)
+
+
+def test_adapted_run_is_accepted_where_a_run_is(tmp_path):
+    """As the weights that another run starts from, and as its teacher."""
+    given, config = fine_tuning.adapted(), fine_tuning.tuned({"train.steps": 1}, init=fine_tuning.adapted())
+    train(config, tmp_path / "again", quiet=True)
+    toy.assert_same(load_file(tmp_path / "again/init.safetensors"), dict(load_model(given).model.state_dict()))
+    taught = {"method": "self_transcendence", "stage2.teacher": str(given), "train.steps": 1}
+    train(fine_tuning.tuned(taught), tmp_path / "taught", quiet=True)
+    state = json.loads((toy.checkpoint(tmp_path / "taught") / "state.json").read_text())
+    expected = load_model(given, stage="stage1", weights="raw").source
+    assert state["teacher"]["weights"] == expected["weights"] and state["teacher"]["path"] == expected["path"]

@@ -137,7 +137,9 @@ def test_published_file_starts_a_run_as_its_import_does(tmp_path, capsys):
     with pytest.raises(ValueError, match=r"width 32, not a published size; set its number .* with --init.heads"):
         train(tuned(grey, init=file), tmp_path / "run")
     train(tuned(grey | {"init.heads": 2}, init=file), tmp_path / "run")
-    assert "a.pt (ema weights, step 4; time and sign: repa, from its stored options)" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "a.pt (ema weights, step 4; model SiT-S/2, width 32, depth 3, heads 2, patch 2" in said
+    assert "; time and sign: repa, from its stored options)" in said
     import_run(file, tmp_path / "imported", heads=2, say=lambda _: None)
     expected = dict(load_model(tmp_path / "imported").model.state_dict())
     toy.assert_same(load_file(tmp_path / "run/init.safetensors"), expected)  # ten classes without names: the same ten
