@@ -1,7 +1,8 @@
 """Fine-tuning against training from scratch: half of the classes to pretrain on, the others to fine-tune on.
 
     python benchmarks/fine_tuning.py digits --out results/tuned-digits --seeds 0 1 2
-    python benchmarks/fine_tuning.py CIFAR10.zip --out results/tuned-cifar10 --side 16 --batch-size 64
+    python benchmarks/fine_tuning.py CIFAR10.zip --out results/tuned-cifar10 --patch 4 --batch-size 32 --base-steps 400 \\
+        --steps 100 --images 200 --sample-steps 6 --single-stage
 
 A model is trained on the first half of the classes (in alphabetical order), without guidance. Then, on the other half and with
 equal steps, seeds, batches and noise: from scratch; all weights from there; adapters (LoRA); and adapters in both stages, where
@@ -79,11 +80,15 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--rank", type=int, default=8)
+    parser.add_argument("--patch", type=int, default=2)
+    parser.add_argument("--sample-steps", type=int, default=12, help="of Heun's method")
+    parser.add_argument("--single-stage", action="store_true", help="leave out the run of both stages")
     parser.add_argument("--images", type=int, default=500)
     parser.add_argument("--workers", type=int)
     options = parser.parse_args()
     first, second = split(options.source, options.out, options.side, options.per_class)
     common = {"method": "vanilla", "train.batch_size": options.batch_size, "log.tensorboard": False, "train.ema": 0.99}
+    common |= {"model.patch": options.patch, "sample.steps": options.sample_steps}
     base, longer = options.out / "base", {"train.steps": options.base_steps, "data.path": str(first)}
     train(settings(recipe("digits"), common | longer), base)
     shared = recipe("digits").override(common | {"train.steps": options.steps, "data.path": str(second)})
@@ -97,6 +102,8 @@ def main() -> None:
         f"LoRA, rank {options.rank}": settings(shared, lora),
         f"LoRA, rank {options.rank}, both stages": settings(shared, lora | stages | {"method": "self_transcendence"}),
     }
+    if options.single_stage:
+        del variants[f"LoRA, rank {options.rank}, both stages"]
     chosen = Comparison(shared, variants, tuple(options.seeds), options.out, options.images, features, weights)
     results = compare(chosen, workers=options.workers)
     table = rows(results, tuple(variants), SCRATCH)

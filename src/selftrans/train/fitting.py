@@ -28,11 +28,13 @@ def fit(config: RunConfig, manifest: Manifest, given: Given, student: Backbone) 
 
     A tensor of the same name and shape is kept. Of a table with a row for each class, the rows of classes with equal names
     are kept, and those after the classes (null). Without names (published files), an equal number of classes is taken to be
-    the same classes. Constants of the model are kept only for latents of the same shape. ValueError where nothing fits.
+    the same classes. Constants of the model are new for latents of another shape, and for text, whose null is the data's.
+    ValueError where nothing fits.
     """
     fresh, rows = student.state_dict(), _rows(given, manifest)
     tables = label_tables(config, manifest.shape, manifest.conditions)
-    constants = {name for name, _ in student.named_buffers()} if given.shape != tuple(manifest.shape) else set()
+    other = given.shape != tuple(manifest.shape) or manifest.conditions.kind == "text"
+    constants = {name for name, _ in student.named_buffers()} & fresh.keys() if other else set()
     tensors: Named = {}
     new, partly = [], []
     for name, own in fresh.items():
@@ -117,5 +119,11 @@ def describe(record: dict[str, Any]) -> str:
     said += [f"new: {few(record['new'])}"] if record["new"] else []
     said += [f"left out: {few(record['left_out'])}"] if record["left_out"] else []
     latents = [("x".join(map(str, record["latents"][when]))) for when in ("before", "now")]
+    text = record["conditions"]
+    said += (
+        [f"{printable(text['before'])} -> {text['now']}"]
+        if text["now"] != text["before"] and not classes["now"]
+        else []
+    )
     said += [f"latents {latents[0]} -> {latents[1]}"] if latents[0] != latents[1] else []
     return f"starts from {printable(record['path'])} ({about}): {'; '.join(said)}"

@@ -19,6 +19,7 @@ from selftrans.checkpoints import format as checkpoint
 from selftrans.checkpoints.adapted import ADAPTERS, INIT, START
 from selftrans.checkpoints.load import IMPORTED, REPORT, header
 from selftrans.config import RunConfig
+from selftrans.data.dataset import Dataset
 from selftrans.data.manifest import Manifest
 from selftrans.models.lora import add_adapters
 from selftrans.models.spec import Named
@@ -99,15 +100,15 @@ def choose(config: RunConfig, before: RunConfig | None, out: Path) -> tuple[RunC
     return with_model_of(config, given.model), given
 
 
-def initial_weights(config: RunConfig, manifest: Manifest, out: Path, given: Given | None) -> InitialWeights | None:
+def initial_weights(config: RunConfig, dataset: Dataset, out: Path, given: Given | None) -> InitialWeights | None:
     """What every stage starts from; None for a run without `--init`. ValueError where the given weights do not fit at all."""
     if config.init.path is None:
         return None
     if given is None:
         return InitialWeights(out / START, _recorded(out))
-    warn_of_latents(given, config, manifest)
+    warn_of_latents(given, config, dataset.manifest)
     torch.manual_seed(int(np.random.SeedSequence([config.train.seed, 2]).generate_state(1)[0]))  # what is new
-    fitted = fit(config, manifest, given, config.build_model(manifest.shape, manifest.conditions))
+    fitted = fit(config, dataset.manifest, given, _random_student(config, dataset))
     return InitialWeights(out / START, fitted.record, fitted.tensors)
 
 
@@ -125,10 +126,16 @@ def _recorded(out: Path) -> dict[str, Any]:
         ) from error
 
 
-def build_student(config: RunConfig, manifest: Manifest, initial: InitialWeights | None, *, fresh: bool) -> Backbone:
+def _random_student(config: RunConfig, dataset: Dataset) -> Backbone:
+    student = config.build_model(dataset.manifest.shape, dataset.manifest.conditions)
+    if (null := dataset.null()) is not None:  # before the average is copied: its buffers stay as they are then
+        student.use_null(null)
+    return student
+
+
+def build_student(config: RunConfig, dataset: Dataset, initial: InitialWeights | None, *, fresh: bool) -> Backbone:
     """The student of a stage, on the CPU: with initial weights where the stage is `fresh`, and with adapters if asked for."""
-    student = config.build_model(manifest.shape, manifest.conditions)
-    lora = config.lora
+    student, lora = _random_student(config, dataset), config.lora
     if initial is not None and (fresh or lora.rank):
         student.load_state_dict(initial.tensors(), strict=True)
     if initial is not None and lora.rank:

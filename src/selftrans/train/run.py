@@ -69,7 +69,7 @@ def _train(config: RunConfig, out: Path, bar: Callable[..., Any], quiet: bool) -
         shards = open_data(config, out, accelerator)
         config, given = choose(config, settings_before(out), out)
         config = settle(config, out, shards.manifest)
-        initial = initial_weights(config, shards.manifest, out, given)
+        initial = initial_weights(config, shards, out, given)
         given, plan = None, _plan(config)  # its memory is freed
         _rehearse(config, plan, out, shards.manifest)
         if config.data.on_device:

@@ -80,7 +80,7 @@ class Trainer:
         train, manifest = config.train, shards.manifest
         torch.manual_seed(int(np.random.SeedSequence([train.seed, stage.stream]).generate_state(1)[0]))
         found, self.initial = agreed(self.checkpoints, accelerator), initial
-        student = build_student(config, manifest, initial, fresh=found is None)
+        student = build_student(config, shards, initial, fresh=found is None)
         guidances = stage.guide(student, teacher)
         self.objective = Objective(student, guidances, path=PATHS[train.path], times=train.times, drop=train.drop).to(
             accelerator.device

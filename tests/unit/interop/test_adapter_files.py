@@ -5,7 +5,6 @@ import json
 import peft
 import pytest
 import torch
-from diffusers import SD3Transformer2DModel
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -14,8 +13,7 @@ from selftrans.cli.main import main
 from selftrans.interop.adapter_files import for_diffusers
 from selftrans.interop.exporting import export_run
 from selftrans.models import lora
-from selftrans.types import Backbone
-from tests.support import fine_tuning, toy
+from tests.support import diffusers_models, fine_tuning, toy
 from tests.support.toy import quick  # noqa: F401 - a fixture
 
 
@@ -68,40 +66,23 @@ def test_wrong_exports_are_refused(tmp_path, capsys, run, more, message):
     assert "is not an export of adapters" in capsys.readouterr().err
 
 
-class Holder(Backbone):
-    """A transformer of diffusers where the backbones hold it."""
-
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(0)
-        self.net = SD3Transformer2DModel(
-            sample_size=8, patch_size=2, in_channels=4, num_layers=2, attention_head_dim=8, num_attention_heads=2,
-            joint_attention_dim=12, caption_projection_dim=16, pooled_projection_dim=10, out_channels=4, pos_embed_max_size=8,
-        )  # fmt: skip
-
-    def repeated(self):
-        return list(self.net.transformer_blocks)
-
-
-def test_diffusers_loads_the_adapters_of_its_own_transformers(tmp_path):
-    holder, plain = Holder().eval(), Holder().eval()
-    lora.add_adapters(holder, 3, 0.5)
-    for parameter in holder.parameters():
+@pytest.mark.parametrize("family", ["sd3", "flux"])
+def test_diffusers_loads_the_adapters_of_its_own_transformers(tmp_path, family):
+    adapted, plain = diffusers_models.tiny(family).eval(), diffusers_models.tiny(family).eval()
+    lora.add_adapters(adapted, 3, 0.5)
+    for parameter in adapted.parameters():
         if parameter.requires_grad:
-            nn.init.normal_(parameter, std=0.3)
-    given = {
-        "hidden_states": torch.randn(2, 4, 8, 8),
-        "encoder_hidden_states": torch.randn(2, 5, 12),
-        "pooled_projections": torch.randn(2, 10),
-        "timestep": torch.tensor([100.0, 700.0]),
-    }
-    trained = {name: p.detach() for name, p in holder.named_parameters() if p.requires_grad}
-    assert {name.split(".")[3] for name in trained} == {"attn", "ff", "ff_context"}  # no layer of the conditioning
+            nn.init.normal_(parameter, std=0.1)
+    trained = {name: p.detach() for name, p in adapted.named_parameters() if p.requires_grad}
     save_file(for_diffusers(trained, 0.5), tmp_path / "pytorch_lora_weights.safetensors")
+    given = diffusers_models.inputs(plain, family)
     with torch.no_grad():
-        before = plain.net(**given).sample
+        before = plain(*given).v
         plain.net.load_lora_adapter(tmp_path, weight_name="pytorch_lora_weights.safetensors")
-        expected, found = holder.net(**given).sample, plain.net(**given).sample
+        expected, found = adapted(*given).v, plain(*given).v
     assert (found - expected).abs().max() < 1e-5 and (found - before).abs().max() > 1e-2
-    with pytest.raises(ValueError, match="this model is no transformer of diffusers"):
+
+
+def test_layout_of_diffusers_needs_a_transformer_of_diffusers():
+    with pytest.raises(ValueError, match="this model is no transformer of diffusers; use --layout peft"):
         for_diffusers({"blocks.0.fc.lora_A.default.weight": torch.zeros(1, 1)}, 1.0)

@@ -10,16 +10,18 @@ import torch
 from torch import nn
 
 from selftrans.models import lora
-from selftrans.models.lightning import LightningDiT
+from selftrans.models.registry import MODELS
 from selftrans.models.sit import SiT
 from selftrans.train.ema import EMA
+from selftrans.types import Conditions
 from tests.support.toy import quick  # noqa: F401 - a fixture
 
 SIZES = {"width": 32, "depth": 2, "heads": 2, "patch": 2}
+OF_TEXT = {"mmdit", "diffusers-pixart", "diffusers-sd3", "diffusers-flux"}
 
 
-def model(kind=SiT):
-    made = kind((1, 8, 8), 10, **SIZES)
+def model():
+    made = SiT((1, 8, 8), 10, **SIZES)
     for parameter in made.parameters():  # gates and output start at zero, and would hide everything
         nn.init.normal_(parameter, std=0.2)
     return made
@@ -30,9 +32,9 @@ def inputs():
     return torch.randn(4, 1, 8, 8, generator=g), torch.linspace(0, 1, 4), torch.tensor([0, 3, 10, 9])
 
 
-def adapted(kind=SiT, **options):
+def adapted(**options):
     """A model with adapters whose B is not zero, and what it was before."""
-    made = model(kind)
+    made = model()
     before = copy.deepcopy(made.state_dict())
     lora.add_adapters(made, 3, 2.0, **options)
     for parameter in made.parameters():
@@ -41,11 +43,37 @@ def adapted(kind=SiT, **options):
     return made, before
 
 
-@pytest.mark.parametrize("kind", [SiT, LightningDiT])
-def test_default_targets_are_attention_and_mlp_of_every_block(kind):
-    mlp = ("fc1", "fc2") if kind is SiT else ("w12", "w3")
-    layers = ("attn.qkv", "attn.proj", f"mlp.{mlp[0]}", f"mlp.{mlp[1]}")
-    assert lora.default_targets(model(kind)) == [f"blocks.{k}.{layer}" for k in range(2) for layer in layers]
+SELF = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
+CROSS = tuple(f"attn{k}.{part}" for k in (1, 2) for part in ("to_q", "to_k", "to_v", "to_out.0"))
+FEED, FEED_TEXT = ("ff.net.0.proj", "ff.net.2"), ("ff_context.net.0.proj", "ff_context.net.2")
+JOINT = tuple(f"attn.{part}" for part in ("to_q", "to_k", "to_v", "to_out.0", "to_add_out"))
+JOINT += tuple(f"attn.add_{part}_proj" for part in "qkv")
+#: family -> ends of the names of its layers of attention and MLP
+DEFAULTS = {
+    "sit": SELF,
+    "dit": SELF,
+    "lightningdit": ("attn.qkv", "attn.proj", "mlp.w12", "mlp.w3"),
+    "mmdit": tuple(f"{part}.{layer}" for part in ("x_block", "context_block") for layer in SELF),
+    "diffusers-dit": (*CROSS[:4], *FEED),
+    "diffusers-pixart": (*CROSS, *FEED),
+    "diffusers-sd3": (*JOINT, *FEED, *FEED_TEXT),
+    "diffusers-flux": (*JOINT, *FEED, *FEED_TEXT, "proj_mlp", "proj_out"),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_default_targets_are_attention_and_mlp_of_every_block(name):
+    family = MODELS[name]
+    config = family.Config()
+    conditions = Conditions("text", tokens=7, width=48) if name in OF_TEXT else Conditions("labels", 10)
+    with torch.device("meta"):
+        built = family.build(config, (4, 32, 32), conditions)
+    targets = lora.default_targets(built)
+    ends = {re.fullmatch(r"(net\.)?\w*blocks\.\d+\.(.*)", target)[2] for target in targets}
+    assert ends == set(DEFAULTS[name])
+    for k, block in enumerate(built.repeated()):
+        inside = {id(part) for part in block.modules()}
+        assert any(id(built.get_submodule(target)) in inside for target in targets), f"block {k + 1}"
 
 
 def test_targets_are_full_names_or_ends():

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from selftrans.checkpoints.load import load_model
 from selftrans.cli.main import main
+from selftrans.data.dataset import Dataset
 from selftrans.fine_tuning import Init
 from selftrans.interop.importing import import_run
 from selftrans.train.given_weights import read_given
@@ -17,7 +18,7 @@ from selftrans.train.initial_weights import choose
 from selftrans.train.run import train
 from selftrans.train.signals import Interrupted, StopSignal
 from selftrans.train.trainer import Trainer
-from tests.support import fine_tuning, published_files, toy
+from tests.support import captioned, fine_tuning, published_files, toy
 from tests.support.fine_tuning import FIRST, SECOND, data, first, tuned
 from tests.support.published_files import TINY, options, state
 from tests.support.toy import quick  # noqa: F401 - a fixture
@@ -157,6 +158,31 @@ def test_convention_of_a_plain_state_dict_can_be_given(tmp_path, convention):
         import_run(file, tmp_path / "imported", convention=convention, heads=2, say=lambda _: None),
     ]
     assert torch.equal(found[0], load_file(found[1] / "ema.safetensors")["t_embedder.mlp.0.weight"])
+
+
+def test_null_of_text_is_that_of_the_data(tmp_path, capsys):
+    """Adapters on a model of text, for captions of another encoder of the same width: its empty caption is another."""
+    base = captioned.config({"method": "vanilla", "train.steps": 1})
+    train(base, tmp_path / "base", quiet=True)
+    encoder = captioned.save_text_encoder(tmp_path / "encoder", seed=1)
+    path = captioned.prepared(tmp_path / "other", encoder=encoder)
+    given = {
+        "init.path": str(tmp_path / "base"),
+        "lora.rank": 2,
+        "data.path": str(path),
+        "train.steps": 2,
+        "stage1.steps": 1,
+    }
+    train(captioned.config(given), tmp_path / "run")
+    assert "text of 12x16 by" in capsys.readouterr().out
+    null = Dataset.open(str(path)).null()
+    for file in ("init.safetensors", "stage2"):
+        model = load_model(tmp_path / "run" / file).model
+        found = model.null(null)
+        assert torch.equal(found["text"], null["text"]) and torch.equal(found["mask"], null["mask"])
+    before = load_model(tmp_path / "base").model
+    assert not torch.equal(before.null(null)["text"], null["text"])
+    assert report(tmp_path / "run")["init"]["new"] == [] == report(tmp_path / "run")["init"]["new_rows"]
 
 
 def test_settings_of_the_model_are_those_of_the_weights(tmp_path):
