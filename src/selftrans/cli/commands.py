@@ -157,11 +157,12 @@ class Sample(Command):
 
 @dataclass
 class Import(Command):
-    """A published checkpoint (SiT, DiT, REPA, Self-Transcendence, LightningDiT) to a run, to sample, train or teach.
+    """A published checkpoint (SiT, DiT, REPA, Self-Transcendence, LightningDiT, diffusers) to a run, to sample, train or teach.
 
     FILE is what their training writes (a .pt with model, ema, opt) or a plain state dict, also as safetensors. No code in
     it is executed: a file that holds anything but tensors, plain containers and the options of a command is refused by
-    name. Sizes and QK-norm are read from the tensors; SiT's time (0 is noise) is folded into the weights.
+    name. Of a transformer of diffusers (DiT, PixArt, SD3, Flux) it is the .safetensors, with its config.json next to it. Of
+    other models sizes and QK-norm are read from the tensors; SiT's time (0 is noise) is folded into the weights.
 
     Then `selftrans sample OUT` and `selftrans train RECIPE --teacher OUT` take the run, and the command that is printed
     trains it further: with AdamW's state if the file has it, with any overrides of yours, by the flow loss alone (a stage-1
@@ -175,8 +176,8 @@ class Import(Command):
     name: str | None = None
     """published size that is expected, such as SiT-XL/2; None: any"""
     convention: str | None = None
-    """sit (t = 0 is noise), repa (t = 0 is data; also Self-Transcendence) or dit (predicts noise of DDPM); None: from the
-    file, or guessed and printed"""
+    """sit (t = 0 is noise), repa (t = 0 is data; also Self-Transcendence) dit (predicts noise of DDPM) or diffusers; None:
+    from the file, or guessed and printed"""
     heads: int | None = None
     """attention heads; None: from q_norm, or as published for this width"""
     step: int | None = None
@@ -198,8 +199,9 @@ class Export(Command):
 
     Writes OUT/model.safetensors and OUT/config.json. In a published layout the file holds what `SiT(**arguments)` (`DiT`,
     `LightningDiT`) of that repository loads, with `arguments` from config.json (REPA's with z_dims=[], so without projectors),
-    and `selftrans import` reads it back. There is no diffusers layout: its DiT has other timestep frequencies and no QK-norm,
-    so it would be another network.
+    and `selftrans import` reads it back. The layout diffusers, of the models diffusers-*, is a folder that `from_pretrained` of
+    their class loads. The other models do not have it: DiT of diffusers has other timestep frequencies and no QK-norm, so it
+    would be another network.
     """
 
     run_or_file: RunOrFile
@@ -208,7 +210,7 @@ class Export(Command):
     weights: Weights = "ema"
     layout: str = "selftrans"
     """selftrans: accepted in place of a run by every command; or a published layout: of SiT sit or repa, of DiT dit, of
-    LightningDiT lightningdit"""
+    LightningDiT lightningdit, of diffusers-* diffusers"""
     stage: Stage = None
     trust: Trust = ()
 
