@@ -244,8 +244,8 @@ def _published(file: PublishedFile, name: str, found: Described) -> Published:
 
     def translate(tensors: Named, squares: bool) -> Named:
         null = {
-            "null_text": torch.zeros(text.tokens, text.width),
-            "null_mask": torch.ones(text.tokens, dtype=torch.bool),
+            "null_text": torch.zeros(1, text.tokens, text.width),
+            "null_mask": torch.zeros(1, text.tokens, dtype=torch.bool),  # all zero: not known yet
         }
         return {f"net.{key}": x.float() for key, x in tensors.items()} | (null if text.kind == "text" else {})
 

@@ -10,6 +10,7 @@ from selftrans.models import (
     dit_published,
     lightning,
     lightning_published,
+    mmdit,
     sit,
     sit_published,
 )
@@ -42,6 +43,7 @@ LIGHTNING = ModelSpec(
     lightning_published.LAYOUTS,
     lightning_published.read,
 )
+MMDIT = ModelSpec("mmdit", mmdit.MMDiTConfig, mmdit.build, tuple(mmdit.MMDIT_SIZES))
 DIFFUSERS = tuple(
     ModelSpec(
         name,
@@ -54,10 +56,10 @@ DIFFUSERS = tuple(
     for name, family in diffusers_published.FAMILIES.items()
 )
 
-#: the built-in families of models; published files are offered to them in this order: those of diffusers take files with a
-#: config.json of diffusers next to them, LightningDiT's reader leaves files with
-#: SiT's names, DiT's those without evidence of DiT, and SiT's reader refuses what it does not know
-MODELS: dict[str, ModelSpec] = {spec.name: spec for spec in (*DIFFUSERS, LIGHTNING, DIT, SIT)}
+#: the built-in families of models; published files are offered to them in this order: those of diffusers take files with its
+#: config.json next to them, LightningDiT's reader leaves files with SiT's names, DiT's those without evidence of DiT, and SiT's
+#: reader refuses what it does not know
+MODELS: dict[str, ModelSpec] = {spec.name: spec for spec in (MMDIT, *DIFFUSERS, LIGHTNING, DIT, SIT)}
 #: the models of this process; `selftrans.models` is the group of entry points that other packages join by
 REGISTRY: Registry[ModelSpec] = Registry("model.name", MODELS, ModelSpec, "selftrans.models", lambda spec: spec.names)
 

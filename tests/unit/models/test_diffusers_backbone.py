@@ -93,6 +93,7 @@ def test_both_stages_train(family):
         student: lambda: [SelfGuidance(student, Frozen(teacher, block=2), Stage2(student_block=1, **narrow))],
     }
     for model, guidances in stages.items():
+        model.use_null(take_cond(batch.cond, torch.tensor([3])))
         objective = Objective(model, guidances())
         optimizer = torch.optim.AdamW(objective.parameters(), lr=1e-3)
         before = copy.deepcopy(model.state_dict())
@@ -221,7 +222,6 @@ def test_predicted_noise_becomes_the_velocity_of_its_path(family):
 def test_null_text_is_the_empty_caption_and_is_saved():
     model = tiny("sd3", random=False)
     cond = condition("sd3", 3)
-    assert not model.null(cond)[TEXT].any() and model.null(cond)[MASK].all()
     empty = take_cond(cond, torch.tensor([0]))
     model.use_null(empty)
     other = tiny("sd3", random=False)

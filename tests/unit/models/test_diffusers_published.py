@@ -116,7 +116,12 @@ def test_null_text_of_an_imported_model_is_unknown(tmp_path):
     released(tmp_path / "theirs", "sd3")
     import_run(tmp_path / "theirs" / WEIGHTS, tmp_path / "run", autoencoder="pixel", say=lambda _: None)
     model = load_model(tmp_path / "run").model
-    assert model.conditions.tokens == 333 and not model.null(model.conditions.example())[TEXT].any()
+    example = model.conditions.example()
+    assert model.conditions.tokens == 333
+    with pytest.raises(ValueError, match="no null condition yet"):
+        model.null(example)
+    model.use_null(example)
+    assert model.null(example)[TEXT].shape == (1, 333, 24)
 
 
 @pytest.mark.parametrize(

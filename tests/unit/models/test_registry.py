@@ -7,7 +7,7 @@ from selftrans.models.registry import MODELS, find
 from selftrans.types import Backbone, Conditions, cat_cond, map_cond
 
 #: families that are conditioned on text alone
-OF_TEXT = {"diffusers-pixart", "diffusers-sd3", "diffusers-flux"}
+OF_TEXT = {"mmdit", "diffusers-pixart", "diffusers-sd3", "diffusers-flux"}
 TEXTS = Conditions("text", tokens=7, width=48)
 
 
@@ -28,6 +28,7 @@ def test_every_family_builds_a_backbone(name):
         x, t, cond = torch.empty(2, 4, 32, 32), torch.empty(2), cat_cond(*[conditions.example()] * 2)
         out = model(x, t, cond, taps=(model.depth,))
         assert model.patchify(x).shape[:2] == (2, model.tokens) and model.conditions == conditions
+        model.use_null(conditions.example())
         map_cond(same_shape, cond, model.null(cond))
     assert isinstance(model, Backbone) and model.depth == config.blocks()
     assert out.v.shape == x.shape and out.feats[model.depth].shape == (2, model.tokens, model.width)
