@@ -10,13 +10,14 @@ from safetensors.torch import load_file, save_file
 
 from selftrans.checkpoints.load import load_model
 from selftrans.cli.main import main
+from selftrans.data.dataset import Dataset
 from selftrans.interop.exporting import export_run
 from selftrans.interop.importing import import_run
 from selftrans.models.diffusers_published import FAMILIES, WEIGHTS, describe, from_pretrained
 from selftrans.recipes import recipe
 from selftrans.train.run import train
 from selftrans.types import TEXT, Conditions
-from tests.support import toy
+from tests.support import captioned, toy
 from tests.support.diffusers_models import TEXTS, inputs, original, tiny
 from tests.support.toy import quick  # noqa: F401 - a fixture
 
@@ -110,6 +111,22 @@ def test_a_trained_run_goes_out_and_comes_back(tmp_path, capsys):
     assert back.config.model == config.model and back.model.prediction == "v"  # the release would predict noise
     assert torch.equal(back.model(x, t, labels).v, ours(x, t, labels).v)
     main(["sample", str(tmp_path / "back"), "--out", str(tmp_path / "images"), "--num=2", "--steps=2"])
+
+
+@pytest.mark.parametrize("family", ["pixart", "sd3", "flux"])
+def test_both_stages_train_on_captions_and_go_out(tmp_path, family):
+    own = {"model.name": f"diffusers-{family}", "model.layers": 2, "model.heads": 2, "model.head_dim": 12}
+    own |= {"model.single_layers": 1} if family == "flux" else {}
+    config = captioned.config(own | {"stage1.steps": 2, "train.steps": 2, "train.accumulate": 1})
+    train(config, tmp_path / "run", quiet=True)
+    for stage, term in {"stage1": "structure", "stage2": "self"}.items():
+        assert toy.log(tmp_path / "run", stage)[-1][term] > 0
+    ours, null = load_model(tmp_path / "run").model, Dataset.open(captioned.shared()).null()
+    assert all(torch.equal(part, null[name]) for name, part in ours.null(null).items())
+    main(["export", str(tmp_path / "run"), "--out", str(tmp_path / "out"), "--layout", "diffusers"])
+    back = from_pretrained(tmp_path / "out").eval()
+    x, t = torch.randn(1, *ours.shape), torch.rand(1)
+    assert back.conditions == ours.conditions and torch.equal(back(x, t, null).v, ours(x, t, null).v)
 
 
 def test_null_text_of_an_imported_model_is_unknown(tmp_path):
