@@ -67,6 +67,7 @@ def test_one_text_does_not_depend_on_the_others(tmp_path: Path) -> None:
     encoder = load_text_encoder(save_text_encoder(tmp_path))
     alone, many = encoder.encode(TEXTS[:1]), encoder.encode(TEXTS * 40)  # more than one chunk
     torch.testing.assert_close(alone[TEXT], many[TEXT][156:157], rtol=0, atol=1e-6)  # type: ignore[index]
+    assert encoder.encode([])[TEXT].shape == (0, 12, 16)  # type: ignore[index]
 
 
 @pytest.mark.parametrize(("family", "own"), [("clip", 12), ("clip text", 12), ("bert", 20), ("t5", 256)])
