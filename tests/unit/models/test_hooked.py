@@ -74,7 +74,7 @@ def plain(net=None, **changed):
         "width": WIDTH,
         "conditions": Conditions("labels", CLASSES),
     }
-    return HookedBackbone(net or Plain(), **options | changed)
+    return HookedBackbone(Plain() if net is None else net, **options | changed)
 
 
 def diffusers_net():
@@ -376,7 +376,7 @@ def distributed(net):
 @pytest.mark.parametrize(
     ("wrap", "message"),
     [
-        (torch.compile, "the module OptimizedModule is already in torch.compile; give the plain module"),
+        (torch.compile, "is already in torch.compile; give the plain module"),
         (compiled_block, r"the module body\.layers\.1 is already in torch.compile"),
         (distributed, "already in DistributedDataParallel"),
     ],
