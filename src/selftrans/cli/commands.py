@@ -221,6 +221,8 @@ class Import(Command):
     """attention heads; None: from q_norm, or as published for this width"""
     step: int | None = None
     """steps it was trained for; None: from the file"""
+    path: Literal["linear", "cosine"] | None = None
+    """path of the run, for a file that serves both (DiT predicts noise); None: linear, or as the file says"""
     autoencoder: str | None = None
     """what decodes its latents; None: stabilityai/sd-vae-ft-mse for 4 channels, pixel for 1 or 3"""
     keep_heads: bool = False
@@ -230,6 +232,27 @@ class Import(Command):
         from selftrans.interop.importing import import_run
 
         import_run(**self.options())
+
+
+@dataclass
+class ImportVae(Command):
+    """A variational autoencoder of latent diffusion's code (VA-VAE and others) to a folder for `prepare --autoencoder`.
+
+    FILE is its checkpoint (.pt, .ckpt or .safetensors). No code in it is executed. OUT is a folder that diffusers loads, too.
+    """
+
+    file: Positional[Path]
+    """checkpoint of the autoencoder"""
+    out: Path
+    """folder to make"""
+    latent_stats: Path | None = None
+    """mean and std of each channel of its latents: VA-VAE's latents_stats.pt, safetensors or json; they become the latents'
+    shift and scale. None: latents are not scaled"""
+
+    def run(self) -> None:
+        from selftrans.interop.published_vae import import_vae
+
+        print(import_vae(self.file, self.out, latent_stats=self.latent_stats))
 
 
 @dataclass
@@ -271,5 +294,6 @@ COMMANDS: dict[str, Any] = {
     "compare": Compare,
     "bench": Bench,
     "import": Import,
+    "import-vae": ImportVae,
     "export": Export,
 }
