@@ -120,7 +120,9 @@ def test_prompts_are_encoded_by_the_encoder_of_the_model(tmp_path):
 
 def test_other_encoder_is_refused(tmp_path):
     other = captioned.save_text_encoder(tmp_path / "other", seed=1)
-    with pytest.raises(ValueError, match=r"other is not the text encoder of this model \(sha256 \w{12}, not \w{12}\); give"):
+    with pytest.raises(
+        ValueError, match=r"other is not the text encoder of this model \(sha256 \w{12}, not \w{12}\); give"
+    ):
         conditioning_of(text_conditions(), SampleConfig(prompts=("a",)), text_encoder=other)
     nameless = Conditions("text", tokens=4, width=3, sha256="0" * 64)
     with pytest.raises(ValueError, match="does not name its text encoder; give the one"):
@@ -130,11 +132,26 @@ def test_other_encoder_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("conditions", "settings", "encoder", "message"),
     [
-        (Conditions("labels", 10), {"prompts": ("a",)}, None, "prompts are for models of text, this one is of 10 classes"),
+        (
+            Conditions("labels", 10),
+            {"prompts": ("a",)},
+            None,
+            "prompts are for models of text, this one is of 10 classes",
+        ),
         (Conditions("none"), {"prompts": ("a",)}, None, "this one is of no condition; leave them out"),
         (Conditions("labels", 10), {}, "minilm", "a text encoder is for models of text"),
-        (Conditions("text", tokens=4, width=3, encoder="x"), {"labels": (3,)}, None, "labels are for models of classes"),
-        (Conditions("text", tokens=4, width=3, encoder="x"), {"labels": "random"}, None, "this one is of text of 4x3 by x"),
+        (
+            Conditions("text", tokens=4, width=3, encoder="x"),
+            {"labels": (3,)},
+            None,
+            "labels are for models of classes",
+        ),
+        (
+            Conditions("text", tokens=4, width=3, encoder="x"),
+            {"labels": "random"},
+            None,
+            "this one is of text of 4x3 by x",
+        ),
         (Conditions("text", tokens=4, width=3, encoder="x"), {}, None, "no prompts are given; write --prompts"),
     ],
 )
@@ -152,7 +169,9 @@ def test_stored_captions_need_no_encoder_and_each_row_comes_once():
     indices = np.arange(2 * count)
     cond, rows = found.of(indices)
     texts = found.texts(indices)
-    assert sorted(rows[:count]) == sorted(rows[count:]) == list(range(count)) and rows[:count].tolist() != sorted(rows[:count])
+    assert sorted(rows[:count]) == sorted(rows[count:]) == list(range(count)) and rows[:count].tolist() != sorted(
+        rows[:count]
+    )
     assert all(text in captioned.sentences(row) for text, row in zip(texts, rows, strict=True))
     assert len(set(texts[:count])) > 4 and texts[:count] != texts[count:], "another caption in the second pass"
     expected = load_text_encoder(text_conditions().encoder).encode(texts)
@@ -166,7 +185,9 @@ def test_stored_captions_need_no_encoder_and_each_row_comes_once():
 def test_captions_of_another_encoder_are_refused(tmp_path):
     dataset = Dataset.open(captioned.shared())
     other = Conditions("text", tokens=12, width=16, sha256="0" * 64, encoder="x")
-    with pytest.raises(ValueError, match=r"has text of 12x16 by .*, the model was trained on text of 12x16 by x; prepare"):
+    with pytest.raises(
+        ValueError, match=r"has text of 12x16 by .*, the model was trained on text of 12x16 by x; prepare"
+    ):
         captions_of(dataset, other)
 
 
@@ -177,7 +198,13 @@ def test_words_are_prompts_and_files_are_their_lines(tmp_path):
     path = tmp_path / "prompts.txt"
     path.write_bytes("\ufeffa thick three\r\n\r\n  ein schräger Fünfer \n\n".encode())
     assert read_prompts([str(path)]) == ("a thick three", "ein schräger Fünfer")
-    assert read_prompts(["one", str(path), "", "x" * 5000]) == ("one", "a thick three", "ein schräger Fünfer", "", "x" * 5000)
+    assert read_prompts(["one", str(path), "", "x" * 5000]) == (
+        "one",
+        "a thick three",
+        "ein schräger Fünfer",
+        "",
+        "x" * 5000,
+    )
     assert read_prompts(["what is in readme.txt"]) == ("what is in readme.txt",)
 
 
