@@ -134,6 +134,7 @@ COVERED_BY = {
     "recipes/digits": "unit/recipes/test_recipes.py",
     "recipes/imagefolder": "unit/recipes/test_recipes.py",
     "recipes/imagenet": "unit/recipes/test_recipes.py",
+    "recipes/mmdit_coco": "unit/recipes/test_recipes.py",
     "train/checkpointing": "unit/train/test_resume.py",
     "train/interrupted": "unit/train/test_signals.py",
     "train/run": "integration/test_train.py",
