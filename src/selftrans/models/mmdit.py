@@ -119,9 +119,9 @@ class Stream(nn.Module):
         return self.attn(modulate(self.norm1(x), shift, scale)), rest
 
     def leave(self, x: Tensor, mixed: Tensor, rest: list[Tensor]) -> Tensor:
-        """x (N, T, D) after attention brought `mixed` (N, T, D); unchanged if nothing reads it any more."""
+        """x (N, T, D) after attention brought `mixed` (N, T, D); empty (0,) if nothing reads it any more."""
         if self.mlp is None or self.attn.proj is None:
-            return x
+            return x.new_empty(0)
         gate1, shift2, scale2, gate2 = rest
         x = x + gate1.unsqueeze(dim=1) * self.attn.proj(mixed)
         return x + gate2.unsqueeze(dim=1) * self.mlp(modulate(self.norm2(x), shift2, scale2))
@@ -149,7 +149,7 @@ class JointBlock(nn.Module):
     def forward(self, context: Tensor, x: Tensor, c: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """context (N, L, D), x (N, T, D), c (N, D), mask (N, 1, 1, L + T) or None -> context, x.
 
-        The context of the last block, and of the last one kept of a truncated model, is returned as it came.
+        The last block, and the last one kept of a truncated model, returns no context but an empty tensor (0,).
         """
         of_context, context_rest = self.context_block.enter(context, c)
         of_x, x_rest = self.x_block.enter(x, c)
