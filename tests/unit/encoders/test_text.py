@@ -174,6 +174,18 @@ def test_missing_encoders_name_the_remedy(tmp_path: Path, monkeypatch: pytest.Mo
         load_text_encoder("minilm")
 
 
+def test_loading_draws_no_random_numbers(tmp_path: Path) -> None:
+    """Not even for a pooler that is not stored: otherwise a resumed run, which loads it again, would draw others."""
+    folder = save_text_encoder(tmp_path, "bert")
+    weights = {name: x for name, x in load_file(tmp_path / "model.safetensors").items() if "pooler" not in name}
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    before = torch.get_rng_state()
+    first = load_text_encoder(folder)
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.rand(1)
+    assert load_text_encoder(folder).sha256 == first.sha256, "nor does the hash depend on what was drawn"
+
+
 @pytest.mark.parametrize("wrong", [-1, len(WORDS), 1 << 30])
 def test_ids_outside_the_vocabulary_are_refused(tmp_path: Path, wrong: int) -> None:
     encoder = load_text_encoder(save_text_encoder(tmp_path))
