@@ -205,6 +205,7 @@ def test_missing_captions_and_prompts_are_one_line(tmp_path, capsys):
     assert "no prompts are recorded" in error_line(capsys)
 
 
+@pytest.mark.filterwarnings("ignore:.*covariance is singular")
 def test_checkpoint_is_measured_with_stored_captions(tmp_path):
     config = text_runs.text_toy()
     measurement = Measurement.of(config, "values", weights=None, images=20, block=1)

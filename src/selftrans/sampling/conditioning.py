@@ -172,6 +172,8 @@ def encoder_of(conditions: Conditions, name: str | None, device: torch.device | 
     found, remedy = name or conditions.encoder, "give the one that prepared the data with --text-encoder PATH"
     if not found:
         raise ValueError(f"the model does not name its text encoder; {remedy}")
+    if Path(found).is_absolute() and not Path(found).exists():  # its name would be searched for on the hub
+        raise ValueError(f"the text encoder {printable(found)} of this model is not there; {remedy}")
     try:
         encoder = load_text_encoder(found, conditions.tokens, device=device)
     except ValueError as error:
