@@ -24,6 +24,7 @@ from selftrans.cli.options import (
     RunOrFile,
     SamplingOptions,
     Stage,
+    TextEncoder,
     Trust,
     Weights,
 )
@@ -181,6 +182,7 @@ class Sample(Command):
     out: Path
     """directory for the images"""
     sampling: Annotated[SamplingOptions, Inline] = field(default_factory=SamplingOptions)
+    text_encoder: TextEncoder = None
     weights: Weights = "ema"
     stage: Stage = None
     trust: Trust = ()
@@ -188,8 +190,8 @@ class Sample(Command):
     def run(self) -> None:
         from selftrans.sampling.folder import sample_to_folder, summary_line
 
-        given = self.sampling.given()
-        made = sample_to_folder(self.run_or_file, self.out, given, weights=self.weights, stage=self.stage)
+        options = self.options("run_or_file", "out", "sampling")
+        made = sample_to_folder(self.run_or_file, self.out, self.sampling.given(), **options)
         if made:
             print(summary_line(self.out, made))
 
