@@ -133,6 +133,7 @@ COVERED_BY = {
     "interop/published_optimizer": "unit/interop/test_importing.py",
     "models/label_published": "unit/models/test_sit_published.py",
     "models/dit_published": "unit/models/test_dit.py",
+    "models/patch_transformer": "unit/models/test_label_transformer.py",
     "recipes/cifar10": "unit/recipes/test_recipes.py",
     "recipes/digits": "unit/recipes/test_recipes.py",
     "recipes/imagefolder": "unit/recipes/test_recipes.py",
