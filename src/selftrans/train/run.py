@@ -33,7 +33,7 @@ from selftrans.train.fitting import describe
 from selftrans.train.initial_weights import InitialWeights, choose, initial_weights
 from selftrans.train.log import progress_bar
 from selftrans.train.memory_use import memory_line
-from selftrans.train.preview import Preview
+from selftrans.train.preview import Preview, with_prompts
 from selftrans.train.processes import keep_memory, patience, together
 from selftrans.train.resume import record, settings_before, settle
 from selftrans.train.signals import StopSignal
@@ -67,14 +67,14 @@ def _train(config: RunConfig, out: Path, bar: Callable[..., Any], quiet: bool) -
         if main:
             _remove_unfinished(out)
         shards = open_data(config, out, accelerator)
-        config, given = choose(config, settings_before(out), out)
+        config, given = choose(with_prompts(config, shards.manifest), settings_before(out), out)
         config = settle(config, out, shards.manifest)
         initial = initial_weights(config, shards, out, given)
         given, plan = None, _plan(config)  # its memory is freed
         _rehearse(config, plan, out, shards.manifest)
         if config.data.on_device:
             shards = OnDevice(shards, accelerator.device)
-        preview = Preview(config, shards.manifest, accelerator.device, stop) if config.train.preview_every else None
+        preview = Preview(config, shards, accelerator.device, stop) if config.train.preview_every else None
         spent = []
         for number, stage in enumerate(plan, start=1):
             trainer = Trainer(
