@@ -52,7 +52,7 @@ EXCEPT = {
     "encoders": "storage types",
     "models": "suggest storage sections plugins types flow",
     "methods": "sections plugins types flow",
-    "evaluate": "suggest storage types flow",
+    "evaluate": "suggest storage types flow encoders",
     "library": "sections types flow models methods config sampling",  # import selftrans: torch and nothing else
     "__init__": "library",
 }
@@ -123,6 +123,7 @@ COVERED_BY = {
     "experiments/html_report": "unit/experiments/test_compare.py",
     "experiments/image_files": "unit/experiments/test_evaluate_samples.py",
     "experiments/measurement": "unit/experiments/test_compare.py",
+    "experiments/opened_samples": "unit/experiments/test_evaluate_samples.py",
     "experiments/quickstart": "integration/test_readme.py",
     "experiments/reference": "unit/experiments/test_evaluate_samples.py",
     "experiments/runner": "unit/experiments/test_compare.py",
@@ -132,6 +133,7 @@ COVERED_BY = {
     "interop/published_optimizer": "unit/interop/test_importing.py",
     "models/label_published": "unit/models/test_sit_published.py",
     "models/dit_published": "unit/models/test_dit.py",
+    "models/patch_transformer": "unit/models/test_label_transformer.py",
     "recipes/cifar10": "unit/recipes/test_recipes.py",
     "recipes/digits": "unit/recipes/test_recipes.py",
     "recipes/imagefolder": "unit/recipes/test_recipes.py",

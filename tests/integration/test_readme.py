@@ -83,6 +83,8 @@ def small(command: str) -> list[str]:
     words = shlex.split(command.removeprefix("accelerate launch -m "))
     assert words[0] == "selftrans", f"the README shows a command that this test cannot run: {command}"
     extra = shlex.split(TOY[words[1]])
+    if "diffusers-dit" in words:  # sizes have other names there
+        extra = [{"--model.width": "--model.head-dim", "--model.depth": "--model.layers"}.get(x, x) for x in extra]
     if words[1] == "sample" and "--num" in words:  # TOY gives a smaller number
         del words[words.index("--num") : words.index("--num") + 2]
     return [*words[1:], *extra]

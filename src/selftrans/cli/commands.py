@@ -24,6 +24,7 @@ from selftrans.cli.options import (
     RunOrFile,
     SamplingOptions,
     Stage,
+    TextEncoder,
     Trust,
     Weights,
 )
@@ -181,6 +182,7 @@ class Sample(Command):
     out: Path
     """directory for the images"""
     sampling: Annotated[SamplingOptions, Inline] = field(default_factory=SamplingOptions)
+    text_encoder: TextEncoder = None
     weights: Weights = "ema"
     stage: Stage = None
     trust: Trust = ()
@@ -188,19 +190,20 @@ class Sample(Command):
     def run(self) -> None:
         from selftrans.sampling.folder import sample_to_folder, summary_line
 
-        given = self.sampling.given()
-        made = sample_to_folder(self.run_or_file, self.out, given, weights=self.weights, stage=self.stage)
+        options = self.options("run_or_file", "out", "sampling")
+        made = sample_to_folder(self.run_or_file, self.out, self.sampling.given(), **options)
         if made:
             print(summary_line(self.out, made))
 
 
 @dataclass
 class Import(Command):
-    """A published checkpoint (SiT, DiT, REPA, Self-Transcendence, LightningDiT) to a run, to sample, train or teach.
+    """A published checkpoint (SiT, DiT, REPA, Self-Transcendence, LightningDiT, diffusers) to a run, to sample, train or teach.
 
     FILE is what their training writes (a .pt with model, ema, opt) or a plain state dict, also as safetensors. No code in
     it is executed: a file that holds anything but tensors, plain containers and the options of a command is refused by
-    name. Sizes and QK-norm are read from the tensors; SiT's time (0 is noise) is folded into the weights.
+    name. Of a transformer of diffusers (DiT, PixArt, SD3, Flux) it is the .safetensors, with its config.json next to it. Of
+    other models sizes and QK-norm are read from the tensors; SiT's time (0 is noise) is folded into the weights.
 
     Then `selftrans sample OUT` and `selftrans train RECIPE --teacher OUT` take the run, and the command that is printed
     trains it further: with AdamW's state if the file has it, with any overrides of yours, by the flow loss alone (a stage-1
@@ -214,8 +217,8 @@ class Import(Command):
     name: str | None = None
     """published size that is expected, such as SiT-XL/2; None: any"""
     convention: str | None = None
-    """sit (t = 0 is noise), repa (t = 0 is data; also Self-Transcendence) or dit (predicts noise of DDPM); None: from the
-    file, or guessed and printed"""
+    """sit (t = 0 is noise), repa (t = 0 is data; also Self-Transcendence) dit (predicts noise of DDPM) or diffusers; None:
+    from the file, or guessed and printed"""
     heads: int | None = None
     """attention heads; None: from q_norm, or as published for this width"""
     step: int | None = None
@@ -260,8 +263,9 @@ class Export(Command):
 
     Writes OUT/model.safetensors and OUT/config.json. In a published layout the file holds what `SiT(**arguments)` (`DiT`,
     `LightningDiT`) of that repository loads, with `arguments` from config.json (REPA's with z_dims=[], so without projectors),
-    and `selftrans import` reads it back. There is no diffusers layout: its DiT has other timestep frequencies and no QK-norm,
-    so it would be another network.
+    and `selftrans import` reads it back. The layout diffusers, of the models diffusers-*, is a folder that `from_pretrained` of
+    their class loads. The other models do not have it: DiT of diffusers has other timestep frequencies and no QK-norm, so it
+    would be another network.
     """
 
     run_or_file: RunOrFile
@@ -270,7 +274,7 @@ class Export(Command):
     weights: Weights = "ema"
     layout: str = "selftrans"
     """selftrans: accepted in place of a run by every command; or a published layout: of SiT sit or repa, of DiT dit, of
-    LightningDiT lightningdit"""
+    LightningDiT lightningdit, of diffusers-* diffusers"""
     stage: Stage = None
     trust: Trust = ()
 

@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from selftrans.models.label_transformer import LabelTransformer, SizedConfig
+from selftrans.models.label_transformer import LabelTransformer
 from selftrans.models.layers import sincos_positions
+from selftrans.models.patch_transformer import SizedConfig
 from selftrans.models.sit import SIZES
 from selftrans.models.spec import Named, Published, PublishedFile, check_shapes, few
 from selftrans.types import Conditions
