@@ -52,7 +52,7 @@ EXCEPT = {
     "encoders": "storage",
     "models": "suggest storage sections plugins types flow",
     "methods": "sections plugins types flow",
-    "evaluate": "suggest storage types flow",
+    "evaluate": "suggest storage types flow encoders",
     "library": "sections types flow models methods config sampling",  # import selftrans: torch and nothing else
     "__init__": "library",
 }
@@ -121,6 +121,7 @@ COVERED_BY = {
     "experiments/html_report": "unit/experiments/test_compare.py",
     "experiments/image_files": "unit/experiments/test_evaluate_samples.py",
     "experiments/measurement": "unit/experiments/test_compare.py",
+    "experiments/opened_samples": "unit/experiments/test_evaluate_samples.py",
     "experiments/quickstart": "integration/test_readme.py",
     "experiments/reference": "unit/experiments/test_evaluate_samples.py",
     "experiments/runner": "unit/experiments/test_compare.py",
@@ -133,6 +134,7 @@ COVERED_BY = {
     "recipes/digits": "unit/recipes/test_recipes.py",
     "recipes/imagefolder": "unit/recipes/test_recipes.py",
     "recipes/imagenet": "unit/recipes/test_recipes.py",
+    "recipes/mmdit_coco": "unit/recipes/test_recipes.py",
     "train/checkpointing": "unit/train/test_resume.py",
     "train/interrupted": "unit/train/test_signals.py",
     "train/run": "integration/test_train.py",

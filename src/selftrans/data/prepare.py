@@ -18,12 +18,14 @@ import torch
 from selftrans.data import resumable
 from selftrans.data.dataset import Dataset
 from selftrans.data.encode import ShardEncoder
+from selftrans.data.encode_captions import CaptionEncoder, TextOptions, check_disk, sizes
 from selftrans.data.manifest import DTYPES, Manifest, Shard
 from selftrans.data.record import Option
 from selftrans.data.sources.npz import npz_values
 from selftrans.data.sources.open_source import open_source
 from selftrans.data.sources.source import Samples, ahead
 from selftrans.encoders.autoencoder import IDENTITIES, Autoencoder, autoencoder_name, load_autoencoder
+from selftrans.encoders.text import load_text_encoder
 from selftrans.precision import PRECISIONS, dtype_name
 from selftrans.storage import printable
 
@@ -45,6 +47,7 @@ def prepare(
     precision: str = "float32",
     split: str = "train",
     label_column: str | None = None,
+    text: TextOptions | str | None = None,
     part: str = "1/1",
     progress: bool = True,
 ) -> Manifest:
@@ -57,6 +60,8 @@ def prepare(
         dtype: of the stored moments; None: float16, or float32 for values. `precision` is that of the network.
         skip_bad: skip unreadable samples and list them in the manifest, instead of stopping at the first.
         split, label_column: for parquet files and hub data sets.
+        text: a text encoder (see `load_text_encoder`), or more options: store the captions of the pictures, which `open_source`
+            describes, as encoded by it.
         part: "I/N": make every Nth shard only; other processes or machines make the others in the same folder. The part
             that ends last writes the manifest. Until then, the returned manifest lists the shards made so far.
     To continue an interrupted call, repeat it; with the same batch_size and device the shards are bit-identical. Repeating
@@ -65,11 +70,12 @@ def prepare(
     """
     out, dtype = Path(out), dtype or ("float32" if autoencoder == "values" else "float16")
     mine = _check(source, out, batch_size, shard_size, dtype, precision, part)
-    earlier = resumable.earlier(out)
+    earlier, text = resumable.earlier(out), TextOptions(text) if isinstance(text, str) else text
     if autoencoder == "values":
-        samples = _open_values(source, resolution, flip, label_column)
+        samples = _open_values(source, resolution, flip, label_column, text)
     else:
-        samples = _open_pictures(source, resolution, earlier, split=split, label_column=label_column, progress=progress)
+        reading = {"split": split, "label_column": label_column, "captions": text.source if text else None}
+        samples = _open_pictures(source, resolution, earlier, **reading, progress=progress)
     options: dict[str, Option] = {
         "autoencoder": autoencoder_name(autoencoder),
         "resolution": resolution,
@@ -80,14 +86,18 @@ def prepare(
         "split": split,
         "label_column": label_column,
         "fingerprint": samples.fingerprint,
+        **(text.recorded() if text else {}),
     }
     if earlier:
         resumable.check_options(earlier.plan, options, out)
         if _covers(earlier, samples) and not _remove_damaged(out, progress):
             return Manifest.load(out)
     _report_ignored(samples, progress)
-    device, model = _load(autoencoder, device, precision)
-    encoder = ShardEncoder(samples, batch_size, shard_size, skip_bad, model, device, flip, dtype)
+    if not skip_bad:
+        _check_faults(samples, source)
+    captions = _load_text(samples, text, device, precision, progress) if text else None
+    device, model = _load(autoencoder, device, "float32" if text and autoencoder in IDENTITIES else precision)
+    encoder = ShardEncoder(samples, batch_size, shard_size, skip_bad, model, device, flip, dtype, captions)
     return _run(encoder, encoder.plan(str(source), options), out, mine, progress)
 
 
@@ -131,9 +141,35 @@ def _open_pictures(
     return open_source(source, resolution=resolution or native, **options)
 
 
-def _open_values(source: str | Path, resolution: int | None, flip: bool, label_column: str | None) -> Samples:
+def _check_faults(samples: Samples, source: str | Path) -> None:
+    """Raise ValueError for samples that lack their picture or their captions, before anything is encoded."""
+    for i, reason in samples.faults.items():
+        raise ValueError(
+            f"{len(samples.faults)} samples of {source} cannot be used; the first: {printable(samples.name(i))} ({reason}); "
+            "repair them, or leave them out with --skip-bad"
+        )
+
+
+def _load_text(
+    samples: Samples, options: TextOptions, device: str | torch.device | None, precision: str, progress: bool
+) -> CaptionEncoder:
+    """The text encoder, ready for these samples. Says how many captions there are, and what they take on disk."""
+    assert samples.captions is not None, "opened with captions"
+    encoder = load_text_encoder(
+        options.encoder, options.tokens, device=_device(device), dtype=NETWORK_DTYPES[precision]
+    )
+    text = CaptionEncoder.of(encoder, samples.captions, options)
+    say(sizes(text, sum(map(len, samples.captions)) - sum(map(len, text.captions))), progress)
+    if long := text.too_long():
+        warnings.warn(f"{long:,} captions are longer than {encoder.tokens} tokens and are truncated", stacklevel=3)
+    return text
+
+
+def _open_values(
+    source: str | Path, resolution: int | None, flip: bool, label_column: str | None, text: TextOptions | None
+) -> Samples:
     """Open an npz of values. Raises ValueError for an option that only applies to pictures."""
-    for name, given in (("resolution", resolution is not None), ("flip", flip)):
+    for name, given in (("resolution", resolution is not None), ("flip", flip), ("text", text is not None)):
         if given:
             raise ValueError(f"--{name} is for pictures; leave it out with --autoencoder values")
     if label_column is not None:
@@ -163,8 +199,12 @@ def _load(name: str, device: str | torch.device | None, precision: str) -> tuple
         if precision != "float32":
             warnings.warn(f"precision {precision} is ignored: {name} needs no network", stacklevel=3)
         return torch.device("cpu"), load_autoencoder(name)
-    chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    chosen = _device(device)
     return chosen, load_autoencoder(name, device=chosen, dtype=NETWORK_DTYPES[precision])
+
+
+def _device(device: str | torch.device | None) -> torch.device:
+    return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 def _run(encoder: ShardEncoder, plan: Manifest, out: Path, part: resumable.Part, progress: bool) -> Manifest:
@@ -175,10 +215,15 @@ def _run(encoder: ShardEncoder, plan: Manifest, out: Path, part: resumable.Part,
     with resumable.locked(out, part, mine):
         with resumable.changing(out, part):
             begun, done = _valid(encoder, plan, out)  # read again under the lock
-            if resumable.is_finished(out) and len(done) == len(encoder.shards()):  # by another part in the meantime
+            complete = resumable.is_finished(out) and len(done) == len(encoder.shards())
+            if complete and resumable.has_null(out, begun):  # by another part in the meantime
                 return Manifest.load(out)
+            missing = [shard for shard in mine if shard not in done]
+            if encoder.text:
+                check_disk(plan, sum(map(encoder.asked, missing)), out)
+                if not resumable.has_null(out, begun):
+                    begun = replace(begun, text=encoder.text.write_null(out))
             resumable.begin(out, begun, done.values())
-        missing = [shard for shard in mine if shard not in done]
         initial = sum(encoder.asked(shard) for shard in mine if shard in done)
         total = sum(encoder.asked(shard) for shard in mine)
         bar = tqdm(total=total, initial=initial, unit=f" {plan.unit}", disable=not progress)
@@ -192,7 +237,7 @@ def _run(encoder: ShardEncoder, plan: Manifest, out: Path, part: resumable.Part,
 
 
 def _valid(encoder: ShardEncoder, plan: Manifest, out: Path) -> tuple[Manifest, dict[int, Shard]]:
-    """The plan with the features that are already stored, and the valid shards in the folder, by index.
+    """The plan with the features and the empty caption that are already stored, and the valid shards in the folder, by index.
 
     Raises ValueError when the folder was begun with another plan.
     """
@@ -202,7 +247,7 @@ def _valid(encoder: ShardEncoder, plan: Manifest, out: Path) -> tuple[Manifest, 
     resumable.check_plan(earlier.plan, plan, out)
     shards = encoder.shards()
     valid = {s.index: s for s in earlier.shards if s.index in shards and s.asked == encoder.asked(s.index)}
-    return replace(plan, features=earlier.plan.features), valid
+    return replace(plan, features=earlier.plan.features, text=earlier.plan.text), valid
 
 
 def _finish(encoder: ShardEncoder, plan: Manifest, out: Path, progress: bool) -> Manifest:

@@ -23,10 +23,12 @@ from selftrans.data.prepare import NETWORK_DTYPES, say
 from selftrans.data.record import parse_json, read_text
 from selftrans.data.shard_file import KEPT, Layout, is_valid, write_shard
 from selftrans.data.shard_plan import Decoded, ShardPlan
+from selftrans.data.sources.captions import CaptionSource
 from selftrans.data.sources.open_source import open_source
 from selftrans.data.sources.source import ahead
 from selftrans.encoders.autoencoder import from_uint8
-from selftrans.encoders.vision import Encoder, encoder_name, load_encoder
+from selftrans.encoders.pretrained import encoder_name
+from selftrans.encoders.vision import Encoder, load_encoder
 from selftrans.storage import printable, sha256_file, write_text
 
 
@@ -36,6 +38,7 @@ def prepare_features(
     encoder: str,
     *,
     grid: int | None = None,
+    captions: CaptionSource | None = None,
     batch_size: int = 64,
     device: str | torch.device | None = None,
     precision: str = "float32",
@@ -49,6 +52,7 @@ def prepare_features(
         grid: side of the grid of features, one for each token of the student; None: half the side of the latents, which is
             the grid of a student with patch size 2. 16 x 16 features of width 768 take 0.4 MB per picture, twice that with
             mirrored copies.
+        captions: where they are, for pictures that were prepared with captions in a file or a column.
         part: "I/N", as in `prepare`: make the features of this part's shards, whose moments must be finished. Until all
             parts have ended, the returned value lists the files made so far.
     To continue an interrupted call, repeat it. A complete folder is not changed; a lost or truncated file is made again.
@@ -67,6 +71,7 @@ def prepare_features(
         resolution=manifest.resolution,
         split=str(options.get("split", "train")),
         label_column=None if label_column is None else str(label_column),
+        captions=(captions or CaptionSource()) if manifest.text else None,
         progress=progress,
     )
     resumable.check_options(manifest, options | {"fingerprint": pictures.fingerprint}, out)

@@ -10,6 +10,7 @@ from selftrans.recipes.cifar10 import cifar10
 from selftrans.recipes.digits import digits
 from selftrans.recipes.imagefolder import imagefolder
 from selftrans.recipes.imagenet import sit_imagenet, sit_imagenet_b2, sit_imagenet_l2, sit_imagenet_s2, sit_imagenet_xl2
+from selftrans.recipes.mmdit_coco import mmdit_coco
 from selftrans.sections import fields_of
 from selftrans.suggest import nearest
 
@@ -22,6 +23,7 @@ RECIPES: dict[str, Callable[[], RunConfig]] = {
     "sit_imagenet_b2": sit_imagenet_b2,
     "sit_imagenet_l2": sit_imagenet_l2,
     "sit_imagenet_xl2": sit_imagenet_xl2,
+    "mmdit_coco": mmdit_coco,
 }
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path, PurePosixPath
 
 from selftrans.data.sources.decode import EXTENSIONS, open_picture
@@ -21,7 +21,7 @@ def folder(root: Path) -> Source:
     class folder without pictures, and for pictures next to class folders.
     """
     ignored: Counter[str] = Counter()
-    pictures = sorted(_walk(root, root.resolve(), "", ignored))
+    pictures = sorted(walk(root, EXTENSIONS, ignored))
     names = [name for name, _ in pictures]
     labels, classes = classify(names, str(root))
     if classes:
@@ -40,8 +40,17 @@ def check_link(path: Path, root: Path, name: str) -> None:
         raise ValueError(f"{printable(name)} in {root} is a symbolic link out of the folder; copy its target there")
 
 
-def _walk(directory: Path, root: Path, prefix: str, ignored: Counter[str]) -> Iterator[tuple[str, int]]:
-    """(path below the root, bytes) of each picture."""
+def walk(root: Path, suffixes: Collection[str], ignored: Counter[str]) -> Iterator[tuple[str, int]]:
+    """(path below the root, bytes) of each file with one of these suffixes; others are counted in `ignored`.
+
+    Raises ValueError for a symbolic link that leads out of the folder.
+    """
+    return _walk(root, root.resolve(), "", suffixes, ignored)
+
+
+def _walk(
+    directory: Path, root: Path, prefix: str, suffixes: Collection[str], ignored: Counter[str]
+) -> Iterator[tuple[str, int]]:
     try:
         with os.scandir(directory) as scan:
             entries = list(scan)
@@ -54,12 +63,12 @@ def _walk(directory: Path, root: Path, prefix: str, ignored: Counter[str]) -> It
         if is_hidden(entry.name):
             ignored[HIDDEN] += 1
         elif entry.is_dir(follow_symlinks=False):
-            yield from _walk(Path(entry.path), root, name + "/", ignored)
+            yield from _walk(Path(entry.path), root, name + "/", suffixes, ignored)
         elif entry.is_dir():
             ignored[LINKS] += 1
         elif not entry.is_file():
             ignored[SPECIAL] += 1
-        elif PurePosixPath(name).suffix.lower() not in EXTENSIONS:
+        elif PurePosixPath(name).suffix.lower() not in suffixes:
             ignored[OTHER] += 1
         else:
             yield name, entry.stat().st_size

@@ -1,0 +1,299 @@
+"""MMDiT, the multimodal diffusion transformer of Stable Diffusion 3 (Esser et al., 2403.03206, section 4 and figure 2): text
+tokens and latent tokens, each with weights of their own, meet in joint attention.
+
+As REPA trains it for text-to-image: time alone modulates (no pooled text vector), and positions are fixed. Parameter names are
+those of REPA's code. Shape legend: N batch, T latent tokens, L text tokens of E channels, D width, h heads of d channels,
+(C, H, W) latent.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from selftrans.models.layers import (
+    FinalLayer,
+    Mlp,
+    PatchEmbed,
+    TimestepEmbedder,
+    modulate,
+    sincos_positions,
+    unpatchify,
+)
+from selftrans.models.lightning import RMSNorm
+from selftrans.models.sit import chosen_sizes
+from selftrans.models.spec import ModelConfig
+from selftrans.types import MASK, TEXT, Backbone, Cond, Conditions, Output
+
+#: width, depth, heads. Published: B (REPA, appendix on text-to-image), with patches of 2. S is half as wide and half as deep
+SIZES = {"S": (384, 12, 12), "B": (768, 24, 24)}
+#: name of a model -> the constructor's arguments
+MMDIT_SIZES = {
+    f"MMDiT-{size}/{patch}": {"width": width, "depth": depth, "heads": heads, "patch": patch}
+    for size, (width, depth, heads) in SIZES.items()
+    for patch in (1, 2, 4)
+}
+MLP_RATIO = 4
+
+
+@dataclass(frozen=True)
+class MMDiTConfig(ModelConfig):
+    """An MMDiT. A field left at None comes from the size `name`; the published model is MMDiT-B/2."""
+
+    name: str = "MMDiT-B/2"
+    """size, MMDiT-{S,B}/{1,2,4}"""
+    width: int | None = None
+    """channels of a token, of text and latent alike"""
+    depth: int | None = None
+    """number of joint blocks"""
+    heads: int | None = None
+    """attention heads; with a width of your own, None means one per 64 channels"""
+    patch: int | None = None
+    """side of a latent token in latent pixels"""
+    qk_norm: bool = False
+    """RMSNorm on queries and keys, as in Stable Diffusion 3.5; the published model has none"""
+    masked: bool = False
+    """attention ignores the padding of captions; the published model attends to all tokens of the text encoder"""
+    zero_init: bool = True
+    """adaLN-Zero: Xavier weights, zero gates and output; False: torch's own initialisation, as the published code has it"""
+
+    def sizes(self) -> dict[str, int]:
+        """Constructor arguments width, depth, heads, patch. ValueError for an unknown name or a size out of range."""
+        return chosen_sizes(self, MMDIT_SIZES)
+
+    def check(self) -> None:
+        self.sizes()
+
+    def blocks(self) -> int:
+        return self.sizes()["depth"]
+
+
+def build(config: MMDiTConfig, shape: tuple[int, ...], conditions: Conditions) -> MMDiT:
+    """A freshly initialised MMDiT for latents (C, H, W). ValueError for other latents, and unless the data have text."""
+    if conditions.kind != "text":
+        raise ValueError(
+            f"{config.name} is conditioned on text; the data have {conditions}; choose a model.name of SiT, DiT or LightningDiT"
+        )
+    options: dict[str, Any] = {**config.sizes()}
+    options |= {key: getattr(config, key) for key in ("qk_norm", "masked", "zero_init")}
+    return MMDiT(shape, conditions, **options)
+
+
+class StreamAttention(nn.Module):
+    """What attention needs of one stream: queries, keys and values, and a map of what comes back."""
+
+    def __init__(self, width: int, heads: int, qk_norm: bool) -> None:
+        super().__init__()
+        if width % heads:
+            raise ValueError(f"width {width} is not a multiple of heads {heads}; choose heads that divide the width")
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.ln_q: nn.Module = RMSNorm(width // heads, eps=1e-6) if qk_norm else nn.Identity()
+        self.ln_k: nn.Module = RMSNorm(width // heads, eps=1e-6) if qk_norm else nn.Identity()
+        self.proj: nn.Linear | None = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # (N, T, D) -> three of (N, T, h, d)
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(dim=2)
+        return self.ln_q(q).to(v.dtype), self.ln_k(k).to(v.dtype), v
+
+
+class Stream(nn.Module):
+    """One side of a joint block: norms, modulation, projections and MLP for the tokens of one kind."""
+
+    def __init__(self, width: int, heads: int, qk_norm: bool) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
+        self.attn = StreamAttention(width, heads, qk_norm)
+        self.norm2 = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
+        self.mlp: Mlp | None = Mlp(width, MLP_RATIO * width)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
+
+    def enter(self, x: Tensor, c: Tensor) -> tuple[tuple[Tensor, Tensor, Tensor], list[Tensor]]:
+        """x (N, T, D), c (N, D) -> queries, keys, values, and the modulation of what follows attention."""
+        shift, scale, *rest = self.adaLN_modulation(c).chunk(6 if self.mlp is not None else 2, dim=-1)
+        return self.attn(modulate(self.norm1(x), shift, scale)), rest
+
+    def leave(self, x: Tensor, mixed: Tensor, rest: list[Tensor]) -> Tensor:
+        """x (N, T, D) after attention brought `mixed` (N, T, D); unchanged if nothing reads it any more."""
+        if self.mlp is None or self.attn.proj is None:
+            return x
+        gate1, shift2, scale2, gate2 = rest
+        x = x + gate1.unsqueeze(dim=1) * self.attn.proj(mixed)
+        return x + gate2.unsqueeze(dim=1) * self.mlp(modulate(self.norm2(x), shift2, scale2))
+
+    def end(self) -> None:
+        """Keep what takes part in attention, and delete the rest, in place: no later block reads these tokens."""
+        if self.mlp is None:
+            return
+        self.mlp = self.attn.proj = None
+        linear: Any = self.adaLN_modulation[1]
+        linear.out_features //= 3  # shift and scale before attention
+        for name, parameter in list(linear.named_parameters()):
+            kept = parameter.detach()[: linear.out_features].clone()
+            setattr(linear, name, nn.Parameter(kept, requires_grad=parameter.requires_grad))
+
+
+class JointBlock(nn.Module):
+    """Transformer block of two streams: one attention over the text and latent tokens together, all else apart."""
+
+    def __init__(self, width: int, heads: int, *, qk_norm: bool) -> None:
+        super().__init__()
+        self.context_block = Stream(width, heads, qk_norm)
+        self.x_block = Stream(width, heads, qk_norm)
+
+    def forward(self, context: Tensor, x: Tensor, c: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """context (N, L, D), x (N, T, D), c (N, D), mask (N, 1, 1, L + T) or None -> context, x.
+
+        The context of the last block, and of the last one kept of a truncated model, is returned as it came.
+        """
+        of_context, context_rest = self.context_block.enter(context, c)
+        of_x, x_rest = self.x_block.enter(x, c)
+        q, k, v = (torch.cat(pair, dim=1).transpose(1, 2) for pair in zip(of_context, of_x, strict=True))
+        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # (N, h, L + T, d)
+        to_context, to_x = mixed.transpose(1, 2).flatten(2).split([context.shape[1], x.shape[1]], dim=1)
+        return self.context_block.leave(context, to_context, context_rest), self.x_block.leave(x, to_x, x_rest)
+
+
+class MMDiT(Backbone):
+    """A diffusion transformer conditioned on text: {"text": (N, L, E), "mask": (N, L) bool}.
+
+    Args:
+        shape: (C, H, W) of a latent, H and W multiples of `patch`; the published model has H == W.
+        conditions: of kind text; L and E are `tokens` and `width`.
+        qk_norm, masked, zero_init: see `MMDiTConfig`.
+    Raises ValueError when the sizes do not fit each other.
+
+    The null condition is the empty caption's row, which `use_null` stores in two buffers; checkpoints hold them.
+    """
+
+    null_text: Tensor  #: (1, L, E) float32
+    null_mask: Tensor  #: (1, L) bool
+
+    def __init__(
+        self,
+        shape: tuple[int, ...],
+        conditions: Conditions,
+        *,
+        width: int,
+        depth: int,
+        heads: int,
+        patch: int,
+        qk_norm: bool = False,
+        masked: bool = False,
+        zero_init: bool = True,
+    ) -> None:
+        super().__init__()
+        if len(shape) != 3:
+            raise ValueError(f"MMDiT takes latents of pictures (C, H, W), not {tuple(shape)}; choose another model")
+        if min(conditions.tokens, conditions.width) < 1:
+            raise ValueError(f"MMDiT needs text tokens; the data have {conditions}; prepare them again with captions")
+        channels, height, side = shape
+        if height % patch or side % patch:
+            raise ValueError(f"a latent of {height}x{side} does not divide into patches of {patch}; change model.patch")
+        self.shape, self.grid, self.conditions = tuple(shape), (height // patch, side // patch), conditions
+        self.width, self.depth, self.patch, self.masked = width, depth, patch, masked
+        self.x_embedder = PatchEmbed(channels, patch, width)
+        self.t_embedder = TimestepEmbedder(width)
+        self.context_embedder = nn.Linear(conditions.width, width)
+        rows, columns = self.grid
+        square = sincos_positions(width, max(rows, columns)).view(max(rows, columns), max(rows, columns), width)
+        self.register_buffer("pos_embed", square[:rows, :columns].reshape(1, -1, width), persistent=False)
+        self.register_buffer("null_text", torch.zeros(1, conditions.tokens, conditions.width))
+        self.register_buffer("null_mask", torch.zeros(1, conditions.tokens, dtype=torch.bool))
+        self.null_set = False  #: whether the buffers hold a null condition
+        self.register_load_state_dict_post_hook(_find_null)
+        self.joint_blocks = nn.ModuleList(JointBlock(width, heads, qk_norm=qk_norm) for _ in range(depth))
+        self._end_context()
+        self.final_layer: FinalLayer | None = FinalLayer(width, patch * patch * channels)
+        if zero_init:
+            initialise(self)
+
+    def forward(self, x: Tensor, t: Tensor, cond: Cond, *, taps: tuple[int, ...] = (), stop: bool = False) -> Output:
+        """x (N, C, H, W), t (N,), text and mask -> velocity (N, C, H, W) and the latent tokens after blocks `taps`."""
+        assert isinstance(cond, dict) and all(1 <= k <= self.depth for k in taps)
+        tokens = self.x_embedder(x.to(self.x_embedder.proj.weight.dtype)) + self.pos_embed  # (N, T, D)
+        context = self.context_embedder(cond[TEXT].to(self.context_embedder.weight.dtype))  # (N, L, D)
+        c = self.t_embedder(t)  # (N, D)
+        masks = (self._attended(cond[MASK]),) if self.masked else ()
+        feats: dict[int, Tensor] = {}
+        for k, block in enumerate(self.joint_blocks, start=1):
+            context, tokens = self.run_block(block, context, tokens, c, *masks)
+            if k in taps:
+                feats[k] = tokens
+            if stop and len(feats) == len(set(taps)):
+                return Output(None, feats)
+        assert self.final_layer is not None, "a truncated model has no velocity; call it with stop=True"
+        grid = (self.grid[0], self.grid[1])
+        return Output(unpatchify(self.final_layer(tokens, c), self.patch, self.shape[0], grid), feats)
+
+    def _attended(self, mask: Tensor) -> Tensor:
+        """(N, L) -> (N, 1, 1, L + T): which tokens every query attends to; latent tokens always."""
+        return F.pad(mask, (0, self.tokens), value=True)[:, None, None, :]
+
+    def null(self, cond: Cond) -> Cond:
+        """The empty caption for each row of `cond`: views of one row, in its dtype. ValueError without `use_null`."""
+        assert isinstance(cond, dict)
+        if not self.null_set:
+            raise ValueError("this model has no null condition yet; call use_null with the tokens of the empty caption")
+        n = cond[TEXT].shape[0]
+        return {
+            TEXT: self.null_text.to(cond[TEXT].dtype).expand(n, -1, -1),
+            MASK: self.null_mask.to(cond[MASK].dtype).expand(n, -1),
+        }
+
+    @torch.no_grad()
+    def use_null(self, cond: Cond) -> None:
+        """Store the empty caption: text (1, L, E), mask (1, L). ValueError for other shapes."""
+        assert isinstance(cond, dict)
+        for buffer, given in ((self.null_text, cond[TEXT]), (self.null_mask, cond[MASK])):
+            if buffer.shape != given.shape:
+                raise ValueError(
+                    f"the empty caption has shape {tuple(given.shape)}, this model takes {tuple(buffer.shape)}"
+                )
+            buffer.copy_(given)
+        self.null_set = True
+
+    def patchify(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) -> (N, T, C patch²), row by row; inside a token: channel, row, column."""
+        return F.unfold(x, kernel_size=self.patch, stride=self.patch).transpose(1, 2)
+
+    def repeated(self) -> list[nn.Module]:
+        return list(self.joint_blocks)
+
+    def truncate(self, block: int) -> None:
+        """As `Backbone`; the text's side of `block` keeps only what its attention reads, since no later block reads on."""
+        del self.joint_blocks[block:]
+        self.final_layer = None
+        self._end_context()
+
+    def _end_context(self) -> None:
+        last: Any = self.joint_blocks[-1]
+        last.context_block.end()
+
+
+def _find_null(model: MMDiT, _: Any) -> None:
+    """After loading: a null condition is there unless its buffers are all zero, as in a model that never had one."""
+    if not model.null_text.is_meta:
+        model.null_set = bool(model.null_text.any() or model.null_mask.any())
+
+
+def initialise(model: MMDiT) -> None:
+    """DiT's initialisation: Xavier, then zero gates and output, so that each block starts as the identity."""
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.xavier_uniform_(module.weight)
+            nn.init.zeros_(module.bias)
+    projection = model.x_embedder.proj
+    nn.init.xavier_uniform_(projection.weight.view(projection.weight.shape[0], -1))
+    assert projection.bias is not None and model.final_layer is not None
+    nn.init.zeros_(projection.bias)
+    for name, module in model.named_modules():
+        if name.endswith("adaLN_modulation") or name == "final_layer.linear":
+            for parameter in module.parameters():
+                nn.init.zeros_(parameter)
+        elif name in ("t_embedder.mlp.0", "t_embedder.mlp.2"):
+            nn.init.normal_(module.weight, std=0.02)
