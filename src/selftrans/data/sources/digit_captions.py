@@ -14,7 +14,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from selftrans.data.sources.captions import with_captions
 from selftrans.data.sources.digit_attributes import ATTRIBUTES, attributes, levels
+from selftrans.data.sources.source import Source
 
 CAPTIONS = 4  #: captions of a scan
 NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -155,6 +157,12 @@ def captions(images: np.ndarray, labels: np.ndarray) -> list[tuple[str, ...]]:
             )
         )
     return found
+
+
+def digits_with_captions(digits: Source) -> Source:
+    """The source of scanned digits, with `captions` in place of labels."""
+    images = np.stack([np.asarray(digits.open(i)) for i in range(len(digits))])
+    return with_captions(digits, captions(images, digits.labels))
 
 
 def prompts(count: int, seed: int = 0) -> list[Described]:
