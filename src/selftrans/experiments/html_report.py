@@ -91,7 +91,7 @@ def legend(metric: str) -> str:
         "student's training; total seconds and TFLOPs: with the teacher's training. Runs may train in parallel, so compare "
         f"TFLOPs rather than seconds. To {BASELINE}'s: student steps and total TFLOPs at which the method first reaches the "
         f"final distance of {BASELINE} with the same seed, with log distance interpolated linearly between measurements; ≤: "
-        "reached at the first measurement; -: the training of an imported teacher is unknown."
+        "reached at the first measurement; -: unknown, as the training of an imported teacher, or accuracies without classes."
     )
 
 
