@@ -79,11 +79,11 @@ def main() -> None:
         "scans": summary(scans.bound()),
         "final": final(control, chosen, options.scales),
         "along": along(control, chosen, options.along),
-        "cost": {f"{name}-seed{seed}": json.loads((chosen.run((name, seed)) / "run.json").read_text()) for name, seed in chosen.jobs},
+        "cost": {chosen.run(job).name: json.loads((chosen.run(job) / "run.json").read_text()) for job in chosen.jobs},
         "seeds": options.seeds,
         "steps": config.train.steps,
         "extractor_sha256": scans.extractor.sha256,
-    }  # fmt: skip
+    }
     write_json(options.out / "control.json", report)
     last = chosen.jobs[-1]
     save(picture(chosen.run(last), options.along), options.out / "samples.png")

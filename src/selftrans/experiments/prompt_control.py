@@ -33,7 +33,7 @@ from selftrans.storage import write_json
 from selftrans.types import Conditions
 
 WORDINGS: dict[str, Wording] = {"trained": TRAINED, "reserved": RESERVED}
-RESAMPLES = 2000  #: of the bootstrap
+RESAMPLES = 1000  #: of the bootstrap
 
 
 class Asked(NamedTuple):
@@ -93,17 +93,17 @@ def summary(measured: Measured, *, seed: int = 0) -> dict[str, Any]:
     Each is [value, low, high], the last two the 95 % interval of a bootstrap over images; that of Spearman's resamples the
     ranks. `mentioned` counts the images whose prompt mentions the attribute.
     """
-    chance = np.random.default_rng(seed)
     right = (measured.shown == measured.digit).astype(np.float64)
-    means = right[chance.integers(len(right), size=(RESAMPLES, len(right)))].mean(axis=1)
-    found: dict[str, Any] = {"images": len(right), "digit": _with_interval(right.mean(), means)}
+    n = len(right)
+    drawn = np.random.default_rng(seed).integers(n, size=(RESAMPLES, n)) + n * np.arange(RESAMPLES)[:, None]
+    counts = np.bincount(drawn.ravel(), minlength=RESAMPLES * n).reshape(RESAMPLES, n).astype(np.float64)
+    found: dict[str, Any] = {"images": n, "digit": _with_interval(right.mean(), counts @ right / n)}
     for k, name in enumerate(ATTRIBUTES):
         said = ~np.isnan(measured.level[:, k])
-        x, y = measured.level[said, k], measured.value[said, k]
-        rows = chance.integers(len(x), size=(RESAMPLES, len(x)))
+        x, y, times = measured.level[said, k], measured.value[said, k], counts[:, said]
         found[name] = {"mentioned": len(x)}
         for kind, (a, b) in {"pearson": (x, y), "spearman": (_ranks(x), _ranks(y))}.items():
-            found[name][kind] = _with_interval(correlation(a, b), correlation(a[rows], b[rows]))
+            found[name][kind] = _with_interval(correlation(a, b), correlation(a, b, times))
     return found
 
 
@@ -112,11 +112,17 @@ def pooled(several: Sequence[Measured]) -> Measured:
     return Measured(*(np.concatenate(part) for part in zip(*several, strict=True)))
 
 
-def correlation(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Pearson's correlation along the last axis; 0 where one of them is constant."""
-    x, y = (part - part.mean(axis=-1, keepdims=True) for part in (x, y))
-    scale = np.sqrt((x**2).sum(axis=-1) * (y**2).sum(axis=-1))
-    return np.divide((x * y).sum(axis=-1), scale, out=np.zeros_like(scale), where=scale > 1e-12)
+def correlation(x: np.ndarray, y: np.ndarray, times: np.ndarray | None = None) -> np.ndarray:
+    """Pearson's correlation of x (n,) and y (n,); with `times` (B, n), of B samples that hold each pair so many times.
+
+    0 where one of them is constant.
+    """
+    times = np.ones((1, len(x))) if times is None else times
+    x, y = x - x.mean(), y - y.mean()
+    n, sx, sy, sxx, syy, sxy = (times @ np.stack([np.ones_like(x), x, y, x * x, y * y, x * y], axis=1)).T
+    scale = np.sqrt(np.maximum((n * sxx - sx**2) * (n * syy - sy**2), 0.0))
+    found = np.divide(n * sxy - sx * sy, scale, out=np.zeros_like(scale), where=scale > 1e-12)
+    return found if len(found) > 1 else found[0]
 
 
 class PromptControl:

@@ -46,30 +46,34 @@ class Wording:
 TRAINED = Wording(
     nouns=("{}", "{}", "digit {}", "handwritten {}", "number {}"),
     adjectives={
-        "thickness": (("thin", "fine"), (), ("thick", "heavy")),
+        "thickness": (("thin", "fine", "light"), (), ("thick", "heavy", "fat")),
         "size": (("small", "little"), ("medium-sized",), ("large", "big")),
     },
     phrases={
         "thickness": (
-            ("drawn with thin strokes", "in thin lines"),
+            ("drawn with thin strokes", "in thin lines", "in light strokes", "from a fine brush"),
             ("of medium thickness", "in medium lines"),
-            ("drawn with thick strokes", "in thick lines"),
+            ("drawn with thick strokes", "in thick lines", "in heavy strokes", "from a wide brush"),
         ),
         "slant": (
-            ("leaning left", "slanted to the left"),
-            ("upright", "standing straight"),
-            ("leaning right", "slanted to the right"),
+            ("leaning left", "slanted to the left", "sloping left", "bent to the left"),
+            ("upright", "standing straight", "not leaning"),
+            ("leaning right", "slanted to the right", "sloping right", "bent to the right"),
         ),
-        "size": (("of small size",), ("of medium size",), ("of large size",)),
+        "size": (
+            ("of small size", "written small"),
+            ("of medium size",),
+            ("of large size", "written large"),
+        ),
         "column": (
-            ("on the left", "placed to the left"),
+            ("on the left", "placed to the left", "at the left side"),
             ("in the middle", "neither left nor right"),
-            ("on the right", "placed to the right"),
+            ("on the right", "placed to the right", "at the right side"),
         ),
         "row": (
-            ("near the top", "placed high"),
+            ("near the top", "placed high", "high up"),
             ("at medium height", "neither high nor low"),
-            ("near the bottom", "placed low"),
+            ("near the bottom", "placed low", "low down"),
         ),
     },
     patterns=(
@@ -85,7 +89,7 @@ TRAINED = Wording(
 RESERVED = Wording(
     nouns=("numeral {}", "figure {}", "written {}"),
     adjectives={
-        "thickness": (("slender", "delicate"), (), ("bold", "broad")),
+        "thickness": (("slender", "delicate", "skinny"), (), ("bold", "broad", "chunky")),
         "size": (("tiny", "miniature"), ("average",), ("huge", "giant")),
     },
     phrases={
@@ -102,7 +106,7 @@ RESERVED = Wording(
         "size": (("with tiny dimensions",), ("with ordinary dimensions",), ("with huge dimensions",)),
         "column": (
             ("shifted towards the left edge", "moved leftwards"),
-            ("centred between the side edges", "not moved sideways"),
+            ("centred sideways", "not moved sideways"),
             ("shifted towards the right edge", "moved rightwards"),
         ),
         "row": (

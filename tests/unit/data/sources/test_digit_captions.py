@@ -37,12 +37,10 @@ def words(said):
 
 
 def test_sentences_are_the_same_on_every_machine(trained):
-    expected = (
-        "this is a zero, leaning right, placed to the right, placed high, of large size and drawn with thin strokes"
-    )
+    expected = "this is a zero, slanted to the right, placed to the right, placed high, of large size and in thin lines"
     assert trained[0][0] == expected
     text = "\n".join(line for each in trained for line in each)
-    assert hashlib.sha256(text.encode()).hexdigest()[:16] == "14e9f069916e52a0"
+    assert hashlib.sha256(text.encode()).hexdigest()[:16] == "4cdd8421529feeae"
 
 
 def test_a_caption_says_what_was_measured(scans, trained):
