@@ -11,7 +11,6 @@ import warnings
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -62,8 +61,7 @@ def prepare(
         dtype: of the stored moments; None: float16, or float32 for values. `precision` is that of the network.
         skip_bad: skip unreadable samples and list them in the manifest, instead of stopping at the first.
         split, label_column: for parquet files and hub data sets.
-        text: a text encoder (see `load_text_encoder`), or more options: store the captions of the pictures, which `open_source`
-            describes, as encoded by it.
+        text: a text encoder (see `load_text_encoder`), or more options: store captions, which `open_source` describes.
         part: "I/N": make every Nth shard only; other processes or machines make the others in the same folder. The part
             that ends last writes the manifest. Until then, the returned manifest lists the shards made so far.
     To continue an interrupted call, repeat it; with the same batch_size and device the shards are bit-identical. Repeating
@@ -71,32 +69,22 @@ def prepare(
     Raises ValueError for a bad source, sample, autoencoder or option, a folder begun with other options, a failed write.
     """
     out, dtype = Path(out), dtype or ("float32" if autoencoder == "values" else "float16")
-    mine = _check(source, out, batch_size, shard_size, dtype, precision, part)
-    earlier, text = resumable.earlier(out), TextOptions(text) if isinstance(text, str) else text
+    text = TextOptions(text) if isinstance(text, str) else text
+    mine, earlier = _check(source, out, batch_size, shard_size, dtype, precision, part), resumable.earlier(out)
     if autoencoder == "values":
         samples = _open_values(source, resolution, flip, label_column, text)
     else:
-        reading = {"split": split, "label_column": label_column, "captions": text.source if text else None}
-        samples = _open_pictures(source, resolution, earlier, **reading, progress=progress)
-    options: dict[str, Option] = {
-        "autoencoder": autoencoder_name(autoencoder),
-        "resolution": resolution,
-        "flip": flip,
-        "shard_size": shard_size,
-        "dtype": dtype,
-        "precision": precision,
-        "split": split,
-        "label_column": label_column,
-        "fingerprint": samples.fingerprint,
-        **(text.recorded() if text else {}),
-    }
+        samples = _open_pictures(source, resolution, earlier, text, split, label_column, progress)
+    options: dict[str, Option] = {"autoencoder": autoencoder_name(autoencoder), "resolution": resolution, "flip": flip}
+    options |= {"shard_size": shard_size, "dtype": dtype, "precision": precision, "split": split}
+    options |= {"label_column": label_column, "fingerprint": samples.fingerprint}
+    options |= text.recorded() if text else {}
     if earlier:
         resumable.check_options(earlier.plan, options, out)
         if _covers(earlier, samples) and not _remove_damaged(out, progress):
             return Manifest.load(out)
     _report_ignored(samples, progress)
-    if not skip_bad:
-        _check_faults(samples, source)
+    _check_faults(samples, source, skip_bad)
     captions = _load_text(samples, text, device, precision, progress) if text else None
     device, model = _load(autoencoder, device, "float32" if text and autoencoder in IDENTITIES else precision)
     encoder = ShardEncoder(samples, batch_size, shard_size, skip_bad, model, device, flip, dtype, captions)
@@ -144,16 +132,29 @@ def _check(
 
 
 def _open_pictures(
-    source: str | Path, resolution: int | None, earlier: resumable.Earlier | None, **options: Any
+    source: str | Path,
+    resolution: int | None,
+    earlier: resumable.Earlier | None,
+    text: TextOptions | None,
+    split: str,
+    label_column: str | None,
+    progress: bool,
 ) -> Samples:
     """Pictures at `resolution`; if that is None, at the resolution with which the folder was begun."""
     native = earlier.plan.resolution if earlier and earlier.plan.options.get("resolution") is None else None
-    return open_source(source, resolution=resolution or native, **options)
+    return open_source(
+        source,
+        resolution=resolution or native,
+        split=split,
+        label_column=label_column,
+        captions=text.source if text else None,
+        progress=progress,
+    )
 
 
-def _check_faults(samples: Samples, source: str | Path) -> None:
+def _check_faults(samples: Samples, source: str | Path, skip_bad: bool) -> None:
     """Raise ValueError for samples that lack their picture or their captions, before anything is encoded."""
-    for i, reason in samples.faults.items():
+    for i, reason in () if skip_bad else samples.faults.items():
         raise ValueError(
             f"{len(samples.faults)} samples of {source} cannot be used; the first: {printable(samples.name(i))} ({reason}); "
             "repair them, or leave them out with --skip-bad"

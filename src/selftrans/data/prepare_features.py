@@ -25,7 +25,7 @@ from selftrans.data.shard_file import KEPT, Layout, is_valid, write_shard
 from selftrans.data.shard_plan import Decoded, ShardPlan
 from selftrans.data.sources.captions import CaptionSource
 from selftrans.data.sources.open_source import open_source
-from selftrans.data.sources.source import ahead
+from selftrans.data.sources.source import Source, ahead
 from selftrans.encoders.autoencoder import from_uint8
 from selftrans.encoders.pretrained import encoder_name
 from selftrans.encoders.vision import Encoder, load_encoder
@@ -65,15 +65,7 @@ def prepare_features(
     manifest, options = earlier.plan, earlier.plan.options
     if manifest.resolution is None:
         raise ValueError(f"{out} holds data that are not pictures; a vision encoder cannot read them: omit --features")
-    label_column = options.get("label_column")
-    pictures = open_source(
-        source,
-        resolution=manifest.resolution,
-        split=str(options.get("split", "train")),
-        label_column=None if label_column is None else str(label_column),
-        captions=(captions or CaptionSource()) if manifest.text else None,
-        progress=progress,
-    )
+    pictures = _open(source, manifest, captions, progress)
     resumable.check_options(manifest, options | {"fingerprint": pictures.fingerprint}, out)
     size = options.get("shard_size")
     if (
@@ -95,6 +87,19 @@ def prepare_features(
     _stored(wanted, out)  # refuse other features before anything is written
     chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     return _run(ShardPlan(pictures, batch_size, size, skip_bad=True), wanted, out, mine, chosen, progress)
+
+
+def _open(source: str | Path, manifest: Manifest, captions: CaptionSource | None, progress: bool) -> Source:
+    """The pictures, opened as they were for their moments."""
+    label_column = manifest.options.get("label_column")
+    return open_source(
+        source,
+        resolution=manifest.resolution,
+        split=str(manifest.options.get("split", "train")),
+        label_column=None if label_column is None else str(label_column),
+        captions=(captions or CaptionSource()) if manifest.text else None,
+        progress=progress,
+    )
 
 
 def _run(

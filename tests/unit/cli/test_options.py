@@ -13,7 +13,7 @@ from tests.unit.cli.lines import one_line
 
 FLAGS = (
     "--num 5 --steps 3 --sampler euler --guidance-scale 2 --guidance-interval 0.1 0.9 --seed 7 --batch-size 4 "
-    "--labels random --precision bf16"
+    "--labels random --precision bf16 --prompts red 3"
 )
 SET = {
     "num": 5,
@@ -25,6 +25,7 @@ SET = {
     "batch_size": 4,
     "labels": "random",
     "precision": "bf16",
+    "prompts": ("red", "3"),
 }
 
 
