@@ -27,6 +27,7 @@ from selftrans.models.layers import (
 from selftrans.models.lightning import RMSNorm
 from selftrans.models.sit import chosen_sizes
 from selftrans.models.spec import ModelConfig
+from selftrans.models.text_null import TextNull
 from selftrans.types import MASK, TEXT, Backbone, Cond, Conditions, Output
 
 #: width, depth, heads. Published: B (REPA, appendix on text-to-image), with patches of 2. S is half as wide and half as deep
@@ -158,7 +159,7 @@ class JointBlock(nn.Module):
         return self.context_block.leave(context, to_context, context_rest), self.x_block.leave(x, to_x, x_rest)
 
 
-class MMDiT(Backbone):
+class MMDiT(TextNull, Backbone):
     """A diffusion transformer conditioned on text: {"text": (N, L, E), "mask": (N, L) bool}.
 
     Args:
@@ -169,9 +170,6 @@ class MMDiT(Backbone):
 
     The null condition is the empty caption's row, which `use_null` stores in two buffers; checkpoints hold them.
     """
-
-    null_text: Tensor  #: (1, L, E) float32
-    null_mask: Tensor  #: (1, L) bool
 
     def __init__(
         self,
@@ -189,8 +187,7 @@ class MMDiT(Backbone):
         super().__init__()
         if len(shape) != 3:
             raise ValueError(f"MMDiT takes latents of pictures (C, H, W), not {tuple(shape)}; choose another model")
-        if min(conditions.tokens, conditions.width) < 1:
-            raise ValueError(f"MMDiT needs text tokens; the data have {conditions}; prepare them again with captions")
+        self.keep_null(conditions)
         channels, height, side = shape
         if height % patch or side % patch:
             raise ValueError(f"a latent of {height}x{side} does not divide into patches of {patch}; change model.patch")
@@ -202,10 +199,6 @@ class MMDiT(Backbone):
         rows, columns = self.grid
         square = sincos_positions(width, max(rows, columns)).view(max(rows, columns), max(rows, columns), width)
         self.register_buffer("pos_embed", square[:rows, :columns].reshape(1, -1, width), persistent=False)
-        self.register_buffer("null_text", torch.zeros(1, conditions.tokens, conditions.width))
-        self.register_buffer("null_mask", torch.zeros(1, conditions.tokens, dtype=torch.bool))
-        self.null_set = False  #: whether the buffers hold a null condition
-        self.register_load_state_dict_post_hook(_find_null)
         self.joint_blocks = nn.ModuleList(JointBlock(width, heads, qk_norm=qk_norm) for _ in range(depth))
         self._end_context()
         self.final_layer: FinalLayer | None = FinalLayer(width, patch * patch * channels)
@@ -234,29 +227,6 @@ class MMDiT(Backbone):
         """(N, L) -> (N, 1, 1, L + T): which tokens every query attends to; latent tokens always."""
         return F.pad(mask, (0, self.tokens), value=True)[:, None, None, :]
 
-    def null(self, cond: Cond) -> Cond:
-        """The empty caption for each row of `cond`: views of one row, in its dtype. ValueError without `use_null`."""
-        assert isinstance(cond, dict)
-        if not self.null_set:
-            raise ValueError("this model has no null condition yet; call use_null with the tokens of the empty caption")
-        n = cond[TEXT].shape[0]
-        return {
-            TEXT: self.null_text.to(cond[TEXT].dtype).expand(n, -1, -1),
-            MASK: self.null_mask.to(cond[MASK].dtype).expand(n, -1),
-        }
-
-    @torch.no_grad()
-    def use_null(self, cond: Cond) -> None:
-        """Store the empty caption: text (1, L, E), mask (1, L). ValueError for other shapes."""
-        assert isinstance(cond, dict)
-        for buffer, given in ((self.null_text, cond[TEXT]), (self.null_mask, cond[MASK])):
-            if buffer.shape != given.shape:
-                raise ValueError(
-                    f"the empty caption has shape {tuple(given.shape)}, this model takes {tuple(buffer.shape)}"
-                )
-            buffer.copy_(given)
-        self.null_set = True
-
     def patchify(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, T, C patch²), row by row; inside a token: channel, row, column."""
         return F.unfold(x, kernel_size=self.patch, stride=self.patch).transpose(1, 2)
@@ -273,12 +243,6 @@ class MMDiT(Backbone):
     def _end_context(self) -> None:
         last: Any = self.joint_blocks[-1]
         last.context_block.end()
-
-
-def _find_null(model: MMDiT, _: Any) -> None:
-    """After loading: a null condition is there unless its buffers are all zero, as in a model that never had one."""
-    if not model.null_text.is_meta:
-        model.null_set = bool(model.null_text.any() or model.null_mask.any())
 
 
 def initialise(model: MMDiT) -> None:

@@ -4,7 +4,19 @@ from __future__ import annotations
 
 from typing import get_args
 
-from selftrans.models import dit, dit_published, lightning, lightning_published, mmdit, sit, sit_published
+from selftrans.models import (
+    diffusers_dit,
+    diffusers_flux,
+    diffusers_pixart,
+    diffusers_sd3,
+    dit,
+    dit_published,
+    lightning,
+    lightning_published,
+    mmdit,
+    sit,
+    sit_published,
+)
 from selftrans.models.spec import ModelSpec
 from selftrans.plugins import Registry
 
@@ -35,10 +47,16 @@ LIGHTNING = ModelSpec(
     lightning_published.read,
 )
 MMDIT = ModelSpec("mmdit", mmdit.MMDiTConfig, mmdit.build, tuple(mmdit.MMDIT_SIZES))
+DIFFUSERS = (
+    ModelSpec("diffusers-dit", diffusers_dit.DiffusersDiTConfig, diffusers_dit.build),
+    ModelSpec("diffusers-pixart", diffusers_pixart.DiffusersPixArtConfig, diffusers_pixart.build),
+    ModelSpec("diffusers-sd3", diffusers_sd3.DiffusersSD3Config, diffusers_sd3.build),
+    ModelSpec("diffusers-flux", diffusers_flux.DiffusersFluxConfig, diffusers_flux.build),
+)
 
 #: the built-in families of models; published files are offered to them in this order: LightningDiT's reader leaves files with
 #: SiT's names, DiT's those without evidence of DiT, and SiT's reader refuses what it does not know
-MODELS: dict[str, ModelSpec] = {spec.name: spec for spec in (MMDIT, LIGHTNING, DIT, SIT)}
+MODELS: dict[str, ModelSpec] = {spec.name: spec for spec in (MMDIT, *DIFFUSERS, LIGHTNING, DIT, SIT)}
 #: the models of this process; `selftrans.models` is the group of entry points that other packages join by
 REGISTRY: Registry[ModelSpec] = Registry("model.name", MODELS, ModelSpec, "selftrans.models", lambda spec: spec.names)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from selftrans.config import Data, RunConfig, SampleConfig, Train, sections
+from selftrans.config import RunConfig, SampleConfig, Train, sections
 from selftrans.methods.self_transcendence import Stage1, Stage2
 from selftrans.models.mmdit import MMDiTConfig
 
@@ -11,7 +11,7 @@ def mmdit_coco() -> RunConfig:
     """MMDiT of 24 blocks and width 768, conditioned on text, on COCO at 256 pixels.
 
     Command: `selftrans train mmdit_coco --data DIR --out RUN`. The data are what `selftrans prepare` makes of the 82,783
-    training pictures of COCO 2014 and their captions with stabilityai/sd-vae-ft-mse and the text encoder of
+    training pictures of COCO 2014 and their captions with --autoencoder stabilityai/sd-vae-ft-mse --resolution 256 --text
     openai/clip-vit-large-patch14: latents 4x32x32, captions of 77x768 tokens; the null condition is the empty caption.
     Cost: stage 1 is 150k steps, stage 2 another 150k (464 epochs each) of batch 256, half the operations of SiT-XL/2 a step
     (121 GFLOP a forward pass of one picture); the teacher adds 44 % until step 50k. 14 + 16 EFLOP in all.
@@ -28,7 +28,6 @@ def mmdit_coco() -> RunConfig:
     return RunConfig(
         recipe="mmdit_coco",
         model=MMDiTConfig(name="MMDiT-B/2", zero_init=False),
-        data=Data(shape=(4, 32, 32)),
         sections=sections(
             Stage1(steps=150_000, block=4, timestep_range=None),
             Stage2(

@@ -1,14 +1,21 @@
 """MMDiT against diffusers' Stable Diffusion 3 in float64, its null condition, and the contract of a backbone."""
 
+import contextlib
 import copy
 import dataclasses
 import io
+import json
+import math
 
 import pytest
 import torch
 from diffusers import SD3Transformer2DModel
 from diffusers.models.attention import JointTransformerBlock
+from safetensors.torch import load_file, save_file
 
+from selftrans.checkpoints.format import KEY, read_header
+from selftrans.checkpoints.load import load_model
+from selftrans.data.dataset import Dataset
 from selftrans.flow import LINEAR, draw
 from selftrans.methods.guidance import Frozen
 from selftrans.methods.objective import Objective
@@ -17,8 +24,12 @@ from selftrans.models.compiling import compile_model
 from selftrans.models.mmdit import MMDIT_SIZES, JointBlock, MMDiT, MMDiTConfig, build
 from selftrans.train.ema import EMA
 from selftrans.train.flops import forward_flops, step_flops
+from selftrans.train.run import train
+from selftrans.train.signals import Interrupted, StopSignal
 from selftrans.types import MASK, TEXT, Batch, Conditions, map_cond
+from tests.support import captioned, toy
 from tests.support.diffusers_blocks import FixedCondition, copy_joint_block, copy_mmdit, randomised
+from tests.support.toy import quick  # noqa: F401 - a fixture
 
 WORDS = Conditions("text", tokens=5, width=6, encoder="an encoder", sha256="0" * 64)
 SIZES = {"width": 32, "depth": 3, "heads": 2, "patch": 2}
@@ -508,3 +519,55 @@ def test_settings_are_those_of_the_run_file():
     assert {f.name for f in dataclasses.fields(MMDiTConfig)} == {
         "name", "width", "depth", "heads", "patch", "qk_norm", "masked", "zero_init",
     }  # fmt: skip
+
+
+# ---- in a run
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """Both stages on pictures with captions."""
+    out = tmp_path_factory.mktemp("mmdit") / "run"
+    train(captioned.config(), out, quiet=True)
+    return out
+
+
+def test_both_stages_train_and_their_files_have_the_empty_caption(run):
+    data = Dataset.open(captioned.shared())
+    null = data.null()
+    for stage, term in {"stage1": "structure", "stage2": "self"}.items():
+        lines = toy.log(run, stage)
+        assert math.isfinite(lines[-1]["loss"]) and lines[0][term] > 0 and lines[-1]["tflops"] > 0
+        for weights in ("raw", "ema"):
+            model = load_model(run, stage=stage, weights=weights).model
+            assert isinstance(model, MMDiT) and model.conditions == data.manifest.conditions
+            assert all(torch.equal(part, null[name]) for name, part in model.null(null).items())
+    first, last = (load_model(run, stage=stage) for stage in ("stage1", "stage2"))
+    assert not torch.equal(*(found.model.context_embedder.weight for found in (first, last)))
+    assert last.config.model == MMDiTConfig(width=32, depth=3, heads=2, zero_init=False)
+
+
+def test_interrupted_run_equals_uninterrupted(run, tmp_path, monkeypatch):
+    for at in (3, 7):  # number of the call, over both stages
+        calls = []
+        monkeypatch.setattr(StopSignal, "asked", lambda *_, calls=calls, at=at: calls.append(0) or len(calls) == at)
+        with contextlib.suppress(Interrupted):
+            train(captioned.config(), tmp_path / "run", quiet=True)
+    monkeypatch.undo()
+    train(captioned.config(), tmp_path / "run", quiet=True)
+    toy.assert_same_run(run, tmp_path / "run")
+
+
+def test_recomputing_and_data_on_the_device_change_no_number(run, tmp_path):
+    train(captioned.config({"train.recompute": True, "data.on_device": True}), tmp_path / "run", quiet=True)
+    toy.assert_same(toy.tensors(run), toy.tensors(tmp_path / "run"))
+
+
+def test_a_file_whose_text_is_of_another_size_is_refused(run, tmp_path):
+    copied = toy.copy(run, tmp_path / "run")
+    file = toy.checkpoint(copied) / "ema.safetensors"
+    header = read_header(file)
+    header["conditions"]["width"] += 1
+    save_file(load_file(file), file, metadata={KEY: json.dumps(header)})
+    with pytest.raises(ValueError, match=r"context_embedder.weight is \(32, 16\), its header describes \(32, 17\)"):
+        load_model(file)

@@ -6,13 +6,14 @@ import torch
 from selftrans.models.registry import MODELS, find
 from selftrans.types import Backbone, Conditions, cat_cond, map_cond
 
-#: families whose condition is text
-OF_TEXT = {"mmdit"}
+#: families that are conditioned on text alone
+OF_TEXT = {"mmdit", "diffusers-pixart", "diffusers-sd3", "diffusers-flux"}
+TEXTS = Conditions("text", tokens=7, width=48)
 
 
-def check_shape(null, cond):
-    assert null.shape == cond.shape and null.dtype == cond.dtype
-    return null
+def same_shape(given, null):
+    assert null.shape == given.shape and null.dtype == given.dtype
+    return given
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -21,15 +22,14 @@ def test_every_family_builds_a_backbone(name):
     assert family is MODELS[name]
     config = family.Config()
     config.check()
-    conditions = Conditions("text", tokens=77, width=768) if name in OF_TEXT else Conditions("labels", 10)
-    one = conditions.example()
     with torch.device("meta"):
+        conditions = TEXTS if name in OF_TEXT else Conditions("labels", 10)
         model = family.build(config, (4, 32, 32), conditions)
-        x, t, cond = torch.empty(2, 4, 32, 32), torch.empty(2), map_cond(lambda c: c.to("meta"), cat_cond(one, one))
+        x, t, cond = torch.empty(2, 4, 32, 32), torch.empty(2), cat_cond(*[conditions.example()] * 2)
         out = model(x, t, cond, taps=(model.depth,))
-        model.use_null(map_cond(lambda c: c.to("meta"), one))
-        assert model.patchify(x).shape[:2] == (2, model.tokens)
-        map_cond(check_shape, model.null(cond), cond)
+        assert model.patchify(x).shape[:2] == (2, model.tokens) and model.conditions == conditions
+        model.use_null(conditions.example())
+        map_cond(same_shape, cond, model.null(cond))
     assert isinstance(model, Backbone) and model.depth == config.blocks()
     assert out.v.shape == x.shape and out.feats[model.depth].shape == (2, model.tokens, model.width)
 
