@@ -134,6 +134,7 @@ COVERED_BY = {
     "models/dit_published": "unit/models/test_dit.py",
     "recipes/cifar10": "unit/recipes/test_recipes.py",
     "recipes/digits": "unit/recipes/test_recipes.py",
+    "recipes/digits_t2i": "unit/recipes/test_recipes.py",
     "recipes/imagefolder": "unit/recipes/test_recipes.py",
     "recipes/imagenet": "unit/recipes/test_recipes.py",
     "recipes/mmdit_coco": "unit/recipes/test_recipes.py",

@@ -1,14 +1,19 @@
 """Prompt control: correlations against scipy, what a perfect and an indifferent sampler score, and a run from end to end."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from scipy import stats
 
+from selftrans.checkpoints.load import load_model
+from selftrans.data.prepare import BUILT_IN, prepare
 from selftrans.data.sources.digit_attributes import ATTRIBUTES
 from selftrans.data.sources.digit_captions import RESERVED, TRAINED
 from selftrans.evaluate.classifier import digits
 from selftrans.experiments.prompt_control import (
     Measured,
+    PromptControl,
     Scans,
     _ranks,
     asked,
@@ -17,6 +22,9 @@ from selftrans.experiments.prompt_control import (
     pooled,
     summary,
 )
+from selftrans.recipes import recipe
+from selftrans.sampling.images import Sampler
+from selftrans.train.run import train
 
 
 class NearestMean:
@@ -100,3 +108,30 @@ def test_pooled_runs_are_one_set(scans):
     few = Measured(*(part[:50] for part in scans.bound()))
     both = pooled([few, few])
     assert both.value.shape == (100, len(ATTRIBUTES)) and summary(both)["digit"][0] == summary(few)["digit"][0]
+
+
+def test_a_run_is_sampled_from_prompts_and_measured_once(tmp_path, scans):
+    prepare("digits_t2i", tmp_path / "data", text=replace(BUILT_IN["digits_t2i"], store="ids"), progress=False)
+    changes = {"method": "vanilla", "data.path": str(tmp_path / "data"), "train.steps": 2, "train.batch_size": 8}
+    small = {"model.width": 32, "model.depth": 2, "train.preview_every": 0, "sample.steps": 2}
+    train(recipe("digits_t2i").override(changes | small).restricted(), tmp_path / "run", quiet=True)
+    control = PromptControl(scans, tmp_path / "measured", images=20)
+    measured, record = control.measure(tmp_path / "run", "reserved", 2.0)
+    assert measured.digit.tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 8, 9] * 2 and measured.value.shape == (
+        20,
+        len(ATTRIBUTES),
+    )
+    assert (record["step"], record["guidance_scale"], record["num"]) == (2, 2.0, 20) and record["distance"] > 0
+    (file,) = (tmp_path / "measured").iterdir()
+    begun = file.stat().st_mtime_ns
+    again, same = control.measure(tmp_path / "run", "reserved", 2.0)
+    assert same == record and file.stat().st_mtime_ns == begun
+    for one, other in zip(measured, again, strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-4)
+    settings = replace(load_model(tmp_path / "run").config.sample, num=3, seed=1, guidance_scale=2.0)
+    sampler = Sampler.of(load_model(tmp_path / "run"), replace(settings, prompts=asked(RESERVED, 20).texts))
+    images = next(iter(sampler.sample())).images
+    alone = scans.measured(images, measured.digit[:3], measured.level[:3])
+    np.testing.assert_allclose(alone.value, measured.value[:3], atol=0.2)  # a grey value may round to the next
+    file.write_text("{")
+    assert control.measure(tmp_path / "run", "reserved", 2.0)[1] == record

@@ -6,6 +6,7 @@ import re
 import numpy as np
 import pytest
 
+from selftrans.data.sources.captions import CaptionSource
 from selftrans.data.sources.digit_attributes import ATTRIBUTES, attributes, levels
 from selftrans.data.sources.digit_captions import (
     CAPTIONS,
@@ -17,6 +18,7 @@ from selftrans.data.sources.digit_captions import (
     prompts,
     sentence,
 )
+from selftrans.data.sources.open_source import open_source
 
 
 @pytest.fixture(scope="module")
@@ -114,3 +116,15 @@ def test_sentences_are_english(described, expected):
     for text in texts:
         assert "{" not in text and "  " not in text and text == text.strip()
         assert not re.search(r"\ba (8|eight)|\ban (?!8|eight)", text), text
+
+
+def test_the_source_has_captions_in_place_of_labels(scans, trained):
+    source = open_source("digits_t2i", captions=CaptionSource())
+    assert list(source.captions) == trained and source.classes == () and not source.labels.any() and not source.faults
+    np.testing.assert_array_equal(source.read(7)[..., 0], scans[0][7])
+    assert source.fingerprint != open_source("digits").fingerprint
+
+
+def test_without_a_text_encoder_the_remedy_is_named():
+    with pytest.raises(ValueError, match="digits_t2i are pictures with captions; add --text minilm"):
+        open_source("digits_t2i")
