@@ -51,6 +51,7 @@ SHOWN = (
     "draw a bold numeral seven, tilted to the right",
 )
 COLUMNS = 12  #: samples of each
+POINTS = (1, 2, 4)  #: of the five checkpoints of a run, those that are measured: after 2/5, 3/5 and all of its steps
 
 
 def main() -> None:
@@ -61,7 +62,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int)
     parser.add_argument("--images", type=int, default=1000)
     parser.add_argument("--scales", type=float, nargs="+", default=[1.0, 2.0, 4.0])
-    parser.add_argument("--along", type=float, default=2.0, help="scale at which every checkpoint is measured")
+    parser.add_argument("--along", type=float, default=2.0, help="scale at which checkpoints along a run are measured")
     parser.add_argument("--threads", type=int)
     options = parser.parse_args()
     if options.threads:
@@ -91,9 +92,10 @@ def main() -> None:
 
 
 def checkpoints(run: Path) -> list[Path]:
-    """The checkpoints of a run's last stage, oldest first."""
+    """The checkpoints of a run's last stage that are measured, oldest first."""
     stage = json.loads((run / "run.json").read_text())["stages"][-1]["stage"]
-    return [folder for _, folder in checkpoint.steps(run / stage / "checkpoints")]
+    held = [folder for _, folder in checkpoint.steps(run / stage / "checkpoints")]
+    return [held[k] for k in POINTS if k < len(held)]
 
 
 def measure(control: PromptControl, run: Path, scales: list[float], along: float) -> None:
@@ -117,7 +119,7 @@ def final(control: PromptControl, chosen: Comparison, scales: list[float]) -> li
 
 
 def along(control: PromptControl, chosen: Comparison, scale: float) -> list[dict[str, Any]]:
-    """A row per method and checkpoint, in the wording of training."""
+    """A row per method and measured checkpoint, in the wording of training."""
     rows = []
     for name in chosen.variants:
         of_seeds = zip(*(checkpoints(chosen.run((name, seed))) for seed in chosen.seeds), strict=True)
