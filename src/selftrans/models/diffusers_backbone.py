@@ -23,8 +23,8 @@ from torch import Tensor, nn
 
 from selftrans.flow import LINEAR, PATHS
 from selftrans.models.dit import from_noise, log_ratios, to_schedule
+from selftrans.models.label_transformer import LARGEST
 from selftrans.models.layers import unpatchify
-from selftrans.models.sit import LARGEST
 from selftrans.models.spec import ModelConfig
 from selftrans.types import MASK, TEXT, Backbone, Cond, Conditions, Output
 

@@ -28,8 +28,8 @@ from selftrans.models.diffusers_backbone import (
     unrounded,
 )
 from selftrans.models.diffusers_sd3 import check_pooled
+from selftrans.models.label_transformer import LARGEST
 from selftrans.models.lightning import RMSNorm
-from selftrans.models.sit import LARGEST
 from selftrans.models.text_null import TextNull
 from selftrans.types import TEXT, Cond, Conditions
 

@@ -7,13 +7,13 @@ so the network is asked for the noise at that x_k and k, and its answer is turne
     z0 = (x_k - sqrt(1 - abar_k) noise) / sqrt(abar_k)        v = alpha' z0 + sigma' noise
 k lies between two steps; the logarithm of the noise-to-signal ratio is interpolated (as in k-diffusion). The path is not the
 network's own: the same weights serve both paths. So it is no setting of the model; the run's `train.path` sets it (`use_path`).
-Shape legend: N batch, (C, H, W) latent.
+Shape legend: N batch, (C, *S) latent.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,7 +36,7 @@ DIT_SIZES = {
 class DiTConfig(SiTConfig):
     """A DiT: SiT's network, which predicts noise. For released weights; a student from scratch learns better as SiT."""
 
-    published: ClassVar[dict[str, dict[str, int]]] = DIT_SIZES
+    published = DIT_SIZES
 
     name: str = "DiT-S/2"
     """published size, DiT-{S,B,L,XL}/{2,4,8}"""
@@ -47,16 +47,10 @@ class DiTConfig(SiTConfig):
 
 
 def build(config: DiTConfig, shape: tuple[int, ...], conditions: Conditions) -> DiT:
-    """A freshly initialised DiT for latents (C, H, W). ValueError for other latents, and for text."""
-    if conditions.kind == "text":
-        raise ValueError(f"{config.name} is conditioned on labels or on nothing; the data have text")
-    return DiT(
-        shape,
-        conditions.num_classes,
-        qk_norm=config.qk_norm,
-        learn_sigma=config.learn_sigma,
-        **config.sizes(),  # type: ignore[arg-type]
-    )
+    """A freshly initialised DiT for latents (C, *S). ValueError for shapes that it cannot take, and for text."""
+    sizes: dict[str, Any] = {**config.sizes(), "patch_frames": config.patch_frames}
+    classes = config.num_classes(conditions)
+    return DiT(shape, classes, qk_norm=config.qk_norm, learn_sigma=config.learn_sigma, **sizes)
 
 
 def log_ratios() -> Tensor:
@@ -83,17 +77,18 @@ def velocity(path: Path, x: Tensor, noise: Tensor, ratio: Tensor, t: Tensor) -> 
 
 
 def to_schedule(path: Path, x: Tensor, t: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
-    """A point x (N, C, H, W) of our path at t (N,) => (the schedule's x_k, (N,) its step k). `table`: see `log_ratios`."""
+    """A point x (N, C, *S) of our path at t (N,) => (the schedule's x_k, (N,) its step k). `table`: see `log_ratios`."""
     alpha, sigma = path.alpha(t).clamp(min=0), path.sigma(t)  # rounded, the cosine of pi / 2 is negative
     step = timestep(torch.log(sigma / alpha).to(table.dtype), table)
-    return x * torch.rsqrt(alpha.square() + sigma.square()).view(-1, 1, 1, 1), step
+    return x * torch.rsqrt(alpha.square() + sigma.square()).view(-1, *[1] * (x.dim() - 1)), step
 
 
 def from_noise(path: Path, scaled: Tensor, noise: Tensor, t: Tensor, table: Tensor) -> Tensor:
-    """Velocity of our path at t (N,), from the network's noise (N, C, H, W) at `scaled`, which `to_schedule` gave."""
+    """Velocity of our path at t (N,), from the network's noise (N, C, *S) at `scaled`, which `to_schedule` gave."""
     ratio = path.sigma(t) / path.alpha(t).clamp(min=0)
-    ratio = torch.minimum(ratio, table[-1].exp().to(t.dtype)).view(-1, 1, 1, 1)
-    return velocity(path, scaled, noise.to(scaled.dtype), ratio, t.view(-1, 1, 1, 1))
+    column = (-1, *[1] * (scaled.dim() - 1))  # a number of each sample, to broadcast over the latent
+    ratio = torch.minimum(ratio, table[-1].exp().to(t.dtype)).view(column)
+    return velocity(path, scaled, noise.to(scaled.dtype), ratio, t.view(column))
 
 
 class DiT(SiT):

@@ -8,13 +8,15 @@ those of REPA's code. Shape legend: N batch, T latent tokens, L text tokens of E
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from selftrans.models.label_transformer import SizedConfig
 from selftrans.models.layers import (
     FinalLayer,
     Mlp,
@@ -25,8 +27,6 @@ from selftrans.models.layers import (
     unpatchify,
 )
 from selftrans.models.lightning import RMSNorm
-from selftrans.models.sit import chosen_sizes
-from selftrans.models.spec import ModelConfig
 from selftrans.models.text_null import TextNull
 from selftrans.types import MASK, TEXT, Backbone, Cond, Conditions, Output
 
@@ -42,35 +42,19 @@ MLP_RATIO = 4
 
 
 @dataclass(frozen=True)
-class MMDiTConfig(ModelConfig):
+class MMDiTConfig(SizedConfig):
     """An MMDiT. A field left at None comes from the size `name`; the published model is MMDiT-B/2."""
+
+    published: ClassVar[Mapping[str, Mapping[str, int]]] = MMDIT_SIZES
 
     name: str = "MMDiT-B/2"
     """size, MMDiT-{S,B}/{1,2,4}"""
-    width: int | None = None
-    """channels of a token, of text and latent alike"""
-    depth: int | None = None
-    """number of joint blocks"""
-    heads: int | None = None
-    """attention heads; with a width of your own, None means one per 64 channels"""
-    patch: int | None = None
-    """side of a latent token in latent pixels"""
     qk_norm: bool = False
     """RMSNorm on queries and keys, as in Stable Diffusion 3.5; the published model has none"""
     masked: bool = False
     """attention ignores the padding of captions; the published model attends to all tokens of the text encoder"""
     zero_init: bool = True
     """adaLN-Zero: Xavier weights, zero gates and output; False: torch's own initialisation, as the published code has it"""
-
-    def sizes(self) -> dict[str, int]:
-        """Constructor arguments width, depth, heads, patch. ValueError for an unknown name or a size out of range."""
-        return chosen_sizes(self, MMDIT_SIZES)
-
-    def check(self) -> None:
-        self.sizes()
-
-    def blocks(self) -> int:
-        return self.sizes()["depth"]
 
 
 def build(config: MMDiTConfig, shape: tuple[int, ...], conditions: Conditions) -> MMDiT:
@@ -119,9 +103,9 @@ class Stream(nn.Module):
         return self.attn(modulate(self.norm1(x), shift, scale)), rest
 
     def leave(self, x: Tensor, mixed: Tensor, rest: list[Tensor]) -> Tensor:
-        """x (N, T, D) after attention brought `mixed` (N, T, D); unchanged if nothing reads it any more."""
+        """x (N, T, D) after attention brought `mixed` (N, T, D); empty (0,) if nothing reads it any more."""
         if self.mlp is None or self.attn.proj is None:
-            return x
+            return x.new_empty(0)
         gate1, shift2, scale2, gate2 = rest
         x = x + gate1.unsqueeze(dim=1) * self.attn.proj(mixed)
         return x + gate2.unsqueeze(dim=1) * self.mlp(modulate(self.norm2(x), shift2, scale2))
@@ -149,7 +133,7 @@ class JointBlock(nn.Module):
     def forward(self, context: Tensor, x: Tensor, c: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """context (N, L, D), x (N, T, D), c (N, D), mask (N, 1, 1, L + T) or None -> context, x.
 
-        The context of the last block, and of the last one kept of a truncated model, is returned as it came.
+        The last block, and the last one kept of a truncated model, returns no context but an empty tensor (0,).
         """
         of_context, context_rest = self.context_block.enter(context, c)
         of_x, x_rest = self.x_block.enter(x, c)
@@ -196,9 +180,7 @@ class MMDiT(TextNull, Backbone):
         self.x_embedder = PatchEmbed(channels, patch, width)
         self.t_embedder = TimestepEmbedder(width)
         self.context_embedder = nn.Linear(conditions.width, width)
-        rows, columns = self.grid
-        square = sincos_positions(width, max(rows, columns)).view(max(rows, columns), max(rows, columns), width)
-        self.register_buffer("pos_embed", square[:rows, :columns].reshape(1, -1, width), persistent=False)
+        self.register_buffer("pos_embed", sincos_positions(width, self.grid)[None], persistent=False)
         self.joint_blocks = nn.ModuleList(JointBlock(width, heads, qk_norm=qk_norm) for _ in range(depth))
         self._end_context()
         self.final_layer: FinalLayer | None = FinalLayer(width, patch * patch * channels)
@@ -220,8 +202,7 @@ class MMDiT(TextNull, Backbone):
             if stop and len(feats) == len(set(taps)):
                 return Output(None, feats)
         assert self.final_layer is not None, "a truncated model has no velocity; call it with stop=True"
-        grid = (self.grid[0], self.grid[1])
-        return Output(unpatchify(self.final_layer(tokens, c), self.patch, self.shape[0], grid), feats)
+        return Output(unpatchify(self.final_layer(tokens, c), self.patch, self.shape[0], self.grid), feats)
 
     def _attended(self, mask: Tensor) -> Tensor:
         """(N, L) -> (N, 1, 1, L + T): which tokens every query attends to; latent tokens always."""

@@ -75,7 +75,7 @@ def test_joint_block_equals_diffusers_in_float64(qk_norm, last):
         found, expected = ours(context, x, c), theirs(x, context, c)
     assert (found[1] - x).abs().max() > 0.1 and (found[1] - expected[1]).abs().max() < 1e-10
     if last:
-        assert expected[0] is None and torch.equal(found[0], context)
+        assert expected[0] is None and found[0].numel() == 0
     else:
         assert (found[0] - context).abs().max() > 0.1 and (found[0] - expected[0]).abs().max() < 1e-10
 
