@@ -76,7 +76,8 @@ class Train(Section):
     path: str = "linear"
     """probability path: linear or cosine"""
     times: str = "systematic"
-    """timestep sampler: systematic (evenly spread over the batch), uniform (independent) or lognormal"""
+    """timestep sampler: systematic (evenly spread over the batch), uniform (independent), lognormal (EDM's) or
+    logitnormal (SD3's and LightningDiT's)"""
     precision: Literal["fp32", "bf16", "fp16"] = setting("fp32", resume="consent")
     compile: bool | None = setting(None, resume="free")
     """torch.compile each block; None: on a GPU"""

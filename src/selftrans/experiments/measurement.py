@@ -81,7 +81,7 @@ def stored_conditions(dataset: Dataset, sample: SampleConfig) -> Conditioning:
     """Labels as `sample` says; of data with captions, these, whose tokens are stored: no encoder is needed."""
     conditions = dataset.manifest.conditions
     if conditions.kind == "text":
-        return captions_of(dataset, conditions, sample.seed)
+        return captions_of(dataset, conditions, sample.seed, device=default_device())
     return LabelConditioning(conditions, sample.labels, sample.seed)
 
 

@@ -17,6 +17,7 @@ from selftrans.checkpoints import format as checkpoint
 from selftrans.checkpoints.load import LoadedModel, Weights, load_model
 from selftrans.data.dataset import Dataset, Manifest
 from selftrans.data.sources.npz import npz_labels
+from selftrans.device import default_device
 from selftrans.experiments.image_files import open_images
 from selftrans.experiments.reference import must_exist, training_data
 from selftrans.sampling.conditioning import CaptionConditioning, captions_of
@@ -106,7 +107,7 @@ def _captions(path: Path, loaded: LoadedModel, reference: str | Path, seed: int)
         reference = training_data(path, loaded, remedy=remedy)
         if not (Path(reference) / "manifest.json").exists():
             raise ValueError(f"the training data {reference} are not there; {remedy}")
-    return captions_of(Dataset.open(reference), loaded.model.conditions, seed)
+    return captions_of(Dataset.open(reference), loaded.model.conditions, seed, device=default_device())
 
 
 def is_model(path: Path) -> bool:

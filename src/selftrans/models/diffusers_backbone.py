@@ -13,6 +13,7 @@ Shape legend: N batch, T tokens, D width, L text tokens of E channels, (C, H, W)
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -23,14 +24,16 @@ from torch import Tensor, nn
 
 from selftrans.flow import LINEAR, PATHS
 from selftrans.models.dit import from_noise, log_ratios, to_schedule
-from selftrans.models.label_transformer import LARGEST
 from selftrans.models.layers import unpatchify
+from selftrans.models.patch_transformer import LARGEST
 from selftrans.models.spec import ModelConfig
 from selftrans.types import MASK, TEXT, Backbone, Cond, Conditions, Output
 
 TIMES = 1000.0  #: of diffusers' embeddings, per unit of our time
 Prediction = Literal["v", "noise"]
 Pooled = Literal["mean", "none"]
+#: settings of the models that are whole numbers above zero
+COUNTS = {"layers", "heads", "head_dim", "patch", "sample_size", "positions", "pooled_width", "pixels"}
 
 
 @dataclass(frozen=True)
@@ -47,9 +50,10 @@ class DiffusersConfig(ModelConfig):
     """side of a token in latent pixels"""
 
     def check(self) -> None:
-        for key in ("layers", "heads", "head_dim", "patch"):
-            if not 1 <= getattr(self, key) <= LARGEST:
-                raise ValueError(f"model.{key} must be from 1 to {LARGEST}, not {getattr(self, key)}")
+        for each in dataclasses.fields(self):
+            value = getattr(self, each.name)
+            if each.name in COUNTS and value is not None and not 1 <= value <= LARGEST:
+                raise ValueError(f"model.{each.name} must be from 1 to {LARGEST}, not {value}")
 
     def blocks(self) -> int:
         return self.layers

@@ -28,10 +28,12 @@ from selftrans.models.diffusers_backbone import (
     unrounded,
 )
 from selftrans.models.diffusers_sd3 import check_pooled
-from selftrans.models.label_transformer import LARGEST
 from selftrans.models.lightning import RMSNorm
+from selftrans.models.patch_transformer import LARGEST
 from selftrans.models.text_null import TextNull
 from selftrans.types import TEXT, Cond, Conditions
+
+GUIDANCE = 3.5  #: guidance scale that a distilled model is asked for; diffusers' default
 
 
 @dataclass(frozen=True)
@@ -115,7 +117,7 @@ class DiffusersFlux(TextNull, DiffusersBackbone):
         net: a FluxTransformer2DModel whose in_channels are C * patch².
         shape: (C, H, W) of a latent.
         conditions: of kind text.
-        guidance: value for the embedding of the guidance scale, if `net` has one (None: 3.5, diffusers' default).
+        guidance: value for the embedding of the guidance scale, if `net` has one (None: `GUIDANCE`).
         pooled: what takes the place of the pooled vector, see `pooled_text`.
     """
 
@@ -141,7 +143,7 @@ class DiffusersFlux(TextNull, DiffusersBackbone):
         self.keep_null(conditions)
         self.pooled, self.pooled_width = pooled, settings.pooled_projection_dim
         check_pooled(pooled, self.pooled_width, conditions)
-        self.guidance = (3.5 if guidance is None else guidance) if settings.guidance_embeds else None
+        self.guidance = (GUIDANCE if guidance is None else guidance) if settings.guidance_embeds else None
         for part in self.net.modules():
             if type(part) is nn.RMSNorm:
                 part.__class__ = RMSNorm  # in autocast torch's has no fused kernel, and warns

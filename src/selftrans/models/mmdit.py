@@ -3,11 +3,12 @@ tokens and latent tokens, each with weights of their own, meet in joint attentio
 
 As REPA trains it for text-to-image: time alone modulates (no pooled text vector), and positions are fixed. Parameter names are
 those of REPA's code. Shape legend: N batch, T latent tokens, L text tokens of E channels, D width, h heads of d channels,
-(C, H, W) latent.
+(C, *S) latent.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -16,19 +17,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from selftrans.models.label_transformer import SizedConfig
 from selftrans.models.layers import (
     FinalLayer,
     Mlp,
-    PatchEmbed,
     TimestepEmbedder,
     modulate,
-    sincos_positions,
-    unpatchify,
 )
 from selftrans.models.lightning import RMSNorm
+from selftrans.models.patch_transformer import PatchTransformer, SizedConfig
 from selftrans.models.text_null import TextNull
-from selftrans.types import MASK, TEXT, Backbone, Cond, Conditions, Output
+from selftrans.types import MASK, TEXT, Cond, Conditions, Output
 
 #: width, depth, heads. Published: B (REPA, appendix on text-to-image), with patches of 2. S is half as wide and half as deep
 SIZES = {"S": (384, 12, 12), "B": (768, 24, 24)}
@@ -58,13 +56,13 @@ class MMDiTConfig(SizedConfig):
 
 
 def build(config: MMDiTConfig, shape: tuple[int, ...], conditions: Conditions) -> MMDiT:
-    """A freshly initialised MMDiT for latents (C, H, W). ValueError for other latents, and unless the data have text."""
+    """A freshly initialised MMDiT for latents (C, *S). ValueError for sizes that do not fit, and unless the data have text."""
     if conditions.kind != "text":
         raise ValueError(
             f"{config.name} is conditioned on text; the data have {conditions}; choose a model.name of SiT, DiT or LightningDiT"
         )
     options: dict[str, Any] = {**config.sizes()}
-    options |= {key: getattr(config, key) for key in ("qk_norm", "masked", "zero_init")}
+    options |= {key: getattr(config, key) for key in ("patch_frames", "qk_norm", "masked", "zero_init")}
     return MMDiT(shape, conditions, **options)
 
 
@@ -143,11 +141,11 @@ class JointBlock(nn.Module):
         return self.context_block.leave(context, to_context, context_rest), self.x_block.leave(x, to_x, x_rest)
 
 
-class MMDiT(TextNull, Backbone):
+class MMDiT(TextNull, PatchTransformer):
     """A diffusion transformer conditioned on text: {"text": (N, L, E), "mask": (N, L) bool}.
 
     Args:
-        shape: (C, H, W) of a latent, H and W multiples of `patch`; the published model has H == W.
+        shape: (C, *S) of a latent, as `PatchTransformer.cut` takes it; the published model takes squares.
         conditions: of kind text; L and E are `tokens` and `width`.
         qk_norm, masked, zero_init: see `MMDiTConfig`.
     Raises ValueError when the sizes do not fit each other.
@@ -164,36 +162,30 @@ class MMDiT(TextNull, Backbone):
         depth: int,
         heads: int,
         patch: int,
+        patch_frames: int = 1,
         qk_norm: bool = False,
         masked: bool = False,
         zero_init: bool = True,
     ) -> None:
         super().__init__()
-        if len(shape) != 3:
-            raise ValueError(f"MMDiT takes latents of pictures (C, H, W), not {tuple(shape)}; choose another model")
         self.keep_null(conditions)
-        channels, height, side = shape
-        if height % patch or side % patch:
-            raise ValueError(f"a latent of {height}x{side} does not divide into patches of {patch}; change model.patch")
-        self.shape, self.grid, self.conditions = tuple(shape), (height // patch, side // patch), conditions
-        self.width, self.depth, self.patch, self.masked = width, depth, patch, masked
-        self.x_embedder = PatchEmbed(channels, patch, width)
+        self.cut(shape, width=width, patch=patch, patch_frames=patch_frames)
+        self.conditions, self.depth, self.masked = conditions, depth, masked
         self.t_embedder = TimestepEmbedder(width)
         self.context_embedder = nn.Linear(conditions.width, width)
-        self.register_buffer("pos_embed", sincos_positions(width, self.grid)[None], persistent=False)
         self.joint_blocks = nn.ModuleList(JointBlock(width, heads, qk_norm=qk_norm) for _ in range(depth))
         self._end_context()
-        self.final_layer: FinalLayer | None = FinalLayer(width, patch * patch * channels)
+        self.final_layer = FinalLayer(width, math.prod(self.cells) * shape[0])
         if zero_init:
             initialise(self)
 
     def forward(self, x: Tensor, t: Tensor, cond: Cond, *, taps: tuple[int, ...] = (), stop: bool = False) -> Output:
-        """x (N, C, H, W), t (N,), text and mask -> velocity (N, C, H, W) and the latent tokens after blocks `taps`."""
+        """x (N, C, *S), t (N,), text and mask -> velocity (N, C, *S) and the latent tokens after blocks `taps`."""
         assert isinstance(cond, dict) and all(1 <= k <= self.depth for k in taps)
-        tokens = self.x_embedder(x.to(self.x_embedder.proj.weight.dtype)) + self.pos_embed  # (N, T, D)
+        tokens, grid = self.embed(x)  # (N, T, D)
         context = self.context_embedder(cond[TEXT].to(self.context_embedder.weight.dtype))  # (N, L, D)
         c = self.t_embedder(t)  # (N, D)
-        masks = (self._attended(cond[MASK]),) if self.masked else ()
+        masks = (self._attended(cond[MASK], tokens.shape[1]),) if self.masked else ()
         feats: dict[int, Tensor] = {}
         for k, block in enumerate(self.joint_blocks, start=1):
             context, tokens = self.run_block(block, context, tokens, c, *masks)
@@ -201,16 +193,11 @@ class MMDiT(TextNull, Backbone):
                 feats[k] = tokens
             if stop and len(feats) == len(set(taps)):
                 return Output(None, feats)
-        assert self.final_layer is not None, "a truncated model has no velocity; call it with stop=True"
-        return Output(unpatchify(self.final_layer(tokens, c), self.patch, self.shape[0], self.grid), feats)
+        return Output(self.velocity(tokens, c, grid), feats)
 
-    def _attended(self, mask: Tensor) -> Tensor:
+    def _attended(self, mask: Tensor, tokens: int) -> Tensor:
         """(N, L) -> (N, 1, 1, L + T): which tokens every query attends to; latent tokens always."""
-        return F.pad(mask, (0, self.tokens), value=True)[:, None, None, :]
-
-    def patchify(self, x: Tensor) -> Tensor:
-        """(N, C, H, W) -> (N, T, C patch²), row by row; inside a token: channel, row, column."""
-        return F.unfold(x, kernel_size=self.patch, stride=self.patch).transpose(1, 2)
+        return F.pad(mask, (0, tokens), value=True)[:, None, None, :]
 
     def repeated(self) -> list[nn.Module]:
         return list(self.joint_blocks)

@@ -5,10 +5,7 @@ from __future__ import annotations
 from typing import get_args
 
 from selftrans.models import (
-    diffusers_dit,
-    diffusers_flux,
-    diffusers_pixart,
-    diffusers_sd3,
+    diffusers_published,
     dit,
     dit_published,
     lightning,
@@ -47,15 +44,21 @@ LIGHTNING = ModelSpec(
     lightning_published.read,
 )
 MMDIT = ModelSpec("mmdit", mmdit.MMDiTConfig, mmdit.build, tuple(mmdit.MMDIT_SIZES))
-DIFFUSERS = (
-    ModelSpec("diffusers-dit", diffusers_dit.DiffusersDiTConfig, diffusers_dit.build),
-    ModelSpec("diffusers-pixart", diffusers_pixart.DiffusersPixArtConfig, diffusers_pixart.build),
-    ModelSpec("diffusers-sd3", diffusers_sd3.DiffusersSD3Config, diffusers_sd3.build),
-    ModelSpec("diffusers-flux", diffusers_flux.DiffusersFluxConfig, diffusers_flux.build),
+DIFFUSERS = tuple(
+    ModelSpec(
+        name,
+        family.Config,
+        family.module.build,
+        layouts=diffusers_published.LAYOUTS,
+        reader=diffusers_published.reader(name),
+        conventions=("diffusers",),
+    )
+    for name, family in diffusers_published.FAMILIES.items()
 )
 
-#: the built-in families of models; published files are offered to them in this order: LightningDiT's reader leaves files with
-#: SiT's names, DiT's those without evidence of DiT, and SiT's reader refuses what it does not know
+#: the built-in families of models; published files are offered to them in this order: those of diffusers take files with its
+#: config.json next to them, LightningDiT's reader leaves files with SiT's names, DiT's those without evidence of DiT, and SiT's
+#: reader refuses what it does not know
 MODELS: dict[str, ModelSpec] = {spec.name: spec for spec in (MMDIT, *DIFFUSERS, LIGHTNING, DIT, SIT)}
 #: the models of this process; `selftrans.models` is the group of entry points that other packages join by
 REGISTRY: Registry[ModelSpec] = Registry("model.name", MODELS, ModelSpec, "selftrans.models", lambda spec: spec.names)

@@ -11,6 +11,7 @@ from selftrans.recipes.digits import digits
 from selftrans.recipes.digits_t2i import digits_t2i
 from selftrans.recipes.imagefolder import imagefolder
 from selftrans.recipes.imagenet import sit_imagenet, sit_imagenet_b2, sit_imagenet_l2, sit_imagenet_s2, sit_imagenet_xl2
+from selftrans.recipes.imagenet_lightning import lightningdit_imagenet_b1, lightningdit_imagenet_xl1
 from selftrans.recipes.mmdit_coco import mmdit_coco
 from selftrans.sections import fields_of
 from selftrans.suggest import nearest
@@ -25,6 +26,8 @@ RECIPES: dict[str, Callable[[], RunConfig]] = {
     "sit_imagenet_b2": sit_imagenet_b2,
     "sit_imagenet_l2": sit_imagenet_l2,
     "sit_imagenet_xl2": sit_imagenet_xl2,
+    "lightningdit_imagenet_b1": lightningdit_imagenet_b1,
+    "lightningdit_imagenet_xl1": lightningdit_imagenet_xl1,
     "mmdit_coco": mmdit_coco,
 }
 

@@ -101,13 +101,15 @@ class PromptConditioning:
 
 
 class CaptionConditioning:
-    """Captions stored with prepared data, one of each row, so that no encoder is needed: see `_chosen`.
+    """Captions stored with prepared data, one of each row; no encoder is needed, unless ids are stored: see `_chosen`.
 
     The label of an image is the row of its caption.
     """
 
-    def __init__(self, dataset: Dataset, seed: int = 0) -> None:
-        self.dataset, self.seed = dataset, seed
+    def __init__(self, dataset: Dataset, seed: int = 0, device: torch.device | str = "cpu") -> None:
+        """`device`: where stored ids are encoded."""
+        self.dataset, self.seed, self.device = dataset, seed, device
+        self._stored = [name for name in dataset.names if name not in ("moments", "features")]
         self._order = np.random.default_rng(0).permutation(len(dataset))
         self.described: dict[str, Any] = {
             "captions": str(dataset.path),
@@ -116,7 +118,7 @@ class CaptionConditioning:
 
     def of(self, indices: np.ndarray) -> tuple[Cond, np.ndarray]:
         rows, which, _ = self._chosen(indices)
-        return self.dataset.text(rows, which), rows
+        return self.dataset.condition(self.dataset.read(rows, self._stored, which), self.device), rows
 
     def texts(self, indices: np.ndarray) -> list[str] | None:
         return self._chosen(indices)[2]
@@ -170,6 +172,8 @@ def encoder_of(conditions: Conditions, name: str | None, device: torch.device | 
     found, remedy = name or conditions.encoder, "give the one that prepared the data with --text-encoder PATH"
     if not found:
         raise ValueError(f"the model does not name its text encoder; {remedy}")
+    if Path(found).is_absolute() and not Path(found).exists():  # its name would be searched for on the hub
+        raise ValueError(f"the text encoder {printable(found)} of this model is not there; {remedy}")
     try:
         encoder = load_text_encoder(found, conditions.tokens, device=device)
     except ValueError as error:
@@ -182,7 +186,9 @@ def encoder_of(conditions: Conditions, name: str | None, device: torch.device | 
     return encoder
 
 
-def captions_of(dataset: Dataset, conditions: Conditions, seed: int = 0) -> CaptionConditioning:
+def captions_of(
+    dataset: Dataset, conditions: Conditions, seed: int = 0, *, device: torch.device | str = "cpu"
+) -> CaptionConditioning:
     """The stored captions of `dataset` for a model of text. ValueError if the data have none, or another encoder's."""
     own = dataset.manifest.conditions
     if own != conditions:
@@ -190,7 +196,7 @@ def captions_of(dataset: Dataset, conditions: Conditions, seed: int = 0) -> Capt
             f"{dataset.path} has {own}, the model was trained on {conditions}; prepare its captions with the text encoder of "
             "the model, or give --prompts"
         )
-    return CaptionConditioning(dataset, seed)
+    return CaptionConditioning(dataset, seed, device)
 
 
 def read_prompts(words: Sequence[str]) -> tuple[str, ...]:

@@ -40,7 +40,7 @@ class Preview:
             num=log.preview_images,
             sampler="heun",
             steps=log.preview_steps,
-            prompts=run_prompts(config, dataset) or None,
+            prompts=run_prompts(config, dataset)[: log.preview_images] or None,
         )
         self._autoencoder: Autoencoder | None = None
         self._conditioning: Conditioning | None = None  #: kept, so that prompts are encoded once
@@ -79,7 +79,8 @@ class Preview:
             name = self.config.data.autoencoder or self.manifest.autoencoder
             self._autoencoder = load_autoencoder(name, device=self.device)
         if self._conditioning is None:
-            self._conditioning = conditioning_of(self.manifest.conditions, self.settings, device=self.device)
+            # a text encoder on the CPU: there is no memory of the training device to spare
+            self._conditioning = conditioning_of(self.manifest.conditions, self.settings)
         # not `Sampler.of`: these are the EMA's own weights, which must be neither cast nor compiled
         sampler = Sampler(
             model,

@@ -104,6 +104,7 @@ def test_both_stages_train(family):
             optimizer.step()
         assert loss.isfinite()
         without = {name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0}
+        without = {name for name in without if not name.endswith("k.bias")}  # softmax cancels it: rounding alone
         # the last block of SD3 gives no text, so nothing depends on what its text asks for
         assert without == {
             f"net.transformer_blocks.2.attn.add_q_proj.{x}" for x in ("weight", "bias") if family == "sd3"

@@ -21,6 +21,7 @@ from selftrans.methods.guidance import Frozen
 from selftrans.methods.objective import Objective
 from selftrans.methods.self_transcendence import SelfGuidance, Stage1, Stage2, StructureGuidance
 from selftrans.models.compiling import compile_model
+from selftrans.models.layers import sincos_positions
 from selftrans.models.mmdit import MMDIT_SIZES, JointBlock, MMDiT, MMDiTConfig, build
 from selftrans.train.ema import EMA
 from selftrans.train.flops import forward_flops, step_flops
@@ -160,7 +161,8 @@ def test_data_without_text_are_refused(conditions):
         ((4, 9, 8), {}, "9x8 does not divide into patches of 2"),
         ((4, 8, 8), {"heads": 5}, "heads 5"),
         ((4, 8, 8), {"width": 34}, "multiple of 4"),
-        ((4, 8), {}, "pictures"),
+        ((4,), {}, "takes latents"),
+        ((4, 8, 8), {"patch_frames": 2}, "patch_frames is for latents with frames"),
     ],
 )
 def test_sizes_that_do_not_fit_are_refused(shape, options, message):
@@ -329,15 +331,23 @@ def test_truncated_copy_gives_the_same_features_and_no_velocity():
     )
 
 
-@pytest.mark.parametrize(("shape", "patch", "grid"), [((16, 4, 6), 1, (4, 6)), ((3, 8, 4), 2, (4, 2))])
-def test_rectangular_latents(shape, patch, grid):
-    model = randomised(tiny(shape, patch=patch))
+@pytest.mark.parametrize(
+    ("shape", "options", "grid"),
+    [
+        ((3, 12), {"patch": 3}, (4,)),
+        ((16, 4, 6), {"patch": 1}, (4, 6)),
+        ((3, 8, 4), {"patch": 2}, (4, 2)),
+        ((2, 4, 6, 4), {"patch": 2, "patch_frames": 2}, (2, 3, 2)),
+    ],
+)
+def test_latents_with_one_to_three_dimensions_and_other_grids_than_its_own(shape, options, grid):
+    model = randomised(tiny(shape, **options))
     x, t, cond = inputs(model)
-    assert model.grid == grid and model.tokens == grid[0] * grid[1]
-    assert model(x, t, cond).v.shape == x.shape and model.patchify(x).shape == (3, model.tokens, shape[0] * patch**2)
-    side = 8 // patch  # its positions are those of a larger square in the corner
-    square = tiny((shape[0], 8, 8), patch=patch).pos_embed.view(side, side, 32)
-    assert torch.equal(square[: grid[0], : grid[1]].reshape(1, -1, 32), model.pos_embed)
+    assert model.grid == grid and torch.equal(model.pos_embed[0], sincos_positions(32, grid))
+    assert model(x, t, cond).v.shape == x.shape and model.patchify(x).shape[:2] == (3, model.tokens)
+    larger = randomised(tiny((shape[0], *(2 * side for side in shape[1:])), **options))
+    assert larger.load_state_dict(model.state_dict()) and larger.grid != grid
+    torch.testing.assert_close(larger(x, t, cond).v, model(x, t, cond).v)  # positions follow the latent, not the model
 
 
 def test_samples_of_a_batch_are_independent():
@@ -517,7 +527,7 @@ def test_a_trained_model_obeys_its_caption():
 
 def test_settings_are_those_of_the_run_file():
     assert {f.name for f in dataclasses.fields(MMDiTConfig)} == {
-        "name", "width", "depth", "heads", "patch", "qk_norm", "masked", "zero_init",
+        "name", "width", "depth", "heads", "patch", "patch_frames", "qk_norm", "masked", "zero_init",
     }  # fmt: skip
 
 

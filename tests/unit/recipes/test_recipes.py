@@ -152,6 +152,25 @@ def test_published_settings(name, size, until):
     assert (guided[0].taps[0], guided[1].taps[0], guided[1].teacher.block) == table[size]
 
 
+@pytest.mark.parametrize(
+    ("name", "size", "until", "taps"), [("b1", "B", 25_000, (2, 6, 8)), ("xl1", "XL", 12_500, (2, 14, 18))]
+)
+def test_published_settings_of_lightningdit(name, size, until, taps):
+    config = recipe(f"lightningdit_imagenet_{name}")
+    train, first, second = config.train, *stages(config)
+    assert config.model.name == f"LightningDiT-{size}/1" and config.model.rope and not config.model.qk_norm
+    assert (train.steps, train.batch_size, train.lr, train.betas) == (80_000, 1024, 2e-4, (0.9, 0.95))
+    assert (train.times, train.ema, train.weight_decay, train.warmup) == ("logitnormal", 0.9999, 0.0, 0)
+    assert first.steps == 40_000 and config.sections["stage2"].until_step == until
+    with torch.device("meta"):
+        student, teacher = (config.build_model((32, 16, 16), Conditions("labels", 1000)) for _ in range(2))
+        guided = [
+            *first.guide(student, None),
+            *second.guide(student, Frozen(teacher, second.teacher.block(student.depth))),
+        ]
+    assert student.tokens == 256 and (guided[0].taps[0], guided[1].taps[0], guided[1].teacher.block) == taps
+
+
 def test_published_text_to_image_settings():
     config = recipe("mmdit_coco")
     assert config.model.sizes() == {"width": 768, "depth": 24, "heads": 24, "patch": 2}

@@ -110,7 +110,9 @@ def test_prompts_are_encoded_by_the_encoder_of_the_model(tmp_path):
     assert labels.tolist() == [0, 1, 0]
     moved = Path(conditions.encoder).rename(tmp_path / "moved")
     try:
-        with pytest.raises(ValueError, match=r"cannot be loaded .*; give the one that .* with --text-encoder PATH"):
+        with pytest.raises(
+            ValueError, match=r"encoder of this model is not there; give the one that .* with --text-encoder PATH"
+        ):
             conditioning_of(conditions, settings)
         again, _ = conditioning_of(conditions, settings, text_encoder=str(moved)).of(np.arange(3))
         assert torch.equal(again[TEXT], cond[TEXT])
@@ -124,6 +126,9 @@ def test_other_encoder_is_refused(tmp_path):
         ValueError, match=r"other is not the text encoder of this model \(sha256 \w{12}, not \w{12}\); give"
     ):
         conditioning_of(text_conditions(), SampleConfig(prompts=("a",)), text_encoder=other)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match=r"empty' cannot be loaded .*; give the one that .* with --text-encoder PATH"):
+        conditioning_of(text_conditions(), SampleConfig(prompts=("a",)), text_encoder=str(tmp_path / "empty"))
     nameless = Conditions("text", tokens=4, width=3, sha256="0" * 64)
     with pytest.raises(ValueError, match="does not name its text encoder; give the one"):
         conditioning_of(nameless, SampleConfig(prompts=("a",)))

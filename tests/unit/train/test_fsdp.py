@@ -24,6 +24,8 @@ RUNS = {
     "sharded, stopped": {"train.shard": True},
     "sharded, bf16": {"train.shard": True, "train.precision": "bf16"},
     "ddp, bf16": {"train.precision": "bf16"},
+    "sharded, rotary": {"train.shard": True, "model.name": "LightningDiT-S/1", "model.patch": 2},
+    "ddp, rotary": {"model.name": "LightningDiT-S/1", "model.patch": 2},
     "sharded, sra": {"train.shard": True, "method": "sra", "sra.head_width": 16},
     "ddp, sra": {"method": "sra", "sra.head_width": 16},
     "sharded, non-finite": {"train.shard": True, "method": "vanilla"},
@@ -117,6 +119,11 @@ def test_sharded_bf16_training_equals_ddp(runs):
         for run in ("sharded, bf16", "ddp, bf16")
     )
     assert_close(sharded, ddp, atol=1e-4)  # gradients are summed in another order, and bf16 keeps 8 bits
+
+
+@pytest.mark.parametrize("stage", ["stage1", "stage2"])
+def test_sharded_lightningdit_equals_ddp(runs, stage):
+    assert_close(toy.tensors(runs / "sharded, rotary", stage), toy.tensors(runs / "ddp, rotary", stage))
 
 
 @pytest.mark.parametrize("stage", ["stage1", "stage2"])
