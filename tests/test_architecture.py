@@ -136,6 +136,7 @@ COVERED_BY = {
     "models/patch_transformer": "unit/models/test_label_transformer.py",
     "recipes/cifar10": "unit/recipes/test_recipes.py",
     "recipes/digits": "unit/recipes/test_recipes.py",
+    "recipes/digits_t2i": "unit/recipes/test_recipes.py",
     "recipes/imagefolder": "unit/recipes/test_recipes.py",
     "recipes/imagenet": "unit/recipes/test_recipes.py",
     "recipes/imagenet_lightning": "unit/recipes/test_recipes.py",

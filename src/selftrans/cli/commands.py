@@ -43,7 +43,7 @@ class Prepare(Command):
     """
 
     source: Positional[str]
-    """folder, zip, tar, parquet file, hub id or `digits`"""
+    """folder, zip, tar, parquet file, hub id, `digits`, or with --text `digits_t2i`"""
     out: Path
     """directory for the shards"""
     autoencoder: str = "pixel"
@@ -138,7 +138,7 @@ class Train(RecipeCommand[Config]):
     out: Annotated[Path, tyro.conf.arg(metavar="RUN")]
     """run directory: created, or continued"""
     data: Annotated[str | None, tyro.conf.arg(metavar="DIR")] = None
-    """directory made by `selftrans prepare`; sets --data.path. The recipe digits brings its own data"""
+    """directory made by `selftrans prepare`; sets --data.path. The recipes digits and digits_t2i bring their own data"""
     teacher: Annotated[str | None, tyro.conf.arg(metavar="RUN_OR_FILE")] = None
     """a run, checkpoint or weights file that teaches in place of this run's own first stage"""
     trust: Trust = ()
