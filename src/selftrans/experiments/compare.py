@@ -29,6 +29,7 @@ from selftrans.experiments.train_classifier import classifier_from_data
 from selftrans.methods.registry import METHODS, REGISTRY, find, sections_of, stages
 from selftrans.sections import fields_of
 from selftrans.storage import lock_file, write_json, write_text
+from selftrans.train.given_weights import with_given_model
 from selftrans.train.run import put_together, teacher_of
 
 SHOWN = 32  #: samples on the page, per method
@@ -60,6 +61,7 @@ def compare_methods(
     _check(methods, seeds, images)
     with lock_file(out / ".lock"):
         config, features, weights = with_defaults(config, out, features=features)
+        config = with_given_model(config)
         variants = {name: for_method(config, name) for name in methods}
         rehearse(variants)
         block = probed_block(config)

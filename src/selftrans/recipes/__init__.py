@@ -58,4 +58,8 @@ def ignored(config: RunConfig) -> list[str]:
         if key in used:
             reasons = section.ineffective()
             found += [f"{key}.{name} is ignored: {reasons[name]}" for name in changed if name in reasons]
+    for part, usual in ((config.init, plain.init), (config.lora, plain.lora)):
+        changed = [name for name, value, _, _ in fields_of(part) if value != getattr(usual, name)]
+        reasons = part.ineffective()
+        found += [f"{part.key}.{name} is ignored: {reasons[name]}" for name in changed if name in reasons]
     return found
