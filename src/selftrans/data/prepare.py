@@ -1,7 +1,8 @@
-"""Pictures or arrays => moments => shards on disk. Threads decode ahead of the encoder; work resumes at shard granularity.
+"""Pictures, arrays, sounds or videos => moments => shards on disk. Threads decode ahead of the
+encoder; work resumes at shard granularity.
 
 Shards are independent, so several processes or machines can each make some of them (`part`).
-Shape legend: R resolution, (C, *S) values of data that are not pictures.
+Shape legend: (C, *S) values of data that are not pictures.
 """
 
 from __future__ import annotations
@@ -20,10 +21,13 @@ from selftrans.data.dataset import Dataset
 from selftrans.data.encode import ShardEncoder
 from selftrans.data.manifest import DTYPES, Manifest, Shard
 from selftrans.data.record import Option
-from selftrans.data.sources.npz import npz_values
+from selftrans.data.sources.clips import Clips, MediaOptions, open_clips
+from selftrans.data.sources.decode import Resolution, size_text
+from selftrans.data.sources.npz import NpzValues, npz_values
 from selftrans.data.sources.open_source import open_source
 from selftrans.data.sources.source import Samples, ahead
 from selftrans.encoders.autoencoder import IDENTITIES, Autoencoder, autoencoder_name, load_autoencoder
+from selftrans.encoders.media import Video
 from selftrans.precision import PRECISIONS, dtype_name
 from selftrans.storage import printable
 
@@ -35,7 +39,7 @@ def prepare(
     out: str | Path,
     *,
     autoencoder: str = "pixel",
-    resolution: int | None = None,
+    resolution: Resolution | None = None,
     flip: bool = False,
     batch_size: int = 64,
     shard_size: int = 8192,
@@ -46,33 +50,41 @@ def prepare(
     split: str = "train",
     label_column: str | None = None,
     part: str = "1/1",
+    media: MediaOptions | None = None,
     progress: bool = True,
 ) -> Manifest:
-    """Encode a source of pictures (see `open_source`) into a folder of shards, and return its manifest.
+    """Encode a source of pictures (see `open_source`), or a folder of sounds or videos (see `open_clips`), into a folder of
+    shards, and return its manifest.
 
     Args:
         autoencoder: with "values" the source is an npz of arrays (N, C, *S) that are not pictures (see `npz_values`).
-        resolution: side R to crop and resize to; None keeps the size of the pictures.
+        resolution: side, or (height, width), to crop and resize to; None keeps the size of the pictures.
         flip: store the moments of the mirrored pictures as a second copy.
         dtype: of the stored moments; None: float16, or float32 for values. `precision` is that of the network.
         skip_bad: skip unreadable samples and list them in the manifest, instead of stopping at the first.
         split, label_column: for parquet files and hub data sets.
+        media: how sounds and videos are read.
         part: "I/N": make every Nth shard only; other processes or machines make the others in the same folder. The part
             that ends last writes the manifest. Until then, the returned manifest lists the shards made so far.
     To continue an interrupted call, repeat it; with the same batch_size and device the shards are bit-identical. Repeating
     a complete call checks every sha256 and makes lost or damaged shards again.
     Raises ValueError for a bad source, sample, autoencoder or option, a folder begun with other options, a failed write.
     """
-    out, dtype = Path(out), dtype or ("float32" if autoencoder == "values" else "float16")
+    out, clips = Path(out), _open_clips(source, resolution, flip, autoencoder, media or MediaOptions(), progress)
+    if dtype is None:  # sound has a larger range than pixels, and values have any
+        dtype = "float32" if autoencoder == "values" or (clips and not isinstance(clips.media, Video)) else "float16"
     mine = _check(source, out, batch_size, shard_size, dtype, precision, part)
     earlier = resumable.earlier(out)
-    if autoencoder == "values":
+    samples: Samples
+    if clips is not None:
+        samples = clips
+    elif autoencoder == "values":
         samples = _open_values(source, resolution, flip, label_column)
     else:
         samples = _open_pictures(source, resolution, earlier, split=split, label_column=label_column, progress=progress)
     options: dict[str, Option] = {
-        "autoencoder": autoencoder_name(autoencoder),
-        "resolution": resolution,
+        "autoencoder": autoencoder_name(autoencoder) if clips is None else clips.media.kind,
+        "resolution": size_text(resolution) if isinstance(resolution, tuple) else resolution,
         "flip": flip,
         "shard_size": shard_size,
         "dtype": dtype,
@@ -81,12 +93,13 @@ def prepare(
         "label_column": label_column,
         "fingerprint": samples.fingerprint,
     }
+    options |= media.given() if media else {}
     if earlier:
         resumable.check_options(earlier.plan, options, out)
         if _covers(earlier, samples) and not _remove_damaged(out, progress):
             return Manifest.load(out)
     _report_ignored(samples, progress)
-    device, model = _load(autoencoder, device, precision)
+    device, model = (torch.device("cpu"), clips.normalised()) if clips else _load(autoencoder, device, precision)
     encoder = ShardEncoder(samples, batch_size, shard_size, skip_bad, model, device, flip, dtype)
     return _run(encoder, encoder.plan(str(source), options), out, mine, progress)
 
@@ -106,6 +119,8 @@ def say(text: str, progress: bool) -> None:
 def _report_ignored(samples: Samples, progress: bool) -> None:
     if samples.ignored:
         say("ignored: " + ", ".join(f"{count} {why}" for why, count in samples.ignored.items()), progress)
+    for remark in samples.remarks if isinstance(samples, Clips) else ():
+        say(remark, progress)
 
 
 def _check(
@@ -124,14 +139,33 @@ def _check(
 
 
 def _open_pictures(
-    source: str | Path, resolution: int | None, earlier: resumable.Earlier | None, **options: Any
+    source: str | Path, resolution: Resolution | None, earlier: resumable.Earlier | None, **options: Any
 ) -> Samples:
     """Pictures at `resolution`; if that is None, at the resolution with which the folder was begun."""
     native = earlier.plan.resolution if earlier and earlier.plan.options.get("resolution") is None else None
     return open_source(source, resolution=resolution or native, **options)
 
 
-def _open_values(source: str | Path, resolution: int | None, flip: bool, label_column: str | None) -> Samples:
+def _open_clips(
+    source: str | Path,
+    resolution: Resolution | None,
+    flip: bool,
+    autoencoder: str,
+    media: MediaOptions,
+    progress: bool,
+) -> Clips | None:
+    """Sounds or videos; None for another source. Raises ValueError for an option that only applies to pictures."""
+    if autoencoder == "values":
+        media.refuse("audio rate length bins hop frames grey", "--autoencoder values")
+        return None
+    clips = open_clips(source, media, resolution, progress)
+    if clips and (flip or autoencoder != "pixel"):
+        option = "flip" if flip else "autoencoder"
+        raise ValueError(f"--{option} is for pictures; leave it out for sounds and videos")
+    return clips
+
+
+def _open_values(source: str | Path, resolution: Resolution | None, flip: bool, label_column: str | None) -> Samples:
     """Open an npz of values. Raises ValueError for an option that only applies to pictures."""
     for name, given in (("resolution", resolution is not None), ("flip", flip)):
         if given:
@@ -183,7 +217,7 @@ def _run(encoder: ShardEncoder, plan: Manifest, out: Path, part: resumable.Part,
         total = sum(encoder.asked(shard) for shard in mine)
         bar = tqdm(total=total, initial=initial, unit=f" {plan.unit}", disable=not progress)
         batches = (batch for shard in missing for batch in encoder.batches(shard))
-        threads = None if encoder.autoencoder.pictures else 1  # an npz must be read in order
+        threads = 1 if isinstance(encoder.source, NpzValues) else None  # an npz must be read in order
         with bar, closing(ahead(encoder.decode, batches, threads=threads)) as decoded:
             for shard in missing:
                 resumable.record(out, encoder.write(plan, out, shard, decoded, bar.update))

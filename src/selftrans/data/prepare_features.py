@@ -23,6 +23,7 @@ from selftrans.data.prepare import NETWORK_DTYPES, say
 from selftrans.data.record import parse_json, read_text
 from selftrans.data.shard_file import KEPT, Layout, is_valid, write_shard
 from selftrans.data.shard_plan import Decoded, ShardPlan
+from selftrans.data.sources.decode import size_text
 from selftrans.data.sources.open_source import open_source
 from selftrans.data.sources.source import ahead
 from selftrans.encoders.autoencoder import from_uint8
@@ -61,6 +62,9 @@ def prepare_features(
     manifest, options = earlier.plan, earlier.plan.options
     if manifest.resolution is None:
         raise ValueError(f"{out} holds data that are not pictures; a vision encoder cannot read them: omit --features")
+    if not isinstance(manifest.resolution, int):
+        shape = size_text(manifest.resolution)
+        raise ValueError(f"{out} holds pictures of {shape}; features are stored for squares only: omit --features")
     label_column = options.get("label_column")
     pictures = open_source(
         source,

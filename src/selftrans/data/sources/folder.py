@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path, PurePosixPath
 
-from selftrans.data.sources.decode import EXTENSIONS, open_picture
+from selftrans.data.sources.decode import EXTENSIONS, SOUNDS, VIDEOS, open_picture
 from selftrans.data.sources.source import HIDDEN, OTHER, Source, classify, is_hidden
 from selftrans.storage import printable
 
@@ -18,17 +18,20 @@ def folder(root: Path) -> Source:
     """A folder of class folders, or of pictures.
 
     Symbolic links to files inside the folder are followed. Raises ValueError for a link that leads out of it, for a
-    class folder without pictures, and for pictures next to class folders.
+    class folder without pictures, for pictures next to class folders, and for sounds or videos next to pictures.
     """
     ignored: Counter[str] = Counter()
-    pictures = sorted(_walk(root, root.resolve(), "", ignored))
+    files = sorted(walk(root, root.resolve(), "", ignored, EXTENSIONS | SOUNDS | VIDEOS))
+    pictures = [(name, size) for name, size in files if PurePosixPath(name).suffix.lower() in EXTENSIONS]
+    if 0 < len(pictures) < len(files):
+        other = next(name for name, _ in files if PurePosixPath(name).suffix.lower() not in EXTENSIONS)
+        raise ValueError(f"{root} holds pictures and {printable(other)}; keep one kind of file in a folder")
+    if len(files) > len(pictures):
+        ignored[OTHER] += len(files)
     names = [name for name, _ in pictures]
     labels, classes = classify(names, str(root))
     if classes:
-        with os.scandir(root) as entries:
-            empty = sorted(e.name for e in entries if e.is_dir() and not is_hidden(e.name) and e.name not in classes)
-        if empty:
-            raise ValueError(f"class folder {empty[0]!r} of {root} holds no picture; fill it or remove it")
+        check_classes(root, classes, "pictures")
     return Source(
         names, labels, classes, lambda i: open_picture(root / names[i]), [size for _, size in pictures], dict(ignored)
     )
@@ -40,8 +43,18 @@ def check_link(path: Path, root: Path, name: str) -> None:
         raise ValueError(f"{printable(name)} in {root} is a symbolic link out of the folder; copy its target there")
 
 
-def _walk(directory: Path, root: Path, prefix: str, ignored: Counter[str]) -> Iterator[tuple[str, int]]:
-    """(path below the root, bytes) of each picture."""
+def check_classes(root: Path, classes: Collection[str], unit: str) -> None:
+    """Raise ValueError when a folder in `root` is not among the classes, since it holds none of these files."""
+    with os.scandir(root) as entries:
+        empty = sorted(e.name for e in entries if e.is_dir() and not is_hidden(e.name) and e.name not in classes)
+    if empty:
+        raise ValueError(f"class folder {empty[0]!r} of {root} holds no {unit.removesuffix('s')}; fill it or remove it")
+
+
+def walk(
+    directory: Path, root: Path, prefix: str, ignored: Counter[str], extensions: Collection[str] = EXTENSIONS
+) -> Iterator[tuple[str, int]]:
+    """(path below the root, bytes) of each file with one of these extensions."""
     try:
         with os.scandir(directory) as scan:
             entries = list(scan)
@@ -54,12 +67,12 @@ def _walk(directory: Path, root: Path, prefix: str, ignored: Counter[str]) -> It
         if is_hidden(entry.name):
             ignored[HIDDEN] += 1
         elif entry.is_dir(follow_symlinks=False):
-            yield from _walk(Path(entry.path), root, name + "/", ignored)
+            yield from walk(Path(entry.path), root, name + "/", ignored, extensions)
         elif entry.is_dir():
             ignored[LINKS] += 1
         elif not entry.is_file():
             ignored[SPECIAL] += 1
-        elif PurePosixPath(name).suffix.lower() not in EXTENSIONS:
+        elif PurePosixPath(name).suffix.lower() not in extensions:
             ignored[OTHER] += 1
         else:
             yield name, entry.stat().st_size
