@@ -10,7 +10,7 @@ import os
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 from tyro.conf import Positional
@@ -29,18 +29,22 @@ from selftrans.cli.options import (
     Weights,
 )
 
+if TYPE_CHECKING:
+    from selftrans.data.encode_captions import TextOptions
+
 
 @dataclass
 class Prepare(Command):
     """Pictures to shards: centre-crop, resize, encode, store. The same command again continues.
 
     SOURCE is a folder of class folders, a zip of class folders, a flat folder (no classes), a parquet file, a data set on
-    the hub, or the built-in `digits`. A folder may also hold sounds (wav, flac) or videos (mp4, webm, mov, mkv, avi; gif with
-    --frames) instead of pictures.
+    the hub, or the built-in `digits`. With --text the pictures have captions: a folder of name.jpg with name.txt, a folder
+    with --captions FILE (as COCO's), webdataset tars, or a table with a column of captions. A folder may also hold sounds
+    (wav, flac) or videos (mp4, webm, mov, mkv, avi; gif with --frames) instead of pictures.
     """
 
     source: Positional[str]
-    """folder, zip, parquet file, hub id or `digits`"""
+    """folder, zip, tar, parquet file, hub id or `digits`"""
     out: Path
     """directory for the shards"""
     autoencoder: str = "pixel"
@@ -63,6 +67,21 @@ class Prepare(Command):
     """of a parquet file or a data set on the hub"""
     label_column: str | None = None
     """of a parquet file or a data set on the hub; None: found by its type"""
+    text: str | None = None
+    """store the captions of the pictures, encoded by this text encoder: one of transformers by hub id or local path (CLIP,
+    T5, BERT, ...; e.g. openai/clip-vit-large-patch14), or `minilm`"""
+    text_tokens: int | None = None
+    """tokens of a caption, padding included; None: as many as the encoder takes (CLIP 77), 256 at most"""
+    text_dtype: Literal["float16", "bfloat16"] = "float16"
+    """of stored tokens"""
+    text_store: Literal["tokens", "ids"] = "tokens"
+    """store the encoder's output, or its input: ids take little room, and training encodes them on its device"""
+    captions: Path | None = None
+    """annotation file of captions, as COCO's; None: in name.txt, name.caption or name.json next to each picture"""
+    caption_column: str | None = None
+    """of a parquet file or a data set on the hub, a text or a list of texts; None: found by its name"""
+    captions_per_picture: int = 5
+    """the most captions that are kept of a picture"""
     part: str = "1/1"
     """I/N: this process makes every Nth shard, others run the same command with another I (also on other machines)"""
     features: str | None = None
@@ -92,20 +111,39 @@ class Prepare(Command):
         from selftrans.precision import dtype_name
 
         precision = dtype_name(self.precision)
-        of_vae = "float32" if self.features and self.autoencoder == "pixel" else precision
+        of_vae = "float32" if self.features and self.autoencoder == "pixel" and not self.text else precision
         not_pictures = self.autoencoder == "values" or kind_of(Path(self.source), self.frames) in ("sounds", "videos")
         if self.features and not_pictures:
             raise ValueError("--features is for pictures; leave it out with --autoencoder values, sounds and videos")
         if self.grid and not self.features:
             warnings.warn("--grid is ignored without --features", stacklevel=2)
+        text = self._text()
         media = MediaOptions(**{each.name: getattr(self, each.name) for each in dataclasses.fields(MediaOptions)})
         resolution = None if self.resolution is None else parse_resolution(self.resolution)
-        given = self.options("features", "grid", "precision", "resolution", *vars(media))
-        manifest = prepare(**given, resolution=resolution, media=media, precision=of_vae)
+        not_mine = [name for name in vars(self) if name.startswith(("text", "caption"))]
+        given = self.options("features", "grid", "precision", "resolution", *vars(media), *not_mine)
+        manifest = prepare(**given, resolution=resolution, precision=of_vae, text=text, media=media)
         print(manifest.summary())
         if self.features:
             options = {"grid": self.grid, "batch_size": self.batch_size, "precision": precision, "part": self.part}
-            print(prepare_features(self.source, self.out, self.features, **options).summary(manifest))  # type: ignore[arg-type]
+            captions = text.source if text else None
+            made = prepare_features(self.source, self.out, self.features, captions=captions, **options)  # type: ignore[arg-type]
+            print(made.summary(manifest))
+
+    def _text(self) -> TextOptions | None:
+        """The options of captions; None without --text."""
+        from selftrans.data.encode_captions import TextOptions
+        from selftrans.data.sources.captions import CaptionSource
+
+        if self.text is None:
+            for name in ("text_tokens", "captions", "caption_column"):
+                if getattr(self, name) is not None:
+                    warnings.warn(f"--{name.replace('_', '-')} is ignored without --text", stacklevel=3)
+            return None
+        source = CaptionSource(self.captions, self.caption_column)
+        return TextOptions(
+            self.text, self.text_tokens, self.text_dtype, self.text_store, source, self.captions_per_picture
+        )
 
 
 @dataclass

@@ -1,11 +1,13 @@
 """Prepared data on disk => named tensors, memory-mapped and gathered by row.
 
-Shape legend: N batch, M moments channels, (C, *S) latent, T tokens and D width of the features.
+Shape legend: N batch, M moments channels, (C, *S) latent, T tokens and D width of the features, K captions of a row at most,
+L tokens of a caption and E width of those.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +16,19 @@ import torch
 from torch import Tensor
 
 from selftrans.data.manifest import Features, Manifest, Shard
+from selftrans.data.manifest_text import CAPTION, COUNT, IDS, NULL
 from selftrans.data.shard_file import REMEDY, open_tensors
-from selftrans.storage import sha256_file
-from selftrans.types import Cond
+from selftrans.encoders.text import TextEncoder, load_text_encoder
+from selftrans.storage import printable, sha256_file
+from selftrans.types import MASK, TEXT, Cond
 
 __all__ = ["Dataset", "Manifest", "Shard"]
 
+PROMPTS = 64  #: how many captions `Dataset.prompts` has
 #: torch dtype, integer type of the same size, and bit pattern of infinity: NaN is above it, finite numbers below (IEEE 754)
 NUMBERS = {
     "float16": (torch.float16, "<u2", 0x7C00),
+    "bfloat16": (torch.bfloat16, "<u2", 0x7F80),
     "float32": (torch.float32, "<u4", 0x7F800000),
 }
 
@@ -31,11 +37,18 @@ class Dataset:
     """Prepared data, read by position 0 .. len - 1; opened by `Dataset.open`. Reading is safe from any thread."""
 
     def __init__(
-        self, path: Path, manifest: Manifest, tensors: dict[str, list[np.ndarray]], labels: np.ndarray
+        self,
+        path: Path,
+        manifest: Manifest,
+        tensors: dict[str, list[np.ndarray]],
+        labels: np.ndarray,
+        counts: np.ndarray | None = None,
     ) -> None:
         self.path, self.manifest, self.labels = path, manifest, labels  #: labels (len,) int64
+        self.counts = counts  #: (len,) captions of each row; None for data without captions
         self._tensors = tensors  # name -> one array (count, *row shape) per shard
         self._starts = np.cumsum([0] + [shard.count for shard in manifest.shards])[:-1]
+        self._encoder: TextEncoder | None = None  # of ids; loaded when it is needed
 
     @classmethod
     def open(cls, path: str | Path, *, verify: bool = False) -> Dataset:
@@ -46,13 +59,17 @@ class Dataset:
         """
         path = Path(path)
         manifest = Manifest.load(path)
-        moments, labels = [], [np.zeros(0, dtype=np.int64)]
+        stored: dict[str, list[np.ndarray]] = {name: [] for name in manifest.layout}
         for shard in manifest.shards:
             tensors = open_tensors(path / shard.file, manifest.layout, shard.count)
-            moments.append(tensors["moments"])
-            labels.append(tensors["labels"].copy())
-            _check_labels(path / shard.file, labels[-1], max(manifest.num_classes, 1))
-        dataset = cls(path, manifest, {"moments": moments}, np.concatenate(labels))
+            for name, tensor in tensors.items():
+                stored[name].append(tensor)
+            _check_range(path / shard.file, "label", tensors["labels"], 0, max(manifest.num_classes, 1) - 1)
+            if manifest.text:
+                _check_range(path / shard.file, "caption count", tensors[COUNT], 1, manifest.text.captions)
+        labels = np.concatenate([np.zeros(0, dtype=np.int64), *stored.pop("labels")])
+        counts = np.concatenate(stored.pop(COUNT)) if manifest.text else None
+        dataset = cls(path, manifest, stored, labels, counts)
         if verify:
             dataset.verify()
         return dataset
@@ -66,28 +83,98 @@ class Dataset:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The tensors that `read` returns: moments, labels, and features once they are opened."""
-        return *self._tensors, "labels"
+        """The tensors that `read` returns: moments, labels, text (or ids) and mask, and features once they are opened."""
+        return *(name for name in self._tensors if name != CAPTION), "labels"
 
-    def read(self, rows: np.ndarray | Tensor, names: Collection[str] | None = None) -> dict[str, Tensor]:
+    def read(
+        self, rows: np.ndarray | Tensor, names: Collection[str] | None = None, which: np.ndarray | None = None
+    ) -> dict[str, Tensor]:
         """Rows (N,) of the tensors `names` (None: all), in the order of `rows` and in the stored dtype.
 
-        Shapes: moments (N, copies, M, *S), labels (N,) int64, features (N, copies, T, D) float16. The tensors are copies.
-        Raises ValueError for a row out of range, and for values that are not finite (naming shard and row).
+        Shapes: moments (N, copies, M, *S), labels (N,) int64, features (N, copies, T, D) float16; of the caption `which` (N,)
+        of each row (None: the first) text (N, L, E) or ids (N, L) int32, and mask (N, L) bool. The tensors are copies, and
+        no other caption is read. Raises ValueError for a row or caption out of range, and for values that are not finite
+        (naming shard and row).
         """
         if isinstance(rows, Tensor):
             rows = rows.cpu().numpy()
         rows = np.asarray(rows, dtype=np.int64).reshape(-1)
         self._check_range(rows)
         wanted = self.names if names is None else names
+        if self.counts is not None:
+            which = np.zeros_like(rows) if which is None else np.asarray(which, dtype=np.int64).reshape(-1)
+            if which.shape != rows.shape or ((which < 0) | (which >= self.counts[rows])).any():
+                raise ValueError(f"a caption is asked for that its picture in {self.path} does not have")
         return {
-            name: torch.from_numpy(self.labels[rows]) if name == "labels" else self._gather(name, rows)
+            name: torch.from_numpy(self.labels[rows]) if name == "labels" else self._gather(name, rows, which)
             for name in wanted
         }
 
-    def condition(self, tensors: Mapping[str, Tensor]) -> Cond:
-        """The condition of rows that `read` returned: their labels, all 0 when the data have no conditions."""
-        return tensors["labels"]
+    def condition(self, tensors: Mapping[str, Tensor], device: torch.device | str | None = None) -> Cond:
+        """The condition of rows that `read` returned, on `device` (None: where they are).
+
+        Labels, all 0 when the data have no conditions; or float32 tokens and mask of a caption: ids are encoded there.
+        """
+        text = self.manifest.text
+        if text is None:
+            return _to(tensors["labels"], device)
+        if text.stored == "ids":
+            return self._text_encoder(device or "cpu").encode_ids(tensors[IDS], tensors[MASK])
+        return {TEXT: _to(tensors[TEXT], device).float(), MASK: _to(tensors[MASK], device)}
+
+    def captions(self, rows: np.ndarray | Tensor) -> list[list[str]]:
+        """The captions of each row (N,), as they were in the source; a list of empty lists without captions."""
+        rows = np.asarray(rows, dtype=np.int64).reshape(-1)
+        self._check_range(rows)
+        if self.counts is None:
+            return [[] for _ in rows]
+        stored = self._gather(CAPTION, rows, None).numpy()  # (N, K, B)
+        pairs = zip(stored, self.counts[rows], strict=True)
+        return [[bytes(x).rstrip(b"\0").decode("utf-8", "replace") for x in each[:count]] for each, count in pairs]
+
+    def text(self, rows: np.ndarray | Tensor, which: np.ndarray | None = None) -> Cond:
+        """Tokens of the caption `which` (N,) of each row (None: the first), on the CPU. ValueError without captions."""
+        if self.manifest.text is None:
+            raise ValueError(f"{self.path} has {self.manifest.conditions}, not captions")
+        names = [name for name in self.names if name in (TEXT, IDS, MASK)]
+        return self.condition(self.read(rows, names, which), "cpu")
+
+    def null(self) -> Cond | None:
+        """The empty caption, one row: tokens (1, L, E) float32 and mask (1, L); None when conditions are of another kind.
+
+        Raises ValueError when its file is missing or damaged.
+        """
+        manifest = self.manifest
+        if manifest.text is None:
+            return None
+        stored = open_tensors(self.path / NULL, manifest.text.null_layout(manifest.conditions), 1)
+        text = torch.from_numpy(stored[TEXT].copy()).view(NUMBERS[manifest.text.dtype][0]).float()
+        if not torch.isfinite(text).all():
+            raise ValueError(f"{self.path / NULL} holds NaN or infinite tokens; delete the file and {REMEDY}")
+        return {TEXT: text, MASK: torch.from_numpy(stored[MASK] != 0)}
+
+    @cached_property
+    def prompts(self) -> tuple[str, ...]:
+        """Up to 64 captions of different rows, the same at every call; empty when conditions are of another kind."""
+        if self.counts is None:
+            return ()
+        rows = np.random.default_rng(0).permutation(len(self))[:PROMPTS]
+        return tuple(dict.fromkeys(of_row[0] for of_row in self.captions(rows)))
+
+    def _text_encoder(self, device: torch.device | str) -> TextEncoder:
+        """The encoder of stored ids, in the dtype of the manifest on a GPU. ValueError when it is not the data's."""
+        device, text, conditions = torch.device(device), self.manifest.text, self.manifest.conditions
+        assert text is not None
+        if self._encoder is None or self._encoder.model.device.type != device.type:
+            dtype = torch.float32 if device.type == "cpu" else NUMBERS[text.dtype][0]
+            encoder = load_text_encoder(conditions.encoder, conditions.tokens, device=device, dtype=dtype)
+            if encoder.conditions() != conditions:
+                raise ValueError(
+                    f"text encoder {printable(conditions.encoder)} has sha256 {encoder.sha256:.12}, that of {self.path} "
+                    f"{conditions.sha256:.12}; restore it, or prepare the data again"
+                )
+            self._encoder = encoder
+        return self._encoder
 
     def open_features(self) -> Features:
         """Open the stored features, which `read` returns from now on, and return their description.
@@ -112,10 +199,12 @@ class Dataset:
     def damaged(self, *, features: bool = True) -> Iterator[str]:
         """Names of the files whose sha256 differs from the manifest; reads every byte."""
         expected = {shard.file: shard.sha256 for shard in self.manifest.shards}
+        if self.manifest.text:
+            expected[NULL] = self.manifest.text.null
         if features and self.manifest.features:
             expected |= {file.name: file.sha256 for file in self.open_features().files}
         for name, sha256 in expected.items():
-            if sha256_file(self.path / name) != sha256:
+            if not (self.path / name).is_file() or sha256_file(self.path / name) != sha256:
                 yield name
 
     def _check_range(self, rows: np.ndarray | Tensor) -> None:
@@ -124,23 +213,30 @@ class Dataset:
                 f"indices {rows.min()} .. {rows.max()} are outside the {len(self)} {self.manifest.unit} of {self.path}"
             )
 
-    def _gather(self, name: str, rows: np.ndarray) -> Tensor:
-        """Rows (N,) of one tensor. Raises ValueError for values that are not finite."""
+    def _gather(self, name: str, rows: np.ndarray, which: np.ndarray | None = None) -> Tensor:
+        """Rows (N,) of one tensor, or of its captions `which`. Raises ValueError for values that are not finite."""
         shards = self._tensors[name]
-        which = np.searchsorted(self._starts, rows, side="right") - 1
-        dtype, bits, infinity = NUMBERS[shards[0].dtype.name]
-        out = torch.empty((len(rows), *shards[0].shape[1:]), dtype=dtype)
-        view = out.numpy()  # numpy gathers in this thread only, which leaves the other cores to the training step
-        for k in np.unique(which):
-            at = np.flatnonzero(which == k)
-            view[at] = shards[k][rows[at] - self._starts[k]]
-        sign = np.array(1 << (8 * view.itemsize - 1), dtype=bits)
+        of_caption = name in (TEXT, IDS, MASK)
+        shard_of = np.searchsorted(self._starts, rows, side="right") - 1
+        out = np.empty((len(rows), *shards[0].shape[2 if of_caption else 1 :]), dtype=shards[0].dtype)
+        # numpy gathers in this thread only, which leaves the other cores to the training step
+        for k in np.unique(shard_of):
+            at = np.flatnonzero(shard_of == k)
+            local = rows[at] - self._starts[k]
+            out[at] = shards[k][local, which[at]] if of_caption and which is not None else shards[k][local]
+        if name in (IDS, CAPTION):
+            return torch.from_numpy(out)
+        if name == MASK:
+            return torch.from_numpy(out != 0)
+        layout = self.manifest.layout
+        dtype, bits, infinity = NUMBERS[layout[name][0] if name in layout else "float16"]
+        sign = np.array(1 << (8 * out.itemsize - 1), dtype=bits)
         # comparing the bits as integers is exact, and many times faster than isfinite in half precision
-        magnitude = view.view(bits) & ~sign
+        magnitude = out.view(bits) & ~sign
         if magnitude.max(initial=0) >= infinity:
             index = int(np.argmax(magnitude.reshape(len(rows), -1).max(axis=1) >= infinity))
-            self._refuse(name, int(rows[index]), int(which[index]))
-        return out
+            self._refuse(name, int(rows[index]), int(shard_of[index]))
+        return torch.from_numpy(out).view(dtype)
 
     def _refuse(self, name: str, row: int, k: int) -> None:
         """Raise ValueError for values that are not finite at `row`, which is in shard k."""
@@ -152,11 +248,15 @@ class Dataset:
         )
 
 
-def _check_labels(path: Path, labels: np.ndarray, classes: int) -> None:
-    """Raise ValueError for a label outside 0 .. classes - 1."""
-    wrong = np.flatnonzero((labels < 0) | (labels >= classes))
+def _to(tensor: Tensor, device: torch.device | str | None) -> Tensor:
+    return tensor if device is None else tensor.to(device, non_blocking=True)
+
+
+def _check_range(path: Path, what: str, values: np.ndarray, low: int, high: int) -> None:
+    """Raise ValueError for a value outside low .. high."""
+    wrong = np.flatnonzero((values < low) | (values > high))
     if len(wrong):
         raise ValueError(
-            f"shard {path} has label {labels[wrong[0]]} at row {wrong[0]}, outside 0 .. {classes - 1}; "
+            f"shard {path} has {what} {values[wrong[0]]} at row {wrong[0]}, outside {low} .. {high}; "
             f"delete the file and {REMEDY}"
         )

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from selftrans.data.dataset import NUMBERS
+from selftrans.data.encode_captions import CaptionEncoder
 from selftrans.data.manifest import VERSION, Manifest, Shard, conditions_of
 from selftrans.data.record import Option
 from selftrans.data.shard_file import write_shard
@@ -36,6 +37,7 @@ class ShardEncoder(ShardPlan):
     device: torch.device
     flip: bool
     dtype: str
+    text: CaptionEncoder | None = None  #: for pictures with captions
 
     @torch.no_grad()
     def encode(self, decoded: Decoded) -> np.ndarray:
@@ -96,11 +98,12 @@ class ShardEncoder(ShardPlan):
             autoencoder=model.name,
             resolution=resolution,
             image_channels=channels,
-            conditions=conditions_of(self.source.classes),
+            conditions=self.text.conditions if self.text else conditions_of(self.source.classes),
             classes=self.source.classes,
             source=source,
             options=options,
             shards=(),
+            text=self.text.record if self.text else None,
         )
 
     def write(
@@ -114,6 +117,7 @@ class ShardEncoder(ShardPlan):
                 if batch.good:
                     encoded = self.encode(batch)
                     assert encoded.shape[1:] == plan.moments_shape, "the moments must have the shape in the manifest"
-                    rows.write({"moments": encoded, "labels": self.source.labels[batch.good]})
+                    text = self.text.rows(batch.good) if self.text else {}
+                    rows.write({"moments": encoded, "labels": self.source.labels[batch.good], **text})
                 advance(batch.asked)
         return Shard(shard, rows.count, sha256_file(out / file), tuple(skipped))

@@ -12,8 +12,8 @@ import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Literal
 
+from selftrans.data.manifest_text import NULL, Text, parse_conditions
 from selftrans.data.record import (
     REMEDY,
     Option,
@@ -128,6 +128,7 @@ class Manifest:
     options: dict[str, Option]
     shards: tuple[Shard, ...]
     features: Features | None = None  #: of an external encoder, for all shards
+    text: Text | None = None  #: how captions are stored; conditions are of kind text
 
     @property
     def num_classes(self) -> int:
@@ -142,7 +143,8 @@ class Manifest:
     @property
     def layout(self) -> Layout:
         """What one shard holds."""
-        return {"moments": (self.dtype, self.moments_shape), "labels": ("int64", ())}
+        text = self.text.layout(self.conditions) if self.text else {}
+        return {"moments": (self.dtype, self.moments_shape), "labels": ("int64", ()), **text}
 
     @property
     def unit(self) -> str:
@@ -157,6 +159,8 @@ class Manifest:
     def summary(self) -> str:
         """A few lines to print."""
         kind = {0: "unconditional", 1: "1 class"}.get(self.num_classes, f"{self.num_classes} classes")
+        if self.text:
+            kind = "with captions"
         if self.classes:  # shown, since folders such as train/ and val/ could be mistaken for classes
             kind += f": {', '.join(map(printable, self.classes[:6]))}{', …' if self.num_classes > 6 else ''}"
         size = "" if self.resolution is None else f" of {size_text(self.resolution)}"
@@ -166,6 +170,7 @@ class Manifest:
             f"{self.count:,} {self.unit}{size}, {kind}",
             f"{latent} latents by {printable(self.autoencoder)}, {std}, {self.dtype}"
             + (", with mirrored copies" if self.copies == 2 else ""),
+            *([self.text.summary(self.conditions)] if self.text else []),
             f"{len(self.shards)} shards, {self.count * row_bytes(self.layout) / 1e6:,.1f} MB",
         ]
         if self.skipped:
@@ -179,7 +184,10 @@ class Manifest:
         return replace(self, count=0, shards=())
 
     def to_json(self) -> str:
-        return json.dumps(asdict(self), indent=1)
+        data = asdict(self)
+        if self.text is None:
+            del data["text"]  # so that data without captions are the same as before there were any
+        return json.dumps(data, indent=1)
 
     @classmethod
     def from_json(cls, text: str) -> Manifest:
@@ -207,7 +215,7 @@ class Manifest:
             autoencoder=record.text("autoencoder"),
             resolution=record.take("resolution", _resolution),
             image_channels=record.optional_integer("image_channels", 1, 3),
-            conditions=_conditions(record.record("conditions")),
+            conditions=parse_conditions(record.record("conditions")),
             classes=record.items("classes", as_text),
             source=record.text("source"),
             options=record.options("options"),
@@ -215,6 +223,9 @@ class Manifest:
             features=record.take(
                 "features", lambda x: None if x is None else Features.parse(x, f"{FILE}: field 'features'")
             ),
+            text=Text.parse(captions, f"{FILE}: field 'text'")
+            if (captions := record.data.get("text")) is not None
+            else None,
         )
         _check_agreement(manifest)
         return manifest
@@ -261,20 +272,6 @@ def _latent_space(record: Record) -> LatentSpace:
     return LatentSpace(per_channel("shift"), per_channel("scale"), record.boolean("stochastic"))
 
 
-def _conditions(record: Record) -> Conditions:
-    if record.data.get("kind") == "text":
-        raise ValueError(f"{record.where} has kind 'text', which needs a newer version of this package; install one")
-    record.only(field.name for field in fields(Conditions))
-    kind: Literal["none", "labels"] = record.take("kind", _kind)
-    return Conditions(kind, record.integer("num_classes", 0))
-
-
-def _kind(value: object) -> object:
-    if value not in ("none", "labels"):
-        raise ValueError("one of none, labels")
-    return value
-
-
 def _resolution(value: object) -> object:
     if isinstance(value, list) and len(value) == 2:
         return tuple(as_integer(side, 1, 1 << 16) for side in value)
@@ -303,7 +300,14 @@ def _contradictions(manifest: Manifest) -> Iterator[str]:
         yield "field 'latent_space': 'scale' is zero"
     if len(set(manifest.classes)) != len(manifest.classes):
         yield "field 'classes' names a class twice"
-    if conditions != conditions_of(manifest.classes):
+    if conditions.kind == "text":
+        if manifest.classes or manifest.text is None:
+            yield "field 'conditions' has kind 'text', which needs a field 'text' and no 'classes'"
+        elif manifest.shards and not manifest.text.null:
+            yield f"field 'text': 'null', the sha256 of {NULL}, is missing"
+    elif manifest.text is not None:
+        yield f"field 'text' is set, field 'conditions' says {conditions}"
+    elif conditions != conditions_of(manifest.classes):
         yield f"field 'conditions' says {conditions}, field 'classes' names {len(manifest.classes)}"
     if (manifest.resolution is None) != (manifest.image_channels is None):
         yield "fields 'resolution' and 'image_channels' should both be null, or neither"

@@ -13,21 +13,20 @@ import torch
 from torch import Tensor
 
 from selftrans.data.dataset import NUMBERS, Dataset
-from selftrans.data.manifest import Features
 from selftrans.data.shard_file import row_bytes
 
 CHUNK = 1024  #: rows copied at a time
 
 
 class OnDevice(Dataset):
-    """The same data as `dataset`, with moments and labels on `device`; features stay on disk.
+    """The same data as `dataset`, with moments and labels on `device`; text and features stay on disk.
 
     Every value is checked once, here; `Dataset` checks it at each read. Raises ValueError for
     moments that are not finite, and when the device has too little free memory.
     """
 
     def __init__(self, dataset: Dataset, device: torch.device | str) -> None:
-        super().__init__(dataset.path, dataset.manifest, {}, dataset.labels)
+        super().__init__(dataset.path, dataset.manifest, dataset._tensors, dataset.labels, dataset.counts)
         self.device, manifest = torch.device(device), dataset.manifest
         self._dataset = dataset
         try:
@@ -35,7 +34,7 @@ class OnDevice(Dataset):
             moments = torch.empty((len(dataset), *manifest.moments_shape), dtype=dtype, device=device)
             self._on_device = {"labels": torch.from_numpy(dataset.labels).to(device), "moments": moments}
         except RuntimeError as error:  # torch.OutOfMemoryError is a RuntimeError
-            size = len(dataset) * row_bytes(manifest.layout) / 1e9
+            size = len(dataset) * row_bytes({"moments": manifest.layout["moments"]}) / 1e9
             raise ValueError(
                 f"{dataset.path} needs {size:.1f} GB, more than {self.device} has free ({str(error).splitlines()[0]}); "
                 "leave data.on_device off"
@@ -44,14 +43,9 @@ class OnDevice(Dataset):
             rows = np.arange(start, min(start + CHUNK, len(dataset)))
             moments[start : start + len(rows)] = dataset.read(rows, ["moments"])["moments"].to(device)
 
-    @property
-    def names(self) -> tuple[str, ...]:
-        return self._dataset.names
-
-    def open_features(self) -> Features:
-        return self._dataset.open_features()
-
-    def read(self, rows: np.ndarray | Tensor, names: Collection[str] | None = None) -> dict[str, Tensor]:
+    def read(
+        self, rows: np.ndarray | Tensor, names: Collection[str] | None = None, which: np.ndarray | None = None
+    ) -> dict[str, Tensor]:
         """As `Dataset.read`; moments and labels are on the device."""
         wanted = self.names if names is None else names
         at = torch.as_tensor(rows, dtype=torch.int64).reshape(-1)
@@ -59,5 +53,5 @@ class OnDevice(Dataset):
             self._check_range(at)
             at = at.to(self.device, non_blocking=True)
         on_disk = [name for name in wanted if name not in self._on_device]
-        stored = self._dataset.read(rows, on_disk) if on_disk else {}
+        stored = self._dataset.read(rows, on_disk, which) if on_disk else {}
         return {name: stored[name] if name in stored else self._on_device[name][at] for name in wanted}

@@ -19,6 +19,7 @@ import torch
 from selftrans.data import resumable
 from selftrans.data.dataset import Dataset
 from selftrans.data.encode import ShardEncoder
+from selftrans.data.encode_captions import CaptionEncoder, TextOptions, check_disk, sizes
 from selftrans.data.manifest import DTYPES, Manifest, Shard
 from selftrans.data.record import Option
 from selftrans.data.sources.clips import Clips, MediaOptions, open_clips
@@ -27,7 +28,8 @@ from selftrans.data.sources.npz import NpzValues, npz_values
 from selftrans.data.sources.open_source import open_source
 from selftrans.data.sources.source import Samples, ahead
 from selftrans.encoders.autoencoder import IDENTITIES, Autoencoder, autoencoder_name, load_autoencoder
-from selftrans.encoders.media import Video
+from selftrans.encoders.media import Video, is_media
+from selftrans.encoders.text import load_text_encoder
 from selftrans.precision import PRECISIONS, dtype_name
 from selftrans.storage import printable
 
@@ -49,6 +51,7 @@ def prepare(
     precision: str = "float32",
     split: str = "train",
     label_column: str | None = None,
+    text: TextOptions | str | None = None,
     part: str = "1/1",
     media: MediaOptions | None = None,
     progress: bool = True,
@@ -63,6 +66,8 @@ def prepare(
         dtype: of the stored moments; None: float16, or float32 for values. `precision` is that of the network.
         skip_bad: skip unreadable samples and list them in the manifest, instead of stopping at the first.
         split, label_column: for parquet files and hub data sets.
+        text: a text encoder (see `load_text_encoder`), or more options: store the captions of the pictures, which `open_source`
+            describes, as encoded by it.
         media: how sounds and videos are read.
         part: "I/N": make every Nth shard only; other processes or machines make the others in the same folder. The part
             that ends last writes the manifest. Until then, the returned manifest lists the shards made so far.
@@ -70,37 +75,30 @@ def prepare(
     a complete call checks every sha256 and makes lost or damaged shards again.
     Raises ValueError for a bad source, sample, autoencoder or option, a folder begun with other options, a failed write.
     """
-    out, clips = Path(out), _open_clips(source, resolution, flip, autoencoder, media or MediaOptions(), progress)
+    out, clips = Path(out), _open_clips(source, resolution, media or MediaOptions(), progress, autoencoder, flip, text)
     if dtype is None:  # sound has a larger range than pixels, and values have any
         dtype = "float32" if autoencoder == "values" or (clips and not isinstance(clips.media, Video)) else "float16"
     mine = _check(source, out, batch_size, shard_size, dtype, precision, part)
-    earlier = resumable.earlier(out)
-    samples: Samples
-    if clips is not None:
-        samples = clips
-    elif autoencoder == "values":
-        samples = _open_values(source, resolution, flip, label_column)
+    earlier, text = resumable.earlier(out), TextOptions(text) if isinstance(text, str) else text
+    if autoencoder == "values":
+        samples = _open_values(source, resolution, flip, label_column, text)
     else:
-        samples = _open_pictures(source, resolution, earlier, split=split, label_column=label_column, progress=progress)
-    options: dict[str, Option] = {
-        "autoencoder": autoencoder_name(autoencoder) if clips is None else clips.media.kind,
-        "resolution": size_text(resolution) if isinstance(resolution, tuple) else resolution,
-        "flip": flip,
-        "shard_size": shard_size,
-        "dtype": dtype,
-        "precision": precision,
-        "split": split,
-        "label_column": label_column,
-        "fingerprint": samples.fingerprint,
-    }
-    options |= media.given() if media else {}
+        reading = {"split": split, "label_column": label_column, "captions": text.source if text else None}
+        samples = _open_pictures(source, resolution, earlier, **reading, progress=progress) if clips is None else clips
+    options = _options(samples, autoencoder, resolution, text, media)
+    options |= {"flip": flip, "shard_size": shard_size, "dtype": dtype, "precision": precision}
+    options |= {"split": split, "label_column": label_column}
     if earlier:
         resumable.check_options(earlier.plan, options, out)
         if _covers(earlier, samples) and not _remove_damaged(out, progress):
             return Manifest.load(out)
     _report_ignored(samples, progress)
-    device, model = (torch.device("cpu"), clips.normalised()) if clips else _load(autoencoder, device, precision)
-    encoder = ShardEncoder(samples, batch_size, shard_size, skip_bad, model, device, flip, dtype)
+    if not skip_bad:
+        _check_faults(samples, source)
+    captions = _load_text(samples, text, device, precision, progress) if text else None
+    kind = autoencoder if clips is None else clips.normalised().name
+    device, model = _load(kind, device, "float32" if text and autoencoder in IDENTITIES else precision)
+    encoder = ShardEncoder(samples, batch_size, shard_size, skip_bad, model, device, flip, dtype, captions)
     return _run(encoder, encoder.plan(str(source), options), out, mine, progress)
 
 
@@ -146,28 +144,72 @@ def _open_pictures(
     return open_source(source, resolution=resolution or native, **options)
 
 
+def _options(
+    samples: Samples,
+    autoencoder: str,
+    resolution: Resolution | None,
+    text: TextOptions | None,
+    media: MediaOptions | None,
+) -> dict[str, Option]:
+    """What a folder is begun with and must be continued with, besides the plain options of `prepare`."""
+    return {
+        "autoencoder": samples.media.kind if isinstance(samples, Clips) else autoencoder_name(autoencoder),
+        "resolution": size_text(resolution) if isinstance(resolution, tuple) else resolution,
+        "fingerprint": samples.fingerprint,
+        **(text.recorded() if text else {}),
+        **(media.given() if media else {}),
+    }
+
+
 def _open_clips(
     source: str | Path,
     resolution: Resolution | None,
-    flip: bool,
-    autoencoder: str,
     media: MediaOptions,
     progress: bool,
+    autoencoder: str,
+    flip: bool,
+    text: object,
 ) -> Clips | None:
     """Sounds or videos; None for another source. Raises ValueError for an option that only applies to pictures."""
     if autoencoder == "values":
         media.refuse("audio rate length bins hop frames grey", "--autoencoder values")
         return None
     clips = open_clips(source, media, resolution, progress)
-    if clips and (flip or autoencoder != "pixel"):
-        option = "flip" if flip else "autoencoder"
-        raise ValueError(f"--{option} is for pictures; leave it out for sounds and videos")
+    for name, given in (("flip", flip), ("autoencoder", autoencoder != "pixel"), ("text", text is not None)):
+        if clips and given:
+            raise ValueError(f"--{name} is for pictures; leave it out for sounds and videos")
     return clips
 
 
-def _open_values(source: str | Path, resolution: Resolution | None, flip: bool, label_column: str | None) -> Samples:
+def _check_faults(samples: Samples, source: str | Path) -> None:
+    """Raise ValueError for samples that lack their picture or their captions, before anything is encoded."""
+    for i, reason in samples.faults.items():
+        raise ValueError(
+            f"{len(samples.faults)} samples of {source} cannot be used; the first: {printable(samples.name(i))} ({reason}); "
+            "repair them, or leave them out with --skip-bad"
+        )
+
+
+def _load_text(
+    samples: Samples, options: TextOptions, device: str | torch.device | None, precision: str, progress: bool
+) -> CaptionEncoder:
+    """The text encoder, ready for these samples. Says how many captions there are, and what they take on disk."""
+    assert samples.captions is not None, "opened with captions"
+    encoder = load_text_encoder(
+        options.encoder, options.tokens, device=_device(device), dtype=NETWORK_DTYPES[precision]
+    )
+    text = CaptionEncoder.of(encoder, samples.captions, options)
+    say(sizes(text, sum(map(len, samples.captions)) - sum(map(len, text.captions))), progress)
+    if long := text.too_long():
+        warnings.warn(f"{long:,} captions are longer than {encoder.tokens} tokens and are truncated", stacklevel=3)
+    return text
+
+
+def _open_values(
+    source: str | Path, resolution: Resolution | None, flip: bool, label_column: str | None, text: TextOptions | None
+) -> Samples:
     """Open an npz of values. Raises ValueError for an option that only applies to pictures."""
-    for name, given in (("resolution", resolution is not None), ("flip", flip)):
+    for name, given in (("resolution", resolution is not None), ("flip", flip), ("text", text is not None)):
         if given:
             raise ValueError(f"--{name} is for pictures; leave it out with --autoencoder values")
     if label_column is not None:
@@ -193,12 +235,16 @@ def _remove_damaged(out: Path, progress: bool) -> list[str]:
 
 def _load(name: str, device: str | torch.device | None, precision: str) -> tuple[torch.device, Autoencoder]:
     """The device (None: a GPU if there is one) and the autoencoder on it."""
-    if name in IDENTITIES:
+    if name in IDENTITIES or is_media(name):
         if precision != "float32":
             warnings.warn(f"precision {precision} is ignored: {name} needs no network", stacklevel=3)
         return torch.device("cpu"), load_autoencoder(name)
-    chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    chosen = _device(device)
     return chosen, load_autoencoder(name, device=chosen, dtype=NETWORK_DTYPES[precision])
+
+
+def _device(device: str | torch.device | None) -> torch.device:
+    return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 def _run(encoder: ShardEncoder, plan: Manifest, out: Path, part: resumable.Part, progress: bool) -> Manifest:
@@ -209,10 +255,15 @@ def _run(encoder: ShardEncoder, plan: Manifest, out: Path, part: resumable.Part,
     with resumable.locked(out, part, mine):
         with resumable.changing(out, part):
             begun, done = _valid(encoder, plan, out)  # read again under the lock
-            if resumable.is_finished(out) and len(done) == len(encoder.shards()):  # by another part in the meantime
+            complete = resumable.is_finished(out) and len(done) == len(encoder.shards())
+            if complete and resumable.has_null(out, begun):  # by another part in the meantime
                 return Manifest.load(out)
+            missing = [shard for shard in mine if shard not in done]
+            if encoder.text:
+                check_disk(plan, sum(map(encoder.asked, missing)), out)
+                if not resumable.has_null(out, begun):
+                    begun = replace(begun, text=encoder.text.write_null(out))
             resumable.begin(out, begun, done.values())
-        missing = [shard for shard in mine if shard not in done]
         initial = sum(encoder.asked(shard) for shard in mine if shard in done)
         total = sum(encoder.asked(shard) for shard in mine)
         bar = tqdm(total=total, initial=initial, unit=f" {plan.unit}", disable=not progress)
@@ -226,7 +277,7 @@ def _run(encoder: ShardEncoder, plan: Manifest, out: Path, part: resumable.Part,
 
 
 def _valid(encoder: ShardEncoder, plan: Manifest, out: Path) -> tuple[Manifest, dict[int, Shard]]:
-    """The plan with the features that are already stored, and the valid shards in the folder, by index.
+    """The plan with the features and the empty caption that are already stored, and the valid shards in the folder, by index.
 
     Raises ValueError when the folder was begun with another plan.
     """
@@ -236,7 +287,7 @@ def _valid(encoder: ShardEncoder, plan: Manifest, out: Path) -> tuple[Manifest, 
     resumable.check_plan(earlier.plan, plan, out)
     shards = encoder.shards()
     valid = {s.index: s for s in earlier.shards if s.index in shards and s.asked == encoder.asked(s.index)}
-    return replace(plan, features=earlier.plan.features), valid
+    return replace(plan, features=earlier.plan.features, text=earlier.plan.text), valid
 
 
 def _finish(encoder: ShardEncoder, plan: Manifest, out: Path, progress: bool) -> Manifest:

@@ -23,11 +23,13 @@ from selftrans.data.prepare import NETWORK_DTYPES, say
 from selftrans.data.record import parse_json, read_text
 from selftrans.data.shard_file import KEPT, Layout, is_valid, write_shard
 from selftrans.data.shard_plan import Decoded, ShardPlan
+from selftrans.data.sources.captions import CaptionSource
 from selftrans.data.sources.decode import size_text
 from selftrans.data.sources.open_source import open_source
 from selftrans.data.sources.source import ahead
 from selftrans.encoders.autoencoder import from_uint8
-from selftrans.encoders.vision import Encoder, encoder_name, load_encoder
+from selftrans.encoders.pretrained import encoder_name
+from selftrans.encoders.vision import Encoder, load_encoder
 from selftrans.storage import printable, sha256_file, write_text
 
 
@@ -37,6 +39,7 @@ def prepare_features(
     encoder: str,
     *,
     grid: int | None = None,
+    captions: CaptionSource | None = None,
     batch_size: int = 64,
     device: str | torch.device | None = None,
     precision: str = "float32",
@@ -50,6 +53,7 @@ def prepare_features(
         grid: side of the grid of features, one for each token of the student; None: half the side of the latents, which is
             the grid of a student with patch size 2. 16 x 16 features of width 768 take 0.4 MB per picture, twice that with
             mirrored copies.
+        captions: where they are, for pictures that were prepared with captions in a file or a column.
         part: "I/N", as in `prepare`: make the features of this part's shards, whose moments must be finished. Until all
             parts have ended, the returned value lists the files made so far.
     To continue an interrupted call, repeat it. A complete folder is not changed; a lost or truncated file is made again.
@@ -60,27 +64,20 @@ def prepare_features(
     if earlier is None:
         raise ValueError(f"{out} holds no prepared pictures; run `selftrans prepare` on {source} first")
     manifest, options = earlier.plan, earlier.plan.options
-    if manifest.resolution is None:
-        raise ValueError(f"{out} holds data that are not pictures; a vision encoder cannot read them: omit --features")
     if not isinstance(manifest.resolution, int):
-        shape = size_text(manifest.resolution)
-        raise ValueError(f"{out} holds pictures of {shape}; features are stored for squares only: omit --features")
+        raise ValueError(f"{out} holds {_other(manifest)}; a vision encoder cannot read them: omit --features")
     label_column = options.get("label_column")
     pictures = open_source(
         source,
         resolution=manifest.resolution,
         split=str(options.get("split", "train")),
         label_column=None if label_column is None else str(label_column),
+        captions=(captions or CaptionSource()) if manifest.text else None,
         progress=progress,
     )
     resumable.check_options(manifest, options | {"fingerprint": pictures.fingerprint}, out)
     size = options.get("shard_size")
-    if (
-        batch_size < 1
-        or not isinstance(size, int)
-        or (grid is not None and grid < 1)
-        or precision not in NETWORK_DTYPES
-    ):
+    if batch_size < 1 or not isinstance(size, int) or (grid or 1) < 1 or precision not in NETWORK_DTYPES:
         raise ValueError(f"batch_size {batch_size}, grid {grid} or precision {precision!r} is out of range")
     wanted = Features(
         encoder=encoder_name(encoder),
@@ -94,6 +91,13 @@ def prepare_features(
     _stored(wanted, out)  # refuse other features before anything is written
     chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     return _run(ShardPlan(pictures, batch_size, size, skip_bad=True), wanted, out, mine, chosen, progress)
+
+
+def _other(manifest: Manifest) -> str:
+    """The data of a folder without square pictures, for messages."""
+    if manifest.resolution is None:
+        return "data that are not pictures"
+    return f"pictures of {size_text(manifest.resolution)}, which are not square"
 
 
 def _run(

@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import NamedTuple, TypeAlias
 
 from selftrans.data.manifest import FILE, Features, Manifest, Shard, parse_shard
+from selftrans.data.manifest_text import NULL
 from selftrans.data.record import Option, parse_json, read_text
 from selftrans.data.shard_file import KEPT, is_valid
-from selftrans.storage import InUse, lock_file, remove_stale_temporaries, write_text
+from selftrans.storage import InUse, lock_file, remove_stale_temporaries, sha256_file, write_text
 
 PLAN, LOCK = "plan.json", ".lock"
 #: part I of N, counted from 1
@@ -65,8 +66,19 @@ def earlier(out: Path) -> Earlier | None:
         raise ValueError(f"{out} holds a damaged preparation ({error}); delete it, or choose another --out") from error
     recorded = manifest.shards if name == FILE else tuple(_records(out))
     valid = tuple(shard for shard in recorded if is_valid(out / shard.file, manifest.layout, shard.count))
-    complete = name == FILE and PLAN not in visible and 0 < len(valid) == len(manifest.shards)
+    complete = (
+        name == FILE and PLAN not in visible and 0 < len(valid) == len(manifest.shards) and has_null(out, manifest)
+    )
     return Earlier(manifest.without_shards(), valid, complete)
+
+
+def has_null(out: Path, manifest: Manifest) -> bool:
+    """Whether the empty caption is stored as the manifest says; also true for data without captions."""
+    text = manifest.text
+    if text is None:
+        return True
+    stored = is_valid(out / NULL, text.null_layout(manifest.conditions), 1)
+    return stored and bool(text.null) and sha256_file(out / NULL) == text.null
 
 
 def is_finished(out: Path) -> bool:
@@ -94,6 +106,10 @@ def check_plan(before: Manifest, plan: Manifest, out: Path) -> None:
     """Raise ValueError naming the first field of the folder's plan that differs from the new plan."""
     for name in (field.name for field in fields(Manifest)):
         old, new = getattr(before, name), getattr(plan, name)
+        if name == "text" and old and new:  # the empty caption may be rounded in another way on another machine
+            new = replace(new, null=old.null)
+        if name == "conditions" and old != new and str(old) == str(new):
+            old, new = (f"{x} with sha256 {x.sha256:.12}" for x in (old, new))
         if old != new and name not in ("source", "shards", "count", "features"):
             raise ValueError(f"{out} was begun with {name} {old}, now it is {new}; choose another --out")
 

@@ -2,6 +2,7 @@
 
     shard-00000.safetensors      moments (count, copies, M, *S) float16 or float32;  labels (count,) int64
     features-00000.safetensors   features (count, copies, T, D) float16
+Data with captions have more tensors in a shard (see `manifest_text`), and their empty caption in null.safetensors.
 A `Layout` lists the tensors of a file, with the dtype and shape of one row of each. The header is padded with spaces, as
 the format allows, so that the data start at a page boundary. Shape legend: M moments channels, S spatial dimensions.
 """
@@ -22,11 +23,18 @@ from selftrans.storage import atomic_write, first_line
 #: name of a tensor -> dtype (a key of DTYPES) and shape of one row
 Layout: TypeAlias = Mapping[str, tuple[str, tuple[int, ...]]]
 
-DTYPES = {"float16": "F16", "float32": "F32", "int64": "I64"}  #: name -> safetensors name
+#: name -> safetensors name
+DTYPES = {"float16": "F16", "float32": "F32", "bfloat16": "BF16", "int64": "I64", "int32": "I32", "uint8": "U8"}
+VIEWS = {"bfloat16": "int16"}  #: numpy has no such type: arrays hold the same bits as this one
 PAGE = 4096  #: bytes
 CHUNK = 1 << 24  #: bytes copied at a time
 REMEDY = "repeat the `selftrans prepare` that made the folder to restore it"
 KEPT = "free disk space or choose another --out, then repeat: finished shards are kept"
+
+
+def numpy_dtype(name: str) -> np.dtype:
+    """The dtype of arrays that hold a tensor of this dtype of DTYPES."""
+    return np.dtype(VIEWS.get(name, name))
 
 
 def row_bytes(layout: Layout) -> int:
@@ -39,7 +47,7 @@ def open_tensors(path: Path, layout: Layout, count: int) -> dict[str, np.ndarray
 
     Raises ValueError, with the remedy, when the file is missing or is not a safetensors file of exactly these tensors.
     """
-    import torch  # noqa: F401 - safetensors maps the file through it
+    import torch
     from safetensors import safe_open
 
     if not path.is_file():
@@ -53,7 +61,8 @@ def open_tensors(path: Path, layout: Layout, count: int) -> dict[str, np.ndarray
                     actual = f"{stored.get_dtype()} {tuple(stored.get_shape())}"
                     expected = f"{DTYPES[dtype]} {(count, *shape)}"
                     raise ValueError(f"its {name} are {actual}, the manifest expects {expected}")
-                tensors[name] = file.get_tensor(name).numpy()
+                tensor = file.get_tensor(name)
+                tensors[name] = (tensor.view(getattr(torch, VIEWS[dtype])) if dtype in VIEWS else tensor).numpy()
                 tensors[name].flags.writeable = False
             if extra := sorted(set(file.keys()) - set(layout)):
                 raise ValueError(f"it also holds {extra[0]!r:.60}")
@@ -76,7 +85,7 @@ class ShardWriter:
 
     def __init__(self, file: BinaryIO, layout: Layout, most: int) -> None:
         # tensors with wide dtypes first, so that every value is aligned to its size
-        order = sorted(layout, key=lambda name: (-np.dtype(layout[name][0]).itemsize, name))
+        order = sorted(layout, key=lambda name: (-numpy_dtype(layout[name][0]).itemsize, name))
         self.count = 0  #: rows written
         self._file, self._most = file, most
         self._layout = {name: layout[name] for name in order}
@@ -89,8 +98,10 @@ class ShardWriter:
         assert rows.keys() == self._layout.keys() and self.count + n <= self._most
         for name, (begin, _) in self._spans(self._most).items():
             dtype, shape = self._layout[name]
-            values = np.ascontiguousarray(rows[name], dtype=np.dtype(dtype).newbyteorder("<"))
-            assert rows[name].dtype == dtype and values.shape == (n, *shape), f"{name} of another dtype or shape"
+            values = np.ascontiguousarray(rows[name], dtype=numpy_dtype(dtype).newbyteorder("<"))
+            assert rows[name].dtype == numpy_dtype(dtype) and values.shape == (n, *shape), (
+                f"{name} of another dtype or shape"
+            )
             self._file.seek(self._start + begin + self.count * _bytes(dtype, shape))
             self._file.write(values.data)
         self.count += n
@@ -143,4 +154,4 @@ def write_shard(path: Path, layout: Layout, most: int) -> Iterator[ShardWriter]:
 
 
 def _bytes(dtype: str, shape: tuple[int, ...]) -> int:
-    return math.prod(shape) * np.dtype(dtype).itemsize
+    return math.prod(shape) * numpy_dtype(dtype).itemsize

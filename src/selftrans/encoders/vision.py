@@ -7,20 +7,19 @@ Shape legend: N batch, R side of a picture, T = grid² tokens row by row, D widt
 
 from __future__ import annotations
 
-import hashlib
 import inspect
 import math
 import warnings
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from selftrans.encoders.pretrained import encoder_name, load_model, sha256_of
 from selftrans.storage import first_line
 
 MAX_PREFIX = 16  #: maximum number of class and register tokens before the patches
@@ -120,11 +119,6 @@ class Encoder:
         return (2 * noise - 1).to(next(self.model.parameters()).device)
 
 
-def encoder_name(name: str) -> str:
-    """The name to store: a local folder by its absolute path, so that it is found from any working directory."""
-    return str(Path(name).resolve()) if Path(name).is_dir() else name
-
-
 def load_encoder(
     name: str, grid: int, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
 ) -> Encoder:
@@ -133,32 +127,12 @@ def load_encoder(
     `dtype` is that of the network; features are always float32. Raises ValueError when it does not exist,
     has no safetensors, lacks weights, or is not a vision model.
     """
-    model, absent = _load(name)
-    stored = {key: tensor for key, tensor in model.state_dict().items() if key not in absent}
-    mean, std = _normalisation(name)
-    return Encoder(encoder_name(name), model.to(device, dtype), _sha256(stored), grid, mean=mean, std=std)
-
-
-def _load(name: str) -> tuple[Any, set[str]]:
-    """The model, and the names of the weights that its checkpoint lacks."""
     from transformers import AutoModel
 
-    try:
-        model, info = AutoModel.from_pretrained(
-            name, use_safetensors=True, trust_remote_code=False, output_loading_info=True
-        )
-    except Exception as error:  # missing, offline, gated, pickled, of an unknown class: all unusable
-        raise ValueError(
-            f"encoder {name!r} cannot be loaded ({first_line(error, 200)}); give a vision model of transformers, by hub id or "
-            "folder, with safetensors weights"
-        ) from error
-    assert isinstance(model, nn.Module)
-    absent = set(info["missing_keys"])
-    # transformers only warns about these, and initialises them randomly
-    gaps = sorted(key for key in absent if not any(part in key for part in UNUSED))
-    if gaps:
-        raise ValueError(f"encoder {name!r}: its checkpoint lacks {len(gaps)} weights, such as {gaps[0]}")
-    return model.float(), absent
+    model, absent = load_model(AutoModel, name, name, "a vision model", UNUSED)
+    stored = {key: tensor for key, tensor in model.state_dict().items() if key not in absent}
+    mean, std = _normalisation(name)
+    return Encoder(encoder_name(name), model.to(device, dtype), sha256_of(stored), grid, mean=mean, std=std)
 
 
 def _normalisation(name: str) -> tuple[Sequence[float], Sequence[float]]:
@@ -177,15 +151,6 @@ def _normalisation(name: str) -> tuple[Sequence[float], Sequence[float]]:
     if not getattr(processor, "do_normalize", True):
         return (0.0,), (1.0,)
     return processor.image_mean, processor.image_std
-
-
-def _sha256(tensors: dict[str, Tensor]) -> str:
-    """sha256 of names, shapes and contents, in the order of the names."""
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        digest.update(f"{name} {tuple(tensors[name].shape)}\n".encode())
-        digest.update(tensors[name].cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 def _side(config: Any, name: str) -> int:

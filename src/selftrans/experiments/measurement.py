@@ -127,7 +127,7 @@ def measure_checkpoint(folder: Path, measurement: Measurement) -> dict[str, Any]
     batches = list(Sampler.of(loaded, measurement.sample, device=device).sample())
     labels = np.concatenate([batch.labels for batch in batches])
     images = (batch.images for batch in batches)
-    metrics = ("frechet", "accuracy") if classes > 1 and measurement.extractor.pictures else ("frechet",)
+    metrics = ("frechet", "accuracy") if classes > 1 and measurement.extractor.head else ("frechet",)
     report = evaluate(images, measurement.reference, measurement.extractor, labels=labels, metrics=metrics)
     spent = checkpoint.read_header(folder / FILES["ema"])
     return {

@@ -16,14 +16,18 @@ import torch
 from torch import Tensor
 
 from selftrans.data.dataset import Dataset
-from selftrans.types import Batch, map_cond
+from selftrans.types import Batch
+
+CAPTIONS = 3  #: apart from other random numbers of the same seed
 
 
 class Loaded(NamedTuple):
     """The stored tensors from which a micro-batch is made."""
 
     rows: np.ndarray  #: (N,) positions in the data
-    tensors: dict[str, Tensor]  #: moments (N, copies, M, *S), labels (N,); features (N, copies, T, D) if they are read
+    tensors: dict[
+        str, Tensor
+    ]  #: moments (N, copies, M, *S), labels (N,); text or ids, and mask, of one caption; features if they are read
 
 
 class Stream:
@@ -47,6 +51,13 @@ class Stream:
         start = step * self.batch_size + (self.rank * self.accumulate + micro) * self.micro
         return np.array([self._at(position) for position in range(start, start + self.micro)], dtype=np.int64)
 
+    def caption(self, rows: np.ndarray, step: int, micro: int) -> np.ndarray | None:
+        """(N,) which caption of each row this visit reads, drawn from (seed, step, micro, rank); None without captions."""
+        if self.dataset.counts is None:
+            return None
+        drawn = np.random.default_rng(np.random.SeedSequence([self.seed, CAPTIONS, step, micro, self.rank]))
+        return drawn.integers(0, self.dataset.counts[rows])
+
     def all_indices(self, step: int) -> np.ndarray:
         """(B,) positions in the data of the batch of all processes. Safe while the thread reads ahead."""
         mine = copy.copy(self)  # the thread uses the order of this one
@@ -68,7 +79,7 @@ class Stream:
         def read(at: int) -> Loaded:
             rows = self.indices(*divmod(at, self.accumulate))
             names = [name for name in self.dataset.names if name != "features" or self.features]
-            tensors = self.dataset.read(rows, names)
+            tensors = self.dataset.read(rows, names, self.caption(rows, *divmod(at, self.accumulate)))
             if pin:  # in this thread, not in the step: only copies from pinned memory are asynchronous
                 tensors = {name: x.pin_memory() if x.device.type == "cpu" else x for name, x in tensors.items()}
             return Loaded(rows, tensors)
@@ -94,7 +105,7 @@ def to_batch(loaded: Loaded, dataset: Dataset, device: torch.device) -> Batch:
     n, copies = moments.shape[:2]
     chosen = torch.arange(n, device=device), torch.randint(copies, (n,), device=device)
     z0 = dataset.manifest.latent_space.sample(moments[chosen])
-    cond = map_cond(lambda x: x.to(device, non_blocking=True), dataset.condition(loaded.tensors))
+    cond = dataset.condition(loaded.tensors, device)
     features = loaded.tensors.get("features")
     if features is not None:
         features = features.to(device, non_blocking=True)[chosen]

@@ -5,7 +5,6 @@ Decoded by soundfile (extra `selftrans[media]`). Shape legend: (L,) sound, (1, L
 
 from __future__ import annotations
 
-import importlib
 import math
 import os
 import struct
@@ -40,18 +39,17 @@ class Header(NamedTuple):
 
 
 def soundfile() -> Any:
-    """The library. Raises ModuleNotFoundError with the command that installs it."""
-    return needed("soundfile", "sounds")
-
-
-def needed(module: str, what: str) -> Any:
-    """Import a module of the extra `media`. Raises ValueError with the command that installs it."""
+    """The library. Raises ValueError with the command that installs it."""
     try:
-        return importlib.import_module(module)
+        import soundfile
     except (ImportError, OSError) as error:  # OSError: its system library is missing
-        raise ValueError(
-            f"{what} are read by {module}, which is not there ({first_line(error, 100)}): pip install 'selftrans[media]'"
-        ) from error
+        raise ValueError(missing("sounds", "soundfile", error)) from error
+    return soundfile
+
+
+def missing(what: str, module: str, error: Exception) -> str:
+    """The message for a module of the extra `media` that cannot be imported."""
+    return f"{what} are read by {module}, which is not there ({first_line(error, 100)}): pip install 'selftrans[media]'"
 
 
 def open_sounds(root: Path, files: Source, options: MediaOptions, progress: bool) -> Clips:

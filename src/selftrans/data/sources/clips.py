@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
@@ -68,6 +68,8 @@ class Clips:
     media: Media  #: what the samples are; not yet normalised
     load: Callable[[Path], np.ndarray] = field(repr=False)  #: one file ⇒ (C, *S) float32
     remarks: tuple[str, ...] = ()  #: sentences on what is cut or padded
+    captions: None = None  #: as `Samples` asks for: there are none
+    faults: Mapping[int, str] = field(default_factory=dict)  #: none, likewise
 
     @property
     def labels(self) -> np.ndarray:
@@ -131,7 +133,7 @@ def kind_of(path: Path, frames: int | None) -> Kind | None:
     if not path.is_dir():
         return None
     known = EXTENSIONS | SOUNDS | VIDEOS
-    first = next(walk(path, path.resolve(), "", Counter(), known), None)
+    first = next(walk(path, known, Counter()), None)
     return None if first is None else _kind(first[0], frames)
 
 
@@ -169,7 +171,7 @@ def open_clips(
 def _files(root: Path, kind: Kind, frames: int | None) -> Source:
     """The files of a folder, with their labels. Raises ValueError for a folder of several kinds."""
     ignored: Counter[str] = Counter()
-    found = sorted(walk(root, root.resolve(), "", ignored, EXTENSIONS | SOUNDS | VIDEOS))
+    found = sorted(walk(root, EXTENSIONS | SOUNDS | VIDEOS, ignored))
     for name, _ in found:
         if (other := _kind(name, frames)) != kind:
             raise ValueError(f"{root} holds {kind} and {other}, such as {printable(name)}; keep one kind in a folder")

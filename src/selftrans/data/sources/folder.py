@@ -21,7 +21,7 @@ def folder(root: Path) -> Source:
     class folder without pictures, for pictures next to class folders, and for sounds or videos next to pictures.
     """
     ignored: Counter[str] = Counter()
-    files = sorted(walk(root, root.resolve(), "", ignored, EXTENSIONS | SOUNDS | VIDEOS))
+    files = sorted(walk(root, EXTENSIONS | SOUNDS | VIDEOS, ignored))
     pictures = [(name, size) for name, size in files if PurePosixPath(name).suffix.lower() in EXTENSIONS]
     if 0 < len(pictures) < len(files):
         other = next(name for name, _ in files if PurePosixPath(name).suffix.lower() not in EXTENSIONS)
@@ -51,10 +51,17 @@ def check_classes(root: Path, classes: Collection[str], unit: str) -> None:
         raise ValueError(f"class folder {empty[0]!r} of {root} holds no {unit.removesuffix('s')}; fill it or remove it")
 
 
-def walk(
-    directory: Path, root: Path, prefix: str, ignored: Counter[str], extensions: Collection[str] = EXTENSIONS
+def walk(root: Path, suffixes: Collection[str], ignored: Counter[str]) -> Iterator[tuple[str, int]]:
+    """(path below the root, bytes) of each file with one of these suffixes; others are counted in `ignored`.
+
+    Raises ValueError for a symbolic link that leads out of the folder.
+    """
+    return _walk(root, root.resolve(), "", suffixes, ignored)
+
+
+def _walk(
+    directory: Path, root: Path, prefix: str, suffixes: Collection[str], ignored: Counter[str]
 ) -> Iterator[tuple[str, int]]:
-    """(path below the root, bytes) of each file with one of these extensions."""
     try:
         with os.scandir(directory) as scan:
             entries = list(scan)
@@ -67,12 +74,12 @@ def walk(
         if is_hidden(entry.name):
             ignored[HIDDEN] += 1
         elif entry.is_dir(follow_symlinks=False):
-            yield from walk(Path(entry.path), root, name + "/", ignored, extensions)
+            yield from _walk(Path(entry.path), root, name + "/", suffixes, ignored)
         elif entry.is_dir():
             ignored[LINKS] += 1
         elif not entry.is_file():
             ignored[SPECIAL] += 1
-        elif PurePosixPath(name).suffix.lower() not in extensions:
+        elif PurePosixPath(name).suffix.lower() not in suffixes:
             ignored[OTHER] += 1
         else:
             yield name, entry.stat().st_size

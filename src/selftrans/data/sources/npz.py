@@ -130,6 +130,8 @@ class NpzValues:
     classes: tuple[str, ...]  #: empty: unconditional
     crc: int  #: checksum of the array, from the zip's directory
     ignored: dict[str, int] = field(default_factory=dict)  #: always empty
+    captions: None = None
+    faults: dict[int, str] = field(default_factory=dict)  #: always empty
     _state: dict[str, Any] = field(default_factory=dict, repr=False)  #: the open stream and its next sample
     _lock: Any = field(default_factory=threading.Lock, repr=False)
 

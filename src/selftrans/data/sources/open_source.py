@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from selftrans.data.sources import folder, npz, table, zip_archive
+from selftrans.data.sources.captions import CaptionSource, annotated, captioned_folder, loose_folder
 from selftrans.data.sources.decode import (
     EXTENSIONS,
     Resolution,
@@ -24,6 +25,7 @@ from selftrans.data.sources.decode import (
     upright_size,
 )
 from selftrans.data.sources.source import Picture, Source, ahead
+from selftrans.data.sources.tar_archive import tar_files
 from selftrans.storage import printable
 
 __all__ = ["MAX_RESOLUTION", "Picture", "Source", "iter_images", "open_source"]
@@ -38,6 +40,7 @@ def open_source(
     channels: int = 3,
     split: str = "train",
     label_column: str | None = None,
+    captions: CaptionSource | None = None,
     progress: bool = False,
 ) -> Source:
     """Open a collection of pictures. `source` is one of:
@@ -47,12 +50,17 @@ def open_source(
     - `digits`: scikit-learn's 1,797 scans, 8x8, one channel;
     - a parquet file, a folder of them, or a hub id `owner/name`, read by `datasets`: `split`, and `label_column`
       if several columns could be the label.
+    With `captions` the pictures have captions and no labels. Then `source` is one of:
+    - a folder, in which `name.jpg` has its captions in `name.txt` or `name.caption` (one a line) or `name.json`;
+    - a folder or zip of pictures, whose captions are in the file `captions.file`, as COCO's annotations are;
+    - a tar file or a folder of them, as webdataset writes them;
+    - a parquet file, a folder of them, or a hub id, with a column of texts or lists of texts.
     Hidden files and files that are not pictures are ignored and counted in `Source.ignored`. `channels` 1 reads
     pictures as greyscale. `resolution` None keeps the size of the pictures, which must all have one size: the header
     of each is read, with a progress bar if `progress`.
     Raises ValueError when there is no picture, the layout is ambiguous or unsafe, or a resolution is needed.
     """
-    opened = _open(source, resolution, channels, split, label_column)
+    opened = _open(source, resolution, channels, split, label_column, captions)
     native = resolution or _native_resolution(
         opened, str(source), progress, "give --resolution to crop and resize them"
     )
@@ -65,15 +73,19 @@ def _open(
     channels: int = 3,
     split: str = "train",
     label_column: str | None = None,
+    captions: CaptionSource | None = None,
 ) -> Source:
     """A source with this resolution (None: 0, to be set later). Raises ValueError as `open_source` does."""
     if resolution is not None and not all(1 <= side <= MAX_RESOLUTION for side in sides(resolution)):
         raise ValueError(f"resolution {size_text(resolution)} is not between 1 and {MAX_RESOLUTION}")
     if channels not in (1, 3):
         raise ValueError(f"pictures have 1 or 3 channels, not {channels}")
-    opened = _find(source, split, label_column)
-    if label_column is not None and not opened.is_table:
-        warnings.warn(f"label_column is ignored: {source} is not a table", stacklevel=3)
+    opened = _find_captioned(source, split, captions) if captions else _find(source, split, label_column)
+    if label_column is not None and (captions or not opened.is_table):
+        why = "with captions there are no labels" if captions else f"{source} is not a table"
+        warnings.warn(f"label_column is ignored: {why}", stacklevel=3)
+    if captions and captions.column is not None and not opened.is_table:
+        warnings.warn(f"caption_column is ignored: {source} is not a table", stacklevel=3)
     if not len(opened):
         ignored = "".join(f"; {count} {why}" for why, count in opened.ignored.items())
         raise ValueError(f"no pictures in {source} (looked for {' '.join(sorted(EXTENSIONS))}{ignored})")
@@ -97,6 +109,33 @@ def _find(source: str | Path, split: str, label_column: str | None) -> Source:
     if not path.exists() and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(source)):
         return table.hub(str(source), split, label_column)
     raise ValueError(f"no source {str(source)!r}: give a folder, zip or parquet file, a hub id owner/name, or 'digits'")
+
+
+def _find_captioned(source: str | Path, split: str, captions: CaptionSource) -> Source:
+    path = Path(source)
+    if captions.file is not None:
+        if not path.is_dir() and not (path.is_file() and path.suffix.lower() == ".zip"):
+            raise ValueError(
+                f"{source} is not a folder or a zip of pictures, which --captions {captions.file} belongs to"
+            )
+        return annotated(loose_folder(path) if path.is_dir() else zip_archive.zip_file(path), Path(captions.file))
+    if path.is_dir():
+        tables, tars = sorted(path.glob("*.parquet")), sorted(path.glob("*.tar"))
+        for file in (*tables, *tars):
+            folder.check_link(file, path.resolve(), file.name)
+        if tables:
+            return table.parquet(tables, None, captions)
+        return tar_files(tars) if tars else captioned_folder(path)
+    if path.is_file() and path.suffix.lower() == ".parquet":
+        return table.parquet([path], None, captions)
+    if path.is_file() and path.suffix.lower() == ".tar":
+        return tar_files([path])
+    if not path.exists() and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(source)):
+        return table.hub(str(source), split, None, captions)
+    raise ValueError(
+        f"no source of pictures with captions in {str(source)!r}: give a folder, a tar or parquet file, a hub id, or a "
+        "folder or zip of pictures with --captions FILE"
+    )
 
 
 def _digits() -> Source:

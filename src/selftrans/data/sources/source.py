@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
-from selftrans.data.sources.decode import Resolution, bad_picture, to_array
+from selftrans.data.sources.decode import BadSample, Resolution, bad_picture, to_array
 from selftrans.storage import printable
 
 if TYPE_CHECKING:
@@ -51,6 +51,16 @@ class Samples(Protocol):
     @property
     def fingerprint(self) -> str:
         """A hash that changes when the source does."""
+        ...
+
+    @property
+    def captions(self) -> Sequence[tuple[str, ...]] | None:
+        """The captions of each sample; None when the source was opened without."""
+        ...
+
+    @property
+    def faults(self) -> Mapping[int, str]:
+        """Samples that lack their picture or their captions -> the reason."""
         ...
 
     def __len__(self) -> int: ...
@@ -85,6 +95,8 @@ class Source:
     channels: int = 3
     resolution: Resolution = 0
     is_table: bool = False
+    captions: Sequence[tuple[str, ...]] | None = None  #: of each picture; None: the source was opened without
+    faults: Mapping[int, str] = field(default_factory=dict)  #: sample that lacks its picture or captions -> the reason
 
     def __len__(self) -> int:
         return len(self.names)
@@ -96,7 +108,9 @@ class Source:
         return int(self.labels[i])
 
     def read(self, i: int) -> np.ndarray:
-        """Picture i, cropped and resized: (H, W, C) uint8. Raises BadPicture (a ValueError) naming it."""
+        """Picture i, cropped and resized: (H, W, C) uint8. Raises BadSample (a ValueError) naming it."""
+        if i in self.faults:
+            raise BadSample(self.names[i], self.faults[i])
         try:
             with self.open(i) as image:
                 return to_array(image, self.resolution, self.channels)
@@ -109,11 +123,13 @@ class Source:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Hash of names, labels, classes and sizes; independent of where the source is stored."""
+        """Hash of names, labels, classes, sizes and captions; independent of where the source is stored."""
         digest = hashlib.sha256("\0".join(self.classes).encode(errors="surrogateescape"))
         digest.update(self.labels.astype("<i8").tobytes() + np.asarray(self.sizes, dtype="<i8").tobytes())
         for name in self.names:
             digest.update(name.encode(errors="surrogateescape") + b"\0")
+        for captions in self.captions or ():
+            digest.update("\0".join(("", *captions)).encode() + b"\n")
         return digest.hexdigest()
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from selftrans.data.sources.captions import CaptionSource, with_captions
 from selftrans.data.sources.decode import open_picture
 from selftrans.data.sources.source import MAX_CLASSES, Source
 from selftrans.storage import first_line
@@ -16,23 +17,24 @@ if TYPE_CHECKING:
     from PIL import Image
 
 IMAGE_NAMES = ("image", "img", "picture", "jpg", "jpeg", "png", "webp")
+CAPTION_NAMES = ("caption", "captions", "text", "txt", "sentence", "sentences", "prompt")
 LABEL_NAMES = ("label", "labels", "class", "cls")
 
 
-def parquet(files: list[Path], label_column: str | None) -> Source:
+def parquet(files: list[Path], label_column: str | None, captions: CaptionSource | None = None) -> Source:
     """Rows of local parquet files, in their order. Raises ValueError as `_source` does."""
     where = str(files[0]) if len(files) == 1 else f"{files[0]} and {len(files) - 1} more"
     rows = _load(where, "parquet", data_files=[str(file) for file in files], split="train")
-    return _source(rows, where, label_column, trusted=())
+    return _source(rows, where, label_column, captions, trusted=())
 
 
-def hub(name: str, split: str, label_column: str | None) -> Source:
+def hub(name: str, split: str, label_column: str | None, captions: CaptionSource | None = None) -> Source:
     """Rows of one split of a hub data set. Raises ValueError when it cannot be loaded, and as `_source` does."""
     import datasets
     from huggingface_hub.constants import HF_HUB_CACHE
 
     caches = (Path(HF_HUB_CACHE).resolve(), Path(datasets.config.HF_DATASETS_CACHE).resolve())
-    return _source(_load(name, name, split=split), name, label_column, trusted=caches)
+    return _source(_load(name, name, split=split), name, label_column, captions, trusted=caches)
 
 
 def _load(where: str, path: str, **options: Any) -> Any:
@@ -46,17 +48,20 @@ def _load(where: str, path: str, **options: Any) -> Any:
         ) from error
 
 
-def _source(rows: Any, where: str, label_column: str | None, trusted: tuple[Path, ...]) -> Source:
+def _source(
+    rows: Any, where: str, label_column: str | None, wanted: CaptionSource | None, trusted: tuple[Path, ...]
+) -> Source:
     """A `datasets.Dataset` as a source; picture files outside the table are read from `trusted` folders only.
 
     The image column is the one of type Image, or one of encoded bytes with a usual name; the label column is one of type
-    ClassLabel, or one of integers with a usual name; without one the source is unconditional. Raises ValueError when
-    either is ambiguous, and for labels that are missing or negative.
+    ClassLabel, or one of integers with a usual name; without one the source is unconditional. With `wanted`, captions are
+    read in place of labels. Raises ValueError when a column is ambiguous, and for labels that are missing or negative.
     """
     import datasets
 
     image_column = _image_column(rows.features, where)
-    label_column = _label_column(rows.features, where, label_column)
+    captions = _captions(rows, where, wanted.column) if wanted else None
+    label_column = None if wanted else _label_column(rows.features, where, label_column)
     labels, classes = _labels(rows, label_column, where)
     pictures = rows.select_columns([image_column]).cast_column(image_column, datasets.Image(decode=False))
 
@@ -72,7 +77,27 @@ def _source(rows: Any, where: str, label_column: str | None, trusted: tuple[Path
             raise ValueError("the table holds a file name instead of the picture")
         return open_picture(path)
 
-    return Source([f"row {i:08d}" for i in range(len(rows))], labels, classes, open_row, is_table=True)
+    names = [f"row {i:08d}" for i in range(len(rows))]
+    source = Source(names, labels, classes, open_row, is_table=True)
+    return source if captions is None else with_captions(source, captions)
+
+
+def _captions(rows: Any, where: str, column: str | None) -> list[list[str]]:
+    """The captions of each row; of an empty cell none. Raises ValueError unless the column holds texts or lists of texts."""
+    named = [name for name in rows.features if name.lower() in CAPTION_NAMES]
+    if column is None and len(named) != 1:
+        found = f"{len(named)} columns with captions among {', '.join(rows.features)}"
+        raise ValueError(f"{where} has {found}; choose one by --caption-column")
+    column = column or named[0]
+    if column not in rows.features:
+        raise ValueError(f"{where} has no column {column!r}; it has {', '.join(rows.features)}")
+    cells = rows.select_columns([column]).with_format("arrow")[:][column].to_pylist()
+    lists = [[cell] if isinstance(cell, str) else cell or [] for cell in cells]
+    if not all(isinstance(cell, list) and all(isinstance(each, str) for each in cell) for cell in lists):
+        raise ValueError(
+            f"column {column!r} of {where} does not hold texts or lists of texts; choose another by --caption-column"
+        )
+    return lists
 
 
 def _image_column(features: Any, where: str) -> str:

@@ -10,11 +10,11 @@ from collections.abc import Generator
 from contextlib import closing
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from selftrans.data.sources.audio import needed
+from selftrans.data.sources.audio import missing
 from selftrans.data.sources.clips import GIF, Clips, MediaOptions, bad_clip
 from selftrans.data.sources.decode import Resolution, open_picture, sides, size_text, to_array
 from selftrans.data.sources.source import Source
@@ -35,7 +35,7 @@ def open_videos(root: Path, files: Source, options: MediaOptions, resolution: Re
     Raises ValueError without a number of frames, and when no video can be read.
     """
     if any(Path(name).suffix.lower() != GIF for name in files.names):
-        needed("av", "videos")
+        pyav()
     frames = options.frames
     if not frames or not 1 <= frames <= MAX_FRAMES:
         raise ValueError(
@@ -59,6 +59,15 @@ def open_videos(root: Path, files: Source, options: MediaOptions, resolution: Re
     return Clips(root, files, (channels, frames, *size), Video(fps), load)
 
 
+def pyav() -> Any:
+    """The library. Raises ValueError with the command that installs it."""
+    try:
+        import av
+    except (ImportError, OSError) as error:
+        raise ValueError(missing("videos", "av", error)) from error
+    return av
+
+
 def iter_frames(path: Path) -> Generator[Image.Image]:
     """The frames of a video in order. Raises ValueError for one that is too large, and what the decoder raises."""
     return _gif_frames(path) if path.suffix.lower() == GIF else _av_frames(path)
@@ -75,7 +84,7 @@ def _gif_frames(path: Path) -> Generator[Image.Image]:
 def _av_frames(path: Path) -> Generator[Image.Image]:
     from PIL import Image
 
-    with path.open("rb") as file, needed("av", "videos").open(file, format=DEMUXERS[path.suffix.lower()]) as container:
+    with path.open("rb") as file, pyav().open(file, format=DEMUXERS[path.suffix.lower()]) as container:
         if not container.streams.video:
             raise ValueError("it holds no video")
         stream = container.streams.video[0]
@@ -107,6 +116,6 @@ def _fps(path: Path) -> float:
         with open_picture(path) as image:
             duration = image.info.get("duration", 0)  # milliseconds
         return 1000 / duration if duration else FPS
-    with path.open("rb") as file, needed("av", "videos").open(file, format=DEMUXERS[path.suffix.lower()]) as container:
+    with path.open("rb") as file, pyav().open(file, format=DEMUXERS[path.suffix.lower()]) as container:
         rate = float(container.streams.video[0].average_rate or 0)
     return rate if 0 < rate <= 1000 else FPS

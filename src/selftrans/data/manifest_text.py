@@ -1,0 +1,95 @@
+"""How captions are stored, as the manifest says: the record, its parser, and the tensors that it adds to a shard.
+
+    text      (count, K, L, E) float16 or bfloat16, tokens of each caption; or ids (count, K, L) int32, of the tokeniser
+    mask      (count, K, L) uint8, 1 where there is no padding
+    captions  (count,) int32, how many captions a row has: 1 .. K
+    caption   (count, K, B) uint8, the captions themselves in UTF-8, padded with zeros
+`null.safetensors` holds one row of the empty caption: text (1, L, E) and mask (1, L). Captions a row lacks are zeros.
+Shape legend: K captions of a row at most, L tokens of E channels, B bytes of a caption.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Literal, TypeAlias
+
+from selftrans.data.record import Record
+from selftrans.data.shard_file import Layout, row_bytes
+from selftrans.types import MASK, TEXT, Conditions
+
+#: what is kept of a caption: the encoder's output, or its input
+Store: TypeAlias = Literal["tokens", "ids"]
+IDS, COUNT, CAPTION = "ids", "captions", "caption"  #: names of tensors
+STORES: tuple[Store, ...] = ("tokens", "ids")
+TEXT_DTYPES = ("float16", "bfloat16")
+NULL = "null.safetensors"
+MAX_CAPTIONS, MAX_CAPTION_BYTES = 1 << 10, 1 << 12  #: largest K and B
+
+
+@dataclass(frozen=True)
+class Text:
+    """How the captions of prepared data are stored."""
+
+    stored: Store  #: with "ids" captions are encoded during training
+    dtype: str  #: of stored tokens, and of the network that encodes ids on a GPU
+    captions: int  #: K
+    bytes: int  #: B
+    null: str = ""  #: sha256 of null.safetensors; in a plan, empty until that is written
+
+    def layout(self, conditions: Conditions) -> Layout:
+        """What it adds to a shard."""
+        kept, tokens, width = self.captions, conditions.tokens, conditions.width
+        ids, text = ("int32", (kept, tokens)), (self.dtype, (kept, tokens, width))
+        return {
+            **({IDS: ids} if self.stored == "ids" else {TEXT: text}),
+            MASK: ("uint8", (kept, tokens)),
+            COUNT: ("int32", ()),
+            CAPTION: ("uint8", (kept, self.bytes)),
+        }
+
+    def null_layout(self, conditions: Conditions) -> Layout:
+        """What null.safetensors holds."""
+        return {TEXT: (self.dtype, (conditions.tokens, conditions.width)), MASK: ("uint8", (conditions.tokens,))}
+
+    def caption_bytes(self, conditions: Conditions) -> int:
+        """Bytes that one caption takes on disk."""
+        return row_bytes(self.layout(conditions)) // self.captions
+
+    def summary(self, conditions: Conditions) -> str:
+        """A line to print."""
+        what = f"tokens in {self.dtype}" if self.stored == "tokens" else "ids, to be encoded in training"
+        return f"at most {self.captions} captions each, {conditions}, stored as {what}"
+
+    @classmethod
+    def parse(cls, data: object, where: str) -> Text:
+        """Parse and check every field. Raises ValueError naming the field that is wrong."""
+        record = Record(data, where)
+        record.only(field.name for field in fields(cls))
+        return cls(
+            stored=record.take("stored", lambda x: _one_of(x, STORES)),
+            dtype=record.one_of("dtype", TEXT_DTYPES),
+            captions=record.integer("captions", 1, MAX_CAPTIONS),
+            bytes=record.integer("bytes", 1, MAX_CAPTION_BYTES),
+            null="" if record.data.get("null") == "" else record.sha256("null"),
+        )
+
+
+def parse_conditions(record: Record) -> Conditions:
+    """The conditions of data. Raises ValueError naming the field that is wrong."""
+    record.only(field.name for field in fields(Conditions))
+    kind = record.take("kind", lambda x: _one_of(x, ("none", "labels", "text")))
+    if kind != "text":
+        return Conditions(kind, record.integer("num_classes", 0))
+    return Conditions(
+        kind,
+        tokens=record.integer("tokens", 1, 1 << 12),
+        width=record.integer("width", 1, 1 << 16),
+        encoder=record.text("encoder"),
+        sha256=record.sha256("sha256"),
+    )
+
+
+def _one_of(value: object, choices: tuple[str, ...]) -> object:
+    if value not in choices:
+        raise ValueError(f"one of {', '.join(choices)}")
+    return value

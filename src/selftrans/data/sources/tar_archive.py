@@ -1,0 +1,111 @@
+"""Pictures with captions in tar files, as webdataset writes them: members are read in place, nothing is extracted.
+
+A sample is the members of one key: `key.jpg` with `key.txt`, `key.caption` or `key.json`.
+"""
+
+from __future__ import annotations
+
+import io
+import tarfile
+from collections import Counter
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from selftrans.data.sources.captions import CAPTION_FILES, MAX_FILE_BYTES, combine, with_captions
+from selftrans.data.sources.decode import EXTENSIONS, open_picture
+from selftrans.data.sources.source import HIDDEN, OTHER, Source, is_hidden
+from selftrans.data.sources.zip_archive import MAX_PICTURE_BYTES
+from selftrans.storage import first_line, printable
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+
+class _Member(NamedTuple):
+    """Where the data of a member are."""
+
+    tar: Path
+    offset: int
+    size: int
+
+    def read(self) -> bytes:
+        with open(self.tar, "rb") as file:
+            file.seek(self.offset)
+            return file.read(self.size)
+
+
+def tar_files(tars: list[Path]) -> Source:
+    """Samples of tar files, each named `TAR/key.jpg`.
+
+    Raises ValueError for compressed or truncated files, unsafe or double names, links, sparse members, and sizes above
+    `MAX_PICTURE_BYTES` (pictures) and `MAX_FILE_BYTES` (captions).
+    """
+    ignored: Counter[str] = Counter()
+    pictures: dict[str, _Member] = {}
+    files: dict[str, _Member] = {}
+    for path in tars:
+        _index(path, pictures, files, ignored)
+    pairs = list(combine(pictures, files, _Member.read))
+    names = [name for name, _ in pairs]
+
+    def open_member(i: int) -> Image.Image:
+        return open_picture(io.BytesIO(pictures[names[i]].read()))
+
+    sizes = [(pictures.get(name) or files[name]).size for name in names]
+    source = Source(names, np.zeros(len(names), dtype=np.int64), (), open_member, sizes, dict(ignored))
+    return with_captions(source, (captions for _, captions in pairs))
+
+
+def _index(path: Path, pictures: dict[str, _Member], files: dict[str, _Member], ignored: Counter[str]) -> None:
+    """Add the members of one tar file. Raises ValueError, in one line, for whatever is wrong with it."""
+    try:
+        with tarfile.open(path, "r:") as tar:
+            for info in tar:
+                name = _checked(info, path)
+                suffix = PurePosixPath(name).suffix.lower()
+                if info.isdir():
+                    continue
+                if any(is_hidden(part) for part in name.split("/")):
+                    ignored[HIDDEN] += 1
+                elif suffix not in EXTENSIONS and suffix not in CAPTION_FILES:
+                    ignored[OTHER] += 1
+                else:
+                    _add(pictures if suffix in EXTENSIONS else files, f"{path.name}/{name}", info, path)
+                tar.members.clear()  # type: ignore[attr-defined] # otherwise it keeps every header
+            end = tar.offset
+        with open(path, "rb") as file:
+            file.seek(end)
+            if file.read(tarfile.BLOCKSIZE) != tarfile.NUL * tarfile.BLOCKSIZE:
+                raise ValueError(f"it ends, or is damaged, at byte {end}")
+    except Exception as error:  # tarfile raises more than TarError for malicious headers
+        if str(error).startswith(str(path)):
+            raise
+        raise ValueError(
+            f"{path} is not a complete tar file ({first_line(error)}); decompress or make it again"
+        ) from error
+
+
+def _add(members: dict[str, _Member], name: str, info: tarfile.TarInfo, path: Path) -> None:
+    most = MAX_PICTURE_BYTES if PurePosixPath(name).suffix.lower() in EXTENSIONS else MAX_FILE_BYTES
+    if info.size > most:
+        raise ValueError(f"{path} holds {info.name!r:.200} of {info.size} bytes, above the limit of {most}")
+    if name in members:
+        raise ValueError(f"{path} holds {printable(name)} twice; make the tar again")
+    members[name] = _Member(path, info.offset_data, info.size)
+
+
+def _checked(info: tarfile.TarInfo, path: Path) -> str:
+    """The name of a member, with `/`. Raises ValueError for an unsafe member."""
+    name = info.name.replace("\\", "/")
+    parts = [part for part in name.split("/") if part not in ("", ".")]
+    if name.startswith("/") or ".." in parts or (parts and ":" in parts[0]):
+        raise ValueError(f"{path} holds the name {info.name!r:.200}, which leads out of it; do not trust this tar")
+    if info.size < 0:  # the next member would be looked for before this one
+        raise ValueError(f"{path} holds {info.name!r:.200} of {info.size} bytes; do not trust this tar")
+    if not (info.isdir() or info.isreg()) or info.issparse():
+        raise ValueError(
+            f"{path} holds {info.name!r:.200}, which is a link, a device or sparse; make the tar of plain files"
+        )
+    return "/".join(parts)

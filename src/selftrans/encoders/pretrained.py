@@ -1,0 +1,61 @@
+"""What the frozen encoders of `transformers` share: names, loading, hashes. Only safetensors are read and no code is run."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from selftrans.storage import first_line
+
+
+def encoder_name(name: str) -> str:
+    """The name to store: a local folder by its absolute path, so that it is found from any working directory."""
+    return str(Path(name).resolve()) if Path(name).is_dir() else name
+
+
+def load_model(load: Any, folder: str, name: str, what: str, unused: tuple[str, ...]) -> tuple[Any, set[str]]:
+    """A float32 model by `load.from_pretrained`, and the names of the weights that its checkpoint lacks.
+
+    Args:
+        folder: hub id or folder; `name` is how messages call it.
+        what: the kind of model that is asked for, in messages.
+        unused: parts of the names of weights that may be missing, since the output does not depend on them.
+    Raises ValueError when it cannot be loaded, has no safetensors, or lacks other weights.
+    """
+    from transformers.utils import logging
+
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()  # it lists the weights of the parts that are not loaded
+    try:
+        model, info = load.from_pretrained(
+            folder, use_safetensors=True, trust_remote_code=False, output_loading_info=True
+        )
+    except Exception as error:  # missing, offline, gated, pickled, of an unknown class: all unusable
+        raise ValueError(
+            f"encoder {name!r} cannot be loaded ({first_line(error, 200)}); give {what} of transformers, by hub id or "
+            "folder, with safetensors weights"
+        ) from error
+    finally:
+        logging.set_verbosity(level)
+    assert isinstance(model, nn.Module)
+    absent = set(info["missing_keys"])
+    # transformers only warns about these, and initialises them randomly
+    gaps = sorted(key for key in absent if not any(part in key for part in unused))
+    if gaps:
+        raise ValueError(f"encoder {name!r}: its checkpoint lacks {len(gaps)} weights, such as {gaps[0]}")
+    return model.float(), absent
+
+
+def sha256_of(tensors: dict[str, Tensor], files: dict[str, bytes] | None = None) -> str:
+    """sha256 of names, shapes and contents, in the order of the names, and then of names and contents of files."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(f"{name} {tuple(tensors[name].shape)}\n".encode())
+        digest.update(tensors[name].cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    for name, content in sorted((files or {}).items()):
+        digest.update(f"{name} {len(content)}\n".encode() + content)
+    return digest.hexdigest()

