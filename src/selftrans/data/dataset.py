@@ -155,11 +155,11 @@ class Dataset:
 
     @cached_property
     def prompts(self) -> tuple[str, ...]:
-        """Up to 64 captions of different rows, the same at every call; empty when conditions are of another kind."""
+        """Up to 64 different captions of different rows, the same in every process; empty when conditions are of another kind."""
         if self.counts is None:
             return ()
-        rows = np.random.default_rng(0).permutation(len(self))[:PROMPTS]
-        return tuple(dict.fromkeys(of_row[0] for of_row in self.captions(rows)))
+        rows = np.random.default_rng(0).permutation(len(self))[: 16 * PROMPTS]  # enough, if many captions are the same
+        return tuple(dict.fromkeys(of_row[0] for of_row in self.captions(rows)))[:PROMPTS]
 
     def _text_encoder(self, device: torch.device | str) -> TextEncoder:
         """The encoder of stored ids, in the dtype of the manifest on a GPU. ValueError when it is not the data's."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.numpy import load_file, save_file
 
 from selftrans.data.dataset import Dataset
 from selftrans.data.manifest import Manifest
 from selftrans.data.on_device import OnDevice
 from selftrans.data.shard_file import row_bytes
 from selftrans.types import Conditions
+from tests.support import captioned
 from tests.support.shards import SHAPE, edit, make, write_shards
 
 
@@ -118,6 +121,7 @@ def test_missing_manifest_names_the_remedy(tmp_path: Path) -> None:
 
 
 MOMENTS = r"shard-00000.safetensors cannot be used \(its moments are F16 \(5, 2, 8, 4, 4\), the manifest expects "
+TEXT_RECORD = {"stored": "tokens", "dtype": "float16", "captions": 3, "bytes": 34, "null": "0" * 64}
 INVALID: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "count": (lambda m: m.update(count=9), "'count' is 9, its shards add up to 8"),
     "count negative": (lambda m: m.update(count=-1), "'count' should be an integer"),
@@ -151,9 +155,14 @@ INVALID: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "copies": (lambda m: m.update(copies=3), "'copies' should be an integer from 1 to 2"),
     "resolution alone": (lambda m: m.update(resolution=None), "'resolution' and 'image_channels' should both be null"),
     "resolution zero": (lambda m: m.update(resolution=0), "'resolution' should be an integer from 1"),
-    "text": (lambda m: m.update(conditions={"kind": "text"}), "kind 'text', which needs a newer version"),
-    "conditions": (lambda m: m["conditions"].update(kind="sound"), "'kind' should be one of none, labels"),
-    "conditions list": (lambda m: m["conditions"].update(kind=["none"]), "'kind' should be one of none, labels"),
+    "text": (lambda m: m.update(conditions={"kind": "text"}), "'conditions': field 'tokens' is missing"),
+    "text with labels": (
+        lambda m: m.update(text=TEXT_RECORD),
+        "field 'text' is set, field 'conditions' says 3 classes",
+    ),
+    "text list": (lambda m: m.update(text=[]), "field 'text' should be a JSON object"),
+    "conditions": (lambda m: m["conditions"].update(kind="sound"), "'kind' should be one of none, labels, text"),
+    "conditions list": (lambda m: m["conditions"].update(kind=["none"]), "'kind' should be one of none, labels, text"),
     "conditions none": (lambda m: m["conditions"].update(kind="none"), "'conditions' says no condition, .* names 3"),
     "conditions of four": (lambda m: m["conditions"].update(num_classes=4), "says 4 classes, field 'classes' names 3"),
     "conditions text": (lambda m: m.update(conditions="labels"), "field 'conditions' should be a JSON object"),
@@ -187,6 +196,57 @@ def test_invalid_manifest_names_the_field(tmp_path: Path, case: str) -> None:
     with pytest.raises(ValueError, match=message) as caught:
         Dataset.open(tmp_path)
     assert "\n" not in str(caught.value) and re.search("prepare|newer version", str(caught.value))
+
+
+SHARD = r"shard-00000.safetensors cannot be used \(its "
+INVALID_TEXT: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
+    "no record": (lambda m: m.pop("text"), "kind 'text', which needs a field 'text' and no 'classes'"),
+    "null record": (lambda m: m.update(text=None), "kind 'text', which needs a field 'text' and no 'classes'"),
+    "classes": (lambda m: m.update(classes=["a"]), "kind 'text', which needs a field 'text' and no 'classes'"),
+    "stored": (lambda m: m["text"].update(stored="x"), "'stored' should be one of tokens, ids"),
+    "stored list": (lambda m: m["text"].update(stored=["ids"]), "'stored' should be one of tokens, ids"),
+    "ids": (lambda m: m["text"].update(stored="ids"), "shard-00000.safetensors cannot be used"),
+    "dtype": (lambda m: m["text"].update(dtype="float32"), "'dtype' should be one of float16, bfloat16"),
+    "other dtype": (lambda m: m["text"].update(dtype="bfloat16"), SHARD + "text are F16"),
+    "captions": (lambda m: m["text"].update(captions=0), "'captions' should be an integer from 1 to 1024"),
+    "fewer captions": (lambda m: m["text"].update(captions=1), SHARD + "(text|mask) are "),
+    "bytes": (lambda m: m["text"].update(bytes=1 << 40), "'bytes' should be an integer from 1 to 4096"),
+    "fewer bytes": (lambda m: m["text"].update(bytes=33), SHARD + r"caption are U8 \(16, 3, 34\)"),
+    "null": (lambda m: m["text"].update(null="../x"), "'null' should be a sha256"),
+    "no null": (
+        lambda m: m["text"].update(null=""),
+        "field 'text': 'null', the sha256 of null.safetensors, is missing",
+    ),
+    "unknown": (lambda m: m["text"].update(extra=1), "field 'text': field 'extra' is unknown"),
+    "tokens": (lambda m: m["conditions"].update(tokens=0), "'tokens' should be an integer from 1 to 4096"),
+    "other tokens": (lambda m: m["conditions"].update(tokens=13), SHARD + "(text|mask) are "),
+    "width": (lambda m: m["conditions"].update(width=-1), "'width' should be an integer from 1 to 65536"),
+    "encoder": (lambda m: m["conditions"].update(encoder=""), "'encoder' should be text"),
+    "sha256": (lambda m: m["conditions"].update(sha256="x"), "'sha256' should be a sha256"),
+}
+
+
+@pytest.mark.parametrize("case", INVALID_TEXT)
+def test_invalid_manifest_of_captions_names_the_field(tmp_path: Path, case: str) -> None:
+    folder = shutil.copytree(captioned.shared(), tmp_path / "data")
+    Dataset.open(folder)
+    change, message = INVALID_TEXT[case]
+    edit(folder, change)
+    with pytest.raises(ValueError, match=message) as caught:
+        Dataset.open(folder)
+    assert "\n" not in str(caught.value) and "prepare" in str(caught.value)
+
+
+@pytest.mark.parametrize("count", [0, 4, -1])
+def test_caption_counts_out_of_range_are_named(tmp_path: Path, count: int) -> None:
+    folder = shutil.copytree(captioned.shared(), tmp_path / "data")
+    tensors = load_file(folder / "shard-00000.safetensors")
+    tensors["captions"][5] = count
+    save_file(tensors, folder / "shard-00000.safetensors")
+    with pytest.raises(
+        ValueError, match=rf"shard-00000.safetensors has caption count {count} at row 5, outside 1 .. 3"
+    ):
+        Dataset.open(folder)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "null", "[" * 100_000, '"x"', "\x00", "{}", '{"version": 1}'])
@@ -253,25 +313,28 @@ JSON = st.recursive(
 )
 FIELDS = (
     "version count copies shape latent_space dtype autoencoder resolution image_channels conditions classes options "
-    "features"
+    "features text"
 )
 
 
 @settings(max_examples=300, deadline=None)
 @given(
     name=st.sampled_from([*FIELDS.split(), "shards"]),
-    key=st.sampled_from(["", "index", "count", "skipped", "scale", "kind"]),
+    key=st.sampled_from(
+        ["", "index", "count", "skipped", "scale", "kind", "stored", "captions", "bytes", "null", "tokens"]
+    ),
     value=JSON,
+    captions=st.booleans(),
 )
 def test_any_value_of_any_field_parses_or_is_named(
-    tmp_path_factory: pytest.TempPathFactory, name: str, key: str, value: object
+    tmp_path_factory: pytest.TempPathFactory, name: str, key: str, value: object, captions: bool
 ) -> None:
-    folder = tmp_path_factory.getbasetemp() / "fuzz"
+    folder = captioned.shared() if captions else tmp_path_factory.getbasetemp() / "fuzz"
     if not folder.exists():
         folder.mkdir()
         make(folder)
     manifest = json.loads((folder / "manifest.json").read_text())
-    inner = manifest["shards"][0] if name == "shards" else manifest[name]
+    inner = manifest["shards"][0] if name == "shards" else manifest.get(name)
     if isinstance(inner, dict) and key:
         inner[key] = value
     else:

@@ -6,7 +6,7 @@ import torch
 
 from selftrans.data.dataset import Dataset
 from selftrans.train.batches import Loaded, Stream, to_batch
-from tests.support import toy
+from tests.support import captioned, toy
 from tests.support.toy import quick  # noqa: F401 - a fixture
 
 
@@ -40,6 +40,36 @@ def test_each_read_draws_one_of_the_mirrored_copies():
     one, other = z0[0], z0[0].flip(dims=(-1,))
     assert not torch.equal(one, other)
     assert {int(torch.equal(z, one)) + 2 * int(torch.equal(z, other)) for z in z0} == {1, 2}
+
+
+def test_each_visit_reads_one_random_caption_that_depends_on_its_place_alone():
+    shards = Dataset.open(captioned.shared())
+    streams = [Stream(shards, batch_size=8, accumulate=2, seed=5, rank=rank, world=2) for rank in (0, 0, 1)]
+    first, again, other = (stream.from_step(0) for stream in streams)
+    rows, seen = [], []
+    for at in range(200):
+        loaded, same, _ = next(first), next(again), next(other)
+        assert all(torch.equal(loaded.tensors[name], x) for name, x in same.tensors.items())
+        which = streams[0].caption(loaded.rows, *divmod(at, 2))
+        expected = shards.text(loaded.rows, which)
+        found = to_batch(loaded, shards, torch.device("cpu")).cond
+        assert torch.equal(found["text"], expected["text"]) and torch.equal(found["mask"], expected["mask"])
+        assert found["text"].shape == (2, 12, 16) and found["text"].dtype == torch.float32
+        rows.append(loaded.rows), seen.append(which)
+    resumed = streams[0].from_step(37)
+    assert all(
+        torch.equal(next(resumed).tensors["text"], shards.read(rows[k], which=seen[k])["text"]) for k in (74, 75)
+    )
+    rows, seen = np.concatenate(rows), np.concatenate(seen)
+    assert not seen[rows % 2 == 1].any(), "odd rows have one caption"
+    counts = np.bincount(seen[rows % 2 == 0], minlength=3)
+    assert counts.sum() > 150 and counts.min() > counts.sum() / 5, "each of three is drawn about as often"
+    assert not np.array_equal(streams[0].caption(np.zeros(64, int), 3, 0), streams[2].caption(np.zeros(64, int), 3, 0))
+
+
+def test_labels_are_read_without_captions():
+    shards = Dataset.open(toy.digits())
+    assert Stream(shards, batch_size=4, accumulate=1, seed=0).caption(np.arange(4), 0, 0) is None
 
 
 def test_batch_is_entirely_on_the_device():

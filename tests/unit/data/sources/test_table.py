@@ -7,7 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from selftrans.data.sources.captions import CaptionSource
 from selftrans.data.sources.open_source import open_source
+from selftrans.data.sources.source import Source
 from tests.support.pictures import encoded, noise, write
 
 
@@ -63,3 +65,31 @@ def test_plain_parquet_columns_and_invalid_cells(tmp_path: Path) -> None:
     assert np.array_equal(source.read(1), noise(8, 0))
     with pytest.raises(ValueError, match="holds a file name instead of the picture"):
         source.read(0)
+
+
+def test_columns_of_captions(tmp_path: Path) -> None:
+    """A text or a list of texts; empty cells are named; the column is found by its name, or chosen."""
+    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+
+    def opened(column: str | None = None, **columns: list) -> Source:
+        rows = arrow.table({"image": [encoded(noise(8, i)) for i in range(3)], "label": [2, 0, 1], **columns})
+        parquet.write_table(rows, tmp_path / "a.parquet")
+        return open_source(tmp_path / "a.parquet", captions=CaptionSource(column=column))
+
+    source = opened(Caption=["a cat", None, " two\ndogs "])
+    assert source.captions == [("a cat",), (), ("two dogs",)] and source.faults == {1: "a picture without a caption"}
+    assert source.classes == () and np.array_equal(source.read(2), noise(8, 2))
+    source = opened(captions=[["one", "two", ""], [], ["three"]])
+    assert source.captions == [("one", "two"), (), ("three",)] and list(source.faults) == [1]
+    assert source.ignored == {"empty captions, left out": 1}
+    several = {"text": ["x", "y", "z"], "alt": ["1", "2", "3"], "captions": [["a"], ["b"], ["c"]]}
+    with pytest.raises(ValueError, match=r"has 2 columns with captions among .*; choose one by --caption-column"):
+        opened(**several)
+    assert opened("alt", **several).captions == [("1",), ("2",), ("3",)]
+    with pytest.raises(ValueError, match="has 0 columns with captions"):
+        opened()
+    with pytest.raises(ValueError, match="has no column 'nothing'; it has image, label, text"):
+        opened("nothing", text=["a", "b", "c"])
+    for wrong in ([1, 2, 3], [[1], [2], []], [{"raw": "a"}, {"raw": "b"}, None]):
+        with pytest.raises(ValueError, match=r"'text' of .* does not hold texts or lists of texts; choose another"):
+            opened(text=wrong)
