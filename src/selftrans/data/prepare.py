@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 import warnings
+from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -56,8 +57,7 @@ def prepare(
     media: MediaOptions | None = None,
     progress: bool = True,
 ) -> Manifest:
-    """Encode a source of pictures (see `open_source`), or a folder of sounds or videos (see `open_clips`), into a folder of
-    shards, and return its manifest.
+    """Encode pictures (see `open_source`), sounds or videos (see `open_clips`) into a folder of shards; returns its manifest.
 
     Args:
         autoencoder: with "values" the source is an npz of arrays (N, C, *S) that are not pictures (see `npz_values`).
@@ -66,8 +66,7 @@ def prepare(
         dtype: of the stored moments; None: float16, or float32 for values. `precision` is that of the network.
         skip_bad: skip unreadable samples and list them in the manifest, instead of stopping at the first.
         split, label_column: for parquet files and hub data sets.
-        text: a text encoder (see `load_text_encoder`), or more options: store the captions of the pictures, which `open_source`
-            describes, as encoded by it.
+        text: a text encoder (see `load_text_encoder`), or more options: store the captions of the pictures as encoded by it.
         media: how sounds and videos are read.
         part: "I/N": make every Nth shard only; other processes or machines make the others in the same folder. The part
             that ends last writes the manifest. Until then, the returned manifest lists the shards made so far.
@@ -76,8 +75,7 @@ def prepare(
     Raises ValueError for a bad source, sample, autoencoder or option, a folder begun with other options, a failed write.
     """
     out, clips = Path(out), _open_clips(source, resolution, media or MediaOptions(), progress, autoencoder, flip, text)
-    if dtype is None:  # sound has a larger range than pixels, and values have any
-        dtype = "float32" if autoencoder == "values" or (clips and not isinstance(clips.media, Video)) else "float16"
+    dtype = dtype or _dtype(autoencoder, clips)
     mine = _check(source, out, batch_size, shard_size, dtype, precision, part)
     earlier, text = resumable.earlier(out), TextOptions(text) if isinstance(text, str) else text
     if autoencoder == "values":
@@ -93,11 +91,10 @@ def prepare(
         if _covers(earlier, samples) and not _remove_damaged(out, progress):
             return Manifest.load(out)
     _report_ignored(samples, progress)
-    if not skip_bad:
-        _check_faults(samples, source)
+    _check_faults({} if skip_bad else samples.faults, samples, source)
     captions = _load_text(samples, text, device, precision, progress) if text else None
-    kind = autoencoder if clips is None else clips.normalised().name
-    device, model = _load(kind, device, "float32" if text and autoencoder in IDENTITIES else precision)
+    name = autoencoder if clips is None else clips.normalised().name
+    device, model = _load(name, device, "float32" if text and autoencoder in IDENTITIES else precision)
     encoder = ShardEncoder(samples, batch_size, shard_size, skip_bad, model, device, flip, dtype, captions)
     return _run(encoder, encoder.plan(str(source), options), out, mine, progress)
 
@@ -144,6 +141,12 @@ def _open_pictures(
     return open_source(source, resolution=resolution or native, **options)
 
 
+def _dtype(autoencoder: str, clips: Clips | None) -> str:
+    """Of the stored moments by default: sound has a larger range than pixels, and values have any."""
+    sound = clips is not None and not isinstance(clips.media, Video)
+    return "float32" if sound or autoencoder == "values" else "float16"
+
+
 def _options(
     samples: Samples,
     autoencoder: str,
@@ -181,11 +184,11 @@ def _open_clips(
     return clips
 
 
-def _check_faults(samples: Samples, source: str | Path) -> None:
+def _check_faults(faults: Mapping[int, str], samples: Samples, source: str | Path) -> None:
     """Raise ValueError for samples that lack their picture or their captions, before anything is encoded."""
-    for i, reason in samples.faults.items():
+    for i, reason in faults.items():
         raise ValueError(
-            f"{len(samples.faults)} samples of {source} cannot be used; the first: {printable(samples.name(i))} ({reason}); "
+            f"{len(faults)} samples of {source} cannot be used; the first: {printable(samples.name(i))} ({reason}); "
             "repair them, or leave them out with --skip-bad"
         )
 

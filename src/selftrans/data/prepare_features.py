@@ -76,9 +76,7 @@ def prepare_features(
         progress=progress,
     )
     resumable.check_options(manifest, options | {"fingerprint": pictures.fingerprint}, out)
-    size = options.get("shard_size")
-    if batch_size < 1 or not isinstance(size, int) or (grid or 1) < 1 or precision not in NETWORK_DTYPES:
-        raise ValueError(f"batch_size {batch_size}, grid {grid} or precision {precision!r} is out of range")
+    size = _checked_size(options.get("shard_size"), batch_size, grid, precision)
     wanted = Features(
         encoder=encoder_name(encoder),
         sha256="",  # known once the encoder is loaded
@@ -91,6 +89,14 @@ def prepare_features(
     _stored(wanted, out)  # refuse other features before anything is written
     chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     return _run(ShardPlan(pictures, batch_size, size, skip_bad=True), wanted, out, mine, chosen, progress)
+
+
+def _checked_size(size: object, batch_size: int, grid: int | None, precision: str) -> int:
+    """Samples per shard. Raises ValueError for an option out of range."""
+    wrong = batch_size < 1 or (grid is not None and grid < 1) or precision not in NETWORK_DTYPES
+    if wrong or not isinstance(size, int):
+        raise ValueError(f"batch_size {batch_size}, grid {grid} or precision {precision!r} is out of range")
+    return size
 
 
 def _other(manifest: Manifest) -> str:
