@@ -74,11 +74,27 @@ def iter_frames(path: Path) -> Generator[Image.Image]:
 
 
 def _gif_frames(path: Path) -> Generator[Image.Image]:
-    from PIL import ImageSequence
-
+    """Programs that write gifs merge equal frames into one that is shown longer: it is repeated, where all durations are
+    multiples of the shortest one."""
+    durations = _gif_durations(path)
+    shortest = min(durations)
+    merged = shortest > 0 and not any(duration % shortest for duration in durations)
     with open_picture(path) as image:
-        for frame in ImageSequence.Iterator(image):
-            yield frame.convert("RGB")
+        for k, duration in enumerate(durations):
+            image.seek(k)
+            frame = image.convert("RGB")
+            for _ in range(duration // shortest if merged else 1):
+                yield frame
+
+
+def _gif_durations(path: Path) -> list[int]:
+    """Milliseconds of each frame, of the first MAX_FRAMES at most; 0 where the file does not say it."""
+    with open_picture(path) as image:
+        durations = []
+        for k in range(min(MAX_FRAMES, getattr(image, "n_frames", 1))):
+            image.seek(k)
+            durations.append(int(image.info.get("duration", 0)))
+    return durations
 
 
 def _av_frames(path: Path) -> Generator[Image.Image]:
@@ -113,8 +129,7 @@ def _first(root: Path, files: Source) -> tuple[tuple[int, int], float]:
 def _fps(path: Path) -> float:
     """Frames per second as the file says, or a default."""
     if path.suffix.lower() == GIF:
-        with open_picture(path) as image:
-            duration = image.info.get("duration", 0)  # milliseconds
+        duration = min(_gif_durations(path))
         return 1000 / duration if duration else FPS
     with path.open("rb") as file, pyav().open(file, format=DEMUXERS[path.suffix.lower()]) as container:
         rate = float(container.streams.video[0].average_rate or 0)

@@ -6,12 +6,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from selftrans.cli.main import main
 from selftrans.data.dataset import Dataset
 from selftrans.data.decoded import decoded_images
 from selftrans.data.prepare import prepare
 from selftrans.data.sources.clips import MediaOptions, kind_of
+from selftrans.data.sources.video import iter_frames
 from tests.support.clips import moving, save_gif, save_mp4
 
 FRAMES = MediaOptions(frames=4, grey=True)
@@ -41,6 +43,17 @@ def test_mp4_is_read_by_its_frames(tmp_path: Path) -> None:
     assert np.abs(video * 127.5 + 127.5 - moving(1, frames=8, height=32, width=48)).mean() < 4  # it is compressed
     prepare(tmp_path / "x", tmp_path / "small", media=MediaOptions(frames=2), resolution=(8, 12), progress=False)
     assert Dataset.open(tmp_path / "small").manifest.shape == (3, 2, 8, 12)
+
+
+def test_frames_that_a_gif_shows_longer_are_repeated(tmp_path: Path) -> None:
+    video = moving(0)[[0, 1, 1, 1, 2, 3]]  # Pillow writes four frames, the second of 300 ms
+    path = save_gif(tmp_path / "x" / "0.gif", video)
+    with Image.open(path) as image:
+        assert image.n_frames == 4  # type: ignore[attr-defined]
+    frames = [np.asarray(frame)[..., 0] for frame in iter_frames(path)]
+    np.testing.assert_array_equal(frames, video)
+    manifest = prepare(tmp_path / "x", tmp_path / "out", media=MediaOptions(frames=6), progress=False)
+    assert manifest.autoencoder.startswith("video(fps=10.0,")
 
 
 def test_gifs_are_pictures_without_frames(tmp_path: Path) -> None:
