@@ -7,13 +7,13 @@ so the network is asked for the noise at that x_k and k, and its answer is turne
     z0 = (x_k - sqrt(1 - abar_k) noise) / sqrt(abar_k)        v = alpha' z0 + sigma' noise
 k lies between two steps; the logarithm of the noise-to-signal ratio is interpolated (as in k-diffusion). The path is not the
 network's own: the same weights serve both paths. So it is no setting of the model; the run's `train.path` sets it (`use_path`).
-Shape legend: N batch, (C, H, W) latent.
+Shape legend: N batch, (C, *S) latent.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,7 +36,7 @@ DIT_SIZES = {
 class DiTConfig(SiTConfig):
     """A DiT: SiT's network, which predicts noise. For released weights; a student from scratch learns better as SiT."""
 
-    published: ClassVar[dict[str, dict[str, int]]] = DIT_SIZES
+    published = DIT_SIZES
 
     name: str = "DiT-S/2"
     """published size, DiT-{S,B,L,XL}/{2,4,8}"""
@@ -47,16 +47,10 @@ class DiTConfig(SiTConfig):
 
 
 def build(config: DiTConfig, shape: tuple[int, ...], conditions: Conditions) -> DiT:
-    """A freshly initialised DiT for latents (C, H, W). ValueError for other latents, and for text."""
-    if conditions.kind == "text":
-        raise ValueError(f"{config.name} is conditioned on labels or on nothing; the data have text")
-    return DiT(
-        shape,
-        conditions.num_classes,
-        qk_norm=config.qk_norm,
-        learn_sigma=config.learn_sigma,
-        **config.sizes(),  # type: ignore[arg-type]
-    )
+    """A freshly initialised DiT for latents (C, *S). ValueError for shapes that it cannot take, and for text."""
+    sizes: dict[str, Any] = {**config.sizes(), "patch_frames": config.patch_frames}
+    classes = config.num_classes(conditions)
+    return DiT(shape, classes, qk_norm=config.qk_norm, learn_sigma=config.learn_sigma, **sizes)
 
 
 def log_ratios() -> Tensor:
@@ -107,9 +101,10 @@ class DiT(SiT):
         alpha, sigma = self.path.alpha(t).clamp(min=0), self.path.sigma(t)  # rounded, the cosine of pi / 2 is negative
         table = self.ratios.view(torch.float32)
         step = timestep(torch.log(sigma / alpha).to(table.dtype), table)
-        scaled = x * torch.rsqrt(alpha.square() + sigma.square()).view(-1, 1, 1, 1)
+        column = (-1, *[1] * (x.dim() - 1))  # a number of each sample, to broadcast over the latent
+        scaled = x * torch.rsqrt(alpha.square() + sigma.square()).view(column)
         found = super().forward(scaled, step, cond, taps=taps, stop=stop)
         if found.v is None:
             return found
-        ratio = torch.minimum(sigma / alpha, table[-1].exp().to(t.dtype)).view(-1, 1, 1, 1)
-        return Output(velocity(self.path, scaled, found.v.to(scaled.dtype), ratio, t.view(-1, 1, 1, 1)), found.feats)
+        ratio = torch.minimum(sigma / alpha, table[-1].exp().to(t.dtype)).view(column)
+        return Output(velocity(self.path, scaled, found.v.to(scaled.dtype), ratio, t.view(column)), found.feats)

@@ -11,7 +11,6 @@ Shape legend: N batch, T tokens, D width, (C, *S) latent.
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -19,6 +18,7 @@ import torch
 import torch.utils.checkpoint
 from torch import Tensor, nn
 
+from selftrans.models.layers import patchify
 from selftrans.types import Backbone, Cond, Conditions, Output, map_cond
 
 Blocks = str | Callable[[Any], Sequence[nn.Module]]
@@ -195,11 +195,7 @@ class HookedBackbone(Backbone):
     def patchify(self, x: Tensor) -> Tensor:
         if self._patchify is not None:
             return self._patchify(x)
-        dims = len(self.grid)
-        for i, (side, n) in enumerate(zip(self.shape[1:], self.grid, strict=True)):
-            x = x.unflatten(2 + 2 * i, (n, side // n))
-        order = (0, *range(2, 2 + 2 * dims, 2), 1, *range(3, 3 + 2 * dims, 2))  # N, grid, C, cells
-        return x.permute(order).reshape(x.shape[0], self.tokens, math.prod(self.shape) // self.tokens)
+        return patchify(x, tuple(side // n for side, n in zip(self.shape[1:], self.grid, strict=True)))
 
     def repeated(self) -> list[nn.Module]:
         return self._found()

@@ -1,4 +1,7 @@
-"""The parts a diffusion transformer is built of. Shape legend: N batch, T tokens, D width, C H W latent."""
+"""The parts a diffusion transformer is built of.
+
+Shape legend: N batch, T tokens, D width, (C, *S) latent with one to three dimensions S: L, (H, W) or (F, H, W).
+"""
 
 from __future__ import annotations
 
@@ -66,11 +69,11 @@ class Block(nn.Module):
 
 
 class FinalLayer(nn.Module):
-    """Modulated LayerNorm and a linear map to patch pixels."""
+    """Modulated LayerNorm (or the norm that is given) and a linear map to patch pixels."""
 
-    def __init__(self, width: int, out: int) -> None:
+    def __init__(self, width: int, out: int, norm: nn.Module | None = None) -> None:
         super().__init__()
-        self.norm_final = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
+        self.norm_final = norm or nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
         self.linear = nn.Linear(width, out)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
 
@@ -110,36 +113,91 @@ class LabelEmbedder(nn.Module):
         return self.embedding_table(labels)
 
 
-def sincos_positions(width: int, side: int) -> Tensor:
-    """(side², width) fixed 2-D sine-cosine positions: first half of the channels by column, second by row (MAE, DiT)."""
-    if width % 4:
-        raise ValueError(f"width {width} is not a multiple of 4, which 2-D sine-cosine positions need")
-    rates = 1.0 / 10_000 ** (torch.arange(width // 4, dtype=torch.float64) / (width / 4))
-    angles = torch.arange(side, dtype=torch.float64)[:, None] * rates[None, :]  # (side, width / 4)
-    line = torch.cat([torch.sin(angles), torch.cos(angles)], dim=-1)  # (side, width / 2)
-    column = line[None, :, :].expand(side, side, -1)
-    row = line[:, None, :].expand(side, side, -1)
-    return torch.cat([column, row], dim=-1).reshape(side * side, width).float()
+def axis_channels(channels: int, axes: int, remedy: str) -> list[int]:
+    """How many of a token's channels hold its position on each axis: even numbers, equal ones with two axes.
+
+    With three (frames, rows, columns) each gets a third, rounded down to an even number, and frames get the rest.
+    ValueError, with the remedy, when there are too few channels.
+    """
+    need = 4 if axes == 2 else 2
+    part = channels // axes // 2 * 2
+    if channels % need or not part:
+        raise ValueError(
+            f"positions on {axes} axes need a multiple of {need} channels, not {channels}, and at least {2 * axes}; {remedy}"
+        )
+    return [channels - (axes - 1) * part, *[part] * (axes - 1)]
+
+
+def axis_positions(side: int, rates: Tensor) -> Tensor:
+    """(side, R) float64: the angles of the positions 0 .. side - 1 on one axis, at each of the rates (R,)."""
+    return torch.arange(side, dtype=torch.float64, device=rates.device)[:, None] * rates[None, :]
+
+
+def sincos_positions(width: int, grid: tuple[int, ...], device: torch.device | None = None) -> Tensor:
+    """(T, width) fixed sine-cosine positions of a grid with one to three axes; on two they are those of MAE and DiT.
+
+    The channels are divided among the axes (`axis_channels`), the last axis first: columns, rows, frames. Those of an axis
+    are sines, then cosines of its position at geometrically falling rates, 1 to nearly 1 / 10,000. ValueError: `width`.
+    """
+    parts = []
+    for axis, channels in enumerate(axis_channels(width, len(grid), "change model.width")):
+        half = channels // 2
+        rates = 1.0 / 10_000 ** (torch.arange(half, dtype=torch.float64, device=device) / half)
+        angles = axis_positions(grid[axis], rates)  # (side, channels / 2)
+        line = torch.cat([torch.sin(angles), torch.cos(angles)], dim=-1)
+        view = [1] * len(grid)
+        view[axis] = grid[axis]
+        parts.append(line.view(*view, channels).expand(*grid, channels))
+    return torch.cat(parts[::-1], dim=-1).flatten(end_dim=-2).float()
+
+
+CONVOLUTIONS: dict[int, type[nn.Conv1d] | type[nn.Conv2d] | type[nn.Conv3d]] = {
+    1: nn.Conv1d,
+    2: nn.Conv2d,
+    3: nn.Conv3d,
+}
 
 
 class PatchEmbed(nn.Module):
-    """Cut a latent into square patches and map each to a token, row by row."""
+    """Cut a latent into patches and map each to a token, in the order of the grid (row by row).
 
-    def __init__(self, channels: int, patch: int, width: int) -> None:
+    `patch`: its size on each axis; a number means a square of a picture.
+    """
+
+    def __init__(self, channels: int, patch: int | tuple[int, ...], width: int) -> None:
         super().__init__()
-        self.proj = nn.Conv2d(channels, width, kernel_size=patch, stride=patch)
+        cells = (patch, patch) if isinstance(patch, int) else patch
+        self.proj = CONVOLUTIONS[len(cells)](channels, width, kernel_size=cells, stride=cells)  # type: ignore[arg-type]
 
-    def forward(self, x: Tensor) -> Tensor:  # (N, C, H, W) -> (N, T, D)
+    def forward(self, x: Tensor) -> Tensor:  # (N, C, *S) -> (N, T, D)
         # contiguous: all that follows inherits the layout, and channels that lie apart cost a copy at each norm
         return self.proj(x).flatten(start_dim=2).transpose(1, 2).contiguous()
 
 
-def unpatchify(tokens: Tensor, patch: int, channels: int, grid: tuple[int, int] | None = None) -> Tensor:
-    """(N, T, patch² C) -> (N, C, H, W); inside a token: row, column, channel (DiT's order). grid None: a square latent."""
+def patchify(x: Tensor, cells: tuple[int, ...]) -> Tensor:
+    """(N, C, *S) cut into patches of `cells`: (N, T, C * cells), in the order of the grid; inside a token: channel, cell."""
+    n, channels, *sides = x.shape
+    grid = [side // p for side, p in zip(sides, cells, strict=True)]
+    x = x.reshape(n, channels, *(k for pair in zip(grid, cells, strict=True) for k in pair))
+    axes = range(2, 2 + 2 * len(cells), 2)
+    x = x.permute(0, 1, *(axis + 1 for axis in axes), *axes)  # N, C, cells, grid
+    return x.reshape(n, channels * math.prod(cells), math.prod(grid)).transpose(1, 2)
+
+
+def unpatchify(
+    tokens: Tensor, patch: int | tuple[int, ...], channels: int, grid: tuple[int, ...] | None = None
+) -> Tensor:
+    """(N, T, cells * C) -> (N, C, *S); inside a token: row, column, channel (DiT's order). grid None: a square picture.
+
+    `patch` as `PatchEmbed` takes it. It is not the inverse of `patchify`, in which channels come first.
+    """
     n, t, _ = tokens.shape
-    rows, columns = grid or (math.isqrt(t),) * 2
-    x = tokens.view(n, rows, columns, patch, patch, channels)
-    return x.permute(0, 5, 1, 3, 2, 4).reshape(n, channels, rows * patch, columns * patch)
+    cells = (patch, patch) if isinstance(patch, int) else patch
+    grid = grid or (math.isqrt(t),) * 2
+    x = tokens.view(n, *grid, *cells, channels)
+    d = len(cells)
+    order = (0, 2 * d + 1, *(axis for k in range(1, d + 1) for axis in (k, d + k)))
+    return x.permute(order).reshape(n, channels, *(g * p for g, p in zip(grid, cells, strict=True)))
 
 
 def initialise(model: Any) -> None:

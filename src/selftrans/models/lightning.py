@@ -1,7 +1,7 @@
 """LightningDiT (Yao et al., 2501.01423): SiT with rotary positions, SwiGLU and RMSNorm, on latents of many channels.
 
 Parameter names are those of the published checkpoints. Shape legend: N batch, T tokens, D width, d channels of an
-attention head, (C, H, W) latent.
+attention head, (C, *S) latent.
 """
 
 from __future__ import annotations
@@ -13,20 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from selftrans.models.layers import (
-    FinalLayer,
-    LabelEmbedder,
-    Mlp,
-    PatchEmbed,
-    TimestepEmbedder,
-    initialise,
-    sincos_positions,
-    unpatchify,
-)
+from selftrans.models.label_transformer import LabelTransformer, SizedConfig
+from selftrans.models.layers import Mlp, axis_channels, axis_positions
 from selftrans.models.sit import SIZES as SIT_WIDTHS
-from selftrans.models.sit import chosen_sizes
-from selftrans.models.spec import ModelConfig
-from selftrans.types import Backbone, Cond, Conditions, Output, map_cond
+from selftrans.types import Conditions
 
 #: width, depth, heads. Published: B, L, XL, 1p0B, 1p6B. S is SiT's, as LightningDiT has none so small
 SIZES = SIT_WIDTHS | {"1p0B": (1536, 24, 24), "1p6B": (1792, 28, 28)}
@@ -40,19 +30,13 @@ MLP_RATIO = 4.0
 
 
 @dataclass(frozen=True)
-class LightningConfig(ModelConfig):
+class LightningConfig(SizedConfig):
     """A LightningDiT. A field left at None comes from the size `name`; the other defaults are the published ones."""
+
+    published = LIGHTNING_SIZES
 
     name: str = "LightningDiT-B/1"
     """size, LightningDiT-{S,B,L,XL,1p0B,1p6B}/{1,2}"""
-    width: int | None = None
-    """channels of a token"""
-    depth: int | None = None
-    """number of blocks"""
-    heads: int | None = None
-    """attention heads; with a width of your own, None means one per 64 channels"""
-    patch: int | None = None
-    """side of a token in latent pixels"""
     qk_norm: bool = False
     """norm on queries and keys; its authors advise it where the loss diverges"""
     swiglu: bool = True
@@ -64,47 +48,35 @@ class LightningConfig(ModelConfig):
     shift: bool = True
     """the condition also shifts the input of attention and MLP; False: it scales and gates them only"""
 
-    def sizes(self) -> dict[str, int]:
-        """Constructor arguments width, depth, heads, patch. ValueError for an unknown name or a size out of range."""
-        return chosen_sizes(self, LIGHTNING_SIZES)
-
     def options(self) -> dict[str, bool]:
         """Constructor arguments that say what the blocks are made of."""
         return {key: getattr(self, key) for key in OPTIONS}
-
-    def check(self) -> None:
-        self.sizes()
-
-    def blocks(self) -> int:
-        return self.sizes()["depth"]
 
 
 OPTIONS = ("qk_norm", "swiglu", "rope", "rms_norm", "shift")
 
 
 def build(config: LightningConfig, shape: tuple[int, ...], conditions: Conditions) -> LightningDiT:
-    """A freshly initialised LightningDiT for latents (C, H, W). ValueError for other latents, and for text."""
-    if conditions.kind == "text":
-        raise ValueError(f"{config.name} is conditioned on labels or on nothing; the data have text")
-    sizes: dict[str, Any] = {**config.sizes(), **config.options()}
-    return LightningDiT(shape, conditions.num_classes, **sizes)
+    """A freshly initialised LightningDiT for latents (C, *S). ValueError for shapes that it cannot take, and for text."""
+    sizes: dict[str, Any] = {**config.sizes(), **config.options(), "patch_frames": config.patch_frames}
+    return LightningDiT(shape, config.num_classes(conditions), **sizes)
 
 
-def rotation_table(channels: int, grid: tuple[int, int]) -> Tensor:
-    """(2, T, d / 2) float64: cosine and sine of each pair of channels' angle at each token (RoPE, 2104.09864, in 2-D).
+def rotation_table(channels: int, grid: tuple[int, ...], device: torch.device | None = None) -> Tensor:
+    """(2, T, d / 2) float64: cosine and sine of each pair of channels' angle at each token (RoPE, 2104.09864).
 
-    The first half of the pairs turns with the row, the second with the column, at rates 10,000^(-4 i / d), i < d / 4.
-    ValueError unless d is a multiple of 4.
+    The pairs are divided among the axes (`axis_channels`), in their order: on two, the first half turns with the row, the
+    second with the column. Those of an axis with p pairs turn at rates 10,000^(-i / p), i < p. ValueError: d does not divide.
     """
-    if channels % 4:
-        raise ValueError(
-            f"rotary positions need attention heads of a multiple of 4 channels, not {channels}; change model.heads, or "
-            "set model.rope False"
-        )
-    rates = 10_000.0 ** (-4 / channels * torch.arange(channels // 4, dtype=torch.float64))
-    rows, columns = (torch.arange(n, dtype=torch.float64)[:, None] * rates for n in grid)  # (n, d / 4)
-    size = (*grid, channels // 4)
-    angles = torch.cat([rows[:, None].expand(size), columns[None].expand(size)], dim=-1).flatten(0, 1)  # (T, d / 2)
+    parts = []
+    remedy = "change model.heads, or set model.rope False"
+    for axis, own in enumerate(axis_channels(channels, len(grid), remedy)):
+        pairs = own // 2
+        rates = 10_000.0 ** (-1 / pairs * torch.arange(pairs, dtype=torch.float64, device=device))
+        view = [1] * len(grid)
+        view[axis] = grid[axis]
+        parts.append(axis_positions(grid[axis], rates).view(*view, pairs).expand(*grid, pairs))
+    angles = torch.cat(parts, dim=-1).flatten(end_dim=-2)  # (T, d / 2)
     return torch.stack([angles.cos(), angles.sin()])
 
 
@@ -193,16 +165,10 @@ def _norm(width: int, rms_norm: bool) -> nn.Module:
     return RMSNorm(width, eps=1e-6) if rms_norm else nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
 
 
-class LightningDiT(Backbone):
-    """A class-conditional (or, with num_classes = 0, unconditional) LightningDiT.
+class LightningDiT(LabelTransformer):
+    """A `LabelTransformer` of LightningDiT's blocks. For its options see `LightningConfig`."""
 
-    Args:
-        shape: (C, H, W) of a latent, H and W multiples of `patch`; the published models have H == W.
-        num_classes: labels 0 .. num_classes - 1; the null label is num_classes.
-        qk_norm, swiglu, rope, rms_norm, shift: see `LightningConfig`.
-        learn_sigma: the output layer carries a second, unused half.
-    Raises ValueError when the sizes do not fit each other.
-    """
+    rotations: Tensor | None
 
     def __init__(
         self,
@@ -213,6 +179,7 @@ class LightningDiT(Backbone):
         depth: int,
         heads: int,
         patch: int,
+        patch_frames: int = 1,
         qk_norm: bool = False,
         swiglu: bool = True,
         rope: bool = True,
@@ -220,61 +187,24 @@ class LightningDiT(Backbone):
         shift: bool = True,
         learn_sigma: bool = False,
     ) -> None:
-        super().__init__()
-        if len(shape) != 3:
-            raise ValueError(f"LightningDiT takes latents of pictures (C, H, W), not {tuple(shape)}")
-        channels, rows, columns = shape
-        if rows % patch or columns % patch:
-            raise ValueError(
-                f"a latent of {rows}x{columns} does not divide into patches of {patch}; change model.patch"
-            )
-        grid = (rows // patch, columns // patch)
-        self.shape, self.grid = (channels, rows, columns), grid
-        self.conditions = Conditions("labels" if num_classes else "none", num_classes)
-        self.width, self.depth, self.patch, self.num_classes = width, depth, patch, num_classes
-        self.x_embedder = PatchEmbed(channels, patch, width)
-        self.t_embedder = TimestepEmbedder(width)
-        self.y_embedder = LabelEmbedder(num_classes, width)
-        side = max(grid)  # positions of a square, cut to the latent
-        positions = sincos_positions(width, side).view(side, side, width)[: grid[0], : grid[1]].reshape(1, -1, width)
-        self.register_buffer("pos_embed", positions, persistent=False)
         options = {"qk_norm": qk_norm, "swiglu": swiglu, "rms_norm": rms_norm, "shift": shift}
-        self.blocks = nn.ModuleList(LightningBlock(width, heads, **options, mlp_ratio=MLP_RATIO) for _ in range(depth))
-        table = rotation_table(width // heads, grid).float() if rope else None
+        super().__init__(
+            shape,
+            num_classes,
+            lambda: LightningBlock(width, heads, **options, mlp_ratio=MLP_RATIO),
+            width=width,
+            depth=depth,
+            patch=patch,
+            patch_frames=patch_frames,
+            learn_sigma=learn_sigma,
+            norm=_norm(width, rms_norm),
+        )
+        table = rotation_table(width // heads, self.grid).float() if rope else None
         self.register_buffer("rotations", table, persistent=False)
-        self.final_layer: FinalLayer | None = FinalLayer(width, patch * patch * channels * (2 if learn_sigma else 1))
-        if rms_norm:
-            self.final_layer.norm_final = _norm(width, rms_norm)  # type: ignore[assignment]
-        initialise(self)
 
-    def forward(self, x: Tensor, t: Tensor, cond: Cond, *, taps: tuple[int, ...] = (), stop: bool = False) -> Output:
-        """x (N, C, H, W), t (N,), labels (N,) -> velocity (N, C, H, W) and the features of blocks `taps` (1-based)."""
-        assert isinstance(cond, Tensor) and all(1 <= k <= self.depth for k in taps)
-        tokens = self.x_embedder(x.to(self.x_embedder.proj.weight.dtype)) + self.pos_embed  # (N, T, D)
-        c = self.t_embedder(t) + self.y_embedder(cond)  # (N, D)
-        rotations = () if self.rotations is None else (self.rotations,)
-        feats: dict[int, Tensor] = {}
-        for k, block in enumerate(self.blocks, start=1):
-            tokens = self.run_block(block, tokens, c, *rotations)  # type: ignore[arg-type]
-            if k in taps:
-                feats[k] = tokens
-            if stop and len(feats) == len(set(taps)):
-                return Output(None, feats)
-        assert self.final_layer is not None, "a truncated model has no velocity; call it with stop=True"
-        channels = self.final_layer.linear.out_features // self.patch**2
-        out = unpatchify(self.final_layer(tokens, c), self.patch, channels, (self.grid[0], self.grid[1]))
-        return Output(out[:, : self.shape[0]], feats)
-
-    def null(self, cond: Cond) -> Cond:
-        return map_cond(lambda labels: torch.full_like(labels, self.num_classes), cond)
-
-    def patchify(self, x: Tensor) -> Tensor:
-        """(N, C, H, W) -> (N, T, C patch²), row by row; inside a token: channel, row, column."""
-        return F.unfold(x, kernel_size=self.patch, stride=self.patch).transpose(1, 2)
-
-    def repeated(self) -> list[nn.Module]:
-        return list(self.blocks)
-
-    def truncate(self, block: int) -> None:
-        del self.blocks[block:]
-        self.final_layer = None
+    def block_inputs(self, grid: tuple[int, ...]) -> tuple[Tensor, ...]:
+        """The rotations (2, T, d / 2) of a grid, if there are any."""
+        own = self.rotations
+        if own is None or grid == self.grid:
+            return () if own is None else (own,)
+        return (rotation_table(2 * own.shape[-1], grid, own.device).float().to(own.dtype),)

@@ -1,5 +1,8 @@
 """The layers of a transformer against those of diffusers."""
 
+import itertools
+import math
+
 import pytest
 import torch
 from diffusers.models.attention import BasicTransformerBlock
@@ -39,7 +42,9 @@ def test_block_equals_diffusers_block(qk_norm):
 @pytest.mark.parametrize(("width", "side"), [(32, 4), (1152, 16), (384, 7)])
 def test_positions_equal_diffusers(width, side):
     expected = get_2d_sincos_pos_embed(width, side, base_size=side, output_type="pt")
-    torch.testing.assert_close(layers.sincos_positions(width, side).double(), expected.double(), atol=1e-6, rtol=0)
+    torch.testing.assert_close(
+        layers.sincos_positions(width, (side, side)).double(), expected.double(), atol=1e-6, rtol=0
+    )
 
 
 def test_timestep_sinusoids_equal_diffusers():
@@ -66,3 +71,43 @@ def test_tokens_are_ordered_row_by_row():
     nn.init.zeros_(embed.proj.bias)
     x = torch.kron(torch.arange(9.0).view(3, 3), torch.ones(2, 2))[None, None]  # patch k holds the number k
     assert embed(x)[0, :, 0].tolist() == list(range(9))
+
+
+@pytest.mark.parametrize("grid", [(5,), (3, 7), (4, 2, 5)])
+def test_positions_equal_the_formula_token_by_token(grid):
+    """Columns first, then rows, then frames; the channels of an axis are sines, then cosines."""
+    width = 40
+    split = {1: [40], 2: [20, 20], 3: [12, 12, 16]}[len(grid)]  # in the order of the channels
+    expected = []
+    for position in itertools.product(*map(range, grid)):
+        token = []
+        for place, channels in zip(reversed(position), split, strict=True):
+            angles = [place / 10_000 ** (i / (channels / 2)) for i in range(channels // 2)]
+            token += [*map(math.sin, angles), *map(math.cos, angles)]
+        expected.append(token)
+    found = layers.sincos_positions(width, grid).double()
+    torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float64), atol=1e-6, rtol=0)
+
+
+def test_positions_of_a_line_equal_diffusers():
+    expected = get_timestep_embedding(torch.arange(9), 32, flip_sin_to_cos=False, downscale_freq_shift=0)
+    torch.testing.assert_close(layers.sincos_positions(32, (9,)), expected, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize(("channels", "axes", "parts"), [(64, 1, [64]), (64, 2, [32, 32]), (64, 3, [24, 20, 20])])
+def test_channels_are_divided_among_axes(channels, axes, parts):
+    assert layers.axis_channels(channels, axes, "") == parts
+
+
+@pytest.mark.parametrize("cells", [(3,), (2, 4), (2, 1, 3)])
+def test_patchify_equals_loops(cells):
+    grid = (2, 3, 2)[: len(cells)]
+    x = torch.randn(2, 3, *(g * p for g, p in zip(grid, cells, strict=True)))
+    tokens = [
+        x[(..., *(slice(i * p, (i + 1) * p) for i, p in zip(at, cells, strict=True)))].flatten(1)
+        for at in itertools.product(*map(range, grid))
+    ]
+    found = layers.patchify(x, cells)
+    assert torch.equal(found, torch.stack(tokens, dim=1))
+    channel_last = found.unflatten(-1, (3, -1)).transpose(-1, -2).flatten(-2)
+    assert torch.equal(layers.unpatchify(channel_last, cells, 3, grid), x)

@@ -1,4 +1,4 @@
-"""LightningDiT against the papers' formulas in float64, published sizes, and the contract of a backbone."""
+"""LightningDiT against the papers' formulas in float64, and published sizes."""
 
 import itertools
 import math
@@ -26,6 +26,8 @@ from selftrans.train.run import train
 from selftrans.types import Conditions
 from tests.support import published_lightning as published
 from tests.support import toy
+from tests.support.diffusers_blocks import randomised
+from tests.support.label_models import inputs
 from tests.support.toy import quick  # noqa: F401 - a fixture
 
 SIZES = {"width": 32, "depth": 3, "heads": 2, "patch": 1}
@@ -41,21 +43,6 @@ def named(options):
 def tiny(shape=(2, 4, 4), num_classes=10, **options):
     torch.manual_seed(0)
     return LightningDiT(shape, num_classes, **{**SIZES, **options})
-
-
-def randomised(module):
-    """Weights far from the zero gates of initialisation, so that every path contributes."""
-    g = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for p in module.parameters():
-            p.copy_(torch.randn(p.shape, generator=g) * 0.2 + (1.0 if p.dim() == 1 and p.mean() == 1 else 0.0))
-    return module
-
-
-def inputs(model, n=3):
-    g = torch.Generator().manual_seed(2)
-    labels = torch.arange(n) % max(1, model.num_classes)
-    return torch.randn(n, *model.shape, generator=g), torch.rand(n, generator=g), labels
 
 
 # ---- against the formulas
@@ -172,148 +159,6 @@ def test_config_builds_its_size_and_its_options():
         LightningConfig(depth=0).check()
     with pytest.raises(ValueError, match="text"):
         build(config, (4, 8, 8), Conditions("text"))
-
-
-@pytest.mark.parametrize(
-    ("shape", "options", "message"),
-    [
-        ((4, 9, 8), {"patch": 2}, "patches of 2"),
-        ((4, 8, 8), {"heads": 5}, "heads 5"),
-        ((4, 8, 8), {"width": 36, "heads": 6}, "multiple of 4 channels, not 6"),
-        ((4, 8), {}, "pictures"),
-    ],
-)
-def test_sizes_that_do_not_fit_are_refused(shape, options, message):
-    with pytest.raises(ValueError, match=message):
-        tiny(shape, **options)
-
-
-# ---- initialisation
-
-
-def test_initialisation_is_the_published_one():
-    model = tiny(num_classes=1000, width=64, depth=2, qk_norm=True)
-    for linear in (
-        model.blocks[0].attn.qkv,
-        model.blocks[1].mlp.w12,
-        model.blocks[1].mlp.w3,
-        model.blocks[1].attn.proj,
-    ):
-        bound = (6 / sum(linear.weight.shape)) ** 0.5  # Xavier, uniform
-        assert 0.99 * bound < linear.weight.abs().max() <= bound and not linear.bias.any()
-    for norm in (model.blocks[0].norm1, model.blocks[1].attn.k_norm, model.final_layer.norm_final):
-        assert torch.equal(norm.weight, torch.ones_like(norm.weight)) and norm.eps == 1e-6
-    for weight in (model.y_embedder.embedding_table.weight, *(model.t_embedder.mlp[i].weight for i in (0, 2))):
-        assert weight.std().item() == pytest.approx(0.02, rel=0.05)
-
-
-def test_a_fresh_model_predicts_zero_and_its_blocks_are_the_identity():
-    model = tiny()
-    x, t, y = inputs(model)
-    v, feats = model(x, t, y, taps=(1, 3))
-    assert torch.equal(v, torch.zeros_like(x)) and torch.equal(feats[1], feats[3])
-
-
-# ---- the contract of a backbone
-
-
-@pytest.mark.parametrize("taps", [(1,), (1, 2), (2, 1), (2, 2), (3,)])
-def test_stopping_computes_no_block_after_the_last_tap(taps):
-    model = randomised(tiny())
-    x, t, y = inputs(model)
-    complete = model(x, t, y, taps=taps)
-    runs = []
-    for k, block in enumerate(model.blocks, start=1):
-        block.register_forward_hook(lambda *_, k=k: runs.append(k))
-    early = model(x, t, y, taps=taps, stop=True)
-    assert runs == list(range(1, max(taps) + 1))
-    assert early.v is None and complete.v is not None and set(early.feats) == set(taps)
-    assert all(torch.equal(early.feats[k], complete.feats[k]) for k in taps)
-    assert torch.equal(model(x, t, y).v, complete.v)
-
-
-def test_truncated_copy_gives_the_same_features_and_no_velocity():
-    model = randomised(tiny())
-    x, t, y = inputs(model)
-    shallow = model.truncated(2)
-    assert len(shallow.repeated()) == 2 and len(model.repeated()) == 3
-    expected = model(x, t, y, taps=(2,)).feats[2]
-    assert torch.equal(shallow(x, t, y, taps=(2,), stop=True).feats[2], expected)
-    with pytest.raises(AssertionError, match="truncated"):
-        shallow(x, t, y)
-
-
-def test_null_is_the_label_after_the_last_class():
-    model = tiny()
-    assert model.null(torch.tensor([3, 9])).tolist() == [10, 10]
-    assert model.y_embedder.embedding_table.num_embeddings == 11
-
-
-def test_a_model_without_classes():
-    model = randomised(build(LightningConfig(**SIZES), (2, 4, 4), Conditions("none")))
-    x, t, _ = inputs(model)
-    labels = torch.zeros(3, dtype=torch.long)
-    assert torch.equal(model.null(labels), labels) and model(x, t, labels).v.shape == x.shape
-
-
-@pytest.mark.parametrize(("shape", "patch", "grid"), [((16, 4, 6), 1, (4, 6)), ((3, 8, 4), 2, (4, 2))])
-def test_rectangular_latents(shape, patch, grid):
-    model = randomised(tiny(shape, patch=patch))
-    x, t, y = inputs(model)
-    assert model.grid == grid and model.tokens == grid[0] * grid[1]
-    assert model(x, t, y).v.shape == x.shape and model.patchify(x).shape == (3, model.tokens, shape[0] * patch**2)
-    square = tiny((shape[0], 8, 8), patch=patch)  # its positions in the corner are those of the smaller latent
-    side = 8 // patch
-    corner = square.pos_embed.view(side, side, 32)[: grid[0], : grid[1]].reshape(1, -1, 32)
-    assert torch.equal(corner, model.pos_embed)
-
-
-def test_condition_time_and_each_pixel_reach_the_velocity():
-    model = randomised(tiny())
-    x, t, y = inputs(model, 1)
-    v = model(x, t, y).v
-    assert not torch.allclose(model(x, t, y + 1).v, v) and not torch.allclose(model(x, t / 2, y).v, v)
-    x = x.requires_grad_()
-    (gradient,) = torch.autograd.grad(model(x, t, y).v[0, 0, 0, 0], x)
-    assert (gradient != 0).all()
-
-
-def test_samples_of_a_batch_are_independent():
-    model = randomised(tiny())
-    x, t, y = inputs(model)
-    torch.testing.assert_close(model(x, t, y).v[1:2], model(x[1:2], t[1:2], y[1:2]).v, atol=1e-5, rtol=1e-5)
-
-
-def test_learn_sigma_only_widens_the_output_layer():
-    model = tiny(learn_sigma=True)
-    assert model.final_layer.linear.out_features == 4 and model(*inputs(model)).v.shape == (3, 2, 4, 4)
-
-
-def test_recomputing_gives_equal_gradients():
-    model = randomised(tiny(qk_norm=True)).train()
-    x, t, y = inputs(model)
-    gradients = []
-    for recompute in (False, True):
-        model.recompute = recompute
-        model.zero_grad()
-        v, feats = model(x, t, y, taps=(2,))
-        (v.square().mean() + feats[2].square().mean()).backward()
-        gradients.append([p.grad.clone() for p in model.parameters()])
-    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
-
-
-@pytest.mark.parametrize("how", ["weights", "autocast"])
-def test_bfloat16_stays_close(how):
-    model = randomised(tiny(qk_norm=True)).eval()
-    x, t, y = inputs(model)
-    expected = model(x, t, y, taps=(2,), stop=True).feats[2]
-    if how == "weights":
-        found = model.to(torch.bfloat16)(x, t, y, taps=(2,), stop=True).feats[2]
-        assert found.dtype == torch.bfloat16
-    else:
-        with torch.autocast("cpu", torch.bfloat16):
-            found = model(x, t, y, taps=(2,), stop=True).feats[2]
-    assert ((found.float() - expected).norm() / expected.norm()).item() < 0.03
 
 
 @pytest.mark.slow
