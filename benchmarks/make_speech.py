@@ -1,7 +1,7 @@
 """Spoken words as WAV files in class folders, synthesised by espeak-ng: data for the recipe `speech_words`.
 
     python benchmarks/make_speech.py --out data/words
-    selftrans prepare data/words --out data/speech --audio mel --rate 8000 --length 0.64 --bins 32 --hop 128
+    selftrans prepare data/words --out data/speech --audio mel --rate 8000 --length 0.64 --bins 24 --hop 160
 
 Ten words, each with 200 recordings: voices, accents, speeds and pitches are drawn at random, with a fixed seed. It takes about
 two minutes. The files are the same for the same release of espeak-ng (the results were made with 1.51).

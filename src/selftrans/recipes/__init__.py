@@ -10,6 +10,8 @@ from selftrans.recipes.cifar10 import cifar10
 from selftrans.recipes.digits import digits
 from selftrans.recipes.imagefolder import imagefolder
 from selftrans.recipes.imagenet import sit_imagenet, sit_imagenet_b2, sit_imagenet_l2, sit_imagenet_s2, sit_imagenet_xl2
+from selftrans.recipes.moving_digits import moving_digits
+from selftrans.recipes.speech_words import speech_words
 from selftrans.sections import fields_of
 from selftrans.suggest import nearest
 
@@ -17,6 +19,8 @@ RECIPES: dict[str, Callable[[], RunConfig]] = {
     "digits": digits,
     "cifar10": cifar10,
     "imagefolder": imagefolder,
+    "moving_digits": moving_digits,
+    "speech_words": speech_words,
     "sit_imagenet": sit_imagenet,
     "sit_imagenet_s2": sit_imagenet_s2,
     "sit_imagenet_b2": sit_imagenet_b2,
