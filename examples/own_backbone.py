@@ -10,7 +10,7 @@ from sklearn.datasets import load_digits
 from torch import nn
 
 from selftrans import Backbone, Batch, Objective, Output, Stage1, StructureGuidance
-from selftrans.models.layers import LabelEmbedder, Mlp, PatchEmbed, TimestepEmbedder, unpatchify
+from selftrans.models.layers import LabelEmbedder, Mlp, PatchEmbed, TimestepEmbedder, patchify, unpatchify
 from selftrans.types import Conditions
 
 
@@ -20,8 +20,8 @@ class Mixer(Backbone):
     def __init__(self, shape, conditions, width=64, depth=4, patch=2):
         super().__init__()
         self.shape, self.conditions = shape, conditions
-        self.grid = (shape[1] // patch, shape[2] // patch)
         self.width, self.depth, self.patch = width, depth, patch
+        self.grid = (shape[1] // patch, shape[2] // patch)
         self.embed, self.unembed = PatchEmbed(shape[0], patch, width), nn.Linear(width, shape[0] * patch**2)
         self.time, self.label = TimestepEmbedder(width), LabelEmbedder(conditions.num_classes, width)
         self.along_tokens = nn.ModuleList(Mlp(self.tokens, 2 * self.tokens) for _ in range(depth))
@@ -38,13 +38,13 @@ class Mixer(Backbone):
                 feats[k] = h
             if stop and len(feats) == len(set(taps)):  # a teacher needs no later block
                 return Output(None, feats)
-        return Output(unpatchify(self.unembed(self.norm(h)), self.patch, self.shape[0]), feats)
+        return Output(unpatchify(self.unembed(self.norm(h)), self.patch, self.shape[0], self.grid), feats)
 
     def null(self, cond):
         return torch.full_like(cond, self.conditions.num_classes)
 
     def patchify(self, x):
-        return nn.functional.unfold(x, self.patch, stride=self.patch).transpose(1, 2)  # (N, T, C * patch²)
+        return patchify(x, (self.patch, self.patch))  # (N, T, C * patch²)
 
 
 def main(steps: int = 100) -> list[float]:

@@ -76,7 +76,8 @@ class Train(Section):
     path: str = "linear"
     """probability path: linear or cosine"""
     times: str = "systematic"
-    """timestep sampler: systematic (evenly spread over the batch), uniform (independent) or lognormal"""
+    """timestep sampler: systematic (evenly spread over the batch), uniform (independent), lognormal (EDM's) or
+    logitnormal (SD3's and LightningDiT's)"""
     precision: Literal["fp32", "bf16", "fp16"] = setting("fp32", resume="consent")
     compile: bool | None = setting(None, resume="free")
     """torch.compile each block; None: on a GPU"""
@@ -142,6 +143,8 @@ class SampleConfig(Section):
     """changes nothing but speed and memory"""
     labels: Labels = "balanced"
     """balanced, random, or a list of classes that repeats"""
+    prompts: tuple[str, ...] | None = None
+    """of models of text: prompts that repeat; None: captions of the data, the same ones every time"""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """of the model; the integration itself is float32"""
 
@@ -159,6 +162,7 @@ class SampleConfig(Section):
             (self.sampler != "sde" or self.steps >= 2, "sample.steps is 1; the SDE needs at least 2"),
             (0 <= self.guidance_scale < math.inf, f"sample.guidance_scale is {self.guidance_scale}; use 1 for none"),
             (0 <= low < high <= 1, f"sample.guidance_interval {low} to {high} is no part of [0, 1]; 0 is data"),
+            (self.prompts is None or self.prompts, "sample.prompts is empty; give one prompt at least"),
             (self.seed >= 0, f"sample.seed is {self.seed}; use a whole number from 0"),
             (
                 self.precision in PRECISIONS,
@@ -173,8 +177,9 @@ class SampleConfig(Section):
                 raise ValueError(message)
 
     def settings(self) -> dict[str, Any]:
-        """What an image depends on: everything but their number and the batch size, with the sampler's own name."""
-        kept = {key: value for key, value in dataclasses.asdict(self).items() if key not in ("num", "batch_size")}
+        """What an image depends on besides its condition: the sampler has its own name; number and batch size are left out."""
+        other = ("num", "batch_size", "labels", "prompts")
+        kept = {key: value for key, value in dataclasses.asdict(self).items() if key not in other}
         return kept | {"sampler": "heun" if self.sampler == "ode" else self.sampler}
 
 

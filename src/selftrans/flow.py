@@ -111,7 +111,17 @@ def lognormal_times(n: int, path: Path, device: torch.device) -> Tensor:
     return path.t_of_ratio(torch.exp(torch.randn(n, device=device) * 1.2 - 1.2))
 
 
-TIMES = {"systematic": systematic_times, "uniform": uniform_times, "lognormal": lognormal_times}
+def logitnormal_times(n: int, path: Path, device: torch.device) -> Tensor:
+    """(n,) times whose logit is standard normal (SD3, 2403.03206, section 3.1; LightningDiT's "lognorm")."""
+    return torch.sigmoid(torch.randn(n, device=device))
+
+
+TIMES = {
+    "systematic": systematic_times,
+    "uniform": uniform_times,
+    "lognormal": lognormal_times,
+    "logitnormal": logitnormal_times,
+}
 
 
 def draw(batch: Batch, null: Cond, *, path: Path = LINEAR, times: str = "systematic", drop: float = 0.1) -> Draw:

@@ -5,6 +5,7 @@ from selftrans.methods.guidance import Frozen, Guidance
 from selftrans.methods.objective import Objective
 from selftrans.methods.self_transcendence import SelfGuidance, Stage1, Stage2, StructureGuidance
 from selftrans.methods.spec import EncoderSpec, MethodSpec, Stage, TeacherSpec
+from selftrans.models.hooked import HookedBackbone
 from selftrans.models.sit import SIT_SIZES, SiT
 from selftrans.models.spec import ModelConfig, ModelSpec
 from selftrans.sampling.samplers import SAMPLERS, guided, ode, sde
@@ -25,6 +26,7 @@ __all__ = [
     "EncoderSpec",
     "Frozen",
     "Guidance",
+    "HookedBackbone",
     "MethodSpec",
     "ModelConfig",
     "ModelSpec",

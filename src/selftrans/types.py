@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple, Self, TypeAlias
+from typing import Any, Literal, NamedTuple, Self, TypeAlias
 
 import torch
 import torch.utils.checkpoint
@@ -145,6 +146,19 @@ class Backbone(nn.Module):
         shallow = copy.deepcopy(self)
         shallow.truncate(block)
         return shallow
+
+
+@contextmanager
+def eval_mode(backbone: Any) -> Iterator[None]:
+    """Eval mode in the block; afterwards each submodule returns to its own previous mode. Nothing for other callables."""
+    modes = {module: module.training for module in backbone.modules()} if isinstance(backbone, nn.Module) else {}
+    try:
+        if modes:
+            backbone.eval()
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
 
 
 def map_cond(fn: Callable[..., Tensor], *conds: Cond) -> Cond:

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from selftrans.cli.main import main
-from tests.support import published_files
+from tests.support import published_files, published_vae
 from tests.test_architecture import FILES, ORDER
 
 ROOT = Path(__file__).parents[2]
@@ -34,6 +34,7 @@ TOY = {
     "quickstart": "--steps 5 --images 40",
     "compare": "--steps 5 --images 24 --seeds 0 --workers 1 --methods vanilla layersync",
     "import": "--heads 2",  # of a width that no published model has
+    "import-vae": "",
     "export": "",
 }
 
@@ -72,6 +73,8 @@ def workdir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     published = {"width": 32, "depth": 2, "heads": 2, "patch": 2, "channels": 4, "side": 4, "classes": 10}
     for name in ("SiT-XL-2-256.pt", "DiT-XL-2-256x256.pt"):
         published_files.save(workdir / name, published_files.state(**published, learn_sigma=True))
+    published_files.save(workdir / "vavae-imagenet256-f16d32-dinov2.pt", published_vae.state(**published_vae.TINY))
+    published_files.save(workdir / "latents_stats.pt", {"mean": torch.zeros(1, 3, 1, 1), "std": torch.ones(1, 3, 1, 1)})
     return workdir
 
 
@@ -80,6 +83,8 @@ def small(command: str) -> list[str]:
     words = shlex.split(command.removeprefix("accelerate launch -m "))
     assert words[0] == "selftrans", f"the README shows a command that this test cannot run: {command}"
     extra = shlex.split(TOY[words[1]])
+    if "diffusers-dit" in words:  # sizes have other names there
+        extra = [{"--model.width": "--model.head-dim", "--model.depth": "--model.layers"}.get(x, x) for x in extra]
     if words[1] == "sample" and "--num" in words:  # TOY gives a smaller number
         del words[words.index("--num") : words.index("--num") + 2]
     return [*words[1:], *extra]

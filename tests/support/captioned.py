@@ -11,6 +11,7 @@ import torch
 import transformers
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
+from selftrans.config import RunConfig
 from selftrans.data.encode_captions import TextOptions
 from selftrans.data.prepare import prepare
 from tests.support import toy
@@ -111,3 +112,19 @@ def prepared(
 def shared() -> Path:
     """Prepared data with the tiny encoder that all tests share: copy it before you change it."""
     return prepared(toy.place("captioned"))
+
+
+#: dotted override -> value, besides those of `toy.TOY`: blocks of three, and no rounding to bf16
+SMALL: dict[str, Any] = {
+    "stage1.block": 1,
+    "stage2.student_block": 2,
+    "stage2.teacher_block": 2,
+    "train.precision": "fp32",
+}
+
+
+def config(dotted: dict[str, Any] | None = None) -> RunConfig:
+    """The recipe mmdit_coco at toy size, on the shared pictures with captions."""
+    dotted = dotted or {}
+    path = dotted.get("data.path") or str(shared())
+    return toy.toy(SMALL | dotted | {"data.path": path}, name="mmdit_coco")

@@ -117,6 +117,12 @@ def test_lognormal_times_have_edm_noise_to_signal_ratios(path):
             assert t.quantile(q).item() == pytest.approx(r / (1 + r), abs=0.02)
 
 
+def test_logitnormal_times_have_the_density_of_the_paper():
+    torch.manual_seed(3)
+    t = flow.logitnormal_times(4000, flow.COSINE, CPU).double()
+    assert scipy.stats.kstest(torch.log(t / (1 - t)).numpy(), "norm").pvalue > 1e-3
+
+
 def batch(n):
     return Batch(torch.randn(n, 1, 2, 2), torch.arange(n) % 10)
 

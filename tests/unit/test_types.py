@@ -4,8 +4,9 @@ import dataclasses
 
 import pytest
 import torch
+from torch import nn
 
-from selftrans.types import Backbone, Conditions, cat_cond, map_cond, take_cond, where_cond
+from selftrans.types import Backbone, Conditions, cat_cond, eval_mode, map_cond, take_cond, where_cond
 from tests.support.stub import Stub
 
 LABELS = torch.tensor([3, 1, 2])
@@ -65,3 +66,15 @@ def test_backbone_without_an_implementation_raises(name):
     arguments = (None, None, None) if name == "forward" else (None,)
     with pytest.raises(NotImplementedError):
         getattr(Backbone(), name)(*arguments)
+
+
+def test_eval_mode_restores_the_mode_of_every_part():
+    model = nn.Sequential(nn.Linear(2, 2), nn.Sequential(nn.Dropout(), nn.Linear(2, 2)))
+    model[1].eval()
+    modes = [module.training for module in model.modules()]
+    with eval_mode(model):
+        assert not any(module.training for module in model.modules())
+    assert [module.training for module in model.modules()] == modes and True in modes and False in modes
+    with pytest.raises(RuntimeError), eval_mode(model):
+        raise RuntimeError
+    assert [module.training for module in model.modules()] == modes

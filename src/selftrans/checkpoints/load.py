@@ -39,6 +39,7 @@ class LoadedModel(NamedTuple):
     autoencoder: str  #: name or path, for decoding
     classes: tuple[str, ...]
     source: dict[str, Any]  #: {"path", "sha256", "weights"}, plus IMPORTED; a checkpoint records this for its teacher
+    prompts: tuple[str, ...] = ()  #: of models of text: those of its previews
 
 
 def header(
@@ -51,10 +52,11 @@ def header(
     conditions: Conditions,
     classes: Sequence[str],
     autoencoder: str,
+    prompts: Sequence[str] = (),
 ) -> dict[str, Any]:
     """The header of a weights file: all that `load_model` needs to build the model and decode its latents.
 
-    `order` lists the stages of the run in order.
+    `order` lists the stages of the run in order. `prompts` are sampled where no others are given; of models of text.
     """
     return {
         "stage": stage,
@@ -65,7 +67,7 @@ def header(
         "classes": list(classes),
         "autoencoder": config.data.autoencoder or autoencoder,
         "config": json.loads(to_json(config)),
-    }
+    } | ({"prompts": list(prompts)} if prompts else {})
 
 
 def find(source: str | Path, *, stage: str | None = None, weights: Weights = "ema") -> Path:
@@ -145,6 +147,7 @@ def load_model(origin: str | Path, *, stage: str | None = None, weights: Weights
         name, step = str(metadata["stage"]), int(metadata["step"])
         kind: Weights = "ema" if metadata.get("weights") == "ema" else "raw"
         autoencoder, classes = str(metadata["autoencoder"]), tuple(map(str, metadata["classes"]))
+        prompts = from_plain(tuple[str, ...], metadata.get("prompts", []), "prompts")
     except NotFound as error:
         raise ValueError(f"{path}: {error.in_file}") from error
     except (KeyError, TypeError, ValueError, ArithmeticError, RuntimeError) as error:
@@ -161,7 +164,7 @@ def load_model(origin: str | Path, *, stage: str | None = None, weights: Weights
         "sha256": sha256_file(path),
         "weights": checkpoint.weights_sha256(path),
     } | ({IMPORTED: metadata[IMPORTED]} if IMPORTED in metadata else {})
-    return LoadedModel(model.eval(), config, name, kind, step, autoencoder, classes, source)
+    return LoadedModel(model.eval(), config, name, kind, step, autoencoder, classes, source, prompts)
 
 
 def _check_fit(path: Path, config: RunConfig, shape: tuple[int, ...], conditions: Conditions) -> None:

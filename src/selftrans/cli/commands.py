@@ -25,6 +25,7 @@ from selftrans.cli.options import (
     RunOrFile,
     SamplingOptions,
     Stage,
+    TextEncoder,
     Trust,
     Weights,
 )
@@ -202,6 +203,7 @@ class Sample(Command):
     out: Path
     """directory for the images"""
     sampling: Annotated[SamplingOptions, Inline] = field(default_factory=SamplingOptions)
+    text_encoder: TextEncoder = None
     weights: Weights = "ema"
     stage: Stage = None
     trust: Trust = ()
@@ -209,19 +211,20 @@ class Sample(Command):
     def run(self) -> None:
         from selftrans.sampling.folder import sample_to_folder, summary_line
 
-        given = self.sampling.given()
-        made = sample_to_folder(self.run_or_file, self.out, given, weights=self.weights, stage=self.stage)
+        options = self.options("run_or_file", "out", "sampling")
+        made = sample_to_folder(self.run_or_file, self.out, self.sampling.given(), **options)
         if made:
             print(summary_line(self.out, made))
 
 
 @dataclass
 class Import(Command):
-    """A published checkpoint (SiT, DiT, REPA, Self-Transcendence, LightningDiT) to a run, to sample, train or teach.
+    """A published checkpoint (SiT, DiT, REPA, Self-Transcendence, LightningDiT, diffusers) to a run, to sample, train or teach.
 
     FILE is what their training writes (a .pt with model, ema, opt) or a plain state dict, also as safetensors. No code in
     it is executed: a file that holds anything but tensors, plain containers and the options of a command is refused by
-    name. Sizes and QK-norm are read from the tensors; SiT's time (0 is noise) is folded into the weights.
+    name. Of a transformer of diffusers (DiT, PixArt, SD3, Flux) it is the .safetensors, with its config.json next to it. Of
+    other models sizes and QK-norm are read from the tensors; SiT's time (0 is noise) is folded into the weights.
 
     Then `selftrans sample OUT` and `selftrans train RECIPE --teacher OUT` take the run, and the command that is printed
     trains it further: with AdamW's state if the file has it, with any overrides of yours, by the flow loss alone (a stage-1
@@ -235,12 +238,14 @@ class Import(Command):
     name: str | None = None
     """published size that is expected, such as SiT-XL/2; None: any"""
     convention: str | None = None
-    """sit (t = 0 is noise), repa (t = 0 is data; also Self-Transcendence) or dit (predicts noise of DDPM); None: from the
-    file, or guessed and printed"""
+    """sit (t = 0 is noise), repa (t = 0 is data; also Self-Transcendence) dit (predicts noise of DDPM) or diffusers; None:
+    from the file, or guessed and printed"""
     heads: int | None = None
     """attention heads; None: from q_norm, or as published for this width"""
     step: int | None = None
     """steps it was trained for; None: from the file"""
+    path: Literal["linear", "cosine"] | None = None
+    """path of the run, for a file that serves both (DiT predicts noise); None: linear, or as the file says"""
     autoencoder: str | None = None
     """what decodes its latents; None: stabilityai/sd-vae-ft-mse for 4 channels, pixel for 1 or 3"""
     keep_heads: bool = False
@@ -253,13 +258,35 @@ class Import(Command):
 
 
 @dataclass
+class ImportVae(Command):
+    """A variational autoencoder of latent diffusion's code (VA-VAE and others) to a folder for `prepare --autoencoder`.
+
+    FILE is its checkpoint (.pt, .ckpt or .safetensors). No code in it is executed. OUT is a folder that diffusers loads, too.
+    """
+
+    file: Positional[Path]
+    """checkpoint of the autoencoder"""
+    out: Path
+    """folder to make"""
+    latent_stats: Path | None = None
+    """mean and std of each channel of its latents: VA-VAE's latents_stats.pt, safetensors or json; they become the latents'
+    shift and scale. None: latents are not scaled"""
+
+    def run(self) -> None:
+        from selftrans.interop.published_vae import import_vae
+
+        print(import_vae(self.file, self.out, latent_stats=self.latent_stats))
+
+
+@dataclass
 class Export(Command):
     """A run's weights as one safetensors file without heads, for selftrans or in the layout of SiT, REPA, DiT or LightningDiT.
 
     Writes OUT/model.safetensors and OUT/config.json. In a published layout the file holds what `SiT(**arguments)` (`DiT`,
     `LightningDiT`) of that repository loads, with `arguments` from config.json (REPA's with z_dims=[], so without projectors),
-    and `selftrans import` reads it back. There is no diffusers layout: its DiT has other timestep frequencies and no QK-norm,
-    so it would be another network.
+    and `selftrans import` reads it back. The layout diffusers, of the models diffusers-*, is a folder that `from_pretrained` of
+    their class loads. The other models do not have it: DiT of diffusers has other timestep frequencies and no QK-norm, so it
+    would be another network.
     """
 
     run_or_file: RunOrFile
@@ -268,7 +295,7 @@ class Export(Command):
     weights: Weights = "ema"
     layout: str = "selftrans"
     """selftrans: accepted in place of a run by every command; or a published layout: of SiT sit or repa, of DiT dit, of
-    LightningDiT lightningdit"""
+    LightningDiT lightningdit, of diffusers-* diffusers"""
     stage: Stage = None
     trust: Trust = ()
 
@@ -290,5 +317,6 @@ COMMANDS: dict[str, Any] = {
     "compare": Compare,
     "bench": Bench,
     "import": Import,
+    "import-vae": ImportVae,
     "export": Export,
 }

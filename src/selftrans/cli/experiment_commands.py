@@ -18,6 +18,7 @@ from selftrans.cli.options import (
     RunOrFile,
     SamplingOptions,
     Stage,
+    TextEncoder,
     Trust,
     Weights,
 )
@@ -29,6 +30,9 @@ class Evaluate(Command):
 
     SAMPLES is a folder, zip or npz of pictures (arr_0: uint8, NHWC; arr_1: their labels), or a run, checkpoint or weights
     file, which is sampled in memory; the options of `selftrans sample` apply to it.
+
+    A run of text is sampled with --prompts, or with captions: one of each picture of the reference, if that is prepared data
+    with captions, else of the run's training data.
     """
 
     samples: Positional[str]
@@ -42,7 +46,10 @@ class Evaluate(Command):
     """file for the json report; None: evaluate.json next to the pictures, or in the run"""
     save_reference: Path | None = None
     """npz for the statistics of the reference, in ADM's layout"""
+    clip: Annotated[str | None, tyro.conf.arg(metavar="MODEL")] = None
+    """also the CLIP score of pictures and their prompts, by this CLIPModel of transformers (hub id or folder)"""
     sampling: Annotated[SamplingOptions, Inline] = field(default_factory=SamplingOptions)
+    text_encoder: TextEncoder = None
     weights: Weights = "ema"
     stage: Stage = None
     trust: Trust = ()
@@ -92,8 +99,9 @@ class Analyse(Command):
     def run(self) -> None:
         from selftrans.experiments.analyse_run import analyse
 
-        analyse(self.run_or_file, **self.options("run_or_file"))
-        print(f"pca.png, probes.png, tsne-*.png and analyse.json -> {self.out}")
+        report = analyse(self.run_or_file, **self.options("run_or_file"))
+        probes = "probes.png, " if report["probe_accuracy"] else ""
+        print(f"pca.png, {probes}tsne-*.png and analyse.json -> {self.out}")
 
 
 @dataclass

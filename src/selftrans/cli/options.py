@@ -23,6 +23,13 @@ RunOrFile = Annotated[
 Weights = Annotated[
     Literal["ema", "raw"], tyro.conf.arg(help="ema: the moving average of the weights; raw: the weights themselves")
 ]
+TextEncoder = Annotated[
+    str | None,
+    tyro.conf.arg(
+        metavar="PATH",
+        help="hub id or folder of the run's text encoder; None: where it was when the data were prepared",
+    ),
+]
 Stage = Annotated[str | None, tyro.conf.arg(metavar="NAME", help="stage of the run; None: its last")]
 Trust = Annotated[
     tuple[str, ...],
@@ -71,9 +78,17 @@ class SamplingOptions:
     """images at a time; changes speed and memory only"""
     labels: Literal["balanced", "random"] | None = None
     """classes of the images; balanced: each equally often; random: drawn at random"""
+    prompts: tuple[str, ...] | None = None
+    """of a model of text: prompts, or a file with one in each line; image k has prompt k modulo their number. None: those of
+    the run's previews"""
     precision: Literal["fp32", "bf16", "fp16"] | None = None
     """of the model; the sampler itself computes in fp32"""
 
     def given(self) -> dict[str, Any]:
-        """Those that were set, by name."""
-        return {name: value for name, value in vars(self).items() if value is not None}
+        """Those that were set, by name; a file of prompts as its lines. ValueError where it cannot be read."""
+        given = {name: value for name, value in vars(self).items() if value is not None}
+        if self.prompts is not None:
+            from selftrans.sampling.conditioning import read_prompts
+
+            given["prompts"] = read_prompts(self.prompts)
+        return given

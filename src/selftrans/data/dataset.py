@@ -155,7 +155,7 @@ class Dataset:
 
     @cached_property
     def prompts(self) -> tuple[str, ...]:
-        """Up to 64 different captions of different rows, the same in every process; empty when conditions are of another kind."""
+        """Up to 64 different captions of different rows, the same at every call; empty when there are no captions."""
         if self.counts is None:
             return ()
         rows = np.random.default_rng(0).permutation(len(self))[: 16 * PROMPTS]  # enough, if many captions are the same

@@ -174,7 +174,8 @@ class Manifest:
             f"{len(self.shards)} shards, {self.count * row_bytes(self.layout) / 1e6:,.1f} MB",
         ]
         if self.skipped:
-            lines.append(f"{len(self.skipped)} unreadable {self.unit} left out:")
+            fault = "unusable" if self.text else "unreadable"
+            lines.append(f"{len(self.skipped)} {fault} {self.unit} left out:")
             lines += [f"  {printable(name)}: {printable(reason)}" for name, reason in self.skipped[:10]]
             lines += [f"  and {len(self.skipped) - 10} more, listed in {FILE}"] if len(self.skipped) > 10 else []
         return "\n".join(lines)

@@ -9,11 +9,9 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -66,7 +64,7 @@ def prepare(
         dtype: of the stored moments; None: float16, or float32 for values. `precision` is that of the network.
         skip_bad: skip unreadable samples and list them in the manifest, instead of stopping at the first.
         split, label_column: for parquet files and hub data sets.
-        text: a text encoder (see `load_text_encoder`), or more options: store the captions of the pictures as encoded by it.
+        text: a text encoder (see `load_text_encoder`), or more options: store captions, which `open_source` describes.
         media: how sounds and videos are read.
         part: "I/N": make every Nth shard only; other processes or machines make the others in the same folder. The part
             that ends last writes the manifest. Until then, the returned manifest lists the shards made so far.
@@ -74,24 +72,23 @@ def prepare(
     a complete call checks every sha256 and makes lost or damaged shards again.
     Raises ValueError for a bad source, sample, autoencoder or option, a folder begun with other options, a failed write.
     """
+    text = TextOptions(text) if isinstance(text, str) else text
     out, clips = Path(out), _open_clips(source, resolution, media or MediaOptions(), progress, autoencoder, flip, text)
     dtype = dtype or _dtype(autoencoder, clips)
-    mine = _check(source, out, batch_size, shard_size, dtype, precision, part)
-    earlier, text = resumable.earlier(out), TextOptions(text) if isinstance(text, str) else text
+    mine, earlier = _check(source, out, batch_size, shard_size, dtype, precision, part), resumable.earlier(out)
+    samples: Samples | None = clips
     if autoencoder == "values":
         samples = _open_values(source, resolution, flip, label_column, text)
-    else:
-        reading = {"split": split, "label_column": label_column, "captions": text.source if text else None}
-        samples = _open_pictures(source, resolution, earlier, **reading, progress=progress) if clips is None else clips
-    options = _options(samples, autoencoder, resolution, text, media)
-    options |= {"flip": flip, "shard_size": shard_size, "dtype": dtype, "precision": precision}
-    options |= {"split": split, "label_column": label_column}
+    elif samples is None:
+        samples = _open_pictures(source, resolution, earlier, text, split, label_column, progress)
+    options = _options(samples, autoencoder, resolution, text, media) | {"flip": flip, "shard_size": shard_size}
+    options |= {"dtype": dtype, "precision": precision, "split": split, "label_column": label_column}
     if earlier:
         resumable.check_options(earlier.plan, options, out)
         if _covers(earlier, samples) and not _remove_damaged(out, progress):
             return Manifest.load(out)
     _report_ignored(samples, progress)
-    _check_faults({} if skip_bad else samples.faults, samples, source)
+    _check_faults(samples, source, skip_bad)
     captions = _load_text(samples, text, device, precision, progress) if text else None
     name = autoencoder if clips is None else clips.normalised().name
     device, model = _load(name, device, "float32" if text and autoencoder in IDENTITIES else precision)
@@ -134,11 +131,24 @@ def _check(
 
 
 def _open_pictures(
-    source: str | Path, resolution: Resolution | None, earlier: resumable.Earlier | None, **options: Any
+    source: str | Path,
+    resolution: Resolution | None,
+    earlier: resumable.Earlier | None,
+    text: TextOptions | None,
+    split: str,
+    label_column: str | None,
+    progress: bool,
 ) -> Samples:
     """Pictures at `resolution`; if that is None, at the resolution with which the folder was begun."""
     native = earlier.plan.resolution if earlier and earlier.plan.options.get("resolution") is None else None
-    return open_source(source, resolution=resolution or native, **options)
+    return open_source(
+        source,
+        resolution=resolution or native,
+        split=split,
+        label_column=label_column,
+        captions=text.source if text else None,
+        progress=progress,
+    )
 
 
 def _dtype(autoencoder: str, clips: Clips | None) -> str:
@@ -184,11 +194,11 @@ def _open_clips(
     return clips
 
 
-def _check_faults(faults: Mapping[int, str], samples: Samples, source: str | Path) -> None:
+def _check_faults(samples: Samples, source: str | Path, skip_bad: bool) -> None:
     """Raise ValueError for samples that lack their picture or their captions, before anything is encoded."""
-    for i, reason in faults.items():
+    for i, reason in () if skip_bad else samples.faults.items():
         raise ValueError(
-            f"{len(faults)} samples of {source} cannot be used; the first: {printable(samples.name(i))} ({reason}); "
+            f"{len(samples.faults)} samples of {source} cannot be used; the first: {printable(samples.name(i))} ({reason}); "
             "repair them, or leave them out with --skip-bad"
         )
 

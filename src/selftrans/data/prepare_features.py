@@ -26,7 +26,7 @@ from selftrans.data.shard_plan import Decoded, ShardPlan
 from selftrans.data.sources.captions import CaptionSource
 from selftrans.data.sources.decode import size_text
 from selftrans.data.sources.open_source import open_source
-from selftrans.data.sources.source import ahead
+from selftrans.data.sources.source import Source, ahead
 from selftrans.encoders.autoencoder import from_uint8
 from selftrans.encoders.pretrained import encoder_name
 from selftrans.encoders.vision import Encoder, load_encoder
@@ -66,15 +66,7 @@ def prepare_features(
     manifest, options = earlier.plan, earlier.plan.options
     if not isinstance(manifest.resolution, int):
         raise ValueError(f"{out} holds {_other(manifest)}; a vision encoder cannot read them: omit --features")
-    label_column = options.get("label_column")
-    pictures = open_source(
-        source,
-        resolution=manifest.resolution,
-        split=str(options.get("split", "train")),
-        label_column=None if label_column is None else str(label_column),
-        captions=(captions or CaptionSource()) if manifest.text else None,
-        progress=progress,
-    )
+    pictures = _open(source, manifest, captions, progress)
     resumable.check_options(manifest, options | {"fingerprint": pictures.fingerprint}, out)
     size = _checked_size(options.get("shard_size"), batch_size, grid, precision)
     wanted = Features(
@@ -104,6 +96,19 @@ def _other(manifest: Manifest) -> str:
     if manifest.resolution is None:
         return "data that are not pictures"
     return f"pictures of {size_text(manifest.resolution)}, which are not square"
+
+
+def _open(source: str | Path, manifest: Manifest, captions: CaptionSource | None, progress: bool) -> Source:
+    """The pictures, opened as they were for their moments."""
+    label_column = manifest.options.get("label_column")
+    return open_source(
+        source,
+        resolution=manifest.resolution,
+        split=str(manifest.options.get("split", "train")),
+        label_column=None if label_column is None else str(label_column),
+        captions=(captions or CaptionSource()) if manifest.text else None,
+        progress=progress,
+    )
 
 
 def _run(

@@ -93,8 +93,11 @@ def _records(out: Path) -> Iterator[Shard]:
 
 
 def check_options(before: Manifest, options: dict[str, Option], out: Path) -> None:
-    """Raise ValueError naming the first option that differs from those with which the folder was begun."""
-    for name in sorted(before.options.keys() | options.keys()):
+    """Raise ValueError naming the first option that differs from those with which the folder was begun.
+
+    The text encoder comes first: without one, there are no other options of captions.
+    """
+    for name in sorted(before.options.keys() | options.keys(), key=lambda name: (name != "text", name)):
         old, new = before.options.get(name), options.get(name)
         if old == new:
             continue

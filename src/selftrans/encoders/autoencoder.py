@@ -10,6 +10,7 @@ stochastic, else C).
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -145,10 +146,8 @@ class DiffusersAutoencoder:
         config: Any = model.config
         self.name = name
         stochastic = config["_class_name"] == "AutoencoderKL"
-        self.latent_space = LatentSpace(
-            float(config.shift_factor or 0.0), float(config.scaling_factor), stochastic=stochastic
-        )
         self.channels, self.pixel_channels = int(config.latent_channels), int(config.in_channels)
+        self.latent_space = _latent_space(name, config, self.channels, stochastic)
         stages = config.block_out_channels if stochastic else config.encoder_block_out_channels
         self.downsample = 2 ** (len(stages) - 1)
         self.device, self.dtype = torch.device(device), dtype
@@ -182,6 +181,28 @@ class DiffusersAutoencoder:
         return (
             self.model.decode(self._cast(self.latent_space.unscale(latents))).sample.float().clamp(-1, 1).contiguous()
         )
+
+
+def _latent_space(name: str, config: Any, channels: int, stochastic: bool) -> LatentSpace:
+    """Shift and scale of a diffusers config: statistics of each channel where it has them, else one number for all.
+
+    As diffusers' pipelines use them: latents = (sample - latents_mean) * scaling_factor / latents_std. ValueError where
+    there are not as many as channels, or not all are finite and the deviations above zero.
+    """
+    scale, mean, std = float(config.scaling_factor), config.get("latents_mean"), config.get("latents_std")
+    if mean is None and std is None:
+        return LatentSpace(float(config.shift_factor or 0.0), scale, stochastic=stochastic)
+    given = [[0.0] * channels if mean is None else mean, [1.0] * channels if std is None else std]
+    numbers = all(
+        isinstance(each, list | tuple) and len(each) == channels and all(isinstance(x, int | float) for x in each)
+        for each in given
+    )
+    if not numbers or not all(map(math.isfinite, [*given[0], *given[1]])) or min(given[1]) <= 0:
+        raise ValueError(
+            f"autoencoder {name!r}: latents_mean and latents_std of its config should be {channels} finite numbers each, "
+            "the second above zero"
+        )
+    return LatentSpace(tuple(map(float, given[0])), tuple(scale / x for x in given[1]), stochastic=stochastic)
 
 
 #: supported classes of diffusers

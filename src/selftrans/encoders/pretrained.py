@@ -31,9 +31,12 @@ def load_model(load: Any, folder: str, name: str, what: str, unused: tuple[str, 
     level = logging.get_verbosity()
     logging.set_verbosity_error()  # it lists the weights of the parts that are not loaded
     try:
-        model, info = load.from_pretrained(
-            folder, use_safetensors=True, trust_remote_code=False, output_loading_info=True
-        )
+        with torch.random.fork_rng(
+            devices=[]
+        ):  # weights that are not stored are drawn: training must not depend on that
+            model, info = load.from_pretrained(
+                folder, use_safetensors=True, trust_remote_code=False, output_loading_info=True
+            )
     except Exception as error:  # missing, offline, gated, pickled, of an unknown class: all unusable
         raise ValueError(
             f"encoder {name!r} cannot be loaded ({first_line(error, 200)}); give {what} of transformers, by hub id or "

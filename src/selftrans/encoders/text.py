@@ -67,7 +67,9 @@ class TextEncoder:
     def ids(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Token ids (N, L) int32 and mask (N, L) bool, true where there is no padding; longer texts are truncated."""
         options = {"padding": "max_length", "truncation": True, "max_length": self.tokens, "padding_side": "right"}
-        found = self.tokenizer(list(texts), **options, return_attention_mask=True)
+        found: Any = {"input_ids": [], "attention_mask": []}
+        if len(texts):  # tokenisers refuse an empty list
+            found = self.tokenizer(list(texts), **options, return_attention_mask=True)
         ids, mask = (torch.tensor(found[key], dtype=torch.int32) for key in ("input_ids", "attention_mask"))
         return ids.view(-1, self.tokens), mask.view(-1, self.tokens).bool()
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
+from selftrans.evaluate.captioned import with_captions
 from selftrans.storage import atomic_write
 
 if TYPE_CHECKING:
@@ -53,17 +54,28 @@ def image_grid(images: np.ndarray, columns: int | None = None, upscale: int = 1,
 
 
 def sample_sheet(
-    samples: np.ndarray, columns: int | None = None, upscale: int | None = None, *, gap: int = 2
+    samples: np.ndarray,
+    columns: int | None = None,
+    upscale: int | None = None,
+    *,
+    gap: int = 2,
+    captions: Sequence[str] | None = None,
 ) -> np.ndarray:
     """One picture, uint8 (height, width, 1 or 3), of samples: pictures uint8 (n, H, W, C), or arrays float (n, C, *S).
 
     `columns`, `upscale` and `gap` as in `image_grid`; `upscale` None enlarges pictures of fewer than 64 rows to about
-    64; plots of 1-D arrays always keep their size. See `as_pictures` for how arrays are shown.
+    64; plots of 1-D arrays always keep their size. See `as_pictures` for how arrays are shown. `captions` are written
+    below the pictures, one each.
     """
     pictures = as_pictures(samples)
     if samples.ndim == 3:
         upscale = 1
-    return image_grid(pictures, columns, max(1, 64 // pictures.shape[1]) if upscale is None else upscale, gap=gap)
+    if upscale is None:
+        upscale = max(1, 64 // pictures.shape[1])
+    if captions is None:
+        return image_grid(pictures, columns, upscale, gap=gap)
+    large = pictures.repeat(upscale, axis=1).repeat(upscale, axis=2)
+    return image_grid(with_captions(large, captions), columns, gap=max(gap, 6))
 
 
 def as_pictures(samples: np.ndarray) -> np.ndarray:

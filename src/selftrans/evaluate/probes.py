@@ -6,9 +6,8 @@ Shape legend: N images, T tokens on a grid of one to three dimensions, D width, 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -16,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from selftrans.flow import LINEAR, Path, interpolate
-from selftrans.types import Backbone, Cond, map_cond
+from selftrans.types import Backbone, Cond, eval_mode, map_cond
 
 
 @torch.no_grad()
@@ -55,19 +54,6 @@ def collect(
             for k in wanted:
                 feats[k].append(out.feats[k].float().cpu())
     return {k: torch.cat(parts) for k, parts in feats.items()}
-
-
-@contextmanager
-def eval_mode(backbone: Any) -> Iterator[None]:
-    """Eval mode in the block; afterwards each submodule returns to its own previous mode."""
-    modes = {module: module.training for module in backbone.modules()} if isinstance(backbone, nn.Module) else {}
-    try:
-        if modes:
-            backbone.eval()
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
 
 
 def pool(features: Tensor) -> Tensor:

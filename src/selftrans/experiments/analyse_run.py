@@ -5,6 +5,7 @@ Shape legend: N images, (C, *S) latent.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,10 @@ from selftrans.device import default_device
 from selftrans.encoders.autoencoder import load_autoencoder
 from selftrans.evaluate.plots import as_pictures, curves, pca_grid, save, scatter
 from selftrans.evaluate.probes import collect, linear_probe, pca_maps, tsne
+from selftrans.experiments.reference import training_data
 from selftrans.flow import PATHS
 from selftrans.storage import printable, write_json
+from selftrans.types import Backbone, Cond, map_cond
 
 MAPPED = 8  #: images whose features are shown as PCA maps
 
@@ -38,18 +41,24 @@ def analyse(
     """Write probes per block and timestep, PCA maps and t-SNE of a run's features to `out`; returns analyse.json.
 
     Features are computed with the null condition, so that a probe cannot read the label from the conditioning. `data`:
-    prepared data; None: the run's training data. ValueError for data of another shape or number of classes.
+    prepared data; None: the run's training data. Data without classes have no probes, with a warning if they have captions.
+    ValueError for data of another shape or number of classes.
     """
     if samples < 20 or not timesteps:
         raise ValueError(
             f"{samples} samples at {len(timesteps)} timesteps are too few; give at least 20 samples and one timestep"
         )
     loaded, device = load_model(origin, stage=stage, weights=weights), default_device()
-    model, dataset = loaded.model.to(device), Dataset.open(_data_of(origin, loaded, data))
+    model, dataset = (
+        loaded.model.to(device),
+        Dataset.open(data or training_data(origin, loaded, remedy="give --data DIR")),
+    )
     _check_fit(loaded, dataset)
     z0, labels = data_latents(dataset, samples)
+    if dataset.manifest.conditions.kind == "text":
+        warnings.warn(f"no linear probes: {dataset.path} has captions, and no classes to be probed", stacklevel=2)
     path, blocks = PATHS[loaded.config.train.path], tuple(range(1, model.depth + 1))
-    null, maps = model.null(labels), dict[str, np.ndarray]()
+    null, maps = null_of(model, len(z0)), dict[str, np.ndarray]()
     probes, clouds = dict[float, list[float]](), dict[float, np.ndarray]()
     for t in tqdm(timesteps, desc="timesteps", unit="t"):
         feats = collect(model, z0, null, t=t, taps=blocks, path=path)
@@ -80,9 +89,18 @@ def analyse(
     return report
 
 
+def null_of(model: Backbone, count: int) -> Cond:
+    """The null condition of `count` images, as one row in memory."""
+    device = next(model.parameters()).device
+    null = model.null(map_cond(lambda x: x.to(device), model.conditions.example()))
+    return map_cond(lambda x: x.expand(count, *x.shape[1:]), null)
+
+
 def _check_fit(loaded: LoadedModel, dataset: Dataset) -> None:
-    """ValueError unless the data have the shape and number of classes of the model."""
+    """ValueError unless the data have the shape and number of classes of the model; for one of text, only the shape."""
     manifest, model = dataset.manifest, loaded.model
+    if manifest.shape == model.shape and model.conditions.kind == "text":
+        return
     if manifest.shape != model.shape or manifest.num_classes != model.conditions.num_classes:
         raise ValueError(
             f"the data are latents {manifest.shape} with {manifest.num_classes} classes; the run was trained on "
@@ -93,13 +111,3 @@ def _check_fit(loaded: LoadedModel, dataset: Dataset) -> None:
 def _spread(blocks: Sequence[int]) -> list[int]:
     """A shallow block, two middle blocks and the last one."""
     return sorted({blocks[round(fraction * (len(blocks) - 1))] for fraction in (0.15, 0.4, 0.7, 1.0)})
-
-
-def _data_of(origin: str | Path, loaded: LoadedModel, data: str | None) -> str:
-    """Directory of the data: `data`, or the one that the run was trained on."""
-    path = data or loaded.config.data.path
-    if path is None and (Path(origin) / "data" / "manifest.json").exists():
-        path = str(Path(origin) / "data")
-    if path is None:
-        raise ValueError(f"{origin} does not record the path of its data; give --data DIR")
-    return path

@@ -7,19 +7,22 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from selftrans.config import RunConfig, to_json
-from selftrans.data.dataset import Dataset
+from selftrans.data.dataset import Dataset, Manifest
 from selftrans.data.prepare import prepare_digits
-from selftrans.evaluate.extractors import load_extractor
+from selftrans.evaluate.extractors import MAX_VALUES, load_extractor
 from selftrans.evaluate.plots import save
 from selftrans.experiments import html_report
-from selftrans.experiments.measurement import PROBED_BLOCK, samples_of
+from selftrans.experiments.measurement import PROBED_BLOCK, image_shape, samples_of, stored_conditions
 from selftrans.experiments.runner import Comparison, Results, compare
 from selftrans.experiments.summary import AXES, as_csv, mean_curve, rows
 from selftrans.experiments.train_classifier import classifier_from_data
@@ -118,8 +121,9 @@ def with_defaults(config: RunConfig, out: Path, *, features: str | None = None) 
     """(the configuration that all variants share, the extractor, the file of its weights).
 
     Recipes with built-in data bring a classifier, too. Other data are measured with `features`; None: data that are no
-    pictures by their `values`, others by a small classifier trained on them (`out/classifier.safetensors`), or by
-    Inception where the data are not pixels or have no classes to train it on.
+    pictures by their `values`, others by a small classifier trained on them (`out/classifier.safetensors`). Where the data
+    are not pixels or have no classes to train it on, colour pictures are measured by Inception, and grey ones by their
+    values, with a warning.
     """
     weights = None
     if config.data.path is None:
@@ -132,17 +136,33 @@ def with_defaults(config: RunConfig, out: Path, *, features: str | None = None) 
         weights = str(out / "digits-classifier.safetensors")
     if features is None:
         manifest = Dataset.open(str(config.data.path)).manifest
-        features, own = "inception", out / "classifier.safetensors"
-        if manifest.resolution is None:
-            features = "values"
-        elif manifest.autoencoder == "pixel" and manifest.num_classes > 1:
+        features, own = _without_classes(manifest), out / "classifier.safetensors"
+        if manifest.autoencoder == "pixel" and manifest.num_classes > 1:
             features = str(own)
             if not own.exists():
                 print(classifier_from_data(str(config.data.path), own, epochs=12, seed=0))
     # fails, or trains the digit classifier, here and once: not in every worker
-    shape = Dataset.open(str(config.data.path)).manifest.shape
-    load_extractor(features, weights=weights, shape=shape)
+    shape = image_shape(Dataset.open(str(config.data.path)).manifest)
+    try:
+        load_extractor(features, weights=weights, shape=shape)
+    except ValueError as error:
+        small = f", or --features values (the {math.prod(shape):,} values of a picture)"
+        hint = small if features == "inception" and math.prod(shape) <= MAX_VALUES else ""
+        raise ValueError(f"{error}{hint}") from error
     return equal_lengths(config).check(), features, weights
+
+
+def _without_classes(manifest: Manifest) -> str:
+    """The extractor for data without classes to train a classifier on."""
+    if manifest.resolution is None:
+        return "values"
+    if manifest.image_channels == 3 or math.prod(image_shape(manifest)) > MAX_VALUES:
+        return "inception"
+    warnings.warn(
+        "grey pictures without classes: the distance is of their values; give --features FILE for that of a classifier",
+        stacklevel=4,
+    )
+    return "values"
 
 
 def equal_lengths(config: RunConfig) -> RunConfig:
@@ -177,7 +197,7 @@ def summarise(chosen: Comparison, results: Results) -> dict[str, Any]:
         **{key: point[key] for key in ("metric", "sampler", "extractor_sha256")},
         "features": chosen.features,
         "images": chosen.images,
-        "labels": point["sampler"].get("labels", "balanced"),
+        "labels": point["sampler"].get("labels"),
         "seeds": list(chosen.seeds),
         "autoencoder": config.data.autoencoder or Dataset.open(str(config.data.path)).manifest.autoencoder,
         "teachers": list(teachers.values()),
@@ -189,9 +209,12 @@ def summarise(chosen: Comparison, results: Results) -> dict[str, Any]:
 def write(chosen: Comparison, summary: dict[str, Any]) -> None:
     """Write compare.json, .csv, .png and .html to the directory of the comparison."""
     runs = {name: chosen.run((name, chosen.seeds[0])) for name in chosen.variants}
-    grids = {name: samples_of(run, chosen.shared.sample, SHOWN) for name, run in runs.items()}
+    dataset = Dataset.open(str(chosen.shared.data.path))
+    conditioning = stored_conditions(dataset, dataclasses.replace(chosen.shared.sample, seed=1))
+    grids = {name: samples_of(run, chosen.shared.sample, SHOWN, conditioning) for name, run in runs.items()}
+    captions = conditioning.texts(np.arange(SHOWN))
     figure = html_report.convergence(summary["curves"], summary["metric"])
     save(figure, chosen.out / "compare.png")
     write_json(chosen.out / "compare.json", summary)
     write_text(chosen.out / "compare.csv", as_csv(summary["table"]))
-    write_text(chosen.out / "compare.html", html_report.comparison_page(summary, figure, grids))
+    write_text(chosen.out / "compare.html", html_report.comparison_page(summary, figure, grids, captions))

@@ -6,27 +6,21 @@ Shape legend: images are pictures, uint8 (n, H, W, C), or arrays that are not pi
 from __future__ import annotations
 
 import itertools
-import json
-import warnings
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
-from selftrans.checkpoints import format as checkpoint
 from selftrans.checkpoints.load import Weights
-from selftrans.data.sources.npz import npz_labels
 from selftrans.device import default_device
+from selftrans.evaluate.clip_score import ClipScorer
 from selftrans.evaluate.extractors import load_extractor
 from selftrans.evaluate.metrics import evaluate
-from selftrans.experiments.image_files import open_images
-from selftrans.experiments.reference import counted, described, must_exist, reference_of
-from selftrans.sampling.images import Sampler
-from selftrans.storage import first_line, write_json
+from selftrans.experiments.opened_samples import open_samples
+from selftrans.experiments.reference import counted, described, reference_of
+from selftrans.storage import printable, write_json
 
-FOREIGN = (".pt", ".pth", ".ckpt")  #: suffixes of checkpoints that only `selftrans import` reads
 #: settings of samples that a report always lists, known or not
 SETTINGS = (
     "sampler",
@@ -41,17 +35,6 @@ SETTINGS = (
 )
 
 
-class Samples(NamedTuple):
-    """The images to evaluate."""
-
-    images: Iterator[np.ndarray]
-    settings: dict[str, Any] | None  #: the sampling settings; None if they are not recorded
-    labels: Any  #: (n,), or a list that fills while the images stream; None if unknown or without classes
-    total: int | None  #: number of images, if known
-    report: Path  #: default path of the report
-    pictures: bool | None  #: whether they are pictures; None: only the first batch shows it
-
-
 def evaluate_samples(
     samples: str | Path,
     reference: str | Path,
@@ -62,22 +45,32 @@ def evaluate_samples(
     stage: str | None = None,
     out: Path | None = None,
     save_reference: Path | None = None,
+    clip: str | None = None,
+    text_encoder: str | None = None,
 ) -> dict[str, Any]:
     """Compare images, or a run, with a reference; writes the report as json and returns it.
 
     Args:
         samples: a folder, zip or npz of images, prepared data, or a run, checkpoint or weights file, which is sampled
-            in memory under `settings` (fields of SampleConfig; `weights` and `stage` choose the model).
+            in memory under `settings` (fields of SampleConfig; `weights` and `stage` choose the model). A run of text
+            without prompts in its settings is sampled with captions: one of each picture of the reference, if that is
+            prepared data with captions, else of the training data.
         reference: images in the same forms, `digits`, or an npz of statistics (`mu`, `sigma`).
         features: name or file of an extractor, see `load_extractor`; None: `inception` for pictures, else `values`.
         out: file for the report; None: next to the images, or in the run.
         save_reference: npz file for the statistics of the reference, with ADM's names.
-    Raises ValueError for unknown features, invalid images and statistics of another extractor.
+        clip: a CLIPModel by hub id or folder: the CLIP score of the images and their prompts is measured, too.
+        text_encoder: where the encoder of the prompts lies, if not where it was.
+    Raises ValueError for unknown features, invalid images, statistics of another extractor, and unknown prompts.
     """
     device = default_device()
     extractor = None if features in (None, "values") else load_extractor(features, device=device)
-    opened = open_samples(samples, settings or {}, weights, stage)
-    images = opened.images
+    opened = open_samples(samples, settings or {}, weights, stage, reference=reference, text_encoder=text_encoder)
+    images, scorer = opened.images, None if clip is None else ClipScorer(clip, device)
+    if scorer is not None:
+        if opened.texts is None:
+            raise ValueError(f"no prompts are recorded for the images of {samples}; leave out --clip")
+        images = scorer.observe(images, opened.texts)
     if features is None and opened.pictures:  # before the first batch is sampled: inception may not be installed
         extractor = load_extractor("inception", device=device)
     if extractor is None:
@@ -92,73 +85,9 @@ def evaluate_samples(
     report = evaluate(images, statistics, extractor, labels=opened.labels, reference_name=described(reference))
     made = {name: (opened.settings or {}).get(name) for name in SETTINGS} | (opened.settings or {})
     report |= {"samples": str(samples), "made": made, "label_balance": _balance(opened.labels)}
+    report |= scorer.report() if scorer else {}
     write_json(out or opened.report, report)
     return report
-
-
-def open_samples(
-    samples: str | Path, settings: dict[str, Any], weights: Weights = "ema", stage: str | None = None
-) -> Samples:
-    """Open stored images, or the images sampled from a run."""
-    path = Path(samples)
-    if path.suffix in FOREIGN:
-        raise ValueError(f"{path} is a checkpoint of another code base; convert it with `selftrans import`")
-    must_exist(path)
-    if path.name == "samples.npz" and (path.parent / "samples.json").exists():
-        path = path.parent  # written by `selftrans sample`: samples.json holds its settings
-    if is_model(path):
-        sampler = Sampler.load(path, settings, weights=weights, stage=stage)
-        labels: list[int] | None = [] if sampler.model.conditions.num_classes > 1 else None
-
-        def images() -> Iterator[np.ndarray]:
-            for batch in sampler.sample():
-                if labels is not None:
-                    labels.extend(batch.labels.tolist())
-                yield batch.images
-
-        target = path if path.is_dir() else path.parent
-        return Samples(
-            images(),
-            sampler.described,
-            labels,
-            sampler.settings.num,
-            target / "evaluate.json",
-            sampler.autoencoder.pictures,
-        )
-    for name in settings:
-        warnings.warn(f"--{name.replace('_', '-')} is ignored: {path} holds images, not a run", stacklevel=3)
-    recorded, stored_labels, stream = _stored(path)
-    target = path / "evaluate.json" if path.is_dir() else path.with_suffix(".evaluate.json")
-    return Samples(stream, recorded, stored_labels, None, target, None)
-
-
-def is_model(path: Path) -> bool:
-    """Whether `path` is a run, a stage, a checkpoint or a weights file, rather than images."""
-    if path.is_file():
-        return path.suffix == ".safetensors"
-    return (path / "checkpoints").is_dir() or (path / checkpoint.STATE).exists() or (path / "config.json").exists()
-
-
-def _stored(samples: Path) -> tuple[dict[str, Any] | None, np.ndarray | None, Iterator[np.ndarray]]:
-    """The sampling settings if samples.json records them, the labels if they are known, and the images."""
-    record, archive = samples / "samples.json", samples / "samples.npz"
-    if not record.exists():
-        return None, npz_labels(samples) if samples.suffix.lower() == ".npz" else None, open_images(samples)
-    try:
-        content = json.loads(record.read_text())
-        complete, settings = content["complete"] and archive.exists(), content["settings"] | {"num": content["num"]}
-        if complete:
-            with np.load(archive, allow_pickle=False) as arrays:
-                # `selftrans sample` does not compress the npz
-                if arrays.zip.getinfo("arr_1.npy").file_size > archive.stat().st_size:
-                    raise ValueError("its labels claim more bytes than the file has")
-                labels = arrays["arr_1"]
-    except Exception as error:  # json, zip and npz raise many types for damaged files
-        raise ValueError(f"{samples} is damaged ({first_line(error)}); delete it and sample again") from error
-    if not complete:
-        raise ValueError(f"{samples} is not complete; repeat the `selftrans sample` command that began it")
-    several = settings.get("num_classes", 2) > 1  # with one class, every accuracy would be 1
-    return settings, labels if several else None, open_images(archive)
 
 
 def _balance(labels: Any) -> dict[str, int] | None:
@@ -182,6 +111,7 @@ METRICS = {
     "kid": "KID",
     "kernel_distance": "kernel distance",
     "accuracy": "accuracy of the labels",
+    "clip_score": "CLIP score",
 }
 
 #: key of a report -> how the text describes the parameters of a metric
@@ -189,6 +119,7 @@ COMPUTED = {
     "is_splits": "score over {is_splits} splits",
     "neighbours": "precision and recall with {neighbours} neighbours",
     "kernel_subsets": "kernel distance over {kernel_subsets} subsets of {kernel_subset_size} images",
+    "clip_model": "CLIP score is the mean of 100 max(cos, 0) by {clip_model}, sha256 {clip_model_sha256:.12}",
 }
 
 
@@ -200,9 +131,12 @@ def text(report: dict[str, Any]) -> str:
             deviation = f" ± {report[f'{key}_std']:.4g}" if f"{key}_std" in report else ""
             lines.append(f"{name:<26}{report[key]:.5g}{deviation}")
     made, balance = report["made"], report["label_balance"]
+    texts = _texts(made)
     made_with = [
-        f"{name.replace('_', ' ')} {'unknown' if made[name] is None else _short(made[name])}" for name in SETTINGS
-    ]
+        f"{name.replace('_', ' ')} {'unknown' if made[name] is None else _short(made[name])}"
+        for name in SETTINGS
+        if not (texts and name == "labels")
+    ] + texts
     if balance:
         made_with.append(f"{balance['fewest']} to {balance['most']} images of each of {balance['classes']} classes")
     elif made.get("num_classes") not in (0, 1):  # without classes there is no balance
@@ -217,6 +151,13 @@ def text(report: dict[str, Any]) -> str:
         ", ".join(made_with),
     ]
     return "\n".join([*lines, *([f"note: {report['note']}"] if report["note"] else [])])
+
+
+def _texts(made: dict[str, Any]) -> list[str]:
+    """Where the prompts of the samples are from; nothing without prompts."""
+    if made.get("prompts"):
+        return [f"{len(made['prompts']):,} prompts"]
+    return [f"captions of {printable(made['captions'])}"] if made.get("captions") else []
 
 
 def _short(value: Any) -> str:

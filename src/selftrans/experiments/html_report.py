@@ -91,7 +91,7 @@ def legend(metric: str) -> str:
         "student's training; total seconds and TFLOPs: with the teacher's training. Runs may train in parallel, so compare "
         f"TFLOPs rather than seconds. To {BASELINE}'s: student steps and total TFLOPs at which the method first reaches the "
         f"final distance of {BASELINE} with the same seed, with log distance interpolated linearly between measurements; ≤: "
-        "reached at the first measurement; -: the training of an imported teacher is unknown."
+        "reached at the first measurement; -: unknown, as the training of an imported teacher, or accuracies without classes."
     )
 
 
@@ -199,11 +199,18 @@ training, for the digits of the first row. All rows use the components of the la
 """
 
 
-def comparison_page(summary: dict[str, Any], figure: Figure, grids: Mapping[str, np.ndarray]) -> str:
-    """compare.html: table, convergence over steps and compute, samples, and settings."""
+def comparison_page(
+    summary: dict[str, Any],
+    figure: Figure,
+    grids: Mapping[str, np.ndarray],
+    captions: Sequence[str] | None = None,
+) -> str:
+    """compare.html: table, convergence over steps and compute, samples with their `captions`, and settings."""
     config, sampler = summary["config"], summary["sampler"]
     names = {row["method"]: row["method"] for row in summary["table"]}
-    samples = "".join(_figure(name, sample_sheet(images, columns=8, upscale=3), name) for name, images in grids.items())
+    said = "captions" if captions else "labels"
+    sheets = {name: sample_sheet(images, columns=8, upscale=3, captions=captions) for name, images in grids.items()}
+    samples = "".join(_figure(name, sheet, name) for name, sheet in sheets.items())
     settings = {
         "recipe": config["recipe"],
         "model": _settings(config["model"]),
@@ -230,7 +237,7 @@ def comparison_page(summary: dict[str, Any], figure: Figure, grids: Mapping[str,
 <p class="note">Mean over seeds; the band is one standard deviation.</p>
 <img src="{figure_to_data_uri(figure)}" alt="{html.escape(summary["metric"])} against student steps and against compute">
 <h2>Samples at the end</h2>
-<p class="note">Seed {summary["seeds"][0]}; the same noise and the same labels for each method.</p>
+<p class="note">Seed {summary["seeds"][0]}; the same noise and the same {said} for each method.</p>
 <div class="grids">{samples}</div>
 <h2>What the numbers depend on</h2>
 <table class="settings">{lines}</table>

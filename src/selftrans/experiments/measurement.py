@@ -17,14 +17,16 @@ import numpy as np
 from selftrans.checkpoints import format as checkpoint
 from selftrans.checkpoints.load import FILES, load_model
 from selftrans.config import RunConfig, SampleConfig
-from selftrans.data.dataset import Dataset
+from selftrans.data.dataset import Dataset, Manifest
 from selftrans.data.decoded import data_latents, decoded_images
+from selftrans.data.sources.decode import sides
 from selftrans.device import default_device
 from selftrans.evaluate.extractors import Extractor, load_extractor
 from selftrans.evaluate.metrics import evaluate
 from selftrans.evaluate.probes import collect, linear_probe
 from selftrans.evaluate.statistics import Statistics
 from selftrans.flow import PATHS
+from selftrans.sampling.conditioning import Conditioning, LabelConditioning, captions_of
 from selftrans.sampling.images import Sampler
 from selftrans.sampling.samplers import EVALUATIONS
 from selftrans.storage import write_json
@@ -48,6 +50,7 @@ class Measurement:
     dataset: Dataset
     sample: SampleConfig  #: how many images, and how
     block: int  #: the shallow block that is probed (1-based)
+    conditioning: Conditioning  #: the conditions of the images: labels, or captions stored with the data
 
     @classmethod
     def of(cls, config: RunConfig, features: str, *, weights: str | None, images: int, block: int) -> Measurement:
@@ -59,21 +62,37 @@ class Measurement:
         """
         assert config.data.path is not None
         dataset, device = Dataset.open(config.data.path), default_device()
-        # `values` keeps the shape of the latents: an autoencoder of arrays that are no pictures changes none
-        extractor = load_extractor(features, weights=weights, device=device, shape=dataset.manifest.shape)
+        extractor = load_extractor(features, weights=weights, device=device, shape=image_shape(dataset.manifest))
         reference = Statistics.of(decoded_images(dataset, device=device), extractor, source="training data", keep=False)
         sample = dataclasses.replace(config.sample, num=images, batch_size=500)
-        return cls(extractor, reference, dataset, sample, block)
+        return cls(extractor, reference, dataset, sample, block, stored_conditions(dataset, sample))
 
     @property
     def identity(self) -> dict[str, Any]:
         """What two measured points must share to be comparable, as json has it."""
         return {
-            "sampler": json.loads(json.dumps(self.sample.settings())),
+            "sampler": json.loads(json.dumps(self.sample.settings() | self.conditioning.described)),
             "images": self.sample.num,
             "extractor_sha256": self.extractor.sha256,
             "block": self.block,
         }
+
+
+def stored_conditions(dataset: Dataset, sample: SampleConfig) -> Conditioning:
+    """Labels as `sample` says; of data with captions, these, whose tokens are stored: no encoder is needed."""
+    conditions = dataset.manifest.conditions
+    if conditions.kind == "text":
+        return captions_of(dataset, conditions, sample.seed, device=default_device())
+    return LabelConditioning(conditions, sample.labels, sample.seed)
+
+
+def image_shape(manifest: Manifest) -> tuple[int, ...]:
+    """The shape of one decoded image: (H, W, C) of a picture, else (C, *S)."""
+    if manifest.resolution is None or manifest.image_channels is None:
+        return manifest.shape  # an autoencoder of arrays that are no pictures changes none
+    if manifest.autoencoder == "pixel":
+        return *manifest.shape[1:], manifest.shape[0]
+    return *sides(manifest.resolution), manifest.image_channels
 
 
 def measuring_cost(config: RunConfig, images: int) -> int:
@@ -124,7 +143,8 @@ def measure_checkpoint(folder: Path, measurement: Measurement) -> dict[str, Any]
     path = PATHS[loaded.config.train.path]
     # first: a sampler casts and compiles the model in place
     probed = probe(loaded.model.to(device), measurement, path) if classes > 1 else None
-    batches = list(Sampler.of(loaded, measurement.sample, device=device).sample())
+    sampler = Sampler.of(loaded, measurement.sample, device=device, conditioning=measurement.conditioning)
+    batches = list(sampler.sample())
     labels = np.concatenate([batch.labels for batch in batches])
     images = (batch.images for batch in batches)
     metrics = ("frechet", "accuracy") if classes > 1 and measurement.extractor.head else ("frechet",)
@@ -148,7 +168,8 @@ def probe(model: Any, measurement: Measurement, path: Any, most: int = 4000) -> 
     return linear_probe(feats[measurement.block].to(default_device()), labels, kind="ridge")
 
 
-def samples_of(run: Path, sample: SampleConfig, num: int) -> np.ndarray:
+def samples_of(run: Path, sample: SampleConfig, num: int, conditioning: Conditioning | None = None) -> np.ndarray:
     """Images 0 .. num - 1 of a finished run: the same noise and conditions for every method."""
     settings = dataclasses.replace(sample, num=num, seed=1, batch_size=num)
-    return np.concatenate([batch.images for batch in Sampler.of(load_model(run), settings).sample()])
+    sampler = Sampler.of(load_model(run), settings, conditioning=conditioning)
+    return np.concatenate([batch.images for batch in sampler.sample()])

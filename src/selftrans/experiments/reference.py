@@ -16,6 +16,7 @@ from zipfile import ZipFile
 import numpy as np
 from tqdm import tqdm
 
+from selftrans.checkpoints.load import LoadedModel
 from selftrans.data.dataset import Dataset
 from selftrans.evaluate.classifier import digits
 from selftrans.evaluate.extractors import Extractor
@@ -63,6 +64,16 @@ def described(reference: str | Path) -> str:
         return str(reference)
     manifest = Dataset.open(reference).manifest
     return str(reference) + (f", decoded by {manifest.autoencoder}" if manifest.latent_space.stochastic else "")
+
+
+def training_data(origin: str | Path, loaded: LoadedModel, *, remedy: str) -> str:
+    """Directory of the data that a run was trained on. ValueError, with the remedy, if it is not recorded."""
+    path = loaded.config.data.path
+    if path is None and (Path(origin) / "data" / "manifest.json").exists():
+        path = str(Path(origin) / "data")
+    if path is None:
+        raise ValueError(f"{origin} does not record the path of its data; {remedy}")
+    return path
 
 
 def cache() -> Path:

@@ -29,30 +29,34 @@ def export_run(
     out = Path(out)
     path = find(run, stage=stage, weights=weights)
     loaded = load_model(path)
-    if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not (out / EXPORTED).is_file())):
+    spec = models.find(loaded.config.model.name)
+    names = {EXPORTED, *(each.folder for each in spec.layouts.values() if each.folder)}
+    if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not any((out / n).is_file() for n in names))):
         raise ValueError(f"{out} exists and is not an export; choose another --out")
-    header = checkpoint.read_header(path)
+    header, target = checkpoint.read_header(path), out / EXPORTED
     if layout == OURS:
         tensors, metadata, config = dict(loaded.model.state_dict()), {checkpoint.KEY: json.dumps(header)}, header
     else:
-        spec = models.find(loaded.config.model.name)
         if layout not in spec.layouts:
             raise ValueError(f"model {spec.name} has no layout '{layout}'{nearest(layout, [OURS, *spec.layouts])}")
         published = spec.layouts[layout]
+        arguments = published.arguments(loaded.model, loaded.config.model)
         config = {
             "layout": layout,
-            "arguments": published.arguments(loaded.model, loaded.config.model),
+            "arguments": arguments,
             "path_type": loaded.config.train.path,
             "time": published.time,
             **{key: header.get(key) for key in ("autoencoder", "stage", "step", "weights")},
         }
+        if published.folder:
+            config, target = arguments, out / published.folder
         tensors, metadata = published.tensors(loaded.model), {LAYOUT: layout, "format": "pt"}
     tensors = {key: value.contiguous() for key, value in tensors.items()}
     try:
-        with atomic_write(out / EXPORTED) as file:
+        with atomic_write(target) as file:
             save_file(tensors, file.name, metadata=metadata)
     except SafetensorError as error:
-        raise OSError(f"{out / EXPORTED} could not be written ({error}); {FREE_SPACE}") from error
-    (out / EXPORTED).chmod(out.stat().st_mode & 0o666)
+        raise OSError(f"{target} could not be written ({error}); {FREE_SPACE}") from error
+    target.chmod(out.stat().st_mode & 0o666)
     write_json(out / "config.json", config)
-    return out / EXPORTED
+    return target

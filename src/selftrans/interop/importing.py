@@ -42,6 +42,7 @@ def import_run(
     convention: str | None = None,
     heads: int | None = None,
     step: int | None = None,
+    path: str | None = None,
     autoencoder: str | None = None,
     keep_heads: bool = False,
     say: Callable[[str], None] = print,
@@ -51,16 +52,23 @@ def import_run(
     A file with the heads of a method's first stage becomes a run of that method with its heads. Any other file becomes a run
     without guidance and without heads (`keep_heads` writes them to projectors.safetensors). AdamW's moments are kept if they
     fit, converted like the weights. `name` is the expected published size, `convention` the time convention of the weights
-    (None: read from the file or guessed, which is printed), `heads` the number of attention heads, `step` the steps trained.
+    (None: read from the file or guessed, which is printed), `heads` the number of attention heads, `step` the steps trained,
+    `path` the path of the run, which weights that predict noise leave open.
 
     Written atomically. ValueError for any other file and for an `out` that holds anything else; repeating an import does
     nothing.
     """
-    path, out = Path(file), Path(out)
-    published = read(path)
+    out, published = Path(out), read(Path(file))
     model = _recognised(published, heads, convention)
-    config, guided = _config(published, model, name)
-    source = {"path": str(path.resolve()), "sha256": sha256_file(path), "convention": model.convention}
+    if path is not None and model.path not in (None, path):
+        raise ValueError(f"{file} was trained on the path {model.path}, by its stored options; omit --path {path}")
+    config, guided = _config(published, model._replace(path=path or model.path), name)
+    source = {
+        "path": str(published.path.resolve()),
+        "sha256": sha256_file(published.path),
+        "convention": model.convention,
+    }
+    source |= {} if path is None else {"path_of_run": path}
     source |= model.source | {"step": step, "autoencoder": autoencoder, "keep_heads": keep_heads}
     source |= {"unused": listed(published.unused)} if published.unused else {}
     if _occupied(out, source):

@@ -33,11 +33,7 @@ LAYOUT = "layout"  #: header entry of files that `selftrans export` wrote in a p
 
 def read(path: Path) -> PublishedFile:
     """Read `path`. ValueError, without executing anything, when it has none of the layouts or holds other types."""
-    if not path.is_file():
-        raise ValueError(f"{path} is not a file; expected a published checkpoint, .pt or .safetensors")
-    with open(path, "rb") as file:
-        packed = file.read(4) == b"PK\x03\x04"
-    content, layout = (_archive(path), None) if packed else _safetensors(path)
+    content, layout = load_content(path)
     if not isinstance(content, Mapping):
         raise ValueError(f"{path} holds a {type(content).__name__}; expected a state dict, or one with model and ema")
     named = {kind: content[key] for kind, key in (("raw", "model"), ("ema", "ema")) if key in content}
@@ -52,6 +48,15 @@ def read(path: Path) -> PublishedFile:
     if stored is not None and steps is None:
         unused.append("steps")
     return PublishedFile(path, weights, optimizer, _options(args), steps, layout, unused)
+
+
+def load_content(path: Path) -> tuple[Any, str | None]:
+    """What a .pt or .safetensors file holds, and the layout that its header names. ValueError as `read`."""
+    if not path.is_file():
+        raise ValueError(f"{path} is not a file; expected a published checkpoint, .pt or .safetensors")
+    with open(path, "rb") as file:
+        packed = file.read(4) == b"PK\x03\x04"
+    return (_archive(path), None) if packed else _safetensors(path)
 
 
 def _unused(path: Path, content: Mapping[Any, Any], nested: bool) -> list[str]:

@@ -76,6 +76,21 @@ def velocity(path: Path, x: Tensor, noise: Tensor, ratio: Tensor, t: Tensor) -> 
     return path.d_alpha(t) * z0 + path.d_sigma(t) * noise
 
 
+def to_schedule(path: Path, x: Tensor, t: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
+    """A point x (N, C, *S) of our path at t (N,) => (the schedule's x_k, (N,) its step k). `table`: see `log_ratios`."""
+    alpha, sigma = path.alpha(t).clamp(min=0), path.sigma(t)  # rounded, the cosine of pi / 2 is negative
+    step = timestep(torch.log(sigma / alpha).to(table.dtype), table)
+    return x * torch.rsqrt(alpha.square() + sigma.square()).view(-1, *[1] * (x.dim() - 1)), step
+
+
+def from_noise(path: Path, scaled: Tensor, noise: Tensor, t: Tensor, table: Tensor) -> Tensor:
+    """Velocity of our path at t (N,), from the network's noise (N, C, *S) at `scaled`, which `to_schedule` gave."""
+    ratio = path.sigma(t) / path.alpha(t).clamp(min=0)
+    column = (-1, *[1] * (scaled.dim() - 1))  # a number of each sample, to broadcast over the latent
+    ratio = torch.minimum(ratio, table[-1].exp().to(t.dtype)).view(column)
+    return velocity(path, scaled, noise.to(scaled.dtype), ratio, t.view(column))
+
+
 class DiT(SiT):
     """A SiT whose output is the noise of the DDPM schedule; called in our time, it returns the velocity of `path`.
 
@@ -98,13 +113,9 @@ class DiT(SiT):
 
     def forward(self, x: Tensor, t: Tensor, cond: Cond, *, taps: tuple[int, ...] = (), stop: bool = False) -> Output:
         """As `SiT`; features are those of the network at the matching step of the schedule."""
-        alpha, sigma = self.path.alpha(t).clamp(min=0), self.path.sigma(t)  # rounded, the cosine of pi / 2 is negative
         table = self.ratios.view(torch.float32)
-        step = timestep(torch.log(sigma / alpha).to(table.dtype), table)
-        column = (-1, *[1] * (x.dim() - 1))  # a number of each sample, to broadcast over the latent
-        scaled = x * torch.rsqrt(alpha.square() + sigma.square()).view(column)
+        scaled, step = to_schedule(self.path, x, t, table)
         found = super().forward(scaled, step, cond, taps=taps, stop=stop)
         if found.v is None:
             return found
-        ratio = torch.minimum(sigma / alpha, table[-1].exp().to(t.dtype)).view(column)
-        return Output(velocity(self.path, scaled, found.v.to(scaled.dtype), ratio, t.view(column)), found.feats)
+        return Output(from_noise(self.path, scaled, found.v, t, table), found.feats)

@@ -151,6 +151,7 @@ class HookedBackbone(Backbone):
         shard_blocks: bool = True,
     ) -> None:
         super().__init__()
+        _check_plain(net)
         if conditions.kind == "text" and null is None:
             raise ValueError("the null condition of text depends on its encoder; give null=")
         if len(grid) != len(shape) - 1 or any(side % n for side, n in zip(shape[1:], grid, strict=True)):
@@ -233,6 +234,19 @@ class HookedBackbone(Backbone):
         if not isinstance(found, list | tuple | nn.ModuleList | nn.Sequential):
             raise ValueError(f"blocks= leads to a {type(found).__name__}; expected a list of modules")
         return [block for block in found if not isinstance(block, _Deleted)]
+
+
+def _check_plain(net: nn.Module) -> None:
+    """ValueError where a module is compiled or distributed already: what runs then are not the calls of its blocks."""
+    for name, module in net.named_modules():
+        kinds = {kind.__name__ for kind in type(module).__mro__}
+        wrapper = next(iter(kinds & {"DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule"}), None)
+        if "OptimizedModule" in kinds or module._compiled_call_impl is not None:
+            wrapper = "torch.compile"
+        if wrapper:
+            raise ValueError(
+                f"the module {name or type(net).__name__} is already in {wrapper}; give the plain module, training applies it"
+            )
 
 
 def _check_blocks(blocks: list[nn.Module]) -> None:

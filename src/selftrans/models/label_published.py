@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from selftrans.models.label_transformer import LabelTransformer, SizedConfig
+from selftrans.models.label_transformer import LabelTransformer
 from selftrans.models.layers import sincos_positions
+from selftrans.models.patch_transformer import SizedConfig
 from selftrans.models.sit import SIZES
 from selftrans.models.spec import Named, Published, PublishedFile, check_shapes, few
 from selftrans.types import Conditions
@@ -132,8 +133,8 @@ def _check(where: str, named: Named, family: Family, found: Sizes, constants: Ca
             raise ValueError(f"{where}: {name} is not the fixed table of sines and cosines (off by {error:.2g})")
 
 
-def check_arguments(file: PublishedFile, classes: int) -> str:
-    """The path that a file was trained on. ValueError when it was trained with unsupported options."""
+def check_arguments(file: PublishedFile, classes: int) -> str | None:
+    """The path that a file was trained on, if it says so. ValueError when it was trained with unsupported options."""
     args = file.args
     path = str(args.get("path_type", "linear"))
     if args.get("prediction", "v") not in ("v", "velocity"):
@@ -145,7 +146,7 @@ def check_arguments(file: PublishedFile, classes: int) -> str:
             f"{file.path} has {classes + 1} label vectors for {args['num_classes']} classes; expected one per class and "
             "one for the null label"
         )
-    return PATH_NAMES[path]
+    return PATH_NAMES[path] if "path_type" in args else None
 
 
 # ---- in and out

@@ -13,8 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from selftrans.models.label_transformer import LabelTransformer, SizedConfig
+from selftrans.models.label_transformer import LabelTransformer
 from selftrans.models.layers import Mlp, axis_channels, axis_positions
+from selftrans.models.patch_transformer import SizedConfig
 from selftrans.models.sit import SIZES as SIT_WIDTHS
 from selftrans.types import Conditions
 

@@ -4,7 +4,16 @@ from __future__ import annotations
 
 from typing import get_args
 
-from selftrans.models import dit, dit_published, lightning, lightning_published, sit, sit_published
+from selftrans.models import (
+    diffusers_published,
+    dit,
+    dit_published,
+    lightning,
+    lightning_published,
+    mmdit,
+    sit,
+    sit_published,
+)
 from selftrans.models.spec import ModelSpec
 from selftrans.plugins import Registry
 
@@ -34,10 +43,23 @@ LIGHTNING = ModelSpec(
     lightning_published.LAYOUTS,
     lightning_published.read,
 )
+MMDIT = ModelSpec("mmdit", mmdit.MMDiTConfig, mmdit.build, tuple(mmdit.MMDIT_SIZES))
+DIFFUSERS = tuple(
+    ModelSpec(
+        name,
+        family.Config,
+        family.module.build,
+        layouts=diffusers_published.LAYOUTS,
+        reader=diffusers_published.reader(name),
+        conventions=("diffusers",),
+    )
+    for name, family in diffusers_published.FAMILIES.items()
+)
 
-#: the built-in families of models; published files are offered to them in this order: LightningDiT's reader leaves files with
-#: SiT's names, DiT's those without evidence of DiT, and SiT's reader refuses what it does not know
-MODELS: dict[str, ModelSpec] = {spec.name: spec for spec in (LIGHTNING, DIT, SIT)}
+#: the built-in families of models; published files are offered to them in this order: those of diffusers take files with its
+#: config.json next to them, LightningDiT's reader leaves files with SiT's names, DiT's those without evidence of DiT, and SiT's
+#: reader refuses what it does not know
+MODELS: dict[str, ModelSpec] = {spec.name: spec for spec in (MMDIT, *DIFFUSERS, LIGHTNING, DIT, SIT)}
 #: the models of this process; `selftrans.models` is the group of entry points that other packages join by
 REGISTRY: Registry[ModelSpec] = Registry("model.name", MODELS, ModelSpec, "selftrans.models", lambda spec: spec.names)
 

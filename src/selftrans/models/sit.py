@@ -8,8 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from selftrans.models.label_transformer import LabelTransformer, SizedConfig
+from selftrans.models.label_transformer import LabelTransformer
 from selftrans.models.layers import Block
+from selftrans.models.patch_transformer import SizedConfig
 from selftrans.types import Conditions
 
 #: published sizes: width, depth, heads (SiT, table 1)

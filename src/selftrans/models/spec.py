@@ -77,6 +77,8 @@ class Layout(NamedTuple):
     arguments: Callable[
         [Any, Any], dict[str, Any]
     ]  #: (backbone, config) -> what its class is built with. ValueError: cannot
+    #: name of the weights file, where that code reads a folder; config.json then holds the arguments and nothing else
+    folder: str | None = None
 
 
 def _no_reader(file: PublishedFile, heads: int | None, convention: str | None) -> Published | None:

@@ -10,6 +10,8 @@ from selftrans.recipes.cifar10 import cifar10
 from selftrans.recipes.digits import digits
 from selftrans.recipes.imagefolder import imagefolder
 from selftrans.recipes.imagenet import sit_imagenet, sit_imagenet_b2, sit_imagenet_l2, sit_imagenet_s2, sit_imagenet_xl2
+from selftrans.recipes.imagenet_lightning import lightningdit_imagenet_b1, lightningdit_imagenet_xl1
+from selftrans.recipes.mmdit_coco import mmdit_coco
 from selftrans.recipes.moving_digits import moving_digits
 from selftrans.recipes.speech_words import speech_words
 from selftrans.sections import fields_of
@@ -26,6 +28,9 @@ RECIPES: dict[str, Callable[[], RunConfig]] = {
     "sit_imagenet_b2": sit_imagenet_b2,
     "sit_imagenet_l2": sit_imagenet_l2,
     "sit_imagenet_xl2": sit_imagenet_xl2,
+    "lightningdit_imagenet_b1": lightningdit_imagenet_b1,
+    "lightningdit_imagenet_xl1": lightningdit_imagenet_xl1,
+    "mmdit_coco": mmdit_coco,
 }
 
 

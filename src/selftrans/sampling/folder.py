@@ -33,14 +33,21 @@ BACKLOG = 4  #: maximum number of batches that wait to be written
 
 
 def sample_to_folder(
-    origin: str | Path, out: str | Path, settings: dict[str, Any], *, weights: Weights = "ema", stage: str | None = None
+    origin: str | Path,
+    out: str | Path,
+    settings: dict[str, Any],
+    *,
+    weights: Weights = "ema",
+    stage: str | None = None,
+    text_encoder: str | None = None,
 ) -> int:
     """Sample from a run, checkpoint or weights file into the folder `out`; returns how many samples this call made.
 
     `settings` override fields of the run's own `SampleConfig`. Several processes share the work (RANK, WORLD_SIZE,
-    LOCAL_RANK as accelerate sets them). ValueError for invalid settings and for a folder with other samples.
+    LOCAL_RANK as accelerate sets them). `text_encoder`: where the encoder of the prompts lies, if not where it was.
+    ValueError for invalid settings and for a folder with other samples.
     """
-    sampler = Sampler.load(origin, settings, weights=weights, stage=stage)
+    sampler = Sampler.load(origin, settings, weights=weights, stage=stage, text_encoder=text_encoder)
     if (Path(out) / "manifest.json").exists():
         raise ValueError(f"{out} holds prepared data; choose another folder for samples")
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))

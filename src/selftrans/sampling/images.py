@@ -19,18 +19,17 @@ from torch import Tensor, nn
 
 from selftrans import flow
 from selftrans.checkpoints.load import LoadedModel, Weights, load_model
-from selftrans.config import Labels, SampleConfig
+from selftrans.config import SampleConfig
 from selftrans.data.decoded import decode_images
 from selftrans.device import default_device
 from selftrans.encoders.autoencoder import Autoencoder, DiffusersAutoencoder, load_autoencoder
-from selftrans.evaluate.probes import eval_mode
 from selftrans.models.compiling import compile_model
 from selftrans.precision import PRECISIONS
+from selftrans.sampling.conditioning import Conditioning, conditioning_of
 from selftrans.sampling.samplers import SAMPLERS, Noise, guided
-from selftrans.types import Backbone, Cond, Conditions, map_cond
+from selftrans.sampling.streams import NOISE_STREAM, image_stream
+from selftrans.types import Backbone, Cond, eval_mode, map_cond
 
-#: random streams of one image; a new use takes a new number, so that the others do not change
-NOISE_STREAM, LABEL_STREAM = 1, 2
 MANY = 20  #: batches per process from which compilation, which takes about a minute, saves time on a GPU
 
 
@@ -38,7 +37,7 @@ class SampledBatch(NamedTuple):
     """A batch of the requested images, in order."""
 
     indices: np.ndarray  #: (n,) int64
-    labels: np.ndarray  #: (n,) int64; 0 if the model has no classes
+    labels: np.ndarray  #: (n,) int64: classes; numbers of prompts; 0 if the model has no conditions
     images: np.ndarray  #: pictures uint8 (n, H, W, C), or float32 (n, C, *S) for data that are not pictures
 
 
@@ -47,6 +46,7 @@ class Sampler:
 
     Attributes:
         settings: number of images, sampler, guidance.
+        conditioning: the condition of each image.
         described: everything that an image depends on besides its index, as json types.
     """
 
@@ -58,32 +58,51 @@ class Sampler:
         path: flow.Path = flow.LINEAR,
         *,
         device: torch.device | str,
+        conditioning: Conditioning | None = None,
     ) -> None:
         """Sample `model`, which is on `device` and predicts the velocity of `path`; it is neither cast nor compiled.
 
+        `conditioning`: the conditions of the images; None: the labels or prompts of `settings`.
         Raises ValueError for invalid settings.
         """
         settings.check()
         self.model, self.autoencoder, self.settings, self.path = model, autoencoder, settings, path
         self.device = torch.device(device)
-        self.described = settings.settings()
+        self.conditioning = conditioning or conditioning_of(model.conditions, settings, device=self.device)
+        self.described = settings.settings() | self.conditioning.described
         self._compiled = False
 
     @classmethod
-    def of(cls, loaded: LoadedModel, settings: SampleConfig, *, device: torch.device | str | None = None) -> Self:
+    def of(
+        cls,
+        loaded: LoadedModel,
+        settings: SampleConfig,
+        *,
+        device: torch.device | str | None = None,
+        conditioning: Conditioning | None = None,
+        text_encoder: str | None = None,
+    ) -> Self:
         """The sampler of a loaded model, which is moved to `device` (None: `default_device`) and cast in place.
 
+        A model of text samples the prompts of `settings`, or (None) those of its run, unless `conditioning` is given;
+        `text_encoder` is where their encoder lies, if not where it was at training.
         In reduced precision the weights of linear and convolution layers are cast once. On a GPU the autoencoder then decodes
         in bfloat16 (float16 overflows in some), and both are compiled if that saves time.
         Raises ValueError for invalid settings.
         """
         settings.check()
         device, dtype = torch.device(device or default_device()), PRECISIONS[settings.precision]
+        if conditioning is None:
+            conditions = loaded.model.conditions
+            if conditions.kind == "text" and settings.prompts is None:
+                settings = dataclasses.replace(settings, prompts=loaded.prompts)
+            conditioning = conditioning_of(conditions, settings, text_encoder=text_encoder, device=device)
         reduced = device.type == "cuda" and dtype != torch.float32
         decoder = load_autoencoder(
             loaded.autoencoder, device=device, dtype=torch.bfloat16 if reduced else torch.float32
         )
-        sampler = cls(loaded.model.to(device), decoder, settings, flow.PATHS[loaded.config.train.path], device=device)
+        path = flow.PATHS[loaded.config.train.path]
+        sampler = cls(loaded.model.to(device), decoder, settings, path, device=device, conditioning=conditioning)
         cast_products(sampler.model, dtype)
         if worth_compiling(settings, device):
             sampler._compile()
@@ -106,17 +125,14 @@ class Sampler:
         weights: Weights = "ema",
         stage: str | None = None,
         device: torch.device | str | None = None,
+        text_encoder: str | None = None,
     ) -> Self:
         """The sampler of a run, checkpoint or weights file; `overrides` replace fields of the run's own `SampleConfig`.
 
         Raises ValueError for invalid settings and as `load_model` does.
         """
         loaded = load_model(origin, stage=stage, weights=weights)
-        settings = dataclasses.replace(loaded.config.sample, **overrides)
-        settings.check()
-        if settings.guidance_scale == 1 and "guidance_interval" in overrides:
-            warnings.warn("the guidance interval is ignored: the guidance scale is 1", stacklevel=3)
-        return cls.of(loaded, settings, device=device)
+        return cls.of(loaded, overridden(loaded, overrides), device=device, text_encoder=text_encoder)
 
     def sample(self, indices: Sequence[int] | np.ndarray | None = None) -> Iterator[SampledBatch]:
         """Yield the images of `indices` (None: 0 .. settings.num - 1) in batches; the last batch may be smaller.
@@ -128,9 +144,9 @@ class Sampler:
         for start in range(0, len(todo), size):
             chunk = todo[start : start + size]
             computed = fill(chunk, size) if self._compiled else chunk
-            cond = conditions_for(computed, self.model.conditions, self.settings.labels, self.settings.seed)
+            cond, labels = self.conditioning.of(computed)
             images = self._images(computed, map_cond(lambda x: x.to(self.device), cond))
-            yield SampledBatch(chunk, _labels(cond)[: len(chunk)], images[: len(chunk)])
+            yield SampledBatch(chunk, labels[: len(chunk)], images[: len(chunk)])
 
     def _compile(self) -> None:
         compile_model(self.model)
@@ -149,6 +165,18 @@ class Sampler:
             sampler = SAMPLERS[settings.sampler]
             z0 = sampler(velocity, noise(), steps=settings.steps, path=self.path, noise=noise)
         return decode_images(self.autoencoder, z0)  # outside autocast: an autoencoder can overflow in float16
+
+
+def overridden(loaded: LoadedModel, overrides: dict[str, Any]) -> SampleConfig:
+    """The settings of a run with the fields `overrides` in place of its own; its prompts are those recorded with the weights.
+
+    ValueError for invalid settings.
+    """
+    settings = dataclasses.replace(loaded.config.sample, **{"prompts": None} | overrides)
+    settings.check()
+    if settings.guidance_scale == 1 and "guidance_interval" in overrides:
+        warnings.warn("the guidance interval is ignored: the guidance scale is 1", stacklevel=4)
+    return settings
 
 
 def worth_compiling(settings: SampleConfig, device: torch.device) -> bool:
@@ -176,7 +204,7 @@ def image_noise(
 
     Drawn on the CPU, so that an image does not depend on the device; global generators are not used.
     """
-    streams = [_stream(seed, int(k), NOISE_STREAM) for k in indices]
+    streams = [image_stream(seed, int(k), NOISE_STREAM) for k in indices]
 
     def noise() -> Tensor:
         rows = np.empty((len(streams), *shape), dtype=np.float32)
@@ -188,45 +216,3 @@ def image_noise(
         return drawn.to(device)
 
     return noise
-
-
-def conditions_for(
-    indices: Sequence[int] | np.ndarray, conditions: Conditions, mode: Labels = "balanced", seed: int = 0
-) -> Cond:
-    """Condition of each image, from its index and the seed: labels (N,) int64 for the kinds none and labels.
-
-    `balanced` cycles through the classes, `random` draws them uniformly, a tuple of classes is repeated (in it,
-    `num_classes` is the null label); with kind none every label is 0. Raises ValueError for anything else.
-    """
-    if conditions.kind == "text":
-        raise ValueError("text conditions are not supported yet")
-    indices, count = np.asarray(indices, dtype=np.int64), conditions.num_classes
-    if not isinstance(mode, str):
-        wrong = [label for label in mode if not 0 <= label <= count]
-        if wrong or not mode:
-            raise ValueError(f"labels {list(mode)} do not fit a model of {count} classes; use 0 to {count}")
-        labels = np.asarray(mode, dtype=np.int64)[indices % len(mode)]
-    elif mode not in ("balanced", "random"):
-        raise ValueError(f"labels {mode!r} are unknown; use 'balanced', 'random' or a list of classes")
-    elif conditions.kind == "none":
-        labels = np.zeros_like(indices)
-    elif mode == "balanced":
-        labels = indices % count
-    else:
-        draws = [_stream(seed, int(k), LABEL_STREAM).integers(count) for k in indices]
-        labels = np.asarray(draws, dtype=np.int64)
-    return torch.from_numpy(labels)
-
-
-def _labels(cond: Cond) -> np.ndarray:
-    assert isinstance(cond, Tensor), "conditions_for only returns labels so far"
-    return cond.cpu().numpy()
-
-
-def _stream(seed: int, index: int, stream: int) -> np.random.Generator:
-    """The random generator of image `index`.
-
-    From NumPy, because torch's CPU generator keeps only 32 bits of a seed: two of 50,000 images would likely collide.
-    The seed comes last, because SeedSequence pads with zeros: in front, a long seed could equal another (seed, index).
-    """
-    return np.random.Generator(np.random.PCG64(np.random.SeedSequence((stream, index, seed))))

@@ -10,6 +10,7 @@ from selftrans.checkpoints import format as checkpoint
 from selftrans.checkpoints.load import header
 from selftrans.train import fsdp
 from selftrans.train.optim import load_optimizer
+from selftrans.train.preview import run_prompts
 
 if TYPE_CHECKING:
     from selftrans.train.trainer import Trainer
@@ -31,6 +32,7 @@ def write(trainer: Trainer, tensors: dict[str, dict[str, Tensor]], windows: dict
         conditions=manifest.conditions,
         classes=manifest.classes,
         autoencoder=manifest.autoencoder,
+        prompts=run_prompts(trainer.config, trainer.shards),
     )
     about |= spent | trainer.origin
     scaler = trainer.accelerator.scaler

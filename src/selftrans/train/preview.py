@@ -1,9 +1,13 @@
-"""A sheet of samples from the EMA during training, with the same noise and labels each time for comparison."""
+"""A sheet of samples from the EMA during training, with the same noise and conditions each time for comparison.
+
+The class or the prompt of each picture is written below it; `prompts.txt` has the prompts in full.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +15,13 @@ import numpy as np
 import torch
 
 from selftrans.config import RunConfig
-from selftrans.data.dataset import Manifest
+from selftrans.data.dataset import Dataset, Manifest
 from selftrans.encoders.autoencoder import Autoencoder, load_autoencoder
 from selftrans.evaluate.plots import sample_sheet, save_png
 from selftrans.flow import PATHS
-from selftrans.sampling.images import Sampler
-from selftrans.storage import first_line, no_symlink
+from selftrans.sampling.conditioning import Conditioning, conditioning_of, read_prompts
+from selftrans.sampling.images import SampledBatch, Sampler
+from selftrans.storage import first_line, no_symlink, printable, write_text
 from selftrans.train.signals import StopSignal
 
 TRIES = 3  #: times that a preview may end the process, for example out of memory, before it is skipped
@@ -26,14 +31,19 @@ class Preview:
     """Makes previews with Heun's method and the run's guidance. A preview that fails warns and never stops training."""
 
     def __init__(
-        self, config: RunConfig, manifest: Manifest, device: torch.device, stop: StopSignal | None = None
+        self, config: RunConfig, dataset: Dataset, device: torch.device, stop: StopSignal | None = None
     ) -> None:
-        self.config, self.manifest, self.device, self.stop = config, manifest, device, stop or StopSignal()
+        self.config, self.manifest, self.device, self.stop = config, dataset.manifest, device, stop or StopSignal()
         log = config.log
         self.settings = dataclasses.replace(
-            config.sample, num=log.preview_images, sampler="heun", steps=log.preview_steps
+            config.sample,
+            num=log.preview_images,
+            sampler="heun",
+            steps=log.preview_steps,
+            prompts=run_prompts(config, dataset)[: log.preview_images] or None,
         )
         self._autoencoder: Autoencoder | None = None
+        self._conditioning: Conditioning | None = None  #: kept, so that prompts are encoded once
 
     def save(self, model: Any, path: Path, *, again: bool = False) -> None:
         """Sample with `model` (the EMA, in eval mode) and write a PNG; `again`: after a resume, if it is not there yet.
@@ -68,8 +78,49 @@ class Preview:
         if self._autoencoder is None:
             name = self.config.data.autoencoder or self.manifest.autoencoder
             self._autoencoder = load_autoencoder(name, device=self.device)
+        if self._conditioning is None:
+            # a text encoder on the CPU: there is no memory of the training device to spare
+            self._conditioning = conditioning_of(self.manifest.conditions, self.settings)
         # not `Sampler.of`: these are the EMA's own weights, which must be neither cast nor compiled
-        path_on = PATHS[self.config.train.path]
-        sampler = Sampler(model, self._autoencoder, self.settings, path_on, device=self.device)
-        images = np.concatenate([batch.images for batch in sampler.sample()], axis=0)
-        save_png(sample_sheet(images), path)
+        sampler = Sampler(
+            model,
+            self._autoencoder,
+            self.settings,
+            PATHS[self.config.train.path],
+            device=self.device,
+            conditioning=self._conditioning,
+        )
+        batches = list(sampler.sample())
+        images = np.concatenate([batch.images for batch in batches], axis=0)
+        save_png(sample_sheet(images, captions=captions(batches, self._conditioning, self.manifest.classes)), path)
+        if self.settings.prompts:
+            text = "".join(f"{printable(' '.join(prompt.split()), None)}\n" for prompt in self.settings.prompts)
+            write_text(path.with_name("prompts.txt"), text)
+
+
+def with_prompts(config: RunConfig, manifest: Manifest) -> RunConfig:
+    """The configuration with the lines of a file of prompts in place of its name, so that the run does not depend on it.
+
+    ValueError for a file that cannot be read, and for prompts where the data have no text.
+    """
+    if config.sample.prompts is None:
+        return config
+    if manifest.conditions.kind != "text":
+        raise ValueError(f"sample.prompts is for data with captions, these have {manifest.conditions}; leave it out")
+    return config.override({"sample.prompts": read_prompts(config.sample.prompts)})
+
+
+def run_prompts(config: RunConfig, dataset: Dataset) -> tuple[str, ...]:
+    """The prompts of a run: those of its settings, or captions of its data; none where the data are of another kind."""
+    return dataset.prompts if config.sample.prompts is None else config.sample.prompts
+
+
+def captions(
+    batches: Sequence[SampledBatch], conditioning: Conditioning, classes: Sequence[str] = ()
+) -> list[str] | None:
+    """The prompt of each image, or the name of its class; None if there are no conditions."""
+    texts = [text for batch in batches for text in conditioning.texts(batch.indices) or ()]
+    if texts or not classes:
+        return texts or None
+    names = [*classes, "no class"]  # the null label comes after the classes
+    return [names[label] for batch in batches for label in batch.labels.tolist()]

@@ -29,7 +29,7 @@ from selftrans.methods.spec import Stage
 from selftrans.plugins import trust_named
 from selftrans.storage import lock_file, remove_stale_temporaries, write_json
 from selftrans.train.log import progress_bar
-from selftrans.train.preview import Preview
+from selftrans.train.preview import Preview, with_prompts
 from selftrans.train.processes import keep_memory, patience, together
 from selftrans.train.resume import record, settle
 from selftrans.train.signals import StopSignal
@@ -63,12 +63,12 @@ def _train(config: RunConfig, out: Path, bar: Callable[..., Any], quiet: bool) -
         if main:
             _remove_unfinished(out)
         shards = open_data(config, out, accelerator)
-        config = settle(config, out, shards.manifest)
+        config = settle(with_prompts(config, shards.manifest), out, shards.manifest)
         plan = _plan(config)
         _rehearse(config, plan, out, shards.manifest)
         if config.data.on_device:
             shards = OnDevice(shards, accelerator.device)
-        preview = Preview(config, shards.manifest, accelerator.device, stop) if config.train.preview_every else None
+        preview = Preview(config, shards, accelerator.device, stop) if config.train.preview_every else None
         spent = []
         for number, stage in enumerate(plan, start=1):
             trainer = Trainer(

@@ -77,6 +77,8 @@ class Trainer:
         torch.manual_seed(int(np.random.SeedSequence([train.seed, stage.stream]).generate_state(1)[0]))
         student = config.build_model(manifest.shape, manifest.conditions)
         student.recompute = train.recompute
+        if (null := shards.null()) is not None:  # before the average is copied: its buffers stay as they are then
+            student.use_null(null)
         guidances = stage.guide(student, teacher)
         self.objective = Objective(student, guidances, path=PATHS[train.path], times=train.times, drop=train.drop).to(
             accelerator.device

@@ -14,6 +14,7 @@ import json
 import os
 import shutil
 import sys
+import tarfile
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator
@@ -31,6 +32,7 @@ from selftrans.data import resumable
 from selftrans.data.dataset import Dataset
 from selftrans.data.manifest import Features
 from selftrans.data.record import parse_json, read_text
+from selftrans.data.sources.captions import CaptionSource, annotated, parse_captions
 from selftrans.data.sources.decode import open_picture
 from selftrans.data.sources.npz import npz_arrays, npz_labels, npz_values
 from selftrans.data.sources.open_source import iter_images, open_source
@@ -309,6 +311,54 @@ def source(path: Path) -> None:
             opened.read(i)
 
 
+def captioned_source(path: Path) -> None:
+    opened = open_source(path, resolution=8, captions=CaptionSource())
+    assert opened.captions is not None and len(opened.captions) == len(opened) and len(opened.fingerprint) == 64
+    assert all(captions or i in opened.faults for i, captions in enumerate(opened.captions))
+    for i in range(min(len(opened), 4)):
+        with contextlib.suppress(ValueError):
+            opened.read(i)
+
+
+def annotations(path: Path) -> None:
+    pictures = Source(["a.png", "x/b.png"], np.zeros(2, np.int64), (), lambda i: open_picture(path), resolution=8)
+    opened = annotated(pictures, path)
+    assert len(opened.fingerprint) == 64 and {"a.png", "x/b.png"} <= {*opened.names}
+
+
+def tarred() -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as tar:
+        for name, data in (("a.png", encoded(noise(4))), ("a.txt", b"one\ntwo"), ("b.json", b'{"caption": "x"}')):
+            info = tarfile.TarInfo(name if name != "b.json" else "long" * 30 + name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return buffer.getvalue()
+
+
+def coco() -> list[bytes]:
+    images = [{"id": 1, "file_name": "a.png"}, {"id": 2, "file_name": "b.png"}]
+    captions = [{"image_id": 1, "caption": "one"}, {"image_id": 2, "caption": "two"}, {"image_id": 2, "caption": ""}]
+    return jsons({"images": images, "annotations": captions})
+
+
+@functools.cache
+def captioned() -> dict[str, bytes]:
+    """A folder of shards with captions."""
+    from tests.support.captioned import prepared as prepare_captioned
+
+    with temporary() as folder:
+        data = prepare_captioned(folder, count=4)
+        return {path.name: path.read_bytes() for path in data.iterdir()}
+
+
+def read_captions(path: Path) -> None:
+    dataset = Dataset.open(path.parent)
+    dataset.manifest.summary()
+    dataset.read(np.arange(len(dataset)))
+    assert len(dataset.captions(np.arange(len(dataset)))) == len(dataset) and dataset.null() is not None
+
+
 def sample(path: Path) -> None:
     pixels, label = read_png(path)
     assert pixels.dtype == np.uint8 and pixels.ndim == 3 and label >= -1
@@ -386,6 +436,35 @@ PARSERS: dict[str, Parser] = {
         16_000,
         put(prepared, but="manifest.json"),
     ),
+    "captions_manifest": Parser(
+        "manifest.json",
+        read_captions,
+        lambda: [captioned()["manifest.json"]],
+        4_000,
+        put(captioned, but="manifest.json"),
+    ),
+    "captions_shard": Parser(
+        "shard-00000.safetensors",
+        read_captions,
+        lambda: [captioned()["shard-00000.safetensors"]],
+        4_000,
+        put(captioned, but="shard-00000.safetensors"),
+    ),
+    "captions_null": Parser(
+        "null.safetensors",
+        read_captions,
+        lambda: [captioned()["null.safetensors"]],
+        2_000,
+        put(captioned, but="null.safetensors"),
+    ),
+    "captions_json": Parser(
+        "a.json",
+        lambda path: parse_captions(".json", path.read_bytes()),
+        lambda: jsons({"caption": "x"}, {"captions": ["x", "y"], "width": 3}, {"text": "x"}),
+        4_000,
+    ),
+    "annotations": Parser("captions.json", annotations, coco, 4_000),
+    "tar": Parser("a.tar", captioned_source, lambda: [tarred()], 8_000),
     "shard": Parser(
         "shard-00000.safetensors",
         read_all,

@@ -50,7 +50,8 @@ def test_paths_that_name_a_model(path, stage, step):
 def test_single_weights_file_can_be_loaded(tmp_path):
     file = shutil.copy(toy.checkpoint(toy.finished()) / "ema.safetensors", tmp_path / "renamed.bin")
     found = load_model(file)
-    assert found.step == 8 and found.config == toy.toy()
+    assert found.step == 8 and found.config == toy.toy() and found.prompts == ()
+    assert "prompts" not in header_of(file), "of a model of classes"
 
 
 def header_of(path):
@@ -134,6 +135,8 @@ BAD = {
         "does not describe its model",
     ),
     "no stage": (lambda p: rewritten(p, lambda h: h.pop("stage") and None), "does not describe its model"),
+    "prompts are text": (lambda p: rewritten(p, lambda h: h.update(prompts="abc")), "does not describe its model"),
+    "prompts are numbers": (lambda p: rewritten(p, lambda h: h.update(prompts=[1])), "does not describe its model"),
     "zero heads": (lambda p: rewritten(p, set_model(heads=0)), "model.heads must be above zero"),
     "other width": (lambda p: rewritten(p, set_model(width=64)), "its header describes"),
     "more blocks": (lambda p: rewritten(p, set_model(depth=4)), "its header describes"),

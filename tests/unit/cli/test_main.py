@@ -12,8 +12,9 @@ from PIL import Image
 from selftrans import __version__
 from selftrans.cli.commands import COMMANDS
 from selftrans.cli.main import main
+from selftrans.data.dataset import Dataset
 from selftrans.train.interrupted import Interrupted
-from tests.support import toy
+from tests.support import captioned, toy
 from tests.support.toy import quick  # noqa: F401 - a fixture
 from tests.unit.cli.lines import one_line
 
@@ -99,6 +100,27 @@ def test_exit_status_of_each_error(error, status, line, monkeypatch, capsys):
     monkeypatch.setattr(COMMANDS["quickstart"], "run", run)
     assert main(["quickstart"]) == status
     assert one_line(capsys) == f"selftrans: {line}\n"
+
+
+# ---- prepare
+
+
+def test_prepare_with_captions(tmp_path, capsys):
+    where, encoder = captioned.pictures(tmp_path / "x", 4), captioned.save_text_encoder(tmp_path / "encoder")
+    flags = f"--text {encoder} --text-tokens 9 --text-dtype bfloat16 --text-store ids --captions-per-picture 2"
+    assert main(f"prepare {where} --out {tmp_path}/a {flags}".split()) == 0
+    shown = capsys.readouterr()
+    assert f"at most 2 captions each, text of 9x16 by {encoder}, stored as ids" in shown.out
+    assert "6 captions of 4 pictures, at most 2 each (2 more left out: --captions-per-picture); their ids" in shown.err
+    images = [{"id": i, "file_name": f"{i:03d}.png"} for i in range(4)]
+    captions = [{"image_id": i, "caption": "from the json"} for i in range(4)]
+    (tmp_path / "c.json").write_text(json.dumps({"images": images, "annotations": captions}))
+    flags = f"--text {encoder} --captions {tmp_path}/c.json"
+    assert main(f"prepare {where} --out {tmp_path}/b {flags}".split()) == 0
+    assert Dataset.open(tmp_path / "b").captions([3]) == [["from the json"]]
+    capsys.readouterr()
+    assert main(f"prepare {where} --out {tmp_path}/c --captions {tmp_path}/c.json".split()) == 0
+    assert "--captions is ignored without --text" in capsys.readouterr().err
 
 
 # ---- bad input: status 1, one line

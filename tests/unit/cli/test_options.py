@@ -13,7 +13,7 @@ from tests.unit.cli.lines import one_line
 
 FLAGS = (
     "--num 5 --steps 3 --sampler euler --guidance-scale 2 --guidance-interval 0.1 0.9 --seed 7 --batch-size 4 "
-    "--labels random --precision bf16"
+    "--labels random --precision bf16 --prompts red 3"
 )
 SET = {
     "num": 5,
@@ -25,6 +25,7 @@ SET = {
     "batch_size": 4,
     "labels": "random",
     "precision": "bf16",
+    "prompts": ("red", "3"),
 }
 
 
@@ -39,7 +40,7 @@ def test_sample_passes_the_options_that_were_set(flags, settings, monkeypatch, c
     sampled = lambda *args, **options: calls.append((args, options))  # noqa: E731
     monkeypatch.setattr("selftrans.sampling.folder.sample_to_folder", sampled)
     assert main(["sample", "run", "--out", "x", "--weights", "raw", *flags.split()]) == 0
-    assert calls == [(("run", Path("x"), settings), {"weights": "raw", "stage": None})]
+    assert calls == [(("run", Path("x"), settings), {"weights": "raw", "stage": None, "text_encoder": None})]
 
 
 @pytest.mark.parametrize(("flags", "settings"), [(FLAGS, SET), ("--seed 0", {"seed": 0}), ("", {})])
@@ -51,6 +52,7 @@ def test_evaluate_passes_the_options_that_were_set(flags, settings, monkeypatch)
     monkeypatch.setattr("selftrans.experiments.evaluate_samples.text", lambda report: "")
     assert main(["evaluate", "run", "--reference", "digits", "--stage", "stage1", *flags.split()]) == 0
     own = {"samples": "run", "reference": "digits", "features": None, "out": None, "save_reference": None}
+    own |= {"clip": None, "text_encoder": None}
     assert calls == [own | {"settings": settings, "weights": "ema", "stage": "stage1"}]
 
 

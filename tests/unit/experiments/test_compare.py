@@ -24,6 +24,8 @@ from selftrans.experiments.summary import as_csv, curve, first_below, mean_curve
 from selftrans.methods.repa import Repa
 from selftrans.methods.self_transcendence import Stage1, Stage2
 from selftrans.recipes import recipe
+from selftrans.sampling.conditioning import LabelConditioning
+from selftrans.types import Conditions
 from tests.support.pictures import class_folders
 from tests.support.toy import quick  # noqa: F401 - quick is a fixture
 
@@ -125,7 +127,8 @@ def test_teacher_is_shared_only_where_it_is_the_same(tmp_path):
 
 def test_comparable_points_are_kept_and_damaged_ones_measured_again(tmp_path):
     extractor, sample = SimpleNamespace(sha256="e"), dataclasses.replace(recipe("digits").sample, num=3)
-    measurement, path = Measurement(extractor, None, None, sample, 2), tmp_path / "measured.json"
+    conditioning = LabelConditioning(Conditions("labels", 10), sample.labels)
+    measurement, path = Measurement(extractor, None, None, sample, 2, conditioning), tmp_path / "measured.json"
     assert measured_before(path, measurement) == {}
     sound = {"sha256": "w", "distance": 1.0} | json.loads(json.dumps(measurement.identity))
     assert (sound["images"], sound["extractor_sha256"], sound["block"]) == (3, "e", 2)

@@ -244,6 +244,21 @@ def test_a_run_of_dit_is_sampled(tmp_path):
     assert main(words) == 0 and len(list((tmp_path / "made").rglob("*.png"))) == 2
 
 
+@pytest.mark.parametrize("path", PATHS)
+def test_the_path_of_the_run_is_chosen_at_import(tmp_path, path):
+    content = {"ema": state(**TINY, learn_sigma=True)}
+    assert imported(tmp_path, content, "--convention", "dit", "--path", path) == 0
+    found = load_model(tmp_path / "run")
+    assert found.config.train.path == path and found.model.path is PATHS[path]
+
+
+def test_a_path_against_the_stored_options_is_refused(tmp_path, capsys):
+    content = {"ema": state(**TINY), "args": published_files.options("sit", path_type="GVP")}
+    assert imported(tmp_path, content, "--path", "linear") == 1
+    assert "was trained on the path cosine, by its stored options; omit --path linear" in capsys.readouterr().err
+    assert imported(tmp_path, content, "--path", "cosine") == 0
+
+
 def test_moments_of_the_optimiser_come_along(tmp_path):
     named = state(**TINY, learn_sigma=True)
     gradients = {k: torch.randn_like(v) for k, v in named.items() if k != "pos_embed"}

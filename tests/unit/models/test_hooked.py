@@ -74,7 +74,7 @@ def plain(net=None, **changed):
         "width": WIDTH,
         "conditions": Conditions("labels", CLASSES),
     }
-    return HookedBackbone(net or Plain(), **options | changed)
+    return HookedBackbone(Plain() if net is None else net, **options | changed)
 
 
 def diffusers_net():
@@ -358,6 +358,32 @@ def test_an_output_changed_in_place_can_be_copied():
 def test_modules_that_do_not_fit_are_refused(changed, message):
     with pytest.raises(ValueError, match=message):
         plain(**changed)
+
+
+def compiled_block(net):
+    net.body["layers"][1].compile()
+    return net
+
+
+def distributed(net):
+    dist.init_process_group("gloo", rank=0, world_size=1, init_method=f"tcp://127.0.0.1:{free_port()}")
+    try:
+        return DistributedDataParallel(net)
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize(
+    ("wrap", "message"),
+    [
+        (torch.compile, "is already in torch.compile; give the plain module"),
+        (compiled_block, r"the module body\.layers\.1 is already in torch.compile"),
+        (distributed, "already in DistributedDataParallel"),
+    ],
+)
+def test_a_module_that_is_compiled_or_distributed_already_is_refused(wrap, message):
+    with pytest.raises(ValueError, match=message):
+        plain(wrap(Plain()))
 
 
 def test_a_module_belongs_to_one_backbone():

@@ -4,7 +4,16 @@ import pytest
 import torch
 
 from selftrans.models.registry import MODELS, find
-from selftrans.types import Backbone, Conditions
+from selftrans.types import Backbone, Conditions, cat_cond, map_cond
+
+#: families that are conditioned on text alone
+OF_TEXT = {"mmdit", "diffusers-pixart", "diffusers-sd3", "diffusers-flux"}
+TEXTS = Conditions("text", tokens=7, width=48)
+
+
+def same_shape(given, null):
+    assert null.shape == given.shape and null.dtype == given.dtype
+    return given
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -14,10 +23,13 @@ def test_every_family_builds_a_backbone(name):
     config = family.Config()
     config.check()
     with torch.device("meta"):
-        model = family.build(config, (4, 32, 32), Conditions("labels", 10))
-        x, t, labels = torch.empty(2, 4, 32, 32), torch.empty(2), torch.zeros(2, dtype=torch.long)
-        out = model(x, t, labels, taps=(model.depth,))
-        assert model.patchify(x).shape[:2] == (2, model.tokens) and model.null(labels).shape == (2,)
+        conditions = TEXTS if name in OF_TEXT else Conditions("labels", 10)
+        model = family.build(config, (4, 32, 32), conditions)
+        x, t, cond = torch.empty(2, 4, 32, 32), torch.empty(2), cat_cond(*[conditions.example()] * 2)
+        out = model(x, t, cond, taps=(model.depth,))
+        assert model.patchify(x).shape[:2] == (2, model.tokens) and model.conditions == conditions
+        model.use_null(conditions.example())
+        map_cond(same_shape, cond, model.null(cond))
     assert isinstance(model, Backbone) and model.depth == config.blocks()
     assert out.v.shape == x.shape and out.feats[model.depth].shape == (2, model.tokens, model.width)
 

@@ -14,7 +14,7 @@ from selftrans.methods.guidance import Frozen
 from selftrans.methods.registry import stages
 from selftrans.recipes import RECIPES, ignored, recipe
 from selftrans.types import Conditions
-from tests.support import toy
+from tests.support import captioned, toy
 from tests.support.toy import quick  # noqa: F401 - a fixture
 
 #: the same overrides for every recipe
@@ -76,10 +76,24 @@ def test_recipe_trains_on_prepared_pixels(tmp_path, pixels, name):
     begin(name, tmp_path, pixels)
 
 
-@pytest.mark.parametrize("name", [name for name in RECIPES if name not in ("digits", "cifar10", "imagefolder")])
+@pytest.mark.parametrize("name", [name for name in RECIPES if name.startswith("sit_imagenet")])
 def test_recipe_trains_on_the_latents_of_an_autoencoder(tmp_path, latents, name):
     config = begin(name, tmp_path, latents)
     assert config.train.precision == "bf16" and config.sections["stage2"].scale == 30.0
+
+
+def test_recipe_trains_on_latents_with_captions(tmp_path, latents):
+    encoder = captioned.save_text_encoder(tmp_path / "encoder")
+    pictures = captioned.pictures(tmp_path / "pictures", count=8, side=64)
+    argv = ["prepare", str(pictures), f"--out={tmp_path / 'data'}", f"--autoencoder={latents.parent / 'vae'}"]
+    assert main([*argv, f"--text={encoder}"]) == 0
+    blocks = ["--stage1.steps=2", "--stage2.student-block=2", "--stage2.teacher-block=3", "--train.preview-every=0"]
+    argv = ["train", "mmdit_coco", "--data", str(tmp_path / "data"), "--out", str(tmp_path / "run"), *blocks]
+    assert main([*argv, *OVERRIDES.split(), *SMALL]) == 0
+    config = from_json((tmp_path / "run" / "config.json").read_text())
+    assert config.recipe == "mmdit_coco" and config.train.precision == "bf16"
+    for stage, steps in {"stage1": 2, "stage2": 4}.items():
+        assert toy.checkpoint(tmp_path / "run", stage).name == f"step-0000000{steps}"
 
 
 @pytest.mark.parametrize("name", [name for name in RECIPES if name != "digits"])
@@ -121,6 +135,47 @@ def test_published_settings(name, size, until):
         student, teacher = (config.build_model((4, 32, 32), Conditions("labels", 1000)) for _ in range(2))
         guided = [*first.guide(student, None), *second.guide(student, Frozen(teacher, second.teacher.block(depth)))]
     assert (guided[0].taps[0], guided[1].taps[0], guided[1].teacher.block) == table[size]
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "until", "taps"), [("b1", "B", 25_000, (2, 6, 8)), ("xl1", "XL", 12_500, (2, 14, 18))]
+)
+def test_published_settings_of_lightningdit(name, size, until, taps):
+    config = recipe(f"lightningdit_imagenet_{name}")
+    train, first, second = config.train, *stages(config)
+    assert config.model.name == f"LightningDiT-{size}/1" and config.model.rope and not config.model.qk_norm
+    assert (train.steps, train.batch_size, train.lr, train.betas) == (80_000, 1024, 2e-4, (0.9, 0.95))
+    assert (train.times, train.ema, train.weight_decay, train.warmup) == ("logitnormal", 0.9999, 0.0, 0)
+    assert first.steps == 40_000 and config.sections["stage2"].until_step == until
+    with torch.device("meta"):
+        student, teacher = (config.build_model((32, 16, 16), Conditions("labels", 1000)) for _ in range(2))
+        guided = [
+            *first.guide(student, None),
+            *second.guide(student, Frozen(teacher, second.teacher.block(student.depth))),
+        ]
+    assert student.tokens == 256 and (guided[0].taps[0], guided[1].taps[0], guided[1].teacher.block) == taps
+
+
+def test_published_text_to_image_settings():
+    config = recipe("mmdit_coco")
+    assert config.model.sizes() == {"width": 768, "depth": 24, "heads": 24, "patch": 2}
+    assert (config.model.qk_norm, config.model.masked, config.model.zero_init) == (False, False, False)
+    train, stage1, stage2 = config.train, config.sections["stage1"], config.sections["stage2"]
+    assert (train.steps, train.batch_size, train.lr, train.betas) == (150_000, 256, 2e-4, (0.9, 0.9))
+    assert (train.weight_decay, train.warmup, train.clip, train.ema, train.drop) == (0.03, 5_000, 1.0, 0.9999, 0.1)
+    assert (stage1.weight, stage1.timestep_range, stage1.target, stage1.head_width) == (0.5, None, "velocity", 2048)
+    assert (stage2.scale, stage2.weight, stage2.timestep_range, stage2.until_step) == (5.0, 0.5, None, 50_000)
+    assert (stage2.teacher_weights, stage2.target_norm, stage2.head_width) == ("ema", "none", 2048)
+    sample = config.sample
+    assert (sample.sampler, sample.steps, sample.guidance_scale) == ("sde", 250, 1.8)
+    assert sample.guidance_interval == (0.0, 1.0)
+    first, second = stages(config)
+    assert (first.steps, second.steps, second.teacher.weights) == (150_000, 150_000, "ema")
+    words = Conditions("text", tokens=77, width=768)
+    with torch.device("meta"):
+        student, teacher = (config.build_model((4, 32, 32), words) for _ in range(2))
+        guided = [*first.guide(student, None), *second.guide(student, Frozen(teacher, second.teacher.block(24)))]
+    assert (guided[0].taps[0], guided[1].taps[0], guided[1].teacher.block) == (4, 12, 16)
 
 
 def test_sit_imagenet_is_the_largest_size():

@@ -12,7 +12,7 @@ from selftrans.config import SampleConfig
 from selftrans.encoders.autoencoder import PixelAutoencoder, ValuesAutoencoder, load_autoencoder
 from selftrans.models.sit import SiT
 from selftrans.sampling import images as module
-from selftrans.sampling.images import Sampler, cast_products, conditions_for, fill, image_noise, worth_compiling
+from selftrans.sampling.images import Sampler, cast_products, fill, image_noise, worth_compiling
 from selftrans.types import Backbone, Conditions, Output
 from tests.support import toy
 from tests.support.pictures import save_vae
@@ -40,23 +40,6 @@ def test_noise_is_standard_normal_and_never_repeats():
     assert rows.mean().item() == pytest.approx(0, abs=0.05) and rows.std().item() == pytest.approx(1, abs=0.03)
     seeds = torch.cat([image_noise([0, 3], (4,), seed)() for seed in (1, 3, 2**32, 3 * 2**32, 2**40 + 1)])
     assert len(torch.unique(torch.cat([rows, seeds]), dim=0)) == 2010
-
-
-def test_labels_of_every_mode():
-    k, ten, none = np.array([0, 3, 9, 25]), Conditions("labels", 10), Conditions("none")
-    assert conditions_for(k, ten, "balanced").tolist() == [0, 3, 9, 5]
-    assert conditions_for(k, ten, (7, 2)).tolist() == [7, 2, 2, 2]
-    assert conditions_for(k, none, "random").tolist() == conditions_for(k, none, "balanced").tolist() == [0] * 4
-    assert conditions_for(k, ten, (10,)).tolist() == [10] * 4, "the null label may be asked for"
-    many = conditions_for(np.arange(2000), ten, "random", 3)
-    assert many.dtype == torch.int64 and torch.equal(many[[9, 4]], conditions_for([9, 4], ten, "random", 3))
-    assert np.bincount(many, minlength=10).min() > 150
-    assert not torch.equal(many, conditions_for(np.arange(2000), ten, "random", 4))
-    for wrong in ((11,), (-1,), ()):
-        with pytest.raises(ValueError, match="10 classes"):
-            conditions_for(k, ten, wrong)
-    with pytest.raises(ValueError, match="text conditions are not supported yet"):
-        conditions_for(k, Conditions("text"))
 
 
 # ---- the sampler
@@ -205,6 +188,7 @@ def test_cast_weights_give_the_same_images_as_autocast():
         ({"seed": -1}, "sample.seed"),
         ({"precision": "int8"}, "sample.precision"),
         ({"labels": "sorted"}, "sample.labels"),
+        ({"prompts": ()}, "sample.prompts is empty"),
     ],
 )
 def test_unusable_settings_are_refused(values, message):
@@ -226,7 +210,7 @@ def test_loaded_model_is_described_and_sampled_in_fp32():
     config = SampleConfig(num=3, steps=2, sampler="heun")
     sampler = Sampler.of(loaded, config)
     expected = config.settings() | {"weights": "ema", "stage": "stage2", "step": 8, "autoencoder": "pixel"}
-    assert sampler.described == expected | {"num_classes": 10, "source": loaded.source}
+    assert sampler.described == expected | {"labels": "balanced", "num_classes": 10, "source": loaded.source}
     (batch,) = sampler.sample()
     plain = load_model(toy.finished()).model
     assert np.array_equal(batch.images, gather(plain, config)[2])

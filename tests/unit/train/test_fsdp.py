@@ -13,7 +13,7 @@ from selftrans.cli.main import main
 from selftrans.methods.objective import Objective
 from selftrans.train.run import train
 from selftrans.train.signals import Interrupted, StopSignal
-from tests.support import toy
+from tests.support import captioned, toy
 from tests.support.toy import quick  # noqa: F401 - a fixture
 
 #: changes of the toy config for each run of two processes; "sharded" and "ddp" differ in train.shard only
@@ -24,14 +24,18 @@ RUNS = {
     "sharded, stopped": {"train.shard": True},
     "sharded, bf16": {"train.shard": True, "train.precision": "bf16"},
     "ddp, bf16": {"train.precision": "bf16"},
+    "sharded, rotary": {"train.shard": True, "model.name": "LightningDiT-S/1", "model.patch": 2},
+    "ddp, rotary": {"model.name": "LightningDiT-S/1", "model.patch": 2},
     "sharded, sra": {"train.shard": True, "method": "sra", "sra.head_width": 16},
     "ddp, sra": {"method": "sra", "sra.head_width": 16},
     "sharded, non-finite": {"train.shard": True, "method": "vanilla"},
     "ddp, non-finite": {"method": "vanilla"},
+    "sharded, text": {"train.shard": True, "model.masked": True},
+    "ddp, text": {"model.masked": True},
 }
 
 
-def work(rank: int, folder: str, data: str) -> None:
+def work(rank: int, folder: str, data: str, text: str) -> None:
     """One of two processes: every run of RUNS."""
     where = {
         "RANK": rank,
@@ -44,7 +48,10 @@ def work(rank: int, folder: str, data: str) -> None:
     torch.set_num_threads(1)
     asked, forward = StopSignal.asked, Objective.forward
     for name, dotted in RUNS.items():
-        config = toy.toy(COMMON | dotted | {"data.path": data})
+        if name.endswith("text"):
+            config = captioned.config(COMMON | {"train.preview_every": 0} | dotted | {"data.path": text})
+        else:
+            config = toy.toy(COMMON | dotted | {"data.path": data})
         out = Path(folder, name)
         if name.endswith("non-finite"):
 
@@ -73,7 +80,7 @@ def runs(tmp_path_factory):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         os.environ["PORT"] = str(free.getsockname()[1])
-    torch.multiprocessing.spawn(work, args=(str(folder), str(toy.digits())), nprocs=2)
+    torch.multiprocessing.spawn(work, args=(str(folder), str(toy.digits()), str(captioned.shared())), nprocs=2)
     return folder
 
 
@@ -112,6 +119,19 @@ def test_sharded_bf16_training_equals_ddp(runs):
         for run in ("sharded, bf16", "ddp, bf16")
     )
     assert_close(sharded, ddp, atol=1e-4)  # gradients are summed in another order, and bf16 keeps 8 bits
+
+
+@pytest.mark.parametrize("stage", ["stage1", "stage2"])
+def test_sharded_lightningdit_equals_ddp(runs, stage):
+    assert_close(toy.tensors(runs / "sharded, rotary", stage), toy.tensors(runs / "ddp, rotary", stage))
+
+
+@pytest.mark.parametrize("stage", ["stage1", "stage2"])
+def test_sharded_training_on_text_equals_ddp(runs, stage):
+    """The empty caption of MMDiT is a buffer: every process has all of it, and the checkpoint, too."""
+    sharded, ddp = (toy.tensors(runs / name, stage) for name in ("sharded, text", "ddp, text"))
+    assert_close(sharded, ddp)
+    assert sharded["ema/null_text"].any() and torch.equal(sharded["ema/null_text"], ddp["student/null_text"])
 
 
 def test_ema_teacher_is_sharded(runs):

@@ -2,13 +2,17 @@
 
 import signal
 
+import numpy as np
 import pytest
 from safetensors.torch import load_file
 
 from selftrans.checkpoints import format as checkpoint
-from selftrans.train.preview import Preview
+from selftrans.sampling.conditioning import LabelConditioning
+from selftrans.sampling.images import SampledBatch
+from selftrans.train.preview import Preview, captions
 from selftrans.train.run import train
 from selftrans.train.signals import Interrupted
+from selftrans.types import Conditions
 from tests.support import toy
 from tests.support.processes import Killed
 from tests.support.toy import quick  # noqa: F401 - a fixture
@@ -32,6 +36,13 @@ def test_failed_preview_does_not_stop_training(tmp_path):
     small = {"method": "vanilla", "train.preview_every": 8, "sample.labels": (99,)}
     with pytest.warns(UserWarning, match="no preview at .*99"):
         train(toy.toy(small), tmp_path, quiet=True)
+
+
+def test_captions_are_classes_or_prompts():
+    batch = SampledBatch(np.arange(3), np.array([1, 0, 2]), np.zeros((3, 2, 2, 1), np.uint8))
+    labels = LabelConditioning(Conditions("labels", 2))
+    assert captions([batch, batch], labels, ["cat", "dog"]) == ["dog", "cat", "no class"] * 2
+    assert captions([batch], LabelConditioning(Conditions("none"))) is None
 
 
 PICTURED = {"method": "vanilla", "train.preview_every": 2, "train.checkpoint_every": 2}

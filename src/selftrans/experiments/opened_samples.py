@@ -1,0 +1,143 @@
+"""What `selftrans evaluate` measures: stored images with what is recorded about them, or a run that is sampled in memory.
+
+Shape legend: images are pictures, uint8 (n, H, W, C), or arrays that are not pictures, float32 (n, C, *S).
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from selftrans.checkpoints import format as checkpoint
+from selftrans.checkpoints.load import LoadedModel, Weights, load_model
+from selftrans.data.dataset import Dataset, Manifest
+from selftrans.data.sources.npz import npz_labels
+from selftrans.device import default_device
+from selftrans.experiments.image_files import open_images
+from selftrans.experiments.reference import must_exist, training_data
+from selftrans.sampling.conditioning import CaptionConditioning, captions_of
+from selftrans.sampling.images import Sampler, overridden
+from selftrans.storage import first_line
+
+FOREIGN = (".pt", ".pth", ".ckpt")  #: suffixes of checkpoints that only `selftrans import` reads
+
+
+class Samples(NamedTuple):
+    """The images to evaluate."""
+
+    images: Iterator[np.ndarray]
+    settings: dict[str, Any] | None  #: the sampling settings; None if they are not recorded
+    labels: Any  #: (n,), or a list that fills while the images stream; None if unknown or without classes
+    total: int | None  #: number of images, if known
+    report: Path  #: default path of the report
+    pictures: bool | None  #: whether they are pictures; None: only the first batch shows it
+    texts: list[str] | None = None  #: the prompt of each image, in order; None if they are not known
+
+
+def open_samples(
+    samples: str | Path,
+    settings: dict[str, Any],
+    weights: Weights = "ema",
+    stage: str | None = None,
+    *,
+    reference: str | Path = "",
+    text_encoder: str | None = None,
+) -> Samples:
+    """Open stored images, or the images sampled from a run, whose captions may come from `reference` (see `_captions`)."""
+    path = Path(samples)
+    if path.suffix in FOREIGN:
+        raise ValueError(f"{path} is a checkpoint of another code base; convert it with `selftrans import`")
+    must_exist(path)
+    if path.name == "samples.npz" and (path.parent / "samples.json").exists():
+        path = path.parent  # written by `selftrans sample`: samples.json holds its settings
+    if is_model(path):
+        return _sampled(path, settings, weights, stage, reference, text_encoder)
+    ignored = [*settings, *(["text_encoder"] if text_encoder else [])]
+    for name in ignored:
+        warnings.warn(f"--{name.replace('_', '-')} is ignored: {path} holds images, not a run", stacklevel=3)
+    recorded, stored_labels, texts, stream = _stored(path)
+    target = path / "evaluate.json" if path.is_dir() else path.with_suffix(".evaluate.json")
+    return Samples(stream, recorded, stored_labels, None, target, None, texts)
+
+
+def _sampled(
+    path: Path,
+    overrides: dict[str, Any],
+    weights: Weights,
+    stage: str | None,
+    reference: str | Path,
+    text_encoder: str | None,
+) -> Samples:
+    loaded = load_model(path, stage=stage, weights=weights)
+    settings, conditioning = overridden(loaded, overrides), None
+    if loaded.model.conditions.kind == "text" and settings.prompts is None:
+        conditioning = _captions(path, loaded, reference, settings.seed)
+        if text_encoder is not None:
+            warnings.warn("--text-encoder is ignored: the captions are stored with their tokens", stacklevel=4)
+    sampler = Sampler.of(loaded, settings, conditioning=conditioning, text_encoder=text_encoder)
+    labels: list[int] | None = [] if loaded.model.conditions.num_classes > 1 else None
+
+    def images() -> Iterator[np.ndarray]:
+        for batch in sampler.sample():
+            if labels is not None:
+                labels.extend(batch.labels.tolist())
+            yield batch.images
+
+    return Samples(
+        images(),
+        sampler.described,
+        labels,
+        sampler.settings.num,
+        (path if path.is_dir() else path.parent) / "evaluate.json",
+        sampler.autoencoder.pictures,
+        sampler.conditioning.texts(np.arange(sampler.settings.num)),
+    )
+
+
+def _captions(path: Path, loaded: LoadedModel, reference: str | Path, seed: int) -> CaptionConditioning:
+    """The captions of the reference, if it is prepared data with captions, else those of the run's training data."""
+    prepared = (Path(reference) / "manifest.json").exists()
+    if not prepared or Manifest.load(reference).conditions.kind != "text":
+        remedy = "give --prompts, or a --reference prepared with captions"
+        reference = training_data(path, loaded, remedy=remedy)
+        if not (Path(reference) / "manifest.json").exists():
+            raise ValueError(f"the training data {reference} are not there; {remedy}")
+    return captions_of(Dataset.open(reference), loaded.model.conditions, seed, device=default_device())
+
+
+def is_model(path: Path) -> bool:
+    """Whether `path` is a run, a stage, a checkpoint or a weights file, rather than images."""
+    if path.is_file():
+        return path.suffix == ".safetensors"
+    return (path / "checkpoints").is_dir() or (path / checkpoint.STATE).exists() or (path / "config.json").exists()
+
+
+def _stored(
+    samples: Path,
+) -> tuple[dict[str, Any] | None, np.ndarray | None, list[str] | None, Iterator[np.ndarray]]:
+    """What samples.json records: settings, labels and prompts; and the images. None for what is not known."""
+    record, archive = samples / "samples.json", samples / "samples.npz"
+    if not record.exists():
+        return None, npz_labels(samples) if samples.suffix.lower() == ".npz" else None, None, open_images(samples)
+    try:
+        content = json.loads(record.read_text())
+        complete, settings = content["complete"] and archive.exists(), content["settings"] | {"num": content["num"]}
+        if complete:
+            with np.load(archive, allow_pickle=False) as arrays:
+                # `selftrans sample` does not compress the npz
+                if arrays.zip.getinfo("arr_1.npy").file_size > archive.stat().st_size:
+                    raise ValueError("its labels claim more bytes than the file has")
+                labels = arrays["arr_1"]
+            prompts = settings.get("prompts")
+            texts = None if prompts is None else [str(prompts[int(label)]) for label in labels]
+    except Exception as error:  # json, zip and npz raise many types for damaged files
+        raise ValueError(f"{samples} is damaged ({first_line(error)}); delete it and sample again") from error
+    if not complete:
+        raise ValueError(f"{samples} is not complete; repeat the `selftrans sample` command that began it")
+    several = settings.get("num_classes", 2) > 1  # with one class, every accuracy would be 1
+    return settings, labels if several else None, texts, open_images(archive)

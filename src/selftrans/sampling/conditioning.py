@@ -1,0 +1,261 @@
+"""What each image is conditioned on: labels, prompts, or the stored captions of a data set.
+
+The condition of image k depends on the settings, the seed and k alone. Shape legend: N images, P prompts, L tokens of E
+channels.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from selftrans.config import Labels, SampleConfig
+from selftrans.data.dataset import Dataset
+from selftrans.encoders.text import TextEncoder, load_text_encoder
+from selftrans.sampling.streams import CAPTION_STREAM, LABEL_STREAM, image_stream
+from selftrans.storage import first_line, printable
+from selftrans.types import Cond, Conditions
+
+GROUP = 64  #: prompts encoded at a time
+KEPT = 1024  #: prompts whose tokens are kept in memory (77 x 768 each: 240 MB); of more, the last used groups
+MAX_PROMPTS = 16 << 20  #: largest file of prompts, in bytes
+NO_PROMPTS = 'no prompts are given; write --prompts "..." or --prompts FILE'
+
+
+class Conditioning(Protocol):
+    """The conditions of images 0, 1, ..."""
+
+    described: dict[str, Any]  #: what the conditions depend on, as json types
+
+    def of(self, indices: np.ndarray) -> tuple[Cond, np.ndarray]:
+        """Condition of each image (N, ...), on the CPU or a device, and its label (N,) int64."""
+        ...
+
+    def texts(self, indices: np.ndarray) -> list[str] | None:
+        """The prompt of each image; None if the conditions are no text."""
+        ...
+
+
+class LabelConditioning:
+    """Labels, see `conditions_for`; also for models without conditions, whose labels are all 0."""
+
+    def __init__(self, conditions: Conditions, mode: Labels = "balanced", seed: int = 0) -> None:
+        self.conditions, self.mode, self.seed = conditions, mode, seed
+        self.described: dict[str, Any] = {"labels": mode}
+
+    def of(self, indices: np.ndarray) -> tuple[Cond, np.ndarray]:
+        labels = conditions_for(indices, self.conditions, self.mode, self.seed)
+        return labels, labels.numpy()
+
+    def texts(self, indices: np.ndarray) -> list[str] | None:
+        return None
+
+
+class PromptConditioning:
+    """Prompts that repeat: image k has prompt k % P, and this number as its label.
+
+    They are encoded in fixed groups, so that the tokens of a prompt do not depend on a batch. Where all of them are kept, the
+    encoder is not. Raises ValueError without a prompt; warns about prompts that are longer than the encoder takes, which are
+    cut off.
+    """
+
+    def __init__(self, prompts: Sequence[str], encoder: TextEncoder) -> None:
+        if not prompts:
+            raise ValueError(NO_PROMPTS)
+        self.prompts = tuple(prompts)
+        longer = encoder.too_long(self.prompts)
+        if longer:
+            which = f"{longer:,} of {len(prompts):,} prompts are" if len(prompts) > 1 else "the prompt is"
+            warnings.warn(f"{which} longer than {encoder.tokens} tokens; the rest is cut off", stacklevel=4)
+        self.described: dict[str, Any] = {"prompts": list(self.prompts), "text_encoder_sha256": encoder.sha256}
+        self._encoder: TextEncoder | None = encoder
+        self._groups: dict[int, dict[str, Tensor]] = {}  #: number of a group => tokens and mask of its prompts
+        if len(self.prompts) <= KEPT:
+            for k in range(-(-len(self.prompts) // GROUP)):
+                self._encode(k)
+            self._encoder = None
+
+    def of(self, indices: np.ndarray) -> tuple[Cond, np.ndarray]:
+        which = np.asarray(indices, dtype=np.int64) % len(self.prompts)
+        rows = [{name: x[k % GROUP] for name, x in self._encode(k // GROUP).items()} for k in which.tolist()]
+        return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}, which
+
+    def texts(self, indices: np.ndarray) -> list[str] | None:
+        return [self.prompts[k % len(self.prompts)] for k in np.asarray(indices).tolist()]
+
+    def _encode(self, group: int) -> dict[str, Tensor]:
+        if group not in self._groups:
+            assert self._encoder is not None
+            while len(self._groups) >= KEPT // GROUP:
+                self._groups.pop(next(iter(self._groups)))
+            cond = self._encoder.encode(self.prompts[group * GROUP : (group + 1) * GROUP])
+            assert isinstance(cond, dict)
+            self._groups[group] = {name: tensor.cpu() for name, tensor in cond.items()}
+        return self._groups[group]
+
+
+class CaptionConditioning:
+    """Captions stored with prepared data, one of each row; no encoder is needed, unless ids are stored: see `_chosen`.
+
+    The label of an image is the row of its caption.
+    """
+
+    def __init__(self, dataset: Dataset, seed: int = 0, device: torch.device | str = "cpu") -> None:
+        """`device`: where stored ids are encoded."""
+        self.dataset, self.seed, self.device = dataset, seed, device
+        self._stored = [name for name in dataset.names if name not in ("moments", "features")]
+        self._order = np.random.default_rng(0).permutation(len(dataset))
+        self.described: dict[str, Any] = {
+            "captions": str(dataset.path),
+            "text_encoder_sha256": dataset.manifest.conditions.sha256,
+        }
+
+    def of(self, indices: np.ndarray) -> tuple[Cond, np.ndarray]:
+        rows, which, _ = self._chosen(indices)
+        return self.dataset.condition(self.dataset.read(rows, self._stored, which), self.device), rows
+
+    def texts(self, indices: np.ndarray) -> list[str] | None:
+        return self._chosen(indices)[2]
+
+    def _chosen(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray, list[str]]:
+        """Row (N,) of each image, number (N,) of its caption among those of the row, and the caption.
+
+        The rows follow a fixed shuffle: n images have n different rows as long as there are as many, and image k of every
+        pass one of the row's captions at random.
+        """
+        indices = np.asarray(indices, dtype=np.int64)
+        rows = self._order[indices % len(self._order)]
+        held = self.dataset.captions(rows)
+        which = [
+            int(image_stream(self.seed, int(k), CAPTION_STREAM).integers(len(captions)))
+            for k, captions in zip(indices, held, strict=True)
+        ]
+        texts = [captions[i] for captions, i in zip(held, which, strict=True)]
+        return rows, np.asarray(which, dtype=np.int64), texts
+
+
+def conditioning_of(
+    conditions: Conditions,
+    settings: SampleConfig,
+    *,
+    text_encoder: str | None = None,
+    device: torch.device | str = "cpu",
+) -> Conditioning:
+    """The conditions of a model's images as `settings` ask for them.
+
+    `text_encoder`: hub id or folder of the encoder, if it is not where it was when the data were prepared; its sha256 must
+    be the same. Raises ValueError for labels or prompts that do not fit the model, and for another encoder.
+    """
+    if conditions.kind != "text":
+        if settings.prompts is not None:
+            raise ValueError(f"prompts are for models of text, this one is of {conditions}; leave them out")
+        if text_encoder is not None:
+            raise ValueError(f"a text encoder is for models of text, this one is of {conditions}; leave it out")
+        return LabelConditioning(conditions, settings.labels, settings.seed)
+    if settings.labels != "balanced":
+        raise ValueError(
+            f"labels are for models of classes, this one is of {conditions}; leave them out, and give prompts"
+        )
+    if not settings.prompts:
+        raise ValueError(NO_PROMPTS)
+    return PromptConditioning(settings.prompts, encoder_of(conditions, text_encoder, device))
+
+
+def encoder_of(conditions: Conditions, name: str | None, device: torch.device | str) -> TextEncoder:
+    """The text encoder of a model, from `name` or (None) from where it was. ValueError if it is missing or another one."""
+    found, remedy = name or conditions.encoder, "give the one that prepared the data with --text-encoder PATH"
+    if not found:
+        raise ValueError(f"the model does not name its text encoder; {remedy}")
+    if Path(found).is_absolute() and not Path(found).exists():  # its name would be searched for on the hub
+        raise ValueError(f"the text encoder {printable(found)} of this model is not there; {remedy}")
+    try:
+        encoder = load_text_encoder(found, conditions.tokens, device=device)
+    except ValueError as error:
+        raise ValueError(f"{first_line(error, 300)}; {remedy}") from error
+    if encoder.sha256 != conditions.sha256:
+        raise ValueError(
+            f"{printable(found)} is not the text encoder of this model (sha256 {encoder.sha256[:12]}, not "
+            f"{conditions.sha256[:12]}); {remedy}"
+        )
+    return encoder
+
+
+def captions_of(
+    dataset: Dataset, conditions: Conditions, seed: int = 0, *, device: torch.device | str = "cpu"
+) -> CaptionConditioning:
+    """The stored captions of `dataset` for a model of text. ValueError if the data have none, or another encoder's."""
+    own = dataset.manifest.conditions
+    if own != conditions:
+        raise ValueError(
+            f"{dataset.path} has {own}, the model was trained on {conditions}; prepare its captions with the text encoder of "
+            "the model, or give --prompts"
+        )
+    return CaptionConditioning(dataset, seed, device)
+
+
+def read_prompts(words: Sequence[str]) -> tuple[str, ...]:
+    """Prompts from the words of a command line: a word that is the path of a file stands for its lines.
+
+    Blank lines are left out. Raises ValueError for a file that is missing, empty, too large or not text.
+    """
+    prompts: list[str] = []
+    for word in words:
+        prompts += _lines(word) if _names_file(word) else [word]
+    if not prompts:
+        raise ValueError(NO_PROMPTS)
+    return tuple(prompts)
+
+
+def _names_file(word: str) -> bool:
+    try:
+        return Path(word).is_file() or (word.endswith(".txt") and len(word.split()) == 1)
+    except (OSError, ValueError):  # too long for a path
+        return False
+
+
+def _lines(name: str) -> list[str]:
+    path, wanted = Path(name), "give a text file with one prompt per line"
+    try:
+        if path.stat().st_size > MAX_PROMPTS:
+            raise ValueError(f"{printable(path)} is larger than {MAX_PROMPTS >> 20} MB; {wanted}")
+        text = path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError as error:
+        raise ValueError(f"{printable(path)} does not exist; {wanted}") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{printable(path)} cannot be read ({first_line(error)}); {wanted}") from error
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    if not lines:
+        raise ValueError(f"{printable(path)} has no prompts; {wanted}")
+    return lines
+
+
+def conditions_for(
+    indices: Sequence[int] | np.ndarray, conditions: Conditions, mode: Labels = "balanced", seed: int = 0
+) -> Tensor:
+    """Label of each image (N,) int64, from its index and the seed, for the kinds none and labels.
+
+    `balanced` cycles through the classes, `random` draws them uniformly, a tuple of classes is repeated (in it,
+    `num_classes` is the null label); with kind none every label is 0. Raises ValueError for anything else.
+    """
+    indices, count = np.asarray(indices, dtype=np.int64), conditions.num_classes
+    if not isinstance(mode, str):
+        wrong = [label for label in mode if not 0 <= label <= count]
+        if wrong or not mode:
+            raise ValueError(f"labels {list(mode)} do not fit a model of {count} classes; use 0 to {count}")
+        labels = np.asarray(mode, dtype=np.int64)[indices % len(mode)]
+    elif mode not in ("balanced", "random"):
+        raise ValueError(f"labels {mode!r} are unknown; use 'balanced', 'random' or a list of classes")
+    elif conditions.kind == "none":
+        labels = np.zeros_like(indices)
+    elif mode == "balanced":
+        labels = indices % count
+    else:
+        draws = [image_stream(seed, int(k), LABEL_STREAM).integers(count) for k in indices]
+        labels = np.asarray(draws, dtype=np.int64)
+    return torch.from_numpy(labels)
