@@ -38,7 +38,7 @@ class Data(Section):
     """directory of shards; `--data DIR` sets it"""
     autoencoder: str | None = None
     """what decodes previews and samples; None: what the data was prepared with"""
-    builtin: Literal["digits"] | None = None
+    builtin: Literal["digits", "digits_t2i"] | None = None
     """data that the run prepares by itself where no path is given; recipes of such data set it"""
     shape: tuple[int, ...] | None = None
     """shape of a latent, channels first: C H W of pictures; None: as prepared; otherwise the data must agree"""

@@ -5,6 +5,7 @@ Here those that make data, runs and images; `experiment_commands.py` has those o
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import warnings
 from dataclasses import dataclass, field
@@ -39,17 +40,18 @@ class Prepare(Command):
 
     SOURCE is a folder of class folders, a zip of class folders, a flat folder (no classes), a parquet file, a data set on
     the hub, or the built-in `digits`. With --text the pictures have captions: a folder of name.jpg with name.txt, a folder
-    with --captions FILE (as COCO's), webdataset tars, or a table with a column of captions.
+    with --captions FILE (as COCO's), webdataset tars, or a table with a column of captions. A folder may also hold sounds
+    (wav, flac) or videos (mp4, webm, mov, mkv, avi; gif with --frames) instead of pictures.
     """
 
     source: Positional[str]
-    """folder, zip, tar, parquet file, hub id or `digits`"""
+    """folder, zip, tar, parquet file, hub id, `digits`, or with --text `digits_t2i`"""
     out: Path
     """directory for the shards"""
     autoencoder: str = "pixel"
     """`pixel`, or a diffusers VAE by hub id or local path (e.g. stabilityai/sd-vae-ft-mse)"""
-    resolution: int | None = None
-    """side of the square pictures; None: as they are, which must be square and of one size"""
+    resolution: str | None = None
+    """side of the pictures, or HEIGHTxWIDTH; None: as they are, which must be of one size"""
     flip: bool = False
     """store the mirrored pictures too"""
     skip_bad: bool = False
@@ -87,22 +89,41 @@ class Prepare(Command):
     """also store the features of this vision model (of transformers, by hub id or local path), which --method repa reads"""
     grid: int | None = None
     """of the features: GRID x GRID, one for each token of the students; None: half the latents' side, as for patch 2"""
+    audio: Literal["waveform", "mel"] | None = None
+    """sounds are stored as samples, or as log-mel spectrograms; None: waveform"""
+    rate: int | None = None
+    """samples per second, to which sounds are resampled; None: as they are, which must be the same for all"""
+    length: float | None = None
+    """seconds of a sound: longer ones are cut, shorter ones padded with zeros at the end; None: as they are"""
+    bins: int | None = None
+    """mel bands of a spectrogram; None: 64"""
+    hop: int | None = None
+    """samples between two frames of a spectrogram (windows are four times as long); None: 16 ms"""
+    frames: int | None = None
+    """frames of a video, read from its start"""
+    grey: bool = False
+    """store videos in grey instead of RGB"""
 
     def run(self) -> None:
         from selftrans.data.prepare import prepare
         from selftrans.data.prepare_features import prepare_features
+        from selftrans.data.sources.clips import MediaOptions, kind_of
+        from selftrans.data.sources.decode import parse_resolution
         from selftrans.precision import dtype_name
 
         precision = dtype_name(self.precision)
         of_vae = "float32" if self.features and self.autoencoder == "pixel" and not self.text else precision
-        if self.features and self.autoencoder == "values":
-            raise ValueError("--features is for pictures; leave it out with --autoencoder values")
+        not_pictures = self.autoencoder == "values" or kind_of(Path(self.source), self.frames) in ("sounds", "videos")
+        if self.features and not_pictures:
+            raise ValueError("--features is for pictures; leave it out with --autoencoder values, sounds and videos")
         if self.grid and not self.features:
             warnings.warn("--grid is ignored without --features", stacklevel=2)
         text = self._text()
+        media = MediaOptions(**{each.name: getattr(self, each.name) for each in dataclasses.fields(MediaOptions)})
+        resolution = None if self.resolution is None else parse_resolution(self.resolution)
         not_mine = [name for name in vars(self) if name.startswith(("text", "caption"))]
-        given = self.options("features", "grid", "precision", *not_mine)
-        manifest = prepare(**given, precision=of_vae, text=text)
+        given = self.options("features", "grid", "precision", "resolution", *vars(media), *not_mine)
+        manifest = prepare(**given, resolution=resolution, precision=of_vae, text=text, media=media)
         print(manifest.summary())
         if self.features:
             options = {"grid": self.grid, "batch_size": self.batch_size, "precision": precision, "part": self.part}
@@ -138,7 +159,7 @@ class Train(RecipeCommand[Config]):
     out: Annotated[Path, tyro.conf.arg(metavar="RUN")]
     """run directory: created, or continued"""
     data: Annotated[str | None, tyro.conf.arg(metavar="DIR")] = None
-    """directory made by `selftrans prepare`; sets --data.path. The recipe digits brings its own data"""
+    """directory made by `selftrans prepare`; sets --data.path. The recipes digits and digits_t2i bring their own data"""
     teacher: Annotated[str | None, tyro.conf.arg(metavar="RUN_OR_FILE")] = None
     """a run, checkpoint or weights file that teaches in place of this run's own first stage"""
     init: Annotated[str | None, tyro.conf.arg(metavar="RUN_OR_FILE")] = None

@@ -1,6 +1,6 @@
 """Samples => moments => one shard on disk.
 
-Shape legend: N batch, (R, R, C) image, M moments channels, (C, *S) latent or values.
+Shape legend: N batch, (H, W, C) image, M moments channels, (C, *S) latent or values.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from selftrans.data.manifest import VERSION, Manifest, Shard, conditions_of
 from selftrans.data.record import Option
 from selftrans.data.shard_file import write_shard
 from selftrans.data.shard_plan import Decoded, ShardPlan
+from selftrans.data.sources.clips import Clips
+from selftrans.data.sources.decode import sides, size_text
 from selftrans.data.sources.npz import NpzValues
 from selftrans.data.sources.source import Source
 from selftrans.encoders.autoencoder import Autoencoder, from_uint8
@@ -40,7 +42,7 @@ class ShardEncoder(ShardPlan):
     @torch.no_grad()
     def encode(self, decoded: Decoded) -> np.ndarray:
         """Moments (N, copies, M, *S) in the stored dtype. Raises ValueError when they exceed its range."""
-        arrays = np.stack(decoded.arrays)  # (N, R, R, C) or (N, C, *S)
+        arrays = np.stack(decoded.arrays)  # (N, H, W, C) or (N, C, *S)
         if self.autoencoder.name == "pixel":
             return self._look_up(arrays)
         moments = torch.stack([self.autoencoder.encode(view).stack() for view in self._views(arrays)], dim=1)
@@ -77,15 +79,15 @@ class ShardEncoder(ShardPlan):
         if model.pictures:
             pictures = cast(Source, self.source)
             resolution, channels = pictures.resolution, pictures.channels
-            if resolution % model.downsample:
+            size = sides(resolution)
+            if any(side % model.downsample for side in size):
                 raise ValueError(
-                    f"resolution {resolution} is not a multiple of {model.downsample}, as {model.name} needs; "
+                    f"resolution {size_text(resolution)} is not a multiple of {model.downsample}, as {model.name} needs; "
                     "give another --resolution"
                 )
-            side = resolution // model.downsample
-            shape: tuple[int, ...] = (model.channels or channels, side, side)
+            shape: tuple[int, ...] = (model.channels or channels, *(side // model.downsample for side in size))
         else:
-            shape = cast(NpzValues, self.source).shape
+            shape = cast(NpzValues | Clips, self.source).shape
         return Manifest(
             version=VERSION,
             count=0,

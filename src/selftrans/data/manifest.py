@@ -26,6 +26,7 @@ from selftrans.data.record import (
     read_text,
 )
 from selftrans.data.shard_file import Layout, row_bytes
+from selftrans.data.sources.decode import Resolution, size_text
 from selftrans.encoders.autoencoder import LatentSpace
 from selftrans.storage import printable
 from selftrans.types import Conditions
@@ -119,7 +120,7 @@ class Manifest:
     latent_space: LatentSpace  #: moments => latents
     dtype: str  #: of the stored moments, one of DTYPES
     autoencoder: str
-    resolution: int | None  #: of the pictures; None: the data are not pictures
+    resolution: Resolution | None  #: of the pictures, a side or (height, width); None: the data are not pictures
     image_channels: int | None  #: of the pictures; None: the data are not pictures
     conditions: Conditions  #: of kind none, every label is 0
     classes: tuple[str, ...]  #: names of the labels; empty unless conditions are of kind labels
@@ -162,7 +163,7 @@ class Manifest:
             kind = "with captions"
         if self.classes:  # shown, since folders such as train/ and val/ could be mistaken for classes
             kind += f": {', '.join(map(printable, self.classes[:6]))}{', …' if self.num_classes > 6 else ''}"
-        size = "" if self.resolution is None else f" of {self.resolution}x{self.resolution}"
+        size = "" if self.resolution is None else f" of {size_text(self.resolution)}"
         latent = "x".join(str(side) for side in self.shape)
         std = "mean and std" if self.latent_space.stochastic else "no std"
         lines = [
@@ -213,7 +214,7 @@ class Manifest:
             latent_space=_latent_space(record.record("latent_space")),
             dtype=record.one_of("dtype", DTYPES),
             autoencoder=record.text("autoencoder"),
-            resolution=record.optional_integer("resolution", 1, 1 << 16),
+            resolution=record.take("resolution", _resolution),
             image_channels=record.optional_integer("image_channels", 1, 3),
             conditions=parse_conditions(record.record("conditions")),
             classes=record.items("classes", as_text),
@@ -270,6 +271,12 @@ def _latent_space(record: Record) -> LatentSpace:
 
     record.only(field.name for field in fields(LatentSpace))
     return LatentSpace(per_channel("shift"), per_channel("scale"), record.boolean("stochastic"))
+
+
+def _resolution(value: object) -> object:
+    if isinstance(value, list) and len(value) == 2:
+        return tuple(as_integer(side, 1, 1 << 16) for side in value)
+    return None if value is None else as_integer(value, 1, 1 << 16)
 
 
 def _check_agreement(manifest: Manifest) -> None:

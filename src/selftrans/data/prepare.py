@@ -1,7 +1,8 @@
-"""Pictures or arrays => moments => shards on disk. Threads decode ahead of the encoder; work resumes at shard granularity.
+"""Pictures, arrays, sounds or videos => moments => shards on disk. Threads decode ahead of the
+encoder; work resumes at shard granularity.
 
 Shards are independent, so several processes or machines can each make some of them (`part`).
-Shape legend: R resolution, (C, *S) values of data that are not pictures.
+Shape legend: (C, *S) values of data that are not pictures.
 """
 
 from __future__ import annotations
@@ -20,14 +21,19 @@ from selftrans.data.encode import ShardEncoder
 from selftrans.data.encode_captions import CaptionEncoder, TextOptions, check_disk, sizes
 from selftrans.data.manifest import DTYPES, Manifest, Shard
 from selftrans.data.record import Option
-from selftrans.data.sources.npz import npz_values
+from selftrans.data.sources.clips import Clips, MediaOptions, open_clips
+from selftrans.data.sources.decode import Resolution, size_text
+from selftrans.data.sources.npz import NpzValues, npz_values
 from selftrans.data.sources.open_source import open_source
 from selftrans.data.sources.source import Samples, ahead
 from selftrans.encoders.autoencoder import IDENTITIES, Autoencoder, autoencoder_name, load_autoencoder
+from selftrans.encoders.media import Video, is_media
 from selftrans.encoders.text import load_text_encoder
 from selftrans.precision import PRECISIONS, dtype_name
 from selftrans.storage import printable
 
+#: sources that are part of the package, which a run prepares by itself -> how their captions are stored; None: labels
+BUILT_IN = {"digits": None, "digits_t2i": TextOptions("minilm", tokens=32)}
 NETWORK_DTYPES = {dtype_name(name): dtype for name, dtype in PRECISIONS.items()}  #: "float32", ... -> torch dtype
 
 
@@ -36,7 +42,7 @@ def prepare(
     out: str | Path,
     *,
     autoencoder: str = "pixel",
-    resolution: int | None = None,
+    resolution: Resolution | None = None,
     flip: bool = False,
     batch_size: int = 64,
     shard_size: int = 8192,
@@ -48,35 +54,37 @@ def prepare(
     label_column: str | None = None,
     text: TextOptions | str | None = None,
     part: str = "1/1",
+    media: MediaOptions | None = None,
     progress: bool = True,
 ) -> Manifest:
-    """Encode a source of pictures (see `open_source`) into a folder of shards, and return its manifest.
+    """Encode pictures (see `open_source`), sounds or videos (see `open_clips`) into a folder of shards; returns its manifest.
 
     Args:
         autoencoder: with "values" the source is an npz of arrays (N, C, *S) that are not pictures (see `npz_values`).
-        resolution: side R to crop and resize to; None keeps the size of the pictures.
+        resolution: side, or (height, width), to crop and resize to; None keeps the size of the pictures.
         flip: store the moments of the mirrored pictures as a second copy.
         dtype: of the stored moments; None: float16, or float32 for values. `precision` is that of the network.
         skip_bad: skip unreadable samples and list them in the manifest, instead of stopping at the first.
         split, label_column: for parquet files and hub data sets.
         text: a text encoder (see `load_text_encoder`), or more options: store captions, which `open_source` describes.
+        media: how sounds and videos are read.
         part: "I/N": make every Nth shard only; other processes or machines make the others in the same folder. The part
             that ends last writes the manifest. Until then, the returned manifest lists the shards made so far.
     To continue an interrupted call, repeat it; with the same batch_size and device the shards are bit-identical. Repeating
     a complete call checks every sha256 and makes lost or damaged shards again.
     Raises ValueError for a bad source, sample, autoencoder or option, a folder begun with other options, a failed write.
     """
-    out, dtype = Path(out), dtype or ("float32" if autoencoder == "values" else "float16")
     text = TextOptions(text) if isinstance(text, str) else text
+    out, clips = Path(out), _open_clips(source, resolution, media or MediaOptions(), progress, autoencoder, flip, text)
+    dtype = dtype or _dtype(autoencoder, clips)
     mine, earlier = _check(source, out, batch_size, shard_size, dtype, precision, part), resumable.earlier(out)
+    samples: Samples | None = clips
     if autoencoder == "values":
         samples = _open_values(source, resolution, flip, label_column, text)
-    else:
+    elif samples is None:
         samples = _open_pictures(source, resolution, earlier, text, split, label_column, progress)
-    options: dict[str, Option] = {"autoencoder": autoencoder_name(autoencoder), "resolution": resolution, "flip": flip}
-    options |= {"shard_size": shard_size, "dtype": dtype, "precision": precision, "split": split}
-    options |= {"label_column": label_column, "fingerprint": samples.fingerprint}
-    options |= text.recorded() if text else {}
+    options = _options(samples, autoencoder, resolution, text, media) | {"flip": flip, "shard_size": shard_size}
+    options |= {"dtype": dtype, "precision": precision, "split": split, "label_column": label_column}
     if earlier:
         resumable.check_options(earlier.plan, options, out)
         if _covers(earlier, samples) and not _remove_damaged(out, progress):
@@ -84,15 +92,24 @@ def prepare(
     _report_ignored(samples, progress)
     _check_faults(samples, source, skip_bad)
     captions = _load_text(samples, text, device, precision, progress) if text else None
-    device, model = _load(autoencoder, device, "float32" if text and autoencoder in IDENTITIES else precision)
+    name = autoencoder if clips is None else clips.normalised().name
+    device, model = _load(name, device, "float32" if text and autoencoder in IDENTITIES else precision)
     encoder = ShardEncoder(samples, batch_size, shard_size, skip_bad, model, device, flip, dtype, captions)
     return _run(encoder, encoder.plan(str(source), options), out, mine, progress)
 
 
-def prepare_digits(out: str | Path) -> Dataset:
-    """The built-in digits as 8x8 pixel shards in `out`: made by the first call, opened by later ones."""
-    prepare("digits", out, progress=False)
+def prepare_builtin(source: str, out: str | Path) -> Dataset:
+    """A source of `BUILT_IN` as pixel shards in `out`: made by the first call, opened by later ones.
+
+    `digits_t2i` takes about a minute on two cores, and 180 MB.
+    """
+    prepare(source, out, text=BUILT_IN[source], progress=False)
     return Dataset.open(out)
+
+
+def prepare_digits(out: str | Path) -> Dataset:
+    """`prepare_builtin` of the digits, 8x8 pixels with labels."""
+    return prepare_builtin("digits", out)
 
 
 def say(text: str, progress: bool) -> None:
@@ -104,6 +121,8 @@ def say(text: str, progress: bool) -> None:
 def _report_ignored(samples: Samples, progress: bool) -> None:
     if samples.ignored:
         say("ignored: " + ", ".join(f"{count} {why}" for why, count in samples.ignored.items()), progress)
+    for remark in samples.remarks if isinstance(samples, Clips) else ():
+        say(remark, progress)
 
 
 def _check(
@@ -116,14 +135,14 @@ def _check(
         raise ValueError(f"precision {precision!r} is not one of {', '.join(NETWORK_DTYPES)}")
     if batch_size < 1 or shard_size < 1:
         raise ValueError(f"batch_size {batch_size} and shard_size {shard_size} should be 1 or more")
-    if str(source) != "digits" and Path(source).is_dir() and out.resolve().is_relative_to(Path(source).resolve()):
+    if str(source) not in BUILT_IN and Path(source).is_dir() and out.resolve().is_relative_to(Path(source).resolve()):
         raise ValueError(f"{out} is inside the source folder {source}; choose an --out outside it")
     return resumable.parse_part(part)
 
 
 def _open_pictures(
     source: str | Path,
-    resolution: int | None,
+    resolution: Resolution | None,
     earlier: resumable.Earlier | None,
     text: TextOptions | None,
     split: str,
@@ -140,6 +159,49 @@ def _open_pictures(
         captions=text.source if text else None,
         progress=progress,
     )
+
+
+def _dtype(autoencoder: str, clips: Clips | None) -> str:
+    """Of the stored moments by default: sound has a larger range than pixels, and values have any."""
+    sound = clips is not None and not isinstance(clips.media, Video)
+    return "float32" if sound or autoencoder == "values" else "float16"
+
+
+def _options(
+    samples: Samples,
+    autoencoder: str,
+    resolution: Resolution | None,
+    text: TextOptions | None,
+    media: MediaOptions | None,
+) -> dict[str, Option]:
+    """What a folder is begun with and must be continued with, besides the plain options of `prepare`."""
+    return {
+        "autoencoder": samples.media.kind if isinstance(samples, Clips) else autoencoder_name(autoencoder),
+        "resolution": size_text(resolution) if isinstance(resolution, tuple) else resolution,
+        "fingerprint": samples.fingerprint,
+        **(text.recorded() if text else {}),
+        **(media.given() if media else {}),
+    }
+
+
+def _open_clips(
+    source: str | Path,
+    resolution: Resolution | None,
+    media: MediaOptions,
+    progress: bool,
+    autoencoder: str,
+    flip: bool,
+    text: object,
+) -> Clips | None:
+    """Sounds or videos; None for another source. Raises ValueError for an option that only applies to pictures."""
+    if autoencoder == "values":
+        media.refuse("audio rate length bins hop frames grey", "--autoencoder values")
+        return None
+    clips = open_clips(source, media, resolution, progress)
+    for name, given in (("flip", flip), ("autoencoder", autoencoder != "pixel"), ("text", text is not None)):
+        if clips and given:
+            raise ValueError(f"--{name} is for pictures; leave it out for sounds and videos")
+    return clips
 
 
 def _check_faults(samples: Samples, source: str | Path, skip_bad: bool) -> None:
@@ -167,7 +229,7 @@ def _load_text(
 
 
 def _open_values(
-    source: str | Path, resolution: int | None, flip: bool, label_column: str | None, text: TextOptions | None
+    source: str | Path, resolution: Resolution | None, flip: bool, label_column: str | None, text: TextOptions | None
 ) -> Samples:
     """Open an npz of values. Raises ValueError for an option that only applies to pictures."""
     for name, given in (("resolution", resolution is not None), ("flip", flip), ("text", text is not None)):
@@ -196,7 +258,7 @@ def _remove_damaged(out: Path, progress: bool) -> list[str]:
 
 def _load(name: str, device: str | torch.device | None, precision: str) -> tuple[torch.device, Autoencoder]:
     """The device (None: a GPU if there is one) and the autoencoder on it."""
-    if name in IDENTITIES:
+    if name in IDENTITIES or is_media(name):
         if precision != "float32":
             warnings.warn(f"precision {precision} is ignored: {name} needs no network", stacklevel=3)
         return torch.device("cpu"), load_autoencoder(name)
@@ -229,7 +291,7 @@ def _run(encoder: ShardEncoder, plan: Manifest, out: Path, part: resumable.Part,
         total = sum(encoder.asked(shard) for shard in mine)
         bar = tqdm(total=total, initial=initial, unit=f" {plan.unit}", disable=not progress)
         batches = (batch for shard in missing for batch in encoder.batches(shard))
-        threads = None if encoder.autoencoder.pictures else 1  # an npz must be read in order
+        threads = 1 if isinstance(encoder.source, NpzValues) else None  # an npz must be read in order
         with bar, closing(ahead(encoder.decode, batches, threads=threads)) as decoded:
             for shard in missing:
                 resumable.record(out, encoder.write(plan, out, shard, decoded, bar.update))

@@ -24,6 +24,7 @@ from selftrans.data.record import parse_json, read_text
 from selftrans.data.shard_file import KEPT, Layout, is_valid, write_shard
 from selftrans.data.shard_plan import Decoded, ShardPlan
 from selftrans.data.sources.captions import CaptionSource
+from selftrans.data.sources.decode import size_text
 from selftrans.data.sources.open_source import open_source
 from selftrans.data.sources.source import Source, ahead
 from selftrans.encoders.autoencoder import from_uint8
@@ -63,18 +64,11 @@ def prepare_features(
     if earlier is None:
         raise ValueError(f"{out} holds no prepared pictures; run `selftrans prepare` on {source} first")
     manifest, options = earlier.plan, earlier.plan.options
-    if manifest.resolution is None:
-        raise ValueError(f"{out} holds data that are not pictures; a vision encoder cannot read them: omit --features")
+    if not isinstance(manifest.resolution, int):
+        raise ValueError(f"{out} holds {_other(manifest)}; a vision encoder cannot read them: omit --features")
     pictures = _open(source, manifest, captions, progress)
     resumable.check_options(manifest, options | {"fingerprint": pictures.fingerprint}, out)
-    size = options.get("shard_size")
-    if (
-        batch_size < 1
-        or not isinstance(size, int)
-        or (grid is not None and grid < 1)
-        or precision not in NETWORK_DTYPES
-    ):
-        raise ValueError(f"batch_size {batch_size}, grid {grid} or precision {precision!r} is out of range")
+    size = _checked_size(options.get("shard_size"), batch_size, grid, precision)
     wanted = Features(
         encoder=encoder_name(encoder),
         sha256="",  # known once the encoder is loaded
@@ -87,6 +81,21 @@ def prepare_features(
     _stored(wanted, out)  # refuse other features before anything is written
     chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     return _run(ShardPlan(pictures, batch_size, size, skip_bad=True), wanted, out, mine, chosen, progress)
+
+
+def _checked_size(size: object, batch_size: int, grid: int | None, precision: str) -> int:
+    """Samples per shard. Raises ValueError for an option out of range."""
+    wrong = batch_size < 1 or (grid is not None and grid < 1) or precision not in NETWORK_DTYPES
+    if wrong or not isinstance(size, int):
+        raise ValueError(f"batch_size {batch_size}, grid {grid} or precision {precision!r} is out of range")
+    return size
+
+
+def _other(manifest: Manifest) -> str:
+    """The data of a folder without square pictures, for messages."""
+    if manifest.resolution is None:
+        return "data that are not pictures"
+    return f"pictures of {size_text(manifest.resolution)}, which are not square"
 
 
 def _open(source: str | Path, manifest: Manifest, captions: CaptionSource | None, progress: bool) -> Source:

@@ -1,9 +1,9 @@
 """Autoencoders: pixels => moments => latents => pixels.
 
-pixels   (N, 3 or 1, R, R) float in [-1, 1]; for data that are not pictures, values (N, C, *S) of any range
+pixels   (N, 3 or 1, H, W) float in [-1, 1]; for data that are not pictures, values (N, C, *S) of any range
 moments  mean and, for a variational autoencoder, standard deviation: raw encoder output; stored on disk
 latents  (N, C, *S) = (sample - shift) * scale, of about unit variance; a model is trained on these
-Shape legend: N batch, R resolution, (C, *S) latent with one to three spatial dimensions S, M moments channels (2C when
+Shape legend: N batch, (C, *S) latent with one to three spatial dimensions S, M moments channels (2C when
 stochastic, else C).
 """
 
@@ -74,18 +74,35 @@ def _column(values: tuple[float, ...], spatial: int, device: torch.device) -> Te
 class Autoencoder(Protocol):
     """Maps pixels to moments, and scaled latents back to pixels."""
 
-    name: str  #: "pixel", "values", a hub id, or the absolute path of a folder
-    pictures: bool  #: whether it encodes pictures; if not, its inputs are values (N, C, *S)
-    latent_space: LatentSpace
-    channels: int  #: C of a latent; 0: as many as the pixels have
-    downsample: int  #: R / H
+    @property
+    def name(self) -> str:
+        """ "pixel", "values", a kind of sound or video with its numbers, a hub id, or the absolute path of a folder."""
+        ...
+
+    @property
+    def pictures(self) -> bool:
+        """Whether it encodes pictures; if not, its inputs are values (N, C, *S)."""
+        ...
+
+    @property
+    def latent_space(self) -> LatentSpace: ...
+
+    @property
+    def channels(self) -> int:
+        """C of a latent; 0: as many as the pixels have."""
+        ...
+
+    @property
+    def downsample(self) -> int:
+        """Side of the pixels / side of the latent."""
+        ...
 
     def encode(self, pixels: Tensor) -> Moments:
-        """Pixels (N, 3 or 1, R, R) in [-1, 1] to raw float32 moments (N, C, H, W)."""
+        """Pixels (N, 3 or 1, H, W) in [-1, 1] to raw float32 moments (N, C, h, w)."""
         ...
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Scaled latents (N, C, H, W) to float32 pixels (N, 3 or 1, R, R), clamped to [-1, 1]."""
+        """Scaled latents (N, C, h, w) to float32 pixels (N, 3 or 1, H, W), clamped to [-1, 1]."""
         ...
 
 
@@ -143,11 +160,11 @@ class DiffusersAutoencoder:
 
     @torch.no_grad()
     def encode(self, pixels: Tensor) -> Moments:
-        channels, side = pixels.shape[1], pixels.shape[-1]
-        if side % self.downsample or pixels.shape[-2] != side:
+        channels, height, width = pixels.shape[1:]
+        if height % self.downsample or width % self.downsample:
             raise ValueError(
-                f"autoencoder {self.name} needs squares with a side that is a multiple of {self.downsample}, "
-                f"not {pixels.shape[-2]}x{side}; choose another resolution"
+                f"autoencoder {self.name} needs sides that are multiples of {self.downsample}, "
+                f"not {height}x{width}; choose another resolution"
             )
         if channels == 1 and self.pixel_channels == 3:
             pixels = pixels.expand(-1, 3, -1, -1)
@@ -200,7 +217,8 @@ def autoencoder_name(name: str) -> str:
 def load_autoencoder(
     name: str, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
 ) -> Autoencoder:
-    """Load an autoencoder: `pixel`, `values` (data that are not pictures), or a diffusers VAE by local folder or hub id.
+    """Load an autoencoder: `pixel`, `values` (data that are not pictures), sound or video by its name in a manifest (see
+    `media`), or a diffusers VAE by local folder or hub id.
 
     A hub id may include a folder of its repository (`owner/repository/vae`). Only safetensors are read, and no code is
     run. `dtype` is that of the network; moments and pixels are always float32.
@@ -209,6 +227,10 @@ def load_autoencoder(
     """
     if name in IDENTITIES:
         return IDENTITIES[name]()
+    from selftrans.encoders.media import is_media, parse_media
+
+    if is_media(name):
+        return parse_media(name)
     folder, subfolder = _locate(name)
     config = _read_config(name, folder, subfolder)
     kind = config.get("_class_name")
@@ -235,13 +257,13 @@ def load_autoencoder(
 
 
 def to_uint8(pixels: Tensor) -> Tensor:
-    """Pixels (N, C, R, R) in [-1, 1] to images (N, R, R, C) uint8, rounded to nearest and clamped."""
+    """Pixels (N, C, H, W) in [-1, 1] to images (N, H, W, C) uint8, rounded to nearest and clamped."""
     images = (pixels.float() * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8)
     return images.permute(0, 2, 3, 1).contiguous()
 
 
 def from_uint8(images: Tensor) -> Tensor:
-    """Images (N, R, R, C) uint8 to float32 pixels (N, C, R, R) in [-1, 1]; `to_uint8` is its exact inverse."""
+    """Images (N, H, W, C) uint8 to float32 pixels (N, C, H, W) in [-1, 1]; `to_uint8` is its exact inverse."""
     return images.permute(0, 3, 1, 2).float().div(127.5).sub(1).contiguous()
 
 

@@ -1,7 +1,8 @@
-"""A small image classifier, whose features measure distances where Inception is unsuitable: tiny or greyscale images.
+"""A small classifier, whose features measure distances where Inception is unsuitable: tiny or grey pictures, sounds, videos.
 
-Shape legend: N images, R side of a square image, C channels, K classes, F features.
-images are uint8 (N, R, R, C); the network itself takes float (N, C, R, R) in [-1, 1].
+Shape legend: N images, S one to three spatial dimensions, C channels, K classes, F features.
+images are pictures uint8 (N, H, W, C), which the network itself takes as float (N, C, H, W) in [-1, 1], or arrays float32
+(N, C, *S) of any range.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,6 +25,8 @@ from selftrans.storage import atomic_write, first_line, printable
 
 FORMAT = "selftrans.classifier/1"
 LAYERS = ("resolution", "channels", "num_classes", "width", "dim")  #: the constructor's arguments, as in the header
+ARRAYS = "arrays"  #: the last one, in the header of classifiers of arrays
+CONVS, NORMS = (nn.Conv1d, nn.Conv2d, nn.Conv3d), (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)  #: by dimensions
 
 
 @dataclass(frozen=True)
@@ -38,43 +41,75 @@ class Training:
 
 
 class SmallClassifier(nn.Module):
-    """Convolutions that halve the image until its side is at most 4, then two linear layers.
+    """Convolutions that halve the image until its sides are at most 4, then two linear layers.
 
     Args:
-        resolution, channels: R and C of the images.
+        resolution: S of the images; a number is the side of a square.
+        channels: C of the images.
         num_classes: K, the number of logits.
         width: channels after the first convolution; each halving doubles them, up to four times.
         dim: F, the length of the penultimate features.
+        arrays: the images are arrays, whose channels are normalised first.
     """
 
-    def __init__(self, resolution: int, channels: int, num_classes: int, *, width: int = 32, dim: int = 64) -> None:
+    def __init__(
+        self,
+        resolution: int | Sequence[int],
+        channels: int,
+        num_classes: int,
+        *,
+        width: int = 32,
+        dim: int = 64,
+        arrays: bool = False,
+    ) -> None:
         super().__init__()
-        self.resolution, self.channels, self.num_classes = resolution, channels, num_classes
-        self.width, self.dim = width, dim
+        self.size = (resolution, resolution) if isinstance(resolution, int) else tuple(resolution)
+        self.channels, self.num_classes, self.width, self.dim, self.arrays = channels, num_classes, width, dim, arrays
         self.training_record: Training | None = None
-        layers, side, inner = [*_conv(channels, width)], resolution, width
-        while side > 4:
-            outer = min(2 * inner, 4 * width)
-            layers += [*_conv(inner, outer), *_conv(outer, outer), nn.MaxPool2d(2, ceil_mode=True)]
-            side, inner = math.ceil(side / 2), outer
-        self.trunk = nn.Sequential(*layers, nn.Flatten(start_dim=1), nn.Linear(inner * side * side, dim), nn.ReLU())
+        self.mean: Tensor
+        self.deviation: Tensor
+        size, inner, dims = self.size, width, len(self.size)
+        pool = (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d)[dims - 1]
+        layers = [*_conv(channels, width, dims)]
+        while max(size) > 4:
+            outer, halved = min(2 * inner, 4 * width), tuple(2 if side > 4 else 1 for side in size)
+            layers += [*_conv(inner, outer, dims), *_conv(outer, outer, dims), pool(halved, ceil_mode=True)]
+            size, inner = tuple(math.ceil(side / by) for side, by in zip(size, halved, strict=True)), outer
+        self.trunk = nn.Sequential(*layers, nn.Flatten(start_dim=1), nn.Linear(inner * math.prod(size), dim), nn.ReLU())
         self.head = nn.Linear(dim, num_classes)
+        if arrays:  # of the training data, channel by channel
+            self.register_buffer("mean", torch.zeros(channels))
+            self.register_buffer("deviation", torch.ones(channels))
+
+    @property
+    def resolution(self) -> int | tuple[int, ...]:
+        """S of the images; a number is the side of a square."""
+        return self.size[0] if len(self.size) == 2 and self.size[0] == self.size[1] else self.size
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of an image: (H, W, C) of a picture, (C, *S) of an array."""
+        return (self.channels, *self.size) if self.arrays else (*self.size, self.channels)
 
     def features(self, x: Tensor) -> Tensor:
-        """Penultimate activations (N, F) of images (N, C, R, R) in [-1, 1]."""
+        """Penultimate activations (N, F) of `to_input(images)`, (N, C, *S)."""
+        if self.arrays:
+            column = (-1, *[1] * len(self.size))
+            x = (x - self.mean.view(column)) / self.deviation.view(column)
         return self.trunk(x)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits (N, K) of images (N, C, R, R) in [-1, 1]."""
+        """Logits (N, K) of `to_input(images)`, (N, C, *S)."""
         return self.head(self.features(x))
 
     def save(self, path: str | Path) -> None:
         """Write weights, architecture and training record to one safetensors file, atomically."""
         from safetensors.torch import save
 
+        architecture = {name: getattr(self, name) for name in (*LAYERS, *([ARRAYS] if self.arrays else []))}
         header = {
             "format": FORMAT,
-            "architecture": json.dumps({name: getattr(self, name) for name in LAYERS}),
+            "architecture": json.dumps(architecture),
             "training": json.dumps(asdict(self.training_record) if self.training_record else None),
         }
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
@@ -117,15 +152,19 @@ class SmallClassifier(nn.Module):
         return model.eval()
 
 
-def _conv(inner: int, outer: int) -> tuple[nn.Module, ...]:
-    return nn.Conv2d(inner, outer, kernel_size=3, padding=1, bias=False), nn.BatchNorm2d(outer), nn.ReLU()
+def _conv(inner: int, outer: int, dims: int) -> tuple[nn.Module, ...]:
+    return CONVS[dims - 1](inner, outer, kernel_size=3, padding=1, bias=False), NORMS[dims - 1](outer), nn.ReLU()
 
 
-def _architecture(values: Any) -> dict[str, int]:
-    """The constructor's arguments from a header; ValueError unless they are exactly five positive integers."""
-    if not isinstance(values, dict) or set(values) != set(LAYERS):
+def _architecture(values: Any) -> dict[str, Any]:
+    """The constructor's arguments from a header; ValueError unless they are positive integers, but for S and `arrays`."""
+    if not isinstance(values, dict) or set(values) - {ARRAYS} != set(LAYERS) or values.get(ARRAYS, True) is not True:
         raise ValueError(f"architecture must name {', '.join(LAYERS)}")
-    if any(type(value) is not int or not 1 <= value < 1 << 31 for value in values.values()):
+    size = values["resolution"]
+    if isinstance(size, list) and not 1 <= len(size) <= 3:
+        raise ValueError(f"architecture has {len(size)} sides")
+    numbers = [*(size if isinstance(size, list) else [size]), *(values[name] for name in LAYERS[1:])]
+    if any(type(value) is not int or not 1 <= value < 1 << 31 for value in numbers):
         raise ValueError("architecture holds something other than positive integers of 31 bits")
     return values
 
@@ -153,8 +192,9 @@ def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
 
 
 def to_input(images: np.ndarray | Tensor, device: torch.device | str = "cpu") -> Tensor:
-    """uint8 (N, R, R, C) -> float32 (N, C, R, R) in [-1, 1]."""
-    return torch.as_tensor(images).to(device).permute(0, 3, 1, 2).float().div(127.5).sub(1)
+    """Pictures uint8 (N, H, W, C) -> float32 (N, C, H, W) in [-1, 1]; arrays (N, C, *S) stay as they are."""
+    given = torch.as_tensor(images).to(device)
+    return given.permute(0, 3, 1, 2).float().div(127.5).sub(1) if given.dtype == torch.uint8 else given.float()
 
 
 def weights_sha256(module: nn.Module) -> str:
@@ -191,14 +231,16 @@ def train_classifier(
     device: torch.device | str = "cpu",
     threads: int | None = None,
 ) -> SmallClassifier:
-    """Train a classifier on uint8 images (N, R, R, C) with labels (N,) in 0 .. K - 1; keeps torch's global RNG state.
+    """Train a classifier on images with labels (N,) in 0 .. K - 1; keeps torch's global RNG state.
 
     AdamW with a one-cycle schedule. A fraction `test_fraction` of the images, drawn by `seed`, is held out and gives the
-    accuracy in the result's `training_record`. Augmentation: `shift` moves each image by up to that many pixels, `flip`
+    accuracy in the result's `training_record`. Augmentation: `shift` moves each picture by up to that many pixels, `flip`
     mirrors half of them. `threads`: number of CPU threads (None: torch's setting). The same arguments give the same
     weights on the same machine. Raises ValueError for invalid data.
     """
-    labels = _checked_labels(images, labels, num_classes)
+    labels, arrays = _checked_labels(images, labels, num_classes), images.dtype != np.uint8
+    if arrays and (shift or flip):
+        raise ValueError("shift and flip are for pictures; leave them out for arrays")
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(images), generator=generator)
     held_out = min(max(1, round(test_fraction * len(images))), len(images) - 1)
@@ -206,7 +248,12 @@ def train_classifier(
     test, train = order[:held_out], order[held_out:]
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)  # torch.manual_seed would reseed the accelerators too
-        model = SmallClassifier(images.shape[1], images.shape[3], num_classes, width=width, dim=dim).to(device)
+        channels, size = (images.shape[1], images.shape[2:]) if arrays else (images.shape[3], images.shape[1:3])
+        model = SmallClassifier(size, channels, num_classes, width=width, dim=dim, arrays=arrays).to(device)
+    if arrays:
+        values = pixels[train].double().transpose(0, 1).flatten(start_dim=1)  # (C, values)
+        model.mean.copy_(values.mean(dim=1))
+        model.deviation.copy_(values.std(dim=1).clamp(min=1e-6))
     optimiser = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=1e-2)
     steps = epochs * math.ceil(len(train) / batch_size)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, max_lr=lr, total_steps=steps)
@@ -241,8 +288,10 @@ def cpu_threads(count: int | None) -> Iterator[None]:
 
 def _checked_labels(images: np.ndarray, labels: np.ndarray, num_classes: int) -> np.ndarray:
     """Labels as int64, after checking that images and labels match."""
-    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1] != images.shape[2]:
-        raise ValueError(f"images are {images.dtype} {images.shape}; a classifier trains on uint8 (N, R, R, C)")
+    pictures = images.dtype == np.uint8 and images.ndim == 4
+    if not pictures and not (images.dtype == np.float32 and 3 <= images.ndim <= 5):
+        expected = "uint8 (N, H, W, C) or float32 (N, C, *S)"
+        raise ValueError(f"images are {images.dtype} {images.shape}; a classifier trains on {expected}")
     labels = np.asarray(labels).astype(np.int64)
     if labels.shape != (len(images),):
         raise ValueError(f"{len(images)} images but labels of shape {labels.shape}; give one label per image")
@@ -256,11 +305,12 @@ def _checked_labels(images: np.ndarray, labels: np.ndarray, num_classes: int) ->
 
 
 def _augment(images: Tensor, shift: int, flip: bool, generator: torch.Generator) -> Tensor:
-    """Randomly shift and mirror uint8 images (N, R, R, C), with edge padding."""
-    n, side = images.shape[:2]
+    """Randomly shift and mirror pictures (N, H, W, C), with edge padding."""
+    n, height, width = images.shape[:3]
     if shift:
-        line, offsets = torch.arange(side), torch.randint(-shift, shift + 1, (2, n, 1), generator=generator)
-        rows, columns = (line + offsets).clamp(0, side - 1)  # each (N, R)
+        down, across = torch.randint(-shift, shift + 1, (2, n, 1), generator=generator)
+        rows = (torch.arange(height) + down).clamp(0, height - 1)  # (N, H)
+        columns = (torch.arange(width) + across).clamp(0, width - 1)  # (N, W)
         images = images[torch.arange(n)[:, None, None], rows[:, :, None], columns[:, None, :]]
     if flip:
         mirrored = torch.rand(n, generator=generator) < 0.5

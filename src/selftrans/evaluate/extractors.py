@@ -39,6 +39,7 @@ class Extractor(Protocol):
     sha256: str
     dim: int  #: F
     pictures: bool  #: takes pictures only; False: arrays, too
+    head: bool  #: whether it gives logits
 
     def __call__(self, images: np.ndarray) -> dict[str, np.ndarray]:
         """'features' (n, F), 'logits' (n, K) if there is a head, and 'spatial' (n, S) if the extractor has them.
@@ -51,21 +52,22 @@ class Extractor(Protocol):
 class ClassifierExtractor:
     """The penultimate features and the logits of a `SmallClassifier`."""
 
-    pictures = True
+    head = True
 
     def __init__(self, classifier: SmallClassifier, name: str, device: Device = "cpu") -> None:
         self.classifier, self.name, self.device = classifier.to(device).eval(), name, device
-        self.sha256, self.dim = weights_sha256(classifier), classifier.dim
+        self.sha256, self.dim, self.pictures = weights_sha256(classifier), classifier.dim, not classifier.arrays
 
     @torch.inference_mode()
     def __call__(self, images: np.ndarray) -> dict[str, np.ndarray]:
-        expected = (self.classifier.resolution, self.classifier.resolution, self.classifier.channels)
-        if images.shape[1:] != expected:
+        expected = self.classifier.shape
+        if images.shape[1:] != expected or (images.dtype == np.uint8) != self.pictures:
+            noun = "images" if self.pictures else "arrays"
             raise ValueError(
-                f"the {self.name} takes {_size(expected)} images, these are {_size(images.shape[1:])}; "
+                f"the {self.name} takes {_size(expected)} {noun}, these are {_size(images.shape[1:])}; "
                 "give samples and reference of that size, or use another extractor"
             )
-        with cpu_threads(1 if self.classifier.resolution <= TINY else None):
+        with cpu_threads(1 if max(self.classifier.size) <= TINY else None):
             features = self.classifier.features(to_input(images, self.device))
         return {"features": features.cpu().numpy(), "logits": self.classifier.head(features).cpu().numpy()}
 
@@ -79,7 +81,7 @@ class InceptionExtractor:
     refused: with other weights the distance is not an FID, and torch-fidelity unpickles any file.
     """
 
-    pictures = True
+    pictures = head = True
 
     def __init__(self, weights: str | Path | None = None, device: Device = "cpu") -> None:
         network = _inception_class()
@@ -115,7 +117,7 @@ class ValuesExtractor:
     Raises ValueError for a `shape` (of one image) with more than MAX_VALUES values.
     """
 
-    pictures, name = False, "values"
+    pictures, head, name = False, False, "values"
 
     def __init__(self, shape: tuple[int, ...]) -> None:
         self.shape, self.dim = tuple(shape), math.prod(shape)

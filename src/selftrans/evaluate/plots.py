@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 DASHES = ("-", "--", "-.", ":")
+FRAMES = 8  #: most slices of an array of three spatial dimensions that are shown
 INK, RULE = "#222222", "#DDDDDD"
 
 #: (x, y), or (x, y, deviation of y) which is drawn as a band
@@ -82,7 +83,8 @@ def as_pictures(samples: np.ndarray) -> np.ndarray:
 
     Pictures uint8 (n, H, W, C) are returned unchanged. Float arrays (n, C, L) become line plots with one line per
     channel. For (n, C, H, W), three channels become red, green and blue; otherwise the first one is shown in grey. For
-    (n, C, F, H, W) the same is done for the middle slice of F. Raises ValueError for anything else.
+    (n, C, F, H, W) the same is done for at most FRAMES slices of F, evenly spaced and next to each other. Raises ValueError
+    for anything else.
     """
     if samples.dtype == np.uint8:
         return samples
@@ -93,10 +95,17 @@ def as_pictures(samples: np.ndarray) -> np.ndarray:
     if samples.ndim == 3:
         return _line_plots(samples)
     if samples.ndim == 5:
-        samples = samples[:, :, samples.shape[2] // 2]
+        samples = _strips(samples)
     shown = (samples if samples.shape[1] == 3 else samples[:, :1]).transpose(0, 2, 3, 1).astype(np.float64)
     low, span = shown.min(), np.ptp(shown) or 1.0
     return np.round((shown - low) * (255 / span)).astype(np.uint8)
+
+
+def _strips(samples: np.ndarray) -> np.ndarray:
+    """Slices of arrays (n, C, F, H, W) next to each other, (n, C, H, slices W): all, or FRAMES of them, evenly spaced."""
+    n, channels, frames, height, width = samples.shape
+    chosen = np.linspace(0, frames - 1, min(frames, FRAMES)).round().astype(int)
+    return samples[:, :, chosen].transpose(0, 1, 3, 2, 4).reshape(n, channels, height, len(chosen) * width)
 
 
 def _line_plots(samples: np.ndarray) -> np.ndarray:

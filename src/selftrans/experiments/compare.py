@@ -18,7 +18,7 @@ import torch
 
 from selftrans.config import RunConfig, to_json
 from selftrans.data.dataset import Dataset, Manifest
-from selftrans.data.prepare import prepare_digits
+from selftrans.data.prepare import prepare_builtin
 from selftrans.evaluate.extractors import MAX_VALUES, load_extractor
 from selftrans.evaluate.plots import save
 from selftrans.experiments import html_report
@@ -131,7 +131,7 @@ def with_defaults(config: RunConfig, out: Path, *, features: str | None = None) 
     if config.data.path is None:
         if config.data.builtin is None:
             raise ValueError(f"recipe {config.recipe} needs --data DIR, a directory made by `selftrans prepare`")
-        prepare_digits(out / "data")
+        prepare_builtin(config.data.builtin, out / "data")
         config = config.override({"data.path": str(out / "data")})
         features = features or "digits"
     if features == "digits":

@@ -19,6 +19,7 @@ from selftrans.checkpoints.load import FILES, load_model
 from selftrans.config import RunConfig, SampleConfig
 from selftrans.data.dataset import Dataset, Manifest
 from selftrans.data.decoded import data_latents, decoded_images
+from selftrans.data.sources.decode import sides
 from selftrans.device import default_device
 from selftrans.evaluate.extractors import Extractor, load_extractor
 from selftrans.evaluate.metrics import evaluate
@@ -91,7 +92,7 @@ def image_shape(manifest: Manifest) -> tuple[int, ...]:
         return manifest.shape  # an autoencoder of arrays that are no pictures changes none
     if manifest.autoencoder == "pixel":
         return *manifest.shape[1:], manifest.shape[0]
-    return manifest.resolution, manifest.resolution, manifest.image_channels
+    return *sides(manifest.resolution), manifest.image_channels
 
 
 def measuring_cost(config: RunConfig, images: int) -> int:
@@ -146,7 +147,7 @@ def measure_checkpoint(folder: Path, measurement: Measurement) -> dict[str, Any]
     batches = list(sampler.sample())
     labels = np.concatenate([batch.labels for batch in batches])
     images = (batch.images for batch in batches)
-    metrics = ("frechet", "accuracy") if classes > 1 and measurement.extractor.pictures else ("frechet",)
+    metrics = ("frechet", "accuracy") if classes > 1 and measurement.extractor.head else ("frechet",)
     report = evaluate(images, measurement.reference, measurement.extractor, labels=labels, metrics=metrics)
     spent = checkpoint.read_header(folder / FILES["ema"])
     return {

@@ -1,4 +1,4 @@
-"""`selftrans classifier`: prepared pictures with classes ⇒ a small classifier, whose features `evaluate` can use."""
+"""`selftrans classifier`: prepared data with classes ⇒ a small classifier, whose features `evaluate` can use."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from selftrans.storage import write_json
 def classifier_from_data(data: str | Path, out: Path, *, epochs: int, seed: int) -> str:
     """Train a classifier on prepared data, on the default device, and save it; returns a message.
 
-    Raises ValueError for data with less than two classes, and for data that are not pictures.
+    Raises ValueError for data with less than two classes.
     """
     dataset = Dataset.open(data)
     if out.suffix != ".safetensors":
@@ -26,8 +26,6 @@ def classifier_from_data(data: str | Path, out: Path, *, epochs: int, seed: int)
         raise ValueError(f"{data} has {dataset.manifest.num_classes} classes; a classifier needs at least two")
     device = default_device()
     images = np.concatenate(list(decoded_images(dataset, device=device)), axis=0)
-    if images.dtype != np.uint8:
-        raise ValueError(f"{data} holds arrays that are not pictures; evaluate them with --features values instead")
     classes = dataset.manifest.num_classes
     model = train_classifier(images, dataset.labels, classes, seed=seed, epochs=epochs, device=device)
     model.save(out)

@@ -1,6 +1,7 @@
 """Samples ⇒ a folder: `000000.png …`, `samples.npz` (ADM's names) and `samples.json` with every setting.
 
-Samples that are not pictures are `000000.npy …`. Progress is stored as the sample files only: a repeated command makes the
+Samples that are not pictures are `000000.npy …`, with a WAV or GIF of each sound or video. Progress is
+stored as the sample files only: a repeated command makes the
 missing ones, and the npz is written from the files, so that memory is bounded by a few batches. Every file is written
 under a temporary name and renamed. Shape legend: n samples, (H, W, C) picture with C of 1 (grey), 3 or 4, (C, *S) array.
 """
@@ -23,7 +24,7 @@ from numpy.lib import format as npy
 
 from selftrans.checkpoints.load import Weights
 from selftrans.sampling.images import Sampler
-from selftrans.sampling.sample_file import NPY, PNG, SampleFile
+from selftrans.sampling.sample_file import NPY, PNG, SampleFile, file_kind
 from selftrans.storage import FREE_SPACE, atomic_write, printable
 
 Samples = Iterable[tuple[np.ndarray, np.ndarray, np.ndarray]]  #: indices (n,), labels (n,), samples; as `SampledBatch`
@@ -50,14 +51,15 @@ def sample_to_folder(
     if (Path(out) / "manifest.json").exists():
         raise ValueError(f"{out} holds prepared data; choose another folder for samples")
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    kind, num = PNG if sampler.autoencoder.pictures else NPY, sampler.settings.num
+    kind, num = file_kind(sampler.autoencoder), sampler.settings.num
     return write_samples(sampler.sample, Path(out), sampler.described, num, kind=kind, rank=rank, world=world)
 
 
 def summary_line(out: str | Path, count: int) -> str:
     """The message of `selftrans sample` after it has written `count` samples to the folder `out`."""
     kind = NPY if any(Path(out).glob(f"[0-9]*{NPY.suffix}")) else PNG
-    return f"{count} samples -> {out} ({kind.suffix} files, samples.npz, samples.json)"
+    views = "".join(f"{suffix}, " for suffix in (".wav", ".gif") if any(Path(out).glob(f"[0-9]*{suffix}")))
+    return f"{count} samples -> {out} ({views}{kind.suffix} files, samples.npz, samples.json)"
 
 
 def write_samples(
@@ -184,7 +186,11 @@ def _write_batch(
 ) -> int:
     kind.check(images)
     for index, label, image in zip(indices, labels, images, strict=True):
-        with _write(_path(out, int(index), kind), rank) as file:
+        path = _path(out, int(index), kind)
+        if kind.view is not None:  # first: a sample whose own file is complete has both
+            with _write(path.with_suffix(kind.view_suffix), rank) as file:
+                kind.view(file, image)
+        with _write(path, rank) as file:
             kind.write(file, image, int(label))
     return len(indices)
 

@@ -1,5 +1,7 @@
 """One sample ⇔ one file with its label: a PNG for a picture, an npy file for a float32 array.
 
+A sound or video is an npy file, which is exact, and a WAV or GIF next to it, to listen to or watch.
+
 Shape legend: (H, W, C) picture with C of 1 (grey), 3 or 4; (C, *S) array.
 """
 
@@ -14,6 +16,8 @@ from typing import IO, NamedTuple
 import numpy as np
 from numpy.lib import format as npy
 
+from selftrans.encoders.autoencoder import Autoencoder
+from selftrans.encoders.media import Media
 from selftrans.storage import first_line
 
 PNG_START, PNG_END = b"\x89PNG\r\n\x1a\n", b"\x00\x00\x00\x00IEND\xaeB`\x82"
@@ -27,6 +31,8 @@ class SampleFile(NamedTuple):
     write: Callable[[IO[bytes], np.ndarray, int], None]  #: one sample and its label
     is_complete: Callable[[Path], bool]  #: cheap; False for a missing file
     read: Callable[[Path], tuple[np.ndarray, int]]  #: a sample and its label; ValueError for anything else
+    view_suffix: str = ""  #: of a second file, which people can open; empty: there is none
+    view: Callable[[IO[bytes], np.ndarray], None] | None = None  #: writes it, before the first file
 
 
 def check_pictures(images: np.ndarray) -> None:
@@ -128,3 +134,12 @@ def _no_sample(path: Path, error: Exception) -> ValueError:
 
 PNG = SampleFile(".png", check_pictures, write_png, is_complete_png, read_png)
 NPY = SampleFile(".npy", check_arrays, write_npy, is_complete_npy, read_npy)
+
+
+def file_kind(autoencoder: Autoencoder) -> SampleFile:
+    """The file format for the samples that an autoencoder decodes."""
+    if autoencoder.pictures:
+        return PNG
+    if isinstance(autoencoder, Media):
+        return NPY._replace(view_suffix=autoencoder.suffix, view=autoencoder.write_view)
+    return NPY

@@ -22,7 +22,7 @@ from selftrans.config import RunConfig
 from selftrans.data.dataset import Dataset
 from selftrans.data.manifest import Manifest
 from selftrans.data.on_device import OnDevice
-from selftrans.data.prepare import prepare_digits
+from selftrans.data.prepare import prepare_builtin
 from selftrans.methods.guidance import Frozen
 from selftrans.methods.objective import Objective
 from selftrans.methods.registry import stages
@@ -139,12 +139,12 @@ def _accelerator(config: RunConfig, out: Path) -> Accelerator:
 def open_data(config: RunConfig, out: Path, accelerator: Accelerator | None = None) -> Dataset:
     """The data of the run; built-in data are prepared here. ValueError when they are not what the config expects."""
     path = config.data.path
-    if path is None and config.data.builtin is None:
-        raise ValueError(f"recipe {config.recipe} needs --data DIR, a directory made by `selftrans prepare`")
     if path is None:
+        if config.data.builtin is None:
+            raise ValueError(f"recipe {config.recipe} needs --data DIR, a directory made by `selftrans prepare`")
         path = str(out / "data")
         if accelerator is None or accelerator.is_main_process:
-            prepare_digits(Path(path))
+            prepare_builtin(config.data.builtin, path)
         if accelerator is not None:
             accelerator.wait_for_everyone()
     main = accelerator is None or accelerator.is_main_process

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,8 +17,10 @@ from safetensors.numpy import load_file
 
 import selftrans.data.prepare as prepare_module
 from selftrans.data.dataset import Dataset
+from selftrans.data.decoded import decoded_images
 from selftrans.data.manifest import Manifest
 from selftrans.data.prepare import prepare, prepare_digits
+from selftrans.data.prepare_features import prepare_features
 from selftrans.data.sources.open_source import open_source
 from selftrans.encoders.autoencoder import LatentSpace, from_uint8, to_uint8
 from selftrans.types import Batch
@@ -50,6 +53,28 @@ def test_pixels_are_stored_exactly(pictures: Path, tmp_path: Path, dtype: str) -
     assert torch.equal(to_uint8(moments[:, 1]), expected.flip(dims=(2,)))  # mirrored left to right
     assert torch.equal(moments[:, 0], from_uint8(expected).to(moments.dtype))  # as from the pixel autoencoder
     assert labels.tolist() == source.labels.tolist()
+
+
+def test_pictures_that_are_not_square(pictures: Path, tmp_path: Path, vae: str) -> None:
+    options: dict[str, Any] = {"dtype": "float32", "batch_size": 8, "flip": True, "progress": False}
+    plain = prepare(pictures, tmp_path / "pixels", resolution=(4, 6), **options)
+    assert (plain.shape, plain.resolution) == ((3, 4, 6), (4, 6)) and "pictures of 4x6" in plain.summary()
+    assert prepare(pictures, tmp_path / "pixels", resolution=(4, 6), **options) == plain, "the manifest is read again"
+    with pytest.raises(ValueError, match=r"was prepared with resolution 4x6, not 6; repeat the command as it was"):
+        prepare(pictures, tmp_path / "pixels", resolution=6, **options)
+    with pytest.raises(ValueError, match=r"holds pictures of 4x6, which are not square; .*: omit --features"):
+        prepare_features(pictures, tmp_path / "pixels", "owner/vit", progress=False)
+    moments = Dataset.open(tmp_path / "pixels").read(np.arange(23))["moments"]
+    source = open_source(pictures, resolution=(4, 6))
+    assert torch.equal(to_uint8(moments[5:6, 0])[0], torch.from_numpy(source.read(5)))
+    manifest = prepare(pictures, tmp_path / "latents", resolution=(4, 6), autoencoder=vae, **options)
+    assert manifest.shape == (2, 2, 3)
+    images = next(decoded_images(Dataset.open(tmp_path / "latents"), device="cpu"))
+    assert images.shape == (23, 4, 6, 3) and images.dtype == np.uint8
+    with pytest.raises(
+        ValueError, match=r"^resolution 4x7 is not a multiple of 2, as .* needs; give another --resolution$"
+    ):
+        prepare(pictures, tmp_path / "other", resolution=(4, 7), autoencoder=vae, **options)
 
 
 def test_vae_moments_are_stored_and_sampled_at_each_read(pictures: Path, tmp_path: Path, vae: str) -> None:

@@ -235,7 +235,7 @@ def test_hub_ids_with_and_without_subfolder_load_from_the_cache(subfolder: str) 
 
 @pytest.mark.parametrize("side", [18, 15])
 def test_sizes_not_divisible_by_the_downsampling_are_refused(kl: tuple[Path, AutoencoderKL], side: int) -> None:
-    with pytest.raises(ValueError, match="multiple of 4"):
+    with pytest.raises(ValueError, match="multiples of 4"):
         load_autoencoder(str(kl[0])).encode(torch.zeros(1, 3, side, side))
 
 

@@ -126,6 +126,35 @@ def test_every_size_is_built_and_run(side: int, channels: int) -> None:
     torch.testing.assert_close(model.head(model.features(x)), model(x))
 
 
+@pytest.mark.parametrize("shape", [(2, 50), (1, 9, 14), (3, 2, 8, 5)])
+def test_arrays_of_any_dimensions_are_learnt_stored_and_measured(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    generator, labels = np.random.default_rng(0), np.arange(80) % 2
+    arrays = generator.normal(size=(80, *shape)).astype(np.float32) * 40 - 900  # far from unit variance
+    arrays[labels == 1, 0] += 60
+    model = train_classifier(arrays, labels, 2, epochs=8, batch_size=16, width=4, dim=6, threads=1)
+    assert model.training_record is not None and model.training_record.accuracy == 1.0
+    model.save(tmp_path / "c.safetensors")
+    extractor = load_extractor(tmp_path / "c.safetensors")
+    assert not extractor.pictures and extractor.head and extractor.sha256 == weights_sha256(model)
+    out = extractor(arrays)
+    assert out["features"].shape == (80, 6) and (out["logits"].argmax(axis=-1) == labels).mean() > 0.95
+    with pytest.raises(ValueError, match=r"^the c classifier takes .* arrays, these are"):
+        extractor(arrays[..., :-1])
+    with pytest.raises(ValueError, match="shift and flip are for pictures"):
+        train_classifier(arrays, labels, 2, shift=1)
+
+
+def test_pictures_that_are_not_square_are_learnt_and_stored(tmp_path: Path) -> None:
+    labels = np.arange(60) % 2
+    images = np.random.default_rng(0).integers(0, 99, (60, 6, 13, 1)).astype(np.uint8)
+    images[labels == 1, :, 9:] += 150
+    model = train_classifier(images, labels, 2, epochs=6, batch_size=8, width=4, dim=6, shift=1, flip=False, threads=1)
+    assert model.training_record is not None and model.training_record.accuracy == 1.0
+    model.save(tmp_path / "c.safetensors")
+    assert SmallClassifier.load(tmp_path / "c.safetensors").resolution == (6, 13)
+    assert (load_extractor(tmp_path / "c.safetensors")(images)["logits"].argmax(axis=-1) == labels).all()
+
+
 def test_saving_and_loading_keeps_everything(tmp_path: Path) -> None:
     images, labels = blobs()
     model = train_classifier(images, labels, 2, epochs=1, width=4, dim=5, threads=1)
@@ -147,6 +176,10 @@ def test_saving_and_loading_keeps_everything(tmp_path: Path) -> None:
         (lambda h, t: h.update(training=json.dumps({"accuracy": 1})), "header .* damaged"),
         (lambda h, t: h.update(architecture=json.dumps({"resolution": 5})), "must name"),
         (lambda h, t: h.update(architecture=h["architecture"].replace("6", "-6")), "positive integers"),
+        (lambda h, t: h.update(architecture=h["architecture"].replace("6", "[6]")), "positive integers"),
+        (lambda h, t: h.update(architecture=h["architecture"].replace(" 5", " [5, 0]")), "positive integers"),
+        (lambda h, t: h.update(architecture=h["architecture"].replace(" 5", " [5, 5, 5, 5]")), "4 sides"),
+        (lambda h, t: h.update(architecture=h["architecture"].replace("}", ', "arrays": 1}')), "must name"),
         (lambda h, t: h.update(architecture=h["architecture"].replace("6", "1000000000")), "head.weight"),
         (lambda h, t: t.pop("head.bias"), "head.bias"),
         (lambda h, t: t.update(unexpected=torch.zeros(1)), "unexpected"),
@@ -189,8 +222,8 @@ def test_failed_write_keeps_the_old_file(tmp_path: Path, monkeypatch) -> None:
 @pytest.mark.parametrize(
     ("images", "labels", "message"),
     [
-        (np.zeros((4, 6, 6, 3), np.float32), [0, 1, 0, 1], "float32"),
-        (np.zeros((4, 6, 5, 3), np.uint8), [0, 1, 0, 1], "uint8"),
+        (np.zeros((4, 6, 6, 3), np.float64), [0, 1, 0, 1], "float64"),
+        (np.zeros((4, 6, 5), np.uint8), [0, 1, 0, 1], "uint8"),
         (np.zeros((4, 6, 6, 3), np.uint8), [0, 1], "one label per image"),
         (np.zeros((4, 6, 6, 3), np.uint8), [0, 1, 2, 1], "labels range from 0 to 2"),
         (np.zeros((1, 6, 6, 3), np.uint8), [0], "at least two of each"),

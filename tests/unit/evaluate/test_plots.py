@@ -40,12 +40,13 @@ def test_sheet_of_pictures_is_the_grid_of_small_pictures_enlarged() -> None:
     np.testing.assert_array_equal(plots.sample_sheet(large), plots.image_grid(large))
 
 
-def test_sheet_of_volumes_shows_the_middle_slice() -> None:
+def test_sheet_of_volumes_shows_slices_next_to_each_other() -> None:
     volumes = np.random.default_rng(0).normal(size=(3, 2, 5, 4, 6)).astype(np.float32)
-    middle = volumes[:, 0, 2]
-    expected = np.round((middle - middle.min()) * 255 / np.ptp(middle)).astype(np.uint8)[..., None]
+    strip = np.concatenate([volumes[:, 0, k] for k in range(5)], axis=-1)  # (n, H, F W)
+    expected = np.round((strip - strip.min()) * 255 / np.ptp(strip)).astype(np.uint8)[..., None]
     assert np.abs(plots.as_pictures(volumes).astype(int) - expected).max() <= 1
-    np.testing.assert_array_equal(plots.as_pictures(volumes), plots.as_pictures(volumes[:, :, 2]))
+    long = plots.as_pictures(np.arange(50, dtype=np.float32).reshape(1, 1, 50, 1, 1))
+    np.testing.assert_array_equal(long[0, 0, :, 0], np.round(np.linspace(0, 49, 8).round() * 255 / 49))
     assert plots.as_pictures(np.zeros((2, 3, 4, 6), np.float32)).shape == (2, 4, 6, 3), "three channels are colours"
     assert plots.sample_sheet(volumes, upscale=1).shape[-1] == 1
 

@@ -410,9 +410,13 @@ def test_compare_evaluates_values(values: Path, tmp_path: Path) -> None:
     assert samples_of(values / "run", config.sample, 3).shape == (3, 2, 8, 8)
 
 
-def test_classifier_of_values_is_refused(values: Path, tmp_path: Path, capsys) -> None:
-    assert main(["classifier", str(values / "data"), "--out", str(tmp_path / "c.safetensors")]) == 1
-    assert "holds arrays that are not pictures; evaluate them with --features values" in capsys.readouterr().err
+def test_classifier_of_values_measures_them(values: Path, tmp_path: Path) -> None:
+    classifier = str(tmp_path / "c.safetensors")
+    assert main(["classifier", str(values / "data"), "--out", classifier, "--epochs", "1"]) == 0
+    config = override(toy.toy(), data=str(values / "data"))
+    measurement = Measurement.of(config, classifier, weights=None, images=130, block=2)
+    point = measure_checkpoint(toy.checkpoint(values / "run", "vanilla"), measurement)
+    assert point["metric"] == "Fréchet distance (c classifier features)" and 0 <= point["accuracy"] <= 1
 
 
 def test_analysis_of_values(values: Path, tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """Arrays in npz files: images or samples (`arr_0`) with labels (`arr_1`), and values that are not pictures (`data`).
 
 Read without pickle, one batch at a time; array headers are checked against the size of the array data.
-Shape legend: (n, R, R, C) images, N samples of shape (C, *S), one to three spatial dimensions S.
+Shape legend: (n, H, W, C) images, N samples of shape (C, *S), one to three spatial dimensions S.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from zipfile import ZipFile
 
 import numpy as np
 
-from selftrans.data.sources.decode import BadSample
+from selftrans.data.sources.decode import BadSample, Resolution, sides
 from selftrans.data.sources.source import MAX_CLASSES
 from selftrans.data.sources.zip_archive import MAX_PICTURE_BYTES, open_zip
 from selftrans.storage import first_line
@@ -29,8 +29,10 @@ EXPANSION = 1100  #: an entry holds at most this many bytes per byte of its zip 
 CHUNK = 1 << 24  #: bytes skipped at a time
 
 
-def npz_images(path: Path, batch_size: int, resolution: int | None, channels: int | None) -> Iterator[np.ndarray]:
-    """Stream `arr_0` (uint8, NHWC) of an npz, one batch (n, R, R, C) in memory at a time.
+def npz_images(
+    path: Path, batch_size: int, resolution: Resolution | None, channels: int | None
+) -> Iterator[np.ndarray]:
+    """Stream `arr_0` (uint8, NHWC) of an npz, one batch (n, H, W, C) in memory at a time.
 
     Raises ValueError when there is no such array, or its type, resolution or channels differ from those requested.
     """
@@ -40,8 +42,9 @@ def npz_images(path: Path, batch_size: int, resolution: int | None, channels: in
             file = archive.open(info)
             shape = _image_shape(file, info.file_size)
         except Exception as error:  # any fault of an untrusted header has the same remedy
-            raise ValueError(f"{path} holds no uint8 array arr_0 of images (N, R, R, C): {error!s:.200}") from error
-        if resolution not in (None, shape[1]) or channels not in (None, shape[3]):
+            raise ValueError(f"{path} holds no uint8 array arr_0 of images (N, H, W, C): {error!s:.200}") from error
+        other = resolution is not None and sides(resolution) != shape[1:3]
+        if other or channels not in (None, shape[3]):
             raise ValueError(f"{path} holds images {shape[1:]}, not of resolution {resolution} and {channels} channels")
         rows = min(batch_size, MAX_PICTURE_BYTES // math.prod(shape[1:]))
         with file:
@@ -294,7 +297,7 @@ def _header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
 def _image_shape(file: IO[bytes], size: int) -> tuple[int, ...]:
     """Shape in the header of a member of `size` bytes; leaves `file` at the first image."""
     shape, fortran, dtype = _header(file)
-    if dtype != np.uint8 or fortran or len(shape) != 4 or shape[1] != shape[2] or shape[3] not in (1, 3):
+    if dtype != np.uint8 or fortran or len(shape) != 4 or shape[3] not in (1, 3):
         raise ValueError(f"it is {dtype} {shape}{' in Fortran order' if fortran else ''}")
     if min(shape) < 1 or file.tell() + math.prod(shape) != size:
         raise ValueError(f"shape {shape} does not match its {size} bytes")

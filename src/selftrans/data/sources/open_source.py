@@ -1,6 +1,6 @@
-"""Sources of pictures: folder, zip, built-in digits, data set ⇒ `Source` ⇒ square uint8 images.
+"""Sources of pictures: folder, zip, built-in digits, data set ⇒ `Source` ⇒ uint8 images of one size.
 
-Shape legend: (n, R, R, C) images, R resolution, C 1 (grey) or 3 (RGB).
+Shape legend: (n, H, W, C) images, C 1 (grey) or 3 (RGB); a resolution is a side, of squares, or (height, width).
 """
 
 from __future__ import annotations
@@ -15,7 +15,16 @@ import numpy as np
 
 from selftrans.data.sources import folder, npz, table, zip_archive
 from selftrans.data.sources.captions import CaptionSource, annotated, captioned_folder, loose_folder
-from selftrans.data.sources.decode import EXTENSIONS, bad_picture
+from selftrans.data.sources.decode import (
+    EXTENSIONS,
+    Resolution,
+    bad_picture,
+    resolution_of,
+    sides,
+    size_text,
+    upright_size,
+)
+from selftrans.data.sources.digit_captions import digits_with_captions
 from selftrans.data.sources.source import Picture, Source, ahead
 from selftrans.data.sources.tar_archive import tar_files
 from selftrans.storage import printable
@@ -28,7 +37,7 @@ MAX_RESOLUTION = 16_384
 def open_source(
     source: str | Path,
     *,
-    resolution: int | None = None,
+    resolution: Resolution | None = None,
     channels: int = 3,
     split: str = "train",
     label_column: str | None = None,
@@ -46,9 +55,10 @@ def open_source(
     - a folder, in which `name.jpg` has its captions in `name.txt` or `name.caption` (one a line) or `name.json`;
     - a folder or zip of pictures, whose captions are in the file `captions.file`, as COCO's annotations are;
     - a tar file or a folder of them, as webdataset writes them;
-    - a parquet file, a folder of them, or a hub id, with a column of texts or lists of texts.
+    - a parquet file, a folder of them, or a hub id, with a column of texts or lists of texts;
+    - `digits_t2i`: the scans of `digits`, with sentences that say what is measured on them (see `digit_captions`).
     Hidden files and files that are not pictures are ignored and counted in `Source.ignored`. `channels` 1 reads
-    pictures as greyscale. `resolution` None keeps the size of the pictures, which must be squares of one size: the header
+    pictures as greyscale. `resolution` None keeps the size of the pictures, which must all have one size: the header
     of each is read, with a progress bar if `progress`.
     Raises ValueError when there is no picture, the layout is ambiguous or unsafe, or a resolution is needed.
     """
@@ -61,15 +71,15 @@ def open_source(
 
 def _open(
     source: str | Path,
-    resolution: int | None,
+    resolution: Resolution | None,
     channels: int = 3,
     split: str = "train",
     label_column: str | None = None,
     captions: CaptionSource | None = None,
 ) -> Source:
     """A source with this resolution (None: 0, to be set later). Raises ValueError as `open_source` does."""
-    if resolution is not None and not 1 <= resolution <= MAX_RESOLUTION:
-        raise ValueError(f"resolution {resolution} is not between 1 and {MAX_RESOLUTION}")
+    if resolution is not None and not all(1 <= side <= MAX_RESOLUTION for side in sides(resolution)):
+        raise ValueError(f"resolution {size_text(resolution)} is not between 1 and {MAX_RESOLUTION}")
     if channels not in (1, 3):
         raise ValueError(f"pictures have 1 or 3 channels, not {channels}")
     opened = _find_captioned(source, split, captions) if captions else _find(source, split, label_column)
@@ -88,6 +98,8 @@ def _find(source: str | Path, split: str, label_column: str | None) -> Source:
     path = Path(source)
     if str(source) == "digits":
         return _digits()
+    if str(source) == "digits_t2i":
+        raise ValueError("digits_t2i are pictures with captions; add --text minilm, or another text encoder")
     if path.is_dir():
         if files := sorted(path.glob("*.parquet")):
             for file in files:
@@ -105,6 +117,8 @@ def _find(source: str | Path, split: str, label_column: str | None) -> Source:
 
 def _find_captioned(source: str | Path, split: str, captions: CaptionSource) -> Source:
     path = Path(source)
+    if str(source) == "digits_t2i":
+        return digits_with_captions(_digits())
     if captions.file is not None:
         if not path.is_dir() and not (path.is_file() and path.suffix.lower() == ".zip"):
             raise ValueError(
@@ -146,8 +160,8 @@ def _digits() -> Source:
     )
 
 
-def _native_resolution(source: Source, where: str, progress: bool, remedy: str) -> int:
-    """The side of all pictures, from their headers. Raises ValueError, with `remedy`, unless all are squares of one size."""
+def _native_resolution(source: Source, where: str, progress: bool, remedy: str) -> Resolution:
+    """The size of all pictures, from their headers. Raises ValueError, with `remedy`, when they have several."""
     from tqdm import tqdm
 
     seen: tuple[int, int] | None = None
@@ -155,28 +169,24 @@ def _native_resolution(source: Source, where: str, progress: bool, remedy: str) 
     for i, name in enumerate(tqdm(source.names, "sizes", unit=" pictures", disable=not progress, leave=False)):
         try:
             with source.open(i) as image:
-                size = image.size
+                size = upright_size(image)
         except Exception as unreadable:  # reported when its pixels are read; only its size is needed here
             error = error or bad_picture(name, unreadable)
             continue
-        if size[0] != size[1]:
-            raise ValueError(f"{printable(name)} in {where} is {size[0]}x{size[1]}, not square; {remedy}")
         if seen is not None and size != seen:
-            raise ValueError(
-                f"{printable(name)} in {where} is {size[0]}x{size[1]}, others {seen[0]}x{seen[1]}; {remedy}"
-            )
+            raise ValueError(f"{printable(name)} in {where} is {size_text(size)}, others {size_text(seen)}; {remedy}")
         seen = size
     if seen is None:
         raise ValueError(f"none of the {len(source)} pictures of {where} is readable; the first: {error}")
-    if seen[0] > MAX_RESOLUTION:
-        raise ValueError(f"the pictures of {where} are {seen[0]} wide, more than {MAX_RESOLUTION}; {remedy}")
-    return seen[0]
+    if max(seen) > MAX_RESOLUTION:
+        raise ValueError(f"the pictures of {where} are {size_text(seen)}, more than {MAX_RESOLUTION}; {remedy}")
+    return resolution_of(*seen)
 
 
 def iter_images(
-    path: str | Path, batch_size: int = 256, *, resolution: int | None = None, channels: int | None = None
+    path: str | Path, batch_size: int = 256, *, resolution: Resolution | None = None, channels: int | None = None
 ) -> Iterator[np.ndarray]:
-    """Images (n, R, R, C) uint8, n <= batch_size, from any picture source or an npz with `arr_0` (uint8, NHWC).
+    """Images (n, H, W, C) uint8, n <= batch_size, from any picture source or an npz with `arr_0` (uint8, NHWC).
 
     An npz is streamed as it is stored. `channels` None means 1 if all pictures are
     8-bit greyscale, else 3 (RGB). Raises ValueError as `open_source` does, and for an npz of another type or size.
@@ -186,9 +196,7 @@ def iter_images(
         return
     source = _open(path, resolution)
     if resolution is None:
-        native = _native_resolution(
-            source, str(path), False, "they are read without resizing: crop all to one square size"
-        )
+        native = _native_resolution(source, str(path), False, "they are read without resizing: crop all to one size")
         source = dataclasses.replace(source, resolution=native)
     if channels is None:
         channels = 1 if source.channels == 1 or _all_grey(source) else 3

@@ -2,7 +2,8 @@
 
 `Samples` is the interface that `prepare` needs, of pictures or of arrays.
 
-Shape legend: (R, R, C) image, R resolution, C 1 (grey) or 3 (RGB); labels are indices into `Source.classes`.
+Shape legend: (H, W, C) image, C 1 (grey) or 3 (RGB); a resolution is a side, of a square, or (height, width);
+labels are indices into `Source.classes`.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
-from selftrans.data.sources.decode import BadSample, bad_picture, to_array
+from selftrans.data.sources.decode import BadSample, Resolution, bad_picture, to_array
 from selftrans.storage import printable
 
 if TYPE_CHECKING:
@@ -78,7 +79,7 @@ class Picture(NamedTuple):
 
     name: str  #: path inside its source
     label: int  #: index into `Source.classes`; 0 when there are no classes
-    image: np.ndarray  #: (R, R, C) uint8
+    image: np.ndarray  #: (H, W, C) uint8
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,7 +93,7 @@ class Source:
     sizes: Sequence[int] = ()  #: bytes of each picture, if known
     ignored: dict[str, int] = field(default_factory=dict)  #: reason for ignoring files -> how many
     channels: int = 3
-    resolution: int = 0
+    resolution: Resolution = 0
     is_table: bool = False
     captions: Sequence[tuple[str, ...]] | None = None  #: of each picture; None: the source was opened without
     faults: Mapping[int, str] = field(default_factory=dict)  #: sample that lacks its picture or captions -> the reason
@@ -107,7 +108,7 @@ class Source:
         return int(self.labels[i])
 
     def read(self, i: int) -> np.ndarray:
-        """Picture i, cropped and resized: (R, R, C) uint8. Raises BadSample (a ValueError) naming it."""
+        """Picture i, cropped and resized: (H, W, C) uint8. Raises BadSample (a ValueError) naming it."""
         if i in self.faults:
             raise BadSample(self.names[i], self.faults[i])
         try:
@@ -137,10 +138,10 @@ def is_hidden(name: str) -> bool:
     return name.startswith((".", "__MACOSX")) or name.lower() in ("thumbs.db", "desktop.ini")
 
 
-def classify(names: list[str], where: str) -> tuple[np.ndarray, tuple[str, ...]]:
+def classify(names: list[str], where: str, unit: str = "pictures") -> tuple[np.ndarray, tuple[str, ...]]:
     """Labels and classes of sorted names: the first folder of a name is its class; without folders there are no classes.
 
-    Raises ValueError when some pictures are in class folders and some are not.
+    Raises ValueError when some files are in class folders and some are not; `unit` is their noun in the message.
     """
     heads = [name.split("/", 1)[0] if "/" in name else None for name in names]
     loose = heads.count(None)
@@ -149,7 +150,7 @@ def classify(names: list[str], where: str) -> tuple[np.ndarray, tuple[str, ...]]
     if loose:
         first = names[heads.index(None)]
         raise ValueError(
-            f"{where} holds class folders and {loose} pictures outside them, such as {printable(first)}; move those"
+            f"{where} holds class folders and {loose} {unit} outside them, such as {printable(first)}; move those"
         )
     classes = sorted({head for head in heads if head is not None})
     index = {name: i for i, name in enumerate(classes)}

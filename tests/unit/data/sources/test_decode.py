@@ -13,7 +13,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from selftrans.data.sources.decode import BadPicture, centre_square, open_picture
+from selftrans.data.sources.decode import (
+    BadPicture,
+    Resolution,
+    centre_crop,
+    open_picture,
+    parse_resolution,
+    size_text,
+    to_array,
+    upright_size,
+)
 from selftrans.data.sources.open_source import open_source
 from selftrans.data.sources.source import Source
 from tests.support.pictures import encoded, noise, write, zipped
@@ -87,7 +96,7 @@ def test_resize_equals_adm_preprocessing(size: tuple[int, int]) -> None:
     y, x = np.mgrid[: size[1], : size[0]]
     rings = (127.5 + 127.5 * np.sin((x**2 + y**2) / 40)).astype(np.uint8)
     image = Image.fromarray(np.stack([rings, 255 - rings, (3 * x + y).astype(np.uint8)], axis=2))
-    difference = np.asarray(centre_square(image, 16)).astype(int) - adm(image, 16)
+    difference = np.asarray(centre_crop(image, 16, 16)).astype(int) - adm(image, 16)
     assert np.abs(difference).max() <= 1
 
 
@@ -166,3 +175,33 @@ def test_any_damage_decodes_or_is_one_line(data: st.DataObject) -> None:
     else:
         message = "a\\nb.jpg: read"
     assert message.startswith("a\\nb.jpg: ") and "\n" not in message
+
+
+@pytest.mark.parametrize(("text", "size"), [("32", 32), ("32x48", (32, 48)), ("7X7", 7), (" 9×8 ", (9, 8))])
+def test_resolution_is_a_side_or_height_and_width(text: str, size: Resolution) -> None:
+    assert parse_resolution(text) == size
+    assert parse_resolution(size_text(size)) == size
+    for wrong in (f"-{text}", f"{text}x3x3", "0", "4x0", "", "a", "4,5", "12345678"):
+        with pytest.raises(ValueError, match=r"should be a side, as 256, or HEIGHTxWIDTH"):
+            parse_resolution(wrong)
+
+
+def test_crop_to_another_shape_is_the_centre() -> None:
+    columns = np.tile(np.arange(60, dtype=np.uint8), (20, 1))  # 20 high, 60 wide: each column has its number
+    crop = np.asarray(centre_crop(Image.fromarray(columns), 20, 30))
+    np.testing.assert_array_equal(crop, columns[:, 15:45])
+    half = np.asarray(centre_crop(Image.fromarray(columns), 10, 15)).astype(
+        float
+    )  # halved by a box filter, then cropped
+    np.testing.assert_allclose(half[0], 16 + 2 * np.arange(15) - 0.5, atol=0.6)
+    tall = np.asarray(centre_crop(Image.fromarray(columns.T.copy()), 30, 20))
+    np.testing.assert_array_equal(tall, columns.T[15:45])
+
+
+def test_size_from_a_header_is_that_of_the_upright_picture() -> None:
+    image = Image.fromarray(noise(8)[:5])
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned by a quarter
+    buffer = io.BytesIO(encoded(image, "JPEG", exif=exif))
+    assert upright_size(Image.open(buffer)) == (8, 5)
+    assert to_array(open_picture(buffer), (8, 5), 3).shape == (8, 5, 3)

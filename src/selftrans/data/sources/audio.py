@@ -1,0 +1,167 @@
+"""Sound files (wav, flac) ⇒ mono sounds of one rate and length, as samples or as a log-mel spectrogram.
+
+Decoded by soundfile (extra `selftrans[media]`). Shape legend: (L,) sound, (1, L) samples, (1, B, T) spectrogram.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import struct
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from selftrans.data.sources.clips import Clips, MediaOptions
+from selftrans.data.sources.source import Source
+from selftrans.encoders.media import Mel, Waveform
+from selftrans.storage import first_line
+
+MAX_RATE = 1_000_000  #: samples per second
+MAX_BINS, MAX_HOP = 4096, 1 << 16  #: of a spectrogram
+MAX_SAMPLES = 1 << 27  #: of one sound after resampling
+FORMATS = {"FLAC", "RF64", "WAV", "WAVEX"}
+BINS, HOP = 64, 0.016  #: of a spectrogram by default: mel bands, and seconds between two frames
+
+
+class Header(NamedTuple):
+    """What a sound file says about itself."""
+
+    samples: int
+    rate: int  #: per second
+
+    @property
+    def seconds(self) -> float:
+        return self.samples / self.rate
+
+
+def soundfile() -> Any:
+    """The library. Raises ValueError with the command that installs it."""
+    try:
+        import soundfile
+    except (ImportError, OSError) as error:  # OSError: its system library is missing
+        raise ValueError(missing("sounds", "soundfile", error)) from error
+    return soundfile
+
+
+def missing(what: str, module: str, error: Exception) -> str:
+    """The message for a module of the extra `media` that cannot be imported."""
+    return f"{what} are read by {module}, which is not there ({first_line(error, 100)}): pip install 'selftrans[media]'"
+
+
+def open_sounds(root: Path, files: Source, options: MediaOptions, progress: bool) -> Clips:
+    """Sounds at one rate and length; what is not given is what all files have in common.
+
+    Raises ValueError when the files differ in what is not given, and for a spectrogram that cannot be made.
+    """
+    soundfile()
+    headers = _headers(root, files, progress)
+    rate, length = options.rate, options.length
+    if rate is None:
+        rate = _common(headers, "rate", "samples per second", "--rate")
+    if length is None:
+        length = _common(headers, "seconds", "seconds", "--length")
+    samples = round(min(length, MAX_SAMPLES) * rate)
+    if not 1 <= rate <= MAX_RATE or not 1 <= samples <= MAX_SAMPLES:
+        raise ValueError(
+            f"--rate {rate} and --length {length:g} give {samples} samples; 1 to {MAX_SAMPLES} can be read"
+        )
+
+    def load(path: Path) -> np.ndarray:
+        return fit(read_sound(path, rate, samples), samples)
+
+    remarks = _remarks(headers, samples / rate)
+    if options.audio != "mel":
+        options.refuse("bins hop", "waveforms (--audio mel makes spectrograms)")
+        return Clips(root, files, (1, samples), Waveform(rate), lambda path: load(path)[None], remarks)
+    mel = Mel(rate, BINS if options.bins is None else options.bins, options.hop or max(1, round(HOP * rate)))
+    if not 1 <= mel.bins <= MAX_BINS or not 1 <= mel.hop <= MAX_HOP:
+        raise ValueError(f"--bins {mel.bins} and --hop {mel.hop} should be 1 to {MAX_BINS} and 1 to {MAX_HOP}")
+    if not mel.frames(samples):
+        raise ValueError(f"sounds of {samples} samples are shorter than --hop {mel.hop}; give a smaller one")
+    mel.bands()
+    return Clips(root, files, (1, mel.bins, mel.frames(samples)), mel, lambda path: mel.forward(load(path)), remarks)
+
+
+def read_sound(path: Path, rate: int, most: int) -> np.ndarray:
+    """The beginning of a sound, float32 (n,), n about `most` or less: channels averaged, resampled to `rate`.
+
+    Raises ValueError for a file that is empty, truncated or in another format, and what soundfile raises.
+    """
+    from scipy.signal import resample_poly
+
+    _check_size(path)
+    with path.open("rb") as stream, soundfile().SoundFile(stream) as file:
+        if file.format not in FORMATS:
+            raise ValueError(f"it is {file.format}, not wav or flac")
+        if not file.frames:
+            raise ValueError("it holds no sound")
+        if file.samplerate > MAX_RATE:
+            raise ValueError(f"it claims {file.samplerate} samples per second")
+        wanted = min(file.frames, math.ceil(most * file.samplerate / rate) + file.samplerate // 100 + 1)
+        values = file.read(wanted, dtype="float32", always_2d=True)
+        if len(values) < wanted:
+            raise ValueError(f"truncated: {len(values)} of {wanted} samples")
+        common = math.gcd(rate, file.samplerate)
+        up, down = rate // common, file.samplerate // common
+    sound = values.mean(axis=1)
+    return sound if up == down else resample_poly(sound, up, down).astype(np.float32)
+
+
+def fit(sound: np.ndarray, samples: int) -> np.ndarray:
+    """The sound cut at the end, or padded with zeros there: (samples,)."""
+    return np.pad(sound[:samples], (0, max(0, samples - len(sound))))
+
+
+def _check_size(path: Path) -> None:
+    """Raise ValueError for a wav that is shorter than its header says: the library reads what is left without a word."""
+    size = path.stat().st_size
+    if not size:
+        raise ValueError("the file is empty")
+    with path.open("rb") as file:
+        start = file.read(12)
+    if start[:4] == b"RIFF" and len(start) == 12:
+        claimed = struct.unpack("<I", start[4:8])[0] + 8
+        if claimed not in (8, 0xFFFFFFFF + 8) and claimed > size + 1:  # these two mean that the length is unknown
+            raise ValueError(f"truncated: {size} of {claimed} bytes")
+
+
+def _headers(root: Path, files: Source, progress: bool) -> list[Header]:
+    """The headers of the files that can be opened; the others are reported when they are read."""
+    from tqdm import tqdm
+
+    found = []
+    for name in tqdm(files.names, "lengths", unit=" sounds", disable=not progress, leave=False):
+        try:
+            _check_size(root / name)
+            info = soundfile().info(os.fspath(root / name))
+            if info.frames > 0 and 0 < info.samplerate <= MAX_RATE:
+                found.append(Header(info.frames, info.samplerate))
+        except Exception:  # damaged
+            continue
+    if not found:
+        raise ValueError(f"none of the {len(files)} sounds of {root} is readable")
+    return found
+
+
+def _common(headers: list[Header], name: str, unit: str, option: str) -> Any:
+    """The value that all headers share. Raises ValueError when they differ."""
+    value: Callable[[Header], float] = lambda header: getattr(header, name)  # noqa: E731
+    low, high = min(map(value, headers)), max(map(value, headers))
+    if low != high:
+        raise ValueError(f"the sounds have {low:.6g} to {high:.6g} {unit}; choose one value with {option}")
+    return low
+
+
+def _remarks(headers: list[Header], seconds: float) -> tuple[str, ...]:
+    """How many sounds are cut, padded or resampled."""
+    tolerance = 0.5 / min(header.rate for header in headers)
+    counts = Counter(
+        "cut at the end" if header.seconds > seconds + tolerance else "padded with zeros at the end"
+        for header in headers
+        if abs(header.seconds - seconds) > tolerance
+    )
+    return tuple(f"{count} of {len(headers)} sounds are {what}: --length {seconds:g}" for what, count in counts.items())

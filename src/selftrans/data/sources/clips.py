@@ -1,0 +1,186 @@
+"""Folders of sounds or videos: class folders, or files only, found by their extension ⇒ samples of one shape.
+
+Shape legend: (C, *S) sample: (1, L) sound, (1, B, T) spectrogram of it, (C, F, H, W) video.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal
+
+import numpy as np
+
+from selftrans.data.record import Option
+from selftrans.data.sources.decode import EXTENSIONS, SOUNDS, VIDEOS, BadSample, machine_fault
+from selftrans.data.sources.folder import check_classes, walk
+from selftrans.data.sources.source import Source, classify
+from selftrans.encoders.media import Media, rounded
+from selftrans.storage import first_line, printable
+
+GIF = ".gif"  #: a video with --frames, a picture without
+MEASURED = 1000  #: clips from which mean and deviation are computed, spread evenly over the source
+
+Kind = Literal["sounds", "videos", "pictures"]
+
+
+@dataclass(frozen=True)
+class MediaOptions:
+    """How sounds and videos are read; None: as the docstring of `Prepare` says."""
+
+    audio: Literal["waveform", "mel"] | None = None
+    rate: int | None = None  #: samples per second
+    length: float | None = None  #: seconds
+    bins: int | None = None  #: mel bands
+    hop: int | None = None  #: samples between two frames of a spectrogram
+    frames: int | None = None  #: of a video
+    grey: bool = False  #: one channel
+
+    def given(self) -> dict[str, Option]:
+        """The options that were set, by name."""
+        values = {each.name: getattr(self, each.name) for each in fields(self)}
+        return {name: value for name, value in values.items() if value not in (None, False)}
+
+    def refuse(self, names: str, what: str) -> None:
+        """Raise ValueError when one of these options was set."""
+        for name in names.split():
+            if name in self.given():
+                raise ValueError(f"--{name} does not apply to {what}; leave it out")
+
+
+class BadClip(BadSample):
+    """A sound or a video that cannot be read."""
+
+    def __init__(self, name: str, reason: str, kind: str) -> None:
+        super().__init__(name, reason, f"cannot be read as a {kind}")
+
+
+@dataclass(frozen=True, eq=False)
+class Clips:
+    """Sounds or videos of one shape, readable from any thread; opened by `open_clips`."""
+
+    root: Path
+    files: Source = field(repr=False)  #: names, labels and classes
+    shape: tuple[int, ...]  #: (C, *S) of a sample
+    media: Media  #: what the samples are; not yet normalised
+    load: Callable[[Path], np.ndarray] = field(repr=False)  #: one file ⇒ (C, *S) float32
+    remarks: tuple[str, ...] = ()  #: sentences on what is cut or padded
+    captions: None = None  #: as `Samples` asks for: there are none
+    faults: Mapping[int, str] = field(default_factory=dict)  #: none, likewise
+
+    @property
+    def labels(self) -> np.ndarray:
+        return self.files.labels
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        return self.files.classes
+
+    @property
+    def ignored(self) -> dict[str, int]:
+        return self.files.ignored
+
+    @property
+    def fingerprint(self) -> str:
+        return self.files.fingerprint
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def name(self, i: int) -> str:
+        return self.files.name(i)
+
+    def read(self, i: int) -> np.ndarray:
+        """Sample i: (C, *S) float32. Raises BadClip for a file that cannot be decoded, is too short or not finite."""
+        name = self.name(i)
+        try:
+            values = self.load(self.root / name)
+            if not np.isfinite(values).all():
+                raise ValueError("NaN or infinite")
+        except Exception as error:  # decoders raise any type on a damaged file
+            raise bad_clip(name, error, self.media.suffix) from error
+        assert values.shape == self.shape, "every sample must have the shape of the source"
+        return values
+
+    def normalised(self) -> Media:
+        """The kind of data, with the shift and scale that give zero mean and unit variance."""
+        total, squares, count = 0.0, 0.0, 0
+        for i in np.unique(np.linspace(0, len(self) - 1, min(len(self), MEASURED)).astype(int)):
+            try:
+                values = self.read(int(i)).astype(np.float64)
+            except BadSample:  # reported when it is prepared
+                continue
+            total, squares, count = total + values.sum(), squares + (values**2).sum(), count + values.size
+        mean = total / max(1, count)
+        deviation = math.sqrt(max(0.0, squares / max(1, count) - mean**2))
+        numbers: Any = {"shift": rounded(mean), "scale": rounded(1 / deviation) if deviation > 1e-6 else 1.0}
+        return replace(self.media, **numbers)
+
+
+def bad_clip(name: str, error: Exception, suffix: str) -> Exception:
+    """The error to raise when reading a clip raised `error`: BadClip, unless the fault is in the machine."""
+    kind = "sound" if suffix == ".wav" else "video"
+    if isinstance(error, BadSample | MemoryError | ModuleNotFoundError):
+        return error
+    return machine_fault(name, error, kind) or BadClip(name, first_line(error), kind)
+
+
+def kind_of(path: Path, frames: int | None) -> Kind | None:
+    """What the first file with a known extension in a folder is; None for a folder without such files, and for a file."""
+    if not path.is_dir():
+        return None
+    known = EXTENSIONS | SOUNDS | VIDEOS
+    first = next(walk(path, known, Counter()), None)
+    return None if first is None else _kind(first[0], frames)
+
+
+def _kind(name: str, frames: int | None) -> Kind:
+    suffix = PurePosixPath(name).suffix.lower()
+    if suffix in SOUNDS:
+        return "sounds"
+    return "videos" if suffix in VIDEOS or (suffix == GIF and frames) else "pictures"
+
+
+def open_clips(
+    source: str | Path, options: MediaOptions, resolution: Any = None, progress: bool = False
+) -> Clips | None:
+    """Open a folder of sounds or videos; None for pictures and for sources that are not folders.
+
+    Raises ValueError for a folder with several kinds, options of another kind, and clips that need an option.
+    """
+    from selftrans.data.sources import audio, video
+
+    root = Path(source)
+    kind = kind_of(root, options.frames)
+    if kind not in ("sounds", "videos"):
+        options.refuse("audio rate length bins hop frames grey", f"{source}, which holds no sounds or videos")
+        return None
+    files = _files(root, kind, options.frames)
+    if kind == "sounds":
+        options.refuse("frames grey", "sounds")
+        if resolution is not None:
+            raise ValueError("--resolution does not apply to sounds; leave it out")
+        return audio.open_sounds(root, files, options, progress)
+    options.refuse("audio rate length bins hop", "videos")
+    return video.open_videos(root, files, options, resolution)
+
+
+def _files(root: Path, kind: Kind, frames: int | None) -> Source:
+    """The files of a folder, with their labels. Raises ValueError for a folder of several kinds."""
+    ignored: Counter[str] = Counter()
+    found = sorted(walk(root, EXTENSIONS | SOUNDS | VIDEOS, ignored))
+    for name, _ in found:
+        if (other := _kind(name, frames)) != kind:
+            raise ValueError(f"{root} holds {kind} and {other}, such as {printable(name)}; keep one kind in a folder")
+    names = [name for name, _ in found]
+    labels, classes = classify(names, str(root), kind)
+    if classes:
+        check_classes(root, classes, kind)
+    return Source(names, labels, classes, _unused, [size for _, size in found], dict(ignored))
+
+
+def _unused(i: int) -> Any:
+    raise AssertionError("clips are read by `Clips.read`")

@@ -1,0 +1,136 @@
+"""Video files (mp4, webm, mov, mkv, avi, animated gif) ⇒ the first frames, cropped and resized as pictures are.
+
+Gifs are decoded by Pillow, the others by PyAV (extra `selftrans[media]`): the demuxer follows from the extension, never from
+the content, so that no file can name other files or addresses to be read. Shape legend: (C, F, H, W) video.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from contextlib import closing
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from selftrans.data.sources.audio import missing
+from selftrans.data.sources.clips import GIF, Clips, MediaOptions, bad_clip
+from selftrans.data.sources.decode import Resolution, open_picture, sides, size_text, to_array
+from selftrans.data.sources.source import Source
+from selftrans.encoders.media import Video, rounded
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+#: extension -> demuxer of FFmpeg
+DEMUXERS = {".mp4": "mp4", ".m4v": "mp4", ".mov": "mov", ".webm": "webm", ".mkv": "matroska", ".avi": "avi"}
+FPS = 10.0  #: where a file does not say it
+MAX_FRAMES = 1 << 14
+
+
+def open_videos(root: Path, files: Source, options: MediaOptions, resolution: Resolution | None) -> Clips:
+    """The first `options.frames` frames of each video, at `resolution` (None: the size of the first, which all must have).
+
+    Raises ValueError without a number of frames, and when no video can be read.
+    """
+    if any(Path(name).suffix.lower() != GIF for name in files.names):
+        pyav()
+    frames = options.frames
+    if not frames or not 1 <= frames <= MAX_FRAMES:
+        raise ValueError(
+            f"{root} holds videos: give --frames, how many are read from the start of each (1 to {MAX_FRAMES})"
+        )
+    first, fps = _first(root, files)
+    channels, size = 1 if options.grey else 3, first if resolution is None else sides(resolution)
+
+    def load(path: Path) -> np.ndarray:
+        with closing(iter_frames(path)) as stream:
+            pictures = list(islice(stream, frames))
+        if len(pictures) < frames:
+            raise ValueError(f"it has {len(pictures)} frames, fewer than --frames {frames}")
+        if resolution is None and (pictures[0].height, pictures[0].width) != first:
+            raise ValueError(
+                f"it is {pictures[0].height}x{pictures[0].width}, the first {size_text(first)}; give --resolution"
+            )
+        array = np.stack([to_array(picture, size, channels) for picture in pictures])  # (F, H, W, C)
+        return array.transpose(3, 0, 1, 2).astype(np.float32) / 127.5 - 1
+
+    return Clips(root, files, (channels, frames, *size), Video(fps), load)
+
+
+def pyav() -> Any:
+    """The library. Raises ValueError with the command that installs it."""
+    try:
+        import av
+    except (ImportError, OSError) as error:
+        raise ValueError(missing("videos", "av", error)) from error
+    return av
+
+
+def iter_frames(path: Path) -> Generator[Image.Image]:
+    """The frames of a video in order. Raises ValueError for one that is too large, and what the decoder raises."""
+    return _gif_frames(path) if path.suffix.lower() == GIF else _av_frames(path)
+
+
+def _gif_frames(path: Path) -> Generator[Image.Image]:
+    """Programs that write gifs merge equal frames into one that is shown longer: it is repeated, where all durations are
+    multiples of the shortest one."""
+    durations = _gif_durations(path)
+    shortest = min(durations)
+    merged = shortest > 0 and not any(duration % shortest for duration in durations)
+    with open_picture(path) as image:
+        for k, duration in enumerate(durations):
+            image.seek(k)
+            frame = image.convert("RGB")
+            for _ in range(duration // shortest if merged else 1):
+                yield frame
+
+
+def _gif_durations(path: Path) -> list[int]:
+    """Milliseconds of each frame, of the first MAX_FRAMES at most; 0 where the file does not say it."""
+    with open_picture(path) as image:
+        durations = []
+        for k in range(min(MAX_FRAMES, getattr(image, "n_frames", 1))):
+            image.seek(k)
+            durations.append(int(image.info.get("duration", 0)))
+    return durations
+
+
+def _av_frames(path: Path) -> Generator[Image.Image]:
+    from PIL import Image
+
+    with path.open("rb") as file, pyav().open(file, format=DEMUXERS[path.suffix.lower()]) as container:
+        if not container.streams.video:
+            raise ValueError("it holds no video")
+        stream = container.streams.video[0]
+        limit = Image.MAX_IMAGE_PIXELS
+        if limit is not None and stream.width * stream.height > limit:
+            raise ValueError(f"{stream.width}x{stream.height} is more than the limit of {limit} pixels")
+        for frame in container.decode(stream):
+            yield frame.to_image()
+
+
+def _first(root: Path, files: Source) -> tuple[tuple[int, int], float]:
+    """(height, width) and frames per second of the first video that can be read. Raises ValueError when none can."""
+    error: Exception | None = None
+    for name in files.names:
+        try:
+            with closing(iter_frames(root / name)) as stream:
+                picture = next(stream, None)
+            if picture is None:
+                raise ValueError("it has no frames")
+            return (picture.height, picture.width), rounded(_fps(root / name))
+        except Exception as unreadable:  # decoders raise any type on a damaged file
+            error = error or bad_clip(name, unreadable, GIF)
+    raise ValueError(f"none of the {len(files)} videos of {root} is readable; the first: {error}")
+
+
+def _fps(path: Path) -> float:
+    """Frames per second as the file says, or a default."""
+    if path.suffix.lower() == GIF:
+        duration = min(_gif_durations(path))
+        return 1000 / duration if duration else FPS
+    with path.open("rb") as file, pyav().open(file, format=DEMUXERS[path.suffix.lower()]) as container:
+        rate = float(container.streams.video[0].average_rate or 0)
+    return rate if 0 < rate <= 1000 else FPS

@@ -1,0 +1,113 @@
+"""Videos: the first frames at one size, from gif and mp4; short and damaged files are named."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from selftrans.cli.main import main
+from selftrans.data.dataset import Dataset
+from selftrans.data.decoded import decoded_images
+from selftrans.data.prepare import prepare
+from selftrans.data.sources.clips import MediaOptions, kind_of
+from selftrans.data.sources.video import iter_frames
+from tests.support.clips import moving, save_gif, save_mp4
+
+FRAMES = MediaOptions(frames=4, grey=True)
+
+
+def test_frames_of_a_gif_are_stored_exactly(tmp_path: Path) -> None:
+    for i in range(4):
+        save_gif(tmp_path / "x" / "ab"[i % 2] / f"{i}.gif", moving(i))
+    manifest = prepare(tmp_path / "x", tmp_path / "out", media=FRAMES, progress=False)
+    assert manifest.shape == (1, 4, 16, 16) and manifest.classes == ("a", "b") and manifest.dtype == "float16"
+    assert manifest.autoencoder.startswith("video(fps=10.0,")
+    dataset = Dataset.open(tmp_path / "out")
+    videos = np.concatenate(list(decoded_images(dataset, device="cpu")))
+    assert videos.shape == (4, 1, 4, 16, 16) and videos.dtype == np.float32
+    expected = np.stack([moving(i)[:4] for i in (0, 2, 1, 3)])[:, None]
+    np.testing.assert_allclose(videos * 127.5 + 127.5, expected, atol=0.1)
+    moments = dataset.read(np.arange(4))["moments"][:, 0]
+    latents = manifest.latent_space.mean(moments)
+    assert abs(float(latents.mean())) < 0.01 and abs(float(latents.std()) - 1) < 0.01
+
+
+def test_mp4_is_read_by_its_frames(tmp_path: Path) -> None:
+    save_mp4(tmp_path / "x" / "0.mp4", moving(1, frames=8, height=32, width=48))
+    manifest = prepare(tmp_path / "x", tmp_path / "out", media=MediaOptions(frames=8), progress=False)
+    assert manifest.shape == (3, 8, 32, 48) and manifest.autoencoder.startswith("video(fps=12.0,")
+    video = next(decoded_images(Dataset.open(tmp_path / "out"), device="cpu"))[0]
+    assert np.abs(video * 127.5 + 127.5 - moving(1, frames=8, height=32, width=48)).mean() < 4  # it is compressed
+    prepare(tmp_path / "x", tmp_path / "small", media=MediaOptions(frames=2), resolution=(8, 12), progress=False)
+    assert Dataset.open(tmp_path / "small").manifest.shape == (3, 2, 8, 12)
+
+
+def test_frames_that_a_gif_shows_longer_are_repeated(tmp_path: Path) -> None:
+    video = moving(0)[[0, 1, 1, 1, 2, 3]]  # Pillow writes four frames, the second of 300 ms
+    path = save_gif(tmp_path / "x" / "0.gif", video)
+    with Image.open(path) as image:
+        assert image.n_frames == 4  # type: ignore[attr-defined]
+    frames = [np.asarray(frame)[..., 0] for frame in iter_frames(path)]
+    np.testing.assert_array_equal(frames, video)
+    manifest = prepare(tmp_path / "x", tmp_path / "out", media=MediaOptions(frames=6), progress=False)
+    assert manifest.autoencoder.startswith("video(fps=10.0,")
+
+
+def test_gifs_are_pictures_without_frames(tmp_path: Path) -> None:
+    save_gif(tmp_path / "x" / "0.gif", moving(0))
+    assert (kind_of(tmp_path / "x", None), kind_of(tmp_path / "x", 4)) == ("pictures", "videos")
+    assert prepare(tmp_path / "x", tmp_path / "out", progress=False).shape == (3, 16, 16)
+
+
+def test_short_damaged_and_other_sizes_are_skipped_by_name(tmp_path: Path) -> None:
+    root = tmp_path / "x"
+    good = save_mp4(root / "a.mp4", moving(0)).read_bytes()
+    save_gif(root / "one.gif", moving(0, frames=1))
+    save_gif(root / "short.gif", moving(0, frames=3))
+    save_gif(root / "wide.gif", moving(0, width=20))
+    (root / "cut.mp4").write_bytes(good[: len(good) // 2])
+    (root / "cut.gif").write_bytes((root / "wide.gif").read_bytes()[:40])
+    (root / "list.mp4").write_text("#EXTM3U\n#EXTINF:1,\nfile:///etc/hostname\n")  # a playlist is not followed
+    with pytest.raises(ValueError, match=r"^cut.gif: cannot be read as a video \(.*--skip-bad$"):
+        prepare(root, tmp_path / "out", media=FRAMES, progress=False)
+    manifest = prepare(root, tmp_path / "out", media=FRAMES, skip_bad=True, progress=False)
+    reasons = dict(manifest.skipped)
+    assert manifest.count == 1 and set(reasons) == {
+        "cut.gif",
+        "cut.mp4",
+        "list.mp4",
+        "one.gif",
+        "short.gif",
+        "wide.gif",
+    }
+    assert reasons["one.gif"] == "it has 1 frames, fewer than --frames 4"
+    assert reasons["wide.gif"] == "it is 16x20, the first 16x16; give --resolution"
+    assert "Invalid data" in reasons["list.mp4"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ([], "give --frames, how many are read from the start of each"),
+        (["--frames", "0"], "give --frames"),
+        (["--frames", "4", "--rate", "8000"], "--rate does not apply to videos"),
+        (["--frames", "4", "--flip"], "--flip is for pictures"),
+        (["--frames", "4", "--resolution", "8x"], "resolution '8x' should be a side, as 256, or HEIGHTxWIDTH"),
+    ],
+)
+def test_options_that_do_not_fit_are_refused_in_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: list[str], message: str
+) -> None:
+    save_mp4(tmp_path / "x" / "0.mp4", moving(0))
+    assert main(["prepare", str(tmp_path / "x"), "--out", str(tmp_path / "out"), *flags]) == 1
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1 and not (tmp_path / "out").exists()
+
+
+def test_options_of_clips_are_refused_for_pictures(tmp_path: Path) -> None:
+    save_gif(tmp_path / "x" / "0.gif", moving(0))
+    with pytest.raises(ValueError, match=r"^--rate does not apply to .*x, which holds no sounds or videos"):
+        prepare(tmp_path / "x", tmp_path / "out", media=MediaOptions(rate=8000), progress=False)
