@@ -28,6 +28,7 @@ ORDER = (
     "precision",    # fp32, bf16, fp16 -> torch's dtypes
     "device",       # which device a process works on
     "sections",     # settings as frozen dataclasses, to and from json
+    "fine_tuning",  # settings of a run that starts from given weights
     "plugins",      # records that other packages add
     "types",        # shapes, batches, draws, outputs; what a backbone and a guidance are
     "flow",         # paths, timestep samplers, the draw of a step
@@ -41,8 +42,8 @@ ORDER = (
     "evaluate",     # image iterators in, numbers out: neither models nor methods
     "sampling",     # model => images
     "library",      # what `import selftrans` offers
-    "train",        # a run
     "interop",      # other people's checkpoints in, ours out
+    "train",        # a run
     "experiments",  # compare, quickstart, bench, evaluate, analyse
     "cli",
     "__main__",
@@ -130,6 +131,7 @@ COVERED_BY = {
     "experiments/runner": "unit/experiments/test_compare.py",
     "experiments/summary": "unit/experiments/test_compare.py",
     "experiments/train_classifier": "unit/evaluate/test_classifier.py",
+    "fine_tuning": "unit/train/test_initial_weights.py",
     "interop/published_file": "unit/interop/test_importing.py",
     "interop/published_optimizer": "unit/interop/test_importing.py",
     "models/label_published": "unit/models/test_sit_published.py",
@@ -137,6 +139,7 @@ COVERED_BY = {
     "models/patch_transformer": "unit/models/test_label_transformer.py",
     "recipes/cifar10": "unit/recipes/test_recipes.py",
     "recipes/digits": "unit/recipes/test_recipes.py",
+    "recipes/digits_t2i": "unit/recipes/test_recipes.py",
     "recipes/imagefolder": "unit/recipes/test_recipes.py",
     "recipes/imagenet": "unit/recipes/test_recipes.py",
     "recipes/imagenet_lightning": "unit/recipes/test_recipes.py",
@@ -144,7 +147,10 @@ COVERED_BY = {
     "recipes/moving_digits": "integration/test_other_data.py",
     "recipes/speech_words": "integration/test_other_data.py",
     "train/checkpointing": "unit/train/test_resume.py",
+    "train/fitting": "unit/train/test_initial_weights.py",
+    "train/given_weights": "unit/train/test_initial_weights.py",
     "train/interrupted": "unit/train/test_signals.py",
+    "train/memory_use": "unit/checkpoints/test_adapted.py",
     "train/run": "integration/test_train.py",
 }
 #: unit tests that are not named after a module -> why

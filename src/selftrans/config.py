@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias, TypeVar
 
+from selftrans.fine_tuning import Init, Lora, check_together
 from selftrans.flow import PATHS, TIMES
 from selftrans.methods import registry as methods
 from selftrans.models import registry as models
@@ -37,7 +38,7 @@ class Data(Section):
     """directory of shards; `--data DIR` sets it"""
     autoencoder: str | None = None
     """what decodes previews and samples; None: what the data was prepared with"""
-    builtin: Literal["digits"] | None = None
+    builtin: Literal["digits", "digits_t2i"] | None = None
     """data that the run prepares by itself where no path is given; recipes of such data set it"""
     shape: tuple[int, ...] | None = None
     """shape of a latent, channels first: C H W of pictures; None: as prepared; otherwise the data must agree"""
@@ -210,6 +211,8 @@ class RunConfig:
     """a built-in method, one of an installed package, or module:function"""
     data: Data = field(default_factory=Data)
     model: ModelConfig = field(default_factory=SiTConfig)
+    init: Init = field(default_factory=Init)
+    lora: Lora = field(default_factory=Lora)
     train: Train = field(default_factory=Train)
     sample: SampleConfig = field(default_factory=SampleConfig)
     log: Log = field(default_factory=Log)
@@ -255,8 +258,9 @@ class RunConfig:
     def check(self) -> RunConfig:
         """Itself, or a ValueError that names the first field that cannot work."""
         known = (section for section in self.sections.values() if isinstance(section, Section))  # else plain json
-        for section in (self.model, self.train, self.log, *known, self.sample):
+        for section in (self.model, self.init, self.lora, self.train, self.log, *known, self.sample):
             section.check()
+        check_together(self.init, self.lora, self.train.shard)
         return self
 
 
@@ -282,7 +286,7 @@ def settings_of(config: RunConfig) -> Iterator[tuple[str, Any, Resume]]:
             yield from ((f"{key}.{name}", value, rule) for name, value, rule, _ in fields_of(section))
         else:  # of a method that is not known here
             yield key, section, "fixed"
-    for section in (config.data, config.model, config.train, config.sample, config.log):
+    for section in (config.data, config.model, config.init, config.lora, config.train, config.sample, config.log):
         yield from ((f"{section.key}.{name}", value, rule) for name, value, rule, _ in fields_of(section))
 
 

@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Literal
 from selftrans.suggest import nearest
 
 Resume = Literal["fixed", "free", "consent"]
-OWN = ("data", "model", "train", "sample", "log")  #: keys of the sections that every run has
+OWN = ("data", "model", "init", "lora", "train", "sample", "log")  #: keys of the sections that every run has
 TAKEN = ("version", "recipe", "method")  #: other names at the top of config.json
 
 

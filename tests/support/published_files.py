@@ -23,7 +23,30 @@ from diffusers.models.normalization import AdaLayerNormContinuous
 from torch import Tensor, nn
 
 Named = dict[str, Tensor]
+#: arguments of `state` and `Assembled`
 TINY = {"width": 32, "depth": 3, "heads": 2, "patch": 2, "channels": 1, "side": 8, "classes": 10}
+
+
+class Tensors(Named):
+    """Random tensors by name, added in the order in which a published module registers them."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        self.random = torch.Generator().manual_seed(seed)
+
+    def linear(self, name: str, rows: int, columns: int) -> None:
+        self[f"{name}.weight"] = torch.randn(rows, columns, generator=self.random) / columns**0.5
+        self[f"{name}.bias"] = 0.1 * torch.randn(rows, generator=self.random)
+
+    def conv(self, name: str, rows: int, columns: int, side: int) -> None:
+        kernel = torch.randn(rows, columns, side, side, generator=self.random)
+        self[f"{name}.weight"] = kernel / (columns * side * side) ** 0.5
+        self[f"{name}.bias"] = 0.1 * torch.randn(rows, generator=self.random)
+
+    def norm(self, name: str, size: int, *, bias: bool = True) -> None:
+        self[f"{name}.weight"] = 1 + 0.1 * torch.randn(size, generator=self.random)
+        if bias:
+            self[f"{name}.bias"] = 0.1 * torch.randn(size, generator=self.random)
 
 
 def state(
@@ -38,52 +61,47 @@ def state(
     qk_norm: bool = False,
     learn_sigma: bool = False,
     projectors: str | None = None,
+    swiglu: bool = False,
+    rms_norm: bool = False,
+    shift: bool = True,
+    rope: Named | None = None,
     seed: int = 0,
 ) -> Named:
-    """A state dict in the order in which the published modules register their parameters.
+    """A state dict of SiT, or with the options of LightningDiT, in the order in which the published modules register it.
 
-    `projectors`: "repa" (a list of heads), "stage2" (one head) or "stage1" (one head and its last layer).
+    `projectors`: "repa" (a list of heads), "stage2" (one head) or "stage1" (one head and its last layer); `rope`: tables.
     """
-    g = torch.Generator().manual_seed(seed)
-    out: Named = {
-        "pos_embed": get_2d_sincos_pos_embed(width, side // patch, base_size=side // patch, output_type="pt")[
-            None
-        ].float()
-    }
-
-    def linear(name: str, rows: int, columns: int) -> None:
-        out[f"{name}.weight"] = torch.randn(rows, columns, generator=g) / columns**0.5
-        out[f"{name}.bias"] = 0.1 * torch.randn(rows, generator=g)
-
-    out["x_embedder.proj.weight"] = (
-        torch.randn(width, channels, patch, patch, generator=g) / (channels * patch * patch) ** 0.5
-    )
-    out["x_embedder.proj.bias"] = 0.1 * torch.randn(width, generator=g)
-    linear("t_embedder.mlp.0", width, 256)
-    linear("t_embedder.mlp.2", width, width)
-    out["y_embedder.embedding_table.weight"] = torch.randn(classes + 1, width, generator=g)
+    out, grid = Tensors(seed), side // patch
+    out["pos_embed"] = get_2d_sincos_pos_embed(width, grid, base_size=grid, output_type="pt")[None].float()
+    out.conv("x_embedder.proj", width, channels, patch)
+    out.linear("t_embedder.mlp.0", width, 256)
+    out.linear("t_embedder.mlp.2", width, width)
+    out["y_embedder.embedding_table.weight"] = torch.randn(classes + 1, width, generator=out.random)
+    out |= rope or {}
+    hidden = int(2 / 3 * 4 * width) if swiglu else 4 * width
     for i in range(depth):
-        linear(f"blocks.{i}.attn.qkv", 3 * width, width)
-        if qk_norm:
-            out[f"blocks.{i}.attn.qkv.weight"][: 2 * width] *= (
-                0.1  # small enough for the epsilon of the norms to matter
-            )
+        for norm in ("norm1", "norm2") if rms_norm else ():
+            out.norm(f"blocks.{i}.{norm}", width, bias=False)
+        out.linear(f"blocks.{i}.attn.qkv", 3 * width, width)
+        if qk_norm:  # small enough for the epsilon of the norms to matter
+            out[f"blocks.{i}.attn.qkv.weight"][: 2 * width] *= 0.01 if rms_norm else 0.1
             for norm in ("q_norm", "k_norm"):
-                out[f"blocks.{i}.attn.{norm}.weight"] = 1 + 0.1 * torch.randn(width // heads, generator=g)
-                out[f"blocks.{i}.attn.{norm}.bias"] = 0.1 * torch.randn(width // heads, generator=g)
-        linear(f"blocks.{i}.attn.proj", width, width)
-        linear(f"blocks.{i}.mlp.fc1", 4 * width, width)
-        linear(f"blocks.{i}.mlp.fc2", width, 4 * width)
-        linear(f"blocks.{i}.adaLN_modulation.1", 6 * width, width)
+                out.norm(f"blocks.{i}.attn.{norm}", width // heads, bias=not rms_norm)
+        out.linear(f"blocks.{i}.attn.proj", width, width)
+        out.linear(f"blocks.{i}.mlp.{'w12' if swiglu else 'fc1'}", 2 * hidden if swiglu else hidden, width)
+        out.linear(f"blocks.{i}.mlp.{'w3' if swiglu else 'fc2'}", width, hidden)
+        out.linear(f"blocks.{i}.adaLN_modulation.1", (6 if shift else 4) * width, width)
     if projectors:
         first = "projectors.0." if projectors == "repa" else "projectors."
         for part, (rows, columns) in {"0": (16, width), "2": (16, 16), "4": (width, 16)}.items():
-            linear(first + part, rows, columns)
+            out.linear(first + part, rows, columns)
     if projectors == "stage1":
-        linear("projectors_final.linear", patch * patch * channels, width)
-    linear("final_layer.linear", patch * patch * channels * (2 if learn_sigma else 1), width)
-    linear("final_layer.adaLN_modulation.1", 2 * width, width)
-    return out
+        out.linear("projectors_final.linear", patch * patch * channels, width)
+    if rms_norm:
+        out.norm("final_layer.norm_final", width, bias=False)
+    out.linear("final_layer.linear", patch * patch * channels * (2 if learn_sigma else 1), width)
+    out.linear("final_layer.adaLN_modulation.1", 2 * width, width)
+    return dict(out)
 
 
 def options(kind: str, **more: Any) -> argparse.Namespace:

@@ -8,8 +8,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from diffusers.models.embeddings import get_2d_sincos_pos_embed
 from torch import Tensor
+
+from tests.support import published_files
 
 Named = dict[str, Tensor]
 TINY = {"width": 32, "depth": 3, "heads": 2, "patch": 1, "channels": 2, "side": 4, "classes": 10}
@@ -17,65 +18,13 @@ TINY = {"width": 32, "depth": 3, "heads": 2, "patch": 1, "channels": 2, "side": 
 RELEASED = {"qk_norm": False, "swiglu": True, "rope": True, "rms_norm": True, "shift": True}
 
 
-def state(
-    width: int,
-    depth: int,
-    heads: int,
-    patch: int,
-    channels: int,
-    side: int,
-    classes: int,
-    *,
-    qk_norm: bool = False,
-    swiglu: bool = True,
-    rope: bool = True,
-    rms_norm: bool = True,
-    shift: bool = True,
-    learn_sigma: bool = False,
-    seed: int = 0,
-) -> Named:
-    """A state dict in the order in which the published modules register their parameters and buffers."""
-    g = torch.Generator().manual_seed(seed)
-    out: Named = {}
-
-    def linear(name: str, rows: int, columns: int) -> None:
-        out[f"{name}.weight"] = torch.randn(rows, columns, generator=g) / columns**0.5
-        out[f"{name}.bias"] = 0.1 * torch.randn(rows, generator=g)
-
-    def norm(name: str, size: int, *, bias: bool = False) -> None:
-        out[f"{name}.weight"] = 1 + 0.1 * torch.randn(size, generator=g)
-        if bias:
-            out[f"{name}.bias"] = 0.1 * torch.randn(size, generator=g)
-
-    grid, d = side // patch, width // heads
-    out["pos_embed"] = get_2d_sincos_pos_embed(width, grid, base_size=grid, output_type="pt")[None].float()
-    out["x_embedder.proj.weight"] = torch.randn(width, channels, patch, patch, generator=g) / channels**0.5 / patch
-    out["x_embedder.proj.bias"] = 0.1 * torch.randn(width, generator=g)
-    linear("t_embedder.mlp.0", width, 256)
-    linear("t_embedder.mlp.2", width, width)
-    out["y_embedder.embedding_table.weight"] = torch.randn(classes + 1, width, generator=g)
-    if rope:
-        angles = angle_table(d, (grid, grid)).float().repeat_interleave(2, dim=-1)
-        out["feat_rope.freqs_cos"], out["feat_rope.freqs_sin"] = angles.cos(), angles.sin()
-    for i in range(depth):
-        if rms_norm:
-            norm(f"blocks.{i}.norm1", width)
-            norm(f"blocks.{i}.norm2", width)
-        linear(f"blocks.{i}.attn.qkv", 3 * width, width)
-        if qk_norm:
-            out[f"blocks.{i}.attn.qkv.weight"][: 2 * width] *= 0.01  # small enough for the norms' epsilon to show
-            norm(f"blocks.{i}.attn.q_norm", d, bias=not rms_norm)
-            norm(f"blocks.{i}.attn.k_norm", d, bias=not rms_norm)
-        linear(f"blocks.{i}.attn.proj", width, width)
-        hidden = int(2 / 3 * 4 * width) if swiglu else 4 * width
-        linear(f"blocks.{i}.mlp.{'w12' if swiglu else 'fc1'}", 2 * hidden if swiglu else hidden, width)
-        linear(f"blocks.{i}.mlp.{'w3' if swiglu else 'fc2'}", width, hidden)
-        linear(f"blocks.{i}.adaLN_modulation.1", (6 if shift else 4) * width, width)
-    if rms_norm:
-        norm("final_layer.norm_final", width)
-    linear("final_layer.linear", patch * patch * channels * (2 if learn_sigma else 1), width)
-    linear("final_layer.adaLN_modulation.1", 2 * width, width)
-    return out
+def state(rope: bool = True, **given: Any) -> Named:
+    """A state dict with the released options, but for what is given (`published_files.state`), and its rotary tables."""
+    d, grid = given["width"] // given["heads"], given["side"] // given["patch"]
+    angles = angle_table(d, (grid, grid)).float().repeat_interleave(2, dim=-1)
+    tables = {"feat_rope.freqs_cos": angles.cos(), "feat_rope.freqs_sin": angles.sin()}
+    released = {"swiglu": True, "rms_norm": True}
+    return published_files.state(**{**released, **given}, rope=tables if rope else None)
 
 
 def settings(**transport: Any) -> dict[str, Any]:

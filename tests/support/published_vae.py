@@ -9,35 +9,28 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tests.support.published_files import Tensors
+
 Named = dict[str, Tensor]
 #: 32 channels, as group norms have 32 groups; attention at the lowest resolution, as VA-VAE has it
 TINY = {"ch": 32, "mult": (1, 2), "layers": 1, "z": 3, "attended": (1,)}
 
 
 def state(ch: int, mult: tuple[int, ...], layers: int, z: int, attended: tuple[int, ...], seed: int = 0) -> Named:
-    g = torch.Generator().manual_seed(seed)
-    out: Named = {}
-
-    def conv(name: str, rows: int, columns: int, side: int = 3) -> None:
-        out[f"{name}.weight"] = torch.randn(rows, columns, side, side, generator=g) / (columns * side * side) ** 0.5
-        out[f"{name}.bias"] = 0.1 * torch.randn(rows, generator=g)
-
-    def norm(name: str, size: int) -> None:
-        out[f"{name}.weight"] = 1 + 0.1 * torch.randn(size, generator=g)
-        out[f"{name}.bias"] = 0.1 * torch.randn(size, generator=g)
+    out = Tensors(seed)
 
     def resnet(name: str, columns: int, rows: int) -> None:
-        norm(f"{name}.norm1", columns)
-        conv(f"{name}.conv1", rows, columns)
-        norm(f"{name}.norm2", rows)
-        conv(f"{name}.conv2", rows, rows)
+        out.norm(f"{name}.norm1", columns)
+        out.conv(f"{name}.conv1", rows, columns, 3)
+        out.norm(f"{name}.norm2", rows)
+        out.conv(f"{name}.conv2", rows, rows, 3)
         if rows != columns:
-            conv(f"{name}.nin_shortcut", rows, columns, 1)
+            out.conv(f"{name}.nin_shortcut", rows, columns, 1)
 
     def attention(name: str, size: int) -> None:
-        norm(f"{name}.norm", size)
+        out.norm(f"{name}.norm", size)
         for part in ("q", "k", "v", "proj_out"):
-            conv(f"{name}.{part}", size, size, 1)
+            out.conv(f"{name}.{part}", size, size, 1)
 
     def level(name: str, columns: int, rows: int, count: int, attends: bool) -> None:
         for j in range(count):
@@ -51,25 +44,25 @@ def state(ch: int, mult: tuple[int, ...], layers: int, z: int, attended: tuple[i
         resnet(f"{name}.block_2", size, size)
 
     widths = [ch * m for m in mult]
-    conv("encoder.conv_in", ch, 3)
+    out.conv("encoder.conv_in", ch, 3, 3)
     for i, width in enumerate(widths):
         level(f"encoder.down.{i}", widths[max(i - 1, 0)], width, layers, i in attended)
         if i + 1 < len(widths):
-            conv(f"encoder.down.{i}.downsample.conv", width, width)
+            out.conv(f"encoder.down.{i}.downsample.conv", width, width, 3)
     middle("encoder.mid", widths[-1])
-    norm("encoder.norm_out", widths[-1])
-    conv("encoder.conv_out", 2 * z, widths[-1])
-    conv("decoder.conv_in", widths[-1], z)
+    out.norm("encoder.norm_out", widths[-1])
+    out.conv("encoder.conv_out", 2 * z, widths[-1], 3)
+    out.conv("decoder.conv_in", widths[-1], z, 3)
     middle("decoder.mid", widths[-1])
     for i in reversed(range(len(widths))):
         level(f"decoder.up.{i}", widths[min(i + 1, len(widths) - 1)], widths[i], layers + 1, i in attended)
         if i:
-            conv(f"decoder.up.{i}.upsample.conv", widths[i], widths[i])
-    norm("decoder.norm_out", ch)
-    conv("decoder.conv_out", 3, ch)
-    conv("quant_conv", 2 * z, 2 * z, 1)
-    conv("post_quant_conv", z, z, 1)
-    return out
+            out.conv(f"decoder.up.{i}.upsample.conv", widths[i], widths[i], 3)
+    out.norm("decoder.norm_out", ch)
+    out.conv("decoder.conv_out", 3, ch, 3)
+    out.conv("quant_conv", 2 * z, 2 * z, 1)
+    out.conv("post_quant_conv", z, z, 1)
+    return dict(out)
 
 
 class Network:

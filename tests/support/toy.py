@@ -60,12 +60,13 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     # accelerate runs the garbage collector after every stage, which takes longer than the stage
     monkeypatch.setattr("accelerate.utils.memory.gc", types.SimpleNamespace(collect=lambda: 0))
     monkeypatch.setattr(compute, "forward_flops", counted)
+    monkeypatch.setattr(compute, "training_flops", counted_in_training)
     yield
     torch.set_num_threads(before)
 
 
 KNOWN: dict[Any, int] = {}
-COUNT = compute.forward_flops
+COUNT, COUNT_IN_TRAINING = compute.forward_flops, compute.training_flops
 
 
 def counted(backbone: Any, cond: Any, taps: tuple[int, ...] = (), *, stop: bool = False) -> int:
@@ -73,6 +74,14 @@ def counted(backbone: Any, cond: Any, taps: tuple[int, ...] = (), *, stop: bool 
     what = (repr(backbone), backbone.shape, taps, stop)
     if what not in KNOWN:
         KNOWN[what] = COUNT(backbone, cond, taps, stop=stop)
+    return KNOWN[what]
+
+
+def counted_in_training(backbone: Any, cond: Any) -> int:
+    """`training_flops`, cached likewise."""
+    what = (repr(backbone), backbone.shape, "training")
+    if what not in KNOWN:
+        KNOWN[what] = COUNT_IN_TRAINING(backbone, cond)
     return KNOWN[what]
 
 

@@ -49,7 +49,7 @@ def test_json_holds_every_setting():
 )
 def test_json_of_a_run_holds_the_sections_of_its_own_method_only(method, own):
     written = json.loads(to_json(override(recipe("digits"), {"method": method}).restricted()))
-    shared = {"version", "recipe", "method", "data", "model", "train", "sample", "log"}
+    shared = {"version", "recipe", "method", "data", "model", "init", "lora", "train", "sample", "log"}
     assert set(written) - shared == own
 
 

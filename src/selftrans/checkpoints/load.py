@@ -11,9 +11,9 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
 
 from selftrans.checkpoints import format as checkpoint
+from selftrans.checkpoints.adapted import frozen_weights, full_weights, weights_hash
 from selftrans.config import RunConfig, from_json, to_json
 from selftrans.plugins import NotFound
 from selftrans.sections import from_plain
@@ -135,14 +135,15 @@ def _names(order: Any) -> list[str]:
 
 
 def load_model(origin: str | Path, *, stage: str | None = None, weights: Weights = "ema") -> LoadedModel:
-    """Build the model of `origin` (see `find`) and load its weights, strictly, in eval mode."""
+    """Build the model of `origin` (see `find`) and load its weights, strictly, in eval mode; adapters are merged into it."""
     path = find(origin, stage=stage, weights=weights)
     metadata = checkpoint.read_header(path)
+    frozen = frozen_weights(path, metadata)
     try:
         config = from_json(json.dumps(metadata["config"]), lenient=True)
         shape = tuple(int(n) for n in metadata["shape"])
         conditions = from_plain(Conditions, metadata["conditions"], "conditions")
-        _check_fit(path, config, shape, conditions)
+        _check_fit(frozen or path, config, shape, conditions)
         model = config.build_model(shape, conditions)
         name, step = str(metadata["stage"]), int(metadata["step"])
         kind: Weights = "ema" if metadata.get("weights") == "ema" else "raw"
@@ -158,11 +159,11 @@ def load_model(origin: str | Path, *, stage: str | None = None, weights: Weights
         raise ValueError(
             f"{path} holds weights of {printable(name)}, not of {stage}; give the run directory to choose a stage of it"
         )
-    model.load_state_dict(load_file(path), strict=True)
+    model.load_state_dict(full_weights(path, frozen, config), strict=True)
     source = {
         "path": str(path.resolve()),
         "sha256": sha256_file(path),
-        "weights": checkpoint.weights_sha256(path),
+        "weights": weights_hash(path, frozen),
     } | ({IMPORTED: metadata[IMPORTED]} if IMPORTED in metadata else {})
     return LoadedModel(model.eval(), config, name, kind, step, autoencoder, classes, source, prompts)
 

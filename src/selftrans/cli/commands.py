@@ -45,7 +45,7 @@ class Prepare(Command):
     """
 
     source: Positional[str]
-    """folder, zip, tar, parquet file, hub id or `digits`"""
+    """folder, zip, tar, parquet file, hub id, `digits`, or with --text `digits_t2i`"""
     out: Path
     """directory for the shards"""
     autoencoder: str = "pixel"
@@ -159,9 +159,12 @@ class Train(RecipeCommand[Config]):
     out: Annotated[Path, tyro.conf.arg(metavar="RUN")]
     """run directory: created, or continued"""
     data: Annotated[str | None, tyro.conf.arg(metavar="DIR")] = None
-    """directory made by `selftrans prepare`; sets --data.path. The recipe digits brings its own data"""
+    """directory made by `selftrans prepare`; sets --data.path. The recipes digits and digits_t2i bring their own data"""
     teacher: Annotated[str | None, tyro.conf.arg(metavar="RUN_OR_FILE")] = None
     """a run, checkpoint or weights file that teaches in place of this run's own first stage"""
+    init: Annotated[str | None, tyro.conf.arg(metavar="RUN_OR_FILE")] = None
+    """weights to start from: a run, checkpoint or weights file, or a published file; sets --init.path. --lora.rank R then
+    trains adapters only"""
     trust: Trust = ()
     config: Annotated[Config, *Overrides] = tyro.MISSING
 
@@ -173,6 +176,8 @@ class Train(RecipeCommand[Config]):
         config: Any = self.config
         if self.data is not None:
             config = config.override({"data.path": self.data})
+        if self.init is not None:
+            config = config.override({"init.path": self.init})
         if self.teacher is not None:
             option = next((stage.teacher.option for stage in stages(config) if stage.teacher), None)
             if option is None:
@@ -296,13 +301,24 @@ class Export(Command):
     layout: str = "selftrans"
     """selftrans: accepted in place of a run by every command; or a published layout: of SiT sit or repa, of DiT dit, of
     LightningDiT lightningdit, of diffusers-* diffusers"""
+    adapters: bool = False
+    """of a run with --lora.rank: its adapters alone, with --layout peft (the default then) or diffusers; otherwise they are
+    merged into the weights"""
     stage: Stage = None
     trust: Trust = ()
 
     def run(self) -> None:
-        from selftrans.interop.exporting import export_run
+        from selftrans.interop.adapter_files import export_adapters
+        from selftrans.interop.exporting import OURS, export_run
 
-        made = export_run(self.run_or_file, **self.options("run_or_file"))
+        if self.adapters:
+            layout = "peft" if self.layout == OURS else self.layout
+            options = self.options("run_or_file", "adapters") | {"layout": layout}
+            print(
+                f"adapters of the {self.weights} weights, layout {layout} -> {export_adapters(self.run_or_file, **options)}"
+            )
+            return
+        made = export_run(self.run_or_file, **self.options("run_or_file", "adapters"))
         print(f"{self.weights} weights, layout {self.layout} -> {made}")
 
 

@@ -32,7 +32,9 @@ def override_type(config: RunConfig, words: Sequence[str]) -> tuple[Any, Any]:
     the command: a method or model that they name as module:function is imported, and so known. ValueError for unknown names.
     """
     from selftrans.config import Data, Log, SampleConfig, Train
+    from selftrans.fine_tuning import Init, Lora
     from selftrans.methods import registry as methods
+    from selftrans.sections import OWN
 
     method = (_values(words, "method") or [config.method])[-1]
     for name in (method, *_values(words, "methods")):
@@ -46,8 +48,9 @@ def override_type(config: RunConfig, words: Sequence[str]) -> tuple[Any, Any]:
             trust(name)
         model = config.model_of(name)
     kinds = methods.sections_of(methods.REGISTRY.every())
-    types = {"data": Data, "model": type(model), "train": Train, **kinds, "sample": SampleConfig, "log": Log}
-    values = {"data": config.data, "model": model, "train": config.train, "sample": config.sample, "log": config.log}
+    types = {"data": Data, "model": type(model), "init": Init, "lora": Lora, "train": Train}
+    types |= {**kinds, "sample": SampleConfig, "log": Log}
+    values = {key: getattr(config, key) for key in OWN} | {"model": model}
     values |= {key: config.section(kind) for key, kind in kinds.items()}
     fields: list[Any] = [("method", _method_type(methods.REGISTRY.known()), dataclasses.field(default=method))]
     fields += [(key, kind, dataclasses.field(default=values[key])) for key, kind in types.items()]
@@ -57,8 +60,10 @@ def override_type(config: RunConfig, words: Sequence[str]) -> tuple[Any, Any]:
 
 def overridden(config: RunConfig, parsed: Any) -> RunConfig:
     """The recipe's configuration with parsed overrides; it still holds the sections of every method."""
+    from selftrans.sections import OWN
+
     values = {field.name: getattr(parsed, field.name) for field in dataclasses.fields(parsed)}
-    own = {name: values.pop(name) for name in ("method", "data", "model", "train", "sample", "log")}
+    own = {name: values.pop(name) for name in ("method", *OWN)}
     return dataclasses.replace(config, **own, sections=values)
 
 

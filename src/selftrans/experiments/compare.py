@@ -18,7 +18,7 @@ import torch
 
 from selftrans.config import RunConfig, to_json
 from selftrans.data.dataset import Dataset, Manifest
-from selftrans.data.prepare import prepare_digits
+from selftrans.data.prepare import prepare_builtin
 from selftrans.evaluate.extractors import MAX_VALUES, load_extractor
 from selftrans.evaluate.plots import save
 from selftrans.experiments import html_report
@@ -29,6 +29,7 @@ from selftrans.experiments.train_classifier import classifier_from_data
 from selftrans.methods.registry import METHODS, REGISTRY, find, sections_of, stages
 from selftrans.sections import fields_of
 from selftrans.storage import lock_file, write_json, write_text
+from selftrans.train.given_weights import with_given_model
 from selftrans.train.run import put_together, teacher_of
 
 SHOWN = 32  #: samples on the page, per method
@@ -60,6 +61,7 @@ def compare_methods(
     _check(methods, seeds, images)
     with lock_file(out / ".lock"):
         config, features, weights = with_defaults(config, out, features=features)
+        config = with_given_model(config)
         variants = {name: for_method(config, name) for name in methods}
         rehearse(variants)
         block = probed_block(config)
@@ -129,7 +131,7 @@ def with_defaults(config: RunConfig, out: Path, *, features: str | None = None) 
     if config.data.path is None:
         if config.data.builtin is None:
             raise ValueError(f"recipe {config.recipe} needs --data DIR, a directory made by `selftrans prepare`")
-        prepare_digits(out / "data")
+        prepare_builtin(config.data.builtin, out / "data")
         config = config.override({"data.path": str(out / "data")})
         features = features or "digits"
     if features == "digits":

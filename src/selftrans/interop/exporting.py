@@ -9,6 +9,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from selftrans.checkpoints import format as checkpoint
+from selftrans.checkpoints.adapted import ADAPTERS
 from selftrans.checkpoints.load import EXPORTED, Weights, find, load_model
 from selftrans.interop.published_file import LAYOUT
 from selftrans.models import registry as models
@@ -33,7 +34,8 @@ def export_run(
     names = {EXPORTED, *(each.folder for each in spec.layouts.values() if each.folder)}
     if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not any((out / n).is_file() for n in names))):
         raise ValueError(f"{out} exists and is not an export; choose another --out")
-    header, target = checkpoint.read_header(path), out / EXPORTED
+    header = {key: value for key, value in checkpoint.read_header(path).items() if key != ADAPTERS}  # they are merged
+    target = out / EXPORTED
     if layout == OURS:
         tensors, metadata, config = dict(loaded.model.state_dict()), {checkpoint.KEY: json.dumps(header)}, header
     else:

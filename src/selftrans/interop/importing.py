@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 from selftrans.checkpoints import format as checkpoint
 from selftrans.checkpoints.load import IMPORTED, header
-from selftrans.config import RunConfig, to_json
+from selftrans.config import RunConfig, settings_of, to_json
 from selftrans.encoders.autoencoder import autoencoder_name
 from selftrans.interop.published_file import listed, read
 from selftrans.interop.published_optimizer import adamw_moments
@@ -27,7 +27,6 @@ from selftrans.models.spec import Named, Published, PublishedFile, check_shapes
 from selftrans.recipes import recipe
 from selftrans.storage import FREE_SPACE, atomic_directory, sha256_file, write_json
 from selftrans.suggest import nearest
-from selftrans.train.resume import bound_settings
 
 #: channels of the latents -> default autoencoder: the usual one for 4, `pixel` for 1 and 3
 AUTOENCODERS = {1: "pixel", 3: "pixel", 4: "stabilityai/sd-vae-ft-mse"}
@@ -59,7 +58,7 @@ def import_run(
     nothing.
     """
     out, published = Path(out), read(Path(file))
-    model = _recognised(published, heads, convention)
+    model = recognised(published, heads, convention)
     if path is not None and model.path not in (None, path):
         raise ValueError(f"{file} was trained on the path {model.path}, by its stored options; omit --path {path}")
     config, guided = _config(published, model._replace(path=path or model.path), name)
@@ -93,7 +92,7 @@ def import_run(
     return written
 
 
-def _recognised(file: PublishedFile, heads: int | None, convention: str | None) -> Published:
+def recognised(file: PublishedFile, heads: int | None, convention: str | None) -> Published:
     """The model of a file, from the first model family that recognises it. ValueError if none does."""
     known = {name for spec in MODELS.every() for name in spec.conventions}
     if convention is not None and convention not in known:
@@ -242,6 +241,17 @@ def _write(
     except (OSError, SafetensorError) as error:
         raise OSError(f"{out} could not be written ({error}); {FREE_SPACE}") from error
     return out / saved.relative_to(run)
+
+
+def bound_settings(config: RunConfig, imported: RunConfig) -> dict[str, Any]:
+    """Settings that imported weights fix before they are trained: method, model, path, and the sections of their stages."""
+    known = stages(imported) if imported.method in METHODS else []  # code outside the package is not imported for this
+    keys = {section.key for stage in known for section in stage.sections}
+    return {
+        name: value
+        for name, value, _ in settings_of(config)
+        if name in ("method", "train.path") or name.partition(".")[0] in {"model", *keys}
+    }
 
 
 def _command(config: RunConfig, out: Path) -> str:

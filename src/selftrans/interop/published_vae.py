@@ -46,7 +46,7 @@ def import_vae(file: str | Path, out: str | Path, *, latent_stats: str | Path | 
         diffusers_name(name, len(config["block_out_channels"])): tensor for name, tensor in sorted(named.items())
     }
     translated = {
-        name: t[:, :, 0, 0] if re.search(r"\.to_\w+(\.0)?\.weight$", name) and t.dim() == 4 else t
+        name: t.flatten(start_dim=1) if re.search(r"\.to_\w+(\.0)?\.weight$", name) and t.dim() == 4 else t
         for name, t in translated.items()
     }
     _check(path, translated, config)
@@ -98,7 +98,7 @@ def _config(path: Path, named: Named) -> dict[str, Any]:
     """Arguments of diffusers' AutoencoderKL, from names and shapes. ValueError where what shows a size is missing."""
 
     def shape(name: str) -> torch.Size:
-        if name not in named or named[name].dim() != 4:
+        if name not in named or named[name].dim() != 4 or not named[name].numel():
             raise ValueError(f"{path} is no autoencoder of latent diffusion: {name} is missing, or no convolution")
         return named[name].shape
 
@@ -129,7 +129,7 @@ def _check(path: Path, named: Named, config: dict[str, Any]) -> None:
     try:
         with torch.device("meta"):
             model = AutoencoderKL(**{key: tuple(v) if isinstance(v, list) else v for key, v in config.items()})
-    except (ValueError, RuntimeError, IndexError) as error:  # sizes that do not go together
+    except Exception as error:  # diffusers raises many types; all mean sizes that do not go together
         raise ValueError(f"{path} is no autoencoder that diffusers can build ({first_line(error)})") from error
     check_shapes(str(path), named, {name: tuple(t.shape) for name, t in model.state_dict().items()})
 

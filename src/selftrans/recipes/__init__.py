@@ -8,6 +8,7 @@ from selftrans.config import RunConfig
 from selftrans.methods.registry import find, stages
 from selftrans.recipes.cifar10 import cifar10
 from selftrans.recipes.digits import digits
+from selftrans.recipes.digits_t2i import digits_t2i
 from selftrans.recipes.imagefolder import imagefolder
 from selftrans.recipes.imagenet import sit_imagenet, sit_imagenet_b2, sit_imagenet_l2, sit_imagenet_s2, sit_imagenet_xl2
 from selftrans.recipes.imagenet_lightning import lightningdit_imagenet_b1, lightningdit_imagenet_xl1
@@ -19,6 +20,7 @@ from selftrans.suggest import nearest
 
 RECIPES: dict[str, Callable[[], RunConfig]] = {
     "digits": digits,
+    "digits_t2i": digits_t2i,
     "cifar10": cifar10,
     "imagefolder": imagefolder,
     "moving_digits": moving_digits,
@@ -60,4 +62,8 @@ def ignored(config: RunConfig) -> list[str]:
         if key in used:
             reasons = section.ineffective()
             found += [f"{key}.{name} is ignored: {reasons[name]}" for name in changed if name in reasons]
+    for part, usual in ((config.init, plain.init), (config.lora, plain.lora)):
+        changed = [name for name, value, _, _ in fields_of(part) if value != getattr(usual, name)]
+        reasons = part.ineffective()
+        found += [f"{part.key}.{name} is ignored: {reasons[name]}" for name in changed if name in reasons]
     return found

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from selftrans.checkpoints import format as checkpoint
 from selftrans.checkpoints.load import header
+from selftrans.models.lora import trained_names
 from selftrans.train import fsdp
 from selftrans.train.optim import load_optimizer
 from selftrans.train.preview import run_prompts
@@ -35,6 +36,11 @@ def write(trainer: Trainer, tensors: dict[str, dict[str, Tensor]], windows: dict
         prompts=run_prompts(trainer.config, trainer.shards),
     )
     about |= spent | trainer.origin
+    if trainer.initial:
+        about |= trainer.initial.in_header(adapters=bool(trainer.config.lora.rank))
+    if trainer.config.lora.rank:  # what is frozen is in the run already
+        kept = trained_names(trainer.objective.student)
+        tensors |= {file: {k: v for k, v in tensors[file].items() if k in kept} for file in ("student", "ema")}
     scaler = trainer.accelerator.scaler
     checkpoint.save(
         trainer.checkpoints,
@@ -55,9 +61,15 @@ def write(trainer: Trainer, tensors: dict[str, dict[str, Tensor]], windows: dict
 def load(trainer: Trainer, found: checkpoint.Checkpoint) -> None:
     """Load a checkpoint into the trainer. Order and noise need no state: they follow from the step."""
     trainer.seconds = float(found.state["seconds"])
-    student = {f"student.{k}": v for k, v in found.tensors("student").items()}
-    fsdp.load(trainer.objective, student | found.tensors("heads"))
-    fsdp.load(trainer.ema.model, found.tensors("ema"))
+    student, average = found.tensors("student"), found.tensors("ema")
+    if trainer.config.lora.rank:
+        kept, model = trained_names(trainer.objective.student), trainer.objective.student
+        if set(student) != kept or set(average) != kept:
+            raise ValueError("its adapters are not those of the settings")
+        frozen = {k: v for k, v in model.state_dict().items() if k not in kept}
+        student, average = frozen | student, frozen | average
+    fsdp.load(trainer.objective, {f"student.{k}": v for k, v in student.items()} | found.tensors("heads"))
+    fsdp.load(trainer.ema.model, average)
     load_optimizer(trainer.optimizer, trainer.objective, found.tensors("optimizer"))
     trainer.window.load(found.state["window"], trainer.accelerator.device)
     trainer.span.load(found.state.get("span", {}), trainer.accelerator.device)

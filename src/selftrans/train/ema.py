@@ -14,18 +14,20 @@ from selftrans.types import Backbone
 class EMA:
     """Average `a <- a + (1 - d) (p - a)` of the parameters, d = min(decay, (1 + step) / (10 + step)).
 
-    `model` is the averaged copy, in float32 and eval mode. Buffers stay as they were at the start: those of the models here
-    are constants.
+    `model` is the averaged copy, in float32 and eval mode. It shares the parameters that are frozen with the student, and
+    buffers stay as they were at the start: those of the models here are constants.
     """
 
     def __init__(self, student: Backbone, decay: float) -> None:
         self.decay = decay
-        self.model = copy.deepcopy(student).requires_grad_(False).eval()
+        frozen = {id(p): p for p in student.parameters() if not p.requires_grad}
+        self.model = copy.deepcopy(student, memo=frozen).requires_grad_(False).eval()
         self.follow(student)
 
     def follow(self, student: Backbone) -> None:
         """Average these parameters from now on: called again after student and average have been sharded."""
-        self._pairs = list(zip(self.model.parameters(), student.parameters(), strict=True))
+        pairs = zip(self.model.parameters(), student.parameters(), strict=True)
+        self._pairs = [(average, own) for average, own in pairs if average is not own]
 
     @torch.no_grad()
     def update(self, step: int) -> None:

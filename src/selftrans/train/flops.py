@@ -22,6 +22,21 @@ def forward_flops(backbone: Backbone, cond: Cond, taps: tuple[int, ...] = (), *,
     return counter.get_total_flops()
 
 
+def training_flops(backbone: Backbone, cond: Cond) -> int:
+    """Operations of one sample forward and backward through a student; `cond` holds one condition.
+
+    Backward is twice forward, except through frozen weights, which have no gradient: then it is counted.
+    """
+    if all(p.requires_grad for p in backbone.parameters()):
+        return 3 * forward_flops(backbone, cond)
+    meta = copy.deepcopy(backbone).to(device="meta", dtype=torch.float32).eval()
+    z = torch.empty(1, *backbone.shape, device="meta")
+    with FlopCounterMode(display=False) as counter:
+        v = meta(z, torch.empty(1, device="meta"), map_cond(lambda x: x.to("meta"), cond)).v
+        v.sum().backward()
+    return counter.get_total_flops()
+
+
 def head_flops(head: nn.Module, tokens: int, width: int) -> int:
     """Operations of a head on the features (1, tokens, width) of one sample."""
     meta = copy.deepcopy(head).to("meta")
@@ -33,10 +48,10 @@ def head_flops(head: nn.Module, tokens: int, width: int) -> int:
 def step_flops(objective: Objective, cond: Cond, batch_size: int) -> dict[int | None, int]:
     """Operations of one step of `batch_size` samples with each guidance: {None: without any, i: what guidance i adds}.
 
-    A backward pass counts twice its forward pass; a teacher has no backward pass. `cond` holds one condition.
+    A backward pass counts twice its forward pass (see `training_flops`); a teacher has none. `cond` holds one condition.
     """
     student = objective.student
-    total: dict[int | None, int] = {None: 3 * batch_size * forward_flops(student, cond)}
+    total: dict[int | None, int] = {None: batch_size * training_flops(student, cond)}
     for i, guidance in enumerate(objective.guidances):
         cost, teacher = guidance.cost(batch_size), guidance.teacher
         per_head = head_flops(guidance.head, student.tokens, student.width) if guidance.head is not None else 0

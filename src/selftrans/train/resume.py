@@ -17,7 +17,8 @@ from selftrans.checkpoints import format as checkpoint
 from selftrans.checkpoints.load import IMPORTED
 from selftrans.config import RunConfig, from_json, settings_of, to_json
 from selftrans.data.manifest import Manifest
-from selftrans.methods.registry import METHODS, find, stages
+from selftrans.interop.importing import bound_settings
+from selftrans.methods.registry import find, stages
 from selftrans.sections import Resume, fields_of, from_plain
 from selftrans.storage import first_line, write_json
 from selftrans.types import Conditions
@@ -27,7 +28,7 @@ Changes = list[tuple[str, Any, Any, Resume]]  #: name, before, now, what is allo
 
 def settle(config: RunConfig, out: Path, manifest: Manifest) -> RunConfig:
     """The configuration in agreement with what `out` was started with. ValueError names what differs."""
-    data, before = out / "data.json", _before(out)
+    data, before = out / "data.json", settings_before(out)
     config = find(config.method).settle(_with_lengths(config.restricted(), before), manifest.conditions)
     if before:
         # imported weights that are not trained yet: the model is fixed, the training settings are free
@@ -85,18 +86,7 @@ def _bound_changes(before: RunConfig, now: RunConfig) -> Changes:
     return [(name, was.get(name), v, "fixed") for name, v in bound_settings(now, before).items() if was.get(name) != v]
 
 
-def bound_settings(config: RunConfig, imported: RunConfig) -> dict[str, Any]:
-    """Settings that imported weights fix before they are trained: method, model, path, and the sections of their stages."""
-    known = stages(imported) if imported.method in METHODS else []  # code outside the package is not imported for this
-    keys = {section.key for stage in known for section in stage.sections}
-    return {
-        name: value
-        for name, value, _ in settings_of(config)
-        if name in ("method", "train.path") or name.partition(".")[0] in {"model", *keys}
-    }
-
-
-def _before(out: Path) -> RunConfig | None:
+def settings_before(out: Path) -> RunConfig | None:
     """The settings that `out` was started with: its config.json or, if that is lost, the copy in the newest checkpoint."""
     path = out / "config.json"
     if path.exists():
@@ -110,7 +100,7 @@ def _before(out: Path) -> RunConfig | None:
 
 def record(config: RunConfig, out: Path, manifest: Manifest) -> None:
     """Write config.json and data.json; changed settings, and the steps reached, are added to changes.json."""
-    before, path = _before(out), out / "changes.json"
+    before, path = settings_before(out), out / "changes.json"
     changed = [f"{name} was {was}, is {now}" for name, was, now, _ in differences(before, config)] if before else []
     if changed and config.train.allow_changes:
         reached = {

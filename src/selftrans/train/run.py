@@ -16,22 +16,26 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
 from selftrans.checkpoints import format as checkpoint
+from selftrans.checkpoints.adapted import INIT
 from selftrans.checkpoints.load import REPORT
 from selftrans.config import RunConfig
 from selftrans.data.dataset import Dataset
 from selftrans.data.manifest import Manifest
 from selftrans.data.on_device import OnDevice
-from selftrans.data.prepare import prepare_digits
+from selftrans.data.prepare import prepare_builtin
 from selftrans.methods.guidance import Frozen
 from selftrans.methods.objective import Objective
 from selftrans.methods.registry import stages
 from selftrans.methods.spec import Stage
 from selftrans.plugins import trust_named
 from selftrans.storage import lock_file, remove_stale_temporaries, write_json
+from selftrans.train.fitting import describe
+from selftrans.train.initial_weights import InitialWeights, choose, initial_weights
 from selftrans.train.log import progress_bar
+from selftrans.train.memory_use import memory_line
 from selftrans.train.preview import Preview, with_prompts
 from selftrans.train.processes import keep_memory, patience, together
-from selftrans.train.resume import record, settle
+from selftrans.train.resume import record, settings_before, settle
 from selftrans.train.signals import StopSignal
 from selftrans.train.teachers import teacher_of, training_cost
 from selftrans.train.trainer import Trainer
@@ -63,8 +67,10 @@ def _train(config: RunConfig, out: Path, bar: Callable[..., Any], quiet: bool) -
         if main:
             _remove_unfinished(out)
         shards = open_data(config, out, accelerator)
-        config = settle(with_prompts(config, shards.manifest), out, shards.manifest)
-        plan = _plan(config)
+        config, given = choose(with_prompts(config, shards.manifest), settings_before(out), out)
+        config = settle(config, out, shards.manifest)
+        initial = initial_weights(config, shards, out, given)
+        given, plan = None, _plan(config)  # its memory is freed
         _rehearse(config, plan, out, shards.manifest)
         if config.data.on_device:
             shards = OnDevice(shards, accelerator.device)
@@ -80,19 +86,22 @@ def _train(config: RunConfig, out: Path, bar: Callable[..., Any], quiet: bool) -
                 order=[stage.name for stage in plan],
                 # no variable refers to it, so that its memory is freed when the guidance ends
                 teacher=teacher_of(config, stage, str(out), shards, accelerator.device),
+                initial=initial,
                 preview=preview,
                 stop=stop,
                 bar=bar,
             )
             if number == 1:  # nothing is written before the first trainer is built
-                _begin(config, plan, out, shards.manifest, accelerator)
+                began = _begin(config, plan, out, shards.manifest, accelerator, initial)
+                if initial and began and not quiet:
+                    accelerator.print(describe(initial.record))
             if not quiet:
                 accelerator.print(_announce(trainer, number, len(plan)))
             trainer.run()
             spent.append(_spent(trainer))
             del trainer
             accelerator.free_memory()
-        report = _report(config, plan, spent)
+        report = _report(config, plan, spent, initial)
         if main:
             write_json(out / REPORT, report)
         for tracker in accelerator.trackers:
@@ -130,12 +139,12 @@ def _accelerator(config: RunConfig, out: Path) -> Accelerator:
 def open_data(config: RunConfig, out: Path, accelerator: Accelerator | None = None) -> Dataset:
     """The data of the run; built-in data are prepared here. ValueError when they are not what the config expects."""
     path = config.data.path
-    if path is None and config.data.builtin is None:
-        raise ValueError(f"recipe {config.recipe} needs --data DIR, a directory made by `selftrans prepare`")
     if path is None:
+        if config.data.builtin is None:
+            raise ValueError(f"recipe {config.recipe} needs --data DIR, a directory made by `selftrans prepare`")
         path = str(out / "data")
         if accelerator is None or accelerator.is_main_process:
-            prepare_digits(Path(path))
+            prepare_builtin(config.data.builtin, path)
         if accelerator is not None:
             accelerator.wait_for_everyone()
     main = accelerator is None or accelerator.is_main_process
@@ -148,15 +157,31 @@ def open_data(config: RunConfig, out: Path, accelerator: Accelerator | None = No
     return shards
 
 
-def _begin(config: RunConfig, plan: Sequence[Stage], out: Path, manifest: Manifest, accelerator: Accelerator) -> None:
-    """Write down what the run is, and the order of its stages."""
+def _begin(
+    config: RunConfig,
+    plan: Sequence[Stage],
+    out: Path,
+    manifest: Manifest,
+    accelerator: Accelerator,
+    initial: InitialWeights | None,
+) -> bool:
+    """Write down what the run is, the order of its stages, and the weights it starts from; true if those are new."""
     accelerator.wait_for_everyone()  # every process has read what was there before
+    new = initial is not None and initial.new
     if accelerator.is_main_process:
+        report = {"method": config.method, "order": [stage.name for stage in plan]}
+        if initial is not None and initial.new:  # before config.json: a run that has one has its initial weights, too
+            initial.write(config, manifest)
+            write_json(out / REPORT, report | {INIT: initial.record})
         record(config, out, manifest)
         if not (out / REPORT).exists():
-            write_json(out / REPORT, {"method": config.method, "order": [stage.name for stage in plan]})
+            write_json(out / REPORT, report | ({INIT: initial.record} if initial else {}))
+    accelerator.wait_for_everyone()
+    if new and initial is not None:
+        initial.release()
     if config.log.tensorboard:
         accelerator.init_trackers("tensorboard")
+    return new
 
 
 def _rehearse(config: RunConfig, plan: Sequence[Stage], out: Path, manifest: Manifest) -> None:
@@ -200,8 +225,11 @@ def _announce(trainer: Trainer, number: int, of: int) -> str:
         for g in objective.guidances
     )
     start = f"continues at step {trainer.step} of {stage.steps}" if trainer.step else f"{stage.steps} steps"
-    what = f"{start}, {millions:.1f} M parameters, {guided or 'no guidance'}"
-    return f"[{number}/{of}] {stage.name}: {what} -> {trainer.directory}"
+    trained = sum(p.numel() for p in objective.student.parameters() if p.requires_grad) / 1e6
+    size = f"{millions:.1f} M parameters" + (f" ({trained:.2f} M trained)" if trained < millions else "")
+    what = f"{start}, {size}, {guided or 'no guidance'}"
+    memory = f"\n{memory_line(trainer.memory)}" if trainer.initial else ""
+    return f"[{number}/{of}] {stage.name}: {what} -> {trainer.directory}{memory}"
 
 
 def _spent(trainer: Trainer) -> dict[str, Any]:
@@ -210,10 +238,13 @@ def _spent(trainer: Trainer) -> dict[str, Any]:
         "steps": trainer.step,
         "seconds": round(trainer.seconds, 2),
         "tflops": trainer.total_flops() / 1e12,
+        "memory": trainer.memory,
     }
 
 
-def _report(config: RunConfig, plan: Sequence[Stage], spent: list[dict[str, Any]]) -> dict[str, Any]:
+def _report(
+    config: RunConfig, plan: Sequence[Stage], spent: list[dict[str, Any]], initial: InitialWeights | None
+) -> dict[str, Any]:
     """Student steps and total compute, earlier stages and a given teacher's training included."""
     costs = (training_cost(stage.teacher) for stage in plan if stage.teacher)
     given = next((cost for cost in costs if cost), None)
@@ -229,4 +260,4 @@ def _report(config: RunConfig, plan: Sequence[Stage], spent: list[dict[str, Any]
         "total_seconds": round(sum(stage["seconds"] for stage in spent) + teacher_seconds, 2) if known else None,
         "stages": spent,
         "teacher": given,
-    }
+    } | ({INIT: initial.record} if initial else {})

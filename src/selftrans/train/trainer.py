@@ -29,7 +29,9 @@ from selftrans.train import checkpointing, fsdp
 from selftrans.train.batches import Loaded, Stream, seed_step, to_batch
 from selftrans.train.ema import EMA
 from selftrans.train.flops import step_flops
+from selftrans.train.initial_weights import InitialWeights, build_student
 from selftrans.train.log import JsonlLog, RunningMeans, format_values, progress_bar
+from selftrans.train.memory_use import memory_use
 from selftrans.train.nonfinite import NonFiniteSteps, check_weights
 from selftrans.train.optim import (
     build_optimizer,
@@ -52,7 +54,8 @@ class Trainer:
         accelerator: device, precision and processes; shared by the stages of a run.
         config: of the run. stage: the part of it to train. directory: `<run>/<stage.name>`.
         shards: the data. order: names of the run's stages; default: this one alone.
-        teacher: frozen model or encoder, if the stage has one. preview: makes the previews.
+        teacher: frozen model or encoder, if the stage has one. initial: the weights to start from; default: random ones.
+        preview: makes the previews.
         stop: the stop signals. bar: makes the progress bar (tqdm's interface).
     """
 
@@ -66,6 +69,7 @@ class Trainer:
         *,
         order: Sequence[str] = (),
         teacher: Any = None,
+        initial: InitialWeights | None = None,
         preview: Preview | None = None,
         stop: StopSignal | None = None,
         bar: Callable[..., Any] = progress_bar,
@@ -75,10 +79,8 @@ class Trainer:
         self.bar, self.order = bar, order or [stage.name]
         train, manifest = config.train, shards.manifest
         torch.manual_seed(int(np.random.SeedSequence([train.seed, stage.stream]).generate_state(1)[0]))
-        student = config.build_model(manifest.shape, manifest.conditions)
-        student.recompute = train.recompute
-        if (null := shards.null()) is not None:  # before the average is copied: its buffers stay as they are then
-            student.use_null(null)
+        found, self.initial = agreed(self.checkpoints, accelerator), initial
+        student = build_student(config, shards, initial, fresh=found is None)
         guidances = stage.guide(student, teacher)
         self.objective = Objective(student, guidances, path=PATHS[train.path], times=train.times, drop=train.drop).to(
             accelerator.device
@@ -103,13 +105,14 @@ class Trainer:
                 self.objective, self.ema.model, device=accelerator.device, processes=accelerator.num_processes
             )
             self.ema.follow(self.objective.student)
+        self.memory = memory_use(self.objective, self.ema.model, teacher)
         self.optimizer: Any = build_optimizer(self.objective, train)
         self.step, self.seconds = 0, 0.0
         self.window = RunningMeans()  #: since the last log line
         self.span = RunningMeans()  #: since the last checkpoint that was due
         self.nonfinite, self.due = NonFiniteSteps(train.max_skips, self.stream.all_indices), False
         self.origin: dict[str, Any] = {}  #: of imported weights: where they came from
-        self._restore()
+        self._restore(found)
         if (accelerator.device.type == "cuda") if train.compile is None else train.compile:
             self._compile()
         self._wrap()
@@ -320,9 +323,8 @@ class Trainer:
         if not self.nonfinite.in_a_row:
             checkpoint.prune(self.checkpoints, self.step, train.keep, best=train.keep_best, every=train.keep_every)
 
-    def _restore(self) -> None:
+    def _restore(self, found: checkpoint.Checkpoint | None) -> None:
         """Continue from the newest valid checkpoint of the stage. Order and noise follow from the step."""
-        found = agreed(self.checkpoints, self.accelerator)
         self.step = found.step if found else 0
         if found:
             with usable(found):

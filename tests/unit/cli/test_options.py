@@ -58,7 +58,8 @@ def test_evaluate_passes_the_options_that_were_set(flags, settings, monkeypatch)
 
 def test_options_exclude_the_named_fields_and_trust():
     command = parse_command(["export", "run", "--out", "x", "--layout", "sit"])
-    assert command.options("run_or_file") == {"out": Path("x"), "weights": "ema", "layout": "sit", "stage": None}
+    others = {"weights": "ema", "layout": "sit", "adapters": False, "stage": None}
+    assert command.options("run_or_file") == {"out": Path("x"), **others}
 
 
 COMMANDS = {

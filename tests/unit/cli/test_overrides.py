@@ -129,7 +129,9 @@ def test_overrides_are_those_of_the_run_its_model_and_every_method():
     config = RECIPES["digits"]()
     kind, default = override_type(config, ["--train.steps", "3"])
     names = {field.name for field in dataclasses.fields(kind)}
-    assert names == {"method", "data", "model", "train", "sample", "log"} | set(sections_of(METHODS.values()))
+    assert names == {"method", "data", "model", "init", "lora", "train", "sample", "log"} | set(
+        sections_of(METHODS.values())
+    )
     assert (default.method, default.model, default.stage1) == (config.method, config.model, config.section(Stage1))
     with pytest.raises(ValueError, match="'magic' is unknown"):
         override_type(config, ["--method=magic"])

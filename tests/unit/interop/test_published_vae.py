@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from selftrans.checkpoints.load import load_model
 from selftrans.cli.main import main
 from selftrans.data.dataset import Dataset
 from selftrans.encoders.autoencoder import load_autoencoder
@@ -14,6 +15,7 @@ from selftrans.interop.published_vae import import_vae
 from tests.support import toy
 from tests.support.published_files import save
 from tests.support.published_vae import TINY, Network, state
+from tests.support.toy import quick  # noqa: F401 - a fixture
 
 SIZES = {
     "attention at the lowest resolution": TINY,
@@ -90,6 +92,22 @@ def test_latents_are_normalised_by_the_statistics(tmp_path, kind):
     )
 
 
+def test_a_run_on_normalised_latents_is_trained_and_sampled(tmp_path, quick):  # noqa: F811 - the fixture
+    """LightningDiT on latents of 16 channels: the images are what the autoencoder decodes of its samples."""
+    stats = tmp_path / "stats.json"
+    stats.write_text(json.dumps({"mean": [3.0] * 16, "std": [0.5] * 16}))
+    vae = import_vae(save(tmp_path / "vae.pt", state(**TINY | {"z": 16})), tmp_path / "vae", latent_stats=stats)
+    pictures = toy.pictures(tmp_path / "pictures", side=8, count=4)
+    assert main(["prepare", str(pictures), f"--out={tmp_path / 'data'}", f"--autoencoder={vae}"]) == 0
+    flags = toy.flags({"model.name": "LightningDiT-S/1"})
+    words = ["train", "lightningdit_imagenet_b1", f"--data={tmp_path / 'data'}", f"--out={tmp_path / 'run'}", *flags]
+    assert main([*words, "--train.precision=fp32"]) == 0
+    loaded = load_model(tmp_path / "run")
+    assert loaded.model.shape == (16, 4, 4) and loaded.autoencoder == str(vae.resolve())
+    made = ["sample", str(tmp_path / "run"), f"--out={tmp_path / 'made'}", "--num=2", "--steps=2"]
+    assert main(made) == 0 and len(list((tmp_path / "made").rglob("*.png"))) == 2
+
+
 class Evil:
     def __reduce__(self):
         return (print, ("executed",))
@@ -108,6 +126,15 @@ class Evil:
             "quant_conv.bias holds values that are not",
         ),
         (lambda s: s.update({"quant_conv.bias": torch.zeros(6, dtype=torch.long)}), "not a plain floating-point"),
+        (
+            lambda s: s.update({"encoder.mid.attn_1.q.weight": torch.zeros(64, 64, 0, 0)}),
+            r"\(64, 0\) instead of \(64, 64\)",
+        ),
+        (lambda s: s.update({"encoder.conv_in.weight": torch.zeros(32, 0, 3, 3)}), "conv_in.weight is missing, or no"),
+        (
+            lambda s: s.update({"encoder.down.1.block.0.conv1.weight": torch.zeros(0, 32, 3, 3)}),
+            "is missing, or no conv",
+        ),
         (lambda s: s.update({"encoder.down.1.block.0.conv1.weight": torch.zeros(7, 32, 3, 3)}), "diffusers can build"),
     ],
 )

@@ -3,8 +3,11 @@
 import pytest
 import torch
 
+from selftrans.methods.guidance import Frozen
+from selftrans.methods.objective import Objective
+from selftrans.methods.self_transcendence import SelfGuidance, Stage1, Stage2, StructureGuidance
 from selftrans.models.registry import find
-from selftrans.types import Backbone, Conditions
+from selftrans.types import Backbone, Batch, Conditions
 from tests.support.diffusers_blocks import randomised
 from tests.support.label_models import FAMILIES, inputs, tiny
 
@@ -188,6 +191,29 @@ def test_another_grid_than_its_own_equals_a_model_made_for_it(family, kind):
     assert torch.equal(found.v, expected.v) and torch.equal(found.feats[1], expected.feats[1])
     small = own.to(torch.bfloat16)(x, t, y, taps=(1,), stop=True).feats[1]
     assert small.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("kind", LATENTS)
+def test_both_stages_train_on_each_kind_of_latent(family, kind):
+    """The second step of each stage has latents of another shape, as batches of other aspect ratios have."""
+    shape, patches, _ = LATENTS[kind]
+    teacher, student = (tiny(family, shape, **patches) for _ in range(2))
+    narrow = {"head_width": 16, "timestep_range": None}
+    first = [StructureGuidance(teacher, Stage1(block=1, **narrow))]
+    for model, guidances in ((teacher, first), (student, None)):
+        guidances = guidances or [SelfGuidance(student, Frozen(teacher, 3), Stage2(student_block=2, **narrow))]
+        objective = Objective(model, guidances)
+        optimizer = torch.optim.AdamW(objective.parameters(), lr=1e-2)
+        before = [p.detach().clone() for p in model.parameters()]
+        for step, longer in enumerate((0, 1, 0)):
+            other = (shape[0], *(side + longer * p for side, p in zip(shape[1:], model.cells, strict=True)))
+            loss, report = objective(Batch(torch.randn(4, *other), torch.arange(4)), step)
+            assert loss.isfinite() and report["flow"] > 0
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        assert sum(not torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True)) > 20
 
 
 @pytest.mark.slow

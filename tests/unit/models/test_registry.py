@@ -1,5 +1,7 @@
 """Every built-in family of models is built once at its own defaults; unknown names suggest the nearest."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -42,3 +44,8 @@ def test_names_of_a_family_find_it():
 def test_unknown_name_suggests_the_nearest():
     with pytest.raises(ValueError, match=r"model\.name 'SiT-XL/3' is unknown; did you mean SiT-XL/"):
         find("SiT-XL/3")
+
+
+def test_the_page_of_backbones_lists_every_family():
+    page = (Path(__file__).parents[3] / "docs" / "backbones.md").read_text(encoding="utf-8")
+    assert [name for name in MODELS if f"`{name}`" not in page] == []

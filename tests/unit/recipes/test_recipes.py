@@ -2,6 +2,7 @@
 
 import inspect
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,6 +11,10 @@ from PIL import Image
 
 from selftrans.cli.main import main
 from selftrans.config import from_json
+from selftrans.data.dataset import Dataset
+from selftrans.data.prepare import BUILT_IN
+from selftrans.data.sources.captions import CaptionSource
+from selftrans.data.sources.open_source import open_source
 from selftrans.methods.guidance import Frozen
 from selftrans.methods.registry import stages
 from selftrans.recipes import RECIPES, ignored, recipe
@@ -96,7 +101,17 @@ def test_recipe_trains_on_latents_with_captions(tmp_path, latents):
         assert toy.checkpoint(tmp_path / "run", stage).name == f"step-0000000{steps}"
 
 
-@pytest.mark.parametrize("name", [name for name in RECIPES if name != "digits"])
+def test_digits_from_sentences_need_no_prepared_data(tmp_path, monkeypatch):
+    monkeypatch.setitem(BUILT_IN, "digits_t2i", replace(BUILT_IN["digits_t2i"], store="ids"))  # tokens take minutes
+    config = begin("digits_t2i", tmp_path, None)
+    dataset = Dataset.open(tmp_path / "run" / "data")
+    assert config.data.path is None and len(dataset) == 1797
+    assert dataset.captions([0]) == [list(open_source("digits_t2i", captions=CaptionSource()).captions[0])]
+    conditions = dataset.manifest.conditions
+    assert (conditions.kind, conditions.encoder, conditions.tokens, conditions.width) == ("text", "minilm", 32, 384)
+
+
+@pytest.mark.parametrize("name", [name for name in RECIPES if not name.startswith("digits")])
 def test_other_recipes_require_data(tmp_path, capsys, name):
     assert main(["train", name, "--out", str(tmp_path / "run")]) == 1
     assert "needs --data DIR, a directory made by `selftrans prepare`" in capsys.readouterr().err

@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import nn
 
+from selftrans.models.lora import add_adapters
 from selftrans.models.sit import SIT_SIZES, SiT
-from selftrans.train.flops import forward_flops
+from selftrans.train.flops import forward_flops, training_flops
 from selftrans.types import Backbone, Conditions, Output
 from tests.support.operations import sit_forward_flops
 
@@ -36,3 +37,27 @@ def test_forward_operations_equal_the_published_count():
     counted = forward_flops(model, torch.zeros(1, dtype=torch.long))
     assert counted == sit_forward_flops(256, 768, 12, 16)
     assert counted / 2e9 == pytest.approx(23.0, abs=0.05)  # multiply-adds: what the literature calls 23.0 Gflops
+
+
+class Two(Plain):
+    """Two linear layers."""
+
+    def __init__(self):
+        super().__init__()
+        self.last = nn.Linear(4, 2)
+
+    def forward(self, x, t, cond, *, taps=(), stop=False):
+        return Output(self.last(self.block(x.transpose(1, 2))).transpose(1, 2), {})
+
+
+def test_frozen_weights_have_no_gradient_to_compute():
+    model, labels = Two(), torch.zeros(1, dtype=torch.long)
+    layers = 2 * 3 * 2 * 4, 2 * 3 * 4 * 2  # three tokens, 2 -> 4 -> 2 channels
+    assert training_flops(model, labels) == 3 * sum(layers)
+    add_adapters(model, 1, 1.0, ("block",))
+    a, b = 2 * 3 * 2 * 1, 2 * 3 * 1 * 4
+    forward = sum(layers) + a + b
+    backward = (
+        layers[1] + 2 * b + a
+    )  # through the last layer; of B its weight and input; of A, first of all, its weight
+    assert training_flops(model, labels) == forward + backward

@@ -24,6 +24,7 @@ from selftrans.data.sources.decode import (
     size_text,
     upright_size,
 )
+from selftrans.data.sources.digit_captions import digits_with_captions
 from selftrans.data.sources.source import Picture, Source, ahead
 from selftrans.data.sources.tar_archive import tar_files
 from selftrans.storage import printable
@@ -54,7 +55,8 @@ def open_source(
     - a folder, in which `name.jpg` has its captions in `name.txt` or `name.caption` (one a line) or `name.json`;
     - a folder or zip of pictures, whose captions are in the file `captions.file`, as COCO's annotations are;
     - a tar file or a folder of them, as webdataset writes them;
-    - a parquet file, a folder of them, or a hub id, with a column of texts or lists of texts.
+    - a parquet file, a folder of them, or a hub id, with a column of texts or lists of texts;
+    - `digits_t2i`: the scans of `digits`, with sentences that say what is measured on them (see `digit_captions`).
     Hidden files and files that are not pictures are ignored and counted in `Source.ignored`. `channels` 1 reads
     pictures as greyscale. `resolution` None keeps the size of the pictures, which must all have one size: the header
     of each is read, with a progress bar if `progress`.
@@ -96,6 +98,8 @@ def _find(source: str | Path, split: str, label_column: str | None) -> Source:
     path = Path(source)
     if str(source) == "digits":
         return _digits()
+    if str(source) == "digits_t2i":
+        raise ValueError("digits_t2i are pictures with captions; add --text minilm, or another text encoder")
     if path.is_dir():
         if files := sorted(path.glob("*.parquet")):
             for file in files:
@@ -113,6 +117,8 @@ def _find(source: str | Path, split: str, label_column: str | None) -> Source:
 
 def _find_captioned(source: str | Path, split: str, captions: CaptionSource) -> Source:
     path = Path(source)
+    if str(source) == "digits_t2i":
+        return digits_with_captions(_digits())
     if captions.file is not None:
         if not path.is_dir() and not (path.is_file() and path.suffix.lower() == ".zip"):
             raise ValueError(

@@ -297,3 +297,21 @@ def test_every_change_is_measured() -> None:
     changes = script("changes")
     table = changes.measure(changes.ways(SMALL, 10, CPU), Clock(CPU), rounds=1)
     assert len(table) == 5 and all(row["plain_ms"] > 0 and row["ours_ms"] > 0 for row in table)
+
+
+def test_prompt_control_reads_the_measured_checkpoints_and_prints_a_table(tmp_path: Path) -> None:
+    control = script("text_control")
+    stage = tmp_path / "stage1" / "checkpoints"
+    for step in (2, 4, 6, 8, 10):
+        folder = stage / f"step-{step:08d}"
+        folder.mkdir(parents=True)
+    (tmp_path / "run.json").write_text(json.dumps({"stages": [{"stage": "stage1"}]}))
+    assert [folder.name for folder in control.checkpoints(tmp_path)] == ["step-00000004", "step-00000010"]
+    names = list(control.ATTRIBUTES)
+    row = {"digit": [0.5, 0.4, 0.6], **{name: {"pearson": [0.3, 0.2, 0.4]} for name in names}}
+    final = {"method": "vanilla", "wording": "trained", "scale": 2.0, "distance": [1.0, 3.0], **row}
+    along = {"method": "vanilla", "step": 4, "distance": [5.0], **row}
+    lines = control.as_text({"scans": row, "final": [final], "along": [along]}).splitlines()
+    cells = ["trained", "2.0", "vanilla", "0.500 [0.400, 0.600]", *["0.300 [0.200, 0.400]"] * len(names), "2.0"]
+    assert lines[3] == "| " + " | ".join(cells) + " |"
+    assert lines[4] == "vanilla 4: 0.500" + " 0.300" * len(names) + " 5.000"

@@ -1,0 +1,121 @@
+"""The adapters of a run ⇒ a folder in peft's format, or one that diffusers loads onto its own transformers.
+
+peft: `PeftModel.from_pretrained(base_model, folder)`. diffusers: `pipeline.load_lora_weights(folder)`, or
+`transformer.load_lora_adapter(folder)`.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from selftrans.checkpoints import format as checkpoint
+from selftrans.checkpoints.adapted import START, frozen_weights
+from selftrans.checkpoints.load import Weights, find
+from selftrans.config import RunConfig, from_json
+from selftrans.models.lora import A, B, pairs, whole
+from selftrans.models.spec import Named
+from selftrans.storage import FREE_SPACE, atomic_write, write_json
+from selftrans.suggest import nearest
+
+WEIGHTS, SETTINGS = "adapter_model.safetensors", "adapter_config.json"  #: peft's names
+PREFIX = "base_model.model."  #: of every tensor in peft's files
+PIPELINE_WEIGHTS = "pytorch_lora_weights.safetensors"  #: diffusers' name
+INSIDE, TRANSFORMER = (
+    "net.",
+    "transformer.",
+)  #: where a backbone holds diffusers' module, and a pipeline its transformer
+FORMATS = ("peft", "diffusers")
+
+
+def export_adapters(
+    run: str | Path, out: str | Path, *, weights: Weights = "ema", stage: str | None = None, layout: str = "peft"
+) -> Path:
+    """Write the adapters of a run, and what it trained in full, to the folder `out`; returns the weights file.
+
+    The base model is what the run started from, RUN/init.safetensors. `layout` is one of `FORMATS`; that of diffusers is for
+    its own transformers, and has no place for what is trained in full. ValueError for a run without adapters, for adapters
+    that the layout cannot hold, and when `out` holds anything but an earlier export of adapters.
+    """
+    if layout not in FORMATS:
+        raise ValueError(f"adapters have no layout '{layout}'{nearest(layout, FORMATS)}")
+    out, path = Path(out), find(run, stage=stage, weights=weights)
+    header = checkpoint.read_header(path)
+    if frozen_weights(path, header) is None:
+        raise ValueError(f"{path} holds a complete model, no adapters; leave out --adapters")
+    if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not {WEIGHTS, PIPELINE_WEIGHTS} & _names(out))):
+        raise ValueError(f"{out} exists and is not an export of adapters; choose another --out")
+    config, named = from_json(json.dumps(header["config"]), lenient=True), load_file(path)
+    if layout == "diffusers":
+        return _write(out / PIPELINE_WEIGHTS, for_diffusers(named, config.lora.factor))
+    settings = _settings(config, named)
+    written = _write(out / WEIGHTS, {f"{PREFIX}{_published_name(name)}": tensor for name, tensor in named.items()})
+    write_json(out / SETTINGS, settings)
+    return written
+
+
+def _names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+def _write(path: Path, tensors: Named) -> Path:
+    try:
+        with atomic_write(path) as file:
+            save_file(tensors, file.name, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise OSError(f"{path} could not be written ({error}); {FREE_SPACE}") from error
+    path.chmod(path.parent.stat().st_mode & 0o666)
+    return path
+
+
+def for_diffusers(named: Named, factor: float) -> Named:
+    """Adapters under diffusers' names, with alpha / rank in B: its loader takes alpha to be the rank where none is said.
+
+    ValueError for a model that is none of diffusers', and for tensors that were trained in full.
+    """
+    if extra := sorted(whole(named)):
+        raise ValueError(
+            f"{extra[0]} was trained in full, for which diffusers' adapter files have no place; export merged"
+        )
+    if not all(name.startswith(INSIDE) for name in named):
+        raise ValueError("this model is no transformer of diffusers; use --layout peft")
+    return {
+        f"{TRANSFORMER}{_published_name(name).removeprefix(INSIDE)}": tensor * factor if B in name else tensor
+        for name, tensor in named.items()
+    }
+
+
+def _published_name(name: str) -> str:
+    """peft's files leave out the name of the adapter."""
+    for part in (A, B):
+        name = name.replace(part, part.removesuffix(".default"))
+    return name
+
+
+def _settings(config: RunConfig, named: Named) -> dict[str, Any]:
+    """What adapter_config.json holds."""
+    from peft import LoraConfig
+
+    layers = sorted(name.removesuffix(".weight") for name in pairs(named))
+    bare = [name for name in whole(named) if "." not in name]
+    if bare:
+        raise ValueError(
+            f"{bare[0]} was trained in full, and belongs to no layer, for which peft has no place; export merged"
+        )
+    modules = sorted({name.rpartition(".")[0] for name in whole(named)})
+    rank = config.lora.rank or 0
+    described = LoraConfig(
+        r=rank,
+        lora_alpha=rank * config.lora.factor,  # type: ignore[arg-type]
+        target_modules=layers,
+        modules_to_save=modules or None,
+        lora_dropout=0.0,
+        bias="none",
+        inference_mode=True,
+        base_model_name_or_path=START,
+    ).to_dict()
+    return {name: sorted(value) if isinstance(value, set) else value for name, value in described.items()}

@@ -1,0 +1,144 @@
+"""The weights that the student of every stage starts from, kept in the run as `init.safetensors`.
+
+They are made once, from what `--init` names: the file is a complete weights file of the run's model, at step 0, so a run
+needs the given run or file no more. Checkpoints of a run with adapters hold the adapters alone, and refer to it by its sha256.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from selftrans.checkpoints import format as checkpoint
+from selftrans.checkpoints.adapted import ADAPTERS, INIT, START
+from selftrans.checkpoints.load import IMPORTED, REPORT, header
+from selftrans.config import RunConfig
+from selftrans.data.dataset import Dataset
+from selftrans.data.manifest import Manifest
+from selftrans.models.lora import add_adapters
+from selftrans.models.spec import Named
+from selftrans.storage import FREE_SPACE, atomic_write, sha256_file
+from selftrans.train.fitting import fit, trained_in_full
+from selftrans.train.given_weights import Given, check_given_path, read_given, warn_of_latents, with_model_of
+from selftrans.types import Backbone
+
+
+class InitialWeights:
+    """Where a run's students start.
+
+    Args:
+        path: RUN/init.safetensors. record: what run.json says of it. tensors: the weights, until they are written.
+    """
+
+    def __init__(self, path: Path, record: dict[str, Any], tensors: Named | None = None) -> None:
+        self.path, self.record, self._tensors = path, record, tensors
+
+    @property
+    def trained(self) -> list[str]:
+        """Parameters that are trained in full where the rest is adapted."""
+        return trained_in_full(self.record)
+
+    @property
+    def new(self) -> bool:
+        """Whether they are not written yet."""
+        return self._tensors is not None
+
+    def tensors(self) -> Named:
+        """The weights. ValueError where the run's file is missing or damaged."""
+        if self._tensors is not None:
+            return self._tensors
+        if not self.path.is_file() or sha256_file(self.path) != self.record.get("start"):
+            raise ValueError(f"{self.path} is missing or damaged; restore it, or choose another --out")
+        return load_file(self.path)
+
+    def write(self, config: RunConfig, manifest: Manifest) -> None:
+        """Write the weights into the run; every later stage, and the run when it continues, reads them from there."""
+        assert self._tensors is not None
+        about = header(
+            config, INIT, 0, order=[INIT], shape=manifest.shape, conditions=manifest.conditions, classes=manifest.classes,
+            autoencoder=manifest.autoencoder,
+        )  # fmt: skip
+        metadata = {checkpoint.KEY: json.dumps(about | {"weights": self.record["weights"], INIT: self.record})}
+        try:
+            with atomic_write(self.path) as file:
+                save_file({k: v.cpu().contiguous() for k, v in self._tensors.items()}, file.name, metadata=metadata)
+        except SafetensorError as error:
+            raise OSError(f"{self.path} could not be written ({error}); {FREE_SPACE}") from error
+        self.path.chmod(self.path.parent.stat().st_mode & 0o666)
+        self.record["start"] = sha256_file(self.path)
+
+    def release(self) -> None:
+        """Free the memory of the weights: from now on they are read from the run."""
+        self._tensors = None
+
+    def in_header(self, adapters: bool) -> dict[str, Any]:
+        """What the headers of the run's weights files say of it."""
+        return {INIT: self.record} | ({ADAPTERS: {"base": self.record["start"]}} if adapters else {})
+
+
+def choose(config: RunConfig, before: RunConfig | None, out: Path) -> tuple[RunConfig, Given | None]:
+    """The settings with the model of the weights that `--init` names, and those weights where the run begins with them.
+
+    `before`: the settings that `out` was started with. A run that continues does not read them again.
+    """
+    if config.init.path is None or (before is not None and before.init != config.init):
+        if config.init.path is not None and (out / f"{IMPORTED}.json").exists():
+            raise ValueError(
+                f"{out} holds imported weights, from which it starts; leave out --init, or choose another --out"
+            )
+        return config, None
+    if before is not None:
+        return with_model_of(config, before.model), None
+    given = read_given(config.init)
+    check_given_path(given, config)
+    return with_model_of(config, given.model), given
+
+
+def initial_weights(config: RunConfig, dataset: Dataset, out: Path, given: Given | None) -> InitialWeights | None:
+    """What every stage starts from; None for a run without `--init`. ValueError where the given weights do not fit at all."""
+    if config.init.path is None:
+        return None
+    if given is None:
+        return InitialWeights(out / START, _recorded(out))
+    warn_of_latents(given, config, dataset.manifest)
+    torch.manual_seed(int(np.random.SeedSequence([config.train.seed, 2]).generate_state(1)[0]))  # what is new
+    fitted = fit(config, dataset.manifest, given, _random_student(config, dataset))
+    return InitialWeights(out / START, fitted.record, fitted.tensors)
+
+
+def _recorded(out: Path) -> dict[str, Any]:
+    """What the run says of its initial weights: in run.json or, if that is lost, in their file."""
+    try:
+        return dict(json.loads((out / REPORT).read_text())[INIT])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        pass
+    try:
+        return dict(checkpoint.read_header(out / START)[INIT]) | {"start": sha256_file(out / START)}
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{out / START} is missing or damaged ({error}); restore it, or choose another --out"
+        ) from error
+
+
+def _random_student(config: RunConfig, dataset: Dataset) -> Backbone:
+    student = config.build_model(dataset.manifest.shape, dataset.manifest.conditions)
+    if (null := dataset.null()) is not None:  # before the average is copied: its buffers stay as they are then
+        student.use_null(null)
+    return student
+
+
+def build_student(config: RunConfig, dataset: Dataset, initial: InitialWeights | None, *, fresh: bool) -> Backbone:
+    """The student of a stage, on the CPU: with initial weights where the stage is `fresh`, and with adapters if asked for."""
+    student, lora = _random_student(config, dataset), config.lora
+    if initial is not None and (fresh or lora.rank):
+        student.load_state_dict(initial.tensors(), strict=True)
+    if initial is not None and lora.rank:
+        add_adapters(student, lora.rank, lora.factor, lora.targets, initial.trained)
+    student.recompute = config.train.recompute
+    return student
