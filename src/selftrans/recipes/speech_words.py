@@ -17,8 +17,8 @@ def speech_words() -> RunConfig:
     return RunConfig(
         recipe="speech_words",
         model=SiTConfig(name="SiT-S/4", width=64, depth=6, heads=2, patch=4),
-        sections=sections(Stage1(block=2, head_width=128), Stage2(scale=5.0, until_step=400, head_width=128)),
-        train=Train(steps=600, batch_size=64, lr=1e-3, ema=0.99, checkpoint_every=120, preview_every=120),
+        sections=sections(Stage1(block=2, head_width=128), Stage2(scale=5.0, until_step=260, head_width=128)),
+        train=Train(steps=400, batch_size=64, lr=1e-3, ema=0.99, checkpoint_every=80, preview_every=80),
         sample=SampleConfig(sampler="heun", steps=12, batch_size=256),
         log=Log(every=50),
     )
