@@ -161,6 +161,24 @@ def eval_mode(backbone: Any) -> Iterator[None]:
             module.training = mode
 
 
+@torch.no_grad()
+def check_takes(backbone: Backbone, shape: tuple[int, ...]) -> None:
+    """ValueError unless a backbone computes velocities of latents (C, *S) of this shape, by trying it on one."""
+    place = next(backbone.parameters())
+    x, t = torch.zeros(1, *shape, device=place.device), torch.zeros(1, device=place.device)
+    cond = map_cond(lambda c: c.to(place.device), backbone.conditions.example())
+    try:
+        with eval_mode(backbone), torch.autocast(place.device.type, dtype=torch.bfloat16):
+            v = backbone(x, t, cond).v
+    except torch.OutOfMemoryError:
+        raise
+    except (ValueError, RuntimeError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise ValueError(f"the model does not take latents of {tuple(shape)}: {reason}") from error
+    if v is None or v.shape != x.shape:
+        raise ValueError(f"the model takes latents of {tuple(backbone.shape)} only, not of {tuple(shape)}")
+
+
 def map_cond(fn: Callable[..., Tensor], *conds: Cond) -> Cond:
     """Apply `fn` to each tensor of one or more conditions of the same structure."""
     first = conds[0]

@@ -52,6 +52,10 @@ class Prepare(Command):
     """`pixel`, or a diffusers VAE by hub id or local path (e.g. stabilityai/sd-vae-ft-mse)"""
     resolution: str | None = None
     """side of the pictures, or HEIGHTxWIDTH; None: as they are, which must be of one size"""
+    buckets: int | None = None
+    """of aspect ratios, an odd number: each picture keeps about its shape, between 1:2 and 2:1; --resolution is the square"""
+    bucket_multiple: int = 2
+    """sides of the buckets' latents are multiples of this: of the models' patch"""
     flip: bool = False
     """store the mirrored pictures too"""
     skip_bad: bool = False
@@ -106,6 +110,7 @@ class Prepare(Command):
 
     def run(self) -> None:
         from selftrans.data.prepare import prepare
+        from selftrans.data.prepare_buckets import prepare_buckets
         from selftrans.data.prepare_features import prepare_features
         from selftrans.data.sources.clips import MediaOptions, kind_of
         from selftrans.data.sources.decode import parse_resolution
@@ -114,16 +119,20 @@ class Prepare(Command):
         precision = dtype_name(self.precision)
         of_vae = "float32" if self.features and self.autoencoder == "pixel" and not self.text else precision
         not_pictures = self.autoencoder == "values" or kind_of(Path(self.source), self.frames) in ("sounds", "videos")
-        if self.features and not_pictures:
-            raise ValueError("--features is for pictures; leave it out with --autoencoder values, sounds and videos")
+        if self.features and (not_pictures or self.buckets is not None):
+            raise ValueError("--features is for pictures; leave it out with --buckets, and for data of other kinds")
         if self.grid and not self.features:
             warnings.warn("--grid is ignored without --features", stacklevel=2)
         text = self._text()
         media = MediaOptions(**{each.name: getattr(self, each.name) for each in dataclasses.fields(MediaOptions)})
         resolution = None if self.resolution is None else parse_resolution(self.resolution)
         not_mine = [name for name in vars(self) if name.startswith(("text", "caption"))]
-        given = self.options("features", "grid", "precision", "resolution", *vars(media), *not_mine)
-        manifest = prepare(**given, resolution=resolution, precision=of_vae, text=text, media=media)
+        given = self.options("features", "grid", "buckets", "bucket_multiple", *vars(media), *not_mine)
+        given |= {"resolution": resolution, "precision": of_vae, "text": text, "media": media}
+        if self.buckets is not None:
+            print(prepare_buckets(**given, buckets=self.buckets, multiple=self.bucket_multiple))
+            return
+        manifest = prepare(**given)
         print(manifest.summary())
         if self.features:
             options = {"grid": self.grid, "batch_size": self.batch_size, "precision": precision, "part": self.part}
@@ -208,6 +217,8 @@ class Sample(Command):
     out: Path
     """directory for the images"""
     sampling: Annotated[SamplingOptions, Inline] = field(default_factory=SamplingOptions)
+    size: str | None = None
+    """HEIGHTxWIDTH of the pictures, or a side; None: as the model was made for"""
     text_encoder: TextEncoder = None
     weights: Weights = "ema"
     stage: Stage = None

@@ -77,6 +77,16 @@ class Dataset:
     def __len__(self) -> int:
         return self.manifest.count
 
+    @property
+    def parts(self) -> tuple[int, ...]:
+        """Rows of each part of one shape, in order: a batch is of one part. Here all rows are one part."""
+        return (len(self),)
+
+    @property
+    def shapes(self) -> tuple[tuple[int, ...], ...]:
+        """(C, *S) of the latents of each part."""
+        return (self.manifest.shape,)
+
     def __reduce__(self) -> tuple[Any, ...]:
         # a worker process opens the files itself: the mapped arrays must not be pickled
         return Dataset.open, (self.path,)

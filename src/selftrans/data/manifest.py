@@ -33,6 +33,7 @@ from selftrans.types import Conditions
 
 VERSION = 2
 FILE = "manifest.json"
+BUCKETS = "buckets.json"  #: in place of it in a folder of buckets, see `buckets`
 DTYPES = ("float16", "float32")  #: of stored moments
 
 
@@ -235,6 +236,11 @@ class Manifest:
     def load(cls, folder: str | Path) -> Manifest:
         """Read a folder's manifest. Raises ValueError when it is missing or invalid."""
         path = Path(folder, FILE)
+        if Path(folder, BUCKETS).is_file():
+            raise ValueError(
+                f"{folder} holds buckets of several sizes, which only `selftrans train` takes; give one of its folders, "
+                "such as that of the squares"
+            )
         if not path.is_file():
             raise ValueError(f"no {FILE} in {folder}: not prepared or not finished; run `selftrans prepare` to make it")
         try:

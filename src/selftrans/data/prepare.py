@@ -25,7 +25,7 @@ from selftrans.data.sources.clips import Clips, MediaOptions, open_clips
 from selftrans.data.sources.decode import Resolution, size_text
 from selftrans.data.sources.npz import NpzValues, npz_values
 from selftrans.data.sources.open_source import open_source
-from selftrans.data.sources.source import Samples, ahead
+from selftrans.data.sources.source import Samples, Source, ahead
 from selftrans.encoders.autoencoder import IDENTITIES, Autoencoder, autoencoder_name, load_autoencoder
 from selftrans.encoders.media import Video, is_media
 from selftrans.encoders.text import load_text_encoder
@@ -35,6 +35,10 @@ from selftrans.storage import printable
 #: sources that are part of the package, which a run prepares by itself -> how their captions are stored; None: labels
 BUILT_IN = {"digits": None, "digits_t2i": TextOptions("minilm", tokens=32)}
 NETWORK_DTYPES = {dtype_name(name): dtype for name, dtype in PRECISIONS.items()}  #: "float32", ... -> torch dtype
+
+
+class NoneReadable(ValueError):
+    """Not one sample of a source can be read; its folder has no manifest."""
 
 
 def prepare(
@@ -55,6 +59,7 @@ def prepare(
     text: TextOptions | str | None = None,
     part: str = "1/1",
     media: MediaOptions | None = None,
+    pictures: Source | None = None,
     progress: bool = True,
 ) -> Manifest:
     """Encode pictures (see `open_source`), sounds or videos (see `open_clips`) into a folder of shards; returns its manifest.
@@ -68,6 +73,7 @@ def prepare(
         split, label_column: for parquet files and hub data sets.
         text: a text encoder (see `load_text_encoder`), or more options: store captions, which `open_source` describes.
         media: how sounds and videos are read.
+        pictures: those of `source` that are meant, opened already at `resolution`; None: all.
         part: "I/N": make every Nth shard only; other processes or machines make the others in the same folder. The part
             that ends last writes the manifest. Until then, the returned manifest lists the shards made so far.
     To continue an interrupted call, repeat it; with the same batch_size and device the shards are bit-identical. Repeating
@@ -82,7 +88,7 @@ def prepare(
     if autoencoder == "values":
         samples = _open_values(source, resolution, flip, label_column, text)
     elif samples is None:
-        samples = _open_pictures(source, resolution, earlier, text, split, label_column, progress)
+        samples = pictures or _open_pictures(source, resolution, earlier, text, split, label_column, progress)
     options = _options(samples, autoencoder, resolution, text, media) | {"flip": flip, "shard_size": shard_size}
     options |= {"dtype": dtype, "precision": precision, "split": split, "label_column": label_column}
     if earlier:
@@ -90,10 +96,10 @@ def prepare(
         if _covers(earlier, samples) and not _remove_damaged(out, progress):
             return Manifest.load(out)
     _report_ignored(samples, progress)
-    _check_faults(samples, source, skip_bad)
+    check_faults(samples, source, skip_bad)
     captions = _load_text(samples, text, device, precision, progress) if text else None
     name = autoencoder if clips is None else clips.normalised().name
-    device, model = _load(name, device, "float32" if text and autoencoder in IDENTITIES else precision)
+    device, model = load(name, device, "float32" if text and autoencoder in IDENTITIES else precision)
     encoder = ShardEncoder(samples, batch_size, shard_size, skip_bad, model, device, flip, dtype, captions)
     return _run(encoder, encoder.plan(str(source), options), out, mine, progress)
 
@@ -204,7 +210,7 @@ def _open_clips(
     return clips
 
 
-def _check_faults(samples: Samples, source: str | Path, skip_bad: bool) -> None:
+def check_faults(samples: Samples, source: str | Path, skip_bad: bool) -> None:
     """Raise ValueError for samples that lack their picture or their captions, before anything is encoded."""
     for i, reason in () if skip_bad else samples.faults.items():
         raise ValueError(
@@ -256,7 +262,7 @@ def _remove_damaged(out: Path, progress: bool) -> list[str]:
     return damaged
 
 
-def _load(name: str, device: str | torch.device | None, precision: str) -> tuple[torch.device, Autoencoder]:
+def load(name: str, device: str | torch.device | None, precision: str) -> tuple[torch.device, Autoencoder]:
     """The device (None: a GPU if there is one) and the autoencoder on it."""
     if name in IDENTITIES or is_media(name):
         if precision != "float32":
@@ -324,7 +330,7 @@ def _finish(encoder: ShardEncoder, plan: Manifest, out: Path, progress: bool) ->
         return Manifest.load(out)
     if not any(shard.count for shard in shards.values()):
         name, reason = shards[0].skipped[0]
-        raise ValueError(
+        raise NoneReadable(
             f"none of the {len(encoder.source)} {plan.unit} is readable; the first: {printable(name)} ({reason})"
         )
     return resumable.finish(out, plan, shards.values())

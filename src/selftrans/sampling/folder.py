@@ -23,6 +23,7 @@ import numpy as np
 from numpy.lib import format as npy
 
 from selftrans.checkpoints.load import Weights
+from selftrans.data.sources.decode import parse_resolution
 from selftrans.sampling.images import Sampler
 from selftrans.sampling.sample_file import NPY, PNG, SampleFile, file_kind
 from selftrans.storage import FREE_SPACE, atomic_write, printable
@@ -40,15 +41,19 @@ def sample_to_folder(
     weights: Weights = "ema",
     stage: str | None = None,
     text_encoder: str | None = None,
+    size: str | None = None,
 ) -> int:
     """Sample from a run, checkpoint or weights file into the folder `out`; returns how many samples this call made.
 
     `settings` override fields of the run's own `SampleConfig`. Several processes share the work (RANK, WORLD_SIZE,
-    LOCAL_RANK as accelerate sets them). `text_encoder`: where the encoder of the prompts lies, if not where it was.
+    LOCAL_RANK as accelerate sets them). `text_encoder`: where the encoder of the prompts lies, if not where it was. `size`:
+    HEIGHTxWIDTH of the pictures, if not the model's own.
     ValueError for invalid settings and for a folder with other samples.
     """
     sampler = Sampler.load(origin, settings, weights=weights, stage=stage, text_encoder=text_encoder)
-    if (Path(out) / "manifest.json").exists():
+    if size is not None:
+        sampler.resize(parse_resolution(size))
+    if any((Path(out) / name).exists() for name in ("manifest.json", "buckets.json")):
         raise ValueError(f"{out} holds prepared data; choose another folder for samples")
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     kind, num = file_kind(sampler.autoencoder), sampler.settings.num

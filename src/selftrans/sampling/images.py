@@ -21,6 +21,7 @@ from selftrans import flow
 from selftrans.checkpoints.load import LoadedModel, Weights, load_model
 from selftrans.config import SampleConfig
 from selftrans.data.decoded import decode_images
+from selftrans.data.sources.decode import Resolution, sides, size_text
 from selftrans.device import default_device
 from selftrans.encoders.autoencoder import Autoencoder, DiffusersAutoencoder, load_autoencoder
 from selftrans.models.compiling import compile_model
@@ -28,7 +29,7 @@ from selftrans.precision import PRECISIONS
 from selftrans.sampling.conditioning import Conditioning, conditioning_of
 from selftrans.sampling.samplers import SAMPLERS, Noise, guided
 from selftrans.sampling.streams import NOISE_STREAM, image_stream
-from selftrans.types import Backbone, Cond, eval_mode, map_cond
+from selftrans.types import Backbone, Cond, check_takes, eval_mode, map_cond
 
 MANY = 20  #: batches per process from which compilation, which takes about a minute, saves time on a GPU
 
@@ -47,6 +48,7 @@ class Sampler:
     Attributes:
         settings: number of images, sampler, guidance.
         conditioning: the condition of each image.
+        shape: (C, *S) of the latents; the model's own, unless `resize` changes it.
         described: everything that an image depends on besides its index, as json types.
     """
 
@@ -70,6 +72,7 @@ class Sampler:
         self.device = torch.device(device)
         self.conditioning = conditioning or conditioning_of(model.conditions, settings, device=self.device)
         self.described = settings.settings() | self.conditioning.described
+        self.shape = tuple(model.shape)
         self._compiled = False
 
     @classmethod
@@ -148,6 +151,18 @@ class Sampler:
             images = self._images(computed, map_cond(lambda x: x.to(self.device), cond))
             yield SampledBatch(chunk, labels[: len(chunk)], images[: len(chunk)])
 
+    def resize(self, resolution: Resolution) -> None:
+        """Sample pictures of this size instead of the model's own. ValueError where model or autoencoder does not take it."""
+        size, factor = sides(resolution), self.autoencoder.downsample
+        if not self.autoencoder.pictures or len(self.shape) != 3:
+            raise ValueError("a size is for models of pictures; leave it out")
+        if any(side % factor for side in size):
+            raise ValueError(f"size {size_text(resolution)} is not a multiple of {factor}, as the autoencoder needs")
+        self.shape = (self.shape[0], *(side // factor for side in size))
+        if self.shape != tuple(self.model.shape):
+            check_takes(self.model, self.shape)  # now, not when the folder of samples is begun
+            self.described["size"] = size_text(resolution)
+
     def _compile(self) -> None:
         compile_model(self.model)
         if isinstance(self.autoencoder, DiffusersAutoencoder):
@@ -157,7 +172,7 @@ class Sampler:
     @torch.inference_mode()
     def _images(self, indices: np.ndarray, cond: Cond) -> np.ndarray:
         settings, dtype = self.settings, PRECISIONS[self.settings.precision]
-        noise = image_noise(indices, self.model.shape, settings.seed, self.device)
+        noise = image_noise(indices, self.shape, settings.seed, self.device)
         velocity = guided(self.model, cond, scale=settings.guidance_scale, interval=settings.guidance_interval)
         # autocast casts the weights again in every forward pass, also compiled: `cast_products` avoids that
         amp = torch.autocast(self.device.type, dtype=dtype, enabled=dtype != torch.float32)

@@ -1,14 +1,16 @@
 """The samples and the noise of a step: both are functions of (seed, step) alone, so a resumed run needs no state.
 
 The data are read as an endless sequence of shuffled epochs; step s takes positions [s B, (s + 1) B) of it, B the batch of
-all processes. Shape legend: N batch, M moments channels, (C, *S) latent, T tokens and D width of stored features.
+all processes. Data of several shapes have such a sequence for each, and a step takes its whole batch from one of them.
+Shape legend: N batch, M moments channels, (C, *S) latent, T tokens and D width of stored features.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -30,6 +32,35 @@ class Loaded(NamedTuple):
     ]  #: moments (N, copies, M, *S), labels (N,); text or ids, and mask, of one caption; features if they are read
 
 
+@dataclass(frozen=True)
+class Schedule:
+    """Which of several parts each step takes its batch from: in proportion to their sizes, as evenly as integers allow.
+
+    A function of the seed and the step alone, in integer arithmetic. Part k takes the steps s, of those that parts
+    0 .. k - 1 leave over, at which floor((s w_k + o_k) / W_k) increases; w_k is its size, W_k = w_k + w_k+1 + ..., and
+    0 <= o_k < W_k is drawn from the seed. Then the floor is the number of steps that it had before.
+    """
+
+    sizes: tuple[int, ...]
+    offsets: tuple[int, ...]
+
+    @classmethod
+    def of(cls, sizes: Sequence[int], seed: int) -> Schedule:
+        """The schedule of parts of these sizes, each above 0."""
+        drawn, rest = np.random.default_rng(np.random.SeedSequence([seed, len(sizes)])), np.cumsum(sizes[::-1])[::-1]
+        return cls(tuple(map(int, sizes)), tuple(int(drawn.integers(total)) for total in rest))
+
+    def at(self, step: int) -> tuple[int, int]:
+        """The part of `step`, and how many of the steps before it took the same part."""
+        rest = sum(self.sizes)
+        for part, (size, offset) in enumerate(zip(self.sizes[:-1], self.offsets[:-1], strict=True)):
+            before = (step * size + offset) // rest
+            if ((step + 1) * size + offset) // rest > before:
+                return part, before
+            step, rest = step - before, rest - size
+        return len(self.sizes) - 1, step
+
+
 class Stream:
     """Batches of one process, read ahead in a thread while the step runs."""
 
@@ -44,12 +75,12 @@ class Stream:
         self.dataset, self.batch_size, self.accumulate, self.seed = dataset, batch_size, accumulate, seed
         self.rank, self.micro = rank, batch_size // (accumulate * world)
         self.features = False  #: whether stored features are read, too
-        self._epoch, self._order = -1, np.empty(0, dtype=np.int64)
+        self.schedule = Schedule.of(dataset.parts, seed)
+        self._orders: dict[int, tuple[int, np.ndarray]] = {}  #: part of the data -> an epoch and its order
 
     def indices(self, step: int, micro: int) -> np.ndarray:
         """(N,) positions in the data of this process' micro-batch."""
-        start = step * self.batch_size + (self.rank * self.accumulate + micro) * self.micro
-        return np.array([self._at(position) for position in range(start, start + self.micro)], dtype=np.int64)
+        return self._rows(step, (self.rank * self.accumulate + micro) * self.micro, self.micro)
 
     def caption(self, rows: np.ndarray, step: int, micro: int) -> np.ndarray | None:
         """(N,) which caption of each row this visit reads, drawn from (seed, step, micro, rank); None without captions."""
@@ -60,15 +91,23 @@ class Stream:
 
     def all_indices(self, step: int) -> np.ndarray:
         """(B,) positions in the data of the batch of all processes. Safe while the thread reads ahead."""
-        mine = copy.copy(self)  # the thread uses the order of this one
-        return np.array([mine._at(step * self.batch_size + i) for i in range(self.batch_size)], dtype=np.int64)
+        mine = copy.copy(self)  # the thread uses the orders of this one
+        mine._orders = dict(self._orders)
+        return mine._rows(step, 0, self.batch_size)
 
-    def _at(self, position: int) -> int:
-        epoch, offset = divmod(position, len(self.dataset))
-        if epoch != self._epoch:
+    def _rows(self, step: int, first: int, count: int) -> np.ndarray:
+        """Rows `first` .. `first + count - 1` of the batch of all processes."""
+        part, visit = self.schedule.at(step)
+        begin, start = sum(self.dataset.parts[:part]), visit * self.batch_size + first
+        return np.array([begin + self._at(part, at) for at in range(start, start + count)], dtype=np.int64)
+
+    def _at(self, part: int, position: int) -> int:
+        size = self.schedule.sizes[part]
+        epoch, offset = divmod(position, size)
+        if part not in self._orders or self._orders[part][0] != epoch:
             order = np.random.default_rng(np.random.SeedSequence([self.seed, epoch]))
-            self._epoch, self._order = epoch, order.permutation(len(self.dataset))
-        return int(self._order[offset])
+            self._orders[part] = epoch, order.permutation(size)
+        return int(self._orders[part][1][offset])
 
     def from_step(self, step: int, *, pin: bool = False) -> Iterator[Loaded]:
         """Each micro-batch from `step` on, without end.

@@ -7,6 +7,7 @@ RUN/<stage>/      checkpoints, previews, log.jsonl     RUN/run.json    student s
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,9 @@ from selftrans.checkpoints import format as checkpoint
 from selftrans.checkpoints.adapted import INIT
 from selftrans.checkpoints.load import REPORT
 from selftrans.config import RunConfig
+from selftrans.data import buckets
 from selftrans.data.dataset import Dataset
-from selftrans.data.manifest import Manifest
+from selftrans.data.manifest import BUCKETS, Manifest
 from selftrans.data.on_device import OnDevice
 from selftrans.data.prepare import prepare_builtin
 from selftrans.methods.guidance import Frozen
@@ -57,7 +59,7 @@ def train(
 
 def _train(config: RunConfig, out: Path, bar: Callable[..., Any], quiet: bool) -> dict[str, Any]:
     config = config.restricted().check()
-    if (out / "manifest.json").exists():
+    if (out / "manifest.json").exists() or (out / BUCKETS).exists():
         raise ValueError(f"{out} holds prepared data; choose another --out for the run")
     accelerator = _accelerator(config, out)
     main = accelerator.is_main_process
@@ -72,6 +74,8 @@ def _train(config: RunConfig, out: Path, bar: Callable[..., Any], quiet: bool) -
         initial = initial_weights(config, shards, out, given)
         given, plan = None, _plan(config)  # its memory is freed
         _rehearse(config, plan, out, shards.manifest)
+        if config.data.on_device and len(shards.parts) > 1:
+            raise ValueError(f"{shards.path} holds buckets of several sizes; leave data.on_device off")
         if config.data.on_device:
             shards = OnDevice(shards, accelerator.device)
         preview = Preview(config, shards, accelerator.device, stop) if config.train.preview_every else None
@@ -148,12 +152,19 @@ def open_data(config: RunConfig, out: Path, accelerator: Accelerator | None = No
         if accelerator is not None:
             accelerator.wait_for_everyone()
     main = accelerator is None or accelerator.is_main_process
-    shards = Dataset.open(path, verify=config.data.verify and main)
+    shards = buckets.open_data(path, verify=config.data.verify and main)
     manifest, expected = shards.manifest, config.data
     if expected.shape is not None and tuple(expected.shape) != tuple(manifest.shape):
         raise ValueError(f"{path} holds latents {manifest.shape}, but data.shape expects {expected.shape}")
     if expected.classes is not None and expected.classes != manifest.num_classes:
         raise ValueError(f"{path} has {manifest.num_classes} classes, but data.classes expects {expected.classes}")
+    small = sum(size < config.train.batch_size for size in shards.parts)
+    if small and len(shards.parts) > 1 and main:
+        warnings.warn(
+            f"{small} of the {len(shards.parts)} buckets of {path} have fewer pictures than the batch, "
+            f"{config.train.batch_size}: a batch of those has some of them more than once",
+            stacklevel=3,
+        )
     return shards
 
 

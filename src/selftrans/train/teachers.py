@@ -129,6 +129,11 @@ def external_encoder(
     Raises ValueError for data without features, and for a name where the data hold no pixels to encode.
     """
     manifest = dataset.manifest
+    if len(dataset.parts) > 1:
+        raise ValueError(
+            f"{dataset.path} holds buckets of several sizes, and an external encoder's features are on one square grid; give "
+            "data of one --resolution, or another --method"
+        )
     prepare = (
         f"`selftrans prepare {manifest.source} --out {dataset.path} --features MODEL`, its other options as they were"
     )

@@ -45,6 +45,7 @@ from selftrans.train.preview import Preview
 from selftrans.train.resume import agreed, check_data, usable
 from selftrans.train.signals import StopSignal
 from selftrans.train.teachers import check_teacher
+from selftrans.types import check_takes
 
 
 class Trainer:
@@ -81,6 +82,8 @@ class Trainer:
         torch.manual_seed(int(np.random.SeedSequence([train.seed, stage.stream]).generate_state(1)[0]))
         found, self.initial = agreed(self.checkpoints, accelerator), initial
         student = build_student(config, shards, initial, fresh=found is None)
+        for shape in shards.shapes if len(shards.shapes) > 1 else ():
+            check_takes(student, shape)
         guidances = stage.guide(student, teacher)
         self.objective = Objective(student, guidances, path=PATHS[train.path], times=train.times, drop=train.drop).to(
             accelerator.device

@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 import torch
 
+from selftrans.data.buckets import Buckets
 from selftrans.data.dataset import Dataset
-from selftrans.train.batches import Loaded, Stream, to_batch
-from tests.support import captioned, toy
+from selftrans.train.batches import Loaded, Schedule, Stream, to_batch
+from tests.support import captioned, ratios, toy
 from tests.support.toy import quick  # noqa: F401 - a fixture
 
 
@@ -65,6 +66,52 @@ def test_each_visit_reads_one_random_caption_that_depends_on_its_place_alone():
     counts = np.bincount(seen[rows % 2 == 0], minlength=3)
     assert counts.sum() > 150 and counts.min() > counts.sum() / 5, "each of three is drawn about as often"
     assert not np.array_equal(streams[0].caption(np.zeros(64, int), 3, 0), streams[2].caption(np.zeros(64, int), 3, 0))
+
+
+@pytest.mark.parametrize("sizes", [(5,), (4, 4), (1, 2, 4), (1000, 3, 77, 20), (1, 1, 1, 1, 1)])
+def test_schedule_takes_parts_in_proportion_at_every_length(sizes):
+    schedule, total = Schedule.of(sizes, seed=3), sum(sizes)
+    found = [schedule.at(step) for step in range(2 * total)]
+    taken = np.array([[part == k for k in range(len(sizes))] for part, _ in found]).cumsum(axis=0)
+    assert all(taken[step][part] - 1 == visit for step, (part, visit) in enumerate(found)), "visits count from 0"
+    assert taken[total - 1].tolist() == list(sizes) and taken[-1].tolist() == [2 * size for size in sizes]
+    ideal = np.arange(1, 2 * total + 1)[:, None] * np.array(sizes) / total
+    assert np.abs(taken - ideal).max() < len(sizes)
+    far = 10**15
+    assert schedule.at(far)[1] in {far * size // total + around for size in sizes for around in range(-5, 6)}
+
+
+def test_schedule_depends_on_the_seed():
+    drawn = [[Schedule.of((5, 7, 9), seed).at(step)[0] for step in range(21)] for seed in (0, 0, 1)]
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
+def test_each_step_reads_one_bucket_and_each_epoch_of_it_every_row_once():
+    data = Buckets.open(ratios.shared())
+    alone = Stream(data, batch_size=4, accumulate=1, seed=3)
+    steps = [alone.indices(step, 0) for step in range(24)]
+    assert all(len(set(rows // 8)) == 1 for rows in steps), "rows 0 .. 7 are the first bucket, and so on"
+    for k in range(3):
+        rows = np.concatenate([rows for rows in steps if rows[0] // 8 == k])
+        assert len(rows) == 32
+        assert all(sorted(rows[at : at + 8]) == list(range(8 * k, 8 * k + 8)) for at in range(0, 32, 8))
+        assert not np.array_equal(rows[:8], rows[8:16])
+    shared = [Stream(data, batch_size=4, accumulate=2, seed=3, rank=rank, world=2) for rank in (0, 1)]
+    for step in (17, 5, 23):  # in any order: nothing is remembered
+        parts = [stream.indices(step, micro) for stream in shared for micro in range(2)]
+        assert np.array_equal(np.concatenate(parts), steps[step])
+        assert np.array_equal(shared[1].all_indices(step), steps[step])
+    batches = alone.from_step(5)
+    for step in range(5, 9):
+        rows, tensors = next(batches)
+        assert np.array_equal(rows, steps[step])
+        assert tensors["moments"].shape == (4, 1, *data.shapes[rows[0] // 8])
+
+
+def test_bucket_smaller_than_the_batch_wraps_around():
+    data = Buckets.open(ratios.shared())
+    rows = Stream(data, batch_size=20, accumulate=1, seed=0).indices(4, 0)
+    assert np.bincount(rows % 8, minlength=8).tolist().count(2) >= 4 and len(set(rows // 8)) == 1
 
 
 def test_labels_are_read_without_captions():

@@ -1,0 +1,182 @@
+"""Prepared pictures of several aspect ratios: one folder of prepared data for each size, read as one data set.
+
+On disk: `buckets.json`, which names the folders, and a folder of prepared data (see `manifest`) for each bucket, named by
+the size of its pictures. A batch is of one bucket, since its latents must have one shape.
+Shape legend: N batch.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from selftrans.data.dataset import Dataset
+from selftrans.data.manifest import BUCKETS, FILE, Manifest
+from selftrans.data.record import REMEDY, Record, parse_json, read_text
+from selftrans.data.sources.decode import sides, size_text
+from selftrans.storage import write_text
+
+VERSION = 1
+MOST = 1024  #: folders that a buckets.json may name
+#: fields of the manifests in which buckets must agree
+SHARED = ("conditions", "classes", "latent_space", "autoencoder", "image_channels", "dtype", "copies")
+
+
+class Buckets(Dataset):
+    """Folders of prepared pictures of different sizes as one data set: row numbers run through the buckets in order.
+
+    `manifest` is that of the base, the bucket nearest to a square, with the count and the shards of all of them: `shape` and
+    `resolution` are the base's. Raises ValueError when the buckets do not belong together.
+    """
+
+    def __init__(self, path: Path, buckets: Sequence[Dataset]) -> None:
+        self.buckets = tuple(buckets)
+        self.base = min(buckets, key=lambda each: abs(np.log(_aspect(each.manifest))))
+        for bucket in buckets:
+            _check_alike(bucket, self.base)
+        shards = [shard for bucket in buckets for shard in bucket.manifest.shards]
+        shards = [replace(shard, index=i) for i, shard in enumerate(shards)]
+        count = sum(shard.count for shard in shards)
+        manifest = replace(self.base.manifest, count=count, shards=tuple(shards), features=None)
+        labels = np.concatenate([bucket.labels for bucket in buckets])
+        counts = [bucket.counts for bucket in buckets if bucket.counts is not None]
+        super().__init__(path, manifest, self.base._tensors, labels, np.concatenate(counts) if counts else None)
+        self._begins = np.cumsum([0, *self.parts])[:-1]
+
+    @classmethod
+    def open(cls, path: str | Path, *, verify: bool = False) -> Buckets:
+        """Open a folder made by `prepare_buckets`; raises as `Dataset.open`, and when `buckets.json` is invalid."""
+        buckets = cls(Path(path), [Dataset.open(Path(path, name)) for name in read_names(Path(path))])
+        if verify:
+            buckets.verify()
+        return buckets
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Buckets.open, (self.path,)
+
+    @property
+    def parts(self) -> tuple[int, ...]:
+        """Rows of each bucket."""
+        return tuple(len(bucket) for bucket in self.buckets)
+
+    @property
+    def shapes(self) -> tuple[tuple[int, ...], ...]:
+        """(C, H, W) of the latents of each bucket."""
+        return tuple(bucket.manifest.shape for bucket in self.buckets)
+
+    def read(
+        self, rows: np.ndarray | Tensor, names: Collection[str] | None = None, which: np.ndarray | None = None
+    ) -> dict[str, Tensor]:
+        """As `Dataset.read`. Raises ValueError for moments of rows of several buckets, which have different shapes."""
+        rows, read = np.asarray(rows, dtype=np.int64).reshape(-1), dict[str, Tensor]()
+        for bucket, at, local in self._divided(rows):
+            if len(at) < len(rows) and "moments" in (self.names if names is None else names):
+                raise ValueError(f"the rows are of several buckets of {self.path}; read moments of one at a time")
+            for name, tensor in bucket.read(local, names, None if which is None else np.asarray(which)[at]).items():
+                if name not in read:
+                    read[name] = tensor.new_empty((len(rows), *tensor.shape[1:]))
+                read[name][torch.from_numpy(at)] = tensor
+        return read if len(rows) else self.base.read(rows, names, which)
+
+    def captions(self, rows: np.ndarray | Tensor) -> list[list[str]]:
+        """As `Dataset.captions`."""
+        rows = np.asarray(rows, dtype=np.int64).reshape(-1)
+        found: list[list[str]] = [[] for _ in rows]
+        for bucket, at, local in self._divided(rows):
+            for i, captions in zip(at, bucket.captions(local), strict=True):
+                found[i] = captions
+        return found
+
+    def null(self) -> Any:
+        """As `Dataset.null`."""
+        return self.base.null()
+
+    def open_features(self) -> NoReturn:
+        """Buckets have no stored features: always a ValueError."""
+        raise ValueError(f"{self.path} holds buckets, for which no features are stored; give data of one --resolution")
+
+    def verify(self) -> None:
+        """As `Dataset.verify`, of every bucket."""
+        for bucket in self.buckets:
+            bucket.verify()
+
+    def damaged(self, *, features: bool = True) -> Iterator[str]:
+        """As `Dataset.damaged`, with the folder of the bucket before each name."""
+        for bucket in self.buckets:
+            yield from (f"{bucket.path.name}/{name}" for name in bucket.damaged(features=features))
+
+    def summary(self) -> str:
+        """A few lines to print."""
+        sizes = ", ".join(f"{bucket.path.name} ({len(bucket):,})" for bucket in self.buckets)
+        left_out = f"\n{len(skipped):,} left out, listed in their {FILE}" if (skipped := self.manifest.skipped) else ""
+        return f"{len(self):,} pictures in {len(self.buckets)} buckets: {sizes}{left_out}"
+
+    def _divided(self, rows: np.ndarray) -> Iterator[tuple[Dataset, np.ndarray, np.ndarray]]:
+        """Each bucket that has some of these rows, where they stand in `rows`, and their numbers in the bucket."""
+        self._check_range(rows)
+        bucket_of = np.searchsorted(self._begins, rows, side="right") - 1
+        for k in np.unique(bucket_of):
+            at = np.flatnonzero(bucket_of == k)
+            yield self.buckets[k], at, rows[at] - self._begins[k]
+
+
+def open_data(path: str | Path, *, verify: bool = False) -> Dataset:
+    """Open a folder made by `prepare` or by `prepare_buckets`. Raises ValueError as `Dataset.open` and `Buckets.open`."""
+    return (Buckets if Path(path, BUCKETS).is_file() else Dataset).open(path, verify=verify)
+
+
+def read_names(path: Path) -> tuple[str, ...]:
+    """The folders that `buckets.json` in `path` names. Raises ValueError when it is missing or invalid."""
+    if not (path / BUCKETS).is_file():
+        raise ValueError(f"no {BUCKETS} in {path}: not finished; repeat its `selftrans prepare` to make it")
+    try:
+        record = Record(parse_json(read_text(path / BUCKETS), BUCKETS), BUCKETS)
+        record.only(("version", "buckets"))
+        record.integer("version", VERSION, VERSION)
+        names = record.items("buckets", _name)
+        if not 1 <= len(names) <= MOST or len(set(names)) < len(names):
+            raise ValueError(f"{BUCKETS}: field 'buckets' should name 1 to {MOST} different folders; {REMEDY}")
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    return names
+
+
+def write_names(path: Path, names: Sequence[str]) -> None:
+    """Write `buckets.json`: from then on the folder can be opened."""
+    write_text(path / BUCKETS, json.dumps({"version": VERSION, "buckets": list(names)}, indent=1))
+
+
+def _name(value: object) -> str:
+    if not isinstance(value, str) or not re.fullmatch(r"[1-9][0-9]{0,5}x[1-9][0-9]{0,5}", value):
+        raise ValueError("the size of pictures, as 192x336")
+    return value
+
+
+def _aspect(manifest: Manifest) -> float:
+    height, width = sides(manifest.resolution or 1)
+    return height / width
+
+
+def _check_alike(bucket: Dataset, base: Dataset) -> None:
+    """Raise ValueError unless a bucket has pictures of the size that names it, and agrees with the base in all else."""
+    own, other = bucket.manifest, base.manifest
+    if own.resolution is None or size_text(own.resolution) != bucket.path.name:
+        raise ValueError(f"{bucket.path} does not hold pictures of {bucket.path.name}; {REMEDY}")
+    differ = [name for name in SHARED if getattr(own, name) != getattr(other, name)]
+    if (
+        not differ
+        and own.text
+        and other.text
+        and (own.text.stored, own.text.dtype) != (other.text.stored, other.text.dtype)
+    ):
+        differ = ["text"]
+    if differ or own.shape[0] != other.shape[0] or len(own.shape) != 3:
+        raise ValueError(f"{bucket.path} and {base.path} differ in '{(differ or ['shape'])[0]}'; {REMEDY}")

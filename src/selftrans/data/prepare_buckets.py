@@ -1,0 +1,169 @@
+"""Pictures of any shape => buckets of a few aspect ratios, each prepared as a folder of its own.
+
+Shape legend: a size is (height, width) in pixels; an aspect ratio is height / width.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from selftrans.data.buckets import Buckets, write_names
+from selftrans.data.encode_captions import TextOptions
+from selftrans.data.manifest import BUCKETS, FILE
+from selftrans.data.prepare import NoneReadable, check_faults, load, prepare, say
+from selftrans.data.resumable import LOCK
+from selftrans.data.sources.clips import kind_of
+from selftrans.data.sources.decode import Resolution, resolution_of, size_text, upright_size
+from selftrans.data.sources.open_source import MAX_RESOLUTION, open_source
+from selftrans.data.sources.source import Source, ahead
+from selftrans.storage import lock_file, printable, remove_stale_temporaries
+
+MOST = 99  #: buckets
+WIDEST = 2.0  #: the aspect ratios are spread from 1 / WIDEST to WIDEST
+
+Size = tuple[int, int]
+
+
+def prepare_buckets(
+    source: str | Path,
+    out: str | Path,
+    *,
+    resolution: Resolution | None,
+    buckets: int,
+    multiple: int = 2,
+    autoencoder: str = "pixel",
+    device: str | torch.device | None = None,
+    split: str = "train",
+    label_column: str | None = None,
+    text: TextOptions | str | None = None,
+    skip_bad: bool = False,
+    progress: bool = True,
+    **options: Any,
+) -> str:
+    """Encode pictures of any shape into buckets, see `bucket_sizes`; each picture goes to the nearest aspect ratio.
+
+    `out` then holds a folder of each bucket that has pictures, named by their size and made by `prepare`, which takes the
+    other options, and `buckets.json`. Repeat the call to continue it. Of several parts (`part`), the one
+    that ends last writes `buckets.json`. Returns a few lines to print.
+    Raises ValueError as `prepare`, and for a resolution that does not fit, and a folder with anything else in it.
+    """
+    text, out = TextOptions(text) if isinstance(text, str) else text, Path(out)
+    if autoencoder == "values" or kind_of(Path(source), None) in ("sounds", "videos"):
+        raise ValueError("--buckets is for pictures; leave it out for sounds, videos and values")
+    if not isinstance(resolution, int):
+        raise ValueError("--buckets needs --resolution SIDE, of the square whose area the pictures will have")
+    if multiple < 1:
+        raise ValueError(f"--bucket-multiple {multiple} should be 1 or more")
+    cell = multiple * load(autoencoder, device, "float32")[1].downsample
+    sizes = bucket_sizes(resolution, buckets, cell)
+    if len(sizes) < buckets:
+        say(f"{len(sizes)} buckets: at {resolution} pixels, more have the same size in multiples of {cell}", progress)
+    captions = text.source if text else None
+    opened = open_source(source, resolution=resolution, split=split, label_column=label_column, captions=captions)
+    check_faults(opened, source, skip_bad)
+    _check_folder(out, sizes)
+    bucket_of, made = assigned(opened, sizes, progress), []
+    options |= {"autoencoder": autoencoder, "device": device, "split": split, "label_column": label_column}
+    options |= {"text": text, "skip_bad": skip_bad, "progress": progress}
+    for k in np.unique(bucket_of):
+        name, rows = size_text(sizes[k]), np.flatnonzero(bucket_of == k)
+        say(f"{name}: {len(rows)} pictures", progress)
+        pictures = dataclasses.replace(chosen(opened, rows), resolution=resolution_of(*sizes[k]))
+        try:
+            prepare(source, out / name, resolution=pictures.resolution, pictures=pictures, **options)
+        except NoneReadable as error:
+            say(f"{name} is left out: {error}", progress)
+            continue
+        made.append(name)
+    if not made:
+        raise ValueError(f"none of the {len(opened)} pictures of {source} is readable")
+    if not all((out / name / FILE).is_file() for name in made):
+        return f"{out} is not finished: the other parts make the rest, and the last one completes it"
+    remove_stale_temporaries(out, BUCKETS)
+    with lock_file(out / LOCK, wait=True):
+        remove_stale_temporaries(out, BUCKETS)
+        write_names(out, made)
+    return Buckets.open(out).summary()
+
+
+def bucket_sizes(resolution: int, buckets: int, cell: int) -> tuple[Size, ...]:
+    """Sizes of up to `buckets` aspect ratios, from wide to tall, of about the area of a square of side `resolution`.
+
+    The ratios are equally spaced in their logarithm from 1 : 2 to 2 : 1, with the square in the middle. The shorter side is
+    rounded to a multiple of `cell`, and the longer one to that with which the area is nearest; of equal sizes there is one.
+    Raises ValueError for an even number of buckets, and a resolution that is no multiple of `cell`.
+    """
+    if not 1 <= buckets <= MOST or buckets % 2 == 0:
+        raise ValueError(f"buckets {buckets} should be an odd number from 1 to {MOST}, with the square in the middle")
+    if not 1 <= resolution <= MAX_RESOLUTION or resolution % cell:
+        raise ValueError(
+            f"resolution {resolution} is not a multiple of {cell} up to {MAX_RESOLUTION}, as the sides of buckets must be; "
+            "give another --resolution, or --bucket-multiple"
+        )
+    found = set[Size]()
+    for k in range(buckets // 2 + 1):
+        ratio = WIDEST ** (2 * k / max(buckets - 1, 1))
+        short = max(cell, round(resolution / math.sqrt(ratio) / cell) * cell)
+        long = round(resolution**2 / short / cell) * cell
+        found |= {(short, long), (long, short)}
+    return tuple(sorted(found))
+
+
+def assigned(source: Source, sizes: Sequence[Size], progress: bool = False) -> np.ndarray:
+    """(len(source),) the number of the size with the nearest aspect ratio, in its logarithm; reads the header of each picture.
+
+    One whose header is unreadable goes where most are: `prepare` reports it when it reads the pixels.
+    """
+    from tqdm import tqdm
+
+    ratios = np.log([height / width for height, width in sizes])
+
+    def nearest(i: int) -> int:
+        try:
+            with source.open(i) as image:
+                height, width = upright_size(image)
+            return int(np.argmin(np.abs(ratios - math.log(height / width))))
+        except Exception:  # decoders raise any type on a damaged file
+            return -1
+
+    bar = tqdm(
+        ahead(nearest, range(len(source))), "sizes", len(source), unit=" pictures", disable=not progress, leave=False
+    )
+    found = np.fromiter(bar, dtype=np.int64, count=len(source))
+    counts = np.bincount(found[found >= 0], minlength=len(sizes))
+    return np.where(found < 0, int(np.argmax(counts)), found)
+
+
+def chosen(source: Source, rows: np.ndarray) -> Source:
+    """The pictures `rows` of a source, in this order, as a source with the same classes."""
+    kept, position = rows.tolist(), {int(row): i for i, row in enumerate(rows)}
+    return dataclasses.replace(
+        source,
+        names=[source.names[i] for i in kept],
+        labels=source.labels[rows],
+        open=lambda i: source.open(kept[i]),
+        sizes=[source.sizes[i] for i in kept] if len(source.sizes) else (),
+        ignored={},
+        captions=None if source.captions is None else [source.captions[i] for i in kept],
+        faults={position[i]: reason for i, reason in source.faults.items() if i in position},
+    )
+
+
+def _check_folder(out: Path, sizes: Sequence[Size]) -> None:
+    """Raise ValueError when `out` holds anything but buckets of these sizes."""
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"{out} is not a folder; choose another --out")
+    known = {BUCKETS, *map(size_text, sizes)}
+    for path in sorted(out.iterdir()) if out.is_dir() else ():
+        if path.name not in known and not path.name.startswith("."):
+            raise ValueError(
+                f"{out} holds {printable(path.name)}, which these buckets do not have; repeat the command as it was, or choose "
+                "another --out"
+            )
