@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from selftrans.types import Backbone, Conditions, cat_cond, eval_mode, map_cond, take_cond, where_cond
+from selftrans.types import Backbone, Conditions, cat_cond, check_takes, eval_mode, map_cond, take_cond, where_cond
 from tests.support.stub import Stub
 
 LABELS = torch.tensor([3, 1, 2])
@@ -78,3 +78,14 @@ def test_eval_mode_restores_the_mode_of_every_part():
     with pytest.raises(RuntimeError), eval_mode(model):
         raise RuntimeError
     assert [module.training for module in model.modules()] == modes
+
+
+def test_shape_that_a_backbone_does_not_take_is_refused_even_if_it_has_as_many_numbers():
+    stub = Stub(shape=(2, 4, 4))
+    check_takes(stub, (2, 4, 4))
+    assert stub.training and not stub.calls[0]["graph"]
+    with pytest.raises(ValueError, match=r"takes latents of \(2, 4, 4\) only, not of \(2, 2, 8\)"):
+        check_takes(stub, (2, 2, 8))
+    with pytest.raises(ValueError, match=r"does not take latents of \(2, 6, 4\): shape .* is invalid") as error:
+        check_takes(stub, (2, 6, 4))
+    assert "\n" not in str(error.value)

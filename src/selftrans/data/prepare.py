@@ -72,8 +72,7 @@ def prepare(
         skip_bad: skip unreadable samples and list them in the manifest, instead of stopping at the first.
         split, label_column: for parquet files and hub data sets.
         text: a text encoder (see `load_text_encoder`), or more options: store captions, which `open_source` describes.
-        media: how sounds and videos are read.
-        pictures: those of `source` that are meant, opened already at `resolution`; None: all.
+        media: how sounds and videos are read. pictures: those of `source` to encode, opened at `resolution`; None: all.
         part: "I/N": make every Nth shard only; other processes or machines make the others in the same folder. The part
             that ends last writes the manifest. Until then, the returned manifest lists the shards made so far.
     To continue an interrupted call, repeat it; with the same batch_size and device the shards are bit-identical. Repeating

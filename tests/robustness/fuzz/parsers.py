@@ -29,6 +29,7 @@ from selftrans.checkpoints import format as checkpoint
 from selftrans.checkpoints.load import load_model
 from selftrans.config import to_json
 from selftrans.data import resumable
+from selftrans.data.buckets import read_names
 from selftrans.data.dataset import Dataset
 from selftrans.data.manifest import Features
 from selftrans.data.record import parse_json, read_text
@@ -465,6 +466,12 @@ PARSERS: dict[str, Parser] = {
         lambda: [prepared()["manifest.json"]],
         16_000,
         put(prepared, but="manifest.json"),
+    ),
+    "buckets": Parser(
+        "buckets.json",
+        lambda path: read_names(path.parent),
+        lambda: [b'{"version": 1, "buckets": ["192x336", "256x256"]}'],
+        4_000,
     ),
     "captions_manifest": Parser(
         "manifest.json",
