@@ -94,7 +94,7 @@ def prepare(
         resumable.check_options(earlier.plan, options, out)
         if _covers(earlier, samples) and not _remove_damaged(out, progress):
             return Manifest.load(out)
-    _report_ignored(samples, progress)
+    report_ignored(samples, progress)
     check_faults(samples, source, skip_bad)
     captions = _load_text(samples, text, device, precision, progress) if text else None
     name = autoencoder if clips is None else clips.normalised().name
@@ -123,7 +123,8 @@ def say(text: str, progress: bool) -> None:
         print(text, file=sys.stderr)
 
 
-def _report_ignored(samples: Samples, progress: bool) -> None:
+def report_ignored(samples: Samples, progress: bool) -> None:
+    """Say how many files of a source are ignored, and why."""
     if samples.ignored:
         say("ignored: " + ", ".join(f"{count} {why}" for why, count in samples.ignored.items()), progress)
     for remark in samples.remarks if isinstance(samples, Clips) else ():

@@ -17,7 +17,7 @@ import torch
 from selftrans.data.buckets import Buckets, write_names
 from selftrans.data.encode_captions import TextOptions
 from selftrans.data.manifest import BUCKETS, FILE
-from selftrans.data.prepare import NoneReadable, check_faults, load, prepare, say
+from selftrans.data.prepare import NoneReadable, check_faults, load, prepare, report_ignored, say
 from selftrans.data.resumable import LOCK
 from selftrans.data.sources.clips import kind_of
 from selftrans.data.sources.decode import Resolution, resolution_of, size_text, upright_size
@@ -67,6 +67,7 @@ def prepare_buckets(
         say(f"{len(sizes)} buckets: at {resolution} pixels, more have the same size in multiples of {cell}", progress)
     captions = text.source if text else None
     opened = open_source(source, resolution=resolution, split=split, label_column=label_column, captions=captions)
+    report_ignored(opened, progress)
     check_faults(opened, source, skip_bad)
     _check_folder(out, sizes)
     bucket_of, made = assigned(opened, sizes, progress), []
@@ -86,7 +87,6 @@ def prepare_buckets(
         raise ValueError(f"none of the {len(opened)} pictures of {source} is readable")
     if not all((out / name / FILE).is_file() for name in made):
         return f"{out} is not finished: the other parts make the rest, and the last one completes it"
-    remove_stale_temporaries(out, BUCKETS)
     with lock_file(out / LOCK, wait=True):
         remove_stale_temporaries(out, BUCKETS)
         write_names(out, made)

@@ -13,7 +13,7 @@ from selftrans.data.dataset import Dataset
 from selftrans.data.prepare_buckets import assigned, bucket_sizes, prepare_buckets
 from selftrans.data.sources.open_source import open_source
 from tests.support import captioned, ratios, toy
-from tests.support.pictures import encoded, stopped_after, write
+from tests.support.pictures import encoded, save_vae, stopped_after, write
 
 
 @pytest.mark.parametrize("resolution, buckets, cell", [(256, 5, 16), (256, 9, 16), (512, 7, 32), (32, 3, 2), (8, 1, 2)])
@@ -107,6 +107,15 @@ def test_parts_make_the_same_and_the_last_one_completes_it(tmp_path):
     second = prepare_buckets(tmp_path / "pictures", tmp_path / "data", part="2/2", **options)
     assert second == "24 pictures in 3 buckets: 6x10 (8), 8x8 (8), 10x6 (8)"
     assert Buckets.open(tmp_path / "data", verify=True).parts == (8, 8, 8)
+
+
+def test_latents_of_an_autoencoder_have_sides_that_patches_divide(tmp_path, capsys):
+    data = Buckets.open(
+        ratios.prepared(tmp_path, autoencoder=save_vae(tmp_path / "vae"), resolution=16, progress=True, buckets=5)
+    )
+    assert [bucket.path.name for bucket in data.buckets] == ["12x20", "16x16", "20x12"]
+    assert data.shapes == ((2, 6, 10), (2, 8, 8), (2, 10, 6)) and data.manifest.latent_space.stochastic
+    assert "3 buckets: at 16 pixels, more have the same size in multiples of 4" in capsys.readouterr().err
 
 
 def test_captions_stay_with_their_pictures(tmp_path):

@@ -244,3 +244,15 @@ def test_model_and_decoder_are_compiled_for_many_batches(monkeypatch, tmp_path):
     loaded = load_model(toy.finished())
     Sampler.of(loaded, SampleConfig(num=2, steps=1, sampler="euler"))
     assert compiled == [loaded.model, vae.model.decoder]
+
+
+def test_noise_and_pictures_have_the_size_that_is_asked_for():
+    model, config = small_model(), SampleConfig(num=2, steps=2, sampler="heun")
+    sampler = Sampler(model, PixelAutoencoder(), config, device="cpu")
+    sampler.resize((2 * model.shape[1], model.shape[2]))
+    assert next(sampler.sample()).images.shape == (2, 2 * model.shape[1], model.shape[2], model.shape[0])
+    sampler.autoencoder.downsample = 4
+    with pytest.raises(ValueError, match="size 6x8 is not a multiple of 4"):
+        sampler.resize((6, 8))
+    with pytest.raises(ValueError, match="a size is for models of pictures"):
+        Sampler(Straight((1, 4, 6)), ValuesAutoencoder(), config, device="cpu").resize(8)
