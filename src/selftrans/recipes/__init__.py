@@ -8,7 +8,7 @@ from selftrans.config import RunConfig
 from selftrans.methods.registry import find, stages
 from selftrans.recipes.cifar10 import cifar10
 from selftrans.recipes.digits import digits
-from selftrans.recipes.imagefolder import imagefolder
+from selftrans.recipes.imagefolder import imagefolder, imagefolder_t2i
 from selftrans.recipes.imagenet import sit_imagenet, sit_imagenet_b2, sit_imagenet_l2, sit_imagenet_s2, sit_imagenet_xl2
 from selftrans.recipes.imagenet_lightning import lightningdit_imagenet_b1, lightningdit_imagenet_xl1
 from selftrans.recipes.mmdit_coco import mmdit_coco
@@ -19,6 +19,7 @@ RECIPES: dict[str, Callable[[], RunConfig]] = {
     "digits": digits,
     "cifar10": cifar10,
     "imagefolder": imagefolder,
+    "imagefolder_t2i": imagefolder_t2i,
     "sit_imagenet": sit_imagenet,
     "sit_imagenet_s2": sit_imagenet_s2,
     "sit_imagenet_b2": sit_imagenet_b2,
