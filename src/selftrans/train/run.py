@@ -66,6 +66,7 @@ def _train(config: RunConfig, out: Path, bar: Callable[..., Any], quiet: bool) -
         config = settle(with_prompts(config, shards.manifest), out, shards.manifest)
         plan = _plan(config)
         _rehearse(config, plan, out, shards.manifest)
+        shards.ready(accelerator.device)
         if config.data.on_device:
             shards = OnDevice(shards, accelerator.device)
         preview = Preview(config, shards, accelerator.device, stop) if config.train.preview_every else None
@@ -139,7 +140,7 @@ def open_data(config: RunConfig, out: Path, accelerator: Accelerator | None = No
         if accelerator is not None:
             accelerator.wait_for_everyone()
     main = accelerator is None or accelerator.is_main_process
-    shards = Dataset.open(path, verify=config.data.verify and main)
+    shards = Dataset.open(path, verify=config.data.verify and main, text_encoder=config.data.text_encoder)
     manifest, expected = shards.manifest, config.data
     if expected.shape is not None and tuple(expected.shape) != tuple(manifest.shape):
         raise ValueError(f"{path} holds latents {manifest.shape}, but data.shape expects {expected.shape}")
