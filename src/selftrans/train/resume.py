@@ -129,7 +129,8 @@ def _hashes(manifest: str) -> list[str]:
 def check_data(found: checkpoint.Checkpoint, manifest: Manifest) -> None:
     """ValueError unless a checkpoint's model is one for these data."""
     now = manifest.conditions
-    was = (tuple(found.state["shape"]), from_plain(Conditions, found.state["conditions"], "conditions"))
+    with usable(found, ValueError):
+        was = (tuple(found.state["shape"]), from_plain(Conditions, found.state["conditions"], "conditions"))
     if was != (tuple(manifest.shape), now):
         raise ValueError(
             f"{found.path} was trained on latents {was[0]} with {was[1]}, the data are {tuple(manifest.shape)} with {now}; "

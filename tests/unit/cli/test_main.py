@@ -264,4 +264,5 @@ def test_error_of_a_process_is_one_line(tmp_path):
     command = [sys.executable, "-m", "selftrans", "train", "digits", "--out", "run", "--model.width=3"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 1 and done.stdout == ""
-    assert done.stderr == "selftrans: width 3 is not a multiple of 4, which 2-D sine-cosine positions need\n"
+    expected = "positions on 2 axes need a multiple of 4 channels, not 3, and at least 4; change model.width"
+    assert done.stderr == f"selftrans: {expected}\n"

@@ -152,9 +152,15 @@ def test_list_of_labels_is_kept_in_the_run_directory(tmp_path):
 @pytest.mark.parametrize(
     ("argv", "expected"),
     [
-        ("train digit --out x", "recipe 'digit' is unknown; did you mean digits? (see selftrans train --help)"),
+        (
+            "train digit --out x",
+            "recipe 'digit' is unknown; did you mean digits or digits_t2i? (see selftrans train --help)",
+        ),
         ("train sit_imagenet_b --out x", "did you mean sit_imagenet"),
-        ("compare digit --out x", "recipe 'digit' is unknown; did you mean digits? (see selftrans compare --help)"),
+        (
+            "compare digit --out x",
+            "recipe 'digit' is unknown; did you mean digits or digits_t2i? (see selftrans compare --help)",
+        ),
         ("compare", "RECIPE is missing; it comes first: selftrans compare RECIPE ..."),
         ("train --out x", "RECIPE is missing"),
         ("train digits", "--out RUN is missing (see selftrans train digits --help)"),

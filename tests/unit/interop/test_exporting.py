@@ -39,7 +39,12 @@ def test_selftrans_layout_is_accepted_in_place_of_a_run(tmp_path, capsys, weight
     file = out / "model.safetensors"
     made, was = load_model(file), load_model(run, weights=weights)
     toy.assert_same(made.model.state_dict(), was.model.state_dict())
-    assert made[1:-1] == was[1:-1] and made.source["weights"] == was.source["weights"] and made.weights == weights
+    assert (
+        made[1:-2] == was[1:-2]
+        and made.prompts == was.prompts
+        and made.source["weights"] == was.source["weights"]
+        and made.weights == weights
+    )
     assert not [name for name in load_file(file) if "head" in name or "guidance" in name]
     assert json.loads((out / "config.json").read_text())["config"]["model"]["width"] == 32
     for place in (file, out):

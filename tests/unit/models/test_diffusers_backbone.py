@@ -126,7 +126,6 @@ def test_recomputed_activations_give_the_same_gradients(family):
         torch.testing.assert_close(again, plain, atol=1e-6, rtol=1e-5)
 
 
-@pytest.mark.parametrize("family", ["dit", "flux"])
 def test_blocks_compile_without_graph_breaks(family):
     model = tiny(family).eval()
     x, t, cond = inputs(model, family)
