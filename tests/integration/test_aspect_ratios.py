@@ -63,11 +63,13 @@ def test_one_bucket_trains_as_the_same_pictures_without_buckets(tmp_path):
         assert toy.log(tmp_path / "run-b", stage) == toy.log(tmp_path / "run-p", stage)
 
 
-def test_captions_train_in_buckets(tmp_path):
-    data = ratios.with_captions(tmp_path)
-    settings = captioned.config({"data.path": str(data), "train.steps": 3, "stage1.steps": 2, "train.batch_size": 4})
-    report = train(settings, tmp_path / "run", quiet=True)
+@pytest.mark.parametrize("store", ["tokens", "ids"])
+def test_captions_train_in_buckets_and_have_previews(store, tmp_path):
+    data = ratios.with_captions(tmp_path, store)
+    few = {"train.steps": 3, "stage1.steps": 2, "train.batch_size": 4, "train.preview_every": 3}
+    report = train(captioned.config({"data.path": str(data)} | few), tmp_path / "run", quiet=True)
     assert report["student_steps"] == 3
+    assert (tmp_path / "run" / "stage2" / "previews" / "step-00000003.png").exists()
 
 
 def test_samples_have_the_size_that_is_asked_for(tmp_path, capsys):

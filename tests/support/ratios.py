@@ -44,11 +44,11 @@ def shared() -> Path:
     return prepared(toy.place("ratios"))
 
 
-def with_captions(folder: Path) -> Path:
+def with_captions(folder: Path, store: Any = "tokens") -> Path:
     """The same pictures with captions."""
     files = {}
     for i in range(24):
         files[f"{i:03d}.png"] = encoded(picture(i))
         files[f"{i:03d}.txt"] = "\n".join(captioned.sentences(i)).encode()
     write(folder / "pictures", files)
-    return prepared(folder, text=TextOptions(captioned.save_text_encoder(folder / "encoder"), None))
+    return prepared(folder, text=TextOptions(captioned.save_text_encoder(folder / "encoder"), None, store=store))

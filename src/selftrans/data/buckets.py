@@ -11,6 +11,7 @@ import json
 import re
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -52,15 +53,16 @@ class Buckets(Dataset):
         self._begins = np.cumsum([0, *self.parts])[:-1]
 
     @classmethod
-    def open(cls, path: str | Path, *, verify: bool = False) -> Buckets:
-        """Open a folder made by `prepare_buckets`; raises as `Dataset.open`, and when `buckets.json` is invalid."""
+    def open(cls, path: str | Path, *, verify: bool = False, text_encoder: str | None = None) -> Buckets:
+        """As `Dataset.open`, of a folder made by `prepare_buckets`; raises as that, and when `buckets.json` is invalid."""
         buckets = cls(Path(path), [Dataset.open(Path(path, name)) for name in read_names(Path(path))])
+        buckets.text_encoder = text_encoder
         if verify:
             buckets.verify()
         return buckets
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Buckets.open, (self.path,)
+        return partial(Buckets.open, text_encoder=self.text_encoder), (self.path,)
 
     @property
     def parts(self) -> tuple[int, ...]:
@@ -128,9 +130,10 @@ class Buckets(Dataset):
             yield self.buckets[k], at, rows[at] - self._begins[k]
 
 
-def open_data(path: str | Path, *, verify: bool = False) -> Dataset:
+def open_data(path: str | Path, *, verify: bool = False, text_encoder: str | None = None) -> Dataset:
     """Open a folder made by `prepare` or by `prepare_buckets`. Raises ValueError as `Dataset.open` and `Buckets.open`."""
-    return (Buckets if Path(path, BUCKETS).is_file() else Dataset).open(path, verify=verify)
+    kind = Buckets if Path(path, BUCKETS).is_file() else Dataset
+    return kind.open(path, verify=verify, text_encoder=text_encoder)
 
 
 def read_names(path: Path) -> tuple[str, ...]:

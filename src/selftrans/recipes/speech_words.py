@@ -12,7 +12,10 @@ def speech_words() -> RunConfig:
 
     Data: `python benchmarks/make_speech.py --out WORDS` (ten words by espeak-ng in many voices), then
     `selftrans prepare WORDS --out DIR --audio mel --rate 8000 --length 0.64 --bins 24 --hop 160`.
-    Command: `selftrans train speech_words --data DIR --out RUN`.
+    Command: `selftrans train speech_words --data DIR --out RUN`. Cost: about two minutes of one CPU core per stage.
+
+    After 400 steps a classifier of the recordings takes 0.33 of vanilla's samples for their word, and 0.39 of those of
+    Self-Transcendence (docs/results.md): a demonstration, far from converged.
     """
     return RunConfig(
         recipe="speech_words",

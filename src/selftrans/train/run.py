@@ -76,6 +76,7 @@ def _train(config: RunConfig, out: Path, bar: Callable[..., Any], quiet: bool) -
         _rehearse(config, plan, out, shards.manifest)
         if config.data.on_device and len(shards.parts) > 1:
             raise ValueError(f"{shards.path} holds buckets of several sizes; leave data.on_device off")
+        shards.ready(accelerator.device)
         if config.data.on_device:
             shards = OnDevice(shards, accelerator.device)
         preview = Preview(config, shards, accelerator.device, stop) if config.train.preview_every else None
@@ -152,7 +153,7 @@ def open_data(config: RunConfig, out: Path, accelerator: Accelerator | None = No
         if accelerator is not None:
             accelerator.wait_for_everyone()
     main = accelerator is None or accelerator.is_main_process
-    shards = buckets.open_data(path, verify=config.data.verify and main)
+    shards = buckets.open_data(path, verify=config.data.verify and main, text_encoder=config.data.text_encoder)
     manifest, expected = shards.manifest, config.data
     if expected.shape is not None and tuple(expected.shape) != tuple(manifest.shape):
         raise ValueError(f"{path} holds latents {manifest.shape}, but data.shape expects {expected.shape}")
