@@ -82,7 +82,7 @@ class Output(NamedTuple):
 class Backbone(nn.Module):
     """A diffusion transformer, as the methods, the trainer and the samplers see it. Subclass it; see docs/extending.md.
 
-    A subclass sets the attributes and implements `forward`, `null` and `patchify`; the rest has working defaults.
+    A subclass sets the attributes and implements `forward` and `patchify`, and `null` for text; the rest has working defaults.
     """
 
     depth: int  #: number of blocks
@@ -100,8 +100,10 @@ class Backbone(nn.Module):
         raise NotImplementedError
 
     def null(self, cond: Cond) -> Cond:
-        """The unconditional condition, in the shape of `cond`."""
-        raise NotImplementedError
+        """The unconditional condition, in the shape of `cond`. Default: the label after the last class; none for text."""
+        if self.conditions.kind == "text":
+            raise NotImplementedError
+        return map_cond(lambda labels: torch.full_like(labels, self.conditions.num_classes), cond)
 
     def use_null(self, cond: Cond) -> None:
         """Take the null condition from one row of data: the empty caption. Default: nothing, the model has its own.
