@@ -325,4 +325,5 @@ def test_two_processes_have_the_gradients_of_one(tmp_path):
                 found = load_file(tmp_path / f"{family}-{how}-{rank}.safetensors")
                 for name, p in objective.named_parameters():
                     if p.requires_grad:
-                        torch.testing.assert_close(found[name], p.grad, rtol=1e-4, atol=1e-5, msg=f"{family} {name}")
+                        atol = 1e-5 * max(1.0, p.grad.abs().max().item())
+                        torch.testing.assert_close(found[name], p.grad, rtol=1e-4, atol=atol, msg=f"{family} {name}")
