@@ -90,6 +90,7 @@ class Backbone(nn.Module):
     shape: tuple[int, ...]  #: (C, *S) of a latent
     grid: tuple[int, ...]  #: tokens along each spatial dimension; T is their product
     conditions: Conditions  #: what it is conditioned on
+    null_set: bool = True  #: whether `null` is known; False: not before `use_null`
     recompute: bool = False  #: activation checkpointing, in models that call their blocks by `run_block`
 
     def forward(self, x: Tensor, t: Tensor, cond: Cond, *, taps: tuple[int, ...] = (), stop: bool = False) -> Output:

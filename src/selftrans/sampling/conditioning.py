@@ -32,6 +32,7 @@ class Conditioning(Protocol):
     """The conditions of images 0, 1, ..."""
 
     described: dict[str, Any]  #: what the conditions depend on, as json types
+    null: Cond | None  #: one row of the null condition, for models that do not know theirs; None: the model has its own
 
     def of(self, indices: np.ndarray) -> tuple[Cond, np.ndarray]:
         """Condition of each image (N, ...), on the CPU or a device, and its label (N,) int64."""
@@ -44,6 +45,8 @@ class Conditioning(Protocol):
 
 class LabelConditioning:
     """Labels, see `conditions_for`; also for models without conditions, whose labels are all 0."""
+
+    null: Cond | None = None
 
     def __init__(self, conditions: Conditions, mode: Labels = "balanced", seed: int = 0) -> None:
         self.conditions, self.mode, self.seed = conditions, mode, seed
@@ -74,6 +77,7 @@ class PromptConditioning:
             which = f"{longer:,} of {len(prompts):,} prompts are" if len(prompts) > 1 else "the prompt is"
             warnings.warn(f"{which} longer than {encoder.tokens} tokens; the rest is cut off", stacklevel=4)
         self.described: dict[str, Any] = {"prompts": list(self.prompts), "text_encoder_sha256": encoder.sha256}
+        self.null: Cond | None = encoder.encode([""])
         self._encoder: TextEncoder | None = encoder
         self._groups: dict[int, dict[str, Tensor]] = {}  #: number of a group => tokens and mask of its prompts
         if len(self.prompts) <= KEPT:
@@ -108,7 +112,7 @@ class CaptionConditioning:
 
     def __init__(self, dataset: Dataset, seed: int = 0, device: torch.device | str = "cpu") -> None:
         """`device`: where stored ids are encoded."""
-        self.dataset, self.seed, self.device = dataset, seed, device
+        self.dataset, self.seed, self.device, self.null = dataset, seed, device, dataset.null()
         self._stored = [name for name in dataset.names if name not in ("moments", "features")]
         self._order = np.random.default_rng(0).permutation(len(dataset))
         self.described: dict[str, Any] = {
@@ -178,7 +182,11 @@ def encoder_of(conditions: Conditions, name: str | None, device: torch.device | 
         encoder = load_text_encoder(found, conditions.tokens, device=device)
     except ValueError as error:
         raise ValueError(f"{first_line(error, 300)}; {remedy}") from error
-    if encoder.sha256 != conditions.sha256:
+    if encoder.width != conditions.width:
+        raise ValueError(
+            f"{printable(found)} gives tokens of {encoder.width} channels, this model takes {conditions.width}; {remedy}"
+        )
+    if conditions.sha256 and encoder.sha256 != conditions.sha256:  # published models do not say it
         raise ValueError(
             f"{printable(found)} is not the text encoder of this model (sha256 {encoder.sha256[:12]}, not "
             f"{conditions.sha256[:12]}); {remedy}"
