@@ -24,13 +24,14 @@ from tqdm import tqdm
 from selftrans.checkpoints import format as checkpoint
 from selftrans.checkpoints.load import load_model
 from selftrans.data.sources.digit_attributes import ATTRIBUTES
+from selftrans.encoders.text import encoder_of
 from selftrans.evaluate.extractors import load_extractor
 from selftrans.evaluate.plots import save
 from selftrans.experiments.compare import for_method, override, with_defaults
 from selftrans.experiments.prompt_control import WORDINGS, Measured, PromptControl, Scans, pooled, summary
 from selftrans.experiments.runner import Comparison, train_one
 from selftrans.recipes import recipe
-from selftrans.sampling.conditioning import PromptConditioning, encoder_of
+from selftrans.sampling.conditioning import PromptConditioning
 from selftrans.sampling.images import Sampler
 from selftrans.storage import write_json
 
@@ -144,7 +145,7 @@ def picture(run: Path, scale: float) -> Figure:
     """Prompts and their samples; a column has the same noise in every row."""
     loaded = load_model(run)
     settings = replace(loaded.config.sample, guidance_scale=scale, num=COLUMNS, seed=1)
-    encoder = encoder_of(loaded.model.conditions, None, "cpu")
+    encoder = encoder_of(loaded.model.conditions)
     figure = Figure(figsize=(10, 0.5 * len(SHOWN)), dpi=100)
     axes = figure.subplots(len(SHOWN), COLUMNS)
     for row, prompt in zip(axes, SHOWN, strict=True):

@@ -38,6 +38,8 @@ class Data(Section):
     """directory of shards; `--data DIR` sets it"""
     autoencoder: str | None = None
     """what decodes previews and samples; None: what the data was prepared with"""
+    text_encoder: str | None = setting(None, resume="free")
+    """hub id or folder of the text encoder of captions; None: where it was when the data were prepared"""
     builtin: Literal["digits", "digits_t2i"] | None = None
     """data that the run prepares by itself where no path is given; recipes of such data set it"""
     shape: tuple[int, ...] | None = None

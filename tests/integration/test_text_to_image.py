@@ -91,6 +91,13 @@ def test_folder_of_other_prompts_is_refused_and_files_name_prompts(tmp_path, cap
     assert "prompts: ['a red square', 'the square is blue'] there, ['a red square'] now" in error_line(capsys)
 
 
+def test_fewer_images_than_prompts_are_announced(tmp_path, capsys):
+    assert sample(tmp_path / "a", "--prompts", *PROMPTS, "--num=2", "--steps=2") == 0
+    assert "2 images of 3 prompts: the last ones get none; give --num 3" in capsys.readouterr().err
+    assert sample(tmp_path / "b", "--num=2", "--steps=2") == 0
+    assert "the last ones get none" not in capsys.readouterr().err, "only where prompts are given"
+
+
 def test_prompts_of_the_run_are_the_default(tmp_path):
     expected = Dataset.open(captioned.shared()).prompts
     assert load_model(text_runs.finished()).prompts == expected and len(expected) > 4
@@ -104,7 +111,7 @@ def test_prompts_of_the_run_are_the_default(tmp_path):
         (["--labels=random"], "labels are for models of classes"),
         (["--prompts"], "no prompts are given"),
         (["--prompts", "missing.txt"], "missing.txt does not exist; give a text file with one prompt per line"),
-        (["--text-encoder", "minilm"], "minilm is not the text encoder of this model"),
+        (["--text-encoder", "minilm"], "minilm is not the text encoder that prepared the data"),
     ],
 )
 def test_unusable_options_are_refused_in_one_line(options, message, tmp_path, capsys):
@@ -151,6 +158,47 @@ def test_prompts_of_a_file_are_kept_with_the_run(tmp_path):
         train(text_runs.text_toy(changed | {"train.steps": 4}), tmp_path / "run", quiet=True)
     train(text_runs.text_toy(changed | {"train.steps": 4, "sample.prompts": None}), tmp_path / "run", quiet=True)
     assert load_model(tmp_path / "run").prompts == Dataset.open(captioned.shared()).prompts
+
+
+def test_previews_of_captions_need_no_encoder_and_prompts_take_it_from_where_it_is(tmp_path, recwarn):
+    encoder, moved = captioned.save_text_encoder(tmp_path / "encoder"), tmp_path / "moved"
+    data = captioned.prepared(tmp_path / "data", encoder=encoder)
+    Path(encoder).rename(moved)
+    settings = {"method": "vanilla", "train.steps": 2, "train.preview_every": 2}
+    train(text_runs.text_toy(settings, data), tmp_path / "a", quiet=True)
+    assert (tmp_path / "a" / "vanilla" / "previews" / "step-00000002.png").exists()
+    settings |= {"sample.prompts": ("a red square",), "data.text_encoder": str(moved)}
+    train(text_runs.text_toy(settings, data), tmp_path / "b", quiet=True)
+    assert (tmp_path / "b" / "vanilla" / "previews" / "prompts.txt").read_text() == "a red square\n"
+    assert not [str(warning.message) for warning in recwarn if "no preview" in str(warning.message)]
+    assert load_model(tmp_path / "b").model.conditions.encoder == str(moved), "sampling finds it there"
+
+
+def test_stored_ids_need_their_encoder_and_say_so_before_anything_is_written(tmp_path, capsys):
+    encoder, moved, data = captioned.save_text_encoder(tmp_path / "encoder"), tmp_path / "moved", tmp_path / "data"
+    pictures = captioned.pictures(tmp_path / "pictures")
+    assert main(["prepare", str(pictures), f"--out={data}", f"--text={encoder}", "--text-store=ids"]) == 0
+    Path(encoder).rename(moved)
+    settings = {"method": "vanilla", "train.steps": 2}
+    with pytest.raises(ValueError, match=r"encoder is not there; give the one .*--data\.text-encoder PATH"):
+        train(text_runs.text_toy(settings, data), tmp_path / "run", quiet=True)
+    assert not (tmp_path / "run" / "config.json").exists()
+    train(text_runs.text_toy(settings | {"data.text_encoder": str(moved)}, data), tmp_path / "run", quiet=True)
+    # measured with the captions of data whose encoder is elsewhere
+    words = [
+        "evaluate",
+        str(text_runs.finished()),
+        "--reference",
+        str(data),
+        "--features=values",
+        "--num=4",
+        "--steps=2",
+    ]
+    words += ["--out", str(tmp_path / "e.json")]
+    capsys.readouterr()
+    assert main(words) == 1 and "is not there; give the one that prepared the data" in error_line(capsys)
+    assert main([*words, "--text-encoder", str(moved)]) == 0
+    assert "--text-encoder is ignored" not in capsys.readouterr().err
 
 
 # ---- measuring

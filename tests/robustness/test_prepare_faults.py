@@ -177,7 +177,7 @@ def test_bad_options_create_no_output(pictures: Path, tmp_path: Path, options: d
 
 
 def test_resolution_that_does_not_divide_is_refused(pictures: Path, tmp_path: Path, vae: str) -> None:
-    with pytest.raises(ValueError, match=r"resolution 9 is not a multiple of 2"):
+    with pytest.raises(ValueError, match=r"resolution 9x9 is not a multiple of 2"):
         prepare(pictures, tmp_path / "out", autoencoder=vae, resolution=9, progress=False)
 
 

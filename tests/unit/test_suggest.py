@@ -5,7 +5,7 @@ from selftrans.suggest import closest, did_you_mean, nearest
 
 
 def test_nearest_word_or_else_all_words():
-    assert nearest("digit", RECIPES) == "; did you mean digits?"
+    assert nearest("digit", RECIPES) == "; did you mean digits or digits_t2i?"
     assert nearest("zzz", ["a", "b"]) == "; choose one of a, b"
     assert nearest("zzz", iter(["a", "b"])) == "; choose one of a, b"
 

@@ -15,6 +15,7 @@ from safetensors import safe_open
 from selftrans.checkpoints import format as checkpoint
 from selftrans.checkpoints.adapted import frozen_weights, full_weights, weights_hash
 from selftrans.config import RunConfig, from_json, to_json
+from selftrans.encoders.pretrained import encoder_name
 from selftrans.plugins import NotFound
 from selftrans.sections import from_plain
 from selftrans.storage import first_line, printable, sha256_file
@@ -58,12 +59,13 @@ def header(
 
     `order` lists the stages of the run in order. `prompts` are sampled where no others are given; of models of text.
     """
+    encoder = encoder_name(config.data.text_encoder or conditions.encoder)
     return {
         "stage": stage,
         "step": step,
         "order": list(order),
         "shape": list(shape),
-        "conditions": asdict(conditions),
+        "conditions": asdict(conditions) | {"encoder": encoder},
         "classes": list(classes),
         "autoencoder": config.data.autoencoder or autoencoder,
         "config": json.loads(to_json(config)),

@@ -7,7 +7,8 @@ L tokens of a caption and E width of those.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
-from functools import cached_property
+from functools import cached_property, partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,8 @@ from torch import Tensor
 from selftrans.data.manifest import Features, Manifest, Shard
 from selftrans.data.manifest_text import CAPTION, COUNT, IDS, NULL
 from selftrans.data.shard_file import REMEDY, open_tensors
-from selftrans.encoders.text import TextEncoder, load_text_encoder
-from selftrans.storage import printable, sha256_file
+from selftrans.encoders.text import TextEncoder, encoder_of
+from selftrans.storage import sha256_file
 from selftrans.types import MASK, TEXT, Cond
 
 __all__ = ["Dataset", "Manifest", "Shard"]
@@ -48,12 +49,14 @@ class Dataset:
         self.counts = counts  #: (len,) captions of each row; None for data without captions
         self._tensors = tensors  # name -> one array (count, *row shape) per shard
         self._starts = np.cumsum([0] + [shard.count for shard in manifest.shards])[:-1]
+        self.text_encoder: str | None = None  #: where the encoder of stored ids lies, if not where it was
         self._encoder: TextEncoder | None = None  # of ids; loaded when it is needed
 
     @classmethod
-    def open(cls, path: str | Path, *, verify: bool = False) -> Dataset:
+    def open(cls, path: str | Path, *, verify: bool = False, text_encoder: str | None = None) -> Dataset:
         """Open a folder made by `prepare`. `verify` reads every file and compares its sha256 with the manifest.
 
+        `text_encoder`: hub id or folder of the encoder of stored ids, if it is not where it was.
         Raises ValueError, with the remedy, when the manifest is missing or invalid, when a shard is missing or has unexpected
         tensors, when its sha256 differs (`verify`), or when a label is out of range.
         """
@@ -70,6 +73,7 @@ class Dataset:
         labels = np.concatenate([np.zeros(0, dtype=np.int64), *stored.pop("labels")])
         counts = np.concatenate(stored.pop(COUNT)) if manifest.text else None
         dataset = cls(path, manifest, stored, labels, counts)
+        dataset.text_encoder = text_encoder
         if verify:
             dataset.verify()
         return dataset
@@ -79,7 +83,7 @@ class Dataset:
 
     def __reduce__(self) -> tuple[Any, ...]:
         # a worker process opens the files itself: the mapped arrays must not be pickled
-        return Dataset.open, (self.path,)
+        return partial(Dataset.open, text_encoder=self.text_encoder), (self.path,)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -153,13 +157,31 @@ class Dataset:
             raise ValueError(f"{self.path / NULL} holds NaN or infinite tokens; delete the file and {REMEDY}")
         return {TEXT: text, MASK: torch.from_numpy(stored[MASK] != 0)}
 
-    @cached_property
+    @property
     def prompts(self) -> tuple[str, ...]:
         """Up to 64 different captions of different rows, the same at every call; empty when there are no captions."""
+        return tuple(self._prompts)
+
+    @property
+    def prompt_rows(self) -> np.ndarray:
+        """(P,) the rows whose first captions are `prompts`."""
+        return np.array([*self._prompts.values()], dtype=np.int64)
+
+    @cached_property
+    def _prompts(self) -> dict[str, int]:
+        """Caption => its row."""
         if self.counts is None:
-            return ()
+            return {}
         rows = np.random.default_rng(0).permutation(len(self))[: 16 * PROMPTS]  # enough, if many captions are the same
-        return tuple(dict.fromkeys(of_row[0] for of_row in self.captions(rows)))[:PROMPTS]
+        found: dict[str, int] = {}
+        for row, of_row in zip(rows.tolist(), self.captions(rows), strict=True):
+            found.setdefault(of_row[0], row)
+        return dict(islice(found.items(), PROMPTS))
+
+    def ready(self, device: torch.device | str) -> None:
+        """Load the encoder of stored ids now, where there are some. ValueError when it is missing or not the data's."""
+        if self.manifest.text and self.manifest.text.stored == "ids":
+            self._text_encoder(device)
 
     def _text_encoder(self, device: torch.device | str) -> TextEncoder:
         """The encoder of stored ids, in the dtype of the manifest on a GPU. ValueError when it is not the data's."""
@@ -167,13 +189,7 @@ class Dataset:
         assert text is not None
         if self._encoder is None or self._encoder.model.device.type != device.type:
             dtype = torch.float32 if device.type == "cpu" else NUMBERS[text.dtype][0]
-            encoder = load_text_encoder(conditions.encoder, conditions.tokens, device=device, dtype=dtype)
-            if encoder.conditions() != conditions:
-                raise ValueError(
-                    f"text encoder {printable(conditions.encoder)} has sha256 {encoder.sha256:.12}, that of {self.path} "
-                    f"{conditions.sha256:.12}; restore it, or prepare the data again"
-                )
-            self._encoder = encoder
+            self._encoder = encoder_of(conditions, self.text_encoder, device=device, dtype=dtype)
         return self._encoder
 
     def open_features(self) -> Features:

@@ -29,6 +29,7 @@ class OnDevice(Dataset):
         super().__init__(dataset.path, dataset.manifest, dataset._tensors, dataset.labels, dataset.counts)
         self.device, manifest = torch.device(device), dataset.manifest
         self._dataset = dataset
+        self.text_encoder, self._encoder = dataset.text_encoder, dataset._encoder
         try:
             dtype = NUMBERS[manifest.dtype][0]
             moments = torch.empty((len(dataset), *manifest.moments_shape), dtype=dtype, device=device)

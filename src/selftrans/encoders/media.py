@@ -162,6 +162,8 @@ def parse_media(name: str) -> Media:
     """The inverse of `Media.name`. Raises ValueError for missing, unknown or impossible numbers."""
     kind, _, text = name.removesuffix(")").partition("(")
     try:
+        if not is_media(name):
+            raise ValueError(f"it is none of {', '.join(KINDS)}, with numbers in brackets")
         given = dict(_pair(item) for item in text.split(","))
         types = {field.name: field.type for field in fields(KINDS[kind])}
         if given.keys() != types.keys():

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +28,9 @@ def load_model(load: Any, folder: str, name: str, what: str, unused: tuple[str, 
         unused: parts of the names of weights that may be missing, since the output does not depend on them.
     Raises ValueError when it cannot be loaded, has no safetensors, or lacks other weights.
     """
-    from transformers.utils import logging
-
-    level = logging.get_verbosity()
-    logging.set_verbosity_error()  # it lists the weights of the parts that are not loaded
     try:
-        with torch.random.fork_rng(
-            devices=[]
-        ):  # weights that are not stored are drawn: training must not depend on that
+        # weights that are not stored are drawn: training must not depend on that
+        with torch.random.fork_rng(devices=[]), _quiet():
             model, info = load.from_pretrained(
                 folder, use_safetensors=True, trust_remote_code=False, output_loading_info=True
             )
@@ -42,8 +39,6 @@ def load_model(load: Any, folder: str, name: str, what: str, unused: tuple[str, 
             f"encoder {name!r} cannot be loaded ({first_line(error, 200)}); give {what} of transformers, by hub id or "
             "folder, with safetensors weights"
         ) from error
-    finally:
-        logging.set_verbosity(level)
     assert isinstance(model, nn.Module)
     absent = set(info["missing_keys"])
     # transformers only warns about these, and initialises them randomly
@@ -51,6 +46,31 @@ def load_model(load: Any, folder: str, name: str, what: str, unused: tuple[str, 
     if gaps:
         raise ValueError(f"encoder {name!r}: its checkpoint lacks {len(gaps)} weights, such as {gaps[0]}")
     return model.float(), absent
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """`transformers` without its list of weights that are not loaded and its bar of those that are.
+
+    What was set before is set again. The bars of the hub, for downloads, stay as they are.
+    """
+    from transformers.utils import logging
+
+    def hook(factory: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return (before or _plain)(factory, args, kwargs | {"disable": True})
+
+    set_hook = getattr(logging, "set_tqdm_hook", lambda _: None)  # releases without it have no such bar
+    level, before = logging.get_verbosity(), set_hook(hook)
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        set_hook(before)
+
+
+def _plain(factory: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return factory(*args, **kwargs)
 
 
 def sha256_of(tensors: dict[str, Tensor], files: dict[str, bytes] | None = None) -> str:

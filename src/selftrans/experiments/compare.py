@@ -211,7 +211,8 @@ def summarise(chosen: Comparison, results: Results) -> dict[str, Any]:
 def write(chosen: Comparison, summary: dict[str, Any]) -> None:
     """Write compare.json, .csv, .png and .html to the directory of the comparison."""
     runs = {name: chosen.run((name, chosen.seeds[0])) for name in chosen.variants}
-    dataset = Dataset.open(str(chosen.shared.data.path))
+    data = chosen.shared.data
+    dataset = Dataset.open(str(data.path), text_encoder=data.text_encoder)
     conditioning = stored_conditions(dataset, dataclasses.replace(chosen.shared.sample, seed=1))
     grids = {name: samples_of(run, chosen.shared.sample, SHOWN, conditioning) for name, run in runs.items()}
     captions = conditioning.texts(np.arange(SHOWN))

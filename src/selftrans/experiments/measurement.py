@@ -61,7 +61,8 @@ class Measurement:
             images: samples for each distance. block: the one that is probed (1-based).
         """
         assert config.data.path is not None
-        dataset, device = Dataset.open(config.data.path), default_device()
+        dataset = Dataset.open(config.data.path, text_encoder=config.data.text_encoder)
+        device = default_device()
         extractor = load_extractor(features, weights=weights, device=device, shape=image_shape(dataset.manifest))
         reference = Statistics.of(decoded_images(dataset, device=device), extractor, source="training data", keep=False)
         sample = dataclasses.replace(config.sample, num=images, batch_size=500)

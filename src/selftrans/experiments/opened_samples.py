@@ -76,8 +76,8 @@ def _sampled(
     loaded = load_model(path, stage=stage, weights=weights)
     settings, conditioning = overridden(loaded, overrides), None
     if loaded.model.conditions.kind == "text" and settings.prompts is None:
-        conditioning = _captions(path, loaded, reference, settings.seed)
-        if text_encoder is not None:
+        conditioning = _captions(path, loaded, reference, settings.seed, text_encoder)
+        if text_encoder is not None and not conditioning.encodes:
             warnings.warn("--text-encoder is ignored: the captions are stored with their tokens", stacklevel=4)
     sampler = Sampler.of(loaded, settings, conditioning=conditioning, text_encoder=text_encoder)
     labels: list[int] | None = [] if loaded.model.conditions.num_classes > 1 else None
@@ -99,7 +99,9 @@ def _sampled(
     )
 
 
-def _captions(path: Path, loaded: LoadedModel, reference: str | Path, seed: int) -> CaptionConditioning:
+def _captions(
+    path: Path, loaded: LoadedModel, reference: str | Path, seed: int, text_encoder: str | None
+) -> CaptionConditioning:
     """The captions of the reference, if it is prepared data with captions, else those of the run's training data."""
     prepared = (Path(reference) / "manifest.json").exists()
     if not prepared or Manifest.load(reference).conditions.kind != "text":
@@ -107,7 +109,8 @@ def _captions(path: Path, loaded: LoadedModel, reference: str | Path, seed: int)
         reference = training_data(path, loaded, remedy=remedy)
         if not (Path(reference) / "manifest.json").exists():
             raise ValueError(f"the training data {reference} are not there; {remedy}")
-    return captions_of(Dataset.open(reference), loaded.model.conditions, seed, device=default_device())
+    dataset = Dataset.open(reference, text_encoder=text_encoder or loaded.config.data.text_encoder)
+    return captions_of(dataset, loaded.model.conditions, seed, device=default_device())
 
 
 def is_model(path: Path) -> bool:

@@ -23,11 +23,12 @@ from selftrans.checkpoints.load import load_model
 from selftrans.data.sources.digit_attributes import ATTRIBUTES, attributes, levels
 from selftrans.data.sources.digit_captions import RESERVED, TRAINED, Described, Wording, prompts, sentence
 from selftrans.device import default_device
+from selftrans.encoders.text import encoder_of
 from selftrans.evaluate.classifier import digits
 from selftrans.evaluate.extractors import Extractor, extract
 from selftrans.evaluate.metrics import frechet_distance
 from selftrans.evaluate.statistics import Statistics
-from selftrans.sampling.conditioning import PromptConditioning, encoder_of
+from selftrans.sampling.conditioning import PromptConditioning
 from selftrans.sampling.images import Sampler
 from selftrans.storage import write_json
 from selftrans.types import Conditions
@@ -169,7 +170,7 @@ class PromptControl:
     def _prompts(self, conditions: Conditions, wording: str) -> PromptConditioning:
         """The prompts of a wording, encoded once."""
         if wording not in self._conditioning:
-            encoder = encoder_of(conditions, None, default_device())
+            encoder = encoder_of(conditions, device=default_device())
             self._conditioning[wording] = PromptConditioning(self.asked[wording].texts, encoder)
         return self._conditioning[wording]
 

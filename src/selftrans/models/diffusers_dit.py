@@ -20,6 +20,7 @@ from selftrans.models.diffusers_backbone import (
     initialise,
 )
 from selftrans.models.layers import modulate
+from selftrans.models.spec import LABELS_ONLY
 from selftrans.types import Cond, Conditions
 
 
@@ -55,7 +56,7 @@ def build(config: DiffusersDiTConfig, shape: tuple[int, ...], conditions: Condit
     from diffusers import DiTTransformer2DModel
 
     if conditions.kind == "text":
-        raise ValueError(f"{config.name} is conditioned on labels or on nothing; the data have text")
+        raise ValueError(f"{config.name} is {LABELS_ONLY}")
     net = DiTTransformer2DModel(**config.arguments(shape, conditions))
     initialise(net, [*(block.norm1.linear for block in net.transformer_blocks), net.proj_out_1, net.proj_out_2])
     return wrap(config, net, shape, conditions)

@@ -59,7 +59,8 @@ def build(config: MMDiTConfig, shape: tuple[int, ...], conditions: Conditions) -
     """A freshly initialised MMDiT for latents (C, *S). ValueError for sizes that do not fit, and unless the data have text."""
     if conditions.kind != "text":
         raise ValueError(
-            f"{config.name} is conditioned on text; the data have {conditions}; choose a model.name of SiT, DiT or LightningDiT"
+            f"{config.name} is conditioned on text; the data have {conditions}; prepare them with captions (--text), or "
+            "choose a model.name of SiT, DiT or LightningDiT"
         )
     options: dict[str, Any] = {**config.sizes()}
     options |= {key: getattr(config, key) for key in ("patch_frames", "qk_norm", "masked", "zero_init")}

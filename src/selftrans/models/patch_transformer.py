@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from selftrans.models.layers import FinalLayer, PatchEmbed, patchify, sincos_positions, unpatchify
-from selftrans.models.spec import ModelConfig
+from selftrans.models.spec import LABELS_ONLY, ModelConfig
 from selftrans.suggest import nearest
 from selftrans.types import Backbone, Conditions
 
@@ -53,7 +53,7 @@ class SizedConfig(ModelConfig):
     def num_classes(self, conditions: Conditions) -> int:
         """Classes of the data, 0 for none. ValueError for text."""
         if conditions.kind == "text":
-            raise ValueError(f"{self.name} is conditioned on labels or on nothing; the data have text")
+            raise ValueError(f"{self.name} is {LABELS_ONLY}")
         return conditions.num_classes
 
 

@@ -16,6 +16,11 @@ from selftrans.sections import Section
 from selftrans.storage import printable
 from selftrans.types import Backbone, Conditions
 
+#: of messages: what a model without text cannot take, and what can
+LABELS_ONLY = (
+    "conditioned on labels or on nothing; the data have text: choose a model that reads it, such as --model.name MMDiT-S/2 "
+    "(recipe imagefolder_t2i)"
+)
 Named = dict[str, Tensor]  #: tensors by name, in the order of the parameters
 
 

@@ -9,7 +9,7 @@ from selftrans.methods.registry import find, stages
 from selftrans.recipes.cifar10 import cifar10
 from selftrans.recipes.digits import digits
 from selftrans.recipes.digits_t2i import digits_t2i
-from selftrans.recipes.imagefolder import imagefolder
+from selftrans.recipes.imagefolder import imagefolder, imagefolder_t2i
 from selftrans.recipes.imagenet import sit_imagenet, sit_imagenet_b2, sit_imagenet_l2, sit_imagenet_s2, sit_imagenet_xl2
 from selftrans.recipes.imagenet_lightning import lightningdit_imagenet_b1, lightningdit_imagenet_xl1
 from selftrans.recipes.mmdit_coco import mmdit_coco
@@ -23,6 +23,7 @@ RECIPES: dict[str, Callable[[], RunConfig]] = {
     "digits_t2i": digits_t2i,
     "cifar10": cifar10,
     "imagefolder": imagefolder,
+    "imagefolder_t2i": imagefolder_t2i,
     "moving_digits": moving_digits,
     "speech_words": speech_words,
     "sit_imagenet": sit_imagenet,

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from selftrans.config import Labels, SampleConfig
 from selftrans.data.dataset import Dataset
-from selftrans.encoders.text import TextEncoder, load_text_encoder
+from selftrans.data.sources.captions import clean
+from selftrans.encoders.text import TextEncoder, encoder_of
 from selftrans.sampling.streams import CAPTION_STREAM, LABEL_STREAM, image_stream
 from selftrans.storage import first_line, printable
 from selftrans.types import Cond, Conditions
@@ -74,7 +75,8 @@ class PromptConditioning:
         self.prompts = tuple(prompts)
         longer = encoder.too_long(self.prompts)
         if longer:
-            which = f"{longer:,} of {len(prompts):,} prompts are" if len(prompts) > 1 else "the prompt is"
+            which = f"{longer:,} of {len(prompts):,} prompts {'are' if longer > 1 else 'is'}"
+            which = which if len(prompts) > 1 else "the prompt is"
             warnings.warn(f"{which} longer than {encoder.tokens} tokens; the rest is cut off", stacklevel=4)
         self.described: dict[str, Any] = {"prompts": list(self.prompts), "text_encoder_sha256": encoder.sha256}
         self.null: Cond | None = encoder.encode([""])
@@ -110,11 +112,21 @@ class CaptionConditioning:
     The label of an image is the row of its caption.
     """
 
-    def __init__(self, dataset: Dataset, seed: int = 0, device: torch.device | str = "cpu") -> None:
-        """`device`: where stored ids are encoded."""
-        self.dataset, self.seed, self.device, self.null = dataset, seed, device, dataset.null()
+    def __init__(
+        self,
+        dataset: Dataset,
+        seed: int = 0,
+        device: torch.device | str = "cpu",
+        *,
+        rows: np.ndarray | None = None,
+    ) -> None:
+        """`device`: where stored ids are encoded. `rows` (P,): image k has the first caption of row k % P of these."""
+        self.dataset, self.seed, self.device, self._rows = dataset, seed, device, rows
+        self.null = dataset.null()
         self._stored = [name for name in dataset.names if name not in ("moments", "features")]
         self._order = np.random.default_rng(0).permutation(len(dataset))
+        text = dataset.manifest.text
+        self.encodes = text is not None and text.stored == "ids"  #: whether the text encoder is needed
         self.described: dict[str, Any] = {
             "captions": str(dataset.path),
             "text_encoder_sha256": dataset.manifest.conditions.sha256,
@@ -134,6 +146,9 @@ class CaptionConditioning:
         pass one of the row's captions at random.
         """
         indices = np.asarray(indices, dtype=np.int64)
+        if self._rows is not None:
+            rows = self._rows[indices % len(self._rows)]
+            return rows, np.zeros_like(rows), [of_row[0] for of_row in self.dataset.captions(rows)]
         rows = self._order[indices % len(self._order)]
         held = self.dataset.captions(rows)
         which = [
@@ -168,30 +183,7 @@ def conditioning_of(
         )
     if not settings.prompts:
         raise ValueError(NO_PROMPTS)
-    return PromptConditioning(settings.prompts, encoder_of(conditions, text_encoder, device))
-
-
-def encoder_of(conditions: Conditions, name: str | None, device: torch.device | str) -> TextEncoder:
-    """The text encoder of a model, from `name` or (None) from where it was. ValueError if it is missing or another one."""
-    found, remedy = name or conditions.encoder, "give the one that prepared the data with --text-encoder PATH"
-    if not found:
-        raise ValueError(f"the model does not name its text encoder; {remedy}")
-    if Path(found).is_absolute() and not Path(found).exists():  # its name would be searched for on the hub
-        raise ValueError(f"the text encoder {printable(found)} of this model is not there; {remedy}")
-    try:
-        encoder = load_text_encoder(found, conditions.tokens, device=device)
-    except ValueError as error:
-        raise ValueError(f"{first_line(error, 300)}; {remedy}") from error
-    if encoder.width != conditions.width:
-        raise ValueError(
-            f"{printable(found)} gives tokens of {encoder.width} channels, this model takes {conditions.width}; {remedy}"
-        )
-    if conditions.sha256 and encoder.sha256 != conditions.sha256:  # published models do not say it
-        raise ValueError(
-            f"{printable(found)} is not the text encoder of this model (sha256 {encoder.sha256[:12]}, not "
-            f"{conditions.sha256[:12]}); {remedy}"
-        )
-    return encoder
+    return PromptConditioning(settings.prompts, encoder_of(conditions, text_encoder, device=device))
 
 
 def captions_of(
@@ -210,11 +202,12 @@ def captions_of(
 def read_prompts(words: Sequence[str]) -> tuple[str, ...]:
     """Prompts from the words of a command line: a word that is the path of a file stands for its lines.
 
-    Blank lines are left out. Raises ValueError for a file that is missing, empty, too large or not text.
+    They are cleaned as captions are: no control characters, one line. Blank lines are left out.
+    Raises ValueError for a file that is missing, empty, too large or not text.
     """
     prompts: list[str] = []
     for word in words:
-        prompts += _lines(word) if _names_file(word) else [word]
+        prompts += _lines(word) if _names_file(word) else [clean(word)]
     if not prompts:
         raise ValueError(NO_PROMPTS)
     return tuple(prompts)
@@ -237,7 +230,7 @@ def _lines(name: str) -> list[str]:
         raise ValueError(f"{printable(path)} does not exist; {wanted}") from error
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{printable(path)} cannot be read ({first_line(error)}); {wanted}") from error
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    lines = [line for line in map(clean, text.splitlines()) if line]
     if not lines:
         raise ValueError(f"{printable(path)} has no prompts; {wanted}")
     return lines

@@ -96,6 +96,12 @@ class Sampler:
         device, dtype = torch.device(device or default_device()), PRECISIONS[settings.precision]
         if conditioning is None:
             conditions = loaded.model.conditions
+            if settings.num < len(settings.prompts or ()):
+                warnings.warn(
+                    f"{settings.num:,} images of {len(settings.prompts or ()):,} prompts: the last ones get none; give --num "
+                    f"{len(settings.prompts or ())} for one image each",
+                    stacklevel=3,
+                )
             if conditions.kind == "text" and settings.prompts is None:
                 settings = dataclasses.replace(settings, prompts=loaded.prompts)
             conditioning = conditioning_of(conditions, settings, text_encoder=text_encoder, device=device)

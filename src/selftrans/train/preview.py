@@ -19,7 +19,7 @@ from selftrans.data.dataset import Dataset, Manifest
 from selftrans.encoders.autoencoder import Autoencoder, load_autoencoder
 from selftrans.evaluate.plots import sample_sheet, save_png
 from selftrans.flow import PATHS
-from selftrans.sampling.conditioning import Conditioning, conditioning_of, read_prompts
+from selftrans.sampling.conditioning import CaptionConditioning, Conditioning, conditioning_of, read_prompts
 from selftrans.sampling.images import SampledBatch, Sampler
 from selftrans.storage import first_line, no_symlink, printable, write_text
 from selftrans.train.signals import StopSignal
@@ -33,7 +33,8 @@ class Preview:
     def __init__(
         self, config: RunConfig, dataset: Dataset, device: torch.device, stop: StopSignal | None = None
     ) -> None:
-        self.config, self.manifest, self.device, self.stop = config, dataset.manifest, device, stop or StopSignal()
+        self.config, self.dataset, self.device, self.stop = config, dataset, device, stop or StopSignal()
+        self.manifest = dataset.manifest
         log = config.log
         self.settings = dataclasses.replace(
             config.sample,
@@ -79,8 +80,7 @@ class Preview:
             name = self.config.data.autoencoder or self.manifest.autoencoder
             self._autoencoder = load_autoencoder(name, device=self.device)
         if self._conditioning is None:
-            # a text encoder on the CPU: there is no memory of the training device to spare
-            self._conditioning = conditioning_of(self.manifest.conditions, self.settings)
+            self._conditioning = self._conditions()
         # not `Sampler.of`: these are the EMA's own weights, which must be neither cast nor compiled
         sampler = Sampler(
             model,
@@ -96,6 +96,14 @@ class Preview:
         if self.settings.prompts:
             text = "".join(f"{printable(' '.join(prompt.split()), None)}\n" for prompt in self.settings.prompts)
             write_text(path.with_name("prompts.txt"), text)
+
+    def _conditions(self) -> Conditioning:
+        """The labels, the prompts of the run or, without these, captions with their stored tokens, without an encoder."""
+        data = self.dataset
+        if self.settings.prompts and self.config.sample.prompts is None:
+            return CaptionConditioning(data, device=self.device, rows=data.prompt_rows[: len(self.settings.prompts)])
+        # a text encoder on the CPU: there is no memory of the training device to spare
+        return conditioning_of(data.manifest.conditions, self.settings, text_encoder=self.config.data.text_encoder)
 
 
 def with_prompts(config: RunConfig, manifest: Manifest) -> RunConfig:

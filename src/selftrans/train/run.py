@@ -72,6 +72,7 @@ def _train(config: RunConfig, out: Path, bar: Callable[..., Any], quiet: bool) -
         initial = initial_weights(config, shards, out, given)
         given, plan = None, _plan(config)  # its memory is freed
         _rehearse(config, plan, out, shards.manifest)
+        shards.ready(accelerator.device)
         if config.data.on_device:
             shards = OnDevice(shards, accelerator.device)
         preview = Preview(config, shards, accelerator.device, stop) if config.train.preview_every else None
@@ -148,7 +149,7 @@ def open_data(config: RunConfig, out: Path, accelerator: Accelerator | None = No
         if accelerator is not None:
             accelerator.wait_for_everyone()
     main = accelerator is None or accelerator.is_main_process
-    shards = Dataset.open(path, verify=config.data.verify and main)
+    shards = Dataset.open(path, verify=config.data.verify and main, text_encoder=config.data.text_encoder)
     manifest, expected = shards.manifest, config.data
     if expected.shape is not None and tuple(expected.shape) != tuple(manifest.shape):
         raise ValueError(f"{path} holds latents {manifest.shape}, but data.shape expects {expected.shape}")

@@ -33,13 +33,15 @@ from selftrans.data.dataset import Dataset
 from selftrans.data.manifest import Features
 from selftrans.data.record import parse_json, read_text
 from selftrans.data.sources.captions import CaptionSource, annotated, parse_captions
-from selftrans.data.sources.decode import open_picture
+from selftrans.data.sources.clips import MediaOptions, open_clips
+from selftrans.data.sources.decode import SOUNDS, open_picture
 from selftrans.data.sources.npz import npz_arrays, npz_labels, npz_values
 from selftrans.data.sources.open_source import iter_images, open_source
 from selftrans.data.sources.source import Source
+from selftrans.encoders.media import Mel, Video, parse_media
 from selftrans.evaluate.classifier import SmallClassifier
 from selftrans.evaluate.statistics import Statistics
-from selftrans.experiments.evaluate_samples import _stored
+from selftrans.experiments.opened_samples import _stored
 from selftrans.experiments.reference import _names
 from selftrans.interop.importing import import_run
 from selftrans.interop.published_file import read as read_published
@@ -49,6 +51,7 @@ from selftrans.sampling.sample_file import read_npy, read_png, write_npy
 from selftrans.train.log import JsonlLog
 from selftrans.train.resume import _read, from_json
 from selftrans.types import Conditions
+from tests.support.clips import moving, save_gif, save_mp4, save_sound, sine
 from tests.support.pictures import encoded, noise
 from tests.support.shards import make
 
@@ -304,6 +307,33 @@ def picture(path: Path) -> None:
     assert source.read(0).shape == (8, 8, 3)
 
 
+def clip(path: Path) -> None:
+    frames = None if path.suffix in SOUNDS else 2
+    options = MediaOptions(
+        frames=frames, **({} if frames else {"audio": "mel", "rate": 1000, "length": 0.1, "bins": 4})
+    )
+    opened = open_clips(path.parent, options, resolution=8 if frames else None)
+    assert opened is not None and opened.read(0).shape == opened.shape
+
+
+def clips(suffix: str) -> Callable[[], list[bytes]]:
+    def examples() -> list[bytes]:
+        with temporary() as folder:
+            path = folder / f"a{suffix}"
+            if suffix in SOUNDS:
+                save_sound(path, sine(200, 0.05, 2000), 2000)
+            else:
+                (save_gif if suffix == ".gif" else save_mp4)(path, moving(0, frames=3))
+            return [path.read_bytes()]
+
+    return examples
+
+
+def media_name(path: Path) -> None:
+    media = parse_media(path.read_bytes().decode(errors="replace"))
+    assert parse_media(media.name) == media
+
+
 def source(path: Path) -> None:
     opened = open_source(path, resolution=8)
     for i in range(min(len(opened), 4)):
@@ -463,6 +493,11 @@ PARSERS: dict[str, Parser] = {
         lambda: jsons({"caption": "x"}, {"captions": ["x", "y"], "width": 3}, {"text": "x"}),
         4_000,
     ),
+    "wav": Parser("a.wav", clip, clips(".wav"), 4_000),
+    "flac": Parser("a.flac", clip, clips(".flac"), 4_000),
+    "gif_video": Parser("a.gif", clip, clips(".gif"), 2_000),
+    "mp4": Parser("a.mp4", clip, clips(".mp4"), 2_000),
+    "media_name": Parser("name", media_name, lambda: [Mel(8000, 9, 64).name.encode(), Video(2.5).name.encode()], 2_000),
     "annotations": Parser("captions.json", annotations, coco, 4_000),
     "tar": Parser("a.tar", captioned_source, lambda: [tarred()], 8_000),
     "shard": Parser(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import pickle
 import shutil
 from pathlib import Path
 from typing import Any
@@ -220,9 +221,13 @@ def test_ids_are_not_encoded_by_another_encoder(pictures: Path, tmp_path: Path) 
     run(pictures, out, name, text={"store": "ids"})
     captioned.save_text_encoder(tmp_path / "encoder", seed=1)
     with pytest.raises(
-        ValueError, match=r"text encoder .*encoder has sha256 \w{12}, that of .* \w{12}; restore it, or"
+        ValueError, match=r"encoder is not the text encoder that prepared the data \(sha256 \w{12}, not \w{12}\); give"
     ):
         Dataset.open(out).text(np.arange(2))
+    elsewhere = captioned.save_text_encoder(tmp_path / "elsewhere")
+    dataset = Dataset.open(out, text_encoder=elsewhere)
+    again = pickle.loads(pickle.dumps(dataset))  # as a worker process gets it
+    assert torch.equal(dataset.text(np.arange(2))["text"], again.text(np.arange(2))["text"])  # type: ignore[index]
 
 
 def test_what_lacks_a_half_stops_before_encoding_or_is_listed(

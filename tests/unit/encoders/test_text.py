@@ -111,6 +111,30 @@ def test_half_precision_is_near(tmp_path: Path) -> None:
     torch.testing.assert_close(half[TEXT], full[TEXT], rtol=0.05, atol=0.05)  # type: ignore[index]
 
 
+def test_loading_prints_nothing_and_leaves_the_settings_of_transformers(tmp_path: Path, capfd: Any) -> None:
+    from transformers.utils import logging
+
+    folder, shown = save_text_encoder(tmp_path), []
+
+    def hook(factory: Any, args: Any, options: Any) -> Any:
+        shown.append(options.get("disable"))
+        return factory(*args, **options)
+
+    capfd.readouterr()
+    before = logging.set_tqdm_hook(hook)
+    try:
+        level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+        load_text_encoder(folder)
+        assert shown and all(shown), "a hook of another library is still called"
+        assert (logging.get_verbosity(), logging.is_progress_bar_enabled()) == (level, bars)
+        assert logging.set_tqdm_hook(None) is hook
+        load_text_encoder(folder)
+        assert logging.set_tqdm_hook(None) is None
+    finally:
+        logging.set_tqdm_hook(before)
+    assert capfd.readouterr() == ("", "")
+
+
 def without_weight(folder: Path) -> None:
     weights = load_file(folder / "model.safetensors")
     weights.pop(next(name for name in weights if "fc1.weight" in name))

@@ -219,9 +219,9 @@ def test_encoder_is_freed_and_features_are_not_read_after_guidance_ends(
     monkeypatch.undo()
     gather, batches = Dataset._gather, []
 
-    def counted(self: Dataset, name: str, rows: np.ndarray) -> torch.Tensor:
+    def counted(self: Dataset, name: str, rows: np.ndarray, which: np.ndarray | None) -> torch.Tensor:
         batches.extend([len(rows)] * (name == "features"))
-        return gather(self, name, rows)
+        return gather(self, name, rows, which)
 
     monkeypatch.setattr(Dataset, "_gather", counted)
     options = REPA | {"data.path": str(with_features()), "repa.until_step": 3, "train.accumulate": 1}

@@ -150,7 +150,8 @@ def test_config_builds_its_size_and_its_options():
 @pytest.mark.parametrize("conditions", [Conditions("labels", 10), Conditions("none")])
 def test_data_without_text_are_refused(conditions):
     with pytest.raises(
-        ValueError, match=rf"MMDiT-S/2 is conditioned on text; the data have {conditions}; choose .* SiT"
+        ValueError,
+        match=rf"MMDiT-S/2 is conditioned on text; the data have {conditions}; prepare them with captions .* SiT",
     ):
         build(MMDiTConfig("MMDiT-S/2"), (4, 8, 8), conditions)
 

@@ -87,6 +87,50 @@ def test_recipe_trains_on_the_latents_of_an_autoencoder(tmp_path, latents, name)
     assert config.train.precision == "bf16" and config.sections["stage2"].scale == 30.0
 
 
+@pytest.mark.parametrize(("family", "dtype"), [("t5", "bfloat16"), ("bert", "float16")])
+def test_own_captioned_pictures_from_folder_to_samples(tmp_path, family, dtype):
+    """Every command with a T5, whose encoder is loaded without its decoder, and with a BERT."""
+    encoder = captioned.save_text_encoder(tmp_path / "encoder", family)
+    pictures, data, run = (
+        captioned.pictures(tmp_path / "pictures", count=8, side=16),
+        tmp_path / "data",
+        tmp_path / "run",
+    )
+    assert main(["prepare", str(pictures), f"--out={data}", f"--text={encoder}", f"--text-dtype={dtype}"]) == 0
+    argv = ["train", "imagefolder_t2i", f"--data={data}", f"--out={run}", "--stage1.block=1", "--stage1.steps=2"]
+    assert main([*argv, *OVERRIDES.split(), *SMALL]) == 0
+    config = from_json((run / "config.json").read_text())
+    assert config.model.masked and config.sections["stage2"].teacher_weights == "ema"
+    assert (
+        main(["sample", str(run), f"--out={tmp_path / 'made'}", "--num=2", "--steps=2", "--prompts", "a", "the"]) == 0
+    )
+    with np.load(tmp_path / "made" / "samples.npz") as made:
+        assert made["arr_0"].shape == (2, 16, 16, 3) and made["arr_1"].tolist() == [0, 1]
+
+
+def test_settings_for_own_captions_are_the_published_ones_scaled():
+    ours, published = recipe("imagefolder_t2i"), recipe("mmdit_coco")
+    for name in ("batch_size", "lr", "betas", "weight_decay", "ema", "drop", "clip"):
+        assert getattr(ours.train, name) == getattr(published.train, name), name
+    half, whole = (stages(config) for config in (ours, published))
+    assert half[0].steps == ours.train.steps // 2 and half[1].teacher.weights == whole[1].teacher.weights
+    words, taps = Conditions("text", tokens=8, width=16), []
+    for config, (first, second) in ((ours, half), (published, whole)):
+        with torch.device("meta"):
+            student, teacher = (config.build_model((4, 32, 32), words) for _ in range(2))
+            frozen = Frozen(teacher, second.teacher.block(student.depth))
+            guided = [*first.guide(student, None), *second.guide(student, frozen)]
+        taps.append(
+            [
+                guided[0].taps[0] * 24 / student.depth,
+                guided[1].taps[0] * 24 / student.depth,
+                frozen.block * 24 / student.depth,
+            ]
+        )
+        assert guided[1].config.until_step == pytest.approx(config.train.steps / 3, rel=0.02)
+    assert taps[0] == taps[1] == [4, 12, 16]
+
+
 def test_recipe_trains_on_latents_with_captions(tmp_path, latents):
     encoder = captioned.save_text_encoder(tmp_path / "encoder")
     pictures = captioned.pictures(tmp_path / "pictures", count=8, side=64)

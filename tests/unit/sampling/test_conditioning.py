@@ -93,6 +93,8 @@ def test_many_prompts_are_encoded_in_fixed_groups_of_which_few_are_kept(monkeypa
 def test_long_prompts_are_counted_in_a_warning():
     with pytest.warns(UserWarning, match=r"2 of 3 prompts are longer than 4 tokens; the rest is cut off"):
         PromptConditioning(["1 2 3 4 5", "1", "1 2 3 4 5 6"], Counting())
+    with pytest.warns(UserWarning, match=r"1 of 2 prompts is longer"):
+        PromptConditioning(["1", "1 2 3 4 5"], Counting())
     with pytest.warns(UserWarning, match=r"the prompt is longer than 4 tokens"):
         PromptConditioning(["1 2 3 4 5"], Counting())
     with pytest.raises(ValueError, match="no prompts are given"):
@@ -111,9 +113,7 @@ def test_prompts_are_encoded_by_the_encoder_of_the_model(tmp_path):
     assert labels.tolist() == [0, 1, 0]
     moved = Path(conditions.encoder).rename(tmp_path / "moved")
     try:
-        with pytest.raises(
-            ValueError, match=r"encoder of this model is not there; give the one that .* with --text-encoder PATH"
-        ):
+        with pytest.raises(ValueError, match=r"encoder is not there; give the one that .* with --text-encoder PATH"):
             conditioning_of(conditions, settings)
         again, _ = conditioning_of(conditions, settings, text_encoder=str(moved)).of(np.arange(3))
         assert torch.equal(again[TEXT], cond[TEXT])
@@ -124,17 +124,17 @@ def test_prompts_are_encoded_by_the_encoder_of_the_model(tmp_path):
 def test_other_encoder_is_refused(tmp_path):
     other = captioned.save_text_encoder(tmp_path / "other", seed=1)
     with pytest.raises(
-        ValueError, match=r"other is not the text encoder of this model \(sha256 \w{12}, not \w{12}\); give"
+        ValueError, match=r"other is not the text encoder that prepared the data \(sha256 \w{12}, not \w{12}\); give"
     ):
         conditioning_of(text_conditions(), SampleConfig(prompts=("a",)), text_encoder=other)
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match=r"empty' cannot be loaded .*; give the one that .* with --text-encoder PATH"):
         conditioning_of(text_conditions(), SampleConfig(prompts=("a",)), text_encoder=str(tmp_path / "empty"))
     wide = Conditions("text", tokens=12, width=24)
-    with pytest.raises(ValueError, match=r"other gives tokens of 16 channels, this model takes 24; give the one"):
+    with pytest.raises(ValueError, match=r"other gives tokens of 16 channels, not 24; "):
         conditioning_of(wide, SampleConfig(prompts=("a",)), text_encoder=other)
     nameless = Conditions("text", tokens=4, width=3, sha256="0" * 64)
-    with pytest.raises(ValueError, match="does not name its text encoder; give the one"):
+    with pytest.raises(ValueError, match="the text encoder has no name here; give the one"):
         conditioning_of(nameless, SampleConfig(prompts=("a",)))
 
 
@@ -191,6 +191,16 @@ def test_stored_captions_need_no_encoder_and_each_row_comes_once():
     assert CaptionConditioning(dataset, seed=1).texts(indices) != texts
 
 
+def test_rows_that_are_given_repeat_with_their_first_captions():
+    dataset = Dataset.open(captioned.shared())
+    assert [captioned.sentences(row)[0] for row in dataset.prompt_rows.tolist()] == list(dataset.prompts)
+    found = CaptionConditioning(dataset, rows=dataset.prompt_rows[:3])
+    cond, rows = found.of(np.array([4, 0]))
+    assert rows.tolist() == dataset.prompt_rows[[1, 0]].tolist()
+    assert found.texts(np.array([4, 0])) == [dataset.prompts[1], dataset.prompts[0]]
+    assert torch.equal(cond[TEXT], dataset.text(rows)[TEXT])
+
+
 def test_captions_of_another_encoder_are_refused(tmp_path):
     dataset = Dataset.open(captioned.shared())
     other = Conditions("text", tokens=12, width=16, sha256="0" * 64, encoder="x")
@@ -215,6 +225,14 @@ def test_words_are_prompts_and_files_are_their_lines(tmp_path):
         "x" * 5000,
     )
     assert read_prompts(["what is in readme.txt"]) == ("what is in readme.txt",)
+
+
+def test_prompts_are_cleaned_as_captions_are(tmp_path):
+    """Bytes that are no UTF-8 arrive as lone surrogates, which no tokeniser takes."""
+    family = "\U0001f468\u200d\U0001f469"  # one emoji, joined
+    path = tmp_path / "prompts"
+    path.write_text(f"a\x1b[31m dog\r\n\x07\n{family}\n", encoding="utf-8")
+    assert read_prompts(["a\t red\x00 \udcff dog ", str(path)]) == ("a red ? dog", "a [31m dog", family)
 
 
 def test_unusable_files_of_prompts_are_refused(tmp_path, monkeypatch):

@@ -29,6 +29,7 @@ KEYS = ("caption", "captions", "text")  #: of a .json file
 MAX_FILE_BYTES = 1 << 20  #: of one caption file
 MAX_ANNOTATION_BYTES = 1 << 30  #: of an annotation file
 EMPTY = "empty captions, left out"  #: in `Source.ignored`
+JOINERS = "\u200c\u200d"  #: invisible, but parts of words in some scripts, and of emoji
 NO_PICTURE, NO_CAPTION = "a caption without its picture", "a picture without a caption"
 
 
@@ -43,7 +44,7 @@ class CaptionSource:
 def clean(text: str) -> str:
     """A caption on one line that can be encoded in UTF-8, without control characters and double spaces."""
     encodable = text.encode("utf-8", "replace").decode("utf-8")
-    return " ".join("".join(c if c.isprintable() else " " for c in encodable).split())
+    return " ".join("".join(c if c.isprintable() or c in JOINERS else " " for c in encodable).split())
 
 
 def parse_captions(suffix: str, data: bytes) -> list[str]:

@@ -79,6 +79,10 @@ def test_missing_halves_and_invalid_files_are_named(tmp_path: Path) -> None:
 def test_captions_are_one_clean_line() -> None:
     assert clean(" a\tb\x00c \x1b[2J\n d\u2028e ") == "a b c [2J d e"
     assert clean("a \ud800 b") == "a ? b" and clean("\x00 \n") == ""
+    joined = (
+        "\U0001f468\u200d\U0001f469 \u0645\u06cc\u200c\u062e\u0648\u0627\u0647\u0645"  # an emoji and a Persian word
+    )
+    assert clean(f"\u202e{joined}\u00a0x") == f"{joined} x"
 
 
 def test_the_fingerprint_depends_on_captions(tmp_path: Path) -> None:
