@@ -111,7 +111,10 @@ def test_prompts_of_the_run_are_the_default(tmp_path):
         (["--labels=random"], "labels are for models of classes"),
         (["--prompts"], "no prompts are given"),
         (["--prompts", "missing.txt"], "missing.txt does not exist; give a text file with one prompt per line"),
-        (["--text-encoder", "minilm"], "minilm is not the text encoder that prepared the data"),
+        (
+            ["--text-encoder", "minilm"],
+            "minilm gives tokens of 384 channels, not 16; give the one that prepared the data",
+        ),
     ],
 )
 def test_unusable_options_are_refused_in_one_line(options, message, tmp_path, capsys):

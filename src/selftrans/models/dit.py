@@ -1,6 +1,7 @@
 """DiT (Peebles and Xie, 2212.09748) as it is released: SiT's network, trained to predict the noise of a discrete DDPM schedule.
 
-The schedule (2006.11239): beta from 1e-4 to 0.02 linearly in 1000 steps, x_k = sqrt(abar_k) z0 + sqrt(1 - abar_k) noise.
+The schedule has 1000 steps x_k = sqrt(abar_k) z0 + sqrt(1 - abar_k) noise: that of DDPM (2006.11239), beta from 1e-4 to 0.02
+linearly, which all released models have, or the cosine schedule (2102.09672).
 A point of our path, z_t = alpha z0 + sigma noise, is one of it but for its scale:
     z_t / sqrt(alpha² + sigma²) = x_k    where    sqrt((1 - abar_k) / abar_k) = sigma / alpha
 so the network is asked for the noise at that x_k and k, and its answer is turned into the velocity of our path:
@@ -12,8 +13,9 @@ Shape legend: N batch, (C, *S) latent.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -23,6 +25,8 @@ from selftrans.models.sit import SIZES, SiT, SiTConfig
 from selftrans.types import Cond, Conditions, Output
 
 STEPS, BETAS = 1000, (1e-4, 0.02)  #: the schedule of all released models
+OFFSET, LARGEST_BETA = 0.008, 0.999  #: of the cosine schedule
+Schedule: TypeAlias = Literal["linear", "cosine"]
 PATCHES = (2, 4, 8)
 #: name of a published model -> the constructor's arguments
 DIT_SIZES = {
@@ -44,18 +48,37 @@ class DiTConfig(SiTConfig):
     """LayerNorm on queries and keys; the released models have none"""
     learn_sigma: bool = True
     """the output has a second half, the variance, as in the released models; it is neither used nor trained"""
+    schedule: Schedule = "linear"
+    """of the noise: linear betas, as in the released models, or cosine"""
 
 
 def build(config: DiTConfig, shape: tuple[int, ...], conditions: Conditions) -> DiT:
     """A freshly initialised DiT for latents (C, *S). ValueError for shapes that it cannot take, and for text."""
     sizes: dict[str, Any] = {**config.sizes(), "patch_frames": config.patch_frames}
     classes = config.num_classes(conditions)
-    return DiT(shape, classes, qk_norm=config.qk_norm, learn_sigma=config.learn_sigma, **sizes)
+    options = {key: getattr(config, key) for key in ("qk_norm", "learn_sigma", "schedule")}
+    return DiT(shape, classes, **options, **sizes)
 
 
-def log_ratios() -> Tensor:
-    """(1000,) float64, increasing: log of the noise-to-signal ratio sqrt((1 - abar_k) / abar_k) of each step."""
-    log_abar = torch.log1p(-torch.linspace(*BETAS, STEPS, dtype=torch.float64)).cumsum(dim=0)
+def log_ratios(schedule: Schedule = "linear") -> Tensor:
+    """(K,) float64, increasing: log of the noise-to-signal ratio sqrt((1 - abar_k) / abar_k) of each step.
+
+    K is 1000; of the cosine schedule only the steps are kept whose ratio the linear one has, too (157 at most): beyond them z0
+    is lost in the noise in float32.
+    """
+    beta = torch.linspace(*BETAS, STEPS, dtype=torch.float64)
+    linear = _log_ratios(beta)
+    if schedule == "linear":
+        return linear
+    level = torch.cos(
+        (torch.linspace(0, 1, STEPS + 1, dtype=torch.float64) + OFFSET) / (1 + OFFSET) * math.pi / 2
+    ).square()
+    cosine = _log_ratios((1 - level[1:] / level[:-1]).clamp(max=LARGEST_BETA))
+    return cosine[cosine <= linear[-1]]
+
+
+def _log_ratios(beta: Tensor) -> Tensor:
+    log_abar = torch.log1p(-beta).cumsum(dim=0)
     return 0.5 * (torch.log(-torch.expm1(log_abar)) - log_abar)
 
 
@@ -94,19 +117,27 @@ def from_noise(path: Path, scaled: Tensor, noise: Tensor, t: Tensor, table: Tens
 class DiT(SiT):
     """A SiT whose output is the noise of the DDPM schedule; called in our time, it returns the velocity of `path`.
 
-    Times beyond the schedule's last step (t > 0.9937 on the linear path) are treated as that step: alpha vanishes at t = 1,
-    and z0 would be the quotient of two small numbers. Those before its first step (t < 0.0099) get that step's noise.
+    Times beyond the schedule's last step (linear path: t > 0.9937, cosine betas t > 0.9923) are treated as that step: alpha
+    vanishes at t = 1, and z0 would be the quotient of two small numbers. Those before its first step (t < 0.0099, 0.0064) get
+    that step's noise.
     """
 
     ratios: Tensor
 
     def __init__(
-        self, shape: tuple[int, ...], num_classes: int, *, path: Path = LINEAR, learn_sigma: bool = True, **sizes: int
+        self,
+        shape: tuple[int, ...],
+        num_classes: int,
+        *,
+        path: Path = LINEAR,
+        learn_sigma: bool = True,
+        schedule: Schedule = "linear",
+        **sizes: int,
     ) -> None:
         super().__init__(shape, num_classes, learn_sigma=learn_sigma, **sizes)  # type: ignore[arg-type]
         self.path, self.learn_sigma = path, learn_sigma
         # as bits: a model that is cast to half precision must keep its schedule
-        self.register_buffer("ratios", log_ratios().float().view(torch.int32), persistent=False)
+        self.register_buffer("ratios", log_ratios(schedule).float().view(torch.int32), persistent=False)
 
     def use_path(self, path: str) -> None:
         self.path = PATHS[path]

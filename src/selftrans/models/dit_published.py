@@ -52,6 +52,10 @@ def _arguments(model: DiT, config: DiTConfig) -> dict[str, Any]:
     """Arguments of the published `DiT` class."""
     if config.qk_norm:
         raise ValueError("the published DiT has no QK-norm, and this model has; export the layout selftrans")
+    if config.schedule != "linear":
+        raise ValueError(
+            f"the published DiT has linear betas, and this model {config.schedule}; export the layout selftrans"
+        )
     return arguments(model, config.sizes()["heads"]) | {"learn_sigma": config.learn_sigma}
 
 

@@ -30,9 +30,10 @@ def column(x):
     return x.view(-1, 1, 1, 1)
 
 
-def gaussian_noise(x, step, std):
+def gaussian_noise(x, step, std, schedule="linear"):
     """E[noise | x] at a (fractional) step of the schedule, for data from N(0, std²)."""
-    table, low = log_ratios(), step.double().floor().long().clamp(0, 998)
+    table = log_ratios(schedule)
+    low = step.double().floor().long().clamp(0, len(table) - 2)
     ratio = torch.exp(table[low] + (step.double() - low) * (table[low + 1] - table[low]))
     abar = 1 / (1 + ratio.square())
     return column(torch.sqrt(1 - abar) / (abar * std**2 + 1 - abar)) * x
@@ -48,12 +49,12 @@ def gaussian_velocity(path, x, t, std):
 def gaussian(monkeypatch):
     """A DiT whose network is the exact noise of N(0, std²)."""
 
-    def make(path, std):
+    def make(path, std, schedule="linear"):
         def network(self, x, step, cond, *, taps=(), stop=False):
-            return Output(gaussian_noise(x, step, std), {})
+            return Output(gaussian_noise(x, step, std, schedule), {})
 
         monkeypatch.setattr(SiT, "forward", network)
-        return DiT((1, 4, 4), 0, path=PATHS[path], **SIZES)
+        return DiT((1, 4, 4), 0, path=PATHS[path], schedule=schedule, **SIZES)
 
     return make
 
@@ -64,6 +65,13 @@ def gaussian(monkeypatch):
 def test_schedule_equals_diffusers():
     abar = SCHEDULER.alphas_cumprod.double()
     torch.testing.assert_close(1 / (1 + torch.exp(2 * log_ratios())), abar, rtol=2e-5, atol=1e-7)  # theirs is float32
+
+
+def test_cosine_schedule_equals_diffusers():
+    abar = DDPMScheduler(1000, beta_schedule="squaredcos_cap_v2").alphas_cumprod.double()
+    found = 1 / (1 + torch.exp(2 * log_ratios("cosine")))
+    assert len(found) == 995 and abar[995] < 1 / (1 + torch.exp(2 * log_ratios()[-1]))  # its end is left out
+    torch.testing.assert_close(found, abar[:995], rtol=1e-3, atol=1e-7)  # theirs is float32
 
 
 def test_steps_of_the_table_are_found_and_what_lies_between_is_interpolated():
@@ -89,9 +97,10 @@ def test_exact_noise_of_a_gaussian_is_its_exact_velocity(name, std):
     torch.testing.assert_close(found, gaussian_velocity(path, zt, t, std), rtol=1e-11, atol=1e-11)
 
 
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
 @pytest.mark.parametrize("name", PATHS)
-def test_the_model_is_exact_inside_the_schedule_and_close_at_its_ends(gaussian, name):
-    model, t = gaussian(name, 0.7), torch.linspace(0, 1, 201)
+def test_the_model_is_exact_inside_the_schedule_and_close_at_its_ends(gaussian, name, schedule):
+    model, t = gaussian(name, 0.7, schedule), torch.linspace(0, 1, 201)
     zt = torch.randn(201, 1, 4, 4)
     found, expected = model(zt, t, torch.zeros(201, dtype=torch.long)).v, gaussian_velocity(PATHS[name], zt, t, 0.7)
     inside = (t > 0.011) & (t < 0.98)
