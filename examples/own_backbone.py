@@ -40,9 +40,6 @@ class Mixer(Backbone):
                 return Output(None, feats)
         return Output(unpatchify(self.unembed(self.norm(h)), self.patch, self.shape[0], self.grid), feats)
 
-    def null(self, cond):
-        return torch.full_like(cond, self.conditions.num_classes)
-
     def patchify(self, x):
         return patchify(x, (self.patch, self.patch))  # (N, T, C * patch²)
 

@@ -82,7 +82,7 @@ class Output(NamedTuple):
 class Backbone(nn.Module):
     """A diffusion transformer, as the methods, the trainer and the samplers see it. Subclass it; see docs/extending.md.
 
-    A subclass sets the attributes and implements `forward`, `null` and `patchify`; the rest has working defaults.
+    A subclass sets the attributes and implements `forward` and `patchify`, and `null` for text; the rest has working defaults.
     """
 
     depth: int  #: number of blocks
@@ -90,6 +90,7 @@ class Backbone(nn.Module):
     shape: tuple[int, ...]  #: (C, *S) of a latent
     grid: tuple[int, ...]  #: tokens along each spatial dimension; T is their product
     conditions: Conditions  #: what it is conditioned on
+    null_set: bool = True  #: whether `null` is known; False: not before `use_null`
     recompute: bool = False  #: activation checkpointing, in models that call their blocks by `run_block`
 
     def forward(self, x: Tensor, t: Tensor, cond: Cond, *, taps: tuple[int, ...] = (), stop: bool = False) -> Output:
@@ -100,8 +101,10 @@ class Backbone(nn.Module):
         raise NotImplementedError
 
     def null(self, cond: Cond) -> Cond:
-        """The unconditional condition, in the shape of `cond`."""
-        raise NotImplementedError
+        """The unconditional condition, in the shape of `cond`. Default: the label after the last class; none for text."""
+        if self.conditions.kind == "text":
+            raise NotImplementedError
+        return map_cond(lambda labels: torch.full_like(labels, self.conditions.num_classes), cond)
 
     def use_null(self, cond: Cond) -> None:
         """Take the null condition from one row of data: the empty caption. Default: nothing, the model has its own.

@@ -25,13 +25,13 @@ FAMILIES = {
 }
 
 
-def tiny(family, shape=SHAPE, random=True, **settings):
+def tiny(family, shape=SHAPE, random=True, conditions=None, **settings):
     """A backbone; with `random` its weights are far from the zero gates of initialisation."""
     module, kind = FAMILIES[family]
     config = kind(**settings)
     config.check()
     torch.manual_seed(0)
-    model = module.build(config, shape, LABELS if family == "dit" else TEXTS)
+    model = module.build(config, shape, conditions or (LABELS if family == "dit" else TEXTS))
     return randomised(model) if random else model
 
 

@@ -154,7 +154,11 @@ def encoder_of(
         encoder = load_text_encoder(found, conditions.tokens, device=device, dtype=dtype)
     except ValueError as error:
         raise ValueError(f"{first_line(error, 300)}; {REMEDY}") from error
-    if encoder.sha256 != conditions.sha256:
+    if encoder.width != conditions.width:
+        raise ValueError(
+            f"{printable(found)} gives tokens of {encoder.width} channels, not {conditions.width}; {REMEDY}"
+        )
+    if conditions.sha256 and encoder.sha256 != conditions.sha256:  # published models do not say it
         raise ValueError(
             f"{printable(found)} is not the text encoder that prepared the data (sha256 {encoder.sha256[:12]}, not "
             f"{conditions.sha256[:12]}); {REMEDY}"

@@ -131,7 +131,8 @@ class ValuesExtractor:
     def __call__(self, images: np.ndarray) -> dict[str, np.ndarray]:
         if images.shape[1:] != self.shape:
             raise ValueError(
-                f"the images are {_size(images.shape[1:])}, the reference is {_size(self.shape)}; give both of one shape"
+                f"images of {_size(images.shape[1:])} cannot be compared with images of {_size(self.shape)}; give samples and "
+                "reference of one shape"
             )
         return {"features": images.reshape(len(images), -1).astype(np.float64)}
 

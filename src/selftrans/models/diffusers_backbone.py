@@ -19,12 +19,11 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from selftrans.flow import LINEAR, PATHS
 from selftrans.models.dit import from_noise, log_ratios, to_schedule
-from selftrans.models.layers import unpatchify
+from selftrans.models.layers import patchify, unpatchify
 from selftrans.models.patch_transformer import LARGEST
 from selftrans.models.spec import ModelConfig
 from selftrans.types import MASK, TEXT, Backbone, Cond, Conditions, Output
@@ -80,7 +79,9 @@ class DiffusersBackbone(Backbone):
     ) -> None:
         super().__init__()
         if len(shape) != 3:
-            raise ValueError(f"{type(self).__name__} takes latents of pictures (C, H, W), not {tuple(shape)}")
+            raise ValueError(
+                f"{type(self).__name__} takes latents of pictures (C, H, W), not {tuple(shape)}; choose another model"
+            )
         channels, rows, columns = shape
         if rows % patch or columns % patch:
             raise ValueError(
@@ -135,7 +136,7 @@ class DiffusersBackbone(Backbone):
 
     def patchify(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, T, C patch²), row by row; inside a token: channel, row, column."""
-        return F.unfold(x, kernel_size=self.patch, stride=self.patch).transpose(1, 2)
+        return patchify(x, (self.patch, self.patch))
 
     def repeated(self) -> list[nn.Module]:
         return list(self.net.transformer_blocks)

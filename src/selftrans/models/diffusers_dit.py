@@ -9,7 +9,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -22,7 +21,7 @@ from selftrans.models.diffusers_backbone import (
 )
 from selftrans.models.layers import modulate
 from selftrans.models.spec import LABELS_ONLY
-from selftrans.types import Cond, Conditions, map_cond
+from selftrans.types import Cond, Conditions
 
 
 @dataclass(frozen=True)
@@ -102,9 +101,6 @@ class DiffusersDiT(DiffusersBackbone):
         c = self.net.transformer_blocks[0].norm1.emb(*given, hidden_dtype=tokens.dtype)  # (N, D)
         shift, scale = self.net.proj_out_1(F.silu(c)).chunk(2, dim=-1)
         return self.unpatchify(self.net.proj_out_2(modulate(self.net.norm_out(tokens), shift, scale)))
-
-    def null(self, cond: Cond) -> Cond:
-        return map_cond(lambda labels: torch.full_like(labels, self.conditions.num_classes), cond)
 
     def sharded(self) -> list[nn.Module]:
         """All blocks but the first, whose embedder the last layer uses, too: its weights are gathered with the model's."""

@@ -150,6 +150,10 @@ class DiffusersFlux(TextNull, DiffusersBackbone):
         singles = self.net.single_transformer_blocks
         if len(singles) and "encoder_hidden_states" not in inspect.signature(singles[0].forward).parameters:
             raise ValueError("this version of diffusers has other single blocks of Flux; update diffusers")
+        if not len(singles):  # nothing reads the last text: DDP would wait for gradients that do not come
+            last = self.net.transformer_blocks[-1]
+            for part in (last.attn.to_add_out, last.ff_context):
+                part.requires_grad_(False)
 
     def prepare(self, x: Tensor, time: Tensor, cond: Cond) -> tuple[Tensor, Tensor, tuple[Any, ...]]:
         assert isinstance(cond, dict)

@@ -19,7 +19,8 @@ import torch.utils.checkpoint
 from torch import Tensor, nn
 
 from selftrans.models.layers import patchify
-from selftrans.types import Backbone, Cond, Conditions, Output, map_cond
+from selftrans.models.text_null import TextNull
+from selftrans.types import Backbone, Cond, Conditions, Output
 
 Blocks = str | Callable[[Any], Sequence[nn.Module]]
 Call = Callable[[Any, Tensor, Tensor, Cond], Tensor]
@@ -118,7 +119,7 @@ class _Deleted(nn.Module):
         )
 
 
-class HookedBackbone(Backbone):
+class HookedBackbone(TextNull, Backbone):
     """Any module as a backbone.
 
     Args:
@@ -127,7 +128,7 @@ class HookedBackbone(Backbone):
         call: `(net, x (N, C, *S), t (N,), cond) -> velocity (N, C, *S)` in our time and sign: t = 0 is data.
         shape, grid, width, conditions: as `Backbone` has them: (C, *S), tokens per dimension, D, what `cond` is.
         tokens: output of a block -> its tokens of the latent (N, T, D), in the order of `grid`. Default: the output itself.
-        null: `cond` -> the unconditional one. Default, except for text: the label after the last class.
+        null: `cond` -> the unconditional one. Default: the label after the last class; of text the empty caption (`TextNull`).
         patchify: latents -> (N, T, C * cells). Default: channel, then positions, inside a token.
         shard_blocks: False where the module uses parameters of a block outside its call (diffusers' DiT embeds the time for
             its last layer by its first block). FSDP2 then gathers the model as one part, as where blocks share parameters.
@@ -152,13 +153,13 @@ class HookedBackbone(Backbone):
     ) -> None:
         super().__init__()
         _check_plain(net)
-        if conditions.kind == "text" and null is None:
-            raise ValueError("the null condition of text depends on its encoder; give null=")
         if len(grid) != len(shape) - 1 or any(side % n for side, n in zip(shape[1:], grid, strict=True)):
             raise ValueError(f"a latent {shape} does not divide into {grid} tokens; correct shape or grid")
         self.shape, self.grid, self.width, self.conditions = tuple(shape), tuple(grid), width, conditions
         self.net, self._blocks, self._call, self._null, self._patchify = net, blocks, call, null, patchify
         self._reading, self._shard_blocks, self._kept = _Reading(tokens), shard_blocks, 0
+        if conditions.kind == "text" and null is None:
+            self.keep_null(conditions)
         found = self._found()
         _check_blocks(found)
         self.depth = self._kept = len(found)
@@ -191,7 +192,11 @@ class HookedBackbone(Backbone):
     def null(self, cond: Cond) -> Cond:
         if self._null is not None:
             return self._null(cond)
-        return map_cond(lambda labels: torch.full_like(labels, self.conditions.num_classes), cond)
+        return super().null(cond) if self.conditions.kind == "text" else Backbone.null(self, cond)
+
+    def use_null(self, cond: Cond) -> None:
+        if self._null is None:
+            super().use_null(cond)
 
     def patchify(self, x: Tensor) -> Tensor:
         if self._patchify is not None:

@@ -8,12 +8,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-import torch
 from torch import Tensor, nn
 
 from selftrans.models.layers import FinalLayer, LabelEmbedder, TimestepEmbedder, initialise
 from selftrans.models.patch_transformer import PatchTransformer
-from selftrans.types import Cond, Conditions, Output, map_cond
+from selftrans.types import Cond, Conditions, Output
 
 
 class LabelTransformer(PatchTransformer):
@@ -73,9 +72,6 @@ class LabelTransformer(PatchTransformer):
             if stop and len(feats) == len(set(taps)):
                 return Output(None, feats)
         return Output(self.velocity(tokens, c, grid), feats)
-
-    def null(self, cond: Cond) -> Cond:
-        return map_cond(lambda labels: torch.full_like(labels, self.num_classes), cond)
 
     def repeated(self) -> list[nn.Module]:
         return list(self.blocks)

@@ -33,6 +33,7 @@ class Conditioning(Protocol):
     """The conditions of images 0, 1, ..."""
 
     described: dict[str, Any]  #: what the conditions depend on, as json types
+    null: Cond | None  #: one row of the null condition, for models that do not know theirs; None: the model has its own
 
     def of(self, indices: np.ndarray) -> tuple[Cond, np.ndarray]:
         """Condition of each image (N, ...), on the CPU or a device, and its label (N,) int64."""
@@ -45,6 +46,8 @@ class Conditioning(Protocol):
 
 class LabelConditioning:
     """Labels, see `conditions_for`; also for models without conditions, whose labels are all 0."""
+
+    null: Cond | None = None
 
     def __init__(self, conditions: Conditions, mode: Labels = "balanced", seed: int = 0) -> None:
         self.conditions, self.mode, self.seed = conditions, mode, seed
@@ -76,6 +79,7 @@ class PromptConditioning:
             which = which if len(prompts) > 1 else "the prompt is"
             warnings.warn(f"{which} longer than {encoder.tokens} tokens; the rest is cut off", stacklevel=4)
         self.described: dict[str, Any] = {"prompts": list(self.prompts), "text_encoder_sha256": encoder.sha256}
+        self.null: Cond | None = encoder.encode([""])
         self._encoder: TextEncoder | None = encoder
         self._groups: dict[int, dict[str, Tensor]] = {}  #: number of a group => tokens and mask of its prompts
         if len(self.prompts) <= KEPT:
@@ -118,6 +122,7 @@ class CaptionConditioning:
     ) -> None:
         """`device`: where stored ids are encoded. `rows` (P,): image k has the first caption of row k % P of these."""
         self.dataset, self.seed, self.device, self._rows = dataset, seed, device, rows
+        self.null = dataset.null()
         self._stored = [name for name in dataset.names if name not in ("moments", "features")]
         self._order = np.random.default_rng(0).permutation(len(dataset))
         text = dataset.manifest.text

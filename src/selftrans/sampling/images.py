@@ -71,6 +71,8 @@ class Sampler:
         self.model, self.autoencoder, self.settings, self.path = model, autoencoder, settings, path
         self.device = torch.device(device)
         self.conditioning = conditioning or conditioning_of(model.conditions, settings, device=self.device)
+        if not model.null_set and self.conditioning.null is not None:  # an imported model of text
+            model.use_null(self.conditioning.null)
         self.described = settings.settings() | self.conditioning.described
         self.shape = tuple(model.shape)
         self._compiled = False

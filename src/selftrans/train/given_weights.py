@@ -138,8 +138,16 @@ def check_given_path(given: Given, config: RunConfig) -> None:
         )
 
 
-def warn_of_latents(given: Given, config: RunConfig, manifest: Manifest) -> None:
-    """A warning where the latents that the weights know may be others than those of the data."""
+def warn_of_encoders(given: Given, config: RunConfig, manifest: Manifest) -> None:
+    """A warning where the latents or the text tokens that the weights know may be others than those of the data."""
+    theirs, own = given.conditions, manifest.conditions
+    if theirs.sha256 and own.sha256 and theirs.sha256 != own.sha256:
+        warnings.warn(
+            f"the weights {config.init.path} were trained on text of the encoder {printable(theirs.encoder)} (sha256 "
+            f"{printable(theirs.sha256, 12)}), the data have text of {printable(own.encoder)} ({own.sha256[:12]}): what they "
+            "know of prompts is of little use",
+            stacklevel=4,
+        )
     ours = config.data.autoencoder or manifest.autoencoder
     if given.autoencoder and ours and given.autoencoder != ours:
         warnings.warn(

@@ -25,7 +25,7 @@ from selftrans.models.lora import add_adapters
 from selftrans.models.spec import Named
 from selftrans.storage import FREE_SPACE, atomic_write, sha256_file
 from selftrans.train.fitting import fit, trained_in_full
-from selftrans.train.given_weights import Given, check_given_path, read_given, warn_of_latents, with_model_of
+from selftrans.train.given_weights import Given, check_given_path, read_given, warn_of_encoders, with_model_of
 from selftrans.types import Backbone
 
 
@@ -106,7 +106,7 @@ def initial_weights(config: RunConfig, dataset: Dataset, out: Path, given: Given
         return None
     if given is None:
         return InitialWeights(out / START, _recorded(out))
-    warn_of_latents(given, config, dataset.manifest)
+    warn_of_encoders(given, config, dataset.manifest)
     torch.manual_seed(int(np.random.SeedSequence([config.train.seed, 2]).generate_state(1)[0]))  # what is new
     fitted = fit(config, dataset.manifest, given, _random_student(config, dataset))
     return InitialWeights(out / START, fitted.record, fitted.tensors)

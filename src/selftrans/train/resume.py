@@ -62,12 +62,12 @@ def _with_lengths(config: RunConfig, before: RunConfig | None) -> RunConfig:
 
 
 def differences(before: RunConfig, now: RunConfig) -> Changes:
-    """Settings that differ and may not change freely."""
+    """Settings that differ and may not change freely. With other initial weights those of the model follow: left out."""
     was = {name: value for name, value, _ in settings_of(before)}
     return [
         (name, was.get(name), value, rule)
         for name, value, rule in settings_of(now)
-        if rule != "free" and was.get(name) != value
+        if rule != "free" and was.get(name) != value and (before.init == now.init or not name.startswith("model."))
     ]
 
 

@@ -146,7 +146,10 @@ def external_encoder(
         with torch.device("meta"):
             grid = config.build_model(manifest.shape, manifest.conditions).grid
         if len(grid) != 2 or grid[0] != grid[1]:
-            raise ValueError(f"encoder {name} gives a square of features, the student's tokens are on {grid}")
+            raise ValueError(
+                f"encoder {name} gives a square of features, the student's tokens are on {grid}; give data of square "
+                "pictures, or choose another method"
+            )
         return load_encoder(name, grid[0], device=device, dtype=dtype)
     try:
         return StoredFeatures(dataset)

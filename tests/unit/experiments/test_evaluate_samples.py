@@ -422,3 +422,11 @@ def test_classifier_of_values_measures_them(values: Path, tmp_path: Path) -> Non
 def test_analysis_of_values(values: Path, tmp_path: Path) -> None:
     assert main(["analyse", str(values / "run"), "--out", str(tmp_path), "--samples=40", "--timesteps", "0.4"]) == 0
     assert {"pca.png", "probes.png", "analyse.json"} <= {path.name for path in tmp_path.iterdir()}
+
+
+def test_values_of_two_shapes_are_refused_with_both() -> None:
+    extractor = ValuesExtractor((1, 8, 32))  # that of the samples; the reference is read later
+    with pytest.raises(
+        ValueError, match=r"images of 1x20 cannot be compared with images of 1x8x32; give samples and ref"
+    ):
+        extractor(np.zeros((3, 1, 20), dtype=np.float32))

@@ -1,9 +1,13 @@
 """What holds for all adapters of diffusers' transformers: features, stopping, training, precision, time and sign."""
 
 import copy
+import os
 
 import pytest
 import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+from torch.nn.parallel import DistributedDataParallel
 
 from selftrans.config import from_json, to_json
 from selftrans.flow import interpolate, z0_from_v
@@ -13,8 +17,10 @@ from selftrans.methods.self_transcendence import SelfGuidance, Stage1, Stage2, S
 from selftrans.models.diffusers_backbone import DiffusersConfig, pooled_text
 from selftrans.models.registry import find
 from selftrans.recipes import recipe
+from selftrans.train.fsdp import gather_full_tensor, shard_models
 from selftrans.types import MASK, TEXT, Batch, Conditions, take_cond
 from tests.support.diffusers_models import FAMILIES, LABELS, SHAPE, TEXTS, condition, inputs, original, tiny
+from tests.support.processes import free_port
 
 
 @pytest.fixture(autouse=True)
@@ -260,3 +266,64 @@ def test_data_that_do_not_fit_are_refused(family, shape, conditions, message):
 def test_sizes_out_of_range_are_refused(name, value):
     with pytest.raises(ValueError, match=rf"model\.{name} must be from 1 to 1048576, not {value}"):
         DiffusersConfig(**{name: value}).check()
+
+
+# ---- two processes
+
+NO_SINGLES = "flux without single blocks"
+
+
+def taught(family):
+    """A step of stage 2, with teacher and student far from their initialisation."""
+    settings = {"single_layers": 0, "layers": 3} if family == NO_SINGLES else {}
+    family = family.split()[0]
+    student, teacher = (tiny(family, **settings) for _ in range(2))
+    cond = condition(family, 4)
+    for model in (student, teacher):
+        model.use_null(take_cond(cond, torch.tensor([3])))
+    guidance = SelfGuidance(student, Frozen(teacher, block=2), Stage2(student_block=1, head_width=8, scale=2.0))
+    batch = Batch(torch.randn(4, *SHAPE, generator=torch.Generator().manual_seed(4)), cond)
+    return Objective(student, [guidance]), batch
+
+
+def backward(objective, batch, wrapped=None):
+    torch.manual_seed(7)
+    (wrapped or objective)(batch, 0)[0].backward()
+
+
+def two(rank, folder, port):
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=rank, world_size=2)
+    for family in (*FAMILIES, NO_SINGLES):
+        for how in ("ddp", "fsdp"):
+            torch.manual_seed(0)
+            objective, batch = taught(family)
+            if how == "fsdp":
+                shard_models(objective, device=torch.device("cpu"), processes=2)
+            wrapped = DistributedDataParallel(objective) if how == "ddp" else objective
+            for _ in range(2):  # a second pass fails where a parameter of the first one had no gradient
+                objective.zero_grad()
+                backward(objective, batch, wrapped)
+            trained = {n: p for n, p in objective.named_parameters() if p.requires_grad}
+            found = {n: gather_full_tensor(p.grad).contiguous() for n, p in trained.items()}
+            save_file(found, f"{folder}/{family}-{how}-{rank}.safetensors")
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(200)
+def test_two_processes_have_the_gradients_of_one(tmp_path):
+    """DDP and FSDP2, both processes given the same batch."""
+    torch.multiprocessing.spawn(two, args=(str(tmp_path), free_port()), nprocs=2)
+    for family in (*FAMILIES, NO_SINGLES):
+        torch.manual_seed(0)
+        objective, batch = taught(family)
+        backward(objective, batch)
+        for how in ("ddp", "fsdp"):
+            for rank in range(2):
+                found = load_file(tmp_path / f"{family}-{how}-{rank}.safetensors")
+                for name, p in objective.named_parameters():
+                    if p.requires_grad:
+                        atol = 1e-5 * max(1.0, p.grad.abs().max().item())
+                        torch.testing.assert_close(found[name], p.grad, rtol=1e-4, atol=atol, msg=f"{family} {name}")

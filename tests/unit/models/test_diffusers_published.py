@@ -10,11 +10,16 @@ from safetensors.torch import load_file, save_file
 
 from selftrans.checkpoints.load import load_model
 from selftrans.cli.main import main
+from selftrans.config import SampleConfig
 from selftrans.data.dataset import Dataset
+from selftrans.encoders.autoencoder import load_autoencoder
+from selftrans.encoders.text import load_text_encoder
 from selftrans.interop.exporting import export_run
 from selftrans.interop.importing import import_run
 from selftrans.models.diffusers_published import FAMILIES, WEIGHTS, describe, from_pretrained
 from selftrans.recipes import recipe
+from selftrans.sampling.conditioning import conditioning_of
+from selftrans.sampling.images import Sampler
 from selftrans.train.run import train
 from selftrans.types import TEXT, Conditions
 from tests.support import captioned, toy
@@ -139,6 +144,19 @@ def test_null_text_of_an_imported_model_is_unknown(tmp_path):
         model.null(example)
     model.use_null(example)
     assert model.null(example)[TEXT].shape == (1, 333, 24)
+
+
+def test_an_imported_model_of_text_is_sampled_and_its_null_comes_from_the_encoder(tmp_path):
+    """config.json says neither which encoder it had nor what the empty caption is: the encoder that is given says both."""
+    encoder = captioned.save_text_encoder(tmp_path / "encoder")
+    model = tiny("sd3", conditions=Conditions("text", tokens=12, width=16))
+    assert not model.null_set
+    settings = SampleConfig(num=2, steps=1, sampler="heun", prompts=("a red square",), guidance_scale=2.0)
+    conditioning = conditioning_of(model.conditions, settings, text_encoder=encoder)
+    sampler = Sampler(model, load_autoencoder("values"), settings, device="cpu", conditioning=conditioning)
+    assert next(sampler.sample()).images.shape == (2, *model.shape) and model.null_set
+    expected = load_text_encoder(encoder, 12).encode([""])
+    assert all(torch.equal(x, expected[name]) for name, x in model.null(expected).items())
 
 
 @pytest.mark.parametrize(

@@ -202,6 +202,22 @@ def test_default_patchify_and_null():
     assert model.null(torch.tensor([1, 2])).tolist() == [CLASSES, CLASSES]
 
 
+def test_null_of_text_is_the_empty_caption_unless_given():
+    conditions = Conditions("text", tokens=2, width=3)
+    empty = {"text": torch.rand(1, 2, 3), "mask": torch.tensor([[True, False]])}
+    rows = {"text": torch.zeros(4, 2, 3), "mask": torch.ones(4, 2, dtype=torch.bool)}
+    model, again = plain(conditions=conditions), plain(conditions=conditions)
+    with pytest.raises(ValueError, match="call use_null"):
+        model.null(rows)
+    model.use_null(empty)
+    again.load_state_dict(copy.deepcopy(model).truncated(2).state_dict(), strict=False)
+    for each in (model, again):
+        assert all(torch.equal(each.null(rows)[k], empty[k].expand_as(rows[k])) for k in rows)
+    own = plain(conditions=conditions, null=lambda cond: {k: x + 1 for k, x in cond.items()})
+    own.use_null(empty)
+    assert own.null(rows)["text"].unique().tolist() == [1.0] and "null_text" not in own.state_dict()
+
+
 # ---- copies, truncation, recomputing
 
 
@@ -352,7 +368,7 @@ def test_an_output_changed_in_place_can_be_copied():
         ({"blocks": lambda net: [net.embed, net.embed]}, "twice"),
         ({"grid": (3, 2)}, "does not divide"),
         ({"grid": (4,)}, "does not divide"),
-        ({"conditions": Conditions("text")}, "give null="),
+        ({"conditions": Conditions("text")}, "needs text tokens"),
     ],
 )
 def test_modules_that_do_not_fit_are_refused(changed, message):

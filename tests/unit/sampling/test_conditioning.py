@@ -59,7 +59,7 @@ class Counting:
 
     def encode(self, texts):
         self.calls.append(list(texts))
-        rows = torch.tensor([float(text.split()[0]) for text in texts])
+        rows = torch.tensor([float(text.split()[0]) if text else -1.0 for text in texts])
         mask = torch.arange(4) < torch.tensor([[len(text.split())] for text in texts])
         return {TEXT: rows[:, None, None].expand(-1, 4, 3), MASK: mask}
 
@@ -70,7 +70,8 @@ def test_image_k_has_prompt_k_modulo_their_number():
     cond, labels = found.of(np.array([0, 4, 5, 3]))
     assert labels.tolist() == [0, 1, 2, 0] and cond[TEXT].shape == (4, 4, 3)
     assert cond[TEXT][:, 0, 0].tolist() == [7, 8, 9, 7] and cond[MASK].sum(dim=1).tolist() == [1, 2, 3, 1]
-    assert found.texts(np.array([4, 0])) == ["8 8", "7"] and encoder.calls == [["7", "8 8", "9 9 9"]]
+    assert found.texts(np.array([4, 0])) == ["8 8", "7"] and encoder.calls == [[""], ["7", "8 8", "9 9 9"]]
+    assert found.null[TEXT].shape == (1, 4, 3) and found.null[TEXT].eq(-1).all() and not found.null[MASK].any()
     assert found.described == {"prompts": ["7", "8 8", "9 9 9"], "text_encoder_sha256": "s" * 64}
 
 
@@ -79,14 +80,14 @@ def test_many_prompts_are_encoded_in_fixed_groups_of_which_few_are_kept(monkeypa
     monkeypatch.setattr(module, "KEPT", 4)
     few, many = Counting(), Counting()
     PromptConditioning([str(k) for k in range(4)], few)
-    assert few.calls == [["0", "1"], ["2", "3"]], "at once"
+    assert few.calls == [[""], ["0", "1"], ["2", "3"]], "at once"
     found = PromptConditioning([str(k) for k in range(7)], many)
-    assert many.calls == []
+    assert many.calls == [[""]]
     for indices in ([6], [0, 3], [1], [13, 2, 5]):
         cond, labels = found.of(np.array(indices))
         assert cond[TEXT][:, 0, 0].tolist() == labels.tolist() == [k % 7 for k in indices]
         assert len(found._groups) <= 2
-    assert many.calls == [["6"], ["0", "1"], ["2", "3"], ["6"], ["4", "5"]], "never in the groups of a batch"
+    assert many.calls[1:] == [["6"], ["0", "1"], ["2", "3"], ["6"], ["4", "5"]], "never in the groups of a batch"
 
 
 def test_long_prompts_are_counted_in_a_warning():
@@ -129,6 +130,9 @@ def test_other_encoder_is_refused(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match=r"empty' cannot be loaded .*; give the one that .* with --text-encoder PATH"):
         conditioning_of(text_conditions(), SampleConfig(prompts=("a",)), text_encoder=str(tmp_path / "empty"))
+    wide = Conditions("text", tokens=12, width=24)
+    with pytest.raises(ValueError, match=r"other gives tokens of 16 channels, not 24; "):
+        conditioning_of(wide, SampleConfig(prompts=("a",)), text_encoder=other)
     nameless = Conditions("text", tokens=4, width=3, sha256="0" * 64)
     with pytest.raises(ValueError, match="the text encoder has no name here; give the one"):
         conditioning_of(nameless, SampleConfig(prompts=("a",)))

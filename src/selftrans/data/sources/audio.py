@@ -64,7 +64,7 @@ def open_sounds(root: Path, files: Source, options: MediaOptions, progress: bool
         rate = _common(headers, "rate", "samples per second", "--rate")
     if length is None:
         length = _common(headers, "seconds", "seconds", "--length")
-    samples = round(min(length, MAX_SAMPLES) * rate)
+    samples = round(min(length, MAX_SAMPLES) * rate) if length > 0 else 0  # 0 for NaN, too
     if not 1 <= rate <= MAX_RATE or not 1 <= samples <= MAX_SAMPLES:
         raise ValueError(
             f"--rate {rate} and --length {length:g} give {samples} samples; 1 to {MAX_SAMPLES} can be read"

@@ -48,7 +48,7 @@ def open_videos(root: Path, files: Source, options: MediaOptions, resolution: Re
         with closing(iter_frames(path)) as stream:
             pictures = list(islice(stream, frames))
         if len(pictures) < frames:
-            raise ValueError(f"it has {len(pictures)} frames, fewer than --frames {frames}")
+            raise ValueError(f"its length is {len(pictures)}, less than --frames {frames}")
         if resolution is None and (pictures[0].height, pictures[0].width) != first:
             raise ValueError(
                 f"it is {pictures[0].height}x{pictures[0].width}, the first {size_text(first)}; give --resolution"

@@ -121,6 +121,7 @@ def test_interrupted_and_continued_equals_uninterrupted(tmp_path: Path) -> None:
         (["--frames", "8"], "--frames does not apply to sounds"),
         (["--bins", "8"], "--bins does not apply to waveforms"),
         (["--rate", "0"], "give 0 samples"),
+        (["--length", "nan"], "--length nan give 0 samples"),
         (["--length", "1e30"], "samples; 1 to"),
         (["--audio", "mel", "--hop", "1000000"], "--hop 1000000 should be"),
         (["--audio", "mel", "--bins", "0"], "--bins 0 and --hop 128 should be"),

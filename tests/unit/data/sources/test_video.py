@@ -83,7 +83,7 @@ def test_short_damaged_and_other_sizes_are_skipped_by_name(tmp_path: Path) -> No
         "short.gif",
         "wide.gif",
     }
-    assert reasons["one.gif"] == "it has 1 frames, fewer than --frames 4"
+    assert reasons["one.gif"] == "its length is 1, less than --frames 4"
     assert reasons["wide.gif"] == "it is 16x20, the first 16x16; give --resolution"
     assert "Invalid data" in reasons["list.mp4"]
 
