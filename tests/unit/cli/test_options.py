@@ -40,7 +40,9 @@ def test_sample_passes_the_options_that_were_set(flags, settings, monkeypatch, c
     sampled = lambda *args, **options: calls.append((args, options))  # noqa: E731
     monkeypatch.setattr("selftrans.sampling.folder.sample_to_folder", sampled)
     assert main(["sample", "run", "--out", "x", "--weights", "raw", *flags.split()]) == 0
-    assert calls == [(("run", Path("x"), settings), {"weights": "raw", "stage": None, "text_encoder": None})]
+    assert calls == [
+        (("run", Path("x"), settings), {"weights": "raw", "stage": None, "text_encoder": None, "size": None})
+    ]
 
 
 @pytest.mark.parametrize(("flags", "settings"), [(FLAGS, SET), ("--seed 0", {"seed": 0}), ("", {})])
