@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from selftrans.cli.main import main
-from tests.support import published_files, published_vae
+from tests.support import captioned, published_files, published_vae
 from tests.test_architecture import FILES, ORDER
 
 ROOT = Path(__file__).parents[2]
@@ -59,6 +59,7 @@ def workdir(tmp_path_factory: pytest.TempPathFactory) -> Path:
             for k in range(12):
                 image = Image.fromarray(rng.integers(0, 256, (side, side + k, 3), dtype=np.uint8))
                 image.save(workdir / folder / name / f"{k}.png")
+    captioned.pictures(workdir / "captioned")
     torch.manual_seed(0)
     vae = AutoencoderKL(
         block_out_channels=(4, 4, 4, 4),

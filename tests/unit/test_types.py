@@ -61,7 +61,7 @@ def test_default_backbone_is_one_part_and_is_not_truncated():
     assert all(torch.equal(p, q) for p, q in zip(shallow.parameters(), model.parameters(), strict=True))
 
 
-@pytest.mark.parametrize("name", ["forward", "null", "patchify"])
+@pytest.mark.parametrize("name", ["forward", "patchify"])
 def test_backbone_without_an_implementation_raises(name):
     arguments = (None, None, None) if name == "forward" else (None,)
     with pytest.raises(NotImplementedError):
