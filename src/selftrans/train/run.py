@@ -20,7 +20,7 @@ from selftrans.checkpoints import format as checkpoint
 from selftrans.checkpoints.adapted import INIT
 from selftrans.checkpoints.load import REPORT
 from selftrans.config import RunConfig
-from selftrans.data import buckets
+from selftrans.data.buckets import open_data
 from selftrans.data.dataset import Dataset
 from selftrans.data.manifest import BUCKETS, Manifest
 from selftrans.data.on_device import OnDevice
@@ -68,7 +68,7 @@ def _train(config: RunConfig, out: Path, bar: Callable[..., Any], quiet: bool) -
     with lock_file(out / ".lock") if main else contextlib.nullcontext(), StopSignal() as stop:
         if main:
             _remove_unfinished(out)
-        shards = open_data(config, out, accelerator)
+        shards = data_of_run(config, out, accelerator)
         config, given = choose(with_prompts(config, shards.manifest), settings_before(out), out)
         config = settle(config, out, shards.manifest)
         initial = initial_weights(config, shards, out, given)
@@ -141,7 +141,7 @@ def _accelerator(config: RunConfig, out: Path) -> Accelerator:
     )
 
 
-def open_data(config: RunConfig, out: Path, accelerator: Accelerator | None = None) -> Dataset:
+def data_of_run(config: RunConfig, out: Path, accelerator: Accelerator | None = None) -> Dataset:
     """The data of the run; built-in data are prepared here. ValueError when they are not what the config expects."""
     path = config.data.path
     if path is None:
@@ -153,7 +153,7 @@ def open_data(config: RunConfig, out: Path, accelerator: Accelerator | None = No
         if accelerator is not None:
             accelerator.wait_for_everyone()
     main = accelerator is None or accelerator.is_main_process
-    shards = buckets.open_data(path, verify=config.data.verify and main, text_encoder=config.data.text_encoder)
+    shards = open_data(path, verify=config.data.verify and main, text_encoder=config.data.text_encoder)
     manifest, expected = shards.manifest, config.data
     if expected.shape is not None and tuple(expected.shape) != tuple(manifest.shape):
         raise ValueError(f"{path} holds latents {manifest.shape}, but data.shape expects {expected.shape}")
