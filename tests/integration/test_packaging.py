@@ -23,7 +23,7 @@ EXTRAS = {name: [Requirement(line) for line in lines] for name, lines in PROJECT
 CORE = [Requirement(line) for line in PROJECT["dependencies"]]
 #: all that the tests need: the extra dev names others
 DEV = [r for r in EXTRAS["dev"] if r.name != "selftrans"] + [
-    r for name in next(r.extras for r in EXTRAS["dev"] if r.name == "selftrans") for r in EXTRAS[name]
+    r for name in sorted(next(r.extras for r in EXTRAS["dev"] if r.name == "selftrans")) for r in EXTRAS[name]
 ]
 PINS = {
     canonicalize_name(name): Version(version)
