@@ -86,7 +86,7 @@ def timestep(log_ratio: Tensor, table: Tensor) -> Tensor:
     """(N,) position between 0 and 999 at which the schedule has these log ratios; those outside it take its nearest end."""
     inside = log_ratio.clamp(table[0], table[-1])
     above = torch.searchsorted(table, inside).clamp(1, len(table) - 1)
-    low, high = table[above - 1], table[above]
+    low, high = table.gather(0, above - 1), table.gather(0, above)
     return above - 1 + (inside - low) / (high - low)
 
 

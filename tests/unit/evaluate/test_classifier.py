@@ -376,7 +376,7 @@ def test_values_extractor_refuses_unsupported_shapes() -> None:
     assert load_extractor("values", shape=(4, 1024)).dim == 4096
     with pytest.raises(ValueError, match=r"images of 1x4097 are 4,097 values.*at most 4,096"):
         load_extractor("values", shape=(1, 4097))
-    with pytest.raises(ValueError, match="the images are 2x3, the reference is 3x2"):
+    with pytest.raises(ValueError, match="images of 2x3 cannot be compared with images of 3x2"):
         load_extractor("values", shape=(3, 2))(np.zeros((1, 2, 3), np.float32))
     with pytest.raises(ValueError, match="no weights"):
         load_extractor("values", weights="x.pth", shape=(1, 2))
