@@ -104,8 +104,9 @@ class DiffusersBackbone(Backbone):
     def step(
         self, block: nn.Module, tokens: Tensor, context: Tensor | None, given: tuple[Any, ...]
     ) -> tuple[Tensor, Tensor | None]:
-        """The same after one block."""
-        raise NotImplementedError
+        """The same after one block. Default: a joint block, which takes both streams and returns the text first."""
+        context, tokens = self.run_block(block, tokens, context, *given)  # type: ignore[arg-type]
+        return tokens, context
 
     def finish(self, tokens: Tensor, given: tuple[Any, ...]) -> Tensor:
         """(N, C or 2 C, H, W) of the tokens after the last block."""
@@ -214,3 +215,12 @@ def initialise(net: nn.Module, zero: Iterable[nn.Module], small: Iterable[nn.Mod
     for part in zero:
         for parameter in part.parameters():
             nn.init.zeros_(parameter)
+
+
+def check_pooled(pooled: Pooled, width: int, conditions: Conditions) -> None:
+    """ValueError unless the mean of text tokens has as many channels as the pooled vector."""
+    if pooled == "mean" and width != conditions.width:
+        raise ValueError(
+            f"the pooled vector has {width} channels and a text token {conditions.width}, so the mean of the text cannot take "
+            "its place; set model.pooled none"
+        )

@@ -23,11 +23,11 @@ from selftrans.models.diffusers_backbone import (
     DiffusersBackbone,
     DiffusersConfig,
     Pooled,
+    check_pooled,
     initialise,
     pooled_text,
     unrounded,
 )
-from selftrans.models.diffusers_sd3 import check_pooled
 from selftrans.models.lightning import RMSNorm
 from selftrans.models.patch_transformer import LARGEST
 from selftrans.models.text_null import TextNull
@@ -171,12 +171,6 @@ class DiffusersFlux(TextNull, DiffusersBackbone):
         rows, columns = (torch.arange(n, dtype=torch.float32, device=device) for n in self.grid)
         cells = torch.cartesian_prod(torch.zeros(1, device=device), rows, columns)
         return torch.cat([cells.new_zeros(text, 3), cells], dim=0)
-
-    def step(
-        self, block: nn.Module, tokens: Tensor, context: Tensor | None, given: tuple[Any, ...]
-    ) -> tuple[Tensor, Tensor | None]:
-        context, tokens = self.run_block(block, tokens, context, *given)  # type: ignore[arg-type]
-        return tokens, context
 
     def finish(self, tokens: Tensor, given: tuple[Any, ...]) -> Tensor:
         out = self.net.proj_out(self.net.norm_out(tokens, given[0]))  # (N, T, C patch²): channel, row, column

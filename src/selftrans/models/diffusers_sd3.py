@@ -16,6 +16,7 @@ from selftrans.models.diffusers_backbone import (
     DiffusersBackbone,
     DiffusersConfig,
     Pooled,
+    check_pooled,
     initialise,
     pooled_text,
     unrounded,
@@ -119,20 +120,5 @@ class DiffusersSD3(TextNull, DiffusersBackbone):
         c = net.time_text_embed(time, pooled_text({**cond, TEXT: text}, self.pooled, self.pooled_width))  # (N, D)
         return tokens, unrounded(net.context_embedder(text)), (c,)
 
-    def step(
-        self, block: nn.Module, tokens: Tensor, context: Tensor | None, given: tuple[Any, ...]
-    ) -> tuple[Tensor, Tensor | None]:
-        context, tokens = self.run_block(block, tokens, context, *given)  # type: ignore[arg-type]
-        return tokens, context
-
     def finish(self, tokens: Tensor, given: tuple[Any, ...]) -> Tensor:
         return self.unpatchify(self.net.proj_out(self.net.norm_out(tokens, *given)))
-
-
-def check_pooled(pooled: Pooled, width: int, conditions: Conditions) -> None:
-    """ValueError unless the mean of text tokens has as many channels as the pooled vector."""
-    if pooled == "mean" and width != conditions.width:
-        raise ValueError(
-            f"the pooled vector has {width} channels and a text token {conditions.width}, so the mean of the text cannot take "
-            "its place; set model.pooled none"
-        )
