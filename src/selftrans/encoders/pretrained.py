@@ -28,6 +28,10 @@ def load_model(load: Any, folder: str, name: str, what: str, unused: tuple[str, 
         unused: parts of the names of weights that may be missing, since the output does not depend on them.
     Raises ValueError when it cannot be loaded, has no safetensors, or lacks other weights.
     """
+    # torch lists what `with torch.device(...)` covers at its first use. transformers replaces torch.linspace while it builds a
+    # model: if it were the first, torch.linspace would ignore `with torch.device(...)` for the rest of the process.
+    with torch.device("cpu"):
+        torch.empty(0)
     try:
         # weights that are not stored are drawn: training must not depend on that
         with torch.random.fork_rng(devices=[]), _quiet():

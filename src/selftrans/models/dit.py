@@ -66,12 +66,14 @@ def log_ratios(schedule: Schedule = "linear") -> Tensor:
     K is 1000; of the cosine schedule only the steps are kept whose ratio the linear one has, too (157 at most): beyond them z0
     is lost in the noise in float32.
     """
-    beta = torch.linspace(*BETAS, STEPS, dtype=torch.float64)
+    # named, since transformers, once it has loaded a model, may have taken torch.linspace out of what `with device` covers
+    device = torch.get_default_device()
+    beta = torch.linspace(*BETAS, STEPS, dtype=torch.float64, device=device)
     linear = _log_ratios(beta)
     if schedule == "linear":
         return linear
     level = torch.cos(
-        (torch.linspace(0, 1, STEPS + 1, dtype=torch.float64) + OFFSET) / (1 + OFFSET) * math.pi / 2
+        (torch.linspace(0, 1, STEPS + 1, dtype=torch.float64, device=device) + OFFSET) / (1 + OFFSET) * math.pi / 2
     ).square()
     cosine = _log_ratios((1 - level[1:] / level[:-1]).clamp(max=LARGEST_BETA))
     return cosine[cosine <= linear[-1]]

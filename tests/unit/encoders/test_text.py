@@ -14,6 +14,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from selftrans.encoders import text as text_module
+from selftrans.encoders.pretrained import load_model
 from selftrans.encoders.text import load_text_encoder
 from selftrans.types import MASK, TEXT, Conditions
 from tests.support.captioned import FAMILIES, WORDS, save_text_encoder
@@ -218,3 +219,24 @@ def test_ids_outside_the_vocabulary_are_refused(tmp_path: Path, wrong: int) -> N
     ids[0, 3] = wrong
     with pytest.raises(ValueError, match=re.escape(f"outside the vocabulary of {len(WORDS)}")):
         encoder.encode_ids(ids, mask)
+
+
+def test_loading_leaves_the_device_context_of_torch_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers replaces torch.linspace while it builds a model, and torch remembers what it first finds there."""
+    whole = torch.linspace
+
+    class Load:
+        @staticmethod
+        def from_pretrained(*_: Any, **__: Any) -> tuple[Any, dict[str, Any]]:
+            with monkeypatch.context() as patched, torch.device("meta"):
+                patched.setattr(torch, "linspace", lambda *args, **options: whole(*args, **{"device": "cpu"} | options))
+                return torch.nn.Linear(2, 2), {"missing_keys": []}
+
+    remembered = torch.utils._device._device_constructors
+    remembered.cache_clear()  # as in a new process
+    try:
+        load_model(Load, "", "", "", ())
+        with torch.device("meta"):
+            assert torch.linspace(0, 1, 2).is_meta
+    finally:
+        remembered.cache_clear()

@@ -325,3 +325,11 @@ def test_a_dit_is_trained(tmp_path):
     flags = [flag for flag in toy.flags() if not flag.startswith("--stage")]
     assert main([*words, *flags]) == 0
     assert type(load_model(tmp_path).model) is DiT and toy.log(tmp_path, "vanilla")[-1]["step"] == 8
+
+
+def test_schedule_is_made_on_the_device_of_the_model(monkeypatch):
+    """`transformers`, while it builds a model, replaces torch.linspace by one that is on the CPU unless told otherwise."""
+    linspace = torch.linspace
+    monkeypatch.setattr(torch, "linspace", lambda *args, **options: linspace(*args, **{"device": "cpu"} | options))
+    with torch.device("meta"):
+        assert log_ratios().is_meta
