@@ -13,9 +13,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from selftrans.cli.commands import COMMANDS
+from selftrans.cli.likely import unrecognised
 from selftrans.cli.options import RecipeCommand
 from selftrans.cli.overrides import parse_on_recipe
-from selftrans.cli.parse import UsageError, blank, parse, unrecognised
+from selftrans.cli.parse import UsageError, blank, parse
 from selftrans.plugins import trust
 from selftrans.suggest import closest, did_you_mean
 

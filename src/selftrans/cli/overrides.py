@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -119,8 +120,8 @@ def _own_options(kind: type[RecipeCommand[Any]], words: Sequence[str], prog: str
     command = blank(kind, recipe="", out=Path(), config=_NoOverrides())
     names, own, mine = option_names(command), [], True
     for word in words:
-        if word.startswith("--") and word not in HELP:
-            mine = word[2:].partition("=")[0].replace("_", "-") in names
+        if re.match(r"--|-[A-Za-z]", word) and word not in HELP:  # -3 is a value
+            mine = word.startswith("--") and word[2:].partition("=")[0].replace("_", "-") in names
         if mine and word not in HELP:
             own.append(word)
     return parse(command, own, prog, kind=kind[_NoOverrides], see=prog)  # type: ignore[index]

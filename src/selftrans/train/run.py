@@ -30,7 +30,7 @@ from selftrans.methods.objective import Objective
 from selftrans.methods.registry import stages
 from selftrans.methods.spec import Stage
 from selftrans.plugins import trust_named
-from selftrans.storage import lock_file, remove_stale_temporaries, write_json
+from selftrans.storage import lock_file, remove_stale_temporaries, removed_if_refused, write_json
 from selftrans.train.fitting import describe
 from selftrans.train.initial_weights import InitialWeights, choose, initial_weights
 from selftrans.train.log import progress_bar
@@ -65,7 +65,12 @@ def _train(config: RunConfig, out: Path, bar: Callable[..., Any], quiet: bool) -
     main = accelerator.is_main_process
     if accelerator.device.type == "cpu":
         keep_memory()
-    with lock_file(out / ".lock") if main else contextlib.nullcontext(), StopSignal() as stop:
+    new = [path for path in (out / "data", out / ".lock", out) if main and not path.exists()]
+    with (
+        lock_file(out / ".lock") if main else contextlib.nullcontext(),
+        removed_if_refused(new, keep=out / "config.json"),
+        StopSignal() as stop,
+    ):
         if main:
             _remove_unfinished(out)
         shards = data_of_run(config, out, accelerator)
