@@ -163,7 +163,7 @@ def curves(
     axes.set(xlabel=xlabel, ylabel=ylabel, xscale="log" if logx else "linear", yscale="log" if logy else "linear")
     plain_ticks(axes, logx, logy)
     if not logx and all((x == np.round(x)).all() for x, _ in drawn):
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.locator_params(axis="x", integer=True)
     axes.legend(frameon=False)
     return figure
 
