@@ -104,6 +104,7 @@ MANNERED = re.compile(
 COVERED_BY = {
     "__main__": "unit/cli/test_main.py",
     "cli/commands": "unit/cli/test_main.py",
+    "cli/doctor_command": "unit/experiments/test_doctor.py",
     "cli/experiment_commands": "unit/cli/test_main.py",
     "data/decoded": "unit/data/test_prepare.py",
     "data/encode": "unit/data/test_prepare.py",

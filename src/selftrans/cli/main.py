@@ -37,8 +37,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except UsageError as error:
         return _end(str(error), WRONG_ARGUMENTS)
-    except (ValueError, OSError, FloatingPointError, ImportError) as error:
-        return _end(str(error), FAILED)
+    except (ValueError, OSError, FloatingPointError, ImportError, MemoryError) as error:
+        return _end(str(error) or "out of memory", FAILED)
     except KeyboardInterrupt:
         return _end("interrupted; the same command continues", INTERRUPTED)
     except SystemExit as stop:  # tyro's, after a help page
