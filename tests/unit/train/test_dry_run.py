@@ -33,7 +33,7 @@ def test_command_writes_nothing(tmp_path, monkeypatch, capsys):
     shown = capsys.readouterr().out
     assert "nothing was written; the run will write to run:" in shown and "stage2/checkpoints/" in shown
     assert "steps/s" in shown and "GB free" in shown and os.listdir(tmp_path) == []
-    assert main(["train", "digits", "--out=run", "--dry-run", "--model.heads=7", *toy.flags()]) == 1
+    assert main(["train", "digits", "--out=run", "--dry-run", *toy.flags(), "--model.heads=7"]) == 1
     assert os.listdir(tmp_path) == []
 
 
