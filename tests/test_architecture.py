@@ -114,6 +114,7 @@ COVERED_BY = {
     "data/shard_plan": "unit/data/test_prepare.py",
     "data/sources/clips": "unit/data/sources/test_audio.py",
     "data/sources/source": "unit/data/sources/test_open_source.py",
+    "encoders/latent_space": "unit/encoders/test_autoencoder.py",
     "encoders/pretrained": "unit/encoders/test_vision.py",
     "evaluate/extractors": "unit/evaluate/test_statistics.py",
     "experiments/analyse_run": "unit/cli/test_main.py",

@@ -117,6 +117,21 @@ def test_lognormal_times_have_edm_noise_to_signal_ratios(path):
             assert t.quantile(q).item() == pytest.approx(r / (1 + r), abs=0.02)
 
 
+@pytest.mark.parametrize("path", PATHS.values(), ids=PATHS)
+def test_standard_lognormal_times_are_those_of_repa(path):
+    """sigma = exp(normal), then t = sigma / (1 + sigma) on the linear path, 2 / pi atan(sigma) on the cosine path."""
+    torch.manual_seed(3)
+    t = flow.lognormal_standard_times(4000, path, CPU).double()
+    torch.manual_seed(3)
+    sigma = torch.randn(4000).double().exp()
+    expected = sigma / (1 + sigma) if path is flow.LINEAR else 2 / math.pi * sigma.atan()
+    torch.testing.assert_close(t, expected, rtol=1e-5, atol=1e-6)
+    assert scipy.stats.kstest((path.sigma(t) / path.alpha(t)).log().numpy(), "norm").pvalue > 1e-3
+    if path is flow.LINEAR:  # the logit of t is the logarithm of the ratio
+        torch.manual_seed(3)
+        torch.testing.assert_close(t, flow.logitnormal_times(4000, path, CPU).double(), rtol=1e-5, atol=1e-6)
+
+
 def test_logitnormal_times_have_the_density_of_the_paper():
     torch.manual_seed(3)
     t = flow.logitnormal_times(4000, flow.COSINE, CPU).double()

@@ -34,8 +34,8 @@ def chosen(asked: bool | None, autoencoder: str, before: Manifest | None, *, med
     """
     if media or autoencoder not in ("pixel", "values"):
         if asked is not None:
-            what = "sounds and videos" if media else f"autoencoder {autoencoder}"
-            raise ValueError(f"standardise is for pixels and values; {what} has a scale of its own: leave it out")
+            what = "sounds and videos have" if media else f"autoencoder {autoencoder} has"
+            raise ValueError(f"standardise is for pixels and values; {what} a known scale: leave it out")
         return False
     if asked is None:
         return bool(before.options.get(OPTION)) if before else autoencoder == "pixel"

@@ -1,6 +1,7 @@
 """From a model to images: a random stream per image, conditions, and the sampler."""
 
 import copy
+import dataclasses
 import warnings
 
 import numpy as np
@@ -55,8 +56,8 @@ def small_model(num_classes=10):
     return model
 
 
-def gather(model, config, indices=None):
-    batches = list(Sampler(model, PixelAutoencoder(), config, device="cpu").sample(indices))
+def gather(model, config, autoencoder=None, indices=None):
+    batches = list(Sampler(model, autoencoder or PixelAutoencoder(), config, device="cpu").sample(indices))
     return [np.concatenate(parts) for parts in zip(*batches, strict=True)]
 
 
@@ -210,13 +211,35 @@ def test_loaded_model_is_described_and_sampled_in_fp32():
     loaded = load_model(toy.finished())
     config = SampleConfig(num=3, steps=2, sampler="heun")
     sampler = Sampler.of(loaded, config)
-    expected = config.settings() | {"weights": "ema", "stage": "stage2", "step": 8, "autoencoder": "pixel"}
+    expected = config.settings() | {"weights": "ema", "stage": "stage2", "step": 8, "autoencoder": toy.PIXELS}
     assert sampler.described == expected | {"labels": "balanced", "num_classes": 10, "source": loaded.source}
     (batch,) = sampler.sample()
     plain = load_model(toy.finished()).model
-    assert np.array_equal(batch.images, gather(plain, config)[2])
+    assert np.array_equal(batch.images, gather(plain, config, load_autoencoder(toy.PIXELS))[2])
     with pytest.raises(ValueError, match=r"sample\.steps"):
         Sampler.of(loaded, SampleConfig(steps=0))
+
+
+def test_samples_are_decoded_by_another_autoencoder_and_truncated(tmp_path):
+    own, other = (save_vae(tmp_path / name, channels=1, seed=seed) for seed, name in enumerate(("own", "other")))
+    config = SampleConfig(num=3, steps=2, sampler="heun")
+    changed = dataclasses.replace(config, decode_with=other, rounding="down")
+
+    def sampled(settings):
+        sampler = Sampler.of(load_model(toy.finished())._replace(autoencoder=own), settings)
+        return sampler.described, next(sampler.sample()).images.astype(int)
+
+    plain, images = sampled(config)
+    assert "decode_with" not in plain and "rounding" not in plain, "folders of samples begun before are continued"
+    described, decoded = sampled(changed)
+    assert described == plain | {"decode_with": other, "rounding": "down"}
+    expected = gather(load_model(toy.finished()).model, config, load_autoencoder(other))[2]
+    assert images.shape == (3, 16, 16, 3) and np.abs(images - decoded).max() > 2
+    assert set((expected - decoded).flatten()) == {0, 1}, "rounded and truncated"
+    with pytest.raises(ValueError, match=r"cannot decode latents of pixel\(.*is no VAE"):
+        Sampler.of(load_model(toy.finished()), changed)
+    with pytest.raises(ValueError, match=r"sample\.rounding 'up' is unknown; choose nearest or down"):
+        dataclasses.replace(config, rounding="up").check()
 
 
 @pytest.mark.parametrize(("precision", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from selftrans.cli.main import main
 from selftrans.config import SampleConfig
-from selftrans.encoders.identity import PixelAutoencoder
+from selftrans.encoders.autoencoder import load_autoencoder
 from selftrans.sampling.folder import sample_to_folder
 from selftrans.sampling.images import Sampler, fill
 from selftrans.sampling.sample_file import read_png
@@ -46,7 +46,7 @@ def test_pictures_npz_and_samples_json(tmp_path):
     settings = record["settings"]
     assert settings["source"]["path"] == str(file.resolve()) and settings["source"]["sha256"] == sha256_file(file)
     expected = {"steps": 2, "sampler": "heun", "guidance_scale": 1.0, "weights": "ema", "stage": "stage2", "step": 8}
-    assert settings.items() >= expected.items() and settings["autoencoder"] == "pixel"
+    assert settings.items() >= expected.items() and settings["autoencoder"] == toy.PIXELS
 
 
 def test_padded_batches_give_no_extra_pictures(tmp_path, monkeypatch):
@@ -69,7 +69,7 @@ def test_command_gives_the_images_of_the_library(tmp_path):
     config = SampleConfig(
         num=6, steps=3, sampler="sde", guidance_scale=2.0, guidance_interval=(0.2, 0.9), seed=5, batch_size=6
     )
-    (_, labels, pictures), *more = Sampler(model, PixelAutoencoder(), config, device="cpu").sample()
+    (_, labels, pictures), *more = Sampler(model, load_autoencoder(toy.PIXELS), config, device="cpu").sample()
     assert not more and np.array_equal(images(tmp_path)[1], labels)
     assert np.abs(images(tmp_path)[0].astype(int) - pictures).max() <= 1  # rounding depends on the batch size
 

@@ -258,6 +258,17 @@ def test_settings_that_do_not_affect_results_may_change(tmp_path):
     assert json.loads((run / "config.json").read_text())["sample"]["steps"] == 3
 
 
+def test_same_pictures_at_another_scale_are_refused(tmp_path):
+    run = toy.copy(toy.finished(), tmp_path / "run")
+    prepare("digits", tmp_path / "plain", flip=True, standardise=False, progress=False)
+    with pytest.raises(
+        ValueError, match=r"trained on latents with shift \[-0.389382\] .* are now shift 0.0 and scale 1.0"
+    ):
+        train(toy.toy({"data.path": str(tmp_path / "plain")}), run)
+    with pytest.raises(ValueError, match=r"which data\.autoencoder pixel would decode to other pixels"):
+        train(toy.toy({"data.autoencoder": "pixel"}), tmp_path / "new")
+
+
 def test_other_data_are_refused(tmp_path):
     run = toy.copy(toy.finished(), tmp_path / "run")
     before = toy.tree(run)
