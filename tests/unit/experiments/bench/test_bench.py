@@ -283,6 +283,15 @@ def test_shard_reads_are_compared_with_plain_files(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(400)
+def test_ablations_combine_every_setting_of_a_grid() -> None:
+    found = script("ablations").with_grid({"w5": {"stage2.scale": 5.0}}, ["train.lr=1e-3,2e-3", "model.label_std=0.5"])
+    shared = {"stage2.scale": 5.0, "model.label_std": 0.5}
+    assert found == {
+        "w5-lr=1e-3-label_std=0.5": shared | {"train.lr": 0.001},
+        "w5-lr=2e-3-label_std=0.5": shared | {"train.lr": 0.002},
+    }
+
+
 def test_ablations_are_compared(tmp_path: Path) -> None:
     command = [sys.executable, script("ablations").__file__, "digits", "--out", str(tmp_path), "--workers", "1"]
     command += ["--steps", "4", "--seeds", "0", "--images", "12", "--variants", "vanilla", "vanilla-uniform"]
