@@ -111,6 +111,14 @@ def lognormal_times(n: int, path: Path, device: torch.device) -> Tensor:
     return path.t_of_ratio(torch.exp(torch.randn(n, device=device) * 1.2 - 1.2))
 
 
+def lognormal_standard_times(n: int, path: Path, device: torch.device) -> Tensor:
+    """(n,) times whose noise-to-signal ratio is log-normal with mean 0 and deviation 1 (REPA's "lognormal", in its loss.py).
+
+    On the linear path the same density as `logitnormal_times`.
+    """
+    return path.t_of_ratio(torch.exp(torch.randn(n, device=device)))
+
+
 def logitnormal_times(n: int, path: Path, device: torch.device) -> Tensor:
     """(n,) times whose logit is standard normal (SD3, 2403.03206, section 3.1; LightningDiT's "lognorm")."""
     return torch.sigmoid(torch.randn(n, device=device))
@@ -120,6 +128,7 @@ TIMES = {
     "systematic": systematic_times,
     "uniform": uniform_times,
     "lognormal": lognormal_times,
+    "lognormal_standard": lognormal_standard_times,
     "logitnormal": logitnormal_times,
 }
 

@@ -19,6 +19,7 @@ import torch
 from selftrans.config import RunConfig, to_json
 from selftrans.data.dataset import Dataset, Manifest
 from selftrans.data.prepare import prepare_builtin
+from selftrans.encoders.identity import identity_kind
 from selftrans.evaluate.extractors import MAX_VALUES, load_extractor
 from selftrans.evaluate.plots import save
 from selftrans.experiments import html_report
@@ -139,7 +140,7 @@ def with_defaults(config: RunConfig, out: Path, *, features: str | None = None) 
     if features is None:
         manifest = Dataset.open(str(config.data.path)).manifest
         features, own = _without_classes(manifest), out / "classifier.safetensors"
-        if manifest.autoencoder == "pixel" and manifest.num_classes > 1:
+        if identity_kind(manifest.autoencoder) == "pixel" and manifest.num_classes > 1:
             features = str(own)
             if not own.exists():
                 print(classifier_from_data(str(config.data.path), own, epochs=12, seed=0))
