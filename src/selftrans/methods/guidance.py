@@ -47,6 +47,13 @@ class Guidance(nn.Module):
         """The term before its weight, and what the log should show, all 0-d tensors."""
         raise NotImplementedError
 
+    def null_rows(self, d: Draw) -> Tensor | None:
+        """Samples (N,), true where the student gets the null condition, besides those dropped. Default None: no others.
+
+        Called before the student, once in a step, after everything in the draw has been drawn.
+        """
+        return None
+
     def watch(self, average: Backbone) -> None:
         """Take the student's moving average, which the trainer updates in place. Default: it is not wanted."""
 
@@ -130,6 +137,19 @@ def capacity(n: int, timestep_range: tuple[float, float]) -> int:
     return min(n, max(1, math.ceil(n * (b - a) - 1e-6)))
 
 
+def within(t: Tensor, timestep_range: tuple[float, float]) -> Tensor:
+    """Which times (N,) lie in the closed range [a, b]."""
+    a, b = timestep_range
+    return (a <= t) & (t <= b)
+
+
+def counted(t: Tensor, timestep_range: tuple[float, float] | None, mode: str) -> Tensor:
+    """Which samples (N,) count in the term of `gate`, by their times."""
+    return (
+        torch.ones_like(t, dtype=torch.bool) if timestep_range is None or mode == "scale" else within(t, timestep_range)
+    )
+
+
 def gate(d: Draw, timestep_range: tuple[float, float] | None, mode: str) -> Gate:
     """The three timestep modes.
 
@@ -140,8 +160,7 @@ def gate(d: Draw, timestep_range: tuple[float, float] | None, mode: str) -> Gate
     n = d.t.shape[0]
     if timestep_range is None:
         return Gate(None, torch.full_like(d.t, 1 / n))
-    a, b = timestep_range
-    inside = (a <= d.t) & (d.t <= b)
+    inside = within(d.t, timestep_range)
     if mode == "scale":
         return Gate(None, (inside.float().mean(dim=0) / n).expand(n))
     assert mode == "select"

@@ -20,6 +20,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+import torch
 from torch import Tensor, nn
 
 from selftrans.methods.guidance import (
@@ -29,6 +30,7 @@ from selftrans.methods.guidance import (
     check_gate,
     check_term,
     check_tokens,
+    counted,
     feature_error,
     gate,
     ineffective_range_mode,
@@ -99,6 +101,9 @@ class Stage2(Section):
     """the term ends here, and teacher and head leave the step; None: never"""
     target_norm: Literal["none", "layer", "cosine"] = "none"
     """none: squared error (paper); layer: on LayerNorm(f_g); cosine: 1 - cos per token"""
+    null_rows: float = 0.0
+    """fraction of the guided samples whose student gets the null condition, so that it cannot read the label's part of the
+    target from its label; they count as unconditional samples in the flow loss, too"""
     teacher_weights: Literal["raw", "ema"] = "raw"
     """which weights of the stage-1 run teach"""
     head_width: int = 2048
@@ -108,6 +113,8 @@ class Stage2(Section):
         check_term(self, self.weight, self.head_width)
         if not math.isfinite(self.scale):
             raise ValueError(f"stage2.scale must be a number, not {self.scale}")
+        if not 0 <= self.null_rows <= 1:
+            raise ValueError(f"stage2.null_rows is a fraction of the guided samples, in [0, 1], not {self.null_rows}")
 
     def ineffective(self) -> dict[str, str]:
         return ineffective_range_mode(self.timestep_range)
@@ -160,6 +167,12 @@ class SelfGuidance(Guidance):
         target = self.guided_features(d, picked.rows)  # (M, T, D of the teacher)
         error = feature_error(self.head(hidden).float(), target, self.config.target_norm)  # (M,)
         return picked.mean(error), {"feature_norm": token_norm(hidden), "target_norm": token_norm(target)}
+
+    def null_rows(self, d: Draw) -> Tensor | None:
+        if not self.config.null_rows:
+            return None
+        guided = counted(d.t, self.config.timestep_range, self.config.range_mode)
+        return guided & (torch.rand_like(d.t) < self.config.null_rows)
 
     def guided_features(self, d: Draw, rows: Tensor | None = None) -> Tensor:
         """f_g = f_u + w (f_c - f_u) for the given rows of the draw, (M, T, D) in float32, never with a gradient."""
@@ -214,9 +227,10 @@ def _self_transcendence(config: RunConfig) -> list[Stage]:
 def _settle(config: RunConfig, conditions: Conditions) -> RunConfig:
     """Without conditions f_c = f_u, so guided features are the features: w = 1, at half the cost."""
     stage2 = config.section(Stage2)
-    if conditions.kind == "none" and stage2.scale != 1:
-        warnings.warn(f"stage2.scale {stage2.scale:g} is ignored: the data have no classes", stacklevel=5)
-        config = config.override({"stage2.scale": 1.0})
+    for name, plain in (("scale", 1.0), ("null_rows", 0.0)) if conditions.kind == "none" else ():
+        if getattr(stage2, name) != plain:
+            warnings.warn(f"stage2.{name} {getattr(stage2, name):g} is ignored: the data have no classes", stacklevel=5)
+            config = config.override({f"stage2.{name}": plain})
     return config
 
 

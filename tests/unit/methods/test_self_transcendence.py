@@ -26,6 +26,7 @@ from selftrans.methods.self_transcendence import default_teacher_block
 from selftrans.models.sit import SIT_SIZES
 from tests.support.stub import (
     Stub,
+    TextStub,
     gains_by_hand,
     handmade_draw,
     layer_norm_by_hand,
@@ -430,3 +431,53 @@ def test_guidance_depends_on_draw_and_features_only():
     feature = torch.randn(6, 4, 8)
     for g in guidances:
         assert torch.equal(g(d, {2: feature})[0], g(d, {2: feature})[0])
+
+
+# ---- null_rows
+
+
+@pytest.mark.parametrize(("span", "mode"), MODES)
+def test_null_rows_of_one_give_every_guided_sample_the_null_condition(span, mode):
+    student, d = Stub(), handmade_draw(TIMES, dropped=(0,))
+    Objective(student, [guidance(student, frozen(), timestep_range=span, range_mode=mode, null_rows=1.0)]).losses(d, 0)
+    guided = [gain > 0 for gain in gains_by_hand(TIMES, span, mode)]
+    expected = [7 if i == 0 or guided[i] else d.cond[i].item() for i in range(6)]
+    assert student.calls[0]["cond"].tolist() == expected
+
+
+def test_fraction_of_null_rows_follows_the_next_random_numbers():
+    """After the draw of the step, and only where the option is used: the default consumes no random number."""
+    b = Batch(torch.randn(2000, 2, 4, 4), torch.randint(7, (2000,)))
+    seen, states = {}, {}
+    for fraction in (0.0, 0.25):
+        student, teacher = Stub(), frozen()
+        objective = Objective(student, [guidance(student, teacher, null_rows=fraction)])
+        torch.manual_seed(5)
+        objective(b, 0)
+        seen[fraction], states[fraction] = student.calls[0]["cond"], torch.get_rng_state()
+        assert not (teacher.model.calls[0]["cond"][: len(teacher.model.calls[0]["cond"]) // 2] == 7).any()
+    torch.manual_seed(5)
+    d = flow.draw(b, torch.full((2000,), 7))
+    assert torch.equal(seen[0.0], d.dropped) and torch.equal(states[0.0], torch.get_rng_state())
+    inside = (d.t >= 0.4) & (d.t <= 0.7)
+    hidden = inside & (torch.rand(2000) < 0.25)
+    assert torch.equal(seen[0.25], torch.where(hidden, 7, d.dropped)) and 100 < hidden.sum() < 200
+
+
+def test_null_rows_work_with_captions():
+    student, d = TextStub(), handmade_draw(TIMES)
+    captions = {"tokens": torch.randn(6, 3, 2), "mask": torch.ones(6, 3, dtype=torch.bool), "pooled": torch.randn(6, 4)}
+    d = d._replace(cond=captions, null=student.null(captions), dropped=captions)
+    teacher = Frozen(TextStub(abc=TEACHER), 3)
+    Objective(student, [guidance(student, teacher, null_rows=1.0)]).losses(d, 0)
+    seen = student.calls[0]["cond"]
+    for name, given in captions.items():
+        for i, t in enumerate(TIMES):
+            expected = d.null[name][i] if 0.4 <= t <= 0.7 else given[i]
+            assert torch.equal(seen[name][i], expected)
+
+
+@pytest.mark.parametrize("fraction", [-0.1, 1.5, math.nan])
+def test_impossible_fractions_are_refused(fraction):
+    with pytest.raises(ValueError, match=r"stage2\.null_rows is a fraction"):
+        Stage2(null_rows=fraction).check()
