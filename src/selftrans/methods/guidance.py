@@ -203,6 +203,13 @@ def check_tokens(student: Backbone, teacher: Frozen) -> None:
         )
 
 
+def remaining(step: int, until_step: int | None, fraction: float) -> float:
+    """1, and during the last `fraction` of the steps before `until_step` a linear fall to 0; a function of the step alone."""
+    if until_step is None or not fraction:
+        return 1.0
+    return min(1.0, max(0.0, (until_step - step) / (fraction * until_step)))
+
+
 def check_term(section: Section, weight: float, head_width: int = 1) -> None:
     """ValueError unless lambda is a number from 0 and the head has a width."""
     if not 0 <= weight < math.inf or head_width < 1:

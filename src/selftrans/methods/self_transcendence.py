@@ -36,9 +36,11 @@ from selftrans.methods.guidance import (
     ineffective_range_mode,
     initialised,
     projector,
+    remaining,
     selected,
     token_norm,
 )
+from selftrans.methods.label_part import LabelPart
 from selftrans.methods.spec import MethodSpec, PublishedHeads, Stage, TeacherSpec
 from selftrans.sections import Section, setting
 from selftrans.types import Backbone, Conditions, Draw, take_cond
@@ -104,6 +106,11 @@ class Stage2(Section):
     null_rows: float = 0.0
     """fraction of the guided samples whose student gets the null condition, so that it cannot read the label's part of the
     target from its label; they count as unconditional samples in the flow loss, too"""
+    label_part: Literal["keep", "remove", "decay"] = "keep"
+    """what a table by label and token explains of the target: keep (paper); remove, by running means; decay: what is kept falls
+    linearly from all to nothing at until_step. Needs labels, and 4 (classes + 1) x tokens x width bytes for the means"""
+    fade: float = 0.0
+    """last fraction of the steps before until_step in which lambda falls linearly to zero; 0: the term ends at once"""
     teacher_weights: Literal["raw", "ema"] = "raw"
     """which weights of the stage-1 run teach"""
     head_width: int = 2048
@@ -115,6 +122,10 @@ class Stage2(Section):
             raise ValueError(f"stage2.scale must be a number, not {self.scale}")
         if not 0 <= self.null_rows <= 1:
             raise ValueError(f"stage2.null_rows is a fraction of the guided samples, in [0, 1], not {self.null_rows}")
+        if not 0 <= self.fade <= 1:
+            raise ValueError(f"stage2.fade is a fraction of the steps before until_step, in [0, 1], not {self.fade}")
+        if self.until_step is None and (self.fade or self.label_part == "decay"):
+            raise ValueError("stage2.fade and stage2.label_part decay need the end of the term; give stage2.until_step")
 
     def ineffective(self) -> dict[str, str]:
         return ineffective_range_mode(self.timestep_range)
@@ -154,19 +165,28 @@ class SelfGuidance(Guidance):
     teacher: Frozen
 
     def __init__(self, student: Backbone, teacher: Frozen, config: Stage2) -> None:
+        config.check()
         check_gate(config.timestep_range, config.range_mode)
         check_tokens(student, teacher)
         block = max(1, student.depth // 2) if config.student_block is None else config.student_block
         super().__init__(config.weight, (block,), until_step=config.until_step)
         self.config, self.block, self.teacher = config, block, teacher
         self.head = projector(student.width, teacher.width, config.head_width)
+        self.labels = None
+        if config.label_part != "keep":
+            self.labels = LabelPart(student.conditions, student.tokens, teacher.width)
 
     def forward(self, d: Draw, feats: dict[int, Tensor]) -> tuple[Tensor, Report]:
         picked = gate(d, self.config.timestep_range, self.config.range_mode)
         hidden = picked.take(feats[self.block])  # (M, T, D)
         target = self.guided_features(d, picked.rows)  # (M, T, D of the teacher)
+        if self.labels is not None:
+            true = d.cond if picked.rows is None else take_cond(d.cond, picked.rows)
+            kept = remaining(d.step, self.until_step, 1.0) if self.config.label_part == "decay" else 0.0
+            target = self.labels(target, true, picked.gain > 0, kept)
         error = feature_error(self.head(hidden).float(), target, self.config.target_norm)  # (M,)
-        return picked.mean(error), {"feature_norm": token_norm(hidden), "target_norm": token_norm(target)}
+        term = remaining(d.step, self.until_step, self.config.fade) * picked.mean(error)
+        return term, {"feature_norm": token_norm(hidden), "target_norm": token_norm(target)}
 
     def null_rows(self, d: Draw) -> Tensor | None:
         if not self.config.null_rows:
@@ -210,6 +230,8 @@ def _self_transcendence(config: RunConfig) -> list[Stage]:
     stage1, stage2 = config.section(Stage1), config.section(Stage2)
 
     def guide(student: Backbone, teacher: Frozen) -> Sequence[Guidance]:
+        if stage2.label_part != "keep" and config.train.shard:
+            raise ValueError("train.shard does not go with stage2.label_part: each process would have other means")
         return [SelfGuidance(student, teacher, stage2)]
 
     steps = max(1, config.train.steps // 2) if stage1.steps is None else stage1.steps

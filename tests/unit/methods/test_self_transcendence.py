@@ -481,3 +481,30 @@ def test_null_rows_work_with_captions():
 def test_impossible_fractions_are_refused(fraction):
     with pytest.raises(ValueError, match=r"stage2\.null_rows is a fraction"):
         Stage2(null_rows=fraction).check()
+
+
+# ---- fade
+
+
+def test_term_fades_before_it_ends():
+    """until_step 10, the last half of it: weight 1 at step 5, 0.8 at step 6, 0.2 at step 9, no term at step 10."""
+    student, d = Stub(), handmade_draw(TIMES)
+    objective = Objective(student, [guidance(student, frozen(), fade=0.5, until_step=10, weight=0.7)])
+    full = objective.losses(d, 0)[1]["self"].item()
+    for step, share in ((5, 1.0), (6, 0.8), (9, 0.2)):
+        loss, report = objective.losses(d, step)
+        assert report["self"].item() == pytest.approx(share * full, rel=1e-5)
+        assert loss.item() == pytest.approx(report["flow"].item() + 0.7 * share * full, rel=1e-5)
+    assert set(objective.losses(d, 10)[1]) == {"flow"}
+
+
+@pytest.mark.parametrize("options", [{"fade": 0.5}, {"label_part": "decay"}])
+def test_what_falls_until_the_end_needs_an_end(options):
+    with pytest.raises(ValueError, match=r"need the end of the term; give stage2\.until_step"):
+        Stage2(until_step=None, **options).check()
+
+
+@pytest.mark.parametrize("fade", [-0.1, 1.1])
+def test_impossible_fades_are_refused(fade):
+    with pytest.raises(ValueError, match=r"stage2\.fade is a fraction of the steps before until_step"):
+        Stage2(fade=fade).check()
