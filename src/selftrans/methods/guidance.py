@@ -244,6 +244,11 @@ def feature_error(prediction: Tensor, target: Tensor, norm: str) -> Tensor:
     return (prediction - target).square().mean(dim=(1, 2))
 
 
+def spatial_norm(x: Tensor, gamma: float) -> Tensor:
+    """(x - gamma mean) / std of features (M, T, D), mean and std over the tokens of a sample (iREPA, 2512.10794)."""
+    return (x - gamma * x.mean(dim=1, keepdim=True)) / (x.std(dim=1, keepdim=True) + 1e-6)
+
+
 def token_norm(x: Tensor) -> Tensor:
     """Mean Euclidean norm of tokens (..., T, D), for the log."""
     return x.detach().float().norm(dim=-1).mean()
