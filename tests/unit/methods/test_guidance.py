@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from selftrans.methods.guidance import Frozen, Guidance, capacity, feature_error, gate, projector, selected
+from selftrans.methods.guidance import Frozen, Guidance, capacity, feature_error, gate, projector, remaining, selected
 from selftrans.models.sit import SiT
 from tests.support.guidances import RANGE, TIMES, data, frozen_stub, stage1, stage2
 from tests.support.stub import Stub, handmade_draw
@@ -202,3 +202,16 @@ def test_defaults_of_a_guidance():
 )
 def test_number_of_selected_samples(span, mode, expected):
     assert selected(10, span, mode) == expected
+
+
+@pytest.mark.parametrize(
+    ("until_step", "fraction", "values"),
+    [
+        (10, 0.5, {0: 1.0, 5: 1.0, 6: 0.8, 9: 0.2, 10: 0.0, 12: 0.0}),
+        (8, 1.0, {0: 1.0, 2: 0.75, 6: 0.25}),
+        (8, 0.0, {0: 1.0, 7: 1.0}),
+        (None, 0.0, {0: 1.0, 10**9: 1.0}),
+    ],
+)
+def test_remaining_share_by_hand(until_step, fraction, values):
+    assert {step: remaining(step, until_step, fraction) for step in values} == pytest.approx(values)
