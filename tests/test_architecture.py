@@ -85,7 +85,15 @@ ENGLISH = {"structure"}  #: method names that are ordinary words of messages, to
 #: methods themselves, recipes for them, and the two experiments that are about Self-Transcendence alone
 MAY_NAME_METHODS = ("methods/", "recipes/", "experiments/quickstart.py", "experiments/bench/")
 #: published layouts of checkpoints that have the name of a method, and where they are read, written and chosen
-LAYOUTS, MAY_NAME_LAYOUTS = {"repa"}, ("models/sit_published.py", "interop/published_file.py", "cli/")
+LAYOUTS, MAY_NAME_LAYOUTS = (
+    {"repa"},
+    (
+        "models/sit_published.py",
+        "models/mmdit_published.py",
+        "interop/published_file.py",
+        "cli/",
+    ),
+)
 #: files that may probe attributes of models: file -> why
 MAY_PROBE = {"encoders/vision.py": "models of transformers, whose attributes differ between families"}
 #: file names that several packages use: name -> why
