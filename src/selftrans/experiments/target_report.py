@@ -110,11 +110,11 @@ EXPLAINED = (
 def draw_measures(report: Mapping[str, Any], path: Path) -> None:
     """The measurements of every block, and the composition of one block's target, as a picture."""
     blocks = report["blocks"]
-    panels = [_draw_composition]
+    first = next(iter(blocks.values()))
+    panels = [_draw_encoder if "0" in blocks and first["shares"].get("condition") else _draw_composition]
     if report["scales"]:
-        has_shares = "condition" in next(iter(blocks.values()))["shares"]
-        panels = [*([_draw_shares] if has_shares else []), _draw_composition, _draw_sizes]
-        if "probes" in next(iter(blocks.values())):
+        panels = [*([_draw_shares] if "condition" in first["shares"] else []), _draw_composition, _draw_sizes]
+        if "probes" in first:
             panels.insert(2, _draw_probes)
     columns = 2 if len(panels) > 1 else 1
     rows = -(-len(panels) // columns)
@@ -156,7 +156,7 @@ def _draw_composition(report: Mapping[str, Any], axes: Axes) -> None:
     stacked = {
         _condition(report): np.minimum(condition, both),
         "time, given that": both - np.minimum(condition, both),
-        "neither: the picture and its noise": 1 - both,
+        "the rest: picture and noise": 1 - both,
     }
     bottom = zero
     for (name, heights), colour in zip(stacked.items(), (COLOURS[0], COLOURS[5], RULE), strict=True):
@@ -167,7 +167,21 @@ def _draw_composition(report: Mapping[str, Any], axes: Axes) -> None:
     axes.set_ylim(0, 1)
     axes.set_ylabel("share of variance")
     _plain(axes, f"what the target of block {k} consists of" if report["scales"] else "what the features consist of")
-    axes.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=3, handlelength=1)
+    _key(axes, 3)
+
+
+def _draw_encoder(report: Mapping[str, Any], axes: Axes) -> None:
+    """Bars of an encoder's features: the label's share of their variance, and what probes read from them."""
+    (of,) = report["blocks"].values()
+    bars = {f"share that {_condition(report)} explains": (of["shares"]["condition"]["0"] or [0.0])[0]}
+    bars |= {f"{kind} probe": value for kind, value in of.get("probes", {}).get("f_u", {}).items()}
+    bars |= {"chance": report["chance"]} if "probes" in of else {}
+    axes.barh(list(bars), list(bars.values()), color=[*COLOURS[: len(bars) - 1], COLOURS[6]], height=0.6)
+    for row, value in enumerate(bars.values()):
+        axes.text(value + 0.01, row, f"{value:.2f}", va="center", fontsize=8, color=INK)
+    axes.set_xlim(0, 1.1)
+    axes.invert_yaxis()
+    _plain(axes, "an encoder's features, on held-out pictures")
 
 
 def _draw_probes(report: Mapping[str, Any], axes: Axes) -> None:
@@ -175,13 +189,11 @@ def _draw_probes(report: Mapping[str, Any], axes: Axes) -> None:
     ks, w = list(report["blocks"]), _shown_scale(report)
     probes = [of["probes"] for of in report["blocks"].values()]
     lines = {
-        f"f_g (w = {w}) with its own label": [each["f_g"][w][SHOWN]["own"] for each in probes],
+        "f_g, the picture's own label": [each["f_g"][w][SHOWN]["own"] for each in probes],
         "f_u": [each["f_u"][SHOWN] for each in probes],
-        f"f_g (w = {w}) with a random label, minus that label's mean": [
-            each["f_g"][w][SHOWN]["rest"] for each in probes
-        ],
-        f"f_g (w = {w}) with a random label": [each["f_g"][w][SHOWN]["random"] for each in probes],
-        "the first probe on f_g of another label": [each["f_g"][w][SHOWN]["swapped_picture"] for each in probes],
+        "f_g, a random label, minus its mean": [each["f_g"][w][SHOWN]["rest"] for each in probes],
+        "f_g, a random label": [each["f_g"][w][SHOWN]["random"] for each in probes],
+        "the first probe, shown another label": [each["f_g"][w][SHOWN]["swapped_picture"] for each in probes],
     }
     for i, (name, values) in enumerate(lines.items()):
         style: dict[str, Any] = {
@@ -192,8 +204,8 @@ def _draw_probes(report: Mapping[str, Any], axes: Axes) -> None:
         axes.plot(ks, [np.nan if v is None else v for v in values], label=name, markersize=4, **style)
     axes.axhline(report["chance"], color=INK, linewidth=0.8, linestyle=":")
     axes.set(xlabel="block", ylabel=f"accuracy ({SHOWN} probe, held out)", ylim=(-0.03, 1.03))
-    _plain(axes, f"does a probe name the picture's class? (t = {report['probes_at']:g})")
-    axes.legend(frameon=False, fontsize=7.5, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2, handlelength=1.5)
+    _plain(axes, f"does a probe name the picture's class? (w = {w}, t = {report['probes_at']:g})")
+    _key(axes, 2)
 
 
 def _draw_sizes(report: Mapping[str, Any], axes: Axes) -> None:
@@ -265,6 +277,12 @@ def _shown_scale(report: Mapping[str, Any]) -> str:
 
 def _condition(report: Mapping[str, Any]) -> str:
     return "the text" if report["condition"] == "text" else "the label"
+
+
+def _key(axes: Axes, columns: int) -> None:
+    axes.legend(
+        frameon=False, fontsize=7.5, loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=columns, handlelength=1.5
+    )
 
 
 def _plain(axes: Axes, title: str) -> None:
