@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 from tyro.conf import Positional
 
-from selftrans.cli.experiment_commands import Analyse, Bench, Classifier, Compare, Evaluate, Quickstart
+from selftrans.cli.experiment_commands import Analyse, Autoencoder, Bench, Classifier, Compare, Evaluate, Quickstart
 from selftrans.cli.options import (
     Command,
     Config,
@@ -340,6 +340,7 @@ COMMANDS: dict[str, Any] = {
     "sample": Sample,
     "evaluate": Evaluate,
     "classifier": Classifier,
+    "autoencoder": Autoencoder,
     "analyse": Analyse,
     "quickstart": Quickstart,
     "compare": Compare,
