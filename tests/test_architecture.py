@@ -54,7 +54,7 @@ EXCEPT = {
     "models": "suggest storage sections plugins types flow",
     "methods": "sections plugins types flow",
     "evaluate": "suggest storage types flow encoders",
-    "library": "sections types flow models methods config sampling",  # import selftrans: torch and nothing else
+    "library": "sections types flow models methods config sampling checkpoints",  # import selftrans: torch and nothing else
     "__init__": "library",
 }
 

@@ -106,14 +106,20 @@ LABEL_STD = 0.02  #: published deviation of an untrained label table (DiT, SiT)
 
 
 class LabelEmbedder(nn.Module):
-    """A learned vector per class, and one for the null label, which is `num_classes`."""
+    """A learned vector per class, and one for the null label, which is `num_classes`. ValueError for other labels."""
 
     def __init__(self, num_classes: int, width: int) -> None:
         super().__init__()
         self.embedding_table = nn.Embedding(num_classes + 1, width)
 
     def forward(self, labels: Tensor) -> Tensor:  # (N,) -> (N, D)
-        return self.embedding_table(labels)
+        try:
+            return self.embedding_table(labels)
+        except IndexError as error:  # on the CPU; a GPU reports it by an assertion of its own
+            classes = self.embedding_table.num_embeddings - 1
+            known = f"0 to {classes - 1}, and {classes} for no condition" if classes else "0, as there are no classes"
+            found = f"{int(labels.min())} to {int(labels.max())}"
+            raise ValueError(f"labels from {found} are out of range: this model has {known}") from error
 
 
 def axis_channels(channels: int, axes: int, remedy: str) -> list[int]:
