@@ -31,22 +31,49 @@ class Path(NamedTuple):
     t_of_ratio: Callable[[Tensor], Tensor]  #: t at which sigma / alpha has this value
 
 
-LINEAR = Path(
-    name="linear",
-    alpha=lambda t: 1 - t,
-    sigma=lambda t: t,
-    d_alpha=lambda t: -torch.ones_like(t),
-    d_sigma=lambda t: torch.ones_like(t),
-    t_of_ratio=lambda ratio: ratio / (1 + ratio),
-)
-COSINE = Path(
-    name="cosine",
-    alpha=lambda t: torch.cos(HALF_PI * t),
-    sigma=lambda t: torch.sin(HALF_PI * t),
-    d_alpha=lambda t: -HALF_PI * torch.sin(HALF_PI * t),
-    d_sigma=lambda t: HALF_PI * torch.cos(HALF_PI * t),
-    t_of_ratio=lambda ratio: torch.atan(ratio) / HALF_PI,
-)
+def _one_minus(t: Tensor) -> Tensor:
+    return 1 - t
+
+
+def _itself(t: Tensor) -> Tensor:
+    return t
+
+
+def _minus_one(t: Tensor) -> Tensor:
+    return -torch.ones_like(t)
+
+
+def _one(t: Tensor) -> Tensor:
+    return torch.ones_like(t)
+
+
+def _linear_t(ratio: Tensor) -> Tensor:
+    return ratio / (1 + ratio)
+
+
+def _cos(t: Tensor) -> Tensor:
+    return torch.cos(HALF_PI * t)
+
+
+def _sin(t: Tensor) -> Tensor:
+    return torch.sin(HALF_PI * t)
+
+
+def _d_cos(t: Tensor) -> Tensor:
+    return -HALF_PI * torch.sin(HALF_PI * t)
+
+
+def _d_sin(t: Tensor) -> Tensor:
+    return HALF_PI * torch.cos(HALF_PI * t)
+
+
+def _cosine_t(ratio: Tensor) -> Tensor:
+    return torch.atan(ratio) / HALF_PI
+
+
+# named functions: an objective holds a path, and lambdas cannot be pickled
+LINEAR = Path("linear", _one_minus, _itself, _minus_one, _one, _linear_t)
+COSINE = Path("cosine", _cos, _sin, _d_cos, _d_sin, _cosine_t)
 PATHS = {path.name: path for path in (LINEAR, COSINE)}
 
 

@@ -31,18 +31,22 @@ def decoded_images(
 ) -> Iterator[np.ndarray]:
     """Decoded posterior means of prepared data, in order and not mirrored; every call returns the same.
 
-    Yields batches as `decode_images` returns them. `device` is where they are decoded (None: `default_device`).
+    Yields batches as `decode_images` returns them, each of one shape. `device` is where they are decoded (None:
+    `default_device`).
     """
     manifest, device = dataset.manifest, device or default_device()
     autoencoder = load_autoencoder(manifest.autoencoder, device=device)
-    for start in range(0, len(dataset), batch_size):
-        rows = np.arange(start, min(start + batch_size, len(dataset)))
-        z0 = manifest.latent_space.mean(dataset.read(rows, ["moments"])["moments"][:, 0])
-        yield decode_images(autoencoder, z0.to(device))
+    for part in dataset.of_one_shape:
+        for start in range(0, len(part), batch_size):
+            rows = np.arange(start, min(start + batch_size, len(part)))
+            z0 = manifest.latent_space.mean(part.read(rows, ["moments"])["moments"][:, 0])
+            yield decode_images(autoencoder, z0.to(device))
 
 
 def data_latents(dataset: Dataset, most: int) -> tuple[Tensor, Tensor]:
-    """At most `most` latents (N, C, *S), chosen by a fixed shuffle, and their labels (N,)."""
+    """At most `most` latents (N, C, *S), chosen by a fixed shuffle, and their labels (N,); of data of several shapes, those of
+    the shape that most rows have."""
+    dataset = max(dataset.of_one_shape, key=len)
     return latents_of(dataset, np.random.default_rng(0).permutation(len(dataset))[:most])
 
 

@@ -26,6 +26,7 @@ from selftrans.flow import PATHS
 from selftrans.storage import printable, write_json
 from selftrans.types import Backbone, Cond, map_cond
 
+TIMES = (0.2, 0.4, 0.6)  #: of the noisy latents
 MAPPED = 8  #: images whose features are shown as PCA maps
 
 
