@@ -13,9 +13,10 @@ from selftrans.data.dataset import Dataset
 from selftrans.data.decoded import data_latents, decode_images, decoded_images
 from selftrans.data.manifest import Manifest
 from selftrans.data.prepare import prepare
+from selftrans.data.standardise import recorded
 from selftrans.encoders.autoencoder import load_autoencoder
 from selftrans.encoders.latent_space import LatentSpace
-from tests.support import clips, ratios, toy
+from tests.support import ratios, toy
 from tests.support.pictures import contents, encoded, save_vae, write
 
 
@@ -130,9 +131,9 @@ def test_data_with_a_scale_of_their_own_are_refused(source, tmp_path):
     vae = save_vae(tmp_path / "vae")
     with pytest.raises(ValueError, match=r"standardise is for pixels and values; autoencoder .*vae has a known scale"):
         prepare(source, tmp_path / "data", autoencoder=vae, standardise=True, progress=False)
-    sounds = clips.sounds(tmp_path / "sounds")
     with pytest.raises(ValueError, match="standardise is for pixels and values; sounds and videos have a known scale"):
-        prepare(sounds, tmp_path / "data", standardise=False, progress=False)
+        recorded(False, "pixel", None, media=True)
+    assert recorded(None, vae, None, media=False) == recorded(None, "pixel", None, media=True) == {}
     assert not (tmp_path / "data").exists()
 
 
