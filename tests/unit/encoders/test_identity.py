@@ -6,7 +6,14 @@ import pytest
 import torch
 
 from selftrans.encoders.autoencoder import autoencoder_name, from_uint8, load_autoencoder, to_uint8
-from selftrans.encoders.identity import PixelAutoencoder, ValuesAutoencoder, identity_kind, scales_differ
+from selftrans.encoders.identity import (
+    PixelAutoencoder,
+    ValuesAutoencoder,
+    check_scale,
+    identity_kind,
+    same_latents,
+    scales_differ,
+)
 from selftrans.encoders.latent_space import LatentSpace
 
 SHIFT, SCALE = (-0.053, 0.4, -0.997), (1.62, 31.7, 0.013)
@@ -70,8 +77,21 @@ def test_numbers_that_cannot_be_are_refused(numbers: str, message: str) -> None:
         ("pixel(shift=0:0:0,scale=1:1:2)", "pixel", True),
         ("pixel", "values(shift=0.4,scale=9.0)", False),  # other kinds are compared by name, elsewhere
         ("owner/vae", "pixel", False),
-        ("pixel(shift=0:0,scale=1:1)", "pixel(shift=0:0:0,scale=2:2:2)", False),
     ],
 )
 def test_scales_that_differ(one: str, other: str, differ: bool) -> None:
     assert scales_differ(one, other) is differ and scales_differ(other, one) is differ
+    alike = identity_kind(one) is not None and identity_kind(one) == identity_kind(other)
+    assert same_latents(one, other) is same_latents(other, one) is (alike and not differ)
+
+
+def test_another_scale_is_refused_with_the_options_that_prepare_it() -> None:
+    check_scale("the run", "owner/vae", "pixel")
+    with pytest.raises(
+        ValueError, match=r"trained on pixel, the data are pixel\(.*prepare .* with --no-standardise, or"
+    ):
+        check_scale("the run", "pixel", "pixel(shift=-0.4,scale=1.33)")
+    with pytest.raises(
+        ValueError, match=r"prepare the data with --autoencoder 'pixel\(shift=-0.4,scale=1.33\)', or train on"
+    ):
+        check_scale("the run", "pixel(shift=-0.4,scale=1.33)", "pixel")

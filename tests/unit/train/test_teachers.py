@@ -1,6 +1,7 @@
 """Which weights teach a stage, and how unsuitable ones are refused."""
 
 import dataclasses
+import warnings
 
 import pytest
 import torch
@@ -78,16 +79,17 @@ def test_given_teacher_of_another_path_is_refused_and_of_another_autoencoder_war
         check_given(teacher, toy.toy({"data.autoencoder": "other/vae"}), manifest)
 
 
-def test_given_teacher_of_another_scale_is_refused_and_of_nearly_the_same_warns():
+def test_given_teacher_of_another_scale_is_refused_and_of_nearly_the_same_is_not():
     manifest = Dataset.open(toy.digits()).manifest
     teacher = load_teacher(toy.finished(), spec(), manifest)
     plain = dataclasses.replace(manifest, autoencoder="pixel", latent_space=LatentSpace())
     with pytest.raises(
-        ValueError, match=r"trained on pixel\(shift=.*the data are pixel: its features are of another sc"
+        ValueError, match=r"the teacher .* was trained on pixel\(shift=.*the data are pixel, latents of another sc"
     ):
         check_given(teacher, toy.toy(), plain)
     near = dataclasses.replace(manifest, autoencoder="pixel(shift=-0.38,scale=1.31)")
-    with pytest.warns(UserWarning, match="names the autoencoder pixel"):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
         check_given(teacher, toy.toy(), near)
 
 
