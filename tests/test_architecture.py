@@ -116,6 +116,7 @@ COVERED_BY = {
     "data/sources/source": "unit/data/sources/test_open_source.py",
     "encoders/pretrained": "unit/encoders/test_vision.py",
     "evaluate/extractors": "unit/evaluate/test_statistics.py",
+    "experiments/autoencoder_report": "unit/experiments/test_train_autoencoder.py",
     "experiments/analyse_run": "unit/cli/test_main.py",
     "experiments/bench/loading_sampling": "unit/experiments/bench/test_bench.py",
     "experiments/bench/machine": "unit/experiments/bench/test_bench.py",

@@ -100,7 +100,7 @@ class Autoencoder(Command):
     widths: tuple[int, ...] = ()
     """channels of the network at each resolution, from the pictures' to the latents' (factor 4: three numbers); more are
     slower and better. Default: 64, doubled at each step up to 256"""
-    blocks: int = 1
+    depth: int = 1
     """residual blocks at each resolution (decoder: one more)"""
     attention: bool = True
     """self-attention at the lowest resolution"""
