@@ -97,9 +97,9 @@ class Autoencoder(Command):
     """side of a picture / side of its latent: 2, 4 or 8"""
     channels: int = 4
     """of a latent"""
-    widths: tuple[int, ...] = ()
-    """channels of the network at each resolution, from the pictures' to the latents' (factor 4: three numbers); more are
-    slower and better. Default: 64, doubled at each step up to 256"""
+    widths: tuple[int, ...] | None = None
+    """channels of the network at each resolution, from the pictures' to the latents' (factor 4: three numbers; 16 32 64 suit
+    a CPU); None: 64, doubled up to 256"""
     depth: int = 1
     """residual blocks at each resolution (decoder: one more)"""
     attention: bool = True
@@ -128,7 +128,7 @@ class Autoencoder(Command):
     """pictures that are not trained on, a tenth at most"""
     precision: Literal["fp32", "bf16"] | None = None
     """None: bf16 on a GPU, fp32 on a CPU"""
-    checkpoint_every: int = 1000
+    checkpoint_every: int = 500
     """steps from one checkpoint to the next"""
     seed: int = 0
     """of weights, order, noise and held-out pictures"""
@@ -138,34 +138,75 @@ class Autoencoder(Command):
         from selftrans.train.autoencoder_network import AutoencoderSettings
 
         own = ("data", "out", "perceptual", "precision", "checkpoint_every")
-        settings = AutoencoderSettings(**self.options(*own))
+        settings = AutoencoderSettings(**self.options(*own) | {"widths": self.widths or ()})
         others = {name: getattr(self, name) for name in own}
         print(summary(train_autoencoder(settings=settings, **others), self.out))
 
 
 @dataclass
 class Analyse(Command):
-    """PCA maps, linear probes and t-SNE of a run's features, per block and timestep: pictures and analyse.json."""
+    """PCA maps, linear probes and t-SNE of a run's features, per block and timestep: pictures and analyse.json.
+
+    With --target: what the features that a teacher offers to a student consist of, per block and strength of guidance w: how
+    much of f_g = f_u + w (f_c - f_u) a table by label explains, its size, what probes read from it with and without the label
+    that it was computed with, and maps. Writes target.json, target.png and target-maps.png. A run with a stage that is taught
+    is represented by its teacher. RUN_OR_FILE may then also be prepared data with stored features, or with --encoder a vision
+    model.
+    """
 
     run_or_file: RunOrFile
     out: Path
-    """directory for the pictures and analyse.json"""
+    """directory for the pictures and the json"""
     data: Annotated[str | None, tyro.conf.arg(metavar="DIR")] = None
     """prepared data; None: what the run was trained on"""
-    timesteps: tuple[float, ...] = (0.2, 0.4, 0.6)
-    """t of the noisy latents; 0 is data, 1 is noise"""
-    samples: int = 1000
-    """images whose features are analysed"""
-    weights: Weights = "ema"
+    timesteps: Annotated[tuple[float, ...] | None, tyro.conf.arg(aliases=("--t",))] = None
+    """t of the noisy latents; 0 is data, 1 is noise; None: 0.2 0.4 0.6, with --target 0.4 0.5 0.6 0.7 (probes at the first)"""
+    samples: Annotated[int, tyro.conf.arg(aliases=("--images",))] = 1000
+    """images whose features are analysed; --target holds a quarter of them out"""
+    weights: Annotated[
+        Literal["ema", "raw"] | None,
+        tyro.conf.arg(
+            help="ema: the moving average; raw: the weights themselves; None: ema, with --target those that teach"
+        ),
+    ] = None
     stage: Stage = None
+    target: bool = False
+    """analyse what a teacher offers to a student"""
+    blocks: tuple[int, ...] | None = None
+    """with --target: blocks of the teacher (1-based); None: all, or eight of a deep model"""
+    scales: Annotated[tuple[float, ...], tyro.conf.arg(aliases=("--w",))] = (1.0, 2.0, 5.0, 10.0, 30.0)
+    """with --target: w, strengths of guidance on the features"""
+    encoder: bool = False
+    """with --target: RUN_OR_FILE is a vision model of transformers (hub id or folder), as REPA uses; needs --data"""
+    grid: int | None = None
+    """with --encoder: side of its grid of features; None: half the side of the latents"""
+    seed: int = 0
+    """with --target: of the choice of images and of noise"""
     trust: Trust = ()
 
     def run(self) -> None:
-        from selftrans.experiments.analyse_run import analyse
+        if self.target:
+            self.of_target()
+            return
+        given = [name for name in ("blocks", "encoder", "grid", "seed") if getattr(self, name)]
+        if given:
+            raise ValueError(f"--{given[0]} belongs to --target; give both")
+        from selftrans.experiments.analyse_run import TIMES, analyse
 
-        report = analyse(self.run_or_file, **self.options("run_or_file"))
+        options = self.options("run_or_file", "target", "blocks", "scales", "encoder", "grid", "seed")
+        options |= {"timesteps": TIMES if self.timesteps is None else self.timesteps, "weights": self.weights or "ema"}
+        report = analyse(self.run_or_file, **options)
         probes = "probes.png, " if report["probe_accuracy"] else ""
         print(f"pca.png, {probes}tsne-*.png and analyse.json -> {self.out}")
+
+    def of_target(self) -> None:
+        from selftrans.experiments.analyse_target import TIMES, analyse_target
+        from selftrans.experiments.target_report import table
+
+        options = self.options("run_or_file", "target")
+        options["timesteps"] = TIMES if self.timesteps is None else self.timesteps
+        print(table(analyse_target(self.run_or_file, **options)))
+        print(f"target.png, target-maps.png and target.json -> {self.out}")
 
 
 @dataclass
