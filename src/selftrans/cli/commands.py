@@ -286,8 +286,7 @@ class ImportVae(Command):
     out: Path
     """folder to make"""
     latent_stats: Path | None = None
-    """mean and std of each channel of its latents: VA-VAE's latents_stats.pt, safetensors or json; they become the latents'
-    shift and scale. None: latents are not scaled"""
+    """mean and std of each latent channel, its shift and scale: VA-VAE's latents_stats.pt, safetensors or json; None: unscaled"""
 
     def run(self) -> None:
         from selftrans.interop.published_vae import import_vae

@@ -22,6 +22,7 @@ from selftrans.data.dataset import Dataset
 from selftrans.data.manifest import BUCKETS, FILE
 from selftrans.data.selected_rows import split
 from selftrans.device import default_device
+from selftrans.encoders.identity import identity_kind
 from selftrans.evaluate.classifier import SmallClassifier, weights_sha256
 from selftrans.evaluate.plots import save_png
 from selftrans.experiments.autoencoder_report import (
@@ -102,7 +103,7 @@ def pixels_of(data: str | Path) -> Dataset:
         raise ValueError(f"{printable(data)} is not a folder of prepared data; {first}")
     dataset = open_data(data)
     manifest = dataset.manifest
-    if manifest.autoencoder != "pixel":
+    if identity_kind(manifest.autoencoder) != "pixel":
         raise ValueError(
             f"{data} holds latents by {printable(manifest.autoencoder)}, not the pixels of pictures; {first}"
         )
