@@ -286,7 +286,7 @@ class ImportVae(Command):
     out: Path
     """folder to make"""
     latent_stats: Path | None = None
-    """mean and std of each latent channel, its shift and scale: VA-VAE's latents_stats.pt, safetensors or json; None: unscaled"""
+    """mean and std of each latent channel, its shift and scale: VA-VAE's latents_stats.pt, safetensors or json"""
 
     def run(self) -> None:
         from selftrans.interop.published_vae import import_vae
