@@ -97,10 +97,10 @@ class Autoencoder(Command):
     """side of a picture / side of its latent: 2, 4 or 8"""
     channels: int = 4
     """of a latent"""
-    widths: tuple[int, ...] = ()
-    """channels of the network at each resolution, from the pictures' to the latents' (factor 4: three numbers); more are
-    slower and better. Default: 64, doubled at each step up to 256"""
-    blocks: int = 1
+    widths: tuple[int, ...] | None = None
+    """channels of the network at each resolution, from the pictures' to the latents' (factor 4: three numbers; 16 32 64 suit
+    a CPU); None: 64, doubled up to 256"""
+    depth: int = 1
     """residual blocks at each resolution (decoder: one more)"""
     attention: bool = True
     """self-attention at the lowest resolution"""
@@ -128,7 +128,7 @@ class Autoencoder(Command):
     """pictures that are not trained on, a tenth at most"""
     precision: Literal["fp32", "bf16"] | None = None
     """None: bf16 on a GPU, fp32 on a CPU"""
-    checkpoint_every: int = 1000
+    checkpoint_every: int = 500
     """steps from one checkpoint to the next"""
     seed: int = 0
     """of weights, order, noise and held-out pictures"""
@@ -138,7 +138,7 @@ class Autoencoder(Command):
         from selftrans.train.autoencoder_network import AutoencoderSettings
 
         own = ("data", "out", "perceptual", "precision", "checkpoint_every")
-        settings = AutoencoderSettings(**self.options(*own))
+        settings = AutoencoderSettings(**self.options(*own) | {"widths": self.widths or ()})
         others = {name: getattr(self, name) for name in own}
         print(summary(train_autoencoder(settings=settings, **others), self.out))
 
