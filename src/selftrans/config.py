@@ -141,6 +141,8 @@ class SampleConfig(Section):
     """classifier-free guidance; 1: none"""
     guidance_interval: tuple[float, float] = (0.0, 1.0)
     """t within which guidance is on; 0 is data, 1 is noise"""
+    autoguidance: str | None = None
+    """guidance_scale extrapolates from this weaker model (a run, checkpoint or weights file) instead of the null condition"""
     seed: int = 0
     batch_size: int = 64
     """changes nothing but speed and memory"""
@@ -183,6 +185,8 @@ class SampleConfig(Section):
         """What an image depends on besides its condition: the sampler has its own name; number and batch size are left out."""
         other = ("num", "batch_size", "labels", "prompts")
         kept = {key: value for key, value in dataclasses.asdict(self).items() if key not in other}
+        if self.autoguidance is None or self.guidance_scale == 1:  # folders from before this setting stay the same
+            del kept["autoguidance"]
         return kept | {"sampler": "heun" if self.sampler == "ode" else self.sampler}
 
 
