@@ -235,9 +235,8 @@ def weak_model(loaded: LoadedModel, settings: SampleConfig) -> LoadedModel | Non
         for m in (weak, loaded)
     )
     if theirs != ours or weak.model.conditions != loaded.model.conditions:
-        raise ValueError(
-            f"autoguidance {printable(settings.autoguidance)} is a model of {theirs}, the sampled one of {ours}; give one of the same data"
-        )
+        name = printable(settings.autoguidance)
+        raise ValueError(f"autoguidance {name} is a model of {theirs}, the sampled one of {ours}; give one of the same data")
     return weak
 
 
