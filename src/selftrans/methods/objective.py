@@ -52,7 +52,8 @@ class Objective(nn.Module):
                 )
 
     def forward(self, batch: Batch, step: int) -> tuple[Tensor, Report]:
-        """Loss of a step (0-d, float32) and its parts, detached and still on the device."""
+        """Loss of a step (0-d, float32) and its parts, detached and still on the device. ValueError: labels of no class."""
+        self.student.conditions.check_labels(batch.cond, batch.z0.shape[0])
         null = self.student.null(batch.cond)
         return self.losses(draw(batch, null, path=self.path, times=self.times, drop=self.drop), step)
 

@@ -36,6 +36,8 @@ def published_heads(
     """
     if "projectors_final.linear.weight" not in named or "projectors.0.weight" not in named:
         return None
+    if any(name.startswith("projectors_final.adaLN") for name in named):
+        return None  # of its MMDiT: modulated by the time, which ours is not
     span, plain = arguments.get("t_range"), config.section(Stage1)
     stage1 = dataclasses.replace(
         plain,

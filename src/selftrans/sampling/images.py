@@ -24,7 +24,7 @@ from selftrans.config import SampleConfig
 from selftrans.data.decoded import decode_images
 from selftrans.data.sources.decode import Resolution, sides, size_text
 from selftrans.device import default_device
-from selftrans.encoders.autoencoder import Autoencoder, DiffusersAutoencoder, load_autoencoder
+from selftrans.encoders.autoencoder import Autoencoder, DiffusersAutoencoder, load_autoencoder, load_decoder
 from selftrans.models.compiling import compile_model
 from selftrans.precision import PRECISIONS
 from selftrans.sampling.conditioning import Conditioning, conditioning_of
@@ -114,8 +114,8 @@ class Sampler:
                 settings = dataclasses.replace(settings, prompts=loaded.prompts)
             conditioning = conditioning_of(conditions, settings, text_encoder=text_encoder, device=device)
         reduced = device.type == "cuda" and dtype != torch.float32
-        decoder = load_autoencoder(
-            loaded.autoencoder, device=device, dtype=torch.bfloat16 if reduced else torch.float32
+        decoder = _decoder(
+            loaded.autoencoder, settings.decode_with, device, torch.bfloat16 if reduced else torch.float32
         )
         path = flow.PATHS[loaded.config.train.path]
         weak = weak_model(loaded, settings)
@@ -132,7 +132,7 @@ class Sampler:
             "step": loaded.step,
             "autoencoder": loaded.autoencoder,
             "source": loaded.source,
-        }
+        } | ({"decode_with": decoder.name} if settings.decode_with else {})
         if weak:
             about = {"weights": weak.weights, "stage": weak.stage, "step": weak.step, "source": weak.source}
             sampler.described |= {"autoguidance": about}
@@ -206,7 +206,8 @@ class Sampler:
         with eval_mode(self.model), amp:
             sampler = SAMPLERS[settings.sampler]
             z0 = sampler(velocity, noise(), steps=settings.steps, path=self.path, noise=noise)
-        return decode_images(self.autoencoder, z0)  # outside autocast: an autoencoder can overflow in float16
+        # outside autocast: an autoencoder can overflow in float16
+        return decode_images(self.autoencoder, z0, settings.rounding)
 
 
 def overridden(loaded: LoadedModel, overrides: dict[str, Any]) -> SampleConfig:
@@ -219,7 +220,7 @@ def overridden(loaded: LoadedModel, overrides: dict[str, Any]) -> SampleConfig:
     for name in ("guidance_interval", "autoguidance") if settings.guidance_scale == 1 else ():
         if name in overrides:
             warnings.warn(f"the {name.replace('_', ' ')} is ignored: the guidance scale is 1", stacklevel=4)
-    return settings
+    return settings if settings.guidance_scale != 1 else dataclasses.replace(settings, autoguidance=None)
 
 
 def weak_model(loaded: LoadedModel, settings: SampleConfig) -> LoadedModel | None:
@@ -236,8 +237,17 @@ def weak_model(loaded: LoadedModel, settings: SampleConfig) -> LoadedModel | Non
     )
     if theirs != ours or weak.model.conditions != loaded.model.conditions:
         name = printable(settings.autoguidance)
-        raise ValueError(f"autoguidance {name} is a model of {theirs}, the sampled one of {ours}; give one of the same data")
+        raise ValueError(
+            f"autoguidance {name} is a model of {theirs}, the sampled one of {ours}; give one of the same data"
+        )
     return weak
+
+
+def _decoder(own: str, other: str | None, device: torch.device, dtype: torch.dtype) -> Autoencoder:
+    """What decodes latents of the autoencoder `own`: itself, or another one that is asked for."""
+    if other is None:
+        return load_autoencoder(own, device=device, dtype=dtype)
+    return load_decoder(own, other, device=device, dtype=dtype)
 
 
 def worth_compiling(settings: SampleConfig, device: torch.device) -> bool:
