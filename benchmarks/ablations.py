@@ -66,7 +66,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "blocks-2-3": {"stage2.student_blocks": (2, 3)},
     "blocks-2-3-matched": {"stage2.student_blocks": (2, 3), "stage2.teacher_blocks": (3, 4)},
     "blocks-4-6": {"stage2.student_blocks": (4, 6)},
-    # the range of equal signal-to-noise ratio for pixels of deviation 0.75 (digits) and 0.5 (CIFAR-10)
+    # the range of equal signal-to-noise ratio; for pixels that are not standardised: digits 0.75, CIFAR-10 about 0.5
     "std-0.75": {"stage2.data_std": 0.75},
     "std-0.5": {"stage2.data_std": 0.5},
     # the teacher: its training, its weights

@@ -67,7 +67,7 @@ class Stage2(Section):
     """[a, b] in which the term acts; None: everywhere"""
     data_std: float = 1.0
     """standard deviation of the latents: timestep_range is meant for 1, and otherwise moves to the times of the same
-    signal-to-noise ratio. Digits in [-1, 1] have 0.75, for which [0.4, 0.7] becomes [0.33, 0.64]"""
+    signal-to-noise ratio. Of data that are not standardised: for 0.75 (digits in [-1, 1]) [0.4, 0.7] becomes [0.33, 0.64]"""
     range_mode: Literal["select", "scale"] = "select"
     """select: samples inside the range; scale: all samples, times the fraction inside (the released code)"""
     until_step: int | None = 100_000
