@@ -36,6 +36,7 @@ ORDER = (
     "data",         # sources => shards => batches
     "models",       # backbones; no heads: those belong to the objective
     "methods",      # get a Backbone, never import models
+    "sample_config",  # how images are sampled
     "config",       # a run's settings, built from the registries of methods and models
     "recipes",      # functions that return a config
     "checkpoints",  # format on disk, loading
@@ -157,6 +158,7 @@ COVERED_BY = {
     "recipes/mmdit_coco": "unit/recipes/test_recipes.py",
     "recipes/moving_digits": "integration/test_other_data.py",
     "recipes/speech_words": "integration/test_other_data.py",
+    "sample_config": "unit/sampling/test_images.py",
     "train/checkpointing": "unit/train/test_resume.py",
     "train/fitting": "unit/train/test_initial_weights.py",
     "train/given_weights": "unit/train/test_initial_weights.py",

@@ -7,7 +7,7 @@ import scipy.stats
 import torch
 
 from selftrans import flow
-from selftrans.flow import PATHS, TIMES
+from selftrans.flow import COSINE, LINEAR, PATHS, TIMES, equal_snr, equal_snr_range
 from selftrans.types import Batch
 
 N, SHAPE = 6, (3, 4, 4)
@@ -186,3 +186,19 @@ def test_draw_drops_all_tensors_of_a_row_together():
     assert 0 < rows.sum() < n
     for x in kept.values():
         assert torch.equal(x, rows.float()[:, None].expand_as(x))
+
+
+@pytest.mark.parametrize(("std", "expected"), [(1.0, (0.4, 0.7)), (0.75, (1 / 3, 7 / 11)), (3.0, (2 / 3, 7 / 8))])
+def test_range_of_equal_signal_to_noise_ratio_by_hand(std, expected):
+    """Linear path: t / (1 - t) is std times as large; 0.4 / 0.6 * 0.75 = 1 / 2, which is (1 / 3) / (2 / 3)."""
+    assert equal_snr_range((0.4, 0.7), std, LINEAR) == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("path", [LINEAR, COSINE], ids=lambda path: path.name)
+def test_signal_to_noise_ratios_are_equal(path):
+    for t in (0.1, 0.5, 0.9):
+        moved = torch.tensor(equal_snr(t, 0.5, path), dtype=torch.float64)
+        unit = torch.tensor(t, dtype=torch.float64)
+        ratio, same = (0.5 * path.alpha(moved) / path.sigma(moved)) ** 2, (path.alpha(unit) / path.sigma(unit)) ** 2
+        torch.testing.assert_close(ratio, same, rtol=1e-12, atol=0)
+    assert equal_snr_range((0.0, 1.0), 0.5, path) == (0.0, 1.0) and equal_snr_range(None, 0.5, path) is None
