@@ -79,6 +79,10 @@ class Classifier(Command):
         print(classifier_from_data(**self.options()))
 
 
+#: options of `Analyse` that only --target reads
+OF_TARGET = ("blocks", "scales", "encoder", "grid", "seed")
+
+
 @dataclass
 class Analyse(Command):
     """PCA maps, linear probes and t-SNE of a run's features, per block and timestep: pictures and analyse.json.
@@ -124,12 +128,13 @@ class Analyse(Command):
         if self.target:
             self.of_target()
             return
-        given = [name for name in ("blocks", "encoder", "grid", "seed") if getattr(self, name)]
-        if given:
-            raise ValueError(f"--{given[0]} belongs to --target; give both")
+        plain = type(self)(self.run_or_file, self.out)
+        for name in OF_TARGET:
+            if getattr(self, name) != getattr(plain, name):
+                raise ValueError(f"--{name} belongs to --target; give both")
         from selftrans.experiments.analyse_run import TIMES, analyse
 
-        options = self.options("run_or_file", "target", "blocks", "scales", "encoder", "grid", "seed")
+        options = self.options("run_or_file", "target", *OF_TARGET)
         options |= {"timesteps": TIMES if self.timesteps is None else self.timesteps, "weights": self.weights or "ema"}
         report = analyse(self.run_or_file, **options)
         probes = "probes.png, " if report["probe_accuracy"] else ""
