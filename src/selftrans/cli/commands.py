@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 from tyro.conf import Positional
 
-from selftrans.cli.experiment_commands import Analyse, Bench, Classifier, Compare, Evaluate, Quickstart
+from selftrans.cli.experiment_commands import Analyse, Autoencoder, Bench, Classifier, Compare, Evaluate, Quickstart
 from selftrans.cli.options import (
     Command,
     Config,
@@ -56,6 +56,8 @@ class Prepare(Command):
     """of aspect ratios, an odd number: each picture keeps about its shape, between 1:2 and 2:1; --resolution is the square"""
     bucket_multiple: int = 2
     """sides of the buckets' latents are multiples of this: of the models' patch"""
+    standardise: bool = True
+    """pixels: latents of zero mean and unit variance per channel; a folder that was begun without stays without"""
     flip: bool = False
     """store the mirrored pictures too"""
     skip_bad: bool = False
@@ -73,8 +75,7 @@ class Prepare(Command):
     label_column: str | None = None
     """of a parquet file or a data set on the hub; None: found by its type"""
     text: str | None = None
-    """store the captions of the pictures, encoded by this text encoder: one of transformers by hub id or local path (CLIP,
-    T5, BERT, ...; e.g. openai/clip-vit-large-patch14), or `minilm`"""
+    """store captions, encoded by this model of transformers (CLIP, T5, BERT: openai/clip-vit-large-patch14), or `minilm`"""
     text_tokens: int | None = None
     """tokens of a caption, padding included; None: as many as the encoder takes (CLIP 77), 256 at most"""
     text_dtype: Literal["float16", "bfloat16"] = "float16"
@@ -114,21 +115,23 @@ class Prepare(Command):
         from selftrans.data.prepare_features import prepare_features
         from selftrans.data.sources.clips import MediaOptions, kind_of
         from selftrans.data.sources.decode import parse_resolution
+        from selftrans.encoders.identity import identity_kind
         from selftrans.precision import dtype_name
 
-        precision = dtype_name(self.precision)
-        of_vae = "float32" if self.features and self.autoencoder == "pixel" and not self.text else precision
-        not_pictures = self.autoencoder == "values" or kind_of(Path(self.source), self.frames) in ("sounds", "videos")
+        precision, kind = dtype_name(self.precision), identity_kind(self.autoencoder)
+        of_vae = "float32" if self.features and kind == "pixel" and not self.text else precision
+        not_pictures = kind == "values" or kind_of(Path(self.source), self.frames) in ("sounds", "videos")
         if self.features and (not_pictures or self.buckets is not None):
             raise ValueError("--features is for pictures; leave it out with --buckets, and for data of other kinds")
         if self.grid and not self.features:
             warnings.warn("--grid is ignored without --features", stacklevel=2)
         text = self._text()
         media = MediaOptions(**{each.name: getattr(self, each.name) for each in dataclasses.fields(MediaOptions)})
-        resolution = None if self.resolution is None else parse_resolution(self.resolution)
-        not_mine = [name for name in vars(self) if name.startswith(("text", "caption"))]
-        given = self.options("features", "grid", "buckets", "bucket_multiple", *vars(media), *not_mine)
-        given |= {"resolution": resolution, "precision": of_vae, "text": text, "media": media}
+        others = [name for name in vars(self) if name.startswith(("text", "caption", "bucket", "features", "grid"))]
+        given = self.options(*vars(media), *others)
+        scaled = None if self.standardise else False  # None: where it applies
+        given |= {"precision": of_vae, "text": text, "media": media, "standardise": scaled}
+        given["resolution"] = None if self.resolution is None else parse_resolution(self.resolution)
         if self.buckets is not None:
             print(prepare_buckets(**given, buckets=self.buckets, multiple=self.bucket_multiple))
             return
@@ -183,10 +186,8 @@ class Train(RecipeCommand[Config]):
         from selftrans.train.run import train
 
         config: Any = self.config
-        if self.data is not None:
-            config = config.override({"data.path": self.data})
-        if self.init is not None:
-            config = config.override({"init.path": self.init})
+        given = {"data.path": self.data, "init.path": self.init}
+        config = config.override({name: value for name, value in given.items() if value is not None})
         if self.teacher is not None:
             option = next((stage.teacher.option for stage in stages(config) if stage.teacher), None)
             if option is None:
@@ -235,7 +236,7 @@ class Sample(Command):
 
 @dataclass
 class Import(Command):
-    """A published checkpoint (SiT, DiT, REPA, Self-Transcendence, LightningDiT, diffusers) to a run, to sample, train or teach.
+    """A published checkpoint (SiT, DiT, LightningDiT, MMDiT, REPA, Self-Transcendence, diffusers) to a run.
 
     FILE is what their training writes (a .pt with model, ema, opt) or a plain state dict, also as safetensors. No code in
     it is executed: a file that holds anything but tensors, plain containers and the options of a command is refused by
@@ -296,13 +297,13 @@ class ImportVae(Command):
 
 @dataclass
 class Export(Command):
-    """A run's weights as one safetensors file without heads, for selftrans or in the layout of SiT, REPA, DiT or LightningDiT.
+    """A run's weights as one safetensors file without heads, for selftrans or in a published layout.
 
     Writes OUT/model.safetensors and OUT/config.json. In a published layout the file holds what `SiT(**arguments)` (`DiT`,
-    `LightningDiT`) of that repository loads, with `arguments` from config.json (REPA's with z_dims=[], so without projectors),
-    and `selftrans import` reads it back. The layout diffusers, of the models diffusers-*, is a folder that `from_pretrained` of
-    their class loads. The other models do not have it: DiT of diffusers has other timestep frequencies and no QK-norm, so it
-    would be another network.
+    `LightningDiT`, `MMDiT`) of that repository loads, with `arguments` from config.json (REPA's with z_dims=[], so without
+    projectors), and `selftrans import` reads it back. The layout diffusers, of the models diffusers-*, is a folder that
+    `from_pretrained` of their class loads. The other models do not have it: DiT of diffusers has other timestep frequencies and
+    no QK-norm, so it would be another network.
     """
 
     run_or_file: RunOrFile
@@ -311,7 +312,7 @@ class Export(Command):
     weights: Weights = "ema"
     layout: str = "selftrans"
     """selftrans: accepted in place of a run by every command; or a published layout: of SiT sit or repa, of DiT dit, of
-    LightningDiT lightningdit, of diffusers-* diffusers"""
+    LightningDiT lightningdit, of MMDiT repa, of diffusers-* diffusers"""
     adapters: bool = False
     """of a run with --lora.rank: its adapters alone, with --layout peft (the default then) or diffusers; otherwise they are
     merged into the weights"""
@@ -339,6 +340,7 @@ COMMANDS: dict[str, Any] = {
     "sample": Sample,
     "evaluate": Evaluate,
     "classifier": Classifier,
+    "autoencoder": Autoencoder,
     "analyse": Analyse,
     "quickstart": Quickstart,
     "compare": Compare,

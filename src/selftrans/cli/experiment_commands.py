@@ -1,4 +1,4 @@
-"""The commands that measure: evaluate, classifier, analyse, quickstart, compare, bench. See `commands.py`."""
+"""The commands that measure: evaluate, classifier, autoencoder, analyse, quickstart, compare, bench. See `commands.py`."""
 
 from __future__ import annotations
 
@@ -81,6 +81,70 @@ class Classifier(Command):
 
 #: options of `Analyse` that only --target reads
 OF_TARGET = ("blocks", "scales", "encoder", "grid", "seed")
+
+
+@dataclass
+class Autoencoder(Command):
+    """Train a small variational autoencoder on your own pictures, for latents where no published VAE fits.
+
+    DATA is a folder of pixels: what `selftrans prepare SOURCE --out DATA` writes without --autoencoder. OUT becomes a folder
+    that diffusers' AutoencoderKL.from_pretrained loads, and `selftrans prepare SOURCE --out LATENTS --autoencoder OUT` then
+    stores latents, each channel of zero mean and unit variance. Some pictures are held out: reconstructions.png shows them
+    over their reconstructions, autoencoder.json and report.html have PSNR and L1. The same command again continues.
+    """
+
+    data: Positional[Path]
+    """prepared pixels"""
+    out: Path
+    """folder to make"""
+    factor: int = 4
+    """side of a picture / side of its latent: 2, 4 or 8"""
+    channels: int = 4
+    """of a latent"""
+    widths: tuple[int, ...] = ()
+    """channels of the network at each resolution, from the pictures' to the latents' (factor 4: three numbers); more are
+    slower and better. Default: 64, doubled at each step up to 256"""
+    blocks: int = 1
+    """residual blocks at each resolution (decoder: one more)"""
+    attention: bool = True
+    """self-attention at the lowest resolution"""
+    steps: int = 20_000
+    """of training; may be raised later"""
+    batch_size: int = 32
+    """pictures per step"""
+    lr: float = 5e-4
+    """peak learning rate of AdamW; half a cosine brings it to zero"""
+    warmup: int = 200
+    """steps until the peak"""
+    loss: Literal["l1", "l2"] = "l1"
+    """of the reconstruction: absolute or squared differences; l1 is less blurred, l2 has the higher PSNR"""
+    kl_weight: float = 1e-3
+    """of the KL divergence of the posterior from a standard normal; both terms summed over a picture"""
+    perceptual: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
+    """classifier made by `selftrans classifier`: adds the distance in the features of its middle layer; None: no such term"""
+    perceptual_weight: float = 1.0
+    """of that distance"""
+    ema: float = 0.999
+    """decay of the averaged weights, which are the result"""
+    clip: float = 1.0
+    """largest norm of the gradient"""
+    held_out: int = 1000
+    """pictures that are not trained on, a tenth at most"""
+    precision: Literal["fp32", "bf16"] | None = None
+    """None: bf16 on a GPU, fp32 on a CPU"""
+    checkpoint_every: int = 1000
+    """steps from one checkpoint to the next"""
+    seed: int = 0
+    """of weights, order, noise and held-out pictures"""
+
+    def run(self) -> None:
+        from selftrans.experiments.train_autoencoder import summary, train_autoencoder
+        from selftrans.train.autoencoder_network import AutoencoderSettings
+
+        own = ("data", "out", "perceptual", "precision", "checkpoint_every")
+        settings = AutoencoderSettings(**self.options(*own))
+        others = {name: getattr(self, name) for name in own}
+        print(summary(train_autoencoder(settings=settings, **others), self.out))
 
 
 @dataclass
