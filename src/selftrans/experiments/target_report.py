@@ -49,17 +49,14 @@ def table(report: Mapping[str, Any]) -> str:
 
 
 def _titles(report: Mapping[str, Any]) -> dict[str, str]:
-    source = report["predicted_from"]
+    """Key of a share -> the heading of its table."""
+    source = report["predicted_from"] or ""
     target = "f_g = f_u + w (f_c - f_u)" if report["scales"] else "the features"
-    return (
-        {
-            "condition": f"share of the variance of {target} that a {source} explains on held-out pictures",
-            "condition_time": f"the same, one {source.split(' of ')[0] if source else ''} for each timestep",
-            "time": "the same by the timestep alone, without the condition",
-        }
-        if report["timesteps"]
-        else {"condition": f"share of the variance of {target} that a {source} explains on held-out pictures"}
-    )
+    titles = {"condition": f"share of the variance of {target} that a {source} explains on held-out pictures"}
+    if len(report["timesteps"]) > 1:
+        titles["condition_time"] = f"the same, one {source.split(' of ')[0]} for each timestep"
+        titles["time"] = f"share of the variance of {target} that the timestep alone explains"
+    return titles
 
 
 def _rows(report: Mapping[str, Any], values: Mapping[str, Mapping[str, Any]], show: Any) -> list[str]:
@@ -124,7 +121,7 @@ def draw_measures(report: Mapping[str, Any], path: Path) -> None:
         panel(report, axes)
     for axes in list(grid)[len(panels) :]:
         axes.set_visible(False)
-    figure.suptitle(printable(report["teacher"]["title"]), fontsize=11, color=INK)
+    figure.suptitle(printable(report["teacher"]["title"]), fontsize=11, color=INK, parse_math=False)
     save(figure, path)
 
 

@@ -18,12 +18,14 @@ from selftrans.checkpoints.load import LoadedModel, Weights, load_model, stages_
 from selftrans.data.dataset import Dataset
 from selftrans.data.decoded import decode_images, latents_of
 from selftrans.encoders.autoencoder import from_uint8, load_autoencoder
+from selftrans.encoders.identity import scales_differ
 from selftrans.encoders.vision import load_encoder
 from selftrans.evaluate.target_measures import Parts
 from selftrans.experiments.reference import training_data
 from selftrans.flow import PATHS, interpolate
 from selftrans.methods.registry import stages
 from selftrans.methods.spec import TeacherSpec
+from selftrans.storage import printable
 from selftrans.train.teachers import find_teacher
 from selftrans.types import MASK, TEXT, Backbone, Cond, cat_cond, map_cond
 
@@ -86,6 +88,11 @@ def open_teacher(
         raise ValueError(
             f"the data are latents {manifest.shape} with {manifest.conditions}; the teacher was trained on "
             f"{model.shape} with {model.conditions}; give that data with --data"
+        )
+    if scales_differ(loaded.autoencoder, manifest.autoencoder):
+        raise ValueError(
+            f"the teacher was trained on {printable(loaded.autoencoder)}, the data are {printable(manifest.autoencoder)}, at "
+            f"another scale; prepare them with --autoencoder '{printable(loaded.autoencoder)}'"
         )
     about = {"source": loaded.source, "stage": loaded.stage, "step": loaded.step, "weights": loaded.weights}
     title = f"{loaded.stage}, step {loaded.step:,}, {loaded.weights} weights"

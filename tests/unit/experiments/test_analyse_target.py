@@ -184,3 +184,12 @@ def test_other_data_and_misplaced_options_are_refused(tmp_path, capsys):
     for option in (["--blocks", "1"], ["--seed=3"], ["--encoder"], ["--w", "3"]):
         assert main([*argv, *option]) == 1
         assert "belongs to --target; give both" in capsys.readouterr().err
+
+
+def test_names_of_classes_and_files_are_not_formulas(tmp_path, capsys):
+    """matplotlib would parse what stands between dollar signs, and fail."""
+    root = toy.pictures(tmp_path / "pictures", ("$a_{$", r"$\frac"), count=20)
+    prepare(root, tmp_path / "data", progress=False)
+    encoder = save_encoder(tmp_path / "$x^{$")
+    analysed(tmp_path / "a", encoder, "--encoder", "--data", str(tmp_path / "data"), "--grid=2")
+    drawn(tmp_path / "a")
