@@ -78,7 +78,7 @@ def analyse_target(
         "teacher": teacher.about | {"title": teacher.title, "block": teacher.block, "precision": "fp32"},
         "data": str(teacher.dataset.path),
         "pictures": _counts(pictures, plan),
-        "condition": teacher.kind,
+        "condition": teacher.dataset.manifest.conditions.kind,
         "predicted_from": _predictor(teacher.dataset, plan),
         "timesteps": list(times) if teacher.depth else [],
         "probes_at": times[0] if teacher.depth and plan.labels is not None else None,
