@@ -89,18 +89,14 @@ def sheet(vae: Any, dataset: Dataset, device: torch.device, count: int) -> np.nd
     for start in range(0, count, columns):
         for pictures in (x, y):
             line = pictures[start : start + columns]
-            lines.append(
-                torch.cat([line, line.new_ones(columns - len(line), *line.shape[1:])])
-            )  # white where none is left
+            lines.append(torch.cat([line, line.new_ones(columns - len(line), *line.shape[1:])]))  # white where none is left
     return sample_sheet(to_uint8(torch.cat(lines)).cpu().numpy(), columns)
 
 
 def page(report: dict[str, Any], log: list[dict[str, Any]], picture: np.ndarray) -> str:
     """report.html: figures, reconstructions, the curve of the error, statistics of the latents, settings."""
     figures, latents = report["held_out"], report["latents"]
-    series = {
-        name: ([x["step"] for x in log], [x[name] for x in log]) for name in ("l1", "perceptual") if name in log[-1]
-    }
+    series = {name: ([x["step"] for x in log], [x[name] for x in log]) for name in ("l1", "perceptual") if name in log[-1]}
     curve = curves(series, xlabel="steps", ylabel="mean over pictures in training", logy=True, size=(8, 3.6))
     numbers = {
         "held-out pictures": f"{figures['pictures']:,}",
@@ -142,7 +138,5 @@ def _sides(shape: list[int]) -> str:
 
 
 def _rows(values: dict[str, str]) -> str:
-    lines = "".join(
-        f"<tr><td>{html.escape(name)}</td><td>{html.escape(value)}</td></tr>" for name, value in values.items()
-    )
+    lines = "".join(f"<tr><td>{html.escape(name)}</td><td>{html.escape(value)}</td></tr>" for name, value in values.items())
     return f'<table class="settings">{lines}</table>'

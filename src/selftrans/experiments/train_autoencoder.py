@@ -57,9 +57,7 @@ def train_autoencoder(
     """
     out, device = Path(out), default_device()
     dataset = pixels_of(data)
-    settings = dataclasses.replace(
-        settings, precision=precision or ("bf16" if device.type == "cuda" else "fp32")
-    ).check()
+    settings = dataclasses.replace(settings, precision=precision or ("bf16" if device.type == "cuda" else "fp32")).check()
     check_sides(dataset, settings.factor)
     distance = None
     if perceptual is not None:
@@ -91,9 +89,7 @@ def pixels_of(data: str | Path) -> Dataset:
     dataset = open_data(data)
     manifest = dataset.manifest
     if manifest.autoencoder != "pixel":
-        raise ValueError(
-            f"{data} holds latents by {printable(manifest.autoencoder)}, not the pixels of pictures; {first}"
-        )
+        raise ValueError(f"{data} holds latents by {printable(manifest.autoencoder)}, not the pixels of pictures; {first}")
     if not len(dataset):
         raise ValueError(f"{data} holds no pictures; {first}")
     return dataset
@@ -116,10 +112,7 @@ def _finish(training: AutoencoderTraining, out: Path, held_out: Dataset) -> dict
     statistics = latent_statistics(vae, training.data, device)
     figures = reconstruction_figures(vae, held_out, device, training.objective.distance)
     config = json.loads(vae.to_json_string()) | {"latents_mean": statistics["mean"], "latents_std": statistics["std"]}
-    with (
-        atomic_write(out / CONFIG) as text,
-        atomic_write(out / WEIGHTS) as file,
-    ):  # both are on disk before either is replaced
+    with atomic_write(out / CONFIG) as text, atomic_write(out / WEIGHTS) as file:  # both are on disk before either is replaced
         text.write(json.dumps(config, indent=2).encode())
         file.write(save({name: tensor.cpu().contiguous() for name, tensor in vae.state_dict().items()}))
     manifest = training.data.manifest

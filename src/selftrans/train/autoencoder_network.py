@@ -53,9 +53,7 @@ class AutoencoderSettings:
         levels = self.factor.bit_length()
         widths = self.widths or tuple(min(64 << level, 256) for level in range(levels))
         if len(widths) != levels:
-            raise ValueError(
-                f"--widths has {len(widths)} numbers; factor {self.factor} needs {levels}, one per resolution"
-            )
+            raise ValueError(f"--widths has {len(widths)} numbers; factor {self.factor} needs {levels}, one per resolution")
         if any(width < 4 or width % 4 for width in widths):
             raise ValueError(f"--widths {' '.join(map(str, widths))}: each should be a multiple of 4")
         for name, low in {"channels": 1, "blocks": 1, "batch_size": 1, "steps": 1, "warmup": 0, "held_out": 1}.items():
@@ -139,9 +137,7 @@ def middle(trunk: Iterable[nn.Module]) -> nn.Sequential:
 class AutoencoderLoss(nn.Module):
     """The network and its loss. `distance` is not a parameter and not in the state."""
 
-    def __init__(
-        self, vae: nn.Module, settings: AutoencoderSettings, distance: PerceptualDistance | None = None
-    ) -> None:
+    def __init__(self, vae: nn.Module, settings: AutoencoderSettings, distance: PerceptualDistance | None = None) -> None:
         super().__init__()
         self.vae, self.settings = vae, settings
         self.__dict__["distance"] = distance  # not a submodule: never optimised, never saved
