@@ -142,6 +142,8 @@ COVERED_BY = {
     "experiments/reference": "unit/experiments/test_evaluate_samples.py",
     "experiments/runner": "unit/experiments/test_compare.py",
     "experiments/summary": "unit/experiments/test_compare.py",
+    "experiments/target_report": "unit/experiments/test_analyse_target.py",
+    "experiments/target_teacher": "unit/experiments/test_analyse_target.py",
     "experiments/train_classifier": "unit/evaluate/test_classifier.py",
     "fine_tuning": "unit/train/test_initial_weights.py",
     "interop/published_file": "unit/interop/test_importing.py",
