@@ -25,7 +25,6 @@ from selftrans.experiments.reference import training_data
 from selftrans.flow import PATHS, interpolate
 from selftrans.methods.registry import stages
 from selftrans.methods.spec import TeacherSpec
-from selftrans.storage import printable
 from selftrans.train.teachers import find_teacher
 from selftrans.types import MASK, TEXT, Backbone, Cond, cat_cond, map_cond
 

@@ -104,7 +104,9 @@ def pixels_of(data: str | Path) -> Dataset:
     dataset = open_data(data)
     manifest = dataset.manifest
     if identity_kind(manifest.autoencoder) != "pixel":  # what is stored are pixels, standardised or not
-        raise ValueError(f"{data} holds latents by {printable(manifest.autoencoder)}, not the pixels of pictures; {first}")
+        raise ValueError(
+            f"{data} holds latents by {printable(manifest.autoencoder)}, not the pixels of pictures; {first}"
+        )
     if not len(dataset):
         raise ValueError(f"{data} holds no pictures; {first}")
     return dataset

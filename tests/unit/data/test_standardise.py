@@ -128,7 +128,9 @@ def test_manifest_whose_name_and_scale_disagree_is_refused(source, tmp_path):
 
 
 def test_data_with_a_scale_of_their_own_are_refused(source, tmp_path):
-    with pytest.raises(ValueError, match="standardise is for pixels and values; autoencoder owner/vae has a known scale"):
+    with pytest.raises(
+        ValueError, match="standardise is for pixels and values; autoencoder owner/vae has a known scale"
+    ):
         prepare(source, tmp_path / "data", autoencoder="owner/vae", standardise=True, progress=False)
     with pytest.raises(ValueError, match="standardise is for pixels and values; sounds and videos have a known scale"):
         recorded(False, "pixel", None, media=True)
