@@ -26,7 +26,7 @@ from selftrans.data.sources.decode import Resolution, size_text
 from selftrans.data.sources.npz import NpzValues, npz_values
 from selftrans.data.sources.open_source import open_source
 from selftrans.data.sources.source import Samples, Source, ahead
-from selftrans.data.standardise import OPTION, chosen, plain, standardised
+from selftrans.data.standardise import plain, recorded, standardised
 from selftrans.encoders.autoencoder import Autoencoder, autoencoder_name, load_autoencoder
 from selftrans.encoders.identity import identity_kind
 from selftrans.encoders.media import Video, is_media
@@ -69,11 +69,9 @@ def prepare(
 
     Args:
         autoencoder: with "values" the source is an npz of arrays (N, C, *S) that are not pictures (see `npz_values`).
-        resolution: side, or (height, width), to crop and resize to; None keeps the size of the pictures.
-        flip: store the moments of the mirrored pictures as a second copy.
+        resolution: side, or (height, width), to crop and resize to; None keeps the size. flip: store mirrored pictures, too.
         dtype: of the stored moments; None: float16, or float32 for values. `precision` is that of the network.
-        standardise: the latents of pixels or values have zero mean and unit variance in each channel; None: those of pixels,
-            or as the folder was begun. An autoencoder's name with numbers in brackets (see `identity`) sets them.
+        standardise: latents have zero mean and unit variance per channel (see `recorded`); None: those of pixels.
         skip_bad: skip unreadable samples and list them in the manifest, instead of stopping at the first.
         split, label_column: for parquet files and hub data sets.
         text: a text encoder (see `load_text_encoder`), or more options: store captions, which `open_source` describes.
@@ -84,20 +82,16 @@ def prepare(
     a complete call checks every sha256 and makes lost or damaged shards again.
     Raises ValueError for a bad source, sample, autoencoder or option, a folder begun with other options, a failed write.
     """
-    text = TextOptions(text) if isinstance(text, str) else text
-    kind = identity_kind(autoencoder)
+    text, kind = TextOptions(text) if isinstance(text, str) else text, identity_kind(autoencoder)
     out, clips = Path(out), _open_clips(source, resolution, media or MediaOptions(), progress, autoencoder, flip, text)
     dtype = dtype or _dtype(autoencoder, clips)
     mine, earlier = _check(source, out, batch_size, shard_size, dtype, precision, part), resumable.earlier(out)
-    samples: Samples | None = clips
-    if kind == "values":
-        samples = _open_values(source, resolution, flip, label_column, text)
-    elif samples is None:
-        samples = pictures or _open_pictures(source, resolution, earlier, text, split, label_column, progress)
+    samples: Samples | None = clips or pictures  # neither is ever empty
+    if samples is None:
+        samples = _open(source, kind, resolution, flip, earlier, text, split, label_column, progress)
     options = _options(samples, autoencoder, resolution, text, media) | {"flip": flip, "shard_size": shard_size}
     options |= {"dtype": dtype, "precision": precision, "split": split, "label_column": label_column}
-    if chosen(standardise, autoencoder, earlier.plan if earlier else None, media=clips is not None):
-        options[OPTION] = True
+    options |= recorded(standardise, autoencoder, earlier.plan if earlier else None, media=clips is not None)
     if earlier:
         resumable.check_options(earlier.plan, options, out)
         if _covers(earlier, samples) and not _remove_damaged(out, progress):
@@ -154,16 +148,20 @@ def _check(
     return resumable.parse_part(part)
 
 
-def _open_pictures(
+def _open(
     source: str | Path,
+    kind: str | None,
     resolution: Resolution | None,
+    flip: bool,
     earlier: resumable.Earlier | None,
     text: TextOptions | None,
     split: str,
     label_column: str | None,
     progress: bool,
 ) -> Samples:
-    """Pictures at `resolution`; if that is None, at the resolution with which the folder was begun."""
+    """Values, or pictures at `resolution`; if that is None, at the resolution with which the folder was begun."""
+    if kind == "values":
+        return _open_values(source, resolution, flip, label_column, text)
     native = earlier.plan.resolution if earlier and earlier.plan.options.get("resolution") is None else None
     return open_source(
         source,
