@@ -93,6 +93,7 @@ class Draw(NamedTuple):
     dropped: Cond  #: condition with some samples replaced by the null one, for the student
     even: bool = False  #: t is systematic (one per stratum), so a range holds a bounded number of samples
     features: Tensor | None = None  #: as in the batch
+    step: int = 0  #: number of the training step, from 0
 
 
 class Output(NamedTuple):

@@ -8,6 +8,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -57,11 +58,9 @@ def examine(folder: Path) -> dict[str, Any]:
         "cpu": cpu_name(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "devices": devices(),
-        "precisions": {name: tried(lambda dtype=dtype: _product(device, dtype)) for name, dtype in DTYPES.items()},
-        "compile": tried(lambda: _compiled(device)),
-        "attention": {
-            name: tried(lambda kernel=kernel: _attention(device, kernel)) for name, kernel in KERNELS.items()
-        },
+        "precisions": {name: tried(partial(_product, device, dtype)) for name, dtype in DTYPES.items()},
+        "compile": tried(partial(_compiled, device)),
+        "attention": {name: tried(partial(_attention, device, kernel)) for name, kernel in KERNELS.items()},
         "disk": disk,
         "processes": {name: os.environ[name] for name in ("WORLD_SIZE", "LOCAL_RANK") if name in os.environ},
     }

@@ -102,6 +102,9 @@ class TimestepEmbedder(nn.Module):
         return self.mlp(waves.to(next(self.mlp.parameters()).dtype))
 
 
+LABEL_STD = 0.02  #: published deviation of an untrained label table (DiT, SiT)
+
+
 class LabelEmbedder(nn.Module):
     """A learned vector per class, and one for the null label, which is `num_classes`. ValueError for other labels."""
 
@@ -206,9 +209,9 @@ def unpatchify(
     return x.permute(order).reshape(n, channels, *(g * p for g, p in zip(grid, cells, strict=True)))
 
 
-def initialise(model: Any) -> None:
+def initialise(model: Any, label_std: float = LABEL_STD) -> None:
     """DiT's initialisation of a model with its module names: Xavier, then zero gates and output, so that each block starts
-    as the identity."""
+    as the identity. `label_std`: deviation of the label table."""
     for module in model.modules():
         if isinstance(module, nn.Linear):
             nn.init.xavier_uniform_(module.weight)
@@ -216,7 +219,7 @@ def initialise(model: Any) -> None:
     projection = model.x_embedder.proj
     nn.init.xavier_uniform_(projection.weight.view(projection.weight.shape[0], -1))
     nn.init.zeros_(projection.bias)
-    nn.init.normal_(model.y_embedder.embedding_table.weight, std=0.02)
+    nn.init.normal_(model.y_embedder.embedding_table.weight, std=label_std)
     for weight in (model.t_embedder.mlp[0].weight, model.t_embedder.mlp[2].weight):
         nn.init.normal_(weight, std=0.02)
     final = model.final_layer

@@ -233,7 +233,8 @@ def gigabytes(size: float) -> str:
 def duration(seconds: float) -> str:
     """`1 d 3 h`, `2 h 5 min`, `40 s`: the two largest units."""
     units = (("d", 86400), ("h", 3600), ("min", 60), ("s", 1))
-    parts, rest = [], round(seconds)
+    parts: list[str] = []
+    rest = round(seconds)
     for name, length in units:
         count, rest = divmod(rest, length)
         if count or (name == "s" and not parts):

@@ -27,7 +27,7 @@ from selftrans.recipes import recipe
 from selftrans.sampling.conditioning import LabelConditioning
 from selftrans.types import Conditions
 from tests.support.pictures import class_folders
-from tests.support.toy import quick  # noqa: F401 - quick is a fixture
+from tests.support.toy import PIXELS, quick  # noqa: F401 - quick is a fixture
 
 
 def result(distances: list[float], *, teacher: float = 0.0, seconds: float = 10.0) -> tuple:
@@ -182,7 +182,6 @@ class Tags(HTMLParser):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(400)
 def test_compare_command(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "compared"
     overrides = ["--model.width", "16", "--model.depth", "3", "--train.batch-size", "16", "--sra.head-width", "8"]
@@ -215,7 +214,7 @@ def test_compare_command(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> N
     assert taught["total_tflops"] == pytest.approx(taught["student_tflops"] + alone["total_tflops"])
     lasts = [summary["curves"]["tflops"][name][0][-1] for name in methods]
     assert lasts[2] == pytest.approx(taught["total_tflops"]) and lasts[0] < lasts[3] + 1e-9 < lasts[2]
-    assert summary["config"]["layersync"]["until_step"] == 6 and summary["autoencoder"] == "pixel"
+    assert summary["config"]["layersync"]["until_step"] == 6 and summary["autoencoder"] == PIXELS
     assert ", until_step 6" in (out / "compare.html").read_text()
     page = Tags((out / "compare.html").read_text())
     assert page.open == [] and page.pictures == 1 + len(methods)
@@ -232,7 +231,6 @@ def test_compare_command(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> N
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
 def test_comparison_continues_with_more_steps_methods_and_seeds(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -265,7 +263,6 @@ def test_comparison_continues_with_more_steps_methods_and_seeds(
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
 def test_data_without_classes_are_compared_too(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """The table omits probe and accuracy, which need classes."""
     labelled, flat = class_folders(tmp_path / "labelled", 12), tmp_path / "flat"
@@ -305,7 +302,6 @@ def test_data_without_classes_are_compared_too(tmp_path: Path, capfd: pytest.Cap
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
 def test_given_teacher_is_used_and_its_cost_is_unknown(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     small = ["--model.width", "16", "--model.depth", "3", "--train.batch-size", "16", "--stage1.head-width", "8"]
     command = ["compare", "digits", "--out", str(tmp_path / "x"), "--images", "24", "--workers", "1", "--steps", "5"]

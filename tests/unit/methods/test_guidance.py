@@ -4,14 +4,17 @@ import copy
 import gc
 import math
 import weakref
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from selftrans.methods.guidance import Frozen, Guidance, capacity, feature_error, gate, projector, selected
+from selftrans.methods.guidance import Frozen, Guidance, capacity, feature_error, gate, projector, remaining, selected
+from selftrans.methods.registry import METHODS, stages
 from selftrans.models.sit import SiT
+from selftrans.recipes import recipe
 from selftrans.sampling.samplers import guided, ode
 from tests.support.guidances import RANGE, TIMES, data, frozen_stub, stage1, stage2
 from tests.support.stub import Stub, handmade_draw
@@ -194,6 +197,25 @@ def test_heads_start_with_xavier_weights_and_zero_biases():
         assert 0.98 * bound < layer.weight.abs().max() <= bound and not layer.bias.any()
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_heads_of_every_method_start_so(method):
+    config = recipe("digits").override({"method": method})
+    student, teacher = (SiT((1, 8, 8), 10, width=16, depth=6, heads=2, patch=2) for _ in range(2))
+    for stage in stages(config):
+        encoder = SimpleNamespace(grid=(4, 4), width=24, flops=0, encode=None) if stage.encoder else None
+        given = Frozen(teacher, stage.teacher.block(6)) if stage.teacher else encoder
+        for guidance in stage.guide(student, given):
+            heads = [module for module in guidance.modules() if hasattr(module, "weight") and module.weight is not None]
+            heads = [
+                module for module in heads if torch.is_tensor(module.weight)
+            ]  # a guidance has a weight, too: a number
+            assert bool(heads) is (guidance.head is not None)
+            for head in heads:
+                rows, columns = head.weight.shape
+                bound = math.sqrt(6 / (rows + columns))
+                assert 0.95 * bound < head.weight.abs().max() <= bound and not head.bias.any()
+
+
 @pytest.mark.parametrize(("norm", "expected"), [("none", 5.0), ("layer", 1.0), ("cosine", 1 - 1 / math.sqrt(10))])
 def test_feature_error_by_hand(norm, expected):
     """One sample, one token: prediction (0, 0) or, for the cosine, (1, 0); target (1, 3), normalised (-1, 1)."""
@@ -218,3 +240,16 @@ def test_defaults_of_a_guidance():
 )
 def test_number_of_selected_samples(span, mode, expected):
     assert selected(10, span, mode) == expected
+
+
+@pytest.mark.parametrize(
+    ("until_step", "fraction", "values"),
+    [
+        (10, 0.5, {0: 1.0, 5: 1.0, 6: 0.8, 9: 0.2, 10: 0.0, 12: 0.0}),
+        (8, 1.0, {0: 1.0, 2: 0.75, 6: 0.25}),
+        (8, 0.0, {0: 1.0, 7: 1.0}),
+        (None, 0.0, {0: 1.0, 10**9: 1.0}),
+    ],
+)
+def test_remaining_share_by_hand(until_step, fraction, values):
+    assert {step: remaining(step, until_step, fraction) for step in values} == pytest.approx(values)

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from selftrans.flow import COSINE, LINEAR
-from selftrans.methods.guidance import Frozen, capacity, gate
+from selftrans.methods.guidance import Frozen, Guidance, capacity, gate
 from selftrans.methods.objective import Objective
 from selftrans.models.sit import SiT
 from selftrans.types import Backbone, Batch, Conditions
@@ -20,12 +20,12 @@ from tests.support.guidances import RANGE, SHAPE, TIMES, data, frozen_stub, stag
 from tests.support.stub import Stub, TextStub, handmade_draw, numbers
 
 
-class Ridge(nn.Module):
+class Ridge(Guidance):
     """A guidance outside the package: the mean square of the features of one block times a learned number."""
 
     def __init__(self, name="ridge", block=1, weight=0.5, until_step=None):
-        super().__init__()
-        self.name, self.weight, self.taps, self.until_step = name, weight, (block,), until_step
+        super().__init__(weight, (block,), until_step=until_step)
+        self.name = name
         self.strength = nn.Parameter(torch.tensor(2.0))
         self.seen = []
 
@@ -33,9 +33,6 @@ class Ridge(nn.Module):
         self.seen.append(draw)
         assert tuple(feats) == self.taps or set(self.taps) < set(feats)
         return self.strength * feats[self.taps[0]].square().mean(), {"norm": feats[self.taps[0]].detach().norm()}
-
-    def cost(self, n):
-        return {"head": 0, "teacher": 0}
 
 
 # ---- flow loss
