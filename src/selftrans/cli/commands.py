@@ -204,7 +204,9 @@ class Train(RecipeCommand[Config]):
         if self.dry_run:
             from selftrans.train.dry_run import dry_run, text
 
-            print(text(dry_run(config, self.out)))
+            found = dry_run(config, self.out)
+            if os.environ.get("RANK", "0") == "0":
+                print(text(found))
             return
         report = train(config, self.out)
         if os.environ.get("RANK", "0") == "0":

@@ -33,7 +33,6 @@ from selftrans.train.out_of_memory import guarded_step, release
 from selftrans.train.preview import with_prompts
 from selftrans.train.resume import settings_before, settle
 from selftrans.train.run import accelerator_of, data_of_run, planned, rehearse
-from selftrans.train.signals import StopSignal
 from selftrans.train.teachers import teacher_of
 from selftrans.train.trainer import Trainer
 
@@ -85,11 +84,11 @@ def dry_run(config: RunConfig, out: str | Path, *, steps: int = STEPS) -> DryRun
     """
     trust_named(config.method, config.model.name)
     out, config = Path(out), config.restricted().check()
-    with tempfile.TemporaryDirectory(prefix="selftrans-dry-run-") as folder, StopSignal() as stop:
+    with tempfile.TemporaryDirectory(prefix="selftrans-dry-run-") as folder:
         place = Path(folder)
         accelerator = accelerator_of(config, place)
         prepared = (out / "data" / "manifest.json").exists()
-        shards = data_of_run(config, out if prepared else place, accelerator)
+        shards = data_of_run(config, out if prepared else place)  # each process its own
         config, given = choose(with_prompts(config, shards.manifest), settings_before(out), out)
         config = settle(config, out, shards.manifest)
         initial, plan = initial_weights(config, shards, out, given), planned(config)
@@ -107,9 +106,7 @@ def dry_run(config: RunConfig, out: str | Path, *, steps: int = STEPS) -> DryRun
         )
         for stage in plan:
             teacher = _teacher(config, stage, out, shards, accelerator)
-            trainer = Trainer(
-                accelerator, config, stage, place / stage.name, shards, teacher=teacher, initial=initial, stop=stop
-            )
+            trainer = Trainer(accelerator, config, stage, place / stage.name, shards, teacher=teacher, initial=initial)
             found.stages.append(_measured(trainer, out, steps))
             release(trainer)
             del trainer, teacher
