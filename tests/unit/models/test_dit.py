@@ -16,6 +16,7 @@ from selftrans.flow import PATHS
 from selftrans.models.dit import DIT_SIZES, DiT, DiTConfig, log_ratios, timestep, velocity
 from selftrans.models.registry import find
 from selftrans.models.sit import SiT, SiTConfig
+from selftrans.recipes import recipe
 from selftrans.sampling.samplers import guided, ode, sde
 from selftrans.types import Output
 from tests.support import published_files, toy
@@ -181,7 +182,7 @@ def test_parameter_counts_are_the_published_ones(size, millions):
 
 
 def test_names_choose_the_family_and_its_settings():
-    config = toy.toy({"model.name": "DiT-S/2"})
+    config = recipe("digits").override({"model.name": "DiT-S/2"})
     assert type(config.model) is DiTConfig and not config.model.qk_norm and config.model.width is None
     assert type(config.override({"model.name": "SiT-S/2"}).model) is SiTConfig
     with pytest.raises(ValueError, match=r"'DiT-S/1' is unknown"):
