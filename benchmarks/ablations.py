@@ -3,7 +3,11 @@
     python benchmarks/ablations.py digits --out results/digits --seeds 0 1 2
     python benchmarks/ablations.py cifar10 --data data/cifar10 --out results/cifar10 --variants vanilla w5 w30
 
-Each variant changes the recipe by dotted overrides (VARIANTS). Where settings allow it, the stage-1 run of the same seed is the
+    python benchmarks/ablations.py digits --out results/tuned --seeds 0 --variants vanilla \
+        --grid train.lr=1e-3,2e-3 model.label_std=0.02,0.5
+
+Each variant changes the recipe by dotted overrides (VARIANTS). With --grid each of them is run with every combination of the
+given settings. Where settings allow it, the stage-1 run of the same seed is the
 teacher. Run directories are those of `selftrans compare`, so both may use the same --out. Repeat the command to continue.
 Writes ablations.json: means and deviations over seeds at the end, and the distance at every measured step.
 """
@@ -11,6 +15,8 @@ Writes ablations.json: means and deviations over seeds at the end, and the dista
 from __future__ import annotations
 
 import argparse
+import itertools
+import json
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +49,26 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "cosine": {"stage2.target_norm": "cosine"},
     "w30-layer": {"stage2.scale": 30.0, "stage2.target_norm": "layer"},
     "w30-cosine": {"stage2.scale": 30.0, "stage2.target_norm": "cosine"},
+    "spatial": {"stage2.target_norm": "spatial"},
+    "spatial-all": {"stage2.target_norm": "spatial", "stage2.spatial_gamma": 1.0},
+    "w30-spatial": {"stage2.scale": 30.0, "stage2.target_norm": "spatial"},
+    # the head, and both changes of iREPA
+    "conv": {"stage2.head": "conv"},
+    "conv-spatial": {"stage2.head": "conv", "stage2.target_norm": "spatial"},
+    # the label's part of the target, and a student without the label
+    "label-removed": {"stage2.label_part": "remove"},
+    "label-decays": {"stage2.label_part": "decay"},
+    "w30-label-removed": {"stage2.scale": 30.0, "stage2.label_part": "remove"},
+    "null-quarter": {"stage2.null_rows": 0.25},
+    "null-half": {"stage2.null_rows": 0.5},
+    "null-all": {"stage2.null_rows": 1.0},
+    # the guided blocks, and the teacher's
+    "blocks-2-3": {"stage2.student_blocks": (2, 3)},
+    "blocks-2-3-matched": {"stage2.student_blocks": (2, 3), "stage2.teacher_blocks": (3, 4)},
+    "blocks-4-6": {"stage2.student_blocks": (4, 6)},
+    # the range of equal signal-to-noise ratio; for pixels that are not standardised: digits 0.75, CIFAR-10 about 0.5
+    "std-0.75": {"stage2.data_std": 0.75},
+    "std-0.5": {"stage2.data_std": 0.5},
     # the teacher: its training, its weights
     "stage1-200": {"stage1.steps": 200},
     "stage1-400": {"stage1.steps": 400},
@@ -52,11 +78,27 @@ VARIANTS: dict[str, dict[str, Any]] = {
     # the end of guidance
     "ends-300": {"stage2.until_step": 300},
     "never-ends": {"stage2.until_step": None},
+    "fades-half": {"stage2.fade": 0.5},
+    "fades": {"stage2.fade": 1.0},
     # other methods at a tenth of their published weights
     "sra-tenth": {"method": "sra", "sra.weight": 0.05},
     "layersync-tenth": {"method": "layersync", "layersync.weight": 0.02},
     "dispersive-tenth": {"method": "dispersive", "dispersive.weight": 0.05},
 }
+
+
+def with_grid(variants: dict[str, dict[str, Any]], settings: list[str]) -> dict[str, dict[str, Any]]:
+    """Every variant with every combination of `settings`, each of the form section.field=value,value (values are json)."""
+    axes = []
+    for setting in settings:
+        key, _, values = setting.partition("=")
+        axes.append([(key, value) for value in values.split(",")])
+    return {
+        "-".join([name, *(f"{key.split('.')[-1]}={value}" for key, value in chosen)]): dotted
+        | {key: json.loads(value) for key, value in chosen}
+        for name, dotted in variants.items()
+        for chosen in itertools.product(*axes)
+    }
 
 
 def overridden(config: RunConfig, dotted: dict[str, Any]) -> RunConfig:
@@ -72,6 +114,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS))
+    parser.add_argument(
+        "--grid", nargs="+", default=[], metavar="SECTION.FIELD=VALUE,VALUE", help="settings to combine"
+    )
     parser.add_argument("--steps", type=int)
     parser.add_argument("--images", type=int, default=1000)
     parser.add_argument("--features", help="extractor; not needed for digits")
@@ -79,13 +124,13 @@ def main() -> None:
     options = parser.parse_args()
     config = override(recipe(options.recipe), data=options.data, steps=options.steps)
     config, features, weights = with_defaults(config, options.out, features=options.features)
-    variants = {name: overridden(config, VARIANTS[name]) for name in options.variants}
+    overrides = with_grid({name: VARIANTS[name] for name in options.variants}, options.grid)
+    variants = {name: overridden(config, dotted) for name, dotted in overrides.items()}
     chosen = Comparison(config, variants, tuple(options.seeds), options.out, options.images, features, weights)
     results = compare(chosen, workers=options.workers)
     table = rows(results, tuple(variants))
     curves = {name: mean_curve(results, name) for name in variants}
     settings = {"recipe": options.recipe, "seeds": options.seeds, "images": options.images, "features": features}
-    overrides = {name: VARIANTS[name] for name in variants}
     write_json(options.out / "ablations.json", settings | {"table": table, "curves": curves, "overrides": overrides})
     metric = next(iter(results.values()))[1][-1]["metric"]
     print(html_report.text_table(table, {name: name for name in variants}, metric))

@@ -36,6 +36,7 @@ ORDER = (
     "data",         # sources => shards => batches
     "models",       # backbones; no heads: those belong to the objective
     "methods",      # get a Backbone, never import models
+    "sample_config",  # how images are sampled
     "config",       # a run's settings, built from the registries of methods and models
     "recipes",      # functions that return a config
     "checkpoints",  # format on disk, loading
@@ -54,7 +55,7 @@ EXCEPT = {
     "models": "suggest storage sections plugins types flow",
     "methods": "sections plugins types flow",
     "evaluate": "suggest storage types flow encoders",
-    "library": "sections types flow models methods config sampling",  # import selftrans: torch and nothing else
+    "library": "sections types flow models methods config sampling checkpoints",  # import selftrans: torch and nothing else
     "__init__": "library",
 }
 
@@ -85,7 +86,15 @@ ENGLISH = {"structure"}  #: method names that are ordinary words of messages, to
 #: methods themselves, recipes for them, and the two experiments that are about Self-Transcendence alone
 MAY_NAME_METHODS = ("methods/", "recipes/", "experiments/quickstart.py", "experiments/bench/")
 #: published layouts of checkpoints that have the name of a method, and where they are read, written and chosen
-LAYOUTS, MAY_NAME_LAYOUTS = {"repa"}, ("models/sit_published.py", "interop/published_file.py", "cli/")
+LAYOUTS, MAY_NAME_LAYOUTS = (
+    {"repa"},
+    (
+        "models/sit_published.py",
+        "models/mmdit_published.py",
+        "interop/published_file.py",
+        "cli/",
+    ),
+)
 #: files that may probe attributes of models: file -> why
 MAY_PROBE = {"encoders/vision.py": "models of transformers, whose attributes differ between families"}
 #: file names that several packages use: name -> why
@@ -105,6 +114,7 @@ COVERED_BY = {
     "__main__": "unit/cli/test_main.py",
     "cli/commands": "unit/cli/test_main.py",
     "cli/experiment_commands": "unit/cli/test_main.py",
+    "cli/interop_commands": "unit/cli/test_main.py",
     "data/decoded": "unit/data/test_prepare.py",
     "data/encode": "unit/data/test_prepare.py",
     "data/manifest": "unit/data/test_dataset.py",
@@ -114,8 +124,10 @@ COVERED_BY = {
     "data/shard_plan": "unit/data/test_prepare.py",
     "data/sources/clips": "unit/data/sources/test_audio.py",
     "data/sources/source": "unit/data/sources/test_open_source.py",
+    "encoders/latent_space": "unit/encoders/test_autoencoder.py",
     "encoders/pretrained": "unit/encoders/test_vision.py",
     "evaluate/extractors": "unit/evaluate/test_statistics.py",
+    "experiments/autoencoder_report": "unit/experiments/test_train_autoencoder.py",
     "experiments/analyse_run": "unit/cli/test_main.py",
     "experiments/bench/loading_sampling": "unit/experiments/bench/test_bench.py",
     "experiments/bench/machine": "unit/experiments/bench/test_bench.py",
@@ -130,6 +142,8 @@ COVERED_BY = {
     "experiments/reference": "unit/experiments/test_evaluate_samples.py",
     "experiments/runner": "unit/experiments/test_compare.py",
     "experiments/summary": "unit/experiments/test_compare.py",
+    "experiments/target_report": "unit/experiments/test_analyse_target.py",
+    "experiments/target_teacher": "unit/experiments/test_analyse_target.py",
     "experiments/train_classifier": "unit/evaluate/test_classifier.py",
     "fine_tuning": "unit/train/test_initial_weights.py",
     "interop/published_file": "unit/interop/test_importing.py",
@@ -146,6 +160,7 @@ COVERED_BY = {
     "recipes/mmdit_coco": "unit/recipes/test_recipes.py",
     "recipes/moving_digits": "integration/test_other_data.py",
     "recipes/speech_words": "integration/test_other_data.py",
+    "sample_config": "unit/sampling/test_images.py",
     "train/checkpointing": "unit/train/test_resume.py",
     "train/fitting": "unit/train/test_initial_weights.py",
     "train/given_weights": "unit/train/test_initial_weights.py",

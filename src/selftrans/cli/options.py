@@ -72,6 +72,9 @@ class SamplingOptions:
     """strength of classifier-free guidance; 1: none"""
     guidance_interval: tuple[float, float] | None = None
     """t within which guidance acts; 0 is data, 1 is noise"""
+    autoguidance: Annotated[str | None, tyro.conf.arg(metavar="RUN_OR_FILE")] = None
+    """a weaker model of the same data, such as RUN/stage1 or a run of fewer steps: the guidance scale w then extrapolates from
+    its velocity, v_weak + w (v - v_weak), instead of from the null condition"""
     seed: int | None = None
     """image k depends on the seed and k alone"""
     batch_size: int | None = None
@@ -83,6 +86,11 @@ class SamplingOptions:
     the run's previews"""
     precision: Literal["fp32", "bf16", "fp16"] | None = None
     """of the model; the sampler itself computes in fp32"""
+    decode_with: str | None = None
+    """another VAE that decodes the samples, by hub id or folder (published figures: stabilityai/sd-vae-ft-ema); its latents
+    must have the same shape"""
+    rounding: Literal["nearest", "down"] | None = None
+    """of pixels to whole numbers; down: truncated, as in REPA's release"""
 
     def given(self) -> dict[str, Any]:
         """Those that were set, by name; a file of prompts as its lines. ValueError where it cannot be read."""

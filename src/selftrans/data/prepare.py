@@ -26,7 +26,9 @@ from selftrans.data.sources.decode import Resolution, size_text
 from selftrans.data.sources.npz import NpzValues, npz_values
 from selftrans.data.sources.open_source import open_source
 from selftrans.data.sources.source import Samples, Source, ahead
-from selftrans.encoders.autoencoder import IDENTITIES, Autoencoder, autoencoder_name, load_autoencoder
+from selftrans.data.standardise import plain, recorded, standardised
+from selftrans.encoders.autoencoder import Autoencoder, autoencoder_name, load_autoencoder
+from selftrans.encoders.identity import identity_kind
 from selftrans.encoders.media import Video, is_media
 from selftrans.encoders.text import load_text_encoder
 from selftrans.precision import PRECISIONS, dtype_name
@@ -51,6 +53,7 @@ def prepare(
     batch_size: int = 64,
     shard_size: int = 8192,
     dtype: str | None = None,
+    standardise: bool | None = None,
     skip_bad: bool = False,
     device: str | torch.device | None = None,
     precision: str = "float32",
@@ -66,9 +69,9 @@ def prepare(
 
     Args:
         autoencoder: with "values" the source is an npz of arrays (N, C, *S) that are not pictures (see `npz_values`).
-        resolution: side, or (height, width), to crop and resize to; None keeps the size of the pictures.
-        flip: store the moments of the mirrored pictures as a second copy.
+        resolution: side, or (height, width), to crop and resize to; None keeps the size. flip: store mirrored pictures, too.
         dtype: of the stored moments; None: float16, or float32 for values. `precision` is that of the network.
+        standardise: latents have zero mean and unit variance per channel (see `recorded`); None: those of pixels.
         skip_bad: skip unreadable samples and list them in the manifest, instead of stopping at the first.
         split, label_column: for parquet files and hub data sets.
         text: a text encoder (see `load_text_encoder`), or more options: store captions, which `open_source` describes.
@@ -79,17 +82,16 @@ def prepare(
     a complete call checks every sha256 and makes lost or damaged shards again.
     Raises ValueError for a bad source, sample, autoencoder or option, a folder begun with other options, a failed write.
     """
-    text = TextOptions(text) if isinstance(text, str) else text
+    text, kind = TextOptions(text) if isinstance(text, str) else text, identity_kind(autoencoder)
     out, clips = Path(out), _open_clips(source, resolution, media or MediaOptions(), progress, autoencoder, flip, text)
     dtype = dtype or _dtype(autoencoder, clips)
     mine, earlier = _check(source, out, batch_size, shard_size, dtype, precision, part), resumable.earlier(out)
-    samples: Samples | None = clips
-    if autoencoder == "values":
-        samples = _open_values(source, resolution, flip, label_column, text)
-    elif samples is None:
-        samples = pictures or _open_pictures(source, resolution, earlier, text, split, label_column, progress)
+    samples: Samples | None = clips or pictures  # neither is ever empty
+    if samples is None:
+        samples = _open(source, kind, resolution, flip, earlier, text, split, label_column, progress)
     options = _options(samples, autoencoder, resolution, text, media) | {"flip": flip, "shard_size": shard_size}
     options |= {"dtype": dtype, "precision": precision, "split": split, "label_column": label_column}
+    options |= recorded(standardise, autoencoder, earlier.plan if earlier else None, media=clips is not None)
     if earlier:
         resumable.check_options(earlier.plan, options, out)
         if _covers(earlier, samples) and not _remove_damaged(out, progress):
@@ -98,7 +100,7 @@ def prepare(
     check_faults(samples, source, skip_bad)
     captions = _load_text(samples, text, device, precision, progress) if text else None
     name = autoencoder if clips is None else clips.normalised().name
-    device, model = load(name, device, "float32" if text and autoencoder in IDENTITIES else precision)
+    device, model = load(name, device, "float32" if text and kind else precision)
     encoder = ShardEncoder(samples, batch_size, shard_size, skip_bad, model, device, flip, dtype, captions)
     return _run(encoder, encoder.plan(str(source), options), out, mine, progress)
 
@@ -146,16 +148,20 @@ def _check(
     return resumable.parse_part(part)
 
 
-def _open_pictures(
+def _open(
     source: str | Path,
+    kind: str | None,
     resolution: Resolution | None,
+    flip: bool,
     earlier: resumable.Earlier | None,
     text: TextOptions | None,
     split: str,
     label_column: str | None,
     progress: bool,
 ) -> Samples:
-    """Pictures at `resolution`; if that is None, at the resolution with which the folder was begun."""
+    """Values, or pictures at `resolution`; if that is None, at the resolution with which the folder was begun."""
+    if kind == "values":
+        return _open_values(source, resolution, flip, label_column, text)
     native = earlier.plan.resolution if earlier and earlier.plan.options.get("resolution") is None else None
     return open_source(
         source,
@@ -170,7 +176,7 @@ def _open_pictures(
 def _dtype(autoencoder: str, clips: Clips | None) -> str:
     """Of the stored moments by default: sound has a larger range than pixels, and values have any."""
     sound = clips is not None and not isinstance(clips.media, Video)
-    return "float32" if sound or autoencoder == "values" else "float16"
+    return "float32" if sound or identity_kind(autoencoder) == "values" else "float16"
 
 
 def _options(
@@ -200,7 +206,7 @@ def _open_clips(
     text: object,
 ) -> Clips | None:
     """Sounds or videos; None for another source. Raises ValueError for an option that only applies to pictures."""
-    if autoencoder == "values":
+    if identity_kind(autoencoder) == "values":
         media.refuse("audio rate length bins hop frames grey", "--autoencoder values")
         return None
     clips = open_clips(source, media, resolution, progress)
@@ -264,7 +270,7 @@ def _remove_damaged(out: Path, progress: bool) -> list[str]:
 
 def load(name: str, device: str | torch.device | None, precision: str) -> tuple[torch.device, Autoencoder]:
     """The device (None: a GPU if there is one) and the autoencoder on it."""
-    if name in IDENTITIES or is_media(name):
+    if identity_kind(name) or is_media(name):
         if precision != "float32":
             warnings.warn(f"precision {precision} is ignored: {name} needs no network", stacklevel=3)
         return torch.device("cpu"), load_autoencoder(name)
@@ -313,7 +319,7 @@ def _valid(encoder: ShardEncoder, plan: Manifest, out: Path) -> tuple[Manifest, 
     earlier = resumable.earlier(out)
     if earlier is None:
         return plan, {}
-    resumable.check_plan(earlier.plan, plan, out)
+    resumable.check_plan(plain(earlier.plan), plan, out)
     shards = encoder.shards()
     valid = {s.index: s for s in earlier.shards if s.index in shards and s.asked == encoder.asked(s.index)}
     return replace(plan, features=earlier.plan.features, text=earlier.plan.text), valid
@@ -333,4 +339,4 @@ def _finish(encoder: ShardEncoder, plan: Manifest, out: Path, progress: bool) ->
         raise NoneReadable(
             f"none of the {len(encoder.source)} {plan.unit} is readable; the first: {printable(name)} ({reason})"
         )
-    return resumable.finish(out, plan, shards.values())
+    return resumable.finish(out, standardised(plan, out, shards.values(), progress), shards.values())

@@ -23,6 +23,8 @@ from selftrans.data.sources.clips import kind_of
 from selftrans.data.sources.decode import Resolution, resolution_of, size_text, upright_size
 from selftrans.data.sources.open_source import MAX_RESOLUTION, open_source
 from selftrans.data.sources.source import Source, ahead
+from selftrans.data.standardise import share_statistics
+from selftrans.encoders.identity import identity_kind
 from selftrans.storage import lock_file, printable, remove_stale_temporaries
 
 MOST = 99  #: buckets
@@ -55,7 +57,7 @@ def prepare_buckets(
     Raises ValueError as `prepare`, and for a resolution that does not fit, and a folder with anything else in it.
     """
     text, out = TextOptions(text) if isinstance(text, str) else text, Path(out)
-    if autoencoder == "values" or kind_of(Path(source), None) in ("sounds", "videos"):
+    if identity_kind(autoencoder) == "values" or kind_of(Path(source), None) in ("sounds", "videos"):
         raise ValueError("--buckets is for pictures; leave it out for sounds, videos and values")
     if not isinstance(resolution, int):
         raise ValueError("--buckets needs --resolution SIDE, of the square whose area the pictures will have")
@@ -79,16 +81,16 @@ def prepare_buckets(
         pictures = dataclasses.replace(chosen(opened, rows), resolution=resolution_of(*sizes[k]))
         try:
             prepare(source, out / name, resolution=pictures.resolution, pictures=pictures, **options)
+            made.append(name)
         except NoneReadable as error:
             say(f"{name} is left out: {error}", progress)
-            continue
-        made.append(name)
     if not made:
         raise ValueError(f"none of the {len(opened)} pictures of {source} is readable")
     if not all((out / name / FILE).is_file() for name in made):
         return f"{out} is not finished: the other parts make the rest, and the last one completes it"
     with lock_file(out / LOCK, wait=True):
         remove_stale_temporaries(out, BUCKETS)
+        share_statistics([out / name for name in made], progress)
         write_names(out, made)
     return Buckets.open(out).summary()
 

@@ -22,10 +22,13 @@ from selftrans import (
     flow,
 )
 from selftrans.methods.guidance import capacity
+from selftrans.methods.registry import stages
 from selftrans.methods.self_transcendence import default_teacher_block
 from selftrans.models.sit import SIT_SIZES
+from selftrans.recipes import recipe
 from tests.support.stub import (
     Stub,
+    TextStub,
     gains_by_hand,
     handmade_draw,
     layer_norm_by_hand,
@@ -430,3 +433,175 @@ def test_guidance_depends_on_draw_and_features_only():
     feature = torch.randn(6, 4, 8)
     for g in guidances:
         assert torch.equal(g(d, {2: feature})[0], g(d, {2: feature})[0])
+
+
+# ---- null_rows
+
+
+@pytest.mark.parametrize(("span", "mode"), MODES)
+def test_null_rows_of_one_give_every_guided_sample_the_null_condition(span, mode):
+    student, d = Stub(), handmade_draw(TIMES, dropped=(0,))
+    Objective(student, [guidance(student, frozen(), timestep_range=span, range_mode=mode, null_rows=1.0)]).losses(d, 0)
+    guided = [gain > 0 for gain in gains_by_hand(TIMES, span, mode)]
+    expected = [7 if i == 0 or guided[i] else d.cond[i].item() for i in range(6)]
+    assert student.calls[0]["cond"].tolist() == expected
+
+
+def test_fraction_of_null_rows_follows_the_next_random_numbers():
+    """After the draw of the step, and only where the option is used: the default consumes no random number."""
+    b = Batch(torch.randn(2000, 2, 4, 4), torch.randint(7, (2000,)))
+    seen, states = {}, {}
+    for fraction in (0.0, 0.25):
+        student, teacher = Stub(), frozen()
+        objective = Objective(student, [guidance(student, teacher, null_rows=fraction)])
+        torch.manual_seed(5)
+        objective(b, 0)
+        seen[fraction], states[fraction] = student.calls[0]["cond"], torch.get_rng_state()
+        assert not (teacher.model.calls[0]["cond"][: len(teacher.model.calls[0]["cond"]) // 2] == 7).any()
+    torch.manual_seed(5)
+    d = flow.draw(b, torch.full((2000,), 7))
+    assert torch.equal(seen[0.0], d.dropped) and torch.equal(states[0.0], torch.get_rng_state())
+    inside = (d.t >= 0.4) & (d.t <= 0.7)
+    hidden = inside & (torch.rand(2000) < 0.25)
+    assert torch.equal(seen[0.25], torch.where(hidden, 7, d.dropped)) and 100 < hidden.sum() < 200
+
+
+def test_null_rows_work_with_captions():
+    student, d = TextStub(), handmade_draw(TIMES)
+    captions = {"tokens": torch.randn(6, 3, 2), "mask": torch.ones(6, 3, dtype=torch.bool), "pooled": torch.randn(6, 4)}
+    d = d._replace(cond=captions, null=student.null(captions), dropped=captions)
+    teacher = Frozen(TextStub(abc=TEACHER), 3)
+    Objective(student, [guidance(student, teacher, null_rows=1.0)]).losses(d, 0)
+    seen = student.calls[0]["cond"]
+    for name, given in captions.items():
+        for i, t in enumerate(TIMES):
+            expected = d.null[name][i] if 0.4 <= t <= 0.7 else given[i]
+            assert torch.equal(seen[name][i], expected)
+
+
+# ---- fade
+
+
+def test_term_fades_before_it_ends():
+    """until_step 10, the last half of it: weight 1 at step 5, 0.8 at step 6, 0.2 at step 9, no term at step 10."""
+    student, d = Stub(), handmade_draw(TIMES)
+    objective = Objective(student, [guidance(student, frozen(), fade=0.5, until_step=10, weight=0.7)])
+    full = objective.losses(d, 0)[1]["self"].item()
+    for step, share in ((5, 1.0), (6, 0.8), (9, 0.2)):
+        loss, report = objective.losses(d, step)
+        assert report["self"].item() == pytest.approx(share * full, rel=1e-5)
+        assert loss.item() == pytest.approx(report["flow"].item() + 0.7 * share * full, rel=1e-5)
+    assert set(objective.losses(d, 10)[1]) == {"flow"}
+
+
+# ---- spatial normalisation and the convolutional head
+
+
+@pytest.mark.parametrize("gamma", [0.6, 1.0])
+def test_spatially_normalised_targets_by_hand(gamma):
+    """(x − gamma mean) / (std + 1e-6) per sample and channel over its tokens, std with T − 1, then the squared error."""
+    d, teacher = handmade_draw(TIMES), frozen()
+    g = guidance(Stub(), teacher, target_norm="spatial", spatial_gamma=gamma, timestep_range=None, scale=3.0)
+    g.head = nn.Identity()
+    term, _ = g(d, {2: torch.full((6, 4, 8), 0.5)})
+    errors = []
+    for i in range(6):
+        for channel in guided_by_hand(d, i, 3.0).T:
+            mean, std = sum(channel) / 4, math.sqrt(sum((x - sum(channel) / 4) ** 2 for x in channel) / 3)
+            errors += [(0.5 - (x - gamma * mean) / (std + 1e-6)) ** 2 for x in channel]
+    assert term.item() == pytest.approx(np.mean(errors), rel=1e-4)
+
+
+def test_spatial_normalisation_needs_several_tokens():
+    student, teacher = (Stub(patch=4) for _ in range(2))
+    with pytest.raises(ValueError, match=r"stage2\.target_norm spatial needs several tokens"):
+        guidance(student, Frozen(teacher, 3), target_norm="spatial")
+
+
+def test_term_of_a_convolutional_head_equals_torch_on_the_picture_of_tokens():
+    d, student, teacher = handmade_draw(TIMES), Stub(), frozen(wide=2)
+    g = guidance(student, teacher, head="conv", timestep_range=None, scale=3.0)
+    _, report = Objective(student, [g]).losses(d, 0)
+    tokens = torch.tensor(np.array([student_feature(d, i) for i in range(6)]), dtype=torch.float32)  # (6, 4, 8)
+    picture = tokens.transpose(1, 2).reshape(6, 8, 2, 2)
+    predicted = F.conv2d(picture, g.head.conv.weight, g.head.conv.bias, padding=1).flatten(2).transpose(1, 2)
+    goals = torch.tensor(np.array([guided_by_hand(d, i, 3.0, 2) for i in range(6)]))
+    assert report["self"].item() == pytest.approx((predicted - goals).square().mean().item(), rel=1e-5)
+
+
+def test_convolutional_head_takes_latents_of_another_size():
+    """Of 2 x 8 tokens for a model of 4 x 4: the same number, on another grid."""
+    student = SiT((1, 8, 8), 10, width=16, depth=2, heads=2, patch=2)
+    g = SelfGuidance(student, Frozen(student, 2), Stage2(student_block=1, head="conv", timestep_range=None))
+    grids = []
+    g.head.register_forward_hook(lambda _, args, __: grids.append(args[1]))
+    Objective(student, [g]).losses(handmade_draw([0.5], (1, 4, 16)), 0)
+    assert grids == [(2, 8)]
+
+
+# ---- the range in signal-to-noise
+
+
+def test_range_moves_with_the_deviation_of_the_data():
+    """std 0.75: [0.4, 0.7] becomes [1/3, 7/11], so 0.35 counts and 0.65 does not."""
+    d, student = handmade_draw([0.32, 0.35, 0.63, 0.65]), Stub()
+    feature = torch.randn(4, 4, 8)
+    _, (gradient, *_) = term_and_gradients(guidance(student, frozen(), data_std=0.75), d, feature)
+    assert [bool(row.any()) for row in gradient] == [False, True, True, False]
+    assert guidance(student, frozen(), data_std=0.75).cost(100) == {
+        "head": 31,
+        "teacher": 62,
+    }  # 100 (7/11 - 1/3) = 30.3
+
+
+# ---- several blocks
+
+
+def test_several_blocks_by_hand():
+    """The mean of one term for each block: h_1 follows the teacher's second block, h_2 its third."""
+    d, student = handmade_draw(TIMES), Stub()
+    blocks = {"student_block": None, "student_blocks": (1, 2), "teacher_blocks": (2, 3)}
+    g = guidance(student, frozen(), **blocks, timestep_range=None, scale=3.0)
+    heads = [random_parameters(head) for head in (g.head, *g.more_heads)]
+    _, report = Objective(student, [g]).losses(d, 0)
+    a, b, _ = TEACHER
+    errors = []
+    for i, t in enumerate(TIMES):
+        patches = patches_by_hand(numbers(d.zt[i]), 2)
+        second = a * patches + b * t  # without the label: f_c = f_u
+        for parameters, hidden, goals in zip(
+            heads, (0.5 * patches, student_feature(d, i)), (second, guided_by_hand(d, i, 3.0)), strict=True
+        ):
+            pairs = zip(hidden, goals, strict=True)
+            errors.append(np.mean([distance_by_hand(mlp_by_hand(parameters, h), goal, "none") for h, goal in pairs]))
+    assert report["self"].item() == pytest.approx(np.mean(errors), rel=2e-5)
+    assert g.taps == (1, 2) and g.cost(10) == {"head": 20, "teacher": 20}
+    assert len(g.teacher.model.calls) == 1, "one pass for all blocks"
+
+
+def test_one_teacher_block_serves_several_of_the_student():
+    d, student = handmade_draw(TIMES), Stub()
+    several = guidance(student, frozen(), student_blocks=(1, 2), timestep_range=None)
+    term, _ = several(d, feats := {1: torch.randn(6, 4, 8), 2: torch.randn(6, 4, 8)})
+    apart = []
+    for block, head in ((1, several.head), (2, several.more_heads[0])):
+        one = guidance(student, frozen(), student_block=block, timestep_range=None)
+        one.head = head
+        apart.append(one(d, {block: feats[block]})[0].item())
+    assert term.item() == pytest.approx(np.mean(apart), rel=1e-6)
+
+
+def test_label_means_of_several_blocks_are_apart():
+    d, student = handmade_draw(TIMES), Stub()
+    blocks = {"student_blocks": (1, 2), "teacher_blocks": (2, 3), "timestep_range": None}
+    g = guidance(student, frozen(), **blocks, label_part="remove")
+    g(d, {1: torch.randn(6, 4, 8), 2: torch.randn(6, 4, 8)})
+    torch.testing.assert_close(g.labels.mean[-1], g.guided_features(d).mean(dim=0))
+    assert g.labels.mean.shape == (8, 4, 16)
+
+
+def test_teacher_keeps_the_deepest_of_its_blocks():
+    config = recipe("digits").override({"stage2.student_blocks": (1, 2), "stage2.teacher_blocks": (3, 2)})
+    assert stages(config)[1].teacher.block(6) == 3
+    with pytest.raises(ValueError, match=r"stage2\.teacher_blocks \(2, 3\) are beyond the teacher's 2 blocks"):
+        guidance(Stub(), frozen(block=2), student_blocks=(1, 2), teacher_blocks=(2, 3))

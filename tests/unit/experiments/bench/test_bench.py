@@ -21,8 +21,10 @@ from accelerate.state import AcceleratorState
 from torch import nn
 
 from selftrans import flow
+from selftrans.cli.commands import COMMANDS, Sample
 from selftrans.cli.main import main
-from selftrans.config import settings_of
+from selftrans.cli.parse import blank, parse
+from selftrans.config import SampleConfig, settings_of
 from selftrans.experiments.bench import bench, published, settings, table
 from selftrans.experiments.bench import rounds as bench_rounds
 from selftrans.experiments.bench.loading_sampling import passes, random_dataset
@@ -272,6 +274,21 @@ def test_ablations_change_the_recipe_as_named() -> None:
         assert {path: found[path] for path in dotted} == dotted, name
 
 
+def test_protocols_of_published_figures_are_options_that_the_page_shows(capsys: pytest.CaptureFixture[str]) -> None:
+    figures, page = script("published_figures"), Path(__file__).parents[4] / "docs" / "published-figures.md"
+    given = ["runs/b2", "--out", "results/b2", "--reference", "VIRTUAL_imagenet256_labeled.npz", "--print"]
+    assert figures.main(given) == 0
+    assert capsys.readouterr().out.strip() in page.read_text(encoding="utf-8")
+    for name in figures.PROTOCOLS:
+        sample, measure = figures.commands("run", "out", "reference.npz", name)
+        for words in (sample, measure):
+            command = parse(blank(COMMANDS[words[0]]), words[1:], "selftrans", kind=COMMANDS[words[0]], see="selftrans")
+            assert name in page.read_text(encoding="utf-8") and str(command.out).startswith("out")
+        settings = parse(blank(Sample), sample[1:], "selftrans", kind=Sample, see="selftrans").sampling.given()
+        SampleConfig(**settings).check()
+        assert settings["rounding"] == ("nearest" if name == "sit" else "down") and settings["labels"] == "random"
+
+
 def test_shard_reads_are_compared_with_plain_files(tmp_path: Path) -> None:
     reads = script("shard_reads")
     dataset = reads.random_dataset(tmp_path / "data", (3, 8, 8), 40)
@@ -279,6 +296,15 @@ def test_shard_reads_are_compared_with_plain_files(tmp_path: Path) -> None:
     assert found["plain_ms"] > 0 and found["safetensors_ms"] > 0
     low, high = found["speed_ratio_range"]
     assert low <= found["speed_ratio"] <= high
+
+
+def test_ablations_combine_every_setting_of_a_grid() -> None:
+    found = script("ablations").with_grid({"w5": {"stage2.scale": 5.0}}, ["train.lr=1e-3,2e-3", "model.label_std=0.5"])
+    shared = {"stage2.scale": 5.0, "model.label_std": 0.5}
+    assert found == {
+        "w5-lr=1e-3-label_std=0.5": shared | {"train.lr": 0.001},
+        "w5-lr=2e-3-label_std=0.5": shared | {"train.lr": 0.002},
+    }
 
 
 @pytest.mark.slow
