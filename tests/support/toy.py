@@ -147,6 +147,13 @@ def digits() -> Path:
 
 
 @once
+def plain_digits() -> Path:
+    """The same in [-1, 1], as models are imported for."""
+    prepare("digits", place("plain-digits"), flip=True, standardise=False, progress=False)
+    return place("plain-digits")
+
+
+@once
 def finished() -> Path:
     """A finished run of both stages, trained without interruption."""
     train(toy(), place("finished"), quiet=True)

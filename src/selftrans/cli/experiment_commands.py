@@ -117,7 +117,7 @@ class Autoencoder(Command):
     warmup: int = 200
     """steps until the peak"""
     loss: Literal["l1", "l2"] = "l1"
-    """of the reconstruction: absolute or squared differences; l1 is less blurred, l2 has the higher PSNR"""
+    """of the reconstruction: absolute or squared differences"""
     kl_weight: float = 1e-3
     """of the KL divergence of the posterior from a standard normal; both terms summed over a picture"""
     perceptual: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
