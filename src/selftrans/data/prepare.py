@@ -7,7 +7,6 @@ Shape legend: (C, *S) values of data that are not pictures.
 
 from __future__ import annotations
 
-import sys
 import warnings
 from contextlib import closing
 from dataclasses import replace
@@ -21,8 +20,9 @@ from selftrans.data.encode import ShardEncoder
 from selftrans.data.encode_captions import CaptionEncoder, TextOptions, check_disk, sizes
 from selftrans.data.manifest import DTYPES, Manifest, Shard
 from selftrans.data.record import Option
+from selftrans.data.reports import check_faults, report_ignored, say
 from selftrans.data.sources.clips import Clips, MediaOptions, open_clips
-from selftrans.data.sources.decode import Resolution, size_text
+from selftrans.data.sources.decode import STANDARD, Reading, Resolution, size_text
 from selftrans.data.sources.npz import NpzValues, npz_values
 from selftrans.data.sources.open_source import open_source
 from selftrans.data.sources.source import Samples, Source, ahead
@@ -54,11 +54,12 @@ def prepare(
     skip_bad: bool = False,
     device: str | torch.device | None = None,
     precision: str = "float32",
-    split: str = "train",
+    split: str | None = None,
     label_column: str | None = None,
     text: TextOptions | str | None = None,
     part: str = "1/1",
     media: MediaOptions | None = None,
+    reading: Reading = STANDARD,
     pictures: Source | None = None,
     progress: bool = True,
 ) -> Manifest:
@@ -70,7 +71,8 @@ def prepare(
         flip: store the moments of the mirrored pictures as a second copy.
         dtype: of the stored moments; None: float16, or float32 for values. `precision` is that of the network.
         skip_bad: skip unreadable samples and list them in the manifest, instead of stopping at the first.
-        split, label_column: for parquet files and hub data sets.
+        split: of a hub data set (None: train), or of a folder with one folder for each split (None: all).
+        label_column: for parquet files and hub data sets. reading: limits and values of pictures, empty class folders.
         text: a text encoder (see `load_text_encoder`), or more options: store captions, which `open_source` describes.
         media: how sounds and videos are read. pictures: those of `source` to encode, opened at `resolution`; None: all.
         part: "I/N": make every Nth shard only; other processes or machines make the others in the same folder. The part
@@ -80,27 +82,35 @@ def prepare(
     Raises ValueError for a bad source, sample, autoencoder or option, a folder begun with other options, a failed write.
     """
     text = TextOptions(text) if isinstance(text, str) else text
-    out, clips = Path(out), _open_clips(source, resolution, media or MediaOptions(), progress, autoencoder, flip, text)
+    out, given = Path(out), (media or MediaOptions(), reading, split)
+    clips = _open_clips(source, resolution, *given, progress, autoencoder, flip, text)
     dtype = dtype or _dtype(autoencoder, clips)
     mine, earlier = _check(source, out, batch_size, shard_size, dtype, precision, part), resumable.earlier(out)
     samples: Samples | None = clips
     if autoencoder == "values":
         samples = _open_values(source, resolution, flip, label_column, text)
     elif samples is None:
-        samples = pictures or _open_pictures(source, resolution, earlier, text, split, label_column, progress)
-    options = _options(samples, autoencoder, resolution, text, media) | {"flip": flip, "shard_size": shard_size}
-    options |= {"dtype": dtype, "precision": precision, "split": split, "label_column": label_column}
+        samples = pictures or _open_pictures(source, resolution, earlier, text, split, label_column, reading, progress)
+    options = _options(samples, autoencoder, resolution, text, media, reading) | {
+        "flip": flip,
+        "shard_size": shard_size,
+    }
+    options |= {"dtype": dtype, "precision": precision, "split": split or "train", "label_column": label_column}
     if earlier:
         resumable.check_options(earlier.plan, options, out)
         if _covers(earlier, samples) and not _remove_damaged(out, progress):
             return Manifest.load(out)
-    report_ignored(samples, progress)
+    if pictures is None:
+        report_ignored(samples, progress)
     check_faults(samples, source, skip_bad)
     captions = _load_text(samples, text, device, precision, progress) if text else None
     name = autoencoder if clips is None else clips.normalised().name
     device, model = load(name, device, "float32" if text and autoencoder in IDENTITIES else precision)
     encoder = ShardEncoder(samples, batch_size, shard_size, skip_bad, model, device, flip, dtype, captions)
-    return _run(encoder, encoder.plan(str(source), options), out, mine, progress)
+    manifest = _run(encoder, encoder.plan(str(source), options), out, mine, progress)
+    if isinstance(samples, Source) and pictures is None:
+        samples.noticed.warn()
+    return manifest
 
 
 def prepare_builtin(source: str, out: str | Path) -> Dataset:
@@ -115,20 +125,6 @@ def prepare_builtin(source: str, out: str | Path) -> Dataset:
 def prepare_digits(out: str | Path) -> Dataset:
     """`prepare_builtin` of the digits, 8x8 pixels with labels."""
     return prepare_builtin("digits", out)
-
-
-def say(text: str, progress: bool) -> None:
-    """Print a progress message to standard error; standard output is for the command's result."""
-    if progress:
-        print(text, file=sys.stderr)
-
-
-def report_ignored(samples: Samples, progress: bool) -> None:
-    """Say how many files of a source are ignored, and why."""
-    if samples.ignored:
-        say("ignored: " + ", ".join(f"{count} {why}" for why, count in samples.ignored.items()), progress)
-    for remark in samples.remarks if isinstance(samples, Clips) else ():
-        say(remark, progress)
 
 
 def _check(
@@ -151,8 +147,9 @@ def _open_pictures(
     resolution: Resolution | None,
     earlier: resumable.Earlier | None,
     text: TextOptions | None,
-    split: str,
+    split: str | None,
     label_column: str | None,
+    reading: Reading,
     progress: bool,
 ) -> Samples:
     """Pictures at `resolution`; if that is None, at the resolution with which the folder was begun."""
@@ -163,6 +160,7 @@ def _open_pictures(
         split=split,
         label_column=label_column,
         captions=text.source if text else None,
+        reading=reading,
         progress=progress,
     )
 
@@ -179,6 +177,7 @@ def _options(
     resolution: Resolution | None,
     text: TextOptions | None,
     media: MediaOptions | None,
+    reading: Reading,
 ) -> dict[str, Option]:
     """What a folder is begun with and must be continued with, besides the plain options of `prepare`."""
     return {
@@ -187,6 +186,7 @@ def _options(
         "fingerprint": samples.fingerprint,
         **(text.recorded() if text else {}),
         **(media.given() if media else {}),
+        **({"range": "{:g} {:g}".format(*reading.range)} if reading.range else {}),
     }
 
 
@@ -194,6 +194,8 @@ def _open_clips(
     source: str | Path,
     resolution: Resolution | None,
     media: MediaOptions,
+    reading: Reading,
+    split: str | None,
     progress: bool,
     autoencoder: str,
     flip: bool,
@@ -203,20 +205,12 @@ def _open_clips(
     if autoencoder == "values":
         media.refuse("audio rate length bins hop frames grey", "--autoencoder values")
         return None
-    clips = open_clips(source, media, resolution, progress)
-    for name, given in (("flip", flip), ("autoencoder", autoencoder != "pixel"), ("text", text is not None)):
+    clips = open_clips(source, media, resolution, progress, split=split, reading=reading)
+    of_pictures = {"flip": flip, "autoencoder": autoencoder != "pixel", "text": text, "range": reading.range}
+    for name, given in of_pictures.items():
         if clips and given:
             raise ValueError(f"--{name} is for pictures; leave it out for sounds and videos")
     return clips
-
-
-def check_faults(samples: Samples, source: str | Path, skip_bad: bool) -> None:
-    """Raise ValueError for samples that lack their picture or their captions, before anything is encoded."""
-    for i, reason in () if skip_bad else samples.faults.items():
-        raise ValueError(
-            f"{len(samples.faults)} samples of {source} cannot be used; the first: {printable(samples.name(i))} ({reason}); "
-            "repair them, or leave them out with --skip-bad"
-        )
 
 
 def _load_text(

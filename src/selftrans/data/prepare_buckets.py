@@ -17,10 +17,11 @@ import torch
 from selftrans.data.buckets import Buckets, write_names
 from selftrans.data.encode_captions import TextOptions
 from selftrans.data.manifest import BUCKETS, FILE
-from selftrans.data.prepare import NoneReadable, check_faults, load, prepare, report_ignored, say
+from selftrans.data.prepare import NoneReadable, load, prepare
+from selftrans.data.reports import check_faults, report_ignored, say
 from selftrans.data.resumable import LOCK
 from selftrans.data.sources.clips import kind_of
-from selftrans.data.sources.decode import Resolution, resolution_of, size_text, upright_size
+from selftrans.data.sources.decode import STANDARD, Reading, Resolution, resolution_of, size_text, upright_size
 from selftrans.data.sources.open_source import MAX_RESOLUTION, open_source
 from selftrans.data.sources.source import Source, ahead
 from selftrans.storage import lock_file, printable, remove_stale_temporaries
@@ -40,9 +41,10 @@ def prepare_buckets(
     multiple: int = 2,
     autoencoder: str = "pixel",
     device: str | torch.device | None = None,
-    split: str = "train",
+    split: str | None = None,
     label_column: str | None = None,
     text: TextOptions | str | None = None,
+    reading: Reading = STANDARD,
     skip_bad: bool = False,
     progress: bool = True,
     **options: Any,
@@ -66,13 +68,14 @@ def prepare_buckets(
     if len(sizes) < buckets:
         say(f"{len(sizes)} buckets: at {resolution} pixels, more have the same size in multiples of {cell}", progress)
     captions = text.source if text else None
-    opened = open_source(source, resolution=resolution, split=split, label_column=label_column, captions=captions)
+    of_table = {"label_column": label_column, "captions": captions}
+    opened = open_source(source, resolution=resolution, split=split, reading=reading, **of_table)  # type: ignore[arg-type]
     report_ignored(opened, progress)
     check_faults(opened, source, skip_bad)
     _check_folder(out, sizes)
     bucket_of, made = assigned(opened, sizes, progress), []
     options |= {"autoencoder": autoencoder, "device": device, "split": split, "label_column": label_column}
-    options |= {"text": text, "skip_bad": skip_bad, "progress": progress}
+    options |= {"text": text, "skip_bad": skip_bad, "reading": reading, "progress": progress}
     for k in np.unique(bucket_of):
         name, rows = size_text(sizes[k]), np.flatnonzero(bucket_of == k)
         say(f"{name}: {len(rows)} pictures", progress)
@@ -83,6 +86,7 @@ def prepare_buckets(
             say(f"{name} is left out: {error}", progress)
             continue
         made.append(name)
+    opened.noticed.warn()
     if not made:
         raise ValueError(f"none of the {len(opened)} pictures of {source} is readable")
     if not all((out / name / FILE).is_file() for name in made):

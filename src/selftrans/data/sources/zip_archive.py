@@ -7,11 +7,14 @@ import stat
 import threading
 import zipfile
 from collections import Counter
+from collections.abc import Collection
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
 from selftrans.data.sources.decode import EXTENSIONS, open_picture
-from selftrans.data.sources.source import HIDDEN, OTHER, Source, classify, is_hidden
+from selftrans.data.sources.passed_over import Archived, kind_of_file
+from selftrans.data.sources.source import Source, classify
+from selftrans.data.sources.splits import split_names
 from selftrans.storage import printable
 
 if TYPE_CHECKING:
@@ -20,8 +23,10 @@ if TYPE_CHECKING:
 MAX_PICTURE_BYTES = 1 << 29  #: entries that claim a larger size are refused
 
 
-def zip_file(path: Path) -> Source:
+def zip_file(path: Path, split: str | None = None, *, allow_empty: bool = False) -> Source:
     """A zip of class folders, or of pictures only. One top-level folder may enclose two or more class folders.
+
+    `split` names a folder with one split. With `allow_empty` a folder without pictures is a class.
 
     Raises ValueError for absolute names, names with `..`, symbolic links, encrypted or duplicate entries, and pictures
     whose claimed size is above `MAX_PICTURE_BYTES`.
@@ -29,21 +34,27 @@ def zip_file(path: Path) -> Source:
     archive = open_zip(path)
     ignored: Counter[str] = Counter()
     entries: dict[str, zipfile.ZipInfo] = {}
+    archived, folders = Archived(ignored), set[str]()
     for info in archive.infolist():
         parts = _checked_parts(info, path)
+        if archived.ignores(parts):
+            continue
+        folders.add("/".join(parts[: None if info.is_dir() else -1]))
         if info.is_dir():
             continue
-        if any(is_hidden(part) for part in parts):
-            ignored[HIDDEN] += 1
-        elif PurePosixPath(parts[-1]).suffix.lower() not in EXTENSIONS:
-            ignored[OTHER] += 1
+        if PurePosixPath(parts[-1]).suffix.lower() not in EXTENSIONS:
+            ignored[kind_of_file(parts[-1])] += 1
         elif (name := "/".join(parts)) in entries:
             raise ValueError(f"{path} holds {printable(name)} twice; make the zip again")
         else:
             entries[name] = info
-    names = sorted(entries)
+    names = split_names(sorted(entries), split, str(path))
     infos = [entries[name] for name in names]
-    labels, classes = classify(_without_top(names), str(path))
+    heads = _without_top(names) if split is None or len(names) == len(entries) else _below(names, split)
+    empty = _empty(names, heads, folders)
+    if empty and not allow_empty:
+        ignored["class folders without pictures"] += len(empty)
+    labels, classes = classify(heads, str(path), also=empty if allow_empty else ())
     lock = threading.Lock()  # ZipFile counts its readers without one
 
     def open_entry(i: int) -> Image.Image:
@@ -86,3 +97,18 @@ def _without_top(names: list[str]) -> list[str]:
     if all(len(parts) == 3 for parts in split) and len({top for top, _ in below}) == 1 and len(below) > 1:
         return ["/".join(parts[1:]) for parts in split]
     return names
+
+
+def _below(names: list[str], split: str) -> list[str]:
+    """The names after the folder of their split."""
+    return [name.removeprefix(f"{split}/") if name.startswith(f"{split}/") else name.split("/", 2)[2] for name in names]
+
+
+def _empty(names: list[str], heads: list[str], folders: Collection[str]) -> list[str]:
+    """Class folders that hold no picture: `heads` are the `names` from their class on."""
+    classes = {head.split("/", 1)[0] for head in heads if "/" in head}
+    if not classes:
+        return []
+    enclosing = names[0].removesuffix(heads[0])
+    below = {folder.removeprefix(enclosing).split("/", 1)[0] for folder in folders if folder.startswith(enclosing)}
+    return sorted(below - classes - {""})
