@@ -126,7 +126,12 @@ class Prepare(Command):
         manifest = prepare(**given)
         print(manifest.summary())
         if self.features:
-            options: dict[str, Any] = {"grid": self.grid, "batch_size": self.batch_size, "precision": precision, "part": self.part}
+            options: dict[str, Any] = {
+                "grid": self.grid,
+                "batch_size": self.batch_size,
+                "precision": precision,
+                "part": self.part,
+            }
             options |= {"split": self.split, "reading": reading}
             captions = text.source if text else None
             made = prepare_features(self.source, self.out, self.features, captions=captions, **options)

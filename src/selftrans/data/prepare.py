@@ -20,7 +20,7 @@ from selftrans.data.encode import ShardEncoder
 from selftrans.data.encode_captions import CaptionEncoder, TextOptions, check_disk, sizes
 from selftrans.data.manifest import DTYPES, Manifest, Shard
 from selftrans.data.record import Option
-from selftrans.data.reports import check_faults, report_ignored, say
+from selftrans.data.reports import check_faults, report_ignored, say, warn_of_noticed
 from selftrans.data.sources.clips import Clips, MediaOptions, open_clips
 from selftrans.data.sources.decode import STANDARD, Reading, Resolution, size_text
 from selftrans.data.sources.npz import NpzValues, npz_values
@@ -71,46 +71,34 @@ def prepare(
         flip: store the moments of the mirrored pictures as a second copy.
         dtype: of the stored moments; None: float16, or float32 for values. `precision` is that of the network.
         skip_bad: skip unreadable samples and list them in the manifest, instead of stopping at the first.
-        split: of a hub data set (None: train), or of a folder with one folder for each split (None: all).
-        label_column: for parquet files and hub data sets. reading: limits and values of pictures, empty class folders.
+        split: of a hub data set (None: train) or a folder (None: all). label_column: of tables. reading: see `Reading`.
         text: a text encoder (see `load_text_encoder`), or more options: store captions, which `open_source` describes.
         media: how sounds and videos are read. pictures: those of `source` to encode, opened at `resolution`; None: all.
-        part: "I/N": make every Nth shard only; other processes or machines make the others in the same folder. The part
-            that ends last writes the manifest. Until then, the returned manifest lists the shards made so far.
-    To continue an interrupted call, repeat it; with the same batch_size and device the shards are bit-identical. Repeating
-    a complete call checks every sha256 and makes lost or damaged shards again.
+        part: "I/N": make every Nth shard only; other processes make the others in the same folder. The part that ends
+            last writes the manifest. Until then, the returned manifest lists the shards made so far.
+    Repeat an interrupted call to continue it (bit-identical for the same batch_size and device), a complete one to check it.
     Raises ValueError for a bad source, sample, autoencoder or option, a folder begun with other options, a failed write.
     """
-    text = TextOptions(text) if isinstance(text, str) else text
-    out, given = Path(out), (media or MediaOptions(), reading, split)
-    clips = _open_clips(source, resolution, *given, progress, autoencoder, flip, text)
+    text, media, out = TextOptions(text) if isinstance(text, str) else text, media or MediaOptions(), Path(out)
+    clips = _open_clips(source, resolution, media, reading, split, progress, autoencoder, flip, text)
     dtype = dtype or _dtype(autoencoder, clips)
     mine, earlier = _check(source, out, batch_size, shard_size, dtype, precision, part), resumable.earlier(out)
-    samples: Samples | None = clips
-    if autoencoder == "values":
-        samples = _open_values(source, resolution, flip, label_column, text)
-    elif samples is None:
-        samples = pictures or _open_pictures(source, resolution, earlier, text, split, label_column, reading, progress)
-    options = _options(samples, autoencoder, resolution, text, media, reading) | {
-        "flip": flip,
-        "shard_size": shard_size,
-    }
-    options |= {"dtype": dtype, "precision": precision, "split": split or "train", "label_column": label_column}
+    given = (resolution, earlier, flip, text, split, label_column, reading, progress)
+    samples = clips or pictures or _open_samples(source, autoencoder, *given)
+    options = _options(samples, autoencoder, resolution, text, media, reading)
+    options |= {"flip": flip, "split": split or "train", "label_column": label_column}
+    options |= {"shard_size": shard_size, "dtype": dtype, "precision": precision}
     if earlier:
         resumable.check_options(earlier.plan, options, out)
         if _covers(earlier, samples) and not _remove_damaged(out, progress):
             return Manifest.load(out)
-    if pictures is None:
-        report_ignored(samples, progress)
+    report_ignored(None if pictures else samples, progress)
     check_faults(samples, source, skip_bad)
     captions = _load_text(samples, text, device, precision, progress) if text else None
     name = autoencoder if clips is None else clips.normalised().name
     device, model = load(name, device, "float32" if text and autoencoder in IDENTITIES else precision)
     encoder = ShardEncoder(samples, batch_size, shard_size, skip_bad, model, device, flip, dtype, captions)
-    manifest = _run(encoder, encoder.plan(str(source), options), out, mine, progress)
-    if isinstance(samples, Source) and pictures is None:
-        samples.noticed.warn()
-    return manifest
+    return _run(encoder, encoder.plan(str(source), options), out, mine, progress, warn=pictures is None)
 
 
 def prepare_builtin(source: str, out: str | Path) -> Dataset:
@@ -142,17 +130,21 @@ def _check(
     return resumable.parse_part(part)
 
 
-def _open_pictures(
+def _open_samples(
     source: str | Path,
+    autoencoder: str,
     resolution: Resolution | None,
     earlier: resumable.Earlier | None,
+    flip: bool,
     text: TextOptions | None,
     split: str | None,
     label_column: str | None,
     reading: Reading,
     progress: bool,
 ) -> Samples:
-    """Pictures at `resolution`; if that is None, at the resolution with which the folder was begun."""
+    """Values, or pictures at `resolution`; if that is None, at the resolution with which the folder was begun."""
+    if autoencoder == "values":
+        return _open_values(source, resolution, flip, label_column, text)
     native = earlier.plan.resolution if earlier and earlier.plan.options.get("resolution") is None else None
     return open_source(
         source,
@@ -204,6 +196,8 @@ def _open_clips(
     """Sounds or videos; None for another source. Raises ValueError for an option that only applies to pictures."""
     if autoencoder == "values":
         media.refuse("audio rate length bins hop frames grey", "--autoencoder values")
+        if reading.range is not None:
+            raise ValueError("--range does not apply to --autoencoder values; leave it out")
         return None
     clips = open_clips(source, media, resolution, progress, split=split, reading=reading)
     of_pictures = {"flip": flip, "autoencoder": autoencoder != "pixel", "text": text, "range": reading.range}
@@ -270,8 +264,13 @@ def _device(device: str | torch.device | None) -> torch.device:
     return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
-def _run(encoder: ShardEncoder, plan: Manifest, out: Path, part: resumable.Part, progress: bool) -> Manifest:
-    """Make the missing shards of a part; then write the manifest, if the shards of all other parts are finished."""
+def _run(
+    encoder: ShardEncoder, plan: Manifest, out: Path, part: resumable.Part, progress: bool, warn: bool
+) -> Manifest:
+    """Make the missing shards of a part; then write the manifest, if the shards of all other parts are finished.
+
+    `warn` of what was noticed while pictures were decoded.
+    """
     from tqdm import tqdm
 
     mine = [shard for shard in encoder.shards() if shard % part[1] == part[0] - 1]
@@ -295,6 +294,8 @@ def _run(encoder: ShardEncoder, plan: Manifest, out: Path, part: resumable.Part,
         with bar, closing(ahead(encoder.decode, batches, threads=threads)) as decoded:
             for shard in missing:
                 resumable.record(out, encoder.write(plan, out, shard, decoded, bar.update))
+        if warn:
+            warn_of_noticed(encoder.source)
         with resumable.changing(out, part):
             return _finish(encoder, plan, out, progress)
 

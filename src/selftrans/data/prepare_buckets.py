@@ -52,36 +52,30 @@ def prepare_buckets(
     """Encode pictures of any shape into buckets, see `bucket_sizes`; each picture goes to the nearest aspect ratio.
 
     `out` then holds a folder of each bucket that has pictures, named by their size and made by `prepare`, which takes the
-    other options, and `buckets.json`. Repeat the call to continue it. Of several parts (`part`), the one
-    that ends last writes `buckets.json`. Returns a few lines to print.
+    other options, and `buckets.json`, written by the last of several parts (`part`). Repeat the call to continue it.
+    Returns a few lines to print.
     Raises ValueError as `prepare`, and for a resolution that does not fit, and a folder with anything else in it.
     """
     text, out = TextOptions(text) if isinstance(text, str) else text, Path(out)
-    if autoencoder == "values" or kind_of(Path(source), None) in ("sounds", "videos"):
-        raise ValueError("--buckets is for pictures; leave it out for sounds, videos and values")
-    if not isinstance(resolution, int):
-        raise ValueError("--buckets needs --resolution SIDE, of the square whose area the pictures will have")
-    if multiple < 1:
-        raise ValueError(f"--bucket-multiple {multiple} should be 1 or more")
-    cell = multiple * load(autoencoder, device, "float32")[1].downsample
-    sizes = bucket_sizes(resolution, buckets, cell)
+    side, cell = _check_options(source, autoencoder, resolution, multiple, device)
+    sizes = bucket_sizes(side, buckets, cell)
     if len(sizes) < buckets:
         say(f"{len(sizes)} buckets: at {resolution} pixels, more have the same size in multiples of {cell}", progress)
-    captions = text.source if text else None
-    of_table = {"label_column": label_column, "captions": captions}
-    opened = open_source(source, resolution=resolution, split=split, reading=reading, **of_table)  # type: ignore[arg-type]
+    chosen_as: Any = {"split": split, "label_column": label_column, "reading": reading}
+    opened = open_source(source, resolution=resolution, captions=text.source if text else None, **chosen_as)
     report_ignored(opened, progress)
     check_faults(opened, source, skip_bad)
     _check_folder(out, sizes)
     bucket_of, made = assigned(opened, sizes, progress), []
-    options |= {"autoencoder": autoencoder, "device": device, "split": split, "label_column": label_column}
-    options |= {"text": text, "skip_bad": skip_bad, "reading": reading, "progress": progress}
+    options |= {"autoencoder": autoencoder, "device": device, "text": text} | chosen_as
+    options |= {"skip_bad": skip_bad, "progress": progress}
     for k in np.unique(bucket_of):
         name, rows = size_text(sizes[k]), np.flatnonzero(bucket_of == k)
         say(f"{name}: {len(rows)} pictures", progress)
         pictures = dataclasses.replace(chosen(opened, rows), resolution=resolution_of(*sizes[k]))
+        every = options | {"resolution": pictures.resolution, "pictures": pictures}
         try:
-            prepare(source, out / name, resolution=pictures.resolution, pictures=pictures, **options)
+            prepare(source, out / name, **every)
         except NoneReadable as error:
             say(f"{name} is left out: {error}", progress)
             continue
@@ -158,6 +152,19 @@ def chosen(source: Source, rows: np.ndarray) -> Source:
         captions=None if source.captions is None else [source.captions[i] for i in kept],
         faults={position[i]: reason for i, reason in source.faults.items() if i in position},
     )
+
+
+def _check_options(
+    source: str | Path, autoencoder: str, resolution: Resolution | None, multiple: int, device: Any
+) -> tuple[int, int]:
+    """The side of the square, and what sides of buckets are multiples of. Raises ValueError for what has no buckets."""
+    if autoencoder == "values" or kind_of(Path(source), None) in ("sounds", "videos"):
+        raise ValueError("--buckets is for pictures; leave it out for sounds, videos and values")
+    if not isinstance(resolution, int):
+        raise ValueError("--buckets needs --resolution SIDE, of the square whose area the pictures will have")
+    if multiple < 1:
+        raise ValueError(f"--bucket-multiple {multiple} should be 1 or more")
+    return resolution, multiple * load(autoencoder, device, "float32")[1].downsample
 
 
 def _check_folder(out: Path, sizes: Sequence[Size]) -> None:

@@ -19,8 +19,10 @@ def say(text: str, progress: bool) -> None:
         print(text, file=sys.stderr)
 
 
-def report_ignored(samples: Samples, progress: bool) -> None:
-    """Say how many files of a source are not read, and why, and warn of what may surprise."""
+def report_ignored(samples: Samples | None, progress: bool) -> None:
+    """Say how many files of a source are not read, and why, and warn of what may surprise; None: it was said before."""
+    if samples is None:
+        return
     if samples.ignored:
         say(in_words(samples.ignored), progress)
     for warning in (*surprises(samples), *(deep_values(samples) if isinstance(samples, Source) else ())):
@@ -36,3 +38,9 @@ def check_faults(samples: Samples, source: str | Path, skip_bad: bool) -> None:
             f"{len(samples.faults)} samples of {source} cannot be used; the first: {printable(samples.name(i))} ({reason}); "
             "repair them, or leave them out with --skip-bad"
         )
+
+
+def warn_of_noticed(samples: Samples | None) -> None:
+    """Warn of what was noticed while pictures were decoded: metadata that are ignored, animations."""
+    if isinstance(samples, Source):
+        samples.noticed.warn()

@@ -4,15 +4,13 @@ or (height, width)."""
 from __future__ import annotations
 
 import errno
-import importlib
 import math
 import re
 import struct
 import threading
-from contextlib import nullcontext, suppress
-from functools import cache
+from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO, NamedTuple, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
 
@@ -36,7 +34,6 @@ EXTENSIONS = frozenset(
 SOUNDS = frozenset((".flac", ".wav"))  #: extensions of sounds
 VIDEOS = frozenset((".avi", ".m4v", ".mkv", ".mov", ".mp4", ".webm"))  #: of videos; a .gif can be either
 FORMATS = ("BMP", "DIB", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP", "AVIF", "JPEG2000", "QOI")
-PLUGINS = ("Bmp", "Gif", "Jpeg", "Png", "Ppm", "Tiff", "WebP", "Avif", "Jpeg2K", "Qoi")  #: modules of Pillow with them
 MAX_PIXELS = 200_000_000  #: of a picture, by default; decoded it takes 600 MB
 LARGE = 64_000_000  #: pixels above which a picture is decoded at a reduced scale, and one at a time
 _ALONE = threading.Lock()  #: held while a large picture is decoded
@@ -132,7 +129,7 @@ def _decoder(file: BinaryIO) -> Image.Image:
     """`PIL.Image.open` without its limit of pixels, which is global, and without the formats that are not in FORMATS."""
     from PIL import Image, UnidentifiedImageError
 
-    _register()
+    Image.init()  # registers the decoders; only those of FORMATS are called
     head = file.read(16)
     reasons = list[str]()
     for name in FORMATS:
@@ -151,14 +148,6 @@ def _decoder(file: BinaryIO) -> Image.Image:
     if reasons:
         raise ValueError(f"{reasons[0]}; a newer Pillow may read it")
     raise UnidentifiedImageError("empty, or of an unknown format")
-
-
-@cache
-def _register() -> None:
-    """Import the decoders of FORMATS that this Pillow has."""
-    for name in PLUGINS:
-        with suppress(ImportError):
-            importlib.import_module(f"PIL.{name}ImagePlugin")
 
 
 def check_pixels(image: Sized, most: int) -> None:
@@ -229,7 +218,19 @@ def _reduce(image: Image.Image, height: int, width: int) -> None:
     if image.format == "JPEG":
         image.draft(None, (2 * width, 2 * height))
     elif image.format == "JPEG2000":
-        image.reduce = max(0, min(5, image.width // (2 * width), image.height // (2 * height)).bit_length() - 1)  # type: ignore[method-assign,assignment]
+        scale = min(image.width // (2 * width), image.height // (2 * height))
+        image.reduce = max(0, min(_levels(image), scale.bit_length() - 1))  # type: ignore[method-assign,assignment]
+
+
+def _levels(image: Any) -> int:
+    """How often a JPEG 2000 can be halved, by its header; 0 when that is not found."""
+    at = image.fp.tell()
+    image.fp.seek(0)
+    head = image.fp.read(1 << 16)
+    image.fp.seek(at)
+    start = head.find(b"\xff\x4f\xff\x51")  # start, and size, whose length follows
+    found = head.find(b"\xff\x52", start + 4 + int.from_bytes(head[start + 4 : start + 6], "big")) if start >= 0 else -1
+    return head[found + 9] if 0 <= found < len(head) - 9 else 0
 
 
 def centre_crop(image: Image.Image, height: int, width: int) -> Image.Image:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import numpy as np
 
+from selftrans.data.present import present_classes
 from selftrans.data.sources.metadata import facts_of
 from selftrans.data.sources.passed_over import unread_pictures
 from selftrans.data.sources.source import Samples, Source
@@ -13,12 +14,6 @@ from selftrans.storage import printable
 
 LOOKED_AT = 24  #: pictures of which the range of values is read, spread over the source
 NAMED = 8  #: classes that a message names
-
-
-def present_classes(labels: np.ndarray, classes: Sequence[str]) -> tuple[int, ...]:
-    """The labels that occur, in order; empty when there are no classes, or when all of them occur."""
-    found = np.unique(labels).tolist() if len(classes) else []
-    return () if len(found) == len(classes) else tuple(found)
 
 
 def surprises(samples: Samples) -> Iterator[str]:
