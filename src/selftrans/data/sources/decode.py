@@ -112,7 +112,7 @@ def open_picture(file: Path | BinaryIO) -> Image.Image:
 
     Pillow's limit of pixels does not apply, see `check_pixels`. Raises what Pillow raises for a file that is not a picture.
     """
-    opened: BinaryIO = SizedFile(file) if isinstance(file, Path) else file
+    opened: BinaryIO = SizedFile.open(file) if isinstance(file, Path) else file
     try:
         pixels, facts = pixels_only(opened)
         image = _decoder(pixels)

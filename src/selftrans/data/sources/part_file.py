@@ -8,18 +8,24 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, BinaryIO, TypeAlias
+from typing import Any, BinaryIO, Self, TypeAlias
 
 #: (start, end) in a file, or bytes in place of some of it
 Part: TypeAlias = tuple[int, int] | bytes
 
 
 class SizedFile(io.BufferedReader):
-    """A file whose reads allocate at most its size, not the length that a malicious header claims."""
+    """A buffered file whose reads allocate at most its size, not the length that a malicious header claims."""
 
-    def __init__(self, path: Path) -> None:
-        super().__init__(io.FileIO(path))
-        self._size = os.fstat(self.fileno()).st_size
+    def __init__(self, raw: io.RawIOBase, size: int) -> None:
+        super().__init__(raw)
+        self._size = size
+
+    @classmethod
+    def open(cls, path: Path) -> Self:
+        """A file on the disk."""
+        raw = io.FileIO(path)
+        return cls(raw, os.fstat(raw.fileno()).st_size)
 
     def read(self, size: int | None = -1) -> bytes:
         return super().read(size if size is None else min(size, self._size))
@@ -35,6 +41,10 @@ class PartFile(io.RawIOBase):
         self._file, self._parts, self._at = file, list(parts), 0
         self._ends = list(accumulate(len(p) if isinstance(p, bytes) else p[1] - p[0] for p in parts))
         self._size = self._ends[-1] if self._ends else 0
+
+    def buffered(self) -> SizedFile:
+        """The same with a buffer, for many small reads."""
+        return SizedFile(self, self._size)
 
     def readable(self) -> bool:
         return True

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 import struct
 from collections.abc import Callable, Iterator
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 from selftrans.data.sources.metadata import (
     EXIF,
@@ -35,6 +35,8 @@ PIXEL_TAGS = frozenset(
         *(529, 530, 531, 532, 50674),
     )
 )
+DIRECTORIES = (34665, 34853, 40965)  #: tags of TIFF that name directories of EXIF
+MAX_ENTRIES = 4096  #: of a directory
 #: the entry of an EXIF item in the table of a HEIF file, of version 2 or 3
 EXIF_ITEM = re.compile(rb"(infe(?:\x02...(?:..)|\x03...(?:....))..)Exif", re.DOTALL)
 #: bytes of a value of each type of TIFF
@@ -54,10 +56,10 @@ def pixels_only(file: BinaryIO) -> tuple[BinaryIO, Facts]:
     if find:
         try:
             parts = find(file, size, facts)
-        except (struct.error, IndexError):  # the structure ends early: the decoder says so
+        except (struct.error, IndexError, ValueError):  # the structure ends early: the decoder says so
             parts = None
     file.seek(0)
-    return (file if parts is None else PartFile(file, parts), facts)  # type: ignore[return-value]
+    return file if parts is None else PartFile(file, parts).buffered(), facts
 
 
 def _at(file: BinaryIO, start: int, count: int) -> bytes:
@@ -192,41 +194,87 @@ def avif_parts(file: BinaryIO, size: int, facts: Facts) -> list[Part] | None:
     return None if renamed == head else [renamed, (len(head), size)]
 
 
+class _Tiff(NamedTuple):
+    """How numbers are stored in a TIFF, or a BigTIFF."""
+
+    order: str  #: < or >
+    offset: str  #: format of an offset
+    number: str  #: format of the number of entries
+
+    @property
+    def width(self) -> int:
+        return struct.calcsize(self.offset)
+
+    @property
+    def step(self) -> int:
+        """Bytes of an entry."""
+        return 4 + 2 * self.width
+
+    def table(self, file: BinaryIO, start: int) -> tuple[bytes, int]:
+        """The entries of a directory, and where they end. Raises ValueError for too many, struct.error at the file's end."""
+        size = struct.calcsize(self.order + self.number)
+        (count,) = struct.unpack(self.order + self.number, _at(file, start, size))
+        if count > MAX_ENTRIES:
+            raise ValueError(f"{count} entries")
+        table = _at(file, start + size, count * self.step)
+        if len(table) < count * self.step:
+            raise struct.error("it ends early")
+        return table, start + size + len(table)
+
+    def entry(self, data: bytes) -> tuple[int, int, int, int]:
+        """Tag, type, bytes of the value (0 for an unknown type), and where these are if they are not in the entry."""
+        tag, kind, number = struct.unpack_from(f"{self.order}HH{self.offset}", data)
+        (value,) = struct.unpack_from(self.order + self.offset, data, 4 + self.width)
+        return tag, kind, TIFF_TYPES.get(kind, 0) * number, value
+
+    def fits(self, data: bytes, size: int) -> bool:
+        """Whether the value of an entry is inside a file of `size` bytes, and not too large."""
+        *_, length, value = self.entry(data)
+        return 0 < length <= self.width or 0 < length <= min(MAX_METADATA, size - value)
+
+
 def tiff_parts(file: BinaryIO, size: int, facts: Facts) -> list[Part] | None:
     """The file with a directory of the tags that pixels need, if others are damaged or large."""
     head = _at(file, 0, 16)
-    order, big = ("<" if head[:2] == b"II" else ">"), head[2:4] in (b"+\0", b"\0+")
-    offset, count_format, width = ("Q", "Q", 8) if big else ("I", "H", 4)
-    (start,) = struct.unpack_from(order + offset, head, 8 if big else 4)
-    (count,) = struct.unpack(order + count_format, _at(file, start, struct.calcsize(order + count_format)))
-    start += struct.calcsize(order + count_format)
-    step = 12 if not big else 20
-    if count > 4096:
-        return None
-    table = _at(file, start, count * step)
-    (following,) = struct.unpack(order + offset, _at(file, start + count * step, width))
+    big = head[2:4] in (b"+\0", b"\0+")
+    tiff = _Tiff("<" if head[:2] == b"II" else ">", *(("Q", "Q") if big else ("I", "H")))
+    (start,) = struct.unpack_from(tiff.order + tiff.offset, head, 8 if big else 4)
+    table, end = tiff.table(file, start)
+    (following,) = struct.unpack(tiff.order + tiff.offset, _at(file, end, tiff.width))
     facts.several |= 0 < following < size
     kept, values = list[bytes](), dict[int, int]()
-    for k in range(count):
-        entry = table[k * step : (k + 1) * step]
-        tag, kind, number = struct.unpack_from(order + "HH" + offset, entry)
-        length, data = TIFF_TYPES.get(kind, 0) * number, entry[4 + width :]
-        (value,) = struct.unpack(order + offset, data) if length > width else (0,)
+    for entry in _split(table, tiff.step):
+        tag, kind, length, value = tiff.entry(entry)
         if tag in PIXEL_TAGS:
             kept.append(entry)
-            short = data[:2] if length <= width else _at(file, value, 2)
-            values[tag] = struct.unpack(order + "H", short)[0] if kind == 3 and len(short) == 2 else 0
-        elif not length or (length > width and (length > MAX_METADATA or value + length > size)):
+            short = entry[4 + tiff.width :][:2] if length <= tiff.width else _at(file, value, 2)
+            values[tag] = struct.unpack(tiff.order + "H", short)[0] if kind == 3 and len(short) == 2 else 0
+        elif not tiff.fits(entry, size):
             facts.broken.add({34675: PROFILE, 700: XMP}.get(tag, TAGS))
+        elif tag in DIRECTORIES and not _sound_directory(tiff, file, entry, size):
+            facts.broken.add(EXIF)
         elif tag == 34675:
-            facts.add_profile(_at(file, value, 40) if length > width else b"")
+            facts.add_profile(_at(file, value, 40) if length > tiff.width else b"")
     facts.deep = values.get(258) == 16 and values.get(277, 1) >= 3
-    if not facts.broken or size + 1 >= 1 << (8 * width):
+    if not facts.broken or size + 1 >= 1 << (8 * tiff.width):
         return None
     pad = b"\0" * (size % 2)
-    header = head[: 8 if big else 4] + struct.pack(order + offset, size + len(pad))
-    directory = struct.pack(order + count_format, len(kept)) + b"".join(kept) + struct.pack(order + offset, 0)
+    header = head[: 8 if big else 4] + struct.pack(tiff.order + tiff.offset, size + len(pad))
+    directory = struct.pack(tiff.order + tiff.number, len(kept)) + b"".join(kept) + b"\0" * tiff.width
     return [header, (len(header), size), pad + directory]
+
+
+def _sound_directory(tiff: _Tiff, file: BinaryIO, entry: bytes, size: int) -> bool:
+    """Whether an entry names a directory of tags that are all inside the file."""
+    value = tiff.entry(entry)[3] if tiff.entry(entry)[1] in (4, 13, 16, 18) else 0
+    try:
+        return value > 0 and all(tiff.fits(each, size) for each in _split(tiff.table(file, value)[0], tiff.step))
+    except (struct.error, ValueError):
+        return False
+
+
+def _split(table: bytes, step: int) -> list[bytes]:
+    return [table[k : k + step] for k in range(0, len(table), step)]
 
 
 def _joined(parts: list[Part]) -> list[Part]:
