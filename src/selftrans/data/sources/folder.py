@@ -5,9 +5,13 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Collection, Iterator
+from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
+import numpy as np
+
 from selftrans.data.sources.decode import EXTENSIONS, SOUNDS, VIDEOS, open_picture
+from selftrans.data.sources.label_file import labelled_folder
 from selftrans.data.sources.passed_over import in_words, junk_name, kind_of_file
 from selftrans.data.sources.source import Source, classify
 from selftrans.storage import printable
@@ -16,7 +20,8 @@ LINKS, SPECIAL = "symbolic links to folders", "broken links, pipes and devices"
 
 
 def folder(root: Path, *, allow_empty: bool = False) -> Source:
-    """A folder of class folders, or of pictures. With `allow_empty` a folder without pictures is a class.
+    """A folder of class folders, or of pictures, or with labels in `dataset.json` (see `label_file`). With `allow_empty` a
+    folder without pictures is a class.
 
     Symbolic links to files inside the folder are followed. Raises ValueError for a link that leads out of it, for a
     class folder without pictures, for pictures next to class folders, and for sounds or videos next to pictures.
@@ -29,12 +34,13 @@ def folder(root: Path, *, allow_empty: bool = False) -> Source:
         raise ValueError(f"{root} holds pictures and {printable(other)}; keep one kind of file in a folder")
     if len(files) > len(pictures):
         ignored.update(kind_of_file(name) for name, _ in files)
-    names = [name for name, _ in pictures]
-    empty = empty_classes(root, names, "pictures", allow_empty)
-    labels, classes = classify(names, str(root), also=empty)
-    return Source(
-        names, labels, classes, lambda i: open_picture(root / names[i]), [size for _, size in pictures], dict(ignored)
-    )
+    names, sizes = [name for name, _ in pictures], [size for _, size in pictures]
+    none = np.zeros(len(names), dtype=np.int64)
+    source = Source(names, none, (), lambda i: open_picture(root / names[i]), sizes, dict(ignored))
+    if labelled := labelled_folder(source, root):
+        return labelled
+    labels, classes = classify(names, str(root), also=empty_classes(root, names, "pictures", allow_empty))
+    return replace(source, labels=labels, classes=classes)
 
 
 def check_link(path: Path, root: Path, name: str) -> None:
