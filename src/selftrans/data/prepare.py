@@ -294,10 +294,11 @@ def _run(
         with bar, closing(ahead(encoder.decode, batches, threads=threads)) as decoded:
             for shard in missing:
                 resumable.record(out, encoder.write(plan, out, shard, decoded, bar.update))
-        if warn:
-            warn_of_noticed(encoder.source)
         with resumable.changing(out, part):
-            return _finish(encoder, plan, out, progress)
+            made = _finish(encoder, plan, out, progress)
+        if warn:
+            warn_of_noticed(encoder.source, made)
+        return made
 
 
 def _valid(encoder: ShardEncoder, plan: Manifest, out: Path) -> tuple[Manifest, dict[int, Shard]]:

@@ -6,6 +6,9 @@ import sys
 import warnings
 from pathlib import Path
 
+import numpy as np
+
+from selftrans.data.manifest import Manifest
 from selftrans.data.sources.clips import Clips
 from selftrans.data.sources.passed_over import in_words
 from selftrans.data.sources.source import Samples, Source
@@ -40,7 +43,14 @@ def check_faults(samples: Samples, source: str | Path, skip_bad: bool) -> None:
         )
 
 
-def warn_of_noticed(samples: Samples | None) -> None:
-    """Warn of what was noticed while pictures were decoded: metadata that are ignored, animations."""
+def warn_of_noticed(samples: Samples, manifest: Manifest) -> None:
+    """Warn of what was noticed while samples were read: metadata that are ignored, animations, classes that were lost."""
     if isinstance(samples, Source):
         samples.noticed.warn()
+    skipped = {name for name, _ in manifest.skipped}
+    if not skipped or not samples.classes:
+        return
+    kept = np.array([label for i, label in enumerate(samples.labels) if samples.name(i) not in skipped], dtype=np.int64)
+    if lost := sorted({*samples.labels.tolist()} - {*kept.tolist()}):
+        names = ", ".join(printable(samples.classes[k]) for k in lost[:8]) + (", …" if len(lost) > 8 else "")
+        warnings.warn(f"no sample of {len(lost):,} classes is readable: {names}; they keep their labels", stacklevel=3)

@@ -69,6 +69,16 @@ def test_run_on_data_with_a_gap_samples_what_they_hold(tmp_path: Path, monkeypat
     assert np.concatenate(labels).tolist() == [0, 2, 0, 2, 0]
 
 
+def test_classes_that_are_lost_to_unreadable_pictures_are_said(tmp_path: Path) -> None:
+    pictures = toy.pictures(tmp_path / "pictures", ("cat", "dog", "owl"), count=2)
+    for k in range(2):
+        (pictures / "dog" / f"{k}.png").write_bytes(b"")
+    (pictures / "owl" / "0.png").write_bytes(b"")
+    with pytest.warns(UserWarning, match=r"^no sample of 1 classes is readable: dog; they keep their labels$"):
+        prepare(pictures, tmp_path / "data", skip_bad=True, progress=False)
+    assert Dataset.open(tmp_path / "data").present == (0, 2)
+
+
 def test_labels_that_a_file_invents_are_refused(tmp_path: Path) -> None:
     path = toy.copy(toy.vanilla(), tmp_path / "run")
     weights = toy.checkpoint(path, "vanilla") / "ema.safetensors"

@@ -117,6 +117,9 @@ def turned_upright(image: Image.Image) -> Image.Image:
     """The picture with its orientation applied; decodes it. Raises what the decoder raises."""
     from PIL import Image, ImageOps
 
+    if hasattr(image, "tag_v2") and getattr(image, "_im", None) is None:
+        # otherwise Pillow's limit of pixels, which is global, would apply: `check_pixels` has its own
+        image.im = Image.core.new(image.mode, getattr(image, "_tile_size", image.size))
     image.load()
     if hasattr(image, "tag_v2"):
         with suppress(Exception):  # older versions of Pillow do not turn it themselves; damaged tags turn nothing

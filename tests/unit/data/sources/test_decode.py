@@ -128,7 +128,7 @@ def test_grey_on_request(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["folder", "zip"])
-@pytest.mark.parametrize("fault", ["truncated", "zero bytes", "text", "float", "svg"])
+@pytest.mark.parametrize("fault", ["truncated", "zero bytes", "text", "float", "svg", "heic"])
 def test_unreadable_pictures_are_named(tmp_path: Path, kind: str, fault: str) -> None:
     jpeg = encoded(noise(64), "JPEG")
     data = {
@@ -136,6 +136,7 @@ def test_unreadable_pictures_are_named(tmp_path: Path, kind: str, fault: str) ->
         "zero bytes": b"",
         "text": b"hello",
         "float": encoded(Image.fromarray(np.zeros((8, 8), np.float32)), "TIFF"),
+        "heic": b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + b"x" * 200,
         "svg": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n",  # PIL would start an external program
     }[fault]
     files = {"cat/ok.png": encoded(noise(8)), "dog/bad one.jpg": data}
@@ -159,10 +160,17 @@ def test_picture_above_the_pixel_limit(tmp_path: Path, monkeypatch: pytest.Monke
     write(tmp_path / "one", {"a.png": encoded(noise(8))})
     with pytest.raises(ValueError, match=r"8x8 is more than the limit of 40 pixels; raise it with --max-pixels"):
         open_source(tmp_path / "one", reading=Reading(max_pixels=40)).read(0)
+    frames = {"save_all": True, "append_images": [Image.fromarray(noise(8, 1))]}
+    for kind in ("GIF", "TIFF", "PNG", "JPEG", "BMP", "PPM", "JPEG2000", "QOI"):
+        data = encoded(noise(8), kind, **(frames if kind in ("GIF", "TIFF", "PNG") else {}))
+        write(tmp_path / "all", {f"{kind}.{'jp2' if kind == 'JPEG2000' else kind}": data})
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 20)  # Pillow's own, which belongs to the caller, does not apply
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        open_source(tmp_path / "one", reading=Reading(max_pixels=64)).read(0)
+        source = open_source(tmp_path / "all", reading=Reading(max_pixels=64))
+        assert {source.read(i).shape for i in range(8)} == {(8, 8, 3)}
+        with pytest.raises(ValueError, match="more than 40 pixels, which Pillow refuses in WEBP; save it as png"):
+            open_picture(io.BytesIO(encoded(noise(8), "WEBP")))
     assert Image.MAX_IMAGE_PIXELS == 20
     with pytest.raises(ValueError, match="max_pixels 0"):
         open_source(tmp_path / "one", reading=Reading(max_pixels=0))
@@ -194,7 +202,17 @@ def test_large_pictures_are_decoded_at_a_reduced_scale(
     assert np.abs(reduced.astype(int) - plain).max() <= (9 if kind == "JPEG2000" else 3)  # its filter is not a mean
 
 
-VALID = [encoded(noise(9), kind) for kind in ("PNG", "JPEG", "GIF", "TIFF", "WEBP", "BMP", "PPM", "JPEG2000")]
+EXIF = Image.Exif()
+EXIF[0x0112], EXIF[0x010E] = 6, "x" * 40
+METADATA = {
+    "PNG": {"exif": EXIF, "icc_profile": b"x" * 200},
+    "JPEG": {"exif": EXIF, "icc_profile": b"x" * 200, "comment": b"x"},
+    "TIFF": {"description": "x" * 40, "icc_profile": b"x" * 200, "tiffinfo": {274: 6, 34665: 9}},
+    "WEBP": {"exif": EXIF, "icc_profile": b"x" * 200},
+}
+VALID = [encoded(noise(9), kind, **options) for kind, options in METADATA.items()] + [
+    encoded(noise(9), kind) for kind in ("PNG", "JPEG", "GIF", "TIFF", "WEBP", "BMP", "PPM", "JPEG2000")
+]
 
 
 @pytest.mark.filterwarnings("ignore")  # PIL's warnings about damaged files
