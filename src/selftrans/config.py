@@ -79,8 +79,8 @@ class Train(Section):
     path: str = "linear"
     """probability path: linear or cosine"""
     times: str = "systematic"
-    """timestep sampler: systematic (evenly spread over the batch), uniform (independent), lognormal (EDM's) or
-    logitnormal (SD3's and LightningDiT's)"""
+    """timestep sampler: systematic (evenly spread over the batch), uniform (independent), lognormal (EDM's),
+    lognormal_standard (REPA's) or logitnormal (SD3's and LightningDiT's)"""
     precision: Literal["fp32", "bf16", "fp16"] = setting("fp32", resume="consent")
     compile: bool | None = setting(None, resume="free")
     """torch.compile each block; None: on a GPU"""
@@ -150,6 +150,10 @@ class SampleConfig(Section):
     """of models of text: prompts that repeat; None: captions of the data, the same ones every time"""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """of the model; the integration itself is float32"""
+    decode_with: str | None = None
+    """another VAE that decodes the samples, by hub id or folder; None: the one that encoded the data"""
+    rounding: Literal["nearest", "down"] = "nearest"
+    """of pixels to whole numbers; down: truncated, as REPA's release does"""
 
     def check(self) -> None:
         """Raise ValueError for the first value that cannot be."""
@@ -166,6 +170,10 @@ class SampleConfig(Section):
             (0 <= self.guidance_scale < math.inf, f"sample.guidance_scale is {self.guidance_scale}; use 1 for none"),
             (0 <= low < high <= 1, f"sample.guidance_interval {low} to {high} is no part of [0, 1]; 0 is data"),
             (self.prompts is None or self.prompts, "sample.prompts is empty; give one prompt at least"),
+            (
+                self.rounding in ("nearest", "down"),
+                f"sample.rounding {self.rounding!r} is unknown; choose nearest or down",
+            ),
             (self.seed >= 0, f"sample.seed is {self.seed}; use a whole number from 0"),
             (
                 self.precision in PRECISIONS,
@@ -180,8 +188,9 @@ class SampleConfig(Section):
                 raise ValueError(message)
 
     def settings(self) -> dict[str, Any]:
-        """What an image depends on besides its condition: the sampler has its own name; number and batch size are left out."""
-        other = ("num", "batch_size", "labels", "prompts")
+        """What an image depends on besides its condition: number, batch size and later settings at default left out."""
+        other: tuple[str, ...] = ("num", "batch_size", "labels", "prompts")
+        other += tuple(key for key in ("decode_with", "rounding") if getattr(self, key) == getattr(type(self), key))
         kept = {key: value for key, value in dataclasses.asdict(self).items() if key not in other}
         return kept | {"sampler": "heun" if self.sampler == "ode" else self.sampler}
 

@@ -8,7 +8,14 @@ import numpy as np
 import pytest
 
 from selftrans.cli.main import main
+from selftrans.data.buckets import open_data
 from selftrans.data.prepare import prepare
+from selftrans.evaluate.classifier import SmallClassifier
+from selftrans.evaluate.metrics import frechet_distance
+from selftrans.evaluate.statistics import Moments
+from selftrans.experiments import evaluate_samples, measurement
+from selftrans.sampling.images import Sampler
+from selftrans.sampling.in_sizes import InSizes
 from selftrans.train.run import train
 from tests.support import captioned, ratios, toy
 from tests.support.toy import quick  # noqa: F401 - a fixture
@@ -64,12 +71,16 @@ def test_one_bucket_trains_as_the_same_pictures_without_buckets(tmp_path):
 
 
 @pytest.mark.parametrize("store", ["tokens", "ids"])
-def test_captions_train_in_buckets_and_have_previews(store, tmp_path):
+def test_captions_train_in_buckets_have_previews_and_are_sampled_in_their_sizes(store, tmp_path, monkeypatch):
     data = ratios.with_captions(tmp_path, store)
     few = {"train.steps": 3, "stage1.steps": 2, "train.batch_size": 4, "train.preview_every": 3}
     report = train(captioned.config({"data.path": str(data)} | few), tmp_path / "run", quiet=True)
     assert report["student_steps"] == 3
     assert (tmp_path / "run" / "stage2" / "previews" / "step-00000003.png").exists()
+    monkeypatch.setattr(evaluate_samples, "load_extractor", lambda *_, **__: Colours())
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    made = evaluate_samples.evaluate_samples(tmp_path / "run", data, None, settings={"num": 24, "steps": 2})["made"]
+    assert made["sizes"] == ratios.COUNTS and made["captions"] == str(data)
 
 
 def test_samples_have_the_size_that_is_asked_for(tmp_path, capsys):
@@ -112,6 +123,73 @@ def test_what_needs_one_shape_is_refused_before_anything_is_written(dotted, mess
         train(config(dotted), tmp_path / "run", quiet=True)
     assert "\n" not in str(error.value)
     assert not (tmp_path / "run" / "config.json").exists()
+
+
+class Colours:
+    """Mean and deviation of each colour: features of pictures of any size."""
+
+    name, sha256, dim, pictures, head = "colours", "0" * 64, 6, True, False
+
+    def __call__(self, images):
+        flat = images.reshape(len(images), -1, 3).astype(np.float64)
+        return {"features": np.concatenate([flat.mean(axis=1), flat.std(axis=1)], axis=-1)}
+
+
+@pytest.fixture(scope="module")
+def short(tmp_path_factory):
+    """A run of one step, without guidance."""
+    out = tmp_path_factory.mktemp("short") / "run"
+    train(config({"method": "vanilla", "train.steps": 1, "train.preview_every": 0}), out, quiet=True)
+    return out
+
+
+def distance_by_hand(run, count, steps):
+    """Of all pictures of the data, whose pixels are stored as they are, and of images sampled in their sizes."""
+    data = open_data(ratios.shared())
+    real = [((part.read(range(8), ["moments"])["moments"][:, 0, :3] + 1) * 127.5).round() for part in data.buckets]
+    reference = np.concatenate([Colours()(x.permute(0, 2, 3, 1).numpy())["features"] for x in real])
+    sized = InSizes(Sampler.load(run, {"num": count, "steps": steps}), data)
+    sampled = np.concatenate([Colours()(batch.images)["features"] for batch in sized.sample()])
+    return frechet_distance(*(Moments(x.mean(axis=0), np.cov(x, rowvar=False)) for x in (sampled, reference)))
+
+
+def test_a_run_is_evaluated_against_all_buckets(short, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(evaluate_samples, "load_extractor", lambda *_, **__: Colours())
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    command = ["evaluate", str(short), "--reference", str(ratios.shared()), "--num=24", "--steps=3"]
+    for _ in range(2):  # the second time with statistics from the cache
+        assert main([*command, "--out", str(tmp_path / "a.json")]) == 0
+        output, report = capsys.readouterr().out, json.loads((tmp_path / "a.json").read_text())
+        assert report["made"]["sizes"] == ratios.COUNTS and "sizes 6x10 (8), 8x8 (8), 10x6 (8)" in output
+        assert report["reference_images"] == 24 and report["num_images"] == 24
+        assert report["frechet_distance"] == pytest.approx(distance_by_hand(short, 24, 3), rel=1e-4)
+    assert main(["evaluate", str(ratios.shared()), *command[2:4], "--out", str(tmp_path / "b.json")]) == 0
+    assert json.loads((tmp_path / "b.json").read_text())["frechet_distance"] == pytest.approx(0, abs=1e-6)
+
+
+def test_a_comparison_measures_in_all_sizes(short, monkeypatch):
+    monkeypatch.setattr(measurement, "load_extractor", lambda *_, **__: Colours())
+    measuring = measurement.Measurement.of(config({"sample.steps": 3}), "colours", weights=None, images=24, block=2)
+    point = measurement.measure_checkpoint(toy.checkpoint(short, "vanilla"), measuring)
+    assert point["distance"] == pytest.approx(distance_by_hand(short, 24, 3), rel=1e-4) and 0 <= point["probe"] <= 1
+    assert measurement.samples_of(short, measuring.sample, 3, measuring.conditioning).shape == (3, 8, 8, 3)
+
+
+@pytest.mark.parametrize("command", ["evaluate", "compare"])
+def test_features_of_one_size_are_refused_before_any_work(short, tmp_path, capsys, command):
+    SmallClassifier(8, 3, 2).save(tmp_path / "c.safetensors")
+    words = {
+        "evaluate": ["evaluate", str(short), "--reference", str(ratios.shared()), "--out", str(tmp_path / "x.json")],
+        "compare": ["compare", "digits", "--data", str(ratios.shared()), "--out", str(tmp_path / "x"), "--seeds=0"],
+    }[command]
+    for features, message in (
+        (str(tmp_path / "c.safetensors"), "takes 8x8x3 images, these are"),
+        ("values", "one shape"),
+    ):
+        assert main([*words, "--features", features]) == 1
+        err = capsys.readouterr().err
+        assert "holds buckets of several sizes" in err and message in err and "inception takes any size" in err
+        assert err.count("\n") == 1 and not (tmp_path / "x.json").exists() and not list(tmp_path.glob("x/*seed*"))
 
 
 def test_small_buckets_are_said_once(tmp_path):

@@ -30,9 +30,10 @@ TINY = {"width": 32, "depth": 3, "heads": 2, "patch": 2, "channels": 1, "side": 
 class Tensors(Named):
     """Random tensors by name, added in the order in which a published module registers them."""
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int | None) -> None:
+        """`seed` None: for tensors on the device meta, which takes no generator."""
         super().__init__()
-        self.random = torch.Generator().manual_seed(seed)
+        self.random = None if seed is None else torch.Generator().manual_seed(seed)
 
     def linear(self, name: str, rows: int, columns: int) -> None:
         self[f"{name}.weight"] = torch.randn(rows, columns, generator=self.random) / columns**0.5

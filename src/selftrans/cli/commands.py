@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 import tyro
 from tyro.conf import Positional
 
-from selftrans.cli.experiment_commands import Analyse, Bench, Classifier, Compare, Evaluate, Quickstart
+from selftrans.cli.experiment_commands import Analyse, Autoencoder, Bench, Classifier, Compare, Evaluate, Quickstart
 from selftrans.cli.options import (
     Command,
     Config,
@@ -59,10 +59,8 @@ class Train(RecipeCommand[Config]):
         from selftrans.train.run import train
 
         config: Any = self.config
-        if self.data is not None:
-            config = config.override({"data.path": self.data})
-        if self.init is not None:
-            config = config.override({"init.path": self.init})
+        given = {"data.path": self.data, "init.path": self.init}
+        config = config.override({name: value for name, value in given.items() if value is not None})
         if self.teacher is not None:
             option = next((stage.teacher.option for stage in stages(config) if stage.teacher), None)
             if option is None:
@@ -111,7 +109,7 @@ class Sample(Command):
 
 @dataclass
 class Import(Command):
-    """A published checkpoint (SiT, DiT, REPA, Self-Transcendence, LightningDiT, diffusers) to a run, to sample, train or teach.
+    """A published checkpoint (SiT, DiT, LightningDiT, MMDiT, REPA, Self-Transcendence, diffusers) to a run.
 
     FILE is what their training writes (a .pt with model, ema, opt) or a plain state dict, also as safetensors. No code in
     it is executed: a file that holds anything but tensors, plain containers and the options of a command is refused by
@@ -172,13 +170,13 @@ class ImportVae(Command):
 
 @dataclass
 class Export(Command):
-    """A run's weights as one safetensors file without heads, for selftrans or in the layout of SiT, REPA, DiT or LightningDiT.
+    """A run's weights as one safetensors file without heads, for selftrans or in a published layout.
 
     Writes OUT/model.safetensors and OUT/config.json. In a published layout the file holds what `SiT(**arguments)` (`DiT`,
-    `LightningDiT`) of that repository loads, with `arguments` from config.json (REPA's with z_dims=[], so without projectors),
-    and `selftrans import` reads it back. The layout diffusers, of the models diffusers-*, is a folder that `from_pretrained` of
-    their class loads. The other models do not have it: DiT of diffusers has other timestep frequencies and no QK-norm, so it
-    would be another network.
+    `LightningDiT`, `MMDiT`) of that repository loads, with `arguments` from config.json (REPA's with z_dims=[], so without
+    projectors), and `selftrans import` reads it back. The layout diffusers, of the models diffusers-*, is a folder that
+    `from_pretrained` of their class loads. The other models do not have it: DiT of diffusers has other timestep frequencies and
+    no QK-norm, so it would be another network.
     """
 
     run_or_file: RunOrFile
@@ -187,7 +185,7 @@ class Export(Command):
     weights: Weights = "ema"
     layout: str = "selftrans"
     """selftrans: accepted in place of a run by every command; or a published layout: of SiT sit or repa, of DiT dit, of
-    LightningDiT lightningdit, of diffusers-* diffusers"""
+    LightningDiT lightningdit, of MMDiT repa, of diffusers-* diffusers"""
     adapters: bool = False
     """of a run with --lora.rank: its adapters alone, with --layout peft (the default then) or diffusers; otherwise they are
     merged into the weights"""
@@ -215,6 +213,7 @@ COMMANDS: dict[str, Any] = {
     "sample": Sample,
     "evaluate": Evaluate,
     "classifier": Classifier,
+    "autoencoder": Autoencoder,
     "analyse": Analyse,
     "quickstart": Quickstart,
     "compare": Compare,

@@ -38,6 +38,8 @@ class Prepare(Command):
     """of aspect ratios, an odd number: each picture keeps about its shape, between 1:2 and 2:1; --resolution is the square"""
     bucket_multiple: int = 2
     """sides of the buckets' latents are multiples of this: of the models' patch"""
+    standardise: bool = True
+    """pixels: latents of zero mean and unit variance per channel; a folder that was begun without stays without"""
     flip: bool = False
     """store the mirrored pictures too"""
     skip_bad: bool = False
@@ -56,8 +58,7 @@ class Prepare(Command):
     label_column: str | None = None
     """of a parquet file or a data set on the hub; None: found by its type"""
     text: str | None = None
-    """store the captions of the pictures, encoded by this text encoder: one of transformers by hub id or local path (CLIP,
-    T5, BERT, ...; e.g. openai/clip-vit-large-patch14), or `minilm`"""
+    """store captions, encoded by this model of transformers (CLIP, T5, BERT: openai/clip-vit-large-patch14), or `minilm`"""
     text_tokens: int | None = None
     """tokens of a caption, padding included; None: as many as the encoder takes (CLIP 77), 256 at most"""
     text_dtype: Literal["float16", "bfloat16"] = "float16"
@@ -104,35 +105,32 @@ class Prepare(Command):
         from selftrans.data.prepare_features import prepare_features
         from selftrans.data.sources.clips import MediaOptions, kind_of
         from selftrans.data.sources.decode import Reading, parse_resolution
+        from selftrans.encoders.identity import identity_kind
         from selftrans.precision import dtype_name
 
-        precision = dtype_name(self.precision)
-        of_vae = "float32" if self.features and self.autoencoder == "pixel" and not self.text else precision
-        not_pictures = self.autoencoder == "values" or kind_of(Path(self.source), self.frames) in ("sounds", "videos")
+        precision, kind = dtype_name(self.precision), identity_kind(self.autoencoder)
+        of_vae = "float32" if self.features and kind == "pixel" and not self.text else precision
+        not_pictures = kind == "values" or kind_of(Path(self.source), self.frames) in ("sounds", "videos")
         if self.features and (not_pictures or self.buckets is not None):
             raise ValueError("--features is for pictures; leave it out with --buckets, and for data of other kinds")
         if self.grid and not self.features:
             warnings.warn("--grid is ignored without --features", stacklevel=2)
         text = self._text()
         media = MediaOptions(**{each.name: getattr(self, each.name) for each in dataclasses.fields(MediaOptions)})
-        resolution = None if self.resolution is None else parse_resolution(self.resolution)
         reading = Reading(self.max_pixels, self.range, self.allow_empty)
-        not_mine = [name for name in vars(self) if name.startswith(("text", "caption")) or name in Reading._fields]
-        given = self.options("features", "grid", "buckets", "bucket_multiple", *vars(media), *not_mine)
-        given |= {"resolution": resolution, "precision": of_vae, "text": text, "media": media, "reading": reading}
+        others = [name for name in vars(self) if name.startswith(("text", "caption", "bucket", "features", "grid"))]
+        given = self.options(*vars(media), *others, *Reading._fields) | {"reading": reading}
+        scaled = None if self.standardise else False  # None: where it applies
+        given |= {"precision": of_vae, "text": text, "media": media, "standardise": scaled}
+        given["resolution"] = None if self.resolution is None else parse_resolution(self.resolution)
         if self.buckets is not None:
             print(prepare_buckets(**given, buckets=self.buckets, multiple=self.bucket_multiple))
             return
         manifest = prepare(**given)
         print(manifest.summary())
         if self.features:
-            options: dict[str, Any] = {
-                "grid": self.grid,
-                "batch_size": self.batch_size,
-                "precision": precision,
-                "part": self.part,
-            }
-            options |= {"split": self.split, "reading": reading}
+            options: dict[str, Any] = {"grid": self.grid, "batch_size": self.batch_size, "precision": precision}
+            options |= {"part": self.part, "split": self.split, "reading": reading}
             captions = text.source if text else None
             made = prepare_features(self.source, self.out, self.features, captions=captions, **options)
             print(made.summary(manifest))

@@ -74,6 +74,11 @@ class Buckets(Dataset):
         """(C, H, W) of the latents of each bucket."""
         return tuple(bucket.manifest.shape for bucket in self.buckets)
 
+    @property
+    def of_one_shape(self) -> tuple[Dataset, ...]:
+        """The buckets."""
+        return self.buckets
+
     def read(
         self, rows: np.ndarray | Tensor, names: Collection[str] | None = None, which: np.ndarray | None = None
     ) -> dict[str, Tensor]:
@@ -134,6 +139,11 @@ def open_data(path: str | Path, *, verify: bool = False, text_encoder: str | Non
     """Open a folder made by `prepare` or by `prepare_buckets`. Raises ValueError as `Dataset.open` and `Buckets.open`."""
     kind = Buckets if Path(path, BUCKETS).is_file() else Dataset
     return kind.open(path, verify=verify, text_encoder=text_encoder)
+
+
+def is_prepared(path: str | Path) -> bool:
+    """Whether a folder was made by `prepare` or by `prepare_buckets`."""
+    return Path(path, FILE).exists() or Path(path, BUCKETS).exists()
 
 
 def read_names(path: Path) -> tuple[str, ...]:

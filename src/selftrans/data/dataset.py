@@ -92,6 +92,11 @@ class Dataset:
         """(C, *S) of the latents of each part."""
         return (self.manifest.shape,)
 
+    @property
+    def of_one_shape(self) -> tuple[Dataset, ...]:
+        """The parts, each as a data set whose latents have one shape."""
+        return (self,)
+
     def __reduce__(self) -> tuple[Any, ...]:
         # a worker process opens the files itself: the mapped arrays must not be pickled
         return partial(Dataset.open, text_encoder=self.text_encoder), (self.path,)

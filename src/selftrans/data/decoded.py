@@ -17,10 +17,13 @@ from selftrans.encoders.autoencoder import Autoencoder, load_autoencoder, to_uin
 
 
 @torch.inference_mode()
-def decode_images(autoencoder: Autoencoder, z0: Tensor) -> np.ndarray:
-    """Decode latents (N, C, *S) to pictures, uint8 (N, H, W, C), or to float32 (N, C, *S) when the data are not pictures."""
+def decode_images(autoencoder: Autoencoder, z0: Tensor, rounding: str = "nearest") -> np.ndarray:
+    """Decode latents (N, C, *S) to pictures, uint8 (N, H, W, C), or to float32 (N, C, *S) when the data are not pictures.
+
+    `rounding` is that of `to_uint8`.
+    """
     decoded = autoencoder.decode(z0)
-    return (to_uint8(decoded) if autoencoder.pictures else decoded.float()).cpu().numpy()
+    return (to_uint8(decoded, rounding) if autoencoder.pictures else decoded.float()).cpu().numpy()
 
 
 def decoded_images(
@@ -28,18 +31,22 @@ def decoded_images(
 ) -> Iterator[np.ndarray]:
     """Decoded posterior means of prepared data, in order and not mirrored; every call returns the same.
 
-    Yields batches as `decode_images` returns them. `device` is where they are decoded (None: `default_device`).
+    Yields batches as `decode_images` returns them, each of one shape. `device` is where they are decoded (None:
+    `default_device`).
     """
     manifest, device = dataset.manifest, device or default_device()
     autoencoder = load_autoencoder(manifest.autoencoder, device=device)
-    for start in range(0, len(dataset), batch_size):
-        rows = np.arange(start, min(start + batch_size, len(dataset)))
-        z0 = manifest.latent_space.mean(dataset.read(rows, ["moments"])["moments"][:, 0])
-        yield decode_images(autoencoder, z0.to(device))
+    for part in dataset.of_one_shape:
+        for start in range(0, len(part), batch_size):
+            rows = np.arange(start, min(start + batch_size, len(part)))
+            z0 = manifest.latent_space.mean(part.read(rows, ["moments"])["moments"][:, 0])
+            yield decode_images(autoencoder, z0.to(device))
 
 
 def data_latents(dataset: Dataset, most: int) -> tuple[Tensor, Tensor]:
-    """At most `most` latents (N, C, *S), chosen by a fixed shuffle, and their labels (N,)."""
+    """At most `most` latents (N, C, *S), chosen by a fixed shuffle, and their labels (N,); of data of several shapes, those of
+    the shape that most rows have."""
+    dataset = max(dataset.of_one_shape, key=len)
     return latents_of(dataset, np.random.default_rng(0).permutation(len(dataset))[:most])
 
 

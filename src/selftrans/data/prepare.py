@@ -26,7 +26,9 @@ from selftrans.data.sources.decode import STANDARD, Reading, Resolution, size_te
 from selftrans.data.sources.npz import NpzValues, npz_values
 from selftrans.data.sources.open_source import open_source
 from selftrans.data.sources.source import Samples, Source, ahead
-from selftrans.encoders.autoencoder import IDENTITIES, Autoencoder, autoencoder_name, load_autoencoder
+from selftrans.data.standardise import OPTION, chosen, plain, standardised
+from selftrans.encoders.autoencoder import Autoencoder, autoencoder_name, load_autoencoder
+from selftrans.encoders.identity import identity_kind
 from selftrans.encoders.media import Video, is_media
 from selftrans.encoders.text import load_text_encoder
 from selftrans.precision import PRECISIONS, dtype_name
@@ -51,6 +53,7 @@ def prepare(
     batch_size: int = 64,
     shard_size: int = 8192,
     dtype: str | None = None,
+    standardise: bool | None = None,
     skip_bad: bool = False,
     device: str | torch.device | None = None,
     precision: str = "float32",
@@ -68,8 +71,9 @@ def prepare(
     Args:
         autoencoder: with "values" the source is an npz of arrays (N, C, *S) that are not pictures (see `npz_values`).
         resolution: side, or (height, width), to crop and resize to; None keeps the size of the pictures.
-        flip: store the moments of the mirrored pictures as a second copy.
-        dtype: of the stored moments; None: float16, or float32 for values. `precision` is that of the network.
+        flip: store the mirrored pictures, too. dtype: of the stored moments; None: float16, or float32 for values.
+        standardise: latents of zero mean and unit variance per channel; None: those of pixels, or as the folder was begun.
+            Numbers in brackets in the autoencoder's name set them (see `identity`).
         skip_bad: skip unreadable samples and list them in the manifest, instead of stopping at the first.
         split: of a hub data set (None: train) or a folder (None: all). label_column: of tables. reading: see `Reading`.
         text: a text encoder (see `load_text_encoder`), or more options: store captions, which `open_source` describes.
@@ -81,22 +85,22 @@ def prepare(
     """
     text, media, out = TextOptions(text) if isinstance(text, str) else text, media or MediaOptions(), Path(out)
     clips = _open_clips(source, resolution, media, reading, split, progress, autoencoder, flip, text)
-    dtype = dtype or _dtype(autoencoder, clips)
+    kind, dtype = identity_kind(autoencoder), dtype or _dtype(autoencoder, clips)
     mine, earlier = _check(source, out, batch_size, shard_size, dtype, precision, part), resumable.earlier(out)
     given = (resolution, earlier, flip, text, split, label_column, reading, progress)
     samples = clips or pictures or _open_samples(source, autoencoder, *given)
     options = _options(samples, autoencoder, resolution, text, media, reading)
     options |= {"flip": flip, "split": split or "train", "label_column": label_column}
     options |= {"shard_size": shard_size, "dtype": dtype, "precision": precision}
-    if earlier:
-        resumable.check_options(earlier.plan, options, out)
-        if _covers(earlier, samples) and not _remove_damaged(out, progress):
-            return Manifest.load(out)
+    if chosen(standardise, autoencoder, earlier.plan if earlier else None, media=clips is not None):
+        options[OPTION] = True
+    if earlier and _continues(earlier, samples, options, out, progress):
+        return Manifest.load(out)
     report_ignored(None if pictures else samples, progress)
     check_faults(samples, source, skip_bad)
     captions = _load_text(samples, text, device, precision, progress) if text else None
     name = autoencoder if clips is None else clips.normalised().name
-    device, model = load(name, device, "float32" if text and autoencoder in IDENTITIES else precision)
+    device, model = load(name, device, "float32" if text and kind else precision)
     encoder = ShardEncoder(samples, batch_size, shard_size, skip_bad, model, device, flip, dtype, captions)
     return _run(encoder, encoder.plan(str(source), options), out, mine, progress, warn=pictures is None)
 
@@ -143,7 +147,7 @@ def _open_samples(
     progress: bool,
 ) -> Samples:
     """Values, or pictures at `resolution`; if that is None, at the resolution with which the folder was begun."""
-    if autoencoder == "values":
+    if identity_kind(autoencoder) == "values":
         return _open_values(source, resolution, flip, label_column, text)
     native = earlier.plan.resolution if earlier and earlier.plan.options.get("resolution") is None else None
     return open_source(
@@ -160,7 +164,7 @@ def _open_samples(
 def _dtype(autoencoder: str, clips: Clips | None) -> str:
     """Of the stored moments by default: sound has a larger range than pixels, and values have any."""
     sound = clips is not None and not isinstance(clips.media, Video)
-    return "float32" if sound or autoencoder == "values" else "float16"
+    return "float32" if sound or identity_kind(autoencoder) == "values" else "float16"
 
 
 def _options(
@@ -194,7 +198,7 @@ def _open_clips(
     text: object,
 ) -> Clips | None:
     """Sounds or videos; None for another source. Raises ValueError for an option that only applies to pictures."""
-    if autoencoder == "values":
+    if identity_kind(autoencoder) == "values":
         media.refuse("audio rate length bins hop frames grey", "--autoencoder values")
         if reading.range is not None:
             raise ValueError("--range does not apply to --autoencoder values; leave it out")
@@ -234,6 +238,14 @@ def _open_values(
     return npz_values(Path(source))
 
 
+def _continues(
+    earlier: resumable.Earlier, samples: Samples, options: dict[str, Option], out: Path, progress: bool
+) -> bool:
+    """Whether a folder begun before needs nothing more. Raises ValueError when it was begun with other options."""
+    resumable.check_options(earlier.plan, options, out)
+    return _covers(earlier, samples) and not _remove_damaged(out, progress)
+
+
 def _covers(earlier: resumable.Earlier, samples: Samples) -> bool:
     """Whether a folder is complete for these samples."""
     return earlier.complete and sum(shard.asked for shard in earlier.shards) == len(samples)
@@ -252,7 +264,7 @@ def _remove_damaged(out: Path, progress: bool) -> list[str]:
 
 def load(name: str, device: str | torch.device | None, precision: str) -> tuple[torch.device, Autoencoder]:
     """The device (None: a GPU if there is one) and the autoencoder on it."""
-    if name in IDENTITIES or is_media(name):
+    if identity_kind(name) or is_media(name):
         if precision != "float32":
             warnings.warn(f"precision {precision} is ignored: {name} needs no network", stacklevel=3)
         return torch.device("cpu"), load_autoencoder(name)
@@ -309,7 +321,7 @@ def _valid(encoder: ShardEncoder, plan: Manifest, out: Path) -> tuple[Manifest, 
     earlier = resumable.earlier(out)
     if earlier is None:
         return plan, {}
-    resumable.check_plan(earlier.plan, plan, out)
+    resumable.check_plan(plain(earlier.plan), plan, out)
     shards = encoder.shards()
     valid = {s.index: s for s in earlier.shards if s.index in shards and s.asked == encoder.asked(s.index)}
     return replace(plan, features=earlier.plan.features, text=earlier.plan.text), valid
@@ -329,4 +341,4 @@ def _finish(encoder: ShardEncoder, plan: Manifest, out: Path, progress: bool) ->
         raise NoneReadable(
             f"none of the {len(encoder.source)} {plan.unit} is readable; the first: {printable(name)} ({reason})"
         )
-    return resumable.finish(out, plan, shards.values())
+    return resumable.finish(out, standardised(plan, out, shards.values(), progress), shards.values())

@@ -24,6 +24,8 @@ from selftrans.data.sources.clips import kind_of
 from selftrans.data.sources.decode import STANDARD, Reading, Resolution, resolution_of, size_text, upright_size
 from selftrans.data.sources.open_source import MAX_RESOLUTION, open_source
 from selftrans.data.sources.source import Source, ahead
+from selftrans.data.standardise import share_statistics
+from selftrans.encoders.identity import identity_kind
 from selftrans.storage import lock_file, printable, remove_stale_temporaries
 
 MOST = 99  #: buckets
@@ -87,6 +89,7 @@ def prepare_buckets(
         return f"{out} is not finished: the other parts make the rest, and the last one completes it"
     with lock_file(out / LOCK, wait=True):
         remove_stale_temporaries(out, BUCKETS)
+        share_statistics([out / name for name in made], progress)
         write_names(out, made)
     return Buckets.open(out).summary()
 
@@ -158,7 +161,7 @@ def _check_options(
     source: str | Path, autoencoder: str, resolution: Resolution | None, multiple: int, device: Any
 ) -> tuple[int, int]:
     """The side of the square, and what sides of buckets are multiples of. Raises ValueError for what has no buckets."""
-    if autoencoder == "values" or kind_of(Path(source), None) in ("sounds", "videos"):
+    if identity_kind(autoencoder) == "values" or kind_of(Path(source), None) in ("sounds", "videos"):
         raise ValueError("--buckets is for pictures; leave it out for sounds, videos and values")
     if not isinstance(resolution, int):
         raise ValueError("--buckets needs --resolution SIDE, of the square whose area the pictures will have")

@@ -262,10 +262,14 @@ def extract(
 
 
 def rebatch(batches: np.ndarray | Iterable[np.ndarray], chunk: int) -> Iterator[np.ndarray]:
-    """Check the batches of a stream and regroup them into chunks of `chunk` images (the last may be smaller)."""
+    """Check the batches of a stream and regroup them into chunks of `chunk` images of one shape (the last may be smaller)."""
     waiting: list[np.ndarray] = []
     for images in [batches] if isinstance(batches, np.ndarray) else batches:
         _check(images, waiting)
+        if waiting and images.shape[1:] != waiting[-1].shape[1:]:
+            if len(rest := np.concatenate(waiting)):
+                yield rest
+            waiting = []
         waiting.append(images)
         if sum(map(len, waiting)) >= chunk:
             joined = np.concatenate(waiting)
@@ -279,12 +283,16 @@ def rebatch(batches: np.ndarray | Iterable[np.ndarray], chunk: int) -> Iterator[
 
 
 def _check(images: Any, before: list[np.ndarray]) -> None:
-    """ValueError unless a batch is uint8 (n, H, W, C) or float32 (n, C, *S), of the same shape and type as those before."""
+    """ValueError unless a batch is uint8 (n, H, W, C) or float32 (n, C, *S), of the type of those before. Only the height and
+    width of pictures may change, as between buckets: an extractor of one size refuses them by itself."""
     array = isinstance(images, np.ndarray)
     pictures = array and images.dtype == np.uint8 and images.ndim == 4
     if not pictures and not (array and images.dtype == np.float32 and 3 <= images.ndim <= 5):
         actual = f"{images.dtype} {images.shape}" if array else type(images).__name__
         raise ValueError(f"a batch of images is {actual}; give uint8 arrays (n, H, W, C), or float32 (n, C, *S)")
-    if before and (images.shape[1:], images.dtype) != (before[-1].shape[1:], before[-1].dtype):
+    same = not before or (images.shape[3:] if pictures else images.shape[1:]) == (
+        before[-1].shape[3:] if pictures else before[-1].shape[1:]
+    )
+    if before and (not same or images.dtype != before[-1].dtype):
         sizes = f"{_size(before[-1].shape[1:])} and {_size(images.shape[1:])}"
         raise ValueError(f"the images have two sizes, {sizes}; resize them to one")

@@ -17,12 +17,14 @@ import numpy as np
 import torch
 
 from selftrans.config import RunConfig, to_json
-from selftrans.data.dataset import Dataset, Manifest
+from selftrans.data.buckets import open_data
+from selftrans.data.dataset import Manifest
 from selftrans.data.prepare import prepare_builtin
+from selftrans.encoders.identity import identity_kind
 from selftrans.evaluate.extractors import MAX_VALUES, load_extractor
 from selftrans.evaluate.plots import save
 from selftrans.experiments import html_report
-from selftrans.experiments.measurement import PROBED_BLOCK, image_shape, samples_of, stored_conditions
+from selftrans.experiments.measurement import PROBED_BLOCK, check_sizes, image_shape, samples_of, stored_conditions
 from selftrans.experiments.runner import Comparison, Results, compare
 from selftrans.experiments.summary import AXES, as_csv, mean_curve, rows
 from selftrans.experiments.train_classifier import classifier_from_data
@@ -77,7 +79,7 @@ def compare_methods(
 
 def probed_block(config: RunConfig) -> int:
     """The shallow block whose features are probed in every run: the one that the recipe's method guides first."""
-    manifest, first = Dataset.open(str(config.data.path)).manifest, stages(config)[0]
+    manifest, first = open_data(str(config.data.path)).manifest, stages(config)[0]
     with torch.device("meta"):
         student = config.build_model(manifest.shape, manifest.conditions)
         guidances = [] if first.teacher or first.encoder else first.guide(student, None)
@@ -102,7 +104,7 @@ def for_method(config: RunConfig, method: str) -> RunConfig:
 def rehearse(variants: Mapping[str, RunConfig]) -> None:
     """Build each method once, without memory for its weights: an unusable setting is refused before anything is trained."""
     for config in variants.values():
-        dataset = Dataset.open(str(config.data.path))
+        dataset = open_data(str(config.data.path))
         for stage in stages(config):
             given: Any = None
             if stage.encoder or (stage.teacher and stage.teacher.given):
@@ -125,7 +127,7 @@ def with_defaults(config: RunConfig, out: Path, *, features: str | None = None) 
     Recipes with built-in data bring a classifier, too. Other data are measured with `features`; None: data that are no
     pictures by their `values`, others by a small classifier trained on them (`out/classifier.safetensors`). Where the data
     are not pixels or have no classes to train it on, colour pictures are measured by Inception, and grey ones by their
-    values, with a warning.
+    values, with a warning. Data of several sizes are measured by Inception, which takes any.
     """
     weights = None
     if config.data.path is None:
@@ -136,21 +138,23 @@ def with_defaults(config: RunConfig, out: Path, *, features: str | None = None) 
         features = features or "digits"
     if features == "digits":
         weights = str(out / "digits-classifier.safetensors")
+    dataset = open_data(str(config.data.path))
+    manifest, several = dataset.manifest, len(dataset.parts) > 1
     if features is None:
-        manifest = Dataset.open(str(config.data.path)).manifest
-        features, own = _without_classes(manifest), out / "classifier.safetensors"
-        if manifest.autoencoder == "pixel" and manifest.num_classes > 1:
+        features, own = "inception" if several else _without_classes(manifest), out / "classifier.safetensors"
+        if identity_kind(manifest.autoencoder) == "pixel" and manifest.num_classes > 1 and not several:
             features = str(own)
             if not own.exists():
                 print(classifier_from_data(str(config.data.path), own, epochs=12, seed=0))
     # fails, or trains the digit classifier, here and once: not in every worker
-    shape = image_shape(Dataset.open(str(config.data.path)).manifest)
+    shape = image_shape(manifest)
     try:
-        load_extractor(features, weights=weights, shape=shape)
+        extractor = load_extractor(features, weights=weights, shape=shape)
     except ValueError as error:
-        small = f", or --features values (the {math.prod(shape):,} values of a picture)"
+        small = "" if several else f", or --features values (the {math.prod(shape):,} values of a picture)"
         hint = small if features == "inception" and math.prod(shape) <= MAX_VALUES else ""
         raise ValueError(f"{error}{hint}") from error
+    check_sizes(extractor, dataset)
     return equal_lengths(config).check(), features, weights
 
 
@@ -201,7 +205,7 @@ def summarise(chosen: Comparison, results: Results) -> dict[str, Any]:
         "images": chosen.images,
         "labels": point["sampler"].get("labels"),
         "seeds": list(chosen.seeds),
-        "autoencoder": config.data.autoencoder or Dataset.open(str(config.data.path)).manifest.autoencoder,
+        "autoencoder": config.data.autoencoder or open_data(str(config.data.path)).manifest.autoencoder,
         "teachers": list(teachers.values()),
         "config": json.loads(to_json(config)),
         "sections": list(used),
@@ -212,7 +216,7 @@ def write(chosen: Comparison, summary: dict[str, Any]) -> None:
     """Write compare.json, .csv, .png and .html to the directory of the comparison."""
     runs = {name: chosen.run((name, chosen.seeds[0])) for name in chosen.variants}
     data = chosen.shared.data
-    dataset = Dataset.open(str(data.path), text_encoder=data.text_encoder)
+    dataset = open_data(str(data.path), text_encoder=data.text_encoder)
     conditioning = stored_conditions(dataset, dataclasses.replace(chosen.shared.sample, seed=1))
     grids = {name: samples_of(run, chosen.shared.sample, SHOWN, conditioning) for name, run in runs.items()}
     captions = conditioning.texts(np.arange(SHOWN))

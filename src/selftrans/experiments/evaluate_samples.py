@@ -13,10 +13,12 @@ from typing import Any
 import numpy as np
 
 from selftrans.checkpoints.load import Weights
+from selftrans.data.buckets import is_prepared, open_data
 from selftrans.device import default_device
 from selftrans.evaluate.clip_score import ClipScorer
 from selftrans.evaluate.extractors import load_extractor
 from selftrans.evaluate.metrics import evaluate
+from selftrans.experiments.measurement import check_sizes, image_shape
 from selftrans.experiments.opened_samples import open_samples
 from selftrans.experiments.reference import counted, described, reference_of
 from selftrans.storage import printable, write_json
@@ -55,7 +57,8 @@ def evaluate_samples(
             in memory under `settings` (fields of SampleConfig; `weights` and `stage` choose the model). A run of text
             without prompts in its settings is sampled with captions: one of each picture of the reference, if that is
             prepared data with captions, else of the training data.
-        reference: images in the same forms, `digits`, or an npz of statistics (`mu`, `sigma`).
+        reference: images in the same forms, `digits`, or an npz of statistics (`mu`, `sigma`). With prepared data of several
+            sizes, a run is sampled in these sizes, in the same proportions.
         features: name or file of an extractor, see `load_extractor`; None: `inception` for pictures, else `values`.
         out: file for the report; None: next to the images, or in the run.
         save_reference: npz file for the statistics of the reference, with ADM's names.
@@ -65,13 +68,19 @@ def evaluate_samples(
     """
     device = default_device()
     extractor = None if features in (None, "values") else load_extractor(features, device=device)
+    if is_prepared(reference) and len((dataset := open_data(reference)).parts) > 1:
+        shape = image_shape(dataset.manifest)
+        extractor = extractor or load_extractor(features or "inception", device=device, shape=shape)
+        check_sizes(extractor, dataset)
     opened = open_samples(samples, settings or {}, weights, stage, reference=reference, text_encoder=text_encoder)
     images, scorer = opened.images, None if clip is None else ClipScorer(clip, device)
     if scorer is not None:
         if opened.texts is None:
             raise ValueError(f"no prompts are recorded for the images of {samples}; leave out --clip")
         images = scorer.observe(images, opened.texts)
-    if features is None and opened.pictures:  # before the first batch is sampled: inception may not be installed
+    if (
+        extractor is None and features is None and opened.pictures
+    ):  # before the first batch is sampled: inception may not be installed
         extractor = load_extractor("inception", device=device)
     if extractor is None:
         first = next(images)
@@ -131,11 +140,11 @@ def text(report: dict[str, Any]) -> str:
             deviation = f" ± {report[f'{key}_std']:.4g}" if f"{key}_std" in report else ""
             lines.append(f"{name:<26}{report[key]:.5g}{deviation}")
     made, balance = report["made"], report["label_balance"]
-    texts = _texts(made)
+    texts = _texts(made) + _sizes(made)
     made_with = [
         f"{name.replace('_', ' ')} {'unknown' if made[name] is None else _short(made[name])}"
         for name in SETTINGS
-        if not (texts and name == "labels")
+        if not (_texts(made) and name == "labels")
     ] + texts
     if balance:
         made_with.append(f"{balance['fewest']} to {balance['most']} images of each of {balance['classes']} classes")
@@ -158,6 +167,14 @@ def _texts(made: dict[str, Any]) -> list[str]:
     if made.get("prompts"):
         return [f"{len(made['prompts']):,} prompts"]
     return [f"captions of {printable(made['captions'])}"] if made.get("captions") else []
+
+
+def _sizes(made: dict[str, Any]) -> list[str]:
+    """How many images have which size; nothing where all have the same."""
+    sizes = made.get("sizes")
+    if not isinstance(sizes, dict):
+        return []
+    return [f"sizes {', '.join(f'{printable(size)} ({count})' for size, count in sizes.items())}"]
 
 
 def _short(value: Any) -> str:

@@ -17,10 +17,12 @@ import numpy as np
 from selftrans.checkpoints import format as checkpoint
 from selftrans.checkpoints.load import FILES, load_model
 from selftrans.config import RunConfig, SampleConfig
+from selftrans.data.buckets import open_data
 from selftrans.data.dataset import Dataset, Manifest
 from selftrans.data.decoded import data_latents, decoded_images
 from selftrans.data.sources.decode import sides
 from selftrans.device import default_device
+from selftrans.encoders.identity import identity_kind
 from selftrans.evaluate.extractors import Extractor, load_extractor
 from selftrans.evaluate.metrics import evaluate
 from selftrans.evaluate.probes import collect, linear_probe
@@ -28,6 +30,7 @@ from selftrans.evaluate.statistics import Statistics
 from selftrans.flow import PATHS
 from selftrans.sampling.conditioning import Conditioning, LabelConditioning, captions_of
 from selftrans.sampling.images import Sampler
+from selftrans.sampling.in_sizes import InSizes
 from selftrans.sampling.samplers import EVALUATIONS
 from selftrans.storage import write_json
 
@@ -61,7 +64,7 @@ class Measurement:
             images: samples for each distance. block: the one that is probed (1-based).
         """
         assert config.data.path is not None
-        dataset = Dataset.open(config.data.path, text_encoder=config.data.text_encoder)
+        dataset = open_data(config.data.path, text_encoder=config.data.text_encoder)
         device = default_device()
         extractor = load_extractor(features, weights=weights, device=device, shape=image_shape(dataset.manifest))
         reference = Statistics.of(decoded_images(dataset, device=device), extractor, source="training data", keep=False)
@@ -91,9 +94,22 @@ def image_shape(manifest: Manifest) -> tuple[int, ...]:
     """The shape of one decoded image: (H, W, C) of a picture, else (C, *S)."""
     if manifest.resolution is None or manifest.image_channels is None:
         return manifest.shape  # an autoencoder of arrays that are no pictures changes none
-    if manifest.autoencoder == "pixel":
+    if identity_kind(manifest.autoencoder):
         return *manifest.shape[1:], manifest.shape[0]
     return *sides(manifest.resolution), manifest.image_channels
+
+
+def check_sizes(extractor: Extractor, dataset: Dataset) -> None:
+    """ValueError unless the extractor takes pictures of every size of the data, where they have several."""
+    parts = dataset.of_one_shape if len(dataset.of_one_shape) > 1 else ()
+    for part in parts:
+        try:
+            extractor(np.zeros((1, *image_shape(part.manifest)), dtype=np.uint8))
+        except ValueError as error:
+            raise ValueError(
+                f"{dataset.path} holds buckets of several sizes, and {error}; of the built-in features, inception takes any "
+                "size of colour pictures"
+            ) from error
 
 
 def measuring_cost(config: RunConfig, images: int) -> int:
@@ -145,7 +161,7 @@ def measure_checkpoint(folder: Path, measurement: Measurement) -> dict[str, Any]
     # first: a sampler casts and compiles the model in place
     probed = probe(loaded.model.to(device), measurement, path) if classes > 1 else None
     sampler = Sampler.of(loaded, measurement.sample, device=device, conditioning=measurement.conditioning)
-    batches = list(sampler.sample())
+    batches = list(InSizes(sampler, measurement.dataset).sample())
     labels = np.concatenate([batch.labels for batch in batches])
     images = (batch.images for batch in batches)
     metrics = ("frechet", "accuracy") if classes > 1 and measurement.extractor.head else ("frechet",)

@@ -15,13 +15,14 @@ import numpy as np
 
 from selftrans.checkpoints import format as checkpoint
 from selftrans.checkpoints.load import LoadedModel, Weights, load_model
-from selftrans.data.dataset import Dataset, Manifest
+from selftrans.data.buckets import is_prepared, open_data
 from selftrans.data.sources.npz import npz_labels
 from selftrans.device import default_device
 from selftrans.experiments.image_files import open_images
 from selftrans.experiments.reference import must_exist, training_data
 from selftrans.sampling.conditioning import CaptionConditioning, captions_of
 from selftrans.sampling.images import Sampler, overridden
+from selftrans.sampling.in_sizes import InSizes
 from selftrans.storage import first_line
 
 FOREIGN = (".pt", ".pth", ".ckpt")  #: suffixes of checkpoints that only `selftrans import` reads
@@ -48,7 +49,8 @@ def open_samples(
     reference: str | Path = "",
     text_encoder: str | None = None,
 ) -> Samples:
-    """Open stored images, or the images sampled from a run, whose captions may come from `reference` (see `_captions`)."""
+    """Open stored images, or the images sampled from a run, whose captions may come from `reference` (see `_captions`), and
+    their sizes do, if it is prepared data of several."""
     path = Path(samples)
     if path.suffix in FOREIGN:
         raise ValueError(f"{path} is a checkpoint of another code base; convert it with `selftrans import`")
@@ -81,9 +83,10 @@ def _sampled(
             warnings.warn("--text-encoder is ignored: the captions are stored with their tokens", stacklevel=4)
     sampler = Sampler.of(loaded, settings, conditioning=conditioning, text_encoder=text_encoder)
     labels: list[int] | None = [] if loaded.model.conditions.num_classes > 1 else None
+    sized = InSizes(sampler, open_data(reference) if is_prepared(reference) else None)
 
     def images() -> Iterator[np.ndarray]:
-        for batch in sampler.sample():
+        for batch in sized.sample():
             if labels is not None:
                 labels.extend(batch.labels.tolist())
             yield batch.images
@@ -95,7 +98,7 @@ def _sampled(
         sampler.settings.num,
         (path if path.is_dir() else path.parent) / "evaluate.json",
         sampler.autoencoder.pictures,
-        sampler.conditioning.texts(np.arange(sampler.settings.num)),
+        sampler.conditioning.texts(sized.order),
     )
 
 
@@ -103,13 +106,12 @@ def _captions(
     path: Path, loaded: LoadedModel, reference: str | Path, seed: int, text_encoder: str | None
 ) -> CaptionConditioning:
     """The captions of the reference, if it is prepared data with captions, else those of the run's training data."""
-    prepared = (Path(reference) / "manifest.json").exists()
-    if not prepared or Manifest.load(reference).conditions.kind != "text":
+    if not is_prepared(reference) or open_data(reference).manifest.conditions.kind != "text":
         remedy = "give --prompts, or a --reference prepared with captions"
         reference = training_data(path, loaded, remedy=remedy)
-        if not (Path(reference) / "manifest.json").exists():
+        if not is_prepared(reference):
             raise ValueError(f"the training data {reference} are not there; {remedy}")
-    dataset = Dataset.open(reference, text_encoder=text_encoder or loaded.config.data.text_encoder)
+    dataset = open_data(reference, text_encoder=text_encoder or loaded.config.data.text_encoder)
     return captions_of(dataset, loaded.model.conditions, seed, device=default_device())
 
 

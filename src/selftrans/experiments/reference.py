@@ -17,7 +17,8 @@ import numpy as np
 from tqdm import tqdm
 
 from selftrans.checkpoints.load import LoadedModel
-from selftrans.data.dataset import Dataset
+from selftrans.data.buckets import is_prepared, open_data
+from selftrans.data.manifest import FILE
 from selftrans.evaluate.classifier import digits
 from selftrans.evaluate.extractors import Extractor
 from selftrans.evaluate.statistics import Statistics
@@ -60,9 +61,9 @@ def _cached(path: Path, extractor: Extractor) -> Statistics:
 
 def described(reference: str | Path) -> str:
     """The name of a reference in reports: images decoded from latents differ from the VAE's inputs."""
-    if not Path(reference, "manifest.json").exists():
+    if not is_prepared(reference):
         return str(reference)
-    manifest = Dataset.open(reference).manifest
+    manifest = open_data(reference).manifest
     return str(reference) + (f", decoded by {manifest.autoencoder}" if manifest.latent_space.stochastic else "")
 
 
@@ -90,8 +91,8 @@ def _identity(path: Path, extractor: Extractor) -> str:
         if path.is_file()
         else sorted(file for file in path.rglob("*") if file.is_file() and file.suffix != ".json")
     )
-    if (path / "manifest.json").exists():
-        files = [path / "manifest.json"]  # holds the sha256 of every shard
+    if is_prepared(path):
+        files = [part.path / FILE for part in open_data(path).of_one_shape]  # with the sha256 of every shard
         lines.append("posterior means")  # older versions decoded posterior samples
     for file in files:
         about = file.stat()

@@ -77,12 +77,7 @@ def sizes(where: str, named: Named, heads: int | None, family: Family) -> Sizes:
         "y_embedder.embedding_table.weight": 2,
         "final_layer.linear.weight": 2,
     }
-    for name, dims in needed.items():
-        if name not in named or named[name].dim() != dims:
-            what = (
-                f"{name} is missing" if name not in named else f"{name} has {named[name].dim()} dimensions, not {dims}"
-            )
-            raise ValueError(f"{where} is not a {family.name}: {what}; it holds {few(named)}")
+    check_present(where, named, needed, f"a {family.name}")
     width, channels, patch, _ = named["x_embedder.proj.weight"].shape
     tokens, rows = named["pos_embed"].shape[1], named["y_embedder.embedding_table.weight"].shape[0]
     grid = int(tokens**0.5)
@@ -120,17 +115,37 @@ def _heads(where: str, named: Named, given: int | None, width: int, family: Fami
 # ---- checks
 
 
-def _check(where: str, named: Named, family: Family, found: Sizes, constants: Callable[[], Named]) -> None:
-    """ValueError that lists a few unknown, missing and misshapen tensors, or names a constant that is not as it must be."""
-    own = {"learn_sigma": found.learn_sigma} | family.own(named)
-    with torch.device("meta"):  # the sizes may be wrong: nothing is allocated before the shapes agree
-        model = family.Model(found.shape, found.classes, **found.arguments, **own)
-        expected = {name: tuple(tensor.shape) for name, tensor in (model.state_dict() | constants()).items()}
+def check_present(where: str, named: Named, dims: dict[str, int], model: str) -> None:
+    """ValueError unless the tensors that sizes are read from are there, with these numbers of dimensions."""
+    for key, expected in dims.items():
+        if key not in named or named[key].dim() != expected:
+            what = (
+                f"{key} is missing" if key not in named else f"{key} has {named[key].dim()} dimensions, not {expected}"
+            )
+            raise ValueError(f"{where} is not {model}: {what}; it holds {few(named)}")
+
+
+def check_tensors(where: str, named: Named, network: Named, constants: Callable[[], Named]) -> None:
+    """ValueError that lists a few unknown, missing and misshapen tensors, or names a constant that is not as it must be.
+
+    `network`: the tensors of the model, of which only shapes are used.
+    """
+    expected = {name: tuple(tensor.shape) for name, tensor in network.items()}
+    with torch.device("meta"):
+        expected |= {name: tuple(tensor.shape) for name, tensor in constants().items()}
     check_shapes(where, {name: tensor for name, tensor in named.items() if not is_head(name)}, expected)
     for name, true in constants().items():
         error = (named[name].float() - true).abs().max().item()
         if not error <= POSITIONS:
             raise ValueError(f"{where}: {name} is not the fixed table of sines and cosines (off by {error:.2g})")
+
+
+def _check(where: str, named: Named, family: Family, found: Sizes, constants: Callable[[], Named]) -> None:
+    """As `check_tensors`, for a file of a family."""
+    own = {"learn_sigma": found.learn_sigma} | family.own(named)
+    with torch.device("meta"):  # the sizes may be wrong: nothing is allocated before the shapes agree
+        network = dict(family.Model(found.shape, found.classes, **found.arguments, **own).state_dict())
+    check_tensors(where, named, network, constants)
 
 
 def check_arguments(file: PublishedFile, classes: int) -> str | None:

@@ -76,9 +76,9 @@ class StreamAttention(nn.Module):
             raise ValueError(f"width {width} is not a multiple of heads {heads}; choose heads that divide the width")
         self.heads = heads
         self.qkv = nn.Linear(width, 3 * width)
+        self.proj: nn.Linear | None = nn.Linear(width, width)
         self.ln_q: nn.Module = RMSNorm(width // heads, eps=1e-6) if qk_norm else nn.Identity()
         self.ln_k: nn.Module = RMSNorm(width // heads, eps=1e-6) if qk_norm else nn.Identity()
-        self.proj: nn.Linear | None = nn.Linear(width, width)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # (N, T, D) -> three of (N, T, h, d)
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(dim=2)

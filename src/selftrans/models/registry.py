@@ -11,6 +11,7 @@ from selftrans.models import (
     lightning,
     lightning_published,
     mmdit,
+    mmdit_published,
     sit,
     sit_published,
 )
@@ -43,7 +44,15 @@ LIGHTNING = ModelSpec(
     lightning_published.LAYOUTS,
     lightning_published.read,
 )
-MMDIT = ModelSpec("mmdit", mmdit.MMDiTConfig, mmdit.build, tuple(mmdit.MMDIT_SIZES))
+MMDIT = ModelSpec(
+    "mmdit",
+    mmdit.MMDiTConfig,
+    mmdit.build,
+    tuple(mmdit.MMDIT_SIZES),
+    mmdit_published.LAYOUTS,
+    mmdit_published.read,
+    conventions=(mmdit_published.CONVENTION,),
+)
 DIFFUSERS = tuple(
     ModelSpec(
         name,

@@ -137,7 +137,7 @@ class CaptionConditioning:
         self.dataset, self.seed, self.device, self._rows = dataset, seed, device, rows
         self.null = dataset.null()
         self._stored = [name for name in dataset.names if name not in ("moments", "features")]
-        self._order = np.random.default_rng(0).permutation(len(dataset))
+        self._order = shuffled(len(dataset))
         text = dataset.manifest.text
         self.encodes = text is not None and text.stored == "ids"  #: whether the text encoder is needed
         self.described: dict[str, Any] = {
@@ -170,6 +170,11 @@ class CaptionConditioning:
         ]
         texts = [captions[i] for captions, i in zip(held, which, strict=True)]
         return rows, np.asarray(which, dtype=np.int64), texts
+
+
+def shuffled(count: int) -> np.ndarray:
+    """(count,) int64: the fixed order in which images take rows of a data set (their captions, their shapes)."""
+    return np.random.default_rng(0).permutation(count)
 
 
 def conditioning_of(

@@ -23,7 +23,7 @@ from selftrans.config import SampleConfig
 from selftrans.data.decoded import decode_images
 from selftrans.data.sources.decode import Resolution, sides, size_text
 from selftrans.device import default_device
-from selftrans.encoders.autoencoder import Autoencoder, DiffusersAutoencoder, load_autoencoder
+from selftrans.encoders.autoencoder import Autoencoder, DiffusersAutoencoder, load_autoencoder, load_decoder
 from selftrans.models.compiling import compile_model
 from selftrans.precision import PRECISIONS
 from selftrans.sampling.conditioning import Conditioning, conditioning_of
@@ -112,8 +112,8 @@ class Sampler:
                 conditions, settings, present=present, text_encoder=text_encoder, device=device
             )
         reduced = device.type == "cuda" and dtype != torch.float32
-        decoder = load_autoencoder(
-            loaded.autoencoder, device=device, dtype=torch.bfloat16 if reduced else torch.float32
+        decoder = _decoder(
+            loaded.autoencoder, settings.decode_with, device, torch.bfloat16 if reduced else torch.float32
         )
         path = flow.PATHS[loaded.config.train.path]
         sampler = cls(loaded.model.to(device), decoder, settings, path, device=device, conditioning=conditioning)
@@ -127,7 +127,7 @@ class Sampler:
             "step": loaded.step,
             "autoencoder": loaded.autoencoder,
             "source": loaded.source,
-        }
+        } | ({"decode_with": decoder.name} if settings.decode_with else {})
         return sampler
 
     @classmethod
@@ -190,7 +190,8 @@ class Sampler:
         with eval_mode(self.model), amp:
             sampler = SAMPLERS[settings.sampler]
             z0 = sampler(velocity, noise(), steps=settings.steps, path=self.path, noise=noise)
-        return decode_images(self.autoencoder, z0)  # outside autocast: an autoencoder can overflow in float16
+        # outside autocast: an autoencoder can overflow in float16
+        return decode_images(self.autoencoder, z0, settings.rounding)
 
 
 def overridden(loaded: LoadedModel, overrides: dict[str, Any]) -> SampleConfig:
@@ -203,6 +204,13 @@ def overridden(loaded: LoadedModel, overrides: dict[str, Any]) -> SampleConfig:
     if settings.guidance_scale == 1 and "guidance_interval" in overrides:
         warnings.warn("the guidance interval is ignored: the guidance scale is 1", stacklevel=4)
     return settings
+
+
+def _decoder(own: str, other: str | None, device: torch.device, dtype: torch.dtype) -> Autoencoder:
+    """What decodes latents of the autoencoder `own`: itself, or another one that is asked for."""
+    if other is None:
+        return load_autoencoder(own, device=device, dtype=dtype)
+    return load_decoder(own, other, device=device, dtype=dtype)
 
 
 def worth_compiling(settings: SampleConfig, device: torch.device) -> bool:

@@ -169,12 +169,24 @@ def test_strongly_compressed_statistics_are_refused_unread(tmp_path: Path) -> No
         ([pictures()[0]], "give uint8 arrays"),
         ([[1, 2]], "a batch of images is list"),
         ([np.zeros((1, 12), np.float32)], "or float32"),
-        ([pictures(2), np.zeros((1, 4, 4, 3), np.uint8)], "two sizes, 2x2x3 and 4x4x3"),
+        ([pictures(2), np.zeros((1, 4, 4, 3), np.uint8)], "pixels returned"),  # 48 values: not one size for it
+        ([pictures(2), np.zeros((1, 2, 2, 1), np.uint8)], "two sizes, 2x2x3 and 2x2x1"),
+        ([pictures(2), np.zeros((1, 2, 2, 3), np.float32)], "two sizes"),
     ],
 )
 def test_invalid_images_are_refused(batches: list, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Statistics.of(batches, Pixels())
+
+
+def test_pictures_of_several_sizes_are_taken_in_chunks_of_one_size() -> None:
+    other = np.random.default_rng(1).integers(0, 256, (5, 1, 4, 3), dtype=np.uint8)  # 12 values, too
+    measuring = Pixels()
+    found = Statistics.of([pictures(10), other, other], measuring, chunk=8)
+    flat = np.concatenate([pictures(10).reshape(10, 12), *[other.reshape(5, 12)] * 2]).astype(np.float64)
+    np.testing.assert_allclose(found.mean, flat.mean(axis=0))
+    np.testing.assert_allclose(found.cov, np.cov(flat, rowvar=False))
+    assert measuring.sizes == [8, 2, 8, 2] and found.count == 20
 
 
 def test_invalid_features_name_the_image() -> None:
