@@ -111,16 +111,15 @@ def _open(
 
 def _find(source: str | Path, split: str | None, label_column: str | None, allow_empty: bool = False) -> Source:
     path = Path(source)
+    if split is not None and (str(source) == "digits" or path.suffix.lower() == ".parquet"):
+        warnings.warn(f"split {split!r} is ignored: {source} is one table", stacklevel=4)
     if str(source) == "digits":
         return _digits()
     if str(source) == "digits_t2i":
         raise ValueError("digits_t2i are pictures with captions; add --text minilm, or another text encoder")
     if path.is_dir():
-        if files := sorted(path.glob("*.parquet")):
-            for file in files:
-                folder.check_link(file, path.resolve(), file.name)
-            return table.parquet(split_files(files, split, str(path)), label_column)
-        return folder.folder(split_folder(path, split), allow_empty=allow_empty)
+        tables, inside = _files_of(path, split, "*.parquet")
+        return table.parquet(tables, label_column) if tables else folder.folder(inside, allow_empty=allow_empty)
     if path.is_file() and path.suffix.lower() == ".parquet":
         return table.parquet([path], label_column)
     if path.is_file():
@@ -143,12 +142,11 @@ def _find_captioned(source: str | Path, split: str | None, captions: CaptionSour
         pictures = loose_folder(split_folder(path, split)) if is_folder else zip_archive.zip_file(path, split)
         return annotated(pictures, Path(captions.file))
     if path.is_dir():
-        tables, tars = sorted(path.glob("*.parquet")), sorted(path.glob("*.tar"))
-        for file in (*tables, *tars):
-            folder.check_link(file, path.resolve(), file.name)
+        files, inside = _files_of(path, split, "*.parquet", "*.tar")
+        tables = [file for file in files if file.suffix == ".parquet"]
         if tables:
-            return table.parquet(split_files(tables, split, str(path)), None, captions)
-        return tar_files(split_files(tars, split, str(path))) if tars else captioned_folder(split_folder(path, split))
+            return table.parquet(tables, None, captions)
+        return tar_files(files) if files else captioned_folder(inside)
     if path.is_file() and path.suffix.lower() == ".parquet":
         return table.parquet([path], None, captions)
     if path.is_file() and path.suffix.lower() == ".tar":
@@ -159,6 +157,18 @@ def _find_captioned(source: str | Path, split: str | None, captions: CaptionSour
         f"no source of pictures with captions in {str(source)!r}: give a folder, a tar or parquet file, a hub id, or a "
         "folder or zip of pictures with --captions FILE"
     )
+
+
+def _files_of(path: Path, split: str | None, *patterns: str) -> tuple[list[Path], Path]:
+    """The tables or archives of a folder, or of the folder of its split, and that folder; of several patterns the first
+    that has files. Raises ValueError for a link that leads out of the folder, and a split that is not there."""
+    for pattern in patterns:
+        if files := sorted(path.glob(pattern)):
+            for file in files:
+                folder.check_link(file, path.resolve(), file.name)
+            return split_files(files, split, str(path)), path
+    inside = split_folder(path, split)
+    return ([], inside) if inside == path else _files_of(inside, None, *patterns)
 
 
 def _digits() -> Source:

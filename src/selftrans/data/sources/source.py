@@ -119,7 +119,7 @@ class Source:
                 check_pixels(image, self.reading.max_pixels)
                 facts = facts_of(image)
                 pixels = to_array(image, self.resolution, self.channels, self.reading.range)
-                facts.several |= image.format == "GIF" and animated(image)
+                facts.several |= image.format in ("GIF", "AVIF") and animated(image)
                 self.noticed.add(self.names[i], facts)
                 return pixels
         except Exception as error:  # decoders raise any type on a damaged file

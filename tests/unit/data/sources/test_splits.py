@@ -83,6 +83,19 @@ def test_splits_of_files_of_a_table_or_webdataset(tmp_path: Path) -> None:
         assert split_files(files[:2], None, "x") == files[:2]
 
 
+def test_split_folders_of_tables(tmp_path: Path) -> None:
+    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    for split, count in (("train", 3), ("test", 1)):
+        (tmp_path / "x" / split).mkdir(parents=True)
+        parquet.write_table(arrow.table({"image": [PNG] * count}), tmp_path / "x" / split / "0.parquet")
+    assert len(open_source(tmp_path / "x", split="train")) == 3
+    with pytest.raises(ValueError, match=r"no pictures in .*passed over 2 files: 2 .parquet"):
+        open_source(tmp_path / "x")
+    for one in ("digits", tmp_path / "x" / "test" / "0.parquet"):
+        with pytest.warns(UserWarning, match="split 'train' is ignored: .* is one table"):
+            open_source(one, split="train")
+
+
 def test_splits_of_captions_and_sounds(tmp_path: Path) -> None:
     pair = {"train/a.png": PNG, "train/a.txt": b"a cat", "val/b.png": PNG, "val/b.txt": b"a dog"}
     where = write(tmp_path / "x", pair)
