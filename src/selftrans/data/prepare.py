@@ -102,7 +102,7 @@ def prepare(
     name = autoencoder if clips is None else clips.normalised().name
     device, model = load(name, device, "float32" if text and kind else precision)
     encoder = ShardEncoder(samples, batch_size, shard_size, skip_bad, model, device, flip, dtype, captions)
-    return _run(encoder, encoder.plan(str(source), options), out, mine, progress, warn=pictures is None)
+    return _run(encoder, encoder.plan(str(source), options), out, mine, progress, pictures is None)
 
 
 def prepare_builtin(source: str, out: str | Path) -> Dataset:

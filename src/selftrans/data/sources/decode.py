@@ -131,26 +131,22 @@ def _decoder(file: BinaryIO) -> Image.Image:
 
     Image.init()  # registers the decoders; only those of FORMATS are called
     head = file.read(16)
-    reasons = list[str]()
+    unsupported = head[4:8] == b"ftyp"  # of AVIF and other HEIF pictures, whatever the extension says
     for name in FORMATS:
         factory, accept = Image.OPEN.get(name, (None, None))
-        accepted = factory is not None and (accept is None or accept(head))
-        if isinstance(accepted, str):  # why this installation does not read it
-            reasons.append(accepted)
-        elif accepted and factory:
+        try:
+            if factory is None or accept is None or accept(head) is not True:
+                continue  # a text in place of True says why this installation does not read it
             file.seek(0)
-            try:
-                image = factory(file, "")
-            except (SyntaxError, IndexError, TypeError, struct.error):  # as Pillow: not of this format
-                continue
-            except Image.DecompressionBombError as error:  # of WebP Pillow checks the size itself
-                most = 2 * (Image.MAX_IMAGE_PIXELS or 0)
-                raise ValueError(
-                    f"more than {most:,} pixels, which Pillow refuses in {name}; save it as png"
-                ) from error
-            image._exclusive_fp = True  # closed with the picture
-            return image
-    if reasons or head[4:8] == b"ftyp":  # whatever its extension says
+            image = factory(file, "")
+        except (SyntaxError, IndexError, TypeError, struct.error):  # as Pillow: not of this format
+            continue
+        except Image.DecompressionBombError as error:  # of WebP Pillow checks the size itself
+            most = 2 * (Image.MAX_IMAGE_PIXELS or 0)
+            raise ValueError(f"more than {most:,} pixels, which Pillow refuses in {name}; save it as png") from error
+        image._exclusive_fp = True  # closed with the picture
+        return image
+    if unsupported:
         brand = printable(head[8:12].decode("latin-1"))
         raise ValueError(
             f"a HEIF picture ({brand}), which this Pillow does not read; convert it, or install a newer Pillow"
