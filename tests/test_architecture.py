@@ -36,6 +36,7 @@ ORDER = (
     "data",         # sources => shards => batches
     "models",       # backbones; no heads: those belong to the objective
     "methods",      # get a Backbone, never import models
+    "sample_config",  # how images are sampled
     "config",       # a run's settings, built from the registries of methods and models
     "recipes",      # functions that return a config
     "checkpoints",  # format on disk, loading
@@ -113,6 +114,7 @@ COVERED_BY = {
     "__main__": "unit/cli/test_main.py",
     "cli/commands": "unit/cli/test_main.py",
     "cli/experiment_commands": "unit/cli/test_main.py",
+    "cli/interop_commands": "unit/cli/test_main.py",
     "cli/prepare_command": "unit/cli/test_main.py",
     "data/decoded": "unit/data/test_prepare.py",
     "data/encode": "unit/data/test_prepare.py",
@@ -127,8 +129,10 @@ COVERED_BY = {
     "data/sources/part_file": "unit/data/sources/test_metadata.py",
     "data/sources/pixel_parts": "unit/data/sources/test_metadata.py",
     "data/sources/source": "unit/data/sources/test_open_source.py",
+    "encoders/latent_space": "unit/encoders/test_autoencoder.py",
     "encoders/pretrained": "unit/encoders/test_vision.py",
     "evaluate/extractors": "unit/evaluate/test_statistics.py",
+    "experiments/autoencoder_report": "unit/experiments/test_train_autoencoder.py",
     "experiments/analyse_run": "unit/cli/test_main.py",
     "experiments/bench/loading_sampling": "unit/experiments/bench/test_bench.py",
     "experiments/bench/machine": "unit/experiments/bench/test_bench.py",
@@ -143,6 +147,8 @@ COVERED_BY = {
     "experiments/reference": "unit/experiments/test_evaluate_samples.py",
     "experiments/runner": "unit/experiments/test_compare.py",
     "experiments/summary": "unit/experiments/test_compare.py",
+    "experiments/target_report": "unit/experiments/test_analyse_target.py",
+    "experiments/target_teacher": "unit/experiments/test_analyse_target.py",
     "experiments/train_classifier": "unit/evaluate/test_classifier.py",
     "fine_tuning": "unit/train/test_initial_weights.py",
     "interop/published_file": "unit/interop/test_importing.py",
@@ -159,6 +165,7 @@ COVERED_BY = {
     "recipes/mmdit_coco": "unit/recipes/test_recipes.py",
     "recipes/moving_digits": "integration/test_other_data.py",
     "recipes/speech_words": "integration/test_other_data.py",
+    "sample_config": "unit/sampling/test_images.py",
     "train/checkpointing": "unit/train/test_resume.py",
     "train/fitting": "unit/train/test_initial_weights.py",
     "train/given_weights": "unit/train/test_initial_weights.py",

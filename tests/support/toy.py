@@ -54,6 +54,10 @@ TOY: dict[str, Any] = {
 }
 
 
+#: the autoencoder of the prepared digits, which are standardised
+PIXELS = "pixel(shift=-0.389382,scale=1.33019)"
+
+
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Skip what makes toy runs slow. Import it into a test module."""
@@ -136,6 +140,13 @@ def digits() -> Path:
     """The prepared digits, with a mirrored copy of each."""
     prepare("digits", place("digits"), flip=True, progress=False)
     return place("digits")
+
+
+@once
+def plain_digits() -> Path:
+    """The same in [-1, 1], as models are imported for."""
+    prepare("digits", place("plain-digits"), flip=True, standardise=False, progress=False)
+    return place("plain-digits")
 
 
 @once

@@ -72,6 +72,9 @@ class SamplingOptions:
     """strength of classifier-free guidance; 1: none"""
     guidance_interval: tuple[float, float] | None = None
     """t within which guidance acts; 0 is data, 1 is noise"""
+    autoguidance: Annotated[str | None, tyro.conf.arg(metavar="RUN_OR_FILE")] = None
+    """a weaker model of the same data, such as RUN/stage1 or a run of fewer steps: the guidance scale w then extrapolates from
+    its velocity, v_weak + w (v - v_weak), instead of from the null condition"""
     seed: int | None = None
     """image k depends on the seed and k alone"""
     batch_size: int | None = None

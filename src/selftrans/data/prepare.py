@@ -26,7 +26,7 @@ from selftrans.data.sources.decode import STANDARD, Reading, Resolution, size_te
 from selftrans.data.sources.npz import NpzValues, npz_values
 from selftrans.data.sources.open_source import open_source
 from selftrans.data.sources.source import Samples, Source, ahead
-from selftrans.data.standardise import OPTION, chosen, plain, standardised
+from selftrans.data.standardise import plain, recorded, standardised
 from selftrans.encoders.autoencoder import Autoencoder, autoencoder_name, load_autoencoder
 from selftrans.encoders.identity import identity_kind
 from selftrans.encoders.media import Video, is_media
@@ -70,10 +70,9 @@ def prepare(
 
     Args:
         autoencoder: with "values" the source is an npz of arrays (N, C, *S) that are not pictures (see `npz_values`).
-        resolution: side, or (height, width), to crop and resize to; None keeps the size of the pictures.
-        flip: store the mirrored pictures, too. dtype: of the stored moments; None: float16, or float32 for values.
-        standardise: latents of zero mean and unit variance per channel; None: those of pixels, or as the folder was begun.
-            Numbers in brackets in the autoencoder's name set them (see `identity`).
+        resolution: side, or (height, width), to crop and resize to; None keeps the size. flip: store mirrored pictures, too.
+        dtype: of the stored moments; None: float16, or float32 for values. `precision` is that of the network.
+        standardise: latents have zero mean and unit variance per channel (see `recorded`); None: those of pixels.
         skip_bad: skip unreadable samples and list them in the manifest, instead of stopping at the first.
         split: of a hub data set (None: train) or a folder (None: all). label_column: of tables. reading: see `Reading`.
         text: a text encoder (see `load_text_encoder`), or more options: store captions, which `open_source` describes.
@@ -83,17 +82,17 @@ def prepare(
     Repeat an interrupted call to continue it (bit-identical for the same batch_size and device), a complete one to check it.
     Raises ValueError for a bad source, sample, autoencoder or option, a folder begun with other options, a failed write.
     """
-    text, media, out = TextOptions(text) if isinstance(text, str) else text, media or MediaOptions(), Path(out)
+    text, kind = TextOptions(text) if isinstance(text, str) else text, identity_kind(autoencoder)
+    media, out = media or MediaOptions(), Path(out)
     clips = _open_clips(source, resolution, media, reading, split, progress, autoencoder, flip, text)
-    kind, dtype = identity_kind(autoencoder), dtype or _dtype(autoencoder, clips)
+    dtype = dtype or _dtype(autoencoder, clips)
     mine, earlier = _check(source, out, batch_size, shard_size, dtype, precision, part), resumable.earlier(out)
-    given = (resolution, earlier, flip, text, split, label_column, reading, progress)
-    samples = clips or pictures or _open_samples(source, autoencoder, *given)
+    given = (resolution, flip, earlier, text, split, label_column, reading, progress)
+    samples = clips or pictures or _open(source, kind, *given)  # neither is ever empty
     options = _options(samples, autoencoder, resolution, text, media, reading)
     options |= {"flip": flip, "split": split or "train", "label_column": label_column}
     options |= {"shard_size": shard_size, "dtype": dtype, "precision": precision}
-    if chosen(standardise, autoencoder, earlier.plan if earlier else None, media=clips is not None):
-        options[OPTION] = True
+    options |= recorded(standardise, autoencoder, earlier.plan if earlier else None, media=clips is not None)
     if earlier and _continues(earlier, samples, options, out, progress):
         return Manifest.load(out)
     report_ignored(None if pictures else samples, progress)
@@ -134,12 +133,12 @@ def _check(
     return resumable.parse_part(part)
 
 
-def _open_samples(
+def _open(
     source: str | Path,
-    autoencoder: str,
+    kind: str | None,
     resolution: Resolution | None,
-    earlier: resumable.Earlier | None,
     flip: bool,
+    earlier: resumable.Earlier | None,
     text: TextOptions | None,
     split: str | None,
     label_column: str | None,
@@ -147,7 +146,7 @@ def _open_samples(
     progress: bool,
 ) -> Samples:
     """Values, or pictures at `resolution`; if that is None, at the resolution with which the folder was begun."""
-    if identity_kind(autoencoder) == "values":
+    if kind == "values":
         return _open_values(source, resolution, flip, label_column, text)
     native = earlier.plan.resolution if earlier and earlier.plan.options.get("resolution") is None else None
     return open_source(

@@ -78,10 +78,9 @@ def prepare_buckets(
         every = options | {"resolution": pictures.resolution, "pictures": pictures}
         try:
             prepare(source, out / name, **every)
+            made.append(name)
         except NoneReadable as error:
             say(f"{name} is left out: {error}", progress)
-            continue
-        made.append(name)
     opened.noticed.warn()
     if not made:
         raise ValueError(f"none of the {len(opened)} pictures of {source} is readable")

@@ -305,7 +305,7 @@ def test_qk_norm_is_not_exported(tmp_path, capsys):
 def test_an_imported_dit_teaches(tmp_path):
     assert imported(tmp_path, {"ema": state(**TINY, learn_sigma=True)}, "--convention", "dit") == 0
     out = tmp_path / "student"
-    words = ["train", "digits", f"--data={toy.digits()}", f"--out={out}", f"--teacher={tmp_path / 'run'}"]
+    words = ["train", "digits", f"--data={toy.plain_digits()}", f"--out={out}", f"--teacher={tmp_path / 'run'}"]
     assert main([*words, *toy.taught_flags()]) == 0
     lines = toy.log(out)
     assert lines[0]["self"] > 0 and lines[-1]["step"] == 8
@@ -317,7 +317,7 @@ def test_a_dit_is_trained(tmp_path):
     words = [
         "train",
         "digits",
-        f"--data={toy.digits()}",
+        f"--data={toy.plain_digits()}",
         f"--out={tmp_path}",
         "--method=vanilla",
         "--model.name=DiT-S/2",
