@@ -113,6 +113,7 @@ MANNERED = re.compile(
 COVERED_BY = {
     "__main__": "unit/cli/test_main.py",
     "cli/commands": "unit/cli/test_main.py",
+    "cli/doctor_command": "unit/experiments/test_doctor.py",
     "cli/experiment_commands": "unit/cli/test_main.py",
     "cli/interop_commands": "unit/cli/test_main.py",
     "cli/prepare_command": "unit/cli/test_main.py",

@@ -13,7 +13,7 @@ import os
 import secrets
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -187,6 +187,27 @@ def _flock(file: Any, *, shared: bool, wait: bool) -> None:
     import fcntl  # not on Windows, where the package can still be imported
 
     fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
+    if not os.path.lexists(file.name):  # its owner was refused and has removed it (`removed_if_refused`)
+        raise BlockingIOError
+
+
+@contextmanager
+def removed_if_refused(new: Sequence[Path], *, keep: Path) -> Iterator[None]:
+    """After an error, remove files and folders that a call has made, unless the file `keep` exists by then.
+
+    So a refused command leaves nothing behind that the next one in the same folder would refuse. `new` lists what did not
+    exist before the call, in the order of removal; the caller holds the lock that excludes other writers.
+    """
+    try:
+        yield
+    except BaseException:
+        for path in () if keep.exists() else new:
+            if any(path in other.parents for other in new):
+                with suppress(OSError):
+                    path.rmdir()  # only if nothing else is in it
+            else:
+                _remove(path)
+        raise
 
 
 # ---- hashes, text

@@ -385,3 +385,39 @@ def test_escaped_text_is_truncated():
 )  # fmt: skip
 def test_first_line_of_an_error(error, line):
     assert first_line(error) == line
+
+
+# ---- what a refused command leaves
+
+
+def refused(folder: Path, *, begun: bool = False) -> None:
+    """A command that makes files in `folder` and is refused, before or after it has written config.json."""
+    new = [path for path in (folder / "data", folder / ".lock", folder) if not path.exists()]
+    with lock_file(folder / ".lock"), storage.removed_if_refused(new, keep=folder / "config.json"):
+        (folder / "data" / "deep").mkdir(parents=True, exist_ok=True)
+        (folder / "data" / "deep" / "file").write_text("new")
+        if begun:
+            (folder / "config.json").write_text("{}")
+        raise ValueError("refused")
+
+
+def test_refused_command_leaves_what_was_there(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="refused"):
+        refused(tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+    (tmp_path / "there" / "data").mkdir(parents=True)
+    (tmp_path / "there" / "data" / "mine").write_text("mine")
+    with pytest.raises(ValueError, match="refused"):
+        refused(tmp_path / "there")
+    assert sorted(path.name for path in (tmp_path / "there").rglob("*")) == ["data", "deep", "file", "mine"]
+    with pytest.raises(ValueError, match="refused"):
+        refused(tmp_path / "begun", begun=True)
+    assert {".lock", "config.json", "data"} == {path.name for path in (tmp_path / "begun").iterdir()}
+
+
+def test_lock_that_its_owner_removes_is_not_taken(tmp_path: Path) -> None:
+    lock = tmp_path / ".lock"
+    with open(lock, "a+") as file:
+        lock.unlink()
+        with pytest.raises(BlockingIOError):
+            storage._flock(file, shared=False, wait=False)

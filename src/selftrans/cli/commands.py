@@ -15,6 +15,7 @@ from typing import Annotated, Any
 import tyro
 from tyro.conf import Positional
 
+from selftrans.cli.doctor_command import Doctor
 from selftrans.cli.experiment_commands import Analyse, Autoencoder, Bench, Classifier, Compare, Evaluate, Quickstart
 from selftrans.cli.interop_commands import Export, Import, ImportVae
 from selftrans.cli.options import (
@@ -51,13 +52,15 @@ class Train(RecipeCommand[Config]):
     init: Annotated[str | None, tyro.conf.arg(metavar="RUN_OR_FILE")] = None
     """weights to start from: a run, checkpoint or weights file, or a published file; sets --init.path. --lora.rank R then
     trains adapters only"""
+    dry_run: bool = False
+    """build everything, take five steps of each stage, and say what the run takes (memory, time, disk); it writes nothing"""
     trust: Trust = ()
     config: Annotated[Config, *Overrides] = tyro.MISSING
 
     def run(self) -> None:
         from selftrans.methods.registry import stages
         from selftrans.recipes import ignored
-        from selftrans.train.run import train
+        from selftrans.train.run import totals, train
 
         config: Any = self.config
         given = {"data.path": self.data, "init.path": self.init}
@@ -70,18 +73,14 @@ class Train(RecipeCommand[Config]):
                 config = config.override({option: self.teacher})
         for sentence in ignored(config):
             warnings.warn(sentence, stacklevel=2)
+        if self.dry_run:
+            from selftrans.train.dry_run import dry_run, text
+
+            print(text(dry_run(config, self.out)))
+            return
         report = train(config, self.out)
         if os.environ.get("RANK", "0") == "0":
-            print(f"{_totals(report)} -> {self.out}")
-
-
-def _totals(report: dict[str, Any]) -> str:
-    """Steps and compute of a run that is done."""
-    total = "what the teacher's training took is unknown"  # it was imported
-    if report["total_tflops"] is not None:
-        sums = f"{report['total_tflops']:.3g} TFLOPs, {report['total_seconds']:.0f} s"
-        total = f"with all stages and the teacher's training {sums}"
-    return f"done: {report['student_steps']} student steps, {report['student_tflops']:.3g} TFLOPs; {total}"
+            print(f"{totals(report)} -> {self.out}")
 
 
 @dataclass
@@ -122,4 +121,5 @@ COMMANDS: dict[str, Any] = {
     "import": Import,
     "import-vae": ImportVae,
     "export": Export,
+    "doctor": Doctor,
 }

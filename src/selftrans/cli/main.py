@@ -13,9 +13,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from selftrans.cli.commands import COMMANDS
+from selftrans.cli.likely import unrecognised
 from selftrans.cli.options import RecipeCommand
 from selftrans.cli.overrides import parse_on_recipe
-from selftrans.cli.parse import UsageError, blank, parse, unrecognised
+from selftrans.cli.parse import UsageError, blank, parse
 from selftrans.plugins import trust
 from selftrans.suggest import closest, did_you_mean
 
@@ -36,8 +37,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except UsageError as error:
         return _end(str(error), WRONG_ARGUMENTS)
-    except (ValueError, OSError, FloatingPointError, ImportError) as error:
-        return _end(str(error), FAILED)
+    except (ValueError, OSError, FloatingPointError, ImportError, MemoryError) as error:
+        return _end(str(error) or "out of memory", FAILED)
     except KeyboardInterrupt:
         return _end("interrupted; the same command continues", INTERRUPTED)
     except SystemExit as stop:  # tyro's, after a help page

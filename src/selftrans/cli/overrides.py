@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
+from selftrans.cli import snapshot
 from selftrans.cli.options import RecipeCommand
 from selftrans.cli.parse import HELP, UsageError, blank, option_names, parse
 from selftrans.plugins import trust
@@ -18,6 +20,8 @@ from selftrans.suggest import closest, did_you_mean
 
 if TYPE_CHECKING:
     from selftrans.config import RunConfig
+
+METHOD_HELP = "one of {}, or module:function"
 
 
 @dataclass(frozen=True)
@@ -36,14 +40,14 @@ def override_type(config: RunConfig, words: Sequence[str]) -> tuple[Any, Any]:
     from selftrans.methods import registry as methods
     from selftrans.sections import OWN
 
-    method = (_values(words, "method") or [config.method])[-1]
-    for name in (method, *_values(words, "methods")):
+    method = (values_of(words, "method") or [config.method])[-1]
+    for name in (method, *values_of(words, "methods")):
         if ":" in name:
             trust(name)
             methods.find(name)
     methods.find(method)
     model = config.model
-    for name in _values(words, "model.name")[-1:]:
+    for name in values_of(words, "model.name")[-1:]:
         if ":" in name:
             trust(name)
         model = config.model_of(name)
@@ -68,10 +72,10 @@ def overridden(config: RunConfig, parsed: Any) -> RunConfig:
 
 
 def _method_type(known: Sequence[str]) -> Any:
-    return Annotated[str, tyro.conf.arg(help=f"one of {', '.join(known)}, or module:function")]
+    return Annotated[str, tyro.conf.arg(help=METHOD_HELP.format(", ".join(known)))]
 
 
-def _values(words: Sequence[str], name: str) -> list[str]:
+def values_of(words: Sequence[str], name: str) -> list[str]:
     """Every value of `--name a b` and `--name=a`, in their order."""
     found, taking = [], False
     for word in words:
@@ -89,29 +93,47 @@ def parse_on_recipe(kind: type[RecipeCommand[Any]], words: Sequence[str], prog: 
 
     The words are read twice: for the recipe and for the code to import, on which the overrides depend, and then in full.
     """
+    known = snapshot.recipes(words)
+    if known:  # without torch: for help, and for arguments that are wrong
+        first = _named(kind, words, prog, {name: recipe.about for name, recipe in known.items()})
+        default = known[first.recipe].overrides(words)
+        if default is not None:
+            _parse(kind, words, prog, first.recipe, known[first.recipe].about, default)
     from selftrans.recipes import RECIPES
 
-    first = _own_options(kind, words, prog)
-    if not first.recipe:
-        _without_recipe(kind, words, prog, RECIPES)
-    if first.recipe not in RECIPES:
-        hint = did_you_mean(closest(first.recipe, RECIPES))
-        raise UsageError(f"recipe '{first.recipe}' is unknown{hint}", prog)
+    first = _named(kind, words, prog, {name: inspect.getdoc(function) or "" for name, function in RECIPES.items()})
     for name in first.trust:
         trust(name)
     recipe = RECIPES[first.recipe]
-    shown, config = override_type(recipe(), words)
-    shown = _without(shown, kind.NO_OVERRIDES)
-    command = parse(
-        blank(kind, config=_as(shown, config)),
+    _, config = override_type(recipe(), words)
+    command = _parse(kind, words, prog, first.recipe, inspect.getdoc(recipe) or "", config)
+    command.config = overridden(recipe(), _as(type(config), command.config))
+    return command
+
+
+def _named(kind: type[RecipeCommand[Any]], words: Sequence[str], prog: str, recipes: Mapping[str, str]) -> Any:
+    """The command without overrides, whose recipe is one of these (name -> description). Raises as `parse` does."""
+    first = _own_options(kind, words, prog)
+    if not first.recipe:
+        _without_recipe(kind, words, prog, recipes)
+    if first.recipe not in recipes:
+        raise UsageError(f"recipe '{first.recipe}' is unknown{did_you_mean(closest(first.recipe, recipes))}", prog)
+    return first
+
+
+def _parse(
+    kind: type[RecipeCommand[Any]], words: Sequence[str], prog: str, recipe: str, about: str, default: Any
+) -> Any:
+    """The command on a recipe, with `default` as its overrides' defaults. Raises as `parse` does."""
+    shown = _without(type(default), kind.NO_OVERRIDES)
+    return parse(
+        blank(kind, config=_as(shown, default)),
         words,
         prog,
         kind=kind[shown],  # type: ignore[index]
-        see=f"{prog} {first.recipe}",
-        description=f"{_first_line(kind)}\n\nRecipe {first.recipe}: {inspect.getdoc(recipe)}",
+        see=f"{prog} {recipe}",
+        description=f"{_first_line(inspect.getdoc(kind))}\n\nRecipe {recipe}: {about}",
     )
-    command.config = overridden(recipe(), _as(type(config), command.config))
-    return command
 
 
 def _own_options(kind: type[RecipeCommand[Any]], words: Sequence[str], prog: str) -> Any:
@@ -119,18 +141,20 @@ def _own_options(kind: type[RecipeCommand[Any]], words: Sequence[str], prog: str
     command = blank(kind, recipe="", out=Path(), config=_NoOverrides())
     names, own, mine = option_names(command), [], True
     for word in words:
-        if word.startswith("--") and word not in HELP:
-            mine = word[2:].partition("=")[0].replace("_", "-") in names
+        if re.match(r"--|-[A-Za-z]", word) and word not in HELP:  # -3 is a value
+            mine = word.startswith("--") and word[2:].partition("=")[0].replace("_", "-") in names
         if mine and word not in HELP:
             own.append(word)
     return parse(command, own, prog, kind=kind[_NoOverrides], see=prog)  # type: ignore[index]
 
 
-def _without_recipe(kind: type[RecipeCommand[Any]], words: Sequence[str], prog: str, recipes: Any) -> None:
+def _without_recipe(
+    kind: type[RecipeCommand[Any]], words: Sequence[str], prog: str, recipes: Mapping[str, str]
+) -> None:
     """Print the page that lists the recipes, or raise UsageError where options were given without one."""
     if not HELP & set(words):
         raise UsageError(f"RECIPE is missing; it comes first: {prog} RECIPE ...", prog)
-    listed = "\n".join(f"  {name:<17} {_first_line(function)}" for name, function in recipes.items())
+    listed = "\n".join(f"  {name:<17} {_first_line(about)}" for name, about in recipes.items())
     about = f"{inspect.getdoc(kind)}\n\nRecipes, each with its own page ({prog} RECIPE --help):\n{listed}"
     command = blank(kind, config=_NoOverrides())
     parse(command, ["--help"], prog, kind=kind[_NoOverrides], see=prog, description=about)  # type: ignore[index]
@@ -154,5 +178,5 @@ def _as(kind: Any, instance: Any) -> Any:
     return kind(**{field.name: getattr(instance, field.name) for field in dataclasses.fields(instance)})
 
 
-def _first_line(documented: Any) -> str:
-    return (inspect.getdoc(documented) or "").splitlines()[0]
+def _first_line(text: str | None) -> str:
+    return (text or "").splitlines()[0]

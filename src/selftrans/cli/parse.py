@@ -18,14 +18,14 @@ from typing import Any
 
 import tyro
 
+from selftrans.cli.likely import unrecognised
 from selftrans.cli.options import Inline
-from selftrans.suggest import closest, did_you_mean
 
 HELP = {"-h", "--help"}
-#: options of other programs that have no counterpart here, and what takes their place
-AUTOMATIC = "the device is found automatically, a GPU if there is one; for several: accelerate launch -m selftrans ..."
-REPLACED = dict.fromkeys(("device", "cuda", "cpu", "gpu", "gpus", "num-gpus", "ngpus"), AUTOMATIC) | {
-    "resume": "the same command again continues what was interrupted",
+#: what Python says of a value that is no number -> what it is not
+NO_NUMBER = {
+    "invalid literal for int() with base 10: ": "a whole number",
+    "could not convert string to float: ": "a number",
 }
 
 
@@ -125,29 +125,16 @@ def _describe(event: Any, known: Sequence[str]) -> str | None:
         case "InvalidChoice":
             return f"{_flag(event.argument)} '{event.value}' is not one of {', '.join(sorted(event.choices))}"
         case "InstantiationFailure" if event.argument is not None:
-            return f"{_flag(event.argument)}: {event.message.splitlines()[0].rstrip('.')}"
+            return f"{_flag(event.argument)}: {_no_number(event.message.splitlines()[0].rstrip('.'))}"
     return None
 
 
-def unrecognised(tokens: Sequence[str], known: Sequence[str]) -> str:
-    """One line about the first word that is no option, with those that may be meant."""
-    flag = next((token.partition("=")[0] for token in tokens if token.startswith("-")), None)
-    if flag is None:
-        return f"'{tokens[0]}' is one argument too many"
-    name = flag.lstrip("-").replace("_", "-")
-    if name in REPLACED:
-        return f"option {flag} is unknown: {REPLACED[name]}"
-    return f"option {flag} is unknown{did_you_mean([f'--{option}' for option in _likely(name, known)])}"
-
-
-def _likely(name: str, known: Sequence[str]) -> list[str]:
-    """Options that a misspelt one may mean: of its section if it names one; a bare `lr` may be that of a section."""
-    section = name[: name.rfind(".") + 1]  # "train."
-    lasts = [option.removeprefix(section) for option in known if section and option.startswith(section)]
-    if lasts:
-        return [section + last for last in closest(name.removeprefix(section), lasts, most=1)]
-    same = [option for option in known if option.rpartition(".")[2] == name]
-    return same[:3] or closest(name, known, most=1)
+def _no_number(message: str) -> str:
+    """The message of a value that cannot be converted, without the full stop; in plain words if it is no number."""
+    for start, kind in NO_NUMBER.items():
+        if message.startswith(start):
+            return f"{message.removeprefix(start)} is not {kind}"
+    return message
 
 
 def _flag(argument: Any) -> str:

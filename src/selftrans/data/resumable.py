@@ -141,7 +141,13 @@ def locked(out: Path, part: Part = ALONE, shards: Iterable[int] = ()) -> Iterato
                 ) from error
             for shard in shards:
                 remove_stale_temporaries(out, f"*-{shard:05d}.*")
-        yield
+        try:
+            yield
+        except BaseException:
+            if part == ALONE and not is_finished(out) and not any(out.glob("shard-*")):
+                for name in (PLAN, NULL):  # nothing is lost, and the next command may have other options
+                    (out / name).unlink(missing_ok=True)
+            raise
         if is_finished(out):
             for path in out.glob(f"{LOCK}*"):
                 path.unlink(missing_ok=True)

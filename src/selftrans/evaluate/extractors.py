@@ -49,6 +49,10 @@ class Extractor(Protocol):
         ...
 
 
+class OtherShape(ValueError):
+    """Images of another shape than the extractor takes, or than those before them."""
+
+
 class ClassifierExtractor:
     """The penultimate features and the logits of a `SmallClassifier`."""
 
@@ -63,7 +67,7 @@ class ClassifierExtractor:
         expected = self.classifier.shape
         if images.shape[1:] != expected or (images.dtype == np.uint8) != self.pictures:
             noun = "images" if self.pictures else "arrays"
-            raise ValueError(
+            raise OtherShape(
                 f"the {self.name} takes {_size(expected)} {noun}, these are {_size(images.shape[1:])}; "
                 "give samples and reference of that size, or use another extractor"
             )
@@ -130,7 +134,7 @@ class ValuesExtractor:
 
     def __call__(self, images: np.ndarray) -> dict[str, np.ndarray]:
         if images.shape[1:] != self.shape:
-            raise ValueError(
+            raise OtherShape(
                 f"images of {_size(images.shape[1:])} cannot be compared with images of {_size(self.shape)}; give samples and "
                 "reference of one shape"
             )
@@ -295,4 +299,4 @@ def _check(images: Any, before: list[np.ndarray]) -> None:
     )
     if before and (not same or images.dtype != before[-1].dtype):
         sizes = f"{_size(before[-1].shape[1:])} and {_size(images.shape[1:])}"
-        raise ValueError(f"the images have two sizes, {sizes}; resize them to one")
+        raise OtherShape(f"the images have two sizes, {sizes}; resize them to one")

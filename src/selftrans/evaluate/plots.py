@@ -138,24 +138,41 @@ def curves(
     logy: bool = False,
     size: tuple[float, float] = (6.4, 4.0),
 ) -> Figure:
-    """One line with markers per name; colours and markers follow the order of `series`. Size in inches."""
+    """One line with markers per name; colours and markers follow the order of `series`. Size in inches.
+
+    A line that later ones coincide with is drawn wider, so that it is seen on both sides of them. Where every x is a whole
+    number, so is every tick.
+    """
     figure, axes = _figure(title, size)
+    drawn = [np.asarray(values[:2], dtype=float) for values in series.values()]
     for i, (name, values) in enumerate(series.items()):
+        wider = 3.0 * sum(_coincide(drawn[i], later) for later in drawn[i + 1 :])
         x, y = np.asarray(values[0], dtype=float), np.asarray(values[1], dtype=float)
         colour, marker, dash = (
             COLOURS[i % len(COLOURS)],
             MARKERS[i % len(MARKERS)],
             DASHES[i // len(COLOURS) % len(DASHES)],
         )
-        axes.plot(x, y, color=colour, marker=marker, linestyle=dash, label=name, markeredgecolor="white", zorder=3 + i)
+        style: dict[str, Any] = {"color": colour, "marker": marker, "linestyle": dash, "markeredgecolor": "white"}
+        style |= {"linewidth": 1.5 + wider, "markersize": 6 + 1.5 * wider} if wider else {}
+        axes.plot(x, y, label=name, zorder=3 + i, **style)
         if len(values) == 3:
             deviation = np.asarray(values[2], dtype=float)
             low = np.where(y - deviation > 0, y - deviation, y) if logy else y - deviation
             axes.fill_between(x, low, y + deviation, color=colour, alpha=0.18, linewidth=0, zorder=2)
     axes.set(xlabel=xlabel, ylabel=ylabel, xscale="log" if logx else "linear", yscale="log" if logy else "linear")
     plain_ticks(axes, logx, logy)
+    if not logx and all((x == np.round(x)).all() for x, _ in drawn):
+        axes.locator_params(axis="x", integer=True)
     axes.legend(frameon=False)
     return figure
+
+
+def _coincide(one: np.ndarray, other: np.ndarray) -> bool:
+    """Whether two lines (2, n) share a segment: neighbouring points of both, on one x and within 1 % of the range of y."""
+    shared, i, j = np.intersect1d(one[0], other[0], return_indices=True)
+    near = np.abs(one[1][i] - other[1][j]) <= 0.01 * (np.ptp(np.concatenate([one[1], other[1]])) or 1.0)
+    return bool(len(shared) and (near[1:] & near[:-1] if len(shared) > 1 else near).any())
 
 
 def bars(

@@ -30,7 +30,7 @@ from selftrans.experiments.summary import AXES, as_csv, mean_curve, rows
 from selftrans.experiments.train_classifier import classifier_from_data
 from selftrans.methods.registry import METHODS, REGISTRY, find, sections_of, stages
 from selftrans.sections import fields_of
-from selftrans.storage import lock_file, write_json, write_text
+from selftrans.storage import lock_file, removed_if_refused, write_json, write_text
 from selftrans.train.given_weights import with_given_model
 from selftrans.train.run import put_together, teacher_of
 
@@ -61,12 +61,15 @@ def compare_methods(
     if methods is None:
         methods = [name for name, spec in METHODS.items() if not any(s.encoder for s in spec.stages(config))]
     _check(methods, seeds, images)
+    made = (out / name for name in ("data", "digits-classifier.safetensors", "classifier.safetensors", ".lock"))
+    new = [path for path in (*made, out) if not path.exists()]
     with lock_file(out / ".lock"):
-        config, features, weights = with_defaults(config, out, features=features)
-        config = with_given_model(config)
-        variants = {name: for_method(config, name) for name in methods}
-        rehearse(variants)
-        block = probed_block(config)
+        with removed_if_refused(new, keep=out / "compare.json"):
+            config, features, weights = with_defaults(config, out, features=features)
+            config = with_given_model(config)
+            variants = {name: for_method(config, name) for name in methods}
+            rehearse(variants)
+            block = probed_block(config)
         chosen = Comparison(config, variants, tuple(seeds), out, images, features, weights, block)
         results = compare(chosen, workers=workers)
         summary = summarise(chosen, results)

@@ -5,8 +5,10 @@ Shape legend: images are pictures, uint8 (n, H, W, C), or arrays that are not pi
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ from selftrans.checkpoints.load import Weights
 from selftrans.data.buckets import is_prepared, open_data
 from selftrans.device import default_device
 from selftrans.evaluate.clip_score import ClipScorer
-from selftrans.evaluate.extractors import load_extractor
+from selftrans.evaluate.extractors import OtherShape, load_extractor
 from selftrans.evaluate.metrics import evaluate
 from selftrans.experiments.measurement import check_sizes, image_shape
 from selftrans.experiments.opened_samples import open_samples
@@ -78,25 +80,34 @@ def evaluate_samples(
         if opened.texts is None:
             raise ValueError(f"no prompts are recorded for the images of {samples}; leave out --clip")
         images = scorer.observe(images, opened.texts)
-    if (
-        extractor is None and features is None and opened.pictures
-    ):  # before the first batch is sampled: inception may not be installed
-        extractor = load_extractor("inception", device=device)
+    if extractor is None and features is None and opened.pictures:
+        extractor = load_extractor("inception", device=device)  # it may not be installed: before anything is sampled
     if extractor is None:
         first = next(images)
         chosen = features or ("inception" if first.dtype == np.uint8 else "values")
         extractor = load_extractor(chosen, device=device, shape=first.shape[1:])
         images = itertools.chain([first], images)
-    statistics = reference_of(reference, extractor)
+    with _named("reference", reference):
+        statistics = reference_of(reference, extractor)
     if save_reference is not None:
         statistics.save(save_reference)
     images = counted(images, opened.total)
-    report = evaluate(images, statistics, extractor, labels=opened.labels, reference_name=described(reference))
+    with _named("samples", samples):
+        report = evaluate(images, statistics, extractor, labels=opened.labels, reference_name=described(reference))
     made = {name: (opened.settings or {}).get(name) for name in SETTINGS} | (opened.settings or {})
     report |= {"samples": str(samples), "made": made, "label_balance": _balance(opened.labels)}
     report |= scorer.report() if scorer else {}
     write_json(out or opened.report, report)
     return report
+
+
+@contextlib.contextmanager
+def _named(what: str, path: str | Path) -> Iterator[None]:
+    """A message about the shape of images says which input they are from."""
+    try:
+        yield
+    except OtherShape as error:
+        raise ValueError(f"{what} {printable(path)}: {error}") from error
 
 
 def _balance(labels: Any) -> dict[str, int] | None:

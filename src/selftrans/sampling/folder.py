@@ -61,10 +61,12 @@ def sample_to_folder(
 
 
 def summary_line(out: str | Path, count: int) -> str:
-    """The message of `selftrans sample` after it has written `count` samples to the folder `out`."""
+    """The message of `selftrans sample` after it has written `count` samples to the folder `out`, which may hold others."""
     kind = NPY if any(Path(out).glob(f"[0-9]*{NPY.suffix}")) else PNG
     views = "".join(f"{suffix}, " for suffix in (".wav", ".gif") if any(Path(out).glob(f"[0-9]*{suffix}")))
-    return f"{count} samples -> {out} ({views}{kind.suffix} files, samples.npz, samples.json)"
+    held = max(count, sum(1 for _ in Path(out).glob(f"[0-9]*{kind.suffix}")))
+    new = f", {count} of them new" if held > count else ""
+    return f"{held} samples{new} -> {out} ({views}{kind.suffix} files, samples.npz, samples.json)"
 
 
 def write_samples(

@@ -30,6 +30,8 @@ Changes = list[tuple[str, Any, Any, Resume]]  #: name, before, now, what is allo
 def settle(config: RunConfig, out: Path, manifest: Manifest) -> RunConfig:
     """The configuration in agreement with what `out` was started with. ValueError names what differs."""
     data, before = out / "data.json", settings_before(out)
+    if before and _untrained(out, before, config):
+        before = None
     config = find(config.method).settle(_with_lengths(config.restricted(), before), manifest.conditions)
     if before:
         # imported weights that are not trained yet: the model is fixed, the training settings are free
@@ -53,6 +55,12 @@ def settle(config: RunConfig, out: Path, manifest: Manifest) -> RunConfig:
                 "prepare the data again as they were, or choose another --out"
             )
     return config
+
+
+def _untrained(out: Path, before: RunConfig, now: RunConfig) -> bool:
+    """Whether a run ended before its first checkpoint (out of memory, killed) and holds no given weights: any settings do."""
+    held = (out / f"{IMPORTED}.json").exists() or before.init.path is not None or now.init.path is not None
+    return not held and not any(checkpoint.steps(folder) for folder in out.glob("*/checkpoints"))
 
 
 def _with_lengths(config: RunConfig, before: RunConfig | None) -> RunConfig:

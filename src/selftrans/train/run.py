@@ -31,7 +31,7 @@ from selftrans.methods.objective import Objective
 from selftrans.methods.registry import stages
 from selftrans.methods.spec import Stage
 from selftrans.plugins import trust_named
-from selftrans.storage import lock_file, remove_stale_temporaries, write_json
+from selftrans.storage import lock_file, remove_stale_temporaries, removed_if_refused, write_json
 from selftrans.train.fitting import describe
 from selftrans.train.initial_weights import InitialWeights, choose, initial_weights
 from selftrans.train.log import progress_bar
@@ -62,19 +62,24 @@ def _train(config: RunConfig, out: Path, bar: Callable[..., Any], quiet: bool) -
     config = config.restricted().check()
     if (out / "manifest.json").exists() or (out / BUCKETS).exists():
         raise ValueError(f"{out} holds prepared data; choose another --out for the run")
-    accelerator = _accelerator(config, out)
+    accelerator = accelerator_of(config, out)
     main = accelerator.is_main_process
     if accelerator.device.type == "cpu":
         keep_memory()
-    with lock_file(out / ".lock") if main else contextlib.nullcontext(), StopSignal() as stop:
+    new = [path for path in (out / "data", out / ".lock", out) if main and not path.exists()]
+    with (
+        lock_file(out / ".lock") if main else contextlib.nullcontext(),
+        removed_if_refused(new, keep=out / "config.json"),
+        StopSignal() as stop,
+    ):
         if main:
             _remove_unfinished(out)
         shards = data_of_run(config, out, accelerator)
         config, given = choose(with_prompts(config, shards.manifest), settings_before(out), out)
         config = settle(config, out, shards.manifest)
         initial = initial_weights(config, shards, out, given)
-        given, plan = None, _plan(config)  # its memory is freed
-        _rehearse(config, plan, out, shards.manifest)
+        given, plan = None, planned(config)  # its memory is freed
+        rehearse(config, plan, out, shards.manifest)
         if config.data.on_device and len(shards.parts) > 1:
             raise ValueError(f"{shards.path} holds buckets of several sizes; leave data.on_device off")
         shards.ready(accelerator.device)
@@ -124,7 +129,7 @@ def _remove_unfinished(out: Path) -> None:
             remove_stale_temporaries(stage / "previews", "step-*.png")
 
 
-def _accelerator(config: RunConfig, out: Path) -> Accelerator:
+def accelerator_of(config: RunConfig, out: Path) -> Accelerator:
     """accelerate's engine at this precision. ValueError where the machine cannot compute in it."""
     mixed = "no" if config.train.precision == "fp32" else config.train.precision
     if AcceleratorState._shared_state and AcceleratorState().mixed_precision != mixed:
@@ -203,7 +208,7 @@ def _begin(
     return new
 
 
-def _rehearse(config: RunConfig, plan: Sequence[Stage], out: Path, manifest: Manifest) -> None:
+def rehearse(config: RunConfig, plan: Sequence[Stage], out: Path, manifest: Manifest) -> None:
     """ValueError now for what would stop a later stage, not after days of the first: each is built without weights."""
     for number, stage in enumerate(plan):
         reached = max((step for step, _ in checkpoint.steps(out / stage.name / "checkpoints")), default=0)
@@ -228,7 +233,7 @@ def put_together(config: RunConfig, stage: Stage, manifest: Manifest, given: Any
         Objective(student, stage.guide(student, given))
 
 
-def _plan(config: RunConfig) -> list[Stage]:
+def planned(config: RunConfig) -> list[Stage]:
     """Stages to be run: with a given teacher, those from the one that it teaches."""
     plan = stages(config)
     given = [i for i, stage in enumerate(plan) if stage.teacher and stage.teacher.given]
@@ -280,3 +285,12 @@ def _report(
         "stages": spent,
         "teacher": given,
     } | ({INIT: initial.record} if initial else {})
+
+
+def totals(report: dict[str, Any]) -> str:
+    """Steps and compute of a run that is done."""
+    total = "what the teacher's training took is unknown"  # it was imported
+    if report["total_tflops"] is not None:
+        sums = f"{report['total_tflops']:.3g} TFLOPs, {report['total_seconds']:.0f} s"
+        total = f"with all stages and the teacher's training {sums}"
+    return f"done: {report['student_steps']} student steps, {report['student_tflops']:.3g} TFLOPs; {total}"

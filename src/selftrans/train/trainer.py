@@ -41,6 +41,7 @@ from selftrans.train.optim import (
     set_learning_rate,
     update,
 )
+from selftrans.train.out_of_memory import guarded_step
 from selftrans.train.preview import Preview
 from selftrans.train.resume import agreed, check_data, usable
 from selftrans.train.signals import StopSignal
@@ -144,7 +145,7 @@ class Trainer:
             batches = self.stream.from_step(self.step, pin=self.accelerator.device.type == "cuda")
             while self.step < self.stage.steps:
                 started = time.perf_counter()
-                self._train_step(batches)
+                guarded_step(self, batches)
                 self.seconds += time.perf_counter() - started
                 bar.update()
                 self._after_step(journal, bar)

@@ -172,6 +172,36 @@ def test_data_of_another_shape_or_class_count_than_the_checkpoints(tmp_path, cap
     assert "was trained on other data than" in one_line(capsys)
 
 
+@pytest.mark.parametrize(
+    "argv",
+    [
+        "train digits --model.heads 7",
+        "train digits --teacher nowhere",
+        "compare digits --methods vanilla sra --features nowhere.safetensors",
+    ],
+)
+def test_refused_command_leaves_nothing_behind(argv, tmp_path, capsys):
+    for out in (tmp_path / "new", tmp_path / "there"):
+        (tmp_path / "there").mkdir(exist_ok=True)
+        assert main([*argv.split(), f"--out={out}"]) == 1
+        assert os.listdir(tmp_path) == ["there"] and not os.listdir(tmp_path / "there")
+    (tmp_path / "there" / "mine").write_text("kept")
+    assert main([*argv.split(), f"--out={tmp_path / 'there'}"]) == 1
+    assert os.listdir(tmp_path / "there") == ["mine"]
+
+
+def test_refused_preparation_may_be_repeated_with_other_options(tmp_path, capsys):
+    pictures = toy.pictures(tmp_path / "pictures")
+    broken = sorted(pictures.rglob("*.png"))[0]
+    whole = broken.read_bytes()
+    broken.write_bytes(whole[:40])
+    argv = ["prepare", str(pictures), f"--out={tmp_path / 'out'}"]
+    assert main([*argv, "--resolution=8"]) == 1
+    assert "--skip-bad" in capsys.readouterr().err
+    assert main([*argv, "--resolution=4x6", "--skip-bad"]) == 0
+    assert "3x4x6 latents" in capsys.readouterr().out
+
+
 # ---- evaluate, classifier, analyse
 
 
@@ -219,6 +249,24 @@ def test_folder_evaluated_against_itself_has_distance_zero(results, tmp_path, ca
     assert "sampler unknown, steps unknown" in text and shown["made"]["sampler"] is None, (
         "the folder has no record of its settings"
     )
+
+
+def test_evaluate_names_the_input_of_another_shape(results, tmp_path, capsys):
+    for name, side in {"small": 8, "large": 12}.items():
+        (tmp_path / name).mkdir()
+        for k in range(3):
+            Image.fromarray(np.full((side, side), k, dtype=np.uint8)).save(tmp_path / name / f"{k}.png")
+    small, large, judge = tmp_path / "small", tmp_path / "large", results / "judge.safetensors"
+    for samples, reference, features, expected in (
+        (small, large, "values", f"reference {large}: images of 12x12x1 cannot be compared with images of 8x8x1"),
+        (small, large, judge, f"reference {large}: the judge classifier"),
+        (large, small, judge, f"samples {large}: the judge classifier"),
+    ):
+        assert main(["evaluate", str(samples), f"--reference={reference}", f"--features={features}"]) == 1
+        assert expected in capsys.readouterr().err
+    Image.fromarray(np.zeros((12, 8), dtype=np.uint8)).save(small / "7.png")
+    assert main(["evaluate", str(large), f"--reference={small}", "--features=values"]) == 1
+    assert f"7.png in {small} is 12x8, others 8x8" in capsys.readouterr().err
 
 
 def test_evaluate_refuses_incomplete_samples(results, tmp_path, capsys):

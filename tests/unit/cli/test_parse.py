@@ -29,7 +29,7 @@ from tests.unit.cli.lines import one_line
         ("analyse run --out x --timestep 0.4", "did you mean --timesteps?"),
         ("prepare pictures --out x --dtype float8", "--dtype 'float8' is not one of None, float16, float32"),
         ("prepare pictures --out x --flip yes", "'yes' is one argument too many"),
-        ("classifier data --out x --epochs 1.5", "--epochs: invalid literal for int() with base 10: '1.5'"),
+        ("classifier data --out x --epochs 1.5", "--epochs: '1.5' is not a whole number"),
         ("bench --device tpu", "--device 'tpu' is not one of None, cpu, cuda"),
     ],
 )

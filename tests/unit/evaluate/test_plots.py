@@ -142,3 +142,17 @@ def test_no_figure_is_left_in_pyplot() -> None:
     before = plt.get_fignums()
     figures()
     assert plt.get_fignums() == before
+
+
+def test_ticks_are_whole_numbers_where_the_points_are() -> None:
+    whole = plots.curves({"t = 0.2": ([1, 2, 3], [0.1, 0.2, 0.3])}, xlabel="block", ylabel="accuracy")
+    assert all(tick == round(tick) for tick in whole.axes[0].get_xticks())
+    other = plots.curves({"a": ([0.1, 0.2, 0.3], [1, 2, 3])}, xlabel="t", ylabel="loss")
+    assert any(tick != round(tick) for tick in other.axes[0].get_xticks())
+
+
+def test_a_line_behind_another_is_wider() -> None:
+    x, y = [1, 2, 3, 4], [0.1, 0.5, 0.7, 0.9]
+    series = {"a": (x, y), "b": (x, [0.1, 0.5, 0.2, 0.2]), "c": (x, [0.9, 0.8, 0.3, 0.0]), "d": (x, y)}
+    widths = [line.get_linewidth() for line in plots.curves(series, xlabel="x", ylabel="y").axes[0].lines]
+    assert widths[0] > widths[1] > widths[2] == widths[3], "d covers a; a part of it covers a part of b"

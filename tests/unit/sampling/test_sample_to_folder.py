@@ -93,6 +93,12 @@ def test_repeating_does_nothing_and_more_images_continue(tmp_path, capsys):
     }
 
 
+def test_message_after_continuing_counts_all_samples(tmp_path, capsys):
+    for num, expected in ((2, "2 samples -> "), (5, "5 samples, 3 of them new -> ")):
+        assert main(["sample", str(toy.finished()), f"--out={tmp_path}", "--steps=1", f"--num={num}"]) == 0
+        assert capsys.readouterr().out == f"{expected}{tmp_path} (.png files, samples.npz, samples.json)\n"
+
+
 def test_other_settings_and_fewer_images_are_refused(tmp_path, capsys):
     assert sample(toy.finished(), tmp_path) == 0
     before = toy.tree(tmp_path)

@@ -1,0 +1,177 @@
+"""`settings.json`: the settings of every recipe as data, so that help and wrong arguments need no torch.
+
+The settings themselves are dataclasses next to the code of methods and models, which imports torch for seconds. The snapshot
+has their names, types, defaults and descriptions. It is used only while it belongs to the sources that are there (a hash);
+otherwise, and where code outside the package adds methods or models, the dataclasses themselves are imported.
+`python -m selftrans.cli.snapshot` writes it.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import functools
+import hashlib
+import inspect
+import itertools
+import json
+import sys
+import textwrap
+import types
+import typing
+from collections.abc import Callable, Iterator, Sequence
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+import tyro
+
+PACKAGE = Path(__file__).parent.parent
+FILE = PACKAGE / "cli" / "settings.json"
+#: sources that the snapshot depends on, within the package
+SOURCES = ("config.py", "fine_tuning.py", "recipes/*.py", "methods/*.py", "models/*.py")
+GROUPS = ("selftrans.methods", "selftrans.models")  #: entry points that add settings
+
+
+class Recipe(NamedTuple):
+    """What a command needs of a recipe for its help page and to check arguments."""
+
+    about: str  #: its docstring
+    overrides: Callable[[Sequence[str]], Any]  #: arguments -> an instance of the dataclass of overrides, with defaults
+
+
+def recipes(words: Sequence[str]) -> dict[str, Recipe] | None:
+    """The recipes by name from the snapshot; None where it cannot serve these arguments, or torch is loaded anyway."""
+    if "torch" in sys.modules or any(":" in word for word in words) or any(entry_points(group=g) for g in GROUPS):
+        return None
+    try:
+        known = json.loads(FILE.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    if known.get("sources") != sources():
+        return None
+    described: dict[str, Any] = known["recipes"]
+    return {name: Recipe(each["about"], functools.partial(_overrides, known, each)) for name, each in described.items()}
+
+
+def sources() -> str:
+    """The hash of the sources that the snapshot depends on."""
+    found = hashlib.sha256()
+    for pattern in SOURCES:
+        for path in sorted(PACKAGE.glob(pattern)):
+            found.update(f"{path.relative_to(PACKAGE).as_posix()}\n".encode() + path.read_bytes())
+    return found.hexdigest()
+
+
+# ---- data => dataclasses
+
+
+def _overrides(known: dict[str, Any], recipe: dict[str, Any], words: Sequence[str]) -> Any:
+    """As `overrides.override_type`; None where the arguments name a method or a model that the snapshot does not have."""
+    from selftrans.cli.overrides import METHOD_HELP, values_of
+
+    method = (values_of(words, "method") or [recipe["method"]])[-1]
+    chosen = values_of(words, "model.name")[-1:]
+    family = known["models"].get(chosen[0]) if chosen else recipe["family"]
+    if family is None or {method, *values_of(words, "methods")} - set(known["methods"]):
+        return None
+    helped = Annotated[str, tyro.conf.arg(help=METHOD_HELP.format(", ".join(known["methods"])))]
+    fields: list[Any] = [("method", helped, dataclasses.field(default=method))]
+    for key, section in recipe["sections"].items():
+        values = recipe["values"][key]
+        if key == "model" and family != recipe["family"]:
+            section, values = family, known["sections"][family]["defaults"]
+        values = values | ({"name": chosen[0]} if key == "model" and chosen else {})
+        kind = _section(known["sections"][section], values)
+        fields.append((key, kind, dataclasses.field(default=kind())))
+    return dataclasses.make_dataclass("Overrides", fields, frozen=True)()
+
+
+def _section(known: dict[str, Any], values: dict[str, Any]) -> Any:
+    """A frozen dataclass of a section's settings, with these defaults."""
+    from selftrans.sections import from_plain
+
+    scope = {"typing": typing, "NoneType": types.NoneType}
+    hints = typing.get_type_hints(type("Hints", (), {"__annotations__": known["types"]}), scope)
+    fields: list[Any] = []
+    for name, hint in hints.items():
+        helped = Annotated[hint, tyro.conf.arg(help=known["help"][name])] if name in known["help"] else hint
+        default = from_plain(hint, values[name], name)
+        fields.append((name, helped, dataclasses.field(default=default)))
+    made = dataclasses.make_dataclass(known["name"], fields, frozen=True)
+    made.__doc__ = known["about"]
+    return made
+
+
+# ---- dataclasses => data
+
+
+def snapshot() -> dict[str, Any]:
+    """What the file holds."""
+    from selftrans.cli.overrides import override_type
+    from selftrans.methods import registry as methods
+    from selftrans.models import registry as models
+    from selftrans.recipes import RECIPES
+
+    kinds: dict[str, Any] = {spec.Config.__name__: spec.Config for spec in models.MODELS.values()}
+    described: dict[str, Any] = {}
+    for name, recipe in RECIPES.items():
+        kind, default = override_type(recipe(), [])
+        sections = {f.name: getattr(default, f.name) for f in dataclasses.fields(kind) if f.name != "method"}
+        kinds |= {type(section).__name__: type(section) for section in sections.values()}
+        described[name] = {
+            "about": inspect.getdoc(recipe),
+            "method": default.method,
+            "family": type(sections["model"]).__name__,
+            "sections": {key: type(section).__name__ for key, section in sections.items()},
+            "values": {key: dataclasses.asdict(section) for key, section in sections.items()},
+        }
+    names = {name: spec.Config.__name__ for spec in models.MODELS.values() for name in (*spec.names, spec.name)}
+    return {
+        "sources": sources(),
+        "methods": methods.REGISTRY.known(),
+        "models": names,
+        "recipes": described,
+        "sections": {name: _described(kind) for name, kind in sorted(kinds.items())},
+    }
+
+
+def _described(kind: Any) -> dict[str, Any]:
+    """A section's name, description, and of each field type, description and, as far as it has one, default."""
+    hints = typing.get_type_hints(kind)
+    fields = {field.name: field for field in dataclasses.fields(kind)}
+    unset = dataclasses.MISSING
+    return {
+        "name": kind.__name__,
+        "about": inspect.getdoc(kind),
+        "types": {
+            name: hints[name].__name__ if isinstance(hints[name], type) else repr(hints[name]) for name in fields
+        },
+        "help": {name: text for name, text in _help(kind).items() if name in fields},
+        "defaults": {name: field.default for name, field in fields.items() if field.default is not unset},
+    }
+
+
+def _help(kind: Any) -> dict[str, str]:
+    """The strings below the fields of a dataclass and of the classes that it inherits from."""
+    found: dict[str, str] = {}
+    for base in reversed(kind.__mro__[:-1]):
+        body: Any = ast.parse(textwrap.dedent(inspect.getsource(base))).body[0]
+        found |= dict(_strings(body.body))
+    return found
+
+
+def _strings(body: Sequence[ast.stmt]) -> Iterator[tuple[str, str]]:
+    for field, below in itertools.pairwise(body):
+        if isinstance(field, ast.AnnAssign) and isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant):
+            yield ast.unparse(field.target), inspect.cleandoc(str(below.value.value))
+
+
+def text() -> str:
+    """The file as it should be."""
+    return json.dumps(snapshot(), indent=1) + "\n"
+
+
+if __name__ == "__main__":
+    FILE.write_text(text(), encoding="utf-8")
+    print(f"{FILE} is written")

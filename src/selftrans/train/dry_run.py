@@ -1,0 +1,242 @@
+"""`selftrans train --dry-run`: every stage built and trained for a few steps, and what the run will take; nothing is kept.
+
+All that is written goes to a temporary folder; the run folder is read only. A teacher that is not trained yet is one with
+random weights: its cost is the same.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import resource
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from selftrans.checkpoints import format as checkpoint
+from selftrans.config import RunConfig
+from selftrans.data.dataset import Dataset
+from selftrans.methods.guidance import Frozen
+from selftrans.methods.spec import Stage
+from selftrans.plugins import trust_named
+from selftrans.precision import PRECISIONS
+from selftrans.train.initial_weights import build_student, choose, initial_weights
+from selftrans.train.out_of_memory import guarded_step, release
+from selftrans.train.preview import with_prompts
+from selftrans.train.resume import settings_before, settle
+from selftrans.train.run import accelerator_of, data_of_run, planned, rehearse
+from selftrans.train.signals import StopSignal
+from selftrans.train.teachers import teacher_of
+from selftrans.train.trainer import Trainer
+
+STEPS = 5  #: of each stage; the first is not timed, as it compiles and fills caches
+KEPT = ("weights", "average", "optimizer")  #: parts of the memory that a checkpoint holds
+
+
+@dataclass
+class StagePlan:
+    """What one stage takes."""
+
+    name: str
+    parameters: int  #: of the student
+    trained: int  #: of them and of the heads, with gradients
+    steps: int
+    reached: int  #: steps that the run folder already has
+    tflops_per_step: float
+    seconds_per_step: float
+    seconds_left: float
+    memory: dict[str, int]  #: bytes without activations, by what they are for
+    peak: int  #: bytes: of the device in these steps; on a CPU of the whole process
+    checkpoint: int  #: bytes
+    kept: int  #: checkpoints kept at the end, about
+
+
+@dataclass
+class DryRun:
+    """What a run takes, and where it will write."""
+
+    device: str
+    memory_total: int | None  #: bytes of the device, if known
+    samples: int
+    batch_size: int
+    disk_needed: int  #: bytes of the checkpoints that are kept, and of one more while it is written
+    disk_free: int
+    out: str
+    written: list[str]
+    stages: list[StagePlan] = field(default_factory=list)
+
+    def as_dict(self) -> dict[str, Any]:
+        """For json."""
+        return dataclasses.asdict(self)
+
+
+def dry_run(config: RunConfig, out: str | Path, *, steps: int = STEPS) -> DryRun:
+    """Build every stage of the run `out`, take `steps` steps of each, and return what the run takes.
+
+    ValueError as `train`; MemoryError (one line, with the remedy) where a step does not fit.
+    """
+    trust_named(config.method, config.model.name)
+    out, config = Path(out), config.restricted().check()
+    with tempfile.TemporaryDirectory(prefix="selftrans-dry-run-") as folder, StopSignal() as stop:
+        place = Path(folder)
+        accelerator = accelerator_of(config, place)
+        prepared = (out / "data" / "manifest.json").exists()
+        shards = data_of_run(config, out if prepared else place, accelerator)
+        config, given = choose(with_prompts(config, shards.manifest), settings_before(out), out)
+        config = settle(config, out, shards.manifest)
+        initial, plan = initial_weights(config, shards, out, given), planned(config)
+        rehearse(config, plan, out, shards.manifest)
+        shards.ready(accelerator.device)
+        found = DryRun(
+            device=_device_name(accelerator.device),
+            memory_total=_total(accelerator.device),
+            samples=len(shards),
+            batch_size=config.train.batch_size,
+            disk_needed=0,
+            disk_free=shutil.disk_usage(_existing(out)).free,
+            out=str(out),
+            written=_written(config, plan),
+        )
+        for stage in plan:
+            teacher = _teacher(config, stage, out, shards, accelerator)
+            trainer = Trainer(
+                accelerator, config, stage, place / stage.name, shards, teacher=teacher, initial=initial, stop=stop
+            )
+            found.stages.append(_measured(trainer, out, steps))
+            release(trainer)
+            del trainer, teacher
+            accelerator.free_memory()
+        found.disk_needed = sum(s.kept * s.checkpoint for s in found.stages)
+        found.disk_needed += max(s.checkpoint for s in found.stages)
+    return found
+
+
+def _teacher(config: RunConfig, stage: Stage, out: Path, shards: Dataset, accelerator: Accelerator) -> Any:
+    """The teacher of the stage, or one with random weights where the run has not trained it yet."""
+    spec = stage.teacher
+    if spec is None or spec.given or checkpoint.newest(out / spec.stage / "checkpoints"):
+        return teacher_of(config, stage, str(out), shards, accelerator.device)
+    model = build_student(config, shards, None, fresh=True)
+    return Frozen(model, spec.block(model.depth), dtype=PRECISIONS[config.train.precision], in_place=True)
+
+
+def _measured(trainer: Trainer, out: Path, steps: int) -> StagePlan:
+    """Take a few steps of a stage."""
+    device, stage, train = trainer.accelerator.device, trainer.stage, trainer.config.train
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    batches, seconds = trainer.stream.from_step(0, pin=device.type == "cuda"), []
+    for _ in range(min(steps, stage.steps)):
+        started = time.perf_counter()
+        guarded_step(trainer, batches)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        seconds.append(time.perf_counter() - started)
+    each = statistics.median(seconds[1:] or seconds)
+    reached = max((step for step, _ in checkpoint.steps(out / stage.name / "checkpoints")), default=0)
+    student, objective = trainer.objective.student, trainer.objective
+    written = stage.steps // train.checkpoint_every + bool(stage.steps % train.checkpoint_every)
+    kept = train.keep + train.keep_best + (stage.steps // train.keep_every if train.keep_every else 0)
+    return StagePlan(
+        name=stage.name,
+        parameters=sum(p.numel() for p in student.parameters()),
+        trained=sum(p.numel() for p in objective.parameters() if p.requires_grad),
+        steps=stage.steps,
+        reached=reached,
+        tflops_per_step=sum(trainer.flops.values()) / 1e12,
+        seconds_per_step=each,
+        seconds_left=each * (stage.steps - reached),
+        memory=trainer.memory,
+        peak=_peak(device),
+        checkpoint=sum(trainer.memory.get(part, 0) for part in KEPT),
+        kept=min(kept, written) if train.keep else written,
+    )
+
+
+def _written(config: RunConfig, plan: list[Stage]) -> list[str]:
+    """What a run writes, relative to its folder."""
+    names = ["config.json, data.json, run.json: settings, data and cost"]
+    if config.data.path is None:
+        names.append("data/: the built-in data, prepared")
+    for stage in plan:
+        names.append(f"{stage.name}/log.jsonl: a line every {config.log.every} steps")
+        names.append(f"{stage.name}/checkpoints/: every {config.train.checkpoint_every} steps")
+        if config.train.preview_every:
+            names.append(f"{stage.name}/previews/: a sheet of samples every {config.train.preview_every} steps")
+    return names + (["tensorboard/"] if config.log.tensorboard else [])
+
+
+def _existing(path: Path) -> Path:
+    """The path itself, or the nearest folder above it that exists."""
+    return next((place for place in (path, *path.absolute().parents) if place.exists()), Path())
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def _total(device: torch.device) -> int | None:
+    """Bytes of memory of a GPU, or of the machine where that can be asked."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (ValueError, OSError, AttributeError):
+        return None
+
+
+def _peak(device: torch.device) -> int:
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def text(found: DryRun) -> str:
+    """The findings as text."""
+    lines = [f"dry run: {found.samples:,} samples, batches of {found.batch_size}, on {found.device}"]
+    for stage in found.stages:
+        size = f"{stage.parameters / 1e6:.3g} M parameters ({stage.trained / 1e6:.3g} M trained, with heads)"
+        fixed = ", ".join(f"{name} {gigabytes(part)}" for name, part in stage.memory.items())
+        total = found.memory_total
+        fits = "" if total is None else f" of {gigabytes(total)}: {'fits' if stage.peak < 0.95 * total else 'tight'}"
+        rate = 1 / stage.seconds_per_step
+        at = f", {stage.reached} of them done" if stage.reached else ""
+        lines += [
+            f"{stage.name}: {size}, {stage.steps:,} steps{at}",
+            f"  memory      peak {gigabytes(stage.peak)}{fits}; without activations {fixed}",
+            f"  operations  {stage.tflops_per_step:.3g} TFLOPs a step",
+            f"  rate        {rate:.3g} steps/s, {found.batch_size * rate:.3g} samples/s",
+            f"  time left   {duration(stage.seconds_left)}, without previews and checkpoints",
+            f"  disk        {stage.kept} checkpoints of about {gigabytes(stage.checkpoint)}",
+        ]
+    enough = "enough" if found.disk_needed < found.disk_free else "NOT enough"
+    lines.append(f"total: {duration(sum(stage.seconds_left for stage in found.stages))}")
+    lines.append(f"disk: {gigabytes(found.disk_needed)} needed, {gigabytes(found.disk_free)} free: {enough}")
+    return "\n".join(
+        [*lines, f"nothing was written; the run will write to {found.out}:", *(f"  {w}" for w in found.written)]
+    )
+
+
+def gigabytes(size: float) -> str:
+    """`1.23 GB`, or MB below a tenth of it."""
+    return f"{size / 1e9:.3g} GB" if size >= 1e8 else f"{size / 1e6:.3g} MB"
+
+
+def duration(seconds: float) -> str:
+    """`1 d 3 h`, `2 h 5 min`, `40 s`: the two largest units."""
+    units = (("d", 86400), ("h", 3600), ("min", 60), ("s", 1))
+    parts: list[str] = []
+    rest = round(seconds)
+    for name, length in units:
+        count, rest = divmod(rest, length)
+        if count or (name == "s" and not parts):
+            parts.append(f"{count} {name}")
+    return " ".join(parts[:2])

@@ -1,0 +1,96 @@
+"""Out of memory in a training step: one line that names a micro-batch that fits, found by trying smaller ones."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from selftrans.train.batches import Loaded, to_batch
+
+if TYPE_CHECKING:
+    from selftrans.train.trainer import Trainer
+
+CPU_MESSAGES = ("can't allocate memory", "not enough memory")  #: of RuntimeError, on a CPU
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether an error says that the device, or the machine, has no memory left."""
+    return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in CPU_MESSAGES)
+
+
+def guarded_step(trainer: Trainer, batches: Iterator[Loaded]) -> None:
+    """One training step. MemoryError (one line, with the remedy) where the device has no memory for it."""
+    try:
+        trainer._train_step(batches)
+        return
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+    # not inside the handler: the frames of the error hold the tensors of the step
+    release(trainer)
+    raise MemoryError(explanation(trainer, next(batches)))
+
+
+def explanation(trainer: Trainer, rows: Loaded) -> str:
+    """One line: how large the batch is, and what fits. Call it when nothing refers to the step's tensors any more.
+
+    `rows` is a micro-batch as the stream gives it. Halves of it are tried, forward and backward, in a run of one process.
+    """
+    train, device, micro = trainer.config.train, trainer.accelerator.device, trainer.stream.micro
+    where = f"{device.type} is out of memory in a step of {trainer.stage.name} with {micro} samples at a time"
+    if device.type == "cuda":
+        where += f" ({torch.cuda.get_device_properties(device).total_memory / 2**30:.1f} GiB)"
+    alone = trainer.accelerator.num_processes == 1
+    fits = _largest(trainer, rows) if alone else None
+    options = {"--train.recompute True": not train.recompute, "--train.precision bf16": train.precision == "fp32"}
+    less = " or ".join([option for option, new in options.items() if new] + ["a smaller model"])
+    if alone and fits is None:
+        return f"{where}, and one sample does not fit either: use {less}"
+    parts = train.accumulate * (micro // fits if fits else 2)
+    tried = f"; {fits} at a time fit" if fits else ""
+    return (
+        f"{where}{tried}: --train.accumulate {parts} computes the same batch of {train.batch_size} in {parts} parts; "
+        f"or use {less}"
+    )
+
+
+def _largest(trainer: Trainer, rows: Loaded) -> int | None:
+    """The largest of 1/2, 1/4, ... of a micro-batch that a step has memory for, by trying; None if no one does."""
+    size = trainer.stream.micro
+    while size % 2 == 0:
+        size //= 2
+        part = Loaded(rows.rows[:size], {name: tensor[:size] for name, tensor in rows.tensors.items()})
+        if _fits(trainer, part):
+            return size
+    return None
+
+
+def _fits(trainer: Trainer, rows: Loaded) -> bool:
+    """Whether forward and backward have memory, with the optimiser's moments, which its first step makes."""
+    device, held = trainer.accelerator.device, []
+    try:
+        if not trainer.step:
+            trained = [p for p in trainer.objective.parameters() if p.requires_grad]
+            held = [torch.empty_like(p) for p in trained for _ in range(2)]
+        with trainer.accelerator.autocast():
+            loss, _ = trainer.objective(to_batch(rows, trainer.shards, device), trainer.step)
+        loss.backward()
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        return False
+    finally:
+        held.clear()
+        release(trainer)
+    return True
+
+
+def release(trainer: Any) -> None:
+    """Free gradients and what the allocator has kept."""
+    trainer.objective.zero_grad(set_to_none=True)
+    gc.collect()
+    if trainer.accelerator.device.type == "cuda":
+        torch.cuda.empty_cache()

@@ -1,0 +1,66 @@
+"""A step without memory ends in one line, and the command that it names works in the same folder."""
+
+import pytest
+import torch
+
+from selftrans.cli.main import main
+from selftrans.train.out_of_memory import is_out_of_memory
+from selftrans.train.trainer import Objective
+from tests.support import toy
+from tests.support.toy import quick  # noqa: F401 - a fixture
+from tests.unit.cli.lines import one_line
+
+
+def limited(most, monkeypatch):
+    """Steps of more than `most` samples at a time have no memory."""
+    forward = Objective.forward
+
+    def tight(self, batch, step):
+        if len(batch.z0) > most:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.\nmore")
+        return forward(self, batch, step)
+
+    monkeypatch.setattr(Objective, "forward", tight)
+
+
+def argv(out, **settings):
+    flags = toy.flags({"train.batch_size": 16, **settings})
+    return ["train", "digits", f"--data={toy.digits()}", f"--out={out}", *flags]
+
+
+def test_message_names_what_fits_and_the_next_command_works(tmp_path, monkeypatch, capsys):
+    limited(4, monkeypatch)
+    assert main(argv(tmp_path / "run")) == 1
+    err = capsys.readouterr().err.splitlines()[-1]
+    assert err == (
+        "selftrans: cpu is out of memory in a step of stage1 with 8 samples at a time; 4 at a time fit: --train.accumulate 4 "
+        "computes the same batch of 16 in 4 parts; or use --train.recompute True or --train.precision bf16 or a smaller model"
+    )
+    assert main(argv(tmp_path / "run", **{"train.accumulate": 4})) == 0
+
+
+def test_one_sample_that_does_not_fit(tmp_path, monkeypatch, capsys):
+    limited(0, monkeypatch)
+    assert main(argv(tmp_path / "run", **{"train.recompute": True})) == 1
+    assert (
+        capsys.readouterr()
+        .err.splitlines()[-1]
+        .endswith("and one sample does not fit either: use --train.precision bf16 or a smaller model")
+    )
+
+
+def test_trained_run_keeps_its_settings(tmp_path, capsys):
+    run = toy.copy(toy.finished(), tmp_path / "run")
+    assert main(["train", "digits", f"--out={run}", f"--data={toy.digits()}", *toy.flags({"train.accumulate": 1})]) == 1
+    assert "was started with other settings: train.accumulate was 2, is 1" in one_line(capsys)
+
+
+@pytest.mark.parametrize(
+    ("message", "expected"),
+    [
+        ("DefaultCPUAllocator: can't allocate memory: you tried", True),
+        ("mat1 and mat2 shapes cannot be multiplied", False),
+    ],
+)
+def test_errors_of_memory_on_a_cpu(message, expected):
+    assert is_out_of_memory(RuntimeError(message)) is expected
