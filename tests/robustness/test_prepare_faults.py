@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 import resource
 from pathlib import Path
@@ -10,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from selftrans.data.dataset import Dataset
 from selftrans.data.prepare import prepare
@@ -80,7 +80,7 @@ def test_system_error_is_not_skipped_as_a_bad_picture(
         raise OSError(errno.EMFILE, "Too many open files")
 
     source = open_source(pictures)
-    monkeypatch.setattr(Image, "open", exhausted)
+    monkeypatch.setattr(io, "FileIO", exhausted)
     with pytest.raises(ValueError, match="Too many open files") as caught:
         source.read(0)
     assert type(caught.value) is ValueError  # a BadPicture would be skipped by --skip-bad

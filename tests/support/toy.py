@@ -5,6 +5,7 @@ The shared runs are trained once and used by all tests; copy one before you chan
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -120,8 +121,11 @@ def override(config: RunConfig, dotted: dict[str, Any]) -> RunConfig:
 
 def toy(dotted: dict[str, Any] | None = None, *, name: str = "digits") -> RunConfig:
     """The recipe `name` at toy size, by default on mirrored digits."""
-    changed = {"data.path": str(digits())} | TOY | (dotted or {})
-    config = override(recipe(name), changed)
+    dotted = dotted or {}
+    named = {key: value for key, value in dotted.items() if key == "model.name"}  # first: a name stands for other sizes
+    own = {f"model.{field.name}" for field in dataclasses.fields(override(recipe(name), named).model)}
+    small = {key: value for key, value in TOY.items() if key in own or not key.startswith("model.")}
+    config = override(recipe(name), named | {"data.path": str(digits())} | small | dotted)
     return config.restricted() if config.method in METHODS else config
 
 
@@ -140,6 +144,13 @@ def digits() -> Path:
     """The prepared digits, with a mirrored copy of each."""
     prepare("digits", place("digits"), flip=True, progress=False)
     return place("digits")
+
+
+@once
+def plain_digits() -> Path:
+    """The same in [-1, 1], as models are imported for."""
+    prepare("digits", place("plain-digits"), flip=True, standardise=False, progress=False)
+    return place("plain-digits")
 
 
 @once

@@ -41,6 +41,7 @@ class LoadedModel(NamedTuple):
     classes: tuple[str, ...]
     source: dict[str, Any]  #: {"path", "sha256", "weights"}, plus IMPORTED; a checkpoint records this for its teacher
     prompts: tuple[str, ...] = ()  #: of models of text: those of its previews
+    present: tuple[int, ...] = ()  #: the classes that its data had; empty: all, or not known
 
 
 def header(
@@ -54,10 +55,12 @@ def header(
     classes: Sequence[str],
     autoencoder: str,
     prompts: Sequence[str] = (),
+    present: Sequence[int] = (),
 ) -> dict[str, Any]:
     """The header of a weights file: all that `load_model` needs to build the model and decode its latents.
 
     `order` lists the stages of the run in order. `prompts` are sampled where no others are given; of models of text.
+    `present` are the classes that the data have, if these are not all.
     """
     encoder = encoder_name(config.data.text_encoder or conditions.encoder)
     return {
@@ -69,7 +72,7 @@ def header(
         "classes": list(classes),
         "autoencoder": config.data.autoencoder or autoencoder,
         "config": json.loads(to_json(config)),
-    } | ({"prompts": list(prompts)} if prompts else {})
+    } | {name: list(given) for name, given in (("prompts", prompts), ("present", present)) if given}
 
 
 def find(source: str | Path, *, stage: str | None = None, weights: Weights = "ema") -> Path:
@@ -151,6 +154,7 @@ def load_model(origin: str | Path, *, stage: str | None = None, weights: Weights
         kind: Weights = "ema" if metadata.get("weights") == "ema" else "raw"
         autoencoder, classes = str(metadata["autoencoder"]), tuple(map(str, metadata["classes"]))
         prompts = from_plain(tuple[str, ...], metadata.get("prompts", []), "prompts")
+        present = _present(metadata, conditions)
     except NotFound as error:
         raise ValueError(f"{path}: {error.in_file}") from error
     except (KeyError, TypeError, ValueError, ArithmeticError, RuntimeError) as error:
@@ -167,7 +171,15 @@ def load_model(origin: str | Path, *, stage: str | None = None, weights: Weights
         "sha256": sha256_file(path),
         "weights": weights_hash(path, frozen),
     } | ({IMPORTED: metadata[IMPORTED]} if IMPORTED in metadata else {})
-    return LoadedModel(model.eval(), config, name, kind, step, autoencoder, classes, source, prompts)
+    return LoadedModel(model.eval(), config, name, kind, step, autoencoder, classes, source, prompts, present)
+
+
+def _present(metadata: dict[str, Any], conditions: Conditions) -> tuple[int, ...]:
+    """The classes that the data had. Raises ValueError for labels that the model does not have."""
+    present = from_plain(tuple[int, ...], metadata.get("present", []), "present")
+    if list(present) != sorted({*present} & set(range(conditions.num_classes))):
+        raise ValueError(f"present {list(present)!r:.60} does not list classes of {conditions}, in order")
+    return present
 
 
 def _check_fit(path: Path, config: RunConfig, shape: tuple[int, ...], conditions: Conditions) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from selftrans.data.manifest import Features, Manifest, Shard
 from selftrans.data.manifest_text import CAPTION, COUNT, IDS, NULL
+from selftrans.data.present import present_classes
 from selftrans.data.shard_file import REMEDY, open_tensors
 from selftrans.encoders.text import TextEncoder, encoder_of
 from selftrans.storage import sha256_file
@@ -99,6 +100,11 @@ class Dataset:
     def __reduce__(self) -> tuple[Any, ...]:
         # a worker process opens the files itself: the mapped arrays must not be pickled
         return partial(Dataset.open, text_encoder=self.text_encoder), (self.path,)
+
+    @cached_property
+    def present(self) -> tuple[int, ...]:
+        """The classes that have samples, in order; empty when all of them do, and without classes."""
+        return present_classes(self.labels, self.manifest.classes)
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -7,7 +7,6 @@ Shape legend: (C, *S) values of data that are not pictures.
 
 from __future__ import annotations
 
-import sys
 import warnings
 from contextlib import closing
 from dataclasses import replace
@@ -21,8 +20,9 @@ from selftrans.data.encode import ShardEncoder
 from selftrans.data.encode_captions import CaptionEncoder, TextOptions, check_disk, sizes
 from selftrans.data.manifest import DTYPES, Manifest, Shard
 from selftrans.data.record import Option
+from selftrans.data.reports import check_faults, report_ignored, say, warn_of_noticed
 from selftrans.data.sources.clips import Clips, MediaOptions, open_clips
-from selftrans.data.sources.decode import Resolution, size_text
+from selftrans.data.sources.decode import STANDARD, Reading, Resolution, size_text
 from selftrans.data.sources.npz import NpzValues, npz_values
 from selftrans.data.sources.open_source import open_source
 from selftrans.data.sources.source import Samples, Source, ahead
@@ -57,11 +57,12 @@ def prepare(
     skip_bad: bool = False,
     device: str | torch.device | None = None,
     precision: str = "float32",
-    split: str = "train",
+    split: str | None = None,
     label_column: str | None = None,
     text: TextOptions | str | None = None,
     part: str = "1/1",
     media: MediaOptions | None = None,
+    reading: Reading = STANDARD,
     pictures: Source | None = None,
     progress: bool = True,
 ) -> Manifest:
@@ -73,36 +74,34 @@ def prepare(
         dtype: of the stored moments; None: float16, or float32 for values. `precision` is that of the network.
         standardise: latents have zero mean and unit variance per channel (see `recorded`); None: those of pixels.
         skip_bad: skip unreadable samples and list them in the manifest, instead of stopping at the first.
-        split, label_column: for parquet files and hub data sets.
+        split: of a hub data set (None: train) or a folder (None: all). label_column: of tables. reading: see `Reading`.
         text: a text encoder (see `load_text_encoder`), or more options: store captions, which `open_source` describes.
         media: how sounds and videos are read. pictures: those of `source` to encode, opened at `resolution`; None: all.
-        part: "I/N": make every Nth shard only; other processes or machines make the others in the same folder. The part
-            that ends last writes the manifest. Until then, the returned manifest lists the shards made so far.
-    To continue an interrupted call, repeat it; with the same batch_size and device the shards are bit-identical. Repeating
-    a complete call checks every sha256 and makes lost or damaged shards again.
+        part: "I/N": make every Nth shard only; other processes make the others in the same folder. The part that ends
+            last writes the manifest. Until then, the returned manifest lists the shards made so far.
+    Repeat an interrupted call to continue it (bit-identical for the same batch_size and device), a complete one to check it.
     Raises ValueError for a bad source, sample, autoencoder or option, a folder begun with other options, a failed write.
     """
     text, kind = TextOptions(text) if isinstance(text, str) else text, identity_kind(autoencoder)
-    out, clips = Path(out), _open_clips(source, resolution, media or MediaOptions(), progress, autoencoder, flip, text)
+    media, out = media or MediaOptions(), Path(out)
+    clips = _open_clips(source, resolution, media, reading, split, progress, autoencoder, flip, text)
     dtype = dtype or _dtype(autoencoder, clips)
     mine, earlier = _check(source, out, batch_size, shard_size, dtype, precision, part), resumable.earlier(out)
-    samples: Samples | None = clips or pictures  # neither is ever empty
-    if samples is None:
-        samples = _open(source, kind, resolution, flip, earlier, text, split, label_column, progress)
-    options = _options(samples, autoencoder, resolution, text, media) | {"flip": flip, "shard_size": shard_size}
-    options |= {"dtype": dtype, "precision": precision, "split": split, "label_column": label_column}
+    given = (resolution, flip, earlier, text, split, label_column, reading, progress)
+    samples = clips or pictures or _open(source, kind, *given)  # neither is ever empty
+    options = _options(samples, autoencoder, resolution, text, media, reading)
+    options |= {"flip": flip, "split": split or "train", "label_column": label_column}
+    options |= {"shard_size": shard_size, "dtype": dtype, "precision": precision}
     options |= recorded(standardise, autoencoder, earlier.plan if earlier else None, media=clips is not None)
-    if earlier:
-        resumable.check_options(earlier.plan, options, out)
-        if _covers(earlier, samples) and not _remove_damaged(out, progress):
-            return Manifest.load(out)
-    report_ignored(samples, progress)
+    if earlier and _continues(earlier, samples, options, out, progress):
+        return Manifest.load(out)
+    report_ignored(None if pictures else samples, progress)
     check_faults(samples, source, skip_bad)
     captions = _load_text(samples, text, device, precision, progress) if text else None
     name = autoencoder if clips is None else clips.normalised().name
     device, model = load(name, device, "float32" if text and kind else precision)
     encoder = ShardEncoder(samples, batch_size, shard_size, skip_bad, model, device, flip, dtype, captions)
-    return _run(encoder, encoder.plan(str(source), options), out, mine, progress)
+    return _run(encoder, encoder.plan(str(source), options), out, mine, progress, pictures is None)
 
 
 def prepare_builtin(source: str, out: str | Path) -> Dataset:
@@ -117,20 +116,6 @@ def prepare_builtin(source: str, out: str | Path) -> Dataset:
 def prepare_digits(out: str | Path) -> Dataset:
     """`prepare_builtin` of the digits, 8x8 pixels with labels."""
     return prepare_builtin("digits", out)
-
-
-def say(text: str, progress: bool) -> None:
-    """Print a progress message to standard error; standard output is for the command's result."""
-    if progress:
-        print(text, file=sys.stderr)
-
-
-def report_ignored(samples: Samples, progress: bool) -> None:
-    """Say how many files of a source are ignored, and why."""
-    if samples.ignored:
-        say("ignored: " + ", ".join(f"{count} {why}" for why, count in samples.ignored.items()), progress)
-    for remark in samples.remarks if isinstance(samples, Clips) else ():
-        say(remark, progress)
 
 
 def _check(
@@ -155,8 +140,9 @@ def _open(
     flip: bool,
     earlier: resumable.Earlier | None,
     text: TextOptions | None,
-    split: str,
+    split: str | None,
     label_column: str | None,
+    reading: Reading,
     progress: bool,
 ) -> Samples:
     """Values, or pictures at `resolution`; if that is None, at the resolution with which the folder was begun."""
@@ -169,6 +155,7 @@ def _open(
         split=split,
         label_column=label_column,
         captions=text.source if text else None,
+        reading=reading,
         progress=progress,
     )
 
@@ -185,6 +172,7 @@ def _options(
     resolution: Resolution | None,
     text: TextOptions | None,
     media: MediaOptions | None,
+    reading: Reading,
 ) -> dict[str, Option]:
     """What a folder is begun with and must be continued with, besides the plain options of `prepare`."""
     return {
@@ -193,6 +181,7 @@ def _options(
         "fingerprint": samples.fingerprint,
         **(text.recorded() if text else {}),
         **(media.given() if media else {}),
+        **({"range": "{:g} {:g}".format(*reading.range)} if reading.range else {}),
     }
 
 
@@ -200,6 +189,8 @@ def _open_clips(
     source: str | Path,
     resolution: Resolution | None,
     media: MediaOptions,
+    reading: Reading,
+    split: str | None,
     progress: bool,
     autoencoder: str,
     flip: bool,
@@ -208,21 +199,15 @@ def _open_clips(
     """Sounds or videos; None for another source. Raises ValueError for an option that only applies to pictures."""
     if identity_kind(autoencoder) == "values":
         media.refuse("audio rate length bins hop frames grey", "--autoencoder values")
+        if reading.range is not None:
+            raise ValueError("--range does not apply to --autoencoder values; leave it out")
         return None
-    clips = open_clips(source, media, resolution, progress)
-    for name, given in (("flip", flip), ("autoencoder", autoencoder != "pixel"), ("text", text is not None)):
+    clips = open_clips(source, media, resolution, progress, split=split, reading=reading)
+    of_pictures = {"flip": flip, "autoencoder": autoencoder != "pixel", "text": text, "range": reading.range}
+    for name, given in of_pictures.items():
         if clips and given:
             raise ValueError(f"--{name} is for pictures; leave it out for sounds and videos")
     return clips
-
-
-def check_faults(samples: Samples, source: str | Path, skip_bad: bool) -> None:
-    """Raise ValueError for samples that lack their picture or their captions, before anything is encoded."""
-    for i, reason in () if skip_bad else samples.faults.items():
-        raise ValueError(
-            f"{len(samples.faults)} samples of {source} cannot be used; the first: {printable(samples.name(i))} ({reason}); "
-            "repair them, or leave them out with --skip-bad"
-        )
 
 
 def _load_text(
@@ -250,6 +235,14 @@ def _open_values(
     if label_column is not None:
         warnings.warn(f"label_column is ignored: {source} is not a table", stacklevel=3)
     return npz_values(Path(source))
+
+
+def _continues(
+    earlier: resumable.Earlier, samples: Samples, options: dict[str, Option], out: Path, progress: bool
+) -> bool:
+    """Whether a folder begun before needs nothing more. Raises ValueError when it was begun with other options."""
+    resumable.check_options(earlier.plan, options, out)
+    return _covers(earlier, samples) and not _remove_damaged(out, progress)
 
 
 def _covers(earlier: resumable.Earlier, samples: Samples) -> bool:
@@ -282,8 +275,13 @@ def _device(device: str | torch.device | None) -> torch.device:
     return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
-def _run(encoder: ShardEncoder, plan: Manifest, out: Path, part: resumable.Part, progress: bool) -> Manifest:
-    """Make the missing shards of a part; then write the manifest, if the shards of all other parts are finished."""
+def _run(
+    encoder: ShardEncoder, plan: Manifest, out: Path, part: resumable.Part, progress: bool, warn: bool
+) -> Manifest:
+    """Make the missing shards of a part; then write the manifest, if the shards of all other parts are finished.
+
+    `warn` of what was noticed while pictures were decoded.
+    """
     from tqdm import tqdm
 
     mine = [shard for shard in encoder.shards() if shard % part[1] == part[0] - 1]
@@ -308,7 +306,10 @@ def _run(encoder: ShardEncoder, plan: Manifest, out: Path, part: resumable.Part,
             for shard in missing:
                 resumable.record(out, encoder.write(plan, out, shard, decoded, bar.update))
         with resumable.changing(out, part):
-            return _finish(encoder, plan, out, progress)
+            made = _finish(encoder, plan, out, progress)
+        if warn:
+            warn_of_noticed(encoder.source, made)
+        return made
 
 
 def _valid(encoder: ShardEncoder, plan: Manifest, out: Path) -> tuple[Manifest, dict[int, Shard]]:

@@ -17,10 +17,11 @@ import torch
 from selftrans.data.buckets import Buckets, write_names
 from selftrans.data.encode_captions import TextOptions
 from selftrans.data.manifest import BUCKETS, FILE
-from selftrans.data.prepare import NoneReadable, check_faults, load, prepare, report_ignored, say
+from selftrans.data.prepare import NoneReadable, load, prepare
+from selftrans.data.reports import check_faults, report_ignored, say
 from selftrans.data.resumable import LOCK
 from selftrans.data.sources.clips import kind_of
-from selftrans.data.sources.decode import Resolution, resolution_of, size_text, upright_size
+from selftrans.data.sources.decode import STANDARD, Reading, Resolution, resolution_of, size_text, upright_size
 from selftrans.data.sources.open_source import MAX_RESOLUTION, open_source
 from selftrans.data.sources.source import Source, ahead
 from selftrans.data.standardise import share_statistics
@@ -42,9 +43,10 @@ def prepare_buckets(
     multiple: int = 2,
     autoencoder: str = "pixel",
     device: str | torch.device | None = None,
-    split: str = "train",
+    split: str | None = None,
     label_column: str | None = None,
     text: TextOptions | str | None = None,
+    reading: Reading = STANDARD,
     skip_bad: bool = False,
     progress: bool = True,
     **options: Any,
@@ -52,38 +54,34 @@ def prepare_buckets(
     """Encode pictures of any shape into buckets, see `bucket_sizes`; each picture goes to the nearest aspect ratio.
 
     `out` then holds a folder of each bucket that has pictures, named by their size and made by `prepare`, which takes the
-    other options, and `buckets.json`. Repeat the call to continue it. Of several parts (`part`), the one
-    that ends last writes `buckets.json`. Returns a few lines to print.
+    other options, and `buckets.json`, written by the last of several parts (`part`). Repeat the call to continue it.
+    Returns a few lines to print.
     Raises ValueError as `prepare`, and for a resolution that does not fit, and a folder with anything else in it.
     """
     text, out = TextOptions(text) if isinstance(text, str) else text, Path(out)
-    if identity_kind(autoencoder) == "values" or kind_of(Path(source), None) in ("sounds", "videos"):
-        raise ValueError("--buckets is for pictures; leave it out for sounds, videos and values")
-    if not isinstance(resolution, int):
-        raise ValueError("--buckets needs --resolution SIDE, of the square whose area the pictures will have")
-    if multiple < 1:
-        raise ValueError(f"--bucket-multiple {multiple} should be 1 or more")
-    cell = multiple * load(autoencoder, device, "float32")[1].downsample
-    sizes = bucket_sizes(resolution, buckets, cell)
+    side, cell = _check_options(source, autoencoder, resolution, multiple, device)
+    sizes = bucket_sizes(side, buckets, cell)
     if len(sizes) < buckets:
         say(f"{len(sizes)} buckets: at {resolution} pixels, more have the same size in multiples of {cell}", progress)
-    captions = text.source if text else None
-    opened = open_source(source, resolution=resolution, split=split, label_column=label_column, captions=captions)
+    chosen_as: Any = {"split": split, "label_column": label_column, "reading": reading}
+    opened = open_source(source, resolution=resolution, captions=text.source if text else None, **chosen_as)
     report_ignored(opened, progress)
     check_faults(opened, source, skip_bad)
     _check_folder(out, sizes)
     bucket_of, made = assigned(opened, sizes, progress), []
-    options |= {"autoencoder": autoencoder, "device": device, "split": split, "label_column": label_column}
-    options |= {"text": text, "skip_bad": skip_bad, "progress": progress}
+    options |= {"autoencoder": autoencoder, "device": device, "text": text} | chosen_as
+    options |= {"skip_bad": skip_bad, "progress": progress}
     for k in np.unique(bucket_of):
         name, rows = size_text(sizes[k]), np.flatnonzero(bucket_of == k)
         say(f"{name}: {len(rows)} pictures", progress)
         pictures = dataclasses.replace(chosen(opened, rows), resolution=resolution_of(*sizes[k]))
+        every = options | {"resolution": pictures.resolution, "pictures": pictures}
         try:
-            prepare(source, out / name, resolution=pictures.resolution, pictures=pictures, **options)
+            prepare(source, out / name, **every)
             made.append(name)
         except NoneReadable as error:
             say(f"{name} is left out: {error}", progress)
+    opened.noticed.warn()
     if not made:
         raise ValueError(f"none of the {len(opened)} pictures of {source} is readable")
     if not all((out / name / FILE).is_file() for name in made):
@@ -156,6 +154,19 @@ def chosen(source: Source, rows: np.ndarray) -> Source:
         captions=None if source.captions is None else [source.captions[i] for i in kept],
         faults={position[i]: reason for i, reason in source.faults.items() if i in position},
     )
+
+
+def _check_options(
+    source: str | Path, autoencoder: str, resolution: Resolution | None, multiple: int, device: Any
+) -> tuple[int, int]:
+    """The side of the square, and what sides of buckets are multiples of. Raises ValueError for what has no buckets."""
+    if identity_kind(autoencoder) == "values" or kind_of(Path(source), None) in ("sounds", "videos"):
+        raise ValueError("--buckets is for pictures; leave it out for sounds, videos and values")
+    if not isinstance(resolution, int):
+        raise ValueError("--buckets needs --resolution SIDE, of the square whose area the pictures will have")
+    if multiple < 1:
+        raise ValueError(f"--bucket-multiple {multiple} should be 1 or more")
+    return resolution, multiple * load(autoencoder, device, "float32")[1].downsample
 
 
 def _check_folder(out: Path, sizes: Sequence[Size]) -> None:

@@ -19,12 +19,13 @@ import torch
 
 from selftrans.data import resumable
 from selftrans.data.manifest import FeatureFile, Features, Manifest, Shard
-from selftrans.data.prepare import NETWORK_DTYPES, say
+from selftrans.data.prepare import NETWORK_DTYPES
 from selftrans.data.record import parse_json, read_text
+from selftrans.data.reports import say
 from selftrans.data.shard_file import KEPT, Layout, is_valid, write_shard
 from selftrans.data.shard_plan import Decoded, ShardPlan
 from selftrans.data.sources.captions import CaptionSource
-from selftrans.data.sources.decode import size_text
+from selftrans.data.sources.decode import STANDARD, Reading, size_text
 from selftrans.data.sources.open_source import open_source
 from selftrans.data.sources.source import Source, ahead
 from selftrans.encoders.autoencoder import from_uint8
@@ -40,6 +41,8 @@ def prepare_features(
     *,
     grid: int | None = None,
     captions: CaptionSource | None = None,
+    split: str | None = None,
+    reading: Reading = STANDARD,
     batch_size: int = 64,
     device: str | torch.device | None = None,
     precision: str = "float32",
@@ -54,6 +57,7 @@ def prepare_features(
             the grid of a student with patch size 2. 16 x 16 features of width 768 take 0.4 MB per picture, twice that with
             mirrored copies.
         captions: where they are, for pictures that were prepared with captions in a file or a column.
+        split, reading: as in `prepare`.
         part: "I/N", as in `prepare`: make the features of this part's shards, whose moments must be finished. Until all
             parts have ended, the returned value lists the files made so far.
     To continue an interrupted call, repeat it. A complete folder is not changed; a lost or truncated file is made again.
@@ -66,7 +70,7 @@ def prepare_features(
     manifest, options = earlier.plan, earlier.plan.options
     if not isinstance(manifest.resolution, int):
         raise ValueError(f"{out} holds {_other(manifest)}; a vision encoder cannot read them: omit --features")
-    pictures = _open(source, manifest, captions, progress)
+    pictures = _open(source, manifest, captions, split, reading, progress)
     resumable.check_options(manifest, options | {"fingerprint": pictures.fingerprint}, out)
     size = _checked_size(options.get("shard_size"), batch_size, grid, precision)
     wanted = Features(
@@ -98,17 +102,31 @@ def _other(manifest: Manifest) -> str:
     return f"pictures of {size_text(manifest.resolution)}, which are not square"
 
 
-def _open(source: str | Path, manifest: Manifest, captions: CaptionSource | None, progress: bool) -> Source:
+def _open(
+    source: str | Path,
+    manifest: Manifest,
+    captions: CaptionSource | None,
+    split: str | None,
+    reading: Reading,
+    progress: bool,
+) -> Source:
     """The pictures, opened as they were for their moments."""
     label_column = manifest.options.get("label_column")
     return open_source(
         source,
         resolution=manifest.resolution,
-        split=str(manifest.options.get("split", "train")),
+        split=split or _recorded_split(manifest),
         label_column=None if label_column is None else str(label_column),
         captions=(captions or CaptionSource()) if manifest.text else None,
+        reading=reading,
         progress=progress,
     )
+
+
+def _recorded_split(manifest: Manifest) -> str | None:
+    """The split with which a folder was prepared; train is also recorded where none was given."""
+    split = manifest.options.get("split")
+    return None if split in (None, "train") else str(split)
 
 
 def _run(

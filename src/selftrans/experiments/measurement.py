@@ -87,7 +87,7 @@ def stored_conditions(dataset: Dataset, sample: SampleConfig) -> Conditioning:
     conditions = dataset.manifest.conditions
     if conditions.kind == "text":
         return captions_of(dataset, conditions, sample.seed, device=default_device())
-    return LabelConditioning(conditions, sample.labels, sample.seed)
+    return LabelConditioning(conditions, sample.labels, sample.seed, dataset.present)
 
 
 def image_shape(manifest: Manifest) -> tuple[int, ...]:

@@ -49,12 +49,25 @@ class LabelConditioning:
 
     null: Cond | None = None
 
-    def __init__(self, conditions: Conditions, mode: Labels = "balanced", seed: int = 0) -> None:
-        self.conditions, self.mode, self.seed = conditions, mode, seed
+    def __init__(
+        self, conditions: Conditions, mode: Labels = "balanced", seed: int = 0, present: tuple[int, ...] = ()
+    ) -> None:
+        """`present`: the classes that the data have; empty: all. Warns about labels of classes without data."""
+        self.conditions, self.mode, self.seed, self.present = conditions, mode, seed, present
         self.described: dict[str, Any] = {"labels": mode}
+        if not present:
+            return
+        if isinstance(mode, str):
+            self.described["present"] = list(present)
+            return
+        absent = sorted({*mode} - {*present, conditions.num_classes})
+        if absent:
+            warnings.warn(
+                f"the data have no samples of the classes {_few(absent)}; they have {_few(present)}", stacklevel=4
+            )
 
     def of(self, indices: np.ndarray) -> tuple[Cond, np.ndarray]:
-        labels = conditions_for(indices, self.conditions, self.mode, self.seed)
+        labels = conditions_for(indices, self.conditions, self.mode, self.seed, self.present)
         return labels, labels.numpy()
 
     def texts(self, indices: np.ndarray) -> list[str] | None:
@@ -168,10 +181,11 @@ def conditioning_of(
     conditions: Conditions,
     settings: SampleConfig,
     *,
+    present: tuple[int, ...] = (),
     text_encoder: str | None = None,
     device: torch.device | str = "cpu",
 ) -> Conditioning:
-    """The conditions of a model's images as `settings` ask for them.
+    """The conditions of a model's images as `settings` ask for them; of labels, those of the classes `present` (empty: all).
 
     `text_encoder`: hub id or folder of the encoder, if it is not where it was when the data were prepared; its sha256 must
     be the same. Raises ValueError for labels or prompts that do not fit the model, and for another encoder.
@@ -181,7 +195,7 @@ def conditioning_of(
             raise ValueError(f"prompts are for models of text, this one is of {conditions}; leave them out")
         if text_encoder is not None:
             raise ValueError(f"a text encoder is for models of text, this one is of {conditions}; leave it out")
-        return LabelConditioning(conditions, settings.labels, settings.seed)
+        return LabelConditioning(conditions, settings.labels, settings.seed, present)
     if settings.labels != "balanced":
         raise ValueError(
             f"labels are for models of classes, this one is of {conditions}; leave them out, and give prompts"
@@ -242,12 +256,16 @@ def _lines(name: str) -> list[str]:
 
 
 def conditions_for(
-    indices: Sequence[int] | np.ndarray, conditions: Conditions, mode: Labels = "balanced", seed: int = 0
+    indices: Sequence[int] | np.ndarray,
+    conditions: Conditions,
+    mode: Labels = "balanced",
+    seed: int = 0,
+    present: Sequence[int] = (),
 ) -> Tensor:
     """Label of each image (N,) int64, from its index and the seed, for the kinds none and labels.
 
-    `balanced` cycles through the classes, `random` draws them uniformly, a tuple of classes is repeated (in it,
-    `num_classes` is the null label); with kind none every label is 0. Raises ValueError for anything else.
+    `balanced` cycles through the classes `present` (empty: all), `random` draws from these uniformly, a tuple of classes is
+    repeated (in it, `num_classes` is the null label); with kind none every label is 0. Raises ValueError for anything else.
     """
     indices, count = np.asarray(indices, dtype=np.int64), conditions.num_classes
     if not isinstance(mode, str):
@@ -260,8 +278,12 @@ def conditions_for(
     elif conditions.kind == "none":
         labels = np.zeros_like(indices)
     elif mode == "balanced":
-        labels = indices % count
+        labels = np.asarray(present or range(count), dtype=np.int64)[indices % (len(present) or count)]
     else:
-        draws = [image_stream(seed, int(k), LABEL_STREAM).integers(count) for k in indices]
-        labels = np.asarray(draws, dtype=np.int64)
+        draws = [image_stream(seed, int(k), LABEL_STREAM).integers(len(present) or count) for k in indices]
+        labels = np.asarray(present or range(count), dtype=np.int64)[draws]
     return torch.from_numpy(labels)
+
+
+def _few(labels: Sequence[int], most: int = 12) -> str:
+    return ", ".join(map(str, labels[:most])) + (", …" if len(labels) > most else "")

@@ -112,7 +112,10 @@ class Sampler:
                 )
             if conditions.kind == "text" and settings.prompts is None:
                 settings = dataclasses.replace(settings, prompts=loaded.prompts)
-            conditioning = conditioning_of(conditions, settings, text_encoder=text_encoder, device=device)
+            present = loaded.present
+            conditioning = conditioning_of(
+                conditions, settings, present=present, text_encoder=text_encoder, device=device
+            )
         reduced = device.type == "cuda" and dtype != torch.float32
         decoder = _decoder(
             loaded.autoencoder, settings.decode_with, device, torch.bfloat16 if reduced else torch.float32

@@ -34,6 +34,7 @@ def write(trainer: Trainer, tensors: dict[str, dict[str, Tensor]], windows: dict
         classes=manifest.classes,
         autoencoder=manifest.autoencoder,
         prompts=run_prompts(trainer.config, trainer.shards),
+        present=trainer.shards.present,
     )
     about |= spent | trainer.origin
     if trainer.initial:

@@ -105,7 +105,8 @@ class Preview:
         if self.settings.prompts and self.config.sample.prompts is None:
             return CaptionConditioning(data, device=self.device, rows=data.prompt_rows[: len(self.settings.prompts)])
         # a text encoder on the CPU: there is no memory of the training device to spare
-        return conditioning_of(data.manifest.conditions, self.settings, text_encoder=self.config.data.text_encoder)
+        conditions, encoder = data.manifest.conditions, self.config.data.text_encoder
+        return conditioning_of(conditions, self.settings, present=data.present, text_encoder=encoder)
 
 
 def with_prompts(config: RunConfig, manifest: Manifest) -> RunConfig:

@@ -17,6 +17,7 @@ from selftrans.checkpoints import format as checkpoint
 from selftrans.checkpoints.load import IMPORTED
 from selftrans.config import RunConfig, from_json, settings_of, to_json
 from selftrans.data.manifest import Manifest
+from selftrans.encoders.identity import check_scale
 from selftrans.interop.importing import bound_settings
 from selftrans.methods.registry import find, stages
 from selftrans.sections import Resume, fields_of, from_plain
@@ -155,6 +156,7 @@ def check_data(found: checkpoint.Checkpoint, manifest: Manifest) -> None:
             f"{found.path} was trained on latents {was[0]} with {was[1]}, the data are {tuple(manifest.shape)} with {now}; "
             "give data prepared alike, or another --out"
         )
+    check_scale(str(found.path), str(found.state.get("autoencoder")), manifest.autoencoder)
 
 
 def agreed(folder: Path, accelerator: Accelerator) -> checkpoint.Checkpoint | None:

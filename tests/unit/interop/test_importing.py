@@ -307,7 +307,7 @@ def test_run_converted_to_published_layout_and_back_continues_identically(tmp_pa
     printed = next(x for x in capsys.readouterr().out.splitlines() if x.startswith("to train on: "))
     typed = shlex.split(printed.removeprefix("to train on: "))
     assert typed[:4] == ["selftrans", "train", "imagefolder", "--data"]
-    typed[typed.index("DIR")] = str(toy.digits())
+    typed[typed.index("DIR")] = str(toy.plain_digits())
     own = ["train.", "log."]
     more = [f for f in toy.flags(settings) if any(f.startswith(f"--{o}") for o in own)]
     assert main([*typed[1:], *more]) == 0
@@ -336,7 +336,16 @@ def test_sampling_analysing_and_exporting_an_imported_run(tmp_path, imported, ca
     assert main(["sample", str(imported), "--out", str(made), "--num", "4", "--steps", "2", "--sampler", "ode"]) == 0
     record = json.loads((made / "samples.json").read_text())
     assert record["settings"]["source"]["imported"]["path"].endswith("a.pt") and len(list(made.rglob("*.png"))) == 4
-    words = ["analyse", str(imported), "--out", str(tmp_path / "maps"), "--data", str(toy.digits()), "--samples", "40"]
+    words = [
+        "analyse",
+        str(imported),
+        "--out",
+        str(tmp_path / "maps"),
+        "--data",
+        str(toy.plain_digits()),
+        "--samples",
+        "40",
+    ]
     assert main([*words, "--timesteps", "0.4"]) == 0
     assert main(["evaluate", str(made), "--reference", "digits", "--features", "digits"]) == 0
     assert main(["export", str(imported), "--out", str(tmp_path / "out")]) == 0
@@ -353,7 +362,7 @@ def test_imported_model_can_teach(tmp_path, capsys, imported, part):
         "train",
         "digits",
         "--data",
-        str(toy.digits()),
+        str(toy.plain_digits()),
         "--out",
         str(tmp_path / "student"),
         "--teacher",
@@ -371,7 +380,7 @@ def test_teacher_of_another_path_is_refused(tmp_path, capsys):
     named = state(**TINY)
     file = save(tmp_path / "a.pt", {"model": named, "ema": named, "args": options("sit", path_type="GVP")})
     run, _ = run_import(file, tmp_path / "run")
-    words = ["train", "digits", f"--data={toy.digits()}", f"--out={tmp_path / 'student'}", f"--teacher={run}"]
+    words = ["train", "digits", f"--data={toy.plain_digits()}", f"--out={tmp_path / 'student'}", f"--teacher={run}"]
     words += [word for word in toy.taught_flags() if "train.steps" not in word] + ["--train.steps=2"]
     assert main(words) == 1
     err = capsys.readouterr().err
@@ -385,7 +394,7 @@ def test_teacher_of_another_autoencoder_warns(tmp_path, capsys):
     named = state(**TINY)
     file = save(tmp_path / "a.pt", {"model": named, "ema": named, "args": options("repa")})
     run, _ = run_import(file, tmp_path / "run", autoencoder="example/vae")
-    words = ["train", "digits", f"--data={toy.digits()}", f"--out={tmp_path / 'student'}", f"--teacher={run}"]
+    words = ["train", "digits", f"--data={toy.plain_digits()}", f"--out={tmp_path / 'student'}", f"--teacher={run}"]
     words += [word for word in toy.taught_flags() if "train.steps" not in word] + ["--train.steps=2"]
     assert main(words) == 0
     warnings = [text for text in capsys.readouterr().err.splitlines() if "warning: the teacher" in text]
@@ -401,7 +410,7 @@ def test_teacher_of_another_autoencoder_warns(tmp_path, capsys):
     ],
 )
 def test_settings_fixed_by_the_weights_cannot_change(imported, capsys, more, message):
-    words = ["train", "imagefolder", "--data", str(toy.digits()), "--out", str(imported), "--method", "vanilla"]
+    words = ["train", "imagefolder", "--data", str(toy.plain_digits()), "--out", str(imported), "--method", "vanilla"]
     model = ["--model.width", "32", "--model.depth", "3", "--model.heads", "2", "--model.patch", "2"]
     before = toy.tree(imported)
     assert main([*words, *model, *toy.flags({"train.steps": 9})[5:], *more]) == 1

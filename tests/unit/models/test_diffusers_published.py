@@ -98,7 +98,7 @@ def test_a_trained_run_goes_out_and_comes_back(tmp_path, capsys):
     own = {"model.name": "diffusers-dit", "model.layers": 2, "model.heads": 2, "model.head_dim": 12, "model.patch": 2}
     kept = {key: value for key, value in toy.TOY.items() if not key.startswith("model.")}
     config = recipe("digits").override(
-        own | kept | {"data.path": str(toy.digits()), "method": "vanilla", "train.steps": 2}
+        own | kept | {"data.path": str(toy.plain_digits()), "method": "vanilla", "train.steps": 2}
     )
     train(config.restricted(), tmp_path / "run", quiet=True)
     main(["export", str(tmp_path / "run"), "--out", str(tmp_path / "out"), "--layout", "diffusers"])

@@ -16,6 +16,7 @@ from selftrans.flow import PATHS
 from selftrans.models.dit import DIT_SIZES, DiT, DiTConfig, log_ratios, timestep, velocity
 from selftrans.models.registry import find
 from selftrans.models.sit import SiT, SiTConfig
+from selftrans.recipes import recipe
 from selftrans.sampling.samplers import guided, ode, sde
 from selftrans.types import Output
 from tests.support import published_files, toy
@@ -181,7 +182,7 @@ def test_parameter_counts_are_the_published_ones(size, millions):
 
 
 def test_names_choose_the_family_and_its_settings():
-    config = toy.toy({"model.name": "DiT-S/2"})
+    config = recipe("digits").override({"model.name": "DiT-S/2"})
     assert type(config.model) is DiTConfig and not config.model.qk_norm and config.model.width is None
     assert type(config.override({"model.name": "SiT-S/2"}).model) is SiTConfig
     with pytest.raises(ValueError, match=r"'DiT-S/1' is unknown"):
@@ -305,7 +306,7 @@ def test_qk_norm_is_not_exported(tmp_path, capsys):
 def test_an_imported_dit_teaches(tmp_path):
     assert imported(tmp_path, {"ema": state(**TINY, learn_sigma=True)}, "--convention", "dit") == 0
     out = tmp_path / "student"
-    words = ["train", "digits", f"--data={toy.digits()}", f"--out={out}", f"--teacher={tmp_path / 'run'}"]
+    words = ["train", "digits", f"--data={toy.plain_digits()}", f"--out={out}", f"--teacher={tmp_path / 'run'}"]
     assert main([*words, *toy.taught_flags()]) == 0
     lines = toy.log(out)
     assert lines[0]["self"] > 0 and lines[-1]["step"] == 8
@@ -317,7 +318,7 @@ def test_a_dit_is_trained(tmp_path):
     words = [
         "train",
         "digits",
-        f"--data={toy.digits()}",
+        f"--data={toy.plain_digits()}",
         f"--out={tmp_path}",
         "--method=vanilla",
         "--model.name=DiT-S/2",

@@ -237,7 +237,7 @@ def test_export_of_an_import_is_the_same_file(tmp_path, options):
 
 def test_exported_run_is_the_published_network_and_imported_it_teaches(tmp_path):
     """Its export is the published network with our weights; imported, it is the teacher of another run."""
-    own = {"model.name": "LightningDiT-S/1", "data.path": str(toy.digits())} | toy.TOY
+    own = {"model.name": "LightningDiT-S/1", "data.path": str(toy.plain_digits())} | toy.TOY
     train(recipe("digits").override(own | {"method": "structure"}).restricted(), tmp_path / "run", quiet=True)
     assert main(["export", str(tmp_path / "run"), "--out", str(tmp_path / "out"), "--layout", "lightningdit"]) == 0
     weights = load_file(tmp_path / "out" / "model.safetensors")

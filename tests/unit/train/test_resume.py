@@ -89,14 +89,14 @@ def test_stopped_at_every_step(tmp_path, monkeypatch, variant):
 
 @pytest.mark.parametrize("step", [4, 5, 6])
 def test_stopped_around_the_end_of_guidance(tmp_path, monkeypatch, step):
-    calls = itertools.count(-3)  # four steps of stage 1, then 1, 2, ...
+    uninterrupted, calls = toy.finished(), itertools.count(-3)  # four steps of stage 1, then 1, 2, ...
     monkeypatch.setattr(StopSignal, "asked", lambda self, accelerator: next(calls) == step)
     message = f"at step {step}; checkpoint written in .*stage2; the same command continues"
     with pytest.raises(Interrupted, match=message):
         train(toy.toy(), tmp_path, quiet=True)
     assert int(toy.checkpoint(tmp_path).name[5:]) == step
     train(toy.toy(), tmp_path, quiet=True)
-    toy.assert_same_run(tmp_path, toy.finished())
+    toy.assert_same_run(tmp_path, uninterrupted)
 
 
 # ---- killed

@@ -18,7 +18,7 @@ from tests.support.toy import quick  # noqa: F401 - a fixture
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
 def test_stop_signal_writes_a_checkpoint_within_one_step(tmp_path, monkeypatch, capsys, number):
-    handlers = {n: signal.getsignal(n) for n in StopSignal.SIGNALS}
+    expected, handlers = toy.finished(), {n: signal.getsignal(n) for n in StopSignal.SIGNALS}
     forward, calls = Objective.forward, itertools.count(1)
 
     def signalled(self, batch, step):
@@ -35,16 +35,18 @@ def test_stop_signal_writes_a_checkpoint_within_one_step(tmp_path, monkeypatch, 
     assert {n: signal.getsignal(n) for n in StopSignal.SIGNALS} == handlers
     assert main(argv) == 0
     assert "[1/2] stage1: continues at step 3 of 4" in capsys.readouterr().out
-    toy.assert_same_run(tmp_path, toy.finished())
+    toy.assert_same_run(tmp_path, expected)
 
 
 def test_second_ctrl_c_stops_at_once(tmp_path, monkeypatch, capsys):
+    data = toy.digits()
+
     def interrupted_twice(self, batch, step):
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)
 
     monkeypatch.setattr(Objective, "forward", interrupted_twice)
-    assert main(["train", "digits", f"--data={toy.digits()}", f"--out={tmp_path}", *toy.flags()]) == 130
+    assert main(["train", "digits", f"--data={data}", f"--out={tmp_path}", *toy.flags()]) == 130
     assert capsys.readouterr().err.endswith("selftrans: interrupted; the same command continues\n")
 
 

@@ -15,9 +15,10 @@ from typing import Any, Literal
 import numpy as np
 
 from selftrans.data.record import Option
-from selftrans.data.sources.decode import EXTENSIONS, SOUNDS, VIDEOS, BadSample, machine_fault
-from selftrans.data.sources.folder import check_classes, walk
+from selftrans.data.sources.decode import EXTENSIONS, SOUNDS, STANDARD, VIDEOS, BadSample, Reading, machine_fault
+from selftrans.data.sources.folder import empty_classes, walk
 from selftrans.data.sources.source import Source, classify
+from selftrans.data.sources.splits import split_folder, warn_of_splits
 from selftrans.encoders.media import Media, rounded
 from selftrans.storage import first_line, printable
 
@@ -145,30 +146,39 @@ def _kind(name: str, frames: int | None) -> Kind:
 
 
 def open_clips(
-    source: str | Path, options: MediaOptions, resolution: Any = None, progress: bool = False
+    source: str | Path,
+    options: MediaOptions,
+    resolution: Any = None,
+    progress: bool = False,
+    *,
+    split: str | None = None,
+    reading: Reading = STANDARD,
 ) -> Clips | None:
     """Open a folder of sounds or videos; None for pictures and for sources that are not folders.
 
+    `split` names a folder in it; of `reading`, empty class folders and the limit of pixels count.
     Raises ValueError for a folder with several kinds, options of another kind, and clips that need an option.
     """
     from selftrans.data.sources import audio, video
 
     root = Path(source)
     kind = kind_of(root, options.frames)
+    if kind in ("sounds", "videos"):
+        root = split_folder(root, split)
     if kind not in ("sounds", "videos"):
         options.refuse("audio rate length bins hop frames grey", f"{source}, which holds no sounds or videos")
         return None
-    files = _files(root, kind, options.frames)
+    files = _files(root, kind, options.frames, reading.allow_empty)
     if kind == "sounds":
         options.refuse("frames grey", "sounds")
         if resolution is not None:
             raise ValueError("--resolution does not apply to sounds; leave it out")
         return audio.open_sounds(root, files, options, progress)
     options.refuse("audio rate length bins hop", "videos")
-    return video.open_videos(root, files, options, resolution)
+    return video.open_videos(root, files, options, resolution, reading.max_pixels)
 
 
-def _files(root: Path, kind: Kind, frames: int | None) -> Source:
+def _files(root: Path, kind: Kind, frames: int | None, allow_empty: bool) -> Source:
     """The files of a folder, with their labels. Raises ValueError for a folder of several kinds."""
     ignored: Counter[str] = Counter()
     found = sorted(walk(root, EXTENSIONS | SOUNDS | VIDEOS, ignored))
@@ -176,9 +186,9 @@ def _files(root: Path, kind: Kind, frames: int | None) -> Source:
         if (other := _kind(name, frames)) != kind:
             raise ValueError(f"{root} holds {kind} and {other}, such as {printable(name)}; keep one kind in a folder")
     names = [name for name, _ in found]
-    labels, classes = classify(names, str(root), kind)
-    if classes:
-        check_classes(root, classes, kind)
+    empty = empty_classes(root, names, kind, allow_empty)
+    labels, classes = classify(names, str(root), kind, empty)
+    warn_of_splits(names, classes, str(root))
     return Source(names, labels, classes, _unused, [size for _, size in found], dict(ignored))
 
 

@@ -4,14 +4,19 @@ or (height, width)."""
 from __future__ import annotations
 
 import errno
-import io
-import os
+import math
 import re
+import struct
+import threading
+from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO, TypeAlias
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
 
+from selftrans.data.sources.metadata import INFO, ORIENTATION, add_info, facts_of, orientation_of, turned_upright
+from selftrans.data.sources.part_file import SizedFile
+from selftrans.data.sources.pixel_parts import pixels_only
 from selftrans.storage import first_line, printable
 
 if TYPE_CHECKING:
@@ -21,11 +26,17 @@ Resolution: TypeAlias = int | tuple[int, int]  #: the side of a square, or (heig
 
 #: extensions of picture files, and the only PIL decoders that may run (others call external programs)
 EXTENSIONS = frozenset(
-    (".bmp", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp")
+    (
+        *(".apng", ".avif", ".bmp", ".dib", ".gif", ".j2c", ".j2k", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".jpx"),
+        *(".mpo", ".pbm", ".pgm", ".png", ".pnm", ".ppm", ".qoi", ".tif", ".tiff", ".webp"),
+    )
 )
 SOUNDS = frozenset((".flac", ".wav"))  #: extensions of sounds
 VIDEOS = frozenset((".avi", ".m4v", ".mkv", ".mov", ".mp4", ".webm"))  #: of videos; a .gif can be either
-FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+FORMATS = ("BMP", "DIB", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP", "AVIF", "JPEG2000", "QOI")
+MAX_PIXELS = 200_000_000  #: of a picture, by default; decoded it takes 600 MB
+LARGE = 64_000_000  #: pixels above which a picture is decoded at a reduced scale, and one at a time
+_ALONE = threading.Lock()  #: held while a large picture is decoded
 #: faults of the machine, not of one picture: skipping the picture would lose good data
 MACHINE_FAULTS = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE, errno.ENOTCONN, errno.ETIMEDOUT})
 
@@ -66,34 +77,90 @@ def machine_fault(name: str, error: Exception, noun: str) -> ValueError | None:
     )
 
 
-class _File(io.BufferedReader):
-    """A file whose reads allocate at most its size, not the length that a malicious chunk header claims."""
+class Sized(Protocol):
+    """A picture, or a stream of video."""
 
-    def __init__(self, path: Path) -> None:
-        super().__init__(io.FileIO(path))
-        self._size = os.fstat(self.fileno()).st_size
+    @property
+    def width(self) -> int: ...
 
-    def read(self, size: int | None = -1) -> bytes:
-        return super().read(size if size is None else min(size, self._size))
+    @property
+    def height(self) -> int: ...
 
-    def __del__(self) -> None:
-        self.close()  # PIL leaves it open
+
+class Reading(NamedTuple):
+    """How pictures are read."""
+
+    max_pixels: int = MAX_PIXELS  #: larger pictures are refused
+    range: tuple[float, float] | None = None  #: values that become black and white, of more than 8 bits; None: all bits
+    allow_empty: bool = False  #: a class folder without pictures is a class, instead of an error
+
+    def check(self) -> None:
+        """Raise ValueError for an option out of range."""
+        if self.max_pixels < 1:
+            raise ValueError(f"max_pixels {self.max_pixels} should be 1 or more")
+        if self.range is not None and not -math.inf < self.range[0] < self.range[1] < math.inf:
+            raise ValueError(
+                f"range {self.range[0]:g} {self.range[1]:g} should be the value of black, then that of white"
+            )
+
+
+STANDARD = Reading()  #: how pictures are read without options
 
 
 def open_picture(file: Path | BinaryIO) -> Image.Image:
-    """Open a picture and read its header, not its pixels.
+    """Open a picture and read its header, not its pixels; `metadata.facts_of` it says what its metadata say.
 
-    Raises ValueError when it has more pixels than PIL's limit against decompression bombs
-    (`PIL.Image.MAX_IMAGE_PIXELS`), and whatever PIL raises for a file that is not a picture.
+    Pillow's limit of pixels does not apply, see `check_pixels`. Raises what Pillow raises for a file that is not a picture.
     """
-    from PIL import Image
-
-    image = Image.open(_File(file) if isinstance(file, Path) else file, formats=FORMATS)
-    limit = Image.MAX_IMAGE_PIXELS
-    if limit is not None and image.width * image.height > limit:
-        image.close()
-        raise ValueError(f"{image.width}x{image.height} is more than the limit of {limit} pixels")
+    opened: BinaryIO = SizedFile.open(file) if isinstance(file, Path) else file
+    try:
+        pixels, facts = pixels_only(opened)
+        image = _decoder(pixels)
+    except BaseException:
+        opened.close()
+        raise
+    if not hasattr(image, "tag_v2") and (pixels is opened or image.format == "AVIF"):  # else it is known, or of no use
+        add_info(facts, image)
+    image.info[INFO] = facts
     return image
+
+
+def _decoder(file: BinaryIO) -> Image.Image:
+    """`PIL.Image.open` without its limit of pixels, which is global, and without the formats that are not in FORMATS."""
+    from PIL import Image, UnidentifiedImageError
+
+    Image.init()  # registers the decoders; only those of FORMATS are called
+    head = file.read(16)
+    unsupported = head[4:8] == b"ftyp"  # of AVIF and other HEIF pictures, whatever the extension says
+    for name in FORMATS:
+        factory, accept = Image.OPEN.get(name, (None, None))
+        try:
+            if factory is None or accept is None or accept(head) is not True:
+                continue  # a text in place of True says why this installation does not read it
+            file.seek(0)
+            image = factory(file, "")
+        except (SyntaxError, IndexError, TypeError, struct.error):  # as Pillow: not of this format
+            continue
+        except Image.DecompressionBombError as error:  # of WebP Pillow checks the size itself
+            most = 2 * (Image.MAX_IMAGE_PIXELS or 0)
+            raise ValueError(f"more than {most:,} pixels, which Pillow refuses in {name}; save it as png") from error
+        image._exclusive_fp = True  # closed with the picture
+        return image
+    if unsupported:
+        brand = printable(head[8:12].decode("latin-1"))
+        raise ValueError(
+            f"a HEIF picture ({brand}), which this Pillow does not read; convert it, or install a newer Pillow"
+        )
+    raise UnidentifiedImageError("empty, or of an unknown format")
+
+
+def check_pixels(image: Sized, most: int) -> None:
+    """Raise ValueError for a picture of more than `most` pixels, by its header."""
+    if image.width * image.height > most:
+        raise ValueError(
+            f"{image.width}x{image.height} is more than the limit of {most:,} pixels; raise it with --max-pixels, if memory "
+            "allows (3 bytes a pixel)"
+        )
 
 
 def sides(resolution: Resolution) -> tuple[int, int]:
@@ -121,23 +188,54 @@ def parse_resolution(text: str) -> Resolution:
 
 def upright_size(image: Image.Image) -> tuple[int, int]:
     """(height, width) of a picture after EXIF orientation; reads its header only."""
-    width, height = image.size
-    turned = width != height and image.getexif().get(0x0112) in (5, 6, 7, 8)
+    width, height = image.size  # of a TIFF, recent versions of Pillow turn it already
+    if tags := getattr(image, "tag_v2", None):
+        width, height = int(tags[256]), int(tags[257])
+        turned = tags.get(ORIENTATION) in (5, 6, 7, 8)
+    else:
+        turned = orientation_of(image) in (5, 6, 7, 8)
     return (width, height) if turned else (height, width)
 
 
-def to_array(image: Image.Image, resolution: Resolution, channels: int) -> np.ndarray:
+def to_array(
+    image: Image.Image, resolution: Resolution, channels: int, values: tuple[float, float] | None = None
+) -> np.ndarray:
     """Decode, turn upright, convert to 8 bits, crop to the central rectangle and resize: (H, W, C) uint8.
 
     EXIF orientation is applied; transparency is composited on white; palette, grey, CMYK and 16-bit pictures become RGB
-    (or grey when `channels` is 1); colour profiles are ignored. See `centre_crop` for the resampling.
+    (or grey when `channels` is 1); colour profiles are ignored. Of more than 8 bits, `values` (low, high) become 0 and 255.
+    A picture of more than LARGE pixels is decoded at a reduced scale where its format can, and alone.
+    See `centre_crop` for the resampling.
     """
-    from PIL import ImageOps
-
-    ImageOps.exif_transpose(image, in_place=True)
     height, width = sides(resolution)
-    cropped = centre_crop(_eight_bit(image, "L" if channels == 1 else "RGB"), height, width)
-    return np.array(cropped, dtype=np.uint8).reshape(height, width, channels)
+    large = image.width * image.height > LARGE
+    if large:
+        _reduce(image, *((width, height) if orientation_of(image) in (5, 6, 7, 8) else (height, width)))
+    with _ALONE if large else nullcontext():
+        upright = turned_upright(image)
+        mode = "L" if channels == 1 else "RGB"
+        cropped = centre_crop(_eight_bit(upright, mode, values), height, width)
+        return np.array(cropped.convert(mode), dtype=np.uint8).reshape(height, width, channels)
+
+
+def _reduce(image: Image.Image, height: int, width: int) -> None:
+    """Let a JPEG or JPEG 2000 decode at half its sides, a quarter and so on, at least twice the target."""
+    if image.format == "JPEG":
+        image.draft(None, (2 * width, 2 * height))
+    elif image.format == "JPEG2000":
+        scale = min(image.width // (2 * width), image.height // (2 * height))
+        image.reduce = max(0, min(_levels(image), scale.bit_length() - 1))  # type: ignore[method-assign,assignment]
+
+
+def _levels(image: Any) -> int:
+    """How often a JPEG 2000 can be halved, by its header; 0 when that is not found."""
+    at = image.fp.tell()
+    image.fp.seek(0)
+    head = image.fp.read(1 << 16)
+    image.fp.seek(at)
+    start = head.find(b"\xff\x4f\xff\x51")  # start, and size, whose length follows
+    found = head.find(b"\xff\x52", start + 4 + int.from_bytes(head[start + 4 : start + 6], "big")) if start >= 0 else -1
+    return head[found + 9] if 0 <= found < len(head) - 9 else 0
 
 
 def centre_crop(image: Image.Image, height: int, width: int) -> Image.Image:
@@ -165,18 +263,39 @@ def centre_crop(image: Image.Image, height: int, width: int) -> Image.Image:
     )
 
 
-def _eight_bit(image: Image.Image, mode: str) -> Image.Image:
-    """`image` in 8 bits per channel, in `mode` L or RGB."""
+def _eight_bit(image: Image.Image, mode: str, values: tuple[float, float] | None = None) -> Image.Image:
+    """`image` in 8 bits per channel, in `mode` L or RGB; grey stays L, which takes a third of the time and memory."""
     from PIL import Image
 
-    if image.mode == "F":
-        raise ValueError("floating-point pictures have no agreed range; save it in 8 or 16 bits")
-    if image.mode == "I" or image.mode.startswith("I;16"):
-        values = np.asarray(image).astype(np.int64)
-        if values.min() < 0 or values.max() > 65535:
-            raise ValueError("integers beyond 16 bits")
-        image = Image.fromarray(((values + 128) // 257).astype(np.uint8))
+    if image.mode == "F" and values is None:
+        raise ValueError(
+            "floating-point pictures have no agreed range; give --range LOW HIGH, or save it in 8 or 16 bits"
+        )
+    if image.mode in ("F", "I") or image.mode.startswith("I;16"):
+        image = Image.fromarray(_scaled(np.asarray(image), values))
+    elif values is not None and facts_of(image).deep:
+        raise ValueError(
+            "of colour in 16 bits only the upper 8 are read, so --range does not apply; save it in grey or 8 bits"
+        )
     if "transparency" in image.info or image.mode in ("LA", "PA", "RGBA"):
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image if image.mode == mode else image.convert(mode)
+    return image if image.mode in (mode, "L") else image.convert(mode)
+
+
+def _scaled(pixels: np.ndarray, values: tuple[float, float] | None) -> np.ndarray:
+    """(H, W) uint8 of deeper pixels, (low, high) of `values` as 0 and 255. Raises ValueError beyond 16 bits without it."""
+    out = np.empty(pixels.shape, np.uint8)
+    rows = max(1, (1 << 22) // max(1, pixels.shape[1]))
+    for start in range(0, len(pixels), rows):  # so that a large picture needs little more memory than its pixels
+        part = pixels[start : start + rows]
+        if values is not None:
+            low, high = values
+            unit = np.nan_to_num((part.astype(np.float64) - low) / (high - low))
+            out[start : start + rows] = np.rint(np.clip(unit, 0, 1) * 255).astype(np.uint8)
+            continue
+        whole = part.astype(np.int64)
+        if whole.min() < 0 or whole.max() > 65535:
+            raise ValueError("integers beyond 16 bits; give --range LOW HIGH, the values of black and white")
+        out[start : start + rows] = ((whole + 128) // 257).astype(np.uint8)
+    return out

@@ -5,17 +5,23 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Collection, Iterator
+from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
+import numpy as np
+
 from selftrans.data.sources.decode import EXTENSIONS, SOUNDS, VIDEOS, open_picture
-from selftrans.data.sources.source import HIDDEN, OTHER, Source, classify, is_hidden
+from selftrans.data.sources.label_file import labelled_folder
+from selftrans.data.sources.passed_over import in_words, junk_name, kind_of_file
+from selftrans.data.sources.source import Source, classify
 from selftrans.storage import printable
 
 LINKS, SPECIAL = "symbolic links to folders", "broken links, pipes and devices"
 
 
-def folder(root: Path) -> Source:
-    """A folder of class folders, or of pictures.
+def folder(root: Path, *, allow_empty: bool = False) -> Source:
+    """A folder of class folders, or of pictures, or with labels in `dataset.json` (see `label_file`). With `allow_empty` a
+    folder without pictures is a class.
 
     Symbolic links to files inside the folder are followed. Raises ValueError for a link that leads out of it, for a
     class folder without pictures, for pictures next to class folders, and for sounds or videos next to pictures.
@@ -27,14 +33,14 @@ def folder(root: Path) -> Source:
         other = next(name for name, _ in files if PurePosixPath(name).suffix.lower() not in EXTENSIONS)
         raise ValueError(f"{root} holds pictures and {printable(other)}; keep one kind of file in a folder")
     if len(files) > len(pictures):
-        ignored[OTHER] += len(files)
-    names = [name for name, _ in pictures]
-    labels, classes = classify(names, str(root))
-    if classes:
-        check_classes(root, classes, "pictures")
-    return Source(
-        names, labels, classes, lambda i: open_picture(root / names[i]), [size for _, size in pictures], dict(ignored)
-    )
+        ignored.update(kind_of_file(name) for name, _ in files)
+    names, sizes = [name for name, _ in pictures], [size for _, size in pictures]
+    none = np.zeros(len(names), dtype=np.int64)
+    source = Source(names, none, (), lambda i: open_picture(root / names[i]), sizes, dict(ignored))
+    if labelled := labelled_folder(source, root):
+        return labelled
+    labels, classes = classify(names, str(root), also=empty_classes(root, names, "pictures", allow_empty))
+    return replace(source, labels=labels, classes=classes)
 
 
 def check_link(path: Path, root: Path, name: str) -> None:
@@ -43,12 +49,24 @@ def check_link(path: Path, root: Path, name: str) -> None:
         raise ValueError(f"{printable(name)} in {root} is a symbolic link out of the folder; copy its target there")
 
 
-def check_classes(root: Path, classes: Collection[str], unit: str) -> None:
-    """Raise ValueError when a folder in `root` is not among the classes, since it holds none of these files."""
+def empty_classes(root: Path, names: Collection[str], unit: str, allowed: bool = False) -> list[str]:
+    """The class folders in `root` that hold none of the files `names`. Raises ValueError for one unless that is `allowed`."""
+    classes = {name.split("/", 1)[0] for name in names if "/" in name}
+    if not classes:
+        return []
     with os.scandir(root) as entries:
-        empty = sorted(e.name for e in entries if e.is_dir() and not is_hidden(e.name) and e.name not in classes)
-    if empty:
-        raise ValueError(f"class folder {empty[0]!r} of {root} holds no {unit.removesuffix('s')}; fill it or remove it")
+        folders = [e for e in entries if e.name not in classes and junk_name(e.name) is None and e.is_dir()]
+    empty = sorted(entry.name for entry in folders if not (allowed and entry.is_symlink()))
+    if empty and not allowed:
+        inside: Counter[str] = Counter()
+        if not (root / empty[0]).is_symlink():
+            list(walk(root / empty[0], (), inside))
+        held = f" ({in_words(inside)})" if inside else ""
+        raise ValueError(
+            f"class folder {empty[0]!r} of {root} holds no {unit.removesuffix('s')}{held}; fill it, remove it, or keep it as a "
+            "class without data by --allow-empty"
+        )
+    return empty
 
 
 def walk(root: Path, suffixes: Collection[str], ignored: Counter[str]) -> Iterator[tuple[str, int]]:
@@ -69,10 +87,11 @@ def _walk(
         raise ValueError(f"cannot list {directory}: {error.strerror}") from error
     for entry in entries:
         name = prefix + entry.name
-        if entry.is_symlink() and not is_hidden(entry.name):
+        junk = junk_name(entry.name)
+        if entry.is_symlink() and junk is None:
             check_link(Path(entry.path), root, name)
-        if is_hidden(entry.name):
-            ignored[HIDDEN] += 1
+        if junk is not None:
+            ignored[junk] += 1
         elif entry.is_dir(follow_symlinks=False):
             yield from _walk(Path(entry.path), root, name + "/", suffixes, ignored)
         elif entry.is_dir():
@@ -80,6 +99,6 @@ def _walk(
         elif not entry.is_file():
             ignored[SPECIAL] += 1
         elif PurePosixPath(name).suffix.lower() not in suffixes:
-            ignored[OTHER] += 1
+            ignored[kind_of_file(entry.name)] += 1
         else:
             yield name, entry.stat().st_size

@@ -17,6 +17,8 @@ from selftrans.data.sources import folder, npz, table, zip_archive
 from selftrans.data.sources.captions import CaptionSource, annotated, captioned_folder, loose_folder
 from selftrans.data.sources.decode import (
     EXTENSIONS,
+    STANDARD,
+    Reading,
     Resolution,
     bad_picture,
     resolution_of,
@@ -25,7 +27,9 @@ from selftrans.data.sources.decode import (
     upright_size,
 )
 from selftrans.data.sources.digit_captions import digits_with_captions
+from selftrans.data.sources.passed_over import in_words
 from selftrans.data.sources.source import Picture, Source, ahead
+from selftrans.data.sources.splits import split_files, split_folder, warn_of_splits
 from selftrans.data.sources.tar_archive import tar_files
 from selftrans.storage import printable
 
@@ -39,9 +43,10 @@ def open_source(
     *,
     resolution: Resolution | None = None,
     channels: int = 3,
-    split: str = "train",
+    split: str | None = None,
     label_column: str | None = None,
     captions: CaptionSource | None = None,
+    reading: Reading = STANDARD,
     progress: bool = False,
 ) -> Source:
     """Open a collection of pictures. `source` is one of:
@@ -57,12 +62,14 @@ def open_source(
     - a tar file or a folder of them, as webdataset writes them;
     - a parquet file, a folder of them, or a hub id, with a column of texts or lists of texts;
     - `digits_t2i`: the scans of `digits`, with sentences that say what is measured on them (see `digit_captions`).
-    Hidden files and files that are not pictures are ignored and counted in `Source.ignored`. `channels` 1 reads
-    pictures as greyscale. `resolution` None keeps the size of the pictures, which must all have one size: the header
-    of each is read, with a progress bar if `progress`.
+    A folder or zip with a folder for each split (`train/cat/a.jpg`) and files named after splits (`train-0.tar`) are read
+    by `split`; without it all are read, with a warning. Of the hub, `split` None is train.
+    Hidden files, caches and files that are not pictures are ignored and counted in `Source.ignored`. `channels` 1 reads
+    pictures as greyscale. `reading`: limits and the values of pixels. `resolution` None keeps the size of the pictures,
+    which must all have one size: the header of each is read, with a progress bar if `progress`.
     Raises ValueError when there is no picture, the layout is ambiguous or unsafe, or a resolution is needed.
     """
-    opened = _open(source, resolution, channels, split, label_column, captions)
+    opened = _open(source, resolution, channels, split, label_column, captions, reading)
     native = resolution or _native_resolution(
         opened, str(source), progress, "give --resolution to crop and resize them"
     )
@@ -73,49 +80,56 @@ def _open(
     source: str | Path,
     resolution: Resolution | None,
     channels: int = 3,
-    split: str = "train",
+    split: str | None = None,
     label_column: str | None = None,
     captions: CaptionSource | None = None,
+    reading: Reading = STANDARD,
 ) -> Source:
     """A source with this resolution (None: 0, to be set later). Raises ValueError as `open_source` does."""
     if resolution is not None and not all(1 <= side <= MAX_RESOLUTION for side in sides(resolution)):
         raise ValueError(f"resolution {size_text(resolution)} is not between 1 and {MAX_RESOLUTION}")
     if channels not in (1, 3):
         raise ValueError(f"pictures have 1 or 3 channels, not {channels}")
-    opened = _find_captioned(source, split, captions) if captions else _find(source, split, label_column)
+    reading.check()
+    if captions:
+        opened = _find_captioned(source, split, captions)
+    else:
+        opened = _find(source, split, label_column, reading.allow_empty)
+    if not opened.is_table:
+        warn_of_splits(opened.names, opened.classes, str(source))
     if label_column is not None and (captions or not opened.is_table):
         why = "with captions there are no labels" if captions else f"{source} is not a table"
         warnings.warn(f"label_column is ignored: {why}", stacklevel=3)
     if captions and captions.column is not None and not opened.is_table:
         warnings.warn(f"caption_column is ignored: {source} is not a table", stacklevel=3)
     if not len(opened):
-        ignored = "".join(f"; {count} {why}" for why, count in opened.ignored.items())
+        ignored = f"; {in_words(opened.ignored)}" if opened.ignored else ""
         raise ValueError(f"no pictures in {source} (looked for {' '.join(sorted(EXTENSIONS))}{ignored})")
-    return dataclasses.replace(opened, channels=1 if opened.channels == 1 else channels, resolution=resolution or 0)
+    channels = 1 if opened.channels == 1 else channels
+    return dataclasses.replace(opened, channels=channels, resolution=resolution or 0, reading=reading)
 
 
-def _find(source: str | Path, split: str, label_column: str | None) -> Source:
+def _find(source: str | Path, split: str | None, label_column: str | None, allow_empty: bool = False) -> Source:
     path = Path(source)
+    if split is not None and (str(source) == "digits" or path.suffix.lower() == ".parquet"):
+        warnings.warn(f"split {split!r} is ignored: {source} is one table", stacklevel=4)
     if str(source) == "digits":
         return _digits()
     if str(source) == "digits_t2i":
         raise ValueError("digits_t2i are pictures with captions; add --text minilm, or another text encoder")
     if path.is_dir():
-        if files := sorted(path.glob("*.parquet")):
-            for file in files:
-                folder.check_link(file, path.resolve(), file.name)
-            return table.parquet(files, label_column)
-        return folder.folder(path)
+        tables, inside = _files_of(path, split, "*.parquet")
+        return table.parquet(tables, label_column) if tables else folder.folder(inside, allow_empty=allow_empty)
     if path.is_file() and path.suffix.lower() == ".parquet":
         return table.parquet([path], label_column)
     if path.is_file():
-        return zip_archive.zip_file(path)
+        return zip_archive.zip_file(path, split, allow_empty=allow_empty)
     if not path.exists() and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(source)):
-        return table.hub(str(source), split, label_column)
+        return table.hub(str(source), split or "train", label_column)
     raise ValueError(f"no source {str(source)!r}: give a folder, zip or parquet file, a hub id owner/name, or 'digits'")
 
 
-def _find_captioned(source: str | Path, split: str, captions: CaptionSource) -> Source:
+def _find_captioned(source: str | Path, split: str | None, captions: CaptionSource) -> Source:
     path = Path(source)
     if str(source) == "digits_t2i":
         return digits_with_captions(_digits())
@@ -124,24 +138,37 @@ def _find_captioned(source: str | Path, split: str, captions: CaptionSource) -> 
             raise ValueError(
                 f"{source} is not a folder or a zip of pictures, which --captions {captions.file} belongs to"
             )
-        return annotated(loose_folder(path) if path.is_dir() else zip_archive.zip_file(path), Path(captions.file))
+        is_folder = path.is_dir()
+        pictures = loose_folder(split_folder(path, split)) if is_folder else zip_archive.zip_file(path, split)
+        return annotated(pictures, Path(captions.file))
     if path.is_dir():
-        tables, tars = sorted(path.glob("*.parquet")), sorted(path.glob("*.tar"))
-        for file in (*tables, *tars):
-            folder.check_link(file, path.resolve(), file.name)
+        files, inside = _files_of(path, split, "*.parquet", "*.tar")
+        tables = [file for file in files if file.suffix == ".parquet"]
         if tables:
             return table.parquet(tables, None, captions)
-        return tar_files(tars) if tars else captioned_folder(path)
+        return tar_files(files) if files else captioned_folder(inside)
     if path.is_file() and path.suffix.lower() == ".parquet":
         return table.parquet([path], None, captions)
     if path.is_file() and path.suffix.lower() == ".tar":
         return tar_files([path])
     if not path.exists() and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(source)):
-        return table.hub(str(source), split, None, captions)
+        return table.hub(str(source), split or "train", None, captions)
     raise ValueError(
         f"no source of pictures with captions in {str(source)!r}: give a folder, a tar or parquet file, a hub id, or a "
         "folder or zip of pictures with --captions FILE"
     )
+
+
+def _files_of(path: Path, split: str | None, *patterns: str) -> tuple[list[Path], Path]:
+    """The tables or archives of a folder, or of the folder of its split, and that folder; of several patterns the first
+    that has files. Raises ValueError for a link that leads out of the folder, and a split that is not there."""
+    for pattern in patterns:
+        if files := sorted(path.glob(pattern)):
+            for file in files:
+                folder.check_link(file, path.resolve(), file.name)
+            return split_files(files, split, str(path)), path
+    inside = split_folder(path, split)
+    return ([], inside) if inside == path else _files_of(inside, None, *patterns)
 
 
 def _digits() -> Source:
@@ -204,6 +231,7 @@ def iter_images(
     indices = range(len(source))
     batches = (indices[start : start + batch_size] for start in indices[::batch_size])
     yield from ahead(lambda batch: np.stack([source.read(i) for i in batch]), batches)
+    source.noticed.warn()
 
 
 def _all_grey(source: Source) -> bool:

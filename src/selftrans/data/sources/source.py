@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -19,7 +19,9 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
-from selftrans.data.sources.decode import BadSample, Resolution, bad_picture, to_array
+from selftrans.data.sources.decode import STANDARD, BadSample, Reading, Resolution, bad_picture, check_pixels, to_array
+from selftrans.data.sources.metadata import facts_of
+from selftrans.data.sources.noticed import Noticed
 from selftrans.storage import printable
 
 if TYPE_CHECKING:
@@ -29,7 +31,6 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 MAX_CLASSES = 1_000_000
-HIDDEN, OTHER = "hidden or system files", "files that are not pictures"  #: why files are ignored
 
 
 class Samples(Protocol):
@@ -45,7 +46,7 @@ class Samples(Protocol):
 
     @property
     def ignored(self) -> dict[str, int]:
-        """Reason for ignoring files -> how many."""
+        """Reason for ignoring files -> how many, see `passed_over`."""
         ...
 
     @property
@@ -91,12 +92,14 @@ class Source:
     classes: tuple[str, ...]  #: empty: unconditional
     open: Callable[[int], Image.Image] = field(repr=False)  #: picture i, its pixels not yet decoded
     sizes: Sequence[int] = ()  #: bytes of each picture, if known
-    ignored: dict[str, int] = field(default_factory=dict)  #: reason for ignoring files -> how many
+    ignored: dict[str, int] = field(default_factory=dict)  #: reason for ignoring files -> how many, see `passed_over`
     channels: int = 3
     resolution: Resolution = 0
     is_table: bool = False
     captions: Sequence[tuple[str, ...]] | None = None  #: of each picture; None: the source was opened without
     faults: Mapping[int, str] = field(default_factory=dict)  #: sample that lacks its picture or captions -> the reason
+    reading: Reading = STANDARD  #: limits and values of the pixels
+    noticed: Noticed = field(default_factory=Noticed, repr=False)  #: what reading has met so far, to be said once
 
     def __len__(self) -> int:
         return len(self.names)
@@ -113,7 +116,12 @@ class Source:
             raise BadSample(self.names[i], self.faults[i])
         try:
             with self.open(i) as image:
-                return to_array(image, self.resolution, self.channels)
+                check_pixels(image, self.reading.max_pixels)
+                facts = facts_of(image)
+                pixels = to_array(image, self.resolution, self.channels, self.reading.range)
+                facts.several |= image.format in ("GIF", "AVIF") and animated(image)
+                self.noticed.add(self.names[i], facts)
+                return pixels
         except Exception as error:  # decoders raise any type on a damaged file
             raise bad_picture(self.names[i], error) from error
 
@@ -133,15 +141,21 @@ class Source:
         return digest.hexdigest()
 
 
-def is_hidden(name: str) -> bool:
-    """Whether a file or folder of this name is ignored: hidden, or made by an operating system."""
-    return name.startswith((".", "__MACOSX")) or name.lower() in ("thumbs.db", "desktop.ini")
+def animated(image: Image.Image) -> bool:
+    """Whether a picture has a second frame; a damaged one counts."""
+    try:
+        return bool(getattr(image, "is_animated", False))
+    except Exception:  # decoders raise any type on a damaged file
+        return True
 
 
-def classify(names: list[str], where: str, unit: str = "pictures") -> tuple[np.ndarray, tuple[str, ...]]:
+def classify(
+    names: list[str], where: str, unit: str = "pictures", also: Collection[str] = ()
+) -> tuple[np.ndarray, tuple[str, ...]]:
     """Labels and classes of sorted names: the first folder of a name is its class; without folders there are no classes.
 
-    Raises ValueError when some files are in class folders and some are not; `unit` is their noun in the message.
+    `also` are classes without files. Raises ValueError when some files are in class folders and some are not; `unit` is
+    their noun in the message.
     """
     heads = [name.split("/", 1)[0] if "/" in name else None for name in names]
     loose = heads.count(None)
@@ -152,7 +166,7 @@ def classify(names: list[str], where: str, unit: str = "pictures") -> tuple[np.n
         raise ValueError(
             f"{where} holds class folders and {loose} {unit} outside them, such as {printable(first)}; move those"
         )
-    classes = sorted({head for head in heads if head is not None})
+    classes = sorted({head for head in heads if head is not None} | {*also})
     index = {name: i for i, name in enumerate(classes)}
     return np.array([index[head] for head in heads if head is not None], dtype=np.int64), tuple(classes)
 

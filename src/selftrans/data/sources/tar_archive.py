@@ -15,7 +15,8 @@ import numpy as np
 
 from selftrans.data.sources.captions import CAPTION_FILES, MAX_FILE_BYTES, combine, with_captions
 from selftrans.data.sources.decode import EXTENSIONS, open_picture
-from selftrans.data.sources.source import HIDDEN, OTHER, Source, is_hidden
+from selftrans.data.sources.passed_over import Archived, kind_of_file
+from selftrans.data.sources.source import Source
 from selftrans.data.sources.zip_archive import MAX_PICTURE_BYTES
 from selftrans.storage import first_line, printable
 
@@ -61,16 +62,17 @@ def tar_files(tars: list[Path]) -> Source:
 def _index(path: Path, pictures: dict[str, _Member], files: dict[str, _Member], ignored: Counter[str]) -> None:
     """Add the members of one tar file. Raises ValueError, in one line, for whatever is wrong with it."""
     try:
+        archived = Archived(ignored)
         with tarfile.open(path, "r:") as tar:
             for info in tar:
                 name = _checked(info, path)
                 suffix = PurePosixPath(name).suffix.lower()
                 if info.isdir():
                     continue
-                if any(is_hidden(part) for part in name.split("/")):
-                    ignored[HIDDEN] += 1
+                if archived.ignores(name.split("/")):
+                    pass
                 elif suffix not in EXTENSIONS and suffix not in CAPTION_FILES:
-                    ignored[OTHER] += 1
+                    ignored[kind_of_file(name)] += 1
                 else:
                     _add(pictures if suffix in EXTENSIONS else files, f"{path.name}/{name}", info, path)
                 tar.members.clear()  # type: ignore[attr-defined] # otherwise it keeps every header

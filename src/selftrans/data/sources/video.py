@@ -16,7 +16,7 @@ import numpy as np
 
 from selftrans.data.sources.audio import missing
 from selftrans.data.sources.clips import GIF, Clips, MediaOptions, bad_clip
-from selftrans.data.sources.decode import Resolution, open_picture, sides, size_text, to_array
+from selftrans.data.sources.decode import MAX_PIXELS, Resolution, check_pixels, open_picture, sides, size_text, to_array
 from selftrans.data.sources.source import Source
 from selftrans.encoders.media import Video, rounded
 
@@ -29,10 +29,12 @@ FPS = 10.0  #: where a file does not say it
 MAX_FRAMES = 1 << 14
 
 
-def open_videos(root: Path, files: Source, options: MediaOptions, resolution: Resolution | None) -> Clips:
+def open_videos(
+    root: Path, files: Source, options: MediaOptions, resolution: Resolution | None, most: int = MAX_PIXELS
+) -> Clips:
     """The first `options.frames` frames of each video, at `resolution` (None: the size of the first, which all must have).
 
-    Raises ValueError without a number of frames, and when no video can be read.
+    Frames of more than `most` pixels are refused. Raises ValueError without a number of frames, and when no video can be read.
     """
     if any(Path(name).suffix.lower() != GIF for name in files.names):
         pyav()
@@ -41,11 +43,11 @@ def open_videos(root: Path, files: Source, options: MediaOptions, resolution: Re
         raise ValueError(
             f"{root} holds videos: give --frames, how many are read from the start of each (1 to {MAX_FRAMES})"
         )
-    first, fps = _first(root, files)
+    first, fps = _first(root, files, most)
     channels, size = 1 if options.grey else 3, first if resolution is None else sides(resolution)
 
     def load(path: Path) -> np.ndarray:
-        with closing(iter_frames(path)) as stream:
+        with closing(iter_frames(path, most)) as stream:
             pictures = list(islice(stream, frames))
         if len(pictures) < frames:
             raise ValueError(f"its length is {len(pictures)}, less than --frames {frames}")
@@ -68,18 +70,19 @@ def pyav() -> Any:
     return av
 
 
-def iter_frames(path: Path) -> Generator[Image.Image]:
+def iter_frames(path: Path, most: int = MAX_PIXELS) -> Generator[Image.Image]:
     """The frames of a video in order. Raises ValueError for one that is too large, and what the decoder raises."""
-    return _gif_frames(path) if path.suffix.lower() == GIF else _av_frames(path)
+    return _gif_frames(path, most) if path.suffix.lower() == GIF else _av_frames(path, most)
 
 
-def _gif_frames(path: Path) -> Generator[Image.Image]:
+def _gif_frames(path: Path, most: int) -> Generator[Image.Image]:
     """Programs that write gifs merge equal frames into one that is shown longer: it is repeated, where all durations are
     multiples of the shortest one."""
     durations = _gif_durations(path)
     shortest = min(durations)
     merged = shortest > 0 and not any(duration % shortest for duration in durations)
     with open_picture(path) as image:
+        check_pixels(image, most)
         for k, duration in enumerate(durations):
             image.seek(k)
             frame = image.convert("RGB")
@@ -97,26 +100,22 @@ def _gif_durations(path: Path) -> list[int]:
     return durations
 
 
-def _av_frames(path: Path) -> Generator[Image.Image]:
-    from PIL import Image
-
+def _av_frames(path: Path, most: int) -> Generator[Image.Image]:
     with path.open("rb") as file, pyav().open(file, format=DEMUXERS[path.suffix.lower()]) as container:
         if not container.streams.video:
             raise ValueError("it holds no video")
         stream = container.streams.video[0]
-        limit = Image.MAX_IMAGE_PIXELS
-        if limit is not None and stream.width * stream.height > limit:
-            raise ValueError(f"{stream.width}x{stream.height} is more than the limit of {limit} pixels")
+        check_pixels(stream, most)
         for frame in container.decode(stream):
             yield frame.to_image()
 
 
-def _first(root: Path, files: Source) -> tuple[tuple[int, int], float]:
+def _first(root: Path, files: Source, most: int) -> tuple[tuple[int, int], float]:
     """(height, width) and frames per second of the first video that can be read. Raises ValueError when none can."""
     error: Exception | None = None
     for name in files.names:
         try:
-            with closing(iter_frames(root / name)) as stream:
+            with closing(iter_frames(root / name, most)) as stream:
                 picture = next(stream, None)
             if picture is None:
                 raise ValueError("it has no frames")

@@ -7,12 +7,19 @@ import stat
 import threading
 import zipfile
 from collections import Counter
+from collections.abc import Collection
+from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
+import numpy as np
+
+from selftrans.data.sources import label_file
 from selftrans.data.sources.decode import EXTENSIONS, open_picture
-from selftrans.data.sources.source import HIDDEN, OTHER, Source, classify, is_hidden
-from selftrans.storage import printable
+from selftrans.data.sources.passed_over import Archived, kind_of_file
+from selftrans.data.sources.source import Source, classify
+from selftrans.data.sources.splits import split_names
+from selftrans.storage import first_line, printable
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -20,8 +27,11 @@ if TYPE_CHECKING:
 MAX_PICTURE_BYTES = 1 << 29  #: entries that claim a larger size are refused
 
 
-def zip_file(path: Path) -> Source:
+def zip_file(path: Path, split: str | None = None, *, allow_empty: bool = False) -> Source:
     """A zip of class folders, or of pictures only. One top-level folder may enclose two or more class folders.
+
+    Labels may be in `dataset.json` instead (see `label_file`). `split` names a folder with one split. With `allow_empty` a
+    folder without pictures is a class.
 
     Raises ValueError for absolute names, names with `..`, symbolic links, encrypted or duplicate entries, and pictures
     whose claimed size is above `MAX_PICTURE_BYTES`.
@@ -29,21 +39,24 @@ def zip_file(path: Path) -> Source:
     archive = open_zip(path)
     ignored: Counter[str] = Counter()
     entries: dict[str, zipfile.ZipInfo] = {}
+    archived, folders, label_files = Archived(ignored), set[str](), list[tuple[str, zipfile.ZipInfo]]()
     for info in archive.infolist():
         parts = _checked_parts(info, path)
+        if archived.ignores(parts):
+            continue
+        folders.add("/".join(parts[: None if info.is_dir() else -1]))
         if info.is_dir():
             continue
-        if any(is_hidden(part) for part in parts):
-            ignored[HIDDEN] += 1
-        elif PurePosixPath(parts[-1]).suffix.lower() not in EXTENSIONS:
-            ignored[OTHER] += 1
+        if PurePosixPath(parts[-1]).suffix.lower() not in EXTENSIONS:
+            ignored[kind_of_file(parts[-1])] += 1
+            if parts[-1] == label_file.NAME and len(parts) <= 2:
+                label_files.append(("/".join([*parts[:-1], ""]), info))
         elif (name := "/".join(parts)) in entries:
             raise ValueError(f"{path} holds {printable(name)} twice; make the zip again")
         else:
             entries[name] = info
-    names = sorted(entries)
+    names = split_names(sorted(entries), split, str(path))
     infos = [entries[name] for name in names]
-    labels, classes = classify(_without_top(names), str(path))
     lock = threading.Lock()  # ZipFile counts its readers without one
 
     def open_entry(i: int) -> Image.Image:
@@ -51,7 +64,27 @@ def zip_file(path: Path) -> Source:
             # never read more than the claimed size, whatever the compressed stream expands to
             return open_picture(io.BytesIO(file.read(infos[i].file_size)))
 
-    return Source(names, labels, classes, open_entry, [info.file_size for info in infos], dict(ignored))
+    sizes, none = [info.file_size for info in infos], np.zeros(len(names), dtype=np.int64)
+    source = Source(names, none, (), open_entry, sizes, dict(ignored))
+    for top, info in label_files if split is None else ():
+        where = f"{top}{label_file.NAME} in {path}"
+        if labelled := label_file.labelled(source, _read(archive, info, where), where, top):
+            return labelled
+    heads = _without_top(names) if split is None or len(names) == len(entries) else _below(names, split)
+    empty = _empty(names, heads, folders)
+    if empty and not allow_empty:
+        ignored["class folders without pictures"] += len(empty)
+    labels, classes = classify(heads, str(path), also=empty if allow_empty else ())
+    return replace(source, labels=labels, classes=classes, ignored=dict(ignored))
+
+
+def _read(archive: zipfile.ZipFile, info: zipfile.ZipInfo, where: str) -> bytes:
+    """A file of labels. Raises ValueError for one that cannot be read."""
+    try:
+        with archive.open(info) as file:
+            return file.read(label_file.MAX_BYTES + 1)
+    except Exception as error:  # the type depends on the damage
+        raise ValueError(f"{printable(where)} cannot be read ({first_line(error)}); make the zip again") from error
 
 
 def open_zip(path: Path) -> zipfile.ZipFile:
@@ -86,3 +119,18 @@ def _without_top(names: list[str]) -> list[str]:
     if all(len(parts) == 3 for parts in split) and len({top for top, _ in below}) == 1 and len(below) > 1:
         return ["/".join(parts[1:]) for parts in split]
     return names
+
+
+def _below(names: list[str], split: str) -> list[str]:
+    """The names after the folder of their split."""
+    return [name.removeprefix(f"{split}/") if name.startswith(f"{split}/") else name.split("/", 2)[2] for name in names]
+
+
+def _empty(names: list[str], heads: list[str], folders: Collection[str]) -> list[str]:
+    """Class folders that hold no picture: `heads` are the `names` from their class on."""
+    classes = {head.split("/", 1)[0] for head in heads if "/" in head}
+    if not classes:
+        return []
+    enclosing = names[0].removesuffix(heads[0])
+    below = {folder.removeprefix(enclosing).split("/", 1)[0] for folder in folders if folder.startswith(enclosing)}
+    return sorted(below - classes - {""})

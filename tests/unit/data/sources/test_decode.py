@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import struct
+import warnings
 import zlib
 from pathlib import Path
 
@@ -13,8 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from selftrans.data.sources import decode
 from selftrans.data.sources.decode import (
     BadPicture,
+    Reading,
     Resolution,
     centre_crop,
     open_picture,
@@ -23,6 +26,7 @@ from selftrans.data.sources.decode import (
     to_array,
     upright_size,
 )
+from selftrans.data.sources.metadata import turned_upright as upright
 from selftrans.data.sources.open_source import open_source
 from selftrans.data.sources.source import Source
 from tests.support.pictures import encoded, noise, write, zipped
@@ -124,7 +128,7 @@ def test_grey_on_request(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["folder", "zip"])
-@pytest.mark.parametrize("fault", ["truncated", "zero bytes", "text", "float", "svg"])
+@pytest.mark.parametrize("fault", ["truncated", "zero bytes", "text", "float", "svg", "heic"])
 def test_unreadable_pictures_are_named(tmp_path: Path, kind: str, fault: str) -> None:
     jpeg = encoded(noise(64), "JPEG")
     data = {
@@ -132,6 +136,7 @@ def test_unreadable_pictures_are_named(tmp_path: Path, kind: str, fault: str) ->
         "zero bytes": b"",
         "text": b"hello",
         "float": encoded(Image.fromarray(np.zeros((8, 8), np.float32)), "TIFF"),
+        "heic": b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + b"x" * 200,
         "svg": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n",  # PIL would start an external program
     }[fault]
     files = {"cat/ok.png": encoded(noise(8)), "dog/bad one.jpg": data}
@@ -152,12 +157,62 @@ def test_decompression_bomb(tmp_path: Path) -> None:
 
 
 def test_picture_above_the_pixel_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 40)
-    with pytest.warns(Image.DecompressionBombWarning), pytest.raises(ValueError, match="more than the limit of 40"):
-        read_one(tmp_path, encoded(noise(8)), resolution=8)
+    write(tmp_path / "one", {"a.png": encoded(noise(8))})
+    with pytest.raises(ValueError, match=r"8x8 is more than the limit of 40 pixels; raise it with --max-pixels"):
+        open_source(tmp_path / "one", reading=Reading(max_pixels=40)).read(0)
+    frames = {"save_all": True, "append_images": [Image.fromarray(noise(8, 1))]}
+    for kind in ("GIF", "TIFF", "PNG", "JPEG", "BMP", "PPM", "JPEG2000", "QOI"):
+        data = encoded(noise(8), kind, **(frames if kind in ("GIF", "TIFF", "PNG") else {}))
+        write(tmp_path / "all", {f"{kind}.{'jp2' if kind == 'JPEG2000' else kind}": data})
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 20)  # Pillow's own, which belongs to the caller, does not apply
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        source = open_source(tmp_path / "all", reading=Reading(max_pixels=64))
+        assert {source.read(i).shape for i in range(8)} == {(8, 8, 3)}
+        with pytest.raises(ValueError, match="more than 40 pixels, which Pillow refuses in WEBP; save it as png"):
+            open_picture(io.BytesIO(encoded(noise(8), "WEBP")))
+    assert Image.MAX_IMAGE_PIXELS == 20
+    with pytest.raises(ValueError, match="max_pixels 0"):
+        open_source(tmp_path / "one", reading=Reading(max_pixels=0))
 
 
-VALID = [encoded(noise(9), kind) for kind in ("PNG", "JPEG", "GIF", "TIFF", "WEBP", "BMP", "PPM")]
+@pytest.mark.parametrize("kind", ["JPEG", "JPEG2000", "PNG"])
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_large_pictures_are_decoded_at_a_reduced_scale(
+    monkeypatch: pytest.MonkeyPatch, kind: str, orientation: int
+) -> None:
+    y, x = np.mgrid[:480, :800]
+    smooth = Image.fromarray((127 + 60 * np.sin(x / 90) + 60 * np.cos(y / 70)).astype(np.uint8))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = encoded(smooth, kind, **({} if kind == "JPEG2000" else {"exif": exif}))
+    target = (40, 24) if orientation == 6 and kind != "JPEG2000" else (24, 40)
+    plain = to_array(open_picture(io.BytesIO(data)), target, 1)
+    monkeypatch.setattr(decode, "LARGE", 100_000)
+    decoded = list[tuple[int, int]]()
+    monkeypatch.setattr(
+        decode, "turned_upright", lambda image: decoded.append((image.load(), image.size)[1]) or upright(image)
+    )
+    reduced = to_array(open_picture(io.BytesIO(data)), target, 1)
+    if kind == "JPEG2000":  # of a file without smaller copies of itself
+        whole = encoded(smooth, kind, num_resolutions=1)
+        assert np.abs(to_array(open_picture(io.BytesIO(whole)), target, 1).astype(int) - plain).max() <= 3
+        assert decoded.pop() == (800, 480)
+    assert decoded == [(800, 480) if kind == "PNG" else (100, 60)], "at least twice the target"
+    assert np.abs(reduced.astype(int) - plain).max() <= (9 if kind == "JPEG2000" else 3)  # its filter is not a mean
+
+
+EXIF = Image.Exif()
+EXIF[0x0112], EXIF[0x010E] = 6, "x" * 40
+METADATA = {
+    "PNG": {"exif": EXIF, "icc_profile": b"x" * 200},
+    "JPEG": {"exif": EXIF, "icc_profile": b"x" * 200, "comment": b"x"},
+    "TIFF": {"description": "x" * 40, "icc_profile": b"x" * 200, "tiffinfo": {274: 6, 34665: 9}},
+    "WEBP": {"exif": EXIF, "icc_profile": b"x" * 200},
+}
+VALID = [encoded(noise(9), kind, **options) for kind, options in METADATA.items()] + [
+    encoded(noise(9), kind) for kind in ("PNG", "JPEG", "GIF", "TIFF", "WEBP", "BMP", "PPM", "JPEG2000")
+]
 
 
 @pytest.mark.filterwarnings("ignore")  # PIL's warnings about damaged files

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from selftrans.data.sources.decode import Reading
 from selftrans.data.sources.open_source import iter_images, open_source
 from tests.support.pictures import ORDER, TREE, encoded, noise, write, zipped
 
@@ -50,7 +51,7 @@ def test_files_that_are_not_pictures_are_counted(tmp_path: Path) -> None:
         open_source(zipped(tmp_path / "x.zip", TREE | junk)),
     ):
         assert len(source) == 4 and source.classes == ("Zebra finch", "cat", "dog")
-        assert source.ignored == {"hidden or system files": 4, "files that are not pictures": 1}
+        assert source.ignored == {"hidden files": 1, "__MACOSX": 1, "Thumbs.db": 1, "*.txt": 1, ".git": 1}
 
 
 def test_digits_equal_those_of_scikit_learn() -> None:
@@ -69,7 +70,7 @@ def test_digits_equal_those_of_scikit_learn() -> None:
 def test_source_without_pictures_is_refused(tmp_path: Path, kind: str) -> None:
     files = {"readme.txt": b"x"}
     empty = write(tmp_path / "x", files) if kind == "folder" else zipped(tmp_path / "x.zip", files)
-    with pytest.raises(ValueError, match=r"no pictures in .*1 files that are not pictures"):
+    with pytest.raises(ValueError, match=r"no pictures in .*passed over 1 file: 1 .txt"):
         open_source(empty)
 
 
@@ -90,8 +91,28 @@ def test_ambiguous_layouts_are_refused(tmp_path: Path) -> None:
         open_source(write(tmp_path / "x", TREE | {"loose.png": encoded(noise())}))
     write(tmp_path / "y", TREE)
     (tmp_path / "y" / "aardvark").mkdir()
-    with pytest.raises(ValueError, match=r"class folder 'aardvark' .* holds no picture"):
+    with pytest.raises(ValueError, match=r"class folder 'aardvark' .* holds no picture; fill it"):
         open_source(tmp_path / "y")
+    write(tmp_path / "y" / "aardvark", {"a.heic": b"", "b.txt": b""})
+    with pytest.raises(
+        ValueError, match=r"holds no picture \(passed over 2 files: 1 .heic, 1 .txt\); .* --allow-empty"
+    ):
+        open_source(tmp_path / "y")
+
+
+@pytest.mark.parametrize("kind", ["folder", "zip", "zip of one folder"])
+def test_empty_class_folders_are_classes_on_request(tmp_path: Path, kind: str) -> None:
+    if kind == "folder":
+        write(where := tmp_path / "x", TREE)
+        (where / "aardvark").mkdir()
+    else:
+        top = "" if kind == "zip" else "pictures/"
+        where = zipped(tmp_path / "x.zip", {top + name: data for name, data in TREE.items()} | {f"{top}aardvark/": b""})
+        ignored = open_source(where)
+        assert ignored.classes == ("Zebra finch", "cat", "dog")
+        assert ignored.ignored == {"class folders without pictures": 1}
+    source = open_source(where, reading=Reading(allow_empty=True))
+    assert source.classes == ("Zebra finch", "aardvark", "cat", "dog") and source.labels.tolist() == [0, 2, 3, 3]
 
 
 def test_native_resolution_needs_one_size(tmp_path: Path) -> None:

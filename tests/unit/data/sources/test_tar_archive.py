@@ -63,7 +63,7 @@ def test_samples_of_several_tars(tmp_path: Path) -> None:
     assert source.captions == [*((f"picture {i}",) for i in range(5)), ("one", "two")] and not source.faults
     for i in (5, 0, 4):
         assert np.array_equal(source.read(i), noise(8, 9 if i == 5 else i))
-    assert source.ignored == {"files that are not pictures": 6} and source.classes == ()
+    assert source.ignored == {"*.cls": 6} and source.classes == ()
     alone = opened(tmp_path / "x" / "0.tar")
     assert list(alone.names) == expected[:3] and alone.fingerprint != source.fingerprint
 

@@ -59,7 +59,8 @@ def test_frames_that_a_gif_shows_longer_are_repeated(tmp_path: Path) -> None:
 def test_gifs_are_pictures_without_frames(tmp_path: Path) -> None:
     save_gif(tmp_path / "x" / "0.gif", moving(0))
     assert (kind_of(tmp_path / "x", None), kind_of(tmp_path / "x", 4)) == ("pictures", "videos")
-    assert prepare(tmp_path / "x", tmp_path / "out", progress=False).shape == (3, 16, 16)
+    with pytest.warns(UserWarning, match="1 picture is animated"):
+        assert prepare(tmp_path / "x", tmp_path / "out", progress=False).shape == (3, 16, 16)
 
 
 def test_short_damaged_and_other_sizes_are_skipped_by_name(tmp_path: Path) -> None:

@@ -1,0 +1,151 @@
+"""`selftrans prepare`: its arguments and what it calls; heavy imports happen inside."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from tyro.conf import Positional
+
+from selftrans.cli.options import Command
+
+if TYPE_CHECKING:
+    from selftrans.data.encode_captions import TextOptions
+
+
+@dataclass
+class Prepare(Command):
+    """Pictures to shards: centre-crop, resize, encode, store. The same command again continues.
+
+    SOURCE is a folder of class folders, a zip of class folders, a flat folder (no classes), a parquet file, a data set on
+    the hub, or the built-in `digits`. With --text the pictures have captions: a folder of name.jpg with name.txt, a folder
+    with --captions FILE (as COCO's), webdataset tars, or a table with a column of captions. A folder may also hold sounds
+    (wav, flac) or videos (mp4, webm, mov, mkv, avi; gif with --frames) instead of pictures.
+    """
+
+    source: Positional[str]
+    """folder, zip, tar, parquet file, hub id, `digits`, or with --text `digits_t2i`"""
+    out: Path
+    """directory for the shards"""
+    autoencoder: str = "pixel"
+    """`pixel`, or a diffusers VAE by hub id or local path (e.g. stabilityai/sd-vae-ft-mse)"""
+    resolution: str | None = None
+    """side of the pictures, or HEIGHTxWIDTH; None: as they are, which must be of one size"""
+    buckets: int | None = None
+    """of aspect ratios, an odd number: each picture keeps about its shape, between 1:2 and 2:1; --resolution is the square"""
+    bucket_multiple: int = 2
+    """sides of the buckets' latents are multiples of this: of the models' patch"""
+    standardise: bool = True
+    """pixels: latents of zero mean and unit variance per channel; a folder that was begun without stays without"""
+    flip: bool = False
+    """store the mirrored pictures too"""
+    skip_bad: bool = False
+    """continue after an unreadable picture, and list it in the manifest"""
+    batch_size: int = 64
+    """pictures that are encoded at a time"""
+    shard_size: int = 8192
+    """pictures per shard file"""
+    dtype: Literal["float16", "float32"] | None = None
+    """of the stored numbers; None: float16, and float32 with --autoencoder values"""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """in which the encoder computes"""
+    split: str | None = None
+    """of a data set on the hub (None: train), or of a folder or archive with a part for each split (train/cat, val/cat;
+    train-0.tar), of which None reads all"""
+    label_column: str | None = None
+    """of a parquet file or a data set on the hub; None: found by its type"""
+    text: str | None = None
+    """store captions, encoded by this model of transformers (CLIP, T5, BERT: openai/clip-vit-large-patch14), or `minilm`"""
+    text_tokens: int | None = None
+    """tokens of a caption, padding included; None: as many as the encoder takes (CLIP 77), 256 at most"""
+    text_dtype: Literal["float16", "bfloat16"] = "float16"
+    """of stored tokens"""
+    text_store: Literal["tokens", "ids"] = "tokens"
+    """store the encoder's output, or its input: ids take little room, and training encodes them on its device"""
+    captions: Path | None = None
+    """annotation file of captions, as COCO's; None: in name.txt, name.caption or name.json next to each picture"""
+    caption_column: str | None = None
+    """of a parquet file or a data set on the hub, a text or a list of texts; None: found by its name"""
+    captions_per_picture: int = 5
+    """the most captions that are kept of a picture"""
+    part: str = "1/1"
+    """I/N: this process makes every Nth shard, others run the same command with another I (also on other machines)"""
+    features: str | None = None
+    """also store the features of this vision model (of transformers, by hub id or local path), which --method repa reads"""
+    grid: int | None = None
+    """of the features: GRID x GRID, one for each token of the students; None: half the latents' side, as for patch 2"""
+    audio: Literal["waveform", "mel"] | None = None
+    """sounds are stored as samples, or as log-mel spectrograms; None: waveform"""
+    rate: int | None = None
+    """samples per second, to which sounds are resampled; None: as they are, which must be the same for all"""
+    length: float | None = None
+    """seconds of a sound: longer ones are cut, shorter ones padded with zeros at the end; None: as they are"""
+    bins: int | None = None
+    """mel bands of a spectrogram; None: 64"""
+    hop: int | None = None
+    """samples between two frames of a spectrogram (windows are four times as long); None: 16 ms"""
+    frames: int | None = None
+    """frames of a video, read from its start"""
+    grey: bool = False
+    """store videos in grey instead of RGB"""
+    range: tuple[float, float] | None = None
+    """LOW HIGH: the values of black and white in pictures of more than 8 bits (0 4095 for 12 bits, or of float TIFFs);
+    None: all bits"""
+    max_pixels: int = 200_000_000
+    """of a picture or frame; larger ones are refused"""
+    allow_empty: bool = False
+    """class folders without pictures are classes, without data"""
+
+    def run(self) -> None:
+        from selftrans.data.prepare import prepare
+        from selftrans.data.prepare_buckets import prepare_buckets
+        from selftrans.data.prepare_features import prepare_features
+        from selftrans.data.sources.clips import MediaOptions, kind_of
+        from selftrans.data.sources.decode import Reading, parse_resolution
+        from selftrans.encoders.identity import identity_kind
+        from selftrans.precision import dtype_name
+
+        precision, kind = dtype_name(self.precision), identity_kind(self.autoencoder)
+        of_vae = "float32" if self.features and kind == "pixel" and not self.text else precision
+        not_pictures = kind == "values" or kind_of(Path(self.source), self.frames) in ("sounds", "videos")
+        if self.features and (not_pictures or self.buckets is not None):
+            raise ValueError("--features is for pictures; leave it out with --buckets, and for data of other kinds")
+        if self.grid and not self.features:
+            warnings.warn("--grid is ignored without --features", stacklevel=2)
+        text = self._text()
+        media = MediaOptions(**{each.name: getattr(self, each.name) for each in dataclasses.fields(MediaOptions)})
+        reading = Reading(self.max_pixels, self.range, self.allow_empty)
+        others = [name for name in vars(self) if name.startswith(("text", "caption", "bucket", "features", "grid"))]
+        given = self.options(*vars(media), *others, *Reading._fields) | {"reading": reading}
+        scaled = None if self.standardise else False  # None: where it applies
+        given |= {"precision": of_vae, "text": text, "media": media, "standardise": scaled}
+        given["resolution"] = None if self.resolution is None else parse_resolution(self.resolution)
+        if self.buckets is not None:
+            print(prepare_buckets(**given, buckets=self.buckets, multiple=self.bucket_multiple))
+            return
+        manifest = prepare(**given)
+        print(manifest.summary())
+        if self.features:
+            options: dict[str, Any] = {"grid": self.grid, "batch_size": self.batch_size, "precision": precision}
+            options |= {"part": self.part, "split": self.split, "reading": reading}
+            captions = text.source if text else None
+            made = prepare_features(self.source, self.out, self.features, captions=captions, **options)
+            print(made.summary(manifest))
+
+    def _text(self) -> TextOptions | None:
+        """The options of captions; None without --text."""
+        from selftrans.data.encode_captions import TextOptions
+        from selftrans.data.sources.captions import CaptionSource
+
+        if self.text is None:
+            for name in ("text_tokens", "captions", "caption_column"):
+                if getattr(self, name) is not None:
+                    warnings.warn(f"--{name.replace('_', '-')} is ignored without --text", stacklevel=3)
+            return None
+        source = CaptionSource(self.captions, self.caption_column)
+        return TextOptions(
+            self.text, self.text_tokens, self.text_dtype, self.text_store, source, self.captions_per_picture
+        )

@@ -1,0 +1,56 @@
+"""What `prepare` says before it encodes: files that are not read, what may surprise, samples that cannot be used."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from pathlib import Path
+
+import numpy as np
+
+from selftrans.data.manifest import Manifest
+from selftrans.data.sources.clips import Clips
+from selftrans.data.sources.passed_over import in_words
+from selftrans.data.sources.source import Samples, Source
+from selftrans.data.sources.surprises import deep_values, surprises
+from selftrans.storage import printable
+
+
+def say(text: str, progress: bool) -> None:
+    """Print a progress message to standard error; standard output is for the command's result."""
+    if progress:
+        print(text, file=sys.stderr)
+
+
+def report_ignored(samples: Samples | None, progress: bool) -> None:
+    """Say how many files of a source are not read, and why, and warn of what may surprise; None: it was said before."""
+    if samples is None:
+        return
+    if samples.ignored:
+        say(in_words(samples.ignored), progress)
+    for warning in (*surprises(samples), *(deep_values(samples) if isinstance(samples, Source) else ())):
+        warnings.warn(warning, stacklevel=3)
+    for remark in samples.remarks if isinstance(samples, Clips) else ():
+        say(remark, progress)
+
+
+def check_faults(samples: Samples, source: str | Path, skip_bad: bool) -> None:
+    """Raise ValueError for samples that lack their picture or their captions, before anything is encoded."""
+    for i, reason in () if skip_bad else samples.faults.items():
+        raise ValueError(
+            f"{len(samples.faults)} samples of {source} cannot be used; the first: {printable(samples.name(i))} ({reason}); "
+            "repair them, or leave them out with --skip-bad"
+        )
+
+
+def warn_of_noticed(samples: Samples, manifest: Manifest) -> None:
+    """Warn of what was noticed while samples were read: metadata that are ignored, animations, classes that were lost."""
+    if isinstance(samples, Source):
+        samples.noticed.warn()
+    skipped = {name for name, _ in manifest.skipped}
+    if not skipped or not samples.classes:
+        return
+    kept = np.array([label for i, label in enumerate(samples.labels) if samples.name(i) not in skipped], dtype=np.int64)
+    if lost := sorted({*samples.labels.tolist()} - {*kept.tolist()}):
+        names = ", ".join(printable(samples.classes[k]) for k in lost[:8]) + (", …" if len(lost) > 8 else "")
+        warnings.warn(f"no sample of {len(lost):,} classes is readable: {names}; they keep their labels", stacklevel=3)

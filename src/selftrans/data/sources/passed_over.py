@@ -1,0 +1,93 @@
+"""Files of a source that are not read: why, how many, and how a message names them.
+
+`ignored` of a source maps a reason to a count: the name of a known cache or system file, `*.ext` for files of another
+kind, or a sentence.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import PurePosixPath
+
+from selftrans.storage import printable
+
+HIDDEN = "hidden files"
+BARE, ODD = "*", "*.…"  #: files without an extension, and with one that is no ordinary word
+#: caches, thumbnails and trash that systems and programs leave in folders, in lower case
+JUNK = frozenset(
+    (
+        *("$recycle.bin", "#recycle", "#snapshot", "@eadir", "@recycle", "@recently-snapshot", "@tmp", "__macosx"),
+        *("__pycache__", "desktop.ini", "ehthumbs.db", "ehthumbs_vista.db", "icon\r", "lost+found"),
+        *("system volume information", "thumbs.db", ".ds_store", ".git", ".ipynb_checkpoints", ".thumbnails"),
+        *(".cache", ".spotlight-v100", ".trashes", ".fseventsd", ".directory", ".venv", ".idea", ".vscode"),
+    )
+)
+#: extensions of pictures that Pillow, as it is used here, does not read
+UNREAD = frozenset(
+    (
+        *(".arw", ".cr2", ".cr3", ".dcm", ".dng", ".emf", ".eps", ".exr", ".hdr", ".heic", ".heif", ".ico"),
+        *(".jxl", ".jxr", ".nef", ".nii", ".orf", ".pcx", ".pfm", ".psd", ".raf", ".raw", ".rw2", ".svg", ".tga"),
+        *(".wmf", ".xcf"),
+    )
+)
+MOST = 8  #: kinds of files that a message names
+
+
+def junk_name(name: str) -> str | None:
+    """Under what a file or folder of this name is ignored and counted: its name if it is known; None: it is not ignored."""
+    if name.lower() in JUNK:
+        return name.rstrip("\r")
+    if name.startswith("__MACOSX"):
+        return "__MACOSX"
+    return HIDDEN if name.startswith(".") else None
+
+
+def kind_of_file(name: str) -> str:
+    """Under what a file of another kind is counted: `*.ext`."""
+    suffix = PurePosixPath(name).suffix.lower()
+    if not suffix:
+        return BARE
+    return f"*{suffix}" if len(suffix) <= 12 and suffix[1:].isalnum() else ODD
+
+
+class Archived:
+    """Counts what an archive holds besides pictures: a folder that is ignored once, not each file in it."""
+
+    def __init__(self, ignored: Counter[str]) -> None:
+        self._ignored, self._seen = ignored, set[tuple[str, ...]]()
+
+    def ignores(self, parts: Sequence[str]) -> bool:
+        """Whether an entry is ignored, by one of the parts of its name; then it is counted."""
+        for k, part in enumerate(parts):
+            if (reason := junk_name(part)) is not None:
+                path = tuple(parts[: k + 1])
+                self._ignored[reason] += path not in self._seen
+                self._seen.add(path)
+                return True
+        return False
+
+
+def in_words(ignored: Mapping[str, int]) -> str:
+    """What is not read, as one sentence; empty when nothing is."""
+    files = {reason.removeprefix("*"): count for reason, count in ignored.items() if reason.startswith("*")}
+    others = [f"{count:,} {printable(reason)}" for reason, count in ignored.items() if not reason.startswith("*")]
+    said = [f"ignored: {', '.join(others)}"] if others else []
+    if files:
+        total = sum(files.values())
+        said.insert(0, f"passed over {total:,} {'file' if total == 1 else 'files'}: {_kinds(files)}")
+    return "; ".join(said)
+
+
+def unread_pictures(ignored: Mapping[str, int]) -> str:
+    """The pictures of other formats among what is not read; empty when there are none."""
+    found = {r.removeprefix("*"): n for r, n in ignored.items() if r.startswith("*") and r.removeprefix("*") in UNREAD}
+    return _kinds(found)
+
+
+def _kinds(files: Mapping[str, int]) -> str:
+    """3 .heic, 2 .jxl, 1 .txt: the most frequent first."""
+    order = sorted(files, key=lambda kind: (-files[kind], kind))
+    named = [f"{files[kind]:,} {'without extension' if kind == '' else kind}" for kind in order[:MOST]]
+    rest = sum(files[kind] for kind in order[MOST:])
+    return ", ".join(named + ([f"{rest:,} of {len(order) - MOST} other kinds"] if rest else []))

@@ -1,0 +1,65 @@
+"""What may surprise in a source before it is encoded: classes without samples, and deep pictures that use few of their bits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from selftrans.data.present import present_classes
+from selftrans.data.sources.metadata import facts_of
+from selftrans.data.sources.passed_over import unread_pictures
+from selftrans.data.sources.source import Samples, Source
+from selftrans.storage import printable
+
+LOOKED_AT = 24  #: pictures of which the range of values is read, spread over the source
+NAMED = 8  #: classes that a message names
+
+
+def surprises(samples: Samples) -> Iterator[str]:
+    """Sentences on classes without samples, and on pictures of formats that are not read."""
+    labels, classes = samples.labels, samples.classes
+    if present := present_classes(labels, classes):
+        absent = sorted(set(range(len(classes))) - set(present))
+        named = ", ".join(printable(classes[k]) for k in absent[:NAMED]) + (", …" if len(absent) > NAMED else "")
+        yield (
+            f"{len(absent):,} of {len(classes):,} classes have no samples: {named}; they keep their labels, and samples are "
+            "drawn from the others only"
+        )
+    if unread := unread_pictures(samples.ignored):
+        yield f"pictures of formats that are not read are left out: {unread}; convert them, for example to png"
+
+
+def deep_values(source: Source) -> Iterator[str]:
+    """A sentence on pictures of 16 bits whose values use few of them: they would be nearly black.
+
+    At most LOOKED_AT pictures are decoded, and none of 8 bits.
+    """
+    if source.reading.range is not None:
+        return
+    low, high, seen, colour = 1 << 16, -1, 0, False
+    for i in np.unique(np.linspace(0, len(source) - 1, min(len(source), LOOKED_AT)).astype(int)).tolist():
+        try:
+            with source.open(i) as image:
+                if image.width * image.height > source.reading.max_pixels:
+                    continue
+                colour = facts_of(image).deep
+                if not (colour or image.mode == "I" or image.mode.startswith("I;16")):
+                    if not seen:  # one kind of file is usual
+                        return
+                    continue
+                values = np.asarray(image)
+        except Exception:  # decoders raise any type on a damaged file; it is reported when it is read
+            continue
+        low, high, seen = min(low, int(values.min())), max(high, int(values.max())), seen + 1
+    if colour and seen and high < 64:
+        yield (
+            f"pictures of 16 bits in colour use little of their range: at most {high} of 255 in the upper 8 bits, which are "
+            "those that are read; they would be nearly black: scale them before"
+        )
+    elif not colour and seen and low >= 0 and high < 1 << 14:
+        bits = next(bits for bits in (8, 10, 12, 14) if high < 1 << bits)
+        yield (
+            f"pictures of 16 bits use little of their range: values {low} to {high} of 65535 in {seen} of them; they would be "
+            f"nearly black: give --range 0 {(1 << bits) - 1} if they hold {bits} bits"
+        )

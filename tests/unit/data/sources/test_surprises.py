@@ -1,0 +1,110 @@
+"""Deep pictures that use few of their bits are said with the range seen, and read by `range`; classes without samples."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from selftrans.data.prepare import prepare
+from selftrans.data.reports import report_ignored
+from selftrans.data.sources.decode import Reading
+from selftrans.data.sources.npz import npz_values
+from selftrans.data.sources.open_source import open_source
+from selftrans.data.sources.surprises import deep_values, surprises
+from tests.support.pictures import encoded, noise, write
+
+
+def deep(low: int, high: int, seed: int = 0) -> np.ndarray:
+    values = np.random.default_rng(seed).integers(low, high + 1, (8, 8), dtype=np.uint16)
+    values[0, :2] = low, high
+    return values
+
+
+@pytest.mark.parametrize(("kind", "ending"), [("PNG", "png"), ("TIFF", "tif"), ("JPEG2000", "jp2")])
+def test_twelve_bits_in_sixteen_are_said_and_read_by_range(tmp_path: Path, kind: str, ending: str) -> None:
+    pictures = [deep(7, 4095, k) for k in range(3)]
+    files = {f"{k}.{ending}": encoded(Image.fromarray(x), kind) for k, x in enumerate(pictures)}
+    source = open_source(write(tmp_path / "x", files))
+    assert list(deep_values(source)) == [
+        "pictures of 16 bits use little of their range: values 7 to 4095 of 65535 in 3 of them; they would be nearly black: "
+        "give --range 0 4095 if they hold 12 bits"
+    ]
+    ranged = open_source(tmp_path / "x", reading=Reading(range=(0, 4095)))
+    assert list(deep_values(ranged)) == []
+    for k, values in enumerate(pictures):
+        np.testing.assert_array_equal(ranged.read(k)[..., 1], np.rint(values * (255 / 4095)))
+        np.testing.assert_array_equal(source.read(k)[..., 1], np.rint(values / 257))
+
+
+@pytest.mark.parametrize(("high", "bits"), [(200, 8), (1000, 10), (16383, 14)])
+def test_number_of_bits_that_is_suggested(tmp_path: Path, high: int, bits: int) -> None:
+    source = open_source(write(tmp_path / "x", {"a.png": encoded(Image.fromarray(deep(0, high)))}))
+    assert f"--range 0 {2**bits - 1} if they hold {bits} bits" in next(deep_values(source))
+
+
+def test_pictures_that_use_their_bits_are_not_mentioned(tmp_path: Path) -> None:
+    dark, bright = encoded(Image.fromarray(deep(0, 99))), encoded(Image.fromarray(deep(0, 60_000)))
+    assert not list(deep_values(open_source(write(tmp_path / "x", {"a.png": dark, "b.png": bright}))))
+    assert not list(deep_values(open_source(write(tmp_path / "y", {"a.png": encoded(noise(8) // 99)}))))
+
+
+def test_dark_colour_of_sixteen_bits_is_said(tmp_path: Path) -> None:
+    import struct
+    import zlib
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    rows = b"".join(b"\0" + (deep(0, 4095, k)[:3].astype(">u2")).tobytes() for k in range(8))  # 8 x 8 of three values
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", 8, 8, 16, 2, 0, 0, 0))
+    data = b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    source = open_source(write(tmp_path / "x", {"a.png": data}))
+    assert "16 bits in colour use little of their range: at most 15 of 255" in next(deep_values(source))
+    with pytest.raises(ValueError, match="of colour in 16 bits only the upper 8 are read, so --range does not apply"):
+        open_source(tmp_path / "x", reading=Reading(range=(0, 4095))).read(0)
+
+
+def test_range_also_reads_floats_and_integers_of_32_bits(tmp_path: Path) -> None:
+    values = np.linspace(-1000, 3000, 64, dtype=np.float32).reshape(8, 8)
+    values[0, 0] = np.nan
+    where = write(tmp_path / "x", {"a.tif": encoded(Image.fromarray(values), "TIFF")})
+    with pytest.raises(ValueError, match="no agreed range; give --range LOW HIGH"):
+        open_source(where).read(0)
+    expected = np.rint(np.clip((values + 500) / 2500, 0, 1) * 255)
+    expected[0, 0] = 0
+    np.testing.assert_array_equal(open_source(where, reading=Reading(range=(-500, 2000))).read(0)[..., 0], expected)
+    where = write(
+        tmp_path / "y", {"b.tif": encoded(Image.fromarray(np.nan_to_num(values).round().astype(np.int32)), "TIFF")}
+    )
+    with pytest.raises(ValueError, match="integers beyond 16 bits; give --range LOW HIGH"):
+        open_source(where).read(0)
+    found = open_source(where, reading=Reading(range=(-500, 2000))).read(0)[..., 0]
+    assert np.abs(found.astype(int) - expected)[1:].max() <= 1
+    for wrong in ((1, 1), (5, 2), (0, float("inf")), (float("nan"), 1)):
+        with pytest.raises(ValueError, match="should be the value of black, then that of white"):
+            open_source(where, reading=Reading(range=wrong))
+
+
+def test_classes_without_samples_are_named(tmp_path: Path) -> None:
+    np.savez(tmp_path / "x.npz", data=np.zeros((3, 1, 4), np.float32), labels=np.array([1, 5, 9]))
+    source = npz_values(tmp_path / "x.npz")
+    assert list(surprises(source)) == [
+        "7 of 10 classes have no samples: 0, 2, 3, 4, 6, 7, 8; they keep their labels, and samples are drawn from the others "
+        "only"
+    ]
+    with pytest.warns(UserWarning, match="7 of 10 classes have no samples"):
+        prepare(tmp_path / "x.npz", tmp_path / "out", autoencoder="values", progress=False)
+
+
+def test_pictures_that_are_not_read_are_a_warning(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = open_source(write(tmp_path / "x", {"a.png": encoded(noise(8)), "b.heic": b"", "c.txt": b""}))
+    with pytest.warns(UserWarning, match=r"are left out: 1 \.heic; convert them, for example to png"):
+        report_ignored(source, progress=True)
+    assert capsys.readouterr().err == "passed over 2 files: 1 .heic, 1 .txt\n"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        report_ignored(open_source(write(tmp_path / "y", {"a.png": encoded(noise(8))})), progress=True)
