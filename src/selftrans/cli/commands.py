@@ -40,8 +40,8 @@ class Prepare(Command):
 
     SOURCE is a folder of class folders, a zip of class folders, a flat folder (no classes), a parquet file, a data set on
     the hub, or the built-in `digits`. With --text the pictures have captions: a folder of name.jpg with name.txt, a folder
-    with --captions FILE (as COCO's), webdataset tars, or a table with a column of captions. A folder may also hold sounds
-    (wav, flac) or videos (mp4, webm, mov, mkv, avi; gif with --frames) instead of pictures.
+    with --captions FILE (as COCO's), webdataset tars, or a table with a column of captions. A folder, zip or tar may also hold
+    sounds (wav, flac) or videos (mp4, webm, mov, mkv, avi; gif with --frames) instead of pictures.
     """
 
     source: Positional[str]
@@ -111,16 +111,13 @@ class Prepare(Command):
     def run(self) -> None:
         from selftrans.data.prepare import prepare
         from selftrans.data.prepare_buckets import prepare_buckets
-        from selftrans.data.prepare_features import prepare_features
-        from selftrans.data.sources.clips import MediaOptions, kind_of
+        from selftrans.data.prepare_features import check_before, prepare_features
+        from selftrans.data.sources.clips import MediaOptions
         from selftrans.data.sources.decode import parse_resolution
         from selftrans.precision import dtype_name
 
         precision = dtype_name(self.precision)
         of_vae = "float32" if self.features and self.autoencoder == "pixel" and not self.text else precision
-        not_pictures = self.autoencoder == "values" or kind_of(Path(self.source), self.frames) in ("sounds", "videos")
-        if self.features and (not_pictures or self.buckets is not None):
-            raise ValueError("--features is for pictures; leave it out with --buckets, and for data of other kinds")
         if self.grid and not self.features:
             warnings.warn("--grid is ignored without --features", stacklevel=2)
         text = self._text()
@@ -129,15 +126,18 @@ class Prepare(Command):
         not_mine = [name for name in vars(self) if name.startswith(("text", "caption"))]
         given = self.options("features", "grid", "buckets", "bucket_multiple", *vars(media), *not_mine)
         given |= {"resolution": resolution, "precision": of_vae, "text": text, "media": media}
+        options: dict[str, Any] = {"grid": self.grid, "batch_size": self.batch_size, "precision": precision}
+        if self.features:
+            other = self.buckets is not None or self.autoencoder == "values"
+            check_before(self.features, self.source, self.out, resolution, text=bool(text), other=other, **options)
         if self.buckets is not None:
             print(prepare_buckets(**given, buckets=self.buckets, multiple=self.bucket_multiple))
             return
-        manifest = prepare(**given)
+        manifest = prepare(**given, square=bool(self.features))
         print(manifest.summary())
         if self.features:
-            options = {"grid": self.grid, "batch_size": self.batch_size, "precision": precision, "part": self.part}
             captions = text.source if text else None
-            made = prepare_features(self.source, self.out, self.features, captions=captions, **options)  # type: ignore[arg-type]
+            made = prepare_features(self.source, self.out, self.features, captions=captions, part=self.part, **options)
             print(made.summary(manifest))
 
     def _text(self) -> TextOptions | None:

@@ -1,5 +1,4 @@
-"""Pictures, arrays, sounds or videos => moments => shards on disk. Threads decode ahead of the
-encoder; work resumes at shard granularity.
+"""Pictures, arrays, sounds or videos => moments => shards on disk. Threads decode ahead of the encoder; work resumes by shards.
 
 Shards are independent, so several processes or machines can each make some of them (`part`).
 Shape legend: (C, *S) values of data that are not pictures.
@@ -21,8 +20,9 @@ from selftrans.data.encode import ShardEncoder
 from selftrans.data.encode_captions import CaptionEncoder, TextOptions, check_disk, sizes
 from selftrans.data.manifest import DTYPES, Manifest, Shard
 from selftrans.data.record import Option
+from selftrans.data.sources.clip_files import kind_of
 from selftrans.data.sources.clips import Clips, MediaOptions, open_clips
-from selftrans.data.sources.decode import Resolution, size_text
+from selftrans.data.sources.decode import Resolution, check_square, size_text
 from selftrans.data.sources.npz import NpzValues, npz_values
 from selftrans.data.sources.open_source import open_source
 from selftrans.data.sources.source import Samples, Source, ahead
@@ -60,17 +60,17 @@ def prepare(
     part: str = "1/1",
     media: MediaOptions | None = None,
     pictures: Source | None = None,
+    square: bool = False,
     progress: bool = True,
 ) -> Manifest:
     """Encode pictures (see `open_source`), sounds or videos (see `open_clips`) into a folder of shards; returns its manifest.
 
     Args:
         autoencoder: with "values" the source is an npz of arrays (N, C, *S) that are not pictures (see `npz_values`).
-        resolution: side, or (height, width), to crop and resize to; None keeps the size of the pictures.
-        flip: store the moments of the mirrored pictures as a second copy.
+        resolution: side, or (height, width), to crop and resize to; None keeps the pictures' size. square: refuse others.
+        flip: store the moments of the mirrored pictures as a second copy. split, label_column: for tables.
         dtype: of the stored moments; None: float16, or float32 for values. `precision` is that of the network.
         skip_bad: skip unreadable samples and list them in the manifest, instead of stopping at the first.
-        split, label_column: for parquet files and hub data sets.
         text: a text encoder (see `load_text_encoder`), or more options: store captions, which `open_source` describes.
         media: how sounds and videos are read. pictures: those of `source` to encode, opened at `resolution`; None: all.
         part: "I/N": make every Nth shard only; other processes or machines make the others in the same folder. The part
@@ -83,11 +83,11 @@ def prepare(
     out, clips = Path(out), _open_clips(source, resolution, media or MediaOptions(), progress, autoencoder, flip, text)
     dtype = dtype or _dtype(autoencoder, clips)
     mine, earlier = _check(source, out, batch_size, shard_size, dtype, precision, part), resumable.earlier(out)
-    samples: Samples | None = clips
+    samples: Samples | None = clips or pictures
     if autoencoder == "values":
         samples = _open_values(source, resolution, flip, label_column, text)
     elif samples is None:
-        samples = pictures or _open_pictures(source, resolution, earlier, text, split, label_column, progress)
+        samples = _open_pictures(source, resolution, earlier, text, split, label_column, progress, square)
     options = _options(samples, autoencoder, resolution, text, media) | {"flip": flip, "shard_size": shard_size}
     options |= {"dtype": dtype, "precision": precision, "split": split, "label_column": label_column}
     if earlier:
@@ -154,10 +154,11 @@ def _open_pictures(
     split: str,
     label_column: str | None,
     progress: bool,
+    square: bool,
 ) -> Samples:
-    """Pictures at `resolution`; if that is None, at the resolution with which the folder was begun."""
+    """Pictures at `resolution`; if that is None, at the resolution with which the folder was begun. `square`: no others."""
     native = earlier.plan.resolution if earlier and earlier.plan.options.get("resolution") is None else None
-    return open_source(
+    opened = open_source(
         source,
         resolution=resolution or native,
         split=split,
@@ -165,6 +166,9 @@ def _open_pictures(
         captions=text.source if text else None,
         progress=progress,
     )
+    if square:
+        check_square(opened.resolution)
+    return opened
 
 
 def _dtype(autoencoder: str, clips: Clips | None) -> str:
@@ -203,11 +207,11 @@ def _open_clips(
     if autoencoder == "values":
         media.refuse("audio rate length bins hop frames grey", "--autoencoder values")
         return None
-    clips = open_clips(source, media, resolution, progress)
+    archives = text is None
     for name, given in (("flip", flip), ("autoencoder", autoencoder != "pixel"), ("text", text is not None)):
-        if clips and given:
+        if given and kind_of(Path(source), media.frames, archives=archives) in ("sounds", "videos"):
             raise ValueError(f"--{name} is for pictures; leave it out for sounds and videos")
-    return clips
+    return open_clips(source, media, resolution, progress, archives=archives)
 
 
 def check_faults(samples: Samples, source: str | Path, skip_bad: bool) -> None:

@@ -19,7 +19,7 @@ from selftrans.data.encode_captions import TextOptions
 from selftrans.data.manifest import BUCKETS, FILE
 from selftrans.data.prepare import NoneReadable, check_faults, load, prepare, report_ignored, say
 from selftrans.data.resumable import LOCK
-from selftrans.data.sources.clips import kind_of
+from selftrans.data.sources.clip_files import kind_of
 from selftrans.data.sources.decode import Resolution, resolution_of, size_text, upright_size
 from selftrans.data.sources.open_source import MAX_RESOLUTION, open_source
 from selftrans.data.sources.source import Source, ahead
@@ -55,7 +55,7 @@ def prepare_buckets(
     Raises ValueError as `prepare`, and for a resolution that does not fit, and a folder with anything else in it.
     """
     text, out = TextOptions(text) if isinstance(text, str) else text, Path(out)
-    if autoencoder == "values" or kind_of(Path(source), None) in ("sounds", "videos"):
+    if autoencoder == "values" or kind_of(Path(source), None, archives=text is None) in ("sounds", "videos"):
         raise ValueError("--buckets is for pictures; leave it out for sounds, videos and values")
     if not isinstance(resolution, int):
         raise ValueError("--buckets needs --resolution SIDE, of the square whose area the pictures will have")

@@ -66,7 +66,7 @@ def machine_fault(name: str, error: Exception, noun: str) -> ValueError | None:
     )
 
 
-class _File(io.BufferedReader):
+class BoundedFile(io.BufferedReader):
     """A file whose reads allocate at most its size, not the length that a malicious chunk header claims."""
 
     def __init__(self, path: Path) -> None:
@@ -88,7 +88,7 @@ def open_picture(file: Path | BinaryIO) -> Image.Image:
     """
     from PIL import Image
 
-    image = Image.open(_File(file) if isinstance(file, Path) else file, formats=FORMATS)
+    image = Image.open(BoundedFile(file) if isinstance(file, Path) else file, formats=FORMATS)
     limit = Image.MAX_IMAGE_PIXELS
     if limit is not None and image.width * image.height > limit:
         image.close()
@@ -99,6 +99,15 @@ def open_picture(file: Path | BinaryIO) -> Image.Image:
 def sides(resolution: Resolution) -> tuple[int, int]:
     """(height, width) of a resolution; a number is the side of a square."""
     return (resolution, resolution) if isinstance(resolution, int) else resolution
+
+
+def check_square(resolution: Resolution | None) -> None:
+    """ValueError for pictures that are not square, which an encoder of `--features` cannot read."""
+    if resolution is not None and not isinstance(resolution, int):
+        raise ValueError(
+            f"--features reads square pictures, and these are prepared at {size_text(resolution)}; give --resolution SIDE, "
+            "or omit --features"
+        )
 
 
 def resolution_of(height: int, width: int) -> Resolution:

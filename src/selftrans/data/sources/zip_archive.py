@@ -1,4 +1,4 @@
-"""Pictures in a zip: entry names are checked before any entry is read, and nothing is extracted."""
+"""Pictures, sounds and videos in a zip: entry names are checked before any entry is read, and nothing is extracted."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ import stat
 import threading
 import zipfile
 from collections import Counter
+from collections.abc import Collection
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
 from selftrans.data.sources.decode import EXTENSIONS, open_picture
-from selftrans.data.sources.source import HIDDEN, OTHER, Source, classify, is_hidden
+from selftrans.data.sources.source import HIDDEN, OTHER, Entries, Source, classify, is_hidden
 from selftrans.storage import printable
 
 if TYPE_CHECKING:
@@ -26,6 +27,17 @@ def zip_file(path: Path) -> Source:
     Raises ValueError for absolute names, names with `..`, symbolic links, encrypted or duplicate entries, and pictures
     whose claimed size is above `MAX_PICTURE_BYTES`.
     """
+    found = zip_entries(path, EXTENSIONS)
+    labels, classes = classify(without_top(found.names), str(path))
+
+    def open_entry(i: int) -> Image.Image:
+        return open_picture(found.open(i))
+
+    return Source(found.names, labels, classes, open_entry, found.sizes, found.ignored)
+
+
+def zip_entries(path: Path, suffixes: Collection[str]) -> Entries:
+    """The entries with one of these suffixes; each is read as a whole when it is opened. Raises ValueError as `zip_file`."""
     archive = open_zip(path)
     ignored: Counter[str] = Counter()
     entries: dict[str, zipfile.ZipInfo] = {}
@@ -35,7 +47,7 @@ def zip_file(path: Path) -> Source:
             continue
         if any(is_hidden(part) for part in parts):
             ignored[HIDDEN] += 1
-        elif PurePosixPath(parts[-1]).suffix.lower() not in EXTENSIONS:
+        elif PurePosixPath(parts[-1]).suffix.lower() not in suffixes:
             ignored[OTHER] += 1
         elif (name := "/".join(parts)) in entries:
             raise ValueError(f"{path} holds {printable(name)} twice; make the zip again")
@@ -43,15 +55,14 @@ def zip_file(path: Path) -> Source:
             entries[name] = info
     names = sorted(entries)
     infos = [entries[name] for name in names]
-    labels, classes = classify(_without_top(names), str(path))
     lock = threading.Lock()  # ZipFile counts its readers without one
 
-    def open_entry(i: int) -> Image.Image:
+    def open_entry(i: int) -> BinaryIO:
         with lock, archive.open(infos[i]) as file:
             # never read more than the claimed size, whatever the compressed stream expands to
-            return open_picture(io.BytesIO(file.read(infos[i].file_size)))
+            return io.BytesIO(file.read(infos[i].file_size))
 
-    return Source(names, labels, classes, open_entry, [info.file_size for info in infos], dict(ignored))
+    return Entries(names, [info.file_size for info in infos], open_entry, dict(ignored))
 
 
 def open_zip(path: Path) -> zipfile.ZipFile:
@@ -79,8 +90,8 @@ def _checked_parts(info: zipfile.ZipInfo, path: Path) -> list[str]:
     return parts
 
 
-def _without_top(names: list[str]) -> list[str]:
-    """The names without their top-level folder, if there is only one and it holds two or more folders and no picture."""
+def without_top(names: list[str]) -> list[str]:
+    """The names without their top-level folder, if there is only one and it holds two or more folders and no file."""
     split = [name.split("/", 2) for name in names]
     below = {tuple(parts[:2]) for parts in split}
     if all(len(parts) == 3 for parts in split) and len({top for top, _ in below}) == 1 and len(below) > 1:
