@@ -27,6 +27,7 @@ from selftrans.cli.options import (
     Stage,
     TextEncoder,
     Trust,
+    Typed,
     Weights,
 )
 
@@ -176,6 +177,7 @@ class Train(RecipeCommand[Config]):
     trains adapters only"""
     trust: Trust = ()
     config: Annotated[Config, *Overrides] = tyro.MISSING
+    typed: Typed = ()
 
     def run(self) -> None:
         from selftrans.methods.registry import stages
@@ -195,7 +197,7 @@ class Train(RecipeCommand[Config]):
                 config = config.override({option: self.teacher})
         for sentence in ignored(config):
             warnings.warn(sentence, stacklevel=2)
-        report = train(config, self.out)
+        report = train(config, self.out, typed=self.typed)
         if os.environ.get("RANK", "0") == "0":
             print(f"{_totals(report)} -> {self.out}")
 
@@ -301,8 +303,7 @@ class Export(Command):
     Writes OUT/model.safetensors and OUT/config.json. In a published layout the file holds what `SiT(**arguments)` (`DiT`,
     `LightningDiT`, `MMDiT`) of that repository loads, with `arguments` from config.json (REPA's with z_dims=[], so without
     projectors), and `selftrans import` reads it back. The layout diffusers, of the models diffusers-*, is a folder that
-    `from_pretrained` of their class loads. The other models do not have it: DiT of diffusers has other timestep frequencies and
-    no QK-norm, so it would be another network.
+    `from_pretrained` of their class loads. SiT and DiT do not have it: diffusers' DiT would be another network.
     """
 
     run_or_file: RunOrFile

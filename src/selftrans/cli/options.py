@@ -41,6 +41,10 @@ Trust = Annotated[
 ]
 
 
+#: of commands on a recipe, last: the names of the settings that were given, such as model.depth; no option itself
+Typed = Annotated[tuple[str, ...], tyro.conf.Fixed, tyro.conf.SuppressFixed]
+
+
 @dataclass
 class Command:
     """A command: its fields are its arguments, its docstring opens its help page, `run()` executes it."""
@@ -53,7 +57,8 @@ class Command:
 
 @dataclass
 class RecipeCommand(Command, Generic[Config]):
-    """A command on a recipe. Has the fields `recipe`, `out`, `trust` and `config`: the recipe with its overrides."""
+    """A command on a recipe. Has the fields `recipe`, `out`, `trust`, `config`: the recipe with its overrides, and
+    `typed`: the names of these."""
 
     NO_OVERRIDES: ClassVar[tuple[str, ...]] = ("recipe",)  #: fields of the configuration that are no options here
 

@@ -111,6 +111,7 @@ def parse_on_recipe(kind: type[RecipeCommand[Any]], words: Sequence[str], prog: 
         description=f"{_first_line(kind)}\n\nRecipe {first.recipe}: {inspect.getdoc(recipe)}",
     )
     command.config = overridden(recipe(), _as(type(config), command.config))
+    command.typed = tuple(word[2:].partition("=")[0].replace("-", "_") for word in words if word.startswith("--"))
     return command
 
 

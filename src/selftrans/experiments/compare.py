@@ -45,6 +45,7 @@ def compare_methods(
     images: int = 1000,
     features: str | None = None,
     workers: int | None = None,
+    typed: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Train and measure each method with each seed and write `out`; returns what compare.json holds.
 
@@ -54,7 +55,7 @@ def compare_methods(
 
     Args:
         methods: their names; None: the built-in ones that need no external encoder.
-        features: an extractor's name or file; None: see `with_defaults`.
+        features: an extractor's name or file; None: see `with_defaults`. typed: see `train`.
     Raises ValueError for unknown methods and seeds.
     """
     if methods is None:
@@ -62,7 +63,7 @@ def compare_methods(
     _check(methods, seeds, images)
     with lock_file(out / ".lock"):
         config, features, weights = with_defaults(config, out, features=features)
-        config = with_given_model(config)
+        config = with_given_model(config, typed)
         variants = {name: for_method(config, name) for name in methods}
         rehearse(variants)
         block = probed_block(config)
