@@ -81,6 +81,8 @@ class Train(Section):
     times: str = "systematic"
     """timestep sampler: systematic (evenly spread over the batch), uniform (independent), lognormal (EDM's) or
     logitnormal (SD3's and LightningDiT's)"""
+    cosine: float = setting(0.0, resume="consent")
+    """factor of 1 - cos between predicted and true velocity, which is added to the flow loss (LightningDiT: 1)"""
     precision: Literal["fp32", "bf16", "fp16"] = setting("fp32", resume="consent")
     compile: bool | None = setting(None, resume="free")
     """torch.compile each block; None: on a GPU"""
@@ -103,8 +105,8 @@ class Train(Section):
     max_skips: int = setting(25, resume="free")
     """updates skipped in a row, with gradients not finite, that end the training (fp16 needs a few to find its scale)"""
     allow_changes: bool = setting(False, resume="free")
-    """continue a run with another lr, warmup, clip, weight_decay, drop, precision or guidance weight, which is printed and
-    written to changes.json"""
+    """continue a run with another lr, warmup, clip, weight_decay, drop, cosine, precision or guidance weight, which is
+    printed and written to changes.json"""
 
     def check(self) -> None:
         for name, known in {"path": list(PATHS), "times": list(TIMES)}.items():
@@ -112,7 +114,7 @@ class Train(Section):
                 raise ValueError(f"train.{name} '{getattr(self, name)}' is unknown; choose {', '.join(known)}")
         for name in ("steps", "batch_size", "accumulate", "lr", "clip", "checkpoint_every", "max_skips", "timeout"):
             check_positive(self, name)
-        for name in ("warmup", "preview_every", "keep", "keep_best", "keep_every", "seed", "weight_decay"):
+        for name in ("warmup", "preview_every", "keep", "keep_best", "keep_every", "seed", "weight_decay", "cosine"):
             if getattr(self, name) < 0:
                 raise ValueError(f"train.{name} must not be negative, not {getattr(self, name)}")
         if not 0 <= self.ema < 1 or not 0 <= self.drop <= 1:
@@ -141,6 +143,10 @@ class SampleConfig(Section):
     """classifier-free guidance; 1: none"""
     guidance_interval: tuple[float, float] = (0.0, 1.0)
     """t within which guidance is on; 0 is data, 1 is noise"""
+    guidance_channels: int | None = None
+    """guide only the first channels of the latents; 3 as in the code of DiT, SiT and LightningDiT; None: all"""
+    time_shift: float = 1.0
+    """k moves the time steps t to k t / (1 + (k - 1) t): above 1 more of them are near the noise; 1: equal steps"""
     seed: int = 0
     batch_size: int = 64
     """changes nothing but speed and memory"""
@@ -153,36 +159,38 @@ class SampleConfig(Section):
 
     def check(self) -> None:
         """Raise ValueError for the first value that cannot be."""
-        low, high = self.guidance_interval
+        (low, high), channels = self.guidance_interval, self.guidance_channels
+        samplers, precisions = sorted(SAMPLER_NAMES), list(PRECISIONS)
+        known = not isinstance(self.labels, str) or self.labels in ("balanced", "random")
         for good, message in (
             (self.num >= 1, f"sample.num is {self.num}; ask for at least one image"),
             (self.batch_size >= 1, f"sample.batch_size is {self.batch_size}; use at least 1"),
-            (
-                self.sampler in SAMPLER_NAMES,
-                f"sample.sampler {self.sampler!r} is unknown; choose from {sorted(SAMPLER_NAMES)}",
-            ),
+            (self.sampler in SAMPLER_NAMES, f"sample.sampler {self.sampler!r} is unknown; choose from {samplers}"),
             (self.steps >= 1, f"sample.steps is {self.steps}; use at least 1"),
             (self.sampler != "sde" or self.steps >= 2, "sample.steps is 1; the SDE needs at least 2"),
             (0 <= self.guidance_scale < math.inf, f"sample.guidance_scale is {self.guidance_scale}; use 1 for none"),
             (0 <= low < high <= 1, f"sample.guidance_interval {low} to {high} is no part of [0, 1]; 0 is data"),
+            (
+                channels is None or channels >= 1,
+                f"sample.guidance_channels is {channels}; leave it out for all channels",
+            ),
+            (0 < self.time_shift < math.inf, f"sample.time_shift is {self.time_shift}; use 1 for equal steps"),
             (self.prompts is None or self.prompts, "sample.prompts is empty; give one prompt at least"),
             (self.seed >= 0, f"sample.seed is {self.seed}; use a whole number from 0"),
-            (
-                self.precision in PRECISIONS,
-                f"sample.precision {self.precision!r} is unknown; choose from {list(PRECISIONS)}",
-            ),
-            (
-                not isinstance(self.labels, str) or self.labels in ("balanced", "random"),
-                f"sample.labels {self.labels!r} are unknown; use balanced, random or a list of classes",
-            ),
+            (self.precision in PRECISIONS, f"sample.precision {self.precision!r} is unknown; choose from {precisions}"),
+            (known, f"sample.labels {self.labels!r} are unknown; use balanced, random or a list of classes"),
         ):
             if not good:
                 raise ValueError(message)
 
     def settings(self) -> dict[str, Any]:
-        """What an image depends on besides its condition: the sampler has its own name; number and batch size are left out."""
-        other = ("num", "batch_size", "labels", "prompts")
-        kept = {key: value for key, value in dataclasses.asdict(self).items() if key not in other}
+        """What an image depends on besides its condition: the sampler has its own name; number and batch size are left out.
+
+        Newer settings are left out at their defaults, so that folders of samples from before can be continued.
+        """
+        other, newer = ("num", "batch_size", "labels", "prompts"), {"guidance_channels": None, "time_shift": 1.0}
+        every = dataclasses.asdict(self).items()
+        kept = {key: value for key, value in every if key not in other and (key, value) not in newer.items()}
         return kept | {"sampler": "heun" if self.sampler == "ode" else self.sampler}
 
 

@@ -77,6 +77,10 @@ class SamplingOptions:
     """strength of classifier-free guidance; 1: none"""
     guidance_interval: tuple[float, float] | None = None
     """t within which guidance acts; 0 is data, 1 is noise"""
+    guidance_channels: int | None = None
+    """guide only the first channels of the latents (3 in the code of DiT, SiT and LightningDiT); None: as in the run, all"""
+    time_shift: float | None = None
+    """k moves the time steps t to k t / (1 + (k - 1) t); 1: equal steps (LightningDiT's timestep_shift 0.3 is 1 / 0.3)"""
     seed: int | None = None
     """image k depends on the seed and k alone"""
     batch_size: int | None = None

@@ -68,6 +68,11 @@ class Sampler:
         Raises ValueError for invalid settings.
         """
         settings.check()
+        channels = settings.guidance_channels
+        if channels is not None and channels > model.shape[0]:
+            raise ValueError(
+                f"sample.guidance_channels is {channels}, the latents have {model.shape[0]} channels; leave it out for all"
+            )
         self.model, self.autoencoder, self.settings, self.path = model, autoencoder, settings, path
         self.device = torch.device(device)
         self.conditioning = conditioning or conditioning_of(model.conditions, settings, device=self.device)
@@ -181,12 +186,19 @@ class Sampler:
     def _images(self, indices: np.ndarray, cond: Cond) -> np.ndarray:
         settings, dtype = self.settings, PRECISIONS[self.settings.precision]
         noise = image_noise(indices, self.shape, settings.seed, self.device)
-        velocity = guided(self.model, cond, scale=settings.guidance_scale, interval=settings.guidance_interval)
+        velocity = guided(
+            self.model,
+            cond,
+            scale=settings.guidance_scale,
+            interval=settings.guidance_interval,
+            channels=settings.guidance_channels,
+        )
         # autocast casts the weights again in every forward pass, also compiled: `cast_products` avoids that
         amp = torch.autocast(self.device.type, dtype=dtype, enabled=dtype != torch.float32)
         with eval_mode(self.model), amp:
             sampler = SAMPLERS[settings.sampler]
-            z0 = sampler(velocity, noise(), steps=settings.steps, path=self.path, noise=noise)
+            shift = settings.time_shift
+            z0 = sampler(velocity, noise(), steps=settings.steps, path=self.path, noise=noise, shift=shift)
         return decode_images(self.autoencoder, z0)  # outside autocast: an autoencoder can overflow in float16
 
 
@@ -197,8 +209,12 @@ def overridden(loaded: LoadedModel, overrides: dict[str, Any]) -> SampleConfig:
     """
     settings = dataclasses.replace(loaded.config.sample, **{"prompts": None} | overrides)
     settings.check()
-    if settings.guidance_scale == 1 and "guidance_interval" in overrides:
-        warnings.warn("the guidance interval is ignored: the guidance scale is 1", stacklevel=4)
+    for name in ("interval", "channels"):
+        if settings.guidance_scale == 1 and f"guidance_{name}" in overrides:
+            warnings.warn(
+                f"the guidance {name} {'is' if name == 'interval' else 'are'} ignored: the guidance scale is 1",
+                stacklevel=4,
+            )
     return settings
 
 

@@ -123,6 +123,7 @@ def test_compare_takes_its_own_options_and_overrides(monkeypatch):
         "images": 20,
         "features": None,
         "workers": 1,
+        "typed": ("out", "methods", "seeds", "steps", "images", "sra.weight", "workers"),
     }
     assert type(config) is RunConfig and (config.train.steps, config.section(SRA).weight) == (9, 0.25)
 
