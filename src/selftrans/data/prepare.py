@@ -79,10 +79,10 @@ def prepare(
     a complete call checks every sha256 and makes lost or damaged shards again.
     Raises ValueError for a bad source, sample, autoencoder or option, a folder begun with other options, a failed write.
     """
-    text = TextOptions(text) if isinstance(text, str) else text
-    out, clips = Path(out), _open_clips(source, resolution, media or MediaOptions(), progress, autoencoder, flip, text)
-    dtype = dtype or _dtype(autoencoder, clips)
+    text, out = TextOptions(text) if isinstance(text, str) else text, Path(out)
     mine, earlier = _check(source, out, batch_size, shard_size, dtype, precision, part), resumable.earlier(out)
+    clips = _open_clips(source, resolution, media or MediaOptions(), progress, autoencoder, flip, text)
+    dtype = dtype or _dtype(autoencoder, clips)
     samples: Samples | None = clips or pictures
     if autoencoder == "values":
         samples = _open_values(source, resolution, flip, label_column, text)
@@ -132,10 +132,10 @@ def report_ignored(samples: Samples, progress: bool) -> None:
 
 
 def _check(
-    source: str | Path, out: Path, batch_size: int, shard_size: int, dtype: str, precision: str, part: str
+    source: str | Path, out: Path, batch_size: int, shard_size: int, dtype: str | None, precision: str, part: str
 ) -> resumable.Part:
     """The part (I, N) of "I/N". Raises ValueError for an option out of range."""
-    if dtype not in DTYPES:
+    if dtype not in (None, *DTYPES):
         raise ValueError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
     if precision not in NETWORK_DTYPES:
         raise ValueError(f"precision {precision!r} is not one of {', '.join(NETWORK_DTYPES)}")

@@ -131,3 +131,21 @@ def test_several_kinds_and_unsafe_names_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"cut\.tar is not a complete tar file"):
         prepare(cut, tmp_path / "out", progress=False)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"part": "3/2"}, "3/2"),
+        ({"dtype": "int8"}, "int8"),
+        ({"batch_size": 0}, "batch_size 0"),
+        ({"flip": True}, "--flip"),
+    ],
+)
+def test_options_are_checked_before_the_files_are_opened(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict, message: str
+) -> None:
+    monkeypatch.setattr(Path, "open", None)
+    monkeypatch.setattr("selftrans.data.sources.clips.open_files", None)
+    with pytest.raises(ValueError, match=message):
+        prepare(sounds(tmp_path / "x", 1), tmp_path / "out", progress=False, **options)
