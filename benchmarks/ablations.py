@@ -3,7 +3,11 @@
     python benchmarks/ablations.py digits --out results/digits --seeds 0 1 2
     python benchmarks/ablations.py cifar10 --data data/cifar10 --out results/cifar10 --variants vanilla w5 w30
 
-Each variant changes the recipe by dotted overrides (VARIANTS). Where settings allow it, the stage-1 run of the same seed is the
+    python benchmarks/ablations.py digits --out results/tuned --seeds 0 --variants vanilla \
+        --grid train.lr=1e-3,2e-3 model.label_std=0.02,0.5
+
+Each variant changes the recipe by dotted overrides (VARIANTS). With --grid each of them is run with every combination of the
+given settings. Where settings allow it, the stage-1 run of the same seed is the
 teacher. Run directories are those of `selftrans compare`, so both may use the same --out. Repeat the command to continue.
 Writes ablations.json: means and deviations over seeds at the end, and the distance at every measured step.
 """
@@ -11,6 +15,8 @@ Writes ablations.json: means and deviations over seeds at the end, and the dista
 from __future__ import annotations
 
 import argparse
+import itertools
+import json
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +65,20 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
+def with_grid(variants: dict[str, dict[str, Any]], settings: list[str]) -> dict[str, dict[str, Any]]:
+    """Every variant with every combination of `settings`, each of the form section.field=value,value (values are json)."""
+    axes = []
+    for setting in settings:
+        key, _, values = setting.partition("=")
+        axes.append([(key, value) for value in values.split(",")])
+    return {
+        "-".join([name, *(f"{key.split('.')[-1]}={value}" for key, value in chosen)]): dotted
+        | {key: json.loads(value) for key, value in chosen}
+        for name, dotted in variants.items()
+        for chosen in itertools.product(*axes)
+    }
+
+
 def overridden(config: RunConfig, dotted: dict[str, Any]) -> RunConfig:
     """`config` with some fields replaced."""
     config = config.override(dotted)
@@ -72,6 +92,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS))
+    parser.add_argument(
+        "--grid", nargs="+", default=[], metavar="SECTION.FIELD=VALUE,VALUE", help="settings to combine"
+    )
     parser.add_argument("--steps", type=int)
     parser.add_argument("--images", type=int, default=1000)
     parser.add_argument("--features", help="extractor; not needed for digits")
@@ -79,13 +102,13 @@ def main() -> None:
     options = parser.parse_args()
     config = override(recipe(options.recipe), data=options.data, steps=options.steps)
     config, features, weights = with_defaults(config, options.out, features=options.features)
-    variants = {name: overridden(config, VARIANTS[name]) for name in options.variants}
+    overrides = with_grid({name: VARIANTS[name] for name in options.variants}, options.grid)
+    variants = {name: overridden(config, dotted) for name, dotted in overrides.items()}
     chosen = Comparison(config, variants, tuple(options.seeds), options.out, options.images, features, weights)
     results = compare(chosen, workers=options.workers)
     table = rows(results, tuple(variants))
     curves = {name: mean_curve(results, name) for name in variants}
     settings = {"recipe": options.recipe, "seeds": options.seeds, "images": options.images, "features": features}
-    overrides = {name: VARIANTS[name] for name in variants}
     write_json(options.out / "ablations.json", settings | {"table": table, "curves": curves, "overrides": overrides})
     metric = next(iter(results.values()))[1][-1]["metric"]
     print(html_report.text_table(table, {name: name for name in variants}, metric))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import random
 import shutil
 import socket
 import tempfile
@@ -29,9 +28,10 @@ os.environ.update(
 for name in ("ACCELERATE_MIXED_PRECISION", "ACCELERATE_USE_CPU", "FORCE_COLOR"):
     os.environ.pop(name, None)
 
-import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
+
+from tests.support.shared import seed  # noqa: E402
 
 torch.set_num_threads(1)
 
@@ -45,9 +45,14 @@ def pytest_unconfigure() -> None:
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     """Each test starts with the same seeds, independent of the tests before it."""
-    random.seed(0)
-    np.random.seed(0)  # noqa: NPY002 - libraries draw from the global generator
-    torch.manual_seed(0)
+    seed()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_fixture_setup(fixturedef: pytest.FixtureDef) -> None:
+    """So does a fixture that several tests share: any of them may be the first to need it."""
+    if fixturedef.scope != "function":
+        seed()
 
 
 @pytest.fixture(autouse=True, scope="session")

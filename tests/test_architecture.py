@@ -29,6 +29,7 @@ ORDER = (
     "device",       # which device a process works on
     "sections",     # settings as frozen dataclasses, to and from json
     "fine_tuning",  # settings of a run that starts from given weights
+    "sample_settings",  # settings of a run that say how images are sampled
     "plugins",      # records that other packages add
     "types",        # shapes, batches, draws, outputs; what a backbone and a guidance are
     "flow",         # paths, timestep samplers, the draw of a step
@@ -54,7 +55,7 @@ EXCEPT = {
     "models": "suggest storage sections plugins types flow",
     "methods": "sections plugins types flow",
     "evaluate": "suggest storage types flow encoders",
-    "library": "sections types flow models methods config sampling",  # import selftrans: torch and nothing else
+    "library": "sections types flow models methods config sampling checkpoints",  # import selftrans: torch and nothing else
     "__init__": "library",
 }
 
@@ -117,6 +118,7 @@ COVERED_BY = {
     "data/encode": "unit/data/test_prepare.py",
     "data/manifest": "unit/data/test_dataset.py",
     "data/manifest_text": "unit/data/test_dataset.py",
+    "data/open_samples": "unit/data/test_prepare.py",
     "data/record": "unit/data/test_dataset.py",
     "data/resumable": "integration/test_prepare_parts.py",
     "data/shard_plan": "unit/data/test_prepare.py",
@@ -154,6 +156,7 @@ COVERED_BY = {
     "recipes/mmdit_coco": "unit/recipes/test_recipes.py",
     "recipes/moving_digits": "integration/test_other_data.py",
     "recipes/speech_words": "integration/test_other_data.py",
+    "sample_settings": "unit/test_config.py",
     "train/checkpointing": "unit/train/test_resume.py",
     "train/fitting": "unit/train/test_initial_weights.py",
     "train/given_weights": "unit/train/test_initial_weights.py",
@@ -460,7 +463,7 @@ def test_the_trainer_names_no_method() -> None:
 
 def test_import_needs_torch_only() -> None:
     code = f"import sys; from selftrans import *; print(*[name for name in '{HEAVY}'.split() if name in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert not done.stdout.split()
 

@@ -5,10 +5,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeAlias, TypeVar
+from typing import Any, Literal, TypeVar
 
 from selftrans.fine_tuning import Init, Lora, check_together
 from selftrans.flow import PATHS, TIMES
@@ -16,15 +15,15 @@ from selftrans.methods import registry as methods
 from selftrans.models import registry as models
 from selftrans.models.sit import SiTConfig
 from selftrans.models.spec import ModelConfig
-from selftrans.precision import PRECISIONS
+from selftrans.sample_settings import SAMPLER_NAMES as SAMPLER_NAMES
+from selftrans.sample_settings import Labels as Labels
+from selftrans.sample_settings import SampleConfig as SampleConfig
 from selftrans.sections import OWN, Resume, Section, fields_of, from_plain, setting
 from selftrans.suggest import nearest
 from selftrans.types import Backbone, Conditions
 
 VERSION = 2  #: of the json layout
 DEFAULT_METHOD = methods.DEFAULT
-SAMPLER_NAMES = ("euler", "heun", "ode", "sde")
-Labels: TypeAlias = Literal["balanced", "random"] | tuple[int, ...]
 S = TypeVar("S", bound=Section)
 
 
@@ -79,8 +78,8 @@ class Train(Section):
     path: str = "linear"
     """probability path: linear or cosine"""
     times: str = "systematic"
-    """timestep sampler: systematic (evenly spread over the batch), uniform (independent), lognormal (EDM's) or
-    logitnormal (SD3's and LightningDiT's)"""
+    """timestep sampler: systematic (evenly spread over the batch), uniform (independent), lognormal (EDM's),
+    lognormal_standard (REPA's) or logitnormal (SD3's and LightningDiT's)"""
     cosine: float = setting(0.0, resume="consent")
     """factor of 1 - cos between predicted and true velocity, which is added to the flow loss (LightningDiT: 1)"""
     precision: Literal["fp32", "bf16", "fp16"] = setting("fp32", resume="consent")
@@ -125,73 +124,6 @@ def check_positive(section: Section, name: str) -> None:
     """ValueError unless a setting is above zero."""
     if not getattr(section, name) > 0:
         raise ValueError(f"{section.key}.{name} must be above zero, not {getattr(section, name)}")
-
-
-@dataclass(frozen=True)
-class SampleConfig(Section):
-    """How images are sampled; sampler and steps are the published ones (SiT, REPA)."""
-
-    key, resume = "sample", "free"
-
-    num: int = 64
-    """images"""
-    steps: int = 250
-    """time steps (Heun's method evaluates the model twice in each)"""
-    sampler: Literal["euler", "heun", "ode", "sde"] = "sde"
-    """ode: euler, or heun, which is also called ode; sde: Euler-Maruyama"""
-    guidance_scale: float = 1.0
-    """classifier-free guidance; 1: none"""
-    guidance_interval: tuple[float, float] = (0.0, 1.0)
-    """t within which guidance is on; 0 is data, 1 is noise"""
-    guidance_channels: int | None = None
-    """guide only the first channels of the latents; 3 as in the code of DiT, SiT and LightningDiT; None: all"""
-    time_shift: float = 1.0
-    """k moves the time steps t to k t / (1 + (k - 1) t): above 1 more of them are near the noise; 1: equal steps"""
-    seed: int = 0
-    batch_size: int = 64
-    """changes nothing but speed and memory"""
-    labels: Labels = "balanced"
-    """balanced, random, or a list of classes that repeats"""
-    prompts: tuple[str, ...] | None = None
-    """of models of text: prompts that repeat; None: captions of the data, the same ones every time"""
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """of the model; the integration itself is float32"""
-
-    def check(self) -> None:
-        """Raise ValueError for the first value that cannot be."""
-        (low, high), channels = self.guidance_interval, self.guidance_channels
-        samplers, precisions = sorted(SAMPLER_NAMES), list(PRECISIONS)
-        known = not isinstance(self.labels, str) or self.labels in ("balanced", "random")
-        for good, message in (
-            (self.num >= 1, f"sample.num is {self.num}; ask for at least one image"),
-            (self.batch_size >= 1, f"sample.batch_size is {self.batch_size}; use at least 1"),
-            (self.sampler in SAMPLER_NAMES, f"sample.sampler {self.sampler!r} is unknown; choose from {samplers}"),
-            (self.steps >= 1, f"sample.steps is {self.steps}; use at least 1"),
-            (self.sampler != "sde" or self.steps >= 2, "sample.steps is 1; the SDE needs at least 2"),
-            (0 <= self.guidance_scale < math.inf, f"sample.guidance_scale is {self.guidance_scale}; use 1 for none"),
-            (0 <= low < high <= 1, f"sample.guidance_interval {low} to {high} is no part of [0, 1]; 0 is data"),
-            (
-                channels is None or channels >= 1,
-                f"sample.guidance_channels is {channels}; leave it out for all channels",
-            ),
-            (0 < self.time_shift < math.inf, f"sample.time_shift is {self.time_shift}; use 1 for equal steps"),
-            (self.prompts is None or self.prompts, "sample.prompts is empty; give one prompt at least"),
-            (self.seed >= 0, f"sample.seed is {self.seed}; use a whole number from 0"),
-            (self.precision in PRECISIONS, f"sample.precision {self.precision!r} is unknown; choose from {precisions}"),
-            (known, f"sample.labels {self.labels!r} are unknown; use balanced, random or a list of classes"),
-        ):
-            if not good:
-                raise ValueError(message)
-
-    def settings(self) -> dict[str, Any]:
-        """What an image depends on besides its condition: the sampler has its own name; number and batch size are left out.
-
-        Newer settings are left out at their defaults, so that folders of samples from before can be continued.
-        """
-        other, newer = ("num", "batch_size", "labels", "prompts"), {"guidance_channels": None, "time_shift": 1.0}
-        every = dataclasses.asdict(self).items()
-        kept = {key: value for key, value in every if key not in other and (key, value) not in newer.items()}
-        return kept | {"sampler": "heun" if self.sampler == "ode" else self.sampler}
 
 
 @dataclass(frozen=True)

@@ -31,22 +31,49 @@ class Path(NamedTuple):
     t_of_ratio: Callable[[Tensor], Tensor]  #: t at which sigma / alpha has this value
 
 
-LINEAR = Path(
-    name="linear",
-    alpha=lambda t: 1 - t,
-    sigma=lambda t: t,
-    d_alpha=lambda t: -torch.ones_like(t),
-    d_sigma=lambda t: torch.ones_like(t),
-    t_of_ratio=lambda ratio: ratio / (1 + ratio),
-)
-COSINE = Path(
-    name="cosine",
-    alpha=lambda t: torch.cos(HALF_PI * t),
-    sigma=lambda t: torch.sin(HALF_PI * t),
-    d_alpha=lambda t: -HALF_PI * torch.sin(HALF_PI * t),
-    d_sigma=lambda t: HALF_PI * torch.cos(HALF_PI * t),
-    t_of_ratio=lambda ratio: torch.atan(ratio) / HALF_PI,
-)
+def _one_minus(t: Tensor) -> Tensor:
+    return 1 - t
+
+
+def _itself(t: Tensor) -> Tensor:
+    return t
+
+
+def _minus_one(t: Tensor) -> Tensor:
+    return -torch.ones_like(t)
+
+
+def _one(t: Tensor) -> Tensor:
+    return torch.ones_like(t)
+
+
+def _linear_t(ratio: Tensor) -> Tensor:
+    return ratio / (1 + ratio)
+
+
+def _cos(t: Tensor) -> Tensor:
+    return torch.cos(HALF_PI * t)
+
+
+def _sin(t: Tensor) -> Tensor:
+    return torch.sin(HALF_PI * t)
+
+
+def _d_cos(t: Tensor) -> Tensor:
+    return -HALF_PI * torch.sin(HALF_PI * t)
+
+
+def _d_sin(t: Tensor) -> Tensor:
+    return HALF_PI * torch.cos(HALF_PI * t)
+
+
+def _cosine_t(ratio: Tensor) -> Tensor:
+    return torch.atan(ratio) / HALF_PI
+
+
+# named functions: an objective holds a path, and lambdas cannot be pickled
+LINEAR = Path("linear", _one_minus, _itself, _minus_one, _one, _linear_t)
+COSINE = Path("cosine", _cos, _sin, _d_cos, _d_sin, _cosine_t)
 PATHS = {path.name: path for path in (LINEAR, COSINE)}
 
 
@@ -111,6 +138,14 @@ def lognormal_times(n: int, path: Path, device: torch.device) -> Tensor:
     return path.t_of_ratio(torch.exp(torch.randn(n, device=device) * 1.2 - 1.2))
 
 
+def lognormal_standard_times(n: int, path: Path, device: torch.device) -> Tensor:
+    """(n,) times whose noise-to-signal ratio is log-normal with mean 0 and deviation 1 (REPA's "lognormal", in its loss.py).
+
+    On the linear path the same density as `logitnormal_times`.
+    """
+    return path.t_of_ratio(torch.exp(torch.randn(n, device=device)))
+
+
 def logitnormal_times(n: int, path: Path, device: torch.device) -> Tensor:
     """(n,) times whose logit is standard normal (SD3, 2403.03206, section 3.1; LightningDiT's "lognorm")."""
     return torch.sigmoid(torch.randn(n, device=device))
@@ -120,6 +155,7 @@ TIMES = {
     "systematic": systematic_times,
     "uniform": uniform_times,
     "lognormal": lognormal_times,
+    "lognormal_standard": lognormal_standard_times,
     "logitnormal": logitnormal_times,
 }
 

@@ -1,5 +1,10 @@
 """What `import selftrans` offers: objective, guidances, backbones, samplers, and the records of methods and models."""
 
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
 from selftrans.flow import COSINE, LINEAR, PATHS, draw, interpolate
 from selftrans.methods.guidance import Frozen, Guidance
 from selftrans.methods.objective import Objective
@@ -43,7 +48,20 @@ __all__ = [
     "draw",
     "guided",
     "interpolate",
+    "load",
     "ode",
     "sde",
     "setting",
 ]
+
+
+def load(source: str | Path, *, stage: str | None = None, weights: Literal["ema", "raw"] = "ema") -> Backbone:
+    """The trained model of a run, checkpoint or weights file: a torch module in eval mode, on the CPU.
+
+    Args:
+        stage: of the run; None: its last. weights: the moving average of the weights, or the weights themselves.
+    ValueError where `source` holds no such model. Needs safetensors.
+    """
+    from selftrans.checkpoints.load import load_model
+
+    return load_model(source, stage=stage, weights=weights).model

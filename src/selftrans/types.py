@@ -43,6 +43,29 @@ class Conditions:
             return {TEXT: text, MASK: mask}
         return torch.zeros(1, dtype=torch.long)
 
+    def check_labels(self, cond: Cond, n: int, *, null: bool = False) -> None:
+        """ValueError unless labels (N,) are whole numbers of classes, one for each of `n` samples; text is not looked at.
+
+        Never waits for a device: values are read where they are on the CPU. On a GPU a wrong one stops the process by an
+        assertion of the device that says the same. null: allow the null label, too (num_classes).
+        """
+        if self.kind != "labels" or not isinstance(cond, Tensor):
+            return
+        if cond.dtype not in (torch.int64, torch.int32) or tuple(cond.shape) != (n,):
+            found = f"{str(cond.dtype).removeprefix('torch.')} of shape {tuple(cond.shape)}"
+            raise ValueError(f"labels must be whole numbers (torch.long) of shape ({n},), one per sample, not {found}")
+        last = self.num_classes - (0 if null else 1)
+        if n == 0 or type(cond) is not Tensor or torch.compiler.is_compiling():
+            return
+        fits = ((cond >= 0) & (cond <= last)).all()
+        expected = f"the model has {self.num_classes} classes, so labels are 0 to {self.num_classes - 1}"
+        if cond.device.type == "cuda":
+            torch._assert_async(fits, f"a label is out of range: {expected}")
+        elif cond.device.type == "cpu" and not fits:
+            wrong = int(cond[(cond < 0) | (cond > last)][0])
+            why = " (the null label, which the objective sets by itself)" if wrong == self.num_classes else ""
+            raise ValueError(f"label {wrong}{why} is out of range: {expected}")
+
     def __str__(self) -> str:
         """As messages name it."""
         text = f"text of {self.tokens}x{self.width} by {self.encoder or 'an unnamed encoder'}"
@@ -70,6 +93,7 @@ class Draw(NamedTuple):
     dropped: Cond  #: condition with some samples replaced by the null one, for the student
     even: bool = False  #: t is systematic (one per stratum), so a range holds a bounded number of samples
     features: Tensor | None = None  #: as in the batch
+    step: int = 0  #: number of the training step, from 0
 
 
 class Output(NamedTuple):
@@ -145,10 +169,11 @@ class Backbone(nn.Module):
         """
 
     def truncated(self, block: int) -> Self:
-        """A copy of blocks 1 .. `block`; this model stays as it is."""
-        shallow = copy.deepcopy(self)
+        """A copy of blocks 1 .. `block`; this model stays as it is. No memory is taken for the later blocks."""
+        tensors: dict[int, Any] = {id(tensor): tensor for tensor in (*self.parameters(), *self.buffers())}
+        shallow = copy.deepcopy(self, tensors)  # modules of its own on this model's tensors
         shallow.truncate(block)
-        return shallow
+        return copy.deepcopy(shallow)
 
 
 @contextmanager

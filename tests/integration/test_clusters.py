@@ -158,7 +158,6 @@ class Script(Rank):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
 def test_torchrun_script_restarts_killed_processes(programs, tmp_path):
     run = tmp_path / "a run"
     env = {"DATA": str(toy.digits()), "RUN": str(run), "RECIPE": "digits", "PROCESSES": "2", "RESTARTS": "1"}
@@ -168,7 +167,7 @@ def test_torchrun_script_restarts_killed_processes(programs, tmp_path):
         until(lambda: reached(run) >= 5, script)
         workers = children(script.pid)
         os.kill(workers[1], signal.SIGKILL)
-        assert script.ends(90) == 0
+        assert script.ends() == 0
     finally:
         for pid in (*workers, *children(script.pid), script.pid):
             if alive(pid):
@@ -180,7 +179,6 @@ def test_torchrun_script_restarts_killed_processes(programs, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
 def test_slurm_script_stops_on_signal_and_requeues_itself(programs, tmp_path):
     """USR1 to the batch script only → srun → both processes: one checkpoint, 75, `scontrol requeue`; then it continues."""
     run, requeued = tmp_path / "a run", tmp_path / "requeued"
@@ -190,7 +188,7 @@ def test_slurm_script_stops_on_signal_and_requeues_itself(programs, tmp_path):
     try:
         until(lambda: reached(run) >= 5, script)
         os.kill(script.pid, signal.SIGUSR1)
-        assert script.ends(90) == 75
+        assert script.ends() == 75
     finally:
         script.group(signal.SIGKILL)
         script.wait()
@@ -200,7 +198,7 @@ def test_slurm_script_stops_on_signal_and_requeues_itself(programs, tmp_path):
 
     again = Script("slurm.sbatch", run_of(run, train__steps=at + 5), tmp_path / "again.txt", env)
     try:
-        assert again.ends(90) == 0
+        assert again.ends() == 0
     finally:
         again.group(signal.SIGKILL)
         again.wait()
@@ -223,5 +221,5 @@ def test_prepare_script_divides_the_shards_among_tasks(tmp_path, programs):
     env = os.environ | {"SOURCE": str(pictures), "DATA": str(tmp_path / "shared"), "SLURM_ARRAY_TASK_COUNT": "2"}
     script = ["bash", str(CLUSTERS / "prepare.sbatch"), "--shard-size=4", "--autoencoder=pixel", "--precision=fp32"]
     pair = [subprocess.Popen(script, env=env | {"SLURM_ARRAY_TASK_ID": str(k)}) for k in (1, 2)]
-    assert [process.wait(timeout=100) for process in pair] == [0, 0]
+    assert [process.wait() for process in pair] == [0, 0]
     assert contents(tmp_path / "shared") == contents(tmp_path / "single")

@@ -27,6 +27,7 @@ from selftrans.models.sit import SiT
 from selftrans.train.run import train
 from selftrans.types import Batch, Draw
 from tests.support import toy
+from tests.support.processes import LONGEST, spawn
 from tests.support.toy import quick  # noqa: F401 - a fixture
 
 SHAPE, CLASSES, N = (2, 4, 4), 5, 12
@@ -85,8 +86,7 @@ def share(rank: int, kind: str) -> list[torch.Tensor]:
 
 
 def train_half(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    dist.init_process_group("gloo")
     objective.draw = by_row
     for kind in (*KINDS, "dispersive"):
         mine = gradients(DistributedDataParallel(build(kind)), share(rank, kind))
@@ -105,7 +105,7 @@ KINDS = (
 def halves(tmp_path_factory):
     """A folder with the gradients of two processes, for each kind."""
     folder = tmp_path_factory.mktemp("halves")
-    torch.multiprocessing.spawn(train_half, args=(str(folder),), nprocs=2)
+    spawn(train_half, str(folder))
     return folder
 
 
@@ -154,7 +154,7 @@ def launch(out: Path, *extra: str) -> str:
         [*command, *argv], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
     ) as process:
         try:
-            output, errors = process.communicate(timeout=100)
+            output, errors = process.communicate(timeout=LONGEST)
         except BaseException:
             os.killpg(process.pid, signal.SIGKILL)  # killing the launcher alone would leave its processes running
             raise

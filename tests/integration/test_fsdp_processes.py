@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import weakref
 from pathlib import Path
 
@@ -19,18 +18,15 @@ from selftrans.train.run import train
 from selftrans.types import Backbone, Batch
 from tests.integration import test_distributed as two
 from tests.support import toy
-from tests.support.processes import free_port
+from tests.support.processes import spawn
 from tests.support.toy import quick  # noqa: F401 - a fixture
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(200)]
+pytestmark = pytest.mark.slow
 CPU = torch.device("cpu")
 
 
-def work(rank: int, folder: str, data: str, port: int) -> None:
+def work(rank: int, folder: str, data: str) -> None:
     """One of two processes, which run all checks of this file: writes a file for each check that passed."""
-    settings = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    os.environ |= {name: str(value) for name, value in settings.items()}
-    torch.set_num_threads(1)
     switch_between_sharded_and_ddp(Path(folder), data)
     for part in (weights_that_are_not_finite, guidance_that_ends):
         part(rank)
@@ -86,7 +82,7 @@ def guidance_that_ends(rank: int) -> None:
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     folder = tmp_path_factory.mktemp("parts")
-    torch.multiprocessing.spawn(work, args=(str(folder), str(toy.digits()), free_port()), nprocs=2)
+    spawn(work, str(folder), str(toy.digits()))
     return folder
 
 

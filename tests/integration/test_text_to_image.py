@@ -287,7 +287,6 @@ def test_analysis_has_maps_and_says_that_it_has_no_probes(tmp_path, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
 def test_methods_are_compared_on_captions(tmp_path, capfd):
     sizes = ["--model.width=32", "--model.depth=3", "--model.heads=2", "--model.patch=4", "--train.batch-size=8"]
     sizes += ["--stage1.block=1", "--stage2.student-block=1", "--stage2.teacher-block=2", "--sample.steps=2"]

@@ -126,7 +126,7 @@ def test_freed_memory_is_kept_for_the_next_step() -> None:
         "    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before\n"
         "first, kept = fetched(), keep_memory(); fetched(); print(first, kept, fetched())"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=100)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     first, kept, then = done.stdout.split()
     if kept == "False":
         pytest.skip("the system's malloc is not glibc's")
@@ -189,7 +189,6 @@ needs_compiler = pytest.mark.skipif(
 
 @pytest.mark.slow
 @needs_compiler
-@pytest.mark.timeout(600)
 def test_blocks_are_compiled_once(accelerator: Accelerator, shards: Dataset, tmp_path: Path) -> None:
     """After two steps of each stage nothing is compiled again, neither in later steps nor when guidance ends."""
     from torch._dynamo.utils import counters
@@ -222,7 +221,6 @@ def test_blocks_are_compiled_once(accelerator: Accelerator, shards: Dataset, tmp
 
 @pytest.mark.slow
 @needs_compiler
-@pytest.mark.timeout(600)
 def test_compiled_step_equals_eager_step(accelerator: Accelerator, shards: Dataset, tmp_path: Path) -> None:
     torch._dynamo.reset()
     losses = []

@@ -39,7 +39,6 @@ def slope(samples: list[dict[str, int]], what: str) -> float:
     return float(np.polyfit([sample["step"] / 1000 for sample in samples], [sample[what] for sample in samples], 1)[0])
 
 
-@pytest.mark.timeout(900)
 def test_memory_and_open_files_are_constant_over_5000_steps(tmp_path):
     samples = measure(tmp_path / "long", 5000)
     print({what: round(slope(samples, what), 1) for what in ("rss", "device", "files", "threads", "tensors")})

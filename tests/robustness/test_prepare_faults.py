@@ -184,7 +184,8 @@ def test_resolution_that_does_not_divide_is_refused(pictures: Path, tmp_path: Pa
 def test_moments_that_overflow_float16_are_refused(
     pictures: Path, tmp_path: Path, vae: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from selftrans.encoders.autoencoder import DiffusersAutoencoder, Moments
+    from selftrans.encoders.autoencoder import DiffusersAutoencoder
+    from selftrans.encoders.latent_space import Moments
 
     monkeypatch.setattr(
         DiffusersAutoencoder,

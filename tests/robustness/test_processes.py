@@ -30,14 +30,13 @@ def reached(out: Path, stage: str = "vanilla") -> int:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(240)
 def test_signal_freeze_and_kill_without_a_launcher(tmp_path):
     """Under `srun` or started by hand, no launcher ends the other processes."""
     out = tmp_path / "run"
     with ranks(argv(out), tmp_path / "signal") as pair:
         until(lambda: reached(out) >= 5, pair[0])
         pair[1].send_signal(signal.SIGUSR1)
-        assert [process.ends(90) for process in pair] == [75, 75]
+        assert [process.ends() for process in pair] == [75, 75]
     first = reached(out)
     assert "stopped by SIGUSR1 at step" in pair[1].lines()[-1]
     assert f"stopped by another process at step {first}" in pair[0].lines()[-1]
@@ -46,7 +45,7 @@ def test_signal_freeze_and_kill_without_a_launcher(tmp_path):
         until(lambda: reached(out) >= first + 5, pair[0])
         pair[1].send_signal(signal.SIGSTOP)
         started = time.monotonic()
-        assert pair[0].ends(90) == 1
+        assert pair[0].ends() == 1
         assert time.monotonic() - started > 10, "it ended before the timeout"
     assert "process 0 of 2 ends, because another one is gone or did not answer in time" in pair[0].lines()[-1]
     second = reached(out)
@@ -54,7 +53,7 @@ def test_signal_freeze_and_kill_without_a_launcher(tmp_path):
     with ranks(argv(out), tmp_path / "kill") as pair:
         until(lambda: reached(out) >= second + 5, pair[0])
         pair[0].kill()  # rank 0 holds the store through which the processes communicate
-        assert pair[1].ends(90) == 1
+        assert pair[1].ends() == 1
     assert "process 1 of 2 ends, because another one is gone" in pair[1].lines()[-1]
     assert "Traceback" not in pair[1].output.read_text()
 
@@ -65,7 +64,6 @@ def test_signal_freeze_and_kill_without_a_launcher(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(200)
 def test_torchrun_ends_after_a_kill_and_the_same_command_continues(tmp_path):
     out = tmp_path / "run"
     with torchrun(argv(out), tmp_path / "killed.txt") as launcher:
@@ -73,13 +71,13 @@ def test_torchrun_ends_after_a_kill_and_the_same_command_continues(tmp_path):
         workers = children(launcher.pid)
         assert len(workers) == 2
         os.kill(workers[1], signal.SIGKILL)
-        assert launcher.ends(90) == 1
+        assert launcher.ends() == 1
         assert not [pid for pid in workers if alive(pid)]
     first = reached(out)
     with torchrun(argv(out), tmp_path / "again.txt") as launcher:
         until(lambda: reached(out) >= first + 5, launcher)
         launcher.send_signal(signal.SIGTERM)
-        assert launcher.ends(90) == 1  # torchrun's own status: it forwards the signal but not the 75
+        assert launcher.ends() == 1  # torchrun's own status: it forwards the signal but not the 75
     assert len([line for line in launcher.lines() if "stopped by SIGTERM at step" in line]) == 2
     assert reached(out) > first + 5
 
@@ -89,7 +87,7 @@ def test_wait_for_a_missing_process_ends_after_the_timeout(tmp_path):
     command = argv(tmp_path / "run", {"train.timeout": 3})
     alone = Rank(["selftrans", *command], tmp_path / "output.txt", rank=0, world=2, port=free_port())
     try:
-        assert alone.ends(90) == 1
+        assert alone.ends() == 1
     finally:
         alone.group(signal.SIGKILL)
         alone.wait()
@@ -103,7 +101,7 @@ def test_sampling_by_two_processes_writes_the_same_bytes(tmp_path):
     command = ["sample", str(toy.finished()), "--steps=3", "--batch-size=3"]
     assert main([*command, "--num=12", f"--out={tmp_path / 'alone'}"]) == 0
     with ranks([*command, "--num=12", f"--out={tmp_path / 'shared'}"], tmp_path / "output") as pair:
-        assert [process.ends(90) for process in pair] == [0, 0]
+        assert [process.ends() for process in pair] == [0, 0]
     alone, shared = (toy.tree(tmp_path / name) for name in ("alone", "shared"))
     assert len(alone) == 14 and shared == alone
     assert sum("img" in process.output.read_text() for process in pair) == 1, "one progress bar for both"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from selftrans.data.encode_captions import TextOptions
 from selftrans.data.prepare import prepare
 from tests.support import toy
 from tests.support.pictures import encoded, write
+from tests.support.shared import once
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (30, 40, 220), "grey": (128, 128, 128)}
 PLACES = ("left", "right")
@@ -108,7 +108,7 @@ def prepared(
     return folder / "data"
 
 
-@functools.cache
+@once
 def shared() -> Path:
     """Prepared data with the tiny encoder that all tests share: copy it before you change it."""
     return prepared(toy.place("captioned"))

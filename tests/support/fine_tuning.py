@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ from selftrans.config import RunConfig
 from selftrans.train.run import train
 from tests.support import published_files, toy
 from tests.support.published_files import TINY
+from tests.support.shared import once
 
 FIRST, SECOND = ("cat", "dog", "eel"), ("dog", "fox")
 #: of runs on given weights, whose sizes the model has from there
@@ -18,13 +18,13 @@ TUNED: dict[str, Any] = {
 } | {"method": "vanilla", "train.steps": 4, "train.keep": 0, "train.checkpoint_every": 1}
 
 
-@functools.cache
+@once
 def data(classes: tuple[str, ...], side: int = 8) -> Path:
     """Pictures of noise with these classes."""
     return toy.prepared(toy.place(f"data-{'-'.join(classes)}-{side}"), classes, side=side)
 
 
-@functools.cache
+@once
 def first() -> Path:
     """A run on the first data, without guidance. Its weights are random ones: after a few steps from scratch all gates of a
     model are still closed, and its blocks have no influence."""
@@ -41,7 +41,7 @@ def tuned(dotted: dict[str, Any] | None = None, init: Path | str | None = None) 
     return toy.override(toy.recipe("digits"), TUNED | given | (dotted or {})).restricted()
 
 
-@functools.cache
+@once
 def adapted() -> Path:
     """A finished run of both stages with adapters."""
     run = toy.place("adapted")

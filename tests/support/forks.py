@@ -1,13 +1,14 @@
 """Processes of the real command that start in milliseconds, because they are forked from one with all imports done.
 
 A fresh interpreter needs seconds to import torch. `Forks` starts one server process, which imports what the commands import,
-starts no thread and computes nothing, and forks a child for each command line. The child is an ordinary process with its own
-memory, files and locks, and can be ended by SIGKILL.
+starts no thread and computes no tensor, and forks a child for each command line. The child is an ordinary process with its
+own memory, files and locks, and can be ended by SIGKILL.
 """
 
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import os
 import signal
@@ -16,20 +17,23 @@ import sys
 from pathlib import Path
 from typing import Any
 
+ROOT = Path(__file__).parents[2]
+
 
 def serve() -> None:
     """Loop of the server process: a line in is a command; lines out are the pid of its child and its exit code."""
     import PIL.Image  # noqa: F401
     import sklearn.datasets  # noqa: F401
-    import torch._dynamo  # imported when a model is built on the meta device
+    import torch._dynamo  # noqa: F401 - imported when a model is built on the meta device
 
-    from selftrans import recipes  # noqa: F401
     from selftrans.cli.main import main
-    from selftrans.data.prepare import prepare  # noqa: F401
     from selftrans.sampling import images  # noqa: F401
-    from selftrans.train import run  # noqa: F401
+    from tests.support import toy
 
-    torch.set_num_threads(1)  # before any thread starts: a child does not inherit threads
+    toy.quicken()  # before any thread starts: a child does not inherit threads
+    toy.count_operations()
+    gc.collect()
+    gc.freeze()  # a child does not go through the objects of its parent
     for line in sys.stdin:
         command = json.loads(line)
         child = os.fork()
@@ -66,9 +70,12 @@ class Child:
                 self.wait()
         return self.returncode
 
-    def kill(self) -> None:
+    def send_signal(self, number: int) -> None:
         with contextlib.suppress(ProcessLookupError):
-            os.kill(self.pid, signal.SIGKILL)
+            os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
 
     def wait(self) -> int:
         if self.returncode is None:
@@ -81,7 +88,8 @@ class Forks:
 
     def __init__(self) -> None:
         environment = os.environ | {"PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"}
-        self._server = subprocess.Popen([sys.executable, __file__], stdin=-1, stdout=-1, text=True, env=environment)
+        command = [sys.executable, "-m", "tests.support.forks"]
+        self._server = subprocess.Popen(command, stdin=-1, stdout=-1, text=True, env=environment, cwd=ROOT)
 
     def start(self, argv: list[str], output: Path) -> Child:
         output.touch()  # a child may be killed before it opens the file

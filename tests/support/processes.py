@@ -4,19 +4,50 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random
 import signal
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from multiprocessing import get_context
 from pathlib import Path
+
+import torch
+
+from tests.support import toy
+
+#: seconds within which anything that a test waits for happens, also on a machine that is busy with other work
+LONGEST = 300
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A free port, below those that the system gives to connections: none of them takes it before it is used."""
+    for port in random.SystemRandom().sample(range(20_000, 32_000), 100):  # all tests seed `random` alike
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise AssertionError("none of 100 ports is free")
+
+
+#: imported once, by the process from which those of `spawn` are forked
+PRELOADED = ["torch._dynamo", "torch.distributed.tensor", "tests.support.toy"]
+
+
+def spawn(work: Callable[..., object], *args: object, world: int = 2) -> None:
+    """Run `work(rank, *args)` in `world` processes that find each other as those of a launcher do; fails if one fails."""
+    get_context("forkserver").set_forkserver_preload(PRELOADED)
+    torch.multiprocessing.start_processes(
+        _ranked, (work, args, world, free_port()), nprocs=world, start_method="forkserver"
+    )
+
+
+def _ranked(rank: int, work: Callable[..., object], args: tuple[object, ...], world: int, port: int) -> None:
+    settings = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ |= {name: str(value) for name, value in settings.items()}
+    toy.quicken()
+    work(rank, *args)
 
 
 class Rank(subprocess.Popen):
@@ -46,7 +77,7 @@ class Rank(subprocess.Popen):
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.pid, number)
 
-    def ends(self, seconds: float) -> int:
+    def ends(self, seconds: float = LONGEST) -> int:
         """Its exit status. AssertionError with its output if it does not end in time."""
         try:
             return self.wait(timeout=seconds)
@@ -102,7 +133,7 @@ def alive(pid: int) -> bool:
         return False
 
 
-def until(condition: Callable[[], object], process: subprocess.Popen, seconds: float = 100) -> None:
+def until(condition: Callable[[], object], process: subprocess.Popen, seconds: float = LONGEST) -> None:
     """Wait until `condition` holds. AssertionError with the output of the process if it ends before, or the time is over."""
     end = time.monotonic() + seconds
     while not condition():
@@ -123,7 +154,7 @@ def start(argv: list[str]) -> subprocess.Popen[str]:
 
 def wait_for_lines(process: subprocess.Popen[str], path: Path, count: int) -> None:
     """Wait until a file that the process writes has `count` lines."""
-    deadline = time.monotonic() + 90
+    deadline = time.monotonic() + LONGEST
     while not path.exists() or path.read_bytes().count(b"\n") < count:
         assert process.poll() is None and time.monotonic() < deadline, process.communicate()
         time.sleep(0.005)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from selftrans.data.encode_captions import TextOptions
 from selftrans.data.prepare_buckets import prepare_buckets
 from tests.support import captioned, toy
 from tests.support.pictures import encoded, write
+from tests.support.shared import once
 
 SIZES = ((8, 16), (16, 8), (12, 12))  #: of the pictures, in turn: wide, tall, square
 NAMES = ("6x10", "8x8", "10x6")  #: of their buckets of 8x8 pixels: 8 / sqrt 2 is 5.7, and 64 / 6 is 10.7
@@ -38,7 +38,7 @@ def prepared(folder: Path, **options: Any) -> Path:
     return folder / "data"
 
 
-@functools.cache
+@once
 def shared() -> Path:
     """Such data that all tests share: copy them before you change them."""
     return prepared(toy.place("ratios"))

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 from pathlib import Path
 from typing import Any
 
 from selftrans.config import RunConfig
 from selftrans.train.run import train
 from tests.support import captioned, toy
+from tests.support.shared import once
 
 TEXT_TOY: dict[str, Any] = {
     "data.builtin": None,
@@ -31,7 +31,7 @@ def text_toy(overrides: dict[str, Any] | None = None, data: Path | None = None) 
     return toy.toy({"model.name": "MMDiT-S/2"}).override(TEXT_TOY | path | (overrides or {}))
 
 
-@functools.cache
+@once
 def finished() -> Path:
     """A finished run of both stages, with previews of the last; copy it before you change it."""
     train(text_toy({"train.preview_every": 4}), toy.place("captioned-run"), quiet=True)

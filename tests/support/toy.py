@@ -5,7 +5,6 @@ The shared runs are trained once and used by all tests; copy one before you chan
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 import shutil
@@ -23,11 +22,15 @@ from torch import Tensor
 
 from selftrans.config import RunConfig
 from selftrans.data.prepare import prepare
+from selftrans.methods.guidance import Frozen
+from selftrans.methods.objective import Objective
 from selftrans.methods.registry import METHODS
 from selftrans.recipes import recipe
 from selftrans.train import flops as compute
 from selftrans.train.log import read_log
 from selftrans.train.run import train
+from selftrans.types import Conditions
+from tests.support.shared import once
 
 #: dotted override -> value: every mechanism of training is used within a few steps
 TOY: dict[str, Any] = {
@@ -55,14 +58,20 @@ TOY: dict[str, Any] = {
 def quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Skip what makes toy runs slow. Import it into a test module."""
     before = torch.get_num_threads()
-    torch.set_num_threads(1)  # on such small tensors two threads are slower than one
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    # accelerate runs the garbage collector after every stage, which takes longer than the stage
-    monkeypatch.setattr("accelerate.utils.memory.gc", types.SimpleNamespace(collect=lambda: 0))
-    monkeypatch.setattr(compute, "forward_flops", counted)
-    monkeypatch.setattr(compute, "training_flops", counted_in_training)
+    quicken(monkeypatch)
     yield
     torch.set_num_threads(before)
+
+
+def quicken(patch: pytest.MonkeyPatch | None = None) -> None:
+    """The same for the rest of this process, which a test has started."""
+    patch = patch or pytest.MonkeyPatch()
+    torch.set_num_threads(1)  # on such small tensors two threads are slower than one
+    # accelerate runs the garbage collector after every stage, which takes longer than the stage
+    patch.setattr("accelerate.utils.memory.gc", types.SimpleNamespace(collect=lambda: 0))
+    patch.setattr(compute, "forward_flops", counted)
+    patch.setattr(compute, "training_flops", counted_in_training)
 
 
 KNOWN: dict[Any, int] = {}
@@ -83,6 +92,16 @@ def counted_in_training(backbone: Any, cond: Any) -> int:
     if what not in KNOWN:
         KNOWN[what] = COUNT_IN_TRAINING(backbone, cond)
     return KNOWN[what]
+
+
+def count_operations() -> None:
+    """Count the operations of a toy run of both stages on the digits beforehand; no tensor is computed."""
+    config, conditions = override(recipe("digits"), TOY).restricted(), Conditions("labels", 10)
+    for stage in METHODS[config.method].stages(config):
+        with torch.device("meta"):
+            student, teacher = (config.build_model((1, 8, 8), conditions) for _ in range(2))
+            given = Frozen(teacher, stage.teacher.block(teacher.depth), in_place=True) if stage.teacher else None
+            compute.step_flops(Objective(student, stage.guide(student, given)), conditions.example(), 1)
 
 
 def place(name: str) -> Path:
@@ -112,21 +131,21 @@ def taught_flags() -> list[str]:
     return [flag for flag in flags() if not flag.startswith("--stage1")]
 
 
-@functools.cache
+@once
 def digits() -> Path:
     """The prepared digits, with a mirrored copy of each."""
     prepare("digits", place("digits"), flip=True, progress=False)
     return place("digits")
 
 
-@functools.cache
+@once
 def finished() -> Path:
     """A finished run of both stages, trained without interruption."""
     train(toy(), place("finished"), quiet=True)
     return place("finished")
 
 
-@functools.cache
+@once
 def vanilla() -> Path:
     """A run without guidance."""
     train(toy({"method": "vanilla", "train.steps": 2}), place("vanilla"), quiet=True)

@@ -5,6 +5,8 @@ import torch
 
 import selftrans
 from selftrans import library
+from selftrans.checkpoints.load import load_model
+from tests.support import toy
 
 
 def test_star_import_gives_every_name_of_the_library():
@@ -23,3 +25,25 @@ def test_objective_of_the_library_is_a_module():
     model = selftrans.SiT((1, 4, 4), 3, width=8, depth=2, heads=2, patch=2)
     objective = selftrans.Objective(model)
     assert isinstance(objective, torch.nn.Module) and objective.student is model
+
+
+def test_a_trained_model_in_one_line():
+    model, found = selftrans.load(toy.finished()), load_model(toy.finished())
+    assert isinstance(model, selftrans.Backbone) and not model.training
+    toy.assert_same(dict(model.state_dict()), dict(found.model.state_dict()))
+    first = selftrans.load(toy.finished(), stage="stage1", weights="raw")
+    toy.assert_same(
+        dict(first.state_dict()), dict(load_model(toy.finished(), stage="stage1", weights="raw").model.state_dict())
+    )
+    with pytest.raises(ValueError, match="nowhere does not exist; expected a run directory"):
+        selftrans.load("nowhere")
+
+
+def test_labels_of_no_class_are_refused_when_sampling():
+    model, z = selftrans.SiT((1, 4, 4), 3, width=8, depth=2, heads=2, patch=2), torch.zeros(2, 1, 4, 4)
+    for labels in ([0, 4], [-1, 0]):
+        with pytest.raises(ValueError, match=r"label (4|-1) is out of range: the model has 3 classes"):
+            selftrans.guided(model, torch.tensor(labels))
+        with pytest.raises(ValueError, match="are out of range: this model has 0 to 2, and 3 for no condition"):
+            model(z, torch.zeros(2), torch.tensor(labels))
+    assert selftrans.guided(model, torch.tensor([0, 3]))(z, torch.tensor(1.0)).shape == z.shape

@@ -9,7 +9,7 @@ import os
 import signal
 import subprocess
 import sys
-import time
+import threading
 from pathlib import Path
 
 import pytest
@@ -38,9 +38,8 @@ def names(folder: Path) -> list[str]:
 
 def run(code: str, *arguments: object) -> subprocess.Popen:
     """Start another process, and wait for its first line of output."""
-    process = subprocess.Popen(
-        [sys.executable, "-c", code, *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    process = subprocess.Popen([sys.executable, "-c", code, *map(str, arguments)], **pipes, text=True)
     assert process.stdout is not None and process.stdout.readline() == "ready\n", process.communicate()[1]
     return process
 
@@ -70,7 +69,7 @@ def test_kill_between_write_and_rename_keeps_the_old_file(tmp_path):
     (tmp_path / "x").write_bytes(b"old")
     code = (
         "import sys, time; from pathlib import Path; from selftrans import storage\n"
-        "def stall(path): print('ready', flush=True); time.sleep(60)\n"
+        "def stall(path): print('ready', flush=True); time.sleep(600)\n"
         "storage.sync = stall\n"
         "storage.write_text(Path(sys.argv[1]), 'new')"
     )
@@ -261,8 +260,8 @@ def test_stale_temporaries_are_removed_by_target(tmp_path):
 # ---- locks
 
 HOLD = (
-    "import sys, time; from pathlib import Path; from selftrans.storage import lock_file\n"
-    "with lock_file(Path(sys.argv[1]), shared=sys.argv[2] == 'shared'): print('ready', flush=True); time.sleep(60)"
+    "import sys; from pathlib import Path; from selftrans.storage import lock_file\n"
+    "with lock_file(Path(sys.argv[1]), shared=sys.argv[2] == 'shared'): print('ready', flush=True); sys.stdin.read()"
 )
 
 
@@ -297,11 +296,15 @@ def test_shared_locks_exclude_only_exclusive_ones(tmp_path):
 
 
 def test_waiting_for_a_lock_ends_when_it_is_free(tmp_path):
-    code = HOLD.replace("time.sleep(60)", "time.sleep(0.5)")
-    process = run(code, tmp_path / ".lock", "alone")
-    started = time.monotonic()
+    process, released = run(HOLD, tmp_path / ".lock", "alone"), threading.Event()
+
+    def release() -> None:
+        released.set()
+        process.stdin.close()
+
+    threading.Timer(0.2, release).start()
     with lock_file(tmp_path / ".lock", wait=True):
-        assert time.monotonic() - started > 0.2
+        assert released.is_set()
     assert process.wait() == 0
 
 

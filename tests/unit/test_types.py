@@ -53,6 +53,16 @@ def test_text_of_the_same_encoder_is_the_same_wherever_it_is_stored():
     assert one == dataclasses.replace(one, encoder="owner/clip") != dataclasses.replace(one, sha256="2")
 
 
+def test_labels_are_checked_on_the_cpu_alone():
+    conditions = Conditions("labels", 4)
+    conditions.check_labels(torch.full((2,), 9, device="meta"), 2)  # has no values to read
+    conditions.check_labels(torch.tensor([0, 4]), 2, null=True)
+    Conditions("text", tokens=2, width=2).check_labels(NAMED, 5)
+    Conditions("none").check_labels(torch.zeros(3), 3)
+    with pytest.raises(ValueError, match="label 5 is out of range: the model has 4 classes, so labels are 0 to 3"):
+        conditions.check_labels(torch.tensor([0, 5]), 2, null=True)
+
+
 def test_default_backbone_is_one_part_and_is_not_truncated():
     model = Stub((2, 4, 8), patch=2)
     assert model.tokens == 8 and model.repeated() == [] and not model.recompute

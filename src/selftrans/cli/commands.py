@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 from tyro.conf import Positional
 
-from selftrans.cli.experiment_commands import Analyse, Bench, Classifier, Compare, Evaluate, Quickstart
+from selftrans.cli.experiment_commands import Analyse, Autoencoder, Bench, Classifier, Compare, Evaluate, Quickstart
 from selftrans.cli.options import (
     Command,
     Config,
@@ -57,6 +57,8 @@ class Prepare(Command):
     """of aspect ratios, an odd number: each picture keeps about its shape, between 1:2 and 2:1; --resolution is the square"""
     bucket_multiple: int = 2
     """sides of the buckets' latents are multiples of this: of the models' patch"""
+    standardise: bool = True
+    """pixels: latents of zero mean and unit variance per channel; a folder that was begun without stays without"""
     flip: bool = False
     """store the mirrored pictures too"""
     skip_bad: bool = False
@@ -74,8 +76,7 @@ class Prepare(Command):
     label_column: str | None = None
     """of a parquet file or a data set on the hub; None: found by its type"""
     text: str | None = None
-    """store the captions of the pictures, encoded by this text encoder: one of transformers by hub id or local path (CLIP,
-    T5, BERT, ...; e.g. openai/clip-vit-large-patch14), or `minilm`"""
+    """store captions, encoded by this model of transformers (CLIP, T5, BERT: openai/clip-vit-large-patch14), or `minilm`"""
     text_tokens: int | None = None
     """tokens of a caption, padding included; None: as many as the encoder takes (CLIP 77), 256 at most"""
     text_dtype: Literal["float16", "bfloat16"] = "float16"
@@ -115,31 +116,31 @@ class Prepare(Command):
         from selftrans.data.prepare_features import check_before, prepare_features
         from selftrans.data.sources.clips import MediaOptions
         from selftrans.data.sources.decode import parse_resolution
+        from selftrans.encoders.identity import identity_kind
         from selftrans.precision import dtype_name
 
-        precision = dtype_name(self.precision)
-        of_vae = "float32" if self.features and self.autoencoder == "pixel" and not self.text else precision
+        precision, kind = dtype_name(self.precision), identity_kind(self.autoencoder)
+        of_vae = "float32" if self.features and kind == "pixel" and not self.text else precision
         if self.grid and not self.features:
             warnings.warn("--grid is ignored without --features", stacklevel=2)
         text = self._text()
         media = MediaOptions(**{each.name: getattr(self, each.name) for each in dataclasses.fields(MediaOptions)})
-        resolution = None if self.resolution is None else parse_resolution(self.resolution)
-        not_mine = [name for name in vars(self) if name.startswith(("text", "caption"))]
-        given = self.options("features", "grid", "buckets", "bucket_multiple", *vars(media), *not_mine)
-        given |= {"resolution": resolution, "precision": of_vae, "text": text, "media": media}
+        others = [name for name in vars(self) if name.startswith(("text", "caption", "bucket", "features", "grid"))]
+        given = self.options(*vars(media), *others)
+        given |= {"precision": of_vae, "text": text, "media": media, "standardise": None if self.standardise else False}
+        given["resolution"] = None if self.resolution is None else parse_resolution(self.resolution)
         options: dict[str, Any] = {"grid": self.grid, "batch_size": self.batch_size, "precision": precision}
         if self.features:
-            other = self.buckets is not None or self.autoencoder == "values"
-            check_before(self.features, self.source, self.out, resolution, text=bool(text), other=other, **options)
+            other = self.buckets is not None or kind == "values"
+            check_before(self.features, self.source, self.out, given["resolution"], bool(text), other, **options)
         if self.buckets is not None:
             print(prepare_buckets(**given, buckets=self.buckets, multiple=self.bucket_multiple))
             return
         manifest = prepare(**given, square=bool(self.features))
         print(manifest.summary())
         if self.features:
-            captions = text.source if text else None
-            made = prepare_features(self.source, self.out, self.features, captions=captions, part=self.part, **options)
-            print(made.summary(manifest))
+            options |= {"captions": text and text.source, "part": self.part}
+            print(prepare_features(self.source, self.out, self.features, **options).summary(manifest))
 
     def _text(self) -> TextOptions | None:
         """The options of captions; None without --text."""
@@ -185,10 +186,8 @@ class Train(RecipeCommand[Config]):
         from selftrans.train.run import train
 
         config: Any = self.config
-        if self.data is not None:
-            config = config.override({"data.path": self.data})
-        if self.init is not None:
-            config = config.override({"init.path": self.init})
+        given = {"data.path": self.data, "init.path": self.init}
+        config = config.override({name: value for name, value in given.items() if value is not None})
         if self.teacher is not None:
             option = next((stage.teacher.option for stage in stages(config) if stage.teacher), None)
             if option is None:
@@ -340,6 +339,7 @@ COMMANDS: dict[str, Any] = {
     "sample": Sample,
     "evaluate": Evaluate,
     "classifier": Classifier,
+    "autoencoder": Autoencoder,
     "analyse": Analyse,
     "quickstart": Quickstart,
     "compare": Compare,

@@ -1,4 +1,4 @@
-"""The commands that measure: evaluate, classifier, analyse, quickstart, compare, bench. See `commands.py`."""
+"""The commands that measure: evaluate, classifier, autoencoder, analyse, quickstart, compare, bench. See `commands.py`."""
 
 from __future__ import annotations
 
@@ -81,28 +81,133 @@ class Classifier(Command):
 
 
 @dataclass
+class Autoencoder(Command):
+    """Train a small variational autoencoder on your own pictures, for latents where no published VAE fits.
+
+    DATA is a folder of pixels: what `selftrans prepare SOURCE --out DATA` writes without --autoencoder. OUT becomes a folder
+    that diffusers' AutoencoderKL.from_pretrained loads, and `selftrans prepare SOURCE --out LATENTS --autoencoder OUT` then
+    stores latents, each channel of zero mean and unit variance. Some pictures are held out: reconstructions.png shows them
+    over their reconstructions, autoencoder.json and report.html have PSNR and L1. The same command again continues.
+    """
+
+    data: Positional[Path]
+    """prepared pixels"""
+    out: Path
+    """folder to make"""
+    factor: int = 4
+    """side of a picture / side of its latent: 2, 4 or 8"""
+    channels: int = 4
+    """of a latent"""
+    widths: tuple[int, ...] = ()
+    """channels of the network at each resolution, from the pictures' to the latents' (factor 4: three numbers); more are
+    slower and better. Default: 64, doubled at each step up to 256"""
+    blocks: int = 1
+    """residual blocks at each resolution (decoder: one more)"""
+    attention: bool = True
+    """self-attention at the lowest resolution"""
+    steps: int = 20_000
+    """of training; may be raised later"""
+    batch_size: int = 32
+    """pictures per step"""
+    lr: float = 5e-4
+    """peak learning rate of AdamW; half a cosine brings it to zero"""
+    warmup: int = 200
+    """steps until the peak"""
+    loss: Literal["l1", "l2"] = "l1"
+    """of the reconstruction: absolute or squared differences; l1 is less blurred, l2 has the higher PSNR"""
+    kl_weight: float = 1e-3
+    """of the KL divergence of the posterior from a standard normal; both terms summed over a picture"""
+    perceptual: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
+    """classifier made by `selftrans classifier`: adds the distance in the features of its middle layer; None: no such term"""
+    perceptual_weight: float = 1.0
+    """of that distance"""
+    ema: float = 0.999
+    """decay of the averaged weights, which are the result"""
+    clip: float = 1.0
+    """largest norm of the gradient"""
+    held_out: int = 1000
+    """pictures that are not trained on, a tenth at most"""
+    precision: Literal["fp32", "bf16"] | None = None
+    """None: bf16 on a GPU, fp32 on a CPU"""
+    checkpoint_every: int = 1000
+    """steps from one checkpoint to the next"""
+    seed: int = 0
+    """of weights, order, noise and held-out pictures"""
+
+    def run(self) -> None:
+        from selftrans.experiments.train_autoencoder import summary, train_autoencoder
+        from selftrans.train.autoencoder_network import AutoencoderSettings
+
+        own = ("data", "out", "perceptual", "precision", "checkpoint_every")
+        settings = AutoencoderSettings(**self.options(*own))
+        others = {name: getattr(self, name) for name in own}
+        print(summary(train_autoencoder(settings=settings, **others), self.out))
+
+
+@dataclass
 class Analyse(Command):
-    """PCA maps, linear probes and t-SNE of a run's features, per block and timestep: pictures and analyse.json."""
+    """PCA maps, linear probes and t-SNE of a run's features, per block and timestep: pictures and analyse.json.
+
+    With --target: what the features that a teacher offers to a student consist of, per block and strength of guidance w: how
+    much of f_g = f_u + w (f_c - f_u) a table by label explains, its size, what probes read from it with and without the label
+    that it was computed with, and maps. Writes target.json, target.png and target-maps.png. A run with a stage that is taught
+    is represented by its teacher. RUN_OR_FILE may then also be prepared data with stored features, or with --encoder a vision
+    model.
+    """
 
     run_or_file: RunOrFile
     out: Path
-    """directory for the pictures and analyse.json"""
+    """directory for the pictures and the json"""
     data: Annotated[str | None, tyro.conf.arg(metavar="DIR")] = None
     """prepared data; None: what the run was trained on"""
-    timesteps: tuple[float, ...] = (0.2, 0.4, 0.6)
-    """t of the noisy latents; 0 is data, 1 is noise"""
-    samples: int = 1000
-    """images whose features are analysed"""
-    weights: Weights = "ema"
+    timesteps: Annotated[tuple[float, ...] | None, tyro.conf.arg(aliases=("--t",))] = None
+    """t of the noisy latents; 0 is data, 1 is noise; None: 0.2 0.4 0.6, with --target 0.4 0.5 0.6 0.7 (probes at the first)"""
+    samples: Annotated[int, tyro.conf.arg(aliases=("--images",))] = 1000
+    """images whose features are analysed; --target holds a quarter of them out"""
+    weights: Annotated[
+        Literal["ema", "raw"] | None,
+        tyro.conf.arg(
+            help="ema: the moving average; raw: the weights themselves; None: ema, with --target those that teach"
+        ),
+    ] = None
     stage: Stage = None
+    target: bool = False
+    """analyse what a teacher offers to a student"""
+    blocks: tuple[int, ...] | None = None
+    """with --target: blocks of the teacher (1-based); None: all, or eight of a deep model"""
+    scales: Annotated[tuple[float, ...], tyro.conf.arg(aliases=("--w",))] = (1.0, 2.0, 5.0, 10.0, 30.0)
+    """with --target: w, strengths of guidance on the features"""
+    encoder: bool = False
+    """with --target: RUN_OR_FILE is a vision model of transformers (hub id or folder), as REPA uses; needs --data"""
+    grid: int | None = None
+    """with --encoder: side of its grid of features; None: half the side of the latents"""
+    seed: int = 0
+    """with --target: of the choice of images and of noise"""
     trust: Trust = ()
 
     def run(self) -> None:
-        from selftrans.experiments.analyse_run import analyse
+        if self.target:
+            self.of_target()
+            return
+        given = [name for name in ("blocks", "encoder", "grid", "seed") if getattr(self, name)]
+        if given:
+            raise ValueError(f"--{given[0]} belongs to --target; give both")
+        from selftrans.experiments.analyse_run import TIMES, analyse
 
-        report = analyse(self.run_or_file, **self.options("run_or_file"))
+        options = self.options("run_or_file", "target", "blocks", "scales", "encoder", "grid", "seed")
+        options |= {"timesteps": TIMES if self.timesteps is None else self.timesteps, "weights": self.weights or "ema"}
+        report = analyse(self.run_or_file, **options)
         probes = "probes.png, " if report["probe_accuracy"] else ""
         print(f"pca.png, {probes}tsne-*.png and analyse.json -> {self.out}")
+
+    def of_target(self) -> None:
+        from selftrans.experiments.analyse_target import TIMES, analyse_target
+        from selftrans.experiments.target_report import table
+
+        options = self.options("run_or_file", "target")
+        options["timesteps"] = TIMES if self.timesteps is None else self.timesteps
+        print(table(analyse_target(self.run_or_file, **options)))
+        print(f"target.png, target-maps.png and target.json -> {self.out}")
 
 
 @dataclass

@@ -92,6 +92,11 @@ class SamplingOptions:
     the run's previews"""
     precision: Literal["fp32", "bf16", "fp16"] | None = None
     """of the model; the sampler itself computes in fp32"""
+    decode_with: str | None = None
+    """another VAE that decodes the samples, by hub id or folder (published figures: stabilityai/sd-vae-ft-ema); its latents
+    must have the same shape"""
+    rounding: Literal["nearest", "down"] | None = None
+    """of pixels to whole numbers; down: truncated, as in REPA's release"""
 
     def given(self) -> dict[str, Any]:
         """Those that were set, by name; a file of prompts as its lines. ValueError where it cannot be read."""

@@ -17,10 +17,13 @@ from selftrans.encoders.autoencoder import Autoencoder, load_autoencoder, to_uin
 
 
 @torch.inference_mode()
-def decode_images(autoencoder: Autoencoder, z0: Tensor) -> np.ndarray:
-    """Decode latents (N, C, *S) to pictures, uint8 (N, H, W, C), or to float32 (N, C, *S) when the data are not pictures."""
+def decode_images(autoencoder: Autoencoder, z0: Tensor, rounding: str = "nearest") -> np.ndarray:
+    """Decode latents (N, C, *S) to pictures, uint8 (N, H, W, C), or to float32 (N, C, *S) when the data are not pictures.
+
+    `rounding` is that of `to_uint8`.
+    """
     decoded = autoencoder.decode(z0)
-    return (to_uint8(decoded) if autoencoder.pictures else decoded.float()).cpu().numpy()
+    return (to_uint8(decoded, rounding) if autoencoder.pictures else decoded.float()).cpu().numpy()
 
 
 def decoded_images(

@@ -26,6 +26,7 @@ from selftrans.data.sources.decode import sides, size_text
 from selftrans.data.sources.npz import NpzValues
 from selftrans.data.sources.source import Source
 from selftrans.encoders.autoencoder import Autoencoder, from_uint8
+from selftrans.encoders.identity import identity_kind
 from selftrans.storage import printable, sha256_file
 
 
@@ -43,7 +44,7 @@ class ShardEncoder(ShardPlan):
     def encode(self, decoded: Decoded) -> np.ndarray:
         """Moments (N, copies, M, *S) in the stored dtype. Raises ValueError when they exceed its range."""
         arrays = np.stack(decoded.arrays)  # (N, H, W, C) or (N, C, *S)
-        if self.autoencoder.name == "pixel":
+        if identity_kind(self.autoencoder.name) == "pixel":
             return self._look_up(arrays)
         moments = torch.stack([self.autoencoder.encode(view).stack() for view in self._views(arrays)], dim=1)
         stored = moments.to(NUMBERS[self.dtype][0])
@@ -88,6 +89,11 @@ class ShardEncoder(ShardPlan):
             shape: tuple[int, ...] = (model.channels or channels, *(side // model.downsample for side in size))
         else:
             shape = cast(NpzValues | Clips, self.source).shape
+        shift = model.latent_space.shift
+        if isinstance(shift, tuple) and len(shift) != shape[0]:
+            raise ValueError(
+                f"autoencoder {model.name} has numbers for {len(shift)} channels, the data have {shape[0]}"
+            )
         return Manifest(
             version=VERSION,
             count=0,

@@ -27,7 +27,8 @@ from selftrans.data.record import (
 )
 from selftrans.data.shard_file import Layout, row_bytes
 from selftrans.data.sources.decode import Resolution, size_text
-from selftrans.encoders.autoencoder import LatentSpace
+from selftrans.encoders.identity import identity, identity_kind
+from selftrans.encoders.latent_space import LatentSpace
 from selftrans.storage import printable
 from selftrans.types import Conditions
 
@@ -305,6 +306,9 @@ def _contradictions(manifest: Manifest) -> Iterator[str]:
             yield f"field 'latent_space': {name!r} should have {manifest.shape[0]} entries, not {len(each)}"
     if space.scale == 0 or (isinstance(space.scale, tuple) and 0 in space.scale):
         yield "field 'latent_space': 'scale' is zero"
+    numbers = "(" in manifest.autoencoder and identity_kind(manifest.autoencoder)
+    if numbers and identity(manifest.autoencoder).latent_space != space:
+        yield f"field 'latent_space' is not that of {printable(manifest.autoencoder, 200)}"
     if len(set(manifest.classes)) != len(manifest.classes):
         yield "field 'classes' names a class twice"
     if conditions.kind == "text":

@@ -19,14 +19,15 @@ from selftrans.data.dataset import Dataset
 from selftrans.data.encode import ShardEncoder
 from selftrans.data.encode_captions import CaptionEncoder, TextOptions, check_disk, sizes
 from selftrans.data.manifest import DTYPES, Manifest, Shard
+from selftrans.data.open_samples import open_samples
 from selftrans.data.record import Option
-from selftrans.data.sources.clip_files import kind_of
-from selftrans.data.sources.clips import Clips, MediaOptions, open_clips
-from selftrans.data.sources.decode import Resolution, check_square, size_text
-from selftrans.data.sources.npz import NpzValues, npz_values
-from selftrans.data.sources.open_source import open_source
+from selftrans.data.sources.clips import Clips, MediaOptions
+from selftrans.data.sources.decode import Resolution, size_text
+from selftrans.data.sources.npz import NpzValues
 from selftrans.data.sources.source import Samples, Source, ahead
-from selftrans.encoders.autoencoder import IDENTITIES, Autoencoder, autoencoder_name, load_autoencoder
+from selftrans.data.standardise import OPTION, chosen, plain, standardised
+from selftrans.encoders.autoencoder import Autoencoder, autoencoder_name, load_autoencoder
+from selftrans.encoders.identity import identity_kind
 from selftrans.encoders.media import Video, is_media
 from selftrans.encoders.text import load_text_encoder
 from selftrans.precision import PRECISIONS, dtype_name
@@ -51,6 +52,7 @@ def prepare(
     batch_size: int = 64,
     shard_size: int = 8192,
     dtype: str | None = None,
+    standardise: bool | None = None,
     skip_bad: bool = False,
     device: str | torch.device | None = None,
     precision: str = "float32",
@@ -70,6 +72,8 @@ def prepare(
         resolution: side, or (height, width), to crop and resize to; None keeps the pictures' size. square: refuse others.
         flip: store the moments of the mirrored pictures as a second copy. split, label_column: for tables.
         dtype: of the stored moments; None: float16, or float32 for values. `precision` is that of the network.
+        standardise: the latents of pixels or values have zero mean and unit variance in each channel; None: those of pixels,
+            or as the folder was begun. An autoencoder's name with numbers in brackets (see `identity`) sets them.
         skip_bad: skip unreadable samples and list them in the manifest, instead of stopping at the first.
         text: a text encoder (see `load_text_encoder`), or more options: store captions, which `open_source` describes.
         media: how sounds and videos are read. pictures: those of `source` to encode, opened at `resolution`; None: all.
@@ -81,24 +85,21 @@ def prepare(
     """
     text, out = TextOptions(text) if isinstance(text, str) else text, Path(out)
     mine, earlier = _check(source, out, batch_size, shard_size, dtype, precision, part), resumable.earlier(out)
-    clips = _open_clips(source, resolution, media or MediaOptions(), progress, autoencoder, flip, text)
-    dtype = dtype or _dtype(autoencoder, clips)
-    samples: Samples | None = clips or pictures
-    if autoencoder == "values":
-        samples = _open_values(source, resolution, flip, label_column, text)
-    elif samples is None:
-        samples = _open_pictures(source, resolution, earlier, text, split, label_column, progress, square)
+    samples = open_samples(
+        source, earlier, autoencoder, resolution, flip, split, label_column, text, media, pictures, square, progress
+    )
+    dtype = dtype or _dtype(autoencoder, samples)
     options = _options(samples, autoencoder, resolution, text, media) | {"flip": flip, "shard_size": shard_size}
     options |= {"dtype": dtype, "precision": precision, "split": split, "label_column": label_column}
-    if earlier:
-        resumable.check_options(earlier.plan, options, out)
-        if _covers(earlier, samples) and not _remove_damaged(out, progress):
-            return Manifest.load(out)
+    if chosen(standardise, autoencoder, earlier.plan if earlier else None, media=isinstance(samples, Clips)):
+        options[OPTION] = True
+    if earlier and _finished(earlier, options, samples, out, progress):
+        return Manifest.load(out)
     report_ignored(samples, progress)
     check_faults(samples, source, skip_bad)
     captions = _load_text(samples, text, device, precision, progress) if text else None
-    name = autoencoder if clips is None else clips.normalised().name
-    device, model = load(name, device, "float32" if text and autoencoder in IDENTITIES else precision)
+    name = samples.normalised().name if isinstance(samples, Clips) else autoencoder
+    device, model = load(name, device, "float32" if text and identity_kind(autoencoder) else precision)
     encoder = ShardEncoder(samples, batch_size, shard_size, skip_bad, model, device, flip, dtype, captions)
     return _run(encoder, encoder.plan(str(source), options), out, mine, progress)
 
@@ -146,35 +147,10 @@ def _check(
     return resumable.parse_part(part)
 
 
-def _open_pictures(
-    source: str | Path,
-    resolution: Resolution | None,
-    earlier: resumable.Earlier | None,
-    text: TextOptions | None,
-    split: str,
-    label_column: str | None,
-    progress: bool,
-    square: bool,
-) -> Samples:
-    """Pictures at `resolution`; if that is None, at the resolution with which the folder was begun. `square`: no others."""
-    native = earlier.plan.resolution if earlier and earlier.plan.options.get("resolution") is None else None
-    opened = open_source(
-        source,
-        resolution=resolution or native,
-        split=split,
-        label_column=label_column,
-        captions=text.source if text else None,
-        progress=progress,
-    )
-    if square:
-        check_square(opened.resolution)
-    return opened
-
-
-def _dtype(autoencoder: str, clips: Clips | None) -> str:
+def _dtype(autoencoder: str, samples: Samples) -> str:
     """Of the stored moments by default: sound has a larger range than pixels, and values have any."""
-    sound = clips is not None and not isinstance(clips.media, Video)
-    return "float32" if sound or autoencoder == "values" else "float16"
+    sound = isinstance(samples, Clips) and not isinstance(samples.media, Video)
+    return "float32" if sound or identity_kind(autoencoder) == "values" else "float16"
 
 
 def _options(
@@ -192,26 +168,6 @@ def _options(
         **(text.recorded() if text else {}),
         **(media.given() if media else {}),
     }
-
-
-def _open_clips(
-    source: str | Path,
-    resolution: Resolution | None,
-    media: MediaOptions,
-    progress: bool,
-    autoencoder: str,
-    flip: bool,
-    text: object,
-) -> Clips | None:
-    """Sounds or videos; None for another source. Raises ValueError for an option that only applies to pictures."""
-    if autoencoder == "values":
-        media.refuse("audio rate length bins hop frames grey", "--autoencoder values")
-        return None
-    archives = text is None
-    for name, given in (("flip", flip), ("autoencoder", autoencoder != "pixel"), ("text", text is not None)):
-        if given and kind_of(Path(source), media.frames, archives=archives) in ("sounds", "videos"):
-            raise ValueError(f"--{name} is for pictures; leave it out for sounds and videos")
-    return open_clips(source, media, resolution, progress, archives=archives)
 
 
 def check_faults(samples: Samples, source: str | Path, skip_bad: bool) -> None:
@@ -238,21 +194,13 @@ def _load_text(
     return text
 
 
-def _open_values(
-    source: str | Path, resolution: Resolution | None, flip: bool, label_column: str | None, text: TextOptions | None
-) -> Samples:
-    """Open an npz of values. Raises ValueError for an option that only applies to pictures."""
-    for name, given in (("resolution", resolution is not None), ("flip", flip), ("text", text is not None)):
-        if given:
-            raise ValueError(f"--{name} is for pictures; leave it out with --autoencoder values")
-    if label_column is not None:
-        warnings.warn(f"label_column is ignored: {source} is not a table", stacklevel=3)
-    return npz_values(Path(source))
-
-
-def _covers(earlier: resumable.Earlier, samples: Samples) -> bool:
-    """Whether a folder is complete for these samples."""
-    return earlier.complete and sum(shard.asked for shard in earlier.shards) == len(samples)
+def _finished(
+    earlier: resumable.Earlier, options: dict[str, Option], samples: Samples, out: Path, progress: bool
+) -> bool:
+    """Whether a folder is complete for these samples, with no damaged file. ValueError if begun with other options."""
+    resumable.check_options(earlier.plan, options, out)
+    covers = earlier.complete and sum(shard.asked for shard in earlier.shards) == len(samples)
+    return covers and not _remove_damaged(out, progress)
 
 
 def _remove_damaged(out: Path, progress: bool) -> list[str]:
@@ -268,7 +216,7 @@ def _remove_damaged(out: Path, progress: bool) -> list[str]:
 
 def load(name: str, device: str | torch.device | None, precision: str) -> tuple[torch.device, Autoencoder]:
     """The device (None: a GPU if there is one) and the autoencoder on it."""
-    if name in IDENTITIES or is_media(name):
+    if identity_kind(name) or is_media(name):
         if precision != "float32":
             warnings.warn(f"precision {precision} is ignored: {name} needs no network", stacklevel=3)
         return torch.device("cpu"), load_autoencoder(name)
@@ -317,7 +265,7 @@ def _valid(encoder: ShardEncoder, plan: Manifest, out: Path) -> tuple[Manifest, 
     earlier = resumable.earlier(out)
     if earlier is None:
         return plan, {}
-    resumable.check_plan(earlier.plan, plan, out)
+    resumable.check_plan(plain(earlier.plan), plan, out)
     shards = encoder.shards()
     valid = {s.index: s for s in earlier.shards if s.index in shards and s.asked == encoder.asked(s.index)}
     return replace(plan, features=earlier.plan.features, text=earlier.plan.text), valid
@@ -337,4 +285,4 @@ def _finish(encoder: ShardEncoder, plan: Manifest, out: Path, progress: bool) ->
         raise NoneReadable(
             f"none of the {len(encoder.source)} {plan.unit} is readable; the first: {printable(name)} ({reason})"
         )
-    return resumable.finish(out, plan, shards.values())
+    return resumable.finish(out, standardised(plan, out, shards.values(), progress), shards.values())

@@ -23,6 +23,8 @@ from selftrans.data.sources.clip_files import kind_of
 from selftrans.data.sources.decode import Resolution, resolution_of, size_text, upright_size
 from selftrans.data.sources.open_source import MAX_RESOLUTION, open_source
 from selftrans.data.sources.source import Source, ahead
+from selftrans.data.standardise import share_statistics
+from selftrans.encoders.identity import identity_kind
 from selftrans.storage import lock_file, printable, remove_stale_temporaries
 
 MOST = 99  #: buckets
@@ -50,12 +52,11 @@ def prepare_buckets(
     """Encode pictures of any shape into buckets, see `bucket_sizes`; each picture goes to the nearest aspect ratio.
 
     `out` then holds a folder of each bucket that has pictures, named by their size and made by `prepare`, which takes the
-    other options, and `buckets.json`. Repeat the call to continue it. Of several parts (`part`), the one
-    that ends last writes `buckets.json`. Returns a few lines to print.
-    Raises ValueError as `prepare`, and for a resolution that does not fit, and a folder with anything else in it.
+    other options, and `buckets.json`, which of several parts (`part`) the last one writes. Repeat the call to continue it.
+    Returns a few lines to print. ValueError as `prepare`, for a resolution that does not fit, and a folder with other things.
     """
     text, out = TextOptions(text) if isinstance(text, str) else text, Path(out)
-    if autoencoder == "values" or kind_of(Path(source), None, archives=text is None) in ("sounds", "videos"):
+    if identity_kind(autoencoder) == "values" or kind_of(Path(source), None, archives=not text) in ("sounds", "videos"):
         raise ValueError("--buckets is for pictures; leave it out for sounds, videos and values")
     if not isinstance(resolution, int):
         raise ValueError("--buckets needs --resolution SIDE, of the square whose area the pictures will have")
@@ -89,6 +90,7 @@ def prepare_buckets(
         return f"{out} is not finished: the other parts make the rest, and the last one completes it"
     with lock_file(out / LOCK, wait=True):
         remove_stale_temporaries(out, BUCKETS)
+        share_statistics([out / name for name in made], progress)
         write_names(out, made)
     return Buckets.open(out).summary()
 

@@ -11,64 +11,15 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, cast
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 
+from selftrans.encoders.identity import identity, identity_kind
+from selftrans.encoders.latent_space import LatentSpace, Moments
 from selftrans.storage import first_line
-
-
-class Moments(NamedTuple):
-    """The raw output of an encoder for a batch, not yet scaled."""
-
-    mean: Tensor  #: (N, C, *S)
-    std: Tensor | None  #: (N, C, *S); None when the autoencoder is deterministic
-
-    def stack(self) -> Tensor:
-        """(N, M, *S): mean, then std if there is one, concatenated along the channels."""
-        return self.mean if self.std is None else torch.cat([self.mean, self.std], dim=1)
-
-
-@dataclass(frozen=True)
-class LatentSpace:
-    """Conversion between stored moments and the latents of a model: latents = (sample - shift) * scale."""
-
-    shift: float | tuple[float, ...] = 0.0  #: one number, or one per channel
-    scale: float | tuple[float, ...] = 1.0  #: likewise
-    stochastic: bool = False  #: moments hold the mean and then a standard deviation
-
-    def sample(self, moments: Tensor) -> Tensor:
-        """Stored moments (N, M, *S) to scaled float32 latents (N, C, *S), sampled with torch's default RNG if stochastic."""
-        if not self.stochastic:
-            return self.mean(moments)
-        assert moments.shape[1] % 2 == 0, "stochastic moments are mean and std stacked along the channels"
-        mean, std = moments.float().chunk(2, dim=1)
-        drawn = torch.addcmul(mean, std, torch.randn_like(mean))
-        return drawn.sub_(_per_channel(self.shift, drawn)).mul_(_per_channel(self.scale, drawn))
-
-    def mean(self, moments: Tensor) -> Tensor:
-        """Scaled float32 latents (N, C, *S) of the posterior mean, without sampling."""
-        mean = moments.float().chunk(2, dim=1)[0] if self.stochastic else moments.float()
-        return (mean - _per_channel(self.shift, mean)) * _per_channel(self.scale, mean)
-
-    def unscale(self, latents: Tensor) -> Tensor:
-        """Scaled latents (N, C, *S) to the raw float32 latents that the decoder reads."""
-        raw = latents.float()
-        return raw / _per_channel(self.scale, raw) + _per_channel(self.shift, raw)
-
-
-def _per_channel(value: float | tuple[float, ...], like: Tensor) -> float | Tensor:
-    """A single number unchanged; numbers per channel as a tensor that broadcasts along dim 1 of `like` (N, C, *S)."""
-    return _column(value, like.dim() - 2, like.device) if isinstance(value, tuple) else value
-
-
-@lru_cache(maxsize=16)  # copied to a GPU once, so that no training step waits for it
-def _column(values: tuple[float, ...], spatial: int, device: torch.device) -> Tensor:
-    return torch.tensor(values, device=device).view(-1, *[1] * spatial)  # (C, 1, ...)
 
 
 class Autoencoder(Protocol):
@@ -76,7 +27,7 @@ class Autoencoder(Protocol):
 
     @property
     def name(self) -> str:
-        """ "pixel", "values", a kind of sound or video with its numbers, a hub id, or the absolute path of a folder."""
+        """ "pixel" or "values", a kind of sound or video, each with its numbers; a hub id, or the absolute path of a folder."""
         ...
 
     @property
@@ -104,37 +55,6 @@ class Autoencoder(Protocol):
     def decode(self, latents: Tensor) -> Tensor:
         """Scaled latents (N, C, h, w) to float32 pixels (N, 3 or 1, H, W), clamped to [-1, 1]."""
         ...
-
-
-class PixelAutoencoder:
-    """The identity: the model is trained on pixels."""
-
-    name, pictures, latent_space, channels, downsample = "pixel", True, LatentSpace(), 0, 1
-
-    def encode(self, pixels: Tensor) -> Moments:
-        return Moments(pixels.float(), None)
-
-    def decode(self, latents: Tensor) -> Tensor:
-        return latents.float().clamp(-1, 1)
-
-
-class ValuesAutoencoder:
-    """The identity for data that are not pictures: values (N, C, *S) of any range, never clamped."""
-
-    name, pictures, latent_space, channels, downsample = "values", False, LatentSpace(), 0, 1
-
-    def encode(self, pixels: Tensor) -> Moments:
-        return Moments(pixels.float(), None)
-
-    def decode(self, latents: Tensor) -> Tensor:
-        return latents.float()
-
-
-#: autoencoders without a network
-IDENTITIES: dict[str, type[PixelAutoencoder] | type[ValuesAutoencoder]] = {
-    "pixel": PixelAutoencoder,
-    "values": ValuesAutoencoder,
-}
 
 
 class DiffusersAutoencoder:
@@ -211,7 +131,7 @@ DIFFUSERS_CLASSES = ("AutoencoderKL", "AutoencoderTiny")
 
 def autoencoder_name(name: str) -> str:
     """The name to store: a local folder by its absolute path, so that it is found from any working directory."""
-    return name if name in IDENTITIES or not Path(name).is_dir() else str(Path(name).resolve())
+    return name if identity_kind(name) or not Path(name).is_dir() else str(Path(name).resolve())
 
 
 def load_autoencoder(
@@ -225,24 +145,17 @@ def load_autoencoder(
     Raises ValueError when it does not exist, has an unknown class, has no safetensors, or when its weights do not match
     its config.
     """
-    if name in IDENTITIES:
-        return IDENTITIES[name]()
+    if identity_kind(name):
+        return identity(name)
     from selftrans.encoders.media import is_media, parse_media
 
     if is_media(name):
         return parse_media(name)
     folder, subfolder = _locate(name)
-    config = _read_config(name, folder, subfolder)
-    kind = config.get("_class_name")
-    if kind not in DIFFUSERS_CLASSES:
-        raise ValueError(
-            f"autoencoder {name!r} is of class {kind!r}; supported: pixel, values, {', '.join(DIFFUSERS_CLASSES)}"
-        )
-    import diffusers
-
+    kind, _ = _class_and_config(name, folder, subfolder)
     where = {"subfolder": subfolder} if subfolder else {}
     try:
-        model, info = getattr(diffusers, kind).from_pretrained(
+        model, info = kind.from_pretrained(
             folder, use_safetensors=True, torch_dtype=dtype, output_loading_info=True, **where
         )
     except Exception as error:  # diffusers raises many types; all mean unusable files
@@ -256,9 +169,45 @@ def load_autoencoder(
     return DiffusersAutoencoder(autoencoder_name(name), model, device=device, dtype=dtype)
 
 
-def to_uint8(pixels: Tensor) -> Tensor:
-    """Pixels (N, C, H, W) in [-1, 1] to images (N, H, W, C) uint8, rounded to nearest and clamped."""
-    images = (pixels.float() * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8)
+def load_decoder(own: str, other: str, *, device: torch.device | str, dtype: torch.dtype) -> Autoencoder:
+    """The VAE `other`, to decode latents that were encoded, shifted and scaled by `own`.
+
+    Raises ValueError as `load_autoencoder`, and unless both have latents of the same channels and side.
+    """
+    decoder, encoder = load_autoencoder(other, device=device, dtype=dtype), _without_weights(own)
+    known = (decoder.channels, decoder.downsample, decoder.pictures)
+    if not isinstance(decoder, DiffusersAutoencoder) or known != (encoder.channels, encoder.downsample, True):
+        raise ValueError(
+            f"{other} cannot decode latents of {own}: {_latents(decoder)}, {_latents(encoder)}; give a VAE of the same latents"
+        )
+    decoder.latent_space = encoder.latent_space
+    return decoder
+
+
+def _latents(model: Autoencoder) -> str:
+    if not isinstance(model, DiffusersAutoencoder):
+        return f"{model.name} is no VAE"
+    return f"those of {model.name} have {model.channels} channels and 1/{model.downsample} of the pictures' side"
+
+
+def _without_weights(name: str) -> Autoencoder:
+    """An autoencoder whose network has no weights, for its shapes and its latent space."""
+    from selftrans.encoders.media import is_media
+
+    if identity_kind(name) or is_media(name):
+        return load_autoencoder(name)
+    kind, config = _class_and_config(name, *_locate(name))
+    with torch.device("meta"):
+        model = kind.from_config(config)
+    return DiffusersAutoencoder(autoencoder_name(name), model, device="meta", dtype=torch.float32)
+
+
+def to_uint8(pixels: Tensor, rounding: str = "nearest") -> Tensor:
+    """Pixels (N, C, H, W) in [-1, 1] to images (N, H, W, C) uint8, clamped; rounded to nearest, or `down`."""
+    if rounding == "down":  # in this order, so that it agrees to the last bit with code that does the same
+        images = ((pixels.float() + 1) / 2 * 255).clamp(0, 255).to(torch.uint8)
+    else:
+        images = (pixels.float() * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8)
     return images.permute(0, 2, 3, 1).contiguous()
 
 
@@ -278,6 +227,19 @@ def _locate(name: str) -> tuple[str, str]:
             f"no autoencoder {name!r}: neither 'pixel', nor 'values', nor a folder, nor a hub id such as owner/name"
         )
     return "/".join(parts[:2]), "/".join(parts[2:])
+
+
+def _class_and_config(name: str, folder: str, subfolder: str) -> tuple[Any, dict[str, Any]]:
+    """The class of diffusers that an autoencoder is of, and its config.json. ValueError for any other class."""
+    config = _read_config(name, folder, subfolder)
+    kind = config.get("_class_name")
+    if kind not in DIFFUSERS_CLASSES:
+        raise ValueError(
+            f"autoencoder {name!r} is of class {kind!r}; supported: pixel, values, {', '.join(DIFFUSERS_CLASSES)}"
+        )
+    import diffusers
+
+    return getattr(diffusers, kind), config
 
 
 def _read_config(name: str, folder: str, subfolder: str) -> dict[str, Any]:

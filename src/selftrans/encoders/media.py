@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from selftrans.encoders.autoencoder import LatentSpace, Moments
+from selftrans.encoders.latent_space import LatentSpace, Moments
 from selftrans.storage import printable
 
 FLOOR = 1e-7  #: least power of a mel band before the logarithm

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from selftrans.encoders.latent_space import LatentSpace
 from selftrans.encoders.pretrained import encoder_name, load_model, sha256_of
 from selftrans.storage import first_line
 
@@ -47,6 +48,7 @@ class Encoder:
         # hierarchical models (Swin, ConvNeXt) merge patches: their stride is only known from the output
         self.patch = 0 if hasattr(config, "depths") else _side(config, "patch_size")
         self.channels = int(getattr(config, "num_channels", 3))
+        self.space = LatentSpace()  #: of what `encode` reads; pixels that are standardised have shift and scale
         self.mean, self.std = (torch.tensor(x, dtype=torch.float32).view(1, -1, 1, 1) for x in (mean, std))
         known = inspect.signature(self.model.forward).parameters
         self.options = {"interpolate_pos_encoding": True} if "interpolate_pos_encoding" in known else {}
@@ -65,7 +67,7 @@ class Encoder:
 
     @torch.no_grad()
     def encode(self, pixels: Tensor) -> Tensor:
-        """Pixels (N, 3 or 1, R, R) in [-1, 1] to float32 features (N, T, D), on the device of the pixels."""
+        """Pixels (N, 3 or 1, R, R), in [-1, 1] once `space` undid the scale, to float32 features (N, T, D) on their device."""
         features = self._grid(pixels, self.size)  # (N, h, h, D)
         if features.shape[1] != self.side:
             x = features.permute(0, 3, 1, 2)
@@ -79,7 +81,7 @@ class Encoder:
         if weight.device != pixels.device or self.mean.device != pixels.device:
             self.model.to(pixels.device)
             self.mean, self.std = self.mean.to(pixels.device), self.std.to(pixels.device)
-        x = (pixels.float() + 1) / 2
+        x = (self.space.unscale(pixels) + 1) / 2
         if x.shape[-1] != size:
             x = F.interpolate(x, size=(size, size), mode="bicubic", antialias=True, align_corners=False)
         if x.shape[1] == 1 < self.channels:

@@ -218,7 +218,7 @@ def pca_grid(
     if len(set(counts.values())) != 1:
         raise ValueError(f"rows of a grid have different numbers of pictures, {counts}; give the same number to each")
     size = 1.4 + cell * max(counts.values()), cell * len(rows) + 0.1 + 0.3 * bool(title) + 0.2 * bool(columns)
-    figure = _blank(size, pad=0.02)
+    figure = blank_figure(size, pad=0.02)
     grid = figure.subplots(len(rows), max(counts.values()), squeeze=False)
     for row, (name, maps) in zip(grid, rows.items(), strict=True):
         for axes, picture in zip(row, maps, strict=True):
@@ -278,7 +278,7 @@ def _png(image: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def _blank(size: tuple[float, float], pad: float = 0.04) -> Figure:
+def blank_figure(size: tuple[float, float], pad: float = 0.04) -> Figure:
     """A figure outside pyplot's registry: it need not be closed and selects no backend. Sizes in inches."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -292,7 +292,7 @@ def _blank(size: tuple[float, float], pad: float = 0.04) -> Figure:
 
 def _figure(title: str, size: tuple[float, float]) -> tuple[Figure, Axes]:
     """A figure with one pair of axes, without a box, with a light grid behind the data."""
-    figure = _blank(size)
+    figure = blank_figure(size)
     axes = figure.subplots()
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color(INK)

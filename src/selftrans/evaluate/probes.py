@@ -84,14 +84,25 @@ def linear_probe(
         order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))
         held_out = min(max(1, round(test_fraction * len(x))), len(x) - 1)
         x, y, test = x[order[held_out:]], y[order[held_out:]], (x[order[:held_out]], y[order[:held_out]])
+    guesses = class_guesses(x, y, test[0], kind=kind)
+    return (guesses == test[1].to(x.device).long()).double().mean().item()
+
+
+def class_guesses(features: Tensor, labels: Tensor, others: Tensor, *, kind: str = "logistic") -> Tensor:
+    """Classes (M,) of `others` (M, F) or (M, T, D) by a linear classifier fitted on features (N, F) or (N, T, D).
+
+    Both are standardised by the mean and deviation of `features`. `kind` as for `linear_probe`. Raises ValueError for invalid
+    arguments.
+    """
+    x = pool(features).double()
+    y = labels.long().to(x.device)
     if len(torch.unique(y)) < 2:
         raise ValueError("a probe needs at least two classes among the images that it is fitted on")
     if kind not in PROBES:
         raise ValueError(f"unknown probe {kind!r}; choose from {', '.join(PROBES)}")
     mean, deviation = x.mean(dim=0), x.std(dim=0, correction=0)
     deviation = torch.where(deviation > 1e-12, deviation, 1.0)  # a constant feature stays zero
-    guesses = PROBES[kind]((x - mean) / deviation, y, (pool(test[0]).to(x) - mean) / deviation)
-    return (guesses == test[1].to(x.device).long()).double().mean().item()
+    return PROBES[kind]((x - mean) / deviation, y, (pool(others).to(x) - mean) / deviation)
 
 
 def ridge_guesses(x: Tensor, y: Tensor, x_test: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from selftrans.data.dataset import Dataset
 from selftrans.data.decoded import data_latents, decode_images
 from selftrans.device import default_device
 from selftrans.encoders.autoencoder import load_autoencoder
+from selftrans.encoders.identity import scales_differ
 from selftrans.evaluate.plots import as_pictures, curves, pca_grid, save, scatter
 from selftrans.evaluate.probes import collect, linear_probe, pca_maps, tsne
 from selftrans.experiments.reference import training_data
@@ -25,6 +26,7 @@ from selftrans.flow import PATHS
 from selftrans.storage import check_writable, printable, write_json
 from selftrans.types import Backbone, Cond, map_cond
 
+TIMES = (0.2, 0.4, 0.6)  #: of the noisy latents
 MAPPED = 8  #: images whose features are shown as PCA maps
 
 
@@ -99,6 +101,11 @@ def null_of(model: Backbone, count: int) -> Cond:
 def _check_fit(loaded: LoadedModel, dataset: Dataset) -> None:
     """ValueError unless the data have the shape and number of classes of the model; for one of text, only the shape."""
     manifest, model = dataset.manifest, loaded.model
+    if scales_differ(loaded.autoencoder, manifest.autoencoder):
+        raise ValueError(
+            f"the run was trained on {printable(loaded.autoencoder)}, the data are {printable(manifest.autoencoder)}, at "
+            f"another scale; prepare them with --autoencoder '{printable(loaded.autoencoder)}'"
+        )
     if manifest.shape == model.shape and model.conditions.kind == "text":
         return
     if manifest.shape != model.shape or manifest.num_classes != model.conditions.num_classes:

@@ -20,6 +20,7 @@ from selftrans.config import RunConfig, to_json
 from selftrans.data.buckets import open_data
 from selftrans.data.dataset import Manifest
 from selftrans.data.prepare import prepare_builtin
+from selftrans.encoders.identity import identity_kind
 from selftrans.evaluate.extractors import MAX_VALUES, load_extractor
 from selftrans.evaluate.plots import save
 from selftrans.experiments import html_report
@@ -142,7 +143,7 @@ def with_defaults(config: RunConfig, out: Path, *, features: str | None = None) 
     manifest, several = dataset.manifest, len(dataset.parts) > 1
     if features is None:
         features, own = "inception" if several else _without_classes(manifest), out / "classifier.safetensors"
-        if manifest.autoencoder == "pixel" and manifest.num_classes > 1 and not several:
+        if identity_kind(manifest.autoencoder) == "pixel" and manifest.num_classes > 1 and not several:
             features = str(own)
             if not own.exists():
                 print(classifier_from_data(str(config.data.path), own, epochs=12, seed=0))

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from selftrans.encoders.identity import identity_kind
 from selftrans.evaluate.plots import (
     COLOURS,
     INK,
@@ -220,7 +221,7 @@ def comparison_page(
         **{name: _settings(config[name]) for name in summary["sections"]},
         "seeds": ", ".join(map(str, summary["seeds"])),
         "distance": f"{summary['metric']}, {summary['images']:,} samples of the averaged weights, to the training data"
-        + ("" if summary["autoencoder"] in ("pixel", "values") else " as the autoencoder decodes them"),
+        + ("" if identity_kind(summary["autoencoder"]) else " as the autoencoder decodes them"),
         "sampler": _settings(sampler),
         "extractor": f"{summary['features']}, sha256 {summary['extractor_sha256']}",
     }

@@ -22,6 +22,7 @@ from selftrans.data.dataset import Dataset, Manifest
 from selftrans.data.decoded import data_latents, decoded_images
 from selftrans.data.sources.decode import sides
 from selftrans.device import default_device
+from selftrans.encoders.identity import identity_kind
 from selftrans.evaluate.extractors import Extractor, load_extractor
 from selftrans.evaluate.metrics import evaluate
 from selftrans.evaluate.probes import collect, linear_probe
@@ -93,7 +94,7 @@ def image_shape(manifest: Manifest) -> tuple[int, ...]:
     """The shape of one decoded image: (H, W, C) of a picture, else (C, *S)."""
     if manifest.resolution is None or manifest.image_channels is None:
         return manifest.shape  # an autoencoder of arrays that are no pictures changes none
-    if manifest.autoencoder == "pixel":
+    if identity_kind(manifest.autoencoder):
         return *manifest.shape[1:], manifest.shape[0]
     return *sides(manifest.resolution), manifest.image_channels
 

@@ -47,6 +47,13 @@ class Guidance(nn.Module):
         """The term before its weight, and what the log should show, all 0-d tensors."""
         raise NotImplementedError
 
+    def null_rows(self, d: Draw) -> Tensor | None:
+        """Samples (N,), true where the student gets the null condition, besides those dropped. Default None: no others.
+
+        Called before the student, once in a step, after everything in the draw has been drawn.
+        """
+        return None
+
     def watch(self, average: Backbone) -> None:
         """Take the student's moving average, which the trainer updates in place. Default: it is not wanted."""
 
@@ -130,6 +137,19 @@ def capacity(n: int, timestep_range: tuple[float, float]) -> int:
     return min(n, max(1, math.ceil(n * (b - a) - 1e-6)))
 
 
+def within(t: Tensor, timestep_range: tuple[float, float]) -> Tensor:
+    """Which times (N,) lie in the closed range [a, b]."""
+    a, b = timestep_range
+    return (a <= t) & (t <= b)
+
+
+def counted(t: Tensor, timestep_range: tuple[float, float] | None, mode: str) -> Tensor:
+    """Which samples (N,) count in the term of `gate`, by their times."""
+    return (
+        torch.ones_like(t, dtype=torch.bool) if timestep_range is None or mode == "scale" else within(t, timestep_range)
+    )
+
+
 def gate(d: Draw, timestep_range: tuple[float, float] | None, mode: str) -> Gate:
     """The three timestep modes.
 
@@ -140,8 +160,7 @@ def gate(d: Draw, timestep_range: tuple[float, float] | None, mode: str) -> Gate
     n = d.t.shape[0]
     if timestep_range is None:
         return Gate(None, torch.full_like(d.t, 1 / n))
-    a, b = timestep_range
-    inside = (a <= d.t) & (d.t <= b)
+    inside = within(d.t, timestep_range)
     if mode == "scale":
         return Gate(None, (inside.float().mean(dim=0) / n).expand(n))
     assert mode == "select"
@@ -184,6 +203,13 @@ def check_tokens(student: Backbone, teacher: Frozen) -> None:
         )
 
 
+def remaining(step: int, until_step: int | None, fraction: float) -> float:
+    """1, and during the last `fraction` of the steps before `until_step` a linear fall to 0; a function of the step alone."""
+    if until_step is None or not fraction:
+        return 1.0
+    return min(1.0, max(0.0, (until_step - step) / (fraction * until_step)))
+
+
 def check_term(section: Section, weight: float, head_width: int = 1) -> None:
     """ValueError unless lambda is a number from 0 and the head has a width."""
     if not 0 <= weight < math.inf or head_width < 1:
@@ -216,6 +242,11 @@ def feature_error(prediction: Tensor, target: Tensor, norm: str) -> Tensor:
     if norm == "layer":
         target = F.layer_norm(target, target.shape[-1:])
     return (prediction - target).square().mean(dim=(1, 2))
+
+
+def spatial_norm(x: Tensor, gamma: float) -> Tensor:
+    """(x - gamma mean) / std of features (M, T, D), mean and std over the tokens of a sample (iREPA, 2512.10794)."""
+    return (x - gamma * x.mean(dim=1, keepdim=True)) / (x.std(dim=1, keepdim=True) + 1e-6)
 
 
 def token_norm(x: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from selftrans.flow import LINEAR, Path, draw
 from selftrans.methods.guidance import Guidance, Report
-from selftrans.types import Backbone, Batch, Draw
+from selftrans.types import Backbone, Batch, Draw, where_cond
 
 
 class Objective(nn.Module):
@@ -55,13 +55,19 @@ class Objective(nn.Module):
                 )
 
     def forward(self, batch: Batch, step: int) -> tuple[Tensor, Report]:
-        """Loss of a step (0-d, float32) and its parts, detached and still on the device."""
+        """Loss of a step (0-d, float32) and its parts, detached and still on the device. ValueError: labels of no class."""
+        self.student.conditions.check_labels(batch.cond, batch.z0.shape[0])
         null = self.student.null(batch.cond)
         return self.losses(draw(batch, null, path=self.path, times=self.times, drop=self.drop), step)
 
     def losses(self, d: Draw, step: int) -> tuple[Tensor, Report]:
         """The same for a draw already made."""
+        d = d._replace(step=step)
         active = [g for g in self.guidances if g.until_step is None or step < g.until_step]
+        for g in active:
+            rows = g.null_rows(d)
+            if rows is not None:
+                d = d._replace(dropped=where_cond(rows, d.null, d.dropped))
         taps = tuple(sorted({k for g in active for k in g.taps}))
         out = self.student(d.zt, d.t, d.dropped, taps=taps)
         loss = F.mse_loss(out.v.float(), d.v.float())

@@ -6,111 +6,48 @@
                  f_g = f_u + w (f_c - f_u)        f_c = h_k(z_t, t, y),  f_u = h_k(z_t, t, null)
                  L = L_flow + lambda g(t) mean | P(h_s) - f_g |²
 
-h_s is the student's hidden state after block s, P a small head, g(t) the timestep range (`objective.gate`).
+h_s is the student's hidden state after block s, P a small head, g(t) the timestep range (`guidance.gate`).
 Both stages share the student's z_t and t; the student may see a dropped label, the teacher always sees the true one.
+The settings, with the published values as defaults, are in `stage_settings.py`.
 Shape legend: N batch, M samples in the range, T tokens, D width, (C, *S) latent.
 """
 
 from __future__ import annotations
 
-import dataclasses
+import functools
 import math
 import warnings
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor, nn
 
+from selftrans.methods.conv_head import ConvHead, grid_of
 from selftrans.methods.guidance import (
     Frozen,
     Guidance,
     Report,
     check_gate,
-    check_term,
     check_tokens,
+    counted,
     feature_error,
     gate,
-    ineffective_range_mode,
     initialised,
     projector,
+    remaining,
     selected,
+    spatial_norm,
     token_norm,
 )
-from selftrans.methods.spec import MethodSpec, PublishedHeads, Stage, TeacherSpec
-from selftrans.sections import Section, setting
+from selftrans.methods.label_part import LabelPart
+from selftrans.methods.published_heads import published_heads
+from selftrans.methods.spec import MethodSpec, Stage, TeacherSpec
+from selftrans.methods.stage_settings import Stage1, Stage2
 from selftrans.types import Backbone, Conditions, Draw, take_cond
 
 if TYPE_CHECKING:
     from selftrans.config import RunConfig
-
-
-@dataclass(frozen=True)
-class Stage1(Section):
-    """VAE structure guidance of a shallow block."""
-
-    key = "stage1"
-
-    steps: int | None = setting(None, length=True)
-    """steps of stage 1; None: half of train.steps"""
-    block: int = 2
-    """s, the student's guided block (1-based)"""
-    target: Literal["velocity", "latent"] = "velocity"
-    """what the block predicts: the velocity (released code, the paper's figure) or the clean latent (the paper's words)"""
-    weight: float = setting(0.5, resume="consent")
-    """lambda"""
-    timestep_range: tuple[float, float] | None = (0.4, 0.7)
-    """[a, b] in which the term acts; None: everywhere"""
-    range_mode: Literal["select", "scale"] = "select"
-    """select: samples inside the range; scale: all samples, times the fraction inside (the released code)"""
-    head_width: int = 2048
-    """hidden width of the head P"""
-
-    def check(self) -> None:
-        check_term(self, self.weight, self.head_width)
-        if self.steps is not None and self.steps < 1:
-            raise ValueError(f"stage1.steps must be above zero, not {self.steps}; to skip stage 1 give --teacher")
-
-    def ineffective(self) -> dict[str, str]:
-        return ineffective_range_mode(self.timestep_range)
-
-
-@dataclass(frozen=True)
-class Stage2(Section):
-    """Self-guided representation: features of the frozen stage-1 model, guided and matched."""
-
-    key = "stage2"
-
-    teacher: str | None = setting(None, resume="free")  # its weights may not change: checkpoints keep their hash
-    """a run with a stage 1, or a weights file, in place of this run's own stage 1; `--teacher` sets it"""
-    student_block: int | None = None
-    """s, the student's guided block (1-based); None: half of its depth"""
-    teacher_block: int | None = None
-    """k, the teacher's block; None: two thirds of its depth"""
-    scale: float = 30.0
-    """w, strength of classifier-free guidance on the features; 1 is no guidance"""
-    weight: float = setting(0.5, resume="consent")
-    """lambda"""
-    timestep_range: tuple[float, float] | None = (0.4, 0.7)
-    """[a, b] in which the term acts; None: everywhere"""
-    range_mode: Literal["select", "scale"] = "select"
-    """select: samples inside the range; scale: all samples, times the fraction inside (the released code)"""
-    until_step: int | None = 100_000
-    """the term ends here, and teacher and head leave the step; None: never"""
-    target_norm: Literal["none", "layer", "cosine"] = "none"
-    """none: squared error (paper); layer: on LayerNorm(f_g); cosine: 1 - cos per token"""
-    teacher_weights: Literal["raw", "ema"] = "raw"
-    """which weights of the stage-1 run teach"""
-    head_width: int = 2048
-    """hidden width of the head P"""
-
-    def check(self) -> None:
-        check_term(self, self.weight, self.head_width)
-        if not math.isfinite(self.scale):
-            raise ValueError(f"stage2.scale must be a number, not {self.scale}")
-
-    def ineffective(self) -> dict[str, str]:
-        return ineffective_range_mode(self.timestep_range)
 
 
 class StructureGuidance(Guidance):
@@ -147,19 +84,44 @@ class SelfGuidance(Guidance):
     teacher: Frozen
 
     def __init__(self, student: Backbone, teacher: Frozen, config: Stage2) -> None:
+        config.check()
         check_gate(config.timestep_range, config.range_mode)
         check_tokens(student, teacher)
         block = max(1, student.depth // 2) if config.student_block is None else config.student_block
         super().__init__(config.weight, (block,), until_step=config.until_step)
         self.config, self.block, self.teacher = config, block, teacher
-        self.head = projector(student.width, teacher.width, config.head_width)
+        if config.target_norm == "spatial" and student.tokens < 2:
+            raise ValueError(
+                "stage2.target_norm spatial needs several tokens; set a smaller model.patch, or another norm"
+            )
+        self.convolves, self.grid_of = config.head == "conv", functools.partial(grid_of, student.shape, student.grid)
+        self.head: nn.Module = projector(student.width, teacher.width, config.head_width)
+        if self.convolves:
+            self.head = ConvHead(student.grid, student.width, teacher.width)
+        self.labels = None
+        if config.label_part != "keep":
+            self.labels = LabelPart(student.conditions, student.tokens, teacher.width)
 
     def forward(self, d: Draw, feats: dict[int, Tensor]) -> tuple[Tensor, Report]:
         picked = gate(d, self.config.timestep_range, self.config.range_mode)
         hidden = picked.take(feats[self.block])  # (M, T, D)
         target = self.guided_features(d, picked.rows)  # (M, T, D of the teacher)
-        error = feature_error(self.head(hidden).float(), target, self.config.target_norm)  # (M,)
-        return picked.mean(error), {"feature_norm": token_norm(hidden), "target_norm": token_norm(target)}
+        if self.labels is not None:
+            true = d.cond if picked.rows is None else take_cond(d.cond, picked.rows)
+            kept = remaining(d.step, self.until_step, 1.0) if self.config.label_part == "decay" else 0.0
+            target = self.labels(target, true, picked.gain > 0, kept)
+        if self.config.target_norm == "spatial":
+            target = spatial_norm(target, self.config.spatial_gamma)
+        prediction = self.head(hidden, self.grid_of(d.zt)) if self.convolves else self.head(hidden)
+        error = feature_error(prediction.float(), target, self.config.target_norm)  # (M,)
+        term = remaining(d.step, self.until_step, self.config.fade) * picked.mean(error)
+        return term, {"feature_norm": token_norm(hidden), "target_norm": token_norm(target)}
+
+    def null_rows(self, d: Draw) -> Tensor | None:
+        if not self.config.null_rows:
+            return None
+        guided = counted(d.t, self.config.timestep_range, self.config.range_mode)
+        return guided & (torch.rand_like(d.t) < self.config.null_rows)
 
     def guided_features(self, d: Draw, rows: Tensor | None = None) -> Tensor:
         """f_g = f_u + w (f_c - f_u) for the given rows of the draw, (M, T, D) in float32, never with a gradient."""
@@ -197,6 +159,8 @@ def _self_transcendence(config: RunConfig) -> list[Stage]:
     stage1, stage2 = config.section(Stage1), config.section(Stage2)
 
     def guide(student: Backbone, teacher: Frozen) -> Sequence[Guidance]:
+        if stage2.label_part != "keep" and config.train.shard:
+            raise ValueError("train.shard does not go with stage2.label_part: each process would have other means")
         return [SelfGuidance(student, teacher, stage2)]
 
     steps = max(1, config.train.steps // 2) if stage1.steps is None else stage1.steps
@@ -214,49 +178,15 @@ def _self_transcendence(config: RunConfig) -> list[Stage]:
 def _settle(config: RunConfig, conditions: Conditions) -> RunConfig:
     """Without conditions f_c = f_u, so guided features are the features: w = 1, at half the cost."""
     stage2 = config.section(Stage2)
-    if conditions.kind == "none" and stage2.scale != 1:
-        warnings.warn(f"stage2.scale {stage2.scale:g} is ignored: the data have no classes", stacklevel=5)
-        config = config.override({"stage2.scale": 1.0})
+    for name, plain in (("scale", 1.0), ("null_rows", 0.0)) if conditions.kind == "none" else ():
+        if getattr(stage2, name) != plain:
+            warnings.warn(f"stage2.{name} {getattr(stage2, name):g} is ignored: the data have no classes", stacklevel=5)
+            config = config.override({f"stage2.{name}": plain})
     return config
 
 
-def _published_heads(
-    named: Mapping[str, Tensor], arguments: Mapping[str, Any], config: RunConfig
-) -> PublishedHeads | None:
-    """The release's head of stage 1 (`projectors.*`, `projectors_final.linear`), and the settings it was trained with.
-
-    Raises KeyError, TypeError, IndexError or ValueError for options that cannot be used.
-    """
-    if "projectors_final.linear.weight" not in named or "projectors.0.weight" not in named:
-        return None
-    if any(name.startswith("projectors_final.adaLN") for name in named):
-        return None  # of its MMDiT: modulated by the time, which ours is not
-    span, plain = arguments.get("t_range"), config.section(Stage1)
-    stage1 = dataclasses.replace(
-        plain,
-        block=int(arguments.get("encoder_depth", plain.block)),
-        weight=float(arguments.get("proj_coeff", plain.weight)),
-        timestep_range=(float(span[0]), float(span[1])) if span else None if arguments else plain.timestep_range,
-        range_mode="scale",  # what the released code computes
-        head_width=named["projectors.0.weight"].shape[0],
-    )
-    return PublishedHeads((stage1,), PUBLISHED_HEAD, "projectors_final.linear.")
-
-
-#: the release's head of stage 1 -> ours, by their names in a state dict
-PUBLISHED_HEAD = {
-    f"{theirs}.{part}": f"guidances.0.head.{ours}.{part}"
-    for theirs, ours in {
-        "projectors.0": "0.0",
-        "projectors.2": "0.2",
-        "projectors.4": "0.4",
-        "projectors_final.linear": "2",
-    }.items()
-    for part in ("weight", "bias")
-}
-
 #: stage 1 alone, to train.steps
-STRUCTURE = MethodSpec("structure", "stage 1 only", _structure, (Stage1,), published_heads=_published_heads)
+STRUCTURE = MethodSpec("structure", "stage 1 only", _structure, (Stage1,), published_heads=published_heads)
 SELF_TRANSCENDENCE = MethodSpec(
     "self_transcendence", "Self-Transcendence", _self_transcendence, (Stage1, Stage2), _settle
 )

@@ -56,7 +56,7 @@ def build(config: DiTConfig, shape: tuple[int, ...], conditions: Conditions) -> 
     """A freshly initialised DiT for latents (C, *S). ValueError for shapes that it cannot take, and for text."""
     sizes: dict[str, Any] = {**config.sizes(), "patch_frames": config.patch_frames}
     classes = config.num_classes(conditions)
-    options = {key: getattr(config, key) for key in ("qk_norm", "learn_sigma", "schedule")}
+    options = {key: getattr(config, key) for key in ("qk_norm", "learn_sigma", "schedule", "label_std")}
     return DiT(shape, classes, **options, **sizes)
 
 

@@ -7,12 +7,29 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from selftrans.models.layers import FinalLayer, LabelEmbedder, TimestepEmbedder, initialise
-from selftrans.models.patch_transformer import PatchTransformer
+from selftrans.models.layers import LABEL_STD, FinalLayer, LabelEmbedder, TimestepEmbedder, initialise
+from selftrans.models.patch_transformer import PatchTransformer, SizedConfig
 from selftrans.types import Cond, Conditions, Output
+
+LARGEST_STD = 100.0
+
+
+@dataclass(frozen=True)
+class LabelledConfig(SizedConfig):
+    """Settings of a family with published sizes and a table of labels."""
+
+    label_std: float = LABEL_STD
+    """deviation of the label table before training. With the published 0.02 a short run hardly learns to read its labels:
+    0.5 is much faster on small data (docs/results.md)"""
+
+    def check(self) -> None:
+        super().check()
+        if not 0 <= self.label_std <= LARGEST_STD:
+            raise ValueError(f"model.label_std must be between 0 and {LARGEST_STD:g}, not {self.label_std}")
 
 
 class LabelTransformer(PatchTransformer):
@@ -24,6 +41,7 @@ class LabelTransformer(PatchTransformer):
         block: makes a block, a module that maps tokens (N, T, D), condition (N, D) and `block_inputs` to tokens.
         learn_sigma: the output layer carries a second, unused half, as in the original DiT and SiT checkpoints.
         norm: the norm of the last layer; None: LayerNorm.
+        label_std: deviation of the label table before training.
     Raises ValueError when the sizes do not fit each other.
     """
 
@@ -39,6 +57,7 @@ class LabelTransformer(PatchTransformer):
         patch_frames: int = 1,
         learn_sigma: bool = False,
         norm: nn.Module | None = None,
+        label_std: float = LABEL_STD,
     ) -> None:
         super().__init__()
         self.cut(shape, width=width, patch=patch, patch_frames=patch_frames)
@@ -49,7 +68,7 @@ class LabelTransformer(PatchTransformer):
         self.blocks = nn.ModuleList(block() for _ in range(depth))
         out = math.prod(self.cells) * shape[0] * (2 if learn_sigma else 1)
         self.final_layer = FinalLayer(width, out, norm)
-        initialise(self)
+        initialise(self, label_std)
 
     def block_inputs(self, grid: tuple[int, ...]) -> tuple[Tensor, ...]:
         """What each block is called with besides tokens and condition."""

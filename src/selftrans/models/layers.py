@@ -102,15 +102,24 @@ class TimestepEmbedder(nn.Module):
         return self.mlp(waves.to(next(self.mlp.parameters()).dtype))
 
 
+LABEL_STD = 0.02  #: published deviation of an untrained label table (DiT, SiT)
+
+
 class LabelEmbedder(nn.Module):
-    """A learned vector per class, and one for the null label, which is `num_classes`."""
+    """A learned vector per class, and one for the null label, which is `num_classes`. ValueError for other labels."""
 
     def __init__(self, num_classes: int, width: int) -> None:
         super().__init__()
         self.embedding_table = nn.Embedding(num_classes + 1, width)
 
     def forward(self, labels: Tensor) -> Tensor:  # (N,) -> (N, D)
-        return self.embedding_table(labels)
+        try:
+            return self.embedding_table(labels)
+        except IndexError as error:  # on the CPU; a GPU reports it by an assertion of its own
+            classes = self.embedding_table.num_embeddings - 1
+            known = f"0 to {classes - 1}, and {classes} for no condition" if classes else "0, as there are no classes"
+            found = f"{int(labels.min())} to {int(labels.max())}"
+            raise ValueError(f"labels from {found} are out of range: this model has {known}") from error
 
 
 def axis_channels(channels: int, axes: int, remedy: str) -> list[int]:
@@ -200,9 +209,9 @@ def unpatchify(
     return x.permute(order).reshape(n, channels, *(g * p for g, p in zip(grid, cells, strict=True)))
 
 
-def initialise(model: Any) -> None:
+def initialise(model: Any, label_std: float = LABEL_STD) -> None:
     """DiT's initialisation of a model with its module names: Xavier, then zero gates and output, so that each block starts
-    as the identity."""
+    as the identity. `label_std`: deviation of the label table."""
     for module in model.modules():
         if isinstance(module, nn.Linear):
             nn.init.xavier_uniform_(module.weight)
@@ -210,7 +219,7 @@ def initialise(model: Any) -> None:
     projection = model.x_embedder.proj
     nn.init.xavier_uniform_(projection.weight.view(projection.weight.shape[0], -1))
     nn.init.zeros_(projection.bias)
-    nn.init.normal_(model.y_embedder.embedding_table.weight, std=0.02)
+    nn.init.normal_(model.y_embedder.embedding_table.weight, std=label_std)
     for weight in (model.t_embedder.mlp[0].weight, model.t_embedder.mlp[2].weight):
         nn.init.normal_(weight, std=0.02)
     final = model.final_layer

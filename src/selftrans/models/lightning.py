@@ -13,9 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from selftrans.models.label_transformer import LabelTransformer
-from selftrans.models.layers import Mlp, axis_channels, axis_positions
-from selftrans.models.patch_transformer import SizedConfig
+from selftrans.models.label_transformer import LabelledConfig, LabelTransformer
+from selftrans.models.layers import LABEL_STD, Mlp, axis_channels, axis_positions
 from selftrans.models.sit import SIZES as SIT_WIDTHS
 from selftrans.types import Conditions
 
@@ -31,7 +30,7 @@ MLP_RATIO = 4.0
 
 
 @dataclass(frozen=True)
-class LightningConfig(SizedConfig):
+class LightningConfig(LabelledConfig):
     """A LightningDiT. A field left at None comes from the size `name`; the other defaults are the published ones."""
 
     published = LIGHTNING_SIZES
@@ -60,7 +59,7 @@ OPTIONS = ("qk_norm", "swiglu", "rope", "rms_norm", "shift")
 def build(config: LightningConfig, shape: tuple[int, ...], conditions: Conditions) -> LightningDiT:
     """A freshly initialised LightningDiT for latents (C, *S). ValueError for shapes that it cannot take, and for text."""
     sizes: dict[str, Any] = {**config.sizes(), **config.options(), "patch_frames": config.patch_frames}
-    return LightningDiT(shape, config.num_classes(conditions), **sizes)
+    return LightningDiT(shape, config.num_classes(conditions), label_std=config.label_std, **sizes)
 
 
 def rotation_table(channels: int, grid: tuple[int, ...], device: torch.device | None = None) -> Tensor:
@@ -187,6 +186,7 @@ class LightningDiT(LabelTransformer):
         rms_norm: bool = True,
         shift: bool = True,
         learn_sigma: bool = False,
+        label_std: float = LABEL_STD,
     ) -> None:
         options = {"qk_norm": qk_norm, "swiglu": swiglu, "rms_norm": rms_norm, "shift": shift}
         super().__init__(
@@ -199,6 +199,7 @@ class LightningDiT(LabelTransformer):
             patch_frames=patch_frames,
             learn_sigma=learn_sigma,
             norm=_norm(width, rms_norm),
+            label_std=label_std,
         )
         table = rotation_table(width // heads, self.grid).float() if rope else None
         self.register_buffer("rotations", table, persistent=False)

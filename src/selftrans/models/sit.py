@@ -8,9 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from selftrans.models.label_transformer import LabelTransformer
-from selftrans.models.layers import Block
-from selftrans.models.patch_transformer import SizedConfig
+from selftrans.models.label_transformer import LabelledConfig, LabelTransformer
+from selftrans.models.layers import LABEL_STD, Block
 from selftrans.types import Conditions
 
 #: published sizes: width, depth, heads (SiT, table 1)
@@ -25,7 +24,7 @@ SIT_SIZES = {
 
 
 @dataclass(frozen=True)
-class SiTConfig(SizedConfig):
+class SiTConfig(LabelledConfig):
     """The student. A field left at None comes from the published size `name`."""
 
     published = SIT_SIZES
@@ -38,8 +37,9 @@ class SiTConfig(SizedConfig):
 
 def build(config: SiTConfig, shape: tuple[int, ...], conditions: Conditions) -> SiT:
     """A freshly initialised SiT for latents (C, *S). ValueError for shapes that it cannot take, and for text."""
-    sizes: dict[str, Any] = {**config.sizes(), "patch_frames": config.patch_frames}
-    return SiT(shape, config.num_classes(conditions), qk_norm=config.qk_norm, **sizes)
+    options: dict[str, Any] = {key: getattr(config, key) for key in ("patch_frames", "qk_norm", "label_std")}
+    options.update(config.sizes())
+    return SiT(shape, config.num_classes(conditions), **options)
 
 
 class SiT(LabelTransformer):
@@ -58,6 +58,7 @@ class SiT(LabelTransformer):
         mlp_ratio: float = 4.0,
         qk_norm: bool = False,
         learn_sigma: bool = False,
+        label_std: float = LABEL_STD,
     ) -> None:
         super().__init__(
             shape,
@@ -68,4 +69,5 @@ class SiT(LabelTransformer):
             patch=patch,
             patch_frames=patch_frames,
             learn_sigma=learn_sigma,
+            label_std=label_std,
         )

@@ -11,9 +11,11 @@ def _published(name: str, size: str, *, until_step: int) -> RunConfig:
     """Published settings of every size: blocks from the depth (s = 2; then half, and two thirds of it), w = 30.
 
     Stage 1 is half of train.steps, 200k of 400k as published. The data are what `selftrans prepare` makes of ImageNet at 256
-    pixels with stabilityai/sd-vae-ft-mse and --flip: latents 4x32x32, 1000 classes. Two things differ from the published
-    runs: times are spread evenly over the batch (each still uniform on [0, 1]; `--train.times uniform` draws them one by
-    one, as published, and is what range_mode `scale` needs to reproduce the released code's spread), and the EMA warms up.
+    pixels with stabilityai/sd-vae-ft-mse: latents 4x32x32, 1000 classes. No mirrored pictures: neither this method's release
+    nor REPA has them (the original SiT has; `prepare --flip` stores them). Two things differ from the published runs: times
+    are spread evenly over the batch (each still uniform on [0, 1]; `--train.times uniform` draws them one by one, as
+    published, and is what range_mode `scale` needs to reproduce the released code's spread), and the EMA warms up.
+    docs/published-figures.md has the commands of a comparison with the published figures.
     """
     return RunConfig(
         recipe=name,

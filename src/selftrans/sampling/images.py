@@ -23,7 +23,7 @@ from selftrans.config import SampleConfig
 from selftrans.data.decoded import decode_images
 from selftrans.data.sources.decode import Resolution, sides, size_text
 from selftrans.device import default_device
-from selftrans.encoders.autoencoder import Autoencoder, DiffusersAutoencoder, load_autoencoder
+from selftrans.encoders.autoencoder import Autoencoder, DiffusersAutoencoder, load_autoencoder, load_decoder
 from selftrans.models.compiling import compile_model
 from selftrans.precision import PRECISIONS
 from selftrans.sampling.conditioning import Conditioning, conditioning_of
@@ -114,8 +114,8 @@ class Sampler:
                 settings = dataclasses.replace(settings, prompts=loaded.prompts)
             conditioning = conditioning_of(conditions, settings, text_encoder=text_encoder, device=device)
         reduced = device.type == "cuda" and dtype != torch.float32
-        decoder = load_autoencoder(
-            loaded.autoencoder, device=device, dtype=torch.bfloat16 if reduced else torch.float32
+        decoder = _decoder(
+            loaded.autoencoder, settings.decode_with, device, torch.bfloat16 if reduced else torch.float32
         )
         path = flow.PATHS[loaded.config.train.path]
         sampler = cls(loaded.model.to(device), decoder, settings, path, device=device, conditioning=conditioning)
@@ -129,7 +129,7 @@ class Sampler:
             "step": loaded.step,
             "autoencoder": loaded.autoencoder,
             "source": loaded.source,
-        }
+        } | ({"decode_with": decoder.name} if settings.decode_with else {})
         return sampler
 
     @classmethod
@@ -199,7 +199,8 @@ class Sampler:
             sampler = SAMPLERS[settings.sampler]
             shift = settings.time_shift
             z0 = sampler(velocity, noise(), steps=settings.steps, path=self.path, noise=noise, shift=shift)
-        return decode_images(self.autoencoder, z0)  # outside autocast: an autoencoder can overflow in float16
+        # outside autocast: an autoencoder can overflow in float16
+        return decode_images(self.autoencoder, z0, settings.rounding)
 
 
 def overridden(loaded: LoadedModel, overrides: dict[str, Any]) -> SampleConfig:
@@ -216,6 +217,13 @@ def overridden(loaded: LoadedModel, overrides: dict[str, Any]) -> SampleConfig:
                 stacklevel=4,
             )
     return settings
+
+
+def _decoder(own: str, other: str | None, device: torch.device, dtype: torch.dtype) -> Autoencoder:
+    """What decodes latents of the autoencoder `own`: itself, or another one that is asked for."""
+    if other is None:
+        return load_autoencoder(own, device=device, dtype=dtype)
+    return load_decoder(own, other, device=device, dtype=dtype)
 
 
 def worth_compiling(settings: SampleConfig, device: torch.device) -> bool:

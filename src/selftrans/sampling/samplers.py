@@ -124,10 +124,13 @@ def guided(
     """Velocity of a model with classifier-free guidance, v_u + scale (v_c - v_u), for interval[0] <= t <= interval[1].
 
     Both halves are computed as one batch of 2 N. Outside the interval (Kynkäänniemi et al., 2404.07724), or with
-    scale 1, the unconditional half is not computed. A model without conditions is not guided, with a warning.
+    scale 1, the unconditional half is not computed. A model without conditions is not guided, with a warning. ValueError
+    for labels of no class.
     With `channels`, only the first so many of the C channels are guided, and the others are those of v_c (as in the published
     sampling code of DiT, SiT and LightningDiT, with 3).
     """
+    if isinstance(model, Backbone) and isinstance(cond, Tensor):
+        model.conditions.check_labels(cond, cond.shape[0], null=True)
     null = model.null(cond)
     if scale != 1 and all(torch.equal(a, b) for a, b in zip(_tensors(cond), _tensors(null), strict=True)):
         warnings.warn(f"guidance scale {scale} is ignored: the condition is the null condition", stacklevel=2)

@@ -47,6 +47,11 @@ def settle(config: RunConfig, out: Path, manifest: Manifest) -> RunConfig:
             )
         if data.exists() and _read(data, _hashes) != _hashes(manifest.to_json()):
             raise ValueError(f"{out} was trained on other data than {config.data.path}; use that, or another --out")
+        if data.exists() and (was := _read(data, _latent_space)) != _latent_space(manifest.to_json()):
+            raise ValueError(
+                f"{out} was trained on latents with {was}, those of the data are now {_latent_space(manifest.to_json())}; "
+                "prepare the data again as they were, or choose another --out"
+            )
     return config
 
 
@@ -130,6 +135,12 @@ def _read(path: Path, parse: Callable[[str], Any]) -> Any:
 
 def _hashes(manifest: str) -> list[str]:
     return [shard["sha256"] for shard in json.loads(manifest)["shards"]]
+
+
+def _latent_space(manifest: str) -> str:
+    """Shift and scale; pixels that are the same on disk may be standardised or not."""
+    space = json.loads(manifest)["latent_space"]
+    return f"shift {space['shift']} and scale {space['scale']}"
 
 
 def check_data(found: checkpoint.Checkpoint, manifest: Manifest) -> None:

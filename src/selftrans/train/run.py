@@ -25,6 +25,7 @@ from selftrans.data.dataset import Dataset
 from selftrans.data.manifest import BUCKETS, Manifest
 from selftrans.data.on_device import OnDevice
 from selftrans.data.prepare import prepare_builtin
+from selftrans.encoders.identity import scales_differ
 from selftrans.methods.guidance import Frozen
 from selftrans.methods.objective import Objective
 from selftrans.methods.registry import stages
@@ -167,6 +168,12 @@ def data_of_run(config: RunConfig, out: Path, accelerator: Accelerator | None = 
         raise ValueError(f"{path} holds latents {manifest.shape}, but data.shape expects {expected.shape}")
     if expected.classes is not None and expected.classes != manifest.num_classes:
         raise ValueError(f"{path} has {manifest.num_classes} classes, but data.classes expects {expected.classes}")
+    own = expected.autoencoder
+    if own is not None and scales_differ(own, manifest.autoencoder, tolerance=0):
+        raise ValueError(
+            f"{path} holds latents by {manifest.autoencoder}, which data.autoencoder {own} would decode to other pixels; leave "
+            "data.autoencoder out"
+        )
     small = sum(size < config.train.batch_size for size in shards.parts)
     if small and len(shards.parts) > 1 and main:
         warnings.warn(

@@ -13,6 +13,7 @@ from selftrans.checkpoints.load import IMPORTED, LoadedModel, find, load_model
 from selftrans.config import RunConfig
 from selftrans.data.dataset import Dataset
 from selftrans.data.manifest import Manifest
+from selftrans.encoders.identity import identity_kind, scales_differ
 from selftrans.encoders.vision import Encoder, load_encoder
 from selftrans.methods.guidance import Frozen
 from selftrans.methods.spec import Stage, TeacherSpec
@@ -103,6 +104,12 @@ def check_given(found: LoadedModel, config: RunConfig, manifest: Manifest) -> No
             f"is another noise level; give a teacher of that path, or --train.path {path}"
         )
     ours = config.data.autoencoder or manifest.autoencoder
+    if theirs and scales_differ(theirs, manifest.autoencoder):
+        raise ValueError(
+            f"the teacher {source} was trained on {printable(theirs)}, the data are {printable(manifest.autoencoder)}: its "
+            f"features are of another scale; prepare the data with --autoencoder '{printable(theirs)}' (for plain pixel, with "
+            "--no-standardise), or give a teacher of these data"
+        )
     if theirs and ours and theirs != ours:
         warnings.warn(
             f"the teacher {source} names the autoencoder {printable(theirs)}, the data {printable(ours)}; unless both are the "
@@ -137,7 +144,8 @@ def external_encoder(
     prepare = (
         f"`selftrans prepare {manifest.source} --out {dataset.path} --features MODEL`, its other options as they were"
     )
-    if name is not None and manifest.autoencoder != "pixel":
+    pixels = identity_kind(manifest.autoencoder) == "pixel"
+    if name is not None and not pixels:
         raise ValueError(
             f"{dataset.path} holds latents of {manifest.autoencoder}, and encoder {name} reads pixels; store its features "
             f"by {prepare}, and leave the encoder out here"
@@ -150,10 +158,12 @@ def external_encoder(
                 f"encoder {name} gives a square of features, the student's tokens are on {grid}; give data of square "
                 "pictures, or choose another method"
             )
-        return load_encoder(name, grid[0], device=device, dtype=dtype)
+        encoder = load_encoder(name, grid[0], device=device, dtype=dtype)
+        encoder.space = manifest.latent_space
+        return encoder
     try:
         return StoredFeatures(dataset)
     except ValueError as error:
-        if manifest.autoencoder == "pixel":
+        if pixels:
             raise ValueError(f"{error}; or give an encoder by hub id or folder, to be run on the pixels") from error
         raise ValueError(f"{error}: {prepare}") from error

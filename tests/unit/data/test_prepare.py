@@ -22,7 +22,8 @@ from selftrans.data.manifest import Manifest
 from selftrans.data.prepare import prepare, prepare_digits
 from selftrans.data.prepare_features import prepare_features
 from selftrans.data.sources.open_source import open_source
-from selftrans.encoders.autoencoder import LatentSpace, from_uint8, to_uint8
+from selftrans.encoders.autoencoder import from_uint8, to_uint8
+from selftrans.encoders.latent_space import LatentSpace
 from selftrans.types import Batch
 from tests.support.pictures import class_folders, contents, save_vae, stopped_after
 

@@ -12,7 +12,7 @@ import torch
 from selftrans.cli.main import main
 from selftrans.data.dataset import Dataset
 from selftrans.data.prepare import prepare
-from selftrans.encoders.autoencoder import LatentSpace
+from selftrans.encoders.latent_space import LatentSpace
 from selftrans.train.batches import Stream, to_batch
 from selftrans.types import Conditions
 from tests.support.pictures import contents, stopped_after

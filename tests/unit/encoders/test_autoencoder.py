@@ -12,7 +12,8 @@ import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
 from huggingface_hub.constants import HF_HUB_CACHE
 
-from selftrans.encoders.autoencoder import LatentSpace, from_uint8, load_autoencoder, to_uint8
+from selftrans.encoders.autoencoder import from_uint8, load_autoencoder, to_uint8
+from selftrans.encoders.latent_space import LatentSpace
 
 
 def save_kl(folder: Path, **overrides: object) -> AutoencoderKL:

@@ -182,7 +182,6 @@ class Tags(HTMLParser):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(400)
 def test_compare_command(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "compared"
     overrides = ["--model.width", "16", "--model.depth", "3", "--train.batch-size", "16", "--sra.head-width", "8"]
@@ -232,7 +231,6 @@ def test_compare_command(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> N
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
 def test_comparison_continues_with_more_steps_methods_and_seeds(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -265,7 +263,6 @@ def test_comparison_continues_with_more_steps_methods_and_seeds(
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
 def test_data_without_classes_are_compared_too(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """The table omits probe and accuracy, which need classes."""
     labelled, flat = class_folders(tmp_path / "labelled", 12), tmp_path / "flat"
@@ -305,7 +302,6 @@ def test_data_without_classes_are_compared_too(tmp_path: Path, capfd: pytest.Cap
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
 def test_given_teacher_is_used_and_its_cost_is_unknown(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     small = ["--model.width", "16", "--model.depth", "3", "--train.batch-size", "16", "--stage1.head-width", "8"]
     command = ["compare", "digits", "--out", str(tmp_path / "x"), "--images", "24", "--workers", "1", "--steps", "5"]

@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import nn
 
-from selftrans.methods.guidance import Frozen, Guidance, capacity, feature_error, gate, projector, selected
+from selftrans.methods.guidance import Frozen, Guidance, capacity, feature_error, gate, projector, remaining, selected
 from selftrans.models.sit import SiT
+from selftrans.sampling.samplers import guided, ode
 from tests.support.guidances import RANGE, TIMES, data, frozen_stub, stage1, stage2
 from tests.support.stub import Stub, handmade_draw
 
@@ -108,8 +109,23 @@ def test_teacher_is_truncated_after_its_block_and_its_features_stay(in_place):
         assert teacher.model is model and later() is None and last() is None
     else:  # the original model is unchanged
         assert len(model.blocks) == 4 and model.final_layer is not None
-        assert all(p.requires_grad for p in model.parameters()) and model.training
+        assert all(p.requires_grad for p in model.parameters()) and all(m.training for m in model.modules())
+        latents = ode(guided(model, b.cond, scale=2.0), b.z0, steps=2)
+        assert latents.shape == b.z0.shape and latents.isfinite().all()
+        nn.init.zeros_(model.blocks[0].mlp.fc1.weight)  # training it further does not change the teacher
+        assert torch.equal(teacher(b.z0, t, b.cond)[0], feature)
     torch.testing.assert_close(feature, full.feats[2], rtol=0, atol=0)
+
+
+def test_a_truncated_copy_takes_no_memory_for_the_later_blocks(monkeypatch):
+    model = SiT((1, 8, 8), 10, width=16, depth=4, heads=2, patch=2)
+    copied = []
+    copy_parameter = nn.Parameter.__deepcopy__
+    monkeypatch.setattr(
+        nn.Parameter, "__deepcopy__", lambda self, memo: copied.append(self) or copy_parameter(self, memo)
+    )
+    kept = [p.shape for p in model.truncated(1).parameters()]
+    assert [p.shape for p in copied] == kept and len(kept) < len(list(model.parameters()))
 
 
 def test_teacher_moves_to_the_device_of_the_data():
@@ -143,14 +159,14 @@ def test_guided_features_of_a_bf16_teacher_are_as_exact_as_autocast():
             nn.init.normal_(p, std=0.1 if "adaLN" in name else 0.02)
     b, t = data(8, (4, 8, 8)), torch.rand(8) * 0.3 + 0.4
 
-    def guided(teacher, reduced=False):
+    def features(teacher, reduced=False):
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=reduced):
             f_c, f_u = (f.float() + 0 for f in teacher(b.z0, t, b.cond, torch.full_like(b.cond, 10)))
         return f_u + 30 * (f_c - f_u)
 
-    exact = guided(Frozen(copy.deepcopy(model), 6))
-    half = guided(Frozen(copy.deepcopy(model), 6, dtype=torch.bfloat16), reduced=True)
-    usual = guided(Frozen(copy.deepcopy(model), 6), reduced=True)
+    exact = features(Frozen(copy.deepcopy(model), 6))
+    half = features(Frozen(copy.deepcopy(model), 6, dtype=torch.bfloat16), reduced=True)
+    usual = features(Frozen(copy.deepcopy(model), 6), reduced=True)
     wrong, allowed = ((x - exact).norm() / exact.norm() for x in (half, usual))
     assert 0 < wrong < 2 * allowed and wrong < 0.02  # with the sum in bfloat16 it is 0.1 and more
 
@@ -202,3 +218,16 @@ def test_defaults_of_a_guidance():
 )
 def test_number_of_selected_samples(span, mode, expected):
     assert selected(10, span, mode) == expected
+
+
+@pytest.mark.parametrize(
+    ("until_step", "fraction", "values"),
+    [
+        (10, 0.5, {0: 1.0, 5: 1.0, 6: 0.8, 9: 0.2, 10: 0.0, 12: 0.0}),
+        (8, 1.0, {0: 1.0, 2: 0.75, 6: 0.25}),
+        (8, 0.0, {0: 1.0, 7: 1.0}),
+        (None, 0.0, {0: 1.0, 10**9: 1.0}),
+    ],
+)
+def test_remaining_share_by_hand(until_step, fraction, values):
+    assert {step: remaining(step, until_step, fraction) for step in values} == pytest.approx(values)

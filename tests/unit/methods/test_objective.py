@@ -2,6 +2,7 @@
 
 import gc
 import math
+import pickle
 import weakref
 
 import numpy as np
@@ -11,20 +12,20 @@ import torch
 from torch import nn
 
 from selftrans.flow import COSINE, LINEAR
-from selftrans.methods.guidance import Frozen, capacity, gate
+from selftrans.methods.guidance import Frozen, Guidance, capacity, gate
 from selftrans.methods.objective import Objective
 from selftrans.models.sit import SiT
-from selftrans.types import Backbone, Batch
+from selftrans.types import Backbone, Batch, Conditions
 from tests.support.guidances import RANGE, SHAPE, TIMES, data, frozen_stub, stage1, stage2
 from tests.support.stub import Stub, TextStub, handmade_draw, numbers
 
 
-class Ridge(nn.Module):
+class Ridge(Guidance):
     """A guidance outside the package: the mean square of the features of one block times a learned number."""
 
     def __init__(self, name="ridge", block=1, weight=0.5, until_step=None):
-        super().__init__()
-        self.name, self.weight, self.taps, self.until_step = name, weight, (block,), until_step
+        super().__init__(weight, (block,), until_step=until_step)
+        self.name = name
         self.strength = nn.Parameter(torch.tensor(2.0))
         self.seen = []
 
@@ -32,9 +33,6 @@ class Ridge(nn.Module):
         self.seen.append(draw)
         assert tuple(feats) == self.taps or set(self.taps) < set(feats)
         return self.strength * feats[self.taps[0]].square().mean(), {"norm": feats[self.taps[0]].detach().norm()}
-
-    def cost(self, n):
-        return {"head": 0, "teacher": 0}
 
 
 # ---- flow loss
@@ -357,11 +355,35 @@ def test_step_with_even_times_reads_no_value_on_the_host(monkeypatch):
 
     even, independent = sit_objective(), sit_objective("uniform")
     with monkeypatch.context() as patch:
+        patch.setattr(Conditions, "check_labels", lambda *_: None)  # it reads values on the CPU only, as its test shows
         for name in ("__bool__", "__int__", "__float__", "__index__", "item", "tolist", "nonzero", "numpy", "cpu"):
             patch.setattr(torch.Tensor, name, trap(name))
         step(even)
         with pytest.raises(AssertionError, match="makes the host wait"):
             step(independent)
+
+
+def test_labels_of_no_class_are_refused():
+    objective, latents = sit_objective(), torch.zeros(2, 1, 8, 8)
+    for label, message in {10: r"label 10 \(the null label, which", 11: "label 11 is", -1: "label -1 is"}.items():
+        with pytest.raises(ValueError, match=rf"^{message}.* out of range: the model has 10 classes, so .* 0 to 9$"):
+            objective(Batch(latents, torch.tensor([3, label])), 0)
+    objective(Batch(latents, torch.tensor([0, 9], dtype=torch.int32)), 0)
+    for labels in (torch.tensor([3]), torch.tensor([3.0, 4.0]), torch.tensor([[3], [4]])):
+        with pytest.raises(ValueError, match=r"labels must be whole numbers \(torch.long\) of shape \(2,\)"):
+            objective(Batch(latents, labels), 0)
+
+
+@pytest.mark.parametrize("path", [LINEAR, COSINE])
+def test_pickled_objective_gives_the_same_loss(path):
+    objective, b = sit_objective(), data(4, (1, 8, 8))
+    objective.path = path
+    again = pickle.loads(pickle.dumps(objective))
+    losses = []
+    for each in (objective, again):
+        torch.manual_seed(0)
+        losses.append(each(b, 0)[0])
+    assert again is not objective and torch.equal(*losses)
 
 
 def test_step_with_even_times_runs_on_meta_tensors():

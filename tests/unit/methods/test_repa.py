@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import gc
 import math
 import os
@@ -30,6 +29,7 @@ from selftrans.train.batches import Loaded, to_batch
 from selftrans.train.run import train
 from selftrans.train.trainer import Trainer
 from tests.support.pictures import save_vae
+from tests.support.shared import once
 from tests.support.stub import Stub, handmade_draw, mlp_by_hand, numbers, patches_by_hand
 from tests.support.toy import assert_same_run, checkpoint, digits, flags, log, pictures, place, quick, tensors, toy  # noqa: F401
 from tests.support.vision import save_encoder
@@ -41,12 +41,12 @@ def stored(grid: int = 2, width: int = 5) -> SimpleNamespace:
     return SimpleNamespace(grid=(grid, grid), width=width, flops=0, encode=None)
 
 
-@functools.cache
+@once
 def encoder() -> str:
     return save_encoder(place("encoder"))
 
 
-@functools.cache
+@once
 def with_features() -> Path:
     """Mirrored digits with their features."""
     shutil.copytree(digits(), place("digits with features"))
@@ -157,7 +157,7 @@ def test_stored_features_are_those_of_the_chosen_copy() -> None:
 REPA: dict[str, Any] = {"method": "repa", "repa.head_width": 16, "train.steps": 6}
 
 
-@functools.cache
+@once
 def runs() -> tuple[Path, Path]:
     """A run whose encoder sees the pixels, and one on stored features, otherwise the same."""
     live, kept = place("repa live"), place("repa kept")

@@ -26,6 +26,7 @@ from selftrans.methods.self_transcendence import default_teacher_block
 from selftrans.models.sit import SIT_SIZES
 from tests.support.stub import (
     Stub,
+    TextStub,
     gains_by_hand,
     handmade_draw,
     layer_norm_by_hand,
@@ -430,3 +431,107 @@ def test_guidance_depends_on_draw_and_features_only():
     feature = torch.randn(6, 4, 8)
     for g in guidances:
         assert torch.equal(g(d, {2: feature})[0], g(d, {2: feature})[0])
+
+
+# ---- null_rows
+
+
+@pytest.mark.parametrize(("span", "mode"), MODES)
+def test_null_rows_of_one_give_every_guided_sample_the_null_condition(span, mode):
+    student, d = Stub(), handmade_draw(TIMES, dropped=(0,))
+    Objective(student, [guidance(student, frozen(), timestep_range=span, range_mode=mode, null_rows=1.0)]).losses(d, 0)
+    guided = [gain > 0 for gain in gains_by_hand(TIMES, span, mode)]
+    expected = [7 if i == 0 or guided[i] else d.cond[i].item() for i in range(6)]
+    assert student.calls[0]["cond"].tolist() == expected
+
+
+def test_fraction_of_null_rows_follows_the_next_random_numbers():
+    """After the draw of the step, and only where the option is used: the default consumes no random number."""
+    b = Batch(torch.randn(2000, 2, 4, 4), torch.randint(7, (2000,)))
+    seen, states = {}, {}
+    for fraction in (0.0, 0.25):
+        student, teacher = Stub(), frozen()
+        objective = Objective(student, [guidance(student, teacher, null_rows=fraction)])
+        torch.manual_seed(5)
+        objective(b, 0)
+        seen[fraction], states[fraction] = student.calls[0]["cond"], torch.get_rng_state()
+        assert not (teacher.model.calls[0]["cond"][: len(teacher.model.calls[0]["cond"]) // 2] == 7).any()
+    torch.manual_seed(5)
+    d = flow.draw(b, torch.full((2000,), 7))
+    assert torch.equal(seen[0.0], d.dropped) and torch.equal(states[0.0], torch.get_rng_state())
+    inside = (d.t >= 0.4) & (d.t <= 0.7)
+    hidden = inside & (torch.rand(2000) < 0.25)
+    assert torch.equal(seen[0.25], torch.where(hidden, 7, d.dropped)) and 100 < hidden.sum() < 200
+
+
+def test_null_rows_work_with_captions():
+    student, d = TextStub(), handmade_draw(TIMES)
+    captions = {"tokens": torch.randn(6, 3, 2), "mask": torch.ones(6, 3, dtype=torch.bool), "pooled": torch.randn(6, 4)}
+    d = d._replace(cond=captions, null=student.null(captions), dropped=captions)
+    teacher = Frozen(TextStub(abc=TEACHER), 3)
+    Objective(student, [guidance(student, teacher, null_rows=1.0)]).losses(d, 0)
+    seen = student.calls[0]["cond"]
+    for name, given in captions.items():
+        for i, t in enumerate(TIMES):
+            expected = d.null[name][i] if 0.4 <= t <= 0.7 else given[i]
+            assert torch.equal(seen[name][i], expected)
+
+
+# ---- fade
+
+
+def test_term_fades_before_it_ends():
+    """until_step 10, the last half of it: weight 1 at step 5, 0.8 at step 6, 0.2 at step 9, no term at step 10."""
+    student, d = Stub(), handmade_draw(TIMES)
+    objective = Objective(student, [guidance(student, frozen(), fade=0.5, until_step=10, weight=0.7)])
+    full = objective.losses(d, 0)[1]["self"].item()
+    for step, share in ((5, 1.0), (6, 0.8), (9, 0.2)):
+        loss, report = objective.losses(d, step)
+        assert report["self"].item() == pytest.approx(share * full, rel=1e-5)
+        assert loss.item() == pytest.approx(report["flow"].item() + 0.7 * share * full, rel=1e-5)
+    assert set(objective.losses(d, 10)[1]) == {"flow"}
+
+
+# ---- spatial normalisation and the convolutional head
+
+
+@pytest.mark.parametrize("gamma", [0.6, 1.0])
+def test_spatially_normalised_targets_by_hand(gamma):
+    """(x − gamma mean) / (std + 1e-6) per sample and channel over its tokens, std with T − 1, then the squared error."""
+    d, teacher = handmade_draw(TIMES), frozen()
+    g = guidance(Stub(), teacher, target_norm="spatial", spatial_gamma=gamma, timestep_range=None, scale=3.0)
+    g.head = nn.Identity()
+    term, _ = g(d, {2: torch.full((6, 4, 8), 0.5)})
+    errors = []
+    for i in range(6):
+        for channel in guided_by_hand(d, i, 3.0).T:
+            mean, std = sum(channel) / 4, math.sqrt(sum((x - sum(channel) / 4) ** 2 for x in channel) / 3)
+            errors += [(0.5 - (x - gamma * mean) / (std + 1e-6)) ** 2 for x in channel]
+    assert term.item() == pytest.approx(np.mean(errors), rel=1e-4)
+
+
+def test_spatial_normalisation_needs_several_tokens():
+    student, teacher = (Stub(patch=4) for _ in range(2))
+    with pytest.raises(ValueError, match=r"stage2\.target_norm spatial needs several tokens"):
+        guidance(student, Frozen(teacher, 3), target_norm="spatial")
+
+
+def test_term_of_a_convolutional_head_equals_torch_on_the_picture_of_tokens():
+    d, student, teacher = handmade_draw(TIMES), Stub(), frozen(wide=2)
+    g = guidance(student, teacher, head="conv", timestep_range=None, scale=3.0)
+    _, report = Objective(student, [g]).losses(d, 0)
+    tokens = torch.tensor(np.array([student_feature(d, i) for i in range(6)]), dtype=torch.float32)  # (6, 4, 8)
+    picture = tokens.transpose(1, 2).reshape(6, 8, 2, 2)
+    predicted = F.conv2d(picture, g.head.conv.weight, g.head.conv.bias, padding=1).flatten(2).transpose(1, 2)
+    goals = torch.tensor(np.array([guided_by_hand(d, i, 3.0, 2) for i in range(6)]))
+    assert report["self"].item() == pytest.approx((predicted - goals).square().mean().item(), rel=1e-5)
+
+
+def test_convolutional_head_takes_latents_of_another_size():
+    """Of 2 x 8 tokens for a model of 4 x 4: the same number, on another grid."""
+    student = SiT((1, 8, 8), 10, width=16, depth=2, heads=2, patch=2)
+    g = SelfGuidance(student, Frozen(student, 2), Stage2(student_block=1, head="conv", timestep_range=None))
+    grids = []
+    g.head.register_forward_hook(lambda _, args, __: grids.append(args[1]))
+    Objective(student, [g]).losses(handmade_draw([0.5], (1, 4, 16)), 0)
+    assert grids == [(2, 8)]

@@ -328,7 +328,7 @@ def test_a_dit_is_trained(tmp_path):
 
 
 def test_schedule_is_made_on_the_device_of_the_model(monkeypatch):
-    """`transformers`, while it builds a model, replaces torch.linspace by one that is on the CPU unless told otherwise."""
+    """`transformers`, while it builds a model, replaces torch.linspace by one that is on the CPU unless a device is named."""
     linspace = torch.linspace
     monkeypatch.setattr(torch, "linspace", lambda *args, **options: linspace(*args, **{"device": "cpu"} | options))
     with torch.device("meta"):

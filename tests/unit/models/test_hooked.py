@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
 
 import pytest
 import torch
@@ -27,7 +26,7 @@ from selftrans.train.flops import forward_flops
 from selftrans.train.fsdp import gather_full_tensor, shard_models
 from selftrans.types import Batch, Conditions
 from tests.support import toy
-from tests.support.processes import free_port
+from tests.support.processes import free_port, spawn
 from tests.support.toy import quick  # noqa: F401 - a fixture
 
 CLASSES, DEPTH, WIDTH = 5, 4, 16
@@ -565,10 +564,8 @@ def test_a_run_of_both_stages_is_trained_continued_and_sampled(tmp_path, capsys)
 STAGES = ("stage 1", "stage 2", "sra")
 
 
-def two(rank, folder, port):
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=2)
+def two(rank, folder):
+    dist.init_process_group("gloo")
     for kind in KINDS:
         for stage in STAGES:
             for how in ("ddp", "fsdp"):
@@ -591,12 +588,11 @@ def two(rank, folder, port):
 @pytest.fixture(scope="module")
 def halves(tmp_path_factory):
     folder = tmp_path_factory.mktemp("hooked")
-    torch.multiprocessing.spawn(two, args=(str(folder), free_port()), nprocs=2)
+    spawn(two, str(folder))
     return folder
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(200)
 @pytest.mark.parametrize("how", ["ddp", "fsdp"])
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("kind", KINDS)

@@ -255,3 +255,23 @@ def test_latents_that_do_not_divide_are_refused_in_a_call():
     for shape, message in (((2, 5, 4), "5x4 does not divide"), ((2, 4), "of 4 does not divide")):
         with pytest.raises(ValueError, match=message):
             model(*inputs(model, shape=shape))
+
+
+@pytest.mark.parametrize("name", ["SiT-S/2", "DiT-S/2", "LightningDiT-S/1"])
+def test_only_the_label_table_depends_on_its_deviation(name):
+    tables = {}
+    for std in (0.02, 0.5):
+        torch.manual_seed(0)
+        family = find(name)
+        config = family.Config(name=name, width=32, depth=1, heads=2, label_std=std)
+        tables[std] = family.build(config, (4, 8, 8), Conditions("labels", 1000)).state_dict()
+    small, large = (tables[std].pop("y_embedder.embedding_table.weight") for std in (0.02, 0.5))
+    assert large.std() == pytest.approx(0.5, rel=0.02)
+    torch.testing.assert_close(large / 25, small)
+    assert all(torch.equal(tables[0.02][key], tables[0.5][key]) for key in tables[0.02])
+
+
+@pytest.mark.parametrize("wrong", [-0.1, float("nan"), float("inf")])
+def test_deviation_of_the_label_table_is_checked(wrong):
+    with pytest.raises(ValueError, match=r"model\.label_std must be between 0 and 100, not "):
+        find("SiT-S/2").Config(label_std=wrong).check()

@@ -9,7 +9,8 @@ import torch
 
 from selftrans.checkpoints.load import load_model
 from selftrans.config import SampleConfig
-from selftrans.encoders.autoencoder import PixelAutoencoder, ValuesAutoencoder, load_autoencoder
+from selftrans.encoders.autoencoder import load_autoencoder
+from selftrans.encoders.identity import PixelAutoencoder, ValuesAutoencoder
 from selftrans.models.sit import SiT
 from selftrans.sampling import images as module
 from selftrans.sampling.images import Sampler, cast_products, fill, image_noise, worth_compiling

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from selftrans.cli.main import main
 from selftrans.config import SampleConfig
-from selftrans.encoders.autoencoder import PixelAutoencoder
+from selftrans.encoders.identity import PixelAutoencoder
 from selftrans.sampling.folder import sample_to_folder
 from selftrans.sampling.images import Sampler, fill
 from selftrans.sampling.sample_file import read_png

@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import os
 from pathlib import Path
 
 import pytest
@@ -14,6 +13,7 @@ from selftrans.methods.objective import Objective
 from selftrans.train.run import train
 from selftrans.train.signals import Interrupted, StopSignal
 from tests.support import captioned, toy
+from tests.support.processes import spawn
 from tests.support.toy import quick  # noqa: F401 - a fixture
 
 #: changes of the toy config for each run of two processes; "sharded" and "ddp" differ in train.shard only
@@ -38,15 +38,6 @@ RUNS = {
 
 def work(rank: int, folder: str, data: str, text: str) -> None:
     """One of two processes: every run of RUNS."""
-    where = {
-        "RANK": rank,
-        "LOCAL_RANK": rank,
-        "WORLD_SIZE": 2,
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": os.environ["PORT"],
-    }
-    os.environ |= {name: str(value) for name, value in where.items()}
-    torch.set_num_threads(1)
     asked, forward = StopSignal.asked, Objective.forward
     for name, dotted in RUNS.items():
         if name.endswith("text"):
@@ -75,17 +66,12 @@ def work(rank: int, folder: str, data: str, text: str) -> None:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    import socket
-
     folder = tmp_path_factory.mktemp("shard")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        os.environ["PORT"] = str(free.getsockname()[1])
-    torch.multiprocessing.spawn(work, args=(str(folder), str(toy.digits()), str(captioned.shared())), nprocs=2)
+    spawn(work, str(folder), str(toy.digits()), str(captioned.shared()))
     return folder
 
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]  # fifteen runs of two processes in one fixture
+pytestmark = pytest.mark.slow
 
 
 def assert_close(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor], atol: float = 1e-5) -> None:

@@ -44,6 +44,7 @@ def visits(config, out, stop=Interrupted) -> int:
 SHORT = {"stage1.steps": 2, "train.steps": 5, "stage2.until_step": 3}
 VARIANTS = {
     "default": SHORT,
+    "options of stage 2": SHORT | {"stage2.null_rows": 0.5, "stage2.label_part": "decay", "stage2.fade": 0.5},
     "bf16": SHORT | {"train.precision": "bf16"},
     "other options": SHORT
     | {

@@ -175,7 +175,6 @@ def test_recomputed_activations_change_nothing(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(400)
 @pytest.mark.skipif(shutil.which("gcc") is None, reason="torch.compile needs a C compiler")
 def test_compiled_training_equals_eager_training(tmp_path):
     train(toy.toy({"train.compile": True}), tmp_path, quiet=True)

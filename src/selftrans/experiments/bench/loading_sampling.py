@@ -18,7 +18,8 @@ from selftrans.data.dataset import Dataset
 from selftrans.data.manifest import VERSION, Manifest, Shard, conditions_of
 from selftrans.data.on_device import OnDevice
 from selftrans.data.shard_file import write_shard
-from selftrans.encoders.autoencoder import LatentSpace, PixelAutoencoder
+from selftrans.encoders.identity import PixelAutoencoder
+from selftrans.encoders.latent_space import LatentSpace
 from selftrans.experiments.bench.machine import Clock
 from selftrans.models.compiling import compile_model
 from selftrans.sampling.images import Sampler, cast_products

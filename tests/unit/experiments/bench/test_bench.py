@@ -7,11 +7,12 @@ import copy
 import dataclasses
 import importlib
 import importlib.util
+import itertools
 import json
 import subprocess
 import sys
-import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,6 +24,7 @@ from selftrans import flow
 from selftrans.cli.main import main
 from selftrans.config import settings_of
 from selftrans.experiments.bench import bench, published, settings, table
+from selftrans.experiments.bench import rounds as bench_rounds
 from selftrans.experiments.bench.loading_sampling import passes, random_dataset
 from selftrans.experiments.bench.machine import Clock, Peak, cpu_name
 from selftrans.experiments.bench.plain_step import PlainStep, plain_losses, update_ema
@@ -105,41 +107,39 @@ def test_plain_step_updates_weights_and_average() -> None:
     torch.testing.assert_close(half.weight, expected)
 
 
-class SleepingStep:
-    """A step of known length."""
+class KnownStep:
+    """A step of known length, on a clock of its own."""
 
     def __init__(self, *parts: float) -> None:
         self.parts, self.steps = parts, 0
 
     def step(self) -> list[float]:
-        times, self.steps = [time.perf_counter()], self.steps + 1
-        for part in self.parts:
-            time.sleep(part)
-            times.append(time.perf_counter())
-        return times
+        self.steps += 1
+        return list(itertools.accumulate(self.parts, initial=float(self.steps)))
 
 
 def test_interleaved_steps_measure_known_durations() -> None:
     clock = Clock(CPU)
-    slow, fast = SleepingStep(0.02, 0.04, 0.06, 0.08), SleepingStep(0.01, 0.02, 0.03, 0.04)
+    slow, fast = KnownStep(0.02, 0.04, 0.06, 0.08), KnownStep(0.01, 0.02, 0.03, 0.04)
     rounds = interleaved(
         {"slow": slow, "fast": fast}, clock, Peak(clock, torch.float32), Memory(CPU), seconds=0, least=4
     )
     assert slow.steps == fast.steps == 5, "the first step is not counted"
     assert {name: len(each) for name, each in rounds.items()} == {"slow": 4, "fast": 4, "matmul": 4}
-    for one in rounds["slow"]:
-        assert one["total"] == pytest.approx(sum(one[part] for part in PARTS))
-        assert one["total"] >= 0.2 and all(one[part] >= 0.02 * (i + 1) for i, part in enumerate(PARTS))
-    best = min(one["total"] for one in rounds["fast"])
-    assert 0.1 <= best < min(one["total"] for one in rounds["slow"])
+    for name, shortest in (("slow", 0.02), ("fast", 0.01)):
+        for one in rounds[name]:
+            assert [one[part] for part in PARTS] == pytest.approx([shortest * (i + 1) for i in range(4)])
+            assert one["total"] == pytest.approx(10 * shortest)
     assert set(rounds["matmul"][0]) == {"512", "1024", "2048"} and all(s > 0 for s in rounds["matmul"][0].values())
 
 
-def test_rounds_continue_for_the_given_seconds() -> None:
-    clock = Clock(CPU)
-    one = SleepingStep(0.001, 0.001, 0.001, 0.001)
-    rounds = interleaved({"one": one}, clock, Peak(clock, torch.float32), Memory(CPU), seconds=3, least=1)
-    assert len(rounds["one"]) > 1
+def test_rounds_continue_for_the_given_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a clock that adds 0.5 s whenever it is read, a round takes 1 s; the last one ends within 4.5 s."""
+    clock, ticks = Clock(CPU), itertools.count(0, 0.5)
+    monkeypatch.setattr(bench_rounds, "time", SimpleNamespace(monotonic=lambda: next(ticks)))
+    one, peak = KnownStep(0.1, 0.1, 0.1, 0.1), SimpleNamespace(measure=dict)
+    rounds = interleaved({"one": one}, clock, peak, Memory(CPU), seconds=4.5, least=1)  # type: ignore[arg-type]
+    assert len(rounds["one"]) == 3
 
 
 def test_out_of_memory_model_is_reported_and_the_next_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -281,12 +281,20 @@ def test_shard_reads_are_compared_with_plain_files(tmp_path: Path) -> None:
     assert low <= found["speed_ratio"] <= high
 
 
+def test_ablations_combine_every_setting_of_a_grid() -> None:
+    found = script("ablations").with_grid({"w5": {"stage2.scale": 5.0}}, ["train.lr=1e-3,2e-3", "model.label_std=0.5"])
+    shared = {"stage2.scale": 5.0, "model.label_std": 0.5}
+    assert found == {
+        "w5-lr=1e-3-label_std=0.5": shared | {"train.lr": 0.001},
+        "w5-lr=2e-3-label_std=0.5": shared | {"train.lr": 0.002},
+    }
+
+
 @pytest.mark.slow
-@pytest.mark.timeout(400)
 def test_ablations_are_compared(tmp_path: Path) -> None:
     command = [sys.executable, script("ablations").__file__, "digits", "--out", str(tmp_path), "--workers", "1"]
     command += ["--steps", "4", "--seeds", "0", "--images", "12", "--variants", "vanilla", "vanilla-uniform"]
-    subprocess.run(command, check=True, capture_output=True, timeout=380)
+    subprocess.run(command, check=True, capture_output=True)
     report = json.loads((tmp_path / "ablations.json").read_text())
     assert [row["method"] for row in report["table"]] == ["vanilla", "vanilla-uniform"]
     configs = [json.loads((tmp_path / f"{row['method']}-seed0" / "config.json").read_text()) for row in report["table"]]

@@ -1,0 +1,70 @@
+"""Some rows of prepared data as a data set of their own: a held-out part, and the rest.
+
+Shape legend: N batch, M moments channels, (C, *S) latent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from selftrans.data.dataset import Dataset
+
+
+class SelectedRows(Dataset):
+    """The moments of the rows `selected[k]` of part k of `dataset`, numbered from 0; captions and features are left out."""
+
+    def __init__(self, dataset: Dataset, selected: Sequence[np.ndarray]) -> None:
+        self.rows = np.concatenate(selected)  #: their numbers in `dataset`
+        super().__init__(dataset.path, dataset.manifest, dataset._tensors, dataset.labels[self.rows])
+        self._dataset, self._parts = dataset, tuple(len(each) for each in selected)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def parts(self) -> tuple[int, ...]:
+        """Selected rows of each part."""
+        return self._parts
+
+    @property
+    def shapes(self) -> tuple[tuple[int, ...], ...]:
+        """(C, *S) of the latents of each part."""
+        return self._dataset.shapes
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Moments alone."""
+        return ("moments",)
+
+    def read(
+        self, rows: np.ndarray | Tensor, names: Collection[str] | None = None, which: np.ndarray | None = None
+    ) -> dict[str, Tensor]:
+        """As `Dataset.read`: moments (N, copies, M, *S)."""
+        at = torch.as_tensor(rows).cpu().numpy().reshape(-1)
+        self._check_range(at)
+        return self._dataset.read(self.rows[at], self.names if names is None else names)
+
+
+def split(dataset: Dataset, held_out: int, seed: int) -> tuple[SelectedRows, SelectedRows]:
+    """(rows to train on, about `held_out` rows to measure on), drawn by the seed; from each part in proportion to its size.
+
+    At least one row is held out, and at most a tenth of the rows when there are ten or more; each part keeps a row to train
+    on. Raises ValueError for data of less than two rows.
+    """
+    if len(dataset) < 2:
+        raise ValueError(f"{dataset.path} holds {len(dataset)} {dataset.manifest.unit}; at least two are needed")
+    share = min(held_out / len(dataset), 0.1)
+    counts = [min(int(share * size), size - 1) for size in dataset.parts]
+    if not sum(counts):
+        counts[int(np.argmax(dataset.parts))] = 1
+    rng, kept, held, begin = np.random.default_rng(seed), [], [], 0
+    for size, count in zip(dataset.parts, counts, strict=True):
+        order = begin + rng.permutation(size)
+        held.append(np.sort(order[:count]))
+        kept.append(np.sort(order[count:]))
+        begin += size
+    return SelectedRows(dataset, kept), SelectedRows(dataset, held)

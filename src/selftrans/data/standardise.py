@@ -1,0 +1,114 @@
+"""Pixels of zero mean and unit variance: mean and deviation of each channel over all shards, as the latents' shift and scale.
+
+What is stored stays the pixels in [-1, 1]. Shift and scale are known when the last shard is written; then the
+manifest gets them, and the name of an autoencoder that undoes them.
+Shape legend: n rows, (C, *S) values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TypeAlias
+
+import numpy as np
+
+from selftrans.data.manifest import FILE, Manifest, Shard
+from selftrans.data.shard_file import KEPT, open_tensors
+from selftrans.encoders.identity import identity_kind, standardised_name
+from selftrans.encoders.latent_space import LatentSpace
+from selftrans.storage import write_text
+
+CHUNK = 256  #: rows read at a time
+CONSTANT = 1e-3  #: a channel of smaller deviation, an eighth of a grey level, is constant: it is shifted only
+OPTION = "standardise"  #: among the manifest's options
+#: a folder, its plan or manifest, and its finished shards
+Part: TypeAlias = tuple[Path, Manifest, Iterable[Shard]]
+
+
+def chosen(asked: bool | None, autoencoder: str, before: Manifest | None, *, media: bool) -> bool:
+    """Whether a folder is standardised. None: as it was begun; a new one if it holds pixels.
+
+    Raises ValueError where it is asked for, or refused, for data whose latents have a scale of their own.
+    """
+    if media or autoencoder not in ("pixel", "values"):
+        if asked is not None:
+            what = "sounds and videos" if media else f"autoencoder {autoencoder}"
+            raise ValueError(f"standardise is for pixels and values; {what} has a scale of its own: leave it out")
+        return False
+    if asked is None:
+        return bool(before.options.get(OPTION)) if before else autoencoder == "pixel"
+    return asked
+
+
+def plain(plan: Manifest) -> Manifest:
+    """A plan as it was before the statistics were known."""
+    kind = identity_kind(plan.autoencoder)
+    return replace(plan, autoencoder=kind, latent_space=LatentSpace()) if plan.options.get(OPTION) and kind else plan
+
+
+def standardised(plan: Manifest, out: Path, shards: Iterable[Shard], progress: bool) -> Manifest:
+    """The plan with the statistics of these shards, if its options ask for them."""
+    return with_statistics(plan, statistics([(out, plan, shards)], progress)) if plan.options.get(OPTION) else plan
+
+
+def with_statistics(manifest: Manifest, space: LatentSpace) -> Manifest:
+    """The manifest with this shift and scale."""
+    kind = identity_kind(manifest.autoencoder)
+    assert kind is not None, "only pixels and values are standardised"
+    return replace(manifest, latent_space=space, autoencoder=standardised_name(kind, space))
+
+
+def share_statistics(folders: Sequence[Path], progress: bool) -> None:
+    """Give several prepared folders, each standardised by itself, the statistics of all of them together."""
+    manifests = [Manifest.load(folder) for folder in folders]
+    if not manifests[0].options.get(OPTION) or len({each.latent_space for each in manifests}) == 1:
+        return
+    space = statistics([(each, m, m.shards) for each, m in zip(folders, manifests, strict=True)], progress)
+    for folder, manifest in zip(folders, manifests, strict=True):
+        write_text(folder / FILE, with_statistics(manifest, space).to_json(), remedy=KEPT)
+
+
+def statistics(parts: Sequence[Part], progress: bool) -> LatentSpace:
+    """Shift and scale per channel that give all these shards zero mean and unit variance, each of six digits.
+
+    One pass over the shards, with sums in float64. A constant channel has scale 1.
+    """
+    channels, count = parts[0][1].shape[0], 0
+    origin, total, squares = (np.zeros(channels) for _ in range(3))
+    for rows in _rows(parts, progress):  # (n, C, cells)
+        values = rows.astype(np.float64)
+        if not count:
+            origin = values.mean(axis=(0, 2))  # sums of squares about it lose no digits where the mean is large
+        values -= origin[:, None]
+        total += values.sum(axis=(0, 2))
+        squares += np.square(values).sum(axis=(0, 2))
+        count += values.shape[0] * values.shape[2]
+    mean = total / max(1, count)
+    deviation = np.sqrt(np.maximum(0.0, squares / max(1, count) - mean**2))
+    scale = np.where(deviation > CONSTANT, 1 / np.maximum(deviation, CONSTANT), 1.0)
+    return LatentSpace(_six_digits(origin + mean), _six_digits(scale))
+
+
+def _six_digits(values: np.ndarray) -> tuple[float, ...]:
+    """Rounded, so that names stay short and sums that differ in the last bits give the same."""
+    return tuple(float(f"{x:.6g}") for x in values)
+
+
+def _rows(parts: Sequence[Part], progress: bool) -> Iterator[np.ndarray]:
+    """The moments of all shards, without mirrored copies, which have the same statistics: (n, C, cells).
+
+    In order of the shards, so that sums are the same however they were made.
+    """
+    from tqdm import tqdm
+
+    shards = [(f, m, shard) for f, m, each in parts for shard in sorted(each, key=lambda shard: shard.index)]
+    total = sum(shard.count for *_, shard in shards)
+    with tqdm(total=total, desc="mean and deviation", unit=" samples", disable=not progress) as bar:
+        for folder, manifest, shard in shards:
+            moments = open_tensors(folder / shard.file, manifest.layout, shard.count)["moments"]
+            for start in range(0, shard.count, CHUNK):
+                rows = moments[start : start + CHUNK, 0]
+                yield rows.reshape(len(rows), manifest.shape[0], -1)
+                bar.update(len(rows))

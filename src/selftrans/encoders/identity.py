@@ -1,0 +1,117 @@
+"""Autoencoders without a network: pixels, and values that are not pictures, as they are or standardised per channel.
+
+The name of one holds its shift and scale, such as `pixel(shift=-0.053:-0.07:-0.107,scale=1.62:1.59:1.5)`, so that a
+manifest or a weights file records it as any other name. Without brackets latents are the values themselves.
+Shape legend: N batch, (C, *S) values, (C, H, W) pixels.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+
+from torch import Tensor
+
+from selftrans.encoders.latent_space import LatentSpace, Moments
+from selftrans.storage import printable
+
+MOST = 4096  #: channels in a name
+
+
+class _Identity:
+    """Moments are the values; latents are (values - shift) * scale."""
+
+    kind: str
+    pictures: bool
+    channels, downsample = 0, 1
+
+    def __init__(self, latent_space: LatentSpace | None = None) -> None:
+        self.latent_space = latent_space or LatentSpace()
+        plain = self.latent_space == LatentSpace()
+        self.name = self.kind if plain else standardised_name(self.kind, self.latent_space)
+
+    def encode(self, pixels: Tensor) -> Moments:
+        return Moments(pixels.float(), None)
+
+
+class PixelAutoencoder(_Identity):
+    """The identity: the model is trained on pixels."""
+
+    kind, pictures = "pixel", True
+
+    def decode(self, latents: Tensor) -> Tensor:
+        return self.latent_space.unscale(latents).clamp(-1, 1)
+
+
+class ValuesAutoencoder(_Identity):
+    """The identity for data that are not pictures: values (N, C, *S) of any range, never clamped."""
+
+    kind, pictures = "values", False
+
+    def decode(self, latents: Tensor) -> Tensor:
+        return self.latent_space.unscale(latents)
+
+
+KINDS: dict[str, type[PixelAutoencoder] | type[ValuesAutoencoder]] = {
+    "pixel": PixelAutoencoder,
+    "values": ValuesAutoencoder,
+}
+
+
+def identity_kind(name: str) -> str | None:
+    """`pixel` or `values`, with or without numbers in brackets; None for the name of any other autoencoder."""
+    kind, bracket, _ = name.partition("(")
+    return kind if kind in KINDS and (not bracket or name.endswith(")")) else None
+
+
+def standardised_name(kind: str, space: LatentSpace) -> str:
+    """The name of `kind` with this shift and scale; `identity` reads it."""
+    return f"{kind}(shift={_text(space.shift)},scale={_text(space.scale)})"
+
+
+def identity(name: str) -> PixelAutoencoder | ValuesAutoencoder:
+    """The autoencoder of a name for which `identity_kind` is not None. ValueError for numbers that are none."""
+    kind, bracket, text = name.removesuffix(")").partition("(")
+    if not bracket:
+        return KINDS[kind]()
+    try:
+        found = re.fullmatch(r"shift=([^,]*),scale=([^,]*)", text)
+        if found is None:
+            raise ValueError("expected shift=NUMBER:...,scale=NUMBER:..., one for each channel")
+        shift, scale = (tuple(map(float, group.split(":"))) for group in found.groups())
+        if len(shift) != len(scale) or len(shift) > MOST:
+            raise ValueError(f"it has {len(shift)} shifts and {len(scale)} scales")
+        if not all(abs(number) < 1e30 for number in (*shift, *scale)) or min(scale) <= 0:  # also NaN
+            raise ValueError("shifts should be finite, scales above zero")
+    except ValueError as error:
+        raise ValueError(f"autoencoder {printable(name, 200)!r} cannot be read ({error})") from None
+    return KINDS[kind](LatentSpace(shift, scale))
+
+
+def scales_differ(one: str, other: str, tolerance: float = 0.05) -> bool:
+    """Whether two names stand for the same kind of values at scales so different that one's features do not fit the other.
+
+    Shifts are compared in deviations, scales by their ratio. False where either is not an identity, or their channels differ:
+    other checks report that.
+    """
+    if identity_kind(one) is None or identity_kind(one) != identity_kind(other):
+        return False
+    (shift1, scale1), (shift2, scale2) = (_numbers(identity(name).latent_space) for name in (one, other))
+    if len({len(shift1), len(shift2)} - {1}) > 1:
+        return False
+    count = max(len(shift1), len(shift2))
+    columns = (values * (count // len(values)) for values in (shift1, scale1, shift2, scale2))
+    return any(
+        abs(b1 - b2) * s1 > tolerance or abs(math.log(s1 / s2)) > tolerance
+        for b1, s1, b2, s2 in zip(*columns, strict=True)
+    )
+
+
+def _numbers(space: LatentSpace) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Shift and scale, each with one number per channel, or one for all."""
+    one, other = ((each,) if isinstance(each, float) else each for each in (space.shift, space.scale))
+    return one, other
+
+
+def _text(value: float | tuple[float, ...]) -> str:
+    return ":".join(repr(number) for number in (value if isinstance(value, tuple) else (value,)))

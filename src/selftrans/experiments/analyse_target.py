@@ -1,0 +1,200 @@
+"""`selftrans analyse --target`: what the features that a student is guided by consist of, per block and strength of guidance.
+
+A teacher ⇒ shares, sizes, probes and maps: a table, target.json, target.png and target-maps.png.
+Shape legend: N pictures, T tokens, D width.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from selftrans.checkpoints.load import Weights
+from selftrans.data.dataset import Dataset
+from selftrans.device import default_device
+from selftrans.evaluate.target_measures import Parts, Plan, chance_of, sum_target
+from selftrans.evaluate.target_share import Design
+from selftrans.experiments.target_report import draw_maps, draw_measures
+from selftrans.experiments.target_teacher import ENCODER, Pictures, Teacher, mean_text, open_teacher
+from selftrans.storage import write_json
+
+TIMES = (0.4, 0.5, 0.6, 0.7)  #: of the noisy latents: the published range in which guidance acts
+PER_CLASS = 16  #: pictures of a class at least; with more classes than that allows, some of them are left out
+HELD = 4  #: each HELDth picture is held out
+MOST_BLOCKS = 12  #: of deeper models, SPREAD evenly spaced blocks are measured unless others are given
+SPREAD = 8
+MAPPED = 8  #: pictures with maps: pairs of a class
+
+
+def analyse_target(
+    origin: str | Path,
+    out: Path,
+    *,
+    data: str | None,
+    timesteps: Sequence[float],
+    samples: int,
+    weights: Weights | None,
+    stage: str | None,
+    blocks: Sequence[int] | None,
+    scales: Sequence[float],
+    encoder: bool,
+    grid: int | None,
+    seed: int,
+) -> dict[str, Any]:
+    """Measure what a teacher's target consists of, write pictures and target.json to `out`, and return the latter.
+
+    origin: what `target_teacher.open_teacher` opens. timesteps: pictures are probed at the first. scales: w. blocks: None is
+    every block, or eight of a deep model. samples: pictures, a quarter of which is held out of fitting tables and probes.
+    ValueError for values out of range, and for data that do not fit.
+    """
+    check(timesteps, samples, scales, seed)
+    teacher = open_teacher(
+        origin, encoder=encoder, data=data, grid=grid, stage=stage, weights=weights, device=default_device()
+    )
+    chosen = _blocks(teacher, blocks)
+    times = tuple(timesteps) if teacher.depth else (0.0,)
+    strengths = tuple(dict.fromkeys(w for w in scales if w)) if teacher.kind != "none" else ()
+    pictures = choose(teacher.dataset, samples, seed)
+    plan = _plan(teacher.dataset, pictures, len(times), strengths)
+    mapped, kept = _pairs(pictures), dict[str, dict[int, Tensor]]()
+    source = teacher.parts(pictures, times, chosen, seed)
+    with tqdm(total=len(pictures.rows) * len(times), desc="target", unit="img") as bar:
+        sums = sum_target(_watched(_keeping(source, mapped, kept), bar), plan)
+    measured = {
+        str(k): sums[k].report()
+        for k in tqdm(sums, desc="probes" if plan.labels is not None else "shares", unit="block")
+    }
+    report = {
+        "teacher": teacher.about | {"title": teacher.title, "block": teacher.block, "precision": "fp32"},
+        "data": str(teacher.dataset.path),
+        "pictures": _counts(pictures, plan),
+        "condition": teacher.kind,
+        "predicted_from": _predictor(teacher.dataset, plan),
+        "timesteps": list(times) if teacher.depth else [],
+        "probes_at": times[0] if teacher.depth and plan.labels is not None else None,
+        "scales": list(strengths),
+        "seed": seed,
+        "chance": chance_of(plan),
+        "blocks": measured,
+    }
+    draw_measures(report, out / "target.png")
+    draw_maps(report, teacher.dataset, pictures.rows[mapped], kept, teacher.grid, out / "target-maps.png")
+    write_json(out / "target.json", report)
+    return report
+
+
+def check(timesteps: Sequence[float], samples: int, scales: Sequence[float], seed: int) -> None:
+    """ValueError for options out of range."""
+    if samples < 40:
+        raise ValueError(f"{samples} pictures are too few to fit a table on and to hold others out; give at least 40")
+    if not timesteps or not all(0 <= t <= 1 for t in timesteps):
+        raise ValueError(f"timesteps {list(timesteps)} must be one or more numbers from 0 (data) to 1 (noise)")
+    if not scales or not all(math.isfinite(w) for w in scales):
+        raise ValueError(f"scales {list(scales)} must be one or more finite numbers, such as 1 5 30")
+    if not 0 <= seed < 1 << 31:
+        raise ValueError(f"seed {seed} must be from 0 to 2147483647")
+
+
+def choose(dataset: Dataset, samples: int, seed: int) -> Pictures:
+    """At most `samples` pictures, drawn by `seed`; a quarter of them, and of each class, is held out.
+
+    With more classes than there are PER_CLASS pictures for, classes are drawn, too. Classes with fewer than HELD pictures are
+    left out. ValueError where nothing is left.
+    """
+    rng, labels = np.random.default_rng(seed), dataset.labels
+    order, present = rng.permutation(len(dataset)), np.unique(labels)
+    most = max(2, samples // PER_CLASS)
+    if len(present) > most:
+        warnings.warn(f"{most} of {len(present)} classes are measured, {PER_CLASS} pictures of each", stacklevel=3)
+        present = np.sort(rng.choice(present, most, replace=False))
+    rows = order[np.isin(labels[order], present)][:samples]
+    of_class = [rows[labels[rows] == label] for label in present]
+    few = [len(each) for each in of_class if len(each) < HELD]
+    if few:
+        warnings.warn(f"{len(few)} classes have fewer than {HELD} pictures among these, and are left out", stacklevel=3)
+    of_class = [each for each in of_class if len(each) >= HELD]
+    held = np.concatenate([np.zeros(0, dtype=np.int64), *(each[HELD - 1 :: HELD] for each in of_class)])
+    kept = np.concatenate([np.zeros(0, dtype=np.int64), *of_class])
+    first = kept[~np.isin(kept, held)]
+    if not len(held):
+        raise ValueError(f"{dataset.path} has too few {dataset.manifest.unit} of each class; give more")
+    both = np.concatenate([first, held])
+    others = rng.choice(np.unique(labels[both]), len(both))
+    fitted = torch.arange(len(both)) < len(first)
+    return Pictures(both, torch.from_numpy(labels[both]), torch.from_numpy(others), fitted)
+
+
+def _plan(dataset: Dataset, pictures: Pictures, times: int, scales: tuple[float, ...]) -> Plan:
+    """Table and probes of data with classes; a regression on the text of data with captions."""
+    kind, labels = dataset.manifest.conditions.kind, pictures.labels
+    if kind == "text":
+        design = Design.of_vectors(mean_text(dataset.text(pictures.rows)), pictures.fitted)
+        return Plan(pictures.fitted, times, scales, design)
+    if len(torch.unique(labels)) < 2:
+        return Plan(pictures.fitted, times, scales, None)
+    return Plan(pictures.fitted, times, scales, Design.of_labels(labels), labels, pictures.others)
+
+
+def _predictor(dataset: Dataset, plan: Plan) -> str | None:
+    if plan.design is None:
+        return None
+    if plan.labels is not None:
+        return "table of means by label and token"
+    return f"ridge regression on the mean text embedding of {dataset.manifest.conditions.width} channels"
+
+
+def _blocks(teacher: Teacher, blocks: Sequence[int] | None) -> tuple[int, ...]:
+    depth = teacher.depth
+    if not depth:
+        return (ENCODER,)
+    if blocks is None:
+        spread = (
+            range(1, depth + 1) if depth <= MOST_BLOCKS else np.linspace(1, depth, SPREAD).round().astype(int).tolist()
+        )
+        return tuple(sorted({*spread, *([teacher.block] if teacher.block else [])}))
+    if not blocks or min(blocks) < 1 or max(blocks) > depth:
+        raise ValueError(f"blocks {list(blocks)} are not in a model of {depth} blocks; choose from 1 to {depth}")
+    return tuple(sorted(set(blocks)))
+
+
+def _pairs(pictures: Pictures) -> Tensor:
+    """Positions of MAPPED held-out pictures at most: two of each of the first classes, next to each other."""
+    held = torch.nonzero(~pictures.fitted)[:, 0]
+    of_class = [held[pictures.labels[held] == label] for label in torch.unique(pictures.labels[held])]
+    pairs = torch.cat([each[:2] for each in of_class if len(each) > 1 and len(of_class) > 1] or [held])
+    return pairs[:MAPPED]
+
+
+def _keeping(parts: Iterable[Parts], chosen: Tensor, kept: dict[str, dict[int, Tensor]]) -> Iterator[Parts]:
+    """The same parts; features of the pictures `chosen` (n,) at the first timestep are stored in `kept`, in that order."""
+    for batch in parts:
+        at, where = torch.nonzero(batch.rows[:, None] == chosen[None, :], as_tuple=True)
+        if batch.time == 0 and len(at):
+            for name, feats in (("u", batch.u), ("own", batch.own)):
+                for k, values in (feats or {}).items():
+                    store = kept.setdefault(name, {}).setdefault(k, values.new_zeros(len(chosen), *values.shape[1:]))
+                    store[where] = values[at]
+        yield batch
+
+
+def _watched(parts: Iterable[Parts], bar: Any) -> Iterator[Parts]:
+    for batch in parts:
+        yield batch
+        bar.update(len(batch.rows))
+
+
+def _counts(pictures: Pictures, plan: Plan) -> dict[str, Any]:
+    fitted = pictures.fitted
+    counts = {"fitted": int(fitted.sum()), "held_out": int((~fitted).sum())}
+    if plan.labels is None:
+        return counts
+    each = torch.unique(pictures.labels[fitted], return_counts=True)[1]
+    return counts | {"classes": len(each), "fitted_per_class": [int(each.min()), int(each.max())]}

@@ -1,0 +1,142 @@
+"""What an autoencoder of one's own does to pictures: figures on held-out ones, statistics of its latents, a page.
+
+Shape legend: N batch, (C, H, W) picture in [-1, 1], D channels of a latent.
+"""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from selftrans.data.dataset import Dataset
+from selftrans.encoders.autoencoder import to_uint8
+from selftrans.evaluate.plots import curves, figure_to_data_uri, sample_sheet
+from selftrans.experiments.html_report import STYLE
+from selftrans.train.autoencoder_network import PerceptualDistance, posterior
+
+BATCH = 64
+MOST = 20_000  #: pictures of which latents are measured
+
+
+def picture_batches(dataset: Dataset, device: torch.device, most: int | None = None) -> Iterator[Tensor]:
+    """Pictures (N, C, H, W), not mirrored, each batch of one shape; `most` of them, in proportion to the parts."""
+    begin = 0
+    for size in dataset.parts:
+        count = size if most is None else min(size, -(-most * size // len(dataset)))
+        rows = begin + np.arange(count) * size // max(count, 1)  # evenly spaced
+        for at in range(0, count, BATCH):
+            yield dataset.read(rows[at : at + BATCH], ["moments"])["moments"][:, 0].to(device).float()
+        begin += size
+
+
+@torch.inference_mode()
+def reconstruction_figures(
+    vae: Any, dataset: Dataset, device: torch.device, distance: PerceptualDistance | None = None
+) -> dict[str, float]:
+    """Means over pictures of PSNR (dB, of pictures in [0, 1]), of L1 (in [0, 1]) and of the distance in features, if given.
+
+    Decoded is the mean of the posterior, clamped to [-1, 1].
+    """
+    vae.eval()
+    found: dict[str, list[Tensor]] = {"psnr": [], "l1": []}
+    for x in picture_batches(dataset, device):
+        y = vae.decode(posterior(vae, x).mean).sample.float().clamp(-1, 1)
+        difference = (y - x).flatten(start_dim=1).double() / 2
+        found["psnr"].append(-10 * difference.square().mean(dim=1).clamp(min=1e-10).log10())
+        found["l1"].append(difference.abs().mean(dim=1))
+        if distance is not None:
+            found.setdefault("perceptual", []).append(distance(x, y))
+    return {"pictures": len(dataset)} | {name: torch.cat(values).mean().item() for name, values in found.items()}
+
+
+@torch.inference_mode()
+def latent_statistics(vae: Any, dataset: Dataset, device: torch.device) -> dict[str, Any]:
+    """Mean and standard deviation of each channel (D,) of posterior samples, exactly: Var = Var(mean) + E(std^2).
+
+    `posterior_std` is the root of E(std^2) alone. ValueError when a channel is constant.
+    """
+    vae.eval()
+    sums, values, pictures = torch.zeros(3, vae.config.latent_channels, dtype=torch.float64, device=device), 0, 0
+    for x in picture_batches(dataset, device, MOST):
+        found = posterior(vae, x)
+        mean = found.mean.double()
+        sums += torch.stack([part.sum(dim=(0, 2, 3)) for part in (mean, mean.square(), found.var.double())])
+        values, pictures = values + mean[:, 0].numel(), pictures + len(x)
+    mean, square, noise = (sums / values).cpu()
+    std = (square - mean.square() + noise).sqrt()
+    if not bool(torch.isfinite(std).all()) or float(std.min()) < 1e-6:
+        raise ValueError(f"the latents have channels without variance (std {std.tolist()}); train with a lower --lr")
+    return {"mean": mean.tolist(), "std": std.tolist(), "posterior_std": noise.sqrt().tolist(), "pictures": pictures}
+
+
+@torch.inference_mode()
+def sheet(vae: Any, dataset: Dataset, device: torch.device, count: int) -> np.ndarray:
+    """Originals, and below each its reconstruction: one picture, uint8 (height, width, C), of pictures of one shape."""
+    vae.eval()
+    largest = int(np.argmax(dataset.parts))
+    begin, size = sum(dataset.parts[:largest]), dataset.parts[largest]
+    count = min(count, size)
+    columns = min(count, 8)
+    rows = begin + np.arange(count) * size // count
+    x = dataset.read(rows, ["moments"])["moments"][:, 0].to(device).float()
+    y = vae.decode(posterior(vae, x).mean).sample.float().clamp(-1, 1)
+    lines = []
+    for start in range(0, count, columns):
+        for pictures in (x, y):
+            line = pictures[start : start + columns]
+            lines.append(torch.cat([line, line.new_ones(columns - len(line), *line.shape[1:])]))  # white where none is left
+    return sample_sheet(to_uint8(torch.cat(lines)).cpu().numpy(), columns)
+
+
+def page(report: dict[str, Any], log: list[dict[str, Any]], picture: np.ndarray) -> str:
+    """report.html: figures, reconstructions, the curve of the error, statistics of the latents, settings."""
+    figures, latents = report["held_out"], report["latents"]
+    series = {name: ([x["step"] for x in log], [x[name] for x in log]) for name in ("l1", "perceptual") if name in log[-1]}
+    curve = curves(series, xlabel="steps", ylabel="mean over pictures in training", logy=True, size=(8, 3.6))
+    numbers = {
+        "held-out pictures": f"{figures['pictures']:,}",
+        "PSNR": f"{figures['psnr']:.2f} dB",
+        "L1 of pictures in [0, 1]": f"{figures['l1']:.4f}",
+        **({"distance in features": f"{figures['perceptual']:.4f}"} if "perceptual" in figures else {}),
+        "picture, latent": f"{_sides(report['picture'])}, {_sides(report['latent'])}",
+        "parameters": f"{report['parameters']:,}",
+        "trained": f"{report['pictures']:,} pictures, {report['steps']:,} steps, {report['seconds']:.0f} s on {report['device']}",
+    }
+    channels = [
+        {"channel": str(k), **{name: f"{latents[name][k]:.4g}" for name in ("mean", "std", "posterior_std")}}
+        for k in range(len(latents["mean"]))
+    ]
+    settings = {name: str(value) for name, value in report["settings"].items()}
+    return f"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>selftrans autoencoder</title><style>{STYLE}</style></head><body>
+<h1>Autoencoder</h1>
+{_rows(numbers)}
+<h2>Held-out pictures, and below each its reconstruction</h2>
+<img src="{figure_to_data_uri(picture)}" alt="pictures over their reconstructions">
+<h2>Training</h2>
+<img src="{figure_to_data_uri(curve)}" alt="error against steps">
+<h2>Latents</h2>
+<table><thead><tr>{"".join(f"<th>{name}</th>" for name in channels[0])}</tr></thead>
+{"".join("<tr>" + "".join(f"<td>{value}</td>" for value in row.values()) + "</tr>" for row in channels)}</table>
+<p class="note">Of posterior samples of {latents["pictures"]:,} training pictures. <code>prepare --autoencoder</code> brings
+each channel to zero mean and unit variance with them. posterior_std is the part that is noise.</p>
+<h2>Settings</h2>
+{_rows(settings)}
+<p class="note">The same numbers are in <code>autoencoder.json</code> next to this page.</p>
+</body></html>
+"""
+
+
+def _sides(shape: list[int]) -> str:
+    return "x".join(map(str, shape))
+
+
+def _rows(values: dict[str, str]) -> str:
+    lines = "".join(f"<tr><td>{html.escape(name)}</td><td>{html.escape(value)}</td></tr>" for name, value in values.items())
+    return f'<table class="settings">{lines}</table>'

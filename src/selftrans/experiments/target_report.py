@@ -1,0 +1,326 @@
+"""The report of `selftrans analyse --target` as a table on the screen and as two pictures.
+
+`report` is the content of target.json (see `analyse_target`). Shape legend: n pictures, T tokens, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from torch import Tensor
+
+from selftrans.data.dataset import Dataset
+from selftrans.data.decoded import decode_images, latents_of
+from selftrans.encoders.autoencoder import load_autoencoder
+from selftrans.evaluate.plots import COLOURS, INK, RULE, as_pictures, blank_figure, pca_grid, save
+from selftrans.evaluate.probes import pca_maps
+from selftrans.storage import printable
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+DIFFERENCE = "difference"  #: column of f_c - f_u alone, the limit of large w
+SHOWN = "logistic"  #: the probe in the picture
+
+
+def table(report: Mapping[str, Any]) -> str:
+    """The measurements as text."""
+    counts, blocks = report["pictures"], report["blocks"]
+    head = [
+        f"target of {printable(report['teacher']['title'])}; {counts['fitted']:,} pictures fitted, {counts['held_out']:,} held "
+        f"out{_classes(counts)}; "
+        + (f"t = {_join(report['timesteps'])}; " if report["timesteps"] else "")
+        + f"seed {report['seed']}"
+    ]
+    for name, title in _titles(report).items():
+        if name in next(iter(blocks.values()))["shares"]:
+            head += ["", title, *_rows(report, {k: of["shares"][name] for k, of in blocks.items()}, _share)]
+    sizes = {k: of["sizes"] for k, of in blocks.items()}
+    head += ["", "mean norm of a token", *_rows(report, {k: of["token_norm"] for k, of in sizes.items()}, _size)]
+    if report["scales"]:
+        head += ["", "size of f_c - f_u over that of f_u: root mean square; the same around the means"]
+        head += [
+            f"{_block(report, k)}  {_number(of['rms_ratio'])}  {_number(of['spread_ratio'])}" for k, of in sizes.items()
+        ]
+    return "\n".join(head + _probes(report))
+
+
+def _titles(report: Mapping[str, Any]) -> dict[str, str]:
+    source = report["predicted_from"]
+    target = "f_g = f_u + w (f_c - f_u)" if report["scales"] else "the features"
+    return (
+        {
+            "condition": f"share of the variance of {target} that a {source} explains on held-out pictures",
+            "condition_time": f"the same, one {source.split(' of ')[0] if source else ''} for each timestep",
+            "time": "the same by the timestep alone, without the condition",
+        }
+        if report["timesteps"]
+        else {"condition": f"share of the variance of {target} that a {source} explains on held-out pictures"}
+    )
+
+
+def _rows(report: Mapping[str, Any], values: Mapping[str, Mapping[str, Any]], show: Any) -> list[str]:
+    """A line of headings, one line per block."""
+    columns = list(next(iter(values.values())))
+    lines = ["block   " + "".join(f"{_heading(column):>9}" for column in columns)] if report["scales"] else []
+    return lines + [
+        f"{_block(report, k)}" + "".join(f"{show(of[column]):>9}" for column in columns) for k, of in values.items()
+    ]
+
+
+def _probes(report: Mapping[str, Any]) -> list[str]:
+    """Lines about the probes; none where there are none."""
+    blocks = report["blocks"]
+    if "probes" not in next(iter(blocks.values())):
+        return []
+    where = f" at t = {report['probes_at']:g}" if report["probes_at"] is not None else ""
+    lines = [
+        "",
+        f"accuracy of linear probes on held-out pictures{where}, ridge / logistic; chance {report['chance']:.3f}",
+    ]
+    if not report["scales"]:
+        return [*lines, *(f"{_block(report, k)} {_pair(of['probes']['f_u'])}" for k, of in blocks.items())]
+    w = _shown_scale(report)
+    lines += [f"of f_u, and of f_g with w = {w} (target.json has every w):", *EXPLAINED]
+    lines += ["block   " + "".join(f"{heading:>16}" for heading in ("f_u", *KINDS.values()))]
+    for k, of in blocks.items():
+        found = of["probes"]["f_g"][w]
+        pairs = [of["probes"]["f_u"], *({kind: found[kind][name] for kind in found} for name in KINDS)]
+        lines.append(_block(report, k) + "".join(f"{_pair(pair):>16}" for pair in pairs))
+    return lines
+
+
+KINDS = {
+    "own": "own label",
+    "random": "random label",
+    "rest": "rest",
+    "swapped_picture": "swapped: class",
+    "swapped_condition": "swapped: label",
+}
+EXPLAINED = (
+    "  own label: f_g is computed with the picture's label, which a probe can read from it",
+    "  random label: f_g is computed with a label drawn at random; rest: the same minus the mean of that label",
+    "  swapped: the probe of `own label` on f_g of another label: how often it names the picture's class, and that label",
+)
+
+
+def draw_measures(report: Mapping[str, Any], path: Path) -> None:
+    """The measurements of every block, and the composition of one block's target, as a picture."""
+    blocks = report["blocks"]
+    first = next(iter(blocks.values()))
+    panels = [_draw_encoder if "0" in blocks and first["shares"].get("condition") else _draw_composition]
+    if report["scales"]:
+        panels = [*([_draw_shares] if "condition" in first["shares"] else []), _draw_composition, _draw_sizes]
+        if "probes" in first:
+            panels.insert(2, _draw_probes)
+    columns = 2 if len(panels) > 1 else 1
+    rows = -(-len(panels) // columns)
+    figure = blank_figure((5.2 * columns, 3.7 * rows))
+    grid = figure.subplots(rows, columns, squeeze=False).flat
+    for axes, panel in zip(grid, panels, strict=False):
+        panel(report, axes)
+    for axes in list(grid)[len(panels) :]:
+        axes.set_visible(False)
+    figure.suptitle(printable(report["teacher"]["title"]), fontsize=11, color=INK)
+    save(figure, path)
+
+
+def _draw_shares(report: Mapping[str, Any], axes: Axes) -> None:
+    """Blocks x strengths: the condition's share."""
+    shares = {k: of["shares"]["condition"] for k, of in report["blocks"].items()}
+    columns = list(next(iter(shares.values())))
+    values = np.array([[(of[c] or [np.nan])[0] for c in columns] for of in shares.values()])
+    axes.imshow(values, cmap="Blues", vmin=0, vmax=1, aspect="auto")
+    for (row, column), value in np.ndenumerate(values):
+        colour = "white" if value > 0.55 else INK
+        axes.text(column, row, f"{value:.2f}", ha="center", va="center", color=colour, fontsize=8)
+    axes.set_xticks(range(len(columns)), [_heading(c) for c in columns], fontsize=8)
+    axes.set_yticks(range(len(shares)), list(shares), fontsize=8)
+    axes.spines[:].set_visible(False)
+    axes.set_ylabel("block")
+    axes.set_title(f"share of the target that {_condition(report)} alone explains", loc="left", fontsize=10)
+
+
+def _draw_composition(report: Mapping[str, Any], axes: Axes) -> None:
+    """One block's target: variance by the time, the condition, both together, and the rest, stacked per strength."""
+    k = _shown_block(report)
+    shares = report["blocks"][k]["shares"]
+    columns = list(shares.get("condition") or shares["time"])
+    parts = {name: np.array([max(0.0, (of[c] or [0.0])[0]) for c in columns]) for name, of in shares.items()}
+    zero = np.zeros(len(columns))
+    time, condition = parts.get("time", zero), parts.get("condition", zero)
+    both = np.maximum(parts.get("condition_time", np.maximum(time, condition)), np.maximum(time, condition))
+    stacked = {
+        _condition(report): np.minimum(condition, both),
+        "time, given that": both - np.minimum(condition, both),
+        "the rest: picture and noise": 1 - both,
+    }
+    bottom = zero
+    for (name, heights), colour in zip(stacked.items(), (COLOURS[0], COLOURS[5], RULE), strict=True):
+        if heights.any():
+            axes.bar(range(len(columns)), heights, bottom=bottom, color=colour, label=name, width=0.8)
+        bottom = bottom + heights
+    axes.set_xticks(range(len(columns)), [_heading(c) if report["scales"] else "features" for c in columns], fontsize=8)
+    axes.set_ylim(0, 1)
+    axes.set_ylabel("share of variance")
+    _plain(axes, f"what the target of block {k} consists of" if report["scales"] else "what the features consist of")
+    _key(axes, 3)
+
+
+def _draw_encoder(report: Mapping[str, Any], axes: Axes) -> None:
+    """Bars of an encoder's features: the label's share of their variance, and what probes read from them."""
+    (of,) = report["blocks"].values()
+    bars = {f"share that {_condition(report)} explains": (of["shares"]["condition"]["0"] or [0.0])[0]}
+    bars |= {f"{kind} probe": value for kind, value in of.get("probes", {}).get("f_u", {}).items()}
+    bars |= {"chance": report["chance"]} if "probes" in of else {}
+    axes.barh(list(bars), list(bars.values()), color=[*COLOURS[: len(bars) - 1], COLOURS[6]], height=0.6)
+    for row, value in enumerate(bars.values()):
+        axes.text(value + 0.01, row, f"{value:.2f}", va="center", fontsize=8, color=INK)
+    axes.set_xlim(0, 1.1)
+    axes.invert_yaxis()
+    _plain(axes, "an encoder's features, on held-out pictures")
+
+
+def _draw_probes(report: Mapping[str, Any], axes: Axes) -> None:
+    """Accuracy per block, with the label's leak and without."""
+    ks, w = list(report["blocks"]), _shown_scale(report)
+    probes = [of["probes"] for of in report["blocks"].values()]
+    lines = {
+        "f_g, the picture's own label": [each["f_g"][w][SHOWN]["own"] for each in probes],
+        "f_u": [each["f_u"][SHOWN] for each in probes],
+        "f_g, a random label, minus its mean": [each["f_g"][w][SHOWN]["rest"] for each in probes],
+        "f_g, a random label": [each["f_g"][w][SHOWN]["random"] for each in probes],
+        "the first probe, shown another label": [each["f_g"][w][SHOWN]["swapped_picture"] for each in probes],
+    }
+    for i, (name, values) in enumerate(lines.items()):
+        style: dict[str, Any] = {
+            "color": COLOURS[(1, 0, 2, 5, 6)[i]],
+            "marker": "osD^v"[i],
+            "linestyle": "--" if i == 4 else "-",
+        }
+        axes.plot(ks, [np.nan if v is None else v for v in values], label=name, markersize=4, **style)
+    axes.axhline(report["chance"], color=INK, linewidth=0.8, linestyle=":")
+    axes.set(xlabel="block", ylabel=f"accuracy ({SHOWN} probe, held out)", ylim=(-0.03, 1.03))
+    _plain(axes, f"does a probe name the picture's class? (w = {w}, t = {report['probes_at']:g})")
+    _key(axes, 2)
+
+
+def _draw_sizes(report: Mapping[str, Any], axes: Axes) -> None:
+    """Size of f_c - f_u relative to f_u per block."""
+    sizes = [of["sizes"] for of in report["blocks"].values()]
+    names = {"rms_ratio": "root mean square", "spread_ratio": "around the means"}
+    for (name, text), colour, marker in zip(names.items(), COLOURS, "os", strict=False):
+        axes.plot(
+            list(report["blocks"]),
+            [each[name] or np.nan for each in sizes],
+            color=colour,
+            marker=marker,
+            label=text,
+            markersize=4,
+        )
+    axes.set(xlabel="block", ylabel="size of f_c - f_u over f_u")
+    axes.set_ylim(bottom=0)
+    _plain(axes, "what guidance multiplies by w")
+    axes.legend(frameon=False, fontsize=8)
+
+
+def draw_maps(
+    report: Mapping[str, Any],
+    dataset: Dataset,
+    rows: np.ndarray,
+    kept: Mapping[str, Mapping[int, Tensor]],
+    grid: tuple[int, ...],
+    path: Path,
+) -> None:
+    """Principal components of f_u, f_c and f_g of some pictures, each row in its own basis, below the pictures.
+
+    rows: positions of the n pictures in the data; kept: "u" and "own" -> block -> features (n, T, D).
+    """
+    decoded = decode_images(load_autoencoder(dataset.manifest.autoencoder, device="cpu"), latents_of(dataset, rows)[0])
+    maps = {"data": as_pictures(decoded)}
+    blocks = sorted(kept["u"])
+    for k in sorted({blocks[0], int(_shown_block(report)), blocks[-1]}):
+        u = kept["u"][k]
+        if u.shape[-1] < 3:
+            continue
+        maps[f"block {k}: f_u" if k else "features"] = pca_maps(u, grid)
+        for w in _mapped_scales(report["scales"]):
+            name = "f_c" if w == 1 else f"f_g, w = {w:g}"
+            maps[f"block {k}: {name}"] = pca_maps(u + w * kept["own"][k], grid)
+    classes = dataset.manifest.classes
+    names = [printable(classes[label])[:10] for label in dataset.labels[rows]] if classes else None
+    title = f"principal components at t = {report['timesteps'][0]:g}" if report["timesteps"] else "principal components"
+    save(pca_grid(maps, columns=names, title=title, cell=0.7), path)
+
+
+def _mapped_scales(scales: Sequence[float]) -> list[float]:
+    """f_c, a middle strength and the largest."""
+    if not scales:
+        return []
+    ordered = sorted(scales, key=abs)
+    return sorted({1.0, ordered[len(ordered) // 2], ordered[-1]})
+
+
+def _shown_block(report: Mapping[str, Any]) -> str:
+    """The block that teaches, or the one that is nearest to two thirds of those measured."""
+    ks, block = list(report["blocks"]), report["teacher"]["block"]
+    return str(block) if str(block) in ks else ks[max(0, round(len(ks) * 2 / 3) - 1)]
+
+
+def _shown_scale(report: Mapping[str, Any]) -> str:
+    scales = report["scales"]
+    return f"{sorted(scales, key=abs)[len(scales) // 2]:g}"
+
+
+def _condition(report: Mapping[str, Any]) -> str:
+    return "the text" if report["condition"] == "text" else "the label"
+
+
+def _key(axes: Axes, columns: int) -> None:
+    axes.legend(
+        frameon=False, fontsize=7.5, loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=columns, handlelength=1.5
+    )
+
+
+def _plain(axes: Axes, title: str) -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(True, axis="y", color=RULE, linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.tick_params(labelsize=8)
+    axes.set_title(title, loc="left", fontsize=10)
+
+
+def _heading(column: str) -> str:
+    return {"0": "f_u", "1": "f_c", DIFFERENCE: "f_c-f_u"}.get(column, f"w={column}")
+
+
+def _block(report: Mapping[str, Any], k: str) -> str:
+    """The start of a line: the block's number, with * for the one that teaches."""
+    return f"{'-' if k == '0' else k:>4}{'*' if str(report['teacher']['block']) == k else ' '}   "
+
+
+def _share(value: Sequence[float] | None) -> str:
+    return "-" if value is None else f"{value[0]:.3f}"
+
+
+def _size(value: float) -> str:
+    return f"{value:.4g}"
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
+
+
+def _pair(of: Mapping[str, float | None]) -> str:
+    return f"{_number(of['ridge'])} / {_number(of['logistic'])}"
+
+
+def _classes(counts: Mapping[str, Any]) -> str:
+    return f", {counts['classes']} classes" if "classes" in counts else ""
+
+
+def _join(values: Sequence[float]) -> str:
+    return " ".join(f"{value:g}" for value in values)

@@ -1,0 +1,151 @@
+"""`selftrans autoencoder`: prepared pixels ⇒ a trained autoencoder, a folder that diffusers and `prepare --autoencoder` load.
+
+OUT/config.json, diffusion_pytorch_model.safetensors     the autoencoder, with the statistics of its latents
+OUT/autoencoder.json, reconstructions.png, report.html   what it was trained on, figures on held-out pictures
+OUT/training/                                            checkpoints, log.jsonl
+Shape legend: (C, H, W) picture.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save
+
+from selftrans.data.buckets import open_data
+from selftrans.data.dataset import Dataset
+from selftrans.data.manifest import BUCKETS, FILE
+from selftrans.data.selected_rows import split
+from selftrans.device import default_device
+from selftrans.evaluate.classifier import SmallClassifier, weights_sha256
+from selftrans.evaluate.plots import save_png
+from selftrans.experiments.autoencoder_report import latent_statistics, page, reconstruction_figures, sheet
+from selftrans.storage import atomic_write, lock_file, printable, remove_stale_temporaries, write_json, write_text
+from selftrans.train.autoencoder_network import AutoencoderSettings, PerceptualDistance
+from selftrans.train.autoencoder_training import AutoencoderTraining, settings_json
+from selftrans.train.log import progress_bar, read_log
+from selftrans.train.processes import keep_memory
+from selftrans.train.signals import StopSignal
+
+WEIGHTS, CONFIG = "diffusion_pytorch_model.safetensors", "config.json"  #: diffusers' names
+REPORT, TRAINING = "autoencoder.json", "training"
+SHOWN = 32  #: pictures on the sheet of reconstructions
+
+
+def train_autoencoder(
+    data: str | Path,
+    out: str | Path,
+    settings: AutoencoderSettings,
+    *,
+    perceptual: str | Path | None = None,
+    precision: str | None = None,
+    checkpoint_every: int = 1000,
+    log_every: int = 50,
+    bar: Callable[..., Any] = progress_bar,
+) -> dict[str, Any]:
+    """Train an autoencoder on prepared pixels in the folder `out`; repeating the call continues it.
+
+    Returns what OUT/autoencoder.json holds. `perceptual`: file of a classifier (`selftrans classifier`) for the perceptual
+    term. `precision`: None is bf16 on a GPU, fp32 on a CPU. `Interrupted` after a stop signal, with a checkpoint written.
+    Raises ValueError, before anything is written, for data that are not prepared pixels, sides that `factor` does not
+    divide, a classifier that does not fit, an `out` that holds something else, is in use, or has other settings.
+    """
+    out, device = Path(out), default_device()
+    dataset = pixels_of(data)
+    settings = dataclasses.replace(settings, precision=precision or ("bf16" if device.type == "cuda" else "fp32")).check()
+    check_sides(dataset, settings.factor)
+    distance = None
+    if perceptual is not None:
+        classifier = SmallClassifier.load(perceptual)
+        distance = PerceptualDistance(classifier, dataset.manifest.shape[0])
+        settings = dataclasses.replace(settings, perceptual=weights_sha256(classifier))
+    if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not (out / TRAINING).is_dir())):
+        raise ValueError(f"{out} exists and holds something else; choose another --out, or remove it")
+    if device.type == "cpu":
+        keep_memory()
+    with lock_file(out / TRAINING / ".lock"), StopSignal() as stop:
+        remove_stale_temporaries(out)
+        remove_stale_temporaries(out / TRAINING)
+        remove_stale_temporaries(out / TRAINING / "checkpoints")
+        kept, held_out = split(dataset, settings.held_out, settings.seed)
+        training = AutoencoderTraining(
+            settings, kept, out / TRAINING, device, distance=distance, every=checkpoint_every, log_every=log_every,
+            stop=stop, bar=bar,
+        )  # fmt: skip
+        training.run()
+        return _finish(training, out, held_out)
+
+
+def pixels_of(data: str | Path) -> Dataset:
+    """Prepared pixels. ValueError, with the command that makes them, for anything else."""
+    first = "first `selftrans prepare SOURCE --out PIXELS`, without --autoencoder, then `selftrans autoencoder PIXELS`"
+    if not Path(data, FILE).is_file() and not Path(data, BUCKETS).is_file():
+        raise ValueError(f"{printable(data)} is not a folder of prepared data; {first}")
+    dataset = open_data(data)
+    manifest = dataset.manifest
+    if manifest.autoencoder != "pixel":
+        raise ValueError(f"{data} holds latents by {printable(manifest.autoencoder)}, not the pixels of pictures; {first}")
+    if not len(dataset):
+        raise ValueError(f"{data} holds no pictures; {first}")
+    return dataset
+
+
+def check_sides(dataset: Dataset, factor: int) -> None:
+    """ValueError unless the factor divides the sides of all pictures."""
+    for _, height, width in dataset.shapes:
+        if height % factor or width % factor:
+            near = "x".join(str(max(1, round(side / factor)) * factor) for side in (height, width))
+            raise ValueError(
+                f"pictures of {height}x{width} in {dataset.path} do not divide by the factor {factor}; choose another "
+                f"--factor, or prepare them with --resolution {near}"
+            )
+
+
+def _finish(training: AutoencoderTraining, out: Path, held_out: Dataset) -> dict[str, Any]:
+    """Write the autoencoder, measured on held-out pictures, and the pages about it."""
+    vae, device = training.vae, training.device
+    statistics = latent_statistics(vae, training.data, device)
+    figures = reconstruction_figures(vae, held_out, device, training.objective.distance)
+    config = json.loads(vae.to_json_string()) | {"latents_mean": statistics["mean"], "latents_std": statistics["std"]}
+    with atomic_write(out / CONFIG) as text, atomic_write(out / WEIGHTS) as file:  # both are on disk before either is replaced
+        text.write(json.dumps(config, indent=2).encode())
+        file.write(save({name: tensor.cpu().contiguous() for name, tensor in vae.state_dict().items()}))
+    manifest = training.data.manifest
+    report = {
+        "data": str(Path(training.data.path).resolve()),
+        "source": manifest.source,
+        "pictures": len(training.data),
+        "picture": list(manifest.shape),
+        "latent": [training.settings.channels, *(side // training.settings.factor for side in manifest.shape[1:])],
+        "parameters": sum(p.numel() for p in vae.parameters()),
+        "device": str(device),
+        "threads": torch.get_num_threads(),
+        "steps": training.step,
+        "seconds": round(training.seconds, 1),
+        "held_out": figures,
+        "latents": statistics,
+        "settings": settings_json(training.settings),
+    }
+    write_json(out / REPORT, report)
+    picture = sheet(vae, held_out, device, SHOWN)
+    save_png(picture, out / "reconstructions.png")
+    write_text(out / "report.html", page(report, read_log(training.folder / "log.jsonl"), picture))
+    return report
+
+
+def summary(report: dict[str, Any], out: str | Path) -> str:
+    """A few lines to print."""
+    picture, latent = ("x".join(map(str, report[name])) for name in ("picture", "latent"))
+    figures = report["held_out"]
+    distance = f", distance in features {figures['perceptual']:.4f}" if "perceptual" in figures else ""
+    return (
+        f"{picture} => {latent}, {report['parameters'] / 1e6:.2f} M parameters, {report['steps']:,} steps in "
+        f"{report['seconds']:.0f} s\n"
+        f"{figures['pictures']:,} held-out pictures: PSNR {figures['psnr']:.2f} dB, L1 {figures['l1']:.4f}{distance}\n"
+        f"{out} -> selftrans prepare SOURCE --out LATENTS --autoencoder {out}"
+    )

@@ -1,0 +1,69 @@
+"""The label's part of a target: what a table by label and token explains of it, kept as a running mean.
+
+    m_y = mean of f_g over the samples of label y,  m = its mean over all samples           each (T, D), a mean per token
+    f_g - (1 - kept) (m_y - m)                                                                     what is left of a target
+
+The table is that of f_g itself, not of f_c - f_u: the student reads its label, so it can meet everything in the target that
+follows from the label alone, whichever half of the teacher it comes from. m stays, since it says nothing about a label.
+Shape legend: M samples that a guidance looks at, T tokens, D width.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from selftrans.types import Cond, Conditions
+
+
+class LabelPart(nn.Module):
+    """Running means of the targets by label and token: (classes + 1) T D float32, the last row that of all samples.
+
+    They are buffers, so that a checkpoint holds them and a resumed run goes on as it was. No gradient, no value read on the
+    host, static shapes. With several processes under DDP each step begins with the means of the first process.
+    """
+
+    mean: Tensor
+    count: Tensor
+
+    def __init__(self, conditions: Conditions, tokens: int, width: int) -> None:
+        """ValueError unless the conditions are labels."""
+        super().__init__()
+        if conditions.kind != "labels":
+            raise ValueError(f"stage2.label_part needs labels, the data have {conditions}; set stage2.label_part keep")
+        self.register_buffer("mean", torch.zeros(conditions.num_classes + 1, tokens, width))
+        self.register_buffer("count", torch.zeros(conditions.num_classes + 1))
+
+    @torch.no_grad()
+    def forward(self, target: Tensor, labels: Cond, valid: Tensor, kept: float) -> Tensor:
+        """Targets (M, T, D) with the share `kept` of the label's part, by the means before this batch, which they then join.
+
+        labels: (M,) true labels. valid: (M,) bool, false for padding. Labels that have not occurred yet have no part.
+        ValueError for another number of tokens than the means have.
+        """
+        assert isinstance(labels, Tensor)
+        if target.shape[1:] != self.mean.shape[1:]:
+            raise ValueError(
+                f"stage2.label_part has means of {self.mean.shape[1]} tokens, and this batch has {target.shape[1]}; give data "
+                "of one size, or set stage2.label_part keep"
+            )
+        known = (self.count[labels] > 0).float()[:, None, None]
+        part = known * (self.mean[labels] - self.mean[-1])
+        self._join(target, labels, valid)
+        return target - (1 - kept) * part
+
+    def _join(self, target: Tensor, labels: Tensor, valid: Tensor) -> None:
+        """Update the means; targets that are not finite are left out."""
+        valid = valid & target.isfinite().all(dim=2).all(dim=1)
+        x = torch.where(valid[:, None, None], target, 0.0).flatten(1)  # (M, T D)
+        # sums over the rows of the same label by a product: index_add_ would add in a random order on a GPU
+        same = ((labels[:, None] == labels[None, :]) & valid[None, :]).float()  # (M, M)
+        with torch.autocast(x.device.type, enabled=False):
+            sums, number = (same @ x).view_as(target), same.sum(dim=1)  # (M, T, D), (M,): equal in rows of equal labels
+        total = self.count[labels] + number
+        old = self.mean[labels]
+        step = (sums - number[:, None, None] * old) / total.clamp(min=1)[:, None, None]
+        self.mean[labels], self.count[labels] = old + step, total
+        self.count[-1] += valid.sum(dim=0)
+        overall = x.sum(dim=0).view_as(self.mean[-1])
+        self.mean[-1] += (overall - valid.sum(dim=0) * self.mean[-1]) / self.count[-1].clamp(min=1)
