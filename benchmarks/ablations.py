@@ -49,6 +49,26 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "cosine": {"stage2.target_norm": "cosine"},
     "w30-layer": {"stage2.scale": 30.0, "stage2.target_norm": "layer"},
     "w30-cosine": {"stage2.scale": 30.0, "stage2.target_norm": "cosine"},
+    "spatial": {"stage2.target_norm": "spatial"},
+    "spatial-all": {"stage2.target_norm": "spatial", "stage2.spatial_gamma": 1.0},
+    "w30-spatial": {"stage2.scale": 30.0, "stage2.target_norm": "spatial"},
+    # the head, and both changes of iREPA
+    "conv": {"stage2.head": "conv"},
+    "conv-spatial": {"stage2.head": "conv", "stage2.target_norm": "spatial"},
+    # the label's part of the target, and a student without the label
+    "label-removed": {"stage2.label_part": "remove"},
+    "label-decays": {"stage2.label_part": "decay"},
+    "w30-label-removed": {"stage2.scale": 30.0, "stage2.label_part": "remove"},
+    "null-quarter": {"stage2.null_rows": 0.25},
+    "null-half": {"stage2.null_rows": 0.5},
+    "null-all": {"stage2.null_rows": 1.0},
+    # the guided blocks, and the teacher's
+    "blocks-2-3": {"stage2.student_blocks": (2, 3)},
+    "blocks-2-3-matched": {"stage2.student_blocks": (2, 3), "stage2.teacher_blocks": (3, 4)},
+    "blocks-4-6": {"stage2.student_blocks": (4, 6)},
+    # the range of equal signal-to-noise ratio; for pixels that are not standardised: digits 0.75, CIFAR-10 about 0.5
+    "std-0.75": {"stage2.data_std": 0.75},
+    "std-0.5": {"stage2.data_std": 0.5},
     # the teacher: its training, its weights
     "stage1-200": {"stage1.steps": 200},
     "stage1-400": {"stage1.steps": 400},
@@ -58,6 +78,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     # the end of guidance
     "ends-300": {"stage2.until_step": 300},
     "never-ends": {"stage2.until_step": None},
+    "fades-half": {"stage2.fade": 0.5},
+    "fades": {"stage2.fade": 1.0},
     # other methods at a tenth of their published weights
     "sra-tenth": {"method": "sra", "sra.weight": 0.05},
     "layersync-tenth": {"method": "layersync", "layersync.weight": 0.02},

@@ -29,7 +29,6 @@ ORDER = (
     "device",       # which device a process works on
     "sections",     # settings as frozen dataclasses, to and from json
     "fine_tuning",  # settings of a run that starts from given weights
-    "sample_settings",  # settings of a run that say how images are sampled
     "plugins",      # records that other packages add
     "types",        # shapes, batches, draws, outputs; what a backbone and a guidance are
     "flow",         # paths, timestep samplers, the draw of a step
@@ -37,6 +36,7 @@ ORDER = (
     "data",         # sources => shards => batches
     "models",       # backbones; no heads: those belong to the objective
     "methods",      # get a Backbone, never import models
+    "sample_config",  # how images are sampled
     "config",       # a run's settings, built from the registries of methods and models
     "recipes",      # functions that return a config
     "checkpoints",  # format on disk, loading
@@ -114,6 +114,7 @@ COVERED_BY = {
     "__main__": "unit/cli/test_main.py",
     "cli/commands": "unit/cli/test_main.py",
     "cli/experiment_commands": "unit/cli/test_main.py",
+    "cli/interop_commands": "unit/cli/test_main.py",
     "data/decoded": "unit/data/test_prepare.py",
     "data/encode": "unit/data/test_prepare.py",
     "data/manifest": "unit/data/test_dataset.py",
@@ -124,8 +125,10 @@ COVERED_BY = {
     "data/shard_plan": "unit/data/test_prepare.py",
     "data/sources/clips": "unit/data/sources/test_audio.py",
     "data/sources/source": "unit/data/sources/test_open_source.py",
+    "encoders/latent_space": "unit/encoders/test_autoencoder.py",
     "encoders/pretrained": "unit/encoders/test_vision.py",
     "evaluate/extractors": "unit/evaluate/test_statistics.py",
+    "experiments/autoencoder_report": "unit/experiments/test_train_autoencoder.py",
     "experiments/analyse_run": "unit/cli/test_main.py",
     "experiments/bench/loading_sampling": "unit/experiments/bench/test_bench.py",
     "experiments/bench/machine": "unit/experiments/bench/test_bench.py",
@@ -140,6 +143,8 @@ COVERED_BY = {
     "experiments/reference": "unit/experiments/test_evaluate_samples.py",
     "experiments/runner": "unit/experiments/test_compare.py",
     "experiments/summary": "unit/experiments/test_compare.py",
+    "experiments/target_report": "unit/experiments/test_analyse_target.py",
+    "experiments/target_teacher": "unit/experiments/test_analyse_target.py",
     "experiments/train_classifier": "unit/evaluate/test_classifier.py",
     "fine_tuning": "unit/train/test_initial_weights.py",
     "interop/published_file": "unit/interop/test_importing.py",
@@ -156,7 +161,7 @@ COVERED_BY = {
     "recipes/mmdit_coco": "unit/recipes/test_recipes.py",
     "recipes/moving_digits": "integration/test_other_data.py",
     "recipes/speech_words": "integration/test_other_data.py",
-    "sample_settings": "unit/test_config.py",
+    "sample_config": "unit/sampling/test_images.py",
     "train/checkpointing": "unit/train/test_resume.py",
     "train/fitting": "unit/train/test_initial_weights.py",
     "train/given_weights": "unit/train/test_initial_weights.py",

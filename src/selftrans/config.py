@@ -15,9 +15,7 @@ from selftrans.methods import registry as methods
 from selftrans.models import registry as models
 from selftrans.models.sit import SiTConfig
 from selftrans.models.spec import ModelConfig
-from selftrans.sample_settings import SAMPLER_NAMES as SAMPLER_NAMES
-from selftrans.sample_settings import Labels as Labels
-from selftrans.sample_settings import SampleConfig as SampleConfig
+from selftrans.sample_config import SampleConfig
 from selftrans.sections import OWN, Resume, Section, fields_of, from_plain, setting
 from selftrans.suggest import nearest
 from selftrans.types import Backbone, Conditions

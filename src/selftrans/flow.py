@@ -119,6 +119,22 @@ def v_from_score(path: Path, zt: Tensor, score: Tensor, t: Tensor) -> Tensor:
     return (path.d_alpha(t) * zt + _determinant(path, t) * noise) / path.alpha(t)
 
 
+def equal_snr(t: float, std: float, path: Path) -> float:
+    """The time at which data of standard deviation `std` have the signal-to-noise ratio that unit data have at `t`.
+
+    The ratio is (std alpha / sigma)², so sigma / alpha must be `std` times as large; data and noise keep their times.
+    """
+    if std == 1 or t in (0, 1):
+        return t
+    time = torch.tensor(t, dtype=torch.float64, device="cpu")
+    return float(path.t_of_ratio(std * path.sigma(time) / path.alpha(time)))
+
+
+def equal_snr_range(span: tuple[float, float] | None, std: float, path: Path) -> tuple[float, float] | None:
+    """`equal_snr` of both ends of a range; None stays None."""
+    return None if span is None else (equal_snr(span[0], std, path), equal_snr(span[1], std, path))
+
+
 def uniform_times(n: int, path: Path, device: torch.device) -> Tensor:
     """(n,) independent times, uniform on [0, 1]."""
     return torch.rand(n, device=device)

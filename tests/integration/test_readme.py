@@ -29,6 +29,7 @@ TOY = {
     "train": TOY_TRAIN,
     "sample": "--steps 2 --num 8",
     "classifier": "--epochs 1",
+    "autoencoder": "--steps 3 --widths 8 8 8 --batch-size 4",
     "evaluate": "",
     "analyse": "--samples 40 --timesteps 0.4",
     "quickstart": "--steps 5 --images 40",

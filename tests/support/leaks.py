@@ -62,7 +62,9 @@ class Meter:
         if self.step % EVERY == 2:
             if self.leak:
                 KEPT.append(open(self.weights, "rb"))  # noqa: SIM115
-            if not self.samples:  # what exists now, hundreds of thousands of objects, is neither searched nor counted again
+            if (
+                not self.samples
+            ):  # what exists now, hundreds of thousands of objects, is neither searched nor counted again
                 gc.collect()
                 gc.freeze()
             self.samples.append(sample(self.step))

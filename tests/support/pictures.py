@@ -62,17 +62,17 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def save_vae(folder: Path) -> str:
+def save_vae(folder: Path, channels: int = 2, seed: int = 0) -> str:
     """A tiny AutoencoderKL that halves once, with random weights, saved as diffusers saves it."""
     from diffusers import AutoencoderKL
 
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 2,
         up_block_types=("UpDecoderBlock2D",) * 2,
         block_out_channels=(4, 4),
         norm_num_groups=2,
-        latent_channels=2,
+        latent_channels=channels,
         scaling_factor=0.5,
     ).save_pretrained(folder)
     return str(folder)

@@ -54,6 +54,10 @@ TOY: dict[str, Any] = {
 }
 
 
+#: the autoencoder of the prepared digits, which are standardised
+PIXELS = "pixel(shift=-0.389382,scale=1.33019)"
+
+
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Skip what makes toy runs slow. Import it into a test module."""

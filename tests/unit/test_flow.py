@@ -7,7 +7,7 @@ import scipy.stats
 import torch
 
 from selftrans import flow
-from selftrans.flow import PATHS, TIMES
+from selftrans.flow import COSINE, LINEAR, PATHS, TIMES, equal_snr, equal_snr_range
 from selftrans.types import Batch
 
 N, SHAPE = 6, (3, 4, 4)
@@ -117,6 +117,21 @@ def test_lognormal_times_have_edm_noise_to_signal_ratios(path):
             assert t.quantile(q).item() == pytest.approx(r / (1 + r), abs=0.02)
 
 
+@pytest.mark.parametrize("path", PATHS.values(), ids=PATHS)
+def test_standard_lognormal_times_are_those_of_repa(path):
+    """sigma = exp(normal), then t = sigma / (1 + sigma) on the linear path, 2 / pi atan(sigma) on the cosine path."""
+    torch.manual_seed(3)
+    t = flow.lognormal_standard_times(4000, path, CPU).double()
+    torch.manual_seed(3)
+    sigma = torch.randn(4000).double().exp()
+    expected = sigma / (1 + sigma) if path is flow.LINEAR else 2 / math.pi * sigma.atan()
+    torch.testing.assert_close(t, expected, rtol=1e-5, atol=1e-6)
+    assert scipy.stats.kstest((path.sigma(t) / path.alpha(t)).log().numpy(), "norm").pvalue > 1e-3
+    if path is flow.LINEAR:  # the logit of t is the logarithm of the ratio
+        torch.manual_seed(3)
+        torch.testing.assert_close(t, flow.logitnormal_times(4000, path, CPU).double(), rtol=1e-5, atol=1e-6)
+
+
 def test_logitnormal_times_have_the_density_of_the_paper():
     torch.manual_seed(3)
     t = flow.logitnormal_times(4000, flow.COSINE, CPU).double()
@@ -171,3 +186,19 @@ def test_draw_drops_all_tensors_of_a_row_together():
     assert 0 < rows.sum() < n
     for x in kept.values():
         assert torch.equal(x, rows.float()[:, None].expand_as(x))
+
+
+@pytest.mark.parametrize(("std", "expected"), [(1.0, (0.4, 0.7)), (0.75, (1 / 3, 7 / 11)), (3.0, (2 / 3, 7 / 8))])
+def test_range_of_equal_signal_to_noise_ratio_by_hand(std, expected):
+    """Linear path: t / (1 - t) is std times as large; 0.4 / 0.6 * 0.75 = 1 / 2, which is (1 / 3) / (2 / 3)."""
+    assert equal_snr_range((0.4, 0.7), std, LINEAR) == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("path", [LINEAR, COSINE], ids=lambda path: path.name)
+def test_signal_to_noise_ratios_are_equal(path):
+    for t in (0.1, 0.5, 0.9):
+        moved = torch.tensor(equal_snr(t, 0.5, path), dtype=torch.float64)
+        unit = torch.tensor(t, dtype=torch.float64)
+        ratio, same = (0.5 * path.alpha(moved) / path.sigma(moved)) ** 2, (path.alpha(unit) / path.sigma(unit)) ** 2
+        torch.testing.assert_close(ratio, same, rtol=1e-12, atol=0)
+    assert equal_snr_range((0.0, 1.0), 0.5, path) == (0.0, 1.0) and equal_snr_range(None, 0.5, path) is None

@@ -80,6 +80,10 @@ class Classifier(Command):
         print(classifier_from_data(**self.options()))
 
 
+#: options of `Analyse` that only --target reads
+OF_TARGET = ("blocks", "scales", "encoder", "grid", "seed")
+
+
 @dataclass
 class Autoencoder(Command):
     """Train a small variational autoencoder on your own pictures, for latents where no published VAE fits.
@@ -98,10 +102,10 @@ class Autoencoder(Command):
     """side of a picture / side of its latent: 2, 4 or 8"""
     channels: int = 4
     """of a latent"""
-    widths: tuple[int, ...] = ()
-    """channels of the network at each resolution, from the pictures' to the latents' (factor 4: three numbers); more are
-    slower and better. Default: 64, doubled at each step up to 256"""
-    blocks: int = 1
+    widths: tuple[int, ...] | None = None
+    """channels of the network at each resolution, from the pictures' to the latents' (factor 4: three numbers; 16 32 64 suit
+    a CPU); None: 64, doubled up to 256"""
+    depth: int = 1
     """residual blocks at each resolution (decoder: one more)"""
     attention: bool = True
     """self-attention at the lowest resolution"""
@@ -114,7 +118,7 @@ class Autoencoder(Command):
     warmup: int = 200
     """steps until the peak"""
     loss: Literal["l1", "l2"] = "l1"
-    """of the reconstruction: absolute or squared differences; l1 is less blurred, l2 has the higher PSNR"""
+    """of the reconstruction: absolute or squared differences"""
     kl_weight: float = 1e-3
     """of the KL divergence of the posterior from a standard normal; both terms summed over a picture"""
     perceptual: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
@@ -129,7 +133,7 @@ class Autoencoder(Command):
     """pictures that are not trained on, a tenth at most"""
     precision: Literal["fp32", "bf16"] | None = None
     """None: bf16 on a GPU, fp32 on a CPU"""
-    checkpoint_every: int = 1000
+    checkpoint_every: int = 500
     """steps from one checkpoint to the next"""
     seed: int = 0
     """of weights, order, noise and held-out pictures"""
@@ -139,7 +143,7 @@ class Autoencoder(Command):
         from selftrans.train.autoencoder_network import AutoencoderSettings
 
         own = ("data", "out", "perceptual", "precision", "checkpoint_every")
-        settings = AutoencoderSettings(**self.options(*own))
+        settings = AutoencoderSettings(**self.options(*own) | {"widths": self.widths or ()})
         others = {name: getattr(self, name) for name in own}
         print(summary(train_autoencoder(settings=settings, **others), self.out))
 
@@ -160,7 +164,7 @@ class Analyse(Command):
     """directory for the pictures and the json"""
     data: Annotated[str | None, tyro.conf.arg(metavar="DIR")] = None
     """prepared data; None: what the run was trained on"""
-    timesteps: Annotated[tuple[float, ...] | None, tyro.conf.arg(aliases=("--t",))] = None
+    timesteps: Annotated[tuple[float, ...] | None, tyro.conf.arg(metavar="T [T ...]", aliases=("--t",))] = None
     """t of the noisy latents; 0 is data, 1 is noise; None: 0.2 0.4 0.6, with --target 0.4 0.5 0.6 0.7 (probes at the first)"""
     samples: Annotated[int, tyro.conf.arg(aliases=("--images",))] = 1000
     """images whose features are analysed; --target holds a quarter of them out"""
@@ -173,13 +177,19 @@ class Analyse(Command):
     stage: Stage = None
     target: bool = False
     """analyse what a teacher offers to a student"""
-    blocks: tuple[int, ...] | None = None
+    blocks: Annotated[tuple[int, ...] | None, tyro.conf.arg(metavar="K [K ...]")] = None
     """with --target: blocks of the teacher (1-based); None: all, or eight of a deep model"""
-    scales: Annotated[tuple[float, ...], tyro.conf.arg(aliases=("--w",))] = (1.0, 2.0, 5.0, 10.0, 30.0)
+    scales: Annotated[tuple[float, ...], tyro.conf.arg(metavar="W [W ...]", aliases=("--w",))] = (
+        1.0,
+        2.0,
+        5.0,
+        10.0,
+        30.0,
+    )
     """with --target: w, strengths of guidance on the features"""
     encoder: bool = False
     """with --target: RUN_OR_FILE is a vision model of transformers (hub id or folder), as REPA uses; needs --data"""
-    grid: int | None = None
+    grid: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
     """with --encoder: side of its grid of features; None: half the side of the latents"""
     seed: int = 0
     """with --target: of the choice of images and of noise"""
@@ -189,12 +199,13 @@ class Analyse(Command):
         if self.target:
             self.of_target()
             return
-        given = [name for name in ("blocks", "encoder", "grid", "seed") if getattr(self, name)]
-        if given:
-            raise ValueError(f"--{given[0]} belongs to --target; give both")
+        plain = type(self)(self.run_or_file, self.out)
+        for name in OF_TARGET:
+            if getattr(self, name) != getattr(plain, name):
+                raise ValueError(f"--{name} belongs to --target; give both")
         from selftrans.experiments.analyse_run import TIMES, analyse
 
-        options = self.options("run_or_file", "target", "blocks", "scales", "encoder", "grid", "seed")
+        options = self.options("run_or_file", "target", *OF_TARGET)
         options |= {"timesteps": TIMES if self.timesteps is None else self.timesteps, "weights": self.weights or "ema"}
         report = analyse(self.run_or_file, **options)
         probes = "probes.png, " if report["probe_accuracy"] else ""

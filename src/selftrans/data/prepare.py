@@ -25,7 +25,7 @@ from selftrans.data.sources.clips import Clips, MediaOptions
 from selftrans.data.sources.decode import Resolution, size_text
 from selftrans.data.sources.npz import NpzValues
 from selftrans.data.sources.source import Samples, Source, ahead
-from selftrans.data.standardise import OPTION, chosen, plain, standardised
+from selftrans.data.standardise import plain, recorded, standardised
 from selftrans.encoders.autoencoder import Autoencoder, autoencoder_name, load_autoencoder
 from selftrans.encoders.identity import identity_kind
 from selftrans.encoders.media import Video, is_media
@@ -69,11 +69,10 @@ def prepare(
 
     Args:
         autoencoder: with "values" the source is an npz of arrays (N, C, *S) that are not pictures (see `npz_values`).
-        resolution: side, or (height, width), to crop and resize to; None keeps the pictures' size. square: refuse others.
+        resolution: side, or (height, width), to crop and resize to; None keeps the size. square: refuse others.
         flip: store the moments of the mirrored pictures as a second copy. split, label_column: for tables.
         dtype: of the stored moments; None: float16, or float32 for values. `precision` is that of the network.
-        standardise: the latents of pixels or values have zero mean and unit variance in each channel; None: those of pixels,
-            or as the folder was begun. An autoencoder's name with numbers in brackets (see `identity`) sets them.
+        standardise: latents have zero mean and unit variance per channel (see `recorded`); None: those of pixels.
         skip_bad: skip unreadable samples and list them in the manifest, instead of stopping at the first.
         text: a text encoder (see `load_text_encoder`), or more options: store captions, which `open_source` describes.
         media: how sounds and videos are read. pictures: those of `source` to encode, opened at `resolution`; None: all.
@@ -91,8 +90,8 @@ def prepare(
     dtype = dtype or _dtype(autoencoder, samples)
     options = _options(samples, autoencoder, resolution, text, media) | {"flip": flip, "shard_size": shard_size}
     options |= {"dtype": dtype, "precision": precision, "split": split, "label_column": label_column}
-    if chosen(standardise, autoencoder, earlier.plan if earlier else None, media=isinstance(samples, Clips)):
-        options[OPTION] = True
+    media_kind = isinstance(samples, Clips)
+    options |= recorded(standardise, autoencoder, earlier.plan if earlier else None, media=media_kind)
     if earlier and _finished(earlier, options, samples, out, progress):
         return Manifest.load(out)
     report_ignored(samples, progress)

@@ -80,10 +80,9 @@ def prepare_buckets(
         pictures = dataclasses.replace(chosen(opened, rows), resolution=resolution_of(*sizes[k]))
         try:
             prepare(source, out / name, resolution=pictures.resolution, pictures=pictures, **options)
+            made.append(name)
         except NoneReadable as error:
             say(f"{name} is left out: {error}", progress)
-            continue
-        made.append(name)
     if not made:
         raise ValueError(f"none of the {len(opened)} pictures of {source} is readable")
     if not all((out / name / FILE).is_file() for name in made):

@@ -15,6 +15,7 @@ from typing import TypeAlias
 import numpy as np
 
 from selftrans.data.manifest import FILE, Manifest, Shard
+from selftrans.data.record import Option
 from selftrans.data.shard_file import KEPT, open_tensors
 from selftrans.encoders.identity import identity_kind, standardised_name
 from selftrans.encoders.latent_space import LatentSpace
@@ -27,19 +28,21 @@ OPTION = "standardise"  #: among the manifest's options
 Part: TypeAlias = tuple[Path, Manifest, Iterable[Shard]]
 
 
-def chosen(asked: bool | None, autoencoder: str, before: Manifest | None, *, media: bool) -> bool:
-    """Whether a folder is standardised. None: as it was begun; a new one if it holds pixels.
+def recorded(asked: bool | None, autoencoder: str, before: Manifest | None, *, media: bool) -> dict[str, Option]:
+    """The option of a folder that is standardised, to be recorded; none where it is not, as in older manifests.
 
+    Pixels and values can be: with True, not with False. None: as the folder was begun; of a new one, pixels are. The name
+    of an autoencoder with numbers in brackets (see `identity`) sets shift and scale instead.
     Raises ValueError where it is asked for, or refused, for data whose latents have a scale of their own.
     """
     if media or autoencoder not in ("pixel", "values"):
         if asked is not None:
-            what = "sounds and videos" if media else f"autoencoder {autoencoder}"
-            raise ValueError(f"standardise is for pixels and values; {what} has a scale of its own: leave it out")
-        return False
+            what = "sounds and videos have" if media else f"autoencoder {autoencoder} has"
+            raise ValueError(f"standardise is for pixels and values; {what} a known scale: leave it out")
+        return {}
     if asked is None:
-        return bool(before.options.get(OPTION)) if before else autoencoder == "pixel"
-    return asked
+        asked = bool(before.options.get(OPTION)) if before else autoencoder == "pixel"
+    return {OPTION: True} if asked else {}
 
 
 def plain(plan: Manifest) -> Manifest:

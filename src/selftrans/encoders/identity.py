@@ -107,6 +107,22 @@ def scales_differ(one: str, other: str, tolerance: float = 0.05) -> bool:
     )
 
 
+def check_scale(what: str, trained: str, data: str) -> None:
+    """ValueError where `what` was trained on pixels or values of another scale than that of the data."""
+    if scales_differ(trained, data):
+        remedy = "--no-standardise" if trained == "pixel" else f"--autoencoder '{printable(trained, 500)}'"
+        raise ValueError(
+            f"{what} was trained on {printable(trained, 500)}, the data are {printable(data, 500)}, latents of another scale; "
+            f"prepare the data with {remedy}, or train on these"
+        )
+
+
+def same_latents(one: str, other: str) -> bool:
+    """Whether latents of two autoencoders are the same: by their names, or pixels (or values) of about the same scale."""
+    alike = identity_kind(one) is not None and identity_kind(one) == identity_kind(other)
+    return one == other or (alike and not scales_differ(one, other))
+
+
 def _numbers(space: LatentSpace) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Shift and scale, each with one number per channel, or one for all."""
     one, other = ((each,) if isinstance(each, float) else each for each in (space.shift, space.scale))

@@ -227,7 +227,7 @@ def pca_grid(
             axes.spines[:].set_visible(False)
         row[0].set_ylabel(name, rotation=0, ha="right", va="center", labelpad=8, color=INK)
     for axes, heading in zip(grid[0], columns or (), strict=False):
-        axes.set_title(heading, fontsize=9, color=INK, pad=4)
+        axes.set_title(heading, fontsize=9, color=INK, pad=4, parse_math=False)  # names may contain dollar signs
     if title:
         figure.suptitle(title, fontsize=11, color=INK)
     return figure

@@ -68,7 +68,7 @@ class BlockSums:
             self.solved = True
         for name, errors in self.fits.errors(rows, time, both).items():
             self.errors[name][self.place[rows]] += errors
-        self.squares += both.double().square().sum(dim=(1, 2))
+        self.squares += both.square().sum(dim=2).sum(dim=1, dtype=torch.float64)
         self.norms += torch.stack([(u + w * d).norm(dim=-1).sum() for w in (0.0, *self.plan.scales)])
         self.tokens += u.shape[0] * u.shape[1]
 

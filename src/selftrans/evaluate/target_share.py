@@ -66,12 +66,12 @@ class Fits:
             self.total = torch.zeros(self.times, 2, features.shape[-1], dtype=torch.float64)
             self.cross = torch.zeros(self.times, 2, self.columns, features.shape[-1])
         self.count[time] += len(rows)
-        self.total[time] += features.sum(dim=1, dtype=torch.float64)
+        self.total[time] += features.sum(dim=1)
         if self.design is not None:
             x = self.design.rows[rows]
             self.gram[time] += x.T.double() @ x.double()
             self.cross[time] += x.T @ features
-            self.square[time] += features.double().square().sum(dim=(1, 2))
+            self.square[time] += features.square().sum(dim=2).sum(dim=1, dtype=torch.float64)
 
     def solve(self) -> None:
         """Fit every predictor; the sums are then no longer needed. ValueError where a timestep has no pictures."""
@@ -97,8 +97,8 @@ class Fits:
             else:
                 assert x is not None
                 guess = x @ weights
-            u, d = (features - guess).double()
-            found[name] = torch.stack([(u * u).sum(dim=1), (u * d).sum(dim=1), (d * d).sum(dim=1)], dim=1)
+            u, d = features - guess
+            found[name] = torch.stack([(a * b).sum(dim=1).double() for a, b in ((u, u), (u, d), (d, d))], dim=1)
         return found
 
     def _regression(self, gram: Tensor, cross: Tensor, square: Tensor, count: Tensor) -> Tensor:

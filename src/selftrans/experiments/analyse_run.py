@@ -18,7 +18,7 @@ from selftrans.data.dataset import Dataset
 from selftrans.data.decoded import data_latents, decode_images
 from selftrans.device import default_device
 from selftrans.encoders.autoencoder import load_autoencoder
-from selftrans.encoders.identity import scales_differ
+from selftrans.encoders.identity import check_scale
 from selftrans.evaluate.plots import as_pictures, curves, pca_grid, save, scatter
 from selftrans.evaluate.probes import collect, linear_probe, pca_maps, tsne
 from selftrans.experiments.reference import training_data
@@ -101,18 +101,13 @@ def null_of(model: Backbone, count: int) -> Cond:
 def _check_fit(loaded: LoadedModel, dataset: Dataset) -> None:
     """ValueError unless the data have the shape and number of classes of the model; for one of text, only the shape."""
     manifest, model = dataset.manifest, loaded.model
-    if scales_differ(loaded.autoencoder, manifest.autoencoder):
-        raise ValueError(
-            f"the run was trained on {printable(loaded.autoencoder)}, the data are {printable(manifest.autoencoder)}, at "
-            f"another scale; prepare them with --autoencoder '{printable(loaded.autoencoder)}'"
-        )
-    if manifest.shape == model.shape and model.conditions.kind == "text":
-        return
-    if manifest.shape != model.shape or manifest.num_classes != model.conditions.num_classes:
+    text = model.conditions.kind == "text"
+    if manifest.shape != model.shape or (not text and manifest.num_classes != model.conditions.num_classes):
         raise ValueError(
             f"the data are latents {manifest.shape} with {manifest.num_classes} classes; the run was trained on "
             f"{model.shape} with {model.conditions.num_classes}; give that data with --data"
         )
+    check_scale("the run", loaded.autoencoder, manifest.autoencoder)
 
 
 def _spread(blocks: Sequence[int]) -> list[int]:

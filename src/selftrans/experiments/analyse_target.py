@@ -56,6 +56,8 @@ def analyse_target(
     ValueError for values out of range, and for data that do not fit.
     """
     check(timesteps, samples, scales, seed)
+    if grid is not None and (not encoder or grid < 1):
+        raise ValueError(f"--grid belongs to --encoder, and is at least 1; it is {grid}")
     teacher = open_teacher(
         origin, encoder=encoder, data=data, grid=grid, stage=stage, weights=weights, device=default_device()
     )
@@ -76,7 +78,7 @@ def analyse_target(
         "teacher": teacher.about | {"title": teacher.title, "block": teacher.block, "precision": "fp32"},
         "data": str(teacher.dataset.path),
         "pictures": _counts(pictures, plan),
-        "condition": teacher.kind,
+        "condition": teacher.dataset.manifest.conditions.kind,
         "predicted_from": _predictor(teacher.dataset, plan),
         "timesteps": list(times) if teacher.depth else [],
         "probes_at": times[0] if teacher.depth and plan.labels is not None else None,
@@ -136,9 +138,12 @@ def _plan(dataset: Dataset, pictures: Pictures, times: int, scales: tuple[float,
     """Table and probes of data with classes; a regression on the text of data with captions."""
     kind, labels = dataset.manifest.conditions.kind, pictures.labels
     if kind == "text":
+        warnings.warn(f"no probes: {dataset.path} has captions, and no classes to be probed", stacklevel=3)
         design = Design.of_vectors(mean_text(dataset.text(pictures.rows)), pictures.fitted)
         return Plan(pictures.fitted, times, scales, design)
     if len(torch.unique(labels)) < 2:
+        reason = "they have one class" if kind == "labels" else "they have no conditions, so no guidance"
+        warnings.warn(f"no table by label and no probes of {dataset.path}: {reason}", stacklevel=3)
         return Plan(pictures.fitted, times, scales, None)
     return Plan(pictures.fitted, times, scales, Design.of_labels(labels), labels, pictures.others)
 

@@ -6,7 +6,8 @@ Shape legend: N batch, (C, H, W) picture in [-1, 1], D channels of a latent.
 from __future__ import annotations
 
 import html
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from selftrans.data.dataset import Dataset
 from selftrans.encoders.autoencoder import to_uint8
-from selftrans.evaluate.plots import curves, figure_to_data_uri, sample_sheet
+from selftrans.evaluate.plots import Series, curves, figure_to_data_uri, sample_sheet
 from selftrans.experiments.html_report import STYLE
 from selftrans.train.autoencoder_network import PerceptualDistance, posterior
 
@@ -23,24 +24,38 @@ BATCH = 64
 MOST = 20_000  #: pictures of which latents are measured
 
 
-def picture_batches(dataset: Dataset, device: torch.device, most: int | None = None) -> Iterator[Tensor]:
-    """Pictures (N, C, H, W), not mirrored, each batch of one shape; `most` of them, in proportion to the parts."""
+def picture_batches(dataset: Dataset, device: torch.device) -> Iterator[Tensor]:
+    """At most MOST pictures (N, C, H, W), evenly spaced, not mirrored; each batch has one shape."""
     begin = 0
-    for size in dataset.parts:
-        count = size if most is None else min(size, -(-most * size // len(dataset)))
-        rows = begin + np.arange(count) * size // max(count, 1)  # evenly spaced
+    for size, count in zip(dataset.parts, _counts(dataset), strict=True):
+        rows = begin + np.arange(count) * size // max(count, 1)
         for at in range(0, count, BATCH):
             yield dataset.read(rows[at : at + BATCH], ["moments"])["moments"][:, 0].to(device).float()
         begin += size
 
 
+def _counts(dataset: Dataset) -> list[int]:
+    """Of each part, how many pictures are measured: all of them, or MOST in proportion to the sizes, rounded up."""
+    share = min(1.0, MOST / max(len(dataset), 1))
+    return [math.ceil(size * share) for size in dataset.parts]
+
+
+def count_measured(*datasets: Dataset) -> int:
+    """How many pictures of these data are measured."""
+    return sum(sum(_counts(dataset)) for dataset in datasets)
+
+
 @torch.inference_mode()
 def reconstruction_figures(
-    vae: Any, dataset: Dataset, device: torch.device, distance: PerceptualDistance | None = None
+    vae: Any,
+    dataset: Dataset,
+    device: torch.device,
+    distance: PerceptualDistance | None = None,
+    done: Callable[[int], object] = lambda count: None,
 ) -> dict[str, float]:
     """Means over pictures of PSNR (dB, of pictures in [0, 1]), of L1 (in [0, 1]) and of the distance in features, if given.
 
-    Decoded is the mean of the posterior, clamped to [-1, 1].
+    Decoded is the mean of the posterior, clamped to [-1, 1]. `done` is called with the size of each batch.
     """
     vae.eval()
     found: dict[str, list[Tensor]] = {"psnr": [], "l1": []}
@@ -51,22 +66,28 @@ def reconstruction_figures(
         found["l1"].append(difference.abs().mean(dim=1))
         if distance is not None:
             found.setdefault("perceptual", []).append(distance(x, y))
-    return {"pictures": len(dataset)} | {name: torch.cat(values).mean().item() for name, values in found.items()}
+        done(len(x))
+    return {"pictures": count_measured(dataset)} | {
+        name: torch.cat(values).mean().item() for name, values in found.items()
+    }
 
 
 @torch.inference_mode()
-def latent_statistics(vae: Any, dataset: Dataset, device: torch.device) -> dict[str, Any]:
+def latent_statistics(
+    vae: Any, dataset: Dataset, device: torch.device, done: Callable[[int], object] = lambda count: None
+) -> dict[str, Any]:
     """Mean and standard deviation of each channel (D,) of posterior samples, exactly: Var = Var(mean) + E(std^2).
 
     `posterior_std` is the root of E(std^2) alone. ValueError when a channel is constant.
     """
     vae.eval()
     sums, values, pictures = torch.zeros(3, vae.config.latent_channels, dtype=torch.float64, device=device), 0, 0
-    for x in picture_batches(dataset, device, MOST):
+    for x in picture_batches(dataset, device):
         found = posterior(vae, x)
         mean = found.mean.double()
         sums += torch.stack([part.sum(dim=(0, 2, 3)) for part in (mean, mean.square(), found.var.double())])
         values, pictures = values + mean[:, 0].numel(), pictures + len(x)
+        done(len(x))
     mean, square, noise = (sums / values).cpu()
     std = (square - mean.square() + noise).sqrt()
     if not bool(torch.isfinite(std).all()) or float(std.min()) < 1e-6:
@@ -89,15 +110,18 @@ def sheet(vae: Any, dataset: Dataset, device: torch.device, count: int) -> np.nd
     for start in range(0, count, columns):
         for pictures in (x, y):
             line = pictures[start : start + columns]
-            lines.append(torch.cat([line, line.new_ones(columns - len(line), *line.shape[1:])]))  # white where none is left
+            lines.append(
+                torch.cat([line, line.new_ones(columns - len(line), *line.shape[1:])])
+            )  # white where none is left
     return sample_sheet(to_uint8(torch.cat(lines)).cpu().numpy(), columns)
 
 
 def page(report: dict[str, Any], log: list[dict[str, Any]], picture: np.ndarray) -> str:
     """report.html: figures, reconstructions, the curve of the error, statistics of the latents, settings."""
     figures, latents = report["held_out"], report["latents"]
-    series = {name: ([x["step"] for x in log], [x[name] for x in log]) for name in ("l1", "perceptual") if name in log[-1]}
-    curve = curves(series, xlabel="steps", ylabel="mean over pictures in training", logy=True, size=(8, 3.6))
+    names = [name for name in ("l1", "perceptual") if log and name in log[-1]]
+    series: dict[str, Series] = {name: ([x["step"] for x in log], [x[name] for x in log]) for name in names}
+    curve = curves(series, xlabel="steps", ylabel="in training", logy=True, size=(8, 3.6))
     numbers = {
         "held-out pictures": f"{figures['pictures']:,}",
         "PSNR": f"{figures['psnr']:.2f} dB",
@@ -105,7 +129,8 @@ def page(report: dict[str, Any], log: list[dict[str, Any]], picture: np.ndarray)
         **({"distance in features": f"{figures['perceptual']:.4f}"} if "perceptual" in figures else {}),
         "picture, latent": f"{_sides(report['picture'])}, {_sides(report['latent'])}",
         "parameters": f"{report['parameters']:,}",
-        "trained": f"{report['pictures']:,} pictures, {report['steps']:,} steps, {report['seconds']:.0f} s on {report['device']}",
+        "trained on": f"{report['pictures']:,} pictures, {report['steps']:,} steps",
+        "time": f"{report['seconds']:.0f} s on {report['device']}",
     }
     channels = [
         {"channel": str(k), **{name: f"{latents[name][k]:.4g}" for name in ("mean", "std", "posterior_std")}}
@@ -138,5 +163,7 @@ def _sides(shape: list[int]) -> str:
 
 
 def _rows(values: dict[str, str]) -> str:
-    lines = "".join(f"<tr><td>{html.escape(name)}</td><td>{html.escape(value)}</td></tr>" for name, value in values.items())
+    lines = "".join(
+        f"<tr><td>{html.escape(name)}</td><td>{html.escape(value)}</td></tr>" for name, value in values.items()
+    )
     return f'<table class="settings">{lines}</table>'

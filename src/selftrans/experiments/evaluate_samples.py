@@ -148,7 +148,7 @@ def text(report: dict[str, Any]) -> str:
             deviation = f" ± {report[f'{key}_std']:.4g}" if f"{key}_std" in report else ""
             lines.append(f"{name:<26}{report[key]:.5g}{deviation}")
     made, balance = report["made"], report["label_balance"]
-    texts = _texts(made) + _sizes(made)
+    texts = _decoding(made) + _texts(made) + _sizes(made)
     made_with = [
         f"{name.replace('_', ' ')} {'unknown' if made[name] is None else _short(made[name])}"
         for name in SETTINGS
@@ -175,6 +175,12 @@ def _texts(made: dict[str, Any]) -> list[str]:
     if made.get("prompts"):
         return [f"{len(made['prompts']):,} prompts"]
     return [f"captions of {printable(made['captions'])}"] if made.get("captions") else []
+
+
+def _decoding(made: dict[str, Any]) -> list[str]:
+    """Another decoder than the encoder's own, and another rounding than to nearest."""
+    words = {"decode_with": "decoded with", "rounding": "pixels rounded"}
+    return [f"{words[name]} {printable(str(made[name]))}" for name in words if made.get(name) is not None]
 
 
 def _sizes(made: dict[str, Any]) -> list[str]:

@@ -49,17 +49,14 @@ def table(report: Mapping[str, Any]) -> str:
 
 
 def _titles(report: Mapping[str, Any]) -> dict[str, str]:
-    source = report["predicted_from"]
+    """Key of a share -> the heading of its table."""
+    source = report["predicted_from"] or ""
     target = "f_g = f_u + w (f_c - f_u)" if report["scales"] else "the features"
-    return (
-        {
-            "condition": f"share of the variance of {target} that a {source} explains on held-out pictures",
-            "condition_time": f"the same, one {source.split(' of ')[0] if source else ''} for each timestep",
-            "time": "the same by the timestep alone, without the condition",
-        }
-        if report["timesteps"]
-        else {"condition": f"share of the variance of {target} that a {source} explains on held-out pictures"}
-    )
+    titles = {"condition": f"share of the variance of {target} that a {source} explains on held-out pictures"}
+    if len(report["timesteps"]) > 1:
+        titles["condition_time"] = f"the same, one {source.split(' of ')[0]} for each timestep"
+        titles["time"] = f"share of the variance of {target} that the timestep alone explains"
+    return titles
 
 
 def _rows(report: Mapping[str, Any], values: Mapping[str, Mapping[str, Any]], show: Any) -> list[str]:
@@ -119,12 +116,12 @@ def draw_measures(report: Mapping[str, Any], path: Path) -> None:
     columns = 2 if len(panels) > 1 else 1
     rows = -(-len(panels) // columns)
     figure = blank_figure((5.2 * columns, 3.7 * rows))
-    grid = figure.subplots(rows, columns, squeeze=False).flat
+    grid = list(figure.subplots(rows, columns, squeeze=False).flat)
     for axes, panel in zip(grid, panels, strict=False):
         panel(report, axes)
-    for axes in list(grid)[len(panels) :]:
+    for axes in grid[len(panels) :]:
         axes.set_visible(False)
-    figure.suptitle(printable(report["teacher"]["title"]), fontsize=11, color=INK)
+    figure.suptitle(printable(report["teacher"]["title"]), fontsize=11, color=INK, parse_math=False)
     save(figure, path)
 
 
@@ -178,7 +175,7 @@ def _draw_encoder(report: Mapping[str, Any], axes: Axes) -> None:
     bars |= {"chance": report["chance"]} if "probes" in of else {}
     axes.barh(list(bars), list(bars.values()), color=[*COLOURS[: len(bars) - 1], COLOURS[6]], height=0.6)
     for row, value in enumerate(bars.values()):
-        axes.text(value + 0.01, row, f"{value:.2f}", va="center", fontsize=8, color=INK)
+        axes.text(max(0.0, value) + 0.01, row, f"{value:.2f}", va="center", fontsize=8, color=INK)
     axes.set_xlim(0, 1.1)
     axes.invert_yaxis()
     _plain(axes, "an encoder's features, on held-out pictures")

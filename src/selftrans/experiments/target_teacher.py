@@ -18,6 +18,7 @@ from selftrans.checkpoints.load import LoadedModel, Weights, load_model, stages_
 from selftrans.data.dataset import Dataset
 from selftrans.data.decoded import decode_images, latents_of
 from selftrans.encoders.autoencoder import from_uint8, load_autoencoder
+from selftrans.encoders.identity import check_scale
 from selftrans.encoders.vision import load_encoder
 from selftrans.evaluate.target_measures import Parts
 from selftrans.experiments.reference import training_data
@@ -87,6 +88,7 @@ def open_teacher(
             f"the data are latents {manifest.shape} with {manifest.conditions}; the teacher was trained on "
             f"{model.shape} with {model.conditions}; give that data with --data"
         )
+    check_scale("the teacher", loaded.autoencoder, manifest.autoencoder)
     about = {"source": loaded.source, "stage": loaded.stage, "step": loaded.step, "weights": loaded.weights}
     title = f"{loaded.stage}, step {loaded.step:,}, {loaded.weights} weights"
     path = PATHS[loaded.config.train.path]

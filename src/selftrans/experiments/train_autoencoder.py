@@ -12,7 +12,7 @@ import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors.torch import save
@@ -22,10 +22,25 @@ from selftrans.data.dataset import Dataset
 from selftrans.data.manifest import BUCKETS, FILE
 from selftrans.data.selected_rows import split
 from selftrans.device import default_device
+from selftrans.encoders.identity import identity_kind
 from selftrans.evaluate.classifier import SmallClassifier, weights_sha256
 from selftrans.evaluate.plots import save_png
-from selftrans.experiments.autoencoder_report import latent_statistics, page, reconstruction_figures, sheet
-from selftrans.storage import atomic_write, lock_file, printable, remove_stale_temporaries, write_json, write_text
+from selftrans.experiments.autoencoder_report import (
+    count_measured,
+    latent_statistics,
+    page,
+    reconstruction_figures,
+    sheet,
+)
+from selftrans.storage import (
+    atomic_write,
+    lock_file,
+    printable,
+    remove_stale_temporaries,
+    sha256_file,
+    write_json,
+    write_text,
+)
 from selftrans.train.autoencoder_network import AutoencoderSettings, PerceptualDistance
 from selftrans.train.autoencoder_training import AutoencoderTraining, settings_json
 from selftrans.train.log import progress_bar, read_log
@@ -33,7 +48,7 @@ from selftrans.train.processes import keep_memory
 from selftrans.train.signals import StopSignal
 
 WEIGHTS, CONFIG = "diffusion_pytorch_model.safetensors", "config.json"  #: diffusers' names
-REPORT, TRAINING = "autoencoder.json", "training"
+REPORT, PICTURE, PAGE, TRAINING = "autoencoder.json", "reconstructions.png", "report.html", "training"
 SHOWN = 32  #: pictures on the sheet of reconstructions
 
 
@@ -43,7 +58,7 @@ def train_autoencoder(
     settings: AutoencoderSettings,
     *,
     perceptual: str | Path | None = None,
-    precision: str | None = None,
+    precision: Literal["fp32", "bf16"] | None = None,
     checkpoint_every: int = 1000,
     log_every: int = 50,
     bar: Callable[..., Any] = progress_bar,
@@ -57,21 +72,21 @@ def train_autoencoder(
     """
     out, device = Path(out), default_device()
     dataset = pixels_of(data)
-    settings = dataclasses.replace(settings, precision=precision or ("bf16" if device.type == "cuda" else "fp32")).check()
+    settings = dataclasses.replace(
+        settings, precision=precision or ("bf16" if device.type == "cuda" else "fp32")
+    ).check()
     check_sides(dataset, settings.factor)
     distance = None
     if perceptual is not None:
         classifier = SmallClassifier.load(perceptual)
         distance = PerceptualDistance(classifier, dataset.manifest.shape[0])
         settings = dataclasses.replace(settings, perceptual=weights_sha256(classifier))
-    if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not (out / TRAINING).is_dir())):
-        raise ValueError(f"{out} exists and holds something else; choose another --out, or remove it")
+    _check_out(out)
     if device.type == "cpu":
         keep_memory()
     with lock_file(out / TRAINING / ".lock"), StopSignal() as stop:
-        remove_stale_temporaries(out)
-        remove_stale_temporaries(out / TRAINING)
-        remove_stale_temporaries(out / TRAINING / "checkpoints")
+        for folder in (out, out / TRAINING, out / TRAINING / "checkpoints"):
+            remove_stale_temporaries(folder)
         kept, held_out = split(dataset, settings.held_out, settings.seed)
         training = AutoencoderTraining(
             settings, kept, out / TRAINING, device, distance=distance, every=checkpoint_every, log_every=log_every,
@@ -88,8 +103,10 @@ def pixels_of(data: str | Path) -> Dataset:
         raise ValueError(f"{printable(data)} is not a folder of prepared data; {first}")
     dataset = open_data(data)
     manifest = dataset.manifest
-    if manifest.autoencoder != "pixel":
-        raise ValueError(f"{data} holds latents by {printable(manifest.autoencoder)}, not the pixels of pictures; {first}")
+    if identity_kind(manifest.autoencoder) != "pixel":  # what is stored are pixels, standardised or not
+        raise ValueError(
+            f"{data} holds latents by {printable(manifest.autoencoder)}, not the pixels of pictures; {first}"
+        )
     if not len(dataset):
         raise ValueError(f"{data} holds no pictures; {first}")
     return dataset
@@ -106,16 +123,33 @@ def check_sides(dataset: Dataset, factor: int) -> None:
             )
 
 
+def _check_out(out: Path) -> None:
+    """ValueError unless `out` is empty, new, or the folder of an autoencoder; links in it are not followed."""
+    training = out / TRAINING
+    ours = training.is_dir() and not training.is_symlink() and not (training / "checkpoints").is_symlink()
+    if out.exists() and not ours and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"{out} exists and holds something else; choose another --out, or remove it")
+
+
 def _finish(training: AutoencoderTraining, out: Path, held_out: Dataset) -> dict[str, Any]:
-    """Write the autoencoder, measured on held-out pictures, and the pages about it."""
-    vae, device = training.vae, training.device
-    statistics = latent_statistics(vae, training.data, device)
-    figures = reconstruction_figures(vae, held_out, device, training.objective.distance)
+    """Write the autoencoder, measured on held-out pictures, and the pages about it; the report comes last.
+
+    A report of this step whose files are unchanged is returned as it is.
+    """
+    before = _read_report(out)
+    if before and before.get("steps") == training.step and before.get("settings") == settings_json(training.settings):
+        return before
+    vae, device, manifest = training.vae, training.device, training.data.manifest
+    with training.bar(total=count_measured(training.data, held_out), desc="measuring", unit=" pictures") as bar:
+        statistics = latent_statistics(vae, training.data, device, bar.update)
+        figures = reconstruction_figures(vae, held_out, device, training.objective.distance, bar.update)
     config = json.loads(vae.to_json_string()) | {"latents_mean": statistics["mean"], "latents_std": statistics["std"]}
-    with atomic_write(out / CONFIG) as text, atomic_write(out / WEIGHTS) as file:  # both are on disk before either is replaced
+    with (
+        atomic_write(out / CONFIG) as text,
+        atomic_write(out / WEIGHTS) as file,
+    ):  # both are on disk before either is replaced
         text.write(json.dumps(config, indent=2).encode())
         file.write(save({name: tensor.cpu().contiguous() for name, tensor in vae.state_dict().items()}))
-    manifest = training.data.manifest
     report = {
         "data": str(Path(training.data.path).resolve()),
         "source": manifest.source,
@@ -130,12 +164,24 @@ def _finish(training: AutoencoderTraining, out: Path, held_out: Dataset) -> dict
         "held_out": figures,
         "latents": statistics,
         "settings": settings_json(training.settings),
+        "sha256": {name: sha256_file(out / name) for name in (CONFIG, WEIGHTS)},
     }
-    write_json(out / REPORT, report)
     picture = sheet(vae, held_out, device, SHOWN)
-    save_png(picture, out / "reconstructions.png")
-    write_text(out / "report.html", page(report, read_log(training.folder / "log.jsonl"), picture))
+    save_png(picture, out / PICTURE)
+    write_text(out / PAGE, page(report, read_log(training.folder / "log.jsonl"), picture))
+    write_json(out / REPORT, report)
     return report
+
+
+def _read_report(out: Path) -> dict[str, Any] | None:
+    """OUT/autoencoder.json of an earlier call, if the files that it describes are as they were."""
+    try:
+        report = json.loads((out / REPORT).read_text(encoding="utf-8"))
+        sha256 = dict(report["sha256"])
+        unchanged = all(sha256_file(out / name) == sha256[name] for name in (CONFIG, WEIGHTS))
+        return report if unchanged and (out / PICTURE).is_file() and (out / PAGE).is_file() else None
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
 
 
 def summary(report: dict[str, Any], out: str | Path) -> str:

@@ -99,18 +99,21 @@ class Frozen:
         frozen.block, frozen.width, frozen.dtype, frozen.source = block, average.width, None, {}
         return frozen
 
-    def __call__(self, zt: Tensor, t: Tensor, *conds: Cond) -> list[Tensor]:
-        """h_k(zt, t, cond) for each condition, in one forward pass of all of them: list of (N, T, D)."""
+    def __call__(self, zt: Tensor, t: Tensor, *conds: Cond, taps: tuple[int, ...] | None = None) -> list[Tensor]:
+        """h_k(zt, t, cond) for each condition, in one forward pass of all of them: list of (N, T, D).
+
+        `taps`: blocks up to `block`, whose features are put side by side, (N, T, K D); None: `block` alone.
+        """
+        taps = taps or (self.block,)
         if next(self.model.parameters()).device != zt.device:
             self.model.to(zt.device)
         many = len(conds)
         reduced = self.dtype not in (None, torch.float32)
         amp = torch.autocast(zt.device.type, dtype=self.dtype) if reduced else contextlib.nullcontext()
         with torch.no_grad(), amp:  # not inference mode: its tensors cannot take part in a loss
-            out = self.model(
-                torch.cat([zt] * many), torch.cat([t] * many), cat_cond(*conds), taps=(self.block,), stop=True
-            )
-        return list(out.feats[self.block].chunk(many, dim=0))
+            out = self.model(torch.cat([zt] * many), torch.cat([t] * many), cat_cond(*conds), taps=taps, stop=True)
+        features = out.feats[taps[0]] if len(taps) == 1 else torch.cat([out.feats[k] for k in taps], dim=-1)
+        return list(features.chunk(many, dim=0))
 
 
 class Gate(NamedTuple):

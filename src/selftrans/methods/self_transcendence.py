@@ -23,9 +23,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from selftrans.flow import LINEAR, PATHS, Path, equal_snr_range
 from selftrans.methods.conv_head import ConvHead, grid_of
 from selftrans.methods.guidance import (
     Frozen,
+    Gate,
     Guidance,
     Report,
     check_gate,
@@ -78,64 +80,85 @@ class StructureGuidance(Guidance):
 
 
 class SelfGuidance(Guidance):
-    """Stage 2: the student's block matches the teacher's guided features."""
+    """Stage 2: the student's block, or each of several, matches the teacher's guided features."""
 
     name = "self"
     teacher: Frozen
 
-    def __init__(self, student: Backbone, teacher: Frozen, config: Stage2) -> None:
+    def __init__(self, student: Backbone, teacher: Frozen, config: Stage2, path: Path = LINEAR) -> None:
         config.check()
         check_gate(config.timestep_range, config.range_mode)
         check_tokens(student, teacher)
         block = max(1, student.depth // 2) if config.student_block is None else config.student_block
-        super().__init__(config.weight, (block,), until_step=config.until_step)
-        self.config, self.block, self.teacher = config, block, teacher
+        super().__init__(config.weight, config.student_blocks or (block,), until_step=config.until_step)
+        self.config, self.teacher = config, teacher
+        self.range = equal_snr_range(config.timestep_range, config.data_std, path)
+        goals = config.teacher_blocks or (teacher.block,) * len(self.taps)
+        self.teacher_taps = tuple(sorted(set(goals)))
+        self.goals = [self.teacher_taps.index(k) for k in goals]  # of each student block, its place in `teacher_taps`
+        if self.teacher_taps[-1] > teacher.block:
+            raise ValueError(f"stage2.teacher_blocks {goals} are beyond the teacher's {teacher.block} blocks")
         if config.target_norm == "spatial" and student.tokens < 2:
             raise ValueError(
                 "stage2.target_norm spatial needs several tokens; set a smaller model.patch, or another norm"
             )
-        self.convolves, self.grid_of = config.head == "conv", functools.partial(grid_of, student.shape, student.grid)
-        self.head: nn.Module = projector(student.width, teacher.width, config.head_width)
-        if self.convolves:
-            self.head = ConvHead(student.grid, student.width, teacher.width)
+        self.grid_of = functools.partial(grid_of, student.shape, student.grid)
+        self.head, *more = [self._new_head(student, teacher) for _ in self.taps]
+        self.more_heads = nn.ModuleList(more)  # of the second block and those after it
         self.labels = None
         if config.label_part != "keep":
-            self.labels = LabelPart(student.conditions, student.tokens, teacher.width)
+            self.labels = LabelPart(student.conditions, student.tokens, teacher.width * len(self.teacher_taps))
+
+    def _new_head(self, student: Backbone, teacher: Frozen) -> nn.Module:
+        if self.config.head == "conv":
+            return ConvHead(student.grid, student.width, teacher.width)
+        return projector(student.width, teacher.width, self.config.head_width)
 
     def forward(self, d: Draw, feats: dict[int, Tensor]) -> tuple[Tensor, Report]:
-        picked = gate(d, self.config.timestep_range, self.config.range_mode)
-        hidden = picked.take(feats[self.block])  # (M, T, D)
-        target = self.guided_features(d, picked.rows)  # (M, T, D of the teacher)
+        picked = gate(d, self.range, self.config.range_mode)
+        hidden = [picked.take(feats[s]) for s in self.taps]  # (M, T, D) each
+        guided = self._changed(self.guided_features(d, picked.rows), d, picked)
+        targets = guided.split(self.teacher.width, dim=-1)  # (M, T, D of the teacher) each
+        errors = []  # (M,) each
+        for h, head, k in zip(hidden, (self.head, *self.more_heads), self.goals, strict=True):
+            prediction = head(h, self.grid_of(d.zt)) if self.config.head == "conv" else head(h)
+            errors.append(feature_error(prediction.float(), targets[k], self.config.target_norm))
+        term = remaining(d.step, self.until_step, self.config.fade) * picked.mean(torch.stack(errors).mean(dim=0))
+        norms = {"feature_norm": hidden, "target_norm": targets}
+        return term, {name: torch.stack([token_norm(x) for x in found]).mean() for name, found in norms.items()}
+
+    def null_rows(self, d: Draw) -> Tensor | None:
+        if not self.config.null_rows:
+            return None
+        guided = counted(d.t, self.range, self.config.range_mode)
+        return guided & (torch.rand_like(d.t) < self.config.null_rows)
+
+    def guided_features(self, d: Draw, rows: Tensor | None = None) -> Tensor:
+        """f_g = f_u + w (f_c - f_u) for the given rows of the draw, (M, T, D) in float32, never with a gradient.
+
+        Of several teacher blocks the features are side by side, (M, T, K D), in the order of `teacher_taps`.
+        """
+        zt, t, true, null = d.zt, d.t, d.cond, d.null
+        if rows is not None:
+            zt, t, true, null = zt[rows], t[rows], take_cond(true, rows), take_cond(null, rows)
+        if self.config.scale == 1:  # f_g = f_c: the unconditional half would be multiplied by zero
+            return self.teacher(zt, t, true, taps=self.teacher_taps)[0].float()
+        f_c, f_u = (f.float() for f in self.teacher(zt, t, true, null, taps=self.teacher_taps))
+        return f_u + self.config.scale * (f_c - f_u)
+
+    def _changed(self, target: Tensor, d: Draw, picked: Gate) -> Tensor:
+        """Guided features (M, T, K D) without the label's part and spatially normalised, if the settings ask for it."""
         if self.labels is not None:
             true = d.cond if picked.rows is None else take_cond(d.cond, picked.rows)
             kept = remaining(d.step, self.until_step, 1.0) if self.config.label_part == "decay" else 0.0
             target = self.labels(target, true, picked.gain > 0, kept)
         if self.config.target_norm == "spatial":
             target = spatial_norm(target, self.config.spatial_gamma)
-        prediction = self.head(hidden, self.grid_of(d.zt)) if self.convolves else self.head(hidden)
-        error = feature_error(prediction.float(), target, self.config.target_norm)  # (M,)
-        term = remaining(d.step, self.until_step, self.config.fade) * picked.mean(error)
-        return term, {"feature_norm": token_norm(hidden), "target_norm": token_norm(target)}
-
-    def null_rows(self, d: Draw) -> Tensor | None:
-        if not self.config.null_rows:
-            return None
-        guided = counted(d.t, self.config.timestep_range, self.config.range_mode)
-        return guided & (torch.rand_like(d.t) < self.config.null_rows)
-
-    def guided_features(self, d: Draw, rows: Tensor | None = None) -> Tensor:
-        """f_g = f_u + w (f_c - f_u) for the given rows of the draw, (M, T, D) in float32, never with a gradient."""
-        zt, t, true, null = d.zt, d.t, d.cond, d.null
-        if rows is not None:
-            zt, t, true, null = zt[rows], t[rows], take_cond(true, rows), take_cond(null, rows)
-        if self.config.scale == 1:  # f_g = f_c: the unconditional half would be multiplied by zero
-            return self.teacher(zt, t, true)[0].float()
-        f_c, f_u = (f.float() for f in self.teacher(zt, t, true, null))
-        return f_u + self.config.scale * (f_c - f_u)
+        return target
 
     def cost(self, n: int) -> dict[str, int]:
-        m = selected(n, self.config.timestep_range, self.config.range_mode)
-        return {"head": m, "teacher": m if self.config.scale == 1 else 2 * m}
+        m = selected(n, self.range, self.config.range_mode)
+        return {"head": m * len(self.taps), "teacher": m if self.config.scale == 1 else 2 * m}
 
 
 def default_teacher_block(depth: int) -> int:
@@ -161,10 +184,10 @@ def _self_transcendence(config: RunConfig) -> list[Stage]:
     def guide(student: Backbone, teacher: Frozen) -> Sequence[Guidance]:
         if stage2.label_part != "keep" and config.train.shard:
             raise ValueError("train.shard does not go with stage2.label_part: each process would have other means")
-        return [SelfGuidance(student, teacher, stage2)]
+        return [SelfGuidance(student, teacher, stage2, PATHS[config.train.path])]
 
     steps = max(1, config.train.steps // 2) if stage1.steps is None else stage1.steps
-    block = stage2.teacher_block
+    block = max(stage2.teacher_blocks) if stage2.teacher_blocks else stage2.teacher_block
     teacher = TeacherSpec(
         stage="stage1",
         block=default_teacher_block if block is None else lambda depth: block,

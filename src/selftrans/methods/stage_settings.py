@@ -55,12 +55,19 @@ class Stage2(Section):
     """s, the student's guided block (1-based); None: half of its depth"""
     teacher_block: int | None = None
     """k, the teacher's block; None: two thirds of its depth"""
+    student_blocks: tuple[int, ...] | None = None
+    """several guided blocks of the student in place of student_block, each with a head; the term is their mean"""
+    teacher_blocks: tuple[int, ...] | None = None
+    """the teacher's block for each of student_blocks, in their order; None: teacher_block for all"""
     scale: float = 30.0
     """w, strength of classifier-free guidance on the features; 1 is no guidance"""
     weight: float = setting(0.5, resume="consent")
     """lambda"""
     timestep_range: tuple[float, float] | None = (0.4, 0.7)
     """[a, b] in which the term acts; None: everywhere"""
+    data_std: float = 1.0
+    """standard deviation of the latents: timestep_range is meant for 1, and otherwise moves to the times of the same
+    signal-to-noise ratio. Of data that are not standardised: for 0.75 (digits in [-1, 1]) [0.4, 0.7] becomes [0.33, 0.64]"""
     range_mode: Literal["select", "scale"] = "select"
     """select: samples inside the range; scale: all samples, times the fraction inside (the released code)"""
     until_step: int | None = 100_000
@@ -90,6 +97,18 @@ class Stage2(Section):
         for name in ("scale", "spatial_gamma"):
             if not math.isfinite(getattr(self, name)):
                 raise ValueError(f"stage2.{name} must be a number, not {getattr(self, name)}")
+        if not 0 < self.data_std < math.inf:
+            raise ValueError(f"stage2.data_std is a standard deviation, above zero, not {self.data_std}")
+        if self.student_blocks is not None and min(self.student_blocks, default=0) < 1:
+            raise ValueError(
+                f"stage2.student_blocks {self.student_blocks} must be blocks from 1; give one at least, or None"
+            )
+        if self.teacher_blocks is not None and len(self.teacher_blocks) != len(self.student_blocks or ()):
+            raise ValueError(
+                f"stage2.teacher_blocks {self.teacher_blocks} must be as many as stage2.student_blocks {self.student_blocks}"
+            )
+        if min(self.teacher_blocks or (1,)) < 1:
+            raise ValueError(f"stage2.teacher_blocks {self.teacher_blocks} must be blocks from 1")
         if not 0 <= self.null_rows <= 1:
             raise ValueError(f"stage2.null_rows is a fraction of the guided samples, in [0, 1], not {self.null_rows}")
         if not 0 <= self.fade <= 1:
@@ -100,4 +119,10 @@ class Stage2(Section):
     def ineffective(self) -> dict[str, str]:
         wide = {"head_width": "stage2.head conv has no hidden layer"} if self.head == "conv" else {}
         shared = {} if self.target_norm == "spatial" else {"spatial_gamma": "stage2.target_norm is not spatial"}
-        return ineffective_range_mode(self.timestep_range) | wide | shared
+        single = {
+            name: f"stage2.{name}s takes its place"
+            for name, given in (("student_block", self.student_blocks), ("teacher_block", self.teacher_blocks))
+            if given
+        }
+        moved = {} if self.timestep_range else {"data_std": "without a timestep_range every sample counts"}
+        return ineffective_range_mode(self.timestep_range) | wide | shared | single | moved

@@ -16,8 +16,8 @@ def digits() -> RunConfig:
 
     Chosen over three seeds by `python benchmarks/ablations.py digits --out DIR`, each stage 2 taught by 1,000 steps of
     stage 1. Distance in the features of a small digit classifier (1,000 samples, 12 Heun steps) at student step 400 / 600 /
-    800 / 1,000, mean over seeds, deviation of the last in brackets, while QK-norm's epsilon was 1e-6 (docs/results.md has
-    the rows of the default measured again):
+    800 / 1,000, mean over seeds, deviation of the last in brackets, while QK-norm's epsilon was 1e-6 and pixels were not
+    standardised (docs/results.md has the rows of the default measured again):
         vanilla        85.1 / 41.7 / 16.8 / 8.6 (0.6)
         stage 1 alone  69.6 / 30.5 / 13.4 / 7.2 (0.6)
         w = 2          77.3 / 33.0 / 14.3 / 8.0 (0.3)

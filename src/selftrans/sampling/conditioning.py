@@ -15,10 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from selftrans.config import Labels, SampleConfig
 from selftrans.data.dataset import Dataset
 from selftrans.data.sources.captions import clean
 from selftrans.encoders.text import TextEncoder, encoder_of
+from selftrans.sample_config import Labels, SampleConfig
 from selftrans.sampling.streams import CAPTION_STREAM, LABEL_STREAM, image_stream
 from selftrans.storage import first_line, printable
 from selftrans.types import Cond, Conditions

@@ -27,8 +27,9 @@ from selftrans.encoders.autoencoder import Autoencoder, DiffusersAutoencoder, lo
 from selftrans.models.compiling import compile_model
 from selftrans.precision import PRECISIONS
 from selftrans.sampling.conditioning import Conditioning, conditioning_of
-from selftrans.sampling.samplers import SAMPLERS, Noise, guided
+from selftrans.sampling.samplers import SAMPLERS, Noise, autoguided, guided
 from selftrans.sampling.streams import NOISE_STREAM, image_stream
+from selftrans.storage import printable
 from selftrans.types import Backbone, Cond, check_takes, eval_mode, map_cond
 
 MANY = 20  #: batches per process from which compilation, which takes about a minute, saves time on a GPU
@@ -61,10 +62,12 @@ class Sampler:
         *,
         device: torch.device | str,
         conditioning: Conditioning | None = None,
+        weak: Backbone | None = None,
     ) -> None:
         """Sample `model`, which is on `device` and predicts the velocity of `path`; it is neither cast nor compiled.
 
-        `conditioning`: the conditions of the images; None: the labels or prompts of `settings`.
+        `conditioning`: the conditions of the images; None: the labels or prompts of `settings`. `weak`: the model that guides
+        by its mistakes, see `autoguided`; None: classifier-free guidance.
         Raises ValueError for invalid settings.
         """
         settings.check()
@@ -74,6 +77,7 @@ class Sampler:
                 f"sample.guidance_channels is {channels}, the latents have {model.shape[0]} channels; leave it out for all"
             )
         self.model, self.autoencoder, self.settings, self.path = model, autoencoder, settings, path
+        self.weak = weak
         self.device = torch.device(device)
         self.conditioning = conditioning or conditioning_of(model.conditions, settings, device=self.device)
         if not model.null_set and self.conditioning.null is not None:  # an imported model of text
@@ -118,8 +122,11 @@ class Sampler:
             loaded.autoencoder, settings.decode_with, device, torch.bfloat16 if reduced else torch.float32
         )
         path = flow.PATHS[loaded.config.train.path]
-        sampler = cls(loaded.model.to(device), decoder, settings, path, device=device, conditioning=conditioning)
-        cast_products(sampler.model, dtype)
+        weak = weak_model(loaded, settings)
+        model, weaker = loaded.model.to(device), weak and weak.model.to(device)
+        sampler = cls(model, decoder, settings, path, device=device, conditioning=conditioning, weak=weaker)
+        for each in sampler.models:
+            cast_products(each, dtype)
         if worth_compiling(settings, device):
             sampler._compile()
         sampler.described |= {
@@ -130,6 +137,9 @@ class Sampler:
             "autoencoder": loaded.autoencoder,
             "source": loaded.source,
         } | ({"decode_with": decoder.name} if settings.decode_with else {})
+        if weak:
+            about = {"weights": weak.weights, "stage": weak.stage, "step": weak.step, "source": weak.source}
+            sampler.described |= {"autoguidance": about}
         return sampler
 
     @classmethod
@@ -149,6 +159,11 @@ class Sampler:
         """
         loaded = load_model(origin, stage=stage, weights=weights)
         return cls.of(loaded, overridden(loaded, overrides), device=device, text_encoder=text_encoder)
+
+    @property
+    def models(self) -> list[Backbone]:
+        """The model, and the weaker one if there is one."""
+        return [self.model] if self.weak is None else [self.model, self.weak]
 
     def sample(self, indices: Sequence[int] | np.ndarray | None = None) -> Iterator[SampledBatch]:
         """Yield the images of `indices` (None: 0 .. settings.num - 1) in batches; the last batch may be smaller.
@@ -173,11 +188,13 @@ class Sampler:
             raise ValueError(f"size {size_text(resolution)} is not a multiple of {factor}, as the autoencoder needs")
         self.shape = (self.shape[0], *(side // factor for side in size))
         if self.shape != tuple(self.model.shape):
-            check_takes(self.model, self.shape)  # now, not when the folder of samples is begun
+            for model in self.models:
+                check_takes(model, self.shape)  # now, not when the folder of samples is begun
             self.described["size"] = size_text(resolution)
 
     def _compile(self) -> None:
-        compile_model(self.model)
+        for model in self.models:
+            compile_model(model)
         if isinstance(self.autoencoder, DiffusersAutoencoder):
             self.autoencoder.model.decoder.compile(dynamic=False)
         self._compiled = True
@@ -186,13 +203,11 @@ class Sampler:
     def _images(self, indices: np.ndarray, cond: Cond) -> np.ndarray:
         settings, dtype = self.settings, PRECISIONS[self.settings.precision]
         noise = image_noise(indices, self.shape, settings.seed, self.device)
-        velocity = guided(
-            self.model,
-            cond,
-            scale=settings.guidance_scale,
-            interval=settings.guidance_interval,
-            channels=settings.guidance_channels,
-        )
+        scale, interval, channels = settings.guidance_scale, settings.guidance_interval, settings.guidance_channels
+        if self.weak is None:
+            velocity = guided(self.model, cond, scale=scale, interval=interval, channels=channels)
+        else:
+            velocity = autoguided(self.model, self.weak, cond, scale=scale, interval=interval)
         # autocast casts the weights again in every forward pass, also compiled: `cast_products` avoids that
         amp = torch.autocast(self.device.type, dtype=dtype, enabled=dtype != torch.float32)
         with eval_mode(self.model), amp:
@@ -210,13 +225,30 @@ def overridden(loaded: LoadedModel, overrides: dict[str, Any]) -> SampleConfig:
     """
     settings = dataclasses.replace(loaded.config.sample, **{"prompts": None} | overrides)
     settings.check()
-    for name in ("interval", "channels"):
-        if settings.guidance_scale == 1 and f"guidance_{name}" in overrides:
-            warnings.warn(
-                f"the guidance {name} {'is' if name == 'interval' else 'are'} ignored: the guidance scale is 1",
-                stacklevel=4,
-            )
-    return settings
+    for name in ("guidance_interval", "guidance_channels", "autoguidance") if settings.guidance_scale == 1 else ():
+        if name in overrides:
+            warnings.warn(f"the {name.replace('_', ' ')} is ignored: the guidance scale is 1", stacklevel=4)
+    return settings if settings.guidance_scale != 1 else dataclasses.replace(settings, autoguidance=None)
+
+
+def weak_model(loaded: LoadedModel, settings: SampleConfig) -> LoadedModel | None:
+    """The weaker model of `settings.autoguidance`, of the same kind of weights; None without one, and with scale 1.
+
+    ValueError where it is not a model of the same latents, conditions and path.
+    """
+    if settings.autoguidance is None or settings.guidance_scale == 1:
+        return None
+    weak = load_model(settings.autoguidance, weights=loaded.weights)
+    theirs, ours = (
+        f"latents {tuple(m.model.shape)} with {m.model.conditions} on the {m.config.train.path} path"
+        for m in (weak, loaded)
+    )
+    if theirs != ours or weak.model.conditions != loaded.model.conditions:
+        name = printable(settings.autoguidance)
+        raise ValueError(
+            f"autoguidance {name} is a model of {theirs}, the sampled one of {ours}; give one of the same data"
+        )
+    return weak
 
 
 def _decoder(own: str, other: str | None, device: torch.device, dtype: torch.dtype) -> Autoencoder:

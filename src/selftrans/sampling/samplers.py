@@ -1,4 +1,4 @@
-"""Velocity ⇒ latents: the samplers, and classifier-free guidance on an interval of t.
+"""Velocity ⇒ latents: the samplers, and guidance on an interval of t: classifier-free, or by a weak model.
 
 Time runs from t = 1 (noise) to t = 0 (data). Samplers are plain functions on `velocity(z, t)`, where t is a float64
 scalar tensor on the CPU, so that reading t never waits for the GPU. Shape legend: N batch.
@@ -136,21 +136,46 @@ def guided(
         warnings.warn(f"guidance scale {scale} is ignored: the condition is the null condition", stacklevel=2)
         scale = 1.0
     both = cat_cond(cond, null) if scale != 1 else cond
-    low, high = interval[0] - 1e-9, interval[1] + 1e-9  # grid times have rounding errors: 0.65 must count as 0.65
-
-    def evaluate(z: Tensor, t: Tensor, c: Cond) -> Tensor:
-        v = model(z, torch.full((z.shape[0],), float(t), device=z.device, dtype=z.dtype), c).v
-        assert v is not None
-        return v.to(z.dtype)
 
     def velocity(z: Tensor, t: Tensor) -> Tensor:
-        if scale == 1 or not low <= float(t) <= high:
-            return evaluate(z, t, cond)
-        conditional, unconditional = evaluate(torch.cat([z, z], dim=0), t, both).chunk(2, dim=0)
+        if scale == 1 or not _inside(t, interval):
+            return _evaluate(model, z, t, cond)
+        conditional, unconditional = _evaluate(model, torch.cat([z, z], dim=0), t, both).chunk(2, dim=0)
         v = unconditional + scale * (conditional - unconditional)
         return v if channels is None else torch.cat([v[:, :channels], conditional[:, channels:]], dim=1)
 
     return velocity
+
+
+def autoguided(
+    model: Backbone, weak: Backbone, cond: Cond, *, scale: float, interval: tuple[float, float] = (0.0, 1.0)
+) -> Velocity:
+    """Velocity of a model guided by a weaker one, v_weak + scale (v - v_weak), for interval[0] <= t <= interval[1].
+
+    Autoguidance (Karras et al., 2406.02507): both get the same condition, so that what the extrapolation leaves behind are the
+    errors that the weak model makes more of. Outside the interval the weak model is not computed.
+    """
+
+    def velocity(z: Tensor, t: Tensor) -> Tensor:
+        v = _evaluate(model, z, t, cond)
+        if not _inside(t, interval):
+            return v
+        v_weak = _evaluate(weak, z, t, cond)
+        return v_weak + scale * (v - v_weak)
+
+    return velocity
+
+
+def _inside(t: Tensor, interval: tuple[float, float]) -> bool:
+    return (
+        interval[0] - 1e-9 <= float(t) <= interval[1] + 1e-9
+    )  # grid times have rounding errors: 0.65 must count as 0.65
+
+
+def _evaluate(model: Backbone, z: Tensor, t: Tensor, cond: Cond) -> Tensor:
+    v = model(z, torch.full((z.shape[0],), float(t), device=z.device, dtype=z.dtype), cond).v
+    assert v is not None
+    return v.to(z.dtype)
 
 
 def _tensors(cond: Cond) -> list[Tensor]:

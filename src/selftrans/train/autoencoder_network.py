@@ -14,7 +14,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -30,7 +29,7 @@ class AutoencoderSettings:
     channels: int = 4  #: D
     factor: int = 4  #: side of a picture / side of its latent
     widths: tuple[int, ...] = ()  #: channels of the network at each resolution; (): 64, doubled up to 256
-    blocks: int = 1  #: residual blocks of the encoder at each resolution; the decoder has one more
+    depth: int = 1  #: residual blocks of the encoder at each resolution; the decoder has one more
     attention: bool = True  #: at the lowest resolution
     loss: Literal["l1", "l2"] = "l1"
     kl_weight: float = 1e-3
@@ -53,16 +52,20 @@ class AutoencoderSettings:
         levels = self.factor.bit_length()
         widths = self.widths or tuple(min(64 << level, 256) for level in range(levels))
         if len(widths) != levels:
-            raise ValueError(f"--widths has {len(widths)} numbers; factor {self.factor} needs {levels}, one per resolution")
+            raise ValueError(
+                f"--widths has {len(widths)} numbers; factor {self.factor} needs {levels}, one per resolution"
+            )
         if any(width < 4 or width % 4 for width in widths):
             raise ValueError(f"--widths {' '.join(map(str, widths))}: each should be a multiple of 4")
-        for name, low in {"channels": 1, "blocks": 1, "batch_size": 1, "steps": 1, "warmup": 0, "held_out": 1}.items():
+        for name, low in {"channels": 1, "depth": 1, "batch_size": 1, "steps": 1, "warmup": 0, "held_out": 1}.items():
             if getattr(self, name) < low:
                 raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)} should be at least {low}")
         for name in ("lr", "clip", "kl_weight", "perceptual_weight"):
             value = getattr(self, name)
-            if not math.isfinite(value) or value < 0 or (not value and name in ("lr", "clip")):
-                raise ValueError(f"--{name.replace('_', '-')} {value} should be a finite number above zero")
+            above = name in ("lr", "clip")
+            if not math.isfinite(value) or value < 0 or (above and not value):
+                expected = "above zero" if above else "zero or above"
+                raise ValueError(f"--{name.replace('_', '-')} {value} should be a finite number, {expected}")
         if not 0 <= self.ema < 1:
             raise ValueError(f"--ema {self.ema} should be in [0, 1)")
         return AutoencoderSettings(**vars(self) | {"widths": widths})
@@ -86,7 +89,7 @@ def build_autoencoder(settings: AutoencoderSettings, picture_channels: int, side
         out_channels=picture_channels,
         latent_channels=settings.channels,
         block_out_channels=settings.widths,
-        layers_per_block=settings.blocks,
+        layers_per_block=settings.depth,
         down_block_types=("DownEncoderBlock2D",) * levels,
         up_block_types=("UpDecoderBlock2D",) * levels,
         norm_num_groups=groups,
@@ -135,12 +138,16 @@ def middle(trunk: Iterable[nn.Module]) -> nn.Sequential:
 
 
 class AutoencoderLoss(nn.Module):
-    """The network and its loss. `distance` is not a parameter and not in the state."""
+    """The network and its loss. `distance` is no submodule: never optimised, never saved."""
 
-    def __init__(self, vae: nn.Module, settings: AutoencoderSettings, distance: PerceptualDistance | None = None) -> None:
+    distance: PerceptualDistance | None
+
+    def __init__(
+        self, vae: nn.Module, settings: AutoencoderSettings, distance: PerceptualDistance | None = None
+    ) -> None:
         super().__init__()
         self.vae, self.settings = vae, settings
-        self.__dict__["distance"] = distance  # not a submodule: never optimised, never saved
+        self.__dict__["distance"] = distance
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss of pictures (N, C, H, W), and its parts, 0-d; noise is drawn by torch's default generator."""

@@ -107,6 +107,9 @@ class AutoencoderTraining:
         finally:
             bar.close()
             journal.close()
+        checkpoint.prune(
+            self.checkpoints, self.step, KEEP
+        )  # a process killed after its last checkpoint has not done so
 
     def _train_step(self, loaded: Loaded) -> None:
         settings, precision = self.settings, PRECISIONS[self.settings.precision]
@@ -155,7 +158,9 @@ class AutoencoderTraining:
             "optimizer": optimizer_tensors(self.optimizer, self.objective.vae),
         }
         if not all(bool(torch.isfinite(each).all()) for each in tensors["autoencoder"].values()):
-            raise FloatingPointError(f"the weights of the autoencoder are not finite at step {self.step}; choose a lower --lr")
+            raise FloatingPointError(
+                f"the weights of the autoencoder are not finite at step {self.step}; choose a lower --lr"
+            )
         state = {"settings": settings_json(self.settings), "data": data_sha256(self.data), "seconds": self.seconds}
         state |= {"window": self.window.state(), "good": [bool(each) for each in self._good]}
         try:
@@ -198,9 +203,7 @@ def data_sha256(data: Dataset) -> str:
     return hashlib.sha256(" ".join(shard.sha256 for shard in data.manifest.shards).encode()).hexdigest()
 
 
-def check_unchanged(
-    found: checkpoint.Checkpoint, settings: AutoencoderSettings, data: Dataset, folder: Path
-) -> None:
+def check_unchanged(found: checkpoint.Checkpoint, settings: AutoencoderSettings, data: Dataset, folder: Path) -> None:
     """ValueError when a training cannot continue from the checkpoint `found` with these settings and data."""
     before, now = dict(found.state.get("settings", {})), settings_json(settings)
     changed = [f"{name} was {before.get(name)}, is {now[name]}" for name in now if before.get(name) != now[name]]

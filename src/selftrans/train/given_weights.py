@@ -15,6 +15,7 @@ from selftrans.checkpoints import format as checkpoint
 from selftrans.checkpoints.load import IMPORTED, load_model
 from selftrans.config import RunConfig
 from selftrans.data.manifest import Manifest
+from selftrans.encoders.identity import same_latents
 from selftrans.fine_tuning import Init
 from selftrans.interop import published_file
 from selftrans.interop.importing import recognised
@@ -152,7 +153,7 @@ def warn_of_encoders(given: Given, config: RunConfig, manifest: Manifest) -> Non
             stacklevel=4,
         )
     ours = config.data.autoencoder or manifest.autoencoder
-    if given.autoencoder and ours and given.autoencoder != ours:
+    if given.autoencoder and ours and not same_latents(given.autoencoder, ours):
         warnings.warn(
             f"the weights {config.init.path} name the autoencoder {printable(given.autoencoder)}, the data {printable(ours)}; "
             "unless both are the same, the first and last layers start from weights for other latents",

@@ -35,9 +35,11 @@ class Preview:
     ) -> None:
         self.config, self.dataset, self.device, self.stop = config, dataset, device, stop or StopSignal()
         self.manifest = dataset.manifest
-        log = config.log
+        log, sample = config.log, config.sample
+        if sample.autoguidance is not None:  # the weaker model would take memory of the training
+            sample = dataclasses.replace(sample, autoguidance=None, guidance_scale=1.0)
         self.settings = dataclasses.replace(
-            config.sample,
+            sample,
             num=log.preview_images,
             sampler="heun",
             steps=log.preview_steps,

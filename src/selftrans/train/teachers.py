@@ -13,7 +13,7 @@ from selftrans.checkpoints.load import IMPORTED, LoadedModel, find, load_model
 from selftrans.config import RunConfig
 from selftrans.data.dataset import Dataset
 from selftrans.data.manifest import Manifest
-from selftrans.encoders.identity import identity_kind, scales_differ
+from selftrans.encoders.identity import check_scale, identity_kind, same_latents
 from selftrans.encoders.vision import Encoder, load_encoder
 from selftrans.methods.guidance import Frozen
 from selftrans.methods.spec import Stage, TeacherSpec
@@ -104,13 +104,8 @@ def check_given(found: LoadedModel, config: RunConfig, manifest: Manifest) -> No
             f"is another noise level; give a teacher of that path, or --train.path {path}"
         )
     ours = config.data.autoencoder or manifest.autoencoder
-    if theirs and scales_differ(theirs, manifest.autoencoder):
-        raise ValueError(
-            f"the teacher {source} was trained on {printable(theirs)}, the data are {printable(manifest.autoencoder)}: its "
-            f"features are of another scale; prepare the data with --autoencoder '{printable(theirs)}' (for plain pixel, with "
-            "--no-standardise), or give a teacher of these data"
-        )
-    if theirs and ours and theirs != ours:
+    check_scale(f"the teacher {source}", theirs, manifest.autoencoder)
+    if theirs and ours and not same_latents(theirs, ours):
         warnings.warn(
             f"the teacher {source} names the autoencoder {printable(theirs)}, the data {printable(ours)}; unless both are the "
             "same, its features do not fit: give a teacher of these latents",

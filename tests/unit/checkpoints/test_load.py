@@ -39,7 +39,7 @@ def test_loading_a_run_without_a_valid_checkpoint_is_refused(tmp_path):
 def test_paths_that_name_a_model(path, stage, step):
     found = load_model(toy.finished() / path)
     assert (found.stage, found.step) == (stage, step)
-    assert not found.model.training and found.autoencoder == "pixel" and found.classes == tuple("0123456789")
+    assert not found.model.training and found.autoencoder == toy.PIXELS and found.classes == tuple("0123456789")
     file = toy.checkpoint(toy.finished(), stage, step) / (
         "student.safetensors" if "student" in path else "ema.safetensors"
     )

@@ -12,7 +12,7 @@ import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
 from huggingface_hub.constants import HF_HUB_CACHE
 
-from selftrans.encoders.autoencoder import from_uint8, load_autoencoder, to_uint8
+from selftrans.encoders.autoencoder import from_uint8, load_autoencoder, load_decoder, to_uint8
 from selftrans.encoders.latent_space import LatentSpace
 
 
@@ -66,6 +66,50 @@ def test_to_uint8_rounds_and_clamps_by_hand() -> None:
     # 0 -> 127.5 rounds to the even 128; 0.1 -> 140.25; 0.9 -> 242.25; beyond the range -> its ends
     values = torch.tensor([-3.0, -1.0, 0.0, 0.1, 0.9, 1.0, 7.0]).view(1, 1, 1, 7)
     assert to_uint8(values).flatten().tolist() == [0, 0, 128, 140, 242, 255, 255]
+
+
+def test_to_uint8_truncates_as_published_code_does() -> None:
+    # 255 (x + 1) / 2: 0 -> 127.5, 0.1 -> 140.25, 0.9 -> 242.25, 0.999 -> 254.87
+    values = torch.tensor([-3.0, -1.0, 0.0, 0.1, 0.9, 0.999, 1.0, 7.0]).view(1, 1, 1, 8)
+    assert to_uint8(values, "down").flatten().tolist() == [0, 0, 127, 140, 242, 254, 255, 255]
+    x = torch.randn(2, 3, 16, 16)
+    theirs = torch.clamp(255.0 * ((x + 1) / 2.0), 0, 255).permute(0, 2, 3, 1).to(torch.uint8)
+    assert torch.equal(to_uint8(x, "down"), theirs)
+
+
+def test_another_autoencoder_decodes_latents_at_the_scale_of_their_own(tmp_path: Path, kl) -> None:
+    (folder, _), other = kl, tmp_path / "other"
+    model = save_kl(other, scaling_factor=3.0, shift_factor=0.0)
+    with torch.no_grad():
+        for weight in model.decoder.parameters():
+            weight.mul_(1.1)
+    model.save_pretrained(other, safe_serialization=True)
+    decoder = load_decoder(str(folder), str(other), device="cpu", dtype=torch.float32)
+    z0 = torch.randn(2, 4, 4, 4)
+    with torch.no_grad():
+        expected = model.decode(z0 / 0.4 + 0.25).sample.clamp(-1, 1)  # shift and scale of the first
+    torch.testing.assert_close(decoder.decode(z0), expected)
+    assert decoder.name == str(other.resolve())
+    assert not torch.allclose(decoder.decode(z0), load_autoencoder(str(folder)).decode(z0), atol=1e-3)
+
+
+def test_autoencoders_of_other_latents_cannot_decode(tmp_path: Path, kl) -> None:
+    own = str(kl[0])
+    save_kl(tmp_path / "eight", latent_channels=8)
+    half = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
+    save_kl(tmp_path / "half", **half, block_out_channels=(4, 4))
+    for other, message in {
+        str(
+            tmp_path / "eight"
+        ): "have 8 channels and 1/4 of the pictures' side, those of .* have 4 channels and 1/4 of",
+        str(tmp_path / "half"): "have 4 channels and 1/2 of",
+        "pixel": "pixel is no VAE",
+        str(tmp_path / "absent"): "no autoencoder",
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            load_decoder(own, other, device="cpu", dtype=torch.float32)
+    with pytest.raises(ValueError, match=r"cannot decode latents of pixel: .*pixel is no VAE; give a VAE of the same"):
+        load_decoder("pixel", own, device="cpu", dtype=torch.float32)
 
 
 @pytest.mark.parametrize("channels", [1, 3])

@@ -27,7 +27,7 @@ from selftrans.recipes import recipe
 from selftrans.sampling.conditioning import LabelConditioning
 from selftrans.types import Conditions
 from tests.support.pictures import class_folders
-from tests.support.toy import quick  # noqa: F401 - quick is a fixture
+from tests.support.toy import PIXELS, quick  # noqa: F401 - quick is a fixture
 
 
 def result(distances: list[float], *, teacher: float = 0.0, seconds: float = 10.0) -> tuple:
@@ -214,7 +214,7 @@ def test_compare_command(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> N
     assert taught["total_tflops"] == pytest.approx(taught["student_tflops"] + alone["total_tflops"])
     lasts = [summary["curves"]["tflops"][name][0][-1] for name in methods]
     assert lasts[2] == pytest.approx(taught["total_tflops"]) and lasts[0] < lasts[3] + 1e-9 < lasts[2]
-    assert summary["config"]["layersync"]["until_step"] == 6 and summary["autoencoder"] == "pixel"
+    assert summary["config"]["layersync"]["until_step"] == 6 and summary["autoencoder"] == PIXELS
     assert ", until_step 6" in (out / "compare.html").read_text()
     page = Tags((out / "compare.html").read_text())
     assert page.open == [] and page.pictures == 1 + len(methods)

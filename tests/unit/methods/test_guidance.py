@@ -4,6 +4,7 @@ import copy
 import gc
 import math
 import weakref
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,7 +12,9 @@ import torch
 from torch import nn
 
 from selftrans.methods.guidance import Frozen, Guidance, capacity, feature_error, gate, projector, remaining, selected
+from selftrans.methods.registry import METHODS, stages
 from selftrans.models.sit import SiT
+from selftrans.recipes import recipe
 from selftrans.sampling.samplers import guided, ode
 from tests.support.guidances import RANGE, TIMES, data, frozen_stub, stage1, stage2
 from tests.support.stub import Stub, handmade_draw
@@ -192,6 +195,25 @@ def test_heads_start_with_xavier_weights_and_zero_biases():
     for layer in layers:
         bound = math.sqrt(6 / (layer.in_features + layer.out_features))  # Xavier, uniform
         assert 0.98 * bound < layer.weight.abs().max() <= bound and not layer.bias.any()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_heads_of_every_method_start_so(method):
+    config = recipe("digits").override({"method": method})
+    student, teacher = (SiT((1, 8, 8), 10, width=16, depth=6, heads=2, patch=2) for _ in range(2))
+    for stage in stages(config):
+        encoder = SimpleNamespace(grid=(4, 4), width=24, flops=0, encode=None) if stage.encoder else None
+        given = Frozen(teacher, stage.teacher.block(6)) if stage.teacher else encoder
+        for guidance in stage.guide(student, given):
+            heads = [module for module in guidance.modules() if hasattr(module, "weight") and module.weight is not None]
+            heads = [
+                module for module in heads if torch.is_tensor(module.weight)
+            ]  # a guidance has a weight, too: a number
+            assert bool(heads) is (guidance.head is not None)
+            for head in heads:
+                rows, columns = head.weight.shape
+                bound = math.sqrt(6 / (rows + columns))
+                assert 0.95 * bound < head.weight.abs().max() <= bound and not head.bias.any()
 
 
 @pytest.mark.parametrize(("norm", "expected"), [("none", 5.0), ("layer", 1.0), ("cosine", 1 - 1 / math.sqrt(10))])

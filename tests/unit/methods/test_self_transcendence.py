@@ -22,8 +22,10 @@ from selftrans import (
     flow,
 )
 from selftrans.methods.guidance import capacity
+from selftrans.methods.registry import stages
 from selftrans.methods.self_transcendence import default_teacher_block
 from selftrans.models.sit import SIT_SIZES
+from selftrans.recipes import recipe
 from tests.support.stub import (
     Stub,
     TextStub,
@@ -535,3 +537,71 @@ def test_convolutional_head_takes_latents_of_another_size():
     g.head.register_forward_hook(lambda _, args, __: grids.append(args[1]))
     Objective(student, [g]).losses(handmade_draw([0.5], (1, 4, 16)), 0)
     assert grids == [(2, 8)]
+
+
+# ---- the range in signal-to-noise
+
+
+def test_range_moves_with_the_deviation_of_the_data():
+    """std 0.75: [0.4, 0.7] becomes [1/3, 7/11], so 0.35 counts and 0.65 does not."""
+    d, student = handmade_draw([0.32, 0.35, 0.63, 0.65]), Stub()
+    feature = torch.randn(4, 4, 8)
+    _, (gradient, *_) = term_and_gradients(guidance(student, frozen(), data_std=0.75), d, feature)
+    assert [bool(row.any()) for row in gradient] == [False, True, True, False]
+    assert guidance(student, frozen(), data_std=0.75).cost(100) == {
+        "head": 31,
+        "teacher": 62,
+    }  # 100 (7/11 - 1/3) = 30.3
+
+
+# ---- several blocks
+
+
+def test_several_blocks_by_hand():
+    """The mean of one term for each block: h_1 follows the teacher's second block, h_2 its third."""
+    d, student = handmade_draw(TIMES), Stub()
+    blocks = {"student_block": None, "student_blocks": (1, 2), "teacher_blocks": (2, 3)}
+    g = guidance(student, frozen(), **blocks, timestep_range=None, scale=3.0)
+    heads = [random_parameters(head) for head in (g.head, *g.more_heads)]
+    _, report = Objective(student, [g]).losses(d, 0)
+    a, b, _ = TEACHER
+    errors = []
+    for i, t in enumerate(TIMES):
+        patches = patches_by_hand(numbers(d.zt[i]), 2)
+        second = a * patches + b * t  # without the label: f_c = f_u
+        for parameters, hidden, goals in zip(
+            heads, (0.5 * patches, student_feature(d, i)), (second, guided_by_hand(d, i, 3.0)), strict=True
+        ):
+            pairs = zip(hidden, goals, strict=True)
+            errors.append(np.mean([distance_by_hand(mlp_by_hand(parameters, h), goal, "none") for h, goal in pairs]))
+    assert report["self"].item() == pytest.approx(np.mean(errors), rel=2e-5)
+    assert g.taps == (1, 2) and g.cost(10) == {"head": 20, "teacher": 20}
+    assert len(g.teacher.model.calls) == 1, "one pass for all blocks"
+
+
+def test_one_teacher_block_serves_several_of_the_student():
+    d, student = handmade_draw(TIMES), Stub()
+    several = guidance(student, frozen(), student_blocks=(1, 2), timestep_range=None)
+    term, _ = several(d, feats := {1: torch.randn(6, 4, 8), 2: torch.randn(6, 4, 8)})
+    apart = []
+    for block, head in ((1, several.head), (2, several.more_heads[0])):
+        one = guidance(student, frozen(), student_block=block, timestep_range=None)
+        one.head = head
+        apart.append(one(d, {block: feats[block]})[0].item())
+    assert term.item() == pytest.approx(np.mean(apart), rel=1e-6)
+
+
+def test_label_means_of_several_blocks_are_apart():
+    d, student = handmade_draw(TIMES), Stub()
+    blocks = {"student_blocks": (1, 2), "teacher_blocks": (2, 3), "timestep_range": None}
+    g = guidance(student, frozen(), **blocks, label_part="remove")
+    g(d, {1: torch.randn(6, 4, 8), 2: torch.randn(6, 4, 8)})
+    torch.testing.assert_close(g.labels.mean[-1], g.guided_features(d).mean(dim=0))
+    assert g.labels.mean.shape == (8, 4, 16)
+
+
+def test_teacher_keeps_the_deepest_of_its_blocks():
+    config = recipe("digits").override({"stage2.student_blocks": (1, 2), "stage2.teacher_blocks": (3, 2)})
+    assert stages(config)[1].teacher.block(6) == 3
+    with pytest.raises(ValueError, match=r"stage2\.teacher_blocks \(2, 3\) are beyond the teacher's 2 blocks"):
+        guidance(Stub(), frozen(block=2), student_blocks=(1, 2), teacher_blocks=(2, 3))

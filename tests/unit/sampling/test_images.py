@@ -1,6 +1,8 @@
 """From a model to images: a random stream per image, conditions, and the sampler."""
 
 import copy
+import dataclasses
+import re
 import warnings
 
 import numpy as np
@@ -9,11 +11,13 @@ import torch
 
 from selftrans.checkpoints.load import load_model
 from selftrans.config import SampleConfig
+from selftrans.data.dataset import Dataset
 from selftrans.encoders.autoencoder import load_autoencoder
 from selftrans.encoders.identity import PixelAutoencoder, ValuesAutoencoder
 from selftrans.models.sit import SiT
 from selftrans.sampling import images as module
-from selftrans.sampling.images import Sampler, cast_products, fill, image_noise, worth_compiling
+from selftrans.sampling.images import Sampler, cast_products, fill, image_noise, weak_model, worth_compiling
+from selftrans.train.preview import Preview
 from selftrans.types import Backbone, Conditions, Output
 from tests.support import toy
 from tests.support.pictures import save_vae
@@ -55,8 +59,8 @@ def small_model(num_classes=10):
     return model
 
 
-def gather(model, config, indices=None):
-    batches = list(Sampler(model, PixelAutoencoder(), config, device="cpu").sample(indices))
+def gather(model, config, autoencoder=None, indices=None):
+    batches = list(Sampler(model, autoencoder or PixelAutoencoder(), config, device="cpu").sample(indices))
     return [np.concatenate(parts) for parts in zip(*batches, strict=True)]
 
 
@@ -210,13 +214,35 @@ def test_loaded_model_is_described_and_sampled_in_fp32():
     loaded = load_model(toy.finished())
     config = SampleConfig(num=3, steps=2, sampler="heun")
     sampler = Sampler.of(loaded, config)
-    expected = config.settings() | {"weights": "ema", "stage": "stage2", "step": 8, "autoencoder": "pixel"}
+    expected = config.settings() | {"weights": "ema", "stage": "stage2", "step": 8, "autoencoder": toy.PIXELS}
     assert sampler.described == expected | {"labels": "balanced", "num_classes": 10, "source": loaded.source}
     (batch,) = sampler.sample()
     plain = load_model(toy.finished()).model
-    assert np.array_equal(batch.images, gather(plain, config)[2])
+    assert np.array_equal(batch.images, gather(plain, config, load_autoencoder(toy.PIXELS))[2])
     with pytest.raises(ValueError, match=r"sample\.steps"):
         Sampler.of(loaded, SampleConfig(steps=0))
+
+
+def test_samples_are_decoded_by_another_autoencoder_and_truncated(tmp_path):
+    own, other = (save_vae(tmp_path / name, channels=1, seed=seed) for seed, name in enumerate(("own", "other")))
+    config = SampleConfig(num=3, steps=2, sampler="heun")
+    changed = dataclasses.replace(config, decode_with=other, rounding="down")
+
+    def sampled(settings):
+        sampler = Sampler.of(load_model(toy.finished())._replace(autoencoder=own), settings)
+        return sampler.described, next(sampler.sample()).images.astype(int)
+
+    plain, images = sampled(config)
+    assert "decode_with" not in plain and "rounding" not in plain, "folders of samples begun before are continued"
+    described, decoded = sampled(changed)
+    assert described == plain | {"decode_with": other, "rounding": "down"}
+    expected = gather(load_model(toy.finished()).model, config, load_autoencoder(other))[2]
+    assert images.shape == (3, 16, 16, 3) and np.abs(images - decoded).max() > 2
+    assert set((expected - decoded).flatten()) == {0, 1}, "rounded and truncated"
+    with pytest.raises(ValueError, match=r"cannot decode latents of pixel\(.*is no VAE"):
+        Sampler.of(load_model(toy.finished()), changed)
+    with pytest.raises(ValueError, match=r"sample\.rounding 'up' is unknown; choose nearest or down"):
+        dataclasses.replace(config, rounding="up").check()
 
 
 @pytest.mark.parametrize(("precision", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
@@ -257,3 +283,36 @@ def test_noise_and_pictures_have_the_size_that_is_asked_for():
         sampler.resize((6, 8))
     with pytest.raises(ValueError, match="a size is for models of pictures"):
         Sampler(Straight((1, 4, 6)), ValuesAutoencoder(), config, device="cpu").resize(8)
+
+
+@pytest.mark.parametrize(
+    ("changed", "theirs"),
+    [
+        (
+            {"model": SiT((1, 8, 8), 2, width=16, depth=1, heads=2, patch=2)},
+            "latents (1, 8, 8) with 2 classes on the linear",
+        ),
+        (
+            {"model": SiT((1, 4, 4), 10, width=16, depth=1, heads=2, patch=2)},
+            "latents (1, 4, 4) with 10 classes on the linear",
+        ),
+        (
+            {"config": toy.toy({"data.path": "-", "train.path": "cosine"})},
+            "latents (1, 8, 8) with 10 classes on the cosine",
+        ),
+    ],
+)
+def test_weak_models_of_other_data_are_refused(monkeypatch, changed, theirs):
+    loaded = load_model(toy.finished())
+    monkeypatch.setattr(module, "load_model", lambda path, *, weights: loaded._replace(**changed))
+    settings = SampleConfig(autoguidance="other", guidance_scale=2.0)
+    message = f"autoguidance other is a model of {theirs}"
+    with pytest.raises(ValueError, match=rf"{re.escape(message)}.*, the sampled one of .*; give one of the same data"):
+        weak_model(loaded, settings)
+    assert weak_model(loaded, SampleConfig(autoguidance="other")) is None
+
+
+def test_previews_leave_the_weak_model_out():
+    config = toy.toy({"sample.autoguidance": "other", "sample.guidance_scale": 2.0})
+    made = Preview(config, Dataset.open(config.data.path), torch.device("cpu")).settings
+    assert (made.autoguidance, made.guidance_scale) == (None, 1.0)

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from selftrans.cli.main import main
 from selftrans.config import SampleConfig
-from selftrans.encoders.identity import PixelAutoencoder
+from selftrans.encoders.autoencoder import load_autoencoder
 from selftrans.sampling.folder import sample_to_folder
 from selftrans.sampling.images import Sampler, fill
 from selftrans.sampling.sample_file import read_png
@@ -46,7 +46,7 @@ def test_pictures_npz_and_samples_json(tmp_path):
     settings = record["settings"]
     assert settings["source"]["path"] == str(file.resolve()) and settings["source"]["sha256"] == sha256_file(file)
     expected = {"steps": 2, "sampler": "heun", "guidance_scale": 1.0, "weights": "ema", "stage": "stage2", "step": 8}
-    assert settings.items() >= expected.items() and settings["autoencoder"] == "pixel"
+    assert settings.items() >= expected.items() and settings["autoencoder"] == toy.PIXELS
     assert not {"guidance_channels", "time_shift"} & settings.keys(), "as in folders of before these settings"
     more = {"guidance_scale": 2.0, "guidance_channels": 1, "time_shift": 3.0}
     words = [f"--{name.replace('_', '-')}={value}" for name, value in more.items()]
@@ -74,7 +74,7 @@ def test_command_gives_the_images_of_the_library(tmp_path):
     config = SampleConfig(
         num=6, steps=3, sampler="sde", guidance_scale=2.0, guidance_interval=(0.2, 0.9), seed=5, batch_size=6
     )
-    (_, labels, pictures), *more = Sampler(model, PixelAutoencoder(), config, device="cpu").sample()
+    (_, labels, pictures), *more = Sampler(model, load_autoencoder(toy.PIXELS), config, device="cpu").sample()
     assert not more and np.array_equal(images(tmp_path)[1], labels)
     assert np.abs(images(tmp_path)[0].astype(int) - pictures).max() <= 1  # rounding depends on the batch size
 
@@ -202,3 +202,27 @@ def test_sampling_does_not_change_the_run(tmp_path):
     before = toy.tree(toy.finished())
     sample_to_folder(toy.finished(), tmp_path, {"num": 2, "steps": 1})
     assert toy.tree(toy.finished()) == before
+
+
+# ---- autoguidance
+
+
+def test_autoguidance_by_stage_1_is_applied_and_recorded(tmp_path):
+    """With scale 0 only the weaker model remains, so the samples are those of stage 1; with 2 they are of neither."""
+    run, stage1 = toy.finished(), str(toy.finished() / "stage1")
+    weak, strong, zero, two = (tmp_path / name for name in ("weak", "strong", "zero", "two"))
+    assert sample(run, weak, "--stage", "stage1") == sample(run, strong) == 0
+    for out, scale in ((zero, "0"), (two, "2")):
+        assert sample(run, out, "--autoguidance", stage1, "--guidance-scale", scale) == 0
+    assert np.array_equal(images(zero)[0], images(weak)[0])
+    assert not np.array_equal(images(two)[0], images(strong)[0]) and not np.array_equal(images(two)[0], images(weak)[0])
+    settings = json.loads((two / "samples.json").read_text())["settings"]
+    file = toy.checkpoint(toy.finished(), "stage1") / "ema.safetensors"
+    assert settings["autoguidance"].items() >= {"weights": "ema", "stage": "stage1", "step": 4}.items()
+    assert settings["autoguidance"]["source"]["sha256"] == sha256_file(file) and settings["guidance_scale"] == 2.0
+
+
+def test_autoguidance_with_scale_one_is_ignored_with_a_warning(tmp_path, capsys):
+    assert sample(toy.finished(), tmp_path / "out", "--autoguidance", "nowhere") == 0
+    assert "the autoguidance is ignored: the guidance scale is 1" in capsys.readouterr().err
+    assert "autoguidance" not in json.loads((tmp_path / "out" / "samples.json").read_text())["settings"]

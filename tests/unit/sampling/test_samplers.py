@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from selftrans.flow import COSINE, LINEAR, PATHS
-from selftrans.sampling.samplers import EVALUATIONS, SAMPLERS, guided, ode, sde, shifted
+from selftrans.sampling.samplers import EVALUATIONS, SAMPLERS, autoguided, guided, ode, sde, shifted
 from selftrans.types import Output
 
 M, S = 0.7, 0.4
@@ -279,3 +279,40 @@ def test_shifted_ode_reaches_the_same_end():
     for shift in (0.3, 1.0, 1 / 0.3):
         end = ode(lambda z, t: z, torch.ones(1, dtype=torch.float64), steps=200, shift=shift)
         assert end.item() == pytest.approx(math.exp(-1), rel=1e-4)
+
+
+# ---- a weaker model
+
+
+class Linear(Spy):
+    """v = slope z: two of them, extrapolated, are linear again."""
+
+    def __init__(self, slope):
+        super().__init__()
+        self.slope = slope
+
+    def __call__(self, x, t, cond, *, taps=(), stop=False):
+        self.calls.append((len(x), round(t[0].item(), 4), cond))
+        return Output(self.slope * x, {})
+
+
+def test_autoguided_sampling_has_the_closed_form_of_two_linear_fields():
+    """v = (b + w (a - b)) z: with a = 1, b = 0.5, w = 3 the slope is 2, so z at t = 0 is exp(-2) z at t = 1."""
+    strong, weak, z, labels = (
+        Linear(1.0),
+        Linear(0.5),
+        torch.full((2, 1, 1, 1), 3.0, dtype=torch.float64),
+        torch.tensor([1, 4]),
+    )
+    end = ode(autoguided(strong, weak, labels, scale=3.0), z, steps=200)
+    torch.testing.assert_close(end, z * np.exp(-2.0), rtol=1e-4, atol=0)
+    assert len(strong.calls) == len(weak.calls) == 400
+    assert all(call[0] == 2 and torch.equal(call[2], labels) for call in weak.calls), "the true condition, once"
+
+
+def test_autoguidance_outside_its_interval_leaves_the_weak_model_out():
+    strong, weak, z = Linear(1.0), Linear(0.5), torch.ones(1, 1, 1, 1)
+    velocity = autoguided(strong, weak, torch.tensor([1]), scale=3.0, interval=(0.2, 0.65))
+    for t, slope in ((0.7, 1.0), (0.65, 2.0), (0.2, 2.0), (0.1, 1.0)):
+        assert velocity(z, torch.tensor(t, dtype=torch.float64)).item() == slope
+    assert [t for _, t, _ in weak.calls] == [0.65, 0.2]

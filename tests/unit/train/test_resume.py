@@ -44,7 +44,16 @@ def visits(config, out, stop=Interrupted) -> int:
 SHORT = {"stage1.steps": 2, "train.steps": 5, "stage2.until_step": 3}
 VARIANTS = {
     "default": SHORT,
-    "options of stage 2": SHORT | {"stage2.null_rows": 0.5, "stage2.label_part": "decay", "stage2.fade": 0.5},
+    "options of stage 2": SHORT
+    | {
+        "stage2.null_rows": 0.5,
+        "stage2.label_part": "decay",
+        "stage2.fade": 0.5,
+        "stage2.head": "conv",
+        "stage2.target_norm": "spatial",
+        "stage2.student_blocks": (1, 2),
+        "stage2.teacher_blocks": (2, 1),
+    },
     "bf16": SHORT | {"train.precision": "bf16"},
     "other options": SHORT
     | {
@@ -257,6 +266,17 @@ def test_settings_that_do_not_affect_results_may_change(tmp_path):
     )  # of the earlier 3 (the best), 6 and 8, and the new 9
     assert (run / "stage2" / "previews" / "step-00000009.png").exists()
     assert json.loads((run / "config.json").read_text())["sample"]["steps"] == 3
+
+
+def test_same_pictures_at_another_scale_are_refused(tmp_path):
+    run = toy.copy(toy.finished(), tmp_path / "run")
+    prepare("digits", tmp_path / "plain", flip=True, standardise=False, progress=False)
+    with pytest.raises(
+        ValueError, match=r"trained on latents with shift \[-0.389382\] .* are now shift 0.0 and scale 1.0"
+    ):
+        train(toy.toy({"data.path": str(tmp_path / "plain")}), run)
+    with pytest.raises(ValueError, match=r"which data\.autoencoder pixel would decode to other pixels"):
+        train(toy.toy({"data.autoencoder": "pixel"}), tmp_path / "new")
 
 
 def test_other_data_are_refused(tmp_path):

@@ -1,16 +1,21 @@
 """Which weights teach a stage, and how unsuitable ones are refused."""
 
 import dataclasses
+import warnings
 
 import pytest
 import torch
 
 from selftrans.data.dataset import Dataset
+from selftrans.data.decoded import data_latents
+from selftrans.data.prepare import prepare
+from selftrans.encoders.latent_space import LatentSpace
 from selftrans.methods.guidance import Frozen
 from selftrans.methods.registry import stages
 from selftrans.train.teachers import (
     StoredFeatures,
     check_given,
+    external_encoder,
     find_teacher,
     load_teacher,
     teacher_of,
@@ -18,6 +23,7 @@ from selftrans.train.teachers import (
 )
 from tests.support import toy
 from tests.support.toy import quick  # noqa: F401 - a fixture
+from tests.support.vision import save_encoder
 
 CPU = torch.device("cpu")
 
@@ -69,8 +75,41 @@ def test_given_teacher_of_another_path_is_refused_and_of_another_autoencoder_war
         ValueError, match=r"trained on the linear path, the student's train\.path is cosine.*--train\.path linear"
     ):
         check_given(teacher, toy.toy({"train.path": "cosine"}), manifest)
-    with pytest.warns(UserWarning, match="names the autoencoder pixel, the data other/vae"):
+    with pytest.warns(UserWarning, match=r"names the autoencoder pixel\(.*\), the data other/vae"):
         check_given(teacher, toy.toy({"data.autoencoder": "other/vae"}), manifest)
+
+
+def test_given_teacher_of_another_scale_is_refused_and_of_nearly_the_same_is_not():
+    manifest = Dataset.open(toy.digits()).manifest
+    teacher = load_teacher(toy.finished(), spec(), manifest)
+    plain = dataclasses.replace(manifest, autoencoder="pixel", latent_space=LatentSpace())
+    with pytest.raises(
+        ValueError, match=r"the teacher .* was trained on pixel\(shift=.*the data are pixel, latents of another sc"
+    ):
+        check_given(teacher, toy.toy(), plain)
+    near = dataclasses.replace(manifest, autoencoder="pixel(shift=-0.38,scale=1.31)")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        check_given(teacher, toy.toy(), near)
+
+
+def test_encoder_of_standardised_pixels_sees_pixels(tmp_path):
+    source = toy.pictures(tmp_path / "pictures", side=16)
+    plain, scaled = (
+        Dataset.open(save(source, tmp_path / name, standardise=name == "scaled")) for name in ("plain", "scaled")
+    )
+    config, name = toy.toy({"model.patch": 4}), save_encoder(tmp_path / "encoder", "vit")
+    features = [
+        external_encoder(name, config, data, CPU, torch.float32).encode(data_latents(data, 4)[0])
+        for data in (plain, scaled)
+    ]
+    torch.testing.assert_close(features[1], features[0], rtol=1e-4, atol=1e-5)
+    assert features[0].std() > 0.1
+
+
+def save(source, out, **options):
+    prepare(source, out, progress=False, **options)
+    return out
 
 
 def test_cost_of_a_given_teacher_is_read_from_its_file():

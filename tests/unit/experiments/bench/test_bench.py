@@ -21,8 +21,10 @@ from accelerate.state import AcceleratorState
 from torch import nn
 
 from selftrans import flow
+from selftrans.cli.commands import COMMANDS, Sample
 from selftrans.cli.main import main
-from selftrans.config import settings_of
+from selftrans.cli.parse import blank, parse
+from selftrans.config import SampleConfig, settings_of
 from selftrans.experiments.bench import bench, published, settings, table
 from selftrans.experiments.bench import rounds as bench_rounds
 from selftrans.experiments.bench.loading_sampling import passes, random_dataset
@@ -270,6 +272,21 @@ def test_ablations_change_the_recipe_as_named() -> None:
         config = ablations.overridden(recipe("digits"), dotted)
         found = {path: value for path, value, _ in settings_of(config)}
         assert {path: found[path] for path in dotted} == dotted, name
+
+
+def test_protocols_of_published_figures_are_options_that_the_page_shows(capsys: pytest.CaptureFixture[str]) -> None:
+    figures, page = script("published_figures"), Path(__file__).parents[4] / "docs" / "published-figures.md"
+    given = ["runs/b2", "--out", "results/b2", "--reference", "VIRTUAL_imagenet256_labeled.npz", "--print"]
+    assert figures.main(given) == 0
+    assert capsys.readouterr().out.strip() in page.read_text(encoding="utf-8")
+    for name in figures.PROTOCOLS:
+        sample, measure = figures.commands("run", "out", "reference.npz", name)
+        for words in (sample, measure):
+            command = parse(blank(COMMANDS[words[0]]), words[1:], "selftrans", kind=COMMANDS[words[0]], see="selftrans")
+            assert name in page.read_text(encoding="utf-8") and str(command.out).startswith("out")
+        settings = parse(blank(Sample), sample[1:], "selftrans", kind=Sample, see="selftrans").sampling.given()
+        SampleConfig(**settings).check()
+        assert settings["rounding"] == ("nearest" if name == "sit" else "down") and settings["labels"] == "random"
 
 
 def test_shard_reads_are_compared_with_plain_files(tmp_path: Path) -> None:

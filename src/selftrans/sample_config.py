@@ -1,4 +1,4 @@
-"""Settings of a run that say how images are sampled."""
+"""How images are sampled: a section of every run's settings, and options of the commands that sample."""
 
 from __future__ import annotations
 
@@ -34,6 +34,8 @@ class SampleConfig(Section):
     """guide only the first channels of the latents; 3 as in the code of DiT, SiT and LightningDiT; None: all"""
     time_shift: float = 1.0
     """k moves the time steps t to k t / (1 + (k - 1) t): above 1 more of them are near the noise; 1: equal steps"""
+    autoguidance: str | None = None
+    """guidance_scale extrapolates from this weaker model (a run, checkpoint or weights file) instead of the null condition"""
     seed: int = 0
     batch_size: int = 64
     """changes nothing but speed and memory"""
@@ -51,12 +53,13 @@ class SampleConfig(Section):
     def check(self) -> None:
         """Raise ValueError for the first value that cannot be."""
         (low, high), channels = self.guidance_interval, self.guidance_channels
-        samplers, precisions = sorted(SAMPLER_NAMES), list(PRECISIONS)
-        known = not isinstance(self.labels, str) or self.labels in ("balanced", "random")
         for good, message in (
             (self.num >= 1, f"sample.num is {self.num}; ask for at least one image"),
             (self.batch_size >= 1, f"sample.batch_size is {self.batch_size}; use at least 1"),
-            (self.sampler in SAMPLER_NAMES, f"sample.sampler {self.sampler!r} is unknown; choose from {samplers}"),
+            (
+                self.sampler in SAMPLER_NAMES,
+                f"sample.sampler {self.sampler!r} is unknown; choose from {sorted(SAMPLER_NAMES)}",
+            ),
             (self.steps >= 1, f"sample.steps is {self.steps}; use at least 1"),
             (self.sampler != "sde" or self.steps >= 2, "sample.steps is 1; the SDE needs at least 2"),
             (0 <= self.guidance_scale < math.inf, f"sample.guidance_scale is {self.guidance_scale}; use 1 for none"),
@@ -65,6 +68,7 @@ class SampleConfig(Section):
                 channels is None or channels >= 1,
                 f"sample.guidance_channels is {channels}; leave it out for all channels",
             ),
+            (channels is None or self.autoguidance is None, "sample.guidance_channels does not apply to autoguidance"),
             (0 < self.time_shift < math.inf, f"sample.time_shift is {self.time_shift}; use 1 for equal steps"),
             (self.prompts is None or self.prompts, "sample.prompts is empty; give one prompt at least"),
             (
@@ -72,16 +76,22 @@ class SampleConfig(Section):
                 f"sample.rounding {self.rounding!r} is unknown; choose nearest or down",
             ),
             (self.seed >= 0, f"sample.seed is {self.seed}; use a whole number from 0"),
-            (self.precision in PRECISIONS, f"sample.precision {self.precision!r} is unknown; choose from {precisions}"),
-            (known, f"sample.labels {self.labels!r} are unknown; use balanced, random or a list of classes"),
+            (
+                self.precision in PRECISIONS,
+                f"sample.precision {self.precision!r} is unknown; choose from {list(PRECISIONS)}",
+            ),
+            (
+                not isinstance(self.labels, str) or self.labels in ("balanced", "random"),
+                f"sample.labels {self.labels!r} are unknown; use balanced, random or a list of classes",
+            ),
         ):
             if not good:
                 raise ValueError(message)
 
     def settings(self) -> dict[str, Any]:
         """What an image depends on besides its condition: number, batch size and later settings at default left out."""
-        other = {"num", "batch_size", "labels", "prompts"}
-        later = ("decode_with", "rounding", "guidance_channels", "time_shift")
-        other |= {key for key in later if getattr(self, key) == getattr(type(self), key)}
+        other: tuple[str, ...] = ("num", "batch_size", "labels", "prompts")
+        later = ("decode_with", "rounding", "autoguidance", "guidance_channels", "time_shift")
+        other += tuple(key for key in later if getattr(self, key) == getattr(type(self), key))
         kept = {key: value for key, value in dataclasses.asdict(self).items() if key not in other}
         return kept | {"sampler": "heun" if self.sampler == "ode" else self.sampler}

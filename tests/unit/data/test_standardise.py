@@ -1,0 +1,176 @@
+"""Pixels of zero mean and unit variance: statistics against numpy on the pictures, exact decoding, old folders, refusals."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from sklearn.datasets import load_digits
+
+from selftrans.cli.main import main
+from selftrans.data.buckets import Buckets
+from selftrans.data.dataset import Dataset
+from selftrans.data.decoded import data_latents, decode_images, decoded_images
+from selftrans.data.manifest import Manifest
+from selftrans.data.prepare import prepare
+from selftrans.data.standardise import recorded
+from selftrans.encoders.autoencoder import load_autoencoder
+from selftrans.encoders.latent_space import LatentSpace
+from tests.support import ratios, toy
+from tests.support.pictures import contents, encoded, write
+
+
+def picture(i):
+    """(8, 8, 3) uint8: channels of different mean and spread, the last one constant."""
+    rng = np.random.default_rng(i)
+    return np.stack([rng.integers(0, 80, (8, 8)), rng.integers(100, 256, (8, 8)), np.full((8, 8), 37)], axis=-1).astype(
+        np.uint8
+    )
+
+
+COUNT = 11
+PICTURES = np.stack([picture(i) for i in range(COUNT)])
+
+
+@pytest.fixture
+def source(tmp_path):
+    return write(tmp_path / "pictures", {f"{'ab'[i % 2]}/{i:02d}.png": encoded(picture(i)) for i in range(COUNT)})
+
+
+def expected(pictures):
+    """Shift and scale by numpy, of pixels in [-1, 1]."""
+    pixels = pictures.astype(np.float64).reshape(-1, pictures.shape[-1]) / 127.5 - 1
+    deviation = pixels.std(axis=0)
+    constant = deviation < 1e-9
+    return pixels.mean(axis=0), np.where(constant, 1, 1 / np.where(constant, 1, deviation))
+
+
+def check(space, pictures):
+    shift, scale = expected(pictures)
+    # moments are float16, whose rounding is 2e-4 of a pixel at most
+    assert space.shift == pytest.approx(shift, abs=3e-4) and space.scale == pytest.approx(scale, rel=1e-3)
+
+
+def test_statistics_are_those_of_all_pictures_and_a_constant_channel_is_shifted_only(source, tmp_path):
+    manifest = prepare(source, tmp_path / "data", batch_size=2, shard_size=4, progress=False)
+    check(manifest.latent_space, PICTURES)
+    assert manifest.latent_space.scale[2] == 1 and manifest.options["standardise"] is True
+    z0, _ = data_latents(Dataset.open(tmp_path / "data"), COUNT)
+    assert z0.mean(dim=(0, 2, 3)).abs().max() < 1e-4
+    assert z0.double().var(dim=(0, 2, 3), correction=0)[:2].tolist() == pytest.approx([1, 1], abs=1e-4)
+    assert manifest == Manifest.load(tmp_path / "data")
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_pictures_are_decoded_exactly(source, tmp_path, dtype):
+    prepare(source, tmp_path / "data", dtype=dtype, flip=True, progress=False)
+    found = np.concatenate(list(decoded_images(Dataset.open(tmp_path / "data"), batch_size=4)))
+    order = [i for first in (0, 1) for i in range(first, COUNT, 2)]  # folder a, then b
+    assert np.array_equal(found, PICTURES[order])
+
+
+def test_statistics_do_not_depend_on_shards_parts_or_mirrored_copies(source, tmp_path):
+    spaces = set()
+    for name, options in {"one": {}, "small": {"shard_size": 2, "batch_size": 3}, "flip": {"flip": True}}.items():
+        spaces.add(prepare(source, tmp_path / name, progress=False, **options).latent_space)
+    for part in ("2/2", "1/2"):
+        last = prepare(source, tmp_path / "parts", shard_size=3, part=part, progress=False)
+    assert len(spaces | {last.latent_space}) == 1
+
+
+def test_digits_are_standardised_as_scikit_learn_has_them():
+    manifest = Dataset.open(toy.digits()).manifest
+    pixels = np.rint(load_digits().images * 255 / 16) / 127.5 - 1
+    assert manifest.autoencoder == toy.PIXELS
+    assert manifest.latent_space.shift == pytest.approx([pixels.mean()], abs=1e-3)
+    assert manifest.latent_space.scale == pytest.approx([1 / pixels.std()], rel=1e-3)
+
+
+def test_damaged_shard_is_made_again_and_nothing_else_changes(source, tmp_path, capsys):
+    once = prepare(source, tmp_path / "data", shard_size=4, progress=False)
+    before = contents(tmp_path / "data")
+    (tmp_path / "data" / "shard-00001.safetensors").write_bytes(b"damaged")
+    assert prepare(source, tmp_path / "data", shard_size=4) == once and contents(tmp_path / "data") == before
+    assert "mean and deviation" in capsys.readouterr().err, "the pass over the shards is shown"
+
+
+def test_folder_keeps_the_scale_with_which_it_was_begun(source, tmp_path):
+    options = {"shard_size": 4, "progress": False}
+    plain = prepare(source, tmp_path / "data", standardise=False, **options)
+    assert (plain.autoencoder, plain.latent_space) == ("pixel", LatentSpace()) and "standardise" not in plain.options
+    before = contents(tmp_path / "data")
+    assert prepare(source, tmp_path / "data", **options) == plain and contents(tmp_path / "data") == before
+    (tmp_path / "data" / "shard-00000.safetensors").unlink()
+    assert prepare(source, tmp_path / "data", **options) == plain and contents(tmp_path / "data") == before
+    with pytest.raises(ValueError, match="was prepared with standardise None, not True"):
+        prepare(source, tmp_path / "data", standardise=True, **options)
+    prepare(source, tmp_path / "new", **options)
+    with pytest.raises(ValueError, match="was prepared with standardise True, not None"):
+        prepare(source, tmp_path / "new", standardise=False, **options)
+
+
+def test_scale_of_other_data_may_be_given(source, tmp_path):
+    name = "pixel(shift=0.5:-0.25:0.0,scale=2.0:4.0:1.0)"
+    manifest = prepare(source, tmp_path / "data", autoencoder=name, progress=False)
+    assert manifest.latent_space == LatentSpace((0.5, -0.25, 0.0), (2.0, 4.0, 1.0)) and manifest.autoencoder == name
+    found = np.concatenate(list(decoded_images(Dataset.open(tmp_path / "data"))))
+    assert np.array_equal(np.sort(found, axis=0), np.sort(PICTURES, axis=0))
+    with pytest.raises(ValueError, match="has numbers for 1 channels, the data have 3"):
+        prepare(source, tmp_path / "grey", autoencoder="pixel(shift=0.0,scale=2.0)", progress=False)
+
+
+def test_manifest_whose_name_and_scale_disagree_is_refused(source, tmp_path):
+    prepare(source, tmp_path / "data", progress=False)
+    path = tmp_path / "data" / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"autoencoder": "pixel(shift=0:0:0,scale=1:1:1)"}))
+    with pytest.raises(ValueError, match="field 'latent_space' is not that of pixel"):
+        Manifest.load(tmp_path / "data")
+
+
+def test_data_with_a_scale_of_their_own_are_refused(source, tmp_path):
+    with pytest.raises(
+        ValueError, match="standardise is for pixels and values; autoencoder owner/vae has a known scale"
+    ):
+        prepare(source, tmp_path / "data", autoencoder="owner/vae", standardise=True, progress=False)
+    with pytest.raises(ValueError, match="standardise is for pixels and values; sounds and videos have a known scale"):
+        recorded(False, "pixel", None, media=True)
+    assert recorded(None, "owner/vae", None, media=False) == recorded(None, "pixel", None, media=True) == {}
+    assert not (tmp_path / "data").exists()
+
+
+def test_values_are_standardised_where_it_is_asked_for(tmp_path):
+    data = np.random.default_rng(0).normal([[[1000.0], [-2.0]]], [[[0.5], [30.0]]], (40, 2, 6)).astype(np.float32)
+    np.savez(tmp_path / "values.npz", data=data)
+    plain = prepare(tmp_path / "values.npz", tmp_path / "plain", autoencoder="values", progress=False)
+    assert plain.latent_space == LatentSpace()
+    found = prepare(
+        tmp_path / "values.npz", tmp_path / "data", autoencoder="values", standardise=True, progress=False
+    ).latent_space
+    wide = data.astype(np.float64)
+    assert found.shift == pytest.approx(wide.mean(axis=(0, 2)), rel=1e-5)
+    assert found.scale == pytest.approx(1 / wide.std(axis=(0, 2)), rel=1e-4)
+    again = np.concatenate(list(decoded_images(Dataset.open(tmp_path / "data"))))
+    np.testing.assert_allclose(again, data, rtol=1e-6)
+
+
+def test_buckets_share_the_statistics_of_all_pictures(tmp_path):
+    data = Buckets.open(ratios.prepared(tmp_path))
+    pictures = [images.reshape(-1, 3) for bucket in data.buckets for images in decoded_images(bucket)]
+    check(data.manifest.latent_space, np.concatenate(pictures))
+    assert len({bucket.manifest.latent_space for bucket in data.buckets}) == 1
+    before = toy.tree(tmp_path / "data")
+    ratios.prepared(tmp_path)
+    assert toy.tree(tmp_path / "data") == before
+
+
+def test_command_standardises_unless_it_is_refused(source, tmp_path, capsys):
+    assert main(["prepare", str(source), f"--out={tmp_path / 'data'}"]) == 0
+    assert "3x8x8 latents by pixel(shift=-0.6" in capsys.readouterr().out
+    assert main(["prepare", str(source), f"--out={tmp_path / 'plain'}", "--no-standardise"]) == 0
+    assert "3x8x8 latents by pixel, no std" in capsys.readouterr().out
+
+
+def test_latent_zero_is_the_mean_pixel():
+    manifest = Dataset.open(toy.digits()).manifest
+    grey = decode_images(load_autoencoder(manifest.autoencoder), torch.zeros(1, 1, 8, 8))
+    assert set(grey.flatten()) == {round((manifest.latent_space.shift[0] + 1) * 127.5)}
