@@ -78,6 +78,8 @@ class Train(Section):
     times: str = "systematic"
     """timestep sampler: systematic (evenly spread over the batch), uniform (independent), lognormal (EDM's),
     lognormal_standard (REPA's) or logitnormal (SD3's and LightningDiT's)"""
+    cosine: float = setting(0.0, resume="consent")
+    """factor of 1 - cos between predicted and true velocity, which is added to the flow loss (LightningDiT: 1)"""
     precision: Literal["fp32", "bf16", "fp16"] = setting("fp32", resume="consent")
     compile: bool | None = setting(None, resume="free")
     """torch.compile each block; None: on a GPU"""
@@ -100,8 +102,8 @@ class Train(Section):
     max_skips: int = setting(25, resume="free")
     """updates skipped in a row, with gradients not finite, that end the training (fp16 needs a few to find its scale)"""
     allow_changes: bool = setting(False, resume="free")
-    """continue a run with another lr, warmup, clip, weight_decay, drop, precision or guidance weight, which is printed and
-    written to changes.json"""
+    """continue a run with another lr, warmup, clip, weight_decay, drop, cosine, precision or guidance weight, which is
+    printed and written to changes.json"""
 
     def check(self) -> None:
         for name, known in {"path": list(PATHS), "times": list(TIMES)}.items():
@@ -109,7 +111,7 @@ class Train(Section):
                 raise ValueError(f"train.{name} '{getattr(self, name)}' is unknown; choose {', '.join(known)}")
         for name in ("steps", "batch_size", "accumulate", "lr", "clip", "checkpoint_every", "max_skips", "timeout"):
             check_positive(self, name)
-        for name in ("warmup", "preview_every", "keep", "keep_best", "keep_every", "seed", "weight_decay"):
+        for name in ("warmup", "preview_every", "keep", "keep_best", "keep_every", "seed", "weight_decay", "cosine"):
             if getattr(self, name) < 0:
                 raise ValueError(f"train.{name} must not be negative, not {getattr(self, name)}")
         if not 0 <= self.ema < 1 or not 0 <= self.drop <= 1:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Literal
 
 from selftrans.sections import Section
@@ -25,6 +26,10 @@ class Init(Section):
     """time and sign of a published file, as in `selftrans import`; None: from the file, or guessed and printed"""
     heads: int | None = None
     """attention heads of a published file, where neither its tensors nor its width show them"""
+
+    def resolved(self) -> Init:
+        """The same with an absolute path: a run may be continued from another folder."""
+        return self if self.path is None else replace(self, path=str(Path(self.path).resolve()))
 
     def ineffective(self) -> dict[str, str]:
         names = ("stage", "weights", "convention", "heads")

@@ -30,6 +30,10 @@ class SampleConfig(Section):
     """classifier-free guidance; 1: none"""
     guidance_interval: tuple[float, float] = (0.0, 1.0)
     """t within which guidance is on; 0 is data, 1 is noise"""
+    guidance_channels: int | None = None
+    """guide only the first channels of the latents; 3 as in the code of DiT, SiT and LightningDiT; None: all"""
+    time_shift: float = 1.0
+    """k moves the time steps t to k t / (1 + (k - 1) t): above 1 more of them are near the noise; 1: equal steps"""
     autoguidance: str | None = None
     """guidance_scale extrapolates from this weaker model (a run, checkpoint or weights file) instead of the null condition"""
     seed: int = 0
@@ -48,7 +52,7 @@ class SampleConfig(Section):
 
     def check(self) -> None:
         """Raise ValueError for the first value that cannot be."""
-        low, high = self.guidance_interval
+        (low, high), channels = self.guidance_interval, self.guidance_channels
         for good, message in (
             (self.num >= 1, f"sample.num is {self.num}; ask for at least one image"),
             (self.batch_size >= 1, f"sample.batch_size is {self.batch_size}; use at least 1"),
@@ -60,10 +64,16 @@ class SampleConfig(Section):
             (self.sampler != "sde" or self.steps >= 2, "sample.steps is 1; the SDE needs at least 2"),
             (0 <= self.guidance_scale < math.inf, f"sample.guidance_scale is {self.guidance_scale}; use 1 for none"),
             (0 <= low < high <= 1, f"sample.guidance_interval {low} to {high} is no part of [0, 1]; 0 is data"),
+            (
+                channels is None or channels >= 1,
+                f"sample.guidance_channels is {channels}; leave it out for all channels",
+            ),
+            (channels is None or self.autoguidance is None, "sample.guidance_channels does not apply to autoguidance"),
+            (0 < self.time_shift < math.inf, f"sample.time_shift is {self.time_shift}; use 1 for equal steps"),
             (self.prompts is None or self.prompts, "sample.prompts is empty; give one prompt at least"),
             (
                 self.rounding in ("nearest", "down"),
-                f"sample.rounding {self.rounding!r} is unknown; use nearest or down",
+                f"sample.rounding {self.rounding!r} is unknown; choose nearest or down",
             ),
             (self.seed >= 0, f"sample.seed is {self.seed}; use a whole number from 0"),
             (
@@ -81,7 +91,7 @@ class SampleConfig(Section):
     def settings(self) -> dict[str, Any]:
         """What an image depends on besides its condition: number, batch size and later settings at default left out."""
         other: tuple[str, ...] = ("num", "batch_size", "labels", "prompts")
-        later = ("decode_with", "rounding", "autoguidance")
+        later = ("decode_with", "rounding", "autoguidance", "guidance_channels", "time_shift")
         other += tuple(key for key in later if getattr(self, key) == getattr(type(self), key))
         kept = {key: value for key, value in dataclasses.asdict(self).items() if key not in other}
         return kept | {"sampler": "heun" if self.sampler == "ode" else self.sampler}

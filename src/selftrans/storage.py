@@ -76,6 +76,16 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2))
 
 
+def check_writable(path: Path) -> None:
+    """ValueError where a file cannot be written at `path`, as far as that is known before the work whose result it is."""
+    folder = next(each for each in path.absolute().parents if each.exists())
+    why = "it is a folder" if path.is_dir() else None if folder.is_dir() else f"{folder} is not a folder"
+    if why is None and not os.access(folder, os.W_OK | os.X_OK):
+        why = f"{folder} does not allow it"
+    if why is not None:
+        raise ValueError(f"{path} cannot be written ({why}); choose another path")
+
+
 @contextmanager
 def atomic_directory(path: Path, *, replace: bool = False) -> Iterator[Path]:
     """A new directory that replaces `path` when the block ends.

@@ -204,6 +204,7 @@ def test_settings_that_may_change_on_resume():
     assert all(rules[name] == "free" for name in rules if name.split(".")[0] in ("log", "sample"))
     assert {name for name, rule in rules.items() if rule == "consent"} == {
         *("train.lr", "train.warmup", "train.clip", "train.weight_decay", "train.precision", "train.drop"),
+        "train.cosine",
         *(f"{key}.weight" for key in ("stage1", "stage2", "repa", "sra", "layersync", "dispersive")),
     }
 

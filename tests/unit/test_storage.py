@@ -19,6 +19,7 @@ from selftrans.storage import (
     InUse,
     atomic_directory,
     atomic_write,
+    check_writable,
     first_line,
     lock_file,
     no_symlink,
@@ -421,3 +422,19 @@ def test_lock_that_its_owner_removes_is_not_taken(tmp_path: Path) -> None:
         lock.unlink()
         with pytest.raises(BlockingIOError):
             storage._flock(file, shared=False, wait=False)
+
+
+def test_what_cannot_be_written_is_known_before(tmp_path):
+    (tmp_path / "file").write_text("x")
+    check_writable(tmp_path / "new" / "a.json")
+    check_writable(tmp_path / "file")
+    assert not (tmp_path / "new").exists()
+    for path, why in ((tmp_path, "it is a folder"), (tmp_path / "file" / "b" / "a.json", "file is not a folder")):
+        with pytest.raises(ValueError, match=f"cannot be written .*{why}.; choose another path"):
+            check_writable(path)
+
+
+def test_a_folder_without_permission_is_known_before(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda folder, mode: folder != tmp_path)  # permissions do not bind root
+    with pytest.raises(ValueError, match="does not allow it"):
+        check_writable(tmp_path / "new" / "a.json")

@@ -29,6 +29,7 @@ from selftrans.cli.options import (
     Stage,
     TextEncoder,
     Trust,
+    Typed,
     Weights,
 )
 from selftrans.cli.prepare_command import Prepare
@@ -56,6 +57,7 @@ class Train(RecipeCommand[Config]):
     """build everything, take five steps of each stage, and say what the run takes (memory, time, disk); it writes nothing"""
     trust: Trust = ()
     config: Annotated[Config, *Overrides] = tyro.MISSING
+    typed: Typed = ()
 
     def run(self) -> None:
         from selftrans.methods.registry import stages
@@ -76,11 +78,11 @@ class Train(RecipeCommand[Config]):
         if self.dry_run:
             from selftrans.train.dry_run import dry_run, text
 
-            found = dry_run(config, self.out)
+            found = dry_run(config, self.out, typed=self.typed)
             if os.environ.get("RANK", "0") == "0":
                 print(text(found))
             return
-        report = train(config, self.out)
+        report = train(config, self.out, typed=self.typed)
         if os.environ.get("RANK", "0") == "0":
             print(f"{totals(report)} -> {self.out}")
 

@@ -20,6 +20,7 @@ from selftrans.cli.options import (
     Stage,
     TextEncoder,
     Trust,
+    Typed,
     Weights,
 )
 
@@ -272,6 +273,7 @@ class Compare(RecipeCommand[Config]):
     """runs at the same time; None: one per core, one on a GPU"""
     trust: Trust = ()
     config: Annotated[Config, *Overrides] = tyro.MISSING
+    typed: Typed = ()
 
     def run(self) -> None:
         from selftrans.experiments.compare import compare_methods, override

@@ -41,6 +41,10 @@ Trust = Annotated[
 ]
 
 
+#: of commands on a recipe, last: the names of the settings that were given, such as model.depth; no option itself
+Typed = Annotated[tuple[str, ...], tyro.conf.Fixed, tyro.conf.SuppressFixed]
+
+
 @dataclass
 class Command:
     """A command: its fields are its arguments, its docstring opens its help page, `run()` executes it."""
@@ -53,7 +57,8 @@ class Command:
 
 @dataclass
 class RecipeCommand(Command, Generic[Config]):
-    """A command on a recipe. Has the fields `recipe`, `out`, `trust` and `config`: the recipe with its overrides."""
+    """A command on a recipe. Has the fields `recipe`, `out`, `trust`, `config`: the recipe with its overrides, and
+    `typed`: the names of these."""
 
     NO_OVERRIDES: ClassVar[tuple[str, ...]] = ("recipe",)  #: fields of the configuration that are no options here
 
@@ -72,6 +77,10 @@ class SamplingOptions:
     """strength of classifier-free guidance; 1: none"""
     guidance_interval: tuple[float, float] | None = None
     """t within which guidance acts; 0 is data, 1 is noise"""
+    guidance_channels: int | None = None
+    """guide only the first channels of the latents (3 in the code of DiT, SiT and LightningDiT); None: as in the run, all"""
+    time_shift: float | None = None
+    """k moves the time steps t to k t / (1 + (k - 1) t); 1: equal steps (LightningDiT's timestep_shift 0.3 is 1 / 0.3)"""
     autoguidance: Annotated[str | None, tyro.conf.arg(metavar="RUN_OR_FILE")] = None
     """a weaker model of the same data, such as RUN/stage1 or a run of fewer steps: the guidance scale w then extrapolates from
     its velocity, v_weak + w (v - v_weak), instead of from the null condition"""

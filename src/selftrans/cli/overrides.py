@@ -108,6 +108,7 @@ def parse_on_recipe(kind: type[RecipeCommand[Any]], words: Sequence[str], prog: 
     _, config = override_type(recipe(), words)
     command = _parse(kind, words, prog, first.recipe, inspect.getdoc(recipe) or "", config)
     command.config = overridden(recipe(), _as(type(config), command.config))
+    command.typed = tuple(word[2:].partition("=")[0].replace("-", "_") for word in words if word.startswith("--"))
     return command
 
 

@@ -22,8 +22,8 @@ class Prepare(Command):
 
     SOURCE is a folder of class folders, a zip of class folders, a flat folder (no classes), a parquet file, a data set on
     the hub, or the built-in `digits`. With --text the pictures have captions: a folder of name.jpg with name.txt, a folder
-    with --captions FILE (as COCO's), webdataset tars, or a table with a column of captions. A folder may also hold sounds
-    (wav, flac) or videos (mp4, webm, mov, mkv, avi; gif with --frames) instead of pictures.
+    with --captions FILE (as COCO's), webdataset tars, or a table with a column of captions. A folder, zip or tar may also hold
+    sounds (wav, flac) or videos (mp4, webm, mov, mkv, avi; gif with --frames) instead of pictures.
     """
 
     source: Positional[str]
@@ -102,17 +102,14 @@ class Prepare(Command):
     def run(self) -> None:
         from selftrans.data.prepare import prepare
         from selftrans.data.prepare_buckets import prepare_buckets
-        from selftrans.data.prepare_features import prepare_features
-        from selftrans.data.sources.clips import MediaOptions, kind_of
+        from selftrans.data.prepare_features import check_before, prepare_features
+        from selftrans.data.sources.clips import MediaOptions
         from selftrans.data.sources.decode import Reading, parse_resolution
         from selftrans.encoders.identity import identity_kind
         from selftrans.precision import dtype_name
 
         precision, kind = dtype_name(self.precision), identity_kind(self.autoencoder)
         of_vae = "float32" if self.features and kind == "pixel" and not self.text else precision
-        not_pictures = kind == "values" or kind_of(Path(self.source), self.frames) in ("sounds", "videos")
-        if self.features and (not_pictures or self.buckets is not None):
-            raise ValueError("--features is for pictures; leave it out with --buckets, and for data of other kinds")
         if self.grid and not self.features:
             warnings.warn("--grid is ignored without --features", stacklevel=2)
         text = self._text()
@@ -120,20 +117,21 @@ class Prepare(Command):
         reading = Reading(self.max_pixels, self.range, self.allow_empty)
         others = [name for name in vars(self) if name.startswith(("text", "caption", "bucket", "features", "grid"))]
         given = self.options(*vars(media), *others, *Reading._fields) | {"reading": reading}
-        scaled = None if self.standardise else False  # None: where it applies
-        given |= {"precision": of_vae, "text": text, "media": media, "standardise": scaled}
+        given |= {"precision": of_vae, "text": text, "media": media, "standardise": None if self.standardise else False}
         given["resolution"] = None if self.resolution is None else parse_resolution(self.resolution)
+        options: dict[str, Any] = {"grid": self.grid, "batch_size": self.batch_size, "precision": precision}
+        if self.features:
+            other = self.buckets is not None or kind == "values"
+            known = (given["resolution"], bool(text), self.frames, other)
+            check_before(self.features, self.source, self.out, *known, **options)
         if self.buckets is not None:
             print(prepare_buckets(**given, buckets=self.buckets, multiple=self.bucket_multiple))
             return
-        manifest = prepare(**given)
+        manifest = prepare(**given, square=bool(self.features))
         print(manifest.summary())
         if self.features:
-            options: dict[str, Any] = {"grid": self.grid, "batch_size": self.batch_size, "precision": precision}
-            options |= {"part": self.part, "split": self.split, "reading": reading}
-            captions = text.source if text else None
-            made = prepare_features(self.source, self.out, self.features, captions=captions, **options)
-            print(made.summary(manifest))
+            options |= {"captions": text and text.source, "part": self.part, "split": self.split, "reading": reading}
+            print(prepare_features(self.source, self.out, self.features, **options).summary(manifest))
 
     def _text(self) -> TextOptions | None:
         """The options of captions; None without --text."""

@@ -29,7 +29,7 @@ import tyro
 PACKAGE = Path(__file__).parent.parent
 FILE = PACKAGE / "cli" / "settings.json"
 #: sources that the snapshot depends on, within the package
-SOURCES = ("config.py", "fine_tuning.py", "recipes/*.py", "methods/*.py", "models/*.py")
+SOURCES = ("config.py", "sample_config.py", "fine_tuning.py", "recipes/*.py", "methods/*.py", "models/*.py")
 GROUPS = ("selftrans.methods", "selftrans.models")  #: entry points that add settings
 
 

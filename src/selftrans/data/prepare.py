@@ -1,5 +1,4 @@
-"""Pictures, arrays, sounds or videos => moments => shards on disk. Threads decode ahead of the
-encoder; work resumes at shard granularity.
+"""Pictures, arrays, sounds or videos => moments => shards on disk. Threads decode ahead of the encoder; work resumes by shards.
 
 Shards are independent, so several processes or machines can each make some of them (`part`).
 Shape legend: (C, *S) values of data that are not pictures.
@@ -19,12 +18,12 @@ from selftrans.data.dataset import Dataset
 from selftrans.data.encode import ShardEncoder
 from selftrans.data.encode_captions import CaptionEncoder, TextOptions, check_disk, sizes
 from selftrans.data.manifest import DTYPES, Manifest, Shard
+from selftrans.data.open_samples import open_samples
 from selftrans.data.record import Option
 from selftrans.data.reports import check_faults, report_ignored, say, warn_of_noticed
-from selftrans.data.sources.clips import Clips, MediaOptions, open_clips
+from selftrans.data.sources.clips import Clips, MediaOptions
 from selftrans.data.sources.decode import STANDARD, Reading, Resolution, size_text
-from selftrans.data.sources.npz import NpzValues, npz_values
-from selftrans.data.sources.open_source import open_source
+from selftrans.data.sources.npz import NpzValues
 from selftrans.data.sources.source import Samples, Source, ahead
 from selftrans.data.standardise import plain, recorded, standardised
 from selftrans.encoders.autoencoder import Autoencoder, autoencoder_name, load_autoencoder
@@ -64,13 +63,15 @@ def prepare(
     media: MediaOptions | None = None,
     reading: Reading = STANDARD,
     pictures: Source | None = None,
+    square: bool = False,
     progress: bool = True,
 ) -> Manifest:
     """Encode pictures (see `open_source`), sounds or videos (see `open_clips`) into a folder of shards; returns its manifest.
 
     Args:
         autoencoder: with "values" the source is an npz of arrays (N, C, *S) that are not pictures (see `npz_values`).
-        resolution: side, or (height, width), to crop and resize to; None keeps the size. flip: store mirrored pictures, too.
+        resolution: side, or (height, width), to crop and resize to; None keeps the size. square: refuse others.
+        flip: store the moments of the mirrored pictures as a second copy.
         dtype: of the stored moments; None: float16, or float32 for values. `precision` is that of the network.
         standardise: latents have zero mean and unit variance per channel (see `recorded`); None: those of pixels.
         skip_bad: skip unreadable samples and list them in the manifest, instead of stopping at the first.
@@ -82,24 +83,22 @@ def prepare(
     Repeat an interrupted call to continue it (bit-identical for the same batch_size and device), a complete one to check it.
     Raises ValueError for a bad source, sample, autoencoder or option, a folder begun with other options, a failed write.
     """
-    text, kind = TextOptions(text) if isinstance(text, str) else text, identity_kind(autoencoder)
-    media, out = media or MediaOptions(), Path(out)
-    clips = _open_clips(source, resolution, media, reading, split, progress, autoencoder, flip, text)
-    dtype = dtype or _dtype(autoencoder, clips)
+    text, out = TextOptions(text) if isinstance(text, str) else text, Path(out)
     mine, earlier = _check(source, out, batch_size, shard_size, dtype, precision, part), resumable.earlier(out)
-    given = (resolution, flip, earlier, text, split, label_column, reading, progress)
-    samples = clips or pictures or _open(source, kind, *given)  # neither is ever empty
+    given = (resolution, flip, split, label_column, text, media or MediaOptions(), reading, pictures, square, progress)
+    samples = open_samples(source, earlier, autoencoder, *given)
+    dtype, of_media = dtype or _dtype(autoencoder, samples), isinstance(samples, Clips)
     options = _options(samples, autoencoder, resolution, text, media, reading)
     options |= {"flip": flip, "split": split or "train", "label_column": label_column}
     options |= {"shard_size": shard_size, "dtype": dtype, "precision": precision}
-    options |= recorded(standardise, autoencoder, earlier.plan if earlier else None, media=clips is not None)
-    if earlier and _continues(earlier, samples, options, out, progress):
+    options |= recorded(standardise, autoencoder, earlier.plan if earlier else None, media=of_media)
+    if earlier and _finished(earlier, options, samples, out, progress):
         return Manifest.load(out)
     report_ignored(None if pictures else samples, progress)
     check_faults(samples, source, skip_bad)
     captions = _load_text(samples, text, device, precision, progress) if text else None
-    name = autoencoder if clips is None else clips.normalised().name
-    device, model = load(name, device, "float32" if text and kind else precision)
+    name = samples.normalised().name if isinstance(samples, Clips) else autoencoder
+    device, model = load(name, device, "float32" if text and identity_kind(autoencoder) else precision)
     encoder = ShardEncoder(samples, batch_size, shard_size, skip_bad, model, device, flip, dtype, captions)
     return _run(encoder, encoder.plan(str(source), options), out, mine, progress, pictures is None)
 
@@ -119,10 +118,10 @@ def prepare_digits(out: str | Path) -> Dataset:
 
 
 def _check(
-    source: str | Path, out: Path, batch_size: int, shard_size: int, dtype: str, precision: str, part: str
+    source: str | Path, out: Path, batch_size: int, shard_size: int, dtype: str | None, precision: str, part: str
 ) -> resumable.Part:
     """The part (I, N) of "I/N". Raises ValueError for an option out of range."""
-    if dtype not in DTYPES:
+    if dtype not in (None, *DTYPES):
         raise ValueError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
     if precision not in NETWORK_DTYPES:
         raise ValueError(f"precision {precision!r} is not one of {', '.join(NETWORK_DTYPES)}")
@@ -133,36 +132,9 @@ def _check(
     return resumable.parse_part(part)
 
 
-def _open(
-    source: str | Path,
-    kind: str | None,
-    resolution: Resolution | None,
-    flip: bool,
-    earlier: resumable.Earlier | None,
-    text: TextOptions | None,
-    split: str | None,
-    label_column: str | None,
-    reading: Reading,
-    progress: bool,
-) -> Samples:
-    """Values, or pictures at `resolution`; if that is None, at the resolution with which the folder was begun."""
-    if kind == "values":
-        return _open_values(source, resolution, flip, label_column, text)
-    native = earlier.plan.resolution if earlier and earlier.plan.options.get("resolution") is None else None
-    return open_source(
-        source,
-        resolution=resolution or native,
-        split=split,
-        label_column=label_column,
-        captions=text.source if text else None,
-        reading=reading,
-        progress=progress,
-    )
-
-
-def _dtype(autoencoder: str, clips: Clips | None) -> str:
+def _dtype(autoencoder: str, samples: Samples) -> str:
     """Of the stored moments by default: sound has a larger range than pixels, and values have any."""
-    sound = clips is not None and not isinstance(clips.media, Video)
+    sound = isinstance(samples, Clips) and not isinstance(samples.media, Video)
     return "float32" if sound or identity_kind(autoencoder) == "values" else "float16"
 
 
@@ -185,31 +157,6 @@ def _options(
     }
 
 
-def _open_clips(
-    source: str | Path,
-    resolution: Resolution | None,
-    media: MediaOptions,
-    reading: Reading,
-    split: str | None,
-    progress: bool,
-    autoencoder: str,
-    flip: bool,
-    text: object,
-) -> Clips | None:
-    """Sounds or videos; None for another source. Raises ValueError for an option that only applies to pictures."""
-    if identity_kind(autoencoder) == "values":
-        media.refuse("audio rate length bins hop frames grey", "--autoencoder values")
-        if reading.range is not None:
-            raise ValueError("--range does not apply to --autoencoder values; leave it out")
-        return None
-    clips = open_clips(source, media, resolution, progress, split=split, reading=reading)
-    of_pictures = {"flip": flip, "autoencoder": autoencoder != "pixel", "text": text, "range": reading.range}
-    for name, given in of_pictures.items():
-        if clips and given:
-            raise ValueError(f"--{name} is for pictures; leave it out for sounds and videos")
-    return clips
-
-
 def _load_text(
     samples: Samples, options: TextOptions, device: str | torch.device | None, precision: str, progress: bool
 ) -> CaptionEncoder:
@@ -225,29 +172,13 @@ def _load_text(
     return text
 
 
-def _open_values(
-    source: str | Path, resolution: Resolution | None, flip: bool, label_column: str | None, text: TextOptions | None
-) -> Samples:
-    """Open an npz of values. Raises ValueError for an option that only applies to pictures."""
-    for name, given in (("resolution", resolution is not None), ("flip", flip), ("text", text is not None)):
-        if given:
-            raise ValueError(f"--{name} is for pictures; leave it out with --autoencoder values")
-    if label_column is not None:
-        warnings.warn(f"label_column is ignored: {source} is not a table", stacklevel=3)
-    return npz_values(Path(source))
-
-
-def _continues(
-    earlier: resumable.Earlier, samples: Samples, options: dict[str, Option], out: Path, progress: bool
+def _finished(
+    earlier: resumable.Earlier, options: dict[str, Option], samples: Samples, out: Path, progress: bool
 ) -> bool:
-    """Whether a folder begun before needs nothing more. Raises ValueError when it was begun with other options."""
+    """Whether a folder is complete for these samples, with no damaged file. ValueError if begun with other options."""
     resumable.check_options(earlier.plan, options, out)
-    return _covers(earlier, samples) and not _remove_damaged(out, progress)
-
-
-def _covers(earlier: resumable.Earlier, samples: Samples) -> bool:
-    """Whether a folder is complete for these samples."""
-    return earlier.complete and sum(shard.asked for shard in earlier.shards) == len(samples)
+    covers = earlier.complete and sum(shard.asked for shard in earlier.shards) == len(samples)
+    return covers and not _remove_damaged(out, progress)
 
 
 def _remove_damaged(out: Path, progress: bool) -> list[str]:

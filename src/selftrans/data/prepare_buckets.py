@@ -20,7 +20,7 @@ from selftrans.data.manifest import BUCKETS, FILE
 from selftrans.data.prepare import NoneReadable, load, prepare
 from selftrans.data.reports import check_faults, report_ignored, say
 from selftrans.data.resumable import LOCK
-from selftrans.data.sources.clips import kind_of
+from selftrans.data.sources.clip_files import kind_of
 from selftrans.data.sources.decode import STANDARD, Reading, Resolution, resolution_of, size_text, upright_size
 from selftrans.data.sources.open_source import MAX_RESOLUTION, open_source
 from selftrans.data.sources.source import Source, ahead
@@ -54,12 +54,11 @@ def prepare_buckets(
     """Encode pictures of any shape into buckets, see `bucket_sizes`; each picture goes to the nearest aspect ratio.
 
     `out` then holds a folder of each bucket that has pictures, named by their size and made by `prepare`, which takes the
-    other options, and `buckets.json`, written by the last of several parts (`part`). Repeat the call to continue it.
-    Returns a few lines to print.
-    Raises ValueError as `prepare`, and for a resolution that does not fit, and a folder with anything else in it.
+    other options, and `buckets.json`, which of several parts (`part`) the last one writes. Repeat the call to continue it.
+    Returns a few lines to print. ValueError as `prepare`, for a resolution that does not fit, and a folder with other things.
     """
     text, out = TextOptions(text) if isinstance(text, str) else text, Path(out)
-    side, cell = _check_options(source, autoencoder, resolution, multiple, device)
+    side, cell = _check_options(source, autoencoder, resolution, multiple, device, archives=not text)
     sizes = bucket_sizes(side, buckets, cell)
     if len(sizes) < buckets:
         say(f"{len(sizes)} buckets: at {resolution} pixels, more have the same size in multiples of {cell}", progress)
@@ -157,10 +156,13 @@ def chosen(source: Source, rows: np.ndarray) -> Source:
 
 
 def _check_options(
-    source: str | Path, autoencoder: str, resolution: Resolution | None, multiple: int, device: Any
+    source: str | Path, autoencoder: str, resolution: Resolution | None, multiple: int, device: Any, *, archives: bool
 ) -> tuple[int, int]:
-    """The side of the square, and what sides of buckets are multiples of. Raises ValueError for what has no buckets."""
-    if identity_kind(autoencoder) == "values" or kind_of(Path(source), None) in ("sounds", "videos"):
+    """The side of the square, and what sides of buckets are multiples of. Raises ValueError for what has no buckets.
+
+    `archives`: see `kind_of`.
+    """
+    if identity_kind(autoencoder) == "values" or kind_of(Path(source), None, archives=archives) in ("sounds", "videos"):
         raise ValueError("--buckets is for pictures; leave it out for sounds, videos and values")
     if not isinstance(resolution, int):
         raise ValueError("--buckets needs --resolution SIDE, of the square whose area the pictures will have")

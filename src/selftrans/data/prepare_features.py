@@ -8,6 +8,7 @@ shard, resumable, and in parts. Shape legend: N batch, T = grid² tokens, D widt
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import closing, suppress
 from dataclasses import asdict, replace
@@ -18,14 +19,15 @@ import numpy as np
 import torch
 
 from selftrans.data import resumable
-from selftrans.data.manifest import FeatureFile, Features, Manifest, Shard
+from selftrans.data.manifest import FILE, FeatureFile, Features, Manifest, Shard
 from selftrans.data.prepare import NETWORK_DTYPES
 from selftrans.data.record import parse_json, read_text
 from selftrans.data.reports import say
 from selftrans.data.shard_file import KEPT, Layout, is_valid, write_shard
 from selftrans.data.shard_plan import Decoded, ShardPlan
 from selftrans.data.sources.captions import CaptionSource
-from selftrans.data.sources.decode import STANDARD, Reading, size_text
+from selftrans.data.sources.clip_files import kind_of
+from selftrans.data.sources.decode import STANDARD, Reading, Resolution, check_square, size_text
 from selftrans.data.sources.open_source import open_source
 from selftrans.data.sources.source import Source, ahead
 from selftrans.encoders.autoencoder import from_uint8
@@ -85,6 +87,35 @@ def prepare_features(
     _stored(wanted, out)  # refuse other features before anything is written
     chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     return _run(ShardPlan(pictures, batch_size, size, skip_bad=True), wanted, out, mine, chosen, progress)
+
+
+def check_before(
+    encoder: str,
+    source: str | Path,
+    out: str | Path,
+    resolution: Resolution | None,
+    text: bool,
+    frames: int | None,
+    other: bool,
+    *,
+    grid: int | None,
+    batch_size: int,
+    precision: str,
+) -> None:
+    """ValueError for what `prepare_features` would refuse, as far as it is known before the pictures are prepared.
+
+    Args:
+        resolution: as `prepare` is given it. text: whether captions are stored. frames: of videos, if it is given.
+        other: whether values, or pictures of several sizes, are prepared.
+    """
+    if other or kind_of(Path(source), frames, archives=not text) in ("sounds", "videos"):
+        raise ValueError("--features is for pictures; leave it out with --buckets, and for data of other kinds")
+    check_square(resolution)
+    _checked_size(1, batch_size, grid, precision)
+    if not (Path(out) / FILE).exists():  # else the pictures are prepared, and so may be the features
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # said when it is used
+            load_encoder(encoder, grid or 1)  # a wrong name, or one that is no encoder of pictures
 
 
 def _checked_size(size: object, batch_size: int, grid: int | None, precision: str) -> int:

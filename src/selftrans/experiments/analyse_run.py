@@ -23,7 +23,7 @@ from selftrans.evaluate.plots import as_pictures, curves, pca_grid, save, scatte
 from selftrans.evaluate.probes import collect, linear_probe, pca_maps, tsne
 from selftrans.experiments.reference import training_data
 from selftrans.flow import PATHS
-from selftrans.storage import printable, write_json
+from selftrans.storage import check_writable, printable, write_json
 from selftrans.types import Backbone, Cond, map_cond
 
 TIMES = (0.2, 0.4, 0.6)  #: of the noisy latents
@@ -51,11 +51,11 @@ def analyse(
             f"{samples} samples at {len(timesteps)} timesteps are too few; give at least 20 samples and one timestep"
         )
     loaded, device = load_model(origin, stage=stage, weights=weights), default_device()
-    model, dataset = (
-        loaded.model.to(device),
-        Dataset.open(data or training_data(origin, loaded, remedy="give --data DIR")),
-    )
+    model = loaded.model.to(device)
+    dataset = Dataset.open(data or training_data(origin, loaded, remedy="give --data DIR"))
     _check_fit(loaded, dataset)
+    check_writable(out / "analyse.json")
+    decoder = load_autoencoder(loaded.autoencoder, device=device)
     z0, labels = data_latents(dataset, samples)
     if dataset.manifest.conditions.kind == "text":
         warnings.warn(f"no linear probes: {dataset.path} has captions, and no classes to be probed", stacklevel=2)
@@ -68,7 +68,7 @@ def analyse(
             probes[t] = [linear_probe(feats[k].to(device), labels, kind="ridge") for k in blocks]
         maps |= {f"block {k}, t = {t:g}": pca_maps(feats[k][:MAPPED], model.grid) for k in _spread(blocks)}
         clouds[t] = tsne(feats[blocks[len(blocks) // 2]])
-    decoded = decode_images(load_autoencoder(loaded.autoencoder, device=device), z0[:MAPPED].to(device))
+    decoded = decode_images(decoder, z0[:MAPPED].to(device))
     shown_maps = {"data": as_pictures(decoded)} | maps
     save(pca_grid(shown_maps, title="principal components of the features"), out / "pca.png")
     for t, cloud in clouds.items():

@@ -46,6 +46,7 @@ def compare_methods(
     images: int = 1000,
     features: str | None = None,
     workers: int | None = None,
+    typed: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Train and measure each method with each seed and write `out`; returns what compare.json holds.
 
@@ -55,7 +56,7 @@ def compare_methods(
 
     Args:
         methods: their names; None: the built-in ones that need no external encoder.
-        features: an extractor's name or file; None: see `with_defaults`.
+        features: an extractor's name or file; None: see `with_defaults`. typed: see `train`.
     Raises ValueError for unknown methods and seeds.
     """
     if methods is None:
@@ -66,7 +67,7 @@ def compare_methods(
     with lock_file(out / ".lock"):
         with removed_if_refused(new, keep=out / "compare.json"):
             config, features, weights = with_defaults(config, out, features=features)
-            config = with_given_model(config)
+            config = with_given_model(config, typed)
             variants = {name: for_method(config, name) for name in methods}
             rehearse(variants)
             block = probed_block(config)

@@ -18,12 +18,12 @@ from selftrans.checkpoints.load import Weights
 from selftrans.data.buckets import is_prepared, open_data
 from selftrans.device import default_device
 from selftrans.evaluate.clip_score import ClipScorer
-from selftrans.evaluate.extractors import OtherShape, load_extractor
+from selftrans.evaluate.extractors import Extractor, OtherShape, load_extractor
 from selftrans.evaluate.metrics import evaluate
 from selftrans.experiments.measurement import check_sizes, image_shape
 from selftrans.experiments.opened_samples import open_samples
 from selftrans.experiments.reference import counted, described, reference_of
-from selftrans.storage import printable, write_json
+from selftrans.storage import check_writable, printable, write_json
 
 #: settings of samples that a report always lists, known or not
 SETTINGS = (
@@ -70,11 +70,10 @@ def evaluate_samples(
     """
     device = default_device()
     extractor = None if features in (None, "values") else load_extractor(features, device=device)
-    if is_prepared(reference) and len((dataset := open_data(reference)).parts) > 1:
-        shape = image_shape(dataset.manifest)
-        extractor = extractor or load_extractor(features or "inception", device=device, shape=shape)
-        check_sizes(extractor, dataset)
+    extractor = _of_any_size(reference, features, extractor)
     opened = open_samples(samples, settings or {}, weights, stage, reference=reference, text_encoder=text_encoder)
+    for target in (out or opened.report, *([save_reference] if save_reference else [])):
+        check_writable(target)
     images, scorer = opened.images, None if clip is None else ClipScorer(clip, device)
     if scorer is not None:
         if opened.texts is None:
@@ -108,6 +107,15 @@ def _named(what: str, path: str | Path) -> Iterator[None]:
         yield
     except OtherShape as error:
         raise ValueError(f"{what} {printable(path)}: {error}") from error
+
+
+def _of_any_size(reference: str | Path, features: str | None, extractor: Extractor | None) -> Extractor | None:
+    """The extractor; for a reference of several sizes loaded now, and a ValueError unless it takes all of them."""
+    if is_prepared(reference) and len((dataset := open_data(reference)).parts) > 1:
+        shape = image_shape(dataset.manifest)
+        extractor = extractor or load_extractor(features or "inception", device=default_device(), shape=shape)
+        check_sizes(extractor, dataset)
+    return extractor
 
 
 def _balance(labels: Any) -> dict[str, int] | None:

@@ -11,7 +11,7 @@ from selftrans.data.dataset import Dataset
 from selftrans.data.decoded import decoded_images
 from selftrans.device import default_device
 from selftrans.evaluate.classifier import train_classifier
-from selftrans.storage import write_json
+from selftrans.storage import check_writable, write_json
 
 
 def classifier_from_data(data: str | Path, out: Path, *, epochs: int, seed: int) -> str:
@@ -24,6 +24,7 @@ def classifier_from_data(data: str | Path, out: Path, *, epochs: int, seed: int)
         raise ValueError(f"{out} must end in .safetensors, by which evaluate recognises a classifier")
     if dataset.manifest.num_classes < 2:
         raise ValueError(f"{data} has {dataset.manifest.num_classes} classes; a classifier needs at least two")
+    check_writable(out)
     device = default_device()
     images = np.concatenate(list(decoded_images(dataset, device=device)), axis=0)
     classes = dataset.manifest.num_classes

@@ -23,6 +23,8 @@ class Objective(nn.Module):
         student: the backbone that is trained.
         guidances: terms added to the flow loss; none is plain flow matching (vanilla).
         path, times, drop: probability path, timestep sampler (`flow.TIMES`), probability of the null condition.
+        cosine: factor of 1 - cos between predicted and true velocity, over the channels of each latent pixel, which is added
+            to the squared error (LightningDiT, 2501.01423, section 4).
     """
 
     student: Backbone
@@ -36,11 +38,12 @@ class Objective(nn.Module):
         path: Path = LINEAR,
         times: str = "systematic",
         drop: float = 0.1,
+        cosine: float = 0.0,
     ) -> None:
         super().__init__()
         self.student = student
         self.guidances = nn.ModuleList(guidances)
-        self.path, self.times, self.drop = path, times, drop
+        self.path, self.times, self.drop, self.cosine = path, times, drop, cosine
         names = [guidance.name for guidance in guidances]
         if len(set(names)) < len(names):
             raise ValueError(f"guidances are called {', '.join(names)}; give each a name of its own")
@@ -69,6 +72,10 @@ class Objective(nn.Module):
         out = self.student(d.zt, d.t, d.dropped, taps=taps)
         loss = F.mse_loss(out.v.float(), d.v.float())
         report = {"flow": loss.detach()}
+        if self.cosine:
+            direction = 1 - F.cosine_similarity(out.v.float(), d.v.float(), dim=1).mean()  # over C of (N, C, *S)
+            loss = loss + self.cosine * direction
+            report["flow/cosine"] = direction.detach()
         for g in active:
             term, details = g(d, out.feats)
             loss = loss + g.weight * term

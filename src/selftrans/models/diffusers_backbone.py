@@ -30,7 +30,7 @@ from selftrans.types import MASK, TEXT, Backbone, Cond, Conditions, Output
 
 TIMES = 1000.0  #: of diffusers' embeddings, per unit of our time
 Prediction = Literal["v", "noise"]
-Pooled = Literal["mean", "none"]
+Pooled = Literal["mean", "last", "none"]
 #: settings of the models that are whole numbers above zero
 COUNTS = {"layers", "heads", "head_dim", "patch", "sample_size", "positions", "pooled_width", "pixels"}
 
@@ -170,12 +170,16 @@ def unrounded(tokens: Tensor) -> Tensor:
 def pooled_text(cond: Cond, pooled: Pooled, width: int) -> Tensor:
     """(N, width), in place of the pooled vector of the text encoder, which a text condition has not.
 
-    mean: the mean of the tokens (N, L, E = width) that are no padding. none: zeros.
+    mean: the mean of the tokens (N, L, E = width) that are no padding. last: the last of them; of CLIP that is the end of the
+    text, which is its pooled output (before the projection that SD3 applies to it). none: zeros.
     """
     assert isinstance(cond, dict)
     text = cond[TEXT]
     if pooled == "none":
         return text.new_zeros(len(text), width)
+    if pooled == "last":
+        end = (cond[MASK].sum(dim=1) - 1).clamp(min=0)  # (N,)
+        return text[torch.arange(len(text), device=text.device), end]
     kept = cond[MASK].to(text.dtype).unsqueeze(dim=-1)  # (N, L, 1)
     return (text * kept).sum(dim=1) / kept.sum(dim=1).clamp(min=1)
 
@@ -218,9 +222,9 @@ def initialise(net: nn.Module, zero: Iterable[nn.Module], small: Iterable[nn.Mod
 
 
 def check_pooled(pooled: Pooled, width: int, conditions: Conditions) -> None:
-    """ValueError unless the mean of text tokens has as many channels as the pooled vector."""
-    if pooled == "mean" and width != conditions.width:
+    """ValueError unless text tokens have as many channels as the pooled vector."""
+    if pooled != "none" and width != conditions.width:
         raise ValueError(
-            f"the pooled vector has {width} channels and a text token {conditions.width}, so the mean of the text cannot take "
+            f"the pooled vector has {width} channels and a text token {conditions.width}, so model.pooled {pooled} cannot take "
             "its place; set model.pooled none"
         )

@@ -3,7 +3,7 @@
 Its input is packed: patches of 2 x 2 latent pixels (channel, row, column) are the channels of a token; positions are rotary,
 by (0, row, column), and (0, 0, 0) for text. Double blocks (a stream each for latent and text) come first, then single blocks
 (one stream, text first); they are numbered in this order, and features hold the latent tokens alone. As in the original,
-padding is attended to: the mask is used for the mean of the text alone, which takes the place of CLIP's pooled vector.
+padding is attended to: the mask is used for the pooled vector alone, which is made of the text tokens.
 The original rounds the time to the data type of its input before it multiplies by 1000; here the time stays as it is given.
 Shape legend: N batch, T tokens, D width, L text tokens of E channels, (C, H, W) latent.
 """
@@ -51,7 +51,7 @@ class DiffusersFluxConfig(DiffusersConfig):
     guidance: float | None = None
     """value given to the embedding of the guidance scale, which guidance-distilled models have (dev); None: no embedding"""
     pooled: Pooled = "mean"
-    """vector added to the time: mean, that of the text tokens; none, zeros"""
+    """vector added to the time: mean, that of the text tokens; last, the last one (CLIP's pooled output); none, zeros"""
     pooled_width: int | None = None
     """channels of that vector; None: those of a text token"""
 

@@ -1,7 +1,7 @@
 """diffusers' SD3Transformer2DModel (Stable Diffusion 3, 2403.03206) as a backbone.
 
 Blocks attend to latent and text tokens jointly and change both; the last one gives no text. As in the original, padding is
-attended to: the mask is used for the mean of the text alone, which takes the place of CLIP's pooled vector.
+attended to: the mask is used for the pooled vector alone, which is made of the text tokens.
 Shape legend: N batch, T tokens, D width, L text tokens of E channels, (C, H, W) latent.
 """
 
@@ -40,7 +40,7 @@ class DiffusersSD3Config(DiffusersConfig):
     positions: int | None = None
     """side of the table of positions in tokens, whose centre is used; None: as large as the data need"""
     pooled: Pooled = "mean"
-    """vector added to the time: mean, that of the text tokens; none, zeros"""
+    """vector added to the time: mean, that of the text tokens; last, the last one (CLIP's pooled output); none, zeros"""
     pooled_width: int | None = None
     """channels of that vector; None: those of a text token"""
 

@@ -10,7 +10,6 @@ import dataclasses
 import os
 import warnings
 from collections.abc import Iterator, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -72,6 +71,11 @@ class Sampler:
         Raises ValueError for invalid settings.
         """
         settings.check()
+        channels = settings.guidance_channels
+        if channels is not None and channels > model.shape[0]:
+            raise ValueError(
+                f"sample.guidance_channels is {channels}, the latents have {model.shape[0]} channels; leave it out for all"
+            )
         self.model, self.autoencoder, self.settings, self.path = model, autoencoder, settings, path
         self.weak = weak
         self.device = torch.device(device)
@@ -202,13 +206,17 @@ class Sampler:
     def _images(self, indices: np.ndarray, cond: Cond) -> np.ndarray:
         settings, dtype = self.settings, PRECISIONS[self.settings.precision]
         noise = image_noise(indices, self.shape, settings.seed, self.device)
-        guide = guided if self.weak is None else partial(autoguided, weak=self.weak)
-        velocity = guide(self.model, cond=cond, scale=settings.guidance_scale, interval=settings.guidance_interval)
+        scale, interval, channels = settings.guidance_scale, settings.guidance_interval, settings.guidance_channels
+        if self.weak is None:
+            velocity = guided(self.model, cond, scale=scale, interval=interval, channels=channels)
+        else:
+            velocity = autoguided(self.model, self.weak, cond, scale=scale, interval=interval)
         # autocast casts the weights again in every forward pass, also compiled: `cast_products` avoids that
         amp = torch.autocast(self.device.type, dtype=dtype, enabled=dtype != torch.float32)
         with eval_mode(self.model), amp:
             sampler = SAMPLERS[settings.sampler]
-            z0 = sampler(velocity, noise(), steps=settings.steps, path=self.path, noise=noise)
+            shift = settings.time_shift
+            z0 = sampler(velocity, noise(), steps=settings.steps, path=self.path, noise=noise, shift=shift)
         # outside autocast: an autoencoder can overflow in float16
         return decode_images(self.autoencoder, z0, settings.rounding)
 
@@ -220,7 +228,7 @@ def overridden(loaded: LoadedModel, overrides: dict[str, Any]) -> SampleConfig:
     """
     settings = dataclasses.replace(loaded.config.sample, **{"prompts": None} | overrides)
     settings.check()
-    for name in ("guidance_interval", "autoguidance") if settings.guidance_scale == 1 else ():
+    for name in ("guidance_interval", "guidance_channels", "autoguidance") if settings.guidance_scale == 1 else ():
         if name in overrides:
             warnings.warn(f"the {name.replace('_', ' ')} is ignored: the guidance scale is 1", stacklevel=4)
     return settings if settings.guidance_scale != 1 else dataclasses.replace(settings, autoguidance=None)

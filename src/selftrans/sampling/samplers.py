@@ -21,8 +21,18 @@ Velocity: TypeAlias = Callable[[Tensor, Tensor], Tensor]  #: (z (N, ...), t ()) 
 Noise: TypeAlias = Callable[[], Tensor]  #: the next standard normal (N, ...)
 
 
-def ode(velocity: Velocity, z: Tensor, *, steps: int, method: Literal["euler", "heun"] = "heun") -> Tensor:
-    """Integrate dz/dt = v from t = 1 to t = 0 on a uniform grid, in the dtype of z (N, ...).
+def shifted(times: Tensor, shift: float) -> Tensor:
+    """t -> k t / (1 + (k - 1) t) for k = `shift`, which keeps 0 and 1 (SD3, 2403.03206, section 5.3.2); its inverse is 1 / k.
+
+    LightningDiT's `timestep_shift` s, where t = 0 is noise, is k = 1 / s.
+    """
+    return times if shift == 1 else shift * times / (1 + (shift - 1) * times)
+
+
+def ode(
+    velocity: Velocity, z: Tensor, *, steps: int, method: Literal["euler", "heun"] = "heun", shift: float = 1.0
+) -> Tensor:
+    """Integrate dz/dt = v from t = 1 to t = 0 on a uniform grid, `shifted`, in the dtype of z (N, ...).
 
     `euler` is first-order with one evaluation per step; `heun` is second-order with two, also in the last step (the
     velocity is defined at t = 0). Raises ValueError for an unknown method or less than one step.
@@ -30,7 +40,7 @@ def ode(velocity: Velocity, z: Tensor, *, steps: int, method: Literal["euler", "
     if method not in ("euler", "heun"):
         raise ValueError(f"ODE method {method!r} is unknown; choose 'euler' or 'heun'")
     _check_steps(steps, least=1)
-    for t, t_next in pairwise(torch.linspace(1, 0, steps + 1, dtype=torch.float64)):
+    for t, t_next in pairwise(shifted(torch.linspace(1, 0, steps + 1, dtype=torch.float64), shift)):
         dt = t_next - t
         v = velocity(z, t)
         end = z + dt * v
@@ -41,7 +51,14 @@ def ode(velocity: Velocity, z: Tensor, *, steps: int, method: Literal["euler", "
 
 
 def sde(
-    velocity: Velocity, z: Tensor, *, steps: int, path: Path = LINEAR, last: float = 0.04, noise: Noise | None = None
+    velocity: Velocity,
+    z: Tensor,
+    *,
+    steps: int,
+    path: Path = LINEAR,
+    last: float = 0.04,
+    noise: Noise | None = None,
+    shift: float = 1.0,
 ) -> Tensor:
     """Euler–Maruyama on the reverse SDE, as in SiT (2401.08740, eq. 4) and REPA's published sampler.
 
@@ -55,13 +72,16 @@ def sde(
         z: (N, ...) noise at t = 1; its dtype is kept.
         last: t at which the last step starts; below it the score changes too fast for a step of this size.
         noise: returns the next standard normal in the shape of z; default torch.randn_like.
+        shift: the noisy steps are equal before they are `shifted`; they still end at `last`.
     Raises ValueError for less than two steps, or `last` outside (0, 1).
     """
     _check_steps(steps, least=2)
     if not 0 < last < 1:
         raise ValueError(f"the last SDE step starts at t = {last}; choose a value between 0 and 1, such as 0.04")
     draw = noise or (lambda: torch.randn_like(z))
-    times = torch.cat([torch.linspace(1, last, steps, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)])
+    lowest = last if shift == 1 else last / (shift - (shift - 1) * last)  # its shifted value is `last`
+    noisy = shifted(torch.linspace(1, lowest, steps, dtype=torch.float64), shift)
+    times = torch.cat([noisy, torch.zeros(1, dtype=torch.float64)])
     for t, t_next in pairwise(times):
         v = velocity(z, t)
         w = 2 * t
@@ -78,10 +98,12 @@ def _check_steps(steps: int, least: int) -> None:
 
 def _ode(method: Literal["euler", "heun"]) -> Callable[..., Tensor]:
     """The ODE sampler with the signature of SAMPLERS; it ignores the path and the noise."""
-    return lambda velocity, z, *, steps, path, noise: ode(velocity, z, steps=steps, method=method)
+    return lambda velocity, z, *, steps, path, noise, shift=1.0: ode(
+        velocity, z, steps=steps, method=method, shift=shift
+    )
 
 
-#: name -> sampler(velocity, z, *, steps, path, noise); `ode` is another name for Heun's method
+#: name -> sampler(velocity, z, *, steps, path, noise, shift); `ode` is another name for Heun's method
 SAMPLERS: dict[str, Callable[..., Tensor]] = {
     "euler": _ode("euler"),
     "heun": _ode("heun"),
@@ -91,12 +113,21 @@ SAMPLERS: dict[str, Callable[..., Tensor]] = {
 EVALUATIONS = {"euler": 1, "heun": 2, "ode": 2, "sde": 1}  #: of the velocity, per step
 
 
-def guided(model: Backbone, cond: Cond, *, scale: float = 1.0, interval: tuple[float, float] = (0.0, 1.0)) -> Velocity:
+def guided(
+    model: Backbone,
+    cond: Cond,
+    *,
+    scale: float = 1.0,
+    interval: tuple[float, float] = (0.0, 1.0),
+    channels: int | None = None,
+) -> Velocity:
     """Velocity of a model with classifier-free guidance, v_u + scale (v_c - v_u), for interval[0] <= t <= interval[1].
 
     Both halves are computed as one batch of 2 N. Outside the interval (Kynkäänniemi et al., 2404.07724), or with
     scale 1, the unconditional half is not computed. A model without conditions is not guided, with a warning. ValueError
     for labels of no class.
+    With `channels`, only the first so many of the C channels are guided, and the others are those of v_c (as in the published
+    sampling code of DiT, SiT and LightningDiT, with 3).
     """
     if isinstance(model, Backbone) and isinstance(cond, Tensor):
         model.conditions.check_labels(cond, cond.shape[0], null=True)
@@ -110,7 +141,8 @@ def guided(model: Backbone, cond: Cond, *, scale: float = 1.0, interval: tuple[f
         if scale == 1 or not _inside(t, interval):
             return _evaluate(model, z, t, cond)
         conditional, unconditional = _evaluate(model, torch.cat([z, z], dim=0), t, both).chunk(2, dim=0)
-        return unconditional + scale * (conditional - unconditional)
+        v = unconditional + scale * (conditional - unconditional)
+        return v if channels is None else torch.cat([v[:, :channels], conditional[:, channels:]], dim=1)
 
     return velocity
 

@@ -14,6 +14,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -77,8 +78,8 @@ class DryRun:
         return dataclasses.asdict(self)
 
 
-def dry_run(config: RunConfig, out: str | Path, *, steps: int = STEPS) -> DryRun:
-    """Build every stage of the run `out`, take `steps` steps of each, and return what the run takes.
+def dry_run(config: RunConfig, out: str | Path, *, steps: int = STEPS, typed: Collection[str] = ()) -> DryRun:
+    """Build every stage of the run `out`, take `steps` steps of each, and return what the run takes. `typed`: see `train`.
 
     ValueError as `train`; MemoryError (one line, with the remedy) where a step does not fit.
     """
@@ -89,7 +90,7 @@ def dry_run(config: RunConfig, out: str | Path, *, steps: int = STEPS) -> DryRun
         accelerator = accelerator_of(config, place)
         prepared = (out / "data" / "manifest.json").exists()
         shards = data_of_run(config, out if prepared else place)  # each process its own
-        config, given = choose(with_prompts(config, shards.manifest), settings_before(out), out)
+        config, given = choose(with_prompts(config, shards.manifest), settings_before(out), out, typed)
         config = settle(config, out, shards.manifest)
         initial, plan = initial_weights(config, shards, out, given), planned(config)
         rehearse(config, plan, out, shards.manifest)

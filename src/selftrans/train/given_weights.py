@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import warnings
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -98,17 +99,19 @@ def _published(path: Path, init: Init) -> Given:
     )
 
 
-def with_model_of(config: RunConfig, model: ModelConfig) -> RunConfig:
+def with_model_of(config: RunConfig, model: ModelConfig, typed: Collection[str] = ()) -> RunConfig:
     """The settings with the model of the given weights, which the recipe's defaults give way to.
 
+    `typed`: names of settings that were given, such as model.depth, also those equal to the recipe's defaults.
     ValueError names a model setting that was given and is another.
     """
+    named = {name.removeprefix("model.") for name in typed if name.startswith("model.")}
     usual = RECIPES[config.recipe]().model if config.recipe in RECIPES else type(config.model)()
     if type(config.model) is not type(model):
-        asked = {} if config.model == usual else {"name": config.model.name}
+        asked = {} if config.model == usual and not named else {"name": config.model.name}
     else:
         known = dict(_settings(usual)) if type(usual) is type(model) else dict(_settings(type(model)()))
-        asked = {name: value for name, value in _settings(config.model) if value != known[name]}
+        asked = {name: value for name, value in _settings(config.model) if value != known[name] or name in named}
     for name, value in asked.items():
         theirs = dict(_settings(model))[name]
         if value != theirs:
@@ -120,9 +123,9 @@ def with_model_of(config: RunConfig, model: ModelConfig) -> RunConfig:
     return dataclasses.replace(config, model=model)
 
 
-def with_given_model(config: RunConfig) -> RunConfig:
+def with_given_model(config: RunConfig, typed: Collection[str] = ()) -> RunConfig:
     """The settings with the model of the weights that they name, if they name any. ValueError as `with_model_of`."""
-    return config if config.init.path is None else with_model_of(config, read_given(config.init).model)
+    return config if config.init.path is None else with_model_of(config, read_given(config.init).model, typed)
 
 
 def _settings(model: ModelConfig) -> list[tuple[str, Any]]:

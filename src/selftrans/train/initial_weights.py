@@ -6,7 +6,9 @@ needs the given run or file no more. Checkpoints of a run with adapters hold the
 
 from __future__ import annotations
 
+import dataclasses
 import json
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -82,11 +84,15 @@ class InitialWeights:
         return {INIT: self.record} | ({ADAPTERS: {"base": self.record["start"]}} if adapters else {})
 
 
-def choose(config: RunConfig, before: RunConfig | None, out: Path) -> tuple[RunConfig, Given | None]:
+def choose(
+    config: RunConfig, before: RunConfig | None, out: Path, typed: Collection[str] = ()
+) -> tuple[RunConfig, Given | None]:
     """The settings with the model of the weights that `--init` names, and those weights where the run begins with them.
 
-    `before`: the settings that `out` was started with. A run that continues does not read them again.
+    `before`: the settings that `out` was started with. A run that continues does not read them again. `typed`: see
+    `with_model_of`.
     """
+    config = dataclasses.replace(config, init=config.init.resolved())
     if config.init.path is None or (before is not None and before.init != config.init):
         if config.init.path is not None and (out / f"{IMPORTED}.json").exists():
             raise ValueError(
@@ -94,10 +100,10 @@ def choose(config: RunConfig, before: RunConfig | None, out: Path) -> tuple[RunC
             )
         return config, None
     if before is not None:
-        return with_model_of(config, before.model), None
+        return with_model_of(config, before.model, typed), None
     given = read_given(config.init)
     check_given_path(given, config)
-    return with_model_of(config, given.model), given
+    return with_model_of(config, given.model, typed), given
 
 
 def initial_weights(config: RunConfig, dataset: Dataset, out: Path, given: Given | None) -> InitialWeights | None:

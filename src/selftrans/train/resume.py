@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import warnings
 from collections.abc import Callable, Iterator
@@ -101,15 +102,20 @@ def _bound_changes(before: RunConfig, now: RunConfig) -> Changes:
 
 
 def settings_before(out: Path) -> RunConfig | None:
-    """The settings that `out` was started with: its config.json or, if that is lost, the copy in the newest checkpoint."""
-    path = out / "config.json"
+    """The settings that `out` was started with: its config.json or, if that is lost, the copy in the newest checkpoint.
+
+    `init.path` is absolute; older versions kept it as it was typed, and this is taken as if it were typed now.
+    """
+    path, before = out / "config.json", None
     if path.exists():
-        return _read(path, from_json)
-    for folder in sorted(out.glob("*/checkpoints"), reverse=True):
+        before = _read(path, from_json)
+    for folder in sorted(out.glob("*/checkpoints"), reverse=True) if before is None else ():
         found = checkpoint.newest(folder)
         if found is not None:
-            return _read(found.path / checkpoint.STATE, lambda text: from_json(json.dumps(json.loads(text)["config"])))
-    return None
+            text = lambda text: from_json(json.dumps(json.loads(text)["config"]))  # noqa: E731
+            before = _read(found.path / checkpoint.STATE, text)
+            break
+    return None if before is None else dataclasses.replace(before, init=before.init.resolved())
 
 
 def record(config: RunConfig, out: Path, manifest: Manifest) -> None:

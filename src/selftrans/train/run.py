@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,20 +45,28 @@ from selftrans.train.trainer import Trainer
 
 
 def train(
-    config: RunConfig, out: str | Path, *, bar: Callable[..., Any] = progress_bar, quiet: bool = False
+    config: RunConfig,
+    out: str | Path,
+    *,
+    bar: Callable[..., Any] = progress_bar,
+    quiet: bool = False,
+    typed: Collection[str] = (),
 ) -> dict[str, Any]:
     """Train `config` in the directory `out`; repeating the call continues it. Returns what run.json holds.
 
     A teacher given by the settings (a run or a weights file) replaces the stages before the one that it teaches.
-    `bar` makes the progress bars, `quiet` leaves out the line of each stage.
+    `bar` makes the progress bars, `quiet` leaves out the line of each stage. `typed`: names of settings that were given
+    explicitly, such as model.depth: a run on given weights (`init`) refuses those that its weights do not have.
     ValueError for errors that the user can correct; `Interrupted` after a stop signal, with a checkpoint written.
     """
     trust_named(config.method, config.model.name)
     with together():
-        return _train(config, Path(out), bar, quiet)
+        return _train(config, Path(out), bar, quiet, typed)
 
 
-def _train(config: RunConfig, out: Path, bar: Callable[..., Any], quiet: bool) -> dict[str, Any]:
+def _train(
+    config: RunConfig, out: Path, bar: Callable[..., Any], quiet: bool, typed: Collection[str]
+) -> dict[str, Any]:
     config = config.restricted().check()
     if (out / "manifest.json").exists() or (out / BUCKETS).exists():
         raise ValueError(f"{out} holds prepared data; choose another --out for the run")
@@ -75,16 +83,12 @@ def _train(config: RunConfig, out: Path, bar: Callable[..., Any], quiet: bool) -
         if main:
             _remove_unfinished(out)
         shards = data_of_run(config, out, accelerator)
-        config, given = choose(with_prompts(config, shards.manifest), settings_before(out), out)
+        config, given = choose(with_prompts(config, shards.manifest), settings_before(out), out, typed)
         config = settle(config, out, shards.manifest)
         initial = initial_weights(config, shards, out, given)
         given, plan = None, planned(config)  # its memory is freed
         rehearse(config, plan, out, shards.manifest)
-        if config.data.on_device and len(shards.parts) > 1:
-            raise ValueError(f"{shards.path} holds buckets of several sizes; leave data.on_device off")
-        shards.ready(accelerator.device)
-        if config.data.on_device:
-            shards = OnDevice(shards, accelerator.device)
+        shards = _ready(shards, accelerator.device, config.data.on_device)
         preview = Preview(config, shards, accelerator.device, stop) if config.train.preview_every else None
         spent = []
         for number, stage in enumerate(plan, start=1):
@@ -118,6 +122,14 @@ def _train(config: RunConfig, out: Path, bar: Callable[..., Any], quiet: bool) -
         for tracker in accelerator.trackers:
             tracker.finish()
     return report
+
+
+def _ready(shards: Dataset, device: torch.device, on_device: bool) -> Dataset:
+    """The data, ready for training, on the device if that is asked for. Raises ValueError for buckets on the device."""
+    if on_device and len(shards.parts) > 1:
+        raise ValueError(f"{shards.path} holds buckets of several sizes; leave data.on_device off")
+    shards.ready(device)
+    return OnDevice(shards, device) if on_device else shards
 
 
 def _remove_unfinished(out: Path) -> None:

@@ -86,9 +86,9 @@ class Trainer:
         for shape in shards.shapes if len(shards.shapes) > 1 else ():
             check_takes(student, shape)
         guidances = stage.guide(student, teacher)
-        self.objective = Objective(student, guidances, path=PATHS[train.path], times=train.times, drop=train.drop).to(
-            accelerator.device
-        )
+        self.objective = Objective(
+            student, guidances, path=PATHS[train.path], times=train.times, drop=train.drop, cosine=train.cosine
+        ).to(accelerator.device)
         self.ends = [g.until_step for g in guidances]
         self.ema = EMA(self.objective.student, train.ema)
         self.objective.watch(self.ema.model)

@@ -59,10 +59,11 @@ def test_help_of_a_recipe_to_compare_lists_the_overrides_but_not_the_method(caps
 
 
 def test_overrides_of_every_kind(monkeypatch):
-    calls = []
+    calls, given = [], []
 
-    def train(config, out):
+    def train(config, out, typed):
         calls.append((config, out))
+        given.append(typed)
         return dict.fromkeys(("student_steps", "student_tflops", "total_tflops", "total_seconds"), 0)
 
     monkeypatch.setattr("selftrans.train.run.train", train)
@@ -74,6 +75,7 @@ def test_overrides_of_every_kind(monkeypatch):
     assert main([*argv.split(), "--out", "a run"]) == 0
     config, out = calls[0]
     assert out == Path("a run") and type(config) is RunConfig and config.recipe == "digits"
+    assert {"train.steps", "train.batch_size", "model.qk_norm", "sample.labels"} < set(given[0])
     assert (config.train.steps, config.train.batch_size, config.train.lr) == (7, 16, 1e-3)
     assert config.train.betas == (0.8, 0.95) and config.train.compile is None and config.model.qk_norm is False
     stage1, stage2 = config.section(Stage1), config.section(Stage2)
@@ -121,6 +123,7 @@ def test_compare_takes_its_own_options_and_overrides(monkeypatch):
         "images": 20,
         "features": None,
         "workers": 1,
+        "typed": ("out", "methods", "seeds", "steps", "images", "sra.weight", "workers"),
     }
     assert type(config) is RunConfig and (config.train.steps, config.section(SRA).weight) == (9, 0.25)
 

@@ -182,7 +182,7 @@ def test_other_encoders_and_options_are_refused_by_name(
     if finished:
         run(pictures, out, encoder)
     else:
-        with stopped_after(7):
+        with stopped_after(13):
             run(pictures, out, encoder)
     before = contents(out)
     other = captioned.save_text_encoder(tmp_path / "bert", "bert")

@@ -348,3 +348,33 @@ def test_prepare_command_with_parts(
     assert main([*common, "--features", "no/model", "--grid", "2"]) == 1
     assert "features with encoder" in capsys.readouterr().err
     assert rows(tmp_path / "out").shape == (23, 2, 16, 16)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--resolution=8x6"], "prepared at 8x6; give --resolution SIDE, or omit --features"),
+        (["--grid=0"], "grid 0"),
+        (["--buckets=3", "--resolution=8"], "leave it out with --buckets"),
+        (["--autoencoder=values"], "for data of other kinds"),
+        (["--features=no/model"], "encoder 'no/model' cannot be loaded"),
+    ],
+)
+def test_what_features_cannot_be_made_of_is_refused_before_any_work(
+    pictures: Path, tmp_path: Path, encoder: str, capsys: pytest.CaptureFixture[str], words: list[str], message: str
+) -> None:
+    out = tmp_path / "refused"
+    assert main(["prepare", str(pictures), "--out", str(out), "--features", encoder, *words]) == 1
+    err = capsys.readouterr().err
+    assert message in err and err.count("\n") == 1 and not out.exists()
+
+
+def test_pictures_that_turn_out_not_to_be_square_are_refused_before_any_is_encoded(
+    tmp_path: Path, encoder: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write(tmp_path / "x", {f"{k}.png": encoded(noise(8, k)[:6]) for k in range(3)})
+    command = ["prepare", str(tmp_path / "x"), "--out", str(tmp_path / "out")]
+    assert main([*command, "--features", encoder]) == 1
+    assert "prepared at 6x8; give --resolution SIDE" in capsys.readouterr().err and not (tmp_path / "out").exists()
+    assert main(command) == 0 and main([*command, "--features", encoder]) == 1  # prepared without features before
+    assert "6x8" in capsys.readouterr().err and Dataset.open(tmp_path / "out").manifest.features is None

@@ -430,3 +430,24 @@ def test_values_of_two_shapes_are_refused_with_both() -> None:
         ValueError, match=r"images of 1x20 cannot be compared with images of 1x8x32; give samples and ref"
     ):
         extractor(np.zeros((3, 1, 20), dtype=np.float32))
+
+
+@pytest.mark.parametrize("command", ["evaluate", "classifier", "analyse"])
+def test_paths_that_cannot_be_written_are_refused_before_any_work(
+    scorer: Path, tmp_path: Path, monkeypatch, capsys, command: str
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(Sampler, "sample", None)
+    monkeypatch.setattr(Statistics, "of", None)
+    words = {
+        "evaluate": [
+            str(toy.finished()),
+            "--reference=digits",
+            f"--features={scorer}",
+            f"--out={tmp_path}/file/a.json",
+        ],
+        "classifier": [str(toy.digits()), f"--out={tmp_path}/file/c.safetensors"],
+        "analyse": [str(toy.finished()), f"--out={tmp_path}/file/a"],
+    }[command]
+    assert main([command, *words]) == 1
+    assert "file is not a folder); choose another path" in capsys.readouterr().err.splitlines()[-1]

@@ -52,6 +52,20 @@ def test_flow_loss_equals_a_hand_computed_value():
     assert set(report) == {"flow"}, "no guidance is vanilla"
 
 
+def test_cosine_term_equals_a_hand_computed_value():
+    """Predicted (z_t) 3, 4 and 0, 1 in the two channels of two pixels, true 4, 3 and 0, -2: cosines 24/25 and -1."""
+    d = handmade_draw([0.5], (2, 1, 2), num_classes=2)
+    v, true = torch.tensor([[[[3.0, 0.0]], [[4.0, 1.0]]]]), torch.tensor([[[[4.0, 0.0]], [[3.0, -2.0]]]])
+    d = d._replace(zt=v, v=true, dropped=torch.tensor([2]))
+    student = Stub((2, 1, 2), patch=1, num_classes=2, abc=(1.0, 0.0, 0.0))
+    plain, _ = Objective(student).losses(d, 0)
+    loss, report = Objective(student, cosine=0.5).losses(d, 0)
+    expected = (0.04 + 2.0) / 2
+    assert plain.item() == pytest.approx((1 + 1 + 0 + 9) / 4)
+    assert report["flow/cosine"].item() == pytest.approx(expected, abs=1e-6)
+    assert loss.item() == pytest.approx(plain.item() + 0.5 * expected) and report["flow"].item() == plain.item()
+
+
 def test_flow_loss_and_its_gradient_by_hand():
     d, student = handmade_draw(TIMES, dropped=(1, 4)), Stub()
     loss, _ = Objective(student).losses(d, 0)

@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from torch.nn.parallel import DistributedDataParallel
 
 from selftrans.config import from_json, to_json
+from selftrans.encoders.text import load_text_encoder
 from selftrans.flow import interpolate, z0_from_v
 from selftrans.methods.guidance import Frozen
 from selftrans.methods.objective import Objective
@@ -18,6 +19,7 @@ from selftrans.models.registry import find
 from selftrans.recipes import recipe
 from selftrans.train.fsdp import gather_full_tensor, shard_models
 from selftrans.types import MASK, TEXT, Batch, Conditions, take_cond
+from tests.support import captioned
 from tests.support.diffusers_models import FAMILIES, LABELS, SHAPE, TEXTS, condition, inputs, original, tiny
 from tests.support.processes import spawn
 
@@ -245,6 +247,21 @@ def test_mean_of_text_leaves_padding_out():
     assert pooled_text({TEXT: text, MASK: mask}, "none", 7).shape == (2, 7)
 
 
+@pytest.mark.parametrize("family", ["clip text", "clip"])
+def test_last_token_is_the_pooled_output_of_clip(tmp_path, family):
+    """Against transformers, with ids as those of the released models: the end of the text has the highest, and pads it."""
+    encoder = load_text_encoder(captioned.save_text_encoder(tmp_path, family))
+    end, lengths = len(captioned.WORDS) - 1, torch.tensor([5, 2, 12, 8])
+    ids = torch.full((4, 12), end, dtype=torch.int32)
+    for row, length in zip(ids, lengths.tolist(), strict=True):
+        row[: length - 1] = torch.tensor([1, *range(4, 4 + length - 2)])
+    mask = torch.arange(12)[None] < lengths[:, None]
+    found = pooled_text(encoder.encode_ids(ids, mask), "last", encoder.width)
+    expected = encoder.model(input_ids=ids.long()).pooler_output
+    assert (found[0] - found[3]).abs().max() > 0.1
+    torch.testing.assert_close(found, expected)
+
+
 @pytest.mark.parametrize(
     ("family", "shape", "conditions", "message"),
     [
@@ -283,6 +300,7 @@ def taught(family):
     for model in (student, teacher):
         model.use_null(take_cond(cond, torch.tensor([3])))
     guidance = SelfGuidance(student, Frozen(teacher, block=2), Stage2(student_block=1, head_width=8, scale=2.0))
+    cond = torch.tensor([3, 0, 3, 1]) if family == "dit" else cond  # batches hold no null labels
     batch = Batch(torch.randn(4, *SHAPE, generator=torch.Generator().manual_seed(4)), cond)
     return Objective(student, [guidance]), batch
 

@@ -18,6 +18,7 @@ from selftrans.data.sources.open_source import open_source
 from selftrans.methods.guidance import Frozen
 from selftrans.methods.registry import stages
 from selftrans.recipes import RECIPES, ignored, recipe
+from selftrans.sampling.samplers import shifted
 from selftrans.types import Conditions
 from tests.support import captioned, toy
 from tests.support.toy import quick  # noqa: F401 - a fixture
@@ -205,7 +206,14 @@ def test_published_settings_of_lightningdit(name, size, until, taps):
     assert config.model.name == f"LightningDiT-{size}/1" and config.model.rope and not config.model.qk_norm
     assert (train.steps, train.batch_size, train.lr, train.betas) == (80_000, 1024, 2e-4, (0.9, 0.95))
     assert (train.times, train.ema, train.weight_decay, train.warmup) == ("logitnormal", 0.9999, 0.0, 0)
-    assert first.steps == 40_000 and config.sections["stage2"].until_step == until
+    assert train.cosine == 1.0 and first.steps == 40_000 and config.sections["stage2"].until_step == until
+    assert (config.sample.sampler, config.sample.steps) == ("euler", 250)
+    theirs = 1 - torch.linspace(
+        0, 1, 11, dtype=torch.float64
+    )  # their t is ours from 1 down; 0.3 as their inference has it
+    theirs = 1 - (lambda t: 0.3 * t / (1 + (0.3 - 1) * t))(1 - theirs)
+    ours = shifted(1 - torch.linspace(0, 1, 11, dtype=torch.float64), config.sample.time_shift)
+    torch.testing.assert_close(ours, theirs)
     with torch.device("meta"):
         student, teacher = (config.build_model((32, 16, 16), Conditions("labels", 1000)) for _ in range(2))
         guided = [

@@ -5,12 +5,14 @@ For z0 ~ N(m, s²): z_t ~ N(alpha m, V) with V = alpha² s² + sigma², and regr
 The probability flow keeps (z - alpha m) / sqrt(V) constant, so noise z at t = 1 arrives at m + s z.
 """
 
+import math
+
 import numpy as np
 import pytest
 import torch
 
 from selftrans.flow import COSINE, LINEAR, PATHS
-from selftrans.sampling.samplers import EVALUATIONS, SAMPLERS, autoguided, guided, ode, sde
+from selftrans.sampling.samplers import EVALUATIONS, SAMPLERS, autoguided, guided, ode, sde, shifted
 from selftrans.types import Output
 
 M, S = 0.7, 0.4
@@ -231,6 +233,55 @@ def test_guidance_concatenates_conditions_of_several_tensors():
     cond = {"tokens": torch.ones(2, 3, 5), "pooled": torch.tensor([[1.0], [4.0]])}
     v = guided(Text(), cond, scale=2.0)(torch.zeros(2, 1, 1, 1), torch.tensor(0.0))
     torch.testing.assert_close(v.flatten(), 10 + 2 * (torch.tensor([0.1, 0.4]) - 10))
+
+
+def test_only_the_first_channels_are_guided():
+    """v_c = 1, 2, 3, 4 and v_u = 0 by channel; guidance 10 on two channels: 10, 20, 3, 4."""
+
+    class Channels(Spy):
+        shape = (4, 1, 1)
+
+        def __call__(self, x, t, cond, *, taps=(), stop=False):
+            self.calls.append(len(x))
+            v = torch.arange(1.0, 5).view(1, 4, 1, 1) * (cond != 100).view(-1, 1, 1, 1)
+            return Output(v.to(x.dtype), {})
+
+    model, z = Channels(), torch.zeros(2, 4, 1, 1)
+    for channels, expected in ((2, [10, 20, 3, 4]), (4, [10, 20, 30, 40]), (None, [10, 20, 30, 40])):
+        velocity = guided(model, torch.tensor([1, 2]), scale=10.0, interval=(0.0, 0.5), channels=channels)
+        assert velocity(z, torch.tensor(0.5))[1].flatten().tolist() == expected
+        assert velocity(z, torch.tensor(0.7))[1].flatten().tolist() == [1, 2, 3, 4]
+    assert model.calls == [4, 2] * 3
+
+
+# ---- shifted time
+
+
+def times_of(sampler, shift, steps=4):
+    seen = []
+    velocity = lambda z, t: seen.append(t.item()) or torch.zeros_like(z)  # noqa: E731
+    sampler(velocity, torch.zeros(1, 1, dtype=torch.float64), steps=steps, shift=shift)
+    return seen
+
+
+def test_shifted_times_by_hand():
+    """k = 3: 3/4 -> 9/10, 1/2 -> 3/4, 1/4 -> 1/2. The SDE keeps its last noisy time, 0.04."""
+    assert times_of(ode, 3.0) == pytest.approx([1, *[x for t in (0.9, 0.75, 0.5) for x in (t, t)], 0])
+    assert times_of(ode, 1.0) == pytest.approx([1, *[x for t in (0.75, 0.5, 0.25) for x in (t, t)], 0])
+    times = times_of(sde, 3.0)
+    equal = [t / (3 - 2 * t) for t in times]  # the inverse
+    assert times[-1] == pytest.approx(0.04) and times[0] == 1 and np.diff(equal) == pytest.approx(np.diff(equal)[0])
+    assert shifted(shifted(torch.tensor(0.3), 4.0), 0.25).item() == pytest.approx(0.3)
+
+
+def test_shifted_ode_reaches_the_same_end():
+    """dz/dt = z, whose solution at 0 is z / e: the grid changes the error alone."""
+    for shift in (0.3, 1.0, 1 / 0.3):
+        end = ode(lambda z, t: z, torch.ones(1, dtype=torch.float64), steps=200, shift=shift)
+        assert end.item() == pytest.approx(math.exp(-1), rel=1e-4)
+
+
+# ---- a weaker model
 
 
 class Linear(Spy):

@@ -1,6 +1,8 @@
 """Runs that start from given weights: what is kept, that every stage starts there, and that nothing else is read again."""
 
 import json
+import os
+import re
 import shutil
 
 import numpy as np
@@ -275,3 +277,37 @@ def test_command_line(tmp_path, capsys):
     assert main([*again, "--lora.alpha", "2", "--init.weights", "raw"]) == 0
     said = capsys.readouterr().err
     assert "init.weights is ignored: without --init" in said and "lora.alpha is ignored: without lora.rank" in said
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--model.width=64"], "model.width is 64, but the weights .* are those of a model of width 32"),
+        (["--model.depth", "6"], "model.depth is 6, but"),
+        (["--model.qk-norm=False"], "model.qk_norm is False, but .* of qk_norm True"),
+    ],
+)
+@pytest.mark.parametrize("command", ["train", "compare"])
+def test_typed_options_count_also_where_they_are_the_defaults_of_the_recipe(tmp_path, capsys, command, words, message):
+    """Without them, the same settings give way to those of the weights."""
+    own = ["--methods=vanilla", "--features=values"] if command == "compare" else ["--method=vanilla"]
+    begin = [command, "digits", "--data", str(data(SECOND)), "--out", str(tmp_path / "run"), *own]
+    assert main([*begin, "--init" if command == "train" else "--init.path", str(first()), *words]) == 1
+    err = capsys.readouterr().err
+    assert re.search(message, err) and err.count("\n") == 1, err
+    assert not list((tmp_path / "run").rglob("*.safetensors"))
+
+
+def test_a_run_is_continued_from_another_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(first().parent)
+    one = tuned({"train.steps": 1}, init=first().name)  # a relative path
+    train(one, tmp_path / "run", quiet=True)
+    stored = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert stored["init"]["path"] == str(first().resolve())
+    stored["init"]["path"] = first().name  # as older versions kept it
+    shutil.copytree(tmp_path / "run", tmp_path / "old")
+    (tmp_path / "old" / "config.json").write_text(json.dumps(stored))
+    assert train(tuned({"train.steps": 2}, init=first().name), tmp_path / "old", quiet=True)["student_steps"] == 2
+    monkeypatch.chdir(tmp_path)
+    elsewhere = os.path.relpath(first(), tmp_path)
+    assert train(tuned({"train.steps": 2}, init=elsewhere), tmp_path / "run", quiet=True)["student_steps"] == 2

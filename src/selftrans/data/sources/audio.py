@@ -10,13 +10,12 @@ import os
 import struct
 from collections import Counter
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
+from selftrans.data.sources.clip_files import ClipFiles
 from selftrans.data.sources.clips import Clips, MediaOptions
-from selftrans.data.sources.source import Source
 from selftrans.encoders.media import Mel, Waveform
 from selftrans.storage import first_line
 
@@ -52,13 +51,13 @@ def missing(what: str, module: str, error: Exception) -> str:
     return f"{what} are read by {module}, which is not there ({first_line(error, 100)}): pip install 'selftrans[media]'"
 
 
-def open_sounds(root: Path, files: Source, options: MediaOptions, progress: bool) -> Clips:
+def open_sounds(files: ClipFiles, options: MediaOptions, progress: bool) -> Clips:
     """Sounds at one rate and length; what is not given is what all files have in common.
 
     Raises ValueError when the files differ in what is not given, and for a spectrogram that cannot be made.
     """
     soundfile()
-    headers = _headers(root, files, progress)
+    headers = _headers(files, progress)
     rate, length = options.rate, options.length
     if rate is None:
         rate = _common(headers, "rate", "samples per second", "--rate")
@@ -70,31 +69,31 @@ def open_sounds(root: Path, files: Source, options: MediaOptions, progress: bool
             f"--rate {rate} and --length {length:g} give {samples} samples; 1 to {MAX_SAMPLES} can be read"
         )
 
-    def load(path: Path) -> np.ndarray:
-        return fit(read_sound(path, rate, samples), samples)
+    def load(_: str, stream: BinaryIO) -> np.ndarray:
+        return fit(read_sound(stream, rate, samples), samples)
 
     remarks = _remarks(headers, samples / rate)
     if options.audio != "mel":
         options.refuse("bins hop", "waveforms (--audio mel makes spectrograms)")
-        return Clips(root, files, (1, samples), Waveform(rate), lambda path: load(path)[None], remarks)
+        return Clips(files, (1, samples), Waveform(rate), lambda *file: load(*file)[None], remarks)
     mel = Mel(rate, BINS if options.bins is None else options.bins, options.hop or max(1, round(HOP * rate)))
     if not 1 <= mel.bins <= MAX_BINS or not 1 <= mel.hop <= MAX_HOP:
         raise ValueError(f"--bins {mel.bins} and --hop {mel.hop} should be 1 to {MAX_BINS} and 1 to {MAX_HOP}")
     if not mel.frames(samples):
         raise ValueError(f"sounds of {samples} samples are shorter than --hop {mel.hop}; give a smaller one")
     mel.bands()
-    return Clips(root, files, (1, mel.bins, mel.frames(samples)), mel, lambda path: mel.forward(load(path)), remarks)
+    return Clips(files, (1, mel.bins, mel.frames(samples)), mel, lambda *file: mel.forward(load(*file)), remarks)
 
 
-def read_sound(path: Path, rate: int, most: int) -> np.ndarray:
+def read_sound(stream: BinaryIO, rate: int, most: int) -> np.ndarray:
     """The beginning of a sound, float32 (n,), n about `most` or less: channels averaged, resampled to `rate`.
 
     Raises ValueError for a file that is empty, truncated or in another format, and what soundfile raises.
     """
     from scipy.signal import resample_poly
 
-    _check_size(path)
-    with path.open("rb") as stream, soundfile().SoundFile(stream) as file:
+    _check_size(stream)
+    with soundfile().SoundFile(stream) as file:
         if file.format not in FORMATS:
             raise ValueError(f"it is {file.format}, not wav or flac")
         if not file.frames:
@@ -116,34 +115,36 @@ def fit(sound: np.ndarray, samples: int) -> np.ndarray:
     return np.pad(sound[:samples], (0, max(0, samples - len(sound))))
 
 
-def _check_size(path: Path) -> None:
+def _check_size(stream: BinaryIO) -> None:
     """Raise ValueError for a wav that is shorter than its header says: the library reads what is left without a word."""
-    size = path.stat().st_size
+    size = stream.seek(0, os.SEEK_END)
     if not size:
         raise ValueError("the file is empty")
-    with path.open("rb") as file:
-        start = file.read(12)
+    stream.seek(0)
+    start = stream.read(12)
+    stream.seek(0)
     if start[:4] == b"RIFF" and len(start) == 12:
         claimed = struct.unpack("<I", start[4:8])[0] + 8
         if claimed not in (8, 0xFFFFFFFF + 8) and claimed > size + 1:  # these two mean that the length is unknown
             raise ValueError(f"truncated: {size} of {claimed} bytes")
 
 
-def _headers(root: Path, files: Source, progress: bool) -> list[Header]:
+def _headers(files: ClipFiles, progress: bool) -> list[Header]:
     """The headers of the files that can be opened; the others are reported when they are read."""
     from tqdm import tqdm
 
     found = []
-    for name in tqdm(files.names, "lengths", unit=" sounds", disable=not progress, leave=False):
+    for i in tqdm(range(len(files)), "lengths", unit=" sounds", disable=not progress, leave=False):
         try:
-            _check_size(root / name)
-            info = soundfile().info(os.fspath(root / name))
+            with files.open(i) as stream:
+                _check_size(stream)
+                info = soundfile().info(stream)
             if info.frames > 0 and 0 < info.samplerate <= MAX_RATE:
                 found.append(Header(info.frames, info.samplerate))
         except Exception:  # damaged
             continue
     if not found:
-        raise ValueError(f"none of the {len(files)} sounds of {root} is readable")
+        raise ValueError(f"none of the {len(files)} sounds of {files.where} is readable")
     return found
 
 

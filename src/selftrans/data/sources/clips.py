@@ -1,4 +1,4 @@
-"""Folders of sounds or videos: class folders, or files only, found by their extension ⇒ samples of one shape.
+"""Sounds or videos of a source (see `clip_files`) ⇒ samples of one shape.
 
 Shape legend: (C, *S) sample: (1, L) sound, (1, B, T) spectrogram of it, (C, F, H, W) video.
 """
@@ -6,26 +6,20 @@ Shape legend: (C, *S) sample: (1, L) sound, (1, B, T) spectrogram of it, (C, F, 
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
-from pathlib import Path, PurePosixPath
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
 
 from selftrans.data.record import Option
-from selftrans.data.sources.decode import EXTENSIONS, SOUNDS, STANDARD, VIDEOS, BadSample, Reading, machine_fault
-from selftrans.data.sources.folder import empty_classes, walk
-from selftrans.data.sources.source import Source, classify
-from selftrans.data.sources.splits import split_folder, warn_of_splits
+from selftrans.data.sources.clip_files import ClipFiles, kind_of, open_files
+from selftrans.data.sources.decode import STANDARD, BadSample, Reading, machine_fault
 from selftrans.encoders.media import Media, rounded
-from selftrans.storage import first_line, printable
+from selftrans.storage import first_line
 
-GIF = ".gif"  #: a video with --frames, a picture without
 MEASURED = 1000  #: clips from which mean and deviation are computed, spread evenly over the source
-
-Kind = Literal["sounds", "videos", "pictures"]
 
 
 @dataclass(frozen=True)
@@ -63,42 +57,42 @@ class BadClip(BadSample):
 class Clips:
     """Sounds or videos of one shape, readable from any thread; opened by `open_clips`."""
 
-    root: Path
-    files: Source = field(repr=False)  #: names, labels and classes
+    files: ClipFiles = field(repr=False)
     shape: tuple[int, ...]  #: (C, *S) of a sample
     media: Media  #: what the samples are; not yet normalised
-    load: Callable[[Path], np.ndarray] = field(repr=False)  #: one file ⇒ (C, *S) float32
+    load: Callable[[str, BinaryIO], np.ndarray] = field(repr=False)  #: name and content of a file ⇒ (C, *S) float32
     remarks: tuple[str, ...] = ()  #: sentences on what is cut or padded
     captions: None = None  #: as `Samples` asks for: there are none
     faults: Mapping[int, str] = field(default_factory=dict)  #: none, likewise
 
     @property
     def labels(self) -> np.ndarray:
-        return self.files.labels
+        return self.files.source.labels
 
     @property
     def classes(self) -> tuple[str, ...]:
-        return self.files.classes
+        return self.files.source.classes
 
     @property
     def ignored(self) -> dict[str, int]:
-        return self.files.ignored
+        return self.files.source.ignored
 
     @property
     def fingerprint(self) -> str:
-        return self.files.fingerprint
+        return self.files.source.fingerprint
 
     def __len__(self) -> int:
         return len(self.files)
 
     def name(self, i: int) -> str:
-        return self.files.name(i)
+        return self.files.source.name(i)
 
     def read(self, i: int) -> np.ndarray:
         """Sample i: (C, *S) float32. Raises BadClip for a file that cannot be decoded, is too short or not finite."""
         name = self.name(i)
         try:
-            values = self.load(self.root / name)
+            with self.files.open(i) as stream:
+                values = self.load(name, stream)
             if not np.isfinite(values).all():
                 raise ValueError("NaN or infinite")
         except Exception as error:  # decoders raise any type on a damaged file
@@ -129,68 +123,33 @@ def bad_clip(name: str, error: Exception, suffix: str) -> Exception:
     return machine_fault(name, error, kind) or BadClip(name, first_line(error), kind)
 
 
-def kind_of(path: Path, frames: int | None) -> Kind | None:
-    """What the first file with a known extension in a folder is; None for a folder without such files, and for a file."""
-    if not path.is_dir():
-        return None
-    known = EXTENSIONS | SOUNDS | VIDEOS
-    first = next(walk(path, known, Counter()), None)
-    return None if first is None else _kind(first[0], frames)
-
-
-def _kind(name: str, frames: int | None) -> Kind:
-    suffix = PurePosixPath(name).suffix.lower()
-    if suffix in SOUNDS:
-        return "sounds"
-    return "videos" if suffix in VIDEOS or (suffix == GIF and frames) else "pictures"
-
-
 def open_clips(
     source: str | Path,
     options: MediaOptions,
     resolution: Any = None,
     progress: bool = False,
     *,
+    archives: bool = True,
     split: str | None = None,
     reading: Reading = STANDARD,
 ) -> Clips | None:
-    """Open a folder of sounds or videos; None for pictures and for sources that are not folders.
+    """Open a folder, zip or tar of sounds or videos (see `kind_of`, also for `archives`); None for any other source.
 
-    `split` names a folder in it; of `reading`, empty class folders and the limit of pixels count.
-    Raises ValueError for a folder with several kinds, options of another kind, and clips that need an option.
+    `split` names a part of it; of `reading`, empty class folders and the limit of pixels count.
+    Raises ValueError for a source with several kinds, options of another kind, and clips that need an option.
     """
     from selftrans.data.sources import audio, video
 
     root = Path(source)
-    kind = kind_of(root, options.frames)
-    if kind in ("sounds", "videos"):
-        root = split_folder(root, split)
+    kind = kind_of(root, options.frames, archives=archives)
     if kind not in ("sounds", "videos"):
         options.refuse("audio rate length bins hop frames grey", f"{source}, which holds no sounds or videos")
         return None
-    files = _files(root, kind, options.frames, reading.allow_empty)
+    files = open_files(root, kind, options.frames, split, allow_empty=reading.allow_empty)
     if kind == "sounds":
         options.refuse("frames grey", "sounds")
         if resolution is not None:
             raise ValueError("--resolution does not apply to sounds; leave it out")
-        return audio.open_sounds(root, files, options, progress)
+        return audio.open_sounds(files, options, progress)
     options.refuse("audio rate length bins hop", "videos")
-    return video.open_videos(root, files, options, resolution, reading.max_pixels)
-
-
-def _files(root: Path, kind: Kind, frames: int | None, allow_empty: bool) -> Source:
-    """The files of a folder, with their labels. Raises ValueError for a folder of several kinds."""
-    ignored: Counter[str] = Counter()
-    found = sorted(walk(root, EXTENSIONS | SOUNDS | VIDEOS, ignored))
-    for name, _ in found:
-        if (other := _kind(name, frames)) != kind:
-            raise ValueError(f"{root} holds {kind} and {other}, such as {printable(name)}; keep one kind in a folder")
-    names = [name for name, _ in found]
-    empty = empty_classes(root, names, kind, allow_empty)
-    labels, classes = classify(names, str(root), kind, empty)
-    warn_of_splits(names, classes, str(root))
-    return Source(names, labels, classes, _unused, [size for _, size in found], dict(ignored))
-
-
-def _unused(i: int) -> Any:
-    raise AssertionError("clips are read by `Clips.read`")
+    return video.open_videos(files, options, resolution, reading.max_pixels)

@@ -168,6 +168,15 @@ def sides(resolution: Resolution) -> tuple[int, int]:
     return (resolution, resolution) if isinstance(resolution, int) else resolution
 
 
+def check_square(resolution: Resolution | None) -> None:
+    """ValueError for pictures that are not square, which an encoder of `--features` cannot read."""
+    if resolution is not None and not isinstance(resolution, int):
+        raise ValueError(
+            f"--features reads square pictures, and these are prepared at {size_text(resolution)}; give --resolution SIDE, "
+            "or omit --features"
+        )
+
+
 def resolution_of(height: int, width: int) -> Resolution:
     """The inverse of `sides`."""
     return height if height == width else (height, width)

@@ -15,7 +15,7 @@ from collections.abc import Callable, Collection, Generator, Iterable, Mapping, 
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeVar
+from typing import TYPE_CHECKING, BinaryIO, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
@@ -81,6 +81,15 @@ class Picture(NamedTuple):
     name: str  #: path inside its source
     label: int  #: index into `Source.classes`; 0 when there are no classes
     image: np.ndarray  #: (H, W, C) uint8
+
+
+class Entries(NamedTuple):
+    """Files of one source, such as the entries of an archive."""
+
+    names: list[str]  #: sorted by code point
+    sizes: list[int]  #: bytes
+    open: Callable[[int], BinaryIO]  #: file i, to be closed; safe from any thread
+    ignored: dict[str, int]  #: reason for ignoring files -> how many
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,6 +1,7 @@
-"""Pictures with captions in tar files, as webdataset writes them: members are read in place, nothing is extracted.
+"""Pictures with captions in tar files, as webdataset writes them, and sounds and videos: members are read in place, nothing is
+extracted.
 
-A sample is the members of one key: `key.jpg` with `key.txt`, `key.caption` or `key.json`.
+A sample with captions is the members of one key: `key.jpg` with `key.txt`, `key.caption` or `key.json`.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import io
 import tarfile
 from collections import Counter
+from collections.abc import Collection, Iterator
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -16,7 +18,7 @@ import numpy as np
 from selftrans.data.sources.captions import CAPTION_FILES, MAX_FILE_BYTES, combine, with_captions
 from selftrans.data.sources.decode import EXTENSIONS, open_picture
 from selftrans.data.sources.passed_over import Archived, kind_of_file
-from selftrans.data.sources.source import Source
+from selftrans.data.sources.source import Entries, Source
 from selftrans.data.sources.zip_archive import MAX_PICTURE_BYTES
 from selftrans.storage import first_line, printable
 
@@ -47,7 +49,11 @@ def tar_files(tars: list[Path]) -> Source:
     pictures: dict[str, _Member] = {}
     files: dict[str, _Member] = {}
     for path in tars:
-        _index(path, pictures, files, ignored)
+        for name, info in walk_tar(path, {*EXTENSIONS, *CAPTION_FILES}, ignored):
+            if PurePosixPath(name).suffix.lower() in EXTENSIONS:
+                _add(pictures, f"{path.name}/{name}", info, path, MAX_PICTURE_BYTES)
+            else:
+                _add(files, f"{path.name}/{name}", info, path, MAX_FILE_BYTES)
     pairs = list(combine(pictures, files, _Member.read))
     names = [name for name, _ in pairs]
 
@@ -59,22 +65,36 @@ def tar_files(tars: list[Path]) -> Source:
     return with_captions(source, (captions for _, captions in pairs))
 
 
-def _index(path: Path, pictures: dict[str, _Member], files: dict[str, _Member], ignored: Counter[str]) -> None:
-    """Add the members of one tar file. Raises ValueError, in one line, for whatever is wrong with it."""
+def tar_entries(tars: list[Path], suffixes: Collection[str]) -> Entries:
+    """The members of tar files with one of these suffixes, each named `TAR/member`. Raises ValueError as `tar_files`."""
+    ignored: Counter[str] = Counter()
+    members: dict[str, _Member] = {}
+    for path in tars:
+        for name, info in walk_tar(path, suffixes, ignored):
+            _add(members, f"{path.name}/{name}", info, path, MAX_PICTURE_BYTES)
+    names = sorted(members)
+    files = [members[name] for name in names]
+    return Entries(names, [file.size for file in files], lambda i: io.BytesIO(files[i].read()), dict(ignored))
+
+
+def walk_tar(path: Path, suffixes: Collection[str], ignored: Counter[str]) -> Iterator[tuple[str, tarfile.TarInfo]]:
+    """The members of one tar file with one of these suffixes, in its order; others are counted in `ignored`.
+
+    Raises ValueError, in one line, for whatever is wrong with the file.
+    """
     try:
         archived = Archived(ignored)
         with tarfile.open(path, "r:") as tar:
             for info in tar:
                 name = _checked(info, path)
-                suffix = PurePosixPath(name).suffix.lower()
                 if info.isdir():
                     continue
                 if archived.ignores(name.split("/")):
                     pass
-                elif suffix not in EXTENSIONS and suffix not in CAPTION_FILES:
+                elif PurePosixPath(name).suffix.lower() not in suffixes:
                     ignored[kind_of_file(name)] += 1
                 else:
-                    _add(pictures if suffix in EXTENSIONS else files, f"{path.name}/{name}", info, path)
+                    yield name, info
                 tar.members.clear()  # type: ignore[attr-defined] # otherwise it keeps every header
             end = tar.offset
         with open(path, "rb") as file:
@@ -89,8 +109,7 @@ def _index(path: Path, pictures: dict[str, _Member], files: dict[str, _Member], 
         ) from error
 
 
-def _add(members: dict[str, _Member], name: str, info: tarfile.TarInfo, path: Path) -> None:
-    most = MAX_PICTURE_BYTES if PurePosixPath(name).suffix.lower() in EXTENSIONS else MAX_FILE_BYTES
+def _add(members: dict[str, _Member], name: str, info: tarfile.TarInfo, path: Path, most: int) -> None:
     if info.size > most:
         raise ValueError(f"{path} holds {info.name!r:.200} of {info.size} bytes, above the limit of {most}")
     if name in members:

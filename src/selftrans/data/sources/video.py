@@ -6,18 +6,19 @@ the content, so that no file can name other files or addresses to be read. Shape
 
 from __future__ import annotations
 
+import io
 from collections.abc import Generator
 from contextlib import closing
 from itertools import islice
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from pathlib import PurePosixPath
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
 from selftrans.data.sources.audio import missing
-from selftrans.data.sources.clips import GIF, Clips, MediaOptions, bad_clip
+from selftrans.data.sources.clip_files import GIF, ClipFiles
+from selftrans.data.sources.clips import Clips, MediaOptions, bad_clip
 from selftrans.data.sources.decode import MAX_PIXELS, Resolution, check_pixels, open_picture, sides, size_text, to_array
-from selftrans.data.sources.source import Source
 from selftrans.encoders.media import Video, rounded
 
 if TYPE_CHECKING:
@@ -30,25 +31,25 @@ MAX_FRAMES = 1 << 14
 
 
 def open_videos(
-    root: Path, files: Source, options: MediaOptions, resolution: Resolution | None, most: int = MAX_PIXELS
+    files: ClipFiles, options: MediaOptions, resolution: Resolution | None, most: int = MAX_PIXELS
 ) -> Clips:
     """The first `options.frames` frames of each video, at `resolution` (None: the size of the first, which all must have).
 
     Frames of more than `most` pixels are refused. Raises ValueError without a number of frames, and when no video can be read.
     """
-    if any(Path(name).suffix.lower() != GIF for name in files.names):
+    if any(_suffix(name) != GIF for name in files.names):
         pyav()
     frames = options.frames
     if not frames or not 1 <= frames <= MAX_FRAMES:
         raise ValueError(
-            f"{root} holds videos: give --frames, how many are read from the start of each (1 to {MAX_FRAMES})"
+            f"{files.where} holds videos: give --frames, how many are read from the start of each (1 to {MAX_FRAMES})"
         )
-    first, fps = _first(root, files, most)
+    first, fps = _first(files, most)
     channels, size = 1 if options.grey else 3, first if resolution is None else sides(resolution)
 
-    def load(path: Path) -> np.ndarray:
-        with closing(iter_frames(path, most)) as stream:
-            pictures = list(islice(stream, frames))
+    def load(name: str, stream: BinaryIO) -> np.ndarray:
+        with closing(iter_frames(name, stream, most)) as shown:
+            pictures = list(islice(shown, frames))
         if len(pictures) < frames:
             raise ValueError(f"its length is {len(pictures)}, less than --frames {frames}")
         if resolution is None and (pictures[0].height, pictures[0].width) != first:
@@ -58,7 +59,7 @@ def open_videos(
         array = np.stack([to_array(picture, size, channels) for picture in pictures])  # (F, H, W, C)
         return array.transpose(3, 0, 1, 2).astype(np.float32) / 127.5 - 1
 
-    return Clips(root, files, (channels, frames, *size), Video(fps), load)
+    return Clips(files, (channels, frames, *size), Video(fps), load)
 
 
 def pyav() -> Any:
@@ -70,19 +71,30 @@ def pyav() -> Any:
     return av
 
 
-def iter_frames(path: Path, most: int = MAX_PIXELS) -> Generator[Image.Image]:
+def iter_frames(name: str, stream: BinaryIO, most: int = MAX_PIXELS) -> Generator[Image.Image]:
     """The frames of a video in order. Raises ValueError for one that is too large, and what the decoder raises."""
-    return _gif_frames(path, most) if path.suffix.lower() == GIF else _av_frames(path, most)
+    return _gif_frames(stream, most) if _suffix(name) == GIF else _av_frames(name, stream, most)
 
 
-def _gif_frames(path: Path, most: int) -> Generator[Image.Image]:
+def _suffix(name: str) -> str:
+    return PurePosixPath(name).suffix.lower()
+
+
+def _gif(stream: BinaryIO, most: int) -> Image.Image:
+    """The gif in a stream, which stays open when the picture is closed. Raises ValueError for one that is too large."""
+    stream.seek(0)
+    image = open_picture(io.BytesIO(stream.read()))
+    check_pixels(image, most)
+    return image
+
+
+def _gif_frames(stream: BinaryIO, most: int) -> Generator[Image.Image]:
     """Programs that write gifs merge equal frames into one that is shown longer: it is repeated, where all durations are
     multiples of the shortest one."""
-    durations = _gif_durations(path)
+    durations = _gif_durations(stream, most)
     shortest = min(durations)
     merged = shortest > 0 and not any(duration % shortest for duration in durations)
-    with open_picture(path) as image:
-        check_pixels(image, most)
+    with _gif(stream, most) as image:
         for k, duration in enumerate(durations):
             image.seek(k)
             frame = image.convert("RGB")
@@ -90,9 +102,9 @@ def _gif_frames(path: Path, most: int) -> Generator[Image.Image]:
                 yield frame
 
 
-def _gif_durations(path: Path) -> list[int]:
+def _gif_durations(stream: BinaryIO, most: int) -> list[int]:
     """Milliseconds of each frame, of the first MAX_FRAMES at most; 0 where the file does not say it."""
-    with open_picture(path) as image:
+    with _gif(stream, most) as image:
         durations = []
         for k in range(min(MAX_FRAMES, getattr(image, "n_frames", 1))):
             image.seek(k)
@@ -100,36 +112,38 @@ def _gif_durations(path: Path) -> list[int]:
     return durations
 
 
-def _av_frames(path: Path, most: int) -> Generator[Image.Image]:
-    with path.open("rb") as file, pyav().open(file, format=DEMUXERS[path.suffix.lower()]) as container:
+def _av_frames(name: str, stream: BinaryIO, most: int) -> Generator[Image.Image]:
+    with pyav().open(stream, format=DEMUXERS[_suffix(name)]) as container:
         if not container.streams.video:
             raise ValueError("it holds no video")
-        stream = container.streams.video[0]
-        check_pixels(stream, most)
-        for frame in container.decode(stream):
+        video = container.streams.video[0]
+        check_pixels(video, most)
+        for frame in container.decode(video):
             yield frame.to_image()
 
 
-def _first(root: Path, files: Source, most: int) -> tuple[tuple[int, int], float]:
+def _first(files: ClipFiles, most: int) -> tuple[tuple[int, int], float]:
     """(height, width) and frames per second of the first video that can be read. Raises ValueError when none can."""
     error: Exception | None = None
-    for name in files.names:
+    for i, name in enumerate(files.names):
         try:
-            with closing(iter_frames(root / name, most)) as stream:
-                picture = next(stream, None)
-            if picture is None:
-                raise ValueError("it has no frames")
-            return (picture.height, picture.width), rounded(_fps(root / name))
+            with files.open(i) as stream:
+                with closing(iter_frames(name, stream, most)) as shown:
+                    picture = next(shown, None)
+                if picture is None:
+                    raise ValueError("it has no frames")
+                return (picture.height, picture.width), rounded(_fps(name, stream, most))
         except Exception as unreadable:  # decoders raise any type on a damaged file
             error = error or bad_clip(name, unreadable, GIF)
-    raise ValueError(f"none of the {len(files)} videos of {root} is readable; the first: {error}")
+    raise ValueError(f"none of the {len(files)} videos of {files.where} is readable; the first: {error}")
 
 
-def _fps(path: Path) -> float:
+def _fps(name: str, stream: BinaryIO, most: int) -> float:
     """Frames per second as the file says, or a default."""
-    if path.suffix.lower() == GIF:
-        duration = min(_gif_durations(path))
+    if _suffix(name) == GIF:
+        duration = min(_gif_durations(stream, most))
         return 1000 / duration if duration else FPS
-    with path.open("rb") as file, pyav().open(file, format=DEMUXERS[path.suffix.lower()]) as container:
+    stream.seek(0)
+    with pyav().open(stream, format=DEMUXERS[_suffix(name)]) as container:
         rate = float(container.streams.video[0].average_rate or 0)
     return rate if 0 < rate <= 1000 else FPS

@@ -1,4 +1,4 @@
-"""Pictures in a zip: entry names are checked before any entry is read, and nothing is extracted."""
+"""Pictures, sounds and videos in a zip: entry names are checked before any entry is read, and nothing is extracted."""
 
 from __future__ import annotations
 
@@ -10,19 +10,16 @@ from collections import Counter
 from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
 from selftrans.data.sources import label_file
 from selftrans.data.sources.decode import EXTENSIONS, open_picture
 from selftrans.data.sources.passed_over import Archived, kind_of_file
-from selftrans.data.sources.source import Source, classify
+from selftrans.data.sources.source import Entries, Source, classify
 from selftrans.data.sources.splits import split_names
 from selftrans.storage import first_line, printable
-
-if TYPE_CHECKING:
-    from PIL import Image
 
 MAX_PICTURE_BYTES = 1 << 29  #: entries that claim a larger size are refused
 
@@ -36,6 +33,35 @@ def zip_file(path: Path, split: str | None = None, *, allow_empty: bool = False)
     Raises ValueError for absolute names, names with `..`, symbolic links, encrypted or duplicate entries, and pictures
     whose claimed size is above `MAX_PICTURE_BYTES`.
     """
+    listed = zip_entries(path, EXTENSIONS, split)
+    found, ignored = listed.files, Counter(listed.files.ignored)
+    none = np.zeros(len(found.names), dtype=np.int64)
+    source = Source(found.names, none, (), lambda i: open_picture(found.open(i)), found.sizes, dict(ignored))
+    for top, info in listed.label_files if split is None else ():
+        where = f"{top}{label_file.NAME} in {path}"
+        if labelled := label_file.labelled(source, _read(listed.archive, info, where), where, top):
+            return labelled
+    if listed.empty and not allow_empty:
+        ignored["class folders without pictures"] += len(listed.empty)
+    labels, classes = classify(listed.heads, str(path), also=listed.empty if allow_empty else ())
+    return replace(source, labels=labels, classes=classes, ignored=dict(ignored))
+
+
+class ZipEntries(NamedTuple):
+    """Files of one kind in a zip."""
+
+    archive: zipfile.ZipFile
+    files: Entries
+    heads: list[str]  #: their names from the folder of their class on
+    empty: list[str]  #: class folders that hold none of them
+    label_files: list[tuple[str, zipfile.ZipInfo]]  #: each `dataset.json` with the folder that it is in, ending in `/`
+
+
+def zip_entries(path: Path, suffixes: Collection[str], split: str | None = None) -> ZipEntries:
+    """The entries of a split with one of these suffixes; each is read as a whole when it is opened.
+
+    Raises ValueError as `zip_file`.
+    """
     archive = open_zip(path)
     ignored: Counter[str] = Counter()
     entries: dict[str, zipfile.ZipInfo] = {}
@@ -47,7 +73,7 @@ def zip_file(path: Path, split: str | None = None, *, allow_empty: bool = False)
         folders.add("/".join(parts[: None if info.is_dir() else -1]))
         if info.is_dir():
             continue
-        if PurePosixPath(parts[-1]).suffix.lower() not in EXTENSIONS:
+        if PurePosixPath(parts[-1]).suffix.lower() not in suffixes:
             ignored[kind_of_file(parts[-1])] += 1
             if parts[-1] == label_file.NAME and len(parts) <= 2:
                 label_files.append(("/".join([*parts[:-1], ""]), info))
@@ -59,23 +85,14 @@ def zip_file(path: Path, split: str | None = None, *, allow_empty: bool = False)
     infos = [entries[name] for name in names]
     lock = threading.Lock()  # ZipFile counts its readers without one
 
-    def open_entry(i: int) -> Image.Image:
+    def open_entry(i: int) -> BinaryIO:
         with lock, archive.open(infos[i]) as file:
             # never read more than the claimed size, whatever the compressed stream expands to
-            return open_picture(io.BytesIO(file.read(infos[i].file_size)))
+            return io.BytesIO(file.read(infos[i].file_size))
 
-    sizes, none = [info.file_size for info in infos], np.zeros(len(names), dtype=np.int64)
-    source = Source(names, none, (), open_entry, sizes, dict(ignored))
-    for top, info in label_files if split is None else ():
-        where = f"{top}{label_file.NAME} in {path}"
-        if labelled := label_file.labelled(source, _read(archive, info, where), where, top):
-            return labelled
-    heads = _without_top(names) if split is None or len(names) == len(entries) else _below(names, split)
-    empty = _empty(names, heads, folders)
-    if empty and not allow_empty:
-        ignored["class folders without pictures"] += len(empty)
-    labels, classes = classify(heads, str(path), also=empty if allow_empty else ())
-    return replace(source, labels=labels, classes=classes, ignored=dict(ignored))
+    files = Entries(names, [info.file_size for info in infos], open_entry, dict(ignored))
+    heads = from_class(names, split if len(names) < len(entries) else None)
+    return ZipEntries(archive, files, heads, _empty(names, heads, folders), label_files)
 
 
 def _read(archive: zipfile.ZipFile, info: zipfile.ZipInfo, where: str) -> bytes:
@@ -112,8 +129,13 @@ def _checked_parts(info: zipfile.ZipInfo, path: Path) -> list[str]:
     return parts
 
 
+def from_class(names: list[str], split: str | None) -> list[str]:
+    """The names in an archive from the folder of their class on: below the folder of a split, if they were chosen by it."""
+    return _without_top(names) if split is None else _below(names, split)
+
+
 def _without_top(names: list[str]) -> list[str]:
-    """The names without their top-level folder, if there is only one and it holds two or more folders and no picture."""
+    """The names without their top-level folder, if there is only one and it holds two or more folders and no file."""
     split = [name.split("/", 2) for name in names]
     below = {tuple(parts[:2]) for parts in split}
     if all(len(parts) == 3 for parts in split) and len({top for top, _ in below}) == 1 and len(below) > 1:

@@ -97,7 +97,7 @@ def test_truncated_flac_is_named(tmp_path: Path) -> None:
     path = save_sound(tmp_path / "a.flac", rough)
     path.write_bytes(path.read_bytes()[:6000])
     with pytest.raises((ValueError, RuntimeError)):
-        read_sound(path, 8000, 8000)
+        read_sound(path.open("rb"), 8000, 8000)
 
 
 def test_interrupted_and_continued_equals_uninterrupted(tmp_path: Path) -> None:

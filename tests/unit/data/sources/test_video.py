@@ -12,7 +12,8 @@ from selftrans.cli.main import main
 from selftrans.data.dataset import Dataset
 from selftrans.data.decoded import decoded_images
 from selftrans.data.prepare import prepare
-from selftrans.data.sources.clips import MediaOptions, kind_of
+from selftrans.data.sources.clip_files import kind_of
+from selftrans.data.sources.clips import MediaOptions
 from selftrans.data.sources.video import iter_frames
 from tests.support.clips import moving, save_gif, save_mp4
 
@@ -50,7 +51,7 @@ def test_frames_that_a_gif_shows_longer_are_repeated(tmp_path: Path) -> None:
     path = save_gif(tmp_path / "x" / "0.gif", video)
     with Image.open(path) as image:
         assert image.n_frames == 4  # type: ignore[attr-defined]
-    frames = [np.asarray(frame)[..., 0] for frame in iter_frames(path)]
+    frames = [np.asarray(frame)[..., 0] for frame in iter_frames(path.name, path.open("rb"))]
     np.testing.assert_array_equal(frames, video)
     manifest = prepare(tmp_path / "x", tmp_path / "out", media=MediaOptions(frames=6), progress=False)
     assert manifest.autoencoder.startswith("video(fps=10.0,")

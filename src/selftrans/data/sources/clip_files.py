@@ -1,0 +1,155 @@
+"""Where sounds and videos are: a folder, a zip, a tar file or a folder of tar files; found by their extension.
+
+In each of them the first folder of a name is its class, and without folders there are no classes. Of archives nothing is
+extracted: a file is read as a whole into memory when it is opened.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any, BinaryIO, Literal
+
+from selftrans.data.sources.decode import EXTENSIONS, SOUNDS, VIDEOS
+from selftrans.data.sources.folder import check_link, empty_classes, walk
+from selftrans.data.sources.part_file import SizedFile
+from selftrans.data.sources.passed_over import junk_name
+from selftrans.data.sources.source import Entries, Source, classify
+from selftrans.data.sources.splits import split_files, split_folder, split_names, warn_of_splits
+from selftrans.data.sources.tar_archive import tar_entries, walk_tar
+from selftrans.data.sources.zip_archive import from_class, open_zip, zip_entries
+from selftrans.storage import printable
+
+GIF = ".gif"  #: a video with --frames, a picture without
+KNOWN = EXTENSIONS | SOUNDS | VIDEOS
+
+Kind = Literal["sounds", "videos", "pictures"]
+
+
+@dataclass(frozen=True, eq=False)
+class ClipFiles:
+    """Sounds, or videos, of one source."""
+
+    where: Path  #: the source, for messages
+    source: Source  #: names, labels and classes; its pictures are not there
+    open: Callable[[int], BinaryIO] = field(repr=False)  #: file i, to be closed; safe from any thread
+
+    @property
+    def names(self) -> list[str]:
+        return list(self.source.names)
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+
+def kind_of(path: Path, frames: int | None, *, archives: bool = True) -> Kind | None:
+    """What a folder, zip or tar holds: of a folder or tar what the first known file is, of a zip pictures, if it has any.
+
+    None without known files, for any other source, and unless `archives` for what is in archives (with captions, those are of
+    pictures). Raises ValueError for an archive that cannot be read.
+    """
+    tars: list[Path] = []
+    if path.is_dir():
+        first = next((name for name, _ in walk(path, KNOWN, Counter())), None)
+        if first is not None or not archives:
+            return None if first is None else _kind(first, frames)
+        tars = _tars(path)
+    suffix = path.suffix.lower() if archives and path.is_file() else ""
+    tars = [path] if suffix == ".tar" else tars
+    if suffix == ".zip":
+        kinds: set[Kind] = set()
+        for name in _known(path):
+            kinds.add(_kind(name, frames))
+            if "pictures" in kinds:  # in most zips the first
+                return "pictures"
+        return min(kinds, default=None)
+    first = next((name for tar in tars for name, _ in walk_tar(tar, KNOWN, Counter())), None)
+    return None if first is None else _kind(first, frames)
+
+
+def _known(path: Path) -> Iterator[str]:
+    """Names of the known files in a zip, which is not checked for anything: only its directory is read."""
+    for info in open_zip(path).infolist():
+        junk = any(junk_name(part) is not None for part in info.filename.split("/"))
+        if not junk and PurePosixPath(info.filename).suffix.lower() in KNOWN:
+            yield info.filename
+
+
+def _tars(folder: Path) -> list[Path]:
+    """The tar files in a folder. Raises ValueError for a link that leads out of it."""
+    tars = sorted(folder.glob("*.tar"))
+    for file in tars:
+        check_link(file, folder.resolve(), file.name)
+    return tars
+
+
+def _kind(name: str, frames: int | None) -> Kind:
+    suffix = PurePosixPath(name).suffix.lower()
+    if suffix in SOUNDS:
+        return "sounds"
+    return "videos" if suffix in VIDEOS or (suffix == GIF and frames) else "pictures"
+
+
+def open_files(
+    path: Path, kind: Kind, frames: int | None, split: str | None = None, *, allow_empty: bool = False
+) -> ClipFiles:
+    """The files of a source of this kind, with their labels. `split` and `allow_empty` as in `open_source`.
+
+    Raises ValueError for a source of several kinds, and for a class folder without files unless `allow_empty`; of a zip such
+    folders are counted.
+    """
+    if path.is_file():
+        found, inside, empty = _in_zip(path, split) if path.suffix.lower() == ".zip" else _in_tar(path, split)
+    elif next(walk(path, KNOWN, Counter()), None) is None:
+        found = tar_entries(split_files(_tars(path), split, str(path)), KNOWN)
+        inside, empty = _members(found.names), []
+    else:
+        path = split_folder(path, split)
+        found = _in_folder(path)
+        inside, empty = found.names, empty_classes(path, found.names, kind, allow_empty)
+    for name in found.names:
+        if (other := _kind(name, frames)) != kind:
+            raise ValueError(f"{path} holds {kind} and {other}, such as {printable(name)}; keep one kind in a source")
+    if empty and not allow_empty:
+        found.ignored[f"class folders without {kind}"] = len(empty)
+    labels, classes = classify(inside, str(path), kind, empty if allow_empty else ())
+    warn_of_splits(found.names, classes, str(path))
+    return ClipFiles(path, Source(found.names, labels, classes, _unused, found.sizes, dict(found.ignored)), found.open)
+
+
+def _in_zip(path: Path, split: str | None) -> tuple[Entries, list[str], list[str]]:
+    """The files of a split of a zip, their names from their class on, and the class folders without files."""
+    listed = zip_entries(path, KNOWN, split)
+    return listed.files, listed.heads, listed.empty
+
+
+def _in_tar(path: Path, split: str | None) -> tuple[Entries, list[str], list[str]]:
+    """As `_in_zip`, of a tar, which has no class folders without files."""
+    found = tar_entries([path], KNOWN)
+    names = _members(found.names)
+    chosen = split_names(names, split, str(path))
+    if len(chosen) == len(names):
+        return found, from_class(names, None), []
+    at = {name: i for i, name in enumerate(names)}
+    kept = [at[name] for name in chosen]
+    named, sizes = [found.names[i] for i in kept], [found.sizes[i] for i in kept]
+    files = Entries(named, sizes, lambda i: found.open(kept[i]), found.ignored)
+    return files, from_class(chosen, split), []
+
+
+def _members(names: list[str]) -> list[str]:
+    """The names in tars, without those of the tars."""
+    return [name.partition("/")[2] for name in names]
+
+
+def _in_folder(root: Path) -> Entries:
+    ignored: Counter[str] = Counter()
+    found = sorted(walk(root, KNOWN, ignored))
+    names = [name for name, _ in found]
+    return Entries(names, [size for _, size in found], lambda i: SizedFile.open(root / names[i]), dict(ignored))
+
+
+def _unused(i: int) -> Any:
+    raise AssertionError("clips are read by `Clips.read`")
