@@ -16,7 +16,7 @@ from selftrans.data.sources.source import Samples, Source
 from selftrans.encoders.identity import identity_kind
 
 
-def open_samples(
+def source_samples(
     source: str | Path,
     earlier: resumable.Earlier | None,
     autoencoder: str,
