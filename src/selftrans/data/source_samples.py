@@ -8,7 +8,7 @@ from pathlib import Path
 from selftrans.data import resumable
 from selftrans.data.encode_captions import TextOptions
 from selftrans.data.sources.clip_files import kind_of
-from selftrans.data.sources.clips import Clips, MediaOptions, open_clips
+from selftrans.data.sources.clips import MediaOptions, open_clips
 from selftrans.data.sources.decode import Reading, Resolution, check_square
 from selftrans.data.sources.npz import npz_values
 from selftrans.data.sources.open_source import open_source
@@ -33,27 +33,29 @@ def source_samples(
 ) -> Samples:
     """The samples of a source, with the options of `prepare`; `earlier` is what was begun in its folder.
 
+    Pictures are opened at `resolution`; if that is None, at the resolution with which the folder was begun.
     ValueError for a source that cannot be opened, and for an option that does not apply to it.
     """
-    clips = _open_clips(source, resolution, media, reading, split, progress, autoencoder, flip, text)
     if identity_kind(autoencoder) == "values":
-        return _open_values(source, resolution, flip, label_column, text)
-    given = (text, split, label_column, reading, progress, square)
-    return clips or pictures or _open_pictures(source, resolution, earlier, *given)  # neither is ever empty
-
-
-def _open_pictures(
-    source: str | Path,
-    resolution: Resolution | None,
-    earlier: resumable.Earlier | None,
-    text: TextOptions | None,
-    split: str | None,
-    label_column: str | None,
-    reading: Reading,
-    progress: bool,
-    square: bool,
-) -> Samples:
-    """Pictures at `resolution`; if that is None, at the resolution with which the folder was begun. `square`: no others."""
+        media.refuse("audio rate length bins hop frames grey", "--autoencoder values")
+        if reading.range is not None:
+            raise ValueError("--range does not apply to --autoencoder values; leave it out")
+        for name, given in (("resolution", resolution is not None), ("flip", flip), ("text", text is not None)):
+            if given:
+                raise ValueError(f"--{name} is for pictures; leave it out with --autoencoder values")
+        if label_column is not None:
+            warnings.warn(f"label_column is ignored: {source} is not a table", stacklevel=2)
+        return npz_values(Path(source))
+    archives = text is None
+    of_pictures = {"flip": flip, "autoencoder": autoencoder != "pixel", "text": text, "range": reading.range}
+    for name in (name for name, given in of_pictures.items() if given):
+        if kind_of(Path(source), media.frames, archives=archives) in ("sounds", "videos"):
+            raise ValueError(f"--{name} is for pictures; leave it out for sounds and videos")
+    clips = open_clips(source, media, resolution, progress, archives=archives, split=split, reading=reading)
+    if clips is not None:
+        return clips
+    if pictures is not None:
+        return pictures
     native = earlier.plan.resolution if earlier and earlier.plan.options.get("resolution") is None else None
     opened = open_source(
         source,
@@ -67,40 +69,3 @@ def _open_pictures(
     if square:
         check_square(opened.resolution)
     return opened
-
-
-def _open_clips(
-    source: str | Path,
-    resolution: Resolution | None,
-    media: MediaOptions,
-    reading: Reading,
-    split: str | None,
-    progress: bool,
-    autoencoder: str,
-    flip: bool,
-    text: object,
-) -> Clips | None:
-    """Sounds or videos; None for another source. Raises ValueError for an option that only applies to pictures."""
-    if identity_kind(autoencoder) == "values":
-        media.refuse("audio rate length bins hop frames grey", "--autoencoder values")
-        if reading.range is not None:
-            raise ValueError("--range does not apply to --autoencoder values; leave it out")
-        return None
-    archives = text is None
-    of_pictures = {"flip": flip, "autoencoder": autoencoder != "pixel", "text": text, "range": reading.range}
-    for name in (name for name, given in of_pictures.items() if given):
-        if kind_of(Path(source), media.frames, archives=archives) in ("sounds", "videos"):
-            raise ValueError(f"--{name} is for pictures; leave it out for sounds and videos")
-    return open_clips(source, media, resolution, progress, archives=archives, split=split, reading=reading)
-
-
-def _open_values(
-    source: str | Path, resolution: Resolution | None, flip: bool, label_column: str | None, text: TextOptions | None
-) -> Samples:
-    """Open an npz of values. Raises ValueError for an option that only applies to pictures."""
-    for name, given in (("resolution", resolution is not None), ("flip", flip), ("text", text is not None)):
-        if given:
-            raise ValueError(f"--{name} is for pictures; leave it out with --autoencoder values")
-    if label_column is not None:
-        warnings.warn(f"label_column is ignored: {source} is not a table", stacklevel=3)
-    return npz_values(Path(source))
