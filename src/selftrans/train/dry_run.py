@@ -1,6 +1,6 @@
 """`selftrans train --dry-run`: every stage built and trained for a few steps, and what the run will take; nothing is kept.
 
-All that is written goes to a temporary folder; the run folder is read only. A teacher that is not trained yet is one with
+All that is written goes to a temporary folder; the run folder is only read. A teacher that is not trained yet is one with
 random weights: its cost is the same.
 """
 

@@ -59,7 +59,7 @@ def settle(config: RunConfig, out: Path, manifest: Manifest) -> RunConfig:
 
 
 def _untrained(out: Path, before: RunConfig, now: RunConfig) -> bool:
-    """Whether a run ended before its first checkpoint (out of memory, killed) and holds no given weights: any settings do."""
+    """Whether a run ended before its first checkpoint (out of memory, killed) and holds no given weights: any settings fit."""
     held = (out / f"{IMPORTED}.json").exists() or before.init.path is not None or now.init.path is not None
     return not held and not any(checkpoint.steps(folder) for folder in out.glob("*/checkpoints"))
 
