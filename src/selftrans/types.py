@@ -46,8 +46,8 @@ class Conditions:
     def check_labels(self, cond: Cond, n: int, *, null: bool = False) -> None:
         """ValueError unless labels (N,) are whole numbers of classes, one for each of `n` samples; text is not looked at.
 
-        Never waits for a device: values are read where they are on the CPU. On a GPU a wrong one stops the process by an
-        assertion of the device that says the same. null: allow the null label, too (num_classes).
+        Never waits for a device: only values on the CPU are read. On a GPU a wrong label stops the process by an assertion
+        of the device. null: allow the null label, too (num_classes).
         """
         if self.kind != "labels" or not isinstance(cond, Tensor):
             return

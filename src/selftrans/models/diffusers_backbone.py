@@ -168,7 +168,7 @@ def unrounded(tokens: Tensor) -> Tensor:
 
 
 def pooled_text(cond: Cond, pooled: Pooled, width: int) -> Tensor:
-    """(N, width), in place of the pooled vector of the text encoder, which a text condition has not.
+    """(N, width), in place of the pooled vector of the text encoder, which a text condition does not have.
 
     mean: the mean of the tokens (N, L, E = width) that are no padding. last: the last of them; of CLIP that is the end of the
     text, which is its pooled output (before the projection that SD3 applies to it). none: zeros.
