@@ -231,7 +231,9 @@ def test_wrong_settings_are_refused_before_anything_is_written(tmp_path, kind):
 
 def test_weights_of_labels_do_not_start_a_run_on_text(tmp_path):
     settings = tuned({"data.path": str(captioned.prepared(tmp_path / "data")), "train.steps": 1})
-    with pytest.raises(ValueError, match=r"of a model of 3 classes, the data have text of .*; give weights of a model of text"):
+    with pytest.raises(
+        ValueError, match=r"of a model of 3 classes, the data have text of .*; give weights of a model of text"
+    ):
         train(settings, tmp_path / "run", quiet=True)
     assert not (tmp_path / "run").exists()
 
