@@ -85,7 +85,8 @@ class DiffusersBackbone(Backbone):
         channels, rows, columns = shape
         if rows % patch or columns % patch:
             raise ValueError(
-                f"a latent of {rows}x{columns} does not divide into patches of {patch}; change model.patch"
+                f"a latent of {rows}x{columns} does not divide into patches of {patch}; change model.patch, or take latents "
+                f"whose sides are multiples of {patch}"
             )
         self.net, self.shape, self.patch, self.conditions = net, (channels, rows, columns), patch, conditions
         self.grid: tuple[int, int] = (rows // patch, columns // patch)
