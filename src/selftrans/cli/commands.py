@@ -54,7 +54,8 @@ class Train(RecipeCommand[Config]):
     """weights to start from: a run, checkpoint or weights file, or a published file; sets --init.path. --lora.rank R then
     trains adapters only"""
     dry_run: bool = False
-    """build everything, take five steps of each stage, and say what the run takes (memory, time, disk); it writes nothing"""
+    """build everything, take five steps of each stage (two where they take minutes), and say what the run takes (memory, time,
+    disk); it writes nothing"""
     trust: Trust = ()
     config: Annotated[Config, *Overrides] = tyro.MISSING
     typed: Typed = ()

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from tqdm import tqdm
 
 from selftrans.checkpoints import format as checkpoint
 from selftrans.config import RunConfig
@@ -37,6 +38,7 @@ from selftrans.train.teachers import teacher_of
 from selftrans.train.trainer import Trainer
 
 STEPS = 5  #: of each stage; the first is not timed, as it compiles and fills caches
+FEWEST, LIMIT = 2, 60.0  #: steps, and seconds in them, after which one process begins no further step of a stage
 KEPT = ("weights", "average", "optimizer")  #: parts of the memory that a checkpoint holds
 
 
@@ -75,6 +77,8 @@ class DryRun:
 
 def dry_run(config: RunConfig, out: str | Path, *, steps: int = STEPS, typed: Collection[str] = ()) -> DryRun:
     """Build every stage of the run `out`, take `steps` steps of each, and return what the run takes. `typed`: see `train`.
+
+    A single process begins no further step of a stage after `FEWEST` steps and `LIMIT` seconds.
 
     ValueError as `train`; MemoryError (one line, with the remedy) where a step does not fit.
     """
@@ -122,13 +126,19 @@ def _measured(trainer: Trainer, out: Path, steps: int) -> StagePlan:
     device, stage, train = trainer.accelerator.device, trainer.stage, trainer.config.train
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    batches, seconds = trainer.stream.from_step(0, pin=device.type == "cuda"), []
-    for _ in range(min(steps, stage.steps)):
-        started = time.perf_counter()
-        guarded_step(trainer, batches)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        seconds.append(time.perf_counter() - started)
+    batches = trainer.stream.from_step(0, pin=device.type == "cuda")
+    seconds: list[float] = []
+    count = min(steps, stage.steps)
+    said, hidden = f"{stage.name}: {count} steps", not trainer.accelerator.is_main_process
+    limit = LIMIT if trainer.accelerator.num_processes == 1 else float("inf")  # several take the same number of steps
+    with tqdm(total=count, desc=said, unit="step", leave=False, disable=hidden) as bar:  # a large model takes minutes
+        while len(seconds) < count and (len(seconds) < FEWEST or sum(seconds) < limit):
+            started = time.perf_counter()
+            guarded_step(trainer, batches)
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            seconds.append(time.perf_counter() - started)
+            bar.update()
     each = statistics.median(seconds[1:] or seconds)
     reached = max((step for step, _ in checkpoint.steps(out / stage.name / "checkpoints")), default=0)
     student, objective = trainer.objective.student, trainer.objective

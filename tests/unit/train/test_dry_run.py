@@ -28,9 +28,12 @@ def test_numbers_are_those_of_the_run(tmp_path):
 
 
 def test_command_writes_nothing(tmp_path, monkeypatch, capsys):
+    """Slow steps, as here after 0 s, are two for each stage; a bar shows them while they last."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("selftrans.train.dry_run.LIMIT", 0.0)
     assert main(["train", "digits", "--out=run", "--dry-run", f"--data={toy.digits()}", *toy.flags()]) == 0
-    shown = capsys.readouterr().out
+    shown, bars = capsys.readouterr()
+    assert "stage1: 4 steps" in bars and " 2/4 " in bars and " 3/4 " not in bars
     assert "nothing was written; the run will write to run:" in shown and "stage2/checkpoints/" in shown
     assert "steps/s" in shown and "GB free" in shown and os.listdir(tmp_path) == []
     assert main(["train", "digits", "--out=run", "--dry-run", *toy.flags(), "--model.heads=7"]) == 1

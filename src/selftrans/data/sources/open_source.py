@@ -122,6 +122,11 @@ def _find(source: str | Path, split: str | None, label_column: str | None, allow
         return table.parquet(tables, label_column) if tables else folder.folder(inside, allow_empty=allow_empty)
     if path.is_file() and path.suffix.lower() == ".parquet":
         return table.parquet([path], label_column)
+    if path.is_file() and {".tar", ".tgz"} & {suffix.lower() for suffix in path.suffixes}:
+        raise ValueError(
+            f"{printable(source)} is a tar, of which pictures are read with captions only (--text ENCODER); "
+            "unpack it, and give the folder"
+        )
     if path.is_file():
         return zip_archive.zip_file(path, split, allow_empty=allow_empty)
     if not path.exists() and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(source)):

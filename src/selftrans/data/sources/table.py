@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +12,7 @@ import numpy as np
 from selftrans.data.sources.captions import CaptionSource, with_captions
 from selftrans.data.sources.decode import open_picture
 from selftrans.data.sources.source import MAX_CLASSES, Source
-from selftrans.storage import first_line
+from selftrans.storage import first_line, printable
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 IMAGE_NAMES = ("image", "img", "picture", "jpg", "jpeg", "png", "webp")
 CAPTION_NAMES = ("caption", "captions", "text", "txt", "sentence", "sentences", "prompt")
 LABEL_NAMES = ("label", "labels", "class", "cls")
+_REMEDY = "give each row a class from 0, or remove the rows without one"
+PERHAPS_LABELS = (*LABEL_NAMES, "label_id", "class_id", "category", "target")  #: named in a warning, not read unasked
 
 
 def parquet(files: list[Path], label_column: str | None, captions: CaptionSource | None = None) -> Source:
@@ -62,6 +65,8 @@ def _source(
     image_column = _image_column(rows.features, where)
     captions = _captions(rows, where, wanted.column) if wanted else None
     label_column = None if wanted else _label_column(rows.features, where, label_column)
+    if not wanted and label_column is None:
+        _warn_of_labels(rows.features, where)
     labels, classes = _labels(rows, label_column, where)
     pictures = rows.select_columns([image_column]).cast_column(image_column, datasets.Image(decode=False))
 
@@ -122,8 +127,21 @@ def _label_column(features: Any, where: str, wanted: str | None) -> str | None:
     integers = [name for name in LABEL_NAMES if "int" in str(getattr(features.get(name), "dtype", ""))]
     columns = [name for name in typed if name in LABEL_NAMES] or typed or integers
     if len(columns) > 1:
-        raise ValueError(f"{where} has several label columns: {', '.join(columns)}; choose one by label_column")
+        raise ValueError(f"{where} has several label columns: {', '.join(columns)}; choose one by --label-column")
     return columns[0] if columns else None
+
+
+def _warn_of_labels(features: Any, where: str) -> None:
+    """Say that columns which look like labels are not read: data without classes would be a surprise."""
+    for name, kind in features.items():
+        if name.lower() in PERHAPS_LABELS:
+            dtype = str(getattr(kind, "dtype", "values of another kind"))
+            remedy = f"give --label-column {name}" if "int" in dtype else "store each class as an integer from 0"
+            warnings.warn(
+                f"column {printable(name)!r} of {where} ({dtype}) is not read as labels, so the pictures have no classes; "
+                f"{printable(remedy)}, if they should",
+                stacklevel=5,
+            )
 
 
 def _labels(rows: Any, column: str | None, where: str) -> tuple[np.ndarray, tuple[str, ...]]:
@@ -133,14 +151,14 @@ def _labels(rows: Any, column: str | None, where: str) -> tuple[np.ndarray, tupl
     values = rows.select_columns([column]).with_format("arrow")[:][column]  # a pyarrow column
     absent = np.flatnonzero(values.is_null().to_numpy())
     if len(absent):
-        raise ValueError(f"column {column!r} of {where} has no class in row {absent[0]}")
+        raise ValueError(f"column {column!r} of {where} has no class in row {absent[0]}; {_REMEDY}")
     labels = values.to_numpy()
     if labels.dtype.kind not in "iu":
-        raise ValueError(f"column {column!r} of {where} does not hold integers; choose another by label_column")
+        raise ValueError(f"column {column!r} of {where} does not hold integers; choose another by --label-column")
     labels = labels.astype(np.int64)
     wrong = np.flatnonzero(labels < 0)
     if len(wrong):
-        raise ValueError(f"column {column!r} of {where} has no class in row {wrong[0]} ({labels[wrong[0]]})")
+        raise ValueError(f"column {column!r} of {where} has no class in row {wrong[0]} ({labels[wrong[0]]}); {_REMEDY}")
     names = getattr(rows.features[column], "names", None)
     count = len(names) if names else int(labels.max(initial=-1)) + 1
     if count > MAX_CLASSES or (len(labels) and labels.max() >= count):

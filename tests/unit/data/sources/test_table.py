@@ -93,3 +93,28 @@ def test_columns_of_captions(tmp_path: Path) -> None:
     for wrong in ([1, 2, 3], [[1], [2], []], [{"raw": "a"}, {"raw": "b"}, None]):
         with pytest.raises(ValueError, match=r"'text' of .* does not hold texts or lists of texts; choose another"):
             opened(text=wrong)
+
+
+@pytest.mark.parametrize(
+    ("name", "cells", "said"),
+    [
+        (
+            "label",
+            ["cat", "dog", "cat"],
+            r"column 'label' of .*parquet \(string\) is not read as labels.* an integer from 0",
+        ),
+        ("label", [0.0, float("nan"), 1.0], r"column 'label' of .* \(float64\) is not read as labels"),
+        (
+            "Category",
+            [0, 1, 0],
+            r"column 'Category' of .* \(int64\) is not read.* give --label-column Category, if",
+        ),
+    ],
+)
+def test_columns_that_look_like_labels_are_named(tmp_path: Path, name: str, cells: list, said: str) -> None:
+    """Classes stored as words, or as pandas stores integers of which one is missing, are not lost without a word."""
+    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    pictures = [encoded(noise(8, i)) for i in range(3)]
+    parquet.write_table(arrow.table({"image": pictures, name: cells}), tmp_path / "a.parquet")
+    with pytest.warns(UserWarning, match=said):
+        assert open_source(tmp_path / "a.parquet").classes == ()
