@@ -121,7 +121,7 @@ COVERED_BY = {
     "data/encode": "unit/data/test_prepare.py",
     "data/manifest": "unit/data/test_dataset.py",
     "data/manifest_text": "unit/data/test_dataset.py",
-    "data/open_samples": "unit/data/test_prepare.py",
+    "data/source_samples": "unit/data/test_prepare.py",
     "data/record": "unit/data/test_dataset.py",
     "data/reports": "unit/data/sources/test_surprises.py",
     "data/resumable": "integration/test_prepare_parts.py",

@@ -76,9 +76,14 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2))
 
 
+def nearest_existing(path: Path) -> Path:
+    """The path itself, or the nearest folder above it that exists."""
+    return next(each for each in (path, *path.absolute().parents) if each.exists())
+
+
 def check_writable(path: Path) -> None:
-    """ValueError where a file cannot be written at `path`, as far as that is known before the work whose result it is."""
-    folder = next(each for each in path.absolute().parents if each.exists())
+    """ValueError where a file cannot be written at `path`, as far as that can be known before it is written."""
+    folder = nearest_existing(path.absolute().parent)
     why = "it is a folder" if path.is_dir() else None if folder.is_dir() else f"{folder} is not a folder"
     if why is None and not os.access(folder, os.W_OK | os.X_OK):
         why = f"{folder} does not allow it"
@@ -235,10 +240,14 @@ def printable(text: object, limit: int | None = 160) -> str:
     return start if start.isprintable() else ascii(start)[1:-1][:limit]
 
 
+def listed(names: Sequence[object], most: int = 8) -> str:
+    """The first `most` names, each `printable`, separated by commas; an ellipsis stands for the others."""
+    return ", ".join(map(printable, names[:most])) + (", …" if len(names) > most else "")
+
+
 def first_line(error: object, limit: int = 160) -> str:
     """The first line of an error's message without the full stop, for use in another message; its type if it has none."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
-    text = " ".join(
-        lines[:2] if lines[0].rstrip().endswith(":") else lines[:1]
-    )  # a final colon introduces the next line
+    # a final colon introduces the next line
+    text = " ".join(lines[:2] if lines[0].rstrip().endswith(":") else lines[:1])
     return printable(" ".join(text.split()).rstrip("."), limit)

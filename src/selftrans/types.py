@@ -46,8 +46,8 @@ class Conditions:
     def check_labels(self, cond: Cond, n: int, *, null: bool = False) -> None:
         """ValueError unless labels (N,) are whole numbers of classes, one for each of `n` samples; text is not looked at.
 
-        Never waits for a device: values are read where they are on the CPU. On a GPU a wrong one stops the process by an
-        assertion of the device that says the same. null: allow the null label, too (num_classes).
+        Never waits for a device: only values on the CPU are read. On a GPU a wrong label stops the process by an assertion
+        of the device. null: allow the null label, too (num_classes).
         """
         if self.kind != "labels" or not isinstance(cond, Tensor):
             return
@@ -57,12 +57,11 @@ class Conditions:
         last = self.num_classes - (0 if null else 1)
         if n == 0 or type(cond) is not Tensor or torch.compiler.is_compiling():
             return
-        fits = ((cond >= 0) & (cond <= last)).all()
         expected = f"the model has {self.num_classes} classes, so labels are 0 to {self.num_classes - 1}"
         if cond.device.type == "cuda":
-            torch._assert_async(fits, f"a label is out of range: {expected}")
-        elif cond.device.type == "cpu" and not fits:
-            wrong = int(cond[(cond < 0) | (cond > last)][0])
+            torch._assert_async(((cond >= 0) & (cond <= last)).all(), f"a label is out of range: {expected}")
+        elif cond.device.type == "cpu" and len(outside := _outside(cond, last)):
+            wrong = int(outside[0])
             why = " (the null label, which the objective sets by itself)" if wrong == self.num_classes else ""
             raise ValueError(f"label {wrong}{why} is out of range: {expected}")
 
@@ -70,6 +69,12 @@ class Conditions:
         """As messages name it."""
         text = f"text of {self.tokens}x{self.width} by {self.encoder or 'an unnamed encoder'}"
         return {"none": "no condition", "labels": f"{self.num_classes} classes", "text": text}[self.kind]
+
+
+def _outside(labels: Tensor, last: int) -> Any:
+    """The labels on the CPU that are not 0 to `last`, as an array: no operation of torch that a GPU would have to wait for."""
+    values = labels.detach().numpy()
+    return values[(values < 0) | (values > last)]
 
 
 class Batch(NamedTuple):

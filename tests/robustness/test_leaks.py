@@ -43,9 +43,10 @@ def test_memory_and_open_files_are_constant_over_5000_steps(tmp_path):
     samples = measure(tmp_path / "long", 5000)
     print({what: round(slope(samples, what), 1) for what in ("rss", "device", "files", "threads", "tensors")})
     assert slope(samples, "rss") < FEW and slope(samples, "device") < FEW
-    for what in ("files", "threads", "tensors"):
+    for what, spread in (("files", 0), ("threads", 0), ("tensors", 4)):  # a batch that is being loaded has two tensors
         seen = [sample[what] for sample in samples]
-        assert max(seen) == min(seen), (what, seen)
+        assert max(seen) - min(seen) <= spread, (what, seen)
+    assert slope(samples, "tensors") < 0.5
 
 
 def test_leak_is_detected(tmp_path):

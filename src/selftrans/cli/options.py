@@ -41,7 +41,7 @@ Trust = Annotated[
 ]
 
 
-#: of commands on a recipe, last: the names of the settings that were given, such as model.depth; no option itself
+#: last field of commands on a recipe, not an option itself: names of the settings that were given, such as model.depth
 Typed = Annotated[tuple[str, ...], tyro.conf.Fixed, tyro.conf.SuppressFixed]
 
 

@@ -21,8 +21,6 @@ from selftrans.suggest import closest, did_you_mean
 if TYPE_CHECKING:
     from selftrans.config import RunConfig
 
-METHOD_HELP = "one of {}, or module:function"
-
 
 @dataclass(frozen=True)
 class _NoOverrides:
@@ -56,7 +54,7 @@ def override_type(config: RunConfig, words: Sequence[str]) -> tuple[Any, Any]:
     types |= {**kinds, "sample": SampleConfig, "log": Log}
     values = {key: getattr(config, key) for key in OWN} | {"model": model}
     values |= {key: config.section(kind) for key, kind in kinds.items()}
-    fields: list[Any] = [("method", _method_type(methods.REGISTRY.known()), dataclasses.field(default=method))]
+    fields: list[Any] = [("method", method_type(methods.REGISTRY.known()), dataclasses.field(default=method))]
     fields += [(key, kind, dataclasses.field(default=values[key])) for key, kind in types.items()]
     overrides = dataclasses.make_dataclass("Overrides", fields, frozen=True)
     return overrides, overrides()
@@ -71,8 +69,9 @@ def overridden(config: RunConfig, parsed: Any) -> RunConfig:
     return dataclasses.replace(config, **own, sections=values)
 
 
-def _method_type(known: Sequence[str]) -> Any:
-    return Annotated[str, tyro.conf.arg(help=METHOD_HELP.format(", ".join(known)))]
+def method_type(known: Sequence[str]) -> Any:
+    """The type of the option --method, where these methods are known."""
+    return Annotated[str, tyro.conf.arg(help=f"one of {', '.join(known)}, or module:function")]
 
 
 def values_of(words: Sequence[str], name: str) -> list[str]:

@@ -22,7 +22,7 @@ from selftrans.cli.likely import unrecognised
 from selftrans.cli.options import Inline
 
 HELP = {"-h", "--help"}
-#: what Python says of a value that is no number -> what it is not
+#: start of Python's message about a value that it cannot convert -> what the value should be
 NO_NUMBER = {
     "invalid literal for int() with base 10: ": "a whole number",
     "could not convert string to float: ": "a number",

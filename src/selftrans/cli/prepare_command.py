@@ -21,7 +21,7 @@ class Prepare(Command):
     """Pictures to shards: centre-crop, resize, encode, store. The same command again continues.
 
     SOURCE is a folder of class folders, a zip of class folders, a flat folder (no classes), a parquet file, a data set on
-    the hub, or the built-in `digits`. With --text the pictures have captions: a folder of name.jpg with name.txt, a folder
+    the hub, or the built-in `digits`. With --text the pictures have captions: a folder or zip of name.jpg with name.txt, or
     with --captions FILE (as COCO's), webdataset tars, or a table with a column of captions. A folder, zip or tar may also hold
     sounds (wav, flac) or videos (mp4, webm, mov, mkv, avi; gif with --frames) instead of pictures.
     """

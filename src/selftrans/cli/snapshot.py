@@ -68,15 +68,14 @@ def sources() -> str:
 
 def _overrides(known: dict[str, Any], recipe: dict[str, Any], words: Sequence[str]) -> Any:
     """As `overrides.override_type`; None where the arguments name a method or a model that the snapshot does not have."""
-    from selftrans.cli.overrides import METHOD_HELP, values_of
+    from selftrans.cli.overrides import method_type, values_of
 
     method = (values_of(words, "method") or [recipe["method"]])[-1]
     chosen = values_of(words, "model.name")[-1:]
     family = known["models"].get(chosen[0]) if chosen else recipe["family"]
     if family is None or {method, *values_of(words, "methods")} - set(known["methods"]):
         return None
-    helped = Annotated[str, tyro.conf.arg(help=METHOD_HELP.format(", ".join(known["methods"])))]
-    fields: list[Any] = [("method", helped, dataclasses.field(default=method))]
+    fields: list[Any] = [("method", method_type(known["methods"]), dataclasses.field(default=method))]
     for key, section in recipe["sections"].items():
         values = recipe["values"][key]
         if key == "model" and family != recipe["family"]:

@@ -33,7 +33,7 @@ from selftrans.data.shard_file import VIEWS, row_bytes, write_shard
 from selftrans.data.sources.captions import CaptionSource
 from selftrans.encoders.pretrained import encoder_name
 from selftrans.encoders.text import BUILT_IN, TextEncoder
-from selftrans.storage import printable, sha256_file
+from selftrans.storage import nearest_existing, printable, sha256_file
 from selftrans.types import MASK, TEXT, Conditions
 
 COUNTED = 4096  #: captions whose length is counted at a time
@@ -172,8 +172,7 @@ def sizes(text: CaptionEncoder, dropped: int) -> str:
 
 def check_disk(plan: Manifest, rows: int, out: Path) -> None:
     """Raise ValueError when the disk has too little room for this many rows."""
-    folder = next(path for path in (out, *out.absolute().parents) if path.is_dir())
-    needed, free = rows * row_bytes(plan.layout), shutil.disk_usage(folder).free
+    needed, free = rows * row_bytes(plan.layout), shutil.disk_usage(nearest_existing(out)).free
     if needed + RESERVE > free:
         raise ValueError(
             f"{out} needs {needed / 1e9:,.1f} GB, its disk has {free / 1e9:,.1f} GB free; keep fewer captions "

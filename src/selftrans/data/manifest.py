@@ -239,8 +239,8 @@ class Manifest:
         path = Path(folder, FILE)
         if Path(folder, BUCKETS).is_file():
             raise ValueError(
-                f"{folder} holds buckets of several sizes, which only `selftrans train`, `compare` and `evaluate` take; give "
-                "one of its folders, such as that of the squares"
+                f"{folder} holds buckets of several sizes, which only `selftrans train`, `compare`, `evaluate` and "
+                "`autoencoder` take; give one of its folders, such as that of the squares"
             )
         if not path.is_file():
             raise ValueError(f"no {FILE} in {folder}: not prepared or not finished; run `selftrans prepare` to make it")

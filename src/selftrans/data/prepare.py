@@ -18,9 +18,9 @@ from selftrans.data.dataset import Dataset
 from selftrans.data.encode import ShardEncoder
 from selftrans.data.encode_captions import CaptionEncoder, TextOptions, check_disk, sizes
 from selftrans.data.manifest import DTYPES, Manifest, Shard
-from selftrans.data.open_samples import open_samples
 from selftrans.data.record import Option
 from selftrans.data.reports import check_faults, report_ignored, say, warn_of_noticed
+from selftrans.data.source_samples import source_samples
 from selftrans.data.sources.clips import Clips, MediaOptions
 from selftrans.data.sources.decode import STANDARD, Reading, Resolution, size_text
 from selftrans.data.sources.npz import NpzValues
@@ -86,7 +86,7 @@ def prepare(
     text, out = TextOptions(text) if isinstance(text, str) else text, Path(out)
     mine, earlier = _check(source, out, batch_size, shard_size, dtype, precision, part), resumable.earlier(out)
     given = (resolution, flip, split, label_column, text, media or MediaOptions(), reading, pictures, square, progress)
-    samples = open_samples(source, earlier, autoencoder, *given)
+    samples = source_samples(source, earlier, autoencoder, *given)
     dtype, of_media = dtype or _dtype(autoencoder, samples), isinstance(samples, Clips)
     options = _options(samples, autoencoder, resolution, text, media, reading)
     options |= {"flip": flip, "split": split or "train", "label_column": label_column}

@@ -13,7 +13,7 @@ from selftrans.data.sources.clips import Clips
 from selftrans.data.sources.passed_over import in_words
 from selftrans.data.sources.source import Samples, Source
 from selftrans.data.sources.surprises import deep_values, surprises
-from selftrans.storage import printable
+from selftrans.storage import listed, printable
 
 
 def say(text: str, progress: bool) -> None:
@@ -52,5 +52,5 @@ def warn_of_noticed(samples: Samples, manifest: Manifest) -> None:
         return
     kept = np.array([label for i, label in enumerate(samples.labels) if samples.name(i) not in skipped], dtype=np.int64)
     if lost := sorted({*samples.labels.tolist()} - {*kept.tolist()}):
-        names = ", ".join(printable(samples.classes[k]) for k in lost[:8]) + (", …" if len(lost) > 8 else "")
+        names = listed([samples.classes[k] for k in lost])
         warnings.warn(f"no sample of {len(lost):,} classes is readable: {names}; they keep their labels", stacklevel=3)

@@ -169,11 +169,13 @@ def load_autoencoder(
     return DiffusersAutoencoder(autoencoder_name(name), model, device=device, dtype=dtype)
 
 
-def load_decoder(own: str, other: str, *, device: torch.device | str, dtype: torch.dtype) -> Autoencoder:
-    """The VAE `other`, to decode latents that were encoded, shifted and scaled by `own`.
+def load_decoder(own: str, other: str | None, *, device: torch.device | str, dtype: torch.dtype) -> Autoencoder:
+    """The VAE `other` (None: `own`), to decode latents that were encoded, shifted and scaled by `own`.
 
     Raises ValueError as `load_autoencoder`, and unless both have latents of the same channels and side.
     """
+    if other is None:
+        return load_autoencoder(own, device=device, dtype=dtype)
     decoder, encoder = load_autoencoder(other, device=device, dtype=dtype), _without_weights(own)
     known = (decoder.channels, decoder.downsample, decoder.pictures)
     if not isinstance(decoder, DiffusersAutoencoder) or known != (encoder.channels, encoder.downsample, True):

@@ -70,7 +70,7 @@ def standardised_name(kind: str, space: LatentSpace) -> str:
 
 
 def identity(name: str) -> PixelAutoencoder | ValuesAutoencoder:
-    """The autoencoder of a name for which `identity_kind` is not None. ValueError for numbers that are none."""
+    """The autoencoder of a name for which `identity_kind` is not None. ValueError for numbers that cannot be read."""
     kind, bracket, text = name.removesuffix(")").partition("(")
     if not bracket:
         return KINDS[kind]()

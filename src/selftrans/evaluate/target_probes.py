@@ -31,12 +31,9 @@ class Pooled(NamedTuple):
 def probe_without_condition(pooled: Pooled) -> dict[str, float]:
     """Accuracy on held-out pictures of each kind of probe of f_u (or of an encoder's features)."""
     fit, test = pooled.fitted, ~pooled.fitted
-    return {
-        kind: _agreement(
-            class_guesses(pooled.u[fit], pooled.labels[fit], pooled.u[test], kind=kind), pooled.labels[test]
-        )
-        for kind in PROBES
-    }
+    u, labels = pooled.u, pooled.labels
+    guesses = {kind: class_guesses(u[fit], labels[fit], u[test], kind=kind) for kind in PROBES}
+    return {kind: _agreement(found, labels[test]) for kind, found in guesses.items()}
 
 
 def probe_target(pooled: Pooled, scale: float) -> dict[str, dict[str, float | None]]:

@@ -171,7 +171,7 @@ def _blocks(teacher: Teacher, blocks: Sequence[int] | None) -> tuple[int, ...]:
 
 
 def _pairs(pictures: Pictures) -> Tensor:
-    """Positions of MAPPED held-out pictures at most: two of each of the first classes, next to each other."""
+    """Positions of at most MAPPED held-out pictures: two of each of the first classes, next to each other."""
     held = torch.nonzero(~pictures.fitted)[:, 0]
     of_class = [held[pictures.labels[held] == label] for label in torch.unique(pictures.labels[held])]
     pairs = torch.cat([each[:2] for each in of_class if len(each) > 1 and len(of_class) > 1] or [held])

@@ -1,11 +1,10 @@
-"""What an autoencoder of one's own does to pictures: figures on held-out ones, statistics of its latents, a page.
+"""The report of `selftrans autoencoder`: figures on held-out pictures, statistics of the latents, a page.
 
 Shape legend: N batch, (C, H, W) picture in [-1, 1], D channels of a latent.
 """
 
 from __future__ import annotations
 
-import html
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -17,7 +16,7 @@ from torch import Tensor
 from selftrans.data.dataset import Dataset
 from selftrans.encoders.autoencoder import to_uint8
 from selftrans.evaluate.plots import Series, curves, figure_to_data_uri, sample_sheet
-from selftrans.experiments.html_report import STYLE
+from selftrans.experiments.html_report import document, settings_table
 from selftrans.train.autoencoder_network import PerceptualDistance, posterior
 
 BATCH = 64
@@ -110,9 +109,8 @@ def sheet(vae: Any, dataset: Dataset, device: torch.device, count: int) -> np.nd
     for start in range(0, count, columns):
         for pictures in (x, y):
             line = pictures[start : start + columns]
-            lines.append(
-                torch.cat([line, line.new_ones(columns - len(line), *line.shape[1:])])
-            )  # white where none is left
+            white = line.new_ones(columns - len(line), *line.shape[1:])  # in the last line
+            lines.append(torch.cat([line, white]))
     return sample_sheet(to_uint8(torch.cat(lines)).cpu().numpy(), columns)
 
 
@@ -137,11 +135,8 @@ def page(report: dict[str, Any], log: list[dict[str, Any]], picture: np.ndarray)
         for k in range(len(latents["mean"]))
     ]
     settings = {name: str(value) for name, value in report["settings"].items()}
-    return f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>selftrans autoencoder</title><style>{STYLE}</style></head><body>
-<h1>Autoencoder</h1>
-{_rows(numbers)}
+    body = f"""<h1>Autoencoder</h1>
+{settings_table(numbers)}
 <h2>Held-out pictures, and below each its reconstruction</h2>
 <img src="{figure_to_data_uri(picture)}" alt="pictures over their reconstructions">
 <h2>Training</h2>
@@ -152,18 +147,10 @@ def page(report: dict[str, Any], log: list[dict[str, Any]], picture: np.ndarray)
 <p class="note">Of posterior samples of {latents["pictures"]:,} training pictures. <code>prepare --autoencoder</code> brings
 each channel to zero mean and unit variance with them. posterior_std is the part that is noise.</p>
 <h2>Settings</h2>
-{_rows(settings)}
-<p class="note">The same numbers are in <code>autoencoder.json</code> next to this page.</p>
-</body></html>
-"""
+{settings_table(settings)}
+<p class="note">The same numbers are in <code>autoencoder.json</code> next to this page.</p>"""
+    return document("selftrans autoencoder", body)
 
 
 def _sides(shape: list[int]) -> str:
     return "x".join(map(str, shape))
-
-
-def _rows(values: dict[str, str]) -> str:
-    lines = "".join(
-        f"<tr><td>{html.escape(name)}</td><td>{html.escape(value)}</td></tr>" for name, value in values.items()
-    )
-    return f'<table class="settings">{lines}</table>'

@@ -19,6 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from selftrans.device import default_device
 from selftrans.experiments.bench.machine import cpu_name
+from selftrans.precision import PRECISIONS
 from selftrans.storage import first_line
 
 PACKAGES = (
@@ -58,15 +59,12 @@ def examine(folder: Path) -> dict[str, Any]:
         "cpu": cpu_name(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "devices": devices(),
-        "precisions": {name: tried(partial(_product, device, dtype)) for name, dtype in DTYPES.items()},
+        "precisions": {name: tried(partial(_product, device, dtype)) for name, dtype in PRECISIONS.items()},
         "compile": tried(partial(_compiled, device)),
         "attention": {name: tried(partial(_attention, device, kernel)) for name, kernel in KERNELS.items()},
         "disk": disk,
         "processes": {name: os.environ[name] for name in ("WORLD_SIZE", "LOCAL_RANK") if name in os.environ},
     }
-
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def tried(check: Callable[[], object]) -> str:

@@ -166,7 +166,8 @@ def text(report: dict[str, Any]) -> str:
         if not (_texts(made) and name == "labels")
     ] + texts
     if balance:
-        made_with.append(f"{balance['fewest']} to {balance['most']} images of each of {balance['classes']} classes")
+        few, most = balance["fewest"], balance["most"]
+        made_with.append(f"{few if few == most else f'{few} to {most}'} images of each of {balance['classes']} classes")
     elif made.get("num_classes") not in (0, 1):  # without classes there is no balance
         made_with.append("label balance unknown")
     computed = [form.format(**report) for key, form in COMPUTED.items() if key in report]

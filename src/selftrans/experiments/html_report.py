@@ -174,10 +174,7 @@ def page(
     curve = curves(series, xlabel="student steps", ylabel=summary["metric"], logy=True, size=(8, 4.4))
     samples = "".join(_figure(name, sample_sheet(images, columns=8, upscale=5), name) for name, images in grids.items())
     features = "".join(_figure(name, pca_grid(rows, cell=0.62), f"feature maps, {name}") for name, rows in maps.items())
-    return f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>selftrans quickstart</title><style>{STYLE}</style></head><body>
-<h1>Self-Transcendence on real digits</h1>
+    body = f"""<h1>Self-Transcendence on real digits</h1>
 <p>The same 6-block transformer, trained for {summary["steps"]:,} student steps with each method on scikit-learn's 1,797
 scanned digits, seed{"s" if len(summary["seeds"]) > 1 else ""} {", ".join(map(str, summary["seeds"]))}.
 The teacher of stage 2 is the checkpoint of stage 1 at step {summary["teacher_steps"]:,}.</p>
@@ -195,9 +192,8 @@ weights ({summary["sampler"]["sampler"]} sampler, {summary["sampler"]["steps"]} 
 training, for the digits of the first row. All rows use the components of the last checkpoint.</p>
 {features}
 <p class="note">Made by <code>selftrans quickstart</code> in {summary["seconds"]:.0f} s. The same numbers are in
-<code>table.json</code> and <code>table.csv</code> next to this page.</p>
-</body></html>
-"""
+<code>table.json</code> and <code>table.csv</code> next to this page.</p>"""
+    return document("selftrans quickstart", body)
 
 
 def comparison_page(
@@ -225,13 +221,7 @@ def comparison_page(
         "sampler": _settings(sampler),
         "extractor": f"{summary['features']}, sha256 {summary['extractor_sha256']}",
     }
-    lines = "".join(
-        f"<tr><td>{html.escape(key)}</td><td>{html.escape(value)}</td></tr>" for key, value in settings.items()
-    )
-    return f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>selftrans compare</title><style>{STYLE}</style></head><body>
-<h1>Methods compared</h1>
+    body = f"""<h1>Methods compared</h1>
 <div class="scroll">{_table(summary["table"], names)}</div>
 <p class="note">{html.escape(legend(summary["metric"]))}</p>
 <h2>Convergence</h2>
@@ -241,10 +231,27 @@ def comparison_page(
 <p class="note">Seed {summary["seeds"][0]}; the same noise and the same {said} for each method.</p>
 <div class="grids">{samples}</div>
 <h2>What the numbers depend on</h2>
-<table class="settings">{lines}</table>
-<p class="note">The same numbers are in <code>compare.json</code> and <code>compare.csv</code> next to this page.</p>
+{settings_table(settings)}
+<p class="note">The same numbers are in <code>compare.json</code> and <code>compare.csv</code> next to this page.</p>"""
+    return document("selftrans compare", body)
+
+
+def document(title: str, body: str) -> str:
+    """A page in the style of the reports, with this content."""
+    return f"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title><style>{STYLE}</style></head><body>
+{body}
 </body></html>
 """
+
+
+def settings_table(values: Mapping[str, str]) -> str:
+    """A table of names and values."""
+    lines = "".join(
+        f"<tr><td>{html.escape(key)}</td><td>{html.escape(value)}</td></tr>" for key, value in values.items()
+    )
+    return f'<table class="settings">{lines}</table>'
 
 
 def _teachers(teachers: Sequence[Mapping[str, Any]]) -> str:

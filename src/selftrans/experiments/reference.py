@@ -70,7 +70,7 @@ def described(reference: str | Path) -> str:
 def training_data(origin: str | Path, loaded: LoadedModel, *, remedy: str) -> str:
     """Directory of the data that a run was trained on. ValueError, with the remedy, if it is not recorded."""
     path = loaded.config.data.path
-    if path is None and (Path(origin) / "data" / "manifest.json").exists():
+    if path is None and is_prepared(Path(origin) / "data"):
         path = str(Path(origin) / "data")
     if path is None:
         raise ValueError(f"{origin} does not record the path of its data; {remedy}")

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from selftrans.checkpoints.load import LoadedModel, Weights, load_model, stages_held
+from selftrans.data.buckets import is_prepared
 from selftrans.data.dataset import Dataset
 from selftrans.data.decoded import decode_images, latents_of
 from selftrans.encoders.autoencoder import from_uint8, load_autoencoder
@@ -42,7 +43,7 @@ class Pictures(NamedTuple):
 
 
 #: features of pictures at timesteps after blocks: (pictures, timesteps, blocks, seed)
-Source = Callable[[Pictures, Sequence[float], Sequence[int], int], Iterator[Parts]]
+PartsOf = Callable[[Pictures, Sequence[float], Sequence[int], int], Iterator[Parts]]
 
 
 class Teacher(NamedTuple):
@@ -55,7 +56,7 @@ class Teacher(NamedTuple):
     depth: int  #: number of blocks; 0: an encoder
     block: int | None  #: the block that teaches, where the run's settings say so
     kind: str  #: what it is conditioned on: none, labels or text
-    parts: Source
+    parts: PartsOf
 
 
 def open_teacher(
@@ -75,7 +76,7 @@ def open_teacher(
     """
     if encoder:
         return _vision_model(str(origin), data, grid, device)
-    if Path(origin, "manifest.json").is_file():
+    if is_prepared(origin):
         return _stored(Path(origin))
     loaded, spec = _model(origin, stage, weights)
     dataset = Dataset.open(
@@ -172,7 +173,7 @@ def _vision_model(name: str, data: str | None, grid: int | None, device: torch.d
     dataset = Dataset.open(data)
     manifest = dataset.manifest
     if manifest.resolution is None:
-        raise ValueError(f"encoder {name} reads pictures, and the data of {data} are none; give other data")
+        raise ValueError(f"encoder {name} reads pictures, which the data of {data} are not; give other data")
     encoder = load_encoder(name, grid or max(1, min(manifest.shape[1:]) // 2), device=device)
     autoencoder = load_autoencoder(manifest.autoencoder, device=device)
 

@@ -17,9 +17,8 @@ from typing import Any, Literal
 import torch
 from safetensors.torch import save
 
-from selftrans.data.buckets import open_data
+from selftrans.data.buckets import is_prepared, open_data
 from selftrans.data.dataset import Dataset
-from selftrans.data.manifest import BUCKETS, FILE
 from selftrans.data.selected_rows import split
 from selftrans.device import default_device
 from selftrans.encoders.identity import identity_kind
@@ -99,7 +98,7 @@ def train_autoencoder(
 def pixels_of(data: str | Path) -> Dataset:
     """Prepared pixels. ValueError, with the command that makes them, for anything else."""
     first = "first `selftrans prepare SOURCE --out PIXELS`, without --autoencoder, then `selftrans autoencoder PIXELS`"
-    if not Path(data, FILE).is_file() and not Path(data, BUCKETS).is_file():
+    if not is_prepared(data):
         raise ValueError(f"{printable(data)} is not a folder of prepared data; {first}")
     dataset = open_data(data)
     manifest = dataset.manifest
@@ -144,10 +143,8 @@ def _finish(training: AutoencoderTraining, out: Path, held_out: Dataset) -> dict
         statistics = latent_statistics(vae, training.data, device, bar.update)
         figures = reconstruction_figures(vae, held_out, device, training.objective.distance, bar.update)
     config = json.loads(vae.to_json_string()) | {"latents_mean": statistics["mean"], "latents_std": statistics["std"]}
-    with (
-        atomic_write(out / CONFIG) as text,
-        atomic_write(out / WEIGHTS) as file,
-    ):  # both are on disk before either is replaced
+    # both are on disk before either is replaced
+    with atomic_write(out / CONFIG) as text, atomic_write(out / WEIGHTS) as file:
         text.write(json.dumps(config, indent=2).encode())
         file.write(save({name: tensor.cpu().contiguous() for name, tensor in vae.state_dict().items()}))
     report = {

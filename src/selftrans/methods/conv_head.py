@@ -13,7 +13,7 @@ CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 class ConvHead(nn.Module):
     """Tokens (N, T, D) -> (N, T, out) by a convolution of three tokens along each dimension of their grid, padded with zeros.
 
-    It has Xavier weights and a zero bias, as the other heads. `grid` in a call: of latents of another size.
+    It has Xavier weights and a zero bias, as the other heads. A call with `grid` is for latents of another size.
     """
 
     def __init__(self, grid: tuple[int, ...], width: int, out: int) -> None:

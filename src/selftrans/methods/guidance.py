@@ -148,9 +148,9 @@ def within(t: Tensor, timestep_range: tuple[float, float]) -> Tensor:
 
 def counted(t: Tensor, timestep_range: tuple[float, float] | None, mode: str) -> Tensor:
     """Which samples (N,) count in the term of `gate`, by their times."""
-    return (
-        torch.ones_like(t, dtype=torch.bool) if timestep_range is None or mode == "scale" else within(t, timestep_range)
-    )
+    if timestep_range is None or mode == "scale":
+        return torch.ones_like(t, dtype=torch.bool)
+    return within(t, timestep_range)
 
 
 def gate(d: Draw, timestep_range: tuple[float, float] | None, mode: str) -> Gate:

@@ -1,4 +1,4 @@
-"""The settings of the two stages of Self-Transcendence. Defaults are the published values; options that are ours are off.
+"""The settings of the two stages of Self-Transcendence. Defaults are the published values; options beyond the paper are off.
 
 Shape legend: T tokens, D width.
 """

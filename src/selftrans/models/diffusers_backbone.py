@@ -85,7 +85,8 @@ class DiffusersBackbone(Backbone):
         channels, rows, columns = shape
         if rows % patch or columns % patch:
             raise ValueError(
-                f"a latent of {rows}x{columns} does not divide into patches of {patch}; change model.patch"
+                f"a latent of {rows}x{columns} does not divide into patches of {patch}; change model.patch, or take latents "
+                f"whose sides are multiples of {patch}"
             )
         self.net, self.shape, self.patch, self.conditions = net, (channels, rows, columns), patch, conditions
         self.grid: tuple[int, int] = (rows // patch, columns // patch)
@@ -168,7 +169,7 @@ def unrounded(tokens: Tensor) -> Tensor:
 
 
 def pooled_text(cond: Cond, pooled: Pooled, width: int) -> Tensor:
-    """(N, width), in place of the pooled vector of the text encoder, which a text condition has not.
+    """(N, width), in place of the pooled vector of the text encoder, which a text condition does not have.
 
     mean: the mean of the tokens (N, L, E = width) that are no padding. last: the last of them; of CLIP that is the end of the
     text, which is its pooled output (before the projection that SD3 applies to it). none: zeros.

@@ -113,7 +113,10 @@ class PatchTransformer(Backbone):
         if len(sides) != len(self.cells) or any(side % p for side, p in zip(sides, self.cells, strict=True)):
             own = self.cells[:1] if len(set(self.cells)) == 1 else self.cells
             size, cells = ("x".join(map(str, each)) for each in (sides, own))
-            raise ValueError(f"a latent of {size} does not divide into patches of {cells}; change model.patch")
+            raise ValueError(
+                f"a latent of {size} does not divide into patches of {cells}; change model.patch, or take latents whose sides "
+                f"are multiples of {cells}"
+            )
         return tuple(side // p for side, p in zip(sides, self.cells, strict=True))
 
     def positions(self, grid: tuple[int, ...]) -> Tensor:

@@ -30,7 +30,7 @@ def digits() -> RunConfig:
     """
     return RunConfig(
         recipe="digits",
-        model=SiTConfig(name="SiT-S/2", width=64, depth=6, heads=2, patch=2),
+        model=SiTConfig(name="SiT-S/2", width=64, depth=6, heads=2, patch=2, label_std=0.5),
         data=Data(builtin="digits"),
         sections=sections(
             Stage1(block=2, head_width=128),
@@ -38,7 +38,7 @@ def digits() -> RunConfig:
             Repa(head_width=128),
             SRA(head_width=128),
         ),
-        train=Train(steps=1000, batch_size=128, lr=1e-3, ema=0.995, checkpoint_every=250, preview_every=250),
+        train=Train(steps=1000, batch_size=128, lr=4e-3, ema=0.995, checkpoint_every=250, preview_every=250),
         sample=SampleConfig(sampler="heun", steps=12, batch_size=256),
         log=Log(every=50),
     )

@@ -20,7 +20,7 @@ from selftrans.data.sources.captions import clean
 from selftrans.encoders.text import TextEncoder, encoder_of
 from selftrans.sample_config import Labels, SampleConfig
 from selftrans.sampling.streams import CAPTION_STREAM, LABEL_STREAM, image_stream
-from selftrans.storage import first_line, printable
+from selftrans.storage import first_line, listed, printable
 from selftrans.types import Cond, Conditions
 
 GROUP = 64  #: prompts encoded at a time
@@ -63,7 +63,8 @@ class LabelConditioning:
         absent = sorted({*mode} - {*present, conditions.num_classes})
         if absent:
             warnings.warn(
-                f"the data have no samples of the classes {_few(absent)}; they have {_few(present)}", stacklevel=4
+                f"the data have no samples of the classes {listed(absent, 12)}; they have {listed(present, 12)}",
+                stacklevel=4,
             )
 
     def of(self, indices: np.ndarray) -> tuple[Cond, np.ndarray]:
@@ -277,13 +278,8 @@ def conditions_for(
         raise ValueError(f"labels {mode!r} are unknown; use 'balanced', 'random' or a list of classes")
     elif conditions.kind == "none":
         labels = np.zeros_like(indices)
-    elif mode == "balanced":
-        labels = np.asarray(present or range(count), dtype=np.int64)[indices % (len(present) or count)]
     else:
-        draws = [image_stream(seed, int(k), LABEL_STREAM).integers(len(present) or count) for k in indices]
-        labels = np.asarray(present or range(count), dtype=np.int64)[draws]
+        classes = np.asarray(present or range(count), dtype=np.int64)
+        draws = [image_stream(seed, int(k), LABEL_STREAM).integers(len(classes)) for k in indices if mode == "random"]
+        labels = classes[indices % len(classes) if mode == "balanced" else draws]
     return torch.from_numpy(labels)
-
-
-def _few(labels: Sequence[int], most: int = 12) -> str:
-    return ", ".join(map(str, labels[:most])) + (", …" if len(labels) > most else "")

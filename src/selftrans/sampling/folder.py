@@ -23,6 +23,7 @@ import numpy as np
 from numpy.lib import format as npy
 
 from selftrans.checkpoints.load import Weights
+from selftrans.data.buckets import is_prepared
 from selftrans.data.sources.decode import parse_resolution
 from selftrans.sampling.images import Sampler
 from selftrans.sampling.sample_file import NPY, PNG, SampleFile, file_kind
@@ -53,7 +54,7 @@ def sample_to_folder(
     sampler = Sampler.load(origin, settings, weights=weights, stage=stage, text_encoder=text_encoder)
     if size is not None:
         sampler.resize(parse_resolution(size))
-    if any((Path(out) / name).exists() for name in ("manifest.json", "buckets.json")):
+    if is_prepared(out):
         raise ValueError(f"{out} holds prepared data; choose another folder for samples")
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     kind, num = file_kind(sampler.autoencoder), sampler.settings.num

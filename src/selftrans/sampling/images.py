@@ -23,7 +23,7 @@ from selftrans.config import SampleConfig
 from selftrans.data.decoded import decode_images
 from selftrans.data.sources.decode import Resolution, sides, size_text
 from selftrans.device import default_device
-from selftrans.encoders.autoencoder import Autoencoder, DiffusersAutoencoder, load_autoencoder, load_decoder
+from selftrans.encoders.autoencoder import Autoencoder, DiffusersAutoencoder, load_decoder
 from selftrans.models.compiling import compile_model
 from selftrans.precision import PRECISIONS
 from selftrans.sampling.conditioning import Conditioning, conditioning_of
@@ -66,8 +66,8 @@ class Sampler:
     ) -> None:
         """Sample `model`, which is on `device` and predicts the velocity of `path`; it is neither cast nor compiled.
 
-        `conditioning`: the conditions of the images; None: the labels or prompts of `settings`. `weak`: the model that guides
-        by its mistakes, see `autoguided`; None: classifier-free guidance.
+        `conditioning`: the conditions of the images; None: the labels or prompts of `settings`. `weak`: a weaker
+        model that guides, see `autoguided`; None: classifier-free guidance.
         Raises ValueError for invalid settings.
         """
         settings.check()
@@ -121,9 +121,8 @@ class Sampler:
                 conditions, settings, present=present, text_encoder=text_encoder, device=device
             )
         reduced = device.type == "cuda" and dtype != torch.float32
-        decoder = _decoder(
-            loaded.autoencoder, settings.decode_with, device, torch.bfloat16 if reduced else torch.float32
-        )
+        of_decoder = torch.bfloat16 if reduced else torch.float32
+        decoder = load_decoder(loaded.autoencoder, settings.decode_with, device=device, dtype=of_decoder)
         path = flow.PATHS[loaded.config.train.path]
         weak = weak_model(loaded, settings)
         model, weaker = loaded.model.to(device), weak and weak.model.to(device)
@@ -252,13 +251,6 @@ def weak_model(loaded: LoadedModel, settings: SampleConfig) -> LoadedModel | Non
             f"autoguidance {name} is a model of {theirs}, the sampled one of {ours}; give one of the same data"
         )
     return weak
-
-
-def _decoder(own: str, other: str | None, device: torch.device, dtype: torch.dtype) -> Autoencoder:
-    """What decodes latents of the autoencoder `own`: itself, or another one that is asked for."""
-    if other is None:
-        return load_autoencoder(own, device=device, dtype=dtype)
-    return load_decoder(own, other, device=device, dtype=dtype)
 
 
 def worth_compiling(settings: SampleConfig, device: torch.device) -> bool:

@@ -152,8 +152,8 @@ def autoguided(
 ) -> Velocity:
     """Velocity of a model guided by a weaker one, v_weak + scale (v - v_weak), for interval[0] <= t <= interval[1].
 
-    Autoguidance (Karras et al., 2406.02507): both get the same condition, so that what the extrapolation leaves behind are the
-    errors that the weak model makes more of. Outside the interval the weak model is not computed.
+    Autoguidance (Karras et al., 2406.02507): both get the same condition, so the extrapolation reduces errors that are larger
+    in the weak model. Outside the interval the weak model is not computed.
     """
 
     def velocity(z: Tensor, t: Tensor) -> Tensor:
@@ -167,9 +167,8 @@ def autoguided(
 
 
 def _inside(t: Tensor, interval: tuple[float, float]) -> bool:
-    return (
-        interval[0] - 1e-9 <= float(t) <= interval[1] + 1e-9
-    )  # grid times have rounding errors: 0.65 must count as 0.65
+    # grid times have rounding errors: 0.65 must count as 0.65
+    return interval[0] - 1e-9 <= float(t) <= interval[1] + 1e-9
 
 
 def _evaluate(model: Backbone, z: Tensor, t: Tensor, cond: Cond) -> Tensor:

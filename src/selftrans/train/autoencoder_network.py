@@ -1,4 +1,4 @@
-"""A variational autoencoder of one's own: its settings, its network (diffusers' `AutoencoderKL`) and its loss.
+"""The variational autoencoder that `selftrans autoencoder` trains: settings, network (diffusers' `AutoencoderKL`) and loss.
 
     loss = |x - y| + kl_weight * KL / (C H W) + perceptual_weight * distance of features of x and y
 
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, cast
 
 import torch.nn.functional as F
@@ -68,7 +68,7 @@ class AutoencoderSettings:
                 raise ValueError(f"--{name.replace('_', '-')} {value} should be a finite number, {expected}")
         if not 0 <= self.ema < 1:
             raise ValueError(f"--ema {self.ema} should be in [0, 1)")
-        return AutoencoderSettings(**vars(self) | {"widths": widths})
+        return replace(self, widths=widths)
 
     def learning_rate(self, step: int) -> float:
         """Rate of the 0-based step: linear warm-up, then half a cosine down to zero at the last step."""

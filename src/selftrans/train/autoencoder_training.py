@@ -107,9 +107,8 @@ class AutoencoderTraining:
         finally:
             bar.close()
             journal.close()
-        checkpoint.prune(
-            self.checkpoints, self.step, KEEP
-        )  # a process killed after its last checkpoint has not done so
+        # once more: a process that was killed after its last checkpoint has not done so
+        checkpoint.prune(self.checkpoints, self.step, KEEP)
 
     def _train_step(self, loaded: Loaded) -> None:
         settings, precision = self.settings, PRECISIONS[self.settings.precision]

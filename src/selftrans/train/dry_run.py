@@ -1,12 +1,11 @@
 """`selftrans train --dry-run`: every stage built and trained for a few steps, and what the run will take; nothing is kept.
 
-All that is written goes to a temporary folder; the run folder is read only. A teacher that is not trained yet is one with
+All that is written goes to a temporary folder; the run folder is only read. A teacher that is not trained yet is one with
 random weights: its cost is the same.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import resource
 import shutil
@@ -25,16 +24,16 @@ from tqdm import tqdm
 
 from selftrans.checkpoints import format as checkpoint
 from selftrans.config import RunConfig
+from selftrans.data.buckets import is_prepared
 from selftrans.data.dataset import Dataset
 from selftrans.methods.guidance import Frozen
 from selftrans.methods.spec import Stage
 from selftrans.plugins import trust_named
 from selftrans.precision import PRECISIONS
-from selftrans.train.initial_weights import build_student, choose, initial_weights
+from selftrans.storage import nearest_existing
+from selftrans.train.initial_weights import build_student
 from selftrans.train.out_of_memory import guarded_step, release
-from selftrans.train.preview import with_prompts
-from selftrans.train.resume import settings_before, settle
-from selftrans.train.run import accelerator_of, data_of_run, planned, rehearse
+from selftrans.train.run import accelerator_of, data_of_run, planned
 from selftrans.train.teachers import teacher_of
 from selftrans.train.trainer import Trainer
 
@@ -75,10 +74,6 @@ class DryRun:
     written: list[str]
     stages: list[StagePlan] = field(default_factory=list)
 
-    def as_dict(self) -> dict[str, Any]:
-        """For json."""
-        return dataclasses.asdict(self)
-
 
 def dry_run(config: RunConfig, out: str | Path, *, steps: int = STEPS, typed: Collection[str] = ()) -> DryRun:
     """Build every stage of the run `out`, take `steps` steps of each, and return what the run takes. `typed`: see `train`.
@@ -92,12 +87,8 @@ def dry_run(config: RunConfig, out: str | Path, *, steps: int = STEPS, typed: Co
     with tempfile.TemporaryDirectory(prefix="selftrans-dry-run-") as folder:
         place = Path(folder)
         accelerator = accelerator_of(config, place)
-        prepared = (out / "data" / "manifest.json").exists()
-        shards = data_of_run(config, out if prepared else place)  # each process its own
-        config, given = choose(with_prompts(config, shards.manifest), settings_before(out), out, typed)
-        config = settle(config, out, shards.manifest)
-        initial, plan = initial_weights(config, shards, out, given), planned(config)
-        rehearse(config, plan, out, shards.manifest)
+        shards = data_of_run(config, out if is_prepared(out / "data") else place)  # each process its own
+        config, plan, initial = planned(config, shards, out, typed)
         shards.ready(accelerator.device)
         found = DryRun(
             device=_device_name(accelerator.device),
@@ -105,7 +96,7 @@ def dry_run(config: RunConfig, out: str | Path, *, steps: int = STEPS, typed: Co
             samples=len(shards),
             batch_size=config.train.batch_size,
             disk_needed=0,
-            disk_free=shutil.disk_usage(_existing(out)).free,
+            disk_free=shutil.disk_usage(nearest_existing(out)).free,
             out=str(out),
             written=_written(config, plan),
         )
@@ -180,11 +171,6 @@ def _written(config: RunConfig, plan: list[Stage]) -> list[str]:
         if config.train.preview_every:
             names.append(f"{stage.name}/previews/: a sheet of samples every {config.train.preview_every} steps")
     return names + (["tensorboard/"] if config.log.tensorboard else [])
-
-
-def _existing(path: Path) -> Path:
-    """The path itself, or the nearest folder above it that exists."""
-    return next((place for place in (path, *path.absolute().parents) if place.exists()), Path())
 
 
 def _device_name(device: torch.device) -> str:

@@ -142,6 +142,16 @@ def check_given_path(given: Given, config: RunConfig) -> None:
         )
 
 
+def check_given_conditions(given: Given, config: RunConfig, manifest: Manifest) -> None:
+    """ValueError where the weights are those of a model of text and the data have none, or the other way round."""
+    theirs, ours = given.conditions, manifest.conditions
+    if (theirs.kind == "text") != (ours.kind == "text"):
+        raise ValueError(
+            f"the weights {config.init.path} are those of a model of {theirs}, the data have {ours}; give weights of a model "
+            f"of {'text' if ours.kind == 'text' else 'labels or of nothing'}, or start without --init"
+        )
+
+
 def warn_of_encoders(given: Given, config: RunConfig, manifest: Manifest) -> None:
     """A warning where the latents or the text tokens that the weights know may be others than those of the data."""
     theirs, own = given.conditions, manifest.conditions

@@ -27,7 +27,14 @@ from selftrans.models.lora import add_adapters
 from selftrans.models.spec import Named
 from selftrans.storage import FREE_SPACE, atomic_write, sha256_file
 from selftrans.train.fitting import fit, trained_in_full
-from selftrans.train.given_weights import Given, check_given_path, read_given, warn_of_encoders, with_model_of
+from selftrans.train.given_weights import (
+    Given,
+    check_given_conditions,
+    check_given_path,
+    read_given,
+    warn_of_encoders,
+    with_model_of,
+)
 from selftrans.types import Backbone
 
 
@@ -112,6 +119,7 @@ def initial_weights(config: RunConfig, dataset: Dataset, out: Path, given: Given
         return None
     if given is None:
         return InitialWeights(out / START, _recorded(out))
+    check_given_conditions(given, config, dataset.manifest)
     warn_of_encoders(given, config, dataset.manifest)
     torch.manual_seed(int(np.random.SeedSequence([config.train.seed, 2]).generate_state(1)[0]))  # what is new
     fitted = fit(config, dataset.manifest, given, _random_student(config, dataset))

@@ -58,7 +58,7 @@ def explanation(trainer: Trainer, rows: Loaded) -> str:
 
 
 def _largest(trainer: Trainer, rows: Loaded) -> int | None:
-    """The largest of 1/2, 1/4, ... of a micro-batch that a step has memory for, by trying; None if no one does."""
+    """The largest of 1/2, 1/4, ... of a micro-batch that a step has memory for, by trying; None if it has memory for none."""
     size = trainer.stream.micro
     while size % 2 == 0:
         size //= 2

@@ -59,7 +59,7 @@ def settle(config: RunConfig, out: Path, manifest: Manifest) -> RunConfig:
 
 
 def _untrained(out: Path, before: RunConfig, now: RunConfig) -> bool:
-    """Whether a run ended before its first checkpoint (out of memory, killed) and holds no given weights: any settings do."""
+    """Whether a run ended before its first checkpoint (out of memory, killed) and holds no given weights: any settings fit."""
     held = (out / f"{IMPORTED}.json").exists() or before.init.path is not None or now.init.path is not None
     return not held and not any(checkpoint.steps(folder) for folder in out.glob("*/checkpoints"))
 
@@ -112,10 +112,13 @@ def settings_before(out: Path) -> RunConfig | None:
     for folder in sorted(out.glob("*/checkpoints"), reverse=True) if before is None else ():
         found = checkpoint.newest(folder)
         if found is not None:
-            text = lambda text: from_json(json.dumps(json.loads(text)["config"]))  # noqa: E731
-            before = _read(found.path / checkpoint.STATE, text)
+            before = _read(found.path / checkpoint.STATE, _config_of_state)
             break
     return None if before is None else dataclasses.replace(before, init=before.init.resolved())
+
+
+def _config_of_state(text: str) -> RunConfig:
+    return from_json(json.dumps(json.loads(text)["config"]))
 
 
 def record(config: RunConfig, out: Path, manifest: Manifest) -> None:

@@ -20,9 +20,9 @@ from selftrans.checkpoints import format as checkpoint
 from selftrans.checkpoints.adapted import INIT
 from selftrans.checkpoints.load import REPORT
 from selftrans.config import RunConfig
-from selftrans.data.buckets import open_data
+from selftrans.data.buckets import is_prepared, open_data
 from selftrans.data.dataset import Dataset
-from selftrans.data.manifest import BUCKETS, Manifest
+from selftrans.data.manifest import Manifest
 from selftrans.data.on_device import OnDevice
 from selftrans.data.prepare import prepare_builtin
 from selftrans.encoders.identity import scales_differ
@@ -68,7 +68,7 @@ def _train(
     config: RunConfig, out: Path, bar: Callable[..., Any], quiet: bool, typed: Collection[str]
 ) -> dict[str, Any]:
     config = config.restricted().check()
-    if (out / "manifest.json").exists() or (out / BUCKETS).exists():
+    if is_prepared(out):
         raise ValueError(f"{out} holds prepared data; choose another --out for the run")
     accelerator = accelerator_of(config, out)
     main = accelerator.is_main_process
@@ -83,11 +83,7 @@ def _train(
         if main:
             _remove_unfinished(out)
         shards = data_of_run(config, out, accelerator)
-        config, given = choose(with_prompts(config, shards.manifest), settings_before(out), out, typed)
-        config = settle(config, out, shards.manifest)
-        initial = initial_weights(config, shards, out, given)
-        given, plan = None, planned(config)  # its memory is freed
-        rehearse(config, plan, out, shards.manifest)
+        config, plan, initial = planned(config, shards, out, typed)
         shards = _ready(shards, accelerator.device, config.data.on_device)
         preview = Preview(config, shards, accelerator.device, stop) if config.train.preview_every else None
         spent = []
@@ -122,6 +118,21 @@ def _train(
         for tracker in accelerator.trackers:
             tracker.finish()
     return report
+
+
+def planned(
+    config: RunConfig, shards: Dataset, out: Path, typed: Collection[str]
+) -> tuple[RunConfig, list[Stage], InitialWeights | None]:
+    """The settings of a run in agreement with what `out` was started with, its stages, and the weights that these start from.
+
+    ValueError for settings that another run in `out` does not allow, and for what would stop a later stage. Writes nothing.
+    """
+    manifest = shards.manifest
+    config, given = choose(with_prompts(config, manifest), settings_before(out), out, typed)
+    config = settle(config, out, manifest)
+    initial, plan = initial_weights(config, shards, out, given), _stages(config)
+    _rehearse(config, plan, out, manifest)
+    return config, plan, initial
 
 
 def _ready(shards: Dataset, device: torch.device, on_device: bool) -> Dataset:
@@ -220,7 +231,7 @@ def _begin(
     return new
 
 
-def rehearse(config: RunConfig, plan: Sequence[Stage], out: Path, manifest: Manifest) -> None:
+def _rehearse(config: RunConfig, plan: Sequence[Stage], out: Path, manifest: Manifest) -> None:
     """ValueError now for what would stop a later stage, not after days of the first: each is built without weights."""
     for number, stage in enumerate(plan):
         reached = max((step for step, _ in checkpoint.steps(out / stage.name / "checkpoints")), default=0)
@@ -245,7 +256,7 @@ def put_together(config: RunConfig, stage: Stage, manifest: Manifest, given: Any
         Objective(student, stage.guide(student, given))
 
 
-def planned(config: RunConfig) -> list[Stage]:
+def _stages(config: RunConfig) -> list[Stage]:
     """Stages to be run: with a given teacher, those from the one that it teaches."""
     plan = stages(config)
     given = [i for i, stage in enumerate(plan) if stage.teacher and stage.teacher.given]

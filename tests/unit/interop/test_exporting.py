@@ -40,8 +40,7 @@ def test_selftrans_layout_is_accepted_in_place_of_a_run(tmp_path, capsys, weight
     made, was = load_model(file), load_model(run, weights=weights)
     toy.assert_same(made.model.state_dict(), was.model.state_dict())
     assert (
-        made[1:-2] == was[1:-2]
-        and made.prompts == was.prompts
+        made._replace(model=None, source={}) == was._replace(model=None, source={})
         and made.source["weights"] == was.source["weights"]
         and made.weights == weights
     )

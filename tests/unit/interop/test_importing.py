@@ -296,7 +296,7 @@ SETTINGS = {
 @pytest.mark.parametrize(("method", "stage"), [("vanilla", "vanilla"), ("structure", "stage1")])
 def test_run_converted_to_published_layout_and_back_continues_identically(tmp_path, capsys, method, stage):
     """6 steps, or 4 steps, export, import, and 2 steps by the printed command: bit-identical in state and log."""
-    settings = SETTINGS | {"method": method}
+    settings = SETTINGS | {"method": method, "data.path": str(toy.plain_digits())}
     train(toy.toy(settings), tmp_path / "uninterrupted", quiet=True)
     train(toy.toy(settings | {"train.steps": 4}), tmp_path / "half", quiet=True)
     file = save(

@@ -227,7 +227,7 @@ def test_another_grid_is_compiled_without_graph_breaks():
 @pytest.mark.parametrize(
     ("shape", "options", "message"),
     [
-        ((4, 9, 9), {}, "a latent of 9x9 does not divide into patches of 2; change model.patch"),
+        ((4, 9, 9), {}, "patches of 2; change model.patch, or take .* sides are multiples of 2"),
         ((4, 9), {}, "a latent of 9 does not"),
         ((4, 4, 3, 4), {"patch_frames": 2}, "4x3x4 does not divide into patches of 2;"),
         ((4, 4, 3, 4), {"patch_frames": 4}, "4x3x4 does not divide into patches of 4x2x2;"),

@@ -266,7 +266,7 @@ def test_model_and_decoder_are_compiled_for_many_batches(monkeypatch, tmp_path):
     compiled = []
     monkeypatch.setattr(module, "worth_compiling", lambda *_: True)
     monkeypatch.setattr(module, "compile_model", compiled.append)
-    monkeypatch.setattr(module, "load_autoencoder", lambda *_, **__: vae)
+    monkeypatch.setattr(module, "load_decoder", lambda *_, **__: vae)
     monkeypatch.setattr(type(vae.model.decoder), "compile", lambda self, **_: compiled.append(self), raising=False)
     loaded = load_model(toy.finished())
     Sampler.of(loaded, SampleConfig(num=2, steps=1, sampler="euler"))

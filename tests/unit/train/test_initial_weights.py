@@ -229,6 +229,15 @@ def test_wrong_settings_are_refused_before_anything_is_written(tmp_path, kind):
     assert not [path for path in (tmp_path / "run").glob("*") if path.suffix in (".json", ".safetensors")]
 
 
+def test_weights_of_labels_do_not_start_a_run_on_text(tmp_path):
+    settings = tuned({"data.path": str(captioned.prepared(tmp_path / "data")), "train.steps": 1})
+    with pytest.raises(
+        ValueError, match=r"of a model of 3 classes, the data have text of .*; give weights of a model of text"
+    ):
+        train(settings, tmp_path / "run", quiet=True)
+    assert not (tmp_path / "run").exists()
+
+
 def test_weights_that_are_not_finite_are_refused(tmp_path):
     bad = state(**TINY, qk_norm=True)
     bad["blocks.1.mlp.fc1.bias"][0] = np.nan

@@ -183,7 +183,7 @@ def fp16(monkeypatch):
     accelerator = Accelerator(cpu=True)
     accelerator.state._mixed_precision = "fp16"
     accelerator.native_amp, accelerator.scaler = True, torch.amp.GradScaler("cpu", init_scale=2.0**16)
-    monkeypatch.setattr(pipeline, "_accelerator", lambda config, out: accelerator)
+    monkeypatch.setattr(pipeline, "accelerator_of", lambda config, out: accelerator)
     yield accelerator
     AcceleratorState._reset_state(True)
 

@@ -108,7 +108,7 @@ STANDARD = Reading()  #: how pictures are read without options
 
 
 def open_picture(file: Path | BinaryIO) -> Image.Image:
-    """Open a picture and read its header, not its pixels; `metadata.facts_of` it says what its metadata say.
+    """Open a picture and read its header, not its pixels; `metadata.facts_of` returns what its metadata say.
 
     Pillow's limit of pixels does not apply, see `check_pixels`. Raises what Pillow raises for a file that is not a picture.
     """

@@ -57,7 +57,7 @@ def open_source(
     - a parquet file, a folder of them, or a hub id `owner/name`, read by `datasets`: `split`, and `label_column`
       if several columns could be the label.
     With `captions` the pictures have captions and no labels. Then `source` is one of:
-    - a folder, in which `name.jpg` has its captions in `name.txt` or `name.caption` (one a line) or `name.json`;
+    - a folder or zip, in which `name.jpg` has its captions in `name.txt` or `name.caption` (one a line) or `name.json`;
     - a folder or zip of pictures, whose captions are in the file `captions.file`, as COCO's annotations are;
     - a tar file or a folder of them, as webdataset writes them;
     - a parquet file, a folder of them, or a hub id, with a column of texts or lists of texts;
@@ -144,7 +144,11 @@ def _find_captioned(source: str | Path, split: str | None, captions: CaptionSour
                 f"{source} is not a folder or a zip of pictures, which --captions {captions.file} belongs to"
             )
         is_folder = path.is_dir()
-        pictures = loose_folder(split_folder(path, split)) if is_folder else zip_archive.zip_file(path, split)
+        pictures = (
+            loose_folder(split_folder(path, split))
+            if is_folder
+            else zip_archive.captioned_zip(path, split, next_to=False)
+        )
         return annotated(pictures, Path(captions.file))
     if path.is_dir():
         files, inside = _files_of(path, split, "*.parquet", "*.tar")
@@ -156,11 +160,13 @@ def _find_captioned(source: str | Path, split: str | None, captions: CaptionSour
         return table.parquet([path], None, captions)
     if path.is_file() and path.suffix.lower() == ".tar":
         return tar_files([path])
+    if path.is_file() and path.suffix.lower() == ".zip":
+        return zip_archive.captioned_zip(path, split)
     if not path.exists() and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(source)):
         return table.hub(str(source), split or "train", None, captions)
     raise ValueError(
-        f"no source of pictures with captions in {str(source)!r}: give a folder, a tar or parquet file, a hub id, or a "
-        "folder or zip of pictures with --captions FILE"
+        f"no source of pictures with captions in {str(source)!r}: give a folder, a zip, a tar or parquet file, a hub "
+        "id, or a folder or zip of pictures with --captions FILE"
     )
 
 

@@ -35,7 +35,7 @@ MOST = 8  #: kinds of files that a message names
 
 
 def junk_name(name: str) -> str | None:
-    """Under what a file or folder of this name is ignored and counted: its name if it is known; None: it is not ignored."""
+    """The name under which a file or folder is ignored and counted: its own if it is known; None: it is not ignored."""
     if name.lower() in JUNK:
         return name.rstrip("\r")
     if name.startswith("__MACOSX"):
@@ -44,7 +44,7 @@ def junk_name(name: str) -> str | None:
 
 
 def kind_of_file(name: str) -> str:
-    """Under what a file of another kind is counted: `*.ext`."""
+    """The name under which a file of another kind is counted: `*.ext`."""
     suffix = PurePosixPath(name).suffix.lower()
     if not suffix:
         return BARE

@@ -9,8 +9,9 @@ from pathlib import Path
 
 from selftrans.storage import printable
 
-SPLIT = re.compile(r"(train|training|val|valid|validation|dev|eval|test|testing)([-_]?(set|data|split)|\d{4})?", re.I)
-FILE_SPLIT = re.compile(r"(train|training|val|valid|validation|dev|eval|test|testing)(?=[-_.\d]|$)", re.I)
+NAMES = "(train|training|val|valid|validation|dev|eval|test|testing)"
+SPLIT = re.compile(NAMES + r"([-_]?(set|data|split)|\d{4})?", re.I)
+FILE_SPLIT = re.compile(NAMES + r"(?=[-_.\d]|$)", re.I)
 
 
 def is_split(name: str) -> bool:

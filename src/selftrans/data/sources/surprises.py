@@ -10,10 +10,9 @@ from selftrans.data.present import present_classes
 from selftrans.data.sources.metadata import facts_of
 from selftrans.data.sources.passed_over import unread_pictures
 from selftrans.data.sources.source import Samples, Source
-from selftrans.storage import printable
+from selftrans.storage import listed
 
 LOOKED_AT = 24  #: pictures of which the range of values is read, spread over the source
-NAMED = 8  #: classes that a message names
 
 
 def surprises(samples: Samples) -> Iterator[str]:
@@ -21,7 +20,7 @@ def surprises(samples: Samples) -> Iterator[str]:
     labels, classes = samples.labels, samples.classes
     if present := present_classes(labels, classes):
         absent = sorted(set(range(len(classes))) - set(present))
-        named = ", ".join(printable(classes[k]) for k in absent[:NAMED]) + (", …" if len(absent) > NAMED else "")
+        named = listed([classes[k] for k in absent])
         yield (
             f"{len(absent):,} of {len(classes):,} classes have no samples: {named}; they keep their labels, and samples are "
             "drawn from the others only"

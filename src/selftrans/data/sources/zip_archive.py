@@ -15,6 +15,7 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 
 from selftrans.data.sources import label_file
+from selftrans.data.sources.captions import CAPTION_FILES, MAX_FILE_BYTES, combine, with_captions
 from selftrans.data.sources.decode import EXTENSIONS, open_picture
 from selftrans.data.sources.passed_over import Archived, kind_of_file
 from selftrans.data.sources.source import Entries, Source, classify
@@ -45,6 +46,28 @@ def zip_file(path: Path, split: str | None = None, *, allow_empty: bool = False)
         ignored["class folders without pictures"] += len(listed.empty)
     labels, classes = classify(listed.heads, str(path), also=listed.empty if allow_empty else ())
     return replace(source, labels=labels, classes=classes, ignored=dict(ignored))
+
+
+def captioned_zip(path: Path, split: str | None = None, *, next_to: bool = True) -> Source:
+    """Pictures at any depth of a zip, without labels; each has a caption file of the same name in the same folder, unless
+    `next_to` is off. Raises ValueError as `zip_file`.
+    """
+    found = zip_entries(path, {*EXTENSIONS, *(CAPTION_FILES if next_to else ())}, split).files
+    at = {name: i for i, name in enumerate(found.names)}
+    texts = {name: i for name, i in at.items() if PurePosixPath(name).suffix.lower() in CAPTION_FILES}
+    pictures = {name: i for name, i in at.items() if name not in texts}
+
+    def read(i: int) -> bytes:
+        try:
+            return found.open(i).read(MAX_FILE_BYTES + 1)
+        except Exception as error:  # the type depends on the damage
+            raise ValueError(f"its captions cannot be read ({first_line(error)})") from error
+
+    pairs = list(combine(pictures, texts, read)) if next_to else [(name, ()) for name in pictures]
+    names = [name for name, _ in pairs]
+    none, sizes = np.zeros(len(names), dtype=np.int64), [found.sizes[at[name]] for name in names]
+    source = Source(names, none, (), lambda i: open_picture(found.open(at[names[i]])), sizes, dict(found.ignored))
+    return with_captions(source, (captions for _, captions in pairs)) if next_to else source
 
 
 class ZipEntries(NamedTuple):

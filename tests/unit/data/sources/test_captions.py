@@ -39,8 +39,14 @@ FILES = {
 }
 
 
-def test_folder_with_caption_files(tmp_path: Path) -> None:
-    source = opened(write(tmp_path, FILES))
+def placed(root: Path, files: dict[str, bytes], packed: bool) -> Path:
+    """A zip or a folder of these files."""
+    return zipped(root / "x.zip", files) if packed else write(root / "x", files)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_folder_or_zip_with_caption_files(tmp_path: Path, packed: bool) -> None:
+    source = opened(placed(tmp_path, FILES, packed))
     assert list(source.names) == ["a.png", "d.png", "deep/c.png", "deep/er/b.JPG"]
     assert source.captions == [("a cat", "two dogs"), ("just one",), ("one", "two"), ("ein Hündchen 猫",)]
     assert not source.faults and source.classes == () and source.labels.tolist() == [0] * 4
@@ -48,7 +54,8 @@ def test_folder_with_caption_files(tmp_path: Path) -> None:
     assert source.ignored["empty captions, left out"] == 1 and sum(source.ignored.values()) == 3
 
 
-def test_missing_halves_and_invalid_files_are_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize("packed", [False, True])
+def test_missing_halves_and_invalid_files_are_named(tmp_path: Path, packed: bool) -> None:
     files = {f"{name}.png": picture(i) for i, name in enumerate("abcdefgh")} | {
         "a.txt": b"good",
         "c.txt": b"  \n \t\n",
@@ -60,7 +67,7 @@ def test_missing_halves_and_invalid_files_are_named(tmp_path: Path) -> None:
         "orphan.txt": b"no picture",
         "b.txt.bak": b"x",
     }
-    source = opened(write(tmp_path, files))
+    source = opened(placed(tmp_path, files, packed))
     reasons = {source.names[i]: reason for i, reason in source.faults.items()}
     assert reasons.pop("b.png") == "a picture without a caption"
     assert reasons.pop("orphan.txt") == "a caption without its picture"
@@ -116,10 +123,10 @@ def coco(folder: Path, change: Any = COCO) -> Path:
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("prefix", ["", "train2014/"])
 def test_coco_annotations_of_a_folder_or_a_zip(tmp_path: Path, packed: bool, prefix: str) -> None:
-    files = {f"{prefix}one.png": picture(1), f"{prefix}two.png": picture(2)}
-    where = zipped(tmp_path / "x.zip", files) if packed else write(tmp_path / "x", files)
+    files = {f"{prefix}one.png": picture(1), "two.png": picture(2), "more/about.md": b"no class"}
+    where = placed(tmp_path, files, packed)
     source = opened(where, coco(tmp_path) / "captions.json")
-    assert list(source.names) == [f"{prefix}one.png", f"{prefix}two.png"] and not source.faults
+    assert list(source.names) == [f"{prefix}one.png", "two.png"] and not source.faults
     assert source.captions == [("A first picture",), ("second picture.", "again the second")]
     assert np.array_equal(source.read(0), noise(8, 1)) and np.array_equal(source.read(1), noise(8, 2))
     assert source.classes == ()
@@ -183,8 +190,8 @@ def test_missing_annotations_and_other_sources(tmp_path: Path) -> None:
     write(tmp_path / "x", {"one.png": picture(1)})
     with pytest.raises(ValueError, match=NOT_COCO + r" \(\[Errno 2\]"):
         opened(tmp_path / "x", tmp_path / "nothing.json")
-    zipped(tmp_path / "x.zip", {"one.png": picture(1), "one.txt": b"a"})
-    for source in (tmp_path / "x.zip", Path("digits"), tmp_path / "nothing"):
+    (tmp_path / "x.7z").touch()
+    for source in (tmp_path / "x.7z", Path("digits"), tmp_path / "nothing"):
         with pytest.raises(ValueError, match="no source of pictures with captions in"):
             opened(source)
     with pytest.raises(ValueError, match=r"is not a folder or a zip of pictures, which --captions .* belongs to"):

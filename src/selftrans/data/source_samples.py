@@ -1,0 +1,71 @@
+"""The samples that `prepare` encodes: pictures, sounds, videos or arrays, with what is refused before any of them is read."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+from selftrans.data import resumable
+from selftrans.data.encode_captions import TextOptions
+from selftrans.data.sources.clip_files import kind_of
+from selftrans.data.sources.clips import MediaOptions, open_clips
+from selftrans.data.sources.decode import Reading, Resolution, check_square
+from selftrans.data.sources.npz import npz_values
+from selftrans.data.sources.open_source import open_source
+from selftrans.data.sources.source import Samples, Source
+from selftrans.encoders.identity import identity_kind
+
+
+def source_samples(
+    source: str | Path,
+    earlier: resumable.Earlier | None,
+    autoencoder: str,
+    resolution: Resolution | None,
+    flip: bool,
+    split: str | None,
+    label_column: str | None,
+    text: TextOptions | None,
+    media: MediaOptions,
+    reading: Reading,
+    pictures: Source | None,
+    square: bool,
+    progress: bool,
+) -> Samples:
+    """The samples of a source, with the options of `prepare`; `earlier` is what was begun in its folder.
+
+    Pictures are opened at `resolution`; if that is None, at the resolution with which the folder was begun.
+    ValueError for a source that cannot be opened, and for an option that does not apply to it.
+    """
+    if identity_kind(autoencoder) == "values":
+        media.refuse("audio rate length bins hop frames grey", "--autoencoder values")
+        if reading.range is not None:
+            raise ValueError("--range does not apply to --autoencoder values; leave it out")
+        for name, given in (("resolution", resolution is not None), ("flip", flip), ("text", text is not None)):
+            if given:
+                raise ValueError(f"--{name} is for pictures; leave it out with --autoencoder values")
+        if label_column is not None:
+            warnings.warn(f"label_column is ignored: {source} is not a table", stacklevel=2)
+        return npz_values(Path(source))
+    archives = text is None
+    of_pictures = {"flip": flip, "autoencoder": autoencoder != "pixel", "text": text, "range": reading.range}
+    for name in (name for name, given in of_pictures.items() if given):
+        if kind_of(Path(source), media.frames, archives=archives) in ("sounds", "videos"):
+            raise ValueError(f"--{name} is for pictures; leave it out for sounds and videos")
+    clips = open_clips(source, media, resolution, progress, archives=archives, split=split, reading=reading)
+    if clips is not None:
+        return clips
+    if pictures is not None:
+        return pictures
+    native = earlier.plan.resolution if earlier and earlier.plan.options.get("resolution") is None else None
+    opened = open_source(
+        source,
+        resolution=resolution or native,
+        split=split,
+        label_column=label_column,
+        captions=text.source if text else None,
+        reading=reading,
+        progress=progress,
+    )
+    if square:
+        check_square(opened.resolution)
+    return opened
