@@ -101,7 +101,9 @@ def check_options(before: Manifest, options: dict[str, Option], out: Path) -> No
         old, new = before.options.get(name), options.get(name)
         if old == new:
             continue
-        difference = f"with {name} {old}, not {new}" if name != "fingerprint" else f"from other {before.unit}"
+        was = f"without {name}" if old is None else f"with {name} {old}"
+        now = f"with {new}" if old is None else "without" if new is None else new
+        difference = f"{was}, not {now}" if name != "fingerprint" else f"from other {before.unit}"
         raise ValueError(f"{out} was prepared {difference}; repeat the command as it was, or choose another --out")
 
 

@@ -188,7 +188,7 @@ def test_other_encoders_and_options_are_refused_by_name(
     other = captioned.save_text_encoder(tmp_path / "bert", "bert")
     for text, message in (
         ({"encoder": other}, f"with text {encoder}, not {other}"),
-        ({"tokens": 9}, "with text_tokens None, not 9"),
+        ({"tokens": 9}, "without text_tokens, not with 9"),
         ({"dtype": "bfloat16"}, "with text_dtype float16, not bfloat16"),
         ({"store": "ids"}, "with text_store tokens, not ids"),
         ({"most": 1}, "with captions_per_picture 5, not 1"),
@@ -197,7 +197,7 @@ def test_other_encoders_and_options_are_refused_by_name(
             ValueError, match=f"was prepared {message}; repeat the command as it was, or choose another"
         ):
             prepare(pictures, out, text=TextOptions(**({"encoder": encoder} | text)), shard_size=10, progress=False)
-    with pytest.raises(ValueError, match=r"was prepared with text .*, not None"):
+    with pytest.raises(ValueError, match=r"was prepared with text .*, not without"):
         prepare(pictures, out, shard_size=10, progress=False)
     assert contents(out) == before
 

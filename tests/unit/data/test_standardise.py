@@ -102,10 +102,10 @@ def test_folder_keeps_the_scale_with_which_it_was_begun(source, tmp_path):
     assert prepare(source, tmp_path / "data", **options) == plain and contents(tmp_path / "data") == before
     (tmp_path / "data" / "shard-00000.safetensors").unlink()
     assert prepare(source, tmp_path / "data", **options) == plain and contents(tmp_path / "data") == before
-    with pytest.raises(ValueError, match="was prepared with standardise None, not True"):
+    with pytest.raises(ValueError, match="was prepared without standardise, not with True"):
         prepare(source, tmp_path / "data", standardise=True, **options)
     prepare(source, tmp_path / "new", **options)
-    with pytest.raises(ValueError, match="was prepared with standardise True, not None"):
+    with pytest.raises(ValueError, match="was prepared with standardise True, not without"):
         prepare(source, tmp_path / "new", standardise=False, **options)
 
 

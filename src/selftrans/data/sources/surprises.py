@@ -32,7 +32,7 @@ def surprises(samples: Samples) -> Iterator[str]:
 def deep_values(source: Source) -> Iterator[str]:
     """A sentence on pictures of 16 bits whose values use few of them: they would be nearly black.
 
-    At most LOOKED_AT pictures are decoded, and none of 8 bits.
+    At most LOOKED_AT pictures are opened, and those of 8 bits not decoded: one folder may hold both.
     """
     if source.reading.range is not None:
         return
@@ -42,12 +42,10 @@ def deep_values(source: Source) -> Iterator[str]:
             with source.open(i) as image:
                 if image.width * image.height > source.reading.max_pixels:
                     continue
-                colour = facts_of(image).deep
-                if not (colour or image.mode == "I" or image.mode.startswith("I;16")):
-                    if not seen:  # one kind of file is usual
-                        return
+                deep_colour = facts_of(image).deep
+                if not (deep_colour or image.mode == "I" or image.mode.startswith("I;16")):
                     continue
-                values = np.asarray(image)
+                values, colour = np.asarray(image), deep_colour
         except Exception:  # decoders raise any type on a damaged file; it is reported when it is read
             continue
         low, high, seen = min(low, int(values.min())), max(high, int(values.max())), seen + 1

@@ -46,6 +46,12 @@ def test_number_of_bits_that_is_suggested(tmp_path: Path, high: int, bits: int) 
     assert f"--range 0 {2**bits - 1} if they hold {bits} bits" in next(deep_values(source))
 
 
+def test_deep_pictures_among_others_are_found(tmp_path: Path) -> None:
+    files = {f"{name}/{name}.png": encoded(noise(8)) for name in ("a", "z")}
+    files["m/m.png"] = encoded(Image.fromarray(deep(0, 4095)))
+    assert "values 0 to 4095 of 65535 in 1 of them" in next(deep_values(open_source(write(tmp_path / "x", files))))
+
+
 def test_pictures_that_use_their_bits_are_not_mentioned(tmp_path: Path) -> None:
     dark, bright = encoded(Image.fromarray(deep(0, 99))), encoded(Image.fromarray(deep(0, 60_000)))
     assert not list(deep_values(open_source(write(tmp_path / "x", {"a.png": dark, "b.png": bright}))))
