@@ -88,7 +88,7 @@ def test_log_lines(run):
     assert stage2[2]["self"] > 0  # this line includes step 5, the last with guidance
     for line in stage1:
         assert line["loss"] == pytest.approx(line["flow"] + 0.5 * line["structure"], rel=1e-6)
-    assert [line["lr"] for line in stage2] == pytest.approx([8e-3 / 3, 4e-3, 4e-3, 4e-3])
+    assert [line["lr"] for line in stage2] == pytest.approx([2e-3 / 3, 1e-3, 1e-3, 1e-3])
 
 
 def test_tensorboard_shows_the_log(run):

@@ -45,6 +45,7 @@ TOY: dict[str, Any] = {
     "train.steps": 8,
     "train.batch_size": 8,
     "train.accumulate": 2,
+    "train.lr": 1e-3,
     "train.warmup": 3,
     "train.checkpoint_every": 3,
     "train.preview_every": 0,

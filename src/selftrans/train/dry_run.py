@@ -131,7 +131,7 @@ def _measured(trainer: Trainer, out: Path, steps: int) -> StagePlan:
     count = min(steps, stage.steps)
     said, hidden = f"{stage.name}: {count} steps", not trainer.accelerator.is_main_process
     limit = LIMIT if trainer.accelerator.num_processes == 1 else float("inf")  # several take the same number of steps
-    with tqdm(total=count, desc=said, unit="step", leave=False, disable=hidden) as bar:  # a large model takes minutes
+    with tqdm(total=count, desc=said, unit="step", mininterval=0, leave=False, disable=hidden) as bar:
         while len(seconds) < count and (len(seconds) < FEWEST or sum(seconds) < limit):
             started = time.perf_counter()
             guarded_step(trainer, batches)

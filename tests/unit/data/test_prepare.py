@@ -161,7 +161,7 @@ def test_repeating_a_complete_preparation_writes_nothing(
         ({"flip": True}, "with flip False, not True"),
         ({"dtype": "float32"}, "with dtype float16, not float32"),
         ({"shard_size": 6}, "with shard_size 5, not 6"),
-        ({"resolution": 16}, "with resolution None, not 16"),
+        ({"resolution": 16}, "without resolution, not with 16"),
         ({"source": "digits"}, "from other pictures"),
     ],
 )
