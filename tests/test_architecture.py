@@ -517,6 +517,10 @@ def test_every_unit_test_belongs_to_a_module() -> None:
     assert other == set(OTHER_UNIT_TESTS)
 
 
+def test_every_module_says_what_is_in_it() -> None:
+    assert not [file for file, source in FILES.items() if source.strip() and not ast.get_docstring(ast.parse(source))]
+
+
 def test_every_module_has_a_unit_test_or_names_the_test_that_covers_it() -> None:
     tested = {module_of(test) for test in UNIT_TESTS}
     packages = {module for module in MODULES if module.endswith("__init__")}

@@ -1,4 +1,4 @@
-"""The README: every command and Python block runs, at toy size, and the tree of the package names the files that exist."""
+"""The README: every command and Python block runs, at toy size, and the tree of the package names what exists."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from PIL import Image
 
 from selftrans.cli.main import main
 from tests.support import captioned, published_files, published_vae
-from tests.test_architecture import FILES, ORDER
+from tests.test_architecture import ORDER
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -146,27 +146,11 @@ def test_python_blocks_run(monkeypatch: pytest.MonkeyPatch) -> None:
     assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in scope["student"].parameters())
 
 
-def tree() -> list[str]:
-    """The paths in src/selftrans that the README's tree names, in its order; directories end with a slash."""
+def test_tree_of_the_readme_names_the_packages_that_exist() -> None:
     block = re.search(r"^```\nsrc/selftrans/\n(.*?)^tests/", README, flags=re.MULTILINE | re.DOTALL)
     assert block is not None
-    paths, parents = [], [""]
-    for line in block[1].splitlines():
-        indent, name, phrase = re.fullmatch(r"((?:  )+)(\S+) {2,}(\S.*)", line).groups()
-        assert phrase
-        del parents[len(indent) // 2 :]
-        path = parents[-1] + name
-        paths.append(path)
-        parents.append(path)
-    return paths
-
-
-def test_tree_of_the_readme_names_the_files_that_exist() -> None:
-    expected = {file.removesuffix("__init__.py") for file in FILES} - {""}  # a package is named by its directory
-    named = tree()
-    assert sorted(named) == sorted(expected)
-    top = [path.removesuffix("/").removesuffix(".py") for path in named if path.count("/") == path.endswith("/")]
-    assert top == list(reversed(ORDER)), "the order of tests/test_architecture.py, top first"
+    lines = [re.fullmatch(r"  (\w+)(?:/|\.py) {2,}\S.*", line) for line in block[1].splitlines()]
+    assert [line and line[1] for line in lines] == [name for name in reversed(ORDER) if name != "__main__"]
     others = re.findall(r"^(\w+)/ ", README, flags=re.MULTILINE)
     assert {"tests", "examples", "benchmarks", "docs"} <= set(others)
     assert [name for name in others if not (ROOT / name).is_dir()] == []
