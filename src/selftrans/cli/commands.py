@@ -33,6 +33,7 @@ from selftrans.cli.options import (
     Weights,
 )
 from selftrans.cli.prepare_command import Prepare
+from selftrans.cli.ui_command import Ui
 
 
 @dataclass
@@ -127,4 +128,5 @@ COMMANDS: dict[str, Any] = {
     "import-vae": ImportVae,
     "export": Export,
     "doctor": Doctor,
+    "ui": Ui,
 }
