@@ -117,12 +117,13 @@ class Export(Command):
 class Push(Command):
     """A run to a repository of the Hugging Face hub, with a model card, or with --dry-run to a folder.
 
-    Writes what `export --layout pipeline` writes, with README.md (the card: numbers with what they depend on, samples, settings,
-    total compute), samples.png and selftrans.json. `selftrans sample hf://REPOSITORY` and SiTPipeline.from_pretrained then take it.
-    Log in before, by `hf auth login`. The same command again continues an interrupted upload.
+    Writes what `export --layout pipeline` writes, with README.md (the card: numbers with what they depend on, samples,
+    settings, total compute), samples.png and selftrans.json. `selftrans sample hf://REPOSITORY` and
+    SiTPipeline.from_pretrained then take it. Log in before, by `hf auth login`. The same command again continues an
+    interrupted upload.
 
-    Numbers are those of `selftrans evaluate`, samples those of `selftrans sample` or of the last preview; those of other weights
-    are left out.
+    Numbers are those of `selftrans evaluate`, samples those of `selftrans sample` or of the last preview; those of other
+    weights are left out.
     """
 
     run_or_file: RunOrFile

@@ -27,7 +27,8 @@ def export_run(
 
     Every command accepts a file of layout `selftrans` in place of a run. The layout `pipeline` is a folder for
     `SiTPipeline.from_pretrained`, whose model_index.json is returned; every command accepts it, too. The other layouts
-    belong to the model's family: tensor names and time convention of the published code. ValueError when `out` holds anything but an earlier export.
+    belong to the model's family: tensor names and time convention of the published code. ValueError when `out` holds
+    anything but an earlier export.
     """
     out = Path(out)
     path = find(run, stage=stage, weights=weights)

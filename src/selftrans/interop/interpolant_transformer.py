@@ -61,7 +61,7 @@ class InterpolantTransformer(ModelMixin, ConfigMixin):
         return made
 
     @classmethod
-    def from_pretrained(  # type: ignore[override]
+    def from_pretrained(
         cls,
         pretrained_model_name_or_path: str | Path,
         subfolder: str | None = None,
@@ -78,7 +78,7 @@ class InterpolantTransformer(ModelMixin, ConfigMixin):
         found = cls.of(load_model(file), checkpoint.read_header(file))
         return found if torch_dtype is None else found.to(torch_dtype)
 
-    def save_pretrained(  # type: ignore[override]
+    def save_pretrained(
         self, save_directory: str | Path, is_main_process: bool = True, safe_serialization: bool = True, **ignored: Any
     ) -> None:
         """Write config.json and one safetensors file. ValueError for another format, and where they cannot be written."""

@@ -12,6 +12,7 @@ from typing import Any
 
 from selftrans.checkpoints.load import LoadedModel
 from selftrans.config import settings_of
+from selftrans.interop.pipeline_parts import last_parts
 from selftrans.interop.run_facts import made_with
 from selftrans.storage import printable
 
@@ -74,13 +75,13 @@ def _about(loaded: LoadedModel, data: dict[str, Any] | None) -> str:
     millions = sum(parameter.numel() for parameter in loaded.model.parameters()) / 1e6
     kind = "the moving average of the weights" if loaded.weights == "ema" else "the weights themselves"
     source = str((data or {}).get("source", ""))
-    known = [cell(source.rstrip("/").rpartition("/")[2])] if source else []
+    known = [cell(last_parts(source))] if source else []
     count = (data or {}).get("count")
     known += [f"{count:,} samples"] if isinstance(count, int) else []
     conditions = loaded.model.conditions
     return (
         f"{cell(loaded.config.model.name)} with {millions:.3g} M parameters on latents of "
-        f"{' x '.join(map(str, loaded.model.shape))} (autoencoder: {cell(loaded.autoencoder.rpartition('/')[2])}), with "
+        f"{' x '.join(map(str, loaded.model.shape))} (autoencoder: {cell(last_parts(loaded.autoencoder))}), with "
         f"{cell(_conditions(conditions))}. Trained by the method {cell(loaded.config.method)}, stage {cell(loaded.stage)}, for "
         f"{loaded.step:,} steps{' on ' + ', '.join(known) if known else ''}; this is {kind}. Its path is "
         f"{loaded.config.train.path}: t = 0 is data, t = 1 is noise."
@@ -90,7 +91,7 @@ def _about(loaded: LoadedModel, data: dict[str, Any] | None) -> str:
 def _conditions(conditions: Any) -> str:
     if conditions.kind != "text":
         return str(conditions)
-    return f"text of {conditions.tokens} tokens by {conditions.encoder.rpartition('/')[2] or 'an unnamed encoder'}"
+    return f"text of {conditions.tokens} tokens by {last_parts(conditions.encoder) or 'an unnamed encoder'}"
 
 
 def _use(repository: str, loaded: LoadedModel) -> str:
@@ -127,8 +128,8 @@ def _numbers(evaluations: Sequence[dict[str, Any]]) -> str:
                 spread = report.get(f"{key}_std")
                 found.append((name, f"{value:.4g}" + (f" ± {spread:.2g}" if isinstance(spread, int | float) else "")))
         depends = (
-            f"{report.get('num_images')} samples against {cell(str(report.get('reference')).rpartition('/')[2])} "
-            f"({report.get('reference_images')} images), features of {cell(str(report.get('extractor')).rpartition('/')[2])} "
+            f"{report.get('num_images')} samples against {cell(last_parts(str(report.get('reference'))))} "
+            f"({report.get('reference_images')} images), features of {cell(last_parts(str(report.get('extractor'))))} "
             f"(sha256 {cell(str(report.get('extractor_sha256'))[:12])}), {cell(made_with(made))}, precision "
             f"{cell(made.get('precision'))}, labels {cell(made.get('labels'))}"
         )
@@ -141,7 +142,9 @@ def _compute(compute: dict[str, Any] | None) -> str:
     if compute is None:
         return "What the training took is not recorded for these weights."
     rows = [
-        f"| {cell(stage.get('stage'))} | {stage.get('steps')} | {_number(stage.get('seconds'))} | {_number(stage.get('tflops'))} |"
+        f"| {cell(stage.get('stage'))} | "
+        + " | ".join(_number(stage.get(key)) for key in ("steps", "seconds", "tflops"))
+        + " |"
         for stage in compute["stages"]
     ]
     total = f"{_number(compute['total_tflops'])} TFLOPs, {_number(compute['total_seconds'])} s"
@@ -157,7 +160,7 @@ def _compute(compute: dict[str, Any] | None) -> str:
 
 
 def _number(value: Any) -> str:
-    return f"{value:,.4g}" if isinstance(value, int | float) else "unknown"
+    return f"{value:,}" if isinstance(value, int) else f"{value:,.4g}" if isinstance(value, float) else "unknown"
 
 
 def _settings(loaded: LoadedModel) -> str:

@@ -82,7 +82,8 @@ def last_parts(value: Any) -> Any:
     if isinstance(value, list):
         return [last_parts(each) for each in value]
     if isinstance(value, str) and (os.path.isabs(value) or value.startswith("~")):
-        return Path(value).name
+        folder, comma, more = value.partition(", ")  # a report says "FOLDER, decoded by NAME"
+        return Path(folder).name + comma + more
     return value
 
 

@@ -51,6 +51,11 @@ class SiTPipeline(DiffusionPipeline):
         text_encoder, tokenizer: of a model of text; None: loaded at the first prompt, by the name in the header.
     """
 
+    transformer: Any
+    scheduler: Any
+    vae: Any
+    text_encoder: Any
+    tokenizer: Any
     model_cpu_offload_seq = "text_encoder->transformer->vae"
     _optional_components = ["vae", "text_encoder", "tokenizer"]  # noqa: RUF012 - as in diffusers
 
@@ -68,7 +73,7 @@ class SiTPipeline(DiffusionPipeline):
         return cls(**parts_of(run, weights=weights, stage=stage))
 
     @classmethod
-    def from_pretrained(  # type: ignore[override]
+    def from_pretrained(
         cls,
         pretrained_model_name_or_path: str | Path,
         *,
@@ -95,7 +100,7 @@ class SiTPipeline(DiffusionPipeline):
         found.register_to_config(_name_or_path=str(pretrained_model_name_or_path))
         return found if torch_dtype is None else found.to(torch_dtype)
 
-    def save_pretrained(self, save_directory: str | Path, safe_serialization: bool = True, **ignored: Any) -> None:  # type: ignore[override]
+    def save_pretrained(self, save_directory: str | Path, safe_serialization: bool = True, **ignored: Any) -> None:
         """Write all parts as safetensors and json; text encoders of the hub stay names. ValueError for another format."""
         folder = Path(save_directory)
         self.transformer.save_pretrained(folder / "transformer", safe_serialization=safe_serialization)
@@ -193,7 +198,7 @@ class SiTPipeline(DiffusionPipeline):
         conditions = self.transformer.conditions
         if self.text_encoder is None:
             found = encoder_of(conditions, device=self._execution_device)
-            self.text_encoder, self.tokenizer = found.model, found.tokenizer
+            self.register_modules(text_encoder=found.model, tokenizer=found.tokenizer)
             return found
         masked = type(self.text_encoder).__name__ not in UNMASKED
         parts = (self.text_encoder, self.tokenizer, conditions.tokens, conditions.sha256)

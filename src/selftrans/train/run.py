@@ -88,7 +88,7 @@ def _train(
         config, plan, initial = planned(config, shards, out, typed)
         shards = _ready(shards, accelerator.device, config.data.on_device)
         preview = Preview(config, shards, accelerator.device, stop) if config.train.preview_every else None
-        spent = []
+        spent: list[dict[str, Any]] = []
         for number, stage in enumerate(plan, start=1):
             trainer = Trainer(
                 accelerator,
