@@ -46,6 +46,7 @@ ORDER = (
     "interop",      # other people's checkpoints in, ours out
     "train",        # a run
     "experiments",  # compare, quickstart, bench, evaluate, analyse
+    "ui",           # the local page of runs
     "cli",
     "__main__",
 )  # fmt: skip
@@ -117,6 +118,7 @@ COVERED_BY = {
     "cli/experiment_commands": "unit/cli/test_main.py",
     "cli/interop_commands": "unit/cli/test_main.py",
     "cli/prepare_command": "unit/cli/test_main.py",
+    "cli/ui_command": "unit/ui/test_serve.py",
     "data/decoded": "unit/data/test_prepare.py",
     "data/encode": "unit/data/test_prepare.py",
     "data/manifest": "unit/data/test_dataset.py",
@@ -175,6 +177,11 @@ COVERED_BY = {
     "train/interrupted": "unit/train/test_signals.py",
     "train/memory_use": "unit/checkpoints/test_adapted.py",
     "train/run": "integration/test_train.py",
+    "ui/feature_job": "unit/ui/test_server.py",
+    "ui/models_offered": "unit/ui/test_server.py",
+    "ui/opened_models": "unit/ui/test_server.py",
+    "ui/picture_data": "unit/ui/test_server.py",
+    "ui/sampling_jobs": "unit/ui/test_server.py",
 }
 #: unit tests that are not named after a module -> why
 OTHER_UNIT_TESTS = {

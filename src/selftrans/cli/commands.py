@@ -33,6 +33,7 @@ from selftrans.cli.options import (
     Weights,
 )
 from selftrans.cli.prepare_command import Prepare
+from selftrans.cli.ui_command import Ui
 
 
 @dataclass
@@ -128,4 +129,5 @@ COMMANDS: dict[str, Any] = {
     "export": Export,
     "push": Push,
     "doctor": Doctor,
+    "ui": Ui,
 }
