@@ -32,6 +32,7 @@ from selftrans.methods.registry import stages
 from selftrans.methods.spec import Stage
 from selftrans.plugins import trust_named
 from selftrans.storage import lock_file, remove_stale_temporaries, removed_if_refused, write_json
+from selftrans.train.data_window import cache_of, describe_data, with_window
 from selftrans.train.fitting import describe
 from selftrans.train.initial_weights import InitialWeights, choose, initial_weights
 from selftrans.train.log import progress_bar
@@ -86,6 +87,10 @@ def _train(
             _remove_unfinished(out)
         shards = data_of_run(config, out, accelerator)
         config, plan, initial = planned(config, shards, out, typed)
+        if (said := describe_data(config, shards)) and not quiet:
+            accelerator.print(said)
+        if config.data.window is None:
+            shards.fetch(progress=not quiet)
         shards = _ready(shards, accelerator.device, config.data.on_device)
         preview = Preview(config, shards, accelerator.device, stop) if config.train.preview_every else None
         spent: list[dict[str, Any]] = []
@@ -133,6 +138,7 @@ def planned(
     """
     manifest = shards.manifest
     config, given = choose(with_prompts(config, manifest), settings_before(out), out, typed)
+    config = with_window(config, shards, settings_before(out))
     config = settle(config, out, manifest)
     initial, plan = initial_weights(config, shards, out, given), _stages(config)
     _rehearse(config, plan, out, manifest)
@@ -185,7 +191,12 @@ def data_of_run(config: RunConfig, out: Path, accelerator: Accelerator | None = 
         if accelerator is not None:
             accelerator.wait_for_everyone()
     main = accelerator is None or accelerator.is_main_process
-    shards = open_data(path, verify=config.data.verify and main, text_encoder=config.data.text_encoder)
+    shards = open_data(
+        path,
+        verify=config.data.verify and main,
+        text_encoder=config.data.text_encoder,
+        cache=cache_of(config.data),
+    )
     manifest, expected = shards.manifest, config.data
     if expected.shape is not None and tuple(expected.shape) != tuple(manifest.shape):
         raise ValueError(f"{path} holds latents {manifest.shape}, but data.shape expects {expected.shape}")

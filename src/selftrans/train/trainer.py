@@ -101,6 +101,7 @@ class Trainer:
             seed=int(np.random.SeedSequence([train.seed, stage.stream, 1]).generate_state(1)[0]),
             rank=accelerator.process_index,
             world=accelerator.num_processes,
+            window=config.data.window,
         )
         micros = train.batch_size // self.stream.micro
         each = step_flops(self.objective, manifest.conditions.example(), self.stream.micro)
