@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from selftrans import flow
+from selftrans.checkpoints import hub
 from selftrans.checkpoints.load import LoadedModel, Weights, load_model
 from selftrans.config import SampleConfig
 from selftrans.data.decoded import decode_images
@@ -136,7 +137,7 @@ class Sampler:
             "num_classes": loaded.model.conditions.num_classes,
             "stage": loaded.stage,
             "step": loaded.step,
-            "autoencoder": loaded.autoencoder,
+            "autoencoder": hub.recorded(loaded.autoencoder),
             "source": loaded.source,
         } | ({"decode_with": decoder.name} if settings.decode_with else {})
         if weak:
