@@ -32,6 +32,7 @@ from selftrans.cli.options import (
     Typed,
     Weights,
 )
+from selftrans.cli.plan_command import Plan
 from selftrans.cli.prepare_command import Prepare
 
 
@@ -123,6 +124,7 @@ COMMANDS: dict[str, Any] = {
     "quickstart": Quickstart,
     "compare": Compare,
     "bench": Bench,
+    "plan": Plan,
     "import": Import,
     "import-vae": ImportVae,
     "export": Export,

@@ -294,6 +294,10 @@ class Bench(Command):
     """of an image, a square number"""
     seconds: float = 300
     """for the steps of each model; at least three rounds are measured"""
+    rows: Annotated[tuple[str, ...] | None, tyro.conf.arg(metavar="NAME [NAME ...]")] = None
+    """steps to measure, by their names in bench.json; None: all five"""
+    limit: float | None = None
+    """seconds for each model in all, compilation included; sampling is left out when they are over; None: no limit"""
     quick: bool = False
     """SiT-S/2 alone (if no model is named), within three minutes on two cores"""
     device: Literal["cpu", "cuda"] | None = None

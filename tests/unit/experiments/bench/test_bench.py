@@ -144,6 +144,31 @@ def test_rounds_continue_for_the_given_seconds(monkeypatch: pytest.MonkeyPatch) 
     assert len(rounds["one"]) == 3
 
 
+def test_no_round_begins_after_the_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, now = Clock(CPU), itertools.count(0, 0.5)
+    monkeypatch.setattr(bench_rounds, "time", SimpleNamespace(monotonic=lambda: next(now)))
+    peak, first = SimpleNamespace(measure=dict), {}
+    for deadline, rounds in ((0.0, 1), (1e9, 3)):
+        one = {"one": KnownStep(0.1, 0.1, 0.1, 0.1)}
+        found = interleaved(one, clock, peak, Memory(CPU), seconds=0, deadline=deadline, first=first)  # type: ignore[arg-type]
+        assert len(found["one"]) == rounds and first == {"one": 0.5}
+
+
+def test_chosen_rows_within_a_limit(tmp_path: Path) -> None:
+    rows = ("vanilla", "stage2")
+    found = bench(
+        {"a": SMALL}, tmp_path, batch_size=4, tokens=16, device="cpu", seconds=0, quick=True, rows=rows, limit=0
+    )
+    small = found["models"]["a"]
+    assert list(small["rows"]) == list(rows) and small["rounds"] == 1 and "sampling" not in small
+    assert set(small["ratios"]) == {"stage2_over_vanilla"} and all(
+        r["first_step_s"] > 0 for r in small["rows"].values()
+    )
+    assert "sampling was not measured" in table(found)
+    with pytest.raises(ValueError, match="row 'stage3' is unknown"):
+        bench({"a": SMALL}, tmp_path, rows=("stage3",))
+
+
 def test_out_of_memory_model_is_reported_and_the_next_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     module = importlib.import_module("selftrans.experiments.bench")
     measure = module._model
