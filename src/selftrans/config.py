@@ -145,6 +145,10 @@ class Log(Section):
     every: int = 100
     """steps between lines of log.jsonl"""
     tensorboard: bool = True
+    """TensorBoard files in RUN/tensorboard"""
+    trackers: tuple[Literal["tensorboard", "wandb", "trackio", "mlflow"], ...] = ()
+    """also these, with the settings of the run and its previews; each needs its package (pip install wandb), and one that is
+    missing or fails does not stop the run"""
     preview_images: int = 36
     preview_steps: int = 25
     """Heun steps of a preview"""

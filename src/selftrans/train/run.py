@@ -42,6 +42,7 @@ from selftrans.train.processes import keep_memory, patience, together
 from selftrans.train.resume import record, settings_before, settle
 from selftrans.train.signals import StopSignal
 from selftrans.train.teachers import teacher_of, training_cost
+from selftrans.train.trackers import Trackers
 from selftrans.train.trainer import Trainer
 
 
@@ -80,6 +81,7 @@ def _train(
         lock_file(out / ".lock") if main else contextlib.nullcontext(),
         removed_if_refused(new, keep=out / "config.json"),
         StopSignal() as stop,
+        contextlib.closing(Trackers(out)) as trackers,
     ):
         if main:
             _remove_unfinished(out)
@@ -91,7 +93,7 @@ def _train(
             shards.fetch(progress=not quiet)
         shards = _ready(shards, accelerator.device, config.data.on_device)
         preview = Preview(config, shards, accelerator.device, stop) if config.train.preview_every else None
-        spent = []
+        spent: list[dict[str, Any]] = []
         for number, stage in enumerate(plan, start=1):
             trainer = Trainer(
                 accelerator,
@@ -104,6 +106,7 @@ def _train(
                 teacher=teacher_of(config, stage, str(out), shards, accelerator.device),
                 initial=initial,
                 preview=preview,
+                trackers=trackers if main else None,
                 stop=stop,
                 bar=bar,
             )
@@ -111,6 +114,9 @@ def _train(
                 began = _begin(config, plan, out, shards.manifest, accelerator, initial)
                 if initial and began and not quiet:
                     accelerator.print(describe(initial.record))
+                if main:
+                    trackers.start(config)
+            trackers.begin(sum(earlier["steps"] for earlier in spent))
             if not quiet:
                 accelerator.print(_announce(trainer, number, len(plan)))
             trainer.run()
@@ -120,8 +126,6 @@ def _train(
         report = _report(config, plan, spent, initial)
         if main:
             write_json(out / REPORT, report)
-        for tracker in accelerator.trackers:
-            tracker.finish()
     return report
 
 
@@ -170,7 +174,6 @@ def accelerator_of(config: RunConfig, out: Path) -> Accelerator:
     return Accelerator(
         cpu=not torch.accelerator.is_available(),  # without a GPU, launched processes form a group only with this
         mixed_precision=mixed,
-        log_with="tensorboard" if config.log.tensorboard else None,
         project_dir=str(out),
         kwargs_handlers=[patience(config.train)],
     )
@@ -237,8 +240,6 @@ def _begin(
     accelerator.wait_for_everyone()
     if new and initial is not None:
         initial.release()
-    if config.log.tensorboard:
-        accelerator.init_trackers("tensorboard")
     return new
 
 
