@@ -39,7 +39,7 @@ class Evaluate(Command):
     samples: Positional[str]
     """pictures, or a run, checkpoint or weights file"""
     reference: str
-    """folder, zip or npz of real pictures, prepared data (also its URL), `digits`, or an npz of statistics (mu, sigma; ADM's)"""
+    """folder, zip or npz of real pictures, prepared data (also a URL), `digits`, or an npz of statistics (mu, sigma; ADM's)"""
     features: str | None = None
     """`inception` or its file of weights (.pth), `digits`, a classifier file made by `selftrans classifier`, or `values`: the
     numbers themselves; None: inception for pictures, values for data that are not pictures"""
