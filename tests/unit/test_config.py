@@ -197,6 +197,7 @@ def test_settings_that_may_change_on_resume():
     free = {name for name, rule in rules.items() if rule == "free" and name.split(".")[0] not in ("log", "sample")}
     assert free == {
         *("data.path", "data.text_encoder", "data.on_device", "data.verify", "stage2.teacher", "repa.encoder"),
+        *("data.cache_dir", "data.cache_gb"),
         *("train.steps", "train.checkpoint_every", "train.preview_every", "train.keep", "train.keep_best"),
         *("train.keep_every", "train.max_skips", "train.shard", "train.timeout", "train.recompute", "train.compile"),
         "train.allow_changes",

@@ -96,13 +96,15 @@ class Sampler:
         device: torch.device | str | None = None,
         conditioning: Conditioning | None = None,
         text_encoder: str | None = None,
+        total: int | None = None,
     ) -> Self:
         """The sampler of a loaded model, which is moved to `device` (None: `default_device`) and cast in place.
 
         A model of text samples the prompts of `settings`, or (None) those of its run, unless `conditioning` is given;
         `text_encoder` is where their encoder lies, if not where it was at training.
         In reduced precision the weights of linear and convolution layers are cast once. On a GPU the autoencoder then decodes
-        in bfloat16 (float16 overflows in some), and both are compiled if that saves time.
+        in bfloat16 (float16 overflows in some), and both are compiled if that saves time: `total` is the number of images that
+        this process samples of models of one kind (None: those of `settings`), which share a compilation.
         Raises ValueError for invalid settings.
         """
         settings.check()
@@ -121,8 +123,7 @@ class Sampler:
             conditioning = conditioning_of(
                 conditions, settings, present=present, text_encoder=text_encoder, device=device
             )
-        reduced = device.type == "cuda" and dtype != torch.float32
-        of_decoder = torch.bfloat16 if reduced else torch.float32
+        of_decoder = decoder_dtype(device, settings.precision)
         decoder = load_decoder(loaded.autoencoder, settings.decode_with, device=device, dtype=of_decoder)
         path = flow.PATHS[loaded.config.train.path]
         weak = weak_model(loaded, settings)
@@ -130,7 +131,7 @@ class Sampler:
         sampler = cls(model, decoder, settings, path, device=device, conditioning=conditioning, weak=weaker)
         for each in sampler.models:
             cast_products(each, dtype)
-        if worth_compiling(settings, device):
+        if worth_compiling(settings if total is None else dataclasses.replace(settings, num=total), device):
             sampler._compile()
         sampler.described |= {
             "weights": loaded.weights,
@@ -252,6 +253,12 @@ def weak_model(loaded: LoadedModel, settings: SampleConfig) -> LoadedModel | Non
             f"autoguidance {name} is a model of {theirs}, the sampled one of {ours}; give one of the same data"
         )
     return weak
+
+
+def decoder_dtype(device: torch.device, precision: str) -> torch.dtype:
+    """Of the autoencoder that decodes samples in this precision: reduced on a GPU only."""
+    reduced = device.type == "cuda" and PRECISIONS[precision] != torch.float32
+    return torch.bfloat16 if reduced else torch.float32
 
 
 def worth_compiling(settings: SampleConfig, device: torch.device) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import statistics
 import tempfile
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -43,6 +44,8 @@ CLASSES = 1000
 BATCH = {"cpu": {"SiT-S/2": 10}, "cuda": {"SiT-S/2": 256, "SiT-B/2": 256}}
 OTHERWISE = {"cpu": 6, "cuda": 64}
 QUICK = 90  #: seconds for the steps of a quick run
+#: what is measured: three stages in the trainer, and two plain steps
+ROWS = ("vanilla", "stage1", "stage2", "plain_vanilla", "plain_stage2")
 #: name -> (numerator, denominator), both rows of the table
 RATIOS = {
     "stage1_over_vanilla": ("stage1", "vanilla"),
@@ -64,6 +67,8 @@ def bench(
     device: Literal["cpu", "cuda"] | None = None,
     seconds: float = 300,
     quick: bool = False,
+    rows: Sequence[str] | None = None,
+    limit: float | None = None,
 ) -> dict[str, Any]:
     """Measure each model and write `out/bench.json`; returns its content.
 
@@ -74,9 +79,15 @@ def bench(
         device: None: a GPU if there is one. A GPU is measured in bfloat16 and compiled, a CPU in float32 and eager.
         seconds: time for the training steps of each model (at least three rounds).
         quick: less time, and fewer latents and images.
+        rows: names of the steps that are measured; None: all of ROWS. A ratio needs both of its rows.
+        limit: seconds for each model in all, building and compilation included; at least one round is measured, and sampling
+            is left out when the time is over. None: no limit.
     The file is written after each model. A model that does not fit in memory is reported as failed.
     Raises ValueError when tokens is not a square number, and for an unavailable device.
     """
+    rows = tuple(dict.fromkeys(rows or ROWS))
+    if unknown := [name for name in rows if name not in ROWS]:
+        raise ValueError(f"row {unknown[0]!r} is unknown; choose from {', '.join(ROWS)}")
     where = torch.device(device or default_device().type)
     if where.type == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: this machine has no GPU that torch can use; omit --device")
@@ -101,9 +112,10 @@ def bench(
             config = settings(model, batch, precision)
             torch.compiler.reset()  # compilations of the previous model
             try:
-                result = _model(accelerator, config, dataset, Path(scratch) / name.replace("/", "-"), seconds, quick)
+                budget = Budget(seconds, limit, quick)
+                result = _model(accelerator, config, dataset, Path(scratch) / name.replace("/", "-"), budget, rows)
             except torch.OutOfMemoryError:
-                result = {"failed": "not enough memory for five candidates; give a smaller --batch-size"}
+                result = {"failed": f"not enough memory for {len(rows)} candidates; give a smaller --batch-size"}
             report["models"][name] = {"batch": batch, "tokens": tokens} | result
             write_json(out / "bench.json", report)
             accelerator.free_memory()
@@ -128,48 +140,76 @@ def settings(model: SiTConfig, batch_size: int, precision: Literal["fp32", "bf16
     return RunConfig("bench", model=model, sections=guided, train=train, log=Log(tensorboard=False))
 
 
+class Budget:
+    """The time for one model, from its construction on."""
+
+    def __init__(self, seconds: float, limit: float | None, quick: bool) -> None:
+        self.seconds, self.quick = min(seconds, QUICK) if quick else seconds, quick  #: for the rounds
+        self.deadline = None if limit is None else time.monotonic() + limit
+
+    @property
+    def over(self) -> bool:
+        return self.deadline is not None and time.monotonic() > self.deadline
+
+
 def _model(
-    accelerator: TimedAccelerator, config: RunConfig, dataset: Dataset, folder: Path, seconds: float, quick: bool
+    accelerator: TimedAccelerator,
+    config: RunConfig,
+    dataset: Dataset,
+    folder: Path,
+    budget: Budget,
+    rows: Sequence[str],
 ) -> dict[str, Any]:
     """Measure one model: rows, ratios, sampling."""
     clock, memory = accelerator.clock, Memory(accelerator.device)
     dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
-    candidates = build(accelerator, config, dataset, folder, memory)
+    candidates = build(accelerator, config, dataset, folder, memory, rows)
     before = memory.allocated()
     peaks = Peak(clock, dtype)
     memory.own["matmul"] = memory.allocated() - before
-    rounds = interleaved(candidates, clock, peaks, memory, seconds=min(seconds, QUICK) if quick else seconds)
+    first: dict[str, float] = {}
+    timing = {"seconds": budget.seconds, "deadline": budget.deadline}
+    rounds = interleaved(candidates, clock, peaks, memory, **timing, first=first)  # type: ignore[arg-type]
     flops = {name: one.flops for name, one in candidates.items() if isinstance(one, TrainerStep)}
     del candidates, peaks
     peak = max(2 * int(side) ** 3 / _median(rounds["matmul"], side) for side in rounds["matmul"][0])
     shown = {name: _row(each, config.train.batch_size) for name, each in rounds.items() if name != "matmul"}
     for name, row in shown.items():
         row |= {"peak_memory_gb": memory.gigabytes(name), "data_share": row["data_ms"] / row["ms"]}
-        row |= {"utilisation": flops[NEEDS.get(name, name)] / (row["ms"] / 1e3) / peak}
-    model = config.build_model(dataset.manifest.shape, dataset.manifest.conditions).to(accelerator.device)
-    randomise(model)
-    images = (1 if quick else 2) if clock.device.type == "cpu" else 64
-    prepare_sampling(model, clock.device, dtype)
-    sampled = sampling(model, clock, precision=config.train.precision, images=images, rounds=2 if quick else 3)
-    ratios = {name: _ratios(rounds, *pair) for name, pair in RATIOS.items()}
-    return {
+        counted = flops.get(NEEDS.get(name, name))
+        row |= {"utilisation": None if counted is None else counted / (row["ms"] / 1e3) / peak}
+        row |= {"first_step_s": first[name]}
+    ratios = {name: _ratios(rounds, *pair) for name, pair in RATIOS.items() if set(pair) <= set(rounds)}
+    found: dict[str, Any] = {
         "rounds": len(rounds["matmul"]),
         "matmul_peak_tflops": peak / 1e12,
         "rows": shown,
-        "ratios": {name: statistics.median(each) for name, each in ratios.items()}
-        | {"sampling_interval_over_full": sampled["interval_over_full"]},
+        "ratios": {name: statistics.median(each) for name, each in ratios.items()},
         "ratios_range": {name: [min(each), max(each)] for name, each in ratios.items()},
-        "sampling": sampled,
     }
+    if budget.over:
+        return found
+    model = config.build_model(dataset.manifest.shape, dataset.manifest.conditions).to(accelerator.device)
+    randomise(model)
+    images = (1 if budget.quick else 2) if clock.device.type == "cpu" else 64
+    prepare_sampling(model, clock.device, dtype)
+    sampled = sampling(model, clock, precision=config.train.precision, images=images, rounds=2 if budget.quick else 3)
+    found["ratios"] |= {"sampling_interval_over_full": sampled["interval_over_full"]}
+    return found | {"sampling": sampled}
 
 
 def build(
-    accelerator: TimedAccelerator, config: RunConfig, dataset: Dataset, folder: Path, memory: Memory
+    accelerator: TimedAccelerator,
+    config: RunConfig,
+    dataset: Dataset,
+    folder: Path,
+    memory: Memory,
+    rows: Sequence[str] = ROWS,
 ) -> dict[str, Candidate]:
-    """The candidates: three stages in the trainer, and two plain steps. `memory` records what each allocates."""
+    """The candidates: stages in the trainer, and plain steps. `memory` records what each allocates."""
     runs = {"vanilla": VANILLA, "stage1": STRUCTURE, "stage2": SELF_TRANSCENDENCE}
     candidates: dict[str, Candidate] = {}
-    for name in (*runs, "plain_vanilla", "plain_stage2"):
+    for name in rows:
         before = memory.allocated()
         if name in runs:
             stage = runs[name].stages(config)[-1]

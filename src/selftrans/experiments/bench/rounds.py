@@ -133,21 +133,37 @@ class Memory:
 
 
 def interleaved(
-    candidates: Mapping[str, Candidate], clock: Clock, peak: Peak, memory: Memory, *, seconds: float, least: int = 3
+    candidates: Mapping[str, Candidate],
+    clock: Clock,
+    peak: Peak,
+    memory: Memory,
+    *,
+    seconds: float,
+    least: int = 3,
+    deadline: float | None = None,
+    first: dict[str, float] | None = None,
 ) -> dict[str, list[dict[str, float]]]:
     """Seconds of each part of a step, per candidate and round: at least `least` rounds, and more within `seconds`.
 
     Before the rounds every candidate takes warm-up steps, which allocate and compile. In a round each candidate takes one
     step (on a GPU the median of eight), in rotating order. The key "matmul" holds the seconds of the matrix products.
+    After `deadline` (of `time.monotonic`) no round begins, except the first. `first` gets the seconds of each candidate's
+    first step, compilation included.
     """
     names, several = list(candidates), 8 if clock.device.type == "cuda" else 1
     for name in names:
         before = memory.allocated()
+        if first is not None:
+            started = time.monotonic()
+            _timed_steps(candidates[name], clock, 1)
+            first[name] = time.monotonic() - started
         _timed_steps(candidates[name], clock, 3 if several > 1 else 1)
         memory.own[name] = memory.own.get(name, 0) + memory.allocated() - before  # the optimiser's state
     rounds: dict[str, list[dict[str, float]]] = {name: [] for name in [*names, "matmul"]}
     began, each = time.monotonic(), 0.0
     while len(rounds["matmul"]) < least or time.monotonic() - began + each < seconds:
+        if deadline is not None and rounds["matmul"] and time.monotonic() + each > deadline:
+            break
         started, number = time.monotonic(), len(rounds["matmul"])
         for name in names[number % len(names) :] + names[: number % len(names)]:
             memory.begin()

@@ -32,7 +32,10 @@ def table(report: dict[str, Any]) -> str:
         for ratio, value in model["ratios"].items():
             low, high = model["ratios_range"].get(ratio, (None, None))
             lines.append(f"  {ratio:<28} {value:.3f}" + (f"   ({low:.3f} to {high:.3f})" if low is not None else ""))
-        sampled = model["sampling"]
+        sampled = model.get("sampling")
+        if sampled is None:
+            lines.append("sampling was not measured: the time was over")
+            continue
         lines.append(
             f"sampling, batch {sampled['batch']}, {sampled['steps']} Euler steps, guided: "
             f"{sampled['full_images_per_s']:.3g} images/s; guided on {sampled['interval']} only: "
@@ -52,4 +55,5 @@ def _cells(row: dict[str, Any]) -> str:
         row[f"{part}_ms"] for part in ("data", "forward", "backward", "optimiser")
     ]
     memory = "-" if row["peak_memory_gb"] is None else f"{row['peak_memory_gb']:.2f}"
-    return "".join(f"{value:>12.4g}" for value in parts) + f"{memory:>12}{row['utilisation']:>12.1%}"
+    used = "-" if row["utilisation"] is None else f"{row['utilisation']:.1%}"
+    return "".join(f"{value:>12.4g}" for value in parts) + f"{memory:>12}{used:>12}"
