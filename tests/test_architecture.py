@@ -174,6 +174,7 @@ COVERED_BY = {
     "train/interrupted": "unit/train/test_signals.py",
     "train/memory_use": "unit/checkpoints/test_adapted.py",
     "train/run": "integration/test_train.py",
+    "train/training_step": "unit/train/test_trainer.py",
 }
 #: unit tests that are not named after a module -> why
 OTHER_UNIT_TESTS = {

@@ -294,6 +294,9 @@ class Bench(Command):
     """of an image, a square number"""
     seconds: float = 300
     """for the steps of each model; at least three rounds are measured"""
+    rows: Annotated[tuple[str, ...] | None, tyro.conf.arg(metavar="NAME [NAME ...]")] = None
+    """what is measured, of vanilla, stage1, stage2, plain_vanilla, plain_stage2, and captured_vanilla, captured_stage1,
+    captured_stage2 (train.capture); None: the first five"""
     quick: bool = False
     """SiT-S/2 alone (if no model is named), within three minutes on two cores"""
     device: Literal["cpu", "cuda"] | None = None

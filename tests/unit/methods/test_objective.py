@@ -355,7 +355,9 @@ def test_step_with_even_times_reads_no_value_on_the_host(monkeypatch):
 
     even, independent = sit_objective(), sit_objective("uniform")
     with monkeypatch.context() as patch:
-        patch.setattr(Conditions, "check_labels", lambda *_: None)  # it reads values on the CPU only, as its test shows
+        patch.setattr(
+            Conditions, "check_labels", lambda *_, **__: None
+        )  # it reads values on the CPU only, as its test shows
         for name in ("__bool__", "__int__", "__float__", "__index__", "item", "tolist", "nonzero", "numpy", "cpu"):
             patch.setattr(torch.Tensor, name, trap(name))
         step(even)
