@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -87,7 +87,7 @@ class Recorded:
         current.wait_stream(self.stream)
         return out
 
-    def capture(self, pool: tuple[int, int]) -> None:
+    def capture(self, pool: Any) -> None:
         """Record the function without running it. RuntimeError where it does what a graph cannot hold."""
         graph = torch.cuda.CUDAGraph()
         # thread_local: what other threads do to the device does not end the capture
@@ -141,11 +141,11 @@ class CapturedStep:
         trainer, train = self.trainer, self.trainer.config.train
         self.step.fill_(trainer.step)
         self.rate.fill_(learning_rate(trainer.step, train))
+        if self._taken == WARM_UP:
+            self._settle()
         for micro in range(train.accumulate):
             seed_step(train.seed, trainer.stage.stream, trainer.step, micro, 0)
             self._fill(next(batches))
-            if self._taken == WARM_UP and not micro:
-                self._settle()
             row = self._micro()
             if self._rows is None:
                 self._rows = row.new_zeros(train.accumulate, len(row))
@@ -196,9 +196,9 @@ class CapturedStep:
     def _update_step(self) -> Tensor:
         """(A V + 3,) float64: the reports of the micro-batches, and what `check_step` finds."""
         assert self._rows is not None
-        checked = update_step(self.trainer, list(self._rows[:, self._names.index("loss")].float().unbind(dim=0)))
+        _, checked = update_step(self.trainer, list(self._rows[:, self._names.index("loss")].float().unbind(dim=0)))
         if self._held:
-            torch._foreach_zero_([p.grad for p in self._held])
+            torch._foreach_zero_([p.grad for p in self._held if p.grad is not None])
         elif not self._capturing:
             self._graded = [p for p in self.trainer.objective.parameters() if p.grad is not None]
             self.trainer.optimizer.zero_grad(set_to_none=True)
@@ -219,7 +219,7 @@ class CapturedStep:
         try:
             self._capture()
         except RuntimeError as error:
-            self._give_up(first_line(error))
+            self._give_up(first_line(error.__context__ or error))  # the end of a capture that failed fails, too
 
     def _capture(self) -> None:
         stream, device = torch.cuda.current_stream(self.device), self.device

@@ -68,13 +68,11 @@ def update(optimizer: Any, sound: Tensor, scaler: Any = None) -> None:
     torch's does not know the flag: the host reads it.
     """
     inner = getattr(optimizer, "optimizer", optimizer)
-    if not isinstance(inner, torch.optim.AdamW):
-        if bool(sound):
-            optimizer.step()
-        return
-    if scaler is None:
-        inner.found_inf = (~sound).float()
-    optimizer.step()
+    knows_flag = isinstance(inner, torch.optim.AdamW)
+    if knows_flag and scaler is None:
+        setattr(inner, "found_inf", (~sound).float())  # noqa: B010 - torch does not declare it
+    if knows_flag or bool(sound):
+        optimizer.step()
 
 
 def forget(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
@@ -87,11 +85,14 @@ def forget(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Tensor]:
-    """Moments by name: `<parameter>:<moment>`."""
-    found = {}
+    """Moments by name: `<parameter>:<moment>`. A tensor that several parameters share (a table of 8-bit values) is copied."""
+    found: dict[str, Tensor] = {}
+    shared: set[int] = set()
     for name, parameter in model.named_parameters():
         for moment, value in optimizer.state.get(parameter, {}).items():
-            found[f"{name}:{moment}"] = torch.as_tensor(value)
+            tensor = torch.as_tensor(value)
+            found[f"{name}:{moment}"] = tensor.clone() if id(tensor) in shared else tensor
+            shared.add(id(tensor) if isinstance(value, Tensor) else 0)
     return found
 
 

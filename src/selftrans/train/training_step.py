@@ -34,14 +34,13 @@ def launched_step(trainer: Trainer, batches: Iterator[Loaded]) -> None:
         seed_step(train.seed, trainer.stage.stream, step, micro, rank)
         batch = to_batch(next(batches), trainer.shards, device)
         reports.append(micro_step(trainer, batch, step, last=micro == train.accumulate - 1))
-    checked = update_step(trainer, [report["loss"] for report in reports])
+    sound, checked = update_step(trainer, [report["loss"] for report in reports])
     trainer.optimizer.zero_grad(set_to_none=True)
     trainer.nonfinite.note(step, checked)
-    sound, norm = checked[0] == 0, checked[2]
     for report in reports:
         trainer.window.add(report, sound)
         trainer.span.add({"flow": report["flow"]}, sound)
-    trainer.window.add({"grad_norm": norm}, sound)
+    trainer.window.add({"grad_norm": checked[2]}, sound)
 
 
 def micro_step(trainer: Trainer, batch: Batch, step: int | Tensor, *, last: bool) -> Report:
@@ -56,13 +55,15 @@ def micro_step(trainer: Trainer, batch: Batch, step: int | Tensor, *, last: bool
     return {"loss": loss.detach(), **report}
 
 
-def update_step(trainer: Trainer, losses: list[Tensor]) -> Tensor:
+def update_step(trainer: Trainer, losses: list[Tensor]) -> tuple[Tensor, Tensor]:
     """Clip the gradients and update the weights, if losses and gradient are finite. Gradients stay.
 
-    Returns what `check_step` finds: (3,) on the device: 1 where the update was skipped, else 0; loss; norm before clipping.
+    Returns, on the device, whether they are (0-d boolean), and what `check_step` finds (3,): 1 where the update was skipped,
+    else 0; loss; norm before clipping.
     """
     accelerator, clip = trainer.accelerator, trainer.config.train.clip
     norm = fsdp.gather_full_tensor(accelerator.clip_grad_norm_(trainer.wrapped.parameters(), clip))
     checked = check_step(losses, norm, accelerator)
-    update(trainer.optimizer, checked[0] == 0, accelerator.scaler)
-    return checked
+    sound = checked[0] == 0
+    update(trainer.optimizer, sound, accelerator.scaler)
+    return sound, checked

@@ -128,9 +128,7 @@ def test_optimiser_that_knows_no_flag_is_skipped_by_the_host_and_restored():
     state = optimizers[1].state[models[1].weight]
     assert state["step"] == 2 and isinstance(state["step"], int) and state["state1"].dtype == torch.uint8
     assert torch.equal(state["state1"], torch.full((2, 3), 2, dtype=torch.uint8))
-    with pytest.raises(
-        ValueError, match="the moments of weight are those of another optimiser; choose the other"
-    ):
+    with pytest.raises(ValueError, match="the moments of weight are those of another optimiser; choose the other"):
         load_optimizer(build_optimizer(models[1], toy.toy().train), models[1], named)
 
 

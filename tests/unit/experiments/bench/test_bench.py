@@ -230,7 +230,9 @@ def test_utilisation_counts_only_needed_operations(report: dict[str, Any]) -> No
 
 def test_table_shows_the_report(report: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
     text = table(report)
-    assert "stage 2, plain" in text and "stage 2, graph" in text and "stage2_over_vanilla" in text and "latents/s" in text
+    assert (
+        "stage 2, plain" in text and "stage 2, graph" in text and "stage2_over_vanilla" in text and "latents/s" in text
+    )
     assert f"{report['ratios']['stage1_over_vanilla']:.3f}" in text
 
 
