@@ -28,10 +28,10 @@ from tests.support import toy
 from tests.support.toy import quick  # noqa: F401 - a fixture
 
 STEPS = WARM_UP + 4
-SPOILT = (1, WARM_UP + 1)  #: steps (0-based) whose loss is not finite: before and after the capture
+SPOILT = {1, WARM_UP + 1}  #: steps (0-based) whose loss is not finite: before and after the capture
 
 
-def built(folder: Path, capture: str, settings: dict[str, Any]) -> Trainer:
+def built(folder: Path, capture: str, settings: dict[str, Any], *, cpu: bool = True) -> Trainer:
     """A trainer of the last stage, with a teacher of random weights where it has one."""
     AcceleratorState._reset_state(True)
     config = toy.toy({"train.capture": capture, "train.warmup": 2, "train.weight_decay": 0.1} | settings)
@@ -43,7 +43,7 @@ def built(folder: Path, capture: str, settings: dict[str, Any]) -> Trainer:
         for p in model.parameters():
             torch.nn.init.normal_(p, std=0.1)
         frozen = Frozen(model, 2)
-    return Trainer(Accelerator(cpu=True), config, stage, folder, shards, teacher=frozen)
+    return Trainer(Accelerator(cpu=cpu), config, stage, folder, shards, teacher=frozen)
 
 
 def state(one: Trainer) -> dict[str, torch.Tensor]:
@@ -71,8 +71,9 @@ def spoilt(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def forward(self: Objective, batch: Any, step: Any) -> Any:
         loss, report = original(self, batch, step)
-        bad = torch.isin(torch.as_tensor(step), torch.tensor(SPOILT))
-        return loss * torch.where(bad, float("nan"), 1.0), report
+        for number in SPOILT:
+            loss = loss * torch.where(torch.as_tensor(step, device=loss.device) == number, float("nan"), 1.0)
+        return loss, report
 
     monkeypatch.setattr(Objective, "forward", forward)
 
@@ -187,6 +188,22 @@ def test_step_that_cannot_be_captured_goes_on_without_a_graph(
         for _ in range(STEPS - WARM_UP - 1):
             one._train_step(batches)
         toy.assert_same(state(one), launched)
+
+
+@pytest.mark.usefixtures("spoilt")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("case", CASES)
+def test_graphs_on_a_gpu_equal_launched_steps(tmp_path: Path, case: str, compiled: bool) -> None:
+    settings = CASES[case] | {"train.compile": compiled}
+    launched = steps(built(tmp_path, "off", settings, cpu=False), 9)
+    one = built(tmp_path, "on", settings, cpu=False)
+    captured = steps(one, 9)
+    assert one.captured is not None and one.captured._micro._graph is not None, "it went on without a graph"
+    assert one.nonfinite.skipped == 2 and captured.keys() == launched.keys()
+    for name, value in launched.items():
+        if name.startswith(("window/", "span/")):
+            assert float(captured[name]) == pytest.approx(float(value), rel=1e-4), name
 
 
 def test_interrupted_captured_run_equals_a_launched_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
