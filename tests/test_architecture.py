@@ -182,6 +182,7 @@ COVERED_BY = {
     "train/interrupted": "unit/train/test_signals.py",
     "train/memory_use": "unit/checkpoints/test_adapted.py",
     "train/run": "integration/test_train.py",
+    "train/training_step": "unit/train/test_trainer.py",
     "ui/feature_job": "unit/ui/test_server.py",
     "ui/models_offered": "unit/ui/test_server.py",
     "ui/opened_models": "unit/ui/test_server.py",

@@ -95,6 +95,11 @@ class Train(Section):
     precision: Literal["fp32", "bf16", "fp16"] = setting("fp32", resume="consent")
     compile: bool | None = setting(None, resume="free")
     """torch.compile each block; None: on a GPU"""
+    capture: Literal["off", "on", "auto"] = setting("off", resume="free")
+    """replay the whole step as CUDA graphs instead of launching its kernels one by one, for small models; on: or say why not;
+    auto: where it can be. On a CPU, on: the same step on the same buffers without a graph (docs/step.md)"""
+    optimizer: Literal["adamw", "adamw8bit"] = "adamw"
+    """adamw8bit: moments of 8 bits (bitsandbytes, `pip install selftrans[8bit]`), a quarter of the memory"""
     recompute: bool = setting(False, resume="free")
     """activation checkpointing: less memory, one more forward pass"""
     shard: bool = setting(False, resume="free")
@@ -126,6 +131,9 @@ class Train(Section):
         for name in ("warmup", "preview_every", "keep", "keep_best", "keep_every", "seed", "weight_decay", "cosine"):
             if getattr(self, name) < 0:
                 raise ValueError(f"train.{name} must not be negative, not {getattr(self, name)}")
+        if self.optimizer != "adamw" and (self.shard or self.precision == "fp16"):
+            other = "train.shard" if self.shard else "train.precision fp16"
+            raise ValueError(f"train.optimizer {self.optimizer} does not go with {other}; use adamw")
         if not 0 <= self.ema < 1 or not 0 <= self.drop <= 1:
             raise ValueError(f"train.ema must be in [0, 1) and train.drop in [0, 1], not {self.ema}, {self.drop}")
 

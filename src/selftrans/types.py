@@ -43,11 +43,12 @@ class Conditions:
             return {TEXT: text, MASK: mask}
         return torch.zeros(1, dtype=torch.long)
 
-    def check_labels(self, cond: Cond, n: int, *, null: bool = False) -> None:
+    def check_labels(self, cond: Cond, n: int, *, null: bool = False, on_device: bool = True) -> None:
         """ValueError unless labels (N,) are whole numbers of classes, one for each of `n` samples; text is not looked at.
 
         Never waits for a device: only values on the CPU are read. On a GPU a wrong label stops the process by an assertion
-        of the device. null: allow the null label, too (num_classes).
+        of the device, which takes a few kernels; `on_device` False leaves that out. null: allow the null label, too
+        (num_classes).
         """
         if self.kind != "labels" or not isinstance(cond, Tensor):
             return
@@ -58,7 +59,7 @@ class Conditions:
         if n == 0 or type(cond) is not Tensor or torch.compiler.is_compiling():
             return
         expected = f"the model has {self.num_classes} classes, so labels are 0 to {self.num_classes - 1}"
-        if cond.device.type == "cuda":
+        if cond.device.type == "cuda" and on_device:
             torch._assert_async(((cond >= 0) & (cond <= last)).all(), f"a label is out of range: {expected}")
         elif cond.device.type == "cpu" and len(outside := _outside(cond, last)):
             wrong = int(outside[0])
@@ -98,7 +99,7 @@ class Draw(NamedTuple):
     dropped: Cond  #: condition with some samples replaced by the null one, for the student
     even: bool = False  #: t is systematic (one per stratum), so a range holds a bounded number of samples
     features: Tensor | None = None  #: as in the batch
-    step: int = 0  #: number of the training step, from 0
+    step: int | Tensor = 0  #: number of the training step, from 0; in a captured step a 0-d tensor on the device
 
 
 class Output(NamedTuple):

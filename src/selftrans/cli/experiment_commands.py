@@ -295,7 +295,8 @@ class Bench(Command):
     seconds: float = 300
     """for the steps of each model; at least three rounds are measured"""
     rows: Annotated[tuple[str, ...] | None, tyro.conf.arg(metavar="NAME [NAME ...]")] = None
-    """steps to measure, by their names in bench.json; None: all five"""
+    """what is measured, of vanilla, stage1, stage2, plain_vanilla, plain_stage2, and captured_vanilla, captured_stage1,
+    captured_stage2 (train.capture); None: the first five"""
     limit: float | None = None
     """seconds for each model in all, compilation included; sampling is left out when they are over; None: no limit"""
     quick: bool = False

@@ -129,7 +129,8 @@ def _measured(trainer: Trainer, out: Path, steps: int) -> StagePlan:
         torch.cuda.reset_peak_memory_stats(device)
     batches = trainer.stream.from_step(0, pin=device.type == "cuda")
     seconds: list[float] = []
-    count = min(steps, stage.steps)
+    untimed = trainer.captured.untimed if trainer.captured else 1  # these compile, and capture
+    count = min(steps + untimed - 1, stage.steps)
     said, hidden = f"{stage.name}: {count} steps", not trainer.accelerator.is_main_process
     limit = LIMIT if trainer.accelerator.num_processes == 1 else float("inf")  # several take the same number of steps
     with tqdm(total=count, desc=said, unit="step", mininterval=0, leave=False, disable=hidden) as bar:
@@ -140,7 +141,7 @@ def _measured(trainer: Trainer, out: Path, steps: int) -> StagePlan:
                 torch.cuda.synchronize(device)
             seconds.append(time.perf_counter() - started)
             bar.update()
-    each = statistics.median(seconds[1:] or seconds)
+    each = statistics.median(seconds[untimed:] or seconds[1:] or seconds)
     reached = max((step for step, _ in checkpoint.steps(out / stage.name / "checkpoints")), default=0)
     student, objective = trainer.objective.student, trainer.objective
     return StagePlan(
