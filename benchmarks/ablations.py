@@ -80,6 +80,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "never-ends": {"stage2.until_step": None},
     "fades-half": {"stage2.fade": 0.5},
     "fades": {"stage2.fade": 1.0},
+    # tokens that skip the middle blocks in training
+    "route": {"method": "vanilla", "model.route": 0.5},
+    "route-quarter": {"method": "vanilla", "model.route": 0.25},
+    "w5-route": {"stage2.scale": 5.0, "model.route": 0.5},
     # other methods at a tenth of their published weights
     "sra-tenth": {"method": "sra", "sra.weight": 0.05},
     "layersync-tenth": {"method": "layersync", "layersync.weight": 0.02},
