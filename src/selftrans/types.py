@@ -121,7 +121,11 @@ class Backbone(nn.Module):
     grid: tuple[int, ...]  #: tokens along each spatial dimension; T is their product
     conditions: Conditions  #: what it is conditioned on
     null_set: bool = True  #: whether `null` is known; False: not before `use_null`
-    recompute: bool = False  #: activation checkpointing, in models that call their blocks by `run_block`
+    #: activation checkpointing, in models that call their blocks by `run_block`: of all blocks, or of these (1-based)
+    recompute: bool | frozenset[int] = False
+    random_blocks: bool = (
+        True  #: whether blocks may draw random numbers, which a block that is computed again must repeat
+    )
 
     def forward(self, x: Tensor, t: Tensor, cond: Cond, *, taps: tuple[int, ...] = (), stop: bool = False) -> Output:
         """Velocity at x (N, C, *S), t (N,) under `cond`, with the features after each block of `taps` (1-based).
@@ -164,9 +168,16 @@ class Backbone(nn.Module):
 
     def run_block(self, block: nn.Module, *inputs: Tensor) -> Tensor:
         """The output of one block; with `recompute`, in training, its activations are computed again in backward."""
-        if self.recompute and self.training:
-            return torch.utils.checkpoint.checkpoint(block, *inputs, use_reentrant=False)
-        return block(*inputs)
+        if not self.training or not self.recompute or not self._recomputes(block):
+            return block(*inputs)
+        return torch.utils.checkpoint.checkpoint(
+            block, *inputs, use_reentrant=False, preserve_rng_state=self.random_blocks
+        )
+
+    def _recomputes(self, block: nn.Module) -> bool:
+        if isinstance(self.recompute, bool):
+            return self.recompute
+        return any(each is block for k, each in enumerate(self.repeated(), start=1) if k in self.recompute)
 
     def truncate(self, block: int) -> None:
         """Delete what comes after `block` (1-based), in place; afterwards only calls with `stop=True` are served.
