@@ -126,6 +126,7 @@ COVERED_BY = {
     "data/reports": "unit/data/sources/test_surprises.py",
     "data/resumable": "integration/test_prepare_parts.py",
     "data/shard_plan": "unit/data/test_prepare.py",
+    "data/shard_reader": "unit/data/test_streamed.py",
     "data/sources/clips": "unit/data/sources/test_audio.py",
     "data/sources/noticed": "unit/data/sources/test_metadata.py",
     "data/sources/part_file": "unit/data/sources/test_metadata.py",
