@@ -222,6 +222,8 @@ class RunConfig:
         """A student for latents (C, *S) under these conditions, freshly initialised. ValueError where it cannot be."""
         model = models.find(self.model.name).build(self.model, tuple(shape), conditions)
         model.use_path(self.train.path)
+        if self.model.early_block is not None:
+            model.add_early(self.model.early_block)
         return model
 
     def check(self) -> RunConfig:

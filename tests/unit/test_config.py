@@ -45,6 +45,7 @@ def test_json_holds_every_setting():
         ("self_transcendence", {"stage1", "stage2"}),
         ("repa", {"repa"}),
         ("dispersive", {"dispersive"}),
+        ("internal_guidance", {"internal_guidance"}),
     ],
 )
 def test_json_of_a_run_holds_the_sections_of_its_own_method_only(method, own):
@@ -207,6 +208,7 @@ def test_settings_that_may_change_on_resume():
         *("train.lr", "train.warmup", "train.clip", "train.weight_decay", "train.precision", "train.drop"),
         *("train.cosine", "train.fp8", "model.route", "model.route_blocks"),
         *(f"{key}.weight" for key in ("stage1", "stage2", "repa", "sra", "layersync", "dispersive")),
+        "internal_guidance.weight",
     }
 
 

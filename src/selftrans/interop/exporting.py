@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -49,6 +50,11 @@ def export_run(
                 f"model {spec.name} has no layout '{layout}'{nearest(layout, [OURS, FOLDER, *spec.layouts])}"
             )
         published = spec.layouts[layout]
+        if loaded.model.early is not None:
+            warnings.warn(
+                f"the second output of the model is left out: layout {layout} has no place for it", stacklevel=2
+            )
+            loaded.model.remove_early()
         arguments = published.arguments(loaded.model, loaded.config.model)
         config = {
             "layout": layout,

@@ -28,7 +28,7 @@ from selftrans.encoders.autoencoder import Autoencoder, DiffusersAutoencoder, lo
 from selftrans.models.compiling import compile_model
 from selftrans.precision import PRECISIONS
 from selftrans.sampling.conditioning import Conditioning, conditioning_of
-from selftrans.sampling.samplers import SAMPLERS, Noise, autoguided, guided
+from selftrans.sampling.samplers import SAMPLERS, Early, Noise, autoguided, guided
 from selftrans.sampling.streams import NOISE_STREAM, image_stream
 from selftrans.storage import printable
 from selftrans.types import Backbone, Cond, check_takes, eval_mode, map_cond
@@ -76,6 +76,11 @@ class Sampler:
         if channels is not None and channels > model.shape[0]:
             raise ValueError(
                 f"sample.guidance_channels is {channels}, the latents have {model.shape[0]} channels; leave it out for all"
+            )
+        if settings.early_guidance != 1 and model.early is None:
+            raise ValueError(
+                f"early_guidance is {settings.early_guidance:g}, and the model has no second output (model.early_block); leave "
+                "it out"
             )
         self.model, self.autoencoder, self.settings, self.path = model, autoencoder, settings, path
         self.weak = weak
@@ -208,10 +213,11 @@ class Sampler:
         settings, dtype = self.settings, PRECISIONS[self.settings.precision]
         noise = image_noise(indices, self.shape, settings.seed, self.device)
         scale, interval, channels = settings.guidance_scale, settings.guidance_interval, settings.guidance_channels
+        early = Early(settings.early_guidance, settings.early_interval)
         if self.weak is None:
-            velocity = guided(self.model, cond, scale=scale, interval=interval, channels=channels)
+            velocity = guided(self.model, cond, scale=scale, interval=interval, channels=channels, early=early)
         else:
-            velocity = autoguided(self.model, self.weak, cond, scale=scale, interval=interval)
+            velocity = autoguided(self.model, self.weak, cond, scale=scale, interval=interval, early=early)
         # autocast casts the weights again in every forward pass, also compiled: `cast_products` avoids that
         amp = torch.autocast(self.device.type, dtype=dtype, enabled=dtype != torch.float32)
         with eval_mode(self.model), amp:
@@ -232,7 +238,14 @@ def overridden(loaded: LoadedModel, overrides: dict[str, Any]) -> SampleConfig:
     for name in ("guidance_interval", "guidance_channels", "autoguidance") if settings.guidance_scale == 1 else ():
         if name in overrides:
             warnings.warn(f"the {name.replace('_', ' ')} is ignored: the guidance scale is 1", stacklevel=4)
+    if settings.early_guidance == 1 and "early_interval" in overrides:
+        warnings.warn("the early interval is ignored: the early guidance is 1", stacklevel=4)
     return settings if settings.guidance_scale != 1 else dataclasses.replace(settings, autoguidance=None)
+
+
+def as_possible(settings: SampleConfig, model: Backbone) -> SampleConfig:
+    """The settings, without guidance by a second output where the model has none: for what samples several models alike."""
+    return settings if model.early is not None else dataclasses.replace(settings, early_guidance=1.0)
 
 
 def weak_model(loaded: LoadedModel, settings: SampleConfig) -> LoadedModel | None:
