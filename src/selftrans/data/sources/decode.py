@@ -93,6 +93,9 @@ class Reading(NamedTuple):
     max_pixels: int = MAX_PIXELS  #: larger pictures are refused
     range: tuple[float, float] | None = None  #: values that become black and white, of more than 8 bits; None: all bits
     allow_empty: bool = False  #: a class folder without pictures is a class, instead of an error
+    streaming: bool = (
+        False  #: rows of a table are read one after another, from the hub if they are there: no copy on disk
+    )
 
     def check(self) -> None:
         """Raise ValueError for an option out of range."""
