@@ -150,7 +150,7 @@ COVERED_BY = {
     "experiments/image_files": "unit/experiments/test_evaluate_samples.py",
     "experiments/measurement": "unit/experiments/test_compare.py",
     "experiments/opened_samples": "unit/experiments/test_evaluate_samples.py",
-    "experiments/quickstart": "integration/test_readme.py",
+    "experiments/quickstart": "integration/test_pages.py",
     "experiments/reference": "unit/experiments/test_evaluate_samples.py",
     "experiments/runner": "unit/experiments/test_compare.py",
     "experiments/summary": "unit/experiments/test_compare.py",
