@@ -245,6 +245,17 @@ def listed(names: Sequence[object], most: int = 8) -> str:
     return ", ".join(map(printable, names[:most])) + (", …" if len(names) > most else "")
 
 
+def plural(count: int, noun: str, several: str | None = None) -> str:
+    """`1 picture`, `1,200 pictures`: a number and its noun; `several` is an irregular plural."""
+    ending = "es" if noun.endswith(("s", "x", "ch")) else "s"
+    return f"{count:,} {noun if count == 1 else several or noun + ending}"
+
+
+def are(count: int) -> str:
+    """`is` or `are`, for a number of things."""
+    return "is" if count == 1 else "are"
+
+
 def first_line(error: object, limit: int = 160) -> str:
     """The first line of an error's message without the full stop, for use in another message; its type if it has none."""
     lines = str(error).strip().splitlines() or [type(error).__name__]

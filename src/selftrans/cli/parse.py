@@ -120,6 +120,8 @@ def _describe(event: Any, known: Sequence[str]) -> str | None:
             missing = [_invocation(each.arg) for each in event.missing_arguments]
             return f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing"
         case "BadValue" if event.reason == "too_few_values":
+            if event.argument.is_positional():
+                return f"{_flag(event.argument)} is missing"
             count, shape = event.argument.lowered.nargs, event.argument.lowered.metavar
             return f"{_flag(event.argument)} needs {'a value' if count in (None, 1) else f'{count} values'}: {shape}"
         case "InvalidChoice":

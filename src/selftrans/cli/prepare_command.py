@@ -6,8 +6,9 @@ import dataclasses
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
+import tyro
 from tyro.conf import Positional
 
 from selftrans.cli.options import Command
@@ -43,7 +44,7 @@ class Prepare(Command):
     flip: bool = False
     """store the mirrored pictures too"""
     skip_bad: bool = False
-    """continue after an unreadable picture, and list it in the manifest"""
+    """leave out what cannot be used, and list it in the manifest: unreadable pictures, those without their label or caption"""
     batch_size: int = 64
     """pictures that are encoded at a time"""
     shard_size: int = 8192
@@ -56,7 +57,10 @@ class Prepare(Command):
     """of a data set on the hub (None: train), or of a folder or archive with a part for each split (train/cat, val/cat;
     train-0.tar), of which None reads all"""
     label_column: str | None = None
-    """of a parquet file or a data set on the hub; None: found by its type"""
+    """of a parquet file or a data set on the hub, of integers or words; None: found by its type, if it holds integers"""
+    labels: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
+    """csv or json with the path and the label (a word, or a number from 0) of each picture of a folder or zip, in place of
+    class folders"""
     text: str | None = None
     """store captions, encoded by this model of transformers (CLIP, T5, BERT: openai/clip-vit-large-patch14), or `minilm`"""
     text_tokens: int | None = None
@@ -114,7 +118,7 @@ class Prepare(Command):
             warnings.warn("--grid is ignored without --features", stacklevel=2)
         text = self._text()
         media = MediaOptions(**{each.name: getattr(self, each.name) for each in dataclasses.fields(MediaOptions)})
-        reading = Reading(self.max_pixels, self.range, self.allow_empty)
+        reading = Reading(self.max_pixels, self.range, self.allow_empty, self.labels)
         others = [name for name in vars(self) if name.startswith(("text", "caption", "bucket", "features", "grid"))]
         given = self.options(*vars(media), *others, *Reading._fields) | {"reading": reading}
         given |= {"precision": of_vae, "text": text, "media": media, "standardise": None if self.standardise else False}

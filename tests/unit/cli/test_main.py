@@ -59,6 +59,45 @@ def test_help_and_wrong_arguments_load_no_torch(argv, status):
     assert ends_with(argv, "torch", "numpy", "accelerate") == str(status)
 
 
+#: run in a process of its own; prints, as json, the wrong exit statuses, the libraries that were loaded, and the most seconds
+EVERY_PAGE = """
+import contextlib, io, json, sys, time
+from selftrans.cli.commands import COMMANDS
+from selftrans.cli.main import main
+started = time.process_time()  # of this process, the start of Python included
+lines = [f"{name} {word}" for name in COMMANDS for word in ("--help", "--nonsense")]
+lines += ["train digits --help", "train digits --method sra --help", "compare digits --help"]
+lines += ["train digits --out=x --train.stpes=3", "sample x --out=y --num=many", "sample x --labels", "prepare x", "evaluate x"]
+wrong, longest = [], 0.0
+for line in lines:
+    before = time.process_time()
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        status = main(line.split())
+    wrong += [line] * (status != (0 if "--help" in line else 2))
+    longest = max(longest, time.process_time() - before)
+print(json.dumps([wrong, sorted({*sys.argv[1:]} & {*sys.modules}), started + longest]))
+"""
+
+
+def test_help_and_wrong_arguments_of_every_command_load_no_library():
+    """Each takes less than half a second of one core."""
+    libraries = [
+        "torch",
+        "numpy",
+        "accelerate",
+        "diffusers",
+        "transformers",
+        "datasets",
+        "PIL",
+        "scipy",
+        "sklearn",
+        "matplotlib",
+    ]
+    done = subprocess.run([sys.executable, "-c", EVERY_PAGE, *libraries], capture_output=True, text=True, check=True)
+    wrong, loaded, seconds = json.loads(done.stdout)
+    assert (wrong, loaded) == ([], []) and seconds < 0.5, done.stdout
+
+
 # ---- wrong commands: status 2, one line
 
 

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import PurePosixPath
 
-from selftrans.storage import printable
+from selftrans.storage import plural, printable
 
 HIDDEN = "hidden files"
 BARE, ODD = "*", "*.…"  #: files without an extension, and with one that is no ordinary word
@@ -75,7 +75,7 @@ def in_words(ignored: Mapping[str, int]) -> str:
     said = [f"ignored: {', '.join(others)}"] if others else []
     if files:
         total = sum(files.values())
-        said.insert(0, f"passed over {total:,} {'file' if total == 1 else 'files'}: {_kinds(files)}")
+        said.insert(0, f"passed over {plural(total, 'file')}: {_kinds(files)}")
     return "; ".join(said)
 
 

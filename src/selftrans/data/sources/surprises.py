@@ -10,19 +10,20 @@ from selftrans.data.present import present_classes
 from selftrans.data.sources.metadata import facts_of
 from selftrans.data.sources.passed_over import unread_pictures
 from selftrans.data.sources.source import Samples, Source
-from selftrans.storage import listed
+from selftrans.storage import listed, plural
 
 LOOKED_AT = 24  #: pictures of which the range of values is read, spread over the source
 
 
 def surprises(samples: Samples) -> Iterator[str]:
     """Sentences on classes without samples, and on pictures of formats that are not read."""
-    labels, classes = samples.labels, samples.classes
+    labels, classes = np.delete(samples.labels, list(samples.faults)), samples.classes
     if present := present_classes(labels, classes):
         absent = sorted(set(range(len(classes))) - set(present))
         named = listed([classes[k] for k in absent])
         yield (
-            f"{len(absent):,} of {len(classes):,} classes have no samples: {named}; they keep their labels, and samples are "
+            f"{len(absent):,} of {plural(len(classes), 'class')} {'has' if len(absent) == 1 else 'have'} no samples: {named}; "
+            f"{'it keeps its label' if len(absent) == 1 else 'they keep their labels'}, and samples are "
             "drawn from the others only"
         )
     if unread := unread_pictures(samples.ignored):
