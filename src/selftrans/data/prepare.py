@@ -272,6 +272,6 @@ def _finish(encoder: ShardEncoder, plan: Manifest, out: Path, progress: bool) ->
     if not any(shard.count for shard in shards.values()):
         name, reason = shards[0].skipped[0]
         raise NoneReadable(
-            f"none of {plan.counted(len(encoder.source))} is readable; the first: {printable(name)} ({reason})"
+            f"none of the {plan.counted(len(encoder.source))} is readable; the first: {printable(name)} ({reason})"
         )
     return resumable.finish(out, standardised(plan, out, shards.values(), progress), shards.values())

@@ -85,7 +85,7 @@ def prepare_buckets(
             say(f"{name} is left out: {error}", progress)
     opened.noticed.warn()
     if not made:
-        raise ValueError(f"none of {plural(len(opened), 'picture')} of {source} is readable")
+        raise ValueError(f"none of the {plural(len(opened), 'picture')} of {source} is readable")
     if not all((out / name / FILE).is_file() for name in made):
         return f"{out} is not finished: the other parts make the rest, and the last one completes it"
     with lock_file(out / LOCK, wait=True):

@@ -71,10 +71,10 @@ def test_slow_steps_on_a_cpu_have_fewer_samples(tmp_path, monkeypatch, capsys):
 
 
 def _counted(batches, seen):
-    for rows, tensors in batches:
-        assert all(len(tensor) == len(rows) for tensor in tensors.values())
-        seen.append(len(rows))
-        yield rows, tensors
+    for loaded in batches:
+        assert all(len(tensor) == len(loaded.rows) for tensor in loaded.tensors.values())
+        seen.append(len(loaded.rows))
+        yield loaded
 
 
 def test_extrapolation_is_linear_in_the_samples():

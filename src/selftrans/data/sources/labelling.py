@@ -67,7 +67,7 @@ def with_labels(
     if not used:
         known, other = (printable(next(iter(each), "none")) for each in (names, given))
         raise ValueError(
-            f"{file} labels none of {plural(len(names), 'file')}: its first name is {other}, theirs {known}; name each by its "
+            f"{file} labels none of the {plural(len(names), 'file')}: its first name is {other}, theirs {known}; name each by its "
             "path in the source"
         )
     labels, classes, missing = numbered([found.get(name) for name in names], file)

@@ -221,7 +221,7 @@ def _native_resolution(source: Source, where: str, progress: bool, remedy: str) 
             raise ValueError(f"{printable(name)} in {where} is {size_text(size)}, others {size_text(seen)}; {remedy}")
         seen = size
     if seen is None:
-        raise ValueError(f"none of {plural(len(source), 'picture')} of {where} is readable; the first: {error}")
+        raise ValueError(f"none of the {plural(len(source), 'picture')} of {where} is readable; the first: {error}")
     if max(seen) > MAX_RESOLUTION:
         raise ValueError(f"the pictures of {where} are {size_text(seen)}, more than {MAX_RESOLUTION}; {remedy}")
     return resolution_of(*seen)

@@ -56,7 +56,7 @@ def test_pictures_at_the_top_may_have_labels(tmp_path: Path, kind: str) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({"labels": [["a", 1]]}, "labels none of 5 files: its first name is a, theirs 00000/img00000000.png"),
+        ({"labels": [["a", 1]]}, "labels none of the 5 files: its first name is a, theirs 00000/img00000000.png"),
         ({"labels": [["a", 1.5]]}, r"a name and a word or an integer from 0 to 999999 each, not \['a', 1.5\]"),
         ({"labels": [["a", -1]]}, r"not \['a', -1\]"),
         ({"labels": [["a", True]]}, r"not \['a', True\]"),
@@ -125,7 +125,7 @@ def test_labels_are_those_of_a_given_file(tmp_path: Path, name: str, content: st
         ("l.csv", "path,label,class\na.png,1,2\n", "has the labels label and class; keep one"),
         ("l.csv", "path,label\na.png\n", "l.csv: line 2 has 1 of the columns"),
         ("l.csv", "a.png,cat\na.png,dog\n", "gives a.png the labels cat and dog"),
-        ("l.csv", "", "labels none of 4 files: its first name is none"),
+        ("l.csv", "", "labels none of the 4 files: its first name is none"),
         ("l.csv", b"\xff\xfea.png,1", "is not text in UTF-8"),
         ("l.csv", "a.png,\nd.png,-1\n", "has no label from 0 and no word"),
         ("l.json", "[1]", "a name and a word or an integer"),

@@ -54,6 +54,8 @@ def test_names_are_compared_as_they_are_then_without_folders_then_without_extens
 
 
 def test_file_of_other_names_is_refused() -> None:
-    expected = "l.csv labels none of 1 file: its first name is y.png, theirs x.png; name each by its path in the source"
+    expected = (
+        "l.csv labels none of the 1 file: its first name is y.png, theirs x.png; name each by its path in the source"
+    )
     with pytest.raises(ValueError, match=f"^{re.escape(expected)}$"):
         with_labels(source("x.png"), {"y.png": 1}, "l.csv")
