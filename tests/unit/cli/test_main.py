@@ -189,6 +189,30 @@ def test_bad_input(argv, expected, capsys, tmp_path, monkeypatch):
     assert (tmp_path / "file").read_text() == "mine"
 
 
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        ("prepare {long} --out x", "{start}: File name too long; give a shorter name"),
+        ("sample {long} --out x", "{start}: File name too long; give a shorter name"),
+        ("evaluate {long} --reference digits", "{start}: File name too long; give a shorter name"),
+        ("train digits --out {long}", "{start}: File name too long; give a shorter name"),
+        ("train digits --out file/x", "the folder file/x cannot be made (Not a directory); choose another --out"),
+        ("train digits --out file", "the folder file cannot be made (File exists); choose another --out"),
+        ("prepare folder --out circle", "circle"),
+        ("prepare circle --out x", "no source 'circle'"),
+    ],
+)
+def test_paths_that_cannot_be(argv, expected, capsys, tmp_path, monkeypatch):
+    """Too long a name, a file where a folder should be, links in a circle."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("mine")
+    toy.pictures(tmp_path / "folder")
+    (tmp_path / "circle").symlink_to("circle")
+    long = "b" * 300
+    assert main(argv.format(long=long).split()) == 1
+    assert expected.format(start=long[:160]) in one_line(capsys)
+
+
 def test_data_of_another_shape_or_class_count_than_the_checkpoints(tmp_path, capsys):
     colour, finished = toy.prepared(tmp_path / "colour"), toy.finished()
     capsys.readouterr()

@@ -67,8 +67,8 @@ def with_labels(
     if not used:
         known, other = (printable(next(iter(each), "none")) for each in (names, given))
         raise ValueError(
-            f"{file} labels none of the {plural(len(names), 'file')}: its first name is {other}, theirs {known}; name each by its "
-            "path in the source"
+            f"{file} labels none of the {plural(len(names), 'file')}: its first name is {other}, theirs {known}; name each by "
+            "its path in the source"
         )
     labels, classes, missing = numbered([found.get(name) for name in names], file)
     if loosely and len(used) < len(given):

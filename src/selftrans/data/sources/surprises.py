@@ -32,8 +32,8 @@ def surprises(samples: Samples) -> Iterator[str]:
         named = ", ".join(f"{printable(one)} and {printable(other)}" for one, other in pairs[:MOST_PAIRS])
         more = ", …" if len(pairs) > MOST_PAIRS else ""
         yield (
-            f"classes whose names differ in case, spaces or accents of the same look only: {named}{more}; they stay apart: merge "
-            "them if they are one"
+            f"classes whose names look the same but for case, spaces or composed letters: {named}{more}; they stay apart, so "
+            "merge their folders if they are one"
         )
     if unread := unread_pictures(samples.ignored):
         yield f"pictures of formats that are not read are left out: {unread}; convert them, for example to png"
