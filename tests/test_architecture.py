@@ -126,6 +126,7 @@ COVERED_BY = {
     "data/reports": "unit/data/sources/test_surprises.py",
     "data/resumable": "integration/test_prepare_parts.py",
     "data/shard_plan": "unit/data/test_prepare.py",
+    "data/shard_reader": "unit/data/test_streamed.py",
     "data/sources/clips": "unit/data/sources/test_audio.py",
     "data/sources/noticed": "unit/data/sources/test_metadata.py",
     "data/sources/part_file": "unit/data/sources/test_metadata.py",
@@ -179,6 +180,7 @@ COVERED_BY = {
 #: unit tests that are not named after a module -> why
 OTHER_UNIT_TESTS = {
     "data/test_prepare_values": "`prepare` on arrays, which have no decoder and no autoencoder",
+    "experiments/bench/test_evidence_scripts": "scripts in benchmarks/ that make the evidence of docs/results.md",
     "sampling/test_sample_to_folder": "`sample_to_folder` from a run to its files",
 }
 

@@ -32,7 +32,7 @@ class Data(Section):
     key = "data"
 
     path: str | None = setting(None, resume="free")
-    """directory of shards; `--data DIR` sets it"""
+    """directory of shards, or the URL of one (s3://, gs://, hf://, https://, ...); `--data DIR` sets it"""
     autoencoder: str | None = None
     """what decodes previews and samples; None: what the data was prepared with"""
     text_encoder: str | None = setting(None, resume="free")
@@ -47,6 +47,18 @@ class Data(Section):
     """keep the whole set in the memory of the training device and index it there; changes no number, only speed"""
     verify: bool = setting(False, resume="free")
     """compare every shard with its sha256 before training, which reads all of it once"""
+    cache_dir: str | None = setting(None, resume="free")
+    """folder for shards fetched from a URL, which runs share; None: $SELFTRANS_CACHE_DIR, or ~/.cache/selftrans/data"""
+    cache_gb: float | None = setting(None, resume="free")
+    """most that this folder holds, in GB: those used last; None: $SELFTRANS_CACHE_GB, or 100"""
+    window: int | None = None
+    """shards whose rows are shuffled together, so that only few are needed at a time; None: all, or for data at a URL that
+    are larger than the cache, as many as a third of it holds, which a run keeps"""
+
+    def check(self) -> None:
+        for name in ("cache_gb", "window"):
+            if getattr(self, name) is not None:
+                check_positive(self, name)
 
 
 @dataclass(frozen=True)
@@ -133,6 +145,10 @@ class Log(Section):
     every: int = 100
     """steps between lines of log.jsonl"""
     tensorboard: bool = True
+    """TensorBoard files in RUN/tensorboard"""
+    trackers: tuple[Literal["tensorboard", "wandb", "trackio", "mlflow"], ...] = ()
+    """also these, with the settings of the run and its previews; each needs its package (pip install wandb), and one that is
+    missing or fails does not stop the run"""
     preview_images: int = 36
     preview_steps: int = 25
     """Heun steps of a preview"""
@@ -198,7 +214,7 @@ class RunConfig:
     def check(self) -> RunConfig:
         """Itself, or a ValueError that names the first field that cannot work."""
         known = (section for section in self.sections.values() if isinstance(section, Section))  # else plain json
-        for section in (self.model, self.init, self.lora, self.train, self.log, *known, self.sample):
+        for section in (self.data, self.model, self.init, self.lora, self.train, self.log, *known, self.sample):
             section.check()
         check_together(self.init, self.lora, self.train.shard)
         return self

@@ -17,7 +17,7 @@ from tyro.conf import Positional
 
 from selftrans.cli.doctor_command import Doctor
 from selftrans.cli.experiment_commands import Analyse, Autoencoder, Bench, Classifier, Compare, Evaluate, Quickstart
-from selftrans.cli.interop_commands import Export, Import, ImportVae
+from selftrans.cli.interop_commands import Export, Import, ImportVae, Push
 from selftrans.cli.options import (
     Command,
     Config,
@@ -138,5 +138,6 @@ COMMANDS: dict[str, Any] = {
     "import": Import,
     "import-vae": ImportVae,
     "export": Export,
+    "push": Push,
     "doctor": Doctor,
 }

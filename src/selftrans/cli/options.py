@@ -18,7 +18,10 @@ Overrides = (Inline, tyro.conf.FlagConversionOff)
 RunOrFile = Annotated[
     str,
     tyro.conf.Positional,
-    tyro.conf.arg(metavar="RUN_OR_FILE", help="run directory, checkpoint or weights file"),
+    tyro.conf.arg(
+        metavar="RUN_OR_FILE",
+        help="run directory, checkpoint or weights file, or hf://owner/name[@revision] of the hub",
+    ),
 ]
 Weights = Annotated[
     Literal["ema", "raw"], tyro.conf.arg(help="ema: the moving average of the weights; raw: the weights themselves")

@@ -21,10 +21,11 @@ if TYPE_CHECKING:
 class Prepare(Command):
     """Pictures to shards: centre-crop, resize, encode, store. The same command again continues.
 
-    SOURCE is a folder of class folders, a zip of class folders, a flat folder (no classes), a parquet file, a data set on
-    the hub, or the built-in `digits`. With --text the pictures have captions: a folder or zip of name.jpg with name.txt, or
-    with --captions FILE (as COCO's), webdataset tars, or a table with a column of captions. A folder, zip or tar may also hold
-    sounds (wav, flac) or videos (mp4, webm, mov, mkv, avi; gif with --frames) instead of pictures.
+    SOURCE is a folder of class folders, a zip of class folders, a flat folder (no classes), webdataset tars (key.jpg with
+    key.cls or key.json), a parquet file, a data set on the hub, or the built-in `digits`. With --text the pictures have
+    captions: a folder or zip of name.jpg with name.txt, or with --captions FILE (as COCO's), webdataset tars, or a table with
+    a column of captions. A folder, zip or tar may also hold sounds (wav, flac) or videos (mp4, webm, mov, mkv, avi; gif with
+    --frames) instead of pictures.
     """
 
     source: Positional[str]
@@ -57,7 +58,8 @@ class Prepare(Command):
     """of a data set on the hub (None: train), or of a folder or archive with a part for each split (train/cat, val/cat;
     train-0.tar), of which None reads all"""
     label_column: str | None = None
-    """of a parquet file or a data set on the hub, of integers or words; None: found by its type, if it holds integers"""
+    """of a parquet file or a data set on the hub (integers or words), or a field of key.json in tars; None: found by its type or
+    name, if it holds integers"""
     labels: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
     """csv or json with the path and the label (a word, or a number from 0) of each picture of a folder or zip, in place of
     class folders"""
@@ -103,6 +105,10 @@ class Prepare(Command):
     allow_empty: bool = False
     """class folders without pictures are classes, without data"""
 
+    streaming: bool = False
+    """of a parquet file or a data set on the hub: read the rows one after another, without a copy of them on the disk; columns
+    of labels or captions are read first. Needs --resolution"""
+
     def run(self) -> None:
         from selftrans.data.prepare import prepare
         from selftrans.data.prepare_buckets import prepare_buckets
@@ -118,7 +124,7 @@ class Prepare(Command):
             warnings.warn("--grid is ignored without --features", stacklevel=2)
         text = self._text()
         media = MediaOptions(**{each.name: getattr(self, each.name) for each in dataclasses.fields(MediaOptions)})
-        reading = Reading(self.max_pixels, self.range, self.allow_empty, self.labels)
+        reading = Reading(self.max_pixels, self.range, self.allow_empty, self.streaming, self.labels)
         others = [name for name in vars(self) if name.startswith(("text", "caption", "bucket", "features", "grid"))]
         given = self.options(*vars(media), *others, *Reading._fields) | {"reading": reading}
         given |= {"precision": of_vae, "text": text, "media": media, "standardise": None if self.standardise else False}

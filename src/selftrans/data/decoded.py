@@ -47,7 +47,7 @@ def data_latents(dataset: Dataset, most: int) -> tuple[Tensor, Tensor]:
     """At most `most` latents (N, C, *S), chosen by a fixed shuffle, and their labels (N,); of data of several shapes, those of
     the shape that most rows have."""
     dataset = max(dataset.of_one_shape, key=len)
-    return latents_of(dataset, np.random.default_rng(0).permutation(len(dataset))[:most])
+    return latents_of(dataset, dataset.some_rows(most))
 
 
 def latents_of(dataset: Dataset, rows: np.ndarray) -> tuple[Tensor, Tensor]:

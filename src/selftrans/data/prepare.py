@@ -23,7 +23,6 @@ from selftrans.data.reports import check_faults, report_ignored, say, warn_of_no
 from selftrans.data.source_samples import source_samples
 from selftrans.data.sources.clips import Clips, MediaOptions
 from selftrans.data.sources.decode import STANDARD, Reading, Resolution, size_text
-from selftrans.data.sources.npz import NpzValues
 from selftrans.data.sources.source import Samples, Source, ahead
 from selftrans.data.standardise import plain, recorded, standardised
 from selftrans.encoders.autoencoder import Autoencoder, autoencoder_name, load_autoencoder
@@ -234,8 +233,7 @@ def _run(
         total = sum(encoder.asked(shard) for shard in mine)
         bar = tqdm(total=total, initial=initial, unit=f" {plan.unit}", disable=not progress)
         batches = (batch for shard in missing for batch in encoder.batches(shard))
-        threads = 1 if isinstance(encoder.source, NpzValues) else None  # an npz must be read in order
-        with bar, closing(ahead(encoder.decode, batches, threads=threads)) as decoded:
+        with bar, closing(ahead(encoder.decode, batches, threads=encoder.threads)) as decoded:
             for shard in missing:
                 resumable.record(out, encoder.write(plan, out, shard, decoded, bar.update))
         with resumable.changing(out, part):

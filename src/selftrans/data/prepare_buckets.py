@@ -67,6 +67,8 @@ def prepare_buckets(
         )
     chosen_as: Any = {"split": split, "label_column": label_column, "reading": reading}
     opened = open_source(source, resolution=resolution, captions=text.source if text else None, **chosen_as)
+    if opened.in_order:
+        raise ValueError("buckets need the size of every picture before the first is encoded; leave out --streaming")
     report_ignored(opened, progress)
     check_faults(opened, source, skip_bad)
     _check_folder(out, sizes)

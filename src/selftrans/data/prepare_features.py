@@ -186,7 +186,7 @@ def _run(
             _check_same(stored, wanted, out)
         bar = tqdm(total=sum(map(plan.asked, missing)), unit=" pictures", disable=not progress)
         batches = (batch for shard in missing for batch in plan.batches(shard))
-        with bar, closing(ahead(plan.decode, batches)) as decoded:
+        with bar, closing(ahead(plan.decode, batches, threads=plan.threads)) as decoded:
             for shard in missing:
                 of_shard = _counted(islice(decoded, len(plan.batches(shard))), bar)
                 file = _write(model, device, plan, wanted.layout(manifest), shards[shard], out, of_shard)

@@ -76,7 +76,7 @@ def analyse_target(
     }
     report = {
         "teacher": teacher.about | {"title": teacher.title, "block": teacher.block, "precision": "fp32"},
-        "data": str(teacher.dataset.path),
+        "data": teacher.dataset.origin,
         "pictures": _counts(pictures, plan),
         "condition": teacher.dataset.manifest.conditions.kind,
         "predicted_from": _predictor(teacher.dataset, plan),

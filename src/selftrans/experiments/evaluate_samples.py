@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from selftrans.checkpoints import hub
 from selftrans.checkpoints.load import Weights
 from selftrans.data.buckets import is_prepared, open_data
 from selftrans.device import default_device
@@ -66,8 +67,11 @@ def evaluate_samples(
         save_reference: npz file for the statistics of the reference, with ADM's names.
         clip: a CLIPModel by hub id or folder: the CLIP score of the images and their prompts is measured, too.
         text_encoder: where the encoder of the prompts lies, if not where it was.
-    Raises ValueError for unknown features, invalid images, statistics of another extractor, and unknown prompts.
+    Raises ValueError for a run on the hub without `out`, unknown features, invalid images, statistics of another
+    extractor, and unknown prompts.
     """
+    if out is None and hub.on_hub(samples):
+        raise ValueError(f"{printable(samples)} is on the hub, where no report is written; give --out FILE")
     device = default_device()
     extractor = None if features in (None, "values") else load_extractor(features, device=device)
     extractor = _of_any_size(reference, features, extractor)

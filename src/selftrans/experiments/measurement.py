@@ -33,6 +33,7 @@ from selftrans.sampling.images import Sampler
 from selftrans.sampling.in_sizes import InSizes
 from selftrans.sampling.samplers import EVALUATIONS
 from selftrans.storage import write_json
+from selftrans.train.data_window import cache_of
 
 POINTS = 5  #: measurements along a run
 PROBE_T = 0.4  #: noise level of the linear probe, the paper's
@@ -64,7 +65,7 @@ class Measurement:
             images: samples for each distance. block: the one that is probed (1-based).
         """
         assert config.data.path is not None
-        dataset = open_data(config.data.path, text_encoder=config.data.text_encoder)
+        dataset = open_data(config.data.path, text_encoder=config.data.text_encoder, cache=cache_of(config.data))
         device = default_device()
         extractor = load_extractor(features, weights=weights, device=device, shape=image_shape(dataset.manifest))
         reference = Statistics.of(decoded_images(dataset, device=device), extractor, source="training data", keep=False)

@@ -39,8 +39,7 @@ def ode(
     """
     if method not in ("euler", "heun"):
         raise ValueError(f"ODE method {method!r} is unknown; choose 'euler' or 'heun'")
-    _check_steps(steps, least=1)
-    for t, t_next in pairwise(shifted(torch.linspace(1, 0, steps + 1, dtype=torch.float64), shift)):
+    for t, t_next in pairwise(ode_times(steps, shift)):
         dt = t_next - t
         v = velocity(z, t)
         end = z + dt * v
@@ -48,6 +47,12 @@ def ode(
             end = z + dt * (v + velocity(end, t_next)) / 2
         z = end
     return z
+
+
+def ode_times(steps: int, shift: float = 1.0) -> Tensor:
+    """The grid of `ode`: (steps + 1,) float64 from 1 to 0. ValueError for less than one step."""
+    _check_steps(steps, least=1)
+    return shifted(torch.linspace(1, 0, steps + 1, dtype=torch.float64), shift)
 
 
 def sde(
@@ -75,20 +80,27 @@ def sde(
         shift: the noisy steps are equal before they are `shifted`; they still end at `last`.
     Raises ValueError for less than two steps, or `last` outside (0, 1).
     """
+    draw = noise or (lambda: torch.randn_like(z))
+    for t, t_next in pairwise(sde_times(steps, last, shift)):
+        z = sde_step(z, velocity(z, t), t, t_next, path, draw)
+    return z
+
+
+def sde_times(steps: int, last: float = 0.04, shift: float = 1.0) -> Tensor:
+    """The grid of `sde`: (steps + 1,) float64 from 1 to 0. Raises ValueError as `sde` does."""
     _check_steps(steps, least=2)
     if not 0 < last < 1:
         raise ValueError(f"the last SDE step starts at t = {last}; choose a value between 0 and 1, such as 0.04")
-    draw = noise or (lambda: torch.randn_like(z))
     lowest = last if shift == 1 else last / (shift - (shift - 1) * last)  # its shifted value is `last`
     noisy = shifted(torch.linspace(1, lowest, steps, dtype=torch.float64), shift)
-    times = torch.cat([noisy, torch.zeros(1, dtype=torch.float64)])
-    for t, t_next in pairwise(times):
-        v = velocity(z, t)
-        w = 2 * t
-        z = z + (t_next - t) * (v - w / 2 * score_from_v(path, z, v, t))
-        if t_next > 0:
-            z = z + torch.sqrt(w * (t - t_next)) * draw()
-    return z
+    return torch.cat([noisy, torch.zeros(1, dtype=torch.float64)])
+
+
+def sde_step(z: Tensor, v: Tensor, t: Tensor, t_next: Tensor, path: Path, noise: Noise) -> Tensor:
+    """One step of `sde` from t to t_next, with the velocity v at z (N, ...); the step to 0 draws no noise."""
+    w = 2 * t
+    z = z + (t_next - t) * (v - w / 2 * score_from_v(path, z, v, t))
+    return z + torch.sqrt(w * (t - t_next)) * noise() if t_next > 0 else z
 
 
 def _check_steps(steps: int, least: int) -> None:

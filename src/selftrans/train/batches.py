@@ -1,7 +1,8 @@
 """The samples and the noise of a step: both are functions of (seed, step) alone, so a resumed run needs no state.
 
 The data are read as an endless sequence of shuffled epochs; step s takes positions [s B, (s + 1) B) of it, B the batch of
-all processes. Data of several shapes have such a sequence for each, and a step takes its whole batch from one of them.
+all processes. With a window, an epoch reads a few shards at a time (see `windows`). Data of several shapes have such a
+sequence for each, and a step takes its whole batch from one of them.
 Shape legend: N batch, M moments channels, (C, *S) latent, T tokens and D width of stored features.
 """
 
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 
 from selftrans.data.dataset import Dataset
+from selftrans.data.windows import WindowOrder, window_order, windows_of
 from selftrans.types import Batch
 
 CAPTIONS = 3  #: apart from other random numbers of the same seed
@@ -65,7 +67,15 @@ class Stream:
     """Batches of one process, read ahead in a thread while the step runs."""
 
     def __init__(
-        self, dataset: Dataset, *, batch_size: int, accumulate: int, seed: int, rank: int = 0, world: int = 1
+        self,
+        dataset: Dataset,
+        *,
+        batch_size: int,
+        accumulate: int,
+        seed: int,
+        rank: int = 0,
+        world: int = 1,
+        window: int | None = None,
     ) -> None:
         if batch_size % (accumulate * world):
             raise ValueError(
@@ -77,6 +87,10 @@ class Stream:
         self.features = False  #: whether stored features are read, too
         self.schedule = Schedule.of(dataset.parts, seed)
         self._orders: dict[int, tuple[int, np.ndarray]] = {}  #: part of the data -> an epoch and its order
+        assert window is None or len(dataset.parts) == 1, "windows are of data of one shape"
+        self.window = window  #: shards whose rows are shuffled together; None: all
+        self._windows: WindowOrder | None = None  #: of the epoch that is read
+        self._expected: tuple[int, int] | None = None  #: epoch and window that the data were last asked for
 
     def indices(self, step: int, micro: int) -> np.ndarray:
         """(N,) positions in the data of this process' micro-batch."""
@@ -105,9 +119,31 @@ class Stream:
         size = self.schedule.sizes[part]
         epoch, offset = divmod(position, size)
         if part not in self._orders or self._orders[part][0] != epoch:
-            order = np.random.default_rng(np.random.SeedSequence([self.seed, epoch]))
-            self._orders[part] = epoch, order.permutation(size)
+            self._orders[part] = epoch, self._order(size, epoch)
         return int(self._orders[part][1][offset])
+
+    def _order(self, size: int, epoch: int) -> np.ndarray:
+        """(size,) the rows of a part in the order of an epoch."""
+        if self.window is not None:
+            self._windows = window_order(self._counts, self.window, (self.seed, epoch))
+            return self._windows.rows
+        return np.random.default_rng(np.random.SeedSequence([self.seed, epoch])).permutation(size)
+
+    @property
+    def _counts(self) -> list[int]:
+        return [shard.count for shard in self.dataset.manifest.shards]
+
+    def _expect(self, step: int) -> None:
+        """Tell the data which shards the window of a step and the next one have, when a step is the first of a window."""
+        epoch, offset = divmod(step * self.batch_size, self.schedule.sizes[0])
+        self._at(0, step * self.batch_size)
+        assert self._windows is not None and self.window is not None
+        number = self._windows.window_at(offset)
+        if self._expected != (epoch, number):
+            self._expected = epoch, number
+            following = self._windows.shards[number + 1 : number + 2]
+            after = following or windows_of(self._counts, self.window, (self.seed, epoch + 1))[:1]
+            self.dataset.expect(self._windows.shards[number], after[0])
 
     def from_step(self, step: int, *, pin: bool = False) -> Iterator[Loaded]:
         """Each micro-batch from `step` on, without end.
@@ -116,6 +152,8 @@ class Stream:
         """
 
         def read(at: int) -> Loaded:
+            if self.window is not None:
+                self._expect(at // self.accumulate)
             rows = self.indices(*divmod(at, self.accumulate))
             names = [name for name in self.dataset.names if name != "features" or self.features]
             tensors = self.dataset.read(rows, names, self.caption(rows, *divmod(at, self.accumulate)))

@@ -28,7 +28,7 @@ from selftrans.config import RunConfig
 from selftrans.data.buckets import is_prepared
 from selftrans.data.dataset import Dataset
 from selftrans.methods.guidance import Frozen
-from selftrans.methods.spec import Stage
+from selftrans.methods.spec import TAKEN_FOLDERS, Stage
 from selftrans.plugins import trust_named
 from selftrans.precision import PRECISIONS
 from selftrans.storage import nearest_existing, plural, write_json
@@ -37,6 +37,7 @@ from selftrans.train.initial_weights import build_student
 from selftrans.train.out_of_memory import guarded_step, release
 from selftrans.train.run import accelerator_of, data_of_run, planned, ready_data
 from selftrans.train.teachers import teacher_of
+from selftrans.train.trackers import tracker_names
 from selftrans.train.trainer import Trainer
 
 STEPS = 5  #: of each stage; the first is not timed, as it compiles and fills caches
@@ -211,7 +212,7 @@ def _written(config: RunConfig, plan: list[Stage]) -> list[str]:
         names.append(f"{stage.name}/checkpoints/: every {config.train.checkpoint_every} steps")
         if config.train.preview_every:
             names.append(f"{stage.name}/previews/: a sheet of samples every {config.train.preview_every} steps")
-    return names + (["tensorboard/"] if config.log.tensorboard else [])
+    return names + [f"{name}/" for name in tracker_names(config) if name in TAKEN_FOLDERS]
 
 
 def _device_name(device: torch.device) -> str:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 
 from selftrans.checkpoints import format as checkpoint
+from selftrans.checkpoints import hub
 from selftrans.checkpoints.load import IMPORTED, load_model
 from selftrans.config import RunConfig
 from selftrans.data.manifest import Manifest
@@ -42,7 +43,7 @@ class Given(NamedTuple):
 def read_given(init: Init) -> Given:
     """The weights that `init` names. ValueError where there are none, or they are not finite."""
     assert init.path is not None
-    path = Path(init.path)
+    path = hub.local(init.path)
     given = _published(path, init) if path.is_file() and not _ours(path) else _own(path, init)
     for name, tensor in given.tensors.items():
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):

@@ -32,6 +32,7 @@ from selftrans.methods.registry import stages
 from selftrans.methods.spec import Stage
 from selftrans.plugins import trust_named
 from selftrans.storage import lock_file, plural, remove_stale_temporaries, removed_if_refused, write_json
+from selftrans.train.data_window import cache_of, describe_data, with_window
 from selftrans.train.fitting import describe
 from selftrans.train.initial_weights import InitialWeights, choose, initial_weights
 from selftrans.train.log import progress_bar
@@ -41,6 +42,7 @@ from selftrans.train.processes import keep_memory, patience, together
 from selftrans.train.resume import record, settings_before, settle
 from selftrans.train.signals import StopSignal
 from selftrans.train.teachers import teacher_of, training_cost
+from selftrans.train.trackers import Trackers
 from selftrans.train.trainer import Trainer
 
 
@@ -79,14 +81,19 @@ def _train(
         lock_file(out / ".lock") if main else contextlib.nullcontext(),
         removed_if_refused(new, keep=out / "config.json"),
         StopSignal() as stop,
+        contextlib.closing(Trackers(out)) as trackers,
     ):
         if main:
             _remove_unfinished(out)
         shards = data_of_run(config, out, accelerator)
         config, plan, initial = planned(config, shards, out, typed)
+        if (said := describe_data(config, shards)) and not quiet:
+            accelerator.print(said)
+        if config.data.window is None:
+            shards.fetch(progress=not quiet)
         shards = ready_data(shards, accelerator.device, config.data.on_device)
         preview = Preview(config, shards, accelerator.device, stop) if config.train.preview_every else None
-        spent = []
+        spent: list[dict[str, Any]] = []
         for number, stage in enumerate(plan, start=1):
             trainer = Trainer(
                 accelerator,
@@ -99,6 +106,7 @@ def _train(
                 teacher=teacher_of(config, stage, str(out), shards, accelerator.device),
                 initial=initial,
                 preview=preview,
+                trackers=trackers if main else None,
                 stop=stop,
                 bar=bar,
             )
@@ -106,6 +114,9 @@ def _train(
                 began = _begin(config, plan, out, shards.manifest, accelerator, initial)
                 if initial and began and not quiet:
                     accelerator.print(describe(initial.record))
+                if main:
+                    trackers.start(config)
+            trackers.begin(sum(earlier["steps"] for earlier in spent))
             if not quiet:
                 accelerator.print(_announce(trainer, number, len(plan)))
             trainer.run()
@@ -115,8 +126,6 @@ def _train(
         report = _report(config, plan, spent, initial)
         if main:
             write_json(out / REPORT, report)
-        for tracker in accelerator.trackers:
-            tracker.finish()
     return report
 
 
@@ -129,6 +138,7 @@ def planned(
     """
     manifest = shards.manifest
     config, given = choose(with_prompts(config, manifest), settings_before(out), out, typed)
+    config = with_window(config, shards, settings_before(out))
     config = settle(config, out, manifest)
     initial, plan = initial_weights(config, shards, out, given), _stages(config)
     _rehearse(config, plan, out, manifest)
@@ -164,7 +174,6 @@ def accelerator_of(config: RunConfig, out: Path) -> Accelerator:
     return Accelerator(
         cpu=not torch.accelerator.is_available(),  # without a GPU, launched processes form a group only with this
         mixed_precision=mixed,
-        log_with="tensorboard" if config.log.tensorboard else None,
         project_dir=str(out),
         kwargs_handlers=[patience(config.train)],
     )
@@ -182,7 +191,12 @@ def data_of_run(config: RunConfig, out: Path, accelerator: Accelerator | None = 
         if accelerator is not None:
             accelerator.wait_for_everyone()
     main = accelerator is None or accelerator.is_main_process
-    shards = open_data(path, verify=config.data.verify and main, text_encoder=config.data.text_encoder)
+    shards = open_data(
+        path,
+        verify=config.data.verify and main,
+        text_encoder=config.data.text_encoder,
+        cache=cache_of(config.data),
+    )
     manifest, expected = shards.manifest, config.data
     if expected.shape is not None and tuple(expected.shape) != tuple(manifest.shape):
         raise ValueError(f"{path} holds latents {manifest.shape}, but data.shape expects {expected.shape}")
@@ -228,8 +242,6 @@ def _begin(
     accelerator.wait_for_everyone()
     if new and initial is not None:
         initial.release()
-    if config.log.tensorboard:
-        accelerator.init_trackers("tensorboard")
     return new
 
 

@@ -46,6 +46,7 @@ from selftrans.train.preview import Preview
 from selftrans.train.resume import agreed, check_data, usable
 from selftrans.train.signals import StopSignal
 from selftrans.train.teachers import check_teacher
+from selftrans.train.trackers import Trackers
 from selftrans.types import check_takes
 
 
@@ -57,7 +58,7 @@ class Trainer:
         config: of the run. stage: the part of it to train. directory: `<run>/<stage.name>`.
         shards: the data. order: names of the run's stages; default: this one alone.
         teacher: frozen model or encoder, if the stage has one. initial: the weights to start from; default: random ones.
-        preview: makes the previews.
+        preview: makes the previews. trackers: where log lines and previews are shown, besides the run directory.
         stop: the stop signals. bar: makes the progress bar (tqdm's interface).
     """
 
@@ -73,12 +74,13 @@ class Trainer:
         teacher: Any = None,
         initial: InitialWeights | None = None,
         preview: Preview | None = None,
+        trackers: Trackers | None = None,
         stop: StopSignal | None = None,
         bar: Callable[..., Any] = progress_bar,
     ) -> None:
         self.accelerator, self.config, self.stage, self.directory = accelerator, config, stage, directory
         self.shards, self.teacher, self.preview, self.stop = shards, teacher, preview, stop or StopSignal()
-        self.bar, self.order = bar, order or [stage.name]
+        self.bar, self.order, self.trackers = bar, order or [stage.name], trackers
         train, manifest = config.train, shards.manifest
         torch.manual_seed(int(np.random.SeedSequence([train.seed, stage.stream]).generate_state(1)[0]))
         found, self.initial = agreed(self.checkpoints, accelerator), initial
@@ -99,6 +101,7 @@ class Trainer:
             seed=int(np.random.SeedSequence([train.seed, stage.stream, 1]).generate_state(1)[0]),
             rank=accelerator.process_index,
             world=accelerator.num_processes,
+            window=config.data.window,
         )
         micros = train.batch_size // self.stream.micro
         each = step_flops(self.objective, manifest.conditions.example(), self.stream.micro)
@@ -226,6 +229,8 @@ class Trainer:
             )
             if self.accelerator.is_main_process:
                 self.preview.save(model, path, again=again)
+                if self.trackers:
+                    self.trackers.picture(self.stage.name, path, self.step)
 
     def _read(self) -> None:
         """Wait for the device and count the skipped updates; the time counts as training time."""
@@ -266,11 +271,8 @@ class Trainer:
         line = {"stage": self.stage.name, "step": self.step, **values, "lr": rate, **skips}
         journal.write(line | {"seconds": round(self.seconds, 3), "tflops": self.total_flops() / 1e12})
         bar.set_postfix(format_values({k: v for k, v in values.items() if k != "grad_norm"}), refresh=False)
-        try:
-            self.accelerator.log({f"{self.stage.name}/{k}": v for k, v in values.items()}, step=self.step)
-        except OSError as error:  # its writer does not recover
-            self.accelerator.trackers.clear()
-            warnings.warn(f"TensorBoard ends at step {self.step} ({error}); log.jsonl continues", stacklevel=2)
+        if self.trackers:
+            self.trackers.log(self.stage.name, values, self.step)
 
     def total_flops(self) -> float:
         """Operations of this stage so far: student, heads and teacher; of imported weights since the import."""

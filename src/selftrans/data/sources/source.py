@@ -105,6 +105,7 @@ class Source:
     channels: int = 3
     resolution: Resolution = 0
     is_table: bool = False
+    in_order: bool = False  #: its pictures should be read in their order, by one thread
     captions: Sequence[tuple[str, ...]] | None = None  #: of each picture; None: the source was opened without
     faults: Mapping[int, str] = field(
         default_factory=dict

@@ -44,9 +44,7 @@ def test_symbolic_links(tmp_path: Path) -> None:
     for name in ("dog/self.png", "dog/one.png", "dog/two.png", "dog/gone.png", "circle"):
         (root / name).unlink()
     (root / "elk").symlink_to("dog")
-    with pytest.raises(
-        ValueError, match=r"'elk' of .* no picture \(it is a symbolic link to a folder, which"
-    ):
+    with pytest.raises(ValueError, match=r"'elk' of .* no picture \(it is a symbolic link to a folder, which"):
         open_source(root)
     (root / "elk").unlink()
     os.mkfifo(root / "dog" / "pipe.png")  # opening it would block forever

@@ -6,7 +6,6 @@ import contextlib
 import copy
 import dataclasses
 import importlib
-import importlib.util
 import itertools
 import json
 import subprocess
@@ -37,6 +36,7 @@ from selftrans.methods.self_transcendence import SelfGuidance, Stage2
 from selftrans.models.sit import SiTConfig, build
 from selftrans.recipes import recipe
 from selftrans.types import Batch, Conditions
+from tests.support.scripts import script
 
 TEN = Conditions("labels", 10)
 SMALL = SiTConfig(width=32, depth=3, heads=2, patch=2)
@@ -255,15 +255,6 @@ def test_default_models_of_each_device() -> None:
 
 
 # ---- the scripts in benchmarks/
-
-
-def script(name: str) -> Any:
-    path = Path(__file__).parents[4] / "benchmarks" / f"{name}.py"
-    spec = importlib.util.spec_from_file_location(f"benchmarks_{name}", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def test_ablations_change_the_recipe_as_named() -> None:
