@@ -58,8 +58,8 @@ class Prepare(Command):
     """of a data set on the hub (None: train), or of a folder or archive with a part for each split (train/cat, val/cat;
     train-0.tar), of which None reads all"""
     label_column: str | None = None
-    """of a parquet file or a data set on the hub (integers or words), or a field of key.json in tars; None: found by its type or
-    name, if it holds integers"""
+    """of a parquet file or a data set on the hub (integers or words), or a field of key.json in tars; None: found by its
+    type or name, if it holds integers"""
     labels: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
     """csv or json with the path and the label (a word, or a number from 0) of each picture of a folder or zip, in place of
     class folders"""

@@ -185,7 +185,8 @@ class Manifest:
             f"{plural(len(self.shards), 'shard')}, {self.count * row_bytes(self.layout) / 1e6:,.1f} MB",
         ]
         if self.skipped:
-            fault = "unusable" if self.text else "unreadable"
+            unlabelled = any(reason.startswith("no label") for _, reason in self.skipped)
+            fault = "unusable" if self.text or unlabelled else "unreadable"
             lines.append(f"{plural(len(self.skipped), f'{fault} {self.noun}')} left out:")
             lines += [f"  {printable(name)}: {printable(reason)}" for name, reason in self.skipped[:10]]
             lines += [f"  and {len(self.skipped) - 10} more, listed in {FILE}"] if len(self.skipped) > 10 else []

@@ -92,7 +92,7 @@ def _source(
         return open_picture(path)
 
     names = [f"row {i:08d}" for i in range(len(rows))]
-    faults = dict.fromkeys(unlabelled, f"no class in column {printable(label_column)!r}")
+    faults = dict.fromkeys(unlabelled, f"no label in column {printable(label_column)!r}")
     source = Source(names, labels, classes, open_row, is_table=True, faults=faults, in_order=rows.in_order)
     return source if captions is None else with_captions(source, captions)
 

@@ -164,6 +164,7 @@ def test_prepare_with_a_file_of_labels(tmp_path: Path, capsys: pytest.CaptureFix
     data = Dataset.open(out)
     assert data.manifest.classes == ("cat", "dog") and data.labels.tolist() == [0, 1]
     assert [reason for _, reason in data.manifest.skipped] == ["no label in l.csv"] * 2
+    assert "2 unusable pictures left out" in capsys.readouterr().out
     assert main([*argv, "--skip-bad"]) == 0  # repeated: complete already
     capsys.readouterr()
     assert main([*argv[:-1], "--skip-bad"]) == 1

@@ -52,8 +52,8 @@ def test_plain_parquet_columns_and_invalid_cells(tmp_path: Path) -> None:
     assert open_source(table("b.parquet", pictures)).classes == ()
     for name, label in {"c.parquet": -1, "d.parquet": None}.items():
         source = open_source(table(name, pictures, label=[2, label, 2]))
-        assert source.faults == {1: "no class in column 'label'"} and source.labels[[0, 2]].tolist() == [2, 2]
-        with pytest.raises(ValueError, match=r"row 00000001: cannot be used \(no class in column 'label'\)"):
+        assert source.faults == {1: "no label in column 'label'"} and source.labels[[0, 2]].tolist() == [2, 2]
+        with pytest.raises(ValueError, match=r"row 00000001: cannot be used \(no label in column 'label'\)"):
             source.read(1)
     with pytest.raises(ValueError, match="holds neither integers nor words"):
         open_source(table("d.parquet", pictures, kind=[[1], [2], []]), label_column="kind")
