@@ -61,10 +61,8 @@ def prepare_buckets(
     side, cell = _check_options(source, autoencoder, resolution, multiple, device, archives=not text)
     sizes = bucket_sizes(side, buckets, cell)
     if len(sizes) < buckets:
-        say(
-            f"{plural(len(sizes), 'bucket')}: at {resolution} pixels, more have the same size in multiples of {cell}",
-            progress,
-        )
+        said = f"{plural(len(sizes), 'bucket')}: at {resolution} pixels, more have the same size in multiples of {cell}"
+        say(said, progress)
     chosen_as: Any = {"split": split, "label_column": label_column, "reading": reading}
     opened = open_source(source, resolution=resolution, captions=text.source if text else None, **chosen_as)
     if opened.in_order:

@@ -244,8 +244,8 @@ def text(found: DryRun) -> str:
         total = found.memory_total
         fits = "" if total is None else f" of {gigabytes(total)}: {'fits' if stage.peak < 0.95 * total else 'tight'}"
         rate = 1 / stage.seconds_per_step
-        few = found.batch_size if stage.samples >= found.micro_batch else stage.samples
-        about = "" if few == found.batch_size else f", extrapolated from steps of {few} and {2 * few} samples"
+        few = stage.samples
+        about = "" if few >= found.micro_batch else f", extrapolated from {few} and {2 * few} samples at a time"
         at = f", {stage.reached} of them done" if stage.reached else ""
         lines += [
             f"{stage.name}: {size}, {plural(stage.steps, 'step')}{at}",

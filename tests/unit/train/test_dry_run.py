@@ -43,7 +43,7 @@ def test_command_writes_nothing(tmp_path, monkeypatch, capsys):
 
 
 def test_slow_steps_on_a_cpu_have_fewer_samples(tmp_path, monkeypatch, capsys):
-    """Steps of 2 and 4 samples in place of 16; what is said of the whole batch is extrapolated, and says so."""
+    """2 and 4 samples at a time in place of 8, in two parts; what is said of the whole batch is extrapolated, and says so."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("selftrans.train.dry_run.CPU_FLOPS", 1.0)
     seen = []
@@ -59,10 +59,10 @@ def test_slow_steps_on_a_cpu_have_fewer_samples(tmp_path, monkeypatch, capsys):
         "--train.batch-size=16",
     ]
     assert main([*argv, "--dry-run-json=plan.json", "--data.on-device", "True"]) == 0
-    assert seen[:4] == [2, 4, 2, 4] and set(seen) == {2, 4}
-    assert "extrapolated from steps of 2 and 4 samples" in capsys.readouterr().out
+    assert seen[:8] == [2, 2, 4, 4, 2, 2, 4, 4] and set(seen) == {2, 4}
+    assert "extrapolated from 2 and 4 samples at a time" in capsys.readouterr().out
     found = json.loads((tmp_path / "plan.json").read_text())
-    assert found["micro_batch"] == 16 and [stage["samples"] for stage in found["stages"]] == [2, 2]
+    assert found["micro_batch"] == 8 and [stage["samples"] for stage in found["stages"]] == [2, 2]
     assert all(stage["seconds_per_step"] > 0 and stage["peak"] > 0 for stage in found["stages"])
     assert os.listdir(tmp_path) == ["plan.json"]
     assert main([word for word in argv if word != "--dry-run"] + ["--dry-run-json=plan.json"]) == 1

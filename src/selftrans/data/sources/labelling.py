@@ -34,8 +34,9 @@ def numbered(given: Sequence[Label], where: str) -> Numbered:
     0, 1, ... Otherwise they are words: the classes are these in the order of their code points. An empty word is none.
     Raises ValueError for more than MAX_CLASSES classes, and where there is no label at all.
     """
-    words = [None if label is None else _one_line(str(label)) or None for label in given]
-    distinct = {word for word in words if word is not None}
+    word_of = {label: None if label is None else _one_line(str(label)) or None for label in {*given}}
+    words = [word_of[label] for label in given]
+    distinct = {word for word in word_of.values() if word is not None}
     if all(map(_NUMBER.fullmatch, distinct)):
         number = {word: int(float(word)) for word in distinct}
         labels = [-1 if word is None else number[word] for word in words]
