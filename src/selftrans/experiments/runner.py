@@ -13,6 +13,7 @@ import os
 import threading
 import warnings
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -34,6 +35,7 @@ from selftrans.methods.registry import stages
 from selftrans.methods.spec import Stage
 from selftrans.plugins import trust_named
 from selftrans.sections import Section, fields_of
+from selftrans.storage import plural
 from selftrans.train.log import progress_bar
 from selftrans.train.run import train
 
@@ -121,14 +123,21 @@ class StepBar:
 def compare(comparison: Comparison, *, workers: int | None = None) -> Results:
     """Train and measure every variant with every seed: (name, seed) -> (run.json, measured points, oldest first).
 
-    `workers` processes run at the same time (None: one per core, one on a GPU). Repeating the call continues it.
+    `workers` processes run at the same time (None: one per core, one on a GPU). Repeating the call continues it. ValueError
+    where one of them is killed.
     """
     jobs = comparison.jobs
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     workers = min(len(jobs), workers or (1 if torch.cuda.is_available() else cores))
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that wait by spinning slow each other down
     with progress_bar(total=comparison.total, unit="step", desc="training and measuring") as bar:
-        done = _in_workers(comparison, workers, max(1, cores // workers), bar)
+        try:
+            done = _in_workers(comparison, workers, max(1, cores // workers), bar)
+        except BrokenProcessPool as error:
+            raise ValueError(
+                f"one of {plural(workers, 'process')} was ended from outside, by the system if memory ran out; the same command "
+                "continues: give --workers 1, or a smaller --train.batch-size"
+            ) from error
     return {job: done[job] for job in jobs}
 
 
