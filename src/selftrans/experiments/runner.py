@@ -35,7 +35,6 @@ from selftrans.methods.registry import stages
 from selftrans.methods.spec import Stage
 from selftrans.plugins import trust_named
 from selftrans.sections import Section, fields_of
-from selftrans.storage import plural
 from selftrans.train.log import progress_bar
 from selftrans.train.run import train
 
@@ -135,8 +134,8 @@ def compare(comparison: Comparison, *, workers: int | None = None) -> Results:
             done = _in_workers(comparison, workers, max(1, cores // workers), bar)
         except BrokenProcessPool as error:
             raise ValueError(
-                f"one of {plural(workers, 'process')} was ended from outside, by the system if memory ran out; the same command "
-                "continues: give --workers 1, or a smaller --train.batch-size"
+                "a worker process was ended from outside, by the system if memory ran out; the same command continues: give it "
+                "--workers 1, or a smaller --train.batch-size"
             ) from error
     return {job: done[job] for job in jobs}
 
