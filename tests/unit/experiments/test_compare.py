@@ -371,10 +371,11 @@ def test_worker_that_is_killed_is_one_line(tmp_path, monkeypatch):
         raise BrokenProcessPool("A process in the process pool was terminated abruptly")
 
     monkeypatch.setattr(runner, "_in_workers", killed)
-    comparison = Comparison(
-        recipe("digits"), {"vanilla": recipe("digits", method="vanilla")}, (0,), tmp_path, 10, "digits"
-    )
-    with pytest.raises(ValueError, match=r"^one of 1 process was ended from outside, .*continues: give --workers 1"):
+    config = dataclasses.replace(recipe("digits"), method="vanilla")
+    comparison = Comparison(config, {"vanilla": config}, (0,), tmp_path, 10, "digits")
+    with pytest.raises(
+        ValueError, match=r"^a worker process was ended from outside, .* continues: give it --workers 1"
+    ):
         runner.compare(comparison, workers=1)
 
 
