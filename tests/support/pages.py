@@ -20,7 +20,7 @@ REASONS = (
     "takes hours",
     "run by tests/",  # then the file
 )
-PROGRAMS = ("selftrans", "make", "pip", "python", "accelerate", "torchrun", "bash", "sbatch", "export")
+PROGRAMS = ("selftrans", "make", "pip", "python", "accelerate", "torchrun", "bash", "sbatch", "hf")
 
 
 class Block(NamedTuple):
