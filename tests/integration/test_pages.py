@@ -76,8 +76,9 @@ def small(command: str) -> list[str]:
     words = words_of(command)
     assert words, f"the page shows a command that this test cannot run: {command}"
     options = TOY_TRAIN[words[1]] if words[0] == "train" else TOY.get(words[0], "")
-    if words[0] == "evaluate" and "digits" in words:
-        options = f"--features {OF_DIGITS}"
+    if words[0] == "evaluate":
+        options = "--num 40 --steps 2" if words[1].startswith("runs/") else ""
+        options += f" --features {OF_DIGITS}" if "digits" in words else ""
     if "--init" in words:  # the model is that of the given weights
         options = f"{SHORT} {HEADS}" + (" --init.heads 2" if "--init.convention" in words else "")
     if "--target" in words:
@@ -213,7 +214,7 @@ def test_every_page_is_run_or_says_why_not() -> None:
                 assert block.skipped.startswith(REASONS), f"{page}: '{block.skipped}' is none of {REASONS}"
                 named = re.search(r"run by (tests/\S+)", block.skipped)
                 assert named is None or (ROOT / named[1]).is_file(), f"{page}: {block.skipped}"
-            elif block.language in ("bash", "python"):
+            elif block.language == "python" or any(words_of(command) for command in block.commands):
                 assert page in (*PAGES, LIBRARY), f"{page} has commands: add it to PAGES of {Path(__file__).name}"
             if block.language == "bash":
                 known = [
