@@ -95,15 +95,7 @@ class Trainer:
         self.ends = [g.until_step for g in guidances]
         self.ema = EMA(self.objective.student, train.ema)
         self.objective.watch(self.ema.model)
-        self.stream = Stream(
-            shards,
-            batch_size=train.batch_size,
-            accumulate=train.accumulate,
-            seed=int(np.random.SeedSequence([train.seed, stage.stream, 1]).generate_state(1)[0]),
-            rank=accelerator.process_index,
-            world=accelerator.num_processes,
-            window=config.data.window,
-        )
+        self.stream = self._stream()
         micros = train.batch_size // self.stream.micro
         each = step_flops(self.objective, manifest.conditions.example(), self.stream.micro)
         self.flops = {part: micros * flops for part, flops in each.items()}
@@ -127,6 +119,18 @@ class Trainer:
             self._compile()
         self._wrap()
         self.captured = captured_step(self)
+
+    def _stream(self) -> Stream:
+        train, accelerator = self.config.train, self.accelerator
+        return Stream(
+            self.shards,
+            batch_size=train.batch_size,
+            accumulate=train.accumulate,
+            seed=int(np.random.SeedSequence([train.seed, self.stage.stream, 1]).generate_state(1)[0]),
+            rank=accelerator.process_index,
+            world=accelerator.num_processes,
+            window=self.config.data.window,
+        )
 
     def _compile(self) -> None:
         """Compile the blocks of the student and of its teacher.

@@ -96,18 +96,8 @@ def bench(
     Raises ValueError when tokens is not a square number, for an unavailable device, and for unknown rows.
     """
     rows = tuple(dict.fromkeys(rows or ROWS))
-    for row in rows:
-        if row not in KNOWN:
-            raise ValueError(f"row '{row}' is unknown{nearest(row, KNOWN)}")
     where = torch.device(device or default_device().type)
-    if where.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: this machine has no GPU that torch can use; omit --device")
-    for model in models.values():
-        model.sizes()
-    if tokens < 1 or math.isqrt(tokens) ** 2 != tokens:
-        raise ValueError(f"tokens {tokens} is not a square number; use 64, 256 or 1024")
-    if batch_size is not None and batch_size < 1:
-        raise ValueError(f"batch_size {batch_size} should be 1 or more")
+    _check(models, where, tokens, batch_size, rows)
     precision: Literal["fp32", "bf16"] = "bf16" if where.type == "cuda" else "fp32"
     accelerator = TimedAccelerator(mixed_precision="bf16" if precision == "bf16" else "no", cpu=where.type == "cpu")
     if where.type == "cpu":
@@ -137,6 +127,22 @@ def bench(
     report["ratios"] = next((model["ratios"] for model in report["models"].values() if "ratios" in model), {})
     write_json(out / "bench.json", report)
     return report
+
+
+def _check(
+    models: Mapping[str, SiTConfig], where: torch.device, tokens: int, batch_size: int | None, rows: Sequence[str]
+) -> None:
+    for row in rows:
+        if row not in KNOWN:
+            raise ValueError(f"row '{row}' is unknown{nearest(row, KNOWN)}")
+    if where.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: this machine has no GPU that torch can use; omit --device")
+    for model in models.values():
+        model.sizes()
+    if tokens < 1 or math.isqrt(tokens) ** 2 != tokens:
+        raise ValueError(f"tokens {tokens} is not a square number; use 64, 256 or 1024")
+    if batch_size is not None and batch_size < 1:
+        raise ValueError(f"batch_size {batch_size} should be 1 or more")
 
 
 def published(names: Sequence[str] | None, device: str | None, *, quick: bool = False) -> dict[str, SiTConfig]:
