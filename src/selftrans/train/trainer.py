@@ -121,21 +121,23 @@ class Trainer:
         self.nonfinite, self.due = NonFiniteSteps(train.max_skips, self.stream.all_indices), False
         self.origin: dict[str, Any] = {}  #: of imported weights: where they came from
         self._restore(found)
-        self.compiled = (accelerator.device.type == "cuda") if train.compile is None else train.compile
-        if self.compiled:
-            self._compile()
+        self.compiled = self._compile()
         self._wrap()
         self.captured = captured_step(self)
 
-    def _compile(self) -> None:
-        """Compile the blocks of the student and of its teacher.
+    def _compile(self) -> bool:
+        """Compile the blocks of the student and of its teacher, if the settings or the device ask for it; returns whether.
 
         Shapes are fixed: the student's batch, and as many samples as a guidance selects. Independent times select a
         different number at each step, so the batch of the teacher is dynamic there.
         """
+        wanted = self.config.train.compile
+        if not (self.accelerator.device.type == "cuda" if wanted is None else wanted):
+            return False
         compile_model(self.objective.student)
         if isinstance(self.teacher, Frozen):
             compile_model(self.teacher.model, dynamic=False if self.objective.times == "systematic" else None)
+        return True
 
     @property
     def checkpoints(self) -> Path:

@@ -62,6 +62,7 @@ RATIOS = {
 TRAINED = {"vanilla": VANILLA, "stage1": STRUCTURE, "stage2": SELF_TRANSCENDENCE}
 CAPTURED, PLAIN = "captured_", "plain_"  #: before the name of one of these: as CUDA graphs (`train.capture`), or plain
 ROWS = ("vanilla", "stage1", "stage2", "plain_vanilla", "plain_stage2")  #: what is measured by default
+TOO_MUCH = "not enough memory for {} candidates; give a smaller --batch-size, or fewer --rows"
 KNOWN = (*ROWS, *(CAPTURED + name for name in TRAINED))
 
 
@@ -89,10 +90,7 @@ def bench(
     The file is written after each model. A model that does not fit in memory is reported as failed.
     Raises ValueError when tokens is not a square number, for an unavailable device, and for unknown rows.
     """
-    rows = tuple(dict.fromkeys(rows or ROWS))
-    for row in rows:
-        if row not in KNOWN:
-            raise ValueError(f"row '{row}' is unknown{nearest(row, KNOWN)}")
+    rows = known_rows(rows)
     where = torch.device(device or default_device().type)
     if where.type == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: this machine has no GPU that torch can use; omit --device")
@@ -131,6 +129,14 @@ def bench(
     report["ratios"] = next((model["ratios"] for model in report["models"].values() if "ratios" in model), {})
     write_json(out / "bench.json", report)
     return report
+
+
+def known_rows(rows: Sequence[str] | None) -> tuple[str, ...]:
+    """Each row once; None: the usual ones. ValueError for one that is unknown."""
+    for row in rows or ():
+        if row not in KNOWN:
+            raise ValueError(f"row '{row}' is unknown{nearest(row, KNOWN)}")
+    return tuple(dict.fromkeys(rows or ROWS))
 
 
 def published(names: Sequence[str] | None, device: str | None, *, quick: bool = False) -> dict[str, SiTConfig]:
