@@ -36,6 +36,7 @@ class Guidance(nn.Module):
     reads_features: bool  #: whether it wants `Batch.features`, the encoder features stored with the data
     teacher: Frozen | None  #: a frozen model that it runs, if any
     encoder_flops: int  #: operations of its external encoder for one sample
+    trains_early: bool = False  #: whether it trains the student's second output (`Backbone.add_early`)
 
     def __init__(self, weight: float, taps: tuple[int, ...], *, until_step: int | None = None) -> None:
         super().__init__()
@@ -84,6 +85,7 @@ class Frozen:
             raise ValueError(f"teacher block {block} is outside the teacher's 1..{model.depth}; change teacher_block")
         if in_place:
             model.truncate(block)
+            model.remove_early()
         else:
             model = model.truncated(block)
         for parameter in model.parameters():

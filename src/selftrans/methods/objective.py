@@ -49,6 +49,10 @@ class Objective(nn.Module):
         names = [guidance.name for guidance in guidances]
         if len(set(names)) < len(names):
             raise ValueError(f"guidances are called {', '.join(names)}; give each a name of its own")
+        if student.early is not None and not any(guidance.trains_early for guidance in guidances):
+            raise ValueError(
+                "model.early_block gives the student a second output, which this method does not train; omit it"
+            )
         for guidance in guidances:
             wrong = [k for k in guidance.taps if not 1 <= k <= student.depth]
             if wrong:

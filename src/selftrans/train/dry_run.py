@@ -23,7 +23,7 @@ from accelerate import Accelerator
 from tqdm import tqdm
 
 from selftrans.checkpoints import format as checkpoint
-from selftrans.config import RunConfig
+from selftrans.config import RunConfig, Train
 from selftrans.data.buckets import is_prepared
 from selftrans.data.dataset import Dataset
 from selftrans.methods.guidance import Frozen
@@ -144,8 +144,6 @@ def _measured(trainer: Trainer, out: Path, steps: int) -> StagePlan:
     each = statistics.median(seconds[untimed:] or seconds[1:] or seconds)
     reached = max((step for step, _ in checkpoint.steps(out / stage.name / "checkpoints")), default=0)
     student, objective = trainer.objective.student, trainer.objective
-    written = stage.steps // train.checkpoint_every + bool(stage.steps % train.checkpoint_every)
-    kept = train.keep + train.keep_best + (stage.steps // train.keep_every if train.keep_every else 0)
     return StagePlan(
         name=stage.name,
         parameters=sum(p.numel() for p in student.parameters()),
@@ -158,8 +156,15 @@ def _measured(trainer: Trainer, out: Path, steps: int) -> StagePlan:
         memory=trainer.memory,
         peak=_peak(device),
         checkpoint=sum(trainer.memory.get(part, 0) for part in KEPT),
-        kept=min(kept, written) if train.keep else written,
+        kept=kept_checkpoints(train, stage.steps),
     )
+
+
+def kept_checkpoints(train: Train, steps: int) -> int:
+    """How many checkpoints a stage of so many steps has at the end, about."""
+    written = steps // train.checkpoint_every + bool(steps % train.checkpoint_every)
+    kept = train.keep + train.keep_best + (steps // train.keep_every if train.keep_every else 0)
+    return min(kept, written) if train.keep else written
 
 
 def _written(config: RunConfig, plan: list[Stage]) -> list[str]:

@@ -46,7 +46,10 @@ def explanation(trainer: Trainer, rows: Loaded) -> str:
         where += f" ({torch.cuda.get_device_properties(device).total_memory / 2**30:.1f} GiB)"
     alone = trainer.accelerator.num_processes == 1
     fits = _largest(trainer, rows) if alone else None
-    options = {"--train.recompute True": not train.recompute, "--train.precision bf16": train.precision == "fp32"}
+    options = {
+        "--train.recompute True": train.recompute is not True,
+        "--train.precision bf16": train.precision == "fp32",
+    }
     less = " or ".join([option for option, new in options.items() if new] + ["a smaller model"])
     if alone and fits is None:
         return f"{where}, and one sample does not fit either: use {less}"

@@ -26,7 +26,7 @@ from selftrans.methods.guidance import Frozen
 from selftrans.methods.objective import Objective
 from selftrans.methods.spec import Stage
 from selftrans.models.compiling import compile_model
-from selftrans.train import checkpointing, fsdp
+from selftrans.train import checkpointing, fp8, fsdp
 from selftrans.train.batches import Loaded, Stream
 from selftrans.train.captured_step import captured_step
 from selftrans.train.ema import EMA
@@ -107,6 +107,7 @@ class Trainer:
         micros = train.batch_size // self.stream.micro
         each = step_flops(self.objective, manifest.conditions.example(), self.stream.micro)
         self.flops = {part: micros * flops for part, flops in each.items()}
+        fp8.convert(student, train.fp8, accelerator.device)  # after the average and the count, which do not use it
         self.sharded = train.shard and accelerator.num_processes > 1
         if self.sharded:
             fsdp.shard_models(

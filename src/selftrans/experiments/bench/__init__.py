@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import statistics
 import tempfile
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -47,6 +48,8 @@ CLASSES = 1000
 BATCH = {"cpu": {"SiT-S/2": 10}, "cuda": {"SiT-S/2": 256, "SiT-B/2": 256}}
 OTHERWISE = {"cpu": 6, "cuda": 64}
 QUICK = 90  #: seconds for the steps of a quick run
+#: what is measured: three stages in the trainer, and two plain steps
+ROWS = ("vanilla", "stage1", "stage2", "plain_vanilla", "plain_stage2")
 #: name -> (numerator, denominator), both rows of the table
 RATIOS = {
     "stage1_over_vanilla": ("stage1", "vanilla"),
@@ -76,6 +79,7 @@ def bench(
     seconds: float = 300,
     quick: bool = False,
     rows: Sequence[str] | None = None,
+    limit: float | None = None,
 ) -> dict[str, Any]:
     """Measure each model and write `out/bench.json`; returns its content.
 
@@ -86,7 +90,9 @@ def bench(
         device: None: a GPU if there is one. A GPU is measured in bfloat16 and compiled, a CPU in float32 and eager.
         seconds: time for the training steps of each model (at least three rounds).
         quick: less time, and fewer latents and images.
-        rows: names of `KNOWN`; None: those of `ROWS`.
+        rows: names of `KNOWN`; None: those of `ROWS`. A ratio needs both of its rows.
+        limit: seconds for each model in all, building and compilation included; at least one round is measured, and sampling
+            is left out when the time is over. None: no limit.
     The file is written after each model. A model that does not fit in memory is reported as failed.
     Raises ValueError when tokens is not a square number, for an unavailable device, and for unknown rows.
     """
@@ -115,8 +121,8 @@ def bench(
             config = settings(model, batch, precision)
             torch.compiler.reset()  # compilations of the previous model
             try:
-                folder = Path(scratch) / name.replace("/", "-")
-                result = _model(accelerator, config, dataset, folder, rows, seconds=seconds, quick=quick)
+                budget = Budget(seconds, limit, quick)
+                result = _model(accelerator, config, dataset, Path(scratch) / name.replace("/", "-"), budget, rows)
             except torch.OutOfMemoryError:
                 result = {
                     "failed": f"not enough memory for {len(rows)} candidates; give a smaller --batch-size, or fewer --rows"
@@ -153,15 +159,25 @@ def settings(model: SiTConfig, batch_size: int, precision: Literal["fp32", "bf16
     return RunConfig("bench", model=model, sections=guided, train=train, log=Log(tensorboard=False))
 
 
+class Budget:
+    """The time for one model, from its construction on."""
+
+    def __init__(self, seconds: float, limit: float | None, quick: bool) -> None:
+        self.seconds, self.quick = min(seconds, QUICK) if quick else seconds, quick  #: for the rounds
+        self.deadline = None if limit is None else time.monotonic() + limit
+
+    @property
+    def over(self) -> bool:
+        return self.deadline is not None and time.monotonic() > self.deadline
+
+
 def _model(
     accelerator: TimedAccelerator,
     config: RunConfig,
     dataset: Dataset,
     folder: Path,
+    budget: Budget,
     rows: Sequence[str],
-    *,
-    seconds: float,
-    quick: bool,
 ) -> dict[str, Any]:
     """Measure one model: rows, ratios, sampling."""
     clock, memory = accelerator.clock, Memory(accelerator.device)
@@ -170,7 +186,9 @@ def _model(
     before = memory.allocated()
     peaks = Peak(clock, dtype)
     memory.own["matmul"] = memory.allocated() - before
-    rounds = interleaved(candidates, clock, peaks, memory, seconds=min(seconds, QUICK) if quick else seconds)
+    first: dict[str, float] = {}
+    timing = {"seconds": budget.seconds, "deadline": budget.deadline}
+    rounds = interleaved(candidates, clock, peaks, memory, **timing, first=first)  # type: ignore[arg-type]
     flops = {name: one.flops for name, one in candidates.items()}
     del candidates, peaks
     peak = max(2 * int(side) ** 3 / _median(rounds["matmul"], side) for side in rounds["matmul"][0])
@@ -178,22 +196,24 @@ def _model(
     for name, row in shown.items():
         share = None if row["data_ms"] is None else row["data_ms"] / row["ms"]
         row |= {"peak_memory_gb": memory.gigabytes(name), "data_share": share}
-        row |= {"utilisation": flops[name] / (row["ms"] / 1e3) / peak}
-    model = config.build_model(dataset.manifest.shape, dataset.manifest.conditions).to(accelerator.device)
-    randomise(model)
-    images = (1 if quick else 2) if clock.device.type == "cpu" else 64
-    prepare_sampling(model, clock.device, dtype)
-    sampled = sampling(model, clock, precision=config.train.precision, images=images, rounds=2 if quick else 3)
+        row |= {"utilisation": flops[name] / (row["ms"] / 1e3) / peak, "first_step_s": first[name]}
     ratios = {name: _ratios(rounds, *pair) for name, pair in RATIOS.items() if rounds.keys() >= set(pair)}
-    return {
+    found: dict[str, Any] = {
         "rounds": len(rounds["matmul"]),
         "matmul_peak_tflops": peak / 1e12,
         "rows": shown,
-        "ratios": {name: statistics.median(each) for name, each in ratios.items()}
-        | {"sampling_interval_over_full": sampled["interval_over_full"]},
+        "ratios": {name: statistics.median(each) for name, each in ratios.items()},
         "ratios_range": {name: [min(each), max(each)] for name, each in ratios.items()},
-        "sampling": sampled,
     }
+    if budget.over:
+        return found
+    model = config.build_model(dataset.manifest.shape, dataset.manifest.conditions).to(accelerator.device)
+    randomise(model)
+    images = (1 if budget.quick else 2) if clock.device.type == "cpu" else 64
+    prepare_sampling(model, clock.device, dtype)
+    sampled = sampling(model, clock, precision=config.train.precision, images=images, rounds=2 if budget.quick else 3)
+    found["ratios"] |= {"sampling_interval_over_full": sampled["interval_over_full"]}
+    return found | {"sampling": sampled}
 
 
 def build(

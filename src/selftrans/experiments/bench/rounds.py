@@ -29,6 +29,7 @@ class Candidate(Protocol):
     """One implementation of a training step."""
 
     flops: int  #: operations that the method needs
+    captured_in: float  #: seconds that it took to capture the step; 0 where it is not captured
 
     def step(self) -> list[Any]:
         """Take one step and return five timestamps: its start and the end of each of PARTS."""
@@ -68,10 +69,12 @@ class TrainerStep:
         randomise(self.trainer.objective)
         self.batches = self.trainer.stream.from_step(0, pin=accelerator.device.type == "cuda")
         self.flops = sum(self.trainer.flops.values())  #: floating-point operations that the method needs per step
+        self.captured_in = 0.0
         if self.trainer.captured:
-            accelerator.timestamps = None
+            accelerator.timestamps, started = None, time.monotonic()
             for _ in range(self.trainer.captured.untimed):
                 self.trainer._train_step(self.batches)
+            self.captured_in = time.monotonic() - started
         else:
             self.trainer.wrapped.register_forward_pre_hook(lambda *_: accelerator.timestamp())
             self.trainer.wrapped.register_forward_hook(lambda *_: accelerator.timestamp())
@@ -97,6 +100,7 @@ class FieldStep:
     def __init__(self, config: RunConfig, dataset: Dataset, clock: Clock, *, guided: bool, flops: int) -> None:
         self.clock, self.dataset, manifest = clock, dataset, dataset.manifest
         self.flops = flops  #: of the method, not of this step, which computes more
+        self.captured_in = 0.0
         self.plain = PlainStep(config, manifest.shape, manifest.conditions, clock.device, guided=guided)
         randomise(self.plain.model)
         if self.plain.teacher is not None:
@@ -153,21 +157,37 @@ class Memory:
 
 
 def interleaved(
-    candidates: Mapping[str, Candidate], clock: Clock, peak: Peak, memory: Memory, *, seconds: float, least: int = 3
+    candidates: Mapping[str, Candidate],
+    clock: Clock,
+    peak: Peak,
+    memory: Memory,
+    *,
+    seconds: float,
+    least: int = 3,
+    deadline: float | None = None,
+    first: dict[str, float] | None = None,
 ) -> dict[str, list[dict[str, float]]]:
     """Seconds of each part of a step, per candidate and round: at least `least` rounds, and more within `seconds`.
 
     Before the rounds every candidate takes warm-up steps, which allocate and compile. In a round each candidate takes one
     step (on a GPU the median of eight), in rotating order. The key "matmul" holds the seconds of the matrix products.
+    After `deadline` (of `time.monotonic`) no round begins, except the first. `first` gets the seconds of each candidate's
+    first step, compilation included.
     """
     names, several = list(candidates), 8 if clock.device.type == "cuda" else 1
     for name in names:
         before = memory.allocated()
+        if first is not None:
+            started = time.monotonic()
+            _timed_steps(candidates[name], clock, 1)
+            first[name] = candidates[name].captured_in + time.monotonic() - started
         _timed_steps(candidates[name], clock, 3 if several > 1 else 1)
         memory.own[name] = memory.own.get(name, 0) + memory.allocated() - before  # the optimiser's state
     rounds: dict[str, list[dict[str, float]]] = {name: [] for name in [*names, "matmul"]}
     began, each = time.monotonic(), 0.0
     while len(rounds["matmul"]) < least or time.monotonic() - began + each < seconds:
+        if deadline is not None and rounds["matmul"] and time.monotonic() + each > deadline:
+            break
         started, number = time.monotonic(), len(rounds["matmul"])
         for name in names[number % len(names) :] + names[: number % len(names)]:
             memory.begin()

@@ -38,7 +38,10 @@ def table(report: dict[str, Any]) -> str:
         for ratio, value in model["ratios"].items():
             low, high = model["ratios_range"].get(ratio, (None, None))
             lines.append(f"  {ratio:<28} {value:.3f}" + (f"   ({low:.3f} to {high:.3f})" if low is not None else ""))
-        sampled = model["sampling"]
+        sampled = model.get("sampling")
+        if sampled is None:
+            lines.append("sampling was not measured: the time was over")
+            continue
         lines.append(
             f"sampling, batch {sampled['batch']}, {sampled['steps']} Euler steps, guided: "
             f"{sampled['full_images_per_s']:.3g} images/s; guided on {sampled['interval']} only: "
