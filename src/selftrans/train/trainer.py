@@ -104,9 +104,8 @@ class Trainer:
             world=accelerator.num_processes,
             window=config.data.window,
         )
-        micros = train.batch_size // self.stream.micro
         each = step_flops(self.objective, manifest.conditions.example(), self.stream.micro)
-        self.flops = {part: micros * flops for part, flops in each.items()}
+        self.flops = {part: train.batch_size // self.stream.micro * flops for part, flops in each.items()}
         fp8.convert(student, train.fp8, accelerator.device)  # after the average and the count, which do not use it
         self.sharded = train.shard and accelerator.num_processes > 1
         if self.sharded:
@@ -117,8 +116,7 @@ class Trainer:
         self.memory = memory_use(self.objective, self.ema.model, teacher, train.optimizer)
         self.optimizer: Any = build_optimizer(self.objective, train)
         self.step, self.seconds = 0, 0.0
-        self.window = RunningMeans()  #: since the last log line
-        self.span = RunningMeans()  #: since the last checkpoint that was due
+        self.window, self.span = RunningMeans(), RunningMeans()  #: since the last log line, the last checkpoint due
         self.nonfinite, self.due = NonFiniteSteps(train.max_skips, self.stream.all_indices), False
         self.origin: dict[str, Any] = {}  #: of imported weights: where they came from
         self._restore(found)

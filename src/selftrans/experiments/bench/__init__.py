@@ -98,14 +98,9 @@ def bench(
     """
     rows = known_rows(rows)
     where = torch.device(device or default_device().type)
-    if where.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: this machine has no GPU that torch can use; omit --device")
     for model in models.values():
         model.sizes()
-    if tokens < 1 or math.isqrt(tokens) ** 2 != tokens:
-        raise ValueError(f"tokens {tokens} is not a square number; use 64, 256 or 1024")
-    if batch_size is not None and batch_size < 1:
-        raise ValueError(f"batch_size {batch_size} should be 1 or more")
+    _check(where, tokens, batch_size)
     precision: Literal["fp32", "bf16"] = "bf16" if where.type == "cuda" else "fp32"
     accelerator = TimedAccelerator(mixed_precision="bf16" if precision == "bf16" else "no", cpu=where.type == "cpu")
     if where.type == "cpu":
@@ -124,9 +119,7 @@ def bench(
                 budget = Budget(seconds, limit, quick)
                 result = _model(accelerator, config, dataset, Path(scratch) / name.replace("/", "-"), budget, rows)
             except torch.OutOfMemoryError:
-                result = {
-                    "failed": f"not enough memory for {len(rows)} candidates; give a smaller --batch-size, or fewer --rows"
-                }
+                result = {"failed": TOO_MUCH.format(len(rows))}
             report["models"][name] = {"batch": batch, "tokens": tokens} | result
             write_json(out / "bench.json", report)
             accelerator.free_memory()
@@ -135,6 +128,16 @@ def bench(
     report["ratios"] = next((model["ratios"] for model in report["models"].values() if "ratios" in model), {})
     write_json(out / "bench.json", report)
     return report
+
+
+def _check(where: torch.device, tokens: int, batch_size: int | None) -> None:
+    """ValueError for a device that is not there, and for sizes that cannot be."""
+    if where.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: this machine has no GPU that torch can use; omit --device")
+    if tokens < 1 or math.isqrt(tokens) ** 2 != tokens:
+        raise ValueError(f"tokens {tokens} is not a square number; use 64, 256 or 1024")
+    if batch_size is not None and batch_size < 1:
+        raise ValueError(f"batch_size {batch_size} should be 1 or more")
 
 
 def known_rows(rows: Sequence[str] | None) -> tuple[str, ...]:
