@@ -182,6 +182,7 @@ COVERED_BY = {
     "train/interrupted": "unit/train/test_signals.py",
     "train/memory_use": "unit/checkpoints/test_adapted.py",
     "train/run": "integration/test_train.py",
+    "train/autoencoder_settings": "unit/experiments/test_train_autoencoder.py",
     "train/training_step": "unit/train/test_trainer.py",
     "ui/feature_job": "unit/ui/test_server.py",
     "ui/models_offered": "unit/ui/test_server.py",
@@ -260,7 +261,11 @@ def forbidden_imports(source: str, file: str) -> list[str]:
 def cheap(module: str) -> bool:
     """Whether the command line may import this before it has parsed its arguments."""
     own = module.split(".")[:2] in (["selftrans", "cli"], ["selftrans", "suggest"], ["selftrans", "plugins"])
-    return own or module.split(".")[0] in {"tyro"} | sys.stdlib_module_names
+    return (
+        own
+        or module == "selftrans.train.autoencoder_settings"
+        or module.split(".")[0] in {"tyro"} | sys.stdlib_module_names
+    )
 
 
 def foreign_packages(source: str, file: str) -> list[str]:

@@ -18,6 +18,8 @@ import torch
 import torch.utils.checkpoint
 from torch import Tensor, nn
 
+from selftrans.storage import plural
+
 #: A condition: a label tensor (N,), or named tensors that all start with N (text tokens, mask, pooled vector).
 #: Objective, guidance, trainer and sampler never look inside; they use the four functions below.
 Cond: TypeAlias = Tensor | dict[str, Tensor]
@@ -58,7 +60,7 @@ class Conditions:
         last = self.num_classes - (0 if null else 1)
         if n == 0 or type(cond) is not Tensor or torch.compiler.is_compiling():
             return
-        expected = f"the model has {self.num_classes} classes, so labels are 0 to {self.num_classes - 1}"
+        expected = f"the model has {plural(self.num_classes, 'class')}, so labels are 0 to {self.num_classes - 1}"
         if cond.device.type == "cuda" and on_device:
             torch._assert_async(((cond >= 0) & (cond <= last)).all(), f"a label is out of range: {expected}")
         elif cond.device.type == "cpu" and len(outside := _outside(cond, last)):
@@ -69,7 +71,7 @@ class Conditions:
     def __str__(self) -> str:
         """As messages name it."""
         text = f"text of {self.tokens}x{self.width} by {self.encoder or 'an unnamed encoder'}"
-        return {"none": "no condition", "labels": f"{self.num_classes} classes", "text": text}[self.kind]
+        return {"none": "no condition", "labels": plural(self.num_classes, "class"), "text": text}[self.kind]
 
 
 def _outside(labels: Tensor, last: int) -> Any:

@@ -175,6 +175,20 @@ def test_a_comparison_measures_in_all_sizes(short, monkeypatch):
     assert measurement.samples_of(short, measuring.sample, 3, measuring.conditioning).shape == (3, 8, 8, 3)
 
 
+@pytest.mark.parametrize("target", [False, True])
+def test_analyse_reads_the_bucket_of_the_model(short, tmp_path, capsys, target):
+    command = ["analyse", str(short), f"--out={tmp_path}", "--timesteps", "0.4", "--samples=20"]
+    command[-1:] = ["--samples=20", "--target", "--blocks=1", "--scales=2"] if target else ["--samples=20"]
+    status = main(command)
+    said = capsys.readouterr().err
+    assert "of which 8x8 (8 pictures) is read: it is nearest to a square" in said
+    if target:  # eight pictures are too few to measure, but they are those that were read
+        assert status == 1 and "pictures" in said.splitlines()[-1]
+        return
+    report = json.loads((tmp_path / "analyse.json").read_text())
+    assert status == 0 and report["images"] == 8 and report["data"].endswith("/8x8")
+
+
 @pytest.mark.parametrize("command", ["evaluate", "compare"])
 def test_features_of_one_size_are_refused_before_any_work(short, tmp_path, capsys, command):
     SmallClassifier(8, 3, 2).save(tmp_path / "c.safetensors")

@@ -24,7 +24,7 @@ from selftrans.evaluate.metrics import evaluate
 from selftrans.experiments.measurement import check_sizes, image_shape
 from selftrans.experiments.opened_samples import open_samples
 from selftrans.experiments.reference import counted, described, reference_of
-from selftrans.storage import check_writable, printable, write_json
+from selftrans.storage import check_writable, plural, printable, write_json
 
 #: settings of samples that a report always lists, known or not
 SETTINGS = (
@@ -174,14 +174,15 @@ def text(report: dict[str, Any]) -> str:
     ] + texts
     if balance:
         few, most = balance["fewest"], balance["most"]
-        made_with.append(f"{few if few == most else f'{few} to {most}'} images of each of {balance['classes']} classes")
+        each = plural(few, "image") if few == most else f"{few} to {most} images"
+        made_with.append(f"{each} of each of {plural(balance['classes'], 'class')}")
     elif made.get("num_classes") not in (0, 1):  # without classes there is no balance
         made_with.append("label balance unknown")
     computed = [form.format(**report) for key, form in COMPUTED.items() if key in report]
     reference = f"{report['reference']} ({report['reference_images'] or 'unknown number of'} images)"
     lines += [
         "",
-        f"{report['num_images']:,} images of {report['samples']} against {reference}",
+        f"{plural(report['num_images'], 'image')} of {report['samples']} against {reference}",
         f"features: {report['extractor']}, sha256 {report['extractor_sha256'][:12]}",
         *([", ".join(computed)] if computed else []),
         ", ".join(made_with),
@@ -192,7 +193,7 @@ def text(report: dict[str, Any]) -> str:
 def _texts(made: dict[str, Any]) -> list[str]:
     """Where the prompts of the samples are from; nothing without prompts."""
     if made.get("prompts"):
-        return [f"{len(made['prompts']):,} prompts"]
+        return [plural(len(made["prompts"]), "prompt")]
     return [f"captions of {printable(made['captions'])}"] if made.get("captions") else []
 
 

@@ -95,17 +95,10 @@ class Trainer:
         self.ends = [g.until_step for g in guidances]
         self.ema = EMA(self.objective.student, train.ema)
         self.objective.watch(self.ema.model)
-        self.stream = Stream(
-            shards,
-            batch_size=train.batch_size,
-            accumulate=train.accumulate,
-            seed=int(np.random.SeedSequence([train.seed, stage.stream, 1]).generate_state(1)[0]),
-            rank=accelerator.process_index,
-            world=accelerator.num_processes,
-            window=config.data.window,
-        )
+        self.stream = self._stream()
+        micros = train.batch_size // self.stream.micro
         each = step_flops(self.objective, manifest.conditions.example(), self.stream.micro)
-        self.flops = {part: train.batch_size // self.stream.micro * flops for part, flops in each.items()}
+        self.flops = {part: micros * flops for part, flops in each.items()}
         fp8.convert(student, train.fp8, accelerator.device)  # after the average and the count, which do not use it
         self.sharded = train.shard and accelerator.num_processes > 1
         if self.sharded:
@@ -116,27 +109,38 @@ class Trainer:
         self.memory = memory_use(self.objective, self.ema.model, teacher, train.optimizer)
         self.optimizer: Any = build_optimizer(self.objective, train)
         self.step, self.seconds = 0, 0.0
-        self.window, self.span = RunningMeans(), RunningMeans()  #: since the last log line, the last checkpoint due
+        self.window = RunningMeans()  #: since the last log line
+        self.span = RunningMeans()  #: since the last checkpoint that was due
         self.nonfinite, self.due = NonFiniteSteps(train.max_skips, self.stream.all_indices), False
         self.origin: dict[str, Any] = {}  #: of imported weights: where they came from
         self._restore(found)
-        self.compiled = self._compile()
+        self.compiled = (accelerator.device.type == "cuda") if train.compile is None else train.compile
+        if self.compiled:
+            self._compile()
         self._wrap()
         self.captured = captured_step(self)
 
-    def _compile(self) -> bool:
-        """Compile the blocks of the student and of its teacher, if the settings or the device ask for it; returns whether.
+    def _stream(self) -> Stream:
+        train, accelerator = self.config.train, self.accelerator
+        return Stream(
+            self.shards,
+            batch_size=train.batch_size,
+            accumulate=train.accumulate,
+            seed=int(np.random.SeedSequence([train.seed, self.stage.stream, 1]).generate_state(1)[0]),
+            rank=accelerator.process_index,
+            world=accelerator.num_processes,
+            window=self.config.data.window,
+        )
+
+    def _compile(self) -> None:
+        """Compile the blocks of the student and of its teacher.
 
         Shapes are fixed: the student's batch, and as many samples as a guidance selects. Independent times select a
         different number at each step, so the batch of the teacher is dynamic there.
         """
-        wanted = self.config.train.compile
-        if not (self.accelerator.device.type == "cuda" if wanted is None else wanted):
-            return False
         compile_model(self.objective.student)
         if isinstance(self.teacher, Frozen):
             compile_model(self.teacher.model, dynamic=False if self.objective.times == "systematic" else None)
-        return True
 
     @property
     def checkpoints(self) -> Path:

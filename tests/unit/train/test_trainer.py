@@ -199,6 +199,6 @@ def test_bar_says_that_the_first_step_compiles_and_how_long_it_took(tmp_path, mo
         def close(self):
             pass
 
-    monkeypatch.setattr(Trainer, "_compile", lambda self: True)
-    train(toy.toy({"method": "vanilla", "train.steps": 2}), tmp_path, bar=Bar, quiet=True)
+    monkeypatch.setattr(Trainer, "_compile", lambda self: None)
+    train(toy.toy({"method": "vanilla", "train.steps": 2, "train.compile": True}), tmp_path, bar=Bar, quiet=True)
     assert shown == ["compiling", "first step, compiled", "step", "step", "loss"]

@@ -65,7 +65,6 @@ RATIOS = {
 TRAINED = {"vanilla": VANILLA, "stage1": STRUCTURE, "stage2": SELF_TRANSCENDENCE}
 CAPTURED, PLAIN = "captured_", "plain_"  #: before the name of one of these: as CUDA graphs (`train.capture`), or plain
 ROWS = ("vanilla", "stage1", "stage2", "plain_vanilla", "plain_stage2")  #: what is measured by default
-TOO_MUCH = "not enough memory for {} candidates; give a smaller --batch-size, or fewer --rows"
 KNOWN = (*ROWS, *(CAPTURED + name for name in TRAINED))
 
 
@@ -96,11 +95,9 @@ def bench(
     The file is written after each model. A model that does not fit in memory is reported as failed.
     Raises ValueError when tokens is not a square number, for an unavailable device, and for unknown rows.
     """
-    rows = known_rows(rows)
+    rows = tuple(dict.fromkeys(rows or ROWS))
     where = torch.device(device or default_device().type)
-    for model in models.values():
-        model.sizes()
-    _check(where, tokens, batch_size)
+    _check(models, where, tokens, batch_size, rows)
     precision: Literal["fp32", "bf16"] = "bf16" if where.type == "cuda" else "fp32"
     accelerator = TimedAccelerator(mixed_precision="bf16" if precision == "bf16" else "no", cpu=where.type == "cpu")
     if where.type == "cpu":
@@ -119,7 +116,9 @@ def bench(
                 budget = Budget(seconds, limit, quick)
                 result = _model(accelerator, config, dataset, Path(scratch) / name.replace("/", "-"), budget, rows)
             except torch.OutOfMemoryError:
-                result = {"failed": TOO_MUCH.format(len(rows))}
+                result = {
+                    "failed": f"not enough memory for {len(rows)} candidates; give a smaller --batch-size, or fewer --rows"
+                }
             report["models"][name] = {"batch": batch, "tokens": tokens} | result
             write_json(out / "bench.json", report)
             accelerator.free_memory()
@@ -130,22 +129,20 @@ def bench(
     return report
 
 
-def _check(where: torch.device, tokens: int, batch_size: int | None) -> None:
-    """ValueError for a device that is not there, and for sizes that cannot be."""
+def _check(
+    models: Mapping[str, SiTConfig], where: torch.device, tokens: int, batch_size: int | None, rows: Sequence[str]
+) -> None:
+    for row in rows:
+        if row not in KNOWN:
+            raise ValueError(f"row '{row}' is unknown{nearest(row, KNOWN)}")
     if where.type == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: this machine has no GPU that torch can use; omit --device")
+    for model in models.values():
+        model.sizes()
     if tokens < 1 or math.isqrt(tokens) ** 2 != tokens:
         raise ValueError(f"tokens {tokens} is not a square number; use 64, 256 or 1024")
     if batch_size is not None and batch_size < 1:
         raise ValueError(f"batch_size {batch_size} should be 1 or more")
-
-
-def known_rows(rows: Sequence[str] | None) -> tuple[str, ...]:
-    """Each row once; None: the usual ones. ValueError for one that is unknown."""
-    for row in rows or ():
-        if row not in KNOWN:
-            raise ValueError(f"row '{row}' is unknown{nearest(row, KNOWN)}")
-    return tuple(dict.fromkeys(rows or ROWS))
 
 
 def published(names: Sequence[str] | None, device: str | None, *, quick: bool = False) -> dict[str, SiTConfig]:
