@@ -267,7 +267,7 @@ def test_table_shows_the_report(report: dict[str, Any], capsys: pytest.CaptureFi
     [
         (["--tokens", "10"], "tokens 10 is not a square number; use 64, 256 or 1024"),
         (["--models", "SiT-Q/2"], "model.name 'SiT-Q/2' is unknown"),
-        (["--rows", "captured_vanila"], "row 'captured_vanila' is unknown; did you mean 'captured_vanilla'?"),
+        (["--rows", "captured_vanila"], "row 'captured_vanila' is unknown; did you mean captured_vanilla"),
         (["--batch-size", "0"], "batch_size 0 should be 1 or more"),
         (["--device", "cuda"], "this machine has no GPU that torch can use"),
     ],
