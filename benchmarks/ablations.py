@@ -6,6 +6,9 @@
     python benchmarks/ablations.py digits --out results/tuned --seeds 0 --variants vanilla \
         --grid train.lr=1e-3,2e-3 model.label_std=0.02,0.5
 
+    python benchmarks/ablations.py digits --out results/repa --variants repa --encoder results/encoder \
+        --grid repa.weight=0.05,0.2,0.5
+
 Each variant changes the recipe by dotted overrides (VARIANTS). With --grid each of them is run with every combination of the
 given settings. Where settings allow it, the stage-1 run of the same seed is the
 teacher. Run directories are those of `selftrans compare`, so both may use the same --out. Repeat the command to continue.
@@ -22,7 +25,7 @@ from typing import Any
 
 from selftrans.config import RunConfig
 from selftrans.experiments import html_report
-from selftrans.experiments.compare import for_method, override, with_defaults
+from selftrans.experiments.compare import for_method, override, rehearse, with_defaults
 from selftrans.experiments.runner import Comparison, compare
 from selftrans.experiments.summary import mean_curve, rows
 from selftrans.recipes import recipe
@@ -84,7 +87,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "route": {"method": "vanilla", "model.route": 0.5},
     "route-quarter": {"method": "vanilla", "model.route": 0.25},
     "w5-route": {"stage2.scale": 5.0, "model.route": 0.5},
-    # other methods at a tenth of their published weights
+    # other methods with their published weights (REPA with --encoder, or with features that the data hold), and at a tenth
+    "repa": {"method": "repa"},
+    "sra": {"method": "sra"},
+    "layersync": {"method": "layersync"},
+    "dispersive": {"method": "dispersive"},
+    "repa-tenth": {"method": "repa", "repa.weight": 0.05},
     "sra-tenth": {"method": "sra", "sra.weight": 0.05},
     "layersync-tenth": {"method": "layersync", "layersync.weight": 0.02},
     "dispersive-tenth": {"method": "dispersive", "dispersive.weight": 0.05},
@@ -117,7 +125,8 @@ def main() -> None:
     parser.add_argument("--data", help="prepared data; not needed for digits")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS))
+    parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), help="all by default; REPA needs --encoder")
+    parser.add_argument("--encoder", help="vision model of transformers for REPA, such as benchmarks/encoder.py makes")
     parser.add_argument(
         "--grid", nargs="+", default=[], metavar="SECTION.FIELD=VALUE,VALUE", help="settings to combine"
     )
@@ -127,14 +136,24 @@ def main() -> None:
     parser.add_argument("--workers", type=int)
     options = parser.parse_args()
     config = override(recipe(options.recipe), data=options.data, steps=options.steps)
+    if options.encoder:
+        config = config.override({"repa.encoder": options.encoder})
+    chosen = options.variants or [name for name in VARIANTS if options.encoder or not name.startswith("repa")]
     config, features, weights = with_defaults(config, options.out, features=options.features)
-    overrides = with_grid({name: VARIANTS[name] for name in options.variants}, options.grid)
+    overrides = with_grid({name: VARIANTS[name] for name in chosen}, options.grid)
     variants = {name: overridden(config, dotted) for name, dotted in overrides.items()}
-    chosen = Comparison(config, variants, tuple(options.seeds), options.out, options.images, features, weights)
-    results = compare(chosen, workers=options.workers)
+    rehearse(variants)
+    comparison = Comparison(config, variants, tuple(options.seeds), options.out, options.images, features, weights)
+    results = compare(comparison, workers=options.workers)
     table = rows(results, tuple(variants))
     curves = {name: mean_curve(results, name) for name in variants}
-    settings = {"recipe": options.recipe, "seeds": options.seeds, "images": options.images, "features": features}
+    settings = {
+        "recipe": options.recipe,
+        "seeds": options.seeds,
+        "images": options.images,
+        "features": features,
+        "encoder": options.encoder,
+    }
     write_json(options.out / "ablations.json", settings | {"table": table, "curves": curves, "overrides": overrides})
     metric = next(iter(results.values()))[1][-1]["metric"]
     print(html_report.text_table(table, {name: name for name in variants}, metric))

@@ -32,7 +32,7 @@ class Data(Section):
     key = "data"
 
     path: str | None = setting(None, resume="free")
-    """directory of shards; `--data DIR` sets it"""
+    """directory of shards, or the URL of one (s3://, gs://, hf://, https://, ...); `--data DIR` sets it"""
     autoencoder: str | None = None
     """what decodes previews and samples; None: what the data was prepared with"""
     text_encoder: str | None = setting(None, resume="free")
@@ -47,6 +47,18 @@ class Data(Section):
     """keep the whole set in the memory of the training device and index it there; changes no number, only speed"""
     verify: bool = setting(False, resume="free")
     """compare every shard with its sha256 before training, which reads all of it once"""
+    cache_dir: str | None = setting(None, resume="free")
+    """folder for shards fetched from a URL, which runs share; None: $SELFTRANS_CACHE_DIR, or ~/.cache/selftrans/data"""
+    cache_gb: float | None = setting(None, resume="free")
+    """most that this folder holds, in GB: those used last; None: $SELFTRANS_CACHE_GB, or 100"""
+    window: int | None = None
+    """shards whose rows are shuffled together, so that only few are needed at a time; None: all, or for data at a URL that
+    are larger than the cache, as many as a third of it holds, which a run keeps"""
+
+    def check(self) -> None:
+        for name in ("cache_gb", "window"):
+            if getattr(self, name) is not None:
+                check_positive(self, name)
 
 
 @dataclass(frozen=True)
@@ -85,6 +97,11 @@ class Train(Section):
     """products of attention and MLP in eight bits, with one scale for each tensor or each row; needs bf16 and torchao"""
     compile: bool | None = setting(None, resume="free")
     """torch.compile each block; None: on a GPU"""
+    capture: Literal["off", "on", "auto"] = setting("off", resume="free")
+    """replay the whole step as CUDA graphs instead of launching its kernels one by one, for small models; on: or say why not;
+    auto: where it can be. On a CPU, on: the same step on the same buffers without a graph (docs/step.md)"""
+    optimizer: Literal["adamw", "adamw8bit"] = "adamw"
+    """adamw8bit: moments of 8 bits (bitsandbytes, `pip install selftrans[8bit]`), a quarter of the memory"""
     recompute: bool | int | tuple[int, ...] = setting(False, resume="free")
     """activation checkpointing, less memory for one more forward pass: True, of all blocks; a number, of the first so many;
     several, of these (1-based)"""
@@ -117,6 +134,9 @@ class Train(Section):
         for name in ("warmup", "preview_every", "keep", "keep_best", "keep_every", "seed", "weight_decay", "cosine"):
             if getattr(self, name) < 0:
                 raise ValueError(f"train.{name} must not be negative, not {getattr(self, name)}")
+        if self.optimizer != "adamw" and (self.shard or self.precision == "fp16"):
+            other = "train.shard" if self.shard else "train.precision fp16"
+            raise ValueError(f"train.optimizer {self.optimizer} does not go with {other}; use adamw")
         if self.fp8 != "none" and (self.precision != "bf16" or self.shard):
             raise ValueError(f"train.fp8 {self.fp8} goes with train.precision bf16 and without train.shard")
         if not 0 <= self.ema < 1 or not 0 <= self.drop <= 1:
@@ -138,6 +158,10 @@ class Log(Section):
     every: int = 100
     """steps between lines of log.jsonl"""
     tensorboard: bool = True
+    """TensorBoard files in RUN/tensorboard"""
+    trackers: tuple[Literal["tensorboard", "wandb", "trackio", "mlflow"], ...] = ()
+    """also these, with the settings of the run and its previews; each needs its package (pip install wandb), and one that is
+    missing or fails does not stop the run"""
     preview_images: int = 36
     preview_steps: int = 25
     """Heun steps of a preview"""
@@ -198,12 +222,14 @@ class RunConfig:
         """A student for latents (C, *S) under these conditions, freshly initialised. ValueError where it cannot be."""
         model = models.find(self.model.name).build(self.model, tuple(shape), conditions)
         model.use_path(self.train.path)
+        if self.model.early_block is not None:
+            model.add_early(self.model.early_block)
         return model
 
     def check(self) -> RunConfig:
         """Itself, or a ValueError that names the first field that cannot work."""
         known = (section for section in self.sections.values() if isinstance(section, Section))  # else plain json
-        for section in (self.model, self.init, self.lora, self.train, self.log, *known, self.sample):
+        for section in (self.data, self.model, self.init, self.lora, self.train, self.log, *known, self.sample):
             section.check()
         check_together(self.init, self.lora, self.train.shard)
         if self.lora.rank and self.train.fp8 != "none":

@@ -28,8 +28,12 @@ class Init(Section):
     """attention heads of a published file, where neither its tensors nor its width show them"""
 
     def resolved(self) -> Init:
-        """The same with an absolute path: a run may be continued from another folder."""
-        return self if self.path is None else replace(self, path=str(Path(self.path).resolve()))
+        """The same with an absolute path: a run may be continued from another folder. Names of the hub stay as they are."""
+        return (
+            self
+            if self.path is None or self.path.startswith("hf:/")
+            else replace(self, path=str(Path(self.path).resolve()))
+        )
 
     def ineffective(self) -> dict[str, str]:
         names = ("stage", "weights", "convention", "heads")

@@ -45,6 +45,7 @@ def test_json_holds_every_setting():
         ("self_transcendence", {"stage1", "stage2"}),
         ("repa", {"repa"}),
         ("dispersive", {"dispersive"}),
+        ("internal_guidance", {"internal_guidance"}),
     ],
 )
 def test_json_of_a_run_holds_the_sections_of_its_own_method_only(method, own):
@@ -197,6 +198,7 @@ def test_settings_that_may_change_on_resume():
     free = {name for name, rule in rules.items() if rule == "free" and name.split(".")[0] not in ("log", "sample")}
     assert free == {
         *("data.path", "data.text_encoder", "data.on_device", "data.verify", "stage2.teacher", "repa.encoder"),
+        *("data.cache_dir", "data.cache_gb"),
         *("train.steps", "train.checkpoint_every", "train.preview_every", "train.keep", "train.keep_best"),
         *("train.keep_every", "train.max_skips", "train.shard", "train.timeout", "train.recompute", "train.compile"),
         "train.allow_changes",
@@ -206,6 +208,7 @@ def test_settings_that_may_change_on_resume():
         *("train.lr", "train.warmup", "train.clip", "train.weight_decay", "train.precision", "train.drop"),
         *("train.cosine", "train.fp8", "model.route", "model.route_blocks"),
         *(f"{key}.weight" for key in ("stage1", "stage2", "repa", "sra", "layersync", "dispersive")),
+        "internal_guidance.weight",
     }
 
 

@@ -1,11 +1,11 @@
-"""Load a model from a run, a stage, a checkpoint or a weights file."""
+"""Load a model from a run, a stage, a checkpoint, a weights file, a pipeline's folder, or the hub."""
 
 from __future__ import annotations
 
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -13,6 +13,7 @@ import torch
 from safetensors import safe_open
 
 from selftrans.checkpoints import format as checkpoint
+from selftrans.checkpoints import hub
 from selftrans.checkpoints.adapted import frozen_weights, full_weights, weights_hash
 from selftrans.config import RunConfig, from_json, to_json
 from selftrans.encoders.pretrained import encoder_name
@@ -24,6 +25,10 @@ from selftrans.types import Backbone, Conditions
 Weights = Literal["raw", "ema"]
 FILES: dict[str, str] = {"raw": "student.safetensors", "ema": "ema.safetensors"}
 EXPORTED = "model.safetensors"  #: the weights in a folder written by `selftrans export`
+PIPELINE = "model_index.json"  #: in a folder written by `selftrans export --layout pipeline`
+#: in such a folder: its weights, what decodes its latents, and the encoder of its prompts
+TRANSFORMER, VAE, TEXT_ENCODER = "transformer/diffusion_pytorch_model.safetensors", "vae", "text_encoder"
+PREFIX = "prefix"  #: header entry: what the names of all tensors begin with
 IMPORTED = "imported"  #: header entry with the source of imported weights; also the name of a json in their run
 REPORT = "run.json"  #: in a run: the order of its stages and, when it is finished, its cost
 LARGEST = 1 << 16  #: largest side of a latent; a larger one is an error or an attempt to exhaust the memory
@@ -76,13 +81,16 @@ def header(
 
 
 def find(source: str | Path, *, stage: str | None = None, weights: Weights = "ema") -> Path:
-    """The weights file of `source`: a run, stage or checkpoint directory, or the file itself.
+    """The weights file of `source`: a run, stage or checkpoint directory, a pipeline's folder, a model on the hub (see
+    `hub`), or the file itself.
 
     For a run, the newest checkpoint of `stage` (None: its last stage). ValueError says what was expected.
     """
-    path = Path(source)
+    path = hub.local(source)
     if path.is_file():
         return path
+    if (path / PIPELINE).is_file() and (path / TRANSFORMER).is_file():
+        return path / TRANSFORMER
     if (path / checkpoint.STATE).exists():
         return checkpoint.read(path).path / FILES[weights]
     if (path / "checkpoints").is_dir():
@@ -145,14 +153,17 @@ def load_model(origin: str | Path, *, stage: str | None = None, weights: Weights
     metadata = checkpoint.read_header(path)
     frozen = frozen_weights(path, metadata)
     try:
-        config = from_json(json.dumps(metadata["config"]), lenient=True)
-        shape = tuple(int(n) for n in metadata["shape"])
-        conditions = from_plain(Conditions, metadata["conditions"], "conditions")
-        _check_fit(frozen or path, config, shape, conditions)
+        config, shape, conditions = architecture(metadata)
+        autoencoder, prefix = str(metadata["autoencoder"]), str(metadata.get(PREFIX, ""))
+        if folder := pipeline_of(path):
+            autoencoder = str(folder / VAE) if (folder / VAE).is_dir() else autoencoder
+            if (folder / TEXT_ENCODER).is_dir():
+                conditions = replace(conditions, encoder=str(folder / TEXT_ENCODER))
+        _check_fit(frozen or path, prefix, config, shape, conditions)
         model = config.build_model(shape, conditions)
         name, step = str(metadata["stage"]), int(metadata["step"])
         kind: Weights = "ema" if metadata.get("weights") == "ema" else "raw"
-        autoencoder, classes = str(metadata["autoencoder"]), tuple(map(str, metadata["classes"]))
+        classes = tuple(map(str, metadata["classes"]))
         prompts = from_plain(tuple[str, ...], metadata.get("prompts", []), "prompts")
         present = _present(metadata, conditions)
     except NotFound as error:
@@ -165,13 +176,30 @@ def load_model(origin: str | Path, *, stage: str | None = None, weights: Weights
         raise ValueError(
             f"{path} holds weights of {printable(name)}, not of {stage}; give the run directory to choose a stage of it"
         )
-    model.load_state_dict(full_weights(path, frozen, config), strict=True)
+    tensors = full_weights(path, frozen, config)
+    model.load_state_dict({name.removeprefix(prefix): tensor for name, tensor in tensors.items()}, strict=True)
     source = {
-        "path": str(path.resolve()),
+        "path": hub.pinned(path) or str(path.resolve()),
         "sha256": sha256_file(path),
         "weights": weights_hash(path, frozen),
     } | ({IMPORTED: metadata[IMPORTED]} if IMPORTED in metadata else {})
     return LoadedModel(model.eval(), config, name, kind, step, autoencoder, classes, source, prompts, present)
+
+
+def architecture(metadata: dict[str, Any]) -> tuple[RunConfig, tuple[int, ...], Conditions]:
+    """Settings, shape of a latent and conditions in the header of a weights file, from which its model is built.
+
+    ValueError, KeyError or TypeError for a header of another kind.
+    """
+    config = from_json(json.dumps(metadata["config"]), lenient=True)
+    shape = tuple(int(n) for n in metadata["shape"])
+    return config, shape, from_plain(Conditions, metadata["conditions"], "conditions")
+
+
+def pipeline_of(weights: Path) -> Path | None:
+    """The folder of the pipeline that a weights file belongs to; None where it belongs to none."""
+    folder = weights.parent.parent
+    return folder if weights == folder / TRANSFORMER and (folder / PIPELINE).is_file() else None
 
 
 def _present(metadata: dict[str, Any], conditions: Conditions) -> tuple[int, ...]:
@@ -182,10 +210,11 @@ def _present(metadata: dict[str, Any], conditions: Conditions) -> tuple[int, ...
     return present
 
 
-def _check_fit(path: Path, config: RunConfig, shape: tuple[int, ...], conditions: Conditions) -> None:
+def _check_fit(path: Path, prefix: str, config: RunConfig, shape: tuple[int, ...], conditions: Conditions) -> None:
     """ValueError unless a file's tensors match its model; checked before memory is allocated for the sizes in the header."""
     with safe_open(path, framework="pt") as file:
-        stored = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 - no mapping
+        shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 - no mapping
+    stored = {name.removeprefix(prefix): shape for name, shape in shapes.items()}
     config.model.check()
     if config.model.blocks() > len(stored) or not shape or not 0 < min(shape) <= max(shape) <= LARGEST:
         raise ValueError(

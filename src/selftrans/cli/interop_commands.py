@@ -1,11 +1,12 @@
-"""The commands for other people's files: import, import-vae, export. See `commands.py`."""
+"""The commands for other people's files, and for the hub: import, import-vae, export, push. See `commands.py`."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Any, Literal
 
+import tyro
 from tyro.conf import Positional
 
 from selftrans.cli.options import Command, RunOrFile, Stage, Trust, Weights
@@ -80,7 +81,8 @@ class Export(Command):
     `LightningDiT`, `MMDiT`) of that repository loads, with `arguments` from config.json (REPA's with z_dims=[], so without
     projectors), and `selftrans import` reads it back. The layout diffusers, of the models diffusers-*, is a folder that
     `from_pretrained` of their class loads. The other models do not have it: DiT of diffusers has other timestep frequencies and
-    no QK-norm, so it would be another network.
+    no QK-norm, so it would be another network. The layout pipeline, of every model, is a folder of several files that
+    `selftrans.interop.SiTPipeline.from_pretrained` loads, with its VAE, and that every command accepts in place of a run.
     """
 
     run_or_file: RunOrFile
@@ -88,8 +90,8 @@ class Export(Command):
     """directory for model.safetensors and config.json"""
     weights: Weights = "ema"
     layout: str = "selftrans"
-    """selftrans: accepted in place of a run by every command; or a published layout: of SiT sit or repa, of DiT dit, of
-    LightningDiT lightningdit, of MMDiT repa, of diffusers-* diffusers"""
+    """selftrans: accepted in place of a run by every command; pipeline: so, too, and by diffusers; or a published layout: of
+    SiT sit or repa, of DiT dit, of LightningDiT lightningdit, of MMDiT repa, of diffusers-* diffusers"""
     adapters: bool = False
     """of a run with --lora.rank: its adapters alone, with --layout peft (the default then) or diffusers; otherwise they are
     merged into the weights"""
@@ -109,3 +111,52 @@ class Export(Command):
             return
         made = export_run(self.run_or_file, **self.options("run_or_file", "adapters"))
         print(f"{self.weights} weights, layout {self.layout} -> {made}")
+
+
+@dataclass
+class Push(Command):
+    """A run to a repository of the Hugging Face hub, with a model card, or with --dry-run to a folder.
+
+    Writes what `export --layout pipeline` writes, with README.md (the card: numbers with what they depend on, samples,
+    settings, total compute), samples.png and selftrans.json. `selftrans sample hf://REPOSITORY` and
+    SiTPipeline.from_pretrained then take it. Log in before, by `hf auth login`. The same command again continues an
+    interrupted upload.
+
+    Numbers are those of `selftrans evaluate`, samples those of `selftrans sample` or of the last preview; those of other
+    weights are left out.
+    """
+
+    run_or_file: RunOrFile
+    repository: Annotated[
+        str, Positional, tyro.conf.arg(metavar="REPOSITORY", help="owner/name; it is created if needed")
+    ]
+    license: str
+    """of the weights, as the hub names it: apache-2.0, mit, cc-by-nc-4.0, other ..."""
+    private: bool = False
+    """the repository must be private"""
+    samples: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER")] = None
+    """folder of `selftrans sample`, whose first pictures are shown; None: the preview of the last step"""
+    evaluations: Annotated[tuple[Path, ...], tyro.conf.arg(metavar="FILE [FILE ...]")] = ()
+    """reports of `selftrans evaluate`; none: evaluate.json in the run"""
+    dry_run: bool = False
+    """write the folder, and nothing to the hub"""
+    out: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER")] = None
+    """where the folder is written; None: a temporary one, with --dry-run the repository's name in the current folder"""
+    force: bool = False
+    """write into a repository that holds other files; they are kept, except those of the same names"""
+    weights: Weights = "ema"
+    stage: Stage = None
+    trust: Trust = ()
+
+    def run(self) -> None:
+        from selftrans.interop.pushing import Chosen, push, write_folder
+
+        chosen = Chosen(self.license, self.samples, self.evaluations)
+        options: dict[str, Any] = {"weights": self.weights, "stage": self.stage}
+        if self.dry_run:
+            out = self.out or Path(self.repository.rpartition("/")[2] or "push")
+            files = write_folder(self.run_or_file, self.repository, out, chosen, **options)
+            print(f"{len(files)} files of {self.repository} -> {out}; nothing was uploaded")
+            return
+        options |= {"private": self.private, "force": self.force, "out": self.out}
+        print(f"pushed: {push(self.run_or_file, self.repository, chosen, **options)}")

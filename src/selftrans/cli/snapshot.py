@@ -42,7 +42,11 @@ class Recipe(NamedTuple):
 
 def recipes(words: Sequence[str]) -> dict[str, Recipe] | None:
     """The recipes by name from the snapshot; None where it cannot serve these arguments, or torch is loaded anyway."""
-    if "torch" in sys.modules or any(":" in word for word in words) or any(entry_points(group=g) for g in GROUPS):
+    if (
+        "torch" in sys.modules
+        or any(":" in word.replace("://", "") for word in words)
+        or any(entry_points(group=g) for g in GROUPS)
+    ):
         return None
     try:
         known = json.loads(FILE.read_text(encoding="utf-8"))

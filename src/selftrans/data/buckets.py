@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+import warnings
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -22,8 +23,10 @@ from torch import Tensor
 from selftrans.data.dataset import Dataset
 from selftrans.data.manifest import BUCKETS, FILE, Manifest
 from selftrans.data.record import REMEDY, Record, parse_json, read_text
+from selftrans.data.remote import is_url
+from selftrans.data.shard_cache import CacheOptions
 from selftrans.data.sources.decode import sides, size_text
-from selftrans.storage import write_text
+from selftrans.storage import plural, write_text
 
 VERSION = 1
 MOST = 1024  #: folders that a buckets.json may name
@@ -53,7 +56,14 @@ class Buckets(Dataset):
         self._begins = np.cumsum([0, *self.parts])[:-1]
 
     @classmethod
-    def open(cls, path: str | Path, *, verify: bool = False, text_encoder: str | None = None) -> Buckets:
+    def open(
+        cls,
+        path: str | Path,
+        *,
+        verify: bool = False,
+        text_encoder: str | None = None,
+        cache: CacheOptions = CacheOptions(),  # noqa: B008 - a tuple, and data on this machine need none
+    ) -> Buckets:
         """As `Dataset.open`, of a folder made by `prepare_buckets`; raises as that, and when `buckets.json` is invalid."""
         buckets = cls(Path(path), [Dataset.open(Path(path, name)) for name in read_names(Path(path))])
         buckets.text_encoder = text_encoder
@@ -62,7 +72,12 @@ class Buckets(Dataset):
         return buckets
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return partial(Buckets.open, text_encoder=self.text_encoder), (self.path,)
+        return partial(open_data, text_encoder=self.text_encoder), (self.origin,)
+
+    def fetch(self, *, progress: bool = True) -> None:
+        """As `Dataset.fetch`, of every bucket."""
+        for bucket in self.buckets:
+            bucket.fetch(progress=progress)
 
     @property
     def parts(self) -> tuple[int, ...]:
@@ -118,13 +133,13 @@ class Buckets(Dataset):
     def damaged(self, *, features: bool = True) -> Iterator[str]:
         """As `Dataset.damaged`, with the folder of the bucket before each name."""
         for bucket in self.buckets:
-            yield from (f"{bucket.path.name}/{name}" for name in bucket.damaged(features=features))
+            yield from (f"{Path(bucket.origin).name}/{name}" for name in bucket.damaged(features=features))
 
     def summary(self) -> str:
         """A few lines to print."""
-        sizes = ", ".join(f"{bucket.path.name} ({len(bucket):,})" for bucket in self.buckets)
+        sizes = ", ".join(f"{Path(bucket.origin).name} ({len(bucket):,})" for bucket in self.buckets)
         left_out = f"\n{len(skipped):,} left out, listed in their {FILE}" if (skipped := self.manifest.skipped) else ""
-        return f"{len(self):,} pictures in {len(self.buckets)} buckets: {sizes}{left_out}"
+        return f"{plural(len(self), 'picture')} in {plural(len(self.buckets), 'bucket')}: {sizes}{left_out}"
 
     def _divided(self, rows: np.ndarray) -> Iterator[tuple[Dataset, np.ndarray, np.ndarray]]:
         """Each bucket that has some of these rows, where they stand in `rows`, and their numbers in the bucket."""
@@ -135,14 +150,40 @@ class Buckets(Dataset):
             yield self.buckets[k], at, rows[at] - self._begins[k]
 
 
-def open_data(path: str | Path, *, verify: bool = False, text_encoder: str | None = None) -> Dataset:
-    """Open a folder made by `prepare` or by `prepare_buckets`. Raises ValueError as `Dataset.open` and `Buckets.open`."""
-    kind = Buckets if Path(path, BUCKETS).is_file() else Dataset
-    return kind.open(path, verify=verify, text_encoder=text_encoder)
+def open_data(
+    path: str | Path,
+    *,
+    verify: bool = False,
+    text_encoder: str | None = None,
+    cache: CacheOptions = CacheOptions(),  # noqa: B008 - a tuple
+) -> Dataset:
+    """Open a folder made by `prepare` or by `prepare_buckets`, here or at a URL, whose shards are then fetched into `cache`.
+
+    Raises ValueError as `Dataset.open` and `Buckets.open`.
+    """
+    kind = Buckets if not is_url(path) and Path(path, BUCKETS).is_file() else Dataset
+    return kind.open(path, verify=verify, text_encoder=text_encoder, cache=cache)
+
+
+def open_of_one_shape(path: str | Path, *, text_encoder: str | None = None) -> Dataset:
+    """As `open_data`, but of buckets only the base, with a warning: for what takes latents of one shape."""
+    data = open_data(path, text_encoder=text_encoder)
+    if not isinstance(data, Buckets):
+        return data
+    base = data.base
+    base.text_encoder = text_encoder
+    warnings.warn(
+        f"{path} holds buckets of several sizes, of which {base.path.name} ({plural(len(base), 'picture')}) is read: it is "
+        "nearest to a square, and its size that of the model",
+        stacklevel=3,
+    )
+    return base
 
 
 def is_prepared(path: str | Path) -> bool:
-    """Whether a folder was made by `prepare` or by `prepare_buckets`."""
+    """Whether a folder was made by `prepare` or by `prepare_buckets`; a URL is taken to be one, and checked when opened."""
+    if is_url(path):
+        return True
     return Path(path, FILE).exists() or Path(path, BUCKETS).exists()
 
 
@@ -151,14 +192,19 @@ def read_names(path: Path) -> tuple[str, ...]:
     if not (path / BUCKETS).is_file():
         raise ValueError(f"no {BUCKETS} in {path}: not finished; repeat its `selftrans prepare` to make it")
     try:
-        record = Record(parse_json(read_text(path / BUCKETS), BUCKETS), BUCKETS)
-        record.only(("version", "buckets"))
-        record.integer("version", VERSION, VERSION)
-        names = record.items("buckets", _name)
-        if not 1 <= len(names) <= MOST or len(set(names)) < len(names):
-            raise ValueError(f"{BUCKETS}: field 'buckets' should name 1 to {MOST} different folders; {REMEDY}")
+        return names_in(read_text(path / BUCKETS))
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
+
+
+def names_in(text: str) -> tuple[str, ...]:
+    """The folders that the text of a `buckets.json` names. Raises ValueError when it is invalid."""
+    record = Record(parse_json(text, BUCKETS), BUCKETS)
+    record.only(("version", "buckets"))
+    record.integer("version", VERSION, VERSION)
+    names = record.items("buckets", _name)
+    if not 1 <= len(names) <= MOST or len(set(names)) < len(names):
+        raise ValueError(f"{BUCKETS}: field 'buckets' should name 1 to {MOST} different folders; {REMEDY}")
     return names
 
 
@@ -181,8 +227,8 @@ def _aspect(manifest: Manifest) -> float:
 def _check_alike(bucket: Dataset, base: Dataset) -> None:
     """Raise ValueError unless a bucket has pictures of the size that names it, and agrees with the base in all else."""
     own, other = bucket.manifest, base.manifest
-    if own.resolution is None or size_text(own.resolution) != bucket.path.name:
-        raise ValueError(f"{bucket.path} does not hold pictures of {bucket.path.name}; {REMEDY}")
+    if own.resolution is None or size_text(own.resolution) != Path(bucket.origin).name:
+        raise ValueError(f"{bucket.origin} does not hold pictures of {Path(bucket.origin).name}; {REMEDY}")
     differ = [name for name in SHARED if getattr(own, name) != getattr(other, name)]
     if (
         not differ
@@ -192,4 +238,4 @@ def _check_alike(bucket: Dataset, base: Dataset) -> None:
     ):
         differ = ["text"]
     if differ or own.shape[0] != other.shape[0] or len(own.shape) != 3:
-        raise ValueError(f"{bucket.path} and {base.path} differ in '{(differ or ['shape'])[0]}'; {REMEDY}")
+        raise ValueError(f"{bucket.origin} and {base.origin} differ in '{(differ or ['shape'])[0]}'; {REMEDY}")

@@ -6,7 +6,7 @@ L tokens of a caption and E width of those.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
@@ -19,7 +19,9 @@ from torch import Tensor
 from selftrans.data.manifest import Features, Manifest, Shard
 from selftrans.data.manifest_text import CAPTION, COUNT, IDS, NULL
 from selftrans.data.present import present_classes
-from selftrans.data.shard_file import REMEDY, open_tensors
+from selftrans.data.remote import is_url
+from selftrans.data.shard_cache import CacheOptions
+from selftrans.data.shard_file import REMEDY, numpy_dtype, open_tensors
 from selftrans.encoders.text import TextEncoder, encoder_of
 from selftrans.storage import sha256_file
 from selftrans.types import MASK, TEXT, Cond
@@ -42,11 +44,12 @@ class Dataset:
         self,
         path: Path,
         manifest: Manifest,
-        tensors: dict[str, list[np.ndarray]],
+        tensors: dict[str, Sequence[np.ndarray]],
         labels: np.ndarray,
         counts: np.ndarray | None = None,
     ) -> None:
         self.path, self.manifest, self.labels = path, manifest, labels  #: labels (len,) int64
+        self.origin = str(path)  #: where the data came from: the folder, or a URL
         self.counts = counts  #: (len,) captions of each row; None for data without captions
         self._tensors = tensors  # name -> one array (count, *row shape) per shard
         self._starts = np.cumsum([0] + [shard.count for shard in manifest.shards])[:-1]
@@ -54,13 +57,25 @@ class Dataset:
         self._encoder: TextEncoder | None = None  # of ids; loaded when it is needed
 
     @classmethod
-    def open(cls, path: str | Path, *, verify: bool = False, text_encoder: str | None = None) -> Dataset:
-        """Open a folder made by `prepare`. `verify` reads every file and compares its sha256 with the manifest.
+    def open(
+        cls,
+        path: str | Path,
+        *,
+        verify: bool = False,
+        text_encoder: str | None = None,
+        cache: CacheOptions = CacheOptions(),  # noqa: B008 - a tuple
+    ) -> Dataset:
+        """Open a folder made by `prepare`, or one at a URL, whose shards are fetched into `cache` (see `streamed`).
 
-        `text_encoder`: hub id or folder of the encoder of stored ids, if it is not where it was.
+        `verify` reads every file and compares its sha256 with the manifest. `text_encoder`: hub id or folder of the encoder
+        of stored ids, if it is not where it was.
         Raises ValueError, with the remedy, when the manifest is missing or invalid, when a shard is missing or has unexpected
         tensors, when its sha256 differs (`verify`), or when a label is out of range.
         """
+        if is_url(path):
+            from selftrans.data.streamed import open_streamed  # which is made of this class
+
+            return open_streamed(str(path), verify=verify, text_encoder=text_encoder, cache=cache)
         path = Path(path)
         manifest = Manifest.load(path)
         stored: dict[str, list[np.ndarray]] = {name: [] for name in manifest.layout}
@@ -68,12 +83,10 @@ class Dataset:
             tensors = open_tensors(path / shard.file, manifest.layout, shard.count)
             for name, tensor in tensors.items():
                 stored[name].append(tensor)
-            _check_range(path / shard.file, "label", tensors["labels"], 0, max(manifest.num_classes, 1) - 1)
-            if manifest.text:
-                _check_range(path / shard.file, "caption count", tensors[COUNT], 1, manifest.text.captions)
+            check_index(path / shard.file, manifest, tensors["labels"], tensors.get(COUNT))
         labels = np.concatenate([np.zeros(0, dtype=np.int64), *stored.pop("labels")])
         counts = np.concatenate(stored.pop(COUNT)) if manifest.text else None
-        dataset = cls(path, manifest, stored, labels, counts)
+        dataset = cls(path, manifest, dict(stored), labels, counts)
         dataset.text_encoder = text_encoder
         if verify:
             dataset.verify()
@@ -100,6 +113,16 @@ class Dataset:
     def __reduce__(self) -> tuple[Any, ...]:
         # a worker process opens the files itself: the mapped arrays must not be pickled
         return partial(Dataset.open, text_encoder=self.text_encoder), (self.path,)
+
+    def expect(self, now: Collection[int], then: Collection[int]) -> None:
+        """Say which shards are read from now on, and which after them; data on this machine need no notice."""
+
+    def fetch(self, *, progress: bool = True) -> None:
+        """Bring every shard to this machine, where it is not yet."""
+
+    def some_rows(self, most: int) -> np.ndarray:
+        """At most `most` different rows, by a fixed shuffle."""
+        return np.random.default_rng(0).permutation(len(self))[:most]
 
     @cached_property
     def present(self) -> tuple[int, ...]:
@@ -193,7 +216,7 @@ class Dataset:
         """Caption => its row."""
         if self.counts is None:
             return {}
-        rows = np.random.default_rng(0).permutation(len(self))[: 16 * PROMPTS]  # enough, if many captions are the same
+        rows = self.some_rows(16 * PROMPTS)  # enough, if many captions are the same
         found: dict[str, int] = {}
         for row, of_row in zip(rows.tolist(), self.captions(rows), strict=True):
             found.setdefault(of_row[0], row)
@@ -252,10 +275,13 @@ class Dataset:
 
     def _gather(self, name: str, rows: np.ndarray, which: np.ndarray | None = None) -> Tensor:
         """Rows (N,) of one tensor, or of its captions `which`. Raises ValueError for values that are not finite."""
-        shards = self._tensors[name]
+        shards, layout = self._tensors[name], dict(self.manifest.layout)
+        if self.manifest.features:
+            layout |= self.manifest.features.layout(self.manifest)
+        stored, shape = layout[name]
         of_caption = name in (TEXT, IDS, MASK)
         shard_of = np.searchsorted(self._starts, rows, side="right") - 1
-        out = np.empty((len(rows), *shards[0].shape[2 if of_caption else 1 :]), dtype=shards[0].dtype)
+        out = np.empty((len(rows), *shape[1 if of_caption else 0 :]), dtype=numpy_dtype(stored))
         # numpy gathers in this thread only, which leaves the other cores to the training step
         for k in np.unique(shard_of):
             at = np.flatnonzero(shard_of == k)
@@ -265,8 +291,7 @@ class Dataset:
             return torch.from_numpy(out)
         if name == MASK:
             return torch.from_numpy(out != 0)
-        layout = self.manifest.layout
-        dtype, bits, infinity = NUMBERS[layout[name][0] if name in layout else "float16"]
+        dtype, bits, infinity = NUMBERS[stored]
         sign = np.array(1 << (8 * out.itemsize - 1), dtype=bits)
         # comparing the bits as integers is exact, and many times faster than isfinite in half precision
         magnitude = out.view(bits) & ~sign
@@ -280,7 +305,7 @@ class Dataset:
         shard, manifest = self.manifest.shards[k], self.manifest
         file = manifest.features.files[k].name if manifest.features and name == "features" else shard.file
         raise ValueError(
-            f"shard {self.path / file} holds NaN or infinite {name} for {manifest.unit.removesuffix('s')} {row} "
+            f"shard {self.origin}/{file} holds NaN or infinite {name} for {manifest.unit.removesuffix('s')} {row} "
             f"(row {row - self._starts[k]} of the shard); delete the file and {REMEDY}"
         )
 
@@ -289,7 +314,14 @@ def _to(tensor: Tensor, device: torch.device | str | None) -> Tensor:
     return tensor if device is None else tensor.to(device, non_blocking=True)
 
 
-def _check_range(path: Path, what: str, values: np.ndarray, low: int, high: int) -> None:
+def check_index(file: object, manifest: Manifest, labels: np.ndarray, counts: np.ndarray | None) -> None:
+    """ValueError, naming the file, for a label or a number of captions that the manifest does not allow."""
+    _check_range(file, "label", labels, 0, max(manifest.num_classes, 1) - 1)
+    if manifest.text and counts is not None:
+        _check_range(file, "caption count", counts, 1, manifest.text.captions)
+
+
+def _check_range(path: object, what: str, values: np.ndarray, low: int, high: int) -> None:
     """Raise ValueError for a value outside low .. high."""
     wrong = np.flatnonzero((values < low) | (values > high))
     if len(wrong):

@@ -12,7 +12,8 @@ from typing import NamedTuple
 import numpy as np
 
 from selftrans.data.sources.decode import BadSample
-from selftrans.data.sources.source import Samples
+from selftrans.data.sources.npz import NpzValues
+from selftrans.data.sources.source import Samples, Source
 
 
 class Decoded(NamedTuple):
@@ -47,6 +48,12 @@ class ShardPlan:
     def asked(self, shard: int) -> int:
         """How many samples of the source a shard is made from."""
         return sum(len(batch) for batch in self.batches(shard))
+
+    @property
+    def threads(self) -> int | None:
+        """Threads that read the source: 1 where it must be read in order; None: as many as suit the machine."""
+        source = self.source
+        return 1 if isinstance(source, NpzValues) or (isinstance(source, Source) and source.in_order) else None
 
     def decode(self, indices: range) -> Decoded:
         """Read a batch of samples. Raises ValueError for an unreadable one, unless `skip_bad`."""

@@ -115,7 +115,7 @@ def load_text_encoder(
     folder = _built_in() if name == BUILT_IN else name
     kind, own = _configuration(folder, name)
     model, absent = load_model(_loader(kind), folder, name, "a text encoder", UNUSED)
-    tokenizer, files = _tokenizer(folder, name)
+    tokenizer, files = _tokenizer(str(tokenizer_folder(Path(folder))), name)
     embeddings = model.get_input_embeddings().num_embeddings
     if len(tokenizer) < 2 or max(tokenizer.get_vocab().values()) >= embeddings:
         raise ValueError(f"encoder {name!r}: its tokeniser has {len(tokenizer)} words, its model {embeddings}")
@@ -196,6 +196,13 @@ def _loader(kind: str) -> Any:
     import transformers
 
     return getattr(transformers, CLASSES.get(kind, "AutoModel"))
+
+
+def tokenizer_folder(folder: Path) -> Path:
+    """The folder of an encoder's tokeniser: its own or, where it has none, `tokenizer` next to it, as in pipelines."""
+    other = folder.with_name("tokenizer")
+    alone = folder.is_dir() and not any((folder / name).is_file() for name in TOKENIZER_FILES)
+    return other if alone and other.is_dir() else folder
 
 
 def _tokenizer(folder: str, name: str) -> tuple[Any, dict[str, bytes]]:

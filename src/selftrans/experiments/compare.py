@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import time
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -25,12 +26,13 @@ from selftrans.evaluate.extractors import MAX_VALUES, load_extractor
 from selftrans.evaluate.plots import save
 from selftrans.experiments import html_report
 from selftrans.experiments.measurement import PROBED_BLOCK, check_sizes, image_shape, samples_of, stored_conditions
-from selftrans.experiments.runner import Comparison, Results, compare
-from selftrans.experiments.summary import AXES, as_csv, mean_curve, rows
+from selftrans.experiments.runner import Comparison, Results, compare, processes
+from selftrans.experiments.summary import AXES, as_csv, mean_curve, rows, time_line, time_shares
 from selftrans.experiments.train_classifier import classifier_from_data
 from selftrans.methods.registry import METHODS, REGISTRY, find, sections_of, stages
 from selftrans.sections import fields_of
 from selftrans.storage import lock_file, removed_if_refused, write_json, write_text
+from selftrans.train.data_window import cache_of
 from selftrans.train.given_weights import with_given_model
 from selftrans.train.run import put_together, teacher_of
 
@@ -72,18 +74,22 @@ def compare_methods(
             rehearse(variants)
             block = probed_block(config)
         chosen = Comparison(config, variants, tuple(seeds), out, images, features, weights, block)
+        started = time.perf_counter()
         results = compare(chosen, workers=workers)
-        summary = summarise(chosen, results)
+        shares = time_shares(results, time.perf_counter() - started, processes(chosen, workers)[0])
+        summary = summarise(chosen, results) | {"time": shares}
         write(chosen, summary)
     names = {name: name for name in methods}
     print(html_report.text_table(summary["table"], names, summary["metric"]))
+    if line := time_line(shares):
+        print(f"\n{line}")
     print(f"\nOpen {out / 'compare.html'}")
     return summary
 
 
 def probed_block(config: RunConfig) -> int:
     """The shallow block whose features are probed in every run: the one that the recipe's method guides first."""
-    manifest, first = open_data(str(config.data.path)).manifest, stages(config)[0]
+    manifest, first = open_data(str(config.data.path), cache=cache_of(config.data)).manifest, stages(config)[0]
     with torch.device("meta"):
         student = config.build_model(manifest.shape, manifest.conditions)
         guidances = [] if first.teacher or first.encoder else first.guide(student, None)
@@ -108,7 +114,7 @@ def for_method(config: RunConfig, method: str) -> RunConfig:
 def rehearse(variants: Mapping[str, RunConfig]) -> None:
     """Build each method once, without memory for its weights: an unusable setting is refused before anything is trained."""
     for config in variants.values():
-        dataset = open_data(str(config.data.path))
+        dataset = open_data(str(config.data.path), cache=cache_of(config.data))
         for stage in stages(config):
             given: Any = None
             if stage.encoder or (stage.teacher and stage.teacher.given):
@@ -142,7 +148,7 @@ def with_defaults(config: RunConfig, out: Path, *, features: str | None = None) 
         features = features or "digits"
     if features == "digits":
         weights = str(out / "digits-classifier.safetensors")
-    dataset = open_data(str(config.data.path))
+    dataset = open_data(str(config.data.path), cache=cache_of(config.data))
     manifest, several = dataset.manifest, len(dataset.parts) > 1
     if features is None:
         features, own = "inception" if several else _without_classes(manifest), out / "classifier.safetensors"
@@ -209,7 +215,8 @@ def summarise(chosen: Comparison, results: Results) -> dict[str, Any]:
         "images": chosen.images,
         "labels": point["sampler"].get("labels"),
         "seeds": list(chosen.seeds),
-        "autoencoder": config.data.autoencoder or open_data(str(config.data.path)).manifest.autoencoder,
+        "autoencoder": config.data.autoencoder
+        or open_data(str(config.data.path), cache=cache_of(config.data)).manifest.autoencoder,
         "teachers": list(teachers.values()),
         "config": json.loads(to_json(config)),
         "sections": list(used),
@@ -220,7 +227,7 @@ def write(chosen: Comparison, summary: dict[str, Any]) -> None:
     """Write compare.json, .csv, .png and .html to the directory of the comparison."""
     runs = {name: chosen.run((name, chosen.seeds[0])) for name in chosen.variants}
     data = chosen.shared.data
-    dataset = open_data(str(data.path), text_encoder=data.text_encoder)
+    dataset = open_data(str(data.path), text_encoder=data.text_encoder, cache=cache_of(data))
     conditioning = stored_conditions(dataset, dataclasses.replace(chosen.shared.sample, seed=1))
     grids = {name: samples_of(run, chosen.shared.sample, SHOWN, conditioning) for name, run in runs.items()}
     captions = conditioning.texts(np.arange(SHOWN))

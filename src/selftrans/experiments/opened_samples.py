@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from selftrans.checkpoints import format as checkpoint
-from selftrans.checkpoints.load import LoadedModel, Weights, load_model
+from selftrans.checkpoints import hub
+from selftrans.checkpoints.load import PIPELINE, LoadedModel, Weights, load_model
 from selftrans.data.buckets import is_prepared, open_data
 from selftrans.data.sources.npz import npz_labels
 from selftrans.device import default_device
@@ -51,7 +52,7 @@ def open_samples(
 ) -> Samples:
     """Open stored images, or the images sampled from a run, whose captions may come from `reference` (see `_captions`), and
     their sizes do, if it is prepared data of several."""
-    path = Path(samples)
+    path = hub.local(samples)
     if path.suffix in FOREIGN:
         raise ValueError(f"{path} is a checkpoint of another code base; convert it with `selftrans import`")
     must_exist(path)
@@ -116,10 +117,11 @@ def _captions(
 
 
 def is_model(path: Path) -> bool:
-    """Whether `path` is a run, a stage, a checkpoint or a weights file, rather than images."""
+    """Whether `path` is a run, a stage, a checkpoint, a pipeline or a weights file, rather than images."""
     if path.is_file():
         return path.suffix == ".safetensors"
-    return (path / "checkpoints").is_dir() or (path / checkpoint.STATE).exists() or (path / "config.json").exists()
+    described = any((path / name).exists() for name in (checkpoint.STATE, "config.json", PIPELINE))
+    return described or (path / "checkpoints").is_dir()
 
 
 def _stored(

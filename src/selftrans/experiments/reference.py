@@ -9,7 +9,7 @@ import contextlib
 import dataclasses
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from zipfile import ZipFile
 
@@ -18,7 +18,9 @@ from tqdm import tqdm
 
 from selftrans.checkpoints.load import LoadedModel
 from selftrans.data.buckets import is_prepared, open_data
+from selftrans.data.decoded import decoded_images
 from selftrans.data.manifest import FILE
+from selftrans.data.remote import is_url
 from selftrans.evaluate.classifier import digits
 from selftrans.evaluate.extractors import Extractor
 from selftrans.evaluate.statistics import Statistics
@@ -36,6 +38,8 @@ def reference_of(reference: str | Path, extractor: Extractor) -> Statistics:
     path = Path(reference)
     if str(reference) == "digits":
         return Statistics.of(digits()[0], extractor, source="digits")
+    if is_url(reference):
+        return _of_url(str(reference), extractor)
     if path.suffix == ".npz" and (names := _names(path)) & {"mu"}:
         statistics = Statistics.load(path)
         if statistics.features is not None or not names & {"arr_0"} or statistics.dim != extractor.dim:
@@ -46,14 +50,32 @@ def reference_of(reference: str | Path, extractor: Extractor) -> Statistics:
     return _cached(path, extractor)
 
 
+def _of_url(url: str, extractor: Extractor) -> Statistics:
+    """Statistics of prepared data at a URL, as `_cached`; the manifest has the sha256 of every shard."""
+    dataset = open_data(url)
+    lines = [extractor.sha256, url, *(part.manifest.to_json() for part in dataset.of_one_shape)]
+    name = hashlib.sha256("\n".join(lines).encode()).hexdigest()[:40]
+    return _kept(name, lambda: decoded_images(dataset), len(dataset), extractor, described(url))
+
+
 def _cached(path: Path, extractor: Extractor) -> Statistics:
     """Statistics of pictures, from the cache, or computed and written to it if possible."""
     must_exist(path, WANTED)
-    cached = cache() / f"{_identity(path, extractor)}.npz"
+    return _kept(_identity(path, extractor), lambda: open_images(path), None, extractor, described(path))
+
+
+def _kept(
+    name: str,
+    images: Callable[[], Iterator[np.ndarray]],
+    total: int | None,
+    extractor: Extractor,
+    source: str,
+) -> Statistics:
+    cached = cache() / f"{name}.npz"
     if cached.exists():
         with contextlib.suppress(ValueError):  # damaged: compute again
             return Statistics.load(cached)
-    statistics = Statistics.of(counted(open_images(path), None), extractor, source=described(path))
+    statistics = Statistics.of(counted(images(), total), extractor, source=source)
     with contextlib.suppress(ValueError):  # a full disk, or a read-only home directory
         statistics.save(cached)
     return statistics

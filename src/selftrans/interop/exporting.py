@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -10,13 +11,14 @@ from safetensors.torch import save_file
 
 from selftrans.checkpoints import format as checkpoint
 from selftrans.checkpoints.adapted import ADAPTERS
-from selftrans.checkpoints.load import EXPORTED, Weights, find, load_model
+from selftrans.checkpoints.load import EXPORTED, PIPELINE, PREFIX, Weights, find, load_model
 from selftrans.interop.published_file import LAYOUT
 from selftrans.models import registry as models
-from selftrans.storage import FREE_SPACE, atomic_write, write_json
+from selftrans.storage import FREE_SPACE, atomic_directory, atomic_write, write_json
 from selftrans.suggest import nearest
 
 OURS = "selftrans"  #: the layout that every command accepts in place of a run
+FOLDER = "pipeline"  #: a folder for diffusers, see `sit_pipeline`, which every command accepts, too
 
 
 def export_run(
@@ -24,24 +26,35 @@ def export_run(
 ) -> Path:
     """Write a run's weights, without heads, as `out`/model.safetensors with a config.json that describes it; returns the file.
 
-    Every command accepts a file of layout `selftrans` in place of a run. The other layouts belong to the model's family:
-    tensor names and time convention of the published code. ValueError when `out` holds anything but an earlier export.
+    Every command accepts a file of layout `selftrans` in place of a run. The layout `pipeline` is a folder for
+    `SiTPipeline.from_pretrained`, whose model_index.json is returned; every command accepts it, too. The other layouts
+    belong to the model's family: tensor names and time convention of the published code. ValueError when `out` holds
+    anything but an earlier export.
     """
     out = Path(out)
     path = find(run, stage=stage, weights=weights)
+    if layout == FOLDER:
+        return _export_pipeline(path, out)
     loaded = load_model(path)
     spec = models.find(loaded.config.model.name)
     names = {EXPORTED, *(each.folder for each in spec.layouts.values() if each.folder)}
-    if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not any((out / n).is_file() for n in names))):
-        raise ValueError(f"{out} exists and is not an export; choose another --out")
-    header = {key: value for key, value in checkpoint.read_header(path).items() if key != ADAPTERS}  # they are merged
+    _check_out(out, names)
+    # adapters are merged, and names without what a pipeline puts before them
+    header = {key: value for key, value in checkpoint.read_header(path).items() if key not in (ADAPTERS, PREFIX)}
     target = out / EXPORTED
     if layout == OURS:
         tensors, metadata, config = dict(loaded.model.state_dict()), {checkpoint.KEY: json.dumps(header)}, header
     else:
         if layout not in spec.layouts:
-            raise ValueError(f"model {spec.name} has no layout '{layout}'{nearest(layout, [OURS, *spec.layouts])}")
+            raise ValueError(
+                f"model {spec.name} has no layout '{layout}'{nearest(layout, [OURS, FOLDER, *spec.layouts])}"
+            )
         published = spec.layouts[layout]
+        if loaded.model.early is not None:
+            warnings.warn(
+                f"the second output of the model is left out: layout {layout} has no place for it", stacklevel=2
+            )
+            loaded.model.remove_early()
         arguments = published.arguments(loaded.model, loaded.config.model)
         config = {
             "layout": layout,
@@ -62,3 +75,20 @@ def export_run(
     target.chmod(out.stat().st_mode & 0o666)
     write_json(out / "config.json", config)
     return target
+
+
+def _check_out(out: Path, names: set[str]) -> None:
+    """ValueError unless `out` is free, or holds one of these files, as an earlier export does."""
+    if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not any((out / n).is_file() for n in names))):
+        raise ValueError(f"{out} exists and is not an export; choose another --out")
+
+
+def _export_pipeline(file: Path, out: Path) -> Path:
+    """Write a folder for diffusers; an earlier one is replaced when the new one is complete."""
+    from selftrans.interop.sit_pipeline import SiTPipeline
+
+    _check_out(out, {PIPELINE})
+    pipeline = SiTPipeline.from_run(file)
+    with atomic_directory(out, replace=True) as folder:
+        pipeline.save_pretrained(folder)
+    return out / PIPELINE

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from selftrans.config import RunConfig
 
 
-TAKEN_FOLDERS = ("data", "tensorboard")  #: in a run directory
+TAKEN_FOLDERS = ("data", "tensorboard", "wandb")  #: in a run directory
 
 
 @dataclass(frozen=True)

@@ -142,7 +142,7 @@ class CaptionConditioning:
         text = dataset.manifest.text
         self.encodes = text is not None and text.stored == "ids"  #: whether the text encoder is needed
         self.described: dict[str, Any] = {
-            "captions": str(dataset.path),
+            "captions": dataset.origin,
             "text_encoder_sha256": dataset.manifest.conditions.sha256,
         }
 

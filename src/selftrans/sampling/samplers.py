@@ -1,4 +1,4 @@
-"""Velocity ⇒ latents: the samplers, and guidance on an interval of t: classifier-free, or by a weak model.
+"""Velocity ⇒ latents: the samplers, and guidance on an interval of t: classifier-free, by a weak model, by an early output.
 
 Time runs from t = 1 (noise) to t = 0 (data). Samplers are plain functions on `velocity(z, t)`, where t is a float64
 scalar tensor on the CPU, so that reading t never waits for the GPU. Shape legend: N batch.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from itertools import pairwise
-from typing import Literal, TypeAlias
+from typing import Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -19,6 +19,13 @@ from selftrans.types import Backbone, Cond, cat_cond
 
 Velocity: TypeAlias = Callable[[Tensor, Tensor], Tensor]  #: (z (N, ...), t ()) -> (N, ...)
 Noise: TypeAlias = Callable[[], Tensor]  #: the next standard normal (N, ...)
+
+
+class Early(NamedTuple):
+    """Guidance by the model's second output."""
+
+    scale: float
+    interval: tuple[float, float] = (0.0, 1.0)  #: of t
 
 
 def shifted(times: Tensor, shift: float) -> Tensor:
@@ -39,8 +46,7 @@ def ode(
     """
     if method not in ("euler", "heun"):
         raise ValueError(f"ODE method {method!r} is unknown; choose 'euler' or 'heun'")
-    _check_steps(steps, least=1)
-    for t, t_next in pairwise(shifted(torch.linspace(1, 0, steps + 1, dtype=torch.float64), shift)):
+    for t, t_next in pairwise(ode_times(steps, shift)):
         dt = t_next - t
         v = velocity(z, t)
         end = z + dt * v
@@ -48,6 +54,12 @@ def ode(
             end = z + dt * (v + velocity(end, t_next)) / 2
         z = end
     return z
+
+
+def ode_times(steps: int, shift: float = 1.0) -> Tensor:
+    """The grid of `ode`: (steps + 1,) float64 from 1 to 0. ValueError for less than one step."""
+    _check_steps(steps, least=1)
+    return shifted(torch.linspace(1, 0, steps + 1, dtype=torch.float64), shift)
 
 
 def sde(
@@ -75,20 +87,27 @@ def sde(
         shift: the noisy steps are equal before they are `shifted`; they still end at `last`.
     Raises ValueError for less than two steps, or `last` outside (0, 1).
     """
+    draw = noise or (lambda: torch.randn_like(z))
+    for t, t_next in pairwise(sde_times(steps, last, shift)):
+        z = sde_step(z, velocity(z, t), t, t_next, path, draw)
+    return z
+
+
+def sde_times(steps: int, last: float = 0.04, shift: float = 1.0) -> Tensor:
+    """The grid of `sde`: (steps + 1,) float64 from 1 to 0. Raises ValueError as `sde` does."""
     _check_steps(steps, least=2)
     if not 0 < last < 1:
         raise ValueError(f"the last SDE step starts at t = {last}; choose a value between 0 and 1, such as 0.04")
-    draw = noise or (lambda: torch.randn_like(z))
     lowest = last if shift == 1 else last / (shift - (shift - 1) * last)  # its shifted value is `last`
     noisy = shifted(torch.linspace(1, lowest, steps, dtype=torch.float64), shift)
-    times = torch.cat([noisy, torch.zeros(1, dtype=torch.float64)])
-    for t, t_next in pairwise(times):
-        v = velocity(z, t)
-        w = 2 * t
-        z = z + (t_next - t) * (v - w / 2 * score_from_v(path, z, v, t))
-        if t_next > 0:
-            z = z + torch.sqrt(w * (t - t_next)) * draw()
-    return z
+    return torch.cat([noisy, torch.zeros(1, dtype=torch.float64)])
+
+
+def sde_step(z: Tensor, v: Tensor, t: Tensor, t_next: Tensor, path: Path, noise: Noise) -> Tensor:
+    """One step of `sde` from t to t_next, with the velocity v at z (N, ...); the step to 0 draws no noise."""
+    w = 2 * t
+    z = z + (t_next - t) * (v - w / 2 * score_from_v(path, z, v, t))
+    return z + torch.sqrt(w * (t - t_next)) * noise() if t_next > 0 else z
 
 
 def _check_steps(steps: int, least: int) -> None:
@@ -120,6 +139,7 @@ def guided(
     scale: float = 1.0,
     interval: tuple[float, float] = (0.0, 1.0),
     channels: int | None = None,
+    early: Early | None = None,
 ) -> Velocity:
     """Velocity of a model with classifier-free guidance, v_u + scale (v_c - v_u), for interval[0] <= t <= interval[1].
 
@@ -127,7 +147,7 @@ def guided(
     scale 1, the unconditional half is not computed. A model without conditions is not guided, with a warning. ValueError
     for labels of no class.
     With `channels`, only the first so many of the C channels are guided, and the others are those of v_c (as in the published
-    sampling code of DiT, SiT and LightningDiT, with 3).
+    sampling code of DiT, SiT and LightningDiT, with 3). With `early`, v_c and v_u are those of `early_guided`.
     """
     if isinstance(model, Backbone) and isinstance(cond, Tensor):
         model.conditions.check_labels(cond, cond.shape[0], null=True)
@@ -139,8 +159,8 @@ def guided(
 
     def velocity(z: Tensor, t: Tensor) -> Tensor:
         if scale == 1 or not _inside(t, interval):
-            return _evaluate(model, z, t, cond)
-        conditional, unconditional = _evaluate(model, torch.cat([z, z], dim=0), t, both).chunk(2, dim=0)
+            return early_guided(model, z, t, cond, early)
+        conditional, unconditional = early_guided(model, torch.cat([z, z], dim=0), t, both, early).chunk(2, dim=0)
         v = unconditional + scale * (conditional - unconditional)
         return v if channels is None else torch.cat([v[:, :channels], conditional[:, channels:]], dim=1)
 
@@ -148,16 +168,22 @@ def guided(
 
 
 def autoguided(
-    model: Backbone, weak: Backbone, cond: Cond, *, scale: float, interval: tuple[float, float] = (0.0, 1.0)
+    model: Backbone,
+    weak: Backbone,
+    cond: Cond,
+    *,
+    scale: float,
+    interval: tuple[float, float] = (0.0, 1.0),
+    early: Early | None = None,
 ) -> Velocity:
     """Velocity of a model guided by a weaker one, v_weak + scale (v - v_weak), for interval[0] <= t <= interval[1].
 
     Autoguidance (Karras et al., 2406.02507): both get the same condition, so the extrapolation reduces errors that are larger
-    in the weak model. Outside the interval the weak model is not computed.
+    in the weak model. Outside the interval the weak model is not computed. With `early`, v is that of `early_guided`.
     """
 
     def velocity(z: Tensor, t: Tensor) -> Tensor:
-        v = _evaluate(model, z, t, cond)
+        v = early_guided(model, z, t, cond, early)
         if not _inside(t, interval):
             return v
         v_weak = _evaluate(weak, z, t, cond)
@@ -166,15 +192,34 @@ def autoguided(
     return velocity
 
 
+def early_guided(model: Backbone, z: Tensor, t: Tensor, cond: Cond, early: Early | None) -> Tensor:
+    """Velocity of a model guided by its own second output, v_early + scale (v - v_early), at t inside the interval.
+
+    Internal Guidance (Zhou et al., 2512.24176), of one pass; both halves of classifier-free guidance are so, as released.
+    Outside the interval, with scale 1 or with `early` None the second output is not computed.
+    """
+    if early is None or early.scale == 1 or not _inside(t, early.interval):
+        return _evaluate(model, z, t, cond)
+    out = model(z, _times(z, t), cond, taps=(model.early_block,))
+    assert out.v is not None
+    v = out.v.to(z.dtype)
+    weak = model.from_tokens(model.early_cells(out.feats[model.early_block]), tuple(z.shape[1:])).to(z.dtype)
+    return weak + early.scale * (v - weak)
+
+
 def _inside(t: Tensor, interval: tuple[float, float]) -> bool:
     # grid times have rounding errors: 0.65 must count as 0.65
     return interval[0] - 1e-9 <= float(t) <= interval[1] + 1e-9
 
 
 def _evaluate(model: Backbone, z: Tensor, t: Tensor, cond: Cond) -> Tensor:
-    v = model(z, torch.full((z.shape[0],), float(t), device=z.device, dtype=z.dtype), cond).v
+    v = model(z, _times(z, t), cond).v
     assert v is not None
     return v.to(z.dtype)
+
+
+def _times(z: Tensor, t: Tensor) -> Tensor:
+    return torch.full((z.shape[0],), float(t), device=z.device, dtype=z.dtype)
 
 
 def _tensors(cond: Cond) -> list[Tensor]:

@@ -1,13 +1,15 @@
 """The samples and the noise of a step: both are functions of (seed, step) alone, so a resumed run needs no state.
 
 The data are read as an endless sequence of shuffled epochs; step s takes positions [s B, (s + 1) B) of it, B the batch of
-all processes. Data of several shapes have such a sequence for each, and a step takes its whole batch from one of them.
+all processes. With a window, an epoch reads a few shards at a time (see `windows`). Data of several shapes have such a
+sequence for each, and a step takes its whole batch from one of them.
 Shape legend: N batch, M moments channels, (C, *S) latent, T tokens and D width of stored features.
 """
 
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -18,7 +20,9 @@ import torch
 from torch import Tensor
 
 from selftrans.data.dataset import Dataset
-from selftrans.types import Batch
+from selftrans.data.windows import WindowOrder, window_order, windows_of
+from selftrans.encoders.latent_space import LatentSpace
+from selftrans.types import Batch, Cond
 
 CAPTIONS = 3  #: apart from other random numbers of the same seed
 
@@ -65,7 +69,15 @@ class Stream:
     """Batches of one process, read ahead in a thread while the step runs."""
 
     def __init__(
-        self, dataset: Dataset, *, batch_size: int, accumulate: int, seed: int, rank: int = 0, world: int = 1
+        self,
+        dataset: Dataset,
+        *,
+        batch_size: int,
+        accumulate: int,
+        seed: int,
+        rank: int = 0,
+        world: int = 1,
+        window: int | None = None,
     ) -> None:
         if batch_size % (accumulate * world):
             raise ValueError(
@@ -75,8 +87,13 @@ class Stream:
         self.dataset, self.batch_size, self.accumulate, self.seed = dataset, batch_size, accumulate, seed
         self.rank, self.micro = rank, batch_size // (accumulate * world)
         self.features = False  #: whether stored features are read, too
+        self.reading = threading.Lock()  #: held while the thread reads: who holds it keeps that thread off the device
         self.schedule = Schedule.of(dataset.parts, seed)
         self._orders: dict[int, tuple[int, np.ndarray]] = {}  #: part of the data -> an epoch and its order
+        assert window is None or len(dataset.parts) == 1, "windows are of data of one shape"
+        self.window = window  #: shards whose rows are shuffled together; None: all
+        self._windows: WindowOrder | None = None  #: of the epoch that is read
+        self._expected: tuple[int, int] | None = None  #: epoch and window that the data were last asked for
 
     def indices(self, step: int, micro: int) -> np.ndarray:
         """(N,) positions in the data of this process' micro-batch."""
@@ -105,9 +122,31 @@ class Stream:
         size = self.schedule.sizes[part]
         epoch, offset = divmod(position, size)
         if part not in self._orders or self._orders[part][0] != epoch:
-            order = np.random.default_rng(np.random.SeedSequence([self.seed, epoch]))
-            self._orders[part] = epoch, order.permutation(size)
+            self._orders[part] = epoch, self._order(size, epoch)
         return int(self._orders[part][1][offset])
+
+    def _order(self, size: int, epoch: int) -> np.ndarray:
+        """(size,) the rows of a part in the order of an epoch."""
+        if self.window is not None:
+            self._windows = window_order(self._counts, self.window, (self.seed, epoch))
+            return self._windows.rows
+        return np.random.default_rng(np.random.SeedSequence([self.seed, epoch])).permutation(size)
+
+    @property
+    def _counts(self) -> list[int]:
+        return [shard.count for shard in self.dataset.manifest.shards]
+
+    def _expect(self, step: int) -> None:
+        """Tell the data which shards the window of a step and the next one have, when a step is the first of a window."""
+        epoch, offset = divmod(step * self.batch_size, self.schedule.sizes[0])
+        self._at(0, step * self.batch_size)
+        assert self._windows is not None and self.window is not None
+        number = self._windows.window_at(offset)
+        if self._expected != (epoch, number):
+            self._expected = epoch, number
+            following = self._windows.shards[number + 1 : number + 2]
+            after = following or windows_of(self._counts, self.window, (self.seed, epoch + 1))[:1]
+            self.dataset.expect(self._windows.shards[number], after[0])
 
     def from_step(self, step: int, *, pin: bool = False) -> Iterator[Loaded]:
         """Each micro-batch from `step` on, without end.
@@ -116,11 +155,14 @@ class Stream:
         """
 
         def read(at: int) -> Loaded:
+            if self.window is not None:
+                self._expect(at // self.accumulate)
             rows = self.indices(*divmod(at, self.accumulate))
             names = [name for name in self.dataset.names if name != "features" or self.features]
-            tensors = self.dataset.read(rows, names, self.caption(rows, *divmod(at, self.accumulate)))
-            if pin:  # in this thread, not in the step: only copies from pinned memory are asynchronous
-                tensors = {name: x.pin_memory() if x.device.type == "cpu" else x for name, x in tensors.items()}
+            with self.reading:
+                tensors = self.dataset.read(rows, names, self.caption(rows, *divmod(at, self.accumulate)))
+                if pin:  # in this thread, not in the step: only copies from pinned memory are asynchronous
+                    tensors = {name: x.pin_memory() if x.device.type == "cpu" else x for name, x in tensors.items()}
             return Loaded(rows, tensors)
 
         with ThreadPoolExecutor(max_workers=1, thread_name_prefix="data") as pool:
@@ -138,14 +180,32 @@ def seed_step(seed: int, stream: int, step: int, micro: int, rank: int) -> None:
     torch.manual_seed(int(state) % 2**63)
 
 
-def to_batch(loaded: Loaded, dataset: Dataset, device: torch.device) -> Batch:
-    """moments => latents on the device: one stored copy (mirrored or not) and one posterior sample for each visit."""
+class Inputs(NamedTuple):
+    """What a micro-batch is made of, on the training device, before anything is drawn."""
+
+    moments: Tensor  #: (N, copies, M, *S)
+    cond: Cond  #: true condition of each sample
+    features: Tensor | None  #: (N, copies, T, D), if a guidance reads them
+
+
+def inputs_of(loaded: Loaded, dataset: Dataset, device: torch.device) -> Inputs:
+    """The stored tensors on the device; ids of captions are encoded there. Draws nothing."""
     moments = loaded.tensors["moments"].to(device, non_blocking=True)
-    n, copies = moments.shape[:2]
-    chosen = torch.arange(n, device=device), torch.randint(copies, (n,), device=device)
-    z0 = dataset.manifest.latent_space.sample(moments[chosen])
-    cond = dataset.condition(loaded.tensors, device)
     features = loaded.tensors.get("features")
     if features is not None:
-        features = features.to(device, non_blocking=True)[chosen]
-    return Batch(z0, cond, features)
+        features = features.to(device, non_blocking=True)
+    return Inputs(moments, dataset.condition(loaded.tensors, device), features)
+
+
+def draw_batch(inputs: Inputs, space: LatentSpace) -> Batch:
+    """moments => latents: one stored copy (mirrored or not) and one posterior sample for each visit."""
+    n, copies = inputs.moments.shape[:2]
+    device = inputs.moments.device
+    chosen = torch.arange(n, device=device), torch.randint(copies, (n,), device=device)
+    z0 = space.sample(inputs.moments[chosen])
+    return Batch(z0, inputs.cond, None if inputs.features is None else inputs.features[chosen])
+
+
+def to_batch(loaded: Loaded, dataset: Dataset, device: torch.device) -> Batch:
+    """moments => latents on the device, by `inputs_of` and `draw_batch`."""
+    return draw_batch(inputs_of(loaded, dataset, device), dataset.manifest.latent_space)

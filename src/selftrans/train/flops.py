@@ -63,7 +63,8 @@ def step_flops(objective: Objective, cond: Cond, batch_size: int) -> dict[int | 
     total: dict[int | None, int] = {None: batch_size * training_flops(student, cond)}
     for i, guidance in enumerate(objective.guidances):
         cost, teacher = guidance.cost(batch_size), guidance.teacher
-        per_head = head_flops(guidance.head, student.tokens, student.width) if guidance.head is not None else 0
+        head = student.early if guidance.trains_early else guidance.head
+        per_head = head_flops(head, student.tokens, student.width) if head is not None else 0
         per_teacher = guidance.encoder_flops
         if teacher is not None:
             per_teacher = forward_flops(teacher.model, cond, (teacher.block,), stop=True)

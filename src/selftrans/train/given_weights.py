@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 
 from selftrans.checkpoints import format as checkpoint
+from selftrans.checkpoints import hub
 from selftrans.checkpoints.load import IMPORTED, load_model
 from selftrans.config import RunConfig
 from selftrans.data.manifest import Manifest
@@ -42,7 +43,7 @@ class Given(NamedTuple):
 def read_given(init: Init) -> Given:
     """The weights that `init` names. ValueError where there are none, or they are not finite."""
     assert init.path is not None
-    path = Path(init.path)
+    path = hub.local(init.path)
     given = _published(path, init) if path.is_file() and not _ours(path) else _own(path, init)
     for name, tensor in given.tensors.items():
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
@@ -103,8 +104,10 @@ def with_model_of(config: RunConfig, model: ModelConfig, typed: Collection[str] 
     """The settings with the model of the given weights, which the recipe's defaults give way to.
 
     `typed`: names of settings that were given, such as model.depth, also those equal to the recipe's defaults.
+    Whether there is a second output is the method's to say, not that of the weights.
     ValueError names a model setting that was given and is another.
     """
+    model = dataclasses.replace(model, early_block=config.model.early_block)
     named = {name.removeprefix("model.") for name in typed if name.startswith("model.")}
     usual = RECIPES[config.recipe]().model if config.recipe in RECIPES else type(config.model)()
     if type(config.model) is not type(model):

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from selftrans.train.batches import Loaded, to_batch
+from selftrans.train.optim import moment_bytes
 
 if TYPE_CHECKING:
     from selftrans.train.trainer import Trainer
@@ -77,7 +78,8 @@ def _fits(trainer: Trainer, rows: Loaded) -> bool:
     try:
         if not trainer.step:
             trained = [p for p in trainer.objective.parameters() if p.requires_grad]
-            held = [torch.empty_like(p) for p in trained for _ in range(2)]
+            size = moment_bytes(trained, trainer.config.train.optimizer)
+            held = [torch.empty(size, dtype=torch.uint8, device=device)]
         with trainer.accelerator.autocast():
             loss, _ = trainer.objective(to_batch(rows, trainer.shards, device), trainer.step)
         loss.backward()

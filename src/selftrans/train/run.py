@@ -31,7 +31,8 @@ from selftrans.methods.objective import Objective
 from selftrans.methods.registry import stages
 from selftrans.methods.spec import Stage
 from selftrans.plugins import trust_named
-from selftrans.storage import lock_file, remove_stale_temporaries, removed_if_refused, write_json
+from selftrans.storage import lock_file, plural, remove_stale_temporaries, removed_if_refused, write_json
+from selftrans.train.data_window import cache_of, describe_data, with_window
 from selftrans.train.fitting import describe
 from selftrans.train.initial_weights import InitialWeights, choose, initial_weights
 from selftrans.train.log import progress_bar
@@ -41,6 +42,7 @@ from selftrans.train.processes import keep_memory, patience, together
 from selftrans.train.resume import record, settings_before, settle
 from selftrans.train.signals import StopSignal
 from selftrans.train.teachers import teacher_of, training_cost
+from selftrans.train.trackers import Trackers
 from selftrans.train.trainer import Trainer
 
 
@@ -79,14 +81,15 @@ def _train(
         lock_file(out / ".lock") if main else contextlib.nullcontext(),
         removed_if_refused(new, keep=out / "config.json"),
         StopSignal() as stop,
+        contextlib.closing(Trackers(out)) as trackers,
     ):
         if main:
             _remove_unfinished(out)
         shards = data_of_run(config, out, accelerator)
         config, plan, initial = planned(config, shards, out, typed)
-        shards = _ready(shards, accelerator.device, config.data.on_device)
+        shards = _ready(config, shards, accelerator, quiet)
         preview = Preview(config, shards, accelerator.device, stop) if config.train.preview_every else None
-        spent = []
+        spent: list[dict[str, Any]] = []
         for number, stage in enumerate(plan, start=1):
             trainer = Trainer(
                 accelerator,
@@ -99,6 +102,7 @@ def _train(
                 teacher=teacher_of(config, stage, str(out), shards, accelerator.device),
                 initial=initial,
                 preview=preview,
+                trackers=trackers if main else None,
                 stop=stop,
                 bar=bar,
             )
@@ -106,6 +110,9 @@ def _train(
                 began = _begin(config, plan, out, shards.manifest, accelerator, initial)
                 if initial and began and not quiet:
                     accelerator.print(describe(initial.record))
+                if main:
+                    trackers.start(config)
+            trackers.begin(sum(earlier["steps"] for earlier in spent))
             if not quiet:
                 accelerator.print(_announce(trainer, number, len(plan)))
             trainer.run()
@@ -115,9 +122,16 @@ def _train(
         report = _report(config, plan, spent, initial)
         if main:
             write_json(out / REPORT, report)
-        for tracker in accelerator.trackers:
-            tracker.finish()
     return report
+
+
+def _ready(config: RunConfig, shards: Dataset, accelerator: Accelerator, quiet: bool) -> Dataset:
+    """The data where training reads them: fetched, unless they are read in windows, and on the device if that is wanted."""
+    if (said := describe_data(config, shards)) and not quiet:
+        accelerator.print(said)
+    if config.data.window is None:
+        shards.fetch(progress=not quiet)
+    return ready_data(shards, accelerator.device, config.data.on_device)
 
 
 def planned(
@@ -129,13 +143,14 @@ def planned(
     """
     manifest = shards.manifest
     config, given = choose(with_prompts(config, manifest), settings_before(out), out, typed)
+    config = with_window(config, shards, settings_before(out))
     config = settle(config, out, manifest)
     initial, plan = initial_weights(config, shards, out, given), _stages(config)
     _rehearse(config, plan, out, manifest)
     return config, plan, initial
 
 
-def _ready(shards: Dataset, device: torch.device, on_device: bool) -> Dataset:
+def ready_data(shards: Dataset, device: torch.device, on_device: bool) -> Dataset:
     """The data, ready for training, on the device if that is asked for. Raises ValueError for buckets on the device."""
     if on_device and len(shards.parts) > 1:
         raise ValueError(f"{shards.path} holds buckets of several sizes; leave data.on_device off")
@@ -164,7 +179,6 @@ def accelerator_of(config: RunConfig, out: Path) -> Accelerator:
     return Accelerator(
         cpu=not torch.accelerator.is_available(),  # without a GPU, launched processes form a group only with this
         mixed_precision=mixed,
-        log_with="tensorboard" if config.log.tensorboard else None,
         project_dir=str(out),
         kwargs_handlers=[patience(config.train)],
     )
@@ -182,12 +196,19 @@ def data_of_run(config: RunConfig, out: Path, accelerator: Accelerator | None = 
         if accelerator is not None:
             accelerator.wait_for_everyone()
     main = accelerator is None or accelerator.is_main_process
-    shards = open_data(path, verify=config.data.verify and main, text_encoder=config.data.text_encoder)
+    shards = open_data(
+        path,
+        verify=config.data.verify and main,
+        text_encoder=config.data.text_encoder,
+        cache=cache_of(config.data),
+    )
     manifest, expected = shards.manifest, config.data
     if expected.shape is not None and tuple(expected.shape) != tuple(manifest.shape):
         raise ValueError(f"{path} holds latents {manifest.shape}, but data.shape expects {expected.shape}")
     if expected.classes is not None and expected.classes != manifest.num_classes:
-        raise ValueError(f"{path} has {manifest.num_classes} classes, but data.classes expects {expected.classes}")
+        raise ValueError(
+            f"{path} has {plural(manifest.num_classes, 'class')}, but data.classes expects {expected.classes}"
+        )
     own = expected.autoencoder
     if own is not None and scales_differ(own, manifest.autoencoder, tolerance=0):
         raise ValueError(
@@ -197,8 +218,8 @@ def data_of_run(config: RunConfig, out: Path, accelerator: Accelerator | None = 
     small = sum(size < config.train.batch_size for size in shards.parts)
     if small and len(shards.parts) > 1 and main:
         warnings.warn(
-            f"{small} of the {len(shards.parts)} buckets of {path} have fewer pictures than the batch, "
-            f"{config.train.batch_size}: a batch of those has some of them more than once",
+            f"{small} of the {len(shards.parts)} buckets of {path} {'has' if small == 1 else 'have'} fewer pictures than the "
+            f"batch, {config.train.batch_size}: a batch of those has some of them more than once",
             stacklevel=3,
         )
     return shards
@@ -226,8 +247,6 @@ def _begin(
     accelerator.wait_for_everyone()
     if new and initial is not None:
         initial.release()
-    if config.log.tensorboard:
-        accelerator.init_trackers("tensorboard")
     return new
 
 
@@ -316,4 +335,4 @@ def totals(report: dict[str, Any]) -> str:
     if report["total_tflops"] is not None:
         sums = f"{report['total_tflops']:.3g} TFLOPs, {report['total_seconds']:.0f} s"
         total = f"with all stages and the teacher's training {sums}"
-    return f"done: {report['student_steps']} student steps, {report['student_tflops']:.3g} TFLOPs; {total}"
+    return f"done: {plural(report['student_steps'], 'student step')}, {report['student_tflops']:.3g} TFLOPs; {total}"

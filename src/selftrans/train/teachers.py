@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from selftrans.checkpoints import format as checkpoint
-from selftrans.checkpoints.load import IMPORTED, LoadedModel, find, load_model
+from selftrans.checkpoints import hub
+from selftrans.checkpoints.load import IMPORTED, PIPELINE, LoadedModel, find, load_model
 from selftrans.config import RunConfig
 from selftrans.data.dataset import Dataset
 from selftrans.data.manifest import Manifest
@@ -76,8 +77,13 @@ def load_teacher(source: str | Path, spec: TeacherSpec, manifest: Manifest) -> L
 
 def find_teacher(source: str | Path, spec: TeacherSpec) -> Path:
     """The weights file that teaches: of a run the stage that `spec` names, of an imported run its last."""
-    path, weights = Path(source), spec.weights
-    single = not path.is_dir() or (path / "checkpoints").is_dir() or (path / checkpoint.STATE).exists()
+    path, weights = hub.local(source), spec.weights
+    single = (
+        not path.is_dir()
+        or (path / PIPELINE).is_file()
+        or (path / "checkpoints").is_dir()
+        or (path / checkpoint.STATE).exists()
+    )
     return find(path, stage=None if single or (path / f"{IMPORTED}.json").exists() else spec.stage, weights=weights)
 
 
@@ -88,7 +94,7 @@ def training_cost(spec: TeacherSpec) -> dict[str, Any] | None:
     path = find_teacher(spec.given, spec)
     header = checkpoint.read_header(path)
     return {
-        "path": str(path),
+        "path": hub.pinned(path) or str(path),
         "steps": header["step"],
         "tflops": header.get("tflops"),
         "seconds": header.get("seconds"),

@@ -225,7 +225,7 @@ def test_full_disk_for_tensorboard_does_not_stop_training(tmp_path, monkeypatch)
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(TensorBoardTracker, "log", full)
-    with pytest.warns(UserWarning, match="TensorBoard ends at step 2"):
+    with pytest.warns(UserWarning, match="tracker tensorboard ends at step 2"):
         train(toy.toy({"log.tensorboard": True, "method": "vanilla"}), tmp_path, quiet=True)
     assert [line["step"] for line in toy.log(tmp_path, "vanilla")] == [2, 4, 6, 8]
 

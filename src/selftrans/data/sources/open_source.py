@@ -27,11 +27,13 @@ from selftrans.data.sources.decode import (
     upright_size,
 )
 from selftrans.data.sources.digit_captions import digits_with_captions
+from selftrans.data.sources.label_file import given_labels
 from selftrans.data.sources.passed_over import in_words
 from selftrans.data.sources.source import Picture, Source, ahead
 from selftrans.data.sources.splits import split_files, split_folder, warn_of_splits
 from selftrans.data.sources.tar_archive import tar_files
-from selftrans.storage import printable
+from selftrans.data.sources.tar_labels import labelled_tars, only_tars
+from selftrans.storage import plural, printable
 
 __all__ = ["MAX_RESOLUTION", "Picture", "Source", "iter_images", "open_source"]
 
@@ -54,6 +56,7 @@ def open_source(
     - a folder or zip of class folders (pictures at any depth inside a class), or of pictures only (unconditional);
       in a zip, one top-level folder may enclose the class folders; a zip is read in place;
     - `digits`: scikit-learn's 1,797 scans, 8x8, one channel;
+    - a tar file or a folder of them, as webdataset writes them: `key.jpg` with its class in `key.cls` or `key.json`;
     - a parquet file, a folder of them, or a hub id `owner/name`, read by `datasets`: `split`, and `label_column`
       if several columns could be the label.
     With `captions` the pictures have captions and no labels. Then `source` is one of:
@@ -65,8 +68,9 @@ def open_source(
     A folder or zip with a folder for each split (`train/cat/a.jpg`) and files named after splits (`train-0.tar`) are read
     by `split`; without it all are read, with a warning. Of the hub, `split` None is train.
     Hidden files, caches and files that are not pictures are ignored and counted in `Source.ignored`. `channels` 1 reads
-    pictures as greyscale. `reading`: limits and the values of pixels. `resolution` None keeps the size of the pictures,
-    which must all have one size: the header of each is read, with a progress bar if `progress`.
+    pictures as greyscale. `reading`: limits, the values of pixels, and a file of labels, of a folder or zip. `resolution`
+    None keeps the size of the pictures, which must all have one size: the header of each is read, with a progress bar if
+    `progress`.
     Raises ValueError when there is no picture, the layout is ambiguous or unsafe, or a resolution is needed.
     """
     opened = _open(source, resolution, channels, split, label_column, captions, reading)
@@ -91,15 +95,24 @@ def _open(
     if channels not in (1, 3):
         raise ValueError(f"pictures have 1 or 3 channels, not {channels}")
     reading.check()
+    if captions and reading.labels is not None:
+        raise ValueError("--labels does not apply to pictures with captions, which have no labels; leave it out")
     if captions:
-        opened = _find_captioned(source, split, captions)
+        opened = _find_captioned(source, split, captions, reading.streaming)
+    elif reading.labels is not None:
+        opened = given_labels(_loose(source, split, f"--labels {reading.labels}"), reading.labels)
     else:
-        opened = _find(source, split, label_column, reading.allow_empty)
+        opened = _find(source, split, label_column, reading)
     if not opened.is_table:
         warn_of_splits(opened.names, opened.classes, str(source))
-    if label_column is not None and (captions or not opened.is_table):
+    labelled = opened.is_table or Path(source).suffix.lower() == ".tar" or only_tars(Path(source))
+    if label_column is not None and (captions or not labelled):
         why = "with captions there are no labels" if captions else f"{source} is not a table"
         warnings.warn(f"label_column is ignored: {why}", stacklevel=3)
+    if reading.streaming and not opened.in_order:
+        warnings.warn(f"streaming is ignored: {source} is not a table", stacklevel=3)
+    if reading.streaming and opened.in_order and resolution is None:
+        raise ValueError("streamed pictures are read once, in their order; give --resolution")
     if captions and captions.column is not None and not opened.is_table:
         warnings.warn(f"caption_column is ignored: {source} is not a table", stacklevel=3)
     if not len(opened):
@@ -109,8 +122,8 @@ def _open(
     return dataclasses.replace(opened, channels=channels, resolution=resolution or 0, reading=reading)
 
 
-def _find(source: str | Path, split: str | None, label_column: str | None, allow_empty: bool = False) -> Source:
-    path = Path(source)
+def _find(source: str | Path, split: str | None, label_column: str | None, reading: Reading = STANDARD) -> Source:
+    path, allow_empty = Path(source), reading.allow_empty
     if split is not None and (str(source) == "digits" or path.suffix.lower() == ".parquet"):
         warnings.warn(f"split {split!r} is ignored: {source} is one table", stacklevel=4)
     if str(source) == "digits":
@@ -118,56 +131,61 @@ def _find(source: str | Path, split: str | None, label_column: str | None, allow
     if str(source) == "digits_t2i":
         raise ValueError("digits_t2i are pictures with captions; add --text minilm, or another text encoder")
     if path.is_dir():
-        tables, inside = _files_of(path, split, "*.parquet")
-        return table.parquet(tables, label_column) if tables else folder.folder(inside, allow_empty=allow_empty)
+        files, inside = _files_of(path, split, "*.parquet", *(["*.tar"] if only_tars(path) else []))
+        if not files and only_tars(inside):  # the folder of the split
+            files, _ = _files_of(inside, None, "*.tar")
+        if files and files[0].suffix == ".tar":
+            return labelled_tars(files, label_column)
+        if files:
+            return table.parquet(files, label_column, streaming=reading.streaming)
+        return folder.folder(inside, allow_empty=allow_empty)
     if path.is_file() and path.suffix.lower() == ".parquet":
-        return table.parquet([path], label_column)
+        return table.parquet([path], label_column, streaming=reading.streaming)
+    if path.is_file() and path.suffix.lower() == ".tar":
+        return labelled_tars([path], label_column)
     if path.is_file() and {".tar", ".tgz"} & {suffix.lower() for suffix in path.suffixes}:
-        raise ValueError(
-            f"{printable(source)} is a tar, of which pictures are read with captions only (--text ENCODER); "
-            "unpack it, and give the folder"
-        )
+        raise ValueError(f"{printable(source)} is a compressed tar; decompress it, and give the tar")
     if path.is_file():
         return zip_archive.zip_file(path, split, allow_empty=allow_empty)
     if not path.exists() and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(source)):
-        return table.hub(str(source), split or "train", label_column)
+        return table.hub(str(source), split or "train", label_column, streaming=reading.streaming)
     raise ValueError(f"no source {str(source)!r}: give a folder, zip or parquet file, a hub id owner/name, or 'digits'")
 
 
-def _find_captioned(source: str | Path, split: str | None, captions: CaptionSource) -> Source:
+def _find_captioned(source: str | Path, split: str | None, captions: CaptionSource, streaming: bool = False) -> Source:
     path = Path(source)
     if str(source) == "digits_t2i":
         return digits_with_captions(_digits())
     if captions.file is not None:
-        if not path.is_dir() and not (path.is_file() and path.suffix.lower() == ".zip"):
-            raise ValueError(
-                f"{source} is not a folder or a zip of pictures, which --captions {captions.file} belongs to"
-            )
-        is_folder = path.is_dir()
-        pictures = (
-            loose_folder(split_folder(path, split))
-            if is_folder
-            else zip_archive.captioned_zip(path, split, next_to=False)
-        )
-        return annotated(pictures, Path(captions.file))
+        return annotated(_loose(source, split, f"--captions {captions.file}"), Path(captions.file))
     if path.is_dir():
         files, inside = _files_of(path, split, "*.parquet", "*.tar")
         tables = [file for file in files if file.suffix == ".parquet"]
         if tables:
-            return table.parquet(tables, None, captions)
+            return table.parquet(tables, None, captions, streaming=streaming)
         return tar_files(files) if files else captioned_folder(inside)
     if path.is_file() and path.suffix.lower() == ".parquet":
-        return table.parquet([path], None, captions)
+        return table.parquet([path], None, captions, streaming=streaming)
     if path.is_file() and path.suffix.lower() == ".tar":
         return tar_files([path])
     if path.is_file() and path.suffix.lower() == ".zip":
         return zip_archive.captioned_zip(path, split)
     if not path.exists() and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(source)):
-        return table.hub(str(source), split or "train", None, captions)
+        return table.hub(str(source), split or "train", None, captions, streaming=streaming)
     raise ValueError(
         f"no source of pictures with captions in {str(source)!r}: give a folder, a zip, a tar or parquet file, a hub "
         "id, or a folder or zip of pictures with --captions FILE"
     )
+
+
+def _loose(source: str | Path, split: str | None, file: str) -> Source:
+    """Every picture of a folder or zip, without labels, for a `file` that describes them. ValueError for another source."""
+    path = Path(source)
+    if path.is_dir():
+        return loose_folder(split_folder(path, split))
+    if path.is_file() and path.suffix.lower() == ".zip":
+        return zip_archive.captioned_zip(path, split, next_to=False)
+    raise ValueError(f"{printable(source)} is not a folder or a zip of pictures, which {file} belongs to")
 
 
 def _files_of(path: Path, split: str | None, *patterns: str) -> tuple[list[Path], Path]:
@@ -215,7 +233,7 @@ def _native_resolution(source: Source, where: str, progress: bool, remedy: str) 
             raise ValueError(f"{printable(name)} in {where} is {size_text(size)}, others {size_text(seen)}; {remedy}")
         seen = size
     if seen is None:
-        raise ValueError(f"none of the {len(source)} pictures of {where} is readable; the first: {error}")
+        raise ValueError(f"none of the {plural(len(source), 'picture')} of {where} is readable; the first: {error}")
     if max(seen) > MAX_RESOLUTION:
         raise ValueError(f"the pictures of {where} are {size_text(seen)}, more than {MAX_RESOLUTION}; {remedy}")
     return resolution_of(*seen)
@@ -232,7 +250,7 @@ def iter_images(
     if Path(path).suffix.lower() == ".npz":
         yield from npz.npz_images(Path(path), batch_size, resolution, channels)
         return
-    source = _open(path, resolution)
+    source = dataclasses.replace(_open(path, resolution), faults={})  # labels are not used, so none is missing
     if resolution is None:
         native = _native_resolution(source, str(path), False, "they are read without resizing: crop all to one size")
         source = dataclasses.replace(source, resolution=native)

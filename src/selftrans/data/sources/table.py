@@ -11,7 +11,9 @@ import numpy as np
 
 from selftrans.data.sources.captions import CaptionSource, with_captions
 from selftrans.data.sources.decode import open_picture
+from selftrans.data.sources.labelling import Numbered, numbered
 from selftrans.data.sources.source import MAX_CLASSES, Source
+from selftrans.data.sources.table_rows import StoredRows, StreamedRows, TableRows
 from selftrans.storage import first_line, printable
 
 if TYPE_CHECKING:
@@ -20,31 +22,39 @@ if TYPE_CHECKING:
 IMAGE_NAMES = ("image", "img", "picture", "jpg", "jpeg", "png", "webp")
 CAPTION_NAMES = ("caption", "captions", "text", "txt", "sentence", "sentences", "prompt")
 LABEL_NAMES = ("label", "labels", "class", "cls")
-_REMEDY = "give each row a class from 0, or remove the rows without one"
 PERHAPS_LABELS = (*LABEL_NAMES, "label_id", "class_id", "category", "target")  #: named in a warning, not read unasked
 
 
-def parquet(files: list[Path], label_column: str | None, captions: CaptionSource | None = None) -> Source:
-    """Rows of local parquet files, in their order. Raises ValueError as `_source` does."""
+def parquet(
+    files: list[Path], label_column: str | None, captions: CaptionSource | None = None, *, streaming: bool = False
+) -> Source:
+    """Rows of local parquet files, in their order; `streaming`: without a copy of them. Raises ValueError as `_source` does."""
     where = str(files[0]) if len(files) == 1 else f"{files[0]} and {len(files) - 1} more"
-    rows = _load(where, "parquet", data_files=[str(file) for file in files], split="train")
+    rows = _load(where, "parquet", streaming, data_files=[str(file) for file in files], split="train")
     return _source(rows, where, label_column, captions, trusted=())
 
 
-def hub(name: str, split: str, label_column: str | None, captions: CaptionSource | None = None) -> Source:
-    """Rows of one split of a hub data set. Raises ValueError when it cannot be loaded, and as `_source` does."""
+def hub(
+    name: str, split: str, label_column: str | None, captions: CaptionSource | None = None, *, streaming: bool = False
+) -> Source:
+    """Rows of one split of a hub data set, which is downloaded or (`streaming`) read from there.
+
+    Raises ValueError when it cannot be loaded, and as `_source` does.
+    """
     import datasets
     from huggingface_hub.constants import HF_HUB_CACHE
 
     caches = (Path(HF_HUB_CACHE).resolve(), Path(datasets.config.HF_DATASETS_CACHE).resolve())
-    return _source(_load(name, name, split=split), name, label_column, captions, trusted=caches)
+    return _source(_load(name, name, streaming, split=split), name, label_column, captions, trusted=caches)
 
 
-def _load(where: str, path: str, **options: Any) -> Any:
+def _load(where: str, path: str, streaming: bool, **options: Any) -> TableRows:
     import datasets
 
     try:
-        return datasets.load_dataset(path, **options)
+        if streaming:
+            return StreamedRows(lambda **more: datasets.load_dataset(path, streaming=True, **options, **more), where)
+        return StoredRows(datasets.load_dataset(path, **options))
     except Exception as error:  # every type means: no such data set, or no connection
         raise ValueError(
             f"{where} is neither an existing path nor a data set that can be read ({first_line(error)})"
@@ -52,26 +62,25 @@ def _load(where: str, path: str, **options: Any) -> Any:
 
 
 def _source(
-    rows: Any, where: str, label_column: str | None, wanted: CaptionSource | None, trusted: tuple[Path, ...]
+    rows: TableRows, where: str, label_column: str | None, wanted: CaptionSource | None, trusted: tuple[Path, ...]
 ) -> Source:
-    """A `datasets.Dataset` as a source; picture files outside the table are read from `trusted` folders only.
+    """A table as a source; picture files outside the table are read from `trusted` folders only.
 
     The image column is the one of type Image, or one of encoded bytes with a usual name; the label column is one of type
     ClassLabel, or one of integers with a usual name; without one the source is unconditional. With `wanted`, captions are
-    read in place of labels. Raises ValueError when a column is ambiguous, and for labels that are missing or negative.
+    read in place of labels. Rows without a label, or with a negative one, become faults of the source. Raises ValueError when
+    a column is ambiguous.
     """
-    import datasets
-
     image_column = _image_column(rows.features, where)
     captions = _captions(rows, where, wanted.column) if wanted else None
     label_column = None if wanted else _label_column(rows.features, where, label_column)
     if not wanted and label_column is None:
         _warn_of_labels(rows.features, where)
-    labels, classes = _labels(rows, label_column, where)
-    pictures = rows.select_columns([image_column]).cast_column(image_column, datasets.Image(decode=False))
+    labels, classes, unlabelled = _labels(rows, label_column, where)
+    pictures = rows.pictures(image_column)
 
     def open_row(i: int) -> Image.Image:
-        cell = pictures[i][image_column]
+        cell = pictures(i)
         if cell is None:
             raise ValueError("the cell is empty")
         if cell["bytes"] is not None:
@@ -83,11 +92,12 @@ def _source(
         return open_picture(path)
 
     names = [f"row {i:08d}" for i in range(len(rows))]
-    source = Source(names, labels, classes, open_row, is_table=True)
+    faults = dict.fromkeys(unlabelled, f"no label in column {printable(label_column)!r}")
+    source = Source(names, labels, classes, open_row, is_table=True, faults=faults, in_order=rows.in_order)
     return source if captions is None else with_captions(source, captions)
 
 
-def _captions(rows: Any, where: str, column: str | None) -> list[list[str]]:
+def _captions(rows: TableRows, where: str, column: str | None) -> list[list[str]]:
     """The captions of each row; of an empty cell none. Raises ValueError unless the column holds texts or lists of texts."""
     named = [name for name in rows.features if name.lower() in CAPTION_NAMES]
     if column is None and len(named) != 1:
@@ -96,7 +106,7 @@ def _captions(rows: Any, where: str, column: str | None) -> list[list[str]]:
     column = column or named[0]
     if column not in rows.features:
         raise ValueError(f"{where} has no column {column!r}; it has {', '.join(rows.features)}")
-    cells = rows.select_columns([column]).with_format("arrow")[:][column].to_pylist()
+    cells = rows.column(column).to_pylist()
     lists = [[cell] if isinstance(cell, str) else cell or [] for cell in cells]
     if not all(isinstance(cell, list) and all(isinstance(each, str) for each in cell) for cell in lists):
         raise ValueError(
@@ -136,7 +146,8 @@ def _warn_of_labels(features: Any, where: str) -> None:
     for name, kind in features.items():
         if name.lower() in PERHAPS_LABELS:
             dtype = str(getattr(kind, "dtype", "values of another kind"))
-            remedy = f"give --label-column {name}" if "int" in dtype else "store each class as an integer from 0"
+            words = any(kind in dtype for kind in ("int", "float", "string"))
+            remedy = f"give --label-column {name}" if words else "store each class as a word or an integer from 0"
             warnings.warn(
                 f"column {printable(name)!r} of {where} ({dtype}) is not read as labels, so the pictures have no classes; "
                 f"{printable(remedy)}, if they should",
@@ -144,23 +155,30 @@ def _warn_of_labels(features: Any, where: str) -> None:
             )
 
 
-def _labels(rows: Any, column: str | None, where: str) -> tuple[np.ndarray, tuple[str, ...]]:
-    """Labels (len,) int64 and class names, which are numbers if the table has no names."""
+def _labels(rows: TableRows, column: str | None, where: str) -> Numbered:
+    """Labels and class names, which are numbers if the table has no names, and the rows without a label.
+
+    The column holds integers, words, or whole numbers as floats, as pandas stores integers of which one is missing.
+    """
     if column is None:
-        return np.zeros(len(rows), dtype=np.int64), ()
-    values = rows.select_columns([column]).with_format("arrow")[:][column]  # a pyarrow column
-    absent = np.flatnonzero(values.is_null().to_numpy())
-    if len(absent):
-        raise ValueError(f"column {column!r} of {where} has no class in row {absent[0]}; {_REMEDY}")
-    labels = values.to_numpy()
-    if labels.dtype.kind not in "iu":
-        raise ValueError(f"column {column!r} of {where} does not hold integers; choose another by --label-column")
-    labels = labels.astype(np.int64)
-    wrong = np.flatnonzero(labels < 0)
-    if len(wrong):
-        raise ValueError(f"column {column!r} of {where} has no class in row {wrong[0]} ({labels[wrong[0]]}); {_REMEDY}")
+        return Numbered(np.zeros(len(rows), dtype=np.int64), (), [])
+    values = rows.column(column).to_pylist()
+    whole = (None if value is None or value != value else _whole(value) for value in values)  # NaN is not itself
+    labels = list(whole)
+    if not all(label is None or (isinstance(label, int | str) and not isinstance(label, bool)) for label in labels):
+        raise ValueError(
+            f"column {column!r} of {where} holds neither integers nor words; choose another by --label-column"
+        )
     names = getattr(rows.features[column], "names", None)
-    count = len(names) if names else int(labels.max(initial=-1)) + 1
-    if count > MAX_CLASSES or (len(labels) and labels.max() >= count):
-        raise ValueError(f"column {column!r} of {where} has label {labels.max()}, beyond its classes")
-    return labels, tuple(names) if names else tuple(str(i) for i in range(count))
+    if names is None:
+        return numbered(labels, f"column {column!r} of {where}")
+    missing = [i for i, label in enumerate(labels) if label is None or label < 0]
+    found = np.array([0 if label is None else max(0, label) for label in labels], dtype=np.int64)
+    if len(names) > MAX_CLASSES or (len(found) and found.max() >= len(names)):
+        raise ValueError(f"column {column!r} of {where} has label {found.max()}, beyond its classes")
+    return Numbered(found, tuple(names), missing)
+
+
+def _whole(value: Any) -> Any:
+    """A whole number of type float as an integer; any other value as it is."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value

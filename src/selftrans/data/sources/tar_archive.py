@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
 
-class _Member(NamedTuple):
+class Member(NamedTuple):
     """Where the data of a member are."""
 
     tar: Path
@@ -46,15 +46,15 @@ def tar_files(tars: list[Path]) -> Source:
     `MAX_PICTURE_BYTES` (pictures) and `MAX_FILE_BYTES` (captions).
     """
     ignored: Counter[str] = Counter()
-    pictures: dict[str, _Member] = {}
-    files: dict[str, _Member] = {}
+    pictures: dict[str, Member] = {}
+    files: dict[str, Member] = {}
     for path in tars:
         for name, info in walk_tar(path, {*EXTENSIONS, *CAPTION_FILES}, ignored):
             if PurePosixPath(name).suffix.lower() in EXTENSIONS:
-                _add(pictures, f"{path.name}/{name}", info, path, MAX_PICTURE_BYTES)
+                add_member(pictures, f"{path.name}/{name}", info, path, MAX_PICTURE_BYTES)
             else:
-                _add(files, f"{path.name}/{name}", info, path, MAX_FILE_BYTES)
-    pairs = list(combine(pictures, files, _Member.read))
+                add_member(files, f"{path.name}/{name}", info, path, MAX_FILE_BYTES)
+    pairs = list(combine(pictures, files, Member.read))
     names = [name for name, _ in pairs]
 
     def open_member(i: int) -> Image.Image:
@@ -68,10 +68,10 @@ def tar_files(tars: list[Path]) -> Source:
 def tar_entries(tars: list[Path], suffixes: Collection[str]) -> Entries:
     """The members of tar files with one of these suffixes, each named `TAR/member`. Raises ValueError as `tar_files`."""
     ignored: Counter[str] = Counter()
-    members: dict[str, _Member] = {}
+    members: dict[str, Member] = {}
     for path in tars:
         for name, info in walk_tar(path, suffixes, ignored):
-            _add(members, f"{path.name}/{name}", info, path, MAX_PICTURE_BYTES)
+            add_member(members, f"{path.name}/{name}", info, path, MAX_PICTURE_BYTES)
     names = sorted(members)
     files = [members[name] for name in names]
     return Entries(names, [file.size for file in files], lambda i: io.BytesIO(files[i].read()), dict(ignored))
@@ -109,12 +109,13 @@ def walk_tar(path: Path, suffixes: Collection[str], ignored: Counter[str]) -> It
         ) from error
 
 
-def _add(members: dict[str, _Member], name: str, info: tarfile.TarInfo, path: Path, most: int) -> None:
+def add_member(members: dict[str, Member], name: str, info: tarfile.TarInfo, path: Path, most: int) -> None:
+    """Note where a member is. Raises ValueError for one of more than `most` bytes, and for a second one of its name."""
     if info.size > most:
         raise ValueError(f"{path} holds {info.name!r:.200} of {info.size} bytes, above the limit of {most}")
     if name in members:
         raise ValueError(f"{path} holds {printable(name)} twice; make the tar again")
-    members[name] = _Member(path, info.offset_data, info.size)
+    members[name] = Member(path, info.offset_data, info.size)
 
 
 def _checked(info: tarfile.TarInfo, path: Path) -> str:

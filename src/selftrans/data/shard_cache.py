@@ -1,0 +1,234 @@
+"""A folder of fetched files that several processes share: bounded, the least recently used files go first.
+
+    CACHE/<sha256>.safetensors      a file, by the sha256 of its content      CACHE/.lock       held while entries change
+    CACHE/.lease-<process>          what a process reads and fetches; it holds a lock on it as long as it lives
+A file that a living process reads is never removed. What a killed process left is removed by the next one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import shutil
+import time
+import weakref
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import NamedTuple
+
+from selftrans.storage import atomic_write, no_symlink
+
+DIRECTORY, GIGABYTES = (
+    "SELFTRANS_CACHE_DIR",
+    "SELFTRANS_CACHE_GB",
+)  #: environment variables, for commands without the options
+DEFAULT_GB = 100.0
+PATIENCE = 600.0  #: seconds that a read waits for others to release files of a full cache
+REMEDY = "raise --data.cache-gb, or choose another --data.cache-dir"
+SUFFIX = ".safetensors"
+
+
+class CacheOptions(NamedTuple):
+    """Where fetched files are kept, and how much of them; None: the environment says it, or the defaults do."""
+
+    directory: str | None = None
+    gigabytes: float | None = None
+
+    def open(self) -> ShardCache:
+        """The cache. ValueError for a folder that cannot be written or locked, and a size that is no number above zero."""
+        home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        folder = self.directory or os.environ.get(DIRECTORY) or Path(home, "selftrans", "data")
+        given = self.gigabytes if self.gigabytes is not None else os.environ.get(GIGABYTES, DEFAULT_GB)
+        try:
+            size = float(given)
+        except ValueError:
+            size = 0.0
+        if not 0 < size < 1e9:
+            raise ValueError(f"the size of the cache, {given} GB, should be a number above zero; give --data.cache-gb")
+        return ShardCache(Path(folder), int(size * 1e9))
+
+
+class Lease(NamedTuple):
+    """What one process reads, and the bytes of what it fetches."""
+
+    reading: set[str]
+    fetching: dict[str, int]
+
+
+class ShardCache:
+    """The files of one cache folder, at most `limit` bytes of them. Safe from any thread and process."""
+
+    def __init__(self, folder: Path, limit: int) -> None:
+        self.folder, self.limit = folder, limit
+        self._own = Lease(set(), {})
+        self._id = f"{os.getpid()}-{secrets.token_hex(4)}"
+        path = folder / f".lease-{self._id}"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with self._locked():
+                self._lease = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+                _lock(self._lease, wait=False)
+                self._remove_stale(self._others())
+        except (OSError, ImportError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise ValueError(
+                f"the cache {folder} cannot be used ({reason}); choose another --data.cache-dir"
+            ) from error
+        weakref.finalize(self, _end, self._lease, path, os.getpid())
+
+    def hold(self, names: Collection[str]) -> None:
+        """Protect exactly these files, besides those being fetched; the others that this process held may be removed."""
+        with self._locked():
+            for name in self._own.reading - set(names):
+                with suppress(OSError):
+                    os.utime(self.folder / name)  # used until now
+            self._own.reading.clear()
+            self._own.reading.update(names)
+            self._write()
+
+    def obtain(
+        self,
+        name: str,
+        size: int,
+        fetch: Callable[[Path], object],
+        *,
+        wanted: Callable[[], bool] = lambda: True,
+        patience: float = PATIENCE,
+    ) -> Path | None:
+        """The path of a file, which is held from now on; if it is missing, `fetch` writes it to the path that it is given.
+
+        Waits while another thread or process fetches it, and while the cache is full of files that are read. `size`: bytes of
+        the file, about. None as soon as it is not `wanted` any more.
+        Raises ValueError after `patience` seconds of a full cache, what `fetch` raises, and when it cannot be written.
+        """
+        path, deadline, pause = self.folder / name, time.monotonic() + patience, 0.02
+        while wanted():
+            with self._locked():
+                others = self._others()
+                if path.is_file() and not path.is_symlink():
+                    os.utime(path)
+                    self._own.reading.add(name)
+                    self._write()
+                    return path
+                fetched = name in self._own.fetching or any(name in other.fetching for other in others)
+                if not fetched and self._free(size, others):
+                    self._own.fetching[name] = size
+                    self._own.reading.add(name)
+                    self._write()
+                    break
+            if fetched:
+                deadline = time.monotonic() + patience
+            elif time.monotonic() > deadline:
+                raise ValueError(
+                    f"the cache {self.folder} is full of files that are read ({self.limit / 1e9:g} GB); {REMEDY}"
+                )
+            time.sleep(pause)
+            pause = min(2 * pause, 0.5)
+        else:
+            return None
+        self._fetch(path, name, fetch)
+        return path
+
+    def discard(self, name: str) -> None:
+        """Remove a damaged file."""
+        with self._locked():
+            (self.folder / name).unlink(missing_ok=True)
+
+    def _fetch(self, path: Path, name: str, fetch: Callable[[Path], object]) -> None:
+        done = False
+        try:
+            with atomic_write(path, writer=self._id, durable=False, remedy=REMEDY) as file:
+                fetch(Path(file.name))
+            done = True
+        finally:
+            with self._locked():
+                del self._own.fetching[name]
+                if not done:
+                    self._own.reading.discard(name)
+                self._write()
+
+    def _free(self, size: int, others: list[Lease]) -> bool:
+        """Whether `size` bytes fit, after files that nobody reads are removed, as many as needed, least recently used first."""
+        leases = [self._own, *others]
+        held = set().union(*(lease.reading for lease in leases))
+        reserved = sum(sum(lease.fetching.values()) for lease in leases)
+        files = sorted((about.st_mtime_ns, about.st_size, name) for name, about in self._files())
+        left = min(
+            self.limit - reserved - sum(length for _, length, _ in files),
+            shutil.disk_usage(self.folder).free - reserved,
+        )
+        removed = []
+        for _, length, name in files:
+            if left >= size:
+                break
+            if name not in held:
+                left += length
+                removed.append(name)
+        if left < size:
+            return False
+        for name in removed:
+            (self.folder / name).unlink(missing_ok=True)
+        return True
+
+    def _files(self) -> Iterator[tuple[str, os.stat_result]]:
+        with os.scandir(self.folder) as entries:
+            for entry in entries:
+                if entry.name.endswith(SUFFIX) and entry.is_file(follow_symlinks=False):
+                    yield entry.name, entry.stat(follow_symlinks=False)
+
+    def _others(self) -> list[Lease]:
+        """The leases of other living processes (and of other caches of this one); those of dead ones are removed."""
+        found = []
+        for path in self.folder.glob(".lease-*"):
+            if path.name == f".lease-{self._id}" or path.is_symlink():
+                continue
+            try:
+                with open(path, "r+", encoding="utf-8") as file:
+                    try:
+                        _lock(file.fileno(), wait=False)
+                    except OSError:  # its process lives
+                        content = json.loads(file.read() or "[[], {}]")
+                        found.append(Lease(set(content[0]), dict(content[1])))
+                        continue
+                    path.unlink(missing_ok=True)
+            except (OSError, ValueError):
+                continue
+        return found
+
+    def _remove_stale(self, others: list[Lease]) -> None:
+        """Remove what killed processes were writing: temporary files that no living process fetches."""
+        fetched = {name for lease in others for name in lease.fetching}
+        for path in self.folder.glob(f".*{SUFFIX}.*.tmp"):
+            if path.name[1:].partition(SUFFIX)[0] + SUFFIX not in fetched:
+                path.unlink(missing_ok=True)
+
+    def _write(self) -> None:
+        text = json.dumps([sorted(self._own.reading), self._own.fetching]).encode()
+        os.pwrite(self._lease, text, 0)
+        os.ftruncate(self._lease, len(text))
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        """Exclude every other thread and process that uses the folder."""
+        descriptor = no_symlink(str(self.folder / ".lock"), os.O_RDWR | os.O_CREAT)
+        try:
+            _lock(descriptor, wait=True)
+            yield
+        finally:
+            os.close(descriptor)
+
+
+def _lock(descriptor: int, *, wait: bool) -> None:
+    import fcntl  # not on Windows
+
+    fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+
+
+def _end(descriptor: int, path: Path, process: int) -> None:
+    """The lease ends with its cache, however that ends; not with a copy of it in a forked process."""
+    if os.getpid() == process:
+        with suppress(OSError):
+            path.unlink(missing_ok=True)
+            os.close(descriptor)

@@ -1,0 +1,150 @@
+"""The rows of a table of `datasets`: stored on this machine, or streamed one after another, without a copy on the disk."""
+
+from __future__ import annotations
+
+import errno
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
+
+from selftrans.storage import first_line
+
+CHUNK = 4096  #: rows of a column that are read at a time
+FAR = 256  #: rows ahead from which the stream is begun again there
+
+
+class TableRows(Protocol):
+    """What a source needs of a table."""
+
+    features: Any  #: name -> type of each column
+    in_order: bool  #: whether rows should be read in their order, by one thread
+
+    def __len__(self) -> int: ...
+
+    def column(self, name: str) -> Any:
+        """All values of a column, as a pyarrow column."""
+        ...
+
+    def pictures(self, name: str) -> Callable[[int], dict[str, Any] | None]:
+        """A function that returns the cell of row i, not decoded: its `bytes` or its `path`; None where it is empty."""
+        ...
+
+
+class StoredRows:
+    """Rows on this machine."""
+
+    in_order = False
+
+    def __init__(self, rows: Any) -> None:
+        self._rows, self.features = rows, rows.features
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def column(self, name: str) -> Any:
+        return self._rows.select_columns([name]).with_format("arrow")[:][name]
+
+    def pictures(self, name: str) -> Callable[[int], dict[str, Any] | None]:
+        import datasets
+
+        rows = self._rows.select_columns([name]).cast_column(name, datasets.Image(decode=False))
+        return lambda i: rows[i][name]
+
+
+class StreamedRows:
+    """Rows that are read in their order, from the hub or from local files; only the last one is kept.
+
+    `load` returns the `datasets.IterableDataset`; where the format allows it (parquet), with `columns` it reads these alone.
+    ValueError for a table whose columns are not known before it is read.
+    """
+
+    in_order = True
+
+    def __init__(self, load: Callable[..., Any], where: str) -> None:
+        self._load, self._where, self._count = load, where, -1
+        rows = load()
+        self.features = rows.features
+        if self.features is None:
+            raise ValueError(f"the columns of {where} are not known before it is read; leave out --streaming")
+        splits = rows.info.splits or {}
+        if str(rows.split) in splits:
+            self._count = int(splits[str(rows.split)].num_examples or -1)
+
+    def __len__(self) -> int:
+        if self._count < 0:
+            import datasets
+
+            light = [name for name, kind in self.features.items() if not isinstance(kind, datasets.Image)]
+            if not light:
+                raise ValueError(f"{self._where} does not say how many rows it has; leave out --streaming")
+            self.column(light[0])
+        return self._count
+
+    def column(self, name: str) -> Any:
+        import pyarrow
+        from tqdm import tqdm
+
+        chunks = []
+        with tqdm(desc=f"column {name}", unit=" rows", disable=None, leave=False) as bar:
+            for table in _unbroken(self._only(name).with_format("arrow").iter(CHUNK), self._where):
+                chunks += table[name].chunks
+                bar.update(len(table))
+        found = pyarrow.chunked_array(chunks) if chunks else pyarrow.chunked_array([], pyarrow.null())
+        self._count = len(found)
+        return found
+
+    def _only(self, name: str) -> Any:
+        try:
+            return self._load(columns=[name])
+        except ValueError:  # not a format that reads single columns
+            return self._load().select_columns([name])
+
+    def pictures(self, name: str) -> Callable[[int], dict[str, Any] | None]:
+        import datasets
+
+        rows = self._load().select_columns([name]).cast_column(name, datasets.Image(decode=False))
+        read = InOrder(lambda i: (row[name] for row in _unbroken(rows.skip(i) if i else rows, self._where)))
+        return read
+
+
+class InOrder:
+    """Item i of a stream, for indices that mostly rise; from any thread, one at a time.
+
+    `begin(i)` returns an iterator that starts with item i. Raises OSError where the stream ends before an item.
+    """
+
+    def __init__(self, begin: Callable[[int], Iterator[Any]]) -> None:
+        self._begin, self._lock = begin, threading.Lock()
+        self._items: Iterator[Any] | None = None
+        self._next = 0
+        self._last: Any = None
+
+    def __call__(self, i: int) -> Any:
+        with self._lock:
+            if self._items is not None and i == self._next - 1:
+                return self._last
+            if self._items is None or not self._next <= i < self._next + FAR:
+                self._items, self._next = self._begin(i), i
+            try:
+                while self._next <= i:
+                    self._last = next(self._items)
+                    self._next += 1
+            except StopIteration:
+                raise OSError(errno.ETIMEDOUT, "the stream has ended before this row") from None
+            except OSError:
+                self._items = None  # begun again if this row is asked for once more
+                raise
+            return self._last
+
+
+def _unbroken(rows: Any, where: str) -> Iterator[Any]:
+    """The rows of a stream. Whatever stops it is a fault of the connection or of the disk, not of the next row."""
+    items = iter(rows)
+    while True:
+        try:
+            item = next(items)
+        except StopIteration:
+            return
+        except Exception as error:  # of the hub, of a connection, of pyarrow
+            raise OSError(errno.ETIMEDOUT, f"the stream of {where} stops: {first_line(error)}") from error
+        yield item

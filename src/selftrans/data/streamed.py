@@ -1,0 +1,244 @@
+"""Prepared data at a URL as a data set: the manifest first, then labels, then whole shards through a cache.
+
+    CACHE/sets/<hash of the URL>/     manifest.json, null.safetensors and the labels of every row      (see `shard_cache`)
+Shape legend: N rows.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Collection
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import load_file, save
+from tqdm import tqdm
+
+from selftrans.data.buckets import Buckets, names_in
+from selftrans.data.dataset import Dataset, check_index
+from selftrans.data.manifest import BUCKETS, FILE, Features, Manifest, Shard
+from selftrans.data.manifest_text import COUNT, NULL
+from selftrans.data.record import MAX_BYTES
+from selftrans.data.remote import WANTED, Store, checked, retried, store_of
+from selftrans.data.shard_cache import CacheOptions, ShardCache
+from selftrans.data.shard_file import DTYPES, numpy_dtype
+from selftrans.data.shard_reader import ShardReader, StreamedTensor
+from selftrans.data.windows import window_that_fits
+from selftrans.storage import atomic_write, first_line, sha256_file, write_text
+
+HEADER = 1 << 16  #: bytes that are read for the header of a shard; it has fewer
+AT_A_TIME = 16  #: labels of so many shards are read at the same time
+INDEX = ("labels", COUNT)  #: tensors of a shard that are read when the data are opened
+
+
+class Streamed(Dataset):
+    """Prepared data at a URL. Shards are fetched when they are read; `expect` and `fetch` bring them earlier."""
+
+    def __init__(
+        self,
+        url: str,
+        folder: Path,
+        reader: ShardReader,
+        labels: np.ndarray,
+        counts: np.ndarray | None,
+        cache: CacheOptions,
+    ) -> None:
+        tensors = {name: StreamedTensor(reader, name) for name in reader.manifest.layout if name not in INDEX}
+        super().__init__(folder, reader.manifest, dict(tensors), labels, counts)
+        self.origin, self.reader, self._cache = url, reader, cache
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return partial(Dataset.open, text_encoder=self.text_encoder, cache=self._cache), (self.origin,)
+
+    def expect(self, now: Collection[int], then: Collection[int]) -> None:
+        """Hold and fetch these shards; see `ShardReader.expect`."""
+        self.reader.expect(now, then)
+
+    def fetch(self, *, progress: bool = True) -> None:
+        """Bring every shard into the cache, if all fit."""
+        if self.reader.fits:
+            self.reader.fetch_all(progress=progress)
+
+    def some_rows(self, most: int) -> np.ndarray:
+        """As `Dataset.some_rows`; of data larger than the cache, rows of a few shards."""
+        if self.reader.fits:
+            return super().some_rows(most)
+        draw, counts = np.random.default_rng(0), [shard.count for shard in self.manifest.shards]
+        few = draw.permutation(np.flatnonzero(counts))[
+            : max(1, window_that_fits(self.reader.bytes, self.reader.cache.limit))
+        ]
+        rows = np.concatenate([np.arange(self._starts[k], self._starts[k] + counts[k]) for k in few])
+        return draw.permutation(rows)[:most]
+
+    def open_features(self) -> Features:
+        """As `Dataset.open_features`; their files are fetched with those of the shards."""
+        found = self.manifest.features
+        if found is None:
+            return super().open_features()  # raises
+        self.reader.features = True
+        self._tensors["features"] = StreamedTensor(self.reader, "features")
+        return found
+
+    def verify(self) -> None:
+        """Remove what is damaged in the cache, so that it is fetched again; what is fetched is always compared."""
+        self.reader.remove_damaged()
+
+
+def open_streamed(url: str, *, verify: bool, text_encoder: str | None, cache: CacheOptions) -> Dataset:
+    """Open prepared data at a URL, also buckets. ValueError, in one line, as `Dataset.open`, and where it cannot be read."""
+    url = checked(url)
+    store, opened = store_of(url), cache.open()
+    content, names = _described(url, store)
+    if names is None:
+        return _one(url, store, opened, content, verify, text_encoder, cache)
+    parts = []
+    for name in names:
+        part = f"{url}/{name}"
+        of_part, _ = _described(part, within := store_of(part))
+        parts.append(_one(part, within, cache.open(), of_part, verify, None, cache))
+    buckets = Buckets(_folder(opened, url), parts)
+    buckets.origin, buckets.text_encoder = url, text_encoder
+    total = sum(sum(part.reader.bytes) for part in parts)
+    if total > opened.limit:
+        raise ValueError(
+            f"{url} holds buckets, which are streamed only if all of them, {total / 1e9:.1f} GB, fit into the cache, "
+            f"{opened.limit / 1e9:g} GB; raise --data.cache-gb"
+        )
+    return buckets
+
+
+def _described(url: str, store: Store) -> tuple[str, tuple[str, ...] | None]:
+    """The text of the manifest; or that of buckets.json, and the names in it."""
+    for file in (FILE, BUCKETS):
+        try:
+            text = _text(url, store, file)
+        except FileNotFoundError:
+            continue
+        try:
+            return text, (names_in(text) if file == BUCKETS else None)
+        except ValueError as error:
+            raise ValueError(f"{url}: {error}") from error
+    raise ValueError(f"no {FILE} at {url}: not prepared or not complete; {WANTED}")
+
+
+def _text(url: str, store: Store, file: str) -> str:
+    """A small text file. FileNotFoundError where there is none."""
+
+    def read() -> bytes | None:
+        try:
+            return store.read(file, 0, MAX_BYTES + 1)
+        except FileNotFoundError:
+            return None
+
+    found = retried(read, f"{url}/{file}")
+    if found is None:
+        raise FileNotFoundError(file)
+    if len(found) > MAX_BYTES:
+        raise ValueError(f"{url}/{file} is larger than {MAX_BYTES} bytes")
+    try:
+        return found.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{url}/{file} is not text; {WANTED}") from error
+
+
+def _one(
+    url: str, store: Store, cache: ShardCache, text: str, verify: bool, text_encoder: str | None, options: CacheOptions
+) -> Streamed:
+    try:
+        manifest = Manifest.from_json(text)
+        if not manifest.count:
+            raise ValueError(f"{FILE}: field 'count' is 0")
+    except ValueError as error:
+        raise ValueError(f"{url}: {error}") from error
+    folder = _folder(cache, url)
+    write_text(folder / FILE, text)
+    index = _index(url, store, manifest, folder / f"index-{hashlib.sha256(text.encode()).hexdigest()[:16]}.safetensors")
+    if manifest.text:
+        _fetch_null(url, store, folder, manifest.text.null)
+    reader = ShardReader(url, store, cache, manifest, index["labels"])
+    dataset = Streamed(url, folder, reader, index["labels"], index.get(COUNT), options)
+    dataset.text_encoder = text_encoder
+    if verify:
+        dataset.verify()
+    return dataset
+
+
+def _folder(cache: ShardCache, url: str) -> Path:
+    return cache.folder / "sets" / hashlib.sha256(url.encode()).hexdigest()[:16]
+
+
+def _fetch_null(url: str, store: Store, folder: Path, sha256: str) -> None:
+    path = folder / NULL
+    if path.is_file() and sha256_file(path) == sha256:
+        return
+    content = retried(lambda: store.read(NULL, 0, MAX_BYTES), f"{url}/{NULL}")
+    if hashlib.sha256(content).hexdigest() != sha256:
+        raise ValueError(f"{url}/{NULL} fails its sha256; copy the folder there again")
+    with atomic_write(path) as file:
+        file.write(content)
+
+
+def _index(url: str, store: Store, manifest: Manifest, path: Path) -> dict[str, np.ndarray]:
+    """Labels (N,) and numbers of captions (N,) of all rows: from an earlier time, or read from the start of every shard."""
+    names = [name for name in INDEX if name in manifest.layout]
+    if path.is_file() and not path.is_symlink():
+        try:
+            kept = load_file(path)
+            if {name: (x.shape, x.dtype) for name, x in kept.items()} == {
+                name: ((manifest.count,), numpy_dtype(manifest.layout[name][0])) for name in names
+            }:
+                return kept
+        except Exception:  # damaged: safetensors raises its own types
+            path.unlink(missing_ok=True)
+    filled = [shard for shard in manifest.shards if shard.count]
+    hidden = os.environ.get("RANK", "0") != "0"
+    with ThreadPoolExecutor(AT_A_TIME) as pool:
+        parts = list(
+            tqdm(
+                pool.map(lambda shard: _start_of(url, store, manifest, shard, names), filled),
+                desc="reading labels",
+                total=len(filled),
+                unit="shard",
+                delay=2,
+                disable=hidden,
+            )
+        )
+    found = {name: np.concatenate([part[name] for part in parts]) for name in names}
+    with atomic_write(path) as file:
+        file.write(save(found))
+    return found
+
+
+def _start_of(url: str, store: Store, manifest: Manifest, shard: Shard, names: list[str]) -> dict[str, np.ndarray]:
+    """Small tensors of a shard, without the rest of it. ValueError where the file is not what the manifest says."""
+    where = f"{url}/{shard.file}"
+    guess = HEADER + sum(8 * shard.count for _ in names)
+    start = retried(lambda: store.read(shard.file, 0, guess), where)
+    try:
+        length = int.from_bytes(start[:8], "little")
+        if not 2 <= length <= guess - 8:
+            raise ValueError("its header is not that of a safetensors file")
+        header = json.loads(start[8 : 8 + length])
+        found = {}
+        for name in names:
+            dtype, row = manifest.layout[name]
+            begin, end = map(int, header[name]["data_offsets"])
+            size = shard.count * math.prod(row) * numpy_dtype(dtype).itemsize
+            if header[name]["dtype"] != DTYPES[dtype] or end - begin != size or begin < 0:
+                raise ValueError(f"its {name} are not {(shard.count, *row)} of {DTYPES[dtype]}")
+            begin, end = begin + 8 + length, end + 8 + length
+            inside = end <= len(start)
+            content = start[begin:end] if inside else retried(partial(store.read, shard.file, begin, end), where)
+            found[name] = np.frombuffer(content, dtype=numpy_dtype(dtype)).copy()
+            if len(found[name]) != shard.count:
+                raise ValueError("it is cut off")
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{where} cannot be used ({first_line(error)}); copy the folder there again") from error
+    check_index(where, manifest, found["labels"], found.get(COUNT))
+    return found

@@ -1,0 +1,126 @@
+"""What a run's own files say of it: data, compute, measurements, samples; for the model card.
+
+Files that do not belong to the weights at hand are left out, with a warning, so that a card has no numbers of other weights.
+Shape legend: (H, W, C) picture with C of 1 or 3.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from selftrans.checkpoints.load import REPORT, LoadedModel
+from selftrans.evaluate.plots import sample_sheet
+from selftrans.sampling.sample_file import NPY, PNG
+from selftrans.storage import first_line, printable
+
+SHEET = 16  #: samples shown of a folder
+EVALUATION = "evaluate.json"
+
+
+class Sheet(NamedTuple):
+    """A picture of samples, and what they depend on."""
+
+    picture: np.ndarray  #: uint8 (H, W, C)
+    made: str
+
+
+def run_of(weights: Path) -> Path | None:
+    """The run directory of a checkpoint's weights file; None for any other file."""
+    folders = weights.absolute().parents
+    return folders[3] if len(folders) > 3 and folders[1].name == "checkpoints" else None
+
+
+def read_object(path: Path) -> dict[str, Any] | None:
+    """The object in a json file; None where the file is missing. Raises ValueError for anything else in it."""
+    try:
+        content = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{printable(path)} cannot be read ({first_line(error)}); repair it, or remove it") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{printable(path)} holds no object; repair it, or remove it")
+    return content
+
+
+def compute_of(run: Path | None, loaded: LoadedModel) -> dict[str, Any] | None:
+    """What run.json says of stages and compute; None if it is not known for these weights."""
+    report = read_object(run / REPORT) if run else None
+    stages = (report or {}).get("stages")
+    if report is None or not isinstance(stages, list):
+        return None
+    steps = {stage.get("stage"): stage.get("steps") for stage in stages if isinstance(stage, dict)}
+    if steps.get(loaded.stage) != loaded.step or loaded.stage != stages[-1].get("stage"):
+        return None  # of an earlier checkpoint or stage: the sum would be wrong
+    return {key: report.get(key) for key in ("student_tflops", "total_tflops", "total_seconds", "stages")}
+
+
+def evaluations_of(run: Path | None, given: Sequence[Path], loaded: LoadedModel) -> list[dict[str, Any]]:
+    """The reports of `selftrans evaluate` on these weights: `given`, or (none) that in the run.
+
+    ValueError for a given file that is missing or no report; a warning for one on other weights.
+    """
+    files = list(given) or ([run / EVALUATION] if run and (run / EVALUATION).is_file() else [])
+    reports = []
+    for file in files:
+        report = read_object(file)
+        if report is None or not isinstance(report.get("metric"), str) or report["metric"] not in report:
+            raise ValueError(f"{printable(file)} is no report of `selftrans evaluate`; give its evaluate.json")
+        made = report.get("made")
+        if not isinstance(made, dict) or not _of_weights(made, loaded):
+            warnings.warn(
+                f"{printable(file)} is left out: it does not say that its samples are of these weights", stacklevel=4
+            )
+            continue
+        reports.append(report)
+    return reports
+
+
+def sheet_of(run: Path | None, samples: Path | None, loaded: LoadedModel) -> Sheet | None:
+    """A sheet of samples: of the folder `samples` (`selftrans sample`), or (None) the preview of this step of the run.
+
+    None, with a warning, where there is none of these weights. Raises ValueError for a folder that holds no samples.
+    """
+    if samples is not None:
+        return _of_folder(samples, loaded)
+    preview = run / loaded.stage / "previews" / f"step-{loaded.step:08d}.png" if run else None
+    if preview is None or not preview.is_file() or loaded.weights != "ema":
+        warnings.warn("the card has no samples: give --samples FOLDER, as `selftrans sample` makes it", stacklevel=4)
+        return None
+    steps, scale = loaded.config.log.preview_steps, loaded.config.sample.guidance_scale
+    picture, _ = PNG.read(preview)
+    return Sheet(picture, f"{steps} steps of Heun's method, guidance {scale:g}, seed {loaded.config.sample.seed}")
+
+
+def _of_folder(samples: Path, loaded: LoadedModel) -> Sheet | None:
+    made = (read_object(samples / "samples.json") or {}).get("settings")
+    files = sorted(samples.glob(f"[0-9]*{PNG.suffix}"))[:SHEET] or sorted(samples.glob(f"[0-9]*{NPY.suffix}"))[:SHEET]
+    if not isinstance(made, dict) or not files:
+        raise ValueError(f"{printable(samples)} holds no samples; give a folder made by `selftrans sample`")
+    if not _of_weights(made, loaded):
+        warnings.warn(f"{printable(samples)} is left out: its samples are not of these weights", stacklevel=5)
+        return None
+    images = [(PNG if files[0].suffix == PNG.suffix else NPY).read(file)[0] for file in files]
+    if any(image.shape != images[0].shape for image in images):
+        raise ValueError(f"{printable(samples)} holds samples of several sizes; give one of one size")
+    return Sheet(sample_sheet(np.stack(images)), made_with(made))
+
+
+def made_with(made: dict[str, Any]) -> str:
+    """Settings of samples in words."""
+    said = f"{made.get('steps')} steps of {made.get('sampler')}, guidance {made.get('guidance_scale')}"
+    interval = made.get("guidance_interval")
+    if made.get("guidance_scale") != 1 and interval not in (None, [0.0, 1.0]):
+        said += f" for t in {interval}"
+    return printable(f"{said}, seed {made.get('seed')}")
+
+
+def _of_weights(made: dict[str, Any], loaded: LoadedModel) -> bool:
+    source = made.get("source")
+    return isinstance(source, dict) and source.get("weights") == loaded.source["weights"]

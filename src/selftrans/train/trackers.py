@@ -1,0 +1,190 @@
+"""Trackers of accelerate: TensorBoard, Weights & Biases, Trackio and MLflow. None of them can stop a run.
+
+A tracker that is not installed, cannot be started or fails later costs one warning; the others and log.jsonl continue.
+RUN/trackers.json holds the names of the runs at each tracker, so that a continued run goes on in the same place.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+import re
+import secrets
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from selftrans.config import RunConfig, settings_of
+from selftrans.storage import first_line, printable, write_json
+
+PROJECT = (
+    "selftrans"  #: project or experiment that the runs belong to, unless the tracker's own variables say otherwise
+)
+RECORD = "trackers.json"
+IDENTIFIER = re.compile(r"[\w-]{1,100}")
+
+
+class Place(NamedTuple):
+    """Where a run is at a tracker."""
+
+    out: Path  #: the run directory
+    id: str | None  #: from an earlier visit; None: a new one
+
+
+def _tensorboard(place: Place) -> tuple[Any, str]:
+    from accelerate.tracking import TensorBoardTracker
+
+    return TensorBoardTracker("tensorboard", str(place.out)), ""
+
+
+def _wandb(place: Place) -> tuple[Any, str]:
+    from accelerate.tracking import WandBTracker
+
+    run = place.id or secrets.token_hex(4)
+    return WandBTracker(PROJECT, name=place.out.name, id=run, resume="allow", dir=str(place.out)), run
+
+
+def _trackio(place: Place) -> tuple[Any, str]:
+    from accelerate.tracking import TrackioTracker
+
+    run = place.id or f"{re.sub(r'[^A-Za-z0-9_-]', '-', place.out.name)[:60]}-{secrets.token_hex(4)}"
+    return TrackioTracker(PROJECT, name=run, resume="allow"), run
+
+
+def _mlflow(place: Place) -> tuple[Any, str]:
+    from accelerate.tracking import MLflowTracker
+
+    return MLflowTracker(PROJECT, run_id=place.id, run_name=place.out.name), ""
+
+
+#: name -> its tracker of accelerate, not started, and the name of the run there (empty: known when it is started)
+KINDS: dict[str, Callable[[Place], tuple[Any, str]]] = {
+    "tensorboard": _tensorboard,
+    "wandb": _wandb,
+    "trackio": _trackio,
+    "mlflow": _mlflow,
+}
+
+
+def tracker_names(config: RunConfig) -> list[str]:
+    """The trackers of a run: those of log.trackers, and TensorBoard unless log.tensorboard is off."""
+    return [*dict.fromkeys([*(["tensorboard"] if config.log.tensorboard else []), *config.log.trackers])]
+
+
+class Trackers:
+    """The trackers of a run, used by its main process.
+
+    Steps are counted per stage in TensorBoard, and over all stages elsewhere, where they must not go back.
+    """
+
+    def __init__(self, out: Path) -> None:
+        self.out = out
+        self._running: dict[str, Any] = {}
+        self._before = 0  #: steps of earlier stages
+
+    def start(self, config: RunConfig) -> None:
+        """Start the trackers that a run asks for, with its settings where it is new to them."""
+        known = _recorded(self.out)
+        found = dict(known)
+        for name in tracker_names(config):
+            if importlib.util.find_spec(name) is None:
+                _warn(f"tracker {name} is not installed (pip install {name}); the run continues without it")
+                continue
+            try:
+                new = not (self.out / name).is_dir() if name == "tensorboard" else name not in known
+                tracker, run = KINDS[name](Place(self.out, known.get(name)))
+                tracker.start()
+                self._running[name] = tracker
+                if name != "tensorboard":
+                    found[name] = run or str(tracker.active_run.info.run_id)
+                if new:
+                    _log_settings(name, tracker, config)
+            except Exception as error:  # of a network, an account, a disk
+                self._end(name, f"tracker {name} cannot be started ({first_line(error)}); the run continues without it")
+        if found != known:
+            write_json(self.out / RECORD, found)
+
+    def begin(self, steps_before: int) -> None:
+        """A stage begins, after this many steps of earlier ones."""
+        self._before = steps_before
+
+    def log(self, stage: str, values: dict[str, float], step: int) -> None:
+        """Values of a log line, at this step of a stage."""
+        named = {f"{stage}/{key}": value for key, value in values.items()}
+        self._each(step, lambda name, tracker, at: tracker.log(named, step=at))
+
+    def picture(self, stage: str, file: Path, step: int) -> None:
+        """A preview, if its file was written."""
+        if not self._running or not file.is_file():
+            return
+        from PIL import Image
+
+        with Image.open(file, formats=["PNG"]) as opened:
+            pixels = np.asarray(opened.convert("RGB"))  # (H, W, 3)
+        self._each(step, lambda name, tracker, at: _log_picture(name, tracker, f"{stage}/preview", pixels, file, at))
+
+    def close(self) -> None:
+        """End the trackers, also those of a run that is interrupted: what they hold is then sent or written."""
+        for name, tracker in [*self._running.items()]:
+            try:
+                tracker.finish()
+            except Exception as error:
+                _warn(f"tracker {name} did not end properly ({first_line(error)})")
+        self._running.clear()
+
+    def _each(self, step: int, do: Callable[[str, Any, int], None]) -> None:
+        for name, tracker in [*self._running.items()]:
+            try:
+                do(name, tracker, step if name == "tensorboard" else self._before + step)
+            except Exception as error:
+                self._end(name, f"tracker {name} ends at step {step} ({first_line(error)}); log.jsonl continues")
+
+    def _end(self, name: str, message: str) -> None:
+        self._running.pop(name, None)  # its writer may not recover
+        _warn(message)
+
+
+def _log_settings(name: str, tracker: Any, config: RunConfig) -> None:
+    plain = json.loads(json.dumps({key: value for key, value, _ in settings_of(config)}, default=_plain))
+    values = {key: value if isinstance(value, int | float | str) else json.dumps(value) for key, value in plain.items()}
+    if name != "tensorboard":
+        tracker.store_init_configuration(values)
+        return
+    from torch.utils.tensorboard.summary import hparams  # accelerate's would add a folder for each start
+
+    for summary in hparams(values, {}):
+        tracker.writer.file_writer.add_summary(summary)
+
+
+def _plain(value: Any) -> Any:
+    return dataclasses.asdict(value) if dataclasses.is_dataclass(value) and not isinstance(value, type) else str(value)
+
+
+def _log_picture(name: str, tracker: Any, key: str, pixels: np.ndarray, file: Path, step: int) -> None:
+    if name == "tensorboard":
+        tracker.log_images({key: pixels[None]}, step=step, dataformats="NHWC")
+    elif name == "wandb":
+        tracker.log_images({key: [pixels]}, step=step)
+    elif name == "trackio":
+        import trackio
+
+        tracker.log({key: trackio.Image(pixels)}, step=step)
+    else:
+        tracker.log_artifact(str(file), artifact_path=key)
+
+
+def _recorded(out: Path) -> dict[str, str]:
+    """What trackers.json holds; {} where it is missing or damaged."""
+    try:
+        found = json.loads((out / RECORD).read_text())
+        return {str(name): run for name, run in found.items() if IDENTIFIER.fullmatch(run)}
+    except (OSError, ValueError, AttributeError, TypeError, RecursionError):
+        return {}
+
+
+def _warn(message: str) -> None:
+    warnings.warn(printable(message, 400), stacklevel=4)
