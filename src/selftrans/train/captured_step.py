@@ -44,7 +44,7 @@ def obstacle(trainer: Trainer) -> str | None:
     if train.optimizer != "adamw":
         return f"train.optimizer {train.optimizer} decides on the host whether a step is skipped"
     if trainer.objective.student.recompute and trainer.objective.student.random_blocks:
-        return "the blocks recomputed (train.recompute) may draw random numbers, which must be the same again"
+        return "train.recompute repeats blocks that may draw random numbers"
     if len(trainer.shards.parts) > 1:
         return "the data hold several sizes, and a graph has one shape"
     return None
