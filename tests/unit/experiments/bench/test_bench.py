@@ -37,6 +37,7 @@ from selftrans.methods.self_transcendence import SelfGuidance, Stage2
 from selftrans.models.sit import SiTConfig, build
 from selftrans.recipes import recipe
 from selftrans.types import Batch, Conditions
+from tests.support.operations import sit_forward_flops
 from tests.support.scripts import script
 
 TEN = Conditions("labels", 10)
@@ -380,6 +381,19 @@ def test_ablations_combine_every_setting_of_a_grid() -> None:
         "w5-lr=1e-3-label_std=0.5": shared | {"train.lr": 0.001},
         "w5-lr=2e-3-label_std=0.5": shared | {"train.lr": 0.002},
     }
+
+
+def test_floor_of_a_step_counts_the_operations_of_its_blocks() -> None:
+    floor = script("step_floor")
+    chip = floor.Chip(flops=1e15, bandwidth=1e30)  # bytes take no time
+    found = floor.step("SiT-B/2", 4, chip)
+    blocks = sit_forward_flops(256, 768, 12, 16) - sit_forward_flops(256, 768, 0, 16)
+    assert found["operations"] == pytest.approx(3 * 4 * blocks)
+    attention = 4 * 12 * 4 * 256**2 * 768  # its backward pass has five products instead of four
+    assert found["seconds"] == pytest.approx((3 * 4 * blocks + 0.5 * attention) / 1e15)
+    bytes_alone = floor.step("SiT-B/2", 4, floor.Chip(flops=1e30, bandwidth=1e12))
+    per_block = sum(part["bytes"] for part in bytes_alone["block"].values())
+    assert bytes_alone["seconds"] == pytest.approx((12 * per_block + 52 * found["parameters of the blocks"]) / 1e12)
 
 
 @pytest.mark.slow
