@@ -87,11 +87,7 @@ def _train(
             _remove_unfinished(out)
         shards = data_of_run(config, out, accelerator)
         config, plan, initial = planned(config, shards, out, typed)
-        if (said := describe_data(config, shards)) and not quiet:
-            accelerator.print(said)
-        if config.data.window is None:
-            shards.fetch(progress=not quiet)
-        shards = _ready(shards, accelerator.device, config.data.on_device)
+        shards = _ready(config, shards, accelerator, quiet)
         preview = Preview(config, shards, accelerator.device, stop) if config.train.preview_every else None
         spent: list[dict[str, Any]] = []
         for number, stage in enumerate(plan, start=1):
@@ -145,8 +141,13 @@ def planned(
     return config, plan, initial
 
 
-def _ready(shards: Dataset, device: torch.device, on_device: bool) -> Dataset:
-    """The data, ready for training, on the device if that is asked for. Raises ValueError for buckets on the device."""
+def _ready(config: RunConfig, shards: Dataset, accelerator: Accelerator, quiet: bool) -> Dataset:
+    """The data, fetched and ready for training, on the device if that is asked for. ValueError for buckets on the device."""
+    device, on_device = accelerator.device, config.data.on_device
+    if (said := describe_data(config, shards)) and not quiet:
+        accelerator.print(said)
+    if config.data.window is None:
+        shards.fetch(progress=not quiet)
     if on_device and len(shards.parts) > 1:
         raise ValueError(f"{shards.path} holds buckets of several sizes; leave data.on_device off")
     shards.ready(device)

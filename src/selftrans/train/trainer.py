@@ -103,9 +103,8 @@ class Trainer:
             world=accelerator.num_processes,
             window=config.data.window,
         )
-        micros = train.batch_size // self.stream.micro
         each = step_flops(self.objective, manifest.conditions.example(), self.stream.micro)
-        self.flops = {part: micros * flops for part, flops in each.items()}
+        self.flops = {part: train.batch_size // self.stream.micro * flops for part, flops in each.items()}
         self.sharded = train.shard and accelerator.num_processes > 1
         if self.sharded:
             fsdp.shard_models(

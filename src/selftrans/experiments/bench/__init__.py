@@ -85,18 +85,8 @@ def bench(
     The file is written after each model. A model that does not fit in memory is reported as failed.
     Raises ValueError when tokens is not a square number, and for an unavailable device.
     """
-    rows = tuple(dict.fromkeys(rows or ROWS))
-    if unknown := [name for name in rows if name not in ROWS]:
-        raise ValueError(f"row {unknown[0]!r} is unknown; choose from {', '.join(ROWS)}")
-    where = torch.device(device or default_device().type)
-    if where.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: this machine has no GPU that torch can use; omit --device")
-    for model in models.values():
-        model.sizes()
-    if tokens < 1 or math.isqrt(tokens) ** 2 != tokens:
-        raise ValueError(f"tokens {tokens} is not a square number; use 64, 256 or 1024")
-    if batch_size is not None and batch_size < 1:
-        raise ValueError(f"batch_size {batch_size} should be 1 or more")
+    rows, where = tuple(dict.fromkeys(rows or ROWS)), torch.device(device or default_device().type)
+    _check(models, rows, where, batch_size, tokens)
     precision: Literal["fp32", "bf16"] = "bf16" if where.type == "cuda" else "fp32"
     accelerator = TimedAccelerator(mixed_precision="bf16" if precision == "bf16" else "no", cpu=where.type == "cpu")
     if where.type == "cpu":
@@ -124,6 +114,22 @@ def bench(
     report["ratios"] = next((model["ratios"] for model in report["models"].values() if "ratios" in model), {})
     write_json(out / "bench.json", report)
     return report
+
+
+def _check(
+    models: Mapping[str, SiTConfig], rows: Sequence[str], where: torch.device, batch_size: int | None, tokens: int
+) -> None:
+    """ValueError as `bench`."""
+    if unknown := [name for name in rows if name not in ROWS]:
+        raise ValueError(f"row {unknown[0]!r} is unknown; choose from {', '.join(ROWS)}")
+    if where.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: this machine has no GPU that torch can use; omit --device")
+    for model in models.values():
+        model.sizes()
+    if tokens < 1 or math.isqrt(tokens) ** 2 != tokens:
+        raise ValueError(f"tokens {tokens} is not a square number; use 64, 256 or 1024")
+    if batch_size is not None and batch_size < 1:
+        raise ValueError(f"batch_size {batch_size} should be 1 or more")
 
 
 def published(names: Sequence[str] | None, device: str | None, *, quick: bool = False) -> dict[str, SiTConfig]:
