@@ -87,12 +87,18 @@ class SamplingOptions:
     autoguidance: Annotated[str | None, tyro.conf.arg(metavar="RUN_OR_FILE")] = None
     """a weaker model of the same data, such as RUN/stage1 or a run of fewer steps: the guidance scale w then extrapolates from
     its velocity, v_weak + w (v - v_weak), instead of from the null condition"""
+    early_guidance: float | None = None
+    """of a model with a second output, such as Internal Guidance trains: w extrapolates from its velocity, v_early + w (v -
+    v_early); 1: none. Goes with classifier-free guidance and autoguidance"""
+    early_interval: tuple[float, float] | None = None
+    """t within which that acts; 0 is data, 1 is noise"""
     seed: int | None = None
     """image k depends on the seed and k alone"""
     batch_size: int | None = None
     """images at a time; changes speed and memory only"""
-    labels: Literal["balanced", "random"] | None = None
-    """classes of the images; balanced: each equally often; random: drawn at random"""
+    labels: Annotated[tuple[str, ...] | None, tyro.conf.arg(metavar="CLASS [CLASS ...]", aliases=("--classes",))] = None
+    """classes of the images. balanced: each equally often; random: drawn at random; names or numbers of classes, which repeat;
+    cat:10 dog:5 makes 10 and 5 images (and sets --num)"""
     prompts: tuple[str, ...] | None = None
     """of a model of text: prompts, or a file with one in each line; image k has prompt k modulo their number. None: those of
     the run's previews"""

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from selftrans.storage import atomic_write, first_line, printable
+from selftrans.storage import atomic_write, first_line, plural, printable
 
 FORMAT = "selftrans.classifier/1"
 LAYERS = ("resolution", "channels", "num_classes", "width", "dim")  #: the constructor's arguments, as in the header
@@ -296,7 +296,7 @@ def _checked_labels(images: np.ndarray, labels: np.ndarray, num_classes: int) ->
     if labels.shape != (len(images),):
         raise ValueError(f"{len(images)} images but labels of shape {labels.shape}; give one label per image")
     if len(images) < 2 or num_classes < 2:
-        raise ValueError(f"{len(images)} images of {num_classes} classes; a classifier needs at least two of each")
+        raise ValueError(f"{plural(len(images), 'image')} of {plural(num_classes, 'class')}; give at least two of each")
     if labels.min() < 0 or labels.max() >= num_classes:
         raise ValueError(
             f"labels range from {labels.min()} to {labels.max()}; {num_classes} classes are 0 .. {num_classes - 1}"

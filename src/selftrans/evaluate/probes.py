@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from selftrans.flow import LINEAR, Path, interpolate
+from selftrans.storage import plural
 from selftrans.types import Backbone, Cond, eval_mode, map_cond
 
 
@@ -188,7 +189,9 @@ def tsne(features: Tensor, *, perplexity: float = 30.0, seed: int = 0) -> np.nda
 
     x = pool(features).double()
     if len(x) < 4:
-        raise ValueError(f"{len(x)} images are too few for t-SNE; give at least four")
+        raise ValueError(
+            f"{plural(len(x), 'image')} {'is' if len(x) == 1 else 'are'} too few for t-SNE; give at least four"
+        )
     deviation = x.std(dim=0, correction=0)
     x = (x - x.mean(dim=0)) / torch.where(deviation > 1e-12, deviation, 1.0)
     fewer = min(perplexity, (len(x) - 1) / 3)

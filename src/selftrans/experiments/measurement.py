@@ -30,7 +30,7 @@ from selftrans.evaluate.probes import collect, linear_probe
 from selftrans.evaluate.statistics import Statistics
 from selftrans.flow import PATHS
 from selftrans.sampling.conditioning import Conditioning, LabelConditioning, captions_of
-from selftrans.sampling.images import Sampler, decoder_dtype
+from selftrans.sampling.images import Sampler, as_possible, decoder_dtype
 from selftrans.sampling.in_sizes import InSizes
 from selftrans.sampling.samplers import EVALUATIONS
 from selftrans.storage import write_json
@@ -175,8 +175,9 @@ def measure_checkpoint(folder: Path, measurement: Measurement) -> dict[str, Any]
     path = PATHS[loaded.config.train.path]
     # first: a sampler casts and compiles the model in place
     probed = probe(loaded.model.to(device), measurement, path) if classes > 1 else None
+    settings = as_possible(measurement.sample, loaded.model)
     sampler = Sampler.of(
-        loaded, measurement.sample, device=device, conditioning=measurement.conditioning, total=measurement.total
+        loaded, settings, device=device, conditioning=measurement.conditioning, total=measurement.total
     )
     batches = list(InSizes(sampler, measurement.dataset).sample())
     labels = np.concatenate([batch.labels for batch in batches])
@@ -204,6 +205,6 @@ def probe(model: Any, measurement: Measurement, path: Any, most: int = 4000) -> 
 
 def samples_of(run: Path, sample: SampleConfig, num: int, conditioning: Conditioning | None = None) -> np.ndarray:
     """Images 0 .. num - 1 of a finished run: the same noise and conditions for every method."""
-    settings = dataclasses.replace(sample, num=num, seed=1, batch_size=num)
-    sampler = Sampler.of(load_model(run), settings, conditioning=conditioning)
+    loaded, settings = load_model(run), dataclasses.replace(sample, num=num, seed=1, batch_size=num)
+    sampler = Sampler.of(loaded, as_possible(settings, loaded.model), conditioning=conditioning)
     return np.concatenate([batch.images for batch in sampler.sample()])

@@ -14,6 +14,7 @@ import threading
 import time
 import warnings
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -123,12 +124,19 @@ class StepBar:
 def compare(comparison: Comparison, *, workers: int | None = None) -> Results:
     """Train and measure every variant with every seed: (name, seed) -> (run.json, measured points, oldest first).
 
-    `workers` processes run at the same time (None: one per core, one on a GPU). Repeating the call continues it.
+    `workers` processes run at the same time (None: one per core, one on a GPU). Repeating the call continues it. ValueError
+    where one of them is killed.
     """
     workers, threads = processes(comparison, workers)
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that wait by spinning slow each other down
     with progress_bar(total=comparison.total, unit="step", desc="training and measuring") as bar:
-        done = _in_workers(comparison, workers, threads, bar)
+        try:
+            done = _in_workers(comparison, workers, threads, bar)
+        except BrokenProcessPool as error:
+            raise ValueError(
+                "a worker process was ended from outside, by the system if memory ran out; the same command continues: give it "
+                "--workers 1, or a smaller --train.batch-size"
+            ) from error
     return {job: done[job] for job in comparison.jobs}
 
 

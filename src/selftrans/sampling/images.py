@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from selftrans import flow
+from selftrans.checkpoints import hub
 from selftrans.checkpoints.load import LoadedModel, Weights, load_model
 from selftrans.config import SampleConfig
 from selftrans.data.decoded import decode_images
@@ -26,10 +27,11 @@ from selftrans.device import default_device
 from selftrans.encoders.autoencoder import Autoencoder, DiffusersAutoencoder, load_decoder
 from selftrans.models.compiling import compile_model
 from selftrans.precision import PRECISIONS
+from selftrans.sampling.chosen_labels import chosen_labels
 from selftrans.sampling.conditioning import Conditioning, conditioning_of
-from selftrans.sampling.samplers import SAMPLERS, Noise, autoguided, guided
+from selftrans.sampling.samplers import SAMPLERS, Early, Noise, autoguided, guided
 from selftrans.sampling.streams import NOISE_STREAM, image_stream
-from selftrans.storage import printable
+from selftrans.storage import plural, printable
 from selftrans.types import Backbone, Cond, check_takes, eval_mode, map_cond
 
 MANY = 20  #: batches per process from which compilation, which takes about a minute, saves time on a GPU
@@ -50,6 +52,7 @@ class Sampler:
         settings: number of images, sampler, guidance.
         conditioning: the condition of each image.
         shape: (C, *S) of the latents; the model's own, unless `resize` changes it.
+        classes: names of the labels; empty: they have none.
         described: everything that an image depends on besides its index, as json types.
     """
 
@@ -76,6 +79,11 @@ class Sampler:
             raise ValueError(
                 f"sample.guidance_channels is {channels}, the latents have {model.shape[0]} channels; leave it out for all"
             )
+        if settings.early_guidance != 1 and model.early is None:
+            raise ValueError(
+                f"early_guidance is {settings.early_guidance:g}, and the model has no second output (model.early_block); leave "
+                "it out"
+            )
         self.model, self.autoencoder, self.settings, self.path = model, autoencoder, settings, path
         self.weak = weak
         self.device = torch.device(device)
@@ -83,7 +91,7 @@ class Sampler:
         if not model.null_set and self.conditioning.null is not None:  # an imported model of text
             model.use_null(self.conditioning.null)
         self.described = settings.settings() | self.conditioning.described
-        self.shape = tuple(model.shape)
+        self.shape, self.classes = tuple(model.shape), tuple[str, ...]()
         self._compiled = False
 
     @classmethod
@@ -112,8 +120,8 @@ class Sampler:
             conditions = loaded.model.conditions
             if settings.num < len(settings.prompts or ()):
                 warnings.warn(
-                    f"{settings.num:,} images of {len(settings.prompts or ()):,} prompts: the last ones get none; give --num "
-                    f"{len(settings.prompts or ())} for one image each",
+                    f"{plural(settings.num, 'image')} of {len(settings.prompts or ()):,} prompts: the last ones get none; give "
+                    f"--num {len(settings.prompts or ())} for one image each",
                     stacklevel=3,
                 )
             if conditions.kind == "text" and settings.prompts is None:
@@ -128,6 +136,7 @@ class Sampler:
         weak = weak_model(loaded, settings)
         model, weaker = loaded.model.to(device), weak and weak.model.to(device)
         sampler = cls(model, decoder, settings, path, device=device, conditioning=conditioning, weak=weaker)
+        sampler.classes = loaded.classes
         for each in sampler.models:
             cast_products(each, dtype)
         if worth_compiling(settings if total is None else dataclasses.replace(settings, num=total), device):
@@ -137,7 +146,7 @@ class Sampler:
             "num_classes": loaded.model.conditions.num_classes,
             "stage": loaded.stage,
             "step": loaded.step,
-            "autoencoder": loaded.autoencoder,
+            "autoencoder": hub.recorded(loaded.autoencoder),
             "source": loaded.source,
         } | ({"decode_with": decoder.name} if settings.decode_with else {})
         if weak:
@@ -207,10 +216,11 @@ class Sampler:
         settings, dtype = self.settings, PRECISIONS[self.settings.precision]
         noise = image_noise(indices, self.shape, settings.seed, self.device)
         scale, interval, channels = settings.guidance_scale, settings.guidance_interval, settings.guidance_channels
+        early = Early(settings.early_guidance, settings.early_interval)
         if self.weak is None:
-            velocity = guided(self.model, cond, scale=scale, interval=interval, channels=channels)
+            velocity = guided(self.model, cond, scale=scale, interval=interval, channels=channels, early=early)
         else:
-            velocity = autoguided(self.model, self.weak, cond, scale=scale, interval=interval)
+            velocity = autoguided(self.model, self.weak, cond, scale=scale, interval=interval, early=early)
         # autocast casts the weights again in every forward pass, also compiled: `cast_products` avoids that
         amp = torch.autocast(self.device.type, dtype=dtype, enabled=dtype != torch.float32)
         with eval_mode(self.model), amp:
@@ -224,14 +234,30 @@ class Sampler:
 def overridden(loaded: LoadedModel, overrides: dict[str, Any]) -> SampleConfig:
     """The settings of a run with the fields `overrides` in place of its own; its prompts are those recorded with the weights.
 
+    `labels` may name classes, see `chosen_labels`; with counts, they set the number of images unless that is given.
     ValueError for invalid settings.
     """
+    words, conditions = overrides.get("labels"), loaded.model.conditions
+    if isinstance(words, tuple) and conditions.kind != "text" and not all(isinstance(word, int) for word in words):
+        labels, counts = chosen_labels(words, loaded.classes, conditions)
+        overrides = ({"num": len(labels)} if counts else {}) | overrides | {"labels": labels}
+        if counts and overrides["num"] < len(labels):
+            warnings.warn(
+                f"{plural(overrides['num'], 'image')} of the {len(labels):,} that the labels ask for", stacklevel=4
+            )
     settings = dataclasses.replace(loaded.config.sample, **{"prompts": None} | overrides)
     settings.check()
     for name in ("guidance_interval", "guidance_channels", "autoguidance") if settings.guidance_scale == 1 else ():
         if name in overrides:
             warnings.warn(f"the {name.replace('_', ' ')} is ignored: the guidance scale is 1", stacklevel=4)
+    if settings.early_guidance == 1 and "early_interval" in overrides:
+        warnings.warn("the early interval is ignored: the early guidance is 1", stacklevel=4)
     return settings if settings.guidance_scale != 1 else dataclasses.replace(settings, autoguidance=None)
+
+
+def as_possible(settings: SampleConfig, model: Backbone) -> SampleConfig:
+    """The settings, without guidance by a second output where the model has none: for what samples several models alike."""
+    return settings if model.early is not None else dataclasses.replace(settings, early_guidance=1.0)
 
 
 def weak_model(loaded: LoadedModel, settings: SampleConfig) -> LoadedModel | None:

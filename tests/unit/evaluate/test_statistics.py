@@ -172,7 +172,7 @@ def test_strongly_compressed_statistics_are_refused_unread(tmp_path: Path) -> No
     ("batches", "message"),
     [
         ([], "0 images have no covariance"),
-        ([pictures(1)], "1 images have no covariance"),
+        ([pictures(1)], "1 image has no covariance"),
         ([pictures().astype(np.float32)], "pixels takes pictures, uint8 .*use --features values"),
         ([pictures().astype(np.float64)], "a batch of images is float64"),
         ([pictures()[0]], "give uint8 arrays"),

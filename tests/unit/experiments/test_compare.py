@@ -7,6 +7,7 @@ import dataclasses
 import json
 import math
 import shutil
+from concurrent.futures.process import BrokenProcessPool
 from html.parser import HTMLParser
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,7 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from selftrans.cli.main import main
-from selftrans.experiments import html_report
+from selftrans.experiments import html_report, runner
 from selftrans.experiments.compare import compare_methods, for_method, with_defaults
 from selftrans.experiments.measurement import Measurement, interval, measured_before, points
 from selftrans.experiments.runner import Comparison
@@ -379,6 +380,19 @@ def test_unusable_methods_are_refused_before_training(method, words, message, tm
     command = ["compare", "digits", "--out", str(tmp_path / "x"), "--methods", "vanilla", method, "--seeds", "0"]
     assert main([*command, "--model.width", "16", "--model.depth", "3", *words]) == 1
     assert message in capfd.readouterr().err and not list((tmp_path / "x").glob("*-seed*"))
+
+
+def test_worker_that_is_killed_is_one_line(tmp_path, monkeypatch):
+    def killed(*_):
+        raise BrokenProcessPool("A process in the process pool was terminated abruptly")
+
+    monkeypatch.setattr(runner, "_in_workers", killed)
+    config = dataclasses.replace(recipe("digits"), method="vanilla")
+    comparison = Comparison(config, {"vanilla": config}, (0,), tmp_path, 10, "digits")
+    with pytest.raises(
+        ValueError, match=r"^a worker process was ended from outside, .* continues: give it --workers 1"
+    ):
+        runner.compare(comparison, workers=1)
 
 
 def test_too_few_images_are_refused_by_the_library(tmp_path):

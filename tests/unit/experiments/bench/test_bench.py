@@ -25,7 +25,7 @@ from selftrans.cli.commands import COMMANDS, Sample
 from selftrans.cli.main import main
 from selftrans.cli.parse import blank, parse
 from selftrans.config import SampleConfig, settings_of
-from selftrans.experiments.bench import bench, published, settings, table
+from selftrans.experiments.bench import ROWS, bench, published, settings, table
 from selftrans.experiments.bench import rounds as bench_rounds
 from selftrans.experiments.bench.loading_sampling import passes, random_dataset
 from selftrans.experiments.bench.machine import Clock, Peak, cpu_name
@@ -114,7 +114,7 @@ class KnownStep:
     """A step of known length, on a clock of its own."""
 
     def __init__(self, *parts: float) -> None:
-        self.parts, self.steps = parts, 0
+        self.parts, self.steps, self.captured_in = parts, 0, 0.0
 
     def step(self) -> list[float]:
         self.steps += 1
@@ -174,10 +174,10 @@ def test_out_of_memory_model_is_reported_and_the_next_measured(tmp_path: Path, m
     module = importlib.import_module("selftrans.experiments.bench")
     measure = module._model
 
-    def one(accelerator: Any, config: Any, *rest: Any) -> dict[str, Any]:
+    def one(accelerator: Any, config: Any, *rest: Any, **options: Any) -> dict[str, Any]:
         if config.model.depth == 4:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return measure(accelerator, config, *rest)
+        return measure(accelerator, config, *rest, **options)
 
     monkeypatch.setattr(module, "_model", one)
     models = {"large": dataclasses.replace(SMALL, depth=4), "small": SMALL}
@@ -204,7 +204,8 @@ def test_passes_are_counted_on_the_sampling_grid() -> None:
 def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     AcceleratorState._reset_state(True)
     out = tmp_path_factory.mktemp("bench")
-    found = bench({"small": SMALL}, out, batch_size=10, tokens=16, device="cpu", seconds=0, quick=True)
+    rows = (*ROWS, "captured_stage2")
+    found = bench({"small": SMALL}, out, batch_size=10, tokens=16, device="cpu", seconds=0, quick=True, rows=rows)
     assert json.loads((out / "bench.json").read_text()) == json.loads(json.dumps(found))
     return found
 
@@ -213,11 +214,14 @@ def test_report_is_consistent(report: dict[str, Any]) -> None:
     machine, small = report["machine"], report["models"]["small"]
     assert machine["device"] == "cpu" and machine["dtype"] == "fp32" and machine["cpu"] == cpu_name()
     assert machine["threads"] == torch.get_num_threads() and machine["torch"] == torch.__version__
-    assert list(small["rows"]) == ["vanilla", "stage1", "stage2", "plain_vanilla", "plain_stage2"]
+    five = ["vanilla", "stage1", "stage2", "plain_vanilla", "plain_stage2"]
+    assert list(ROWS) == five and list(small["rows"]) == [*five, "captured_stage2"]
     assert small["rounds"] >= 3 and (small["batch"], small["tokens"]) == (10, 16)
-    for row in small["rows"].values():
+    for name, row in small["rows"].items():
         assert row["images_per_s"] * row["ms"] == pytest.approx(10_000)
-        assert all(row[f"{part}_ms"] > 0 for part in PARTS) and row["peak_memory_gb"] is None
+        parts = [row[f"{part}_ms"] for part in PARTS]
+        assert parts == 4 * [None] if name == "captured_stage2" else all(part > 0 for part in parts)
+        assert row["peak_memory_gb"] is None
         assert 0 < row["utilisation"] < 1
     assert report["ratios"] == small["ratios"] and set(small["ratios"]) == {
         "stage1_over_vanilla",
@@ -225,6 +229,7 @@ def test_report_is_consistent(report: dict[str, Any]) -> None:
         "plain_stage2_over_stage2",
         "plain_stage2_over_vanilla",
         "plain_vanilla_over_vanilla",
+        "captured_stage2_over_stage2",
         "sampling_interval_over_full",
     }
     for name, (low, high) in small["ratios_range"].items():
@@ -238,6 +243,7 @@ def test_utilisation_counts_only_needed_operations(report: dict[str, Any]) -> No
     small = report["models"]["small"]
     needed = {name: row["utilisation"] * row["ms"] for name, row in small["rows"].items()}
     assert needed["plain_stage2"] == pytest.approx(needed["stage2"])
+    assert needed["captured_stage2"] == pytest.approx(needed["stage2"])
     assert needed["plain_vanilla"] == pytest.approx(needed["vanilla"])
     # by hand: 12 D² products per block and token, 2 T D for attention, and 6 D² per image in each block's modulation
     d, tokens, patch = 32, 16, 16
@@ -250,7 +256,9 @@ def test_utilisation_counts_only_needed_operations(report: dict[str, Any]) -> No
 
 def test_table_shows_the_report(report: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
     text = table(report)
-    assert "stage 2, plain" in text and "stage2_over_vanilla" in text and "latents/s" in text
+    assert (
+        "stage 2, plain" in text and "stage 2, graph" in text and "stage2_over_vanilla" in text and "latents/s" in text
+    )
     assert f"{report['ratios']['stage1_over_vanilla']:.3f}" in text
 
 
@@ -259,6 +267,7 @@ def test_table_shows_the_report(report: dict[str, Any], capsys: pytest.CaptureFi
     [
         (["--tokens", "10"], "tokens 10 is not a square number; use 64, 256 or 1024"),
         (["--models", "SiT-Q/2"], "model.name 'SiT-Q/2' is unknown"),
+        (["--rows", "captured_vanila"], "row 'captured_vanila' is unknown; did you mean 'captured_vanilla'?"),
         (["--batch-size", "0"], "batch_size 0 should be 1 or more"),
         (["--device", "cuda"], "this machine has no GPU that torch can use"),
     ],
