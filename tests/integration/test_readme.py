@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import html
+import json
 import re
 import shlex
 import subprocess
@@ -125,7 +127,11 @@ def test_quickstart_writes_a_self_contained_page(
     for name in ("vanilla", "stage 1 only", "Self-Transcendence"):
         assert name in page
     assert "FID" not in re.sub(r"base64,[^\"]*", "", page)
-    assert "Fréchet distance" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    outcome = json.loads((workdir / "quickstart" / "table.json").read_text())["outcome"]
+    assert outcome.startswith("With one seed, the distance of Self-Transcendence is ") and outcome in printed
+    assert html.escape(outcome) in page and "Fréchet distance" in printed
+    assert printed.count("\n") < 12 and "at step 5" in printed.splitlines()[0], "the table, what it shows, the outcome"
 
 
 def test_python_blocks_run(monkeypatch: pytest.MonkeyPatch) -> None:
