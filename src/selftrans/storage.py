@@ -173,6 +173,9 @@ def lock_file(path: Path, *, shared: bool = False, wait: bool = False) -> Iterat
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"the folder {path.parent} cannot be made ({error.strerror}); choose another --out") from error
+    try:
         file = open(path, "a+", errors="replace", opener=no_symlink)  # noqa: SIM115 - open for the block below
     except OSError as error:
         raise ValueError(f"{path} cannot be opened ({error.strerror}); remove it, or choose another --out") from error
@@ -243,6 +246,17 @@ def printable(text: object, limit: int | None = 160) -> str:
 def listed(names: Sequence[object], most: int = 8) -> str:
     """The first `most` names, each `printable`, separated by commas; an ellipsis stands for the others."""
     return ", ".join(map(printable, names[:most])) + (", …" if len(names) > most else "")
+
+
+def plural(count: int, noun: str, several: str | None = None) -> str:
+    """`1 picture`, `1,200 pictures`: a number and its noun; `several` is an irregular plural."""
+    ending = "es" if noun.endswith(("s", "x", "ch")) else "s"
+    return f"{count:,} {noun if count == 1 else several or noun + ending}"
+
+
+def are(count: int) -> str:
+    """`is` or `are`, for a number of things."""
+    return "is" if count == 1 else "are"
 
 
 def first_line(error: object, limit: int = 160) -> str:

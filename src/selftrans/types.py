@@ -18,6 +18,8 @@ import torch
 import torch.utils.checkpoint
 from torch import Tensor, nn
 
+from selftrans.storage import plural
+
 #: A condition: a label tensor (N,), or named tensors that all start with N (text tokens, mask, pooled vector).
 #: Objective, guidance, trainer and sampler never look inside; they use the four functions below.
 Cond: TypeAlias = Tensor | dict[str, Tensor]
@@ -43,11 +45,12 @@ class Conditions:
             return {TEXT: text, MASK: mask}
         return torch.zeros(1, dtype=torch.long)
 
-    def check_labels(self, cond: Cond, n: int, *, null: bool = False) -> None:
+    def check_labels(self, cond: Cond, n: int, *, null: bool = False, on_device: bool = True) -> None:
         """ValueError unless labels (N,) are whole numbers of classes, one for each of `n` samples; text is not looked at.
 
         Never waits for a device: only values on the CPU are read. On a GPU a wrong label stops the process by an assertion
-        of the device. null: allow the null label, too (num_classes).
+        of the device, which takes a few kernels; `on_device` False leaves that out. null: allow the null label, too
+        (num_classes).
         """
         if self.kind != "labels" or not isinstance(cond, Tensor):
             return
@@ -57,8 +60,8 @@ class Conditions:
         last = self.num_classes - (0 if null else 1)
         if n == 0 or type(cond) is not Tensor or torch.compiler.is_compiling():
             return
-        expected = f"the model has {self.num_classes} classes, so labels are 0 to {self.num_classes - 1}"
-        if cond.device.type == "cuda":
+        expected = f"the model has {plural(self.num_classes, 'class')}, so labels are 0 to {self.num_classes - 1}"
+        if cond.device.type == "cuda" and on_device:
             torch._assert_async(((cond >= 0) & (cond <= last)).all(), f"a label is out of range: {expected}")
         elif cond.device.type == "cpu" and len(outside := _outside(cond, last)):
             wrong = int(outside[0])
@@ -68,7 +71,7 @@ class Conditions:
     def __str__(self) -> str:
         """As messages name it."""
         text = f"text of {self.tokens}x{self.width} by {self.encoder or 'an unnamed encoder'}"
-        return {"none": "no condition", "labels": f"{self.num_classes} classes", "text": text}[self.kind]
+        return {"none": "no condition", "labels": plural(self.num_classes, "class"), "text": text}[self.kind]
 
 
 def _outside(labels: Tensor, last: int) -> Any:
@@ -98,7 +101,7 @@ class Draw(NamedTuple):
     dropped: Cond  #: condition with some samples replaced by the null one, for the student
     even: bool = False  #: t is systematic (one per stratum), so a range holds a bounded number of samples
     features: Tensor | None = None  #: as in the batch
-    step: int = 0  #: number of the training step, from 0
+    step: int | Tensor = 0  #: number of the training step, from 0; in a captured step a 0-d tensor on the device
 
 
 class Output(NamedTuple):
@@ -120,7 +123,10 @@ class Backbone(nn.Module):
     grid: tuple[int, ...]  #: tokens along each spatial dimension; T is their product
     conditions: Conditions  #: what it is conditioned on
     null_set: bool = True  #: whether `null` is known; False: not before `use_null`
-    recompute: bool = False  #: activation checkpointing, in models that call their blocks by `run_block`
+    #: activation checkpointing, in models that call their blocks by `run_block`: of all blocks, or of these (1-based)
+    recompute: bool | frozenset[int] = False
+    #: whether blocks may draw random numbers, which a block that is computed again must repeat
+    random_blocks: bool = True
     early_block: int = 0  #: the block whose tokens the second output reads (1-based); 0: there is none, see `add_early`
 
     def forward(self, x: Tensor, t: Tensor, cond: Cond, *, taps: tuple[int, ...] = (), stop: bool = False) -> Output:
@@ -200,9 +206,16 @@ class Backbone(nn.Module):
 
     def run_block(self, block: nn.Module, *inputs: Tensor) -> Tensor:
         """The output of one block; with `recompute`, in training, its activations are computed again in backward."""
-        if self.recompute and self.training:
-            return torch.utils.checkpoint.checkpoint(block, *inputs, use_reentrant=False)
-        return block(*inputs)
+        if not self.training or not self.recompute or not self._recomputes(block):
+            return block(*inputs)
+        return torch.utils.checkpoint.checkpoint(
+            block, *inputs, use_reentrant=False, preserve_rng_state=self.random_blocks
+        )
+
+    def _recomputes(self, block: nn.Module) -> bool:
+        if isinstance(self.recompute, bool):
+            return self.recompute
+        return any(each is block for k, each in enumerate(self.repeated(), start=1) if k in self.recompute)
 
     def truncate(self, block: int) -> None:
         """Delete what comes after `block` (1-based), in place; afterwards only calls with `stop=True` are served.

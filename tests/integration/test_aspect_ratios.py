@@ -29,16 +29,16 @@ def config(dotted=None, data=None):
 
 def shapes_seen(monkeypatch):
     """The shape of the latents of each micro-batch from now on."""
-    from selftrans.train import trainer
+    from selftrans.train import training_step
 
-    seen, original = [], trainer.to_batch
+    seen, original = [], training_step.to_batch
 
     def noting(*arguments):
         batch = original(*arguments)
         seen.append(tuple(batch.z0.shape))
         return batch
 
-    monkeypatch.setattr(trainer, "to_batch", noting)
+    monkeypatch.setattr(training_step, "to_batch", noting)
     return seen
 
 
@@ -173,6 +173,20 @@ def test_a_comparison_measures_in_all_sizes(short, monkeypatch):
     point = measurement.measure_checkpoint(toy.checkpoint(short, "vanilla"), measuring)
     assert point["distance"] == pytest.approx(distance_by_hand(short, 24, 3), rel=1e-4) and 0 <= point["probe"] <= 1
     assert measurement.samples_of(short, measuring.sample, 3, measuring.conditioning).shape == (3, 8, 8, 3)
+
+
+@pytest.mark.parametrize("target", [False, True])
+def test_analyse_reads_the_bucket_of_the_model(short, tmp_path, capsys, target):
+    command = ["analyse", str(short), f"--out={tmp_path}", "--timesteps", "0.4", "--samples=20"]
+    command[-1:] = ["--samples=20", "--target", "--blocks=1", "--scales=2"] if target else ["--samples=20"]
+    status = main(command)
+    said = capsys.readouterr().err
+    assert "of which 8x8 (8 pictures) is read: it is nearest to a square" in said
+    if target:  # eight pictures are too few to measure, but they are those that were read
+        assert status == 1 and "pictures" in said.splitlines()[-1]
+        return
+    report = json.loads((tmp_path / "analyse.json").read_text())
+    assert status == 0 and report["images"] == 8 and report["data"].endswith("/8x8")
 
 
 @pytest.mark.parametrize("command", ["evaluate", "compare"])

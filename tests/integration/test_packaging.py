@@ -16,6 +16,7 @@ from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 import selftrans
+from tests import ranges
 
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
@@ -63,13 +64,27 @@ def test_each_dependency_is_pinned_within_its_range(requirement: Requirement) ->
     assert pin in requirement.specifier
 
 
+def test_ends_of_the_ranges() -> None:
+    """`make ranges` installs the lowest version of each; there are no upper bounds."""
+    lowest = ranges.lowest()
+    assert set(lowest) == {each.name for each in CORE + EXTRAS["media"] + EXTRAS["text"]}
+    for each in CORE + DEV:
+        assert [of.operator for of in each.specifier] == [">="], each
+    printed = subprocess.run(["make", "-n", "ranges"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert "tests/ranges.py lowest" in printed and "tests/ranges.py newest" in printed
+    missing = [test for test in ranges.TESTS if not (ROOT / test).exists()]
+    assert not missing
+
+
 def test_pins_fit_every_machine() -> None:
     """No local builds (+cpu, +cu126), which exist on some machines only, and no addresses."""
     assert not [name for name, version in PINS.items() if version.local]
 
 
 def test_each_import_is_declared() -> None:
-    declared = {canonicalize_name(requirement.name) for requirement in CORE + EXTRAS["eval"] + EXTRAS["media"]}
+    declared = {
+        canonicalize_name(requirement.name) for requirement in CORE + EXTRAS["eval"] + EXTRAS["media"] + EXTRAS["ui"]
+    }
     undeclared = {}
     for path in sorted((ROOT / "src").rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):

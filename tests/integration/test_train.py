@@ -186,7 +186,7 @@ def test_small_image_folders_train_sample_and_are_analysed(tmp_path, capsys, cla
     capsys.readouterr()
     status = main(["analyse", str(run), f"--out={tmp_path / 'seen'}"])
     assert status == (count == 1)
-    assert "1 images are too few for t-SNE" in capsys.readouterr().err or count > 1
+    assert "1 image is too few for t-SNE" in capsys.readouterr().err or count > 1
 
 
 # ---- failures

@@ -17,12 +17,14 @@ import pytest
 from selftrans import storage
 from selftrans.storage import (
     InUse,
+    are,
     atomic_directory,
     atomic_write,
     check_writable,
     first_line,
     lock_file,
     no_symlink,
+    plural,
     printable,
     remove_stale_temporaries,
     sha256_file,
@@ -438,3 +440,9 @@ def test_a_folder_without_permission_is_known_before(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "access", lambda folder, mode: folder != tmp_path)  # permissions do not bind root
     with pytest.raises(ValueError, match="does not allow it"):
         check_writable(tmp_path / "new" / "a.json")
+
+
+def test_numbers_with_their_nouns():
+    found = [plural(0, "picture"), plural(1, "class"), plural(2, "class"), plural(12345, "box"), plural(2, "batch")]
+    assert found == ["0 pictures", "1 class", "2 classes", "12,345 boxes", "2 batches"]
+    assert plural(2, "child", "children") == "2 children" and [are(0), are(1), are(2)] == ["are", "is", "are"]

@@ -32,7 +32,9 @@ from selftrans.cli.options import (
     Typed,
     Weights,
 )
+from selftrans.cli.plan_command import Plan
 from selftrans.cli.prepare_command import Prepare
+from selftrans.cli.ui_command import Ui
 
 
 @dataclass
@@ -47,7 +49,8 @@ class Train(RecipeCommand[Config]):
     out: Annotated[Path, tyro.conf.arg(metavar="RUN")]
     """run directory: created, or continued"""
     data: Annotated[str | None, tyro.conf.arg(metavar="DIR")] = None
-    """directory made by `selftrans prepare`; sets --data.path. The recipes digits and digits_t2i bring their own data"""
+    """directory made by `selftrans prepare`, or its URL (s3://, https://, ...); sets --data.path. The recipes digits and
+    digits_t2i bring their own data"""
     teacher: Annotated[str | None, tyro.conf.arg(metavar="RUN_OR_FILE")] = None
     """a run, checkpoint or weights file that teaches in place of this run's own first stage"""
     init: Annotated[str | None, tyro.conf.arg(metavar="RUN_OR_FILE")] = None
@@ -56,6 +59,8 @@ class Train(RecipeCommand[Config]):
     dry_run: bool = False
     """build everything, take five steps of each stage (two where they take minutes), and say what the run takes (memory, time,
     disk); it writes nothing"""
+    dry_run_json: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
+    """with --dry-run: also write what it says to this file, as json"""
     trust: Trust = ()
     config: Annotated[Config, *Overrides] = tyro.MISSING
     typed: Typed = ()
@@ -65,6 +70,12 @@ class Train(RecipeCommand[Config]):
         from selftrans.recipes import ignored
         from selftrans.train.run import totals, train
 
+        if self.dry_run_json is not None:
+            if not self.dry_run:
+                raise ValueError("--dry-run-json belongs to --dry-run; give both")
+            from selftrans.storage import check_writable
+
+            check_writable(self.dry_run_json)
         config: Any = self.config
         given = {"data.path": self.data, "init.path": self.init}
         config = config.override({name: value for name, value in given.items() if value is not None})
@@ -77,11 +88,13 @@ class Train(RecipeCommand[Config]):
         for sentence in ignored(config):
             warnings.warn(sentence, stacklevel=2)
         if self.dry_run:
-            from selftrans.train.dry_run import dry_run, text
+            from selftrans.train.dry_run import as_json, dry_run, text
 
             found = dry_run(config, self.out, typed=self.typed)
             if os.environ.get("RANK", "0") == "0":
                 print(text(found))
+                if self.dry_run_json is not None:
+                    as_json(found, self.dry_run_json)
             return
         report = train(config, self.out, typed=self.typed)
         if os.environ.get("RANK", "0") == "0":
@@ -104,12 +117,14 @@ class Sample(Command):
     trust: Trust = ()
 
     def run(self) -> None:
-        from selftrans.sampling.folder import sample_to_folder, summary_line
+        from selftrans.sampling.folder import class_line, sample_to_folder, summary_line
 
         options = self.options("run_or_file", "out", "sampling")
         made = sample_to_folder(self.run_or_file, self.out, self.sampling.given(), **options)
         if made:
             print(summary_line(self.out, made))
+        if self.sampling.labels is not None and (line := class_line(self.out)):
+            print(line)
 
 
 COMMANDS: dict[str, Any] = {
@@ -123,9 +138,11 @@ COMMANDS: dict[str, Any] = {
     "quickstart": Quickstart,
     "compare": Compare,
     "bench": Bench,
+    "plan": Plan,
     "import": Import,
     "import-vae": ImportVae,
     "export": Export,
     "push": Push,
     "doctor": Doctor,
+    "ui": Ui,
 }

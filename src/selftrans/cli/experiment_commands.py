@@ -23,6 +23,7 @@ from selftrans.cli.options import (
     Typed,
     Weights,
 )
+from selftrans.train.autoencoder_settings import CHECKPOINT_EVERY, AutoencoderSettings
 
 
 @dataclass
@@ -39,7 +40,7 @@ class Evaluate(Command):
     samples: Positional[str]
     """pictures, or a run, checkpoint or weights file"""
     reference: str
-    """folder, zip or npz of real pictures, prepared data, `digits`, or statistics (npz with mu and sigma, as ADM's)"""
+    """folder, zip or npz of real pictures, prepared data (also a URL), `digits`, or an npz of statistics (mu, sigma; ADM's)"""
     features: str | None = None
     """`inception` or its file of weights (.pth), `digits`, a classifier file made by `selftrans classifier`, or `values`: the
     numbers themselves; None: inception for pictures, values for data that are not pictures"""
@@ -98,49 +99,48 @@ class Autoencoder(Command):
     """prepared pixels"""
     out: Path
     """folder to make"""
-    factor: int = 4
+    factor: int = AutoencoderSettings.factor
     """side of a picture / side of its latent: 2, 4 or 8"""
-    channels: int = 4
+    channels: int = AutoencoderSettings.channels
     """of a latent"""
     widths: tuple[int, ...] | None = None
     """channels of the network at each resolution, from the pictures' to the latents' (factor 4: three numbers; 16 32 64 suit
     a CPU); None: 64, doubled up to 256"""
-    depth: int = 1
+    depth: int = AutoencoderSettings.depth
     """residual blocks at each resolution (decoder: one more)"""
-    attention: bool = True
+    attention: bool = AutoencoderSettings.attention
     """self-attention at the lowest resolution"""
-    steps: int = 20_000
+    steps: int = AutoencoderSettings.steps
     """of training; may be raised later"""
-    batch_size: int = 32
+    batch_size: int = AutoencoderSettings.batch_size
     """pictures per step"""
-    lr: float = 5e-4
+    lr: float = AutoencoderSettings.lr
     """peak learning rate of AdamW; half a cosine brings it to zero"""
-    warmup: int = 200
+    warmup: int = AutoencoderSettings.warmup
     """steps until the peak"""
-    loss: Literal["l1", "l2"] = "l1"
+    loss: Literal["l1", "l2"] = AutoencoderSettings.loss
     """of the reconstruction: absolute or squared differences"""
-    kl_weight: float = 1e-3
+    kl_weight: float = AutoencoderSettings.kl_weight
     """of the KL divergence of the posterior from a standard normal; both terms summed over a picture"""
     perceptual: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
     """classifier made by `selftrans classifier`: adds the distance in the features of its middle layer; None: no such term"""
-    perceptual_weight: float = 1.0
+    perceptual_weight: float = AutoencoderSettings.perceptual_weight
     """of that distance"""
-    ema: float = 0.999
+    ema: float = AutoencoderSettings.ema
     """decay of the averaged weights, which are the result"""
-    clip: float = 1.0
+    clip: float = AutoencoderSettings.clip
     """largest norm of the gradient"""
-    held_out: int = 1000
+    held_out: int = AutoencoderSettings.held_out
     """pictures that are not trained on, a tenth at most"""
     precision: Literal["fp32", "bf16"] | None = None
     """None: bf16 on a GPU, fp32 on a CPU"""
-    checkpoint_every: int = 500
+    checkpoint_every: int = CHECKPOINT_EVERY
     """steps from one checkpoint to the next"""
-    seed: int = 0
+    seed: int = AutoencoderSettings.seed
     """of weights, order, noise and held-out pictures"""
 
     def run(self) -> None:
         from selftrans.experiments.train_autoencoder import summary, train_autoencoder
-        from selftrans.train.autoencoder_network import AutoencoderSettings
 
         own = ("data", "out", "perceptual", "precision", "checkpoint_every")
         settings = AutoencoderSettings(**self.options(*own) | {"widths": self.widths or ()})
@@ -163,7 +163,7 @@ class Analyse(Command):
     out: Path
     """directory for the pictures and the json"""
     data: Annotated[str | None, tyro.conf.arg(metavar="DIR")] = None
-    """prepared data; None: what the run was trained on"""
+    """prepared data, or its URL; None: what the run was trained on"""
     timesteps: Annotated[tuple[float, ...] | None, tyro.conf.arg(metavar="T [T ...]", aliases=("--t",))] = None
     """t of the noisy latents; 0 is data, 1 is noise; None: 0.2 0.4 0.6, with --target 0.4 0.5 0.6 0.7 (probes at the first)"""
     samples: Annotated[int, tyro.conf.arg(aliases=("--images",))] = 1000
@@ -260,7 +260,7 @@ class Compare(RecipeCommand[Config]):
     out: Path
     """directory for the runs and the report"""
     data: Annotated[str | None, tyro.conf.arg(metavar="DIR")] = None
-    """prepared data; recipes named digits... bring their own"""
+    """prepared data, or its URL; recipes named digits... bring their own"""
     methods: tuple[str, ...] | None = None
     """names of methods; None: all built-in ones that need no external encoder, nor features of one"""
     seeds: tuple[int, ...] = (0, 1, 2)
@@ -297,6 +297,11 @@ class Bench(Command):
     """of an image, a square number"""
     seconds: float = 300
     """for the steps of each model; at least three rounds are measured"""
+    rows: Annotated[tuple[str, ...] | None, tyro.conf.arg(metavar="NAME [NAME ...]")] = None
+    """what is measured, of vanilla, stage1, stage2, plain_vanilla, plain_stage2, and captured_vanilla, captured_stage1,
+    captured_stage2 (train.capture); None: the first five"""
+    limit: float | None = None
+    """seconds for each model in all, compilation included; sampling is left out when they are over; None: no limit"""
     quick: bool = False
     """SiT-S/2 alone (if no model is named), within three minutes on two cores"""
     device: Literal["cpu", "cuda"] | None = None

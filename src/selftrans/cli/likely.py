@@ -33,6 +33,7 @@ SYNONYMS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("wd",), ("weight-decay",)),
     **dict.fromkeys(("gradient-accumulation-steps", "grad-accum", "accumulation-steps"), ("accumulate",)),
     **dict.fromkeys(("global-seed",), ("seed",)),
+    **dict.fromkeys(("class", "class-labels", "class-label", "label"), ("labels",)),
 }
 
 

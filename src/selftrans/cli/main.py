@@ -5,6 +5,7 @@ Nothing here loads torch: help and wrong arguments answer at once.
 
 from __future__ import annotations
 
+import errno
 import inspect
 import os
 import sys
@@ -37,7 +38,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except UsageError as error:
         return _end(str(error), WRONG_ARGUMENTS)
-    except (ValueError, OSError, FloatingPointError, ImportError, MemoryError) as error:
+    except OSError as error:
+        return _end(_of_the_system(error), FAILED)
+    except RuntimeError as error:  # before Python 3.13, of a path that is resolved
+        if not str(error).startswith("Symlink loop"):
+            raise
+        return _end(f"{error}: its symbolic links lead in a circle; give another path", FAILED)
+    except (ValueError, FloatingPointError, ImportError, MemoryError) as error:
         return _end(str(error) or "out of memory", FAILED)
     except KeyboardInterrupt:
         return _end("interrupted; the same command continues", INTERRUPTED)
@@ -75,6 +82,16 @@ def _answer(words: Sequence[str]) -> None:
         print("usage: selftrans COMMAND ...   (selftrans COMMAND --help describes each)\n")
         for name, kind in COMMANDS.items():
             print(f"  {name:<11} {(inspect.getdoc(kind) or '').splitlines()[0]}")
+
+
+def _of_the_system(error: OSError) -> str:
+    """`FILE: what is wrong`, of an error with the name of a file."""
+    if error.filename is None or error.strerror is None:
+        return str(error) or type(error).__name__
+    from selftrans.storage import printable
+
+    remedy = "; give a shorter name" if error.errno == errno.ENAMETOOLONG else ""
+    return f"{printable(os.fsdecode(error.filename))}: {error.strerror}{remedy}"
 
 
 def _end(message: str, status: int) -> int:

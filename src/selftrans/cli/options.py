@@ -96,8 +96,9 @@ class SamplingOptions:
     """image k depends on the seed and k alone"""
     batch_size: int | None = None
     """images at a time; changes speed and memory only"""
-    labels: Literal["balanced", "random"] | None = None
-    """classes of the images; balanced: each equally often; random: drawn at random"""
+    labels: Annotated[tuple[str, ...] | None, tyro.conf.arg(metavar="CLASS [CLASS ...]", aliases=("--classes",))] = None
+    """classes of the images. balanced: each equally often; random: drawn at random; names or numbers of classes, which repeat;
+    cat:10 dog:5 makes 10 and 5 images (and sets --num)"""
     prompts: tuple[str, ...] | None = None
     """of a model of text: prompts, or a file with one in each line; image k has prompt k modulo their number. None: those of
     the run's previews"""

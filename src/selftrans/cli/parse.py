@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import inspect
 import itertools
+import re
 import shutil
 import textwrap
 import typing
@@ -27,6 +28,8 @@ NO_NUMBER = {
     "invalid literal for int() with base 10: ": "a whole number",
     "could not convert string to float: ": "a number",
 }
+#: tyro's message about a value of an option that may be None
+OPTIONAL = re.compile(r"no type matching \{None\}\|(INT|FLOAT) could be instantiated from \[('[^']*'|\"[^\"]*\")\]")
 
 
 class UsageError(Exception):
@@ -120,6 +123,8 @@ def _describe(event: Any, known: Sequence[str]) -> str | None:
             missing = [_invocation(each.arg) for each in event.missing_arguments]
             return f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing"
         case "BadValue" if event.reason == "too_few_values":
+            if event.argument.is_positional():
+                return f"{_flag(event.argument)} is missing"
             count, shape = event.argument.lowered.nargs, event.argument.lowered.metavar
             return f"{_flag(event.argument)} needs {'a value' if count in (None, 1) else f'{count} values'}: {shape}"
         case "InvalidChoice":
@@ -131,6 +136,8 @@ def _describe(event: Any, known: Sequence[str]) -> str | None:
 
 def _no_number(message: str) -> str:
     """The message of a value that cannot be converted, without the full stop; in plain words if it is no number."""
+    if found := OPTIONAL.fullmatch(message):
+        return f"{found[2]} is not {'a whole number' if found[1] == 'INT' else 'a number'}"
     for start, kind in NO_NUMBER.items():
         if message.startswith(start):
             return f"{message.removeprefix(start)} is not {kind}"

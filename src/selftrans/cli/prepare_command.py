@@ -6,8 +6,9 @@ import dataclasses
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
+import tyro
 from tyro.conf import Positional
 
 from selftrans.cli.options import Command
@@ -44,7 +45,7 @@ class Prepare(Command):
     flip: bool = False
     """store the mirrored pictures too"""
     skip_bad: bool = False
-    """continue after an unreadable picture, and list it in the manifest"""
+    """leave out what cannot be used, and list it in the manifest: unreadable pictures, those without their label or caption"""
     batch_size: int = 64
     """pictures that are encoded at a time"""
     shard_size: int = 8192
@@ -57,7 +58,11 @@ class Prepare(Command):
     """of a data set on the hub (None: train), or of a folder or archive with a part for each split (train/cat, val/cat;
     train-0.tar), of which None reads all"""
     label_column: str | None = None
-    """of a parquet file or a data set on the hub, or a field of key.json in tars; None: found by its type or name"""
+    """of a parquet file or a data set on the hub (integers or words), or a field of key.json in tars; None: found by its
+    type or name, if it holds integers"""
+    labels: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
+    """csv or json with the path and the label (a word, or a number from 0) of each picture of a folder or zip, in place of
+    class folders"""
     text: str | None = None
     """store captions, encoded by this model of transformers (CLIP, T5, BERT: openai/clip-vit-large-patch14), or `minilm`"""
     text_tokens: int | None = None
@@ -119,7 +124,7 @@ class Prepare(Command):
             warnings.warn("--grid is ignored without --features", stacklevel=2)
         text = self._text()
         media = MediaOptions(**{each.name: getattr(self, each.name) for each in dataclasses.fields(MediaOptions)})
-        reading = Reading(self.max_pixels, self.range, self.allow_empty, self.streaming)
+        reading = Reading(self.max_pixels, self.range, self.allow_empty, self.streaming, self.labels)
         others = [name for name in vars(self) if name.startswith(("text", "caption", "bucket", "features", "grid"))]
         given = self.options(*vars(media), *others, *Reading._fields) | {"reading": reading}
         given |= {"precision": of_vae, "text": text, "media": media, "standardise": None if self.standardise else False}

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+import warnings
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -25,7 +26,7 @@ from selftrans.data.record import REMEDY, Record, parse_json, read_text
 from selftrans.data.remote import is_url
 from selftrans.data.shard_cache import CacheOptions
 from selftrans.data.sources.decode import sides, size_text
-from selftrans.storage import write_text
+from selftrans.storage import plural, write_text
 
 VERSION = 1
 MOST = 1024  #: folders that a buckets.json may name
@@ -138,7 +139,7 @@ class Buckets(Dataset):
         """A few lines to print."""
         sizes = ", ".join(f"{Path(bucket.origin).name} ({len(bucket):,})" for bucket in self.buckets)
         left_out = f"\n{len(skipped):,} left out, listed in their {FILE}" if (skipped := self.manifest.skipped) else ""
-        return f"{len(self):,} pictures in {len(self.buckets)} buckets: {sizes}{left_out}"
+        return f"{plural(len(self), 'picture')} in {plural(len(self.buckets), 'bucket')}: {sizes}{left_out}"
 
     def _divided(self, rows: np.ndarray) -> Iterator[tuple[Dataset, np.ndarray, np.ndarray]]:
         """Each bucket that has some of these rows, where they stand in `rows`, and their numbers in the bucket."""
@@ -162,6 +163,21 @@ def open_data(
     """
     kind = Buckets if not is_url(path) and Path(path, BUCKETS).is_file() else Dataset
     return kind.open(path, verify=verify, text_encoder=text_encoder, cache=cache)
+
+
+def open_of_one_shape(path: str | Path, *, text_encoder: str | None = None) -> Dataset:
+    """As `open_data`, but of buckets only the base, with a warning: for what takes latents of one shape."""
+    data = open_data(path, text_encoder=text_encoder)
+    if not isinstance(data, Buckets):
+        return data
+    base = data.base
+    base.text_encoder = text_encoder
+    warnings.warn(
+        f"{path} holds buckets of several sizes, of which {base.path.name} ({plural(len(base), 'picture')}) is read: it is "
+        "nearest to a square, and its size that of the model",
+        stacklevel=3,
+    )
+    return base
 
 
 def is_prepared(path: str | Path) -> bool:

@@ -33,7 +33,7 @@ from selftrans.data.shard_file import VIEWS, row_bytes, write_shard
 from selftrans.data.sources.captions import CaptionSource
 from selftrans.encoders.pretrained import encoder_name
 from selftrans.encoders.text import BUILT_IN, TextEncoder
-from selftrans.storage import nearest_existing, printable, sha256_file
+from selftrans.storage import nearest_existing, plural, printable, sha256_file
 from selftrans.types import MASK, TEXT, Conditions
 
 COUNTED = 4096  #: captions whose length is counted at a time
@@ -156,7 +156,7 @@ def sizes(text: CaptionEncoder, dropped: int) -> str:
     """How many captions there are and what they take on disk, in one line, with the alternative."""
     conditions, record, count = text.conditions, text.record, len(text.captions)
     captions = sum(map(len, text.captions))
-    line = f"{captions:,} captions of {count:,} pictures, at most {record.captions} each"
+    line = f"{plural(captions, 'caption')} of {plural(count, 'picture')}, at most {record.captions} each"
     line += f" ({dropped:,} more left out: --captions-per-picture)" if dropped else ""
 
     def taken(store: Store) -> str:

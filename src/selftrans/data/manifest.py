@@ -29,7 +29,7 @@ from selftrans.data.shard_file import Layout, row_bytes
 from selftrans.data.sources.decode import Resolution, size_text
 from selftrans.encoders.identity import identity, identity_kind
 from selftrans.encoders.latent_space import LatentSpace
-from selftrans.storage import printable
+from selftrans.storage import plural, printable
 from selftrans.types import Conditions
 
 VERSION = 2
@@ -149,9 +149,18 @@ class Manifest:
         return {"moments": (self.dtype, self.moments_shape), "labels": ("int64", ()), **text}
 
     @property
+    def noun(self) -> str:
+        """What a sample is called in messages."""
+        return "sample" if self.resolution is None else "picture"
+
+    @property
     def unit(self) -> str:
-        """The noun for the samples in messages."""
-        return "samples" if self.resolution is None else "pictures"
+        """What the samples are called in messages."""
+        return f"{self.noun}s"
+
+    def counted(self, count: int) -> str:
+        """`1 picture`, `1,200 samples`."""
+        return plural(count, self.noun)
 
     @property
     def skipped(self) -> tuple[tuple[str, str], ...]:
@@ -160,7 +169,7 @@ class Manifest:
 
     def summary(self) -> str:
         """A few lines to print."""
-        kind = {0: "unconditional", 1: "1 class"}.get(self.num_classes, f"{self.num_classes} classes")
+        kind = plural(self.num_classes, "class") if self.num_classes else "unconditional"
         if self.text:
             kind = "with captions"
         if self.classes:  # shown, since folders such as train/ and val/ could be mistaken for classes
@@ -169,15 +178,16 @@ class Manifest:
         latent = "x".join(str(side) for side in self.shape)
         std = "mean and std" if self.latent_space.stochastic else "no std"
         lines = [
-            f"{self.count:,} {self.unit}{size}, {kind}",
+            f"{self.counted(self.count)}{size}, {kind}",
             f"{latent} latents by {printable(self.autoencoder)}, {std}, {self.dtype}"
             + (", with mirrored copies" if self.copies == 2 else ""),
             *([self.text.summary(self.conditions)] if self.text else []),
-            f"{len(self.shards)} shards, {self.count * row_bytes(self.layout) / 1e6:,.1f} MB",
+            f"{plural(len(self.shards), 'shard')}, {self.count * row_bytes(self.layout) / 1e6:,.1f} MB",
         ]
         if self.skipped:
-            fault = "unusable" if self.text else "unreadable"
-            lines.append(f"{len(self.skipped)} {fault} {self.unit} left out:")
+            unlabelled = any(reason.startswith("no label") for _, reason in self.skipped)
+            fault = "unusable" if self.text or unlabelled else "unreadable"
+            lines.append(f"{plural(len(self.skipped), f'{fault} {self.noun}')} left out:")
             lines += [f"  {printable(name)}: {printable(reason)}" for name, reason in self.skipped[:10]]
             lines += [f"  and {len(self.skipped) - 10} more, listed in {FILE}"] if len(self.skipped) > 10 else []
         return "\n".join(lines)

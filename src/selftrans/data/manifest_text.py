@@ -15,6 +15,7 @@ from typing import Literal, TypeAlias
 
 from selftrans.data.record import Record
 from selftrans.data.shard_file import Layout, row_bytes
+from selftrans.storage import plural
 from selftrans.types import MASK, TEXT, Conditions
 
 #: what is kept of a caption: the encoder's output, or its input
@@ -58,7 +59,7 @@ class Text:
     def summary(self, conditions: Conditions) -> str:
         """A line to print."""
         what = f"tokens in {self.dtype}" if self.stored == "tokens" else "ids, to be encoded in training"
-        return f"at most {self.captions} captions each, {conditions}, stored as {what}"
+        return f"at most {plural(self.captions, 'caption')} each, {conditions}, stored as {what}"
 
     @classmethod
     def parse(cls, data: object, where: str) -> Text:

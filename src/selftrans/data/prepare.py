@@ -30,7 +30,7 @@ from selftrans.encoders.identity import identity_kind
 from selftrans.encoders.media import Video, is_media
 from selftrans.encoders.text import load_text_encoder
 from selftrans.precision import PRECISIONS, dtype_name
-from selftrans.storage import printable
+from selftrans.storage import are, plural, printable
 
 #: sources that are part of the package, which a run prepares by itself -> how their captions are stored; None: labels
 BUILT_IN = {"digits": None, "digits_t2i": TextOptions("minilm", tokens=32)}
@@ -153,6 +153,7 @@ def _options(
         **(text.recorded() if text else {}),
         **(media.given() if media else {}),
         **({"range": "{:g} {:g}".format(*reading.range)} if reading.range else {}),
+        **({"labels": Path(reading.labels).name} if reading.labels else {}),
     }
 
 
@@ -167,7 +168,8 @@ def _load_text(
     text = CaptionEncoder.of(encoder, samples.captions, options)
     say(sizes(text, sum(map(len, samples.captions)) - sum(map(len, text.captions))), progress)
     if long := text.too_long():
-        warnings.warn(f"{long:,} captions are longer than {encoder.tokens} tokens and are truncated", stacklevel=3)
+        said = f"{plural(long, 'caption')} {are(long)} longer than {encoder.tokens} tokens and {are(long)} truncated"
+        warnings.warn(said, stacklevel=3)
     return text
 
 
@@ -260,13 +262,14 @@ def _finish(encoder: ShardEncoder, plan: Manifest, out: Path, progress: bool) ->
     plan, shards = _valid(encoder, plan, out)
     if len(shards) < len(encoder.shards()):
         count = sum(shard.count for shard in shards.values())
-        say(f"{len(shards)} of {len(encoder.shards())} shards are finished; the other parts make the rest", progress)
+        done = f"{len(shards)} of {len(encoder.shards())} shards {are(len(shards))} finished"
+        say(f"{done}; the other parts make the rest", progress)
         return replace(plan, shards=tuple(shards[k] for k in sorted(shards)), count=count)
     if resumable.is_finished(out):
         return Manifest.load(out)
     if not any(shard.count for shard in shards.values()):
         name, reason = shards[0].skipped[0]
         raise NoneReadable(
-            f"none of the {len(encoder.source)} {plan.unit} is readable; the first: {printable(name)} ({reason})"
+            f"none of the {plan.counted(len(encoder.source))} is readable; the first: {printable(name)} ({reason})"
         )
     return resumable.finish(out, standardised(plan, out, shards.values(), progress), shards.values())

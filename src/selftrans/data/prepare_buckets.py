@@ -26,7 +26,7 @@ from selftrans.data.sources.open_source import MAX_RESOLUTION, open_source
 from selftrans.data.sources.source import Source, ahead
 from selftrans.data.standardise import share_statistics
 from selftrans.encoders.identity import identity_kind
-from selftrans.storage import lock_file, printable, remove_stale_temporaries
+from selftrans.storage import lock_file, plural, printable, remove_stale_temporaries
 
 MOST = 99  #: buckets
 WIDEST = 2.0  #: the aspect ratios are spread from 1 / WIDEST to WIDEST
@@ -61,7 +61,8 @@ def prepare_buckets(
     side, cell = _check_options(source, autoencoder, resolution, multiple, device, archives=not text)
     sizes = bucket_sizes(side, buckets, cell)
     if len(sizes) < buckets:
-        say(f"{len(sizes)} buckets: at {resolution} pixels, more have the same size in multiples of {cell}", progress)
+        said = f"{plural(len(sizes), 'bucket')}: at {resolution} pixels, more have the same size in multiples of {cell}"
+        say(said, progress)
     chosen_as: Any = {"split": split, "label_column": label_column, "reading": reading}
     opened = open_source(source, resolution=resolution, captions=text.source if text else None, **chosen_as)
     if opened.in_order:
@@ -74,7 +75,7 @@ def prepare_buckets(
     options |= {"skip_bad": skip_bad, "progress": progress}
     for k in np.unique(bucket_of):
         name, rows = size_text(sizes[k]), np.flatnonzero(bucket_of == k)
-        say(f"{name}: {len(rows)} pictures", progress)
+        say(f"{name}: {plural(len(rows), 'picture')}", progress)
         pictures = dataclasses.replace(chosen(opened, rows), resolution=resolution_of(*sizes[k]))
         every = options | {"resolution": pictures.resolution, "pictures": pictures}
         try:
@@ -84,7 +85,7 @@ def prepare_buckets(
             say(f"{name} is left out: {error}", progress)
     opened.noticed.warn()
     if not made:
-        raise ValueError(f"none of the {len(opened)} pictures of {source} is readable")
+        raise ValueError(f"none of the {plural(len(opened), 'picture')} of {source} is readable")
     if not all((out / name / FILE).is_file() for name in made):
         return f"{out} is not finished: the other parts make the rest, and the last one completes it"
     with lock_file(out / LOCK, wait=True):

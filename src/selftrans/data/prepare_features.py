@@ -33,7 +33,7 @@ from selftrans.data.sources.source import Source, ahead
 from selftrans.encoders.autoencoder import from_uint8
 from selftrans.encoders.pretrained import encoder_name
 from selftrans.encoders.vision import Encoder, load_encoder
-from selftrans.storage import printable, sha256_file, write_text
+from selftrans.storage import plural, printable, sha256_file, write_text
 
 
 def prepare_features(
@@ -294,7 +294,7 @@ def _finish(plan: ShardPlan, wanted: Features, out: Path, progress: bool) -> Fea
     files = tuple(stored[index].files[0] for index in sorted(stored))
     so_far = replace(next(iter(stored.values()), wanted), files=files)
     if len(stored) < len(plan.shards()):
-        done = f"{len(stored)} of {len(plan.shards())} shards"
+        done = f"{len(stored)} of {plural(len(plan.shards()), 'shard')}"
         say(f"features of {done} are finished; the other parts make the rest", progress)
         return so_far
     resumable.set_features(out, so_far)

@@ -13,7 +13,7 @@ from selftrans.data.sources.clips import Clips
 from selftrans.data.sources.passed_over import in_words
 from selftrans.data.sources.source import Samples, Source
 from selftrans.data.sources.surprises import deep_values, surprises
-from selftrans.storage import listed, printable
+from selftrans.storage import listed, plural, printable
 
 
 def say(text: str, progress: bool) -> None:
@@ -35,11 +35,12 @@ def report_ignored(samples: Samples | None, progress: bool) -> None:
 
 
 def check_faults(samples: Samples, source: str | Path, skip_bad: bool) -> None:
-    """Raise ValueError for samples that lack their picture or their captions, before anything is encoded."""
+    """Raise ValueError for samples that lack their picture, captions or label, before anything is encoded."""
     for i, reason in () if skip_bad else samples.faults.items():
+        count, name = plural(len(samples.faults), "sample"), printable(samples.name(i))
+        first, them = ("; the first", "them") if len(samples.faults) > 1 else ("", "it")
         raise ValueError(
-            f"{len(samples.faults)} samples of {source} cannot be used; the first: {printable(samples.name(i))} ({reason}); "
-            "repair them, or leave them out with --skip-bad"
+            f"{count} of {source} cannot be used{first}: {name} ({reason}); repair {them}, or leave {them} out with --skip-bad"
         )
 
 
@@ -52,5 +53,8 @@ def warn_of_noticed(samples: Samples, manifest: Manifest) -> None:
         return
     kept = np.array([label for i, label in enumerate(samples.labels) if samples.name(i) not in skipped], dtype=np.int64)
     if lost := sorted({*samples.labels.tolist()} - {*kept.tolist()}):
-        names = listed([samples.classes[k] for k in lost])
-        warnings.warn(f"no sample of {len(lost):,} classes is readable: {names}; they keep their labels", stacklevel=3)
+        names, it = (
+            listed([samples.classes[k] for k in lost]),
+            "it keeps its label" if len(lost) == 1 else "they keep their labels",
+        )
+        warnings.warn(f"no sample of {plural(len(lost), 'class')} can be used: {names}; {it}", stacklevel=3)

@@ -43,6 +43,10 @@ def source_samples(
         for name, given in (("resolution", resolution is not None), ("flip", flip), ("text", text is not None)):
             if given:
                 raise ValueError(f"--{name} is for pictures; leave it out with --autoencoder values")
+        if reading.labels is not None:
+            raise ValueError(
+                "--labels does not apply to --autoencoder values; store the labels in the npz, as `labels`"
+            )
         if label_column is not None:
             warnings.warn(f"label_column is ignored: {source} is not a table", stacklevel=2)
         return npz_values(Path(source))

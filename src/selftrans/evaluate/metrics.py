@@ -14,6 +14,7 @@ import numpy as np
 
 from selftrans.evaluate.extractors import INCEPTION_SHA256, Extractor
 from selftrans.evaluate.statistics import Moments, Statistics
+from selftrans.storage import plural
 
 SEED = 2020  #: as in torch-fidelity, so that equal features give the same subsets and splits
 SPLITS = 10  #: of the inception score, as in torch-fidelity
@@ -32,8 +33,8 @@ def frechet_distance(a: Statistics | Moments, b: Statistics | Moments) -> float:
     for one in (a, b):
         if isinstance(one, Statistics) and one.count is not None and one.count <= one.dim:
             warnings.warn(
-                f"{one.count} images for {one.dim} dimensions: the covariance is singular and the Fréchet distance is "
-                "biased upwards; use more images",
+                f"{plural(one.count, 'image')} for {one.dim} dimensions: the covariance is singular and the Fréchet distance "
+                "is biased upwards; use more images",
                 stacklevel=2,
             )
     step = a.mean - b.mean
@@ -249,7 +250,7 @@ def evaluate(
     neighbours: int = 3,
     subsets: int = 100,
     subset_size: int = 1000,
-    chunk: int = 64,
+    chunk: int | None = None,
 ) -> dict[str, Any]:
     """Compare samples (batches of pictures uint8 (n, H, W, C), or of arrays float32 (n, C, *S)) with a reference.
 

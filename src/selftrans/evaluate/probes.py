@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from selftrans.flow import LINEAR, Path, interpolate
+from selftrans.storage import plural
 from selftrans.types import Backbone, Cond, eval_mode, map_cond
 
 
@@ -29,8 +30,11 @@ def collect(
     path: Path = LINEAR,
     seed: int = 0,
     batch_size: int = 256,
+    pooled: bool = False,
 ) -> dict[int, Tensor]:
     """Features (N, T, D), float32 on the CPU, after each block of `taps`, for latents z0 (N, C, *S) at noise level t.
+
+    `pooled`: their means over tokens (N, D), taken on the device of the backbone: T times less to copy and to keep.
 
     The noise depends only on `seed` and the shape of z0, so it is the same for every model, block and batch size. Keeps
     torch's global RNG state. The backbone runs in eval mode, then returns to its previous mode. ValueError for taps or t
@@ -52,7 +56,8 @@ def collect(
             part = map_cond(lambda x, rows=rows: x[rows.to(x.device)].to(device), cond)
             out = backbone(zt, times, part, taps=wanted, stop=True)
             for k in wanted:
-                feats[k].append(out.feats[k].float().cpu())
+                found = out.feats[k].float()
+                feats[k].append((pool(found) if pooled else found).cpu())
     return {k: torch.cat(parts) for k, parts in feats.items()}
 
 
@@ -184,7 +189,9 @@ def tsne(features: Tensor, *, perplexity: float = 30.0, seed: int = 0) -> np.nda
 
     x = pool(features).double()
     if len(x) < 4:
-        raise ValueError(f"{len(x)} images are too few for t-SNE; give at least four")
+        raise ValueError(
+            f"{plural(len(x), 'image')} {'is' if len(x) == 1 else 'are'} too few for t-SNE; give at least four"
+        )
     deviation = x.std(dim=0, correction=0)
     x = (x - x.mean(dim=0)) / torch.where(deviation > 1e-12, deviation, 1.0)
     fewer = min(perplexity, (len(x) - 1) / 3)

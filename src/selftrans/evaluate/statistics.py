@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from selftrans.evaluate.extractors import Extractor, extract
-from selftrans.storage import atomic_write, first_line, printable
+from selftrans.storage import atomic_write, first_line, plural, printable
 
 MAX_UNPACKED = 1 << 28  #: bytes up to which any compression ratio is accepted; statistics compress little
 NEGATIVE = 1e-3  #: how far below zero an eigenvalue may be, relative to the covariance's Frobenius norm
@@ -52,7 +52,9 @@ class RunningMoments:
     def moments(self) -> Moments:
         """Mean (F,) and unbiased covariance (F, F); ValueError for fewer than two rows."""
         if self.count < 2:
-            raise ValueError(f"{self.count} images have no covariance; give at least two")
+            raise ValueError(
+                f"{plural(self.count, 'image')} {'has' if self.count == 1 else 'have'} no covariance; give at least two"
+            )
         return Moments(self.mean, self.scatter / (self.count - 1))
 
 
@@ -81,14 +83,14 @@ class Statistics:
         extractor: Extractor,
         *,
         keep: bool = True,
-        chunk: int = 64,
+        chunk: int | None = None,
         source: str = "",
         observe: Callable[[dict[str, np.ndarray]], None] | None = None,
     ) -> Statistics:
         """Statistics of a stream of image batches (see `extract`), independent of the batch size.
 
-        `keep` stores the features in memory, as float32. The extractor processes `chunk` images at a time; `observe` is
-        called with each chunk's output. Raises ValueError for invalid images, or fewer than two.
+        `keep` stores the features in memory, as float32. The extractor processes `chunk` images at a time (None: see
+        `extract`); `observe` is called with each chunk's output. Raises ValueError for invalid images, or fewer than two.
         """
         running, spatial, kept = RunningMoments(), RunningMoments(), []
         for out in extract(batches, extractor, chunk=chunk):

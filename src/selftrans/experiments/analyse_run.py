@@ -14,6 +14,7 @@ import numpy as np
 from tqdm import tqdm
 
 from selftrans.checkpoints.load import LoadedModel, Weights, load_model
+from selftrans.data.buckets import open_of_one_shape
 from selftrans.data.dataset import Dataset
 from selftrans.data.decoded import data_latents, decode_images
 from selftrans.device import default_device
@@ -52,7 +53,7 @@ def analyse(
         )
     loaded, device = load_model(origin, stage=stage, weights=weights), default_device()
     model = loaded.model.to(device)
-    dataset = Dataset.open(data or training_data(origin, loaded, remedy="give --data DIR"))
+    dataset = open_of_one_shape(data or training_data(origin, loaded, remedy="give --data DIR"))
     _check_fit(loaded, dataset)
     check_writable(out / "analyse.json")
     decoder = load_autoencoder(loaded.autoencoder, device=device)
@@ -83,6 +84,7 @@ def analyse(
         "stage": loaded.stage,
         "step": loaded.step,
         "images": len(labels),
+        "data": str(dataset.path),
         "condition": "null",
         "blocks": list(blocks),
         "probe_accuracy": {f"{t:g}": accuracy for t, accuracy in probes.items()},

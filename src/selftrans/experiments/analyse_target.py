@@ -24,7 +24,7 @@ from selftrans.evaluate.target_measures import Parts, Plan, chance_of, sum_targe
 from selftrans.evaluate.target_share import Design
 from selftrans.experiments.target_report import draw_maps, draw_measures
 from selftrans.experiments.target_teacher import ENCODER, Pictures, Teacher, mean_text, open_teacher
-from selftrans.storage import write_json
+from selftrans.storage import are, plural, write_json
 
 TIMES = (0.4, 0.5, 0.6, 0.7)  #: of the noisy latents: the published range in which guidance acts
 PER_CLASS = 16  #: pictures of a class at least; with more classes than that allows, some of them are left out
@@ -121,7 +121,11 @@ def choose(dataset: Dataset, samples: int, seed: int) -> Pictures:
     of_class = [rows[labels[rows] == label] for label in present]
     few = [len(each) for each in of_class if len(each) < HELD]
     if few:
-        warnings.warn(f"{len(few)} classes have fewer than {HELD} pictures among these, and are left out", stacklevel=3)
+        have = "has" if len(few) == 1 else "have"
+        said = (
+            f"{plural(len(few), 'class')} {have} fewer than {HELD} pictures among these, and {are(len(few))} left out"
+        )
+        warnings.warn(said, stacklevel=3)
     of_class = [each for each in of_class if len(each) >= HELD]
     held = np.concatenate([np.zeros(0, dtype=np.int64), *(each[HELD - 1 :: HELD] for each in of_class)])
     kept = np.concatenate([np.zeros(0, dtype=np.int64), *of_class])

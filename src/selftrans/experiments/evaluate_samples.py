@@ -24,7 +24,7 @@ from selftrans.evaluate.metrics import evaluate
 from selftrans.experiments.measurement import check_sizes, image_shape
 from selftrans.experiments.opened_samples import open_samples
 from selftrans.experiments.reference import counted, described, reference_of
-from selftrans.storage import check_writable, printable, write_json
+from selftrans.storage import check_writable, plural, printable, write_json
 
 #: settings of samples that a report always lists, known or not
 SETTINGS = (
@@ -63,15 +63,13 @@ def evaluate_samples(
         reference: images in the same forms, `digits`, or an npz of statistics (`mu`, `sigma`). With prepared data of several
             sizes, a run is sampled in these sizes, in the same proportions.
         features: name or file of an extractor, see `load_extractor`; None: `inception` for pictures, else `values`.
-        out: file for the report; None: next to the images, or in the run.
+        out: file for the report; None: next to the images, or in the run (ValueError for one on the hub).
         save_reference: npz file for the statistics of the reference, with ADM's names.
         clip: a CLIPModel by hub id or folder: the CLIP score of the images and their prompts is measured, too.
         text_encoder: where the encoder of the prompts lies, if not where it was.
-    Raises ValueError for a run on the hub without `out`, unknown features, invalid images, statistics of another
-    extractor, and unknown prompts.
+    Raises ValueError for unknown features, invalid images, statistics of another extractor, and unknown prompts.
     """
-    if out is None and hub.on_hub(samples):
-        raise ValueError(f"{printable(samples)} is on the hub, where no report is written; give --out FILE")
+    _check_place(out, samples)
     device = default_device()
     extractor = None if features in (None, "values") else load_extractor(features, device=device)
     extractor = _of_any_size(reference, features, extractor)
@@ -102,6 +100,11 @@ def evaluate_samples(
     report |= scorer.report() if scorer else {}
     write_json(out or opened.report, report)
     return report
+
+
+def _check_place(out: Path | None, samples: str | Path) -> None:
+    if out is None and hub.on_hub(samples):
+        raise ValueError(f"{printable(samples)} is on the hub, where no report is written; give --out FILE")
 
 
 @contextlib.contextmanager
@@ -171,14 +174,15 @@ def text(report: dict[str, Any]) -> str:
     ] + texts
     if balance:
         few, most = balance["fewest"], balance["most"]
-        made_with.append(f"{few if few == most else f'{few} to {most}'} images of each of {balance['classes']} classes")
+        each = plural(few, "image") if few == most else f"{few} to {most} images"
+        made_with.append(f"{each} of each of {plural(balance['classes'], 'class')}")
     elif made.get("num_classes") not in (0, 1):  # without classes there is no balance
         made_with.append("label balance unknown")
     computed = [form.format(**report) for key, form in COMPUTED.items() if key in report]
     reference = f"{report['reference']} ({report['reference_images'] or 'unknown number of'} images)"
     lines += [
         "",
-        f"{report['num_images']:,} images of {report['samples']} against {reference}",
+        f"{plural(report['num_images'], 'image')} of {report['samples']} against {reference}",
         f"features: {report['extractor']}, sha256 {report['extractor_sha256'][:12]}",
         *([", ".join(computed)] if computed else []),
         ", ".join(made_with),
@@ -189,7 +193,7 @@ def text(report: dict[str, Any]) -> str:
 def _texts(made: dict[str, Any]) -> list[str]:
     """Where the prompts of the samples are from; nothing without prompts."""
     if made.get("prompts"):
-        return [f"{len(made['prompts']):,} prompts"]
+        return [plural(len(made["prompts"]), "prompt")]
     return [f"captions of {printable(made['captions'])}"] if made.get("captions") else []
 
 

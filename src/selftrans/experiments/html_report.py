@@ -148,24 +148,10 @@ def comparison_page(
     captions: Sequence[str] | None = None,
 ) -> str:
     """compare.html: table, convergence over steps and compute, samples with their `captions`, and settings."""
-    config, sampler = summary["config"], summary["sampler"]
     names = {row["method"]: row["method"] for row in summary["table"]}
     said = "captions" if captions else "labels"
     sheets = {name: sample_sheet(images, columns=8, upscale=3, captions=captions) for name, images in grids.items()}
     samples = "".join(html_figure(name, sheet, name) for name, sheet in sheets.items())
-    settings = {
-        "recipe": config["recipe"],
-        "model": _settings(config["model"]),
-        "student steps, batch, learning rate": "{steps:,}, {batch_size}, {lr:g}".format(**config["train"]),
-        "autoencoder": summary["autoencoder"],
-        "teachers from other runs": _teachers(summary["teachers"]),
-        **{name: _settings(config[name]) for name in summary["sections"]},
-        "seeds": ", ".join(map(str, summary["seeds"])),
-        "distance": f"{summary['metric']}, {summary['images']:,} samples of the averaged weights, to the training data"
-        + ("" if identity_kind(summary["autoencoder"]) else " as the autoencoder decodes them"),
-        "sampler": _settings(sampler),
-        "extractor": f"{summary['features']}, sha256 {summary['extractor_sha256']}",
-    }
     body = f"""<h1>Methods compared</h1>
 <div class="scroll">{method_table(summary["table"], names)}</div>
 <p class="note">{html.escape(legend(summary["metric"]))}</p>
@@ -176,9 +162,27 @@ def comparison_page(
 <p class="note">Seed {summary["seeds"][0]}; the same noise and the same {said} for each method.</p>
 <div class="grids">{samples}</div>
 <h2>What the numbers depend on</h2>
-{settings_table(settings)}
+{settings_table(depends_on(summary))}
 <p class="note">The same numbers are in <code>compare.json</code> and <code>compare.csv</code> next to this page.</p>"""
     return document("selftrans compare", body)
+
+
+def depends_on(summary: dict[str, Any]) -> dict[str, str]:
+    """What the numbers of a compare.json depend on: name of each setting -> its text."""
+    config = summary["config"]
+    return {
+        "recipe": config["recipe"],
+        "model": _settings(config["model"]),
+        "student steps, batch, learning rate": "{steps:,}, {batch_size}, {lr:g}".format(**config["train"]),
+        "autoencoder": summary["autoencoder"],
+        "teachers from other runs": _teachers(summary["teachers"]),
+        **{name: _settings(config[name]) for name in summary["sections"]},
+        "seeds": ", ".join(map(str, summary["seeds"])),
+        "distance": f"{summary['metric']}, {summary['images']:,} samples of the averaged weights, to the training data"
+        + ("" if identity_kind(summary["autoencoder"]) else " as the autoencoder decodes them"),
+        "sampler": _settings(summary["sampler"]),
+        "extractor": f"{summary['features']}, sha256 {summary['extractor_sha256']}",
+    }
 
 
 def document(title: str, body: str) -> str:

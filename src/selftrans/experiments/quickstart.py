@@ -41,9 +41,7 @@ METHODS = {spec.name: spec.title for spec in (VANILLA, STRUCTURE, SELF_TRANSCEND
 IMAGES = 1000  #: samples for each distance
 SHOWN = 42  #: samples in the report, per method
 MAPPED = 8  #: digits whose features are shown as PCA maps
-LONGER = (
-    2  #: vanilla's steps, relative to the others', besides one interval: both stages take 2.13 times vanilla's compute
-)
+LONGER = 2  #: vanilla's steps relative to the others', and one interval more: both stages take 2.13 times its compute
 
 
 def quickstart(

@@ -11,8 +11,10 @@ import json
 import multiprocessing
 import os
 import threading
+import time
 import warnings
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -20,6 +22,7 @@ from typing import Any, TypeAlias
 import torch
 
 from selftrans.checkpoints import format as checkpoint
+from selftrans.checkpoints.load import FILES
 from selftrans.config import RunConfig
 from selftrans.experiments.measurement import (
     PROBED_BLOCK,
@@ -54,9 +57,7 @@ class Comparison:
     features: str  #: extractor, by name or file
     weights: str | None = None  #: where a named extractor is kept
     block: int = PROBED_BLOCK  #: the shallow block whose features are probed (1-based)
-    every: int | None = (
-        None  #: steps between two measurements, twice as many beyond those of `shared`; None: a fifth of a run
-    )
+    every: int | None = None  #: steps between measurements, twice as many beyond the steps of `shared`; None: a fifth
 
     @property
     def jobs(self) -> list[Job]:
@@ -65,9 +66,14 @@ class Comparison:
     @property
     def total(self) -> int:
         """Cost of the comparison, in training steps."""
-        cost, lengths = measuring_cost(self.shared, self.images), [c.train.steps for c in self.variants.values()]
-        points = [len(measured_steps(steps, self.every, self.dense)) for steps in lengths]
-        return len(self.seeds) * (sum(lengths) + cost * sum(points))
+        steps = len(self.seeds) * sum(config.train.steps for config in self.variants.values())
+        return steps + self.measurements * measuring_cost(self.shared, self.images)
+
+    @property
+    def measurements(self) -> int:
+        """Number of measurements of all runs."""
+        each = [measured_steps(c.train.steps, self.every, self.dense) for c in self.variants.values()]
+        return len(self.seeds) * sum(map(len, each))
 
     @property
     def dense(self) -> int | None:
@@ -131,15 +137,28 @@ class StepBar:
 def compare(comparison: Comparison, *, workers: int | None = None) -> Results:
     """Train and measure every variant with every seed: (name, seed) -> (run.json, measured points, oldest first).
 
-    `workers` processes run at the same time (None: one per core, one on a GPU). Repeating the call continues it.
+    `workers` processes run at the same time (None: one per core, one on a GPU). Repeating the call continues it. ValueError
+    where one of them is killed.
     """
+    workers, threads = processes(comparison, workers)
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that wait by spinning slow each other down
+    with progress_bar(total=comparison.total, unit="step", desc="training and measuring") as bar:
+        try:
+            done = _in_workers(comparison, workers, threads, bar)
+        except BrokenProcessPool as error:
+            raise ValueError(
+                "a worker process was ended from outside, by the system if memory ran out; the same command continues: give it "
+                "--workers 1, or a smaller --train.batch-size"
+            ) from error
+    return {job: done[job] for job in comparison.jobs}
+
+
+def processes(comparison: Comparison, workers: int | None) -> tuple[int, int]:
+    """(processes that run at the same time, threads of each); `workers` None: one per core, one on a GPU."""
     jobs = comparison.jobs
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     workers = min(len(jobs), workers or (1 if torch.cuda.is_available() else cores))
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that wait by spinning slow each other down
-    with progress_bar(total=comparison.total, unit="step", desc="training and measuring") as bar:
-        done = _in_workers(comparison, workers, max(1, cores // workers), bar)
-    return {job: done[job] for job in jobs}
+    return workers, max(1, cores // workers)
 
 
 def _teachers_first(comparison: Comparison) -> list[Job]:
@@ -147,12 +166,22 @@ def _teachers_first(comparison: Comparison) -> list[Job]:
 
 
 def train_and_measure(comparison: Comparison, job: Job, measurement: Measurement, progress: Progress) -> Result:
-    """One variant with one seed: trained, then measured at every checkpoint."""
+    """One variant with one seed: trained, then measured at every checkpoint. `spent` of the result: seconds of this call."""
+    before, started = seconds_trained(comparison.run(job)), time.perf_counter()
     run = train_one(comparison, job, progress)
-    cost = measuring_cost(comparison.shared, comparison.images)
-    return json.loads((run / "run.json").read_text()), measure_run(
-        run, measurement, progress, cost, every=comparison.every, dense=comparison.dense
-    )
+    cost, trained = measuring_cost(comparison.shared, comparison.images), time.perf_counter()
+    points_of_run = measure_run(run, measurement, progress, cost, every=comparison.every, dense=comparison.dense)
+    report = json.loads((run / "run.json").read_text())
+    steps = max(0.0, sum(stage["seconds"] for stage in report["stages"]) - before)
+    spent = {"steps": steps, "training": trained - started, "measuring": time.perf_counter() - trained}
+    return report | {"spent": spent}, points_of_run
+
+
+def seconds_trained(run: Path) -> float:
+    """Seconds of training steps until the newest checkpoints of a run."""
+    newest = [checkpoint.steps(folder)[-1:] for folder in run.glob("*/checkpoints")]
+    headers = [checkpoint.read_header(held[0][1] / FILES["ema"]) for held in newest if held]
+    return float(sum(header["seconds"] for header in headers))
 
 
 def _in_workers(comparison: Comparison, workers: int, threads: int, bar: Any) -> Results:
@@ -192,6 +221,7 @@ def _init_worker(comparison: Comparison, threads: int, steps_done: Any, show_war
         weights=comparison.weights,
         images=comparison.images,
         block=comparison.block,
+        total=comparison.measurements * comparison.images,
     )
     _worker.update(comparison=comparison, measurement=measurement, progress=steps_done.put)
 

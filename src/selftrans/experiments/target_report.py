@@ -17,7 +17,7 @@ from selftrans.data.decoded import decode_images, latents_of
 from selftrans.encoders.autoencoder import load_autoencoder
 from selftrans.evaluate.plots import COLOURS, INK, RULE, as_pictures, blank_figure, pca_grid, save
 from selftrans.evaluate.probes import pca_maps
-from selftrans.storage import printable
+from selftrans.storage import plural, printable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -30,8 +30,8 @@ def table(report: Mapping[str, Any]) -> str:
     """The measurements as text."""
     counts, blocks = report["pictures"], report["blocks"]
     head = [
-        f"target of {printable(report['teacher']['title'])}; {counts['fitted']:,} pictures fitted, {counts['held_out']:,} held "
-        f"out{_classes(counts)}; "
+        f"target of {printable(report['teacher']['title'])}; {plural(counts['fitted'], 'picture')} fitted, "
+        f"{counts['held_out']:,} held out{_classes(counts)}; "
         + (f"t = {_join(report['timesteps'])}; " if report["timesteps"] else "")
         + f"seed {report['seed']}"
     ]
@@ -316,7 +316,7 @@ def _pair(of: Mapping[str, float | None]) -> str:
 
 
 def _classes(counts: Mapping[str, Any]) -> str:
-    return f", {counts['classes']} classes" if "classes" in counts else ""
+    return f", {plural(counts['classes'], 'class')}" if "classes" in counts else ""
 
 
 def _join(values: Sequence[float]) -> str:

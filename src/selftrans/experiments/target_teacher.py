@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from selftrans.checkpoints.load import LoadedModel, Weights, load_model, stages_held
-from selftrans.data.buckets import is_prepared
+from selftrans.data.buckets import is_prepared, open_of_one_shape
 from selftrans.data.dataset import Dataset
 from selftrans.data.decoded import decode_images, latents_of
 from selftrans.encoders.autoencoder import from_uint8, load_autoencoder
@@ -79,7 +79,7 @@ def open_teacher(
     if is_prepared(origin):
         return _stored(Path(origin))
     loaded, spec = _model(origin, stage, weights)
-    dataset = Dataset.open(
+    dataset = open_of_one_shape(
         data or training_data(origin, loaded, remedy="give --data DIR"),
         text_encoder=loaded.config.data.text_encoder,
     )
@@ -170,7 +170,7 @@ def _vision_model(name: str, data: str | None, grid: int | None, device: torch.d
     """A vision model of transformers on the pictures of prepared data, which are decoded."""
     if data is None:
         raise ValueError("an encoder needs pictures: give prepared data with --data DIR")
-    dataset = Dataset.open(data)
+    dataset = open_of_one_shape(data)
     manifest = dataset.manifest
     if manifest.resolution is None:
         raise ValueError(f"encoder {name} reads pictures, which the data of {data} are not; give other data")

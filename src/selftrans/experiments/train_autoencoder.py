@@ -40,7 +40,8 @@ from selftrans.storage import (
     write_json,
     write_text,
 )
-from selftrans.train.autoencoder_network import AutoencoderSettings, PerceptualDistance
+from selftrans.train.autoencoder_network import PerceptualDistance
+from selftrans.train.autoencoder_settings import CHECKPOINT_EVERY, AutoencoderSettings
 from selftrans.train.autoencoder_training import AutoencoderTraining, settings_json
 from selftrans.train.log import progress_bar, read_log
 from selftrans.train.processes import keep_memory
@@ -58,7 +59,7 @@ def train_autoencoder(
     *,
     perceptual: str | Path | None = None,
     precision: Literal["fp32", "bf16"] | None = None,
-    checkpoint_every: int = 1000,
+    checkpoint_every: int = CHECKPOINT_EVERY,
     log_every: int = 50,
     bar: Callable[..., Any] = progress_bar,
 ) -> dict[str, Any]:

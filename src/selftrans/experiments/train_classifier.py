@@ -11,7 +11,7 @@ from selftrans.data.dataset import Dataset
 from selftrans.data.decoded import decoded_images
 from selftrans.device import default_device
 from selftrans.evaluate.classifier import train_classifier
-from selftrans.storage import check_writable, write_json
+from selftrans.storage import check_writable, plural, write_json
 
 
 def classifier_from_data(data: str | Path, out: Path, *, epochs: int, seed: int) -> str:
@@ -23,7 +23,7 @@ def classifier_from_data(data: str | Path, out: Path, *, epochs: int, seed: int)
     if out.suffix != ".safetensors":
         raise ValueError(f"{out} must end in .safetensors, by which evaluate recognises a classifier")
     if dataset.manifest.num_classes < 2:
-        raise ValueError(f"{data} has {dataset.manifest.num_classes} classes; a classifier needs at least two")
+        raise ValueError(f"{data} has {plural(dataset.manifest.num_classes, 'class')}; a classifier needs at least two")
     check_writable(out)
     device = default_device()
     images = np.concatenate(list(decoded_images(dataset, device=device)), axis=0)
@@ -34,4 +34,4 @@ def classifier_from_data(data: str | Path, out: Path, *, epochs: int, seed: int)
     assert record is not None
     description = dataclasses.asdict(record) | {"data": str(data), "classes": list(dataset.manifest.classes)}
     write_json(out.with_suffix(".json"), description)
-    return f"{out}: accuracy {record.accuracy:.3f} on {record.held_out} held-out images"
+    return f"{out}: accuracy {record.accuracy:.3f} on {plural(record.held_out, 'held-out image')}"

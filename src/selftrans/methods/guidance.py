@@ -208,10 +208,15 @@ def check_tokens(student: Backbone, teacher: Frozen) -> None:
         )
 
 
-def remaining(step: int, until_step: int | None, fraction: float) -> float:
-    """1, and during the last `fraction` of the steps before `until_step` a linear fall to 0; a function of the step alone."""
+def remaining(step: int | Tensor, until_step: int | None, fraction: float) -> float | Tensor:
+    """1, and during the last `fraction` of the steps before `until_step` a linear fall to 0; a function of the step alone.
+
+    0-d float64 on the device for a `step` that is a tensor there, without reading it.
+    """
     if until_step is None or not fraction:
         return 1.0
+    if isinstance(step, Tensor):
+        return ((until_step - step).double() / (fraction * until_step)).clamp(0.0, 1.0)
     return min(1.0, max(0.0, (until_step - step) / (fraction * until_step)))
 
 

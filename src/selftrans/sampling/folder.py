@@ -13,7 +13,7 @@ import os
 import sys
 import zipfile
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -25,12 +25,14 @@ from numpy.lib import format as npy
 from selftrans.checkpoints.load import Weights
 from selftrans.data.buckets import is_prepared
 from selftrans.data.sources.decode import parse_resolution
+from selftrans.sampling.chosen_labels import in_words, per_class
 from selftrans.sampling.images import Sampler
 from selftrans.sampling.sample_file import NPY, PNG, SampleFile, file_kind
-from selftrans.storage import FREE_SPACE, atomic_write, printable
+from selftrans.storage import FREE_SPACE, atomic_write, plural, printable
 
 Samples = Iterable[tuple[np.ndarray, np.ndarray, np.ndarray]]  #: indices (n,), labels (n,), samples; as `SampledBatch`
 
+PER_CLASS = "per_class"  #: entry of samples.json: name of a class -> how many samples it has
 BACKLOG = 4  #: maximum number of batches that wait to be written
 
 
@@ -58,7 +60,9 @@ def sample_to_folder(
         raise ValueError(f"{out} holds prepared data; choose another folder for samples")
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     kind, num = file_kind(sampler.autoencoder), sampler.settings.num
-    return write_samples(sampler.sample, Path(out), sampler.described, num, kind=kind, rank=rank, world=world)
+    classes = sampler.classes if sampler.model.conditions.kind == "labels" else None
+    options: dict[str, Any] = {"kind": kind, "rank": rank, "world": world, "classes": classes}
+    return write_samples(sampler.sample, Path(out), sampler.described, num, **options)
 
 
 def summary_line(out: str | Path, count: int) -> str:
@@ -67,7 +71,19 @@ def summary_line(out: str | Path, count: int) -> str:
     views = "".join(f"{suffix}, " for suffix in (".wav", ".gif") if any(Path(out).glob(f"[0-9]*{suffix}")))
     held = max(count, sum(1 for _ in Path(out).glob(f"[0-9]*{kind.suffix}")))
     new = f", {count} of them new" if held > count else ""
-    return f"{held} samples{new} -> {out} ({views}{kind.suffix} files, samples.npz, samples.json)"
+    return f"{plural(held, 'sample')}{new} -> {out} ({views}{kind.suffix} files, samples.npz, samples.json)"
+
+
+def class_line(out: str | Path) -> str:
+    """How many samples of each class the complete folder `out` holds, to print; empty where that is not recorded."""
+    try:
+        counts = {
+            str(name): int(count)
+            for name, count in json.loads(Path(out, "samples.json").read_text())[PER_CLASS].items()
+        }
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return ""
+    return f"samples of each class: {in_words(counts)}"
 
 
 def write_samples(
@@ -79,6 +95,7 @@ def write_samples(
     kind: SampleFile = PNG,
     rank: int = 0,
     world: int = 1,
+    classes: Sequence[str] | None = None,
     progress: bool = True,
 ) -> int:
     """Write samples 0 .. num - 1 to `out` and return how many this call made; 0 when all existed.
@@ -87,6 +104,7 @@ def write_samples(
         sample: called once, with the sorted indices of the missing samples; yields them in batches.
         settings: everything that the samples depend on, as json types; without `num`, which may grow from call to call.
         kind: the file format of a sample.
+        classes: names of the labels, of which samples.json then counts the samples; None: the labels are no classes.
         rank, world: this process makes indices k with k % world == rank; the process that finds no sample missing
             writes the npz.
     Raises ValueError when the folder holds samples of other or unknown settings, when `num` is below the number with
@@ -97,13 +115,14 @@ def write_samples(
     mine = todo[todo % world == rank]
     if complete and not len(todo) and _npz_count(out / "samples.npz") == num:
         if rank == 0:
-            print(f"{out} already holds these {num} samples; nothing to do")
+            print(f"{out} already holds {'this sample' if num == 1 else f'these {num:,} samples'}; nothing to do")
         return 0
     if len(mine):
         _write_files(sample(mine), out, len(mine), num, rank, progress, kind)
     if not len(_missing(out, num, kind)):  # every process has written its samples
-        shape = _write_npz(out, num, rank, progress, kind)
-        _write_json(out, {"num": num, "complete": True, "shape": shape, "settings": settings}, rank)
+        shape, labels = _write_npz(out, num, rank, progress, kind)
+        counts = {} if classes is None else {PER_CLASS: per_class(labels, classes)}
+        _write_json(out, {"num": num, "complete": True, "shape": shape} | counts | {"settings": settings}, rank)
     return len(mine)
 
 
@@ -117,7 +136,7 @@ def _begin(out: Path, settings: dict[str, Any], num: int, rank: int, kind: Sampl
             raise ValueError(f"{out} holds samples of other settings ({'; '.join(differing)}); choose another folder")
         if num < earlier["num"]:
             raise ValueError(
-                f"{out} was begun for {earlier['num']} samples; request at least as many, or choose another folder"
+                f"{out} was begun for {plural(earlier['num'], 'sample')}; request at least as many, or choose another folder"
             )
         if num == earlier["num"]:
             return earlier["complete"]
@@ -213,8 +232,8 @@ def _npz_count(path: Path) -> int:
         return -1
 
 
-def _write_npz(out: Path, num: int, rank: int, progress: bool, kind: SampleFile) -> list[int]:
-    """Sample files ⇒ samples.npz with arr_0 (num, *shape) and labels arr_1 (num,), streamed; returns the shape of arr_0."""
+def _write_npz(out: Path, num: int, rank: int, progress: bool, kind: SampleFile) -> tuple[list[int], np.ndarray]:
+    """Sample files ⇒ samples.npz with arr_0 (num, *shape) and labels arr_1 (num,), streamed; returns that shape and arr_1."""
     from tqdm import tqdm
 
     first, _ = kind.read(_path(out, 0, kind))
@@ -234,7 +253,7 @@ def _write_npz(out: Path, num: int, rank: int, progress: bool, kind: SampleFile)
                 labels[k] = label
         with archive.open("arr_1.npy", "w") as file:
             npy.write_array(file, labels, allow_pickle=False)
-    return shape
+    return shape, labels
 
 
 def _read_all(paths: list[Path], kind: SampleFile, chunk: int = 64) -> Iterator[tuple[np.ndarray, int]]:

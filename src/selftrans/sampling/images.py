@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from selftrans import flow
+from selftrans.checkpoints import hub
 from selftrans.checkpoints.load import LoadedModel, Weights, load_model
 from selftrans.config import SampleConfig
 from selftrans.data.decoded import decode_images
@@ -26,10 +27,11 @@ from selftrans.device import default_device
 from selftrans.encoders.autoencoder import Autoencoder, DiffusersAutoencoder, load_decoder
 from selftrans.models.compiling import compile_model
 from selftrans.precision import PRECISIONS
+from selftrans.sampling.chosen_labels import chosen_labels
 from selftrans.sampling.conditioning import Conditioning, conditioning_of
 from selftrans.sampling.samplers import SAMPLERS, Early, Noise, autoguided, guided
 from selftrans.sampling.streams import NOISE_STREAM, image_stream
-from selftrans.storage import printable
+from selftrans.storage import plural, printable
 from selftrans.types import Backbone, Cond, check_takes, eval_mode, map_cond
 
 MANY = 20  #: batches per process from which compilation, which takes about a minute, saves time on a GPU
@@ -50,6 +52,7 @@ class Sampler:
         settings: number of images, sampler, guidance.
         conditioning: the condition of each image.
         shape: (C, *S) of the latents; the model's own, unless `resize` changes it.
+        classes: names of the labels; empty: they have none.
         described: everything that an image depends on besides its index, as json types.
     """
 
@@ -88,7 +91,7 @@ class Sampler:
         if not model.null_set and self.conditioning.null is not None:  # an imported model of text
             model.use_null(self.conditioning.null)
         self.described = settings.settings() | self.conditioning.described
-        self.shape = tuple(model.shape)
+        self.shape, self.classes = tuple(model.shape), tuple[str, ...]()
         self._compiled = False
 
     @classmethod
@@ -100,13 +103,15 @@ class Sampler:
         device: torch.device | str | None = None,
         conditioning: Conditioning | None = None,
         text_encoder: str | None = None,
+        total: int | None = None,
     ) -> Self:
         """The sampler of a loaded model, which is moved to `device` (None: `default_device`) and cast in place.
 
         A model of text samples the prompts of `settings`, or (None) those of its run, unless `conditioning` is given;
         `text_encoder` is where their encoder lies, if not where it was at training.
         In reduced precision the weights of linear and convolution layers are cast once. On a GPU the autoencoder then decodes
-        in bfloat16 (float16 overflows in some), and both are compiled if that saves time.
+        in bfloat16 (float16 overflows in some), and both are compiled if that saves time: `total` is the number of images that
+        this process samples of models of one kind (None: those of `settings`), which share a compilation.
         Raises ValueError for invalid settings.
         """
         settings.check()
@@ -115,8 +120,8 @@ class Sampler:
             conditions = loaded.model.conditions
             if settings.num < len(settings.prompts or ()):
                 warnings.warn(
-                    f"{settings.num:,} images of {len(settings.prompts or ()):,} prompts: the last ones get none; give --num "
-                    f"{len(settings.prompts or ())} for one image each",
+                    f"{plural(settings.num, 'image')} of {len(settings.prompts or ()):,} prompts: the last ones get none; give "
+                    f"--num {len(settings.prompts or ())} for one image each",
                     stacklevel=3,
                 )
             if conditions.kind == "text" and settings.prompts is None:
@@ -125,23 +130,23 @@ class Sampler:
             conditioning = conditioning_of(
                 conditions, settings, present=present, text_encoder=text_encoder, device=device
             )
-        reduced = device.type == "cuda" and dtype != torch.float32
-        of_decoder = torch.bfloat16 if reduced else torch.float32
+        of_decoder = decoder_dtype(device, settings.precision)
         decoder = load_decoder(loaded.autoencoder, settings.decode_with, device=device, dtype=of_decoder)
         path = flow.PATHS[loaded.config.train.path]
         weak = weak_model(loaded, settings)
         model, weaker = loaded.model.to(device), weak and weak.model.to(device)
         sampler = cls(model, decoder, settings, path, device=device, conditioning=conditioning, weak=weaker)
+        sampler.classes = loaded.classes
         for each in sampler.models:
             cast_products(each, dtype)
-        if worth_compiling(settings, device):
+        if worth_compiling(settings if total is None else dataclasses.replace(settings, num=total), device):
             sampler._compile()
         sampler.described |= {
             "weights": loaded.weights,
             "num_classes": loaded.model.conditions.num_classes,
             "stage": loaded.stage,
             "step": loaded.step,
-            "autoencoder": loaded.autoencoder,
+            "autoencoder": hub.recorded(loaded.autoencoder),
             "source": loaded.source,
         } | ({"decode_with": decoder.name} if settings.decode_with else {})
         if weak:
@@ -229,8 +234,17 @@ class Sampler:
 def overridden(loaded: LoadedModel, overrides: dict[str, Any]) -> SampleConfig:
     """The settings of a run with the fields `overrides` in place of its own; its prompts are those recorded with the weights.
 
+    `labels` may name classes, see `chosen_labels`; with counts, they set the number of images unless that is given.
     ValueError for invalid settings.
     """
+    words, conditions = overrides.get("labels"), loaded.model.conditions
+    if isinstance(words, tuple) and conditions.kind != "text" and not all(isinstance(word, int) for word in words):
+        labels, counts = chosen_labels(words, loaded.classes, conditions)
+        overrides = ({"num": len(labels)} if counts else {}) | overrides | {"labels": labels}
+        if counts and overrides["num"] < len(labels):
+            warnings.warn(
+                f"{plural(overrides['num'], 'image')} of the {len(labels):,} that the labels ask for", stacklevel=4
+            )
     settings = dataclasses.replace(loaded.config.sample, **{"prompts": None} | overrides)
     settings.check()
     for name in ("guidance_interval", "guidance_channels", "autoguidance") if settings.guidance_scale == 1 else ():
@@ -264,6 +278,12 @@ def weak_model(loaded: LoadedModel, settings: SampleConfig) -> LoadedModel | Non
             f"autoguidance {name} is a model of {theirs}, the sampled one of {ours}; give one of the same data"
         )
     return weak
+
+
+def decoder_dtype(device: torch.device, precision: str) -> torch.dtype:
+    """Of the autoencoder that decodes samples in this precision: reduced on a GPU only."""
+    reduced = device.type == "cuda" and PRECISIONS[precision] != torch.float32
+    return torch.bfloat16 if reduced else torch.float32
 
 
 def worth_compiling(settings: SampleConfig, device: torch.device) -> bool:

@@ -9,6 +9,7 @@ from torch import Tensor
 from selftrans.checkpoints import format as checkpoint
 from selftrans.checkpoints.load import header
 from selftrans.models.lora import trained_names
+from selftrans.storage import plural
 from selftrans.train import fsdp
 from selftrans.train.optim import load_optimizer
 from selftrans.train.preview import run_prompts
@@ -79,6 +80,6 @@ def load(trainer: Trainer, found: checkpoint.Checkpoint) -> None:
         trainer.accelerator.scaler.load_state_dict(found.state["scaler"])
     if found.state["processes"] != trainer.accelerator.num_processes and trainer.step < trainer.stage.steps:
         trainer.accelerator.print(
-            f"resuming with {trainer.accelerator.num_processes} processes instead of {found.state['processes']}: "
+            f"resuming with {plural(trainer.accelerator.num_processes, 'process')} instead of {found.state['processes']}: "
             "nothing is lost, but noise and order within a batch differ from here on"
         )

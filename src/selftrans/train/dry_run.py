@@ -6,6 +6,7 @@ random weights: its cost is the same.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import resource
 import shutil
@@ -13,7 +14,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,23 +24,26 @@ from accelerate import Accelerator
 from tqdm import tqdm
 
 from selftrans.checkpoints import format as checkpoint
-from selftrans.config import RunConfig
+from selftrans.config import RunConfig, Train
 from selftrans.data.buckets import is_prepared
 from selftrans.data.dataset import Dataset
 from selftrans.methods.guidance import Frozen
 from selftrans.methods.spec import TAKEN_FOLDERS, Stage
 from selftrans.plugins import trust_named
 from selftrans.precision import PRECISIONS
-from selftrans.storage import nearest_existing
+from selftrans.storage import nearest_existing, plural, write_json
+from selftrans.train.batches import Loaded
 from selftrans.train.initial_weights import build_student
 from selftrans.train.out_of_memory import guarded_step, release
-from selftrans.train.run import accelerator_of, data_of_run, planned
+from selftrans.train.run import accelerator_of, data_of_run, planned, ready_data
 from selftrans.train.teachers import teacher_of
 from selftrans.train.trackers import tracker_names
 from selftrans.train.trainer import Trainer
 
 STEPS = 5  #: of each stage; the first is not timed, as it compiles and fills caches
 FEWEST, LIMIT = 2, 60.0  #: steps, and seconds in them, after which one process begins no further step of a stage
+#: operations of a micro-batch above which a CPU takes steps of fewer samples, and the fewest of these
+CPU_FLOPS, FEWEST_SAMPLES = 4e11, 2
 KEPT = ("weights", "average", "optimizer")  #: parts of the memory that a checkpoint holds
 
 
@@ -57,6 +61,7 @@ class StagePlan:
     seconds_left: float
     memory: dict[str, int]  #: bytes without activations, by what they are for
     peak: int  #: bytes: of the device in these steps; on a CPU of the whole process
+    samples: int  #: in the smallest of these steps: fewer than the batch on a slow CPU, from which the others are extrapolated
     checkpoint: int  #: bytes
     kept: int  #: checkpoints kept at the end, about
 
@@ -69,6 +74,7 @@ class DryRun:
     memory_total: int | None  #: bytes of the device, if known
     samples: int
     batch_size: int
+    micro_batch: int  #: samples that a process computes at a time
     disk_needed: int  #: bytes of the checkpoints that are kept, and of one more while it is written
     disk_free: int
     out: str
@@ -79,7 +85,8 @@ class DryRun:
 def dry_run(config: RunConfig, out: str | Path, *, steps: int = STEPS, typed: Collection[str] = ()) -> DryRun:
     """Build every stage of the run `out`, take `steps` steps of each, and return what the run takes. `typed`: see `train`.
 
-    A single process begins no further step of a stage after `FEWEST` steps and `LIMIT` seconds.
+    A single process begins no further step of a stage after `FEWEST` steps and `LIMIT` seconds. Where a step takes long on a
+    CPU, it takes steps of fewer samples, from two sizes of which time and memory of the whole batch are extrapolated.
 
     ValueError as `train`; MemoryError (one line, with the remedy) where a step does not fit.
     """
@@ -90,12 +97,13 @@ def dry_run(config: RunConfig, out: str | Path, *, steps: int = STEPS, typed: Co
         accelerator = accelerator_of(config, place)
         shards = data_of_run(config, out if is_prepared(out / "data") else place)  # each process its own
         config, plan, initial = planned(config, shards, out, typed)
-        shards.ready(accelerator.device)
+        shards = ready_data(shards, accelerator.device, config.data.on_device)
         found = DryRun(
             device=_device_name(accelerator.device),
             memory_total=_total(accelerator.device),
             samples=len(shards),
             batch_size=config.train.batch_size,
+            micro_batch=config.train.batch_size // (config.train.accumulate * accelerator.num_processes),
             disk_needed=0,
             disk_free=shutil.disk_usage(nearest_existing(out)).free,
             out=str(out),
@@ -128,23 +136,29 @@ def _measured(trainer: Trainer, out: Path, steps: int) -> StagePlan:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     batches = trainer.stream.from_step(0, pin=device.type == "cuda")
+    micro = trainer.stream.micro
+    samples = _samples(trainer)
     seconds: list[float] = []
-    count = min(steps, stage.steps)
-    said, hidden = f"{stage.name}: {count} steps", not trainer.accelerator.is_main_process
+    peaks: list[int] = []
+    untimed = trainer.captured.untimed if trainer.captured else 1  # these compile, and capture
+    count = min(steps + untimed - 1, stage.steps)
+    said, hidden = f"{stage.name}: {plural(count, 'step')}", not trainer.accelerator.is_main_process
     limit = LIMIT if trainer.accelerator.num_processes == 1 else float("inf")  # several take the same number of steps
     with tqdm(total=count, desc=said, unit="step", mininterval=0, leave=False, disable=hidden) as bar:
         while len(seconds) < count and (len(seconds) < FEWEST or sum(seconds) < limit):
             started = time.perf_counter()
-            guarded_step(trainer, batches)
+            guarded_step(trainer, _first_rows(batches, samples * (1 + len(seconds) % 2) if samples < micro else micro))
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
             seconds.append(time.perf_counter() - started)
+            peaks.append(_peak(device))
             bar.update()
-    each = statistics.median(seconds[1:] or seconds)
+    each, peak = statistics.median(seconds[untimed:] or seconds[1:] or seconds), peaks[-1]
+    if samples < micro:
+        each = _extrapolated(seconds, samples, micro)
+        peak = round(peaks[0] + max(0, peaks[-1] - peaks[0]) * (micro - samples) / samples)
     reached = max((step for step, _ in checkpoint.steps(out / stage.name / "checkpoints")), default=0)
     student, objective = trainer.objective.student, trainer.objective
-    written = stage.steps // train.checkpoint_every + bool(stage.steps % train.checkpoint_every)
-    kept = train.keep + train.keep_best + (stage.steps // train.keep_every if train.keep_every else 0)
     return StagePlan(
         name=stage.name,
         parameters=sum(p.numel() for p in student.parameters()),
@@ -155,10 +169,43 @@ def _measured(trainer: Trainer, out: Path, steps: int) -> StagePlan:
         seconds_per_step=each,
         seconds_left=each * (stage.steps - reached),
         memory=trainer.memory,
-        peak=_peak(device),
+        peak=peak,
+        samples=samples,
         checkpoint=sum(trainer.memory.get(part, 0) for part in KEPT),
-        kept=min(kept, written) if train.keep else written,
+        kept=kept_checkpoints(train, stage.steps),
     )
+
+
+def kept_checkpoints(train: Train, steps: int) -> int:
+    """How many checkpoints a stage of so many steps has at the end, about."""
+    written = steps // train.checkpoint_every + bool(steps % train.checkpoint_every)
+    kept = train.keep + train.keep_best + (steps // train.keep_every if train.keep_every else 0)
+    return min(kept, written) if train.keep else written
+
+
+def _samples(trainer: Trainer) -> int:
+    """Samples of each micro-batch in the steps that are measured: of a single process on a CPU as many as take no long time."""
+    micro, alone = trainer.stream.micro, trainer.accelerator.num_processes == 1
+    flops = sum(trainer.flops.values()) / max(1, trainer.config.train.batch_size) * micro
+    if trainer.accelerator.device.type != "cpu" or not alone or trainer.captured or flops <= CPU_FLOPS:
+        return micro
+    few = max(FEWEST_SAMPLES, int(micro * CPU_FLOPS / flops))
+    return few if 2 * few < micro else micro
+
+
+def _first_rows(batches: Iterator[Loaded], count: int) -> Iterator[Loaded]:
+    """Each micro-batch with its first `count` rows only."""
+    for rows, tensors in batches:
+        yield Loaded(rows[:count], {name: tensor[:count] for name, tensor in tensors.items()})
+
+
+def _extrapolated(seconds: list[float], samples: int, micro: int) -> float:
+    """Seconds of a step with `micro` samples, from steps of `samples` and twice as many in turn, of which the first is a
+    warm-up; a step costs a fixed time, that of the optimizer, and a time for each sample."""
+    large, small = statistics.median(seconds[1::2]), min(seconds[2::2], default=None)
+    if small is None or small >= large:
+        return large * micro / (2 * samples)
+    return small + (large - small) / samples * (micro - samples)
 
 
 def _written(config: RunConfig, plan: list[Stage]) -> list[str]:
@@ -196,21 +243,23 @@ def _peak(device: torch.device) -> int:
 
 def text(found: DryRun) -> str:
     """The findings as text."""
-    lines = [f"dry run: {found.samples:,} samples, batches of {found.batch_size}, on {found.device}"]
+    lines = [f"dry run: {plural(found.samples, 'sample')}, batches of {found.batch_size}, on {found.device}"]
     for stage in found.stages:
         size = f"{stage.parameters / 1e6:.3g} M parameters ({stage.trained / 1e6:.3g} M trained, with heads)"
         fixed = ", ".join(f"{name} {gigabytes(part)}" for name, part in stage.memory.items())
         total = found.memory_total
         fits = "" if total is None else f" of {gigabytes(total)}: {'fits' if stage.peak < 0.95 * total else 'tight'}"
         rate = 1 / stage.seconds_per_step
+        few = stage.samples
+        about = "" if few >= found.micro_batch else f", extrapolated from {few} and {2 * few} samples at a time"
         at = f", {stage.reached} of them done" if stage.reached else ""
         lines += [
-            f"{stage.name}: {size}, {stage.steps:,} steps{at}",
+            f"{stage.name}: {size}, {plural(stage.steps, 'step')}{at}",
             f"  memory      peak {gigabytes(stage.peak)}{fits}; without activations {fixed}",
             f"  operations  {stage.tflops_per_step:.3g} TFLOPs a step",
-            f"  rate        {rate:.3g} steps/s, {found.batch_size * rate:.3g} samples/s",
+            f"  rate        {rate:.3g} steps/s, {found.batch_size * rate:.3g} samples/s{about}",
             f"  time left   {duration(stage.seconds_left)}, without previews and checkpoints",
-            f"  disk        {stage.kept} checkpoints of about {gigabytes(stage.checkpoint)}",
+            f"  disk        {plural(stage.kept, 'checkpoint')} of about {gigabytes(stage.checkpoint)}",
         ]
     enough = "enough" if found.disk_needed < found.disk_free else "NOT enough"
     lines.append(f"total: {duration(sum(stage.seconds_left for stage in found.stages))}")
@@ -218,6 +267,11 @@ def text(found: DryRun) -> str:
     return "\n".join(
         [*lines, f"nothing was written; the run will write to {found.out}:", *(f"  {w}" for w in found.written)]
     )
+
+
+def as_json(found: DryRun, path: str | Path) -> None:
+    """Write the findings to a file, as json with the names of the fields. ValueError where it cannot be written."""
+    write_json(Path(path), dataclasses.asdict(found))
 
 
 def gigabytes(size: float) -> str:

@@ -31,7 +31,7 @@ from selftrans.methods.objective import Objective
 from selftrans.methods.registry import stages
 from selftrans.methods.spec import Stage
 from selftrans.plugins import trust_named
-from selftrans.storage import lock_file, remove_stale_temporaries, removed_if_refused, write_json
+from selftrans.storage import lock_file, plural, remove_stale_temporaries, removed_if_refused, write_json
 from selftrans.train.data_window import cache_of, describe_data, with_window
 from selftrans.train.fitting import describe
 from selftrans.train.initial_weights import InitialWeights, choose, initial_weights
@@ -87,11 +87,7 @@ def _train(
             _remove_unfinished(out)
         shards = data_of_run(config, out, accelerator)
         config, plan, initial = planned(config, shards, out, typed)
-        if (said := describe_data(config, shards)) and not quiet:
-            accelerator.print(said)
-        if config.data.window is None:
-            shards.fetch(progress=not quiet)
-        shards = _ready(shards, accelerator.device, config.data.on_device)
+        shards = _ready(config, shards, accelerator, quiet)
         preview = Preview(config, shards, accelerator.device, stop) if config.train.preview_every else None
         spent: list[dict[str, Any]] = []
         for number, stage in enumerate(plan, start=1):
@@ -129,6 +125,15 @@ def _train(
     return report
 
 
+def _ready(config: RunConfig, shards: Dataset, accelerator: Accelerator, quiet: bool) -> Dataset:
+    """The data where training reads them: fetched, unless they are read in windows, and on the device if that is wanted."""
+    if (said := describe_data(config, shards)) and not quiet:
+        accelerator.print(said)
+    if config.data.window is None:
+        shards.fetch(progress=not quiet)
+    return ready_data(shards, accelerator.device, config.data.on_device)
+
+
 def planned(
     config: RunConfig, shards: Dataset, out: Path, typed: Collection[str]
 ) -> tuple[RunConfig, list[Stage], InitialWeights | None]:
@@ -145,7 +150,7 @@ def planned(
     return config, plan, initial
 
 
-def _ready(shards: Dataset, device: torch.device, on_device: bool) -> Dataset:
+def ready_data(shards: Dataset, device: torch.device, on_device: bool) -> Dataset:
     """The data, ready for training, on the device if that is asked for. Raises ValueError for buckets on the device."""
     if on_device and len(shards.parts) > 1:
         raise ValueError(f"{shards.path} holds buckets of several sizes; leave data.on_device off")
@@ -201,7 +206,9 @@ def data_of_run(config: RunConfig, out: Path, accelerator: Accelerator | None = 
     if expected.shape is not None and tuple(expected.shape) != tuple(manifest.shape):
         raise ValueError(f"{path} holds latents {manifest.shape}, but data.shape expects {expected.shape}")
     if expected.classes is not None and expected.classes != manifest.num_classes:
-        raise ValueError(f"{path} has {manifest.num_classes} classes, but data.classes expects {expected.classes}")
+        raise ValueError(
+            f"{path} has {plural(manifest.num_classes, 'class')}, but data.classes expects {expected.classes}"
+        )
     own = expected.autoencoder
     if own is not None and scales_differ(own, manifest.autoencoder, tolerance=0):
         raise ValueError(
@@ -211,8 +218,8 @@ def data_of_run(config: RunConfig, out: Path, accelerator: Accelerator | None = 
     small = sum(size < config.train.batch_size for size in shards.parts)
     if small and len(shards.parts) > 1 and main:
         warnings.warn(
-            f"{small} of the {len(shards.parts)} buckets of {path} have fewer pictures than the batch, "
-            f"{config.train.batch_size}: a batch of those has some of them more than once",
+            f"{small} of the {len(shards.parts)} buckets of {path} {'has' if small == 1 else 'have'} fewer pictures than the "
+            f"batch, {config.train.batch_size}: a batch of those has some of them more than once",
             stacklevel=3,
         )
     return shards
@@ -328,4 +335,4 @@ def totals(report: dict[str, Any]) -> str:
     if report["total_tflops"] is not None:
         sums = f"{report['total_tflops']:.3g} TFLOPs, {report['total_seconds']:.0f} s"
         total = f"with all stages and the teacher's training {sums}"
-    return f"done: {report['student_steps']} student steps, {report['student_tflops']:.3g} TFLOPs; {total}"
+    return f"done: {plural(report['student_steps'], 'student step')}, {report['student_tflops']:.3g} TFLOPs; {total}"

@@ -59,6 +59,45 @@ def test_help_and_wrong_arguments_load_no_torch(argv, status):
     assert ends_with(argv, "torch", "numpy", "accelerate") == str(status)
 
 
+#: run in a process of its own; prints, as json, the wrong exit statuses, the libraries that were loaded, and the most seconds
+EVERY_PAGE = """
+import contextlib, io, json, sys, time
+from selftrans.cli.commands import COMMANDS
+from selftrans.cli.main import main
+started = time.process_time()  # of this process, the start of Python included
+lines = [f"{name} {word}" for name in COMMANDS for word in ("--help", "--nonsense")]
+lines += ["train digits --help", "train digits --method sra --help", "compare digits --help"]
+lines += ["train digits --out=x --train.stpes=3", "sample x --out=y --num=many", "sample x --labels", "prepare x", "evaluate x"]
+wrong, longest = [], 0.0
+for line in lines:
+    before = time.process_time()
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        status = main(line.split())
+    wrong += [line] * (status != (0 if "--help" in line else 2))
+    longest = max(longest, time.process_time() - before)
+print(json.dumps([wrong, sorted({*sys.argv[1:]} & {*sys.modules}), started + longest]))
+"""
+
+
+def test_help_and_wrong_arguments_of_every_command_load_no_library():
+    """Each takes less than half a second of one core."""
+    libraries = [
+        "torch",
+        "numpy",
+        "accelerate",
+        "diffusers",
+        "transformers",
+        "datasets",
+        "PIL",
+        "scipy",
+        "sklearn",
+        "matplotlib",
+    ]
+    done = subprocess.run([sys.executable, "-c", EVERY_PAGE, *libraries], capture_output=True, text=True, check=True)
+    wrong, loaded, seconds = json.loads(done.stdout)
+    assert (wrong, loaded) == ([], []) and seconds < 0.5, done.stdout
+
+
 # ---- wrong commands: status 2, one line
 
 
@@ -148,6 +187,30 @@ def test_bad_input(argv, expected, capsys, tmp_path, monkeypatch):
     assert main(argv.split()) == 1
     assert expected in one_line(capsys)
     assert (tmp_path / "file").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        ("prepare {long} --out x", "{start}: File name too long; give a shorter name"),
+        ("sample {long} --out x", "{start}: File name too long; give a shorter name"),
+        ("evaluate {long} --reference digits", "{start}: File name too long; give a shorter name"),
+        ("train digits --out {long}", "{start}: File name too long; give a shorter name"),
+        ("train digits --out file/x", "the folder file/x cannot be made (Not a directory); choose another --out"),
+        ("train digits --out file", "the folder file cannot be made (File exists); choose another --out"),
+        ("prepare folder --out circle", "circle"),
+        ("prepare circle --out x", "no source 'circle'"),
+    ],
+)
+def test_paths_that_cannot_be(argv, expected, capsys, tmp_path, monkeypatch):
+    """Too long a name, a file where a folder should be, links in a circle."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("mine")
+    toy.pictures(tmp_path / "folder")
+    (tmp_path / "circle").symlink_to("circle")
+    long = "b" * 300
+    assert main(argv.format(long=long).split()) == 1
+    assert expected.format(start=long[:160]) in one_line(capsys)
 
 
 def test_data_of_another_shape_or_class_count_than_the_checkpoints(tmp_path, capsys):

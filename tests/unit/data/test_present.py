@@ -52,7 +52,7 @@ def test_labels_are_drawn_from_the_classes_that_occur() -> None:
 def test_run_on_data_with_a_gap_samples_what_they_hold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pictures = toy.pictures(tmp_path / "pictures", ("cat", "owl"))
     (pictures / "dog").mkdir()
-    with pytest.warns(UserWarning, match="1 of 3 classes have no samples: dog"):
+    with pytest.warns(UserWarning, match="1 of 3 classes has no samples: dog"):
         prepare(pictures, tmp_path / "data", reading=Reading(allow_empty=True), progress=False)
     dataset = Dataset.open(tmp_path / "data")
     assert dataset.manifest.classes == ("cat", "dog", "owl") and dataset.present == (0, 2)
@@ -74,7 +74,7 @@ def test_classes_that_are_lost_to_unreadable_pictures_are_said(tmp_path: Path) -
     for k in range(2):
         (pictures / "dog" / f"{k}.png").write_bytes(b"")
     (pictures / "owl" / "0.png").write_bytes(b"")
-    with pytest.warns(UserWarning, match=r"^no sample of 1 classes is readable: dog; they keep their labels$"):
+    with pytest.warns(UserWarning, match=r"^no sample of 1 class can be used: dog; it keeps its label$"):
         prepare(pictures, tmp_path / "data", skip_bad=True, progress=False)
     assert Dataset.open(tmp_path / "data").present == (0, 2)
 

@@ -7,6 +7,7 @@ import dataclasses
 import json
 import math
 import shutil
+from concurrent.futures.process import BrokenProcessPool
 from html.parser import HTMLParser
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,11 +17,11 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from selftrans.cli.main import main
-from selftrans.experiments import html_report
+from selftrans.experiments import html_report, runner
 from selftrans.experiments.compare import compare_methods, for_method, with_defaults
 from selftrans.experiments.measurement import Measurement, interval, measured_before, measured_steps
 from selftrans.experiments.runner import Comparison
-from selftrans.experiments.summary import as_csv, curve, first_below, mean_curve, rows
+from selftrans.experiments.summary import as_csv, curve, first_below, mean_curve, rows, time_line, time_shares
 from selftrans.methods.repa import Repa
 from selftrans.methods.self_transcendence import Stage1, Stage2
 from selftrans.recipes import recipe
@@ -51,6 +52,21 @@ RESULTS = {
 
 
 FAST = {job: run for job, run in RESULTS.items() if job[0] == "fast"}
+
+
+def test_shares_of_the_time_by_hand():
+    spent = {"steps": 30.0, "training": 40.0, "measuring": 10.0}
+    results = {
+        ("vanilla", seed): (run | {"spent": spent}, points) for seed, (run, points) in enumerate(RESULTS.values())
+    }
+    shares = time_shares(dict(list(results.items())[:2]), 60.0, 2)
+    assert shares == {
+        "seconds": 60.0, "workers": 2, "steps": 0.5, "training": pytest.approx(1 / 6), "measuring": pytest.approx(1 / 6),
+        "other": pytest.approx(1 / 6),
+    }  # fmt: skip
+    line = "time: 50% training steps, 17% models and checkpoints, 17% measuring, 17% other, of 2 workers in 60 s"
+    assert time_line(shares) == line
+    assert time_line(time_shares(RESULTS, 60.0, 2)) is None  # nothing was trained
 
 
 def test_rows_hold_means_and_deviations_over_seeds():
@@ -206,6 +222,7 @@ def test_compare_command(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> N
     assert "selftrans: warning: 24 images for 64 dimensions" in output.err and "UserWarning" not in output.err
     summary = json.loads((out / "compare.json").read_text())
     assert [row["method"] for row in summary["table"]] == methods
+    assert 0 < summary["time"]["steps"] < 1 and f"time: {summary['time']['steps']:.0%} training steps" in output.out
     assert summary["config"]["model"]["width"] == 16 and summary["seeds"] == [0, 1] and summary["images"] == 24
     for row in summary["table"]:
         assert row["seeds"] == 2 and row["steps"] == 10 and row["distance"]["mean"] > 0
@@ -364,6 +381,19 @@ def test_unusable_methods_are_refused_before_training(method, words, message, tm
     command = ["compare", "digits", "--out", str(tmp_path / "x"), "--methods", "vanilla", method, "--seeds", "0"]
     assert main([*command, "--model.width", "16", "--model.depth", "3", *words]) == 1
     assert message in capfd.readouterr().err and not list((tmp_path / "x").glob("*-seed*"))
+
+
+def test_worker_that_is_killed_is_one_line(tmp_path, monkeypatch):
+    def killed(*_):
+        raise BrokenProcessPool("A process in the process pool was terminated abruptly")
+
+    monkeypatch.setattr(runner, "_in_workers", killed)
+    config = dataclasses.replace(recipe("digits"), method="vanilla")
+    comparison = Comparison(config, {"vanilla": config}, (0,), tmp_path, 10, "digits")
+    with pytest.raises(
+        ValueError, match=r"^a worker process was ended from outside, .* continues: give it --workers 1"
+    ):
+        runner.compare(comparison, workers=1)
 
 
 def test_too_few_images_are_refused_by_the_library(tmp_path):

@@ -13,7 +13,8 @@ from selftrans import storage
 from selftrans.checkpoints import format as checkpoint
 from selftrans.data.buckets import open_data
 from selftrans.data.prepare import prepare
-from selftrans.train.autoencoder_network import AutoencoderLoss, AutoencoderSettings
+from selftrans.train.autoencoder_network import AutoencoderLoss
+from selftrans.train.autoencoder_settings import AutoencoderSettings
 from selftrans.train.autoencoder_training import AutoencoderTraining, to_pixels
 from selftrans.train.ema import EMA
 from selftrans.train.log import JsonlLog, read_log

@@ -1,12 +1,14 @@
 """`selftrans train --dry-run`: its numbers against the run itself, and that nothing is written."""
 
+import json
 import os
 
 import pytest
 
 from selftrans.checkpoints import format as checkpoint
 from selftrans.cli.main import main
-from selftrans.train.dry_run import dry_run, duration, gigabytes
+from selftrans.train.dry_run import _extrapolated, dry_run, duration, gigabytes
+from selftrans.train.trainer import Trainer
 from tests.support import toy
 from tests.support.toy import quick  # noqa: F401 - a fixture
 
@@ -14,7 +16,7 @@ from tests.support.toy import quick  # noqa: F401 - a fixture
 def test_numbers_are_those_of_the_run(tmp_path):
     run = toy.copy(toy.finished(), tmp_path / "run")
     before = toy.tree(run)
-    found = dry_run(toy.toy({"train.steps": 10}), run, steps=2)
+    found = dry_run(toy.toy({"train.steps": 10, "train.capture": "on"}), run, steps=2)
     assert toy.tree(run) == before
     log, last = toy.log(run), checkpoint.newest(run / "stage2" / "checkpoints")
     assert last is not None
@@ -38,6 +40,55 @@ def test_command_writes_nothing(tmp_path, monkeypatch, capsys):
     assert "steps/s" in shown and "GB free" in shown and os.listdir(tmp_path) == []
     assert main(["train", "digits", "--out=run", "--dry-run", *toy.flags(), "--model.heads=7"]) == 1
     assert os.listdir(tmp_path) == []
+
+
+def test_slow_steps_on_a_cpu_have_fewer_samples(tmp_path, monkeypatch, capsys):
+    """2 and 4 samples at a time in place of 8, in two parts; what is said of the whole batch is extrapolated, and says so."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("selftrans.train.dry_run.CPU_FLOPS", 1.0)
+    seen = []
+    step = Trainer._train_step
+    monkeypatch.setattr(Trainer, "_train_step", lambda self, batches: step(self, _counted(batches, seen)))
+    argv = [
+        "train",
+        "digits",
+        "--out=run",
+        "--dry-run",
+        f"--data={toy.digits()}",
+        *toy.flags(),
+        "--train.batch-size=16",
+    ]
+    assert main([*argv, "--dry-run-json=plan.json", "--data.on-device", "True"]) == 0
+    assert seen[:8] == [2, 2, 4, 4, 2, 2, 4, 4] and set(seen) == {2, 4}
+    assert "extrapolated from 2 and 4 samples at a time" in capsys.readouterr().out
+    found = json.loads((tmp_path / "plan.json").read_text())
+    assert found["micro_batch"] == 8 and [stage["samples"] for stage in found["stages"]] == [2, 2]
+    assert all(stage["seconds_per_step"] > 0 and stage["peak"] > 0 for stage in found["stages"])
+    assert os.listdir(tmp_path) == ["plan.json"]
+    assert main([word for word in argv if word != "--dry-run"] + ["--dry-run-json=plan.json"]) == 1
+    assert "--dry-run-json belongs to --dry-run" in capsys.readouterr().err
+    assert main([*argv, "--dry-run-json=no/such/folder/../../plan.json/x"]) == 1
+
+
+def _counted(batches, seen):
+    for loaded in batches:
+        assert all(len(tensor) == len(loaded.rows) for tensor in loaded.tensors.values())
+        seen.append(len(loaded.rows))
+        yield loaded
+
+
+def test_extrapolation_is_linear_in_the_samples():
+    """A step takes 3 s and 0.5 s a sample; the first of 4 and 8 samples in turn is a warm-up."""
+    assert _extrapolated([99.0, 7.0, 5.0, 7.0, 5.0], 4, 256) == pytest.approx(3 + 0.5 * 256)
+    assert _extrapolated([99.0, 7.0], 4, 256) == pytest.approx(7 * 32)  # two steps: in proportion
+    assert _extrapolated([99.0, 4.0, 5.0], 4, 256) == pytest.approx(4 * 32)  # noise
+
+
+def test_data_on_the_device_as_in_the_run(tmp_path, monkeypatch):
+    held = []
+    monkeypatch.setattr("selftrans.train.run.OnDevice", lambda shards, device: held.append(device.type) or shards)
+    dry_run(toy.toy({"data.on_device": True}), tmp_path / "run", steps=1)
+    assert held == ["cpu"]
 
 
 def test_units():

@@ -12,8 +12,11 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, Literal
 
-from selftrans.data.sources.decode import EXTENSIONS, SOUNDS, VIDEOS
+import numpy as np
+
+from selftrans.data.sources.decode import EXTENSIONS, SOUNDS, STANDARD, VIDEOS, Reading
 from selftrans.data.sources.folder import check_link, empty_classes, walk
+from selftrans.data.sources.label_file import given_labels
 from selftrans.data.sources.part_file import SizedFile
 from selftrans.data.sources.passed_over import junk_name
 from selftrans.data.sources.source import Entries, Source, classify
@@ -93,12 +96,12 @@ def _kind(name: str, frames: int | None) -> Kind:
 
 
 def open_files(
-    path: Path, kind: Kind, frames: int | None, split: str | None = None, *, allow_empty: bool = False
+    path: Path, kind: Kind, frames: int | None, split: str | None = None, reading: Reading = STANDARD
 ) -> ClipFiles:
-    """The files of a source of this kind, with their labels. `split` and `allow_empty` as in `open_source`.
+    """The files of a source of this kind, with their labels. `split` and `reading` as in `open_source`.
 
-    Raises ValueError for a source of several kinds, and for a class folder without files unless `allow_empty`; of a zip such
-    folders are counted.
+    Raises ValueError for a source of several kinds, and for a class folder without files unless they are allowed; of a zip
+    such folders are counted.
     """
     if path.is_file():
         found, inside, empty = _in_zip(path, split) if path.suffix.lower() == ".zip" else _in_tar(path, split)
@@ -108,13 +111,18 @@ def open_files(
     else:
         path = split_folder(path, split)
         found = _in_folder(path)
-        inside, empty = found.names, empty_classes(path, found.names, kind, allow_empty)
+        classless = reading.labels is not None
+        inside, empty = found.names, [] if classless else empty_classes(path, found.names, kind, reading.allow_empty)
     for name in found.names:
         if (other := _kind(name, frames)) != kind:
             raise ValueError(f"{path} holds {kind} and {other}, such as {printable(name)}; keep one kind in a source")
-    if empty and not allow_empty:
+    if reading.labels is not None:
+        none = np.zeros(len(found.names), dtype=np.int64)
+        source = Source(found.names, none, (), _unused, found.sizes, dict(found.ignored))
+        return ClipFiles(path, given_labels(source, reading.labels), found.open)
+    if empty and not reading.allow_empty:
         found.ignored[f"class folders without {kind}"] = len(empty)
-    labels, classes = classify(inside, str(path), kind, empty if allow_empty else ())
+    labels, classes = classify(inside, str(path), kind, empty if reading.allow_empty else ())
     warn_of_splits(found.names, classes, str(path))
     return ClipFiles(path, Source(found.names, labels, classes, _unused, found.sizes, dict(found.ignored)), found.open)
 

@@ -63,7 +63,10 @@ class Clips:
     load: Callable[[str, BinaryIO], np.ndarray] = field(repr=False)  #: name and content of a file ⇒ (C, *S) float32
     remarks: tuple[str, ...] = ()  #: sentences on what is cut or padded
     captions: None = None  #: as `Samples` asks for: there are none
-    faults: Mapping[int, str] = field(default_factory=dict)  #: none, likewise
+
+    @property
+    def faults(self) -> Mapping[int, str]:
+        return self.files.source.faults
 
     @property
     def labels(self) -> np.ndarray:
@@ -90,6 +93,8 @@ class Clips:
     def read(self, i: int) -> np.ndarray:
         """Sample i: (C, *S) float32. Raises BadClip for a file that cannot be decoded, is too short or not finite."""
         name = self.name(i)
+        if i in self.faults:
+            raise BadSample(name, self.faults[i])
         try:
             with self.files.open(i) as stream:
                 values = self.load(name, stream)
@@ -135,7 +140,7 @@ def open_clips(
 ) -> Clips | None:
     """Open a folder, zip or tar of sounds or videos (see `kind_of`, also for `archives`); None for any other source.
 
-    `split` names a part of it; of `reading`, empty class folders and the limit of pixels count.
+    `split` names a part of it; of `reading`, empty class folders, the file of labels and the limit of pixels count.
     Raises ValueError for a source with several kinds, options of another kind, and clips that need an option.
     """
     from selftrans.data.sources import audio, video
@@ -145,7 +150,7 @@ def open_clips(
     if kind not in ("sounds", "videos"):
         options.refuse("audio rate length bins hop frames grey", f"{source}, which holds no sounds or videos")
         return None
-    files = open_files(root, kind, options.frames, split, allow_empty=reading.allow_empty)
+    files = open_files(root, kind, options.frames, split, reading)
     if kind == "sounds":
         options.refuse("frames grey", "sounds")
         if resolution is not None:

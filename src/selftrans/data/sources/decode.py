@@ -93,9 +93,8 @@ class Reading(NamedTuple):
     max_pixels: int = MAX_PIXELS  #: larger pictures are refused
     range: tuple[float, float] | None = None  #: values that become black and white, of more than 8 bits; None: all bits
     allow_empty: bool = False  #: a class folder without pictures is a class, instead of an error
-    streaming: bool = (
-        False  #: rows of a table are read one after another, from the hub if they are there: no copy on disk
-    )
+    streaming: bool = False  #: rows of a table are read one after another, those of the hub from there: no copy on disk
+    labels: Path | None = None  #: a file with the label of each picture, in place of class folders; see `label_file`
 
     def check(self) -> None:
         """Raise ValueError for an option out of range."""

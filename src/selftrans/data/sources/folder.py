@@ -45,7 +45,11 @@ def folder(root: Path, *, allow_empty: bool = False) -> Source:
 
 def check_link(path: Path, root: Path, name: str) -> None:
     """Raise ValueError when `path` leads out of the folder `root` (a path without links) through a symbolic link."""
-    if not path.resolve().is_relative_to(root):
+    try:
+        inside = path.resolve().is_relative_to(root)
+    except (OSError, RuntimeError):  # links that lead in a circle: nothing is read through them
+        return
+    if not inside:
         raise ValueError(f"{printable(name)} in {root} is a symbolic link out of the folder; copy its target there")
 
 
@@ -55,18 +59,28 @@ def empty_classes(root: Path, names: Collection[str], unit: str, allowed: bool =
     if not classes:
         return []
     with os.scandir(root) as entries:
-        folders = [e for e in entries if e.name not in classes and junk_name(e.name) is None and e.is_dir()]
+        folders = [e for e in entries if e.name not in classes and junk_name(e.name) is None and _is_folder(e)]
     empty = sorted(entry.name for entry in folders if not (allowed and entry.is_symlink()))
     if empty and not allowed:
         inside: Counter[str] = Counter()
         if not (root / empty[0]).is_symlink():
             list(walk(root / empty[0], (), inside))
         held = f" ({in_words(inside)})" if inside else ""
+        if (root / empty[0]).is_symlink():
+            held = " (it is a symbolic link to a folder, which is not followed)"
         raise ValueError(
             f"class folder {empty[0]!r} of {root} holds no {unit.removesuffix('s')}{held}; fill it, remove it, or keep it as a "
             "class without data by --allow-empty"
         )
     return empty
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    """Whether an entry is a folder, or a link to one; a link that leads in a circle is none."""
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False
 
 
 def walk(root: Path, suffixes: Collection[str], ignored: Counter[str]) -> Iterator[tuple[str, int]]:
@@ -92,6 +106,8 @@ def _walk(
             check_link(Path(entry.path), root, name)
         if junk is not None:
             ignored[junk] += 1
+        elif entry.is_symlink() and not Path(entry.path).exists():  # broken, or in a circle
+            ignored[SPECIAL] += 1
         elif entry.is_dir(follow_symlinks=False):
             yield from _walk(Path(entry.path), root, name + "/", suffixes, ignored)
         elif entry.is_dir():

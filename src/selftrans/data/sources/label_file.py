@@ -1,22 +1,44 @@
-"""`dataset.json` next to pictures, as StyleGAN's and EDM's tools write it: the label of each picture, in place of its folder.
+"""Files with the label of each picture, in place of folders: csv, json, and `dataset.json` as StyleGAN's tools write it.
 
-{"labels": [["00000/img00000000.png", 6], ...]}    "labels" null or missing: no classes
+path,label              {"labels": [["00000/img00000000.png", 6], ...]}              "labels" null or missing: no classes
+a/001.jpg,cat           {"a/001.jpg": "cat", ...}, [["a/001.jpg", "cat"], ...], [{"path": "a/001.jpg", "label": "cat"}, ...]
 """
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 from collections import Counter
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
+from selftrans.data.sources.labelling import Label, with_labels
 from selftrans.data.sources.source import MAX_CLASSES, Source
 from selftrans.storage import first_line, printable
 
 NAME = "dataset.json"
 MAX_BYTES = 1 << 28  #: of the file
+SUFFIXES = (".csv", ".tsv", ".json", ".jsonl")
+#: names of columns and fields, in lower case
+NAMES = (
+    "path",
+    "file",
+    "filename",
+    "file_name",
+    "filepath",
+    "file_path",
+    "name",
+    "image",
+    "image_path",
+    "picture",
+    "id",
+)
+LABELS = ("label", "class", "class_name", "category", "target")
+_FORMS = "give a csv of path,label, or a json of paths and labels (docs/data.md)"
 
 
 def labelled_folder(source: Source, root: Path) -> Source | None:
@@ -29,43 +51,156 @@ def labelled_folder(source: Source, root: Path) -> Source | None:
 
 
 def labelled(source: Source, data: bytes, where: str, top: str = "") -> Source | None:
-    """The source with the labels in `data`, whose names begin after `top`; classes are named by their numbers.
+    """The source with the labels of a `dataset.json`, whose names begin after `top`.
 
-    None for a json of another kind, without `labels`. Raises ValueError for labels that are no integers from 0, and for
-    pictures without a label.
+    None for a json of another kind, without `labels`. Pictures without a label become faults of the source. Raises
+    ValueError for labels that are no words or integers from 0, and where no picture has one.
     """
     if not len(source):
         return None
     if len(data) > MAX_BYTES:
         raise ValueError(f"{where} is larger than {MAX_BYTES} bytes; remove it")
-    try:
-        content = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{where} is not valid json ({first_line(error)}); repair it, or remove it") from error
+    content = _json(data, where, "repair it, or remove it")
     if not isinstance(content, dict) or "labels" not in content:
         return None
     ignored = dict(Counter(source.ignored) - Counter({"*.json": 1}))
     if content["labels"] is None:
         return replace(source, labels=np.zeros(len(source), np.int64), classes=(), ignored=ignored)
-    of = _labels(content["labels"], where)
-    names = [name.removeprefix(top) for name in source.names]
-    missing = [name for name in names if name not in of]
-    if missing:
-        raise ValueError(
-            f"{where} has no label for {len(missing):,} pictures, such as {printable(missing[0])}; add them, or remove the file"
+    entries = content["labels"]
+    of = _pairs(entries if isinstance(entries, list) else [entries], where, "repair it, or remove it")
+    return replace(with_labels(source, of, where, loosely=False, top=top), ignored=ignored)
+
+
+def given_labels(source: Source, path: str | Path) -> Source:
+    """The source with the labels of a csv, tsv, json or json-lines file, see the head of this module; `with_labels` compares
+    their names. Raises ValueError for a file that is not of this kind, and as `with_labels`."""
+    path = Path(path)
+    if path.suffix.lower() not in SUFFIXES:
+        raise ValueError(f"labels {printable(path)} do not end in {', '.join(SUFFIXES)}; {_FORMS}")
+    try:
+        with open(path, "rb") as file:
+            data = file.read(MAX_BYTES + 1)
+    except OSError as error:
+        raise ValueError(f"labels {printable(path)} cannot be read ({first_line(error)}); {_FORMS}") from error
+    if len(data) > MAX_BYTES:
+        raise ValueError(f"{path} is larger than {MAX_BYTES >> 20} MB; {_FORMS}")
+    where, suffix = str(path), path.suffix.lower()
+    if suffix in (".csv", ".tsv"):
+        of = _unique(
+            _csv(_text(data, where), "\t" if suffix == ".tsv" else None, {*source.names}, where), where, _FORMS
         )
-    labels = np.array([of[name] for name in names], dtype=np.int64)
-    return replace(source, labels=labels, classes=tuple(map(str, range(int(labels.max()) + 1))), ignored=ignored)
+    else:
+        of = _pairs(_entries(data, suffix, where), where, _FORMS)
+    return with_labels(source, of, where)
 
 
-def _labels(entries: object, where: str) -> dict[str, int]:
-    of = dict[str, int]()
-    for entry in entries if isinstance(entries, list) else [entries]:
-        name, label = entry if isinstance(entry, list) and len(entry) == 2 else (None, None)
-        if not isinstance(name, str) or type(label) is not int or not 0 <= label < MAX_CLASSES:
-            raise ValueError(
-                f"{where}: labels should list a name and an integer from 0 to {MAX_CLASSES - 1} each, not "
-                f"{printable(repr(entry), 80)}; repair it, or remove it"
+def _text(data: bytes, where: str) -> str:
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{where} is not text in UTF-8 ({first_line(error)}); store it as UTF-8") from error
+
+
+def _json(data: bytes, where: str, remedy: str) -> object:
+    try:
+        return json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where} is not valid json ({first_line(error)}); {remedy}") from error
+
+
+def _entries(data: bytes, suffix: str, where: str) -> Iterable[object]:
+    """The entries of a json: those of `labels`, if it has that, of a dict its items, of a list its entries; of json lines
+    each line."""
+    if suffix == ".jsonl":
+        lines = _text(data, where).splitlines()
+        return [_json(line.encode(), f"{where}, line {i},", _FORMS) for i, line in enumerate(lines, 1) if line.strip()]
+    content = _json(data, where, _FORMS)
+    if isinstance(content, dict) and isinstance(content.get("labels"), list | dict):
+        content = content["labels"]
+    if isinstance(content, dict):
+        return [[*item] for item in content.items()]
+    if not isinstance(content, list):
+        raise ValueError(f"{where} holds no list of labels; {_FORMS}")
+    return content
+
+
+def _pairs(entries: Iterable[object], where: str, remedy: str) -> dict[str, Label]:
+    """Name and label of each entry of a json. Raises ValueError for any other entry."""
+
+    def pairs() -> Iterator[tuple[str, Label]]:
+        for entry in entries:
+            found = (
+                [entry.get(_column(entry, names, where)) for names in (NAMES, LABELS)]
+                if isinstance(entry, dict)
+                else entry
             )
-        of[name.replace("\\", "/")] = label
+            name, label = found if isinstance(found, list) and len(found) == 2 else (None, -1)
+            number = type(label) is int and 0 <= label < MAX_CLASSES
+            if not isinstance(name, str) or not (number or label is None or isinstance(label, str)):
+                raise ValueError(
+                    f"{where}: labels should list a name and a word or an integer from 0 to {MAX_CLASSES - 1} each, not "
+                    f"{printable(repr(entry), 80)}; {remedy}"
+                )
+            yield name, label
+
+    return _unique(pairs(), where, remedy)
+
+
+def _unique(pairs: Iterable[tuple[str, Label]], where: str, remedy: str) -> dict[str, Label]:
+    """The pairs as a dict, with names as sources have them. Raises ValueError for a name with two labels."""
+    of = dict[str, Label]()
+    for given, label in pairs:
+        name = given.replace("\\", "/").removeprefix("./")
+        if of.setdefault(name, label) != label:
+            first = printable(of[name], 40)
+            raise ValueError(f"{where} gives {printable(name)} the labels {first} and {printable(label, 40)}; {remedy}")
     return of
+
+
+def _csv(text: str, delimiter: str | None, names: Collection[str], where: str) -> Iterator[tuple[str, Label]]:
+    """Name and label of each line; `names` are those of the pictures, by which a first line of other names is a header."""
+    head = text.split("\n", 1)[0]
+    delimiter = delimiter or max(",;\t", key=head.count)
+    rows = csv.reader(io.StringIO(text), delimiter=delimiter)
+    at: tuple[int, int] | None = None
+    try:
+        for row in rows:
+            if not any(cell.strip() for cell in row):
+                continue
+            if at is None:
+                at = _columns(row, where)
+                if at != (0, 1) or row[0].strip().lower() in NAMES or not _is_name(row[0], names):
+                    continue
+            if len(row) <= max(at):
+                raise ValueError(f"line {rows.line_num} has {len(row)} of the columns")
+            yield row[at[0]].strip(), row[at[1]].strip() or None
+    except (csv.Error, ValueError) as error:
+        raise (
+            error if str(error).startswith(where) else ValueError(f"{where}: {first_line(error)}; {_FORMS}")
+        ) from error
+
+
+def _columns(row: list[str], where: str) -> tuple[int, int]:
+    """The columns of names and labels, by the first line. Raises ValueError where that is not clear."""
+    cells = [cell.strip().lower() for cell in row]
+    known = dict.fromkeys(cells)
+    if any(cell in LABELS for cell in cells) and any(cell in NAMES for cell in cells):
+        return cells.index(_column(known, NAMES, where)), cells.index(_column(known, LABELS, where))
+    if len(row) != 2:
+        shown = printable(", ".join(row), 80)
+        raise ValueError(f"{where} has {len(row)} columns ({shown}), and none are named path and label; {_FORMS}")
+    return 0, 1
+
+
+def _column(entry: Collection[str], names: tuple[str, ...], where: str) -> str:
+    """The one of `names` that an entry has. Raises ValueError where it has several labels; of names the first counts."""
+    found = [name for name in names if name in entry]
+    if names is LABELS and len(found) > 1:
+        raise ValueError(f"{where} has the labels {' and '.join(found)}; keep one of them")
+    return found[0] if found else names[0]
+
+
+def _is_name(cell: str, names: Collection[str]) -> bool:
+    """Whether the first cell of a file is the path of a picture, not the title of a column."""
+    name = cell.strip().replace("\\", "/").removeprefix("./")
+    return name in names or "." in name or "/" in name or any(char.isdigit() for char in name)

@@ -7,7 +7,7 @@ import warnings
 from collections import Counter
 
 from selftrans.data.sources.metadata import MAX_METADATA, Facts
-from selftrans.storage import printable
+from selftrans.storage import are, plural, printable
 
 
 class Noticed:
@@ -35,12 +35,12 @@ class Noticed:
         if count := self._pictures["broken"]:
             kinds = ", ".join(f"{n:,} {kind}" for kind, n in sorted(self._broken.items()))
             said.append(
-                f"metadata that are damaged, or of more than {MAX_METADATA >> 20} MB, are ignored in {_pictures(count)} "
-                f"({kinds}), such as {printable(self._first['broken'])}; the pixels are read"
+                f"metadata that are damaged, or of more than {MAX_METADATA >> 20} MB, are ignored in "
+                f"{plural(count, 'picture')} ({kinds}), such as {printable(self._first['broken'])}; the pixels are read"
             )
         if count := self._pictures["several"]:
             said.append(
-                f"{_pictures(count)} {'are' if count > 1 else 'is'} animated or of several pages, such as "
+                f"{plural(count, 'picture')} {are(count)} animated or of several pages, such as "
                 f"{printable(self._first['several'])}; only the first frame is read"
             )
         return said
@@ -53,7 +53,3 @@ class Noticed:
             self._broken.clear()
             self._pictures.clear()
             self._first.clear()
-
-
-def _pictures(count: int) -> str:
-    return f"{count:,} {'picture' if count == 1 else 'pictures'}"

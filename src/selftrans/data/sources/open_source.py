@@ -27,12 +27,13 @@ from selftrans.data.sources.decode import (
     upright_size,
 )
 from selftrans.data.sources.digit_captions import digits_with_captions
+from selftrans.data.sources.label_file import given_labels
 from selftrans.data.sources.passed_over import in_words
 from selftrans.data.sources.source import Picture, Source, ahead
 from selftrans.data.sources.splits import split_files, split_folder, warn_of_splits
 from selftrans.data.sources.tar_archive import tar_files
 from selftrans.data.sources.tar_labels import labelled_tars, only_tars
-from selftrans.storage import printable
+from selftrans.storage import plural, printable
 
 __all__ = ["MAX_RESOLUTION", "Picture", "Source", "iter_images", "open_source"]
 
@@ -67,8 +68,9 @@ def open_source(
     A folder or zip with a folder for each split (`train/cat/a.jpg`) and files named after splits (`train-0.tar`) are read
     by `split`; without it all are read, with a warning. Of the hub, `split` None is train.
     Hidden files, caches and files that are not pictures are ignored and counted in `Source.ignored`. `channels` 1 reads
-    pictures as greyscale. `reading`: limits and the values of pixels. `resolution` None keeps the size of the pictures,
-    which must all have one size: the header of each is read, with a progress bar if `progress`.
+    pictures as greyscale. `reading`: limits, the values of pixels, and a file of labels, of a folder or zip. `resolution`
+    None keeps the size of the pictures, which must all have one size: the header of each is read, with a progress bar if
+    `progress`.
     Raises ValueError when there is no picture, the layout is ambiguous or unsafe, or a resolution is needed.
     """
     opened = _open(source, resolution, channels, split, label_column, captions, reading)
@@ -93,8 +95,12 @@ def _open(
     if channels not in (1, 3):
         raise ValueError(f"pictures have 1 or 3 channels, not {channels}")
     reading.check()
+    if captions and reading.labels is not None:
+        raise ValueError("--labels does not apply to pictures with captions, which have no labels; leave it out")
     if captions:
         opened = _find_captioned(source, split, captions, reading.streaming)
+    elif reading.labels is not None:
+        opened = given_labels(_loose(source, split, f"--labels {reading.labels}"), reading.labels)
     else:
         opened = _find(source, split, label_column, reading)
     if not opened.is_table:
@@ -151,17 +157,7 @@ def _find_captioned(source: str | Path, split: str | None, captions: CaptionSour
     if str(source) == "digits_t2i":
         return digits_with_captions(_digits())
     if captions.file is not None:
-        if not path.is_dir() and not (path.is_file() and path.suffix.lower() == ".zip"):
-            raise ValueError(
-                f"{source} is not a folder or a zip of pictures, which --captions {captions.file} belongs to"
-            )
-        is_folder = path.is_dir()
-        pictures = (
-            loose_folder(split_folder(path, split))
-            if is_folder
-            else zip_archive.captioned_zip(path, split, next_to=False)
-        )
-        return annotated(pictures, Path(captions.file))
+        return annotated(_loose(source, split, f"--captions {captions.file}"), Path(captions.file))
     if path.is_dir():
         files, inside = _files_of(path, split, "*.parquet", "*.tar")
         tables = [file for file in files if file.suffix == ".parquet"]
@@ -180,6 +176,16 @@ def _find_captioned(source: str | Path, split: str | None, captions: CaptionSour
         f"no source of pictures with captions in {str(source)!r}: give a folder, a zip, a tar or parquet file, a hub "
         "id, or a folder or zip of pictures with --captions FILE"
     )
+
+
+def _loose(source: str | Path, split: str | None, file: str) -> Source:
+    """Every picture of a folder or zip, without labels, for a `file` that describes them. ValueError for another source."""
+    path = Path(source)
+    if path.is_dir():
+        return loose_folder(split_folder(path, split))
+    if path.is_file() and path.suffix.lower() == ".zip":
+        return zip_archive.captioned_zip(path, split, next_to=False)
+    raise ValueError(f"{printable(source)} is not a folder or a zip of pictures, which {file} belongs to")
 
 
 def _files_of(path: Path, split: str | None, *patterns: str) -> tuple[list[Path], Path]:
@@ -227,7 +233,7 @@ def _native_resolution(source: Source, where: str, progress: bool, remedy: str) 
             raise ValueError(f"{printable(name)} in {where} is {size_text(size)}, others {size_text(seen)}; {remedy}")
         seen = size
     if seen is None:
-        raise ValueError(f"none of the {len(source)} pictures of {where} is readable; the first: {error}")
+        raise ValueError(f"none of the {plural(len(source), 'picture')} of {where} is readable; the first: {error}")
     if max(seen) > MAX_RESOLUTION:
         raise ValueError(f"the pictures of {where} are {size_text(seen)}, more than {MAX_RESOLUTION}; {remedy}")
     return resolution_of(*seen)
@@ -244,7 +250,7 @@ def iter_images(
     if Path(path).suffix.lower() == ".npz":
         yield from npz.npz_images(Path(path), batch_size, resolution, channels)
         return
-    source = _open(path, resolution)
+    source = dataclasses.replace(_open(path, resolution), faults={})  # labels are not used, so none is missing
     if resolution is None:
         native = _native_resolution(source, str(path), False, "they are read without resizing: crop all to one size")
         source = dataclasses.replace(source, resolution=native)

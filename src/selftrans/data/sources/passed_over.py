@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import PurePosixPath
 
-from selftrans.storage import printable
+from selftrans.storage import plural, printable
 
 HIDDEN = "hidden files"
 BARE, ODD = "*", "*.…"  #: files without an extension, and with one that is no ordinary word
@@ -30,6 +30,14 @@ UNREAD = frozenset(
         *(".jxl", ".jxr", ".nef", ".nii", ".orf", ".pcx", ".pfm", ".psd", ".raf", ".raw", ".rw2", ".svg", ".tga"),
         *(".wmf", ".xcf"),
     )
+)
+#: beginnings of reasons, of several files and of one
+NOUNS = (
+    ("hidden files", "hidden file"),
+    ("symbolic links to folders", "symbolic link to a folder"),
+    ("broken links, pipes and devices", "broken link, pipe or device"),
+    ("class folders", "class folder"),
+    ("empty captions", "empty caption"),
 )
 MOST = 8  #: kinds of files that a message names
 
@@ -71,12 +79,24 @@ class Archived:
 def in_words(ignored: Mapping[str, int]) -> str:
     """What is not read, as one sentence; empty when nothing is."""
     files = {reason.removeprefix("*"): count for reason, count in ignored.items() if reason.startswith("*")}
-    others = [f"{count:,} {printable(reason)}" for reason, count in ignored.items() if not reason.startswith("*")]
+    others = [
+        f"{count:,} {printable(_singular(reason) if count == 1 else reason)}"
+        for reason, count in ignored.items()
+        if not reason.startswith("*")
+    ]
     said = [f"ignored: {', '.join(others)}"] if others else []
     if files:
         total = sum(files.values())
-        said.insert(0, f"passed over {total:,} {'file' if total == 1 else 'files'}: {_kinds(files)}")
+        said.insert(0, f"passed over {plural(total, 'file')}: {_kinds(files)}")
     return "; ".join(said)
+
+
+def _singular(reason: str) -> str:
+    """The reason for ignoring one file: of a sentence that begins with a noun in the plural, that in the singular."""
+    for several, one in NOUNS:
+        if reason.startswith(several):
+            return one + reason.removeprefix(several)
+    return reason
 
 
 def unread_pictures(ignored: Mapping[str, int]) -> str:

@@ -22,7 +22,7 @@ import numpy as np
 from selftrans.data.sources.decode import STANDARD, BadSample, Reading, Resolution, bad_picture, check_pixels, to_array
 from selftrans.data.sources.metadata import facts_of
 from selftrans.data.sources.noticed import Noticed
-from selftrans.storage import printable
+from selftrans.storage import plural, printable
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -61,7 +61,7 @@ class Samples(Protocol):
 
     @property
     def faults(self) -> Mapping[int, str]:
-        """Samples that lack their picture or their captions -> the reason."""
+        """Samples that lack their picture, their captions or their label -> the reason."""
         ...
 
     def __len__(self) -> int: ...
@@ -107,7 +107,9 @@ class Source:
     is_table: bool = False
     in_order: bool = False  #: its pictures should be read in their order, by one thread
     captions: Sequence[tuple[str, ...]] | None = None  #: of each picture; None: the source was opened without
-    faults: Mapping[int, str] = field(default_factory=dict)  #: sample that lacks its picture or captions -> the reason
+    faults: Mapping[int, str] = field(
+        default_factory=dict
+    )  #: sample that lacks its picture, captions or label -> the reason
     reading: Reading = STANDARD  #: limits and values of the pixels
     noticed: Noticed = field(default_factory=Noticed, repr=False)  #: what reading has met so far, to be said once
 
@@ -174,7 +176,8 @@ def classify(
     if loose:
         first = names[heads.index(None)]
         raise ValueError(
-            f"{where} holds class folders and {loose} {unit} outside them, such as {printable(first)}; move those"
+            f"{where} holds class folders and {plural(loose, unit.removesuffix('s'))} outside them, such as "
+            f"{printable(first)}; move {'it' if loose == 1 else 'them'}"
         )
     classes = sorted({head for head in heads if head is not None} | {*also})
     index = {name: i for i, name in enumerate(classes)}

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import unicodedata
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -10,23 +11,42 @@ from selftrans.data.present import present_classes
 from selftrans.data.sources.metadata import facts_of
 from selftrans.data.sources.passed_over import unread_pictures
 from selftrans.data.sources.source import Samples, Source
-from selftrans.storage import listed
+from selftrans.storage import listed, plural, printable
 
+MOST_PAIRS = 4  #: of names that look the same, in a warning
 LOOKED_AT = 24  #: pictures of which the range of values is read, spread over the source
 
 
 def surprises(samples: Samples) -> Iterator[str]:
-    """Sentences on classes without samples, and on pictures of formats that are not read."""
-    labels, classes = samples.labels, samples.classes
+    """Sentences on classes without samples or of nearly the same name, and on pictures of formats that are not read."""
+    labels, classes = np.delete(samples.labels, list(samples.faults)), samples.classes
     if present := present_classes(labels, classes):
         absent = sorted(set(range(len(classes))) - set(present))
         named = listed([classes[k] for k in absent])
         yield (
-            f"{len(absent):,} of {len(classes):,} classes have no samples: {named}; they keep their labels, and samples are "
+            f"{len(absent):,} of {plural(len(classes), 'class')} {'has' if len(absent) == 1 else 'have'} no samples: {named}; "
+            f"{'it keeps its label' if len(absent) == 1 else 'they keep their labels'}, and samples are "
             "drawn from the others only"
+        )
+    if pairs := _alike(classes):
+        named = ", ".join(f"{printable(one)} and {printable(other)}" for one, other in pairs[:MOST_PAIRS])
+        more = ", …" if len(pairs) > MOST_PAIRS else ""
+        yield (
+            f"classes whose names look the same but for case, spaces or composed letters: {named}{more}; they stay apart, so "
+            "merge their folders if they are one"
         )
     if unread := unread_pictures(samples.ignored):
         yield f"pictures of formats that are not read are left out: {unread}; convert them, for example to png"
+
+
+def _alike(classes: Sequence[str]) -> list[tuple[str, str]]:
+    """Pairs of classes whose names look the same: Cat and cat, or é as one character and as two."""
+    first, pairs = dict[str, str](), list[tuple[str, str]]()
+    for name in classes:
+        look = " ".join(unicodedata.normalize("NFKC", name).casefold().split())
+        if first.setdefault(look, name) != name:
+            pairs.append((first[look], name))
+    return pairs
 
 
 def deep_values(source: Source) -> Iterator[str]:

@@ -11,6 +11,7 @@ import numpy as np
 
 from selftrans.data.sources.captions import CaptionSource, with_captions
 from selftrans.data.sources.decode import open_picture
+from selftrans.data.sources.labelling import Numbered, numbered
 from selftrans.data.sources.source import MAX_CLASSES, Source
 from selftrans.data.sources.table_rows import StoredRows, StreamedRows, TableRows
 from selftrans.storage import first_line, printable
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
 IMAGE_NAMES = ("image", "img", "picture", "jpg", "jpeg", "png", "webp")
 CAPTION_NAMES = ("caption", "captions", "text", "txt", "sentence", "sentences", "prompt")
 LABEL_NAMES = ("label", "labels", "class", "cls")
-_REMEDY = "give each row a class from 0, or remove the rows without one"
 PERHAPS_LABELS = (*LABEL_NAMES, "label_id", "class_id", "category", "target")  #: named in a warning, not read unasked
 
 
@@ -68,14 +68,15 @@ def _source(
 
     The image column is the one of type Image, or one of encoded bytes with a usual name; the label column is one of type
     ClassLabel, or one of integers with a usual name; without one the source is unconditional. With `wanted`, captions are
-    read in place of labels. Raises ValueError when a column is ambiguous, and for labels that are missing or negative.
+    read in place of labels. Rows without a label, or with a negative one, become faults of the source. Raises ValueError when
+    a column is ambiguous.
     """
     image_column = _image_column(rows.features, where)
     captions = _captions(rows, where, wanted.column) if wanted else None
     label_column = None if wanted else _label_column(rows.features, where, label_column)
     if not wanted and label_column is None:
         _warn_of_labels(rows.features, where)
-    labels, classes = _labels(rows, label_column, where)
+    labels, classes, unlabelled = _labels(rows, label_column, where)
     pictures = rows.pictures(image_column)
 
     def open_row(i: int) -> Image.Image:
@@ -91,7 +92,8 @@ def _source(
         return open_picture(path)
 
     names = [f"row {i:08d}" for i in range(len(rows))]
-    source = Source(names, labels, classes, open_row, is_table=True, in_order=rows.in_order)
+    faults = dict.fromkeys(unlabelled, f"no label in column {printable(label_column)!r}")
+    source = Source(names, labels, classes, open_row, is_table=True, faults=faults, in_order=rows.in_order)
     return source if captions is None else with_captions(source, captions)
 
 
@@ -144,7 +146,8 @@ def _warn_of_labels(features: Any, where: str) -> None:
     for name, kind in features.items():
         if name.lower() in PERHAPS_LABELS:
             dtype = str(getattr(kind, "dtype", "values of another kind"))
-            remedy = f"give --label-column {name}" if "int" in dtype else "store each class as an integer from 0"
+            words = any(kind in dtype for kind in ("int", "float", "string"))
+            remedy = f"give --label-column {name}" if words else "store each class as a word or an integer from 0"
             warnings.warn(
                 f"column {printable(name)!r} of {where} ({dtype}) is not read as labels, so the pictures have no classes; "
                 f"{printable(remedy)}, if they should",
@@ -152,23 +155,30 @@ def _warn_of_labels(features: Any, where: str) -> None:
             )
 
 
-def _labels(rows: TableRows, column: str | None, where: str) -> tuple[np.ndarray, tuple[str, ...]]:
-    """Labels (len,) int64 and class names, which are numbers if the table has no names."""
+def _labels(rows: TableRows, column: str | None, where: str) -> Numbered:
+    """Labels and class names, which are numbers if the table has no names, and the rows without a label.
+
+    The column holds integers, words, or whole numbers as floats, as pandas stores integers of which one is missing.
+    """
     if column is None:
-        return np.zeros(len(rows), dtype=np.int64), ()
-    values = rows.column(column)
-    absent = np.flatnonzero(values.is_null().to_numpy())
-    if len(absent):
-        raise ValueError(f"column {column!r} of {where} has no class in row {absent[0]}; {_REMEDY}")
-    labels = values.to_numpy()
-    if labels.dtype.kind not in "iu":
-        raise ValueError(f"column {column!r} of {where} does not hold integers; choose another by --label-column")
-    labels = labels.astype(np.int64)
-    wrong = np.flatnonzero(labels < 0)
-    if len(wrong):
-        raise ValueError(f"column {column!r} of {where} has no class in row {wrong[0]} ({labels[wrong[0]]}); {_REMEDY}")
+        return Numbered(np.zeros(len(rows), dtype=np.int64), (), [])
+    values = rows.column(column).to_pylist()
+    whole = (None if value is None or value != value else _whole(value) for value in values)  # NaN is not itself
+    labels = list(whole)
+    if not all(label is None or (isinstance(label, int | str) and not isinstance(label, bool)) for label in labels):
+        raise ValueError(
+            f"column {column!r} of {where} holds neither integers nor words; choose another by --label-column"
+        )
     names = getattr(rows.features[column], "names", None)
-    count = len(names) if names else int(labels.max(initial=-1)) + 1
-    if count > MAX_CLASSES or (len(labels) and labels.max() >= count):
-        raise ValueError(f"column {column!r} of {where} has label {labels.max()}, beyond its classes")
-    return labels, tuple(names) if names else tuple(str(i) for i in range(count))
+    if names is None:
+        return numbered(labels, f"column {column!r} of {where}")
+    missing = [i for i, label in enumerate(labels) if label is None or label < 0]
+    found = np.array([0 if label is None else max(0, label) for label in labels], dtype=np.int64)
+    if len(names) > MAX_CLASSES or (len(found) and found.max() >= len(names)):
+        raise ValueError(f"column {column!r} of {where} has label {found.max()}, beyond its classes")
+    return Numbered(found, tuple(names), missing)
+
+
+def _whole(value: Any) -> Any:
+    """A whole number of type float as an integer; any other value as it is."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value

@@ -41,8 +41,8 @@ def labelled_tars(tars: list[Path], field: str | None = None) -> Source:
     """Pictures of tar files, each named `TAR/key.jpg`, with their classes; `field`: of key.json (None: see `FIELD_NAMES`).
 
     Classes are integers from 0, or names. In tars without any .cls and .json, the first folder of a member is its class;
-    without folders there are no classes. Raises ValueError for pictures without a class, for a class of another kind, and as
-    `tar_archive.tar_files` does.
+    without folders there are no classes. Pictures without a class become faults of the source. Raises ValueError where none has
+    one, for a class of another kind, and as `tar_archive.tar_files` does.
     """
     ignored: Counter[str] = Counter()
     pictures: dict[str, Member] = {}
@@ -55,15 +55,35 @@ def labelled_tars(tars: list[Path], field: str | None = None) -> Source:
             else:
                 add_member(files, f"{path.name}/{_key(name)}{suffix}", info, path, MAX_LABEL_BYTES[suffix])
     names = sorted(pictures)
+    faults = dict[int, str]()
     if files or field is not None:
-        labels, classes = _labels(names, [_value(name, files, field) for name in names])
+        labels, classes, faults = _of_files(names, files, field)
     else:
         labels, classes = classify([name.partition("/")[2] for name in names], str(tars[0]))
 
     def open_member(i: int) -> Image.Image:
         return open_picture(io.BytesIO(pictures[names[i]].read()))
 
-    return Source(names, labels, classes, open_member, [pictures[name].size for name in names], dict(ignored))
+    sizes = [pictures[name].size for name in names]
+    return Source(names, labels, classes, open_member, sizes, dict(ignored), faults=faults)
+
+
+def _of_files(
+    names: list[str], files: dict[str, Member], field: str | None
+) -> tuple[np.ndarray, tuple[str, ...], dict[int, str]]:
+    """Labels (len,) and classes, and the pictures without a class with the reason. Raises ValueError where all are without."""
+    values, faults = list[int | str](), dict[int, str]()
+    for i, name in enumerate(names):
+        try:
+            values.append(_value(name, files, field))
+        except ValueError as error:
+            faults[i] = f"no label: {str(error).removesuffix(f'; {REMEDY}')}"
+            if len(faults) == len(names):
+                raise
+    kept = [i for i in range(len(names)) if i not in faults]
+    labels = np.zeros(len(names), dtype=np.int64)
+    labels[kept], classes = _labels([names[i] for i in kept], values)
+    return labels, classes, faults
 
 
 def _key(name: str) -> str:

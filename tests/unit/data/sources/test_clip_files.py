@@ -111,7 +111,7 @@ def test_class_folders_of_a_zip_without_files_are_classes_on_request(tmp_path: P
     with zipfile.ZipFile(path, "a") as archive:
         archive.mkdir("none")
     assert prepared(path, tmp_path / "a")[2] == ("high", "low")
-    with pytest.warns(UserWarning, match="1 of 3 classes have no samples: none"):
+    with pytest.warns(UserWarning, match="1 of 3 classes has no samples: none"):
         prepare(path, tmp_path / "b", reading=Reading(allow_empty=True), progress=False)
     assert content(tmp_path / "b")[2] == ("high", "low", "none")
 

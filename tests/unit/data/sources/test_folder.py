@@ -32,5 +32,20 @@ def test_symbolic_links(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=r"dog/leak.png .* symbolic link out of the folder"):
             open_source(root)
         leak.unlink()
+    for name, target in {
+        "self.png": "self.png",
+        "one.png": "two.png",
+        "two.png": "one.png",
+        "gone.png": "nowhere",
+    }.items():
+        (root / "dog" / name).symlink_to(target)
+    (root / "circle").symlink_to("circle")  # at the place of a class folder
+    assert open_source(root).ignored["broken links, pipes and devices"] == 5 and len(open_source(root)) == 5
+    for name in ("dog/self.png", "dog/one.png", "dog/two.png", "dog/gone.png", "circle"):
+        (root / name).unlink()
+    (root / "elk").symlink_to("dog")
+    with pytest.raises(ValueError, match=r"'elk' of .* no picture \(it is a symbolic link to a folder, which"):
+        open_source(root)
+    (root / "elk").unlink()
     os.mkfifo(root / "dog" / "pipe.png")  # opening it would block forever
     assert open_source(root).ignored["broken links, pipes and devices"] == 1

@@ -8,7 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from selftrans.cli.main import main
+from selftrans.data.dataset import Dataset
+from selftrans.data.sources.clips import MediaOptions, open_clips
+from selftrans.data.sources.decode import Reading
 from selftrans.data.sources.open_source import open_source
+from selftrans.data.sources.source import Source
+from tests.support.clips import sounds
 from tests.support.pictures import encoded, noise, write, zipped
 
 FILES = {f"0000{k // 3}/img{k:08d}.png": encoded(noise(8, k)) for k in range(5)}
@@ -50,12 +56,13 @@ def test_pictures_at_the_top_may_have_labels(tmp_path: Path, kind: str) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({"labels": LABELS[1:]}, "has no label for 1 pictures, such as 00000/img00000000.png"),
-        ({"labels": [["a", 1.5]]}, r"a name and an integer from 0 to 999999 each, not \['a', 1.5\]"),
+        ({"labels": [["a", 1]]}, "labels none of the 5 files: its first name is a, theirs 00000/img00000000.png"),
+        ({"labels": [["a", 1.5]]}, r"a name and a word or an integer from 0 to 999999 each, not \['a', 1.5\]"),
         ({"labels": [["a", -1]]}, r"not \['a', -1\]"),
         ({"labels": [["a", True]]}, r"not \['a', True\]"),
-        ({"labels": [["a", [0, 1]]]}, "a name and an integer"),
-        ({"labels": {"a": 1}}, "a name and an integer"),
+        ({"labels": [["a", [0, 1]]]}, "a name and a word or an integer"),
+        ({"labels": {"a": 1}}, "a name and a word or an integer"),
+        ({"labels": [["a", 1], ["a", 2]]}, "gives a the labels 1 and 2"),
         (b"{", "is not valid json"),
         (b"[" * 100_000, "is not valid json"),
     ],
@@ -64,6 +71,113 @@ def test_labels_that_do_not_fit_are_refused(tmp_path: Path, kind: str, content: 
     with pytest.raises(ValueError, match=rf"dataset.json.*{message}") as error:
         open_source(made(tmp_path, kind, content))
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("kind", ["folder", "zip"])
+def test_words_in_dataset_json_and_pictures_without_a_label(tmp_path: Path, kind: str) -> None:
+    words = [[name, {1: "cat", 5: None}.get(label, "dog")] for name, label in LABELS]
+    source = open_source(made(tmp_path, kind, {"labels": words[:-1]}))
+    assert source.classes == ("cat", "dog") and source.labels[[0, 1, 3]].tolist() == [0, 1, 0]
+    assert list(source.faults) == [2, 4] and source.faults[2].startswith("no label in ")
+
+
+# ---- a file that is given
+
+PICTURES = {name: encoded(noise(8, k)) for k, name in enumerate(("a.png", "sub/b.png", "sub/ü c.png", "d.png"))}
+
+
+def given(tmp_path: Path, name: str, content: str | bytes, kind: str = "folder") -> Source:
+    (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    where = write(tmp_path / "x", PICTURES) if kind == "folder" else zipped(tmp_path / "x.zip", PICTURES)
+    return open_source(where, reading=Reading(labels=tmp_path / name))
+
+
+@pytest.mark.parametrize("kind", ["folder", "zip"])
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("l.csv", "path,label\na.png,cat\nsub/b.png,dog\n\nsub/ü c.png,cat\nd.png,eel\n"),
+        ("l.csv", "a.png,cat\n./sub/b.png,dog\nsub\\ü c.png,cat\n d.png , eel \n"),
+        ("l.csv", '\ufeffimg;breed\r\n"a.png";"cat"\r\nb.png;dog\r\nx/ü c.png;cat\r\nd;eel\r\n'),
+        ("l.csv", "split,Label,File_Name\n0,cat,a.png\n0,dog,sub/b.png\n1,cat,sub/ü c.png\n1,eel,d.png\n"),
+        ("l.TSV", "a.png\tcat\nsub/b.png\tdog\nsub/ü c.png\tcat\nd.png\teel"),
+        ("l.json", '{"a.png": "cat", "sub/b.png": "dog", "sub/ü c.png": "cat", "d.png": "eel"}'),
+        ("l.json", '{"labels": [["a.png", "cat"], ["sub/b.png", "dog"], ["sub/ü c.png", "cat"], ["d.png", "eel"]]}'),
+        (
+            "metadata.jsonl",
+            '{"file_name": "a.png", "label": "cat"}\n{"file_name": "sub/b.png", "label": "dog", "x": 1}\n\n'
+            '{"file_name": "sub/ü c.png", "label": "cat"}\n{"file_name": "d.png", "label": "eel"}\n',
+        ),
+    ],
+)
+def test_labels_are_those_of_a_given_file(tmp_path: Path, name: str, content: str, kind: str) -> None:
+    source = given(tmp_path, name, content, kind)
+    assert source.classes == ("cat", "dog", "eel") and not source.faults
+    assert [source.classes[label] for label in source.labels] == ["cat", "eel", "dog", "cat"]  # of the sorted names
+    assert np.array_equal(source.read(2), noise(8, 1))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("l.csv", "a.png\nb.png\n", r"l.csv has 1 columns \(a.png\), and none are named path and label; give a csv"),
+        ("l.csv", "x,y,z\n1,2,3\n", r"l.csv has 3 columns \(x, y, z\), and none are named"),
+        ("l.csv", "path,label,class\na.png,1,2\n", "has the labels label and class; keep one"),
+        ("l.csv", "path,label\na.png\n", "l.csv: line 2 has 1 of the columns"),
+        ("l.csv", "a.png,cat\na.png,dog\n", "gives a.png the labels cat and dog"),
+        ("l.csv", "", "labels none of the 4 files: its first name is none"),
+        ("l.csv", b"\xff\xfea.png,1", "is not text in UTF-8"),
+        ("l.csv", "a.png,\nd.png,-1\n", "has no label from 0 and no word"),
+        ("l.json", "[1]", "a name and a word or an integer"),
+        ("l.json", "3", "holds no list of labels"),
+        ("l.jsonl", "{}\n", "a name and a word or an integer"),
+        ("l.jsonl", '{"path": "a.png", "label": 1}\n{', "line 2, is not valid json"),
+        ("l.txt", "a.png,1", "do not end in .csv, .tsv, .json, .jsonl"),
+    ],
+)
+def test_given_file_that_does_not_fit_is_refused(tmp_path: Path, name: str, content: str | bytes, message: str) -> None:
+    with pytest.raises(ValueError, match=message) as error:
+        given(tmp_path, name, content)
+    assert "\n" not in str(error.value)
+
+
+def test_given_labels_belong_to_folders_and_zips(tmp_path: Path) -> None:
+    reading = Reading(labels=tmp_path / "missing.csv")
+    with pytest.raises(
+        ValueError, match=r"^digits is not a folder or a zip of pictures, which --labels .* belongs to$"
+    ):
+        open_source("digits", reading=reading)
+    with pytest.raises(ValueError, match=r"missing.csv cannot be read \(.*No such file"):
+        open_source(write(tmp_path / "x", PICTURES), reading=reading)
+
+
+def test_prepare_with_a_file_of_labels(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    where, labels, out = write(tmp_path / "x", PICTURES), tmp_path / "l.csv", tmp_path / "out"
+    labels.write_text("a.png,cat\nb.png,dog\nd.png,\n")
+    argv = ["prepare", str(where), f"--out={out}", f"--labels={labels}"]
+    assert main(argv) == 1
+    assert (
+        "2 samples of" in (said := capsys.readouterr().err)
+        and "d.png (no label in l.csv); repair them, or leave" in said
+    )
+    assert main([*argv, "--skip-bad"]) == 0
+    data = Dataset.open(out)
+    assert data.manifest.classes == ("cat", "dog") and data.labels.tolist() == [0, 1]
+    assert [reason for _, reason in data.manifest.skipped] == ["no label in l.csv"] * 2
+    assert "2 unusable pictures left out" in capsys.readouterr().out
+    assert main([*argv, "--skip-bad"]) == 0  # repeated: complete already
+    capsys.readouterr()
+    assert main([*argv[:-1], "--skip-bad"]) == 1
+    assert "holds class folders and 2 pictures outside them" in capsys.readouterr().err
+
+
+def test_sounds_with_a_file_of_labels(tmp_path: Path) -> None:
+    sounds(tmp_path / "x")
+    names = sorted(path.name for path in (tmp_path / "x").rglob("*.wav"))
+    (tmp_path / "l.csv").write_text("".join(f"{name},{'odd' if k % 2 else 'even'}\n" for k, name in enumerate(names)))
+    reading = Reading(labels=tmp_path / "l.csv")
+    clips = open_clips(tmp_path / "x", MediaOptions(length=0.1, rate=4000), reading=reading)
+    assert clips is not None and clips.classes == ("even", "odd") and clips.labels.sum() == len(clips) // 2
 
 
 def test_damaged_entry_of_labels_is_refused(tmp_path: Path) -> None:

@@ -91,7 +91,7 @@ def test_unknown_sources_are_refused(tmp_path: Path) -> None:
 
 
 def test_ambiguous_layouts_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"class folders and 1 pictures outside them, such as loose.png"):
+    with pytest.raises(ValueError, match=r"class folders and 1 picture outside them, such as loose.png"):
         open_source(write(tmp_path / "x", TREE | {"loose.png": encoded(noise())}))
     write(tmp_path / "y", TREE)
     (tmp_path / "y" / "aardvark").mkdir()

@@ -77,6 +77,9 @@ def test_other_files_are_named_by_extension(tmp_path: Path, kind: str) -> None:
 def test_words_for_what_is_ignored() -> None:
     assert in_words({}) == "" and in_words({"*.txt": 1}) == "passed over 1 file: 1 .txt"
     assert in_words({"*": 1200, "@eaDir": 2}) == "passed over 1,200 files: 1,200 without extension; ignored: 2 @eaDir"
+    one = {"hidden files": 1, "broken links, pipes and devices": 1, "class folders without sounds": 1, "Thumbs.db": 1}
+    said = "ignored: 1 hidden file, 1 broken link, pipe or device, 1 class folder without sounds, 1 Thumbs.db"
+    assert in_words(one) == said and in_words({"empty captions, left out": 1}) == "ignored: 1 empty caption, left out"
     many = {f"*.e{k:02d}": 2 for k in range(10)}
     assert in_words(many).endswith("2 .e07, 4 of 2 other kinds")
     assert kind_of_file("a\x1b.p\x1bng") == "*.…" and junk_name("cat") is None and junk_name("THUMBS.DB") == "THUMBS.DB"

@@ -106,6 +106,14 @@ def test_classes_without_samples_are_named(tmp_path: Path) -> None:
         prepare(tmp_path / "x.npz", tmp_path / "out", autoencoder="values", progress=False)
 
 
+def test_classes_whose_names_look_the_same_are_named(tmp_path: Path) -> None:
+    names = ("Cat", "cat", "caf\u00e9", "cafe\u0301", "dog", "dogs", "wild  cat", "Wild cat")
+    source = open_source(write(tmp_path / "x", {f"{name}/a.png": encoded(noise(8)) for name in names}))
+    (said,) = surprises(source)
+    assert ": Cat and cat, Wild cat and wild  cat, cafe\u0301 and caf\u00e9; they stay apart" in said
+    assert len(source.classes) == 8
+
+
 def test_pictures_that_are_not_read_are_a_warning(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = open_source(write(tmp_path / "x", {"a.png": encoded(noise(8)), "b.heic": b"", "c.txt": b""}))
     with pytest.warns(UserWarning, match=r"are left out: 1 \.heic; convert them, for example to png"):

@@ -50,12 +50,13 @@ def test_plain_parquet_columns_and_invalid_cells(tmp_path: Path) -> None:
     source = open_source(table("a.parquet", pictures, label=[2, 0, 2]))
     assert source.classes == ("0", "1", "2") and np.array_equal(source.read(1), noise(8, 1))
     assert open_source(table("b.parquet", pictures)).classes == ()
-    with pytest.raises(ValueError, match="has no class in row 1"):
-        open_source(table("c.parquet", pictures, label=[2, -1, 2]))
-    with pytest.raises(ValueError, match="has no class in row 1"):
-        open_source(table("d.parquet", pictures, label=[2, None, 2]))
-    with pytest.raises(ValueError, match="does not hold integers"):
-        open_source(table("d.parquet", pictures, kind=["a", "b", "c"]), label_column="kind")
+    for name, label in {"c.parquet": -1, "d.parquet": None}.items():
+        source = open_source(table(name, pictures, label=[2, label, 2]))
+        assert source.faults == {1: "no label in column 'label'"} and source.labels[[0, 2]].tolist() == [2, 2]
+        with pytest.raises(ValueError, match=r"row 00000001: cannot be used \(no label in column 'label'\)"):
+            source.read(1)
+    with pytest.raises(ValueError, match="holds neither integers nor words"):
+        open_source(table("d.parquet", pictures, kind=[[1], [2], []]), label_column="kind")
     with pytest.raises(ValueError, match=r"several label columns: label, class; choose"):
         open_source(table("e.parquet", pictures, label=[0, 1, 2], **{"class": [0, 0, 0]}))
     assert open_source(tmp_path / "e.parquet", label_column="class").classes == ("0",)
@@ -65,6 +66,34 @@ def test_plain_parquet_columns_and_invalid_cells(tmp_path: Path) -> None:
     assert np.array_equal(source.read(1), noise(8, 0))
     with pytest.raises(ValueError, match="holds a file name instead of the picture"):
         source.read(0)
+
+
+@pytest.mark.parametrize(
+    ("cells", "labels", "classes", "missing"),
+    [
+        (["dog", "cat", "dog"], [1, 0, 1], ("cat", "dog"), []),
+        (["dog", None, ""], [0, 0, 0], ("dog",), [1, 2]),
+        (
+            [2.0, float("nan"), 0.0],
+            [2, 0, 0],
+            ("0", "1", "2"),
+            [1],
+        ),  # integers of which one is missing, as pandas stores them
+        (["2", "0", "2"], [2, 0, 2], ("0", "1", "2"), []),
+    ],
+)
+def test_label_column_of_words_and_of_whole_floats(
+    tmp_path: Path, cells: list, labels: list, classes: tuple, missing: list
+) -> None:
+    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    columns = {"image": arrow.array([encoded(noise(8, i)) for i in range(3)]), "kind": arrow.array(cells)}
+    for kind in (columns["kind"], columns["kind"].dictionary_encode()):  # the second as pandas' categories are stored
+        parquet.write_table(arrow.table(columns | {"kind": kind}), tmp_path / "a.parquet")
+        source = open_source(tmp_path / "a.parquet", label_column="kind")
+        assert (source.labels.tolist(), source.classes, list(source.faults)) == (labels, classes, missing)
+    parquet.write_table(arrow.table(columns | {"kind": arrow.array([0.5, 1.0, 2.0])}), tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match="holds neither integers nor words"):
+        open_source(tmp_path / "a.parquet", label_column="kind")
 
 
 def test_columns_of_captions(tmp_path: Path) -> None:
@@ -101,7 +130,7 @@ def test_columns_of_captions(tmp_path: Path) -> None:
         (
             "label",
             ["cat", "dog", "cat"],
-            r"column 'label' of .*parquet \(string\) is not read as labels.* an integer from 0",
+            r"column 'label' of .*parquet \(string\) is not read as labels.* give --label-column label, if",
         ),
         ("label", [0.0, float("nan"), 1.0], r"column 'label' of .* \(float64\) is not read as labels"),
         (

@@ -79,7 +79,7 @@ def test_folder_of_pictures_with_a_tar_next_to_them_is_read_as_before(tmp_path):
     ("files", "message"),
     [
         ({"2.cls": b"1"}, r"x.tar/1.png has no class in .cls or .json of its key; add its class"),
-        ({"cat/2.png": PNG[2]}, "holds class folders and 1 pictures outside them"),
+        ({"cat/2.png": PNG[2]}, "holds class folders and 1 picture outside them"),
         ({"1.cls": b""}, r"x.tar/1.cls holds no class: ''"),
         ({"1.cls": b"a\x1b[2J"}, r"x.tar/1.cls holds no class"),
         ({"1.cls": b"x" * 5000}, "of 5000 bytes, above the limit"),
@@ -97,6 +97,22 @@ def test_missing_and_wrong_classes_are_one_line(tmp_path, files, message):
     with pytest.raises(ValueError, match=message) as error:
         opened(path)
     assert str(error.value).isprintable()
+
+
+def test_pictures_without_a_class_are_left_out_on_request(tmp_path, capsys):
+    files = {f"{k}.png": PNG[k] for k in range(4)} | {"0.cls": b"cat", "1.cls": b"", "3.cls": b"dog"}
+    path = tarred(tmp_path / "x.tar", files)
+    source = opened(path)
+    assert (
+        source.classes == ("cat", "dog") and source.labels[[0, 3]].tolist() == [0, 1] and list(source.faults) == [1, 2]
+    )
+    assert main(["prepare", str(path), "--out", str(tmp_path / "a")]) == 1
+    assert (
+        "2 samples of" in (said := capsys.readouterr().err)
+        and "x.tar/1.png (no label: x.tar/1.cls holds no class: ''); repair" in said
+    )
+    assert main(["prepare", str(path), "--out", str(tmp_path / "b"), "--skip-bad"]) == 0
+    assert "2 unusable pictures left out" in capsys.readouterr().out
 
 
 def test_compressed_tar_says_what_to_do(tmp_path):

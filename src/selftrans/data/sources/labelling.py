@@ -1,0 +1,120 @@
+"""Labels given as words or numbers ⇒ labels and classes of a source; pictures without a label are its faults."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import PurePosixPath
+from typing import NamedTuple
+
+import numpy as np
+
+from selftrans.data.sources.source import MAX_CLASSES, Source
+from selftrans.storage import plural, printable
+
+Label = str | int | None  #: a word or a number; None: no label
+_NUMBER = re.compile(r"[+-]?\d{1,9}(\.0*)?")
+
+
+class Numbered(NamedTuple):
+    """Labels as a source holds them."""
+
+    labels: np.ndarray  #: (n,) int64; 0 where there is none
+    classes: tuple[str, ...]
+    missing: list[int]  #: positions without a label
+
+
+def numbered(given: Sequence[Label], where: str) -> Numbered:
+    """The classes of labels given as words or numbers, and each label as a number.
+
+    If all are whole numbers (also as text: 3, 3.0), they are the labels, and a negative one is none; classes are then named
+    0, 1, ... Otherwise they are words: the classes are these in the order of their code points. An empty word is none.
+    Raises ValueError for more than MAX_CLASSES classes, and where there is no label at all.
+    """
+    word_of = {label: None if label is None else _one_line(str(label)) or None for label in {*given}}
+    words = [word_of[label] for label in given]
+    distinct = {word for word in word_of.values() if word is not None}
+    if all(map(_NUMBER.fullmatch, distinct)):
+        number = {word: int(float(word)) for word in distinct}
+        labels = [-1 if word is None else number[word] for word in words]
+        highest = max(labels, default=-1)
+        classes = tuple(map(str, range(min(highest + 1, MAX_CLASSES + 1))))
+    else:
+        classes = tuple(sorted(distinct))
+        number = {word: i for i, word in enumerate(classes)}
+        labels = [-1 if word is None else number[word] for word in words]
+    if len(classes) > MAX_CLASSES:
+        raise ValueError(f"{where} has more than {MAX_CLASSES:,} classes; are its labels those of pictures?")
+    if not classes:
+        raise ValueError(f"{where} has no label from 0 and no word; give each picture its class")
+    missing = [i for i, label in enumerate(labels) if label < 0]
+    return Numbered(np.maximum(np.array(labels, dtype=np.int64), 0), classes, missing)
+
+
+def with_labels(
+    source: Source, given: Mapping[str, Label], file: str, *, loosely: bool = True, top: str = ""
+) -> Source:
+    """The source with the labels that a file gives to its names, which begin after `top`.
+
+    With `loosely`, a name that is not found as it stands is compared without its folders, then without its extension, where
+    that is unambiguous. Pictures without a label become faults of the source. Warns of names that no picture has.
+    Raises ValueError when no picture has a label.
+    """
+    names = [name.removeprefix(top) for name in source.names]
+    found, used = _matched(names, given, loosely)
+    if not used:
+        known, other = (printable(next(iter(each), "none")) for each in (names, given))
+        raise ValueError(
+            f"{file} labels none of the {plural(len(names), 'file')}: its first name is {other}, theirs {known}; name each by "
+            "its path in the source"
+        )
+    labels, classes, missing = numbered([found.get(name) for name in names], file)
+    if loosely and len(used) < len(given):
+        unused = [name for name in given if name not in used]
+        warnings.warn(
+            f"{plural(len(unused), 'name')} in {file} {'is' if len(unused) == 1 else 'are'} not in the source, such as "
+            f"{printable(unused[0])}; their labels are ignored",
+            stacklevel=5,
+        )
+    reason = f"no label in {PurePosixPath(file).name if loosely else file}"
+    return replace(source, labels=labels, classes=classes, faults=dict.fromkeys(missing, reason))
+
+
+def _one_line(word: str) -> str:
+    """A word that can be encoded, without control characters and double spaces."""
+    encodable = word.encode("utf-8", "replace").decode("utf-8")
+    return " ".join("".join(c if c.isprintable() else " " for c in encodable).split())
+
+
+def _matched(names: Sequence[str], given: Mapping[str, Label], loosely: bool) -> tuple[dict[str, Label], set[str]]:
+    """The label of each name that has one, and the given names that were used."""
+    found = {name: given[name] for name in names if name in given}
+    used = set(found)
+    forms: tuple[Callable[[str], str], ...] = (_last, _stem) if loosely else ()
+    for form in forms:
+        open_names, rest = [name for name in names if name not in found], [key for key in given if key not in used]
+        if not open_names or not rest:
+            break
+        count_of = Counter(map(form, names))
+        of_form: dict[str, list[str]] = {}
+        for key in rest:
+            of_form.setdefault(form(key), []).append(key)
+        for name in open_names:
+            keys = of_form.get(form(name), [])
+            if len(keys) == 1 and count_of[form(name)] == 1:
+                found[name] = given[keys[0]]
+                used.add(keys[0])
+    return found, used
+
+
+def _last(name: str) -> str:
+    return name.rsplit("/", 1)[-1]
+
+
+def _stem(name: str) -> str:
+    last = _last(name)
+    suffix = PurePosixPath(last).suffix
+    return last.removesuffix(suffix) if suffix.isascii() and 2 <= len(suffix) <= 5 else last
