@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import html
+import json
 import re
 import subprocess
 from dataclasses import replace
@@ -164,6 +166,8 @@ def test_quickstart_writes_a_self_contained_page(there: Pages, capsys: pytest.Ca
     assert not re.findall(r'(?:src|href)="(?!data:)', page), "the page needs other files"
     for name in ("vanilla", "stage 1 only", "Self-Transcendence", "Fréchet distance"):
         assert name in page
+    outcome = json.loads((there.folder / "quickstart" / "table.json").read_text())["outcome"]
+    assert outcome.startswith("With one seed, the distance of Self-Transcendence is ") and html.escape(outcome) in page
     assert "FID" not in re.sub(r"base64,[^\"]*", "", page)
 
 
