@@ -21,7 +21,20 @@ REASONS = (
     "takes hours",
     "run by tests/",  # then the file
 )
-PROGRAMS = ("selftrans", "make", "pip", "python", "accelerate", "torchrun", "bash", "sbatch", "hf", "aws", "ssh", "export")
+PROGRAMS = (
+    "selftrans",
+    "make",
+    "pip",
+    "python",
+    "accelerate",
+    "torchrun",
+    "bash",
+    "sbatch",
+    "hf",
+    "aws",
+    "ssh",
+    "export",
+)
 
 
 class Block(NamedTuple):
