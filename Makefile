@@ -1,4 +1,4 @@
-# make help | quickstart | test | fast | ranges | lint | format | clean
+# make help | quickstart | test | fast | ranges | lint | format | docs | clean
 # Everything is installed into .venv once, and again when pyproject.toml or constraints.txt changes.
 # Another Python: make test PYTHON=python3.12        Options for pip: environment variables PIP_...
 
@@ -7,7 +7,7 @@ PY := .venv/bin/python
 PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 $(PY) -m pip install --quiet --quiet --no-input --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test fast ranges lint format clean distclean
+.PHONY: help quickstart test fast ranges lint format docs clean distclean
 
 help:  ## show these lines
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' Makefile
@@ -34,8 +34,12 @@ format: .venv/installed-dev  ## rewrite the code in the project's format
 	@$(PY) -m ruff check --fix-only --exit-zero
 	@$(PY) -m ruff format
 
+docs: .venv/installed-dev  ## the documentation site, in site/ (tests/integration/test_site.py builds it, too)
+	@NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet
+	@echo "open site/index.html; with the search: python -m http.server --directory site"
+
 clean:  ## remove caches and build output
-	@rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	@rm -rf build dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	@find src tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
 
 distclean: clean  ## also remove .venv

@@ -83,6 +83,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "never-ends": {"stage2.until_step": None},
     "fades-half": {"stage2.fade": 0.5},
     "fades": {"stage2.fade": 1.0},
+    # tokens that skip the middle blocks in training
+    "route": {"method": "vanilla", "model.route": 0.5},
+    "route-quarter": {"method": "vanilla", "model.route": 0.25},
+    "w5-route": {"stage2.scale": 5.0, "model.route": 0.5},
     # other methods with their published weights (REPA with --encoder, or with features that the data hold), and at a tenth
     "repa": {"method": "repa"},
     "sra": {"method": "sra"},

@@ -1,10 +1,11 @@
 """Random reads of prepared data: safetensors shards against plain memory-mapped files, interleaved in one process.
 
-    python benchmarks/shard_reads.py [--rows 24000] [--batch-size 256] [--rounds 31] [--out DIR]
+    python benchmarks/shard_reads.py [--rows 24000] [--batch-size 256] [--rounds 31] [--streamed] [--out DIR]
 
 The plain reader keeps the same float16 moments in one numpy file per shard, gathers the rows of a batch and checks that
-they are finite, as `Dataset.read` does. Prints the medians in milliseconds and the median of the ratio within a round, and
-writes them to DIR/shard_reads.json. One thread; the files are in the page cache, so that the formats differ and not the disk.
+they are finite, as `Dataset.read` does. `--streamed` also reads them from a URL through a warm cache. Prints the medians in
+milliseconds and the median of the ratio within a round, and writes them to DIR/shard_reads.json. One thread; the files are in
+the page cache, so that the formats differ and not the disk.
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from selftrans.data.buckets import open_data
 from selftrans.data.dataset import Dataset
+from selftrans.data.shard_cache import CacheOptions
 from selftrans.experiments.bench.loading_sampling import random_dataset
 from selftrans.experiments.bench.machine import describe
 
@@ -57,10 +60,14 @@ def plain_reader(dataset: Dataset, folder: Path) -> Callable[[np.ndarray], tuple
     return read
 
 
-def compare(dataset: Dataset, folder: Path, batch_size: int, rounds: int) -> dict[str, Any]:
+def compare(dataset: Dataset, folder: Path, batch_size: int, rounds: int, streamed: bool = False) -> dict[str, Any]:
     """Milliseconds of a batch from each reader, and how fast ours is as a multiple of the plain one."""
     plain = plain_reader(dataset, folder)
     readers: dict[str, Callable[[np.ndarray], Any]] = {"plain": plain, "safetensors": dataset.read}
+    if streamed:
+        remote = open_data(dataset.path.resolve().as_uri(), cache=CacheOptions(str(folder / "cache")))
+        remote.fetch(progress=False)
+        readers["streamed"] = remote.read
     rows = np.arange(0, len(dataset), 7)
     assert torch.equal(plain(rows)[0], dataset.read(rows)["moments"])
     seconds: dict[str, list[float]] = {name: [] for name in readers}
@@ -74,6 +81,7 @@ def compare(dataset: Dataset, folder: Path, batch_size: int, rounds: int) -> dic
                 seconds[name].append((time.perf_counter() - start) / BATCHES)
     ratios = [a / b for a, b in zip(seconds["plain"], seconds["safetensors"], strict=True)]
     return {f"{name}_ms": round(1e3 * statistics.median(values), 4) for name, values in seconds.items()} | {
+        **{f"{name}_latents_per_s": round(batch_size / statistics.median(values)) for name, values in seconds.items()},
         "speed_ratio": round(statistics.median(ratios), 4),
         "speed_ratio_range": [round(min(ratios), 4), round(max(ratios), 4)],
     }
@@ -84,6 +92,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=24_000)
     parser.add_argument("--batch-size", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=31)
+    parser.add_argument("--streamed", action="store_true")
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
     torch.set_num_threads(1)
@@ -95,9 +104,10 @@ def main() -> None:
     for name, shape in SHAPES.items():
         with tempfile.TemporaryDirectory() as folder:
             dataset = random_dataset(Path(folder) / "data", shape, given.rows)
-            found = report[name] = compare(dataset, Path(folder), given.batch_size, given.rounds)
+            found = report[name] = compare(dataset, Path(folder), given.batch_size, given.rounds, given.streamed)
         print(
             f"{name}: plain {found['plain_ms']} ms, safetensors {found['safetensors_ms']} ms, speed x{found['speed_ratio']}"
+            + (f", streamed {found['streamed_latents_per_s']:,} latents/s" if given.streamed else "")
         )
     if given.out:
         given.out.mkdir(parents=True, exist_ok=True)

@@ -46,6 +46,7 @@ ORDER = (
     "interop",      # other people's checkpoints in, ours out
     "train",        # a run
     "experiments",  # compare, quickstart, bench, evaluate, analyse
+    "ui",           # the local page of runs
     "cli",
     "__main__",
 )  # fmt: skip
@@ -116,7 +117,9 @@ COVERED_BY = {
     "cli/doctor_command": "unit/experiments/test_doctor.py",
     "cli/experiment_commands": "unit/cli/test_main.py",
     "cli/interop_commands": "unit/cli/test_main.py",
+    "cli/plan_command": "unit/experiments/test_scale_plan.py",
     "cli/prepare_command": "unit/cli/test_main.py",
+    "cli/ui_command": "unit/ui/test_serve.py",
     "data/decoded": "unit/data/test_prepare.py",
     "data/encode": "unit/data/test_prepare.py",
     "data/manifest": "unit/data/test_dataset.py",
@@ -139,6 +142,7 @@ COVERED_BY = {
     "experiments/analyse_run": "unit/cli/test_main.py",
     "experiments/bench/loading_sampling": "unit/experiments/bench/test_bench.py",
     "experiments/bench/machine": "unit/experiments/bench/test_bench.py",
+    "experiments/bench/measured": "unit/experiments/test_scale_plan.py",
     "experiments/bench/plain_step": "unit/experiments/bench/test_bench.py",
     "experiments/bench/rounds": "unit/experiments/bench/test_bench.py",
     "experiments/bench/text_table": "unit/experiments/bench/test_bench.py",
@@ -146,7 +150,7 @@ COVERED_BY = {
     "experiments/image_files": "unit/experiments/test_evaluate_samples.py",
     "experiments/measurement": "unit/experiments/test_compare.py",
     "experiments/opened_samples": "unit/experiments/test_evaluate_samples.py",
-    "experiments/quickstart": "integration/test_readme.py",
+    "experiments/quickstart": "integration/test_pages.py",
     "experiments/reference": "unit/experiments/test_evaluate_samples.py",
     "experiments/runner": "unit/experiments/test_compare.py",
     "experiments/summary": "unit/experiments/test_compare.py",
@@ -154,8 +158,11 @@ COVERED_BY = {
     "experiments/target_teacher": "unit/experiments/test_analyse_target.py",
     "experiments/train_classifier": "unit/evaluate/test_classifier.py",
     "fine_tuning": "unit/train/test_initial_weights.py",
+    "interop/interpolant_transformer": "unit/interop/test_sit_pipeline.py",
+    "interop/pipeline_parts": "unit/interop/test_sit_pipeline.py",
     "interop/published_file": "unit/interop/test_importing.py",
     "interop/published_optimizer": "unit/interop/test_importing.py",
+    "interop/run_facts": "unit/interop/test_pushing.py",
     "models/label_published": "unit/models/test_sit_published.py",
     "models/dit_published": "unit/models/test_dit.py",
     "models/patch_transformer": "unit/models/test_label_transformer.py",
@@ -176,6 +183,12 @@ COVERED_BY = {
     "train/memory_use": "unit/checkpoints/test_adapted.py",
     "train/run": "integration/test_train.py",
     "train/autoencoder_settings": "unit/experiments/test_train_autoencoder.py",
+    "train/training_step": "unit/train/test_trainer.py",
+    "ui/feature_job": "unit/ui/test_server.py",
+    "ui/models_offered": "unit/ui/test_server.py",
+    "ui/opened_models": "unit/ui/test_server.py",
+    "ui/picture_data": "unit/ui/test_server.py",
+    "ui/sampling_jobs": "unit/ui/test_server.py",
 }
 #: unit tests that are not named after a module -> why
 OTHER_UNIT_TESTS = {

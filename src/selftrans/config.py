@@ -93,10 +93,18 @@ class Train(Section):
     cosine: float = setting(0.0, resume="consent")
     """factor of 1 - cos between predicted and true velocity, which is added to the flow loss (LightningDiT: 1)"""
     precision: Literal["fp32", "bf16", "fp16"] = setting("fp32", resume="consent")
+    fp8: Literal["none", "tensorwise", "rowwise"] = setting("none", resume="consent")
+    """products of attention and MLP in eight bits, with one scale for each tensor or each row; needs bf16 and torchao"""
     compile: bool | None = setting(None, resume="free")
     """torch.compile each block; None: on a GPU"""
-    recompute: bool = setting(False, resume="free")
-    """activation checkpointing: less memory, one more forward pass"""
+    capture: Literal["off", "on", "auto"] = setting("off", resume="free")
+    """replay the whole step as CUDA graphs instead of launching its kernels one by one, for small models; on: or say why not;
+    auto: where it can be. On a CPU, on: the same step on the same buffers without a graph (docs/step.md)"""
+    optimizer: Literal["adamw", "adamw8bit"] = "adamw"
+    """adamw8bit: moments of 8 bits (bitsandbytes, `pip install selftrans[8bit]`), a quarter of the memory"""
+    recompute: bool | int | tuple[int, ...] = setting(False, resume="free")
+    """activation checkpointing, less memory for one more forward pass: True, of all blocks; a number, of the first so many;
+    several, of these (1-based)"""
     shard: bool = setting(False, resume="free")
     """with several processes: FSDP2, which splits weights, gradients, moments and average over them; not with fp16"""
     timeout: float = setting(1800.0, resume="free")
@@ -126,6 +134,11 @@ class Train(Section):
         for name in ("warmup", "preview_every", "keep", "keep_best", "keep_every", "seed", "weight_decay", "cosine"):
             if getattr(self, name) < 0:
                 raise ValueError(f"train.{name} must not be negative, not {getattr(self, name)}")
+        if self.optimizer != "adamw" and (self.shard or self.precision == "fp16"):
+            other = "train.shard" if self.shard else "train.precision fp16"
+            raise ValueError(f"train.optimizer {self.optimizer} does not go with {other}; use adamw")
+        if self.fp8 != "none" and (self.precision != "bf16" or self.shard):
+            raise ValueError(f"train.fp8 {self.fp8} goes with train.precision bf16 and without train.shard")
         if not 0 <= self.ema < 1 or not 0 <= self.drop <= 1:
             raise ValueError(f"train.ema must be in [0, 1) and train.drop in [0, 1], not {self.ema}, {self.drop}")
 
@@ -209,6 +222,8 @@ class RunConfig:
         """A student for latents (C, *S) under these conditions, freshly initialised. ValueError where it cannot be."""
         model = models.find(self.model.name).build(self.model, tuple(shape), conditions)
         model.use_path(self.train.path)
+        if self.model.early_block is not None:
+            model.add_early(self.model.early_block)
         return model
 
     def check(self) -> RunConfig:
@@ -217,6 +232,8 @@ class RunConfig:
         for section in (self.data, self.model, self.init, self.lora, self.train, self.log, *known, self.sample):
             section.check()
         check_together(self.init, self.lora, self.train.shard)
+        if self.lora.rank and self.train.fp8 != "none":
+            raise ValueError("train.fp8 does not go with lora.rank; leave one of them out")
         return self
 
 

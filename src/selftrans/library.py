@@ -56,11 +56,12 @@ __all__ = [
 
 
 def load(source: str | Path, *, stage: str | None = None, weights: Literal["ema", "raw"] = "ema") -> Backbone:
-    """The trained model of a run, checkpoint or weights file: a torch module in eval mode, on the CPU.
+    """The trained model of a run, checkpoint, weights file or repository (`hf://owner/name[@revision]`): a torch module in eval
+    mode, on the CPU.
 
     Args:
         stage: of the run; None: its last. weights: the moving average of the weights, or the weights themselves.
-    ValueError where `source` holds no such model. Needs safetensors.
+    ValueError where `source` holds no such model. Needs safetensors, and huggingface_hub for a repository.
     """
     from selftrans.checkpoints.load import load_model
 

@@ -36,6 +36,10 @@ class SampleConfig(Section):
     """k moves the time steps t to k t / (1 + (k - 1) t): above 1 more of them are near the noise; 1: equal steps"""
     autoguidance: str | None = None
     """guidance_scale extrapolates from this weaker model (a run, checkpoint or weights file) instead of the null condition"""
+    early_guidance: float = 1.0
+    """w extrapolates from the velocity of the model's second output, where it has one: v_early + w (v - v_early); 1: none"""
+    early_interval: tuple[float, float] = (0.0, 1.0)
+    """t within which early_guidance is on"""
     seed: int = 0
     batch_size: int = 64
     """changes nothing but speed and memory"""
@@ -52,7 +56,7 @@ class SampleConfig(Section):
 
     def check(self) -> None:
         """Raise ValueError for the first value that cannot be."""
-        (low, high), channels = self.guidance_interval, self.guidance_channels
+        (low, high), (first, last), channels = self.guidance_interval, self.early_interval, self.guidance_channels
         for good, message in (
             (self.num >= 1, f"sample.num is {self.num}; ask for at least one image"),
             (self.batch_size >= 1, f"sample.batch_size is {self.batch_size}; use at least 1"),
@@ -64,6 +68,8 @@ class SampleConfig(Section):
             (self.sampler != "sde" or self.steps >= 2, "sample.steps is 1; the SDE needs at least 2"),
             (0 <= self.guidance_scale < math.inf, f"sample.guidance_scale is {self.guidance_scale}; use 1 for none"),
             (0 <= low < high <= 1, f"sample.guidance_interval {low} to {high} is no part of [0, 1]; 0 is data"),
+            (0 <= self.early_guidance < math.inf, f"sample.early_guidance is {self.early_guidance}; use 1 for none"),
+            (0 <= first < last <= 1, f"sample.early_interval {first} to {last} is no part of [0, 1]; 0 is data"),
             (
                 channels is None or channels >= 1,
                 f"sample.guidance_channels is {channels}; leave it out for all channels",
@@ -91,7 +97,15 @@ class SampleConfig(Section):
     def settings(self) -> dict[str, Any]:
         """What an image depends on besides its condition: number, batch size and later settings at default left out."""
         other: tuple[str, ...] = ("num", "batch_size", "labels", "prompts")
-        later = ("decode_with", "rounding", "autoguidance", "guidance_channels", "time_shift")
+        later = [
+            "decode_with",
+            "rounding",
+            "autoguidance",
+            "guidance_channels",
+            "time_shift",
+            "early_guidance",
+            "early_interval",
+        ]
         other += tuple(key for key in later if getattr(self, key) == getattr(type(self), key))
         kept = {key: value for key, value in dataclasses.asdict(self).items() if key not in other}
         return kept | {"sampler": "heun" if self.sampler == "ode" else self.sampler}

@@ -45,11 +45,12 @@ class Conditions:
             return {TEXT: text, MASK: mask}
         return torch.zeros(1, dtype=torch.long)
 
-    def check_labels(self, cond: Cond, n: int, *, null: bool = False) -> None:
+    def check_labels(self, cond: Cond, n: int, *, null: bool = False, on_device: bool = True) -> None:
         """ValueError unless labels (N,) are whole numbers of classes, one for each of `n` samples; text is not looked at.
 
         Never waits for a device: only values on the CPU are read. On a GPU a wrong label stops the process by an assertion
-        of the device. null: allow the null label, too (num_classes).
+        of the device, which takes a few kernels; `on_device` False leaves that out. null: allow the null label, too
+        (num_classes).
         """
         if self.kind != "labels" or not isinstance(cond, Tensor):
             return
@@ -60,7 +61,7 @@ class Conditions:
         if n == 0 or type(cond) is not Tensor or torch.compiler.is_compiling():
             return
         expected = f"the model has {plural(self.num_classes, 'class')}, so labels are 0 to {self.num_classes - 1}"
-        if cond.device.type == "cuda":
+        if cond.device.type == "cuda" and on_device:
             torch._assert_async(((cond >= 0) & (cond <= last)).all(), f"a label is out of range: {expected}")
         elif cond.device.type == "cpu" and len(outside := _outside(cond, last)):
             wrong = int(outside[0])
@@ -100,7 +101,7 @@ class Draw(NamedTuple):
     dropped: Cond  #: condition with some samples replaced by the null one, for the student
     even: bool = False  #: t is systematic (one per stratum), so a range holds a bounded number of samples
     features: Tensor | None = None  #: as in the batch
-    step: int = 0  #: number of the training step, from 0
+    step: int | Tensor = 0  #: number of the training step, from 0; in a captured step a 0-d tensor on the device
 
 
 class Output(NamedTuple):
@@ -122,7 +123,11 @@ class Backbone(nn.Module):
     grid: tuple[int, ...]  #: tokens along each spatial dimension; T is their product
     conditions: Conditions  #: what it is conditioned on
     null_set: bool = True  #: whether `null` is known; False: not before `use_null`
-    recompute: bool = False  #: activation checkpointing, in models that call their blocks by `run_block`
+    #: activation checkpointing, in models that call their blocks by `run_block`: of all blocks, or of these (1-based)
+    recompute: bool | frozenset[int] = False
+    #: whether blocks may draw random numbers, which a block that is computed again must repeat
+    random_blocks: bool = True
+    early_block: int = 0  #: the block whose tokens the second output reads (1-based); 0: there is none, see `add_early`
 
     def forward(self, x: Tensor, t: Tensor, cond: Cond, *, taps: tuple[int, ...] = (), stop: bool = False) -> Output:
         """Velocity at x (N, C, *S), t (N,) under `cond`, with the features after each block of `taps` (1-based).
@@ -151,6 +156,42 @@ class Backbone(nn.Module):
         """The path (a name in `flow.PATHS`) whose velocity is asked for. Default: nothing, as the weights learn it."""
 
     @property
+    def early(self) -> Any:
+        """The second output: tokens (N, T, D) after `early_block` to a velocity's cells (N, T, C * cells); None without one."""
+        return self._modules.get("early_output")  # an attribute of the class would hide the module
+
+    def add_early(self, block: int) -> None:
+        """Add a second output, which reads a velocity from the tokens after `block`: LayerNorm, then a linear layer of zeros.
+
+        It is a part of the model, so that the average and the weights files have it. ValueError for the last block, and
+        for what is no block.
+        """
+        if not 1 <= block < self.depth:
+            raise ValueError(f"model.early_block {block} must be a block before the last of {self.depth}")
+        linear = nn.Linear(self.width, math.prod(self.shape) // self.tokens)
+        nn.init.zeros_(linear.weight)
+        nn.init.zeros_(linear.bias)
+        self.early_output = nn.Sequential(nn.LayerNorm(self.width, elementwise_affine=False, eps=1e-6), linear)
+        self.early_block = block
+
+    def remove_early(self) -> None:
+        """Remove the second output, if there is one."""
+        self._modules.pop("early_output", None)
+        self.early_block = 0
+
+    def early_cells(self, tokens: Tensor) -> Tensor:
+        """The second output of tokens (N, T, D): (N, T, C * cells), as `patchify` cuts a velocity."""
+        return self.early_output(tokens)
+
+    def from_tokens(self, cells: Tensor, shape: tuple[int, ...]) -> Tensor:
+        """Inverse of `patchify`, which moves numbers and changes none: (N, T, C * cells) -> (N, *shape)."""
+        places = torch.arange(math.prod(shape), dtype=torch.float64).view(1, *shape)
+        order = self.patchify(places).flatten().long().to(cells.device)  # of each number in the tokens, its place
+        latent = torch.empty_like(cells.flatten(start_dim=1))
+        latent[:, order] = cells.flatten(start_dim=1)
+        return latent.view(-1, *shape)
+
+    @property
     def tokens(self) -> int:
         """T, tokens of a latent."""
         return math.prod(self.grid)
@@ -165,9 +206,16 @@ class Backbone(nn.Module):
 
     def run_block(self, block: nn.Module, *inputs: Tensor) -> Tensor:
         """The output of one block; with `recompute`, in training, its activations are computed again in backward."""
-        if self.recompute and self.training:
-            return torch.utils.checkpoint.checkpoint(block, *inputs, use_reentrant=False)
-        return block(*inputs)
+        if not self.training or not self.recompute or not self._recomputes(block):
+            return block(*inputs)
+        return torch.utils.checkpoint.checkpoint(
+            block, *inputs, use_reentrant=False, preserve_rng_state=self.random_blocks
+        )
+
+    def _recomputes(self, block: nn.Module) -> bool:
+        if isinstance(self.recompute, bool):
+            return self.recompute
+        return any(each is block for k, each in enumerate(self.repeated(), start=1) if k in self.recompute)
 
     def truncate(self, block: int) -> None:
         """Delete what comes after `block` (1-based), in place; afterwards only calls with `stop=True` are served.
@@ -180,6 +228,7 @@ class Backbone(nn.Module):
         tensors: dict[int, Any] = {id(tensor): tensor for tensor in (*self.parameters(), *self.buffers())}
         shallow = copy.deepcopy(self, tensors)  # modules of its own on this model's tensors
         shallow.truncate(block)
+        shallow.remove_early()
         return copy.deepcopy(shallow)
 
 

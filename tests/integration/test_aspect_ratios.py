@@ -29,16 +29,16 @@ def config(dotted=None, data=None):
 
 def shapes_seen(monkeypatch):
     """The shape of the latents of each micro-batch from now on."""
-    from selftrans.train import trainer
+    from selftrans.train import training_step
 
-    seen, original = [], trainer.to_batch
+    seen, original = [], training_step.to_batch
 
     def noting(*arguments):
         batch = original(*arguments)
         seen.append(tuple(batch.z0.shape))
         return batch
 
-    monkeypatch.setattr(trainer, "to_batch", noting)
+    monkeypatch.setattr(training_step, "to_batch", noting)
     return seen
 
 

@@ -156,14 +156,15 @@ class Synchronisations(TorchDispatchMode):
 def test_step_does_not_synchronise_with_the_device(
     accelerator: Accelerator, shards: Dataset, tmp_path: Path, method: str
 ) -> None:
-    settings = config(method).override({"layersync.block": 1, "layersync.target_block": 2}).restricted()
-    teacher = frozen(settings, shards) if method == "self_transcendence" else None
-    built = trainer(accelerator, settings, shards, tmp_path, teacher)
-    batches = built.stream.from_step(0)
-    with Synchronisations() as recorded:
-        built._train_step(batches)
-        built._train_step(batches)
-    assert recorded.seen == []
+    for capture in ("off", "on"):
+        settings = config(method, capture=capture).override({"layersync.block": 1, "layersync.target_block": 2})
+        teacher = frozen(settings, shards) if method == "self_transcendence" else None
+        built = trainer(accelerator, settings.restricted(), shards, tmp_path, teacher)
+        batches = built.stream.from_step(0)
+        with Synchronisations() as recorded:
+            for _ in range(5 if capture == "on" else 2):
+                built._train_step(batches)
+        assert recorded.seen == []
     with Synchronisations() as recorded:
         torch.ones(3).nonzero()
         torch.ones(()).item()

@@ -45,6 +45,7 @@ def test_json_holds_every_setting():
         ("self_transcendence", {"stage1", "stage2"}),
         ("repa", {"repa"}),
         ("dispersive", {"dispersive"}),
+        ("internal_guidance", {"internal_guidance"}),
     ],
 )
 def test_json_of_a_run_holds_the_sections_of_its_own_method_only(method, own):
@@ -102,7 +103,7 @@ def edited(path, value):
         (edited(("train", "steps"), "many"), "config.train.steps should be"),
         (edited(("train", "steps"), 1.5), "config.train.steps should be"),
         (edited(("train", "steps"), True), "config.train.steps should be"),
-        (edited(("train", "recompute"), 1), "config.train.recompute should be"),
+        (edited(("train", "recompute"), 1.5), "config.train.recompute should be"),
         (edited(("train", "betas"), [0.9]), "config.train.betas should be"),
         (edited(("train", "betas"), [0.9, "x"]), "config.train.betas should be"),
         (edited(("train", "precision"), "fp8"), "config.train.precision should be"),
@@ -197,15 +198,25 @@ def test_settings_that_may_change_on_resume():
     free = {name for name, rule in rules.items() if rule == "free" and name.split(".")[0] not in ("log", "sample")}
     assert free == {
         *("data.path", "data.text_encoder", "data.on_device", "data.verify", "stage2.teacher", "repa.encoder"),
+        *("data.cache_dir", "data.cache_gb"),
         *("train.steps", "train.checkpoint_every", "train.preview_every", "train.keep", "train.keep_best"),
-        *("train.keep_every", "train.max_skips", "train.shard", "train.timeout", "train.recompute", "train.compile"),
+        *(
+            "train.keep_every",
+            "train.max_skips",
+            "train.shard",
+            "train.timeout",
+            "train.recompute",
+            "train.compile",
+            "train.capture",
+        ),
         "train.allow_changes",
     }
     assert all(rules[name] == "free" for name in rules if name.split(".")[0] in ("log", "sample"))
     assert {name for name, rule in rules.items() if rule == "consent"} == {
         *("train.lr", "train.warmup", "train.clip", "train.weight_decay", "train.precision", "train.drop"),
-        "train.cosine",
+        *("train.cosine", "train.fp8", "model.route", "model.route_blocks"),
         *(f"{key}.weight" for key in ("stage1", "stage2", "repa", "sra", "layersync", "dispersive")),
+        "internal_guidance.weight",
     }
 
 

@@ -1,6 +1,7 @@
 """Models on the Hugging Face hub, named `hf://owner/name[@revision]` where a command takes a run or a file.
 
-They are read from huggingface_hub's cache, whose folders are named after the commit. Only json and safetensors are downloaded.
+They are read from huggingface_hub's cache, whose folders are named after the commit. Only json, safetensors and the files of
+tokenisers are downloaded.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from selftrans.encoders.text import TOKENIZER_FILES
 from selftrans.storage import first_line, printable
 
 SCHEME = "hf://"
@@ -18,6 +20,7 @@ CACHED = re.compile(r"models--([\w.-]+?)--([\w.-]+)")  #: folder of a repository
 FILES = ("*.json", "model.safetensors")
 FOLDERS = ("scheduler", "transformer", "vae", "text_encoder", "tokenizer")
 ALLOWED = [*FILES, *(f"{folder}/*.{suffix}" for folder in FOLDERS for suffix in ("json", "safetensors"))]
+ALLOWED += [f"tokenizer/{name}" for name in TOKENIZER_FILES]  # data, too, which the sha256 of a text encoder covers
 
 
 def on_hub(source: str | Path) -> bool:
@@ -64,6 +67,12 @@ def pinned(path: Path) -> str | None:
         if repository and folder.parent.name == "snapshots":
             return f"{SCHEME}{repository[1]}/{repository[2]}@{folder.name}"
     return None
+
+
+def recorded(name: str) -> str:
+    """The name of a part of a model, as what is written records it: of a folder in the cache, where on the hub it is."""
+    place = pinned(Path(name))
+    return f"{place}/{Path(name).name}" if place else name
 
 
 def _reason(repository: str, revision: str | None, error: Exception) -> str:

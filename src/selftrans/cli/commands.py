@@ -32,7 +32,9 @@ from selftrans.cli.options import (
     Typed,
     Weights,
 )
+from selftrans.cli.plan_command import Plan
 from selftrans.cli.prepare_command import Prepare
+from selftrans.cli.ui_command import Ui
 
 
 @dataclass
@@ -47,7 +49,8 @@ class Train(RecipeCommand[Config]):
     out: Annotated[Path, tyro.conf.arg(metavar="RUN")]
     """run directory: created, or continued"""
     data: Annotated[str | None, tyro.conf.arg(metavar="DIR")] = None
-    """directory made by `selftrans prepare`; sets --data.path. The recipes digits and digits_t2i bring their own data"""
+    """directory made by `selftrans prepare`, or its URL (s3://, https://, ...); sets --data.path. The recipes digits and
+    digits_t2i bring their own data"""
     teacher: Annotated[str | None, tyro.conf.arg(metavar="RUN_OR_FILE")] = None
     """a run, checkpoint or weights file that teaches in place of this run's own first stage"""
     init: Annotated[str | None, tyro.conf.arg(metavar="RUN_OR_FILE")] = None
@@ -135,9 +138,11 @@ COMMANDS: dict[str, Any] = {
     "quickstart": Quickstart,
     "compare": Compare,
     "bench": Bench,
+    "plan": Plan,
     "import": Import,
     "import-vae": ImportVae,
     "export": Export,
     "push": Push,
     "doctor": Doctor,
+    "ui": Ui,
 }

@@ -40,7 +40,7 @@ class Evaluate(Command):
     samples: Positional[str]
     """pictures, or a run, checkpoint or weights file"""
     reference: str
-    """folder, zip or npz of real pictures, prepared data, `digits`, or statistics (npz with mu and sigma, as ADM's)"""
+    """folder, zip or npz of real pictures, prepared data (also a URL), `digits`, or an npz of statistics (mu, sigma; ADM's)"""
     features: str | None = None
     """`inception` or its file of weights (.pth), `digits`, a classifier file made by `selftrans classifier`, or `values`: the
     numbers themselves; None: inception for pictures, values for data that are not pictures"""
@@ -163,7 +163,7 @@ class Analyse(Command):
     out: Path
     """directory for the pictures and the json"""
     data: Annotated[str | None, tyro.conf.arg(metavar="DIR")] = None
-    """prepared data; None: what the run was trained on"""
+    """prepared data, or its URL; None: what the run was trained on"""
     timesteps: Annotated[tuple[float, ...] | None, tyro.conf.arg(metavar="T [T ...]", aliases=("--t",))] = None
     """t of the noisy latents; 0 is data, 1 is noise; None: 0.2 0.4 0.6, with --target 0.4 0.5 0.6 0.7 (probes at the first)"""
     samples: Annotated[int, tyro.conf.arg(aliases=("--images",))] = 1000
@@ -223,12 +223,15 @@ class Analyse(Command):
 
 @dataclass
 class Quickstart(Command):
-    """The method on real digits in minutes: vanilla, stage 1 and stage 2 at equal student steps, and a page about them."""
+    """The method on real digits in minutes: vanilla, stage 1 and stage 2 at equal student steps and at equal compute.
+
+    Writes a page with the outcome in one sentence, a figure and a table. One seed takes about four minutes of two cores.
+    """
 
     out: Path = Path("quickstart")
     """directory for the runs and report.html"""
     steps: int | None = None
-    """student steps of each method; None: as the recipe digits says"""
+    """student steps of each method; None: as the recipe digits says. Vanilla goes on to the compute of both stages"""
     seeds: tuple[int, ...] = (0,)
     """one run of each method for each"""
     images: int = 1000
@@ -257,7 +260,7 @@ class Compare(RecipeCommand[Config]):
     out: Path
     """directory for the runs and the report"""
     data: Annotated[str | None, tyro.conf.arg(metavar="DIR")] = None
-    """prepared data; recipes named digits... bring their own"""
+    """prepared data, or its URL; recipes named digits... bring their own"""
     methods: tuple[str, ...] | None = None
     """names of methods; None: all built-in ones that need no external encoder, nor features of one"""
     seeds: tuple[int, ...] = (0, 1, 2)
@@ -294,6 +297,11 @@ class Bench(Command):
     """of an image, a square number"""
     seconds: float = 300
     """for the steps of each model; at least three rounds are measured"""
+    rows: Annotated[tuple[str, ...] | None, tyro.conf.arg(metavar="NAME [NAME ...]")] = None
+    """what is measured, of vanilla, stage1, stage2, plain_vanilla, plain_stage2, and captured_vanilla, captured_stage1,
+    captured_stage2 (train.capture); None: the first five"""
+    limit: float | None = None
+    """seconds for each model in all, compilation included; sampling is left out when they are over; None: no limit"""
     quick: bool = False
     """SiT-S/2 alone (if no model is named), within three minutes on two cores"""
     device: Literal["cpu", "cuda"] | None = None

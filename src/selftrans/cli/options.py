@@ -87,6 +87,11 @@ class SamplingOptions:
     autoguidance: Annotated[str | None, tyro.conf.arg(metavar="RUN_OR_FILE")] = None
     """a weaker model of the same data, such as RUN/stage1 or a run of fewer steps: the guidance scale w then extrapolates from
     its velocity, v_weak + w (v - v_weak), instead of from the null condition"""
+    early_guidance: float | None = None
+    """of a model with a second output, such as Internal Guidance trains: w extrapolates from its velocity, v_early + w (v -
+    v_early); 1: none. Goes with classifier-free guidance and autoguidance"""
+    early_interval: tuple[float, float] | None = None
+    """t within which that acts; 0 is data, 1 is noise"""
     seed: int | None = None
     """image k depends on the seed and k alone"""
     batch_size: int | None = None

@@ -27,15 +27,19 @@ def decode_images(autoencoder: Autoencoder, z0: Tensor, rounding: str = "nearest
 
 
 def decoded_images(
-    dataset: Dataset, batch_size: int = 256, *, device: torch.device | str | None = None
+    dataset: Dataset,
+    batch_size: int = 256,
+    *,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> Iterator[np.ndarray]:
     """Decoded posterior means of prepared data, in order and not mirrored; every call returns the same.
 
     Yields batches as `decode_images` returns them, each of one shape. `device` is where they are decoded (None:
-    `default_device`).
+    `default_device`), `dtype` that of the autoencoder's network.
     """
     manifest, device = dataset.manifest, device or default_device()
-    autoencoder = load_autoencoder(manifest.autoencoder, device=device)
+    autoencoder = load_autoencoder(manifest.autoencoder, device=device, dtype=dtype)
     for part in dataset.of_one_shape:
         for start in range(0, len(part), batch_size):
             rows = np.arange(start, min(start + batch_size, len(part)))

@@ -21,6 +21,8 @@ from selftrans.encoders.identity import identity, identity_kind
 from selftrans.encoders.latent_space import LatentSpace, Moments
 from selftrans.storage import first_line
 
+MOST_PIXELS = 64 * 256**2  #: that a GPU decodes at a time; 256 channels of them take 2.1 GB in bfloat16
+
 
 class Autoencoder(Protocol):
     """Maps pixels to moments, and scaled latents back to pixels."""
@@ -74,6 +76,7 @@ class DiffusersAutoencoder:
         # convolutions in reduced precision are fastest in channels_last layout
         self.model = cast(Any, model.eval().requires_grad_(False))
         self.model.to(self.device, dtype, memory_format=torch.channels_last)
+        self.most_pixels = MOST_PIXELS if self.device.type == "cuda" else None  #: decoded at a time; None: any number
 
     def _cast(self, x: Tensor) -> Tensor:
         return x.to(self.device, self.dtype).contiguous(memory_format=torch.channels_last)
@@ -98,9 +101,20 @@ class DiffusersAutoencoder:
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        return (
-            self.model.decode(self._cast(self.latent_space.unscale(latents))).sample.float().clamp(-1, 1).contiguous()
-        )
+        inputs = self._cast(self.latent_space.unscale(latents))
+        most = self.most_pixels and max(1, self.most_pixels // (math.prod(latents.shape[2:]) * self.downsample**2))
+        if not most or len(inputs) <= most:
+            return self._decoded(inputs)
+        size = -(
+            -len(inputs) // -(-len(inputs) // most)
+        )  # pieces of one size, so that a compiled decoder has one shape
+        pieces = list(inputs.split(size))
+        pieces[-1] = torch.cat([pieces[-1], pieces[-1][-1:].expand(size - len(pieces[-1]), -1, -1, -1)])
+        decoded = [self._decoded(piece.contiguous(memory_format=torch.channels_last)) for piece in pieces]
+        return torch.cat(decoded)[: len(inputs)]
+
+    def _decoded(self, inputs: Tensor) -> Tensor:
+        return self.model.decode(inputs).sample.float().clamp(-1, 1).contiguous()
 
 
 def _latent_space(name: str, config: Any, channels: int, stochastic: bool) -> LatentSpace:

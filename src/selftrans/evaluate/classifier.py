@@ -25,6 +25,7 @@ from selftrans.storage import atomic_write, first_line, plural, printable
 
 FORMAT = "selftrans.classifier/1"
 LAYERS = ("resolution", "channels", "num_classes", "width", "dim")  #: the constructor's arguments, as in the header
+ON_DEVICE = 2 << 30  #: bytes of images that are kept where the classifier is trained, without copies at each step
 ARRAYS = "arrays"  #: the last one, in the header of classifiers of arrays
 CONVS, NORMS = (nn.Conv1d, nn.Conv2d, nn.Conv3d), (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)  #: by dimensions
 
@@ -139,9 +140,8 @@ class SmallClassifier(nn.Module):
         stored = {name: (tuple(t.shape), t.dtype) for name, t in tensors.items()}
         wrong = sorted(name for name in expected.keys() | stored.keys() if expected.get(name) != stored.get(name))
         if wrong:
-            raise ValueError(
-                f"classifier {path} does not match its own header at {printable(', '.join(wrong))}; train it again"
-            )
+            names = printable(", ".join(wrong))
+            raise ValueError(f"classifier {path} does not match its own header at {names}; train it again")
         broken = sorted(name for name, tensor in tensors.items() if not torch.isfinite(tensor).all())
         if broken:
             raise ValueError(
@@ -184,10 +184,8 @@ def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
             f"{path} is not a readable safetensors file ({first_line(error)}); train the classifier again"
         ) from None
     if header.get("format") != FORMAT:
-        stored = header.get("format", "no format")
-        raise ValueError(
-            f"{path} is not a classifier of this package ({printable(stored)} in its header, expected {FORMAT})"
-        )
+        stored = printable(header.get("format", "no format"))
+        raise ValueError(f"{path} is not a classifier of this package ({stored} in its header, expected {FORMAT})")
     return header, tensors
 
 
@@ -257,9 +255,11 @@ def train_classifier(
     optimiser = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=1e-2)
     steps = epochs * math.ceil(len(train) / batch_size)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, max_lr=lr, total_steps=steps)
+    if pixels.nbytes <= ON_DEVICE and not shift and not flip:
+        pixels, targets, train, test = (x.to(device) for x in (pixels, targets, train, test))
     with cpu_threads(threads), torch.enable_grad():
         for _ in range(epochs):
-            for rows in train[torch.randperm(len(train), generator=generator)].split(batch_size):
+            for rows in train[torch.randperm(len(train), generator=generator).to(train.device)].split(batch_size):
                 x = to_input(_augment(pixels[rows], shift, flip, generator), device)
                 loss = F.cross_entropy(model(x), targets[rows].to(device))
                 optimiser.zero_grad(set_to_none=True)
@@ -321,7 +321,7 @@ def _augment(images: Tensor, shift: int, flip: bool, generator: torch.Generator)
 @torch.inference_mode()
 def _accuracy(model: SmallClassifier, images: Tensor, labels: Tensor, device: torch.device | str) -> float:
     guesses = [model(to_input(chunk, device)).argmax(dim=-1).cpu() for chunk in images.split(512)]
-    return (torch.cat(guesses) == labels).float().mean().item()
+    return (torch.cat(guesses) == labels.cpu()).float().mean().item()
 
 
 def digits() -> tuple[np.ndarray, np.ndarray]:

@@ -21,6 +21,7 @@ from selftrans.suggest import closest, did_you_mean
 
 Device: TypeAlias = torch.device | str
 
+CHUNK, CHUNK_ON_GPU = 64, 512  #: images that an extractor takes at a time
 TINY = 16  #: a classifier of images up to this side uses one CPU thread
 
 #: the weights that define FID: Inception of 2015-12-05, converted from TensorFlow
@@ -237,15 +238,16 @@ def load_extractor(
 
 
 def extract(
-    batches: np.ndarray | Iterable[np.ndarray], extractor: Extractor, *, chunk: int = 64
+    batches: np.ndarray | Iterable[np.ndarray], extractor: Extractor, *, chunk: int | None = None
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Features of a stream of image batches, computed for `chunk` images at a time whatever the batch sizes.
+    """Features of a stream of image batches, computed for `chunk` images at a time whatever the batch sizes (None: CHUNK, on a
+    GPU CHUNK_ON_GPU, which would otherwise wait for the host).
 
     With equal chunks the features are bit-identical for any batch size of the sampler. Raises ValueError for batches
     that the extractor does not support, and for features that are not finite or have the wrong length.
     """
     done = 0
-    for images in rebatch(batches, chunk):
+    for images in rebatch(batches, chunk or (CHUNK_ON_GPU if torch.cuda.is_available() else CHUNK)):
         if extractor.pictures and images.dtype != np.uint8:
             raise ValueError(
                 f"{extractor.name} takes pictures, uint8 (n, H, W, C), but these are arrays of {_size(images.shape[1:])} "

@@ -250,7 +250,7 @@ def evaluate(
     neighbours: int = 3,
     subsets: int = 100,
     subset_size: int = 1000,
-    chunk: int = 64,
+    chunk: int | None = None,
 ) -> dict[str, Any]:
     """Compare samples (batches of pictures uint8 (n, H, W, C), or of arrays float32 (n, C, *S)) with a reference.
 

@@ -271,13 +271,13 @@ def save(figure: Figure, path: str | Path, *, dpi: int = 150) -> None:
 def save_png(image: np.ndarray, path: str | Path) -> None:
     """Write a picture, uint8 (height, width, 1 or 3), as png, atomically."""
     with atomic_write(Path(path)) as file:
-        file.write(_png(image))
+        file.write(png_bytes(image))
 
 
 def figure_to_data_uri(figure: Figure | np.ndarray, *, dpi: int = 110) -> str:
     """A figure, or a picture uint8 (height, width, 1 or 3), as a png in a `data:` URI."""
     if isinstance(figure, np.ndarray):
-        content = _png(figure)
+        content = png_bytes(figure)
     else:
         buffer = io.BytesIO()
         figure.savefig(buffer, format="png", dpi=dpi)
@@ -285,7 +285,8 @@ def figure_to_data_uri(figure: Figure | np.ndarray, *, dpi: int = 110) -> str:
     return "data:image/png;base64," + base64.b64encode(content).decode("ascii")
 
 
-def _png(image: np.ndarray) -> bytes:
+def png_bytes(image: np.ndarray) -> bytes:
+    """A picture, uint8 (height, width, 1 or 3), as the content of a png. ValueError for anything else."""
     from PIL import Image
 
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] not in (1, 3):

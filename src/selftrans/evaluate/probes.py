@@ -30,8 +30,11 @@ def collect(
     path: Path = LINEAR,
     seed: int = 0,
     batch_size: int = 256,
+    pooled: bool = False,
 ) -> dict[int, Tensor]:
     """Features (N, T, D), float32 on the CPU, after each block of `taps`, for latents z0 (N, C, *S) at noise level t.
+
+    `pooled`: their means over tokens (N, D), taken on the device of the backbone: T times less to copy and to keep.
 
     The noise depends only on `seed` and the shape of z0, so it is the same for every model, block and batch size. Keeps
     torch's global RNG state. The backbone runs in eval mode, then returns to its previous mode. ValueError for taps or t
@@ -53,7 +56,8 @@ def collect(
             part = map_cond(lambda x, rows=rows: x[rows.to(x.device)].to(device), cond)
             out = backbone(zt, times, part, taps=wanted, stop=True)
             for k in wanted:
-                feats[k].append(out.feats[k].float().cpu())
+                found = out.feats[k].float()
+                feats[k].append((pool(found) if pooled else found).cpu())
     return {k: torch.cat(parts) for k, parts in feats.items()}
 
 

@@ -83,14 +83,14 @@ class Statistics:
         extractor: Extractor,
         *,
         keep: bool = True,
-        chunk: int = 64,
+        chunk: int | None = None,
         source: str = "",
         observe: Callable[[dict[str, np.ndarray]], None] | None = None,
     ) -> Statistics:
         """Statistics of a stream of image batches (see `extract`), independent of the batch size.
 
-        `keep` stores the features in memory, as float32. The extractor processes `chunk` images at a time; `observe` is
-        called with each chunk's output. Raises ValueError for invalid images, or fewer than two.
+        `keep` stores the features in memory, as float32. The extractor processes `chunk` images at a time (None: see
+        `extract`); `observe` is called with each chunk's output. Raises ValueError for invalid images, or fewer than two.
         """
         running, spatial, kept = RunningMoments(), RunningMoments(), []
         for out in extract(batches, extractor, chunk=chunk):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import time
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -25,8 +26,8 @@ from selftrans.evaluate.extractors import MAX_VALUES, load_extractor
 from selftrans.evaluate.plots import save
 from selftrans.experiments import html_report
 from selftrans.experiments.measurement import PROBED_BLOCK, check_sizes, image_shape, samples_of, stored_conditions
-from selftrans.experiments.runner import Comparison, Results, compare
-from selftrans.experiments.summary import AXES, as_csv, mean_curve, rows
+from selftrans.experiments.runner import Comparison, Results, compare, processes
+from selftrans.experiments.summary import AXES, as_csv, mean_curve, rows, time_line, time_shares
 from selftrans.experiments.train_classifier import classifier_from_data
 from selftrans.methods.registry import METHODS, REGISTRY, find, sections_of, stages
 from selftrans.sections import fields_of
@@ -73,11 +74,15 @@ def compare_methods(
             rehearse(variants)
             block = probed_block(config)
         chosen = Comparison(config, variants, tuple(seeds), out, images, features, weights, block)
+        started = time.perf_counter()
         results = compare(chosen, workers=workers)
-        summary = summarise(chosen, results)
+        shares = time_shares(results, time.perf_counter() - started, processes(chosen, workers)[0])
+        summary = summarise(chosen, results) | {"time": shares}
         write(chosen, summary)
     names = {name: name for name in methods}
     print(html_report.text_table(summary["table"], names, summary["metric"]))
+    if line := time_line(shares):
+        print(f"\n{line}")
     print(f"\nOpen {out / 'compare.html'}")
     return summary
 

@@ -63,15 +63,13 @@ def evaluate_samples(
         reference: images in the same forms, `digits`, or an npz of statistics (`mu`, `sigma`). With prepared data of several
             sizes, a run is sampled in these sizes, in the same proportions.
         features: name or file of an extractor, see `load_extractor`; None: `inception` for pictures, else `values`.
-        out: file for the report; None: next to the images, or in the run.
+        out: file for the report; None: next to the images, or in the run (ValueError for one on the hub).
         save_reference: npz file for the statistics of the reference, with ADM's names.
         clip: a CLIPModel by hub id or folder: the CLIP score of the images and their prompts is measured, too.
         text_encoder: where the encoder of the prompts lies, if not where it was.
-    Raises ValueError for a run on the hub without `out`, unknown features, invalid images, statistics of another
-    extractor, and unknown prompts.
+    Raises ValueError for unknown features, invalid images, statistics of another extractor, and unknown prompts.
     """
-    if out is None and hub.on_hub(samples):
-        raise ValueError(f"{printable(samples)} is on the hub, where no report is written; give --out FILE")
+    _check_place(out, samples)
     device = default_device()
     extractor = None if features in (None, "values") else load_extractor(features, device=device)
     extractor = _of_any_size(reference, features, extractor)
@@ -102,6 +100,11 @@ def evaluate_samples(
     report |= scorer.report() if scorer else {}
     write_json(out or opened.report, report)
     return report
+
+
+def _check_place(out: Path | None, samples: str | Path) -> None:
+    if out is None and hub.on_hub(samples):
+        raise ValueError(f"{printable(samples)} is on the hub, where no report is written; give --out FILE")
 
 
 @contextlib.contextmanager

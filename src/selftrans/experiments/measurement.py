@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from selftrans.checkpoints import format as checkpoint
 from selftrans.checkpoints.load import FILES, load_model
@@ -29,7 +30,7 @@ from selftrans.evaluate.probes import collect, linear_probe
 from selftrans.evaluate.statistics import Statistics
 from selftrans.flow import PATHS
 from selftrans.sampling.conditioning import Conditioning, LabelConditioning, captions_of
-from selftrans.sampling.images import Sampler
+from selftrans.sampling.images import Sampler, as_possible, decoder_dtype
 from selftrans.sampling.in_sizes import InSizes
 from selftrans.sampling.samplers import EVALUATIONS
 from selftrans.storage import write_json
@@ -55,22 +56,35 @@ class Measurement:
     sample: SampleConfig  #: how many images, and how
     block: int  #: the shallow block that is probed (1-based)
     conditioning: Conditioning  #: the conditions of the images: labels, or captions stored with the data
+    total: int | None = None  #: images that the process samples in all, from which compilation may save time
+    decoder: torch.dtype = torch.float32  #: of the autoencoder's network, for samples and reference alike
 
     @classmethod
-    def of(cls, config: RunConfig, features: str, *, weights: str | None, images: int, block: int) -> Measurement:
+    def of(
+        cls,
+        config: RunConfig,
+        features: str,
+        *,
+        weights: str | None,
+        images: int,
+        block: int,
+        total: int | None = None,
+    ) -> Measurement:
         """Distances to the training data, on the device at hand.
 
         Args:
             config: data and sampler. features: an extractor, by name or file; weights: where a named one is kept.
-            images: samples for each distance. block: the one that is probed (1-based).
+            images: samples for each distance. block: the one that is probed (1-based). total: see the field.
         """
         assert config.data.path is not None
         dataset = open_data(config.data.path, text_encoder=config.data.text_encoder, cache=cache_of(config.data))
         device = default_device()
         extractor = load_extractor(features, weights=weights, device=device, shape=image_shape(dataset.manifest))
-        reference = Statistics.of(decoded_images(dataset, device=device), extractor, source="training data", keep=False)
-        sample = dataclasses.replace(config.sample, num=images, batch_size=500)
-        return cls(extractor, reference, dataset, sample, block, stored_conditions(dataset, sample))
+        dtype = decoder_dtype(device, config.sample.precision)
+        decoded = decoded_images(dataset, device=device, dtype=dtype)
+        reference = Statistics.of(decoded, extractor, source="training data", keep=False)
+        sample = dataclasses.replace(config.sample, num=images, batch_size=min(500, images))
+        return cls(extractor, reference, dataset, sample, block, stored_conditions(dataset, sample), total, dtype)
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -80,7 +94,7 @@ class Measurement:
             "images": self.sample.num,
             "extractor_sha256": self.extractor.sha256,
             "block": self.block,
-        }
+        } | ({} if self.decoder == torch.float32 else {"decoder": "bf16"})
 
 
 def stored_conditions(dataset: Dataset, sample: SampleConfig) -> Conditioning:
@@ -124,19 +138,35 @@ def interval(steps: int) -> int:
     return max(1, steps // POINTS)
 
 
-def points(steps: int) -> int:
-    """Number of measurements of a run of `steps`: every interval, and the end."""
-    return -(-steps // interval(steps))
+def measured_steps(steps: int, every: int | None = None, dense: int | None = None) -> list[int]:
+    """Steps at which a run of `steps` is measured: every interval, and the end; beyond `dense` every other interval."""
+    every = every or interval(steps)
+    often = [
+        step for step in range(every, steps + 1, every) if dense is None or step <= dense or step % (2 * every) == 0
+    ]
+    return sorted({*often, steps})
 
 
-def measure_run(run: Path, measurement: Measurement, progress: Progress, cost: int) -> list[dict[str, Any]]:
-    """Measured points of a run's last stage, oldest first; those measured before are read, not measured again."""
+def measure_run(
+    run: Path,
+    measurement: Measurement,
+    progress: Progress,
+    cost: int,
+    *,
+    every: int | None = None,
+    dense: int | None = None,
+) -> list[dict[str, Any]]:
+    """Measured points of a run's last stage, oldest first; those measured before are read, not measured again.
+
+    They are at the `measured_steps`.
+    """
     stage = json.loads((run / "run.json").read_text())["stages"][-1]["stage"]
     path = run / "measured.json"
     known = measured_before(path, measurement)
     entries = []
     held = checkpoint.steps(run / stage / "checkpoints")
-    due = [folder for step, folder in held if step % interval(held[-1][0]) == 0 or step == held[-1][0]]
+    wanted = measured_steps(held[-1][0], every, dense)
+    due = [folder for step, folder in held if step in wanted]
     for folder in due:  # an interruption leaves a checkpoint at another step, which is no point of the curve
         digest = checkpoint.read(folder).state["sha256"][FILES["ema"]]
         entries.append(known.get(digest) or measure_checkpoint(folder, measurement) | {"sha256": digest})
@@ -161,7 +191,10 @@ def measure_checkpoint(folder: Path, measurement: Measurement) -> dict[str, Any]
     path = PATHS[loaded.config.train.path]
     # first: a sampler casts and compiles the model in place
     probed = probe(loaded.model.to(device), measurement, path) if classes > 1 else None
-    sampler = Sampler.of(loaded, measurement.sample, device=device, conditioning=measurement.conditioning)
+    settings = as_possible(measurement.sample, loaded.model)
+    sampler = Sampler.of(
+        loaded, settings, device=device, conditioning=measurement.conditioning, total=measurement.total
+    )
     batches = list(InSizes(sampler, measurement.dataset).sample())
     labels = np.concatenate([batch.labels for batch in batches])
     images = (batch.images for batch in batches)
@@ -182,12 +215,12 @@ def measure_checkpoint(folder: Path, measurement: Measurement) -> dict[str, Any]
 def probe(model: Any, measurement: Measurement, path: Any, most: int = 4000) -> float:
     """Accuracy of a linear classifier on the shallow block's features at t = 0.4, under the null condition."""
     z0, labels = data_latents(measurement.dataset, most)
-    feats = collect(model, z0, model.null(labels), t=PROBE_T, taps=(measurement.block,), path=path)
+    feats = collect(model, z0, model.null(labels), t=PROBE_T, taps=(measurement.block,), path=path, pooled=True)
     return linear_probe(feats[measurement.block].to(default_device()), labels, kind="ridge")
 
 
 def samples_of(run: Path, sample: SampleConfig, num: int, conditioning: Conditioning | None = None) -> np.ndarray:
     """Images 0 .. num - 1 of a finished run: the same noise and conditions for every method."""
-    settings = dataclasses.replace(sample, num=num, seed=1, batch_size=num)
-    sampler = Sampler.of(load_model(run), settings, conditioning=conditioning)
+    loaded, settings = load_model(run), dataclasses.replace(sample, num=num, seed=1, batch_size=num)
+    sampler = Sampler.of(loaded, as_possible(settings, loaded.model), conditioning=conditioning)
     return np.concatenate([batch.images for batch in sampler.sample()])

@@ -53,6 +53,29 @@ def rows(results: Results, names: Sequence[str], baseline: str = BASELINE) -> li
     return table
 
 
+def time_shares(results: Results, seconds: float, workers: int) -> dict[str, Any]:
+    """What `workers` processes did in `seconds`: shares of their time for training steps and the rest.
+
+    `training`: building models, compilation, checkpoints. `other`: starting the workers, the reference, waiting for jobs.
+    """
+    spent = [run["spent"] for run, _ in results.values() if "spent" in run]
+    total = max(seconds * workers, 1e-9)
+    steps, training, measuring = (sum(each[key] for each in spent) for key in ("steps", "training", "measuring"))
+    shares = {"steps": steps / total, "training": max(0.0, training - steps) / total, "measuring": measuring / total}
+    return {"seconds": round(seconds, 2), "workers": workers, **shares, "other": max(0.0, 1 - sum(shares.values()))}
+
+
+def time_line(shares: dict[str, Any]) -> str | None:
+    """The shares for a reader; None where no step was trained."""
+    if not shares["steps"]:
+        return None
+    return (
+        f"time: {shares['steps']:.0%} training steps, {shares['training']:.0%} models and checkpoints, "
+        f"{shares['measuring']:.0%} measuring, {shares['other']:.0%} other, of {shares['workers']} "
+        f"worker{'s' if shares['workers'] > 1 else ''} in {shares['seconds']:.0f} s"
+    )
+
+
 def spread(values: Sequence[float | None]) -> dict[str, float] | None:
     """Mean and sample standard deviation (0 for a single value); None if any value is unknown."""
     known = [value for value in values if value is not None]

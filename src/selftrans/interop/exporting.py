@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -10,7 +11,7 @@ from safetensors.torch import save_file
 
 from selftrans.checkpoints import format as checkpoint
 from selftrans.checkpoints.adapted import ADAPTERS
-from selftrans.checkpoints.load import EXPORTED, PIPELINE, Weights, find, load_model
+from selftrans.checkpoints.load import EXPORTED, PIPELINE, PREFIX, Weights, find, load_model
 from selftrans.interop.published_file import LAYOUT
 from selftrans.models import registry as models
 from selftrans.storage import FREE_SPACE, atomic_directory, atomic_write, write_json
@@ -38,7 +39,8 @@ def export_run(
     spec = models.find(loaded.config.model.name)
     names = {EXPORTED, *(each.folder for each in spec.layouts.values() if each.folder)}
     _check_out(out, names)
-    header = {key: value for key, value in checkpoint.read_header(path).items() if key != ADAPTERS}  # they are merged
+    # adapters are merged, and names without what a pipeline puts before them
+    header = {key: value for key, value in checkpoint.read_header(path).items() if key not in (ADAPTERS, PREFIX)}
     target = out / EXPORTED
     if layout == OURS:
         tensors, metadata, config = dict(loaded.model.state_dict()), {checkpoint.KEY: json.dumps(header)}, header
@@ -48,6 +50,11 @@ def export_run(
                 f"model {spec.name} has no layout '{layout}'{nearest(layout, [OURS, FOLDER, *spec.layouts])}"
             )
         published = spec.layouts[layout]
+        if loaded.model.early is not None:
+            warnings.warn(
+                f"the second output of the model is left out: layout {layout} has no place for it", stacklevel=2
+            )
+            loaded.model.remove_early()
         arguments = published.arguments(loaded.model, loaded.config.model)
         config = {
             "layout": layout,

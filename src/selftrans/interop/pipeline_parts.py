@@ -16,6 +16,7 @@ from selftrans.encoders.autoencoder import DiffusersAutoencoder, load_autoencode
 from selftrans.encoders.text import TOKENIZER_FILES, encoder_of, tokenizer_folder
 from selftrans.interop.interpolant_scheduler import InterpolantScheduler
 from selftrans.interop.interpolant_transformer import InterpolantTransformer
+from selftrans.storage import first_line, printable
 from selftrans.types import Conditions
 
 TOKENIZER = "tokenizer"
@@ -48,7 +49,10 @@ def _scheduler(file: Path, loaded: LoadedModel) -> InterpolantScheduler:
     """The scheduler that lies with the weights, else that of the run's settings."""
     folder = file.parent.parent / "scheduler"
     if (folder / "scheduler_config.json").is_file():
-        return InterpolantScheduler.from_pretrained(folder)
+        try:
+            return InterpolantScheduler.from_pretrained(folder)
+        except Exception as error:  # diffusers raises many types for what is in the file
+            raise ValueError(f"{printable(folder)} holds no scheduler of selftrans ({first_line(error)})") from error
     sample = loaded.config.sample
     return InterpolantScheduler(sample.sampler, loaded.config.train.path, sample.time_shift)
 

@@ -8,10 +8,10 @@ from __future__ import annotations
 import re
 import tempfile
 from collections.abc import Callable, Sequence
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from selftrans import __version__
 from selftrans.checkpoints import hub
 from selftrans.checkpoints.load import PIPELINE, Weights, find, load_model
 from selftrans.evaluate.plots import save_png
@@ -69,7 +69,7 @@ def write_folder(
         samples=sheet and sheet.made,
     )
     record = {
-        "selftrans": __version__,
+        "selftrans": _version(),
         "license": chosen.license,
         "model": loaded.config.model.name,
         "method": loaded.config.method,
@@ -122,7 +122,7 @@ def push(
 def _upload(folder: Path, files: list[str], repository: str, private: bool, force: bool) -> str:
     from huggingface_hub import HfApi
 
-    api = HfApi(library_name="selftrans", library_version=__version__)
+    api = HfApi(library_name="selftrans", library_version=_version())
     api.create_repo(repository, private=private or None, exist_ok=True)
     info = api.model_info(repository)
     if private and not info.private:
@@ -147,6 +147,13 @@ def _upload(folder: Path, files: list[str], repository: str, private: bool, forc
         ],  # of an earlier push; those of the same names are replaced
     )
     return f"{hub.SCHEME}{repository}@{done.oid}"
+
+
+def _version() -> str | None:
+    try:
+        return version("selftrans")
+    except PackageNotFoundError:  # run from its sources
+        return None
 
 
 def _ours(name: str) -> bool:

@@ -36,6 +36,7 @@ class Guidance(nn.Module):
     reads_features: bool  #: whether it wants `Batch.features`, the encoder features stored with the data
     teacher: Frozen | None  #: a frozen model that it runs, if any
     encoder_flops: int  #: operations of its external encoder for one sample
+    trains_early: bool = False  #: whether it trains the student's second output (`Backbone.add_early`)
 
     def __init__(self, weight: float, taps: tuple[int, ...], *, until_step: int | None = None) -> None:
         super().__init__()
@@ -84,6 +85,7 @@ class Frozen:
             raise ValueError(f"teacher block {block} is outside the teacher's 1..{model.depth}; change teacher_block")
         if in_place:
             model.truncate(block)
+            model.remove_early()
         else:
             model = model.truncated(block)
         for parameter in model.parameters():
@@ -206,10 +208,15 @@ def check_tokens(student: Backbone, teacher: Frozen) -> None:
         )
 
 
-def remaining(step: int, until_step: int | None, fraction: float) -> float:
-    """1, and during the last `fraction` of the steps before `until_step` a linear fall to 0; a function of the step alone."""
+def remaining(step: int | Tensor, until_step: int | None, fraction: float) -> float | Tensor:
+    """1, and during the last `fraction` of the steps before `until_step` a linear fall to 0; a function of the step alone.
+
+    0-d float64 on the device for a `step` that is a tensor there, without reading it.
+    """
     if until_step is None or not fraction:
         return 1.0
+    if isinstance(step, Tensor):
+        return ((until_step - step).double() / (fraction * until_step)).clamp(0.0, 1.0)
     return min(1.0, max(0.0, (until_step - step) / (fraction * until_step)))
 
 

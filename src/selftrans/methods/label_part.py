@@ -35,7 +35,7 @@ class LabelPart(nn.Module):
         self.register_buffer("count", torch.zeros(conditions.num_classes + 1))
 
     @torch.no_grad()
-    def forward(self, target: Tensor, labels: Cond, valid: Tensor, kept: float) -> Tensor:
+    def forward(self, target: Tensor, labels: Cond, valid: Tensor, kept: float | Tensor) -> Tensor:
         """Targets (M, T, D) with the share `kept` of the label's part, by the means before this batch, which they then join.
 
         labels: (M,) true labels. valid: (M,) bool, false for padding. Labels that have not occurred yet have no part.

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -44,9 +45,14 @@ class Objective(nn.Module):
         self.student = student
         self.guidances = nn.ModuleList(guidances)
         self.path, self.times, self.drop, self.cosine = path, times, drop, cosine
+        self._unchecked = True  # labels on a GPU are checked in the first call alone: it takes kernels
         names = [guidance.name for guidance in guidances]
         if len(set(names)) < len(names):
             raise ValueError(f"guidances are called {', '.join(names)}; give each a name of its own")
+        if student.early is not None and not any(guidance.trains_early for guidance in guidances):
+            raise ValueError(
+                "model.early_block gives the student a second output, which this method does not train; omit it"
+            )
         for guidance in guidances:
             wrong = [k for k in guidance.taps if not 1 <= k <= student.depth]
             if wrong:
@@ -54,16 +60,22 @@ class Objective(nn.Module):
                     f"{guidance.name} reads block {wrong[0]}, but the student has blocks 1..{student.depth}"
                 )
 
-    def forward(self, batch: Batch, step: int) -> tuple[Tensor, Report]:
-        """Loss of a step (0-d, float32) and its parts, detached and still on the device. ValueError: labels of no class."""
-        self.student.conditions.check_labels(batch.cond, batch.z0.shape[0])
+    def forward(self, batch: Batch, step: int | Tensor) -> tuple[Tensor, Report]:
+        """Loss of a step (0-d, float32) and its parts, detached and still on the device. ValueError: labels of no class.
+
+        A `step` that is a 0-d tensor is not read: then every guidance acts, and the caller retires those that have ended.
+        Labels on the CPU are checked in every call; on a GPU their values are checked in the first, by the device.
+        """
+        self.student.conditions.check_labels(batch.cond, batch.z0.shape[0], on_device=self._unchecked)
+        if not torch.compiler.is_compiling():
+            self._unchecked = False
         null = self.student.null(batch.cond)
         return self.losses(draw(batch, null, path=self.path, times=self.times, drop=self.drop), step)
 
-    def losses(self, d: Draw, step: int) -> tuple[Tensor, Report]:
+    def losses(self, d: Draw, step: int | Tensor) -> tuple[Tensor, Report]:
         """The same for a draw already made."""
         d = d._replace(step=step)
-        active = [g for g in self.guidances if g.until_step is None or step < g.until_step]
+        active = [g for g in self.guidances if isinstance(step, Tensor) or g.until_step is None or step < g.until_step]
         for g in active:
             rows = g.null_rows(d)
             if rows is not None:

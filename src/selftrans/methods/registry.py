@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from selftrans.methods.dispersive import DISPERSIVE
+from selftrans.methods.internal_guidance import INTERNAL_GUIDANCE
 from selftrans.methods.layersync import LAYERSYNC
 from selftrans.methods.repa import REPA
 from selftrans.methods.self_transcendence import SELF_TRANSCENDENCE, STRUCTURE
@@ -20,7 +21,8 @@ if TYPE_CHECKING:
 
 #: the built-in methods, in the order in which tables show them
 METHODS: dict[str, MethodSpec] = {
-    spec.name: spec for spec in (VANILLA, STRUCTURE, SELF_TRANSCENDENCE, REPA, SRA_METHOD, LAYERSYNC, DISPERSIVE)
+    spec.name: spec
+    for spec in (VANILLA, STRUCTURE, SELF_TRANSCENDENCE, REPA, SRA_METHOD, LAYERSYNC, DISPERSIVE, INTERNAL_GUIDANCE)
 }
 DEFAULT, BASELINE = SELF_TRANSCENDENCE.name, VANILLA.name
 #: the methods of this process; `selftrans.methods` is the group of entry points that other packages join by

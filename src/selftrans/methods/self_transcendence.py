@@ -123,7 +123,9 @@ class SelfGuidance(Guidance):
         for h, head, k in zip(hidden, (self.head, *self.more_heads), self.goals, strict=True):
             prediction = head(h, self.grid_of(d.zt)) if self.config.head == "conv" else head(h)
             errors.append(feature_error(prediction.float(), targets[k], self.config.target_norm))
-        term = remaining(d.step, self.until_step, self.config.fade) * picked.mean(torch.stack(errors).mean(dim=0))
+        term = picked.mean(torch.stack(errors).mean(dim=0))
+        share = remaining(d.step, self.until_step, self.config.fade)
+        term = term * (share.to(term.dtype) if isinstance(share, Tensor) else share)
         norms = {"feature_norm": hidden, "target_norm": targets}
         return term, {name: torch.stack([token_norm(x) for x in found]).mean() for name, found in norms.items()}
 

@@ -57,7 +57,9 @@ def build(config: DiTConfig, shape: tuple[int, ...], conditions: Conditions) -> 
     sizes: dict[str, Any] = {**config.sizes(), "patch_frames": config.patch_frames}
     classes = config.num_classes(conditions)
     options = {key: getattr(config, key) for key in ("qk_norm", "learn_sigma", "schedule", "label_std")}
-    return DiT(shape, classes, **options, **sizes)
+    model = DiT(shape, classes, **options, **sizes)
+    model.route = config.chosen_route()
+    return model
 
 
 def log_ratios(schedule: Schedule = "linear") -> Tensor:

@@ -37,7 +37,9 @@ class _Reading:
         self.tokens = tokens
         self.active = False
 
-    def begin(self, taps: tuple[int, ...], stop: bool, recompute: bool, shape: tuple[int, int, int]) -> None:
+    def begin(
+        self, taps: tuple[int, ...], stop: bool, recompute: bool | frozenset[int], shape: tuple[int, int, int]
+    ) -> None:
         self.taps, self.stop, self.recompute, self.shape = frozenset(taps), stop, recompute, shape
         self.grad, self.active = torch.is_grad_enabled(), True
         self.called: set[int] = set()
@@ -53,7 +55,7 @@ class _Reading:
         if k in self.called:
             raise ValueError(f"block {k} is called several times in one forward pass, so it has no one output to read")
         self.called.add(k)
-        if self.recompute:
+        if self.recompute is True or (self.recompute and k in self.recompute):
             output = torch.utils.checkpoint.checkpoint(block, *args, use_reentrant=False, **kwargs)
         else:
             output = block(*args, **kwargs)
@@ -174,7 +176,7 @@ class HookedBackbone(TextNull, Backbone):
         if stop and not taps:
             return Output(None, {})
         reading = self._reading
-        reading.begin(taps, stop, self.recompute and self.training, (x.shape[0], self.tokens, self.width))
+        reading.begin(taps, stop, self.training and self.recompute, (x.shape[0], self.tokens, self.width))
         try:
             v = self._call(self.net, x, t, cond)
             feats = reading.features()

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from selftrans.models.layers import LABEL_STD, FinalLayer, LabelEmbedder, TimestepEmbedder, initialise
 from selftrans.models.patch_transformer import PatchTransformer, SizedConfig
+from selftrans.models.routing import Route, Routed, chosen_route
+from selftrans.sections import setting
 from selftrans.types import Cond, Conditions, Output
 
 LARGEST_STD = 100.0
@@ -25,11 +27,23 @@ class LabelledConfig(SizedConfig):
     label_std: float = LABEL_STD
     """deviation of the label table before training. With the published 0.02 a short run hardly learns to read its labels:
     0.5 is much faster on small data (docs/results.md)"""
+    route: float = setting(0.0, resume="consent")
+    """share of the tokens that skip the middle blocks in training (TREAD: 0.5), others at each step; fewer operations"""
+    route_blocks: tuple[int, int] | None = setting(None, resume="consent")
+    """first and last block that they skip (1-based); None: all but the first two and the last four, as published"""
 
     def check(self) -> None:
         super().check()
+        self.chosen_route()
         if not 0 <= self.label_std <= LARGEST_STD:
             raise ValueError(f"model.label_std must be between 0 and {LARGEST_STD:g}, not {self.label_std}")
+
+    def chosen_route(self) -> Route | None:
+        """What the model's tokens skip in training. ValueError for blocks that it does not have."""
+        return chosen_route(self.route, self.route_blocks, self.blocks())
+
+    def ineffective(self) -> dict[str, str]:
+        return {} if self.route else {"route_blocks": "without model.route no token skips a block"}
 
 
 class LabelTransformer(PatchTransformer):
@@ -44,6 +58,8 @@ class LabelTransformer(PatchTransformer):
         label_std: deviation of the label table before training.
     Raises ValueError when the sizes do not fit each other.
     """
+
+    route: Route | None = None  #: what a part of the tokens skips in training; set it after the model is made
 
     def __init__(
         self,
@@ -74,23 +90,37 @@ class LabelTransformer(PatchTransformer):
         """What each block is called with besides tokens and condition."""
         return ()
 
+    def kept_inputs(self, inputs: tuple[Tensor, ...], kept: Tensor) -> tuple[Tensor, ...]:
+        """`block_inputs` of a part of the tokens: `kept` (N, K) are their positions."""
+        return inputs
+
     def forward(self, x: Tensor, t: Tensor, cond: Cond, *, taps: tuple[int, ...] = (), stop: bool = False) -> Output:
         """x (N, C, *S), t (N,), labels (N,) -> velocity (N, C, *S) and the features of blocks `taps` (1-based).
 
-        S may be another than the model's own. ValueError when patches do not divide it.
+        S may be another than the model's own. ValueError when patches do not divide it. In training, with a `route`, the
+        feature of a token that skips a block is the token as it left.
         """
         assert isinstance(cond, Tensor) and all(1 <= k <= self.depth for k in taps)
         tokens, grid = self.embed(x)  # (N, T, D)
         c = self.t_embedder(t) + self.y_embedder(cond)  # (N, D)
         inputs = self.block_inputs(grid)
+        routed = Routed(self.route, tokens) if self.route and self.training else None
         feats: dict[int, Tensor] = {}
         for k, block in enumerate(self.blocks, start=1):
-            tokens = self.run_block(block, tokens, c, *inputs)
+            if routed is None:
+                tokens = self.run_block(block, tokens, c, *inputs)
+            else:
+                tokens = routed.before(k, tokens)
+                given = self.kept_inputs(inputs, routed.kept) if routed.away else inputs
+                tokens = routed.after(k, self.run_block(block, tokens, c, *given))
             if k in taps:
-                feats[k] = tokens
+                feats[k] = tokens if routed is None else routed.every(tokens)
             if stop and len(feats) == len(set(taps)):
                 return Output(None, feats)
         return Output(self.velocity(tokens, c, grid), feats)
+
+    def extra_repr(self) -> str:
+        return "" if self.route is None else str(self.route)
 
     def repeated(self) -> list[nn.Module]:
         return list(self.blocks)

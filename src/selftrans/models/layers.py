@@ -28,10 +28,18 @@ class Attention(nn.Module):
         self.proj = nn.Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:  # (N, T, D) -> (N, T, D)
-        n, t, d = x.shape
-        q, k, v = self.qkv(x).view(n, t, 3, self.heads, d // self.heads).permute(2, 0, 3, 1, 4).unbind(dim=0)
+        q, k, v = split_heads(self.qkv(x), self.heads)
         x = F.scaled_dot_product_attention(self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype), v)
-        return self.proj(x.transpose(1, 2).reshape(n, t, d))
+        return self.proj(x.transpose(1, 2).flatten(start_dim=2))
+
+
+def split_heads(qkv: Tensor, heads: int) -> tuple[Tensor, ...]:
+    """(N, T, 3 D) -> queries, keys, values (N, h, T, d), all of them views.
+
+    Split on an inner axis, so that backward writes the gradients into (N, T, 3, h, d), the layout that the product before
+    takes; split on the first axis they are written once more.
+    """
+    return tuple(part.transpose(1, 2) for part in qkv.unflatten(-1, (3, heads, -1)).unbind(dim=2))
 
 
 class Mlp(nn.Module):
@@ -91,13 +99,16 @@ def time_rates(frequencies: int, device: torch.device | None = None) -> Tensor:
 class TimestepEmbedder(nn.Module):
     """Sinusoids of t (256 of them, periods up to 10,000) through a two-layer MLP."""
 
+    rates: Tensor
+
     def __init__(self, width: int, frequencies: int = 256) -> None:
         super().__init__()
         self.mlp = nn.Sequential(nn.Linear(frequencies, width), nn.SiLU(), nn.Linear(width, width))
-        self.frequencies = frequencies
+        # as bits: a model that is cast to half precision must keep them
+        self.register_buffer("rates", time_rates(frequencies).view(torch.int32), persistent=False)
 
     def forward(self, t: Tensor) -> Tensor:  # (N,) -> (N, D)
-        angles = t.float()[:, None] * time_rates(self.frequencies, t.device)[None, :]
+        angles = t.float()[:, None] * self.rates.view(torch.float32)[None, :]
         waves = torch.cat([torch.cos(angles), torch.sin(angles)], dim=-1)
         return self.mlp(waves.to(next(self.mlp.parameters()).dtype))
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from selftrans.models.label_transformer import LabelledConfig, LabelTransformer
-from selftrans.models.layers import LABEL_STD, Mlp, axis_channels, axis_positions
+from selftrans.models.layers import LABEL_STD, Mlp, axis_channels, axis_positions, split_heads
 from selftrans.models.sit import SIZES as SIT_WIDTHS
 from selftrans.types import Conditions
 
@@ -59,7 +59,9 @@ OPTIONS = ("qk_norm", "swiglu", "rope", "rms_norm", "shift")
 def build(config: LightningConfig, shape: tuple[int, ...], conditions: Conditions) -> LightningDiT:
     """A freshly initialised LightningDiT for latents (C, *S). ValueError for shapes that it cannot take, and for text."""
     sizes: dict[str, Any] = {**config.sizes(), **config.options(), "patch_frames": config.patch_frames}
-    return LightningDiT(shape, config.num_classes(conditions), label_std=config.label_std, **sizes)
+    model = LightningDiT(shape, config.num_classes(conditions), label_std=config.label_std, **sizes)
+    model.route = config.chosen_route()
+    return model
 
 
 def rotation_table(channels: int, grid: tuple[int, ...], device: torch.device | None = None) -> Tensor:
@@ -81,7 +83,7 @@ def rotation_table(channels: int, grid: tuple[int, ...], device: torch.device | 
 
 
 def rotate(x: Tensor, table: Tensor) -> Tensor:
-    """Turn each pair of neighbouring channels of x (..., T, d) by the angles of `table` (2, T, d / 2)."""
+    """Turn each pair of neighbouring channels of x (..., T, d) by the angles of `table` (2, ..., T, d / 2)."""
     cos, sin = table.unbind(dim=0)
     a, b = x.unflatten(-1, (-1, 2)).unbind(dim=-1)  # (..., T, d / 2)
     return torch.stack([a * cos - b * sin, b * cos + a * sin], dim=-1).flatten(-2)
@@ -106,13 +108,12 @@ class RotaryAttention(nn.Module):
         self.proj = nn.Linear(width, width)
 
     def forward(self, x: Tensor, table: Tensor | None = None) -> Tensor:  # (N, T, D), (2, T, d / 2) -> (N, T, D)
-        n, t, width = x.shape
-        q, k, v = self.qkv(x).view(n, t, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4).unbind(dim=0)
+        q, k, v = split_heads(self.qkv(x), self.heads)
         q, k = self.q_norm(q), self.k_norm(k)
         if table is not None:
             q, k = rotate(q, table), rotate(k, table)
         x = F.scaled_dot_product_attention(q.to(v.dtype), k.to(v.dtype), v)
-        return self.proj(x.transpose(1, 2).reshape(n, t, width))
+        return self.proj(x.transpose(1, 2).flatten(start_dim=2))
 
 
 class SwiGLU(nn.Module):
@@ -145,7 +146,7 @@ class LightningBlock(nn.Module):
         self.shift = shift
 
     def forward(self, x: Tensor, c: Tensor, table: Tensor | None = None) -> Tensor:
-        """(N, T, D), (N, D), (2, T, d / 2) -> (N, T, D)"""
+        """(N, T, D), (N, D), (2, T, d / 2) or (2, N, 1, T, d / 2) -> (N, T, D)"""
         parts = self.adaLN_modulation(c).unsqueeze(dim=1).chunk(6 if self.shift else 4, dim=-1)  # each (N, 1, D)
         scale1, gate1, scale2, gate2 = parts[1:3] + parts[4:] if self.shift else parts
         h = self.norm1(x) * (1 + scale1)
@@ -210,3 +211,7 @@ class LightningDiT(LabelTransformer):
         if own is None or grid == self.grid:
             return () if own is None else (own,)
         return (rotation_table(2 * own.shape[-1], grid, own.device).float().to(own.dtype),)
+
+    def kept_inputs(self, inputs: tuple[Tensor, ...], kept: Tensor) -> tuple[Tensor, ...]:
+        """The rotations of the tokens `kept` (N, K), for every head: (2, N, 1, K, d / 2)."""
+        return tuple(table[:, kept].unsqueeze(dim=2) for table in inputs)

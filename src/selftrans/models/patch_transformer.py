@@ -88,6 +88,7 @@ class PatchTransformer(Backbone):
     x_embedder: PatchEmbed
     pos_embed: Tensor
     final_layer: FinalLayer | None
+    random_blocks = False
 
     def cut(self, shape: tuple[int, ...], *, width: int, patch: int, patch_frames: int = 1) -> None:
         """Set shape and grid, and make the embedding of patches and the positions. ValueError for sizes that do not fit.

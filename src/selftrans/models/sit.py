@@ -39,7 +39,9 @@ def build(config: SiTConfig, shape: tuple[int, ...], conditions: Conditions) -> 
     """A freshly initialised SiT for latents (C, *S). ValueError for shapes that it cannot take, and for text."""
     options: dict[str, Any] = {key: getattr(config, key) for key in ("patch_frames", "qk_norm", "label_std")}
     options.update(config.sizes())
-    return SiT(shape, config.num_classes(conditions), **options)
+    model = SiT(shape, config.num_classes(conditions), **options)
+    model.route = config.chosen_route()
+    return model
 
 
 class SiT(LabelTransformer):

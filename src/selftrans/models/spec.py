@@ -32,6 +32,8 @@ class ModelConfig(Section):
 
     name: str = ""
     """a name of the family: a published size, or that of the family itself"""
+    early_block: int | None = field(default=None, kw_only=True)
+    """block after which a second output reads a velocity, for methods that train one and for --early-guidance; None: none"""
 
     def blocks(self) -> int:
         """Number of blocks: a weights file with fewer tensors cannot be of this model, and none is built for it."""

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from selftrans import flow
+from selftrans.checkpoints import hub
 from selftrans.checkpoints.load import LoadedModel, Weights, load_model
 from selftrans.config import SampleConfig
 from selftrans.data.decoded import decode_images
@@ -28,7 +29,7 @@ from selftrans.models.compiling import compile_model
 from selftrans.precision import PRECISIONS
 from selftrans.sampling.chosen_labels import chosen_labels
 from selftrans.sampling.conditioning import Conditioning, conditioning_of
-from selftrans.sampling.samplers import SAMPLERS, Noise, autoguided, guided
+from selftrans.sampling.samplers import SAMPLERS, Early, Noise, autoguided, guided
 from selftrans.sampling.streams import NOISE_STREAM, image_stream
 from selftrans.storage import plural, printable
 from selftrans.types import Backbone, Cond, check_takes, eval_mode, map_cond
@@ -78,6 +79,11 @@ class Sampler:
             raise ValueError(
                 f"sample.guidance_channels is {channels}, the latents have {model.shape[0]} channels; leave it out for all"
             )
+        if settings.early_guidance != 1 and model.early is None:
+            raise ValueError(
+                f"early_guidance is {settings.early_guidance:g}, and the model has no second output (model.early_block); leave "
+                "it out"
+            )
         self.model, self.autoencoder, self.settings, self.path = model, autoencoder, settings, path
         self.weak = weak
         self.device = torch.device(device)
@@ -97,13 +103,15 @@ class Sampler:
         device: torch.device | str | None = None,
         conditioning: Conditioning | None = None,
         text_encoder: str | None = None,
+        total: int | None = None,
     ) -> Self:
         """The sampler of a loaded model, which is moved to `device` (None: `default_device`) and cast in place.
 
         A model of text samples the prompts of `settings`, or (None) those of its run, unless `conditioning` is given;
         `text_encoder` is where their encoder lies, if not where it was at training.
         In reduced precision the weights of linear and convolution layers are cast once. On a GPU the autoencoder then decodes
-        in bfloat16 (float16 overflows in some), and both are compiled if that saves time.
+        in bfloat16 (float16 overflows in some), and both are compiled if that saves time: `total` is the number of images that
+        this process samples of models of one kind (None: those of `settings`), which share a compilation.
         Raises ValueError for invalid settings.
         """
         settings.check()
@@ -122,8 +130,7 @@ class Sampler:
             conditioning = conditioning_of(
                 conditions, settings, present=present, text_encoder=text_encoder, device=device
             )
-        reduced = device.type == "cuda" and dtype != torch.float32
-        of_decoder = torch.bfloat16 if reduced else torch.float32
+        of_decoder = decoder_dtype(device, settings.precision)
         decoder = load_decoder(loaded.autoencoder, settings.decode_with, device=device, dtype=of_decoder)
         path = flow.PATHS[loaded.config.train.path]
         weak = weak_model(loaded, settings)
@@ -132,14 +139,14 @@ class Sampler:
         sampler.classes = loaded.classes
         for each in sampler.models:
             cast_products(each, dtype)
-        if worth_compiling(settings, device):
+        if worth_compiling(settings if total is None else dataclasses.replace(settings, num=total), device):
             sampler._compile()
         sampler.described |= {
             "weights": loaded.weights,
             "num_classes": loaded.model.conditions.num_classes,
             "stage": loaded.stage,
             "step": loaded.step,
-            "autoencoder": loaded.autoencoder,
+            "autoencoder": hub.recorded(loaded.autoencoder),
             "source": loaded.source,
         } | ({"decode_with": decoder.name} if settings.decode_with else {})
         if weak:
@@ -209,10 +216,11 @@ class Sampler:
         settings, dtype = self.settings, PRECISIONS[self.settings.precision]
         noise = image_noise(indices, self.shape, settings.seed, self.device)
         scale, interval, channels = settings.guidance_scale, settings.guidance_interval, settings.guidance_channels
+        early = Early(settings.early_guidance, settings.early_interval)
         if self.weak is None:
-            velocity = guided(self.model, cond, scale=scale, interval=interval, channels=channels)
+            velocity = guided(self.model, cond, scale=scale, interval=interval, channels=channels, early=early)
         else:
-            velocity = autoguided(self.model, self.weak, cond, scale=scale, interval=interval)
+            velocity = autoguided(self.model, self.weak, cond, scale=scale, interval=interval, early=early)
         # autocast casts the weights again in every forward pass, also compiled: `cast_products` avoids that
         amp = torch.autocast(self.device.type, dtype=dtype, enabled=dtype != torch.float32)
         with eval_mode(self.model), amp:
@@ -243,7 +251,14 @@ def overridden(loaded: LoadedModel, overrides: dict[str, Any]) -> SampleConfig:
     for name in ("guidance_interval", "guidance_channels", "autoguidance") if settings.guidance_scale == 1 else ():
         if name in overrides:
             warnings.warn(f"the {name.replace('_', ' ')} is ignored: the guidance scale is 1", stacklevel=4)
+    if settings.early_guidance == 1 and "early_interval" in overrides:
+        warnings.warn("the early interval is ignored: the early guidance is 1", stacklevel=4)
     return settings if settings.guidance_scale != 1 else dataclasses.replace(settings, autoguidance=None)
+
+
+def as_possible(settings: SampleConfig, model: Backbone) -> SampleConfig:
+    """The settings, without guidance by a second output where the model has none: for what samples several models alike."""
+    return settings if model.early is not None else dataclasses.replace(settings, early_guidance=1.0)
 
 
 def weak_model(loaded: LoadedModel, settings: SampleConfig) -> LoadedModel | None:
@@ -264,6 +279,12 @@ def weak_model(loaded: LoadedModel, settings: SampleConfig) -> LoadedModel | Non
             f"autoguidance {name} is a model of {theirs}, the sampled one of {ours}; give one of the same data"
         )
     return weak
+
+
+def decoder_dtype(device: torch.device, precision: str) -> torch.dtype:
+    """Of the autoencoder that decodes samples in this precision: reduced on a GPU only."""
+    reduced = device.type == "cuda" and PRECISIONS[precision] != torch.float32
+    return torch.bfloat16 if reduced else torch.float32
 
 
 def worth_compiling(settings: SampleConfig, device: torch.device) -> bool:

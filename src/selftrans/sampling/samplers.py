@@ -1,4 +1,4 @@
-"""Velocity ⇒ latents: the samplers, and guidance on an interval of t: classifier-free, or by a weak model.
+"""Velocity ⇒ latents: the samplers, and guidance on an interval of t: classifier-free, by a weak model, by an early output.
 
 Time runs from t = 1 (noise) to t = 0 (data). Samplers are plain functions on `velocity(z, t)`, where t is a float64
 scalar tensor on the CPU, so that reading t never waits for the GPU. Shape legend: N batch.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from itertools import pairwise
-from typing import Literal, TypeAlias
+from typing import Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -19,6 +19,13 @@ from selftrans.types import Backbone, Cond, cat_cond
 
 Velocity: TypeAlias = Callable[[Tensor, Tensor], Tensor]  #: (z (N, ...), t ()) -> (N, ...)
 Noise: TypeAlias = Callable[[], Tensor]  #: the next standard normal (N, ...)
+
+
+class Early(NamedTuple):
+    """Guidance by the model's second output."""
+
+    scale: float
+    interval: tuple[float, float] = (0.0, 1.0)  #: of t
 
 
 def shifted(times: Tensor, shift: float) -> Tensor:
@@ -132,6 +139,7 @@ def guided(
     scale: float = 1.0,
     interval: tuple[float, float] = (0.0, 1.0),
     channels: int | None = None,
+    early: Early | None = None,
 ) -> Velocity:
     """Velocity of a model with classifier-free guidance, v_u + scale (v_c - v_u), for interval[0] <= t <= interval[1].
 
@@ -139,7 +147,7 @@ def guided(
     scale 1, the unconditional half is not computed. A model without conditions is not guided, with a warning. ValueError
     for labels of no class.
     With `channels`, only the first so many of the C channels are guided, and the others are those of v_c (as in the published
-    sampling code of DiT, SiT and LightningDiT, with 3).
+    sampling code of DiT, SiT and LightningDiT, with 3). With `early`, v_c and v_u are those of `early_guided`.
     """
     if isinstance(model, Backbone) and isinstance(cond, Tensor):
         model.conditions.check_labels(cond, cond.shape[0], null=True)
@@ -151,8 +159,8 @@ def guided(
 
     def velocity(z: Tensor, t: Tensor) -> Tensor:
         if scale == 1 or not _inside(t, interval):
-            return _evaluate(model, z, t, cond)
-        conditional, unconditional = _evaluate(model, torch.cat([z, z], dim=0), t, both).chunk(2, dim=0)
+            return early_guided(model, z, t, cond, early)
+        conditional, unconditional = early_guided(model, torch.cat([z, z], dim=0), t, both, early).chunk(2, dim=0)
         v = unconditional + scale * (conditional - unconditional)
         return v if channels is None else torch.cat([v[:, :channels], conditional[:, channels:]], dim=1)
 
@@ -160,16 +168,22 @@ def guided(
 
 
 def autoguided(
-    model: Backbone, weak: Backbone, cond: Cond, *, scale: float, interval: tuple[float, float] = (0.0, 1.0)
+    model: Backbone,
+    weak: Backbone,
+    cond: Cond,
+    *,
+    scale: float,
+    interval: tuple[float, float] = (0.0, 1.0),
+    early: Early | None = None,
 ) -> Velocity:
     """Velocity of a model guided by a weaker one, v_weak + scale (v - v_weak), for interval[0] <= t <= interval[1].
 
     Autoguidance (Karras et al., 2406.02507): both get the same condition, so the extrapolation reduces errors that are larger
-    in the weak model. Outside the interval the weak model is not computed.
+    in the weak model. Outside the interval the weak model is not computed. With `early`, v is that of `early_guided`.
     """
 
     def velocity(z: Tensor, t: Tensor) -> Tensor:
-        v = _evaluate(model, z, t, cond)
+        v = early_guided(model, z, t, cond, early)
         if not _inside(t, interval):
             return v
         v_weak = _evaluate(weak, z, t, cond)
@@ -178,15 +192,34 @@ def autoguided(
     return velocity
 
 
+def early_guided(model: Backbone, z: Tensor, t: Tensor, cond: Cond, early: Early | None) -> Tensor:
+    """Velocity of a model guided by its own second output, v_early + scale (v - v_early), at t inside the interval.
+
+    Internal Guidance (Zhou et al., 2512.24176), of one pass; both halves of classifier-free guidance are so, as released.
+    Outside the interval, with scale 1 or with `early` None the second output is not computed.
+    """
+    if early is None or early.scale == 1 or not _inside(t, early.interval):
+        return _evaluate(model, z, t, cond)
+    out = model(z, _times(z, t), cond, taps=(model.early_block,))
+    assert out.v is not None
+    v = out.v.to(z.dtype)
+    weak = model.from_tokens(model.early_cells(out.feats[model.early_block]), tuple(z.shape[1:])).to(z.dtype)
+    return weak + early.scale * (v - weak)
+
+
 def _inside(t: Tensor, interval: tuple[float, float]) -> bool:
     # grid times have rounding errors: 0.65 must count as 0.65
     return interval[0] - 1e-9 <= float(t) <= interval[1] + 1e-9
 
 
 def _evaluate(model: Backbone, z: Tensor, t: Tensor, cond: Cond) -> Tensor:
-    v = model(z, torch.full((z.shape[0],), float(t), device=z.device, dtype=z.dtype), cond).v
+    v = model(z, _times(z, t), cond).v
     assert v is not None
     return v.to(z.dtype)
+
+
+def _times(z: Tensor, t: Tensor) -> Tensor:
+    return torch.full((z.shape[0],), float(t), device=z.device, dtype=z.dtype)
 
 
 def _tensors(cond: Cond) -> list[Tensor]:

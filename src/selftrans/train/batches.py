@@ -9,6 +9,7 @@ Shape legend: N batch, M moments channels, (C, *S) latent, T tokens and D width 
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -20,7 +21,8 @@ from torch import Tensor
 
 from selftrans.data.dataset import Dataset
 from selftrans.data.windows import WindowOrder, window_order, windows_of
-from selftrans.types import Batch
+from selftrans.encoders.latent_space import LatentSpace
+from selftrans.types import Batch, Cond
 
 CAPTIONS = 3  #: apart from other random numbers of the same seed
 
@@ -85,6 +87,7 @@ class Stream:
         self.dataset, self.batch_size, self.accumulate, self.seed = dataset, batch_size, accumulate, seed
         self.rank, self.micro = rank, batch_size // (accumulate * world)
         self.features = False  #: whether stored features are read, too
+        self.reading = threading.Lock()  #: held while the thread reads: who holds it keeps that thread off the device
         self.schedule = Schedule.of(dataset.parts, seed)
         self._orders: dict[int, tuple[int, np.ndarray]] = {}  #: part of the data -> an epoch and its order
         assert window is None or len(dataset.parts) == 1, "windows are of data of one shape"
@@ -156,9 +159,10 @@ class Stream:
                 self._expect(at // self.accumulate)
             rows = self.indices(*divmod(at, self.accumulate))
             names = [name for name in self.dataset.names if name != "features" or self.features]
-            tensors = self.dataset.read(rows, names, self.caption(rows, *divmod(at, self.accumulate)))
-            if pin:  # in this thread, not in the step: only copies from pinned memory are asynchronous
-                tensors = {name: x.pin_memory() if x.device.type == "cpu" else x for name, x in tensors.items()}
+            with self.reading:
+                tensors = self.dataset.read(rows, names, self.caption(rows, *divmod(at, self.accumulate)))
+                if pin:  # in this thread, not in the step: only copies from pinned memory are asynchronous
+                    tensors = {name: x.pin_memory() if x.device.type == "cpu" else x for name, x in tensors.items()}
             return Loaded(rows, tensors)
 
         with ThreadPoolExecutor(max_workers=1, thread_name_prefix="data") as pool:
@@ -176,14 +180,32 @@ def seed_step(seed: int, stream: int, step: int, micro: int, rank: int) -> None:
     torch.manual_seed(int(state) % 2**63)
 
 
-def to_batch(loaded: Loaded, dataset: Dataset, device: torch.device) -> Batch:
-    """moments => latents on the device: one stored copy (mirrored or not) and one posterior sample for each visit."""
+class Inputs(NamedTuple):
+    """What a micro-batch is made of, on the training device, before anything is drawn."""
+
+    moments: Tensor  #: (N, copies, M, *S)
+    cond: Cond  #: true condition of each sample
+    features: Tensor | None  #: (N, copies, T, D), if a guidance reads them
+
+
+def inputs_of(loaded: Loaded, dataset: Dataset, device: torch.device) -> Inputs:
+    """The stored tensors on the device; ids of captions are encoded there. Draws nothing."""
     moments = loaded.tensors["moments"].to(device, non_blocking=True)
-    n, copies = moments.shape[:2]
-    chosen = torch.arange(n, device=device), torch.randint(copies, (n,), device=device)
-    z0 = dataset.manifest.latent_space.sample(moments[chosen])
-    cond = dataset.condition(loaded.tensors, device)
     features = loaded.tensors.get("features")
     if features is not None:
-        features = features.to(device, non_blocking=True)[chosen]
-    return Batch(z0, cond, features)
+        features = features.to(device, non_blocking=True)
+    return Inputs(moments, dataset.condition(loaded.tensors, device), features)
+
+
+def draw_batch(inputs: Inputs, space: LatentSpace) -> Batch:
+    """moments => latents: one stored copy (mirrored or not) and one posterior sample for each visit."""
+    n, copies = inputs.moments.shape[:2]
+    device = inputs.moments.device
+    chosen = torch.arange(n, device=device), torch.randint(copies, (n,), device=device)
+    z0 = space.sample(inputs.moments[chosen])
+    return Batch(z0, inputs.cond, None if inputs.features is None else inputs.features[chosen])
+
+
+def to_batch(loaded: Loaded, dataset: Dataset, device: torch.device) -> Batch:
+    """moments => latents on the device, by `inputs_of` and `draw_batch`."""
+    return draw_batch(inputs_of(loaded, dataset, device), dataset.manifest.latent_space)

@@ -24,7 +24,7 @@ from accelerate import Accelerator
 from tqdm import tqdm
 
 from selftrans.checkpoints import format as checkpoint
-from selftrans.config import RunConfig
+from selftrans.config import RunConfig, Train
 from selftrans.data.buckets import is_prepared
 from selftrans.data.dataset import Dataset
 from selftrans.methods.guidance import Frozen
@@ -140,7 +140,8 @@ def _measured(trainer: Trainer, out: Path, steps: int) -> StagePlan:
     samples = _samples(trainer)
     seconds: list[float] = []
     peaks: list[int] = []
-    count = min(steps, stage.steps)
+    untimed = trainer.captured.untimed if trainer.captured else 1  # these compile, and capture
+    count = min(steps + untimed - 1, stage.steps)
     said, hidden = f"{stage.name}: {plural(count, 'step')}", not trainer.accelerator.is_main_process
     limit = LIMIT if trainer.accelerator.num_processes == 1 else float("inf")  # several take the same number of steps
     with tqdm(total=count, desc=said, unit="step", mininterval=0, leave=False, disable=hidden) as bar:
@@ -152,14 +153,12 @@ def _measured(trainer: Trainer, out: Path, steps: int) -> StagePlan:
             seconds.append(time.perf_counter() - started)
             peaks.append(_peak(device))
             bar.update()
-    each, peak = statistics.median(seconds[1:] or seconds), peaks[-1]
+    each, peak = statistics.median(seconds[untimed:] or seconds[1:] or seconds), peaks[-1]
     if samples < micro:
         each = _extrapolated(seconds, samples, micro)
         peak = round(peaks[0] + max(0, peaks[-1] - peaks[0]) * (micro - samples) / samples)
     reached = max((step for step, _ in checkpoint.steps(out / stage.name / "checkpoints")), default=0)
     student, objective = trainer.objective.student, trainer.objective
-    written = stage.steps // train.checkpoint_every + bool(stage.steps % train.checkpoint_every)
-    kept = train.keep + train.keep_best + (stage.steps // train.keep_every if train.keep_every else 0)
     return StagePlan(
         name=stage.name,
         parameters=sum(p.numel() for p in student.parameters()),
@@ -173,15 +172,22 @@ def _measured(trainer: Trainer, out: Path, steps: int) -> StagePlan:
         peak=peak,
         samples=samples,
         checkpoint=sum(trainer.memory.get(part, 0) for part in KEPT),
-        kept=min(kept, written) if train.keep else written,
+        kept=kept_checkpoints(train, stage.steps),
     )
+
+
+def kept_checkpoints(train: Train, steps: int) -> int:
+    """How many checkpoints a stage of so many steps has at the end, about."""
+    written = steps // train.checkpoint_every + bool(steps % train.checkpoint_every)
+    kept = train.keep + train.keep_best + (steps // train.keep_every if train.keep_every else 0)
+    return min(kept, written) if train.keep else written
 
 
 def _samples(trainer: Trainer) -> int:
     """Samples of each micro-batch in the steps that are measured: of a single process on a CPU as many as take no long time."""
     micro, alone = trainer.stream.micro, trainer.accelerator.num_processes == 1
     flops = sum(trainer.flops.values()) / max(1, trainer.config.train.batch_size) * micro
-    if trainer.accelerator.device.type != "cpu" or not alone or flops <= CPU_FLOPS:
+    if trainer.accelerator.device.type != "cpu" or not alone or trainer.captured or flops <= CPU_FLOPS:
         return micro
     few = max(FEWEST_SAMPLES, int(micro * CPU_FLOPS / flops))
     return few if 2 * few < micro else micro

@@ -13,10 +13,17 @@ from selftrans.types import Backbone, Cond, map_cond
 
 
 def forward_flops(backbone: Backbone, cond: Cond, taps: tuple[int, ...] = (), *, stop: bool = False) -> int:
-    """Operations (2 per multiply-add) of one sample through a backbone; `cond` holds one condition."""
-    # on meta: only shapes are needed. float32: the reduced weights of a teacher would need autocast
-    meta = copy.deepcopy(backbone).to(device="meta", dtype=torch.float32)
-    z = torch.empty(1, *backbone.shape, device="meta")
+    """Operations (2 per multiply-add) of one sample through a backbone in eval mode; `cond` holds one condition."""
+    return _forward_flops(_on_meta(backbone).eval(), cond, taps, stop=stop)
+
+
+def _on_meta(backbone: Backbone) -> Backbone:
+    """A copy without memory: only shapes are needed. float32: the reduced weights of a teacher would need autocast."""
+    return copy.deepcopy(backbone).to(device="meta", dtype=torch.float32)
+
+
+def _forward_flops(meta: Backbone, cond: Cond, taps: tuple[int, ...] = (), *, stop: bool = False) -> int:
+    z = torch.empty(1, *meta.shape, device="meta")
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         meta(z, torch.empty(1, device="meta"), map_cond(lambda x: x.to("meta"), cond), taps=taps, stop=stop)
     return counter.get_total_flops()
@@ -25,11 +32,13 @@ def forward_flops(backbone: Backbone, cond: Cond, taps: tuple[int, ...] = (), *,
 def training_flops(backbone: Backbone, cond: Cond) -> int:
     """Operations of one sample forward and backward through a student; `cond` holds one condition.
 
+    In train mode, so what is left out in training is not counted; nor is what is computed again for the backward pass.
     Backward is twice forward, except through frozen weights, which have no gradient: then it is counted.
     """
+    meta = _on_meta(backbone).train()
+    meta.recompute = False
     if all(p.requires_grad for p in backbone.parameters()):
-        return 3 * forward_flops(backbone, cond)
-    meta = copy.deepcopy(backbone).to(device="meta", dtype=torch.float32).eval()
+        return 3 * _forward_flops(meta, cond)
     z = torch.empty(1, *backbone.shape, device="meta")
     with FlopCounterMode(display=False) as counter:
         v = meta(z, torch.empty(1, device="meta"), map_cond(lambda x: x.to("meta"), cond)).v
@@ -54,7 +63,8 @@ def step_flops(objective: Objective, cond: Cond, batch_size: int) -> dict[int | 
     total: dict[int | None, int] = {None: batch_size * training_flops(student, cond)}
     for i, guidance in enumerate(objective.guidances):
         cost, teacher = guidance.cost(batch_size), guidance.teacher
-        per_head = head_flops(guidance.head, student.tokens, student.width) if guidance.head is not None else 0
+        head = student.early if guidance.trains_early else guidance.head
+        per_head = head_flops(head, student.tokens, student.width) if head is not None else 0
         per_teacher = guidance.encoder_flops
         if teacher is not None:
             per_teacher = forward_flops(teacher.model, cond, (teacher.block,), stop=True)

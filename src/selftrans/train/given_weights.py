@@ -104,8 +104,10 @@ def with_model_of(config: RunConfig, model: ModelConfig, typed: Collection[str] 
     """The settings with the model of the given weights, which the recipe's defaults give way to.
 
     `typed`: names of settings that were given, such as model.depth, also those equal to the recipe's defaults.
+    Whether there is a second output is the method's to say, not that of the weights.
     ValueError names a model setting that was given and is another.
     """
+    model = dataclasses.replace(model, early_block=config.model.early_block)
     named = {name.removeprefix("model.") for name in typed if name.startswith("model.")}
     usual = RECIPES[config.recipe]().model if config.recipe in RECIPES else type(config.model)()
     if type(config.model) is not type(model):

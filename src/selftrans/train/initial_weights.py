@@ -35,6 +35,7 @@ from selftrans.train.given_weights import (
     warn_of_encoders,
     with_model_of,
 )
+from selftrans.train.recompute import chosen_blocks
 from selftrans.types import Backbone
 
 
@@ -154,5 +155,5 @@ def build_student(config: RunConfig, dataset: Dataset, initial: InitialWeights |
         student.load_state_dict(initial.tensors(), strict=True)
     if initial is not None and lora.rank:
         add_adapters(student, lora.rank, lora.factor, lora.targets, initial.trained)
-    student.recompute = config.train.recompute
+    student.recompute = chosen_blocks(config.train.recompute, student.depth)
     return student

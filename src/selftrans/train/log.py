@@ -21,7 +21,9 @@ class RunningMeans:
     """Means of the reported values since the last line, summed on the device: the host waits only when they are read."""
 
     def __init__(self) -> None:
-        self._sums: dict[str, tuple[Tensor, Tensor]] = {}  #: sum and count, float64
+        self._sums: dict[
+            str, tuple[Any, Any]
+        ] = {}  #: sum and count, float64: tensors, or numbers that the host has read
 
     def add(self, report: dict[str, Tensor], finite: Tensor | None = None) -> None:
         """Add the 0-d values of one step, unless `finite`, a 0-d boolean on their device, is false."""
@@ -33,16 +35,33 @@ class RunningMeans:
             total, count = self._sums.get(name, (0, 0))
             self._sums[name] = total + value, count + one
 
+    def add_numbers(self, report: dict[str, float], finite: bool) -> None:
+        """The same for values that the host has read; the sums are kept there from now on. Waits for the device once."""
+        for name, value in report.items():
+            total, count = (float(x) for x in self._sums.get(name, (0.0, 0.0)))
+            self._sums[name] = (total + value, count + 1.0) if finite else (total, count)
+
     def means(self) -> dict[str, Tensor]:
         """By name, 0-d; NaN where no step counted."""
-        return {name: total / count for name, (total, count) in self._sums.items()}
+        return {name: total / count for name, (total, count) in self._tensors().items()}
 
     def clear(self) -> None:
         self._sums = {}
 
+    def _tensors(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """Sums and counts, as tensors also where they are kept as numbers."""
+        return {
+            name: (torch.as_tensor(total, dtype=torch.float64), torch.as_tensor(count, dtype=torch.float64))
+            if isinstance(total, float)
+            else (total, count)
+            for name, (total, count) in self._sums.items()
+        }
+
     def state(self, accelerator: Accelerator | None = None) -> dict[str, Any]:
         """What a checkpoint keeps. With several processes, which must all call it, the mean over them."""
-        sums = self._sums if accelerator is None else accelerator.reduce(self._sums, reduction="mean")
+        sums = self._tensors()
+        if accelerator is not None:
+            sums = accelerator.reduce(sums, reduction="mean")
         return {name: [total.item(), count.item()] for name, (total, count) in sums.items()}
 
     def load(self, state: dict[str, Any], device: torch.device) -> None:

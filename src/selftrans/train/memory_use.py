@@ -10,13 +10,14 @@ from torch import Tensor, nn
 from selftrans.methods.guidance import Frozen
 from selftrans.methods.objective import Objective
 from selftrans.train.fsdp import local
+from selftrans.train.optim import moment_bytes
 
 
-def memory_use(objective: Objective, average: nn.Module, teacher: Any) -> dict[str, int]:
+def memory_use(objective: Objective, average: nn.Module, teacher: Any, optimizer: str = "adamw") -> dict[str, int]:
     """Bytes in one process, by what they are for. Activations are not counted.
 
     `weights` are those of the student and of the heads; frozen weights that the average shares with the student are counted
-    once, there. AdamW keeps two moments of each trained parameter.
+    once, there. AdamW keeps two moments of each trained parameter; `optimizer` is `train.optimizer`.
     """
     parameters, held = list(objective.parameters()), [*objective.parameters(), *objective.buffers()]
     trained = _bytes(p for p in parameters if p.requires_grad)
@@ -24,7 +25,7 @@ def memory_use(objective: Objective, average: nn.Module, teacher: Any) -> dict[s
     found = {
         "weights": _bytes(held),
         "gradients": trained,
-        "optimizer": 2 * trained,
+        "optimizer": moment_bytes([p for p in parameters if p.requires_grad], optimizer),
         "average": _bytes(t for t in (*average.parameters(), *average.buffers()) if id(t) not in own),
     }
     if isinstance(teacher, Frozen):

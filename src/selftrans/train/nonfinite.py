@@ -35,17 +35,9 @@ class NonFiniteSteps:
         self._unread: list[tuple[int, Tensor]] = []
         self._unreported: list[dict[str, Any]] = []
 
-    def check(self, step: int, losses: list[Tensor], norm: Tensor, accelerator: Accelerator) -> Tensor:
-        """0-d boolean on the device: whether the update of this 0-based step is finite. The same in all processes.
-
-        `losses` are those of the micro-batches, `norm` that of the gradient before clipping.
-        """
-        loss = torch.stack(losses).mean(dim=0)
-        bad = (~(torch.isfinite(loss) & torch.isfinite(norm))).float()
-        if accelerator.num_processes > 1:
-            bad = accelerator.reduce(bad, reduction="sum").clamp(max=1)
-        self._unread.append((step, torch.stack([bad, loss.float(), norm.float()])))
-        return bad == 0
+    def note(self, step: int, checked: Tensor) -> None:
+        """Keep what `check_step` found of this 0-based step, until `sync` reads it."""
+        self._unread.append((step, checked))
 
     def sync(self, stage: str) -> None:
         """Wait for the device and count. FloatingPointError (one line) when `most` updates in a row were skipped."""
@@ -99,6 +91,18 @@ class NonFiniteSteps:
     def load(self, state: dict[str, Any]) -> None:
         self.skipped, self.in_a_row = int(state.get("skipped", 0)), int(state.get("in_a_row", 0))
         self.norms, self._unreported = dict(state.get("norms", {})), list(state.get("unreported", []))
+
+
+def check_step(losses: list[Tensor], norm: Tensor, accelerator: Accelerator) -> Tensor:
+    """(3,) on the device: 1 for a step that is not finite, else 0; its loss; the norm. The first is the same in all processes.
+
+    `losses` are those of the micro-batches, `norm` that of the gradient before clipping.
+    """
+    loss = torch.stack(losses).mean(dim=0)
+    bad = (~(torch.isfinite(loss) & torch.isfinite(norm))).float()
+    if accelerator.num_processes > 1:
+        bad = accelerator.reduce(bad, reduction="sum").clamp(max=1)
+    return torch.stack([bad, loss.float(), norm.float()])
 
 
 def check_weights(parameters: list[Tensor], where: str) -> None:

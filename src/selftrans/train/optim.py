@@ -2,19 +2,45 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from selftrans.config import Train
-from selftrans.train.fsdp import shard_like
+from selftrans.storage import first_line
+from selftrans.train.fsdp import local, shard_like
+
+SMALLEST, BLOCK = 4096, 256  #: of bitsandbytes: parameters with 8-bit moments, and values that share a scale
 
 
-def build_optimizer(model: nn.Module, config: Train) -> torch.optim.AdamW:
-    """Fused AdamW over every trainable parameter: one kernel per step instead of several per tensor."""
+def build_optimizer(model: nn.Module, config: Train) -> torch.optim.Optimizer:
+    """Fused AdamW over every trainable parameter: one kernel per step instead of several per tensor.
+
+    With `adamw8bit` bitsandbytes' (Dettmers et al., 2110.02861): a kernel per tensor, moments of 8 bits in blocks of 256 with a
+    float32 scale each; those of tensors below 4096 values stay in float32. ValueError where it is not installed.
+    """
     parameters = [p for p in model.parameters() if p.requires_grad]
-    return torch.optim.AdamW(parameters, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay, fused=True)
+    options = {"lr": config.lr, "betas": config.betas, "weight_decay": config.weight_decay}
+    if config.optimizer == "adamw":
+        return torch.optim.AdamW(parameters, **options, fused=True)  # type: ignore[arg-type]
+    try:
+        from bitsandbytes.optim import AdamW8bit
+    except ImportError as error:
+        raise ValueError(
+            f"train.optimizer {config.optimizer} needs bitsandbytes ({first_line(error)}): pip install 'selftrans[8bit]', or "
+            "leave train.optimizer at adamw"
+        ) from error
+    return AdamW8bit(parameters, **options)
+
+
+def moment_bytes(parameters: Iterable[Tensor], kind: str) -> int:
+    """Bytes of both moments of these parameters, in one process, by `train.optimizer`."""
+    sizes = [(local(p).numel(), p.element_size()) for p in parameters]
+    if kind == "adamw":
+        return sum(2 * n * size for n, size in sizes)
+    return sum(2 * (n + 4 * -(-n // BLOCK)) if n >= SMALLEST else 8 * n for n, _ in sizes)
 
 
 def learning_rate(step: int, config: Train) -> float:
@@ -28,16 +54,25 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
         group["lr"] = rate
 
 
+def use_rate_tensor(optimizer: Any, rate: Tensor, *, capturable: bool) -> None:
+    """Let the optimiser read its rate from a 0-d tensor, which may change; `capturable`: also within a CUDA graph."""
+    for group in optimizer.param_groups:
+        group["lr"], group["capturable"] = rate, capturable
+
+
 def update(optimizer: Any, sound: Tensor, scaler: Any = None) -> None:
     """One update where `sound`, a 0-d boolean on the device, is true; else weights and moments stay unchanged, bit for bit.
 
     torch's fused kernels read the flag on the device (`found_inf`), so the host does not wait. With fp16 the gradient
-    scaler, which has unscaled the gradient and checked it for overflow, sets the flag itself.
+    scaler, which has unscaled the gradient and checked it for overflow, sets the flag itself. An optimiser that is not
+    torch's does not know the flag: the host reads it.
     """
     inner = getattr(optimizer, "optimizer", optimizer)
-    if scaler is None:
-        inner.found_inf = (~sound).float()
-    optimizer.step()
+    knows_flag = isinstance(inner, torch.optim.AdamW)
+    if knows_flag and scaler is None:
+        setattr(inner, "found_inf", (~sound).float())  # noqa: B010 - torch does not declare it
+    if knows_flag or bool(sound):
+        optimizer.step()
 
 
 def forget(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
@@ -50,20 +85,28 @@ def forget(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Tensor]:
-    """Moments by name: `<parameter>:<moment>`."""
-    found = {}
+    """Moments by name: `<parameter>:<moment>`. A tensor that several parameters share (a table of 8-bit values) is copied."""
+    found: dict[str, Tensor] = {}
+    shared: set[int] = set()
     for name, parameter in model.named_parameters():
         for moment, value in optimizer.state.get(parameter, {}).items():
-            found[f"{name}:{moment}"] = torch.as_tensor(value)
+            tensor = torch.as_tensor(value)
+            found[f"{name}:{moment}"] = tensor.clone() if id(tensor) in shared else tensor
+            shared.add(id(tensor) if isinstance(value, Tensor) else 0)
     return found
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, tensors: dict[str, Tensor]) -> None:
-    """Inverse of `optimizer_tensors`."""
+    """Inverse of `optimizer_tensors`. ValueError for moments of another optimiser."""
+    fused = isinstance(optimizer, torch.optim.AdamW)
     for name, parameter in model.named_parameters():
         moments = {key.rpartition(":")[2]: value for key, value in tensors.items() if key.rpartition(":")[0] == name}
+        if moments and ("exp_avg" in moments) != fused:
+            raise ValueError(f"the moments of {name} are those of another optimiser; choose the other train.optimizer")
         if moments:
             optimizer.state[parameter] = {
                 moment: shard_like(value, parameter).clone() if value.ndim else value.to(parameter.device).clone()
                 for moment, value in moments.items()
             }
+            if not fused:
+                optimizer.state[parameter]["step"] = int(moments["step"])

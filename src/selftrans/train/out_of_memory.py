@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from selftrans.train.batches import Loaded, to_batch
+from selftrans.train.optim import moment_bytes
 
 if TYPE_CHECKING:
     from selftrans.train.trainer import Trainer
@@ -45,7 +46,10 @@ def explanation(trainer: Trainer, rows: Loaded) -> str:
         where += f" ({torch.cuda.get_device_properties(device).total_memory / 2**30:.1f} GiB)"
     alone = trainer.accelerator.num_processes == 1
     fits = _largest(trainer, rows) if alone else None
-    options = {"--train.recompute True": not train.recompute, "--train.precision bf16": train.precision == "fp32"}
+    options = {
+        "--train.recompute True": train.recompute is not True,
+        "--train.precision bf16": train.precision == "fp32",
+    }
     less = " or ".join([option for option, new in options.items() if new] + ["a smaller model"])
     if alone and fits is None:
         return f"{where}, and one sample does not fit either: use {less}"
@@ -74,7 +78,8 @@ def _fits(trainer: Trainer, rows: Loaded) -> bool:
     try:
         if not trainer.step:
             trained = [p for p in trainer.objective.parameters() if p.requires_grad]
-            held = [torch.empty_like(p) for p in trained for _ in range(2)]
+            size = moment_bytes(trained, trainer.config.train.optimizer)
+            held = [torch.empty(size, dtype=torch.uint8, device=device)]
         with trainer.accelerator.autocast():
             loss, _ = trainer.objective(to_batch(rows, trainer.shards, device), trainer.step)
         loss.backward()

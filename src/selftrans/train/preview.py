@@ -20,7 +20,7 @@ from selftrans.encoders.autoencoder import Autoencoder, load_autoencoder
 from selftrans.evaluate.plots import sample_sheet, save_png
 from selftrans.flow import PATHS
 from selftrans.sampling.conditioning import CaptionConditioning, Conditioning, conditioning_of, read_prompts
-from selftrans.sampling.images import SampledBatch, Sampler
+from selftrans.sampling.images import SampledBatch, Sampler, as_possible
 from selftrans.storage import first_line, no_symlink, printable, write_text
 from selftrans.train.signals import StopSignal
 
@@ -87,7 +87,7 @@ class Preview:
         sampler = Sampler(
             model,
             self._autoencoder,
-            self.settings,
+            as_possible(self.settings, model),
             PATHS[self.config.train.path],
             device=self.device,
             conditioning=self._conditioning,

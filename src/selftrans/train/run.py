@@ -87,11 +87,7 @@ def _train(
             _remove_unfinished(out)
         shards = data_of_run(config, out, accelerator)
         config, plan, initial = planned(config, shards, out, typed)
-        if (said := describe_data(config, shards)) and not quiet:
-            accelerator.print(said)
-        if config.data.window is None:
-            shards.fetch(progress=not quiet)
-        shards = ready_data(shards, accelerator.device, config.data.on_device)
+        shards = _ready(config, shards, accelerator, quiet)
         preview = Preview(config, shards, accelerator.device, stop) if config.train.preview_every else None
         spent: list[dict[str, Any]] = []
         for number, stage in enumerate(plan, start=1):
@@ -127,6 +123,15 @@ def _train(
         if main:
             write_json(out / REPORT, report)
     return report
+
+
+def _ready(config: RunConfig, shards: Dataset, accelerator: Accelerator, quiet: bool) -> Dataset:
+    """The data where training reads them: fetched, unless they are read in windows, and on the device if that is wanted."""
+    if (said := describe_data(config, shards)) and not quiet:
+        accelerator.print(said)
+    if config.data.window is None:
+        shards.fetch(progress=not quiet)
+    return ready_data(shards, accelerator.device, config.data.on_device)
 
 
 def planned(

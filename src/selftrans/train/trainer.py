@@ -1,7 +1,8 @@
 """One stage of training, on accelerate. It uses an `Objective` and names no method.
 
-The step: seed from (seed, step) → moments ⇒ latents → objective → backward → clip → AdamW → EMA. No part of it waits
-for the device; values are read when a line is logged. Shape legend: N batch, (C, H, W) latent.
+The step: seed from (seed, step) → moments ⇒ latents → objective → backward → clip → AdamW → EMA (`training_step.py`;
+captured: `captured_step.py`). No part of it waits for the device; values are read when a line is logged.
+Shape legend: N batch, (C, H, W) latent.
 """
 
 from __future__ import annotations
@@ -25,8 +26,9 @@ from selftrans.methods.guidance import Frozen
 from selftrans.methods.objective import Objective
 from selftrans.methods.spec import Stage
 from selftrans.models.compiling import compile_model
-from selftrans.train import checkpointing, fsdp
-from selftrans.train.batches import Loaded, Stream, seed_step, to_batch
+from selftrans.train import checkpointing, fp8, fsdp
+from selftrans.train.batches import Loaded, Stream
+from selftrans.train.captured_step import captured_step
 from selftrans.train.ema import EMA
 from selftrans.train.flops import step_flops
 from selftrans.train.initial_weights import InitialWeights, build_student
@@ -38,8 +40,6 @@ from selftrans.train.optim import (
     forget,
     learning_rate,
     optimizer_tensors,
-    set_learning_rate,
-    update,
 )
 from selftrans.train.out_of_memory import guarded_step
 from selftrans.train.preview import Preview
@@ -47,6 +47,7 @@ from selftrans.train.resume import agreed, check_data, usable
 from selftrans.train.signals import StopSignal
 from selftrans.train.teachers import check_teacher
 from selftrans.train.trackers import Trackers
+from selftrans.train.training_step import launched_step
 from selftrans.types import check_takes
 
 
@@ -94,25 +95,18 @@ class Trainer:
         self.ends = [g.until_step for g in guidances]
         self.ema = EMA(self.objective.student, train.ema)
         self.objective.watch(self.ema.model)
-        self.stream = Stream(
-            shards,
-            batch_size=train.batch_size,
-            accumulate=train.accumulate,
-            seed=int(np.random.SeedSequence([train.seed, stage.stream, 1]).generate_state(1)[0]),
-            rank=accelerator.process_index,
-            world=accelerator.num_processes,
-            window=config.data.window,
-        )
+        self.stream = self._stream()
         micros = train.batch_size // self.stream.micro
         each = step_flops(self.objective, manifest.conditions.example(), self.stream.micro)
         self.flops = {part: micros * flops for part, flops in each.items()}
+        fp8.convert(student, train.fp8, accelerator.device)  # after the average and the count, which do not use it
         self.sharded = train.shard and accelerator.num_processes > 1
         if self.sharded:
             fsdp.shard_models(
                 self.objective, self.ema.model, device=accelerator.device, processes=accelerator.num_processes
             )
             self.ema.follow(self.objective.student)
-        self.memory = memory_use(self.objective, self.ema.model, teacher)
+        self.memory = memory_use(self.objective, self.ema.model, teacher, train.optimizer)
         self.optimizer: Any = build_optimizer(self.objective, train)
         self.step, self.seconds = 0, 0.0
         self.window = RunningMeans()  #: since the last log line
@@ -120,9 +114,23 @@ class Trainer:
         self.nonfinite, self.due = NonFiniteSteps(train.max_skips, self.stream.all_indices), False
         self.origin: dict[str, Any] = {}  #: of imported weights: where they came from
         self._restore(found)
-        if (accelerator.device.type == "cuda") if train.compile is None else train.compile:
+        self.compiled = (accelerator.device.type == "cuda") if train.compile is None else train.compile
+        if self.compiled:
             self._compile()
         self._wrap()
+        self.captured = captured_step(self)
+
+    def _stream(self) -> Stream:
+        train, accelerator = self.config.train, self.accelerator
+        return Stream(
+            self.shards,
+            batch_size=train.batch_size,
+            accumulate=train.accumulate,
+            seed=int(np.random.SeedSequence([train.seed, self.stage.stream, 1]).generate_state(1)[0]),
+            rank=accelerator.process_index,
+            world=accelerator.num_processes,
+            window=self.config.data.window,
+        )
 
     def _compile(self) -> None:
         """Compile the blocks of the student and of its teacher.
@@ -146,10 +154,17 @@ class Trainer:
         try:
             self._preview(self.step == self.stage.steps, again=True)
             batches = self.stream.from_step(self.step, pin=self.accelerator.device.type == "cuda")
+            first = self.compiled
             while self.step < self.stage.steps:
+                if first:
+                    bar.set_postfix({"compiling": "the first step takes longer"})
                 started = time.perf_counter()
                 guarded_step(self, batches)
-                self.seconds += time.perf_counter() - started
+                took = time.perf_counter() - started
+                self.seconds += took
+                if first:
+                    bar.set_postfix({"first step, compiled": f"{took:.1f} s"}, refresh=False)
+                first = False
                 bar.update()
                 self._after_step(journal, bar)
         except FloatingPointError:
@@ -167,29 +182,17 @@ class Trainer:
         return found
 
     def _train_step(self, batches: Iterator[Loaded]) -> None:
-        config, accelerator = self.config.train, self.accelerator
         self.wrapped.train()
-        set_learning_rate(self.optimizer, learning_rate(self.step, config))
-        reports: list[dict[str, torch.Tensor]] = []
-        for micro in range(config.accumulate):
-            seed_step(config.seed, self.stage.stream, self.step, micro, accelerator.process_index)
-            batch = to_batch(next(batches), self.shards, accelerator.device)
-            with fsdp.exchange(self.wrapped, accelerator, micro == config.accumulate - 1):
-                loss, report = self.wrapped(batch, self.step)
-                accelerator.backward(loss / config.accumulate)
-            reports.append({"loss": loss.detach(), **report})
-        norm = fsdp.gather_full_tensor(accelerator.clip_grad_norm_(self.wrapped.parameters(), config.clip))
-        sound = self.nonfinite.check(self.step, [report["loss"] for report in reports], norm, accelerator)
-        update(self.optimizer, sound, accelerator.scaler)
-        self.optimizer.zero_grad(set_to_none=True)
-        for report in reports:
-            self.window.add(report, sound)
-            self.span.add({"flow": report["flow"]}, sound)
+        if self.captured:
+            self.captured.take(batches)
+        else:
+            launched_step(self, batches)
         self.step += 1
         self.ema.update(self.step)
-        self.window.add({"grad_norm": norm}, sound)
         if self._retire():
             self._wrap()
+            if self.captured:
+                self.captured.restart()
 
     def _retire(self) -> bool:
         """Remove heads and teachers of guidance that has ended from the step, the memory and the checkpoints."""
@@ -235,6 +238,8 @@ class Trainer:
     def _read(self) -> None:
         """Wait for the device and count the skipped updates; the time counts as training time."""
         started = time.perf_counter()
+        if self.captured:
+            self.captured.flush()
         try:
             self.nonfinite.sync(self.stage.name)
         except FloatingPointError as error:
@@ -266,7 +271,7 @@ class Trainer:
         skips = self.nonfinite.pop_report()
         if journal is None:
             return
-        rate = self.optimizer.param_groups[0]["lr"]
+        rate = learning_rate(self.step - 1, self.config.train)
         self.nonfinite.check_norms(values, self.step)
         line = {"stage": self.stage.name, "step": self.step, **values, "lr": rate, **skips}
         journal.write(line | {"seconds": round(self.seconds, 3), "tflops": self.total_flops() / 1e12})

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from huggingface_hub import constants
+from huggingface_hub.utils import filter_repo_objects
 
 import selftrans
 from selftrans.checkpoints import hub
@@ -119,3 +120,13 @@ def test_names_of_cached_files_are_pinned_and_others_are_not(tmp_path):
     assert hub.pinned(commit) == hub.pinned(commit / "transformer" / "x") == "hf://an-owner/a--name@abc"
     assert hub.pinned(tmp_path / "snapshots" / "abc") is None and hub.pinned(Path("run")) is None
     assert hub.local("run") == Path("run")
+    assert hub.recorded(str(commit / "vae")) == "hf://an-owner/a--name@abc/vae" and hub.recorded("pixel") == "pixel"
+
+
+def test_parts_of_a_pipeline_are_downloaded_and_nothing_else():
+    wanted = {
+        "model_index.json", "selftrans.json", "transformer/config.json", "vae/diffusion_pytorch_model.safetensors",
+        "text_encoder/model-00001-of-00002.safetensors", "tokenizer/merges.txt", "tokenizer/spiece.model",
+    }  # fmt: skip
+    others = {"README.md", "samples.png", "pipeline.py", "model.pt", "transformer/model.bin", "tokenizer/run.txt"}
+    assert set(filter_repo_objects([*wanted, *others], allow_patterns=hub.ALLOWED)) == wanted

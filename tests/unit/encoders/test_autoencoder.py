@@ -12,7 +12,7 @@ import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
 from huggingface_hub.constants import HF_HUB_CACHE
 
-from selftrans.encoders.autoencoder import from_uint8, load_autoencoder, load_decoder, to_uint8
+from selftrans.encoders.autoencoder import DiffusersAutoencoder, from_uint8, load_autoencoder, load_decoder, to_uint8
 from selftrans.encoders.latent_space import LatentSpace
 
 
@@ -234,6 +234,29 @@ def test_kl_decode_inverts_scale_and_shift(kl: tuple[Path, AutoencoderKL], pixel
     decoded = load_autoencoder(str(folder)).decode(latents)
     assert decoded.shape == (2, 3, 16, 16)
     torch.testing.assert_close(decoded, expected)
+
+
+def test_pictures_are_decoded_in_pieces_of_one_size(
+    kl: tuple[Path, AutoencoderKL], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = load_autoencoder(str(kl[0]))
+    assert isinstance(model, DiffusersAutoencoder) and model.most_pixels is None  # on a CPU all at once
+    latents = torch.randn(7, model.channels, 2, 3)
+    whole, decode, sizes = model.decode(latents), model.model.decode, []
+    monkeypatch.setattr(model.model, "decode", lambda x: sizes.append(len(x)) or decode(x))
+    model.most_pixels = 3 * 6 * model.downsample**2
+    assert torch.allclose(model.decode(latents), whole, atol=1e-5) and sizes == [3, 3, 3]
+    model.most_pixels = 1
+    assert torch.allclose(model.decode(latents[:2]), whole[:2], atol=1e-5) and sizes[3:] == [1, 1]
+
+
+def test_decoding_in_bfloat16_is_within_a_few_levels_of_a_picture(kl: tuple[Path, AutoencoderKL]) -> None:
+    full, half = (load_autoencoder(str(kl[0]), dtype=dtype) for dtype in (torch.float32, torch.bfloat16))
+    latents = torch.randn(8, full.channels, 4, 4)
+    exact, reduced = full.decode(latents), half.decode(latents)
+    assert reduced.dtype == torch.float32
+    levels = (exact - reduced).abs() * 127.5
+    assert 0 < levels.mean() < 1 and levels.max() < 8
 
 
 def test_tiny_is_deterministic_and_agrees_with_diffusers(tmp_path: Path, pixels: torch.Tensor) -> None:

@@ -76,6 +76,13 @@ def test_collect_is_independent_of_batch_size_and_keeps_the_global_rng() -> None
     assert not torch.equal(collected(seed=1)[1], runs[0][1])
 
 
+def test_pooled_features_are_the_means_over_tokens() -> None:
+    whole, pooled = collected(), collected(pooled=True)
+    for k in (1, 3):
+        assert pooled[k].shape == (10, 4)
+        torch.testing.assert_close(pooled[k], whole[k].mean(dim=1))
+
+
 def test_collect_takes_named_conditions() -> None:
     class Named(Stub):
         def forward(self, x, t, cond, *, taps=(), stop=False):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from selftrans.evaluate import Moments, Statistics
 from selftrans.evaluate.extractors import rebatch
@@ -70,6 +71,14 @@ def test_chunks_are_full_whatever_the_batches() -> None:
     Statistics.of([images[:1], images[1:1], images[1:15], images[15:]], extractor, chunk=5)
     assert extractor.sizes == [5, 5, 5, 5, 3]
     np.testing.assert_array_equal(np.concatenate(list(rebatch(batches_of(images, 4), 6))), images)
+
+
+def test_gpu_takes_larger_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    for gpu, sizes in ((False, [64, 64, 64, 64, 44]), (True, [300])):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda gpu=gpu: gpu)
+        extractor = Pixels()
+        Statistics.of(pictures(300), extractor)
+        assert extractor.sizes == sizes
 
 
 def test_observe_receives_features_in_order() -> None:

@@ -19,9 +19,9 @@ from safetensors.torch import save_file
 from selftrans.cli.main import main
 from selftrans.experiments import html_report, runner
 from selftrans.experiments.compare import compare_methods, for_method, with_defaults
-from selftrans.experiments.measurement import Measurement, interval, measured_before, points
+from selftrans.experiments.measurement import Measurement, interval, measured_before, measured_steps
 from selftrans.experiments.runner import Comparison
-from selftrans.experiments.summary import as_csv, curve, first_below, mean_curve, rows
+from selftrans.experiments.summary import as_csv, curve, first_below, mean_curve, rows, time_line, time_shares
 from selftrans.methods.repa import Repa
 from selftrans.methods.self_transcendence import Stage1, Stage2
 from selftrans.recipes import recipe
@@ -52,6 +52,21 @@ RESULTS = {
 
 
 FAST = {job: run for job, run in RESULTS.items() if job[0] == "fast"}
+
+
+def test_shares_of_the_time_by_hand():
+    spent = {"steps": 30.0, "training": 40.0, "measuring": 10.0}
+    results = {
+        ("vanilla", seed): (run | {"spent": spent}, points) for seed, (run, points) in enumerate(RESULTS.values())
+    }
+    shares = time_shares(dict(list(results.items())[:2]), 60.0, 2)
+    assert shares == {
+        "seconds": 60.0, "workers": 2, "steps": 0.5, "training": pytest.approx(1 / 6), "measuring": pytest.approx(1 / 6),
+        "other": pytest.approx(1 / 6),
+    }  # fmt: skip
+    line = "time: 50% training steps, 17% models and checkpoints, 17% measuring, 17% other, of 2 workers in 60 s"
+    assert time_line(shares) == line
+    assert time_line(time_shares(RESULTS, 60.0, 2)) is None  # nothing was trained
 
 
 def test_rows_hold_means_and_deviations_over_seeds():
@@ -123,7 +138,8 @@ def test_teacher_is_shared_only_where_it_is_the_same(tmp_path):
     assert chosen.teacher(("structure", 3)) is None
     given = config.override({"stage2.teacher": "elsewhere"})
     assert Comparison(config, variants | {"same": given}, (3,), tmp_path, 10, "digits").teacher(("same", 3)) is None
-    assert points(1000) == 5 and points(1001) == 6
+    assert measured_steps(1000) == [200, 400, 600, 800, 1000] and len(measured_steps(1001)) == 6
+    assert measured_steps(2200, 200, 1000) == [200, 400, 600, 800, 1000, 1200, 1600, 2000, 2200]
 
 
 def test_comparable_points_are_kept_and_damaged_ones_measured_again(tmp_path):
@@ -206,6 +222,7 @@ def test_compare_command(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> N
     assert "selftrans: warning: 24 images for 64 dimensions" in output.err and "UserWarning" not in output.err
     summary = json.loads((out / "compare.json").read_text())
     assert [row["method"] for row in summary["table"]] == methods
+    assert 0 < summary["time"]["steps"] < 1 and f"time: {summary['time']['steps']:.0%} training steps" in output.out
     assert summary["config"]["model"]["width"] == 16 and summary["seeds"] == [0, 1] and summary["images"] == 24
     for row in summary["table"]:
         assert row["seeds"] == 2 and row["steps"] == 10 and row["distance"]["mean"] > 0

@@ -189,6 +189,8 @@ def test_nothing_that_a_folder_names_is_imported(exported, tmp_path, monkeypatch
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        (lambda f: (f / "scheduler/scheduler_config.json").write_text('{"sampler": ["x"]}'), "holds no scheduler"),
+        (lambda f: (f / "scheduler/scheduler_config.json").write_text("{"), "holds no scheduler"),
         (lambda f: (f / "model_index.json").unlink(), "is no pipeline"),
         (lambda f: (f / "model_index.json").write_text("[" * 9000), "is no pipeline"),
         (lambda f: (f / "model_index.json").write_text('{"_class_name": "FluxPipeline"}'), "of class 'FluxPipeline'"),

@@ -253,3 +253,6 @@ def test_number_of_selected_samples(span, mode, expected):
 )
 def test_remaining_share_by_hand(until_step, fraction, values):
     assert {step: remaining(step, until_step, fraction) for step in values} == pytest.approx(values)
+    for step in values:  # the same number for a step that is on the device
+        share = torch.as_tensor(remaining(torch.tensor(step), until_step, fraction), dtype=torch.float64)
+        assert float(share) == remaining(step, until_step, fraction)

@@ -355,7 +355,9 @@ def test_step_with_even_times_reads_no_value_on_the_host(monkeypatch):
 
     even, independent = sit_objective(), sit_objective("uniform")
     with monkeypatch.context() as patch:
-        patch.setattr(Conditions, "check_labels", lambda *_: None)  # it reads values on the CPU only, as its test shows
+        patch.setattr(
+            Conditions, "check_labels", lambda *_, **__: None
+        )  # it reads values on the CPU only, as its test shows
         for name in ("__bool__", "__int__", "__float__", "__index__", "item", "tolist", "nonzero", "numpy", "cpu"):
             patch.setattr(torch.Tensor, name, trap(name))
         step(even)
@@ -438,3 +440,20 @@ def test_error_of_a_bf16_head_is_computed_in_float32():
     assert kept[0].dtype == torch.bfloat16
     target = numbers(d.v).reshape(7, 2, 2, 2, 2, 2).transpose(0, 2, 4, 1, 3, 5).reshape(7, 4, 8)
     assert report["structure"].item() == pytest.approx(((numbers(kept[0]) - target) ** 2).mean(), rel=1e-6)
+
+
+def test_labels_on_a_device_are_checked_by_it_in_the_first_call_alone(monkeypatch):
+    """On a GPU the check starts kernels; the trainer's labels have been checked where the data were opened."""
+    seen, objective, batch = [], sit_objective(), data(10, (1, 8, 8))
+    monkeypatch.setattr(Conditions, "check_labels", lambda *_, **options: seen.append(options["on_device"]))
+    for _ in range(3):
+        objective(batch, 0)
+    assert seen == [True, False, False]
+
+
+def test_step_on_the_device_is_not_read_and_every_guidance_acts():
+    objective, losses = sit_objective(), []
+    for step in (3, torch.tensor(3)):
+        torch.manual_seed(0)
+        losses.append(objective(data(10, (1, 8, 8)), step))
+    assert torch.equal(losses[0][0], losses[1][0]) and losses[0][1].keys() == losses[1][1].keys()

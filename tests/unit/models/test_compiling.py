@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import stat
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from selftrans.models.compiling import compile_model
+from selftrans.models.compiling import CACHE, compile_model, keep_compiled
 from selftrans.models.sit import SiT
 
 
@@ -30,3 +33,22 @@ def test_all_shapes_of_a_block_are_compiled(monkeypatch: pytest.MonkeyPatch) -> 
             model(torch.randn(n, 1, 4, 4), torch.rand(n), torch.zeros(n, dtype=torch.long))
     torch.compiler.reset()
     assert len(graphs) == 12 and len(calls) == 24
+
+
+def test_compiled_code_is_kept_in_a_private_folder_of_the_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch executes what lies there: a link or one that others may write is not used."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv(CACHE, raising=False)
+    folder = tmp_path / "selftrans" / "compiled"
+    assert keep_compiled() == os.environ[CACHE] == str(folder)
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    monkeypatch.setenv(CACHE, "mine")
+    assert keep_compiled() == "mine", "a folder that is given stays"
+    monkeypatch.delenv(CACHE)
+    folder.chmod(0o777)
+    assert keep_compiled() is None and CACHE not in os.environ
+    folder.rmdir()
+    folder.symlink_to(tmp_path)
+    assert keep_compiled() is None and CACHE not in os.environ
+    monkeypatch.setenv("XDG_CACHE_HOME", os.devnull)
+    assert keep_compiled() is None

@@ -261,6 +261,14 @@ def test_compilation_needs_many_batches_and_a_gpu(monkeypatch):
     assert not worth_compiling(config, gpu), "each of two processes samples half"
 
 
+def test_short_samplings_of_one_process_share_a_compilation(monkeypatch):
+    asked = []
+    monkeypatch.setattr(module, "worth_compiling", lambda settings, _: asked.append(settings.num))
+    for total in (None, 80):
+        Sampler.of(load_model(toy.finished()), SampleConfig(num=2, steps=1, sampler="euler"), total=total)
+    assert asked == [2, 80]
+
+
 def test_model_and_decoder_are_compiled_for_many_batches(monkeypatch, tmp_path):
     vae = load_autoencoder(str(save_vae(tmp_path / "vae")))
     compiled = []

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from selftrans.flow import COSINE, LINEAR, PATHS
-from selftrans.sampling.samplers import EVALUATIONS, SAMPLERS, autoguided, guided, ode, sde, shifted
+from selftrans.sampling.samplers import EVALUATIONS, SAMPLERS, Early, autoguided, guided, ode, sde, shifted
 from selftrans.types import Output
 
 M, S = 0.7, 0.4
@@ -316,3 +316,34 @@ def test_autoguidance_outside_its_interval_leaves_the_weak_model_out():
     for t, slope in ((0.7, 1.0), (0.65, 2.0), (0.2, 2.0), (0.1, 1.0)):
         assert velocity(z, torch.tensor(t, dtype=torch.float64)).item() == slope
     assert [t for _, t, _ in weak.calls] == [0.65, 0.2]
+
+
+class TwoOutputs(Linear):
+    """v = slope z under a class, 0 under the null condition; the second output has half of it."""
+
+    early_block = 1
+
+    def __call__(self, x, t, cond, *, taps=(), stop=False):
+        self.calls.append((len(x), round(t[0].item(), 4), taps))
+        v = self.slope * x * (cond < 10).view(-1, 1, 1, 1)
+        return Output(v, {1: v / 2} if taps else {})
+
+    def early_cells(self, tokens):
+        return tokens
+
+    def from_tokens(self, cells, shape):
+        assert cells.shape[1:] == shape
+        return cells
+
+
+def test_early_guidance_has_the_closed_form_also_with_classifier_free_guidance():
+    """v = (1/2 + w (1 - 1/2)) z of each half: w = 3 doubles it; the unconditional half is 0, so scale 1.5 is 1.5 times that."""
+    model, z, labels = TwoOutputs(1.0), torch.full((2, 1, 1, 1), 3.0, dtype=torch.float64), torch.tensor([1, 4])
+    end = ode(guided(model, labels, early=Early(3.0)), z, steps=200)
+    torch.testing.assert_close(end, z * np.exp(-2.0), rtol=1e-4, atol=0)
+    velocity = guided(model, labels, scale=1.5, early=Early(3.0, (0.2, 0.65)))
+    for t, slope in ((0.7, 1.5), (0.65, 3.0), (0.2, 3.0), (0.1, 1.5)):
+        assert velocity(z, torch.tensor(t, dtype=torch.float64))[0].item() == 3 * slope
+    assert [taps for _, _, taps in model.calls[-4:]] == [(), (1,), (1,), ()], (
+        "one pass, and no tap outside the interval"
+    )

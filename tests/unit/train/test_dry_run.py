@@ -16,7 +16,7 @@ from tests.support.toy import quick  # noqa: F401 - a fixture
 def test_numbers_are_those_of_the_run(tmp_path):
     run = toy.copy(toy.finished(), tmp_path / "run")
     before = toy.tree(run)
-    found = dry_run(toy.toy({"train.steps": 10}), run, steps=2)
+    found = dry_run(toy.toy({"train.steps": 10, "train.capture": "on"}), run, steps=2)
     assert toy.tree(run) == before
     log, last = toy.log(run), checkpoint.newest(run / "stage2" / "checkpoints")
     assert last is not None

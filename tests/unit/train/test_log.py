@@ -36,6 +36,22 @@ def test_running_means_exclude_skipped_steps():
     assert float(window.means()["a"]) == 2.5 and window.state() == {"a": [5.0, 2.0]}
 
 
+def test_numbers_count_as_tensors_do():
+    """Sums in the same order and precision, also when a window begins with tensors."""
+    values = [(0.1, True), (BAD, False), (1 / 3, True), (1e9, True)]
+    tensors, numbers, both = (RunningMeans() for _ in range(3))
+    for i, (value, finite) in enumerate(values):
+        exact = torch.tensor(value, dtype=torch.float64)
+        tensors.add({"a": exact}, torch.tensor(finite))
+        numbers.add_numbers({"a": value}, finite)
+        both.add({"a": exact}, torch.tensor(finite)) if i < 2 else both.add_numbers({"a": value}, finite)
+    assert tensors.state() == numbers.state() == both.state() == {"a": [0.1 + 1 / 3 + 1e9, 3.0]}
+    assert float(numbers.means()["a"]) == float(tensors.means()["a"])
+    numbers.clear()
+    numbers.add_numbers({"a": BAD}, False)
+    assert numbers.state() == {"a": [0.0, 0.0]} and numbers.means()["a"].isnan()
+
+
 def test_running_means_are_the_same_after_a_resume():
     window, resumed = RunningMeans(), RunningMeans()
     for value in (1.0, 2.0):

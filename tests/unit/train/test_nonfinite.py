@@ -14,10 +14,10 @@ from selftrans.checkpoints import format as checkpoint
 from selftrans.cli.main import main
 from selftrans.methods.objective import Objective
 from selftrans.train import run as pipeline
-from selftrans.train import trainer
+from selftrans.train import trainer, training_step
 from selftrans.train.batches import Stream
 from selftrans.train.log import read_log
-from selftrans.train.nonfinite import NonFiniteSteps, check_weights
+from selftrans.train.nonfinite import NonFiniteSteps, check_step, check_weights
 from selftrans.train.run import train
 from selftrans.train.signals import Interrupted
 from tests.support import toy
@@ -91,13 +91,13 @@ def test_log_counts_and_lists_skipped_steps_and_excludes_them_from_means(tmp_pat
 
 
 def test_logged_rows_of_a_skip_are_those_of_its_batch(tmp_path, monkeypatch, spoil):
-    seen, original = [], trainer.to_batch
+    seen, original = [], training_step.to_batch
 
     def to_batch(loaded, *others):
         seen.append(loaded.rows.tolist())
         return original(loaded, *others)
 
-    monkeypatch.setattr(trainer, "to_batch", to_batch)
+    monkeypatch.setattr(training_step, "to_batch", to_batch)
     spoil({5: BAD})
     with pytest.warns(UserWarning, match="skipped"):
         train(vanilla(), tmp_path, quiet=True)
@@ -132,7 +132,7 @@ def test_finite_update_resets_the_count_in_a_row(tmp_path, spoil):
 
 
 def test_non_finite_weights_are_never_saved(tmp_path, monkeypatch):
-    before = trainer.update
+    before = training_step.update
 
     def poison(optimizer, sound, scaler=None):
         before(optimizer, sound, scaler)
@@ -140,7 +140,7 @@ def test_non_finite_weights_are_never_saved(tmp_path, monkeypatch):
             with torch.no_grad():
                 optimizer.param_groups[0]["params"][0].view(-1)[0] = BAD
 
-    monkeypatch.setattr(trainer, "update", poison)
+    monkeypatch.setattr(training_step, "update", poison)
     with pytest.raises(FloatingPointError, match=r"no longer finite at step 7.*step-00000006"):
         train(vanilla(**{"train.checkpoint_every": 1, "train.keep": 1, "log.every": 100}), tmp_path, quiet=True)
     found = toy.tensors(tmp_path, "vanilla")
@@ -237,7 +237,9 @@ def test_all_processes_skip_the_same_step(monkeypatch):
         accelerator, "reduce", lambda bad, reduction: bad + 1
     )  # the other process has a non-finite loss
     steps = NonFiniteSteps(9, rows=lambda step: trainer.np.arange(4))
-    assert not bool(steps.check(0, [torch.tensor(1.0)], torch.tensor(1.0), accelerator))
+    checked = check_step([torch.tensor(1.0)], torch.tensor(1.0), accelerator)
+    assert checked.tolist() == [1, 1, 1]
+    steps.note(0, checked)
     with pytest.warns(UserWarning, match="1 of the last 1 updates"):
         steps.sync("stage1")
     assert steps.in_a_row == 1 and steps.pop_report()["skips"][0]["rows"] == [0, 1, 2, 3]

@@ -1,5 +1,7 @@
 """The optimiser, its schedule, and its state by name."""
 
+import sys
+
 import pytest
 import torch
 from torch import nn
@@ -9,10 +11,12 @@ from selftrans.train.optim import (
     forget,
     learning_rate,
     load_optimizer,
+    moment_bytes,
     optimizer_tensors,
     set_learning_rate,
     update,
 )
+from selftrans.train.run import train
 from tests.support import toy
 from tests.support.toy import quick  # noqa: F401 - a fixture
 
@@ -92,3 +96,76 @@ def test_rate_is_set_for_every_group():
     optimizer = torch.optim.AdamW([{"params": [nn.Parameter(torch.zeros(1))]} for _ in range(2)], lr=1.0)
     set_learning_rate(optimizer, 0.25)
     assert [group["lr"] for group in optimizer.param_groups] == [0.25, 0.25]
+
+
+# ---- 8-bit moments
+
+EIGHT = {"train.optimizer": "adamw8bit", "train.weight_decay": 0.3}
+
+
+class Listed(torch.optim.SGD):
+    """An optimiser that is not torch's AdamW, and whose state has the names and kinds of bitsandbytes'."""
+
+    def step(self, closure=None):
+        super().step(closure)
+        for p in self.param_groups[0]["params"]:
+            state = self.state[p]
+            state["step"] = state.get("step", 0) + 1
+            state["state1"] = torch.full_like(p, state["step"], dtype=torch.uint8)
+
+
+def test_optimiser_that_knows_no_flag_is_skipped_by_the_host_and_restored():
+    torch.manual_seed(0)
+    models = [nn.Linear(3, 2) for _ in range(2)]
+    optimizers = [Listed(model.parameters(), lr=0.1) for model in models]
+    before = models[0].weight.detach().clone()
+    for sound in (False, True, True, False):
+        models[0](torch.ones(1, 3)).sum().backward()
+        update(optimizers[0], torch.tensor(sound))
+        assert torch.equal(models[0].weight, before) == (not optimizers[0].state[models[0].weight])
+    named = optimizer_tensors(optimizers[0], models[0])
+    load_optimizer(optimizers[1], models[1], named)
+    state = optimizers[1].state[models[1].weight]
+    assert state["step"] == 2 and isinstance(state["step"], int) and state["state1"].dtype == torch.uint8
+    assert torch.equal(state["state1"], torch.full((2, 3), 2, dtype=torch.uint8))
+    with pytest.raises(ValueError, match="the moments of weight are those of another optimiser; choose the other"):
+        load_optimizer(build_optimizer(models[1], toy.toy().train), models[1], named)
+
+
+def test_missing_bitsandbytes_is_named_with_its_remedy(monkeypatch):
+    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    with pytest.raises(
+        ValueError, match=r"^train.optimizer adamw8bit needs bitsandbytes \(.*pip install 'selftrans\[8bit\]'"
+    ):
+        build_optimizer(nn.Linear(2, 2), toy.toy(EIGHT).train)
+    for other, value in (("shard", True), ("precision", "fp16")):
+        with pytest.raises(ValueError, match=f"adamw8bit does not go with train.{other}.*; use adamw$"):
+            toy.toy(EIGHT | {f"train.{other}": value}).check()
+
+
+def test_bytes_of_moments_by_hand():
+    large, small = torch.empty(64, 65), torch.empty(4095)  # 4,160 values: 17 blocks, the last one not full
+    assert moment_bytes([large, small], "adamw") == 8 * (4160 + 4095)
+    assert moment_bytes([large, small], "adamw8bit") == 2 * (4160 + 4 * 17) + 8 * 4095
+
+
+def test_moments_of_8_bits_follow_those_of_32_bits_and_resume_bit_for_bit(tmp_path):
+    """The real library: two toy runs, one of them interrupted, next to AdamW."""
+    pytest.importorskip("bitsandbytes", reason="the extra 8bit is not installed")
+    wide = {"method": "vanilla", "model.width": 64, "train.keep": 0, "train.checkpoint_every": 4, "train.keep_best": 0}
+    whole, short, plain = tmp_path / "whole", tmp_path / "short", tmp_path / "plain"
+    train(toy.toy(EIGHT | wide), whole, quiet=True)
+    train(toy.toy(EIGHT | wide | {"train.steps": 4}), short, quiet=True)
+    train(toy.toy(EIGHT | wide), short, quiet=True)
+    toy.assert_same_run(whole, short, ("vanilla",))
+    train(toy.toy(EIGHT | wide | {"train.optimizer": "adamw"}), plain, quiet=True)
+    losses = [[line["loss"] for line in toy.log(run, "vanilla")] for run in (whole, plain)]
+    assert losses[0] == pytest.approx(losses[1], rel=0.02) and losses[0] != losses[1]
+    held = toy.tensors(whole, "vanilla")
+    kinds = {name.rpartition(":")[2]: t.dtype for name, t in held.items() if "mlp.fc1.weight:" in name}
+    assert kinds["state1"] == kinds["state2"] == torch.uint8
+    sizes = (
+        sum(t.nbytes for n, t in toy.tensors(run, "vanilla").items() if "optimizer/" in n) for run in (whole, plain)
+    )
+    assert next(sizes) < 0.5 * next(sizes)

@@ -181,3 +181,24 @@ def test_compiled_training_equals_eager_training(tmp_path):
     for compiled, plain in zip(toy.log(tmp_path), toy.log(toy.finished()), strict=True):
         assert compiled["loss"] == pytest.approx(plain["loss"], rel=1e-4)
     assert toy.tensors(tmp_path).keys() == toy.tensors(toy.finished()).keys()
+
+
+def test_bar_says_that_the_first_step_compiles_and_how_long_it_took(tmp_path, monkeypatch):
+    shown = []
+
+    class Bar:
+        def __init__(self, **_):
+            pass
+
+        def update(self, count=1):
+            shown.append("step")
+
+        def set_postfix(self, values, **_):
+            shown.append(next(iter(values)))
+
+        def close(self):
+            pass
+
+    monkeypatch.setattr(Trainer, "_compile", lambda self: None)
+    train(toy.toy({"method": "vanilla", "train.steps": 2, "train.compile": True}), tmp_path, bar=Bar, quiet=True)
+    assert shown == ["compiling", "first step, compiled", "step", "step", "loss"]

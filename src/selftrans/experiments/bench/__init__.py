@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import statistics
 import tempfile
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -21,6 +22,7 @@ from selftrans.device import default_device
 from selftrans.experiments.bench.loading_sampling import loading, prepare_sampling, random_dataset, sampling
 from selftrans.experiments.bench.machine import Clock, Peak, describe, load
 from selftrans.experiments.bench.rounds import (
+    PARTS,
     Candidate,
     FieldStep,
     Memory,
@@ -31,11 +33,14 @@ from selftrans.experiments.bench.rounds import (
 )
 from selftrans.experiments.bench.text_table import table
 from selftrans.methods.guidance import Frozen
+from selftrans.methods.objective import Objective
 from selftrans.methods.self_transcendence import SELF_TRANSCENDENCE, STRUCTURE, Stage2
 from selftrans.methods.spec import Stage
 from selftrans.methods.vanilla import VANILLA
 from selftrans.models.sit import SiTConfig
 from selftrans.storage import write_json
+from selftrans.suggest import nearest
+from selftrans.train.flops import step_flops
 from selftrans.train.processes import keep_memory
 
 CLASSES = 1000
@@ -43,6 +48,8 @@ CLASSES = 1000
 BATCH = {"cpu": {"SiT-S/2": 10}, "cuda": {"SiT-S/2": 256, "SiT-B/2": 256}}
 OTHERWISE = {"cpu": 6, "cuda": 64}
 QUICK = 90  #: seconds for the steps of a quick run
+#: what is measured: three stages in the trainer, and two plain steps
+ROWS = ("vanilla", "stage1", "stage2", "plain_vanilla", "plain_stage2")
 #: name -> (numerator, denominator), both rows of the table
 RATIOS = {
     "stage1_over_vanilla": ("stage1", "vanilla"),
@@ -50,9 +57,15 @@ RATIOS = {
     "plain_stage2_over_stage2": ("plain_stage2", "stage2"),
     "plain_stage2_over_vanilla": ("plain_stage2", "vanilla"),
     "plain_vanilla_over_vanilla": ("plain_vanilla", "vanilla"),
+    "captured_vanilla_over_vanilla": ("captured_vanilla", "vanilla"),
+    "captured_stage2_over_stage2": ("captured_stage2", "stage2"),
+    "captured_stage2_over_captured_vanilla": ("captured_stage2", "captured_vanilla"),
 }
-#: row -> the row whose operations are counted for it, so that utilisation counts only what the method needs
-NEEDS = {"plain_vanilla": "vanilla", "plain_stage2": "stage2"}
+#: row -> the method that the trainer runs in it
+TRAINED = {"vanilla": VANILLA, "stage1": STRUCTURE, "stage2": SELF_TRANSCENDENCE}
+CAPTURED, PLAIN = "captured_", "plain_"  #: before the name of one of these: as CUDA graphs (`train.capture`), or plain
+ROWS = ("vanilla", "stage1", "stage2", "plain_vanilla", "plain_stage2")  #: what is measured by default
+KNOWN = (*ROWS, *(CAPTURED + name for name in TRAINED))
 
 
 def bench(
@@ -64,6 +77,8 @@ def bench(
     device: Literal["cpu", "cuda"] | None = None,
     seconds: float = 300,
     quick: bool = False,
+    rows: Sequence[str] | None = None,
+    limit: float | None = None,
 ) -> dict[str, Any]:
     """Measure each model and write `out/bench.json`; returns its content.
 
@@ -74,18 +89,15 @@ def bench(
         device: None: a GPU if there is one. A GPU is measured in bfloat16 and compiled, a CPU in float32 and eager.
         seconds: time for the training steps of each model (at least three rounds).
         quick: less time, and fewer latents and images.
+        rows: names of `KNOWN`; None: those of `ROWS`. A ratio needs both of its rows.
+        limit: seconds for each model in all, building and compilation included; at least one round is measured, and sampling
+            is left out when the time is over. None: no limit.
     The file is written after each model. A model that does not fit in memory is reported as failed.
-    Raises ValueError when tokens is not a square number, and for an unavailable device.
+    Raises ValueError when tokens is not a square number, for an unavailable device, and for unknown rows.
     """
+    rows = tuple(dict.fromkeys(rows or ROWS))
     where = torch.device(device or default_device().type)
-    if where.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: this machine has no GPU that torch can use; omit --device")
-    for model in models.values():
-        model.sizes()
-    if tokens < 1 or math.isqrt(tokens) ** 2 != tokens:
-        raise ValueError(f"tokens {tokens} is not a square number; use 64, 256 or 1024")
-    if batch_size is not None and batch_size < 1:
-        raise ValueError(f"batch_size {batch_size} should be 1 or more")
+    _check(models, where, tokens, batch_size, rows)
     precision: Literal["fp32", "bf16"] = "bf16" if where.type == "cuda" else "fp32"
     accelerator = TimedAccelerator(mixed_precision="bf16" if precision == "bf16" else "no", cpu=where.type == "cpu")
     if where.type == "cpu":
@@ -101,9 +113,12 @@ def bench(
             config = settings(model, batch, precision)
             torch.compiler.reset()  # compilations of the previous model
             try:
-                result = _model(accelerator, config, dataset, Path(scratch) / name.replace("/", "-"), seconds, quick)
+                budget = Budget(seconds, limit, quick)
+                result = _model(accelerator, config, dataset, Path(scratch) / name.replace("/", "-"), budget, rows)
             except torch.OutOfMemoryError:
-                result = {"failed": "not enough memory for five candidates; give a smaller --batch-size"}
+                result = {
+                    "failed": f"not enough memory for {len(rows)} candidates; give a smaller --batch-size, or fewer --rows"
+                }
             report["models"][name] = {"batch": batch, "tokens": tokens} | result
             write_json(out / "bench.json", report)
             accelerator.free_memory()
@@ -112,6 +127,22 @@ def bench(
     report["ratios"] = next((model["ratios"] for model in report["models"].values() if "ratios" in model), {})
     write_json(out / "bench.json", report)
     return report
+
+
+def _check(
+    models: Mapping[str, SiTConfig], where: torch.device, tokens: int, batch_size: int | None, rows: Sequence[str]
+) -> None:
+    for row in rows:
+        if row not in KNOWN:
+            raise ValueError(f"row '{row}' is unknown{nearest(row, KNOWN)}")
+    if where.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: this machine has no GPU that torch can use; omit --device")
+    for model in models.values():
+        model.sizes()
+    if tokens < 1 or math.isqrt(tokens) ** 2 != tokens:
+        raise ValueError(f"tokens {tokens} is not a square number; use 64, 256 or 1024")
+    if batch_size is not None and batch_size < 1:
+        raise ValueError(f"batch_size {batch_size} should be 1 or more")
 
 
 def published(names: Sequence[str] | None, device: str | None, *, quick: bool = False) -> dict[str, SiTConfig]:
@@ -128,57 +159,97 @@ def settings(model: SiTConfig, batch_size: int, precision: Literal["fp32", "bf16
     return RunConfig("bench", model=model, sections=guided, train=train, log=Log(tensorboard=False))
 
 
+class Budget:
+    """The time for one model, from its construction on."""
+
+    def __init__(self, seconds: float, limit: float | None, quick: bool) -> None:
+        self.seconds, self.quick = min(seconds, QUICK) if quick else seconds, quick  #: for the rounds
+        self.deadline = None if limit is None else time.monotonic() + limit
+
+    @property
+    def over(self) -> bool:
+        return self.deadline is not None and time.monotonic() > self.deadline
+
+
 def _model(
-    accelerator: TimedAccelerator, config: RunConfig, dataset: Dataset, folder: Path, seconds: float, quick: bool
+    accelerator: TimedAccelerator,
+    config: RunConfig,
+    dataset: Dataset,
+    folder: Path,
+    budget: Budget,
+    rows: Sequence[str],
 ) -> dict[str, Any]:
     """Measure one model: rows, ratios, sampling."""
     clock, memory = accelerator.clock, Memory(accelerator.device)
     dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
-    candidates = build(accelerator, config, dataset, folder, memory)
+    candidates = build(accelerator, config, dataset, folder, memory, rows)
     before = memory.allocated()
     peaks = Peak(clock, dtype)
     memory.own["matmul"] = memory.allocated() - before
-    rounds = interleaved(candidates, clock, peaks, memory, seconds=min(seconds, QUICK) if quick else seconds)
-    flops = {name: one.flops for name, one in candidates.items() if isinstance(one, TrainerStep)}
+    first: dict[str, float] = {}
+    timing = {"seconds": budget.seconds, "deadline": budget.deadline}
+    rounds = interleaved(candidates, clock, peaks, memory, **timing, first=first)  # type: ignore[arg-type]
+    flops = {name: one.flops for name, one in candidates.items()}
     del candidates, peaks
     peak = max(2 * int(side) ** 3 / _median(rounds["matmul"], side) for side in rounds["matmul"][0])
     shown = {name: _row(each, config.train.batch_size) for name, each in rounds.items() if name != "matmul"}
     for name, row in shown.items():
-        row |= {"peak_memory_gb": memory.gigabytes(name), "data_share": row["data_ms"] / row["ms"]}
-        row |= {"utilisation": flops[NEEDS.get(name, name)] / (row["ms"] / 1e3) / peak}
-    model = config.build_model(dataset.manifest.shape, dataset.manifest.conditions).to(accelerator.device)
-    randomise(model)
-    images = (1 if quick else 2) if clock.device.type == "cpu" else 64
-    prepare_sampling(model, clock.device, dtype)
-    sampled = sampling(model, clock, precision=config.train.precision, images=images, rounds=2 if quick else 3)
-    ratios = {name: _ratios(rounds, *pair) for name, pair in RATIOS.items()}
-    return {
+        share = None if row["data_ms"] is None else row["data_ms"] / row["ms"]
+        row |= {"peak_memory_gb": memory.gigabytes(name), "data_share": share}
+        row |= {"utilisation": flops[name] / (row["ms"] / 1e3) / peak, "first_step_s": first[name]}
+    ratios = {name: _ratios(rounds, *pair) for name, pair in RATIOS.items() if rounds.keys() >= set(pair)}
+    found: dict[str, Any] = {
         "rounds": len(rounds["matmul"]),
         "matmul_peak_tflops": peak / 1e12,
         "rows": shown,
-        "ratios": {name: statistics.median(each) for name, each in ratios.items()}
-        | {"sampling_interval_over_full": sampled["interval_over_full"]},
+        "ratios": {name: statistics.median(each) for name, each in ratios.items()},
         "ratios_range": {name: [min(each), max(each)] for name, each in ratios.items()},
-        "sampling": sampled,
     }
+    if budget.over:
+        return found
+    model = config.build_model(dataset.manifest.shape, dataset.manifest.conditions).to(accelerator.device)
+    randomise(model)
+    images = (1 if budget.quick else 2) if clock.device.type == "cpu" else 64
+    prepare_sampling(model, clock.device, dtype)
+    sampled = sampling(model, clock, precision=config.train.precision, images=images, rounds=2 if budget.quick else 3)
+    found["ratios"] |= {"sampling_interval_over_full": sampled["interval_over_full"]}
+    return found | {"sampling": sampled}
 
 
 def build(
-    accelerator: TimedAccelerator, config: RunConfig, dataset: Dataset, folder: Path, memory: Memory
+    accelerator: TimedAccelerator,
+    config: RunConfig,
+    dataset: Dataset,
+    folder: Path,
+    memory: Memory,
+    rows: Sequence[str] = ROWS,
 ) -> dict[str, Candidate]:
-    """The candidates: three stages in the trainer, and two plain steps. `memory` records what each allocates."""
-    runs = {"vanilla": VANILLA, "stage1": STRUCTURE, "stage2": SELF_TRANSCENDENCE}
+    """The candidates: stages in the trainer, some captured, and plain steps. `memory` records what each allocates."""
     candidates: dict[str, Candidate] = {}
-    for name in (*runs, "plain_vanilla", "plain_stage2"):
+    for name in rows:
         before = memory.allocated()
-        if name in runs:
-            stage = runs[name].stages(config)[-1]
-            frozen = teacher(stage, config, dataset)
-            candidates[name] = TrainerStep(accelerator, config, stage, folder / name, dataset, frozen)
+        memory.begin()
+        stage = TRAINED[name.removeprefix(CAPTURED).removeprefix(PLAIN)].stages(config)[-1]
+        if name.startswith(PLAIN):
+            needed = step_flops_of(config, stage, dataset)
+            candidates[name] = FieldStep(config, dataset, accelerator.clock, guided=bool(stage.teacher), flops=needed)
         else:
-            candidates[name] = FieldStep(config, dataset, accelerator.clock, guided=name == "plain_stage2")
+            own = config.override({"train.capture": "on" if name.startswith(CAPTURED) else "off"})
+            frozen = teacher(stage, config, dataset)
+            one = TrainerStep(accelerator, own, stage, folder / name, dataset, frozen)
+            candidates[name], memory.transient[name] = one, one.transient
         memory.own[name] = memory.allocated() - before
     return candidates
+
+
+def step_flops_of(config: RunConfig, stage: Stage, dataset: Dataset) -> int:
+    """Operations that one step of a stage needs, counted without memory for weights."""
+    shape, conditions = dataset.manifest.shape, dataset.manifest.conditions
+    with torch.device("meta"):
+        student, model = (config.build_model(shape, conditions) for _ in range(2))
+        frozen = Frozen(model, stage.teacher.block(model.depth), in_place=True) if stage.teacher else None
+        objective = Objective(student, stage.guide(student, frozen))
+        return sum(step_flops(objective, conditions.example(), config.train.batch_size).values())
 
 
 def teacher(stage: Stage, config: RunConfig, dataset: Dataset) -> Frozen | None:
@@ -196,10 +267,12 @@ def _median(rounds: list[dict[str, float]], part: str) -> float:
 
 
 def _row(rounds: list[dict[str, float]], batch_size: int) -> dict[str, Any]:
-    """Medians over rounds, in milliseconds."""
-    parts = {f"{part}_ms": 1e3 * _median(rounds, part) for part in rounds[0] if part != "total"}
+    """Medians over rounds, in milliseconds; parts are None where the step was timed as a whole."""
+    parts: dict[str, Any] = {part: 1e3 * _median(rounds, part) for part in rounds[0] if part != "total"}
     total = _median(rounds, "total")
-    return {"images_per_s": batch_size / total, "ms": 1e3 * total} | parts
+    if not any(parts[part] for part in PARTS[:-1]):
+        parts = dict.fromkeys(parts)
+    return {"images_per_s": batch_size / total, "ms": 1e3 * total} | {f"{k}_ms": v for k, v in parts.items()}
 
 
 def _ratios(rounds: dict[str, list[dict[str, float]]], numerator: str, denominator: str) -> list[float]:

@@ -28,6 +28,9 @@ PARTS = ("data", "forward", "backward", "optimiser")
 class Candidate(Protocol):
     """One implementation of a training step."""
 
+    flops: int  #: operations that the method needs
+    captured_in: float  #: seconds that it took to capture the step; 0 where it is not captured
+
     def step(self) -> list[Any]:
         """Take one step and return five timestamps: its start and the end of each of PARTS."""
         ...
@@ -36,16 +39,21 @@ class Candidate(Protocol):
 class TimedAccelerator(Accelerator):
     """An Accelerator that takes a timestamp after each backward pass."""
 
-    timestamps: list[Any]
+    timestamps: list[Any] | None  #: None: none are taken
     clock: Clock
 
     def backward(self, loss: Tensor, **options: Any) -> None:
         super().backward(loss, **options)
-        self.timestamps.append(self.clock.now())
+        self.timestamp()
+
+    def timestamp(self) -> None:
+        """Take one, where they are taken: a graph would hold it instead."""
+        if self.timestamps is not None:
+            self.timestamps.append(self.clock.now())
 
 
 class TrainerStep:
-    """The trainer's complete step, from reading data to the moving average."""
+    """The trainer's complete step, from reading data to the moving average; captured ones are timed as a whole."""
 
     def __init__(
         self,
@@ -59,26 +67,40 @@ class TrainerStep:
         self.accelerator, self.clock = accelerator, accelerator.clock
         self.trainer = Trainer(accelerator, config, stage, folder, dataset, teacher=teacher)
         randomise(self.trainer.objective)
-        self.trainer.wrapped.register_forward_pre_hook(lambda *_: self._timestamp())
-        self.trainer.wrapped.register_forward_hook(lambda *_: self._timestamp())
         self.batches = self.trainer.stream.from_step(0, pin=accelerator.device.type == "cuda")
         self.flops = sum(self.trainer.flops.values())  #: floating-point operations that the method needs per step
+        self.captured_in = 0.0
+        if self.trainer.captured:
+            accelerator.timestamps, started = None, time.monotonic()
+            for _ in range(self.trainer.captured.untimed):
+                self.trainer._train_step(self.batches)
+            self.captured_in = time.monotonic() - started
+        else:
+            self.trainer.wrapped.register_forward_pre_hook(lambda *_: accelerator.timestamp())
+            self.trainer.wrapped.register_forward_hook(lambda *_: accelerator.timestamp())
 
-    def _timestamp(self) -> None:
-        self.accelerator.timestamps.append(self.clock.now())
+    @property
+    def transient(self) -> int:
+        """Bytes of a captured step that the allocator's statistics do not show."""
+        return self.trainer.captured.transient if self.trainer.captured else 0
 
     def step(self) -> list[Any]:
-        self.accelerator.timestamps = [self.clock.now()]
+        start = self.clock.now()
+        self.accelerator.timestamps = None if self.trainer.captured else [start]
         self.trainer._train_step(self.batches)
-        self._timestamp()
-        return self.accelerator.timestamps
+        end = self.clock.now()
+        if self.accelerator.timestamps is None:
+            return [start, start, start, start, end]
+        return [*self.accelerator.timestamps, end]
 
 
 class FieldStep:
     """The plain step (`plain_step`) on the same stream of data."""
 
-    def __init__(self, config: RunConfig, dataset: Dataset, clock: Clock, *, guided: bool) -> None:
+    def __init__(self, config: RunConfig, dataset: Dataset, clock: Clock, *, guided: bool, flops: int) -> None:
         self.clock, self.dataset, manifest = clock, dataset, dataset.manifest
+        self.flops = flops  #: of the method, not of this step, which computes more
+        self.captured_in = 0.0
         self.plain = PlainStep(config, manifest.shape, manifest.conditions, clock.device, guided=guided)
         randomise(self.plain.model)
         if self.plain.teacher is not None:
@@ -113,6 +135,7 @@ class Memory:
     def __init__(self, device: torch.device) -> None:
         self.device, self.known = device, device.type == "cuda"
         self.own: dict[str, int] = {}
+        self.transient: dict[str, int] = {}  #: of captured steps: what the statistics do not count
         self.peak: dict[str, int] = {}
 
     def allocated(self) -> int:
@@ -126,28 +149,45 @@ class Memory:
         """Record the peak of `name` since `begin`, without the memory of the other candidates."""
         if self.known:
             others = sum(size for other, size in self.own.items() if other != name)
-            self.peak[name] = max(self.peak.get(name, 0), torch.cuda.max_memory_allocated(self.device) - others)
+            most = torch.cuda.max_memory_allocated(self.device) + self.transient.get(name, 0)
+            self.peak[name] = max(self.peak.get(name, 0), most - others)
 
     def gigabytes(self, name: str) -> float | None:
         return round(self.peak[name] / 1e9, 3) if name in self.peak else None
 
 
 def interleaved(
-    candidates: Mapping[str, Candidate], clock: Clock, peak: Peak, memory: Memory, *, seconds: float, least: int = 3
+    candidates: Mapping[str, Candidate],
+    clock: Clock,
+    peak: Peak,
+    memory: Memory,
+    *,
+    seconds: float,
+    least: int = 3,
+    deadline: float | None = None,
+    first: dict[str, float] | None = None,
 ) -> dict[str, list[dict[str, float]]]:
     """Seconds of each part of a step, per candidate and round: at least `least` rounds, and more within `seconds`.
 
     Before the rounds every candidate takes warm-up steps, which allocate and compile. In a round each candidate takes one
     step (on a GPU the median of eight), in rotating order. The key "matmul" holds the seconds of the matrix products.
+    After `deadline` (of `time.monotonic`) no round begins, except the first. `first` gets the seconds of each candidate's
+    first step, compilation included.
     """
     names, several = list(candidates), 8 if clock.device.type == "cuda" else 1
     for name in names:
         before = memory.allocated()
+        if first is not None:
+            started = time.monotonic()
+            _timed_steps(candidates[name], clock, 1)
+            first[name] = candidates[name].captured_in + time.monotonic() - started
         _timed_steps(candidates[name], clock, 3 if several > 1 else 1)
         memory.own[name] = memory.own.get(name, 0) + memory.allocated() - before  # the optimiser's state
     rounds: dict[str, list[dict[str, float]]] = {name: [] for name in [*names, "matmul"]}
     began, each = time.monotonic(), 0.0
     while len(rounds["matmul"]) < least or time.monotonic() - began + each < seconds:
+        if deadline is not None and rounds["matmul"] and time.monotonic() + each > deadline:
+            break
         started, number = time.monotonic(), len(rounds["matmul"])
         for name in names[number % len(names) :] + names[: number % len(names)]:
             memory.begin()

@@ -10,12 +10,18 @@ NAMES = {
     "stage2": "stage 2",
     "plain_vanilla": "vanilla, plain",
     "plain_stage2": "stage 2, plain",
+    "captured_vanilla": "vanilla, graph",
+    "captured_stage1": "stage 1, graph",
+    "captured_stage2": "stage 2, graph",
 }
 COLUMNS = ("images/s", "ms/step", "data", "forward", "backward", "optimiser", "peak GB", "utilisation")
 
 
 def table(report: dict[str, Any]) -> str:
-    """The results as text. Rows named "plain" are those of `plain_step`; "optimiser" includes clipping and EMA."""
+    """The results as text. Rows named "plain" are those of `plain_step`; "optimiser" includes clipping and EMA.
+
+    Rows named "graph" are captured steps, whose parts are not timed.
+    """
     machine = report["machine"]
     lines = [
         f"{machine['gpu'] or machine['cpu']}, {machine['cores']} cores, {machine['threads']} threads, torch "
@@ -32,7 +38,10 @@ def table(report: dict[str, Any]) -> str:
         for ratio, value in model["ratios"].items():
             low, high = model["ratios_range"].get(ratio, (None, None))
             lines.append(f"  {ratio:<28} {value:.3f}" + (f"   ({low:.3f} to {high:.3f})" if low is not None else ""))
-        sampled = model["sampling"]
+        sampled = model.get("sampling")
+        if sampled is None:
+            lines.append("sampling was not measured: the time was over")
+            continue
         lines.append(
             f"sampling, batch {sampled['batch']}, {sampled['steps']} Euler steps, guided: "
             f"{sampled['full_images_per_s']:.3g} images/s; guided on {sampled['interval']} only: "
@@ -51,5 +60,6 @@ def _cells(row: dict[str, Any]) -> str:
     parts = [row["images_per_s"], row["ms"]] + [
         row[f"{part}_ms"] for part in ("data", "forward", "backward", "optimiser")
     ]
+    shown = "".join(f"{'-' if value is None else format(value, '.4g'):>12}" for value in parts)
     memory = "-" if row["peak_memory_gb"] is None else f"{row['peak_memory_gb']:.2f}"
-    return "".join(f"{value:>12.4g}" for value in parts) + f"{memory:>12}{row['utilisation']:>12.1%}"
+    return f"{shown}{memory:>12}{row['utilisation']:>12.1%}"

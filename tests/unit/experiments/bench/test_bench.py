@@ -8,6 +8,7 @@ import dataclasses
 import importlib
 import itertools
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -24,7 +25,7 @@ from selftrans.cli.commands import COMMANDS, Sample
 from selftrans.cli.main import main
 from selftrans.cli.parse import blank, parse
 from selftrans.config import SampleConfig, settings_of
-from selftrans.experiments.bench import bench, published, settings, table
+from selftrans.experiments.bench import ROWS, bench, published, settings, table
 from selftrans.experiments.bench import rounds as bench_rounds
 from selftrans.experiments.bench.loading_sampling import passes, random_dataset
 from selftrans.experiments.bench.machine import Clock, Peak, cpu_name
@@ -36,6 +37,7 @@ from selftrans.methods.self_transcendence import SelfGuidance, Stage2
 from selftrans.models.sit import SiTConfig, build
 from selftrans.recipes import recipe
 from selftrans.types import Batch, Conditions
+from tests.support.operations import sit_forward_flops
 from tests.support.scripts import script
 
 TEN = Conditions("labels", 10)
@@ -113,7 +115,7 @@ class KnownStep:
     """A step of known length, on a clock of its own."""
 
     def __init__(self, *parts: float) -> None:
-        self.parts, self.steps = parts, 0
+        self.parts, self.steps, self.captured_in = parts, 0, 0.0
 
     def step(self) -> list[float]:
         self.steps += 1
@@ -144,14 +146,39 @@ def test_rounds_continue_for_the_given_seconds(monkeypatch: pytest.MonkeyPatch) 
     assert len(rounds["one"]) == 3
 
 
+def test_no_round_begins_after_the_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, now = Clock(CPU), itertools.count(0, 0.5)
+    monkeypatch.setattr(bench_rounds, "time", SimpleNamespace(monotonic=lambda: next(now)))
+    peak, first = SimpleNamespace(measure=dict), {}
+    for deadline, rounds in ((0.0, 1), (1e9, 3)):
+        one = {"one": KnownStep(0.1, 0.1, 0.1, 0.1)}
+        found = interleaved(one, clock, peak, Memory(CPU), seconds=0, deadline=deadline, first=first)  # type: ignore[arg-type]
+        assert len(found["one"]) == rounds and first == {"one": 0.5}
+
+
+def test_chosen_rows_within_a_limit(tmp_path: Path) -> None:
+    rows = ("vanilla", "stage2")
+    found = bench(
+        {"a": SMALL}, tmp_path, batch_size=4, tokens=16, device="cpu", seconds=0, quick=True, rows=rows, limit=0
+    )
+    small = found["models"]["a"]
+    assert list(small["rows"]) == list(rows) and small["rounds"] == 1 and "sampling" not in small
+    assert set(small["ratios"]) == {"stage2_over_vanilla"} and all(
+        r["first_step_s"] > 0 for r in small["rows"].values()
+    )
+    assert "sampling was not measured" in table(found)
+    with pytest.raises(ValueError, match="row 'stage3' is unknown"):
+        bench({"a": SMALL}, tmp_path, rows=("stage3",))
+
+
 def test_out_of_memory_model_is_reported_and_the_next_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     module = importlib.import_module("selftrans.experiments.bench")
     measure = module._model
 
-    def one(accelerator: Any, config: Any, *rest: Any) -> dict[str, Any]:
+    def one(accelerator: Any, config: Any, *rest: Any, **options: Any) -> dict[str, Any]:
         if config.model.depth == 4:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return measure(accelerator, config, *rest)
+        return measure(accelerator, config, *rest, **options)
 
     monkeypatch.setattr(module, "_model", one)
     models = {"large": dataclasses.replace(SMALL, depth=4), "small": SMALL}
@@ -178,7 +205,8 @@ def test_passes_are_counted_on_the_sampling_grid() -> None:
 def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     AcceleratorState._reset_state(True)
     out = tmp_path_factory.mktemp("bench")
-    found = bench({"small": SMALL}, out, batch_size=10, tokens=16, device="cpu", seconds=0, quick=True)
+    rows = (*ROWS, "captured_stage2")
+    found = bench({"small": SMALL}, out, batch_size=10, tokens=16, device="cpu", seconds=0, quick=True, rows=rows)
     assert json.loads((out / "bench.json").read_text()) == json.loads(json.dumps(found))
     return found
 
@@ -187,11 +215,14 @@ def test_report_is_consistent(report: dict[str, Any]) -> None:
     machine, small = report["machine"], report["models"]["small"]
     assert machine["device"] == "cpu" and machine["dtype"] == "fp32" and machine["cpu"] == cpu_name()
     assert machine["threads"] == torch.get_num_threads() and machine["torch"] == torch.__version__
-    assert list(small["rows"]) == ["vanilla", "stage1", "stage2", "plain_vanilla", "plain_stage2"]
+    five = ["vanilla", "stage1", "stage2", "plain_vanilla", "plain_stage2"]
+    assert list(ROWS) == five and list(small["rows"]) == [*five, "captured_stage2"]
     assert small["rounds"] >= 3 and (small["batch"], small["tokens"]) == (10, 16)
-    for row in small["rows"].values():
+    for name, row in small["rows"].items():
         assert row["images_per_s"] * row["ms"] == pytest.approx(10_000)
-        assert all(row[f"{part}_ms"] > 0 for part in PARTS) and row["peak_memory_gb"] is None
+        parts = [row[f"{part}_ms"] for part in PARTS]
+        assert parts == 4 * [None] if name == "captured_stage2" else all(part > 0 for part in parts)
+        assert row["peak_memory_gb"] is None
         assert 0 < row["utilisation"] < 1
     assert report["ratios"] == small["ratios"] and set(small["ratios"]) == {
         "stage1_over_vanilla",
@@ -199,6 +230,7 @@ def test_report_is_consistent(report: dict[str, Any]) -> None:
         "plain_stage2_over_stage2",
         "plain_stage2_over_vanilla",
         "plain_vanilla_over_vanilla",
+        "captured_stage2_over_stage2",
         "sampling_interval_over_full",
     }
     for name, (low, high) in small["ratios_range"].items():
@@ -212,6 +244,7 @@ def test_utilisation_counts_only_needed_operations(report: dict[str, Any]) -> No
     small = report["models"]["small"]
     needed = {name: row["utilisation"] * row["ms"] for name, row in small["rows"].items()}
     assert needed["plain_stage2"] == pytest.approx(needed["stage2"])
+    assert needed["captured_stage2"] == pytest.approx(needed["stage2"])
     assert needed["plain_vanilla"] == pytest.approx(needed["vanilla"])
     # by hand: 12 D² products per block and token, 2 T D for attention, and 6 D² per image in each block's modulation
     d, tokens, patch = 32, 16, 16
@@ -224,7 +257,9 @@ def test_utilisation_counts_only_needed_operations(report: dict[str, Any]) -> No
 
 def test_table_shows_the_report(report: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
     text = table(report)
-    assert "stage 2, plain" in text and "stage2_over_vanilla" in text and "latents/s" in text
+    assert (
+        "stage 2, plain" in text and "stage 2, graph" in text and "stage2_over_vanilla" in text and "latents/s" in text
+    )
     assert f"{report['ratios']['stage1_over_vanilla']:.3f}" in text
 
 
@@ -233,6 +268,7 @@ def test_table_shows_the_report(report: dict[str, Any], capsys: pytest.CaptureFi
     [
         (["--tokens", "10"], "tokens 10 is not a square number; use 64, 256 or 1024"),
         (["--models", "SiT-Q/2"], "model.name 'SiT-Q/2' is unknown"),
+        (["--rows", "captured_vanila"], "row 'captured_vanila' is unknown; did you mean captured_vanilla"),
         (["--batch-size", "0"], "batch_size 0 should be 1 or more"),
         (["--device", "cuda"], "this machine has no GPU that torch can use"),
     ],
@@ -283,10 +319,59 @@ def test_protocols_of_published_figures_are_options_that_the_page_shows(capsys: 
 def test_shard_reads_are_compared_with_plain_files(tmp_path: Path) -> None:
     reads = script("shard_reads")
     dataset = reads.random_dataset(tmp_path / "data", (3, 8, 8), 40)
-    found = reads.compare(dataset, tmp_path, batch_size=8, rounds=3)
-    assert found["plain_ms"] > 0 and found["safetensors_ms"] > 0
+    found = reads.compare(dataset, tmp_path, batch_size=8, rounds=3, streamed=True)
+    assert found["plain_ms"] > 0 and found["streamed_latents_per_s"] > 0 and found["safetensors_ms"] > 0
     low, high = found["speed_ratio_range"]
     assert low <= found["speed_ratio"] <= high
+
+
+def test_parts_of_a_gpu_lease_run_with_tiny_models(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    parts = script("gpu_parts")
+    for part in ("correctness", "sampling"):
+        assert parts.main([part, "--out", str(tmp_path), "--toy"]) == 0
+    losses = json.loads((tmp_path / "correctness.json").read_text())["losses"]
+    assert {len(each) for each in losses.values()} == {9} and "eager bf16" in losses
+    found = json.loads((tmp_path / "sampling.json").read_text())
+    assert found["compiled_images_per_s"] > 0 and found["mean_difference_of_levels"] == 0  # not compiled on a CPU
+    (tmp_path / "s2.json").write_text(json.dumps({"failed": "not enough memory"}))
+    assert parts.main(["table", "--out", str(tmp_path)]) == 0
+    shown = capsys.readouterr().out.splitlines()
+    assert "correctness  passed: eager bf16 / eager fp32" in "\n".join(shown)
+    assert "s2           failed: not enough memory" in shown and "xl2          not measured" in shown
+    assert set(json.loads((tmp_path / "gpu_lease.json").read_text())) == {"correctness", "s2", "sampling"}
+
+
+def test_gpu_lease_continues_and_says_what_failed(tmp_path: Path) -> None:
+    """With a script in place of Python, which logs its parts; s4 fails at first."""
+    stub, out = tmp_path / "python", tmp_path / "out"
+    stub.write_text(
+        f"""#!/bin/bash
+        [ "$1" = -c ] && exit 1
+        echo "$2 $7" >> {tmp_path}/log
+        [ "$2" = table ] && exit 0
+        [ "$2" = s4 ] && [ ! -e {tmp_path}/mended ] && {{ echo '{{"failed": "x"}}' > {out}/s4.json; echo why >&2; exit 1; }}
+        echo '{{"passed": true}}' > {out}/$2.json
+        """
+    )
+    stub.chmod(0o755)
+    words = ["bash", str(Path(__file__).parents[4] / "benchmarks" / "gpu_lease.sh"), str(out)]
+
+    def run(**more: str) -> tuple[int, str, list[str]]:
+        (tmp_path / "log").write_text("")
+        done = subprocess.run(words, env=os.environ | {"PYTHON": str(stub)} | more, capture_output=True, text=True)
+        return done.returncode, done.stdout + done.stderr, (tmp_path / "log").read_text().split("\n")[:-1]
+
+    code, shown, parts = run(SKIP="around xl2")
+    assert code == 1 and "no GPU: tiny models" in shown and "why" in shown
+    assert [part.split()[0] for part in parts] == ["correctness", "s2", "b2", "s4", "sampling", "first_step", "table"]
+    assert all(part.endswith("--toy") for part in parts[:-1])
+    (tmp_path / "mended").touch()
+    code, shown, parts = run()
+    assert code == 0 and "b2: measured already" in shown
+    assert [part.split()[0] for part in parts] == ["s4", "xl2", "around", "table"]
+    assert [part.split()[0] for part in run(ONLY="b2", FRESH="1")[2]] == ["b2", "table"]
+    code, shown, parts = run(FRESH="1", BUDGET="3")
+    assert "s2: skipped, the time is over" in shown and parts == ["table "]
 
 
 def test_ablations_combine_every_setting_of_a_grid() -> None:
@@ -296,6 +381,19 @@ def test_ablations_combine_every_setting_of_a_grid() -> None:
         "w5-lr=1e-3-label_std=0.5": shared | {"train.lr": 0.001},
         "w5-lr=2e-3-label_std=0.5": shared | {"train.lr": 0.002},
     }
+
+
+def test_floor_of_a_step_counts_the_operations_of_its_blocks() -> None:
+    floor = script("step_floor")
+    chip = floor.Chip(flops=1e15, bandwidth=1e30)  # bytes take no time
+    found = floor.step("SiT-B/2", 4, chip)
+    blocks = sit_forward_flops(256, 768, 12, 16) - sit_forward_flops(256, 768, 0, 16)
+    assert found["operations"] == pytest.approx(3 * 4 * blocks)
+    attention = 4 * 12 * 4 * 256**2 * 768  # its backward pass has five products instead of four
+    assert found["seconds"] == pytest.approx((3 * 4 * blocks + 0.5 * attention) / 1e15)
+    bytes_alone = floor.step("SiT-B/2", 4, floor.Chip(flops=1e30, bandwidth=1e12))
+    per_block = sum(part["bytes"] for part in bytes_alone["block"].values())
+    assert bytes_alone["seconds"] == pytest.approx((12 * per_block + 52 * found["parameters of the blocks"]) / 1e12)
 
 
 @pytest.mark.slow

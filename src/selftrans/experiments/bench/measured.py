@@ -1,0 +1,80 @@
+"""bench.json of an earlier run => what a training step costs on one device of that kind."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from selftrans.storage import first_line, printable
+
+PLAIN = "plain_"  #: rows of the plain implementation, which is not what `train` runs
+
+
+@dataclass(frozen=True)
+class Row:
+    """A step of one stage."""
+
+    name: str
+    batch: int
+    seconds: float
+    fixed: float  #: seconds of it that do not depend on the batch: clipping, optimiser, average
+    flops: float  #: floating-point operations of one image
+    peak_bytes: float | None  #: of the device's memory
+
+    @property
+    def per_image(self) -> float:
+        """Seconds of one more image in the batch."""
+        return (self.seconds - self.fixed) / self.batch
+
+
+@dataclass(frozen=True)
+class Measured:
+    """The rows of one model on one device."""
+
+    source: str
+    device: str
+    model: str
+    tokens: int
+    rows: dict[str, Row]
+
+    def row(self, stage: str) -> Row:
+        """The row of a stage of this name, or the first one."""
+        return self.rows.get(stage) or next(iter(self.rows.values()))
+
+
+def read_measured(path: Path, model: str) -> Measured:
+    """The rows of `model` in a bench.json, or of the model in it with the most operations. ValueError where there are none."""
+    try:
+        report = json.loads(path.read_text(encoding="utf-8"))
+        machine = report["machine"]
+        device = printable(machine["gpu"] or machine["cpu"])
+        found = {
+            name: Measured(printable(path), device, printable(name), int(each["tokens"]), _rows(each))
+            for name, each in report["models"].items()
+            if "rows" in each
+        }
+        found = {name: each for name, each in found.items() if each.rows}
+        if not found:
+            raise ValueError("it has no measured model")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError, RecursionError) as error:
+        reason = f"{type(error).__name__} {first_line(error)}" if isinstance(error, KeyError) else first_line(error)
+        raise ValueError(f"{path} is not a bench.json ({reason}); give one that `selftrans bench` wrote") from None
+    return found.get(model) or max(found.values(), key=lambda each: each.row("").flops)
+
+
+def _rows(model: dict[str, Any]) -> dict[str, Row]:
+    peak, batch = float(model["matmul_peak_tflops"]) * 1e12, int(model["batch"])
+    rows = {}
+    for name, row in model["rows"].items():
+        if name.startswith(PLAIN):
+            continue
+        seconds, fixed = float(row["ms"]) / 1e3, float(row["optimiser_ms"] or 0) / 1e3
+        memory = row.get("peak_memory_gb")
+        flops = float(row["utilisation"]) * peak * seconds / batch
+        if not (0 <= fixed < seconds < math.inf and 0 < flops < math.inf):
+            raise ValueError(f"the numbers of row {printable(name)} are impossible")
+        rows[name] = Row(name, batch, seconds, fixed, flops, None if memory is None else float(memory) * 1e9)
+    return rows

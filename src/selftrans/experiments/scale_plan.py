@@ -1,0 +1,334 @@
+"""`selftrans plan`: what a run takes on many GPUs, from figures of one: arithmetic alone, nothing is trained or written.
+
+N GPUs in machines of M; bytes are those that one GPU sends per step. Shape legend: (C, *S) latent, T tokens, D width.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from selftrans.config import RunConfig
+from selftrans.data.buckets import open_data
+from selftrans.data.shard_file import row_bytes
+from selftrans.experiments.bench.measured import Measured, Row, read_measured
+from selftrans.methods.guidance import Frozen
+from selftrans.methods.objective import Objective
+from selftrans.methods.registry import stages
+from selftrans.methods.spec import Stage
+from selftrans.precision import PRECISIONS
+from selftrans.storage import printable
+from selftrans.train.data_window import cache_of
+from selftrans.train.dry_run import KEPT, duration, gigabytes, kept_checkpoints
+from selftrans.train.flops import step_flops
+from selftrans.train.memory_use import memory_use
+from selftrans.types import Conditions
+
+#: bytes of activations for each token, channel and block in 16 bits, attention matrices not kept (2205.05198, section 4.1)
+ACTIVATIONS = 34
+SAMPLES, SHAPE, CLASSES = 1_281_167, (4, 32, 32), 1000  #: ImageNet-256, assumed where no data are given
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """The machines; speeds in gigabits per second and direction."""
+
+    gpus: int
+    per_machine: int = 8
+    link: float = 400.0  #: of one machine to the others
+    local: float = 3600.0  #: of one GPU to the others of its machine
+
+    def check(self) -> None:
+        """ValueError for numbers that describe no cluster."""
+        if self.gpus < 1 or self.per_machine < 1 or not (self.link > 0 and self.local > 0):
+            raise ValueError("--gpus, --gpus-per-machine, --link-gbps and --local-gbps must be above zero")
+        if self.gpus > self.per_machine and self.gpus % self.per_machine:
+            raise ValueError(
+                f"{self.gpus} GPUs do not divide into machines of {self.per_machine}; give --gpus-per-machine"
+            )
+
+    @property
+    def machines(self) -> int:
+        return -(-self.gpus // self.per_machine)
+
+    def seconds(self, sent: float) -> float:
+        """Time of a ring in which each GPU sends `sent` bytes; between machines one GPU of each passes them on."""
+        slowest = min(self.link, self.local) if self.machines > 1 else self.local
+        return 8 * sent / (slowest * 1e9)
+
+
+@dataclass
+class StageScale:
+    """One stage on the cluster. Two figures are those with communication hidden behind computation, and not hidden."""
+
+    name: str
+    steps: int
+    parameters: int
+    trained: int  #: parameters with gradients, heads included
+    tflops_per_step: float
+    batch_per_gpu: int
+    wire_bytes: int  #: sent by each GPU per step
+    compute_seconds: float
+    wire_seconds: float
+    step_seconds: tuple[float, float]
+    images_per_s: tuple[float, float]
+    hours: tuple[float, float]
+    memory: dict[str, int]  #: bytes per GPU, by what they are for; activations included
+    checkpoint: int  #: bytes
+    kept: int  #: checkpoints at the end
+
+
+@dataclass
+class ScalePlan:
+    """What a run takes, and what was assumed."""
+
+    recipe: str
+    model: str
+    cluster: dict[str, Any]
+    batch_size: int
+    sharded: bool
+    samples: int
+    latents_bytes: int
+    read_bytes_per_s: float  #: of latents, by one machine
+    checkpoints_bytes: int
+    hours: tuple[float, float]
+    gpu_hours: tuple[float, float]
+    stages: list[StageScale] = field(default_factory=list)
+    assumed: list[str] = field(default_factory=list)
+
+
+def scale_plan(
+    config: RunConfig,
+    cluster: Cluster,
+    *,
+    measured: Path | None = None,
+    rate: float | None = None,
+) -> ScalePlan:
+    """What the run of `config` takes on the cluster.
+
+    Args:
+        measured: bench.json of one such GPU. rate: images per second of the last stage on one, in place of that.
+    ValueError where neither is given, for a batch that does not divide, and for what `train` refuses.
+    """
+    cluster.check()
+    config = config.restricted().check()
+    train, world = config.train, cluster.gpus
+    if train.batch_size % (world * train.accumulate):
+        raise ValueError(
+            f"train.batch_size {train.batch_size} does not divide among {world} GPUs x {train.accumulate} micro-batches; "
+            f"choose a multiple of {world * train.accumulate}"
+        )
+    if (measured is None) == (rate is None) or (rate is not None and not rate > 0):
+        raise ValueError(
+            "give --measured bench.json, made by `selftrans bench` on one such GPU, or --rate IMAGES_PER_S"
+        )
+    assumed: list[str] = []
+    shape, conditions, samples, row = _data(config, assumed)
+    plan, built = stages(config), [_built(config, stage, shape, conditions) for stage in stages(config)]
+    flops = [sum(step_flops(each, conditions.example(), 1000).values()) / 1000 for each, _ in built]
+    figures = read_measured(measured, str(config.model.name)) if measured else None
+    found = []
+    for stage, (objective, memory), per_image in zip(plan, built, flops, strict=True):
+        speed = _speed(figures, stage, per_image, rate, flops[-1], str(config.model.name))
+        found.append(_stage(config, cluster, stage, objective, memory, per_image, speed))
+    assumed += _assumptions(config, cluster, figures, rate)
+    hours = _pair(sum(each.hours[k] for each in found) for k in (0, 1))
+    fastest = max(each.images_per_s[0] for each in found)
+    return ScalePlan(
+        recipe=config.recipe,
+        model=str(config.model.name),
+        cluster=dataclasses.asdict(cluster) | {"machines": cluster.machines},
+        batch_size=train.batch_size,
+        sharded=train.shard and world > 1,
+        samples=samples,
+        latents_bytes=samples * row,
+        read_bytes_per_s=fastest * row / cluster.machines,
+        checkpoints_bytes=sum(s.kept * s.checkpoint for s in found) + max(s.checkpoint for s in found),
+        hours=hours,
+        gpu_hours=(hours[0] * world, hours[1] * world),
+        stages=found,
+        assumed=assumed,
+    )
+
+
+def _data(config: RunConfig, assumed: list[str]) -> tuple[tuple[int, ...], Conditions, int, int]:
+    """Shape of a latent, conditions, number of samples, and bytes of one."""
+    data = config.data
+    if data.path is not None:
+        dataset = open_data(data.path, cache=cache_of(data))
+        manifest = dataset.manifest
+        return tuple(manifest.shape), manifest.conditions, len(dataset), row_bytes(manifest.layout)
+    if data.builtin is not None:
+        raise ValueError(f"recipe {config.recipe} brings its own data, of which nothing is known here; give --data DIR")
+    shape, classes = tuple(data.shape or SHAPE), CLASSES if data.classes is None else data.classes
+    row = row_bytes({"moments": ("float16", (2 * shape[0], *shape[1:])), "labels": ("int64", ())})
+    assumed.append(
+        f"data: {SAMPLES:,} latents {'x'.join(map(str, shape))} (mean and std, float16) of {classes} classes, as ImageNet's; "
+        "--data DIR takes those of your data"
+    )
+    return shape, Conditions("labels", classes) if classes else Conditions("none"), SAMPLES, row
+
+
+def _built(
+    config: RunConfig, stage: Stage, shape: tuple[int, ...], conditions: Conditions
+) -> tuple[Objective, dict[str, int]]:
+    """The objective of a stage without memory for its weights, and the bytes that these would take."""
+    if stage.encoder:
+        raise ValueError(f"stage {stage.name} is taught by an external encoder, whose cost is not known here")
+    with torch.device("meta"):
+        student, average, teacher = (config.build_model(shape, conditions) for _ in range(3))
+        frozen = None
+        if stage.teacher:
+            dtype = PRECISIONS[config.train.precision]
+            frozen = Frozen(teacher, stage.teacher.block(teacher.depth), dtype=dtype, in_place=True)
+        objective = Objective(student, stage.guide(student, frozen), times=config.train.times)
+    return objective, memory_use(objective, average, frozen, config.train.optimizer)
+
+
+@dataclass(frozen=True)
+class _Speed:
+    per_image: float  #: seconds of an image on one GPU
+    fixed: float  #: seconds of a step besides
+    peak: Row | None  #: a row of the same model with its peak of memory
+
+
+def _speed(figures: Measured | None, stage: Stage, flops: float, rate: float | None, last: float, model: str) -> _Speed:
+    if figures is None:
+        assert rate is not None
+        return _Speed(flops / last / rate, 0.0, None)
+    row = figures.row(stage.name)
+    same = figures.model == model and row.name == stage.name
+    factor = 1.0 if same else flops / row.flops
+    return _Speed(row.per_image * factor, row.fixed * factor, row if same and row.peak_bytes else None)
+
+
+def _stage(
+    config: RunConfig,
+    cluster: Cluster,
+    stage: Stage,
+    objective: Objective,
+    memory: dict[str, int],
+    per_image: float,
+    speed: _Speed,
+) -> StageScale:
+    train, world, student = config.train, cluster.gpus, objective.student
+    sharded, batch = train.shard and world > 1, train.batch_size // world
+    micro = batch // train.accumulate
+    compute = batch * speed.per_image + speed.fixed / (world if sharded else 1)
+    sent = wire_bytes(memory["weights"], memory["gradients"], world, sharded=sharded, accumulate=train.accumulate)
+    wire = cluster.seconds(sent)
+    step = (max(compute, wire), compute + wire)
+    parts = {name: size // world if sharded and name != "teacher" else size for name, size in memory.items()}
+    parts["activations"] = _activations(config, objective, memory, micro, speed.peak)
+    return StageScale(
+        name=stage.name,
+        steps=stage.steps,
+        parameters=sum(p.numel() for p in student.parameters()),
+        trained=sum(p.numel() for p in objective.parameters() if p.requires_grad),
+        tflops_per_step=per_image * train.batch_size / 1e12,
+        batch_per_gpu=batch,
+        wire_bytes=sent,
+        compute_seconds=compute,
+        wire_seconds=wire,
+        step_seconds=step,
+        images_per_s=_pair(train.batch_size / each for each in step),
+        hours=_pair(stage.steps * each / 3600 for each in step),
+        memory=parts,
+        checkpoint=sum(memory.get(part, 0) for part in KEPT),
+        kept=kept_checkpoints(train, stage.steps),
+    )
+
+
+def wire_bytes(weights: int, gradients: int, world: int, *, sharded: bool, accumulate: int = 1) -> int:
+    """Bytes that each of `world` GPUs sends per step.
+
+    DDP: a ring all-reduce of the gradients, 2 (N - 1) / N of them. FSDP2: the weights are gathered for the forward and again
+    for the backward pass of each micro-batch, and the gradients are scattered once, (N - 1) / N of each.
+    """
+    share = (world - 1) / world
+    if sharded:
+        return round(share * (2 * accumulate * weights + gradients))
+    return round(2 * share * gradients)
+
+
+def _activations(config: RunConfig, objective: Objective, memory: dict[str, int], micro: int, peak: Row | None) -> int:
+    """Bytes of activations of a micro-batch: from a measured peak, else by the rule of ACTIVATIONS."""
+    if peak is not None and peak.peak_bytes is not None:
+        return max(0, round((peak.peak_bytes - sum(memory.values())) * micro / peak.batch))
+    student = objective.student
+    each = ACTIVATIONS * (2 if config.train.precision == "fp32" else 1) * student.tokens * student.width
+    depth = 2 if config.train.recompute else student.depth  # one block at a time, and the inputs of all
+    return micro * each * depth
+
+
+def _assumptions(config: RunConfig, cluster: Cluster, figures: Measured | None, rate: float | None) -> list[str]:
+    train, name = config.train, str(config.model.name)
+    if figures is not None:
+        row = figures.row(stages(config)[-1].name)
+        found = [
+            f"speed: {printable(figures.source)}, {figures.model} on one {figures.device}, batch {row.batch}; images cost the "
+            "same in smaller batches, in which kernels are less efficient"
+        ]
+        if figures.model != name:
+            found.append(f"{name} was not measured: it runs as many operations per second as {figures.model} did")
+    else:
+        found = [f"speed: {rate:g} images/s of the last stage on one GPU, as given; other stages by their operations"]
+    if not any(row.peak_bytes for row in (figures.rows.values() if figures and figures.model == name else ())):
+        found.append(
+            f"activations: {ACTIVATIONS} bytes for each token, channel and block in 16 bits, attention matrices not kept"
+        )
+    if cluster.gpus > 1:
+        kind = (
+            "FSDP2: weights gathered twice in each micro-batch, gradients scattered" if train.shard else "DDP: a ring"
+        )
+        found.append(
+            f"{kind}, in float32; {cluster.link:g} Gb/s between machines, {cluster.local:g} Gb/s within one; the first figure "
+            "hides communication behind computation, the second does not"
+        )
+    return [*found, "previews, checkpoints and the guidance's end, which makes later steps cheaper, are not counted"]
+
+
+def _pair(values: Any) -> tuple[float, float]:
+    first, second = values
+    return float(first), float(second)
+
+
+def text(plan: ScalePlan) -> str:
+    """The plan for a reader."""
+    world, machines = plan.cluster["gpus"], plan.cluster["machines"]
+    lines = [
+        f"{plan.recipe}, {plan.model}: {world} GPUs in {machines} machine{'s' if machines > 1 else ''}, "
+        f"batches of {plan.batch_size}{', sharded' if plan.sharded else ''}"
+    ]
+    for stage in plan.stages:
+        parts = ", ".join(f"{name} {gigabytes(size)}" for name, size in stage.memory.items())
+        lines += [
+            f"{stage.name}: {stage.parameters / 1e6:.3g} M parameters, {stage.steps:,} steps, "
+            f"{stage.tflops_per_step:.3g} TFLOPs each",
+            f"  batch       {stage.batch_per_gpu} images per GPU",
+            f"  wire        {gigabytes(stage.wire_bytes)} sent by each GPU per step, {1e3 * stage.wire_seconds:.3g} ms; "
+            f"computation {1e3 * stage.compute_seconds:.3g} ms",
+            f"  rate        {_range(stage.images_per_s)} images/s",
+            f"  time        {_range(stage.hours)} h",
+            f"  memory      {gigabytes(sum(stage.memory.values()))} per GPU: {parts}",
+            f"  disk        {stage.kept} checkpoints of about {gigabytes(stage.checkpoint)}",
+        ]
+    first, last = (duration(3600 * hours) for hours in plan.hours)
+    lines += [
+        f"total: {first if first == last else f'{first} to {last}'}, {_range(plan.gpu_hours)} GPU hours",
+        f"data: {plan.samples:,} latents, {gigabytes(plan.latents_bytes)}; each machine reads "
+        f"{gigabytes(plan.read_bytes_per_s)} per second of them, from its cache or the network",
+        f"disk: {gigabytes(plan.checkpoints_bytes)} of checkpoints",
+        "assumed:",
+    ]
+    return "\n".join([*lines, *(f"  {line}" for line in plan.assumed)])
+
+
+def _range(values: tuple[float, float]) -> str:
+    low, high = sorted(values)
+    shown = [f"{value:,.0f}" if value >= 100 else f"{value:.3g}" for value in (low, high)]
+    return shown[0] if shown[0] == shown[1] else f"{shown[0]} to {shown[1]}"

@@ -1,0 +1,251 @@
+"""The captured step: the functions of `training_step.py` on static buffers, recorded as CUDA graphs and replayed.
+
+    per micro-batch  seed -> copy the stored rows into the buffers -> replay: draws, forward, backward
+    per step         replay: clip, is it finite?, AdamW -> moving average (a foreach kernel, outside of the graphs)
+
+The draws come from torch's default generator, which is seeded before every micro-batch as in the uncaptured step; a replayed
+graph starts at the generator's seed, so that the numbers are the same. The first steps of a stage, and of what remains of it
+when a guidance has ended, are taken without a graph: they compile and allocate. Nothing is read by the host until
+`flush`. On a CPU the same functions are called on the same buffers.
+Shape legend: A micro-batches of a step, V values of a report.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from selftrans.storage import first_line
+from selftrans.train.batches import Inputs, Loaded, draw_batch, inputs_of, seed_step
+from selftrans.train.optim import learning_rate, use_rate_tensor
+from selftrans.train.training_step import micro_step, update_step
+from selftrans.types import map_cond
+
+if TYPE_CHECKING:
+    from selftrans.train.trainer import Trainer
+
+WARM_UP = 3  #: steps without a graph before it is captured: compilation, cuBLAS workspaces, moments
+READ = 1000  #: steps after which the host reads the reports, if no log line is due
+
+
+def obstacle(trainer: Trainer) -> str | None:
+    """Why the steps of a stage cannot be captured, or None. Sorts out what is known before the first step."""
+    train, kind = trainer.config.train, trainer.accelerator.device.type
+    if kind not in ("cuda", "cpu"):
+        return f"CUDA graphs need a CUDA GPU, this device is {kind}"
+    if trainer.accelerator.num_processes > 1:
+        return "it is for one process"
+    if train.precision == "fp16":
+        return "the gradient scaler of fp16 is not captured; use bf16"
+    if train.optimizer != "adamw":
+        return f"train.optimizer {train.optimizer} decides on the host whether a step is skipped"
+    if trainer.objective.student.recompute and trainer.objective.student.random_blocks:
+        return "train.recompute repeats blocks that may draw random numbers"
+    if len(trainer.shards.parts) > 1:
+        return "the data hold several sizes, and a graph has one shape"
+    return None
+
+
+def captured_step(trainer: Trainer) -> CapturedStep | None:
+    """The captured step of a stage, if the settings ask for it and it can be. ValueError (one line) for `on` where not."""
+    wanted = trainer.config.train.capture
+    if wanted == "off" or (wanted == "auto" and trainer.accelerator.device.type != "cuda"):
+        return None
+    reason = obstacle(trainer)
+    if reason is None:
+        return CapturedStep(trainer)
+    if wanted == "on":
+        raise ValueError(f"train.capture on is not possible: {reason}; leave it off, or set auto")
+    warnings.warn(f"train.capture auto: steps are not captured: {reason}", stacklevel=2)
+    return None
+
+
+class Recorded:
+    """A function without arguments: called on a side stream, or captured once and replayed. On a CPU it is called.
+
+    What it returns is overwritten by the next replay.
+    """
+
+    def __init__(self, function: Callable[[], Tensor], stream: torch.cuda.Stream | None) -> None:
+        self.function, self.stream = function, stream
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._out: Tensor | None = None
+
+    def __call__(self) -> Tensor:
+        if self._graph is not None:
+            assert self._out is not None
+            self._graph.replay()
+            return self._out
+        if self.stream is None:
+            return self.function()
+        current = torch.cuda.current_stream(self.stream.device)
+        self.stream.wait_stream(current)
+        with torch.cuda.stream(self.stream):
+            out = self.function()
+        current.wait_stream(self.stream)
+        return out
+
+    def capture(self, pool: Any) -> None:
+        """Record the function without running it. RuntimeError where it does what a graph cannot hold."""
+        graph = torch.cuda.CUDAGraph()
+        # thread_local: what other threads do to the device does not end the capture
+        with torch.cuda.graph(graph, pool=pool, stream=self.stream, capture_error_mode="thread_local"):
+            self._out = self.function()
+        self._graph = graph
+
+    def drop(self) -> None:
+        """Forget the graph and free its memory; the device must have finished with it."""
+        self._graph = self._out = None
+
+
+class CapturedStep:
+    """Takes the steps of a trainer on static buffers, from the third on as a replay of graphs (on a GPU).
+
+    Attributes:
+        transient: bytes that a replay uses beyond what is allocated, which torch's statistics do not count; 0 before.
+        untimed: steps before the first that is as fast as all later ones.
+    """
+
+    untimed = WARM_UP + 1
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer, self.device = trainer, trainer.accelerator.device
+        on_gpu = self.device.type == "cuda"
+        self.step = torch.zeros((), dtype=torch.long, device=self.device)
+        # the fused kernel reads a float32 rate on a GPU: its rounding, 6e-8 of the rate, is all that differs there
+        self.rate = torch.zeros((), dtype=torch.float32 if on_gpu else torch.float64, device=self.device)
+        use_rate_tensor(trainer.optimizer, self.rate, capturable=on_gpu)
+        self._stream = torch.cuda.Stream(self.device) if on_gpu else None
+        self._possible = True  # until a capture has failed
+        self._history: list[tuple[int, tuple[str, ...], Tensor]] = []
+        self.transient = 0
+        self.restart()
+
+    def restart(self) -> None:
+        """Capture anew, after as many steps as at the start: the parts of the step have changed."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        self._inputs: Inputs | None = None
+        self._rows: Tensor | None = None  # (A, V) float64: the reports of the micro-batches
+        self._names: tuple[str, ...] = ()
+        self._graded: list[Tensor] = []  # parameters that get a gradient
+        self._held: list[Tensor] = []  # those whose gradients are kept between steps, and set to zero
+        self._taken, self._capturing = 0, False
+        self._micro, self._update = (Recorded(f, self._stream) for f in (self._micro_step, self._update_step))
+        self.trainer.optimizer.zero_grad(set_to_none=True)
+
+    def take(self, batches: Iterator[Loaded]) -> None:
+        """One training step, without the moving average. Its report waits on the device for `flush`."""
+        trainer, train = self.trainer, self.trainer.config.train
+        self.step.fill_(trainer.step)
+        self.rate.fill_(learning_rate(trainer.step, train))
+        if self._taken == WARM_UP:
+            self._settle()
+        for micro in range(train.accumulate):
+            seed_step(train.seed, trainer.stage.stream, trainer.step, micro, 0)
+            self._fill(next(batches))
+            row = self._micro()
+            if self._rows is None:
+                self._rows = row.new_zeros(train.accumulate, len(row))
+            self._rows[micro].copy_(row)
+        self._history.append((trainer.step, self._names, self._update().clone()))
+        self._taken += 1
+        if len(self._history) >= READ:
+            self.flush()
+
+    def flush(self) -> None:
+        """Wait for the device, and hand the reports of all steps since the last call to the trainer's means and checks."""
+        trainer, history, self._history = self.trainer, self._history, []
+        if not history:
+            return
+        host = torch.cat([values for *_, values in history]).cpu().split([len(values) for *_, values in history])
+        for (step, names, _), values in zip(history, host, strict=True):
+            rows, checked = values[:-3].view(-1, len(names)).tolist(), values[-3:]
+            sound = not checked[0]
+            for row in rows:
+                report = dict(zip(names, row, strict=True))
+                trainer.window.add_numbers(report, sound)
+                trainer.span.add_numbers({"flow": report["flow"]}, sound)
+            trainer.window.add_numbers({"grad_norm": float(checked[2])}, sound)
+            trainer.nonfinite.note(step, checked.float())
+
+    def _fill(self, loaded: Loaded) -> None:
+        """Copy the stored rows into the buffers."""
+        dataset = self.trainer.shards
+        if self._inputs is None:
+            found = inputs_of(loaded, dataset, self.device)
+            features = found.features.clone() if self.trainer.stream.features and found.features is not None else None
+            self._inputs = Inputs(found.moments.clone(), map_cond(torch.clone, found.cond), features)
+            return
+        self._inputs.moments.copy_(loaded.tensors["moments"], non_blocking=True)
+        fresh = dataset.condition(loaded.tensors, self.device)
+        map_cond(lambda kept, new: kept.copy_(new, non_blocking=True), self._inputs.cond, fresh)
+        if self._inputs.features is not None:
+            self._inputs.features.copy_(loaded.tensors["features"], non_blocking=True)
+
+    def _micro_step(self) -> Tensor:
+        """(V,) float64: loss and report of a micro-batch; the gradients are added to those that are there."""
+        assert self._inputs is not None
+        batch = draw_batch(self._inputs, self.trainer.shards.manifest.latent_space)
+        report = micro_step(self.trainer, batch, self.step, last=True)
+        self._names = tuple(report)
+        return torch.stack([value.detach().double() for value in report.values()])
+
+    def _update_step(self) -> Tensor:
+        """(A V + 3,) float64: the reports of the micro-batches, and what `check_step` finds."""
+        assert self._rows is not None
+        _, checked = update_step(self.trainer, list(self._rows[:, self._names.index("loss")].float().unbind(dim=0)))
+        if self._held:
+            torch._foreach_zero_([p.grad for p in self._held if p.grad is not None])
+        elif not self._capturing:
+            self._graded = [p for p in self.trainer.objective.parameters() if p.grad is not None]
+            self.trainer.optimizer.zero_grad(set_to_none=True)
+        return torch.cat([self._rows.flatten(), checked.double()])
+
+    def _settle(self) -> None:
+        """After the warm-up: gradients get their places, and on a GPU both functions are captured.
+
+        Of a single micro-batch the gradients are made within the graph, and overwritten by its next replay; several add up
+        in buffers that the update sets to zero.
+        """
+        if self.trainer.config.train.accumulate > 1:
+            self._held = self._graded
+            for p in self._held:
+                p.grad = torch.zeros_like(p)
+        if self._stream is None or not self._possible:
+            return
+        try:
+            self._capture()
+        except RuntimeError as error:
+            self._give_up(first_line(error.__context__ or error))  # the end of a capture that failed fails, too
+
+    def _capture(self) -> None:
+        stream, device = torch.cuda.current_stream(self.device), self.device
+        drawn, self._capturing = torch.get_rng_state(), True
+        try:
+            with self.trainer.stream.reading:  # the thread that reads ahead leaves the device alone
+                pool = torch.cuda.graph_pool_handle()
+                for function in (self._micro, self._update):
+                    function.capture(pool)
+        finally:
+            self._capturing = False
+            torch.cuda.set_stream(stream)  # torch.cuda.graph leaves its own current when a capture fails
+        if not torch.equal(drawn, torch.get_rng_state()):
+            torch.set_rng_state(drawn)
+            raise RuntimeError("random numbers are drawn on the CPU, which a graph would repeat")
+        self.transient = torch.cuda.max_memory_allocated(device) - torch.cuda.memory_allocated(device)
+
+    def _give_up(self, reason: str) -> None:
+        """Go on without a graph, on the same buffers."""
+        warnings.warn(f"train.capture: the step is not captured, and goes on without a graph: {reason}", stacklevel=2)
+        self._possible = False
+        torch.cuda.synchronize(self.device)
+        for function in (self._micro, self._update):
+            function.drop()
+            function.stream = None
+        for p in self._graded:
+            p.grad = torch.zeros_like(p) if self._held else None

@@ -1,0 +1,61 @@
+"""Products in eight bits: the linear layers of attention and MLP in float8, by torchao (`train.fp8`).
+
+Weights, their gradients, the optimiser and the average keep their precision, names and values; only the three products of a
+layer (forward, and the two of backward) take operands that are scaled and rounded to eight bits. The average, previews,
+samples and teachers do not use it. A CPU has no such products: there they are emulated, which is slower than without.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from typing import Any
+
+import torch
+from torch import nn
+
+from selftrans.models.lora import default_targets
+from selftrans.types import Backbone
+
+MULTIPLE = 16  #: the products take sizes that are multiples of this
+CAPABILITY = (8, 9)  #: of NVIDIA's devices that have such products: Ada, Hopper and later
+
+
+def layers(student: Backbone) -> list[str]:
+    """Names of the layers whose products are in eight bits: those of attention and MLP, where their sizes allow it."""
+    found: list[str] = []
+    for name in default_targets(student):
+        layer: Any = student.get_submodule(name)
+        if layer.in_features % MULTIPLE == 0 and layer.out_features % MULTIPLE == 0:
+            found.append(name)
+    return found
+
+
+def convert(student: Backbone, scaling: str, device: torch.device) -> None:
+    """Replace those layers in place by torchao's, which hold the same parameters. "none": nothing.
+
+    scaling: `tensorwise`, one factor for each operand; `rowwise`, one for each row of it. ValueError, in one line, without
+    torchao, on a GPU without such products, and for a model without a layer that can have them.
+    """
+    if scaling == "none":
+        return
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < CAPABILITY:
+        where = torch.cuda.get_device_name(device)
+        raise ValueError(f"train.fp8 needs a GPU of compute capability 8.9 or later, not {where}; leave it out")
+    try:
+        from torchao.float8 import Float8LinearConfig, convert_to_float8_training
+    except (ImportError, OSError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"train.fp8 needs torchao ({reason}): pip install 'selftrans[fp8]'") from error
+    chosen = set(layers(student))
+    if not chosen:
+        raise ValueError(f"train.fp8 needs blocks with linear layers of multiples of {MULTIPLE} channels; leave it out")
+    settings = Float8LinearConfig.from_recipe_name(scaling)
+    if device.type != "cuda":
+        warnings.warn("train.fp8 is emulated on this device: the same rounding, and slower", stacklevel=2)
+        settings = dataclasses.replace(settings, emulate=True)
+
+    def wanted(module: nn.Module, name: str) -> bool:
+        return name in chosen
+
+    convert_to_float8_training(student, module_filter_fn=wanted, config=settings)

@@ -1,0 +1,170 @@
+"""The job that draws features of a picture as PCA maps over blocks and t, of a student and of the model that guides it.
+
+Shape legend: N pictures, T tokens, D width.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from selftrans.checkpoints.load import LoadedModel
+from selftrans.evaluate.probes import collect, pca_basis, pca_maps
+from selftrans.experiments.analyse_run import null_of
+from selftrans.flow import PATHS
+from selftrans.sample_config import SampleConfig
+from selftrans.sampling.conditioning import conditioning_of
+from selftrans.storage import printable
+from selftrans.types import Cond, map_cond
+from selftrans.ui.jobs import Job
+from selftrans.ui.opened_models import OpenedModels, Source, counted_passes, source_of, take
+from selftrans.ui.picture_data import Pictures, RunData, decoded_upload, pictures
+from selftrans.ui.run_plan import guided_blocks
+from selftrans.ui.run_state import RunState
+from selftrans.ui.sampling_jobs import add_sheet
+
+MOST_TIMES, MOST_BLOCKS = 8, 12
+Work = Callable[[Job], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Asked:
+    """A request for maps. The condition is `label`, else `prompt`, else that of the row or, for `null`, none."""
+
+    times: tuple[float, ...] = (0.2, 0.4, 0.6, 0.8)
+    row: int = 0
+    null: bool = False
+    label: int | None = None
+    prompt: str | None = None
+    scale: float = 1.0
+    """w of the teacher's features, f_u + w (f_c - f_u)"""
+
+
+def features(
+    raw: Mapping[str, Any], run: Callable[[str], RunState], models: OpenedModels, data: RunData
+) -> tuple[dict[str, Any], Work]:
+    """(what is asked for, the work) of a request for maps of a student, and of a teacher if one is named."""
+    student = source_of(raw.get("student"), run, "student")
+    teacher = source_of(raw["teacher"], run, "teacher") if raw.get("teacher") is not None else None
+    asked: Asked = take(raw, "maps", Asked, Asked())
+    if not 1 <= len(asked.times) <= MOST_TIMES or not all(0 <= t <= 1 for t in asked.times):
+        raise ValueError(f"t = {list(asked.times)[:9]}: choose 1 to {MOST_TIMES} values in [0, 1]")
+    if not 0 <= asked.scale <= 1000:
+        raise ValueError(f"w = {asked.scale:g} is out of range; use 0 to 1000")
+    upload = decoded_upload(take(raw, "upload", str))
+    sources = [each for each in (teacher, student) if each is not None]
+
+    def work(job: Job) -> None:
+        loaded = [models.load(source, job) for source in sources]
+        if len({(tuple(each.model.shape), each.model.conditions) for each in loaded}) > 1:
+            raise ValueError("teacher and student have other latents or conditions; choose models of the same data")
+        job.doing = "reading the picture"
+        found = pictures(loaded[-1], data.of(student.state), asked.row, upload, models.device)
+        add_sheet(job, found.shown, role="picture", label=None if found.labels is None else int(found.labels[0]))
+        scales = [asked.scale if source is teacher else 1.0 for source in sources]
+        job.total = sum(len(asked.times) * (2 if w != 1 else 1) for w in scales)
+        for each, source, w in zip(loaded, sources, scales, strict=True):
+            cond, said = _condition(each, asked, found, models.device)
+            w = 1.0 if said == "null" else w
+            job.doing = f"features of {source.text}"
+            with counted_passes(each.model, job):
+                maps, blocks = _maps(each, found.z0, cond, asked.times, w, _guided(source, each))
+            add_sheet(
+                job,
+                maps,
+                columns=len(asked.times),
+                role="teacher" if source is teacher else "student",
+                of=dataclasses.asdict(source.wanted),
+                name=source.text,
+                blocks=blocks,
+                guided=_guided(source, each),
+                times=list(asked.times),
+                condition=said if w == 1 else f"{said}, w = {w:g}",
+            )
+
+    about = {"models": [dataclasses.asdict(each.wanted) for each in sources], "maps": dataclasses.asdict(asked)}
+    return about | {"uploaded": upload is not None}, work
+
+
+def _condition(loaded: LoadedModel, asked: Asked, found: Pictures, device: torch.device) -> tuple[Cond, str]:
+    """The condition of each picture, and its name. The further pictures have their own labels or the same prompt."""
+    model, count = loaded.model, len(found.z0)
+    kind = model.conditions.kind
+    if kind == "text" and asked.prompt and not asked.null:
+        conditioning = conditioning_of(model.conditions, SampleConfig(prompts=(asked.prompt,)), device=device)
+        row, _ = conditioning.of(np.zeros(1, dtype=np.int64))
+        return map_cond(lambda x: x.expand(count, *x.shape[1:]).to(device), row), printable(asked.prompt, 80)
+    labels = found.labels
+    if asked.label is not None and kind == "labels":
+        if not 0 <= asked.label < model.conditions.num_classes:
+            raise ValueError(f"label {asked.label} is none of the model's {model.conditions.num_classes} classes")
+        labels = torch.full((count,), asked.label)
+        if found.labels is not None:
+            labels[1:] = found.labels[1:]
+    if kind != "labels" or labels is None or asked.null:
+        return null_of(model, count), "null"
+    first = int(labels[0])
+    name = loaded.classes[first] if first < len(loaded.classes) else str(first)
+    return labels.to(device), printable(f"label {name}", 80)
+
+
+def _guided(source: Source, loaded: LoadedModel) -> dict[str, Any] | None:
+    """The guided blocks of the stage whose weights these are, as json types; None if its settings do not say."""
+    _, _, plan, _ = source.state.read()
+    stage = next((each for each in plan.stages if each.name == loaded.stage), None)
+    if plan.config is None or stage is None:
+        return None
+    try:
+        return guided_blocks(plan.config, stage, loaded.model)._asdict()
+    except (ValueError, RuntimeError, TypeError):  # a method that needs more than is known here
+        return None
+
+
+def _maps(
+    loaded: LoadedModel,
+    z0: Tensor,
+    cond: Cond,
+    times: tuple[float, ...],
+    scale: float,
+    guided: dict[str, Any] | None,
+) -> tuple[np.ndarray, list[int]]:
+    """Colour maps (blocks x times, h, w, 3) uint8 of the first picture, and the blocks (1-based).
+
+    The components of a block are those of its features of all pictures at all t, so colours may be compared along a row.
+    """
+    model, path = loaded.model, PATHS[loaded.config.train.path]
+    blocks = _blocks(model.depth, guided)
+    found: dict[int, list[Tensor]] = {k: [] for k in blocks}
+    for t in times:
+        feats = collect(model, z0, cond, t=t, taps=blocks, path=path)
+        if scale != 1:
+            plain = collect(model, z0, null_of(model, len(z0)), t=t, taps=blocks, path=path)
+            feats = {k: plain[k] + scale * (feats[k] - plain[k]) for k in blocks}
+        for k in blocks:
+            found[k].append(feats[k])  # (N, T, D)
+    rows = []
+    for k in blocks:
+        basis = pca_basis(torch.cat(found[k]))
+        rows += [_flat(pca_maps(each[:1], model.grid, basis=basis)[0]) for each in found[k]]
+    return np.round(255 * np.stack(rows)).astype(np.uint8), blocks
+
+
+def _flat(colours: np.ndarray) -> np.ndarray:
+    """A map (*grid, 3) as a picture (h, w, 3): of three dimensions the middle slice, of one a strip."""
+    if colours.ndim == 4:
+        return colours[len(colours) // 2]
+    return colours[None] if colours.ndim == 2 else colours
+
+
+def _blocks(depth: int, guided: dict[str, Any] | None) -> list[int]:
+    """All blocks or, of a deep model, some at equal distances and the guided ones."""
+    if depth <= MOST_BLOCKS:
+        return list(range(1, depth + 1))
+    spread = {round(x) for x in np.linspace(1, depth, MOST_BLOCKS - 2)}
+    own = [*(guided or {}).get("student", ()), (guided or {}).get("teacher")]
+    return sorted(spread | {k for k in own if k is not None and k <= depth})

@@ -1,0 +1,132 @@
+"""Who may talk to the page: checks of host, token and origin before every answer, and headers that bind the browser."""
+
+from __future__ import annotations
+
+import hmac
+import ipaddress
+import socket
+from collections.abc import Mapping
+from http.cookies import CookieError, SimpleCookie
+from urllib.parse import parse_qsl, urlencode, urlsplit
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.responses import PlainTextResponse, RedirectResponse, Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+COOKIE = "selftrans-token"  #: followed by the port: cookies of a host are shared by its ports
+LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
+#: nothing is loaded from elsewhere, no code is inline, and no other page may embed this one
+POLICY = {
+    "Content-Security-Policy": (
+        "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; connect-src 'self'; "
+        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    ),
+    "Cross-Origin-Opener-Policy": "same-origin",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Referrer-Policy": "no-referrer",
+    "X-Content-Type-Options": "nosniff",
+    "X-Frame-Options": "DENY",
+}
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a server on this host is reached from this machine only."""
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+class Guard:
+    """ASGI middleware. A refused request does not reach the application.
+
+    Host: on loopback the names of this machine itself; else also any numeric address, `host`, and the name of the machine.
+    So a page of another site cannot reach the server by a name of its own that resolves to this address (DNS rebinding).
+    Token: if there is one, every request needs it: in the cookie that `?token=` sets, or as `Authorization: Bearer`.
+    Origin: a request that changes something must come from this page.
+    """
+
+    def __init__(self, app: ASGIApp, *, host: str, token: str | None) -> None:
+        self.app, self.token, self.loopback = app, token, is_loopback(host)
+        self.names = LOOPBACK if self.loopback else LOOPBACK | {host.lower(), socket.gethostname().lower()}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            if scope["type"] == "websocket":
+                await send({"type": "websocket.close", "code": 1008})
+            else:
+                await self.app(scope, receive, send)
+            return
+
+        async def guarded(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                headers = MutableHeaders(scope=message)
+                for name, value in POLICY.items():
+                    headers[name] = value
+                headers.setdefault("Cache-Control", "no-store")
+            await send(message)
+
+        refused = self.refuse(scope)
+        await (self.app if refused is None else refused)(scope, receive, guarded)
+
+    def refuse(self, scope: Scope) -> Response | None:
+        """The answer to a request that is not served; None for one that is."""
+        headers, query = Headers(scope=scope), dict(parse_qsl(scope["query_string"].decode("latin-1")))
+        if not self._known(headers.get("host", "")):
+            return PlainTextResponse("this address is not one of the page: open it as it was printed", 421)
+        given = query.pop("token", None)
+        if self.token is not None and given is not None and scope["method"] == "GET":
+            if not self._same(given):
+                return _without_token()
+            answer = RedirectResponse(scope["path"] + (f"?{urlencode(query)}" if query else ""), 303)
+            answer.set_cookie(_cookie(scope), given, httponly=True, samesite="strict", path="/")
+            return answer
+        if self.token is not None and not self._same(_token_of(headers, _cookie(scope))):
+            return _without_token()
+        if scope["method"] not in ("GET", "HEAD") and not _own_origin(headers):
+            return PlainTextResponse("requests that change something must come from the page itself", 403)
+        return None
+
+    def _known(self, host: str) -> bool:
+        name = urlsplit(f"//{host}").hostname if host and "/" not in host and "@" not in host else None
+        if name is None:
+            return False
+        return name in self.names or (not self.loopback and _numeric(name))
+
+    def _same(self, given: str) -> bool:
+        assert self.token is not None
+        return hmac.compare_digest(given.encode(), self.token.encode())
+
+
+def _without_token() -> Response:
+    return PlainTextResponse("this page needs its token: open the address that `selftrans ui` has printed", 401)
+
+
+def _cookie(scope: Scope) -> str:
+    return f"{COOKIE}-{(scope.get('server') or ('', 0))[1]}"
+
+
+def _token_of(headers: Mapping[str, str], name: str) -> str:
+    kind, _, given = headers.get("authorization", "").partition(" ")
+    if kind.lower() == "bearer":
+        return given.strip()
+    try:
+        cookie = SimpleCookie(headers.get("cookie", "")).get(name)
+    except CookieError:
+        return ""
+    return cookie.value if cookie else ""
+
+
+def _own_origin(headers: Mapping[str, str]) -> bool:
+    """Whether a request comes from this page, or from a program that is no browser: those send no origin."""
+    origin, site = headers.get("origin"), headers.get("sec-fetch-site")
+    json = headers.get("content-type", "").partition(";")[0].strip() == "application/json"  # never sent by plain forms
+    return json and site in (None, "same-origin") and (origin is None or urlsplit(origin).netloc == headers.get("host"))
+
+
+def _numeric(name: str) -> bool:
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        return False
+    return True

@@ -1,0 +1,244 @@
+"""The application behind the page: its addresses, and how errors are answered. See `serve` for the process."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import threading
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import torch
+from starlette.applications import Starlette
+from starlette.concurrency import run_in_threadpool
+from starlette.middleware import Middleware
+from starlette.middleware.gzip import GZipMiddleware
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from selftrans.device import default_device
+from selftrans.storage import first_line
+from selftrans.ui.contained import JsonFiles
+from selftrans.ui.feature_job import features
+from selftrans.ui.found_runs import Folders
+from selftrans.ui.guard import Guard
+from selftrans.ui.jobs import Busy, Jobs
+from selftrans.ui.models_offered import offered
+from selftrans.ui.opened_models import OpenedModels
+from selftrans.ui.picture_data import UPLOAD_BYTES, RunData
+from selftrans.ui.run_state import PICTURE_BYTES, RunState
+from selftrans.ui.sampling_jobs import playground, preview_differences, side_by_side
+from selftrans.ui.tables import distances, measured_tables, stored_table
+
+MOST_BODY = 2 * UPLOAD_BYTES
+MOST_RUNS = 8  #: next to each other
+#: of the page itself: name -> media type
+STATIC = {
+    "": "text/html; charset=utf-8",
+    "style.css": "text/css; charset=utf-8",
+    "icon.svg": "image/svg+xml",
+} | {
+    f"{name}.js": "text/javascript; charset=utf-8"
+    for name in ("main", "dom", "chart", "runs", "run", "side", "play", "maps", "tables", "pictures")
+}
+
+
+class Page:
+    """Everything that the page knows of its folders. Reading is done by one request at a time."""
+
+    def __init__(self, folders: Sequence[Path], *, device: torch.device | None = None) -> None:
+        """ValueError for a folder that does not exist."""
+        self.folders, self.files, self.jobs = Folders(folders), JsonFiles(), Jobs()
+        self.models, self.data = OpenedModels(device or default_device()), RunData(self.folders.roots)
+        self._states: dict[str, RunState] = {}
+        self._lock = threading.RLock()
+
+    def run(self, key: str) -> RunState:
+        """The run of this id. LookupError where there is none."""
+        with self._lock:
+            found = self.folders.run(key)
+            known = self._states.get(key)
+            if known is None or known.found != found:
+                known = self._states[key] = RunState(found, self.files)
+            return known
+
+    def runs(self) -> dict[str, Any]:
+        """The list of runs."""
+        with self._lock:
+            listing = self.folders.listing()
+            for gone in self._states.keys() - listing.runs.keys():
+                del self._states[gone]
+            return {
+                "folders": [str(root) for root in self.folders.roots],
+                "notes": list(listing.notes),
+                "runs": [self.run(key).summary() for key in listing.runs],
+                "tables": len(listing.tables),
+                "device": str(self.models.device),
+            }
+
+    def detail(self, key: str) -> dict[str, Any]:
+        """All about one run."""
+        with self._lock:
+            state = self.run(key)
+            return state.detail() | {"models": offered(state, self._everything())}
+
+    def _everything(self) -> list[RunState]:
+        return [self.run(key) for key in self.folders.listing().runs]
+
+    def side(self, keys: Sequence[str]) -> dict[str, Any]:
+        """Runs next to each other: their last stages, what can be compared, and measured distances."""
+        if not 1 <= len(keys) <= MOST_RUNS:
+            raise ValueError(f"choose 1 to {MOST_RUNS} runs")
+        with self._lock:
+            states = [self.run(key) for key in keys]
+            shown = []
+            for state in states:
+                found, (_, report, plan, _) = state.summary(), state.read()
+                names = state.stages(report, plan)
+                parts = {n: {"previews": state.previews(n), "checkpoints": state.checkpoints(n)} for n in names}
+                shown.append(found | {"parts": parts})
+            return {"runs": shown, "differences": preview_differences(states), "distances": distances(states)}
+
+    def tables(self) -> dict[str, Any]:
+        """All comparisons."""
+        with self._lock:
+            found = self.folders.listing().tables.values()
+            stored = [stored_table(each, self.files) for each in found]
+            return {"tables": stored + measured_tables(self._everything(), {each.place for each in found})}
+
+    def preview(self, key: str, stage: int, step: int) -> bytes:
+        """The picture of a step. LookupError, OSError where there is none."""
+        with self._lock:
+            state = self.run(key)
+            _, report, plan, _ = state.read()
+            names = state.stages(report, plan)
+        if not 0 <= stage < len(names) or step < 0:
+            raise LookupError("there is no such stage")
+        content = state.preview(names[stage], step).read(PICTURE_BYTES)
+        if not content.startswith(b"\x89PNG\r\n\x1a\n"):
+            raise LookupError("the preview is no png")
+        return content
+
+    def begin(self, raw: Any) -> dict[str, Any]:
+        """Start a job. ValueError or LookupError for a wrong request, Busy while another runs."""
+        if not isinstance(raw, dict):
+            raise ValueError("a job is a json object")
+        kind = str(raw.get("kind"))
+        with self._lock:
+            if kind == "sample":
+                about, work = playground(raw, self.run, self.models)
+            elif kind == "side":
+                about, work = side_by_side(raw, self.run, self.models)
+            elif kind == "maps":
+                about, work = features(raw, self.run, self.models, self.data)
+            else:
+                raise ValueError("the kind of a job is sample, side or maps")
+        return self.jobs.start(kind, about, work).shown()
+
+
+def application(page: Page, *, host: str = "127.0.0.1", token: str | None = None) -> Starlette:
+    """The ASGI application of a page; it guards itself, see `Guard`."""
+    static = {name: _static(name or "index.html") for name in STATIC}
+
+    def fixed(name: str) -> Route:
+        async def answer(request: Request) -> Response:
+            return Response(static[name], media_type=STATIC[name], headers={"Cache-Control": "no-cache"})
+
+        return Route(f"/{name}", answer)
+
+    @asynccontextmanager
+    async def lifespan(app: Starlette) -> Any:
+        yield
+        await run_in_threadpool(page.jobs.close)
+
+    async def start(request: Request) -> Response:
+        try:
+            raw = json.loads(await _body(request))
+        except RecursionError as error:
+            raise ValueError("the request is nested too deeply") from error
+        return JSONResponse(await run_in_threadpool(page.begin, raw))
+
+    async def cancel(request: Request) -> Response:
+        job = page.jobs.get(request.path_params["key"])
+        job.stop.set()
+        return JSONResponse(job.shown())
+
+    async def last_job(request: Request) -> Response:
+        job = page.jobs.current()
+        return JSONResponse(job.shown() if job else None)
+
+    async def job_picture(request: Request) -> Response:
+        job, number = page.jobs.get(request.path_params["key"]), request.path_params["number"]
+        if number >= len(job.pictures):
+            raise LookupError("there is no such picture")
+        return _png(job.pictures[number])
+
+    def preview(request: Request) -> Response:
+        try:
+            return _png(page.preview(*(request.path_params[name] for name in ("key", "stage", "step"))))
+        except OSError as error:
+            raise LookupError("there is no such preview") from error
+
+    routes = [
+        *map(fixed, STATIC),
+        Route("/api/runs", _fresh(lambda request: page.runs())),
+        Route("/api/runs/{key:str}", _fresh(lambda request: page.detail(request.path_params["key"]))),
+        Route("/api/runs/{key:str}/previews/{stage:int}/{step:int}.png", preview),
+        Route("/api/side", _fresh(lambda request: page.side(request.query_params.getlist("run")))),
+        Route("/api/tables", _fresh(lambda request: page.tables())),
+        Route("/api/jobs", last_job),
+        Route("/api/jobs", start, methods=["POST"]),
+        Route("/api/jobs/{key:int}/cancel", cancel, methods=["POST"]),
+        Route("/api/jobs/{key:int}/pictures/{number:int}.png", job_picture),
+    ]
+    errors: dict[Any, Any] = {ValueError: _error(400), LookupError: _error(404), Busy: _busy}
+    middleware = [Middleware(Guard, host=host, token=token), Middleware(GZipMiddleware, minimum_size=2048)]
+    return Starlette(routes=routes, exception_handlers=errors, middleware=middleware, lifespan=lifespan)
+
+
+def _fresh(answer: Callable[[Request], Any]) -> Callable[[Request], Response]:
+    """Json that a browser keeps: asked for again while nothing has changed, it is not sent again."""
+
+    def endpoint(request: Request) -> Response:
+        content = json.dumps(answer(request), allow_nan=False, separators=(",", ":")).encode()
+        tag = f'"{hashlib.sha256(content).hexdigest()[:24]}"'
+        headers = {"ETag": tag, "Cache-Control": "no-cache"}
+        if request.headers.get("if-none-match") == tag:
+            return Response(status_code=304, headers=headers)
+        return Response(content, media_type="application/json", headers=headers)
+
+    return endpoint
+
+
+async def _body(request: Request) -> bytes:
+    """The content of a request. ValueError where it is too large."""
+    content = b""
+    async for piece in request.stream():
+        content += piece
+        if len(content) > MOST_BODY:
+            raise ValueError(f"the request is larger than {MOST_BODY >> 20} MB")
+    return content
+
+
+def _static(name: str) -> bytes:
+    return (files("selftrans.ui") / "static" / name).read_bytes()
+
+
+def _png(content: bytes) -> Response:
+    return Response(content, media_type="image/png", headers={"Cache-Control": "private, max-age=60"})
+
+
+def _error(status: int) -> Callable[[Request, Exception], Awaitable[Response]]:
+    async def answer(request: Request, error: Exception) -> Response:
+        text = str(error.args[0]) if isinstance(error, LookupError) and error.args else error
+        return JSONResponse({"error": first_line(text, 400)}, status)
+
+    return answer
+
+
+async def _busy(request: Request, error: Exception) -> Response:
+    return JSONResponse({"error": "another job is running; wait for it, or cancel it"}, 409)

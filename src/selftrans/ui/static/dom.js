@@ -1,0 +1,100 @@
+// Elements, numbers as text, requests, and repetition while a page is shown.
+
+export function h(tag, attributes = {}, ...children) {
+  const svg = h.svg.has(tag);
+  const node = svg ? document.createElementNS("http://www.w3.org/2000/svg", tag) : document.createElement(tag);
+  for (const [name, value] of Object.entries(attributes)) {
+    if (value === null || value === undefined || value === false) continue;
+    if (name.startsWith("on")) node.addEventListener(name.slice(2), value);
+    else if (name === "style") for (const [key, each] of Object.entries(value)) node.style.setProperty(key, each);
+    else if (!svg && name in node && name !== "list" && typeof value !== "string") node[name] = value;
+    else node.setAttribute(name, value === true ? "" : value);
+  }
+  node.append(...children.flat(9).filter((each) => each !== null && each !== undefined && each !== false));
+  return node;
+}
+h.svg = new Set(["svg", "g", "path", "line", "text", "rect", "circle"]);
+
+export const whole = (value) => (value === null || value === undefined ? "–" : Math.round(value).toLocaleString("en"));
+
+export function short(value, digits = 3) {
+  if (value === null || value === undefined || !Number.isFinite(value)) return "–";
+  if (value === 0) return "0";
+  const size = Math.abs(value);
+  if (size >= 1e6 || size < 1e-4) return value.toExponential(digits - 1).replace("e+", "e");
+  const places = Math.max(0, digits - 1 - Math.floor(Math.log10(size)));
+  return value.toLocaleString("en", { maximumFractionDigits: Math.min(places, 8) });
+}
+
+export function duration(seconds) {
+  if (seconds === null || seconds === undefined || !Number.isFinite(seconds)) return "–";
+  if (seconds < 10) return `${seconds.toFixed(1)} s`;
+  if (seconds < 90) return `${Math.round(seconds)} s`;
+  const minutes = Math.round(seconds / 60);
+  if (minutes < 90) return `${minutes} min`;
+  if (minutes < 48 * 60) return `${Math.floor(minutes / 60)} h ${minutes % 60} min`;
+  return `${Math.floor(minutes / 1440)} d ${Math.round((minutes % 1440) / 60)} h`;
+}
+
+export const ago = (time) => (time ? `${duration(Math.max(0, Date.now() / 1000 - time))} ago` : "–");
+export const rate = (value) => (value ? (value >= 1 ? `${short(value)} steps/s` : `${short(1 / value)} s/step`) : "–");
+export const compute = (value) => (value === null || value === undefined ? "–" : value >= 1e6 ? `${short(value / 1e6)} EFLOPs`
+  : value >= 1e3 ? `${short(value / 1e3)} PFLOPs` : value >= 0.1 || !value ? `${short(value)} TFLOPs` : `${short(value * 1e3)} GFLOPs`);
+
+export class Refused extends Error {}
+
+async function answered(path, options) {
+  let answer;
+  const lost = document.getElementById("lost");
+  try {
+    answer = await fetch(path, options);
+    lost.hidden = true;
+  } catch (error) {
+    if (error.name !== "AbortError") lost.hidden = false;
+    throw error;
+  }
+  const text = await answer.text();
+  if (!answer.ok) {
+    let said = text;
+    try { said = JSON.parse(text).error; } catch { /* plain text */ }
+    throw new Refused(said || `the server answered ${answer.status}`);
+  }
+  return JSON.parse(text);
+}
+
+export const get = (path, signal) => answered(path, { cache: "no-cache", signal });
+export const post = (path, body = {}) =>
+  answered(path, { method: "POST", body: JSON.stringify(body), headers: { "Content-Type": "application/json" } });
+
+// Calls `work` now and again `wait` ms after it has ended, while the page is visible and not left.
+export function repeat(work, wait, signal) {
+  let timer = 0;
+  const round = async () => {
+    if (signal.aborted) return;
+    if (!document.hidden) {
+      try { await work(); } catch (error) { if (!signal.aborted && !(error instanceof TypeError)) console.warn(error); }
+    }
+    if (!signal.aborted) timer = setTimeout(round, typeof wait === "function" ? wait() : wait);
+  };
+  signal.addEventListener("abort", () => clearTimeout(timer));
+  document.addEventListener("visibilitychange", () => { if (!document.hidden) { clearTimeout(timer); round(); } }, { signal });
+  round();
+}
+
+export function stored(name, otherwise) {
+  try { return JSON.parse(localStorage.getItem(`selftrans-${name}`)) ?? otherwise; } catch { return otherwise; }
+}
+export function store(name, value) {
+  try { localStorage.setItem(`selftrans-${name}`, JSON.stringify(value)); } catch { /* private windows may refuse */ }
+}
+
+export const chip = (state) => h("span", { class: `chip ${state}` }, state);
+export const notes = (lines) => (lines || []).map((line) => h("p", { class: "note" }, line));
+export const field = (name, input, all = false) => h("label", { class: `field${all ? " all" : ""}` }, name, input);
+export function select(options, value, onchange) {
+  const node = h("select", { onchange: () => onchange?.(node.value) },
+    options.map(([key, text]) => h("option", { value: key, selected: String(key) === String(value) }, text)));
+  return node;
+}
+export const fraction = (done, total) => (total ? Math.min(1, done / total) : 0);
+export const meter = (share, name = "meter") => h("div", { class: name }, h("i", { style: { width: `${100 * (share || 0)}%` } }));

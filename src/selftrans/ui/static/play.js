@@ -1,0 +1,108 @@
+// The playground: one model, sampled with chosen labels or prompts, guidance, sampler and seed.
+import { duration, field, fraction, h, meter, notes, post, Refused, short } from "./dom.js";
+import { address, Picker, runsWithModels, tiles } from "./pictures.js";
+
+const made = []; // finished and running jobs of this page, newest first; {id, job}
+
+export function playPage(main, { query, signal }) {
+  const chosen = new Set();
+  const inputs = {};
+  const number = (name, value, low, high, by = 1) => (inputs[name] = h("input", { type: "number", value, min: low, max: high, step: by }));
+  const sampler = (inputs.sampler = h("select", {}, ["heun", "euler", "sde"].map((name) => h("option", { value: name }, name === "sde" ? "sde (Euler–Maruyama)" : name === "heun" ? "heun (ode)" : name))));
+  const conditions = h("div", { class: "all stack" });
+  const go = h("button", { class: "main all", type: "submit" }, "Sample");
+  const said = h("div", { class: "all stack" });
+  const results = h("div", { class: "stack" });
+  let [models, last] = [null, null];
+
+  const scale = number("guidance_scale", 1, 0, 100, 0.1);
+  const slide = h("input", { type: "range", min: 1, max: 10, step: 0.1, value: 1, "aria-label": "guidance", oninput: () => { scale.value = slide.value; } });
+  scale.addEventListener("input", () => { slide.value = scale.value; });
+  const fields = h("form", { class: "fields", onsubmit: (event) => { event.preventDefault(); start(); } },
+    h("div", { class: "all", id: "model" }), conditions, field("guidance (1: none)", scale), h("label", { class: "field" }, " ", slide),
+    field("guided from t", number("low", 0, 0, 1, 0.05)), field("to t (1 is noise)", number("high", 1, 0, 1, 0.05)), field("sampler", sampler), field("time steps", number("steps", 25, 1, 1000)),
+    field("pictures", number("num", 16, 1, 64)), field("seed", number("seed", 0, 0, 2 ** 31)), go, said);
+  main.append(h("h1", {}, "Playground"), h("div", { class: "form" }, h("section", { class: "card" }, fields), results));
+
+  function take(value, found) {
+    const fresh = JSON.stringify(found.classes) !== JSON.stringify(models?.classes) || found.conditions !== models?.conditions;
+    models = found;
+    if (!fresh) return;
+    const own = found.sample;
+    inputs.guidance_scale.value = slide.value = own.guidance_scale ?? 1;
+    [inputs.low.value, inputs.high.value] = own.guidance_interval || [0, 1];
+    inputs.steps.value = Math.min(own.steps ?? 25, 50);
+    inputs.sampler.value = own.sampler === "ode" ? "heun" : own.sampler ?? "heun";
+    inputs.seed.value = own.seed ?? 0;
+    chosen.clear();
+    if (found.conditions === "text") {
+      inputs.prompts = h("textarea", { placeholder: "one prompt on each line; empty: those of the run" });
+      conditions.replaceChildren(field("prompts", inputs.prompts));
+    } else if (found.conditions === "labels") {
+      const button = (name, i) => h("button", { type: "button", "aria-pressed": "false", onclick: (event) => {
+        if (!chosen.delete(i)) chosen.add(i);
+        event.currentTarget.setAttribute("aria-pressed", String(chosen.has(i)));
+        hint.textContent = chosen.size ? "" : "none chosen: all classes in turn";
+      } }, name);
+      const hint = h("p", { class: "fine" }, "none chosen: all classes in turn");
+      const list = h("div", { class: "classes" }, found.classes.map(button));
+      const search = found.classes.length > 40 ? h("input", { type: "search", placeholder: "find a class", oninput: () => { for (const each of list.children) each.hidden = !each.textContent.toLowerCase().includes(search.value.toLowerCase()); } }) : null;
+      conditions.replaceChildren(h("div", { class: "field fine" }, "labels"), search || "", list, hint);
+    } else conditions.replaceChildren(h("p", { class: "fine" }, "This model has no conditions."));
+  }
+
+  async function start() {
+    const settings = { num: Number(inputs.num.value), steps: Number(inputs.steps.value), sampler: sampler.value, seed: Number(inputs.seed.value), guidance_scale: Number(scale.value) };
+    if (settings.guidance_scale !== 1) settings.guidance_interval = [Number(inputs.low.value), Number(inputs.high.value)];
+    if (chosen.size) settings.labels = [...chosen].sort((a, b) => a - b);
+    const prompts = (inputs.prompts?.value || "").split("\n").map((line) => line.trim()).filter(Boolean);
+    if (models?.conditions === "text" && prompts.length) settings.prompts = prompts;
+    said.replaceChildren();
+    try {
+      const job = await post("/api/jobs", { kind: "sample", model: picker.value, settings });
+      made.unshift(job);
+      made.length = Math.min(made.length, 8);
+      document.dispatchEvent(new Event("job-started"));
+      draw();
+    } catch (error) {
+      said.replaceChildren(...notes([error.message]));
+      if (!(error instanceof Refused)) throw error;
+    }
+  }
+
+  function draw() {
+    if (!made.length) {
+      results.replaceChildren(h("section", { class: "card empty" }, "Samples appear here. The same seed gives the same noise, so change one setting and compare."));
+      return;
+    }
+    results.replaceChildren(...made.map((job) => {
+      const { settings } = job.about;
+      const guided = settings.guidance_scale === 1 ? "no guidance" : `guidance ${short(settings.guidance_scale)}${settings.guidance_interval ? ` on t in [${settings.guidance_interval.join(", ")}]` : ""}`;
+      const running = job.state === "running";
+      return h("section", { class: "card stack" }, h("div", { class: "row" }, h("h2", {}, job.about.name), h("span", { class: "fine" }, `${guided} · ${settings.sampler}, ${settings.steps} steps · seed ${settings.seed}`),
+        h("span", { class: "grow" }), h("span", { class: "fine" }, job.state === "done" ? duration(job.seconds) : job.state)),
+        running ? h("div", { class: "stack" }, meter(fraction(job.done, job.total), "progress"), h("div", { class: "row" }, h("span", { class: "fine" }, `${job.doing}${job.left ? `, ${duration(job.left)} left` : ""}`), h("span", { class: "grow" }),
+          h("button", { class: "small", type: "button", onclick: () => post(`/api/jobs/${job.id}/cancel`) }, "Cancel"))) : null,
+        job.error ? h("p", { class: "note" }, job.error) : null, ...notes(job.notes), ...job.results.map((result) => tiles(address(job.id, result), result)));
+    }));
+  }
+
+  document.addEventListener("job", ({ detail }) => {
+    if (JSON.stringify(detail) === JSON.stringify(last)) return;
+    last = detail;
+    go.disabled = detail?.state === "running";
+    const at = made.findIndex((job) => job.id === detail?.id);
+    if (at >= 0) { made[at] = detail; draw(); }
+  }, { signal });
+
+  let picker;
+  (async () => {
+    const runs = await runsWithModels(signal);
+    if (!runs.length) { main.replaceChildren(h("section", { class: "card empty" }, "No run has trained yet.")); return; }
+    picker = new Picker("model", runs, take);
+    fields.querySelector("#model").append(picker.node);
+    draw();
+    const wanted = query.get("run");
+    await picker.choose(runs.some((run) => run.id === wanted) ? wanted : [...runs].sort((a, b) => (b.changed || 0) - (a.changed || 0))[0].id);
+  })();
+}

@@ -1,0 +1,154 @@
+"""Comparisons for the page: the tables of `compare` and `quickstart`, and tables of runs that were measured alike."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Collection, Iterable, Sequence
+from typing import Any
+
+from selftrans.experiments.html_report import HEADINGS, cells, depends_on, legend
+from selftrans.experiments.summary import AXES, curve, mean_curve, rows
+from selftrans.methods.registry import BASELINE
+from selftrans.sections import OWN, TAKEN
+from selftrans.storage import first_line, printable
+from selftrans.ui.contained import Contained, JsonFiles, number, plain
+from selftrans.ui.found_runs import TABLES, Found
+from selftrans.ui.run_state import RunState
+
+#: what two measured points must share, see `Measurement.identity`
+IDENTITY = ("sampler", "images", "extractor_sha256", "block", "metric")
+SEEDED = re.compile(r"(.+)-seed(\d{1,9})")
+#: what a column of the table depends on, besides what all of them do
+COLUMNS = {
+    "student steps": "train.steps",
+    "seconds": "the machine, and what else it did at the time",
+    "total seconds": "the machine; includes the training of the teacher",
+    "total TFLOPs": "model, batch and steps of every stage; includes the training of the teacher",
+    "distance": "extractor, number of samples, sampler, its steps and guidance, labels, averaged weights",
+    "accuracy": "the classifier that is the extractor, and the labels asked for",
+    "shallow probe": "the block, t = 0.4, the null condition",
+}
+
+
+def stored_table(found: Found, files: JsonFiles) -> dict[str, Any]:
+    """The comparison of a folder as its command wrote it, as json types; a damaged one is a line."""
+    base = {"id": found.id, "name": found.name}
+    for name in TABLES:
+        summary, wrong = files.read(found.place / name)
+        if wrong:
+            return base | {"note": wrong}
+        if summary is not None:
+            try:
+                return base | {"file": name} | _stored(summary)
+            except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+                reason = f"{first_line(error)}; was it written by another version?"
+                return base | {"note": f"{name} is not a comparison that this version reads ({reason})"}
+    return base | {"note": "the comparison has been removed"}
+
+
+def _stored(summary: dict[str, Any]) -> dict[str, Any]:
+    metric, curves = str(summary["metric"]), summary["curves"]
+    table = [{"at_once": 0} | row for row in summary["table"]]  # earlier versions did not write all of this
+    if "config" not in summary:
+        return _shown(table, metric, {"step": curves}, _of_quickstart(summary))
+    older = {"teachers": [], "sections": [key for key in summary["config"] if key not in (*OWN, *TAKEN)]}
+    return _shown(table, metric, {axis: curves[axis] for axis in AXES}, depends_on(older | summary))
+
+
+def _of_quickstart(summary: dict[str, Any]) -> dict[str, str]:
+    return {
+        "student steps": f"{summary['steps']:,}",
+        "teacher": f"stage 1 at step {summary['teacher_steps']:,}",
+        "seeds": ", ".join(map(str, summary["seeds"])),
+        "samples": f"{summary['images']:,}",
+        "sampler": _text(summary["sampler"]),
+        "probed block": str(summary["block"]),
+        "extractor": f"sha256 {summary['extractor_sha256']}",
+    }
+
+
+def measured_tables(states: Iterable[RunState], stored: Collection[Contained] = ()) -> list[dict[str, Any]]:
+    """A table for each folder of runs NAME-seed<k> that were measured in the same way, as json types.
+
+    Folders in `stored` are left out: their command wrote a table.
+    """
+    groups: dict[tuple[str, str], dict[tuple[str, int], Any]] = {}
+    for state in states:
+        match = SEEDED.fullmatch(state.place.parts[-1] if state.place.parts else state.place.root.name)
+        points = state.measured()
+        report, _ = state.files.read(state.place / "run.json")
+        if Contained(state.place.root, state.place.parts[:-1]) in stored:
+            continue
+        if not match or not points or number((report or {}).get("student_tflops")) is None:
+            continue
+        identity = json.dumps([points[-1].get(key) for key in IDENTITY], sort_keys=True)
+        folder = printable("/".join(state.place.parts[:-1]) or state.place.root.name)
+        groups.setdefault((folder, identity), {})[match[1], int(match[2])] = (report, points)
+    tables = []
+    for (folder, _), results in sorted(groups.items()):
+        if len(results) > 1:
+            tables.append({"id": "", "name": folder} | _measured(results))
+    return tables
+
+
+def _measured(results: dict[tuple[str, int], Any]) -> dict[str, Any]:
+    try:
+        names = tuple(dict.fromkeys(name for name, _ in results))
+        compared = {seed for name, seed in results if name == BASELINE} >= {seed for _, seed in results}
+        table = rows(results, names, baseline=BASELINE if compared else "")
+        curves = {axis: {name: mean_curve(results, name, axis) for name in names} for axis in AXES}
+        point = next(iter(results.values()))[1][-1]
+        settings = {key: _text(point.get(key)) for key in IDENTITY if key != "metric"}
+        return {"file": "measured.json of each run"} | _shown(table, str(point["metric"]), curves, settings)
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        return {"note": f"runs that were measured cannot be put in one table ({first_line(error)})"}
+
+
+def _shown(table: Any, metric: str, curves: Any, settings: dict[str, str]) -> dict[str, Any]:
+    """What the page gets of a comparison; raises where a part of it is not as it should be."""
+    lines = [cells(row, {row["method"]: str(row["method"])}) for row in table]
+    used = [
+        i for i in range(len(HEADINGS)) if any(line[i] for line in lines)
+    ]  # others are of a baseline that is not here
+    drawn = {
+        axis: {str(name): [[float(value) for value in column] for column in of_name] for name, of_name in found.items()}
+        for axis, found in curves.items()
+    }
+    return plain(
+        {
+            "metric": metric,
+            "headings": [{"name": HEADINGS[i], "depends": COLUMNS.get(HEADINGS[i], "")} for i in used],
+            "rows": [[printable(line[i]) for i in used] for line in lines],
+            "legend": legend(metric),
+            "curves": drawn,
+            "settings": {printable(key): printable(value, 2000) for key, value in settings.items()},
+        }
+    )
+
+
+def distances(states: Sequence[RunState]) -> dict[str, Any]:
+    """Measured distances of runs over steps and over total compute, by id: what is drawn below their pictures."""
+    found: dict[str, Any] = {axis: {} for axis in AXES}
+    metrics = set()
+    for state in states:
+        points = state.measured()
+        report, _ = state.files.read(state.place / "run.json")
+        report = report or {}
+        for axis in AXES if points else ():
+            known = axis == "step" or all(
+                number(each) is not None
+                for each in (report.get("total_tflops"), report.get("student_tflops"), *(p.get(axis) for p in points))
+            )
+            if known:
+                found[axis][state.found.id] = curve((report, points), axis)
+        metrics |= {str(point.get("metric")) for point in points}
+    identities = {json.dumps([p.get(key) for key in IDENTITY], sort_keys=True) for s in states for p in s.measured()}
+    return found | {"metric": " or ".join(sorted(metrics)), "alike": len(identities) <= 1}
+
+
+def _text(value: Any) -> str:
+    """A setting as text: `steps 12, sampler heun`."""
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {each}" for key, each in value.items() if each is not None)
+    return "-" if value is None else str(value)

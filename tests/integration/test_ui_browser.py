@@ -1,0 +1,194 @@
+"""The local page in a real browser: headless Chromium, one for all tests; skipped where there is none."""
+
+import json
+import shutil
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from selftrans.ui.serve import listening
+from selftrans.ui.server import Page, application
+from tests.support import toy
+from tests.support.toy import quicken
+from tests.support.ui_runs import begun, ids, line, preview, write_log
+
+playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install -e '.[dev]'")
+uvicorn = pytest.importorskip("uvicorn", reason="uvicorn is not installed: pip install -e '.[ui]'")
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine: apt-get install chromium")
+FIGURES = Path(__file__).parents[2] / "docs" / "figures"
+TOKEN = "a-token-of-tests"
+#: whether two tiles have been drawn, and are not black
+DRAWN = """() => [...document.querySelectorAll(".tiles canvas")].filter((each) => {
+    const { data } = each.getContext("2d").getImageData(0, 0, each.width, each.height);
+    return data.some((value, i) => i % 4 === 0 && value);
+}).length === 2"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A finished run, two with previews of which one is being written, a damaged one, and a comparison."""
+    quicken()
+    root = tmp_path_factory.mktemp("runs")
+    run = toy.copy(toy.finished(), root / "finished")
+    for step in (4, 8):
+        preview(run, step)
+    live = begun(root / "live", {"train.steps": 100})
+    write_log(live / "stage2" / "log.jsonl", [line(step, flow=1 / step) for step in range(1, 21)])
+    for step in (4, 8, 12):
+        preview(live, step)
+    (begun(root / "damaged") / "config.json").write_text("{")
+    (root / "compared").mkdir()
+    shutil.copy(FIGURES / "moving-compare.json", root / "compared" / "compare.json")
+    return root
+
+
+@pytest.fixture(scope="module")
+def address(folder) -> Iterator[str]:
+    """The page of that folder, served as the command does it."""
+    listener = listening("127.0.0.1", 0)
+    app = application(Page([folder, toy.digits()]), token=TOKEN)
+    served = uvicorn.Server(uvicorn.Config(app, log_level="error", access_log=False))
+    thread = threading.Thread(target=served.run, kwargs={"sockets": [listener]}, daemon=True)
+    thread.start()
+    yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+    served.should_exit = True
+    thread.join(10)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator:
+    with playwright.sync_playwright() as started:
+        found = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield found
+        found.close()
+
+
+@pytest.fixture
+def page(browser, address) -> Iterator:
+    """A new window, with the token; afterwards: no error was logged, and nothing was asked of another server."""
+    context = browser.new_context(viewport={"width": 1280, "height": 800})
+    window, errors, others = context.new_page(), [], []
+    window.set_default_timeout(30_000)
+    window.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
+    window.on("pageerror", lambda error: errors.append(str(error)))
+    window.on(
+        "request", lambda request: None if request.url.startswith((address, "data:")) else others.append(request.url)
+    )
+    window.goto(f"{address}/?token={TOKEN}")
+    yield window
+    context.close()
+    assert errors == [] and others == []
+
+
+def until(page, condition: str) -> None:
+    """Wait for a condition; Playwright's own way needs eval in the page, which its policy forbids."""
+    for _ in range(600):
+        if page.evaluate(condition):
+            return
+        page.wait_for_timeout(50)
+    raise AssertionError(f"never true: {condition}")
+
+
+def go(page, place: str) -> None:
+    page.evaluate("place => { location.hash = place; }", place)
+
+
+def test_runs_are_listed_live_and_a_damaged_one_costs_a_line(page, folder):
+    page.get_by_text("damaged/config.json cannot be read").wait_for()
+    live = page.locator(".line", has_text="live")
+    assert "20 / 100" in live.inner_text() and "running" in live.inner_text()
+    assert page.url.endswith("/") and "token" not in page.evaluate("location.href")
+    with (folder / "live" / "stage2" / "log.jsonl").open("a") as log:
+        log.write(json.dumps(line(21)) + "\n")
+    live.get_by_text("21 / 100").wait_for()
+    page.get_by_label("filter").fill("finish")
+    assert page.locator(".line:not(.head)").count() == 1
+
+
+def test_a_run_has_curves_and_a_slider_over_previews(page, folder):
+    go(page, f"#/run/{ids(folder)['live']}")
+    picture = page.locator(".paper img")
+    picture.wait_for()
+    assert picture.get_attribute("alt") == "samples at step 12"
+    page.get_by_label("step of the preview").fill("0")
+    assert picture.get_attribute("alt") == "samples at step 4"
+    until(page, "document.querySelector('.paper img').naturalWidth === 40")
+    loss = page.locator(".chart", has_text="Loss terms")
+    assert loss.locator("path.series").count() == 2
+    box = loss.locator("svg").bounding_box()
+    page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
+    assert "flow" in loss.locator(".tip").inner_text()
+    loss.get_by_role("button", name="flow").click()
+    assert loss.locator("path.series").count() == 1
+    assert "None: no update skipped" in page.locator("section", has_text="Accidents").last.inner_text()
+
+
+def test_side_by_side_shows_equal_steps(page, folder):
+    keys = ids(folder)
+    go(page, f"#/side?run={keys['live']}&run={keys['finished']}")
+    pictures = page.locator(".sides img")
+    pictures.nth(1).wait_for()
+    shown = [pictures.nth(i).get_attribute("alt") for i in range(2)]
+    assert shown == ["samples of live at step 8", "samples of finished at step 8"], "12 has one run only"
+    page.get_by_label("step", exact=True).fill("0")
+    assert [pictures.nth(i).get_attribute("alt")[-6:] for i in range(2)] == ["step 4"] * 2
+
+
+def test_the_playground_samples_and_cancels(page, folder):
+    go(page, f"#/play?run={ids(folder)['finished']}")
+    page.get_by_role("button", name="3", exact=True).click()
+    page.get_by_label("pictures").fill("2")
+    page.get_by_label("time steps").fill("2")
+    sample = page.get_by_role("button", name="Sample", exact=True)
+    sample.click()
+    until(page, DRAWN)
+    assert page.locator(".tiles figcaption").all_inner_texts() == ["3", "3"]
+    page.get_by_label("time steps").fill("1000")
+    page.get_by_label("pictures").fill("64")
+    until(page, "!document.querySelector('form button.main').disabled")
+    sample.click()
+    page.locator("main").get_by_role("button", name="Cancel").click()
+    page.get_by_text("cancelled").wait_for()
+
+
+def test_features_of_teacher_and_student(page, folder):
+    go(page, f"#/maps?run={ids(folder)['finished']}")
+    page.get_by_label("t (0 is data)").fill("0.3, 0.7")
+    page.locator("select", has_text="stage1").last.wait_for()
+    page.get_by_role("button", name="Draw the maps").click()
+    page.get_by_text("What the student sees").wait_for()
+    assert page.locator(".maps canvas").count() == 2 * 3 * 2, "two models, three blocks, two t"
+    assert page.locator(".at.guided").all_inner_texts() == ["guides ▸ block 2", "guided ▸ block 1"]
+
+
+@pytest.mark.parametrize(("width", "scheme"), [(390, "dark"), (1280, "light")])
+def test_every_page_fits_the_window(page, folder, width, scheme):
+    page.set_viewport_size({"width": width, "height": 800})
+    page.emulate_media(color_scheme=scheme)
+    keys = ids(folder)
+    places = {
+        "#/": ".runs .line:not(.head)",
+        f"#/run/{keys['finished']}": ".facts",
+        f"#/side?run={keys['live']}&run={keys['finished']}": ".sides img",
+        f"#/play?run={keys['finished']}": ".classes button",
+        f"#/maps?run={keys['finished']}": "form select",
+        "#/tables": ".results",
+    }
+    for place, sign in places.items():
+        go(page, place)
+        page.locator(sign).first.wait_for()
+        assert page.evaluate("document.documentElement.scrollWidth") <= width, place
+    assert page.evaluate("document.documentElement.dataset.theme") == scheme
+    page.get_by_role("button", name="colours").click()
+    assert page.evaluate("document.documentElement.dataset.theme") != scheme
+
+
+def test_without_its_token_nothing_is_shown(browser, address):
+    context = browser.new_context()
+    window = context.new_page()
+    assert window.goto(f"{address}/").status == 401 and window.goto(f"{address}/?token=wrong").status == 401
+    assert window.goto(f"{address}/api/runs").status == 401
+    context.close()

@@ -1,0 +1,146 @@
+"""`selftrans plan`: its arithmetic against closed forms, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from selftrans.cli.main import main
+from selftrans.experiments.bench.measured import read_measured
+from selftrans.experiments.scale_plan import Cluster, scale_plan, text, wire_bytes
+from tests.support import toy
+from tests.support.toy import quick  # noqa: F401 - a fixture
+
+MODELS = {"SiT-B/2": 2.0, "SiT-S/2": 1.0}  #: seconds of a step of 100 images, 0.2 s of it for the optimiser
+
+
+def bench(path: Path, change: Any = None) -> Path:
+    """A bench.json of a device with 10 TFLOP/s: vanilla and stage2 (half as long again), and a plain row."""
+    report: dict[str, Any] = {"machine": {"gpu": "Test GPU", "cpu": "none"}, "models": {}}
+    for name, seconds in MODELS.items():
+        row = {"ms": 1e3 * seconds, "optimiser_ms": 200.0, "utilisation": 0.5, "peak_memory_gb": 12.0}
+        rows = {"vanilla": row, "stage2": row | {"ms": 1500 * seconds}, "plain_vanilla": row}
+        report["models"][name] = {"batch": 100, "tokens": 256, "matmul_peak_tflops": 10.0, "rows": rows}
+    if change:
+        change(report)
+    path.write_text(json.dumps(report))
+    return path
+
+
+def config(**dotted: Any) -> Any:
+    small = {"data.builtin": None, "data.shape": (1, 8, 8), "data.classes": 10, "model.name": "SiT-B/2"}
+    return toy.toy(small | {"train.batch_size": 80, "train.accumulate": 1, "train.steps": 1000} | dotted)
+
+
+def test_bytes_on_the_wire() -> None:
+    assert wire_bytes(400, 400, 1, sharded=False) == wire_bytes(400, 400, 1, sharded=True) == 0
+    assert wire_bytes(999, 400, 2, sharded=False) == 400  # each sends half of the gradients, then half of the sums
+    assert wire_bytes(999, 400, 8, sharded=False) == 2 * 7 * 400 / 8
+    assert wire_bytes(800, 400, 4, sharded=True) == 3 * (800 + 800 + 400) / 4
+    assert wire_bytes(800, 400, 4, sharded=True, accumulate=3) == 3 * (6 * 800 + 400) / 4
+
+
+def test_ring_is_as_fast_as_its_slowest_link() -> None:
+    assert Cluster(8, 8, link=100, local=1000).seconds(125e6) == pytest.approx(1e-3)
+    assert Cluster(16, 8, link=100, local=1000).seconds(125e6) == pytest.approx(1e-2)
+    assert Cluster(16, 8).machines == 2 and Cluster(4, 8).machines == 1
+
+
+def test_steps_of_the_measured_model(tmp_path: Path) -> None:
+    cluster = Cluster(8, 4, link=1.0, local=100.0)
+    plan = scale_plan(config(), cluster, measured=bench(tmp_path / "bench.json"))
+    second = plan.stages[1]
+    assert (second.name, second.steps, second.batch_per_gpu) == ("stage2", 1000, 10)
+    assert second.compute_seconds == pytest.approx((3.0 - 0.2) / 100 * 10 + 0.2)
+    assert second.wire_bytes == round(2 * 7 / 8 * 4 * second.trained)
+    assert second.wire_seconds == pytest.approx(8 * second.wire_bytes / 1e9)
+    low, high = max(second.compute_seconds, second.wire_seconds), second.compute_seconds + second.wire_seconds
+    assert second.step_seconds == pytest.approx((low, high))
+    assert second.images_per_s == pytest.approx((80 / low, 80 / high))
+    assert second.hours == pytest.approx((1000 * low / 3600, 1000 * high / 3600))
+    assert plan.hours[0] == pytest.approx(sum(stage.hours[0] for stage in plan.stages))
+    assert plan.gpu_hours == pytest.approx([8 * hours for hours in plan.hours])
+    held = sum(size for name, size in second.memory.items() if name != "activations")
+    assert second.memory["activations"] == pytest.approx((12e9 - held) * 10 / 100)
+    assert second.memory["optimizer"] == 8 * second.trained and second.checkpoint > 3 * 4 * second.parameters
+    row = 2 * 2 * 64 + 8  # mean and std in float16, label in int64
+    assert plan.latents_bytes == plan.samples * row
+    assert plan.read_bytes_per_s == pytest.approx(max(s.images_per_s[0] for s in plan.stages) * row / 2)
+    assert any("Test GPU, batch 100" in line for line in plan.assumed)
+
+
+def test_other_models_and_stages_by_their_operations(tmp_path: Path) -> None:
+    measured = bench(tmp_path / "bench.json", lambda report: report["models"].pop("SiT-S/2"))
+    plan = scale_plan(config(**{"model.name": "SiT-S/2"}), Cluster(1), measured=measured)
+    row = read_measured(measured, "SiT-S/2").rows["stage2"]
+    assert row.flops == pytest.approx(0.5 * 10e12 * 3.0 / 100)
+    second = plan.stages[1]
+    factor = second.tflops_per_step * 1e12 / 80 / row.flops
+    assert second.compute_seconds == pytest.approx(factor * (2.8 / 100 * 80 + 0.2)) and second.wire_bytes == 0
+    assert any("SiT-S/2 was not measured" in line for line in plan.assumed)
+    given = scale_plan(config(), Cluster(1), rate=160.0)
+    assert given.stages[1].compute_seconds == pytest.approx(80 / 160)
+    ratio = given.stages[0].tflops_per_step / given.stages[1].tflops_per_step
+    assert given.stages[0].compute_seconds == pytest.approx(ratio * 80 / 160)
+
+
+def test_sharding_divides_weights_and_not_the_teacher() -> None:
+    whole, parts = (scale_plan(config(**{"train.shard": s}), Cluster(8), rate=1.0).stages[1] for s in (False, True))
+    for name, size in whole.memory.items():
+        assert parts.memory[name] == (size if name in ("teacher", "activations") else size // 8)
+
+
+@pytest.mark.parametrize(
+    ("gpus", "options", "message"),
+    [
+        (7, {"rate": 1.0}, "train.batch_size 80 does not divide among 7 GPUs x 1 micro-batches"),
+        (20, {"rate": 1.0}, "20 GPUs do not divide into machines of 8"),
+        (0, {"rate": 1.0}, "must be above zero"),
+        (8, {}, "give --measured bench.json, made by `selftrans bench`"),
+        (8, {"rate": 0.0}, "or --rate IMAGES_PER_S"),
+        (8, {"measured": Path("missing.json")}, "missing.json is not a bench.json"),
+    ],
+)
+def test_what_is_refused(gpus: int, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        scale_plan(config(), Cluster(gpus), **options)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda report: report.clear(),
+        lambda report: report.update(models=[]),
+        lambda report: report["models"]["SiT-B/2"].update(batch=0),
+        lambda report: report["models"]["SiT-B/2"].update(rows={"vanilla": {"ms": "x"}}),
+        lambda report: report["models"]["SiT-B/2"]["rows"]["vanilla"].update(ms=1.0),
+        lambda report: [model.pop("rows") for model in report["models"].values()],
+    ],
+)
+def test_damaged_measurements_are_one_line(tmp_path: Path, change: Any) -> None:
+    with pytest.raises(ValueError, match=r"is not a bench.json \(.*selftrans bench") as error:
+        read_measured(bench(tmp_path / "bench.json", change), "SiT-B/2")
+    assert "\n" not in str(error.value)
+
+
+def test_command_writes_json_and_says_what_is_assumed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    bench(tmp_path / "bench.json")
+    words = ["plan", "sit_imagenet_b2", "--gpus=64", "--measured=bench.json", "--model.depth=2", "--model.width=64"]
+    assert main([*words, "--model.heads=2"]) == 0
+    shown = capsys.readouterr().out
+    assert "64 GPUs in 8 machines, batches of 256" in shown and "4 images per GPU" in shown and "assumed:" in shown
+    found = json.loads((tmp_path / "plan.json").read_text())
+    assert found["cluster"]["machines"] == 8 and [s["name"] for s in found["stages"]] == ["stage1", "stage2"]
+    assert found["samples"] == 1_281_167 and found["latents_bytes"] == 1_281_167 * (2 * 8 * 32 * 32 + 8)
+    assert main(["plan", "digits", "--gpus=2", "--rate=1"]) == 1
+    assert "give --data DIR" in capsys.readouterr().err
+    assert text(scale_plan(config(), Cluster(1), rate=1.0)).startswith(
+        "digits, SiT-B/2: 1 GPUs in 1 machine, batches of 80"
+    )

@@ -1,0 +1,72 @@
+"""One job at a time, its progress, its end on request, and what is kept of it."""
+
+import threading
+import warnings
+
+import pytest
+
+from selftrans.ui import jobs
+from selftrans.ui.jobs import Busy, Cancelled, Jobs
+
+
+def ended(job, found):
+    found._thread.join(10)
+    return job.shown()
+
+
+def test_progress_results_and_warnings():
+    def work(job):
+        job.total = 4
+        for _ in range(4):
+            job.advance()
+        warnings.warn_explicit("said", UserWarning, "selftrans/x.py", 1)
+        warnings.warn_explicit("of a library", UserWarning, "other.py", 1)
+        job.add(b"png", count=3)
+
+    found = Jobs()
+    assert found.current() is None
+    shown = ended(found.start("sample", {"a": 1}, work), found)
+    assert shown["state"] == "done" and shown["done"] == 4 and shown["notes"] == ["said"] and shown["left"] is None
+    assert shown["results"] == [{"count": 3, "picture": 0}] and found.current().pictures == [b"png"]
+    with pytest.raises(LookupError, match="no such job"):
+        found.get(99)
+
+
+def test_a_second_job_is_refused_and_the_first_can_be_cancelled():
+    begun, found = threading.Event(), Jobs()
+
+    def endless(job):
+        job.total = 10**9
+        begun.set()
+        while True:
+            job.advance()
+
+    job = found.start("sample", {}, endless)
+    assert begun.wait(10)
+    with pytest.raises(Busy):
+        found.start("sample", {}, endless)
+    assert job.shown()["state"] == "running"
+    found.close(10)
+    assert ended(job, found)["state"] == "cancelled"
+    with pytest.raises(Cancelled):
+        job.check()
+
+
+def test_an_error_is_one_line():
+    def fails(job):
+        raise RuntimeError("first line\nsecond line")
+
+    found = Jobs()
+    shown = ended(found.start("maps", {}, fails), found)
+    assert shown["state"] == "failed" and shown["error"] == "first line"
+
+
+def test_old_jobs_are_dropped(monkeypatch):
+    monkeypatch.setattr(jobs, "KEPT", 3)
+    found = Jobs()
+    for _ in range(5):
+        ended(found.start("sample", {}, lambda job: job.add(b"x" * 10)), found)
+    assert list(found._jobs) == [3, 4, 5]
+    monkeypatch.setattr(jobs, "KEPT_BYTES", 15)
+    ended(found.start("sample", {}, lambda job: job.add(b"x" * 10)), found)
+    assert list(found._jobs) == [5, 6] or list(found._jobs) == [6]
