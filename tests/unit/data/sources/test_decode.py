@@ -162,7 +162,8 @@ def test_picture_above_the_pixel_limit(tmp_path: Path, monkeypatch: pytest.Monke
         open_source(tmp_path / "one", reading=Reading(max_pixels=40)).read(0)
     frames = {"save_all": True, "append_images": [Image.fromarray(noise(8, 1))]}
     Image.init()
-    kinds = ["GIF", "TIFF", "PNG", "JPEG", "BMP", "PPM", "JPEG2000"] + ["QOI"] * ("QOI" in Image.SAVE)  # since Pillow 11.3
+    written = ["QOI"] if "QOI" in Image.SAVE else []  # older releases of Pillow only read it
+    kinds = ["GIF", "TIFF", "PNG", "JPEG", "BMP", "PPM", "JPEG2000", *written]
     for kind in kinds:
         data = encoded(noise(8), kind, **(frames if kind in ("GIF", "TIFF", "PNG") else {}))
         write(tmp_path / "all", {f"{kind}.{'jp2' if kind == 'JPEG2000' else kind}": data})
