@@ -9,9 +9,9 @@
     python benchmarks/ablations.py digits --out results/repa --variants repa --encoder results/encoder \
         --grid repa.weight=0.05,0.2,0.5
 
-Each variant changes the recipe by dotted overrides (VARIANTS). --set changes it for all of them; with --grid each of them is run
-with every combination of the given settings. Where settings allow it, the stage-1 run of the same seed is the
-teacher. Run directories are those of `selftrans compare`, so both may use the same --out. Repeat the command to continue.
+Each variant changes the recipe by dotted overrides (VARIANTS). --set changes it for all of them; with --grid each of them is
+run with every combination of the given settings. Where settings allow it, the stage-1 run of the same seed is the teacher. Run
+directories are those of `selftrans compare`, so both may use the same --out. Repeat the command to continue.
 Writes ablations.json: means and deviations over seeds at the end, and the distance at every measured step.
 """
 
