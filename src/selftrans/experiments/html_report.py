@@ -1,4 +1,4 @@
-"""Reports of `compare` and `quickstart`: a table for the terminal, an overview picture, a self-contained page."""
+"""Reports of `compare`, and what those of `quickstart` share with them: tables, curves, a self-contained page."""
 
 from __future__ import annotations
 
@@ -11,12 +11,9 @@ import numpy as np
 from selftrans.encoders.identity import identity_kind
 from selftrans.evaluate.plots import (
     COLOURS,
-    INK,
     MARKERS,
     RULE,
-    curves,
     figure_to_data_uri,
-    pca_grid,
     plain_ticks,
     sample_sheet,
 )
@@ -77,11 +74,15 @@ def _cell(value: dict[str, float] | None, digits: int) -> str:
 
 def text_table(table: list[dict[str, Any]], names: Mapping[str, str], metric: str) -> str:
     """The table for a terminal."""
-    lines = [list(HEADINGS), *(cells(row, names) for row in table)]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(HEADINGS))]
+    return "\n".join([aligned([list(HEADINGS), *(cells(row, names) for row in table)]), "", legend(metric)])
+
+
+def aligned(lines: Sequence[Sequence[str]]) -> str:
+    """Headings and rows in columns, with a rule below the headings."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     texts = ["  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip() for line in lines]
     texts.insert(1, "  ".join("-" * width for width in widths))
-    return "\n".join([*texts, "", legend(metric)])
+    return "\n".join(texts)
 
 
 def legend(metric: str) -> str:
@@ -96,29 +97,7 @@ def legend(metric: str) -> str:
     )
 
 
-def overview(series: Mapping[str, Curve], grids: Mapping[str, np.ndarray], metric: str) -> Figure:
-    """Convergence on the left, samples of each method on the right."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, 4.2), layout="constrained", facecolor="white")
-    FigureCanvasAgg(figure)
-    mosaic: dict[Any, Any] = figure.subplot_mosaic(
-        [["curve", str(i)] for i in range(len(grids))], width_ratios=[1.15, 1]
-    )
-    _draw_curves(mosaic["curve"], series, "student steps", metric)
-    mosaic["curve"].legend(frameon=False)
-    for i, (name, images) in enumerate(grids.items()):
-        picture = sample_sheet(images, columns=-(-len(images) // 3), upscale=6, gap=6)
-        mosaic[str(i)].imshow(
-            picture.repeat(3, axis=-1) if picture.shape[-1] == 1 else picture, interpolation="nearest"
-        )
-        mosaic[str(i)].set_title(name, fontsize=10, color=INK, loc="left")
-        mosaic[str(i)].axis("off")
-    return figure
-
-
-def _draw_curves(axes: Any, series: Mapping[str, Curve], xlabel: str, metric: str) -> None:
+def draw_curves(axes: Any, series: Mapping[str, Curve], xlabel: str, metric: str) -> None:
     """Mean distance of each method, with its standard deviation as a band, on a logarithmic axis."""
     for i, (name, (x, values, deviation)) in enumerate(series.items()):
         low, high = np.subtract(values, deviation), np.add(values, deviation)
@@ -139,8 +118,8 @@ def convergence(both: Mapping[str, Mapping[str, Curve]], metric: str) -> Figure:
     figure = Figure(figsize=(12, 4.6), layout="constrained", facecolor="white")
     FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2, sharey=True)
-    _draw_curves(left, both["step"], "student steps", metric)
-    _draw_curves(right, both["tflops"], "TFLOPs in all, the teacher's training included", metric)
+    draw_curves(left, both["step"], "student steps", metric)
+    draw_curves(right, both["tflops"], "TFLOPs in all, the teacher's training included", metric)
     right.set_ylabel("")
     left.legend(frameon=False)
     return figure
@@ -162,40 +141,6 @@ figcaption { font-weight: 600; margin-bottom: .3rem; } code { background: #f3f3f
 """
 
 
-def page(
-    summary: dict[str, Any],
-    names: Mapping[str, str],
-    series: Mapping[str, Curve],
-    grids: Mapping[str, np.ndarray],
-    maps: Mapping[str, Mapping[str, np.ndarray]],
-) -> str:
-    """report.html: table, curves, samples and PCA maps, with all pictures embedded."""
-    metric = html.escape(summary["metric"])
-    curve = curves(series, xlabel="student steps", ylabel=summary["metric"], logy=True, size=(8, 4.4))
-    samples = "".join(_figure(name, sample_sheet(images, columns=8, upscale=5), name) for name, images in grids.items())
-    features = "".join(_figure(name, pca_grid(rows, cell=0.62), f"feature maps, {name}") for name, rows in maps.items())
-    body = f"""<h1>Self-Transcendence on real digits</h1>
-<p>The same 6-block transformer, trained for {summary["steps"]:,} student steps with each method on scikit-learn's 1,797
-scanned digits, seed{"s" if len(summary["seeds"]) > 1 else ""} {", ".join(map(str, summary["seeds"]))}.
-The teacher of stage 2 is the checkpoint of stage 1 at step {summary["teacher_steps"]:,}.</p>
-<div class="scroll">{_table(summary["table"], names)}</div>
-<p class="note">{html.escape(legend(summary["metric"]))} Each distance is of {summary["images"]:,} samples from the averaged
-weights ({summary["sampler"]["sampler"]} sampler, {summary["sampler"]["steps"]} steps, balanced labels, guidance scale
-{summary["sampler"]["guidance_scale"]:g}), classifier {summary["extractor_sha256"][:12]}.</p>
-<h2>Convergence</h2>
-<img src="{figure_to_data_uri(curve)}" alt="{metric} against student steps for each method">
-<h2>Samples at the end</h2>
-<p class="note">The same noise and the same labels for each method.</p>
-<div class="grids">{samples}</div>
-<h2>Features of the shallow block</h2>
-<p class="note">First three principal components of block {summary["block"]}, the one that stage 1 guides, at t = 0.4, over
-training, for the digits of the first row. All rows use the components of the last checkpoint.</p>
-{features}
-<p class="note">Made by <code>selftrans quickstart</code> in {summary["seconds"]:.0f} s. The same numbers are in
-<code>table.json</code> and <code>table.csv</code> next to this page.</p>"""
-    return document("selftrans quickstart", body)
-
-
 def comparison_page(
     summary: dict[str, Any],
     figure: Figure,
@@ -206,9 +151,9 @@ def comparison_page(
     names = {row["method"]: row["method"] for row in summary["table"]}
     said = "captions" if captions else "labels"
     sheets = {name: sample_sheet(images, columns=8, upscale=3, captions=captions) for name, images in grids.items()}
-    samples = "".join(_figure(name, sheet, name) for name, sheet in sheets.items())
+    samples = "".join(html_figure(name, sheet, name) for name, sheet in sheets.items())
     body = f"""<h1>Methods compared</h1>
-<div class="scroll">{_table(summary["table"], names)}</div>
+<div class="scroll">{method_table(summary["table"], names)}</div>
 <p class="note">{html.escape(legend(summary["metric"]))}</p>
 <h2>Convergence</h2>
 <p class="note">Mean over seeds; the band is one standard deviation.</p>
@@ -268,14 +213,19 @@ def _settings(section: Mapping[str, Any]) -> str:
     return ", ".join(f"{key} {value}" for key, value in section.items() if value is not None)
 
 
-def _table(table: list[dict[str, Any]], names: Mapping[str, str]) -> str:
-    head = "".join(f"<th>{name}</th>" for name in HEADINGS)
-    rows = "".join(
-        "<tr>" + "".join(f"<td>{html.escape(text)}</td>" for text in cells(row, names)) + "</tr>" for row in table
-    )
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
+def method_table(table: list[dict[str, Any]], names: Mapping[str, str]) -> str:
+    """The table with the columns HEADINGS."""
+    return html_table(HEADINGS, [cells(row, names) for row in table])
 
 
-def _figure(name: str, picture: Any, alt: str) -> str:
+def html_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table of texts."""
+    head = "".join(f"<th>{html.escape(name, quote=False)}</th>" for name in headings)
+    lines = "".join("<tr>" + "".join(f"<td>{html.escape(text)}</td>" for text in row) + "</tr>" for row in rows)
+    return f"<table><thead><tr>{head}</tr></thead><tbody>{lines}</tbody></table>"
+
+
+def html_figure(name: str, picture: Any, alt: str) -> str:
+    """An embedded picture with its caption."""
     image = f'<img src="{figure_to_data_uri(picture)}" alt="{html.escape(alt)}">'
     return f"<figure><figcaption>{html.escape(name)}</figcaption>{image}</figure>"

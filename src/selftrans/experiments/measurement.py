@@ -138,19 +138,35 @@ def interval(steps: int) -> int:
     return max(1, steps // POINTS)
 
 
-def points(steps: int) -> int:
-    """Number of measurements of a run of `steps`: every interval, and the end."""
-    return -(-steps // interval(steps))
+def measured_steps(steps: int, every: int | None = None, dense: int | None = None) -> list[int]:
+    """Steps at which a run of `steps` is measured: every interval, and the end; beyond `dense` every other interval."""
+    every = every or interval(steps)
+    often = [
+        step for step in range(every, steps + 1, every) if dense is None or step <= dense or step % (2 * every) == 0
+    ]
+    return sorted({*often, steps})
 
 
-def measure_run(run: Path, measurement: Measurement, progress: Progress, cost: int) -> list[dict[str, Any]]:
-    """Measured points of a run's last stage, oldest first; those measured before are read, not measured again."""
+def measure_run(
+    run: Path,
+    measurement: Measurement,
+    progress: Progress,
+    cost: int,
+    *,
+    every: int | None = None,
+    dense: int | None = None,
+) -> list[dict[str, Any]]:
+    """Measured points of a run's last stage, oldest first; those measured before are read, not measured again.
+
+    They are at the `measured_steps`.
+    """
     stage = json.loads((run / "run.json").read_text())["stages"][-1]["stage"]
     path = run / "measured.json"
     known = measured_before(path, measurement)
     entries = []
     held = checkpoint.steps(run / stage / "checkpoints")
-    due = [folder for step, folder in held if step % interval(held[-1][0]) == 0 or step == held[-1][0]]
+    wanted = measured_steps(held[-1][0], every, dense)
+    due = [folder for step, folder in held if step in wanted]
     for folder in due:  # an interruption leaves a checkpoint at another step, which is no point of the curve
         digest = checkpoint.read(folder).state["sha256"][FILES["ema"]]
         entries.append(known.get(digest) or measure_checkpoint(folder, measurement) | {"sha256": digest})

@@ -1,7 +1,7 @@
 """`selftrans quickstart`: train and measure the method on real digits, in minutes on two CPU cores, and write a report.
 
-vanilla, stage 1 alone and both stages are trained for the same number of student steps from the same seeds. The report
-shows the measurements and assumes no order of the methods.
+vanilla, stage 1 alone and both stages are trained for the same number of student steps from the same seeds, and vanilla
+goes on until it has had the total compute of both stages. The report assumes no order of the methods.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from selftrans.encoders.autoencoder import load_autoencoder
 from selftrans.evaluate.extractors import load_extractor
 from selftrans.evaluate.plots import as_pictures, save
 from selftrans.evaluate.probes import collect, pca_basis, pca_maps
-from selftrans.experiments import html_report
 from selftrans.experiments.compare import equal_lengths, for_method
-from selftrans.experiments.measurement import PROBE_T, samples_of
+from selftrans.experiments.measurement import PROBE_T, interval, samples_of
+from selftrans.experiments.quickstart_report import compared, cut, overview, page, sentence, text
 from selftrans.experiments.runner import Comparison, Results, compare
 from selftrans.experiments.summary import as_csv, mean_curve, rows
 from selftrans.flow import PATHS
@@ -41,6 +41,7 @@ METHODS = {spec.name: spec.title for spec in (VANILLA, STRUCTURE, SELF_TRANSCEND
 IMAGES = 1000  #: samples for each distance
 SHOWN = 42  #: samples in the report, per method
 MAPPED = 8  #: digits whose features are shown as PCA maps
+LONGER = 2  #: vanilla's steps relative to the others', and one interval more: both stages take 2.13 times its compute
 
 
 def quickstart(
@@ -70,13 +71,15 @@ def quickstart(
         load_extractor("digits", weights=classifier)  # trained once, before the workers load it
         # the teacher is the final stage 1, so that all rows of the table have the same number of steps
         config = equal_lengths(config)
-        variants = {name: for_method(config, name) for name in METHODS}
-        chosen = Comparison(config, variants, tuple(seeds), out, images, "digits", str(classifier))
+        variants, every = {name: for_method(config, name) for name in METHODS}, interval(config.train.steps)
+        longer = {"train.steps": LONGER * config.train.steps + every}
+        variants[VANILLA.name] = variants[VANILLA.name].override(longer)
+        chosen = Comparison(config, variants, tuple(seeds), out, images, "digits", str(classifier), every=every)
         results = compare(chosen, workers=workers)
         summary = summarise(chosen, results)
         summary["seconds"] = round(time.perf_counter() - started + _seconds_before(out, summary), 1)
         write(out, summary, dataset, config, seeds[0])
-    print(html_report.text_table(summary["table"], METHODS, summary["metric"]))
+    print(text(summary, METHODS))
     print(f"\n{summary['seconds']:.0f} s. Open {out / 'report.html'}")
     return summary
 
@@ -93,14 +96,20 @@ def _seconds_before(out: Path, summary: dict[str, Any]) -> float:
 def summarise(chosen: Comparison, results: Results) -> dict[str, Any]:
     """The content of table.json."""
     shared, point = chosen.shared, next(iter(results.values()))[1][-1]
+    steps, names = shared.train.steps, tuple(METHODS)
+    equal = {job: cut(run, steps) if job[0] == VANILLA.name else run for job, run in results.items()}
+    found = compared(results, names, VANILLA.name, SELF_TRANSCENDENCE.name, steps)
     return {
-        "table": rows(results, tuple(METHODS)),
+        "outcome": sentence(found, SELF_TRANSCENDENCE.title, VANILLA.title),
+        "compared": found,
+        "table": rows(equal, names),
         "metric": point["metric"],
         "sampler": point["sampler"],
         "extractor_sha256": point["extractor_sha256"],
-        "curves": {name: mean_curve(results, name) for name in METHODS},
+        "curves": {name: mean_curve(equal, name) for name in METHODS},
+        "curves_tflops": {name: mean_curve(results, name, "tflops") for name in METHODS},
         "seeds": list(chosen.seeds),
-        "steps": shared.train.steps,
+        "steps": steps,
         "teacher_steps": shared.section(Stage1).steps,
         "block": chosen.block,
         "images": chosen.images,
@@ -109,21 +118,31 @@ def summarise(chosen: Comparison, results: Results) -> dict[str, Any]:
 
 def write(out: Path, summary: dict[str, Any], dataset: Dataset, config: RunConfig, seed: int) -> None:
     """Write the table, the overview picture and the report."""
-    grids = {label: samples_of(out / f"{name}-seed{seed}", config.sample, SHOWN) for name, label in METHODS.items()}
-    maps = {label: maps_of(out / f"{name}-seed{seed}", dataset, summary["block"]) for name, label in METHODS.items()}
-    curves = {METHODS[name]: curve for name, curve in summary["curves"].items()}
-    save(html_report.overview(curves, grids, summary["metric"]), out / "quickstart.png")
-    page = html_report.page(summary, METHODS, curves, grids, maps)
+    held = {METHODS[name]: checkpoints_of(out / f"{name}-seed{seed}", summary["steps"]) for name in METHODS}
+    grids = {label: samples_of(folders[-1], config.sample, SHOWN) for label, folders in held.items()}
+    maps = {label: maps_of(folders, dataset, summary["block"]) for label, folders in held.items()}
+    both = {
+        axis: {METHODS[name]: curve for name, curve in summary[key].items()}
+        for axis, key in (("step", "curves"), ("tflops", "curves_tflops"))
+    }
+    figure = overview(both, grids, summary["metric"])
+    save(figure, out / "quickstart.png")
+    report = page(summary, METHODS, figure, grids, maps)
     write_json(out / "table.json", summary)
     write_text(out / "table.csv", as_csv(summary["table"]))
-    write_text(out / "report.html", page)
+    write_text(out / "report.html", report)
 
 
-def maps_of(run: Path, dataset: Dataset, block: int) -> dict[str, np.ndarray]:
-    """Row name -> pictures: the digits, and PCA maps of the shallow block at every checkpoint in the last one's basis."""
+def checkpoints_of(run: Path, steps: int) -> list[Path]:
+    """The checkpoints of a run's last stage up to `steps`, oldest first."""
+    stage = json.loads((run / "run.json").read_text())["stages"][-1]["stage"]
+    return [folder for step, folder in checkpoint.steps(run / stage / "checkpoints") if step <= steps]
+
+
+def maps_of(folders: Sequence[Path], dataset: Dataset, block: int) -> dict[str, np.ndarray]:
+    """Row name -> pictures: the digits, and PCA maps of the shallow block of every checkpoint in the last one's basis."""
     z0, labels = latents_of(dataset, np.arange(min(MAPPED, len(dataset))))
-    stage, device = json.loads((run / "run.json").read_text())["stages"][-1]["stage"], default_device()
-    loaded = [load_model(folder) for _, folder in checkpoint.steps(run / stage / "checkpoints")]
+    device, loaded = default_device(), [load_model(folder) for folder in folders]
     feats = [
         collect(each.model.to(device), z0, labels, t=PROBE_T, taps=(block,), path=PATHS[each.config.train.path])[block]
         for each in loaded

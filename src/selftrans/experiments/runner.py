@@ -30,8 +30,8 @@ from selftrans.experiments.measurement import (
     Progress,
     interval,
     measure_run,
+    measured_steps,
     measuring_cost,
-    points,
 )
 from selftrans.methods.registry import stages
 from selftrans.methods.spec import Stage
@@ -57,6 +57,7 @@ class Comparison:
     features: str  #: extractor, by name or file
     weights: str | None = None  #: where a named extractor is kept
     block: int = PROBED_BLOCK  #: the shallow block whose features are probed (1-based)
+    every: int | None = None  #: steps between measurements, twice as many beyond the steps of `shared`; None: a fifth
 
     @property
     def jobs(self) -> list[Job]:
@@ -65,8 +66,19 @@ class Comparison:
     @property
     def total(self) -> int:
         """Cost of the comparison, in training steps."""
-        steps = self.shared.train.steps
-        return len(self.jobs) * (steps + points(steps) * measuring_cost(self.shared, self.images))
+        steps = len(self.seeds) * sum(config.train.steps for config in self.variants.values())
+        return steps + self.measurements * measuring_cost(self.shared, self.images)
+
+    @property
+    def measurements(self) -> int:
+        """Number of measurements of all runs."""
+        each = [measured_steps(c.train.steps, self.every, self.dense) for c in self.variants.values()]
+        return len(self.seeds) * sum(map(len, each))
+
+    @property
+    def dense(self) -> int | None:
+        """Last step that is measured at every interval; None: there is none."""
+        return self.shared.train.steps if self.every else None
 
     def run(self, job: Job) -> Path:
         return self.out / f"{job[0]}-seed{job[1]}"
@@ -77,7 +89,8 @@ class Comparison:
         wanted = _own_teacher(self.variants[name])
         if wanted is None:
             return None
-        same = (n for n, c in self.variants.items() if n != name and _trains(c, wanted, self.variants[name]))
+        others = {n: c for n, c in self.variants.items() if n != name}
+        same = (n for n, c in others.items() if _trains(c, wanted, self.variants[name], self.every))
         return next(((n, seed) for n in same), None)
 
 
@@ -88,13 +101,13 @@ def _own_teacher(config: RunConfig) -> Stage | None:
     return None if wanted is None or wanted.given else next((s for s in plan if s.name == wanted.stage), None)
 
 
-def _trains(other: RunConfig, wanted: Stage, taught: RunConfig) -> bool:
+def _trains(other: RunConfig, wanted: Stage, taught: RunConfig, every: int | None) -> bool:
     """Whether another run consists of this stage alone, and passes a checkpoint of it that is the same bit for bit."""
     plan = stages(other)
     if [stage.name for stage in plan] != [wanted.name] or plan[0].stream != wanted.stream:
         return False
     total = other.train.steps
-    held = wanted.steps == total or wanted.steps % interval(total) == 0 < total - wanted.steps
+    held = wanted.steps == total or wanted.steps % (every or interval(total)) == 0 < total - wanted.steps
     same = all(_acting(other.section(kind)) == _acting(taught.section(kind)) for kind in wanted.sections)
     return held and same and (other.model, other.train) == (taught.model, taught.train)
 
@@ -157,7 +170,7 @@ def train_and_measure(comparison: Comparison, job: Job, measurement: Measurement
     before, started = seconds_trained(comparison.run(job)), time.perf_counter()
     run = train_one(comparison, job, progress)
     cost, trained = measuring_cost(comparison.shared, comparison.images), time.perf_counter()
-    points_of_run = measure_run(run, measurement, progress, cost)
+    points_of_run = measure_run(run, measurement, progress, cost, every=comparison.every, dense=comparison.dense)
     report = json.loads((run / "run.json").read_text())
     steps = max(0.0, sum(stage["seconds"] for stage in report["stages"]) - before)
     spent = {"steps": steps, "training": trained - started, "measuring": time.perf_counter() - trained}
@@ -208,7 +221,7 @@ def _init_worker(comparison: Comparison, threads: int, steps_done: Any, show_war
         weights=comparison.weights,
         images=comparison.images,
         block=comparison.block,
-        total=len(comparison.jobs) * points(comparison.shared.train.steps) * comparison.images,
+        total=comparison.measurements * comparison.images,
     )
     _worker.update(comparison=comparison, measurement=measurement, progress=steps_done.put)
 
@@ -231,7 +244,7 @@ def _run_job(job: Job) -> Result:
 def train_one(comparison: Comparison, job: Job, progress: Progress) -> Path:
     """Train one variant with one seed, or continue it, with a checkpoint at every point; returns its run directory."""
     config, run, teacher = comparison.variants[job[0]], comparison.run(job), comparison.teacher(job)
-    every = interval(config.train.steps)
+    every = comparison.every or interval(config.train.steps)
     settings = dataclasses.replace(config.train, seed=job[1], checkpoint_every=every, keep=0, preview_every=0)
     config = dataclasses.replace(config, train=settings)
     if teacher is not None:

@@ -115,6 +115,8 @@ def test_half_precision_is_near(tmp_path: Path) -> None:
 def test_loading_prints_nothing_and_leaves_the_settings_of_transformers(tmp_path: Path, capfd: Any) -> None:
     from transformers.utils import logging
 
+    if not hasattr(logging, "set_tqdm_hook"):
+        pytest.skip("this release of transformers has no such hook")
     folder, shown = save_text_encoder(tmp_path), []
 
     def hook(factory: Any, args: Any, options: Any) -> Any:

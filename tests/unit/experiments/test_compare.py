@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from selftrans.cli.main import main
 from selftrans.experiments import html_report, runner
 from selftrans.experiments.compare import compare_methods, for_method, with_defaults
-from selftrans.experiments.measurement import Measurement, interval, measured_before, points
+from selftrans.experiments.measurement import Measurement, interval, measured_before, measured_steps
 from selftrans.experiments.runner import Comparison
 from selftrans.experiments.summary import as_csv, curve, first_below, mean_curve, rows, time_line, time_shares
 from selftrans.methods.repa import Repa
@@ -138,7 +138,8 @@ def test_teacher_is_shared_only_where_it_is_the_same(tmp_path):
     assert chosen.teacher(("structure", 3)) is None
     given = config.override({"stage2.teacher": "elsewhere"})
     assert Comparison(config, variants | {"same": given}, (3,), tmp_path, 10, "digits").teacher(("same", 3)) is None
-    assert points(1000) == 5 and points(1001) == 6
+    assert measured_steps(1000) == [200, 400, 600, 800, 1000] and len(measured_steps(1001)) == 6
+    assert measured_steps(2200, 200, 1000) == [200, 400, 600, 800, 1000, 1200, 1600, 2000, 2200]
 
 
 def test_comparable_points_are_kept_and_damaged_ones_measured_again(tmp_path):

@@ -161,14 +161,17 @@ def test_picture_above_the_pixel_limit(tmp_path: Path, monkeypatch: pytest.Monke
     with pytest.raises(ValueError, match=r"8x8 is more than the limit of 40 pixels; raise it with --max-pixels"):
         open_source(tmp_path / "one", reading=Reading(max_pixels=40)).read(0)
     frames = {"save_all": True, "append_images": [Image.fromarray(noise(8, 1))]}
-    for kind in ("GIF", "TIFF", "PNG", "JPEG", "BMP", "PPM", "JPEG2000", "QOI"):
+    Image.init()
+    written = ["QOI"] if "QOI" in Image.SAVE else []  # older releases of Pillow only read it
+    kinds = ["GIF", "TIFF", "PNG", "JPEG", "BMP", "PPM", "JPEG2000", *written]
+    for kind in kinds:
         data = encoded(noise(8), kind, **(frames if kind in ("GIF", "TIFF", "PNG") else {}))
         write(tmp_path / "all", {f"{kind}.{'jp2' if kind == 'JPEG2000' else kind}": data})
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 20)  # Pillow's own, which belongs to the caller, does not apply
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         source = open_source(tmp_path / "all", reading=Reading(max_pixels=64))
-        assert {source.read(i).shape for i in range(8)} == {(8, 8, 3)}
+        assert {source.read(i).shape for i in range(len(kinds))} == {(8, 8, 3)}
         with pytest.raises(ValueError, match="more than 40 pixels, which Pillow refuses in WEBP; save it as png"):
             open_picture(io.BytesIO(encoded(noise(8), "WEBP")))
     assert Image.MAX_IMAGE_PIXELS == 20

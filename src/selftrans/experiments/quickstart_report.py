@@ -1,0 +1,194 @@
+"""The quickstart's outcome at equal steps and at equal compute: one sentence, one figure, one table; then its page."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from selftrans.evaluate.plots import INK, figure_to_data_uri, pca_grid, sample_sheet
+from selftrans.experiments.html_report import (
+    Curve,
+    aligned,
+    document,
+    draw_curves,
+    html_figure,
+    html_table,
+    legend,
+    method_table,
+)
+from selftrans.experiments.runner import Result, Results
+from selftrans.experiments.summary import curve, spread
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+CLOSE = 0.05  #: relative difference below which a comparison names no winner
+
+
+def cut(result: Result, steps: int) -> Result:
+    """A run of one stage as it was after `steps`."""
+    report, points = result
+    kept = [point for point in points if point["step"] <= steps]
+    cost = {"student_tflops": "tflops", "total_tflops": "tflops", "total_seconds": "seconds", "student_steps": "step"}
+    return report | {name: kept[-1][key] for name, key in cost.items()}, kept
+
+
+def at_compute(run: Result, tflops: float) -> float:
+    """A run's distance at this total compute: log distance, linear in TFLOPs between two measurements; else the nearest."""
+    x, y = curve(run, "tflops")
+    return float(np.exp(np.interp(tflops, x, np.log(y))))
+
+
+def compared(results: Results, names: Sequence[str], baseline: str, guided: str, steps: int) -> dict[str, Any]:
+    """Distances of each method along `steps` and at the total compute of `guided`, and ratios of `guided` to the baseline.
+
+    The baseline is trained longer than `steps`, for the comparison at equal compute; a method that is not has None there. Means
+    and deviations over seeds; ratios are of pairs with the same seed.
+    """
+    seeds = [seed for name, seed in results if name == guided]
+    costs = {seed: results[guided, seed][0]["total_tflops"] for seed in seeds}
+    at_steps = [point["step"] for point in results[guided, seeds[0]][1]]
+    table = []
+    for name in names:
+        runs = {seed: results[name, seed] for seed in seeds}
+        short = {seed: cut(run, steps) if name == baseline else run for seed, run in runs.items()}
+        reached = all(curve(run, "tflops")[0][-1] >= 0.99 * costs[seed] for seed, run in runs.items())
+        row: dict[str, Any] = {"method": name, "tflops": spread([run[0]["total_tflops"] for run in short.values()])}
+        row["distances"] = [
+            spread(list(found)) for found in zip(*(curve(run)[1] for run in short.values()), strict=True)
+        ]
+        row["at_compute"] = spread([at_compute(run, costs[seed]) for seed, run in runs.items()]) if reached else None
+        table.append(row)
+    guided_runs, base = ([results[name, seed] for seed in seeds] for name in (guided, baseline))
+    ours = [[point["distance"] for point in points] for _, points in guided_runs]
+    theirs = [[point["distance"] for point in cut(run, steps)[1]] for run in base]
+    equal = [at_compute(run, costs[seed]) for seed, run in zip(seeds, base, strict=True)]
+    ratios = {
+        "first": spread([a[0] / b[0] for a, b in zip(ours, theirs, strict=True)]),
+        "last": spread([a[-1] / b[-1] for a, b in zip(ours, theirs, strict=True)]),
+        "at_compute": spread([a[-1] / b for a, b in zip(ours, equal, strict=True)]),
+    }
+    tflops = spread(list(costs.values()))
+    return {"steps": at_steps, "tflops": tflops, "rows": table, "ratios": ratios, "seeds": len(seeds)}
+
+
+def sentence(found: Mapping[str, Any], guided: str, baseline: str) -> str:
+    """What came out, in one sentence, and how far it goes."""
+    ratios, steps, many = found["ratios"], found["steps"], found["seeds"] > 1
+    first, last, equal = (_number(ratios[key], 2) for key in ("first", "last", "at_compute"))
+    mean = ratios["at_compute"]["mean"]
+    ahead = guided if mean < 1 - CLOSE else baseline if mean > 1 + CLOSE else "neither"
+    seeds = f"{found['seeds']} seeds" if many else "one seed"
+    doubt = (
+        "± is one standard deviation over seeds."
+        if many
+        else "One seed cannot tell 0.8 to 1.2 at the end from 1; --seeds 0 1 2 tells more."
+    )
+    return (
+        f"With {seeds}, the distance of {guided} is {first} times that of {baseline} at student step {steps[0]:,} and {last} "
+        f"times at step {steps[-1]:,}; at equal total compute, the teacher's training included, it is {equal} times, and "
+        f"{ahead} is ahead. {doubt}"
+    )
+
+
+def cells(found: Mapping[str, Any], names: Mapping[str, str]) -> tuple[list[str], list[list[str]]]:
+    """Headings and rows of the table as text."""
+    headings = ["distance", "total TFLOPs", *(f"at step {step:,}" for step in found["steps"])]
+    headings.append(f"at {found['tflops']['mean']:.2f} TFLOPs")
+    rows = [
+        [
+            names[row["method"]],
+            _number(row["tflops"], 2),
+            *(_number(cell, 2) for cell in row["distances"]),
+            _number(row["at_compute"], 2),
+        ]
+        for row in found["rows"]
+    ]
+    return headings, rows
+
+
+def _number(value: Mapping[str, float] | None, digits: int) -> str:
+    if value is None:
+        return "-"
+    deviation = f" ± {value['std']:.{digits}f}" if round(value["std"], digits) else ""
+    return f"{value['mean']:.{digits}f}{deviation}"
+
+
+def note(summary: Mapping[str, Any]) -> str:
+    """What the numbers of the table are."""
+    sampler, seeds = summary["sampler"], summary["seeds"]
+    return (
+        f"{summary['metric']}, lower is better; {summary['images']:,} samples of the averaged weights, {sampler['steps']} "
+        f"steps of {sampler['sampler']}, guidance scale {sampler['guidance_scale']:g}; "
+        f"seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}. Total TFLOPs: up to the last step in the table, "
+        "with the teacher's training. Last column: each method after as much total compute as both stages took; -: not "
+        "trained as long."
+    )
+
+
+def text(summary: Mapping[str, Any], names: Mapping[str, str]) -> str:
+    """Sentence and table for a terminal."""
+    headings, rows = cells(summary["compared"], names)
+    return "\n".join([aligned([headings, *rows]), "", note(summary), "", summary["outcome"]])
+
+
+def overview(both: Mapping[str, Mapping[str, Curve]], grids: Mapping[str, np.ndarray], metric: str) -> Figure:
+    """Convergence over student steps and over total compute, and samples of each method at the last step of the former."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(14, 4.2), layout="constrained", facecolor="white")
+    FigureCanvasAgg(figure)
+    mosaic: dict[Any, Any] = figure.subplot_mosaic(
+        [["step", "tflops", str(i)] for i in range(len(grids))], width_ratios=[1, 1, 0.95]
+    )
+    draw_curves(mosaic["step"], both["step"], "student steps", metric)
+    draw_curves(mosaic["tflops"], both["tflops"], "TFLOPs in all, the teacher's training included", "")
+    limits = [limit for axes in ("step", "tflops") for limit in mosaic[axes].get_ylim()]
+    for axes in ("step", "tflops"):
+        mosaic[axes].set_ylim(min(limits), max(limits))
+    mosaic["step"].legend(frameon=False)
+    for i, (name, images) in enumerate(grids.items()):
+        picture = sample_sheet(images, columns=-(-len(images) // 3), upscale=6, gap=6)
+        mosaic[str(i)].imshow(
+            picture.repeat(3, axis=-1) if picture.shape[-1] == 1 else picture, interpolation="nearest"
+        )
+        mosaic[str(i)].set_title(name, fontsize=10, color=INK, loc="left")
+        mosaic[str(i)].axis("off")
+    return figure
+
+
+def page(
+    summary: Mapping[str, Any],
+    names: Mapping[str, str],
+    figure: Figure,
+    grids: Mapping[str, np.ndarray],
+    maps: Mapping[str, Mapping[str, np.ndarray]],
+) -> str:
+    """report.html: the outcome, figure and table, then accuracies, samples and PCA maps, with all pictures embedded."""
+    samples = "".join(html_figure(name, sample_sheet(x, columns=7, upscale=5), name) for name, x in grids.items())
+    features = "".join(html_figure(name, pca_grid(x, cell=0.62), f"feature maps, {name}") for name, x in maps.items())
+    body = f"""<h1>Self-Transcendence on real digits</h1>
+<p><strong>{html.escape(summary["outcome"])}</strong></p>
+<img src="{figure_to_data_uri(figure)}" alt="{html.escape(summary["metric"])} against student steps and total compute; samples">
+<div class="scroll">{html_table(*cells(summary["compared"], names))}</div>
+<p class="note">{html.escape(note(summary))} Classifier {summary["extractor_sha256"][:12]}.</p>
+<p>The same 6-block transformer is trained on scikit-learn's 1,797 scanned digits with each method. The teacher of stage 2 is
+the checkpoint of stage 1 at step {summary["teacher_steps"]:,}. Learning rate and label table were tuned for the baseline.
+This is a toy problem: it shows that the code does what it says, and says nothing about the size of ImageNet.</p>
+<h2>Samples at step {summary["steps"]:,}</h2>
+<p class="note">The same noise and the same labels for each method.</p>
+<div class="grids">{samples}</div>
+<h2>Accuracy, early features and time at step {summary["steps"]:,}</h2>
+<div class="scroll">{method_table(summary["table"], names)}</div>
+<p class="note">{html.escape(legend(summary["metric"]))}</p>
+<h2>Features of the shallow block</h2>
+<p class="note">First three principal components of block {summary["block"]}, the one that stage 1 guides, at t = 0.4, over
+training, for the digits of the first row. All rows use the components of the last checkpoint.</p>
+{features}
+<p class="note">Made by <code>selftrans quickstart</code> in {summary["seconds"]:.0f} s. The same numbers are in
+<code>table.json</code> and <code>table.csv</code> next to this page.</p>"""
+    return document("selftrans quickstart", body)

@@ -1,0 +1,66 @@
+"""The quickstart's outcome at equal steps and equal compute, against hand-computed values."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from selftrans.experiments.quickstart_report import at_compute, cells, compared, cut, sentence
+
+NAMES = {"vanilla": "vanilla", "structure": "stage 1 only", "both": "Both"}
+
+
+def run(distances: list[float], *, every: int = 100, per_step: float = 0.01, teacher: float = 0.0) -> Any:
+    points = [
+        {"step": every * k, "tflops": per_step * every * k, "seconds": 1.0 * k, "distance": distance}
+        for k, distance in enumerate(distances, start=1)
+    ]
+    own = points[-1]["tflops"]
+    return {"student_tflops": own, "total_tflops": own + teacher, "total_seconds": 9.0, "student_steps": 1}, points
+
+
+def results(last: float = 4.0) -> Any:
+    """Vanilla 16, 8, 4, 2 after 1, 2, 3, 4 TFLOPs; both stages, for two steps, take 2 and the teacher's 1.5."""
+    return {
+        ("vanilla", 0): run([16.0, 8.0, 4.0, 2.0]),
+        ("structure", 0): run([15.0, 8.0]),
+        ("both", 0): run([12.0, last], teacher=1.5),
+    }
+
+
+def test_run_cut_at_a_step_has_the_cost_of_that_step() -> None:
+    report, points = cut(run([16.0, 8.0, 4.0]), 200)
+    assert [point["step"] for point in points] == [100, 200]
+    assert (report["total_tflops"], report["student_tflops"], report["total_seconds"]) == (2.0, 2.0, 2.0)
+
+
+def test_distance_at_a_compute_between_two_measurements_is_their_geometric_mean() -> None:
+    vanilla = run([16.0, 4.0])
+    assert at_compute(vanilla, 1.5) == pytest.approx(8.0)
+    assert (at_compute(vanilla, 0.1), at_compute(vanilla, 9.0)) == (pytest.approx(16.0), pytest.approx(4.0))
+    assert at_compute(run([16.0, 4.0], teacher=1.0), 2.5) == pytest.approx(8.0), "the teacher's compute comes first"
+
+
+def test_table_at_equal_steps_and_at_equal_compute() -> None:
+    found = compared(results(), tuple(NAMES), "vanilla", "both", 200)
+    headings, rows = cells(found, NAMES)
+    assert headings == ["distance", "total TFLOPs", "at step 100", "at step 200", "at 3.50 TFLOPs"]
+    assert rows[0] == ["vanilla", "2.00", "16.00", "8.00", "2.83"], "2 sqrt(2), half way from 4 to 2"
+    assert rows[1] == ["stage 1 only", "2.00", "15.00", "8.00", "-"]
+    assert rows[2] == ["Both", "3.50", "12.00", "4.00", "4.00"]
+
+
+@pytest.mark.parametrize(("last", "ahead"), [(4.0, "vanilla"), (2.0, "Both"), (2.8, "neither")])
+def test_sentence_names_the_method_that_is_ahead_at_equal_compute(last: float, ahead: str) -> None:
+    said = sentence(compared(results(last), tuple(NAMES), "vanilla", "both", 200), "Both", "vanilla")
+    assert said.startswith("With one seed, the distance of Both is 0.75 times that of vanilla at student step 100 and ")
+    assert f"and {last / 8:.2f} times at step 200;" in said
+    assert f"it is {last / 8**0.5:.2f} times, and {ahead} is ahead. One seed cannot tell" in said
+
+
+def test_ratios_of_several_seeds_are_of_pairs() -> None:
+    both = results() | {(name, 1): value for (name, _), value in results(6.0).items()}
+    found = compared(both, tuple(NAMES), "vanilla", "both", 200)
+    assert found["ratios"]["last"]["mean"] == pytest.approx((4 / 8 + 6 / 8) / 2)
+    assert "0.62 ± 0.18 times at step 200" in sentence(found, "Both", "vanilla")
