@@ -9,9 +9,9 @@
     python benchmarks/ablations.py digits --out results/repa --variants repa --encoder results/encoder \
         --grid repa.weight=0.05,0.2,0.5
 
-Each variant changes the recipe by dotted overrides (VARIANTS). With --grid each of them is run with every combination of the
-given settings. Where settings allow it, the stage-1 run of the same seed is the
-teacher. Run directories are those of `selftrans compare`, so both may use the same --out. Repeat the command to continue.
+Each variant changes the recipe by dotted overrides (VARIANTS). --set changes it for all of them; with --grid each of them is
+run with every combination of the given settings. Where settings allow it, the stage-1 run of the same seed is the teacher. Run
+directories are those of `selftrans compare`, so both may use the same --out. Repeat the command to continue.
 Writes ablations.json: means and deviations over seeds at the end, and the distance at every measured step.
 """
 
@@ -130,12 +130,17 @@ def main() -> None:
     parser.add_argument(
         "--grid", nargs="+", default=[], metavar="SECTION.FIELD=VALUE,VALUE", help="settings to combine"
     )
+    parser.add_argument(
+        "--set", nargs="+", default=[], metavar="SECTION.FIELD=VALUE", dest="fixed", help="settings of every variant"
+    )
     parser.add_argument("--steps", type=int)
     parser.add_argument("--images", type=int, default=1000)
     parser.add_argument("--features", help="extractor; not needed for digits")
     parser.add_argument("--workers", type=int)
     options = parser.parse_args()
     config = override(recipe(options.recipe), data=options.data, steps=options.steps)
+    fixed = dict(setting.split("=", 1) for setting in options.fixed)
+    config = config.override({key: json.loads(value) for key, value in fixed.items()})
     if options.encoder:
         config = config.override({"repa.encoder": options.encoder})
     chosen = options.variants or [name for name in VARIANTS if options.encoder or not name.startswith("repa")]

@@ -51,7 +51,9 @@ def _stored(summary: dict[str, Any]) -> dict[str, Any]:
     metric, curves = str(summary["metric"]), summary["curves"]
     table = [{"at_once": 0} | row for row in summary["table"]]  # earlier versions did not write all of this
     if "config" not in summary:
-        return _shown(table, metric, {"step": curves}, _of_quickstart(summary))
+        both = {"step": curves, "tflops": summary.get("curves_tflops", {})}
+        outcome = printable(summary.get("outcome", ""), 1000)
+        return _shown(table, metric, both, _of_quickstart(summary)) | {"outcome": outcome}
     older = {"teachers": [], "sections": [key for key in summary["config"] if key not in (*OWN, *TAKEN)]}
     return _shown(table, metric, {axis: curves[axis] for axis in AXES}, depends_on(older | summary))
 

@@ -62,6 +62,19 @@ def test_a_damaged_comparison_is_a_line(tmp_path, change, note):
     assert note.removeprefix("name/") in found["note"] and "rows" not in found
 
 
+def test_the_table_of_a_quickstart(tmp_path):
+    """As `quickstart.summarise` writes it, and as it did before it compared at equal compute."""
+    kept = json.loads(KEPT.read_text())
+    name = kept["table"][0]["method"]
+    summary = {key: kept[key] for key in ("table", "metric", "sampler", "extractor_sha256", "seeds", "images")}
+    summary |= {"curves": kept["curves"]["step"], "steps": 1000, "teacher_steps": 1000, "block": 2}
+    found = stored(tmp_path, "table.json", summary)
+    assert found["curves"] == {"step": kept["curves"]["step"], "tflops": {}} and found["outcome"] == ""
+    assert found["settings"]["teacher"] == "stage 1 at step 1,000" and found["rows"][0][0] == name
+    found = stored(tmp_path, "table.json", summary | {"outcome": "faster", "curves_tflops": kept["curves"]["tflops"]})
+    assert found["curves"]["tflops"] == kept["curves"]["tflops"] and found["outcome"] == "faster"
+
+
 def measured(folder, name, values, *, tflops=3.0, **identity):
     run = begun(folder / name)
     report = {"total_tflops": tflops, "student_tflops": 2.0, "total_seconds": 5.0, "stages": []}

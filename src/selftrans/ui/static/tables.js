@@ -29,6 +29,7 @@ function card(table, open) {
     });
   return h("section", { class: "card stack" },
     h("div", { class: "row" }, h("h2", {}, table.name), h("span", { class: "fine" }, table.file)),
+    table.outcome ? h("p", {}, h("b", {}, table.outcome)) : null,
     h("div", { class: "scroll" }, h("table", { class: "results" }, h("thead", {}, h("tr", {}, table.headings.map((each) => h("th", { title: each.depends && `depends on: ${each.depends}` }, each.name)))),
       h("tbody", {}, table.rows.map((row) => h("tr", {}, row.map((cell) => h("td", {}, cell))))))),
     h("p", { class: "fine" }, table.legend), h("div", { class: "charts" }, charts),
