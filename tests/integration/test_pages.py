@@ -61,7 +61,7 @@ TOY_TRAIN = {
     "digits_t2i": SHORT,
     "imagefolder": f"{SHORT} {NARROW}",
     "imagefolder_t2i": f"{SHORT} {NARROW}",
-    "mmdit_coco": f"{SHORT} {NARROW} --stage1.block 1 --stage2.student-block 2 --stage2.teacher-block 2",
+    "mmdit_coco": f"{SHORT} {NARROW} --stage1.block 1 --stage2.student-block 2 --stage2.teacher-block 2 --stage1.steps 2",
     "sit_imagenet_b2": f"{SHORT} {NARROW}",
 }
 #: of a command with this word in it: options in addition to those above, or in their place
