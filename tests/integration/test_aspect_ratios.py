@@ -178,7 +178,7 @@ def test_a_comparison_measures_in_all_sizes(short, monkeypatch):
 @pytest.mark.parametrize("target", [False, True])
 def test_analyse_reads_the_bucket_of_the_model(short, tmp_path, capsys, target):
     command = ["analyse", str(short), f"--out={tmp_path}", "--timesteps", "0.4", "--samples=20"]
-    command[-1:] = ["--samples=20", "--target", "--blocks=1", "--scales=2"] if target else ["--samples=20"]
+    command[-1:] = ["--samples=40", "--target", "--blocks=1", "--scales=2"] if target else ["--samples=20"]
     status = main(command)
     said = capsys.readouterr().err
     assert "of which 8x8 (8 pictures) is read: it is nearest to a square" in said

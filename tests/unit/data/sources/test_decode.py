@@ -6,6 +6,7 @@ import io
 import struct
 import warnings
 import zlib
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -172,8 +173,9 @@ def test_picture_above_the_pixel_limit(tmp_path: Path, monkeypatch: pytest.Monke
         warnings.simplefilter("error")
         source = open_source(tmp_path / "all", reading=Reading(max_pixels=64))
         assert {source.read(i).shape for i in range(len(kinds))} == {(8, 8, 3)}
-        with pytest.raises(ValueError, match="more than 40 pixels, which Pillow refuses in WEBP; save it as png"):
-            open_picture(io.BytesIO(encoded(noise(8), "WEBP")))
+        if int(version("pillow").split(".")[0]) >= 13:  # older releases do not check it in WEBP
+            with pytest.raises(ValueError, match="more than 40 pixels, which Pillow refuses in WEBP; save it as png"):
+                open_picture(io.BytesIO(encoded(noise(8), "WEBP")))
     assert Image.MAX_IMAGE_PIXELS == 20
     with pytest.raises(ValueError, match="max_pixels 0"):
         open_source(tmp_path / "one", reading=Reading(max_pixels=0))
