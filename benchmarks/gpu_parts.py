@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ import torch
 from selftrans.config import Log, RunConfig, SampleConfig, Train
 from selftrans.data.decoded import decode_images
 from selftrans.device import default_device
-from selftrans.encoders.autoencoder import DiffusersAutoencoder, from_uint8
+from selftrans.encoders.autoencoder import from_uint8, load_autoencoder
 from selftrans.encoders.identity import PixelAutoencoder
 from selftrans.evaluate.classifier import train_classifier
 from selftrans.evaluate.extractors import ClassifierExtractor
@@ -38,7 +39,7 @@ from selftrans.experiments.bench.machine import Clock, describe
 from selftrans.experiments.bench.rounds import randomise
 from selftrans.models.sit import SiTConfig
 from selftrans.sampling.images import Sampler
-from selftrans.storage import write_json
+from selftrans.storage import first_line, write_json
 from selftrans.train.dry_run import dry_run
 from selftrans.train.run import train
 from selftrans.types import Conditions
@@ -211,15 +212,16 @@ def around(out: Path, toy: bool, limit: float) -> dict[str, Any]:
     pictures = np.random.default_rng(0).integers(0, 256, (batch, side, side, 3), dtype=np.uint8)
     decoded: dict[str, np.ndarray] = {}
     torch.manual_seed(0)
-    network = AutoencoderKL(**sizes, **blocks, scaling_factor=0.18215)
+    folder = tempfile.TemporaryDirectory()
+    AutoencoderKL(**sizes, **blocks, scaling_factor=0.18215).save_pretrained(folder.name)
     for name in ("float32", "bfloat16"):
-        vae = DiffusersAutoencoder("random", network, device=clock.device, dtype=getattr(torch, name))
+        vae = load_autoencoder(folder.name, device=clock.device, dtype=getattr(torch, name))
         latents = torch.randn(batch, 4, side // 8, side // 8, generator=torch.Generator().manual_seed(0))
         found[f"decode_{name}_per_s"] = rate(lambda vae=vae, z=latents: decode_images(vae, z), batch, clock)
         decoded[name] = decode_images(vae, latents)
         pixels = from_uint8(torch.from_numpy(pictures).to(clock.device))
         found[f"encode_{name}_per_s"] = rate(lambda vae=vae, x=pixels: vae.encode(x).stack().cpu(), batch, clock)
-        network = network.float()
+    folder.cleanup()
     levels = np.abs(decoded["float32"].astype(np.float32) - decoded["bfloat16"])
     found["decode_mean_difference_of_levels"] = float(levels.mean())
     count = 128 if toy else 20_000
@@ -271,7 +273,9 @@ def line(name: str, part: dict[str, Any]) -> str:
             shown.append(f"{key} {row['images_per_s']:,.0f}/s{used}{memory}, first step {row['first_step_s']:.1f} s")
         sampled = model.get("sampling")
         return "; ".join(shown) + (f"; sampling {sampled['full_images_per_s']:.3g}/s" if sampled else "")
-    return ", ".join(f"{key} {value:,.3g}" for key, value in part.items() if isinstance(value, float))
+    return ", ".join(
+        f"{key} {value:,.3g}" for key, value in part.items() if isinstance(value, float) and key != "part_s"
+    )
 
 
 PARTS: dict[str, Part] = {
@@ -298,8 +302,9 @@ def main(words: list[str] | None = None) -> int:
     started, precision = time.perf_counter(), "fp32" if given.toy else "bf16"
     try:
         found = run(given.out, given.toy, given.limit)
-    except (RuntimeError, ValueError, subprocess.TimeoutExpired) as error:
-        found = {"failed": str(error).splitlines()[0]}
+    except Exception as error:  # the other parts are of use without this one
+        traceback.print_exc()
+        found = {"failed": f"{type(error).__name__} {first_line(error)}"}
     found |= {"machine": describe(default_device(), precision), "part_s": round(time.perf_counter() - started, 1)}
     write_json(given.out / f"{given.part}.json", found)
     print(f"{given.part}: {line(given.part, found)}")

@@ -327,18 +327,21 @@ def test_shard_reads_are_compared_with_plain_files(tmp_path: Path) -> None:
 
 def test_parts_of_a_gpu_lease_run_with_tiny_models(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     parts = script("gpu_parts")
-    for part in ("correctness", "sampling"):
+    for part in ("correctness", "sampling", "around"):
         assert parts.main([part, "--out", str(tmp_path), "--toy"]) == 0
     losses = json.loads((tmp_path / "correctness.json").read_text())["losses"]
     assert {len(each) for each in losses.values()} == {9} and "eager bf16" in losses
     found = json.loads((tmp_path / "sampling.json").read_text())
     assert found["compiled_images_per_s"] > 0 and found["mean_difference_of_levels"] == 0  # not compiled on a CPU
+    found = json.loads((tmp_path / "around.json").read_text())
+    assert all(value > 0 for name, value in found.items() if name.endswith("per_s"))
+    assert 0 < found["decode_mean_difference_of_levels"] < 1
     (tmp_path / "s2.json").write_text(json.dumps({"failed": "not enough memory"}))
     assert parts.main(["table", "--out", str(tmp_path)]) == 0
     shown = capsys.readouterr().out.splitlines()
     assert "correctness  passed: eager bf16 / eager fp32" in "\n".join(shown)
     assert "s2           failed: not enough memory" in shown and "xl2          not measured" in shown
-    assert set(json.loads((tmp_path / "gpu_lease.json").read_text())) == {"correctness", "s2", "sampling"}
+    assert set(json.loads((tmp_path / "gpu_lease.json").read_text())) == {"around", "correctness", "s2", "sampling"}
 
 
 def test_gpu_lease_continues_and_says_what_failed(tmp_path: Path) -> None:
