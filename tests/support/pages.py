@@ -66,7 +66,10 @@ def inline_commands(page: str) -> list[str]:
 
 def words_of(command: str) -> list[str]:
     """Arguments of `selftrans` in a command that starts it in one way or another; empty if it does not."""
-    words = shlex.split(command)
+    try:
+        words = shlex.split(command)
+    except ValueError:  # text with an apostrophe
+        return []
     while words and "=" in words[0] and not words[0].startswith("-"):  # environment variables
         words = words[1:]
     if words[:2] == ["accelerate", "launch"]:
