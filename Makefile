@@ -36,7 +36,7 @@ format: .venv/installed-dev  ## rewrite the code in the project's format
 
 docs: .venv/installed-dev  ## the documentation site, in site/ (tests/integration/test_site.py builds it, too)
 	@NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet
-	@echo "open site/index.html"
+	@echo "open site/index.html; with the search: python -m http.server --directory site"
 
 clean:  ## remove caches and build output
 	@rm -rf build dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis

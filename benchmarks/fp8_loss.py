@@ -87,9 +87,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument(
+        "--arms", nargs="+", default=list(ARMS), choices=ARMS, help="bf16 is compared with, and always run"
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     options = parser.parse_args()
     warnings.filterwarnings("ignore", message="train.fp8 is emulated")
+    arms = [arm for arm in ARMS if arm in {"bf16", *options.arms}]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     options.out.mkdir(parents=True, exist_ok=True)
     tail = max(1, options.steps // 4)
@@ -98,14 +102,14 @@ def main() -> None:
     for scaling, values in found["errors"].items():
         print(scaling, "  ".join(f"{name} {value:.4f}" for name, value in values.items()))
     for seed in options.seeds:
-        for arm in ARMS:
+        for arm in arms:
             started = time.perf_counter()
             curve = losses(arm, seed, options.steps, options.batch, device)
             found["runs"][f"{arm}-seed{seed}"] = curve
             mean = statistics.mean(curve[-tail:])
             print(f"{arm:<12}seed {seed}  {mean:.4f}  {time.perf_counter() - started:.0f} s", flush=True)
             write_json(options.out / "fp8_loss.json", found)
-    ends = {arm: [statistics.mean(found["runs"][f"{arm}-seed{s}"][-tail:]) for s in options.seeds] for arm in ARMS}
+    ends = {arm: [statistics.mean(found["runs"][f"{arm}-seed{s}"][-tail:]) for s in options.seeds] for arm in arms}
     for arm, values in ends.items():
         gaps = [a - b for a, b in zip(values, ends["bf16"], strict=True)]
         spread = statistics.stdev(gaps) if len(gaps) > 1 else 0.0

@@ -16,7 +16,7 @@ out=${1:-${OUT:-$here/../docs/bench/lease}}
 python=${PYTHON:-python3}
 budget=${BUDGET:-600}
 parts="correctness s2 b2 s4 xl2 sampling first_step around"
-declare -A limits=([correctness]=130 [s2]=75 [b2]=80 [s4]=60 [xl2]=110 [sampling]=60 [first_step]=90 [around]=75)
+declare -A limits=([correctness]=130 [s2]=90 [b2]=100 [s4]=70 [xl2]=110 [sampling]=60 [first_step]=90 [around]=75)
 
 mkdir -p "$out" || exit 1
 toy=

@@ -52,6 +52,7 @@ MODELS = {
 }
 TOY = SiTConfig(width=32, depth=3, heads=2, patch=2)
 ROWS = ("vanilla", "stage2")
+CAPTURED = ("captured_vanilla", "captured_stage2")  #: measured too, of all but the largest model
 #: pairs of variants -> largest relative difference of their losses that counts as rounding
 CLOSE = {
     ("compiled fp32", "eager fp32"): 1e-3,
@@ -127,7 +128,8 @@ def speed(part: str) -> Part:
     def measure(out: Path, toy: bool, limit: float) -> dict[str, Any]:
         name, tokens, batch = ("toy", 16, 4) if toy else MODELS[part]
         model = TOY if toy else SiTConfig(name=name)
-        given = {"seconds": 0.0 if toy else 15.0, "quick": toy, "rows": ROWS, "limit": 0.75 * limit}
+        rows = ROWS if part == "xl2" or not captures() else ROWS + CAPTURED
+        given = {"seconds": 0.0 if toy else 15.0, "quick": toy, "rows": rows, "limit": 0.75 * limit}
         return bench({name: model}, out / f"bench-{part}", batch_size=batch, tokens=tokens, **given)
 
     return measure

@@ -26,23 +26,24 @@ from selftrans.models.sit import SIT_SIZES
 from selftrans.storage import write_json
 
 MODELS = {"SiT-S/4": 64, "SiT-S/2": 256, "SiT-B/2": 256, "SiT-XL/2": 256}  #: tokens of a 32x32 latent
-#: bytes per token and channel that the fused kernels of a block move: bf16 (2) but for the residual stream (4)
+#: bytes per token and channel that a block moves outside its products, as inductor fuses it, each operand of a kernel once:
+#: bf16 (2) but for the residual stream (4)
 FORWARD = {
     "norm 1, modulate": 4 + 2,
     "norms of queries and keys": 2 * (2 + 2),
-    "gate, add, norm 2, modulate": 4 + 2 + 4 + 2,
+    "gate, add, norm 2, modulate (the sum is not stored)": 4 + 2 + 2,
     "GELU": 4 * (2 + 2),
-    "gate, add": 4 + 2 + 4,
+    "gate, add, gate, add": 4 + 2 + 2 + 4,
 }
 BACKWARD = {
     "gate 2 and its gradient": 4 + 2 + 2,
     "GELU": 4 * (2 + 2 + 2),
-    "bias of fc1, summed": 4 * 2,
-    "modulate, norm 2, add, gate 1 and its gradient": 2 + 4 + 2 + 4 + 4 + 2,
-    "biases of fc2 and proj, summed": 2 * 2,
-    "norms of queries and keys, three gradients into one tensor": 2 * 2 + 3 * 2 + 3 * 2,
-    "bias of qkv, summed": 3 * 2,
+    "modulate, norm 2, add, gate 1": 4 + 2 + 2 + 4 + 4 + 4 + 2,
+    "sums over tokens: scale 2, shift 2, gate 1": (2 + 4) + (4 + 2),
+    "norms of queries and keys, three gradients into one tensor": 2 * (2 + 2 + 2) + 2 + 2,
     "modulate, norm 1, add": 2 + 4 + 4 + 4,
+    "sums over tokens: scale 1, shift 1": 2 + 4,
+    "sums over tokens: biases of fc2, fc1, proj, qkv": 2 * (1 + 4 + 1 + 3),
 }
 #: kernels of one block without its products and attention, as inductor fuses them: forward, backward
 KERNELS = (7, 8)
@@ -96,9 +97,9 @@ def step(name: str, batch: int, chip: Chip) -> dict[str, Any]:
     sizes, tokens = SIT_SIZES[name], MODELS[name]
     d, depth = sizes["width"], sizes["depth"]
     parts = block(d, tokens, batch, chip)
-    # p, its average and two moments are read and written, the gradient read; clipping reads it and writes it again
+    # bytes: AdamW reads four tensors and writes three, clipping reads the gradient twice and writes it, the average reads two
     parameters = depth * (18 * d * d + 13 * d + 8 * d // 2)
-    update = parameters * (4 * 8 - 4 + 4 + 4 + 4 + 4 + 4) / chip.bandwidth
+    update = parameters * 4 * (7 + 3 + 3) / chip.bandwidth
     seconds = depth * sum(part["seconds"] for part in parts.values()) + update
     model = depth * sum(v["flops"] for k, v in parts.items() if k.startswith("forward")) * 3
     return {
@@ -134,22 +135,24 @@ def table(steps: list[dict[str, Any]]) -> str:
 
 
 def kernels(made: torch.nn.Module, batch: int, tokens: int, width: int, inputs: tuple[torch.Tensor, ...] = ()) -> Any:
-    """Kernels of a compiled block by kind, and the bytes that those of inductor move, forward and backward.
+    """Kernels of a compiled block by kind, and bytes and number of the scheduler's nodes, forward and backward.
 
-    Private interfaces of torch: the generated code is read, and its kernels are replaced by nothing.
+    `nodes` have been fused where they can share loops; the C++ backend joins several of them in a kernel, and what they read
+    again is then near. So nodes and their `bytes` per token and channel are what a GPU would launch and move at most.
+    Private interfaces of torch are used: the generated code is read, and its kernels are replaced by nothing.
     """
     from torch._inductor import config
     from torch._inductor.async_compile import AsyncCompile
     from torch._inductor.graph import GraphLowering
 
     codes: list[str] = []
-    moved: list[int] = []
+    moved: list[tuple[int, int]] = []
     lowered = GraphLowering.codegen
 
     def codegen(self: Any) -> Any:
         found = lowered(self)
         own = [node for node in self.scheduler.nodes if not node.is_extern() and node.get_nodes()]
-        moved.append(sum(node.get_read_write_buffers_sizes() for node in own))
+        moved.append((sum(node.get_read_write_buffers_sizes() for node in own), len(own)))
         return found
 
     before = AsyncCompile.cpp_pybinding, GraphLowering.save_output_code
@@ -169,8 +172,8 @@ def kernels(made: torch.nn.Module, batch: int, tokens: int, width: int, inputs: 
         torch.compiler.reset()
     weights = sum(p.numel() for p in made.parameters() if p.dim() == 2)
     return {
-        name: _counted(code) | {"bytes_per_token_channel": (size - 6 * weights) / (batch * tokens * width)}
-        for name, code, size in zip(("forward", "backward"), codes, moved, strict=True)
+        name: _counted(code) | {"bytes": (size - 6 * weights) / (batch * tokens * width), "nodes": nodes}
+        for name, code, (size, nodes) in zip(("forward", "backward"), codes, moved, strict=True)
     }
 
 
@@ -188,9 +191,9 @@ def all_kernels() -> dict[str, Any]:
     """Of SiT's block, with and without norms of queries and keys, and of LightningDiT's as published."""
     lightning = LightningBlock(128, 2, qk_norm=False, swiglu=True, rms_norm=True, shift=True, mlp_ratio=4.0)
     return {
-        "SiT, qk_norm": kernels(Block(128, 2, 4.0, True), 4, 64, 128),
-        "SiT": kernels(Block(128, 2, 4.0, False), 4, 64, 128),
-        "LightningDiT": kernels(lightning, 4, 64, 128, (torch.randn(2, 64, 32),)),
+        "SiT, qk_norm": kernels(Block(128, 2, 4.0, True), 16, 256, 128),
+        "SiT": kernels(Block(128, 2, 4.0, False), 16, 256, 128),
+        "LightningDiT": kernels(lightning, 16, 256, 128, (torch.randn(2, 256, 32),)),
     }
 
 
@@ -210,9 +213,7 @@ def main() -> None:
         found["inductor"] = all_kernels()
         for name, both in found["inductor"].items():
             for way, each in both.items():
-                print(
-                    f"{name:<14}{way:<10}{each['kernels']}  {each['bytes_per_token_channel']:.1f} bytes/token/channel"
-                )
+                print(f"{name:<14}{way:<10}{each['kernels']}  {each['nodes']} nodes, {each['bytes']:.0f} bytes")
     options.out.mkdir(parents=True, exist_ok=True)
     write_json(options.out / "step_floor.json", found)
 

@@ -24,8 +24,6 @@ def make(folder: Path) -> Path:
     pictures(folder)
     captions(folder)
     sounds(folder / "words")
-    data = np.random.default_rng(0).normal(size=(12, 1, 32)).astype(np.float32)
-    np.savez(folder / "sounds.npz", data=data, labels=np.arange(12) % 2, classes=np.array(["whale", "rain"]))
     models_of_the_hub(folder)
     published(folder)
     return folder
@@ -53,13 +51,12 @@ def captions(folder: Path) -> None:
     """Captioned pictures: next to each other, as COCO's json, in a tar, in a parquet file; and a file of prompts."""
     captioned.pictures(folder / "captioned")
     files = [encoded(captioned.picture(i, side=32), "JPEG") for i in range(16)]
-    write(folder / "train2014", {f"{i:03d}.jpg": data for i, data in enumerate(files)})
+    for part in ("train2014", "val2014"):
+        write(folder / part, {f"{i:03d}.jpg": data for i, data in enumerate(files)})
     images = [{"id": i, "file_name": f"{i:03d}.jpg"} for i in range(16)]
     said = [{"image_id": i, "caption": caption} for i in range(16) for caption in captioned.sentences(i)]
-    write(
-        folder / "annotations",
-        {"captions_train2014.json": json.dumps({"images": images, "annotations": said}).encode()},
-    )
+    annotations = json.dumps({"images": images, "annotations": said}).encode()
+    write(folder / "annotations", {f"captions_{part}2014.json": annotations for part in ("train", "val")})
     (folder / "tars").mkdir()
     with tarfile.open(folder / "tars" / "0.tar", "w") as tar:
         for i, data in enumerate(files):

@@ -14,13 +14,27 @@ BLOCK = re.compile(r"(?:^<!-- not run: ([^\n]*?) -->\n)?^```(\w*)\n(.*?)^```", f
 REASONS = (
     "needs a GPU",
     "needs the hub",
+    "needs a network",
     "needs published weights",
     "needs real data",
     "takes minutes",
     "takes hours",
     "run by tests/",  # then the file
 )
-PROGRAMS = ("selftrans", "make", "pip", "python", "accelerate", "torchrun", "bash", "sbatch", "export")
+PROGRAMS = (
+    "selftrans",
+    "make",
+    "pip",
+    "python",
+    "accelerate",
+    "torchrun",
+    "bash",
+    "sbatch",
+    "hf",
+    "aws",
+    "ssh",
+    "export",
+)
 
 
 class Block(NamedTuple):

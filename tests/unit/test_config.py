@@ -200,7 +200,15 @@ def test_settings_that_may_change_on_resume():
         *("data.path", "data.text_encoder", "data.on_device", "data.verify", "stage2.teacher", "repa.encoder"),
         *("data.cache_dir", "data.cache_gb"),
         *("train.steps", "train.checkpoint_every", "train.preview_every", "train.keep", "train.keep_best"),
-        *("train.keep_every", "train.max_skips", "train.shard", "train.timeout", "train.recompute", "train.compile"),
+        *(
+            "train.keep_every",
+            "train.max_skips",
+            "train.shard",
+            "train.timeout",
+            "train.recompute",
+            "train.compile",
+            "train.capture",
+        ),
         "train.allow_changes",
     }
     assert all(rules[name] == "free" for name in rules if name.split(".")[0] in ("log", "sample"))

@@ -22,8 +22,8 @@ class Plan(RecipeCommand[Config]):
 
     recipe: Positional[str]
     """name of the recipe"""
-    gpus: int
-    """number of GPUs"""
+    gpus: int = 8
+    """number of GPUs, in all machines"""
     measured: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
     """bench.json of one such GPU"""
     rate: float | None = None

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 import tyro
 from tyro.conf import Positional
 
-from selftrans.cli.options import Command
+from selftrans.cli.options import Command, Trust
 
 
 @dataclass
@@ -32,6 +32,8 @@ class Ui(Command):
     machine with several users, too"""
     device: Literal["cuda", "cpu"] | None = None
     """where the page samples; None: the GPU if there is one. cpu leaves the GPU to the training"""
+
+    trust: Trust = ()
 
     def run(self) -> None:
         try:

@@ -53,7 +53,7 @@ class ShardReader:
         self.features = False  #: whether files of features are fetched with their shards
         self.bytes = [sum(file.size for file in self._files(k, features=True)) for k in range(len(manifest.shards))]
         self._mutex = threading.RLock()
-        self._open: dict[str, dict[str, np.ndarray]] = {}  #: sha256 of a file -> its arrays
+        self._open: dict[tuple[int, bool], dict[str, np.ndarray]] = {}  #: shard, whether of its features -> arrays
         self._expected: set[int] | None = None  #: by `expect`
         self._recent: deque[int] = deque()  #: shards in the order of their first reading, where nothing is expected
         self._held: set[int] = set()
@@ -67,15 +67,15 @@ class ShardReader:
 
     def arrays(self, k: int, name: str) -> np.ndarray:
         """The tensor `name` (count, ...) of shard k. ValueError where it cannot be fetched or is not as the manifest says."""
-        file = next(file for file in self._files(k, features=name == "features") if name in file.layout)
-        with self._mutex:
-            found = self._open.get(file.sha256)
+        key = (k, name == "features")
+        found = self._open.get(key)
         if found is None:
+            file = self._files(k, features=True)[-1 if name == "features" else 0]
             self._note(k)
             self._obtain(file)
             found = self._opened(k, file)
             with self._mutex:
-                self._open[file.sha256] = found
+                self._open[key] = found
         return found[name]
 
     def expect(self, now: Collection[int], then: Collection[int]) -> None:
@@ -171,7 +171,7 @@ class ShardReader:
 
     def _hold(self, shards: Collection[int]) -> None:
         files = [file for k in shards for file in self._files(k)]
-        self._open = {sha: arrays for sha, arrays in self._open.items() if sha in {file.sha256 for file in files}}
+        self._open = {key: arrays for key, arrays in self._open.items() if key[0] in shards}
         self.cache.hold([file.cached for file in files])
         self._held = set(shards)
 

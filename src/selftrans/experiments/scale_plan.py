@@ -186,7 +186,7 @@ def _built(
             dtype = PRECISIONS[config.train.precision]
             frozen = Frozen(teacher, stage.teacher.block(teacher.depth), dtype=dtype, in_place=True)
         objective = Objective(student, stage.guide(student, frozen), times=config.train.times)
-    return objective, memory_use(objective, average, frozen)
+    return objective, memory_use(objective, average, frozen, config.train.optimizer)
 
 
 @dataclass(frozen=True)

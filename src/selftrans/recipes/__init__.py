@@ -63,7 +63,8 @@ def ignored(config: RunConfig) -> list[str]:
         if key in used:
             reasons = section.ineffective()
             found += [f"{key}.{name} is ignored: {reasons[name]}" for name in changed if name in reasons]
-    for part, usual in ((config.init, plain.init), (config.lora, plain.lora)):
+    usual_model = type(config.model)(name=config.model.name)
+    for part, usual in ((config.init, plain.init), (config.lora, plain.lora), (config.model, usual_model)):
         changed = [name for name, value, _, _ in fields_of(part) if value != getattr(usual, name)]
         reasons = part.ineffective()
         found += [f"{part.key}.{name} is ignored: {reasons[name]}" for name in changed if name in reasons]

@@ -25,6 +25,8 @@ def chosen_labels(words: Sequence[str], classes: Sequence[str], conditions: Cond
         return "balanced" if words[0] == "balanced" else "random", False
     if conditions.kind != "labels":
         raise ValueError(f"labels are for models of classes, this one has {conditions}; leave them out")
+    if not words:
+        raise ValueError("no classes are given; write --labels CLASS [CLASS ...], or leave --labels out")
     found, counts = list[tuple[int, int]](), False
     for word in words:
         label, count = _label(word, classes, conditions.num_classes), 1

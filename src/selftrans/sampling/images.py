@@ -238,7 +238,8 @@ def overridden(loaded: LoadedModel, overrides: dict[str, Any]) -> SampleConfig:
     ValueError for invalid settings.
     """
     words, conditions = overrides.get("labels"), loaded.model.conditions
-    if isinstance(words, tuple) and conditions.kind != "text" and not all(isinstance(word, int) for word in words):
+    numbers = isinstance(words, tuple) and len(words) > 0 and all(isinstance(word, int) for word in words)
+    if isinstance(words, tuple) and not numbers and conditions.kind != "text":
         labels, counts = chosen_labels(words, loaded.classes, conditions)
         overrides = ({"num": len(labels)} if counts else {}) | overrides | {"labels": labels}
         if counts and overrides["num"] < len(labels):

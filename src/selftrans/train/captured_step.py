@@ -43,6 +43,8 @@ def obstacle(trainer: Trainer) -> str | None:
         return "the gradient scaler of fp16 is not captured; use bf16"
     if train.optimizer != "adamw":
         return f"train.optimizer {train.optimizer} decides on the host whether a step is skipped"
+    if trainer.objective.student.recompute and trainer.objective.student.random_blocks:
+        return "train.recompute repeats blocks that may draw random numbers"
     if len(trainer.shards.parts) > 1:
         return "the data hold several sizes, and a graph has one shape"
     return None

@@ -44,12 +44,15 @@ class Folders:
             if not path.is_dir():
                 raise ValueError(f"{printable(path)} is not a folder; give a run, or a folder with runs in it")
         self.roots = tuple(dict.fromkeys(path.resolve() for path in given))
-        self._found, self._at = Listing({}, {}, ()), -AGAIN
+        self._found, self._next = Listing({}, {}, ()), 0.0
 
     def listing(self) -> Listing:
-        """The runs and comparisons, at most AGAIN seconds old."""
-        if time.monotonic() - self._at >= AGAIN:
-            self._found, self._at = search(self.roots), time.monotonic()
+        """The runs and comparisons, AGAIN seconds old at most; where a search takes long, 20 times as long."""
+        began = time.monotonic()
+        if began >= self._next:
+            self._found = search(self.roots)
+            ended = time.monotonic()
+            self._next = ended + max(AGAIN, 20 * (ended - began))
         return self._found
 
     def run(self, key: str) -> Found:

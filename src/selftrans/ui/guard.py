@@ -13,7 +13,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import PlainTextResponse, RedirectResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-COOKIE = "selftrans-token"
+COOKIE = "selftrans-token"  #: followed by the port: cookies of a host are shared by its ports
 LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
 #: nothing is loaded from elsewhere, no code is inline, and no other page may embed this one
 POLICY = {
@@ -79,9 +79,9 @@ class Guard:
             if not self._same(given):
                 return _without_token()
             answer = RedirectResponse(scope["path"] + (f"?{urlencode(query)}" if query else ""), 303)
-            answer.set_cookie(COOKIE, given, httponly=True, samesite="strict", path="/")
+            answer.set_cookie(_cookie(scope), given, httponly=True, samesite="strict", path="/")
             return answer
-        if self.token is not None and not self._same(_token_of(headers)):
+        if self.token is not None and not self._same(_token_of(headers, _cookie(scope))):
             return _without_token()
         if scope["method"] not in ("GET", "HEAD") and not _own_origin(headers):
             return PlainTextResponse("requests that change something must come from the page itself", 403)
@@ -102,12 +102,16 @@ def _without_token() -> Response:
     return PlainTextResponse("this page needs its token: open the address that `selftrans ui` has printed", 401)
 
 
-def _token_of(headers: Mapping[str, str]) -> str:
+def _cookie(scope: Scope) -> str:
+    return f"{COOKIE}-{(scope.get('server') or ('', 0))[1]}"
+
+
+def _token_of(headers: Mapping[str, str], name: str) -> str:
     kind, _, given = headers.get("authorization", "").partition(" ")
     if kind.lower() == "bearer":
         return given.strip()
     try:
-        cookie = SimpleCookie(headers.get("cookie", "")).get(COOKIE)
+        cookie = SimpleCookie(headers.get("cookie", "")).get(name)
     except CookieError:
         return ""
     return cookie.value if cookie else ""

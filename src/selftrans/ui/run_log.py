@@ -153,13 +153,11 @@ def glance(file: Contained) -> Glance:
     try:
         with file.open() as opened:
             size = os.fstat(opened.fileno()).st_size
-            opened.seek(max(0, size - TAIL))
-            tail = opened.read(TAIL)
+            ends = _last_lines(opened, size, TAIL) or _last_lines(opened, size, CHUNK)  # a line with many skips is long
             places = range(0, size, max(1, size // SPARK)) if size > TAIL else ()
             lines = [line for place in places if (line := _line_at(opened, place)) is not None]
     except OSError:
         return Glance()
-    ends = [line for line in _parsed(tail.rpartition(b"\n")[0].splitlines()) if _stepped(line)]
     if not ends:
         return Glance()
     lines = sorted((lines or ends) + ends[-1:], key=lambda line: float(line["step"]))
@@ -174,6 +172,13 @@ def loss_of(values: dict[str, Any]) -> float | None:
     """The flow loss of a line, which all methods have; of other logs the whole loss."""
     flow = number(values.get("flow"))
     return number(values.get("loss")) if flow is None else flow
+
+
+def _last_lines(file: BinaryIO, size: int, most: int) -> list[dict[str, Any]]:
+    """The whole lines among the last `most` bytes."""
+    file.seek(max(0, size - most))
+    tail = file.read(most).rpartition(b"\n")[0]
+    return [line for line in _parsed(tail.splitlines()) if _stepped(line)]
 
 
 def _line_at(file: BinaryIO, place: int) -> dict[str, Any] | None:

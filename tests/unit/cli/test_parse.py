@@ -26,7 +26,6 @@ from tests.unit.cli.lines import one_line
         ("sample run --out=", "--out needs a value (see selftrans sample --help)"),
         ("evaluate --reference digits --nonsense", "SAMPLES is missing (see selftrans evaluate --help)"),
         ("sample run --out x --guidance-scale much", "--guidance-scale: 'much' is not a number"),
-        ("sample run --out x --labels", "--labels needs a value"),
         ("evaluate made", "--reference STR is missing"),
         ("evaluate made --reference", "--reference needs a value: STR"),
         ("analyse run --out x --timestep 0.4", "did you mean --timesteps?"),

@@ -174,6 +174,15 @@ def test_labels_that_expand_beyond_the_file_are_refused(scorer: Path, tmp_path: 
     )
 
 
+def test_reference_at_a_url_is_that_of_the_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    extractor, url = ValuesExtractor((8, 8, 1)), toy.digits().as_uri()
+    local, found = (reference.reference_of(origin, extractor) for origin in (toy.digits(), url))
+    assert np.array_equal(found.mean, local.mean) and np.array_equal(found.cov, local.cov) and found.source == url
+    monkeypatch.setattr(reference, "decoded_images", None)
+    assert np.array_equal(reference.reference_of(url, extractor).cov, local.cov)  # from the cache
+
+
 def test_reference_is_computed_once(scorer: Path, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     real, one = folder(tmp_path / "real"), extractor(scorer)

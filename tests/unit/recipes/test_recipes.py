@@ -274,6 +274,8 @@ def test_sit_imagenet_is_the_largest_size():
             ["stage1.weight is ignored: --teacher takes"],
         ),
         ("structure", {"stage1.weight": 0.25}, []),
+        ("vanilla", {"model.route_blocks": (2, 3)}, ["model.route_blocks is ignored: without model.route no token"]),
+        ("vanilla", {"model.route_blocks": (2, 3), "model.route": 0.5}, []),
     ],
 )
 def test_ignored_settings_are_listed(method, changes, expected):

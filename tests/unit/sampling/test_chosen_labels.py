@@ -40,6 +40,7 @@ def test_words_name_classes(words: str, expected: object, counts: bool) -> None:
     ("words", "message"),
     [
         ("dgo", r"^class 'dgo' is unknown; did you mean dog\?; the model has 4 classes: cat, dog, 1, a:2, or 0 to 3$"),
+        ("", "no classes are given; write --labels CLASS"),
         ("5", "class '5' is unknown"),
         ("-1", "class '-1' is unknown"),
         ("cat random", "class 'random' is unknown"),

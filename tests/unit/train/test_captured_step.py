@@ -249,6 +249,10 @@ def test_one_graph_without_a_break_serves_all_steps(tmp_path: Path) -> None:
 OBSTACLES = [
     ({"device": "mps"}, "CUDA graphs need a CUDA GPU, this device is mps"),
     ({"processes": 2}, "it is for one process"),
+    (
+        {"recompute": frozenset({1})},
+        "train.recompute repeats blocks that may draw random numbers",
+    ),
     ({"precision": "fp16"}, "the gradient scaler of fp16 is not captured; use bf16"),
     ({"optimizer": "adamw8bit"}, "train.optimizer adamw8bit decides on the host whether a step is skipped"),
     ({"parts": (3, 4)}, "the data hold several sizes, and a graph has one shape"),
@@ -257,13 +261,15 @@ OBSTACLES = [
 
 @pytest.mark.parametrize(("what", "reason"), OBSTACLES)
 def test_where_no_step_can_be_captured_one_line_says_why(what: dict[str, Any], reason: str) -> None:
-    given = {"device": "cuda", "processes": 1, "precision": "bf16", "optimizer": "adamw", "parts": (3,)} | what
+    given = {"device": "cuda", "processes": 1, "precision": "bf16", "optimizer": "adamw", "parts": (3,)}
+    given = given | {"recompute": False} | what
     for capture in ("on", "auto"):
         settings = SimpleNamespace(capture=capture, precision=given["precision"], optimizer=given["optimizer"])
         one: Any = SimpleNamespace(
             config=SimpleNamespace(train=settings),
             accelerator=SimpleNamespace(device=SimpleNamespace(type=given["device"]), num_processes=given["processes"]),
             shards=SimpleNamespace(parts=given["parts"]),
+            objective=SimpleNamespace(student=SimpleNamespace(recompute=given["recompute"], random_blocks=True)),
         )
         assert captured_step.obstacle(one) == reason
         if capture == "on":

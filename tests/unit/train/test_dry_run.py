@@ -67,7 +67,7 @@ def test_slow_steps_on_a_cpu_have_fewer_samples(tmp_path, monkeypatch, capsys):
     assert os.listdir(tmp_path) == ["plan.json"]
     assert main([word for word in argv if word != "--dry-run"] + ["--dry-run-json=plan.json"]) == 1
     assert "--dry-run-json belongs to --dry-run" in capsys.readouterr().err
-    assert main([*argv, "--dry-run-json=no/such/folder/../../plan.json/x"]) == 1
+    assert main([*argv, "--dry-run-json=plan.json/x"]) == 1
 
 
 def _counted(batches, seen):

@@ -19,14 +19,15 @@ from tests.support.toy import quick  # noqa: F401 - a fixture
 #: changes of the toy config for each run of two processes; "sharded" and "ddp" differ in train.shard only
 COMMON = {"train.preview_every": 4, "stage1.head_width": 7, "train.checkpoint_every": 3}
 QUICK = {"train.preview_every": 0, "stage1.steps": 2, "train.steps": 4}
+ROTARY = QUICK | {"model.name": "LightningDiT-S/1", "model.patch": 2, "model.route": 0.5}
 RUNS = {
     "ddp": {},
     "sharded": {"train.shard": True},
     "sharded, stopped": {"train.shard": True},
     "sharded, bf16": QUICK | {"train.shard": True, "train.precision": "bf16"},
     "ddp, bf16": QUICK | {"train.precision": "bf16"},
-    "sharded, rotary": QUICK | {"train.shard": True, "model.name": "LightningDiT-S/1", "model.patch": 2},
-    "ddp, rotary": QUICK | {"model.name": "LightningDiT-S/1", "model.patch": 2},
+    "sharded, rotary": ROTARY | {"train.shard": True, "train.recompute": (2,)},
+    "ddp, rotary": ROTARY | {"train.recompute": 1},
     "sharded, sra": {"train.shard": True, "method": "sra", "sra.head_width": 16},
     "ddp, sra": {"method": "sra", "sra.head_width": 16},
     "sharded, non-finite": {"train.shard": True, "method": "vanilla"},

@@ -100,6 +100,14 @@ def test_the_list_shows_the_end_without_reading_all(file, monkeypatch):
     assert glance(file) == run_log.Glance()
 
 
+def test_a_last_line_that_is_long_is_found(file):
+    """Of many skipped updates, with the rows of each batch."""
+    skips = [{"step": k, "loss": "nan", "rows": list(range(1000))} for k in range(10)]
+    write_log(file.path, [line(1), line(2, skipped=10, skips=skips)])
+    assert file.path.stat().st_size > run_log.TAIL
+    assert glance(file).step == 2 and glance(file).values["skipped"] == 10
+
+
 def test_what_is_read_for_the_list_does_not_grow_with_the_log(file):
     """The bytes that are asked for; times would differ on a busy machine."""
     counts = []

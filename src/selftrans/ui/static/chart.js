@@ -22,7 +22,7 @@ function logTicks(low, high) {
   return found;
 }
 
-// series: [{name, x, y, low?, high?, colour?, points?}]; options: {title, xlabel, marks: [{x, text}], cursor, height, empty, log}
+// series: [{name, x, y, low?, high?, colour?, points?, at?: the point that is larger}]; options: {title, xlabel, marks: [{x, text}], cursor, height, empty, log}
 export class Chart {
   constructor(title, options = {}) {
     this.title = title;
@@ -144,7 +144,7 @@ export class Chart {
     }
     svg.append(h("path", { class: `series ${colour} d${Math.floor((each.colour ?? this.series.indexOf(each)) / 8) % 3}`, d: path(each.x, each.y, "M") }));
     if (each.points || each.x.length === 1) {
-      for (const [i, x] of each.x.entries()) svg.append(h("circle", { class: `point ${colour}`, cx: scale.x(x), cy: scale.y(each.y[i]), r: 3.6 }));
+      for (const [i, x] of each.x.entries()) svg.append(h("circle", { class: `point ${colour}`, cx: scale.x(x), cy: scale.y(each.y[i]), r: i === each.at ? 6.5 : 3.6 }));
     }
   }
 

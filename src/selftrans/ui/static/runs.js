@@ -8,7 +8,7 @@ const STATES = ["all", "running", "done", "stopped"];
 export function runsPage(main, { signal }) {
   const picked = new Set(stored("picked", []));
   let [found, text, order, state] = [null, "", stored("order", "changed"), "all"];
-  const filter = h("input", { type: "search", placeholder: "Filter by name or method", "aria-label": "filter", oninput: () => { text = filter.value.toLowerCase(); draw(); } });
+  const filter = h("input", { type: "search", placeholder: "Filter", "aria-label": "filter", oninput: () => { text = filter.value.toLowerCase(); draw(); } });
   const states = h("div", { class: "tabs" });
   const side = h("a", { class: "button", href: "#/side" });
   const list = h("section", { class: "card runs" });
@@ -56,16 +56,16 @@ export function runsPage(main, { signal }) {
         h("span", { class: "state" }, chip(run.state)), h("div", { class: "wide" }, notes(run.notes)));
     }
     const accidents = [run.skipped ? `${whole(run.skipped)} skipped` : null, run.starts > 1 ? `${run.starts} starts` : null].filter(Boolean);
-    const where = run.stages > 1 ? `${run.stage} (${run.number} of ${run.stages})` : "";
+    const where = run.stages > 1 ? `${run.stage}, ${run.number}/${run.stages}` : "";
     return h("div", { class: `line ${run.state}` },
       h("span", { class: "pick" }, box),
       h("div", { class: "name" }, h("a", { href: `#/run/${run.id}` }, run.name), h("div", { class: "fine" }, [run.method, run.model].filter(Boolean).join(" · "))),
       h("div", { class: "state" }, chip(run.state), h("div", { class: "fine" }, ago(run.changed))),
       h("div", { class: "done-part" }, h("span", {}, `${whole(run.step)}${run.steps ? ` / ${whole(run.steps)}` : ""}`), " ", h("span", { class: "fine" }, where), meter(run.share)),
       h("span", { class: "num" }, rate(run.rate)),
-      h("span", { class: "num optional keep", "data-name": "left" }, duration(run.left)),
+      h("span", { class: `num optional${run.left ? " keep" : ""}`, "data-name": "left" }, duration(run.left)),
       h("span", { class: "spark" }, sparkline(run.spark), h("span", {}, short(run.loss))),
-      h("span", { class: "num optional keep", "data-name": "distance" }, short(run.distance)),
+      h("span", { class: `num optional${run.distance ? " keep" : ""}`, "data-name": "distance" }, short(run.distance)),
       h("span", { class: "num" }, compute(run.tflops)),
       accidents.length || run.notes.length ? h("div", { class: "wide row" }, accidents.length ? h("span", { class: "fine bad" }, accidents.join(", ")) : null, notes(run.notes)) : null);
   }

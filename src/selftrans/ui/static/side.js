@@ -89,11 +89,6 @@ export function sidePage(main, { query, signal }) {
     begin.textContent = `Sample ${steps.length} step${steps.length === 1 ? "" : "s"}`;
     play.disabled = slider.disabled = steps.length < 2;
     slider.max = Math.max(0, steps.length - 1);
-    const names = Object.fromEntries(found.runs.map((run) => [run.id, run.name]));
-    for (const axis of ["step", "tflops"]) {
-      const lines = found.runs.map((run, i) => ({ name: names[run.id], colour: i, points: true, x: found.distances[axis][run.id]?.[0] || [], y: found.distances[axis][run.id]?.[1] || [] }));
-      charts[axis].show(lines, axis === "step" ? { cursor: step } : {});
-    }
     alike.replaceChildren(...(found.distances.alike ? [] : notes(["The distances below were measured in different ways and must not be compared."])),
       ...(found.distances.metric ? [h("p", { class: "fine" }, `${found.distances.metric}, lower is better. Total compute counts every stage and the training of a given teacher.`)] : []));
     pictures();
@@ -102,7 +97,13 @@ export function sidePage(main, { query, signal }) {
   function pictures() {
     slider.value = Math.max(0, steps.indexOf(step));
     at.textContent = step === null ? "" : `step ${whole(step)}`;
-    if (charts.step.options.cursor !== step) { charts.step.options.cursor = step; charts.step.draw(); }
+    for (const axis of ["step", "tflops"]) {
+      const lines = found.runs.map((run, i) => {
+        const [x, y] = found.distances[axis][run.id] || [[], []];
+        return { name: run.name, colour: i, points: true, x, y, at: (found.distances.step[run.id]?.[0] || []).indexOf(step) };
+      });
+      charts[axis].show(lines, axis === "step" ? { cursor: step } : {});
+    }
     figures.replaceChildren(...found.runs.map((run, i) => {
       const names = Object.keys(run.parts);
       const remove = h("button", { class: "small quiet", type: "button", "aria-label": `remove ${run.name}`, onclick: () => change(chosen.filter((id) => id !== run.id)) }, "✕");

@@ -37,6 +37,7 @@ from selftrans.methods.self_transcendence import SelfGuidance, Stage2
 from selftrans.models.sit import SiTConfig, build
 from selftrans.recipes import recipe
 from selftrans.types import Batch, Conditions
+from tests.support.operations import sit_forward_flops
 from tests.support.scripts import script
 
 TEN = Conditions("labels", 10)
@@ -267,7 +268,7 @@ def test_table_shows_the_report(report: dict[str, Any], capsys: pytest.CaptureFi
     [
         (["--tokens", "10"], "tokens 10 is not a square number; use 64, 256 or 1024"),
         (["--models", "SiT-Q/2"], "model.name 'SiT-Q/2' is unknown"),
-        (["--rows", "captured_vanila"], "row 'captured_vanila' is unknown; did you mean 'captured_vanilla'?"),
+        (["--rows", "captured_vanila"], "row 'captured_vanila' is unknown; did you mean captured_vanilla"),
         (["--batch-size", "0"], "batch_size 0 should be 1 or more"),
         (["--device", "cuda"], "this machine has no GPU that torch can use"),
     ],
@@ -346,7 +347,7 @@ def test_gpu_lease_continues_and_says_what_failed(tmp_path: Path) -> None:
     stub.write_text(
         f"""#!/bin/bash
         [ "$1" = -c ] && exit 1
-        echo "$2 $7 $8" >> {tmp_path}/log
+        echo "$2 $7" >> {tmp_path}/log
         [ "$2" = table ] && exit 0
         [ "$2" = s4 ] && [ ! -e {tmp_path}/mended ] && {{ echo '{{"failed": "x"}}' > {out}/s4.json; echo why >&2; exit 1; }}
         echo '{{"passed": true}}' > {out}/$2.json
@@ -370,7 +371,7 @@ def test_gpu_lease_continues_and_says_what_failed(tmp_path: Path) -> None:
     assert [part.split()[0] for part in parts] == ["s4", "xl2", "around", "table"]
     assert [part.split()[0] for part in run(ONLY="b2", FRESH="1")[2]] == ["b2", "table"]
     code, shown, parts = run(FRESH="1", BUDGET="3")
-    assert "s2: skipped, the time is over" in shown and parts == ["table  "]
+    assert "s2: skipped, the time is over" in shown and parts == ["table "]
 
 
 def test_ablations_combine_every_setting_of_a_grid() -> None:
@@ -380,6 +381,19 @@ def test_ablations_combine_every_setting_of_a_grid() -> None:
         "w5-lr=1e-3-label_std=0.5": shared | {"train.lr": 0.001},
         "w5-lr=2e-3-label_std=0.5": shared | {"train.lr": 0.002},
     }
+
+
+def test_floor_of_a_step_counts_the_operations_of_its_blocks() -> None:
+    floor = script("step_floor")
+    chip = floor.Chip(flops=1e15, bandwidth=1e30)  # bytes take no time
+    found = floor.step("SiT-B/2", 4, chip)
+    blocks = sit_forward_flops(256, 768, 12, 16) - sit_forward_flops(256, 768, 0, 16)
+    assert found["operations"] == pytest.approx(3 * 4 * blocks)
+    attention = 4 * 12 * 4 * 256**2 * 768  # its backward pass has five products instead of four
+    assert found["seconds"] == pytest.approx((3 * 4 * blocks + 0.5 * attention) / 1e15)
+    bytes_alone = floor.step("SiT-B/2", 4, floor.Chip(flops=1e30, bandwidth=1e12))
+    per_block = sum(part["bytes"] for part in bytes_alone["block"].values())
+    assert bytes_alone["seconds"] == pytest.approx((12 * per_block + 52 * found["parameters of the blocks"]) / 1e12)
 
 
 @pytest.mark.slow
