@@ -176,6 +176,6 @@ def test_run_of_two_processes_is_continued_by_one(tmp_path, capsys):
     assert mine == pytest.approx(alone, rel=0.15) and mine != alone  # other noise, similar loss
     train(toy.toy(), tmp_path / "run")
     output = capsys.readouterr().out
-    assert output.count("resuming with 1 processes instead of 2: nothing is lost") == 1
+    assert output.count("resuming with 1 process instead of 2: nothing is lost") == 1
     assert [line["step"] for line in toy.log(tmp_path / "run")] == [2, 4, 6, 7, 8]
     assert json.loads((tmp_path / "run" / "run.json").read_text())["student_steps"] == 8

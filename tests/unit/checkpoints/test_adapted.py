@@ -46,7 +46,7 @@ def test_checkpoint_holds_what_is_trained():
         heads = memory["gradients"] - 4 * count
         assert heads > 0 and memory["optimizer"] == 2 * memory["gradients"]
         frozen = 4 * sum(tensor.numel() for name, tensor in base.items() if name != TABLE)
-        constants = 4 * 16 * width  # positions: 16 tokens
+        constants = 4 * (16 * width + 128)  # positions of 16 tokens, rates of the time embedding
         assert memory["weights"] == frozen + 4 * count + heads + constants
         assert memory["average"] == 4 * count + constants
     assert "teacher" not in stages[0]["memory"]

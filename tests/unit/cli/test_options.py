@@ -23,7 +23,7 @@ SET = {
     "guidance_interval": (0.1, 0.9),
     "seed": 7,
     "batch_size": 4,
-    "labels": "random",
+    "labels": ("random",),
     "precision": "bf16",
     "prompts": ("red", "3"),
 }

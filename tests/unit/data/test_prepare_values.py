@@ -83,7 +83,7 @@ def test_samples_that_are_not_finite_stop_or_are_skipped(tmp_path: Path) -> None
         prepare(tmp_path / "x.npz", tmp_path / "out", **OPTIONS)
     manifest = prepare(tmp_path / "x.npz", tmp_path / "out", skip_bad=True, **OPTIONS)
     assert manifest.count == 12 and [name for name, _ in manifest.skipped] == ["sample 6 of x.npz"]
-    assert "1 unreadable samples left out" in manifest.summary()
+    assert "1 unreadable sample left out" in manifest.summary()
     read = Dataset.open(tmp_path / "out", verify=True).read(np.arange(12))["moments"]
     assert np.array_equal(read[:, 0].numpy(), np.delete(data, 6, axis=0))
 

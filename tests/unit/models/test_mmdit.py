@@ -529,6 +529,7 @@ def test_a_trained_model_obeys_its_caption():
 def test_settings_are_those_of_the_run_file():
     assert {f.name for f in dataclasses.fields(MMDiTConfig)} == {
         "name", "width", "depth", "heads", "patch", "patch_frames", "qk_norm", "masked", "zero_init",
+        "early_block",
     }  # fmt: skip
 
 

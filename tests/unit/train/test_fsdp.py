@@ -144,7 +144,7 @@ def test_checkpoints_of_sharded_runs_are_ordinary(runs, tmp_path, capsys):
     assert main(["sample", str(run), f"--out={tmp_path / 'made'}", "--num=4", "--steps=2"]) == 0
     assert main(["export", str(run), f"--out={tmp_path / 'exported'}", "--layout=repa"]) == 0
     train(toy.toy(COMMON | {"train.steps": 9}), run)  # one process, not sharded
-    assert "resuming with 1 processes instead of 2" in capsys.readouterr().out
+    assert "resuming with 1 process instead of 2" in capsys.readouterr().out
     assert json.loads((run / "run.json").read_text())["student_steps"] == 9
 
 
