@@ -6,10 +6,10 @@ import hmac
 import ipaddress
 import socket
 from collections.abc import Mapping
-from http.cookies import CookieError, SimpleCookie
 from urllib.parse import parse_qsl, urlencode, urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import cookie_parser
 from starlette.responses import PlainTextResponse, RedirectResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -40,7 +40,7 @@ def is_loopback(host: str) -> bool:
 class Guard:
     """ASGI middleware. A refused request does not reach the application.
 
-    Host: on loopback the names of this machine itself; else also any numeric address, `host`, and the name of the machine.
+    Host: the names of loopback, and `host`; on anything but loopback also any numeric address, and the name of the machine.
     So a page of another site cannot reach the server by a name of its own that resolves to this address (DNS rebinding).
     Token: if there is one, every request needs it: in the cookie that `?token=` sets, or as `Authorization: Bearer`.
     Origin: a request that changes something must come from this page.
@@ -48,7 +48,7 @@ class Guard:
 
     def __init__(self, app: ASGIApp, *, host: str, token: str | None) -> None:
         self.app, self.token, self.loopback = app, token, is_loopback(host)
-        self.names = LOOPBACK if self.loopback else LOOPBACK | {host.lower(), socket.gethostname().lower()}
+        self.names = LOOPBACK | {host.lower()} | (set() if self.loopback else {socket.gethostname().lower()})
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -110,11 +110,8 @@ def _token_of(headers: Mapping[str, str], name: str) -> str:
     kind, _, given = headers.get("authorization", "").partition(" ")
     if kind.lower() == "bearer":
         return given.strip()
-    try:
-        cookie = SimpleCookie(headers.get("cookie", "")).get(name)
-    except CookieError:
-        return ""
-    return cookie.value if cookie else ""
+    # not SimpleCookie: it ends at the first cookie of another program of this host that is not of its form
+    return cookie_parser(headers.get("cookie", "")).get(name, "")
 
 
 def _own_origin(headers: Mapping[str, str]) -> bool:

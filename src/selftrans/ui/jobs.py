@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 import threading
 import time
 import warnings
@@ -79,7 +80,9 @@ class Jobs:
         self._jobs: dict[int, Job] = {}
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
-        self._next = 1
+        self._next = secrets.randbits(
+            48
+        )  #: a tab may hold pictures of an earlier process: its addresses do not come again
 
     def start(self, kind: str, about: dict[str, Any], work: Callable[[Job], None]) -> Job:
         """Begin `work` in a thread. Busy while another job runs."""

@@ -50,7 +50,7 @@ class RunState:
         current = next((i for i in range(len(reached) - 1, -1, -1) if reached[i][1].step is not None), 0)
         name, seen = reached[current] if reached else ("", Glance())
         total = self._length(name, plan, report)
-        state = self._state(report, names, name, seen)
+        state = self._state(report, plan, names, name, seen)
         points = self.measured()
         previews = self.previews(name) if name else []
         return {
@@ -71,7 +71,7 @@ class RunState:
             "loss": loss_of(seen.values),
             "spark": seen.spark,
             "distance": points[-1]["distance"] if points else None,
-            "tflops": number(report.get("total_tflops")),
+            "tflops": number(report.get("total_tflops")) if state == "done" else None,
             "skipped": int(seen.values.get("skipped", 0)),
             "starts": self.starts(),
             "preview": [current, previews[-1]] if previews else None,
@@ -115,17 +115,22 @@ class RunState:
         return known[1]
 
     def _length(self, stage: str, plan: Plan, report: dict[str, Any]) -> int | None:
-        spent = report.get("stages")
-        for each in spent if isinstance(spent, list) else ():
-            if isinstance(each, dict) and each.get("stage") == stage and number(each.get("steps")) is not None:
-                return int(each["steps"])
-        return plan.steps(stage)
+        """Its steps: as run.json says, but for a run that is extended: the report of its first finish is kept till the next."""
+        spent = _spent(report, stage)
+        return plan.steps(stage) if spent is None or self._extended(stage, plan, report) else spent
 
-    def _state(self, report: dict[str, Any], names: list[str], stage: str, seen: Glance) -> str:
+    def _extended(self, stage: str, plan: Plan, report: dict[str, Any]) -> bool:
+        """Whether more steps of a stage are planned or logged than run.json reports."""
+        spent = _spent(report, stage)
+        return spent is not None and max(plan.steps(stage) or 0, self.glance(stage).step or 0) > spent
+
+    def _state(self, report: dict[str, Any], plan: Plan, names: list[str], stage: str, seen: Glance) -> str:
         """done, running, stopped, or begun: without a step that was logged."""
-        if "stages" in report:
+        if self.locked():
+            return "running"
+        if "stages" in report and not any(self._extended(name, plan, report) for name in names):
             return "done"
-        if self.locked() or self._age(stage) < max(RECENT, 4 * (seen.between or 0)):
+        if self._age(stage) < max(RECENT, 4 * (seen.between or 0)):
             return "running"
         return "stopped" if seen.step is not None or not names else "begun"
 
@@ -252,6 +257,15 @@ class RunState:
         kept = [each for each in found or [] if isinstance(each, dict)]
         kept = [p for p in kept if number(p.get("step")) is not None and number(p.get("distance")) is not None]
         return [plain(point) for point in sorted(kept, key=lambda point: float(point["step"]))]
+
+
+def _spent(report: dict[str, Any], stage: str) -> int | None:
+    """The steps of a stage when the run was finished; None if run.json does not say."""
+    stages = report.get("stages")
+    for each in stages if isinstance(stages, list) else ():
+        if isinstance(each, dict) and each.get("stage") == stage and number(each.get("steps")) is not None:
+            return int(each["steps"])
+    return None
 
 
 def _share(number_of: int, of: int, step: float | None, total: int | None) -> float | None:

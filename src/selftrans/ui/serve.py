@@ -6,6 +6,7 @@ import secrets
 import socket
 from collections.abc import Sequence
 from pathlib import Path
+from urllib.parse import quote
 
 import torch
 import uvicorn
@@ -38,9 +39,10 @@ def serve(
     listener = listening(host, port)
     port = listener.getsockname()[1]
     shown = f"[{host}]" if ":" in host else host
+    query = f"?token={quote(token, safe='')}" if token else ""
     count = len(page.folders.listing().runs)
     print(f"{count} run{'' if count == 1 else 's'} in {', '.join(printable(path) for path in folders)}")
-    print(f"Open http://{shown}:{port}/{f'?token={token}' if token else ''}   (Ctrl-C ends it)", flush=True)
+    print(f"Open http://{shown}:{port}/{query}   (Ctrl-C ends it)", flush=True)
     config = uvicorn.Config(
         application(page, host=host, token=token),
         log_level="warning",

@@ -37,6 +37,12 @@ def test_names_of_this_machine_are_answered(name):
     assert asked().get("/", headers={"Host": name}).text == "page"
 
 
+def test_another_loopback_address_is_answered_where_the_server_listens_on_it():
+    assert asked(host="127.0.0.2").get("/", headers={"Host": "127.0.0.2:8377"}).text == "page"
+    assert asked(host="127.0.0.2").get("/", headers={"Host": "evil.example"}).status_code == 421
+    assert asked().get("/", headers={"Host": "127.0.0.2:8377"}).status_code == 421
+
+
 @pytest.mark.parametrize(
     "name",
     ["evil.example", "localhost.evil.example", "evil.example:8377", "192.168.0.7", "", "localhost@evil.example", "a/b"],
@@ -66,6 +72,14 @@ def test_the_token_is_asked_for_and_kept_in_a_cookie():
     cookie = answer.headers["set-cookie"]
     assert cookie.startswith(f"{COOKIE}-8377=") and "HttpOnly" in cookie and "SameSite=strict" in cookie
     assert page.get("/").text == "page", "by the cookie"
+
+
+@pytest.mark.parametrize("other", ['theme={"a":1}', "a b=c", "[x]=1", "flag", '=";', 'open="'])
+def test_cookies_of_other_programs_do_not_hide_the_token(other):
+    own = f"{COOKIE}-8377={TOKEN}"
+    for cookies in (f"{other}; {own}", f"{own}; {other}"):
+        assert asked(token=TOKEN).get("/", headers={"Cookie": cookies}).status_code == 200
+    assert asked(token=TOKEN).get("/", headers={"Cookie": f"{other}; {own}x"}).status_code == 401
 
 
 @pytest.mark.parametrize(

@@ -57,6 +57,26 @@ def test_states(tmp_path):
     assert state(toy.finished()).summary()["state"] == "done"
 
 
+def test_a_finished_run_that_is_extended(tmp_path):
+    """run.json of the first finish stays until the second: its steps and totals are not those of the run any more."""
+    run = begun(tmp_path / "run", {"train.steps": 20, "stage1.steps": 10})
+    spent = [{"stage": "stage1", "steps": 10}, {"stage": "stage2", "steps": 20}]
+    (run / "run.json").write_text(json.dumps({"order": ["stage1", "stage2"], "stages": spent, "total_tflops": 5.0}))
+    write_log(run / "stage1" / "log.jsonl", [line(10)])
+    write_log(run / "stage2" / "log.jsonl", [line(10), line(20)])
+    found = state(quiet(run)).summary()
+    assert (found["state"], found["step"], found["steps"], found["tflops"]) == ("done", 20, 20, 5)
+    longer = begun(tmp_path / "longer", {"train.steps": 30, "stage1.steps": 10}) / "config.json"
+    (run / "config.json").write_bytes(longer.read_bytes())
+    found = state(quiet(run)).summary()
+    assert (found["state"], found["step"], found["steps"], found["tflops"]) == ("stopped", 20, 30, None)
+    write_log(run / "stage2" / "log.jsonl", [line(10), line(20), line(24)])
+    found = state(run).summary()
+    assert (found["state"], found["step"], found["steps"], found["left"]) == ("running", 24, 30, 6)
+    (run / "config.json").unlink()  # with no plan the length is not known: "24 of 20" would be wrong
+    assert state(run).summary()["steps"] is None and state(run).detail()["parts"][0]["steps"] == 10
+
+
 def test_a_finished_run_and_its_detail():
     found = state(toy.finished()).detail()
     assert [part["name"] for part in found["parts"]] == ["stage1", "stage2"] and found["notes"] == []

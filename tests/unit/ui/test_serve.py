@@ -53,16 +53,18 @@ def test_without_its_library_the_command_says_what_to_install(monkeypatch, capsy
 
 def test_the_command_listens_answers_and_ends(tmp_path):
     begun(tmp_path / "one")
-    command = [sys.executable, "-m", "selftrans", "ui", str(tmp_path), "--port=0", "--token=a-token-of-tests"]
+    token = "a+token&of#tests"
+    command = [sys.executable, "-m", "selftrans", "ui", str(tmp_path), "--port=0", f"--token={token}"]
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=dict(os.environ)
     ) as process:
         try:
             assert process.stdout.readline() == f"1 run in {tmp_path}\n"
             address = re.search(r"http://\S+", process.stdout.readline())[0]
-            assert address.endswith("/?token=a-token-of-tests")
-            url = address.partition("?")[0]
-            asked = urllib.request.Request(f"{url}api/runs", headers={"Authorization": "Bearer a-token-of-tests"})
+            url, _, query = address.partition("?")
+            assert query == "token=a%2Btoken%26of%23tests"
+            # the token of the address is compared first; a wrong one is refused whatever the headers say
+            asked = urllib.request.Request(f"{url}api/runs?{query}", headers={"Authorization": f"Bearer {token}"})
             with urllib.request.urlopen(asked, timeout=30) as answer:
                 assert b'"name":"one"' in answer.read()
             process.send_signal(signal.SIGINT)

@@ -8,7 +8,9 @@ function sheet(url) {
   if (!sheets.has(url)) {
     const image = new Image();
     image.src = url;
-    sheets.set(url, image.decode().then(() => image));
+    const decoded = image.decode().then(() => image);
+    sheets.set(url, decoded);
+    decoded.catch(() => sheets.get(url) === decoded && sheets.delete(url)); // asked for again by the next tile
     if (sheets.size > 200) sheets.delete(sheets.keys().next().value);
   }
   return sheets.get(url);
