@@ -66,6 +66,10 @@ def test_a_finished_run_that_is_extended(tmp_path):
     write_log(run / "stage2" / "log.jsonl", [line(10), line(20)])
     found = state(quiet(run)).summary()
     assert (found["state"], found["step"], found["steps"], found["tflops"]) == ("done", 20, 20, 5)
+    with open(run / ".lock", "w") as lock:  # before the new settings are written
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if state(run).locked():  # shown by Linux only
+            assert state(run).summary()["state"] == "running"
     longer = begun(tmp_path / "longer", {"train.steps": 30, "stage1.steps": 10}) / "config.json"
     (run / "config.json").write_bytes(longer.read_bytes())
     found = state(quiet(run)).summary()
