@@ -52,7 +52,10 @@ def test_repeated_push_sends_what_has_changed_only(stand_in):  # noqa: F811
     assert repository.uploaded[0] == ["selftrans.json"]  # so that an interrupted push can be continued
     sent = len(repository.uploaded)
     assert to_hub("me/digits") == first and len(repository.uploaded) == sent
-    repository.commit(repository.files | {"vae/config.json": b"{}", "scheduler/other.json": b"{}"})
+    more = {"vae/config.json": b"{}", "scheduler/other.json": b"{}"}  # as an earlier push of a run with a VAE left them
+    record = json.loads(repository.files["selftrans.json"])
+    record["files"] += [*more]
+    repository.commit(repository.files | more | {"selftrans.json": json.dumps(record).encode()})
     to_hub("me/digits", chosen=Chosen("apache-2.0"))
     assert set(repository.files) == HELD and b"license: apache-2.0" in repository.files["README.md"]
     assert sorted(repository.uploaded[-1]) == ["README.md", "selftrans.json"]
