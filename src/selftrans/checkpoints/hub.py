@@ -18,6 +18,8 @@ NAMED = re.compile(r"hf:/{1,2}([\w-][\w.-]*/[\w-][\w.-]*)(?:@([\w./-]+))?")  # P
 CACHED = re.compile(r"models--([\w.-]+?)--([\w.-]+)")  #: folder of a repository in the cache
 #: what is downloaded: an export of `selftrans export`, or a pipeline (`selftrans export --layout pipeline`, `selftrans push`)
 FILES = ("*.json", "model.safetensors")
+#: what `selftrans push` adds; RECORD marks its repositories
+CARD, SAMPLES, RECORD = "README.md", "samples.png", "selftrans.json"
 FOLDERS = ("scheduler", "transformer", "vae", "text_encoder", "tokenizer")
 ALLOWED = [*FILES, *(f"{folder}/*.{suffix}" for folder in FOLDERS for suffix in ("json", "safetensors"))]
 ALLOWED += [f"tokenizer/{name}" for name in TOKENIZER_FILES]  # data, too, which the sha256 of a text encoder covers

@@ -85,9 +85,9 @@ def _check_out(out: Path, names: set[str]) -> None:
 
 def _export_pipeline(file: Path, out: Path) -> Path:
     """Write a folder for diffusers; an earlier one is replaced when the new one is complete."""
-    from selftrans.interop.sit_pipeline import SiTPipeline
+    from selftrans.interop.sit_pipeline import SiTPipeline, check_replaceable
 
-    _check_out(out, {PIPELINE})
+    check_replaceable(out)
     pipeline = SiTPipeline.from_run(file)
     with atomic_directory(out, replace=True) as folder:
         pipeline.save_pretrained(folder)

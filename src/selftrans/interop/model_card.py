@@ -10,13 +10,13 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from selftrans.checkpoints.hub import SAMPLES
 from selftrans.checkpoints.load import LoadedModel
 from selftrans.config import settings_of
 from selftrans.interop.pipeline_parts import last_parts
 from selftrans.interop.run_facts import made_with
 from selftrans.storage import printable
 
-SAMPLES = "samples.png"
 #: entries of a report of `selftrans evaluate` -> heading
 NUMBERS = {
     "sfid": "sFID",

@@ -13,16 +13,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from selftrans.checkpoints import hub
-from selftrans.checkpoints.load import PIPELINE, Weights, find, load_model
+from selftrans.checkpoints.hub import CARD, RECORD, SAMPLES
+from selftrans.checkpoints.load import Weights, find, load_model
 from selftrans.evaluate.plots import save_png
-from selftrans.interop.model_card import SAMPLES, card
+from selftrans.interop.model_card import card
 from selftrans.interop.pipeline_parts import last_parts
 from selftrans.interop.run_facts import compute_of, evaluations_of, read_object, run_of, sheet_of
-from selftrans.interop.sit_pipeline import SiTPipeline
+from selftrans.interop.sit_pipeline import SiTPipeline, check_replaceable
 from selftrans.storage import atomic_directory, first_line, listed, printable, write_json, write_text
 
-RECORD = "selftrans.json"  #: marks a repository as one that `selftrans push` writes
-CARD = "README.md"
 KEPT = ".gitattributes"  #: every repository has it
 NAME = re.compile(r"[\w-][\w.-]{0,95}/[\w-][\w.-]{0,95}")
 
@@ -52,8 +51,7 @@ def write_folder(
     """
     check_name(repository)
     chosen.check()
-    if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not (out / PIPELINE).is_file())):
-        raise ValueError(f"{out} exists and is not an export; choose another --out")
+    check_replaceable(out)
     file = find(run, stage=stage, weights=weights)
     loaded, of_run = load_model(file), run_of(file)
     compute, evaluations = compute_of(of_run, loaded), evaluations_of(of_run, chosen.evaluations, loaded)
@@ -85,8 +83,9 @@ def write_folder(
         if sheet is not None:
             save_png(sheet.picture, folder / SAMPLES)
         write_text(folder / CARD, text)
-        write_json(folder / RECORD, last_parts(record))
-    return sorted(path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file())
+        files = sorted([*(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()), RECORD])
+        write_json(folder / RECORD, last_parts(record) | {"files": files})
+    return files
 
 
 def push(
@@ -128,7 +127,8 @@ def _upload(folder: Path, files: list[str], repository: str, private: bool, forc
     if private and not info.private:
         raise ValueError(f"{repository} exists and is public; make it private on the hub, or leave out --private")
     held = {str(sibling.rfilename) for sibling in info.siblings or ()} - {KEPT}
-    foreign = sorted(name for name in held if not (RECORD in held and _ours(name)))
+    earlier = _pushed(api, repository) & held if RECORD in held else set()
+    foreign = sorted(held - earlier)
     if foreign and not force:
         raise ValueError(
             f"{repository} holds files that selftrans push has not written ({listed(foreign, 3)}); choose another repository, "
@@ -142,9 +142,7 @@ def _upload(folder: Path, files: list[str], repository: str, private: bool, forc
         repo_id=repository,
         folder_path=folder,
         commit_message="selftrans push",
-        delete_patterns=[
-            f"{part}/*" for part in hub.FOLDERS
-        ],  # of an earlier push; those of the same names are replaced
+        delete_patterns=sorted(earlier - set(files)) or None,  # what an earlier push wrote; files of others stay
     )
     return f"{hub.SCHEME}{repository}@{done.oid}"
 
@@ -156,8 +154,12 @@ def _version() -> str | None:
         return None
 
 
-def _ours(name: str) -> bool:
-    return name in (RECORD, CARD, SAMPLES, PIPELINE) or name.split("/")[0] in hub.FOLDERS
+def _pushed(api: Any, repository: str) -> set[str]:
+    """Names of the files of an earlier push, as its selftrans.json in the repository lists them."""
+    record = read_object(Path(api.hf_hub_download(repository, RECORD))) or {}
+    names = record.get("files")
+    names = names if isinstance(names, list) else []
+    return {RECORD} | {name for name in names if isinstance(name, str) and not set(name) & set("*?[")}  # made patterns
 
 
 def check_name(repository: str) -> None:

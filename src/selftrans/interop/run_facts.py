@@ -93,9 +93,13 @@ def sheet_of(run: Path | None, samples: Path | None, loaded: LoadedModel) -> She
     if preview is None or not preview.is_file() or loaded.weights != "ema":
         warnings.warn("the card has no samples: give --samples FOLDER, as `selftrans sample` makes it", stacklevel=4)
         return None
-    steps, scale = loaded.config.log.preview_steps, loaded.config.sample.guidance_scale
+    sample, steps = loaded.config.sample, loaded.config.log.preview_steps
+    made = {"steps": steps, "sampler": "Heun's method", "seed": sample.seed}
+    made |= {"guidance_scale": sample.guidance_scale, "guidance_interval": list(sample.guidance_interval)}
+    if sample.autoguidance is not None:  # which previews leave out
+        made |= {"guidance_scale": 1}
     picture, _ = PNG.read(preview)
-    return Sheet(picture, f"{steps} steps of Heun's method, guidance {scale:g}, seed {loaded.config.sample.seed}")
+    return Sheet(picture, made_with(made))
 
 
 def _of_folder(samples: Path, loaded: LoadedModel) -> Sheet | None:

@@ -250,6 +250,21 @@ def _repeated(given: Any, n: int) -> list[Any]:
     return [several[k % len(several)] for k in range(n)]
 
 
+def check_replaceable(out: Path) -> None:
+    """ValueError unless `out` is free, or holds what `selftrans export` or `push` wrote there, and nothing else."""
+    names = (
+        {path.name for path in out.iterdir()} if out.is_dir() else {""} if out.exists() or out.is_symlink() else set()
+    )
+    try:
+        if names:
+            _check_index(out)
+        own = names <= {PIPELINE, hub.CARD, hub.SAMPLES, hub.RECORD, *hub.FOLDERS}
+    except ValueError:
+        own = False
+    if not own:
+        raise ValueError(f"{out} exists and is not an export, or holds other files, too; choose another --out")
+
+
 def _check_index(folder: Path) -> None:
     """ValueError unless a folder says that it is a pipeline of this class; the classes that it names are not looked at."""
     try:

@@ -123,8 +123,12 @@ class Trackers:
             return
         from PIL import Image
 
-        with Image.open(file, formats=["PNG"]) as opened:
-            pixels = np.asarray(opened.convert("RGB"))  # (H, W, 3)
+        try:
+            with Image.open(file, formats=["PNG"]) as opened:
+                pixels = np.asarray(opened.convert("RGB"))  # (H, W, 3)
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # damaged, or very large
+            _warn(f"trackers do not get {file.name} ({first_line(error)})")
+            return
         self._each(step, lambda name, tracker, at: _log_picture(name, tracker, f"{stage}/preview", pixels, file, at))
 
     def close(self) -> None:

@@ -52,7 +52,10 @@ def test_repeated_push_sends_what_has_changed_only(stand_in):  # noqa: F811
     assert repository.uploaded[0] == ["selftrans.json"]  # so that an interrupted push can be continued
     sent = len(repository.uploaded)
     assert to_hub("me/digits") == first and len(repository.uploaded) == sent
-    repository.commit(repository.files | {"vae/config.json": b"{}", "scheduler/other.json": b"{}"})
+    more = {"vae/config.json": b"{}", "scheduler/other.json": b"{}"}  # as an earlier push of a run with a VAE left them
+    record = json.loads(repository.files["selftrans.json"])
+    record["files"] += [*more]
+    repository.commit(repository.files | more | {"selftrans.json": json.dumps(record).encode()})
     to_hub("me/digits", chosen=Chosen("apache-2.0"))
     assert set(repository.files) == HELD and b"license: apache-2.0" in repository.files["README.md"]
     assert sorted(repository.uploaded[-1]) == ["README.md", "selftrans.json"]
@@ -77,6 +80,14 @@ def test_other_files_are_not_overwritten_without_force(stand_in):  # noqa: F811
     assert repository.sha == sha
     to_hub("me/other", force=True)
     assert set(repository.files) == HELD - {".gitattributes"} | {"weights.bin"}
+
+
+def test_force_deletes_no_file_of_others(stand_in):  # noqa: F811
+    repository = stand_in.repositories["me/other"] = Repository()
+    repository.commit({"text_encoder/model.safetensors": b"theirs", "vae/x.bin": b"y"})
+    to_hub("me/other", force=True)
+    to_hub("me/other", force=True)
+    assert {"text_encoder/model.safetensors", "vae/x.bin"} <= set(repository.files)
 
 
 def test_public_repository_is_refused_where_a_private_one_is_asked_for(stand_in):  # noqa: F811
@@ -167,6 +178,20 @@ def test_wrong_arguments_write_nothing(tmp_path, monkeypatch, capsys, words, mes
     assert main(["push", str(toy.finished()), *words, "--dry-run"]) in (1, 2)
     said = capsys.readouterr().err
     assert message in said and said.count("\n") == 1 and not [*tmp_path.iterdir()]
+
+
+@pytest.mark.parametrize(
+    "files", [{"model_index.json": '{"_class_name": "OtherPipeline"}'}, {".git": "x"}, {"notes": ""}]
+)
+def test_pipelines_of_others_and_files_among_ours_are_kept(tmp_path, files):
+    folder = tmp_path / "out"
+    folder.mkdir()
+    for name, text in ({"model_index.json": '{"_class_name": "SiTPipeline"}'} | files).items():
+        (folder / name).write_text(text)
+    before = toy.tree(folder)
+    with pytest.raises(ValueError, match="exists and is not an export, or holds other files"):
+        write_folder(toy.finished(), "me/digits", folder, MIT)
+    assert toy.tree(folder) == before
 
 
 def test_folder_that_is_no_export_is_kept(tmp_path):

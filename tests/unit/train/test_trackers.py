@@ -6,6 +6,7 @@ import types
 
 import numpy as np
 import pytest
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from selftrans.train import trackers
@@ -89,6 +90,20 @@ def test_tensorboard_has_the_settings_and_the_previews_of_a_run(tmp_path):
     assert [picture.step for picture in pictures] == [4, 8] and pictures[0].width > 16
     settings = events.summary_metadata["_hparams_/session_start_info"].plugin_data.content
     assert b"train.batch_size" in settings and b"model.width" in settings
+
+
+@pytest.mark.parametrize("content", [b"no picture", None])
+def test_picture_that_cannot_be_read_costs_a_warning(tmp_path, monkeypatch, content):
+    file = tmp_path / "step-00000004.png"
+    Image.new("RGB", (8, 8)).save(file)
+    if content is None:
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 31)  # above twice as many Pillow refuses
+    else:
+        file.write_bytes(content)
+    trackers = Trackers(tmp_path)
+    trackers._running["tensorboard"] = None  # not reached
+    with pytest.warns(UserWarning, match=r"trackers do not get step-00000004.png \("):
+        trackers.picture("vanilla", file, 4)
 
 
 def test_every_tracker_gets_settings_lines_and_previews_and_a_continued_run_goes_on(tmp_path, packages):
