@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from selftrans.data.dataset import NUMBERS, Dataset
+from selftrans.data.manifest import Features
 from selftrans.data.shard_file import row_bytes
 
 CHUNK = 1024  #: rows copied at a time
@@ -28,7 +29,7 @@ class OnDevice(Dataset):
     def __init__(self, dataset: Dataset, device: torch.device | str) -> None:
         super().__init__(dataset.path, dataset.manifest, dataset._tensors, dataset.labels, dataset.counts)
         self.device, manifest = torch.device(device), dataset.manifest
-        self._dataset = dataset
+        self.origin, self._dataset = dataset.origin, dataset
         self.text_encoder, self._encoder = dataset.text_encoder, dataset._encoder
         try:
             dtype = NUMBERS[manifest.dtype][0]
@@ -43,6 +44,18 @@ class OnDevice(Dataset):
         for start in range(0, len(dataset), CHUNK):
             rows = np.arange(start, min(start + CHUNK, len(dataset)))
             moments[start : start + len(rows)] = dataset.read(rows, ["moments"])["moments"].to(device)
+
+    def some_rows(self, most: int) -> np.ndarray:
+        """As those of the data that are read."""
+        return self._dataset.some_rows(most)
+
+    def quick_rows(self, most: int) -> np.ndarray:
+        """As those of the data that are read: captions are not on the device."""
+        return self._dataset.quick_rows(most)
+
+    def open_features(self) -> Features:
+        """As `Dataset.open_features`; the data that are read know where they lie."""
+        return self._dataset.open_features()  # into the dict of tensors, which both have
 
     def read(
         self, rows: np.ndarray | Tensor, names: Collection[str] | None = None, which: np.ndarray | None = None

@@ -68,7 +68,7 @@ class ShardCache:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             with self._locked():
-                self._lease = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+                self._lease = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
                 _lock(self._lease, wait=False)
                 self._remove_stale(self._others())
         except (OSError, ImportError) as error:
@@ -108,7 +108,8 @@ class ShardCache:
             with self._locked():
                 others = self._others()
                 if path.is_file() and not path.is_symlink():
-                    os.utime(path)
+                    with suppress(OSError):  # of another user
+                        os.utime(path)
                     self._own.reading.add(name)
                     self._write()
                     return path
@@ -179,30 +180,39 @@ class ShardCache:
                     yield entry.name, entry.stat(follow_symlinks=False)
 
     def _others(self) -> list[Lease]:
-        """The leases of other living processes (and of other caches of this one); those of dead ones are removed."""
+        """The leases of other living processes (and of other caches of this one); those of dead ones are removed.
+
+        One that cannot be read, of another user, may be alive, and may be of any file: then none is removed.
+        """
         found = []
         for path in self.folder.glob(".lease-*"):
-            if path.name == f".lease-{self._id}" or path.is_symlink():
+            if path.name == f".lease-{self._id}" or path.is_symlink() or not path.is_file():
                 continue
             try:
-                with open(path, "r+", encoding="utf-8") as file:
-                    try:
-                        _lock(file.fileno(), wait=False)
-                    except OSError:  # its process lives
+                with open(no_symlink(str(path), os.O_RDONLY), encoding="utf-8") as file:
+                    if _is_locked(file.fileno()):  # its process lives
                         content = json.loads(file.read() or "[[], {}]")
                         found.append(Lease(set(content[0]), dict(content[1])))
                         continue
+                with suppress(OSError):
                     path.unlink(missing_ok=True)
-            except (OSError, ValueError):
+            except FileNotFoundError:
                 continue
+            except (OSError, ValueError):
+                found.append(Lease({name for name, _ in self._files()} | {*self._temporaries().values()}, {}))
         return found
 
     def _remove_stale(self, others: list[Lease]) -> None:
         """Remove what killed processes were writing: temporary files that no living process fetches."""
-        fetched = {name for lease in others for name in lease.fetching}
-        for path in self.folder.glob(f".*{SUFFIX}.*.tmp"):
-            if path.name[1:].partition(SUFFIX)[0] + SUFFIX not in fetched:
+        fetched = {name for lease in others for name in (*lease.fetching, *lease.reading)}
+        for path, name in self._temporaries().items():
+            if name not in fetched:
                 path.unlink(missing_ok=True)
+
+    def _temporaries(self) -> dict[Path, str]:
+        """Temporary files, and the names that they get."""
+        found = self.folder.glob(f".*{SUFFIX}.*.tmp")
+        return {path: path.name[1:].partition(SUFFIX)[0] + SUFFIX for path in found}
 
     def _write(self) -> None:
         text = json.dumps([sorted(self._own.reading), self._own.fetching]).encode()
@@ -215,7 +225,10 @@ class ShardCache:
         descriptor = no_symlink(str(self.folder / ".lock"), os.O_RDWR | os.O_CREAT)
         try:
             _lock(descriptor, wait=True)
-            yield
+            try:
+                yield
+            finally:
+                _unlock(descriptor)
         finally:
             os.close(descriptor)
 
@@ -224,6 +237,25 @@ def _lock(descriptor: int, *, wait: bool) -> None:
     import fcntl  # not on Windows
 
     fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+
+
+def _unlock(descriptor: int) -> None:
+    """Closing alone leaves the lock to a process that was forked while it was held."""
+    import fcntl
+
+    fcntl.flock(descriptor, fcntl.LOCK_UN)
+
+
+def _is_locked(descriptor: int) -> bool:
+    """Whether another holds an exclusive lock on a file that is open for reading."""
+    import fcntl
+
+    try:
+        # shared: over NFS an exclusive lock needs a file that is open for writing
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError:
+        return True
+    return False
 
 
 def _end(descriptor: int, path: Path, process: int) -> None:

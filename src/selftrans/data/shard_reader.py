@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections import deque
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple, overload
 
@@ -47,9 +47,19 @@ class ShardReader:
     else the last few.
     """
 
-    def __init__(self, url: str, store: Store, cache: ShardCache, manifest: Manifest, labels: np.ndarray) -> None:
+    def __init__(
+        self,
+        url: str,
+        store: Store,
+        cache: ShardCache,
+        manifest: Manifest,
+        index: Mapping[str, np.ndarray],
+        index_file: Path,
+    ) -> None:
         self.url, self.store, self.cache, self.manifest = url, store, cache, manifest
-        self._labels = np.split(labels, np.cumsum([shard.count for shard in manifest.shards])[:-1])
+        ends = np.cumsum([shard.count for shard in manifest.shards])[:-1]
+        self._index = {name: np.split(values, ends) for name, values in index.items()}  #: what was read without a hash
+        self._index_file = index_file
         self.features = False  #: whether files of features are fetched with their shards
         self.bytes = [sum(file.size for file in self._files(k, features=True)) for k in range(len(manifest.shards))]
         self._mutex = threading.RLock()
@@ -129,10 +139,14 @@ class ShardReader:
                 if attempt:
                     raise ValueError(f"{self.url}/{file.name}: {error}") from error
                 self._obtain(file)
-        if "labels" in found and not np.array_equal(found["labels"], self._labels[k]):
-            raise ValueError(
-                f"{self.url}/{file.name} has other labels than when the data were opened; repeat the command"
-            )
+        for name, parts in self._index.items():
+            if name in found and not np.array_equal(found[name], parts[k]):
+                self._index_file.unlink(missing_ok=True)  # so that a repeated command reads both again
+                self.cache.discard(file.cached)
+                what = "labels" if name == "labels" else "numbers of captions"
+                raise ValueError(
+                    f"{self.url}/{file.name} has other {what} than when the data were opened; repeat the command"
+                )
         return found
 
     def _obtain(self, file: RemoteFile, wanted: Callable[[], bool] = lambda: True) -> None:
@@ -192,7 +206,7 @@ class ShardReader:
             try:
                 for file in self._files(k):
                     self._obtain(file, wanted=lambda k=k: k in self._held)  # type: ignore[misc]
-            except ValueError:
+            except (OSError, ValueError):
                 continue  # the one who reads the shard tries again, and gets the error
 
 

@@ -65,10 +65,10 @@ class Streamed(Dataset):
         if self.reader.fits:
             self.reader.fetch_all(progress=progress)
 
-    def some_rows(self, most: int) -> np.ndarray:
-        """As `Dataset.some_rows`; of data larger than the cache, rows of a few shards."""
+    def quick_rows(self, most: int) -> np.ndarray:
+        """As `Dataset.quick_rows`; of data larger than the cache, rows of a few shards."""
         if self.reader.fits:
-            return super().some_rows(most)
+            return super().quick_rows(most)
         draw, counts = np.random.default_rng(0), [shard.count for shard in self.manifest.shards]
         few = draw.permutation(np.flatnonzero(counts))[
             : max(1, window_that_fits(self.reader.bytes, self.reader.cache.limit))
@@ -158,10 +158,11 @@ def _one(
         raise ValueError(f"{url}: {error}") from error
     folder = _folder(cache, url)
     write_text(folder / FILE, text)
-    index = _index(url, store, manifest, folder / f"index-{hashlib.sha256(text.encode()).hexdigest()[:16]}.safetensors")
+    index_file = folder / f"index-{hashlib.sha256(text.encode()).hexdigest()[:16]}.safetensors"
+    index = _index(url, store, manifest, index_file)
     if manifest.text:
         _fetch_null(url, store, folder, manifest.text.null)
-    reader = ShardReader(url, store, cache, manifest, index["labels"])
+    reader = ShardReader(url, store, cache, manifest, index, index_file)
     dataset = Streamed(url, folder, reader, index["labels"], index.get(COUNT), options)
     dataset.text_encoder = text_encoder
     if verify:

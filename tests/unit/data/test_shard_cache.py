@@ -12,7 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from selftrans.data import shard_cache
 from selftrans.data.shard_cache import CacheOptions, ShardCache
+from selftrans.storage import no_symlink
 
 
 def name(letter: str) -> str:
@@ -114,6 +116,52 @@ def test_killed_process_leaves_no_lease_and_no_temporary_file(tmp_path: Path) ->
     assert len(list(tmp_path.glob(".lease-*"))) == 1 and not list(tmp_path.glob(".*.tmp"))
     put(cache, "c", size=240)
     assert kept(tmp_path) == "c"  # nobody reads a any more
+
+
+@pytest.mark.parametrize("readable", [True, False])
+def test_files_of_other_users_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, readable: bool) -> None:
+    mine, theirs = ShardCache(tmp_path, 250), ShardCache(tmp_path, 250)
+    mask = os.umask(0)
+    os.umask(mask)
+    assert {path.stat().st_mode & 0o777 for path in tmp_path.glob(".lease-*")} == {0o666 & ~mask}
+
+    def refuse(path: str, flags: int) -> int:
+        if ".lease" in path and not (readable and flags == os.O_RDONLY):
+            raise PermissionError(13, "Permission denied", path)
+        return no_symlink(path, flags)
+
+    monkeypatch.setattr(shard_cache, "no_symlink", refuse)
+    put(theirs, "a")
+    put(mine, "b")
+    mine.hold([])
+    if readable:
+        put(mine, "c")
+        assert kept(tmp_path) == "ac"
+        return
+    temporary = tmp_path / f".{name('d')}.x.tmp"
+    temporary.touch()
+    with pytest.raises(ValueError, match="full of files that are read"):
+        put(mine, "c", patience=0.05)
+    ShardCache(tmp_path, 250)
+    assert kept(tmp_path) == "ab" and temporary.exists()
+
+
+def test_process_forked_under_the_lock_does_not_keep_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache, copies = ShardCache(tmp_path, 100), []
+
+    def copied(path: str, flags: int) -> int:
+        copies.append(os.dup(descriptor := no_symlink(path, flags)))  # as a forked process has it
+        return descriptor
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shard_cache, "no_symlink", copied)
+        cache.hold([])
+    thread = threading.Thread(target=cache.hold, args=([],), daemon=True)
+    thread.start()
+    thread.join(2)
+    ended = not thread.is_alive()
+    os.close(*copies)
+    assert ended
 
 
 def test_closed_cache_leaves_no_lease(tmp_path: Path) -> None:

@@ -5,17 +5,26 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import load_file, save
 
 from selftrans.data import remote
 from selftrans.data.buckets import is_prepared, open_data
 from selftrans.data.dataset import Dataset
+from selftrans.data.decoded import data_latents
+from selftrans.data.manifest import FeatureFile, Features, Manifest
+from selftrans.data.manifest_text import COUNT
+from selftrans.data.on_device import OnDevice
 from selftrans.data.shard_cache import CacheOptions
+from selftrans.data.shard_file import write_shard
 from selftrans.data.streamed import Streamed
+from selftrans.storage import sha256_file
 from tests.support import captioned, ratios
 from tests.support.damage import flip
 from tests.support.served import ROWS, folder_of, serving
@@ -98,8 +107,61 @@ def test_cache_stays_within_its_bound_and_in_order(folder: Path, tmp_path: Path)
         assert sorted(set(fetched(server.asked))) == [f"shard-{k:05d}.safetensors" for k in range(SHARDS)]
         with pytest.raises(ValueError, match="outside"):
             dataset.read(np.array([60]))
-    rows = dataset.some_rows(100)
+    rows = dataset.quick_rows(100)
     assert len(rows) == ROWS and len({row // ROWS for row in rows}) == 1  # of one shard: a third of the cache
+
+
+def test_rows_for_measurements_do_not_depend_on_the_cache(folder: Path, tmp_path: Path) -> None:
+    local, dataset = Dataset.open(folder), opened(folder.as_uri(), tmp_path, shards=1.5)
+    for found, expected in zip(data_latents(dataset, 40), data_latents(local, 40), strict=True):
+        assert torch.equal(found, expected)
+    assert len(list(tmp_path.glob("*.safetensors"))) == 1
+
+
+@pytest.mark.parametrize(("stale", "what"), [("labels", "labels"), (COUNT, "numbers of captions")])
+def test_index_of_other_shards_is_refused_once(tmp_path: Path, stale: str, what: str) -> None:
+    url, local = captioned.shared().as_uri(), Dataset.open(captioned.shared())
+    opened(url, tmp_path)
+    (index,) = tmp_path.glob("sets/*/index-*.safetensors")
+    kept = load_file(index)
+    kept[stale][1] += 1
+    index.write_bytes(save(kept))
+    with pytest.raises(ValueError, match=f"shard-00000.safetensors has other {what} than .*; repeat the command$"):
+        opened(url, tmp_path).read(np.arange(2))
+    repeated = opened(url, tmp_path)
+    assert torch.equal(repeated.read(np.arange(2))["moments"], local.read(np.arange(2))["moments"])
+    assert np.array_equal(repeated.labels, local.labels) and np.array_equal(repeated.counts, local.counts)
+
+
+def test_stored_features_of_data_on_the_device_are_fetched(tmp_path: Path) -> None:
+    folder = folder_of(tmp_path / "a", 2)
+    manifest = Manifest.load(folder)
+    values = np.random.default_rng(0).standard_normal((2, ROWS, 1, 4, 3)).astype(np.float16)
+    plan, files = Features("encoder", "0" * 64, "float32", 2, 3, "1" * 64, ()), []
+    for k in range(2):
+        path = folder / FeatureFile(k, "").name
+        with write_shard(path, plan.layout(manifest), ROWS) as rows:
+            rows.write({"features": values[k]})
+        files.append(FeatureFile(k, sha256_file(path)))
+    options = manifest.options | {"fingerprint": plan.fingerprint}
+    described = replace(manifest, options=options, features=replace(plan, files=tuple(files)))
+    (folder / "manifest.json").write_text(described.to_json())
+    on_device = OnDevice(opened(folder.as_uri(), tmp_path / "cache"), "cpu")
+    assert on_device.origin == folder.as_uri() and on_device.open_features().width == 3
+    read = on_device.read(np.array([13, 2]))
+    assert np.array_equal(read["features"].numpy(), values[[1, 0], [3, 2]])
+
+
+def test_thread_that_fetches_ahead_ends_in_order_after_an_error(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dataset = opened(folder.as_uri(), tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(dataset.reader.cache, "obtain", Mock(side_effect=PermissionError(13, "denied")))
+        dataset.expect((0, 1), ())
+        until(lambda: dataset.reader._workers == 0)
+    dataset.expect((0, 1), ())
+    until(lambda: len(list(tmp_path.glob("*.safetensors"))) == 2)
 
 
 def test_expected_shards_are_fetched_ahead_and_others_released(folder: Path, tmp_path: Path) -> None:
