@@ -5,7 +5,8 @@
     selftrans compare digits --out results/digits --methods vanilla repa --repa.encoder results/encoder
 
 Tasks:
-    contrastive   two distorted views of each picture are told from those of the others (SimCLR, Chen et al., 2002.05709)
+    contrastive   features of two augmented views of a picture agree, those of different pictures differ
+                  (SimCLR, Chen et al., 2002.05709)
     rotation      which of four rotations a picture has (RotNet, Gidaris et al., 1803.07728)
     labels        the classes; such an encoder knows what the student is asked for, so it is an upper bound, not a competitor
 

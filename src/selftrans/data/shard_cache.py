@@ -151,7 +151,7 @@ class ShardCache:
                 self._write()
 
     def _free(self, size: int, others: list[Lease]) -> bool:
-        """Whether `size` bytes fit, after files that nobody reads are removed, as many as needed, least recently used first."""
+        """Remove files without a reader, least recently used first, until `size` bytes fit; returns whether they do."""
         leases = [self._own, *others]
         held = set().union(*(lease.reading for lease in leases))
         reserved = sum(sum(lease.fetching.values()) for lease in leases)

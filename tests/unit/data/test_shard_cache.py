@@ -115,7 +115,7 @@ def test_killed_process_leaves_no_lease_and_no_temporary_file(tmp_path: Path) ->
     cache = ShardCache(tmp_path, 250)
     assert len(list(tmp_path.glob(".lease-*"))) == 1 and not list(tmp_path.glob(".*.tmp"))
     put(cache, "c", size=240)
-    assert kept(tmp_path) == "c"  # nobody reads a any more
+    assert kept(tmp_path) == "c"  # the file "a" has no reader now, so it may be removed
 
 
 @pytest.mark.parametrize("readable", [True, False])
