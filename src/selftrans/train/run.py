@@ -263,8 +263,8 @@ def _rehearse(config: RunConfig, plan: Sequence[Stage], out: Path, manifest: Man
             put_together(config, stage, manifest)
 
 
-def put_together(config: RunConfig, stage: Stage, manifest: Manifest, given: Any = None) -> None:
-    """ValueError where the parts of a stage do not fit; needs no memory for weights.
+def put_together(config: RunConfig, stage: Stage, manifest: Manifest, given: Any = None) -> Objective:
+    """A stage without memory for weights. ValueError where its parts do not fit.
 
     `given`: the encoder or teacher of the stage; None for a teacher that is not trained yet, whose sizes are known.
     """
@@ -272,7 +272,7 @@ def put_together(config: RunConfig, stage: Stage, manifest: Manifest, given: Any
         student, model = (config.build_model(manifest.shape, manifest.conditions) for _ in range(2))
         if stage.teacher and given is None:
             given = Frozen(model, stage.teacher.block(model.depth), in_place=True)
-        Objective(student, stage.guide(student, given))
+        return Objective(student, stage.guide(student, given))
 
 
 def _stages(config: RunConfig) -> list[Stage]:
