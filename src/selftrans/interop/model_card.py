@@ -45,7 +45,7 @@ def card(
         _front(license, loaded),
         f"# {cell(repository.rpartition('/')[2])}",
         _about(loaded, data),
-        f"![samples]({SAMPLES})\n\nSamples: {samples}." if samples else "",
+        f"![samples]({SAMPLES})\n\nSamples: {cell(samples)}." if samples else "",
         _use(repository, loaded),
         "## Numbers\n\n" + (_numbers(evaluations) if evaluations else "None were measured on these weights."),
         "## Training\n\n" + _compute(compute),
@@ -128,8 +128,8 @@ def _numbers(evaluations: Sequence[dict[str, Any]]) -> str:
                 spread = report.get(f"{key}_std")
                 found.append((name, f"{value:.4g}" + (f" ± {spread:.2g}" if isinstance(spread, int | float) else "")))
         depends = (
-            f"{report.get('num_images')} samples against {cell(last_parts(str(report.get('reference'))))} "
-            f"({report.get('reference_images')} images), features of {cell(last_parts(str(report.get('extractor'))))} "
+            f"{cell(report.get('num_images'))} samples against {cell(last_parts(str(report.get('reference'))))} "
+            f"({cell(report.get('reference_images'))} images), features of {cell(last_parts(str(report.get('extractor'))))} "
             f"(sha256 {cell(str(report.get('extractor_sha256'))[:12])}), {cell(made_with(made))}, precision "
             f"{cell(made.get('precision'))}, labels {cell(made.get('labels'))}"
         )
