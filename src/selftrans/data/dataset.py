@@ -95,6 +95,16 @@ class Dataset:
     def __len__(self) -> int:
         return self.manifest.count
 
+    def __getitem__(self, row: int) -> dict[str, Tensor]:
+        """One row as `read` returns it, without the first dimension, as a `torch.utils.data.DataLoader` asks for it.
+
+        -1 is the last row. Raises IndexError out of range.
+        """
+        at = row + len(self) if row < 0 else row
+        if not 0 <= at < len(self):
+            raise IndexError(f"row {row} is outside the {self.manifest.counted(len(self))} of {self.path}")
+        return {name: tensor[0] for name, tensor in self.read(np.array([at])).items()}
+
     @property
     def parts(self) -> tuple[int, ...]:
         """Rows of each part of one shape, in order: a batch is of one part. Here all rows are one part."""

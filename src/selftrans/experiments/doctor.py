@@ -20,7 +20,7 @@ from selftrans.device import default_device
 from selftrans.experiments.bench.machine import cpu_name
 from selftrans.plugins import installed_version
 from selftrans.precision import PRECISIONS
-from selftrans.storage import first_line
+from selftrans.storage import first_line, plural
 
 PACKAGES = (
     "selftrans",
@@ -144,7 +144,7 @@ def text(found: dict[str, Any]) -> str:
         "python": found["python"],
         **{name: installed for name, installed in packages.items() if installed},
         "not installed": ", ".join(missing) or "-",
-        "cpu": f"{found['cpu']}, {found['cores']} cores",
+        "cpu": f"{found['cpu']}, {plural(found['cores'], 'core')}",
         **{f"gpu {k}": _gpu(each) for k, each in enumerate(found["devices"])},
         **({} if found["devices"] else {"gpu": "torch finds none: training runs on the CPU"}),
         **found["precisions"],

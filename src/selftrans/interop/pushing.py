@@ -21,7 +21,7 @@ from selftrans.interop.pipeline_parts import last_parts
 from selftrans.interop.run_facts import compute_of, evaluations_of, run_of, sheet_of
 from selftrans.interop.sit_pipeline import SiTPipeline, check_replaceable
 from selftrans.plugins import installed_version
-from selftrans.storage import atomic_directory, first_line, listed, printable, write_json, write_text
+from selftrans.storage import atomic_directory, first_line, listed, plural, printable, write_json, write_text
 
 KEPT = ".gitattributes"  #: every repository has it
 NAME = re.compile(r"[\w-][\w.-]{0,95}/[\w-][\w.-]{0,95}")
@@ -110,7 +110,10 @@ def push(
     with tempfile.TemporaryDirectory(prefix="selftrans-push-") as temporary:
         folder = out or Path(temporary) / "folder"
         files = write_folder(run, repository, folder, chosen, weights=weights, stage=stage)
-        say(f"{len(files)} files, {sum((folder / name).stat().st_size for name in files) / 1e6:.1f} MB -> {repository}")
+        say(
+            f"{plural(len(files), 'file')}, {sum((folder / name).stat().st_size for name in files) / 1e6:.1f} MB -> "
+            f"{repository}"
+        )
         try:
             return _upload(folder, files, repository, private, force)
         except ValueError as error:

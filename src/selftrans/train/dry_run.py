@@ -216,11 +216,15 @@ def _written(config: RunConfig, plan: list[Stage]) -> list[str]:
     if config.data.path is None:
         names.append("data/: the built-in data, prepared")
     for stage in plan:
-        names.append(f"{stage.name}/log.jsonl: a line every {config.log.every} steps")
-        names.append(f"{stage.name}/checkpoints/: every {config.train.checkpoint_every} steps")
+        names.append(f"{stage.name}/log.jsonl: a line {_every(config.log.every)}")
+        names.append(f"{stage.name}/checkpoints/: {_every(config.train.checkpoint_every)}")
         if config.train.preview_every:
-            names.append(f"{stage.name}/previews/: a sheet of samples every {config.train.preview_every} steps")
+            names.append(f"{stage.name}/previews/: a sheet of samples {_every(config.train.preview_every)}")
     return names + [f"{name}/" for name in tracker_names(config) if name in TAKEN_FOLDERS]
+
+
+def _every(steps: int) -> str:
+    return "every step" if steps == 1 else f"every {steps} steps"
 
 
 def _device_name(device: torch.device) -> str:

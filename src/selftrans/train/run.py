@@ -216,7 +216,8 @@ def data_of_run(config: RunConfig, out: Path, accelerator: Accelerator | None = 
     small = sum(size < config.train.batch_size for size in shards.parts)
     if small and len(shards.parts) > 1 and main:
         warnings.warn(
-            f"{small} of the {len(shards.parts)} buckets of {path} {'has' if small == 1 else 'have'} fewer pictures than the "
+            f"{small} of the {plural(len(shards.parts), 'bucket')} of {path} {'has' if small == 1 else 'have'} fewer "
+            "pictures than the "
             f"batch, {config.train.batch_size}: a batch of those has some of them more than once",
             stacklevel=3,
         )
@@ -254,7 +255,7 @@ def _rehearse(config: RunConfig, plan: Sequence[Stage], out: Path, manifest: Man
         reached = max((step for step, _ in checkpoint.steps(out / stage.name / "checkpoints")), default=0)
         if reached > stage.steps:
             raise ValueError(
-                f"{out} has trained {stage.name} for {reached} steps already, more than the {stage.steps} asked for; "
+                f"{out} has trained {stage.name} for {plural(reached, 'step')} already, more than the {stage.steps} asked for; "
                 "give at least as many, or another --out"
             )
         if number and not stage.encoder:
@@ -288,7 +289,7 @@ def _announce(trainer: Trainer, number: int, of: int) -> str:
         + (f" until step {g.until_step}" if g.until_step and g.until_step < stage.steps else "")
         for g in objective.guidances
     )
-    start = f"continues at step {trainer.step} of {stage.steps}" if trainer.step else f"{stage.steps} steps"
+    start = f"continues at step {trainer.step} of {stage.steps}" if trainer.step else plural(stage.steps, "step")
     trained = sum(p.numel() for p in objective.student.parameters() if p.requires_grad) / 1e6
     size = f"{millions:.1f} M parameters" + (f" ({trained:.2f} M trained)" if trained < millions else "")
     what = f"{start}, {size}, {guided or 'no guidance'}"

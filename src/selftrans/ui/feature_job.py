@@ -19,7 +19,7 @@ from selftrans.experiments.analyse_run import null_of
 from selftrans.flow import PATHS
 from selftrans.sample_config import SampleConfig
 from selftrans.sampling.conditioning import conditioning_of
-from selftrans.storage import printable
+from selftrans.storage import plural, printable
 from selftrans.types import Cond, map_cond
 from selftrans.ui.jobs import Job
 from selftrans.ui.opened_models import OpenedModels, Source, counted_passes, source_of, take
@@ -105,7 +105,9 @@ def _condition(loaded: LoadedModel, asked: Asked, found: Pictures, device: torch
     labels = found.labels
     if asked.label is not None and kind == "labels":
         if not 0 <= asked.label < model.conditions.num_classes:
-            raise ValueError(f"label {asked.label} is none of the model's {model.conditions.num_classes} classes")
+            raise ValueError(
+                f"label {asked.label} is none of the model's {plural(model.conditions.num_classes, 'class')}"
+            )
         labels = torch.full((count,), asked.label)
         if found.labels is not None:
             labels[1:] = found.labels[1:]

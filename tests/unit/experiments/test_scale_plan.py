@@ -155,5 +155,5 @@ def test_command_writes_json_and_says_what_is_assumed(
     assert main(["plan", "digits", "--gpus=2", "--rate=1"]) == 1
     assert "give --data DIR" in capsys.readouterr().err
     assert text(scale_plan(config(), Cluster(1), rate=1.0)).startswith(
-        "digits, SiT-B/2: 1 GPUs in 1 machine, batches of 80"
+        "digits, SiT-B/2: 1 GPU in 1 machine, batches of 80"
     )

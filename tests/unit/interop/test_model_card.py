@@ -58,7 +58,7 @@ def test_numbers_stand_with_what_they_depend_on():
     }  # fmt: skip
     text = a_card(evaluations=[report])
     assert "| FID | 12.35 |" in text and "| recall | 0.5 |" in text
-    for said in ("5000 samples against real (6000 images)", "sha256 abababababab", "25 steps of heun, guidance 1.5",
+    for said in ("5,000 samples against real (6,000 images)", "sha256 abababababab", "25 steps of heun, guidance 1.5",
                  "seed 7", "fp32"):  # fmt: skip
         assert said in text
     stages = [{"stage": "vanilla", "steps": 2, "seconds": 3.25, "tflops": 0.0125}]

@@ -136,7 +136,7 @@ def test_dry_run_writes_the_folder_with_samples_and_numbers_of_these_weights(tmp
     card, record = files["README.md"].decode(), json.loads(files["selftrans.json"])
     measured = json.loads(report.read_text())
     assert card.startswith("---\nlicense: mit\nlibrary_name: selftrans\n")
-    assert f"4 samples against digits of mine ({measured['reference_images']} images)" in card
+    assert f"4 samples against digits of mine ({measured['reference_images']:,} images)" in card
     assert "2 steps of heun, guidance 2.0, seed 0" in card
     assert f"| {measured['frechet_distance']:.4g} |" in card
     run_json = json.loads((run / "run.json").read_text())
