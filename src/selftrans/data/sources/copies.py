@@ -52,7 +52,8 @@ class Copies:
 
 def copies_in_words(parts: Sequence[Copied], noun: str) -> str:
     """One sentence on what was found among several parts of the data; empty when there are no copies."""
-    compared, copies, relabelled = (sum(part[k] for part in parts) for k in range(3))
+    compared, copies = sum(part.compared for part in parts), sum(part.copies for part in parts)
+    relabelled = sum(part.relabelled for part in parts)
     example = next((part.example for part in parts if part.relabelled), None) or next(
         (part.example for part in parts if part.example), None
     )

@@ -48,9 +48,8 @@ def numbered(given: Sequence[Label], where: str) -> Numbered:
     words = [word_of[label] for label in given]
     distinct = {word for word in word_of.values() if word is not None}
     absent = {word for word in distinct if word.casefold() in NO_LABEL}
-    if (
-        absent and absent < distinct and all(map(_NUMBER.fullmatch, distinct - absent))
-    ):  # as pandas writes what is missing
+    # as pandas writes what is missing
+    if absent and absent < distinct and all(map(_NUMBER.fullmatch, distinct - absent)):
         distinct -= absent
         words = [None if word in absent else word for word in words]
     if all(map(_NUMBER.fullmatch, distinct)):
@@ -109,9 +108,10 @@ def _warn_of_unused(names: Sequence[str], found: Collection[str], unused: Sequen
             stacklevel=6,
         )
     if unclear:
+        do, they = ("does", "it is") if len(unclear) == 1 else ("do", "they are")
         warnings.warn(
-            f"{plural(len(unclear), 'name')} in {file} {'does' if len(unclear) == 1 else 'do'} not say which picture it is of, "
-            f"such as {printable(unclear[0])}; name each by its path in the source",
+            f"{plural(len(unclear), 'name')} in {file} {do} not say which picture {they} of, such as {printable(unclear[0])}; "
+            "name each by its path in the source",
             stacklevel=6,
         )
 
