@@ -8,6 +8,7 @@ import re
 import subprocess
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,8 +16,12 @@ import torch
 from selftrans.cli.commands import COMMANDS
 from selftrans.cli.main import main, parse_command
 from selftrans.cli.parse import UsageError
+from selftrans.config import to_json
 from selftrans.data.prepare import BUILT_IN
+from selftrans.experiments.quickstart import quickstart
+from selftrans.recipes.digits import digits
 from tests.support import page_inputs
+from tests.support.browser import browser, window  # noqa: F401 - a fixture
 from tests.support.pages import PROGRAMS, REASONS, ROOT, Block, blocks, inline_commands, smaller, words_of
 from tests.support.toy import quick  # noqa: F401 - a fixture
 from tests.test_architecture import ORDER
@@ -169,6 +174,40 @@ def test_quickstart_writes_a_self_contained_page(there: Pages, capsys: pytest.Ca
     outcome = json.loads((there.folder / "quickstart" / "table.json").read_text())["outcome"]
     assert outcome.startswith("With one seed, the distance of Self-Transcendence is ") and html.escape(outcome) in page
     assert "FID" not in re.sub(r"base64,[^\"]*", "", page)
+    runs = there.folder / "quickstart"
+    alone, taught = (
+        json.loads((runs / f"{name}-seed0" / "run.json").read_text()) for name in ("vanilla", "self_transcendence")
+    )
+    assert taught["teacher"]["steps"] == 2, "an early checkpoint of stage 1 alone"
+    assert alone["total_tflops"] >= taught["total_tflops"] > alone["total_tflops"] * (1 - 1 / alone["student_steps"])
+
+
+def test_quickstart_of_an_earlier_version_is_kept(tmp_path: Path) -> None:
+    """Its teacher had all steps of stage 1; another one cannot continue its stage 2."""
+    run = tmp_path / "self_transcendence-seed0"
+    run.mkdir()
+    (run / "config.json").write_text(to_json(digits().override({"stage1.steps": 1000})))
+    with pytest.raises(
+        ValueError, match="holds a quickstart with a teacher of 1000 steps, not 400; give another --out"
+    ):
+        quickstart(tmp_path)
+    assert [*tmp_path.iterdir()] == [run]
+
+
+def test_quickstart_page_in_a_browser(there: Pages, capsys: pytest.CaptureFixture, browser: Any) -> None:  # noqa: F811
+    """Every picture loads, nothing is asked of another machine, and neither a wide nor a narrow window scrolls sideways."""
+    there.run("docs/tutorial.md", capsys)
+    file = (there.folder / "quickstart" / "report.html").resolve()
+    outcome = json.loads(file.with_name("table.json").read_text())["outcome"]
+    with window(browser, file.as_uri()) as page:
+        page.goto(file.as_uri())
+        for width in (400, 1400):
+            page.set_viewport_size({"width": width, "height": 800})
+            assert page.evaluate("document.documentElement.scrollWidth") <= width
+            assert page.get_by_text(outcome).is_visible()
+            assert "Self-Transcendence" in page.locator("table").first.inner_text()
+        pictures = page.evaluate("[...document.images].map((each) => each.complete && each.naturalWidth > 0)")
+    assert pictures == [True] * 7
 
 
 def test_make_targets_run_what_they_say() -> None:
