@@ -15,7 +15,10 @@ import torch
 from selftrans.cli.commands import COMMANDS
 from selftrans.cli.main import main, parse_command
 from selftrans.cli.parse import UsageError
+from selftrans.config import to_json
 from selftrans.data.prepare import BUILT_IN
+from selftrans.experiments.quickstart import quickstart
+from selftrans.recipes.digits import digits
 from tests.support import page_inputs
 from tests.support.pages import PROGRAMS, REASONS, ROOT, Block, blocks, inline_commands, smaller, words_of
 from tests.support.toy import quick  # noqa: F401 - a fixture
@@ -169,6 +172,24 @@ def test_quickstart_writes_a_self_contained_page(there: Pages, capsys: pytest.Ca
     outcome = json.loads((there.folder / "quickstart" / "table.json").read_text())["outcome"]
     assert outcome.startswith("With one seed, the distance of Self-Transcendence is ") and html.escape(outcome) in page
     assert "FID" not in re.sub(r"base64,[^\"]*", "", page)
+    runs = there.folder / "quickstart"
+    alone, taught = (
+        json.loads((runs / f"{name}-seed0" / "run.json").read_text()) for name in ("vanilla", "self_transcendence")
+    )
+    assert taught["teacher"]["steps"] == 2, "an early checkpoint of stage 1 alone"
+    assert alone["total_tflops"] >= taught["total_tflops"] > alone["total_tflops"] * (1 - 1 / alone["student_steps"])
+
+
+def test_quickstart_of_an_earlier_version_is_kept(tmp_path: Path) -> None:
+    """Its teacher had all steps of stage 1; another one cannot continue its stage 2."""
+    run = tmp_path / "self_transcendence-seed0"
+    run.mkdir()
+    (run / "config.json").write_text(to_json(digits().override({"stage1.steps": 1000})))
+    with pytest.raises(
+        ValueError, match="holds a quickstart with a teacher of 1000 steps, not 400; give another --out"
+    ):
+        quickstart(tmp_path)
+    assert [*tmp_path.iterdir()] == [run]
 
 
 def test_make_targets_run_what_they_say() -> None:

@@ -225,7 +225,7 @@ class Analyse(Command):
 class Quickstart(Command):
     """The method on real digits in minutes: vanilla, stage 1 and stage 2 at equal student steps and at equal compute.
 
-    Writes a page with the outcome in one sentence, a figure and a table. One seed takes about five minutes of two cores.
+    Writes a page with the outcome in one sentence, a figure and a table. One seed takes four to five minutes of two cores.
     """
 
     out: Path = Path("quickstart")

@@ -10,7 +10,6 @@ import errno
 import http.client
 import random
 import re
-import threading
 import time
 import urllib.error
 import urllib.request
@@ -162,11 +161,10 @@ class FsspecStore:
                 advance(len(piece))
 
 
-def retried(work: Callable[[], T], what: str, *, stop: threading.Event | None = None) -> T:
+def retried(work: Callable[[], T], what: str) -> T:
     """The result of `work`, repeated after errors with growing waits. ValueError in one line, without secrets, at the end.
 
-    What cannot succeed later is not repeated: a missing file, a refused permission. `what` names the file; `stop` ends the
-    waiting.
+    What cannot succeed later is not repeated: a missing file, a refused permission. `what` names the file.
     """
     for attempt in range(ATTEMPTS):
         try:
@@ -174,13 +172,9 @@ def retried(work: Callable[[], T], what: str, *, stop: threading.Event | None = 
         except Exception as error:  # every store has its own types
             if _final(error):
                 raise ValueError(f"{cleaned(what)} cannot be read ({_reason(error)})") from None
-            if attempt == ATTEMPTS - 1 or (stop is not None and stop.is_set()):
-                raise ValueError(f"{cleaned(what)} cannot be read ({_reason(error)}, {attempt + 1} attempts)") from None
-            wait = FIRST_WAIT * 2**attempt * random.uniform(0.75, 1.25)
-            if stop is None:
-                time.sleep(wait)
-            else:
-                stop.wait(wait)
+            if attempt == ATTEMPTS - 1:
+                raise ValueError(f"{cleaned(what)} cannot be read ({_reason(error)}, {ATTEMPTS} attempts)") from None
+            time.sleep(FIRST_WAIT * 2**attempt * random.uniform(0.75, 1.25))
     raise AssertionError("the last attempt returns or raises")
 
 

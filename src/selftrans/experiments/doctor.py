@@ -9,7 +9,6 @@ import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from selftrans.device import default_device
 from selftrans.experiments.bench.machine import cpu_name
+from selftrans.plugins import installed_version
 from selftrans.precision import PRECISIONS
 from selftrans.storage import first_line, plural
 
@@ -55,7 +55,7 @@ def examine(folder: Path) -> dict[str, Any]:
     return {
         "system": f"{platform.system()} {platform.release()}, {platform.machine()}",
         "python": platform.python_version(),
-        "packages": {name: _version(name) for name in PACKAGES},
+        "packages": {name: installed_version(name) for name in PACKAGES},
         "cpu": cpu_name(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "devices": devices(),
@@ -114,13 +114,6 @@ def disk_speed(folder: Path) -> dict[str, Any]:
         "write": round(size / (written - started)),
         "read": round(size / (read - written)),
     }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
 
 
 def _product(device: torch.device, dtype: torch.dtype) -> None:

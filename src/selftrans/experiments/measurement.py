@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -36,12 +36,15 @@ from selftrans.sampling.samplers import EVALUATIONS
 from selftrans.storage import write_json
 from selftrans.train.data_window import cache_of
 
+MEASURED = "measured.json"  #: of a run: its points, oldest first
 POINTS = 5  #: measurements along a run
+BATCH = {"cpu": 125, "other": 500}  #: images sampled at a time; larger batches leave the caches of a core
 PROBE_T = 0.4  #: noise level of the linear probe, the paper's
 PROBED_BLOCK = (
     2  #: the block that is probed where a method guides none; the first guided one in every published setting
 )
 
+Point: TypeAlias = dict[str, Any]  #: what was measured of a checkpoint, as in MEASURED
 #: called with the number of training steps done, or their equivalent in measuring
 Progress = Callable[[int], object]
 
@@ -83,7 +86,8 @@ class Measurement:
         dtype = decoder_dtype(device, config.sample.precision)
         decoded = decoded_images(dataset, device=device, dtype=dtype)
         reference = Statistics.of(decoded, extractor, source="training data", keep=False)
-        sample = dataclasses.replace(config.sample, num=images, batch_size=min(500, images))
+        most = BATCH["cpu" if device.type == "cpu" else "other"]
+        sample = dataclasses.replace(config.sample, num=images, batch_size=min(most, images))
         return cls(extractor, reference, dataset, sample, block, stored_conditions(dataset, sample), total, dtype)
 
     @property
@@ -139,49 +143,62 @@ def interval(steps: int) -> int:
 
 
 def measured_steps(steps: int, every: int | None = None, dense: int | None = None) -> list[int]:
-    """Steps at which a run of `steps` is measured: every interval, and the end; beyond `dense` every other interval."""
+    """Steps at which a run of `steps` is measured: every interval up to `dense` (None: all of the run), and the end."""
     every = every or interval(steps)
-    often = [
-        step for step in range(every, steps + 1, every) if dense is None or step <= dense or step % (2 * every) == 0
-    ]
-    return sorted({*often, steps})
+    return sorted({*range(every, min(steps, dense or steps) + 1, every), steps})
 
 
-def measure_run(
-    run: Path,
-    measurement: Measurement,
-    progress: Progress,
-    cost: int,
-    *,
-    every: int | None = None,
-    dense: int | None = None,
-) -> list[dict[str, Any]]:
-    """Measured points of a run's last stage, oldest first; those measured before are read, not measured again.
+def due_checkpoints(run: Path, every: int | None = None, dense: int | None = None) -> list[Path]:
+    """The checkpoints of a run's last stage that are points of its curve, oldest first: those at the `measured_steps`.
 
-    They are at the `measured_steps`.
+    An interruption leaves a checkpoint at another step, which is none.
     """
     stage = json.loads((run / "run.json").read_text())["stages"][-1]["stage"]
-    path = run / "measured.json"
-    known = measured_before(path, measurement)
-    entries = []
     held = checkpoint.steps(run / stage / "checkpoints")
     wanted = measured_steps(held[-1][0], every, dense)
-    due = [folder for step, folder in held if step in wanted]
-    for folder in due:  # an interruption leaves a checkpoint at another step, which is no point of the curve
-        digest = checkpoint.read(folder).state["sha256"][FILES["ema"]]
-        entries.append(known.get(digest) or measure_checkpoint(folder, measurement) | {"sha256": digest})
-        progress(cost)
-        write_json(path, entries)
-    return entries
+    return [folder for step, folder in held if step in wanted]
 
 
-def measured_before(path: Path, measurement: Measurement) -> dict[str, dict[str, Any]]:
+def measure_point(run: Path, folder: Path, measurement: Measurement) -> Point:
+    """A checkpoint of a run, measured, or as it was measured before."""
+    digest = checkpoint.read(folder).state["sha256"][FILES["ema"]]
+    known = measured_before(run / MEASURED, measurement).get(digest)
+    return known or measure_checkpoint(folder, measurement) | {"sha256": digest}
+
+
+def stored_points(path: Path) -> list[Point]:
+    """What a MEASURED file holds; nothing if it is missing or damaged."""
+    try:
+        found = json.loads(path.read_text())
+        return found if all(isinstance(point["sha256"], str) for point in found) else []
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return []
+
+
+def measured_before(path: Path, measurement: Measurement) -> dict[str, Point]:
     """Points that were measured in the same way, by the hash of their weights; none for a missing or damaged file."""
     same = measurement.identity.items()
-    try:
-        return {entry["sha256"]: entry for entry in json.loads(path.read_text()) if same <= entry.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        return {}
+    return {point["sha256"]: point for point in stored_points(path) if same <= point.items()}
+
+
+class Curve:
+    """The points of a run at its checkpoints `due`, which are measured in any order, and the file that keeps them."""
+
+    def __init__(self, run: Path, due: Sequence[Path]) -> None:
+        self.path, self._points = run / MEASURED, dict[Path, Point | None](dict.fromkeys(due))
+        self._before = stored_points(self.path)
+
+    @property
+    def points(self) -> list[Point]:
+        """Those that are measured, oldest first."""
+        return [point for point in self._points.values() if point]
+
+    def add(self, folder: Path, point: Point) -> None:
+        """Note a point, and write the file. Earlier ones stay in it until all are there: they may yet be needed."""
+        self._points[folder] = point
+        known = {point["sha256"] for point in self.points}
+        earlier = [] if all(self._points.values()) else [p for p in self._before if p["sha256"] not in known]
+        write_json(self.path, self.points + earlier)
 
 
 def measure_checkpoint(folder: Path, measurement: Measurement) -> dict[str, Any]:

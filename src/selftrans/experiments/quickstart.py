@@ -1,12 +1,14 @@
 """`selftrans quickstart`: train and measure the method on real digits, in minutes on two CPU cores, and write a report.
 
-vanilla, stage 1 alone and both stages are trained for the same number of student steps from the same seeds, and vanilla
-goes on until it has had the total compute of both stages. The report assumes no order of the methods.
+vanilla, stage 1 alone and both stages are trained for the same number of student steps from the same seeds. The teacher is
+an early checkpoint of stage 1, and vanilla goes on until it has had the total compute of both stages. The report assumes no
+order of the methods.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +18,7 @@ import numpy as np
 
 from selftrans.checkpoints import format as checkpoint
 from selftrans.checkpoints.load import load_model
-from selftrans.config import RunConfig
+from selftrans.config import RunConfig, from_json
 from selftrans.data.dataset import Dataset
 from selftrans.data.decoded import decode_images, latents_of
 from selftrans.data.prepare import prepare_digits
@@ -25,23 +27,26 @@ from selftrans.encoders.autoencoder import load_autoencoder
 from selftrans.evaluate.extractors import load_extractor
 from selftrans.evaluate.plots import as_pictures, save
 from selftrans.evaluate.probes import collect, pca_basis, pca_maps
-from selftrans.experiments.compare import equal_lengths, for_method
+from selftrans.experiments.compare import for_method
 from selftrans.experiments.measurement import PROBE_T, interval, samples_of
 from selftrans.experiments.quickstart_report import compared, cut, overview, page, sentence, text
 from selftrans.experiments.runner import Comparison, Results, compare
 from selftrans.experiments.summary import as_csv, mean_curve, rows
 from selftrans.flow import PATHS
+from selftrans.methods.registry import stages
 from selftrans.methods.self_transcendence import SELF_TRANSCENDENCE, STRUCTURE, Stage1
 from selftrans.methods.vanilla import VANILLA
 from selftrans.recipes.digits import digits
 from selftrans.storage import lock_file, write_json, write_text
+from selftrans.train.flops import stage_flops
+from selftrans.train.run import put_together
 
 #: name of the method -> its title in the report; stage 1 precedes stage 2, which it teaches
 METHODS = {spec.name: spec.title for spec in (VANILLA, STRUCTURE, SELF_TRANSCENDENCE)}
 IMAGES = 1000  #: samples for each distance
 SHOWN = 42  #: samples in the report, per method
 MAPPED = 8  #: digits whose features are shown as PCA maps
-LONGER = 2  #: vanilla's steps relative to the others', and one interval more: both stages take 2.13 times its compute
+TAUGHT = 2  #: intervals of stage 1 that train the teacher: two fifths of the steps
 
 
 def quickstart(
@@ -64,16 +69,18 @@ def quickstart(
     config = digits()
     if steps is not None:
         config = config.override({"train.steps": steps}).check()
+    every = interval(config.train.steps)
+    # the teacher is a checkpoint of stage 1 alone, which is trained on for its own row of the table
+    config = config.override({"stage1.steps": min(TAUGHT * every, config.train.steps)})
+    check_earlier(out, config, seeds)
     with lock_file(out / ".lock"):
         dataset = prepare_digits(out / "data")
         config = config.override({"data.path": str(out / "data")})
         classifier = out / "digits-classifier.safetensors"
         load_extractor("digits", weights=classifier)  # trained once, before the workers load it
-        # the teacher is the final stage 1, so that all rows of the table have the same number of steps
-        config = equal_lengths(config)
-        variants, every = {name: for_method(config, name) for name in METHODS}, interval(config.train.steps)
-        longer = {"train.steps": LONGER * config.train.steps + every}
-        variants[VANILLA.name] = variants[VANILLA.name].override(longer)
+        variants = {name: for_method(config, name) for name in METHODS}
+        longer = equal_compute(variants[VANILLA.name], variants[SELF_TRANSCENDENCE.name], dataset)
+        variants[VANILLA.name] = variants[VANILLA.name].override({"train.steps": longer})
         chosen = Comparison(config, variants, tuple(seeds), out, images, "digits", str(classifier), every=every)
         results = compare(chosen, workers=workers)
         summary = summarise(chosen, results)
@@ -82,6 +89,30 @@ def quickstart(
     print(text(summary, METHODS))
     print(f"\n{summary['seconds']:.0f} s. Open {out / 'report.html'}")
     return summary
+
+
+def check_earlier(out: Path, config: RunConfig, seeds: Sequence[int]) -> None:
+    """ValueError if the folder holds runs with another teacher: of an earlier version, or with other steps."""
+    steps = config.section(Stage1).steps
+    for file in (out / f"{SELF_TRANSCENDENCE.name}-seed{seed}" / "config.json" for seed in seeds):
+        held = (
+            from_json(file.read_text(encoding="utf-8"), lenient=True).section(Stage1).steps if file.exists() else steps
+        )
+        if held != steps:
+            raise ValueError(
+                f"{out} holds a quickstart with a teacher of {held} steps, not {steps}; give another --out"
+            )
+
+
+def equal_compute(config: RunConfig, other: RunConfig, dataset: Dataset) -> int:
+    """Steps of a run of one stage until it has had the total compute of another run; its own steps at least."""
+
+    def flops(run: RunConfig) -> int:
+        built = ((put_together(run, stage, dataset.manifest), stage.steps) for stage in stages(run))
+        cond, batch = dataset.manifest.conditions.example(), run.train.batch_size
+        return sum(stage_flops(objective, cond, batch, steps) for objective, steps in built)
+
+    return max(config.train.steps, math.ceil(flops(other) / flops(config) * config.train.steps))
 
 
 def _seconds_before(out: Path, summary: dict[str, Any]) -> float:

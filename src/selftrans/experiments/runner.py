@@ -1,7 +1,7 @@
 """Variants trained in worker processes and measured alike: the same data, seeds, sampler and metric; resumable.
 
 Every run is an ordinary run directory `OUT/<method>-seed<k>`. Its checkpoints are the points of its curve; each point is
-measured once and kept in the run's `measured.json`.
+measured once and kept in the run's `measured.json`. `schedule.py` has the order in which this is done.
 """
 
 from __future__ import annotations
@@ -26,13 +26,17 @@ from selftrans.checkpoints.load import FILES
 from selftrans.config import RunConfig
 from selftrans.experiments.measurement import (
     PROBED_BLOCK,
+    Curve,
     Measurement,
+    Point,
     Progress,
+    due_checkpoints,
     interval,
-    measure_run,
+    measure_point,
     measured_steps,
     measuring_cost,
 )
+from selftrans.experiments.schedule import Job, Schedule, Task
 from selftrans.methods.registry import stages
 from selftrans.methods.spec import Stage
 from selftrans.plugins import trust_named
@@ -40,8 +44,7 @@ from selftrans.sections import Section, fields_of
 from selftrans.train.log import progress_bar
 from selftrans.train.run import train
 
-Result: TypeAlias = tuple[dict[str, Any], list[dict[str, Any]]]  #: run.json, and the measured points
-Job: TypeAlias = tuple[str, int]  #: name of a variant, seed
+Result: TypeAlias = tuple[dict[str, Any], list[Point]]  #: run.json, and the measured points
 Results: TypeAlias = dict[Job, Result]
 
 
@@ -57,7 +60,9 @@ class Comparison:
     features: str  #: extractor, by name or file
     weights: str | None = None  #: where a named extractor is kept
     block: int = PROBED_BLOCK  #: the shallow block whose features are probed (1-based)
-    every: int | None = None  #: steps between measurements, twice as many beyond the steps of `shared`; None: a fifth
+    every: int | None = (
+        None  #: steps between measurements, and only at the end beyond the steps of `shared`; None: a fifth
+    )
 
     @property
     def jobs(self) -> list[Job]:
@@ -161,22 +166,6 @@ def processes(comparison: Comparison, workers: int | None) -> tuple[int, int]:
     return workers, max(1, cores // workers)
 
 
-def _teachers_first(comparison: Comparison) -> list[Job]:
-    return sorted(comparison.jobs, key=lambda job: comparison.teacher(job) is not None)
-
-
-def train_and_measure(comparison: Comparison, job: Job, measurement: Measurement, progress: Progress) -> Result:
-    """One variant with one seed: trained, then measured at every checkpoint. `spent` of the result: seconds of this call."""
-    before, started = seconds_trained(comparison.run(job)), time.perf_counter()
-    run = train_one(comparison, job, progress)
-    cost, trained = measuring_cost(comparison.shared, comparison.images), time.perf_counter()
-    points_of_run = measure_run(run, measurement, progress, cost, every=comparison.every, dense=comparison.dense)
-    report = json.loads((run / "run.json").read_text())
-    steps = max(0.0, sum(stage["seconds"] for stage in report["stages"]) - before)
-    spent = {"steps": steps, "training": trained - started, "measuring": time.perf_counter() - trained}
-    return report | {"spent": spent}, points_of_run
-
-
 def seconds_trained(run: Path) -> float:
     """Seconds of training steps until the newest checkpoints of a run."""
     newest = [checkpoint.steps(folder)[-1:] for folder in run.glob("*/checkpoints")]
@@ -184,28 +173,46 @@ def seconds_trained(run: Path) -> float:
     return float(sum(header["seconds"] for header in headers))
 
 
+@dataclass
+class Spent:
+    """Seconds of this call for one run."""
+
+    steps: float = 0.0  #: training steps
+    training: float = 0.0  #: these, models and checkpoints
+    measuring: float = 0.0
+
+
 def _in_workers(comparison: Comparison, workers: int, threads: int, bar: Any) -> Results:
-    """Run the jobs in worker processes; a job that needs another's teacher starts after that has finished."""
+    """Train the runs and measure their checkpoints in worker processes, in the order of a `Schedule`."""
     context = multiprocessing.get_context("spawn")
-    done: Results = {}
     steps_done = context.SimpleQueue()
     shared = (comparison, threads, steps_done, warnings.showwarning)
+    lengths = {job: comparison.variants[job[0]].train.steps for job in comparison.jobs}
+    schedule = Schedule(lengths, {job: comparison.teacher(job) for job in comparison.jobs}, workers)
+    spent, curves = dict[Job, Spent](), dict[Job, Curve]()
     with ProcessPoolExecutor(workers, context, _init_worker, shared) as pool:
-        waiting, running = _teachers_first(comparison), dict[Future[Result], Job]()
+        running = dict[Future[Any], Task]()
         try:
-            while waiting or running:
-                for job in [job for job in waiting if comparison.teacher(job) in {None, *done}]:
-                    waiting.remove(job)
-                    running[pool.submit(_run_job, job)] = job
+            while schedule or running:
+                while len(running) < workers and (task := schedule.next()):
+                    running[pool.submit(_run_task, task)] = task
                 finished, _ = wait(running, timeout=0.2, return_when=FIRST_COMPLETED)
                 while not steps_done.empty():
                     bar.update(steps_done.get())
                 for future in finished:
-                    done[running.pop(future)] = future.result()
+                    (job, folder), found = running.pop(future), future.result()
+                    if folder is None:
+                        due = due_checkpoints(comparison.run(job), comparison.every, comparison.dense)
+                        spent[job], curves[job] = found, Curve(comparison.run(job), due)
+                        schedule.trained(job, due)
+                    else:
+                        curves[job].add(folder, found[0])
+                        spent[job].measuring += found[1]
         except BaseException:
             pool.shutdown(cancel_futures=True)  # running jobs write a checkpoint and end; no other job starts
             raise
-    return done
+    reports = {job: json.loads((comparison.run(job) / "run.json").read_text()) for job in lengths}
+    return {job: (reports[job] | {"spent": vars(spent[job])}, curves[job].points) for job in lengths}
 
 
 def _init_worker(comparison: Comparison, threads: int, steps_done: Any, show_warning: Any) -> None:
@@ -237,8 +244,19 @@ def _end_with_parent() -> None:
 _worker: dict[str, Any] = {}  #: of this process, set by `_init_worker`
 
 
-def _run_job(job: Job) -> Result:
-    return train_and_measure(_worker["comparison"], job, _worker["measurement"], _worker["progress"])
+def _run_task(task: Task) -> Spent | tuple[Point, float]:
+    """In a worker: train a run, or measure one checkpoint: (point, seconds)."""
+    comparison, progress, started = _worker["comparison"], _worker["progress"], time.perf_counter()
+    run = comparison.run(task.job)
+    if task.checkpoint is None:
+        before = seconds_trained(run)
+        train_one(comparison, task.job, progress)
+        report = json.loads((run / "run.json").read_text())
+        steps = max(0.0, sum(stage["seconds"] for stage in report["stages"]) - before)
+        return Spent(steps, time.perf_counter() - started)
+    point = measure_point(run, task.checkpoint, _worker["measurement"])
+    progress(measuring_cost(comparison.shared, comparison.images))
+    return point, time.perf_counter() - started
 
 
 def train_one(comparison: Comparison, job: Job, progress: Progress) -> Path:

@@ -26,6 +26,7 @@ from selftrans.train.data_window import cache_of
 from selftrans.train.dry_run import KEPT, duration, gigabytes, kept_checkpoints
 from selftrans.train.flops import step_flops
 from selftrans.train.memory_use import memory_use
+from selftrans.train.recompute import chosen_blocks
 from selftrans.types import Conditions
 
 #: bytes of activations for each token, channel and block in 16 bits, attention matrices not kept (2205.05198, section 4.1)
@@ -263,8 +264,10 @@ def _activations(config: RunConfig, objective: Objective, memory: dict[str, int]
         return max(0, round((peak.peak_bytes - sum(memory.values())) * micro / peak.batch))
     student = objective.student
     each = ACTIVATIONS * (2 if config.train.precision == "fp32" else 1) * student.tokens * student.width
-    depth = 2 if config.train.recompute else student.depth  # one block at a time, and the inputs of all
-    return micro * each * depth
+    chosen = chosen_blocks(config.train.recompute, student.depth)
+    again = student.depth * chosen if isinstance(chosen, bool) else len(chosen)
+    # blocks that are recomputed keep their float32 input, and are computed again one at a time
+    return micro * (each * (student.depth - again + (again > 0)) + 4 * student.tokens * student.width * again)
 
 
 def _assumptions(config: RunConfig, cluster: Cluster, figures: Measured | None, rate: float | None) -> list[str]:

@@ -45,7 +45,7 @@ def card(
         _front(license, loaded),
         f"# {cell(repository.rpartition('/')[2])}",
         _about(loaded, data),
-        f"![samples]({SAMPLES})\n\nSamples: {samples}." if samples else "",
+        f"![samples]({SAMPLES})\n\nSamples: {cell(samples)}." if samples else "",
         _use(repository, loaded),
         "## Numbers\n\n" + (_numbers(evaluations) if evaluations else "None were measured on these weights."),
         "## Training\n\n" + _compute(compute),
@@ -91,7 +91,7 @@ def _about(loaded: LoadedModel, data: dict[str, Any] | None) -> str:
 def _count(report: dict[str, Any], key: str, noun: str) -> str:
     """`500 samples`; a report may lack the number."""
     count = report.get(key)
-    return plural(count, noun) if isinstance(count, int) else f"{count} {noun}s"
+    return plural(count, noun) if isinstance(count, int) else f"{cell(count)} {noun}s"
 
 
 def _conditions(conditions: Any) -> str:

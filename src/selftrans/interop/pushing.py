@@ -8,18 +8,19 @@ from __future__ import annotations
 import re
 import tempfile
 from collections.abc import Callable, Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from selftrans.checkpoints import hub
 from selftrans.checkpoints.hub import CARD, RECORD, SAMPLES
 from selftrans.checkpoints.load import Weights, find, load_model
+from selftrans.data.record import read_object
 from selftrans.evaluate.plots import save_png
 from selftrans.interop.model_card import card
 from selftrans.interop.pipeline_parts import last_parts
-from selftrans.interop.run_facts import compute_of, evaluations_of, read_object, run_of, sheet_of
+from selftrans.interop.run_facts import compute_of, evaluations_of, run_of, sheet_of
 from selftrans.interop.sit_pipeline import SiTPipeline, check_replaceable
+from selftrans.plugins import installed_version
 from selftrans.storage import atomic_directory, first_line, listed, plural, printable, write_json, write_text
 
 KEPT = ".gitattributes"  #: every repository has it
@@ -67,7 +68,7 @@ def write_folder(
         samples=sheet and sheet.made,
     )
     record = {
-        "selftrans": _version(),
+        "selftrans": installed_version("selftrans"),
         "license": chosen.license,
         "model": loaded.config.model.name,
         "method": loaded.config.method,
@@ -124,7 +125,7 @@ def push(
 def _upload(folder: Path, files: list[str], repository: str, private: bool, force: bool) -> str:
     from huggingface_hub import HfApi
 
-    api = HfApi(library_name="selftrans", library_version=_version())
+    api = HfApi(library_name="selftrans", library_version=installed_version("selftrans"))
     api.create_repo(repository, private=private or None, exist_ok=True)
     info = api.model_info(repository)
     if private and not info.private:
@@ -148,13 +149,6 @@ def _upload(folder: Path, files: list[str], repository: str, private: bool, forc
         delete_patterns=sorted(earlier - set(files)) or None,  # what an earlier push wrote; files of others stay
     )
     return f"{hub.SCHEME}{repository}@{done.oid}"
-
-
-def _version() -> str | None:
-    try:
-        return version("selftrans")
-    except PackageNotFoundError:  # run from its sources
-        return None
 
 
 def _pushed(api: Any, repository: str) -> set[str]:

@@ -60,7 +60,9 @@ class StagePlan:
     seconds_per_step: float
     seconds_left: float
     memory: dict[str, int]  #: bytes without activations, by what they are for
-    peak: int  #: bytes: of the device in these steps; on a CPU of the whole process
+    peak: (
+        int  #: bytes: of the device in these steps, with `train.recompute` as it is set; on a CPU of the whole process
+    )
     samples: int  #: in the smallest of these steps: fewer than the batch on a slow CPU, from which the others are extrapolated
     checkpoint: int  #: bytes
     kept: int  #: checkpoints kept at the end, about
@@ -97,7 +99,7 @@ def dry_run(config: RunConfig, out: str | Path, *, steps: int = STEPS, typed: Co
         accelerator = accelerator_of(config, place)
         shards = data_of_run(config, out if is_prepared(out / "data") else place)  # each process its own
         config, plan, initial = planned(config, shards, out, typed)
-        shards = ready_data(shards, accelerator.device, config.data.on_device)
+        shards = ready_data(config, shards, accelerator)
         found = DryRun(
             device=_device_name(accelerator.device),
             memory_total=_total(accelerator.device),

@@ -70,3 +70,11 @@ def step_flops(objective: Objective, cond: Cond, batch_size: int) -> dict[int | 
             per_teacher = forward_flops(teacher.model, cond, (teacher.block,), stop=True)
         total[i] = 3 * cost["head"] * per_head + cost["teacher"] * per_teacher
     return total
+
+
+def stage_flops(objective: Objective, cond: Cond, batch_size: int, steps: int) -> int:
+    """Operations of a whole stage: of each guidance until it ends."""
+    each = step_flops(objective, cond, batch_size)
+    ends = (guidance.until_step for guidance in objective.guidances)
+    guided = [steps if end is None else min(steps, end) for end in ends]
+    return each[None] * steps + sum(each[i] * count for i, count in enumerate(guided))

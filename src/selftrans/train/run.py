@@ -87,7 +87,7 @@ def _train(
             _remove_unfinished(out)
         shards = data_of_run(config, out, accelerator)
         config, plan, initial = planned(config, shards, out, typed)
-        shards = _ready(config, shards, accelerator, quiet)
+        shards = ready_data(config, shards, accelerator, quiet=quiet)
         preview = Preview(config, shards, accelerator.device, stop) if config.train.preview_every else None
         spent: list[dict[str, Any]] = []
         for number, stage in enumerate(plan, start=1):
@@ -125,15 +125,6 @@ def _train(
     return report
 
 
-def _ready(config: RunConfig, shards: Dataset, accelerator: Accelerator, quiet: bool) -> Dataset:
-    """The data where training reads them: fetched, unless they are read in windows, and on the device if that is wanted."""
-    if (said := describe_data(config, shards)) and not quiet:
-        accelerator.print(said)
-    if config.data.window is None:
-        shards.fetch(progress=not quiet)
-    return ready_data(shards, accelerator.device, config.data.on_device)
-
-
 def planned(
     config: RunConfig, shards: Dataset, out: Path, typed: Collection[str]
 ) -> tuple[RunConfig, list[Stage], InitialWeights | None]:
@@ -150,12 +141,19 @@ def planned(
     return config, plan, initial
 
 
-def ready_data(shards: Dataset, device: torch.device, on_device: bool) -> Dataset:
-    """The data, ready for training, on the device if that is asked for. Raises ValueError for buckets on the device."""
-    if on_device and len(shards.parts) > 1:
+def ready_data(config: RunConfig, shards: Dataset, accelerator: Accelerator, *, quiet: bool = False) -> Dataset:
+    """The data where training reads them: fetched, unless they are read in windows, and on the device if that is wanted.
+
+    Raises ValueError where they cannot be fetched, and for buckets on the device.
+    """
+    if (said := describe_data(config, shards)) and not quiet:
+        accelerator.print(said)
+    if config.data.on_device and len(shards.parts) > 1:
         raise ValueError(f"{shards.path} holds buckets of several sizes; leave data.on_device off")
-    shards.ready(device)
-    return OnDevice(shards, device) if on_device else shards
+    if config.data.window is None:
+        shards.fetch(progress=not quiet)
+    shards.ready(accelerator.device)
+    return OnDevice(shards, accelerator.device) if config.data.on_device else shards
 
 
 def _remove_unfinished(out: Path) -> None:
@@ -264,8 +262,8 @@ def _rehearse(config: RunConfig, plan: Sequence[Stage], out: Path, manifest: Man
             put_together(config, stage, manifest)
 
 
-def put_together(config: RunConfig, stage: Stage, manifest: Manifest, given: Any = None) -> None:
-    """ValueError where the parts of a stage do not fit; needs no memory for weights.
+def put_together(config: RunConfig, stage: Stage, manifest: Manifest, given: Any = None) -> Objective:
+    """A stage without memory for weights. ValueError where its parts do not fit.
 
     `given`: the encoder or teacher of the stage; None for a teacher that is not trained yet, whose sizes are known.
     """
@@ -273,7 +271,7 @@ def put_together(config: RunConfig, stage: Stage, manifest: Manifest, given: Any
         student, model = (config.build_model(manifest.shape, manifest.conditions) for _ in range(2))
         if stage.teacher and given is None:
             given = Frozen(model, stage.teacher.block(model.depth), in_place=True)
-        Objective(student, stage.guide(student, given))
+        return Objective(student, stage.guide(student, given))
 
 
 def _stages(config: RunConfig) -> list[Stage]:

@@ -32,7 +32,6 @@ class RunState:
         self.found, self.place, self.files = found, found.place, files
         self._glances: dict[str, tuple[Any, Glance]] = {}
         self._logs: dict[str, Columns] = {}
-        self.replaced: dict[str, int] = {}
 
     # ---- the list of runs
 

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from selftrans.cli.main import main
 from selftrans.experiments import html_report, runner
 from selftrans.experiments.compare import compare_methods, for_method, with_defaults
-from selftrans.experiments.measurement import Measurement, interval, measured_before, measured_steps
+from selftrans.experiments.measurement import Curve, Measurement, interval, measured_before, measured_steps
 from selftrans.experiments.runner import Comparison
 from selftrans.experiments.summary import as_csv, curve, first_below, mean_curve, rows, time_line, time_shares
 from selftrans.methods.repa import Repa
@@ -139,7 +139,27 @@ def test_teacher_is_shared_only_where_it_is_the_same(tmp_path):
     given = config.override({"stage2.teacher": "elsewhere"})
     assert Comparison(config, variants | {"same": given}, (3,), tmp_path, 10, "digits").teacher(("same", 3)) is None
     assert measured_steps(1000) == [200, 400, 600, 800, 1000] and len(measured_steps(1001)) == 6
-    assert measured_steps(2200, 200, 1000) == [200, 400, 600, 800, 1000, 1200, 1600, 2000, 2200]
+    assert measured_steps(1513, 200, 1000) == [200, 400, 600, 800, 1000, 1513]
+    assert measured_steps(1513, 200) == [200, 400, 600, 800, 1000, 1200, 1400, 1513] and measured_steps(3, 1, 5) == [
+        1,
+        2,
+        3,
+    ]
+
+
+def test_points_measured_before_stay_in_the_file_until_all_are_there(tmp_path):
+    """They may be measured in any order, and an interruption loses none."""
+    old = [{"sha256": name, "distance": 1.0} for name in "abx"]
+    (tmp_path / "measured.json").write_text(json.dumps(old))
+    points = Curve(tmp_path, [Path("1"), Path("2")])
+
+    def stored() -> str:
+        return "".join(point["sha256"] for point in json.loads((tmp_path / "measured.json").read_text()))
+
+    points.add(Path("2"), old[1])
+    assert (stored(), points.points) == ("bax", [old[1]])
+    points.add(Path("1"), old[0])
+    assert (stored(), points.points) == ("ab", old[:2])
 
 
 def test_comparable_points_are_kept_and_damaged_ones_measured_again(tmp_path):

@@ -1,12 +1,15 @@
 """Operations of a forward pass, for every dtype of the weights."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
 
 from selftrans.models.lora import add_adapters
 from selftrans.models.sit import SIT_SIZES, SiT
-from selftrans.train.flops import forward_flops, training_flops
+from selftrans.train import flops
+from selftrans.train.flops import forward_flops, stage_flops, training_flops
 from selftrans.types import Backbone, Conditions, Output
 from tests.support.operations import sit_forward_flops
 
@@ -61,3 +64,10 @@ def test_frozen_weights_have_no_gradient_to_compute():
         layers[1] + 2 * b + a
     )  # through the last layer; of B its weight and input; of A, first of all, its weight
     assert training_flops(model, labels) == forward + backward
+
+
+@pytest.mark.parametrize(("until", "guided"), [(None, 6), (4, 4), (9, 6), (0, 0)])
+def test_operations_of_a_stage_count_a_guidance_until_it_ends(until, guided, monkeypatch):
+    monkeypatch.setattr(flops, "step_flops", lambda *_: {None: 10, 0: 3, 1: 100})
+    objective = SimpleNamespace(guidances=[SimpleNamespace(until_step=until), SimpleNamespace(until_step=2)])
+    assert stage_flops(objective, None, 8, 6) == 6 * 10 + guided * 3 + 2 * 100

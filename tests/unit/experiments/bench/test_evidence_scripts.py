@@ -1,19 +1,27 @@
-"""benchmarks/encoder.py and evidence_gpu.py: losses and tables by hand, what is written, continuing after the time is over."""
+"""benchmarks/encoder.py, evidence_gpu.py and ui_speed.py: losses and tables by hand, what is written, continuing after the time
+is over, answers of the local page."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+import os
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+import uvicorn
 from torch import nn
 
 from selftrans.data.dataset import Dataset
 from selftrans.encoders.vision import load_encoder
+from selftrans.ui.serve import listening
+from selftrans.ui.server import Page, application
 from tests.support.scripts import script
 from tests.support.toy import prepared
 
@@ -161,3 +169,66 @@ def test_table_compares_at_equal_compute_with_the_longest_baseline() -> None:
     assert rows["w2"]["difference"]["mean"] == -3 and rows["w2"]["difference"]["error"] is None
     assert rows["w2"]["difference_at_compute"]["mean"] == pytest.approx(5 - 4)  # between 8 and 2: sqrt(16)
     assert rows["repa"]["difference_at_compute"] is None and "w5" not in rows
+
+
+# ---- answers of the local page
+
+
+@contextlib.contextmanager
+def served_here(folder: Path) -> Iterator[tuple[int, int]]:
+    """The server of `selftrans ui` in a thread of this process, which starts at once."""
+    config = uvicorn.Config(application(Page([folder])), log_level="warning", access_log=False)
+    server, listener = uvicorn.Server(config), listening("127.0.0.1", 0)
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+    thread.start()
+    try:
+        yield listener.getsockname()[1], os.getpid()
+    finally:
+        server.should_exit = True
+        thread.join()
+        listener.close()
+
+
+def test_every_kind_of_request_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    speed = script("ui_speed")
+    monkeypatch.setattr(speed, "started", served_here)
+    options = ["--runs", "3", "--lines", "20", "--starts", "1", "--repeats", "2", "--pause", "0"]
+    speed.main([*options, "--out", str(tmp_path)])
+    report = json.loads((tmp_path / "ui_speed.json").read_text())
+    counts = {(row["request"], row["state"]): row["count"] for row in report["requests"]}
+    shown = ("page", "a run", "side by side", "tables", "preview")
+    assert counts == {
+        **{(kind, "cold"): 3 if kind == "a run" else 1 for kind in (*shown, "list of runs")},
+        **{(kind, "warm"): 2 for kind in shown},
+        ("list of runs", "warm"): 1,
+        **{(kind, "grown"): 2 for kind in ("a run", "list of runs")},
+    }
+    sent = {(row["request"], row["state"]): row["bytes"] for row in report["requests"]}
+    assert sent["a run", "warm"] == 0 < sent["a run", "grown"], "a browser has what has not changed"
+    assert all(0 < row["ms"] <= row["ms_largest"] for row in report["requests"])
+    assert (report["runs"], report["lines"]) == (3, 20) and report["log_bytes"] > 3 * 2 * 20 * 100
+    assert "processor ms largest" in capsys.readouterr().out
+
+
+def test_medians_and_largest_values_by_hand() -> None:
+    speed = script("ui_speed")
+    noted = {("a run", "cold"): [(1.0, 4.0, 10), (9.0, None, 30), (2.0, 6.0, 20)], ("page", "warm"): [(1.0, None, 0)]}
+    first, second = speed.table(noted)
+    assert first == {
+        "request": "a run", "state": "cold", "count": 3, "bytes": 20,
+        "ms": 2.0, "ms_largest": 9.0, "processor_ms": 5.0, "processor_ms_largest": 6.0,
+    }  # fmt: skip
+    assert second["processor_ms"] is None and speed.text([first, second]).count("\n") == 2
+
+
+def test_runs_that_the_page_finds_wrong_are_not_measured(tmp_path: Path) -> None:
+    speed = script("ui_speed")
+    speed.make_runs(tmp_path / "runs", 1, 10)
+    (tmp_path / "runs" / "run-seed0" / "run.json").write_text("{")
+    client = speed.Client()
+    with served_here(tmp_path / "runs") as (port, pid):
+        client.connect(port, pid)
+        with pytest.raises(ValueError, match="1 of them not as they were made"):
+            speed.measure(client, tmp_path / "runs", 10, 1, 0)
