@@ -28,8 +28,10 @@ MOST_POINTS = 64  #: checkpoints that are sampled for one request
 #: settings that a request may choose; the others are those of the run
 CHOSEN = ("num", "steps", "sampler", "guidance_scale", "guidance_interval", "time_shift", "seed", "labels", "prompts")
 #: settings of sampling that a preview depends on
-PREVIEWED = ("seed", "labels", "prompts", "guidance_scale", "guidance_interval", "guidance_channels", "time_shift")
-PREVIEWED += ("early_guidance", "early_interval")
+PREVIEWED = (
+    *("seed", "labels", "prompts", "guidance_scale", "guidance_interval", "guidance_channels", "time_shift"),
+    *("early_guidance", "early_interval"),
+)
 Run = Callable[[str], RunState]
 Work = Callable[[Job], None]
 

@@ -203,7 +203,10 @@ def test_damaged_file_at_the_url_is_refused(folder: Path, tmp_path: Path) -> Non
         dataset.read(np.arange(10))
         until(lambda: dataset.reader._workers == 0)
         server.asked.clear()
-        with pytest.raises(ValueError, match=r"shard-00001.safetensors cannot be read \(its sha256 is not .*twice\)$"):
+        with pytest.raises(
+            ValueError,
+            match=r"shard-00001.safetensors cannot be read \(its sha256 is not .*twice\); copy the folder there again$",
+        ):
             dataset.read(np.array([10]))
         assert len(server.asked) == 2 and len(list((tmp_path / "cache").glob("*.safetensors"))) == 1
 

@@ -92,7 +92,7 @@ export class Chart {
   }
 
   scales(visible, width, height) {
-    const drawn = (value) => Number.isFinite(value) && (!this.log || value > 1e-300);
+    const drawn = (value) => Number.isFinite(value) && Math.abs(value) < 1e300 && (!this.log || value > 1e-300);
     let [x0, x1, y0, y1] = [Infinity, -Infinity, Infinity, -Infinity];
     for (const each of visible) {
       for (const at of each.x) { if (at < x0) x0 = at; if (at > x1) x1 = at; }
@@ -106,7 +106,7 @@ export class Chart {
     let [low, high] = [change(y0), change(y1)];
     const margin = (high - low) * 0.05 || Math.abs(high) * 0.05 || 0.5;
     [low, high] = [low - margin, high + margin];
-    if (this.log) low = Math.max(low, -300);
+    if (this.log) [low, high] = [Math.max(low, -300), Math.min(high, 300)];
     if (!this.log && y0 >= 0 && low < 0) low = 0;
     const [across, up] = [width - WIDE.left - WIDE.right, height - WIDE.top - WIDE.bottom];
     return {
