@@ -129,7 +129,6 @@ COVERED_BY = {
     "data/shard_plan": "unit/data/test_prepare.py",
     "data/shard_reader": "unit/data/test_streamed.py",
     "data/sources/clips": "unit/data/sources/test_audio.py",
-    "data/sources/noticed": "unit/data/sources/test_metadata.py",
     "data/sources/part_file": "unit/data/sources/test_metadata.py",
     "data/sources/pixel_parts": "unit/data/sources/test_metadata.py",
     "data/sources/source": "unit/data/sources/test_open_source.py",

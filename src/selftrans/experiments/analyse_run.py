@@ -48,10 +48,8 @@ def analyse(
     ValueError for data of another shape or number of classes.
     """
     if samples < 20 or not timesteps:
-        raise ValueError(
-            f"{plural(samples, 'sample')} at {plural(len(timesteps), 'timestep')} are too few; give at least 20 samples and "
-            "one timestep"
-        )
+        few = f"{plural(samples, 'sample')} at {plural(len(timesteps), 'timestep')}"
+        raise ValueError(f"{few} are too few; give at least 20 samples and one timestep")
     loaded, device = load_model(origin, stage=stage, weights=weights), default_device()
     model = loaded.model.to(device)
     dataset = open_of_one_shape(data or training_data(origin, loaded, remedy="give --data DIR"))

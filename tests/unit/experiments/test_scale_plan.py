@@ -110,7 +110,7 @@ def test_sharding_divides_weights_and_not_the_teacher() -> None:
 @pytest.mark.parametrize(
     ("gpus", "options", "message"),
     [
-        (7, {"rate": 1.0}, "train.batch_size 80 does not divide among 7 GPUs x 1 micro-batches"),
+        (7, {"rate": 1.0}, "train.batch_size 80 does not divide among 7 GPUs x 1 micro-batch"),
         (20, {"rate": 1.0}, "20 GPUs do not divide into machines of 8"),
         (0, {"rate": 1.0}, "must be above zero"),
         (8, {}, "give --measured bench.json, made by `selftrans bench`"),

@@ -51,7 +51,7 @@ def test_rates_lengths_and_channels_become_one(tmp_path: Path, capsys: pytest.Ca
     prepare(tmp_path / "x", tmp_path / "out", media=MediaOptions(rate=8000, length=0.25))
     error = capsys.readouterr().err
     assert "2 of 3 sounds are cut at the end: --length 0.25" in error
-    assert "1 of 3 sounds are padded with zeros at the end: --length 0.25" in error
+    assert "1 of 3 sounds is padded with zeros at the end: --length 0.25" in error
 
 
 def test_spectrograms_show_the_pitch(tmp_path: Path) -> None:
