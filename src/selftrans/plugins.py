@@ -9,13 +9,21 @@ from __future__ import annotations
 import importlib
 import warnings
 from collections.abc import Callable, Iterator
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import EntryPoint, PackageNotFoundError, entry_points, version
 from typing import Any, Generic, TypeVar
 
 from selftrans.suggest import nearest
 
 Record = TypeVar("Record")
 _trusted: dict[str, Any] = {}  #: `module:function` that the user has given in this process -> what it names
+
+
+def installed_version(package: str) -> str | None:
+    """The version of an installed package; None for one that is not installed, also where it is run from its sources."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 def trust(name: str) -> None:

@@ -243,6 +243,12 @@ def printable(text: object, limit: int | None = 160) -> str:
     return start if start.isprintable() else ascii(start)[1:-1][:limit]
 
 
+def decoded_text(data: bytes) -> str:
+    """Text in UTF-8, or in UTF-16 with its mark, as some editors of Windows store it. UnicodeDecodeError for any other."""
+    utf16 = data.startswith((b"\xff\xfe", b"\xfe\xff"))
+    return data.decode("utf-16" if utf16 else "utf-8-sig")
+
+
 def listed(names: Sequence[object], most: int = 8) -> str:
     """The first `most` names, each `printable`, separated by commas; an ellipsis stands for the others."""
     return ", ".join(map(printable, names[:most])) + (", …" if len(names) > most else "")

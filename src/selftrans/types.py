@@ -46,12 +46,21 @@ class Conditions:
         return torch.zeros(1, dtype=torch.long)
 
     def check_labels(self, cond: Cond, n: int, *, null: bool = False, on_device: bool = True) -> None:
-        """ValueError unless labels (N,) are whole numbers of classes, one for each of `n` samples; text is not looked at.
+        """ValueError unless labels (N,) are whole numbers of classes, one for each of `n` samples; of text only the type.
 
         Never waits for a device: only values on the CPU are read. On a GPU a wrong label stops the process by an assertion
         of the device, which takes a few kernels; `on_device` False leaves that out. null: allow the null label, too
         (num_classes).
         """
+        if not isinstance(cond, Tensor | dict):
+            none = "; without classes every label is 0: torch.zeros(N, dtype=torch.long)" if self.kind == "none" else ""
+            raise ValueError(
+                f"a condition is a tensor of labels (N,), or named tensors of text, not {type(cond).__name__}{none}"
+            )
+        if self.kind == "text" and isinstance(cond, Tensor):
+            raise ValueError(
+                f"the model is conditioned on {self}, not on labels; give the tokens and the mask of captions"
+            )
         if self.kind != "labels" or not isinstance(cond, Tensor):
             return
         if cond.dtype not in (torch.int64, torch.int32) or tuple(cond.shape) != (n,):
@@ -261,6 +270,16 @@ def check_takes(backbone: Backbone, shape: tuple[int, ...]) -> None:
         raise ValueError(f"the model does not take latents of {tuple(shape)}: {reason}") from error
     if v is None or v.shape != x.shape:
         raise ValueError(f"the model takes latents of {tuple(backbone.shape)} only, not of {tuple(shape)}")
+
+
+def check_latents(z0: Tensor, shape: tuple[int, ...]) -> None:
+    """ValueError unless latents are (N, C, *S), at least one, of floats, with the channels and dimensions of `shape`."""
+    if not isinstance(z0, Tensor) or not z0.is_floating_point():
+        found = str(z0.dtype).removeprefix("torch.") if isinstance(z0, Tensor) else type(z0).__name__
+        raise ValueError(f"latents must be a tensor of floats, not {found}; scale pixels to about unit variance")
+    if z0.dim() != len(shape) + 1 or z0.shape[1] != shape[0] or not z0.shape[0]:
+        sides = ", ".join(map(str, shape))
+        raise ValueError(f"latents must be (N, {sides}), or have other sides, with N from 1, not {tuple(z0.shape)}")
 
 
 def map_cond(fn: Callable[..., Tensor], *conds: Cond) -> Cond:

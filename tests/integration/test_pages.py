@@ -8,6 +8,7 @@ import re
 import subprocess
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from selftrans.data.prepare import BUILT_IN
 from selftrans.experiments.quickstart import quickstart
 from selftrans.recipes.digits import digits
 from tests.support import page_inputs
+from tests.support.browser import browser, window  # noqa: F401 - a fixture
 from tests.support.pages import PROGRAMS, REASONS, ROOT, Block, blocks, inline_commands, smaller, words_of
 from tests.support.toy import quick  # noqa: F401 - a fixture
 from tests.test_architecture import ORDER
@@ -190,6 +192,22 @@ def test_quickstart_of_an_earlier_version_is_kept(tmp_path: Path) -> None:
     ):
         quickstart(tmp_path)
     assert [*tmp_path.iterdir()] == [run]
+
+
+def test_quickstart_page_in_a_browser(there: Pages, capsys: pytest.CaptureFixture, browser: Any) -> None:  # noqa: F811
+    """Every picture loads, nothing is asked of another machine, and neither a wide nor a narrow window scrolls sideways."""
+    there.run("docs/tutorial.md", capsys)
+    file = (there.folder / "quickstart" / "report.html").resolve()
+    outcome = json.loads(file.with_name("table.json").read_text())["outcome"]
+    with window(browser, file.as_uri()) as page:
+        page.goto(file.as_uri())
+        for width in (400, 1400):
+            page.set_viewport_size({"width": width, "height": 800})
+            assert page.evaluate("document.documentElement.scrollWidth") <= width
+            assert page.get_by_text(outcome).is_visible()
+            assert "Self-Transcendence" in page.locator("table").first.inner_text()
+        pictures = page.evaluate("[...document.images].map((each) => each.complete && each.naturalWidth > 0)")
+    assert pictures == [True] * 7
 
 
 def test_make_targets_run_what_they_say() -> None:

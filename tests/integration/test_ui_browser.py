@@ -11,13 +11,11 @@ import pytest
 from selftrans.ui.serve import listening
 from selftrans.ui.server import Page, application
 from tests.support import toy
+from tests.support.browser import browser, window  # noqa: F401 - a fixture
 from tests.support.toy import quicken
 from tests.support.ui_runs import begun, ids, line, preview, write_log
 
-playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install -e '.[dev]'")
 uvicorn = pytest.importorskip("uvicorn", reason="uvicorn is not installed: pip install -e '.[ui]'")
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine: apt-get install chromium")
 FIGURES = Path(__file__).parents[2] / "docs" / "figures"
 TOKEN = "a-token-of-tests"
 #: whether two tiles have been drawn, and are not black
@@ -58,29 +56,12 @@ def address(folder) -> Iterator[str]:
     thread.join(10)
 
 
-@pytest.fixture(scope="module")
-def browser() -> Iterator:
-    with playwright.sync_playwright() as started:
-        found = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield found
-        found.close()
-
-
 @pytest.fixture
-def page(browser, address) -> Iterator:
-    """A new window, with the token; afterwards: no error was logged, and nothing was asked of another server."""
-    context = browser.new_context(viewport={"width": 1280, "height": 800})
-    window, errors, others = context.new_page(), [], []
-    window.set_default_timeout(30_000)
-    window.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
-    window.on("pageerror", lambda error: errors.append(str(error)))
-    window.on(
-        "request", lambda request: None if request.url.startswith((address, "data:")) else others.append(request.url)
-    )
-    window.goto(f"{address}/?token={TOKEN}")
-    yield window
-    context.close()
-    assert errors == [] and others == []
+def page(browser, address) -> Iterator:  # noqa: F811
+    """A new window, with the token."""
+    with window(browser, address) as found:
+        found.goto(f"{address}/?token={TOKEN}")
+        yield found
 
 
 def until(page, condition: str) -> None:
@@ -124,6 +105,26 @@ def test_a_run_has_curves_and_a_slider_over_previews(page, folder):
     loss.get_by_role("button", name="flow").click()
     assert loss.locator("path.series").count() == 1
     assert "None: no update skipped" in page.locator("section", has_text="Accidents").last.inner_text()
+
+
+def test_values_that_no_run_has_are_drawn(page):
+    """Steps and values of a damaged log: a browser that computes ticks of them for ever would show nothing any more."""
+    drawn = page.evaluate("""async () => {
+        const { Chart } = await import("/chart.js");
+        const all = [[1e17, 1e17], [1e17, 1e17 + 16], [1e-320, 1], [1e299, -1e299], [3, 3]];
+        return all.flatMap((y) => [false, true].map((log) => all.map((x) => {
+            const chart = new Chart("a name", { log });
+            document.querySelector("main").append(chart.node);
+            chart.show([{ name: "a", x, y, points: true }]);
+            return chart.plot.querySelectorAll("circle").length;
+        })));
+    }""")
+    assert drawn == [[2] * 5] * 10
+    said = page.evaluate("""async () => {
+        const { duration } = await import("/dom.js");
+        return [89.4, 5300, 5400, 172000, 172800, 3 * 86400 - 600].map(duration);
+    }""")
+    assert said == ["89 s", "88 min", "1 h 30 min", "47 h 47 min", "2 d 0 h", "3 d 0 h"]
 
 
 def test_side_by_side_shows_equal_steps(page, folder):
@@ -186,7 +187,7 @@ def test_every_page_fits_the_window(page, folder, width, scheme):
     assert page.evaluate("document.documentElement.dataset.theme") != scheme
 
 
-def test_without_its_token_nothing_is_shown(browser, address):
+def test_without_its_token_nothing_is_shown(browser, address):  # noqa: F811
     context = browser.new_context()
     window = context.new_page()
     assert window.goto(f"{address}/").status == 401 and window.goto(f"{address}/?token=wrong").status == 401

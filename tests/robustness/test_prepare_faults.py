@@ -6,6 +6,7 @@ import errno
 import io
 import os
 import resource
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -45,7 +46,8 @@ def test_unreadable_picture_is_named(pictures: Path, tmp_path: Path) -> None:
         "wild dog/empty ü.png",
     ]
     assert (
-        "2 unreadable pictures left out" in manifest.summary() and "wild dog/empty ü.png: empty" in manifest.summary()
+        "2 unreadable pictures left out" in manifest.summary()
+        and "wild dog/empty ü.png: the file is empty" in manifest.summary()
     )
     tensors = Dataset.open(tmp_path / "out", verify=True).read(np.arange(23))
     moments, labels = tensors["moments"], tensors["labels"]
@@ -69,8 +71,30 @@ def test_skipping_continues_to_the_same_bytes(pictures: Path, tmp_path: Path) ->
 def test_source_without_readable_pictures_is_refused(tmp_path: Path) -> None:
     (tmp_path / "x").mkdir()
     (tmp_path / "x" / "a.png").write_bytes(b"")
-    with pytest.raises(ValueError, match=r"none of the 1 picture is readable; the first: a.png \(empty"):
+    with pytest.raises(ValueError, match=r"the only picture is not readable; the first: a.png \(the file is empty"):
         prepare(tmp_path / "x", tmp_path / "out", resolution=8, skip_bad=True, progress=False)
+    assert not (tmp_path / "out").exists()  # nothing that would refuse the next command
+
+
+@pytest.mark.parametrize("parts", [["1/1"], ["1/2", "2/2"]])
+def test_refused_preparation_does_not_refuse_the_next(tmp_path: Path, parts: list[str]) -> None:
+    source, out = write(tmp_path / "x", {"a.png": b"", "b.png": b"no"}), tmp_path / "out"
+    for skip_bad in (False, True):
+        for part in parts if skip_bad else parts[:1]:
+            last = not skip_bad or part == parts[-1]
+            with pytest.raises(ValueError, match=r"a\.png") if last else nullcontext():
+                prepare(source, out, resolution=8, skip_bad=skip_bad, part=part, shard_size=1, progress=False)
+    assert not out.exists() or all(path.name.startswith(".lock") for path in out.iterdir())
+    write(source, {"a.png": encoded(noise(8)), "b.png": encoded(noise(8, 1))})
+    assert prepare(source, out, flip=True, progress=False).count == 2
+
+
+def test_folder_that_was_there_stays(tmp_path: Path) -> None:
+    source, out = write(tmp_path / "x", {"a.png": b""}), tmp_path / "out"
+    out.mkdir()
+    with pytest.raises(ValueError, match="the file is empty"):
+        prepare(source, out, resolution=8, progress=False)
+    assert list(out.iterdir()) == []
 
 
 def test_system_error_is_not_skipped_as_a_bad_picture(

@@ -47,3 +47,29 @@ def test_labels_of_no_class_are_refused_when_sampling():
         with pytest.raises(ValueError, match="are out of range: this model has 0 to 2, and 3 for no condition"):
             model(z, torch.zeros(2), torch.tensor(labels))
     assert selftrans.guided(model, torch.tensor([0, 3]))(z, torch.tensor(1.0)).shape == z.shape
+
+
+def test_wrong_calls_are_refused_in_one_line():
+    model, z = selftrans.SiT((1, 4, 4), 3, width=8, depth=2, heads=2, patch=2), torch.zeros(2, 1, 4, 4)
+    t, labels = torch.zeros(2), torch.tensor([0, 1])
+    for call, message in (
+        (lambda: model(z, t, None), "SiT takes labels"),
+        (lambda: model(z, torch.tensor(0.5), labels), r"not Tensor and t of shape \(\)"),
+        (lambda: model(z, t, labels.float()), r"labels must be whole numbers \(torch.long\), not float32"),
+        (lambda: selftrans.guided(model, [0, 1]), "a condition is a tensor of labels .* not list"),
+        (lambda: selftrans.guided(model, labels, scale=float("nan")), "guidance scale nan is not finite"),
+        (
+            lambda: selftrans.guided(model, labels[:1])(z, torch.tensor(1.0)),
+            "2 latents but conditions of 1; give one for each",
+        ),
+        (lambda: selftrans.ode(lambda z, t: z, z, steps=2.5), "2.5 sampling steps are no whole number"),
+        (lambda: selftrans.Frozen(model, 1.0), "teacher block 1.0 is outside the teacher's 1..2"),
+        (lambda: selftrans.SiT((1, 4, 4), -1, width=8, depth=2, heads=2, patch=2), "num_classes 0 or more, not -1"),
+        (
+            lambda: selftrans.SiT((1, 4, 4), 3, width=8, depth=0, heads=2, patch=0),
+            "sizes must be 1 or more .*depth 0, patch 0",
+        ),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
+    model(z, t, labels.int())

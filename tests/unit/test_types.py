@@ -63,6 +63,16 @@ def test_labels_are_checked_on_the_cpu_alone():
         conditions.check_labels(torch.tensor([0, 5]), 2, null=True)
 
 
+def test_condition_of_another_type_is_refused():
+    for cond in (None, [0], 3):
+        with pytest.raises(
+            ValueError, match=f"not {type(cond).__name__}; without classes every label is 0: torch.zeros"
+        ):
+            Conditions("none").check_labels(cond, 1)
+    with pytest.raises(ValueError, match="conditioned on text of 2x2 by an unnamed encoder, not on labels"):
+        Conditions("text", tokens=2, width=2).check_labels(torch.zeros(1, dtype=torch.long), 1)
+
+
 def test_default_backbone_is_one_part_and_is_not_truncated():
     model = Stub((2, 4, 8), patch=2)
     assert model.tokens == 8 and model.repeated() == [] and not model.recompute

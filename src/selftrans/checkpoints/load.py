@@ -19,7 +19,7 @@ from selftrans.config import RunConfig, from_json, to_json
 from selftrans.encoders.pretrained import encoder_name
 from selftrans.plugins import NotFound
 from selftrans.sections import from_plain
-from selftrans.storage import first_line, printable, sha256_file
+from selftrans.storage import first_line, plural, printable, sha256_file
 from selftrans.types import Backbone, Conditions
 
 Weights = Literal["raw", "ema"]
@@ -218,7 +218,8 @@ def _check_fit(path: Path, prefix: str, config: RunConfig, shape: tuple[int, ...
     config.model.check()
     if config.model.blocks() > len(stored) or not shape or not 0 < min(shape) <= max(shape) <= LARGEST:
         raise ValueError(
-            f"its header describes {config.model.blocks()} blocks on latents {shape}, but it holds {len(stored)} tensors"
+            f"its header describes {plural(config.model.blocks(), 'block')} on latents {shape}, but it holds "
+            f"{plural(len(stored), 'tensor')}"
         )
     with torch.device("meta"):
         model = config.build_model(shape, conditions)

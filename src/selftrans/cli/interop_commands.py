@@ -154,9 +154,11 @@ class Push(Command):
         chosen = Chosen(self.license, self.samples, self.evaluations)
         options: dict[str, Any] = {"weights": self.weights, "stage": self.stage}
         if self.dry_run:
+            from selftrans.storage import plural
+
             out = self.out or Path(self.repository.rpartition("/")[2] or "push")
             files = write_folder(self.run_or_file, self.repository, out, chosen, **options)
-            print(f"{len(files)} files of {self.repository} -> {out}; nothing was uploaded")
+            print(f"{plural(len(files), 'file')} of {self.repository} -> {out}; nothing was uploaded")
             return
         options |= {"private": self.private, "force": self.force, "out": self.out}
         print(f"pushed: {push(self.run_or_file, self.repository, chosen, **options)}")

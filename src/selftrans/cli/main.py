@@ -59,6 +59,7 @@ def parse_command(words: Sequence[str]) -> Any:
     Raises UsageError for wrong words, ValueError for code that cannot be imported, SystemExit(0) after a help page.
     """
     name, *rest = words
+    _refuse_secrets(rest)
     if name not in COMMANDS:
         raise UsageError(f"command '{name}' is unknown{did_you_mean(closest(name, COMMANDS, most=1))}", "selftrans")
     kind, prog = COMMANDS[name], f"selftrans {name}"
@@ -68,6 +69,17 @@ def parse_command(words: Sequence[str]) -> Any:
     for name in getattr(command, "trust", ()):
         trust(name)
     return command
+
+
+def _refuse_secrets(words: Sequence[str]) -> None:
+    """ValueError for a URL with a password or a signature, also where no URL is expected: errors repeat what was given."""
+    for word in words:
+        value = word.partition("=")[2] if word.startswith("-") else word
+        if "://" in value.partition(" ")[0]:
+            from selftrans.data.remote import is_url, refuse_secrets
+
+            if is_url(value):
+                refuse_secrets(value)
 
 
 def _answer(words: Sequence[str]) -> None:

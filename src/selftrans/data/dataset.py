@@ -95,6 +95,16 @@ class Dataset:
     def __len__(self) -> int:
         return self.manifest.count
 
+    def __getitem__(self, row: int) -> dict[str, Tensor]:
+        """One row as `read` returns it, without the first dimension, as a `torch.utils.data.DataLoader` asks for it.
+
+        -1 is the last row. Raises IndexError out of range.
+        """
+        at = row + len(self) if row < 0 else row
+        if not 0 <= at < len(self):
+            raise IndexError(f"row {row} is outside the {self.manifest.counted(len(self))} of {self.path}")
+        return {name: tensor[0] for name, tensor in self.read(np.array([at])).items()}
+
     @property
     def parts(self) -> tuple[int, ...]:
         """Rows of each part of one shape, in order: a batch is of one part. Here all rows are one part."""
@@ -124,9 +134,10 @@ class Dataset:
         """At most `most` different rows, by a fixed shuffle."""
         return np.random.default_rng(0).permutation(len(self))[:most]
 
-    def quick_rows(self, most: int) -> np.ndarray:
-        """As `some_rows`, but where that is slow others, which may represent the data less well: not for measurements."""
-        return self.some_rows(most)
+    @property
+    def scattered(self) -> Dataset:
+        """The same rows, read in a way that is fast for a few of them, far apart."""
+        return self
 
     @cached_property
     def present(self) -> tuple[int, ...]:
@@ -220,10 +231,13 @@ class Dataset:
         """Caption => its row."""
         if self.counts is None:
             return {}
-        rows = self.quick_rows(16 * PROMPTS)  # enough, if many captions are the same
+        rows = self.some_rows(16 * PROMPTS)  # enough, if many captions are the same
         found: dict[str, int] = {}
-        for row, of_row in zip(rows.tolist(), self.captions(rows), strict=True):
-            found.setdefault(of_row[0], row)
+        for some in np.array_split(rows, range(PROMPTS, len(rows), PROMPTS)):
+            for row, of_row in zip(some.tolist(), self.scattered.captions(some), strict=True):
+                found.setdefault(of_row[0], row)
+            if len(found) >= PROMPTS:
+                break
         return dict(islice(found.items(), PROMPTS))
 
     def ready(self, device: torch.device | str) -> None:

@@ -49,9 +49,10 @@ class OnDevice(Dataset):
         """As those of the data that are read."""
         return self._dataset.some_rows(most)
 
-    def quick_rows(self, most: int) -> np.ndarray:
-        """As those of the data that are read: captions are not on the device."""
-        return self._dataset.quick_rows(most)
+    @property
+    def scattered(self) -> Dataset:
+        """As that of the data that are read: captions are not on the device."""
+        return self._dataset.scattered
 
     def open_features(self) -> Features:
         """As `Dataset.open_features`; the data that are read know where they lie."""

@@ -20,9 +20,11 @@ from selftrans.data.encode_captions import CaptionEncoder, TextOptions, check_di
 from selftrans.data.manifest import DTYPES, Manifest, Shard
 from selftrans.data.record import Option
 from selftrans.data.reports import check_faults, report_ignored, say, warn_of_noticed
+from selftrans.data.shard_plan import Decoded
 from selftrans.data.source_samples import source_samples
 from selftrans.data.sources.clips import Clips, MediaOptions
-from selftrans.data.sources.decode import STANDARD, Reading, Resolution, size_text
+from selftrans.data.sources.copies import Copies
+from selftrans.data.sources.decode import STANDARD, Reading, Resolution, none_readable, size_text
 from selftrans.data.sources.source import Samples, Source, ahead
 from selftrans.data.standardise import plain, recorded, standardised
 from selftrans.encoders.autoencoder import Autoencoder, autoencoder_name, load_autoencoder
@@ -93,7 +95,7 @@ def prepare(
     options |= recorded(standardise, autoencoder, earlier.plan if earlier else None, media=of_media)
     if earlier and _finished(earlier, options, samples, out, progress):
         return Manifest.load(out)
-    report_ignored(None if pictures else samples, progress)
+    report_ignored(None if pictures else samples, progress, flip=flip)
     check_faults(samples, source, skip_bad)
     captions = _load_text(samples, text, device, precision, progress) if text else None
     name = samples.normalised().name if isinstance(samples, Clips) else autoencoder
@@ -126,6 +128,10 @@ def _check(
         raise ValueError(f"precision {precision!r} is not one of {', '.join(NETWORK_DTYPES)}")
     if batch_size < 1 or shard_size < 1:
         raise ValueError(f"batch_size {batch_size} and shard_size {shard_size} should be 1 or more")
+    if not str(source):
+        raise ValueError(
+            "the source is an empty name; give a folder, a zip, a tar, a parquet file, a hub id, or `digits`"
+        )
     if str(source) not in BUILT_IN and Path(source).is_dir() and out.resolve().is_relative_to(Path(source).resolve()):
         raise ValueError(f"{out} is inside the source folder {source}; choose an --out outside it")
     return resumable.parse_part(part)
@@ -212,7 +218,7 @@ def _run(
 ) -> Manifest:
     """Make the missing shards of a part; then write the manifest, if the shards of all other parts are finished.
 
-    `warn` of what was noticed while pictures were decoded.
+    `warn` of what was noticed while they were decoded; else that is kept in the source.
     """
     from tqdm import tqdm
 
@@ -232,14 +238,20 @@ def _run(
         initial = sum(encoder.asked(shard) for shard in mine if shard in done)
         total = sum(encoder.asked(shard) for shard in mine)
         bar = tqdm(total=total, initial=initial, unit=f" {plan.unit}", disable=not progress)
+        copies = Copies(len(encoder.source))
+
+        def decode(batch: range) -> Decoded:
+            read = encoder.decode(batch)
+            copies.add(read.good, read.arrays)
+            return read
+
         batches = (batch for shard in missing for batch in encoder.batches(shard))
-        with bar, closing(ahead(encoder.decode, batches, threads=encoder.threads)) as decoded:
+        with bar, closing(ahead(decode, batches, threads=encoder.threads)) as decoded:
             for shard in missing:
                 resumable.record(out, encoder.write(plan, out, shard, decoded, bar.update))
         with resumable.changing(out, part):
             made = _finish(encoder, plan, out, progress)
-        if warn:
-            warn_of_noticed(encoder.source, made)
+        warn_of_noticed(encoder.source, made, copies, now=warn)
         return made
 
 
@@ -262,14 +274,14 @@ def _finish(encoder: ShardEncoder, plan: Manifest, out: Path, progress: bool) ->
     plan, shards = _valid(encoder, plan, out)
     if len(shards) < len(encoder.shards()):
         count = sum(shard.count for shard in shards.values())
-        done = f"{len(shards)} of {len(encoder.shards())} shards {are(len(shards))} finished"
+        done = f"{len(shards)} of {plural(len(encoder.shards()), 'shard')} {are(len(shards))} finished"
         say(f"{done}; the other parts make the rest", progress)
         return replace(plan, shards=tuple(shards[k] for k in sorted(shards)), count=count)
     if resumable.is_finished(out):
         return Manifest.load(out)
     if not any(shard.count for shard in shards.values()):
         name, reason = shards[0].skipped[0]
-        raise NoneReadable(
-            f"none of the {plan.counted(len(encoder.source))} is readable; the first: {printable(name)} ({reason})"
-        )
+        resumable.discard(out)
+        none = none_readable(len(encoder.source), plan.noun)
+        raise NoneReadable(f"{none}; the first: {printable(name)} ({printable(reason)})")
     return resumable.finish(out, standardised(plan, out, shards.values(), progress), shards.values())

@@ -21,7 +21,15 @@ from selftrans.data.prepare import NoneReadable, load, prepare
 from selftrans.data.reports import check_faults, report_ignored, say
 from selftrans.data.resumable import LOCK
 from selftrans.data.sources.clip_files import kind_of
-from selftrans.data.sources.decode import STANDARD, Reading, Resolution, resolution_of, size_text, upright_size
+from selftrans.data.sources.decode import (
+    STANDARD,
+    Reading,
+    Resolution,
+    none_readable,
+    resolution_of,
+    size_text,
+    upright_size,
+)
 from selftrans.data.sources.open_source import MAX_RESOLUTION, open_source
 from selftrans.data.sources.source import Source, ahead
 from selftrans.data.standardise import share_statistics
@@ -67,7 +75,7 @@ def prepare_buckets(
     opened = open_source(source, resolution=resolution, captions=text.source if text else None, **chosen_as)
     if opened.in_order:
         raise ValueError("buckets need the size of every picture before the first is encoded; leave out --streaming")
-    report_ignored(opened, progress)
+    report_ignored(opened, progress, flip=bool(options.get("flip")))
     check_faults(opened, source, skip_bad)
     _check_folder(out, sizes)
     bucket_of, made = assigned(opened, sizes, progress), []
@@ -85,7 +93,7 @@ def prepare_buckets(
             say(f"{name} is left out: {error}", progress)
     opened.noticed.warn()
     if not made:
-        raise ValueError(f"none of the {plural(len(opened), 'picture')} of {source} is readable")
+        raise ValueError(none_readable(len(opened), "picture", source))
     if not all((out / name / FILE).is_file() for name in made):
         return f"{out} is not finished: the other parts make the rest, and the last one completes it"
     with lock_file(out / LOCK, wait=True):

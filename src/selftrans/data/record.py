@@ -8,10 +8,13 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from selftrans.storage import first_line, printable
+
 Option: TypeAlias = str | int | float | bool | None
 
 MAX_BYTES = 1 << 28  #: of a file
 REMEDY = "prepare the data again"
+REPAIR = "repair it, or remove it"
 
 
 def read_text(path: Path) -> str:
@@ -21,15 +24,28 @@ def read_text(path: Path) -> str:
             raise ValueError(f"{path.name} is larger than {MAX_BYTES} bytes")
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path.name} cannot be read ({error})") from error
+        raise ValueError(f"{path.name} cannot be read ({first_line(error)})") from error
 
 
-def parse_json(text: str, where: str) -> object:
+def parse_json(text: str, where: str, remedy: str = REMEDY) -> object:
     """Parse JSON. Raises ValueError when it is invalid or nested too deeply."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{where} is not valid JSON ({error}); {REMEDY}") from error
+        raise ValueError(f"{where} is not valid JSON ({error}); {remedy}") from error
+
+
+def read_object(path: Path) -> dict[str, Any] | None:
+    """The object in a small JSON file; None where the file is missing. Raises ValueError for anything else in it."""
+    if not path.exists():
+        return None
+    try:
+        content = parse_json(read_text(path), path.name, REPAIR)
+    except ValueError as error:
+        raise ValueError(f"{printable(path.parent)}: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{printable(path)} holds no object; {REPAIR}")
+    return content
 
 
 class Record:

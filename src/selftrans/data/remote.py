@@ -10,7 +10,6 @@ import errno
 import http.client
 import random
 import re
-import threading
 import time
 import urllib.error
 import urllib.request
@@ -21,9 +20,14 @@ from urllib.parse import quote, urlsplit
 
 from selftrans.storage import first_line
 
-#: protocol -> extra of this package that reads it
-EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}
-TIMEOUT = 60.0  #: seconds that a connection may be silent
+#: protocol -> where its package looks for credentials
+CREDENTIALS = {
+    "s3": "AWS_PROFILE, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
+    "gs": "GOOGLE_APPLICATION_CREDENTIALS",
+    "hf": "HF_TOKEN",
+}
+CREDENTIALS |= {"s3a": CREDENTIALS["s3"], "gcs": CREDENTIALS["gs"]}
+TIMEOUT = 60.0  #: seconds that a connection may be silent, and that a request of an object store may take
 ATTEMPTS = 5
 FIRST_WAIT = 0.5  #: seconds before the second attempt; doubled before each further one
 PIECE = 1 << 20  #: bytes that are copied at a time
@@ -35,6 +39,11 @@ _NAMED = re.compile(
     r"(?i)\b([\w-]*(?:token|signature|password|passwd|secret|credential|access_?key(?:_?id)?))(\s*[=:]\s*)\S+"
 )
 _HEADER = re.compile(r"(?i)\b(authorization['\"]?\s*[=:]\s*)[^\r\n]+")
+#: names of errors of botocore and google-auth: which packages of stores are installed is not known here
+_ACCESS = re.compile(
+    r"(No|Partial|Unknown|Default)Credentials?Error|ProfileNotFound|NoAuthTokenError|(SSO|Login|Refresh)Error"
+)
+_SETTINGS = re.compile(r"\w*Config\w*Error|ConfigNotFound|ParamValidationError")
 T = TypeVar("T")
 
 
@@ -61,14 +70,19 @@ def cleaned(text: object) -> str:
     return _NAMED.sub(r"\1\2…", shown)
 
 
-def checked(url: str) -> str:
-    """The URL of a folder without a final slash. ValueError where it holds credentials or a query, or names no folder."""
-    url = url.strip()
+def refuse_secrets(url: str) -> None:
+    """ValueError, which does not repeat them, where a URL holds credentials or a query."""
     if cleaned(url) != url:
         raise ValueError(
             f"{cleaned(url)}: a URL with a user, password, token or query is refused, since paths are written to logs and "
             "checkpoints; give it without, and credentials as the store's own package reads them (see docs/streaming.md)"
         )
+
+
+def checked(url: str) -> str:
+    """The URL of a folder without a final slash. ValueError where it holds credentials or a query, or names no folder."""
+    url = url.strip()
+    refuse_secrets(url)
     protocol, _, rest = url.partition("://")
     if not rest.strip("/") or any(not character.isprintable() for character in url) or ".." in rest.split("/"):
         raise ValueError(f"{first_line(ascii(url)[1:-1])} names no folder; {WANTED}")
@@ -96,6 +110,8 @@ def store_of(url: str) -> Store:
     url = checked(url)
     if url.startswith(("http://", "https://")):
         return HttpStore(url)
+    from selftrans.data.fsspec_store import FsspecStore  # which is made of this module
+
     return FsspecStore(url)
 
 
@@ -136,65 +152,83 @@ class HttpStore:
             raise
 
 
-class FsspecStore:
-    """A folder of any file system of fsspec."""
-
-    def __init__(self, url: str) -> None:
-        import fsspec
-
-        protocol = url.partition("://")[0]
-        try:
-            self.system, self.root = fsspec.core.url_to_fs(url)
-        except ImportError as error:
-            extra = EXTRAS.get(protocol)
-            install = f"`pip install -c constraints.txt -e '.[{extra}]'`" if extra else f"({first_line(error)})"
-            raise ValueError(f"{protocol}:// needs a package that is not installed: {install}") from error
-        except ValueError as error:
-            raise ValueError(f"{cleaned(url)} cannot be read ({cleaned(first_line(error))}); {WANTED}") from None
-
-    def read(self, name: str, start: int, end: int) -> bytes:
-        return bytes(self.system.cat_file(f"{self.root}/{name}", start=start, end=end))[: end - start]
-
-    def download(self, name: str, to: Path, advance: Callable[[int], object]) -> None:
-        with self.system.open(f"{self.root}/{name}", "rb", block_size=8 * PIECE) as source, open(to, "r+b") as file:
-            while piece := source.read(PIECE):
-                file.write(piece)
-                advance(len(piece))
-
-
-def retried(work: Callable[[], T], what: str, *, stop: threading.Event | None = None) -> T:
+def retried(work: Callable[[], T], what: str) -> T:
     """The result of `work`, repeated after errors with growing waits. ValueError in one line, without secrets, at the end.
 
-    What cannot succeed later is not repeated: a missing file, a refused permission. `what` names the file; `stop` ends the
-    waiting.
+    What cannot succeed later is not repeated: a missing file, a refused permission, missing credentials, wrong settings.
+    `what`: the URL of the file.
     """
     for attempt in range(ATTEMPTS):
         try:
             return work()
         except Exception as error:  # every store has its own types
-            if _final(error):
-                raise ValueError(f"{cleaned(what)} cannot be read ({_reason(error)})") from None
-            if attempt == ATTEMPTS - 1 or (stop is not None and stop.is_set()):
-                raise ValueError(f"{cleaned(what)} cannot be read ({_reason(error)}, {attempt + 1} attempts)") from None
-            wait = FIRST_WAIT * 2**attempt * random.uniform(0.75, 1.25)
-            if stop is None:
-                time.sleep(wait)
-            else:
-                stop.wait(wait)
+            final, shown = _final(error), cleaned(what)
+            if final or attempt == ATTEMPTS - 1:
+                tried = "" if final else f", {attempt + 1} attempts"
+                remedy = _remedy(error, shown.partition("://")[0])
+                raise ValueError(f"{shown} cannot be read ({_reason(error)}{tried}){remedy}") from None
+            time.sleep(FIRST_WAIT * 2**attempt * random.uniform(0.75, 1.25))
     raise AssertionError("the last attempt returns or raises")
+
+
+def http_status(error: BaseException) -> int | None:
+    """The HTTP status that an error of any client is about; None where it has none."""
+    answer = getattr(error, "response", None)
+    if answer is None:  # s3fs raises errors of Python from those of botocore
+        answer = getattr(error.__cause__, "response", None)
+    metadata = answer.get("ResponseMetadata", {}) if isinstance(answer, dict) else {}
+    for value in (
+        *(getattr(error, name, None) for name in ("status", "code")),
+        metadata.get("HTTPStatusCode"),
+        getattr(answer, "status_code", None),
+    ):
+        if str(value).isdigit() and 100 <= int(value) < 600:  # type: ignore[arg-type]
+            return int(value)  # type: ignore[arg-type]
+    return None
 
 
 def _final(error: Exception) -> bool:
     """Whether another attempt is of no use."""
-    status = getattr(error, "code", None) or getattr(error, "status", None)
-    refused = isinstance(status, int) and 400 <= status < 500 and status not in (408, 425, 429)
+    status = http_status(error)
+    answered = status is not None and 300 <= status < 500 and status not in (408, 425, 429)
+    refused = answered and not isinstance(error, TimeoutError | ConnectionError)  # S3 says 400 for a slow client
     full = getattr(error, "errno", None) == errno.ENOSPC
-    kinds = Lasting | FileNotFoundError | PermissionError | NotADirectoryError | IsADirectoryError
-    return refused or full or isinstance(error, kinds)
+    kinds = (
+        Lasting | FileNotFoundError | PermissionError | NotADirectoryError | IsADirectoryError | ValueError | TypeError
+    )
+    return refused or full or isinstance(error, kinds) or _named(error, _SETTINGS) or _about_credentials(error)
+
+
+def _about_credentials(error: Exception) -> bool:
+    """Whether they are missing, wrong or not enough; False where the server of credentials may answer later."""
+    forbidden = isinstance(error, OSError) and str(error).startswith("Forbidden")  # of gcsfs, which drops the status
+    named = _named(error, _ACCESS) and not getattr(error, "retryable", False)
+    return named or forbidden or isinstance(error, PermissionError) or http_status(error) in (401, 403)
+
+
+def _named(error: Exception, names: re.Pattern[str]) -> bool:
+    return any(names.fullmatch(kind.__name__) for kind in type(error).__mro__)
+
+
+def _remedy(error: Exception, protocol: str) -> str:
+    if isinstance(error, FileNotFoundError | Lasting):
+        return "; copy the folder there again"
+    if _about_credentials(error):
+        variables = CREDENTIALS.get(protocol)
+        if variables:
+            return f"; credentials come from {variables} (docs/streaming.md)"
+        return "; http and https are read without credentials" if protocol.startswith("http") else ""
+    if "endpoint" in str(error).lower() and protocol in ("s3", "s3a"):
+        return "; the endpoint comes from AWS_ENDPOINT_URL, such as https://host:9000"
+    return "" if _final(error) else "; the same command tries again"
 
 
 def _reason(error: Exception) -> str:
+    """What was wrong, in one line without secrets."""
     if isinstance(error, FileNotFoundError):
         return "it does not exist"
     reason = getattr(error, "reason", None)
-    return cleaned(first_line(reason if isinstance(reason, Exception) else error))
+    chosen: object = reason if isinstance(reason, Exception) else error
+    if not str(chosen).strip() and error.__cause__ is not None:
+        chosen = error.__cause__
+    return cleaned(first_line(getattr(chosen, "strerror", None) or chosen))

@@ -10,9 +10,10 @@ import numpy as np
 
 from selftrans.data.manifest import Manifest
 from selftrans.data.sources.clips import Clips
+from selftrans.data.sources.copies import Copies, copies_in_words
 from selftrans.data.sources.passed_over import in_words
 from selftrans.data.sources.source import Samples, Source
-from selftrans.data.sources.surprises import deep_values, surprises
+from selftrans.data.sources.surprises import deep_values, sides_in_captions, surprises
 from selftrans.storage import listed, plural, printable
 
 
@@ -22,13 +23,17 @@ def say(text: str, progress: bool) -> None:
         print(text, file=sys.stderr)
 
 
-def report_ignored(samples: Samples | None, progress: bool) -> None:
-    """Say how many files of a source are not read, and why, and warn of what may surprise; None: it was said before."""
+def report_ignored(samples: Samples | None, progress: bool, *, flip: bool = False) -> None:
+    """Say how many files of a source are not read, and why, and warn of what may surprise; None: it was said before.
+
+    `flip`: mirrored pictures are stored, too.
+    """
     if samples is None:
         return
     if samples.ignored:
         say(in_words(samples.ignored), progress)
-    for warning in (*surprises(samples), *(deep_values(samples) if isinstance(samples, Source) else ())):
+    warned = [*surprises(samples), *(deep_values(samples) if isinstance(samples, Source) else ())]
+    for warning in (*warned, *(sides_in_captions(samples) if flip else ())):
         warnings.warn(warning, stacklevel=3)
     for remark in samples.remarks if isinstance(samples, Clips) else ():
         say(remark, progress)
@@ -44,8 +49,18 @@ def check_faults(samples: Samples, source: str | Path, skip_bad: bool) -> None:
         )
 
 
-def warn_of_noticed(samples: Samples, manifest: Manifest) -> None:
-    """Warn of what was noticed while samples were read: metadata that are ignored, animations, classes that were lost."""
+def warn_of_noticed(samples: Samples, manifest: Manifest, copies: Copies, *, now: bool = True) -> None:
+    """Warn of what was noticed while samples were read: metadata that are ignored, animations, copies, classes that were lost.
+
+    Unless `now`, what a source keeps is kept, for its `noticed.warn`.
+    """
+    found = copies.found(samples.labels, samples.name)
+    if isinstance(samples, Source):
+        samples.noticed.copied.append(found)
+    elif said := copies_in_words([found], manifest.noun):
+        warnings.warn(said, stacklevel=3)
+    if not now:
+        return
     if isinstance(samples, Source):
         samples.noticed.warn()
     skipped = {name for name, _ in manifest.skipped}

@@ -123,8 +123,10 @@ def check_plan(before: Manifest, plan: Manifest, out: Path) -> None:
 def locked(out: Path, part: Part = ALONE, shards: Iterable[int] = ()) -> Iterator[None]:
     """Create the folder and lock it for this process, or lock one part of it (these shards) while others lock other parts.
 
+    After an error before the first shard, one process leaves nothing behind, so that the next command may have other options.
     Raises ValueError when another process holds the lock, or the folder cannot be written.
     """
+    new = not out.exists()
     with ExitStack() as locks:
         try:
             locks.enter_context(lock_file(out / LOCK, shared=part != ALONE))
@@ -147,8 +149,11 @@ def locked(out: Path, part: Part = ALONE, shards: Iterable[int] = ()) -> Iterato
             yield
         except BaseException:
             if part == ALONE and not is_finished(out) and not any(out.glob("shard-*")):
-                for name in (PLAN, NULL):  # nothing is lost, and the next command may have other options
-                    (out / name).unlink(missing_ok=True)
+                discard(out)
+                (out / LOCK).unlink(missing_ok=True)
+                with suppress(OSError):  # something else is in it
+                    if new:
+                        out.rmdir()
             raise
         if is_finished(out):
             for path in out.glob(f"{LOCK}*"):
@@ -172,6 +177,12 @@ def begin(out: Path, plan: Manifest, shards: Iterable[Shard]) -> None:
     for shard in shards:
         record(out, shard)
     (out / FILE).unlink(missing_ok=True)
+
+
+def discard(out: Path) -> None:
+    """Remove what was begun in an unfinished folder, whose shards hold nothing."""
+    for path in (out / PLAN, out / NULL, *out.glob("shard-*")):
+        path.unlink(missing_ok=True)
 
 
 def record(out: Path, shard: Shard) -> None:

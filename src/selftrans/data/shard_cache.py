@@ -12,6 +12,7 @@ import os
 import secrets
 import shutil
 import time
+import warnings
 import weakref
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
@@ -20,12 +21,13 @@ from typing import NamedTuple
 
 from selftrans.storage import atomic_write, no_symlink
 
-DIRECTORY, GIGABYTES = (
-    "SELFTRANS_CACHE_DIR",
-    "SELFTRANS_CACHE_GB",
-)  #: environment variables, for commands without the options
+#: environment variables, for commands without the options
+DIRECTORY, GIGABYTES = "SELFTRANS_CACHE_DIR", "SELFTRANS_CACHE_GB"
 DEFAULT_GB = 100.0
 PATIENCE = 600.0  #: seconds that a read waits for others to release files of a full cache
+#: seconds after which a lease that cannot be read is that of a dead process; of a living one, files that it has opened are
+#: removed at worst: they stay readable to it, and are fetched again later
+OLD = 86400.0
 REMEDY = "raise --data.cache-gb, or choose another --data.cache-dir"
 SUFFIX = ".safetensors"
 
@@ -63,6 +65,7 @@ class ShardCache:
     def __init__(self, folder: Path, limit: int) -> None:
         self.folder, self.limit = folder, limit
         self._own = Lease(set(), {})
+        self._said: set[str] = set()  #: names of leases that a warning has named
         self._id = f"{os.getpid()}-{secrets.token_hex(4)}"
         path = folder / f".lease-{self._id}"
         try:
@@ -101,7 +104,8 @@ class ShardCache:
 
         Waits while another thread or process fetches it, and while the cache is full of files that are read. `size`: bytes of
         the file, about. None as soon as it is not `wanted` any more.
-        Raises ValueError after `patience` seconds of a full cache, what `fetch` raises, and when it cannot be written.
+        Raises ValueError for a file larger than the cache, after `patience` seconds of a full cache or disk, what `fetch`
+        raises, and when it cannot be written.
         """
         path, deadline, pause = self.folder / name, time.monotonic() + patience, 0.02
         while wanted():
@@ -121,10 +125,8 @@ class ShardCache:
                     break
             if fetched:
                 deadline = time.monotonic() + patience
-            elif time.monotonic() > deadline:
-                raise ValueError(
-                    f"the cache {self.folder} is full of files that are read ({self.limit / 1e9:g} GB); {REMEDY}"
-                )
+            elif size > self.limit or time.monotonic() > deadline:
+                raise ValueError(f"the cache {self.folder} {self._full(size)}; {REMEDY}")
             time.sleep(pause)
             pause = min(2 * pause, 0.5)
         else:
@@ -173,6 +175,15 @@ class ShardCache:
             (self.folder / name).unlink(missing_ok=True)
         return True
 
+    def _full(self, size: int) -> str:
+        """Why `size` bytes do not fit."""
+        free = shutil.disk_usage(self.folder).free
+        if size > self.limit:
+            return f"holds {self.limit / 1e9:.3g} GB, and one file has {size / 1e9:.3g} GB"
+        if size > free:
+            return f"is on a disk with {free / 1e9:.3g} GB free, and a file has {size / 1e9:.3g} GB"
+        return f"is full of files that are read ({self.limit / 1e9:g} GB)"
+
     def _files(self) -> Iterator[tuple[str, os.stat_result]]:
         with os.scandir(self.folder) as entries:
             for entry in entries:
@@ -180,10 +191,7 @@ class ShardCache:
                     yield entry.name, entry.stat(follow_symlinks=False)
 
     def _others(self) -> list[Lease]:
-        """The leases of other living processes (and of other caches of this one); those of dead ones are removed.
-
-        One that cannot be read, of another user, may be alive, and may be of any file: then none is removed.
-        """
+        """The leases of other living processes (and of other caches of this one); those of dead ones are removed."""
         found = []
         for path in self.folder.glob(".lease-*"):
             if path.name == f".lease-{self._id}" or path.is_symlink() or not path.is_file():
@@ -198,9 +206,27 @@ class ShardCache:
                     path.unlink(missing_ok=True)
             except FileNotFoundError:
                 continue
-            except (OSError, ValueError):
-                found.append(Lease({name for name, _ in self._files()} | {*self._temporaries().values()}, {}))
+            except (OSError, ValueError, LookupError, TypeError):
+                if not self._is_old(path):
+                    found.append(Lease({name for name, _ in self._files()} | {*self._temporaries().values()}, {}))
         return found
+
+    def _is_old(self, path: Path) -> bool:
+        """Whether a lease that cannot be read, such as that of another user, has not been written for long.
+
+        Until then its process may live, and read any file: none is removed. It stays, since a process that lives renews it.
+        """
+        try:
+            old = time.time() - path.stat().st_mtime > OLD
+        except OSError:  # it has ended meanwhile
+            return True
+        if old and path.name not in self._said:
+            self._said.add(path.name)
+            warnings.warn(
+                f"{path} cannot be read, and was not written for a day: it is ignored; its owner may remove it",
+                stacklevel=6,
+            )
+        return old
 
     def _remove_stale(self, others: list[Lease]) -> None:
         """Remove what killed processes were writing: temporary files that no living process fetches."""

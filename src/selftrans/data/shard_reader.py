@@ -206,8 +206,8 @@ class ShardReader:
             try:
                 for file in self._files(k):
                     self._obtain(file, wanted=lambda k=k: k in self._held)  # type: ignore[misc]
-            except (OSError, ValueError):
-                continue  # the one who reads the shard tries again, and gets the error
+            except Exception:  # the one who reads the shard tries again, and gets the error
+                continue
 
 
 class StreamedTensor(Sequence[np.ndarray]):

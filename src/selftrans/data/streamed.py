@@ -7,12 +7,10 @@ Shape legend: N rows.
 from __future__ import annotations
 
 import hashlib
-import json
-import math
 import os
 from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +24,12 @@ from selftrans.data.manifest import BUCKETS, FILE, Features, Manifest, Shard
 from selftrans.data.manifest_text import COUNT, NULL
 from selftrans.data.record import MAX_BYTES
 from selftrans.data.remote import WANTED, Store, checked, retried, store_of
+from selftrans.data.remote_rows import RemoteRows, RemoteShard, small_tensors
 from selftrans.data.shard_cache import CacheOptions, ShardCache
-from selftrans.data.shard_file import DTYPES, numpy_dtype
+from selftrans.data.shard_file import numpy_dtype
 from selftrans.data.shard_reader import ShardReader, StreamedTensor
-from selftrans.data.windows import window_that_fits
-from selftrans.storage import atomic_write, first_line, sha256_file, write_text
+from selftrans.storage import atomic_write, sha256_file, write_text
 
-HEADER = 1 << 16  #: bytes that are read for the header of a shard; it has fewer
 AT_A_TIME = 16  #: labels of so many shards are read at the same time
 INDEX = ("labels", COUNT)  #: tensors of a shard that are read when the data are opened
 
@@ -52,6 +49,7 @@ class Streamed(Dataset):
         tensors = {name: StreamedTensor(reader, name) for name in reader.manifest.layout if name not in INDEX}
         super().__init__(folder, reader.manifest, dict(tensors), labels, counts)
         self.origin, self.reader, self._cache = url, reader, cache
+        self._whole = False  #: whether all shards have been fetched
 
     def __reduce__(self) -> tuple[Any, ...]:
         return partial(Dataset.open, text_encoder=self.text_encoder, cache=self._cache), (self.origin,)
@@ -61,20 +59,21 @@ class Streamed(Dataset):
         self.reader.expect(now, then)
 
     def fetch(self, *, progress: bool = True) -> None:
-        """Bring every shard into the cache, if all fit."""
+        """Bring every shard into the cache, if all fit; then features that are opened later are fetched, too."""
         if self.reader.fits:
+            self._whole = True
             self.reader.fetch_all(progress=progress)
 
-    def quick_rows(self, most: int) -> np.ndarray:
-        """As `Dataset.quick_rows`; of data larger than the cache, rows of a few shards."""
+    @cached_property
+    def scattered(self) -> Dataset:
+        """As `Dataset.scattered`: where the cache does not hold all shards, each row is read alone."""
         if self.reader.fits:
-            return super().quick_rows(most)
-        draw, counts = np.random.default_rng(0), [shard.count for shard in self.manifest.shards]
-        few = draw.permutation(np.flatnonzero(counts))[
-            : max(1, window_that_fits(self.reader.bytes, self.reader.cache.limit))
-        ]
-        rows = np.concatenate([np.arange(self._starts[k], self._starts[k] + counts[k]) for k in few])
-        return draw.permutation(rows)[:most]
+            return self
+        parts = [RemoteShard(self.origin, self.reader.store, self.manifest, shard) for shard in self.manifest.shards]
+        tensors: Any = {name: [RemoteRows(part, name) for part in parts] for name in self._tensors}
+        found = Dataset(self.path, self.manifest, tensors, self.labels, self.counts)
+        found.origin, found.text_encoder, found._encoder = self.origin, self.text_encoder, self._encoder
+        return found
 
     def open_features(self) -> Features:
         """As `Dataset.open_features`; their files are fetched with those of the shards."""
@@ -83,6 +82,8 @@ class Streamed(Dataset):
             return super().open_features()  # raises
         self.reader.features = True
         self._tensors["features"] = StreamedTensor(self.reader, "features")
+        if self._whole:
+            self.fetch()
         return found
 
     def verify(self) -> None:
@@ -202,7 +203,7 @@ def _index(url: str, store: Store, manifest: Manifest, path: Path) -> dict[str, 
     with ThreadPoolExecutor(AT_A_TIME) as pool:
         parts = list(
             tqdm(
-                pool.map(lambda shard: _start_of(url, store, manifest, shard, names), filled),
+                pool.map(lambda shard: _checked_index(url, store, manifest, shard, names), filled),
                 desc="reading labels",
                 total=len(filled),
                 unit="shard",
@@ -213,33 +214,14 @@ def _index(url: str, store: Store, manifest: Manifest, path: Path) -> dict[str, 
     found = {name: np.concatenate([part[name] for part in parts]) for name in names}
     with atomic_write(path) as file:
         file.write(save(found))
+    for other in path.parent.glob("index-*.safetensors"):  # of an earlier manifest
+        if other != path:
+            other.unlink(missing_ok=True)
     return found
 
 
-def _start_of(url: str, store: Store, manifest: Manifest, shard: Shard, names: list[str]) -> dict[str, np.ndarray]:
-    """Small tensors of a shard, without the rest of it. ValueError where the file is not what the manifest says."""
-    where = f"{url}/{shard.file}"
-    guess = HEADER + sum(8 * shard.count for _ in names)
-    start = retried(lambda: store.read(shard.file, 0, guess), where)
-    try:
-        length = int.from_bytes(start[:8], "little")
-        if not 2 <= length <= guess - 8:
-            raise ValueError("its header is not that of a safetensors file")
-        header = json.loads(start[8 : 8 + length])
-        found = {}
-        for name in names:
-            dtype, row = manifest.layout[name]
-            begin, end = map(int, header[name]["data_offsets"])
-            size = shard.count * math.prod(row) * numpy_dtype(dtype).itemsize
-            if header[name]["dtype"] != DTYPES[dtype] or end - begin != size or begin < 0:
-                raise ValueError(f"its {name} are not {(shard.count, *row)} of {DTYPES[dtype]}")
-            begin, end = begin + 8 + length, end + 8 + length
-            inside = end <= len(start)
-            content = start[begin:end] if inside else retried(partial(store.read, shard.file, begin, end), where)
-            found[name] = np.frombuffer(content, dtype=numpy_dtype(dtype)).copy()
-            if len(found[name]) != shard.count:
-                raise ValueError("it is cut off")
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{where} cannot be used ({first_line(error)}); copy the folder there again") from error
-    check_index(where, manifest, found["labels"], found.get(COUNT))
+def _checked_index(url: str, store: Store, manifest: Manifest, shard: Shard, names: list[str]) -> dict[str, np.ndarray]:
+    """The index of a shard. ValueError where the file is not what the manifest says, or a label is out of range."""
+    found = small_tensors(url, store, manifest, shard, names)
+    check_index(f"{url}/{shard.file}", manifest, found["labels"], found.get(COUNT))
     return found

@@ -11,9 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-SHARE_OF_CACHE = (
-    3  #: windows that a cache must hold: the one that is read, the next, and the one before, in slower processes
-)
+#: windows that a cache must hold: the one that is read, the next, and the one before, in slower processes
+SHARE_OF_CACHE = 3
 
 
 @dataclass(frozen=True)

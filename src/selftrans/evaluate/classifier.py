@@ -294,7 +294,7 @@ def _checked_labels(images: np.ndarray, labels: np.ndarray, num_classes: int) ->
         raise ValueError(f"images are {images.dtype} {images.shape}; a classifier trains on {expected}")
     labels = np.asarray(labels).astype(np.int64)
     if labels.shape != (len(images),):
-        raise ValueError(f"{len(images)} images but labels of shape {labels.shape}; give one label per image")
+        raise ValueError(f"{plural(len(images), 'image')} but labels of shape {labels.shape}; give one label per image")
     if len(images) < 2 or num_classes < 2:
         raise ValueError(f"{plural(len(images), 'image')} of {plural(num_classes, 'class')}; give at least two of each")
     if labels.min() < 0 or labels.max() >= num_classes:

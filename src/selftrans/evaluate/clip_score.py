@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from selftrans.encoders.pretrained import encoder_name, load_model, sha256_of
-from selftrans.storage import first_line
+from selftrans.storage import are, first_line, plural
 
 CHUNK = 64  #: pictures at a time
 UNUSED = ("position_ids",)  #: weights that checkpoints may lack
@@ -63,7 +63,9 @@ class ClipScorer:
                 )
             start = len(self.scores)
             if start + len(images) > len(prompts):
-                raise ValueError(f"there are more pictures than the {len(prompts)} prompts; give one prompt for each")
+                raise ValueError(
+                    f"there are more pictures than the {plural(len(prompts), 'prompt')}; give one prompt for each"
+                )
             for first in range(0, len(images), CHUNK):
                 part = images[first : first + CHUNK]
                 self.scores += self.score(part, prompts[start + first : start + first + len(part)]).tolist()
@@ -99,6 +101,7 @@ class ClipScorer:
         longer = sum(len(one) > self.tokens for one in ids)
         if longer:
             warnings.warn(
-                f"CLIP score: {longer:,} of {len(different):,} prompts are longer than {self.tokens} tokens and cut off",
+                f"CLIP score: {longer:,} of {plural(len(different), 'prompt')} {are(longer)} longer than {self.tokens} "
+                "tokens and cut off",
                 stacklevel=4,
             )

@@ -59,7 +59,9 @@ def kernel_distance(
     _same_length(a, b)
     size = min(subset_size, len(a), len(b))
     if size < 2:
-        raise ValueError(f"{len(a)} and {len(b)} images are too few for a kernel distance; give at least two of each")
+        raise ValueError(
+            f"{len(a):,} and {plural(len(b), 'image')} are too few for a kernel distance; give at least two of each"
+        )
     rng = np.random.RandomState(seed)
     values = []
     for _ in range(subsets):
@@ -90,8 +92,10 @@ def precision_recall(
     """
     _same_length(samples, reference)
     if min(len(samples), len(reference)) <= neighbours:
-        sizes = f"{len(samples)} samples and {len(reference)} reference images"
-        raise ValueError(f"{sizes} are too few for {neighbours} neighbours; give more than {neighbours} of each")
+        sizes = f"{plural(len(samples), 'sample')} and {plural(len(reference), 'reference image')}"
+        raise ValueError(
+            f"{sizes} are too few for {plural(neighbours, 'neighbour')}; give more than {neighbours} of each"
+        )
     x, y = samples.astype(np.float64), reference.astype(np.float64)
     precision = _covered(x, y, _radii(y, neighbours, block), block)
     recall = _covered(y, x, _radii(x, neighbours, block), block)
@@ -125,10 +129,12 @@ def accuracy(logits: np.ndarray, labels: np.ndarray | Iterable[int]) -> float:
     """Fraction of logits (n, K) whose argmax is the label (n,); ValueError when counts or classes differ."""
     labels = np.asarray(labels if isinstance(labels, np.ndarray) else list(labels))
     if labels.shape != (len(logits),):
-        raise ValueError(f"{len(logits)} images but labels of shape {labels.shape}; give one label per image")
+        raise ValueError(f"{plural(len(logits), 'image')} but labels of shape {labels.shape}; give one label per image")
     if labels.min() < 0 or labels.max() >= logits.shape[1]:
         span = f"labels range from {labels.min()} to {labels.max()}"
-        raise ValueError(f"{span}, but the classifier has {logits.shape[1]} classes; use one trained for these")
+        raise ValueError(
+            f"{span}, but the classifier has {plural(logits.shape[1], 'class')}; use one trained for these"
+        )
     return float((logits.argmax(axis=-1) == labels).mean())
 
 
@@ -141,8 +147,9 @@ def inception_score(logits: np.ndarray, *, splits: int = SPLITS, seed: int = SEE
     splits = min(splits, len(logits))
     if (least := len(logits) // splits) < logits.shape[1]:
         warnings.warn(
-            f"the score is over {splits} splits of {least} images for {logits.shape[1]} classes: it is biased downwards "
-            "and cannot exceed the number of images; use more images",
+            f"the score is over {plural(splits, 'split')} of {plural(least, 'image')} for "
+            f"{plural(logits.shape[1], 'class')}: it is "
+            "biased downwards and cannot exceed the number of images; use more images",
             stacklevel=2,
         )
     logits = logits[np.random.RandomState(seed).permutation(len(logits))].astype(np.float64)
@@ -279,7 +286,8 @@ def evaluate(
     notes = [] if reference.sha256 else ["the reference does not name its extractor"]
     if reference.features is not None and len(reference.features) != reference.count:
         notes.append(
-            f"precision, recall and kernel distance use the {len(reference.features)} pictures stored with its statistics"
+            f"precision, recall and kernel distance use the {plural(len(reference.features), 'picture')} stored with its "
+            "statistics"
         )
     for name in chosen:
         outcome = METRICS[name](inputs)

@@ -24,7 +24,7 @@ from selftrans.evaluate.plots import as_pictures, curves, pca_grid, save, scatte
 from selftrans.evaluate.probes import collect, linear_probe, pca_maps, tsne
 from selftrans.experiments.reference import training_data
 from selftrans.flow import PATHS
-from selftrans.storage import check_writable, printable, write_json
+from selftrans.storage import check_writable, plural, printable, write_json
 from selftrans.types import Backbone, Cond, map_cond
 
 TIMES = (0.2, 0.4, 0.6)  #: of the noisy latents
@@ -49,7 +49,8 @@ def analyse(
     """
     if samples < 20 or not timesteps:
         raise ValueError(
-            f"{samples} samples at {len(timesteps)} timesteps are too few; give at least 20 samples and one timestep"
+            f"{plural(samples, 'sample')} at {plural(len(timesteps), 'timestep')} are too few; give at least 20 samples and "
+            "one timestep"
         )
     loaded, device = load_model(origin, stage=stage, weights=weights), default_device()
     model = loaded.model.to(device)
@@ -106,7 +107,7 @@ def _check_fit(loaded: LoadedModel, dataset: Dataset) -> None:
     text = model.conditions.kind == "text"
     if manifest.shape != model.shape or (not text and manifest.num_classes != model.conditions.num_classes):
         raise ValueError(
-            f"the data are latents {manifest.shape} with {manifest.num_classes} classes; the run was trained on "
+            f"the data are latents {manifest.shape} with {plural(manifest.num_classes, 'class')}; the run was trained on "
             f"{model.shape} with {model.conditions.num_classes}; give that data with --data"
         )
     check_scale("the run", loaded.autoencoder, manifest.autoencoder)

@@ -96,7 +96,9 @@ def analyse_target(
 def check(timesteps: Sequence[float], samples: int, scales: Sequence[float], seed: int) -> None:
     """ValueError for options out of range."""
     if samples < 40:
-        raise ValueError(f"{samples} pictures are too few to fit a table on and to hold others out; give at least 40")
+        raise ValueError(
+            f"{plural(samples, 'picture')} {are(samples)} too few to fit a table on and to hold others out; give at least 40"
+        )
     if not timesteps or not all(0 <= t <= 1 for t in timesteps):
         raise ValueError(f"timesteps {list(timesteps)} must be one or more numbers from 0 (data) to 1 (noise)")
     if not scales or not all(math.isfinite(w) for w in scales):

@@ -9,7 +9,6 @@ import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +18,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from selftrans.device import default_device
 from selftrans.experiments.bench.machine import cpu_name
+from selftrans.plugins import installed_version
 from selftrans.precision import PRECISIONS
-from selftrans.storage import first_line
+from selftrans.storage import first_line, plural
 
 PACKAGES = (
     "selftrans",
@@ -55,7 +55,7 @@ def examine(folder: Path) -> dict[str, Any]:
     return {
         "system": f"{platform.system()} {platform.release()}, {platform.machine()}",
         "python": platform.python_version(),
-        "packages": {name: _version(name) for name in PACKAGES},
+        "packages": {name: installed_version(name) for name in PACKAGES},
         "cpu": cpu_name(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "devices": devices(),
@@ -116,13 +116,6 @@ def disk_speed(folder: Path) -> dict[str, Any]:
     }
 
 
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
 def _product(device: torch.device, dtype: torch.dtype) -> None:
     x = torch.ones(16, 16, device=device, dtype=dtype)
     assert float((x @ x)[0, 0]) == 16
@@ -151,7 +144,7 @@ def text(found: dict[str, Any]) -> str:
         "python": found["python"],
         **{name: installed for name, installed in packages.items() if installed},
         "not installed": ", ".join(missing) or "-",
-        "cpu": f"{found['cpu']}, {found['cores']} cores",
+        "cpu": f"{found['cpu']}, {plural(found['cores'], 'core')}",
         **{f"gpu {k}": _gpu(each) for k, each in enumerate(found["devices"])},
         **({} if found["devices"] else {"gpu": "torch finds none: training runs on the CPU"}),
         **found["precisions"],

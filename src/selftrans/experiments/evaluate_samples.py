@@ -149,12 +149,20 @@ METRICS = {
     "clip_score": "CLIP score",
 }
 
-#: key of a report -> how the text describes the parameters of a metric
+#: key of a report -> how the text describes the parameters of a metric; counts come with their nouns
 COMPUTED = {
-    "is_splits": "score over {is_splits} splits",
-    "neighbours": "precision and recall with {neighbours} neighbours",
-    "kernel_subsets": "kernel distance over {kernel_subsets} subsets of {kernel_subset_size} images",
+    "is_splits": "score over {is_splits}",
+    "neighbours": "precision and recall with {neighbours}",
+    "kernel_subsets": "kernel distance over {kernel_subsets} of {kernel_subset_size}",
     "clip_model": "CLIP score is the mean of 100 max(cos, 0) by {clip_model}, sha256 {clip_model_sha256:.12}",
+}
+
+COUNTED = {  #: key of a report -> the noun of the number
+    "is_splits": "split",
+    "neighbours": "neighbour",
+    "kernel_subsets": "subset",
+    "kernel_subset_size": "image",
+    "reference_images": "image",
 }
 
 
@@ -178,8 +186,9 @@ def text(report: dict[str, Any]) -> str:
         made_with.append(f"{each} of each of {plural(balance['classes'], 'class')}")
     elif made.get("num_classes") not in (0, 1):  # without classes there is no balance
         made_with.append("label balance unknown")
-    computed = [form.format(**report) for key, form in COMPUTED.items() if key in report]
-    reference = f"{report['reference']} ({report['reference_images'] or 'unknown number of'} images)"
+    counted = {key: plural(report[key], noun) for key, noun in COUNTED.items() if report.get(key) is not None}
+    computed = [form.format(**(report | counted)) for key, form in COMPUTED.items() if key in report]
+    reference = f"{report['reference']} ({counted.get('reference_images', 'unknown number of images')})"
     lines += [
         "",
         f"{plural(report['num_images'], 'image')} of {report['samples']} against {reference}",

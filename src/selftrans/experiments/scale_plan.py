@@ -21,11 +21,12 @@ from selftrans.methods.objective import Objective
 from selftrans.methods.registry import stages
 from selftrans.methods.spec import Stage
 from selftrans.precision import PRECISIONS
-from selftrans.storage import printable
+from selftrans.storage import plural, printable
 from selftrans.train.data_window import cache_of
 from selftrans.train.dry_run import KEPT, duration, gigabytes, kept_checkpoints
 from selftrans.train.flops import step_flops
 from selftrans.train.memory_use import memory_use
+from selftrans.train.recompute import chosen_blocks
 from selftrans.types import Conditions
 
 #: bytes of activations for each token, channel and block in 16 bits, attention matrices not kept (2205.05198, section 4.1)
@@ -48,7 +49,7 @@ class Cluster:
             raise ValueError("--gpus, --gpus-per-machine, --link-gbps and --local-gbps must be above zero")
         if self.gpus > self.per_machine and self.gpus % self.per_machine:
             raise ValueError(
-                f"{self.gpus} GPUs do not divide into machines of {self.per_machine}; give --gpus-per-machine"
+                f"{plural(self.gpus, 'GPU')} do not divide into machines of {self.per_machine}; give --gpus-per-machine"
             )
 
     @property
@@ -119,7 +120,8 @@ def scale_plan(
     train, world = config.train, cluster.gpus
     if train.batch_size % (world * train.accumulate):
         raise ValueError(
-            f"train.batch_size {train.batch_size} does not divide among {world} GPUs x {train.accumulate} micro-batches; "
+            f"train.batch_size {train.batch_size} does not divide among {plural(world, 'GPU')} x "
+            f"{plural(train.accumulate, 'micro-batch')}; "
             f"choose a multiple of {world * train.accumulate}"
         )
     if (measured is None) == (rate is None) or (rate is not None and not rate > 0):
@@ -167,7 +169,8 @@ def _data(config: RunConfig, assumed: list[str]) -> tuple[tuple[int, ...], Condi
     shape, classes = tuple(data.shape or SHAPE), CLASSES if data.classes is None else data.classes
     row = row_bytes({"moments": ("float16", (2 * shape[0], *shape[1:])), "labels": ("int64", ())})
     assumed.append(
-        f"data: {SAMPLES:,} latents {'x'.join(map(str, shape))} (mean and std, float16) of {classes} classes, as ImageNet's; "
+        f"data: {SAMPLES:,} latents {'x'.join(map(str, shape))} (mean and std, float16) of {plural(classes, 'class')}, as "
+        "ImageNet's; "
         "--data DIR takes those of your data"
     )
     return shape, Conditions("labels", classes) if classes else Conditions("none"), SAMPLES, row
@@ -261,8 +264,10 @@ def _activations(config: RunConfig, objective: Objective, memory: dict[str, int]
         return max(0, round((peak.peak_bytes - sum(memory.values())) * micro / peak.batch))
     student = objective.student
     each = ACTIVATIONS * (2 if config.train.precision == "fp32" else 1) * student.tokens * student.width
-    depth = 2 if config.train.recompute else student.depth  # one block at a time, and the inputs of all
-    return micro * each * depth
+    chosen = chosen_blocks(config.train.recompute, student.depth)
+    again = student.depth * chosen if isinstance(chosen, bool) else len(chosen)
+    # blocks that are recomputed keep their float32 input, and are computed again one at a time
+    return micro * (each * (student.depth - again + (again > 0)) + 4 * student.tokens * student.width * again)
 
 
 def _assumptions(config: RunConfig, cluster: Cluster, figures: Measured | None, rate: float | None) -> list[str]:
@@ -301,21 +306,21 @@ def text(plan: ScalePlan) -> str:
     """The plan for a reader."""
     world, machines = plan.cluster["gpus"], plan.cluster["machines"]
     lines = [
-        f"{plan.recipe}, {plan.model}: {world} GPUs in {machines} machine{'s' if machines > 1 else ''}, "
+        f"{plan.recipe}, {plan.model}: {plural(world, 'GPU')} in {plural(machines, 'machine')}, "
         f"batches of {plan.batch_size}{', sharded' if plan.sharded else ''}"
     ]
     for stage in plan.stages:
         parts = ", ".join(f"{name} {gigabytes(size)}" for name, size in stage.memory.items())
         lines += [
-            f"{stage.name}: {stage.parameters / 1e6:.3g} M parameters, {stage.steps:,} steps, "
+            f"{stage.name}: {stage.parameters / 1e6:.3g} M parameters, {plural(stage.steps, 'step')}, "
             f"{stage.tflops_per_step:.3g} TFLOPs each",
-            f"  batch       {stage.batch_per_gpu} images per GPU",
+            f"  batch       {plural(stage.batch_per_gpu, 'image')} per GPU",
             f"  wire        {gigabytes(stage.wire_bytes)} sent by each GPU per step, {1e3 * stage.wire_seconds:.3g} ms; "
             f"computation {1e3 * stage.compute_seconds:.3g} ms",
             f"  rate        {_range(stage.images_per_s)} images/s",
             f"  time        {_range(stage.hours)} h",
             f"  memory      {gigabytes(sum(stage.memory.values()))} per GPU: {parts}",
-            f"  disk        {stage.kept} checkpoints of about {gigabytes(stage.checkpoint)}",
+            f"  disk        {plural(stage.kept, 'checkpoint')} of about {gigabytes(stage.checkpoint)}",
         ]
     first, last = (duration(3600 * hours) for hours in plan.hours)
     lines += [

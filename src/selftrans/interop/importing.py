@@ -25,7 +25,7 @@ from selftrans.methods.spec import PublishedHeads
 from selftrans.models.registry import REGISTRY as MODELS
 from selftrans.models.spec import Named, Published, PublishedFile, check_shapes
 from selftrans.recipes import recipe
-from selftrans.storage import FREE_SPACE, atomic_directory, sha256_file, write_json
+from selftrans.storage import FREE_SPACE, atomic_directory, plural, sha256_file, write_json
 from selftrans.suggest import nearest
 
 #: channels of the latents -> default autoencoder: the usual one for 4, `pixel` for 1 and 3
@@ -87,7 +87,7 @@ def import_run(
     written = _write(out, config, model, done, parts, source, projectors if keep_heads else {})
     for line in (f"time and sign are those of {model.convention.upper()}, {model.reason}", *notes):
         say(line)
-    say(f"{_summary(model, autoencoder)}, after {done} steps -> {out}")
+    say(f"{_summary(model, autoencoder)}, after {plural(done, 'step')} -> {out}")
     say(f"to train on: {_command(config, out)}")
     return written
 

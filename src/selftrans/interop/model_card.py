@@ -15,7 +15,7 @@ from selftrans.checkpoints.load import LoadedModel
 from selftrans.config import settings_of
 from selftrans.interop.pipeline_parts import last_parts
 from selftrans.interop.run_facts import made_with
-from selftrans.storage import printable
+from selftrans.storage import plural, printable
 
 #: entries of a report of `selftrans evaluate` -> heading
 NUMBERS = {
@@ -45,7 +45,7 @@ def card(
         _front(license, loaded),
         f"# {cell(repository.rpartition('/')[2])}",
         _about(loaded, data),
-        f"![samples]({SAMPLES})\n\nSamples: {samples}." if samples else "",
+        f"![samples]({SAMPLES})\n\nSamples: {cell(samples)}." if samples else "",
         _use(repository, loaded),
         "## Numbers\n\n" + (_numbers(evaluations) if evaluations else "None were measured on these weights."),
         "## Training\n\n" + _compute(compute),
@@ -77,15 +77,21 @@ def _about(loaded: LoadedModel, data: dict[str, Any] | None) -> str:
     source = str((data or {}).get("source", ""))
     known = [cell(last_parts(source))] if source else []
     count = (data or {}).get("count")
-    known += [f"{count:,} samples"] if isinstance(count, int) else []
+    known += [plural(count, "sample")] if isinstance(count, int) else []
     conditions = loaded.model.conditions
     return (
         f"{cell(loaded.config.model.name)} with {millions:.3g} M parameters on latents of "
         f"{' x '.join(map(str, loaded.model.shape))} (autoencoder: {cell(last_parts(loaded.autoencoder))}), with "
         f"{cell(_conditions(conditions))}. Trained by the method {cell(loaded.config.method)}, stage {cell(loaded.stage)}, for "
-        f"{loaded.step:,} steps{' on ' + ', '.join(known) if known else ''}; this is {kind}. Its path is "
+        f"{plural(loaded.step, 'step')}{' on ' + ', '.join(known) if known else ''}; this is {kind}. Its path is "
         f"{loaded.config.train.path}: t = 0 is data, t = 1 is noise."
     )
+
+
+def _count(report: dict[str, Any], key: str, noun: str) -> str:
+    """`500 samples`; a report may lack the number."""
+    count = report.get(key)
+    return plural(count, noun) if isinstance(count, int) else f"{cell(count)} {noun}s"
 
 
 def _conditions(conditions: Any) -> str:
@@ -128,8 +134,8 @@ def _numbers(evaluations: Sequence[dict[str, Any]]) -> str:
                 spread = report.get(f"{key}_std")
                 found.append((name, f"{value:.4g}" + (f" ± {spread:.2g}" if isinstance(spread, int | float) else "")))
         depends = (
-            f"{report.get('num_images')} samples against {cell(last_parts(str(report.get('reference'))))} "
-            f"({report.get('reference_images')} images), features of {cell(last_parts(str(report.get('extractor'))))} "
+            f"{_count(report, 'num_images', 'sample')} against {cell(last_parts(str(report.get('reference'))))} "
+            f"({_count(report, 'reference_images', 'image')}), features of {cell(last_parts(str(report.get('extractor'))))} "
             f"(sha256 {cell(str(report.get('extractor_sha256'))[:12])}), {cell(made_with(made))}, precision "
             f"{cell(made.get('precision'))}, labels {cell(made.get('labels'))}"
         )

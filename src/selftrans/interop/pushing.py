@@ -8,19 +8,20 @@ from __future__ import annotations
 import re
 import tempfile
 from collections.abc import Callable, Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from selftrans.checkpoints import hub
 from selftrans.checkpoints.hub import CARD, RECORD, SAMPLES
 from selftrans.checkpoints.load import Weights, find, load_model
+from selftrans.data.record import read_object
 from selftrans.evaluate.plots import save_png
 from selftrans.interop.model_card import card
 from selftrans.interop.pipeline_parts import last_parts
-from selftrans.interop.run_facts import compute_of, evaluations_of, read_object, run_of, sheet_of
+from selftrans.interop.run_facts import compute_of, evaluations_of, run_of, sheet_of
 from selftrans.interop.sit_pipeline import SiTPipeline, check_replaceable
-from selftrans.storage import atomic_directory, first_line, listed, printable, write_json, write_text
+from selftrans.plugins import installed_version
+from selftrans.storage import atomic_directory, first_line, listed, plural, printable, write_json, write_text
 
 KEPT = ".gitattributes"  #: every repository has it
 NAME = re.compile(r"[\w-][\w.-]{0,95}/[\w-][\w.-]{0,95}")
@@ -67,7 +68,7 @@ def write_folder(
         samples=sheet and sheet.made,
     )
     record = {
-        "selftrans": _version(),
+        "selftrans": installed_version("selftrans"),
         "license": chosen.license,
         "model": loaded.config.model.name,
         "method": loaded.config.method,
@@ -109,7 +110,10 @@ def push(
     with tempfile.TemporaryDirectory(prefix="selftrans-push-") as temporary:
         folder = out or Path(temporary) / "folder"
         files = write_folder(run, repository, folder, chosen, weights=weights, stage=stage)
-        say(f"{len(files)} files, {sum((folder / name).stat().st_size for name in files) / 1e6:.1f} MB -> {repository}")
+        say(
+            f"{plural(len(files), 'file')}, {sum((folder / name).stat().st_size for name in files) / 1e6:.1f} MB -> "
+            f"{repository}"
+        )
         try:
             return _upload(folder, files, repository, private, force)
         except ValueError as error:
@@ -121,7 +125,7 @@ def push(
 def _upload(folder: Path, files: list[str], repository: str, private: bool, force: bool) -> str:
     from huggingface_hub import HfApi
 
-    api = HfApi(library_name="selftrans", library_version=_version())
+    api = HfApi(library_name="selftrans", library_version=installed_version("selftrans"))
     api.create_repo(repository, private=private or None, exist_ok=True)
     info = api.model_info(repository)
     if private and not info.private:
@@ -145,13 +149,6 @@ def _upload(folder: Path, files: list[str], repository: str, private: bool, forc
         delete_patterns=sorted(earlier - set(files)) or None,  # what an earlier push wrote; files of others stay
     )
     return f"{hub.SCHEME}{repository}@{done.oid}"
-
-
-def _version() -> str | None:
-    try:
-        return version("selftrans")
-    except PackageNotFoundError:  # run from its sources
-        return None
 
 
 def _pushed(api: Any, repository: str) -> set[str]:

@@ -6,7 +6,6 @@ Shape legend: (H, W, C) picture with C of 1 or 3.
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,9 +14,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from selftrans.checkpoints.load import REPORT, LoadedModel
+from selftrans.data.record import read_object
 from selftrans.evaluate.plots import sample_sheet
 from selftrans.sampling.sample_file import NPY, PNG
-from selftrans.storage import first_line, printable
+from selftrans.storage import printable
 
 SHEET = 16  #: samples shown of a folder
 EVALUATION = "evaluate.json"
@@ -36,27 +36,13 @@ def run_of(weights: Path) -> Path | None:
     return folders[3] if len(folders) > 3 and folders[1].name == "checkpoints" else None
 
 
-def read_object(path: Path) -> dict[str, Any] | None:
-    """The object in a json file; None where the file is missing. Raises ValueError for anything else in it."""
-    try:
-        content = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{printable(path)} cannot be read ({first_line(error)}); repair it, or remove it") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{printable(path)} holds no object; repair it, or remove it")
-    return content
-
-
 def compute_of(run: Path | None, loaded: LoadedModel) -> dict[str, Any] | None:
     """What run.json says of stages and compute; None if it is not known for these weights."""
     report = read_object(run / REPORT) if run else None
     stages = (report or {}).get("stages")
-    if report is None or not isinstance(stages, list):
+    if report is None or not isinstance(stages, list) or not all(isinstance(stage, dict) for stage in stages):
         return None
-    steps = {stage.get("stage"): stage.get("steps") for stage in stages if isinstance(stage, dict)}
-    if steps.get(loaded.stage) != loaded.step or loaded.stage != stages[-1].get("stage"):
+    if not stages or (stages[-1].get("stage"), stages[-1].get("steps")) != (loaded.stage, loaded.step):
         return None  # of an earlier checkpoint or stage: the sum would be wrong
     return {key: report.get(key) for key in ("student_tflops", "total_tflops", "total_seconds", "stages")}
 

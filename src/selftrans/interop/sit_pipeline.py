@@ -7,7 +7,7 @@ Shape legend: N images, (C, *S) latent, (H, W, C) picture.
 from __future__ import annotations
 
 import dataclasses
-import json
+import inspect
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -23,13 +23,14 @@ from torch import Tensor
 from selftrans.checkpoints import hub
 from selftrans.checkpoints.load import PIPELINE, VAE, Weights
 from selftrans.data.decoded import decode_images
+from selftrans.data.record import read_object
 from selftrans.encoders.autoencoder import Autoencoder, DiffusersAutoencoder, load_autoencoder
 from selftrans.encoders.text import UNMASKED, TextEncoder, encoder_of
 from selftrans.interop.interpolant_scheduler import InterpolantScheduler
 from selftrans.interop.pipeline_parts import copy_text_encoder, parts_of, save_vae
 from selftrans.sampling.images import image_noise
 from selftrans.sampling.samplers import Noise, guided
-from selftrans.storage import first_line, printable
+from selftrans.storage import first_line, printable, write_json
 from selftrans.types import MASK, TEXT, Cond, Output, map_cond
 
 
@@ -109,8 +110,7 @@ class SiTPipeline(DiffusionPipeline):
         index: dict[str, Any] = {key: value for key, value in self.config.items() if isinstance(value, tuple | list)}
         if not copy_text_encoder(self.transformer.conditions, folder):
             index |= {"text_encoder": [None, None], "tokenizer": [None, None]}
-        with open(folder / PIPELINE, "w", encoding="utf-8") as file:
-            json.dump({"_class_name": type(self).__name__} | index, file, indent=2, sort_keys=True)
+        write_json(folder / PIPELINE, {"_class_name": type(self).__name__} | dict(sorted(index.items())))
 
     @torch.inference_mode()
     def __call__(
@@ -172,6 +172,8 @@ class SiTPipeline(DiffusionPipeline):
             raise ValueError("this model is of the cosine path; use selftrans' InterpolantScheduler")
         scheduler.set_timesteps(steps, device=z.device)
         largest, own = scheduler.config.num_train_timesteps, {"noise": noise} if ours else {}
+        if not ours and "generator" in inspect.signature(scheduler.step).parameters:
+            own = {"generator": generator}  # of the schedulers that draw noise
         for t in self.progress_bar(scheduler.timesteps):
             v = velocity(z, t if ours else t / largest)
             z = scheduler.step(v, t, z, return_dict=False, **own)[0]
@@ -268,8 +270,8 @@ def check_replaceable(out: Path) -> None:
 def _check_index(folder: Path) -> None:
     """ValueError unless a folder says that it is a pipeline of this class; the classes that it names are not looked at."""
     try:
-        name = json.loads((folder / PIPELINE).read_bytes())["_class_name"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        name = (read_object(folder / PIPELINE) or {})["_class_name"]
+    except (KeyError, ValueError) as error:
         raise ValueError(
             f"{printable(folder)} is no pipeline ({first_line(error)}); `selftrans export RUN --out DIR --layout pipeline` "
             "makes one of a run"

@@ -81,7 +81,7 @@ class Frozen:
         source: dict[str, Any] | None = None,
         in_place: bool = False,
     ) -> None:
-        if not 1 <= block <= model.depth:
+        if not isinstance(block, int) or not 1 <= block <= model.depth:
             raise ValueError(f"teacher block {block} is outside the teacher's 1..{model.depth}; change teacher_block")
         if in_place:
             model.truncate(block)
@@ -107,6 +107,10 @@ class Frozen:
         `taps`: blocks up to `block`, whose features are put side by side, (N, T, K D); None: `block` alone.
         """
         taps = taps or (self.block,)
+        if not conds or max(taps) > self.block:
+            raise ValueError(
+                f"the teacher has blocks 1 to {self.block}, and takes one condition at least; taps are {taps}"
+            )
         if next(self.model.parameters()).device != zt.device:
             self.model.to(zt.device)
         many = len(conds)
@@ -195,7 +199,10 @@ def ineffective_range_mode(timestep_range: tuple[float, float] | None) -> dict[s
 
 
 def check_tokens(student: Backbone, teacher: Frozen) -> None:
-    """ValueError unless student and teacher cut the same latents into the same tokens (widths may differ)."""
+    """ValueError unless the teacher is frozen, and student and teacher cut the same latents into the same tokens (widths may
+    differ)."""
+    if not isinstance(teacher, Frozen):
+        raise ValueError(f"the teacher must be frozen, not a {type(teacher).__name__}: give Frozen(model, block)")
     theirs, ours = (teacher.model.shape, teacher.model.grid), (student.shape, student.grid)
     if tuple(map(tuple, theirs)) != tuple(map(tuple, ours)):
         raise ValueError(

@@ -5,6 +5,7 @@ Shape legend: N batch.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from selftrans.flow import LINEAR, Path, draw
+from selftrans.flow import LINEAR, PATHS, TIMES, Path, draw
 from selftrans.methods.guidance import Guidance, Report
-from selftrans.types import Backbone, Batch, Draw, where_cond
+from selftrans.types import Backbone, Batch, Draw, check_latents, where_cond
 
 
 class Objective(nn.Module):
@@ -42,6 +43,7 @@ class Objective(nn.Module):
         cosine: float = 0.0,
     ) -> None:
         super().__init__()
+        _check(guidances, path, times, drop, cosine)
         self.student = student
         self.guidances = nn.ModuleList(guidances)
         self.path, self.times, self.drop, self.cosine = path, times, drop, cosine
@@ -61,11 +63,13 @@ class Objective(nn.Module):
                 )
 
     def forward(self, batch: Batch, step: int | Tensor) -> tuple[Tensor, Report]:
-        """Loss of a step (0-d, float32) and its parts, detached and still on the device. ValueError: labels of no class.
+        """Loss of a step (0-d, float32) and its parts, detached and still on the device. ValueError: labels of no class, and
+        latents of another shape.
 
         A `step` that is a 0-d tensor is not read: then every guidance acts, and the caller retires those that have ended.
         Labels on the CPU are checked in every call; on a GPU their values are checked in the first, by the device.
         """
+        check_latents(batch.z0, self.student.shape)
         self.student.conditions.check_labels(batch.cond, batch.z0.shape[0], on_device=self._unchecked)
         if not torch.compiler.is_compiling():
             self._unchecked = False
@@ -106,3 +110,15 @@ class Objective(nn.Module):
         if ended:
             self.guidances = nn.ModuleList(staying)
         return ended
+
+
+def _check(guidances: Sequence[Guidance], path: Path, times: str, drop: float, cosine: float) -> None:
+    """ValueError for an option of `Objective` out of range."""
+    if isinstance(guidances, Guidance):
+        raise ValueError(f"guidances are a list, of {guidances.name} alone too: [guidance]")
+    if isinstance(path, str):
+        raise ValueError(f"path {path!r} must be a Path: one of selftrans.PATHS, which are {', '.join(PATHS)}")
+    if times not in TIMES:
+        raise ValueError(f"times {times!r} is unknown; choose one of {', '.join(TIMES)}")
+    if not 0 <= drop <= 1 or not 0 <= cosine < math.inf:
+        raise ValueError(f"drop {drop} must be in [0, 1], and cosine {cosine} a number from 0")

@@ -46,6 +46,7 @@ from selftrans.methods.label_part import LabelPart
 from selftrans.methods.published_heads import published_heads
 from selftrans.methods.spec import MethodSpec, Stage, TeacherSpec
 from selftrans.methods.stage_settings import Stage1, Stage2
+from selftrans.storage import plural
 from selftrans.types import Backbone, Conditions, Draw, take_cond
 
 if TYPE_CHECKING:
@@ -97,7 +98,7 @@ class SelfGuidance(Guidance):
         self.teacher_taps = tuple(sorted(set(goals)))
         self.goals = [self.teacher_taps.index(k) for k in goals]  # of each student block, its place in `teacher_taps`
         if self.teacher_taps[-1] > teacher.block:
-            raise ValueError(f"stage2.teacher_blocks {goals} are beyond the teacher's {teacher.block} blocks")
+            raise ValueError(f"stage2.teacher_blocks {goals} are beyond the teacher's {plural(teacher.block, 'block')}")
         if config.target_norm == "spatial" and student.tokens < 2:
             raise ValueError(
                 "stage2.target_norm spatial needs several tokens; set a smaller model.patch, or another norm"

@@ -76,6 +76,9 @@ class LabelTransformer(PatchTransformer):
         label_std: float = LABEL_STD,
     ) -> None:
         super().__init__()
+        if num_classes < 0 or min(width, depth, patch, patch_frames) < 1:
+            sizes = f"width {width}, depth {depth}, patch {patch}, patch_frames {patch_frames}"
+            raise ValueError(f"sizes must be 1 or more ({sizes}), and num_classes 0 or more, not {num_classes}")
         self.cut(shape, width=width, patch=patch, patch_frames=patch_frames)
         self.conditions = Conditions("labels" if num_classes else "none", num_classes)
         self.depth, self.num_classes = depth, num_classes
@@ -100,7 +103,10 @@ class LabelTransformer(PatchTransformer):
         S may be another than the model's own. ValueError when patches do not divide it. In training, with a `route`, the
         feature of a token that skips a block is the token as it left.
         """
-        assert isinstance(cond, Tensor) and all(1 <= k <= self.depth for k in taps)
+        if not isinstance(cond, Tensor) or t.dim() != 1:
+            found = f"{type(cond).__name__} and t of shape {tuple(t.shape)}"
+            raise ValueError(f"{type(self).__name__} takes labels (N,), a tensor, and times t (N,), not {found}")
+        assert all(1 <= k <= self.depth for k in taps)
         tokens, grid = self.embed(x)  # (N, T, D)
         c = self.t_embedder(t) + self.y_embedder(cond)  # (N, D)
         inputs = self.block_inputs(grid)

@@ -124,6 +124,9 @@ class LabelEmbedder(nn.Module):
         self.embedding_table = nn.Embedding(num_classes + 1, width)
 
     def forward(self, labels: Tensor) -> Tensor:  # (N,) -> (N, D)
+        if labels.dtype not in (torch.int64, torch.int32):
+            dtype = str(labels.dtype).removeprefix("torch.")
+            raise ValueError(f"labels must be whole numbers (torch.long), not {dtype}")
         try:
             return self.embedding_table(labels)
         except IndexError as error:  # on the CPU; a GPU reports it by an assertion of its own

@@ -120,7 +120,8 @@ class Sampler:
             conditions = loaded.model.conditions
             if settings.num < len(settings.prompts or ()):
                 warnings.warn(
-                    f"{plural(settings.num, 'image')} of {len(settings.prompts or ()):,} prompts: the last ones get none; give "
+                    f"{plural(settings.num, 'image')} of {plural(len(settings.prompts or ()), 'prompt')}: the last ones get "
+                    "none; give "
                     f"--num {len(settings.prompts or ())} for one image each",
                     stacklevel=3,
                 )

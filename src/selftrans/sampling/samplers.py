@@ -6,6 +6,7 @@ scalar tensor on the CPU, so that reading t never waits for the GPU. Shape legen
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable
 from itertools import pairwise
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from selftrans.flow import LINEAR, Path, score_from_v
+from selftrans.storage import plural
 from selftrans.types import Backbone, Cond, cat_cond
 
 Velocity: TypeAlias = Callable[[Tensor, Tensor], Tensor]  #: (z (N, ...), t ()) -> (N, ...)
@@ -111,6 +113,8 @@ def sde_step(z: Tensor, v: Tensor, t: Tensor, t_next: Tensor, path: Path, noise:
 
 
 def _check_steps(steps: int, least: int) -> None:
+    if int(steps) != steps:
+        raise ValueError(f"{steps} sampling steps are no whole number; give one")
     if steps < least:
         raise ValueError(f"{steps} sampling steps are too few; use at least {least}")
 
@@ -149,8 +153,12 @@ def guided(
     With `channels`, only the first so many of the C channels are guided, and the others are those of v_c (as in the published
     sampling code of DiT, SiT and LightningDiT, with 3). With `early`, v_c and v_u are those of `early_guided`.
     """
-    if isinstance(model, Backbone) and isinstance(cond, Tensor):
-        model.conditions.check_labels(cond, cond.shape[0], null=True)
+    if isinstance(model, Backbone):
+        model.conditions.check_labels(cond, cond.shape[0] if isinstance(cond, Tensor) and cond.dim() else 1, null=True)
+    if not math.isfinite(scale):
+        raise ValueError(f"guidance scale {scale} is not finite; give a number, 1 for none")
+    first = _tensors(cond)[0]
+    rows = first.shape[0] if first.dim() else 1
     null = model.null(cond)
     if scale != 1 and all(torch.equal(a, b) for a, b in zip(_tensors(cond), _tensors(null), strict=True)):
         warnings.warn(f"guidance scale {scale} is ignored: the condition is the null condition", stacklevel=2)
@@ -158,6 +166,8 @@ def guided(
     both = cat_cond(cond, null) if scale != 1 else cond
 
     def velocity(z: Tensor, t: Tensor) -> Tensor:
+        if z.shape[0] != rows:
+            raise ValueError(f"{plural(z.shape[0], 'latent')} but conditions of {rows}; give one for each")
         if scale == 1 or not _inside(t, interval):
             return early_guided(model, z, t, cond, early)
         conditional, unconditional = early_guided(model, torch.cat([z, z], dim=0), t, both, early).chunk(2, dim=0)

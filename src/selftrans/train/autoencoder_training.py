@@ -22,6 +22,7 @@ from torch import Tensor
 from selftrans.checkpoints import format as checkpoint
 from selftrans.data.dataset import Dataset
 from selftrans.precision import PRECISIONS
+from selftrans.storage import plural
 from selftrans.train.autoencoder_network import (
     AutoencoderLoss,
     AutoencoderSettings,
@@ -137,11 +138,16 @@ class AutoencoderTraining:
         self.seconds += time.perf_counter() - started  # waiting for the device counts as training
         if not good:
             raise FloatingPointError(
-                f"the last {skipped} updates of the autoencoder, up to step {self.step}, had no finite gradient; choose a "
+                f"the last {plural(skipped, 'update')} of the autoencoder, up to step {self.step}, had no finite gradient; "
+                "choose a "
                 f"lower --lr and another --out; checkpoints are in {self.checkpoints}"
             )
         if skipped:
-            warnings.warn(f"{skipped} updates up to step {self.step} were not finite and were skipped", stacklevel=2)
+            warnings.warn(
+                f"{plural(skipped, 'update')} up to step {self.step} {'was' if skipped == 1 else 'were'} not finite and "
+                "skipped",
+                stacklevel=2,
+            )
         self.window.clear()
         self._good.clear()
         rate = self.optimizer.param_groups[0]["lr"]
@@ -213,6 +219,7 @@ def check_unchanged(found: checkpoint.Checkpoint, settings: AutoencoderSettings,
         raise ValueError(f"{folder} was trained on other data than {data.path}; use that, or another --out")
     if found.step > settings.steps:
         raise ValueError(
-            f"{folder} has trained for {found.step} steps already, more than the {settings.steps} asked for; give at least "
+            f"{folder} has trained for {plural(found.step, 'step')} already, more than the {settings.steps} asked for; give "
+            "at least "
             "as many, or another --out"
         )

@@ -7,7 +7,7 @@ from selftrans.data.dataset import Dataset
 from selftrans.data.shard_cache import CacheOptions
 from selftrans.data.streamed import Streamed
 from selftrans.data.windows import SHARE_OF_CACHE, classes_in_a_window, window_that_fits
-from selftrans.storage import printable
+from selftrans.storage import plural, printable
 
 
 def cache_of(data: Data) -> CacheOptions:
@@ -32,8 +32,8 @@ def with_window(config: RunConfig, shards: Dataset, before: RunConfig | None) ->
         rows = sum(sorted(counts)[:window])
         if rows < config.train.batch_size <= len(shards):
             raise ValueError(
-                f"{window} of the shards hold {rows} rows, fewer than a batch, {config.train.batch_size}; raise data.window"
-                + (" and data.cache_gb" if isinstance(shards, Streamed) else "")
+                f"{window} of the shards hold {plural(rows, 'row')}, fewer than a batch, {config.train.batch_size}; raise "
+                "data.window" + (" and data.cache_gb" if isinstance(shards, Streamed) else "")
             )
     return config.override({"data.window": window})
 
@@ -53,7 +53,7 @@ def _fitting(window: int | None, shards: Streamed, *, new: bool) -> int | None:
     if (window or 1) > most:
         needed = SHARE_OF_CACHE * (window or 1) * max(reader.bytes)
         raise ValueError(
-            f"windows of {window or 1} shards need {gigabytes(needed)} in the cache, not {gigabytes(limit)}; raise "
+            f"windows of {plural(window or 1, 'shard')} need {gigabytes(needed)} in the cache, not {gigabytes(limit)}; raise "
             "--data.cache-gb"
         )
     return window or most
@@ -65,13 +65,14 @@ def describe_data(config: RunConfig, shards: Dataset) -> str | None:
         return None
     reader, window, number = shards.reader, config.data.window, len(shards.manifest.shards)
     text = (
-        f"data: {number} shards, {gigabytes(sum(reader.bytes))}, of {printable(shards.origin)}; cache {reader.cache.folder}, "
+        f"data: {plural(number, 'shard')}, {gigabytes(sum(reader.bytes))}, of {printable(shards.origin)}; cache "
+        f"{reader.cache.folder}, "
         f"{gigabytes(reader.cache.limit)}"
     )
     if window is None:
         return f"{text}: all of them, shuffled over all rows"
     counts = [shard.count for shard in shards.manifest.shards]
-    text += f": rows are shuffled within windows of {window} shards"
+    text += f": rows are shuffled within windows of {plural(window, 'shard')}"
     if shards.manifest.num_classes > 1:
         text += f", each with {classes_in_a_window(shards.labels, counts, window):.0%} of the classes on average"
     return text

@@ -60,7 +60,9 @@ class StagePlan:
     seconds_per_step: float
     seconds_left: float
     memory: dict[str, int]  #: bytes without activations, by what they are for
-    peak: int  #: bytes: of the device in these steps; on a CPU of the whole process
+    peak: (
+        int  #: bytes: of the device in these steps, with `train.recompute` as it is set; on a CPU of the whole process
+    )
     samples: int  #: in the smallest of these steps: fewer than the batch on a slow CPU, from which the others are extrapolated
     checkpoint: int  #: bytes
     kept: int  #: checkpoints kept at the end, about
@@ -97,7 +99,7 @@ def dry_run(config: RunConfig, out: str | Path, *, steps: int = STEPS, typed: Co
         accelerator = accelerator_of(config, place)
         shards = data_of_run(config, out if is_prepared(out / "data") else place)  # each process its own
         config, plan, initial = planned(config, shards, out, typed)
-        shards = ready_data(shards, accelerator.device, config.data.on_device)
+        shards = ready_data(config, shards, accelerator)
         found = DryRun(
             device=_device_name(accelerator.device),
             memory_total=_total(accelerator.device),
@@ -214,11 +216,15 @@ def _written(config: RunConfig, plan: list[Stage]) -> list[str]:
     if config.data.path is None:
         names.append("data/: the built-in data, prepared")
     for stage in plan:
-        names.append(f"{stage.name}/log.jsonl: a line every {config.log.every} steps")
-        names.append(f"{stage.name}/checkpoints/: every {config.train.checkpoint_every} steps")
+        names.append(f"{stage.name}/log.jsonl: a line {_every(config.log.every)}")
+        names.append(f"{stage.name}/checkpoints/: {_every(config.train.checkpoint_every)}")
         if config.train.preview_every:
-            names.append(f"{stage.name}/previews/: a sheet of samples every {config.train.preview_every} steps")
+            names.append(f"{stage.name}/previews/: a sheet of samples {_every(config.train.preview_every)}")
     return names + [f"{name}/" for name in tracker_names(config) if name in TAKEN_FOLDERS]
+
+
+def _every(steps: int) -> str:
+    return "every step" if steps == 1 else f"every {steps} steps"
 
 
 def _device_name(device: torch.device) -> str:

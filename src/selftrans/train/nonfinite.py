@@ -14,6 +14,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from selftrans.storage import plural
 from selftrans.train.fsdp import any_rank, local
 
 GROWTH = 10.0  #: growth of a feature norm that is warned about
@@ -56,11 +57,12 @@ class NonFiniteSteps:
         self.skipped += len(found)
         self._unreported = (self._unreported + found)[:LISTED]
         if ending:
-            raise FloatingPointError(f"{self.most} updates in a row, {ending}")
+            raise FloatingPointError(f"{plural(self.most, 'update')} in a row, {ending}")
         if found:
             one = found[0]
             warnings.warn(
-                f"{len(found)} of the last {len(steps)} updates of {stage} skipped, first at step {one['step']} (loss "
+                f"{len(found)} of the last {plural(len(steps), 'update')} of {stage} skipped, first at step {one['step']} "
+                "(loss "
                 f"{one['loss']}, gradient norm {one['grad_norm']}); {self.skipped} in all; log.jsonl lists their rows",
                 stacklevel=2,
             )

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from selftrans.storage import plural
 from selftrans.train.batches import Loaded, to_batch
 from selftrans.train.optim import moment_bytes
 
@@ -41,7 +42,7 @@ def explanation(trainer: Trainer, rows: Loaded) -> str:
     `rows` is a micro-batch as the stream gives it. Halves of it are tried, forward and backward, in a run of one process.
     """
     train, device, micro = trainer.config.train, trainer.accelerator.device, trainer.stream.micro
-    where = f"{device.type} is out of memory in a step of {trainer.stage.name} with {micro} samples at a time"
+    where = f"{device.type} is out of memory in a step of {trainer.stage.name} with {plural(micro, 'sample')} at a time"
     if device.type == "cuda":
         where += f" ({torch.cuda.get_device_properties(device).total_memory / 2**30:.1f} GiB)"
     alone = trainer.accelerator.num_processes == 1

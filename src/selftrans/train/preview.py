@@ -103,7 +103,8 @@ class Preview:
         """The labels, the prompts of the run or, without these, captions with their stored tokens, without an encoder."""
         data = self.dataset
         if self.settings.prompts and self.config.sample.prompts is None:
-            return CaptionConditioning(data, device=self.device, rows=data.prompt_rows[: len(self.settings.prompts)])
+            rows = data.prompt_rows[: len(self.settings.prompts)]
+            return CaptionConditioning(data.scattered, device=self.device, rows=rows)
         # a text encoder on the CPU: there is no memory of the training device to spare
         conditions, encoder = data.manifest.conditions, self.config.data.text_encoder
         return conditioning_of(conditions, self.settings, present=data.present, text_encoder=encoder)

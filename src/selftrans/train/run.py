@@ -87,7 +87,7 @@ def _train(
             _remove_unfinished(out)
         shards = data_of_run(config, out, accelerator)
         config, plan, initial = planned(config, shards, out, typed)
-        shards = _ready(config, shards, accelerator, quiet)
+        shards = ready_data(config, shards, accelerator, quiet=quiet)
         preview = Preview(config, shards, accelerator.device, stop) if config.train.preview_every else None
         spent: list[dict[str, Any]] = []
         for number, stage in enumerate(plan, start=1):
@@ -125,15 +125,6 @@ def _train(
     return report
 
 
-def _ready(config: RunConfig, shards: Dataset, accelerator: Accelerator, quiet: bool) -> Dataset:
-    """The data where training reads them: fetched, unless they are read in windows, and on the device if that is wanted."""
-    if (said := describe_data(config, shards)) and not quiet:
-        accelerator.print(said)
-    if config.data.window is None:
-        shards.fetch(progress=not quiet)
-    return ready_data(shards, accelerator.device, config.data.on_device)
-
-
 def planned(
     config: RunConfig, shards: Dataset, out: Path, typed: Collection[str]
 ) -> tuple[RunConfig, list[Stage], InitialWeights | None]:
@@ -150,12 +141,19 @@ def planned(
     return config, plan, initial
 
 
-def ready_data(shards: Dataset, device: torch.device, on_device: bool) -> Dataset:
-    """The data, ready for training, on the device if that is asked for. Raises ValueError for buckets on the device."""
-    if on_device and len(shards.parts) > 1:
+def ready_data(config: RunConfig, shards: Dataset, accelerator: Accelerator, *, quiet: bool = False) -> Dataset:
+    """The data where training reads them: fetched, unless they are read in windows, and on the device if that is wanted.
+
+    Raises ValueError where they cannot be fetched, and for buckets on the device.
+    """
+    if (said := describe_data(config, shards)) and not quiet:
+        accelerator.print(said)
+    if config.data.on_device and len(shards.parts) > 1:
         raise ValueError(f"{shards.path} holds buckets of several sizes; leave data.on_device off")
-    shards.ready(device)
-    return OnDevice(shards, device) if on_device else shards
+    if config.data.window is None:
+        shards.fetch(progress=not quiet)
+    shards.ready(accelerator.device)
+    return OnDevice(shards, accelerator.device) if config.data.on_device else shards
 
 
 def _remove_unfinished(out: Path) -> None:
@@ -218,7 +216,8 @@ def data_of_run(config: RunConfig, out: Path, accelerator: Accelerator | None = 
     small = sum(size < config.train.batch_size for size in shards.parts)
     if small and len(shards.parts) > 1 and main:
         warnings.warn(
-            f"{small} of the {len(shards.parts)} buckets of {path} {'has' if small == 1 else 'have'} fewer pictures than the "
+            f"{small} of the {plural(len(shards.parts), 'bucket')} of {path} {'has' if small == 1 else 'have'} fewer "
+            "pictures than the "
             f"batch, {config.train.batch_size}: a batch of those has some of them more than once",
             stacklevel=3,
         )
@@ -256,7 +255,7 @@ def _rehearse(config: RunConfig, plan: Sequence[Stage], out: Path, manifest: Man
         reached = max((step for step, _ in checkpoint.steps(out / stage.name / "checkpoints")), default=0)
         if reached > stage.steps:
             raise ValueError(
-                f"{out} has trained {stage.name} for {reached} steps already, more than the {stage.steps} asked for; "
+                f"{out} has trained {stage.name} for {plural(reached, 'step')} already, more than the {stage.steps} asked for; "
                 "give at least as many, or another --out"
             )
         if number and not stage.encoder:
@@ -290,7 +289,7 @@ def _announce(trainer: Trainer, number: int, of: int) -> str:
         + (f" until step {g.until_step}" if g.until_step and g.until_step < stage.steps else "")
         for g in objective.guidances
     )
-    start = f"continues at step {trainer.step} of {stage.steps}" if trainer.step else f"{stage.steps} steps"
+    start = f"continues at step {trainer.step} of {stage.steps}" if trainer.step else plural(stage.steps, "step")
     trained = sum(p.numel() for p in objective.student.parameters() if p.requires_grad) / 1e6
     size = f"{millions:.1f} M parameters" + (f" ({trained:.2f} M trained)" if trained < millions else "")
     what = f"{start}, {size}, {guided or 'no guidance'}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, TypeVar
 
@@ -115,6 +115,12 @@ class JsonFiles:
         if known is None or known[0] != stamp:
             known = self._known[file] = (stamp, *_parsed(file, kind))
         return known[1], known[2]
+
+    def keep(self, folders: Collection[Contained]) -> None:
+        """Forget the files that are in none of these folders."""
+        for file in list(self._known):
+            if Contained(file.root, file.parts[:-1]) not in folders:
+                self._known.pop(file, None)
 
 
 def _parsed(file: Contained, kind: type) -> tuple[Any, str | None]:

@@ -19,7 +19,7 @@ from selftrans.experiments.analyse_run import null_of
 from selftrans.flow import PATHS
 from selftrans.sample_config import SampleConfig
 from selftrans.sampling.conditioning import conditioning_of
-from selftrans.storage import printable
+from selftrans.storage import plural, printable
 from selftrans.types import Cond, map_cond
 from selftrans.ui.jobs import Job
 from selftrans.ui.opened_models import OpenedModels, Source, counted_passes, source_of, take
@@ -29,12 +29,13 @@ from selftrans.ui.run_state import RunState
 from selftrans.ui.sampling_jobs import add_sheet
 
 MOST_TIMES, MOST_BLOCKS = 8, 12
+NULL = "null"  #: name of the null condition
 Work = Callable[[Job], None]
 
 
 @dataclasses.dataclass(frozen=True)
 class Asked:
-    """A request for maps. The condition is `label`, else `prompt`, else that of the row or, for `null`, none."""
+    """A request for maps. The condition is `prompt` or `label`, else the label of the row; else, and for `null`, none."""
 
     times: tuple[float, ...] = (0.2, 0.4, 0.6, 0.8)
     row: int = 0
@@ -66,11 +67,13 @@ def features(
         job.doing = "reading the picture"
         found = pictures(loaded[-1], data.of(student.state), asked.row, upload, models.device)
         add_sheet(job, found.shown, role="picture", label=None if found.labels is None else int(found.labels[0]))
-        scales = [asked.scale if source is teacher else 1.0 for source in sources]
+        conditions = [_condition(each, asked, found, models.device) for each in loaded]
+        scales = [
+            asked.scale if source is teacher and said != NULL else 1.0
+            for source, (_, said) in zip(sources, conditions, strict=True)
+        ]
         job.total = sum(len(asked.times) * (2 if w != 1 else 1) for w in scales)
-        for each, source, w in zip(loaded, sources, scales, strict=True):
-            cond, said = _condition(each, asked, found, models.device)
-            w = 1.0 if said == "null" else w
+        for each, source, w, (cond, said) in zip(loaded, sources, scales, conditions, strict=True):
             job.doing = f"features of {source.text}"
             with counted_passes(each.model, job):
                 maps, blocks = _maps(each, found.z0, cond, asked.times, w, _guided(source, each))
@@ -102,12 +105,14 @@ def _condition(loaded: LoadedModel, asked: Asked, found: Pictures, device: torch
     labels = found.labels
     if asked.label is not None and kind == "labels":
         if not 0 <= asked.label < model.conditions.num_classes:
-            raise ValueError(f"label {asked.label} is none of the model's {model.conditions.num_classes} classes")
+            raise ValueError(
+                f"label {asked.label} is none of the model's {plural(model.conditions.num_classes, 'class')}"
+            )
         labels = torch.full((count,), asked.label)
         if found.labels is not None:
             labels[1:] = found.labels[1:]
     if kind != "labels" or labels is None or asked.null:
-        return null_of(model, count), "null"
+        return null_of(model, count), NULL
     first = int(labels[0])
     name = loaded.classes[first] if first < len(loaded.classes) else str(first)
     return labels.to(device), printable(f"label {name}", 80)

@@ -6,7 +6,7 @@ import hmac
 import ipaddress
 import socket
 from collections.abc import Mapping
-from urllib.parse import parse_qsl, urlencode, urlsplit
+from urllib.parse import SplitResult, parse_qsl, urlencode, urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import cookie_parser
@@ -18,7 +18,7 @@ LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
 #: nothing is loaded from elsewhere, no code is inline, and no other page may embed this one
 POLICY = {
     "Content-Security-Policy": (
-        "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; connect-src 'self'; "
+        "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; "
         "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
     ),
     "Cross-Origin-Opener-Policy": "same-origin",
@@ -78,7 +78,8 @@ class Guard:
         if self.token is not None and given is not None and scope["method"] == "GET":
             if not self._same(given):
                 return _without_token()
-            answer = RedirectResponse(scope["path"] + (f"?{urlencode(query)}" if query else ""), 303)
+            path = "/" + scope["path"].lstrip("/")  # `//name` would be another server
+            answer = RedirectResponse(path + (f"?{urlencode(query)}" if query else ""), 303)
             answer.set_cookie(_cookie(scope), given, httponly=True, samesite="strict", path="/")
             return answer
         if self.token is not None and not self._same(_token_of(headers, _cookie(scope))):
@@ -88,7 +89,8 @@ class Guard:
         return None
 
     def _known(self, host: str) -> bool:
-        name = urlsplit(f"//{host}").hostname if host and "/" not in host and "@" not in host else None
+        parsed = _parsed(f"//{host}") if host and "/" not in host and "@" not in host else None
+        name = parsed.hostname if parsed else None
         if name is None:
             return False
         return name in self.names or (not self.loopback and _numeric(name))
@@ -118,7 +120,17 @@ def _own_origin(headers: Mapping[str, str]) -> bool:
     """Whether a request comes from this page, or from a program that is no browser: those send no origin."""
     origin, site = headers.get("origin"), headers.get("sec-fetch-site")
     json = headers.get("content-type", "").partition(";")[0].strip() == "application/json"  # never sent by plain forms
-    return json and site in (None, "same-origin") and (origin is None or urlsplit(origin).netloc == headers.get("host"))
+    parsed = _parsed(origin or "")
+    own = origin is None or (parsed is not None and parsed.netloc == headers.get("host"))
+    return json and site in (None, "same-origin") and own
+
+
+def _parsed(address: str) -> SplitResult | None:
+    """The parts of an address; None for one that is none, such as `http://[`."""
+    try:
+        return urlsplit(address)
+    except ValueError:
+        return None
 
 
 def _numeric(name: str) -> bool:

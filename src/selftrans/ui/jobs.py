@@ -49,7 +49,9 @@ class Job:
         self.done += 1
 
     def add(self, png: bytes, **about: Any) -> None:
-        """A picture that is finished, and what it is."""
+        """A picture that is finished, and what it is. ValueError where the job has more of them than the page keeps."""
+        if sum(map(len, self.pictures)) + len(png) > KEPT_BYTES:
+            raise ValueError(f"the pictures take more than {KEPT_BYTES >> 20} MB; ask for fewer, or for fewer steps")
         self.pictures.append(png)
         self.results.append(about | {"picture": len(self.pictures) - 1})
 
@@ -80,9 +82,8 @@ class Jobs:
         self._jobs: dict[int, Job] = {}
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
-        self._next = secrets.randbits(
-            48
-        )  #: a tab may hold pictures of an earlier process: its addresses do not come again
+        #: a tab may hold pictures of an earlier process: its addresses do not come again
+        self._next = secrets.randbits(48)
 
     def start(self, kind: str, about: dict[str, Any], work: Callable[[Job], None]) -> Job:
         """Begin `work` in a thread. Busy while another job runs."""
@@ -98,13 +99,15 @@ class Jobs:
 
     def get(self, key: int) -> Job:
         """LookupError for a job that is not kept."""
-        if key not in self._jobs:
+        found = self._jobs.get(key)
+        if found is None:
             raise LookupError("there is no such job; its results are no longer kept")
-        return self._jobs[key]
+        return found
 
     def current(self) -> Job | None:
         """The job that runs, or the one that ran last."""
-        return next(reversed(self._jobs.values()), None)
+        with self._lock:
+            return next(reversed(self._jobs.values()), None)
 
     def close(self, patience: float = 5.0) -> None:
         """Ask the running job to end, and wait for it as long as that."""

@@ -32,7 +32,6 @@ class RunState:
         self.found, self.place, self.files = found, found.place, files
         self._glances: dict[str, tuple[Any, Glance]] = {}
         self._logs: dict[str, Columns] = {}
-        self.replaced: dict[str, int] = {}
 
     # ---- the list of runs
 
@@ -273,10 +272,14 @@ def _share(number_of: int, of: int, step: float | None, total: int | None) -> fl
     return None if not of or not total or step is None else (number_of + min(1.0, step / total)) / of
 
 
+def _blocks(depth: Any) -> str:
+    return "1 block" if depth == 1 else f"{depth} blocks"
+
+
 def _model(config: dict[str, Any]) -> str:
     """`SiT-S/2, 6 blocks of 64`."""
     model = config.get("model")
     if not isinstance(model, dict):
         return ""
-    sizes = f", {model['depth']} blocks of {model['width']}" if {"depth", "width"} <= model.keys() else ""
+    sizes = f", {_blocks(model['depth'])} of {model['width']}" if {"depth", "width"} <= model.keys() else ""
     return printable(f"{model.get('name', '')}{sizes}", 80)

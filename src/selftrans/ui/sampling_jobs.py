@@ -27,6 +27,11 @@ MOST, MOST_STEPS = 64, 1000  #: pictures and time steps of one request
 MOST_POINTS = 64  #: checkpoints that are sampled for one request
 #: settings that a request may choose; the others are those of the run
 CHOSEN = ("num", "steps", "sampler", "guidance_scale", "guidance_interval", "time_shift", "seed", "labels", "prompts")
+#: settings of sampling that a preview depends on
+PREVIEWED = (
+    *("seed", "labels", "prompts", "guidance_scale", "guidance_interval", "guidance_channels", "time_shift"),
+    *("early_guidance", "early_interval"),
+)
 Run = Callable[[str], RunState]
 Work = Callable[[Job], None]
 
@@ -104,6 +109,8 @@ def _opened(
     loaded = models.load(source, job, cast=precision)
     settings = overridden(loaded, dict(chosen))
     # the weaker model of autoguidance would be another file, which the run names and the page was not given
+    if settings.autoguidance is not None:
+        job.notes.append("the run's autoguidance is left out: guidance is by the null condition")
     settings = dataclasses.replace(settings, autoguidance=None, precision=precision)
     return loaded, dataclasses.replace(settings, batch_size=min(settings.batch_size, settings.num))
 
@@ -143,9 +150,13 @@ def _preview_settings(state: RunState) -> dict[str, Any]:
     config, _, _, _ = state.read()
     data, _ = state.files.read(state.place / "data.json")
     parts: dict[str, tuple[str, ...]] = {
-        "sample": ("seed", "labels", "prompts", "guidance_scale", "guidance_interval", "time_shift"),
+        "sample": PREVIEWED,
         "log": ("preview_images", "preview_steps"),
         "train": ("path",),
     }
-    found = {f"{key}.{name}": part(config, key, dict).get(name) for key, names in parts.items() for name in names}
+    sample = json.loads(json.dumps(dataclasses.asdict(SampleConfig()))) | part(config, "sample", dict)
+    if sample["autoguidance"] is not None:  # previews leave it out
+        sample["guidance_scale"] = 1.0
+    given = config | {"sample": sample}
+    found = {f"{key}.{name}": part(given, key, dict).get(name) for key, names in parts.items() for name in names}
     return found | {name: (data or {}).get(name) for name in ("shape", "autoencoder", "conditions")}

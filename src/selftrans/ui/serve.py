@@ -38,7 +38,7 @@ def serve(
     page = Page(folders, device=None if device is None else torch.device(device))
     listener = listening(host, port)
     port = listener.getsockname()[1]
-    shown = f"[{host}]" if ":" in host else host
+    shown = shown_host(host)
     query = f"?token={quote(token, safe='')}" if token else ""
     count = len(page.folders.listing().runs)
     print(f"{count} run{'' if count == 1 else 's'} in {', '.join(printable(path) for path in folders)}")
@@ -57,6 +57,13 @@ def serve(
     finally:
         listener.close()
     print("ended")
+
+
+def shown_host(host: str) -> str:
+    """The host in the address to open; for all addresses of this machine its name."""
+    if host in ("0.0.0.0", "::"):
+        return socket.gethostname()
+    return f"[{host}]" if ":" in host else host
 
 
 def chosen_token(host: str, token: str | None) -> str | None:

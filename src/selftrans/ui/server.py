@@ -17,7 +17,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.middleware import Middleware
 from starlette.middleware.gzip import GZipMiddleware
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 from starlette.routing import Route
 
 from selftrans.device import default_device
@@ -72,6 +72,7 @@ class Page:
             listing = self.folders.listing()
             for gone in self._states.keys() - listing.runs.keys():
                 del self._states[gone]
+            self.files.keep({found.place for found in (*listing.runs.values(), *listing.tables.values())})
             return {
                 "folders": [str(root) for root in self.folders.roots],
                 "notes": list(listing.notes),
@@ -160,16 +161,16 @@ def application(page: Page, *, host: str = "127.0.0.1", token: str | None = None
             raw = json.loads(await _body(request))
         except RecursionError as error:
             raise ValueError("the request is nested too deeply") from error
-        return JSONResponse(await run_in_threadpool(page.begin, raw))
+        return _json(await run_in_threadpool(page.begin, raw))
 
     async def cancel(request: Request) -> Response:
         job = page.jobs.get(request.path_params["key"])
         job.stop.set()
-        return JSONResponse(job.shown())
+        return _json(job.shown())
 
     async def last_job(request: Request) -> Response:
         job = page.jobs.current()
-        return JSONResponse(job.shown() if job else None)
+        return _json(job.shown() if job else None)
 
     async def job_picture(request: Request) -> Response:
         job, number = page.jobs.get(request.path_params["key"]), request.path_params["number"]
@@ -204,24 +205,30 @@ def _fresh(answer: Callable[[Request], Any]) -> Callable[[Request], Response]:
     """Json that a browser keeps: asked for again while nothing has changed, it is not sent again."""
 
     def endpoint(request: Request) -> Response:
-        content = json.dumps(answer(request), allow_nan=False, separators=(",", ":")).encode()
-        tag = f'"{hashlib.sha256(content).hexdigest()[:24]}"'
-        headers = {"ETag": tag, "Cache-Control": "no-cache"}
+        found = _json(answer(request))
+        tag = f'"{hashlib.sha256(found.body).hexdigest()[:24]}"'
+        found.headers.update({"ETag": tag, "Cache-Control": "no-cache"})
         if request.headers.get("if-none-match") == tag:
-            return Response(status_code=304, headers=headers)
-        return Response(content, media_type="application/json", headers=headers)
+            return Response(status_code=304, headers={"ETag": tag, "Cache-Control": "no-cache"})
+        return found
 
     return endpoint
 
 
 async def _body(request: Request) -> bytes:
     """The content of a request. ValueError where it is too large."""
-    content = b""
+    content = bytearray()
     async for piece in request.stream():
         content += piece
         if len(content) > MOST_BODY:
             raise ValueError(f"the request is larger than {MOST_BODY >> 20} MB")
-    return content
+    return bytes(content)
+
+
+def _json(content: Any, status: int = 200) -> Response:
+    """An answer in ASCII: texts of files and requests may hold what UTF-8 does not."""
+    text = json.dumps(content, allow_nan=False, separators=(",", ":"))
+    return Response(text, status, media_type="application/json")
 
 
 def _static(name: str) -> bytes:
@@ -235,10 +242,10 @@ def _png(content: bytes) -> Response:
 def _error(status: int) -> Callable[[Request, Exception], Awaitable[Response]]:
     async def answer(request: Request, error: Exception) -> Response:
         text = str(error.args[0]) if isinstance(error, LookupError) and error.args else error
-        return JSONResponse({"error": first_line(text, 400)}, status)
+        return _json({"error": first_line(text, 400)}, status)
 
     return answer
 
 
 async def _busy(request: Request, error: Exception) -> Response:
-    return JSONResponse({"error": "another job is running; wait for it, or cancel it"}, 409)
+    return _json({"error": "another job is running; wait for it, or cancel it"}, 409)

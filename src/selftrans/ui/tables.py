@@ -41,7 +41,7 @@ def stored_table(found: Found, files: JsonFiles) -> dict[str, Any]:
         if summary is not None:
             try:
                 return base | {"file": name} | _stored(summary)
-            except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+            except (KeyError, TypeError, ValueError, AttributeError, IndexError, ArithmeticError) as error:
                 reason = f"{first_line(error)}; was it written by another version?"
                 return base | {"note": f"{name} is not a comparison that this version reads ({reason})"}
     return base | {"note": "the comparison has been removed"}
@@ -77,12 +77,15 @@ def measured_tables(states: Iterable[RunState], stored: Collection[Contained] = 
     """
     groups: dict[tuple[str, str], dict[tuple[str, int], Any]] = {}
     for state in states:
-        match = SEEDED.fullmatch(state.place.parts[-1] if state.place.parts else state.place.root.name)
-        points = state.measured()
-        report, _ = state.files.read(state.place / "run.json")
         if Contained(state.place.root, state.place.parts[:-1]) in stored:
             continue
-        if not match or not points or number((report or {}).get("student_tflops")) is None:
+        match = SEEDED.fullmatch(state.place.parts[-1] if state.place.parts else state.place.root.name)
+        report, _ = state.files.read(state.place / "run.json")
+        report = report or {}
+        # while a run is extended, run.json has the cost of its first finish: later points do not belong to it
+        end = number(report.get("student_steps"))
+        points = [point for point in state.measured() if end is None or point["step"] <= end]
+        if not match or not points or number(report.get("student_tflops")) is None:
             continue
         identity = json.dumps([points[-1].get(key) for key in IDENTITY], sort_keys=True)
         folder = printable("/".join(state.place.parts[:-1]) or state.place.root.name)
@@ -103,7 +106,7 @@ def _measured(results: dict[tuple[str, int], Any]) -> dict[str, Any]:
         point = next(iter(results.values()))[1][-1]
         settings = {key: _text(point.get(key)) for key in IDENTITY if key != "metric"}
         return {"file": "measured.json of each run"} | _shown(table, str(point["metric"]), curves, settings)
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, ArithmeticError) as error:
         return {"note": f"runs that were measured cannot be put in one table ({first_line(error)})"}
 
 

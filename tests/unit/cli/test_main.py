@@ -368,3 +368,23 @@ def test_error_of_a_process_is_one_line(tmp_path):
     assert done.returncode == 1 and done.stdout == ""
     expected = "positions on 2 axes need a multiple of 4 channels, not 3, and at least 4; change model.width"
     assert done.stderr == f"selftrans: {expected}\n"
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        "train digits --init URL --out o",
+        "train digits --data=URL",
+        "train digits --dat URL",
+        "evaluate URL --reference digits",
+        "prepare URL --out p",
+        "sample URL",
+    ],
+)
+def test_urls_with_credentials_are_not_repeated_by_any_command(argv, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for url in ("https://me:hunter2@host/x", "https://host/x?X-Amz-Signature=hunter2", "s3://hunter2:hunter2@bucket/x"):
+        assert main(argv.replace("URL", url).split()) == 1
+        shown = one_line(capsys)
+        assert "user, password, token or query is refused" in shown and "hunter2" not in shown
+    assert not list(tmp_path.iterdir())

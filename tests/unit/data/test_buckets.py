@@ -31,6 +31,19 @@ def test_rows_run_through_the_buckets():
     assert len(pickle.loads(pickle.dumps(data))) == 24
 
 
+def test_a_loader_of_torch_takes_the_rows():
+    data = open_data(ratios.shared())
+    bucket = data.buckets[0]
+    batches = list(torch.utils.data.DataLoader(bucket, batch_size=3))
+    read = bucket.read(np.arange(8))
+    assert [len(batch["labels"]) for batch in batches] == [3, 3, 2] and batches[0].keys() == read.keys()
+    assert all(torch.equal(torch.cat([batch[name] for batch in batches]), read[name]) for name in read)
+    assert torch.equal(data[-1]["moments"], data.buckets[-1].read(np.array([7]))["moments"][0])
+    for row in (24, -25):
+        with pytest.raises(IndexError, match=f"row {row} is outside the 24 pictures of "):
+            data[row]
+
+
 def test_manifest_is_that_of_the_squares_with_every_shard():
     data = Buckets.open(ratios.shared())
     assert data.manifest.resolution == 8 and data.manifest.count == 24

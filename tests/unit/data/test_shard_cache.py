@@ -9,6 +9,7 @@ import textwrap
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -144,6 +145,31 @@ def test_files_of_other_users_are_kept(tmp_path: Path, monkeypatch: pytest.Monke
         put(mine, "c", patience=0.05)
     ShardCache(tmp_path, 250)
     assert kept(tmp_path) == "ab" and temporary.exists()
+    lease = tmp_path / f".lease-{theirs._id}"
+    os.utime(lease, (time.time() - 90000,) * 2)
+    with pytest.warns(UserWarning, match="cannot be read, and was not written for a day: it is ignored") as said:
+        assert put(mine, "c") and put(mine, "d", size=60)
+    assert kept(tmp_path) == "cd" and len(said) == 1 and lease.exists()
+
+
+@pytest.mark.parametrize("content", ["{", "7", "[]", "{}", "[[1, []], 0]"])
+def test_damaged_lease_of_a_living_process_keeps_all_files(tmp_path: Path, content: str) -> None:
+    mine, other = ShardCache(tmp_path, 150), ShardCache(tmp_path, 150)
+    put(mine, "a")
+    mine.hold([])
+    (tmp_path / f".lease-{other._id}").write_text(content)
+    with pytest.raises(ValueError, match="full of files that are read"):
+        put(mine, "b", patience=0.05)
+    assert kept(tmp_path) == "a"
+
+
+def test_file_that_never_fits_is_refused_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = ShardCache(tmp_path, 150)
+    with pytest.raises(ValueError, match=r"holds 1.5e-07 GB, and one file has 2e-07 GB; raise --data.cache-gb"):
+        put(cache, "a", size=200)
+    monkeypatch.setattr(shard_cache.shutil, "disk_usage", lambda folder: SimpleNamespace(free=50))
+    with pytest.raises(ValueError, match=r"is on a disk with 5e-08 GB free, and a file has 1e-07 GB"):
+        put(cache, "a", patience=0.05)
 
 
 def test_process_forked_under_the_lock_does_not_keep_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

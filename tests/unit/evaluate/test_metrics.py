@@ -171,7 +171,7 @@ def test_inception_score_by_hand() -> None:
 
 def test_score_of_few_images_per_split_warns() -> None:
     sure = np.eye(10) * 100
-    with pytest.warns(UserWarning, match="over 10 splits of 1 images for 10 classes: it is biased downwards") as caught:
+    with pytest.warns(UserWarning, match="over 10 splits of 1 image for 10 classes: it is biased downwards") as caught:
         assert inception_score(sure) == pytest.approx((1, 0))  # for ten perfect classes
     assert "\n" not in str(caught[0].message) and caught[0].filename == __file__
     with warnings.catch_warnings():

@@ -88,6 +88,19 @@ def test_other_models_and_stages_by_their_operations(tmp_path: Path) -> None:
     assert given.stages[0].compute_seconds == pytest.approx(ratio * 80 / 160)
 
 
+def test_recomputed_blocks_keep_their_input() -> None:
+    def activations(**options: Any) -> int:
+        plan = scale_plan(config(**{"train.precision": "fp32"} | options), Cluster(1), rate=1.0)
+        return plan.stages[0].memory["activations"]
+
+    every, blocks = activations(), config().model.depth
+    block = every // blocks  # 68 bytes for each token and channel, of which the input takes 4
+    inputs = block // 68 * 4
+    assert activations(**{"train.recompute": 1}) == every + inputs, "one at a time: the first is computed again alone"
+    assert activations(**{"train.recompute": 2}) == every - block + 2 * inputs
+    assert activations(**{"train.recompute": True}) == block + blocks * inputs
+
+
 def test_sharding_divides_weights_and_not_the_teacher() -> None:
     whole, parts = (scale_plan(config(**{"train.shard": s}), Cluster(8), rate=1.0).stages[1] for s in (False, True))
     for name, size in whole.memory.items():
@@ -142,5 +155,5 @@ def test_command_writes_json_and_says_what_is_assumed(
     assert main(["plan", "digits", "--gpus=2", "--rate=1"]) == 1
     assert "give --data DIR" in capsys.readouterr().err
     assert text(scale_plan(config(), Cluster(1), rate=1.0)).startswith(
-        "digits, SiT-B/2: 1 GPUs in 1 machine, batches of 80"
+        "digits, SiT-B/2: 1 GPU in 1 machine, batches of 80"
     )

@@ -4,6 +4,7 @@ import pytest
 
 from selftrans.checkpoints.load import load_model
 from selftrans.interop.model_card import card, cell
+from selftrans.interop.run_facts import made_with
 from tests.support import toy
 from tests.support.toy import quick  # noqa: F401 - a fixture
 
@@ -43,6 +44,10 @@ def test_names_in_files_stay_texts():
         "/home/me" not in text and "\n# heading" not in text and r" \<img src=x\>" in text and "1,797 samples" in text
     )
     assert text.count("\n---\n") == 1
+    made = {"steps": "<b>", "sampler": "a"}
+    report = {"metric": "fid", "fid": 1.0, "num_images": "[x](y)", "reference_images": "<i>", "made": made}
+    text = a_card(evaluations=[report], samples=made_with(made))
+    assert "<b>" not in text and "<i>" not in text and "[x](y)" not in text and text.count(r"\<b\> steps of a") == 2
 
 
 def test_numbers_stand_with_what_they_depend_on():
@@ -53,7 +58,7 @@ def test_numbers_stand_with_what_they_depend_on():
     }  # fmt: skip
     text = a_card(evaluations=[report])
     assert "| FID | 12.35 |" in text and "| recall | 0.5 |" in text
-    for said in ("5000 samples against real (6000 images)", "sha256 abababababab", "25 steps of heun, guidance 1.5",
+    for said in ("5,000 samples against real (6,000 images)", "sha256 abababababab", "25 steps of heun, guidance 1.5",
                  "seed 7", "fp32"):  # fmt: skip
         assert said in text
     stages = [{"stage": "vanilla", "steps": 2, "seconds": 3.25, "tflops": 0.0125}]

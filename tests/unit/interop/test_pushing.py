@@ -9,6 +9,7 @@ from selftrans.checkpoints.load import load_model
 from selftrans.cli.main import main
 from selftrans.interop import SiTPipeline
 from selftrans.interop.pushing import Chosen, push, write_folder
+from selftrans.interop.run_facts import compute_of
 from tests.support import toy
 from tests.support.hub import TOKEN, Repository, stand_in  # noqa: F401 - a fixture
 from tests.support.toy import quick  # noqa: F401 - a fixture
@@ -44,6 +45,14 @@ def test_run_is_pushed_and_used_from_the_hub(stand_in, apart, tmp_path, capsys):
     assert found.source["path"] == f"hf://me/digits@{repository.sha}"
     pipe = SiTPipeline.from_pretrained("me/digits", revision=repository.sha)
     assert len(pipe([1, 2], num_inference_steps=2).images) == 2
+
+
+@pytest.mark.parametrize(
+    "stages", [None, [], ["stage2"], [None, {"stage": "stage2", "steps": 8}], [{"stage": "stage2"}]]
+)
+def test_compute_of_a_damaged_report_is_not_known(tmp_path, stages):
+    (tmp_path / "run.json").write_text(json.dumps({"stages": stages}))
+    assert compute_of(tmp_path, load_model(toy.finished())) is None
 
 
 def test_repeated_push_sends_what_has_changed_only(stand_in):  # noqa: F811
@@ -127,7 +136,7 @@ def test_dry_run_writes_the_folder_with_samples_and_numbers_of_these_weights(tmp
     card, record = files["README.md"].decode(), json.loads(files["selftrans.json"])
     measured = json.loads(report.read_text())
     assert card.startswith("---\nlicense: mit\nlibrary_name: selftrans\n")
-    assert f"4 samples against digits of mine ({measured['reference_images']} images)" in card
+    assert f"4 samples against digits of mine ({measured['reference_images']:,} images)" in card
     assert "2 steps of heun, guidance 2.0, seed 0" in card
     assert f"| {measured['frechet_distance']:.4g} |" in card
     run_json = json.loads((run / "run.json").read_text())

@@ -161,6 +161,24 @@ def test_reduced_precision_and_schedulers_of_diffusers(exported):
     assert (found - expected).abs().max() < 0.05 < expected.std()
 
 
+def test_noise_of_other_schedulers_is_that_of_the_generator(exported):
+    theirs = load(exported, scheduler=FlowMatchEulerDiscreteScheduler(stochastic_sampling=True))
+    first, again = (
+        theirs([1], generator=torch.Generator().manual_seed(3), num_inference_steps=3, output_type="latent").images
+        for _ in range(2)
+    )
+    assert torch.equal(first, again)
+
+
+def test_folder_is_not_written_through_a_link(exported, tmp_path):
+    folder, other = toy.copy(exported, tmp_path / "folder"), tmp_path / "other.json"
+    other.write_text("{}")
+    (folder / "model_index.json").unlink()
+    (folder / "model_index.json").symlink_to(other)
+    SiTPipeline.from_run(toy.finished()).save_pretrained(folder)
+    assert other.read_text() == "{}" and load(folder).transformer is not None
+
+
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [

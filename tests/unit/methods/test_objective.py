@@ -376,6 +376,58 @@ def test_labels_of_no_class_are_refused():
             objective(Batch(latents, labels), 0)
 
 
+@pytest.mark.parametrize(
+    "labels, found",
+    [(None, "NoneType"), ([0, 1], "list"), (np.array([0, 1]), "ndarray"), (torch.zeros(2, dtype=torch.uint8), "uint8")],
+)
+def test_conditions_of_another_type_are_refused(labels, found):
+    with pytest.raises(
+        ValueError, match=rf"(a condition is a tensor of labels|labels must be whole numbers).*not {found}"
+    ):
+        sit_objective()(Batch(torch.zeros(2, 1, 8, 8), labels), 0)
+
+
+@pytest.mark.parametrize(
+    "latents, message",
+    [
+        (torch.zeros(2, 3, 8, 8), r"latents must be \(N, 1, 8, 8\), or have other sides, .* not \(2, 3, 8, 8\)"),
+        (torch.zeros(2, 8, 8), r"not \(2, 8, 8\)"),
+        (torch.zeros(0, 1, 8, 8), r"with N from 1, not \(0, 1, 8, 8\)"),
+        (torch.zeros(2, 1, 8, 8, dtype=torch.uint8), "latents must be a tensor of floats, not uint8; scale pixels"),
+        (np.zeros((2, 1, 8, 8)), "a tensor of floats, not ndarray"),
+    ],
+)
+def test_latents_of_another_shape_or_type_are_refused(latents, message):
+    with pytest.raises(ValueError, match=message):
+        sit_objective()(Batch(latents, torch.zeros(len(latents), dtype=torch.long)), 0)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"guidances": Ridge()}, r"guidances are a list, of ridge alone too: \[guidance\]"),
+        ({"path": "linear"}, "path 'linear' must be a Path: one of selftrans.PATHS, which are linear, cosine"),
+        ({"times": "even"}, "times 'even' is unknown; choose one of systematic, uniform"),
+        ({"drop": 1.5}, r"drop 1.5 must be in \[0, 1\]"),
+        ({"drop": math.nan}, "drop nan must be"),
+        ({"cosine": -1.0}, "cosine -1.0 a number from 0"),
+    ],
+)
+def test_options_out_of_range_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        Objective(Stub(), **options)
+
+
+def test_teacher_that_is_not_frozen_is_refused():
+    student = SiT((1, 8, 8), 10, width=16, depth=3, heads=2, patch=2)
+    with pytest.raises(ValueError, match=r"the teacher must be frozen, not a SiT: give Frozen\(model, block\)"):
+        stage2(student, student)
+    frozen = Frozen(student, 2)
+    for taps, conds in (((3,), (torch.zeros(1, dtype=torch.long),)), (None, ())):
+        with pytest.raises(ValueError, match="the teacher has blocks 1 to 2, and takes one condition at least"):
+            frozen(torch.zeros(1, 1, 8, 8), torch.zeros(1), *conds, taps=taps)
+
+
 @pytest.mark.parametrize("path", [LINEAR, COSINE])
 def test_pickled_objective_gives_the_same_loss(path):
     objective, b = sit_objective(), data(4, (1, 8, 8))

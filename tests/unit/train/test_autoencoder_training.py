@@ -179,7 +179,7 @@ def test_update_that_is_not_finite_is_skipped_and_counted(tmp_path, monkeypatch)
     monkeypatch.setattr(
         EMA, "update", lambda self, step: seen.append([p.clone() for p in run.objective.vae.parameters()])
     )
-    with pytest.warns(UserWarning, match="1 updates up to step 2 were not finite and were skipped"):
+    with pytest.warns(UserWarning, match="1 update up to step 2 was not finite and skipped"):
         run.run()
     assert all(torch.equal(a, b) for a, b in zip(seen[0], seen[1], strict=True))
     assert any(not torch.equal(a, b) for a, b in zip(seen[1], seen[2], strict=True))

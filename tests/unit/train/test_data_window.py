@@ -63,7 +63,7 @@ def test_window_is_decided_by_the_cache(folder: Path, tmp_path: Path) -> None:
             "shuffles all rows of its data, which need 74.4 kB in the cache, not 60.4 kB; raise --data.cache-gb",
         ),
         (6.5, 3, False, "windows of 3 shards need 83.7 kB in the cache"),
-        (2.5, None, False, "windows of 1 shards need 27.9 kB in the cache"),
+        (2.5, None, False, "windows of 1 shard need 27.9 kB in the cache"),
     ],
 )
 def test_too_small_a_cache_is_refused(

@@ -91,6 +91,22 @@ def test_data_on_the_device_as_in_the_run(tmp_path, monkeypatch):
     assert held == ["cpu"]
 
 
+def test_data_at_a_url_are_fetched_before_the_steps_and_blocks_recomputed_as_in_the_run(tmp_path, monkeypatch):
+    held, chosen = [], []
+
+    def step(trainer, batches):
+        held.append(len(list((tmp_path / "cache").glob("*.safetensors"))))
+        chosen.append(trainer.objective.student.recompute)
+        next(batches), next(batches)
+
+    monkeypatch.setattr("selftrans.train.dry_run.guarded_step", step)
+    monkeypatch.setattr("selftrans.train.batches.Stream.from_step", lambda *_, **__: iter(range(99)))
+    monkeypatch.setattr("selftrans.train.dry_run._first_rows", lambda batches, count: batches)
+    url = {"data.path": toy.digits().as_uri(), "data.cache_dir": str(tmp_path / "cache"), "train.recompute": 2}
+    dry_run(toy.toy(url), tmp_path / "run", steps=1)
+    assert min(held) > 0 and set(chosen) == {frozenset({1, 2})}
+
+
 def test_units():
     assert [duration(s) for s in (0, 40, 7500, 97_500)] == ["0 s", "40 s", "2 h 5 min", "1 d 3 h"]
     assert [gigabytes(size) for size in (5e6, 1.234e9)] == ["5 MB", "1.23 GB"]

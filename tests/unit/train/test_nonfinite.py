@@ -240,6 +240,6 @@ def test_all_processes_skip_the_same_step(monkeypatch):
     checked = check_step([torch.tensor(1.0)], torch.tensor(1.0), accelerator)
     assert checked.tolist() == [1, 1, 1]
     steps.note(0, checked)
-    with pytest.warns(UserWarning, match="1 of the last 1 updates"):
+    with pytest.warns(UserWarning, match="1 of the last 1 update of"):
         steps.sync("stage1")
     assert steps.in_a_row == 1 and steps.pop_report()["skips"][0]["rows"] == [0, 1, 2, 3]

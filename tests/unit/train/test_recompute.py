@@ -1,14 +1,16 @@
 """Which blocks are recomputed, that no number depends on it, and what a block stores."""
 
 import itertools
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from selftrans.models.compiling import compile_model
 from selftrans.models.routing import Route
-from selftrans.train.recompute import chosen_blocks, saved_bytes
+from selftrans.train.recompute import chosen_blocks
 from tests.support.diffusers_blocks import randomised
 from tests.support.label_models import inputs, tiny
 
@@ -70,6 +72,25 @@ def test_compiled_blocks_are_recomputed_to_the_same_gradients(monkeypatch):
     kept, again = (gradients(model, recompute) for recompute in (False, frozenset({1, 3})))
     torch.compiler.reset()
     assert all(map(torch.equal, kept, again))
+
+
+def saved_bytes(run: Callable[[], Any], kept: nn.Module) -> int:
+    """Bytes that autograd stores for the backward pass of `run()`, without the parameters and buffers of `kept`.
+
+    Each storage counts once, so views of one tensor are one. Compiled code decides by itself what it stores.
+    """
+    own = {tensor.untyped_storage().data_ptr() for tensor in (*kept.parameters(), *kept.buffers())}
+    found: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            found[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        kept_alive = run()  # noqa: F841 - so that no storage is freed, and its place taken by another, while it counts
+    return sum(found.values())
 
 
 def test_saved_bytes_of_a_linear_layer_and_its_activation():

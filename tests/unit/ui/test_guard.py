@@ -45,7 +45,17 @@ def test_another_loopback_address_is_answered_where_the_server_listens_on_it():
 
 @pytest.mark.parametrize(
     "name",
-    ["evil.example", "localhost.evil.example", "evil.example:8377", "192.168.0.7", "", "localhost@evil.example", "a/b"],
+    [
+        "[::1",
+        "[",
+        "evil.example",
+        "localhost.evil.example",
+        "evil.example:8377",
+        "192.168.0.7",
+        "",
+        "localhost@evil.example",
+        "a/b",
+    ],
 )
 def test_other_names_are_refused_on_loopback(name):
     """A name of another site may be made to resolve to 127.0.0.1 (DNS rebinding)."""
@@ -72,6 +82,8 @@ def test_the_token_is_asked_for_and_kept_in_a_cookie():
     cookie = answer.headers["set-cookie"]
     assert cookie.startswith(f"{COOKIE}-8377=") and "HttpOnly" in cookie and "SameSite=strict" in cookie
     assert page.get("/").text == "page", "by the cookie"
+    answer = page.get("http://localhost:8377//evil.example/", params={"token": TOKEN})
+    assert answer.headers["location"] == "/evil.example/", "not another server"
 
 
 @pytest.mark.parametrize("other", ['theme={"a":1}', "a b=c", "[x]=1", "flag", '=";', 'open="'])
@@ -90,6 +102,7 @@ def test_cookies_of_other_programs_do_not_hide_the_token(other):
         (JSON | {"Origin": "http://evil.example"}, 403),
         (JSON | {"Origin": "http://localhost:9999"}, 403),
         (JSON | {"Origin": "null"}, 403),
+        (JSON | {"Origin": "http://["}, 403),
         (JSON | {"Sec-Fetch-Site": "cross-site"}, 403),
         ({"Content-Type": "text/plain"}, 403),
         ({"Content-Type": "application/x-www-form-urlencoded"}, 403),

@@ -67,6 +67,10 @@ def test_old_jobs_are_dropped(monkeypatch):
     made = [ended(found.start("sample", {}, lambda job: job.add(b"x" * 10)), found)["id"] for _ in range(5)]
     assert list(found._jobs) == made[2:]
     monkeypatch.setattr(jobs, "KEPT_BYTES", 15)
+    large = ended(found.start("side", {}, lambda job: [job.add(b"x" * 10) for _ in range(2)]), found)
+    assert large["state"] == "failed" and large["error"].startswith("the pictures take more than 0 MB; ask for fewer")
+    assert len(large["results"]) == 1
+    made.append(large["id"])
     last = ended(found.start("sample", {}, lambda job: job.add(b"x" * 10)), found)["id"]
     assert list(found._jobs) in ([made[-1], last], [last])
 

@@ -11,7 +11,8 @@ import urllib.request
 import pytest
 
 from selftrans.cli.main import main
-from selftrans.ui.serve import chosen_token, listening
+from selftrans.ui.guard import Guard
+from selftrans.ui.serve import chosen_token, listening, shown_host
 from tests.support.ui_runs import begun
 from tests.unit.cli.lines import one_line
 
@@ -23,6 +24,12 @@ def test_tokens():
     for wrong in ("short", "with a space in it", "ä" * 20):
         with pytest.raises(ValueError, match="--token needs 12 characters at least"):
             chosen_token("localhost", wrong)
+
+
+def test_the_printed_host_can_be_opened():
+    assert shown_host("::1") == "[::1]" and shown_host("192.168.0.7") == "192.168.0.7"
+    assert shown_host("0.0.0.0") == shown_host("::") == socket.gethostname()
+    assert Guard(None, host="0.0.0.0", token="x")._known(f"{socket.gethostname()}:8377")
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.0.7", "example.org"])

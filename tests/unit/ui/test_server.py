@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import re
+import shutil
 import time
 
 import numpy as np
@@ -18,6 +19,7 @@ from selftrans.evaluate.probes import collect, pca_basis, pca_maps
 from selftrans.experiments.analyse_run import null_of
 from selftrans.sampling.images import Sampler
 from selftrans.ui import server
+from selftrans.ui.server import Page
 from tests.support import text_runs, toy
 from tests.support.toy import quick  # noqa: F401 - a fixture
 from tests.support.ui_runs import begun, client, ids, line, preview, write_log
@@ -266,6 +268,28 @@ def test_bodies_that_are_no_json_or_too_large(page, monkeypatch):
     assert answer.status_code == 400 and "larger than" in answer.json()["error"]
 
 
+def test_texts_that_are_no_utf8_do_not_hide_the_job(page, runs):
+    asked = {"kind": "maps", "student": model(runs["finished"]), "maps": {"prompt": "\ud800", "times": [0.5]}}
+    first = page.post("/api/jobs", content=json.dumps(asked), headers={"Content-Type": "application/json"})
+    assert first.status_code == 200 and first.json()["about"]["maps"]["prompt"] == "\ud800"
+    page.post(f"/api/jobs/{first.json()['id']}/cancel", json={})
+    for _ in range(1500):
+        answer = page.get("/api/jobs")
+        assert answer.status_code == 200
+        if answer.json()["state"] != "running":
+            break
+        time.sleep(0.02)
+
+
+def test_files_of_removed_runs_are_forgotten(tmp_path):
+    begun(tmp_path / "a"), begun(tmp_path / "b")
+    shown = Page([tmp_path])
+    assert len(shown.runs()["runs"]) == 2 and len({file.parts[0] for file in shown.files._known}) == 2
+    shutil.rmtree(tmp_path / "b")
+    shown.folders._next = 0.0
+    assert len(shown.runs()["runs"]) == 1 and {file.parts[0] for file in shown.files._known} == {"a"}
+
+
 def test_a_job_is_cancelled_and_a_second_one_refused(page, runs):
     asked = {
         "kind": "sample",
@@ -304,3 +328,10 @@ def test_previews_of_other_settings_are_named(tmp_path):
     assert found["differences"] == ["log.preview_steps is 2 and 9", "sample.seed is 0 and 3"]
     assert client(tmp_path).get("/api/side").json()["error"] == "choose 1 to 8 runs"
     json.dumps(found, allow_nan=False)
+    begun(tmp_path / "c", {"sample.autoguidance": "weak", "sample.guidance_scale": 3.0, "sample.early_guidance": 2.0})
+    config = json.loads((tmp_path / "a" / "config.json").read_text())
+    del config["sample"]["early_guidance"]  # as an earlier version wrote it
+    (tmp_path / "a" / "config.json").write_text(json.dumps(config))
+    keys = ids(tmp_path)
+    found = client(tmp_path).get("/api/side", params={"run": [keys["a"], keys["c"]]}).json()
+    assert found["differences"] == ["sample.early_guidance is 1.0 and 2.0"], "autoguidance is in no preview"

@@ -75,9 +75,9 @@ def test_the_table_of_a_quickstart(tmp_path):
     assert found["curves"]["tflops"] == kept["curves"]["tflops"] and found["outcome"] == "faster"
 
 
-def measured(folder, name, values, *, tflops=3.0, **identity):
+def measured(folder, name, values, *, tflops=3.0, report=None, **identity):
     run = begun(folder / name)
-    report = {"total_tflops": tflops, "student_tflops": 2.0, "total_seconds": 5.0, "stages": []}
+    report = {"total_tflops": tflops, "student_tflops": 2.0, "total_seconds": 5.0, "stages": []} | (report or {})
     (run / "run.json").write_text(json.dumps(report))
     points = [
         {"step": 10 * i, "seconds": 1.0, "tflops": float(i), "distance": d, "accuracy": None, "probe": None}
@@ -109,6 +109,16 @@ def test_runs_that_were_measured_alike_are_one_table(tmp_path):
     assert table["curves"]["step"]["a"] == [list(column) for column in mean_curve(results, "a")]
     assert table["settings"]["sampler"] == "steps 12, labels balanced"
     assert measured_tables(states, {Contained(tmp_path.resolve())}) == [], "where a command wrote a table"
+
+
+def test_a_run_that_is_extended_is_in_the_table_as_it_was_at_its_first_finish(tmp_path):
+    """run.json has the compute of 20 steps until the run is finished again; the points of steps 30 and 40 are newer."""
+    first = [measured(tmp_path / "a", f"one-seed{k}", [4.0, 2.0]) for k in (0, 1)]
+    extended = [
+        measured(tmp_path / "b", f"one-seed{k}", [4.0, 2.0, 1.0, 0.5], report={"student_steps": 20}) for k in (0, 1)
+    ]
+    one, two = (measured_tables(states)[0] for states in (first, extended))
+    assert one["rows"] == two["rows"] and one["curves"] == two["curves"]
 
 
 def test_distances_over_total_compute_count_the_teacher(tmp_path):

@@ -16,8 +16,9 @@ import numpy as np
 
 from selftrans.data.sources.clip_files import ClipFiles
 from selftrans.data.sources.clips import Clips, MediaOptions
+from selftrans.data.sources.decode import none_readable
 from selftrans.encoders.media import Mel, Waveform
-from selftrans.storage import first_line
+from selftrans.storage import are, first_line, plural
 
 MAX_RATE = 1_000_000  #: samples per second
 MAX_BINS, MAX_HOP = 4096, 1 << 16  #: of a spectrogram
@@ -144,7 +145,7 @@ def _headers(files: ClipFiles, progress: bool) -> list[Header]:
         except Exception:  # damaged
             continue
     if not found:
-        raise ValueError(f"none of the {len(files)} sounds of {files.where} is readable")
+        raise ValueError(none_readable(len(files), "sound", files.where))
     return found
 
 
@@ -165,4 +166,5 @@ def _remarks(headers: list[Header], seconds: float) -> tuple[str, ...]:
         for header in headers
         if abs(header.seconds - seconds) > tolerance
     )
-    return tuple(f"{count} of {len(headers)} sounds are {what}: --length {seconds:g}" for what, count in counts.items())
+    every = plural(len(headers), "sound")
+    return tuple(f"{count:,} of {every} {are(count)} {what}: --length {seconds:g}" for what, count in counts.items())

@@ -18,7 +18,7 @@ import numpy as np
 from selftrans.data.sources import folder
 from selftrans.data.sources.decode import EXTENSIONS, open_picture
 from selftrans.data.sources.source import Source
-from selftrans.storage import first_line, printable
+from selftrans.storage import decoded_text, first_line, printable
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -55,7 +55,7 @@ def parse_captions(suffix: str, data: bytes) -> list[str]:
     if len(data) > MAX_FILE_BYTES:
         raise ValueError(f"its captions take more than {MAX_FILE_BYTES} bytes")
     try:
-        text = data.decode("utf-8-sig")
+        text = decoded_text(data)
         if suffix != ".json":
             return [line for line in text.splitlines() if line.strip()] or [""]
         parsed = json.loads(text)
@@ -92,18 +92,23 @@ def combine(pictures: dict[str, Any], files: dict[str, Any], read: Callable[[Any
     `files` are caption files; `read` returns the content of one.
     """
     stems = {name.removesuffix(PurePosixPath(name).suffix) for name in pictures}
+    texts: dict[str, dict[str, str]] = {}  #: stem -> extension in lower case -> name
+    for name in sorted(files):  # of .TXT and .txt the latter
+        suffix = PurePosixPath(name).suffix
+        texts.setdefault(name.removesuffix(suffix), {})[suffix.lower()] = name
     orphans = {name for name in files if name.removesuffix(PurePosixPath(name).suffix) not in stems}
     for name in sorted({*pictures, *orphans}):
         if name in orphans:
             yield name, NO_PICTURE
             continue
         stem = name.removesuffix(PurePosixPath(name).suffix)
-        suffix = next((suffix for suffix in CAPTION_FILES if stem + suffix in files), None)
-        if suffix is None:
+        found = texts.get(stem, {})
+        own = next((found[suffix] for suffix in CAPTION_FILES if suffix in found), None)
+        if own is None:
             yield name, NO_CAPTION
             continue
         try:
-            yield name, parse_captions(suffix, read(files[stem + suffix]))
+            yield name, parse_captions(PurePosixPath(own).suffix.lower(), read(files[own]))
         except (OSError, ValueError) as error:
             yield name, first_line(error)
 

@@ -15,9 +15,8 @@ import numpy as np
 
 from selftrans.data.record import Option
 from selftrans.data.sources.clip_files import ClipFiles, kind_of, open_files
-from selftrans.data.sources.decode import STANDARD, BadSample, Reading, machine_fault
+from selftrans.data.sources.decode import STANDARD, BadSample, Reading, machine_fault, reason_of
 from selftrans.encoders.media import Media, rounded
-from selftrans.storage import first_line
 
 MEASURED = 1000  #: clips from which mean and deviation are computed, spread evenly over the source
 
@@ -37,7 +36,7 @@ class MediaOptions:
     def given(self) -> dict[str, Option]:
         """The options that were set, by name."""
         values = {each.name: getattr(self, each.name) for each in fields(self)}
-        return {name: value for name, value in values.items() if value not in (None, False)}
+        return {name: value for name, value in values.items() if value is not None and value is not False}
 
     def refuse(self, names: str, what: str) -> None:
         """Raise ValueError when one of these options was set."""
@@ -125,7 +124,7 @@ def bad_clip(name: str, error: Exception, suffix: str) -> Exception:
     kind = "sound" if suffix == ".wav" else "video"
     if isinstance(error, BadSample | MemoryError | ModuleNotFoundError):
         return error
-    return machine_fault(name, error, kind) or BadClip(name, first_line(error), kind)
+    return machine_fault(name, error, kind) or BadClip(name, reason_of(error), kind)
 
 
 def open_clips(

@@ -17,7 +17,7 @@ import numpy as np
 from selftrans.data.sources.metadata import INFO, ORIENTATION, add_info, facts_of, orientation_of, turned_upright
 from selftrans.data.sources.part_file import SizedFile
 from selftrans.data.sources.pixel_parts import pixels_only
-from selftrans.storage import first_line, printable
+from selftrans.storage import first_line, plural, printable
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -62,10 +62,12 @@ def bad_picture(name: str, error: Exception) -> Exception:
         return error
     if fault := machine_fault(name, error, "picture"):
         return fault
-    reason = first_line(error)
-    if type(error).__name__ == "UnidentifiedImageError":  # its message contains a memory address
-        reason = "empty, or of an unknown format"
-    return BadPicture(name, reason)
+    return BadPicture(name, reason_of(error))
+
+
+def reason_of(error: Exception) -> str:
+    """Why a file cannot be read, without its name, which the message has already."""
+    return error.strerror if isinstance(error, OSError) and error.filename and error.strerror else first_line(error)
 
 
 def machine_fault(name: str, error: Exception, noun: str) -> ValueError | None:
@@ -74,6 +76,14 @@ def machine_fault(name: str, error: Exception, noun: str) -> ValueError | None:
         return None
     return ValueError(
         f"{printable(name)}: cannot be read now ({first_line(error)}); the {noun} may be valid: repeat later"
+    )
+
+
+def none_readable(count: int, noun: str, where: object = None) -> str:
+    """`none of the 2 pictures of x is readable`, or of a single one that it is not."""
+    of = "" if where is None else f" of {where}"
+    return (
+        f"the only {noun}{of} is not readable" if count == 1 else f"none of the {plural(count, noun)}{of} is readable"
     )
 
 
@@ -153,7 +163,18 @@ def _decoder(file: BinaryIO) -> Image.Image:
         raise ValueError(
             f"a HEIF picture ({brand}), which this Pillow does not read; convert it, or install a newer Pillow"
         )
-    raise UnidentifiedImageError("empty, or of an unknown format")
+    raise UnidentifiedImageError(_unknown(head))
+
+
+def _unknown(head: bytes) -> str:
+    """What a file of none of FORMATS is, by its first bytes."""
+    if not head:
+        return "the file is empty"
+    if head.startswith(b"version https://"):
+        return "a pointer of Git LFS in place of the picture; run `git lfs pull`"
+    if head.lstrip(b"\xef\xbb\xbf \r\n\t").lower().startswith((b"<!doctype", b"<html")):
+        return "a web page in place of the picture; download it again"
+    return "it begins with zeros, as after an incomplete copy" if not any(head) else "of an unknown format"
 
 
 def check_pixels(image: Sized, most: int) -> None:
@@ -206,6 +227,12 @@ def upright_size(image: Image.Image) -> tuple[int, int]:
     else:
         turned = orientation_of(image) in (5, 6, 7, 8)
     return (width, height) if turned else (height, width)
+
+
+def enlarged(image: Image.Image, resolution: Resolution) -> str:
+    """`20x30 to 64x64` for a picture that has fewer pixels than are made of it; empty for any other."""
+    size, wanted = upright_size(image), sides(resolution)
+    return f"{size_text(size)} to {size_text(wanted)}" if size[0] < wanted[0] or size[1] < wanted[1] else ""
 
 
 def to_array(

@@ -16,9 +16,9 @@ from pathlib import Path
 
 import numpy as np
 
-from selftrans.data.sources.labelling import Label, with_labels
+from selftrans.data.sources.labelling import Label, as_label, with_labels
 from selftrans.data.sources.source import MAX_CLASSES, Source
-from selftrans.storage import first_line, printable
+from selftrans.storage import decoded_text, first_line, plural, printable
 
 NAME = "dataset.json"
 MAX_BYTES = 1 << 28  #: of the file
@@ -81,7 +81,7 @@ def given_labels(source: Source, path: str | Path) -> Source:
         with open(path, "rb") as file:
             data = file.read(MAX_BYTES + 1)
     except OSError as error:
-        raise ValueError(f"labels {printable(path)} cannot be read ({first_line(error)}); {_FORMS}") from error
+        raise ValueError(f"labels {printable(path)} cannot be read ({error.strerror}); {_FORMS}") from error
     if len(data) > MAX_BYTES:
         raise ValueError(f"{path} is larger than {MAX_BYTES >> 20} MB; {_FORMS}")
     where, suffix = str(path), path.suffix.lower()
@@ -96,16 +96,25 @@ def given_labels(source: Source, path: str | Path) -> Source:
 
 def _text(data: bytes, where: str) -> str:
     try:
-        return data.decode("utf-8-sig")
+        return decoded_text(data)
     except UnicodeDecodeError as error:
         raise ValueError(f"{where} is not text in UTF-8 ({first_line(error)}); store it as UTF-8") from error
 
 
 def _json(data: bytes, where: str, remedy: str) -> object:
     try:
-        return json.loads(data)
+        return json.loads(data, object_pairs_hook=_distinct)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{where} is not valid json ({first_line(error)}); {remedy}") from error
+
+
+def _distinct(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    """An object of json. Raises ValueError for a name with two values, of which the first would be lost."""
+    found = dict(pairs)
+    for name, value in pairs if len(found) < len(pairs) else ():
+        if found[name] != value:
+            raise ValueError(f"it has {name} twice, as {value!r:.40} and {found[name]!r:.40}")
+    return found
 
 
 def _entries(data: bytes, suffix: str, where: str) -> Iterable[object]:
@@ -134,7 +143,8 @@ def _pairs(entries: Iterable[object], where: str, remedy: str) -> dict[str, Labe
                 if isinstance(entry, dict)
                 else entry
             )
-            name, label = found if isinstance(found, list) and len(found) == 2 else (None, -1)
+            name, given = found if isinstance(found, list) and len(found) == 2 else (None, -1)
+            label = as_label(given)
             number = type(label) is int and 0 <= label < MAX_CLASSES
             if not isinstance(name, str) or not (number or label is None or isinstance(label, str)):
                 raise ValueError(
@@ -159,6 +169,7 @@ def _unique(pairs: Iterable[tuple[str, Label]], where: str, remedy: str) -> dict
 
 def _csv(text: str, delimiter: str | None, names: Collection[str], where: str) -> Iterator[tuple[str, Label]]:
     """Name and label of each line; `names` are those of the pictures, by which a first line of other names is a header."""
+    text = text.replace("\r\n", "\n").replace("\r", "\n")
     head = text.split("\n", 1)[0]
     delimiter = delimiter or max(",;\t", key=head.count)
     rows = csv.reader(io.StringIO(text), delimiter=delimiter)
@@ -184,11 +195,15 @@ def _columns(row: list[str], where: str) -> tuple[int, int]:
     """The columns of names and labels, by the first line. Raises ValueError where that is not clear."""
     cells = [cell.strip().lower() for cell in row]
     known = dict.fromkeys(cells)
+    if twice := [cell for cell in known if cell in (*NAMES, *LABELS) and cells.count(cell) > 1]:
+        raise ValueError(f"{where} has the column {twice[0]} {cells.count(twice[0])} times; keep one of them")
     if any(cell in LABELS for cell in cells) and any(cell in NAMES for cell in cells):
         return cells.index(_column(known, NAMES, where)), cells.index(_column(known, LABELS, where))
     if len(row) != 2:
         shown = printable(", ".join(row), 80)
-        raise ValueError(f"{where} has {len(row)} columns ({shown}), and none are named path and label; {_FORMS}")
+        raise ValueError(
+            f"{where} has {plural(len(row), 'column')} ({shown}), and none are named path and label; {_FORMS}"
+        )
     return 0, 1
 
 

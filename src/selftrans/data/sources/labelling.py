@@ -3,20 +3,29 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 import warnings
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import PurePosixPath
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from selftrans.data.sources.source import MAX_CLASSES, Source
-from selftrans.storage import plural, printable
+from selftrans.storage import are, plural, printable
 
 Label = str | int | None  #: a word or a number; None: no label
+NO_LABEL = frozenset(("n/a", "na", "nan", "none", "null"))  #: words that stand for a missing label, in lower case
 _NUMBER = re.compile(r"[+-]?\d{1,9}(\.0*)?")
+
+
+def as_label(value: Any) -> Any:
+    """A truth value as a word, a whole number of type float as an integer; any other value as it is."""
+    if isinstance(value, bool):
+        return str(value)
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 class Numbered(NamedTuple):
@@ -31,12 +40,18 @@ def numbered(given: Sequence[Label], where: str) -> Numbered:
     """The classes of labels given as words or numbers, and each label as a number.
 
     If all are whole numbers (also as text: 3, 3.0), they are the labels, and a negative one is none; classes are then named
-    0, 1, ... Otherwise they are words: the classes are these in the order of their code points. An empty word is none.
+    0, 1, ... Otherwise they are words: the classes are these in the order of their code points. An empty word is none; so is
+    one of NO_LABEL among numbers.
     Raises ValueError for more than MAX_CLASSES classes, and where there is no label at all.
     """
     word_of = {label: None if label is None else _one_line(str(label)) or None for label in {*given}}
     words = [word_of[label] for label in given]
     distinct = {word for word in word_of.values() if word is not None}
+    absent = {word for word in distinct if word.casefold() in NO_LABEL}
+    # as pandas writes what is missing
+    if absent and absent < distinct and all(map(_NUMBER.fullmatch, distinct - absent)):
+        distinct -= absent
+        words = [None if word in absent else word for word in words]
     if all(map(_NUMBER.fullmatch, distinct)):
         number = {word: int(float(word)) for word in distinct}
         labels = [-1 if word is None else number[word] for word in words]
@@ -59,28 +74,46 @@ def with_labels(
 ) -> Source:
     """The source with the labels that a file gives to its names, which begin after `top`.
 
-    With `loosely`, a name that is not found as it stands is compared without its folders, then without its extension, where
-    that is unambiguous. Pictures without a label become faults of the source. Warns of names that no picture has.
+    With `loosely`, a name that is not found as it stands is compared in Unicode's composed form, then without its folders,
+    then without its extension, where that is unambiguous. Pictures without a label become faults of the source. Warns of names
+    that no picture has, and of ambiguous ones.
     Raises ValueError when no picture has a label.
     """
     names = [name.removeprefix(top) for name in source.names]
+    if not given:
+        raise ValueError(f"{file} holds no names; give the path and the label of each picture")
     found, used = _matched(names, given, loosely)
     if not used:
         known, other = (printable(next(iter(each), "none")) for each in (names, given))
+        none = "does not label the only file" if len(names) == 1 else f"labels none of the {plural(len(names), 'file')}"
         raise ValueError(
-            f"{file} labels none of the {plural(len(names), 'file')}: its first name is {other}, theirs {known}; name each by "
-            "its path in the source"
+            f"{file} {none}: its first name is {other}, theirs {known}; name each by its path in the source"
         )
     labels, classes, missing = numbered([found.get(name) for name in names], file)
     if loosely and len(used) < len(given):
-        unused = [name for name in given if name not in used]
-        warnings.warn(
-            f"{plural(len(unused), 'name')} in {file} {'is' if len(unused) == 1 else 'are'} not in the source, such as "
-            f"{printable(unused[0])}; their labels are ignored",
-            stacklevel=5,
-        )
+        _warn_of_unused(names, found, [name for name in given if name not in used], file)
     reason = f"no label in {PurePosixPath(file).name if loosely else file}"
     return replace(source, labels=labels, classes=classes, faults=dict.fromkeys(missing, reason))
+
+
+def _warn_of_unused(names: Sequence[str], found: Collection[str], unused: Sequence[str], file: str) -> None:
+    """Say which given names no picture has, and which could be those of several."""
+    forms = {_stem(name) for name in names if name not in found}
+    unclear = [name for name in unused if _stem(name) in forms]
+    absent = [name for name in unused if _stem(name) not in forms]
+    if absent:
+        warnings.warn(
+            f"{plural(len(absent), 'name')} in {file} {are(len(absent))} not in the source, such as {printable(absent[0])}; "
+            f"{'its label is' if len(absent) == 1 else 'their labels are'} ignored",
+            stacklevel=6,
+        )
+    if unclear:
+        do, they = ("does", "it is") if len(unclear) == 1 else ("do", "they are")
+        warnings.warn(
+            f"{plural(len(unclear), 'name')} in {file} {do} not say which picture {they} of, such as {printable(unclear[0])}; "
+            "name each by its path in the source",
+            stacklevel=6,
+        )
 
 
 def _one_line(word: str) -> str:
@@ -93,7 +126,7 @@ def _matched(names: Sequence[str], given: Mapping[str, Label], loosely: bool) ->
     """The label of each name that has one, and the given names that were used."""
     found = {name: given[name] for name in names if name in given}
     used = set(found)
-    forms: tuple[Callable[[str], str], ...] = (_last, _stem) if loosely else ()
+    forms: tuple[Callable[[str], str], ...] = (_composed, _last, _stem) if loosely else ()
     for form in forms:
         open_names, rest = [name for name in names if name not in found], [key for key in given if key not in used]
         if not open_names or not rest:
@@ -110,8 +143,13 @@ def _matched(names: Sequence[str], given: Mapping[str, Label], loosely: bool) ->
     return found, used
 
 
+def _composed(name: str) -> str:
+    """One form of letters with accents, which systems store in two."""
+    return unicodedata.normalize("NFC", name)
+
+
 def _last(name: str) -> str:
-    return name.rsplit("/", 1)[-1]
+    return _composed(name.rsplit("/", 1)[-1])
 
 
 def _stem(name: str) -> str:

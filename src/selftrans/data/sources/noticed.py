@@ -6,27 +6,32 @@ import threading
 import warnings
 from collections import Counter
 
+from selftrans.data.sources.copies import Copied, copies_in_words
 from selftrans.data.sources.metadata import MAX_METADATA, Facts
 from selftrans.storage import are, plural, printable
 
 
 class Noticed:
-    """Counts of a source's pictures with metadata that are ignored, and with several frames; used from any thread."""
+    """Counts of a source's pictures with metadata that are ignored, with several frames, enlarged ones and copies; used from
+    any thread."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._broken, self._first = Counter[str](), dict[str, str]()
         self._pictures = Counter[str]()
+        self.copied = list[Copied]()  #: of each part of the source
 
-    def add(self, name: str, facts: Facts) -> None:
-        """Count one picture that was read."""
-        if not facts.broken and not facts.several:
+    def add(self, name: str, facts: Facts, enlarged: str = "") -> None:
+        """Count one picture that was read; `enlarged`: its size and the larger one that was made of it, in words."""
+        if not facts.broken and not facts.several and not enlarged:
             return
+        kinds = {"broken": name if facts.broken else "", "several": name if facts.several else ""}
+        kinds["enlarged"] = f"{printable(name)} ({enlarged})" if enlarged else ""
         with self._lock:
-            for key, found in (("broken", bool(facts.broken)), ("several", facts.several)):
-                if found:
+            for key, first in kinds.items():
+                if first:
                     self._pictures[key] += 1
-                    self._first.setdefault(key, name)
+                    self._first.setdefault(key, first)
             self._broken.update(facts.broken)
 
     def sentences(self) -> list[str]:
@@ -43,6 +48,13 @@ class Noticed:
                 f"{plural(count, 'picture')} {are(count)} animated or of several pages, such as "
                 f"{printable(self._first['several'])}; only the first frame is read"
             )
+        if count := self._pictures["enlarged"]:
+            said.append(
+                f"{plural(count, 'picture')} {are(count)} smaller than the size asked for and {are(count)} enlarged, such as "
+                f"{self._first['enlarged']}"
+            )
+        if copies := copies_in_words(self.copied, "picture"):
+            said.append(copies)
         return said
 
     def warn(self) -> None:
@@ -53,3 +65,4 @@ class Noticed:
             self._broken.clear()
             self._pictures.clear()
             self._first.clear()
+            self.copied.clear()

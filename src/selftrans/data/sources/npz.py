@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 import threading
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -182,6 +183,8 @@ def npz_values(path: Path) -> NpzValues:
     """
     if not path.is_file():
         raise ValueError(f"no file {path}: autoencoder values reads an npz file with an array `data`")
+    if path.suffix.lower() == ".npy":
+        raise ValueError(f"{path} is a single array; save it as an npz with numpy.savez(file, data=..., labels=...)")
     with open_zip(path) as archive:
         names = set(archive.namelist())
         if "data.npy" not in names:
@@ -195,12 +198,20 @@ def npz_values(path: Path) -> NpzValues:
             labels, classes = np.zeros(shape[0], np.int64), tuple[str, ...]()
         else:
             labels, classes = _labels(archive, path, shape[0], "classes.npy" in names)
+    if len(shape) == 4 and shape[-1] in (1, 3, 4) and shape[1] == shape[2] > 4:
+        warnings.warn(
+            f"{path}: data {shape} look like pictures with their channels last, and are read as {shape[1]} channels; "
+            "if so, store data.transpose(0, 3, 1, 2)",
+            stacklevel=3,
+        )
     return NpzValues(path, shape[1:], dtype, labels, classes, info.CRC)
 
 
 def _values_header(file: IO[bytes], path: Path, size: int) -> tuple[tuple[int, ...], np.dtype]:
     """Shape (N, C, *S) and dtype of `data`, a member of `size` bytes."""
     shape, fortran, dtype = _header(file)
+    if shape and shape[0] == 0:
+        raise ValueError(f"{path}: data of shape {shape} hold no samples; give at least one")
     described = f"{path}: data is {dtype} {shape}{' in Fortran order' if fortran else ''}"
     if dtype.kind != "f" or dtype.itemsize > 8 or fortran or not 3 <= len(shape) <= 5 or min(shape) < 1:
         raise ValueError(
@@ -217,13 +228,17 @@ def _values_header(file: IO[bytes], path: Path, size: int) -> tuple[tuple[int, .
 def _labels(archive: ZipFile, path: Path, count: int, named: bool) -> tuple[np.ndarray, tuple[str, ...]]:
     """Labels (N,) int64 and the names of the classes."""
     stored = _small_array(archive, path, "labels")
-    if stored.dtype.kind not in "iu" or stored.shape != (count,):
+    if stored.dtype.kind not in "biu" or stored.shape != (count,):
         raise ValueError(
             f"{path}: labels are {stored.dtype} {stored.shape}; expected ({count},) integers, one per sample"
+            f"{_remedy(stored, count)}"
         )
     if int(stored.min()) < 0 or int(stored.max()) >= MAX_CLASSES:
         wrong = int(np.argmax((stored < 0) | (stored >= MAX_CLASSES)))
-        raise ValueError(f"{path}: label {stored[wrong]} of sample {wrong} is outside 0 .. {MAX_CLASSES - 1}")
+        raise ValueError(
+            f"{path}: label {stored[wrong]} of sample {wrong} is outside 0 .. {MAX_CLASSES - 1}; give each sample a class, or "
+            "leave it out"
+        )
     labels = stored.astype(np.int64)
     if not named:
         return labels, tuple(str(k) for k in range(int(labels.max()) + 1))
@@ -236,6 +251,17 @@ def _labels(archive: ZipFile, path: Path, count: int, named: bool) -> tuple[np.n
     return labels, classes
 
 
+def _remedy(labels: np.ndarray, count: int) -> str:
+    """How labels of another kind become integers; empty where that is unclear."""
+    if labels.shape == (count,) and labels.dtype.kind in "SU":
+        return ": classes, labels = numpy.unique(labels, return_inverse=True)"
+    if labels.shape == (count,) and labels.dtype.kind == "f":
+        return ": labels.astype('int64')"
+    if labels.ndim == 2 and len(labels) == count:
+        return ": labels.ravel()" if labels.shape[1] == 1 else ": labels.argmax(axis=1), if each row marks one class"
+    return ""
+
+
 def _class_names(names: np.ndarray, path: Path) -> tuple[str, ...]:
     try:
         classes = tuple(names.tolist())
@@ -243,7 +269,8 @@ def _class_names(names: np.ndarray, path: Path) -> tuple[str, ...]:
         raise ValueError(f"{path}: classes are not valid text ({first_line(error)})") from error
     if names.dtype.kind != "U" or names.ndim != 1 or not all(classes):
         raise ValueError(
-            f"{path}: classes are {names.dtype} {names.shape}; expected a list of names, none of them empty"
+            f"{path}: classes are {names.dtype} {names.shape}; expected a list of names, none of them empty: "
+            "numpy.array(names, str)"
         )
     return classes
 
@@ -290,7 +317,7 @@ def _header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
     read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
     shape, fortran, dtype = read(file)
     if dtype.hasobject:
-        raise ValueError("it is pickled, and pickles are never read")
+        raise ValueError("it is pickled, and pickles are never read: give it a dtype, as numpy.array(x, dtype=str)")
     return shape, fortran, dtype
 
 

@@ -21,6 +21,7 @@ from selftrans.data.sources.decode import (
     Reading,
     Resolution,
     bad_picture,
+    none_readable,
     resolution_of,
     sides,
     size_text,
@@ -28,12 +29,13 @@ from selftrans.data.sources.decode import (
 )
 from selftrans.data.sources.digit_captions import digits_with_captions
 from selftrans.data.sources.label_file import given_labels
+from selftrans.data.sources.not_read import check_file, remedy_for
 from selftrans.data.sources.passed_over import in_words
 from selftrans.data.sources.source import Picture, Source, ahead
 from selftrans.data.sources.splits import split_files, split_folder, warn_of_splits
 from selftrans.data.sources.tar_archive import tar_files
 from selftrans.data.sources.tar_labels import labelled_tars, only_tars
-from selftrans.storage import plural, printable
+from selftrans.storage import listed, printable
 
 __all__ = ["MAX_RESOLUTION", "Picture", "Source", "iter_images", "open_source"]
 
@@ -117,7 +119,8 @@ def _open(
         warnings.warn(f"caption_column is ignored: {source} is not a table", stacklevel=3)
     if not len(opened):
         ignored = f"; {in_words(opened.ignored)}" if opened.ignored else ""
-        raise ValueError(f"no pictures in {source} (looked for {' '.join(sorted(EXTENSIONS))}{ignored})")
+        remedy = f"; {found}" if (found := remedy_for(opened.ignored)) else ""
+        raise ValueError(f"no pictures in {source} (looked for {' '.join(sorted(EXTENSIONS))}{ignored}){remedy}")
     channels = 1 if opened.channels == 1 else channels
     return dataclasses.replace(opened, channels=channels, resolution=resolution or 0, reading=reading)
 
@@ -146,8 +149,9 @@ def _find(source: str | Path, split: str | None, label_column: str | None, readi
     if path.is_file() and {".tar", ".tgz"} & {suffix.lower() for suffix in path.suffixes}:
         raise ValueError(f"{printable(source)} is a compressed tar; decompress it, and give the tar")
     if path.is_file():
+        check_file(path)
         return zip_archive.zip_file(path, split, allow_empty=allow_empty)
-    if not path.exists() and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(source)):
+    if _is_hub_id(source):
         return table.hub(str(source), split or "train", label_column, streaming=reading.streaming)
     raise ValueError(f"no source {str(source)!r}: give a folder, zip or parquet file, a hub id owner/name, or 'digits'")
 
@@ -170,12 +174,27 @@ def _find_captioned(source: str | Path, split: str | None, captions: CaptionSour
         return tar_files([path])
     if path.is_file() and path.suffix.lower() == ".zip":
         return zip_archive.captioned_zip(path, split)
-    if not path.exists() and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(source)):
+    if _is_hub_id(source):
         return table.hub(str(source), split or "train", None, captions, streaming=streaming)
     raise ValueError(
         f"no source of pictures with captions in {str(source)!r}: give a folder, a zip, a tar or parquet file, a hub "
         "id, or a folder or zip of pictures with --captions FILE"
     )
+
+
+def _is_hub_id(source: str | Path) -> bool:
+    """Whether a source that is not on this machine is named as data sets on the hub are. Warns when its folder is here."""
+    path = Path(source)
+    if path.exists() or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(source)):
+        return False
+    if path.parent.is_dir():
+        held = listed(sorted(entry.name for entry in path.parent.iterdir()), 4) or "nothing"
+        warnings.warn(
+            f"{printable(source)} is not on this machine, so it is looked for on the hub; the folder {printable(path.parent)} "
+            f"holds {held}",
+            stacklevel=5,
+        )
+    return True
 
 
 def _loose(source: str | Path, split: str | None, file: str) -> Source:
@@ -233,7 +252,7 @@ def _native_resolution(source: Source, where: str, progress: bool, remedy: str) 
             raise ValueError(f"{printable(name)} in {where} is {size_text(size)}, others {size_text(seen)}; {remedy}")
         seen = size
     if seen is None:
-        raise ValueError(f"none of the {plural(len(source), 'picture')} of {where} is readable; the first: {error}")
+        raise ValueError(f"{none_readable(len(source), 'picture', where)}; the first: {error}")
     if max(seen) > MAX_RESOLUTION:
         raise ValueError(f"the pictures of {where} are {size_text(seen)}, more than {MAX_RESOLUTION}; {remedy}")
     return resolution_of(*seen)

@@ -7,7 +7,7 @@ kind, or a sentence.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import PurePosixPath
 
 from selftrans.storage import plural, printable
@@ -31,6 +31,9 @@ UNREAD = frozenset(
         *(".wmf", ".xcf"),
     )
 )
+#: extensions of sounds and of videos that are not read
+UNREAD_SOUNDS = frozenset((".aac", ".aif", ".aiff", ".m4a", ".mid", ".mp3", ".ogg", ".opus", ".wma"))
+UNREAD_VIDEOS = frozenset((".3gp", ".flv", ".mpeg", ".mpg", ".mts", ".wmv"))
 #: beginnings of reasons, of several files and of one
 NOUNS = (
     ("hidden files", "hidden file"),
@@ -99,10 +102,10 @@ def _singular(reason: str) -> str:
     return reason
 
 
-def unread_pictures(ignored: Mapping[str, int]) -> str:
-    """The pictures of other formats among what is not read; empty when there are none."""
-    found = {r.removeprefix("*"): n for r, n in ignored.items() if r.startswith("*") and r.removeprefix("*") in UNREAD}
-    return _kinds(found)
+def unread(ignored: Mapping[str, int], suffixes: Collection[str] = UNREAD) -> str:
+    """The files of other formats (those of `suffixes`: of pictures) among what is not read; empty when there are none."""
+    files = {reason.removeprefix("*"): count for reason, count in ignored.items() if reason.startswith("*")}
+    return _kinds({suffix: count for suffix, count in files.items() if suffix in suffixes})
 
 
 def _kinds(files: Mapping[str, int]) -> str:

@@ -19,7 +19,16 @@ from typing import TYPE_CHECKING, BinaryIO, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
-from selftrans.data.sources.decode import STANDARD, BadSample, Reading, Resolution, bad_picture, check_pixels, to_array
+from selftrans.data.sources.decode import (
+    STANDARD,
+    BadSample,
+    Reading,
+    Resolution,
+    bad_picture,
+    check_pixels,
+    enlarged,
+    to_array,
+)
 from selftrans.data.sources.metadata import facts_of
 from selftrans.data.sources.noticed import Noticed
 from selftrans.storage import plural, printable
@@ -129,10 +138,10 @@ class Source:
         try:
             with self.open(i) as image:
                 check_pixels(image, self.reading.max_pixels)
-                facts = facts_of(image)
+                facts, small = facts_of(image), enlarged(image, self.resolution)
                 pixels = to_array(image, self.resolution, self.channels, self.reading.range)
                 facts.several |= image.format in ("GIF", "AVIF") and animated(image)
-                self.noticed.add(self.names[i], facts)
+                self.noticed.add(self.names[i], facts, small)
                 return pixels
         except Exception as error:  # decoders raise any type on a damaged file
             raise bad_picture(self.names[i], error) from error

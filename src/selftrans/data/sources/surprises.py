@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import re
 import unicodedata
 from collections.abc import Iterator, Sequence
 
 import numpy as np
 
 from selftrans.data.present import present_classes
+from selftrans.data.sources.captions import CAPTION_FILES
+from selftrans.data.sources.label_file import SUFFIXES
+from selftrans.data.sources.labelling import NO_LABEL
 from selftrans.data.sources.metadata import facts_of
-from selftrans.data.sources.passed_over import unread_pictures
+from selftrans.data.sources.passed_over import UNREAD, UNREAD_SOUNDS, UNREAD_VIDEOS, unread
 from selftrans.data.sources.source import Samples, Source
 from selftrans.storage import listed, plural, printable
 
+MOST_TABLES = 3  #: files of a kind that may hold labels
+SIDES = re.compile(r"\b(left|right)(most|ward|wards)?\b", re.I)
 MOST_PAIRS = 4  #: of names that look the same, in a warning
 LOOKED_AT = 24  #: pictures of which the range of values is read, spread over the source
 
@@ -35,8 +41,42 @@ def surprises(samples: Samples) -> Iterator[str]:
             f"classes whose names look the same but for case, spaces or composed letters: {named}{more}; they stay apart, so "
             "merge their folders if they are one"
         )
-    if unread := unread_pictures(samples.ignored):
-        yield f"pictures of formats that are not read are left out: {unread}; convert them, for example to png"
+    if isinstance(samples, Source):
+        yield from _of_labels(samples)
+    formats = (
+        ("pictures", UNREAD, "png"),
+        ("sounds", UNREAD_SOUNDS, "wav"),
+        ("videos", UNREAD_VIDEOS, "mp4"),
+    )
+    for noun, suffixes, remedy in formats[:1] if isinstance(samples, Source) else formats[1:]:
+        if left_out := unread(samples.ignored, suffixes):
+            yield f"{noun} of formats that are not read are left out: {left_out}; convert them, for example to {remedy}"
+
+
+def _of_labels(source: Source) -> Iterator[str]:
+    """Sentences on classes that may be none, and on files that may hold the labels or captions of pictures without classes."""
+    given = source.is_table or source.reading.labels is not None
+    doubtful = [name for name in source.classes if name.casefold() in NO_LABEL] if given else []
+    if doubtful and len(source.classes) > 1:
+        yield f"the class {listed(doubtful)} may stand for a missing label; if so, leave such labels empty"
+    if given or source.classes or source.captions is not None:
+        return
+    files = {reason.removeprefix("*"): count for reason, count in source.ignored.items() if reason.startswith("*")}
+    if tables := [suffix for suffix in SUFFIXES if 0 < files.get(suffix, 0) <= MOST_TABLES]:
+        yield f"the pictures have no classes; if a {tables[0]} file next to them holds labels, give it by --labels FILE"
+    elif texts := [suffix for suffix in CAPTION_FILES if 2 * files.get(suffix, 0) > len(source)]:
+        yield f"the pictures have no classes; if the {texts[0]} files next to them hold captions, give --text MODEL"
+
+
+def sides_in_captions(samples: Samples) -> Iterator[str]:
+    """A sentence on captions with the words left or right, which are wrong for mirrored pictures."""
+    captions = [caption for each in samples.captions or () for caption in each]
+    if found := sum(map(bool, map(SIDES.search, captions))):
+        say = "says" if found == 1 else "say"
+        yield (
+            f"{found:,} of {plural(len(captions), 'caption')} {say} left or right, which is wrong for the mirrored pictures of "
+            "--flip; leave it out if that matters"
+        )
 
 
 def _alike(classes: Sequence[str]) -> list[tuple[str, str]]:

@@ -11,7 +11,7 @@ import numpy as np
 
 from selftrans.data.sources.captions import CaptionSource, with_captions
 from selftrans.data.sources.decode import open_picture
-from selftrans.data.sources.labelling import Numbered, numbered
+from selftrans.data.sources.labelling import Numbered, as_label, numbered
 from selftrans.data.sources.source import MAX_CLASSES, Source
 from selftrans.data.sources.table_rows import StoredRows, StreamedRows, TableRows
 from selftrans.storage import first_line, printable
@@ -55,10 +55,19 @@ def _load(where: str, path: str, streaming: bool, **options: Any) -> TableRows:
         if streaming:
             return StreamedRows(lambda **more: datasets.load_dataset(path, streaming=True, **options, **more), where)
         return StoredRows(datasets.load_dataset(path, **options))
-    except Exception as error:  # every type means: no such data set, or no connection
-        raise ValueError(
-            f"{where} is neither an existing path nor a data set that can be read ({first_line(error)})"
-        ) from error
+    except Exception as error:  # every type means: no such data set, no connection, or damage
+        reason = _reason(error)
+        if path == "parquet":
+            raise ValueError(f"{where} cannot be read as parquet ({reason}); make or download it again") from error
+        raise ValueError(f"{where} is neither an existing path nor a data set that can be read ({reason})") from error
+
+
+def _reason(error: BaseException) -> str:
+    """Why a table cannot be loaded: `datasets` wraps the error that says it."""
+    cause = error.__cause__ if error.__cause__ and str(error).startswith("An error occurred") else error
+    if "CastError" in type(cause).__name__:
+        return "its files do not all have the same columns"
+    return "it has no rows" if "BatchSize must be greater than 0" in str(cause) else first_line(cause)
 
 
 def _source(
@@ -116,14 +125,46 @@ def _captions(rows: TableRows, where: str, column: str | None) -> list[list[str]
 
 
 def _image_column(features: Any, where: str) -> str:
+    """The column of type Image, of a usual name, or the only one that holds bytes. ValueError where that is not clear."""
     import datasets
 
+    usual = [name for name in features if name.lower() in IMAGE_NAMES]
     typed = [name for name, kind in features.items() if isinstance(kind, datasets.Image)]
-    named = [name for name in features if name.lower() in IMAGE_NAMES]
-    columns = typed or named
+    columns = typed or usual or [name for name, kind in features.items() if _holds_bytes(kind)]
+    if len(columns) > 1 and len({*columns} & {*usual}) == 1:
+        columns = [name for name in columns if name in usual]
     if len(columns) != 1:
-        raise ValueError(f"{where} has {len(columns)} image columns among {', '.join(features)}; one is needed")
+        found = f"several columns of pictures: {', '.join(columns)}" if columns else "no column of pictures"
+        raise ValueError(
+            f"{where} has {found}, among {', '.join(map(printable, features))}; call the one to read `image`, and store the "
+            "bytes of a picture file in each row"
+        )
+    if columns[0] not in typed:
+        _check_pictures(columns[0], features[columns[0]], where)
     return columns[0]
+
+
+def _holds_bytes(kind: Any) -> bool:
+    """Whether each row of a column holds bytes, or a struct with them."""
+    return "bytes" in kind if isinstance(kind, dict) else "binary" in str(getattr(kind, "dtype", ""))
+
+
+def _check_pictures(column: str, kind: Any, where: str) -> None:
+    """Raise ValueError for a column whose rows are no pictures: text, numbers, lists of numbers or of several pictures."""
+    inner = kind[0] if isinstance(kind, list) else getattr(kind, "feature", None)
+    if inner is not None and (isinstance(inner, list) or hasattr(inner, "feature")):
+        return  # rows of pixels
+    dtype = str(getattr(kind, "dtype", ""))
+    if inner is None and (_holds_bytes(kind) or not dtype or hasattr(kind, "shape")):
+        return
+    held = "lists" if inner is not None else "text" if "string" in dtype else f"values of type {dtype}"
+    remedy = (
+        "; for files with these names give their folder, and the table's labels by --labels" if held == "text" else ""
+    )
+    raise ValueError(
+        f"column {printable(column)!r} of {where} holds {held} in place of pictures; store the bytes of one picture file in "
+        f"each row{remedy}"
+    )
 
 
 def _label_column(features: Any, where: str, wanted: str | None) -> str | None:
@@ -146,7 +187,7 @@ def _warn_of_labels(features: Any, where: str) -> None:
     for name, kind in features.items():
         if name.lower() in PERHAPS_LABELS:
             dtype = str(getattr(kind, "dtype", "values of another kind"))
-            words = any(kind in dtype for kind in ("int", "float", "string"))
+            words = any(kind in dtype for kind in ("int", "float", "string", "bool"))
             remedy = f"give --label-column {name}" if words else "store each class as a word or an integer from 0"
             warnings.warn(
                 f"column {printable(name)!r} of {where} ({dtype}) is not read as labels, so the pictures have no classes; "
@@ -158,14 +199,15 @@ def _warn_of_labels(features: Any, where: str) -> None:
 def _labels(rows: TableRows, column: str | None, where: str) -> Numbered:
     """Labels and class names, which are numbers if the table has no names, and the rows without a label.
 
-    The column holds integers, words, or whole numbers as floats, as pandas stores integers of which one is missing.
+    The column holds integers, words, truth values, which are the words False and True, or whole numbers as floats, as pandas
+    stores integers of which one is missing.
     """
     if column is None:
         return Numbered(np.zeros(len(rows), dtype=np.int64), (), [])
     values = rows.column(column).to_pylist()
-    whole = (None if value is None or value != value else _whole(value) for value in values)  # NaN is not itself
+    whole = (None if value is None or value != value else as_label(value) for value in values)  # NaN is not itself
     labels = list(whole)
-    if not all(label is None or (isinstance(label, int | str) and not isinstance(label, bool)) for label in labels):
+    if not all(label is None or isinstance(label, int | str) for label in labels):
         raise ValueError(
             f"column {column!r} of {where} holds neither integers nor words; choose another by --label-column"
         )
@@ -177,8 +219,3 @@ def _labels(rows: TableRows, column: str | None, where: str) -> Numbered:
     if len(names) > MAX_CLASSES or (len(found) and found.max() >= len(names)):
         raise ValueError(f"column {column!r} of {where} has label {found.max()}, beyond its classes")
     return Numbered(found, tuple(names), missing)
-
-
-def _whole(value: Any) -> Any:
-    """A whole number of type float as an integer; any other value as it is."""
-    return int(value) if isinstance(value, float) and value.is_integer() else value

@@ -18,7 +18,16 @@ import numpy as np
 from selftrans.data.sources.audio import missing
 from selftrans.data.sources.clip_files import GIF, ClipFiles
 from selftrans.data.sources.clips import Clips, MediaOptions, bad_clip
-from selftrans.data.sources.decode import MAX_PIXELS, Resolution, check_pixels, open_picture, sides, size_text, to_array
+from selftrans.data.sources.decode import (
+    MAX_PIXELS,
+    Resolution,
+    check_pixels,
+    none_readable,
+    open_picture,
+    sides,
+    size_text,
+    to_array,
+)
 from selftrans.encoders.media import Video, rounded
 
 if TYPE_CHECKING:
@@ -135,7 +144,7 @@ def _first(files: ClipFiles, most: int) -> tuple[tuple[int, int], float]:
                 return (picture.height, picture.width), rounded(_fps(name, stream, most))
         except Exception as unreadable:  # decoders raise any type on a damaged file
             error = error or bad_clip(name, unreadable, GIF)
-    raise ValueError(f"none of the {len(files)} videos of {files.where} is readable; the first: {error}")
+    raise ValueError(f"{none_readable(len(files), 'video', files.where)}; the first: {error}")
 
 
 def _fps(name: str, stream: BinaryIO, most: int) -> float:

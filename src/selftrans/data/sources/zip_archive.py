@@ -132,7 +132,10 @@ def open_zip(path: Path) -> zipfile.ZipFile:
     try:
         return zipfile.ZipFile(path)
     except Exception as error:  # for a damaged directory zipfile raises more than BadZipFile
-        raise ValueError(f"{path} is not a folder, a parquet file or a readable zip ({error})") from error
+        raise ValueError(
+            f"{path} is not a readable zip ({first_line(error)}): incomplete, damaged, or of another kind; download or make it "
+            "again"
+        ) from error
 
 
 def _checked_parts(info: zipfile.ZipInfo, path: Path) -> list[str]:

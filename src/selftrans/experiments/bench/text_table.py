@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from selftrans.storage import plural
+
 NAMES = {
     "vanilla": "vanilla",
     "stage1": "stage 1",
@@ -24,14 +26,18 @@ def table(report: dict[str, Any]) -> str:
     """
     machine = report["machine"]
     lines = [
-        f"{machine['gpu'] or machine['cpu']}, {machine['cores']} cores, {machine['threads']} threads, torch "
+        f"{machine['gpu'] or machine['cpu']}, {plural(machine['cores'], 'core')}, {plural(machine['threads'], 'thread')}, "
+        "torch "
         f"{machine['torch']}, {machine['dtype']}, load {machine['load_before']} before, {machine['load_after']} after"
     ]
     for name, model in report["models"].items():
         if "failed" in model:
             lines += ["", f"{name}, {model['tokens']} tokens, batch {model['batch']}: {model['failed']}"]
             continue
-        lines += ["", f"{name}, {model['tokens']} tokens, batch {model['batch']}, medians of {model['rounds']} rounds"]
+        lines += [
+            "",
+            f"{name}, {model['tokens']} tokens, batch {model['batch']}, medians of {plural(model['rounds'], 'round')}",
+        ]
         lines.append(" " * 16 + "".join(f"{column:>12}" for column in COLUMNS))
         lines += [f"{NAMES[row]:<16}" + _cells(values) for row, values in model["rows"].items()]
         lines.append(f"best matmul {model['matmul_peak_tflops']:.4g} TFLOP/s")

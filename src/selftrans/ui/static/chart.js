@@ -8,7 +8,9 @@ function ticks(low, high, count) {
   const power = 10 ** Math.floor(Math.log10(rough));
   const step = power * ([1, 2, 5, 10].find((each) => each * power >= rough) || 10);
   const found = [];
-  for (let at = Math.ceil(low / step) * step; at <= high + step * 1e-9; at += step) found.push(Math.abs(at) < step * 1e-9 ? 0 : at);
+  const first = Math.ceil(low / step);
+  // at most so many: a step may be too small to change a very large number
+  for (let i = 0; i <= 2 * count + 2 && (first + i) * step <= high + step * 1e-9; i += 1) found.push((first + i) * step);
   return found;
 }
 
@@ -90,26 +92,27 @@ export class Chart {
   }
 
   scales(visible, width, height) {
-    const positive = (value) => Number.isFinite(value) && (!this.log || value > 0);
+    const drawn = (value) => Number.isFinite(value) && Math.abs(value) < 1e300 && (!this.log || value > 1e-300);
     let [x0, x1, y0, y1] = [Infinity, -Infinity, Infinity, -Infinity];
     for (const each of visible) {
       for (const at of each.x) { if (at < x0) x0 = at; if (at > x1) x1 = at; }
       for (const values of [each.y, each.points ? each.low : null, each.points ? each.high : null]) {
-        for (const value of values || []) if (positive(value)) { if (value < y0) y0 = value; if (value > y1) y1 = value; }
+        for (const value of values || []) if (drawn(value)) { if (value < y0) y0 = value; if (value > y1) y1 = value; }
       }
     }
     if (!Number.isFinite(y0)) [y0, y1] = this.log ? [0.1, 1] : [0, 1];
-    if (x0 === x1) [x0, x1] = [x0 - 1, x1 + 1];
+    if (x0 === x1) { const beyond = Math.max(1, Math.abs(x0) * 1e-6); [x0, x1] = [x0 - beyond, x1 + beyond]; }
     const change = this.log ? Math.log10 : (value) => value;
     let [low, high] = [change(y0), change(y1)];
     const margin = (high - low) * 0.05 || Math.abs(high) * 0.05 || 0.5;
     [low, high] = [low - margin, high + margin];
+    if (this.log) [low, high] = [Math.max(low, -300), Math.min(high, 300)];
     if (!this.log && y0 >= 0 && low < 0) low = 0;
     const [across, up] = [width - WIDE.left - WIDE.right, height - WIDE.top - WIDE.bottom];
     return {
       x0, x1, y0: this.log ? 10 ** low : low, y1: this.log ? 10 ** high : high,
       x: (value) => WIDE.left + ((value - x0) / (x1 - x0)) * across,
-      y: (value) => height - WIDE.bottom - ((change(this.log && value <= 0 ? y0 : value) - low) / (high - low)) * up,
+      y: (value) => height - WIDE.bottom - ((change(this.log && !drawn(value) ? y0 : value) - low) / (high - low)) * up,
     };
   }
 

@@ -33,7 +33,8 @@ export function duration(seconds) {
   const minutes = Math.round(seconds / 60);
   if (minutes < 90) return `${minutes} min`;
   if (minutes < 48 * 60) return `${Math.floor(minutes / 60)} h ${minutes % 60} min`;
-  return `${Math.floor(minutes / 1440)} d ${Math.round((minutes % 1440) / 60)} h`;
+  const hours = Math.round(minutes / 60);
+  return `${Math.floor(hours / 24)} d ${hours % 24} h`;
 }
 
 export const ago = (time) => (time ? `${duration(Math.max(0, Date.now() / 1000 - time))} ago` : "–");
@@ -41,7 +42,8 @@ export const rate = (value) => (value ? (value >= 1 ? `${short(value)} steps/s` 
 export const compute = (value) => (value === null || value === undefined ? "–" : value >= 1e6 ? `${short(value / 1e6)} EFLOPs`
   : value >= 1e3 ? `${short(value / 1e3)} PFLOPs` : value >= 0.1 || !value ? `${short(value)} TFLOPs` : `${short(value * 1e3)} GFLOPs`);
 
-export class Refused extends Error {}
+export class Refused extends Error {} // by the server, with a reason
+export class Lost extends Error {} // no answer
 
 async function answered(path, options) {
   let answer;
@@ -50,8 +52,9 @@ async function answered(path, options) {
     answer = await fetch(path, options);
     lost.hidden = true;
   } catch (error) {
-    if (error.name !== "AbortError") lost.hidden = false;
-    throw error;
+    if (error.name === "AbortError") throw error;
+    lost.hidden = false;
+    throw new Lost("the server does not answer");
   }
   const text = await answer.text();
   if (!answer.ok) {
@@ -72,7 +75,7 @@ export function repeat(work, wait, signal) {
   const round = async () => {
     if (signal.aborted) return;
     if (!document.hidden) {
-      try { await work(); } catch (error) { if (!signal.aborted && !(error instanceof TypeError)) console.warn(error); }
+      try { await work(); } catch (error) { if (!signal.aborted && !(error instanceof Lost)) console[error instanceof Refused ? "warn" : "error"](error); }
     }
     if (!signal.aborted) timer = setTimeout(round, typeof wait === "function" ? wait() : wait);
   };

@@ -61,7 +61,7 @@ def test_missing_halves_and_invalid_files_are_named(tmp_path: Path, packed: bool
         "c.txt": b"  \n \t\n",
         "d.json": b'{"caption": 3}',
         "e.json": b"[" * 100_000,
-        "f.txt": b"\xff\xfe\xfa",
+        "f.txt": b"\xff\xfa",
         "g.txt": b"x" * (MAX_FILE_BYTES + 1),
         "h.json": b'["a list"]',
         "orphan.txt": b"no picture",
@@ -81,6 +81,25 @@ def test_missing_halves_and_invalid_files_are_named(tmp_path: Path, packed: bool
         with pytest.raises(BadSample, match=r"cannot be used \(") as caught:
             source.read(i)
         assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "data"),
+    [
+        ("a.TXT", b"a cat"),
+        ("a.Caption", b"a cat"),
+        ("a.JSON", b'{"text": "a cat"}'),
+        ("a.txt", "\ufeffa cat".encode()),
+        ("a.txt", "a cat".encode("utf-16")),
+    ],
+)
+@pytest.mark.parametrize("packed", [False, True])
+def test_caption_files_of_any_case_and_of_windows(tmp_path: Path, name: str, data: bytes, packed: bool) -> None:
+    files = {"a.png": encoded(noise(8)), name: data}
+    source = open_source(
+        zipped(tmp_path / "x.zip", files) if packed else write(tmp_path / "x", files), captions=CaptionSource()
+    )
+    assert source.captions == [("a cat",)] and not source.faults
 
 
 def test_captions_are_one_clean_line() -> None:

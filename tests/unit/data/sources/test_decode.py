@@ -149,6 +149,34 @@ def test_unreadable_pictures_are_named(tmp_path: Path, kind: str, fault: str) ->
         source.read(1)
 
 
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        (b"", "the file is empty"),
+        (
+            b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n",
+            "a pointer of Git LFS .* run `git lfs pull`",
+        ),
+        (b"\xef\xbb\xbf\n<!DOCTYPE html><html>", "a web page in place of the picture; download it again"),
+        (b"<HTML><body>404", "a web page in .*"),
+        (bytes(99), "it begins with zeros, as after an incomplete copy"),
+        (b"hello", "of an unknown format"),
+    ],
+)
+def test_what_is_in_place_of_a_picture_is_said(tmp_path: Path, data: bytes, said: str) -> None:
+    with pytest.raises(ValueError, match=rf"^a\.png: cannot be read as a picture \({said}\)$"):
+        read_one(tmp_path, data, resolution=8)
+
+
+def test_file_without_permission_is_named_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(path: Path) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr("selftrans.data.sources.part_file.SizedFile.open", refused)
+    with pytest.raises(ValueError, match=r"^a\.png: cannot be read as a picture \(Permission denied\)$"):
+        read_one(tmp_path, encoded(noise(8)), resolution=8)
+
+
 def test_decompression_bomb(tmp_path: Path) -> None:
     # a header that claims 60000 x 60000 pixels, in a hundred bytes
     chunk = b"IHDR" + struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)

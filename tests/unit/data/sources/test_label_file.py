@@ -59,10 +59,10 @@ def test_pictures_at_the_top_may_have_labels(tmp_path: Path, kind: str) -> None:
         ({"labels": [["a", 1]]}, "labels none of the 5 files: its first name is a, theirs 00000/img00000000.png"),
         ({"labels": [["a", 1.5]]}, r"a name and a word or an integer from 0 to 999999 each, not \['a', 1.5\]"),
         ({"labels": [["a", -1]]}, r"not \['a', -1\]"),
-        ({"labels": [["a", True]]}, r"not \['a', True\]"),
         ({"labels": [["a", [0, 1]]]}, "a name and a word or an integer"),
         ({"labels": {"a": 1}}, "a name and a word or an integer"),
         ({"labels": [["a", 1], ["a", 2]]}, "gives a the labels 1 and 2"),
+        (b'{"labels": [{"file": "a", "label": 1, "label": 2}]}', "it has label twice, as 1 and 2"),
         (b"{", "is not valid json"),
         (b"[" * 100_000, "is not valid json"),
     ],
@@ -79,6 +79,14 @@ def test_words_in_dataset_json_and_pictures_without_a_label(tmp_path: Path, kind
     source = open_source(made(tmp_path, kind, {"labels": words[:-1]}))
     assert source.classes == ("cat", "dog") and source.labels[[0, 1, 3]].tolist() == [0, 1, 0]
     assert list(source.faults) == [2, 4] and source.faults[2].startswith("no label in ")
+
+
+@pytest.mark.parametrize("kind", ["folder", "zip"])
+def test_truth_values_are_words_and_whole_floats_numbers(tmp_path: Path, kind: str) -> None:
+    truths = [[name, label > 4] for name, label in LABELS]
+    assert open_source(made(tmp_path / "a", kind, {"labels": truths})).classes == ("False", "True")
+    floats = [[name, float(label)] for name, label in LABELS]
+    assert open_source(made(tmp_path / "b", kind, {"labels": floats})).labels.tolist() == [1, 9, 5, 1, 9]
 
 
 # ---- a file that is given
@@ -100,6 +108,9 @@ def given(tmp_path: Path, name: str, content: str | bytes, kind: str = "folder")
         ("l.csv", "a.png,cat\n./sub/b.png,dog\nsub\\ü c.png,cat\n d.png , eel \n"),
         ("l.csv", '\ufeffimg;breed\r\n"a.png";"cat"\r\nb.png;dog\r\nx/ü c.png;cat\r\nd;eel\r\n'),
         ("l.csv", "split,Label,File_Name\n0,cat,a.png\n0,dog,sub/b.png\n1,cat,sub/ü c.png\n1,eel,d.png\n"),
+        ("l.csv", "path,label\ra.png,cat\rsub/b.png,dog\rsub/ü c.png,cat\rd.png,eel\r"),  # lines of old Macs
+        ("l.csv", "path,label\na.png,cat\nsub/b.png,dog\nsub/u\u0308 c.png,cat\nd.png,eel\n"),  # ü as two characters
+        ("l.tsv", "\ufeffa.png\tcat\nb.png\tdog\nü c.png\tcat\nd.png\teel".encode("utf-16-le")),  # text of Excel
         ("l.TSV", "a.png\tcat\nsub/b.png\tdog\nsub/ü c.png\tcat\nd.png\teel"),
         ("l.json", '{"a.png": "cat", "sub/b.png": "dog", "sub/ü c.png": "cat", "d.png": "eel"}'),
         ("l.json", '{"labels": [["a.png", "cat"], ["sub/b.png", "dog"], ["sub/ü c.png", "cat"], ["d.png", "eel"]]}'),
@@ -110,7 +121,7 @@ def given(tmp_path: Path, name: str, content: str | bytes, kind: str = "folder")
         ),
     ],
 )
-def test_labels_are_those_of_a_given_file(tmp_path: Path, name: str, content: str, kind: str) -> None:
+def test_labels_are_those_of_a_given_file(tmp_path: Path, name: str, content: str | bytes, kind: str) -> None:
     source = given(tmp_path, name, content, kind)
     assert source.classes == ("cat", "dog", "eel") and not source.faults
     assert [source.classes[label] for label in source.labels] == ["cat", "eel", "dog", "cat"]  # of the sorted names
@@ -120,12 +131,14 @@ def test_labels_are_those_of_a_given_file(tmp_path: Path, name: str, content: st
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("l.csv", "a.png\nb.png\n", r"l.csv has 1 columns \(a.png\), and none are named path and label; give a csv"),
+        ("l.csv", "a.png\nb.png\n", r"l.csv has 1 column \(a.png\), and none are named path and label; give a csv"),
         ("l.csv", "x,y,z\n1,2,3\n", r"l.csv has 3 columns \(x, y, z\), and none are named"),
         ("l.csv", "path,label,class\na.png,1,2\n", "has the labels label and class; keep one"),
         ("l.csv", "path,label\na.png\n", "l.csv: line 2 has 1 of the columns"),
         ("l.csv", "a.png,cat\na.png,dog\n", "gives a.png the labels cat and dog"),
-        ("l.csv", "", "labels none of the 4 files: its first name is none"),
+        ("l.csv", "", "l.csv holds no names; give the path and the label of each picture"),
+        ("l.csv", "path,label,Label\na.png,1,2\n", "has the column label 2 times; keep one"),
+        ("l.json", '{"a.png": 1, "a.png": 2}', "it has a.png twice, as 1 and 2"),
         ("l.csv", b"\xff\xfea.png,1", "is not text in UTF-8"),
         ("l.csv", "a.png,\nd.png,-1\n", "has no label from 0 and no word"),
         ("l.json", "[1]", "a name and a word or an integer"),

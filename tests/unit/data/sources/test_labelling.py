@@ -27,6 +27,9 @@ def source(*names: str) -> Source:
         (["\ud800", "é"], [0, 1], ("?", "é"), []),
         (["1e3", "2"], [0, 1], ("1e3", "2"), []),
         (["9" * 30, "2"], [1, 0], ("2", "9" * 30), []),
+        (["1", "nan", "N/A", "0"], [1, 0, 0, 0], ("0", "1"), [1, 2]),  # as pandas writes what is missing
+        (["nan", "cat"], [1, 0], ("cat", "nan"), []),
+        (["nan", "None"], [1, 0], ("None", "nan"), []),
     ],
 )
 def test_classes_of_words_and_numbers(given: list, labels: list, classes: tuple, missing: list) -> None:
@@ -44,9 +47,11 @@ def test_labels_that_make_no_classes_are_refused(given: list, said: str) -> None
 
 def test_names_are_compared_as_they_are_then_without_folders_then_without_extension() -> None:
     pictures = source("a/1.png", "a/2.png", "b/2.png", "b/3.png", "c/4.jpg")
-    with pytest.warns(
-        UserWarning, match=r"^2 names in l.csv are not in the source, such as 2.png; their labels are ignored$"
-    ):
+    absent = r"^1 name in l.csv is not in the source, such as 5; its label is ignored$"
+    unclear = (
+        r"^1 name in l.csv does not say which picture it is of, such as 2.png; name each by its path in the source$"
+    )
+    with pytest.warns(UserWarning, match=absent), pytest.warns(UserWarning, match=unclear):
         found = with_labels(pictures, {"a/1.png": "p", "2.png": "q", "x/3.png": "r", "4": "s", "5": "t"}, "l.csv")
     assert found.classes == ("p", "r", "s")  # 2.png is ambiguous
     assert [found.classes[k] for k in found.labels[[0, 3, 4]]] == ["p", "r", "s"]
@@ -55,7 +60,7 @@ def test_names_are_compared_as_they_are_then_without_folders_then_without_extens
 
 def test_file_of_other_names_is_refused() -> None:
     expected = (
-        "l.csv labels none of the 1 file: its first name is y.png, theirs x.png; name each by its path in the source"
+        "l.csv does not label the only file: its first name is y.png, theirs x.png; name each by its path in the source"
     )
     with pytest.raises(ValueError, match=f"^{re.escape(expected)}$"):
         with_labels(source("x.png"), {"y.png": 1}, "l.csv")

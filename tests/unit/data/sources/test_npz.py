@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -114,7 +115,7 @@ OTHERS = {
     "fortran": ({"data": np.asfortranarray(np.zeros((4, 2, 8)))}, "in Fortran order; .*ascontiguousarray"),
     "no channels": ({"data": FLOATS[:, 0]}, r"\(4, 8\); expected"),
     "four spatial dimensions": ({"data": FLOATS[..., None, None, None]}, "1 to 3 spatial dimensions"),
-    "none": ({"data": FLOATS[:0]}, r"\(0, 2, 8\)"),
+    "none": ({"data": FLOATS[:0]}, r"data of shape \(0, 2, 8\) hold no samples; give at least one"),
     "pickled": ({"data": np.array([{"a": 1}], object)}, "`data` cannot be read .*pickled"),
     "pickled labels": ({"data": FLOATS, "labels": np.array([None] * 4, object)}, "`labels` cannot be read .*pickled"),
     "pickled classes": (
@@ -124,7 +125,16 @@ OTHERS = {
     "no data": ({"arr_0": FLOATS}, r"holds no array `data`; save it with numpy.savez"),
     "classes alone": ({"data": FLOATS, "classes": np.array(["a"])}, "`classes` without `labels`"),
     "labels too few": ({"data": FLOATS, "labels": np.zeros(3, int)}, r"labels are int64 \(3,\); expected \(4,\)"),
-    "labels float": ({"data": FLOATS, "labels": np.zeros(4)}, "labels are float64"),
+    "labels float": ({"data": FLOATS, "labels": np.zeros(4)}, r"labels are float64 .*: labels.astype\('int64'\)"),
+    "labels words": (
+        {"data": FLOATS, "labels": np.array(list("abca"))},
+        r": classes, labels = numpy.unique\(labels, return",
+    ),
+    "labels one-hot": (
+        {"data": FLOATS, "labels": np.eye(4, 3, dtype=int)},
+        r"labels.argmax\(axis=1\), if each row marks one",
+    ),
+    "labels in a column": ({"data": FLOATS, "labels": np.zeros((4, 1), int)}, r": labels.ravel\(\)"),
     "label negative": (
         {"data": FLOATS, "labels": np.array([0, 1, -1, 0])},
         "label -1 of sample 2 is outside 0 .. 999999",
@@ -139,6 +149,10 @@ OTHERS = {
         "names a class twice",
     ),
     "classes numbers": ({"data": FLOATS, "labels": np.zeros(4, int), "classes": np.arange(3)}, "classes are int64"),
+    "classes bytes": (
+        {"data": FLOATS, "labels": np.zeros(4, int), "classes": np.array([b"a"])},
+        r"numpy.array\(names, str\)",
+    ),
     "class empty": ({"data": FLOATS, "labels": np.zeros(4, int), "classes": np.array(["a", ""])}, "none of them empty"),
 }
 
@@ -204,3 +218,27 @@ def test_missing_file_and_non_zip_are_refused(tmp_path: Path) -> None:
     (tmp_path / "x.npz").write_bytes(b"x")
     with pytest.raises(ValueError, match="readable zip"):
         npz_values(tmp_path / "x.npz")
+
+
+def test_truth_values_are_the_labels_0_and_1(tmp_path: Path) -> None:
+    np.savez(tmp_path / "x.npz", data=FLOATS, labels=np.array([True, False, True, True]))
+    source = npz_values(tmp_path / "x.npz")
+    assert source.labels.tolist() == [1, 0, 1, 1] and source.classes == ("0", "1")
+
+
+@pytest.mark.parametrize(("shape", "said"), [((2, 8, 8, 3), True), ((2, 3, 8, 8), False), ((2, 3, 8, 3), False)])
+def test_channels_that_are_last_are_said(tmp_path: Path, shape: tuple[int, ...], said: bool) -> None:
+    np.savez(tmp_path / "x.npz", data=np.zeros(shape, np.float32))
+    message = (
+        r"look like pictures with their channels last, .* as 8 channels; if so, store data.transpose\(0, 3, 1, 2\)"
+    )
+    with pytest.warns(UserWarning, match=message) if said else nullcontext():
+        assert npz_values(tmp_path / "x.npz").shape == shape[1:]
+
+
+def test_single_array_is_refused_with_the_remedy(tmp_path: Path) -> None:
+    np.save(tmp_path / "x.npy", FLOATS)
+    with pytest.raises(
+        ValueError, match=r"x.npy is a single array; save it as an npz with numpy.savez\(file, data=..., labels"
+    ):
+        npz_values(tmp_path / "x.npy")

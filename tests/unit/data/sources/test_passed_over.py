@@ -10,7 +10,7 @@ import pytest
 
 from selftrans.data.sources.captions import CaptionSource
 from selftrans.data.sources.open_source import open_source
-from selftrans.data.sources.passed_over import Archived, in_words, junk_name, kind_of_file, unread_pictures
+from selftrans.data.sources.passed_over import Archived, in_words, junk_name, kind_of_file, unread
 from tests.support.pictures import encoded, noise, write, zipped
 
 PNG = encoded(noise(8))
@@ -71,7 +71,7 @@ def test_other_files_are_named_by_extension(tmp_path: Path, kind: str) -> None:
     source = open_source(write(tmp_path / "x", files) if kind == "folder" else zipped(tmp_path / "x.zip", files))
     said = "passed over 10 files: 3 .heic, 2 .jxl, 2 .…, 1 without extension, 1 .gz2, 1 .txt"
     assert in_words(source.ignored) == said
-    assert unread_pictures(source.ignored) == "3 .heic, 2 .jxl"
+    assert unread(source.ignored) == "3 .heic, 2 .jxl"
 
 
 def test_words_for_what_is_ignored() -> None:

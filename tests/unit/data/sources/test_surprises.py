@@ -11,10 +11,13 @@ from PIL import Image
 
 from selftrans.data.prepare import prepare
 from selftrans.data.reports import report_ignored
+from selftrans.data.sources.captions import CaptionSource
+from selftrans.data.sources.clips import MediaOptions, open_clips
 from selftrans.data.sources.decode import Reading
 from selftrans.data.sources.npz import npz_values
 from selftrans.data.sources.open_source import open_source
 from selftrans.data.sources.surprises import deep_values, surprises
+from tests.support.clips import save_sound, sine
 from tests.support.pictures import encoded, noise, write
 
 
@@ -122,3 +125,55 @@ def test_pictures_that_are_not_read_are_a_warning(tmp_path: Path, capsys: pytest
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         report_ignored(open_source(write(tmp_path / "y", {"a.png": encoded(noise(8))})), progress=True)
+
+
+def test_sounds_that_are_not_read_are_a_warning(tmp_path: Path) -> None:
+    save_sound(tmp_path / "x" / "a.wav", sine(500))
+    opened = open_clips(write(tmp_path / "x", {"b.mp3": b"", "c.heic": b""}), MediaOptions())
+    assert opened is not None
+    assert list(surprises(opened)) == [
+        "sounds of formats that are not read are left out: 1 .mp3; convert them, for example to wav"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("files", "said"),
+    [
+        ({"labels.csv": b"x"}, "if a .csv file next to them holds labels, give it by --labels FILE"),
+        ({"metadata.jsonl": b"x", "notes.txt": b"x"}, "if a .jsonl file next to them holds labels"),
+        ({"a.txt": b"x", "b.txt": b"x"}, "if the .txt files next to them hold captions, give --text MODEL"),
+        ({"a.caption": b"x", "b.caption": b"x"}, "if the .caption files next to them hold captions"),
+        ({"readme.txt": b"x"}, None),
+        ({"cat/c.png": encoded(noise(8)), "cat/labels.csv": b""}, None),
+    ],
+)
+def test_files_that_may_hold_labels_or_captions_are_said(
+    tmp_path: Path, files: dict[str, bytes], said: str | None
+) -> None:
+    pictures = {} if "cat/c.png" in files else {"a.png": encoded(noise(8)), "b.png": encoded(noise(8, 1))}
+    expected = [f"the pictures have no classes; {said}"] if said else []
+    found = list(surprises(open_source(write(tmp_path / "x", pictures | files))))
+    assert len(found) == len(expected) and all(map(str.startswith, found, expected))
+
+
+def test_classes_that_may_be_missing_labels_are_said(tmp_path: Path) -> None:
+    pictures = write(tmp_path / "x", {"a.png": encoded(noise(8)), "b.png": encoded(noise(8, 1))})
+    (tmp_path / "l.csv").write_text("a.png,None\nb.png,cat\n")
+    assert list(surprises(open_source(pictures, reading=Reading(labels=tmp_path / "l.csv")))) == [
+        "the class None may stand for a missing label; if so, leave such labels empty"
+    ]
+    folders = write(tmp_path / "y", {"none/a.png": encoded(noise(8)), "cat/b.png": encoded(noise(8))})
+    assert list(surprises(open_source(folders))) == []
+
+
+def test_sides_in_captions_are_said_when_pictures_are_mirrored(tmp_path: Path) -> None:
+    texts = {"a.txt": b"a cat to the LEFT\na cat", "b.txt": b"bright light\nleftover", "c.txt": b"rightmost"}
+    files = {f"{name}.png": encoded(noise(8)) for name in "abc"} | texts
+    source = open_source(write(tmp_path / "x", files), captions=CaptionSource())
+    said = "2 of 5 captions say left or right, which is wrong for the mirrored pictures of --flip; leave it out if that matters"
+    with pytest.warns(UserWarning, match=said) as caught:
+        report_ignored(source, progress=False, flip=True)
+    assert len(caught) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        report_ignored(source, progress=False)

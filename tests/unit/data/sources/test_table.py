@@ -12,6 +12,8 @@ from selftrans.data.sources.open_source import open_source
 from selftrans.data.sources.source import Source
 from tests.support.pictures import encoded, noise, write
 
+PNG = encoded(noise(8))
+
 
 def test_parquet_links_out_of_the_folder_are_refused(tmp_path: Path) -> None:
     arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
@@ -80,6 +82,7 @@ def test_plain_parquet_columns_and_invalid_cells(tmp_path: Path) -> None:
             [1],
         ),  # integers of which one is missing, as pandas stores them
         (["2", "0", "2"], [2, 0, 2], ("0", "1", "2"), []),
+        ([True, None, False], [1, 0, 0], ("False", "True"), [1]),
     ],
 )
 def test_label_column_of_words_and_of_whole_floats(
@@ -147,3 +150,62 @@ def test_columns_that_look_like_labels_are_named(tmp_path: Path, name: str, cell
     parquet.write_table(arrow.table({"image": pictures, name: cells}), tmp_path / "a.parquet")
     with pytest.warns(UserWarning, match=said):
         assert open_source(tmp_path / "a.parquet").classes == ()
+
+
+@pytest.mark.parametrize(
+    ("columns", "said"),
+    [
+        (
+            {"image": [["a"], ["b"]]},
+            "column 'image' of .* holds lists in place of pictures; store the bytes of one picture",
+        ),
+        ({"image": [[1, 2], [3, 4]]}, "column 'image' of .* holds lists in place of pictures"),
+        ({"image": [[PNG], [PNG]]}, "column 'image' of .* holds lists in place of pictures"),
+        (
+            {"image": ["a.png", "b.png"]},
+            "holds text in place of pictures.* give their folder, and the table's labels by --labels",
+        ),
+        ({"image": [1, 2]}, "holds values of type int64 in place of pictures"),
+        ({"label": [1, 2]}, "has no column of pictures, among label; call the one to read `image`"),
+        (
+            {"left": [PNG] * 2, "right": [PNG] * 2},
+            "has several columns of pictures: left, right, among left, right; call the",
+        ),
+        ({"image": [], "label": []}, "cannot be read as parquet \\(it has no rows\\); make or download it again"),
+    ],
+)
+def test_columns_that_are_no_pictures_are_refused_in_one_line(
+    tmp_path: Path, columns: dict[str, list], said: str
+) -> None:
+    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    parquet.write_table(arrow.table(columns), tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match=f"a.parquet {said}|{said}") as error:
+        open_source(tmp_path / "a.parquet")
+    assert "\n" not in str(error.value)
+
+
+def test_the_only_column_with_bytes_holds_the_pictures(tmp_path: Path) -> None:
+    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    pictures = [encoded(noise(8, i)) for i in range(2)]
+    kinds = (
+        arrow.array(pictures),
+        arrow.array(pictures, arrow.large_binary()),
+        arrow.array([{"bytes": p, "path": None} for p in pictures]),
+    )
+    for cells in kinds:
+        parquet.write_table(arrow.table({"content": cells, "label": [1, 0]}), tmp_path / "a.parquet")
+        source = open_source(tmp_path / "a.parquet")
+        assert source.labels.tolist() == [1, 0] and np.array_equal(source.read(1), noise(8, 1))
+
+
+def test_files_with_other_columns_and_damaged_ones_are_named(tmp_path: Path) -> None:
+    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    for name in ("a", "b"):
+        parquet.write_table(arrow.table({"image": [PNG], name: [0]}), tmp_path / f"{name}.parquet")
+    with pytest.raises(
+        ValueError, match=r"a.parquet and 1 more cannot be read as parquet \(its files do not all have the same"
+    ):
+        open_source(tmp_path)
+    (tmp_path / "b.parquet").write_bytes(b"PAR1 no PAR1")
+    with pytest.raises(ValueError, match=r"^\S+b.parquet cannot be read as parquet \(.*\); make or download it again$"):
+        open_source(tmp_path / "b.parquet")

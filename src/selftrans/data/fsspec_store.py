@@ -1,0 +1,94 @@
+"""A folder of any file system of fsspec as a store: `s3`, `gs`, `hf`, `file`, `memory`, ...
+
+The clients of object stores repeat a request by themselves, some without end (redirects in a circle), and some have no limit
+of time: every request here has one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+from selftrans.data.remote import PIECE, TIMEOUT, WANTED, cleaned, http_status
+from selftrans.storage import first_line
+
+#: protocol -> extra of this package that reads it
+EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}
+RANGE = 8 * PIECE  #: bytes of one request
+#: loggers of the clients: they write tracebacks and warnings for each request that fails, also where another attempt succeeds
+LOGGERS = ("fsspec", "s3fs", "aiobotocore", "botocore", "gcsfs", "google", "aiohttp")
+T = TypeVar("T")
+
+
+class FsspecStore:
+    """A folder of a file system of fsspec. ValueError where its protocol is not known or its package is not installed."""
+
+    def __init__(self, url: str) -> None:
+        import fsspec
+
+        protocol = url.partition("://")[0]
+        for (
+            name
+        ) in LOGGERS:  # without a handler Python shows warnings on stderr; those of an application still get them
+            if not logging.getLogger(name).handlers:
+                logging.getLogger(name).addHandler(logging.NullHandler())
+        try:
+            self.system, self.root = fsspec.core.url_to_fs(url)
+        except ImportError as error:
+            extra = EXTRAS.get(protocol)
+            install = f"`pip install -c constraints.txt -e '.[{extra}]'`" if extra else f"({first_line(error)})"
+            raise ValueError(f"{protocol}:// needs a package that is not installed: {install}") from error
+        except Exception as error:  # also of the client, for wrong settings in a configuration file
+            raise ValueError(f"{cleaned(url)} cannot be read ({cleaned(first_line(error))}); {WANTED}") from None
+
+    def read(self, name: str, start: int, end: int) -> bytes:
+        try:
+            found = self._call("cat_file", f"{self.root}/{name}", start=start, end=end)
+        except Exception as error:
+            if http_status(error) == 416:  # a range after the end; stores do so for an empty file
+                return b""
+            raise
+        return bytes(found)[: end - start]
+
+    def download(self, name: str, to: Path, advance: Callable[[int], object]) -> None:
+        with open(to, "r+b") as file:
+            for piece in self._pieces(name):
+                file.write(piece)
+                advance(len(piece))
+
+    def _pieces(self, name: str) -> Iterator[bytes]:
+        """The content of a file. ConnectionError where it has become shorter."""
+        path = f"{self.root}/{name}"
+        if not self.system.async_impl:
+            with self.system.open(path, "rb", block_size=RANGE) as source:
+                while piece := source.read(PIECE):
+                    yield piece
+            return
+        size = int(self._call("info", path)["size"])
+        for start in range(0, size, RANGE):
+            piece = self.read(name, start, min(start + RANGE, size))
+            if len(piece) < min(RANGE, size - start):
+                raise ConnectionError(f"{size - start - len(piece)} bytes are missing at its end")
+            yield piece
+
+    def _call(self, name: str, *args: object, **options: object) -> Any:
+        """A method of the file system; of an asynchronous one at most TIMEOUT seconds, whatever its client repeats."""
+        if not self.system.async_impl:
+            return getattr(self.system, name)(*args, **options)
+        from fsspec.asyn import sync
+
+        method = getattr(self.system, f"_{name}")
+        return sync(self.system.loop, _in_time, lambda: method(*args, **options), TIMEOUT)
+
+
+async def _in_time(work: Callable[[], Awaitable[T]], seconds: float) -> T:
+    limit = asyncio.timeout(seconds)
+    try:
+        async with limit:
+            return await work()
+    except TimeoutError as error:  # fsspec replaces it by one without a message
+        reason = f"not done within {seconds:g} seconds" if limit.expired() else first_line(error)
+        raise ConnectionError(reason) from error

@@ -1,0 +1,110 @@
+"""Parts of a shard at a URL without the rest of it: its small tensors, and single rows.
+
+What is read here has no sha256: labels are compared with the shards when these are opened; single rows are only shown, or
+condition previews.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Collection
+from functools import cached_property, partial
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from selftrans.data.manifest import Manifest, Shard
+from selftrans.data.remote import Store, retried
+from selftrans.data.shard_file import DTYPES, numpy_dtype
+from selftrans.storage import first_line
+
+HEADER = 1 << 16  #: bytes that are read for the header of a shard; it has fewer
+
+
+class Start(NamedTuple):
+    """The first bytes of a shard, and where its tensors are."""
+
+    content: bytes
+    spans: dict[str, tuple[int, int]]  #: name -> first byte of the tensor, and the one after its last
+
+
+def start_of(url: str, store: Store, manifest: Manifest, shard: Shard, names: Collection[str], size: int) -> Start:
+    """The first `size` bytes of a shard, HEADER at least. ValueError where the file is not what the manifest says."""
+    size = max(size, HEADER)
+    content = retried(lambda: store.read(shard.file, 0, size), f"{url}/{shard.file}")
+    try:
+        length = int.from_bytes(content[:8], "little")
+        if not 2 <= length <= size - 8:
+            raise ValueError("its header is not that of a safetensors file")
+        header = json.loads(content[8 : 8 + length])
+        spans = {}
+        for name in names:
+            dtype, row = manifest.layout[name]
+            begin, end = map(int, header[name]["data_offsets"])
+            expected = shard.count * math.prod(row) * numpy_dtype(dtype).itemsize
+            if header[name]["dtype"] != DTYPES[dtype] or end - begin != expected or begin < 0:
+                raise ValueError(f"its {name} are not {(shard.count, *row)} of {DTYPES[dtype]}")
+            spans[name] = begin + 8 + length, end + 8 + length
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        raise _unusable(url, shard, error) from error
+    return Start(content, spans)
+
+
+def small_tensors(url: str, store: Store, manifest: Manifest, shard: Shard, names: list[str]) -> dict[str, np.ndarray]:
+    """Small tensors of a shard; they are at its start, if `prepare` has written it. ValueError as `start_of`."""
+    start = start_of(url, store, manifest, shard, names, HEADER + sum(8 * shard.count for _ in names))
+    found = {}
+    for name, (begin, end) in start.spans.items():
+        content = start.content[begin:end]
+        if end > len(start.content):
+            content = retried(partial(store.read, shard.file, begin, end), f"{url}/{shard.file}")
+        if len(content) < end - begin:
+            raise _unusable(url, shard, "it is cut off")
+        found[name] = np.frombuffer(content, dtype=numpy_dtype(manifest.layout[name][0])).copy()
+    return found
+
+
+class RemoteShard:
+    """A shard whose rows are read one by one, and kept: for a few rows that are far apart."""
+
+    def __init__(self, url: str, store: Store, manifest: Manifest, shard: Shard) -> None:
+        self.url, self.store, self.manifest, self.shard = url, store, manifest, shard
+        self._kept: dict[tuple[int, int], bytes] = {}  #: first byte and the one after the last -> content
+
+    @cached_property
+    def spans(self) -> dict[str, tuple[int, int]]:
+        """Where its tensors are."""
+        return start_of(self.url, self.store, self.manifest, self.shard, self.manifest.layout, HEADER).spans
+
+    def content(self, begin: int, end: int) -> bytes:
+        """These bytes of the file. ValueError where they cannot be read."""
+        if (begin, end) not in self._kept:
+            read = partial(self.store.read, self.shard.file, begin, end)
+            found = retried(read, f"{self.url}/{self.shard.file}")
+            if len(found) < end - begin:
+                raise _unusable(self.url, self.shard, "it is cut off")
+            self._kept[begin, end] = found
+        return self._kept[begin, end]
+
+
+class RemoteRows:
+    """A tensor of such a shard, which takes rows (N,), or rows and which entry of each."""
+
+    def __init__(self, shard: RemoteShard, name: str) -> None:
+        self.shard, self.name = shard, name
+
+    def __getitem__(self, at: Any) -> np.ndarray:
+        dtype, shape = self.shard.manifest.layout[self.name]
+        rows, entries = at if isinstance(at, tuple) else (at, None)
+        size = math.prod(shape) * numpy_dtype(dtype).itemsize
+        starts = self.shard.spans[self.name][0] + size * np.asarray(rows, dtype=np.int64)
+        if entries is not None:
+            size, shape = size // shape[0], shape[1:]
+            starts = starts + size * np.asarray(entries, dtype=np.int64)
+        content = b"".join(self.shard.content(start, start + size) for start in starts.tolist())
+        return np.frombuffer(content, dtype=numpy_dtype(dtype)).reshape(len(starts), *shape)
+
+
+def _unusable(url: str, shard: Shard, why: object) -> ValueError:
+    return ValueError(f"{url}/{shard.file} cannot be used ({first_line(why)}); copy the folder there again")

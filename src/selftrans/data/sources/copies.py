@@ -1,0 +1,72 @@
+"""Exact copies among samples, found by a hash of what was decoded: how many there are, and how many have another label."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from selftrans.storage import plural, printable
+
+MOST = 1 << 24  #: samples that are compared; their hashes take 8 bytes each
+
+
+class Copied(NamedTuple):
+    """What was found among samples."""
+
+    compared: int
+    copies: int = 0  #: samples that equal an earlier one
+    relabelled: int = 0  #: of these, those whose label is not that of the first
+    example: tuple[str, str] | None = None  #: names of a copy, one with another label if there is any, and of the first
+
+
+class Copies:
+    """Hashes of decoded samples, by their position; filled from any thread."""
+
+    def __init__(self, count: int) -> None:
+        self._hashes = np.zeros(min(count, MOST), dtype=np.uint64)  #: 0: not decoded
+
+    def add(self, positions: Iterable[int], arrays: Iterable[np.ndarray]) -> None:
+        """Take samples that were decoded."""
+        for i, array in zip(positions, arrays, strict=True):
+            if i < len(self._hashes):
+                digest = hashlib.blake2b(np.ascontiguousarray(array).data, digest_size=8).digest()
+                self._hashes[i] = max(1, int.from_bytes(digest, "little"))
+
+    def found(self, labels: np.ndarray, name: Callable[[int], str]) -> Copied:
+        """What was found among the samples that were added; `labels` and `name` are those of all positions."""
+        at = np.flatnonzero(self._hashes)
+        order = at[np.argsort(self._hashes[at], kind="stable")]  # copies follow each other, in their order
+        values = self._hashes[order]
+        copy = np.concatenate([np.zeros(min(1, len(at)), dtype=bool), values[1:] == values[:-1]])
+        if not copy.any():
+            return Copied(len(at))
+        first = order[np.maximum.accumulate(np.where(copy, 0, np.arange(len(order))))]
+        other = copy & (labels[order] != labels[first])
+        k = min(np.flatnonzero(other if other.any() else copy), key=lambda k: order[k])
+        example = name(int(order[k])), name(int(first[k]))
+        return Copied(len(at), int(copy.sum()), int(other.sum()), example)
+
+
+def copies_in_words(parts: Sequence[Copied], noun: str) -> str:
+    """One sentence on what was found among several parts of the data; empty when there are no copies."""
+    compared, copies = sum(part.compared for part in parts), sum(part.copies for part in parts)
+    relabelled = sum(part.relabelled for part in parts)
+    example = next((part.example for part in parts if part.relabelled), None) or next(
+        (part.example for part in parts if part.example), None
+    )
+    if example is None:
+        return ""
+    copy, first = map(printable, example)
+    said = (
+        "is, as stored, an exact copy of an earlier one"
+        if copies == 1
+        else "are, as stored, exact copies of earlier ones"
+    )
+    said = f"{copies:,} of {plural(compared, noun)} {said}"
+    if relabelled:
+        have = "has" if relabelled == 1 else "have"
+        return f"{said}, and {relabelled:,} of these {have} another label, such as {copy} ({first}); keep one of each"
+    return f"{said}, such as {copy} ({first}); copies count several times"

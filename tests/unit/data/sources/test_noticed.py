@@ -1,0 +1,39 @@
+"""What is noticed while pictures are decoded is counted, and said once with an example."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from selftrans.data.prepare import prepare
+from selftrans.data.sources.open_source import open_source
+from tests.support.pictures import encoded, noise, write
+
+
+@pytest.mark.parametrize(
+    ("shape", "enlarged"), [((8, 8), True), ((16, 16), False), ((99, 15), True), ((1, 4000), True), ((99, 16), False)]
+)
+def test_pictures_with_fewer_pixels_than_asked_for_are_said(
+    tmp_path: Path, shape: tuple[int, int], enlarged: bool
+) -> None:
+    files = {"a.png": encoded(np.zeros((*shape, 3), np.uint8)), "b.png": encoded(noise(32))}
+    source = open_source(write(tmp_path / "x", files), resolution=16)
+    assert source.read(0).shape == source.read(1).shape == (16, 16, 3)
+    size = f"{shape[0]}x{shape[1]} to 16x16"
+    assert source.noticed.sentences() == (
+        [f"1 picture is smaller than the size asked for and is enlarged, such as a.png ({size})"] if enlarged else []
+    )
+
+
+def test_prepare_says_enlarged_pictures_once(tmp_path: Path) -> None:
+    source = write(tmp_path / "x", {f"{k}.png": encoded(noise(8, k)) for k in range(3)})
+    said = "3 pictures are smaller than the size asked for and are enlarged, such as [012].png"
+    with pytest.warns(UserWarning, match=said) as caught:
+        prepare(source, tmp_path / "data", resolution=(8, 9), batch_size=3, progress=False)
+    assert len(caught) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        prepare(source, tmp_path / "same", progress=False)

@@ -1,0 +1,57 @@
+"""Single rows of data at a URL are those of the folder, and no shard is fetched for them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from selftrans.data.buckets import open_data
+from selftrans.data.dataset import Dataset
+from selftrans.data.manifest import Manifest
+from selftrans.data.remote import store_of
+from selftrans.data.remote_rows import RemoteRows, RemoteShard
+from selftrans.data.shard_cache import CacheOptions
+from selftrans.data.shard_file import open_tensors
+from selftrans.sampling.conditioning import CaptionConditioning
+from tests.support import captioned
+from tests.support.served import serving
+
+
+@pytest.mark.parametrize(("ranges", "store"), [(True, "tokens"), (False, "ids")])
+def test_prompts_do_not_depend_on_the_cache_and_fetch_no_shard(tmp_path: Path, ranges: bool, store: str) -> None:
+    folder, found = captioned.prepared(tmp_path, shard_size=3, store=store), []
+    with serving(folder, ranges=ranges) as server:
+        small = open_data(server.url, cache=CacheOptions(str(tmp_path / "cache"), 1e-6))
+        for data in (Dataset.open(folder), small):
+            data.ready("cpu")
+            conditioning = CaptionConditioning(data.scattered, rows=data.prompt_rows[:6])
+            found.append((data.prompts, conditioning.texts(np.arange(8)), conditioning.of(np.arange(8))))
+        assert not list((tmp_path / "cache").glob("*.safetensors"))
+        again = open_data(server.url, cache=CacheOptions(str(tmp_path / "cache"), 1e-6)).scattered
+        (folder / "shard-00000.safetensors").write_bytes(bytes(100))
+        with pytest.raises(
+            ValueError, match=r"shard-00000.safetensors cannot be used \(its header .*\); copy the folder"
+        ):
+            again.captions(np.array([0]))
+    (prompts, texts, (cond, rows)), (own_prompts, own_texts, (own, own_rows)) = found
+    assert own_prompts == prompts and len(prompts) == 8 and own_texts == texts and np.array_equal(own_rows, rows)
+    assert all(torch.equal(own[name], tensor) for name, tensor in cond.items())
+
+
+def test_rows_and_entries_are_those_of_the_file_and_are_read_once() -> None:
+    folder = captioned.shared()
+    manifest = Manifest.load(folder)
+    stored = open_tensors(folder / manifest.shards[0].file, manifest.layout, manifest.count)
+    rows, entries = np.array([9, 0, 9]), np.array([0, 2, 1])
+    with serving(folder) as server:
+        shard = RemoteShard(server.url, store_of(server.url), manifest, manifest.shards[0])
+        for name, tensor in stored.items():
+            assert np.array_equal(RemoteRows(shard, name)[rows], tensor[rows])
+        assert np.array_equal(RemoteRows(shard, "text")[rows, entries], stored["text"][rows, entries])
+        count = len(server.asked)
+        assert count == 1 + 2 * len(stored) + 3, "the header once, each row and each entry once"
+        assert np.array_equal(RemoteRows(shard, "text")[rows, entries], stored["text"][rows, entries])
+        assert len(server.asked) == count
