@@ -111,8 +111,8 @@ def test_metadata_has_the_dependencies_of_pyproject(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as file:
         about = HeaderParser().parsestr(file.read(f"{INFO}/METADATA").decode())
     needed = [Requirement(line) for line in about.get_all("Requires-Dist", [])]
-    plain = {str(each) for each in needed if not each.marker or "extra" not in str(each.marker)}
-    assert plain == {str(Requirement(line)) for line in PROJECT["dependencies"]}
+    plain = {each for each in needed if not each.marker or "extra" not in str(each.marker)}
+    assert plain == {Requirement(line) for line in PROJECT["dependencies"]}
     assert {*about.get_all("Provides-Extra", [])} == {*PROJECT["optional-dependencies"]}
     assert (about["Name"], about["Version"]) == ("selftrans", PROJECT["version"])
     assert about["Requires-Python"] == PROJECT["requires-python"]
