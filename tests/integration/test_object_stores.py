@@ -193,15 +193,17 @@ def test_s3_without_credentials(s3: Faults, tmp_path: Path, monkeypatch: pytest.
     assert "(Unable to locate credentials); credentials come from" in refused(f"s3://bucket/{PREFIX}", tmp_path)
 
 
-def test_public_s3_bucket_by_the_configuration_of_fsspec(
-    s3: Faults, s3_server: tuple[str, Faults], folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_private_s3_bucket_read_anonymously_by_the_configuration_of_fsspec(
+    s3: Faults, s3_server: tuple[str, Faults], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import fsspec.config
 
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_ENDPOINT_URL"):
         monkeypatch.delenv(name)
     monkeypatch.setitem(fsspec.config.conf, "s3", {"anon": True, "endpoint_url": s3_server[0]})
-    same_as(folder, opened(f"s3://bucket/{PREFIX}", tmp_path))
+    assert "manifest.json cannot be read (Forbidden); credentials come from" in refused(
+        f"s3://bucket/{PREFIX}", tmp_path
+    )
 
 
 def test_s3_object_that_changed_after_the_manifest(s3: Faults, tmp_path: Path, folder: Path) -> None:
