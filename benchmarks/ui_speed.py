@@ -112,7 +112,8 @@ def log_line(stage: str, step: int) -> str:
 def processor_time(pid: int) -> float | None:
     """Seconds of processor time of all threads that a process has; None where the system does not say."""
     try:
-        return sum(int(file.read_text().split()[0]) for file in Path(f"/proc/{pid}/task").glob("*/schedstat")) / 1e9
+        of_threads = [int(file.read_text().split()[0]) for file in Path(f"/proc/{pid}/task").glob("*/schedstat")]
+        return sum(of_threads) / 1e9 if of_threads else None
     except (OSError, ValueError, IndexError):
         return None
 
@@ -152,6 +153,7 @@ class Client:
     def ask(self, kind: str, state: str, path: str) -> bytes:
         """The content, compressed if the server does that; none if it is what was sent before. ValueError for an error."""
         headers = {"Accept-Encoding": "gzip"} | ({"If-None-Match": self._tags[path]} if path in self._tags else {})
+        self._connection.close()  # the server closes those that were idle for long
         before, began = processor_time(self._pid), time.perf_counter()
         self._connection.request("GET", path, headers=headers)
         answer = self._connection.getresponse()
@@ -167,6 +169,7 @@ class Client:
 
     def plain(self, path: str) -> Any:
         """The json of an answer that is not noted."""
+        self._connection.close()
         self._connection.request("GET", path)
         return json.loads(self._connection.getresponse().read())
 

@@ -90,6 +90,7 @@ def place(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> type[NoPip]:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(ranges, "Place", NoPip)
     monkeypatch.setattr(NoPip, "asked", [])
+    monkeypatch.setattr(ranges, "SPACE", {False: 0, True: 0})
     return NoPip
 
 
@@ -107,8 +108,10 @@ def test_lowest_end_pins_what_pyproject_names(place: type[NoPip], capsys: pytest
     assert "  torch==1.0\n" in said and "CUDA" not in said and "15 files and folders of tests ended with 3 in " in said
 
 
-def test_newest_end_pins_nothing_and_names_cuda(place: type[NoPip], capsys: pytest.CaptureFixture[str]) -> None:
-    place.names = ("torch", "nvidia-cublas", "triton")
+def test_newest_end_pins_nothing_and_names_cuda(
+    place: type[NoPip], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(place, "names", ("torch", "nvidia-cublas", "triton"))
     assert ranges.main(["newest", "--install-only"]) == 0
     assert Path("ranges/pins.txt").read_text() == ""
     assert "2 CUDA libraries among them: gigabytes" in capsys.readouterr().out

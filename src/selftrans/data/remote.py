@@ -182,8 +182,9 @@ def http_status(error: BaseException) -> int | None:
         metadata.get("HTTPStatusCode"),
         getattr(answer, "status_code", None),
     ):
-        if str(value).isdigit() and 100 <= int(value) < 600:  # type: ignore[arg-type]
-            return int(value)  # type: ignore[arg-type]
+        text = str(value)
+        if text.isdigit() and 100 <= int(text) < 600:
+            return int(text)
     return None
 
 

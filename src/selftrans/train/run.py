@@ -271,7 +271,8 @@ def put_together(config: RunConfig, stage: Stage, manifest: Manifest, given: Any
         student, model = (config.build_model(manifest.shape, manifest.conditions) for _ in range(2))
         if stage.teacher and given is None:
             given = Frozen(model, stage.teacher.block(model.depth), in_place=True)
-        return Objective(student, stage.guide(student, given))
+        objective = Objective(student, stage.guide(student, given))
+    return objective
 
 
 def _stages(config: RunConfig) -> list[Stage]:
