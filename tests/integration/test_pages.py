@@ -18,6 +18,7 @@ from selftrans.cli.main import main, parse_command
 from selftrans.cli.parse import UsageError
 from selftrans.config import to_json
 from selftrans.data.prepare import BUILT_IN
+from selftrans.experiments.compare import for_method
 from selftrans.experiments.quickstart import quickstart
 from selftrans.recipes.digits import digits
 from tests.support import page_inputs
@@ -182,16 +183,23 @@ def test_quickstart_writes_a_self_contained_page(there: Pages, capsys: pytest.Ca
     assert alone["total_tflops"] >= taught["total_tflops"] > alone["total_tflops"] * (1 - 1 / alone["student_steps"])
 
 
-def test_quickstart_of_an_earlier_version_is_kept(tmp_path: Path) -> None:
-    """Its teacher had all steps of stage 1; another one cannot continue its stage 2."""
-    run = tmp_path / "self_transcendence-seed0"
-    run.mkdir()
-    (run / "config.json").write_text(to_json(digits().override({"stage1.steps": 1000})))
-    with pytest.raises(
-        ValueError, match="holds a quickstart with a teacher of 1000 steps, not 400; give another --out"
-    ):
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("self_transcendence", {"stage1.steps": 1000}, "with stage1.steps 1000, now 400; remove that folder"),
+        ("self_transcendence", {"train.lr": 1e-3}, "with train.lr 0.001, now 0.008; remove that folder"),
+        ("vanilla", {"train.steps": 2200}, "with train.steps 2200, now 1513; remove that folder"),
+        ("vanilla", "{", r"config.json cannot be read \(.*\); remove "),
+    ],
+)
+def test_quickstart_of_other_settings_is_kept(name: str, text: Any, message: str, tmp_path: Path) -> None:
+    file = tmp_path / f"{name}-seed0" / "config.json"
+    file.parent.mkdir()
+    file.write_text(text if isinstance(text, str) else to_json(for_method(digits(), name).override(text)))
+    before = file.read_text()
+    with pytest.raises(ValueError, match=message):
         quickstart(tmp_path)
-    assert [*tmp_path.iterdir()] == [run]
+    assert file.read_text() == before and not list(tmp_path.glob("*/run.json"))
 
 
 def test_quickstart_page_in_a_browser(there: Pages, capsys: pytest.CaptureFixture, browser: Any) -> None:  # noqa: F811

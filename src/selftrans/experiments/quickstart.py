@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ import numpy as np
 
 from selftrans.checkpoints import format as checkpoint
 from selftrans.checkpoints.load import load_model
-from selftrans.config import RunConfig, from_json
+from selftrans.config import RunConfig, to_json
 from selftrans.data.dataset import Dataset
 from selftrans.data.decoded import decode_images, latents_of
 from selftrans.data.prepare import prepare_digits
@@ -37,7 +37,7 @@ from selftrans.methods.registry import stages
 from selftrans.methods.self_transcendence import SELF_TRANSCENDENCE, STRUCTURE, Stage1
 from selftrans.methods.vanilla import VANILLA
 from selftrans.recipes.digits import digits
-from selftrans.storage import lock_file, write_json, write_text
+from selftrans.storage import first_line, lock_file, printable, write_json, write_text
 from selftrans.train.flops import stage_flops
 from selftrans.train.run import put_together
 
@@ -46,6 +46,8 @@ METHODS = {spec.name: spec.title for spec in (VANILLA, STRUCTURE, SELF_TRANSCEND
 IMAGES = 1000  #: samples for each distance
 SHOWN = 42  #: samples in the report, per method
 MAPPED = 8  #: digits whose features are shown as PCA maps
+#: settings that are those of one run
+OWN = {"train.seed", "train.checkpoint_every", "train.keep", "train.preview_every", "stage2.teacher"}
 TAUGHT = 2  #: intervals of stage 1 that train the teacher: two fifths of the steps
 
 
@@ -72,15 +74,15 @@ def quickstart(
     every = interval(config.train.steps)
     # the teacher is a checkpoint of stage 1 alone, which is trained on for its own row of the table
     config = config.override({"stage1.steps": min(TAUGHT * every, config.train.steps)})
-    check_earlier(out, config, seeds)
     with lock_file(out / ".lock"):
         dataset = prepare_digits(out / "data")
         config = config.override({"data.path": str(out / "data")})
-        classifier = out / "digits-classifier.safetensors"
-        load_extractor("digits", weights=classifier)  # trained once, before the workers load it
         variants = {name: for_method(config, name) for name in METHODS}
         longer = equal_compute(variants[VANILLA.name], variants[SELF_TRANSCENDENCE.name], dataset)
         variants[VANILLA.name] = variants[VANILLA.name].override({"train.steps": longer})
+        check_earlier(out, variants, seeds)
+        classifier = out / "digits-classifier.safetensors"
+        load_extractor("digits", weights=classifier)  # trained once, before the workers load it
         chosen = Comparison(config, variants, tuple(seeds), out, images, "digits", str(classifier), every=every)
         results = compare(chosen, workers=workers)
         summary = summarise(chosen, results)
@@ -91,17 +93,32 @@ def quickstart(
     return summary
 
 
-def check_earlier(out: Path, config: RunConfig, seeds: Sequence[int]) -> None:
-    """ValueError if the folder holds runs with another teacher: of an earlier version, or with other steps."""
-    steps = config.section(Stage1).steps
-    for file in (out / f"{SELF_TRANSCENDENCE.name}-seed{seed}" / "config.json" for seed in seeds):
-        held = (
-            from_json(file.read_text(encoding="utf-8"), lenient=True).section(Stage1).steps if file.exists() else steps
-        )
-        if held != steps:
+def check_earlier(out: Path, variants: Mapping[str, RunConfig], seeds: Sequence[int]) -> None:
+    """ValueError if the folder holds runs with other settings: of an earlier version, or with other steps."""
+    for file, config in (
+        (out / f"{name}-seed{seed}" / "config.json", variants[name]) for name in variants for seed in seeds
+    ):
+        if not file.exists():
+            continue
+        try:
+            held = _settings(json.loads(file.read_text(encoding="utf-8")))
+        except (OSError, ValueError, AttributeError, RecursionError) as error:
             raise ValueError(
-                f"{out} holds a quickstart with a teacher of {held} steps, not {steps}; give another --out"
-            )
+                f"{file} cannot be read ({first_line(error)}); remove {out}, or give another --out"
+            ) from None
+        for setting, value in _settings(json.loads(to_json(config))).items():
+            if held.get(setting, value) != value:
+                other = f"{setting} {printable(str(held[setting]))}, now {value}"
+                raise ValueError(f"{out} holds a quickstart with {other}; remove that folder, or give another --out")
+
+
+def _settings(plain: dict[str, Any]) -> dict[str, Any]:
+    """Dotted settings of a configuration in json that all runs of a method share."""
+    sections = {
+        key: section for key, section in plain.items() if isinstance(section, dict) and key not in ("data", "log")
+    }
+    flat = {f"{key}.{name}": value for key, section in sections.items() for name, value in section.items()}
+    return {name: value for name, value in flat.items() if name not in OWN}
 
 
 def equal_compute(config: RunConfig, other: RunConfig, dataset: Dataset) -> int:

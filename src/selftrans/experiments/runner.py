@@ -210,6 +210,9 @@ def _in_workers(comparison: Comparison, workers: int, threads: int, bar: Any) ->
                         spent[job].measuring += found[1]
         except BaseException:
             pool.shutdown(cancel_futures=True)  # running jobs write a checkpoint and end; no other job starts
+            for future, (job, folder) in running.items():  # what was measured meanwhile is kept
+                if folder is not None and not future.cancelled() and future.exception() is None:
+                    curves[job].add(folder, future.result()[0])
             raise
     reports = {job: json.loads((comparison.run(job) / "run.json").read_text()) for job in lengths}
     return {job: (reports[job] | {"spent": vars(spent[job])}, curves[job].points) for job in lengths}

@@ -24,6 +24,9 @@ RECENT = 90.0  #: seconds without a new line after which a run has stopped, unle
 PICTURE_BYTES = 64 << 20  #: of the largest preview that is shown
 STEP_PNG = re.compile(r"step-(\d{1,12})\.png")
 
+#: what two measured points must share to belong to one curve, see `Measurement.identity`
+IDENTITY = ("sampler", "images", "extractor_sha256", "block", "metric")
+
 
 class RunState:
     """A run and what was read of it; keep it, so that only what has changed is read again."""
@@ -251,10 +254,15 @@ class RunState:
         return file.path
 
     def measured(self) -> list[dict[str, Any]]:
-        """Measured points, oldest first: those of measured.json that have a step and a distance."""
+        """Measured points, oldest first: those of measured.json that have a step and a distance.
+
+        While a run is measured again in another way, the file also has points of that way, first: they are left out until
+        all are there.
+        """
         found, _ = self.files.read(self.place / "measured.json", list)
         kept = [each for each in found or [] if isinstance(each, dict)]
         kept = [p for p in kept if number(p.get("step")) is not None and number(p.get("distance")) is not None]
+        kept = [p for p in kept if all(p.get(key) == kept[-1].get(key) for key in IDENTITY)]
         return [plain(point) for point in sorted(kept, key=lambda point: float(point["step"]))]
 
 

@@ -14,10 +14,8 @@ from selftrans.sections import OWN, TAKEN
 from selftrans.storage import first_line, printable
 from selftrans.ui.contained import Contained, JsonFiles, number, plain
 from selftrans.ui.found_runs import TABLES, Found
-from selftrans.ui.run_state import RunState
+from selftrans.ui.run_state import IDENTITY, RunState
 
-#: what two measured points must share, see `Measurement.identity`
-IDENTITY = ("sampler", "images", "extractor_sha256", "block", "metric")
 SEEDED = re.compile(r"(.+)-seed(\d{1,9})")
 #: what a column of the table depends on, besides what all of them do
 COLUMNS = {

@@ -137,3 +137,11 @@ def test_points_that_are_no_points_are_left_out(tmp_path):
     wrong = [None, {}, copy.deepcopy(points[0]) | {"distance": None}, points[0] | {"step": "x"}]
     (one.place.path / "measured.json").write_text(json.dumps(points + wrong))
     assert [point["step"] for point in one.measured()] == [10]
+
+
+def test_points_of_another_way_of_measuring_are_left_out_until_all_are_there(tmp_path):
+    state = measured(tmp_path, "a-seed0", [4.0, 2.0])
+    file = tmp_path / "a-seed0" / "measured.json"
+    old = json.loads(file.read_text())
+    file.write_text(json.dumps([old[0] | {"images": 7, "distance": 9.0}, *old]))
+    assert [point["distance"] for point in state.measured()] == [4.0, 2.0]
