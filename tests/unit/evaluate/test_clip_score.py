@@ -72,7 +72,7 @@ def test_unusable_input_is_refused(folder, tmp_path):
         list(scorer.observe(iter([pictures]), PROMPTS[:2]))
     with pytest.raises(ValueError, match=r"is for pictures, these are arrays of \(2, 8\); leave out --clip"):
         list(scorer.observe(iter([np.zeros((1, 2, 8), np.float32)]), PROMPTS))
-    with pytest.warns(UserWarning, match="1 of 2 prompts are longer than 12 tokens and cut off"):
+    with pytest.warns(UserWarning, match="1 of 2 prompts is longer than 12 tokens and cut off"):
         list(scorer.observe(iter([pictures[:2]]), ["a " * 30, "red"]))
     with pytest.raises(ValueError, match=r"cannot be loaded .* give a CLIPModel of transformers"):
         ClipScorer(str(tmp_path / "missing"))
