@@ -225,13 +225,13 @@ class Analyse(Command):
 class Quickstart(Command):
     """The method on real digits in minutes: vanilla, stage 1 and stage 2 at equal student steps and at equal compute.
 
-    Writes a page with the outcome in one sentence, a figure and a table. One seed takes four to five minutes of two cores.
+    Writes a page with the outcome in one sentence, a figure and a table. One seed takes about four minutes of two cores.
     """
 
     out: Path = Path("quickstart")
     """directory for the runs and report.html"""
     steps: int | None = None
-    """student steps of each method; None: as the recipe digits says. Vanilla goes on to the compute of both stages"""
+    """student steps of each method; None: 800. Vanilla goes on to the compute of both stages"""
     seeds: tuple[int, ...] = (0,)
     """one run of each method for each"""
     images: int = 1000

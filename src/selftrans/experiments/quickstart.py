@@ -43,6 +43,7 @@ from selftrans.train.run import put_together
 
 #: name of the method -> its title in the report; stage 1 precedes stage 2, which it teaches
 METHODS = {spec.name: spec.title for spec in (VANILLA, STRUCTURE, SELF_TRANSCENDENCE)}
+STEPS = 800  #: of each student, four fifths of the recipe's: all in less than four minutes of two cores
 IMAGES = 1000  #: samples for each distance
 SHOWN = 42  #: samples in the report, per method
 MAPPED = 8  #: digits whose features are shown as PCA maps
@@ -68,9 +69,7 @@ def quickstart(
     if not seeds or len(set(seeds)) < len(seeds) or images < 2:
         raise ValueError("the quickstart needs seeds that differ from each other, and at least two images")
     started = time.perf_counter()
-    config = digits()
-    if steps is not None:
-        config = config.override({"train.steps": steps}).check()
+    config = digits().override({"train.steps": STEPS if steps is None else steps}).check()
     every = interval(config.train.steps)
     # the teacher is a checkpoint of stage 1 alone, which is trained on for its own row of the table
     config = config.override({"stage1.steps": min(TAUGHT * every, config.train.steps)})
