@@ -213,7 +213,7 @@ def retried(work: Callable[[], T], what: str) -> T:
             if final or attempt == ATTEMPTS - 1:
                 tried = "" if final else f", {attempt + 1} attempts"
                 local = getattr(error, "filename", None)
-                if isinstance(local, str) and os.path.isabs(local) and not shown.startswith(("file:", "local:")):
+                if isinstance(local, str | Path) and os.path.isabs(local) and not shown.startswith(("file:", "local:")):
                     raise ValueError(
                         f"{printable(local)} cannot be used ({_strerror(error)}) for {shown}; make it writable, or choose "
                         "another --data.cache-dir"

@@ -145,12 +145,12 @@ class Scattered(Dataset):
         shards, tensors = np.unique(shard_of).tolist(), self._tensors[name]
         with ThreadPoolExecutor(AT_A_TIME) as pool:
             list(pool.map(lambda k: self._parts[k].spans, shards))  # their headers
-            jobs = []
+            jobs: list[tuple[int, list[tuple[int, int]]]] = []
             for k in shards:
                 at = np.flatnonzero(shard_of == k)
                 local = rows[at] - self._starts[k]
                 entries = which is not None and name in (TEXT, IDS, MASK)
-                spans = tensors[k].spans((local, which[at]) if entries else local)  # type: ignore[index,attr-defined]
+                spans = tensors[k].spans((local, which[at]) if entries else local)  # type: ignore[index]
                 jobs += [(k, [span]) for span in set(spans)] if self._store.ranges else [(k, spans)]
             list(pool.map(lambda job: self._parts[job[0]].fetch(job[1]), jobs))
         return super()._gather(name, rows, which)

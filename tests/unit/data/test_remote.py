@@ -159,11 +159,15 @@ def test_answer_of_a_gateway_is_asked_for_again(parse: Callable[[], object], mon
 
 @pytest.mark.parametrize(("kind", "code"), [(PermissionError, errno.EACCES), (FileNotFoundError, errno.ENOENT)])
 def test_error_of_the_cache_names_its_file(kind: type[OSError], code: int) -> None:
-    def work() -> None:
-        raise kind(code, "not there", "/cache/a")
+    for path in ("/cache/a", Path("/cache/a")):
 
-    with pytest.raises(ValueError, match=r"^/cache/a cannot be used \(not there\) for s3://b/a; .*--data.cache-dir$"):
-        retried(work, "s3://b/a")
+        def work(path: str | Path = path) -> None:
+            raise kind(code, "not there", path)
+
+        with pytest.raises(
+            ValueError, match=r"^/cache/a cannot be used \(not there\) for s3://b/a; .*--data.cache-dir$"
+        ):
+            retried(work, "s3://b/a")
 
 
 class Answer(io.BytesIO):
