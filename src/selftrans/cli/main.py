@@ -23,6 +23,8 @@ from selftrans.suggest import closest, did_you_mean
 
 DONE, FAILED, WRONG_ARGUMENTS, INTERRUPTED = 0, 1, 2, 130  #: exit statuses; EXIT_RESUME (75): stopped with a checkpoint
 
+TEXTS = ("prompts",)  #: options whose values are sentences
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command of `argv` (None: of the process) and return the exit status. Errors of users are one line on stderr."""
@@ -73,13 +75,14 @@ def parse_command(words: Sequence[str]) -> Any:
 
 def _refuse_secrets(words: Sequence[str]) -> None:
     """ValueError for a URL with a password or a signature, also where no URL is expected: errors repeat what was given."""
+    option = ""
     for word in words:
-        value = word.partition("=")[2] if word.startswith("-") else word
-        if "://" in value.partition(" ")[0]:
-            from selftrans.data.remote import is_url, refuse_secrets
+        if word.startswith("-"):
+            option = word.partition("=")[0].rpartition(".")[2].lstrip("-")
+        if "://" in word and option not in TEXTS:
+            from selftrans.data.remote import refuse_secrets
 
-            if is_url(value):
-                refuse_secrets(value)
+            refuse_secrets(word, queries=not any(map(str.isspace, word)))  # a sentence may name the address of a page
 
 
 def _answer(words: Sequence[str]) -> None:

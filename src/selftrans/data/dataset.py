@@ -232,11 +232,12 @@ class Dataset:
         if self.counts is None:
             return {}
         rows = self.some_rows(16 * PROMPTS)  # enough, if many captions are the same
-        found: dict[str, int] = {}
+        found, sizes = dict[str, int](), [-1, -1]  # sizes: those of `found` after each chunk
         for some in np.array_split(rows, range(PROMPTS, len(rows), PROMPTS)):
             for row, of_row in zip(some.tolist(), self.scattered.captions(some), strict=True):
                 found.setdefault(of_row[0], row)
-            if len(found) >= PROMPTS:
+            sizes.append(len(found))
+            if sizes[-1] >= PROMPTS or sizes[-1] == sizes[-3]:
                 break
         return dict(islice(found.items(), PROMPTS))
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,6 +18,7 @@ from selftrans.storage import first_line
 #: protocol -> extra of this package that reads it
 EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}
 RANGE = 8 * PIECE  #: bytes of one request
+SLOWEST = 20e3  #: bytes per second of a link that is waited for
 #: loggers of the clients: they write tracebacks and warnings for each request that fails, also where another attempt succeeds
 LOGGERS = ("fsspec", "s3fs", "aiobotocore", "botocore", "gcsfs", "google", "aiohttp")
 T = TypeVar("T")
@@ -25,6 +26,8 @@ T = TypeVar("T")
 
 class FsspecStore:
     """A folder of a file system of fsspec. ValueError where its protocol is not known or its package is not installed."""
+
+    ranges = True
 
     def __init__(self, url: str) -> None:
         import fsspec
@@ -46,12 +49,18 @@ class FsspecStore:
 
     def read(self, name: str, start: int, end: int) -> bytes:
         try:
-            found = self._call("cat_file", f"{self.root}/{name}", start=start, end=end)
+            size = end - start
+            # where more than a RANGE is asked for, its size is not known: the limit is that of a small file
+            seconds = TIMEOUT + (size / SLOWEST if size <= RANGE else 0)
+            found = self._call("cat_file", f"{self.root}/{name}", seconds=seconds, start=start, end=end)
         except Exception as error:
             if http_status(error) == 416:  # a range after the end; stores do so for an empty file
                 return b""
             raise
         return bytes(found)[: end - start]
+
+    def parts(self, name: str, spans: Sequence[tuple[int, int]]) -> list[bytes]:
+        return [self.read(name, start, end) for start, end in spans]
 
     def download(self, name: str, to: Path, advance: Callable[[int], object]) -> None:
         with open(to, "r+b") as file:
@@ -74,14 +83,14 @@ class FsspecStore:
                 raise ConnectionError(f"{size - start - len(piece)} bytes are missing at its end")
             yield piece
 
-    def _call(self, name: str, *args: object, **options: object) -> Any:
-        """A method of the file system; of an asynchronous one at most TIMEOUT seconds, whatever its client repeats."""
+    def _call(self, name: str, *args: object, seconds: float | None = None, **options: object) -> Any:
+        """A method of the file system; of an asynchronous one at most so many seconds, whatever its client repeats."""
         if not self.system.async_impl:
             return getattr(self.system, name)(*args, **options)
         from fsspec.asyn import sync
 
         method = getattr(self.system, f"_{name}")
-        return sync(self.system.loop, _in_time, lambda: method(*args, **options), TIMEOUT)
+        return sync(self.system.loop, _in_time, lambda: method(*args, **options), seconds or TIMEOUT)
 
 
 async def _in_time(work: Callable[[], Awaitable[T]], seconds: float) -> T:

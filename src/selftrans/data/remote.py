@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import errno
 import http.client
+import json
+import os
 import random
 import re
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Protocol, TypeVar
 from urllib.parse import quote, urlsplit
 
-from selftrans.storage import first_line
+from selftrans.storage import first_line, printable
 
 #: protocol -> where its package looks for credentials
 CREDENTIALS = {
@@ -34,7 +36,12 @@ PIECE = 1 << 20  #: bytes that are copied at a time
 WANTED = "give the URL of a folder made by `selftrans prepare`"
 
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
-_IN_TEXT = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*://)([^\s/?#'\"<>]*)([^\s?#'\"<>]*)(\?[^\s'\"<>]*)?(#[^\s'\"<>]*)?")
+_NEXT = r"(?:::)?[A-Za-z][A-Za-z0-9+.-]{0,15}://"  #: another URL in the same word, such as zip://a::s3://b
+_IN_TEXT = re.compile(
+    rf"([A-Za-z][A-Za-z0-9+.-]*://)((?:(?!{_NEXT})[^\s/?#'\"<>])*)((?:(?!{_NEXT})[^\s?#'\"<>])*)"
+    r"(\?[^\s'\"<>]*)?(#[^\s'\"<>]*)?"
+)
+_PARAMETER = re.compile(r"(?i)[;&][\w-]*(token|signature|password|secret|credential|access_?key)[\w-]*=")
 _NAMED = re.compile(
     r"(?i)\b([\w-]*(?:token|signature|password|passwd|secret|credential|access_?key(?:_?id)?))(\s*[=:]\s*)\S+"
 )
@@ -61,8 +68,7 @@ def cleaned(text: object) -> str:
     def one(found: re.Match[str]) -> str:
         protocol, host, rest, query, _ = found.groups()
         host = host.rpartition("@")[2]
-        port = host.rpartition("]")[2].partition(":")[2]
-        if port and not port.isdigit():  # a password with a slash in it
+        if _no_port(host):
             return f"{protocol}…"
         return f"{protocol}{host}{rest}{'?…' if query else ''}"
 
@@ -70,11 +76,26 @@ def cleaned(text: object) -> str:
     return _NAMED.sub(r"\1\2…", shown)
 
 
-def refuse_secrets(url: str) -> None:
-    """ValueError, which does not repeat them, where a URL holds credentials or a query."""
-    if cleaned(url) != url:
+def _no_port(host: str) -> bool:
+    """Whether what follows the colon of a host is no port: part of a password with a slash in it."""
+    _, colon, port = host.rpartition("]")[2].partition(":")
+    return bool(colon) and not port.isdigit()
+
+
+def refuse_secrets(text: str, *, queries: bool = True) -> None:
+    """ValueError, which does not repeat them, where a URL in the text holds credentials or (if `queries`) a query."""
+    for found in _IN_TEXT.finditer(text):
+        protocol, host, rest, query, fragment = found.groups("")
+        if "@" in host or _no_port(host) or "@" in fragment:
+            part = "a user or password"
+        elif queries and (query or _PARAMETER.search(rest)):
+            part = "a query"
+        elif queries and fragment and protocol.lower() in ("http://", "https://"):
+            part = "a fragment (#)"
+        else:
+            continue
         raise ValueError(
-            f"{cleaned(url)}: a URL with a user, password, token or query is refused, since paths are written to logs and "
+            f"{cleaned(found[0])}: a URL with {part} is refused, since paths are written to logs and "
             "checkpoints; give it without, and credentials as the store's own package reads them (see docs/streaming.md)"
         )
 
@@ -96,8 +117,14 @@ class Lasting(Exception):
 class Store(Protocol):
     """A folder at a URL. Errors of the transport pass through; FileNotFoundError where there is no such file."""
 
+    ranges: bool  #: False once a file was sent whole although a part was asked for
+
     def read(self, name: str, start: int, end: int) -> bytes:
         """Bytes start .. end of a file, or fewer where it is shorter."""
+        ...
+
+    def parts(self, name: str, spans: Sequence[tuple[int, int]]) -> list[bytes]:
+        """Several parts, which follow one another in the file; without ranges the file is read once for all of them."""
         ...
 
     def download(self, name: str, to: Path, advance: Callable[[int], object]) -> None:
@@ -119,13 +146,18 @@ class HttpStore:
     """A folder of a web server. A server that ignores ranges is read from the start, as far as needed."""
 
     def __init__(self, url: str) -> None:
-        self.url = url
+        self.url, self.ranges = url, True
 
     def read(self, name: str, start: int, end: int) -> bytes:
         with self._open(name, {"Range": f"bytes={start}-{end - 1}"}) as answer:
-            if answer.status == 206:
-                return answer.read(end - start)
-            return answer.read(end)[start:]
+            first = start if answer.status == 206 else 0
+            return next(_passed(answer, [(start - first, end - first)]))
+
+    def parts(self, name: str, spans: Sequence[tuple[int, int]]) -> list[bytes]:
+        if self.ranges:
+            return [self.read(name, start, end) for start, end in spans]
+        with self._open(name, {}) as answer:
+            return list(_passed(answer, spans))
 
     def download(self, name: str, to: Path, advance: Callable[[int], object]) -> None:
         with self._open(name, {}) as answer, open(to, "r+b") as file:
@@ -142,7 +174,9 @@ class HttpStore:
             path, headers={"User-Agent": "selftrans", "Accept-Encoding": "identity"} | headers
         )
         try:
-            return urllib.request.urlopen(request, timeout=TIMEOUT)
+            answer: http.client.HTTPResponse = urllib.request.urlopen(request, timeout=TIMEOUT)
+            self.ranges = self.ranges and (answer.status == 206 or "Range" not in headers)
+            return answer
         except urllib.error.HTTPError as error:
             error.close()
             if error.code in (404, 410):
@@ -150,6 +184,19 @@ class HttpStore:
             if error.code == 416:  # a range after the end
                 return self._open(name, {})
             raise
+
+
+def _passed(answer: http.client.HTTPResponse, spans: Sequence[tuple[int, int]]) -> Iterator[bytes]:
+    """These bytes of an answer, in order; those before and between them are dropped a PIECE at a time."""
+    at = 0
+    for start, end in spans:
+        while at < start and (piece := answer.read(min(PIECE, start - at))):
+            at += len(piece)
+        content = answer.read(end - start) if at == start else b""
+        at += len(content)
+        if len(content) < end - start and answer.length:
+            raise ConnectionError(f"{answer.length} bytes are missing at its end")
+        yield content
 
 
 def retried(work: Callable[[], T], what: str) -> T:
@@ -165,6 +212,12 @@ def retried(work: Callable[[], T], what: str) -> T:
             final, shown = _final(error), cleaned(what)
             if final or attempt == ATTEMPTS - 1:
                 tried = "" if final else f", {attempt + 1} attempts"
+                local = getattr(error, "filename", None)
+                if isinstance(local, str | Path) and os.path.isabs(local) and not shown.startswith(("file:", "local:")):
+                    raise ValueError(
+                        f"{printable(local)} cannot be used ({_strerror(error)}) for {shown}; make it writable, or choose "
+                        "another --data.cache-dir"
+                    ) from None
                 remedy = _remedy(error, shown.partition("://")[0])
                 raise ValueError(f"{shown} cannot be read ({_reason(error)}{tried}){remedy}") from None
             time.sleep(FIRST_WAIT * 2**attempt * random.uniform(0.75, 1.25))
@@ -197,7 +250,9 @@ def _final(error: Exception) -> bool:
     kinds = (
         Lasting | FileNotFoundError | PermissionError | NotADirectoryError | IsADirectoryError | ValueError | TypeError
     )
-    return refused or full or isinstance(error, kinds) or _named(error, _SETTINGS) or _about_credentials(error)
+    cut_off = isinstance(error, json.JSONDecodeError | UnicodeDecodeError)  # or the page of a gateway
+    lasting = isinstance(error, kinds) and not cut_off
+    return refused or full or lasting or _named(error, _SETTINGS) or _about_credentials(error)
 
 
 def _about_credentials(error: Exception) -> bool:
@@ -226,8 +281,10 @@ def _remedy(error: Exception, protocol: str) -> str:
 
 def _reason(error: Exception) -> str:
     """What was wrong, in one line without secrets."""
-    if isinstance(error, FileNotFoundError):
-        return "it does not exist"
+    return "it does not exist" if isinstance(error, FileNotFoundError) else _strerror(error)
+
+
+def _strerror(error: Exception) -> str:
     reason = getattr(error, "reason", None)
     chosen: object = reason if isinstance(reason, Exception) else error
     if not str(chosen).strip() and error.__cause__ is not None:

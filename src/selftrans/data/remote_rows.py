@@ -9,16 +9,22 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Collection
+from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 import numpy as np
+from torch import Tensor
 
+from selftrans.data.dataset import Dataset
 from selftrans.data.manifest import Manifest, Shard
+from selftrans.data.manifest_text import CAPTION, COUNT, IDS
 from selftrans.data.remote import Store, retried
 from selftrans.data.shard_file import DTYPES, numpy_dtype
 from selftrans.storage import first_line
+from selftrans.types import MASK, TEXT
 
+AT_A_TIME = 16  #: requests at the same time
 HEADER = 1 << 16  #: bytes that are read for the header of a shard; it has fewer
 
 
@@ -77,15 +83,20 @@ class RemoteShard:
         """Where its tensors are."""
         return start_of(self.url, self.store, self.manifest, self.shard, self.manifest.layout, HEADER).spans
 
-    def content(self, begin: int, end: int) -> bytes:
-        """These bytes of the file. ValueError where they cannot be read."""
-        if (begin, end) not in self._kept:
-            read = partial(self.store.read, self.shard.file, begin, end)
-            found = retried(read, f"{self.url}/{self.shard.file}")
-            if len(found) < end - begin:
+    def fetch(self, spans: Collection[tuple[int, int]]) -> None:
+        """Read these parts of the file, where they are not kept. ValueError where they cannot be read."""
+        missing = sorted({span for span in spans if span not in self._kept})
+        if not missing:
+            return
+        found = retried(lambda: self.store.parts(self.shard.file, missing), f"{self.url}/{self.shard.file}")
+        for (begin, end), content in zip(missing, found, strict=True):
+            if len(content) < end - begin:
                 raise _unusable(self.url, self.shard, "it is cut off")
-            self._kept[begin, end] = found
-        return self._kept[begin, end]
+            self._kept[begin, end] = content
+
+    def content(self, span: tuple[int, int]) -> bytes:
+        """These bytes of the file, which `fetch` has read."""
+        return self._kept[span]
 
 
 class RemoteRows:
@@ -94,16 +105,55 @@ class RemoteRows:
     def __init__(self, shard: RemoteShard, name: str) -> None:
         self.shard, self.name = shard, name
 
-    def __getitem__(self, at: Any) -> np.ndarray:
+    def spans(self, at: Any) -> list[tuple[int, int]]:
+        """Where these rows are in the file."""
         dtype, shape = self.shard.manifest.layout[self.name]
         rows, entries = at if isinstance(at, tuple) else (at, None)
         size = math.prod(shape) * numpy_dtype(dtype).itemsize
         starts = self.shard.spans[self.name][0] + size * np.asarray(rows, dtype=np.int64)
         if entries is not None:
-            size, shape = size // shape[0], shape[1:]
+            size //= shape[0]
             starts = starts + size * np.asarray(entries, dtype=np.int64)
-        content = b"".join(self.shard.content(start, start + size) for start in starts.tolist())
-        return np.frombuffer(content, dtype=numpy_dtype(dtype)).reshape(len(starts), *shape)
+        return [(start, start + size) for start in starts.tolist()]
+
+    def __getitem__(self, at: Any) -> np.ndarray:
+        dtype, shape = self.shard.manifest.layout[self.name]
+        spans = self.spans(at)
+        self.shard.fetch(spans)
+        content = b"".join(map(self.shard.content, spans))
+        return np.frombuffer(content, dtype=numpy_dtype(dtype)).reshape(-1, *shape[isinstance(at, tuple) :])
+
+
+class Scattered(Dataset):
+    """A data set at a URL whose rows are read one by one, several at the same time, without the cache.
+
+    A server without ranges sends each shard once for all rows of a `read`. The cache is not used: while training holds all of
+    it, a preview would wait for space.
+    """
+
+    def __init__(self, of: Dataset, store: Store) -> None:
+        parts = [RemoteShard(of.origin, store, of.manifest, shard) for shard in of.manifest.shards]
+        names = [name for name in of.names if name in of.manifest.layout and name not in ("labels", COUNT)]
+        names += [CAPTION] if CAPTION in of.manifest.layout else []
+        tensors: Any = {name: [RemoteRows(part, name) for part in parts] for name in names}
+        super().__init__(of.path, of.manifest, tensors, of.labels, of.counts)
+        self.origin, self.text_encoder, self._encoder = of.origin, of.text_encoder, of._encoder
+        self._store, self._parts = store, parts
+
+    def _gather(self, name: str, rows: np.ndarray, which: np.ndarray | None = None) -> Tensor:
+        shard_of = np.searchsorted(self._starts, rows, side="right") - 1
+        shards, tensors = np.unique(shard_of).tolist(), self._tensors[name]
+        with ThreadPoolExecutor(AT_A_TIME) as pool:
+            list(pool.map(lambda k: self._parts[k].spans, shards))  # their headers
+            jobs: list[tuple[int, list[tuple[int, int]]]] = []
+            for k in shards:
+                at = np.flatnonzero(shard_of == k)
+                local = rows[at] - self._starts[k]
+                entries = which is not None and name in (TEXT, IDS, MASK)
+                spans = tensors[k].spans((local, which[at]) if entries else local)  # type: ignore[index]
+                jobs += [(k, [span]) for span in set(spans)] if self._store.ranges else [(k, spans)]
+            list(pool.map(lambda job: self._parts[job[0]].fetch(job[1]), jobs))
+        return super()._gather(name, rows, which)
 
 
 def _unusable(url: str, shard: Shard, why: object) -> ValueError:

@@ -24,13 +24,12 @@ from selftrans.data.manifest import BUCKETS, FILE, Features, Manifest, Shard
 from selftrans.data.manifest_text import COUNT, NULL
 from selftrans.data.record import MAX_BYTES
 from selftrans.data.remote import WANTED, Store, checked, retried, store_of
-from selftrans.data.remote_rows import RemoteRows, RemoteShard, small_tensors
+from selftrans.data.remote_rows import AT_A_TIME, HEADER, Scattered, small_tensors
 from selftrans.data.shard_cache import CacheOptions, ShardCache
-from selftrans.data.shard_file import numpy_dtype
+from selftrans.data.shard_file import numpy_dtype, row_bytes
 from selftrans.data.shard_reader import ShardReader, StreamedTensor
 from selftrans.storage import atomic_write, sha256_file, write_text
 
-AT_A_TIME = 16  #: labels of so many shards are read at the same time
 INDEX = ("labels", COUNT)  #: tensors of a shard that are read when the data are opened
 
 
@@ -69,11 +68,7 @@ class Streamed(Dataset):
         """As `Dataset.scattered`: where the cache does not hold all shards, each row is read alone."""
         if self.reader.fits:
             return self
-        parts = [RemoteShard(self.origin, self.reader.store, self.manifest, shard) for shard in self.manifest.shards]
-        tensors: Any = {name: [RemoteRows(part, name) for part in parts] for name in self._tensors}
-        found = Dataset(self.path, self.manifest, tensors, self.labels, self.counts)
-        found.origin, found.text_encoder, found._encoder = self.origin, self.text_encoder, self._encoder
-        return found
+        return Scattered(self, self.reader.store)
 
     def open_features(self) -> Features:
         """As `Dataset.open_features`; their files are fetched with those of the shards."""
@@ -162,7 +157,8 @@ def _one(
     index_file = folder / f"index-{hashlib.sha256(text.encode()).hexdigest()[:16]}.safetensors"
     index = _index(url, store, manifest, index_file)
     if manifest.text:
-        _fetch_null(url, store, folder, manifest.text.null)
+        size = row_bytes(manifest.text.null_layout(manifest.conditions)) + HEADER
+        _fetch_null(url, store, folder, manifest.text.null, size)
     reader = ShardReader(url, store, cache, manifest, index, index_file)
     dataset = Streamed(url, folder, reader, index["labels"], index.get(COUNT), options)
     dataset.text_encoder = text_encoder
@@ -175,11 +171,11 @@ def _folder(cache: ShardCache, url: str) -> Path:
     return cache.folder / "sets" / hashlib.sha256(url.encode()).hexdigest()[:16]
 
 
-def _fetch_null(url: str, store: Store, folder: Path, sha256: str) -> None:
+def _fetch_null(url: str, store: Store, folder: Path, sha256: str, size: int) -> None:
     path = folder / NULL
     if path.is_file() and sha256_file(path) == sha256:
         return
-    content = retried(lambda: store.read(NULL, 0, MAX_BYTES), f"{url}/{NULL}")
+    content = retried(lambda: store.read(NULL, 0, size), f"{url}/{NULL}")
     if hashlib.sha256(content).hexdigest() != sha256:
         raise ValueError(f"{url}/{NULL} fails its sha256; copy the folder there again")
     with atomic_write(path) as file:

@@ -11,7 +11,7 @@ from PIL import Image
 
 from selftrans import __version__
 from selftrans.cli.commands import COMMANDS
-from selftrans.cli.main import main
+from selftrans.cli.main import _refuse_secrets, main
 from selftrans.data.dataset import Dataset
 from selftrans.train.interrupted import Interrupted
 from tests.support import captioned, toy
@@ -383,8 +383,33 @@ def test_error_of_a_process_is_one_line(tmp_path):
 )
 def test_urls_with_credentials_are_not_repeated_by_any_command(argv, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for url in ("https://me:hunter2@host/x", "https://host/x?X-Amz-Signature=hunter2", "s3://hunter2:hunter2@bucket/x"):
+    for url in (
+        "https://me:hunter2@host/x",
+        "https://host/x?X-Amz-Signature=hunter2",
+        "s3://hunter2:hunter2@bucket/x",
+        "zip://a/b::s3://k:hunter2@b/x.zip",
+        "[s3://k:hunter2@b/x]",
+    ):
         assert main(argv.replace("URL", url).split()) == 1
         shown = one_line(capsys)
-        assert "user, password, token or query is refused" in shown and "hunter2" not in shown
+        part = "query" if "?" in url else "user or password"
+        assert f"a URL with a {part} is refused" in shown and "hunter2" not in shown
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--sample.prompts", "https://x.org/?q=cat on a mat"],
+        ["--prompts", "a", "https://x.org/?q=cat", "--data", "s3://bucket/class_token:8/x"],
+        ["see https://x.org/?q=cat"],
+        ["file:///data/run#1"],
+    ],
+)
+def test_sentences_and_names_of_folders_hold_no_secrets(words):
+    _refuse_secrets(words)
+
+
+def test_password_in_a_word_with_a_space_is_refused():
+    with pytest.raises(ValueError, match="user or password"):
+        _refuse_secrets(["--prompts", "a", "--data", "s3://k:hunter2@b/a b"])

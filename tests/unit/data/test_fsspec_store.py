@@ -42,7 +42,6 @@ class Client(AsyncFileSystem):  # type: ignore[misc]
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(remote.time, "sleep", lambda seconds: None)
-    monkeypatch.setattr(fsspec_store, "TIMEOUT", 0.2)
     monkeypatch.setattr(fsspec_store, "RANGE", 100)
 
 
@@ -77,13 +76,25 @@ def test_file_that_became_shorter_is_an_error_that_is_repeated(length: int, tmp_
         of.download("a", tmp_path / "copy", lambda _: None)
 
 
-def test_client_that_never_ends_is_stopped() -> None:
+def test_client_that_never_ends_is_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fsspec_store, "TIMEOUT", 0.2)
+    monkeypatch.setattr(fsspec_store, "SLOWEST", 1e9)
     client = Client()
     client.endless = True
     assert message(client).endswith(
         "a cannot be read (not done within 0.2 seconds, 5 attempts); the same command tries again"
     )
     assert client.asked == 5
+
+
+def test_limit_of_time_grows_with_the_bytes_that_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    limits: list[float] = []
+    monkeypatch.setattr("fsspec.asyn.sync", lambda loop, function, work, seconds: limits.append(seconds) or b"")
+    monkeypatch.setattr(fsspec_store, "RANGE", 8 << 20)
+    of = store(Client())
+    for size in (0, 20_000, 8_000_000, 1 << 28):
+        of.read("a", 5, 5 + size)
+    assert limits == [60, 61, 460, 60]
 
 
 def named(name: str, text: str, **attributes: object) -> Callable[[], Exception]:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import itertools
+import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -33,6 +37,10 @@ def test_what_is_a_url() -> None:
         ("aws_secret_access_key=abc", "aws_secret_access_key=…"),
         ("Authorization: Bearer abc", "Authorization: …"),
         ("http://[::1]:80/x", "http://[::1]:80/x"),
+        ("zip://a/b::s3://k:s@b/x.zip", "zip://a/b::s3://b/x.zip"),
+        ("zip://a::s3://k:s@b", "zip://a::s3://b"),
+        ("s3://b,s3://k:s@c/x", "s3://b,s3://c/x"),
+        ("s3://me:pa://s@host/x", "s3://…pa://host/x"),
     ],
 )
 def test_secrets_are_left_out(text: str, shown: str) -> None:
@@ -40,12 +48,30 @@ def test_secrets_are_left_out(text: str, shown: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "url", ["https://me:hunter2@host/x", "https://host/x?token=hunter2", "s3://hunter2@b/x#hunter2"]
+    ("url", "part"),
+    [
+        ("https://me:hunter2@host/x", "user or password"),
+        ("https://host/x?token=hunter2", "query"),
+        ("https://host/x;token=hunter2", "query"),
+        ("https://host/x#hunter2", r"fragment \(#\)"),
+        ("s3://hunter2@b/x#hunter2", "user or password"),
+        ("s3://me:8#hunter2@b/x", "user or password"),
+        ("zip://a/b::s3://k:hunter2@b/x.zip", "user or password"),
+        ("s3://b/x,s3://k:hunter2@c", "user or password"),
+        ("zip://a::https://b/x.zip?token=hunter2", "query"),
+    ],
 )
-def test_urls_with_credentials_are_refused_without_repeating_them(url: str) -> None:
-    with pytest.raises(ValueError, match="user, password, token or query is refused") as error:
+def test_urls_with_credentials_are_refused_without_repeating_them(url: str, part: str) -> None:
+    with pytest.raises(ValueError, match=f"a URL with a {part} is refused") as error:
         checked(url)
     assert "hunter2" not in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "url", ["file:///data/run#1", "s3://bucket/class_token:8/x", "zip://a::s3://b/x.zip", "http://[::1]:80/x"]
+)
+def test_urls_without_secrets_pass(url: str) -> None:
+    assert checked(url) == url
 
 
 @pytest.mark.parametrize("url", ["s3://", "http:///", "s3://a/../b", "s3://a/\x1b[31m"])
@@ -122,3 +148,48 @@ def test_temporary_errors_are_retried_and_lasting_ones_are_not(tmp_path: Path, m
             retried(lambda: store.read("missing", 0, 3), f"{server.url}/missing")
     with pytest.raises(ValueError, match=r"cannot be read .*refused"):
         retried(lambda: store.read("a", 0, 3), server.url)
+
+
+@pytest.mark.parametrize("parse", [lambda: json.loads("<html>"), lambda: b"\xff".decode()])
+def test_answer_of_a_gateway_is_asked_for_again(parse: Callable[[], object], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote.time, "sleep", lambda seconds: None)
+    with pytest.raises(ValueError, match="5 attempts"):
+        retried(parse, "gs://b/a")
+
+
+@pytest.mark.parametrize(("kind", "code"), [(PermissionError, errno.EACCES), (FileNotFoundError, errno.ENOENT)])
+def test_error_of_the_cache_names_its_file(kind: type[OSError], code: int) -> None:
+    for path in ("/cache/a", Path("/cache/a")):
+
+        def work(path: str | Path = path) -> None:
+            raise kind(code, "not there", path)
+
+        with pytest.raises(
+            ValueError, match=r"^/cache/a cannot be used \(not there\) for s3://b/a; .*--data.cache-dir$"
+        ):
+            retried(work, "s3://b/a")
+
+
+class Answer(io.BytesIO):
+    """A whole file, as a web server without ranges sends it, and the most that was asked for at a time."""
+
+    status, length, most = 200, 0, 0
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        self.most = max(self.most, -1 if size is None else size)
+        return super().read(size)
+
+
+def test_start_of_a_file_without_ranges_is_passed_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    content, answers = bytes(range(256)) * 40, []
+
+    def opened(*_: object, **__: object) -> Answer:
+        answers.append(Answer(content))
+        return answers[-1]
+
+    monkeypatch.setattr(remote, "PIECE", 1000)
+    monkeypatch.setattr(remote.urllib.request, "urlopen", opened)
+    store = HttpStore("http://host/a")
+    assert store.ranges and store.read("a", 9000, 9100) == content[9000:9100] and not store.ranges
+    assert store.parts("a", [(0, 5), (8000, 8003), (10239, 10250)]) == [content[:5], content[8000:8003], content[-1:]]
+    assert len(answers) == 2 and all(0 < answer.most <= 1000 for answer in answers)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +14,7 @@ from selftrans.data.buckets import open_data
 from selftrans.data.dataset import Dataset
 from selftrans.data.manifest import Manifest
 from selftrans.data.remote import store_of
-from selftrans.data.remote_rows import RemoteRows, RemoteShard
+from selftrans.data.remote_rows import RemoteRows, RemoteShard, Scattered
 from selftrans.data.shard_cache import CacheOptions
 from selftrans.data.shard_file import open_tensors
 from selftrans.sampling.conditioning import CaptionConditioning
@@ -55,3 +57,39 @@ def test_rows_and_entries_are_those_of_the_file_and_are_read_once() -> None:
         assert count == 1 + 2 * len(stored) + 3, "the header once, each row and each entry once"
         assert np.array_equal(RemoteRows(shard, "text")[rows, entries], stored["text"][rows, entries])
         assert len(server.asked) == count
+
+
+@pytest.mark.parametrize("ranges", [True, False])
+def test_shard_without_ranges_is_asked_for_once_for_all_rows(ranges: bool, tmp_path: Path) -> None:
+    folder = captioned.shared()
+    local, rows = Dataset.open(folder), np.array([9, 0, 4, 9])
+    with serving(folder, ranges=ranges) as server:
+        data = open_data(server.url, cache=CacheOptions(str(tmp_path), 1e-6)).scattered
+        server.asked.clear()
+        assert data.captions(rows) == local.captions(rows)
+        assert len(server.asked) == (1 + 3 if ranges else 1 + 1), "the header, and rows"
+        assert torch.equal(data.read(rows, ["text"])["text"], local.read(rows, ["text"])["text"])
+        assert len(server.asked) == (1 + 6 if ranges else 1 + 2)
+
+
+def test_rows_are_read_at_the_same_time(tmp_path: Path) -> None:
+    folder, barrier = captioned.shared(), threading.Barrier(4, timeout=10)
+    with serving(folder) as server:
+        data = open_data(server.url, cache=CacheOptions(str(tmp_path), 1e-6)).scattered
+        assert isinstance(data, Scattered) and data.captions(np.array([0]))
+        store = data._parts[0].store
+        whole = store.parts
+
+        def parts(name: str, spans: Sequence[tuple[int, int]]) -> list[bytes]:
+            barrier.wait()
+            return whole(name, spans)
+
+        store.parts = parts  # type: ignore[method-assign]
+        assert data.captions(np.arange(1, 5)) == Dataset.open(folder).captions(np.arange(1, 5))
+
+
+def test_search_for_prompts_ends_after_two_chunks_without_a_new_caption(monkeypatch: pytest.MonkeyPatch) -> None:
+    data, asked = Dataset.open(captioned.shared()), []
+    monkeypatch.setattr("selftrans.data.dataset.PROMPTS", 2)
+    monkeypatch.setattr(Dataset, "captions", lambda self, rows: asked.append(len(rows)) or [["same"] for _ in rows])
+    assert data.prompts == ("same",) and asked == [2, 2, 2]
