@@ -40,8 +40,8 @@ def numbered(given: Sequence[Label], where: str) -> Numbered:
     """The classes of labels given as words or numbers, and each label as a number.
 
     If all are whole numbers (also as text: 3, 3.0), they are the labels, and a negative one is none; classes are then named
-    0, 1, ... Otherwise they are words: the classes are these in the order of their code points. An empty word is none; so is
-    one of NO_LABEL among numbers.
+    0, 1, ... Otherwise they are words: the classes are these in the order of their code points. An empty word is none; so are
+    those of NO_LABEL among numbers, where they are less than half of the labels: more would rather be a class.
     Raises ValueError for more than MAX_CLASSES classes, and where there is no label at all.
     """
     word_of = {label: None if label is None else _one_line(str(label)) or None for label in {*given}}
@@ -49,7 +49,8 @@ def numbered(given: Sequence[Label], where: str) -> Numbered:
     distinct = {word for word in word_of.values() if word is not None}
     absent = {word for word in distinct if word.casefold() in NO_LABEL}
     # as pandas writes what is missing
-    if absent and absent < distinct and all(map(_NUMBER.fullmatch, distinct - absent)):
+    few = absent and 2 * sum(word in absent for word in words) < sum(word is not None for word in words)
+    if few and all(map(_NUMBER.fullmatch, distinct - absent)):
         distinct -= absent
         words = [None if word in absent else word for word in words]
     if all(map(_NUMBER.fullmatch, distinct)):
@@ -92,8 +93,18 @@ def with_labels(
     labels, classes, missing = numbered([found.get(name) for name in names], file)
     if loosely and len(used) < len(given):
         _warn_of_unused(names, found, [name for name in given if name not in used], file)
-    reason = f"no label in {PurePosixPath(file).name if loosely else file}"
-    return replace(source, labels=labels, classes=classes, faults=dict.fromkeys(missing, reason))
+    where = PurePosixPath(file).name if loosely else file
+    return replace(
+        source, labels=labels, classes=classes, faults={i: _missing(found.get(names[i]), where) for i in missing}
+    )
+
+
+def _missing(label: Label, where: str) -> str:
+    """Why a picture has no label, with the word of NO_LABEL that it has in place of one."""
+    word = _one_line(str(label))
+    if label is None or word.casefold() not in NO_LABEL:
+        return f"no label in {where}"
+    return f"no label in {where}: {printable(word)} among numbers is read as none; rename it there if it is a class"
 
 
 def _warn_of_unused(names: Sequence[str], found: Collection[str], unused: Sequence[str], file: str) -> None:
