@@ -123,7 +123,6 @@ COVERED_BY = {
     "data/manifest": "unit/data/test_dataset.py",
     "data/manifest_text": "unit/data/test_dataset.py",
     "data/source_samples": "unit/data/test_prepare.py",
-    "data/record": "unit/data/test_dataset.py",
     "data/reports": "unit/data/sources/test_surprises.py",
     "data/resumable": "integration/test_prepare_parts.py",
     "data/shard_plan": "unit/data/test_prepare.py",

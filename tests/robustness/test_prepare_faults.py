@@ -71,7 +71,7 @@ def test_skipping_continues_to_the_same_bytes(pictures: Path, tmp_path: Path) ->
 def test_source_without_readable_pictures_is_refused(tmp_path: Path) -> None:
     (tmp_path / "x").mkdir()
     (tmp_path / "x" / "a.png").write_bytes(b"")
-    with pytest.raises(ValueError, match=r"the only picture is not readable; the first: a.png \(the file is empty"):
+    with pytest.raises(ValueError, match=r"the only picture is not readable: a.png \(the file is empty"):
         prepare(tmp_path / "x", tmp_path / "out", resolution=8, skip_bad=True, progress=False)
     assert not (tmp_path / "out").exists()  # nothing that would refuse the next command
 

@@ -59,10 +59,11 @@ def test_wrong_calls_are_refused_in_one_line():
         (lambda: selftrans.guided(model, [0, 1]), "a condition is a tensor of labels .* not list"),
         (lambda: selftrans.guided(model, labels, scale=float("nan")), "guidance scale nan is not finite"),
         (
-            lambda: selftrans.guided(model, labels[:1])(z, torch.tensor(1.0)),
+            lambda: selftrans.guided(model, labels[:1], scale=2.0)(z, torch.tensor(1.0)),
             "2 latents but conditions of 1; give one for each",
         ),
         (lambda: selftrans.ode(lambda z, t: z, z, steps=2.5), "2.5 sampling steps are no whole number"),
+        (lambda: selftrans.ode(lambda z, t: z, z, steps=float("inf")), "inf sampling steps are no whole number"),
         (lambda: selftrans.Frozen(model, 1.0), "teacher block 1.0 is outside the teacher's 1..2"),
         (lambda: selftrans.SiT((1, 4, 4), -1, width=8, depth=2, heads=2, patch=2), "num_classes 0 or more, not -1"),
         (
@@ -73,3 +74,13 @@ def test_wrong_calls_are_refused_in_one_line():
         with pytest.raises(ValueError, match=message):
             call()
     model(z, t, labels.int())
+
+
+def test_one_condition_holds_for_all_latents_without_guidance():
+    model, z = selftrans.SiT((1, 4, 4), 3, width=8, depth=2, heads=2, patch=2), torch.randn(3, 1, 4, 4)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    one, all_ = (selftrans.guided(model, torch.full((n,), 2))(z, torch.tensor(0.5)) for n in (1, 3))
+    torch.testing.assert_close(one, all_)
+    with pytest.raises(ValueError, match="3 latents but conditions of 2; give one for each"):
+        selftrans.guided(model, torch.tensor([0, 1]))(z, torch.tensor(0.5))

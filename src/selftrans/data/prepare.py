@@ -238,7 +238,7 @@ def _run(
         initial = sum(encoder.asked(shard) for shard in mine if shard in done)
         total = sum(encoder.asked(shard) for shard in mine)
         bar = tqdm(total=total, initial=initial, unit=f" {plan.unit}", disable=not progress)
-        copies = Copies(len(encoder.source))
+        copies = Copies(len(encoder.source), partial=len(missing) < len(encoder.shards()))
 
         def decode(batch: range) -> Decoded:
             read = encoder.decode(batch)
@@ -282,6 +282,6 @@ def _finish(encoder: ShardEncoder, plan: Manifest, out: Path, progress: bool) ->
     if not any(shard.count for shard in shards.values()):
         name, reason = shards[0].skipped[0]
         resumable.discard(out)
-        none = none_readable(len(encoder.source), plan.noun)
-        raise NoneReadable(f"{none}; the first: {printable(name)} ({printable(reason)})")
+        why = f"{printable(name)} ({printable(reason)})"
+        raise NoneReadable(none_readable(len(encoder.source), plan.noun, why=why))
     return resumable.finish(out, standardised(plan, out, shards.values(), progress), shards.values())

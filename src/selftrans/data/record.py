@@ -40,7 +40,7 @@ def read_object(path: Path) -> dict[str, Any] | None:
     if not path.exists():
         return None
     try:
-        content = parse_json(read_text(path), path.name, REPAIR)
+        content = parse_json(read_text(path).removeprefix("\ufeff"), path.name, REPAIR)  # as some editors begin UTF-8
     except ValueError as error:
         raise ValueError(f"{printable(path.parent)}: {error}") from error
     if not isinstance(content, dict):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import operator
 from typing import Any, NamedTuple, Self
 
 import torch
@@ -81,8 +82,13 @@ class Frozen:
         source: dict[str, Any] | None = None,
         in_place: bool = False,
     ) -> None:
-        if not isinstance(block, int) or not 1 <= block <= model.depth:
+        try:
+            number = operator.index(block)
+        except TypeError:
+            number = 0
+        if not 1 <= number <= model.depth:
             raise ValueError(f"teacher block {block} is outside the teacher's 1..{model.depth}; change teacher_block")
+        block = number
         if in_place:
             model.truncate(block)
             model.remove_early()

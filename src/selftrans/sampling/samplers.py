@@ -113,7 +113,7 @@ def sde_step(z: Tensor, v: Tensor, t: Tensor, t_next: Tensor, path: Path, noise:
 
 
 def _check_steps(steps: int, least: int) -> None:
-    if int(steps) != steps:
+    if not math.isfinite(steps) or int(steps) != steps:
         raise ValueError(f"{steps} sampling steps are no whole number; give one")
     if steps < least:
         raise ValueError(f"{steps} sampling steps are too few; use at least {least}")
@@ -166,7 +166,7 @@ def guided(
     both = cat_cond(cond, null) if scale != 1 else cond
 
     def velocity(z: Tensor, t: Tensor) -> Tensor:
-        if z.shape[0] != rows:
+        if z.shape[0] != rows and not (rows == 1 and scale == 1):  # one condition holds for all
             raise ValueError(f"{plural(z.shape[0], 'latent')} but conditions of {rows}; give one for each")
         if scale == 1 or not _inside(t, interval):
             return early_guided(model, z, t, cond, early)

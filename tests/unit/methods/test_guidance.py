@@ -256,3 +256,10 @@ def test_remaining_share_by_hand(until_step, fraction, values):
     for step in values:  # the same number for a step that is on the device
         share = torch.as_tensor(remaining(torch.tensor(step), until_step, fraction), dtype=torch.float64)
         assert float(share) == remaining(step, until_step, fraction)
+
+
+def test_block_of_a_teacher_may_be_an_integer_of_numpy():
+    frozen = Frozen(Stub(), np.int64(1))
+    assert type(frozen.block) is int and frozen.block == 1
+    with pytest.raises(ValueError, match=r"teacher block 9 is outside the teacher's 1\.\."):
+        Frozen(Stub(), np.int64(9))

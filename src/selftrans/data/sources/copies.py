@@ -20,12 +20,14 @@ class Copied(NamedTuple):
     copies: int = 0  #: samples that equal an earlier one
     relabelled: int = 0  #: of these, those whose label is not that of the first
     example: tuple[str, str] | None = None  #: names of a copy, one with another label if there is any, and of the first
+    partial: bool = False  #: whether other samples were stored before, or are those of another part
 
 
 class Copies:
-    """Hashes of decoded samples, by their position; filled from any thread."""
+    """Hashes of decoded samples, by their position; filled from any thread. `partial`: see `Copied`."""
 
-    def __init__(self, count: int) -> None:
+    def __init__(self, count: int, *, partial: bool = False) -> None:
+        self._partial = partial
         self._hashes = np.zeros(min(count, MOST), dtype=np.uint64)  #: 0: not decoded
 
     def add(self, positions: Iterable[int], arrays: Iterable[np.ndarray]) -> None:
@@ -42,12 +44,13 @@ class Copies:
         values = self._hashes[order]
         copy = np.concatenate([np.zeros(min(1, len(at)), dtype=bool), values[1:] == values[:-1]])
         if not copy.any():
-            return Copied(len(at))
+            return Copied(len(at), partial=self._partial)
         first = order[np.maximum.accumulate(np.where(copy, 0, np.arange(len(order))))]
         other = copy & (labels[order] != labels[first])
-        k = min(np.flatnonzero(other if other.any() else copy), key=lambda k: order[k])
+        candidates = np.flatnonzero(other if other.any() else copy)
+        k = candidates[np.argmin(order[candidates])]
         example = name(int(order[k])), name(int(first[k]))
-        return Copied(len(at), int(copy.sum()), int(other.sum()), example)
+        return Copied(len(at), int(copy.sum()), int(other.sum()), example, self._partial)
 
 
 def copies_in_words(parts: Sequence[Copied], noun: str) -> str:
@@ -68,5 +71,7 @@ def copies_in_words(parts: Sequence[Copied], noun: str) -> str:
     said = f"{copies:,} of {plural(compared, noun)} {said}"
     if relabelled:
         have = "has" if relabelled == 1 else "have"
-        return f"{said}, and {relabelled:,} of these {have} another label, such as {copy} ({first}); keep one of each"
-    return f"{said}, such as {copy} ({first}); copies count several times"
+        said = f"{said}, and {relabelled:,} of these {have} another label, such as {copy} ({first}); check their labels"
+    else:
+        said = f"{said}, such as {copy} ({first}); copies count several times"
+    return f"{said}; only what is encoded now was compared" if any(part.partial for part in parts) else said

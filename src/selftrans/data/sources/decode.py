@@ -79,12 +79,13 @@ def machine_fault(name: str, error: Exception, noun: str) -> ValueError | None:
     )
 
 
-def none_readable(count: int, noun: str, where: object = None) -> str:
-    """`none of the 2 pictures of x is readable`, or of a single one that it is not."""
+def none_readable(count: int, noun: str, where: object = None, why: object = None) -> str:
+    """`none of the 2 pictures of x is readable; the first: why`, or `the only picture of x is not readable: why`."""
     of = "" if where is None else f" of {where}"
-    return (
+    said = (
         f"the only {noun}{of} is not readable" if count == 1 else f"none of the {plural(count, noun)}{of} is readable"
     )
+    return said if why is None else f"{said}{'' if count == 1 else '; the first'}: {why}"
 
 
 class Sized(Protocol):

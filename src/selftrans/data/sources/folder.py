@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections import Counter
 from collections.abc import Collection, Iterator
@@ -11,7 +12,7 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 
 from selftrans.data.sources.decode import EXTENSIONS, SOUNDS, VIDEOS, open_picture
-from selftrans.data.sources.label_file import labelled_folder
+from selftrans.data.sources.label_file import NAME, SUFFIXES, labelled_folder
 from selftrans.data.sources.passed_over import in_words, junk_name, kind_of_file
 from selftrans.data.sources.source import Source, classify
 from selftrans.storage import printable
@@ -37,10 +38,20 @@ def folder(root: Path, *, allow_empty: bool = False) -> Source:
     names, sizes = [name for name, _ in pictures], [size for _, size in pictures]
     none = np.zeros(len(names), dtype=np.int64)
     source = Source(names, none, (), lambda i: open_picture(root / names[i]), sizes, dict(ignored))
+    source = replace(source, tables=lambda most: _tables(root, most))
     if labelled := labelled_folder(source, root):
         return labelled
     labels, classes = classify(names, str(root), also=empty_classes(root, names, "pictures", allow_empty))
     return replace(source, labels=labels, classes=classes)
+
+
+def _tables(root: Path, most: int) -> Iterator[tuple[str, bytes]]:
+    """Extension and first bytes of each file in a folder that may hold labels; those that cannot be read are left out."""
+    for path in sorted(path for path in root.iterdir() if path.suffix.lower() in SUFFIXES and path.name != NAME):
+        with contextlib.suppress(OSError):
+            if path.is_file() and junk_name(path.name) is None:
+                with open(path, "rb") as file:
+                    yield path.suffix.lower(), file.read(most)
 
 
 def check_link(path: Path, root: Path, name: str) -> None:

@@ -61,8 +61,9 @@ def labelled(source: Source, data: bytes, where: str, top: str = "") -> Source |
     if len(data) > MAX_BYTES:
         raise ValueError(f"{where} is larger than {MAX_BYTES} bytes; remove it")
     content = _json(data, where, "repair it, or remove it")
-    if not isinstance(content, dict) or "labels" not in content:
+    if not isinstance(content, _Object) or "labels" not in content:
         return None
+    content.check(["labels"], where, "repair it, or remove it")
     ignored = dict(Counter(source.ignored) - Counter({"*.json": 1}))
     if content["labels"] is None:
         return replace(source, labels=np.zeros(len(source), np.int64), classes=(), ignored=ignored)
@@ -103,18 +104,27 @@ def _text(data: bytes, where: str) -> str:
 
 def _json(data: bytes, where: str, remedy: str) -> object:
     try:
-        return json.loads(data, object_pairs_hook=_distinct)
+        return json.loads(data, object_pairs_hook=_Object)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{where} is not valid json ({first_line(error)}); {remedy}") from error
 
 
-def _distinct(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    """An object of json. Raises ValueError for a name with two values, of which the first would be lost."""
-    found = dict(pairs)
-    for name, value in pairs if len(found) < len(pairs) else ():
-        if found[name] != value:
-            raise ValueError(f"it has {name} twice, as {value!r:.40} and {found[name]!r:.40}")
-    return found
+class _Object(dict[str, object]):
+    """An object of json, which knows the keys that it has with several values: the last one counts."""
+
+    def __init__(self, pairs: list[tuple[str, object]]) -> None:
+        super().__init__(pairs)
+        repeated = pairs if len(self) < len(pairs) else ()
+        self._first = {name: value for name, value in reversed(repeated) if self[name] != value}
+
+    def check(self, keys: Iterable[str], where: str, remedy: str) -> None:
+        """Raise ValueError for one of `keys` with two values, of which the first would be lost."""
+        for key in keys if self._first else ():
+            if key in self._first:
+                raise ValueError(
+                    f"{where} has {printable(key)} twice, as {printable(repr(self._first[key]), 40)} and "
+                    f"{printable(repr(self[key]), 40)}; {remedy}"
+                )
 
 
 def _entries(data: bytes, suffix: str, where: str) -> Iterable[object]:
@@ -124,9 +134,11 @@ def _entries(data: bytes, suffix: str, where: str) -> Iterable[object]:
         lines = _text(data, where).splitlines()
         return [_json(line.encode(), f"{where}, line {i},", _FORMS) for i, line in enumerate(lines, 1) if line.strip()]
     content = _json(data, where, _FORMS)
-    if isinstance(content, dict) and isinstance(content.get("labels"), list | dict):
+    if isinstance(content, _Object) and isinstance(content.get("labels"), list | dict):
+        content.check(["labels"], where, _FORMS)
         content = content["labels"]
-    if isinstance(content, dict):
+    if isinstance(content, _Object):
+        content.check(content, where, _FORMS)  # a map of names
         return [[*item] for item in content.items()]
     if not isinstance(content, list):
         raise ValueError(f"{where} holds no list of labels; {_FORMS}")
@@ -138,11 +150,11 @@ def _pairs(entries: Iterable[object], where: str, remedy: str) -> dict[str, Labe
 
     def pairs() -> Iterator[tuple[str, Label]]:
         for entry in entries:
-            found = (
-                [entry.get(_column(entry, names, where)) for names in (NAMES, LABELS)]
-                if isinstance(entry, dict)
-                else entry
-            )
+            found = entry
+            if isinstance(entry, _Object):
+                keys = [_column(entry, names, where) for names in (NAMES, LABELS)]
+                entry.check(keys, where, remedy)
+                found = [entry.get(key) for key in keys]
             name, given = found if isinstance(found, list) and len(found) == 2 else (None, -1)
             label = as_label(given)
             number = type(label) is int and 0 <= label < MAX_CLASSES
@@ -174,16 +186,25 @@ def _csv(text: str, delimiter: str | None, names: Collection[str], where: str) -
     delimiter = delimiter or max(",;\t", key=head.count)
     rows = csv.reader(io.StringIO(text), delimiter=delimiter)
     at: tuple[int, int] | None = None
+    same: list[tuple[int, int]] = []  # columns of one title
     try:
         for row in rows:
             if not any(cell.strip() for cell in row):
                 continue
             if at is None:
                 at = _columns(row, where)
+                titles = [cell.strip().lower() for cell in row]
+                same = [(i, k) for i in at for k, title in enumerate(titles) if k > i and title == titles[i]]
                 if at != (0, 1) or row[0].strip().lower() in NAMES or not _is_name(row[0], names):
                     continue
             if len(row) <= max(at):
                 raise ValueError(f"line {rows.line_num} has {len(row)} of the columns")
+            for i, k in same:
+                if k < len(row) and row[i].strip() != row[k].strip():
+                    raise ValueError(
+                        f"line {rows.line_num} has two values in the columns {printable(titles[i])}, "
+                        f"{printable(row[i].strip(), 40)} and {printable(row[k].strip(), 40)}; keep one of them"
+                    )
             yield row[at[0]].strip(), row[at[1]].strip() or None
     except (csv.Error, ValueError) as error:
         raise (
@@ -195,11 +216,9 @@ def _columns(row: list[str], where: str) -> tuple[int, int]:
     """The columns of names and labels, by the first line. Raises ValueError where that is not clear."""
     cells = [cell.strip().lower() for cell in row]
     known = dict.fromkeys(cells)
-    if twice := [cell for cell in known if cell in (*NAMES, *LABELS) and cells.count(cell) > 1]:
-        raise ValueError(f"{where} has the column {twice[0]} {cells.count(twice[0])} times; keep one of them")
     if any(cell in LABELS for cell in cells) and any(cell in NAMES for cell in cells):
         return cells.index(_column(known, NAMES, where)), cells.index(_column(known, LABELS, where))
-    if len(row) != 2:
+    if len(row) != 2 or (len(known) == 1 and cells[0] in (*NAMES, *LABELS)):
         shown = printable(", ".join(row), 80)
         raise ValueError(
             f"{where} has {plural(len(row), 'column')} ({shown}), and none are named path and label; {_FORMS}"

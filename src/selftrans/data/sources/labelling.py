@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import PurePosixPath
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -34,14 +35,23 @@ class Numbered(NamedTuple):
     labels: np.ndarray  #: (n,) int64; 0 where there is none
     classes: tuple[str, ...]
     missing: list[int]  #: positions without a label
+    words: Mapping[int, str] = MappingProxyType({})  #: of these, those that have a word of NO_LABEL in its place
+
+    def faults(self, where: str) -> dict[int, str]:
+        """Why each sample without a label has none, by its position."""
+        return {i: f"no label in {where}{self._read(i)}" for i in self.missing}
+
+    def _read(self, i: int) -> str:
+        word = self.words.get(i)
+        return f": {printable(word)} among numbers is read as none; rename it there if it is a class" if word else ""
 
 
 def numbered(given: Sequence[Label], where: str) -> Numbered:
     """The classes of labels given as words or numbers, and each label as a number.
 
     If all are whole numbers (also as text: 3, 3.0), they are the labels, and a negative one is none; classes are then named
-    0, 1, ... Otherwise they are words: the classes are these in the order of their code points. An empty word is none; so is
-    one of NO_LABEL among numbers.
+    0, 1, ... Otherwise they are words: the classes are these in the order of their code points. An empty word is none; so are
+    those of NO_LABEL among numbers, where they are less than half of the labels: more would rather be a class.
     Raises ValueError for more than MAX_CLASSES classes, and where there is no label at all.
     """
     word_of = {label: None if label is None else _one_line(str(label)) or None for label in {*given}}
@@ -49,8 +59,11 @@ def numbered(given: Sequence[Label], where: str) -> Numbered:
     distinct = {word for word in word_of.values() if word is not None}
     absent = {word for word in distinct if word.casefold() in NO_LABEL}
     # as pandas writes what is missing
-    if absent and absent < distinct and all(map(_NUMBER.fullmatch, distinct - absent)):
+    few = absent and 2 * sum(word in absent for word in words) < sum(word is not None for word in words)
+    unread = dict[int, str]()
+    if few and all(map(_NUMBER.fullmatch, distinct - absent)):
         distinct -= absent
+        unread = {i: word for i, word in enumerate(words) if word is not None and word in absent}
         words = [None if word in absent else word for word in words]
     if all(map(_NUMBER.fullmatch, distinct)):
         number = {word: int(float(word)) for word in distinct}
@@ -66,7 +79,7 @@ def numbered(given: Sequence[Label], where: str) -> Numbered:
     if not classes:
         raise ValueError(f"{where} has no label from 0 and no word; give each picture its class")
     missing = [i for i, label in enumerate(labels) if label < 0]
-    return Numbered(np.maximum(np.array(labels, dtype=np.int64), 0), classes, missing)
+    return Numbered(np.maximum(np.array(labels, dtype=np.int64), 0), classes, missing, unread)
 
 
 def with_labels(
@@ -89,11 +102,11 @@ def with_labels(
         raise ValueError(
             f"{file} {none}: its first name is {other}, theirs {known}; name each by its path in the source"
         )
-    labels, classes, missing = numbered([found.get(name) for name in names], file)
+    numbers = numbered([found.get(name) for name in names], file)
     if loosely and len(used) < len(given):
         _warn_of_unused(names, found, [name for name in given if name not in used], file)
-    reason = f"no label in {PurePosixPath(file).name if loosely else file}"
-    return replace(source, labels=labels, classes=classes, faults=dict.fromkeys(missing, reason))
+    faults = numbers.faults(PurePosixPath(file).name if loosely else file)
+    return replace(source, labels=numbers.labels, classes=numbers.classes, faults=faults)
 
 
 def _warn_of_unused(names: Sequence[str], found: Collection[str], unused: Sequence[str], file: str) -> None:

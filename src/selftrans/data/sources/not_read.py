@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -29,7 +30,9 @@ def check_file(path: Path) -> None:
         why = f"a file of arrays; {SAVE_ARRAYS}"
     elif not head:
         why = "empty; download or make it again"
-    elif head.startswith(b"PK") or suffix == ".zip":
+    elif (
+        head.startswith(b"PK") or suffix == ".zip" or zipfile.is_zipfile(path)
+    ):  # one that extracts itself has a prefix
         return
     elif suffix in ARCHIVES:
         why = f"an archive of a kind that is not read ({suffix}); unpack it, and give the folder"

@@ -5,7 +5,10 @@ Shape legend: (n, H, W, C) images, C 1 (grey) or 3 (RGB); a resolution is a side
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import itertools
+import os
 import re
 import warnings
 from collections.abc import Iterator
@@ -187,8 +190,10 @@ def _is_hub_id(source: str | Path) -> bool:
     path = Path(source)
     if path.exists() or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(source)):
         return False
-    if path.parent.is_dir():
-        held = listed(sorted(entry.name for entry in path.parent.iterdir()), 4) or "nothing"
+    held: str | None = None
+    with contextlib.suppress(OSError), os.scandir(path.parent) as entries:  # a few: it may hold millions
+        held = listed(sorted(entry.name for entry in itertools.islice(entries, 5)), 4) or "nothing"
+    if held is not None:
         warnings.warn(
             f"{printable(source)} is not on this machine, so it is looked for on the hub; the folder {printable(path.parent)} "
             f"holds {held}",
@@ -252,7 +257,7 @@ def _native_resolution(source: Source, where: str, progress: bool, remedy: str) 
             raise ValueError(f"{printable(name)} in {where} is {size_text(size)}, others {size_text(seen)}; {remedy}")
         seen = size
     if seen is None:
-        raise ValueError(f"{none_readable(len(source), 'picture', where)}; the first: {error}")
+        raise ValueError(none_readable(len(source), "picture", where, error))
     if max(seen) > MAX_RESOLUTION:
         raise ValueError(f"the pictures of {where} are {size_text(seen)}, more than {MAX_RESOLUTION}; {remedy}")
     return resolution_of(*seen)

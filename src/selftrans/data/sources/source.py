@@ -120,6 +120,8 @@ class Source:
         default_factory=dict
     )  #: sample that lacks its picture, captions or label -> the reason
     reading: Reading = STANDARD  #: limits and values of the pixels
+    #: the first `most` bytes of files next to the pictures that may hold labels, with the extension of each
+    tables: Callable[[int], Iterable[tuple[str, bytes]]] = field(default=lambda most: (), repr=False)
     noticed: Noticed = field(default_factory=Noticed, repr=False)  #: what reading has met so far, to be said once
 
     def __len__(self) -> int:

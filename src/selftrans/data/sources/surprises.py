@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections.abc import Iterator, Sequence
+from pathlib import PurePosixPath
 
 import numpy as np
 
@@ -18,7 +19,10 @@ from selftrans.data.sources.source import Samples, Source
 from selftrans.storage import listed, plural, printable
 
 MOST_TABLES = 3  #: files of a kind that may hold labels
-SIDES = re.compile(r"\b(left|right)(most|ward|wards)?\b", re.I)
+MOST_BYTES = 1 << 16  #: of each that are read
+SHORTEST = 3  #: letters of a name without its extension that is looked for: shorter ones are in any file
+#: sides of a picture, not other meanings of the words, such as the right answer
+SIDES = re.compile(r"\b((on|to|at|from) the (left|right)|(left|right)([- ]?hand|-?most|-?wards?))\b", re.I)
 MOST_PAIRS = 4  #: of names that look the same, in a warning
 LOOKED_AT = 24  #: pictures of which the range of values is read, spread over the source
 
@@ -62,14 +66,29 @@ def _of_labels(source: Source) -> Iterator[str]:
     if given or source.classes or source.captions is not None:
         return
     files = {reason.removeprefix("*"): count for reason, count in source.ignored.items() if reason.startswith("*")}
-    if tables := [suffix for suffix in SUFFIXES if 0 < files.get(suffix, 0) <= MOST_TABLES]:
-        yield f"the pictures have no classes; if a {tables[0]} file next to them holds labels, give it by --labels FILE"
+    tables = [suffix for suffix in SUFFIXES if 0 < files.get(suffix, 0) <= MOST_TABLES]
+    if naming := [
+        suffix for suffix, data in source.tables(MOST_BYTES) if tables and suffix in tables and _names(source, data)
+    ]:
+        yield f"the pictures have no classes; if a {naming[0]} file next to them holds labels, give it by --labels FILE"
     elif texts := [suffix for suffix in CAPTION_FILES if 2 * files.get(suffix, 0) > len(source)]:
         yield f"the pictures have no classes; if the {texts[0]} files next to them hold captions, give --text MODEL"
 
 
+def _names(source: Source, data: bytes) -> bool:
+    """Whether a table or json, or the beginning of one, has the name of a picture as one of its values."""
+    encoding = "utf-16" if data.startswith((b"\xff\xfe", b"\xfe\xff")) else "utf-8-sig"
+    text = unicodedata.normalize("NFC", data.decode(encoding, "ignore"))
+    values = {value.strip().replace("\\", "/").rsplit("/", 1)[-1] for value in re.split(r'[,;\t\r\n"]', text)}
+    for name in source.names:
+        path = PurePosixPath(unicodedata.normalize("NFC", name))
+        if path.name in values or (len(path.stem) >= SHORTEST and path.stem in values):
+            return True
+    return False
+
+
 def sides_in_captions(samples: Samples) -> Iterator[str]:
-    """A sentence on captions with the words left or right, which are wrong for mirrored pictures."""
+    """A sentence on captions that name the left or right side, which is wrong for mirrored pictures."""
     captions = [caption for each in samples.captions or () for caption in each]
     if found := sum(map(bool, map(SIDES.search, captions))):
         say = "says" if found == 1 else "say"

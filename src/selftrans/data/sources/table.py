@@ -85,7 +85,7 @@ def _source(
     label_column = None if wanted else _label_column(rows.features, where, label_column)
     if not wanted and label_column is None:
         _warn_of_labels(rows.features, where)
-    labels, classes, unlabelled = _labels(rows, label_column, where)
+    found = _labels(rows, label_column, where)
     pictures = rows.pictures(image_column)
 
     def open_row(i: int) -> Image.Image:
@@ -101,8 +101,8 @@ def _source(
         return open_picture(path)
 
     names = [f"row {i:08d}" for i in range(len(rows))]
-    faults = dict.fromkeys(unlabelled, f"no label in column {printable(label_column)!r}")
-    source = Source(names, labels, classes, open_row, is_table=True, faults=faults, in_order=rows.in_order)
+    faults = found.faults(f"column {printable(label_column)!r}")
+    source = Source(names, found.labels, found.classes, open_row, is_table=True, faults=faults, in_order=rows.in_order)
     return source if captions is None else with_captions(source, captions)
 
 

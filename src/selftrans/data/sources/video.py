@@ -144,7 +144,7 @@ def _first(files: ClipFiles, most: int) -> tuple[tuple[int, int], float]:
                 return (picture.height, picture.width), rounded(_fps(name, stream, most))
         except Exception as unreadable:  # decoders raise any type on a damaged file
             error = error or bad_clip(name, unreadable, GIF)
-    raise ValueError(f"{none_readable(len(files), 'video', files.where)}; the first: {error}")
+    raise ValueError(none_readable(len(files), "video", files.where, error))
 
 
 def _fps(name: str, stream: BinaryIO, most: int) -> float:

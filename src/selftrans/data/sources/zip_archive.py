@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import stat
 import threading
 import zipfile
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO, NamedTuple
@@ -38,6 +39,7 @@ def zip_file(path: Path, split: str | None = None, *, allow_empty: bool = False)
     found, ignored = listed.files, Counter(listed.files.ignored)
     none = np.zeros(len(found.names), dtype=np.int64)
     source = Source(found.names, none, (), lambda i: open_picture(found.open(i)), found.sizes, dict(ignored))
+    source = replace(source, tables=lambda most: _tables(listed, most))
     for top, info in listed.label_files if split is None else ():
         where = f"{top}{label_file.NAME} in {path}"
         if labelled := label_file.labelled(source, _read(listed.archive, info, where), where, top):
@@ -78,6 +80,7 @@ class ZipEntries(NamedTuple):
     heads: list[str]  #: their names from the folder of their class on
     empty: list[str]  #: class folders that hold none of them
     label_files: list[tuple[str, zipfile.ZipInfo]]  #: each `dataset.json` with the folder that it is in, ending in `/`
+    tables: list[zipfile.ZipInfo]  #: other files that may hold labels
 
 
 def zip_entries(path: Path, suffixes: Collection[str], split: str | None = None) -> ZipEntries:
@@ -89,6 +92,7 @@ def zip_entries(path: Path, suffixes: Collection[str], split: str | None = None)
     ignored: Counter[str] = Counter()
     entries: dict[str, zipfile.ZipInfo] = {}
     archived, folders, label_files = Archived(ignored), set[str](), list[tuple[str, zipfile.ZipInfo]]()
+    tables = list[zipfile.ZipInfo]()
     for info in archive.infolist():
         parts = _checked_parts(info, path)
         if archived.ignores(parts):
@@ -100,6 +104,8 @@ def zip_entries(path: Path, suffixes: Collection[str], split: str | None = None)
             ignored[kind_of_file(parts[-1])] += 1
             if parts[-1] == label_file.NAME and len(parts) <= 2:
                 label_files.append(("/".join([*parts[:-1], ""]), info))
+            elif PurePosixPath(parts[-1]).suffix.lower() in label_file.SUFFIXES:
+                tables.append(info)
         elif (name := "/".join(parts)) in entries:
             raise ValueError(f"{path} holds {printable(name)} twice; make the zip again")
         else:
@@ -115,7 +121,14 @@ def zip_entries(path: Path, suffixes: Collection[str], split: str | None = None)
 
     files = Entries(names, [info.file_size for info in infos], open_entry, dict(ignored))
     heads = from_class(names, split if len(names) < len(entries) else None)
-    return ZipEntries(archive, files, heads, _empty(names, heads, folders), label_files)
+    return ZipEntries(archive, files, heads, _empty(names, heads, folders), label_files, tables)
+
+
+def _tables(listed: ZipEntries, most: int) -> Iterator[tuple[str, bytes]]:
+    """Extension and first bytes of each file that may hold labels; those that cannot be read are left out."""
+    for info in listed.tables:
+        with contextlib.suppress(Exception), listed.archive.open(info) as file:  # the type depends on the damage
+            yield PurePosixPath(info.filename).suffix.lower(), file.read(most)
 
 
 def _read(archive: zipfile.ZipFile, info: zipfile.ZipInfo, where: str) -> bytes:

@@ -57,8 +57,24 @@ def test_words_for_copies() -> None:
     )
     assert copies_in_words([Copied(5, 2, 0, ("b", "a")), Copied(5, 2, 1, ("d", "c"))], "picture") == (
         "4 of 10 pictures are, as stored, exact copies of earlier ones, and 1 of these has another label, such as "
-        "d (c); keep one of each"
+        "d (c); check their labels"
     )
+
+
+def test_copies_among_some_of_the_samples_are_said_to_be_that() -> None:
+    compared = Copies(9, partial=True)
+    compared.add([2, 5], [np.zeros(2)] * 2)
+    found = compared.found(np.zeros(9, int), str)
+    assert found == Copied(2, 1, 0, ("5", "2"), partial=True)
+    assert copies_in_words([Copied(4), found], "picture").endswith("; only what is encoded now was compared")
+    assert copies_in_words([Copies(3, partial=True).found(np.zeros(3, int), str)], "picture") == ""
+
+
+def test_part_of_the_data_says_that_only_it_was_compared(tmp_path: Path) -> None:
+    source = write(tmp_path / "x", {f"{k}.png": encoded(noise(8, k // 2)) for k in range(4)})
+    options = {"batch_size": 2, "shard_size": 2, "progress": False}
+    (said,) = said_by(lambda: prepare(source, tmp_path / "data", part="1/2", **options))
+    assert said.startswith("1 of 2 pictures is") and said.endswith("; only what is encoded now was compared")
 
 
 def test_prepare_says_copies_with_another_label_once(tmp_path: Path) -> None:
@@ -72,7 +88,7 @@ def test_prepare_says_copies_with_another_label_once(tmp_path: Path) -> None:
     source = write(tmp_path / "x", files)
     expected = "2 of 4 pictures are, as stored, exact copies of earlier ones, and 1 of these has another label"
     said = said_by(lambda: prepare(source, tmp_path / "data", batch_size=1, shard_size=2, progress=False))
-    assert said == [f"{expected}, such as dog/a.png (cat/a.png); keep one of each"]
+    assert said == [f"{expected}, such as dog/a.png (cat/a.png); check their labels"]
     in_buckets = {"resolution": 8, "buckets": 3, "progress": False}
     assert said_by(lambda: prepare_buckets(source, tmp_path / "b", **in_buckets)) == said
     assert (

@@ -62,7 +62,7 @@ def test_pictures_at_the_top_may_have_labels(tmp_path: Path, kind: str) -> None:
         ({"labels": [["a", [0, 1]]]}, "a name and a word or an integer"),
         ({"labels": {"a": 1}}, "a name and a word or an integer"),
         ({"labels": [["a", 1], ["a", 2]]}, "gives a the labels 1 and 2"),
-        (b'{"labels": [{"file": "a", "label": 1, "label": 2}]}', "it has label twice, as 1 and 2"),
+        (b'{"labels": [{"file": "a", "label": 1, "label": 2}]}', "has label twice, as 1 and 2"),
         (b"{", "is not valid json"),
         (b"[" * 100_000, "is not valid json"),
     ],
@@ -137,8 +137,12 @@ def test_labels_are_those_of_a_given_file(tmp_path: Path, name: str, content: st
         ("l.csv", "path,label\na.png\n", "l.csv: line 2 has 1 of the columns"),
         ("l.csv", "a.png,cat\na.png,dog\n", "gives a.png the labels cat and dog"),
         ("l.csv", "", "l.csv holds no names; give the path and the label of each picture"),
-        ("l.csv", "path,label,Label\na.png,1,2\n", "has the column label 2 times; keep one"),
-        ("l.json", '{"a.png": 1, "a.png": 2}', "it has a.png twice, as 1 and 2"),
+        ("l.csv", "path,label,Label\na.png,1,2\n", "line 2 has two values in the columns label, 1 and 2; keep one"),
+        ("l.json", '{"a.png": 1, "a.png": 2}', "has a.png twice, as 1 and 2"),
+        ("l.csv", "image,image\na.png,a.png\n", r"2 columns \(image, image\), and none are named"),
+        ("l.json", '{"labels": [["a.png", 1]], "labels": [["a.png", 2]]}', r"l.json has labels twice, as \[\['a.png"),
+        ("l.json", '[{"path": "a.png", "path": "d.png", "label": 1}]', "l.json has path twice, as 'a.png' and 'd.png'"),
+        ("l.jsonl", '{"path": "a.png", "label": "x", "label": "y"}', "l.jsonl has label twice, as 'x' and 'y'"),
         ("l.csv", b"\xff\xfea.png,1", "is not text in UTF-8"),
         ("l.csv", "a.png,\nd.png,-1\n", "has no label from 0 and no word"),
         ("l.json", "[1]", "a name and a word or an integer"),
@@ -152,6 +156,20 @@ def test_given_file_that_does_not_fit_is_refused(tmp_path: Path, name: str, cont
     with pytest.raises(ValueError, match=message) as error:
         given(tmp_path, name, content)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("l.json", '[{"path": "a.png", "label": "c", "n": 1, "n": 2}, {"path": "d.png", "label": "d"}]'),
+        ("l.json", '{"n": 1, "n": 2, "labels": {"a.png": "c", "d.png": "d", "d.png": "d"}}'),
+        ("l.csv", "id,image,label,label\n7,a.png,c,c\n8,d.png,d, d\n"),
+        ("l.csv", "image,n,n,label,image\na.png,1,2,c,a.png\nd.png,3,4,d,d.png\n"),
+    ],
+)
+def test_repeated_keys_and_columns_that_do_not_matter(tmp_path: Path, name: str, content: str) -> None:
+    source = given(tmp_path, name, content)
+    assert source.classes == ("c", "d") and source.labels.tolist()[:2] == [0, 1]
 
 
 def test_given_labels_belong_to_folders_and_zips(tmp_path: Path) -> None:

@@ -27,7 +27,10 @@ def source(*names: str) -> Source:
         (["\ud800", "é"], [0, 1], ("?", "é"), []),
         (["1e3", "2"], [0, 1], ("1e3", "2"), []),
         (["9" * 30, "2"], [1, 0], ("2", "9" * 30), []),
-        (["1", "nan", "N/A", "0"], [1, 0, 0, 0], ("0", "1"), [1, 2]),  # as pandas writes what is missing
+        (["1", "nan", "N/A", "0", 0], [1, 0, 0, 0, 0], ("0", "1"), [1, 2]),  # as pandas writes what is missing
+        (["0", "1", "none"], [0, 1, 0], ("0", "1"), [2]),
+        (["none", "none", "none", "1"], [1, 1, 1, 0], ("1", "none"), []),  # too many for a missing label
+        (["nan", "1", None], [1, 0, 0], ("1", "nan"), [2]),  # half of those that are there
         (["nan", "cat"], [1, 0], ("cat", "nan"), []),
         (["nan", "None"], [1, 0], ("None", "nan"), []),
     ],
@@ -56,6 +59,14 @@ def test_names_are_compared_as_they_are_then_without_folders_then_without_extens
     assert found.classes == ("p", "r", "s")  # 2.png is ambiguous
     assert [found.classes[k] for k in found.labels[[0, 3, 4]]] == ["p", "r", "s"]
     assert found.faults == dict.fromkeys((1, 2), "no label in l.csv")
+
+
+def test_word_that_is_read_as_a_missing_label_is_named() -> None:
+    found = with_labels(
+        source("1.png", "2.png", "3.png", "4.png"), {"1.png": 0, "2.png": 1, "3.png": "None"}, "d/l.csv"
+    )
+    none = "no label in l.csv: None among numbers is read as none; rename it there if it is a class"
+    assert found.faults == {2: none, 3: "no label in l.csv"}
 
 
 def test_file_of_other_names_is_refused() -> None:

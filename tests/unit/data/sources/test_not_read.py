@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +14,7 @@ from selftrans.data.sources import table
 from selftrans.data.sources.not_read import check_file, remedy_for
 from selftrans.data.sources.open_source import open_source
 from selftrans.data.sources.source import Source
-from tests.support.pictures import encoded, noise, write
+from tests.support.pictures import encoded, noise, write, zipped
 
 
 @pytest.mark.parametrize(
@@ -46,6 +48,14 @@ def test_what_may_be_a_zip_passes(tmp_path: Path) -> None:
         check_file(write(tmp_path, {name: data}) / name)
 
 
+def test_zip_that_extracts_itself_is_read(tmp_path: Path) -> None:
+    zipped(tmp_path / "a.zip", {"cat/a.png": encoded(noise(8)), "dog/b.png": encoded(noise(8, 1))})
+    path = tmp_path / "photos.exe"
+    path.write_bytes(b"MZ a program" + (tmp_path / "a.zip").read_bytes())
+    source = open_source(path)
+    assert source.classes == ("cat", "dog") and np.array_equal(source.read(1), noise(8, 1))
+
+
 @pytest.mark.parametrize(
     ("name", "remedy"),
     [
@@ -77,6 +87,21 @@ def test_a_name_that_is_looked_for_on_the_hub_although_its_folder_is_here(
     with pytest.warns(UserWarning, match=said), pytest.raises(ValueError, match="no pictures in pictures/cats"):
         open_source("pictures/cats")
     assert asked == ["pictures/cats"]
+
+
+def test_folder_that_cannot_be_listed_is_not_mentioned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(write(tmp_path, {"pictures/cat/a.png": encoded(noise(8))}))
+    nothing = Source([], np.zeros(0, dtype=np.int64), (), lambda i: None)  # type: ignore[arg-type,return-value]
+    monkeypatch.setattr(table, "hub", lambda *_, **__: nothing)
+
+    def refused(path: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    with monkeypatch.context() as patched, warnings.catch_warnings():
+        warnings.simplefilter("error")
+        patched.setattr(os, "scandir", refused)
+        with pytest.raises(ValueError, match="no pictures in pictures/cats"):
+            open_source("pictures/cats")
 
 
 def test_empty_name_of_a_source(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

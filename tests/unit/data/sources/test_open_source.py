@@ -141,6 +141,8 @@ def test_native_resolution_ignores_unreadable_pictures(tmp_path: Path) -> None:
     write(tmp_path / "y", {"a.png": b"", "b.png": b"no"})
     with pytest.raises(ValueError, match=r"none of the 2 pictures .* the first: a.png"):
         open_source(tmp_path / "y")
+    with pytest.raises(ValueError, match=r"the only picture of .*z is not readable: a.png"):
+        open_source(write(tmp_path / "z", {"a.png": b"no"}))
 
 
 def test_iter_images_is_grey_only_if_all_pictures_are(tmp_path: Path) -> None:

@@ -16,9 +16,9 @@ from selftrans.data.sources.clips import MediaOptions, open_clips
 from selftrans.data.sources.decode import Reading
 from selftrans.data.sources.npz import npz_values
 from selftrans.data.sources.open_source import open_source
-from selftrans.data.sources.surprises import deep_values, surprises
+from selftrans.data.sources.surprises import SIDES, deep_values, surprises
 from tests.support.clips import save_sound, sine
-from tests.support.pictures import encoded, noise, write
+from tests.support.pictures import encoded, noise, write, zipped
 
 
 def deep(low: int, high: int, seed: int = 0) -> np.ndarray:
@@ -139,8 +139,17 @@ def test_sounds_that_are_not_read_are_a_warning(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("files", "said"),
     [
-        ({"labels.csv": b"x"}, "if a .csv file next to them holds labels, give it by --labels FILE"),
-        ({"metadata.jsonl": b"x", "notes.txt": b"x"}, "if a .jsonl file next to them holds labels"),
+        (
+            {"labels.csv": b"path,label\nx/a.png,cat"},
+            "if a .csv file next to them holds labels, give it by --labels FILE",
+        ),
+        (
+            {"metadata.jsonl": b'{"file_name": "b.png"}', "notes.txt": b"x"},
+            "if a .jsonl file next to them holds labels",
+        ),
+        ({"labels.tsv": "id\tclass\nthe cat\t1".encode("utf-16"), "the cat.png": encoded(noise(8))}, "if a .tsv file"),
+        ({"progress.csv": b"a,b\n1,2\n", "info.json": b'{"made by": "b"}'}, None),
+        ({"l.csv": b" " * (1 << 16) + b"\na.png,1"}, None),  # beyond what is read
         ({"a.txt": b"x", "b.txt": b"x"}, "if the .txt files next to them hold captions, give --text MODEL"),
         ({"a.caption": b"x", "b.caption": b"x"}, "if the .caption files next to them hold captions"),
         ({"readme.txt": b"x"}, None),
@@ -154,6 +163,9 @@ def test_files_that_may_hold_labels_or_captions_are_said(
     expected = [f"the pictures have no classes; {said}"] if said else []
     found = list(surprises(open_source(write(tmp_path / "x", pictures | files))))
     assert len(found) == len(expected) and all(map(str.startswith, found, expected))
+    if "cat/c.png" not in files:
+        packed = open_source(zipped(tmp_path / "x.zip", pictures | files))
+        assert list(surprises(packed)) == found
 
 
 def test_classes_that_may_be_missing_labels_are_said(tmp_path: Path) -> None:
@@ -166,8 +178,27 @@ def test_classes_that_may_be_missing_labels_are_said(tmp_path: Path) -> None:
     assert list(surprises(open_source(folders))) == []
 
 
+@pytest.mark.parametrize(
+    ("caption", "named"),
+    [
+        *((text, True) for text in ("on the left", "At the right edge", "from the left", "a lefthand door")),
+        *((text, True) for text in ("the rightmost cup", "the left-most cup", "a leftward arrow", "looks rightwards")),
+        *(
+            (text, False)
+            for text in ("the right answer is correct", "he left home", "copyright", "all right", "leftover")
+        ),
+    ],
+)
+def test_words_that_name_a_side(caption: str, named: bool) -> None:
+    assert bool(SIDES.search(caption)) is named
+
+
 def test_sides_in_captions_are_said_when_pictures_are_mirrored(tmp_path: Path) -> None:
-    texts = {"a.txt": b"a cat to the LEFT\na cat", "b.txt": b"bright light\nleftover", "c.txt": b"rightmost"}
+    texts = {
+        "a.txt": b"a cat to the LEFT\na cat",
+        "b.txt": b"the right answer\nleftover",
+        "c.txt": b"a right-hand door",
+    }
     files = {f"{name}.png": encoded(noise(8)) for name in "abc"} | texts
     source = open_source(write(tmp_path / "x", files), captions=CaptionSource())
     said = "2 of 5 captions say left or right, which is wrong for the mirrored pictures of --flip; leave it out if that matters"

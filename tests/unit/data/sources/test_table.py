@@ -57,6 +57,9 @@ def test_plain_parquet_columns_and_invalid_cells(tmp_path: Path) -> None:
         assert source.faults == {1: "no label in column 'label'"} and source.labels[[0, 2]].tolist() == [2, 2]
         with pytest.raises(ValueError, match=r"row 00000001: cannot be used \(no label in column 'label'\)"):
             source.read(1)
+    worded = open_source(table("w.parquet", pictures, label=["0", "None", "1"]), label_column="label")
+    assert worded.classes == ("0", "1") and list(worded.faults) == [1]
+    assert worded.faults[1].startswith("no label in column 'label': None among numbers is read as none; rename it")
     with pytest.raises(ValueError, match="holds neither integers nor words"):
         open_source(table("d.parquet", pictures, kind=[[1], [2], []]), label_column="kind")
     with pytest.raises(ValueError, match=r"several label columns: label, class; choose"):
