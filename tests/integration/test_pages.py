@@ -187,7 +187,11 @@ def test_quickstart_writes_a_self_contained_page(there: Pages, capsys: pytest.Ca
     ("name", "text", "message"),
     [
         ("self_transcendence", {"stage1.steps": 1000}, "with stage1.steps 1000, now 320; remove that folder"),
-        ("self_transcendence", {"train.lr": 1e-3}, "with train.lr 0.001, now 0.008; remove that folder"),
+        (
+            "self_transcendence",
+            {"train.lr": 1e-3, "stage1.steps": 320},
+            "with train.lr 0.001, now 0.008; remove that folder",
+        ),
         ("vanilla", {"train.steps": 2200}, "with train.steps 2200, now 1231; remove that folder"),
         ("vanilla", "{", r"config.json cannot be read \(.*\); remove "),
     ],

@@ -33,9 +33,8 @@ class FsspecStore:
         import fsspec
 
         protocol = url.partition("://")[0]
-        for (
-            name
-        ) in LOGGERS:  # without a handler Python shows warnings on stderr; those of an application still get them
+        # without a handler Python shows warnings on stderr; those of an application still get them
+        for name in LOGGERS:
             if not logging.getLogger(name).handlers:
                 logging.getLogger(name).addHandler(logging.NullHandler())
         try:

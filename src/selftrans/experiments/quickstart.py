@@ -7,6 +7,7 @@ order of the methods.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import time
@@ -18,7 +19,7 @@ import numpy as np
 
 from selftrans.checkpoints import format as checkpoint
 from selftrans.checkpoints.load import load_model
-from selftrans.config import RunConfig, to_json
+from selftrans.config import RunConfig
 from selftrans.data.dataset import Dataset
 from selftrans.data.decoded import decode_images, latents_of
 from selftrans.data.prepare import prepare_digits
@@ -39,6 +40,7 @@ from selftrans.methods.vanilla import VANILLA
 from selftrans.recipes.digits import digits
 from selftrans.storage import first_line, lock_file, printable, write_json, write_text
 from selftrans.train.flops import stage_flops
+from selftrans.train.resume import differences, settings_before
 from selftrans.train.run import put_together
 
 #: name of the method -> its title in the report; stage 1 precedes stage 2, which it teaches
@@ -47,8 +49,6 @@ STEPS = 800  #: of each student, four fifths of the recipe's: all in less than f
 IMAGES = 1000  #: samples for each distance
 SHOWN = 42  #: samples in the report, per method
 MAPPED = 8  #: digits whose features are shown as PCA maps
-#: settings that are those of one run
-OWN = {"train.seed", "train.checkpoint_every", "train.keep", "train.preview_every", "stage2.teacher"}
 TAUGHT = 2  #: intervals of stage 1 that train the teacher: two fifths of the steps
 
 
@@ -94,30 +94,23 @@ def quickstart(
 
 def check_earlier(out: Path, variants: Mapping[str, RunConfig], seeds: Sequence[int]) -> None:
     """ValueError if the folder holds runs with other settings: of an earlier version, or with other steps."""
-    for file, config in (
-        (out / f"{name}-seed{seed}" / "config.json", variants[name]) for name in variants for seed in seeds
-    ):
-        if not file.exists():
-            continue
+    for name, seed in itertools.product(variants, seeds):
+        run, config = out / f"{name}-seed{seed}", variants[name].override({"train.seed": seed})
         try:
-            held = _settings(json.loads(file.read_text(encoding="utf-8")))
-        except (OSError, ValueError, AttributeError, RecursionError) as error:
+            before = settings_before(run)
+        except ValueError as error:
+            file = run / "config.json"
             raise ValueError(
                 f"{file} cannot be read ({first_line(error)}); remove {out}, or give another --out"
             ) from None
-        for setting, value in _settings(json.loads(to_json(config))).items():
-            if held.get(setting, value) != value:
-                other = f"{setting} {printable(str(held[setting]))}, now {value}"
+        if before is None:
+            continue
+        changed = [("train.steps", before.train.steps, config.train.steps, "free")]  # may grow elsewhere, not here
+        changed += [each for each in differences(before, config) if not each[0].startswith("data.")]
+        for setting, was, now, _ in changed:
+            if was != now:
+                other = f"{setting} {printable(str(was))}, now {now}"
                 raise ValueError(f"{out} holds a quickstart with {other}; remove that folder, or give another --out")
-
-
-def _settings(plain: dict[str, Any]) -> dict[str, Any]:
-    """Dotted settings of a configuration in json that all runs of a method share."""
-    sections = {
-        key: section for key, section in plain.items() if isinstance(section, dict) and key not in ("data", "log")
-    }
-    flat = {f"{key}.{name}": value for key, section in sections.items() for name, value in section.items()}
-    return {name: value for name, value in flat.items() if name not in OWN}
 
 
 def equal_compute(config: RunConfig, other: RunConfig, dataset: Dataset) -> int:
