@@ -114,7 +114,8 @@ def _trains(other: RunConfig, wanted: Stage, taught: RunConfig, every: int | Non
     total = other.train.steps
     held = wanted.steps == total or wanted.steps % (every or interval(total)) == 0 < total - wanted.steps
     same = all(_acting(other.section(kind)) == _acting(taught.section(kind)) for kind in wanted.sections)
-    return held and same and (other.model, other.train) == (taught.model, taught.train)
+    theirs, ours = other.override(plan[0].settings), taught.override(wanted.settings)
+    return held and same and (theirs.model, theirs.train) == (ours.model, ours.train)
 
 
 def _acting(section: Section) -> dict[str, Any]:

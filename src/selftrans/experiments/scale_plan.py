@@ -183,9 +183,10 @@ def _built(
     if stage.encoder:
         raise ValueError(f"stage {stage.name} is taught by an external encoder, whose cost is not known here")
     with torch.device("meta"):
-        student, average, teacher = (config.build_model(shape, conditions) for _ in range(3))
+        student, average = (config.override(stage.settings).build_model(shape, conditions) for _ in range(2))
         frozen = None
         if stage.teacher:
+            teacher = config.override(stage.teacher.settings).build_model(shape, conditions)
             dtype = PRECISIONS[config.train.precision]
             frozen = Frozen(teacher, stage.teacher.block(teacher.depth), dtype=dtype, in_place=True)
         objective = Objective(student, stage.guide(student, frozen), times=config.train.times)

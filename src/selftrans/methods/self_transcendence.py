@@ -17,8 +17,8 @@ from __future__ import annotations
 import functools
 import math
 import warnings
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -46,6 +46,7 @@ from selftrans.methods.label_part import LabelPart
 from selftrans.methods.published_heads import published_heads
 from selftrans.methods.spec import MethodSpec, Stage, TeacherSpec
 from selftrans.methods.stage_settings import Stage1, Stage2
+from selftrans.sections import fields_of
 from selftrans.types import Backbone, Conditions, Draw, take_cond
 
 if TYPE_CHECKING:
@@ -168,16 +169,30 @@ def default_teacher_block(depth: int) -> int:
     return max(1, depth * 2 // 3)
 
 
-def _stage1(config: RunConfig, steps: int) -> Stage:
+def _stage1(config: RunConfig, steps: int, settings: Mapping[str, Any]) -> Stage:
     def guide(student: Backbone, teacher: None) -> Sequence[Guidance]:
         return [StructureGuidance(student, config.section(Stage1))]
 
     # stream 1: a teacher that shared the student's initial weights would be easier to match than an independent one
-    return Stage("stage1", steps, guide, (Stage1,), stream=1)
+    return Stage("stage1", steps, guide, (Stage1,), stream=1, settings=settings)
 
 
 def _structure(config: RunConfig) -> list[Stage]:
-    return [_stage1(config, config.train.steps)]
+    return [_stage1(config, config.train.steps, {})]
+
+
+def _teacher_settings(config: RunConfig) -> dict[str, Any]:
+    """What stage 1 has of its own where the teacher is of another size. ValueError where the model has no such size."""
+    stage2 = config.section(Stage2)
+    chosen = {"model.width": stage2.teacher_width, "model.depth": stage2.teacher_depth, "train.lr": stage2.teacher_lr}
+    found = {name: value for name, value in chosen.items() if value is not None}
+    known = {name for name, *_ in fields_of(config.model)}
+    for name in (name.removeprefix("model.") for name in found if name.startswith("model.")):
+        if name not in known:
+            raise ValueError(f"stage2.teacher_{name} is for models with a model.{name}; {config.model.name} has none")
+        if config.init.path is not None:
+            raise ValueError(f"stage2.teacher_{name} does not go with init.path: stage 1 starts from these weights, too")
+    return found
 
 
 def _self_transcendence(config: RunConfig) -> list[Stage]:
@@ -190,14 +205,16 @@ def _self_transcendence(config: RunConfig) -> list[Stage]:
 
     steps = max(1, config.train.steps // 2) if stage1.steps is None else stage1.steps
     block = max(stage2.teacher_blocks) if stage2.teacher_blocks else stage2.teacher_block
+    own = _teacher_settings(config)
     teacher = TeacherSpec(
         stage="stage1",
         block=default_teacher_block if block is None else lambda depth: block,
         weights=stage2.teacher_weights,
         given=stage2.teacher,
         option="stage2.teacher",
+        settings=own,
     )
-    return [_stage1(config, steps), Stage("stage2", config.train.steps, guide, (Stage2,), teacher)]
+    return [_stage1(config, steps, own), Stage("stage2", config.train.steps, guide, (Stage2,), teacher)]
 
 
 def _settle(config: RunConfig, conditions: Conditions) -> RunConfig:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from torch import Tensor
@@ -32,6 +32,7 @@ class TeacherSpec:
     weights: Literal["raw", "ema"]
     given: str | None = None  #: a run, checkpoint or weights file; the stages before this one are then not run
     option: str = ""  #: dotted setting that holds `given`; `--teacher` sets it
+    settings: Mapping[str, Any] = field(default_factory=dict)  #: those of the stage that trains it
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,8 @@ class Stage:
     teacher: TeacherSpec | None = None
     encoder: EncoderSpec | None = None
     stream: int = 0  #: stages with another stream start from other weights and draw other noise under the same seed
+    #: dotted settings in which this stage differs from the run, such as `model.depth` (see `RunConfig.override`)
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"\w[\w.-]{0,99}", self.name) or self.name in TAKEN_FOLDERS:

@@ -51,6 +51,12 @@ class Stage2(Section):
 
     teacher: str | None = setting(None, resume="free")  # its weights may not change: checkpoints keep their hash
     """a run with a stage 1, or a weights file, in place of this run's own stage 1; `--teacher` sets it"""
+    teacher_width: int | None = None
+    """model.width of the teacher that stage 1 trains; None: the student's. A smaller teacher costs less (docs/guidance.md)"""
+    teacher_depth: int | None = None
+    """model.depth of the teacher that stage 1 trains; None: the student's"""
+    teacher_lr: float | None = None
+    """train.lr of stage 1, for a teacher of another size; None: the student's"""
     student_block: int | None = None
     """s, the student's guided block (1-based); None: half of its depth"""
     teacher_block: int | None = None
@@ -99,6 +105,10 @@ class Stage2(Section):
                 raise ValueError(f"stage2.{name} must be a number, not {getattr(self, name)}")
         if not 0 < self.data_std < math.inf:
             raise ValueError(f"stage2.data_std is a standard deviation, above zero, not {self.data_std}")
+        for name in ("teacher_width", "teacher_depth", "teacher_lr"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise ValueError(f"stage2.{name} must be above zero, not {value}")
         if self.student_blocks is not None and min(self.student_blocks, default=0) < 1:
             raise ValueError(
                 f"stage2.student_blocks {self.student_blocks} must be blocks from 1; give one at least, or None"
@@ -124,5 +134,7 @@ class Stage2(Section):
             for name, given in (("student_block", self.student_blocks), ("teacher_block", self.teacher_blocks))
             if given
         }
+        other = "stage2.teacher is given, and no teacher is trained"
+        trained = dict.fromkeys(("teacher_width", "teacher_depth", "teacher_lr"), other) if self.teacher else {}
         moved = {} if self.timestep_range else {"data_std": "without a timestep_range every sample counts"}
-        return ineffective_range_mode(self.timestep_range) | wide | shared | single | moved
+        return ineffective_range_mode(self.timestep_range) | wide | shared | single | moved | trained

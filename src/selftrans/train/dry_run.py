@@ -128,7 +128,7 @@ def _teacher(config: RunConfig, stage: Stage, out: Path, shards: Dataset, accele
     spec = stage.teacher
     if spec is None or spec.given or checkpoint.newest(out / spec.stage / "checkpoints"):
         return teacher_of(config, stage, str(out), shards, accelerator.device)
-    model = build_student(config, shards, None, fresh=True)
+    model = build_student(config.override(spec.settings), shards, None, fresh=True)
     return Frozen(model, spec.block(model.depth), dtype=PRECISIONS[config.train.precision], in_place=True)
 
 

@@ -268,8 +268,9 @@ def put_together(config: RunConfig, stage: Stage, manifest: Manifest, given: Any
     `given`: the encoder or teacher of the stage; None for a teacher that is not trained yet, whose sizes are known.
     """
     with torch.device("meta"):
-        student, model = (config.build_model(manifest.shape, manifest.conditions) for _ in range(2))
+        student = config.override(stage.settings).build_model(manifest.shape, manifest.conditions)
         if stage.teacher and given is None:
+            model = config.override(stage.teacher.settings).build_model(manifest.shape, manifest.conditions)
             given = Frozen(model, stage.teacher.block(model.depth), in_place=True)
         objective = Objective(student, stage.guide(student, given))
     return objective

@@ -79,7 +79,9 @@ class Trainer:
         stop: StopSignal | None = None,
         bar: Callable[..., Any] = progress_bar,
     ) -> None:
-        self.accelerator, self.config, self.stage, self.directory = accelerator, config, stage, directory
+        self.accelerator, self.stage, self.directory = accelerator, stage, directory
+        self.run_config, config = config, config.override(stage.settings)
+        self.config = config
         self.shards, self.teacher, self.preview, self.stop = shards, teacher, preview, stop or StopSignal()
         self.bar, self.order, self.trackers = bar, order or [stage.name], trackers
         train, manifest = config.train, shards.manifest

@@ -54,9 +54,12 @@ class Guided(NamedTuple):
 def guided_blocks(config: RunConfig, stage: Stage, model: Backbone) -> Guided:
     """The guided blocks of a stage; found on a model without memory for weights."""
     with torch.device("meta"):
-        student, teacher = (config.build_model(model.shape, model.conditions) for _ in range(2))
-        block = stage.teacher.block(teacher.depth) if stage.teacher else None
-        given: Any = Frozen(teacher, block, in_place=True) if block else None
+        student = config.override(stage.settings).build_model(model.shape, model.conditions)
+        block, given = None, None
+        if stage.teacher:
+            teacher = config.override(stage.teacher.settings).build_model(model.shape, model.conditions)
+            block = stage.teacher.block(teacher.depth)
+            given = Frozen(teacher, block, in_place=True)
         taps = () if stage.encoder else tuple(k for g in stage.guide(student, given) for k in g.taps)
     return Guided(taps, block, scale_of(config, stage))
 

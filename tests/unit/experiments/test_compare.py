@@ -131,9 +131,11 @@ def test_teacher_is_shared_only_where_it_is_the_same(tmp_path):
     other = config.override({"stage1.target": "latent"})
     short = config.override({"stage1.steps": interval(config.train.steps)})
     odd = config.override({"stage1.steps": 7})
+    small = config.override({"stage2.teacher_width": 32})
     variants = {"structure": dataclasses.replace(config, method="structure"), "same": config, "other": other}
-    chosen = Comparison(config, variants | {"short": short, "odd": odd}, (3,), tmp_path, 10, "digits")
+    chosen = Comparison(config, variants | {"short": short, "odd": odd, "small": small}, (3,), tmp_path, 10, "digits")
     assert chosen.teacher(("same", 3)) == chosen.teacher(("short", 3)) == ("structure", 3)
+    assert chosen.teacher(("small", 3)) is None
     assert chosen.teacher(("other", 3)) is None and chosen.teacher(("odd", 3)) is None
     assert chosen.teacher(("structure", 3)) is None
     given = config.override({"stage2.teacher": "elsewhere"})

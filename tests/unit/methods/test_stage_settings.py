@@ -26,6 +26,9 @@ from selftrans.methods.stage_settings import Stage1, Stage2
         ({"fade": 1.1}, r"stage2\.fade is a fraction of the steps before until_step, in \[0, 1\], not 1\.1"),
         ({"fade": 0.5, "until_step": None}, r"need the end of the term; give stage2\.until_step"),
         ({"label_part": "decay", "until_step": None}, r"need the end of the term; give stage2\.until_step"),
+        ({"teacher_width": 0}, r"stage2\.teacher_width must be above zero, not 0"),
+        ({"teacher_depth": -1}, r"stage2\.teacher_depth must be above zero, not -1"),
+        ({"teacher_lr": math.nan}, r"stage2\.teacher_lr must be above zero, not nan"),
     ],
 )
 def test_impossible_settings_of_stage_2_are_refused(options, message):
@@ -43,3 +46,5 @@ def test_options_without_effect_are_named():
     assert set(Stage2(target_norm="spatial", head="conv").ineffective()) == {"head_width"}
     several = Stage2(target_norm="spatial", student_blocks=(1,), teacher_blocks=(2,), timestep_range=None)
     assert set(several.ineffective()) == {"student_block", "teacher_block", "range_mode", "data_std"}
+    given = Stage2(target_norm="spatial", teacher="run")
+    assert set(given.ineffective()) == {"teacher_width", "teacher_depth", "teacher_lr"}

@@ -1,17 +1,23 @@
 """Which weights teach a stage, and how unsuitable ones are refused."""
 
 import dataclasses
+import json
+import shutil
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
 
+from selftrans.checkpoints.load import load_model
 from selftrans.data.dataset import Dataset
 from selftrans.data.decoded import data_latents
 from selftrans.data.prepare import prepare
 from selftrans.encoders.latent_space import LatentSpace
 from selftrans.methods.guidance import Frozen
 from selftrans.methods.registry import stages
+from selftrans.train.resume import settings_before
+from selftrans.train.run import train
 from selftrans.train.teachers import (
     StoredFeatures,
     check_given,
@@ -117,6 +123,45 @@ def test_cost_of_a_given_teacher_is_read_from_its_file():
     cost = training_cost(spec(given=str(toy.finished())))
     assert cost["steps"] == 4 and cost["seconds"] > 0
     assert cost["tflops"] == pytest.approx(toy.log(toy.finished(), "stage1")[-1]["tflops"])
+
+
+SMALL = {"stage2.teacher_width": 16, "stage2.teacher_depth": 2, "stage2.teacher_lr": 4e-3}
+
+
+def test_teacher_of_its_own_size(tmp_path):
+    run, config = tmp_path / "run", toy.toy(SMALL)
+    report = train(config, run, quiet=True)
+    teacher, student = (load_model(run, stage=stage) for stage in ("stage1", "stage2"))
+    assert (teacher.model.width, teacher.model.depth, teacher.config.train.lr) == (16, 2, 4e-3)
+    assert (student.model.width, student.model.depth, student.config.train.lr) == (32, 3, 1e-3)
+    assert settings_before(run).model == config.model
+    assert toy.log(run, "stage1")[-1]["lr"] == pytest.approx(4e-3) and toy.log(run, "stage2")[-1]["lr"] == pytest.approx(1e-3)
+    full = json.loads((toy.finished() / "run.json").read_text())["stages"]
+    assert report["stages"][0]["tflops"] < full[0]["tflops"] / 2
+    # the student's own part is the same; the teacher's forward passes and the head's width are smaller
+    assert report["stages"][1]["tflops"] < full[1]["tflops"]
+    assert teacher_of(config, stages(config)[1], str(run), Dataset.open(toy.digits()), CPU).block == 1  # 2/3 of two blocks
+
+
+def test_run_with_a_small_teacher_continues_bit_for_bit_without_its_config_file(tmp_path):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    train(toy.toy(SMALL), whole, quiet=True)
+    toy.copy(whole, parts)
+    for name in ("stage2", "config.json"):  # it was stopped at the end of stage 1, and the file was lost
+        (shutil.rmtree if (parts / name).is_dir() else Path.unlink)(parts / name)
+    assert settings_before(parts).model == toy.toy().model  # not that of stage 1
+    train(toy.toy(SMALL), parts, quiet=True)
+    toy.assert_same_run(parts, whole)
+    with pytest.raises(ValueError, match=r"stage2\.teacher_width was 16, is None"):
+        train(toy.toy(), parts, quiet=True)
+
+
+def test_size_of_the_teacher_needs_a_model_that_has_it_and_a_start_from_nothing():
+    with pytest.raises(ValueError, match=r"stage2\.teacher_width is for models with a model\.width; diffusers-dit has none"):
+        stages(toy.toy({"model.name": "diffusers-dit"} | SMALL))
+    with pytest.raises(ValueError, match=r"stage2\.teacher_width does not go with init\.path"):
+        stages(toy.toy({"init.path": "run"} | SMALL))
+    assert stages(toy.toy({"method": "structure"}))[0].settings == {}
 
 
 def test_stored_features_are_missing_in_plain_data():
