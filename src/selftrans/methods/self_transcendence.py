@@ -191,7 +191,9 @@ def _teacher_settings(config: RunConfig) -> dict[str, Any]:
         if name not in known:
             raise ValueError(f"stage2.teacher_{name} is for models with a model.{name}; {config.model.name} has none")
         if config.init.path is not None:
-            raise ValueError(f"stage2.teacher_{name} does not go with init.path: stage 1 starts from these weights, too")
+            raise ValueError(
+                f"stage2.teacher_{name} does not go with init.path: stage 1 starts from these weights, too"
+            )
     return found
 
 

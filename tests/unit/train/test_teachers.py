@@ -135,12 +135,16 @@ def test_teacher_of_its_own_size(tmp_path):
     assert (teacher.model.width, teacher.model.depth, teacher.config.train.lr) == (16, 2, 4e-3)
     assert (student.model.width, student.model.depth, student.config.train.lr) == (32, 3, 1e-3)
     assert settings_before(run).model == config.model
-    assert toy.log(run, "stage1")[-1]["lr"] == pytest.approx(4e-3) and toy.log(run, "stage2")[-1]["lr"] == pytest.approx(1e-3)
+    assert toy.log(run, "stage1")[-1]["lr"] == pytest.approx(4e-3) and toy.log(run, "stage2")[-1][
+        "lr"
+    ] == pytest.approx(1e-3)
     full = json.loads((toy.finished() / "run.json").read_text())["stages"]
     assert report["stages"][0]["tflops"] < full[0]["tflops"] / 2
     # the student's own part is the same; the teacher's forward passes and the head's width are smaller
     assert report["stages"][1]["tflops"] < full[1]["tflops"]
-    assert teacher_of(config, stages(config)[1], str(run), Dataset.open(toy.digits()), CPU).block == 1  # 2/3 of two blocks
+    assert (
+        teacher_of(config, stages(config)[1], str(run), Dataset.open(toy.digits()), CPU).block == 1
+    )  # 2/3 of two blocks
 
 
 def test_run_with_a_small_teacher_continues_bit_for_bit_without_its_config_file(tmp_path):
@@ -157,7 +161,9 @@ def test_run_with_a_small_teacher_continues_bit_for_bit_without_its_config_file(
 
 
 def test_size_of_the_teacher_needs_a_model_that_has_it_and_a_start_from_nothing():
-    with pytest.raises(ValueError, match=r"stage2\.teacher_width is for models with a model\.width; diffusers-dit has none"):
+    with pytest.raises(
+        ValueError, match=r"stage2\.teacher_width is for models with a model\.width; diffusers-dit has none"
+    ):
         stages(toy.toy({"model.name": "diffusers-dit"} | SMALL))
     with pytest.raises(ValueError, match=r"stage2\.teacher_width does not go with init\.path"):
         stages(toy.toy({"init.path": "run"} | SMALL))
