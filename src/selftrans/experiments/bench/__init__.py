@@ -38,8 +38,9 @@ from selftrans.methods.self_transcendence import SELF_TRANSCENDENCE, STRUCTURE, 
 from selftrans.methods.spec import Stage
 from selftrans.methods.vanilla import VANILLA
 from selftrans.models.sit import SiTConfig
-from selftrans.storage import write_json
+from selftrans.storage import first_line, write_json
 from selftrans.suggest import nearest
+from selftrans.train.captured_step import NotCaptured
 from selftrans.train.flops import step_flops
 from selftrans.train.processes import keep_memory
 
@@ -242,7 +243,11 @@ def build(
         else:
             own = config.override({"train.capture": "on" if name.startswith(CAPTURED) else "off"})
             frozen = teacher(stage, config, dataset)
-            one = TrainerStep(accelerator, own, stage, folder / name, dataset, frozen)
+            try:
+                one = TrainerStep(accelerator, own, stage, folder / name, dataset, frozen)
+            except NotCaptured as error:
+                reason = first_line(error.__cause__ or error)
+                raise NotCaptured(f"{name} cannot be captured ({reason}); leave it out of --rows") from error
             candidates[name], memory.transient[name] = one, one.transient
         memory.own[name] = memory.allocated() - before
     return candidates

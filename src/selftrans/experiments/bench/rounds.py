@@ -82,7 +82,7 @@ class TrainerStep:
                 self.trainer._train_step(self.batches)
             self.captured_in = time.monotonic() - started
             if accelerator.device.type == "cuda" and not self.replayed:
-                raise NotCaptured(f"the step of {stage.name} was not captured; leave its captured row out")
+                raise NotCaptured("no graph was recorded in the steps before the measurement")
         else:
             self.trainer.wrapped.register_forward_pre_hook(lambda *_: accelerator.timestamp())
             self.trainer.wrapped.register_forward_hook(lambda *_: accelerator.timestamp())

@@ -35,6 +35,7 @@ from selftrans.methods.objective import Objective
 from selftrans.methods.self_transcendence import SelfGuidance, Stage2
 from selftrans.models.sit import SiTConfig, build
 from selftrans.recipes import recipe
+from selftrans.train.captured_step import CapturedStep, NotCaptured
 from selftrans.types import Batch, Conditions
 from tests.support.operations import sit_forward_flops
 from tests.support.scripts import script
@@ -185,6 +186,26 @@ def test_out_of_memory_model_is_reported_and_the_next_measured(tmp_path: Path, m
     assert "rows" not in found["models"]["large"] and found["ratios"] == found["models"]["small"]["ratios"]
     assert "large, 16 tokens, batch 4: not enough memory" in table(found)
     assert json.loads((tmp_path / "bench.json").read_text()) == found
+
+
+def test_row_that_cannot_be_captured_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was measured before it is on disk."""
+    step = CapturedStep.take
+
+    def take(self: CapturedStep, batches: Any) -> None:
+        if self.trainer.config.model.depth == 4:
+            raise NotCaptured("as the trainer says it") from RuntimeError("no such kernel\nmore")
+        step(self, batches)
+
+    monkeypatch.setattr(CapturedStep, "take", take)
+    models = {"small": SMALL, "deep": dataclasses.replace(SMALL, depth=4)}
+    given = {"batch_size": 4, "tokens": 16, "device": "cpu", "seconds": 0, "quick": True, "steps_only": True}
+    with pytest.raises(
+        NotCaptured, match=r"^captured_vanilla cannot be captured \(no such kernel\); leave it out of --rows$"
+    ):
+        bench(models, tmp_path, rows=("captured_vanilla",), limit=0, **given)  # type: ignore[arg-type]
+    found = json.loads((tmp_path / "bench.json").read_text())
+    assert list(found["models"]) == ["small"] and "sampling" not in found["models"]["small"] and "loading" not in found
 
 
 def test_random_dataset_can_be_read(tmp_path: Path) -> None:
