@@ -68,12 +68,13 @@ for part in $missing $broken; do
         continue
     fi
     [ "$left" -lt "$limit" ] && limit=$left
+    began=$SECONDS
     rm -rf "$work/$part.json" "$work/$part.log" "$work/bench-$part"-*
     timeout --kill-after=5 "$limit" "$python" "$here/gpu_parts.py" "$part" --out "$work" --into "$out" --limit "$limit" $toy \
         2>"$work/$part.log"
     status=$?
     if [ "$status" -eq 124 ] || [ "$status" -eq 137 ]; then
-        echo "$part: stopped after $limit s"
+        echo "$part: stopped after $((SECONDS - began)) of $limit s"
     fi
     if [ "$status" -ne 0 ]; then
         failed=1
