@@ -112,7 +112,8 @@ class Recorded:
 
     def capture(self, pool: Any) -> None:
         """Record the function without running it. RuntimeError where it fails; `Invalidated` where CUDA ended the recording."""
-        graph, failed = torch.cuda.CUDAGraph(), None
+        graph = torch.cuda.CUDAGraph()
+        failed: RuntimeError | None = None
         # thread_local: what other threads do to the device does not end the capture
         recording = torch.cuda.graph(graph, pool=pool, stream=self.stream, capture_error_mode="thread_local")
         try:
