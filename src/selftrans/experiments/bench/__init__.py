@@ -102,10 +102,7 @@ def bench(
     where = torch.device(device or default_device().type)
     _check(models, where, tokens, batch_size, rows)
     precision: Literal["fp32", "bf16"] = "bf16" if where.type == "cuda" else "fp32"
-    accelerator = TimedAccelerator(mixed_precision="bf16" if precision == "bf16" else "no", cpu=where.type == "cpu")
-    if where.type == "cpu":
-        keep_memory()  # as `train` does; the plain steps profit too
-    accelerator.clock, accelerator.timestamps = Clock(accelerator.device), []
+    accelerator = _accelerator(where, precision)
     report: dict[str, Any] = {"machine": describe(accelerator.device, precision), "models": {}}
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch:
@@ -131,6 +128,14 @@ def bench(
     report["ratios"] = next((model["ratios"] for model in report["models"].values() if "ratios" in model), {})
     write_json(out / "bench.json", report)
     return report
+
+
+def _accelerator(where: torch.device, precision: str) -> TimedAccelerator:
+    found = TimedAccelerator(mixed_precision="bf16" if precision == "bf16" else "no", cpu=where.type == "cpu")
+    if where.type == "cpu":
+        keep_memory()  # as `train` does; the plain steps profit too
+    found.clock, found.timestamps = Clock(found.device), []
+    return found
 
 
 def _check(
