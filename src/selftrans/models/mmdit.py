@@ -8,6 +8,7 @@ those of REPA's code. Shape legend: N batch, T latent tokens, L text tokens of E
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from selftrans.models.layers import (
     FinalLayer,
@@ -37,6 +39,8 @@ MMDIT_SIZES = {
     for patch in (1, 2, 4)
 }
 MLP_RATIO = 4
+#: kernels of attention under a mask: not cuDNN's, whose backward pass can give NaN there (pytorch issue 196678)
+MASKED = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 @dataclass(frozen=True)
@@ -137,7 +141,8 @@ class JointBlock(nn.Module):
         of_context, context_rest = self.context_block.enter(context, c)
         of_x, x_rest = self.x_block.enter(x, c)
         q, k, v = (torch.cat(pair, dim=1).transpose(1, 2) for pair in zip(of_context, of_x, strict=True))
-        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # (N, h, L + T, d)
+        with sdpa_kernel(MASKED) if mask is not None and q.is_cuda else contextlib.nullcontext():
+            mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # (N, h, L + T, d)
         to_context, to_x = mixed.transpose(1, 2).flatten(2).split([context.shape[1], x.shape[1]], dim=1)
         return self.context_block.leave(context, to_context, context_rest), self.x_block.leave(x, to_x, x_rest)
 

@@ -99,7 +99,7 @@ class Trainer:
         micros = train.batch_size // self.stream.micro
         each = step_flops(self.objective, manifest.conditions.example(), self.stream.micro)
         self.flops = {part: micros * flops for part, flops in each.items()}
-        fp8.convert(student, train.fp8, accelerator.device)  # after the average and the count, which do not use it
+        fp8.convert(student, train.fp8, accelerator.device, self.stream.micro)  # average and count do not use it
         self.sharded = train.shard and accelerator.num_processes > 1
         if self.sharded:
             fsdp.shard_models(
