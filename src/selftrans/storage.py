@@ -260,6 +260,14 @@ def plural(count: int, noun: str) -> str:
     return f"{count:,} {noun if count == 1 else noun + ending}"
 
 
+def gigabytes(size: float) -> str:
+    """A number of bytes with three digits: `1.23 GB` from a tenth of it on, `74.4 kB`, `9.8 TB`."""
+    for unit, scale, least in (("TB", 1e12, 0.9995e12), ("GB", 1e9, 0.9995e8), ("MB", 1e6, 0.9995e6)):
+        if size >= least:
+            return f"{size / scale:.3g} {unit}"
+    return f"{size / 1e3:.3g} kB"
+
+
 def are(count: int) -> str:
     """`is` or `are`, for a number of things."""
     return "is" if count == 1 else "are"

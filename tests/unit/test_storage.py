@@ -22,6 +22,7 @@ from selftrans.storage import (
     atomic_write,
     check_writable,
     first_line,
+    gigabytes,
     lock_file,
     no_symlink,
     plural,
@@ -440,6 +441,14 @@ def test_a_folder_without_permission_is_known_before(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "access", lambda folder, mode: folder != tmp_path)  # permissions do not bind root
     with pytest.raises(ValueError, match="does not allow it"):
         check_writable(tmp_path / "new" / "a.json")
+
+
+def test_bytes_have_three_digits_at_most_whatever_their_number():
+    sizes = (0, 74_400, 999_499, 999_999, 5e6, 99.94e6, 134e6, 1.234e9, 21e9, 999.4e9, 999.9e9, 9.8e12)
+    assert [gigabytes(size) for size in sizes] == [
+        *("0 kB", "74.4 kB", "999 kB", "1 MB", "5 MB", "99.9 MB", "0.134 GB"),
+        *("1.23 GB", "21 GB", "999 GB", "1 TB", "9.8 TB"),
+    ]
 
 
 def test_numbers_with_their_nouns():
