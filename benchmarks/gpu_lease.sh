@@ -1,56 +1,88 @@
 #!/usr/bin/env bash
-# Ten minutes of one GPU in one command: correctness first, then speed of S/4, S/2, B/2 and XL/2 as a fraction of the measured
+# Nine minutes of one GPU in one command: correctness first, then speed of S/2, B/2, S/4 and XL/2 as a fraction of the measured
 # peak, with memory, first steps and sampling, then time to the first step, and what surrounds the step. A short table last.
 #
 #     bash benchmarks/gpu_lease.sh [OUT]          default: docs/bench/lease
 #
-# Each part has its own time limit and writes OUT/PART.json when it ends; OUT/gpu_lease.json has all of them. A part that is
-# there already is not repeated: the same command continues. Without a GPU all parts run with tiny models, as a test.
+# OUT gets two files, which are written again after every piece of a part: gpu_lease.json has all results, lease.tgz the json
+# and the log of each part. The same command continues from lease.tgz: first the parts that are missing, then those that failed or
+# were stopped. Each part has its own time limit. Without a GPU all parts run with tiny models, as a test.
 #
-#     BUDGET=600           seconds in all; a part that would have less than 15 of them left is skipped
+#     BUDGET=520           seconds in all, table included; a part that would have less than 15 of them left is skipped
+#     REQUIRE_GPU=1        end at once on a machine without a GPU
 #     ONLY="s2 b2"         these parts alone          SKIP="xl2"   all but these          FRESH=1   measure again
-#     PYTHON=python3       with selftrans installed, or PYTHONPATH=src
+#     PYTHON=python3       with the packages that selftrans needs; its source is taken from this repository
 set -u -o pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 out=${1:-${OUT:-$here/../docs/bench/lease}}
 python=${PYTHON:-python3}
-budget=${BUDGET:-600}
+budget=${BUDGET:-520}
+closing=10  # seconds for the table, and for ending a part that does not stop by itself
 parts="correctness s2 b2 s4 xl2 sampling first_step around"
-declare -A limits=([correctness]=130 [s2]=90 [b2]=100 [s4]=70 [xl2]=110 [sampling]=60 [first_step]=90 [around]=75)
+declare -A limits=([correctness]=130 [s2]=90 [b2]=100 [s4]=70 [xl2]=90 [sampling]=50 [first_step]=120 [around]=60)
+export PYTHONPATH="$here/../src${PYTHONPATH:+:$PYTHONPATH}"
 
-mkdir -p "$out" || exit 1
+gpu() {  # torch takes seconds to ask; nvidia-smi is not in every container
+    if command -v nvidia-smi >/dev/null; then
+        nvidia-smi -L | tee /dev/stderr | grep -q '^GPU'
+    else
+        "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'
+    fi
+}
+
 toy=
-slower=1
-if ! "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null; then
+if ! gpu; then
+    if [ -n "${REQUIRE_GPU:-}" ]; then
+        echo "no GPU was found, and REQUIRE_GPU is set" >&2
+        exit 1
+    fi
     echo "no GPU: tiny models, which show only that the parts run"
     toy=--toy
-    slower=4
+    budget=$((4 * budget))
 fi
-failed=0
+mkdir -p "$out" && work=$(mktemp -d) || exit 1
+trap 'rm -rf "$work"' EXIT
+if [ -s "$out/lease.tgz" ]; then
+    tar -xzf "$out/lease.tgz" -C "$work" --no-same-owner || exit 1
+fi
+
+missing= broken= failed=0
 for part in $parts; do
     case " ${ONLY:-$parts} " in *" $part "*) ;; *) continue ;; esac
     case " ${SKIP:-} " in *" $part "*) continue ;; esac
-    if [ -s "$out/$part.json" ] && [ -z "${FRESH:-}" ] && ! grep -q '"failed"' "$out/$part.json"; then
+    if [ -n "${FRESH:-}" ] || [ ! -s "$work/$part.json" ]; then
+        missing="$missing $part"
+    elif grep -q -e '"failed"' -e '"unfinished"' "$work/$part.json"; then
+        broken="$broken $part"
+    else
         echo "$part: measured already"
-        continue
     fi
-    left=$((slower * budget - SECONDS))
-    limit=$((slower * ${limits[$part]}))
+done
+for part in $missing $broken; do
+    left=$((budget - closing - SECONDS))
+    limit=${limits[$part]}
+    [ -n "$toy" ] && limit=$((4 * limit))
     if [ "$left" -lt 15 ]; then
         echo "$part: skipped, the time is over"
+        failed=1
         continue
     fi
     [ "$left" -lt "$limit" ] && limit=$left
-    rm -f "$out/$part.json"
-    timeout --kill-after=5 "$limit" "$python" "$here/gpu_parts.py" "$part" --out "$out" --limit "$limit" $toy 2>"$out/$part.log"
+    began=$SECONDS
+    rm -rf "$work/$part.json" "$work/$part.log" "$work/bench-$part"-*
+    timeout --kill-after=5 "$limit" "$python" "$here/gpu_parts.py" "$part" --out "$work" --into "$out" --limit "$limit" $toy \
+        2>"$work/$part.log"
     status=$?
     if [ "$status" -eq 124 ] || [ "$status" -eq 137 ]; then
-        echo "$part: stopped after $limit s"
+        echo "$part: stopped after $((SECONDS - began)) of $limit s"
     fi
     if [ "$status" -ne 0 ]; then
         failed=1
-        tail -n 3 "$out/$part.log" >&2
+        tail -n 3 "$work/$part.log" >&2
+    fi
+    if [ "$status" -eq 3 ]; then  # torch cannot use the GPU: no other part can
+        break
     fi
 done
-"$python" "$here/gpu_parts.py" table --out "$out"
+"$python" "$here/gpu_parts.py" table --out "$work" --into "$out" || failed=1
 exit "$failed"

@@ -147,7 +147,6 @@ COVERED_BY = {
     "experiments/measurement": "unit/experiments/test_compare.py",
     "experiments/opened_samples": "unit/experiments/test_evaluate_samples.py",
     "experiments/quickstart": "integration/test_pages.py",
-    "experiments/reference": "unit/experiments/test_evaluate_samples.py",
     "experiments/runner": "unit/experiments/test_compare.py",
     "experiments/summary": "unit/experiments/test_compare.py",
     "experiments/target_report": "unit/experiments/test_analyse_target.py",
@@ -189,6 +188,7 @@ COVERED_BY = {
 #: unit tests that are not named after a module -> why
 OTHER_UNIT_TESTS = {
     "data/test_prepare_values": "`prepare` on arrays, which have no decoder and no autoencoder",
+    "experiments/bench/test_gpu_lease": "benchmarks/gpu_lease.sh with its parts",
     "experiments/bench/test_evidence_scripts": "scripts in benchmarks/ that make the evidence of docs/results.md",
     "sampling/test_sample_to_folder": "`sample_to_folder` from a run to its files",
 }

@@ -21,7 +21,6 @@ from selftrans.suggest import nearest
 from selftrans.types import Backbone, Conditions
 
 VERSION = 2  #: of the json layout
-DEFAULT_METHOD = methods.DEFAULT
 S = TypeVar("S", bound=Section)
 
 
@@ -176,7 +175,7 @@ class RunConfig:
     """Everything a run depends on. Saved as config.json in the run directory and in every checkpoint."""
 
     recipe: str
-    method: str = DEFAULT_METHOD
+    method: str = methods.DEFAULT
     """a built-in method, one of an installed package, or module:function"""
     data: Data = field(default_factory=Data)
     model: ModelConfig = field(default_factory=SiTConfig)

@@ -2,7 +2,7 @@
 
 **t = 0 is data, t = 1 is noise**, for every function of the package. A path is four functions of t:
     z_t = alpha(t) z0 + sigma(t) noise          v = alpha'(t) z0 + sigma'(t) noise
-Everything else (z0, noise and score from a velocity) is linear algebra on those four.
+Everything else (noise and score from a velocity) is linear algebra on those four.
 Shape legend: N batch, (C, *S) latent.
 """
 
@@ -90,33 +90,16 @@ def interpolate(path: Path, z0: Tensor, noise: Tensor, t: Tensor) -> tuple[Tenso
     return zt, v
 
 
-def _determinant(path: Path, t: Tensor) -> Tensor:
-    """alpha sigma' - alpha' sigma: 1 on the linear path, pi / 2 on the cosine path, never zero."""
-    return path.alpha(t) * path.d_sigma(t) - path.d_alpha(t) * path.sigma(t)
-
-
-def z0_from_v(path: Path, zt: Tensor, v: Tensor, t: Tensor) -> Tensor:
-    """Data that the velocity points back to."""
-    t = _like(t, zt)
-    return (path.d_sigma(t) * zt - path.sigma(t) * v) / _determinant(path, t)
-
-
 def noise_from_v(path: Path, zt: Tensor, v: Tensor, t: Tensor) -> Tensor:
     """Noise that the velocity points to."""
     t = _like(t, zt)
-    return (path.alpha(t) * v - path.d_alpha(t) * zt) / _determinant(path, t)
+    determinant = path.alpha(t) * path.d_sigma(t) - path.d_alpha(t) * path.sigma(t)  # linear: 1; cosine: pi / 2
+    return (path.alpha(t) * v - path.d_alpha(t) * zt) / determinant
 
 
 def score_from_v(path: Path, zt: Tensor, v: Tensor, t: Tensor) -> Tensor:
     """Gradient of log p_t at zt; defined for t > 0 (sigma must not vanish)."""
     return -noise_from_v(path, zt, v, t) / path.sigma(_like(t, zt))
-
-
-def v_from_score(path: Path, zt: Tensor, score: Tensor, t: Tensor) -> Tensor:
-    """Velocity of a score; defined for t < 1 (alpha must not vanish)."""
-    t = _like(t, zt)
-    noise = -path.sigma(t) * score
-    return (path.d_alpha(t) * zt + _determinant(path, t) * noise) / path.alpha(t)
 
 
 def equal_snr(t: float, std: float, path: Path) -> float:

@@ -63,11 +63,11 @@ def atomic_write(
         raise ValueError(f"{path} cannot be written ({error.strerror or error}); {remedy}") from error
 
 
-def write_text(path: Path, text: str, *, writer: object = None, remedy: str = FREE_SPACE) -> None:
+def write_text(path: Path, text: str, *, remedy: str = FREE_SPACE) -> None:
     """Write `text` in UTF-8 as `atomic_write` does. A file with this content is not written again: that needs no disk space."""
     if not path.is_symlink() and path.is_file() and path.read_bytes() == text.encode():
         return
-    with atomic_write(path, writer=writer, remedy=remedy) as file:
+    with atomic_write(path, remedy=remedy) as file:
         file.write(text.encode())
 
 
@@ -254,10 +254,18 @@ def listed(names: Sequence[object], most: int = 8) -> str:
     return ", ".join(map(printable, names[:most])) + (", …" if len(names) > most else "")
 
 
-def plural(count: int, noun: str, several: str | None = None) -> str:
-    """`1 picture`, `1,200 pictures`: a number and its noun; `several` is an irregular plural."""
+def plural(count: int, noun: str) -> str:
+    """`1 picture`, `1,200 pictures`: a number and its noun."""
     ending = "es" if noun.endswith(("s", "x", "ch")) else "s"
-    return f"{count:,} {noun if count == 1 else several or noun + ending}"
+    return f"{count:,} {noun if count == 1 else noun + ending}"
+
+
+def gigabytes(size: float) -> str:
+    """A number of bytes with three digits: `1.23 GB` from a tenth of it on, `74.4 kB`, `9.8 TB`."""
+    for unit, scale, least in (("TB", 1e12, 0.9995e12), ("GB", 1e9, 0.9995e8), ("MB", 1e6, 0.9995e6)):
+        if size >= least:
+            return f"{size / scale:.3g} {unit}"
+    return f"{size / 1e3:.3g} kB"
 
 
 def are(count: int) -> str:

@@ -42,6 +42,7 @@ class Server:
     def __init__(self, folder: Path, *, ranges: bool) -> None:
         self.folder, self.ranges, self.url = folder, ranges, ""
         self.asked: list[str] = []  #: "name" or "name bytes=a-b" of each request
+        self.sent = 0  #: bytes of files
         self.failures = 0  #: of the next requests, with status 503
         self.status = 0  #: of every request, if not 0
         self.cut = 0  #: of the next whole files, which end early
@@ -74,6 +75,7 @@ def serving(folder: Path, *, ranges: bool = True) -> Iterator[Server]:
             if state.cut and not asked:
                 state.cut -= 1
                 content = content[: len(content) // 2]
+            state.sent += len(content)
             with contextlib.suppress(OSError):
                 self.wfile.write(content)
 

@@ -22,6 +22,7 @@ from selftrans.storage import (
     atomic_write,
     check_writable,
     first_line,
+    gigabytes,
     lock_file,
     no_symlink,
     plural,
@@ -442,7 +443,15 @@ def test_a_folder_without_permission_is_known_before(tmp_path, monkeypatch):
         check_writable(tmp_path / "new" / "a.json")
 
 
+def test_bytes_have_three_digits_at_most_whatever_their_number():
+    sizes = (0, 74_400, 999_499, 999_999, 5e6, 99.94e6, 134e6, 1.234e9, 21e9, 999.4e9, 999.9e9, 9.8e12)
+    assert [gigabytes(size) for size in sizes] == [
+        *("0 kB", "74.4 kB", "999 kB", "1 MB", "5 MB", "99.9 MB", "0.134 GB"),
+        *("1.23 GB", "21 GB", "999 GB", "1 TB", "9.8 TB"),
+    ]
+
+
 def test_numbers_with_their_nouns():
     found = [plural(0, "picture"), plural(1, "class"), plural(2, "class"), plural(12345, "box"), plural(2, "batch")]
     assert found == ["0 pictures", "1 class", "2 classes", "12,345 boxes", "2 batches"]
-    assert plural(2, "child", "children") == "2 children" and [are(0), are(1), are(2)] == ["are", "is", "are"]
+    assert [are(0), are(1), are(2)] == ["are", "is", "are"]

@@ -13,7 +13,7 @@ import json
 import re
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,7 +21,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from selftrans.storage import atomic_directory, first_line, remove_stale_temporaries, sha256_file
+from selftrans.storage import (
+    FREE_SPACE,
+    atomic_directory,
+    atomic_write,
+    first_line,
+    remove_stale_temporaries,
+    sha256_file,
+)
 
 STATE = "state.json"
 KEY = "selftrans"  #: header entry of a weights file: the result of `load.header`, as json
@@ -49,6 +56,20 @@ def weights_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
+    """Write one safetensors file atomically. ValueError, in one line, where it cannot be written."""
+    try:
+        with atomic_write(path) as file:
+            _save_file(Path(file.name), tensors, metadata)
+    except SafetensorError as error:
+        raise ValueError(f"{path} could not be written ({error}); {FREE_SPACE}") from error
+
+
+def _save_file(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
+    save_file({name: x.detach().cpu().contiguous() for name, x in tensors.items()}, path, metadata=metadata)
+    path.chmod(path.parent.stat().st_mode & 0o666)  # safetensors makes files private, whatever the umask
+
+
 def path_of_step(folder: Path, step: int) -> Path:
     """Directory of the checkpoint of a step."""
     return folder / f"step-{step:08d}"
@@ -67,10 +88,7 @@ def save(
             hashes = {}
             for name, named in tensors.items():
                 path = directory / f"{name}.safetensors"
-                metadata = {KEY: json.dumps(header | {"weights": name})}
-                on_cpu = {key: value.detach().cpu().contiguous() for key, value in named.items()}
-                save_file(on_cpu, path, metadata=metadata)
-                path.chmod(directory.stat().st_mode & 0o666)  # safetensors makes files private, whatever the umask
+                _save_file(path, named, {KEY: json.dumps(header | {"weights": name})})
                 hashes[path.name] = sha256_file(path)
             record = {"step": step, "sha256": hashes} | state
             hashes[STATE] = _state_sha256(json.loads(json.dumps(record)))

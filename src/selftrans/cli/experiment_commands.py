@@ -301,7 +301,8 @@ class Bench(Command):
     """what is measured, of vanilla, stage1, stage2, plain_vanilla, plain_stage2, and captured_vanilla, captured_stage1,
     captured_stage2 (train.capture); None: the first five"""
     limit: float | None = None
-    """seconds for each model in all, compilation included; sampling is left out when they are over; None: no limit"""
+    """seconds for each model in all, compilation included; sampling and loading are left out near
+    its end; None: no limit"""
     quick: bool = False
     """SiT-S/2 alone (if no model is named), within three minutes on two cores"""
     device: Literal["cpu", "cuda"] | None = None

@@ -79,6 +79,12 @@ class Buckets(Dataset):
         for bucket in self.buckets:
             bucket.fetch(progress=progress)
 
+    def rehearsed(self) -> Dataset:
+        """As `Dataset.rehearsed`, of every bucket."""
+        buckets = Buckets(self.path, [bucket.rehearsed() for bucket in self.buckets])  # all of them fit into the cache
+        buckets.origin, buckets.text_encoder = self.origin, self.text_encoder
+        return buckets
+
     @property
     def parts(self) -> tuple[int, ...]:
         """Rows of each bucket."""

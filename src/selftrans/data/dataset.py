@@ -130,6 +130,10 @@ class Dataset:
     def fetch(self, *, progress: bool = True) -> None:
         """Bring every shard to this machine, where it is not yet."""
 
+    def rehearsed(self) -> Dataset:
+        """Data of the same size and kind, on this machine, that training can be tried and timed with."""
+        return self
+
     def some_rows(self, most: int) -> np.ndarray:
         """At most `most` different rows, by a fixed shuffle."""
         return np.random.default_rng(0).permutation(len(self))[:most]
@@ -191,8 +195,7 @@ class Dataset:
         self._check_range(rows)
         if self.counts is None:
             return [[] for _ in rows]
-        stored = self._gather(CAPTION, rows, None).numpy()  # (N, K, B)
-        pairs = zip(stored, self.counts[rows], strict=True)
+        pairs = zip(self._gather(CAPTION, rows, None).numpy(), self.counts[rows], strict=True)  # (N, K, B)
         return [[bytes(x).rstrip(b"\0").decode("utf-8", "replace") for x in each[:count]] for each, count in pairs]
 
     def text(self, rows: np.ndarray | Tensor, which: np.ndarray | None = None) -> Cond:
@@ -231,13 +234,11 @@ class Dataset:
         """Caption => its row."""
         if self.counts is None:
             return {}
-        rows = self.some_rows(16 * PROMPTS)  # enough, if many captions are the same
-        found, sizes = dict[str, int](), [-1, -1]  # sizes: those of `found` after each chunk
-        for some in np.array_split(rows, range(PROMPTS, len(rows), PROMPTS)):
+        found, rows = dict[str, int](), self.some_rows(16 * PROMPTS)  # enough, if many captions are the same
+        for some in np.split(rows, [PROMPTS << k for k in range(4)]):  # no more than needed: at a URL each is a request
             for row, of_row in zip(some.tolist(), self.scattered.captions(some), strict=True):
                 found.setdefault(of_row[0], row)
-            sizes.append(len(found))
-            if sizes[-1] >= PROMPTS or sizes[-1] == sizes[-3]:
+            if len(found) >= PROMPTS:
                 break
         return dict(islice(found.items(), PROMPTS))
 
@@ -263,10 +264,10 @@ class Dataset:
         manifest = self.manifest
         if manifest.features is None:
             raise ValueError(f"{self.path} holds no features; repeat its `selftrans prepare`, with --features MODEL")
-        layout, counts = manifest.features.layout(manifest), [shard.count for shard in manifest.shards]
+        layout = manifest.features.layout(manifest)
         self._tensors["features"] = [
-            open_tensors(self.path / file.name, layout, count)["features"]
-            for file, count in zip(manifest.features.files, counts, strict=True)
+            open_tensors(self.path / file.name, layout, shard.count)["features"]
+            for file, shard in zip(manifest.features.files, manifest.shards, strict=True)
         ]
         return manifest.features
 
@@ -306,10 +307,8 @@ class Dataset:
             at = np.flatnonzero(shard_of == k)
             local = rows[at] - self._starts[k]
             out[at] = shards[k][local, which[at]] if of_caption and which is not None else shards[k][local]
-        if name in (IDS, CAPTION):
-            return torch.from_numpy(out)
-        if name == MASK:
-            return torch.from_numpy(out != 0)
+        if name in (IDS, CAPTION, MASK):
+            return torch.from_numpy(out != 0 if name == MASK else out)
         dtype, bits, infinity = NUMBERS[stored]
         sign = np.array(1 << (8 * out.itemsize - 1), dtype=bits)
         # comparing the bits as integers is exact, and many times faster than isfinite in half precision

@@ -47,11 +47,14 @@ class FsspecStore:
             raise ValueError(f"{cleaned(url)} cannot be read ({cleaned(first_line(error))}); {WANTED}") from None
 
     def read(self, name: str, start: int, end: int) -> bytes:
+        path = f"{self.root}/{name}"
+        if self.system.async_impl and end - start > RANGE:  # as much as there is, whose size gives the limit of time
+            end = min(end, self._size(path))
+        if end <= start:
+            return b""
         try:
-            size = end - start
-            # where more than a RANGE is asked for, its size is not known: the limit is that of a small file
-            seconds = TIMEOUT + (size / SLOWEST if size <= RANGE else 0)
-            found = self._call("cat_file", f"{self.root}/{name}", seconds=seconds, start=start, end=end)
+            seconds = TIMEOUT + (end - start) / SLOWEST
+            found = self._call("cat_file", path, seconds=seconds, start=start, end=end)
         except Exception as error:
             if http_status(error) == 416:  # a range after the end; stores do so for an empty file
                 return b""
@@ -75,21 +78,25 @@ class FsspecStore:
                 while piece := source.read(PIECE):
                     yield piece
             return
-        size = int(self._call("info", path)["size"])
+        size = self._size(path)
         for start in range(0, size, RANGE):
             piece = self.read(name, start, min(start + RANGE, size))
             if len(piece) < min(RANGE, size - start):
                 raise ConnectionError(f"{size - start - len(piece)} bytes are missing at its end")
             yield piece
 
-    def _call(self, name: str, *args: object, seconds: float | None = None, **options: object) -> Any:
+    def _size(self, path: str) -> int:
+        """Bytes of a file."""
+        return int(self._call("info", path, seconds=TIMEOUT)["size"])
+
+    def _call(self, name: str, *args: object, seconds: float, **options: object) -> Any:
         """A method of the file system; of an asynchronous one at most so many seconds, whatever its client repeats."""
         if not self.system.async_impl:
             return getattr(self.system, name)(*args, **options)
         from fsspec.asyn import sync
 
         method = getattr(self.system, f"_{name}")
-        return sync(self.system.loop, _in_time, lambda: method(*args, **options), seconds or TIMEOUT)
+        return sync(self.system.loop, _in_time, lambda: method(*args, **options), seconds)
 
 
 async def _in_time(work: Callable[[], Awaitable[T]], seconds: float) -> T:

@@ -13,7 +13,7 @@ from selftrans.data.sources.clips import Clips
 from selftrans.data.sources.copies import Copies, copies_in_words
 from selftrans.data.sources.passed_over import in_words
 from selftrans.data.sources.source import Samples, Source
-from selftrans.data.sources.surprises import deep_values, sides_in_captions, surprises
+from selftrans.data.sources.surprises import deep_values, sides_in_captions, sides_in_classes, surprises
 from selftrans.storage import listed, plural, printable
 
 
@@ -33,7 +33,8 @@ def report_ignored(samples: Samples | None, progress: bool, *, flip: bool = Fals
     if samples.ignored:
         say(in_words(samples.ignored), progress)
     warned = [*surprises(samples), *(deep_values(samples) if isinstance(samples, Source) else ())]
-    for warning in (*warned, *(sides_in_captions(samples) if flip else ())):
+    sides = (*sides_in_captions(samples), *sides_in_classes(samples)) if flip else ()
+    for warning in (*warned, *sides):
         warnings.warn(warning, stacklevel=3)
     for remark in samples.remarks if isinstance(samples, Clips) else ():
         say(remark, progress)

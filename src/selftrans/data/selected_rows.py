@@ -1,4 +1,4 @@
-"""Some rows of prepared data as a data set of their own: a held-out part, and the rest.
+"""Some rows of prepared data as a data set of their own: a held-out part, and the rest; or one shard in place of all.
 
 Shape legend: N batch, M moments channels, (C, *S) latent.
 """
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from selftrans.data.dataset import Dataset
+from selftrans.data.manifest import Features
 
 
 class SelectedRows(Dataset):
@@ -47,6 +48,25 @@ class SelectedRows(Dataset):
         at = torch.as_tensor(rows).cpu().numpy().reshape(-1)
         self._check_range(at)
         return self._dataset.read(self.rows[at], self.names if names is None else names)
+
+
+class OneShard(Dataset):
+    """As many rows as `dataset` has, all of them of its shard k, whose rows are repeated: no other shard is read."""
+
+    def __init__(self, dataset: Dataset, k: int) -> None:
+        begin, count = dataset._starts[k], dataset.manifest.shards[k].count
+        self.rows = begin + np.arange(len(dataset)) % count  #: (len,) their numbers in `dataset`
+        counts = None if dataset.counts is None else dataset.counts[self.rows]
+        super().__init__(dataset.path, dataset.manifest, dataset._tensors, dataset.labels[self.rows], counts)
+        self.origin, self._dataset = dataset.origin, dataset
+        self.text_encoder, self._encoder = dataset.text_encoder, dataset._encoder
+
+    def open_features(self) -> Features:
+        """As `Dataset.open_features`; the data that are read know where they lie."""
+        return self._dataset.open_features()  # into the dict of tensors, which both have
+
+    def _gather(self, name: str, rows: np.ndarray, which: np.ndarray | None = None) -> Tensor:
+        return self._dataset._gather(name, self.rows[rows], which)
 
 
 def split(dataset: Dataset, held_out: int, seed: int) -> tuple[SelectedRows, SelectedRows]:

@@ -71,6 +71,11 @@ class ShardReader:
         self._workers = 0
 
     @property
+    def filled(self) -> list[int]:
+        """The shards that have rows."""
+        return [k for k, shard in enumerate(self.manifest.shards) if shard.count]
+
+    @property
     def fits(self) -> bool:
         """Whether the cache can hold all shards at a time."""
         return sum(self.bytes) <= self.cache.limit
@@ -96,14 +101,22 @@ class ShardReader:
             self._hold(self._expected)
             self._ahead(order)
 
-    def fetch_all(self, *, progress: bool) -> None:
-        """Fetch what is missing of all shards, which must fit into the cache; shows a bar if `progress`."""
-        order = [k for k, shard in enumerate(self.manifest.shards) if shard.count]
-        missing = [k for k in order if not all((self.cache.folder / f.cached).is_file() for f in self._files(k))]
-        self.expect(order, ())
+    def size(self, k: int) -> int:
+        """Bytes of shard k, with its features if they are read."""
+        return sum(file.size for file in self._files(k))
+
+    def missing(self, k: int, *, features: bool | None = None) -> int:
+        """Bytes of shard k that the cache does not hold now; with its features if `features` (None: if they are read)."""
+        files = self._files(k, features=features)
+        return sum(file.size for file in files if not (self.cache.folder / file.cached).is_file())
+
+    def fetch(self, shards: Sequence[int], *, progress: bool) -> None:
+        """Hold exactly these shards, which must fit into the cache, and fetch what is missing; shows a bar if `progress`."""
+        missing = [k for k in shards if self.missing(k)]
+        self.expect(shards, ())
         if not missing:
             return
-        total = sum(sum(file.size for file in self._files(k)) for k in missing)
+        total = sum(map(self.size, missing))
         hidden = not progress or os.environ.get("RANK", "0") != "0"
         with tqdm(desc="fetching data", total=total, unit="B", unit_scale=True, disable=hidden) as bar:
             for k in missing:

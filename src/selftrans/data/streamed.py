@@ -25,6 +25,7 @@ from selftrans.data.manifest_text import COUNT, NULL
 from selftrans.data.record import MAX_BYTES
 from selftrans.data.remote import WANTED, Store, checked, retried, store_of
 from selftrans.data.remote_rows import AT_A_TIME, HEADER, Scattered, small_tensors
+from selftrans.data.selected_rows import OneShard
 from selftrans.data.shard_cache import CacheOptions, ShardCache
 from selftrans.data.shard_file import numpy_dtype, row_bytes
 from selftrans.data.shard_reader import ShardReader, StreamedTensor
@@ -61,7 +62,18 @@ class Streamed(Dataset):
         """Bring every shard into the cache, if all fit; then features that are opened later are fetched, too."""
         if self.reader.fits:
             self._whole = True
-            self.reader.fetch_all(progress=progress)
+            self.reader.fetch(self.reader.filled, progress=progress)
+
+    def rehearsed(self) -> Dataset:
+        """As `Dataset.rehearsed`: these data if the cache holds all of them, else rows of one shard, the one that it holds or
+        the first, which is fetched."""
+        reader = self.reader
+        missing = {k: reader.missing(k, features=True) / reader.bytes[k] for k in reader.filled}
+        if not any(missing.values()):
+            return self
+        shard = min(missing, key=missing.__getitem__)
+        reader.fetch([shard], progress=True)
+        return OneShard(self, shard)
 
     @cached_property
     def scattered(self) -> Dataset:

@@ -105,9 +105,8 @@ class DiffusersAutoencoder:
         most = self.most_pixels and max(1, self.most_pixels // (math.prod(latents.shape[2:]) * self.downsample**2))
         if not most or len(inputs) <= most:
             return self._decoded(inputs)
-        size = -(
-            -len(inputs) // -(-len(inputs) // most)
-        )  # pieces of one size, so that a compiled decoder has one shape
+        # pieces of one size, so that a compiled decoder has one shape
+        size = -(-len(inputs) // -(-len(inputs) // most))
         pieces = list(inputs.split(size))
         pieces[-1] = torch.cat([pieces[-1], pieces[-1][-1:].expand(size - len(pieces[-1]), -1, -1, -1)])
         decoded = [self._decoded(piece.contiguous(memory_format=torch.channels_last)) for piece in pieces]

@@ -101,13 +101,13 @@ class Mel(Media):
         power = spectrum[:, : self.frames(len(sound))].abs().square()
         return (self.bands() @ power).clamp(min=FLOOR).log()[None].numpy()
 
-    def inverse(self, mel: np.ndarray, *, seed: int = 0) -> np.ndarray:
+    def inverse(self, mel: np.ndarray) -> np.ndarray:
         """Log-mel (1, B, T) to a sound (T hop,) float32 that has about this spectrogram: Griffin and Lim (1984)."""
         frames = mel.shape[-1]
         power = torch.linalg.pinv(self.bands()) @ torch.from_numpy(np.minimum(mel[0], 20.0).astype(np.float32)).exp()
         size = power.clamp(min=0).sqrt()
         size = torch.cat([size, size[:, -1:]], dim=1)  # the frame that `forward` leaves out
-        angle = torch.rand(size.shape, generator=torch.Generator().manual_seed(seed)) * (2 * math.pi)
+        angle = torch.rand(size.shape, generator=torch.Generator().manual_seed(0)) * (2 * math.pi)
         sound = self._istft(torch.polar(size, angle), frames * self.hop)
         for _ in range(ROUNDS):
             sound = self._istft(torch.polar(size, self._stft(sound).angle()), frames * self.hop)

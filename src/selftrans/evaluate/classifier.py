@@ -25,6 +25,7 @@ from selftrans.storage import atomic_write, first_line, plural, printable
 
 FORMAT = "selftrans.classifier/1"
 LAYERS = ("resolution", "channels", "num_classes", "width", "dim")  #: the constructor's arguments, as in the header
+RATE, HELD_OUT = 2e-3, 0.2  #: peak learning rate; share of the images that is held out
 ON_DEVICE = 2 << 30  #: bytes of images that are kept where the classifier is trained, without copies at each step
 ARRAYS = "arrays"  #: the last one, in the header of classifiers of arrays
 CONVS, NORMS = (nn.Conv1d, nn.Conv2d, nn.Conv3d), (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)  #: by dimensions
@@ -222,26 +223,19 @@ def train_classifier(
     width: int = 32,
     dim: int = 64,
     batch_size: int = 64,
-    lr: float = 2e-3,
-    test_fraction: float = 0.2,
-    shift: int = 0,
-    flip: bool = False,
     device: torch.device | str = "cpu",
     threads: int | None = None,
 ) -> SmallClassifier:
     """Train a classifier on images with labels (N,) in 0 .. K - 1; keeps torch's global RNG state.
 
-    AdamW with a one-cycle schedule. A fraction `test_fraction` of the images, drawn by `seed`, is held out and gives the
-    accuracy in the result's `training_record`. Augmentation: `shift` moves each picture by up to that many pixels, `flip`
-    mirrors half of them. `threads`: number of CPU threads (None: torch's setting). The same arguments give the same
+    AdamW with a one-cycle schedule. A fifth of the images, drawn by `seed`, is held out and gives the accuracy in the
+    result's `training_record`. `threads`: number of CPU threads (None: torch's setting). The same arguments give the same
     weights on the same machine. Raises ValueError for invalid data.
     """
     labels, arrays = _checked_labels(images, labels, num_classes), images.dtype != np.uint8
-    if arrays and (shift or flip):
-        raise ValueError("shift and flip are for pictures; leave them out for arrays")
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(images), generator=generator)
-    held_out = min(max(1, round(test_fraction * len(images))), len(images) - 1)
+    held_out = min(max(1, round(HELD_OUT * len(images))), len(images) - 1)
     pixels, targets = torch.from_numpy(np.ascontiguousarray(images)), torch.from_numpy(labels)
     test, train = order[:held_out], order[held_out:]
     with torch.random.fork_rng(devices=[]):
@@ -252,16 +246,15 @@ def train_classifier(
         values = pixels[train].double().transpose(0, 1).flatten(start_dim=1)  # (C, values)
         model.mean.copy_(values.mean(dim=1))
         model.deviation.copy_(values.std(dim=1).clamp(min=1e-6))
-    optimiser = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=1e-2)
+    optimiser = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=1e-2)
     steps = epochs * math.ceil(len(train) / batch_size)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, max_lr=lr, total_steps=steps)
-    if pixels.nbytes <= ON_DEVICE and not shift and not flip:
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, max_lr=RATE, total_steps=steps)
+    if pixels.nbytes <= ON_DEVICE:
         pixels, targets, train, test = (x.to(device) for x in (pixels, targets, train, test))
     with cpu_threads(threads), torch.enable_grad():
         for _ in range(epochs):
             for rows in train[torch.randperm(len(train), generator=generator).to(train.device)].split(batch_size):
-                x = to_input(_augment(pixels[rows], shift, flip, generator), device)
-                loss = F.cross_entropy(model(x), targets[rows].to(device))
+                loss = F.cross_entropy(model(to_input(pixels[rows], device)), targets[rows].to(device))
                 optimiser.zero_grad(set_to_none=True)
                 loss.backward()
                 optimiser.step()
@@ -304,20 +297,6 @@ def _checked_labels(images: np.ndarray, labels: np.ndarray, num_classes: int) ->
     return labels
 
 
-def _augment(images: Tensor, shift: int, flip: bool, generator: torch.Generator) -> Tensor:
-    """Randomly shift and mirror pictures (N, H, W, C), with edge padding."""
-    n, height, width = images.shape[:3]
-    if shift:
-        down, across = torch.randint(-shift, shift + 1, (2, n, 1), generator=generator)
-        rows = (torch.arange(height) + down).clamp(0, height - 1)  # (N, H)
-        columns = (torch.arange(width) + across).clamp(0, width - 1)  # (N, W)
-        images = images[torch.arange(n)[:, None, None], rows[:, :, None], columns[:, None, :]]
-    if flip:
-        mirrored = torch.rand(n, generator=generator) < 0.5
-        images = torch.where(mirrored[:, None, None, None], images.flip(dims=(2,)), images)
-    return images
-
-
 @torch.inference_mode()
 def _accuracy(model: SmallClassifier, images: Tensor, labels: Tensor, device: torch.device | str) -> float:
     guesses = [model(to_input(chunk, device)).argmax(dim=-1).cpu() for chunk in images.split(512)]
@@ -332,19 +311,19 @@ def digits() -> tuple[np.ndarray, np.ndarray]:
     return np.round(data.images * (255 / 16)).astype(np.uint8)[..., None], data.target.astype(np.int64)
 
 
-def digits_classifier(cache: str | Path | None = None, *, seed: int = 0) -> SmallClassifier:
+def digits_classifier(cache: str | Path | None = None) -> SmallClassifier:
     """The classifier of the digits, read from the file `cache` if it exists, else trained (in seconds) and saved there.
 
-    Raises ValueError when the cached file is not a classifier of these digits and this seed.
+    Raises ValueError when the cached file is not a classifier of these digits.
     """
     images, labels = digits()
     if cache is not None and Path(cache).exists():
         model = SmallClassifier.load(cache)
         record = model.training_record
-        if record is None or (record.trained_on, record.seed) != (data_sha256(images, labels), seed):
+        if record is None or (record.trained_on, record.seed) != (data_sha256(images, labels), 0):
             raise ValueError(f"{cache} is a classifier of other data or another seed; delete it or name another file")
         return model
-    model = train_classifier(images, labels, num_classes=10, seed=seed, threads=1)
+    model = train_classifier(images, labels, num_classes=10, threads=1)
     if cache is not None:
         model.save(cache)
     return model

@@ -109,9 +109,7 @@ class InceptionExtractor:
             )
         x = torch.from_numpy(images).to(self.device).permute(0, 3, 1, 2).contiguous()
         features, logits = self.module(x)
-        spatial = (
-            self._spatial.pop().permute(0, 2, 3, 1).flatten(start_dim=1)
-        )  # (row, column, channel), as in TensorFlow
+        spatial = self._spatial.pop().permute(0, 2, 3, 1).flatten(start_dim=1)  # row, column, channel, as in TensorFlow
         named = {"features": features, "logits": logits, "spatial": spatial}
         return {name: value.float().cpu().numpy() for name, value in named.items()}
 

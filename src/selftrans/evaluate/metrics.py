@@ -147,9 +147,8 @@ def inception_score(logits: np.ndarray, *, splits: int = SPLITS, seed: int = SEE
     splits = min(splits, len(logits))
     if (least := len(logits) // splits) < logits.shape[1]:
         warnings.warn(
-            f"the score is over {plural(splits, 'split')} of {plural(least, 'image')} for "
-            f"{plural(logits.shape[1], 'class')}: it is "
-            "biased downwards and cannot exceed the number of images; use more images",
+            f"the score is over {plural(splits, 'split')} of {plural(least, 'image')} for {plural(logits.shape[1], 'class')}: "
+            "it is biased downwards and cannot exceed the number of images; use more images",
             stacklevel=2,
         )
     logits = logits[np.random.RandomState(seed).permutation(len(logits))].astype(np.float64)

@@ -1,4 +1,4 @@
-"""Figures: sheets of samples, curves, bars, feature maps, scatter. Uses matplotlib's Agg without global state or windows.
+"""Figures: sheets of samples, curves, feature maps, scatter. Uses matplotlib's Agg without global state or windows.
 
 Shape legend: n images, (H, W, C) picture with C of 1 or 3, (C, *S) array. The colours are the colour-blind-safe palette of
 Okabe and Ito.
@@ -133,8 +133,6 @@ def curves(
     *,
     xlabel: str,
     ylabel: str,
-    title: str = "",
-    logx: bool = False,
     logy: bool = False,
     size: tuple[float, float] = (6.4, 4.0),
 ) -> Figure:
@@ -143,7 +141,7 @@ def curves(
     A line that later ones coincide with is drawn wider, so that it is seen on both sides of them. Where every x is a whole
     number, so is every tick.
     """
-    figure, axes = _figure(title, size)
+    figure, axes = _figure("", size)
     drawn = [np.asarray(values[:2], dtype=float) for values in series.values()]
     for i, (name, values) in enumerate(series.items()):
         wider = 3.0 * sum(_coincide(drawn[i], later) for later in drawn[i + 1 :])
@@ -160,9 +158,9 @@ def curves(
             deviation = np.asarray(values[2], dtype=float)
             low = np.where(y - deviation > 0, y - deviation, y) if logy else y - deviation
             axes.fill_between(x, low, y + deviation, color=colour, alpha=0.18, linewidth=0, zorder=2)
-    axes.set(xlabel=xlabel, ylabel=ylabel, xscale="log" if logx else "linear", yscale="log" if logy else "linear")
-    plain_ticks(axes, logx, logy)
-    if not logx and all((x == np.round(x)).all() for x, _ in drawn):
+    axes.set(xlabel=xlabel, ylabel=ylabel, yscale="log" if logy else "linear")
+    plain_ticks(axes, logx=False, logy=logy)
+    if all((x == np.round(x)).all() for x, _ in drawn):
         axes.locator_params(axis="x", integer=True)
     axes.legend(frameon=False)
     return figure
@@ -173,37 +171,6 @@ def _coincide(one: np.ndarray, other: np.ndarray) -> bool:
     shared, i, j = np.intersect1d(one[0], other[0], return_indices=True)
     near = np.abs(one[1][i] - other[1][j]) <= 0.01 * (np.ptp(np.concatenate([one[1], other[1]])) or 1.0)
     return bool(len(shared) and (near[1:] & near[:-1] if len(shared) > 1 else near).any())
-
-
-def bars(
-    values: Mapping[str, float | tuple[float, float]],
-    *,
-    ylabel: str,
-    title: str = "",
-    size: tuple[float, float] = (6.4, 3.6),
-) -> Figure:
-    """One labelled bar per name; a pair is (value, deviation). Size in inches."""
-    figure, axes = _figure(title, size)
-    pairs = [value if isinstance(value, tuple) else (value, None) for value in values.values()]
-    heights = [pair[0] for pair in pairs]
-    colours = [COLOURS[i % len(COLOURS)] for i in range(len(pairs))]
-    drawn = axes.bar(list(values), heights, color=colours, width=0.62, zorder=3)
-    for x, (height, deviation) in enumerate(pairs):
-        if deviation is not None:
-            axes.errorbar(x, height, yerr=deviation, color=INK, capsize=3, linewidth=1.2, zorder=4)
-    texts = [_short(h) if d is None else f"{_short(h)} ± {d:.2g}" for h, d in pairs]
-    tops = [0.0 if d is None else d for _, d in pairs]
-    for rectangle, text, top in zip(drawn, texts, tops, strict=True):
-        middle, height = rectangle.get_x() + rectangle.get_width() / 2, rectangle.get_height() + top
-        axes.annotate(
-            text, (middle, height), xytext=(0, 3), textcoords="offset points", ha="center", va="bottom", color=INK
-        )
-    axes.set(ylabel=ylabel)
-    axes.margins(y=0.12)
-    axes.grid(False, axis="x")
-    if max(map(len, values), default=0) * len(values) > 60:
-        axes.tick_params(axis="x", labelrotation=20)
-    return figure
 
 
 def scatter(points: np.ndarray, labels: np.ndarray, *, title: str = "", names: Sequence[str] | None = None) -> Figure:
@@ -274,13 +241,13 @@ def save_png(image: np.ndarray, path: str | Path) -> None:
         file.write(png_bytes(image))
 
 
-def figure_to_data_uri(figure: Figure | np.ndarray, *, dpi: int = 110) -> str:
+def figure_to_data_uri(figure: Figure | np.ndarray) -> str:
     """A figure, or a picture uint8 (height, width, 1 or 3), as a png in a `data:` URI."""
     if isinstance(figure, np.ndarray):
         content = png_bytes(figure)
     else:
         buffer = io.BytesIO()
-        figure.savefig(buffer, format="png", dpi=dpi)
+        figure.savefig(buffer, format="png", dpi=110)
         content = buffer.getvalue()
     return "data:image/png;base64," + base64.b64encode(content).decode("ascii")
 
@@ -322,12 +289,6 @@ def _figure(title: str, size: tuple[float, float]) -> tuple[Figure, Axes]:
     if title:
         axes.set_title(title, loc="left", fontsize=11, color=INK, pad=10)
     return figure, axes
-
-
-def _short(value: float) -> str:
-    """Three significant figures without an exponent: 0.700, 42.3, 1,234."""
-    decimals = 2 - math.floor(math.log10(abs(value))) if value else 2
-    return f"{value:,.{min(max(decimals, 0), 6)}f}"
 
 
 def plain_ticks(axes: Any, logx: bool, logy: bool) -> None:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from selftrans.flow import LINEAR, Path, interpolate
-from selftrans.storage import plural
+from selftrans.storage import are, plural
 from selftrans.types import Backbone, Cond, eval_mode, map_cond
 
 
@@ -179,23 +179,20 @@ def pca_maps(feats: Tensor, grid: tuple[int, ...], *, basis: Basis | None = None
     return maps.view(n, *grid, 3).float().numpy()
 
 
-def tsne(features: Tensor, *, perplexity: float = 30.0, seed: int = 0) -> np.ndarray:
+def tsne(features: Tensor) -> np.ndarray:
     """t-SNE (N, 2), from scikit-learn, of standardised features (N, F), or (N, T, D), which are averaged over tokens.
 
-    `perplexity` is limited to (N - 1) / 3. Raises ValueError for fewer than four images.
+    The perplexity is 30, or (N - 1) / 3 if that is less. Raises ValueError for fewer than four images.
     """
     from sklearn.manifold import TSNE
     from threadpoolctl import threadpool_limits
 
     x = pool(features).double()
     if len(x) < 4:
-        raise ValueError(
-            f"{plural(len(x), 'image')} {'is' if len(x) == 1 else 'are'} too few for t-SNE; give at least four"
-        )
+        raise ValueError(f"{plural(len(x), 'image')} {are(len(x))} too few for t-SNE; give at least four")
     deviation = x.std(dim=0, correction=0)
     x = (x - x.mean(dim=0)) / torch.where(deviation > 1e-12, deviation, 1.0)
-    fewer = min(perplexity, (len(x) - 1) / 3)
-    model = TSNE(n_components=2, perplexity=fewer, init="pca", random_state=seed)
+    model = TSNE(n_components=2, perplexity=min(30.0, (len(x) - 1) / 3), init="pca", random_state=0)
     # its threads wait in a busy loop: more than one is twenty times slower while another process is busy
     with threadpool_limits(limits=1):
         return model.fit_transform(x.numpy())

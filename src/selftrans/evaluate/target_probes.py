@@ -28,14 +28,6 @@ class Pooled(NamedTuple):
     fitted: Tensor  #: (N,) bool, the pictures that probes are fitted on; they are tested on the rest
 
 
-def probe_without_condition(pooled: Pooled) -> dict[str, float]:
-    """Accuracy on held-out pictures of each kind of probe of f_u (or of an encoder's features)."""
-    fit, test = pooled.fitted, ~pooled.fitted
-    u, labels = pooled.u, pooled.labels
-    guesses = {kind: class_guesses(u[fit], labels[fit], u[test], kind=kind) for kind in PROBES}
-    return {kind: _agreement(found, labels[test]) for kind, found in guesses.items()}
-
-
 def probe_target(pooled: Pooled, scale: float) -> dict[str, dict[str, float | None]]:
     """What probes of f_g = f_u + w (f_c - f_u) say, for each kind of probe. All are accuracies on held-out pictures.
 
@@ -84,8 +76,11 @@ def chance(labels: Tensor, fitted: Tensor) -> float:
 
 
 def probe_all(pooled: Pooled, scales: Sequence[float]) -> dict[str, object]:
-    """`probe_without_condition`, and `probe_target` for each strength where there is a condition."""
-    found: dict[str, object] = {"f_u": probe_without_condition(pooled)}
+    """f_u: accuracy on held-out pictures of each kind of probe of f_u (or of an encoder's features); f_g: `probe_target` for
+    each strength, where there is a condition."""
+    fit, test, u, labels = pooled.fitted, ~pooled.fitted, pooled.u, pooled.labels
+    guesses = {kind: class_guesses(u[fit], labels[fit], u[test], kind=kind) for kind in PROBES}
+    found: dict[str, object] = {"f_u": {kind: _agreement(each, labels[test]) for kind, each in guesses.items()}}
     if pooled.own is not None:
         found["f_g"] = {f"{scale:g}": probe_target(pooled, scale) for scale in scales}
     return found

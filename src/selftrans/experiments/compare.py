@@ -1,6 +1,7 @@
 """`selftrans compare`: methods x seeds with equal budgets, measured alike; a table, the curves and a page.
 
 OUT/<method>-seed<k>/    ordinary run directories          OUT/compare.{json,csv,png,html}    what people open
+OUT/reference-*.npz      statistics of the training data
 """
 
 from __future__ import annotations
@@ -20,9 +21,10 @@ import torch
 from selftrans.config import RunConfig, to_json
 from selftrans.data.buckets import open_data
 from selftrans.data.dataset import Manifest
+from selftrans.data.decoded import decoded_images
 from selftrans.data.prepare import prepare_builtin
 from selftrans.encoders.identity import identity_kind
-from selftrans.evaluate.extractors import MAX_VALUES, load_extractor
+from selftrans.evaluate.extractors import MAX_VALUES, extract, load_extractor
 from selftrans.evaluate.plots import save
 from selftrans.experiments import html_report
 from selftrans.experiments.measurement import PROBED_BLOCK, check_sizes, image_shape, samples_of, stored_conditions
@@ -165,6 +167,8 @@ def with_defaults(config: RunConfig, out: Path, *, features: str | None = None) 
         hint = small if features == "inception" and math.prod(shape) <= MAX_VALUES else ""
         raise ValueError(f"{error}{hint}") from error
     check_sizes(extractor, dataset)
+    # fails now where the autoencoder is missing, or the extractor takes no such images: not after a run is trained
+    next(extract(next(decoded_images(dataset, 1, device="cpu")), extractor))
     return equal_lengths(config).check(), features, weights
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -149,20 +149,16 @@ METRICS = {
     "clip_score": "CLIP score",
 }
 
-#: key of a report -> how the text describes the parameters of a metric; counts come with their nouns
-COMPUTED = {
-    "is_splits": "score over {is_splits}",
-    "neighbours": "precision and recall with {neighbours}",
-    "kernel_subsets": "kernel distance over {kernel_subsets} of {kernel_subset_size}",
-    "clip_model": "CLIP score is the mean of 100 max(cos, 0) by {clip_model}, sha256 {clip_model_sha256:.12}",
-}
-
-COUNTED = {  #: key of a report -> the noun of the number
-    "is_splits": "split",
-    "neighbours": "neighbour",
-    "kernel_subsets": "subset",
-    "kernel_subset_size": "image",
-    "reference_images": "image",
+#: key of a report -> what the text says of the parameters of a metric
+COMPUTED: dict[str, Callable[[dict[str, Any]], str]] = {
+    "is_splits": lambda r: f"score over {plural(r['is_splits'], 'split')}",
+    "neighbours": lambda r: f"precision and recall with {plural(r['neighbours'], 'neighbour')}",
+    "kernel_subsets": lambda r: (
+        f"kernel distance over {plural(r['kernel_subsets'], 'subset')} of {plural(r['kernel_subset_size'], 'image')}"
+    ),
+    "clip_model": lambda r: (
+        f"CLIP score is the mean of 100 max(cos, 0) by {r['clip_model']}, sha256 {r['clip_model_sha256']:.12}"
+    ),
 }
 
 
@@ -186,9 +182,9 @@ def text(report: dict[str, Any]) -> str:
         made_with.append(f"{each} of each of {plural(balance['classes'], 'class')}")
     elif made.get("num_classes") not in (0, 1):  # without classes there is no balance
         made_with.append("label balance unknown")
-    counted = {key: plural(report[key], noun) for key, noun in COUNTED.items() if report.get(key) is not None}
-    computed = [form.format(**(report | counted)) for key, form in COMPUTED.items() if key in report]
-    reference = f"{report['reference']} ({counted.get('reference_images', 'unknown number of images')})"
+    computed = [parameters(report) for key, parameters in COMPUTED.items() if key in report]
+    count = report["reference_images"]
+    reference = f"{report['reference']} ({'unknown number of images' if count is None else plural(count, 'image')})"
     lines += [
         "",
         f"{plural(report['num_images'], 'image')} of {report['samples']} against {reference}",

@@ -20,7 +20,7 @@ from selftrans.checkpoints.load import FILES, load_model
 from selftrans.config import RunConfig, SampleConfig
 from selftrans.data.buckets import open_data
 from selftrans.data.dataset import Dataset, Manifest
-from selftrans.data.decoded import data_latents, decoded_images
+from selftrans.data.decoded import data_latents
 from selftrans.data.sources.decode import sides
 from selftrans.device import default_device
 from selftrans.encoders.identity import identity_kind
@@ -28,6 +28,7 @@ from selftrans.evaluate.extractors import Extractor, load_extractor
 from selftrans.evaluate.metrics import evaluate
 from selftrans.evaluate.probes import collect, linear_probe
 from selftrans.evaluate.statistics import Statistics
+from selftrans.experiments.reference import training_statistics
 from selftrans.flow import PATHS
 from selftrans.sampling.conditioning import Conditioning, LabelConditioning, captions_of
 from selftrans.sampling.images import Sampler, as_possible, decoder_dtype
@@ -72,20 +73,21 @@ class Measurement:
         images: int,
         block: int,
         total: int | None = None,
+        kept: Path | None = None,
     ) -> Measurement:
         """Distances to the training data, on the device at hand.
 
         Args:
             config: data and sampler. features: an extractor, by name or file; weights: where a named one is kept.
             images: samples for each distance. block: the one that is probed (1-based). total: see the field.
+            kept: the folder that keeps the statistics of the training data; None: they are computed anew.
         """
         assert config.data.path is not None
         dataset = open_data(config.data.path, text_encoder=config.data.text_encoder, cache=cache_of(config.data))
         device = default_device()
         extractor = load_extractor(features, weights=weights, device=device, shape=image_shape(dataset.manifest))
         dtype = decoder_dtype(device, config.sample.precision)
-        decoded = decoded_images(dataset, device=device, dtype=dtype)
-        reference = Statistics.of(decoded, extractor, source="training data", keep=False)
+        reference = training_statistics(dataset, extractor, dtype=dtype, folder=kept)
         most = BATCH["cpu" if device.type == "cpu" else "other"]
         sample = dataclasses.replace(config.sample, num=images, batch_size=min(most, images))
         return cls(extractor, reference, dataset, sample, block, stored_conditions(dataset, sample), total, dtype)

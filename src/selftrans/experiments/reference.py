@@ -1,4 +1,5 @@
-"""References of `selftrans evaluate` ⇒ statistics, cached in the user's cache directory.
+"""References ⇒ statistics, computed once: those of `selftrans evaluate` are kept in the user's cache directory, those of a
+comparison in its folder.
 
 Shape legend: images are pictures, uint8 (n, H, W, C), or arrays that are not pictures, float32 (n, C, *S).
 """
@@ -14,13 +15,16 @@ from pathlib import Path
 from zipfile import ZipFile
 
 import numpy as np
+import torch
 from tqdm import tqdm
 
 from selftrans.checkpoints.load import LoadedModel
 from selftrans.data.buckets import is_prepared, open_data
+from selftrans.data.dataset import Dataset
 from selftrans.data.decoded import decoded_images
-from selftrans.data.manifest import FILE
-from selftrans.data.remote import is_url
+from selftrans.device import default_device
+from selftrans.encoders.autoencoder import DiffusersAutoencoder, load_autoencoder
+from selftrans.encoders.pretrained import sha256_of
 from selftrans.evaluate.classifier import digits
 from selftrans.evaluate.extractors import Extractor
 from selftrans.evaluate.statistics import Statistics
@@ -38,8 +42,8 @@ def reference_of(reference: str | Path, extractor: Extractor) -> Statistics:
     path = Path(reference)
     if str(reference) == "digits":
         return Statistics.of(digits()[0], extractor, source="digits")
-    if is_url(reference):
-        return _of_url(str(reference), extractor)
+    if is_prepared(reference):
+        return _of_data(reference, extractor)
     if path.suffix == ".npz" and (names := _names(path)) & {"mu"}:
         statistics = Statistics.load(path)
         if statistics.features is not None or not names & {"arr_0"} or statistics.dim != extractor.dim:
@@ -50,34 +54,62 @@ def reference_of(reference: str | Path, extractor: Extractor) -> Statistics:
     return _cached(path, extractor)
 
 
-def _of_url(url: str, extractor: Extractor) -> Statistics:
-    """Statistics of prepared data at a URL, as `_cached`; the manifest has the sha256 of every shard."""
-    dataset = open_data(url)
-    lines = [extractor.sha256, url, *(part.manifest.to_json() for part in dataset.of_one_shape)]
-    name = hashlib.sha256("\n".join(lines).encode()).hexdigest()[:40]
-    return _kept(name, lambda: decoded_images(dataset), len(dataset), extractor, described(url))
+def training_statistics(
+    dataset: Dataset, extractor: Extractor, *, dtype: torch.dtype, folder: Path | None
+) -> Statistics:
+    """Mean and covariance of all prepared data, kept in `folder` (None: nowhere), where a later call finds them.
+
+    A kept file is used for the same data, extractor, autoencoder, device and `dtype`, that of the autoencoder's network.
+    """
+
+    def computed() -> Statistics:
+        return Statistics.of(decoded_images(dataset, dtype=dtype), extractor, source="training data", keep=False)
+
+    if folder is None:
+        return computed()
+    identity = _identity_of_data(dataset, extractor, dtype)
+    file = folder / f"reference-{identity[:12]}.npz"
+    return _kept(file, identity, extractor, "training data", len(dataset), computed)
+
+
+def _of_data(origin: str | Path, extractor: Extractor) -> Statistics:
+    """Statistics of prepared data, in a folder or at a URL, with their features; from the cache if possible."""
+    dataset, source = open_data(origin), described(origin)
+    identity = _identity_of_data(dataset, extractor, torch.float32)
+
+    def computed() -> Statistics:
+        return Statistics.of(counted(decoded_images(dataset), len(dataset)), extractor, source=source)
+
+    return _kept(cache() / f"{identity}.npz", identity, extractor, source, len(dataset), computed)
 
 
 def _cached(path: Path, extractor: Extractor) -> Statistics:
-    """Statistics of pictures, from the cache, or computed and written to it if possible."""
+    """Statistics of images in files, with their features; from the cache if possible."""
     must_exist(path, WANTED)
-    return _kept(_identity(path, extractor), lambda: open_images(path), None, extractor, described(path))
+    identity, source = _identity_of_files(path, extractor), described(path)
+
+    def computed() -> Statistics:
+        return Statistics.of(counted(open_images(path), None), extractor, source=source)
+
+    return _kept(cache() / f"{identity}.npz", identity, extractor, source, None, computed)
 
 
 def _kept(
-    name: str,
-    images: Callable[[], Iterator[np.ndarray]],
-    total: int | None,
-    extractor: Extractor,
-    source: str,
+    file: Path, identity: str, extractor: Extractor, source: str, count: int | None, compute: Callable[[], Statistics]
 ) -> Statistics:
-    cached = cache() / f"{name}.npz"
-    if cached.exists():
-        with contextlib.suppress(ValueError):  # damaged: compute again
-            return Statistics.load(cached)
-    statistics = Statistics.of(counted(images(), total), extractor, source=source)
+    """The statistics in `file`, if it holds those of this identity, else computed, and written to it if possible.
+
+    `count`: of the images, where it is known. A file of anything else, or a damaged one, is replaced.
+    """
+    mark = f" [{identity}]"
+    with contextlib.suppress(ValueError):  # missing or damaged
+        found = Statistics.load(file)
+        same = (found.sha256, found.dim) == (extractor.sha256, extractor.dim) and count in (None, found.count)
+        if same and found.source.endswith(mark):
+            return dataclasses.replace(found, source=source)
+    statistics = compute()
     with contextlib.suppress(ValueError):  # a full disk, or a read-only home directory
-        statistics.save(cached)
+        dataclasses.replace(statistics, source=source + mark).save(file)
     return statistics
 
 
@@ -105,20 +137,38 @@ def cache() -> Path:
     return Path(home, "selftrans", "statistics")
 
 
-def _identity(path: Path, extractor: Extractor) -> str:
-    """A hash of the extractor's weights and of the paths, sizes and modification times of the pictures."""
+def _identity_of_files(path: Path, extractor: Extractor) -> str:
+    """A hash of the extractor's weights and of the paths, sizes and modification times of the images."""
     lines = [extractor.sha256, str(path.resolve())]
     files = (
         [path]
         if path.is_file()
         else sorted(file for file in path.rglob("*") if file.is_file() and file.suffix != ".json")
     )
-    if is_prepared(path):
-        files = [part.path / FILE for part in open_data(path).of_one_shape]  # with the sha256 of every shard
-        lines.append("posterior means")  # older versions decoded posterior samples
     for file in files:
         about = file.stat()
         lines.append(f"{file.relative_to(path) if file != path else ''}|{about.st_size}|{about.st_mtime_ns}")
+    return _hash(lines)
+
+
+def _identity_of_data(dataset: Dataset, extractor: Extractor, dtype: torch.dtype) -> str:
+    """A hash of all that statistics of prepared data depend on: the weights of extractor and autoencoder, the device and the
+    `dtype` in which it decodes, and the manifests, which have the sha256 of every shard. Stored features play no part."""
+    lines = [extractor.sha256, _decoder_sha256(dataset.manifest.autoencoder), default_device().type, str(dtype)]
+    manifests = (dataclasses.replace(part.manifest, features=None) for part in dataset.of_one_shape)
+    return _hash([*lines, *(manifest.to_json() for manifest in manifests)])
+
+
+def _decoder_sha256(name: str) -> str:
+    """sha256 of an autoencoder's weights and config; empty where it has none."""
+    autoencoder = load_autoencoder(name)  # in the memory of the host
+    if not isinstance(autoencoder, DiffusersAutoencoder):
+        return ""
+    model = autoencoder.model
+    return sha256_of(model.state_dict(), {"config.json": model.to_json_string().encode()})
+
+
+def _hash(lines: list[str]) -> str:
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:40]
 
 

@@ -1,7 +1,8 @@
 """Variants trained in worker processes and measured alike: the same data, seeds, sampler and metric; resumable.
 
 Every run is an ordinary run directory `OUT/<method>-seed<k>`. Its checkpoints are the points of its curve; each point is
-measured once and kept in the run's `measured.json`. `schedule.py` has the order in which this is done.
+measured once and kept in the run's `measured.json`. The statistics of the training data are computed once, too, by one worker
+while the others train, and kept in `OUT/reference-*.npz`. `schedule.py` has the order in which all this is done.
 """
 
 from __future__ import annotations
@@ -192,16 +193,20 @@ def _in_workers(comparison: Comparison, workers: int, threads: int, bar: Any) ->
     schedule = Schedule(lengths, {job: comparison.teacher(job) for job in comparison.jobs}, workers)
     spent, curves = dict[Job, Spent](), dict[Job, Curve]()
     with ProcessPoolExecutor(workers, context, _init_worker, shared) as pool:
-        running = dict[Future[Any], Task]()
+        reference = pool.submit(_make_reference)
+        running: dict[Future[Any], Task | None] = {reference: None}
         try:
             while schedule or running:
-                while len(running) < workers and (task := schedule.next()):
+                while len(running) < workers and (task := schedule.next(measuring=reference not in running)):
                     running[pool.submit(_run_task, task)] = task
                 finished, _ = wait(running, timeout=0.2, return_when=FIRST_COMPLETED)
                 while not steps_done.empty():
                     bar.update(steps_done.get())
                 for future in finished:
-                    (job, folder), found = running.pop(future), future.result()
+                    ended, found = running.pop(future), future.result()
+                    if ended is None:
+                        continue  # the reference is there: checkpoints can be measured
+                    job, folder = ended
                     if folder is None:
                         due = due_checkpoints(comparison.run(job), comparison.every, comparison.dense)
                         spent[job], curves[job] = found, Curve(comparison.run(job), due)
@@ -211,9 +216,9 @@ def _in_workers(comparison: Comparison, workers: int, threads: int, bar: Any) ->
                         spent[job].measuring += found[1]
         except BaseException:
             pool.shutdown(cancel_futures=True)  # running jobs write a checkpoint and end; no other job starts
-            for future, (job, folder) in running.items():  # what was measured meanwhile is kept
-                if folder is not None and not future.cancelled() and future.exception() is None:
-                    curves[job].add(folder, future.result()[0])
+            for future, task in running.items():  # what was measured meanwhile is kept
+                if task and task.checkpoint and not future.cancelled() and future.exception() is None:
+                    curves[task.job].add(task.checkpoint, future.result()[0])
             raise
     reports = {job: json.loads((comparison.run(job) / "run.json").read_text()) for job in lengths}
     return {job: (reports[job] | {"spent": vars(spent[job])}, curves[job].points) for job in lengths}
@@ -226,15 +231,7 @@ def _init_worker(comparison: Comparison, threads: int, steps_done: Any, show_war
     torch.set_num_threads(threads)
     for config in comparison.variants.values():  # this process knows nothing of what the parent was allowed to import
         trust_named(config.method, config.model.name)
-    measurement = Measurement.of(
-        comparison.shared,
-        comparison.features,
-        weights=comparison.weights,
-        images=comparison.images,
-        block=comparison.block,
-        total=comparison.measurements * comparison.images,
-    )
-    _worker.update(comparison=comparison, measurement=measurement, progress=steps_done.put)
+    _worker.update(comparison=comparison, progress=steps_done.put)
 
 
 def _end_with_parent() -> None:
@@ -248,6 +245,28 @@ def _end_with_parent() -> None:
 _worker: dict[str, Any] = {}  #: of this process, set by `_init_worker`
 
 
+def _make_reference() -> None:
+    """In a worker: compute the statistics of the training data, unless the folder of the comparison holds them."""
+    _measurement()
+
+
+def _measurement() -> Measurement:
+    """In a worker: how it measures, from its first measurement on."""
+    if "measurement" not in _worker:
+        comparison: Comparison = _worker["comparison"]
+        _worker["measurement"] = Measurement.of(
+            comparison.shared,
+            comparison.features,
+            weights=comparison.weights,
+            images=comparison.images,
+            block=comparison.block,
+            total=comparison.measurements * comparison.images,
+            kept=comparison.out,
+        )
+    measurement: Measurement = _worker["measurement"]
+    return measurement
+
+
 def _run_task(task: Task) -> Spent | tuple[Point, float]:
     """In a worker: train a run, or measure one checkpoint: (point, seconds)."""
     comparison, progress, started = _worker["comparison"], _worker["progress"], time.perf_counter()
@@ -258,7 +277,7 @@ def _run_task(task: Task) -> Spent | tuple[Point, float]:
         report = json.loads((run / "run.json").read_text())
         steps = max(0.0, sum(stage["seconds"] for stage in report["stages"]) - before)
         return Spent(steps, time.perf_counter() - started)
-    point = measure_point(run, task.checkpoint, _worker["measurement"])
+    point = measure_point(run, task.checkpoint, _measurement())
     progress(measuring_cost(comparison.shared, comparison.images))
     return point, time.perf_counter() - started
 

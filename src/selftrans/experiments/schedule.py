@@ -43,15 +43,18 @@ class Schedule:
         """Whether a task is left that was not yet given out."""
         return bool(self._untrained or self._unmeasured)
 
-    def next(self) -> Task | None:
-        """The next task; None if nothing can be done before a task that was given out has ended."""
-        if self._unmeasured and len(self._untrained) > self._workers:
+    def next(self, *, measuring: bool = True) -> Task | None:
+        """The next task; None if nothing can be done before a task that was given out has ended.
+
+        `measuring`: whether checkpoints can be measured already.
+        """
+        if measuring and self._unmeasured and len(self._untrained) > self._workers:
             return self._unmeasured.popleft()
         job = next((job for job in self._untrained if self._teachers[job] in {None, *self._trained}), None)
         if job is not None:
             self._untrained.remove(job)
             return Task(job)
-        return self._unmeasured.popleft() if self._unmeasured else None
+        return self._unmeasured.popleft() if measuring and self._unmeasured else None
 
     def trained(self, job: Job, checkpoints: Iterable[Path]) -> None:
         """A run is complete: the runs that it teaches can be trained, and these of its checkpoints measured."""

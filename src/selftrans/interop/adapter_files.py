@@ -10,16 +10,16 @@ import json
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from selftrans.checkpoints import format as checkpoint
 from selftrans.checkpoints.adapted import START, frozen_weights
 from selftrans.checkpoints.load import Weights, find
 from selftrans.config import RunConfig, from_json
+from selftrans.interop.exporting import check_out
 from selftrans.models.lora import A, B, pairs, whole
 from selftrans.models.spec import Named
-from selftrans.storage import FREE_SPACE, atomic_write, write_json
+from selftrans.storage import write_json
 from selftrans.suggest import nearest
 
 WEIGHTS, SETTINGS = "adapter_model.safetensors", "adapter_config.json"  #: peft's names
@@ -47,29 +47,17 @@ def export_adapters(
     header = checkpoint.read_header(path)
     if frozen_weights(path, header) is None:
         raise ValueError(f"{path} holds a complete model, no adapters; leave out --adapters")
-    if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not {WEIGHTS, PIPELINE_WEIGHTS} & _names(out))):
-        raise ValueError(f"{out} exists and is not an export of adapters; choose another --out")
+    check_out(out, {WEIGHTS, PIPELINE_WEIGHTS}, "an export of adapters")
     config, named = from_json(json.dumps(header["config"]), lenient=True), load_file(path)
     if layout == "diffusers":
-        return _write(out / PIPELINE_WEIGHTS, for_diffusers(named, config.lora.factor))
-    settings = _settings(config, named)
-    written = _write(out / WEIGHTS, {f"{PREFIX}{_published_name(name)}": tensor for name, tensor in named.items()})
-    write_json(out / SETTINGS, settings)
-    return written
-
-
-def _names(folder: Path) -> set[str]:
-    return {path.name for path in folder.iterdir()}
-
-
-def _write(path: Path, tensors: Named) -> Path:
-    try:
-        with atomic_write(path) as file:
-            save_file(tensors, file.name, metadata={"format": "pt"})
-    except SafetensorError as error:
-        raise OSError(f"{path} could not be written ({error}); {FREE_SPACE}") from error
-    path.chmod(path.parent.stat().st_mode & 0o666)
-    return path
+        target, settings, tensors = out / PIPELINE_WEIGHTS, None, for_diffusers(named, config.lora.factor)
+    else:
+        target, settings = out / WEIGHTS, _settings(config, named)
+        tensors = {f"{PREFIX}{_published_name(name)}": tensor for name, tensor in named.items()}
+    checkpoint.write_tensors(target, tensors, {"format": "pt"})
+    if settings is not None:
+        write_json(out / SETTINGS, settings)
+    return target
 
 
 def for_diffusers(named: Named, factor: float) -> Named:

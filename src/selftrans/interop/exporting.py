@@ -6,15 +6,12 @@ import json
 import warnings
 from pathlib import Path
 
-from safetensors import SafetensorError
-from safetensors.torch import save_file
-
 from selftrans.checkpoints import format as checkpoint
 from selftrans.checkpoints.adapted import ADAPTERS
 from selftrans.checkpoints.load import EXPORTED, PIPELINE, PREFIX, Weights, find, load_model
 from selftrans.interop.published_file import LAYOUT
 from selftrans.models import registry as models
-from selftrans.storage import FREE_SPACE, atomic_directory, atomic_write, write_json
+from selftrans.storage import atomic_directory, write_json
 from selftrans.suggest import nearest
 
 OURS = "selftrans"  #: the layout that every command accepts in place of a run
@@ -38,7 +35,7 @@ def export_run(
     loaded = load_model(path)
     spec = models.find(loaded.config.model.name)
     names = {EXPORTED, *(each.folder for each in spec.layouts.values() if each.folder)}
-    _check_out(out, names)
+    check_out(out, names, "an export")
     # adapters are merged, and names without what a pipeline puts before them
     header = {key: value for key, value in checkpoint.read_header(path).items() if key not in (ADAPTERS, PREFIX)}
     target = out / EXPORTED
@@ -66,21 +63,15 @@ def export_run(
         if published.folder:
             config, target = arguments, out / published.folder
         tensors, metadata = published.tensors(loaded.model), {LAYOUT: layout, "format": "pt"}
-    tensors = {key: value.contiguous() for key, value in tensors.items()}
-    try:
-        with atomic_write(target) as file:
-            save_file(tensors, file.name, metadata=metadata)
-    except SafetensorError as error:
-        raise OSError(f"{target} could not be written ({error}); {FREE_SPACE}") from error
-    target.chmod(out.stat().st_mode & 0o666)
+    checkpoint.write_tensors(target, tensors, metadata)
     write_json(out / "config.json", config)
     return target
 
 
-def _check_out(out: Path, names: set[str]) -> None:
-    """ValueError unless `out` is free, or holds one of these files, as an earlier export does."""
+def check_out(out: Path, names: set[str], what: str) -> None:
+    """ValueError unless `out` is free, or holds one of these files, as an earlier export does; `what` is its name."""
     if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not any((out / n).is_file() for n in names))):
-        raise ValueError(f"{out} exists and is not an export; choose another --out")
+        raise ValueError(f"{out} exists and is not {what}; choose another --out")
 
 
 def _export_pipeline(file: Path, out: Path) -> Path:

@@ -130,10 +130,9 @@ def _config(file: PublishedFile, model: Published, name: str | None) -> tuple[Ru
     base = recipe(model.recipe or USUAL)
     train = dataclasses.replace(base.train, path=model.path or base.train.path)
     config = dataclasses.replace(base, method=BASELINE, model=model.config, train=train)
-    named = file.weights.get("raw") or file.weights["ema"]
     for spec in METHODS.values():
         try:
-            heads = spec.published_heads({k: t for k, t in named.items() if model.is_head(k)}, file.args, base)
+            heads = spec.published_heads({k: t for k, t in file.named.items() if model.is_head(k)}, file.args, base)
         except (IndexError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{file.path}: its stored options cannot be used ({error})") from error
         if heads is not None:
@@ -152,8 +151,7 @@ def _tensors(
         present, absent = ("ema", "raw") if "ema" in states else ("raw", "ema")
         notes.append(f"it holds one set of weights, used for {absent} as well as {present}")
     raw, ema = (states.get(a) or states[b] for a, b in (("raw", "ema"), ("ema", "raw")))
-    named = file.weights.get("raw") or file.weights["ema"]
-    head = _head(named, model, guided)
+    head = _head(file.named, model, guided)
     if guided is not None:
         check_shapes(f"{file.path} (its head of {stages(config)[0].name})", head, _expected_heads(config, model))
     for key, tensor in [item for state in (raw, ema, head) for item in state.items()]:
@@ -162,7 +160,7 @@ def _tensors(
     optimizer: Named = {}
     if file.optimizer is not None:
         absent_ok = lambda key: model.is_fixed(key) or model.is_head(key)  # noqa: E731
-        parameters = {k: t for k, t in named.items() if "raw" in file.weights and not model.is_buffer(k)}
+        parameters = {k: t for k, t in file.named.items() if "raw" in file.weights and not model.is_buffer(k)}
         moments, reason = adamw_moments(file.optimizer, parameters, absent_ok)
         notes += [f"the optimiser starts from zero: {reason}"] if reason else []
         for moment, state in moments.items():

@@ -14,14 +14,12 @@ import torch
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
 from selftrans.checkpoints import format as checkpoint
 from selftrans.checkpoints.load import PREFIX, TRANSFORMER, LoadedModel, architecture, find, load_model
 from selftrans.plugins import NotFound
-from selftrans.storage import FREE_SPACE, atomic_write, first_line, write_json
+from selftrans.storage import first_line, write_json
 from selftrans.types import MASK, TEXT, Cond
 
 WEIGHTS = Path(TRANSFORMER).name  #: diffusers' name
@@ -88,13 +86,7 @@ class InterpolantTransformer(ModelMixin, ConfigMixin):
             return
         folder, settings = Path(save_directory), dict(self.config)
         header = json.loads(json.dumps(settings["header"])) | {PREFIX: "backbone."}
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
-        try:
-            with atomic_write(folder / WEIGHTS) as file:
-                save_file(tensors, file.name, metadata={checkpoint.KEY: json.dumps(header)})
-        except SafetensorError as error:
-            raise ValueError(f"{folder / WEIGHTS} could not be written ({error}); {FREE_SPACE}") from error
-        (folder / WEIGHTS).chmod(folder.stat().st_mode & 0o666)  # safetensors makes files private, whatever the umask
+        checkpoint.write_tensors(folder / WEIGHTS, self.state_dict(), {checkpoint.KEY: json.dumps(header)})
         kept = {name: value for name, value in settings.items() if not name.startswith("_") or name == "_class_name"}
         write_json(folder / self.config_name, {"_class_name": type(self).__name__} | kept | {"header": header})
 

@@ -54,9 +54,9 @@ def card(
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def cell(text: object, limit: int = 160) -> str:
+def cell(text: object) -> str:
     """Text on one line, in which Markdown and HTML have no effect."""
-    return re.sub(r"([\\`*_{}\[\]()#!|<>&~])", r"\\\1", printable(text, limit))
+    return re.sub(r"([\\`*_{}\[\]()#!|<>&~])", r"\\\1", printable(text))
 
 
 def _front(license: str, loaded: LoadedModel) -> str:

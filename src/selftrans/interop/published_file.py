@@ -117,9 +117,8 @@ def _archive(path: Path) -> Any:
             content = torch.load(path, map_location=placed, weights_only=True, mmap=True)
         data = [r for r in records if re.search(r"/data/\d+$", r.filename) and r.file_size]
         sizes = [r.file_size for r in sorted(data, key=lambda r: r.header_offset)]
-        if sizes != [
-            size for _, size in sorted(set(storages)) if size
-        ]:  # with mmap, torch trusts the sizes in the pickle
+        claimed = [size for _, size in sorted(set(storages)) if size]
+        if sizes != claimed:  # with mmap, torch trusts the sizes in the pickle
             raise ValueError("its records have other sizes than its index claims")
         return content
     except Exception as error:  # a malicious file can raise any type: report it in one line

@@ -78,9 +78,7 @@ class PublishedHeads(NamedTuple):
 
     sections: tuple[Section, ...]  #: the settings that they were trained with
     names: Mapping[str, str]  #: their names -> ours, as in `Objective.state_dict`
-    predicts_cells: (
-        str  #: prefix of the layer that predicts a token's cells, which their code may count in another order
-    )
+    predicts_cells: str  #: prefix of the layer that predicts a token's cells, whose order in their code may be another
 
 
 def _unchanged(config: RunConfig, conditions: Conditions) -> RunConfig:

@@ -21,19 +21,14 @@ import torch
 from torch import Tensor
 
 from selftrans.flow import LINEAR, PATHS, Path
+from selftrans.models.patch_transformer import published_sizes
 from selftrans.models.sit import SIZES, SiT, SiTConfig
 from selftrans.types import Cond, Conditions, Output
 
 STEPS, BETAS = 1000, (1e-4, 0.02)  #: the schedule of all released models
 OFFSET, LARGEST_BETA = 0.008, 0.999  #: of the cosine schedule
 Schedule: TypeAlias = Literal["linear", "cosine"]
-PATCHES = (2, 4, 8)
-#: name of a published model -> the constructor's arguments
-DIT_SIZES = {
-    f"DiT-{size}/{patch}": {"width": width, "depth": depth, "heads": heads, "patch": patch}
-    for size, (width, depth, heads) in SIZES.items()
-    for patch in PATCHES
-}
+DIT_SIZES = published_sizes("DiT", SIZES, patches=(2, 4, 8))
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from selftrans.models.dit import DiT, DiTConfig
-from selftrans.models.label_published import Family, arguments, describe, first_weights, is_head, sizes
+from selftrans.models.label_published import Family, arguments, describe, is_head, sizes
 from selftrans.models.sit_published import FAMILY as SIT
 from selftrans.models.spec import Layout, Named, Published, PublishedFile
 
@@ -26,11 +26,6 @@ def _reason(file: PublishedFile, chosen: str | None) -> str | None:
     return None
 
 
-def _kept(named: Named) -> Named:
-    """The student's tensors in float32, without positions."""
-    return {name: tensor.float() for name, tensor in named.items() if name != "pos_embed"}
-
-
 def read(file: PublishedFile, heads: int | None, chosen: str | None) -> Published | None:
     """A published file as a DiT; None without evidence that it is one. ValueError when it cannot be used."""
     reason = _reason(file, chosen)
@@ -38,9 +33,9 @@ def read(file: PublishedFile, heads: int | None, chosen: str | None) -> Publishe
         return None
     if any(is_head(name) for tensors in file.weights.values() for name in tensors):
         raise ValueError(f"{file.path} holds projectors, which DiT does not have; set another --convention")
-    found = sizes(str(file.path), first_weights(file), heads, SIT)
+    found = sizes(str(file.path), file.named, heads, SIT)
     family = Family("DiT", DiT, DiTConfig, lambda named: SIT.own(named) | {"learn_sigma": found.learn_sigma})
-    kept = lambda tensors, squares: _kept(tensors)  # noqa: E731
+    kept = lambda tensors, squares: {name: x.float() for name, x in tensors.items() if name != "pos_embed"}  # noqa: E731
     return describe(file, family, found, convention="dit", reason=reason, translate=kept, cells=lambda layer: layer)
 
 

@@ -61,11 +61,6 @@ def is_head(name: str) -> bool:
     return name.startswith(("projectors.", "projectors_final."))
 
 
-def first_weights(file: PublishedFile) -> Named:
-    """The trained weights of a file, or else its average."""
-    return file.weights.get("raw") or file.weights["ema"]
-
-
 # ---- sizes from shapes
 
 
@@ -194,7 +189,7 @@ def describe(
     for kind, tensors in file.weights.items():
         where = f"{file.path} ({kind} weights)" if len(file.weights) > 1 else str(file.path)
         _check(where, tensors, family, found, tables)
-    own, settings = found.arguments, family.own(first_weights(file))
+    own, settings = found.arguments, family.own(file.named)
     known = next((name for name, made in family.Config.published.items() if made == own), None)
     fields: dict[str, Any] = {"name": known} if known else own
     given = {

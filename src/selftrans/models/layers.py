@@ -223,9 +223,9 @@ def unpatchify(
     return x.permute(order).reshape(n, channels, *(g * p for g, p in zip(grid, cells, strict=True)))
 
 
-def initialise(model: Any, label_std: float = LABEL_STD) -> None:
+def initialise(model: Any, label_std: float | None = None) -> None:
     """DiT's initialisation of a model with its module names: Xavier, then zero gates and output, so that each block starts
-    as the identity. `label_std`: deviation of the label table."""
+    as the identity. `label_std`: deviation of the label table; None: there is none."""
     for module in model.modules():
         if isinstance(module, nn.Linear):
             nn.init.xavier_uniform_(module.weight)
@@ -233,10 +233,11 @@ def initialise(model: Any, label_std: float = LABEL_STD) -> None:
     projection = model.x_embedder.proj
     nn.init.xavier_uniform_(projection.weight.view(projection.weight.shape[0], -1))
     nn.init.zeros_(projection.bias)
-    nn.init.normal_(model.y_embedder.embedding_table.weight, std=label_std)
+    if label_std is not None:
+        nn.init.normal_(model.y_embedder.embedding_table.weight, std=label_std)
     for weight in (model.t_embedder.mlp[0].weight, model.t_embedder.mlp[2].weight):
         nn.init.normal_(weight, std=0.02)
-    final = model.final_layer
-    for module in [*(block.adaLN_modulation for block in model.blocks), final.adaLN_modulation, final.linear]:
-        for parameter in module.parameters():
-            nn.init.zeros_(parameter)
+    for name, module in model.named_modules():
+        if name.endswith("adaLN_modulation") or name == "final_layer.linear":
+            for parameter in module.parameters():
+                nn.init.zeros_(parameter)

@@ -15,17 +15,13 @@ from torch import Tensor, nn
 
 from selftrans.models.label_transformer import LabelledConfig, LabelTransformer
 from selftrans.models.layers import LABEL_STD, Mlp, axis_channels, axis_positions, split_heads
+from selftrans.models.patch_transformer import published_sizes
 from selftrans.models.sit import SIZES as SIT_WIDTHS
 from selftrans.types import Conditions
 
 #: width, depth, heads. Published: B, L, XL, 1p0B, 1p6B. S is SiT's, as LightningDiT has none so small
 SIZES = SIT_WIDTHS | {"1p0B": (1536, 24, 24), "1p6B": (1792, 28, 28)}
-#: name of a model -> the constructor's arguments (published: all but S and L/1)
-LIGHTNING_SIZES = {
-    f"LightningDiT-{size}/{patch}": {"width": width, "depth": depth, "heads": heads, "patch": patch}
-    for size, (width, depth, heads) in SIZES.items()
-    for patch in (1, 2)
-}
+LIGHTNING_SIZES = published_sizes("LightningDiT", SIZES, patches=(1, 2))  #: published: all but S and L/1
 MLP_RATIO = 4.0
 
 

@@ -46,7 +46,7 @@ def rope_tables(channels: int, grid: tuple[int, ...]) -> Named:
 
 def read(file: PublishedFile, heads: int | None, chosen: str | None) -> Published | None:
     """A published file as a LightningDiT; None where nothing in it is LightningDiT's own. ValueError: it cannot be used."""
-    named = shared.first_weights(file)
+    named = file.named
     parts = options(named)
     if not (parts["swiglu"] or parts["rope"] or parts["rms_norm"] or not parts["shift"]):
         return None

@@ -8,6 +8,7 @@ those of REPA's code. Shape legend: N batch, T latent tokens, L text tokens of E
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,27 +17,20 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from selftrans.models.layers import (
-    FinalLayer,
-    Mlp,
-    TimestepEmbedder,
-    modulate,
-)
+from selftrans.models.layers import FinalLayer, Mlp, TimestepEmbedder, initialise, modulate
 from selftrans.models.lightning import RMSNorm
-from selftrans.models.patch_transformer import PatchTransformer, SizedConfig
+from selftrans.models.patch_transformer import PatchTransformer, SizedConfig, published_sizes
 from selftrans.models.text_null import TextNull
 from selftrans.types import MASK, TEXT, Cond, Conditions, Output
 
 #: width, depth, heads. Published: B (REPA, appendix on text-to-image), with patches of 2. S is half as wide and half as deep
 SIZES = {"S": (384, 12, 12), "B": (768, 24, 24)}
-#: name of a model -> the constructor's arguments
-MMDIT_SIZES = {
-    f"MMDiT-{size}/{patch}": {"width": width, "depth": depth, "heads": heads, "patch": patch}
-    for size, (width, depth, heads) in SIZES.items()
-    for patch in (1, 2, 4)
-}
+MMDIT_SIZES = published_sizes("MMDiT", SIZES, patches=(1, 2, 4))
 MLP_RATIO = 4
+#: kernels of attention under a mask: not cuDNN's, whose backward pass can give NaN there (pytorch issue 196678)
+MASKED = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 @dataclass(frozen=True)
@@ -137,7 +131,8 @@ class JointBlock(nn.Module):
         of_context, context_rest = self.context_block.enter(context, c)
         of_x, x_rest = self.x_block.enter(x, c)
         q, k, v = (torch.cat(pair, dim=1).transpose(1, 2) for pair in zip(of_context, of_x, strict=True))
-        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # (N, h, L + T, d)
+        with sdpa_kernel(MASKED) if mask is not None and q.is_cuda else contextlib.nullcontext():
+            mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # (N, h, L + T, d)
         to_context, to_x = mixed.transpose(1, 2).flatten(2).split([context.shape[1], x.shape[1]], dim=1)
         return self.context_block.leave(context, to_context, context_rest), self.x_block.leave(x, to_x, x_rest)
 
@@ -212,21 +207,3 @@ class MMDiT(TextNull, PatchTransformer):
     def _end_context(self) -> None:
         last: Any = self.joint_blocks[-1]
         last.context_block.end()
-
-
-def initialise(model: MMDiT) -> None:
-    """DiT's initialisation: Xavier, then zero gates and output, so that each block starts as the identity."""
-    for module in model.modules():
-        if isinstance(module, nn.Linear):
-            nn.init.xavier_uniform_(module.weight)
-            nn.init.zeros_(module.bias)
-    projection = model.x_embedder.proj
-    nn.init.xavier_uniform_(projection.weight.view(projection.weight.shape[0], -1))
-    assert projection.bias is not None and model.final_layer is not None
-    nn.init.zeros_(projection.bias)
-    for name, module in model.named_modules():
-        if name.endswith("adaLN_modulation") or name == "final_layer.linear":
-            for parameter in module.parameters():
-                nn.init.zeros_(parameter)
-        elif name in ("t_embedder.mlp.0", "t_embedder.mlp.2"):
-            nn.init.normal_(module.weight, std=0.02)

@@ -29,7 +29,7 @@ RECIPES = {("MMDiT-B/2", (4, 32, 32)): "mmdit_coco"}
 
 def read(file: PublishedFile, heads: int | None, chosen: str | None) -> Published | None:
     """A published file as an MMDiT; None without joint blocks. ValueError when it cannot be used."""
-    named = shared.first_weights(file)
+    named = file.named
     if not any(name.startswith(BLOCKS) for name in named):
         return None
     if chosen not in (None, CONVENTION):

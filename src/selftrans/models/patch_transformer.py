@@ -8,9 +8,9 @@ Shape legend: N batch, T tokens, D width, (C, *S) latent.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -20,6 +20,17 @@ from selftrans.suggest import nearest
 from selftrans.types import Backbone, Conditions
 
 LARGEST = 1 << 20  #: of a size: what is beyond is a mistake, or an attempt to take all time and memory
+
+
+def published_sizes(
+    family: str, sizes: Mapping[str, tuple[int, int, int]], patches: Iterable[int]
+) -> dict[str, dict[str, int]]:
+    """Name of a model, such as SiT-S/2 -> the constructor's arguments. `sizes`: width, depth, heads by name."""
+    return {
+        f"{family}-{size}/{patch}": {"width": width, "depth": depth, "heads": heads, "patch": patch}
+        for size, (width, depth, heads) in sizes.items()
+        for patch in patches
+    }
 
 
 @dataclass(frozen=True)
@@ -40,8 +51,21 @@ class SizedConfig(ModelConfig):
     """frames of a token, for latents with frames"""
 
     def sizes(self) -> dict[str, int]:
-        """Constructor arguments width, depth, heads, patch. ValueError for an unknown name or a size out of range."""
-        return chosen_sizes(self, self.published)
+        """Constructor arguments width, depth, heads, patch: those of the published size `name`, replaced by given fields.
+
+        ValueError for an unknown name or a size out of range.
+        """
+        if self.name not in self.published:
+            raise ValueError(f"model.name '{self.name}' is unknown{nearest(self.name, self.published)}")
+        usual = self.published[self.name]
+        given = {key: value for key in usual if (value := getattr(self, key)) is not None}
+        for key, value in given.items():
+            _check_size(key, value)
+        sizes = {**usual, **given}
+        width = sizes["width"]
+        if self.heads is None and width != usual["width"]:
+            sizes["heads"] = next(heads for heads in range(max(1, width // 64), 0, -1) if width % heads == 0)
+        return sizes
 
     def check(self) -> None:
         self.sizes()
@@ -55,24 +79,6 @@ class SizedConfig(ModelConfig):
         if conditions.kind == "text":
             raise ValueError(f"{self.name} is {LABELS_ONLY}")
         return conditions.num_classes
-
-
-def chosen_sizes(config: Any, published: Mapping[str, Mapping[str, int]]) -> dict[str, int]:
-    """Width, depth, heads, patch: those of the published size `config.name`, replaced by the fields that are given.
-
-    ValueError for an unknown name or a size out of range.
-    """
-    if config.name not in published:
-        raise ValueError(f"model.name '{config.name}' is unknown{nearest(config.name, published)}")
-    fields = {key: getattr(config, key) for key in ("width", "depth", "heads", "patch")}
-    given = {key: value for key, value in fields.items() if value is not None}
-    for key, value in given.items():
-        _check_size(key, value)
-    sizes = {**published[config.name], **given}
-    if config.heads is None and sizes["width"] != published[config.name]["width"]:
-        width = sizes["width"]
-        sizes["heads"] = next(heads for heads in range(max(1, width // 64), 0, -1) if width % heads == 0)
-    return sizes
 
 
 def _check_size(key: str, value: int) -> None:

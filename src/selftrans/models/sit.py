@@ -10,17 +10,12 @@ from typing import Any
 
 from selftrans.models.label_transformer import LabelledConfig, LabelTransformer
 from selftrans.models.layers import LABEL_STD, Block
+from selftrans.models.patch_transformer import published_sizes
 from selftrans.types import Conditions
 
 #: published sizes: width, depth, heads (SiT, table 1)
 SIZES = {"S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152, 28, 16)}
-PATCHES = (1, 2, 4, 8)
-#: name of a published model -> the constructor's arguments
-SIT_SIZES = {
-    f"SiT-{size}/{patch}": {"width": width, "depth": depth, "heads": heads, "patch": patch}
-    for size, (width, depth, heads) in SIZES.items()
-    for patch in PATCHES
-}
+SIT_SIZES = published_sizes("SiT", SIZES, patches=(1, 2, 4, 8))
 
 
 @dataclass(frozen=True)

@@ -20,15 +20,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from selftrans.models.label_published import (
-    Family,
-    arguments,
-    check_arguments,
-    describe,
-    first_weights,
-    is_head,
-    sizes,
-)
+from selftrans.models.label_published import Family, arguments, check_arguments, describe, is_head, sizes
 from selftrans.models.label_transformer import LabelTransformer
 from selftrans.models.layers import time_rates
 from selftrans.models.sit import SiT, SiTConfig
@@ -41,7 +33,7 @@ LIKE_DIT = "a guess: its last layer has the unused half of learn_sigma, like DiT
 FAMILY = Family("SiT", SiT, SiTConfig, lambda named: {"qk_norm": "blocks.0.attn.q_norm.weight" in named})
 
 
-def convention(file: PublishedFile, named: Named, learn_sigma: bool) -> tuple[Convention, str]:
+def convention(file: PublishedFile, learn_sigma: bool) -> tuple[Convention, str]:
     """The time and sign convention of the weights and the reason: header, stored options, heads, or else a guess.
 
     Warns when the file could also be a DiT checkpoint, which has SiT's names and shapes but predicts noise.
@@ -51,11 +43,11 @@ def convention(file: PublishedFile, named: Named, learn_sigma: bool) -> tuple[Co
         (file.layout == "repa", "repa", "from its header"),
         (file.args.get("prediction") == "v", "repa", "from its stored options"),
         (file.args.get("prediction") is not None, "sit", "from its stored options"),
-        (any(map(is_head, named)), "repa", "since it holds projectors"),
+        (any(map(is_head, file.named)), "repa", "since it holds projectors"),
         (file.steps is not None, "repa", "since it holds a step count"),
         (learn_sigma, "sit", LIKE_DIT),
         (
-            "blocks.0.attn.q_norm.weight" in named,
+            "blocks.0.attn.q_norm.weight" in file.named,
             "repa",
             "a guess: the original SiT has no QK-norm; set --convention to decide",
         ),
@@ -106,10 +98,9 @@ def translate(named: Named, patch: int, channels: int, *, flip: bool, squares: b
 
 def read(file: PublishedFile, heads: int | None, chosen: str | None) -> Published:
     """A published file as a SiT. ValueError when it is not a SiT, or cannot be used."""
-    named = first_weights(file)
-    found = sizes(str(file.path), named, heads, FAMILY)
+    found = sizes(str(file.path), file.named, heads, FAMILY)
     path = check_arguments(file, found.classes)
-    source, reason = (chosen, "from --convention") if chosen else convention(file, named, found.learn_sigma)
+    source, reason = (chosen, "from --convention") if chosen else convention(file, found.learn_sigma)
     flip, patch, channels = source == "sit", found.patch, found.shape[0]
     model = describe(
         file,

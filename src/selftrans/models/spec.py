@@ -51,6 +51,11 @@ class PublishedFile(NamedTuple):
     layout: str | None  #: a key of `ModelSpec.layouts`, where our own export says so
     unused: list[str]  #: its top-level entries that nothing here reads, safe to print
 
+    @property
+    def named(self) -> Named:
+        """The trained weights, or else their average."""
+        return self.weights.get("raw") or self.weights["ema"]
+
 
 class Published(NamedTuple):
     """A published file in terms of a family: what it takes to build the model and to fill it."""
@@ -67,12 +72,8 @@ class Published(NamedTuple):
     source: dict[str, Any]  #: what else the import depends on, for the record
     is_head: Callable[[str], bool]  #: whether a tensor belongs to a projection head, by its name
     is_fixed: Callable[[str], bool]  #: whether a tensor is a constant of the model, which is not stored
-    translate: Callable[
-        [Named, bool], Named
-    ]  #: (tensors of the file, whether they are squares) -> those of our backbone
-    cells: Callable[
-        [Tensor], Tensor
-    ]  #: rows of a layer that predicts a token's cells, in the order of `Backbone.patchify`
+    translate: Callable[[Named, bool], Named]  #: (tensors of the file, whether they are squares) -> our backbone's
+    cells: Callable[[Tensor], Tensor]  #: rows of a layer that predicts a token's cells, in `Backbone.patchify`'s order
     is_buffer: Callable[[str], bool] = lambda name: False  #: whether a constant is no parameter for their optimiser
 
 
@@ -81,9 +82,7 @@ class Layout(NamedTuple):
 
     time: str  #: what its time and velocity mean
     tensors: Callable[[Any], Named]  #: of a backbone, under the names of that code
-    arguments: Callable[
-        [Any, Any], dict[str, Any]
-    ]  #: (backbone, config) -> what its class is built with. ValueError: cannot
+    arguments: Callable[[Any, Any], dict[str, Any]]  #: (backbone, config) -> those of its class. ValueError: cannot
     #: name of the weights file, where that code reads a folder; config.json then holds the arguments and nothing else
     folder: str | None = None
 
@@ -98,9 +97,7 @@ class ModelSpec:
 
     name: str
     Config: type[ModelConfig]
-    build: Callable[
-        [Any, tuple[int, ...], Conditions], Backbone
-    ]  #: (config, shape (C, *S), conditions), freshly initialised
+    build: Callable[[Any, tuple[int, ...], Conditions], Backbone]  #: (config, shape (C, *S), conditions), new weights
     names: tuple[str, ...] = ()  #: values of `model.name` that belong to it; empty: its own name
     layouts: Mapping[str, Layout] = field(default_factory=dict)  #: published layouts that `export` writes, by name
     #: reads a published file: (file, attention heads if given, convention if given). None: it is of another family

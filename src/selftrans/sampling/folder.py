@@ -1,9 +1,9 @@
 """Samples ⇒ a folder: `000000.png …`, `samples.npz` (ADM's names) and `samples.json` with every setting.
 
-Samples that are not pictures are `000000.npy …`, with a WAV or GIF of each sound or video. Progress is
-stored as the sample files only: a repeated command makes the
-missing ones, and the npz is written from the files, so that memory is bounded by a few batches. Every file is written
-under a temporary name and renamed. Shape legend: n samples, (H, W, C) picture with C of 1 (grey), 3 or 4, (C, *S) array.
+Samples that are not pictures are `000000.npy …`, with a WAV or GIF of each sound or video. Progress is stored as the sample
+files only: a repeated command makes the missing ones, and the npz is written from the files, so that memory is bounded by a
+few batches. Every file is written under a temporary name and renamed.
+Shape legend: n samples, (H, W, C) picture with C of 1 (grey), 3 or 4, (C, *S) array.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ Samples = Iterable[tuple[np.ndarray, np.ndarray, np.ndarray]]  #: indices (n,), 
 
 PER_CLASS = "per_class"  #: entry of samples.json: name of a class -> how many samples it has
 BACKLOG = 4  #: maximum number of batches that wait to be written
+CHUNK = 64  #: samples that are read ahead of the npz
 
 
 def sample_to_folder(
@@ -256,8 +257,8 @@ def _write_npz(out: Path, num: int, rank: int, progress: bool, kind: SampleFile)
     return shape, labels
 
 
-def _read_all(paths: list[Path], kind: SampleFile, chunk: int = 64) -> Iterator[tuple[np.ndarray, int]]:
+def _read_all(paths: list[Path], kind: SampleFile) -> Iterator[tuple[np.ndarray, int]]:
     """Decode in order with four threads, a chunk at a time: `map` over all paths would read all files ahead."""
     with ThreadPoolExecutor(max_workers=4) as pool:
-        for start in range(0, len(paths), chunk):
-            yield from pool.map(kind.read, paths[start : start + chunk])
+        for start in range(0, len(paths), CHUNK):
+            yield from pool.map(kind.read, paths[start : start + CHUNK])

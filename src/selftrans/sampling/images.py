@@ -121,8 +121,7 @@ class Sampler:
             if settings.num < len(settings.prompts or ()):
                 warnings.warn(
                     f"{plural(settings.num, 'image')} of {plural(len(settings.prompts or ()), 'prompt')}: the last ones get "
-                    "none; give "
-                    f"--num {len(settings.prompts or ())} for one image each",
+                    f"none; give --num {len(settings.prompts or ())} for one image each",
                     stacklevel=3,
                 )
             if conditions.kind == "text" and settings.prompts is None:

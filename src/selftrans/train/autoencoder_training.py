@@ -23,12 +23,8 @@ from selftrans.checkpoints import format as checkpoint
 from selftrans.data.dataset import Dataset
 from selftrans.precision import PRECISIONS
 from selftrans.storage import plural
-from selftrans.train.autoencoder_network import (
-    AutoencoderLoss,
-    AutoencoderSettings,
-    PerceptualDistance,
-    build_autoencoder,
-)
+from selftrans.train.autoencoder_network import AutoencoderLoss, PerceptualDistance, build_autoencoder
+from selftrans.train.autoencoder_settings import AutoencoderSettings
 from selftrans.train.batches import Loaded, Stream, seed_step
 from selftrans.train.ema import EMA
 from selftrans.train.log import JsonlLog, RunningMeans, format_values, progress_bar
@@ -139,8 +135,7 @@ class AutoencoderTraining:
         if not good:
             raise FloatingPointError(
                 f"the last {plural(skipped, 'update')} of the autoencoder, up to step {self.step}, had no finite gradient; "
-                "choose a "
-                f"lower --lr and another --out; checkpoints are in {self.checkpoints}"
+                f"choose a lower --lr and another --out; checkpoints are in {self.checkpoints}"
             )
         if skipped:
             warnings.warn(
@@ -220,6 +215,5 @@ def check_unchanged(found: checkpoint.Checkpoint, settings: AutoencoderSettings,
     if found.step > settings.steps:
         raise ValueError(
             f"{folder} has trained for {plural(found.step, 'step')} already, more than the {settings.steps} asked for; give "
-            "at least "
-            "as many, or another --out"
+            "at least as many, or another --out"
         )

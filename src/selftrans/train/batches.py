@@ -31,9 +31,8 @@ class Loaded(NamedTuple):
     """The stored tensors from which a micro-batch is made."""
 
     rows: np.ndarray  #: (N,) positions in the data
-    tensors: dict[
-        str, Tensor
-    ]  #: moments (N, copies, M, *S), labels (N,); text or ids, and mask, of one caption; features if they are read
+    #: moments (N, copies, M, *S), labels (N,); text or ids, and mask, of one caption; features if they are read
+    tensors: dict[str, Tensor]
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ Shape legend: A micro-batches of a step, V values of a report.
 
 from __future__ import annotations
 
+import gc
 import warnings
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
@@ -26,10 +27,20 @@ from selftrans.train.training_step import micro_step, update_step
 from selftrans.types import map_cond
 
 if TYPE_CHECKING:
+    from selftrans.methods.guidance import Guidance
     from selftrans.train.trainer import Trainer
 
 WARM_UP = 3  #: steps without a graph before it is captured: compilation, cuBLAS workspaces, moments
 READ = 1000  #: steps after which the host reads the reports, if no log line is due
+
+
+class NotCaptured(ValueError):
+    """The step could not be recorded; one line, which says how the run continues."""
+
+
+class Invalidated(RuntimeError):
+    """CUDA ended a recording. torch (2.11) then keeps its generator and its allocator in the state of recording: the next
+    random number on the device raises, so this process cannot go on."""
 
 
 def obstacle(trainer: Trainer) -> str | None:
@@ -47,7 +58,17 @@ def obstacle(trainer: Trainer) -> str | None:
         return "train.recompute repeats blocks that may draw random numbers"
     if len(trainer.shards.parts) > 1:
         return "the data hold several sizes, and a graph has one shape"
+    if trainer.objective.times != "systematic" and any(map(_selects, trainer.objective.guidances)):
+        return (
+            f"with train.times {trainer.objective.times} a range of t selects another number of samples in every step"
+        )
     return None
+
+
+def _selects(guidance: Guidance) -> bool:
+    """Whether a guidance computes the samples of a range of t alone."""
+    config = getattr(guidance, "config", None)
+    return getattr(config, "timestep_range", None) is not None and getattr(config, "range_mode", "") == "select"
 
 
 def captured_step(trainer: Trainer) -> CapturedStep | None:
@@ -90,11 +111,21 @@ class Recorded:
         return out
 
     def capture(self, pool: Any) -> None:
-        """Record the function without running it. RuntimeError where it does what a graph cannot hold."""
+        """Record the function without running it. RuntimeError where it fails; `Invalidated` where CUDA ended the recording."""
         graph = torch.cuda.CUDAGraph()
+        failed: RuntimeError | None = None
         # thread_local: what other threads do to the device does not end the capture
-        with torch.cuda.graph(graph, pool=pool, stream=self.stream, capture_error_mode="thread_local"):
-            self._out = self.function()
+        recording = torch.cuda.graph(graph, pool=pool, stream=self.stream, capture_error_mode="thread_local")
+        try:
+            with recording:
+                try:
+                    self._out = self.function()
+                except RuntimeError as error:
+                    failed = error  # a recording that is still valid can be ended, and torch knows that it is over
+        except RuntimeError as error:
+            raise Invalidated(first_line(failed or error)) from error
+        if failed is not None:
+            raise failed
         self._graph = graph
 
     def drop(self) -> None:
@@ -120,7 +151,7 @@ class CapturedStep:
         self.rate = torch.zeros((), dtype=torch.float32 if on_gpu else torch.float64, device=self.device)
         use_rate_tensor(trainer.optimizer, self.rate, capturable=on_gpu)
         self._stream = torch.cuda.Stream(self.device) if on_gpu else None
-        self._possible = True  # until a capture has failed
+        self._possible = True  # until a capture has failed, with `auto`
         self._history: list[tuple[int, tuple[str, ...], Tensor]] = []
         self.transient = 0
         self.restart()
@@ -137,6 +168,11 @@ class CapturedStep:
         self._taken, self._capturing = 0, False
         self._micro, self._update = (Recorded(f, self._stream) for f in (self._micro_step, self._update_step))
         self.trainer.optimizer.zero_grad(set_to_none=True)
+
+    @property
+    def replaying(self) -> bool:
+        """Whether the next step is a replay of graphs."""
+        return self._micro._graph is not None and self._update._graph is not None
 
     def take(self, batches: Iterator[Loaded]) -> None:
         """One training step, without the moving average. Its report waits on the device for `flush`."""
@@ -221,11 +257,13 @@ class CapturedStep:
         try:
             self._capture()
         except RuntimeError as error:
-            self._give_up(first_line(error.__context__ or error))  # the end of a capture that failed fails, too
+            self._give_up(error)
 
     def _capture(self) -> None:
-        stream, device = torch.cuda.current_stream(self.device), self.device
+        stream, device, collecting = torch.cuda.current_stream(self.device), self.device, gc.isenabled()
         drawn, self._capturing = torch.get_rng_state(), True
+        gc.collect()  # a graph of an earlier trainer that is freed during a recording can end it
+        gc.disable()
         try:
             with self.trainer.stream.reading:  # the thread that reads ahead leaves the device alone
                 pool = torch.cuda.graph_pool_handle()
@@ -233,14 +271,22 @@ class CapturedStep:
                     function.capture(pool)
         finally:
             self._capturing = False
+            if collecting:
+                gc.enable()
             torch.cuda.set_stream(stream)  # torch.cuda.graph leaves its own current when a capture fails
         if not torch.equal(drawn, torch.get_rng_state()):
             torch.set_rng_state(drawn)
             raise RuntimeError("random numbers are drawn on the CPU, which a graph would repeat")
         self.transient = torch.cuda.max_memory_allocated(device) - torch.cuda.memory_allocated(device)
 
-    def _give_up(self, reason: str) -> None:
-        """Go on without a graph, on the same buffers."""
+    def _give_up(self, error: RuntimeError) -> None:
+        """Go on without a graph, on the same buffers, with `auto`. `NotCaptured` with `on`, and where torch cannot go on."""
+        reason, wanted = first_line(error), self.trainer.config.train.capture
+        if wanted == "on" or isinstance(error, Invalidated):
+            raise NotCaptured(
+                f"train.capture {wanted}: the step cannot be recorded as a graph ({reason}); the same command with "
+                "--train.capture off continues from the last checkpoint"
+            ) from error
         warnings.warn(f"train.capture: the step is not captured, and goes on without a graph: {reason}", stacklevel=2)
         self._possible = False
         torch.cuda.synchronize(self.device)

@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from selftrans.config import Data, RunConfig
 from selftrans.data.dataset import Dataset
 from selftrans.data.shard_cache import CacheOptions
 from selftrans.data.streamed import Streamed
 from selftrans.data.windows import SHARE_OF_CACHE, classes_in_a_window, window_that_fits
-from selftrans.storage import plural, printable
+from selftrans.storage import gigabytes, plural, printable
+
+
+@dataclass
+class Transfer:
+    """What a run fetches of data at a URL, on each machine."""
+
+    shards: int  #: of the data
+    bytes: int  #: of them, with stored features if the run reads these
+    cached: int  #: bytes of them that the cache holds already
+    cache: int  #: bytes that the cache holds at most
+    window: int | None  #: shards that are read at a time; None: all are fetched before the first step
 
 
 def cache_of(data: Data) -> CacheOptions:
@@ -78,7 +91,27 @@ def describe_data(config: RunConfig, shards: Dataset) -> str | None:
     return text
 
 
-def gigabytes(size: float) -> str:
-    """`21.0 GB`, `3.2 MB`, `74.8 kB`."""
-    unit, scale = ("GB", 1e9) if size >= 1e8 else ("MB", 1e6) if size >= 1e6 else ("kB", 1e3)
-    return f"{size / scale:.1f} {unit}"
+def transfer_of(config: RunConfig, shards: Dataset) -> Transfer | None:
+    """What a run of these settings has to fetch; None for data on this machine. Opened features count as read."""
+    readers = [part.reader for part in shards.of_one_shape if isinstance(part, Streamed)]
+    if not readers:
+        return None
+    return Transfer(
+        shards=sum(len(reader.filled) for reader in readers),
+        bytes=(total := sum(reader.size(k) for reader in readers for k in reader.filled)),
+        cached=total - sum(reader.missing(k) for reader in readers for k in reader.filled),
+        cache=readers[0].cache.limit,
+        window=config.data.window,
+    )
+
+
+def transfer_text(found: Transfer) -> str:
+    """The same, for a reader."""
+    text = f"{plural(found.shards, 'shard')}, {gigabytes(found.bytes)}"
+    if found.cached == found.bytes:
+        return f"{text}, all of them in the cache: the run fetches none"
+    text += f", of which the cache holds {gigabytes(found.cached)}, and these steps read one shard"
+    if found.bytes > found.cache:
+        return f"{text}: the run fetches up to {gigabytes(found.bytes)} in every epoch, while it trains"
+    left = gigabytes(found.bytes - found.cached)
+    return f"{text}: the run fetches {left} {'before its first step' if found.window is None else 'while it trains'}"

@@ -31,8 +31,9 @@ from selftrans.methods.guidance import Frozen
 from selftrans.methods.spec import TAKEN_FOLDERS, Stage
 from selftrans.plugins import trust_named
 from selftrans.precision import PRECISIONS
-from selftrans.storage import nearest_existing, plural, write_json
+from selftrans.storage import gigabytes, nearest_existing, plural, write_json
 from selftrans.train.batches import Loaded
+from selftrans.train.data_window import Transfer, describe_data, transfer_of, transfer_text
 from selftrans.train.initial_weights import build_student
 from selftrans.train.out_of_memory import guarded_step, release
 from selftrans.train.run import accelerator_of, data_of_run, planned, ready_data
@@ -81,6 +82,7 @@ class DryRun:
     disk_free: int
     out: str
     written: list[str]
+    fetched: Transfer | None = None  #: what a run fetches, for data at a URL
     stages: list[StagePlan] = field(default_factory=list)
 
 
@@ -99,7 +101,9 @@ def dry_run(config: RunConfig, out: str | Path, *, steps: int = STEPS, typed: Co
         accelerator = accelerator_of(config, place)
         shards = data_of_run(config, out if is_prepared(out / "data") else place)  # each process its own
         config, plan, initial = planned(config, shards, out, typed)
-        shards = ready_data(config, shards, accelerator)
+        if said := describe_data(config, shards):
+            accelerator.print(said)
+        given, shards = shards, ready_data(config, shards.rehearsed(), accelerator, quiet=True)
         found = DryRun(
             device=_device_name(accelerator.device),
             memory_total=_total(accelerator.device),
@@ -118,6 +122,7 @@ def dry_run(config: RunConfig, out: str | Path, *, steps: int = STEPS, typed: Co
             release(trainer)
             del trainer, teacher
             accelerator.free_memory()
+        found.fetched = transfer_of(config, given)
         found.disk_needed = sum(s.kept * s.checkpoint for s in found.stages)
         found.disk_needed += max(s.checkpoint for s in found.stages)
     return found
@@ -267,6 +272,8 @@ def text(found: DryRun) -> str:
             f"  time left   {duration(stage.seconds_left)}, without previews and checkpoints",
             f"  disk        {plural(stage.kept, 'checkpoint')} of about {gigabytes(stage.checkpoint)}",
         ]
+    if found.fetched:
+        lines.append(f"data: {transfer_text(found.fetched)}")
     enough = "enough" if found.disk_needed < found.disk_free else "NOT enough"
     lines.append(f"total: {duration(sum(stage.seconds_left for stage in found.stages))}")
     lines.append(f"disk: {gigabytes(found.disk_needed)} needed, {gigabytes(found.disk_free)} free: {enough}")
@@ -278,11 +285,6 @@ def text(found: DryRun) -> str:
 def as_json(found: DryRun, path: str | Path) -> None:
     """Write the findings to a file, as json with the names of the fields. ValueError where it cannot be written."""
     write_json(Path(path), dataclasses.asdict(found))
-
-
-def gigabytes(size: float) -> str:
-    """`1.23 GB`, or MB below a tenth of it."""
-    return f"{size / 1e9:.3g} GB" if size >= 1e8 else f"{size / 1e6:.3g} MB"
 
 
 def duration(seconds: float) -> str:

@@ -98,11 +98,6 @@ def _with_rows(own: Tensor, theirs: Tensor, rows: dict[int, int], now: int, befo
     return table
 
 
-def trained_in_full(record: dict[str, Any]) -> list[str]:
-    """Names of the parameters that are new, in part at least: with adapters, they are trained as a whole."""
-    return [*record["new"], *record["new_rows"]]
-
-
 def describe(record: dict[str, Any]) -> str:
     """One line: what a run starts from, what was kept, and what is new."""
     about = f"{record['weights']} weights"

@@ -7,15 +7,18 @@ samples and teachers do not use it. A CPU has no such products: there they are e
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import math
 import warnings
+from collections.abc import Collection
 from typing import Any
 
 import torch
 from torch import nn
 
 from selftrans.models.lora import default_targets
-from selftrans.types import Backbone
+from selftrans.types import Backbone, map_cond
 
 MULTIPLE = 16  #: the products take sizes that are multiples of this
 CAPABILITY = (8, 9)  #: of NVIDIA's devices that have such products: Ada, Hopper and later
@@ -31,11 +34,39 @@ def layers(student: Backbone) -> list[str]:
     return found
 
 
-def convert(student: Backbone, scaling: str, device: torch.device) -> None:
+def rows(student: Backbone, names: Collection[str]) -> dict[str, int]:
+    """Layer -> rows of its input for one sample in training (tokens, without those that are routed past it)."""
+    meta, found = copy.deepcopy(student).to("meta").train(), dict[str, int]()
+    meta.recompute = False
+
+    def noted(name: str) -> Any:
+        return lambda _, given: found.update({name: given[0].numel() // given[0].shape[-1]})
+
+    for name in names:
+        meta.get_submodule(name).register_forward_pre_hook(noted(name))
+    cond = map_cond(lambda x: x.to("meta"), meta.conditions.example())
+    with torch.no_grad():
+        meta(torch.empty(1, *meta.shape, device="meta"), torch.empty(1, device="meta"), cond)
+    return found
+
+
+def check_rows(student: Backbone, names: Collection[str], samples: int) -> None:
+    """ValueError, in one line, unless the gradients of the weights are products of allowed sizes: they sum over all rows."""
+    for name, each in rows(student, names).items():
+        if samples * each % MULTIPLE:
+            least = MULTIPLE // math.gcd(each, MULTIPLE)
+            raise ValueError(
+                f"train.fp8 needs a multiple of {MULTIPLE} tokens in every layer; {name} has {samples} x {each} of a "
+                f"micro-batch: choose train.batch_size and train.accumulate for micro-batches of a multiple of {least}"
+            )
+
+
+def convert(student: Backbone, scaling: str, device: torch.device, samples: int) -> None:
     """Replace those layers in place by torchao's, which hold the same parameters. "none": nothing.
 
-    scaling: `tensorwise`, one factor for each operand; `rowwise`, one for each row of it. ValueError, in one line, without
-    torchao, on a GPU without such products, and for a model without a layer that can have them.
+    scaling: `tensorwise`, one factor for each operand; `rowwise`, one for each row of it. samples: of a micro-batch.
+    ValueError, in one line, without torchao, on a GPU without such products, for a model without a layer that can have
+    them, and on a GPU for a number of samples that they do not allow.
     """
     if scaling == "none":
         return
@@ -51,7 +82,9 @@ def convert(student: Backbone, scaling: str, device: torch.device) -> None:
     if not chosen:
         raise ValueError(f"train.fp8 needs blocks with linear layers of multiples of {MULTIPLE} channels; leave it out")
     settings = Float8LinearConfig.from_recipe_name(scaling)
-    if device.type != "cuda":
+    if device.type == "cuda":
+        check_rows(student, chosen, samples)
+    else:
         warnings.warn("train.fp8 is emulated on this device: the same rounding, and slower", stacklevel=2)
         settings = dataclasses.replace(settings, emulate=True)
 

@@ -113,10 +113,10 @@ def with_model_of(config: RunConfig, model: ModelConfig, typed: Collection[str] 
     if type(config.model) is not type(model):
         asked = {} if config.model == usual and not named else {"name": config.model.name}
     else:
-        known = dict(_settings(usual)) if type(usual) is type(model) else dict(_settings(type(model)()))
-        asked = {name: value for name, value in _settings(config.model) if value != known[name] or name in named}
+        known = _settings(usual if type(usual) is type(model) else type(model)())
+        asked = {name: v for name, v in _settings(config.model).items() if v != known[name] or name in named}
     for name, value in asked.items():
-        theirs = dict(_settings(model))[name]
+        theirs = _settings(model)[name]
         if value != theirs:
             has = f"name {model.name}" if theirs is None else f"{name} {theirs}"
             raise ValueError(
@@ -131,8 +131,8 @@ def with_given_model(config: RunConfig, typed: Collection[str] = ()) -> RunConfi
     return config if config.init.path is None else with_model_of(config, read_given(config.init).model, typed)
 
 
-def _settings(model: ModelConfig) -> list[tuple[str, Any]]:
-    return [(name, value) for name, value, _, _ in fields_of(model)]
+def _settings(model: ModelConfig) -> dict[str, Any]:
+    return {name: value for name, value, _, _ in fields_of(model)}
 
 
 def check_given_path(given: Given, config: RunConfig) -> None:

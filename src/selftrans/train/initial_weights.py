@@ -14,8 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from selftrans.checkpoints import format as checkpoint
 from selftrans.checkpoints.adapted import ADAPTERS, INIT, START
@@ -25,8 +24,8 @@ from selftrans.data.dataset import Dataset
 from selftrans.data.manifest import Manifest
 from selftrans.models.lora import add_adapters
 from selftrans.models.spec import Named
-from selftrans.storage import FREE_SPACE, atomic_write, sha256_file
-from selftrans.train.fitting import fit, trained_in_full
+from selftrans.storage import sha256_file
+from selftrans.train.fitting import fit
 from selftrans.train.given_weights import (
     Given,
     check_given_conditions,
@@ -51,8 +50,8 @@ class InitialWeights:
 
     @property
     def trained(self) -> list[str]:
-        """Parameters that are trained in full where the rest is adapted."""
-        return trained_in_full(self.record)
+        """Parameters that are new, in part at least: they are trained in full where the rest is adapted."""
+        return [*self.record["new"], *self.record["new_rows"]]
 
     @property
     def new(self) -> bool:
@@ -75,12 +74,7 @@ class InitialWeights:
             autoencoder=manifest.autoencoder,
         )  # fmt: skip
         metadata = {checkpoint.KEY: json.dumps(about | {"weights": self.record["weights"], INIT: self.record})}
-        try:
-            with atomic_write(self.path) as file:
-                save_file({k: v.cpu().contiguous() for k, v in self._tensors.items()}, file.name, metadata=metadata)
-        except SafetensorError as error:
-            raise OSError(f"{self.path} could not be written ({error}); {FREE_SPACE}") from error
-        self.path.chmod(self.path.parent.stat().st_mode & 0o666)
+        checkpoint.write_tensors(self.path, self._tensors, metadata)
         self.record["start"] = sha256_file(self.path)
 
     def release(self) -> None:

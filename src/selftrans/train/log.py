@@ -21,9 +21,8 @@ class RunningMeans:
     """Means of the reported values since the last line, summed on the device: the host waits only when they are read."""
 
     def __init__(self) -> None:
-        self._sums: dict[
-            str, tuple[Any, Any]
-        ] = {}  #: sum and count, float64: tensors, or numbers that the host has read
+        #: sum and count, float64: tensors, or numbers that the host has read
+        self._sums: dict[str, tuple[Any, Any]] = {}
 
     def add(self, report: dict[str, Tensor], finite: Tensor | None = None) -> None:
         """Add the 0-d values of one step, unless `finite`, a 0-d boolean on their device, is false."""

@@ -62,8 +62,7 @@ class NonFiniteSteps:
             one = found[0]
             warnings.warn(
                 f"{len(found)} of the last {plural(len(steps), 'update')} of {stage} skipped, first at step {one['step']} "
-                "(loss "
-                f"{one['loss']}, gradient norm {one['grad_norm']}); {self.skipped} in all; log.jsonl lists their rows",
+                f"(loss {one['loss']}, gradient norm {one['grad_norm']}); {self.skipped} in all; log.jsonl lists their rows",
                 stacklevel=2,
             )
 

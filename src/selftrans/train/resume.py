@@ -112,13 +112,11 @@ def settings_before(out: Path) -> RunConfig | None:
     for folder in sorted(out.glob("*/checkpoints"), reverse=True) if before is None else ():
         found = checkpoint.newest(folder)
         if found is not None:
-            before = _read(found.path / checkpoint.STATE, _config_of_state)
+            before = _read(
+                found.path / checkpoint.STATE, lambda text: from_json(json.dumps(json.loads(text)["config"]))
+            )
             break
     return None if before is None else dataclasses.replace(before, init=before.init.resolved())
-
-
-def _config_of_state(text: str) -> RunConfig:
-    return from_json(json.dumps(json.loads(text)["config"]))
 
 
 def record(config: RunConfig, out: Path, manifest: Manifest) -> None:

@@ -217,8 +217,7 @@ def data_of_run(config: RunConfig, out: Path, accelerator: Accelerator | None = 
     if small and len(shards.parts) > 1 and main:
         warnings.warn(
             f"{small} of the {plural(len(shards.parts), 'bucket')} of {path} {'has' if small == 1 else 'have'} fewer "
-            "pictures than the "
-            f"batch, {config.train.batch_size}: a batch of those has some of them more than once",
+            f"pictures than the batch, {config.train.batch_size}: a batch of those has some of them more than once",
             stacklevel=3,
         )
     return shards

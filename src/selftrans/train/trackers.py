@@ -21,9 +21,7 @@ import numpy as np
 from selftrans.config import RunConfig, settings_of
 from selftrans.storage import first_line, printable, write_json
 
-PROJECT = (
-    "selftrans"  #: project or experiment that the runs belong to, unless the tracker's own variables say otherwise
-)
+PROJECT = "selftrans"  #: project or experiment of the runs, unless the tracker's own variables say otherwise
 RECORD = "trackers.json"
 IDENTIFIER = re.compile(r"[\w-]{1,100}")
 

@@ -35,12 +35,7 @@ from selftrans.train.initial_weights import InitialWeights, build_student
 from selftrans.train.log import JsonlLog, RunningMeans, format_values, progress_bar
 from selftrans.train.memory_use import memory_use
 from selftrans.train.nonfinite import NonFiniteSteps, check_weights
-from selftrans.train.optim import (
-    build_optimizer,
-    forget,
-    learning_rate,
-    optimizer_tensors,
-)
+from selftrans.train.optim import build_optimizer, forget, learning_rate, optimizer_tensors
 from selftrans.train.out_of_memory import guarded_step
 from selftrans.train.preview import Preview
 from selftrans.train.resume import agreed, check_data, usable
@@ -101,7 +96,7 @@ class Trainer:
         micros = train.batch_size // self.stream.micro
         each = step_flops(self.objective, manifest.conditions.example(), self.stream.micro)
         self.flops = {part: micros * flops for part, flops in each.items()}
-        fp8.convert(student, train.fp8, accelerator.device)  # after the average and the count, which do not use it
+        fp8.convert(student, train.fp8, accelerator.device, self.stream.micro)  # average and count do not use it
         self.sharded = train.shard and accelerator.num_processes > 1
         if self.sharded:
             fsdp.shard_models(
@@ -220,7 +215,7 @@ class Trainer:
             self._save(required=last or stopping)
         if (
             stopping and not last
-        ):  # the scheduler waits for the checkpoint only; a preview that is due is made after the restart
+        ):  # the scheduler waits for the checkpoint alone: a preview that is due comes after the restart
             raise self.stop.interrupted(self.step, self.directory)
         self._preview(last)
 

@@ -78,8 +78,7 @@ def measured_tables(states: Iterable[RunState], stored: Collection[Contained] = 
         if Contained(state.place.root, state.place.parts[:-1]) in stored:
             continue
         match = SEEDED.fullmatch(state.place.parts[-1] if state.place.parts else state.place.root.name)
-        report, _ = state.files.read(state.place / "run.json")
-        report = report or {}
+        _, report, _, _ = state.read()
         # while a run is extended, run.json has the cost of its first finish: later points do not belong to it
         end = number(report.get("student_steps"))
         points = [point for point in state.measured() if end is None or point["step"] <= end]
@@ -111,9 +110,8 @@ def _measured(results: dict[tuple[str, int], Any]) -> dict[str, Any]:
 def _shown(table: Any, metric: str, curves: Any, settings: dict[str, str]) -> dict[str, Any]:
     """What the page gets of a comparison; raises where a part of it is not as it should be."""
     lines = [cells(row, {row["method"]: str(row["method"])}) for row in table]
-    used = [
-        i for i in range(len(HEADINGS)) if any(line[i] for line in lines)
-    ]  # others are of a baseline that is not here
+    # others are of a baseline that is not here
+    used = [i for i in range(len(HEADINGS)) if any(line[i] for line in lines)]
     drawn = {
         axis: {str(name): [[float(value) for value in column] for column in of_name] for name, of_name in found.items()}
         for axis, found in curves.items()
@@ -136,8 +134,7 @@ def distances(states: Sequence[RunState]) -> dict[str, Any]:
     metrics = set()
     for state in states:
         points = state.measured()
-        report, _ = state.files.read(state.place / "run.json")
-        report = report or {}
+        _, report, _, _ = state.read()
         for axis in AXES if points else ():
             known = axis == "step" or all(
                 number(each) is not None

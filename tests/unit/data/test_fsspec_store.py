@@ -8,6 +8,7 @@ import logging
 from collections.abc import Callable
 from pathlib import Path
 
+import fsspec
 import pytest
 from fsspec.asyn import AsyncFileSystem
 
@@ -28,6 +29,8 @@ class Client(AsyncFileSystem):  # type: ignore[misc]
         self.content, self.size, self.error, self.asked, self.endless = content, size, error, 0, False
 
     async def _info(self, path: str, **_: object) -> dict[str, object]:
+        while self.endless:
+            await asyncio.sleep(0.01)
         return {"name": path, "size": len(self.content) if self.size is None else self.size, "type": "file"}
 
     async def _cat_file(self, path: str, start: int = 0, end: int = 0, **_: object) -> bytes:
@@ -92,9 +95,30 @@ def test_limit_of_time_grows_with_the_bytes_that_are_asked_for(monkeypatch: pyte
     monkeypatch.setattr("fsspec.asyn.sync", lambda loop, function, work, seconds: limits.append(seconds) or b"")
     monkeypatch.setattr(fsspec_store, "RANGE", 8 << 20)
     of = store(Client())
-    for size in (0, 20_000, 8_000_000, 1 << 28):
+    for size in (20_000, 8_000_000):
         of.read("a", 5, 5 + size)
-    assert limits == [60, 61, 460, 60]
+    assert limits == [61, 460]
+
+
+@pytest.mark.parametrize(("length", "seconds"), [(5, 60), (200, 60.01), (100_000, 65)])
+def test_limit_of_time_for_as_much_as_there_is_is_that_of_its_size(
+    length: int, seconds: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file whose size is not known, such as a manifest, is read with one request, after one for its size."""
+    limits: list[float] = []
+    client, whole = Client(content := bytes(length)), fsspec.asyn.sync
+    monkeypatch.setattr("fsspec.asyn.sync", lambda *given: limits.append(given[-1]) or whole(*given))
+    assert store(client).read("a", 0, 1 << 28) == content
+    assert limits == pytest.approx([60, seconds], abs=1e-3) and client.asked == 1
+
+
+def test_client_that_never_says_a_size_is_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fsspec_store, "TIMEOUT", 0.1)
+    client = Client()
+    client.endless = True
+    with pytest.raises(ConnectionError, match=r"not done within 0\.1 seconds"):
+        store(client).read("manifest.json", 0, 1 << 28)
+    assert not client.asked
 
 
 def named(name: str, text: str, **attributes: object) -> Callable[[], Exception]:
@@ -190,6 +214,11 @@ def test_what_another_attempt_does_not_mend_is_tried_once(error: Callable[[], Ex
 def test_what_may_pass_is_repeated(error: Callable[[], Exception], shown: str) -> None:
     client = Client(error=error)
     assert shown in message(client) and client.asked == 5
+
+
+def test_empty_file_is_empty() -> None:
+    """A range of no bytes cannot be asked for."""
+    assert store(client := Client()).read("a", 0, 1 << 28) == b"" and not client.asked
 
 
 def test_range_after_the_end_is_empty() -> None:

@@ -27,7 +27,8 @@ def test_prompts_do_not_depend_on_the_cache_and_fetch_no_shard(tmp_path: Path, r
     folder, found = captioned.prepared(tmp_path, shard_size=3, store=store), []
     with serving(folder, ranges=ranges) as server:
         small = open_data(server.url, cache=CacheOptions(str(tmp_path / "cache"), 1e-6))
-        for data in (Dataset.open(folder), small):
+        large = open_data(server.url, cache=CacheOptions(str(tmp_path / "large")))
+        for data in (Dataset.open(folder), small, large):
             data.ready("cpu")
             conditioning = CaptionConditioning(data.scattered, rows=data.prompt_rows[:6])
             found.append((data.prompts, conditioning.texts(np.arange(8)), conditioning.of(np.arange(8))))
@@ -38,9 +39,10 @@ def test_prompts_do_not_depend_on_the_cache_and_fetch_no_shard(tmp_path: Path, r
             ValueError, match=r"shard-00000.safetensors cannot be used \(its header .*\); copy the folder"
         ):
             again.captions(np.array([0]))
-    (prompts, texts, (cond, rows)), (own_prompts, own_texts, (own, own_rows)) = found
-    assert own_prompts == prompts and len(prompts) == 8 and own_texts == texts and np.array_equal(own_rows, rows)
-    assert all(torch.equal(own[name], tensor) for name, tensor in cond.items())
+    (prompts, texts, (cond, rows)), *others = found
+    for own_prompts, own_texts, (own, own_rows) in others:
+        assert own_prompts == prompts and len(prompts) == 8 and own_texts == texts and np.array_equal(own_rows, rows)
+        assert all(torch.equal(own[name], tensor) for name, tensor in cond.items())
 
 
 def test_rows_and_entries_are_those_of_the_file_and_are_read_once() -> None:
@@ -88,8 +90,20 @@ def test_rows_are_read_at_the_same_time(tmp_path: Path) -> None:
         assert data.captions(np.arange(1, 5)) == Dataset.open(folder).captions(np.arange(1, 5))
 
 
-def test_search_for_prompts_ends_after_two_chunks_without_a_new_caption(monkeypatch: pytest.MonkeyPatch) -> None:
-    data, asked = Dataset.open(captioned.shared()), []
+@pytest.mark.parametrize(("new", "asked"), [(1, [2]), (7, [2, 2, 4]), (8, [2, 2, 4, 2])])
+def test_prompts_are_the_first_different_captions_of_a_fixed_order(
+    new: int, asked: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of ten rows, where only row `new` of the order has another caption: no more rows are read than needed, and all if so."""
+    data, counted = Dataset.open(captioned.shared()), list[int]()
+    order = np.random.default_rng(0).permutation(len(data))[:10]
     monkeypatch.setattr("selftrans.data.dataset.PROMPTS", 2)
-    monkeypatch.setattr(Dataset, "captions", lambda self, rows: asked.append(len(rows)) or [["same"] for _ in rows])
-    assert data.prompts == ("same",) and asked == [2, 2, 2]
+    monkeypatch.setattr(Dataset, "some_rows", lambda self, most: order)
+
+    def captions(self: Dataset, rows: np.ndarray) -> list[list[str]]:
+        counted.append(len(rows))
+        return [["another" if row == order[new] else "same"] for row in rows]
+
+    monkeypatch.setattr(Dataset, "captions", captions)
+    assert data.prompts == ("same", "another") and counted == asked
+    assert data.prompt_rows.tolist() == [order[0], order[new]]

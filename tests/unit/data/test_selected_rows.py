@@ -6,9 +6,9 @@ import torch
 
 from selftrans.data.buckets import open_data
 from selftrans.data.prepare import prepare
-from selftrans.data.selected_rows import SelectedRows, split
+from selftrans.data.selected_rows import OneShard, SelectedRows, split
 from selftrans.train.batches import Stream
-from tests.support import ratios, toy
+from tests.support import captioned, ratios, toy
 
 
 def test_each_row_is_in_one_part_and_reads_as_in_the_data():
@@ -57,3 +57,19 @@ def test_a_single_picture_is_refused(tmp_path):
     with pytest.raises(ValueError, match="holds 1 pictures; at least two are needed"):
         split(open_data(tmp_path / "data"), 10, seed=0)
     assert issubclass(SelectedRows, type(open_data(tmp_path / "data")))
+
+
+def test_one_shard_in_place_of_all(tmp_path):
+    """Of shards of three rows: row i is row i % 3 of shard 1, with its label, captions and number of them."""
+    data = open_data(captioned.prepared(tmp_path, count=8, shard_size=3))
+    one, rows = OneShard(data, 1), np.array([0, 1, 5, 7])
+    of_data = np.array([3, 4, 5, 4])
+    assert len(one) == 8 and one.shapes == data.shapes and one.names == data.names and one.rehearsed() is one
+    assert one.captions(rows) == data.captions(of_data) and one.counts.tolist() == [1, 3, 1, 1, 3, 1, 1, 3]
+    which = data.counts[of_data] - 1
+    for name, tensor in one.read(rows, which=which).items():
+        assert torch.equal(tensor, data.read(of_data, which=which)[name])
+    with pytest.raises(ValueError, match="outside the 8 pictures"):
+        one.read(np.array([8]))
+    with pytest.raises(ValueError, match="holds no features"):
+        one.open_features()

@@ -155,6 +155,11 @@ def test_stored_features_of_data_on_the_device_are_fetched(tmp_path: Path) -> No
     assert len(list(held("*.safetensors"))) == 4, "before the first step, as the shards are"
     read = on_device.read(np.array([13, 2]))
     assert np.array_equal(read["features"].numpy(), values[[1, 0], [3, 2]])
+    one = opened(folder.as_uri(), tmp_path / "other").rehearsed()
+    assert OnDevice(one, "cpu").open_features().width == 3 and np.array_equal(
+        one.read(np.array([13, 2]), ["features"])["features"].numpy(), values[[0, 0], [3, 2]]
+    )
+    assert len(list((tmp_path / "other").glob("*.safetensors"))) == 2, "one shard and its features"
 
 
 @pytest.mark.parametrize("error", [PermissionError(13, "denied"), RuntimeError("of a store")])
@@ -281,5 +286,9 @@ def test_captions_and_buckets(tmp_path: Path) -> None:
     streamed = open_data(url, cache=CacheOptions(str(tmp_path)))
     assert streamed.parts == buckets.parts and streamed.origin == url
     assert torch.equal(streamed.read(np.arange(2))["moments"], buckets.read(np.arange(2))["moments"])
+    one = open_data(url, cache=CacheOptions(str(tmp_path / "c"))).rehearsed()
+    assert one.parts == buckets.parts and one.shapes == buckets.shapes and one.origin == url
+    assert len(list((tmp_path / "c").glob("*.safetensors"))) == 3, "the shard of each bucket"
+    assert torch.equal(one.read(np.arange(8, 10))["moments"], buckets.read(np.arange(8, 10))["moments"])
     with pytest.raises(ValueError, match="buckets, which are streamed only if all of them"):
         open_data(url, cache=CacheOptions(str(tmp_path / "b"), 1e-6))

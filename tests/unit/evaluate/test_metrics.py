@@ -9,19 +9,18 @@ import numpy as np
 import pytest
 import scipy.linalg
 
-from selftrans.evaluate import (
+from selftrans.evaluate import metrics
+from selftrans.evaluate.extractors import INCEPTION_SHA256
+from selftrans.evaluate.metrics import (
     METRICS,
-    Moments,
-    Statistics,
     accuracy,
     evaluate,
     frechet_distance,
     inception_score,
     kernel_distance,
-    metrics,
     precision_recall,
 )
-from selftrans.evaluate.extractors import INCEPTION_SHA256
+from selftrans.evaluate.statistics import Moments, Statistics
 
 
 def described(x: np.ndarray) -> Statistics:

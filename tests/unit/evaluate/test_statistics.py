@@ -10,9 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from selftrans.evaluate import Moments, Statistics
 from selftrans.evaluate.extractors import rebatch
-from selftrans.evaluate.statistics import MAX_UNPACKED, RunningMoments
+from selftrans.evaluate.statistics import MAX_UNPACKED, Moments, RunningMoments, Statistics
 
 
 class Pixels:

@@ -6,28 +6,44 @@ import csv
 import dataclasses
 import json
 import math
+import os
 import shutil
-from concurrent.futures.process import BrokenProcessPool
+import signal
+import time
+from collections import Counter
+from contextlib import suppress
 from html.parser import HTMLParser
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from safetensors import safe_open
 from safetensors.torch import save_file
 
 from selftrans.cli.main import main
-from selftrans.experiments import html_report, runner
+from selftrans.evaluate.classifier import SmallClassifier
+from selftrans.experiments import html_report, reference, runner
 from selftrans.experiments.compare import compare_methods, for_method, with_defaults
-from selftrans.experiments.measurement import Curve, Measurement, interval, measured_before, measured_steps
-from selftrans.experiments.runner import Comparison
+from selftrans.experiments.measurement import (
+    Curve,
+    Measurement,
+    due_checkpoints,
+    interval,
+    measure_point,
+    measured_before,
+    measured_steps,
+)
+from selftrans.experiments.runner import Comparison, StepBar, train_one
 from selftrans.experiments.summary import as_csv, curve, first_below, mean_curve, rows, time_line, time_shares
 from selftrans.methods.repa import Repa
 from selftrans.methods.self_transcendence import Stage1, Stage2
 from selftrans.recipes import recipe
 from selftrans.sampling.conditioning import LabelConditioning
 from selftrans.types import Conditions
+from tests.support import toy
 from tests.support.pictures import class_folders
+from tests.support.processes import LONGEST
 from tests.support.toy import PIXELS, quick  # noqa: F401 - quick is a fixture
 
 
@@ -405,17 +421,62 @@ def test_unusable_methods_are_refused_before_training(method, words, message, tm
     assert message in capfd.readouterr().err and not list((tmp_path / "x").glob("*-seed*"))
 
 
-def test_worker_that_is_killed_is_one_line(tmp_path, monkeypatch):
-    def killed(*_):
-        raise BrokenProcessPool("A process in the process pool was terminated abruptly")
+def test_features_of_other_images_are_refused_before_training(tmp_path, capfd):
+    SmallClassifier(16, 1, 10).save(tmp_path / "of-16.safetensors")
+    command = ["compare", "digits", "--out", str(tmp_path / "x"), "--features", str(tmp_path / "of-16.safetensors")]
+    assert main(command) == 1
+    error = capfd.readouterr().err
+    assert "takes 16x16x1 images, these are 8x8x1" in error and error.count("\n") == 1
+    assert not list((tmp_path / "x").glob("*-seed*"))
 
-    monkeypatch.setattr(runner, "_in_workers", killed)
-    config = dataclasses.replace(recipe("digits"), method="vanilla")
-    comparison = Comparison(config, {"vanilla": config}, (0,), tmp_path, 10, "digits")
-    with pytest.raises(
-        ValueError, match=r"^a worker process was ended from outside, .* continues: give it --workers 1"
-    ):
-        runner.compare(comparison, workers=1)
+
+def watched_worker(comparison: Comparison, *shared: Any) -> None:
+    """`_init_worker` of a process that notes each decoding of the training data, and is killed in its run, if it is the first
+    to get there."""
+    toy.quicken()
+    decode, update, steps = reference.decoded_images, StepBar.update, Counter[StepBar]()
+    end = time.monotonic() + LONGEST
+
+    def noting(*args: Any, **options: Any) -> Any:
+        with (comparison.out / "decoded").open("a") as file:
+            file.write("x")
+        return decode(*args, **options)
+
+    def killed(bar: StepBar, count: int = 1) -> None:
+        update(bar, count)
+        steps[bar] += count
+        if steps[bar] == 5:
+            while not list(comparison.out.glob("reference-*.npz")) and time.monotonic() < end:  # of the other worker
+                time.sleep(0.01)
+            with suppress(FileExistsError):
+                (comparison.out / "killed").touch(exist_ok=False)
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    reference.decoded_images, StepBar.update = noting, killed  # type: ignore[assignment, method-assign]
+    runner._init_worker(comparison, *shared)
+
+
+def test_comparison_with_a_killed_worker_continues_as_if_there_was_none(tmp_path, monkeypatch):
+    config = toy.toy({"method": "vanilla", "train.steps": 10, "sample.steps": 1})
+    plain = Comparison(config, {"vanilla": config}, (0, 1), tmp_path / "plain", 24, "values")
+    measurement = Measurement.of(config, "values", weights=None, images=24, block=plain.block)
+    expected = {}
+    for job in plain.jobs:
+        run = train_one(plain, job, lambda steps: None)
+        expected[job] = [measure_point(run, folder, measurement) for folder in due_checkpoints(run)]
+    comparison = dataclasses.replace(plain, out=tmp_path / "interrupted")
+    comparison.out.mkdir()
+    monkeypatch.setattr(runner, "_init_worker", watched_worker)
+    monkeypatch.setattr(runner, "processes", lambda comparison, workers: (workers, 1))
+    with pytest.raises(ValueError, match=r"^a worker process was ended .* continues: give it --workers 1, [^\n]*$"):
+        runner.compare(comparison, workers=2)
+    assert (comparison.out / "killed").exists() and not list(comparison.out.glob("*/measured.json"))
+    results = runner.compare(comparison, workers=2)
+    assert (comparison.out / "decoded").read_text() == "x", "the statistics of the training data are computed once"
+    for job, points in expected.items():
+        toy.assert_same(toy.tensors(comparison.run(job), "vanilla"), toy.tensors(plain.run(job), "vanilla"))
+        for found, point in zip(results[job][1], points, strict=True):
+            assert {found[key] == point[key] for key in ("step", "distance", "probe", "accuracy", "sampler")} == {True}
 
 
 def test_too_few_images_are_refused_by_the_library(tmp_path):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 from pathlib import Path
 
@@ -15,7 +14,6 @@ from selftrans.cli.main import main
 from selftrans.data.dataset import Dataset
 from selftrans.data.decoded import decoded_images
 from selftrans.data.prepare import prepare
-from selftrans.encoders.autoencoder import load_autoencoder, to_uint8
 from selftrans.evaluate.classifier import SmallClassifier
 from selftrans.evaluate.extractors import ClassifierExtractor, ValuesExtractor
 from selftrans.evaluate.metrics import frechet_distance
@@ -27,7 +25,6 @@ from selftrans.experiments.measurement import Measurement, measure_checkpoint, s
 from selftrans.sampling.images import Sampler
 from selftrans.train.run import train
 from tests.support import toy
-from tests.support.pictures import class_folders, save_vae
 from tests.support.toy import quick  # noqa: F401 - a fixture
 
 
@@ -172,70 +169,6 @@ def test_labels_that_expand_beyond_the_file_are_refused(scorer: Path, tmp_path: 
         "made is damaged (its labels claim more bytes than the file has); delete it" in output
         and output.count("\n") == 1
     )
-
-
-def test_reference_at_a_url_is_that_of_the_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    extractor, url = ValuesExtractor((8, 8, 1)), toy.digits().as_uri()
-    local, found = (reference.reference_of(origin, extractor) for origin in (toy.digits(), url))
-    assert np.array_equal(found.mean, local.mean) and np.array_equal(found.cov, local.cov) and found.source == url
-    monkeypatch.setattr(reference, "decoded_images", None)
-    assert np.array_equal(reference.reference_of(url, extractor).cov, local.cov)  # from the cache
-
-
-def test_reference_is_computed_once(scorer: Path, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    real, one = folder(tmp_path / "real"), extractor(scorer)
-    first = reference.reference_of(real, one)
-    (kept,) = reference.cache().iterdir()
-    monkeypatch.setattr(image_files, "iter_images", lambda path: pytest.fail("computed again"))
-    again = reference.reference_of(real, one)
-    assert np.array_equal(first.cov, again.cov) and np.array_equal(first.features, again.features)
-    monkeypatch.undo()
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    kept.write_bytes(b"damaged")
-    assert np.array_equal(reference.reference_of(real, one).cov, first.cov)
-    other = ClassifierExtractor(SmallClassifier(8, 1, 10), "other")
-    assert not np.array_equal(reference.reference_of(real, other).mean, first.mean), (
-        "another extractor, other statistics"
-    )
-    Image.fromarray(np.zeros((8, 8), np.uint8)).save(real / "0.png")
-    assert not np.array_equal(reference.reference_of(real, one).mean, first.mean), "a picture has changed"
-    assert len(list(reference.cache().iterdir())) == 3
-
-
-def test_reference_of_latents_is_decoded_deterministically_and_reported(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    vae = save_vae(tmp_path / "vae")
-    prepare(class_folders(tmp_path / "pictures"), tmp_path / "data", autoencoder=vae, dtype="float32", progress=False)
-    shards = Dataset.open(tmp_path / "data")
-    first, again = (np.concatenate(list(decoded_images(shards))) for _ in range(2))
-    assert np.array_equal(first, again), "whatever was drawn in between"
-    mean = shards.read(np.arange(23))["moments"][:, 0, :2]
-    expected = to_uint8(load_autoencoder(vae).decode(mean * 0.5)).numpy()
-    assert np.array_equal(first, expected)
-    SmallClassifier(8, 3, 2).save(tmp_path / "rgb.safetensors")
-    made, data, scorer = tmp_path / "pictures", tmp_path / "data", tmp_path / "rgb.safetensors"
-    report = scores.evaluate_samples(made, data, str(scorer), out=tmp_path / "r.json")
-    assert report[
-        "reference"
-    ] == f"{data}, decoded by {vae}" and f"against {data}, decoded by {vae} (23" in scores.text(report)
-    (kept,) = reference.cache().iterdir()
-    about = (data / "manifest.json").stat()
-    drawn = [
-        extractor(scorer).sha256,
-        str(data.resolve()),
-        f"manifest.json|{about.st_size}|{about.st_mtime_ns}",
-    ]
-    assert kept.stem != hashlib.sha256("\n".join(drawn).encode()).hexdigest()[:40], "what was drawn is not used again"
-    pixels = toy.prepared(tmp_path / "toy", classes=())
-    assert reference.described(pixels) == str(pixels), "pixels are as they were"
-
-
-def test_unwritable_cache_is_ignored(scorer: Path, tmp_path: Path, monkeypatch) -> None:
-    (tmp_path / "file").write_text("no directory")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    assert reference.reference_of(folder(tmp_path / "real"), extractor(scorer)).count == 24
 
 
 def test_reference_is_saved_with_adm_names(scorer: Path, tmp_path: Path) -> None:

@@ -53,3 +53,13 @@ def test_run_with_a_teacher_waits_for_it() -> None:
     assert schedule
     schedule.trained(TEACHER, [])
     assert (schedule.next(), schedule.next(), bool(schedule)) == (Task(TAUGHT), None, False)
+
+
+def test_runs_are_trained_until_checkpoints_can_be_measured() -> None:
+    schedule = Schedule({("a", seed): 10 - seed for seed in range(4)}, {("a", seed): None for seed in range(4)}, 1)
+    assert schedule.next(measuring=False) == Task(("a", 0))
+    schedule.trained(("a", 0), [Path("0")])
+    assert schedule.next(measuring=False) == Task(("a", 1))
+    assert schedule.next() == Task(("a", 0), Path("0"))
+    schedule.trained(("a", 1), [Path("1")])
+    assert [schedule.next(measuring=False) for _ in range(3)] == [Task(("a", 2)), Task(("a", 3)), None] and schedule

@@ -12,6 +12,7 @@ import torch
 from diffusers import SD3Transformer2DModel
 from diffusers.models.attention import JointTransformerBlock
 from safetensors.torch import load_file, save_file
+from torch.nn.attention import sdpa_kernel
 
 from selftrans.checkpoints.format import KEY, read_header
 from selftrans.checkpoints.load import load_model
@@ -22,7 +23,7 @@ from selftrans.methods.objective import Objective
 from selftrans.methods.self_transcendence import SelfGuidance, Stage1, Stage2, StructureGuidance
 from selftrans.models.compiling import compile_model
 from selftrans.models.layers import sincos_positions
-from selftrans.models.mmdit import MMDIT_SIZES, JointBlock, MMDiT, MMDiTConfig, build
+from selftrans.models.mmdit import MASKED, MMDIT_SIZES, JointBlock, MMDiT, MMDiTConfig, build
 from selftrans.train.ema import EMA
 from selftrans.train.flops import forward_flops, step_flops
 from selftrans.train.run import train
@@ -238,6 +239,38 @@ def test_masked_attention_equals_no_padding():
         v, feats = plain(x[i : i + 1], t[i : i + 1], cut, taps=(2,))
         assert (found.v[i] - v[0]).abs().max() < 1e-12 and (found.feats[2][i] - feats[2][0]).abs().max() < 1e-12
     assert not torch.allclose(plain(x, t, cond).v, found.v)
+
+
+class OnGpu(torch.Tensor):
+    """Says that it is on a GPU."""
+
+    is_cuda = True
+
+
+def test_attention_under_a_mask_on_a_gpu_leaves_out_cudnn(monkeypatch):
+    """Its backward pass can give NaN there; the choice is part of compiled code, too, without a second graph."""
+    allowed, attend = [], torch.nn.functional.scaled_dot_product_attention
+
+    def noted(*args, **options):
+        allowed.append(torch.backends.cuda.cudnn_sdp_enabled())
+        return attend(*args, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", noted)
+    block, before = JointBlock(32, 2, qk_norm=False), torch.backends.cuda.cudnn_sdp_enabled()
+    context, x, c = torch.zeros(2, 5, 32), torch.zeros(2, 16, 32), torch.zeros(2, 32)
+    mask = torch.ones(2, 1, 1, 21, dtype=torch.bool)
+    for given in ((context, x.as_subclass(OnGpu), c, mask), (context, x.as_subclass(OnGpu), c), (context, x, c, mask)):
+        block(*given)
+    assert allowed == [False, before, before] and torch.backends.cuda.cudnn_sdp_enabled() is before is True
+    monkeypatch.undo()
+
+    def masked(q):
+        with sdpa_kernel(MASKED):
+            return attend(q, q, q, attn_mask=torch.ones(2, 1, 4, 4, dtype=torch.bool))
+
+    q = torch.randn(2, 2, 4, 8)
+    assert torch.equal(torch.compile(masked, fullgraph=True, backend="aot_eager")(q), masked(q))
+    torch.compiler.reset()
 
 
 def test_padding_changes_nothing_exactly_if_masked():

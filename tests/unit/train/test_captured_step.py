@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,7 +20,7 @@ from selftrans.methods.objective import Objective
 from selftrans.methods.registry import stages
 from selftrans.train import captured_step, trainer
 from selftrans.train.batches import draw_batch, inputs_of, seed_step
-from selftrans.train.captured_step import WARM_UP, Recorded
+from selftrans.train.captured_step import WARM_UP, Invalidated, NotCaptured, Recorded
 from selftrans.train.optim import optimizer_tensors
 from selftrans.train.run import train
 from selftrans.train.signals import Interrupted
@@ -158,36 +159,132 @@ def test_replays_equal_launched_steps(tmp_path: Path, graphs: list[Recorded], pa
     assert captured.transient == 20 and bool(captured._held) == (parts > 1)
 
 
+def asking(one: Trainer, capture: str) -> Trainer:
+    """The same trainer with another `train.capture`."""
+    one.config = one.config.override({"train.capture": capture})
+    return one
+
+
+#: what a recording meets -> how it fails, and the reason that is shown
+FAILURES = {
+    "fails": (lambda: raising(RuntimeError("no such kernel\nsecond line")), "no such kernel"),
+    "draws": (lambda: torch.rand(1), "random numbers are drawn on the CPU"),
+    "invalidated": (lambda: raising(Invalidated("operation not permitted when stream is capturing")), "operation not"),
+}
+
+
+def raising(error: Exception) -> None:
+    raise error
+
+
+def warmed_up(folder: Path, settings: dict[str, Any]) -> tuple[Trainer, Any]:
+    one = built(folder, "on", settings)
+    on_stream(one)
+    batches = one.stream.from_step(0)
+    for _ in range(WARM_UP):
+        one._train_step(batches)
+    return one, batches
+
+
 @pytest.mark.usefixtures("spoilt", "graphs")
 @pytest.mark.parametrize("parts", [1, 2])
 @pytest.mark.parametrize("why", ["fails", "draws"])
 def test_step_that_cannot_be_captured_goes_on_without_a_graph(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, parts: int, why: str
 ) -> None:
-    settings = CASES["vanilla"] | {"train.accumulate": parts}
+    """With `auto`, where the recording could be ended."""
+    settings, (failure, said) = CASES["vanilla"] | {"train.accumulate": parts}, FAILURES[why]
     launched = steps(built(tmp_path, "off", settings))
-
-    def capture(self: Recorded, pool: Any) -> None:
-        if why == "fails":
-            raise RuntimeError("operation not permitted when stream is capturing\nsecond line")
-        torch.rand(1)
-
-    monkeypatch.setattr(Recorded, "capture", capture)
-    one = built(tmp_path, "on", settings)
-    on_stream(one)
-    batches = one.stream.from_step(0)
-    for _ in range(WARM_UP):
-        one._train_step(batches)
-    said = {
-        "fails": "operation not permitted when stream is capturing$",
-        "draws": "random numbers are drawn on the CPU",
-    }
-    with pytest.warns(UserWarning, match=f"goes on without a graph: {said[why]}"):
+    monkeypatch.setattr(Recorded, "capture", lambda self, pool: failure())
+    one, batches = warmed_up(tmp_path, settings)
+    asking(one, "auto")
+    with pytest.warns(UserWarning, match=f"goes on without a graph: {said}[^\n]*$"):
         one._train_step(batches)
     with warnings.catch_warnings(action="ignore"):
         for _ in range(STEPS - WARM_UP - 1):
             one._train_step(batches)
         toy.assert_same(state(one), launched)
+
+
+@pytest.mark.usefixtures("graphs")
+@pytest.mark.parametrize(
+    ("capture", "why"), [("on", "fails"), ("on", "draws"), ("on", "invalidated"), ("auto", "invalidated")]
+)
+def test_run_ends_where_a_step_cannot_be_captured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capture: str, why: str
+) -> None:
+    """With `on`; with `auto`, where CUDA ended the recording, after which torch cannot go on. Nothing has been changed."""
+    failure, said = FAILURES[why]
+    monkeypatch.setattr(Recorded, "capture", lambda self, pool: failure())
+    one, batches = warmed_up(tmp_path, CASES["vanilla"])
+    before = state(asking(one, capture))
+    with pytest.raises(
+        NotCaptured, match=f"^train.capture {capture}: the step cannot be recorded as a graph \\({said}"
+    ) as e:
+        one._train_step(batches)
+    assert isinstance(e.value, ValueError), "which the command line shows as one line"
+    assert str(e.value).endswith("the same command with --train.capture off continues from the last checkpoint")
+    assert "\n" not in str(e.value) and one.step == WARM_UP
+    toy.assert_same(state(one), before)
+
+
+@pytest.mark.parametrize(
+    ("inner", "end", "kind", "said"),
+    [
+        (None, None, None, ""),
+        ("reads a value", None, RuntimeError, "reads a value"),
+        ("reads a value\nmore", "stream capture invalidated", Invalidated, "reads a value"),
+        (None, "stream capture unjoined", Invalidated, "stream capture unjoined"),
+    ],
+)
+def test_a_recording_that_cuda_has_ended_is_an_error_of_its_own(
+    monkeypatch: pytest.MonkeyPatch, inner: str | None, end: str | None, kind: type[Exception] | None, said: str
+) -> None:
+    """As torch.cuda.graph: leaving it raises where CUDA has ended the recording, else it ends it."""
+
+    @contextlib.contextmanager
+    def graph(*_: Any, **__: Any) -> Any:
+        try:
+            yield
+        finally:
+            if end:
+                raise RuntimeError(end)
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: "a graph")
+    monkeypatch.setattr(torch.cuda, "graph", graph)
+    one = Recorded(lambda: raising(RuntimeError(inner)) or torch.zeros(1) if inner else torch.ones(1), None)
+    with pytest.raises(kind, match=f"^{said}") if kind else contextlib.nullcontext() as caught:
+        one.capture((0, 0))
+    assert (one._graph == "a graph") is (kind is None) and (caught is None or type(caught.value) is kind)
+
+
+@pytest.mark.usefixtures("graphs")
+def test_nothing_is_collected_during_a_recording(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An earlier trainer's graph, freed then, would end it."""
+    collecting, freed = list[bool](), list[int]()
+    capture = Recorded.capture
+
+    def noted(self: Recorded, pool: Any) -> None:
+        collecting.append(gc.isenabled())
+        freed.append(len(dead))
+        capture(self, pool)
+
+    class Cycle:
+        def __init__(self) -> None:
+            self.itself = self
+
+        def __del__(self) -> None:
+            dead.append(1)
+
+    dead: list[int] = []
+    monkeypatch.setattr(Recorded, "capture", noted)
+    one, batches = warmed_up(tmp_path, CASES["vanilla"])
+    gc.disable()
+    Cycle()
+    gc.enable()
+    one._train_step(batches)
+    assert collecting == [False, False] and freed == [1, 1] and gc.isenabled()
+    assert one.captured is not None and one.captured.replaying
 
 
 @pytest.mark.usefixtures("spoilt")
@@ -269,7 +366,10 @@ def test_where_no_step_can_be_captured_one_line_says_why(what: dict[str, Any], r
             config=SimpleNamespace(train=settings),
             accelerator=SimpleNamespace(device=SimpleNamespace(type=given["device"]), num_processes=given["processes"]),
             shards=SimpleNamespace(parts=given["parts"]),
-            objective=SimpleNamespace(student=SimpleNamespace(recompute=given["recompute"], random_blocks=True)),
+            objective=SimpleNamespace(
+                student=SimpleNamespace(recompute=given["recompute"], random_blocks=True),
+                times="systematic",
+            ),
         )
         assert captured_step.obstacle(one) == reason
         if capture == "on":
@@ -280,3 +380,16 @@ def test_where_no_step_can_be_captured_one_line_says_why(what: dict[str, Any], r
                 assert captured_step.captured_step(one) is None
         else:
             assert captured_step.captured_step(one) is None
+
+
+@pytest.mark.parametrize("case", ["structure", "self"])
+def test_a_range_of_independent_times_is_refused_before_the_first_step(tmp_path: Path, case: str) -> None:
+    """The number of samples inside is read by the host in every step."""
+    uniform = CASES[case] | {"train.times": "uniform"}
+    with pytest.raises(
+        ValueError, match=r"train.capture on is not possible: with train.times uniform a range of t sel"
+    ):
+        built(tmp_path / "a", "on", uniform)
+    section = "stage1" if case == "structure" else "stage2"
+    for whole in ({f"{section}.timestep_range": None}, {f"{section}.range_mode": "scale"}):
+        assert built(tmp_path / "b", "on", uniform | whole).captured is not None

@@ -2,14 +2,20 @@
 
 import json
 import os
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from selftrans.checkpoints import format as checkpoint
 from selftrans.cli.main import main
-from selftrans.train.dry_run import _extrapolated, dry_run, duration, gigabytes
+from selftrans.data.buckets import open_data
+from selftrans.data.shard_cache import CacheOptions
+from selftrans.train.data_window import Transfer
+from selftrans.train.dry_run import _extrapolated, dry_run, duration, text
 from selftrans.train.trainer import Trainer
 from tests.support import toy
+from tests.support.served import ROWS, folder_of, serving
 from tests.support.toy import quick  # noqa: F401 - a fixture
 
 
@@ -107,6 +113,73 @@ def test_data_at_a_url_are_fetched_before_the_steps_and_blocks_recomputed_as_in_
     assert min(held) > 0 and set(chosen) == {frozenset({1, 2})}
 
 
-def test_units():
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return folder_of(tmp_path_factory.mktemp("data") / "a", 8)
+
+
+SIZE = ROWS * (4 * 64 * 2 + 8) + 4096  #: bytes of a shard
+
+
+def rehearsed(server, cache, monkeypatch, *, shards=9.0, window=None):
+    """What a dry run finds with a cache of so many shards, and the shards whose rows its two batches have."""
+    read = set()
+
+    def step(trainer, batches):
+        for _ in range(2):
+            loaded = next(batches)
+            rows = loaded.tensors["moments"][:, 0, 0, 0, 0]  # folder_of writes their numbers there
+            assert (loaded.tensors["labels"] == rows.long() // ROWS).all() and len(rows) == len(loaded.rows)
+            read.update((rows.long() // ROWS).tolist())
+
+    monkeypatch.setattr("selftrans.train.dry_run.guarded_step", step)
+    small = {"model.width": 16, "model.depth": 2, "stage1.block": 1, "method": "vanilla", "data.builtin": None}
+    url = {"data.path": server.url, "data.cache_dir": str(cache), "data.cache_gb": shards * SIZE / 1e9}
+    server.asked.clear()
+    found = dry_run(toy.toy(small | url | {"data.window": window}), cache / "run", steps=1)
+    return found, read, [name for name in server.asked if name.startswith("shard") and "bytes" not in name]
+
+
+def test_one_shard_at_a_url_is_fetched_and_what_the_run_fetches_is_said(folder, tmp_path, monkeypatch, capsys):
+    with serving(folder) as server:
+        found, read, fetched = rehearsed(server, tmp_path / "a", monkeypatch)
+        assert fetched == ["shard-00000.safetensors"] and read == {0}
+        assert found.fetched == Transfer(8, 8 * SIZE, SIZE, 9 * SIZE, None) and found.samples == 80
+        assert capsys.readouterr().out.startswith("data: 8 shards, 74.4 kB, of http://127.0.0.1")
+        said = "data: 8 shards, 74.4 kB, of which the cache holds 9.3 kB, and these steps read one shard: the run fetches 65"
+        assert said in text(found) and len(server.asked) == 1 + 8 + 1, "the manifest, labels and a shard"
+        server.sent = 0
+        _, _, fetched = rehearsed(server, tmp_path / "a", monkeypatch)
+        assert not fetched and server.sent == (folder / "manifest.json").stat().st_size
+
+
+def test_shards_that_the_cache_holds_are_read(folder, tmp_path, monkeypatch):
+    """A shard, in place of the first one; or the batches of the run, where it holds all."""
+    with serving(folder) as server:
+        data = open_data(server.url, cache=CacheOptions(str(tmp_path), 1e-3))
+        data.expect((5,), ())
+        assert (data.read(np.arange(50, 60))["labels"] == 5).all()
+        found, read, fetched = rehearsed(server, tmp_path, monkeypatch)
+        assert not fetched and read == {5} and found.fetched.cached == SIZE
+        data.fetch(progress=False)
+        for window in (None, 2):
+            found, read, fetched = rehearsed(server, tmp_path, monkeypatch, window=window)
+            assert not fetched and len(read) > 1 and found.fetched.cached == found.fetched.bytes
+            assert "all of them in the cache: the run fetches none" in text(found)
+
+
+@pytest.mark.parametrize(("shards", "window", "said"), [(6.5, None, "up to 74.4 kB in every epoch"), (9, 2, "65.1 kB")])
+def test_dry_run_of_windows_fetches_one_shard(folder, tmp_path, monkeypatch, shards, window, said):
+    with serving(folder) as server:
+        found, read, fetched = rehearsed(server, tmp_path, monkeypatch, shards=shards, window=window)
+        assert len(fetched) == 1 and read == {0} and found.fetched.window == 2
+        assert f"the run fetches {said}" in text(found) and "while it trains" in text(found)
+
+
+def test_data_on_this_machine_are_read_as_in_the_run(folder, tmp_path, monkeypatch, capsys):
+    found, read, _ = rehearsed(SimpleNamespace(url=str(folder), asked=[]), tmp_path, monkeypatch)
+    assert len(read) > 1 and found.fetched is None and "data:" not in text(found) + capsys.readouterr().out
+
+
+def test_durations():
     assert [duration(s) for s in (0, 40, 7500, 97_500)] == ["0 s", "40 s", "2 h 5 min", "1 d 3 h"]
-    assert [gigabytes(size) for size in (5e6, 1.234e9)] == ["5 MB", "1.23 GB"]

@@ -22,7 +22,12 @@ MOST_TABLES = 3  #: files of a kind that may hold labels
 MOST_BYTES = 1 << 16  #: of each that are read
 SHORTEST = 3  #: letters of a name without its extension that is looked for: shorter ones are in any file
 #: sides of a picture, not other meanings of the words, such as the right answer
-SIDES = re.compile(r"\b((on|to|at|from) the (left|right)|(left|right)([- ]?hand|-?most|-?wards?))\b", re.I)
+SIDES = re.compile(
+    r"\b((on|to|at|from) the (left|right(?! (track|time|moment|place|way|person|people|price|answer|angle)s?\b))"
+    r"|(left|right)([- ]?hand(ed)?|[- ]side|-?most|-?wards?))\b",
+    re.I,
+)
+_OTHER = {"left": "right", "right": "left"}
 MOST_PAIRS = 4  #: of names that look the same, in a warning
 LOOKED_AT = 24  #: pictures of which the range of values is read, spread over the source
 
@@ -95,6 +100,19 @@ def sides_in_captions(samples: Samples) -> Iterator[str]:
         yield (
             f"{found:,} of {plural(len(captions), 'caption')} {say} left or right, which is wrong for the mirrored pictures of "
             "--flip; leave it out if that matters"
+        )
+
+
+def sides_in_classes(samples: Samples) -> Iterator[str]:
+    """A sentence on classes that differ in the side alone, such as turn_left and turn_right, and are stored mirrored, too."""
+    known = {name.casefold(): name for name in samples.classes}
+    mirrored = {name: re.sub("left|right", lambda side: _OTHER[side[0]], name) for name in known}
+    if pairs := [(known[name], known[mirrored[name]]) for name in known if name < mirrored[name] in known]:
+        named = ", ".join(f"{printable(one)} and {printable(other)}" for one, other in pairs[:MOST_PAIRS])
+        more = ", …" if len(pairs) > MOST_PAIRS else ""
+        yield (
+            f"the mirrored pictures of --flip keep their class, also those of classes that differ in the side: {named}{more}; "
+            "leave it out if that matters"
         )
 
 

@@ -38,8 +38,9 @@ from selftrans.methods.self_transcendence import SELF_TRANSCENDENCE, STRUCTURE, 
 from selftrans.methods.spec import Stage
 from selftrans.methods.vanilla import VANILLA
 from selftrans.models.sit import SiTConfig
-from selftrans.storage import write_json
+from selftrans.storage import first_line, write_json
 from selftrans.suggest import nearest
+from selftrans.train.captured_step import NotCaptured
 from selftrans.train.flops import step_flops
 from selftrans.train.processes import keep_memory
 
@@ -48,8 +49,7 @@ CLASSES = 1000
 BATCH = {"cpu": {"SiT-S/2": 10}, "cuda": {"SiT-S/2": 256, "SiT-B/2": 256}}
 OTHERWISE = {"cpu": 6, "cuda": 64}
 QUICK = 90  #: seconds for the steps of a quick run
-#: what is measured: three stages in the trainer, and two plain steps
-ROWS = ("vanilla", "stage1", "stage2", "plain_vanilla", "plain_stage2")
+SAMPLING, LOADING = 25.0, 10.0  #: seconds that must remain of a limit for each: compilation of two passes; reading
 #: name -> (numerator, denominator), both rows of the table
 RATIOS = {
     "stage1_over_vanilla": ("stage1", "vanilla"),
@@ -79,6 +79,7 @@ def bench(
     quick: bool = False,
     rows: Sequence[str] | None = None,
     limit: float | None = None,
+    steps_only: bool = False,
 ) -> dict[str, Any]:
     """Measure each model and write `out/bench.json`; returns its content.
 
@@ -90,30 +91,29 @@ def bench(
         seconds: time for the training steps of each model (at least three rounds).
         quick: less time, and fewer latents and images.
         rows: names of `KNOWN`; None: those of `ROWS`. A ratio needs both of its rows.
-        limit: seconds for each model in all, building and compilation included; at least one round is measured, and sampling
-            is left out when the time is over. None: no limit.
+        limit: seconds for each model in all, building and compilation included; at least one round is measured; sampling
+            and loading are left out where fewer than `SAMPLING` and `LOADING` seconds remain. None: no limit.
+        steps_only: neither sampling nor loading.
     The file is written after each model. A model that does not fit in memory is reported as failed.
-    Raises ValueError when tokens is not a square number, for an unavailable device, and for unknown rows.
+    Raises ValueError when tokens is not a square number, for an unavailable device, for unknown rows, and `NotCaptured`
+    where a step cannot be captured: no later model can be measured in this process then.
     """
     rows = tuple(dict.fromkeys(rows or ROWS))
     where = torch.device(device or default_device().type)
     _check(models, where, tokens, batch_size, rows)
     precision: Literal["fp32", "bf16"] = "bf16" if where.type == "cuda" else "fp32"
-    accelerator = TimedAccelerator(mixed_precision="bf16" if precision == "bf16" else "no", cpu=where.type == "cpu")
-    if where.type == "cpu":
-        keep_memory()  # as `train` does; the plain steps profit too
-    accelerator.clock, accelerator.timestamps = Clock(accelerator.device), []
+    accelerator = _accelerator(where, precision)
     report: dict[str, Any] = {"machine": describe(accelerator.device, precision), "models": {}}
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch:
         for name, model in models.items():
+            budget = Budget(seconds, limit, quick, steps_only=steps_only)
             side = math.isqrt(tokens) * model.sizes()["patch"]
             dataset = random_dataset(Path(scratch) / f"{side}", (4, side, side), 2048 if quick else 8192)
             batch = batch_size or BATCH[where.type].get(name, OTHERWISE[where.type])
             config = settings(model, batch, precision)
             torch.compiler.reset()  # compilations of the previous model
             try:
-                budget = Budget(seconds, limit, quick)
                 result = _model(accelerator, config, dataset, Path(scratch) / name.replace("/", "-"), budget, rows)
             except torch.OutOfMemoryError:
                 result = {
@@ -122,11 +122,20 @@ def bench(
             report["models"][name] = {"batch": batch, "tokens": tokens} | result
             write_json(out / "bench.json", report)
             accelerator.free_memory()
-        report["loading"] = loading(dataset, accelerator.clock, batches=8 if quick else 40)
+        if budget.allows(LOADING):
+            report["loading"] = loading(dataset, accelerator.clock, batches=8 if quick else 40)
     report["machine"]["load_after"] = load()
     report["ratios"] = next((model["ratios"] for model in report["models"].values() if "ratios" in model), {})
     write_json(out / "bench.json", report)
     return report
+
+
+def _accelerator(where: torch.device, precision: str) -> TimedAccelerator:
+    found = TimedAccelerator(mixed_precision="bf16" if precision == "bf16" else "no", cpu=where.type == "cpu")
+    if where.type == "cpu":
+        keep_memory()  # as `train` does; the plain steps profit too
+    found.clock, found.timestamps = Clock(found.device), []
+    return found
 
 
 def _check(
@@ -160,15 +169,16 @@ def settings(model: SiTConfig, batch_size: int, precision: Literal["fp32", "bf16
 
 
 class Budget:
-    """The time for one model, from its construction on."""
+    """The time for one model, from its data and construction on."""
 
-    def __init__(self, seconds: float, limit: float | None, quick: bool) -> None:
+    def __init__(self, seconds: float, limit: float | None, quick: bool, *, steps_only: bool = False) -> None:
         self.seconds, self.quick = min(seconds, QUICK) if quick else seconds, quick  #: for the rounds
         self.deadline = None if limit is None else time.monotonic() + limit
+        self.steps_only = steps_only
 
-    @property
-    def over(self) -> bool:
-        return self.deadline is not None and time.monotonic() > self.deadline
+    def allows(self, seconds: float) -> bool:
+        """Whether what takes so long, and is no step, is still measured."""
+        return not self.steps_only and (self.deadline is None or time.monotonic() + seconds < self.deadline)
 
 
 def _model(
@@ -190,6 +200,7 @@ def _model(
     timing = {"seconds": budget.seconds, "deadline": budget.deadline}
     rounds = interleaved(candidates, clock, peaks, memory, **timing, first=first)  # type: ignore[arg-type]
     flops = {name: one.flops for name, one in candidates.items()}
+    replayed = {name: one.replayed for name, one in candidates.items() if name.startswith(CAPTURED)}
     del candidates, peaks
     peak = max(2 * int(side) ** 3 / _median(rounds["matmul"], side) for side in rounds["matmul"][0])
     shown = {name: _row(each, config.train.batch_size) for name, each in rounds.items() if name != "matmul"}
@@ -197,6 +208,7 @@ def _model(
         share = None if row["data_ms"] is None else row["data_ms"] / row["ms"]
         row |= {"peak_memory_gb": memory.gigabytes(name), "data_share": share}
         row |= {"utilisation": flops[name] / (row["ms"] / 1e3) / peak, "first_step_s": first[name]}
+        row |= {"replayed": replayed[name]} if name in replayed else {}
     ratios = {name: _ratios(rounds, *pair) for name, pair in RATIOS.items() if rounds.keys() >= set(pair)}
     found: dict[str, Any] = {
         "rounds": len(rounds["matmul"]),
@@ -205,7 +217,7 @@ def _model(
         "ratios": {name: statistics.median(each) for name, each in ratios.items()},
         "ratios_range": {name: [min(each), max(each)] for name, each in ratios.items()},
     }
-    if budget.over:
+    if not budget.allows(SAMPLING):
         return found
     model = config.build_model(dataset.manifest.shape, dataset.manifest.conditions).to(accelerator.device)
     randomise(model)
@@ -236,7 +248,11 @@ def build(
         else:
             own = config.override({"train.capture": "on" if name.startswith(CAPTURED) else "off"})
             frozen = teacher(stage, config, dataset)
-            one = TrainerStep(accelerator, own, stage, folder / name, dataset, frozen)
+            try:
+                one = TrainerStep(accelerator, own, stage, folder / name, dataset, frozen)
+            except NotCaptured as error:
+                reason = first_line(error.__cause__ or error)
+                raise NotCaptured(f"{name} cannot be captured ({reason}); leave it out of --rows") from error
             candidates[name], memory.transient[name] = one, one.transient
         memory.own[name] = memory.allocated() - before
     return candidates

@@ -20,6 +20,7 @@ from selftrans.experiments.bench.plain_step import PlainStep
 from selftrans.methods.guidance import Frozen
 from selftrans.methods.spec import Stage
 from selftrans.train.batches import Stream, to_batch
+from selftrans.train.captured_step import NotCaptured
 from selftrans.train.trainer import Trainer
 
 PARTS = ("data", "forward", "backward", "optimiser")
@@ -30,6 +31,11 @@ class Candidate(Protocol):
 
     flops: int  #: operations that the method needs
     captured_in: float  #: seconds that it took to capture the step; 0 where it is not captured
+
+    @property
+    def replayed(self) -> bool:
+        """Whether its steps are replays of CUDA graphs."""
+        ...
 
     def step(self) -> list[Any]:
         """Take one step and return five timestamps: its start and the end of each of PARTS."""
@@ -75,9 +81,15 @@ class TrainerStep:
             for _ in range(self.trainer.captured.untimed):
                 self.trainer._train_step(self.batches)
             self.captured_in = time.monotonic() - started
+            if accelerator.device.type == "cuda" and not self.replayed:
+                raise NotCaptured("no graph was recorded in the steps before the measurement")
         else:
             self.trainer.wrapped.register_forward_pre_hook(lambda *_: accelerator.timestamp())
             self.trainer.wrapped.register_forward_hook(lambda *_: accelerator.timestamp())
+
+    @property
+    def replayed(self) -> bool:
+        return self.trainer.captured is not None and self.trainer.captured.replaying
 
     @property
     def transient(self) -> int:
@@ -100,7 +112,7 @@ class FieldStep:
     def __init__(self, config: RunConfig, dataset: Dataset, clock: Clock, *, guided: bool, flops: int) -> None:
         self.clock, self.dataset, manifest = clock, dataset, dataset.manifest
         self.flops = flops  #: of the method, not of this step, which computes more
-        self.captured_in = 0.0
+        self.captured_in, self.replayed = 0.0, False
         self.plain = PlainStep(config, manifest.shape, manifest.conditions, clock.device, guided=guided)
         randomise(self.plain.model)
         if self.plain.teacher is not None:

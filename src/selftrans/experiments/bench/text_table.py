@@ -46,14 +46,16 @@ def table(report: dict[str, Any]) -> str:
             lines.append(f"  {ratio:<28} {value:.3f}" + (f"   ({low:.3f} to {high:.3f})" if low is not None else ""))
         sampled = model.get("sampling")
         if sampled is None:
-            lines.append("sampling was not measured: the time was over")
+            lines.append("sampling was not measured")
             continue
         lines.append(
             f"sampling, batch {sampled['batch']}, {sampled['steps']} Euler steps, guided: "
             f"{sampled['full_images_per_s']:.3g} images/s; guided on {sampled['interval']} only: "
             f"{sampled['interval_images_per_s']:.3g} (passes counted: {sampled['passes_interval_over_full']:.3f})"
         )
-    loaded = report["loading"]
+    loaded = report.get("loading")
+    if loaded is None:
+        return "\n".join([*lines, "", "loading was not measured"])
     lines += [
         "",
         f"loading {loaded['latent']}, posterior sampled: {loaded['memory_mapped_latents_per_s']:,.0f} latents/s "

@@ -16,7 +16,7 @@ from selftrans.data.sources.clips import MediaOptions, open_clips
 from selftrans.data.sources.decode import Reading
 from selftrans.data.sources.npz import npz_values
 from selftrans.data.sources.open_source import open_source
-from selftrans.data.sources.surprises import SIDES, deep_values, surprises
+from selftrans.data.sources.surprises import SIDES, deep_values, sides_in_captions, surprises
 from tests.support.clips import save_sound, sine
 from tests.support.pictures import encoded, noise, write, zipped
 
@@ -182,6 +182,11 @@ def test_classes_that_may_be_missing_labels_are_said(tmp_path: Path) -> None:
     ("caption", "named"),
     [
         *((text, True) for text in ("on the left", "At the right edge", "from the left", "a lefthand door")),
+        *((text, True) for text in ("on the right, a cup", "the right side of the road", "a left-handed batter")),
+        *(
+            (text, False)
+            for text in ("on the right track", "to the right people", "at right angles", "at the right time")
+        ),
         *((text, True) for text in ("the rightmost cup", "the left-most cup", "a leftward arrow", "looks rightwards")),
         *(
             (text, False)
@@ -191,6 +196,19 @@ def test_classes_that_may_be_missing_labels_are_said(tmp_path: Path) -> None:
 )
 def test_words_that_name_a_side(caption: str, named: bool) -> None:
     assert bool(SIDES.search(caption)) is named
+
+
+def test_classes_that_differ_in_the_side_are_said_when_pictures_are_mirrored(tmp_path: Path) -> None:
+    """Only where both sides are classes: a name that holds such a word for another reason has no counterpart."""
+    names = ("turn_Left", "turn_right", "on the right track", "bright", "left")
+    source = open_source(write(tmp_path / "x", {f"{name}/{name}.png": encoded(noise(8)) for name in names}))
+    said = "that differ in the side: turn_Left and turn_right; leave it out"
+    with pytest.warns(UserWarning, match=said) as caught:
+        report_ignored(source, progress=False, flip=True)
+    assert len(caught) == 1 and not list(sides_in_captions(source))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        report_ignored(source, progress=False)
 
 
 def test_sides_in_captions_are_said_when_pictures_are_mirrored(tmp_path: Path) -> None:

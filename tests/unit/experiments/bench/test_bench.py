@@ -8,7 +8,6 @@ import dataclasses
 import importlib
 import itertools
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -36,6 +35,7 @@ from selftrans.methods.objective import Objective
 from selftrans.methods.self_transcendence import SelfGuidance, Stage2
 from selftrans.models.sit import SiTConfig, build
 from selftrans.recipes import recipe
+from selftrans.train.captured_step import CapturedStep, NotCaptured
 from selftrans.types import Batch, Conditions
 from tests.support.operations import sit_forward_flops
 from tests.support.scripts import script
@@ -115,7 +115,7 @@ class KnownStep:
     """A step of known length, on a clock of its own."""
 
     def __init__(self, *parts: float) -> None:
-        self.parts, self.steps, self.captured_in = parts, 0, 0.0
+        self.parts, self.steps, self.captured_in, self.replayed = parts, 0, 0.0, False
 
     def step(self) -> list[float]:
         self.steps += 1
@@ -166,7 +166,7 @@ def test_chosen_rows_within_a_limit(tmp_path: Path) -> None:
     assert set(small["ratios"]) == {"stage2_over_vanilla"} and all(
         r["first_step_s"] > 0 for r in small["rows"].values()
     )
-    assert "sampling was not measured" in table(found)
+    assert "sampling was not measured" in table(found) and "loading was not measured" in table(found)
     with pytest.raises(ValueError, match="row 'stage3' is unknown"):
         bench({"a": SMALL}, tmp_path, rows=("stage3",))
 
@@ -186,6 +186,26 @@ def test_out_of_memory_model_is_reported_and_the_next_measured(tmp_path: Path, m
     assert "rows" not in found["models"]["large"] and found["ratios"] == found["models"]["small"]["ratios"]
     assert "large, 16 tokens, batch 4: not enough memory" in table(found)
     assert json.loads((tmp_path / "bench.json").read_text()) == found
+
+
+def test_row_that_cannot_be_captured_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was measured before it is on disk."""
+    step = CapturedStep.take
+
+    def take(self: CapturedStep, batches: Any) -> None:
+        if self.trainer.config.model.depth == 4:
+            raise NotCaptured("as the trainer says it") from RuntimeError("no such kernel\nmore")
+        step(self, batches)
+
+    monkeypatch.setattr(CapturedStep, "take", take)
+    models = {"small": SMALL, "deep": dataclasses.replace(SMALL, depth=4)}
+    given = {"batch_size": 4, "tokens": 16, "device": "cpu", "seconds": 0, "quick": True, "steps_only": True}
+    with pytest.raises(
+        NotCaptured, match=r"^captured_vanilla cannot be captured \(no such kernel\); leave it out of --rows$"
+    ):
+        bench(models, tmp_path, rows=("captured_vanilla",), limit=0, **given)  # type: ignore[arg-type]
+    found = json.loads((tmp_path / "bench.json").read_text())
+    assert list(found["models"]) == ["small"] and "sampling" not in found["models"]["small"] and "loading" not in found
 
 
 def test_random_dataset_can_be_read(tmp_path: Path) -> None:
@@ -222,7 +242,7 @@ def test_report_is_consistent(report: dict[str, Any]) -> None:
         assert row["images_per_s"] * row["ms"] == pytest.approx(10_000)
         parts = [row[f"{part}_ms"] for part in PARTS]
         assert parts == 4 * [None] if name == "captured_stage2" else all(part > 0 for part in parts)
-        assert row["peak_memory_gb"] is None
+        assert row["peak_memory_gb"] is None and row.get("replayed") is (False if name == "captured_stage2" else None)
         assert 0 < row["utilisation"] < 1
     assert report["ratios"] == small["ratios"] and set(small["ratios"]) == {
         "stage1_over_vanilla",
@@ -323,58 +343,6 @@ def test_shard_reads_are_compared_with_plain_files(tmp_path: Path) -> None:
     assert found["plain_ms"] > 0 and found["streamed_latents_per_s"] > 0 and found["safetensors_ms"] > 0
     low, high = found["speed_ratio_range"]
     assert low <= found["speed_ratio"] <= high
-
-
-def test_parts_of_a_gpu_lease_run_with_tiny_models(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    parts = script("gpu_parts")
-    for part in ("correctness", "sampling", "around"):
-        assert parts.main([part, "--out", str(tmp_path), "--toy"]) == 0
-    losses = json.loads((tmp_path / "correctness.json").read_text())["losses"]
-    assert {len(each) for each in losses.values()} == {9} and "eager bf16" in losses
-    found = json.loads((tmp_path / "sampling.json").read_text())
-    assert found["compiled_images_per_s"] > 0 and found["mean_difference_of_levels"] == 0  # not compiled on a CPU
-    found = json.loads((tmp_path / "around.json").read_text())
-    assert all(value > 0 for name, value in found.items() if name.endswith("per_s"))
-    assert 0 < found["decode_mean_difference_of_levels"] < 1
-    (tmp_path / "s2.json").write_text(json.dumps({"failed": "not enough memory"}))
-    assert parts.main(["table", "--out", str(tmp_path)]) == 0
-    shown = capsys.readouterr().out.splitlines()
-    assert "correctness  passed: eager bf16 / eager fp32" in "\n".join(shown)
-    assert "s2           failed: not enough memory" in shown and "xl2          not measured" in shown
-    assert set(json.loads((tmp_path / "gpu_lease.json").read_text())) == {"around", "correctness", "s2", "sampling"}
-
-
-def test_gpu_lease_continues_and_says_what_failed(tmp_path: Path) -> None:
-    """With a script in place of Python, which logs its parts; s4 fails at first."""
-    stub, out = tmp_path / "python", tmp_path / "out"
-    stub.write_text(
-        f"""#!/bin/bash
-        [ "$1" = -c ] && exit 1
-        echo "$2 $7" >> {tmp_path}/log
-        [ "$2" = table ] && exit 0
-        [ "$2" = s4 ] && [ ! -e {tmp_path}/mended ] && {{ echo '{{"failed": "x"}}' > {out}/s4.json; echo why >&2; exit 1; }}
-        echo '{{"passed": true}}' > {out}/$2.json
-        """
-    )
-    stub.chmod(0o755)
-    words = ["bash", str(Path(__file__).parents[4] / "benchmarks" / "gpu_lease.sh"), str(out)]
-
-    def run(**more: str) -> tuple[int, str, list[str]]:
-        (tmp_path / "log").write_text("")
-        done = subprocess.run(words, env=os.environ | {"PYTHON": str(stub)} | more, capture_output=True, text=True)
-        return done.returncode, done.stdout + done.stderr, (tmp_path / "log").read_text().split("\n")[:-1]
-
-    code, shown, parts = run(SKIP="around xl2")
-    assert code == 1 and "no GPU: tiny models" in shown and "why" in shown
-    assert [part.split()[0] for part in parts] == ["correctness", "s2", "b2", "s4", "sampling", "first_step", "table"]
-    assert all(part.endswith("--toy") for part in parts[:-1])
-    (tmp_path / "mended").touch()
-    code, shown, parts = run()
-    assert code == 0 and "b2: measured already" in shown
-    assert [part.split()[0] for part in parts] == ["s4", "xl2", "around", "table"]
-    assert [part.split()[0] for part in run(ONLY="b2", FRESH="1")[2]] == ["b2", "table"]
-    code, shown, parts = run(FRESH="1", BUDGET="3")
-    assert "s2: skipped, the time is over" in shown and parts == ["table "]
 
 
 def test_ablations_combine_every_setting_of_a_grid() -> None:
