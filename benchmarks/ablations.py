@@ -58,6 +58,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     # the head, and both changes of iREPA
     "conv": {"stage2.head": "conv"},
     "conv-spatial": {"stage2.head": "conv", "stage2.target_norm": "spatial"},
+    "w2-conv-spatial": {"stage2.scale": 2.0, "stage2.head": "conv", "stage2.target_norm": "spatial"},
     # the label's part of the target, and a student without the label
     "label-removed": {"stage2.label_part": "remove"},
     "label-decays": {"stage2.label_part": "decay"},
@@ -78,6 +79,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "structure-latent": {"method": "structure", "stage1.target": "latent"},
     "latent": {"stage1.target": "latent"},
     "ema-teacher": {"stage2.teacher_weights": "ema"},
+    # a teacher of half the width (of cifar10 in latents, see docs/results.md; other sizes by --set)
+    "small-teacher": {"stage2.teacher_width": 64, "stage2.teacher_depth": 4, "stage2.teacher_lr": 4e-3},
     # the end of guidance
     "ends-300": {"stage2.until_step": 300},
     "never-ends": {"stage2.until_step": None},
@@ -90,6 +93,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     # other methods with their published weights (REPA with --encoder, or with features that the data hold), and at a tenth
     "repa": {"method": "repa"},
     "sra": {"method": "sra"},
+    "internal": {"method": "internal_guidance"},
     "layersync": {"method": "layersync"},
     "dispersive": {"method": "dispersive"},
     "repa-tenth": {"method": "repa", "repa.weight": 0.05},
