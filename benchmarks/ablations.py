@@ -80,7 +80,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "latent": {"stage1.target": "latent"},
     "ema-teacher": {"stage2.teacher_weights": "ema"},
     # a teacher of half the width (of cifar10 in latents, see docs/results.md; other sizes by --set)
-    "small-teacher": {"stage2.teacher_width": 64, "stage2.teacher_depth": 4, "stage2.teacher_lr": 4e-3},
+    "small-teacher": {
+        "stage2.teacher_width": 64,
+        "stage2.teacher_depth": 4,
+        "stage2.teacher_block": 3,
+        "stage2.teacher_lr": 4e-3,
+    },
     # the end of guidance
     "ends-300": {"stage2.until_step": 300},
     "never-ends": {"stage2.until_step": None},

@@ -37,6 +37,7 @@ class Guidance(nn.Module):
     reads_features: bool  #: whether it wants `Batch.features`, the encoder features stored with the data
     teacher: Frozen | None  #: a frozen model that it runs, if any
     encoder_flops: int  #: operations of its external encoder for one sample
+    selects: bool = False  #: whether it computes on the samples of a range of t alone, as many as the drawn times give
     trains_early: bool = False  #: whether it trains the student's second output (`Backbone.add_early`)
 
     def __init__(self, weight: float, taps: tuple[int, ...], *, until_step: int | None = None) -> None:

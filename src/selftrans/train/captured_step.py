@@ -27,7 +27,6 @@ from selftrans.train.training_step import micro_step, update_step
 from selftrans.types import map_cond
 
 if TYPE_CHECKING:
-    from selftrans.methods.guidance import Guidance
     from selftrans.train.trainer import Trainer
 
 WARM_UP = 3  #: steps without a graph before it is captured: compilation, cuBLAS workspaces, moments
@@ -58,17 +57,11 @@ def obstacle(trainer: Trainer) -> str | None:
         return "train.recompute repeats blocks that may draw random numbers"
     if len(trainer.shards.parts) > 1:
         return "the data hold several sizes, and a graph has one shape"
-    if trainer.objective.times != "systematic" and any(map(_selects, trainer.objective.guidances)):
+    if trainer.objective.times != "systematic" and any(g.selects for g in trainer.objective.guidances):
         return (
             f"with train.times {trainer.objective.times} a range of t selects another number of samples in every step"
         )
     return None
-
-
-def _selects(guidance: Guidance) -> bool:
-    """Whether a guidance computes the samples of a range of t alone."""
-    config = getattr(guidance, "config", None)
-    return getattr(config, "timestep_range", None) is not None and getattr(config, "range_mode", "") == "select"
 
 
 def captured_step(trainer: Trainer) -> CapturedStep | None:
