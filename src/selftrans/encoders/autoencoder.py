@@ -217,6 +217,28 @@ def _without_weights(name: str) -> Autoencoder:
     return DiffusersAutoencoder(autoencoder_name(name), model, device="meta", dtype=torch.float32)
 
 
+def stored_files(name: str) -> list[Path]:
+    """config.json and the safetensors of an autoencoder, in its folder or, for a hub id, in the hub's cache on this machine.
+
+    Nothing is fetched. None for an autoencoder without weights, and for one that is not on this machine.
+    """
+    from selftrans.encoders.media import is_media
+
+    if identity_kind(name) or is_media(name):
+        return []
+    try:
+        folder, subfolder = _locate(name)
+        config: Any = Path(folder, "config.json")
+        if not Path(folder).is_dir():
+            from huggingface_hub import try_to_load_from_cache
+
+            config = try_to_load_from_cache(folder, f"{subfolder}/config.json".lstrip("/"))
+    except ValueError:  # a folder that is gone, or no name of a repository
+        return []
+    weights = sorted(Path(config).parent.glob("*.safetensors")) if isinstance(config, str | Path) else []
+    return [Path(config), *weights] if weights else []
+
+
 def to_uint8(pixels: Tensor, rounding: str = "nearest") -> Tensor:
     """Pixels (N, C, H, W) in [-1, 1] to images (N, H, W, C) uint8, clamped; rounded to nearest, or `down`."""
     if rounding == "down":  # in this order, so that it agrees to the last bit with code that does the same

@@ -23,13 +23,12 @@ from selftrans.data.buckets import is_prepared, open_data
 from selftrans.data.dataset import Dataset
 from selftrans.data.decoded import decoded_images
 from selftrans.device import default_device
-from selftrans.encoders.autoencoder import DiffusersAutoencoder, load_autoencoder
-from selftrans.encoders.pretrained import sha256_of
+from selftrans.encoders.autoencoder import stored_files
 from selftrans.evaluate.classifier import digits
 from selftrans.evaluate.extractors import Extractor
 from selftrans.evaluate.statistics import Statistics
 from selftrans.experiments.image_files import open_images
-from selftrans.storage import first_line
+from selftrans.storage import first_line, sha256_file
 
 WANTED = "give a folder, zip or npz of pictures, prepared data, or statistics"
 
@@ -59,7 +58,8 @@ def training_statistics(
 ) -> Statistics:
     """Mean and covariance of all prepared data, kept in `folder` (None: nowhere), where a later call finds them.
 
-    A kept file is used for the same data, extractor, autoencoder, device and `dtype`, that of the autoencoder's network.
+    A kept file is used for the same data, extractor, autoencoder, device and `dtype`, that of the autoencoder's network. The
+    autoencoder is not loaded for this: its files are compared (see `stored_files`), and where there are none, its name.
     """
 
     def computed() -> Statistics:
@@ -69,7 +69,7 @@ def training_statistics(
         return computed()
     identity = _identity_of_data(dataset, extractor, dtype)
     file = folder / f"reference-{identity[:12]}.npz"
-    return _kept(file, identity, extractor, "training data", len(dataset), computed)
+    return _kept(file, identity, extractor, "training data", len(dataset), computed, dataset.manifest.autoencoder)
 
 
 def _of_data(origin: str | Path, extractor: Extractor) -> Statistics:
@@ -80,7 +80,8 @@ def _of_data(origin: str | Path, extractor: Extractor) -> Statistics:
     def computed() -> Statistics:
         return Statistics.of(counted(decoded_images(dataset), len(dataset)), extractor, source=source)
 
-    return _kept(cache() / f"{identity}.npz", identity, extractor, source, len(dataset), computed)
+    file, autoencoder = cache() / f"{identity}.npz", dataset.manifest.autoencoder
+    return _kept(file, identity, extractor, source, len(dataset), computed, autoencoder)
 
 
 def _cached(path: Path, extractor: Extractor) -> Statistics:
@@ -95,19 +96,28 @@ def _cached(path: Path, extractor: Extractor) -> Statistics:
 
 
 def _kept(
-    file: Path, identity: str, extractor: Extractor, source: str, count: int | None, compute: Callable[[], Statistics]
+    file: Path,
+    identity: str,
+    extractor: Extractor,
+    source: str,
+    count: int | None,
+    compute: Callable[[], Statistics],
+    autoencoder: str = "pixel",
 ) -> Statistics:
     """The statistics in `file`, if it holds those of this identity, else computed, and written to it if possible.
 
-    `count`: of the images, where it is known. A file of anything else, or a damaged one, is replaced.
+    `count`: of the images, where it is known. `autoencoder`: the one that decodes them; if its files are on this machine, they
+    must be those that the statistics were computed with. A file of anything else, or a damaged one, is replaced.
     """
-    mark = f" [{identity}]"
+    decoder = _decoder_sha256(autoencoder)
     with contextlib.suppress(ValueError):  # missing or damaged
         found = Statistics.load(file)
         same = (found.sha256, found.dim) == (extractor.sha256, extractor.dim) and count in (None, found.count)
-        if same and found.source.endswith(mark):
+        mark = found.source.rpartition(" [")[2]
+        if same and mark.endswith("]") and mark.startswith(identity + decoder):
             return dataclasses.replace(found, source=source)
     statistics = compute()
+    mark = f" [{identity}{decoder or _decoder_sha256(autoencoder)}]"  # it may have been fetched
     with contextlib.suppress(ValueError):  # a full disk, or a read-only home directory
         dataclasses.replace(statistics, source=source + mark).save(file)
     return statistics
@@ -152,20 +162,18 @@ def _identity_of_files(path: Path, extractor: Extractor) -> str:
 
 
 def _identity_of_data(dataset: Dataset, extractor: Extractor, dtype: torch.dtype) -> str:
-    """A hash of all that statistics of prepared data depend on: the weights of extractor and autoencoder, the device and the
-    `dtype` in which it decodes, and the manifests, which have the sha256 of every shard. Stored features play no part."""
-    lines = [extractor.sha256, _decoder_sha256(dataset.manifest.autoencoder), default_device().type, str(dtype)]
+    """A hash of all that statistics of prepared data depend on, but for the autoencoder's weights: those of the extractor, the
+    device and the `dtype` in which it decodes, and the manifests, which have its name and the sha256 of every shard. Stored
+    features play no part."""
+    lines = [extractor.sha256, default_device().type, str(dtype)]
     manifests = (dataclasses.replace(part.manifest, features=None) for part in dataset.of_one_shape)
     return _hash([*lines, *(manifest.to_json() for manifest in manifests)])
 
 
 def _decoder_sha256(name: str) -> str:
-    """sha256 of an autoencoder's weights and config; empty where it has none."""
-    autoencoder = load_autoencoder(name)  # in the memory of the host
-    if not isinstance(autoencoder, DiffusersAutoencoder):
-        return ""
-    model = autoencoder.model
-    return sha256_of(model.state_dict(), {"config.json": model.to_json_string().encode()})
+    """A hash of the files of an autoencoder, without its being loaded; empty where this machine has none."""
+    files = stored_files(name)
+    return _hash([f"{file.name} {sha256_file(file)}" for file in files]) if files else ""
 
 
 def _hash(lines: list[str]) -> str:

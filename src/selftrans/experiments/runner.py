@@ -17,6 +17,7 @@ import warnings
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from multiprocessing import connection
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -47,6 +48,8 @@ from selftrans.train.run import train
 
 Result: TypeAlias = tuple[dict[str, Any], list[Point]]  #: run.json, and the measured points
 Results: TypeAlias = dict[Job, Result]
+
+GRACE = 600  #: seconds after which a worker that was asked to end is killed; a large checkpoint is written in less
 
 
 @dataclass(frozen=True)
@@ -144,8 +147,8 @@ class StepBar:
 def compare(comparison: Comparison, *, workers: int | None = None) -> Results:
     """Train and measure every variant with every seed: (name, seed) -> (run.json, measured points, oldest first).
 
-    `workers` processes run at the same time (None: one per core, one on a GPU). Repeating the call continues it. ValueError
-    where one of them is killed.
+    `workers` processes run at the same time (None: one per core, one on a GPU). Repeating the call continues it. Where one of
+    them fails, the others end, too, runs with a checkpoint, and its error is raised; ValueError where one is killed.
     """
     workers, threads = processes(comparison, workers)
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that wait by spinning slow each other down
@@ -200,8 +203,7 @@ def _in_workers(comparison: Comparison, workers: int, threads: int, bar: Any) ->
                 while len(running) < workers and (task := schedule.next(measuring=reference not in running)):
                     running[pool.submit(_run_task, task)] = task
                 finished, _ = wait(running, timeout=0.2, return_when=FIRST_COMPLETED)
-                while not steps_done.empty():
-                    bar.update(steps_done.get())
+                _pass_on(steps_done, bar)
                 for future in finished:
                     ended, found = running.pop(future), future.result()
                     if ended is None:
@@ -214,14 +216,45 @@ def _in_workers(comparison: Comparison, workers: int, threads: int, bar: Any) ->
                     else:
                         curves[job].add(folder, found[0])
                         spent[job].measuring += found[1]
-        except BaseException:
-            pool.shutdown(cancel_futures=True)  # running jobs write a checkpoint and end; no other job starts
+        except BaseException as error:
+            _end(
+                pool, steps_done, bar, ask=not isinstance(error, KeyboardInterrupt)
+            )  # Ctrl-C reaches the workers itself
             for future, task in running.items():  # what was measured meanwhile is kept
                 if task and task.checkpoint and not future.cancelled() and future.exception() is None:
                     curves[task.job].add(task.checkpoint, future.result()[0])
             raise
     reports = {job: json.loads((comparison.run(job) / "run.json").read_text()) for job in lengths}
     return {job: (reports[job] | {"spent": vars(spent[job])}, curves[job].points) for job in lengths}
+
+
+def _pass_on(steps_done: Any, bar: Any) -> None:
+    """Show the steps that the workers have reported."""
+    while not steps_done.empty():
+        bar.update(steps_done.get())
+
+
+def _end(pool: ProcessPoolExecutor, steps_done: Any, bar: Any, *, ask: bool) -> None:
+    """Wait until all workers have ended; no other job starts. `ask`: they are sent SIGTERM: a run in training writes a
+    checkpoint, a measurement is given up, and an idle worker ends.
+
+    It is sent again and again: the first one only ends the training, and the worker may then wait for a lock that a killed
+    one held. Steps are read meanwhile: a worker that cannot report one waits, and would not end.
+    """
+    workers = list(pool._processes.values())  # `shutdown` forgets them
+
+    def until_ended() -> None:
+        last = time.monotonic() + GRACE
+        while alive := [worker for worker in workers if worker.is_alive()]:
+            _pass_on(steps_done, bar)
+            for worker in alive if ask else ():
+                worker.terminate() if time.monotonic() < last else worker.kill()
+            connection.wait([worker.sentinel for worker in alive], timeout=0.5)
+
+    ending = threading.Thread(target=until_ended, daemon=True)
+    ending.start()
+    pool.shutdown(cancel_futures=True)
+    ending.join()
 
 
 def _init_worker(comparison: Comparison, threads: int, steps_done: Any, show_warning: Any) -> None:

@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+from selftrans.data import decoded
 from selftrans.data.dataset import Dataset
 from selftrans.data.decoded import decoded_images
 from selftrans.data.prepare import prepare
@@ -178,7 +179,7 @@ def test_other_measurements_have_other_statistics(
     prepare(made / "pictures", tmp_path / "data", autoencoder=vae, dtype="float32", progress=False)
     first, second = training(tmp_path / "data", tmp_path), other(tmp_path)
     assert not np.array_equal(first.mean, second.mean), "and so has the file"
-    assert len(decodings) == 2 and len(list(tmp_path.glob("reference-*.npz"))) == 2
+    assert len(decodings) == 2 and len(list(tmp_path.glob("reference-*.npz"))) == (1 if other is other_weights else 2)
     if other is not other_weights:
         assert_equal(training(tmp_path / "data", tmp_path), first)
         assert len(decodings) == 2, "the first ones are still there"
@@ -192,6 +193,35 @@ def test_statistics_are_found_where_data_and_folder_were_moved(
     shutil.move(tmp_path / "one", tmp_path / "two")
     assert_equal(training(tmp_path / "data", tmp_path / "two"), first)
     assert len(decodings) == 1
+
+
+def test_kept_statistics_need_no_autoencoder(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    vae = save_vae(tmp_path / "vae")
+    prepare(made / "pictures", tmp_path / "data", autoencoder=vae, dtype="float32", progress=False)
+    first, kept = training(tmp_path / "data", tmp_path), reference.reference_of(tmp_path / "data", VALUES)
+    with monkeypatch.context() as patch:
+        patch.setattr(decoded, "load_autoencoder", lambda *_, **__: pytest.fail("the autoencoder was loaded"))
+        for moved in (False, True):
+            if moved:
+                shutil.move(vae, tmp_path / "elsewhere")
+            assert_equal(training(tmp_path / "data", tmp_path), first)
+            assert_equal(reference.reference_of(tmp_path / "data", VALUES), kept)
+    with pytest.raises(ValueError, match=r"^no autoencoder '[^\n]*vae'[^\n]*$"):
+        training(tmp_path / "data", None)
+
+
+def test_autoencoder_of_the_hub_is_compared_by_its_files_in_the_cache(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    snapshot = tmp_path / "models--owner--name" / "snapshots" / "commit"
+    shutil.copytree(made / "vae", snapshot / "vae")
+    (tmp_path / "models--owner--name" / "refs").mkdir()
+    (tmp_path / "models--owner--name" / "refs" / "main").write_text("commit")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    assert reference._decoder_sha256("owner/name/vae") == reference._decoder_sha256(str(made / "vae")) != ""
+    assert {
+        reference._decoder_sha256(name) for name in ("owner/other", "owner/name", "/no/folder", "a/b..", "pixel")
+    } == {""}
 
 
 def test_folder_that_cannot_be_written_keeps_nothing(made: Path, tmp_path: Path) -> None:
