@@ -21,6 +21,7 @@ import pytest
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from selftrans.checkpoints import format as checkpoint
 from selftrans.cli.main import main
 from selftrans.evaluate.classifier import SmallClassifier
 from selftrans.experiments import html_report, reference, runner
@@ -40,6 +41,7 @@ from selftrans.methods.repa import Repa
 from selftrans.methods.self_transcendence import Stage1, Stage2
 from selftrans.recipes import recipe
 from selftrans.sampling.conditioning import LabelConditioning
+from selftrans.storage import write_json
 from selftrans.types import Conditions
 from tests.support import toy
 from tests.support.pictures import class_folders
@@ -477,6 +479,59 @@ def test_comparison_with_a_killed_worker_continues_as_if_there_was_none(tmp_path
         toy.assert_same(toy.tensors(comparison.run(job), "vanilla"), toy.tensors(plain.run(job), "vanilla"))
         for found, point in zip(results[job][1], points, strict=True):
             assert {found[key] == point[key] for key in ("step", "distance", "probe", "accuracy", "sampler")} == {True}
+
+
+def worker_of_a_failing_pool(comparison: Comparison, *shared: Any) -> None:
+    """`_init_worker` of a pool in which, at step 5 of the run, computing the reference fails or its worker, idle by then, is
+    killed; the run then reports more steps than the pipe to the parent process holds."""
+    toy.quicken()
+    update, steps, out = StepBar.update, Counter[StepBar](), comparison.out
+    end = time.monotonic() + LONGEST
+
+    def until(name: str) -> None:
+        while not (out / name).exists() and time.monotonic() < end:
+            time.sleep(0.01)
+
+    def training(bar: StepBar, count: int = 1) -> None:
+        update(bar, count)
+        steps[bar] += count
+        if steps[bar] == 5:
+            (out / "trains").touch()
+            until("other")
+            time.sleep(0.3)  # the parent process has seen the failure; the other worker is idle
+            if (out / "kill").exists():
+                os.kill(int((out / "other").read_text()), signal.SIGKILL)
+                time.sleep(0.3)
+            for _ in range(10_000):
+                update(bar, 0)
+
+    def measurement() -> None:
+        until("trains")  # in the other worker
+        write_json(out / "other", os.getpid())
+        if not (out / "kill").exists():
+            raise ValueError("the reference cannot be computed")
+
+    StepBar.update, runner._measurement = training, measurement  # type: ignore[method-assign, assignment]
+    runner._init_worker(comparison, *shared)
+
+
+@pytest.mark.parametrize(
+    ("kill", "message"), [(False, "^the reference cannot be computed$"), (True, "^a worker process was ended")]
+)
+def test_run_in_training_ends_with_a_checkpoint_where_another_worker_fails(tmp_path, monkeypatch, kill, message):
+    config = toy.toy({"method": "vanilla", "train.steps": 20, "sample.steps": 1})
+    comparison, job = Comparison(config, {"vanilla": config}, (0,), tmp_path, 24, "values", every=20), ("vanilla", 0)
+    if kill:
+        (tmp_path / "kill").touch()
+    monkeypatch.setattr(runner, "_init_worker", worker_of_a_failing_pool)
+    monkeypatch.setattr(runner, "processes", lambda comparison, workers: (workers, 1))
+    with pytest.raises(ValueError, match=message):
+        runner.compare(comparison, workers=2)
+    ((step, _),) = checkpoint.steps(comparison.run(job) / "vanilla" / "checkpoints")
+    assert 5 <= step <= 6
+    reported: list[int] = []
+    train_one(comparison, job, reported.append)
+    assert reported == [step, *[1] * (20 - step)], "the run continues"
 
 
 def test_too_few_images_are_refused_by_the_library(tmp_path):
