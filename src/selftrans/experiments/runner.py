@@ -217,9 +217,8 @@ def _in_workers(comparison: Comparison, workers: int, threads: int, bar: Any) ->
                         curves[job].add(folder, found[0])
                         spent[job].measuring += found[1]
         except BaseException as error:
-            _end(
-                pool, steps_done, bar, ask=not isinstance(error, KeyboardInterrupt)
-            )  # Ctrl-C reaches the workers itself
+            ask = not isinstance(error, KeyboardInterrupt)  # Ctrl-C reaches the workers itself
+            _end(pool, steps_done, bar, ask=ask)
             for future, task in running.items():  # what was measured meanwhile is kept
                 if task and task.checkpoint and not future.cancelled() and future.exception() is None:
                     curves[task.job].add(task.checkpoint, future.result()[0])
