@@ -21,9 +21,9 @@ from selftrans.methods.objective import Objective
 from selftrans.methods.registry import stages
 from selftrans.methods.spec import Stage
 from selftrans.precision import PRECISIONS
-from selftrans.storage import plural, printable
+from selftrans.storage import gigabytes, plural, printable
 from selftrans.train.data_window import cache_of
-from selftrans.train.dry_run import KEPT, duration, gigabytes, kept_checkpoints
+from selftrans.train.dry_run import KEPT, duration, kept_checkpoints
 from selftrans.train.flops import step_flops
 from selftrans.train.memory_use import memory_use
 from selftrans.train.recompute import chosen_blocks
@@ -205,9 +205,15 @@ def _speed(figures: Measured | None, stage: Stage, flops: float, rate: float | N
         assert rate is not None
         return _Speed(flops / last / rate, 0.0, None)
     row = figures.row(stage.name)
-    same = figures.model == model and row.name == stage.name
+    same = figures.model == model and row.name == stage.name and not _resized(stage)
     factor = 1.0 if same else flops / row.flops
     return _Speed(row.per_image * factor, row.fixed * factor, row if same and row.peak_bytes else None)
+
+
+def _resized(stage: Stage) -> bool:
+    """Whether the student of a stage, or its teacher, is of a size of its own: it is not the model that was measured."""
+    names = (*stage.settings, *(stage.teacher.settings if stage.teacher else ()))
+    return any(name.startswith("model.") for name in names)
 
 
 def _stage(
@@ -273,6 +279,7 @@ def _activations(config: RunConfig, objective: Objective, memory: dict[str, int]
 
 def _assumptions(config: RunConfig, cluster: Cluster, figures: Measured | None, rate: float | None) -> list[str]:
     train, name = config.train, str(config.model.name)
+    resized = [stage.name for stage in stages(config) if _resized(stage)]
     if figures is not None:
         row = figures.row(stages(config)[-1].name)
         found = [
@@ -281,9 +288,12 @@ def _assumptions(config: RunConfig, cluster: Cluster, figures: Measured | None, 
         ]
         if figures.model != name:
             found.append(f"{name} was not measured: it runs as many operations per second as {figures.model} did")
+        elif resized:
+            found.append(f"{', '.join(resized)}: of other sizes than those measured; as many operations per second")
     else:
         found = [f"speed: {rate:g} images/s of the last stage on one GPU, as given; other stages by their operations"]
-    if not any(row.peak_bytes for row in (figures.rows.values() if figures and figures.model == name else ())):
+    rows = list(figures.rows.values()) if figures and figures.model == name and not resized else []
+    if not any(each.peak_bytes for each in rows):
         found.append(
             f"activations: {ACTIVATIONS} bytes for each token, channel and block in 16 bits, attention matrices not kept"
         )
