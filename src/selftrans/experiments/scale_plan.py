@@ -18,7 +18,7 @@ from selftrans.data.shard_file import row_bytes
 from selftrans.experiments.bench.measured import Measured, Row, read_measured
 from selftrans.methods.guidance import Frozen
 from selftrans.methods.objective import Objective
-from selftrans.methods.registry import stages
+from selftrans.methods.registry import config_of_teacher, stages
 from selftrans.methods.spec import Stage
 from selftrans.precision import PRECISIONS
 from selftrans.storage import gigabytes, plural, printable
@@ -186,7 +186,7 @@ def _built(
         student, average = (config.override(stage.settings).build_model(shape, conditions) for _ in range(2))
         frozen = None
         if stage.teacher:
-            teacher = config.override(stage.teacher.settings).build_model(shape, conditions)
+            teacher = config_of_teacher(config, stage).build_model(shape, conditions)
             dtype = PRECISIONS[config.train.precision]
             frozen = Frozen(teacher, stage.teacher.block(teacher.depth), dtype=dtype, in_place=True)
         objective = Objective(student, stage.guide(student, frozen), times=config.train.times)

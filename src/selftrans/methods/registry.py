@@ -48,6 +48,12 @@ def stages(config: RunConfig) -> list[Stage]:
     return plan
 
 
+def config_of_teacher(config: RunConfig, stage: Stage) -> RunConfig:
+    """The settings of the earlier stage of this run that trains the teacher of `stage`: its model may be of another size."""
+    assert stage.teacher is not None
+    return next(config.override(each.settings) for each in stages(config) if each.name == stage.teacher.stage)
+
+
 def sections_of(methods: Iterable[MethodSpec]) -> dict[str, type[Section]]:
     """key -> section of all these methods. ValueError where two different sections have one key."""
     found: dict[str, type[Section]] = {}

@@ -185,9 +185,11 @@ def _structure(config: RunConfig) -> list[Stage]:
 
 def _teacher_settings(config: RunConfig) -> dict[str, Any]:
     """What stage 1 has of its own where the teacher is of another size. ValueError where the model has no such size."""
-    stage2 = config.section(Stage2)
+    stage2, again = config.section(Stage2), config.train.recompute
+    if stage2.teacher is not None:
+        return {}
     chosen = {"model.width": stage2.teacher_width, "model.depth": stage2.teacher_depth, "train.lr": stage2.teacher_lr}
-    found = {name: value for name, value in chosen.items() if value is not None}
+    found: dict[str, Any] = {name: value for name, value in chosen.items() if value is not None}
     known = {name for name, *_ in fields_of(config.model)}
     for name in (name.removeprefix("model.") for name in found if name.startswith("model.")):
         if name not in known:
@@ -196,6 +198,11 @@ def _teacher_settings(config: RunConfig) -> dict[str, Any]:
             raise ValueError(
                 f"stage2.teacher_{name} does not go with init.path: stage 1 starts from these weights, too"
             )
+    depth = stage2.teacher_depth
+    if depth is not None and not isinstance(again, bool):  # blocks that the teacher does not have are not recomputed
+        found["train.recompute"] = (
+            min(again, depth) if isinstance(again, int) else tuple(k for k in again if k <= depth)
+        )
     return found
 
 
@@ -209,16 +216,17 @@ def _self_transcendence(config: RunConfig) -> list[Stage]:
 
     steps = max(1, config.train.steps // 2) if stage1.steps is None else stage1.steps
     block = max(stage2.teacher_blocks) if stage2.teacher_blocks else stage2.teacher_block
-    own = _teacher_settings(config)
     teacher = TeacherSpec(
         stage="stage1",
         block=default_teacher_block if block is None else lambda depth: block,
         weights=stage2.teacher_weights,
         given=stage2.teacher,
         option="stage2.teacher",
-        settings=own,
     )
-    return [_stage1(config, steps, own), Stage("stage2", config.train.steps, guide, (Stage2,), teacher)]
+    return [
+        _stage1(config, steps, _teacher_settings(config)),
+        Stage("stage2", config.train.steps, guide, (Stage2,), teacher),
+    ]
 
 
 def _settle(config: RunConfig, conditions: Conditions) -> RunConfig:

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 
 TAKEN_FOLDERS = ("data", "tensorboard", "wandb")  #: in a run directory
+#: settings of which a stage may have its own values, besides those of the model
+OWN_SETTINGS = ("train.lr", "train.recompute")
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,6 @@ class TeacherSpec:
     weights: Literal["raw", "ema"]
     given: str | None = None  #: a run, checkpoint or weights file; the stages before this one are then not run
     option: str = ""  #: dotted setting that holds `given`; `--teacher` sets it
-    settings: Mapping[str, Any] = field(default_factory=dict)  #: those of the stage that trains it
 
 
 @dataclass(frozen=True)
@@ -53,12 +54,15 @@ class Stage:
     teacher: TeacherSpec | None = None
     encoder: EncoderSpec | None = None
     stream: int = 0  #: stages with another stream start from other weights and draw other noise under the same seed
-    #: dotted settings in which this stage differs from the run, such as `model.depth` (see `RunConfig.override`)
+    #: its own values of settings of the run, such as {"model.depth": 4}: of the model, and those of `OWN_SETTINGS`
     settings: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"\w[\w.-]{0,99}", self.name) or self.name in TAKEN_FOLDERS:
             raise ValueError(f"stage '{self.name}' cannot be a folder of a run; use letters, digits, '_' and '-'")
+        shared = [name for name in self.settings if not name.startswith("model.") and name not in OWN_SETTINGS]
+        if shared:
+            raise ValueError(f"stage '{self.name}' cannot have its own {shared[0]}: all stages of a run share it")
 
 
 def single_stage(

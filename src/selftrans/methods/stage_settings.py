@@ -55,7 +55,7 @@ class Stage2(Section):
     """model.width of the teacher that stage 1 trains; None: the student's. A smaller teacher costs less (docs/guidance.md)"""
     teacher_depth: int | None = None
     """model.depth of the teacher that stage 1 trains; None: the student's"""
-    teacher_lr: float | None = None
+    teacher_lr: float | None = setting(None, resume="consent")
     """train.lr of stage 1, for a teacher of another size; None: the student's"""
     student_block: int | None = None
     """s, the student's guided block (1-based); None: half of its depth"""

@@ -21,8 +21,8 @@ def digits() -> RunConfig:
         stage 1 alone       13.2 / 5.0 / 2.9 / 2.0 / 1.59 (0.06)
         Self-Transcendence  10.0 / 3.9 / 2.2 / 1.7 / 1.32 (0.09), w = 2
 
-    So guidance speeds the start, and at step 1,000 little is left of it. With as much compute as both stages take, vanilla
-    training reaches 0.9. With the published deviation of 0.02 and a learning rate of 1e-3 it reached 8.6 at step 1,000.
+    So a teacher helps at equal steps, most at the start. With as much compute as both stages take, vanilla training reaches
+    0.9. With the published deviation of 0.02 and a learning rate of 1e-3 it reached 8.6 at step 1,000.
     """
     return RunConfig(
         recipe="digits",

@@ -28,6 +28,7 @@ from selftrans.config import RunConfig, Train
 from selftrans.data.buckets import is_prepared
 from selftrans.data.dataset import Dataset
 from selftrans.methods.guidance import Frozen
+from selftrans.methods.registry import config_of_teacher
 from selftrans.methods.spec import TAKEN_FOLDERS, Stage
 from selftrans.plugins import trust_named
 from selftrans.precision import PRECISIONS
@@ -133,7 +134,7 @@ def _teacher(config: RunConfig, stage: Stage, out: Path, shards: Dataset, accele
     spec = stage.teacher
     if spec is None or spec.given or checkpoint.newest(out / spec.stage / "checkpoints"):
         return teacher_of(config, stage, str(out), shards, accelerator.device)
-    model = build_student(config.override(spec.settings), shards, None, fresh=True)
+    model = build_student(config_of_teacher(config, stage), shards, None, fresh=True)
     return Frozen(model, spec.block(model.depth), dtype=PRECISIONS[config.train.precision], in_place=True)
 
 

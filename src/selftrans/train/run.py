@@ -28,7 +28,7 @@ from selftrans.data.prepare import prepare_builtin
 from selftrans.encoders.identity import scales_differ
 from selftrans.methods.guidance import Frozen
 from selftrans.methods.objective import Objective
-from selftrans.methods.registry import stages
+from selftrans.methods.registry import config_of_teacher, stages
 from selftrans.methods.spec import Stage
 from selftrans.plugins import trust_named
 from selftrans.storage import lock_file, plural, remove_stale_temporaries, removed_if_refused, write_json
@@ -269,7 +269,7 @@ def put_together(config: RunConfig, stage: Stage, manifest: Manifest, given: Any
     with torch.device("meta"):
         student = config.override(stage.settings).build_model(manifest.shape, manifest.conditions)
         if stage.teacher and given is None:
-            model = config.override(stage.teacher.settings).build_model(manifest.shape, manifest.conditions)
+            model = config_of_teacher(config, stage).build_model(manifest.shape, manifest.conditions)
             given = Frozen(model, stage.teacher.block(model.depth), in_place=True)
         objective = Objective(student, stage.guide(student, given))
     return objective

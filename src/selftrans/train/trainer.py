@@ -51,7 +51,8 @@ class Trainer:
 
     Args:
         accelerator: device, precision and processes; shared by the stages of a run.
-        config: of the run. stage: the part of it to train. directory: `<run>/<stage.name>`.
+        config: of the run; `config` then has the stage's own settings, `run_config` has none of them.
+        stage: the part of the run to train. directory: `<run>/<stage.name>`.
         shards: the data. order: names of the run's stages; default: this one alone.
         teacher: frozen model or encoder, if the stage has one. initial: the weights to start from; default: random ones.
         preview: makes the previews. trackers: where log lines and previews are shown, besides the run directory.
@@ -251,8 +252,8 @@ class Trainer:
             else f"no checkpoint was written in {self.checkpoints} yet"
         )
         return FloatingPointError(
-            f"{error}; {good}; to continue from there: a lower train.lr or guidance weight, or train.precision bf16 or fp32, "
-            "and --train.allow-changes True"
+            f"{error}; {good}; to continue from there: a lower learning rate or guidance weight, or train.precision bf16 or "
+            "fp32, and --train.allow-changes True"
         )
 
     def _means(self, window: RunningMeans) -> dict[str, float]:

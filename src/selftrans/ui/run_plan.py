@@ -10,7 +10,7 @@ import torch
 
 from selftrans.config import RunConfig, from_json
 from selftrans.methods.guidance import Frozen
-from selftrans.methods.registry import find, stages
+from selftrans.methods.registry import config_of_teacher, find, stages
 from selftrans.methods.spec import Stage
 from selftrans.storage import first_line
 from selftrans.types import Backbone
@@ -57,7 +57,7 @@ def guided_blocks(config: RunConfig, stage: Stage, model: Backbone) -> Guided:
         student = config.override(stage.settings).build_model(model.shape, model.conditions)
         block, given = None, None
         if stage.teacher:
-            teacher = config.override(stage.teacher.settings).build_model(model.shape, model.conditions)
+            teacher = config_of_teacher(config, stage).build_model(model.shape, model.conditions)
             block = stage.teacher.block(teacher.depth)
             given = Frozen(teacher, block, in_place=True)
         taps = () if stage.encoder else tuple(k for g in stage.guide(student, given) for k in g.taps)

@@ -15,7 +15,7 @@ from selftrans.data.decoded import data_latents
 from selftrans.data.prepare import prepare
 from selftrans.encoders.latent_space import LatentSpace
 from selftrans.methods.guidance import Frozen
-from selftrans.methods.registry import stages
+from selftrans.methods.registry import config_of_teacher, stages
 from selftrans.train.resume import settings_before
 from selftrans.train.run import train
 from selftrans.train.teachers import (
@@ -168,6 +168,24 @@ def test_size_of_the_teacher_needs_a_model_that_has_it_and_a_start_from_nothing(
     with pytest.raises(ValueError, match=r"stage2\.teacher_width does not go with init\.path"):
         stages(toy.toy({"init.path": "run"} | SMALL))
     assert stages(toy.toy({"method": "structure"}))[0].settings == {}
+    given = toy.toy({"init.path": "run", "stage2.teacher": "other", "stage2.teacher_width": 16})
+    assert stages(given)[0].settings == {}  # no teacher is trained
+
+
+@pytest.mark.parametrize(
+    ("again", "teacher"), [(True, True), (3, 2), (1, 1), ((1, 3), (1,)), (False, False)], ids=lambda value: f"{value}"
+)
+def test_blocks_that_a_shallower_teacher_does_not_have_are_not_recomputed(again, teacher):
+    config = toy.toy({"train.recompute": again, "stage2.teacher_depth": 2})
+    assert config_of_teacher(config, stages(config)[1]).train.recompute == teacher
+    assert config.train.recompute == again
+
+
+def test_settings_that_all_stages_share_are_refused():
+    with pytest.raises(
+        ValueError, match=r"stage 'first' cannot have its own train\.batch_size: all stages of a run share it"
+    ):
+        dataclasses.replace(stages(toy.toy())[0], name="first", settings={"train.batch_size": 4})
 
 
 def test_stored_features_are_missing_in_plain_data():
