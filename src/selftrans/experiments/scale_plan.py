@@ -103,11 +103,7 @@ class ScalePlan:
 
 
 def scale_plan(
-    config: RunConfig,
-    cluster: Cluster,
-    *,
-    measured: Path | None = None,
-    rate: float | None = None,
+    config: RunConfig, cluster: Cluster, *, measured: Path | None = None, rate: float | None = None
 ) -> ScalePlan:
     """What the run of `config` takes on the cluster.
 
@@ -121,8 +117,7 @@ def scale_plan(
     if train.batch_size % (world * train.accumulate):
         raise ValueError(
             f"train.batch_size {train.batch_size} does not divide among {plural(world, 'GPU')} x "
-            f"{plural(train.accumulate, 'micro-batch')}; "
-            f"choose a multiple of {world * train.accumulate}"
+            f"{plural(train.accumulate, 'micro-batch')}; choose a multiple of {world * train.accumulate}"
         )
     if (measured is None) == (rate is None) or (rate is not None and not rate > 0):
         raise ValueError(
@@ -135,7 +130,7 @@ def scale_plan(
     figures = read_measured(measured, str(config.model.name)) if measured else None
     found = []
     for stage, (objective, memory), per_image in zip(plan, built, flops, strict=True):
-        speed = _speed(figures, stage, per_image, rate, flops[-1], str(config.model.name))
+        speed = _speed(figures, stage, per_image, rate, flops[-1], config)
         found.append(_stage(config, cluster, stage, objective, memory, per_image, speed))
     assumed += _assumptions(config, cluster, figures, rate)
     hours = _pair(sum(each.hours[k] for each in found) for k in (0, 1))
@@ -200,20 +195,25 @@ class _Speed:
     peak: Row | None  #: a row of the same model with its peak of memory
 
 
-def _speed(figures: Measured | None, stage: Stage, flops: float, rate: float | None, last: float, model: str) -> _Speed:
+def _speed(
+    figures: Measured | None, stage: Stage, flops: float, rate: float | None, last: float, config: RunConfig
+) -> _Speed:
     if figures is None:
         assert rate is not None
         return _Speed(flops / last / rate, 0.0, None)
     row = figures.row(stage.name)
-    same = figures.model == model and row.name == stage.name and not _resized(stage)
+    same = figures.model == str(config.model.name) and row.name == stage.name and not _resized(config, stage)
     factor = 1.0 if same else flops / row.flops
     return _Speed(row.per_image * factor, row.fixed * factor, row if same and row.peak_bytes else None)
 
 
-def _resized(stage: Stage) -> bool:
+def _resized(config: RunConfig, stage: Stage) -> bool:
     """Whether the student of a stage, or its teacher, is of a size of its own: it is not the model that was measured."""
-    names = (*stage.settings, *(stage.teacher.settings if stage.teacher else ()))
-    return any(name.startswith("model.") for name in names)
+    models = [
+        config.override(stage.settings).model,
+        *([config_of_teacher(config, stage).model] if stage.teacher else []),
+    ]
+    return any(model != config.model for model in models)
 
 
 def _stage(
@@ -279,7 +279,7 @@ def _activations(config: RunConfig, objective: Objective, memory: dict[str, int]
 
 def _assumptions(config: RunConfig, cluster: Cluster, figures: Measured | None, rate: float | None) -> list[str]:
     train, name = config.train, str(config.model.name)
-    resized = [stage.name for stage in stages(config) if _resized(stage)]
+    resized = [stage.name for stage in stages(config) if _resized(config, stage)]
     if figures is not None:
         row = figures.row(stages(config)[-1].name)
         found = [
