@@ -24,7 +24,10 @@ export PYTHONPATH="$here/../src${PYTHONPATH:+:$PYTHONPATH}"
 
 gpu() {  # torch takes seconds to ask; nvidia-smi is not in every container
     if command -v nvidia-smi >/dev/null; then
-        nvidia-smi -L | tee /dev/stderr | grep -q '^GPU'
+        local list
+        list=$(nvidia-smi -L)
+        printf '%s\n' "$list" >&2
+        case $list in GPU* | *$'\n'GPU*) ;; *) return 1 ;; esac
     else
         "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'
     fi

@@ -21,9 +21,9 @@ from selftrans.methods.objective import Objective
 from selftrans.methods.registry import config_of_teacher, stages
 from selftrans.methods.spec import Stage
 from selftrans.precision import PRECISIONS
-from selftrans.storage import plural, printable
+from selftrans.storage import gigabytes, plural, printable
 from selftrans.train.data_window import cache_of
-from selftrans.train.dry_run import KEPT, duration, gigabytes, kept_checkpoints
+from selftrans.train.dry_run import KEPT, duration, kept_checkpoints
 from selftrans.train.flops import step_flops
 from selftrans.train.memory_use import memory_use
 from selftrans.train.recompute import chosen_blocks
@@ -103,11 +103,7 @@ class ScalePlan:
 
 
 def scale_plan(
-    config: RunConfig,
-    cluster: Cluster,
-    *,
-    measured: Path | None = None,
-    rate: float | None = None,
+    config: RunConfig, cluster: Cluster, *, measured: Path | None = None, rate: float | None = None
 ) -> ScalePlan:
     """What the run of `config` takes on the cluster.
 
@@ -121,8 +117,7 @@ def scale_plan(
     if train.batch_size % (world * train.accumulate):
         raise ValueError(
             f"train.batch_size {train.batch_size} does not divide among {plural(world, 'GPU')} x "
-            f"{plural(train.accumulate, 'micro-batch')}; "
-            f"choose a multiple of {world * train.accumulate}"
+            f"{plural(train.accumulate, 'micro-batch')}; choose a multiple of {world * train.accumulate}"
         )
     if (measured is None) == (rate is None) or (rate is not None and not rate > 0):
         raise ValueError(
@@ -135,7 +130,7 @@ def scale_plan(
     figures = read_measured(measured, str(config.model.name)) if measured else None
     found = []
     for stage, (objective, memory), per_image in zip(plan, built, flops, strict=True):
-        speed = _speed(figures, stage, per_image, rate, flops[-1], str(config.model.name))
+        speed = _speed(figures, stage, per_image, rate, flops[-1], config)
         found.append(_stage(config, cluster, stage, objective, memory, per_image, speed))
     assumed += _assumptions(config, cluster, figures, rate)
     hours = _pair(sum(each.hours[k] for each in found) for k in (0, 1))
@@ -200,14 +195,25 @@ class _Speed:
     peak: Row | None  #: a row of the same model with its peak of memory
 
 
-def _speed(figures: Measured | None, stage: Stage, flops: float, rate: float | None, last: float, model: str) -> _Speed:
+def _speed(
+    figures: Measured | None, stage: Stage, flops: float, rate: float | None, last: float, config: RunConfig
+) -> _Speed:
     if figures is None:
         assert rate is not None
         return _Speed(flops / last / rate, 0.0, None)
     row = figures.row(stage.name)
-    same = figures.model == model and row.name == stage.name
+    same = figures.model == str(config.model.name) and row.name == stage.name and not _resized(config, stage)
     factor = 1.0 if same else flops / row.flops
     return _Speed(row.per_image * factor, row.fixed * factor, row if same and row.peak_bytes else None)
+
+
+def _resized(config: RunConfig, stage: Stage) -> bool:
+    """Whether the student of a stage, or its teacher, is of a size of its own: it is not the model that was measured."""
+    models = [
+        config.override(stage.settings).model,
+        *([config_of_teacher(config, stage).model] if stage.teacher else []),
+    ]
+    return any(model != config.model for model in models)
 
 
 def _stage(
@@ -273,6 +279,7 @@ def _activations(config: RunConfig, objective: Objective, memory: dict[str, int]
 
 def _assumptions(config: RunConfig, cluster: Cluster, figures: Measured | None, rate: float | None) -> list[str]:
     train, name = config.train, str(config.model.name)
+    resized = [stage.name for stage in stages(config) if _resized(config, stage)]
     if figures is not None:
         row = figures.row(stages(config)[-1].name)
         found = [
@@ -281,9 +288,12 @@ def _assumptions(config: RunConfig, cluster: Cluster, figures: Measured | None, 
         ]
         if figures.model != name:
             found.append(f"{name} was not measured: it runs as many operations per second as {figures.model} did")
+        elif resized:
+            found.append(f"{', '.join(resized)}: of other sizes than those measured; as many operations per second")
     else:
         found = [f"speed: {rate:g} images/s of the last stage on one GPU, as given; other stages by their operations"]
-    if not any(row.peak_bytes for row in (figures.rows.values() if figures and figures.model == name else ())):
+    rows = list(figures.rows.values()) if figures and figures.model == name and not resized else []
+    if not any(each.peak_bytes for each in rows):
         found.append(
             f"activations: {ACTIVATIONS} bytes for each token, channel and block in 16 bits, attention matrices not kept"
         )

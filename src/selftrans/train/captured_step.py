@@ -130,6 +130,7 @@ class CapturedStep:
     """Takes the steps of a trainer on static buffers, from the third on as a replay of graphs (on a GPU).
 
     Attributes:
+        crowded: whether the run ends because a recording had no memory; the same step without a graph had.
         transient: bytes that a replay uses beyond what is allocated, which torch's statistics do not count; 0 before.
         untimed: steps before the first that is as fast as all later ones.
     """
@@ -146,7 +147,7 @@ class CapturedStep:
         self._stream = torch.cuda.Stream(self.device) if on_gpu else None
         self._possible = True  # until a capture has failed, with `auto`
         self._history: list[tuple[int, tuple[str, ...], Tensor]] = []
-        self.transient = 0
+        self.transient, self.crowded = 0, False
         self.restart()
 
     def restart(self) -> None:
@@ -273,8 +274,16 @@ class CapturedStep:
         self.transient = torch.cuda.max_memory_allocated(device) - torch.cuda.memory_allocated(device)
 
     def _give_up(self, error: RuntimeError) -> None:
-        """Go on without a graph, on the same buffers, with `auto`. `NotCaptured` with `on`, and where torch cannot go on."""
+        """Go on without a graph, on the same buffers, with `auto`. `NotCaptured` with `on`, and where torch cannot go on.
+
+        With `on`, out of memory in a recording that could be ended is raised as it is, and both graphs are freed: the caller
+        says what fits. Where CUDA ended it, nothing can be tried any more in this process: `NotCaptured`.
+        """
         reason, wanted = first_line(error), self.trainer.config.train.capture
+        if isinstance(error, torch.OutOfMemoryError) and wanted == "on":
+            self.crowded = True
+            self._without_graphs()
+            raise error
         if wanted == "on" or isinstance(error, Invalidated):
             raise NotCaptured(
                 f"train.capture {wanted}: the step cannot be recorded as a graph ({reason}); the same command with "
@@ -282,9 +291,13 @@ class CapturedStep:
             ) from error
         warnings.warn(f"train.capture: the step is not captured, and goes on without a graph: {reason}", stacklevel=2)
         self._possible = False
+        self._without_graphs()
+        for p in self._graded:
+            p.grad = torch.zeros_like(p) if self._held else None
+
+    def _without_graphs(self) -> None:
+        """Forget what was recorded; both functions are called from now on."""
         torch.cuda.synchronize(self.device)
         for function in (self._micro, self._update):
             function.drop()
             function.stream = None
-        for p in self._graded:
-            p.grad = torch.zeros_like(p) if self._held else None

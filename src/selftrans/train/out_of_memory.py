@@ -48,6 +48,7 @@ def explanation(trainer: Trainer, rows: Loaded) -> str:
     alone = trainer.accelerator.num_processes == 1
     fits = _largest(trainer, rows) if alone else None
     options = {
+        "--train.capture off": trainer.captured is not None and trainer.captured.crowded,
         "--train.recompute True": train.recompute is not True,
         "--train.precision bf16": train.precision == "fp32",
     }

@@ -88,6 +88,32 @@ def test_other_models_and_stages_by_their_operations(tmp_path: Path) -> None:
     assert given.stages[0].compute_seconds == pytest.approx(ratio * 80 / 160)
 
 
+def test_teachers_of_their_own_size_by_their_operations(tmp_path: Path) -> None:
+    """Both stages differ from the measured ones. With half the blocks, stage 1 takes half the operations, but for its ends."""
+
+    def add(report: dict[str, Any]) -> None:
+        for each in report["models"].values():
+            each["rows"]["stage1"] = each["rows"]["vanilla"]
+
+    measured, own = bench(tmp_path / "bench.json", add), {"stage2.teacher_depth": 6}
+    base = {"model.depth": 12, "model.width": 48, "model.heads": 3}
+    same = scale_plan(config(**base, **{"stage2.teacher_lr": 0.1}), Cluster(1), measured=measured)
+    plan = scale_plan(config(**base, **own), Cluster(1), measured=measured)
+    assert [s.compute_seconds for s in same.stages] == pytest.approx([1.8 / 100 * 80 + 0.2, 2.8 / 100 * 80 + 0.2])
+    ratio = [one.tflops_per_step / whole.tflops_per_step for one, whole in zip(plan.stages, same.stages, strict=True)]
+    assert 0.5 < ratio[0] < 0.6 and ratio[0] < ratio[1] < 1
+    # 10 TFLOP/s, half of them used: 100 images in 2 s of stage 1 are 1e11 operations each, in 3 s of stage 2 1.5e11
+    for stage, seconds, flops in zip(plan.stages, (2.0, 3.0), (1e11, 1.5e11), strict=True):
+        factor = stage.tflops_per_step * 1e12 / 80 / flops
+        assert stage.compute_seconds == pytest.approx(factor * ((seconds - 0.2) / 100 * 80 + 0.2))
+    tokens, width = 16, 48  # 34 bytes in 16 bits, 68 in 32
+    assert plan.stages[0].memory["activations"] == 80 * 6 * 68 * tokens * width
+    assert plan.stages[1].memory["activations"] == 80 * 12 * 68 * tokens * width
+    assert "stage1, stage2: of other sizes than those measured; as many operations per second" in plan.assumed
+    assert any(line.startswith("activations: 34 bytes") for line in plan.assumed)
+    assert not any("other sizes" in line or line.startswith("activations") for line in same.assumed)
+
+
 def test_recomputed_blocks_keep_their_input() -> None:
     def activations(**options: Any) -> int:
         plan = scale_plan(config(**{"train.precision": "fp32"} | options), Cluster(1), rate=1.0)

@@ -22,6 +22,7 @@ from selftrans.train import captured_step, trainer
 from selftrans.train.batches import draw_batch, inputs_of, seed_step
 from selftrans.train.captured_step import WARM_UP, Invalidated, NotCaptured, Recorded
 from selftrans.train.optim import optimizer_tensors
+from selftrans.train.out_of_memory import guarded_step
 from selftrans.train.run import train
 from selftrans.train.signals import Interrupted
 from selftrans.train.trainer import Trainer
@@ -226,6 +227,25 @@ def test_run_ends_where_a_step_cannot_be_captured(
     assert str(e.value).endswith("the same command with --train.capture off continues from the last checkpoint")
     assert "\n" not in str(e.value) and one.step == WARM_UP
     toy.assert_same(state(one), before)
+
+
+@pytest.mark.usefixtures("graphs")
+def test_out_of_memory_while_recording_says_what_fits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With `on`: the graph that was recorded before is freed, so that parts of the batch can be tried, and the run ends."""
+    capture = Recorded.capture
+
+    def second_fails(self: Recorded, pool: Any) -> None:
+        if self is captured._update:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.\nmore")
+        capture(self, pool)
+
+    monkeypatch.setattr(Recorded, "capture", second_fails)
+    one, batches = warmed_up(tmp_path, CASES["vanilla"])
+    captured: Any = one.captured
+    with pytest.raises(MemoryError, match=r"at a time fit: .*; or use --train.capture off or ") as caught:
+        guarded_step(one, batches)
+    assert "\n" not in str(caught.value) and one.step == WARM_UP
+    assert captured._micro._graph is None and not captured.replaying
 
 
 @pytest.mark.parametrize(

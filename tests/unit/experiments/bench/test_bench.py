@@ -189,23 +189,27 @@ def test_out_of_memory_model_is_reported_and_the_next_measured(tmp_path: Path, m
 
 
 def test_row_that_cannot_be_captured_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What was measured before it is on disk."""
+    """What was measured before it is on disk, a model without memory for its graph included."""
     step = CapturedStep.take
 
     def take(self: CapturedStep, batches: Any) -> None:
+        if self.trainer.config.model.depth == 5:
+            raise torch.OutOfMemoryError("CUDA out of memory")
         if self.trainer.config.model.depth == 4:
             raise NotCaptured("as the trainer says it") from RuntimeError("no such kernel\nmore")
         step(self, batches)
 
     monkeypatch.setattr(CapturedStep, "take", take)
-    models = {"small": SMALL, "deep": dataclasses.replace(SMALL, depth=4)}
+    large, deep = (dataclasses.replace(SMALL, depth=depth) for depth in (5, 4))
+    models = {"large": large, "small": SMALL, "deep": deep}
     given = {"batch_size": 4, "tokens": 16, "device": "cpu", "seconds": 0, "quick": True, "steps_only": True}
     with pytest.raises(
         NotCaptured, match=r"^captured_vanilla cannot be captured \(no such kernel\); leave it out of --rows$"
     ):
         bench(models, tmp_path, rows=("captured_vanilla",), limit=0, **given)  # type: ignore[arg-type]
     found = json.loads((tmp_path / "bench.json").read_text())
-    assert list(found["models"]) == ["small"] and "sampling" not in found["models"]["small"] and "loading" not in found
+    assert list(found["models"]) == ["large", "small"] and "not enough memory" in found["models"]["large"]["failed"]
+    assert "sampling" not in found["models"]["small"] and "loading" not in found
 
 
 def test_random_dataset_can_be_read(tmp_path: Path) -> None:

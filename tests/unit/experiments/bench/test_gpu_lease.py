@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -232,11 +233,12 @@ def lease(tmp_path: Path) -> Any:
         each.chmod(0o755)
     words = ["bash", str(ROOT / "benchmarks" / "gpu_lease.sh"), str(tmp_path / "a" / "out")]
 
-    def run(**more: str) -> tuple[int, list[str], list[str]]:
+    def run(log_file: Path | None = None, **more: str) -> tuple[int, list[str], list[str]]:
         log.write_text("")
         environment = os.environ | {"PYTHON": str(stub), "PATH": f"{folder}:{os.environ['PATH']}"} | more
-        done = subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
-        shown = [*done.stderr.splitlines(), *done.stdout.splitlines()]
+        with log_file.open("a") if log_file else contextlib.nullcontext(subprocess.PIPE) as err:
+            done = subprocess.run(words, env=environment, stdout=subprocess.PIPE, stderr=err, text=True, check=False)
+        shown = [*(done.stderr or "").splitlines(), *done.stdout.splitlines()]
         return done.returncode, shown, [each.split()[0] for each in log.read_text().splitlines()]
 
     return SimpleNamespace(run=run, log=log, out=tmp_path / "a" / "out")
@@ -264,6 +266,17 @@ def test_lease_on_a_gpu_takes_the_models_themselves(lease: Any) -> None:
     assert code == 0 and parts == ["s2", "b2", "table"] and "--toy" not in lease.log.read_text()
     code, shown, parts = lease.run(GPU="GPU 0: NVIDIA H100", NO_GPU="s4")
     assert parts == ["correctness", "s4", "table"] and code == 1 and shown[-1] == "the table"
+
+
+def test_lease_appends_the_list_of_gpus_to_a_log(lease: Any, tmp_path: Path) -> None:
+    """What a file held before stays in it, and a GPU is found at any place of a long list."""
+    path, names = tmp_path / "all.log", "a warning\n" + "\n".join(f"GPU {i}: NVIDIA H100" for i in range(9000))
+    (tmp_path / "list").write_text(names)
+    (tmp_path / "bin" / "nvidia-smi").write_text(f"#!/bin/bash\ncat {tmp_path / 'list'}")
+    path.write_text("before\n")
+    assert lease.run(path, REQUIRE_GPU="1", ONLY="s2")[2] == ["s2", "table"]
+    shown = path.read_text()
+    assert shown.startswith(f"before\n{names}\n") and "--toy" not in lease.log.read_text()
 
 
 def test_lease_that_requires_a_gpu_ends_where_there_is_none(lease: Any) -> None:
