@@ -33,7 +33,7 @@ METHODS = ("vanilla", "structure", "self_transcendence", "repa", "sra", "layersy
 TIMESTEPS = (0.2, 0.4, 0.6, 0.8)
 #: question -> the variants that answer it
 QUESTIONS = {
-    "w": ("vanilla", "w1", "w2", "self_transcendence", "w10", "w30"),
+    "w": ("vanilla", "w1", "w2", "w5", "w10", "w30"),
     "range": ("vanilla", "self_transcendence", "scale-mode", "all-times"),
     "timesteps": ("vanilla", "vanilla-uniform", "self_transcendence", "uniform-times"),
     "target": ("vanilla", "self_transcendence", "layer", "cosine", "w30", "w30-layer", "w30-cosine"),

@@ -46,13 +46,14 @@ def explanation(trainer: Trainer, rows: Loaded) -> str:
     if device.type == "cuda":
         where += f" ({torch.cuda.get_device_properties(device).total_memory / 2**30:.1f} GiB)"
     alone = trainer.accelerator.num_processes == 1
-    fits = _largest(trainer, rows) if alone else None
     options = {
-        "--train.capture off": trainer.captured is not None and trainer.captured.crowded,
         "--train.recompute True": train.recompute is not True,
         "--train.precision bf16": train.precision == "fp32",
     }
     less = " or ".join([option for option, new in options.items() if new] + ["a smaller model"])
+    if trainer.captured is not None and trainer.captured.crowded:
+        return f"{where} while it is recorded as a graph; without one it fits: use --train.capture off, or {less}"
+    fits = _largest(trainer, rows) if alone else None
     if alone and fits is None:
         return f"{where}, and one sample does not fit either: use {less}"
     parts = train.accumulate * (micro // fits if fits else 2)
@@ -64,10 +65,13 @@ def explanation(trainer: Trainer, rows: Loaded) -> str:
 
 
 def _largest(trainer: Trainer, rows: Loaded) -> int | None:
-    """The largest of 1/2, 1/4, ... of a micro-batch that a step has memory for, by trying; None if it has memory for none."""
+    """The largest part of a micro-batch that a step has memory for, by trying; None if it has memory for none.
+
+    Parts are of equal size: 1/2, 1/4, ... of 8 samples, 1/3 and 1/15 of 15.
+    """
     size = trainer.stream.micro
-    while size % 2 == 0:
-        size //= 2
+    while size > 1:
+        size //= next(k for k in range(2, size + 1) if size % k == 0)
         part = Loaded(rows.rows[:size], {name: tensor[:size] for name, tensor in rows.tensors.items()})
         if _fits(trainer, part):
             return size

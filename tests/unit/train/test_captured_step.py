@@ -231,7 +231,7 @@ def test_run_ends_where_a_step_cannot_be_captured(
 
 @pytest.mark.usefixtures("graphs")
 def test_out_of_memory_while_recording_says_what_fits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With `on`: the graph that was recorded before is freed, so that parts of the batch can be tried, and the run ends."""
+    """With `on`: the graph that was recorded before is freed, and the run ends; the same step had memory without a graph."""
     capture = Recorded.capture
 
     def second_fails(self: Recorded, pool: Any) -> None:
@@ -242,7 +242,7 @@ def test_out_of_memory_while_recording_says_what_fits(tmp_path: Path, monkeypatc
     monkeypatch.setattr(Recorded, "capture", second_fails)
     one, batches = warmed_up(tmp_path, CASES["vanilla"])
     captured: Any = one.captured
-    with pytest.raises(MemoryError, match=r"at a time fit: .*; or use --train.capture off or ") as caught:
+    with pytest.raises(MemoryError, match=r" while it is recorded as a graph; without one it fits: use --train.capture off, or ") as caught:
         guarded_step(one, batches)
     assert "\n" not in str(caught.value) and one.step == WARM_UP
     assert captured._micro._graph is None and not captured.replaying
