@@ -242,7 +242,9 @@ def test_out_of_memory_while_recording_says_what_fits(tmp_path: Path, monkeypatc
     monkeypatch.setattr(Recorded, "capture", second_fails)
     one, batches = warmed_up(tmp_path, CASES["vanilla"])
     captured: Any = one.captured
-    with pytest.raises(MemoryError, match=r" while it is recorded as a graph; without one it fits: use --train.capture off, or ") as caught:
+    with pytest.raises(
+        MemoryError, match=r" while it is recorded as a graph; without one it fits: use --train.capture off, or "
+    ) as caught:
         guarded_step(one, batches)
     assert "\n" not in str(caught.value) and one.step == WARM_UP
     assert captured._micro._graph is None and not captured.replaying

@@ -43,7 +43,10 @@ def test_parts_of_an_odd_batch_are_equal(tmp_path, monkeypatch, capsys):
     limited(6, monkeypatch)
     assert main(argv(tmp_path / "run", **{"train.batch_size": 15, "train.accumulate": 1})) == 1
     said = capsys.readouterr().err.splitlines()[-1]
-    assert "with 15 samples at a time; 5 at a time fit: --train.accumulate 3 computes the same batch of 15 in 3 parts" in said
+    assert (
+        "with 15 samples at a time; 5 at a time fit: --train.accumulate 3 computes the same batch of 15 in 3 parts"
+        in said
+    )
 
 
 def test_one_sample_that_does_not_fit(tmp_path, monkeypatch, capsys):
