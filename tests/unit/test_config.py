@@ -213,7 +213,15 @@ def test_settings_that_may_change_on_resume():
     }
     assert all(rules[name] == "free" for name in rules if name.split(".")[0] in ("log", "sample"))
     assert {name for name, rule in rules.items() if rule == "consent"} == {
-        *("train.lr", "train.warmup", "train.clip", "train.weight_decay", "train.precision", "train.drop"),
+        *(
+            "train.lr",
+            "stage2.teacher_lr",
+            "train.warmup",
+            "train.clip",
+            "train.weight_decay",
+            "train.precision",
+            "train.drop",
+        ),
         *("train.cosine", "train.fp8", "model.route", "model.route_blocks"),
         *(f"{key}.weight" for key in ("stage1", "stage2", "repa", "sra", "layersync", "dispersive")),
         "internal_guidance.weight",

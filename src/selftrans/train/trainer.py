@@ -252,8 +252,8 @@ class Trainer:
             else f"no checkpoint was written in {self.checkpoints} yet"
         )
         return FloatingPointError(
-            f"{error}; {good}; to continue from there: a lower learning rate or guidance weight, or train.precision bf16 or "
-            "fp32, and --train.allow-changes True"
+            f"{error}; {good}; to continue from there: a lower train.lr (or the stage's own) or guidance weight, or "
+            "train.precision bf16 or fp32, and --train.allow-changes True"
         )
 
     def _means(self, window: RunningMeans) -> dict[str, float]:

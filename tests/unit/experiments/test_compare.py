@@ -144,7 +144,7 @@ def test_csv_has_a_column_for_each_mean_and_deviation():
 
 
 def test_teacher_is_shared_only_where_it_is_the_same(tmp_path):
-    config, _, _ = with_defaults(recipe("digits"), tmp_path)
+    config, _, _ = with_defaults(recipe("digits"), tmp_path, features="values")
     assert config.sections["stage1"].steps == config.train.steps
     other = config.override({"stage1.target": "latent"})
     short = config.override({"stage1.steps": interval(config.train.steps)})
@@ -419,7 +419,7 @@ def test_wrong_arguments_are_refused_in_one_line(words, message, tmp_path, monke
 )
 def test_unusable_methods_are_refused_before_training(method, words, message, tmp_path, capfd):
     command = ["compare", "digits", "--out", str(tmp_path / "x"), "--methods", "vanilla", method, "--seeds", "0"]
-    assert main([*command, "--model.width", "16", "--model.depth", "3", *words]) == 1
+    assert main([*command, "--features", "values", "--model.width", "16", "--model.depth", "3", *words]) == 1
     assert message in capfd.readouterr().err and not list((tmp_path / "x").glob("*-seed*"))
 
 

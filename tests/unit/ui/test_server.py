@@ -171,7 +171,7 @@ def test_maps_are_those_of_the_features(page, runs):
     assert job["state"] == "done", job["error"]
     picture, first, second = job["results"]
     assert (first["role"], second["role"]) == ("teacher", "student") and job["done"] == job["total"] == 6
-    assert first["condition"].endswith(", w = 2") and second["guided"]["teacher"] == 2 and first["blocks"] == [1, 2, 3]
+    assert first["condition"].endswith(", w = 5") and second["guided"]["teacher"] == 2 and first["blocks"] == [1, 2, 3]
     loaded = load_model(toy.finished(), stage="stage1", weights="raw")
     rows = np.append(11, np.random.default_rng(0).permutation(1797)[:7])
     z0, labels = latents_of(open_data(toy.digits()), rows)
