@@ -19,6 +19,7 @@ import pytest
 from selftrans.cli.main import main
 from selftrans.train.interrupted import EXIT_RESUME
 from tests.support.packages import importable, install
+from tests.support.pools import one_process  # noqa: F401 - a fixture
 from tests.support.toy import assert_same_run, quick  # noqa: F401
 from tests.unit.cli.lines import one_line
 
@@ -182,18 +183,19 @@ def test_samples_are_evaluated_by_their_values(run, capsys):
 
 
 COMPARE = (
-    f"compare imagefolder --data data --seeds 0 --workers 1 --steps 5 --images 40 {WAVE} --align.head-width 16 "
+    f"compare imagefolder --data data --seeds 0 --workers 1 --steps 2 --images 40 {WAVE} --align.head-width 16 "
     "--train.batch-size 16 --sample.steps 2"
 )
 
 
+@pytest.mark.usefixtures("one_process")
 def test_compare_trains_and_measures_vanilla_and_the_method(run):
     assert selftrans(f"{COMPARE} --out compared --methods vanilla warmup_align") == 0
     summary = written(Path("compared/compare.json"))
     rows = {row["method"]: row for row in summary["table"]}
     assert set(rows) == {"vanilla", "warmup_align"} and "align" in summary["config"]
     taught = written(Path("compared/warmup_align-seed0/run.json"))
-    assert [stage["steps"] for stage in taught["stages"]] == [5, 5], "each stage is as long as the student's training"
+    assert [stage["steps"] for stage in taught["stages"]] == [2, 2], "each stage is as long as the student's training"
     assert all(np.isfinite(row["distance"]["mean"]) for row in rows.values()) and "values" in summary["metric"]
     assert Path("compared/compare.html").exists()
 
@@ -232,7 +234,7 @@ def test_module_and_function_are_imported_in_the_processes_of_compare(run):
     with importable(PROJECT / "src", drop=("own_method",)):
         assert selftrans(f"{COMPARE.replace('wave-s', MODEL)} --out compared-named --methods {METHOD}") == 0
     (row,) = written(Path("compared-named/compare.json"))["table"]
-    assert row["method"] == METHOD and row["steps"] == 5
+    assert row["method"] == METHOD and row["steps"] == 2
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,7 @@ from selftrans.recipes.digits import digits
 from tests.support import page_inputs
 from tests.support.browser import browser, window  # noqa: F401 - a fixture
 from tests.support.pages import PROGRAMS, REASONS, ROOT, Block, blocks, inline_commands, smaller, words_of
+from tests.support.pools import one_process  # noqa: F401 - a fixture
 from tests.support.toy import quick  # noqa: F401 - a fixture
 from tests.test_architecture import ORDER
 
@@ -57,8 +58,9 @@ TOY = {
     "classifier": "--epochs 1",
     "autoencoder": "--steps 3 --widths 8 8 8 --batch-size 4",
     "analyse": "--samples 40 --timesteps 0.4",
-    "quickstart": "--steps 5 --images 40 --workers 1",
-    "compare": f"--steps 5 --images 24 --seeds 0 --workers 1 --methods vanilla layersync --features {OF_DIGITS}",
+    "quickstart": "--steps 3 --images 40 --workers 1",
+    "compare": "--steps 2 --sample.steps 2 --images 24 --seeds 0 --workers 1 --methods vanilla layersync "
+    f"--features {OF_DIGITS}",
     "import": "--heads 2",  # of a width that no published model has
 }
 #: of `train`, by its recipe
@@ -73,7 +75,7 @@ TOY_TRAIN = {
 #: of a command with this word in it: options in addition to those above, or in their place
 SPECIAL = {
     ("train", "runs/buckets"): "--model.patch 2",  # which divides the sides of all buckets
-    ("train", "runs/small"): "--model.name SiT-S/8",
+    ("train", "runs/small"): "--model.name SiT-S/8 --stage1.steps 2",
     ("sample", "samples/wide"): "--num 2",
     ("autoencoder", "vae-digits"): "--widths 8 8",
 }
@@ -128,7 +130,7 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> Pages:
 
 
 @pytest.fixture
-def there(pages: Pages, monkeypatch: pytest.MonkeyPatch, quick: None) -> Pages:  # noqa: F811
+def there(pages: Pages, monkeypatch: pytest.MonkeyPatch, quick: None, one_process: None) -> Pages:  # noqa: F811
     """The folder of the pages as the working directory; the sentences of digits_t2i are not encoded beforehand."""
     monkeypatch.setitem(BUILT_IN, "digits_t2i", replace(BUILT_IN["digits_t2i"], store="ids"))
     monkeypatch.chdir(pages.folder)

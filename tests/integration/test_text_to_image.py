@@ -27,6 +27,7 @@ from selftrans.train.run import train
 from selftrans.types import take_cond
 from tests.support import captioned, text_runs, toy
 from tests.support.clip import save_clip
+from tests.support.pools import one_process  # noqa: F401 - a fixture
 from tests.support.toy import quick  # noqa: F401 - a fixture
 
 PROMPTS = ("a red square on the left", "the square is blue", "")
@@ -288,12 +289,13 @@ def test_analysis_has_maps_and_says_that_it_has_no_probes(tmp_path, capsys):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("one_process")
 def test_methods_are_compared_on_captions(tmp_path, capfd):
     sizes = ["--model.width=32", "--model.depth=3", "--model.heads=2", "--model.patch=4", "--train.batch-size=8"]
     sizes += ["--stage1.block=1", "--stage2.student-block=1", "--stage2.teacher-block=2", "--sample.steps=2"]
     sizes += ["--stage1.head-width=16", "--stage2.head-width=16"]
     words = ["compare", "imagefolder", "--data", str(captioned.shared()), "--out", str(tmp_path), "--features=values"]
-    words += ["--steps=5", "--images=20", "--workers=1", "--seeds", "0", "--methods", "vanilla", "self_transcendence"]
+    words += ["--steps=2", "--images=20", "--workers=1", "--seeds", "0", "--methods", "vanilla", "self_transcendence"]
     assert main([*words, "--model.name=MMDiT-S/2", *sizes]) == 0, capfd.readouterr().err
     output = capfd.readouterr().out
     summary = json.loads((tmp_path / "compare.json").read_text())

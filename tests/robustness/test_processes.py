@@ -13,7 +13,7 @@ from selftrans.checkpoints import format as checkpoint
 from selftrans.cli.main import main
 from selftrans.train.run import train
 from tests.support import toy
-from tests.support.processes import Rank, alive, children, free_port, ranks, torchrun, until
+from tests.support.processes import Forked, Rank, alive, children, free_port, ranks, torchrun, until
 from tests.support.toy import quick  # noqa: F401 - a fixture
 
 VANILLA = {"method": "vanilla", "train.steps": 100_000, "train.checkpoint_every": 5, "log.every": 1}
@@ -85,7 +85,7 @@ def test_torchrun_ends_after_a_kill_and_the_same_command_continues(tmp_path):
 @pytest.mark.slow
 def test_wait_for_a_missing_process_ends_after_the_timeout(tmp_path):
     command = argv(tmp_path / "run", {"train.timeout": 3})
-    alone = Rank(["selftrans", *command], tmp_path / "output.txt", rank=0, world=2, port=free_port())
+    alone = Forked(["selftrans", *command], tmp_path / "output.txt", rank=0, world=2, port=free_port())
     try:
         assert alone.ends() == 1
     finally:
@@ -97,10 +97,13 @@ def test_wait_for_a_missing_process_ends_after_the_timeout(tmp_path):
 
 @pytest.mark.slow
 def test_sampling_by_two_processes_writes_the_same_bytes(tmp_path):
-    """12 images make full batches with one and with two processes, so that all matrix products have the same shape."""
+    """12 images make full batches with one and with two processes, so that all matrix products have the same shape.
+
+    The two are fresh interpreters, as under `srun`; those of the other tests are forked from one that has imported torch.
+    """
     command = ["sample", str(toy.finished()), "--steps=3", "--batch-size=3"]
     assert main([*command, "--num=12", f"--out={tmp_path / 'alone'}"]) == 0
-    with ranks([*command, "--num=12", f"--out={tmp_path / 'shared'}"], tmp_path / "output") as pair:
+    with ranks([*command, "--num=12", f"--out={tmp_path / 'shared'}"], tmp_path / "output", kind=Rank) as pair:
         assert [process.ends() for process in pair] == [0, 0]
     alone, shared = (toy.tree(tmp_path / name) for name in ("alone", "shared"))
     assert len(alone) == 14 and shared == alone

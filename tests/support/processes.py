@@ -44,24 +44,22 @@ def spawn(work: Callable[..., object], *args: object, world: int = 2) -> None:
 
 
 def _ranked(rank: int, work: Callable[..., object], args: tuple[object, ...], world: int, port: int) -> None:
-    settings = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    os.environ |= {name: str(value) for name, value in settings.items()}
+    os.environ |= _environment(rank, world, port)
     toy.quicken()
     work(rank, *args)
+
+
+def _environment(rank: int, world: int, port: int) -> dict[str, str]:
+    """What a launcher tells a process."""
+    settings = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    return {name: str(value) for name, value in settings.items()}
 
 
 class Rank(subprocess.Popen):
     """One process of `world`, in its own session; its stdout and stderr go to the file `output`."""
 
     def __init__(self, argv: list[str], output: Path, *, rank: int = 0, world: int = 1, port: int = 0) -> None:
-        settings = {
-            "RANK": rank,
-            "LOCAL_RANK": rank,
-            "WORLD_SIZE": world,
-            "LOCAL_WORLD_SIZE": world,
-            "MASTER_PORT": port,
-        }
-        env = os.environ | {key: str(value) for key, value in settings.items()} | {"MASTER_ADDR": "127.0.0.1"}
+        env = os.environ | _environment(rank, world, port) | {"LOCAL_WORLD_SIZE": str(world)}
         self.output = output
         with output.open("wb") as file:
             super().__init__(
@@ -88,14 +86,60 @@ class Rank(subprocess.Popen):
         return [line for line in self.output.read_text().splitlines() if line.startswith("selftrans: ")]
 
 
+class Forked:
+    """`Rank`, forked from a process that has imported torch instead of started: the same environment, session and output."""
+
+    ends, lines, group = Rank.ends, Rank.lines, Rank.group
+
+    def __init__(self, argv: list[str], output: Path, *, rank: int, world: int, port: int) -> None:
+        context, self.output = get_context("forkserver"), output
+        context.set_forkserver_preload(PRELOADED)
+        output.touch()
+        settings = _environment(rank, world, port) | {"LOCAL_WORLD_SIZE": str(world)}
+        self._process = context.Process(target=_selftrans, args=(argv[1:], str(output), settings))
+        self._process.start()
+        self.pid = self._process.pid
+
+    def poll(self) -> int | None:
+        return self._process.exitcode
+
+    def wait(self, timeout: float | None = None) -> int:
+        self._process.join(timeout)
+        if self._process.exitcode is None:
+            raise subprocess.TimeoutExpired("selftrans", timeout or 0)
+        return self._process.exitcode
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            os.kill(self._process.pid or 0, number)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+
+def _selftrans(argv: list[str], output: str, settings: dict[str, str]) -> None:
+    """The command in a forked process."""
+    from selftrans.cli.main import main
+
+    os.setsid()
+    file = os.open(output, os.O_WRONLY | os.O_APPEND)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    os.environ |= settings
+    toy.quicken()
+    sys.exit(main(argv))
+
+
 @contextlib.contextmanager
-def ranks(argv: list[str], folder: Path, world: int = 2) -> Iterator[list[Rank]]:
+def ranks(
+    argv: list[str], folder: Path, world: int = 2, kind: type[Rank] | type[Forked] = Forked
+) -> Iterator[list[Rank | Forked]]:
     """`selftrans` with these arguments in `world` processes; all are ended with the block."""
     folder.mkdir(parents=True, exist_ok=True)
     port, started = free_port(), []
     try:
         for rank in range(world):
-            started.append(Rank(["selftrans", *argv], folder / f"{rank}.txt", rank=rank, world=world, port=port))  # noqa: PERF401
+            started.append(kind(["selftrans", *argv], folder / f"{rank}.txt", rank=rank, world=world, port=port))  # noqa: PERF401
         yield started
     finally:
         for process in started:
@@ -133,7 +177,7 @@ def alive(pid: int) -> bool:
         return False
 
 
-def until(condition: Callable[[], object], process: subprocess.Popen, seconds: float = LONGEST) -> None:
+def until(condition: Callable[[], object], process: subprocess.Popen | Forked, seconds: float = LONGEST) -> None:
     """Wait until `condition` holds. AssertionError with the output of the process if it ends before, or the time is over."""
     end = time.monotonic() + seconds
     while not condition():

@@ -6,6 +6,7 @@ The shared runs are trained once and used by all tests; copy one before you chan
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 import shutil
@@ -23,6 +24,7 @@ from torch import Tensor
 
 from selftrans.config import RunConfig
 from selftrans.data.prepare import prepare
+from selftrans.evaluate import classifier, extractors
 from selftrans.methods.guidance import Frozen
 from selftrans.methods.objective import Objective
 from selftrans.methods.registry import METHODS
@@ -78,10 +80,19 @@ def quicken(patch: pytest.MonkeyPatch | None = None) -> None:
     patch.setattr("accelerate.utils.memory.gc", types.SimpleNamespace(collect=lambda: 0))
     patch.setattr(compute, "forward_flops", counted)
     patch.setattr(compute, "training_flops", counted_in_training)
+    patch.setattr(extractors, "digits_classifier", small_digits_classifier)
 
 
 KNOWN: dict[Any, int] = {}
 COUNT, COUNT_IN_TRAINING = compute.forward_flops, compute.training_flops
+
+
+def small_digits_classifier(cache: str | Path | None = None) -> classifier.SmallClassifier:
+    """`digits_classifier`, narrow and after one epoch: every folder of a comparison has its own. test_classifier.py trains
+    the real one."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(classifier, "train_classifier", functools.partial(classifier.train_classifier, epochs=1, width=4))
+        return classifier.digits_classifier(cache)
 
 
 def counted(backbone: Any, cond: Any, taps: tuple[int, ...] = (), *, stop: bool = False) -> int:

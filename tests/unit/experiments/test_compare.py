@@ -45,6 +45,7 @@ from selftrans.storage import write_json
 from selftrans.types import Conditions
 from tests.support import toy
 from tests.support.pictures import class_folders
+from tests.support.pools import forked_workers, one_process  # noqa: F401 - fixtures
 from tests.support.processes import LONGEST
 from tests.support.toy import PIXELS, quick  # noqa: F401 - quick is a fixture
 
@@ -239,6 +240,7 @@ class Tags(HTMLParser):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("one_process")
 def test_compare_command(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "compared"
     overrides = ["--model.width", "16", "--model.depth", "3", "--train.batch-size", "16", "--sra.head-width", "8"]
@@ -248,13 +250,13 @@ def test_compare_command(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> N
         "--stage2.head-width",
         "8",
         "--stage2.until-step",
-        "7",
+        "1",
         "--layersync.until-step",
-        "6",
+        "1",
         "--sample.steps",
         "2",
     ]
-    command = ["compare", "digits", "--out", str(out), "--steps", "10", "--images", "24", "--workers", "1", *overrides]
+    command = ["compare", "digits", "--out", str(out), "--steps", "2", "--images", "24", "--workers", "1", *overrides]
     methods = ["vanilla", "structure", "self_transcendence", "layersync"]
     assert main([*command, "--methods", *methods, "--seeds", "0", "1"]) == 0
     output = capfd.readouterr()
@@ -265,20 +267,20 @@ def test_compare_command(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> N
     assert 0 < summary["time"]["steps"] < 1 and f"time: {summary['time']['steps']:.0%} training steps" in output.out
     assert summary["config"]["model"]["width"] == 16 and summary["seeds"] == [0, 1] and summary["images"] == 24
     for row in summary["table"]:
-        assert row["seeds"] == 2 and row["steps"] == 10 and row["distance"]["mean"] > 0
+        assert row["seeds"] == 2 and row["steps"] == 2 and row["distance"]["mean"] > 0
     taught = json.loads((out / "self_transcendence-seed0" / "run.json").read_text())
     alone = json.loads((out / "structure-seed0" / "run.json").read_text())
     assert [stage["stage"] for stage in taught["stages"]] == ["stage2"], "stage 1 is that of the run next to it"
     assert taught["total_tflops"] == pytest.approx(taught["student_tflops"] + alone["total_tflops"])
     lasts = [summary["curves"]["tflops"][name][0][-1] for name in methods]
     assert lasts[2] == pytest.approx(taught["total_tflops"]) and lasts[0] < lasts[3] + 1e-9 < lasts[2]
-    assert summary["config"]["layersync"]["until_step"] == 6 and summary["autoencoder"] == PIXELS
-    assert ", until_step 6" in (out / "compare.html").read_text()
+    assert summary["config"]["layersync"]["until_step"] == 1 and summary["autoencoder"] == PIXELS
+    assert ", until_step 1" in (out / "compare.html").read_text()
     page = Tags((out / "compare.html").read_text())
     assert page.open == [] and page.pictures == 1 + len(methods)
     assert (out / "compare.png").read_bytes().startswith(b"\x89PNG") and (out / "compare.csv").exists()
     # repeated with one more method: existing runs are kept
-    weights = out / "vanilla-seed0" / "vanilla" / "checkpoints" / "step-00000010" / "ema.safetensors"
+    weights = out / "vanilla-seed0" / "vanilla" / "checkpoints" / "step-00000002" / "ema.safetensors"
     trained = weights.stat().st_mtime_ns
     assert main([*command, "--methods", *methods, "sra", "--seeds", "0", "1"]) == 0
     kept = {row["method"]: row["distance"] for row in json.loads((out / "compare.json").read_text())["table"]}
@@ -289,6 +291,7 @@ def test_compare_command(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> N
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("one_process")
 def test_comparison_continues_with_more_steps_methods_and_seeds(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -321,6 +324,7 @@ def test_comparison_continues_with_more_steps_methods_and_seeds(
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("one_process")
 def test_data_without_classes_are_compared_too(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """The table omits probe and accuracy, which need classes."""
     labelled, flat = class_folders(tmp_path / "labelled", 12), tmp_path / "flat"
@@ -360,6 +364,7 @@ def test_data_without_classes_are_compared_too(tmp_path: Path, capfd: pytest.Cap
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("one_process")
 def test_given_teacher_is_used_and_its_cost_is_unknown(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     small = ["--model.width", "16", "--model.depth", "3", "--train.batch-size", "16", "--stage1.head-width", "8"]
     command = ["compare", "digits", "--out", str(tmp_path / "x"), "--images", "24", "--workers", "1", "--steps", "5"]
@@ -458,6 +463,7 @@ def watched_worker(comparison: Comparison, *shared: Any) -> None:
     runner._init_worker(comparison, *shared)
 
 
+@pytest.mark.usefixtures("forked_workers")
 def test_comparison_with_a_killed_worker_continues_as_if_there_was_none(tmp_path, monkeypatch):
     config = toy.toy({"method": "vanilla", "train.steps": 10, "sample.steps": 1})
     plain = Comparison(config, {"vanilla": config}, (0, 1), tmp_path / "plain", 24, "values")
@@ -515,6 +521,7 @@ def worker_of_a_failing_pool(comparison: Comparison, *shared: Any) -> None:
     runner._init_worker(comparison, *shared)
 
 
+@pytest.mark.usefixtures("forked_workers")
 @pytest.mark.parametrize(
     ("kill", "message"), [(False, "^the reference cannot be computed$"), (True, "^a worker process was ended")]
 )

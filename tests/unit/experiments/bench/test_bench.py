@@ -37,6 +37,7 @@ from selftrans.models.sit import SiTConfig, build
 from selftrans.recipes import recipe
 from selftrans.train.captured_step import CapturedStep, NotCaptured
 from selftrans.types import Batch, Conditions
+from tests.support import toy
 from tests.support.operations import sit_forward_flops
 from tests.support.scripts import script
 
@@ -374,7 +375,8 @@ def test_floor_of_a_step_counts_the_operations_of_its_blocks() -> None:
 @pytest.mark.slow
 def test_ablations_are_compared(tmp_path: Path) -> None:
     command = [sys.executable, script("ablations").__file__, "digits", "--out", str(tmp_path), "--workers", "1"]
-    command += ["--steps", "4", "--seeds", "0", "--images", "12", "--variants", "vanilla", "vanilla-uniform"]
+    command += ["--steps", "2", "--seeds", "0", "--images", "12", "--variants", "vanilla", "vanilla-uniform"]
+    toy.small_digits_classifier(tmp_path / "digits-classifier.safetensors")
     subprocess.run(command, check=True, capture_output=True)
     report = json.loads((tmp_path / "ablations.json").read_text())
     assert [row["method"] for row in report["table"]] == ["vanilla", "vanilla-uniform"]
