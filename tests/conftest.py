@@ -1,4 +1,4 @@
-"""Set-up of every test: a fixed seed, one thread, no display, no network, and a temporary cache."""
+"""Set-up of every test: a fixed seed, one thread, no display, no network, a temporary cache; and the order in parallel."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 import shutil
 import socket
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -35,7 +36,22 @@ from tests.support.shared import seed  # noqa: E402
 
 torch.set_num_threads(1)
 
+SLOW = 40  #: a test that is marked slow takes about as long as so many others
 LOCAL = ("127.", "localhost", "::1", "0.0.0.0")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.option.loadscopereorder = False  # xdist would start files with many tests first, however long they take
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """In parallel, the files that take longest come first: no worker is left with one of them while the others have ended."""
+    if hasattr(config, "workerinput"):
+        cost: Counter[Path] = Counter()
+        for item in items:
+            cost[item.path] += SLOW if item.get_closest_marker("slow") else 1
+        items.sort(key=lambda item: -cost[item.path])
 
 
 def pytest_unconfigure() -> None:
