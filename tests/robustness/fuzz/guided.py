@@ -7,6 +7,7 @@ prints a line of json for each parser: inputs tried, seconds, and the inputs tha
 from __future__ import annotations
 
 import argparse
+import gc
 import hashlib
 import json
 import os
@@ -112,6 +113,8 @@ def main() -> int:
     options.add_argument("--seed", type=int, default=1)
     given = options.parse_args()
     bad = False
+    gc.collect()
+    gc.freeze()  # a forked process does not go through the objects of its parent
     for name in given.names:
         result = run(name, given.out / name, given.runs or parsers.PARSERS[name].runs, given.seed)
         print(json.dumps(result), flush=True)
