@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+from tests.support.processes import LONGEST
+
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 
@@ -31,7 +33,7 @@ def window(browser: Any, own: str) -> Iterator[Any]:
     """A new window; afterwards: no error was logged, and nothing was asked but of addresses that begin with `own`."""
     context = browser.new_context(viewport={"width": 1280, "height": 800})
     found, errors, others = context.new_page(), [], []
-    found.set_default_timeout(30_000)
+    found.set_default_timeout(LONGEST * 1000)
     found.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
     found.on("pageerror", lambda error: errors.append(str(error)))
     found.on("request", lambda request: None if request.url.startswith((own, "data:")) else others.append(request.url))

@@ -19,6 +19,7 @@ from selftrans.data.shard_cache import CacheOptions
 from selftrans.data.shard_file import open_tensors
 from selftrans.sampling.conditioning import CaptionConditioning
 from tests.support import captioned
+from tests.support.processes import LONGEST
 from tests.support.served import serving
 
 
@@ -75,7 +76,7 @@ def test_shard_without_ranges_is_asked_for_once_for_all_rows(ranges: bool, tmp_p
 
 
 def test_rows_are_read_at_the_same_time(tmp_path: Path) -> None:
-    folder, barrier = captioned.shared(), threading.Barrier(4, timeout=10)
+    folder, barrier = captioned.shared(), threading.Barrier(4, timeout=LONGEST)
     with serving(folder) as server:
         data = open_data(server.url, cache=CacheOptions(str(tmp_path), 1e-6)).scattered
         assert isinstance(data, Scattered) and data.captions(np.array([0]))

@@ -27,6 +27,7 @@ from selftrans.data.streamed import Streamed
 from selftrans.storage import sha256_file
 from tests.support import captioned, ratios
 from tests.support.damage import flip
+from tests.support.processes import LONGEST
 from tests.support.served import ROWS, folder_of, serving
 
 SHARDS = 6
@@ -55,7 +56,7 @@ def fetched(asked: list[str]) -> list[str]:
 
 
 def until(condition: Callable[[], bool]) -> None:
-    end = time.monotonic() + 10
+    end = time.monotonic() + LONGEST
     while not condition():
         assert time.monotonic() < end
         time.sleep(0.01)

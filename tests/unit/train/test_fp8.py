@@ -60,7 +60,10 @@ def test_layers_of_other_sizes_stay(converted):
 
 def test_nothing_is_imported_without_the_option(monkeypatch):
     monkeypatch.setitem(sys.modules, "torchao", None)
-    fp8.convert(tiny("SiT"), "none", CPU, 4)
+    model = tiny("SiT")
+    before = [type(module) for module in model.modules()]
+    fp8.convert(model, "none", CPU, 4)
+    assert [type(module) for module in model.modules()] == before
 
 
 def test_without_torchao_it_is_refused(monkeypatch):

@@ -13,6 +13,7 @@ import pytest
 from selftrans.cli.main import main
 from selftrans.ui.guard import Guard
 from selftrans.ui.serve import chosen_token, listening, shown_host
+from tests.support.processes import LONGEST
 from tests.support.ui_runs import begun
 from tests.unit.cli.lines import one_line
 
@@ -72,10 +73,10 @@ def test_the_command_listens_answers_and_ends(tmp_path):
             assert query == "token=a%2Btoken%26of%23tests"
             # the token of the address is compared first; a wrong one is refused whatever the headers say
             asked = urllib.request.Request(f"{url}api/runs?{query}", headers={"Authorization": f"Bearer {token}"})
-            with urllib.request.urlopen(asked, timeout=30) as answer:
+            with urllib.request.urlopen(asked, timeout=LONGEST) as answer:
                 assert b'"name":"one"' in answer.read()
             process.send_signal(signal.SIGINT)
-            assert process.wait(30) == 0
+            assert process.wait(LONGEST) == 0
         finally:
             process.kill()
         assert process.stdout.read() == "ended\n" and process.stderr.read() == ""

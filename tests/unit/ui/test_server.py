@@ -21,6 +21,7 @@ from selftrans.sampling.images import Sampler
 from selftrans.ui import server
 from selftrans.ui.server import Page
 from tests.support import text_runs, toy
+from tests.support.processes import LONGEST
 from tests.support.toy import quick  # noqa: F401 - a fixture
 from tests.support.ui_runs import begun, client, ids, line, preview, write_log
 
@@ -47,7 +48,7 @@ def done(page, **asked):
     """The end of a job, as the page gets it."""
     answer = page.post("/api/jobs", json=asked)
     assert answer.status_code == 200, answer.text
-    for _ in range(1500):
+    for _ in range(50 * LONGEST):
         job = page.get("/api/jobs").json()
         if job["state"] != "running":
             return job
@@ -273,12 +274,13 @@ def test_texts_that_are_no_utf8_do_not_hide_the_job(page, runs):
     first = page.post("/api/jobs", content=json.dumps(asked), headers={"Content-Type": "application/json"})
     assert first.status_code == 200 and first.json()["about"]["maps"]["prompt"] == "\ud800"
     page.post(f"/api/jobs/{first.json()['id']}/cancel", json={})
-    for _ in range(1500):
+    for _ in range(50 * LONGEST):
         answer = page.get("/api/jobs")
         assert answer.status_code == 200
         if answer.json()["state"] != "running":
             break
         time.sleep(0.02)
+    assert answer.json()["state"] != "running"
 
 
 def test_files_of_removed_runs_are_forgotten(tmp_path):
@@ -300,7 +302,7 @@ def test_a_job_is_cancelled_and_a_second_one_refused(page, runs):
     answer = page.post("/api/jobs", json=asked)
     assert answer.status_code == 409 and answer.json()["error"] == "another job is running; wait for it, or cancel it"
     page.post(f"/api/jobs/{first['id']}/cancel", json={})
-    for _ in range(1500):
+    for _ in range(50 * LONGEST):
         if (job := page.get("/api/jobs").json())["state"] != "running":
             break
         time.sleep(0.02)
