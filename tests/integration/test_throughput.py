@@ -26,6 +26,7 @@ from selftrans.methods.self_transcendence import Stage1, Stage2
 from selftrans.models.sit import SiTConfig
 from selftrans.train.run import train
 from selftrans.train.trainer import Trainer
+from tests.support.graphs_only import graphs_only  # noqa: F401 - a fixture
 
 
 def config(method: str = "vanilla", **settings: object) -> RunConfig:
@@ -183,18 +184,10 @@ def test_independent_times_synchronise_once_to_count_the_selected(
 # ---- compilation; that compiled training equals eager training is tested in test_trainer.py
 
 
-def test_blocks_are_compiled_once(
-    accelerator: Accelerator, shards: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """After two steps of each stage nothing is compiled again, neither in later steps nor when guidance ends.
-
-    The graphs are those of torch.compile; no C++ is made of them, which takes most of the time.
-    """
+@pytest.mark.usefixtures("graphs_only")
+def test_blocks_are_compiled_once(accelerator: Accelerator, shards: Dataset, tmp_path: Path) -> None:
+    """After two steps of each stage nothing is compiled again, neither in later steps nor when guidance ends."""
     from torch._dynamo.utils import counters
-
-    compile_module = torch.nn.Module.compile
-    eager = lambda self, **options: compile_module(self, backend="aot_eager", **options)  # noqa: E731
-    monkeypatch.setattr(torch.nn.Module, "compile", eager)
 
     def compilations() -> int:
         return counters["stats"]["unique_graphs"]

@@ -478,7 +478,8 @@ def test_autocast_keeps_losses_and_errors_in_float32(dtype):
         assert math.isfinite(mixed(b, 0)[0].item())
     loss.backward()
     assert loss.dtype == torch.float32 and {x.dtype for x in report.values()} == {torch.float32}
-    assert all(torch.isfinite(p.grad).all() for p in mixed.parameters() if p.grad is not None)
+    gradients = [p.grad for p in mixed.parameters() if p.grad is not None]
+    assert gradients and all(torch.isfinite(gradient).all() for gradient in gradients)
     for name, value in plain.losses(d, 0)[1].items():
         assert report[name].item() == pytest.approx(value.item(), rel=0.1)
 

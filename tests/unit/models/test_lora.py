@@ -14,6 +14,7 @@ from selftrans.models.registry import MODELS
 from selftrans.models.sit import SiT
 from selftrans.train.ema import EMA
 from selftrans.types import Conditions
+from tests.support.graphs_only import graphs_only  # noqa: F401 - a fixture
 from tests.support.toy import quick  # noqa: F401 - a fixture
 
 SIZES = {"width": 32, "depth": 2, "heads": 2, "patch": 2}
@@ -109,7 +110,8 @@ def test_model_starts_as_it_was_and_merges_as_peft_does():
     assert all(not torch.equal(found[name], base[name]) for name in expected)
 
 
-@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.usefixtures("graphs_only")
+@pytest.mark.parametrize("compiled", [False, True])
 def test_only_adapters_and_what_is_new_have_gradients(compiled):
     table = "y_embedder.embedding_table.weight"
     made, _ = adapted(trained=[table])
