@@ -2,11 +2,6 @@
 
 import contextlib
 import json
-import os
-import signal
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -27,7 +22,7 @@ from selftrans.models.sit import SiT
 from selftrans.train.run import train
 from selftrans.types import Batch, Draw
 from tests.support import toy
-from tests.support.processes import LONGEST, spawn
+from tests.support.processes import ranks, spawn
 from tests.support.toy import quick  # noqa: F401 - a fixture
 
 SHAPE, CLASSES, N = (2, 4, 4), 5, 12
@@ -146,25 +141,12 @@ def test_dispersive_compares_the_samples_of_each_process_alone(halves, monkeypat
     assert max((mine[name] - full[name]).abs().max().item() for name in full) > 1e-3
 
 
-def launch(out: Path, *extra: str) -> str:
-    """`torchrun` with two processes; returns what they printed."""
-    argv = ["train", "digits", f"--data={toy.digits()}", f"--out={out}", *toy.flags(), *extra]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", "-m", "selftrans"]
-    with subprocess.Popen(
-        [*command, *argv], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
-    ) as process:
-        try:
-            output, errors = process.communicate(timeout=LONGEST)
-        except BaseException:
-            os.killpg(process.pid, signal.SIGKILL)  # killing the launcher alone would leave its processes running
-            raise
-    assert process.returncode == 0, errors
-    return output
-
-
 @pytest.mark.slow
 def test_run_of_two_processes_is_continued_by_one(tmp_path, capsys):
-    output = launch(tmp_path / "run", "--train.steps=7")
+    argv = ["train", "digits", f"--data={toy.digits()}", f"--out={tmp_path / 'run'}", *toy.flags(), "--train.steps=7"]
+    with ranks(argv, tmp_path / "output") as pair:
+        assert [process.ends() for process in pair] == [0, 0]
+    output = "".join(process.output.read_text() for process in pair)
     assert output.count("[2/2] stage2") == output.count("done: 7 student steps") == 1
     for stage, steps in {"stage1": [2, 4], "stage2": [2, 4, 6, 7]}.items():
         assert [line["step"] for line in toy.log(tmp_path / "run", stage)] == steps

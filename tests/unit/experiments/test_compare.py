@@ -504,10 +504,12 @@ def worker_of_a_failing_pool(comparison: Comparison, *shared: Any) -> None:
         if steps[bar] == 5:
             (out / "trains").touch()
             until("other")
-            time.sleep(0.3)  # the parent process has seen the failure; the other worker is idle
             if (out / "kill").exists():
+                time.sleep(0.3)  # the other worker is idle
                 os.kill(int((out / "other").read_text()), signal.SIGKILL)
-                time.sleep(0.3)
+            stop: Any = signal.getsignal(signal.SIGTERM)
+            while stop.__self__.received is None and time.monotonic() < end:  # the parent process has seen the failure
+                time.sleep(0.01)
             for _ in range(10_000):
                 update(bar, 0)
 
