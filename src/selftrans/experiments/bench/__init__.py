@@ -44,7 +44,6 @@ from selftrans.train.captured_step import NotCaptured
 from selftrans.train.flops import step_flops
 from selftrans.train.processes import keep_memory
 
-CLASSES = 1000
 #: default batch size: SiT-S takes as long for ten images as the larger models for six
 BATCH = {"cpu": {"SiT-S/2": 10}, "cuda": {"SiT-S/2": 256, "SiT-B/2": 256}}
 OTHERWISE = {"cpu": 6, "cuda": 64}
