@@ -250,8 +250,8 @@ def decoded_text(data: bytes) -> str:
 
 
 def listed(names: Sequence[object], most: int = 8) -> str:
-    """The first `most` names, each `printable`, separated by commas; an ellipsis stands for the others."""
-    return ", ".join(map(printable, names[:most])) + (", …" if len(names) > most else "")
+    """The first `most` names, each `printable`, separated by commas, and how many more there are."""
+    return ", ".join(map(printable, names[:most])) + (f" and {len(names) - most:,} more" if len(names) > most else "")
 
 
 def plural(count: int, noun: str) -> str:

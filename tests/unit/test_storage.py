@@ -23,6 +23,7 @@ from selftrans.storage import (
     check_writable,
     first_line,
     gigabytes,
+    listed,
     lock_file,
     no_symlink,
     plural,
@@ -455,3 +456,4 @@ def test_numbers_with_their_nouns():
     found = [plural(0, "picture"), plural(1, "class"), plural(2, "class"), plural(12345, "box"), plural(2, "batch")]
     assert found == ["0 pictures", "1 class", "2 classes", "12,345 boxes", "2 batches"]
     assert [are(0), are(1), are(2)] == ["are", "is", "are"]
+    assert [listed([]), listed(["a", "\x1b"]), listed("abc", 2)] == ["", "a, \\x1b", "a, b and 1 more"]

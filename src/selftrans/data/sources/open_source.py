@@ -38,7 +38,7 @@ from selftrans.data.sources.source import Picture, Source, ahead
 from selftrans.data.sources.splits import split_files, split_folder, warn_of_splits
 from selftrans.data.sources.tar_archive import tar_files
 from selftrans.data.sources.tar_labels import labelled_tars, only_tars
-from selftrans.storage import listed, printable
+from selftrans.storage import printable
 
 __all__ = ["MAX_RESOLUTION", "Picture", "Source", "iter_images", "open_source"]
 
@@ -192,7 +192,8 @@ def _is_hub_id(source: str | Path) -> bool:
         return False
     held: str | None = None
     with contextlib.suppress(OSError), os.scandir(path.parent) as entries:  # a few: it may hold millions
-        held = listed(sorted(entry.name for entry in itertools.islice(entries, 5)), 4) or "nothing"
+        names = sorted(printable(entry.name) for entry in itertools.islice(entries, 5))
+        held = ", ".join([*names[:4], *("…" for _ in names[4:])]) or "nothing"
     if held is not None:
         warnings.warn(
             f"{printable(source)} is not on this machine, so it is looked for on the hub; the folder {printable(path.parent)} "
