@@ -39,6 +39,7 @@ from selftrans.methods.guidance import (
     projector,
     remaining,
     selected,
+    selective,
     spatial_norm,
     token_norm,
 )
@@ -62,7 +63,7 @@ class StructureGuidance(Guidance):
         check_gate(config.timestep_range, config.range_mode)
         super().__init__(config.weight, (config.block,))
         self.config, self.patchify = config, student.patchify
-        self.selects = config.timestep_range is not None and config.range_mode == "select"
+        self.selects = selective(config.timestep_range, config.range_mode)
         cells = math.prod(student.shape) // student.tokens  # numbers of a latent that one token covers
         projection, norm = (
             projector(student.width, student.width, config.head_width),
@@ -95,7 +96,7 @@ class SelfGuidance(Guidance):
         super().__init__(config.weight, config.student_blocks or (block,), until_step=config.until_step)
         self.config, self.teacher = config, teacher
         self.range = equal_snr_range(config.timestep_range, config.data_std, path)
-        self.selects = self.range is not None and config.range_mode == "select"
+        self.selects = selective(self.range, config.range_mode)
         goals = config.teacher_blocks or (teacher.block,) * len(self.taps)
         self.teacher_taps = tuple(sorted(set(goals)))
         self.goals = [self.teacher_taps.index(k) for k in goals]  # of each student block, its place in `teacher_taps`
