@@ -46,7 +46,7 @@ from selftrans.methods.guidance import (
 from selftrans.methods.label_part import LabelPart
 from selftrans.methods.published_heads import published_heads
 from selftrans.methods.spec import MethodSpec, Stage, TeacherSpec
-from selftrans.methods.stage_settings import Stage1, Stage2
+from selftrans.methods.stage_settings import TEACHER_SETTINGS, Stage1, Stage2
 from selftrans.sections import fields_of
 from selftrans.types import Backbone, Conditions, Draw, take_cond
 
@@ -189,8 +189,8 @@ def _teacher_settings(config: RunConfig) -> dict[str, Any]:
     stage2, again = config.section(Stage2), config.train.recompute
     if stage2.teacher is not None:
         return {}
-    chosen = {"model.width": stage2.teacher_width, "model.depth": stage2.teacher_depth, "train.lr": stage2.teacher_lr}
-    found: dict[str, Any] = {name: value for name, value in chosen.items() if value is not None}
+    chosen = {setting: getattr(stage2, name) for name, setting in TEACHER_SETTINGS.items()}
+    found = {setting: value for setting, value in chosen.items() if value is not None}
     known = {name for name, *_ in fields_of(config.model)}
     for name in (name.removeprefix("model.") for name in found if name.startswith("model.")):
         if name not in known:
