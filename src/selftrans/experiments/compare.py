@@ -31,12 +31,12 @@ from selftrans.experiments.measurement import PROBED_BLOCK, check_sizes, image_s
 from selftrans.experiments.runner import Comparison, Results, compare, processes
 from selftrans.experiments.summary import AXES, as_csv, mean_curve, rows, time_line, time_shares
 from selftrans.experiments.train_classifier import classifier_from_data
-from selftrans.methods.registry import METHODS, REGISTRY, find, sections_of, stages
+from selftrans.methods.registry import METHODS, REGISTRY, find, put_together, sections_of, stages
 from selftrans.sections import fields_of
 from selftrans.storage import lock_file, removed_if_refused, write_json, write_text
 from selftrans.train.data_window import cache_of
 from selftrans.train.given_weights import with_given_model
-from selftrans.train.run import put_together, teacher_of
+from selftrans.train.teachers import teacher_of
 
 SHOWN = 32  #: samples on the page, per method
 
@@ -121,7 +121,7 @@ def rehearse(variants: Mapping[str, RunConfig]) -> None:
             given: Any = None
             if stage.encoder or (stage.teacher and stage.teacher.given):
                 given = teacher_of(config, stage, "", dataset, torch.device("cpu"))
-            put_together(config, stage, dataset.manifest, given)
+            put_together(config, stage, dataset.manifest.shape, dataset.manifest.conditions, given)
 
 
 def _check(methods: Sequence[str], seeds: Sequence[int], images: int) -> None:

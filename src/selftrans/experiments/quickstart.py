@@ -34,14 +34,13 @@ from selftrans.experiments.quickstart_report import compared, cut, overview, pag
 from selftrans.experiments.runner import Comparison, Results, compare
 from selftrans.experiments.summary import as_csv, mean_curve, rows
 from selftrans.flow import PATHS
-from selftrans.methods.registry import stages
+from selftrans.methods.registry import put_together, stages
 from selftrans.methods.self_transcendence import SELF_TRANSCENDENCE, STRUCTURE, Stage1
 from selftrans.methods.vanilla import VANILLA
 from selftrans.recipes.digits import digits
 from selftrans.storage import first_line, lock_file, printable, write_json, write_text
 from selftrans.train.flops import stage_flops
 from selftrans.train.resume import differences, settings_before
-from selftrans.train.run import put_together
 
 #: name of the method -> its title in the report; stage 1 precedes stage 2, which it teaches
 METHODS = {spec.name: spec.title for spec in (VANILLA, STRUCTURE, SELF_TRANSCENDENCE)}
@@ -117,9 +116,9 @@ def equal_compute(config: RunConfig, other: RunConfig, dataset: Dataset) -> int:
     """Steps of a run of one stage until it has had the total compute of another run; its own steps at least."""
 
     def flops(run: RunConfig) -> int:
-        built = ((put_together(run, stage, dataset.manifest), stage.steps) for stage in stages(run))
-        cond, batch = dataset.manifest.conditions.example(), run.train.batch_size
-        return sum(stage_flops(objective, cond, batch, steps) for objective, steps in built)
+        shape, conditions, batch = dataset.manifest.shape, dataset.manifest.conditions, run.train.batch_size
+        built = ((put_together(run, stage, shape, conditions), stage.steps) for stage in stages(run))
+        return sum(stage_flops(objective, conditions.example(), batch, steps) for objective, steps in built)
 
     return max(config.train.steps, math.ceil(flops(other) / flops(config) * config.train.steps))
 
