@@ -264,24 +264,19 @@ def _native_resolution(source: Source, where: str, progress: bool, remedy: str) 
     return resolution_of(*seen)
 
 
-def iter_images(
-    path: str | Path, batch_size: int = 256, *, resolution: Resolution | None = None, channels: int | None = None
-) -> Iterator[np.ndarray]:
+def iter_images(path: str | Path, batch_size: int = 256) -> Iterator[np.ndarray]:
     """Images (n, H, W, C) uint8, n <= batch_size, from any picture source or an npz with `arr_0` (uint8, NHWC).
 
-    An npz is streamed as it is stored. `channels` None means 1 if all pictures are
-    8-bit greyscale, else 3 (RGB). Raises ValueError as `open_source` does, and for an npz of another type or size.
+    An npz is streamed as it is stored. C is 1 if all pictures are 8-bit greyscale, else 3 (RGB). Raises ValueError as
+    `open_source` does, and for an npz of another type.
     """
     if Path(path).suffix.lower() == ".npz":
-        yield from npz.npz_images(Path(path), batch_size, resolution, channels)
+        yield from npz.npz_images(Path(path), batch_size)
         return
-    source = dataclasses.replace(_open(path, resolution), faults={})  # labels are not used, so none is missing
-    if resolution is None:
-        native = _native_resolution(source, str(path), False, "they are read without resizing: crop all to one size")
-        source = dataclasses.replace(source, resolution=native)
-    if channels is None:
-        channels = 1 if source.channels == 1 or _all_grey(source) else 3
-    source = dataclasses.replace(source, channels=channels)
+    source = dataclasses.replace(_open(path, None), faults={})  # labels are not used, so none is missing
+    native = _native_resolution(source, str(path), False, "they are read without resizing: crop all to one size")
+    channels = 1 if source.channels == 1 or _all_grey(source) else 3
+    source = dataclasses.replace(source, resolution=native, channels=channels)
     indices = range(len(source))
     batches = (indices[start : start + batch_size] for start in indices[::batch_size])
     yield from ahead(lambda batch: np.stack([source.read(i) for i in batch]), batches)
