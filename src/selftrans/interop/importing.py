@@ -19,8 +19,7 @@ from selftrans.config import RunConfig, settings_of, to_json
 from selftrans.encoders.autoencoder import autoencoder_name
 from selftrans.interop.published_file import MOST, read
 from selftrans.interop.published_optimizer import adamw_moments
-from selftrans.methods.objective import Objective
-from selftrans.methods.registry import BASELINE, METHODS, stages
+from selftrans.methods.registry import BASELINE, METHODS, put_together, stages
 from selftrans.methods.spec import PublishedHeads
 from selftrans.models.registry import REGISTRY as MODELS
 from selftrans.models.spec import Named, Published, PublishedFile, check_shapes
@@ -180,9 +179,7 @@ def _head(named: Named, model: Published, guided: PublishedHeads | None) -> Name
 
 
 def _expected_heads(config: RunConfig, model: Published) -> dict[str, tuple[int, ...]]:
-    with torch.device("meta"):
-        student = config.build_model(model.shape, model.conditions)
-        objective = Objective(student, stages(config)[0].guide(student, None))
+    objective = put_together(config, stages(config)[0], model.shape, model.conditions)
     return {k: tuple(v.shape) for k, v in objective.state_dict().items() if not k.startswith("student.")}
 
 
