@@ -28,6 +28,7 @@ from selftrans.storage import (
     no_symlink,
     plural,
     printable,
+    recorded,
     remove_stale_temporaries,
     sha256_file,
     temporary_for,
@@ -450,6 +451,26 @@ def test_bytes_have_three_digits_at_most_whatever_their_number():
         *("0 kB", "74.4 kB", "999 kB", "1 MB", "5 MB", "99.9 MB", "0.134 GB"),
         *("1.23 GB", "21 GB", "999 GB", "1 TB", "9.8 TB"),
     ]
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ('{"a": 2}', 2),
+        ('{"b": 2}', 0),
+        ("[2]", 0),
+        ("2", 0),
+        ('{"a": "x"}', 0),
+        ('{"a": Infinity}', 0),
+        ('{"a"', 0),
+        ("[" * 100_000, 0),
+        (None, 0),
+    ],
+)
+def test_recorded_value_or_what_stands_for_a_damaged_file(tmp_path, content, expected):
+    if content is not None:
+        (tmp_path / "a.json").write_text(content)
+    assert recorded(tmp_path / "a.json", lambda held: int(held["a"]), 0) == expected
 
 
 def test_numbers_with_their_nouns():

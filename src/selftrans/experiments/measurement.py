@@ -34,7 +34,7 @@ from selftrans.sampling.conditioning import Conditioning, LabelConditioning, cap
 from selftrans.sampling.images import Sampler, as_possible, decoder_dtype
 from selftrans.sampling.in_sizes import InSizes
 from selftrans.sampling.samplers import EVALUATIONS
-from selftrans.storage import write_json
+from selftrans.storage import recorded, write_json
 from selftrans.train.data_window import cache_of
 
 MEASURED = "measured.json"  #: of a run: its points, oldest first
@@ -170,11 +170,7 @@ def measure_point(run: Path, folder: Path, measurement: Measurement) -> Point:
 
 def stored_points(path: Path) -> list[Point]:
     """What a MEASURED file holds; nothing if it is missing or damaged."""
-    try:
-        found = json.loads(path.read_text())
-        return found if all(isinstance(point["sha256"], str) for point in found) else []
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return []
+    return recorded(path, lambda held: held if all(isinstance(point["sha256"], str) for point in held) else [], [])
 
 
 def measured_before(path: Path, measurement: Measurement) -> dict[str, Point]:

@@ -38,7 +38,7 @@ from selftrans.methods.registry import put_together, stages
 from selftrans.methods.self_transcendence import SELF_TRANSCENDENCE, STRUCTURE, Stage1
 from selftrans.methods.vanilla import VANILLA
 from selftrans.recipes.digits import digits
-from selftrans.storage import first_line, lock_file, printable, write_json, write_text
+from selftrans.storage import first_line, lock_file, printable, recorded, write_json, write_text
 from selftrans.train.flops import stage_flops
 from selftrans.train.resume import differences, settings_before
 
@@ -125,11 +125,8 @@ def equal_compute(config: RunConfig, other: RunConfig, dataset: Dataset) -> int:
 
 def _seconds_before(out: Path, summary: dict[str, Any]) -> float:
     """Seconds that earlier calls for the same comparison took; 0 if unknown."""
-    try:
-        before = json.loads((out / "table.json").read_text())
-        return float(before["seconds"]) if before["table"] == summary["table"] else 0.0
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):  # the first call, or a damaged table
-        return 0.0
+    same = lambda before: float(before["seconds"]) if before["table"] == summary["table"] else 0.0  # noqa: E731
+    return recorded(out / "table.json", same, 0.0)
 
 
 def summarise(chosen: Comparison, results: Results) -> dict[str, Any]:
