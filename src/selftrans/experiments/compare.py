@@ -94,7 +94,7 @@ def probed_block(config: RunConfig) -> int:
     manifest, first = open_data(str(config.data.path), cache=cache_of(config.data)).manifest, stages(config)[0]
     with torch.device("meta"):
         student = config.build_model(manifest.shape, manifest.conditions)
-        guidances = [] if first.teacher or first.encoder else first.guide(student, None)
+        guidances = [] if first.encoder else first.guide(student, None)
     return guidances[0].taps[0] if guidances else min(PROBED_BLOCK, student.depth)
 
 

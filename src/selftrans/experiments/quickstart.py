@@ -22,7 +22,7 @@ from selftrans.checkpoints.load import load_model
 from selftrans.config import RunConfig
 from selftrans.data.dataset import Dataset
 from selftrans.data.decoded import decode_images, latents_of
-from selftrans.data.prepare import prepare_digits
+from selftrans.data.prepare import prepare_builtin
 from selftrans.device import default_device
 from selftrans.encoders.autoencoder import load_autoencoder
 from selftrans.evaluate.extractors import load_extractor
@@ -73,7 +73,7 @@ def quickstart(
     # the teacher is a checkpoint of stage 1 alone, which is trained on for its own row of the table
     config = config.override({"stage1.steps": min(TAUGHT * every, config.train.steps)})
     with lock_file(out / ".lock"):
-        dataset = prepare_digits(out / "data")
+        dataset = prepare_builtin("digits", out / "data")
         config = config.override({"data.path": str(out / "data")})
         variants = {name: for_method(config, name) for name in METHODS}
         longer = equal_compute(variants[VANILLA.name], variants[SELF_TRANSCENDENCE.name], dataset)

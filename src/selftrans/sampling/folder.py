@@ -205,7 +205,7 @@ def _write_files(
 
 
 def _write_batch(
-    out: Path, indices: np.ndarray, labels: np.ndarray, images: np.ndarray, rank: int, kind: SampleFile = PNG
+    out: Path, indices: np.ndarray, labels: np.ndarray, images: np.ndarray, rank: int, kind: SampleFile
 ) -> int:
     kind.check(images)
     for index, label, image in zip(indices, labels, images, strict=True):
