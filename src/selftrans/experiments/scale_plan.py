@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from selftrans.config import RunConfig
-from selftrans.data.buckets import open_data
 from selftrans.data.shard_file import row_bytes
 from selftrans.experiments.bench.measured import Measured, Row, read_measured
 from selftrans.methods.objective import Objective
@@ -21,7 +20,7 @@ from selftrans.methods.registry import put_together, stages
 from selftrans.methods.spec import Stage
 from selftrans.precision import PRECISIONS
 from selftrans.storage import gigabytes, plural, printable
-from selftrans.train.data_window import cache_of
+from selftrans.train.data_window import data_of
 from selftrans.train.dry_run import KEPT, duration, kept_checkpoints
 from selftrans.train.flops import step_flops
 from selftrans.train.memory_use import memory_use
@@ -156,7 +155,7 @@ def _data(config: RunConfig, assumed: list[str]) -> tuple[tuple[int, ...], Condi
     """Shape of a latent, conditions, number of samples, and bytes of one."""
     data = config.data
     if data.path is not None:
-        dataset = open_data(data.path, cache=cache_of(data))
+        dataset = data_of(data)
         manifest = dataset.manifest
         return tuple(manifest.shape), manifest.conditions, len(dataset), row_bytes(manifest.layout)
     if data.builtin is not None:
