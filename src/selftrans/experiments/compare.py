@@ -97,9 +97,9 @@ def probed_block(config: RunConfig) -> int:
     return guidances[0].taps[0] if guidances else min(PROBED_BLOCK, student.depth)
 
 
-def for_method(config: RunConfig, method: str) -> RunConfig:
-    """The configuration for one method, with its own sections: its run is the same whatever it is compared with."""
-    config = dataclasses.replace(config, method=method).restricted()
+def for_method(config: RunConfig, method: str | None = None) -> RunConfig:
+    """The configuration for one method (None: its own), with its sections: its run is the same whatever it is compared with."""
+    config = dataclasses.replace(config, method=method or config.method).restricted()
     plan = stages(config)
     if len(plan) > 1:
         return config
