@@ -227,8 +227,18 @@ class Sampler:
             sampler = SAMPLERS[settings.sampler]
             shift = settings.time_shift
             z0 = sampler(velocity, noise(), steps=settings.steps, path=self.path, noise=noise, shift=shift)
+        _check_finite(z0, indices, settings.precision)
         # outside autocast: an autoencoder can overflow in float16
         return decode_images(self.autoencoder, z0, settings.rounding)
+
+
+def _check_finite(z0: Tensor, indices: np.ndarray, precision: str) -> None:
+    """ValueError for latents (N, C, *S) that are not finite: as pictures they would be black, and be measured."""
+    bad = ~torch.isfinite(z0).flatten(start_dim=1).all(dim=1)
+    if bad.any():
+        first = int(indices[int(bad.int().argmax())])
+        overflow = "fp16 may overflow (use --precision bf16 or fp32), or " if precision == "fp16" else ""
+        raise ValueError(f"sample {first} is not finite: {overflow}the weights of the model have diverged")
 
 
 def overridden(loaded: LoadedModel, overrides: dict[str, Any]) -> SampleConfig:

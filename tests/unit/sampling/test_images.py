@@ -125,6 +125,29 @@ def test_half_precision_is_close(precision):
     assert 0 < np.abs(full - half).mean() < 3
 
 
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_samples_that_are_not_finite_are_refused(precision):
+    """As pictures they would be black, and nothing would show that they are no samples."""
+
+    class Broken(PixelAutoencoder):
+        def decode(self, latents):
+            return super().decode(latents) / 0
+
+    model, config = (
+        small_model(),
+        SampleConfig(num=5, steps=2, batch_size=3, labels=(1, 1, 1, 1, 4), precision=precision),
+    )
+    with torch.no_grad():
+        model.y_embedder.embedding_table.weight[4] = float("nan")
+    batches = Sampler(model, PixelAutoencoder(), config, device="cpu").sample()
+    assert len(next(batches).images) == 3
+    overflow = r"fp16 may overflow \(use --precision bf16 or fp32\), or " if precision == "fp16" else ""
+    with pytest.raises(ValueError, match=f"^sample 4 is not finite: {overflow}the weights of the model have diverged$"):
+        next(batches)
+    with pytest.raises(ValueError, match="the autoencoder pixel decodes latents to values that are not finite"):
+        gather(small_model(), SampleConfig(num=1, steps=2), Broken())
+
+
 def test_model_without_classes_gets_label_zero():
     model = small_model(num_classes=0)
     with warnings.catch_warnings():
