@@ -130,12 +130,17 @@ def accuracy(logits: np.ndarray, labels: np.ndarray | Iterable[int]) -> float:
     labels = np.asarray(labels if isinstance(labels, np.ndarray) else list(labels))
     if labels.shape != (len(logits),):
         raise ValueError(f"{plural(len(logits), 'image')} but labels of shape {labels.shape}; give one label per image")
-    if labels.min() < 0 or labels.max() >= logits.shape[1]:
-        span = f"labels range from {labels.min()} to {labels.max()}"
-        raise ValueError(
-            f"{span}, but the classifier has {plural(logits.shape[1], 'class')}; use one trained for these"
-        )
+    if outside := _outside(logits, labels):
+        raise ValueError(f"{outside}; use one trained for these")
     return float((logits.argmax(axis=-1) == labels).mean())
+
+
+def _outside(logits: np.ndarray, labels: np.ndarray) -> str:
+    """What is wrong with labels (n,) that logits (n, K) have no class for; empty if nothing is."""
+    if not len(labels) or (labels.min() >= 0 and labels.max() < logits.shape[1]):
+        return ""
+    classes = plural(logits.shape[1], "class")
+    return f"labels range from {labels.min()} to {labels.max()}, but the classifier has {classes}"
 
 
 def inception_score(logits: np.ndarray, *, splits: int = SPLITS, seed: int = SEED) -> tuple[float, float]:
@@ -226,11 +231,17 @@ def _score(m: Measured) -> Outcome:
 def _accuracy(m: Measured) -> Outcome:
     if m.labels is None:
         return {}
+    labels, reason = np.asarray(m.labels if isinstance(m.labels, np.ndarray) else list(m.labels)), ""
     if m.inception or not len(m.logits):
         reason = "inception has other classes than the samples" if m.inception else "the extractor has no head"
+    elif outside := _outside(
+        m.logits, labels
+    ):  # the null label, or a classifier of other data: the distances still hold
+        reason = outside
+    if reason:
         warnings.warn(f"the labels are not used: {reason}", stacklevel=3)
         return f"no accuracy: {reason}"
-    return {"accuracy": accuracy(m.logits, m.labels)}
+    return {"accuracy": accuracy(m.logits, labels)}
 
 
 _NONE = np.empty((0, 0))  # logits of an extractor without a head
@@ -283,6 +294,12 @@ def evaluate(
     inception = report["metric"] == "fid"
     inputs = Measured(measured, reference, np.concatenate(logits), labels, inception, neighbours, subsets, subset_size)
     notes = [] if reference.sha256 else ["the reference does not name its extractor"]
+    if measured.size and reference.size and measured.size != reference.size:
+        sizes = f"the samples are {measured.size}, the reference {reference.size}"
+        warnings.warn(
+            f"{sizes}; {extractor.name} scales both, so a difference in sharpness counts as distance", stacklevel=2
+        )
+        notes.append(sizes)
     if reference.features is not None and len(reference.features) != reference.count:
         notes.append(
             f"precision, recall and kernel distance use the {plural(len(reference.features), 'picture')} stored with its "

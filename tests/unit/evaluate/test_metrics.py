@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import warnings
 
@@ -181,7 +182,7 @@ def test_score_of_few_images_per_split_warns() -> None:
 
 
 class Colours:
-    """Six random projections of the pixels, two of which serve as logits."""
+    """Six random projections of the first pixels, two of which serve as logits."""
 
     pictures = True
 
@@ -190,7 +191,7 @@ class Colours:
         self.weights = np.random.default_rng(0).normal(size=(12, 6)) / 255
 
     def __call__(self, images: np.ndarray) -> dict[str, np.ndarray]:
-        features = images.reshape(len(images), -1) @ self.weights
+        features = images.reshape(len(images), -1)[:, :12] @ self.weights
         out = {"features": features}
         return (
             out
@@ -284,6 +285,35 @@ def test_labels_may_be_appended_while_samples_stream() -> None:
     assert report["accuracy"] == accuracy(Colours()(pictures(0))["logits"], [1] * 90)
     with pytest.raises(ValueError, match="90 images but labels"):
         evaluate(pictures(0), pictures(1), Colours(), labels=[0, 1])
+
+
+@pytest.mark.parametrize("label", [2, -1])
+def test_labels_that_the_classifier_lacks_cost_the_accuracy_alone(label: int) -> None:
+    """The null label, or a classifier of fewer classes: known only when all samples have been made."""
+    labels = np.array([0] * 89 + [label])
+    with pytest.warns(UserWarning, match="the labels are not used: labels range from"):
+        report = evaluate(pictures(0), pictures(1), Colours(), labels=labels, metrics=("frechet", "accuracy"))
+    assert "accuracy" not in report and "but the classifier has 2 classes" in report["note"]
+    plain = evaluate(pictures(0), pictures(1), Colours(), metrics=("frechet",))
+    assert report["frechet_distance"] == plain["frechet_distance"]
+
+
+def test_samples_of_another_size_than_the_reference_are_noted(tmp_path) -> None:
+    """Inception scales every picture to one size, so nothing else shows it."""
+    large = np.random.default_rng(1).integers(0, 200, (60, 4, 3, 3), dtype=np.uint8)
+    Statistics.of(large, Colours()).save(tmp_path / "large.npz")
+    stored = Statistics.load(tmp_path / "large.npz")
+    assert stored.size == "4x3x3"
+    for reference in (large, stored):
+        with pytest.warns(UserWarning, match=r"the samples are 2x2x3, the reference 4x3x3; colours scales both"):
+            report = evaluate(pictures(0), reference, Colours(), metrics=("frechet",))
+        assert "the samples are 2x2x3, the reference 4x3x3" in report["note"]
+    both = [large, pictures(1)]  # as prepared data of several sizes are
+    assert Statistics.of(iter(both), Colours()).size == ""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for reference in (pictures(1), iter(both), dataclasses.replace(stored, size="")):
+            assert evaluate(pictures(0), reference, Colours(), metrics=("frechet",))["note"] == ""
 
 
 def test_class_without_probability_gives_no_nan():
