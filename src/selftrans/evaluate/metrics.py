@@ -18,6 +18,7 @@ from selftrans.storage import plural
 
 SEED = 2020  #: as in torch-fidelity, so that equal features give the same subsets and splits
 SPLITS = 10  #: of the inception score, as in torch-fidelity
+MANIFOLD = 50_000  #: most images of each set for precision and recall, whose cost is the square of their number
 
 
 def frechet_distance(a: Statistics | Moments, b: Statistics | Moments) -> float:
@@ -216,8 +217,18 @@ def _precision_recall(m: Measured) -> Outcome:
         return "no precision and recall: the reference holds no features"
     if min(len(m.samples.features), len(m.reference.features)) <= m.neighbours:
         return f"no precision and recall: too few images for {m.neighbours} neighbours"
-    precision, recall = precision_recall(m.samples.features, m.reference.features, neighbours=m.neighbours)
-    return {"precision": precision, "recall": recall, "neighbours": m.neighbours}
+    both = [_drawn(features) for features in (m.samples.features, m.reference.features)]
+    precision, recall = precision_recall(*both, neighbours=m.neighbours)
+    cut = max(len(m.samples.features), len(m.reference.features)) > MANIFOLD
+    used = {"manifold_images": MANIFOLD} if cut else {}
+    return {"precision": precision, "recall": recall, "neighbours": m.neighbours} | used
+
+
+def _drawn(features: np.ndarray) -> np.ndarray:
+    """At most MANIFOLD rows (n, F), drawn once for all by SEED."""
+    if len(features) <= MANIFOLD:
+        return features
+    return features[np.sort(np.random.RandomState(SEED).permutation(len(features))[:MANIFOLD])]
 
 
 def _score(m: Measured) -> Outcome:

@@ -14,7 +14,7 @@ import numpy as np
 from torch import Tensor
 from tqdm import tqdm
 
-from selftrans.checkpoints.load import LoadedModel, Weights, load_model
+from selftrans.checkpoints.load import LoadedModel, Weights, find_asked, load_model
 from selftrans.data.buckets import open_of_one_shape
 from selftrans.data.dataset import Dataset
 from selftrans.data.decoded import data_latents, decode_images
@@ -51,7 +51,7 @@ def analyse(
     if samples < 20 or not timesteps:
         few = f"{plural(samples, 'sample')} at {plural(len(timesteps), 'timestep')}"
         raise ValueError(f"{few} are too few; give at least 20 samples and one timestep")
-    loaded, device = load_model(origin, stage=stage, weights=weights), default_device()
+    loaded, device = load_model(find_asked(origin, stage=stage, weights=weights), stage=stage), default_device()
     model = loaded.model.to(device)
     dataset = open_of_one_shape(data or training_data(origin, loaded, remedy="give --data DIR"))
     _check_fit(loaded, dataset)

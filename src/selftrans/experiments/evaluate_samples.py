@@ -157,7 +157,10 @@ METRICS = {
 #: key of a report -> what the text says of the parameters of a metric
 COMPUTED: dict[str, Callable[[dict[str, Any]], str]] = {
     "is_splits": lambda r: f"score over {plural(r['is_splits'], 'split')}",
-    "neighbours": lambda r: f"precision and recall with {plural(r['neighbours'], 'neighbour')}",
+    "neighbours": lambda r: (
+        f"precision and recall with {plural(r['neighbours'], 'neighbour')}"
+        + (f" of {r['manifold_images']:,} images at most" if "manifold_images" in r else "")
+    ),
     "kernel_subsets": lambda r: (
         f"kernel distance over {plural(r['kernel_subsets'], 'subset')} of {plural(r['kernel_subset_size'], 'image')}"
     ),

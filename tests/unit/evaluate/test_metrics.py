@@ -298,6 +298,20 @@ def test_labels_that_the_classifier_lacks_cost_the_accuracy_alone(label: int) ->
     assert report["frechet_distance"] == plain["frechet_distance"]
 
 
+def test_precision_and_recall_of_many_images_are_those_of_some(monkeypatch) -> None:
+    """Their cost is the square of the number: of all of ImageNet they would take hours, and more memory than there is."""
+    samples, reference, colours = pictures(0), pictures(1, 80), Colours()
+    whole = evaluate(samples, reference, colours, metrics=["precision_recall"])
+    monkeypatch.setattr(metrics, "MANIFOLD", 60)
+    report = evaluate(samples, reference, colours, metrics=["precision_recall"])
+    x, y = (colours(images)["features"].astype(np.float32) for images in (samples, reference))
+    rows = [np.sort(np.random.RandomState(2020).permutation(len(each))[:60]) for each in (x, y)]
+    assert (report["precision"], report["recall"]) == precision_recall(x[rows[0]], y[rows[1]])
+    assert report["manifold_images"] == 60 and "manifold_images" not in whole
+    monkeypatch.setattr(metrics, "MANIFOLD", 90)
+    assert evaluate(samples, reference, colours, metrics=["precision_recall"]) == whole
+
+
 def test_samples_of_another_size_than_the_reference_are_noted(tmp_path) -> None:
     """Inception scales every picture to one size, so nothing else shows it."""
     large = np.random.default_rng(1).integers(0, 200, (60, 4, 3, 3), dtype=np.uint8)
