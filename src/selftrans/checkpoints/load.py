@@ -5,7 +5,9 @@ from __future__ import annotations
 import itertools
 import json
 import re
+import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -111,6 +113,18 @@ def find(source: str | Path, *, stage: str | None = None, weights: Weights = "em
             f"{path} is not a run directory (no checkpoints in it); expected a directory written by selftrans train"
         )
     return _newest(path / (stage or existing[-1]), weights)
+
+
+def find_asked(source: str | Path, *, stage: str | None = None, weights: Weights = "ema") -> Path:
+    """As `find`, for options of a user: warns where raw weights are asked for of a file that holds the average."""
+    file = find(source, stage=stage, weights=weights)
+    with suppress(ValueError):  # no weights file: reported when it is loaded
+        if weights == "raw" and checkpoint.read_header(file).get("weights") == "ema":
+            warnings.warn(
+                f"{file} holds the moving average alone (ema), which takes the place of the raw weights asked for",
+                stacklevel=3,
+            )
+    return file
 
 
 def _newest(stage: Path, weights: Weights) -> Path:

@@ -25,7 +25,7 @@ from selftrans.device import default_device
 from selftrans.encoders.identity import identity_kind
 from selftrans.evaluate.extractors import Extractor, load_extractor
 from selftrans.evaluate.metrics import evaluate
-from selftrans.evaluate.probes import collect, linear_probe
+from selftrans.evaluate.probes import can_be_probed, collect, linear_probe
 from selftrans.evaluate.statistics import Statistics
 from selftrans.experiments.reference import training_statistics
 from selftrans.flow import PATHS
@@ -174,8 +174,12 @@ def stored_points(path: Path) -> list[Point]:
 
 def measured_before(path: Path, measurement: Measurement) -> dict[str, Point]:
     """Points that were measured in the same way, by the hash of their weights; none for a missing or damaged file."""
-    same = measurement.identity.items()
-    return {point["sha256"]: point for point in stored_points(path) if same <= point.items()}
+    same = {"decoder": None} | measurement.identity  # without the key: fp32
+    return {
+        point["sha256"]: point
+        for point in stored_points(path)
+        if all(point.get(key) == value for key, value in same.items())
+    }
 
 
 class Curve:
@@ -226,9 +230,14 @@ def measure_checkpoint(folder: Path, measurement: Measurement) -> dict[str, Any]
     } | measurement.identity
 
 
-def probe(model: Any, measurement: Measurement, path: Any, most: int = 4000) -> float:
-    """Accuracy of a linear classifier on the shallow block's features at t = 0.4, under the null condition."""
+def probe(model: Any, measurement: Measurement, path: Any, most: int = 4000) -> float | None:
+    """Accuracy of a linear classifier on the shallow block's features at t = 0.4, under the null condition.
+
+    None where the pictures that it would be fitted on have one class only.
+    """
     z0, labels = data_latents(measurement.dataset, most)
+    if not can_be_probed(labels):
+        return None
     feats = collect(model, z0, model.null(labels), t=PROBE_T, taps=(measurement.block,), path=path, pooled=True)
     return linear_probe(feats[measurement.block].to(default_device()), labels, kind="ridge")
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 import zipfile
 from collections import deque
@@ -164,9 +165,10 @@ def _flat(settings: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def _differences(earlier: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """`name: OLD there, NEW now` for each setting that differs."""
+    """`name: OLD there, NEW now` for each setting that differs; not for the place of weights, which their hashes identify."""
     old, new = _flat(earlier), _flat(json.loads(json.dumps(now)))  # through json, so that a tuple equals its list
     names = [name for name in {**old, **new} if old.get(name) != new.get(name) or (name in old) != (name in new)]
+    names = [name for name in names if not re.fullmatch(r"(autoguidance\.)?source\.path", name)]
     shown = {name: printable(name, 60) for name in names}  # the folder may be untrusted
     return [f"{shown[k]}: {old.get(k, 'absent')!s:.60} there, {new.get(k, 'absent')!s:.60} now" for k in names[:5]]
 
