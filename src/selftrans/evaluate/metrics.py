@@ -217,7 +217,7 @@ def _precision_recall(m: Measured) -> Outcome:
 
 def _score(m: Measured) -> Outcome:
     if not len(m.logits):
-        return "no score: the extractor has no head"
+        return "no score: the extractor has no classification head"
     name = "inception_score" if m.inception else "classifier_score"
     mean, deviation = inception_score(m.logits)
     return {name: mean, f"{name}_std": deviation, "is_splits": min(SPLITS, len(m.logits))}
@@ -227,7 +227,11 @@ def _accuracy(m: Measured) -> Outcome:
     if m.labels is None:
         return {}
     if m.inception or not len(m.logits):
-        reason = "inception has other classes than the samples" if m.inception else "the extractor has no head"
+        reason = (
+            "inception has other classes than the samples"
+            if m.inception
+            else "the extractor has no classification head"
+        )
         warnings.warn(f"the labels are not used: {reason}", stacklevel=3)
         return f"no accuracy: {reason}"
     return {"accuracy": accuracy(m.logits, m.labels)}
