@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections.abc import Sequence
@@ -19,7 +20,7 @@ from selftrans.config import RunConfig, from_json, to_json
 from selftrans.encoders.pretrained import encoder_name
 from selftrans.plugins import NotFound
 from selftrans.sections import from_plain
-from selftrans.storage import first_line, plural, printable, sha256_file
+from selftrans.storage import first_line, plural, printable, recorded, sha256_file
 from selftrans.types import Backbone, Conditions
 
 Weights = Literal["raw", "ema"]
@@ -128,17 +129,11 @@ def stages_held(run: Path) -> list[str]:
 
 def _order(run: Path, existing: Sequence[str]) -> list[str]:
     """The order of a run's stages, from run.json or, if that is missing or damaged, from its checkpoints."""
-    try:
-        return _names(json.loads((run / REPORT).read_text())["order"])
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        pass
-    for name in existing if len(existing) > 1 else ():
-        for _, folder in reversed(checkpoint.steps(run / name / "checkpoints")):
-            try:
-                return _names(json.loads((folder / checkpoint.STATE).read_text())["order"])
-            except (OSError, ValueError, KeyError, TypeError, RecursionError):
-                continue
-    return []
+    several = existing if len(existing) > 1 else ()
+    folders = (folder for name in several for _, folder in reversed(checkpoint.steps(run / name / "checkpoints")))
+    files = itertools.chain([run / REPORT], (folder / checkpoint.STATE for folder in folders))
+    orders = (recorded(file, lambda held: _names(held["order"]), None) for file in files)
+    return next((order for order in orders if order is not None), [])
 
 
 def _names(order: Any) -> list[str]:

@@ -18,7 +18,6 @@ import torch
 from selftrans.checkpoints import format as checkpoint
 from selftrans.checkpoints.load import FILES, load_model
 from selftrans.config import RunConfig, SampleConfig
-from selftrans.data.buckets import open_data
 from selftrans.data.dataset import Dataset, Manifest
 from selftrans.data.decoded import data_latents
 from selftrans.data.sources.decode import sides
@@ -34,8 +33,8 @@ from selftrans.sampling.conditioning import Conditioning, LabelConditioning, cap
 from selftrans.sampling.images import Sampler, as_possible, decoder_dtype
 from selftrans.sampling.in_sizes import InSizes
 from selftrans.sampling.samplers import EVALUATIONS
-from selftrans.storage import write_json
-from selftrans.train.data_window import cache_of
+from selftrans.storage import recorded, write_json
+from selftrans.train.data_window import data_of
 
 MEASURED = "measured.json"  #: of a run: its points, oldest first
 POINTS = 5  #: measurements along a run
@@ -83,7 +82,7 @@ class Measurement:
             kept: the folder that keeps the statistics of the training data; None: they are computed anew.
         """
         assert config.data.path is not None
-        dataset = open_data(config.data.path, text_encoder=config.data.text_encoder, cache=cache_of(config.data))
+        dataset = data_of(config.data)
         device = default_device()
         extractor = load_extractor(features, weights=weights, device=device, shape=image_shape(dataset.manifest))
         dtype = decoder_dtype(device, config.sample.precision)
@@ -170,11 +169,7 @@ def measure_point(run: Path, folder: Path, measurement: Measurement) -> Point:
 
 def stored_points(path: Path) -> list[Point]:
     """What a MEASURED file holds; nothing if it is missing or damaged."""
-    try:
-        found = json.loads(path.read_text())
-        return found if all(isinstance(point["sha256"], str) for point in found) else []
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return []
+    return recorded(path, lambda held: held if all(isinstance(point["sha256"], str) for point in held) else [], [])
 
 
 def measured_before(path: Path, measurement: Measurement) -> dict[str, Point]:

@@ -28,7 +28,7 @@ from selftrans.data.sources.decode import parse_resolution
 from selftrans.sampling.chosen_labels import in_words, per_class
 from selftrans.sampling.images import Sampler
 from selftrans.sampling.sample_file import NPY, PNG, SampleFile, file_kind
-from selftrans.storage import FREE_SPACE, atomic_write, plural, printable
+from selftrans.storage import FREE_SPACE, atomic_write, plural, printable, recorded
 
 Samples = Iterable[tuple[np.ndarray, np.ndarray, np.ndarray]]  #: indices (n,), labels (n,), samples; as `SampledBatch`
 
@@ -77,14 +77,9 @@ def summary_line(out: str | Path, count: int) -> str:
 
 def class_line(out: str | Path) -> str:
     """How many samples of each class the complete folder `out` holds, to print; empty where that is not recorded."""
-    try:
-        counts = {
-            str(name): int(count)
-            for name, count in json.loads(Path(out, "samples.json").read_text())[PER_CLASS].items()
-        }
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        return ""
-    return f"samples of each class: {in_words(counts)}"
+    counts_in = lambda record: {str(name): int(count) for name, count in record[PER_CLASS].items()}  # noqa: E731
+    counts = recorded(Path(out, "samples.json"), counts_in, None)
+    return "" if counts is None else f"samples of each class: {in_words(counts)}"
 
 
 def write_samples(
@@ -210,7 +205,7 @@ def _write_files(
 
 
 def _write_batch(
-    out: Path, indices: np.ndarray, labels: np.ndarray, images: np.ndarray, rank: int, kind: SampleFile = PNG
+    out: Path, indices: np.ndarray, labels: np.ndarray, images: np.ndarray, rank: int, kind: SampleFile
 ) -> int:
     kind.check(images)
     for index, label, image in zip(indices, labels, images, strict=True):

@@ -18,10 +18,10 @@ from selftrans.data.dataset import Dataset
 from selftrans.encoders.identity import PixelAutoencoder
 from selftrans.interop.exporting import export_run
 from selftrans.methods.internal_guidance import Internal, InternalGuidance, default_block
-from selftrans.methods.registry import stages
+from selftrans.methods.registry import put_together, stages
 from selftrans.sampling.images import Sampler, as_possible
 from selftrans.train.flops import step_flops
-from selftrans.train.run import put_together, train
+from selftrans.train.run import train
 from tests.support.shared import once
 from tests.support.stub import Stub, features_by_hand, handmade_draw, patches_by_hand
 from tests.support.toy import assert_same_run, checkpoint, place, quick, toy  # noqa: F401 - quick is a fixture
@@ -103,9 +103,8 @@ def test_it_is_averaged_and_in_each_weights_file() -> None:
 
 def test_default_block_becomes_a_setting_of_the_run(tmp_path: Path) -> None:
     config = toy({"method": NAME, "train.steps": 1})
-    put_together(
-        config, stages(config)[0], Dataset.open(str(config.data.path)).manifest
-    )  # not settled yet, as in `compare`
+    manifest = Dataset.open(str(config.data.path)).manifest
+    put_together(config, stages(config)[0], manifest.shape, manifest.conditions)  # not settled yet, as in `compare`
     train(config, tmp_path / "run", quiet=True)
     assert json.loads((tmp_path / "run" / "config.json").read_text())["model"]["early_block"] == 1
 
