@@ -82,13 +82,13 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
 
 
 def on_page_content(html_text: str, page: Any, config: Any, files: Files) -> str:
-    """Formulas as MathML, which browsers draw themselves: no script is needed."""
+    """Formulas as MathML, which browsers draw themselves: no script is needed. A number and its deviation stay on one line."""
 
     def formula(match: re.Match[str]) -> str:
         display = "block" if match[1] == "div" else "inline"
         return str(convert(html.unescape(match[2]).strip(), display=display))
 
-    return MATH.sub(formula, html_text)
+    return MATH.sub(formula, html_text).replace(" ± ", "\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}")
 
 
 def _target(page: str, link: str) -> str | None:

@@ -183,6 +183,8 @@ def lock_file(path: Path, *, shared: bool = False, wait: bool = False) -> Iterat
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
+        if isinstance(error, FileExistsError):
+            raise ValueError(f"{path.parent} is not a folder; choose another --out") from error
         raise ValueError(f"the folder {path.parent} cannot be made ({error.strerror}); choose another --out") from error
     try:
         file = open(path, "a+", errors="replace", opener=no_symlink)  # noqa: SIM115 - open for the block below

@@ -104,7 +104,7 @@ def test_a_run_has_curves_and_a_slider_over_previews(page, folder):
     assert "flow" in loss.locator(".tip").inner_text()
     loss.get_by_role("button", name="flow").click()
     assert loss.locator("path.series").count() == 1
-    assert "None: no update skipped" in page.locator("section", has_text="Accidents").last.inner_text()
+    assert "None: no update skipped" in page.locator("section", has_text="Interruptions and changes").last.inner_text()
 
 
 def test_values_that_no_run_has_are_drawn(page):

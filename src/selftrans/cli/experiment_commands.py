@@ -232,7 +232,7 @@ class Quickstart(Command):
     """directory for the runs and report.html"""
     steps: int | None = None
     """student steps of each method; None: 800. Vanilla goes on to the compute of both stages"""
-    seeds: tuple[int, ...] = (0,)
+    seeds: Annotated[tuple[int, ...], tyro.conf.arg(metavar="SEED [SEED ...]")] = (0,)
     """one run of each method for each"""
     images: int = 1000
     """samples for each distance"""
@@ -261,9 +261,9 @@ class Compare(RecipeCommand[Config]):
     """directory for the runs and the report"""
     data: Annotated[str | None, tyro.conf.arg(metavar="DIR")] = None
     """prepared data, or its URL; recipes named digits... bring their own"""
-    methods: tuple[str, ...] | None = None
+    methods: Annotated[tuple[str, ...] | None, tyro.conf.arg(metavar="METHOD [METHOD ...]")] = None
     """names of methods; None: all built-in ones that need no external encoder, nor features of one"""
-    seeds: tuple[int, ...] = (0, 1, 2)
+    seeds: Annotated[tuple[int, ...], tyro.conf.arg(metavar="SEED [SEED ...]")] = (0, 1, 2)
     """one run of each method for each"""
     steps: int | None = None
     """student steps of each method; None: as the recipe says"""

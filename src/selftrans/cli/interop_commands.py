@@ -33,7 +33,7 @@ class Import(Command):
     name: str | None = None
     """published size that is expected, such as SiT-XL/2; None: any"""
     convention: str | None = None
-    """sit (t = 0 is noise), repa (t = 0 is data; also Self-Transcendence) dit (predicts noise of DDPM) or diffusers; None:
+    """sit (t = 0 is noise), repa (t = 0 is data; also Self-Transcendence), dit (predicts noise of DDPM) or diffusers; None:
     from the file, or guessed and printed"""
     heads: int | None = None
     """attention heads; None: from q_norm, or as published for this width"""

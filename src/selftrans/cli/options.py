@@ -99,7 +99,7 @@ class SamplingOptions:
     labels: Annotated[tuple[str, ...] | None, tyro.conf.arg(metavar="CLASS [CLASS ...]", aliases=("--classes",))] = None
     """classes of the images. balanced: each equally often; random: drawn at random; names or numbers of classes, which repeat;
     cat:10 dog:5 makes 10 and 5 images (and sets --num)"""
-    prompts: tuple[str, ...] | None = None
+    prompts: Annotated[tuple[str, ...] | None, tyro.conf.arg(metavar="PROMPT [PROMPT ...]")] = None
     """of a model of text: prompts, or a file with one in each line; image k has prompt k modulo their number. None: those of
     the run's previews"""
     precision: Literal["fp32", "bf16", "fp16"] | None = None

@@ -154,7 +154,8 @@ def _without_recipe(
     """Print the page that lists the recipes, or raise UsageError where options were given without one."""
     if not HELP & set(words):
         raise UsageError(f"RECIPE is missing; it comes first: {prog} RECIPE ...", prog)
-    listed = "\n".join(f"  {name:<17} {_first_line(about)}" for name, about in recipes.items())
+    width = max(map(len, recipes))
+    listed = "\n".join(f"  {name:<{width}}  {_first_line(about)}" for name, about in recipes.items())
     about = f"{inspect.getdoc(kind)}\n\nRecipes, each with its own page ({prog} RECIPE --help):\n{listed}"
     command = blank(kind, config=_NoOverrides())
     parse(command, ["--help"], prog, kind=kind[_NoOverrides], see=prog, description=about)  # type: ignore[index]

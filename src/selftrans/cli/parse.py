@@ -14,7 +14,7 @@ import re
 import shutil
 import textwrap
 import typing
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import tyro
@@ -61,7 +61,7 @@ def parse(command: Any, words: Sequence[str], prog: str, *, kind: Any, see: str,
                 raise UsageError(message, see)
 
     hook = getattr(getattr(tyro, "_errors", None), "on_parse_error", None)
-    with hook(report) if hook else contextlib.nullcontext():
+    with hook(report) if hook else contextlib.nullcontext(), _descriptions_on_one_line():
         return tyro.cli(
             kind,
             args=words,
@@ -100,9 +100,33 @@ def wrapped(text: str) -> str:
     for paragraph in text.split("\n\n"):
         lines = paragraph.splitlines()
         prose = list(itertools.takewhile(lambda line: not line.startswith(" "), lines))
-        filled = textwrap.wrap(" ".join(prose), width, subsequent_indent="  ")  # tyro joins lines that are not indented
+        # an option such as --dry-run stays whole; tyro joins lines that are not indented
+        filled = textwrap.wrap(" ".join(prose), width, subsequent_indent="  ", break_on_hyphens=False)
         paragraphs.append("\n".join(filled + lines[len(prose) :]))
     return "\n\n".join(paragraphs)
+
+
+@contextlib.contextmanager
+def _descriptions_on_one_line() -> Iterator[None]:
+    """tyro keeps the line breaks of the strings below the fields, and wraps the lines between them again: join them first.
+
+    Where a release of tyro differs, help pages have these line breaks.
+    """
+    docstrings = getattr(tyro, "_docstrings", None)
+    original = getattr(docstrings, "get_field_docstring", None)
+    if original is None:
+        yield
+        return
+
+    def joined(*arguments: Any) -> str | None:
+        found = original(*arguments)
+        return found and " ".join(found.split())
+
+    docstrings.get_field_docstring = joined  # type: ignore[union-attr]
+    try:
+        yield
+    finally:
+        docstrings.get_field_docstring = original  # type: ignore[union-attr]
 
 
 def _check_for_empty_values(words: Sequence[str], see: str) -> None:

@@ -167,7 +167,7 @@ def _help(kind: Any) -> dict[str, str]:
 def _strings(body: Sequence[ast.stmt]) -> Iterator[tuple[str, str]]:
     for field, below in itertools.pairwise(body):
         if isinstance(field, ast.AnnAssign) and isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant):
-            yield ast.unparse(field.target), inspect.cleandoc(str(below.value.value))
+            yield ast.unparse(field.target), " ".join(str(below.value.value).split())
 
 
 def text() -> str:

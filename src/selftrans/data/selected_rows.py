@@ -76,7 +76,7 @@ def split(dataset: Dataset, held_out: int, seed: int) -> tuple[SelectedRows, Sel
     on. Raises ValueError for data of less than two rows.
     """
     if len(dataset) < 2:
-        raise ValueError(f"{dataset.path} holds {len(dataset)} {dataset.manifest.unit}; at least two are needed")
+        raise ValueError(f"{dataset.path} holds {dataset.manifest.counted(len(dataset))}; at least two are needed")
     share = min(held_out / len(dataset), 0.1)
     counts = [min(int(share * size), size - 1) for size in dataset.parts]
     if not sum(counts):

@@ -226,7 +226,9 @@ def load_extractor(
             f"weights {weights} belong to a named extractor ({', '.join(EXTRACTORS)}), but {text} is a file"
         )
     if suffix == ".safetensors":
-        return ClassifierExtractor(SmallClassifier.load(text), f"{Path(name).stem} classifier", device)
+        stem = Path(name).stem
+        called = stem if stem.endswith("classifier") else f"{stem} classifier"
+        return ClassifierExtractor(SmallClassifier.load(text), called, device)
     if suffix == ".pth":
         return InceptionExtractor(text, device)
     hint, known = did_you_mean(closest(text, EXTRACTORS)), ", ".join(EXTRACTORS)

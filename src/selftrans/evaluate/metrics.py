@@ -185,7 +185,7 @@ def _drawn(features: np.ndarray) -> np.ndarray:
 
 def _score(m: Measured) -> Outcome:
     if not len(m.logits):
-        return "no score: the extractor has no head"
+        return "no score: the extractor has no classification head"
     name = "inception_score" if m.inception else "classifier_score"
     mean, deviation = inception_score(m.logits)
     return {name: mean, f"{name}_std": deviation, "is_splits": min(SPLITS, len(m.logits))}
@@ -196,11 +196,13 @@ def _accuracy(m: Measured) -> Outcome:
         return {}
     labels, reason = np.asarray(m.labels if isinstance(m.labels, np.ndarray) else list(m.labels)), ""
     if m.inception or not len(m.logits):
-        reason = "inception has other classes than the samples" if m.inception else "the extractor has no head"
-    elif outside := _outside(
-        m.logits, labels
-    ):  # the null label, or a classifier of other data: the distances still hold
-        reason = outside
+        reason = (
+            "inception has other classes than the samples"
+            if m.inception
+            else "the extractor has no classification head"
+        )
+    elif outside := _outside(m.logits, labels):
+        reason = outside  # the null label, or a classifier of other data: the distances still hold
     if reason:
         warnings.warn(f"the labels are not used: {reason}", stacklevel=3)
         return f"no accuracy: {reason}"

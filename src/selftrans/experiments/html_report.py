@@ -32,8 +32,8 @@ HEADINGS = (
     "distance",
     "accuracy",
     "shallow probe",
-    f"steps to {BASELINE}'s",
-    f"TFLOPs to {BASELINE}'s",
+    f"steps to {BASELINE}'s end",
+    f"TFLOPs to {BASELINE}'s end",
 )
 
 
@@ -68,8 +68,8 @@ def _reached(row: dict[str, Any], key: str, digits: int) -> str:
 def _cell(value: dict[str, float] | None, digits: int) -> str:
     if value is None:
         return "-"
-    mean = f"{value['mean']:.{digits}f}"
-    return f"{mean} ± {value['std']:.{digits}f}" if value["std"] else mean
+    mean = f"{value['mean']:,.{digits}f}"
+    return f"{mean} ± {value['std']:,.{digits}f}" if value["std"] else mean
 
 
 def text_table(table: list[dict[str, Any]], names: Mapping[str, str], metric: str) -> str:
@@ -91,9 +91,10 @@ def legend(metric: str) -> str:
         f"distance: {metric}, lower is better; accuracy: of the classifier on the samples' labels; shallow probe: accuracy "
         "of a linear classifier on the features of an early block, the same for all methods, at t = 0.4; seconds: of the "
         "student's training; total seconds and TFLOPs: with the teacher's training. Runs may train in parallel, so compare "
-        f"TFLOPs rather than seconds. To {BASELINE}'s: student steps and total TFLOPs at which the method first reaches the "
-        f"final distance of {BASELINE} with the same seed, with log distance interpolated linearly between measurements; ≤: "
-        "reached at the first measurement; -: unknown, as the training of an imported teacher, or accuracies without classes."
+        f"TFLOPs rather than seconds. To {BASELINE}'s end: student steps and total TFLOPs at which the method first reaches "
+        f"the final distance of {BASELINE} with the same seed, with log distance interpolated linearly between measurements; "
+        "≤: reached at the first measurement; never: with no seed; -: unknown, as the training of an imported teacher, or "
+        "accuracies without classes."
     )
 
 
@@ -102,7 +103,7 @@ def draw_curves(axes: Any, series: Mapping[str, Curve], xlabel: str, metric: str
     for i, (name, (x, values, deviation)) in enumerate(series.items()):
         low, high = np.subtract(values, deviation), np.add(values, deviation)
         colour, marker = COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)]
-        axes.plot(x, values, color=colour, marker=marker, markeredgecolor="white", label=name)
+        axes.plot(x, values, color=colour, marker=marker, markeredgecolor="white", markeredgewidth=0.6, label=name)
         axes.fill_between(x, np.maximum(low, 1e-9), high, color=colour, alpha=0.14, linewidth=0)
     axes.set(xlabel=xlabel, ylabel=metric, yscale="log")
     axes.grid(color=RULE, which="both", linewidth=0.5)
@@ -149,14 +150,16 @@ def comparison_page(
 ) -> str:
     """compare.html: table, convergence over steps and compute, samples with their `captions`, and settings."""
     names = {row["method"]: row["method"] for row in summary["table"]}
-    said = "captions" if captions else "labels"
-    sheets = {name: sample_sheet(images, columns=8, upscale=3, captions=captions) for name, images in grids.items()}
+    said, seeds = "captions" if captions else "labels", len(summary["seeds"])
+    table = f"Mean ± standard deviation over {seeds} seeds; " if seeds > 1 else "One seed; "
+    bands = "Mean over seeds; the band is one standard deviation." if seeds > 1 else "One seed."
+    sheets = {name: sample_sheet(images, columns=8, captions=captions) for name, images in grids.items()}
     samples = "".join(html_figure(name, sheet, name) for name, sheet in sheets.items())
     body = f"""<h1>Methods compared</h1>
 <div class="scroll">{method_table(summary["table"], names)}</div>
-<p class="note">{html.escape(legend(summary["metric"]))}</p>
+<p class="note">{table}{html.escape(legend(summary["metric"]))}</p>
 <h2>Convergence</h2>
-<p class="note">Mean over seeds; the band is one standard deviation.</p>
+<p class="note">{bands}</p>
 <img src="{figure_to_data_uri(figure)}" alt="{html.escape(summary["metric"])} against student steps and against compute">
 <h2>Samples at the end</h2>
 <p class="note">Seed {summary["seeds"][0]}; the same noise and the same {said} for each method.</p>

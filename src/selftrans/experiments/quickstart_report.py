@@ -45,6 +45,8 @@ def at_compute(run: Result, tflops: float) -> float:
 def compared(results: Results, names: Sequence[str], baseline: str, guided: str, steps: int) -> dict[str, Any]:
     """Distances of each method along `steps` and at the total compute of `guided`, and ratios of `guided` to the baseline.
 
+    `ahead` counts the steps at which the mean distance of `guided` is the smaller one.
+
     The baseline is trained longer than `steps`, for the comparison at equal compute; a method that is not has None there. Means
     and deviations over seeds; ratios are of pairs with the same seed.
     """
@@ -71,12 +73,13 @@ def compared(results: Results, names: Sequence[str], baseline: str, guided: str,
         "last": spread([a[-1] / b[-1] for a, b in zip(ours, theirs, strict=True)]),
         "at_compute": spread([a[-1] / b for a, b in zip(ours, equal, strict=True)]),
     }
+    ahead = sum(sum(a) < sum(b) for a, b in zip(zip(*ours, strict=True), zip(*theirs, strict=True), strict=True))
     tflops = spread(list(costs.values()))
-    return {"steps": at_steps, "tflops": tflops, "rows": table, "ratios": ratios, "seeds": len(seeds)}
+    return {"steps": at_steps, "tflops": tflops, "rows": table, "ratios": ratios, "ahead": ahead, "seeds": len(seeds)}
 
 
 def sentence(found: Mapping[str, Any], guided: str, baseline: str) -> str:
-    """What came out, in one sentence, and how far it goes."""
+    """What came out, and how much of it one seed can show."""
     ratios, steps, many = found["ratios"], found["steps"], found["seeds"] > 1
     first, last, equal = (_number(ratios[key], 2) for key in ("first", "last", "at_compute"))
     mean = ratios["at_compute"]["mean"]
@@ -85,12 +88,12 @@ def sentence(found: Mapping[str, Any], guided: str, baseline: str) -> str:
     doubt = (
         "± is one standard deviation over seeds."
         if many
-        else "One seed cannot tell 0.8 to 1.2 at the end from 1; --seeds 0 1 2 tells more."
+        else "A ratio between 0.8 and 1.2 at the end of one seed may be chance: repeat with --seeds 0 1 2."
     )
     return (
         f"With {seeds}, the distance of {guided} is {first} times that of {baseline} at student step {steps[0]:,} and {last} "
-        f"times at step {steps[-1]:,}; at equal total compute, the teacher's training included, it is {equal} times, and "
-        f"{ahead} is ahead. {doubt}"
+        f"times at step {steps[-1]:,}, and the smaller one at {found['ahead']} of the {len(steps)} measured steps. At equal "
+        f"total compute, the teacher's training included, it is {equal} times that of {baseline}: {ahead} is ahead. {doubt}"
     )
 
 
@@ -122,7 +125,7 @@ def note(summary: Mapping[str, Any]) -> str:
     sampler, seeds = summary["sampler"], summary["seeds"]
     return (
         f"{summary['metric']}, lower is better; {summary['images']:,} samples of the averaged weights, {sampler['steps']} "
-        f"steps of {sampler['sampler']}, guidance scale {sampler['guidance_scale']:g}; "
+        f"steps of the sampler {sampler['sampler']}, guidance scale {sampler['guidance_scale']:g}; "
         f"seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}. Total TFLOPs: up to the last step in the table, "
         "with the teacher's training. Last column: each method after as much total compute as both stages took; -: not "
         "trained as long."

@@ -34,6 +34,7 @@ from selftrans.experiments.autoencoder_report import (
 from selftrans.storage import (
     atomic_write,
     lock_file,
+    plural,
     printable,
     recorded,
     remove_stale_temporaries,
@@ -190,6 +191,6 @@ def summary(report: dict[str, Any], out: str | Path) -> str:
     return (
         f"{picture} => {latent}, {report['parameters'] / 1e6:.2f} M parameters, {report['steps']:,} steps in "
         f"{report['seconds']:.0f} s\n"
-        f"{figures['pictures']:,} held-out pictures: PSNR {figures['psnr']:.2f} dB, L1 {figures['l1']:.4f}{distance}\n"
+        f"{plural(figures['pictures'], 'held-out picture')}: PSNR {figures['psnr']:.2f} dB, L1 {figures['l1']:.4f}{distance}\n"
         f"{out} -> selftrans prepare SOURCE --out LATENTS --autoencoder {out}"
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -24,7 +25,7 @@ class Found(NamedTuple):
     """A run, or a comparison."""
 
     id: str
-    name: str  #: path below the given folder, for people
+    name: str  #: path below the given folder, for people; after the folder where several folders have such a path
     place: Contained
 
 
@@ -83,7 +84,20 @@ def search(roots: Sequence[Path]) -> Listing:
                 waiting += [place / name for name in reversed(folders) if name not in SKIPPED]
         if waiting:
             notes.append(f"{printable(root)} holds more than {MOST:,} folders; only those were searched")
-    return Listing(runs, tables, tuple(notes))
+    return Listing(_distinguished(runs), tables, tuple(notes))
+
+
+def _distinguished(runs: dict[str, Found]) -> dict[str, Found]:
+    """Runs of one name in several folders with the folder's name, or where that is the same, too, with its path."""
+    for folder in (lambda root: root.name, str):
+        known = Counter(found.name for found in runs.values())
+        runs = {
+            key: found._replace(name=printable("/".join((folder(found.place.root), *found.place.parts))))
+            if known[found.name] > 1
+            else found
+            for key, found in runs.items()
+        }
+    return runs
 
 
 def is_run(place: Contained, files: set[str], folders: Sequence[str]) -> bool:

@@ -191,7 +191,7 @@ def test_bad_input(argv, expected, capsys, tmp_path, monkeypatch):
         ("evaluate {long} --reference digits", "{start}: File name too long; give a shorter name"),
         ("train digits --out {long}", "{start}: File name too long; give a shorter name"),
         ("train digits --out file/x", "the folder file/x cannot be made (Not a directory); choose another --out"),
-        ("train digits --out file", "the folder file cannot be made (File exists); choose another --out"),
+        ("train digits --out file", "file is not a folder; choose another --out"),
         ("prepare folder --out circle", "circle"),
         ("prepare circle --out x", "no source 'circle'"),
     ],

@@ -1,5 +1,7 @@
 """Wrong arguments of commands without a recipe: one line that names the option; and the text of help pages."""
 
+import os
+
 import pytest
 import tyro
 
@@ -82,3 +84,21 @@ def test_paragraphs_are_wrapped_and_tables_kept(monkeypatch):
     table = "  a   1\n  bb  2"
     text = f"One sentence that is longer than the terminal\nis wide.\n\nA table:\n{table}"
     assert wrapped(text) == f"One sentence that is longer than the\n  terminal is wide.\n\nA table:\n{table}"
+
+
+def test_options_are_described_on_lines_as_wide_as_the_page(capsys):
+    """The strings below the fields are wrapped in the source; these line breaks are not those of the help page."""
+    assert main(["prepare", "--help"]) == 0
+    lines = [line.strip("│ ") for line in capsys.readouterr().out.splitlines()]
+    first = next(i for i, line in enumerate(lines) if line.startswith("--label-column"))
+    found = " ".join(lines[first : first + 6])
+    assert "None: found by its type or name, if it holds integers" in found
+    shortest = [len(line) for line in lines[first + 1 : first + 4]]
+    assert min(shortest) > 40, "no line ends early"
+
+
+def test_options_in_prose_are_not_broken_at_their_hyphens(monkeypatch):
+    monkeypatch.setattr("shutil.get_terminal_size", lambda: os.terminal_size((40, 24)))
+    assert wrapped("A run to a repository, or with option --dry-run to a folder.").endswith(
+        "option\n  --dry-run to a folder."
+    )

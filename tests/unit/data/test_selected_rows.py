@@ -54,7 +54,7 @@ def test_a_tenth_at_most_and_one_at_least(tmp_path, asked, held_out):
 
 def test_a_single_picture_is_refused(tmp_path):
     prepare(str(toy.pictures(tmp_path / "pictures", classes=(), count=1)), tmp_path / "data", progress=False)
-    with pytest.raises(ValueError, match="holds 1 pictures; at least two are needed"):
+    with pytest.raises(ValueError, match="holds 1 picture; at least two are needed"):
         split(open_data(tmp_path / "data"), 10, seed=0)
     assert issubclass(SelectedRows, type(open_data(tmp_path / "data")))
 

@@ -133,6 +133,9 @@ def test_arrays_of_any_dimensions_are_learnt_stored_and_measured(tmp_path: Path,
     model.save(tmp_path / "c.safetensors")
     extractor = load_extractor(tmp_path / "c.safetensors")
     assert not extractor.pictures and extractor.head and extractor.sha256 == weights_sha256(model)
+    assert extractor.name == "c classifier"
+    model.save(tmp_path / "my-classifier.safetensors")
+    assert load_extractor(tmp_path / "my-classifier.safetensors").name == "my-classifier", "not named twice"
     out = extractor(arrays)
     assert out["features"].shape == (80, 6) and (out["logits"].argmax(axis=-1) == labels).mean() > 0.95
     with pytest.raises(ValueError, match=r"^the c classifier takes .* arrays, these are"):

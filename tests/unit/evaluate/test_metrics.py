@@ -222,7 +222,7 @@ def test_unavailable_metrics_are_absent_and_explained() -> None:
         assert reason in report["note"]
     few = evaluate(pictures(0, 3), complete, Colours(), metrics=["precision_recall"])
     assert "too few images for 3 neighbours" in few["note"] and "precision" not in few
-    with pytest.warns(UserWarning, match="the extractor has no head"):
+    with pytest.warns(UserWarning, match="the extractor has no classification head"):
         evaluate(pictures(0), complete, Colours(head=False), labels=[0] * 90)
 
 

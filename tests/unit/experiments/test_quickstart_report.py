@@ -55,8 +55,13 @@ def test_table_at_equal_steps_and_at_equal_compute() -> None:
 def test_sentence_names_the_method_that_is_ahead_at_equal_compute(last: float, ahead: str) -> None:
     said = sentence(compared(results(last), tuple(NAMES), "vanilla", "both", 200), "Both", "vanilla")
     assert said.startswith("With one seed, the distance of Both is 0.75 times that of vanilla at student step 100 and ")
-    assert f"and {last / 8:.2f} times at step 200;" in said
-    assert f"it is {last / 8**0.5:.2f} times, and {ahead} is ahead. One seed cannot tell" in said
+    assert f"and {last / 8:.2f} times at step 200, and the smaller one at 2 of the 2 measured steps." in said
+    assert f"it is {last / 8**0.5:.2f} times that of vanilla: {ahead} is ahead. A ratio between 0.8 and 1.2 " in said
+
+
+def test_sentence_counts_the_steps_at_which_the_baseline_is_better() -> None:
+    said = sentence(compared(results(last=8.5), tuple(NAMES), "vanilla", "both", 200), "Both", "vanilla")
+    assert "the smaller one at 1 of the 2 measured steps" in said, "12 against 16, then 8.5 against 8"
 
 
 def test_ratios_of_several_seeds_are_of_pairs() -> None:

@@ -27,6 +27,15 @@ def test_runs_and_comparisons_are_found_and_links_are_not(tmp_path):
     assert [run.name for run in again.runs.values()] == ["one"], "a run itself may be given"
 
 
+def test_runs_of_one_name_in_several_folders_have_the_name_of_the_folder(tmp_path):
+    for path in ("first/vanilla-seed0", "second/vanilla-seed0", "second/other", "x/runs/one", "y/runs/one"):
+        begun(tmp_path / path)
+    roots = [tmp_path / name for name in ("first", "second", "x/runs", "y/runs")]
+    names = [run.name for run in search([root.resolve() for root in roots]).runs.values()]
+    paths = [str(root.resolve() / "one") for root in roots[2:]]
+    assert names == ["first/vanilla-seed0", "other", "second/vanilla-seed0", *paths]
+
+
 def test_a_large_tree_is_searched_in_part_and_said(tmp_path, monkeypatch):
     monkeypatch.setattr(found_runs, "MOST", 3)
     for name in "abcdef":

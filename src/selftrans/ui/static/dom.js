@@ -17,13 +17,15 @@ h.svg = new Set(["svg", "g", "path", "line", "text", "rect", "circle"]);
 
 export const whole = (value) => (value === null || value === undefined ? "–" : Math.round(value).toLocaleString("en"));
 
-export function short(value, digits = 3) {
+// `fixed`: with the zeros at the end, for numbers below each other
+export function short(value, digits = 3, fixed = false) {
   if (value === null || value === undefined || !Number.isFinite(value)) return "–";
   if (value === 0) return "0";
   const size = Math.abs(value);
   if (size >= 1e6 || size < 1e-4) return value.toExponential(digits - 1).replace("e+", "e");
   const places = Math.max(0, digits - 1 - Math.floor(Math.log10(size)));
-  return value.toLocaleString("en", { maximumFractionDigits: Math.min(places, 8) });
+  const most = Math.min(places, 8);
+  return value.toLocaleString("en", { minimumFractionDigits: fixed ? most : 0, maximumFractionDigits: most });
 }
 
 export function duration(seconds) {

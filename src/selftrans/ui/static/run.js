@@ -49,7 +49,7 @@ export function runPage(main, { rest, signal }) {
       run.state === "running" ? ["time left", duration(run.left)] : ["last change", ago(run.changed)],
       ["time trained", duration(parts.reduce((sum, each) => sum + (each.seconds || 0), 0))],
       ["compute so far", compute(run.tflops ?? parts.reduce((sum, each) => sum + (each.tflops || 0), 0))],
-      ...(run.distance !== null && run.distance !== undefined ? [["distance", short(run.distance)]] : []),
+      ...(run.distance !== null && run.distance !== undefined ? [["distance", short(run.distance, 3, true)]] : []),
     ];
     const play = run.models?.stages?.length;
     top.replaceChildren(h("div", { class: "row" }, h("h1", {}, run.name), chip(run.state), h("span", { class: "grow" }),
@@ -95,7 +95,7 @@ export function runPage(main, { rest, signal }) {
       const reached = Object.entries(each?.steps || {}).map(([stage, value]) => `${stage} ${whole(value)}`).join(", ");
       if (Array.isArray(each?.changed)) lines.push(`settings changed at ${reached || "the start"}: ${each.changed.join("; ")}`);
     }
-    accidents.replaceChildren(h("h2", {}, "Accidents"), ...(lines.length ? lines.map((line) => h("p", {}, line)) : [h("p", { class: "soft" }, "None: no update skipped, no restart, no changed settings.")]));
+    accidents.replaceChildren(h("h2", {}, "Interruptions and changes"), ...(lines.length ? lines.map((line) => h("p", {}, line)) : [h("p", { class: "soft" }, "None: no update skipped, no restart, no changed settings.")]));
   }
 
   let settingsShown = "";

@@ -55,7 +55,7 @@ export function runsPage(main, { signal }) {
       return h("div", { class: "line" }, h("span", { class: "pick" }, box), h("div", { class: "name" }, h("a", { href: `#/run/${run.id}` }, run.name)),
         h("span", { class: "state" }, chip(run.state)), h("div", { class: "wide" }, notes(run.notes)));
     }
-    const accidents = [run.skipped ? `${whole(run.skipped)} skipped` : null, run.starts > 1 ? `${run.starts} starts` : null].filter(Boolean);
+    const accidents = [run.skipped ? `${whole(run.skipped)} skipped` : null, run.starts > 1 ? `restarted ${run.starts === 2 ? "once" : `${run.starts - 1} times`}` : null].filter(Boolean);
     const where = run.stages > 1 ? `${run.stage}, ${run.number}/${run.stages}` : "";
     return h("div", { class: `line ${run.state}` },
       h("span", { class: "pick" }, box),
@@ -64,8 +64,8 @@ export function runsPage(main, { signal }) {
       h("div", { class: "done-part" }, h("span", {}, `${whole(run.step)}${run.steps ? ` / ${whole(run.steps)}` : ""}`), " ", h("span", { class: "fine" }, where), meter(run.share)),
       h("span", { class: "num" }, rate(run.rate)),
       h("span", { class: `num optional${run.left ? " keep" : ""}`, "data-name": "left" }, duration(run.left)),
-      h("span", { class: "spark" }, sparkline(run.spark), h("span", {}, short(run.loss))),
-      h("span", { class: `num optional${run.distance ? " keep" : ""}`, "data-name": "distance" }, short(run.distance)),
+      h("span", { class: "spark" }, sparkline(run.spark), h("span", {}, short(run.loss, 3, true))),
+      h("span", { class: `num optional${run.distance ? " keep" : ""}`, "data-name": "distance" }, short(run.distance, 3, true)),
       h("span", { class: "num" }, compute(run.tflops)),
       accidents.length || run.notes.length ? h("div", { class: "wide row" }, accidents.length ? h("span", { class: "fine bad" }, accidents.join(", ")) : null, notes(run.notes)) : null);
   }

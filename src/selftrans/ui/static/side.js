@@ -86,7 +86,7 @@ export function sidePage(main, { query, signal }) {
     why.replaceChildren(...notes(said.slice(0, 3)), ...(last?.state === "running" && last.kind === "side" ? [meter(fraction(last.done, last.total), "progress"), h("p", { class: "fine" }, last.doing)] : []),
       ...(last?.kind === "side" && last.error ? [h("p", { class: "note" }, last.error)] : []), ...(last?.kind === "side" ? notes(last.notes) : []));
     begin.disabled = !steps.length || last?.state === "running";
-    begin.textContent = `Sample ${steps.length} step${steps.length === 1 ? "" : "s"}`;
+    begin.textContent = `Sample at ${steps.length} training step${steps.length === 1 ? "" : "s"}`;
     play.disabled = slider.disabled = steps.length < 2;
     slider.max = Math.max(0, steps.length - 1);
     alike.replaceChildren(...(found.distances.alike ? [] : notes(["The distances below were measured in different ways and must not be compared."])),

@@ -1,0 +1,34 @@
+"""The table of a comparison as text, and what its page says of the seeds."""
+
+import numpy as np
+import pytest
+from matplotlib.figure import Figure
+
+from selftrans.experiments import html_report
+from selftrans.experiments.html_report import HEADINGS, cells, comparison_page
+
+
+def row(deviation=0.0):
+    value = {"mean": 1234.5, "std": deviation}
+    columns = ("seconds", "total_seconds", "total_tflops", "distance", "accuracy", "probe")
+    reached = {"steps_to_baseline": {"mean": 1000.0, "std": 0.0}, "tflops_to_baseline": None}
+    counts = {"reached": 1, "seeds": 1, "at_once": 0}
+    return {"method": "vanilla", "steps": 1000} | dict.fromkeys(columns, value) | reached | counts
+
+
+def test_numbers_of_a_row_have_their_thousands_marked():
+    found = dict(zip(HEADINGS, cells(row(deviation=0.25), {"vanilla": "vanilla"}), strict=True))
+    assert found["student steps"] == found["steps to vanilla's end"] == "1,000"
+    assert found["distance"] == "1,234.50 ± 0.25" and found["TFLOPs to vanilla's end"] == "-"
+
+
+@pytest.mark.parametrize(
+    ("seeds", "expected"), [([0], ("One seed; distance:", ">One seed.<")), ([0, 1], ("over 2 seeds; ", "the band is"))]
+)
+def test_page_says_what_the_deviations_are_of(seeds, expected, monkeypatch):
+    monkeypatch.setattr(html_report, "depends_on", lambda summary: {})
+    page = comparison_page(
+        {"table": [row()], "metric": "m", "seeds": seeds}, Figure(), {"a": np.zeros((1, 8, 8, 1), np.uint8)}
+    )
+    assert all(text in page for text in expected)
+    assert ("standard deviation" in page) == (len(seeds) > 1)
