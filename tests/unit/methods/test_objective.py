@@ -409,6 +409,7 @@ def test_latents_of_another_shape_or_type_are_refused(latents, message):
         ({"guidances": Ridge()}, r"guidances are a list, of ridge alone too: \[guidance\]"),
         ({"guidances": None}, r"a list of Guidance objects, not of NoneType; \(\) for none"),
         ({"guidances": [Ridge]}, r"a list of Guidance objects, not of <class '.*Ridge'>"),
+        ({"guidances": [Guidance(1.0, ())]}, "Guidance has no name: set one in the class"),
         ({"path": "linear"}, "path 'linear' must be a Path: one of selftrans.PATHS, which are linear, cosine"),
         ({"times": "even"}, "times 'even' is unknown; choose one of systematic, uniform"),
         ({"drop": 1.5}, r"drop 1.5 must be in \[0, 1\]"),

@@ -75,9 +75,12 @@ def test_operations_of_a_stage_count_a_guidance_until_it_ends(until, guided, mon
     assert stage_flops(objective, None, 8, 6) == 6 * 10 + guided * 3 + 2 * 100
 
 
+class Own(Guidance):
+    name = "own"
+
+
 def test_each_head_of_a_list_is_counted():
-    labels, objective = torch.zeros(1, dtype=torch.long), Objective(Two(), [Guidance(1.0, (1,))])
-    objective.guidances[0].name = "own"
+    labels, objective = torch.zeros(1, dtype=torch.long), Objective(Two(), [Own(1.0, (1,))])
     objective.guidances[0].head = nn.ModuleList([nn.Linear(4, 5), nn.Linear(4, 6)])
     assert step_flops(objective, labels, 8)[0] == 8 * 3 * 2 * 3 * 4 * (
         5 + 6
@@ -86,8 +89,8 @@ def test_each_head_of_a_list_is_counted():
 
 @pytest.mark.parametrize("head", [nn.Linear(8, 5), nn.Bilinear(4, 4, 5)], ids=lambda head: type(head).__name__)
 def test_head_that_does_not_take_tokens_is_refused(head):
-    objective = Objective(Two(), [Guidance(1.0, (1,))])
-    objective.guidances[0].name, objective.guidances[0].head = "own", head
+    objective = Objective(Two(), [Own(1.0, (1,))])
+    objective.guidances[0].head = head
     with pytest.raises(
         ValueError, match=r"the head of the guidance own cannot be called on tokens \(N, 3, 4\) of one block"
     ):
