@@ -43,6 +43,7 @@ def training_flops(backbone: Backbone, cond: Cond) -> int:
     z = torch.empty(1, *backbone.shape, device="meta")
     with FlopCounterMode(display=False) as counter:
         v = meta(z, torch.empty(1, device="meta"), map_cond(lambda x: x.to("meta"), cond)).v
+        assert v is not None
         v.sum().backward()
     return counter.get_total_flops()
 
