@@ -280,15 +280,16 @@ def check_takes(backbone: Backbone, shape: tuple[int, ...]) -> None:
 
 def check_backbone(model: Any, role: str) -> None:
     """ValueError unless a model has the attributes of a `Backbone`. `role`: what it was given as."""
-    missing = [name for name in ("depth", "width", "shape", "grid", "conditions") if not hasattr(model, name)]
-    if missing:
-        wrapped = isinstance(getattr(model, "module", None), Backbone)
+    try:
+        _ = model.depth, model.width, model.shape, model.grid, model.conditions
+    except AttributeError as error:
+        wraps = isinstance(model, nn.Module) and any(isinstance(part, Backbone) for part in model.children())
         remedy = (
-            "give the model inside: its .module"
-            if wrapped
-            else "subclass selftrans.Backbone and set them, or wrap the module in selftrans.HookedBackbone"
+            "give the model that it wraps, such as its .module"
+            if wraps
+            else "subclass selftrans.Backbone and set its attributes, or wrap a module in selftrans.HookedBackbone"
         )
-        raise ValueError(f"{role} is a {type(model).__name__} without {', '.join(missing)}; {remedy}")
+        raise ValueError(f"{role} is no complete backbone: {error}; {remedy}") from error
 
 
 def check_latents(z0: Tensor, shape: tuple[int, ...]) -> None:

@@ -31,7 +31,7 @@ class Guidance(nn.Module):
     A guidance whose teacher is the student's moving average takes it in `watch`, as `Frozen.live(average, block)`.
     """
 
-    name: str  #: prefix of its entries in the report, unlike any other's
+    name: str = ""  #: prefix of its entries in the report, unlike any other's; a subclass sets it
     weight: float  #: lambda
     taps: tuple[int, ...]  #: student blocks whose features it reads (1-based)
     until_step: int | None  #: first step at which it no longer acts; None: never ends

@@ -144,7 +144,7 @@ def _check(guidances: Sequence[Guidance], path: Path, times: str, drop: float, c
         found = repr(wrong[0]) if wrong and isinstance(wrong[0], type) else type(wrong[0] if wrong else None).__name__
         raise ValueError(f"guidances are a list of Guidance objects, not of {found}; () for none")
     for guidance in guidances:
-        if not isinstance(getattr(guidance, "name", None), str):
+        if not guidance.name:
             raise ValueError(
                 f"{type(guidance).__name__} has no name: set one in the class, under which the log shows its term"
             )

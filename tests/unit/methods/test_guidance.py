@@ -280,9 +280,12 @@ def test_block_of_a_teacher_may_be_an_integer_of_numpy():
 
 @pytest.mark.parametrize("make", [Frozen, Frozen.live])
 def test_teacher_that_is_no_backbone_or_has_no_such_block_is_refused(make):
-    with pytest.raises(ValueError, match=r"is a AveragedModel without depth, .*; give the model inside: its .module"):
+    with pytest.raises(
+        ValueError,
+        match="is no complete backbone: 'AveragedModel' object has no attribute 'depth'; give the model that it wraps",
+    ):
         make(AveragedModel(Stub()), 2)
-    with pytest.raises(ValueError, match="is a dict without depth"):
+    with pytest.raises(ValueError, match="is no complete backbone: 'dict' object has no attribute 'depth'; subclass"):
         make(dict(Stub().state_dict()), 2)
     with pytest.raises(ValueError, match=r"teacher block 4 is outside .* 1\.\.3"):
         make(Stub(), 4)

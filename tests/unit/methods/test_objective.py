@@ -522,13 +522,20 @@ def test_what_is_no_batch_is_refused(batch):
 
 
 def test_student_that_is_no_backbone_is_refused():
-    with pytest.raises(ValueError, match=r"the student is a AveragedModel without depth, .*: its .module"):
+    with pytest.raises(
+        ValueError,
+        match=r"the student is no complete backbone: 'AveragedModel' .* 'depth'; give the model that it wraps",
+    ):
         Objective(AveragedModel(Stub()))
-    with pytest.raises(ValueError, match=r"the student is a Linear without depth, .*; subclass selftrans.Backbone"):
+    with pytest.raises(
+        ValueError, match=r"the student is no complete backbone: 'Linear' .* 'depth'; subclass selftrans.Backbone"
+    ):
         Objective(nn.Linear(2, 2))
     incomplete = Stub()
     del incomplete.grid
-    with pytest.raises(ValueError, match="the student is a Stub without grid; subclass"):
+    with pytest.raises(
+        ValueError, match="the student is no complete backbone: 'Stub' object has no attribute 'grid'; subclass"
+    ):
         Objective(incomplete)
 
 
