@@ -23,7 +23,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-from selftrans.config import RunConfig
 from selftrans.experiments import html_report
 from selftrans.experiments.compare import for_method, override, rehearse, with_defaults
 from selftrans.experiments.runner import Comparison, compare
@@ -122,12 +121,6 @@ def with_grid(variants: dict[str, dict[str, Any]], settings: list[str]) -> dict[
     }
 
 
-def overridden(config: RunConfig, dotted: dict[str, Any]) -> RunConfig:
-    """`config` with some fields replaced."""
-    config = config.override(dotted)
-    return for_method(config, config.method).check()
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe")
@@ -155,7 +148,7 @@ def main() -> None:
     chosen = options.variants or [name for name in VARIANTS if options.encoder or not name.startswith("repa")]
     config, features, weights = with_defaults(config, options.out, features=options.features)
     overrides = with_grid({name: VARIANTS[name] for name in chosen}, options.grid)
-    variants = {name: overridden(config, dotted) for name, dotted in overrides.items()}
+    variants = {name: for_method(config.override(dotted)).check() for name, dotted in overrides.items()}
     rehearse(variants)
     comparison = Comparison(config, variants, tuple(options.seeds), options.out, options.images, features, weights)
     results = compare(comparison, workers=options.workers)

@@ -19,7 +19,6 @@ import numpy as np
 import torch
 
 from selftrans.config import RunConfig, to_json
-from selftrans.data.buckets import open_data
 from selftrans.data.dataset import Manifest
 from selftrans.data.decoded import decoded_images
 from selftrans.data.prepare import prepare_builtin
@@ -31,12 +30,12 @@ from selftrans.experiments.measurement import PROBED_BLOCK, check_sizes, image_s
 from selftrans.experiments.runner import Comparison, Results, compare, processes
 from selftrans.experiments.summary import AXES, as_csv, mean_curve, rows, time_line, time_shares
 from selftrans.experiments.train_classifier import classifier_from_data
-from selftrans.methods.registry import METHODS, REGISTRY, find, sections_of, stages
+from selftrans.methods.registry import METHODS, REGISTRY, find, put_together, sections_of, stages
 from selftrans.sections import fields_of
 from selftrans.storage import lock_file, removed_if_refused, write_json, write_text
-from selftrans.train.data_window import cache_of
+from selftrans.train.data_window import data_of
 from selftrans.train.given_weights import with_given_model
-from selftrans.train.run import put_together, teacher_of
+from selftrans.train.teachers import teacher_of
 
 SHOWN = 32  #: samples on the page, per method
 
@@ -91,16 +90,16 @@ def compare_methods(
 
 def probed_block(config: RunConfig) -> int:
     """The shallow block whose features are probed in every run: the one that the recipe's method guides first."""
-    manifest, first = open_data(str(config.data.path), cache=cache_of(config.data)).manifest, stages(config)[0]
+    manifest, first = data_of(config.data).manifest, stages(config)[0]
     with torch.device("meta"):
         student = config.build_model(manifest.shape, manifest.conditions)
-        guidances = [] if first.teacher or first.encoder else first.guide(student, None)
+        guidances = [] if first.encoder else first.guide(student, None)
     return guidances[0].taps[0] if guidances else min(PROBED_BLOCK, student.depth)
 
 
-def for_method(config: RunConfig, method: str) -> RunConfig:
-    """The configuration for one method, with its own sections: its run is the same whatever it is compared with."""
-    config = dataclasses.replace(config, method=method).restricted()
+def for_method(config: RunConfig, method: str | None = None) -> RunConfig:
+    """The configuration for one method (None: its own), with its sections: its run is the same whatever it is compared with."""
+    config = dataclasses.replace(config, method=method or config.method).restricted()
     plan = stages(config)
     if len(plan) > 1:
         return config
@@ -116,12 +115,12 @@ def for_method(config: RunConfig, method: str) -> RunConfig:
 def rehearse(variants: Mapping[str, RunConfig]) -> None:
     """Build each method once, without memory for its weights: an unusable setting is refused before anything is trained."""
     for config in variants.values():
-        dataset = open_data(str(config.data.path), cache=cache_of(config.data))
+        dataset = data_of(config.data)
         for stage in stages(config):
             given: Any = None
             if stage.encoder or (stage.teacher and stage.teacher.given):
                 given = teacher_of(config, stage, "", dataset, torch.device("cpu"))
-            put_together(config, stage, dataset.manifest, given)
+            put_together(config, stage, dataset.manifest.shape, dataset.manifest.conditions, given)
 
 
 def _check(methods: Sequence[str], seeds: Sequence[int], images: int) -> None:
@@ -150,7 +149,7 @@ def with_defaults(config: RunConfig, out: Path, *, features: str | None = None) 
         features = features or "digits"
     if features == "digits":
         weights = str(out / "digits-classifier.safetensors")
-    dataset = open_data(str(config.data.path), cache=cache_of(config.data))
+    dataset = data_of(config.data)
     manifest, several = dataset.manifest, len(dataset.parts) > 1
     if features is None:
         features, own = "inception" if several else _without_classes(manifest), out / "classifier.safetensors"
@@ -219,8 +218,7 @@ def summarise(chosen: Comparison, results: Results) -> dict[str, Any]:
         "images": chosen.images,
         "labels": point["sampler"].get("labels"),
         "seeds": list(chosen.seeds),
-        "autoencoder": config.data.autoencoder
-        or open_data(str(config.data.path), cache=cache_of(config.data)).manifest.autoencoder,
+        "autoencoder": config.data.autoencoder or data_of(config.data).manifest.autoencoder,
         "teachers": list(teachers.values()),
         "config": json.loads(to_json(config)),
         "sections": list(used),
@@ -230,8 +228,7 @@ def summarise(chosen: Comparison, results: Results) -> dict[str, Any]:
 def write(chosen: Comparison, summary: dict[str, Any]) -> None:
     """Write compare.json, .csv, .png and .html to the directory of the comparison."""
     runs = {name: chosen.run((name, chosen.seeds[0])) for name in chosen.variants}
-    data = chosen.shared.data
-    dataset = open_data(str(data.path), text_encoder=data.text_encoder, cache=cache_of(data))
+    dataset = data_of(chosen.shared.data)
     conditioning = stored_conditions(dataset, dataclasses.replace(chosen.shared.sample, seed=1))
     grids = {name: samples_of(run, chosen.shared.sample, SHOWN, conditioning) for name, run in runs.items()}
     captions = conditioning.texts(np.arange(SHOWN))
