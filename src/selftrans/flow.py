@@ -72,8 +72,11 @@ def _cosine_t(ratio: Tensor) -> Tensor:
 
 
 # named functions: an objective holds a path, and lambdas cannot be pickled
+#: the linear path: alpha = 1 - t, sigma = t, v = noise - z0
 LINEAR = Path("linear", _one_minus, _itself, _minus_one, _one, _linear_t)
+#: the cosine path: alpha = cos(pi t / 2), sigma = sin(pi t / 2)
 COSINE = Path("cosine", _cos, _sin, _d_cos, _d_sin, _cosine_t)
+#: name -> path
 PATHS = {path.name: path for path in (LINEAR, COSINE)}
 
 
@@ -83,7 +86,7 @@ def _like(t: Tensor, x: Tensor) -> Tensor:
 
 
 def interpolate(path: Path, z0: Tensor, noise: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-    """Point on the path and its velocity, `(zt, v)`, both (N, C, *S)."""
+    """Point on the path and its velocity, `(zt, v)`, from data z0 and noise at times t (N,) or (); all others (N, C, *S)."""
     t = _like(t, z0)
     zt = path.alpha(t) * z0 + path.sigma(t) * noise
     v = path.d_alpha(t) * z0 + path.d_sigma(t) * noise
@@ -162,9 +165,15 @@ TIMES = {
 def draw(batch: Batch, null: Cond, *, path: Path = LINEAR, times: str = "systematic", drop: float = 0.1) -> Draw:
     """Draw time, noise and the dropped condition of a step from torch's default generator, once for all losses.
 
-    batch.z0 is (N, C, *S); `null` is the model's null condition for this batch; each sample is dropped with
-    probability `drop`.
+    Args:
+        batch: latents z0 (N, C, *S) and their true condition.
+        null: the model's null condition for this batch, `model.null(batch.cond)`.
+        path: on which the points lie. times: how t is drawn, a name in `TIMES`.
+        drop: probability in [0, 1] that a sample's condition is replaced by the null one, in `Draw.dropped`.
+    Raises ValueError for unknown `times`.
     """
+    if times not in TIMES:
+        raise ValueError(f"times {times!r} is unknown; choose one of {', '.join(TIMES)}")
     n, device = batch.z0.shape[0], batch.z0.device
     t = TIMES[times](n, path, device)
     noise = torch.randn_like(batch.z0)

@@ -60,9 +60,12 @@ def load(source: str | Path, *, stage: str | None = None, weights: Literal["ema"
     mode, on the CPU.
 
     Args:
-        stage: of the run; None: its last. weights: the moving average of the weights, or the weights themselves.
+        stage: of the run; None: its last. Of a run of Self-Transcendence "stage1" is the teacher.
+        weights: "ema", the moving average of the weights, or "raw", the weights themselves.
     ValueError where `source` holds no such model. Needs safetensors, and huggingface_hub for a repository.
     """
+    if weights not in ("ema", "raw"):
+        raise ValueError(f"weights '{weights}' are unknown; choose 'ema' or 'raw'")
     from selftrans.checkpoints.load import load_model
 
     return load_model(source, stage=stage, weights=weights).model

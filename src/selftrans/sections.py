@@ -11,7 +11,7 @@ import types
 import typing
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypeVar
 
 from selftrans.suggest import nearest
 
@@ -79,7 +79,29 @@ def from_plain(kind: Any, raw: Any, where: str) -> Any:
             return float(raw)
         if isinstance(raw, kind) and not (kind is int and not integer):
             return raw
-    raise ValueError(f"{where} should be {kind}, not {raw!r:.60}")
+    expected = f"one of {', '.join(map(repr, inner))}" if origin is Literal else kind
+    raise ValueError(f"{where} should be {expected}, not {raw!r:.60}")
+
+
+S = TypeVar("S", bound=Section)
+
+
+def checked(section: S, kind: type[S]) -> S:
+    """Settings that were made in Python, and not read from json or options. ValueError unless they are of class `kind`, each
+    field is of its type (of a choice: one of them), and `check` finds nothing."""
+    if not isinstance(section, kind):
+        found = f"the class {section.__name__}" if isinstance(section, type) else type(section).__name__
+        raise ValueError(f"the settings must be {kind.__name__}(...), not {found}")
+    found = from_plain(type(section), _plain(dataclasses.asdict(section)), kind.key)
+    found.check()
+    return found
+
+
+def _plain(value: Any) -> Any:
+    """Lists in place of tuples, as in json."""
+    if isinstance(value, dict):
+        return {name: _plain(each) for name, each in value.items()}
+    return [_plain(each) for each in value] if isinstance(value, tuple | list) else value
 
 
 def _dataclass(kind: Any, raw: Any, where: str) -> Any:

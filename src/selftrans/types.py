@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple, Self, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self, TypeAlias
 
 import torch
 import torch.utils.checkpoint
@@ -137,6 +137,12 @@ class Backbone(nn.Module):
     #: whether blocks may draw random numbers, which a block that is computed again must repeat
     random_blocks: bool = True
     early_block: int = 0  #: the block whose tokens the second output reads (1-based); 0: there is none, see `add_early`
+
+    if TYPE_CHECKING:  # nn.Module declares that a call returns Any
+
+        def __call__(
+            self, x: Tensor, t: Tensor, cond: Cond, *, taps: tuple[int, ...] = (), stop: bool = False
+        ) -> Output: ...
 
     def forward(self, x: Tensor, t: Tensor, cond: Cond, *, taps: tuple[int, ...] = (), stop: bool = False) -> Output:
         """Velocity at x (N, C, *S), t (N,) under `cond`, with the features after each block of `taps` (1-based).
@@ -270,6 +276,20 @@ def check_takes(backbone: Backbone, shape: tuple[int, ...]) -> None:
         raise ValueError(f"the model does not take latents of {tuple(shape)}: {reason}") from error
     if v is None or v.shape != x.shape:
         raise ValueError(f"the model takes latents of {tuple(backbone.shape)} only, not of {tuple(shape)}")
+
+
+def check_backbone(model: Any, role: str) -> None:
+    """ValueError unless a model has the attributes of a `Backbone`. `role`: what it was given as."""
+    try:
+        _ = model.depth, model.width, model.shape, model.grid, model.conditions
+    except AttributeError as error:
+        wraps = isinstance(model, nn.Module) and any(isinstance(part, Backbone) for part in model.children())
+        remedy = (
+            "give the model that it wraps, such as its .module"
+            if wraps
+            else "subclass selftrans.Backbone and set its attributes, or wrap a module in selftrans.HookedBackbone"
+        )
+        raise ValueError(f"{role} is no complete backbone: {error}; {remedy}") from error
 
 
 def check_latents(z0: Tensor, shape: tuple[int, ...]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import math
 import re
@@ -21,6 +22,7 @@ from selftrans.cli.main import main
 from selftrans.methods import registry as methods
 from selftrans.methods.self_transcendence import SelfGuidance, StructureGuidance
 from selftrans.models import registry as models
+from selftrans.train.flops import step_flops
 from selftrans.types import Conditions
 from tests.support.packages import importable
 from tests.support.toy import quick  # noqa: F401
@@ -91,6 +93,27 @@ def test_backbones_of_the_page_train_and_teach(module):
         assert early.v is None and torch.equal(early.feats[1], student(x, t, labels, taps=(1, 2)).feats[1])
         teacher = Frozen(student, 2)
         assert math.isfinite(step(student, [SelfGuidance(student, teacher, Stage2(student_block=1, head_width=8))]))
+
+
+def test_guidance_of_the_page_follows_the_average_as_it_moves(module):
+    student = module.Mixer((1, 8, 8), Conditions("labels", 10))
+    for parameter in student.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    average = copy.deepcopy(student)
+    objective = Objective(student, [module.FollowGuidance(student, module.Follow())])
+    objective.watch(average)
+    batch, terms = Batch(torch.randn(4, 1, 8, 8), torch.arange(4)), []
+    for _ in range(2):
+        torch.manual_seed(1)
+        loss, report = objective(batch, 0)
+        terms.append(report["follow"].item())
+        assert report["follow"].item() == pytest.approx((report["follow/block1"] + report["follow/block2"]).item() / 2)
+        for parameter in average.parameters():
+            parameter.add_(0.1)
+    assert terms[0] != terms[1] and not any(p.requires_grad for p in average.parameters())
+    loss.backward()
+    assert all(p.grad is not None for p in objective.guidances[0].parameters())
+    assert step_flops(objective, torch.zeros(1, dtype=torch.long), 4)[0] > 0
 
 
 def test_wrapped_model_does_not_drop_labels_in_training(module):

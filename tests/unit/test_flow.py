@@ -200,3 +200,8 @@ def test_signal_to_noise_ratios_are_equal(path):
         ratio, same = (0.5 * path.alpha(moved) / path.sigma(moved)) ** 2, (path.alpha(unit) / path.sigma(unit)) ** 2
         torch.testing.assert_close(ratio, same, rtol=1e-12, atol=0)
     assert equal_snr_range((0.0, 1.0), 0.5, path) == (0.0, 1.0) and equal_snr_range(None, 0.5, path) is None
+
+
+def test_unknown_times_are_refused():
+    with pytest.raises(ValueError, match="times 'even' is unknown; choose one of systematic, uniform"):
+        flow.draw(Batch(torch.zeros(1, 1, 2, 2), torch.zeros(1)), torch.zeros(1), times="even")

@@ -1,12 +1,16 @@
 """What `import selftrans` offers."""
 
+import inspect
+
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 
 import selftrans
 from selftrans import library
 from selftrans.checkpoints.load import load_model
 from tests.support import toy
+from tests.support.pages import blocks
 
 
 def test_star_import_gives_every_name_of_the_library():
@@ -37,6 +41,46 @@ def test_a_trained_model_in_one_line():
     )
     with pytest.raises(ValueError, match="nowhere does not exist; expected a run directory"):
         selftrans.load("nowhere")
+    with pytest.raises(ValueError, match="weights 'EMA' are unknown; choose 'ema' or 'raw'"):
+        selftrans.load(toy.finished(), weights="EMA")
+
+
+def test_every_class_and_function_has_a_docstring_of_its_own():
+    named = {name: getattr(selftrans, name) for name in library.__all__}
+    offered = {name: each for name, each in named.items() if inspect.isclass(each) or inspect.isfunction(each)}
+    assert len(offered) > 20
+    short = [
+        name for name, each in offered.items() if len(each.__doc__ or "") < 20 or each.__doc__.startswith(f"{name}(")
+    ]
+    assert short == []  # a dataclass or tuple without one has its signature there
+
+
+def test_loops_of_the_page_train_continue_and_use_accelerate(tmp_path, monkeypatch):
+    """The blocks of docs/library.md that start from a run: once from the start, once from the state of the first."""
+    monkeypatch.chdir(tmp_path)
+    texts = [block.text for block in blocks("docs/library.md") if "test_library.py" in block.skipped]
+    loop, accelerate = (
+        text.replace('"runs/digits"', repr(str(toy.finished()))).replace("block=4", "block=1") for text in texts
+    )
+    loop = loop.replace("width=64, depth=6", "width=16, depth=3")
+    latents, labels = torch.randn(4, *selftrans.load(toy.finished()).shape), torch.tensor([0, 1, 2, 0])
+    torch.manual_seed(0)
+    scopes = []
+    for _ in range(3):  # the first visit ends with heads, in the second they end, the third begins without
+        scope = {name: getattr(selftrans, name) for name in library.__all__} | {"torch": torch}
+        scope["batches"] = [(latents, labels)] * 3
+        exec(compile(loop, "library.md", "exec"), scope)
+        scopes.append(scope)
+    assert [scope["step"] for scope in scopes] == [2, 5, 8]
+    assert "self" in scopes[0]["report"] and set(scopes[1]["report"]) == {"flow"}
+    assert scopes[1]["average"].n_averaged == 6
+    scope["loader"] = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(latents, labels), batch_size=2)
+    AcceleratorState._reset_state(True)
+    try:
+        exec(compile(accelerate, "library.md", "exec"), scope)
+    finally:
+        AcceleratorState._reset_state(True)  # later tests have other precisions
+    assert scope["loss"].isfinite() and "self" in scope["report"]
 
 
 def test_labels_of_no_class_are_refused_when_sampling():

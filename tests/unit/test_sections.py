@@ -6,7 +6,7 @@ from typing import Literal
 
 import pytest
 
-from selftrans.sections import Section, fields_of, from_plain, setting
+from selftrans.sections import Section, checked, fields_of, from_plain, setting
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def test_value_of_each_type(kind, raw, expected):
         (int, 1 << 63, "here is beyond 64 bits"),
         (str, None, "here should be"),
         (int | None, "x", "here should be"),
-        (Literal["a", "b"], "c", "here should be"),
+        (Literal["a", "b"], "c", "^here should be one of 'a', 'b', not 'c'$"),
         (tuple[int, int], [1], "here should be"),
         (tuple[int, int], "ab", "here should be"),
         (Inner, [], r"here should be an object, not \[\]"),
@@ -101,3 +101,12 @@ def test_fields_with_their_rule_and_length():
 def test_section_has_no_check_and_no_ineffective_field_by_default():
     Outer().check()
     assert Outer().ineffective() == {}
+
+
+def test_section_made_in_python_is_checked_by_type():
+    given = Outer(1, span=(0, 1), labels=(4,), inner=Inner(2))
+    assert checked(given, Outer) == Outer(1.0, span=(0.0, 1.0), labels=(4,), inner=Inner(2))
+    with pytest.raises(ValueError, match=r"outer\.mode should be one of 'a', 'b', not 'c'"):
+        checked(Outer(mode="c"), Outer)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"the settings must be Outer\(\.\.\.\), not Section"):
+        checked(Section(), Outer)

@@ -9,14 +9,14 @@ from __future__ import annotations
 import contextlib
 import math
 import operator
-from typing import Any, NamedTuple, Self, TypeGuard
+from typing import TYPE_CHECKING, Any, NamedTuple, Self, TypeGuard
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from selftrans.sections import Section
-from selftrans.types import Backbone, Cond, Draw, cat_cond
+from selftrans.types import Backbone, Cond, Draw, cat_cond, check_backbone
 
 Report = dict[str, Tensor]
 #: per-sample gate on t: closed range and how it acts (see `gate`)
@@ -28,9 +28,10 @@ class Guidance(nn.Module):
 
     Everything that the objective and the trainer ask of a guidance is declared here. A subclass sets `name`, `weight`, `taps`
     and implements `forward`; the other attributes have defaults.
+    A guidance whose teacher is the student's moving average takes it in `watch`, as `Frozen.live(average, block)`.
     """
 
-    name: str  #: prefix of its entries in the report, unlike any other's
+    name: str = ""  #: prefix of its entries in the report, unlike any other's; a subclass sets it
     weight: float  #: lambda
     taps: tuple[int, ...]  #: student blocks whose features it reads (1-based)
     until_step: int | None  #: first step at which it no longer acts; None: never ends
@@ -42,12 +43,22 @@ class Guidance(nn.Module):
 
     def __init__(self, weight: float, taps: tuple[int, ...], *, until_step: int | None = None) -> None:
         super().__init__()
-        self.weight, self.taps, self.until_step = weight, taps, until_step
+        if not isinstance(taps, tuple | list):
+            raise ValueError(f"taps are the student's blocks (1-based) in a tuple, such as (2,), not {taps!r}")
+        self.weight, self.taps, self.until_step = weight, tuple(taps), until_step
         self.reads_features, self.teacher, self.encoder_flops = False, None, 0
-        self.head: Any = None  #: what maps the student's tokens (N, T, D) to the target, if anything does
+        #: what maps the student's tokens (N, T, D) to the target, if anything does; of several blocks an nn.ModuleList
+        self.head: Any = None
+
+    if TYPE_CHECKING:  # nn.Module declares that a call returns Any
+
+        def __call__(self, d: Draw, feats: dict[int, Tensor]) -> tuple[Tensor, Report]: ...
 
     def forward(self, d: Draw, feats: dict[int, Tensor]) -> tuple[Tensor, Report]:
-        """The term before its weight, and what the log should show, all 0-d tensors."""
+        """The term before its weight, and what the log should show, all 0-d tensors on the device of the draw.
+
+        feats: block -> (N, T, D) of each block in `taps`, with gradient, in the compute dtype: convert to float32 for an error.
+        """
         raise NotImplementedError
 
     def null_rows(self, d: Draw) -> Tensor | None:
@@ -58,10 +69,17 @@ class Guidance(nn.Module):
         return None
 
     def watch(self, average: Backbone) -> None:
-        """Take the student's moving average, which the trainer updates in place. Default: it is not wanted."""
+        """Take the student's moving average, which the trainer updates in place. Default: it is not wanted.
+
+        Called once, before the first step: `self.teacher = Frozen.live(average, block)`. In a training loop of your own, call
+        `Objective.watch`.
+        """
 
     def cost(self, n: int) -> dict[str, int]:
-        """How many of n samples meet the head ("head") and pass through a teacher or encoder ("teacher") in one step."""
+        """How many of n samples meet the head ("head") and pass through a teacher or encoder ("teacher") in one step.
+
+        A sample whose true and null condition both pass through the teacher counts twice.
+        """
         return {"head": n if self.head is not None else 0, "teacher": 0}
 
 
@@ -71,7 +89,7 @@ class Frozen:
     It keeps blocks 1..`block` of a copy of `model` (of `model` itself with `in_place`), in eval mode, and moves to the data's
     device by itself. `dtype` is that of its parameters and of its products (None: as they are); buffers and the residual sum
     along the blocks keep their precision, since guidance multiplies their rounding error by w. `source` says where its weights
-    came from (path, sha256).
+    came from (path, sha256). ValueError for a block (1-based) that the model does not have, and for what is no `Backbone`.
     """
 
     def __init__(
@@ -83,6 +101,7 @@ class Frozen:
         source: dict[str, Any] | None = None,
         in_place: bool = False,
     ) -> None:
+        check_backbone(model, "the teacher")
         try:
             number = operator.index(block)
         except TypeError:
@@ -102,7 +121,11 @@ class Frozen:
 
     @classmethod
     def live(cls, average: Backbone, block: int) -> Self:
-        """A model that other code updates, as a teacher: neither copied nor truncated."""
+        """A model that other code updates, as a teacher: neither copied nor truncated. Its parameters no longer require
+        gradients, and it is in eval mode. ValueError as for `Frozen`."""
+        check_backbone(average, "the moving average")
+        if not 1 <= block <= average.depth:
+            raise ValueError(f"teacher block {block} is outside the moving average's 1..{average.depth}")
         frozen = cls.__new__(cls)
         frozen.model = average.requires_grad_(False).eval()
         frozen.block, frozen.width, frozen.dtype, frozen.source = block, average.width, None, {}

@@ -47,7 +47,7 @@ from selftrans.methods.label_part import LabelPart
 from selftrans.methods.published_heads import published_heads
 from selftrans.methods.spec import MethodSpec, Stage, TeacherSpec
 from selftrans.methods.stage_settings import TEACHER_SETTINGS, Stage1, Stage2
-from selftrans.sections import fields_of
+from selftrans.sections import checked, fields_of
 from selftrans.types import Backbone, Conditions, Draw, take_cond
 
 if TYPE_CHECKING:
@@ -55,16 +55,27 @@ if TYPE_CHECKING:
 
 
 class StructureGuidance(Guidance):
-    """Stage 1: the shallow block predicts the target token by token."""
+    """Stage 1: the shallow block predicts the target token by token.
+
+    It reads the student's sizes and its `patchify`; the student itself is trained by the `Objective` that gets both. ValueError
+    for settings that cannot work, and where `patchify` and `grid` disagree.
+    """
 
     name = "structure"
 
     def __init__(self, student: Backbone, config: Stage1) -> None:
+        config = checked(config, Stage1)
         check_gate(config.timestep_range, config.range_mode)
         super().__init__(config.weight, (config.block,))
         self.config, self.patchify = config, student.patchify
         self.selects = selective(config.timestep_range, config.range_mode)
         cells = math.prod(student.shape) // student.tokens  # numbers of a latent that one token covers
+        cut = tuple(student.patchify(torch.zeros(1, *student.shape, device="cpu")).shape)
+        if cut != (1, student.tokens, cells):
+            raise ValueError(
+                f"{type(student).__name__}.patchify cuts a latent of {tuple(student.shape)} into {cut}; expected "
+                f"(N, T, cells) = {(1, student.tokens, cells)}, by its grid {tuple(student.grid)}"
+            )
         projection, norm = (
             projector(student.width, student.width, config.head_width),
             nn.LayerNorm(student.width, elementwise_affine=False, eps=1e-6),
@@ -83,13 +94,23 @@ class StructureGuidance(Guidance):
 
 
 class SelfGuidance(Guidance):
-    """Stage 2: the student's block, or each of several, matches the teacher's guided features."""
+    """Stage 2: the student's block, or each of several, matches the teacher's guided features.
+
+    Args:
+        student: its sizes are read; it is trained by the `Objective` that gets both.
+        teacher: of the same latents, tokens, conditions and path; width and depth may differ. It must keep the blocks that
+            `config` names, and `config.teacher_block` None means the last one that it keeps.
+        config: its fields `teacher`, `teacher_weights`, `teacher_width`, `teacher_depth` and `teacher_lr` are for the commands,
+            and not read here.
+        path: that of the objective, by which `config.data_std` moves the range of times.
+    Raises ValueError for settings that cannot work, and for a teacher that is not `Frozen` or does not fit.
+    """
 
     name = "self"
     teacher: Frozen
 
     def __init__(self, student: Backbone, teacher: Frozen, config: Stage2, path: Path = LINEAR) -> None:
-        config.check()
+        config = checked(config, Stage2)
         check_gate(config.timestep_range, config.range_mode)
         check_tokens(student, teacher)
         block = max(1, student.depth // 2) if config.student_block is None else config.student_block
@@ -97,11 +118,15 @@ class SelfGuidance(Guidance):
         self.config, self.teacher = config, teacher
         self.range = equal_snr_range(config.timestep_range, config.data_std, path)
         self.selects = selective(self.range, config.range_mode)
-        goals = config.teacher_blocks or (teacher.block,) * len(self.taps)
+        single = teacher.block if config.teacher_block is None else config.teacher_block
+        goals = config.teacher_blocks or (single,) * len(self.taps)
         self.teacher_taps = tuple(sorted(set(goals)))
         self.goals = [self.teacher_taps.index(k) for k in goals]  # of each student block, its place in `teacher_taps`
-        if self.teacher_taps[-1] > teacher.block:
-            raise ValueError(f"stage2.teacher_blocks {goals} are beyond the teacher's {teacher.block} blocks")
+        if not 1 <= self.teacher_taps[0] <= self.teacher_taps[-1] <= teacher.block:
+            raise ValueError(
+                f"stage2.teacher_blocks {goals} are beyond the teacher's {teacher.block} blocks; give Frozen(model, block) "
+                "with the deepest of them"
+            )
         if config.target_norm == "spatial" and student.tokens < 2:
             raise ValueError(
                 "stage2.target_norm spatial needs several tokens; set a smaller model.patch, or another norm"

@@ -18,7 +18,7 @@ from torch import Tensor
 from selftrans.flow import LINEAR, PATHS, Path, interpolate
 from selftrans.methods.guidance import Frozen, Guidance, Report, check_term, feature_error, projector, token_norm
 from selftrans.methods.spec import MethodSpec, single_stage
-from selftrans.sections import Section, setting
+from selftrans.sections import Section, checked, setting
 from selftrans.types import Backbone, Draw
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ class SRAGuidance(Guidance):
     name = "sra"
 
     def __init__(self, student: Backbone, config: SRA, path: Path = LINEAR) -> None:
-        config.check()
+        config = checked(config, SRA)
         block = max(1, round(0.3 * student.depth)) if config.block is None else config.block
         target = max(1, round(0.7 * student.depth)) if config.target_block is None else config.target_block
         if not 1 <= target <= student.depth:

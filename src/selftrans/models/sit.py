@@ -14,6 +14,7 @@ from selftrans.types import Conditions
 
 #: published sizes: width, depth, heads (SiT, table 1)
 SIZES = {"S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152, 28, 16)}
+#: name, such as "SiT-B/2" -> width, depth, heads and patch, as keyword arguments of `SiT`
 SIT_SIZES = published_sizes("SiT", SIZES, patches=(1, 2, 4, 8))
 
 
@@ -35,7 +36,21 @@ def build(config: SiTConfig, shape: tuple[int, ...], conditions: Conditions) -> 
 
 
 class SiT(LabelTransformer):
-    """A `LabelTransformer` of DiT's blocks. The published models take square pictures."""
+    """A diffusion transformer of DiT's blocks on latents with class labels, or without conditions. The published models take
+    square pictures.
+
+    Args:
+        shape: (C, L), (C, H, W) or (C, F, H, W) of a latent; L, H, W multiples of `patch`, F of `patch_frames`.
+        num_classes: labels are 0 .. num_classes - 1, and the null label is num_classes; 0: no conditions, every label is 0.
+        width, depth, heads, patch: D, number of blocks, attention heads, side of a patch; of published models `SIT_SIZES`.
+        patch_frames: frames of a patch, of latents with frames.
+        mlp_ratio: hidden width of a block's MLP, in units of `width`.
+        qk_norm: LayerNorm on queries and keys; the commands and the released models have it.
+        learn_sigma: the output layer has a second, unused half, as in the original DiT and SiT checkpoints.
+        label_std: standard deviation of the label table before training.
+    Called as `model(x (N, C, *S), t (N,), labels (N,), taps=(), stop=False)`, see `Backbone`. ValueError for sizes that do not
+    fit each other.
+    """
 
     def __init__(
         self,

@@ -9,6 +9,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from selftrans.methods.objective import Objective
+from selftrans.storage import first_line
 from selftrans.types import Backbone, Cond, map_cond
 
 
@@ -42,15 +43,17 @@ def training_flops(backbone: Backbone, cond: Cond) -> int:
     z = torch.empty(1, *backbone.shape, device="meta")
     with FlopCounterMode(display=False) as counter:
         v = meta(z, torch.empty(1, device="meta"), map_cond(lambda x: x.to("meta"), cond)).v
+        assert v is not None
         v.sum().backward()
     return counter.get_total_flops()
 
 
 def head_flops(head: nn.Module, tokens: int, width: int) -> int:
-    """Operations of a head on the features (1, tokens, width) of one sample."""
-    meta = copy.deepcopy(head).to("meta")
+    """Operations of a head, or of each head in a list, on the features (1, tokens, width) of one sample."""
+    heads = head if isinstance(head, nn.ModuleList) else [head]
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        meta(torch.empty(1, tokens, width, device="meta"))
+        for each in heads:
+            copy.deepcopy(each).to("meta")(torch.empty(1, tokens, width, device="meta"))
     return counter.get_total_flops()
 
 
@@ -64,12 +67,23 @@ def step_flops(objective: Objective, cond: Cond, batch_size: int) -> dict[int | 
     for i, guidance in enumerate(objective.guidances):
         cost, teacher = guidance.cost(batch_size), guidance.teacher
         head = student.early if guidance.trains_early else guidance.head
-        per_head = head_flops(head, student.tokens, student.width) if head is not None else 0
+        per_head = _per_head(guidance.name, head, student) if head is not None else 0
         per_teacher = guidance.encoder_flops
         if teacher is not None:
             per_teacher = forward_flops(teacher.model, cond, (teacher.block,), stop=True)
         total[i] = 3 * cost["head"] * per_head + cost["teacher"] * per_teacher
     return total
+
+
+def _per_head(name: str, head: nn.Module, student: Backbone) -> int:
+    """`head_flops` of a guidance's head. ValueError where it does not take the student's tokens alone."""
+    try:
+        return head_flops(head, student.tokens, student.width)
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"the head of the guidance {name} cannot be called on tokens (N, {student.tokens}, {student.width}) of one block "
+            f"({first_line(error)}); its operations are counted so: give layers of other inputs another name than head"
+        ) from error
 
 
 def stage_flops(objective: Objective, cond: Cond, batch_size: int, steps: int) -> int:

@@ -10,8 +10,19 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
-from selftrans.methods.guidance import Frozen, Guidance, capacity, feature_error, gate, projector, remaining, selected
+from selftrans.methods.guidance import (
+    Frozen,
+    Guidance,
+    capacity,
+    check_gate,
+    feature_error,
+    gate,
+    projector,
+    remaining,
+    selected,
+)
 from selftrans.methods.registry import METHODS, stages
 from selftrans.models.sit import SiT
 from selftrans.recipes import recipe
@@ -90,6 +101,8 @@ def test_impossible_ranges_are_refused(span):
 
 def test_unknown_range_modes_are_refused():
     with pytest.raises(ValueError, match="'mask' is unknown; choose one of select, scale"):
+        check_gate(RANGE, "mask")
+    with pytest.raises(ValueError, match=r"stage1.range_mode should be one of 'select', 'scale', not 'mask'"):
         stage1(Stub(), range_mode="mask")
 
 
@@ -263,3 +276,24 @@ def test_block_of_a_teacher_may_be_an_integer_of_numpy():
     assert type(frozen.block) is int and frozen.block == 1
     with pytest.raises(ValueError, match=r"teacher block 9 is outside the teacher's 1\.\."):
         Frozen(Stub(), np.int64(9))
+
+
+@pytest.mark.parametrize("make", [Frozen, Frozen.live])
+def test_teacher_that_is_no_backbone_or_has_no_such_block_is_refused(make):
+    with pytest.raises(
+        ValueError,
+        match="is no complete backbone: 'AveragedModel' object has no attribute 'depth'; give the model that it wraps",
+    ):
+        make(AveragedModel(Stub()), 2)
+    with pytest.raises(ValueError, match="is no complete backbone: 'dict' object has no attribute 'depth'; subclass"):
+        make(dict(Stub().state_dict()), 2)
+    with pytest.raises(ValueError, match=r"teacher block 4 is outside .* 1\.\.3"):
+        make(Stub(), 4)
+
+
+def test_taps_are_a_tuple():
+    assert Guidance(1.0, [1, 2]).taps == (1, 2)
+    with pytest.raises(
+        ValueError, match=r"taps are the student's blocks \(1-based\) in a tuple, such as \(2,\), not 2"
+    ):
+        Guidance(1.0, 2)

@@ -10,12 +10,13 @@ import pytest
 import scipy.stats
 import torch
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 from selftrans.flow import COSINE, LINEAR
 from selftrans.methods.guidance import Frozen, Guidance, capacity, gate
 from selftrans.methods.objective import Objective
 from selftrans.models.sit import SiT
-from selftrans.types import Backbone, Batch, Conditions
+from selftrans.types import Backbone, Batch, Conditions, Output
 from tests.support.guidances import RANGE, SHAPE, TIMES, data, frozen_stub, stage1, stage2
 from tests.support.stub import Stub, TextStub, handmade_draw, numbers
 
@@ -406,6 +407,9 @@ def test_latents_of_another_shape_or_type_are_refused(latents, message):
     "options, message",
     [
         ({"guidances": Ridge()}, r"guidances are a list, of ridge alone too: \[guidance\]"),
+        ({"guidances": None}, r"a list of Guidance objects, not of NoneType; \(\) for none"),
+        ({"guidances": [Ridge]}, r"a list of Guidance objects, not of <class '.*Ridge'>"),
+        ({"guidances": [Guidance(1.0, ())]}, "Guidance has no name: set one in the class"),
         ({"path": "linear"}, "path 'linear' must be a Path: one of selftrans.PATHS, which are linear, cosine"),
         ({"times": "even"}, "times 'even' is unknown; choose one of systematic, uniform"),
         ({"drop": 1.5}, r"drop 1.5 must be in \[0, 1\]"),
@@ -510,3 +514,83 @@ def test_step_on_the_device_is_not_read_and_every_guidance_acts():
         torch.manual_seed(0)
         losses.append(objective(data(10, (1, 8, 8)), step))
     assert torch.equal(losses[0][0], losses[1][0]) and losses[0][1].keys() == losses[1][1].keys()
+
+
+@pytest.mark.parametrize("batch", [(torch.zeros(1, *SHAPE), torch.zeros(1)), [torch.zeros(1, *SHAPE)]], ids=type)
+def test_what_is_no_batch_is_refused(batch):
+    with pytest.raises(ValueError, match=rf"selftrans.Batch\(latents, labels\), not a {type(batch).__name__}"):
+        Objective(Stub())(batch, 0)
+
+
+def test_student_that_is_no_backbone_is_refused():
+    with pytest.raises(
+        ValueError,
+        match=r"the student is no complete backbone: 'AveragedModel' .* 'depth'; give the model that it wraps",
+    ):
+        Objective(AveragedModel(Stub()))
+    with pytest.raises(
+        ValueError, match=r"the student is no complete backbone: 'Linear' .* 'depth'; subclass selftrans.Backbone"
+    ):
+        Objective(nn.Linear(2, 2))
+    incomplete = Stub()
+    del incomplete.grid
+    with pytest.raises(
+        ValueError, match="the student is no complete backbone: 'Stub' object has no attribute 'grid'; subclass"
+    ):
+        Objective(incomplete)
+
+
+class Altered(Stub):
+    """A student whose output is changed by a function."""
+
+    def __init__(self, change):
+        super().__init__()
+        self.change = change
+
+    def forward(self, *args, **options):
+        return self.change(super().forward(*args, **options))
+
+
+def with_register(out):
+    """A token more, as of a model that returns its register tokens, too."""
+    return Output(out.v, {k: torch.cat([h[:, :1], h], dim=1) for k, h in out.feats.items()})
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda out: out.v, r"Altered\.forward must return an Output, not Tensor"),
+        (lambda out: Output(None, out.feats), r"a velocity of shape None; expected that of its input, \(3, 2, 4, 4\)"),
+        (lambda out: Output(out.v[:, :1], out.feats), r"a velocity of shape \(3, 1, 4, 4\); expected"),
+        (lambda out: Output(out.v, {}), r"no features of block 2; feats must hold each block of taps \(1-based\)"),
+        (with_register, r"shape \(3, 5, 8\) after block 2; expected \(N, T, D\) = \(3, 4, 8\): .* register tokens"),
+        (lambda out: Output(out.v, {2: out.feats[2].flatten(1)}), r"shape \(3, 32\) after block 2; expected"),
+    ],
+)
+def test_output_of_another_shape_is_refused(change, message):
+    """Of equal shapes for student and teacher, register tokens would be guided; a smaller velocity would be broadcast."""
+    student = Altered(change)
+    with pytest.raises(ValueError, match=message):
+        Objective(student, [stage2(student, frozen_stub())])(data(3), 0)
+
+
+@pytest.mark.parametrize(
+    "returned, message",
+    [
+        (torch.tensor(1.0), "the guidance ridge must return its term and a dict for the log, not a Tensor"),
+        ((torch.ones(4), {}), r"'term' of the guidance ridge must be .* \(0-d\), not of shape \(4,\)"),
+        ((torch.tensor(1.0), {"norm": 2.0}), r"'norm' of the guidance ridge must be .* not a float"),
+    ],
+)
+def test_wrong_returns_of_a_guidance_are_refused(returned, message, monkeypatch):
+    monkeypatch.setattr(Ridge, "forward", lambda *_: returned)
+    with pytest.raises(ValueError, match=message):
+        Objective(Stub(), [Ridge()])(data(4), 0)
+
+
+def test_values_for_the_log_keep_no_graph(monkeypatch):
+    monkeypatch.setattr(
+        Ridge, "forward", lambda self, d, feats: (feats[self.taps[0]].mean(), {"x": feats[self.taps[0]].sum()})
+    )
+    _, report = Objective(Stub(), [Ridge()])(data(4), 0)
+    assert not report["ridge/x"].requires_grad and report["ridge/x"].dim() == 0

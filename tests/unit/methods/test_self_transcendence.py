@@ -605,3 +605,57 @@ def test_teacher_keeps_the_deepest_of_its_blocks():
     assert stages(config)[1].teacher.block(6) == 3
     with pytest.raises(ValueError, match=r"stage2\.teacher_blocks \(2, 3\) are beyond the teacher's 2 blocks"):
         guidance(Stub(), frozen(block=2), student_blocks=(1, 2), teacher_blocks=(2, 3))
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda: Stage1(target="latents"), r"stage1\.target should be one of 'velocity', 'latent', not 'latents'"),
+        (lambda: Stage1(weight=-1.0), r"stage1\.weight must be a number from 0"),
+        (lambda: Stage1(head_width=0), r"stage1\.head_width at least 1"),
+        (lambda: Stage1(block=2.0), r"stage1\.block should be <class 'int'>, not 2\.0"),
+        (lambda: Stage1, r"the settings must be Stage1\(\.\.\.\), not the class Stage1"),
+        (lambda: {"block": 2}, r"the settings must be Stage1\(\.\.\.\), not dict"),
+        (lambda: Stage2(), r"the settings must be Stage1\(\.\.\.\), not Stage2"),
+    ],
+)
+def test_settings_made_in_python_are_checked_in_stage_1(make, message):
+    with pytest.raises(ValueError, match=message):
+        StructureGuidance(Stub(), make())
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (
+            {"target_norm": "layr"},
+            r"stage2\.target_norm should be one of 'none', 'layer', 'cosine', 'spatial', not 'layr'",
+        ),
+        ({"head": "convolution"}, r"stage2\.head should be one of"),
+        ({"timestep_range": (0.2, 0.4, 0.5)}, r"stage2\.timestep_range should be"),
+    ],
+)
+def test_settings_made_in_python_are_checked_in_stage_2(options, message):
+    with pytest.raises(ValueError, match=message):
+        SelfGuidance(Stub(), frozen(), Stage2(**options))
+
+
+def test_teacher_block_of_the_settings_is_the_one_that_teaches():
+    d, student, teacher = handmade_draw(TIMES), Stub(), frozen()  # keeps three blocks
+    for block, expected in ((None, 3), (2, 2)):
+        guidance = SelfGuidance(student, teacher, Stage2(scale=1.0, teacher_block=block, head_width=4))
+        assert torch.equal(guidance.guided_features(d), teacher(d.zt, d.t, d.cond, taps=(expected,))[0])
+    for block in (0, 4):
+        with pytest.raises(
+            ValueError, match=rf"teacher_blocks \({block},\) are beyond the teacher's 3 blocks; give Frozen"
+        ):
+            SelfGuidance(student, teacher, Stage2(teacher_block=block))
+
+
+def test_patchify_that_disagrees_with_the_grid_is_refused():
+    student = Stub()
+    student.grid = (4, 4)
+    with pytest.raises(
+        ValueError, match=r"Stub\.patchify cuts a latent of \(2, 4, 4\) into \(1, 4, 8\); expected .* \(1, 16, 2\)"
+    ):
+        StructureGuidance(student, Stage1(head_width=4))

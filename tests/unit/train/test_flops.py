@@ -6,10 +6,12 @@ import pytest
 import torch
 from torch import nn
 
+from selftrans.methods.guidance import Guidance
+from selftrans.methods.objective import Objective
 from selftrans.models.lora import add_adapters
 from selftrans.models.sit import SIT_SIZES, SiT
 from selftrans.train import flops
-from selftrans.train.flops import forward_flops, stage_flops, training_flops
+from selftrans.train.flops import forward_flops, stage_flops, step_flops, training_flops
 from selftrans.types import Backbone, Conditions, Output
 from tests.support.operations import sit_forward_flops
 
@@ -71,3 +73,25 @@ def test_operations_of_a_stage_count_a_guidance_until_it_ends(until, guided, mon
     monkeypatch.setattr(flops, "step_flops", lambda *_: {None: 10, 0: 3, 1: 100})
     objective = SimpleNamespace(guidances=[SimpleNamespace(until_step=until), SimpleNamespace(until_step=2)])
     assert stage_flops(objective, None, 8, 6) == 6 * 10 + guided * 3 + 2 * 100
+
+
+class Own(Guidance):
+    name = "own"
+
+
+def test_each_head_of_a_list_is_counted():
+    labels, objective = torch.zeros(1, dtype=torch.long), Objective(Two(), [Own(1.0, (1,))])
+    objective.guidances[0].head = nn.ModuleList([nn.Linear(4, 5), nn.Linear(4, 6)])
+    assert step_flops(objective, labels, 8)[0] == 8 * 3 * 2 * 3 * 4 * (
+        5 + 6
+    )  # three tokens of 4 channels, backward twice
+
+
+@pytest.mark.parametrize("head", [nn.Linear(8, 5), nn.Bilinear(4, 4, 5)], ids=lambda head: type(head).__name__)
+def test_head_that_does_not_take_tokens_is_refused(head):
+    objective = Objective(Two(), [Own(1.0, (1,))])
+    objective.guidances[0].head = head
+    with pytest.raises(
+        ValueError, match=r"the head of the guidance own cannot be called on tokens \(N, 3, 4\) of one block"
+    ):
+        step_flops(objective, torch.zeros(1, dtype=torch.long), 8)
