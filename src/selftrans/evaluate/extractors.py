@@ -235,6 +235,18 @@ def load_extractor(
     )
 
 
+def extractor_sha256(
+    name: str | Path, *, weights: str | Path | None = None, shape: tuple[int, ...] | None = None
+) -> str:
+    """The `sha256` of `load_extractor(name, weights=weights, shape=shape)`; Inception, whose hash is known, is not loaded."""
+    if str(name) == "inception" and weights is None:
+        return INCEPTION_SHA256
+    if Path(name).suffix == ".pth" and weights is None:
+        _published_weights(Path(name))
+        return INCEPTION_SHA256
+    return load_extractor(name, weights=weights, shape=shape).sha256
+
+
 def extract(
     batches: np.ndarray | Iterable[np.ndarray], extractor: Extractor, *, chunk: int | None = None
 ) -> Iterator[dict[str, np.ndarray]]:

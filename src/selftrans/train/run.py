@@ -136,7 +136,7 @@ def planned(
     config, given = choose(with_prompts(config, manifest), settings_before(out), out, typed)
     config = with_window(config, shards, settings_before(out))
     config = settle(config, out, manifest)
-    initial, plan = initial_weights(config, shards, out, given), _stages(config)
+    initial, plan = initial_weights(config, shards, out, given), stages_to_run(config)
     _rehearse(config, plan, out, manifest)
     return config, plan, initial
 
@@ -275,7 +275,7 @@ def put_together(config: RunConfig, stage: Stage, manifest: Manifest, given: Any
     return objective
 
 
-def _stages(config: RunConfig) -> list[Stage]:
+def stages_to_run(config: RunConfig) -> list[Stage]:
     """Stages to be run: with a given teacher, those from the one that it teaches."""
     plan = stages(config)
     given = [i for i, stage in enumerate(plan) if stage.teacher and stage.teacher.given]
