@@ -10,9 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from selftrans import __version__
 from selftrans.data.buckets import open_data
-from selftrans.evaluate.plots import save
+from selftrans.evaluate import plots
 from selftrans.experiments import html_report
 from selftrans.experiments.comparison import Comparison
 from selftrans.experiments.measurement import MEASURED, due_checkpoints, samples_of, stored_conditions, stored_points
@@ -36,7 +35,7 @@ def write(chosen: Comparison, summary: dict[str, Any]) -> dict[str, Any]:
     grids = {name: samples_of(last, chosen.shared.sample, SHOWN, conditioning) for name, last in lasts.items()}
     captions = conditioning.texts(np.arange(SHOWN))
     figure = html_report.convergence(summary["curves"], summary["metric"])
-    save(figure, chosen.out / "compare.png")
+    plots.save(figure, chosen.out / "compare.png")
     write_text(chosen.out / "compare.csv", as_csv(summary["table"]))
     write_text(chosen.out / "compare.html", html_report.comparison_page(summary, figure, grids, captions))
     made = {name: sha256_file(chosen.out / name) for name in DRAWN}
@@ -62,10 +61,11 @@ def _of_runs(summary: dict[str, Any]) -> Any:
 
 
 def _made_from(chosen: Comparison, summary: dict[str, Any]) -> str:
-    """A hash of all that the files depend on: the summary, the weights that are sampled, the data, and this version."""
+    """A hash of all that the files depend on: the summary, the weights that are sampled, the data, and what draws them."""
     path = chosen.shared.data.path
     manifest = open_data(str(path), cache=cache_of(chosen.shared.data)).manifest
     runs = [chosen.run((name, chosen.seeds[0])) for name in chosen.variants]
     weights = [sorted(point["sha256"] for point in stored_points(Path(run, MEASURED))) for run in runs]
-    parts = [__version__, _of_runs(summary), weights, manifest.to_json()]
+    code = [sha256_file(Path(str(file))) for file in (__file__, html_report.__file__, plots.__file__)]
+    parts = [code, _of_runs(summary), weights, manifest.to_json()]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
