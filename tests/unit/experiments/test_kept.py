@@ -18,6 +18,9 @@ import pytest
 
 from selftrans.checkpoints import format as checkpoint
 from selftrans.data.dataset import Dataset
+from selftrans.evaluate import extractors
+from selftrans.evaluate.classifier import SmallClassifier
+from selftrans.evaluate.extractors import extractor_sha256, load_extractor
 from selftrans.experiments import compare, comparison_files, measurement, runner
 from selftrans.experiments.compare import classifier_of
 from selftrans.experiments.comparison import Comparison
@@ -294,6 +297,18 @@ def test_classifier_of_other_data_is_refused(tmp_path):
         classifier_of(config, Dataset.open(other), file)
     file.with_suffix(".json").unlink()  # of an earlier version, which did not record the data
     assert classifier_of(config, Dataset.open(other), file) == file
+
+
+def test_hash_of_an_extractor_is_known_without_what_it_measures(tmp_path, monkeypatch):
+    file = tmp_path / "c.safetensors"
+    SmallClassifier(8, 1, 10).save(file)
+    expected = load_extractor(file).sha256
+    monkeypatch.setattr(extractors, "digits_classifier", None)
+    assert extractor_sha256(file) == extractor_sha256("digits", weights=file) == expected
+    assert extractor_sha256("values", shape=(8, 8, 1)) == load_extractor("values", shape=(8, 8, 1)).sha256 != expected
+    assert extractor_sha256("inception") == extractors.INCEPTION_SHA256
+    with pytest.raises(ValueError, match="no inception weights at nowhere"):
+        extractor_sha256("nowhere.pth")
 
 
 def test_files_are_written_once_and_again_when_something_has_changed(folder):
