@@ -26,7 +26,6 @@ from pathlib import Path
 from typing import Any
 
 from selftrans.cli.main import INTERRUPTED
-from selftrans.config import RunConfig
 from selftrans.experiments import html_report
 from selftrans.experiments.compare import check_before, for_method, override, shared_settings
 from selftrans.experiments.comparison import Comparison
@@ -128,12 +127,6 @@ def with_grid(variants: dict[str, dict[str, Any]], settings: list[str]) -> dict[
     }
 
 
-def overridden(config: RunConfig, dotted: dict[str, Any]) -> RunConfig:
-    """`config` with some fields replaced."""
-    config = config.override(dotted)
-    return for_method(config, config.method).check()
-
-
 def options_of(words: Sequence[str] | None = None) -> argparse.Namespace:
     """The command's options."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -178,7 +171,7 @@ def run(options: argparse.Namespace) -> None:
     chosen = options.variants or [name for name in VARIANTS if options.encoder or not name.startswith("repa")]
     config, features, weights = shared_settings(config, options.out, features=options.features)
     overrides = with_grid({name: VARIANTS[name] for name in chosen}, options.grid)
-    variants = {name: overridden(config, dotted) for name, dotted in overrides.items()}
+    variants = {name: for_method(config.override(dotted)).check() for name, dotted in overrides.items()}
     comparison = Comparison(config, variants, tuple(options.seeds), options.out, options.images, features, weights)
     kept = kept_runs(comparison)
     check_before(comparison, kept)

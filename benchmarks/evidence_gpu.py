@@ -166,7 +166,7 @@ def configured(lease: Lease, job: Job) -> RunConfig:
     teacher = dict(checkpoint.steps(taught)).get(dotted.get("stage1.steps", -1))
     if teacher is not None:
         config = config.override({"stage2.teacher": str(teacher)})
-    return for_method(config, config.method).check()
+    return for_method(config).check()
 
 
 def run_job(lease: Lease, accelerator: Accelerator, job: Job) -> bool:

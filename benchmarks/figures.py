@@ -117,7 +117,7 @@ def norms(folder: Path) -> tuple[Figure, dict[str, Any]]:
                 line(axis, i, name, steps, np.array([values]))
     for axis, title in zip(axes, ("feature of the student's block", "target f_g"), strict=True):
         axis.set(xlabel="student steps", title=title, yscale="log")
-        plain_ticks(axis, logx=False, logy=True)
+        plain_ticks(axis)
     axes[0].legend(frameon=False, fontsize=7)
     return figure, found
 
@@ -138,7 +138,7 @@ def ablations(folder: Path) -> tuple[Figure, dict[str, Any]]:
         for i, name in enumerate(names):
             line(axis, i, name, found[name]["step"], np.array(found[name]["distance"]))
         axis.set(xlabel="student steps", title=question, yscale="log")
-        plain_ticks(axis, logx=False, logy=True)
+        plain_ticks(axis)
         axis.legend(frameon=False, fontsize=7)
     for row in found.values():
         last = [values[-1] for values in row["distance"]]

@@ -22,7 +22,6 @@ import numpy as np
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from selftrans.config import RunConfig
 from selftrans.data.prepare import prepare
 from selftrans.experiments.compare import for_method, with_defaults
 from selftrans.experiments.comparison import Comparison
@@ -66,11 +65,6 @@ def _from_zip(archive: Path, folder: Path, half: int, most: int) -> None:
                 (folder / label / Path(name).name).write_bytes(file.read(name))
 
 
-def settings(config: RunConfig, dotted: dict[str, Any]) -> RunConfig:
-    config = config.override(dotted)
-    return for_method(config, config.method).check()
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", help="a zip of class folders, or digits")
@@ -99,21 +93,22 @@ def main() -> None:
     }
     common |= {"model.patch": options.patch, "sample.steps": options.sample_steps}
     base, longer = options.out / "base", {"train.steps": options.base_steps, "data.path": str(first)}
-    train(settings(recipe("digits"), common | longer), base)
+    train(for_method(recipe("digits").override(common | longer)).check(), base)
     shared = recipe("digits").override(common | {"train.steps": options.steps, "data.path": str(second)})
     shared, features, weights = with_defaults(shared, options.out)
     given: dict[str, Any] = {"init.path": str(base)}
     lora = given | {"lora.rank": options.rank, "train.lr": RATE}
     stages = {"stage1.steps": options.steps // 2, "stage2.until_step": options.steps // 2}
-    variants = {
-        SCRATCH: settings(shared, {}),
-        "all weights": settings(shared, given),
-        f"all weights, lr {RATE}": settings(shared, given | {"train.lr": RATE}),
-        f"LoRA, rank {options.rank}": settings(shared, lora),
-        f"LoRA, rank {options.rank}, both stages": settings(shared, lora | stages | {"method": "self_transcendence"}),
+    overrides = {
+        SCRATCH: {},
+        "all weights": given,
+        f"all weights, lr {RATE}": given | {"train.lr": RATE},
+        f"LoRA, rank {options.rank}": lora,
+        f"LoRA, rank {options.rank}, both stages": lora | stages | {"method": "self_transcendence"},
     }
     if options.single_stage:
-        del variants[f"LoRA, rank {options.rank}, both stages"]
+        del overrides[f"LoRA, rank {options.rank}, both stages"]
+    variants = {name: for_method(shared.override(dotted)).check() for name, dotted in overrides.items()}
     chosen = Comparison(shared, variants, tuple(options.seeds), options.out, options.images, features, weights)
     results = compare(chosen, workers=options.workers)
     table = rows(results, tuple(variants), SCRATCH)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
@@ -12,6 +13,16 @@ from selftrans.sections import Section
 
 SAMPLER_NAMES = ("euler", "heun", "ode", "sde")
 Labels: TypeAlias = Literal["balanced", "random"] | tuple[int, ...]
+#: settings that a record of samples holds only where they differ from their defaults, and what is said of them there
+LATER = {
+    "autoguidance": "guided by a weaker model",
+    "guidance_channels": "guided channels",
+    "time_shift": "time shift",
+    "early_guidance": "early guidance",
+    "early_interval": "early guidance for t in",
+    "decode_with": "decoded with",
+    "rounding": "pixels rounded",
+}
 
 
 @dataclass(frozen=True)
@@ -97,15 +108,15 @@ class SampleConfig(Section):
     def settings(self) -> dict[str, Any]:
         """What an image depends on besides its condition: number, batch size and later settings at default left out."""
         other: tuple[str, ...] = ("num", "batch_size", "labels", "prompts")
-        later = [
-            "decode_with",
-            "rounding",
-            "autoguidance",
-            "guidance_channels",
-            "time_shift",
-            "early_guidance",
-            "early_interval",
-        ]
-        other += tuple(key for key in later if getattr(self, key) == getattr(type(self), key))
+        other += tuple(key for key in LATER if getattr(self, key) == getattr(type(self), key))
         kept = {key: value for key, value in dataclasses.asdict(self).items() if key not in other}
         return kept | {"sampler": "heun" if self.sampler == "ode" else self.sampler}
+
+
+def beyond_defaults(record: Mapping[str, Any]) -> list[str]:
+    """What a record of samples (`settings` of samples.json, `made` of a report) says of the settings in LATER, in words."""
+    found = {name: record[name] for name in LATER if record.get(name) is not None}
+    weak = found.get("autoguidance")
+    if isinstance(weak, Mapping):
+        found["autoguidance"] = f"({weak.get('stage')}, step {weak.get('step')}, {weak.get('weights')})"
+    return [f"{LATER[name]} {value}" for name, value in found.items()]

@@ -13,11 +13,12 @@ import os
 import secrets
 import shutil
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
+T = TypeVar("T")
 FREE_SPACE = "free disk space or choose another folder"
 
 
@@ -74,6 +75,14 @@ def write_text(path: Path, text: str, *, remedy: str = FREE_SPACE) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Write `value` as indented json; see `write_text`."""
     write_text(path, json.dumps(value, indent=2))
+
+
+def recorded(path: Path, parse: Callable[[Any], T], otherwise: T) -> T:
+    """What `parse` makes of the json in a file; `otherwise` for a file that is missing, damaged, or of another content."""
+    try:
+        return parse(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError):
+        return otherwise
 
 
 def nearest_existing(path: Path) -> Path:
@@ -250,8 +259,8 @@ def decoded_text(data: bytes) -> str:
 
 
 def listed(names: Sequence[object], most: int = 8) -> str:
-    """The first `most` names, each `printable`, separated by commas; an ellipsis stands for the others."""
-    return ", ".join(map(printable, names[:most])) + (", …" if len(names) > most else "")
+    """The first `most` names, each `printable`, separated by commas, and how many more there are."""
+    return ", ".join(map(printable, names[:most])) + (f" and {len(names) - most:,} more" if len(names) > most else "")
 
 
 def plural(count: int, noun: str) -> str:

@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from selftrans.checkpoints import format as checkpoint
 from selftrans.config import Data, Log, RunConfig, Train, sections
 from selftrans.data.dataset import Dataset
-from selftrans.data.prepare import prepare_digits
+from selftrans.data.prepare import prepare_builtin
 from selftrans.methods.guidance import Frozen
 from selftrans.methods.registry import stages
 from selftrans.methods.self_transcendence import Stage1, Stage2
@@ -47,7 +47,7 @@ def config(method: str = "vanilla", **settings: object) -> RunConfig:
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
-    return prepare_digits(tmp_path_factory.mktemp("digits") / "data")
+    return prepare_builtin("digits", tmp_path_factory.mktemp("digits") / "data")
 
 
 @pytest.fixture

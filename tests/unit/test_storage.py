@@ -23,10 +23,12 @@ from selftrans.storage import (
     check_writable,
     first_line,
     gigabytes,
+    listed,
     lock_file,
     no_symlink,
     plural,
     printable,
+    recorded,
     remove_stale_temporaries,
     sha256_file,
     temporary_for,
@@ -451,7 +453,28 @@ def test_bytes_have_three_digits_at_most_whatever_their_number():
     ]
 
 
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ('{"a": 2}', 2),
+        ('{"b": 2}', 0),
+        ("[2]", 0),
+        ("2", 0),
+        ('{"a": "x"}', 0),
+        ('{"a": Infinity}', 0),
+        ('{"a"', 0),
+        ("[" * 100_000, 0),
+        (None, 0),
+    ],
+)
+def test_recorded_value_or_what_stands_for_a_damaged_file(tmp_path, content, expected):
+    if content is not None:
+        (tmp_path / "a.json").write_text(content)
+    assert recorded(tmp_path / "a.json", lambda held: int(held["a"]), 0) == expected
+
+
 def test_numbers_with_their_nouns():
     found = [plural(0, "picture"), plural(1, "class"), plural(2, "class"), plural(12345, "box"), plural(2, "batch")]
     assert found == ["0 pictures", "1 class", "2 classes", "12,345 boxes", "2 batches"]
     assert [are(0), are(1), are(2)] == ["are", "is", "are"]
+    assert [listed([]), listed(["a", "\x1b"]), listed("abc", 2)] == ["", "a, \\x1b", "a, b and 1 more"]

@@ -26,6 +26,7 @@ from selftrans.storage import (
     atomic_directory,
     atomic_write,
     first_line,
+    recorded,
     remove_stale_temporaries,
     sha256_file,
 )
@@ -179,10 +180,7 @@ def prune(folder: Path, step: int, keep: int, *, best: int = 0, every: int = 0) 
 
 def _flow(path: Path) -> float | None:
     """Flow loss of a checkpoint, without verifying its hashes; None if it is not recorded."""
-    try:
-        flow = json.loads((path / STATE).read_text()).get("flow")
-    except (OSError, ValueError, AttributeError, RecursionError):
-        return None
+    flow = recorded(path / STATE, lambda state: state.get("flow"), None)
     return float(flow) if isinstance(flow, int | float) else None
 
 

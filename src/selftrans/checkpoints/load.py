@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
+import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -19,7 +22,7 @@ from selftrans.config import RunConfig, from_json, to_json
 from selftrans.encoders.pretrained import encoder_name
 from selftrans.plugins import NotFound
 from selftrans.sections import from_plain
-from selftrans.storage import first_line, plural, printable, sha256_file
+from selftrans.storage import first_line, plural, printable, recorded, sha256_file
 from selftrans.types import Backbone, Conditions
 
 Weights = Literal["raw", "ema"]
@@ -112,6 +115,18 @@ def find(source: str | Path, *, stage: str | None = None, weights: Weights = "em
     return _newest(path / (stage or existing[-1]), weights)
 
 
+def find_asked(source: str | Path, *, stage: str | None = None, weights: Weights = "ema") -> Path:
+    """As `find`, for options of a user: warns where raw weights are asked for of a file that holds the average."""
+    file = find(source, stage=stage, weights=weights)
+    with suppress(ValueError):  # no weights file: reported when it is loaded
+        if weights == "raw" and checkpoint.read_header(file).get("weights") == "ema":
+            warnings.warn(
+                f"{file} holds the moving average alone (ema), which takes the place of the raw weights asked for",
+                stacklevel=3,
+            )
+    return file
+
+
 def _newest(stage: Path, weights: Weights) -> Path:
     newest = checkpoint.newest(stage / "checkpoints")
     if newest is None:
@@ -128,17 +143,11 @@ def stages_held(run: Path) -> list[str]:
 
 def _order(run: Path, existing: Sequence[str]) -> list[str]:
     """The order of a run's stages, from run.json or, if that is missing or damaged, from its checkpoints."""
-    try:
-        return _names(json.loads((run / REPORT).read_text())["order"])
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        pass
-    for name in existing if len(existing) > 1 else ():
-        for _, folder in reversed(checkpoint.steps(run / name / "checkpoints")):
-            try:
-                return _names(json.loads((folder / checkpoint.STATE).read_text())["order"])
-            except (OSError, ValueError, KeyError, TypeError, RecursionError):
-                continue
-    return []
+    several = existing if len(existing) > 1 else ()
+    folders = (folder for name in several for _, folder in reversed(checkpoint.steps(run / name / "checkpoints")))
+    files = itertools.chain([run / REPORT], (folder / checkpoint.STATE for folder in folders))
+    orders = (recorded(file, lambda held: _names(held["order"]), None) for file in files)
+    return next((order for order in orders if order is not None), [])
 
 
 def _names(order: Any) -> list[str]:

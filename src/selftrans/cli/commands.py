@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -68,13 +68,12 @@ class Train(RecipeCommand[Config]):
     def run(self) -> None:
         from selftrans.methods.registry import stages
         from selftrans.recipes import ignored
+        from selftrans.storage import check_writable, write_json
         from selftrans.train.run import totals, train
 
         if self.dry_run_json is not None:
             if not self.dry_run:
                 raise ValueError("--dry-run-json belongs to --dry-run; give both")
-            from selftrans.storage import check_writable
-
             check_writable(self.dry_run_json)
         config: Any = self.config
         given = {"data.path": self.data, "init.path": self.init}
@@ -88,13 +87,13 @@ class Train(RecipeCommand[Config]):
         for sentence in ignored(config):
             warnings.warn(sentence, stacklevel=2)
         if self.dry_run:
-            from selftrans.train.dry_run import as_json, dry_run, text
+            from selftrans.train.dry_run import dry_run, text
 
             found = dry_run(config, self.out, typed=self.typed)
             if os.environ.get("RANK", "0") == "0":
                 print(text(found))
                 if self.dry_run_json is not None:
-                    as_json(found, self.dry_run_json)
+                    write_json(self.dry_run_json, asdict(found))
             return
         report = train(config, self.out, typed=self.typed)
         if os.environ.get("RANK", "0") == "0":

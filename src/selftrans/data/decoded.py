@@ -20,9 +20,11 @@ from selftrans.encoders.autoencoder import Autoencoder, load_autoencoder, to_uin
 def decode_images(autoencoder: Autoencoder, z0: Tensor, rounding: str = "nearest") -> np.ndarray:
     """Decode latents (N, C, *S) to pictures, uint8 (N, H, W, C), or to float32 (N, C, *S) when the data are not pictures.
 
-    `rounding` is that of `to_uint8`.
+    `rounding` is that of `to_uint8`. ValueError for what is not finite, which pictures cannot show.
     """
     decoded = autoencoder.decode(z0)
+    if not bool(torch.isfinite(decoded).all()):
+        raise ValueError(f"the autoencoder {autoencoder.name} decodes latents to values that are not finite")
     return (to_uint8(decoded, rounding) if autoencoder.pictures else decoded.float()).cpu().numpy()
 
 

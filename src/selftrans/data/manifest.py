@@ -29,7 +29,7 @@ from selftrans.data.shard_file import Layout, row_bytes
 from selftrans.data.sources.decode import Resolution, size_text
 from selftrans.encoders.identity import identity, identity_kind
 from selftrans.encoders.latent_space import LatentSpace
-from selftrans.storage import plural, printable
+from selftrans.storage import listed, plural, printable
 from selftrans.types import Conditions
 
 VERSION = 2
@@ -173,7 +173,7 @@ class Manifest:
         if self.text:
             kind = "with captions"
         if self.classes:  # shown, since folders such as train/ and val/ could be mistaken for classes
-            kind += f": {', '.join(map(printable, self.classes[:6]))}{', …' if self.num_classes > 6 else ''}"
+            kind += f": {listed(self.classes, 6)}"
         size = "" if self.resolution is None else f" of {size_text(self.resolution)}"
         latent = "x".join(str(side) for side in self.shape)
         std = "mean and std" if self.latent_space.stochastic else "no std"

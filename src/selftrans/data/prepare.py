@@ -113,11 +113,6 @@ def prepare_builtin(source: str, out: str | Path) -> Dataset:
     return Dataset.open(out)
 
 
-def prepare_digits(out: str | Path) -> Dataset:
-    """`prepare_builtin` of the digits, 8x8 pixels with labels."""
-    return prepare_builtin("digits", out)
-
-
 def _check(
     source: str | Path, out: Path, batch_size: int, shard_size: int, dtype: str | None, precision: str, part: str
 ) -> resumable.Part:

@@ -7,17 +7,19 @@ from __future__ import annotations
 
 import itertools
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
 from selftrans.evaluate.extractors import INCEPTION_SHA256, Extractor
+from selftrans.evaluate.manifold import precision_recall, same_length
 from selftrans.evaluate.statistics import Moments, Statistics
 from selftrans.storage import plural
 
 SEED = 2020  #: as in torch-fidelity, so that equal features give the same subsets and splits
 SPLITS = 10  #: of the inception score, as in torch-fidelity
+MANIFOLD = 50_000  #: most images of each set for precision and recall, whose cost is the square of their number
 
 
 def frechet_distance(a: Statistics | Moments, b: Statistics | Moments) -> float:
@@ -56,7 +58,7 @@ def kernel_distance(
 
     a (n, F) and b (m, F); the estimate is unbiased, so it may be negative. `subset_size` is limited by the smaller set.
     """
-    _same_length(a, b)
+    same_length(a, b)
     size = min(subset_size, len(a), len(b))
     if size < 2:
         raise ValueError(
@@ -81,61 +83,22 @@ def _cubic(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     return cube
 
 
-def precision_recall(
-    samples: np.ndarray, reference: np.ndarray, *, neighbours: int = 3, block: int = 1024
-) -> tuple[float, float]:
-    """Fraction of samples (n, F) in the reference's manifold, and of the reference (m, F) in that of the samples.
-
-    A manifold is the union of balls around its points; the radius is the distance to the k-th nearest neighbour
-    (Kynkäänniemi et al., 1904.06991, eq. 1-2). Distances are computed `block` rows at a time: memory grows as
-    block x max(n, m). Raises ValueError unless each set has more than `neighbours` images.
-    """
-    _same_length(samples, reference)
-    if min(len(samples), len(reference)) <= neighbours:
-        sizes = f"{plural(len(samples), 'sample')} and {plural(len(reference), 'reference image')}"
-        raise ValueError(
-            f"{sizes} are too few for {plural(neighbours, 'neighbour')}; give more than {neighbours} of each"
-        )
-    x, y = samples.astype(np.float64), reference.astype(np.float64)
-    precision = _covered(x, y, _radii(y, neighbours, block), block)
-    recall = _covered(y, x, _radii(x, neighbours, block), block)
-    return precision, recall
-
-
-def _distances(x: np.ndarray, y: np.ndarray, block: int) -> Iterator[tuple[int, np.ndarray]]:
-    """First row and squared distances (block, m) of each block of x (n, F) to all of y (m, F)."""
-    norms = (y * y).sum(axis=-1)
-    for start in range(0, len(x), block):
-        rows = x[start : start + block]
-        yield start, np.maximum((rows * rows).sum(axis=-1)[:, None] + norms[None, :] - 2 * rows @ y.T, 0.0)
-
-
-def _radii(x: np.ndarray, neighbours: int, block: int) -> np.ndarray:
-    """Squared distance (n,) of each point to its k-th nearest other point."""
-    radii = np.empty(len(x))
-    for start, distances in _distances(x, x, block):
-        own = np.arange(len(distances))
-        distances[own, start + own] = np.inf
-        radii[start : start + len(distances)] = np.partition(distances, neighbours - 1, axis=-1)[:, neighbours - 1]
-    return radii
-
-
-def _covered(x: np.ndarray, centres: np.ndarray, radii: np.ndarray, block: int) -> float:
-    """Fraction of points x (n, F) within the squared radius `radii` (m,) of one of `centres` (m, F)."""
-    return sum(int((d <= radii).any(axis=-1).sum()) for _, d in _distances(x, centres, block)) / len(x)
-
-
 def accuracy(logits: np.ndarray, labels: np.ndarray | Iterable[int]) -> float:
     """Fraction of logits (n, K) whose argmax is the label (n,); ValueError when counts or classes differ."""
     labels = np.asarray(labels if isinstance(labels, np.ndarray) else list(labels))
     if labels.shape != (len(logits),):
         raise ValueError(f"{plural(len(logits), 'image')} but labels of shape {labels.shape}; give one label per image")
-    if labels.min() < 0 or labels.max() >= logits.shape[1]:
-        span = f"labels range from {labels.min()} to {labels.max()}"
-        raise ValueError(
-            f"{span}, but the classifier has {plural(logits.shape[1], 'class')}; use one trained for these"
-        )
+    if outside := _outside(logits, labels):
+        raise ValueError(f"{outside}; use one trained for these")
     return float((logits.argmax(axis=-1) == labels).mean())
+
+
+def _outside(logits: np.ndarray, labels: np.ndarray) -> str:
+    """What is wrong with labels (n,) that logits (n, K) have no class for; empty if nothing is."""
+    if not len(labels) or (labels.min() >= 0 and labels.max() < logits.shape[1]):
+        return ""
+    classes = plural(logits.shape[1], "class")
+    return f"labels range from {labels.min()} to {labels.max()}, but the classifier has {classes}"
 
 
 def inception_score(logits: np.ndarray, *, splits: int = SPLITS, seed: int = SEED) -> tuple[float, float]:
@@ -162,11 +125,6 @@ def inception_score(logits: np.ndarray, *, splits: int = SPLITS, seed: int = SEE
         marginal = np.logaddexp.reduce(each, axis=0) - np.log(len(each))
         scores.append(np.exp((np.exp(each) * (each - marginal)).sum(axis=-1).mean()))
     return float(np.mean(scores)), float(np.std(scores))
-
-
-def _same_length(a: np.ndarray, b: np.ndarray) -> None:
-    if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1]:
-        raise ValueError(f"features {a.shape} and {b.shape} cannot be compared; use one extractor for both")
 
 
 class Measured(NamedTuple):
@@ -211,8 +169,18 @@ def _precision_recall(m: Measured) -> Outcome:
         return "no precision and recall: the reference holds no features"
     if min(len(m.samples.features), len(m.reference.features)) <= m.neighbours:
         return f"no precision and recall: too few images for {m.neighbours} neighbours"
-    precision, recall = precision_recall(m.samples.features, m.reference.features, neighbours=m.neighbours)
-    return {"precision": precision, "recall": recall, "neighbours": m.neighbours}
+    both = [_drawn(features) for features in (m.samples.features, m.reference.features)]
+    precision, recall = precision_recall(*both, neighbours=m.neighbours)
+    cut = max(len(m.samples.features), len(m.reference.features)) > MANIFOLD
+    used = {"manifold_images": MANIFOLD} if cut else {}
+    return {"precision": precision, "recall": recall, "neighbours": m.neighbours} | used
+
+
+def _drawn(features: np.ndarray) -> np.ndarray:
+    """At most MANIFOLD rows (n, F), drawn once for all by SEED."""
+    if len(features) <= MANIFOLD:
+        return features
+    return features[np.sort(np.random.RandomState(SEED).permutation(len(features))[:MANIFOLD])]
 
 
 def _score(m: Measured) -> Outcome:
@@ -226,11 +194,17 @@ def _score(m: Measured) -> Outcome:
 def _accuracy(m: Measured) -> Outcome:
     if m.labels is None:
         return {}
+    labels, reason = np.asarray(m.labels if isinstance(m.labels, np.ndarray) else list(m.labels)), ""
     if m.inception or not len(m.logits):
         reason = "inception has other classes than the samples" if m.inception else "the extractor has no head"
+    elif outside := _outside(
+        m.logits, labels
+    ):  # the null label, or a classifier of other data: the distances still hold
+        reason = outside
+    if reason:
         warnings.warn(f"the labels are not used: {reason}", stacklevel=3)
         return f"no accuracy: {reason}"
-    return {"accuracy": accuracy(m.logits, m.labels)}
+    return {"accuracy": accuracy(m.logits, labels)}
 
 
 _NONE = np.empty((0, 0))  # logits of an extractor without a head
@@ -282,12 +256,7 @@ def evaluate(
     report = _header(measured, reference, extractor, reference_name)
     inception = report["metric"] == "fid"
     inputs = Measured(measured, reference, np.concatenate(logits), labels, inception, neighbours, subsets, subset_size)
-    notes = [] if reference.sha256 else ["the reference does not name its extractor"]
-    if reference.features is not None and len(reference.features) != reference.count:
-        notes.append(
-            f"precision, recall and kernel distance use the {plural(len(reference.features), 'picture')} stored with its "
-            "statistics"
-        )
+    notes = _notes(measured, reference, extractor)
     for name in chosen:
         outcome = METRICS[name](inputs)
         if isinstance(outcome, str):
@@ -295,6 +264,25 @@ def evaluate(
         else:
             report |= outcome
     return report | {"note": "; ".join(notes)}
+
+
+def _notes(samples: Statistics, reference: Statistics, extractor: Extractor) -> list[str]:
+    """What a reader of the report should know of the reference. Warns of samples of another size."""
+    notes = [] if reference.sha256 else ["the reference does not name its extractor"]
+    if samples.size and reference.size and samples.size != reference.size:
+        sizes = f"the samples are {samples.size}, the reference {reference.size}"
+        warnings.warn(
+            f"{sizes}; {extractor.name} scales both, so a difference in sharpness counts as distance", stacklevel=3
+        )
+        notes.append(sizes)
+    if reference.features is not None and len(reference.features) != reference.count:
+        notes.append(
+            f"precision, recall and kernel distance use the {plural(len(reference.features), 'picture')} stored with its "
+            "statistics"
+        )
+    if samples.spatial is not None and reference.spatial is None:
+        notes.append("no spatial distance: the reference holds no spatial statistics (mu_s, sigma_s)")
+    return notes
 
 
 def _check_extractor(reference: Statistics, extractor: Extractor) -> None:

@@ -159,7 +159,7 @@ def curves(
             low = np.where(y - deviation > 0, y - deviation, y) if logy else y - deviation
             axes.fill_between(x, low, y + deviation, color=colour, alpha=0.18, linewidth=0, zorder=2)
     axes.set(xlabel=xlabel, ylabel=ylabel, yscale="log" if logy else "linear")
-    plain_ticks(axes, logx=False, logy=logy)
+    plain_ticks(axes)
     if all((x == np.round(x)).all() for x, _ in drawn):
         axes.locator_params(axis="x", integer=True)
     axes.legend(frameon=False)
@@ -291,13 +291,13 @@ def _figure(title: str, size: tuple[float, float]) -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def plain_ticks(axes: Any, logx: bool, logy: bool) -> None:
+def plain_ticks(axes: Any) -> None:
     """Tick labels with thousands separators; on a log axis 20 instead of 2x10¹, and no minor labels, which overlap."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     plain = FuncFormatter(lambda value, _: f"{value:,.6g}")
-    for axis, log in ((axes.xaxis, logx), (axes.yaxis, logy)):
-        if log:
+    for axis in (axes.xaxis, axes.yaxis):
+        if axis.get_scale() == "log":
             low, high = axis.get_view_interval()
             axis.set_major_locator(LogLocator(base=10, subs=(1, 2, 5) if high < 1000 * low else (1,)))
             axis.set_minor_formatter(NullFormatter())

@@ -86,11 +86,22 @@ def linear_probe(
     if len(x) != len(y) or x.dim() != 2:
         raise ValueError(f"features {tuple(features.shape)} and labels {tuple(labels.shape)} do not match")
     if test is None:
-        order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))
-        held_out = min(max(1, round(test_fraction * len(x))), len(x) - 1)
-        x, y, test = x[order[held_out:]], y[order[held_out:]], (x[order[:held_out]], y[order[:held_out]])
+        fit, held = _split(len(x), test_fraction, seed)
+        x, y, test = x[fit], y[fit], (x[held], y[held])
     guesses = class_guesses(x, y, test[0], kind=kind)
     return (guesses == test[1].to(x.device).long()).double().mean().item()
+
+
+def _split(count: int, test_fraction: float = 0.25, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Rows that a probe is fitted on, and those that are held out, at least one of each."""
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+    held_out = min(max(1, round(test_fraction * count)), count - 1)
+    return order[held_out:], order[:held_out]
+
+
+def can_be_probed(labels: Tensor) -> bool:
+    """Whether `linear_probe` with its own split finds two classes to be fitted on: data may have one, and few of another."""
+    return len(labels) > 1 and len(torch.unique(labels[_split(len(labels))[0]])) > 1
 
 
 def class_guesses(features: Tensor, labels: Tensor, others: Tensor, *, kind: str = "logistic") -> Tensor:

@@ -6,7 +6,7 @@ Shape legend: n images, F features, S spatial features.
 from __future__ import annotations
 
 import zipfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,6 +18,8 @@ from selftrans.storage import atomic_write, first_line, plural, printable
 
 MAX_UNPACKED = 1 << 28  #: bytes up to which any compression ratio is accepted; statistics compress little
 NEGATIVE = 1e-3  #: how far below zero an eigenvalue may be, relative to the covariance's Frobenius norm
+
+TEXTS = ("extractor", "sha256", "source", "size")  #: fields of `Statistics` that are text
 
 
 class Moments(NamedTuple):
@@ -70,6 +72,7 @@ class Statistics:
     extractor: str = ""  #: its name; empty if the file does not record it
     sha256: str = ""  #: of the extractor's weights
     source: str = ""  #: description or path of the images
+    size: str = ""  #: of every image, such as 256x256x3; empty if they have several, or the file does not record it
 
     @property
     def dim(self) -> int:
@@ -92,8 +95,8 @@ class Statistics:
         `keep` stores the features in memory, as float32. The extractor processes `chunk` images at a time (None: see
         `extract`); `observe` is called with each chunk's output. Raises ValueError for invalid images, or fewer than two.
         """
-        running, spatial, kept = RunningMoments(), RunningMoments(), []
-        for out in extract(batches, extractor, chunk=chunk):
+        running, spatial, kept, sizes = RunningMoments(), RunningMoments(), [], set[str]()
+        for out in extract(_noted(batches, sizes), extractor, chunk=chunk):
             running.update(out["features"])
             if "spatial" in out:
                 spatial.update(out["spatial"])
@@ -109,6 +112,7 @@ class Statistics:
             extractor=extractor.name,
             sha256=extractor.sha256,
             source=source,
+            size=sizes.pop() if len(sizes) == 1 else "",
         )
 
     def save(self, path: str | Path) -> None:
@@ -120,7 +124,7 @@ class Statistics:
             arrays["features"] = self.features
         if self.count is not None:
             arrays["count"] = np.int64(self.count)
-        arrays |= {name: np.str_(getattr(self, name)) for name in ("extractor", "sha256", "source")}
+        arrays |= {name: np.str_(getattr(self, name)) for name in TEXTS}
         with atomic_write(Path(path)) as file:
             np.savez(file, **arrays)
 
@@ -134,7 +138,7 @@ class Statistics:
             raise ValueError(f"{path} holds {names}, not mu and sigma; compute statistics from the images instead")
         mean, cov = _moments(arrays["mu"], arrays["sigma"], path)
         spatial = _moments(arrays["mu_s"], arrays["sigma_s"], path) if {"mu_s", "sigma_s"} <= arrays.keys() else None
-        text = {name: str(arrays[name]) for name in ("extractor", "sha256", "source") if name in arrays}
+        text = {name: str(arrays[name]) for name in TEXTS if name in arrays}
         count = int(arrays["count"]) if "count" in arrays else None
         features = arrays.get("features")
         if features is not None and features.shape != (len(features) if count is None else count, len(mean)):
@@ -145,9 +149,17 @@ class Statistics:
         return loaded if loaded.source else replace(loaded, source=path.name)
 
 
+def _noted(batches: np.ndarray | Iterable[np.ndarray], sizes: set[str]) -> Iterator[np.ndarray]:
+    """Yield the batches; `sizes` gets those of their images."""
+    for images in [batches] if isinstance(batches, np.ndarray) else batches:
+        if isinstance(images, np.ndarray) and len(images):  # `extract` refuses anything else
+            sizes.add("x".join(map(str, images.shape[1:])))
+        yield images
+
+
 def _read(path: Path) -> dict[str, np.ndarray]:
     """The arrays of an npz that belong to statistics; images in the same file (ADM's arr_0) are not read."""
-    wanted = {"mu", "sigma", "mu_s", "sigma_s", "features", "count", "extractor", "sha256", "source"}
+    wanted = {"mu", "sigma", "mu_s", "sigma_s", "features", "count", *TEXTS}
     if not path.is_file():
         raise ValueError(f"no statistics at {path}; give an npz with mu and sigma, or a folder of images")
     try:
@@ -171,7 +183,7 @@ def _plain(name: str, array: Any) -> np.ndarray:
     """Check that an array is numeric, or text if `name` is a text field; ValueError otherwise."""
     if not isinstance(array, np.ndarray):
         raise ValueError(f"{name} is not an array")
-    words = name in ("extractor", "sha256", "source")
+    words = name in TEXTS
     if array.dtype.kind not in ("U" if words else "iuf") or (array.ndim and (words or name == "count")):
         raise ValueError(f"{name} is {array.dtype} {array.shape}")
     return array

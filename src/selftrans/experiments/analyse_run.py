@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 from tqdm import tqdm
 
-from selftrans.checkpoints.load import LoadedModel, Weights, load_model
+from selftrans.checkpoints.load import LoadedModel, Weights, find_asked, load_model
 from selftrans.data.buckets import open_of_one_shape
 from selftrans.data.dataset import Dataset
 from selftrans.data.decoded import data_latents, decode_images
@@ -21,7 +22,7 @@ from selftrans.device import default_device
 from selftrans.encoders.autoencoder import load_autoencoder
 from selftrans.encoders.identity import check_scale
 from selftrans.evaluate.plots import as_pictures, curves, pca_grid, save, scatter
-from selftrans.evaluate.probes import collect, linear_probe, pca_maps, tsne
+from selftrans.evaluate.probes import can_be_probed, collect, linear_probe, pca_maps, tsne
 from selftrans.experiments.reference import training_data
 from selftrans.flow import PATHS
 from selftrans.storage import check_writable, plural, printable, write_json
@@ -50,21 +51,20 @@ def analyse(
     if samples < 20 or not timesteps:
         few = f"{plural(samples, 'sample')} at {plural(len(timesteps), 'timestep')}"
         raise ValueError(f"{few} are too few; give at least 20 samples and one timestep")
-    loaded, device = load_model(origin, stage=stage, weights=weights), default_device()
+    loaded, device = load_model(find_asked(origin, stage=stage, weights=weights), stage=stage), default_device()
     model = loaded.model.to(device)
     dataset = open_of_one_shape(data or training_data(origin, loaded, remedy="give --data DIR"))
     _check_fit(loaded, dataset)
     check_writable(out / "analyse.json")
     decoder = load_autoencoder(loaded.autoencoder, device=device)
     z0, labels = data_latents(dataset, samples)
-    if dataset.manifest.conditions.kind == "text":
-        warnings.warn(f"no linear probes: {dataset.path} has captions, and no classes to be probed", stacklevel=2)
+    probed = _probed(dataset, labels)
     path, blocks = PATHS[loaded.config.train.path], tuple(range(1, model.depth + 1))
     null, maps = null_of(model, len(z0)), dict[str, np.ndarray]()
     probes, clouds = dict[float, list[float]](), dict[float, np.ndarray]()
     for t in tqdm(timesteps, desc="timesteps", unit="t"):
         feats = collect(model, z0, null, t=t, taps=blocks, path=path)
-        if dataset.manifest.num_classes > 1:
+        if probed:
             probes[t] = [linear_probe(feats[k].to(device), labels, kind="ridge") for k in blocks]
         maps |= {f"block {k}, t = {t:g}": pca_maps(feats[k][:MAPPED], model.grid) for k in _spread(blocks)}
         clouds[t] = tsne(feats[blocks[len(blocks) // 2]])
@@ -90,6 +90,16 @@ def analyse(
     }
     write_json(out / "analyse.json", report)
     return report
+
+
+def _probed(dataset: Dataset, labels: Tensor) -> bool:
+    """Whether linear probes can be fitted; warns where captions or rare classes prevent it."""
+    classes = dataset.manifest.num_classes > 1
+    if dataset.manifest.conditions.kind == "text":
+        warnings.warn(f"no linear probes: {dataset.path} has captions, and no classes to be probed", stacklevel=3)
+    elif classes and not can_be_probed(labels):
+        warnings.warn("no linear probes: the pictures that they would be fitted on have one class", stacklevel=3)
+    return classes and can_be_probed(labels)
 
 
 def null_of(model: Backbone, count: int) -> Cond:

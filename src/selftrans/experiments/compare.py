@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from selftrans.config import RunConfig, to_json
-from selftrans.data.buckets import is_prepared, open_data
+from selftrans.data.buckets import is_prepared
 from selftrans.data.dataset import Dataset, Manifest
 from selftrans.data.decoded import decoded_images
 from selftrans.data.prepare import prepare_builtin
@@ -33,12 +33,12 @@ from selftrans.experiments.runner import Results, compare, processes
 from selftrans.experiments.schedule import Job
 from selftrans.experiments.summary import AXES, mean_curve, rows, time_line, time_shares
 from selftrans.experiments.train_classifier import classifier_from_data, data_of_classifier, identity_of_shards
-from selftrans.methods.registry import METHODS, REGISTRY, find, sections_of, stages
+from selftrans.methods.registry import METHODS, REGISTRY, find, put_together, sections_of, stages
 from selftrans.sections import fields_of
 from selftrans.storage import lock_file, removed_if_refused
-from selftrans.train.data_window import cache_of
+from selftrans.train.data_window import data_of
 from selftrans.train.given_weights import with_given_model
-from selftrans.train.run import put_together, teacher_of
+from selftrans.train.teachers import teacher_of
 
 
 def compare_methods(
@@ -104,16 +104,16 @@ def _measured(chosen: Comparison, kept: Mapping[Job, Kept], workers: int | None)
 
 def probed_block(config: RunConfig) -> int:
     """The shallow block whose features are probed in every run: the one that the recipe's method guides first."""
-    manifest, first = open_data(str(config.data.path), cache=cache_of(config.data)).manifest, stages(config)[0]
+    manifest, first = data_of(config.data).manifest, stages(config)[0]
     with torch.device("meta"):
         student = config.build_model(manifest.shape, manifest.conditions)
-        guidances = [] if first.teacher or first.encoder else first.guide(student, None)
+        guidances = [] if first.encoder else first.guide(student, None)
     return guidances[0].taps[0] if guidances else min(PROBED_BLOCK, student.depth)
 
 
-def for_method(config: RunConfig, method: str) -> RunConfig:
-    """The configuration for one method, with its own sections: its run is the same whatever it is compared with."""
-    config = dataclasses.replace(config, method=method).restricted()
+def for_method(config: RunConfig, method: str | None = None) -> RunConfig:
+    """The configuration for one method (None: its own), with its sections: its run is the same whatever it is compared with."""
+    config = dataclasses.replace(config, method=method or config.method).restricted()
     plan = stages(config)
     if len(plan) > 1:
         return config
@@ -138,12 +138,12 @@ def check_before(chosen: Comparison, kept: Mapping[Job, Kept] | None = None) -> 
 def rehearse(variants: Mapping[str, RunConfig]) -> None:
     """Build each method once, without memory for its weights: an unusable setting is refused before anything is trained."""
     for config in variants.values():
-        dataset = open_data(str(config.data.path), cache=cache_of(config.data))
+        dataset = data_of(config.data)
         for stage in stages(config):
             given: Any = None
             if stage.encoder or (stage.teacher and stage.teacher.given):
                 given = teacher_of(config, stage, "", dataset, torch.device("cpu"))
-            put_together(config, stage, dataset.manifest, given)
+            put_together(config, stage, dataset.manifest.shape, dataset.manifest.conditions, given)
 
 
 def _check(methods: Sequence[str], seeds: Sequence[int], images: int) -> None:
@@ -182,7 +182,7 @@ def shared_settings(config: RunConfig, out: Path, *, features: str | None = None
     if features == "digits":
         weights = str(out / "digits-classifier.safetensors")
     if features is None:
-        dataset = open_data(str(config.data.path), cache=cache_of(config.data))
+        dataset = data_of(config.data)
         manifest, several = dataset.manifest, len(dataset.parts) > 1
         features = "inception" if several else _without_classes(manifest)
         if identity_kind(manifest.autoencoder) == "pixel" and manifest.num_classes > 1 and not several:
@@ -211,7 +211,7 @@ def classifier_of(config: RunConfig, dataset: Dataset, file: Path) -> Path:
 def check_measuring(config: RunConfig, features: str, weights: str | None) -> None:
     """ValueError now where the autoencoder is missing, or the extractor takes no such images: not after a run is trained.
     Trains the digit classifier where it is wanted: here and once, not in every worker."""
-    dataset = open_data(str(config.data.path), cache=cache_of(config.data))
+    dataset = data_of(config.data)
     shape, several = image_shape(dataset.manifest), len(dataset.parts) > 1
     try:
         extractor = load_extractor(features, weights=weights, shape=shape)
@@ -270,8 +270,7 @@ def summarise(chosen: Comparison, results: Results) -> dict[str, Any]:
         "images": chosen.images,
         "labels": point["sampler"].get("labels"),
         "seeds": list(chosen.seeds),
-        "autoencoder": config.data.autoencoder
-        or open_data(str(config.data.path), cache=cache_of(config.data)).manifest.autoencoder,
+        "autoencoder": config.data.autoencoder or data_of(config.data).manifest.autoencoder,
         "teachers": list(teachers.values()),
         "config": json.loads(to_json(config)),
         "sections": list(used),

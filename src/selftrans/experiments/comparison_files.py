@@ -10,14 +10,13 @@ from typing import Any
 
 import numpy as np
 
-from selftrans.data.buckets import open_data
 from selftrans.evaluate import plots
 from selftrans.experiments import html_report
 from selftrans.experiments.comparison import Comparison
 from selftrans.experiments.measurement import MEASURED, due_checkpoints, samples_of, stored_conditions, stored_points
 from selftrans.experiments.summary import as_csv
 from selftrans.storage import sha256_file, write_json, write_text
-from selftrans.train.data_window import cache_of
+from selftrans.train.data_window import data_of
 
 SHOWN = 32  #: samples on the page, per method
 JSON, DRAWN = "compare.json", ("compare.csv", "compare.png", "compare.html")
@@ -29,7 +28,7 @@ def write(chosen: Comparison, summary: dict[str, Any]) -> dict[str, Any]:
     """Write compare.json, .csv, .png and .html to the directory of the comparison; returns what the first one holds."""
     runs = {name: chosen.run((name, chosen.seeds[0])) for name in chosen.variants}
     data = chosen.shared.data
-    dataset = open_data(str(data.path), text_encoder=data.text_encoder, cache=cache_of(data))
+    dataset = data_of(data)
     conditioning = stored_conditions(dataset, dataclasses.replace(chosen.shared.sample, seed=1))
     lasts = {name: due_checkpoints(run, chosen.every, chosen.dense)[-1] for name, run in runs.items()}
     grids = {name: samples_of(last, chosen.shared.sample, SHOWN, conditioning) for name, last in lasts.items()}
@@ -62,8 +61,7 @@ def _of_runs(summary: dict[str, Any]) -> Any:
 
 def _made_from(chosen: Comparison, summary: dict[str, Any]) -> str:
     """A hash of all that the files depend on: the summary, the weights that are sampled, the data, and what draws them."""
-    path = chosen.shared.data.path
-    manifest = open_data(str(path), cache=cache_of(chosen.shared.data)).manifest
+    manifest = data_of(chosen.shared.data).manifest
     runs = [chosen.run((name, chosen.seeds[0])) for name in chosen.variants]
     weights = [sorted(point["sha256"] for point in stored_points(Path(run, MEASURED))) for run in runs]
     code = [sha256_file(Path(str(file))) for file in (__file__, html_report.__file__, plots.__file__)]

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from selftrans.device import default_device
+from selftrans.device import cpu_cores, default_device
 from selftrans.experiments.bench.machine import cpu_name
 from selftrans.plugins import installed_version
 from selftrans.precision import PRECISIONS
@@ -57,7 +57,7 @@ def examine(folder: Path) -> dict[str, Any]:
         "python": platform.python_version(),
         "packages": {name: installed_version(name) for name in PACKAGES},
         "cpu": cpu_name(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": cpu_cores(),
         "devices": devices(),
         "precisions": {name: tried(partial(_product, device, dtype)) for name, dtype in PRECISIONS.items()},
         "compile": tried(partial(_compiled, device)),

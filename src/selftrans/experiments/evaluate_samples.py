@@ -24,6 +24,7 @@ from selftrans.evaluate.metrics import evaluate
 from selftrans.experiments.measurement import check_sizes, image_shape
 from selftrans.experiments.opened_samples import open_samples
 from selftrans.experiments.reference import counted, described, reference_of
+from selftrans.sample_config import beyond_defaults
 from selftrans.storage import check_writable, plural, printable, write_json
 
 #: settings of samples that a report always lists, known or not
@@ -37,7 +38,11 @@ SETTINGS = (
     "step",
     "seed",
     "labels",
+    "precision",
 )
+
+
+LISTED = 12  #: numbers of a setting that are printed
 
 
 def evaluate_samples(
@@ -152,7 +157,10 @@ METRICS = {
 #: key of a report -> what the text says of the parameters of a metric
 COMPUTED: dict[str, Callable[[dict[str, Any]], str]] = {
     "is_splits": lambda r: f"score over {plural(r['is_splits'], 'split')}",
-    "neighbours": lambda r: f"precision and recall with {plural(r['neighbours'], 'neighbour')}",
+    "neighbours": lambda r: (
+        f"precision and recall with {plural(r['neighbours'], 'neighbour')}"
+        + (f" of {r['manifold_images']:,} images at most" if "manifold_images" in r else "")
+    ),
     "kernel_subsets": lambda r: (
         f"kernel distance over {plural(r['kernel_subsets'], 'subset')} of {plural(r['kernel_subset_size'], 'image')}"
     ),
@@ -170,7 +178,7 @@ def text(report: dict[str, Any]) -> str:
             deviation = f" ± {report[f'{key}_std']:.4g}" if f"{key}_std" in report else ""
             lines.append(f"{name:<26}{report[key]:.5g}{deviation}")
     made, balance = report["made"], report["label_balance"]
-    texts = _decoding(made) + _texts(made) + _sizes(made)
+    texts = [printable(said) for said in beyond_defaults(made)] + _texts(made) + _sizes(made)
     made_with = [
         f"{name.replace('_', ' ')} {'unknown' if made[name] is None else _short(made[name])}"
         for name in SETTINGS
@@ -202,12 +210,6 @@ def _texts(made: dict[str, Any]) -> list[str]:
     return [f"captions of {printable(made['captions'])}"] if made.get("captions") else []
 
 
-def _decoding(made: dict[str, Any]) -> list[str]:
-    """Another decoder than the encoder's own, and another rounding than to nearest."""
-    words = {"decode_with": "decoded with", "rounding": "pixels rounded"}
-    return [f"{words[name]} {printable(str(made[name]))}" for name in words if made.get(name) is not None]
-
-
 def _sizes(made: dict[str, Any]) -> list[str]:
     """How many images have which size; nothing where all have the same."""
     sizes = made.get("sizes")
@@ -217,4 +219,6 @@ def _sizes(made: dict[str, Any]) -> list[str]:
 
 
 def _short(value: Any) -> str:
-    return f"[{value[0]:g}, {value[1]:g}]" if isinstance(value, (list, tuple)) and len(value) == 2 else str(value)
+    if not isinstance(value, (list, tuple)):
+        return str(value)
+    return f"[{', '.join(f'{each:g}' for each in value)}]" if len(value) <= LISTED else f"{len(value):,} listed"

@@ -107,7 +107,7 @@ def draw_curves(axes: Any, series: Mapping[str, Curve], xlabel: str, metric: str
     axes.set(xlabel=xlabel, ylabel=metric, yscale="log")
     axes.grid(color=RULE, which="both", linewidth=0.5)
     axes.spines[["top", "right"]].set_visible(False)
-    plain_ticks(axes, logx=False, logy=True)
+    plain_ticks(axes)
 
 
 def convergence(both: Mapping[str, Mapping[str, Curve]], metric: str) -> Figure:

@@ -13,12 +13,11 @@ from typing import Any
 
 from selftrans.checkpoints import format as checkpoint
 from selftrans.checkpoints.load import FILES, REPORT
-from selftrans.data.buckets import open_data
 from selftrans.data.dataset import Dataset
 from selftrans.experiments.comparison import Comparison, config_of_run
 from selftrans.experiments.measurement import MEASURED, Point, due_checkpoints, measured_alike, measured_before
 from selftrans.experiments.schedule import Job
-from selftrans.train.data_window import cache_of, with_window
+from selftrans.train.data_window import data_of, with_window
 from selftrans.train.initial_weights import choose
 from selftrans.train.preview import with_prompts
 from selftrans.train.resume import differences, settings_before, settle
@@ -53,7 +52,7 @@ def kept_runs(comparison: Comparison) -> dict[Job, Kept]:
             if not (comparison.run(job) / REPORT).is_file():
                 continue
             if identity is None:
-                dataset = open_data(str(data.path), text_encoder=data.text_encoder, cache=cache_of(data))
+                dataset = data_of(data)
                 identity = identity_of_points(comparison, dataset)
             if held := _trained(comparison, job, dataset, identity):
                 found[job] = held

@@ -18,7 +18,6 @@ import torch
 from selftrans.checkpoints import format as checkpoint
 from selftrans.checkpoints.load import FILES, load_model
 from selftrans.config import RunConfig, SampleConfig
-from selftrans.data.buckets import open_data
 from selftrans.data.dataset import Dataset, Manifest
 from selftrans.data.decoded import data_latents
 from selftrans.data.sources.decode import sides
@@ -26,7 +25,7 @@ from selftrans.device import default_device
 from selftrans.encoders.identity import identity_kind
 from selftrans.evaluate.extractors import Extractor, extractor_sha256, load_extractor
 from selftrans.evaluate.metrics import evaluate
-from selftrans.evaluate.probes import collect, linear_probe
+from selftrans.evaluate.probes import can_be_probed, collect, linear_probe
 from selftrans.evaluate.statistics import Statistics
 from selftrans.experiments.reference import decoder_sha256, training_statistics
 from selftrans.flow import PATHS
@@ -34,8 +33,8 @@ from selftrans.sampling.conditioning import Conditioning, LabelConditioning, cap
 from selftrans.sampling.images import Sampler, as_possible, decoder_dtype
 from selftrans.sampling.in_sizes import InSizes
 from selftrans.sampling.samplers import EVALUATIONS
-from selftrans.storage import write_json
-from selftrans.train.data_window import cache_of
+from selftrans.storage import recorded, write_json
+from selftrans.train.data_window import data_of
 
 MEASURED = "measured.json"  #: of a run: its points, oldest first
 DECODED_BY = "autoencoder_sha256"  #: entry of a point: a hash of the files of the autoencoder that decoded its samples
@@ -86,7 +85,7 @@ class Measurement:
             kept: the folder that keeps the statistics of the training data; None: they are computed anew.
         """
         assert config.data.path is not None
-        dataset = open_data(config.data.path, text_encoder=config.data.text_encoder, cache=cache_of(config.data))
+        dataset = data_of(config.data)
         device = default_device()
         extractor = load_extractor(features, weights=weights, device=device, shape=image_shape(dataset.manifest))
         dtype = decoder_dtype(device, config.sample.precision)
@@ -203,10 +202,7 @@ def measure_point(run: Path, folder: Path, measurement: Measurement) -> Point:
 
 def stored_points(path: Path) -> list[Point]:
     """The points in a MEASURED file; nothing if it is missing or damaged."""
-    try:
-        found = json.loads(path.read_text())
-    except (OSError, ValueError, RecursionError):
-        return []
+    found: Any = recorded(path, lambda held: held, [])
     points = found if isinstance(found, list) else []
     return [point for point in points if isinstance(point, dict) and isinstance(point.get("sha256"), str)]
 
@@ -217,11 +213,12 @@ def measured_before(path: Path, identity: dict[str, Any]) -> dict[str, Point]:
     A point that lacks a number, or has something else in its place, is none: it is measured again. Earlier versions did not
     record the autoencoder's files: those are taken to be the same.
     """
+    same = {"decoder": None} | identity  # without the key: fp32
     unrecorded = {key: value for key, value in identity.items() if key == DECODED_BY}
     return {
         point["sha256"]: point
         for point in stored_points(path)
-        if identity.items() <= (unrecorded | point).items() and _is_complete(point)
+        if all((unrecorded | point).get(key) == value for key, value in same.items()) and _is_complete(point)
     }
 
 
@@ -303,9 +300,14 @@ def measure_checkpoint(folder: Path, measurement: Measurement) -> dict[str, Any]
     } | measurement.identity
 
 
-def probe(model: Any, measurement: Measurement, path: Any, most: int = 4000) -> float:
-    """Accuracy of a linear classifier on the shallow block's features at t = 0.4, under the null condition."""
+def probe(model: Any, measurement: Measurement, path: Any, most: int = 4000) -> float | None:
+    """Accuracy of a linear classifier on the shallow block's features at t = 0.4, under the null condition.
+
+    None where the pictures that it would be fitted on have one class only.
+    """
     z0, labels = data_latents(measurement.dataset, most)
+    if not can_be_probed(labels):
+        return None
     feats = collect(model, z0, model.null(labels), t=PROBE_T, taps=(measurement.block,), path=path, pooled=True)
     return linear_probe(feats[measurement.block].to(default_device()), labels, kind="ridge")
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from selftrans.checkpoints import format as checkpoint
 from selftrans.checkpoints import hub
-from selftrans.checkpoints.load import PIPELINE, LoadedModel, Weights, load_model
+from selftrans.checkpoints.load import PIPELINE, LoadedModel, Weights, find_asked, load_model
 from selftrans.data.buckets import is_prepared, open_data
 from selftrans.data.sources.npz import npz_labels
 from selftrans.device import default_device
@@ -76,7 +76,7 @@ def _sampled(
     reference: str | Path,
     text_encoder: str | None,
 ) -> Samples:
-    loaded = load_model(path, stage=stage, weights=weights)
+    loaded = load_model(find_asked(path, stage=stage, weights=weights), stage=stage)
     settings, conditioning = overridden(loaded, overrides), None
     if loaded.model.conditions.kind == "text" and settings.prompts is None:
         conditioning = _captions(path, loaded, reference, settings.seed, text_encoder)

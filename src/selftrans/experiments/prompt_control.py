@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,7 +29,7 @@ from selftrans.evaluate.metrics import frechet_distance
 from selftrans.evaluate.statistics import Statistics
 from selftrans.sampling.conditioning import PromptConditioning
 from selftrans.sampling.images import Sampler
-from selftrans.storage import write_json
+from selftrans.storage import recorded, write_json
 from selftrans.types import Conditions
 
 WORDINGS: dict[str, Wording] = {"trained": TRAINED, "reserved": RESERVED}
@@ -177,11 +176,7 @@ class PromptControl:
 
 def _measured_before(file: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
     """What was measured in the same way; None for a missing or damaged file."""
-    try:
-        held = json.loads(file.read_text())
-        return held if held["identity"] == identity else None
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return None
+    return recorded(file, lambda held: held if held["identity"] == identity else None, None)
 
 
 def _table(named: dict[str, np.ndarray]) -> np.ndarray:

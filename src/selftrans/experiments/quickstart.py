@@ -22,7 +22,7 @@ from selftrans.checkpoints.load import load_model
 from selftrans.config import RunConfig
 from selftrans.data.dataset import Dataset
 from selftrans.data.decoded import decode_images, latents_of
-from selftrans.data.prepare import prepare_digits
+from selftrans.data.prepare import prepare_builtin
 from selftrans.device import default_device
 from selftrans.encoders.autoencoder import load_autoencoder
 from selftrans.evaluate.extractors import load_extractor
@@ -35,14 +35,13 @@ from selftrans.experiments.quickstart_report import compared, cut, overview, pag
 from selftrans.experiments.runner import Results, compare
 from selftrans.experiments.summary import as_csv, mean_curve, rows
 from selftrans.flow import PATHS
-from selftrans.methods.registry import stages
+from selftrans.methods.registry import put_together, stages
 from selftrans.methods.self_transcendence import SELF_TRANSCENDENCE, STRUCTURE, Stage1
 from selftrans.methods.vanilla import VANILLA
 from selftrans.recipes.digits import digits
-from selftrans.storage import first_line, lock_file, printable, write_json, write_text
+from selftrans.storage import first_line, lock_file, printable, recorded, write_json, write_text
 from selftrans.train.flops import stage_flops
 from selftrans.train.resume import differences, settings_before
-from selftrans.train.run import put_together
 
 #: name of the method -> its title in the report; stage 1 precedes stage 2, which it teaches
 METHODS = {spec.name: spec.title for spec in (VANILLA, STRUCTURE, SELF_TRANSCENDENCE)}
@@ -75,7 +74,7 @@ def quickstart(
     # the teacher is a checkpoint of stage 1 alone, which is trained on for its own row of the table
     config = config.override({"stage1.steps": min(TAUGHT * every, config.train.steps)})
     with lock_file(out / ".lock"):
-        dataset = prepare_digits(out / "data")
+        dataset = prepare_builtin("digits", out / "data")
         config = config.override({"data.path": str(out / "data")})
         variants = {name: for_method(config, name) for name in METHODS}
         longer = equal_compute(variants[VANILLA.name], variants[SELF_TRANSCENDENCE.name], dataset)
@@ -118,20 +117,17 @@ def equal_compute(config: RunConfig, other: RunConfig, dataset: Dataset) -> int:
     """Steps of a run of one stage until it has had the total compute of another run; its own steps at least."""
 
     def flops(run: RunConfig) -> int:
-        built = ((put_together(run, stage, dataset.manifest), stage.steps) for stage in stages(run))
-        cond, batch = dataset.manifest.conditions.example(), run.train.batch_size
-        return sum(stage_flops(objective, cond, batch, steps) for objective, steps in built)
+        shape, conditions, batch = dataset.manifest.shape, dataset.manifest.conditions, run.train.batch_size
+        built = ((put_together(run, stage, shape, conditions), stage.steps) for stage in stages(run))
+        return sum(stage_flops(objective, conditions.example(), batch, steps) for objective, steps in built)
 
     return max(config.train.steps, math.ceil(flops(other) / flops(config) * config.train.steps))
 
 
 def _seconds_before(out: Path, summary: dict[str, Any]) -> float:
     """Seconds that earlier calls for the same comparison took; 0 if unknown."""
-    try:
-        before = json.loads((out / "table.json").read_text())
-        return float(before["seconds"]) if before["table"] == summary["table"] else 0.0
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):  # the first call, or a damaged table
-        return 0.0
+    same = lambda before: float(before["seconds"]) if before["table"] == summary["table"] else 0.0  # noqa: E731
+    return recorded(out / "table.json", same, 0.0)
 
 
 def summarise(chosen: Comparison, results: Results) -> dict[str, Any]:

@@ -47,9 +47,8 @@ def reference_of(reference: str | Path, extractor: Extractor) -> Statistics:
         statistics = Statistics.load(path)
         if statistics.features is not None or not names & {"arr_0"} or statistics.dim != extractor.dim:
             return statistics
-        return dataclasses.replace(
-            statistics, features=_cached(path, extractor).features
-        )  # fewer images than mu and sigma
+        pictures = _cached(path, extractor)  # fewer than those of mu and sigma
+        return dataclasses.replace(statistics, features=pictures.features, size=pictures.size)
     return _cached(path, extractor)
 
 

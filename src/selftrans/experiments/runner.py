@@ -24,6 +24,7 @@ import torch
 
 from selftrans.checkpoints import format as checkpoint
 from selftrans.checkpoints.load import FILES, REPORT
+from selftrans.device import cpu_cores
 from selftrans.experiments.comparison import Comparison, config_of_run
 from selftrans.experiments.kept import Kept, all_kept, kept_runs
 from selftrans.experiments.measurement import (
@@ -95,7 +96,7 @@ def compare(comparison: Comparison, *, workers: int | None = None, kept: Mapping
 def processes(comparison: Comparison, workers: int | None) -> tuple[int, int]:
     """(processes that run at the same time, threads of each); `workers` None: one per core, one on a GPU."""
     jobs = comparison.jobs
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = cpu_cores()
     workers = min(len(jobs), workers or (1 if torch.cuda.is_available() else cores))
     return workers, max(1, cores // workers)
 

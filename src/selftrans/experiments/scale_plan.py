@@ -5,32 +5,31 @@ N GPUs in machines of M; bytes are those that one GPU sends per step. Shape lege
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from selftrans.config import RunConfig
-from selftrans.data.buckets import open_data
 from selftrans.data.shard_file import row_bytes
 from selftrans.experiments.bench.measured import Measured, Row, read_measured
-from selftrans.methods.guidance import Frozen
 from selftrans.methods.objective import Objective
-from selftrans.methods.registry import config_of_teacher, stages
+from selftrans.methods.registry import put_together, stages
 from selftrans.methods.spec import Stage
 from selftrans.precision import PRECISIONS
 from selftrans.storage import gigabytes, plural, printable
-from selftrans.train.data_window import cache_of
+from selftrans.train.data_window import data_of
 from selftrans.train.dry_run import KEPT, duration, kept_checkpoints
 from selftrans.train.flops import step_flops
 from selftrans.train.memory_use import memory_use
 from selftrans.train.recompute import chosen_blocks
-from selftrans.types import Conditions
+from selftrans.types import Backbone, Conditions
 
 #: bytes of activations for each token, channel and block in 16 bits, attention matrices not kept (2205.05198, section 4.1)
 ACTIVATIONS = 34
+SAME = 0.05  #: operations may differ by this share from those measured: a small batch selects whole samples
 SAMPLES, SHAPE, CLASSES = 1_281_167, (4, 32, 32), 1000  #: ImageNet-256, assumed where no data are given
 
 
@@ -128,11 +127,11 @@ def scale_plan(
     plan, built = stages(config), [_built(config, stage, shape, conditions) for stage in stages(config)]
     flops = [sum(step_flops(each, conditions.example(), 1000).values()) / 1000 for each, _ in built]
     figures = read_measured(measured, str(config.model.name)) if measured else None
-    found = []
+    found, speeds = [], []
     for stage, (objective, memory), per_image in zip(plan, built, flops, strict=True):
-        speed = _speed(figures, stage, per_image, rate, flops[-1], config)
-        found.append(_stage(config, cluster, stage, objective, memory, per_image, speed))
-    assumed += _assumptions(config, cluster, figures, rate)
+        speeds.append(_speed(figures, stage.name, objective.student, per_image, per_image / flops[-1], rate))
+        found.append(_stage(config, cluster, stage, objective, memory, per_image, speeds[-1]))
+    assumed += _assumptions(config, cluster, figures, rate, speeds)
     hours = _pair(sum(each.hours[k] for each in found) for k in (0, 1))
     fastest = max(each.images_per_s[0] for each in found)
     return ScalePlan(
@@ -156,7 +155,7 @@ def _data(config: RunConfig, assumed: list[str]) -> tuple[tuple[int, ...], Condi
     """Shape of a latent, conditions, number of samples, and bytes of one."""
     data = config.data
     if data.path is not None:
-        dataset = open_data(data.path, cache=cache_of(data))
+        dataset = data_of(data)
         manifest = dataset.manifest
         return tuple(manifest.shape), manifest.conditions, len(dataset), row_bytes(manifest.layout)
     if data.builtin is not None:
@@ -177,14 +176,10 @@ def _built(
     """The objective of a stage without memory for its weights, and the bytes that these would take."""
     if stage.encoder:
         raise ValueError(f"stage {stage.name} is taught by an external encoder, whose cost is not known here")
-    with torch.device("meta"):
-        student, average = (config.override(stage.settings).build_model(shape, conditions) for _ in range(2))
-        frozen = None
-        if stage.teacher:
-            teacher = config_of_teacher(config, stage).build_model(shape, conditions)
-            dtype = PRECISIONS[config.train.precision]
-            frozen = Frozen(teacher, stage.teacher.block(teacher.depth), dtype=dtype, in_place=True)
-        objective = Objective(student, stage.guide(student, frozen), times=config.train.times)
+    objective = put_together(config, stage, shape, conditions, dtype=PRECISIONS[config.train.precision])
+    average = copy.deepcopy(objective.student)
+    frozen = next((guidance.teacher for guidance in objective.guidances if guidance.teacher), None)
+    objective.watch(average)  # by a guidance that it teaches its operations are counted
     return objective, memory_use(objective, average, frozen, config.train.optimizer)
 
 
@@ -192,28 +187,21 @@ def _built(
 class _Speed:
     per_image: float  #: seconds of an image on one GPU
     fixed: float  #: seconds of a step besides
-    peak: Row | None  #: a row of the same model with its peak of memory
+    row: Row | None  #: of this stage with models of these sizes, if it was measured
 
 
 def _speed(
-    figures: Measured | None, stage: Stage, flops: float, rate: float | None, last: float, config: RunConfig
+    figures: Measured | None, stage: str, student: Backbone, flops: float, share: float, rate: float | None
 ) -> _Speed:
+    """An image takes time by its operations, `share` of the last stage's; the rest of a step by the student's parameters."""
     if figures is None:
         assert rate is not None
-        return _Speed(flops / last / rate, 0.0, None)
-    row = figures.row(stage.name)
-    same = figures.model == str(config.model.name) and row.name == stage.name and not _resized(config, stage)
-    factor = 1.0 if same else flops / row.flops
-    return _Speed(row.per_image * factor, row.fixed * factor, row if same and row.peak_bytes else None)
-
-
-def _resized(config: RunConfig, stage: Stage) -> bool:
-    """Whether the student of a stage, or its teacher, is of a size of its own: it is not the model that was measured."""
-    models = [
-        config.override(stage.settings).model,
-        *([config_of_teacher(config, stage).model] if stage.teacher else []),
-    ]
-    return any(model != config.model for model in models)
+        return _Speed(share / rate, 0.0, None)
+    row = figures.row(stage)
+    count, work = sum(p.numel() for p in student.parameters()), flops / row.flops
+    size = count / (figures.parameters or count)
+    same = row.name == stage and max(abs(work - 1), abs(size - 1)) < SAME
+    return _Speed(row.per_image * work, row.fixed * size, row if same else None)
 
 
 def _stage(
@@ -233,7 +221,7 @@ def _stage(
     wire = cluster.seconds(sent)
     step = (max(compute, wire), compute + wire)
     parts = {name: size // world if sharded and name != "teacher" else size for name, size in memory.items()}
-    parts["activations"] = _activations(config, objective, memory, micro, speed.peak)
+    parts["activations"] = _activations(config, objective, memory, micro, speed.row)
     return StageScale(
         name=stage.name,
         steps=stage.steps,
@@ -265,10 +253,10 @@ def wire_bytes(weights: int, gradients: int, world: int, *, sharded: bool, accum
     return round(2 * share * gradients)
 
 
-def _activations(config: RunConfig, objective: Objective, memory: dict[str, int], micro: int, peak: Row | None) -> int:
+def _activations(config: RunConfig, objective: Objective, memory: dict[str, int], micro: int, row: Row | None) -> int:
     """Bytes of activations of a micro-batch: from a measured peak, else by the rule of ACTIVATIONS."""
-    if peak is not None and peak.peak_bytes is not None:
-        return max(0, round((peak.peak_bytes - sum(memory.values())) * micro / peak.batch))
+    if row is not None and row.peak_bytes is not None:
+        return max(0, round((row.peak_bytes - sum(memory.values())) * micro / row.batch))
     student = objective.student
     each = ACTIVATIONS * (2 if config.train.precision == "fp32" else 1) * student.tokens * student.width
     chosen = chosen_blocks(config.train.recompute, student.depth)
@@ -277,23 +265,25 @@ def _activations(config: RunConfig, objective: Objective, memory: dict[str, int]
     return micro * (each * (student.depth - again + (again > 0)) + 4 * student.tokens * student.width * again)
 
 
-def _assumptions(config: RunConfig, cluster: Cluster, figures: Measured | None, rate: float | None) -> list[str]:
-    train, name = config.train, str(config.model.name)
-    resized = [stage.name for stage in stages(config) if _resized(config, stage)]
+def _assumptions(
+    config: RunConfig, cluster: Cluster, figures: Measured | None, rate: float | None, speeds: Sequence[_Speed]
+) -> list[str]:
+    train, names = config.train, [stage.name for stage in stages(config)]
+    other = [name for name, speed in zip(names, speeds, strict=True) if speed.row is None]
     if figures is not None:
-        row = figures.row(stages(config)[-1].name)
+        row = figures.row(names[-1])
         found = [
             f"speed: {printable(figures.source)}, {figures.model} on one {figures.device}, batch {row.batch}; images cost the "
             "same in smaller batches, in which kernels are less efficient"
         ]
-        if figures.model != name:
-            found.append(f"{name} was not measured: it runs as many operations per second as {figures.model} did")
-        elif resized:
-            found.append(f"{', '.join(resized)}: of other sizes than those measured; as many operations per second")
+        if other:
+            found.append(
+                f"{', '.join(other)} of {config.model.name}: not measured in these sizes; as many operations per second as "
+                f"{figures.model}, and the time of the optimiser by the parameters"
+            )
     else:
         found = [f"speed: {rate:g} images/s of the last stage on one GPU, as given; other stages by their operations"]
-    rows = list(figures.rows.values()) if figures and figures.model == name and not resized else []
-    if not any(each.peak_bytes for each in rows):
+    if any(speed.row is None or speed.row.peak_bytes is None for speed in speeds):
         found.append(
             f"activations: {ACTIVATIONS} bytes for each token, channel and block in 16 bits, attention matrices not kept"
         )

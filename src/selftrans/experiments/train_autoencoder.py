@@ -35,6 +35,7 @@ from selftrans.storage import (
     atomic_write,
     lock_file,
     printable,
+    recorded,
     remove_stale_temporaries,
     sha256_file,
     write_json,
@@ -173,13 +174,12 @@ def _finish(training: AutoencoderTraining, out: Path, held_out: Dataset) -> dict
 
 def _read_report(out: Path) -> dict[str, Any] | None:
     """OUT/autoencoder.json of an earlier call, if the files that it describes are as they were."""
-    try:
-        report = json.loads((out / REPORT).read_text(encoding="utf-8"))
-        sha256 = dict(report["sha256"])
-        unchanged = all(sha256_file(out / name) == sha256[name] for name in (CONFIG, WEIGHTS))
-        return report if unchanged and (out / PICTURE).is_file() and (out / PAGE).is_file() else None
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return None
+
+    def unchanged(report: dict[str, Any]) -> dict[str, Any] | None:
+        same = all(sha256_file(out / name) == report["sha256"][name] for name in (CONFIG, WEIGHTS))
+        return report if same and (out / PICTURE).is_file() and (out / PAGE).is_file() else None
+
+    return recorded(out / REPORT, unchanged, None)
 
 
 def summary(report: dict[str, Any], out: str | Path) -> str:

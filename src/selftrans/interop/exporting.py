@@ -8,7 +8,7 @@ from pathlib import Path
 
 from selftrans.checkpoints import format as checkpoint
 from selftrans.checkpoints.adapted import ADAPTERS
-from selftrans.checkpoints.load import EXPORTED, PIPELINE, PREFIX, Weights, find, load_model
+from selftrans.checkpoints.load import EXPORTED, PIPELINE, PREFIX, Weights, find_asked, load_model
 from selftrans.interop.published_file import LAYOUT
 from selftrans.models import registry as models
 from selftrans.storage import atomic_directory, write_json
@@ -29,7 +29,7 @@ def export_run(
     anything but an earlier export.
     """
     out = Path(out)
-    path = find(run, stage=stage, weights=weights)
+    path = find_asked(run, stage=stage, weights=weights)
     if layout == FOLDER:
         return _export_pipeline(path, out)
     loaded = load_model(path)

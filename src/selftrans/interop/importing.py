@@ -17,15 +17,14 @@ from selftrans.checkpoints import format as checkpoint
 from selftrans.checkpoints.load import IMPORTED, header
 from selftrans.config import RunConfig, settings_of, to_json
 from selftrans.encoders.autoencoder import autoencoder_name
-from selftrans.interop.published_file import listed, read
+from selftrans.interop.published_file import MOST, read
 from selftrans.interop.published_optimizer import adamw_moments
-from selftrans.methods.objective import Objective
-from selftrans.methods.registry import BASELINE, METHODS, stages
+from selftrans.methods.registry import BASELINE, METHODS, put_together, stages
 from selftrans.methods.spec import PublishedHeads
 from selftrans.models.registry import REGISTRY as MODELS
 from selftrans.models.spec import Named, Published, PublishedFile, check_shapes
 from selftrans.recipes import recipe
-from selftrans.storage import FREE_SPACE, atomic_directory, plural, sha256_file, write_json
+from selftrans.storage import FREE_SPACE, atomic_directory, listed, plural, sha256_file, write_json
 from selftrans.suggest import nearest
 
 #: channels of the latents -> default autoencoder: the usual one for 4, `pixel` for 1 and 3
@@ -69,7 +68,7 @@ def import_run(
     }
     source |= {} if path is None else {"path_of_run": path}
     source |= model.source | {"step": step, "autoencoder": autoencoder, "keep_heads": keep_heads}
-    source |= {"unused": listed(published.unused)} if published.unused else {}
+    source |= {"unused": listed(published.unused, MOST)} if published.unused else {}
     if _occupied(out, source):
         say(f"{out} holds this import already")
         return checkpoint.steps(out / stages(config)[0].name / "checkpoints")[-1][1]
@@ -145,7 +144,7 @@ def _tensors(
     file: PublishedFile, model: Published, config: RunConfig, guided: PublishedHeads | None
 ) -> tuple[dict[str, Named], list[str]]:
     """The tensors of the new checkpoint, and notes for the user about them."""
-    notes = [f"unused entries of the file: {listed(file.unused)}"] if file.unused else []
+    notes = [f"unused entries of the file: {listed(file.unused, MOST)}"] if file.unused else []
     states = {kind: model.translate(state, False) for kind, state in file.weights.items()}
     if len(states) == 1:
         present, absent = ("ema", "raw") if "ema" in states else ("raw", "ema")
@@ -180,9 +179,7 @@ def _head(named: Named, model: Published, guided: PublishedHeads | None) -> Name
 
 
 def _expected_heads(config: RunConfig, model: Published) -> dict[str, tuple[int, ...]]:
-    with torch.device("meta"):
-        student = config.build_model(model.shape, model.conditions)
-        objective = Objective(student, stages(config)[0].guide(student, None))
+    objective = put_together(config, stages(config)[0], model.shape, model.conditions)
     return {k: tuple(v.shape) for k, v in objective.state_dict().items() if not k.startswith("student.")}
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from selftrans.checkpoints import format as checkpoint
 from selftrans.checkpoints.load import PREFIX, TRANSFORMER, LoadedModel, architecture, find, load_model
 from selftrans.plugins import NotFound
+from selftrans.sampling.samplers import extrapolated
 from selftrans.storage import first_line, write_json
 from selftrans.types import MASK, TEXT, Cond
 
@@ -98,6 +99,7 @@ class InterpolantTransformer(ModelMixin, ConfigMixin):
         encoder_hidden_states: Tensor | None = None,
         encoder_attention_mask: Tensor | None = None,
         return_dict: bool = True,
+        early_guidance: float = 1.0,
     ) -> Transformer2DModelOutput | tuple[Tensor]:
         """Velocity (N, C, *S), noise minus data on the linear path, at hidden_states (N, C, *S).
 
@@ -105,12 +107,17 @@ class InterpolantTransformer(ModelMixin, ConfigMixin):
             timestep: t, (N,) in [0, 1]; 0 is data.
             class_labels: (N,), of a model of classes; the number of classes is the null label.
             encoder_hidden_states: (N, L, E) with encoder_attention_mask (N, L) bool, of a model of text.
+            early_guidance: of a model with a second output, see `samplers.extrapolated`; 1: none.
         In reduced precision products are computed in the dtype of the weights, all else in float32.
         """
         cond = self.condition(len(hidden_states), class_labels, encoder_hidden_states, encoder_attention_mask)
         reduced = self.dtype != torch.float32
         with torch.autocast(hidden_states.device.type, dtype=self.dtype, enabled=reduced):
-            v = self.backbone(hidden_states, timestep, cond).v
+            v = (
+                self.backbone(hidden_states, timestep, cond).v
+                if early_guidance == 1
+                else extrapolated(self.backbone, hidden_states, timestep, cond, early_guidance)
+            )
         assert v is not None
         v = v.to(hidden_states.dtype)
         return Transformer2DModelOutput(sample=v) if return_dict else (v,)

@@ -45,7 +45,7 @@ def card(
         _front(license, loaded),
         f"# {cell(repository.rpartition('/')[2])}",
         _about(loaded, data),
-        f"![samples]({SAMPLES})\n\nSamples: {cell(samples)}." if samples else "",
+        f"![samples]({SAMPLES})\n\nSamples: {cell(samples, None)}." if samples else "",
         _use(repository, loaded),
         "## Numbers\n\n" + (_numbers(evaluations) if evaluations else "None were measured on these weights."),
         "## Training\n\n" + _compute(compute),
@@ -54,9 +54,9 @@ def card(
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def cell(text: object) -> str:
+def cell(text: object, limit: int | None = 160) -> str:
     """Text on one line, in which Markdown and HTML have no effect."""
-    return re.sub(r"([\\`*_{}\[\]()#!|<>&~])", r"\\\1", printable(text))
+    return re.sub(r"([\\`*_{}\[\]()#!|<>&~])", r"\\\1", printable(text, limit))
 
 
 def _front(license: str, loaded: LoadedModel) -> str:
@@ -136,7 +136,7 @@ def _numbers(evaluations: Sequence[dict[str, Any]]) -> str:
         depends = (
             f"{_count(report, 'num_images', 'sample')} against {cell(last_parts(str(report.get('reference'))))} "
             f"({_count(report, 'reference_images', 'image')}), features of {cell(last_parts(str(report.get('extractor'))))} "
-            f"(sha256 {cell(str(report.get('extractor_sha256'))[:12])}), {cell(made_with(made))}, precision "
+            f"(sha256 {cell(str(report.get('extractor_sha256'))[:12])}), {cell(made_with(made), None)}, precision "
             f"{cell(made.get('precision'))}, labels {cell(made.get('labels'))}"
         )
         rows = "\n".join(f"| {cell(name)} | {cell(value)} |" for name, value in found)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from selftrans.models.registry import REGISTRY as MODELS
 from selftrans.models.spec import Named, PublishedFile
-from selftrans.storage import first_line, printable
+from selftrans.storage import first_line, listed, printable
 
 WRAPPERS = {"module", "_orig_mod"}  #: parts of a name that DataParallel and torch.compile add
 #: types that a file may hold besides tensors and plain containers
@@ -66,7 +66,7 @@ def _unused(path: Path, content: Mapping[Any, Any], nested: bool) -> list[str]:
     lost = [printable(key, 80) for key in others if _weights(key, content[key])]
     if lost:
         raise ValueError(
-            f"{path} holds weights under {listed(lost)}, which would be lost; expected a plain state dict, one under "
+            f"{path} holds weights under {listed(lost, MOST)}, which would be lost; expected a plain state dict, one under "
             "state_dict, or model and ema (with opt, args, steps): save the weights in one of these layouts"
         )
     options = {"config"} if isinstance(content.get("config"), dict) and "args" not in content else set()
@@ -193,8 +193,3 @@ def _modern(name: str, first: int) -> str:
     """The current name of a tensor: early REPA files call the blocks after the projectors `decoder_blocks`, from 0."""
     old = re.match(r"decoder_blocks\.(\d{1,6})\.", name)
     return f"blocks.{first + int(old[1])}.{name[old.end() :]}" if old else name
-
-
-def listed(names: list[str]) -> str:
-    """`a, b and 3 more`."""
-    return ", ".join(names[:MOST]) + (f" and {len(names) - MOST} more" if len(names) > MOST else "")

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from selftrans.checkpoints import hub
 from selftrans.checkpoints.hub import CARD, RECORD, SAMPLES
-from selftrans.checkpoints.load import Weights, find, load_model
+from selftrans.checkpoints.load import Weights, find_asked, load_model
 from selftrans.data.record import read_object
 from selftrans.evaluate.plots import save_png
 from selftrans.interop.model_card import card
@@ -53,7 +53,7 @@ def write_folder(
     check_name(repository)
     chosen.check()
     check_replaceable(out)
-    file = find(run, stage=stage, weights=weights)
+    file = find_asked(run, stage=stage, weights=weights)
     loaded, of_run = load_model(file), run_of(file)
     compute, evaluations = compute_of(of_run, loaded), evaluations_of(of_run, chosen.evaluations, loaded)
     sheet, data = sheet_of(of_run, chosen.samples, loaded), read_object(of_run / "data.json") if of_run else None

@@ -6,6 +6,8 @@ Shape legend: (H, W, C) picture with C of 1 or 3.
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +18,9 @@ import numpy as np
 from selftrans.checkpoints.load import REPORT, LoadedModel
 from selftrans.data.record import read_object
 from selftrans.evaluate.plots import sample_sheet
+from selftrans.interop.pipeline_parts import last_parts
+from selftrans.sample_config import beyond_defaults
+from selftrans.sampling.images import as_possible
 from selftrans.sampling.sample_file import NPY, PNG
 from selftrans.storage import printable
 
@@ -79,11 +84,13 @@ def sheet_of(run: Path | None, samples: Path | None, loaded: LoadedModel) -> She
     if preview is None or not preview.is_file() or loaded.weights != "ema":
         warnings.warn("the card has no samples: give --samples FOLDER, as `selftrans sample` makes it", stacklevel=4)
         return None
-    sample, steps = loaded.config.sample, loaded.config.log.preview_steps
-    made = {"steps": steps, "sampler": "Heun's method", "seed": sample.seed}
-    made |= {"guidance_scale": sample.guidance_scale, "guidance_interval": list(sample.guidance_interval)}
-    if sample.autoguidance is not None:  # which previews leave out
-        made |= {"guidance_scale": 1}
+    sample = as_possible(dataclasses.replace(loaded.config.sample, decode_with=None), loaded.model)
+    if sample.autoguidance is not None:  # which previews leave out, as they do `decode_with`
+        sample = dataclasses.replace(sample, autoguidance=None, guidance_scale=1.0)
+    made = json.loads(json.dumps(sample.settings())) | {
+        "steps": loaded.config.log.preview_steps,
+        "sampler": "Heun's method",
+    }
     picture, _ = PNG.read(preview)
     return Sheet(picture, made_with(made))
 
@@ -108,7 +115,8 @@ def made_with(made: dict[str, Any]) -> str:
     interval = made.get("guidance_interval")
     if made.get("guidance_scale") != 1 and interval not in (None, [0.0, 1.0]):
         said += f" for t in {interval}"
-    return printable(f"{said}, seed {made.get('seed')}")
+    parts = [said, *beyond_defaults(last_parts(made)), f"seed {made.get('seed')}"]
+    return ", ".join(map(printable, parts))  # each is cut off by itself
 
 
 def _of_weights(made: dict[str, Any], loaded: LoadedModel) -> bool:

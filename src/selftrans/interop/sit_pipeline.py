@@ -29,7 +29,7 @@ from selftrans.encoders.text import UNMASKED, TextEncoder, encoder_of
 from selftrans.interop.interpolant_scheduler import InterpolantScheduler
 from selftrans.interop.pipeline_parts import copy_text_encoder, parts_of, save_vae
 from selftrans.sampling.images import image_noise
-from selftrans.sampling.samplers import Noise, guided
+from selftrans.sampling.samplers import Early, Noise, guided, inside
 from selftrans.storage import first_line, printable, write_json
 from selftrans.types import MASK, TEXT, Cond, Output, map_cond
 
@@ -123,6 +123,8 @@ class SiTPipeline(DiffusionPipeline):
         guidance_scale: float | None = None,
         guidance_interval: tuple[float, float] | None = None,
         guidance_channels: int | None = None,
+        early_guidance: float | None = None,
+        early_interval: tuple[float, float] | None = None,
         seed: int | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: Tensor | None = None,
@@ -135,10 +137,11 @@ class SiTPipeline(DiffusionPipeline):
             class_labels: of a model of classes; prompt: of a model of text; either repeats for num_images images.
             num_images: N; None: one for each label, prompt or row of `latents`.
             guidance_scale, guidance_interval, guidance_channels: see `samplers.guided`.
+            early_guidance, early_interval: see `samplers.early_guided`.
             seed: the noise of image k is that of `selftrans sample --seed`. generator: torch's, instead.
             latents: (N, C, *S) noise to start from.
             output_type: pil, np or latent; np where the data are not pictures.
-        ValueError for conditions of another kind, and for labels of no class.
+        ValueError for conditions of another kind, labels of no class, and early guidance without a second output.
         """
         settings = self.transformer.settings.sample
         n = num_images or (len(latents) if latents is not None else _count(class_labels, prompt))
@@ -148,20 +151,22 @@ class SiTPipeline(DiffusionPipeline):
         drawn = noise()  # drawn also where latents are given: the SDE's next ones are then the same
         z = drawn if latents is None else latents.to(device, torch.float32)
         scale = settings.guidance_scale if guidance_scale is None else guidance_scale
+        early = Early(
+            settings.early_guidance if early_guidance is None else early_guidance,
+            early_interval or settings.early_interval,
+        )
+        model = _Velocity(self.transformer, early)
         velocity = guided(
-            _Velocity(self.transformer),  # type: ignore[arg-type]
+            model,  # type: ignore[arg-type]
             cond,
             scale=scale,
             interval=guidance_interval or settings.guidance_interval,
             channels=settings.guidance_channels if guidance_channels is None else guidance_channels,
         )
-        z0 = self._integrate(velocity, z, num_inference_steps or settings.steps, noise, generator)
-        if output_type == "latent":
-            images: Any = z0
-        else:
-            images = decode_images(self._decoder(), z0, settings.rounding)
-            if output_type == "pil" and images.dtype == np.uint8:
-                images = [Image.fromarray(each[..., 0] if each.shape[-1] == 1 else each) for each in images]
+        z0 = self._integrate(
+            lambda z, t: velocity(z, model.at(t)), z, num_inference_steps or settings.steps, noise, generator
+        )
+        images = self._images(z0, settings.rounding, output_type)
         self.maybe_free_model_hooks()
         return SiTPipelineOutput(images=images) if return_dict else (images,)
 
@@ -178,6 +183,15 @@ class SiTPipeline(DiffusionPipeline):
             v = velocity(z, t if ours else t / largest)
             z = scheduler.step(v, t, z, return_dict=False, **own)[0]
         return z
+
+    def _images(self, z0: Tensor, rounding: str, output_type: str) -> Any:
+        """Latents (N, C, *S) as `output_type` asks for them."""
+        if output_type == "latent":
+            return z0
+        images = decode_images(self._decoder(), z0, rounding)
+        if output_type != "pil" or images.dtype != np.uint8:
+            return images
+        return [Image.fromarray(each[..., 0] if each.shape[-1] == 1 else each) for each in images]
 
     def _condition(self, n: int, labels: Any, prompt: Any) -> Cond:
         """The condition of n images, on the CPU or a device. ValueError for one that the model does not have."""
@@ -223,8 +237,15 @@ class SiTPipeline(DiffusionPipeline):
 class _Velocity:
     """A transformer of a pipeline as `guided` calls a model; called through `forward`, so that hooks of offloading run."""
 
-    def __init__(self, transformer: Any) -> None:
-        self.transformer = transformer
+    def __init__(self, transformer: Any, early: Early) -> None:
+        if early.scale != 1 and transformer.backbone.early is None:
+            raise ValueError(f"early_guidance is {early.scale:g}, and the model has no second output; give 1")
+        self.transformer, self.early, self.strength = transformer, early, 1.0
+
+    def at(self, t: Tensor) -> Tensor:
+        """The time t itself, at which the next velocity is asked for: early guidance acts within its interval."""
+        self.strength = self.early.scale if self.early.scale != 1 and inside(t, self.early.interval) else 1.0
+        return t
 
     def null(self, cond: Cond) -> Cond:
         return self.transformer.backbone.null(cond)
@@ -234,7 +255,7 @@ class _Velocity:
             named = {"encoder_hidden_states": cond[TEXT], "encoder_attention_mask": cond[MASK]}
         else:
             named = {"class_labels": cond}
-        return Output(self.transformer(x, t, **named).sample, {})
+        return Output(self.transformer(x, t, **named, early_guidance=self.strength).sample, {})
 
 
 def _count(*given: Any) -> int:

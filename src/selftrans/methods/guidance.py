@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 import operator
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple, Self, TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -159,11 +159,14 @@ def within(t: Tensor, timestep_range: tuple[float, float]) -> Tensor:
     return (a <= t) & (t <= b)
 
 
+def selective(timestep_range: tuple[float, float] | None, mode: str) -> TypeGuard[tuple[float, float]]:
+    """Whether `gate` lets through the samples inside the range alone."""
+    return timestep_range is not None and mode == "select"
+
+
 def counted(t: Tensor, timestep_range: tuple[float, float] | None, mode: str) -> Tensor:
     """Which samples (N,) count in the term of `gate`, by their times."""
-    if timestep_range is None or mode == "scale":
-        return torch.ones_like(t, dtype=torch.bool)
-    return within(t, timestep_range)
+    return within(t, timestep_range) if selective(timestep_range, mode) else torch.ones_like(t, dtype=torch.bool)
 
 
 def gate(d: Draw, timestep_range: tuple[float, float] | None, mode: str) -> Gate:
@@ -189,7 +192,7 @@ def gate(d: Draw, timestep_range: tuple[float, float] | None, mode: str) -> Gate
 
 def selected(n: int, timestep_range: tuple[float, float] | None, mode: str) -> int:
     """How many of n samples `gate` lets through (expected, for independent times)."""
-    return n if timestep_range is None or mode == "scale" else capacity(n, timestep_range)
+    return capacity(n, timestep_range) if selective(timestep_range, mode) else n
 
 
 def check_gate(timestep_range: tuple[float, float] | None, mode: str) -> None:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import torch
 
 from selftrans.methods.dispersive import DISPERSIVE
+from selftrans.methods.guidance import Frozen
 from selftrans.methods.internal_guidance import INTERNAL_GUIDANCE
 from selftrans.methods.layersync import LAYERSYNC
+from selftrans.methods.objective import Objective
 from selftrans.methods.repa import REPA
 from selftrans.methods.self_transcendence import SELF_TRANSCENDENCE, STRUCTURE
 from selftrans.methods.spec import MethodSpec, Stage
@@ -15,6 +19,7 @@ from selftrans.methods.sra import SRA_METHOD
 from selftrans.methods.vanilla import VANILLA
 from selftrans.plugins import Registry
 from selftrans.sections import Section
+from selftrans.types import Conditions
 
 if TYPE_CHECKING:
     from selftrans.config import RunConfig
@@ -52,6 +57,28 @@ def config_of_teacher(config: RunConfig, stage: Stage) -> RunConfig:
     """The settings of the earlier stage of this run that trains the teacher of `stage`: its model may be of another size."""
     assert stage.teacher is not None
     return next(config.override(each.settings) for each in stages(config) if each.name == stage.teacher.stage)
+
+
+def put_together(
+    config: RunConfig,
+    stage: Stage,
+    shape: tuple[int, ...],
+    conditions: Conditions,
+    given: Any = None,
+    *,
+    dtype: torch.dtype | None = None,
+) -> Objective:
+    """A stage on latents (C, *S) without memory for weights, on the meta device. ValueError where its parts do not fit.
+
+    `given`: the encoder or teacher of the stage; None for a teacher that is not trained yet, whose sizes are known, and whose
+    parameters are of `dtype`.
+    """
+    with torch.device("meta"):
+        student = config.override(stage.settings).build_model(shape, conditions)
+        if stage.teacher and given is None:
+            model = config_of_teacher(config, stage).build_model(shape, conditions)
+            given = Frozen(model, stage.teacher.block(model.depth), dtype=dtype, in_place=True)
+        return Objective(student, stage.guide(student, given))
 
 
 def sections_of(methods: Iterable[MethodSpec]) -> dict[str, type[Section]]:

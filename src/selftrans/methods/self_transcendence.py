@@ -39,13 +39,14 @@ from selftrans.methods.guidance import (
     projector,
     remaining,
     selected,
+    selective,
     spatial_norm,
     token_norm,
 )
 from selftrans.methods.label_part import LabelPart
 from selftrans.methods.published_heads import published_heads
 from selftrans.methods.spec import MethodSpec, Stage, TeacherSpec
-from selftrans.methods.stage_settings import Stage1, Stage2
+from selftrans.methods.stage_settings import TEACHER_SETTINGS, Stage1, Stage2
 from selftrans.sections import fields_of
 from selftrans.types import Backbone, Conditions, Draw, take_cond
 
@@ -62,7 +63,7 @@ class StructureGuidance(Guidance):
         check_gate(config.timestep_range, config.range_mode)
         super().__init__(config.weight, (config.block,))
         self.config, self.patchify = config, student.patchify
-        self.selects = config.timestep_range is not None and config.range_mode == "select"
+        self.selects = selective(config.timestep_range, config.range_mode)
         cells = math.prod(student.shape) // student.tokens  # numbers of a latent that one token covers
         projection, norm = (
             projector(student.width, student.width, config.head_width),
@@ -95,7 +96,7 @@ class SelfGuidance(Guidance):
         super().__init__(config.weight, config.student_blocks or (block,), until_step=config.until_step)
         self.config, self.teacher = config, teacher
         self.range = equal_snr_range(config.timestep_range, config.data_std, path)
-        self.selects = self.range is not None and config.range_mode == "select"
+        self.selects = selective(self.range, config.range_mode)
         goals = config.teacher_blocks or (teacher.block,) * len(self.taps)
         self.teacher_taps = tuple(sorted(set(goals)))
         self.goals = [self.teacher_taps.index(k) for k in goals]  # of each student block, its place in `teacher_taps`
@@ -188,8 +189,8 @@ def _teacher_settings(config: RunConfig) -> dict[str, Any]:
     stage2, again = config.section(Stage2), config.train.recompute
     if stage2.teacher is not None:
         return {}
-    chosen = {"model.width": stage2.teacher_width, "model.depth": stage2.teacher_depth, "train.lr": stage2.teacher_lr}
-    found: dict[str, Any] = {name: value for name, value in chosen.items() if value is not None}
+    chosen = {setting: getattr(stage2, name) for name, setting in TEACHER_SETTINGS.items()}
+    found = {setting: value for setting, value in chosen.items() if value is not None}
     known = {name for name, *_ in fields_of(config.model)}
     for name in (name.removeprefix("model.") for name in found if name.startswith("model.")):
         if name not in known:

@@ -12,6 +12,9 @@ from typing import Literal
 from selftrans.methods.guidance import check_term, ineffective_range_mode
 from selftrans.sections import Section, setting
 
+#: settings of `Stage2` on the teacher that stage 1 trains -> settings of the run that they replace in stage 1
+TEACHER_SETTINGS = {"teacher_width": "model.width", "teacher_depth": "model.depth", "teacher_lr": "train.lr"}
+
 
 @dataclass(frozen=True)
 class Stage1(Section):
@@ -105,7 +108,7 @@ class Stage2(Section):
                 raise ValueError(f"stage2.{name} must be a number, not {getattr(self, name)}")
         if not 0 < self.data_std < math.inf:
             raise ValueError(f"stage2.data_std is a standard deviation, above zero, not {self.data_std}")
-        for name in ("teacher_width", "teacher_depth", "teacher_lr"):
+        for name in TEACHER_SETTINGS:
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise ValueError(f"stage2.{name} must be above zero, not {value}")
@@ -135,6 +138,6 @@ class Stage2(Section):
             if given
         }
         other = "stage2.teacher is given, and no teacher is trained"
-        trained = dict.fromkeys(("teacher_width", "teacher_depth", "teacher_lr"), other) if self.teacher else {}
+        trained = dict.fromkeys(TEACHER_SETTINGS, other) if self.teacher else {}
         moved = {} if self.timestep_range else {"data_std": "without a timestep_range every sample counts"}
         return ineffective_range_mode(self.timestep_range) | wide | shared | single | moved | trained

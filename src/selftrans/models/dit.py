@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -49,12 +49,7 @@ class DiTConfig(SiTConfig):
 
 def build(config: DiTConfig, shape: tuple[int, ...], conditions: Conditions) -> DiT:
     """A freshly initialised DiT for latents (C, *S). ValueError for shapes that it cannot take, and for text."""
-    sizes: dict[str, Any] = {**config.sizes(), "patch_frames": config.patch_frames}
-    classes = config.num_classes(conditions)
-    options = {key: getattr(config, key) for key in ("qk_norm", "learn_sigma", "schedule", "label_std")}
-    model = DiT(shape, classes, **options, **sizes)
-    model.route = config.chosen_route()
-    return model
+    return config.build(DiT, shape, conditions, ("qk_norm", "learn_sigma", "schedule"))
 
 
 def log_ratios(schedule: Schedule = "linear") -> Tensor:

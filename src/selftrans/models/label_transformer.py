@@ -6,8 +6,9 @@ Shape legend: N batch, T tokens, D width, (C, *S) latent.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
@@ -18,6 +19,7 @@ from selftrans.sections import setting
 from selftrans.types import Cond, Conditions, Output
 
 LARGEST_STD = 100.0
+Model = TypeVar("Model", bound="LabelTransformer")
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,16 @@ class LabelledConfig(SizedConfig):
 
     def ineffective(self) -> dict[str, str]:
         return {} if self.route else {"route_blocks": "without model.route no token skips a block"}
+
+    def build(self, kind: type[Model], shape: tuple[int, ...], conditions: Conditions, options: Iterable[str]) -> Model:
+        """A freshly initialised `kind` for latents (C, *S); `options` are settings that it has besides those of all kinds.
+
+        ValueError for shapes that it cannot take, and for text.
+        """
+        own: dict[str, Any] = {key: getattr(self, key) for key in ("patch_frames", "label_std", *options)}
+        model = kind(shape, self.num_classes(conditions), **own | self.sizes())
+        model.route = self.chosen_route()
+        return model
 
 
 class LabelTransformer(PatchTransformer):

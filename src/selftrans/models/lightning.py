@@ -7,7 +7,6 @@ attention head, (C, *S) latent.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -44,20 +43,14 @@ class LightningConfig(LabelledConfig):
     shift: bool = True
     """the condition also shifts the input of attention and MLP; False: it scales and gates them only"""
 
-    def options(self) -> dict[str, bool]:
-        """Constructor arguments that say what the blocks are made of."""
-        return {key: getattr(self, key) for key in OPTIONS}
 
-
+#: constructor arguments that say what the blocks are made of
 OPTIONS = ("qk_norm", "swiglu", "rope", "rms_norm", "shift")
 
 
 def build(config: LightningConfig, shape: tuple[int, ...], conditions: Conditions) -> LightningDiT:
     """A freshly initialised LightningDiT for latents (C, *S). ValueError for shapes that it cannot take, and for text."""
-    sizes: dict[str, Any] = {**config.sizes(), **config.options(), "patch_frames": config.patch_frames}
-    model = LightningDiT(shape, config.num_classes(conditions), label_std=config.label_std, **sizes)
-    model.route = config.chosen_route()
-    return model
+    return config.build(LightningDiT, shape, conditions, OPTIONS)
 
 
 def rotation_table(channels: int, grid: tuple[int, ...], device: torch.device | None = None) -> Tensor:

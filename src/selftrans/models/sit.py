@@ -6,7 +6,6 @@ Parameter names are those of the published checkpoints. Shape legend: N batch, T
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from selftrans.models.label_transformer import LabelledConfig, LabelTransformer
 from selftrans.models.layers import LABEL_STD, Block
@@ -32,11 +31,7 @@ class SiTConfig(LabelledConfig):
 
 def build(config: SiTConfig, shape: tuple[int, ...], conditions: Conditions) -> SiT:
     """A freshly initialised SiT for latents (C, *S). ValueError for shapes that it cannot take, and for text."""
-    options: dict[str, Any] = {key: getattr(config, key) for key in ("patch_frames", "qk_norm", "label_std")}
-    options.update(config.sizes())
-    model = SiT(shape, config.num_classes(conditions), **options)
-    model.route = config.chosen_route()
-    return model
+    return config.build(SiT, shape, conditions, ("qk_norm",))
 
 
 class SiT(LabelTransformer):

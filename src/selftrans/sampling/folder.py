@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 import zipfile
 from collections import deque
@@ -28,7 +29,7 @@ from selftrans.data.sources.decode import parse_resolution
 from selftrans.sampling.chosen_labels import in_words, per_class
 from selftrans.sampling.images import Sampler
 from selftrans.sampling.sample_file import NPY, PNG, SampleFile, file_kind
-from selftrans.storage import FREE_SPACE, atomic_write, plural, printable
+from selftrans.storage import FREE_SPACE, atomic_write, plural, printable, recorded
 
 Samples = Iterable[tuple[np.ndarray, np.ndarray, np.ndarray]]  #: indices (n,), labels (n,), samples; as `SampledBatch`
 
@@ -77,14 +78,9 @@ def summary_line(out: str | Path, count: int) -> str:
 
 def class_line(out: str | Path) -> str:
     """How many samples of each class the complete folder `out` holds, to print; empty where that is not recorded."""
-    try:
-        counts = {
-            str(name): int(count)
-            for name, count in json.loads(Path(out, "samples.json").read_text())[PER_CLASS].items()
-        }
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        return ""
-    return f"samples of each class: {in_words(counts)}"
+    counts_in = lambda record: {str(name): int(count) for name, count in record[PER_CLASS].items()}  # noqa: E731
+    counts = recorded(Path(out, "samples.json"), counts_in, None)
+    return "" if counts is None else f"samples of each class: {in_words(counts)}"
 
 
 def write_samples(
@@ -169,9 +165,10 @@ def _flat(settings: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def _differences(earlier: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """`name: OLD there, NEW now` for each setting that differs."""
+    """`name: OLD there, NEW now` for each setting that differs; not for the place of weights, which their hashes identify."""
     old, new = _flat(earlier), _flat(json.loads(json.dumps(now)))  # through json, so that a tuple equals its list
     names = [name for name in {**old, **new} if old.get(name) != new.get(name) or (name in old) != (name in new)]
+    names = [name for name in names if not re.fullmatch(r"(autoguidance\.)?source\.path", name)]
     shown = {name: printable(name, 60) for name in names}  # the folder may be untrusted
     return [f"{shown[k]}: {old.get(k, 'absent')!s:.60} there, {new.get(k, 'absent')!s:.60} now" for k in names[:5]]
 
@@ -210,7 +207,7 @@ def _write_files(
 
 
 def _write_batch(
-    out: Path, indices: np.ndarray, labels: np.ndarray, images: np.ndarray, rank: int, kind: SampleFile = PNG
+    out: Path, indices: np.ndarray, labels: np.ndarray, images: np.ndarray, rank: int, kind: SampleFile
 ) -> int:
     kind.check(images)
     for index, label, image in zip(indices, labels, images, strict=True):

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from selftrans import flow
 from selftrans.checkpoints import hub
-from selftrans.checkpoints.load import LoadedModel, Weights, load_model
+from selftrans.checkpoints.load import LoadedModel, Weights, find_asked, load_model
 from selftrans.config import SampleConfig
 from selftrans.data.decoded import decode_images
 from selftrans.data.sources.decode import Resolution, sides, size_text
@@ -31,7 +31,8 @@ from selftrans.sampling.chosen_labels import chosen_labels
 from selftrans.sampling.conditioning import Conditioning, conditioning_of
 from selftrans.sampling.samplers import SAMPLERS, Early, Noise, autoguided, guided
 from selftrans.sampling.streams import NOISE_STREAM, image_stream
-from selftrans.storage import plural, printable
+from selftrans.sampling.weak_model import weak_model
+from selftrans.storage import plural
 from selftrans.types import Backbone, Cond, check_takes, eval_mode, map_cond
 
 MANY = 20  #: batches per process from which compilation, which takes about a minute, saves time on a GPU
@@ -169,7 +170,7 @@ class Sampler:
 
         Raises ValueError for invalid settings and as `load_model` does.
         """
-        loaded = load_model(origin, stage=stage, weights=weights)
+        loaded = load_model(find_asked(origin, stage=stage, weights=weights), stage=stage)
         return cls.of(loaded, overridden(loaded, overrides), device=device, text_encoder=text_encoder)
 
     @property
@@ -227,8 +228,18 @@ class Sampler:
             sampler = SAMPLERS[settings.sampler]
             shift = settings.time_shift
             z0 = sampler(velocity, noise(), steps=settings.steps, path=self.path, noise=noise, shift=shift)
+        _check_finite(z0, indices, settings.precision)
         # outside autocast: an autoencoder can overflow in float16
         return decode_images(self.autoencoder, z0, settings.rounding)
+
+
+def _check_finite(z0: Tensor, indices: np.ndarray, precision: str) -> None:
+    """ValueError for latents (N, C, *S) that are not finite: as pictures they would be black, and be measured."""
+    bad = ~torch.isfinite(z0).flatten(start_dim=1).all(dim=1)
+    if bad.any():
+        first = int(indices[int(bad.int().argmax())])
+        overflow = "fp16 may overflow (use --precision bf16 or fp32), or " if precision == "fp16" else ""
+        raise ValueError(f"sample {first} is not finite: {overflow}the weights of the model have diverged")
 
 
 def overridden(loaded: LoadedModel, overrides: dict[str, Any]) -> SampleConfig:
@@ -259,26 +270,6 @@ def overridden(loaded: LoadedModel, overrides: dict[str, Any]) -> SampleConfig:
 def as_possible(settings: SampleConfig, model: Backbone) -> SampleConfig:
     """The settings, without guidance by a second output where the model has none: for what samples several models alike."""
     return settings if model.early is not None else dataclasses.replace(settings, early_guidance=1.0)
-
-
-def weak_model(loaded: LoadedModel, settings: SampleConfig) -> LoadedModel | None:
-    """The weaker model of `settings.autoguidance`, of the same kind of weights; None without one, and with scale 1.
-
-    ValueError where it is not a model of the same latents, conditions and path.
-    """
-    if settings.autoguidance is None or settings.guidance_scale == 1:
-        return None
-    weak = load_model(settings.autoguidance, weights=loaded.weights)
-    theirs, ours = (
-        f"latents {tuple(m.model.shape)} with {m.model.conditions} on the {m.config.train.path} path"
-        for m in (weak, loaded)
-    )
-    if theirs != ours or weak.model.conditions != loaded.model.conditions:
-        name = printable(settings.autoguidance)
-        raise ValueError(
-            f"autoguidance {name} is a model of {theirs}, the sampled one of {ours}; give one of the same data"
-        )
-    return weak
 
 
 def decoder_dtype(device: torch.device, precision: str) -> torch.dtype:

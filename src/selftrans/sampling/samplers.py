@@ -168,7 +168,7 @@ def guided(
     def velocity(z: Tensor, t: Tensor) -> Tensor:
         if z.shape[0] != rows and not (rows == 1 and scale == 1):  # one condition holds for all
             raise ValueError(f"{plural(z.shape[0], 'latent')} but conditions of {rows}; give one for each")
-        if scale == 1 or not _inside(t, interval):
+        if scale == 1 or not inside(t, interval):
             return early_guided(model, z, t, cond, early)
         conditional, unconditional = early_guided(model, torch.cat([z, z], dim=0), t, both, early).chunk(2, dim=0)
         v = unconditional + scale * (conditional - unconditional)
@@ -194,7 +194,7 @@ def autoguided(
 
     def velocity(z: Tensor, t: Tensor) -> Tensor:
         v = early_guided(model, z, t, cond, early)
-        if not _inside(t, interval):
+        if not inside(t, interval):
             return v
         v_weak = _evaluate(weak, z, t, cond)
         return v_weak + scale * (v - v_weak)
@@ -208,17 +208,22 @@ def early_guided(model: Backbone, z: Tensor, t: Tensor, cond: Cond, early: Early
     Internal Guidance (Zhou et al., 2512.24176), of one pass; both halves of classifier-free guidance are so, as released.
     Outside the interval, with scale 1 or with `early` None the second output is not computed.
     """
-    if early is None or early.scale == 1 or not _inside(t, early.interval):
+    if early is None or early.scale == 1 or not inside(t, early.interval):
         return _evaluate(model, z, t, cond)
-    out = model(z, _times(z, t), cond, taps=(model.early_block,))
+    return extrapolated(model, z, _times(z, t), cond, early.scale)
+
+
+def extrapolated(model: Backbone, z: Tensor, times: Tensor, cond: Cond, scale: float) -> Tensor:
+    """v_early + scale (v - v_early) at times (N,), from one pass of a model that has a second output."""
+    out = model(z, times, cond, taps=(model.early_block,))
     assert out.v is not None
     v = out.v.to(z.dtype)
     weak = model.from_tokens(model.early_cells(out.feats[model.early_block]), tuple(z.shape[1:])).to(z.dtype)
-    return weak + early.scale * (v - weak)
+    return weak + scale * (v - weak)
 
 
-def _inside(t: Tensor, interval: tuple[float, float]) -> bool:
-    # grid times have rounding errors: 0.65 must count as 0.65
+def inside(t: Tensor, interval: tuple[float, float]) -> bool:
+    """Whether t lies in a closed interval; times of a grid have rounding errors, and 0.65 must count as 0.65."""
     return interval[0] - 1e-9 <= float(t) <= interval[1] + 1e-9
 
 

@@ -1,10 +1,11 @@
-"""Data at a URL in a run: the cache, and how many shards are shuffled together."""
+"""The data of a run, opened; of data at a URL the cache, and how many shards are shuffled together."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from selftrans.config import Data, RunConfig
+from selftrans.data.buckets import open_data
 from selftrans.data.dataset import Dataset
 from selftrans.data.shard_cache import CacheOptions
 from selftrans.data.streamed import Streamed
@@ -26,6 +27,11 @@ class Transfer:
 def cache_of(data: Data) -> CacheOptions:
     """Where the data of these settings are cached."""
     return CacheOptions(data.cache_dir, data.cache_gb)
+
+
+def data_of(data: Data) -> Dataset:
+    """The prepared data that these settings name. ValueError as `open_data`."""
+    return open_data(str(data.path), text_encoder=data.text_encoder, cache=cache_of(data))
 
 
 def with_window(config: RunConfig, shards: Dataset, before: RunConfig | None) -> RunConfig:

@@ -6,7 +6,6 @@ random weights: its cost is the same.
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import resource
 import shutil
@@ -32,7 +31,7 @@ from selftrans.methods.registry import config_of_teacher
 from selftrans.methods.spec import TAKEN_FOLDERS, Stage
 from selftrans.plugins import trust_named
 from selftrans.precision import PRECISIONS
-from selftrans.storage import gigabytes, nearest_existing, plural, write_json
+from selftrans.storage import gigabytes, nearest_existing, plural
 from selftrans.train.batches import Loaded
 from selftrans.train.data_window import Transfer, describe_data, transfer_of, transfer_text
 from selftrans.train.initial_weights import build_student
@@ -281,11 +280,6 @@ def text(found: DryRun) -> str:
     return "\n".join(
         [*lines, f"nothing was written; the run will write to {found.out}:", *(f"  {w}" for w in found.written)]
     )
-
-
-def as_json(found: DryRun, path: str | Path) -> None:
-    """Write the findings to a file, as json with the names of the fields. ValueError where it cannot be written."""
-    write_json(Path(path), dataclasses.asdict(found))
 
 
 def duration(seconds: float) -> str:

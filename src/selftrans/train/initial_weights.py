@@ -24,7 +24,7 @@ from selftrans.data.dataset import Dataset
 from selftrans.data.manifest import Manifest
 from selftrans.models.lora import add_adapters
 from selftrans.models.spec import Named
-from selftrans.storage import sha256_file
+from selftrans.storage import recorded, sha256_file
 from selftrans.train.fitting import fit
 from selftrans.train.given_weights import (
     Given,
@@ -123,10 +123,8 @@ def initial_weights(config: RunConfig, dataset: Dataset, out: Path, given: Given
 
 def _recorded(out: Path) -> dict[str, Any]:
     """What the run says of its initial weights: in run.json or, if that is lost, in their file."""
-    try:
-        return dict(json.loads((out / REPORT).read_text())[INIT])
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        pass
+    if (record := recorded(out / REPORT, lambda report: dict(report[INIT]), None)) is not None:
+        return record
     try:
         return dict(checkpoint.read_header(out / START)[INIT]) | {"start": sha256_file(out / START)}
     except (OSError, KeyError, TypeError, ValueError) as error:

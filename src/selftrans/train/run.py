@@ -26,9 +26,7 @@ from selftrans.data.manifest import Manifest
 from selftrans.data.on_device import OnDevice
 from selftrans.data.prepare import prepare_builtin
 from selftrans.encoders.identity import scales_differ
-from selftrans.methods.guidance import Frozen
-from selftrans.methods.objective import Objective
-from selftrans.methods.registry import config_of_teacher, stages
+from selftrans.methods.registry import put_together, stages
 from selftrans.methods.spec import Stage
 from selftrans.plugins import trust_named
 from selftrans.storage import lock_file, plural, remove_stale_temporaries, removed_if_refused, write_json
@@ -258,21 +256,7 @@ def _rehearse(config: RunConfig, plan: Sequence[Stage], out: Path, manifest: Man
                 "give at least as many, or another --out"
             )
         if number and not stage.encoder:
-            put_together(config, stage, manifest)
-
-
-def put_together(config: RunConfig, stage: Stage, manifest: Manifest, given: Any = None) -> Objective:
-    """A stage without memory for weights. ValueError where its parts do not fit.
-
-    `given`: the encoder or teacher of the stage; None for a teacher that is not trained yet, whose sizes are known.
-    """
-    with torch.device("meta"):
-        student = config.override(stage.settings).build_model(manifest.shape, manifest.conditions)
-        if stage.teacher and given is None:
-            model = config_of_teacher(config, stage).build_model(manifest.shape, manifest.conditions)
-            given = Frozen(model, stage.teacher.block(model.depth), in_place=True)
-        objective = Objective(student, stage.guide(student, given))
-    return objective
+            put_together(config, stage, manifest.shape, manifest.conditions)
 
 
 def stages_to_run(config: RunConfig) -> list[Stage]:

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from selftrans.config import RunConfig, settings_of
-from selftrans.storage import first_line, printable, write_json
+from selftrans.storage import first_line, printable, recorded, write_json
 
 PROJECT = "selftrans"  #: project or experiment of the runs, unless the tracker's own variables say otherwise
 RECORD = "trackers.json"
@@ -181,11 +181,8 @@ def _log_picture(name: str, tracker: Any, key: str, pixels: np.ndarray, file: Pa
 
 def _recorded(out: Path) -> dict[str, str]:
     """What trackers.json holds; {} where it is missing or damaged."""
-    try:
-        found = json.loads((out / RECORD).read_text())
-        return {str(name): run for name, run in found.items() if IDENTIFIER.fullmatch(run)}
-    except (OSError, ValueError, AttributeError, TypeError, RecursionError):
-        return {}
+    known = lambda held: {str(name): run for name, run in held.items() if IDENTIFIER.fullmatch(run)}  # noqa: E731
+    return recorded(out / RECORD, known, {})
 
 
 def _warn(message: str) -> None:

@@ -6,11 +6,8 @@ import json
 from functools import lru_cache
 from typing import Any, NamedTuple
 
-import torch
-
 from selftrans.config import RunConfig, from_json
-from selftrans.methods.guidance import Frozen
-from selftrans.methods.registry import config_of_teacher, find, stages
+from selftrans.methods.registry import find, put_together, stages
 from selftrans.methods.spec import Stage
 from selftrans.storage import first_line
 from selftrans.types import Backbone
@@ -53,14 +50,9 @@ class Guided(NamedTuple):
 
 def guided_blocks(config: RunConfig, stage: Stage, model: Backbone) -> Guided:
     """The guided blocks of a stage; found on a model without memory for weights."""
-    with torch.device("meta"):
-        student = config.override(stage.settings).build_model(model.shape, model.conditions)
-        block, given = None, None
-        if stage.teacher:
-            teacher = config_of_teacher(config, stage).build_model(model.shape, model.conditions)
-            block = stage.teacher.block(teacher.depth)
-            given = Frozen(teacher, block, in_place=True)
-        taps = () if stage.encoder else tuple(k for g in stage.guide(student, given) for k in g.taps)
+    guidances = [] if stage.encoder else put_together(config, stage, model.shape, model.conditions).guidances
+    taps = tuple(k for guidance in guidances for k in guidance.taps)
+    block = next((guidance.teacher.block for guidance in guidances if guidance.teacher), None)
     return Guided(taps, block, scale_of(config, stage))
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, safe_open, save_file
 
-from selftrans.checkpoints.load import find, load_model
+from selftrans.checkpoints.load import find, find_asked, load_model
 from selftrans.cli.main import main
 from selftrans.storage import sha256_file
 from tests.support import toy
@@ -52,6 +52,17 @@ def test_single_weights_file_can_be_loaded(tmp_path):
     found = load_model(file)
     assert found.step == 8 and found.config == toy.toy() and found.prompts == ()
     assert "prompts" not in header_of(file), "of a model of classes"
+
+
+def test_raw_weights_asked_for_of_a_file_of_the_average_are_warned_of(recwarn):
+    held = toy.checkpoint(toy.finished())
+    for origin in (held, held / "student.safetensors"):
+        assert load_model(find_asked(origin, weights="raw")).weights == "raw"
+    assert find_asked(held / "ema.safetensors") == find_asked(held) == held / "ema.safetensors" and not recwarn.list
+    with pytest.warns(
+        UserWarning, match=r"ema.safetensors holds the moving average alone \(ema\), which takes the place"
+    ):
+        assert find_asked(held / "ema.safetensors", weights="raw") == held / "ema.safetensors"
 
 
 def header_of(path):

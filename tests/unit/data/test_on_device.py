@@ -8,13 +8,13 @@ import torch
 
 from selftrans.data.dataset import Dataset
 from selftrans.data.on_device import OnDevice
-from selftrans.data.prepare import prepare_digits
+from selftrans.data.prepare import prepare_builtin
 from selftrans.train.batches import Stream, to_batch
 
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
-    return prepare_digits(tmp_path_factory.mktemp("digits") / "data")
+    return prepare_builtin("digits", tmp_path_factory.mktemp("digits") / "data")
 
 
 def test_data_on_the_device_give_the_same_batches(shards: Dataset) -> None:

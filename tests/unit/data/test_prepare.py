@@ -19,7 +19,7 @@ import selftrans.data.prepare as prepare_module
 from selftrans.data.dataset import Dataset
 from selftrans.data.decoded import decoded_images
 from selftrans.data.manifest import Manifest
-from selftrans.data.prepare import prepare, prepare_digits
+from selftrans.data.prepare import prepare, prepare_builtin
 from selftrans.data.prepare_features import prepare_features
 from selftrans.data.sources.open_source import open_source
 from selftrans.encoders.autoencoder import from_uint8, to_uint8
@@ -219,9 +219,9 @@ def test_lost_or_damaged_shard_is_made_again(pictures: Path, tmp_path: Path) -> 
 def test_digits_are_made_once(tmp_path: Path) -> None:
     from sklearn.datasets import load_digits
 
-    dataset = prepare_digits(tmp_path / "digits")
+    dataset = prepare_builtin("digits", tmp_path / "digits")
     written = {path: path.stat().st_mtime_ns for path in (tmp_path / "digits").iterdir()}
-    again = prepare_digits(tmp_path / "digits")
+    again = prepare_builtin("digits", tmp_path / "digits")
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "digits").iterdir()} == written
     assert again.manifest == dataset.manifest and dataset.manifest.shape == (1, 8, 8)
     assert dataset.manifest.classes == tuple("0123456789") and len(dataset) == 1797

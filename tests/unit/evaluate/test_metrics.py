@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import warnings
 
@@ -124,33 +125,6 @@ def test_kernel_distance_is_unbiased_and_repeatable() -> None:
         kernel_distance(x[:1], y)
 
 
-def test_precision_and_recall_of_points_on_a_line() -> None:
-    # With k = 1 a point's ball reaches to its neighbour: reference balls are [-1, 1], [0, 2] and [7, 13]
-    reference = np.array([[0.0], [1.0], [10.0], [13.0]])
-    samples = np.array([[2.0], [2.5], [9.0], [40.0]])
-    # reach of the reference: 1, 1, 3, 3; inside: 2 (from 1), 9 (from 10). 2.5 and 40 are not.
-    # reach of the samples: 0.5, 0.5, 6.5, 31; reference inside: all but none of 0? see below
-    precision, recall = precision_recall(samples, reference, neighbours=1)
-    assert precision == 2 / 4
-    # balls of samples: [1.5, 2.5], [2, 3], [2.5, 15.5], [9, 71]: 10 and 13 lie inside, 0 and 1 do not
-    assert recall == 2 / 4
-
-
-def test_precision_and_recall_drop_for_missing_modes() -> None:
-    rng = np.random.default_rng(0)
-    both = np.concatenate([rng.normal(size=(60, 2)), rng.normal(size=(60, 2)) + 50])
-    assert precision_recall(both[:60], both) == (1.0, 0.5)  # half of the reference is not covered
-    assert precision_recall(both, both[:60]) == (0.5, 1.0)  # half of the samples are not like the reference
-    assert precision_recall(both, both) == (1.0, 1.0)
-
-
-def test_blocks_do_not_change_precision_and_recall() -> None:
-    a, b, _ = golden()
-    assert len({precision_recall(a, b, block=block) for block in (1, 7, 64, 10_000)}) == 1
-    with pytest.raises(ValueError, match="too few for 3 neighbours"):
-        precision_recall(a[:3], b)
-
-
 def test_accuracy_by_hand() -> None:
     logits = np.array([[1.0, 2.0, 0.0], [5.0, 1.0, 2.0], [0.0, 0.0, 1.0], [0.0, 3.0, 1.0]])
     assert accuracy(logits, np.array([1, 0, 2, 0])) == 0.75
@@ -181,7 +155,7 @@ def test_score_of_few_images_per_split_warns() -> None:
 
 
 class Colours:
-    """Six random projections of the pixels, two of which serve as logits."""
+    """Six random projections of the first pixels, two of which serve as logits."""
 
     pictures = True
 
@@ -190,7 +164,7 @@ class Colours:
         self.weights = np.random.default_rng(0).normal(size=(12, 6)) / 255
 
     def __call__(self, images: np.ndarray) -> dict[str, np.ndarray]:
-        features = images.reshape(len(images), -1) @ self.weights
+        features = images.reshape(len(images), -1)[:, :12] @ self.weights
         out = {"features": features}
         return (
             out
@@ -229,6 +203,9 @@ def test_fid_requires_the_published_inception() -> None:
     inception = Colours(name="inception", sha256=INCEPTION_SHA256, spatial=True)
     with pytest.warns(UserWarning, match="labels are not used: inception has other classes"):
         report = evaluate(pictures(0), pictures(1), inception, labels=[0] * 90)
+    whole = Statistics.of(pictures(1), inception)
+    bare = evaluate(pictures(0), dataclasses.replace(whole, spatial=None), inception, metrics=["frechet"])
+    assert "sfid" not in bare and "no spatial distance: the reference holds no spatial statistics" in bare["note"]
     assert report["metric"] == "fid" and report["label"] == "FID"
     assert {"fid", "sfid", "kid", "kid_std", "inception_score", "precision", "recall"} < report.keys()
     assert not {"accuracy", "frechet_distance", "classifier_score"} & report.keys()
@@ -284,6 +261,49 @@ def test_labels_may_be_appended_while_samples_stream() -> None:
     assert report["accuracy"] == accuracy(Colours()(pictures(0))["logits"], [1] * 90)
     with pytest.raises(ValueError, match="90 images but labels"):
         evaluate(pictures(0), pictures(1), Colours(), labels=[0, 1])
+
+
+@pytest.mark.parametrize("label", [2, -1])
+def test_labels_that_the_classifier_lacks_cost_the_accuracy_alone(label: int) -> None:
+    """The null label, or a classifier of fewer classes: known only when all samples have been made."""
+    labels = np.array([0] * 89 + [label])
+    with pytest.warns(UserWarning, match="the labels are not used: labels range from"):
+        report = evaluate(pictures(0), pictures(1), Colours(), labels=labels, metrics=("frechet", "accuracy"))
+    assert "accuracy" not in report and "but the classifier has 2 classes" in report["note"]
+    plain = evaluate(pictures(0), pictures(1), Colours(), metrics=("frechet",))
+    assert report["frechet_distance"] == plain["frechet_distance"]
+
+
+def test_precision_and_recall_of_many_images_are_those_of_some(monkeypatch) -> None:
+    """Their cost is the square of the number: of all of ImageNet they would take hours, and more memory than there is."""
+    samples, reference, colours = pictures(0), pictures(1, 80), Colours()
+    whole = evaluate(samples, reference, colours, metrics=["precision_recall"])
+    monkeypatch.setattr(metrics, "MANIFOLD", 60)
+    report = evaluate(samples, reference, colours, metrics=["precision_recall"])
+    x, y = (colours(images)["features"].astype(np.float32) for images in (samples, reference))
+    rows = [np.sort(np.random.RandomState(2020).permutation(len(each))[:60]) for each in (x, y)]
+    assert (report["precision"], report["recall"]) == precision_recall(x[rows[0]], y[rows[1]])
+    assert report["manifold_images"] == 60 and "manifold_images" not in whole
+    monkeypatch.setattr(metrics, "MANIFOLD", 90)
+    assert evaluate(samples, reference, colours, metrics=["precision_recall"]) == whole
+
+
+def test_samples_of_another_size_than_the_reference_are_noted(tmp_path) -> None:
+    """Inception scales every picture to one size, so nothing else shows it."""
+    large = np.random.default_rng(1).integers(0, 200, (60, 4, 3, 3), dtype=np.uint8)
+    Statistics.of(large, Colours()).save(tmp_path / "large.npz")
+    stored = Statistics.load(tmp_path / "large.npz")
+    assert stored.size == "4x3x3"
+    for reference in (large, stored):
+        with pytest.warns(UserWarning, match=r"the samples are 2x2x3, the reference 4x3x3; colours scales both"):
+            report = evaluate(pictures(0), reference, Colours(), metrics=("frechet",))
+        assert "the samples are 2x2x3, the reference 4x3x3" in report["note"]
+    both = [large, pictures(1)]  # as prepared data of several sizes are
+    assert Statistics.of(iter(both), Colours()).size == ""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for reference in (pictures(1), iter(both), dataclasses.replace(stored, size="")):
+            assert evaluate(pictures(0), reference, Colours(), metrics=("frechet",))["note"] == ""
 
 
 def test_class_without_probability_gives_no_nan():

@@ -115,6 +115,22 @@ def test_probe_accuracy_of_separable_and_random_labels(kind: str) -> None:
     assert probes.linear_probe(features, labels, kind=kind, seed=5, test_fraction=0.5) == 1.0
 
 
+def test_rare_classes_may_leave_one_to_be_fitted_on() -> None:
+    features = torch.randn(40, 3, generator=torch.Generator().manual_seed(0))
+    answers = set()
+    for rare in range(40):  # the row of the only picture of the second class
+        labels = (torch.arange(40) == rare).long()
+        can = probes.can_be_probed(labels)
+        answers.add(can)
+        if can:
+            probes.linear_probe(features, labels, kind="ridge")
+        else:
+            with pytest.raises(ValueError, match="at least two classes"):
+                probes.linear_probe(features, labels, kind="ridge")
+    assert answers == {True, False}
+    assert not probes.can_be_probed(torch.zeros(8)) and not probes.can_be_probed(torch.zeros(1))
+
+
 def test_probe_uses_the_given_test_set_and_is_repeatable() -> None:
     x = torch.randn(200, 6, generator=torch.Generator().manual_seed(0))
     labels = (x[:, 0] > 0).long()

@@ -18,6 +18,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
@@ -202,6 +203,13 @@ def test_comparable_points_are_kept_and_damaged_ones_measured_again(tmp_path):
     others = {"images": 4, "block": 1, "extractor_sha256": "f", "sampler": sound["sampler"] | {"guidance_scale": 9.0}}
     path.write_text(json.dumps([sound, *(sound | {"sha256": key, key: value} for key, value in others.items())]))
     assert measured_before(path, measurement.identity) == {"w": sound}
+    reduced = dataclasses.replace(measurement, decoder=torch.bfloat16)
+    assert (
+        reduced.identity == measurement.identity | {"decoder": "bf16"} and measured_before(path, reduced.identity) == {}
+    )
+    path.write_text(json.dumps([sound, sound | {"sha256": "r", "decoder": "bf16"}]))
+    assert measured_before(path, measurement.identity) == {"w": sound}, "not one whose samples were decoded in bfloat16"
+    assert list(measured_before(path, reduced.identity)) == ["r"]
     for content in (
         "",
         "[{",

@@ -11,19 +11,29 @@ import pytest
 
 from selftrans.cli.main import main
 from selftrans.experiments.bench.measured import read_measured
-from selftrans.experiments.scale_plan import Cluster, scale_plan, text, wire_bytes
+from selftrans.experiments.scale_plan import Cluster, StageScale, scale_plan, text, wire_bytes
+from selftrans.train.flops import forward_flops
 from tests.support import toy
 from tests.support.toy import quick  # noqa: F401 - a fixture
 
-MODELS = {"SiT-B/2": 2.0, "SiT-S/2": 1.0}  #: seconds of a step of 100 images, 0.2 s of it for the optimiser
+#: seconds of a step of 100 images, 0.2 s of it for the optimiser; 1e9 multiply-adds of a forward pass (SiT, table 1)
+MODELS = {"SiT-B/2": (2.0, 23.01), "SiT-S/2": (1.0, 6.06)}
+SMALL: dict[str, Any] = {"model.name": "SiT-S/2"} | dict.fromkeys(
+    ("model.width", "model.depth", "model.heads", "data.path", "data.shape", "data.classes")
+)
 
 
 def bench(path: Path, change: Any = None) -> Path:
-    """A bench.json of a device with 10 TFLOP/s: vanilla and stage2 (half as long again), and a plain row."""
+    """A bench.json of a device with 10 TFLOP/s: vanilla, both stages (half as long again), and a plain row.
+
+    A step has three forward passes. Stage 2 has two more, of 30 % of the images through two thirds of the blocks.
+    """
     report: dict[str, Any] = {"machine": {"gpu": "Test GPU", "cpu": "none"}, "models": {}}
-    for name, seconds in MODELS.items():
-        row = {"ms": 1e3 * seconds, "optimiser_ms": 200.0, "utilisation": 0.5, "peak_memory_gb": 12.0}
-        rows = {"vanilla": row, "stage2": row | {"ms": 1500 * seconds}, "plain_vanilla": row}
+    for name, (seconds, giga) in MODELS.items():
+        forward = 2e9 * giga * 100 / 10e12  # seconds of 100 images at the peak
+        row = {"ms": 1e3 * seconds, "optimiser_ms": 200.0, "peak_memory_gb": 12.0, "utilisation": 3 * forward / seconds}
+        guided = row | {"ms": 1500 * seconds, "utilisation": 3.4 * forward / (1.5 * seconds)}
+        rows = {"vanilla": row, "stage1": row, "stage2": guided, "plain_vanilla": row}
         report["models"][name] = {"batch": 100, "tokens": 256, "matmul_peak_tflops": 10.0, "rows": rows}
     if change:
         change(report)
@@ -52,10 +62,11 @@ def test_ring_is_as_fast_as_its_slowest_link() -> None:
 
 def test_steps_of_the_measured_model(tmp_path: Path) -> None:
     cluster = Cluster(8, 4, link=1.0, local=100.0)
-    plan = scale_plan(config(), cluster, measured=bench(tmp_path / "bench.json"))
+    plan = scale_plan(config(**SMALL), cluster, measured=bench(tmp_path / "bench.json"))
     second = plan.stages[1]
     assert (second.name, second.steps, second.batch_per_gpu) == ("stage2", 1000, 10)
-    assert second.compute_seconds == pytest.approx((3.0 - 0.2) / 100 * 10 + 0.2)
+    assert second.tflops_per_step == pytest.approx(80 * 3.4 * 2 * 6.06e-3, rel=0.01)
+    assert second.compute_seconds == pytest.approx((1.5 - 0.2) / 100 * 10 + 0.2, rel=0.01)
     assert second.wire_bytes == round(2 * 7 / 8 * 4 * second.trained)
     assert second.wire_seconds == pytest.approx(8 * second.wire_bytes / 1e9)
     low, high = max(second.compute_seconds, second.wire_seconds), second.compute_seconds + second.wire_seconds
@@ -67,51 +78,74 @@ def test_steps_of_the_measured_model(tmp_path: Path) -> None:
     held = sum(size for name, size in second.memory.items() if name != "activations")
     assert second.memory["activations"] == pytest.approx((12e9 - held) * 10 / 100)
     assert second.memory["optimizer"] == 8 * second.trained and second.checkpoint > 3 * 4 * second.parameters
-    row = 2 * 2 * 64 + 8  # mean and std in float16, label in int64
+    row = 2 * 2 * 4 * 32 * 32 + 8  # mean and std in float16, label in int64
     assert plan.latents_bytes == plan.samples * row
     assert plan.read_bytes_per_s == pytest.approx(max(s.images_per_s[0] for s in plan.stages) * row / 2)
     assert any("Test GPU, batch 100" in line for line in plan.assumed)
+    assert not any("not measured" in line or line.startswith("activations") for line in plan.assumed)
 
 
-def test_other_models_and_stages_by_their_operations(tmp_path: Path) -> None:
+def step(stage: StageScale, seconds: float, forwards: float, fixed: float, giga: float = 6.06) -> Any:
+    """Seconds of 80 images at as many operations per second as a measured step of 100, and the fixed part."""
+    work = stage.tflops_per_step / 80 / (forwards * 2e-3 * giga)
+    return pytest.approx(work * (seconds - 0.2) / 100 * 80 + fixed)
+
+
+def test_other_models_by_operations_and_parameters(tmp_path: Path) -> None:
+    """The part of a step that does not depend on the batch, such as the optimiser, goes by the student's parameters alone."""
     measured = bench(tmp_path / "bench.json", lambda report: report["models"].pop("SiT-S/2"))
-    plan = scale_plan(config(**{"model.name": "SiT-S/2"}), Cluster(1), measured=measured)
     row = read_measured(measured, "SiT-S/2").rows["stage2"]
-    assert row.flops == pytest.approx(0.5 * 10e12 * 3.0 / 100)
-    second = plan.stages[1]
-    factor = second.tflops_per_step * 1e12 / 80 / row.flops
-    assert second.compute_seconds == pytest.approx(factor * (2.8 / 100 * 80 + 0.2)) and second.wire_bytes == 0
-    assert any("SiT-S/2 was not measured" in line for line in plan.assumed)
+    assert row.flops == pytest.approx(3.4 * 2 * 23.01e9)
+    plan = scale_plan(config(**SMALL), Cluster(1), measured=measured)
+    assert plan.stages[1].parameters == 32_861_968
+    fixed = 0.2 * 32_861_968 / 130_306_576  # of SiT-B/2
+    assert plan.stages[1].compute_seconds == step(plan.stages[1], 3.0, 3.4, fixed, 23.01)
+    assert plan.stages[1].wire_bytes == 0
+    assert any("stage1, stage2 of SiT-S/2: not measured in these sizes" in line for line in plan.assumed)
     given = scale_plan(config(), Cluster(1), rate=160.0)
     assert given.stages[1].compute_seconds == pytest.approx(80 / 160)
     ratio = given.stages[0].tflops_per_step / given.stages[1].tflops_per_step
     assert given.stages[0].compute_seconds == pytest.approx(ratio * 80 / 160)
 
 
-def test_teachers_of_their_own_size_by_their_operations(tmp_path: Path) -> None:
-    """Both stages differ from the measured ones. With half the blocks, stage 1 takes half the operations, but for its ends."""
-
-    def add(report: dict[str, Any]) -> None:
-        for each in report["models"].values():
-            each["rows"]["stage1"] = each["rows"]["vanilla"]
-
-    measured, own = bench(tmp_path / "bench.json", add), {"stage2.teacher_depth": 6}
-    base = {"model.depth": 12, "model.width": 48, "model.heads": 3}
-    same = scale_plan(config(**base, **{"stage2.teacher_lr": 0.1}), Cluster(1), measured=measured)
-    plan = scale_plan(config(**base, **own), Cluster(1), measured=measured)
-    assert [s.compute_seconds for s in same.stages] == pytest.approx([1.8 / 100 * 80 + 0.2, 2.8 / 100 * 80 + 0.2])
-    ratio = [one.tflops_per_step / whole.tflops_per_step for one, whole in zip(plan.stages, same.stages, strict=True)]
-    assert 0.5 < ratio[0] < 0.6 and ratio[0] < ratio[1] < 1
-    # 10 TFLOP/s, half of them used: 100 images in 2 s of stage 1 are 1e11 operations each, in 3 s of stage 2 1.5e11
-    for stage, seconds, flops in zip(plan.stages, (2.0, 3.0), (1e11, 1.5e11), strict=True):
-        factor = stage.tflops_per_step * 1e12 / 80 / flops
-        assert stage.compute_seconds == pytest.approx(factor * ((seconds - 0.2) / 100 * 80 + 0.2))
-    tokens, width = 16, 48  # 34 bytes in 16 bits, 68 in 32
-    assert plan.stages[0].memory["activations"] == 80 * 6 * 68 * tokens * width
-    assert plan.stages[1].memory["activations"] == 80 * 12 * 68 * tokens * width
-    assert "stage1, stage2: of other sizes than those measured; as many operations per second" in plan.assumed
+def test_smaller_teacher_leaves_the_optimiser_of_the_student(tmp_path: Path) -> None:
+    """Half the blocks of stage 1 are half its operations. Stage 2 trains the same student, with a cheaper teacher."""
+    measured = bench(tmp_path / "bench.json")
+    plan = scale_plan(config(**SMALL, **{"stage2.teacher_depth": 6}), Cluster(1), measured=measured)
+    first, second = plan.stages
+    assert first.tflops_per_step == pytest.approx(80 * 3 / 2 * 2 * 6.06e-3, rel=0.02)
+    assert second.tflops_per_step == pytest.approx(80 * 3.2 * 2 * 6.06e-3, rel=0.01)
+    block = 18 * 384**2 + 15 * 384 + 4 * 64  # attention, MLP and modulation: weights, biases, norms of queries and keys
+    assert first.parameters == second.parameters - 6 * block
+    assert second.compute_seconds == step(second, 1.5, 3.4, 0.2)
+    assert first.compute_seconds == step(first, 1.0, 3.0, 0.2 * first.parameters / second.parameters)
+    assert first.memory["activations"] == 80 * 6 * 68 * 256 * 384  # 34 bytes in 16 bits, 68 in 32
+    assert any("stage1, stage2 of SiT-S/2: not measured" in line for line in plan.assumed)
     assert any(line.startswith("activations: 34 bytes") for line in plan.assumed)
-    assert not any("other sizes" in line or line.startswith("activations") for line in same.assumed)
+
+
+@pytest.mark.parametrize(
+    ("own", "forwards"), [({"model.depth": 6}, 1.5), ({"data.shape": (4, 16, 16)}, 0.698)], ids=["depth", "tokens"]
+)
+def test_own_size_under_a_published_name_is_not_what_was_measured(
+    tmp_path: Path, own: dict[str, Any], forwards: float
+) -> None:
+    """Half the blocks: half the operations. A quarter of the tokens: less than a quarter, as attention is quadratic."""
+    plan = scale_plan(config(**SMALL | own), Cluster(1), measured=bench(tmp_path / "bench.json"))
+    first = plan.stages[0]
+    assert first.tflops_per_step == pytest.approx(80 * forwards * 2 * 6.06e-3, rel=0.02)
+    assert first.compute_seconds == step(first, 1.0, 3.0, 0.2 * first.parameters / 32_861_968)
+    assert any("stage1, stage2 of SiT-S/2: not measured in these sizes" in line for line in plan.assumed)
+
+
+def test_average_that_teaches_is_counted() -> None:
+    """SRA: 80 images pass through two of three blocks of the average, too, besides three passes of the student."""
+    runs = [config(method=name, **{"sra.head_width": 16}) for name in ("vanilla", "sra")]
+    vanilla, sra = (scale_plan(run, Cluster(1), rate=1.0).stages[0] for run in runs)
+    labels = toy.Conditions("labels", 10)
+    teacher = forward_flops(runs[0].build_model((1, 8, 8), labels), labels.example(), (2,), stop=True)
+    head = 16 * 2 * (32 * 16 + 16 * 16 + 16 * 32)  # 16 tokens, three layers
+    assert sra.tflops_per_step - vanilla.tflops_per_step == pytest.approx(80 * (3 * head + teacher) / 1e12)
 
 
 def test_recomputed_blocks_keep_their_input() -> None:

@@ -61,6 +61,14 @@ def test_numbers_stand_with_what_they_depend_on():
     for said in ("5,000 samples against real (6,000 images)", "sha256 abababababab", "25 steps of heun, guidance 1.5",
                  "seed 7", "fp32"):  # fmt: skip
         assert said in text
+    weak = {"stage": "stage1", "step": 400, "weights": "ema", "source": {"path": "/home/me/runs/a"}}
+    rest = {"autoguidance": weak, "guidance_channels": 3, "time_shift": 3.0, "early_guidance": 1.4}
+    rest |= {"early_interval": [0.0, 0.5], "decode_with": "/home/me/vae", "rounding": "down"}
+    text = a_card(evaluations=[report | {"made": made | rest}]).replace("\\", "")
+    for said in ("guided by a weaker model (stage1, step 400, ema)", "guided channels 3", "time shift 3.0",
+                 "early guidance 1.4", "early guidance for t in", "decoded with vae", "pixels rounded down"):  # fmt: skip
+        assert said in text, said
+    assert "/home/me" not in text
     stages = [{"stage": "vanilla", "steps": 2, "seconds": 3.25, "tflops": 0.0125}]
     total = {"stages": stages, "total_tflops": None, "total_seconds": None, "student_tflops": 0.0125}
     text = a_card(compute=total)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -11,17 +12,21 @@ import torch
 from safetensors.torch import load_file
 
 from selftrans import Objective, SiT
-from selftrans.checkpoints.load import load_model
+from selftrans.checkpoints.format import read_header
+from selftrans.checkpoints.load import find, load_model
 from selftrans.cli.main import main
-from selftrans.config import SampleConfig
+from selftrans.config import SampleConfig, to_json
 from selftrans.data.dataset import Dataset
 from selftrans.encoders.identity import PixelAutoencoder
+from selftrans.interop import SiTPipeline
 from selftrans.interop.exporting import export_run
+from selftrans.interop.interpolant_scheduler import InterpolantScheduler
+from selftrans.interop.interpolant_transformer import InterpolantTransformer
 from selftrans.methods.internal_guidance import Internal, InternalGuidance, default_block
-from selftrans.methods.registry import stages
+from selftrans.methods.registry import put_together, stages
 from selftrans.sampling.images import Sampler, as_possible
 from selftrans.train.flops import step_flops
-from selftrans.train.run import put_together, train
+from selftrans.train.run import train
 from tests.support.shared import once
 from tests.support.stub import Stub, features_by_hand, handmade_draw, patches_by_hand
 from tests.support.toy import assert_same_run, checkpoint, place, quick, toy  # noqa: F401 - quick is a fixture
@@ -103,9 +108,8 @@ def test_it_is_averaged_and_in_each_weights_file() -> None:
 
 def test_default_block_becomes_a_setting_of_the_run(tmp_path: Path) -> None:
     config = toy({"method": NAME, "train.steps": 1})
-    put_together(
-        config, stages(config)[0], Dataset.open(str(config.data.path)).manifest
-    )  # not settled yet, as in `compare`
+    manifest = Dataset.open(str(config.data.path)).manifest
+    put_together(config, stages(config)[0], manifest.shape, manifest.conditions)  # not settled yet, as in `compare`
     train(config, tmp_path / "run", quiet=True)
     assert json.loads((tmp_path / "run" / "config.json").read_text())["model"]["early_block"] == 1
 
@@ -144,6 +148,31 @@ def test_guidance_by_the_second_output_is_applied_resumed_and_recorded(tmp_path:
     assert "early_guidance" not in json.loads((tmp_path / "plain" / "samples.json").read_text())["settings"]
     outside = sample(tmp_path / "outside", "--early-guidance", "3", "--early-interval", "0.6", "0.9")
     assert np.array_equal(outside, plain), "Euler's two steps evaluate at 1 and 0.5"
+
+
+def test_pipeline_is_guided_as_the_settings_of_the_run_say(tmp_path: Path) -> None:
+    loaded = load_model(run())
+    guided = dataclasses.replace(loaded.config.sample, early_guidance=3.0, early_interval=(0.3, 1.0))
+    loaded = loaded._replace(config=dataclasses.replace(loaded.config, sample=guided))
+    header = read_header(find(run()))
+    header["config"] = json.loads(to_json(loaded.config))
+    pipe = SiTPipeline(InterpolantTransformer.of(loaded, header), InterpolantScheduler("heun"))
+    pipe.set_progress_bar_config(disable=True)
+
+    def expected(**changes: float) -> np.ndarray:
+        settings = dataclasses.replace(guided, num=3, steps=3, sampler="heun", seed=5, labels=(1, 2, 3), **changes)
+        (batch,) = Sampler.of(loaded, settings).sample()
+        return batch.images
+
+    options = {"num_inference_steps": 3, "seed": 5, "output_type": "np"}
+    found = pipe([1, 2, 3], **options).images
+    assert np.array_equal(found, expected()) and not np.array_equal(found, expected(early_guidance=1.0))
+    both = pipe([1, 2, 3], guidance_scale=2.0, early_guidance=2.0, **options).images
+    assert np.array_equal(both, expected(guidance_scale=2.0, early_guidance=2.0))
+    assert np.array_equal(pipe([1, 2, 3], early_guidance=1.0, **options).images, expected(early_guidance=1.0))
+    pipe.transformer.backbone.remove_early()
+    with pytest.raises(ValueError, match="early_guidance is 3, and the model has no second output"):
+        pipe([1, 2, 3], **options)
 
 
 def test_model_without_it_is_refused_unless_several_are_sampled_alike() -> None:

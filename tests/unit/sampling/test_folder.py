@@ -122,6 +122,16 @@ def test_other_settings_in_the_same_folder_are_named(tmp_path):
     check_folder(tmp_path, 2)
 
 
+def test_moved_run_of_the_same_weights_continues(tmp_path):
+    source = {"path": "/old/run", "sha256": "a"}
+    write(tmp_path, 2, settings={"source": source, "autoguidance": {"source": source}})
+    moved = {"path": "/new/run", "sha256": "a"}
+    assert write(tmp_path, 3, settings={"source": moved, "autoguidance": {"source": moved}}).asked == [2]
+    other = {"source": moved | {"sha256": "b"}, "autoguidance": {"source": moved}}
+    with pytest.raises(ValueError, match=r"other settings \(source.sha256: a there, b now\)"):
+        write(tmp_path, 3, settings=other)
+
+
 def test_fewer_images_than_begun_are_refused(tmp_path):
     write(tmp_path, 3)
     with pytest.raises(ValueError, match="begun for 3 samples"):

@@ -20,7 +20,7 @@ from zipfile import ZipFile
 
 import numpy as np
 
-from selftrans.data.sources.decode import BadSample, Resolution, sides
+from selftrans.data.sources.decode import BadSample
 from selftrans.data.sources.source import MAX_CLASSES
 from selftrans.data.sources.zip_archive import MAX_PICTURE_BYTES, open_zip
 from selftrans.storage import first_line
@@ -30,13 +30,8 @@ EXPANSION = 1100  #: an entry holds at most this many bytes per byte of its zip 
 CHUNK = 1 << 24  #: bytes skipped at a time
 
 
-def npz_images(
-    path: Path, batch_size: int, resolution: Resolution | None, channels: int | None
-) -> Iterator[np.ndarray]:
-    """Stream `arr_0` (uint8, NHWC) of an npz, one batch (n, H, W, C) in memory at a time.
-
-    Raises ValueError when there is no such array, or its type, resolution or channels differ from those requested.
-    """
+def npz_images(path: Path, batch_size: int) -> Iterator[np.ndarray]:
+    """Stream `arr_0` (uint8, NHWC) of an npz, one batch (n, H, W, C) in memory at a time; ValueError where there is none."""
     with open_zip(path) as archive:
         try:
             info = archive.getinfo("arr_0.npy")
@@ -44,9 +39,6 @@ def npz_images(
             shape = _image_shape(file, info.file_size)
         except Exception as error:  # any fault of an untrusted header has the same remedy
             raise ValueError(f"{path} holds no uint8 array arr_0 of images (N, H, W, C): {error!s:.200}") from error
-        other = resolution is not None and sides(resolution) != shape[1:3]
-        if other or channels not in (None, shape[3]):
-            raise ValueError(f"{path} holds images {shape[1:]}, not of resolution {resolution} and {channels} channels")
         rows = min(batch_size, MAX_PICTURE_BYTES // math.prod(shape[1:]))
         with file:
             for start in range(0, shape[0], rows):

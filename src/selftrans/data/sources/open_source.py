@@ -38,7 +38,7 @@ from selftrans.data.sources.source import Picture, Source, ahead
 from selftrans.data.sources.splits import split_files, split_folder, warn_of_splits
 from selftrans.data.sources.tar_archive import tar_files
 from selftrans.data.sources.tar_labels import labelled_tars, only_tars
-from selftrans.storage import listed, printable
+from selftrans.storage import printable
 
 __all__ = ["MAX_RESOLUTION", "Picture", "Source", "iter_images", "open_source"]
 
@@ -192,7 +192,8 @@ def _is_hub_id(source: str | Path) -> bool:
         return False
     held: str | None = None
     with contextlib.suppress(OSError), os.scandir(path.parent) as entries:  # a few: it may hold millions
-        held = listed(sorted(entry.name for entry in itertools.islice(entries, 5)), 4) or "nothing"
+        names = sorted(printable(entry.name) for entry in itertools.islice(entries, 5))
+        held = ", ".join([*names[:4], *("…" for _ in names[4:])]) or "nothing"
     if held is not None:
         warnings.warn(
             f"{printable(source)} is not on this machine, so it is looked for on the hub; the folder {printable(path.parent)} "
@@ -263,24 +264,19 @@ def _native_resolution(source: Source, where: str, progress: bool, remedy: str) 
     return resolution_of(*seen)
 
 
-def iter_images(
-    path: str | Path, batch_size: int = 256, *, resolution: Resolution | None = None, channels: int | None = None
-) -> Iterator[np.ndarray]:
+def iter_images(path: str | Path, batch_size: int = 256) -> Iterator[np.ndarray]:
     """Images (n, H, W, C) uint8, n <= batch_size, from any picture source or an npz with `arr_0` (uint8, NHWC).
 
-    An npz is streamed as it is stored. `channels` None means 1 if all pictures are
-    8-bit greyscale, else 3 (RGB). Raises ValueError as `open_source` does, and for an npz of another type or size.
+    An npz is streamed as it is stored. C is 1 if all pictures are 8-bit greyscale, else 3 (RGB). Raises ValueError as
+    `open_source` does, and for an npz of another type.
     """
     if Path(path).suffix.lower() == ".npz":
-        yield from npz.npz_images(Path(path), batch_size, resolution, channels)
+        yield from npz.npz_images(Path(path), batch_size)
         return
-    source = dataclasses.replace(_open(path, resolution), faults={})  # labels are not used, so none is missing
-    if resolution is None:
-        native = _native_resolution(source, str(path), False, "they are read without resizing: crop all to one size")
-        source = dataclasses.replace(source, resolution=native)
-    if channels is None:
-        channels = 1 if source.channels == 1 or _all_grey(source) else 3
-    source = dataclasses.replace(source, channels=channels)
+    source = dataclasses.replace(_open(path, None), faults={})  # labels are not used, so none is missing
+    native = _native_resolution(source, str(path), False, "they are read without resizing: crop all to one size")
+    channels = 1 if source.channels == 1 or _all_grey(source) else 3
+    source = dataclasses.replace(source, resolution=native, channels=channels)
     indices = range(len(source))
     batches = (indices[start : start + batch_size] for start in indices[::batch_size])
     yield from ahead(lambda batch: np.stack([source.read(i) for i in batch]), batches)

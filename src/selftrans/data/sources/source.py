@@ -9,7 +9,6 @@ labels are indices into `Source.classes`.
 from __future__ import annotations
 
 import hashlib
-import os
 from collections import deque
 from collections.abc import Callable, Collection, Generator, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -31,6 +30,7 @@ from selftrans.data.sources.decode import (
 )
 from selftrans.data.sources.metadata import facts_of
 from selftrans.data.sources.noticed import Noticed
+from selftrans.device import cpu_cores
 from selftrans.storage import plural, printable
 
 if TYPE_CHECKING:
@@ -203,8 +203,7 @@ def ahead(
     Threads suffice, since decoders release the GIL. `threads` None: number of cores + 1. An error of `work` is
     raised in place of its result.
     """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    threads = threads or min(cores + 1, 16)
+    threads = threads or min(cpu_cores() + 1, 16)
     waiting: deque[Future[Result]] = deque()
     with ThreadPoolExecutor(threads, "decode") as pool:
         try:

@@ -44,10 +44,9 @@ def surprises(samples: Samples) -> Iterator[str]:
             "drawn from the others only"
         )
     if pairs := _alike(classes):
-        named = ", ".join(f"{printable(one)} and {printable(other)}" for one, other in pairs[:MOST_PAIRS])
-        more = ", …" if len(pairs) > MOST_PAIRS else ""
+        named = listed([f"{printable(one)} and {printable(other)}" for one, other in pairs], MOST_PAIRS)
         yield (
-            f"classes whose names look the same but for case, spaces or composed letters: {named}{more}; they stay apart, so "
+            f"classes whose names look the same but for case, spaces or composed letters: {named}; they stay apart, so "
             "merge their folders if they are one"
         )
     if isinstance(samples, Source):
@@ -108,10 +107,9 @@ def sides_in_classes(samples: Samples) -> Iterator[str]:
     known = {name.casefold(): name for name in samples.classes}
     mirrored = {name: re.sub("left|right", lambda side: _OTHER[side[0]], name) for name in known}
     if pairs := [(known[name], known[mirrored[name]]) for name in known if name < mirrored[name] in known]:
-        named = ", ".join(f"{printable(one)} and {printable(other)}" for one, other in pairs[:MOST_PAIRS])
-        more = ", …" if len(pairs) > MOST_PAIRS else ""
+        named = listed([f"{printable(one)} and {printable(other)}" for one, other in pairs], MOST_PAIRS)
         yield (
-            f"the mirrored pictures of --flip keep their class, also those of classes that differ in the side: {named}{more}; "
+            f"the mirrored pictures of --flip keep their class, also those of classes that differ in the side: {named}; "
             "leave it out if that matters"
         )
 

@@ -23,7 +23,7 @@ from selftrans.data.sources.zip_archive import MAX_PICTURE_BYTES
 from selftrans.storage import first_line, printable
 
 if TYPE_CHECKING:
-    from PIL import Image
+    pass
 
 
 class Member(NamedTuple):
@@ -56,12 +56,9 @@ def tar_files(tars: list[Path]) -> Source:
                 add_member(files, f"{path.name}/{name}", info, path, MAX_FILE_BYTES)
     pairs = list(combine(pictures, files, Member.read))
     names = [name for name, _ in pairs]
-
-    def open_member(i: int) -> Image.Image:
-        return open_picture(io.BytesIO(pictures[names[i]].read()))
-
     sizes = [(pictures.get(name) or files[name]).size for name in names]
-    source = Source(names, np.zeros(len(names), dtype=np.int64), (), open_member, sizes, dict(ignored))
+    read = lambda i: open_picture(io.BytesIO(pictures[names[i]].read()))  # noqa: E731
+    source = Source(names, np.zeros(len(names), dtype=np.int64), (), read, sizes, dict(ignored))
     return with_captions(source, (captions for _, captions in pairs))
 
 

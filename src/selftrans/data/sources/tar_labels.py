@@ -19,7 +19,7 @@ from selftrans.data.sources.tar_archive import MAX_PICTURE_BYTES, Member, add_me
 from selftrans.storage import first_line, printable
 
 if TYPE_CHECKING:
-    from PIL import Image
+    pass
 
 CLASS, FIELDS = ".cls", ".json"
 FIELD_NAMES = ("label", "labels", "cls", "class")  #: of a .json, the first that is there
@@ -60,12 +60,9 @@ def labelled_tars(tars: list[Path], field: str | None = None) -> Source:
         labels, classes, faults = _of_files(names, files, field)
     else:
         labels, classes = classify([name.partition("/")[2] for name in names], str(tars[0]))
-
-    def open_member(i: int) -> Image.Image:
-        return open_picture(io.BytesIO(pictures[names[i]].read()))
-
+    read = lambda i: open_picture(io.BytesIO(pictures[names[i]].read()))  # noqa: E731
     sizes = [pictures[name].size for name in names]
-    return Source(names, labels, classes, open_member, sizes, dict(ignored), faults=faults)
+    return Source(names, labels, classes, read, sizes, dict(ignored), faults=faults)
 
 
 def _of_files(

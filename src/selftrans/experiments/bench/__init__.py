@@ -33,7 +33,7 @@ from selftrans.experiments.bench.rounds import (
 )
 from selftrans.experiments.bench.text_table import table
 from selftrans.methods.guidance import Frozen
-from selftrans.methods.objective import Objective
+from selftrans.methods.registry import put_together
 from selftrans.methods.self_transcendence import SELF_TRANSCENDENCE, STRUCTURE, Stage2
 from selftrans.methods.spec import Stage
 from selftrans.methods.vanilla import VANILLA
@@ -44,7 +44,6 @@ from selftrans.train.captured_step import NotCaptured
 from selftrans.train.flops import step_flops
 from selftrans.train.processes import keep_memory
 
-CLASSES = 1000
 #: default batch size: SiT-S takes as long for ten images as the larger models for six
 BATCH = {"cpu": {"SiT-S/2": 10}, "cuda": {"SiT-S/2": 256, "SiT-B/2": 256}}
 OTHERWISE = {"cpu": 6, "cuda": 64}
@@ -260,12 +259,9 @@ def build(
 
 def step_flops_of(config: RunConfig, stage: Stage, dataset: Dataset) -> int:
     """Operations that one step of a stage needs, counted without memory for weights."""
-    shape, conditions = dataset.manifest.shape, dataset.manifest.conditions
-    with torch.device("meta"):
-        student, model = (config.build_model(shape, conditions) for _ in range(2))
-        frozen = Frozen(model, stage.teacher.block(model.depth), in_place=True) if stage.teacher else None
-        objective = Objective(student, stage.guide(student, frozen))
-        return sum(step_flops(objective, conditions.example(), config.train.batch_size).values())
+    conditions = dataset.manifest.conditions
+    objective = put_together(config, stage, dataset.manifest.shape, conditions)
+    return sum(step_flops(objective, conditions.example(), config.train.batch_size).values())
 
 
 def teacher(stage: Stage, config: RunConfig, dataset: Dataset) -> Frozen | None:

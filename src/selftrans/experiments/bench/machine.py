@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from selftrans.device import cpu_cores
+
 #: sizes of square matrix products; the fastest one defines the machine's peak
 SIDES = {"cpu": (512, 1024, 2048), "cuda": (4096, 8192, 16384)}
 
@@ -67,7 +69,7 @@ def describe(device: torch.device, precision: str) -> dict[str, Any]:
         "device": device.type,
         "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
         "cpu": cpu_name(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": cpu_cores(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "dtype": precision,

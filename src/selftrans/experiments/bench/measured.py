@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from selftrans.config import RunConfig
+from selftrans.models.registry import find
 from selftrans.storage import first_line, printable
+from selftrans.types import Conditions
 
 PLAIN = "plain_"  #: rows of the plain implementation, which is not what `train` runs
 
@@ -37,8 +43,18 @@ class Measured:
     source: str
     device: str
     model: str
-    tokens: int
     rows: dict[str, Row]
+
+    @functools.cached_property
+    def parameters(self) -> int | None:
+        """Those of the model of this name, on latents as `bench` has them; None where the name is not known here."""
+        try:
+            with torch.device("meta"):
+                config = RunConfig("bench", model=find(self.model).Config(name=self.model))
+                model = config.build_model((4, 32, 32), Conditions("labels", 1000))
+        except ValueError:
+            return None
+        return sum(p.numel() for p in model.parameters())
 
     def row(self, stage: str) -> Row:
         """The row of a stage of this name, or the first one."""
@@ -52,7 +68,7 @@ def read_measured(path: Path, model: str) -> Measured:
         machine = report["machine"]
         device = printable(machine["gpu"] or machine["cpu"])
         found = {
-            name: Measured(printable(path), device, printable(name), int(each["tokens"]), _rows(each))
+            name: Measured(printable(path), device, printable(name), _rows(each))
             for name, each in report["models"].items()
             if "rows" in each
         }

@@ -30,6 +30,7 @@ from selftrans.experiments.bench.loading_sampling import passes, random_dataset
 from selftrans.experiments.bench.machine import Clock, Peak, cpu_name
 from selftrans.experiments.bench.plain_step import PlainStep, plain_losses, update_ema
 from selftrans.experiments.bench.rounds import PARTS, Memory, interleaved, randomise
+from selftrans.experiments.compare import for_method
 from selftrans.methods.guidance import Frozen
 from selftrans.methods.objective import Objective
 from selftrans.methods.self_transcendence import SelfGuidance, Stage2
@@ -318,9 +319,8 @@ def test_default_models_of_each_device() -> None:
 
 
 def test_ablations_change_the_recipe_as_named() -> None:
-    ablations = script("ablations")
-    for name, dotted in ablations.VARIANTS.items():
-        config = ablations.overridden(recipe("digits"), dotted)
+    for name, dotted in script("ablations").VARIANTS.items():
+        config = for_method(recipe("digits").override(dotted)).check()
         found = {path: value for path, value, _ in settings_of(config)}
         assert {path: found[path] for path in dotted} == dotted, name
 
