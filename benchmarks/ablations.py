@@ -20,15 +20,21 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from selftrans.cli.main import INTERRUPTED
 from selftrans.experiments import html_report
-from selftrans.experiments.compare import for_method, override, rehearse, with_defaults
-from selftrans.experiments.runner import Comparison, compare
+from selftrans.experiments.compare import check_before, for_method, override, shared_settings
+from selftrans.experiments.comparison import Comparison
+from selftrans.experiments.kept import kept_runs
+from selftrans.experiments.runner import compare
+from selftrans.experiments.stopping import Stopped
 from selftrans.experiments.summary import mean_curve, rows
 from selftrans.recipes import recipe
-from selftrans.storage import write_json
+from selftrans.storage import lock_file, write_json
 
 #: name -> dotted overrides of the recipe
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -121,7 +127,8 @@ def with_grid(variants: dict[str, dict[str, Any]], settings: list[str]) -> dict[
     }
 
 
-def main() -> None:
+def options_of(words: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command's options."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe")
     parser.add_argument("--data", help="prepared data; not needed for digits")
@@ -139,19 +146,36 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=1000)
     parser.add_argument("--features", help="extractor; not needed for digits")
     parser.add_argument("--workers", type=int)
-    options = parser.parse_args()
+    return parser.parse_args(words)
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    options = options_of(words)
+    try:
+        # several of these commands may work in one folder, each on variants of its own, but not next to `selftrans compare`
+        with lock_file(options.out / ".lock", shared=True):
+            run(options)
+    except Stopped as stopped:
+        print(f"ablations: {stopped}", file=sys.stderr)
+        return INTERRUPTED
+    return 0
+
+
+def run(options: argparse.Namespace) -> None:
+    """Train and measure the variants, print the table, and write ablations.json."""
     config = override(recipe(options.recipe), data=options.data, steps=options.steps)
     fixed = dict(setting.split("=", 1) for setting in options.fixed)
     config = config.override({key: json.loads(value) for key, value in fixed.items()})
     if options.encoder:
         config = config.override({"repa.encoder": options.encoder})
     chosen = options.variants or [name for name in VARIANTS if options.encoder or not name.startswith("repa")]
-    config, features, weights = with_defaults(config, options.out, features=options.features)
+    config, features, weights = shared_settings(config, options.out, features=options.features)
     overrides = with_grid({name: VARIANTS[name] for name in chosen}, options.grid)
     variants = {name: for_method(config.override(dotted)).check() for name, dotted in overrides.items()}
-    rehearse(variants)
     comparison = Comparison(config, variants, tuple(options.seeds), options.out, options.images, features, weights)
-    results = compare(comparison, workers=options.workers)
+    kept = kept_runs(comparison)
+    check_before(comparison, kept)
+    results = compare(comparison, workers=options.workers, kept=kept)
     table = rows(results, tuple(variants))
     curves = {name: mean_curve(results, name) for name in variants}
     settings = {
@@ -170,4 +194,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -24,7 +24,8 @@ from sklearn.datasets import load_digits
 
 from selftrans.data.prepare import prepare
 from selftrans.experiments.compare import for_method, with_defaults
-from selftrans.experiments.runner import Comparison, compare
+from selftrans.experiments.comparison import Comparison
+from selftrans.experiments.runner import compare
 from selftrans.experiments.summary import mean_curve, rows
 from selftrans.recipes import recipe
 from selftrans.storage import write_json

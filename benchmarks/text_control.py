@@ -28,8 +28,9 @@ from selftrans.encoders.text import encoder_of
 from selftrans.evaluate.extractors import load_extractor
 from selftrans.evaluate.plots import save
 from selftrans.experiments.compare import for_method, override, with_defaults
+from selftrans.experiments.comparison import Comparison
 from selftrans.experiments.prompt_control import WORDINGS, Measured, PromptControl, Scans, pooled, summary
-from selftrans.experiments.runner import Comparison, train_one
+from selftrans.experiments.runner import train_one
 from selftrans.recipes import recipe
 from selftrans.sampling.conditioning import PromptConditioning
 from selftrans.sampling.images import Sampler

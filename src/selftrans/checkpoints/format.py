@@ -105,8 +105,9 @@ def _state_sha256(record: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def read(path: Path) -> Checkpoint:
-    """Read and verify the checkpoint in `path`. ValueError names the file that is missing or damaged."""
+def read_state(path: Path) -> dict[str, Any]:
+    """The state.json of the checkpoint in `path`, verified; its `sha256` are those of the other files, which are not read.
+    ValueError where it is missing or damaged."""
     try:
         state = json.loads((path / STATE).read_text())
         hashes = state["sha256"]
@@ -115,7 +116,13 @@ def read(path: Path) -> Checkpoint:
             raise ValueError("its sha256 is not the recorded one")
     except (OSError, ValueError, KeyError, TypeError, AssertionError, RecursionError) as error:
         raise ValueError(f"{path / STATE} is missing or damaged ({error})") from error
-    for name, expected in hashes.items():
+    return dict(state)
+
+
+def read(path: Path) -> Checkpoint:
+    """Read and verify the checkpoint in `path`. ValueError names the file that is missing or damaged."""
+    state = read_state(path)
+    for name, expected in state["sha256"].items():
         file = path / Path(name).name[:80]
         try:
             valid = file.is_file() and sha256_file(file) == expected

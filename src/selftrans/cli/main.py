@@ -48,8 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _end(f"{error}: its symbolic links lead in a circle; give another path", FAILED)
     except (ValueError, FloatingPointError, ImportError, MemoryError) as error:
         return _end(str(error) or "out of memory", FAILED)
-    except KeyboardInterrupt:
-        return _end("interrupted; the same command continues", INTERRUPTED)
+    except KeyboardInterrupt as stopped:
+        return _end(str(stopped) or "interrupted; the same command continues", INTERRUPTED)
     except SystemExit as stop:  # tyro's, after a help page
         return int(stop.code or DONE)
     return DONE

@@ -237,6 +237,21 @@ def load_extractor(
     )
 
 
+def extractor_sha256(
+    name: str | Path, *, weights: str | Path | None = None, shape: tuple[int, ...] | None = None
+) -> str:
+    """The `sha256` of `load_extractor(name, weights=weights, shape=shape)`, without loading Inception, whose hash is known, or
+    the digits: that the kept classifier is one of these is not checked."""
+    if str(name) == "inception" and weights is None:
+        return INCEPTION_SHA256
+    if Path(name).suffix == ".pth" and weights is None:
+        _published_weights(Path(name))
+        return INCEPTION_SHA256
+    if str(name) == "digits" and weights is not None and Path(weights).exists():
+        return weights_sha256(SmallClassifier.load(weights))
+    return load_extractor(name, weights=weights, shape=shape).sha256
+
+
 def extract(
     batches: np.ndarray | Iterable[np.ndarray], extractor: Extractor, *, chunk: int | None = None
 ) -> Iterator[dict[str, np.ndarray]]:

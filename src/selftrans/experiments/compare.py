@@ -15,29 +15,30 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from selftrans.config import RunConfig, to_json
-from selftrans.data.dataset import Manifest
+from selftrans.data.buckets import is_prepared
+from selftrans.data.dataset import Dataset, Manifest
 from selftrans.data.decoded import decoded_images
 from selftrans.data.prepare import prepare_builtin
 from selftrans.encoders.identity import identity_kind
 from selftrans.evaluate.extractors import MAX_VALUES, extract, load_extractor
-from selftrans.evaluate.plots import save
 from selftrans.experiments import html_report
-from selftrans.experiments.measurement import PROBED_BLOCK, check_sizes, image_shape, samples_of, stored_conditions
-from selftrans.experiments.runner import Comparison, Results, compare, processes
-from selftrans.experiments.summary import AXES, as_csv, mean_curve, rows, time_line, time_shares
-from selftrans.experiments.train_classifier import classifier_from_data
+from selftrans.experiments.comparison import Comparison
+from selftrans.experiments.comparison_files import shown_already, write
+from selftrans.experiments.kept import Kept, all_kept, kept_runs, to_draw
+from selftrans.experiments.measurement import PROBED_BLOCK, check_sizes, image_shape
+from selftrans.experiments.runner import Results, compare, processes
+from selftrans.experiments.schedule import Job
+from selftrans.experiments.summary import AXES, mean_curve, rows, time_line, time_shares
+from selftrans.experiments.train_classifier import classifier_from_data, data_of_classifier, identity_of_shards
 from selftrans.methods.registry import METHODS, REGISTRY, find, put_together, sections_of, stages
 from selftrans.sections import fields_of
-from selftrans.storage import lock_file, removed_if_refused, write_json, write_text
+from selftrans.storage import lock_file, removed_if_refused
 from selftrans.train.data_window import data_of
 from selftrans.train.given_weights import with_given_model
 from selftrans.train.teachers import teacher_of
-
-SHOWN = 32  #: samples on the page, per method
 
 
 def compare_methods(
@@ -69,23 +70,36 @@ def compare_methods(
     new = [path for path in (*made, out) if not path.exists()]
     with lock_file(out / ".lock"):
         with removed_if_refused(new, keep=out / "compare.json"):
-            config, features, weights = with_defaults(config, out, features=features)
+            config, features, weights = shared_settings(config, out, features=features)
             config = with_given_model(config, typed)
             variants = {name: for_method(config, name) for name in methods}
-            rehearse(variants)
-            block = probed_block(config)
-        chosen = Comparison(config, variants, tuple(seeds), out, images, features, weights, block)
-        started = time.perf_counter()
-        results = compare(chosen, workers=workers)
-        shares = time_shares(results, time.perf_counter() - started, processes(chosen, workers)[0])
-        summary = summarise(chosen, results) | {"time": shares}
-        write(chosen, summary)
+            chosen = Comparison(config, variants, tuple(seeds), out, images, features, weights, probed_block(config))
+            kept = kept_runs(chosen)
+            check_before(chosen, kept)
+        summary = _finished(chosen, kept) or _measured(chosen, kept, workers)
     names = {name: name for name in methods}
     print(html_report.text_table(summary["table"], names, summary["metric"]))
-    if line := time_line(shares):
+    if not all_kept(chosen, kept) and (line := time_line(summary["time"])):
         print(f"\n{line}")
     print(f"\nOpen {out / 'compare.html'}")
     return summary
+
+
+def _finished(chosen: Comparison, kept: Mapping[Job, Kept]) -> dict[str, Any] | None:
+    """What compare.json holds, if nothing is left to do: all is trained and measured, and its files show it."""
+    if not all_kept(chosen, kept):
+        return None
+    return shown_already(chosen, summarise(chosen, compare(chosen, kept=kept)))
+
+
+def _measured(chosen: Comparison, kept: Mapping[Job, Kept], workers: int | None) -> dict[str, Any]:
+    """Train and measure what is left, and write the files of the comparison; returns what compare.json holds."""
+    if all_kept(chosen, kept):
+        kept = to_draw(chosen, kept)
+    started = time.perf_counter()
+    results = compare(chosen, workers=workers, kept=kept)
+    shares = time_shares(results, time.perf_counter() - started, processes(chosen, workers)[0])
+    return write(chosen, summarise(chosen, results) | {"time": shares})
 
 
 def probed_block(config: RunConfig) -> int:
@@ -112,6 +126,15 @@ def for_method(config: RunConfig, method: str | None = None) -> RunConfig:
     return config.override(lengths)
 
 
+def check_before(chosen: Comparison, kept: Mapping[Job, Kept] | None = None) -> None:
+    """ValueError now for what would stop a run or a measurement later. Nothing is loaded, decoded or built where all is
+    trained and measured (`kept`; None: it is looked for)."""
+    if not all_kept(chosen, kept_runs(chosen) if kept is None else kept):
+        _check_builtin(chosen.shared, chosen.out)
+        check_measuring(chosen.shared, chosen.features, chosen.weights)
+        rehearse(chosen.variants)
+
+
 def rehearse(variants: Mapping[str, RunConfig]) -> None:
     """Build each method once, without memory for its weights: an unusable setting is refused before anything is trained."""
     for config in variants.values():
@@ -133,6 +156,14 @@ def _check(methods: Sequence[str], seeds: Sequence[int], images: int) -> None:
 
 
 def with_defaults(config: RunConfig, out: Path, *, features: str | None = None) -> tuple[RunConfig, str, str | None]:
+    """`shared_settings`, once they are known to be good for measuring (`check_measuring`)."""
+    config, features, weights = shared_settings(config, out, features=features)
+    _check_builtin(config, out)
+    check_measuring(config, features, weights)
+    return config, features, weights
+
+
+def shared_settings(config: RunConfig, out: Path, *, features: str | None = None) -> tuple[RunConfig, str, str | None]:
     """(the configuration that all variants share, the extractor, the file of its weights).
 
     Recipes with built-in data bring a classifier, too. Other data are measured with `features`; None: data that are no
@@ -144,21 +175,44 @@ def with_defaults(config: RunConfig, out: Path, *, features: str | None = None) 
     if config.data.path is None:
         if config.data.builtin is None:
             raise ValueError(f"recipe {config.recipe} needs --data DIR, a directory made by `selftrans prepare`")
-        prepare_builtin(config.data.builtin, out / "data")
+        if not is_prepared(out / "data"):  # else checked only where something is left to do: that loads the source
+            prepare_builtin(config.data.builtin, out / "data")
         config = config.override({"data.path": str(out / "data")})
         features = features or "digits"
     if features == "digits":
         weights = str(out / "digits-classifier.safetensors")
-    dataset = data_of(config.data)
-    manifest, several = dataset.manifest, len(dataset.parts) > 1
     if features is None:
-        features, own = "inception" if several else _without_classes(manifest), out / "classifier.safetensors"
+        dataset = data_of(config.data)
+        manifest, several = dataset.manifest, len(dataset.parts) > 1
+        features = "inception" if several else _without_classes(manifest)
         if identity_kind(manifest.autoencoder) == "pixel" and manifest.num_classes > 1 and not several:
-            features = str(own)
-            if not own.exists():
-                print(classifier_from_data(str(config.data.path), own, epochs=12, seed=0))
-    # fails, or trains the digit classifier, here and once: not in every worker
-    shape = image_shape(manifest)
+            features = str(classifier_of(config, dataset, out / "classifier.safetensors"))
+    return equal_lengths(config).check(), features, weights
+
+
+def _check_builtin(config: RunConfig, out: Path) -> None:
+    """ValueError where the built-in data in the folder of a comparison are not those of the recipe, or damaged."""
+    if config.data.builtin is not None and config.data.path == str(out / "data"):
+        prepare_builtin(config.data.builtin, out / "data")
+
+
+def classifier_of(config: RunConfig, dataset: Dataset, file: Path) -> Path:
+    """`file`: the classifier of these data, trained by the first call. ValueError for one that was trained on other data."""
+    if not file.exists():
+        print(classifier_from_data(str(config.data.path), file, epochs=12, seed=0))
+    elif data_of_classifier(file) not in (None, identity_of_shards(dataset)):
+        raise ValueError(
+            f"{file} was trained on other data than {config.data.path}; choose another --out, or give that classifier with "
+            "--features"
+        )
+    return file
+
+
+def check_measuring(config: RunConfig, features: str, weights: str | None) -> None:
+    """ValueError now where the autoencoder is missing, or the extractor takes no such images: not after a run is trained.
+    Trains the digit classifier where it is wanted: here and once, not in every worker."""
+    dataset = data_of(config.data)
+    shape, several = image_shape(dataset.manifest), len(dataset.parts) > 1
     try:
         extractor = load_extractor(features, weights=weights, shape=shape)
     except ValueError as error:
@@ -166,9 +220,7 @@ def with_defaults(config: RunConfig, out: Path, *, features: str | None = None) 
         hint = small if features == "inception" and math.prod(shape) <= MAX_VALUES else ""
         raise ValueError(f"{error}{hint}") from error
     check_sizes(extractor, dataset)
-    # fails now where the autoencoder is missing, or the extractor takes no such images: not after a run is trained
     next(extract(next(decoded_images(dataset, 1, device="cpu")), extractor))
-    return equal_lengths(config).check(), features, weights
 
 
 def _without_classes(manifest: Manifest) -> str:
@@ -223,17 +275,3 @@ def summarise(chosen: Comparison, results: Results) -> dict[str, Any]:
         "config": json.loads(to_json(config)),
         "sections": list(used),
     }
-
-
-def write(chosen: Comparison, summary: dict[str, Any]) -> None:
-    """Write compare.json, .csv, .png and .html to the directory of the comparison."""
-    runs = {name: chosen.run((name, chosen.seeds[0])) for name in chosen.variants}
-    dataset = data_of(chosen.shared.data)
-    conditioning = stored_conditions(dataset, dataclasses.replace(chosen.shared.sample, seed=1))
-    grids = {name: samples_of(run, chosen.shared.sample, SHOWN, conditioning) for name, run in runs.items()}
-    captions = conditioning.texts(np.arange(SHOWN))
-    figure = html_report.convergence(summary["curves"], summary["metric"])
-    save(figure, chosen.out / "compare.png")
-    write_json(chosen.out / "compare.json", summary)
-    write_text(chosen.out / "compare.csv", as_csv(summary["table"]))
-    write_text(chosen.out / "compare.html", html_report.comparison_page(summary, figure, grids, captions))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -23,11 +23,11 @@ from selftrans.data.decoded import data_latents
 from selftrans.data.sources.decode import sides
 from selftrans.device import default_device
 from selftrans.encoders.identity import identity_kind
-from selftrans.evaluate.extractors import Extractor, load_extractor
+from selftrans.evaluate.extractors import Extractor, extractor_sha256, load_extractor
 from selftrans.evaluate.metrics import evaluate
 from selftrans.evaluate.probes import can_be_probed, collect, linear_probe
 from selftrans.evaluate.statistics import Statistics
-from selftrans.experiments.reference import training_statistics
+from selftrans.experiments.reference import decoder_sha256, training_statistics
 from selftrans.flow import PATHS
 from selftrans.sampling.conditioning import Conditioning, LabelConditioning, captions_of
 from selftrans.sampling.images import Sampler, as_possible, decoder_dtype
@@ -37,6 +37,8 @@ from selftrans.storage import recorded, write_json
 from selftrans.train.data_window import data_of
 
 MEASURED = "measured.json"  #: of a run: its points, oldest first
+DECODED_BY = "autoencoder_sha256"  #: entry of a point: a hash of the files of the autoencoder that decoded its samples
+SHARED = ("sampler", "images", "extractor_sha256", "block")  #: entries that all points of a table have in common
 POINTS = 5  #: measurements along a run
 BATCH = {"cpu": 125, "other": 500}  #: images sampled at a time; larger batches leave the caches of a core
 PROBE_T = 0.4  #: noise level of the linear probe, the paper's
@@ -61,6 +63,7 @@ class Measurement:
     conditioning: Conditioning  #: the conditions of the images: labels, or captions stored with the data
     total: int | None = None  #: images that the process samples in all, from which compilation may save time
     decoder: torch.dtype = torch.float32  #: of the autoencoder's network, for samples and reference alike
+    decoded_by: str = ""  #: a hash of the autoencoder's files; empty where it has none, or none on this machine
 
     @classmethod
     def of(
@@ -89,17 +92,47 @@ class Measurement:
         reference = training_statistics(dataset, extractor, dtype=dtype, folder=kept)
         most = BATCH["cpu" if device.type == "cpu" else "other"]
         sample = dataclasses.replace(config.sample, num=images, batch_size=min(most, images))
-        return cls(extractor, reference, dataset, sample, block, stored_conditions(dataset, sample), total, dtype)
+        decoded_by = decoder_sha256(dataset.manifest.autoencoder)
+        conditioning = stored_conditions(dataset, sample)
+        return cls(extractor, reference, dataset, sample, block, conditioning, total, dtype, decoded_by)
 
     @property
     def identity(self) -> dict[str, Any]:
         """What two measured points must share to be comparable, as json has it."""
-        return {
-            "sampler": json.loads(json.dumps(self.sample.settings() | self.conditioning.described)),
-            "images": self.sample.num,
-            "extractor_sha256": self.extractor.sha256,
-            "block": self.block,
-        } | ({} if self.decoder == torch.float32 else {"decoder": "bf16"})
+        return identity_of(
+            self.sample, self.conditioning, self.extractor.sha256, self.block, self.decoder, self.decoded_by
+        )
+
+
+def identity_of(
+    sample: SampleConfig,
+    conditioning: Conditioning,
+    extractor_sha256: str,
+    block: int,
+    decoder: torch.dtype = torch.float32,
+    decoded_by: str = "",
+) -> dict[str, Any]:
+    """What two measured points must share to be comparable, as json has it; see `Measurement` for the parts."""
+    described = {
+        "sampler": json.loads(json.dumps(sample.settings() | conditioning.described)),
+        "images": sample.num,
+        "extractor_sha256": extractor_sha256,
+        "block": block,
+    }
+    described |= {} if decoder == torch.float32 else {"decoder": "bf16"}
+    return described | ({DECODED_BY: decoded_by} if decoded_by else {})
+
+
+def measured_alike(
+    config: RunConfig, features: str, *, weights: str | None, images: int, block: int, dataset: Dataset
+) -> dict[str, Any]:
+    """The `identity` of a `Measurement.of` these, without what only measuring needs: no autoencoder is loaded, and no image
+    decoded. ValueError where the extractor cannot be used."""
+    sha256 = extractor_sha256(features, weights=weights, shape=image_shape(dataset.manifest))
+    sample = dataclasses.replace(config.sample, num=images)
+    dtype = decoder_dtype(default_device(), config.sample.precision)
+    decoded_by = decoder_sha256(dataset.manifest.autoencoder)
+    return identity_of(sample, stored_conditions(dataset, sample), sha256, block, dtype, decoded_by)
 
 
 def stored_conditions(dataset: Dataset, sample: SampleConfig) -> Conditioning:
@@ -163,30 +196,67 @@ def due_checkpoints(run: Path, every: int | None = None, dense: int | None = Non
 def measure_point(run: Path, folder: Path, measurement: Measurement) -> Point:
     """A checkpoint of a run, measured, or as it was measured before."""
     digest = checkpoint.read(folder).state["sha256"][FILES["ema"]]
-    known = measured_before(run / MEASURED, measurement).get(digest)
+    known = measured_before(run / MEASURED, measurement.identity).get(digest)
     return known or measure_checkpoint(folder, measurement) | {"sha256": digest}
 
 
 def stored_points(path: Path) -> list[Point]:
-    """What a MEASURED file holds; nothing if it is missing or damaged."""
-    return recorded(path, lambda held: held if all(isinstance(point["sha256"], str) for point in held) else [], [])
+    """The points in a MEASURED file; nothing if it is missing or damaged."""
+    found: Any = recorded(path, lambda held: held, [])
+    points = found if isinstance(found, list) else []
+    return [point for point in points if isinstance(point, dict) and isinstance(point.get("sha256"), str)]
 
 
-def measured_before(path: Path, measurement: Measurement) -> dict[str, Point]:
-    """Points that were measured in the same way, by the hash of their weights; none for a missing or damaged file."""
-    same = {"decoder": None} | measurement.identity  # without the key: fp32
+def measured_before(path: Path, identity: dict[str, Any]) -> dict[str, Point]:
+    """Points that were measured in the same way, by the hash of their weights; none for a missing or damaged file.
+
+    A point that lacks a number, or has something else in its place, is none: it is measured again. Earlier versions did not
+    record the autoencoder's files: those are taken to be the same.
+    """
+    same = {"decoder": None} | identity  # without the key: fp32
+    unrecorded = {key: value for key, value in identity.items() if key == DECODED_BY}
     return {
         point["sha256"]: point
         for point in stored_points(path)
-        if all(point.get(key) == value for key, value in same.items())
+        if all((unrecorded | point).get(key) == value for key, value in same.items()) and _is_complete(point)
     }
 
 
-class Curve:
-    """The points of a run at its checkpoints `due`, which are measured in any order, and the file that keeps them."""
+def _is_complete(point: Point) -> bool:
+    """Whether a point has all that tables and curves are made of."""
+    kinds = {"step": int, "seconds": float, "metric": str, "distance": float}
+    optional = {"tflops": float, "accuracy": float, "probe": float}
+    known = {key: value for key, value in point.items() if key not in optional or value is not None}
+    right = [_is(known[key], kind) for key, kind in (kinds | optional).items() if key in known]
+    return all(right) and kinds.keys() <= known.keys() and optional.keys() <= point.keys()
 
-    def __init__(self, run: Path, due: Sequence[Path]) -> None:
-        self.path, self._points = run / MEASURED, dict[Path, Point | None](dict.fromkeys(due))
+
+def _is(value: Any, kind: type) -> bool:
+    return isinstance(value, (int, float) if kind is float else kind) and not isinstance(value, bool)
+
+
+def check_alike(points: Iterable[Point], features: str) -> None:
+    """ValueError unless points were measured in the same way: a file may be replaced while a comparison is measured."""
+    first: Point = {}
+    for point in points:
+        entries = {key: point[key] for key in (*SHARED, "decoder", DECODED_BY) if key in point}
+        if any(first.get(key, value) != value for key, value in entries.items()):
+            raise ValueError(
+                f"not all was measured in the same way: features {features}, or the autoencoder, changed meanwhile; the same "
+                "command measures again what differs"
+            )
+        first = entries | first
+
+
+class Curve:
+    """The points of a run at its checkpoints `due`, which are measured in any order, and the file that keeps them.
+
+    `known`: those that the file has already.
+    """
+
+    def __init__(self, run: Path, due: Sequence[Path], known: Mapping[Path, Point] | None = None) -> None:
+        self.path = run / MEASURED
+        self._points: dict[Path, Point | None] = {folder: (known or {}).get(folder) for folder in due}
         self._before = stored_points(self.path)
 
     @property
@@ -243,7 +313,7 @@ def probe(model: Any, measurement: Measurement, path: Any, most: int = 4000) -> 
 
 
 def samples_of(run: Path, sample: SampleConfig, num: int, conditioning: Conditioning | None = None) -> np.ndarray:
-    """Images 0 .. num - 1 of a finished run: the same noise and conditions for every method."""
+    """Images 0 .. num - 1 of a finished run, or of a checkpoint: the same noise and conditions for every method."""
     loaded, settings = load_model(run), dataclasses.replace(sample, num=num, seed=1, batch_size=num)
     sampler = Sampler.of(loaded, as_possible(settings, loaded.model), conditioning=conditioning)
     return np.concatenate([batch.images for batch in sampler.sample()])

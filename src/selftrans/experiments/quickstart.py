@@ -29,9 +29,10 @@ from selftrans.evaluate.extractors import load_extractor
 from selftrans.evaluate.plots import as_pictures, save
 from selftrans.evaluate.probes import collect, pca_basis, pca_maps
 from selftrans.experiments.compare import for_method
+from selftrans.experiments.comparison import Comparison
 from selftrans.experiments.measurement import PROBE_T, interval, samples_of
 from selftrans.experiments.quickstart_report import compared, cut, overview, page, sentence, text
-from selftrans.experiments.runner import Comparison, Results, compare
+from selftrans.experiments.runner import Results, compare
 from selftrans.experiments.summary import as_csv, mean_curve, rows
 from selftrans.flow import PATHS
 from selftrans.methods.registry import put_together, stages

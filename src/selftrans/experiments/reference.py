@@ -108,7 +108,7 @@ def _kept(
     `count`: of the images, where it is known. `autoencoder`: the one that decodes them; if its files are on this machine, they
     must be those that the statistics were computed with. A file of anything else, or a damaged one, is replaced.
     """
-    decoder = _decoder_sha256(autoencoder)
+    decoder = decoder_sha256(autoencoder)
     with contextlib.suppress(ValueError):  # missing or damaged
         found = Statistics.load(file)
         same = (found.sha256, found.dim) == (extractor.sha256, extractor.dim) and count in (None, found.count)
@@ -116,7 +116,7 @@ def _kept(
         if same and mark.endswith("]") and mark.startswith(identity + decoder):
             return dataclasses.replace(found, source=source)
     statistics = compute()
-    mark = f" [{identity}{decoder or _decoder_sha256(autoencoder)}]"  # it may have been fetched
+    mark = f" [{identity}{decoder or decoder_sha256(autoencoder)}]"  # it may have been fetched
     with contextlib.suppress(ValueError):  # a full disk, or a read-only home directory
         dataclasses.replace(statistics, source=source + mark).save(file)
     return statistics
@@ -169,7 +169,7 @@ def _identity_of_data(dataset: Dataset, extractor: Extractor, dtype: torch.dtype
     return _hash([*lines, *(manifest.to_json() for manifest in manifests)])
 
 
-def _decoder_sha256(name: str) -> str:
+def decoder_sha256(name: str) -> str:
     """A hash of the files of an autoencoder, without its being loaded; empty where this machine has none."""
     files = stored_files(name)
     return _hash([f"{file.name} {sha256_file(file)}" for file in files]) if files else ""

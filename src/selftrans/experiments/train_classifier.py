@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +14,23 @@ from selftrans.data.decoded import decoded_images
 from selftrans.device import default_device
 from selftrans.evaluate.classifier import train_classifier
 from selftrans.storage import check_writable, plural, write_json
+
+SHARDS = "shards_sha256"  #: entry of the classifier's json: which data it was trained on
+
+
+def identity_of_shards(dataset: Dataset) -> str:
+    """A hash of the sha256 of all shards, which the manifest has."""
+    lines = [shard.sha256 for part in dataset.of_one_shape for shard in part.manifest.shards]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def data_of_classifier(file: Path) -> str | None:
+    """`identity_of_shards` of the data that a classifier was trained on, from the json next to it; None if it is not known."""
+    try:
+        found = json.loads(file.with_suffix(".json").read_text())[SHARDS]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
+    return str(found)
 
 
 def classifier_from_data(data: str | Path, out: Path, *, epochs: int, seed: int) -> str:
@@ -32,6 +51,10 @@ def classifier_from_data(data: str | Path, out: Path, *, epochs: int, seed: int)
     model.save(out)
     record = model.training_record
     assert record is not None
-    description = dataclasses.asdict(record) | {"data": str(data), "classes": list(dataset.manifest.classes)}
+    description = dataclasses.asdict(record) | {
+        "data": str(data),
+        SHARDS: identity_of_shards(dataset),
+        "classes": list(dataset.manifest.classes),
+    }
     write_json(out.with_suffix(".json"), description)
     return f"{out}: accuracy {record.accuracy:.3f} on {plural(record.held_out, 'held-out image')}"

@@ -134,7 +134,7 @@ def planned(
     config, given = choose(with_prompts(config, manifest), settings_before(out), out, typed)
     config = with_window(config, shards, settings_before(out))
     config = settle(config, out, manifest)
-    initial, plan = initial_weights(config, shards, out, given), _stages(config)
+    initial, plan = initial_weights(config, shards, out, given), stages_to_run(config)
     _rehearse(config, plan, out, manifest)
     return config, plan, initial
 
@@ -259,7 +259,7 @@ def _rehearse(config: RunConfig, plan: Sequence[Stage], out: Path, manifest: Man
             put_together(config, stage, manifest.shape, manifest.conditions)
 
 
-def _stages(config: RunConfig) -> list[Stage]:
+def stages_to_run(config: RunConfig) -> list[Stage]:
     """Stages to be run: with a given teacher, those from the one that it teaches."""
     plan = stages(config)
     given = [i for i, stage in enumerate(plan) if stage.teacher and stage.teacher.given]

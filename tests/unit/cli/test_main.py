@@ -121,6 +121,7 @@ def test_unknown_commands(argv, expected, capsys):
         (FloatingPointError("not finite"), 1, "not finite"),
         (Interrupted("stopped at step 3"), 75, "stopped at step 3"),
         (KeyboardInterrupt(), 130, "interrupted; the same command continues"),
+        (KeyboardInterrupt("stopped by SIGINT"), 130, "stopped by SIGINT"),
     ],
 )
 def test_exit_status_of_each_error(error, status, line, monkeypatch, capsys):

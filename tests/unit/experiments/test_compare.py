@@ -27,6 +27,7 @@ from selftrans.cli.main import main
 from selftrans.evaluate.classifier import SmallClassifier
 from selftrans.experiments import html_report, reference, runner
 from selftrans.experiments.compare import compare_methods, for_method, with_defaults
+from selftrans.experiments.comparison import Comparison
 from selftrans.experiments.measurement import (
     Curve,
     Measurement,
@@ -36,7 +37,7 @@ from selftrans.experiments.measurement import (
     measured_before,
     measured_steps,
 )
-from selftrans.experiments.runner import Comparison, StepBar, train_one
+from selftrans.experiments.runner import StepBar, train_one
 from selftrans.experiments.summary import as_csv, curve, first_below, mean_curve, rows, time_line, time_shares
 from selftrans.methods.repa import Repa
 from selftrans.methods.self_transcendence import Stage1, Stage2
@@ -188,17 +189,28 @@ def test_comparable_points_are_kept_and_damaged_ones_measured_again(tmp_path):
     extractor, sample = SimpleNamespace(sha256="e"), dataclasses.replace(recipe("digits").sample, num=3)
     conditioning = LabelConditioning(Conditions("labels", 10), sample.labels)
     measurement, path = Measurement(extractor, None, None, sample, 2, conditioning), tmp_path / "measured.json"
-    assert measured_before(path, measurement) == {}
-    sound = {"sha256": "w", "distance": 1.0} | json.loads(json.dumps(measurement.identity))
+    assert measured_before(path, measurement.identity) == {}
+    numbers = {
+        "step": 2,
+        "seconds": 0.5,
+        "tflops": None,
+        "metric": "m",
+        "distance": 1.0,
+        "accuracy": None,
+        "probe": 0.5,
+    }
+    sound = {"sha256": "w"} | numbers | json.loads(json.dumps(measurement.identity))
     assert (sound["images"], sound["extractor_sha256"], sound["block"]) == (3, "e", 2)
     others = {"images": 4, "block": 1, "extractor_sha256": "f", "sampler": sound["sampler"] | {"guidance_scale": 9.0}}
     path.write_text(json.dumps([sound, *(sound | {"sha256": key, key: value} for key, value in others.items())]))
-    assert measured_before(path, measurement) == {"w": sound}
+    assert measured_before(path, measurement.identity) == {"w": sound}
     reduced = dataclasses.replace(measurement, decoder=torch.bfloat16)
-    assert reduced.identity == measurement.identity | {"decoder": "bf16"} and measured_before(path, reduced) == {}
+    assert (
+        reduced.identity == measurement.identity | {"decoder": "bf16"} and measured_before(path, reduced.identity) == {}
+    )
     path.write_text(json.dumps([sound, sound | {"sha256": "r", "decoder": "bf16"}]))
-    assert measured_before(path, measurement) == {"w": sound}, "not one whose samples were decoded in bfloat16"
-    assert list(measured_before(path, reduced)) == ["r"]
+    assert measured_before(path, measurement.identity) == {"w": sound}, "not one whose samples were decoded in bfloat16"
+    assert list(measured_before(path, reduced.identity)) == ["r"]
     for content in (
         "",
         "[{",
@@ -210,7 +222,7 @@ def test_comparable_points_are_kept_and_damaged_ones_measured_again(tmp_path):
         '[{"images": 3, "extractor_sha256": "e"}]',
     ):
         path.write_text(content)
-        assert measured_before(path, measurement) == {}
+        assert measured_before(path, measurement.identity) == {}
 
 
 def test_settings_of_a_run_do_not_depend_on_the_other_methods():
@@ -547,6 +559,36 @@ def test_run_in_training_ends_with_a_checkpoint_where_another_worker_fails(tmp_p
     reported: list[int] = []
     train_one(comparison, job, reported.append)
     assert reported == [step, *[1] * (20 - step)], "the run continues"
+
+
+def worker_of_an_interrupted_pool(comparison: Comparison, *shared: Any) -> None:
+    """`_init_worker` of a pool in whose run, at step 5, SIGINT is sent to the parent process alone."""
+    toy.quicken()
+    update, steps = StepBar.update, Counter[StepBar]()
+
+    def training(bar: StepBar, count: int = 1) -> None:
+        update(bar, count)
+        steps[bar] += count
+        if steps[bar] == 5:
+            os.kill(os.getppid(), signal.SIGINT)
+            time.sleep(1)  # the parent process has passed it on
+
+    StepBar.update = training  # type: ignore[method-assign]
+    runner._init_worker(comparison, *shared)
+
+
+def test_interrupt_leads_to_a_checkpoint_and_one_line_that_says_how_to_continue(tmp_path, monkeypatch, capfd):
+    config = toy.toy({"method": "vanilla", "train.steps": 20, "sample.steps": 1})
+    comparison, job = Comparison(config, {"vanilla": config}, (0,), tmp_path, 24, "values", every=20), ("vanilla", 0)
+    monkeypatch.setattr(runner, "_init_worker", worker_of_an_interrupted_pool)
+    with pytest.raises(
+        KeyboardInterrupt, match=r"^stopped by SIGINT; .* wrote a checkpoint; the same command continues$"
+    ):
+        runner.compare(comparison, workers=1)
+    assert "Traceback" not in capfd.readouterr().err
+    ((step, _),) = checkpoint.steps(comparison.run(job) / "vanilla" / "checkpoints")
+    assert 5 <= step <= 6
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_too_few_images_are_refused_by_the_library(tmp_path):

@@ -1,0 +1,125 @@
+"""What is compared: variants, seeds, and the settings of each run of them, which is an ordinary run directory.
+
+A run whose last stage is taught by a stage that another run of the comparison trains alone takes its teacher from there.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from selftrans.checkpoints import format as checkpoint
+from selftrans.config import RunConfig, settings_of
+from selftrans.experiments.measurement import PROBED_BLOCK, interval, measured_steps, measuring_cost
+from selftrans.experiments.schedule import Job
+from selftrans.methods.registry import stages
+from selftrans.methods.spec import Stage
+from selftrans.sections import Section, fields_of
+from selftrans.train.resume import settings_before
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What is compared, and with what it is measured."""
+
+    shared: RunConfig  #: what all variants share: data, steps, batch, sampler, the probed shallow block
+    variants: dict[str, RunConfig]  #: by name; `method` is part of each
+    seeds: tuple[int, ...]
+    out: Path  #: holds everything
+    images: int  #: samples for each distance
+    features: str  #: extractor, by name or file
+    weights: str | None = None  #: where a named extractor is kept
+    block: int = PROBED_BLOCK  #: the shallow block whose features are probed (1-based)
+    every: int | None = (
+        None  #: steps between measurements, and only at the end beyond the steps of `shared`; None: a fifth
+    )
+
+    @property
+    def jobs(self) -> list[Job]:
+        return [(name, seed) for seed in self.seeds for name in self.variants]
+
+    @property
+    def total(self) -> int:
+        """Cost of the comparison, in training steps."""
+        steps = len(self.seeds) * sum(config.train.steps for config in self.variants.values())
+        return steps + self.measurements * measuring_cost(self.shared, self.images)
+
+    @property
+    def measurements(self) -> int:
+        """Number of measurements of all runs."""
+        each = [measured_steps(c.train.steps, self.every, self.dense) for c in self.variants.values()]
+        return len(self.seeds) * sum(map(len, each))
+
+    @property
+    def dense(self) -> int | None:
+        """Last step that is measured at every interval; None: there is none."""
+        return self.shared.train.steps if self.every else None
+
+    def run(self, job: Job) -> Path:
+        return self.out / f"{job[0]}-seed{job[1]}"
+
+    def teacher(self, job: Job) -> Job | None:
+        """The job that can teach this one: a run of the teaching stage alone, with the same settings of it and seed."""
+        name, seed = job
+        wanted = _own_teacher(self.variants[name])
+        if wanted is None:
+            return None
+        others = {n: c for n, c in self.variants.items() if n != name}
+        same = (n for n, c in others.items() if _trains(c, wanted, self.variants[name], self.every))
+        return next(((n, seed) for n in same), None)
+
+
+def _own_teacher(config: RunConfig) -> Stage | None:
+    """The stage that a run would train first to teach its last one; None where there is none, or a teacher is given."""
+    plan = stages(config)
+    wanted = next((s.teacher for s in plan if s.teacher), None)
+    return None if wanted is None or wanted.given else next((s for s in plan if s.name == wanted.stage), None)
+
+
+def _trains(other: RunConfig, wanted: Stage, taught: RunConfig, every: int | None) -> bool:
+    """Whether another run consists of this stage alone, and passes a checkpoint of it that is the same bit for bit."""
+    plan = stages(other)
+    if [stage.name for stage in plan] != [wanted.name] or plan[0].stream != wanted.stream:
+        return False
+    total = other.train.steps
+    held = wanted.steps == total or wanted.steps % (every or interval(total)) == 0 < total - wanted.steps
+    same = all(_acting(other.section(kind)) == _acting(taught.section(kind)) for kind in wanted.sections)
+    theirs, ours = other.override(plan[0].settings), taught.override(wanted.settings)
+    return held and same and (theirs.model, theirs.train) == (ours.model, ours.train)
+
+
+def _acting(section: Section) -> dict[str, Any]:
+    """Settings that a step depends on: all but the lengths of stages."""
+    return {name: value for name, value, _, length in fields_of(section) if not length}
+
+
+def config_of_run(comparison: Comparison, job: Job) -> RunConfig:
+    """The settings of one variant with one seed, with a checkpoint at every point of its curve.
+
+    A run that was begun keeps its teacher: its own, or that of a run which is no longer compared. ValueError where the
+    settings that it was begun with cannot be read.
+    """
+    config, run = comparison.variants[job[0]], comparison.run(job)
+    every = comparison.every or interval(config.train.steps)
+    settings = dataclasses.replace(config.train, seed=job[1], checkpoint_every=every, keep=0, preview_every=0)
+    config = dataclasses.replace(config, train=settings)
+    wanted = _own_teacher(config)
+    if wanted is None:
+        return config
+    option = next(stage.teacher.option for stage in stages(config) if stage.teacher)
+    begun = any(checkpoint.steps(folder) for folder in run.glob("*/checkpoints"))
+    before = settings_before(run) if begun else None
+    was = before and {name: value for name, value, _ in settings_of(before)}.get(option)
+    if before is not None and was is None:
+        return config
+    if teacher := comparison.teacher(job):
+        held = dict(checkpoint.steps(comparison.run(teacher) / wanted.name / "checkpoints"))
+        if wanted.steps in held:  # not in a run that was first made shorter, with checkpoints elsewhere
+            return config.override({option: str(held[wanted.steps])})
+    if was:
+        ours = comparison.out.joinpath(*Path(was).parts[-4:])  # RUN/STAGE/checkpoints/STEP; the folder may have moved
+        if str(ours) == str(was) or ours.is_dir():
+            return config.override({option: str(ours)})
+    return config

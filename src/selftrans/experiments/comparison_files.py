@@ -1,0 +1,69 @@
+"""The files of a comparison that people open: compare.json, .csv, .png and .html, written unless they show it all already."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from selftrans.evaluate import plots
+from selftrans.experiments import html_report
+from selftrans.experiments.comparison import Comparison
+from selftrans.experiments.measurement import MEASURED, due_checkpoints, samples_of, stored_conditions, stored_points
+from selftrans.experiments.summary import as_csv
+from selftrans.storage import sha256_file, write_json, write_text
+from selftrans.train.data_window import data_of
+
+SHOWN = 32  #: samples on the page, per method
+JSON, DRAWN = "compare.json", ("compare.csv", "compare.png", "compare.html")
+FILES = "files"  #: entry of compare.json: what the other files were made from, and their sha256
+OF_A_CALL = ("time", FILES)  #: entries of compare.json that do not depend on the runs alone
+
+
+def write(chosen: Comparison, summary: dict[str, Any]) -> dict[str, Any]:
+    """Write compare.json, .csv, .png and .html to the directory of the comparison; returns what the first one holds."""
+    runs = {name: chosen.run((name, chosen.seeds[0])) for name in chosen.variants}
+    data = chosen.shared.data
+    dataset = data_of(data)
+    conditioning = stored_conditions(dataset, dataclasses.replace(chosen.shared.sample, seed=1))
+    lasts = {name: due_checkpoints(run, chosen.every, chosen.dense)[-1] for name, run in runs.items()}
+    grids = {name: samples_of(last, chosen.shared.sample, SHOWN, conditioning) for name, last in lasts.items()}
+    captions = conditioning.texts(np.arange(SHOWN))
+    figure = html_report.convergence(summary["curves"], summary["metric"])
+    plots.save(figure, chosen.out / "compare.png")
+    write_text(chosen.out / "compare.csv", as_csv(summary["table"]))
+    write_text(chosen.out / "compare.html", html_report.comparison_page(summary, figure, grids, captions))
+    made = {name: sha256_file(chosen.out / name) for name in DRAWN}
+    summary = summary | {FILES: {"made_from": _made_from(chosen, summary)} | made}
+    write_json(chosen.out / JSON, summary)
+    return summary
+
+
+def shown_already(chosen: Comparison, summary: dict[str, Any]) -> dict[str, Any] | None:
+    """What compare.json holds, if it and the other files are there as `write` would write them; else None."""
+    try:
+        held = dict(json.loads((chosen.out / JSON).read_text()))
+        files = held[FILES]
+        same = files["made_from"] == _made_from(chosen, summary) and _of_runs(held) == _of_runs(summary)
+        return held if same and all(files[name] == sha256_file(chosen.out / name) for name in DRAWN) else None
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):  # missing, damaged, or of an earlier version
+        return None
+
+
+def _of_runs(summary: dict[str, Any]) -> Any:
+    """The entries that depend on the runs alone, as json has them."""
+    return json.loads(json.dumps({key: value for key, value in summary.items() if key not in OF_A_CALL}))
+
+
+def _made_from(chosen: Comparison, summary: dict[str, Any]) -> str:
+    """A hash of all that the files depend on: the summary, the weights that are sampled, the data, and what draws them."""
+    manifest = data_of(chosen.shared.data).manifest
+    runs = [chosen.run((name, chosen.seeds[0])) for name in chosen.variants]
+    weights = [sorted(point["sha256"] for point in stored_points(Path(run, MEASURED))) for run in runs]
+    code = [sha256_file(Path(str(file))) for file in (__file__, html_report.__file__, plots.__file__)]
+    parts = [code, _of_runs(summary), weights, manifest.to_json()]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,120 @@
+"""What the folder of a comparison holds already: runs that are trained, and checkpoints that are measured alike.
+
+It is found from json files alone. No weights are read or hashed, which takes minutes for large models, and nothing is decoded.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from selftrans.checkpoints import format as checkpoint
+from selftrans.checkpoints.load import FILES, REPORT
+from selftrans.data.dataset import Dataset
+from selftrans.experiments.comparison import Comparison, config_of_run
+from selftrans.experiments.measurement import MEASURED, Point, due_checkpoints, measured_alike, measured_before
+from selftrans.experiments.schedule import Job
+from selftrans.train.data_window import data_of, with_window
+from selftrans.train.initial_weights import choose
+from selftrans.train.preview import with_prompts
+from selftrans.train.resume import differences, settings_before, settle
+from selftrans.train.run import stages_to_run
+
+COSTS = ("student_tflops", "total_tflops", "total_seconds")  #: entries of run.json that tables show; None: unknown
+WRONG = (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError)  #: of damaged json files
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A run that is trained."""
+
+    report: dict[str, Any]  #: its run.json
+    due: list[Path]  #: its checkpoints that are points of the curve, oldest first
+    points: dict[Path, Point]  #: those of them that are measured
+
+    @property
+    def complete(self) -> bool:
+        return len(self.points) == len(self.due)
+
+
+def kept_runs(comparison: Comparison) -> dict[Job, Kept]:
+    """The runs that need no more training, with their settings and data as they are now.
+
+    What cannot be read, or differs, is left out: training and measuring then say what is wrong with it.
+    """
+    data = comparison.shared.data
+    found, identity = dict[Job, Kept](), None
+    for job in comparison.jobs:
+        try:
+            if not (comparison.run(job) / REPORT).is_file():
+                continue
+            if identity is None:
+                dataset = data_of(data)
+                identity = identity_of_points(comparison, dataset)
+            if held := _trained(comparison, job, dataset, identity):
+                found[job] = held
+        except WRONG:
+            continue
+    return found
+
+
+def identity_of_points(comparison: Comparison, dataset: Dataset) -> dict[str, Any]:
+    """What all measured points of a comparison share. ValueError where the extractor cannot be used."""
+    return measured_alike(
+        comparison.shared,
+        comparison.features,
+        weights=comparison.weights,
+        images=comparison.images,
+        block=comparison.block,
+        dataset=dataset,
+    )
+
+
+def all_kept(comparison: Comparison, kept: Mapping[Job, Kept]) -> bool:
+    """Whether nothing is left to be trained or measured."""
+    return all(job in kept and kept[job].complete for job in comparison.jobs)
+
+
+def to_draw(comparison: Comparison, kept: Mapping[Job, Kept]) -> dict[Job, Kept]:
+    """Those runs of `kept` that samples can be drawn from: the last checkpoint of the first seed's runs is verified."""
+    return {job: held for job, held in kept.items() if job[1] != comparison.seeds[0] or not _is_damaged(held.due[-1])}
+
+
+def _is_damaged(folder: Path) -> bool:
+    try:
+        checkpoint.read(folder)
+    except ValueError:
+        return True
+    return False
+
+
+def _trained(comparison: Comparison, job: Job, dataset: Dataset, identity: dict[str, Any]) -> Kept | None:
+    """A run, if training it would do nothing: the checks are those at the start of `train`."""
+    run, before = comparison.run(job), settings_before(comparison.run(job))
+    if before is None:
+        return None
+    config = config_of_run(comparison, job).override({"train.allow_changes": False}).restricted().check()
+    config, _ = choose(with_prompts(config, dataset.manifest), before, run)
+    config = settle(with_window(config, dataset, before), run, dataset.manifest)
+    plan, report = stages_to_run(config), json.loads((run / REPORT).read_text())
+    done = [(stage["stage"], stage["steps"]) for stage in report["stages"]]
+    if differences(before, config) or done != [(stage.name, stage.steps) for stage in plan]:
+        return None
+    known = all(report[key] is None or isinstance(report[key], int | float) for key in COSTS)
+    due = due_checkpoints(run, comparison.every, comparison.dense)
+    last = checkpoint.path_of_step(run / plan[-1].name / "checkpoints", plan[-1].steps)
+    if not known or report["student_steps"] != plan[-1].steps or due[-1:] != [last]:
+        return None
+    points, measured = dict[Path, Point](), measured_before(run / MEASURED, identity)
+    for folder in due:
+        digest = checkpoint.read_state(folder)["sha256"][FILES["ema"]]
+        if not (folder / FILES["ema"]).is_file():
+            return None
+        if digest in measured:
+            points[folder] = measured[digest]
+    if last not in points:
+        checkpoint.read(last)  # a damaged one is trained again, not measured
+    return Kept(report, due, points)

@@ -1,0 +1,337 @@
+"""A comparison that is repeated after its folder, its settings or its files have changed: what is kept, and what is done again.
+
+The toy runs are trained in this process, in place of workers, and points are made up from the weights, in place of measured.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from selftrans.checkpoints import format as checkpoint
+from selftrans.data.dataset import Dataset
+from selftrans.evaluate import extractors
+from selftrans.evaluate.classifier import SmallClassifier
+from selftrans.evaluate.extractors import extractor_sha256, load_extractor
+from selftrans.experiments import compare, comparison_files, measurement, runner
+from selftrans.experiments.compare import classifier_of
+from selftrans.experiments.comparison import Comparison
+from selftrans.experiments.kept import all_kept, kept_runs
+from selftrans.experiments.measurement import DECODED_BY, MEASURED, Measurement, check_alike, measured_before
+from selftrans.storage import InUse, lock_file
+from tests.support import toy
+from tests.support.toy import quick  # noqa: F401 - quick is a fixture
+
+SMALL = {"train.steps": 2, "stage1.steps": 2, "sample.steps": 1, "train.accumulate": 1}
+NAMES = ("vanilla", "structure", "self_transcendence")
+DONE = Counter[str]()  #: tasks of the pool, by kind
+
+
+class InProcess:
+    """A pool whose only worker is this process."""
+
+    def __init__(self, workers: int, context: Any, initializer: Callable[..., object], shared: tuple) -> None:
+        runner._worker.clear()
+        initializer(*shared)
+
+    def __enter__(self) -> InProcess:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        runner._worker.clear()
+
+    def submit(self, work: Callable[..., Any], *args: Any) -> Future[Any]:
+        kind = "reference" if not args else "run" if args[0].checkpoint is None else "measurement"
+        DONE[kind] += 1
+        future = Future[Any]()
+        try:
+            future.set_result(work(*args))
+        except Exception as error:
+            future.set_exception(error)
+        return future
+
+
+def made_up(folder: Path, measurement: Measurement) -> dict[str, Any]:
+    """A point whose distance depends on the weights."""
+    state = checkpoint.read(folder).state
+    weights = checkpoint.weights_sha256(folder / "ema.safetensors")
+    numbers = {"distance": float(int(weights[:6], 16)), "seconds": 0.5, "tflops": 1.0}
+    return {"step": state["step"], "metric": "m", "accuracy": None, "probe": 0.5} | numbers | measurement.identity
+
+
+def in_this_process(patch: pytest.MonkeyPatch) -> None:
+    DONE.clear()
+    patch.setattr(runner, "ProcessPoolExecutor", InProcess)
+    patch.setattr(runner, "ignore_interrupts", lambda: None)
+    patch.setattr(runner, "end_workers", lambda *_: 0)
+    patch.setattr(measurement, "measure_checkpoint", made_up)
+    patch.setattr(measurement, "training_statistics", lambda *_, **__: None)
+
+
+@pytest.fixture(autouse=True)
+def _(monkeypatch: pytest.MonkeyPatch) -> None:
+    in_this_process(monkeypatch)
+
+
+def comparison(out: Path, *names: str, dotted: dict[str, Any] | None = None, images: int = 24) -> Comparison:
+    config = toy.toy(SMALL | (dotted or {}))
+    config = compare.equal_lengths(toy.override(config, {"method": "self_transcendence"}))
+    variants = {name: compare.for_method(config, name) for name in names or NAMES}
+    return Comparison(config, variants, (0,), out, images, "values")
+
+
+def measured(chosen: Comparison) -> tuple[dict, Counter[str]]:
+    """The points of each run, and what was done for them."""
+    DONE.clear()
+    results = runner.compare(chosen, workers=1)
+    return {job: points for job, (_, points) in results.items()}, Counter(DONE)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A comparison of NAMES, trained and measured once; copy it before you change it."""
+    with pytest.MonkeyPatch.context() as patch:
+        toy.quicken(patch)
+        in_this_process(patch)
+        out = tmp_path_factory.mktemp("compared")
+        runner.compare(comparison(out), workers=1)
+    return out
+
+
+@pytest.fixture
+def folder(trained: Path, tmp_path: Path) -> Path:
+    """A copy, whose taught run names the teacher in it."""
+    copy = toy.copy(trained, tmp_path / "compared")
+    taught_by(copy, str(trained), str(copy))
+    return copy
+
+
+def taught_by(folder: Path, before: str, now: str) -> None:
+    config = folder / "self_transcendence-seed0" / "config.json"
+    assert before in config.read_text()
+    config.write_text(config.read_text().replace(before, now))
+
+
+def points_of(folder: Path, name: str) -> list[dict[str, Any]]:
+    return list(json.loads((folder / f"{name}-seed0" / MEASURED).read_text()))
+
+
+def test_finished_comparison_starts_no_worker_and_reads_no_weights(folder, monkeypatch):
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr(runner, "ProcessPoolExecutor", refuse)
+    monkeypatch.setattr(checkpoint, "read", refuse)
+    monkeypatch.setattr(compare, "decoded_images", refuse)
+    chosen = comparison(folder)
+    compare.check_before(chosen)
+    found, _ = measured(chosen)
+    assert found == {(name, 0): points_of(folder, name) for name in NAMES} and len(found["structure", 0]) == 2
+    one_more = comparison(folder, *NAMES, "sra")
+    assert not all_kept(one_more, kept_runs(one_more))
+    with pytest.raises(AssertionError):
+        compare.check_before(one_more)
+
+
+def test_deleted_run_is_trained_again_alone(folder):
+    """Here one that has taught another, which is finished."""
+    weights, others = toy.tensors(folder / "structure-seed0", "stage1"), [NAMES[0], NAMES[2]]
+    shutil.rmtree(folder / "structure-seed0")
+    before = [toy.tree(folder / f"{name}-seed0") for name in others]
+    found, done = measured(comparison(folder))
+    assert done == {"reference": 1, "run": 1, "measurement": 2} and len(found["structure", 0]) == 2
+    assert [toy.tree(folder / f"{name}-seed0") for name in others] == before
+    toy.assert_same(toy.tensors(folder / "structure-seed0", "stage1"), weights)
+
+
+@pytest.mark.parametrize("moved", [False, True])
+def test_run_keeps_its_teacher_when_that_is_compared_no_more(folder, tmp_path, moved):
+    """Without the method that trained it, and where the folder was moved; also for the steps that are left."""
+    if moved:
+        folder = folder.rename(tmp_path / "moved")
+    run = folder / "self_transcendence-seed0"
+    expected, weights = points_of(folder, "self_transcendence"), toy.tensors(run)
+    found, done = measured(comparison(folder, "vanilla", "self_transcendence"))
+    assert not done and found["self_transcendence", 0] == expected
+    if not moved:
+        return
+    shutil.rmtree(toy.checkpoint(run))
+    found, done = measured(comparison(folder, "vanilla", "self_transcendence"))
+    assert done["run"] == 1
+    toy.assert_same(toy.tensors(run), weights)
+    assert [point["distance"] for point in found["self_transcendence", 0]] == [p["distance"] for p in expected]
+
+
+def test_run_that_trained_its_own_teacher_keeps_it_when_another_run_could_teach(tmp_path, folder):
+    out = tmp_path / "alone"
+    measured(comparison(out, "self_transcendence"))
+    run = out / "self_transcendence-seed0"
+    weights = toy.tensors(run)
+    shutil.rmtree(toy.checkpoint(run))
+    toy.copy(folder / "structure-seed0", out / "structure-seed0")
+    _, done = measured(comparison(out, "structure", "self_transcendence"))
+    assert done["run"] == 1
+    toy.assert_same(toy.tensors(run), weights)
+    (run / MEASURED).unlink()
+    _, done = measured(comparison(out, "structure", "self_transcendence"))
+    assert (done["run"], done["measurement"]) == (0, 2)
+
+
+def test_teacher_given_before_and_left_out_now_is_still_refused(folder):
+    taught_by(folder, str(folder), "/elsewhere/of")
+    shutil.rmtree(folder / "structure-seed0")
+    with pytest.raises(ValueError, match=r"stage2\.teacher was /elsewhere/of/[^\n]*, is None; use those"):
+        measured(comparison(folder, "self_transcendence"))
+
+
+def point_without(key: str) -> Callable[[list], list]:
+    return lambda points: [points[0], {name: value for name, value in points[1].items() if name != key}]
+
+
+@pytest.mark.parametrize(
+    ("damage", "again"),
+    [
+        (point_without("distance"), 1),
+        (point_without("probe"), 1),
+        (point_without("metric"), 1),
+        (point_without("sha256"), 1),
+        (lambda points: [points[0], points[1] | {"distance": "1.0"}], 1),
+        (lambda points: [points[0], points[1] | {"step": None}], 1),
+        (lambda points: [*points, 3, None, [], {"sha256": 4}], 0),
+        (lambda points: {"points": points}, 2),
+    ],
+)
+def test_points_that_no_table_can_use_are_measured_again(folder, damage, again):
+    path = folder / "vanilla-seed0" / MEASURED
+    expected = json.loads(path.read_text())
+    path.write_text(json.dumps(damage(expected)))
+    found, done = measured(comparison(folder))
+    assert done["measurement"] == again and done["run"] == 0 and found["vanilla", 0] == expected
+
+
+def test_half_a_file_of_points_is_measured_again(folder):
+    path = folder / "vanilla-seed0" / MEASURED
+    expected = json.loads(path.read_text())
+    path.write_text(path.read_text()[:200])
+    found, done = measured(comparison(folder))
+    assert done["measurement"] == 2 and found["vanilla", 0] == expected == json.loads(path.read_text())
+
+
+def test_other_images_or_features_measure_all_again(folder):
+    found, done = measured(comparison(folder, images=25))
+    assert done["measurement"] == 6 and {p["images"] for points in found.values() for p in points} == {25}
+    assert {point["images"] for point in points_of(folder, "vanilla")} == {25}
+
+
+def test_full_disk_while_measuring_costs_no_point(folder, monkeypatch):
+    for name in NAMES:
+        (folder / f"{name}-seed0" / MEASURED).unlink()
+    write, calls = measurement.write_json, Counter[str]()
+
+    def full(path: Path, value: Any) -> None:
+        calls["all"] += 1
+        if calls["all"] == 2:
+            raise ValueError(f"{path} cannot be written (No space left on device); free disk space")
+        write(path, value)
+
+    monkeypatch.setattr(measurement, "write_json", full)
+    with pytest.raises(ValueError, match="No space left on device"):
+        measured(comparison(folder))
+    found, done = measured(comparison(folder))
+    assert done["run"] == 0 and done["measurement"] == 5 and {len(points) for points in found.values()} == {2}
+
+
+def test_damaged_last_checkpoint_that_is_not_measured_is_trained_again(folder):
+    run = folder / "vanilla-seed0"
+    weights, file = toy.tensors(run, "vanilla"), toy.checkpoint(run, "vanilla") / "ema.safetensors"
+    (run / MEASURED).unlink()
+    half = file.read_bytes()[:100]
+    file.unlink()  # its tensors are mapped into memory
+    file.write_bytes(half)
+    with pytest.warns(UserWarning, match="skipping a damaged checkpoint"):
+        _, done = measured(comparison(folder))
+    assert done["run"] == 1
+    toy.assert_same(toy.tensors(run, "vanilla"), weights)
+
+
+def test_other_data_and_settings_are_refused_by_name(folder):
+    with pytest.raises(ValueError, match=r"was trained on (latents with shift|other data)"):
+        measured(comparison(folder, dotted={"data.path": str(toy.plain_digits())}))
+    with pytest.raises(ValueError, match=r"train\.lr was 0\.001, is 0\.5"):
+        measured(comparison(folder, dotted={"train.lr": 0.5}))
+    with pytest.raises(ValueError, match="has trained vanilla for 2 steps already"):
+        measured(comparison(folder, "vanilla", dotted={"train.steps": 1}))
+
+
+def test_points_of_two_extractors_are_not_put_into_one_table():
+    point = {"sampler": {"steps": 1}, "images": 2, "extractor_sha256": "a", "block": 1}
+    check_alike([point, point, point | {DECODED_BY: "x"}, point | {DECODED_BY: "x"}], "f")
+    for other in ({"extractor_sha256": "b"}, {DECODED_BY: "y"}, {"images": 3}):
+        with pytest.raises(ValueError, match=r"features f\.safetensors, or the autoencoder, changed meanwhile"):
+            check_alike([point | {DECODED_BY: "x"}, point, point | other], "f.safetensors")
+
+
+def test_points_decoded_by_other_weights_of_the_autoencoder_are_not_kept(tmp_path, folder):
+    (held, _), path = points_of(folder, "vanilla"), tmp_path / MEASURED
+    identity = {key: held[key] for key in ("sampler", "images", "extractor_sha256", "block")} | {DECODED_BY: "now"}
+    for recorded, kept in (({}, True), ({DECODED_BY: "now"}, True), ({DECODED_BY: "before"}, False)):
+        path.write_text(json.dumps([held | recorded]))
+        assert bool(measured_before(path, identity)) is kept
+
+
+def test_classifier_of_other_data_is_refused(tmp_path):
+    data, other = (toy.prepared(tmp_path / name, count=count) for name, count in (("a", 5), ("b", 6)))
+    config = toy.toy({"data.path": str(data)}, name="imagefolder")
+    file = classifier_of(config, Dataset.open(data), tmp_path / "classifier.safetensors")
+    assert classifier_of(config, Dataset.open(data), file) == file
+    config = toy.toy({"data.path": str(other)}, name="imagefolder")
+    with pytest.raises(ValueError, match=r"classifier\.safetensors was trained on other data than .*--out[^\n]*$"):
+        classifier_of(config, Dataset.open(other), file)
+    file.with_suffix(".json").unlink()  # of an earlier version, which did not record the data
+    assert classifier_of(config, Dataset.open(other), file) == file
+
+
+def test_hash_of_an_extractor_is_known_without_what_it_measures(tmp_path, monkeypatch):
+    file = tmp_path / "c.safetensors"
+    SmallClassifier(8, 1, 10).save(file)
+    expected = load_extractor(file).sha256
+    monkeypatch.setattr(extractors, "digits_classifier", None)
+    assert extractor_sha256(file) == extractor_sha256("digits", weights=file) == expected
+    assert extractor_sha256("values", shape=(8, 8, 1)) == load_extractor("values", shape=(8, 8, 1)).sha256 != expected
+    assert extractor_sha256("inception") == extractors.INCEPTION_SHA256
+    with pytest.raises(ValueError, match="no inception weights at nowhere"):
+        extractor_sha256("nowhere.pth")
+
+
+def test_files_are_written_once_and_again_when_something_has_changed(folder):
+    chosen = dataclasses.replace(comparison(folder, "vanilla"), images=24)
+    summary = compare.summarise(chosen, runner.compare(chosen))
+    assert comparison_files.shown_already(chosen, summary) is None
+    comparison_files.write(chosen, summary | {"time": {"seconds": 1.0}})
+    held = json.loads((folder / "compare.json").read_text())
+    assert comparison_files.shown_already(chosen, summary) == held and held["time"] == {"seconds": 1.0}
+    page = folder / "compare.html"
+    text = page.read_text()
+    for damaged in (text[:100], None):
+        page.unlink()
+        if damaged:
+            page.write_text(damaged)
+        assert comparison_files.shown_already(chosen, summary) is None
+    page.write_text(text)
+    assert comparison_files.shown_already(chosen, summary) == held
+    assert comparison_files.shown_already(chosen, summary | {"images": 25}) is None
+    (folder / "compare.json").write_text((folder / "compare.json").read_text()[:100])
+    assert comparison_files.shown_already(chosen, summary) is None
+
+
+def test_second_comparison_in_a_folder_is_refused(tmp_path):
+    with lock_file(tmp_path / ".lock"), pytest.raises(InUse, match="is in use by process"):
+        compare.compare_methods(toy.toy(SMALL), tmp_path, ["vanilla"], features="values")
