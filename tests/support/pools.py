@@ -6,10 +6,11 @@ Spawned workers are tested in test_outsider.py (packages) and test_bench.py (a s
 from __future__ import annotations
 
 import multiprocessing
+import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Self
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from selftrans.experiments import runner
 from tests.support.processes import PRELOADED
 
 
-class Here:
+class InProcess:
     """Stands in for `ProcessPoolExecutor`: a job runs in this process, when it is submitted."""
 
     def __init__(self, workers: int, context: Any, initializer: Callable[..., object], initargs: tuple[Any, ...]):
@@ -27,7 +28,7 @@ class Here:
         runner._worker.clear()
         initializer(*initargs)
 
-    def __enter__(self) -> Here:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -45,12 +46,19 @@ class Here:
         """Nothing runs."""
 
 
+def in_this_process(patch: pytest.MonkeyPatch, pool: type[InProcess] = InProcess) -> None:
+    """Comparisons train and measure in this process, on one thread, and leave its handling of signals and warnings alone."""
+    patch.setattr(runner, "ProcessPoolExecutor", pool)
+    patch.setattr(runner, "processes", lambda comparison, workers: (1, 1))
+    patch.setattr(runner, "ignore_interrupts", lambda: None)
+    patch.setattr(warnings, "showwarning", warnings.showwarning)  # put back afterwards
+
+
 @pytest.fixture
 def one_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Comparisons train and measure in this process, on one thread. Import it into a test module."""
+    """`in_this_process` for one test. Import it into a test module."""
     before = torch.get_num_threads()
-    monkeypatch.setattr(runner, "ProcessPoolExecutor", Here)
-    monkeypatch.setattr(runner, "processes", lambda comparison, workers: (1, 1))
+    in_this_process(monkeypatch)
     yield
     torch.set_num_threads(before)
 

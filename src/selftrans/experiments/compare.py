@@ -173,11 +173,12 @@ def shared_settings(config: RunConfig, out: Path, *, features: str | None = None
     """
     weights = None
     if config.data.path is None:
-        if config.data.builtin is None:
+        builtin = config.data.builtin
+        if builtin is None:
             raise ValueError(f"recipe {config.recipe} needs --data DIR, a directory made by `selftrans prepare`")
-        if not is_prepared(out / "data"):  # else checked only where something is left to do: that loads the source
-            prepare_builtin(config.data.builtin, out / "data")
         config = config.override({"data.path": str(out / "data")})
+        if not _is_builtin(config, out):  # else checked only where something is left to do: that loads the source
+            prepare_builtin(builtin, out / "data")
         features = features or "digits"
     if features == "digits":
         weights = str(out / "digits-classifier.safetensors")
@@ -190,9 +191,19 @@ def shared_settings(config: RunConfig, out: Path, *, features: str | None = None
     return equal_lengths(config).check(), features, weights
 
 
+def _is_builtin(config: RunConfig, out: Path) -> bool:
+    """Whether the data are the recipe's built-in ones, prepared in the folder of a comparison."""
+    data = out / "data"
+    return (
+        config.data.path == str(data)
+        and is_prepared(data)
+        and data_of(config.data).manifest.source == config.data.builtin
+    )
+
+
 def _check_builtin(config: RunConfig, out: Path) -> None:
     """ValueError where the built-in data in the folder of a comparison are not those of the recipe, or damaged."""
-    if config.data.builtin is not None and config.data.path == str(out / "data"):
+    if config.data.builtin is not None and _is_builtin(config, out):
         prepare_builtin(config.data.builtin, out / "data")
 
 

@@ -28,6 +28,7 @@ from selftrans.experiments.kept import all_kept, kept_runs
 from selftrans.experiments.measurement import DECODED_BY, MEASURED, Measurement, check_alike, measured_before
 from selftrans.storage import InUse, lock_file
 from tests.support import toy
+from tests.support.pools import InProcess, in_this_process
 from tests.support.toy import quick  # noqa: F401 - quick is a fixture
 
 SMALL = {"train.steps": 2, "stage1.steps": 2, "sample.steps": 1, "train.accumulate": 1}
@@ -35,28 +36,13 @@ NAMES = ("vanilla", "structure", "self_transcendence")
 DONE = Counter[str]()  #: tasks of the pool, by kind
 
 
-class InProcess:
-    """A pool whose only worker is this process."""
+class Counting(InProcess):
+    """Counts its jobs by kind."""
 
-    def __init__(self, workers: int, context: Any, initializer: Callable[..., object], shared: tuple) -> None:
-        runner._worker.clear()
-        initializer(*shared)
-
-    def __enter__(self) -> InProcess:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        runner._worker.clear()
-
-    def submit(self, work: Callable[..., Any], *args: Any) -> Future[Any]:
-        kind = "reference" if not args else "run" if args[0].checkpoint is None else "measurement"
+    def submit(self, job: Callable[..., Any], *arguments: Any) -> Future[Any]:
+        kind = "reference" if not arguments else "run" if arguments[0].checkpoint is None else "measurement"
         DONE[kind] += 1
-        future = Future[Any]()
-        try:
-            future.set_result(work(*args))
-        except Exception as error:
-            future.set_exception(error)
-        return future
+        return super().submit(job, *arguments)
 
 
 def made_up(folder: Path, measurement: Measurement) -> dict[str, Any]:
@@ -67,10 +53,9 @@ def made_up(folder: Path, measurement: Measurement) -> dict[str, Any]:
     return {"step": state["step"], "metric": "m", "accuracy": None, "probe": 0.5} | numbers | measurement.identity
 
 
-def in_this_process(patch: pytest.MonkeyPatch) -> None:
+def counted(patch: pytest.MonkeyPatch) -> None:
     DONE.clear()
-    patch.setattr(runner, "ProcessPoolExecutor", InProcess)
-    patch.setattr(runner, "ignore_interrupts", lambda: None)
+    in_this_process(patch, Counting)
     patch.setattr(runner, "end_workers", lambda *_: 0)
     patch.setattr(measurement, "measure_checkpoint", made_up)
     patch.setattr(measurement, "training_statistics", lambda *_, **__: None)
@@ -78,7 +63,7 @@ def in_this_process(patch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(autouse=True)
 def _(monkeypatch: pytest.MonkeyPatch) -> None:
-    in_this_process(monkeypatch)
+    counted(monkeypatch)
 
 
 def comparison(out: Path, *names: str, dotted: dict[str, Any] | None = None, images: int = 24) -> Comparison:
@@ -100,7 +85,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A comparison of NAMES, trained and measured once; copy it before you change it."""
     with pytest.MonkeyPatch.context() as patch:
         toy.quicken(patch)
-        in_this_process(patch)
+        counted(patch)
         out = tmp_path_factory.mktemp("compared")
         runner.compare(comparison(out), workers=1)
     return out
