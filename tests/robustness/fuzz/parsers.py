@@ -191,7 +191,7 @@ def _with_member(name: str, others: dict[str, bytes], data: bytes) -> bytes:
 def labelled(image: np.ndarray) -> bytes:
     with temporary() as folder:
         shaped = image.reshape(1, *image.shape[:2], -1)
-        samples_io._write_batch(folder, np.zeros(1, np.int64), np.ones(1, np.int64), shaped, 0)
+        samples_io._write_batch(folder, np.zeros(1, np.int64), np.ones(1, np.int64), shaped, 0, samples_io.PNG)
         return (folder / "000000.png").read_bytes()
 
 
