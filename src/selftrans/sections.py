@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import numbers
 import types
 import typing
 from collections.abc import Iterator
@@ -79,7 +80,8 @@ def from_plain(kind: Any, raw: Any, where: str) -> Any:
             return float(raw)
         if isinstance(raw, kind) and not (kind is int and not integer):
             return raw
-    expected = f"one of {', '.join(map(repr, inner))}" if origin is Literal else kind
+    plain = kind.__name__ if isinstance(kind, type) and origin is None else kind
+    expected = f"one of {', '.join(map(repr, inner))}" if origin is Literal else plain
     raise ValueError(f"{where} should be {expected}, not {raw!r:.60}")
 
 
@@ -98,9 +100,11 @@ def checked(section: S, kind: type[S]) -> S:
 
 
 def _plain(value: Any) -> Any:
-    """Lists in place of tuples, as in json."""
+    """As in json: lists in place of tuples, Python's numbers in place of numpy's."""
     if isinstance(value, dict):
         return {name: _plain(each) for name, each in value.items()}
+    if isinstance(value, numbers.Real) and not isinstance(value, bool):
+        return int(value) if isinstance(value, numbers.Integral) else float(value)
     return [_plain(each) for each in value] if isinstance(value, tuple | list) else value
 
 

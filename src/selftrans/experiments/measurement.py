@@ -30,7 +30,7 @@ from selftrans.evaluate.statistics import Statistics
 from selftrans.experiments.reference import decoder_sha256, training_statistics
 from selftrans.flow import PATHS
 from selftrans.sampling.conditioning import Conditioning, LabelConditioning, captions_of
-from selftrans.sampling.images import Sampler, as_possible, decoder_dtype
+from selftrans.sampling.images import NotFinite, Sampler, as_possible, decoder_dtype
 from selftrans.sampling.in_sizes import InSizes
 from selftrans.sampling.samplers import EVALUATIONS
 from selftrans.storage import recorded, write_json
@@ -197,7 +197,10 @@ def measure_point(run: Path, folder: Path, measurement: Measurement) -> Point:
     """A checkpoint of a run, measured, or as it was measured before."""
     digest = checkpoint.read(folder).state["sha256"][FILES["ema"]]
     known = measured_before(run / MEASURED, measurement.identity).get(digest)
-    return known or measure_checkpoint(folder, measurement) | {"sha256": digest}
+    try:
+        return known or measure_checkpoint(folder, measurement) | {"sha256": digest}
+    except NotFinite as error:
+        raise ValueError(f"{folder} cannot be measured: {error}; leave its method out, or train it again") from error
 
 
 def stored_points(path: Path) -> list[Point]:

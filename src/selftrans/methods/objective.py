@@ -6,7 +6,7 @@ Shape legend: N batch.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -40,7 +40,7 @@ class Objective(nn.Module):
     def __init__(
         self,
         student: Backbone,
-        guidances: Sequence[Guidance] = (),
+        guidances: Iterable[Guidance] = (),
         *,
         path: Path = LINEAR,
         times: str = "systematic",
@@ -49,14 +49,12 @@ class Objective(nn.Module):
     ) -> None:
         super().__init__()
         check_backbone(student, "the student")
-        _check(guidances, path, times, drop, cosine)
+        _check(path, times, drop, cosine)
+        guidances = _listed(guidances)
         self.student = student
         self.guidances = nn.ModuleList(guidances)
         self.path, self.times, self.drop, self.cosine = path, times, drop, cosine
         self._unchecked = True  # labels on a GPU are checked in the first call alone: it takes kernels
-        names = [guidance.name for guidance in guidances]
-        if len(set(names)) < len(names):
-            raise ValueError(f"guidances are called {', '.join(names)}; give each a name of its own")
         if student.early is not None and not any(guidance.trains_early for guidance in guidances):
             raise ValueError(
                 "model.early_block gives the student a second output, which this method does not train; omit it"
@@ -135,19 +133,29 @@ class Objective(nn.Module):
         return ended
 
 
-def _check(guidances: Sequence[Guidance], path: Path, times: str, drop: float, cosine: float) -> None:
-    """ValueError for an option of `Objective` out of range."""
+def _listed(guidances: Iterable[Guidance] | None) -> tuple[Guidance, ...]:
+    """The guidances, of any iterable. ValueError unless each is one, with a name of its own."""
     if isinstance(guidances, Guidance):
         raise ValueError(f"guidances are a list, of {guidances.name} alone too: [guidance]")
-    wrong = [each for each in guidances or () if not isinstance(each, Guidance)]
-    if guidances is None or wrong:
-        found = repr(wrong[0]) if wrong and isinstance(wrong[0], type) else type(wrong[0] if wrong else None).__name__
-        raise ValueError(f"guidances are a list of Guidance objects, not of {found}; () for none")
-    for guidance in guidances:
+    if guidances is None:
+        raise ValueError("guidances are a list of Guidance objects, not None; () for none")
+    listed = tuple(guidances)
+    for guidance in listed:
+        if not isinstance(guidance, Guidance):
+            found = repr(guidance) if isinstance(guidance, type) else type(guidance).__name__
+            raise ValueError(f"guidances are a list of Guidance objects, not of {found}; () for none")
         if not guidance.name:
             raise ValueError(
                 f"{type(guidance).__name__} has no name: set one in the class, under which the log shows its term"
             )
+    names = [guidance.name for guidance in listed]
+    if len(set(names)) < len(names):
+        raise ValueError(f"guidances are called {', '.join(names)}; give each a name of its own")
+    return listed
+
+
+def _check(path: Path, times: str, drop: float, cosine: float) -> None:
+    """ValueError for an option of `Objective` out of range."""
     if isinstance(path, str):
         raise ValueError(f"path {path!r} must be a Path: one of selftrans.PATHS, which are {', '.join(PATHS)}")
     if times not in TIMES:
@@ -182,7 +190,7 @@ def _check_output(out: Output, x: Tensor, student: Backbone, taps: tuple[int, ..
 
 def _checked(name: str, returned: Any) -> tuple[Tensor, Report]:
     """What a guidance returned. ValueError unless it is its term (0-d) and 0-d tensors for the log, by name."""
-    if not isinstance(returned, tuple) or len(returned) != 2 or not isinstance(returned[1], dict):
+    if not isinstance(returned, tuple | list) or len(returned) != 2 or not isinstance(returned[1], dict):
         raise ValueError(
             f"the guidance {name} must return its term and a dict for the log, not a {type(returned).__name__}"
         )
@@ -190,4 +198,4 @@ def _checked(name: str, returned: Any) -> tuple[Tensor, Report]:
         if not isinstance(value, Tensor) or value.dim():
             found = f"of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
             raise ValueError(f"'{what}' of the guidance {name} must be a tensor without dimensions (0-d), not {found}")
-    return returned
+    return returned[0], returned[1]

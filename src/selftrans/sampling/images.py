@@ -233,13 +233,19 @@ class Sampler:
         return decode_images(self.autoencoder, z0, settings.rounding)
 
 
+class NotFinite(ValueError):
+    """Samples that are not finite."""
+
+
 def _check_finite(z0: Tensor, indices: np.ndarray, precision: str) -> None:
-    """ValueError for latents (N, C, *S) that are not finite: as pictures they would be black, and be measured."""
+    """`NotFinite` for latents (N, C, *S) that are not finite: as pictures they would be black, and be measured."""
     bad = ~torch.isfinite(z0).flatten(start_dim=1).all(dim=1)
     if bad.any():
         first = int(indices[int(bad.int().argmax())])
-        overflow = "fp16 may overflow (use --precision bf16 or fp32), or " if precision == "fp16" else ""
-        raise ValueError(f"sample {first} is not finite: {overflow}the weights of the model have diverged")
+        overflow = (
+            "fp16 may overflow (set the precision of sampling to bf16 or fp32), or " if precision == "fp16" else ""
+        )
+        raise NotFinite(f"sample {first} is not finite: {overflow}the weights of the model have diverged")
 
 
 def overridden(loaded: LoadedModel, overrides: dict[str, Any]) -> SampleConfig:

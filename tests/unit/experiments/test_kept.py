@@ -12,11 +12,13 @@ from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from selftrans.checkpoints import format as checkpoint
+from selftrans.checkpoints.load import FILES
 from selftrans.data.dataset import Dataset
 from selftrans.evaluate import extractors
 from selftrans.evaluate.classifier import SmallClassifier
@@ -26,6 +28,7 @@ from selftrans.experiments.compare import classifier_of
 from selftrans.experiments.comparison import Comparison
 from selftrans.experiments.kept import all_kept, kept_runs
 from selftrans.experiments.measurement import DECODED_BY, MEASURED, Measurement, check_alike, measured_before
+from selftrans.sampling.images import NotFinite
 from selftrans.storage import InUse, lock_file
 from tests.support import toy
 from tests.support.pools import InProcess, in_this_process
@@ -320,3 +323,14 @@ def test_files_are_written_once_and_again_when_something_has_changed(folder):
 def test_second_comparison_in_a_folder_is_refused(tmp_path):
     with lock_file(tmp_path / ".lock"), pytest.raises(InUse, match="is in use by process"):
         compare.compare_methods(toy.toy(SMALL), tmp_path, ["vanilla"], features="values")
+
+
+def test_checkpoint_whose_samples_are_not_finite_is_named(tmp_path, monkeypatch):
+    held = SimpleNamespace(state={"sha256": {FILES["ema"]: "0"}})
+    monkeypatch.setattr(checkpoint, "read", lambda folder: held)
+    monkeypatch.setattr(measurement, "measured_before", lambda *_: {})
+    monkeypatch.setattr(measurement, "measure_checkpoint", lambda *_: (_ for _ in ()).throw(NotFinite("sample 0 ...")))
+    with pytest.raises(
+        ValueError, match=f"^{tmp_path} cannot be measured: sample 0 ...; leave its method out, or train"
+    ):
+        measurement.measure_point(tmp_path / "run", tmp_path, SimpleNamespace(identity={}))

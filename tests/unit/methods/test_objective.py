@@ -216,9 +216,10 @@ def test_report_is_detached_scalars_under_known_keys():
     assert all(x.dim() == 0 and not x.requires_grad and x.dtype == torch.float32 for x in report.values())
 
 
-def test_guidance_outside_the_package_adds_its_term():
+@pytest.mark.parametrize("given", [list, tuple, iter])
+def test_guidance_outside_the_package_adds_its_term(given):
     student, ridge, d = Stub(), Ridge(block=1, weight=0.3, until_step=5), handmade_draw(TIMES)
-    objective = Objective(student, [ridge])
+    objective = Objective(student, given([ridge]))  # an iterator gives it once
     loss, report = objective.losses(d, 4)
     expected = 2.0 * ((0.5 * numbers(d.zt)) ** 2).mean()
     assert report["ridge"].item() == pytest.approx(expected, rel=1e-5) and "ridge/norm" in report
@@ -407,7 +408,7 @@ def test_latents_of_another_shape_or_type_are_refused(latents, message):
     "options, message",
     [
         ({"guidances": Ridge()}, r"guidances are a list, of ridge alone too: \[guidance\]"),
-        ({"guidances": None}, r"a list of Guidance objects, not of NoneType; \(\) for none"),
+        ({"guidances": None}, r"a list of Guidance objects, not None; \(\) for none"),
         ({"guidances": [Ridge]}, r"a list of Guidance objects, not of <class '.*Ridge'>"),
         ({"guidances": [Guidance(1.0, ())]}, "Guidance has no name: set one in the class"),
         ({"path": "linear"}, "path 'linear' must be a Path: one of selftrans.PATHS, which are linear, cosine"),

@@ -140,7 +140,9 @@ def test_samples_that_are_not_finite_are_refused(precision):
         model.y_embedder.embedding_table.weight[4] = float("nan")
     batches = Sampler(model, PixelAutoencoder(), config, device="cpu").sample()
     assert len(next(batches).images) == 3
-    overflow = r"fp16 may overflow \(use --precision bf16 or fp32\), or " if precision == "fp16" else ""
+    overflow = (
+        r"fp16 may overflow \(set the precision of sampling to bf16 or fp32\), or " if precision == "fp16" else ""
+    )
     with pytest.raises(ValueError, match=f"^sample 4 is not finite: {overflow}the weights of the model have diverged$"):
         next(batches)
     with pytest.raises(ValueError, match="the autoencoder pixel decodes latents to values that are not finite"):

@@ -11,7 +11,7 @@ import tarfile
 from collections import Counter
 from collections.abc import Collection, Iterator
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -21,9 +21,6 @@ from selftrans.data.sources.passed_over import Archived, kind_of_file
 from selftrans.data.sources.source import Entries, Source
 from selftrans.data.sources.zip_archive import MAX_PICTURE_BYTES
 from selftrans.storage import first_line, printable
-
-if TYPE_CHECKING:
-    pass
 
 
 class Member(NamedTuple):

@@ -9,7 +9,6 @@ import io
 import json
 from collections import Counter
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -17,9 +16,6 @@ from selftrans.data.sources.decode import EXTENSIONS, open_picture
 from selftrans.data.sources.source import MAX_CLASSES, Source, classify
 from selftrans.data.sources.tar_archive import MAX_PICTURE_BYTES, Member, add_member, walk_tar
 from selftrans.storage import first_line, printable
-
-if TYPE_CHECKING:
-    pass
 
 CLASS, FIELDS = ".cls", ".json"
 FIELD_NAMES = ("label", "labels", "cls", "class")  #: of a .json, the first that is there
