@@ -2,10 +2,13 @@
 
 import contextlib
 import json
+import signal
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
+from torch.multiprocessing import ProcessExitedException
 
 from selftrans.checkpoints.format import newest
 from selftrans.cli.main import main
@@ -67,8 +70,17 @@ def work(rank: int, folder: str, data: str, text: str) -> None:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("shard")
-    spawn(work, str(folder), str(toy.digits()), str(captioned.shared()))
+    """The runs; made once more, with a warning, where a process died in native code: torch 2.13 on gloo has corrupted its heap
+    ("malloc(): unaligned tcache chunk detected") once."""
+    for last in (False, True):
+        folder = tmp_path_factory.mktemp("shard")
+        try:
+            spawn(work, str(folder), str(toy.digits()), str(captioned.shared()))
+            break
+        except ProcessExitedException as error:
+            if last or error.exit_code not in (-signal.SIGABRT, -signal.SIGSEGV):
+                raise
+            warnings.warn(f"{error}, in native code; the runs are made once more", stacklevel=1)
     return folder
 
 
