@@ -162,6 +162,12 @@ TIMES = {
 }
 
 
+def check_times(times: str) -> None:
+    """ValueError for a timestep sampler that is not in `TIMES`."""
+    if times not in TIMES:
+        raise ValueError(f"times {times!r} is unknown; choose one of {', '.join(TIMES)}")
+
+
 def draw(batch: Batch, null: Cond, *, path: Path = LINEAR, times: str = "systematic", drop: float = 0.1) -> Draw:
     """Draw time, noise and the dropped condition of a step from torch's default generator, once for all losses.
 
@@ -172,8 +178,7 @@ def draw(batch: Batch, null: Cond, *, path: Path = LINEAR, times: str = "systema
         drop: probability in [0, 1] that a sample's condition is replaced by the null one, in `Draw.dropped`.
     Raises ValueError for unknown `times`.
     """
-    if times not in TIMES:
-        raise ValueError(f"times {times!r} is unknown; choose one of {', '.join(TIMES)}")
+    check_times(times)
     n, device = batch.z0.shape[0], batch.z0.device
     t = TIMES[times](n, path, device)
     noise = torch.randn_like(batch.z0)

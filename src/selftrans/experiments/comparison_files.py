@@ -15,7 +15,7 @@ from selftrans.experiments import html_report
 from selftrans.experiments.comparison import Comparison
 from selftrans.experiments.measurement import MEASURED, due_checkpoints, samples_of, stored_conditions, stored_points
 from selftrans.experiments.summary import as_csv
-from selftrans.storage import sha256_file, write_json, write_text
+from selftrans.storage import recorded, sha256_file, write_json, write_text
 from selftrans.train.data_window import data_of
 
 SHOWN = 32  #: samples on the page, per method
@@ -27,9 +27,7 @@ OF_A_CALL = ("time", FILES)  #: entries of compare.json that do not depend on th
 def write(chosen: Comparison, summary: dict[str, Any]) -> dict[str, Any]:
     """Write compare.json, .csv, .png and .html to the directory of the comparison; returns what the first one holds."""
     runs = {name: chosen.run((name, chosen.seeds[0])) for name in chosen.variants}
-    data = chosen.shared.data
-    dataset = data_of(data)
-    conditioning = stored_conditions(dataset, dataclasses.replace(chosen.shared.sample, seed=1))
+    conditioning = stored_conditions(data_of(chosen.shared.data), dataclasses.replace(chosen.shared.sample, seed=1))
     lasts = {name: due_checkpoints(run, chosen.every, chosen.dense)[-1] for name, run in runs.items()}
     grids = {name: samples_of(last, chosen.shared.sample, SHOWN, conditioning) for name, last in lasts.items()}
     captions = conditioning.texts(np.arange(SHOWN))
@@ -45,13 +43,13 @@ def write(chosen: Comparison, summary: dict[str, Any]) -> dict[str, Any]:
 
 def shown_already(chosen: Comparison, summary: dict[str, Any]) -> dict[str, Any] | None:
     """What compare.json holds, if it and the other files are there as `write` would write them; else None."""
-    try:
-        held = dict(json.loads((chosen.out / JSON).read_text()))
+
+    def showing(held: dict[str, Any]) -> dict[str, Any] | None:
         files = held[FILES]
         same = files["made_from"] == _made_from(chosen, summary) and _of_runs(held) == _of_runs(summary)
         return held if same and all(files[name] == sha256_file(chosen.out / name) for name in DRAWN) else None
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):  # missing, damaged, or of an earlier version
-        return None
+
+    return recorded(chosen.out / JSON, showing, None)
 
 
 def _of_runs(summary: dict[str, Any]) -> Any:

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from multiprocessing import connection
-from typing import Any
 
 from selftrans.storage import plural
 from selftrans.train.signals import StopSignal
@@ -25,24 +24,13 @@ class Stopped(KeyboardInterrupt):
     """The comparison was asked to stop, and its workers have ended; the text says how to continue."""
 
 
-class StopRequest:
+class StopRequest(StopSignal):
     """Stop signals to a process with workers: the first asks for an orderly end, the second for one at once, and those after
     it act as they did before. Use as a context manager; outside of the main thread it receives none."""
 
     def __init__(self) -> None:
-        self.received: int | None = None
-        self.at_once = False
-        self._first, self._before = 0.0, dict[int, Any]()
-
-    def __enter__(self) -> StopRequest:
-        if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._receive) for number in StopSignal.SIGNALS}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-        self._before = {}
+        super().__init__()
+        self.at_once, self._first = False, 0.0
 
     def _receive(self, number: int, frame: object) -> None:
         now = time.monotonic()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +12,7 @@ from selftrans.data.dataset import Dataset
 from selftrans.data.decoded import decoded_images
 from selftrans.device import default_device
 from selftrans.evaluate.classifier import train_classifier
-from selftrans.storage import check_writable, plural, write_json
+from selftrans.storage import check_writable, plural, recorded, write_json
 
 SHARDS = "shards_sha256"  #: entry of the classifier's json: which data it was trained on
 
@@ -26,11 +25,7 @@ def identity_of_shards(dataset: Dataset) -> str:
 
 def data_of_classifier(file: Path) -> str | None:
     """`identity_of_shards` of the data that a classifier was trained on, from the json next to it; None if it is not known."""
-    try:
-        found = json.loads(file.with_suffix(".json").read_text())[SHARDS]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return None
-    return str(found)
+    return recorded(file.with_suffix(".json"), lambda held: str(held[SHARDS]), None)
 
 
 def classifier_from_data(data: str | Path, out: Path, *, epochs: int, seed: int) -> str:

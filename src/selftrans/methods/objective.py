@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from selftrans.flow import LINEAR, PATHS, TIMES, Path, draw
+from selftrans.flow import LINEAR, PATHS, Path, check_times, draw
 from selftrans.methods.guidance import Guidance, Report
 from selftrans.types import Backbone, Batch, Draw, Output, check_backbone, check_latents, where_cond
 
@@ -158,8 +158,7 @@ def _check(path: Path, times: str, drop: float, cosine: float) -> None:
     """ValueError for an option of `Objective` out of range."""
     if isinstance(path, str):
         raise ValueError(f"path {path!r} must be a Path: one of selftrans.PATHS, which are {', '.join(PATHS)}")
-    if times not in TIMES:
-        raise ValueError(f"times {times!r} is unknown; choose one of {', '.join(TIMES)}")
+    check_times(times)
     if not 0 <= drop <= 1 or not 0 <= cosine < math.inf:
         raise ValueError(f"drop {drop} must be in [0, 1], and cosine {cosine} a number from 0")
 

@@ -70,9 +70,8 @@ class StructureGuidance(Guidance):
         self.config, self.patchify = config, student.patchify
         self.selects = selective(config.timestep_range, config.range_mode)
         cells = math.prod(student.shape) // student.tokens  # numbers of a latent that one token covers
-        like = next(
-            student.parameters(), torch.empty(0)
-        )  # patchify may use weights, and those may be on the meta device
+        # patchify may use weights, and those may be on the meta device
+        like = next(student.parameters(), torch.empty(0))
         with torch.no_grad():
             cut = tuple(student.patchify(like.new_zeros(1, *student.shape)).shape)
         if cut != (1, student.tokens, cells):

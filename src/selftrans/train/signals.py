@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import threading
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from accelerate import Accelerator
@@ -23,7 +23,7 @@ class StopSignal:
         self._before: dict[int, Any] = {}
         self._pending: tuple[torch.Tensor, Any] | None = None
 
-    def __enter__(self) -> StopSignal:
+    def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
             self._before = {number: signal.signal(number, self._receive) for number in self.SIGNALS}
         return self
@@ -31,6 +31,7 @@ class StopSignal:
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        self._before = {}
 
     def _receive(self, number: int, frame: object) -> None:
         if self.received is not None and number == signal.SIGINT:
