@@ -67,6 +67,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "vanilla-longer": {"method": "vanilla", "train.steps~": LONGER},
     "repa": {"method": "repa"},
     "w5": guided(5.0),
+    "w5-small": guided(5.0, teacher_width=192, teacher_depth=8, teacher_block=6),  # of half the student's width
     "w2-short": guided(2.0, SHORT),
     "w5-label-removed": guided(5.0, label_part="remove"),
     "sra": {"method": "sra"},
@@ -96,6 +97,7 @@ class Lease:
     config: RunConfig
     data: Dataset
     measurement: Measurement
+    autoencoder: Autoencoder
     out: Path
     work: Path
     every: float  #: interval of measurements, relative to the steps
@@ -142,8 +144,7 @@ class Points:
 def lease_measures(model: Any, lease: Lease) -> dict[str, Any]:
     """Distance, accuracy of the labels and shallow probe of a model as it is, in eval mode."""
     m, path, device = lease.measurement, PATHS[lease.config.train.path], next(model.parameters()).device
-    autoencoder = load_autoencoder(lease.data.manifest.autoencoder, device=device)
-    sampler = Sampler(model, autoencoder, m.sample, path, device=device, conditioning=m.conditioning)
+    sampler = Sampler(model, lease.autoencoder, m.sample, path, device=device, conditioning=m.conditioning)
     batches = list(sampler.sample())
     labels, metrics = np.concatenate([batch.labels for batch in batches]), ["frechet"]
     metrics += ["accuracy"] if m.extractor.head else []
@@ -214,7 +215,7 @@ def run_all(lease: Lease, accelerator: Accelerator, options: argparse.Namespace)
         best = min(tuning, key=lambda job: runs[job.key]["points"][-1]["distance"])
         lease.results["chosen"] = {k: v for k, v in best.overrides.items() if k != "method"}
     chosen = lease.results.get("chosen", {})
-    names = [name for name in options.arms if name != "repa" or options.encoder]
+    names = [name for name in options.arms if name != "repa" or options.encoder or lease.data.manifest.features]
     jobs = [Job(name, seed, options.steps, chosen | ARMS[name]) for seed in options.seeds for name in names]
     return left + ([job.key for job in jobs] if left else _run(lease, accelerator, jobs))
 
@@ -290,7 +291,7 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--points", type=int, default=5, help="measurements along an arm")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))
-    parser.add_argument("--encoder", help="for REPA, such as benchmarks/encoder.py makes; without one it is left out")
+    parser.add_argument("--encoder", help="for REPA, such as benchmarks/encoder.py makes; without one, REPA needs features in the data")
     parser.add_argument("--features", help="extractor: a classifier's file, or a name; trained here by default")
     parser.add_argument("--images", type=int, default=2000, help="samples of a measurement")
     parser.add_argument("--set", nargs="+", default=[], metavar="SECTION.FIELD=JSON", help="settings of every run")
@@ -320,7 +321,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "grid": [list(pair) for pair in TUNED],
             "extractor": measurement.extractor.sha256,
         }
-        lease = Lease(config, data, measurement, options.out, options.work, 1 / options.points, stop)
+        decoder = load_autoencoder(data.manifest.autoencoder, device=accelerator.device, dtype=measurement.decoder)
+        lease = Lease(config, data, measurement, decoder, options.out, options.work, 1 / options.points, stop)
         lease.results = before(options.out / "evidence_gpu.json", settings)
         left = run_all(lease, accelerator, options)
     name = torch.cuda.get_device_name() if accelerator.device.type == "cuda" else "cpu"

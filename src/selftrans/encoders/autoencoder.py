@@ -75,7 +75,7 @@ class DiffusersAutoencoder:
         self.device, self.dtype = torch.device(device), dtype
         # convolutions in reduced precision are fastest in channels_last layout
         self.model = cast(Any, model.eval().requires_grad_(False))
-        self.model.to(self.device, dtype, memory_format=torch.channels_last)
+        self.model.to(self.device, memory_format=torch.channels_last)
         self.most_pixels = MOST_PIXELS if self.device.type == "cuda" else None  #: decoded at a time; None: any number
 
     def _cast(self, x: Tensor) -> Tensor:
