@@ -13,7 +13,8 @@ CACHE = "TORCHINDUCTOR_CACHE_DIR"  #: torch's variable: where compiled code lies
 
 
 def compile_model(model: Backbone, *, dynamic: bool | None = False) -> None:
-    """`torch.compile` each block of a model in place, and what is `unrepeated`; all blocks share a compilation for each shape."""
+    """`torch.compile` in place: each block of a model, all of which share a compilation for each shape, and what is
+    `unrepeated`."""
     import torch._dynamo as dynamo
 
     keep_compiled()
