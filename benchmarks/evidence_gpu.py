@@ -154,7 +154,7 @@ def lease_measures(model: Any, lease: Lease) -> dict[str, Any]:
 
 
 def configured(lease: Lease, job: Job) -> RunConfig:
-    """The settings of a job; its teacher is the stage-1 arm of the same seed, where that has trained as long."""
+    """The settings of a job; a teacher of the student's size is the stage-1 arm of the same seed, if that trained as long."""
     dotted = {
         name.removesuffix("~"): max(1, round(value * job.steps)) if name.endswith("~") else value
         for name, value in {"train.steps": job.steps, **job.overrides}.items()
@@ -165,7 +165,7 @@ def configured(lease: Lease, job: Job) -> RunConfig:
     config = lease.config.override({"train.seed": job.seed, "train.preview_every": every, **kept, **dotted})
     taught = lease.work / f"{STAGE1}-seed{job.seed}" / "stage1" / "checkpoints"
     teacher = dict(checkpoint.steps(taught)).get(dotted.get("stage1.steps", -1))
-    if teacher is not None:
+    if teacher is not None and "stage2.teacher_width" not in dotted:
         config = config.override({"stage2.teacher": str(teacher)})
     return for_method(config).check()
 
