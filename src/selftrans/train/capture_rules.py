@@ -61,13 +61,15 @@ def obstacle(trainer: Trainer) -> str | None:
 def why_launched(trainer: Trainer) -> str | None:
     """Why `auto` launches the steps of a stage, as far as that is known before the first one; None where it does not.
 
-    Besides an `obstacle`: code of other packages, whose Python would run in the recording alone (a graph would repeat a count
-    or a number drawn by numpy); and a run in which CUDA has ended a recording.
+    Besides an `obstacle`: AMD GPUs; code of other packages, whose Python would run in the recording alone (a graph would
+    repeat a count or a number drawn by numpy); and a run in which CUDA has ended a recording.
     """
     if trainer.accelerator.device.type == "cpu":
         return "CUDA graphs need a CUDA GPU, this device is cpu"
     if reason := obstacle(trainer):
         return reason
+    if torch.version.hip:
+        return "graphs are not tested on AMD GPUs; train.capture on tries"
     for kind in map(type, trainer.objective.modules()):
         if kind.__module__.partition(".")[0] not in KNOWN:
             return f"{kind.__name__} is code of another package, which a graph may not repeat; train.capture on tries"

@@ -86,7 +86,7 @@ def test_where_no_step_can_be_captured_one_line_says_why(tmp_path: Path, what: d
 
 
 def test_auto_leaves_some_steps_launched_that_on_captures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Code of other packages, and a run in which CUDA has ended a recording."""
+    """Code of other packages, a run in which CUDA has ended a recording, and AMD GPUs."""
     made = object()
     monkeypatch.setattr("selftrans.train.captured_step.CapturedStep", lambda _: made)
     assert captured_step(trainer_of(tmp_path)) is made
@@ -100,6 +100,8 @@ def test_auto_leaves_some_steps_launched_that_on_captures(tmp_path: Path, monkey
         assert captured_step(trainer_of(tmp_path, **what)) is None
         assert captured_step(trainer_of(tmp_path, "on", **what)) is made
         assert captured_step(trainer_of(tmp_path, "off", **what)) is None
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    assert "AMD" in str(why_launched(trainer_of(tmp_path)))
 
 
 @pytest.mark.parametrize(
