@@ -234,8 +234,9 @@ class CapturedStep:
         return self._stream is not None and self._taken == WARM_UP - 1
 
     def _called(self, function: Recorded) -> Tensor:
-        """What it returns. What waits for the device in the last step before the recording is noted: it would end that."""
-        if not self._last_launched:
+        """What it returns. With `auto`, what waits for the device in the last step before the recording is noted: it would end
+        that."""
+        if not self._last_launched or self.trainer.config.train.capture == "on":
             return function()
         with self.trainer.stream.reading, noted_waits(self._waits):
             return function()

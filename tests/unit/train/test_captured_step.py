@@ -304,7 +304,7 @@ def test_graphs_that_would_take_most_of_the_memory_are_not_recorded(
 def test_step_that_waits_for_the_device_is_not_recorded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, graphs: list[Recorded], capture: str
 ) -> None:
-    """torch's check finds it in the step before, so that CUDA ends no recording. Other warnings of that step are shown."""
+    """With `auto`: torch's check finds it in the step before, so that CUDA ends no recording; other warnings are shown."""
     modes, original = [0], Objective.forward
     monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
 
@@ -321,15 +321,15 @@ def test_step_that_waits_for_the_device_is_not_recorded(
     with warnings.catch_warnings(record=True) as warned:
         for _ in range(WARM_UP):
             one._train_step(batches)
-    assert [str(each.message) for each in warned] == ["another warning"]
-    assert modes == [0, "warn", 0, "warn", 0]
+    shown = [str(each.message) for each in warned]
+    if capture == "on":
+        one._train_step(batches)
+        assert (shown, modes, len(graphs)) == ([], [0], 2)
+        return
+    assert (shown, modes) == (["another warning"], [0, "warn", 0, "warn", 0])
     said = r"an operation waits for the device at test_captured_step.py:\d+, which a graph cannot"
-    if capture == "auto":
-        with pytest.warns(UserWarning, match=f"goes on without a graph: {said}$"):
-            one._train_step(batches)
-    else:
-        with pytest.raises(NotCaptured, match=said):
-            one._train_step(batches)
+    with pytest.warns(UserWarning, match=f"goes on without a graph: {said}$"):
+        one._train_step(batches)
     assert graphs == []
 
 
