@@ -2,9 +2,9 @@
 
     python benchmarks/evidence_gpu.py cifar10-train.zip --out results/gpu --minutes 8 --encoder results/cifar-encoder
 
-First learning rate and label table are chosen for vanilla training, on short runs (`TUNED`). With the best of them each arm
-of `ARMS` is trained and measured, in this order: all with seed 0, then all with seed 1, and so on. A student of stage 2 has the
-initial weights, data and noise of vanilla with the same seed, so differences are of pairs.
+First learning rate and label table are chosen for vanilla training, on short runs (`RATES`, `STDS`). With the best of them each
+arm of `ARMS` is trained and measured, in this order: all with seed 0, then all with seed 1, and so on. A student of stage 2 has
+the initial weights, data and noise of vanilla with the same seed, so differences are of pairs.
 
 All arms share the process: the data lie on the device, blocks are compiled once, measured is the average as it trains, without
 reading a checkpoint. Results are written after every measurement (OUT/evidence_gpu.json); repeat the command to continue it, on
@@ -48,7 +48,7 @@ from selftrans.train.signals import StopSignal
 from selftrans.train.teachers import teacher_of, training_cost
 from selftrans.train.trainer import Trainer
 
-TUNED = [(lr, std) for lr in (1e-3, 5e-4, 2e-3) for std in (0.5, 0.02)]  #: learning rate, deviation of the label table
+RATES, STDS = (1e-3, 5e-4, 2e-3), (0.5, 0.02)  #: learning rates and deviations of the label table that are tried
 LONGER = 1.5  #: steps of `vanilla-longer`, relative to the others: about the compute of two stages
 SHORT, HALF, GUIDED = 0.2, 0.4, 0.6  #: lengths of stage 1 and the end of guidance, relative to the student's steps
 BASELINE, STAGE1, TRIAL = "vanilla", "structure", "tune-"
@@ -289,6 +289,10 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--tune-steps", type=int, default=300, help="steps of a trial of the tuning, measured at its end"
     )
+    parser.add_argument("--rates", type=float, nargs="+", default=RATES, help="learning rates of the tuning")
+    parser.add_argument(
+        "--stds", type=float, nargs="+", default=STDS, help="deviations of the label table of the tuning"
+    )
     parser.add_argument("--points", type=int, default=5, help="measurements along an arm")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))
@@ -319,7 +323,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         settings = {"steps": options.steps, "tune_steps": options.tune_steps, "points": options.points, "given": given}
         settings |= {
             "images": options.images,
-            "grid": [list(pair) for pair in TUNED],
+            "grid": [[lr, std] for lr in options.rates for std in options.stds],
             "extractor": measurement.extractor.sha256,
         }
         decoder = load_autoencoder(data.manifest.autoencoder, device=accelerator.device, dtype=measurement.decoder)
