@@ -10,16 +10,22 @@ from selftrans.types import Backbone
 
 VERSIONS = 64  #: compilations of a block in one process: students, teachers, samplers, batch sizes
 CACHE = "TORCHINDUCTOR_CACHE_DIR"  #: torch's variable: where compiled code lies
+KEEP_FUNCTIONS = "autograd_cache_allow_custom_autograd_functions"  #: torch's setting, newer than 2.6
 
 
 def compile_model(model: Backbone, *, dynamic: bool | None = False) -> None:
     """`torch.compile` each block of a model in place, if it has any; all of them share one compilation for each shape."""
     import torch._dynamo as dynamo
+    import torch._functorch.config as functorch
 
     keep_compiled()
     # blocks are one piece of code to dynamo: beyond its eight versions of one, it would go on uncompiled and say little
     dynamo.config.recompile_limit = max(VERSIONS, dynamo.config.recompile_limit)
     dynamo.config.optimize_ddp = False  # it cuts a block in pieces to send gradients sooner: blocks are sent one by one
+    if hasattr(
+        functorch, KEEP_FUNCTIONS
+    ):  # autograd functions are part of the key: `fused_norm`; torch traces anew without
+        setattr(functorch, KEEP_FUNCTIONS, True)
     for block in model.repeated():
         block.compile(dynamic=dynamic)
 
