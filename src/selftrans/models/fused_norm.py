@@ -50,11 +50,15 @@ def gate_modulated(
 
 
 def _forward(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """The modulated norm of x (N, T, D), and mean and 1 / deviation of the tokens (N, T, 1)."""
-    wide = x if x.dtype == torch.float64 else x.float()
+    """The modulated norm of x (N, T, D), and mean and 1 / deviation of the tokens (N, T, 1).
+
+    No conversion to the dtype that a tensor has: it returns the tensor itself, and dynamo of torch 2.11 may then send the
+    gradients of an autograd function to the wrong output (pytorch issue 180642).
+    """
+    wide = x if x.dtype in (torch.float32, torch.float64) else x.float()
     normal, mean, rstd = torch.native_layer_norm(wide, (x.shape[-1],), None, None, eps)
     y = normal * (1 + scale.unsqueeze(dim=1)) + shift.unsqueeze(dim=1)
-    return y.to(scale.dtype), mean, rstd
+    return y if y.dtype == scale.dtype else y.to(scale.dtype), mean, rstd
 
 
 class _Modulated(torch.autograd.Function):

@@ -6,7 +6,6 @@ import importlib.util
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,7 +16,6 @@ from selftrans.models import fused_norm, layers
 from tests.support.diffusers_blocks import randomised
 
 EPS = 1e-6
-ROOT = Path(__file__).parents[3]
 TRITON = importlib.util.find_spec("triton") is not None
 
 
@@ -135,7 +133,7 @@ print("equal")
 def test_the_interpreted_kernel_equals_the_formulas() -> None:
     done = subprocess.run(
         [sys.executable, "-c", INTERPRETED],
-        env=os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT / "src")},
+        env=os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
         capture_output=True,
         text=True,
         check=False,
