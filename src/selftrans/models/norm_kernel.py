@@ -13,6 +13,7 @@ from torch import Tensor
 
 TOKENS = 32  #: most tokens of a chunk: with fewer, sums cost more memory traffic; with more, large GPUs run short of programs
 STAGES = 3  #: rows in flight: two are loaded while one is computed
+WIDEST = 2048  #: with wider rows, those in flight do not fit the shared memory of some GPUs
 PROGRAMS = 1024  #: fewest programs that keep a large GPU busy
 
 
@@ -108,6 +109,6 @@ def launch(
         _gate_norm_backward[(samples * chunks,)](
             d_x1, d_y, x, a, gate, scale, mean.contiguous(), rstd.contiguous(), d_x, d_a, sums,
             gate.stride(0), scale.stride(0), tokens, chunks,
-            CHUNK=chunk, D=width, BLOCK=block, GATED=gated, STAGES=STAGES, num_warps=warps_of(block),
+            CHUNK=chunk, D=width, BLOCK=block, GATED=gated, STAGES=STAGES if block <= WIDEST else 1, num_warps=warps_of(block),
         )  # fmt: skip
     return d_x, d_a, sums.sum(dim=1)
