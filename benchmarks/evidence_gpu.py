@@ -42,6 +42,7 @@ from selftrans.recipes import recipe
 from selftrans.sampling.images import Sampler
 from selftrans.storage import write_json
 from selftrans.train.interrupted import Interrupted
+from selftrans.train.preview import Attempt
 from selftrans.train.run import accelerator_of, planned
 from selftrans.train.signals import StopSignal
 from selftrans.train.teachers import teacher_of, training_cost
@@ -130,11 +131,11 @@ class Points:
         self.lease, self.record, self.spent = lease, record, spent  #: TFLOPs of earlier stages and of the teacher
         self.trainer: Any = None
 
-    def save(self, model: Any, path: Path, *, again: bool = False) -> None:
+    def save(self, model: Any, path: Path, *, again: bool = False, attempt: Attempt = lambda make: make()) -> None:
         points, step = self.record["points"], self.trainer.step
         if points and points[-1]["step"] >= step:
             return
-        measured, lease = lease_measures(model, self.lease), self.lease
+        measured, lease = attempt(lambda: lease_measures(model, self.lease)), self.lease
         own = self.trainer.total_flops() / 1e12
         points.append({"step": step, "tflops": own + self.spent, "seconds": self.trainer.seconds, **measured})
         lease.write()
