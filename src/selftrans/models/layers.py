@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from selftrans.models import fused_norm
+
 
 class Attention(nn.Module):
     """Multi-head self-attention through SDPA, with LayerNorm on queries and keys as an option."""
@@ -87,6 +89,10 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:  # (N, T, D), (N, D) -> (N, T, D)
         shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c).chunk(6, dim=-1)
+        if fused_norm.applies(x):
+            x, y = fused_norm.modulated(x, shift1, scale1, self.norm1.eps)
+            x, y = fused_norm.gate_modulated(x, self.attn(y), gate1, shift2, scale2, self.norm2.eps)
+            return x + gate2.unsqueeze(dim=1) * self.mlp(y)
         x = x + gate1.unsqueeze(dim=1) * self.attn(modulate(self.norm1(x), shift1, scale1))
         return x + gate2.unsqueeze(dim=1) * self.mlp(modulate(self.norm2(x), shift2, scale2))
 
