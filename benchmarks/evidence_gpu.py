@@ -291,7 +291,9 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--points", type=int, default=5, help="measurements along an arm")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))
-    parser.add_argument("--encoder", help="for REPA, such as benchmarks/encoder.py makes; without one, REPA needs features in the data")
+    parser.add_argument(
+        "--encoder", help="for REPA, such as benchmarks/encoder.py makes; without one, REPA needs features in the data"
+    )
     parser.add_argument("--features", help="extractor: a classifier's file, or a name; trained here by default")
     parser.add_argument("--images", type=int, default=2000, help="samples of a measurement")
     parser.add_argument("--set", nargs="+", default=[], metavar="SECTION.FIELD=JSON", help="settings of every run")

@@ -32,7 +32,7 @@ from selftrans.experiments.measurement import PROBED_BLOCK, check_sizes, image_s
 from selftrans.experiments.runner import Results, compare, processes
 from selftrans.experiments.schedule import Job
 from selftrans.experiments.summary import AXES, mean_curve, rows, time_line, time_shares
-from selftrans.experiments.train_classifier import classifier_from_data, data_of_classifier, identity_of_shards
+from selftrans.experiments.train_classifier import classifier_from_data, data_of_classifier
 from selftrans.methods.registry import METHODS, REGISTRY, find, put_together, sections_of, stages
 from selftrans.sections import fields_of
 from selftrans.storage import lock_file, removed_if_refused
@@ -60,7 +60,7 @@ def compare_methods(
 
     Args:
         methods: their names; None: the built-in ones that need no external encoder.
-        features: an extractor's name or file; None: see `with_defaults`. typed: see `train`.
+        features: an extractor's name or file; None: see `shared_settings`. typed: see `train`.
     Raises ValueError for unknown methods and seeds.
     """
     if methods is None:
@@ -75,7 +75,7 @@ def compare_methods(
             variants = {name: for_method(config, name) for name in methods}
             chosen = Comparison(config, variants, tuple(seeds), out, images, features, weights, probed_block(config))
             kept = kept_runs(chosen)
-            check_before(chosen, kept)
+            check_before(chosen, kept, prepared=out / "data" in new)
         summary = _finished(chosen, kept) or _measured(chosen, kept, workers)
     names = {name: name for name in methods}
     print(html_report.text_table(summary["table"], names, summary["metric"]))
@@ -126,11 +126,12 @@ def for_method(config: RunConfig, method: str | None = None) -> RunConfig:
     return config.override(lengths)
 
 
-def check_before(chosen: Comparison, kept: Mapping[Job, Kept] | None = None) -> None:
+def check_before(chosen: Comparison, kept: Mapping[Job, Kept] | None = None, *, prepared: bool = False) -> None:
     """ValueError now for what would stop a run or a measurement later. Nothing is loaded, decoded or built where all is
-    trained and measured (`kept`; None: it is looked for)."""
+    trained and measured (`kept`; None: it is looked for). `prepared`: this call has just prepared the built-in data."""
     if not all_kept(chosen, kept_runs(chosen) if kept is None else kept):
-        _check_builtin(chosen.shared, chosen.out)
+        if not prepared:
+            _check_builtin(chosen.shared, chosen.out)
         check_measuring(chosen.shared, chosen.features, chosen.weights)
         rehearse(chosen.variants)
 
@@ -153,14 +154,6 @@ def _check(methods: Sequence[str], seeds: Sequence[int], images: int) -> None:
         find(name)
     if not seeds or len(set(seeds)) < len(seeds) or min(seeds) < 0 or images < 2:
         raise ValueError("a comparison needs seeds that differ from each other, from 0 on, and at least two images")
-
-
-def with_defaults(config: RunConfig, out: Path, *, features: str | None = None) -> tuple[RunConfig, str, str | None]:
-    """`shared_settings`, once they are known to be good for measuring (`check_measuring`)."""
-    config, features, weights = shared_settings(config, out, features=features)
-    _check_builtin(config, out)
-    check_measuring(config, features, weights)
-    return config, features, weights
 
 
 def shared_settings(config: RunConfig, out: Path, *, features: str | None = None) -> tuple[RunConfig, str, str | None]:
@@ -211,7 +204,7 @@ def classifier_of(config: RunConfig, dataset: Dataset, file: Path) -> Path:
     """`file`: the classifier of these data, trained by the first call. ValueError for one that was trained on other data."""
     if not file.exists():
         print(classifier_from_data(str(config.data.path), file, epochs=12, seed=0))
-    elif data_of_classifier(file) not in (None, identity_of_shards(dataset)):
+    elif data_of_classifier(file) not in (None, dataset.manifest.shards_sha256()):
         raise ValueError(
             f"{file} was trained on other data than {config.data.path}; choose another --out, or give that classifier with "
             "--features"

@@ -11,7 +11,7 @@ from selftrans.experiments.html_report import HEADINGS, cells, depends_on, legen
 from selftrans.experiments.summary import AXES, curve, mean_curve, rows
 from selftrans.methods.registry import BASELINE
 from selftrans.sections import OWN, TAKEN
-from selftrans.storage import first_line, printable
+from selftrans.storage import UNREADABLE, first_line, printable
 from selftrans.ui.contained import Contained, JsonFiles, number, plain
 from selftrans.ui.found_runs import TABLES, Found
 from selftrans.ui.run_state import IDENTITY, RunState
@@ -39,7 +39,7 @@ def stored_table(found: Found, files: JsonFiles) -> dict[str, Any]:
         if summary is not None:
             try:
                 return base | {"file": name} | _stored(summary)
-            except (KeyError, TypeError, ValueError, AttributeError, IndexError, ArithmeticError) as error:
+            except UNREADABLE as error:
                 reason = f"{first_line(error)}; was it written by another version?"
                 return base | {"note": f"{name} is not a comparison that this version reads ({reason})"}
     return base | {"note": "the comparison has been removed"}
@@ -103,7 +103,7 @@ def _measured(results: dict[tuple[str, int], Any]) -> dict[str, Any]:
         point = next(iter(results.values()))[1][-1]
         settings = {key: _text(point.get(key)) for key in IDENTITY if key != "metric"}
         return {"file": "measured.json of each run"} | _shown(table, str(point["metric"]), curves, settings)
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError, ArithmeticError) as error:
+    except UNREADABLE as error:
         return {"note": f"runs that were measured cannot be put in one table ({first_line(error)})"}
 
 
