@@ -280,9 +280,14 @@ class Compare(RecipeCommand[Config]):
 
     def run(self) -> None:
         from selftrans.experiments.compare import compare_methods, override
+        from selftrans.storage import plural
 
         config: Any = override(self.config, data=self.data, steps=self.steps)  # type: ignore[arg-type]
-        compare_methods(config, **self.options("recipe", "config", "data", "steps"))
+        summary = compare_methods(config, **self.options("recipe", "config", "data", "steps"))
+        if failed := len(summary["failed"]):
+            raise ValueError(
+                f"{plural(failed, 'run')} failed (the table above and compare.json say why); the same command tries again"
+            )
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -15,6 +16,7 @@ from selftrans.experiments import html_report
 from selftrans.experiments.comparison import Comparison
 from selftrans.experiments.measurement import MEASURED, due_checkpoints, samples_of, stored_conditions, stored_points
 from selftrans.experiments.summary import as_csv
+from selftrans.sampling.images import NotFinite
 from selftrans.storage import recorded, sha256_file, write_json, write_text
 from selftrans.train.data_window import data_of
 
@@ -25,12 +27,16 @@ FILES = "files"  #: entry of compare.json: what the other files were made from, 
 
 def write(chosen: Comparison, summary: dict[str, Any]) -> dict[str, Any]:
     """Write compare.json, .csv, .png and .html to the directory of the comparison; returns what the first one holds."""
-    runs = {name: chosen.run((name, chosen.seeds[0])) for name in chosen.variants}
+    failed = {(one["method"], one["seed"]) for one in summary["failed"]}
     conditioning = stored_conditions(data_of(chosen.shared.data), dataclasses.replace(chosen.shared.sample, seed=1))
-    lasts = {name: due_checkpoints(run, chosen.every, chosen.dense)[-1] for name, run in runs.items()}
-    grids = {name: samples_of(last, chosen.shared.sample, SHOWN, conditioning) for name, last in lasts.items()}
-    captions = conditioning.texts(np.arange(SHOWN))
-    figure = html_report.convergence(summary["curves"], summary["metric"])
+    grids = {}
+    for name in chosen.variants:
+        job = name, chosen.seeds[0]
+        if job not in failed:
+            last = due_checkpoints(chosen.run(job), chosen.every, chosen.dense)[-1]
+            with contextlib.suppress(NotFinite):  # those that were measured have other noise, and are finite
+                grids[name] = samples_of(last, chosen.shared.sample, SHOWN, conditioning)
+    captions, figure = conditioning.texts(np.arange(SHOWN)), html_report.convergence(summary)
     plots.save(figure, chosen.out / "compare.png")
     write_text(chosen.out / "compare.csv", as_csv(summary["table"]))
     write_text(chosen.out / "compare.html", html_report.comparison_page(summary, figure, grids, captions))

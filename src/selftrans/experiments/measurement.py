@@ -194,13 +194,13 @@ def due_checkpoints(run: Path, every: int | None = None, dense: int | None = Non
 
 
 def measure_point(run: Path, folder: Path, measurement: Measurement) -> Point:
-    """A checkpoint of a run, measured, or as it was measured before."""
+    """A checkpoint of a run, measured, or as it was measured before. `NotFinite` where its samples are not finite."""
     digest = checkpoint.read(folder).state["sha256"][FILES["ema"]]
     known = measured_before(run / MEASURED, measurement.identity).get(digest)
     try:
         return known or measure_checkpoint(folder, measurement) | {"sha256": digest}
     except NotFinite as error:
-        raise ValueError(f"{folder} cannot be measured: {error}; leave its method out, or train it again") from error
+        raise NotFinite(f"{folder} cannot be measured: {error}; leave its method out, or train it again") from error
 
 
 def stored_points(path: Path) -> list[Point]:

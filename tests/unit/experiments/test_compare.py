@@ -124,6 +124,25 @@ def test_columns_of_the_baseline_need_the_baseline():
     assert row["steps_to_baseline"] is None and row["reached"] == 0
 
 
+def test_failed_runs_are_counted_and_are_in_no_mean():
+    """Without vanilla's second seed, and without any run of `slow`: by hand."""
+    failed = {("vanilla", 1), ("slow", 0), ("slow", 1)}
+    held = {job: run for job, run in RESULTS.items() if job not in failed}
+    table = rows(held, ("vanilla", "fast", "slow"), failed=failed)
+    vanilla, fast, slow = table
+    assert (vanilla["seeds"], vanilla["failed"]) == (1, 1) and vanilla["distance"] == {"mean": 10.0, "std": 0.0}
+    assert "failed" not in fast and fast["distance"]["mean"] == 2.0
+    assert (fast["paired"], fast["reached"]) == (1, 1) and fast["steps_to_baseline"] == {"mean": 150.0, "std": 0.0}
+    assert (slow["seeds"], slow["failed"], slow["steps"], slow["distance"]) == (0, 2, None, None)
+    assert mean_curve(held, "slow") == ([], [], [])
+    names = html_report.marked(table)
+    assert names == {"vanilla": "vanilla (1 of 2 seeds failed)", "fast": "fast", "slow": "slow (failed)"}
+    assert html_report.cells(slow, names) == ["slow (failed)", *["-"] * 9]
+    assert html_report.cells(fast, names)[-2:] == ["150", "3.50"], "the runs that have a baseline are all that reach it"
+    (alone,) = rows({("vanilla", 0): held["vanilla", 0], ("fast", 1): held["fast", 1]}, ("fast",))
+    assert html_report.cells(alone, names)[-2:] == ["-", "-"], "no pair: it is unknown whether it gets there"
+
+
 def test_curves_over_steps_and_total_compute():
     assert curve(RESULTS["fast", 0]) == ([100, 200, 300], [40.0, 2.5, 1.0])
     assert curve(RESULTS["fast", 0], "tflops") == ([3.0, 4.0, 5.0], [40.0, 2.5, 1.0])

@@ -19,6 +19,7 @@ import pytest
 
 from selftrans.checkpoints import format as checkpoint
 from selftrans.checkpoints.load import FILES
+from selftrans.cli.main import main
 from selftrans.data.dataset import Dataset
 from selftrans.evaluate import extractors
 from selftrans.evaluate.classifier import SmallClassifier
@@ -318,6 +319,82 @@ def test_files_are_written_once_and_again_when_something_has_changed(folder):
     assert comparison_files.shown_already(chosen, summary | {"images": 25}) is None
     (folder / "compare.json").write_text((folder / "compare.json").read_text()[:100])
     assert comparison_files.shown_already(chosen, summary) is None
+
+
+def test_method_that_diverges_fails_alone_and_is_tried_again(tmp_path, monkeypatch, capfd):
+    """Here in training. The run that it would have taught trains its own teacher."""
+
+    def diverging(config: Any, run: Path, **options: Any) -> None:
+        if run.name.startswith("structure"):
+            raise FloatingPointError(f"2 updates in a row\nin {run}; a lower train.lr")
+        train(config, run, **options)
+
+    train, config = runner.train, toy.toy(SMALL)
+    again = lambda: compare.compare_methods(config, tmp_path, NAMES[1:], images=24, features="values")  # noqa: E731
+    monkeypatch.setattr(runner, "train", diverging)
+    with pytest.warns(UserWarning, match="^structure, seed 0, failed, and the others go on: 2 updates in a row in"):
+        summary = again()
+    reason = "2 updates in a row in structure-seed0; a lower train.lr"
+    assert summary["failed"] == [{"method": "structure", "seed": 0, "reason": reason}]
+    assert [(row["method"], row["seeds"], row.get("failed")) for row in summary["table"]] == [
+        ("structure", 0, 1),
+        ("self_transcendence", 1, None),
+    ]
+    assert json.loads((tmp_path / "compare.json").read_text()) == json.loads(json.dumps(summary))
+    assert all(reason in text for text in (capfd.readouterr().out, (tmp_path / "compare.html").read_text()))
+    assert (tmp_path / "compare.csv").read_text().splitlines()[1].startswith("structure,0,,")
+    monkeypatch.setattr(runner, "train", train)
+    DONE.clear()
+    summary = again()
+    assert DONE == {"reference": 1, "run": 1, "measurement": 2} and not summary["failed"]
+    assert "failed" not in (tmp_path / "compare.html").read_text() + capfd.readouterr().out
+
+
+def test_run_whose_samples_are_not_finite_is_left_out_and_measured_again(folder, monkeypatch):
+    def overflowing(checkpoint: Path, measurement: Measurement) -> dict[str, Any]:
+        if checkpoint == last:
+            raise NotFinite("sample 3 is not finite: the weights of the model have diverged")
+        return made_up(checkpoint, measurement)
+
+    last, failed = toy.checkpoint(folder / "vanilla-seed0", "vanilla"), {}
+    expected = {name: points_of(folder, name) for name in NAMES}
+    (folder / "vanilla-seed0" / MEASURED).unlink()
+    monkeypatch.setattr(measurement, "measure_checkpoint", overflowing)
+    with pytest.warns(UserWarning, match="vanilla, seed 0, failed"):
+        results = runner.compare(comparison(folder), failed=failed)
+    (reason,) = failed.values()
+    assert list(failed) == [("vanilla", 0)] and reason.startswith(
+        "vanilla-seed0/vanilla/checkpoints/step-00000002 cannot"
+    )
+    assert {name: points for (name, _), (_, points) in results.items()} == {n: expected[n] for n in NAMES[1:]}
+    assert points_of(folder, "vanilla") == expected["vanilla"][:1], "what could be measured is kept"
+    with pytest.raises(ValueError, match=r"cannot be measured: sample 3 is not finite: .*; leave its method out"):
+        runner.compare(comparison(folder))
+    monkeypatch.setattr(measurement, "measure_checkpoint", made_up)
+    found, done = measured(comparison(folder))
+    assert done == {"reference": 1, "measurement": 1} and found["vanilla", 0] == expected["vanilla"]
+
+
+def test_comparison_of_which_every_run_fails_is_an_error(tmp_path, monkeypatch):
+    def crowded(*_: object, **__: object) -> None:
+        raise MemoryError("cpu is out of memory in a step of vanilla; use a smaller model")
+
+    monkeypatch.setattr(runner, "train", crowded)
+    message = (
+        "^every run failed; first vanilla, seed 0: cpu is out of memory in a step of vanilla; use a smaller model$"
+    )
+    with pytest.warns(UserWarning, match="vanilla, seed 1, failed"), pytest.raises(ValueError, match=message):
+        compare.compare_methods(toy.toy(SMALL), tmp_path, ["vanilla"], seeds=(0, 1), images=24, features="values")
+    assert not list(tmp_path.glob("compare.*"))
+
+
+def test_exit_status_says_that_a_run_failed(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(compare, "compare_methods", lambda *_, **__: {"failed": [{"method": "sra"}]})
+    assert main(["compare", "digits", "--out", str(tmp_path / "x")]) == 1
+    error = capsys.readouterr().err
+    assert error == (
+        "selftrans: 1 run failed (the table above and compare.json say why); the same command tries again\n"
+    )
 
 
 def test_second_comparison_in_a_folder_is_refused(tmp_path):
