@@ -14,6 +14,7 @@ from selftrans.evaluate.plots import (
     COLOURS,
     MARKERS,
     RULE,
+    blank_figure,
     figure_to_data_uri,
     plain_ticks,
     sample_sheet,
@@ -41,7 +42,7 @@ HEADINGS = (
 def cells(row: dict[str, Any], names: Mapping[str, str]) -> list[str]:
     """One row of the table as text, in the order of HEADINGS."""
     spread = [
-        _cell(row[key], digits)
+        spread_text(row[key], digits)
         for key, digits in (("seconds", 0), ("total_seconds", 0), ("total_tflops", 2), ("distance", 2))
     ]
     reach = [_reached(row, key, digits) for key, digits in (("steps_to_baseline", 0), ("tflops_to_baseline", 2))]
@@ -49,8 +50,8 @@ def cells(row: dict[str, Any], names: Mapping[str, str]) -> list[str]:
         names[row["method"]],
         "-" if row["steps"] is None else f"{row['steps']:,}",
         *spread,
-        _cell(row["accuracy"], 3),
-        _cell(row["probe"], 3),
+        spread_text(row["accuracy"], 3),
+        spread_text(row["probe"], 3),
         *reach,
     ]
 
@@ -64,14 +65,15 @@ def _reached(row: dict[str, Any], key: str, digits: int) -> str:
         return "never" if runs and row["reached"] == 0 else "-"
     bound = "≤ " if row["at_once"] else ""
     some = f" ({row['reached']} of {runs})" if row["reached"] < runs else ""
-    return bound + _cell(row[key], digits) + some
+    return bound + spread_text(row[key], digits) + some
 
 
-def _cell(value: dict[str, float] | None, digits: int) -> str:
+def spread_text(value: Mapping[str, float] | None, digits: int) -> str:
+    """`1,234.5 ± 0.3`: mean and standard deviation, without one that rounds to zero; `-` for None."""
     if value is None:
         return "-"
-    mean = f"{value['mean']:,.{digits}f}"
-    return f"{mean} ± {value['std']:,.{digits}f}" if value["std"] else mean
+    deviation = f" ± {value['std']:.{digits}f}" if round(value["std"], digits) else ""
+    return f"{value['mean']:,.{digits}f}{deviation}"
 
 
 def marked(table: Sequence[Mapping[str, Any]]) -> dict[str, str]:
@@ -112,8 +114,8 @@ def legend(metric: str) -> str:
         "student's training; total seconds and TFLOPs: with the teacher's training. Runs may train in parallel, so compare "
         f"TFLOPs rather than seconds. To {BASELINE}'s end: student steps and total TFLOPs at which the method first reaches "
         f"the final distance of {BASELINE} with the same seed, with log distance interpolated linearly between measurements; "
-        "≤: reached at the first measurement; never: with no seed; -: unknown, as the training of an imported teacher, or "
-        "accuracies without classes."
+        "≤: reached at the first measurement; never: with no seed; -: unknown, as the training of an imported teacher, "
+        "accuracies without classes, or runs that failed."
     )
 
 
@@ -132,11 +134,7 @@ def draw_curves(axes: Any, series: Mapping[str, Curve], xlabel: str, metric: str
 
 def convergence(summary: Mapping[str, Any]) -> Figure:
     """Distance against student steps and against total compute, of a compare.json; below, which runs failed."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(12, 4.6), layout="constrained", facecolor="white")
-    FigureCanvasAgg(figure)
+    figure = blank_figure((12, 4.6))
     left, right = figure.subplots(1, 2, sharey=True)
     names = marked(summary["table"])
     titles = {"step": "student steps", "tflops": "TFLOPs in all, the teacher's training included"}

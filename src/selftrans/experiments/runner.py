@@ -184,16 +184,14 @@ def _in_workers(
     failed: dict[Job, str] | None,
 ) -> Results:
     """Train the runs and measure their checkpoints in worker processes, in the order of a `Schedule`; all but what is kept."""
-    lengths = {job: comparison.variants[job[0]].train.steps for job in comparison.jobs if job not in kept}
+    lengths = {job: comparison.steps(job) for job in comparison.jobs if job not in kept}
     teachers = {job: teacher if (teacher := comparison.teacher(job)) in lengths else None for job in lengths}
     schedule = Schedule(lengths, teachers, workers)
     work = Work(comparison, schedule, failed, {job: Spent() for job in kept}, {})
     for job, held in kept.items():
         work.curves[job] = Curve(comparison.run(job), held.due, held.points)
         schedule.trained(job, [folder for folder in held.due if folder not in held.points])
-        bar.update(
-            held.report["student_steps"] + len(held.points) * measuring_cost(comparison.shared, comparison.images)
-        )
+        bar.update(comparison.steps(job) + len(held.points) * measuring_cost(comparison.shared, comparison.images))
     if schedule:
         _work_off(work, workers, threads, bar)
     check_alike((point for curve in work.curves.values() for point in curve.points), comparison.features)

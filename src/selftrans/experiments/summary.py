@@ -13,6 +13,7 @@ import numpy as np
 from selftrans.experiments.runner import Results
 from selftrans.experiments.schedule import Job
 from selftrans.methods.registry import BASELINE
+from selftrans.storage import plural
 
 #: x axis of a curve (student steps, or total compute with the teacher's training) -> column of the table
 AXES = {"step": "steps_to_baseline", "tflops": "tflops_to_baseline"}
@@ -80,8 +81,8 @@ def time_line(shares: dict[str, Any]) -> str | None:
         return None
     return (
         f"time: {shares['steps']:.0%} training steps, {shares['training']:.0%} models and checkpoints, "
-        f"{shares['measuring']:.0%} measuring, {shares['other']:.0%} other, of {shares['workers']} "
-        f"worker{'s' if shares['workers'] > 1 else ''} in {shares['seconds']:.0f} s"
+        f"{shares['measuring']:.0%} measuring, {shares['other']:.0%} other, of "
+        f"{plural(shares['workers'], 'worker')} in {shares['seconds']:.0f} s"
     )
 
 

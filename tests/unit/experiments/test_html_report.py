@@ -7,7 +7,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from selftrans.experiments import html_report
-from selftrans.experiments.html_report import HEADINGS, cells, comparison_page, convergence, text_table
+from selftrans.experiments.html_report import HEADINGS, cells, comparison_page, convergence, spread_text, text_table
 
 
 def row(deviation=0.0):
@@ -38,6 +38,13 @@ def test_failed_run_is_in_table_figure_and_page_with_its_reason(monkeypatch):
     page = comparison_page(summary, figure, {})
     assert f"<td>{name}</td>" in page and f"<p>{html.escape(line)}</p>".replace("<p>", '<p class="note">') in page
     assert convergence(summary | {"failed": []}).get_supxlabel() == ""
+
+
+@pytest.mark.parametrize(
+    ("mean", "std", "text"), [(1234.56, 0.26, "1,234.6 ± 0.3"), (2.0, 0.04, "2.0"), (-0.1, 1.0, "-0.1 ± 1.0")]
+)
+def test_deviation_that_rounds_to_zero_is_left_out(mean, std, text):
+    assert spread_text({"mean": mean, "std": std}, 1) == text and spread_text(None, 1) == "-"
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ The toy runs are trained in this process, in place of workers, and points are ma
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import shutil
@@ -23,7 +24,7 @@ from selftrans.cli.main import main
 from selftrans.data.dataset import Dataset
 from selftrans.evaluate import extractors
 from selftrans.evaluate.classifier import SmallClassifier
-from selftrans.evaluate.extractors import extractor_sha256, load_extractor
+from selftrans.evaluate.extractors import FeaturesNotFinite, extractor_sha256, load_extractor
 from selftrans.experiments import compare, comparison_files, measurement, runner
 from selftrans.experiments.compare import classifier_of
 from selftrans.experiments.comparison import Comparison
@@ -159,9 +160,27 @@ def test_run_keeps_its_teacher_when_that_is_compared_no_more(folder, tmp_path, m
     assert [point["distance"] for point in found["self_transcendence", 0]] == [p["distance"] for p in expected]
 
 
-def test_run_that_trained_its_own_teacher_keeps_it_when_another_run_could_teach(tmp_path, folder):
-    out = tmp_path / "alone"
-    measured(comparison(out, "self_transcendence"))
+class Bar(contextlib.nullcontext):
+    """A progress bar that counts."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(self)
+        self.total, self.count = options["total"], 0
+
+    def update(self, count: int) -> None:
+        self.count += count
+
+
+def test_run_that_trained_its_own_teacher_keeps_it_when_another_run_could_teach(tmp_path, folder, monkeypatch):
+    """The progress bar counts the steps of both stages."""
+    out, bars = tmp_path / "alone", []
+    chosen = comparison(out, "self_transcendence")
+    with monkeypatch.context() as patch:
+        patch.setattr(runner, "progress_bar", lambda **options: bars.append(Bar(**options)) or bars[-1])
+        measured(chosen)
+        measured(chosen)
+    assert [chosen.steps(job) for job in chosen.jobs] == [4] and [bar.count for bar in bars] == 2 * [bars[0].total]
+    assert [comparison(out).steps(job) for job in chosen.jobs] == [2], "where stage 1 is a run of its own"
     run = out / "self_transcendence-seed0"
     weights = toy.tensors(run)
     shutil.rmtree(toy.checkpoint(run))
@@ -347,7 +366,7 @@ def test_method_that_diverges_fails_alone_and_is_tried_again(tmp_path, monkeypat
     DONE.clear()
     summary = again()
     assert DONE == {"reference": 1, "run": 1, "measurement": 2} and not summary["failed"]
-    assert "failed" not in (tmp_path / "compare.html").read_text() + capfd.readouterr().out
+    assert "failed:" not in (tmp_path / "compare.html").read_text() + capfd.readouterr().out
 
 
 def test_run_whose_samples_are_not_finite_is_left_out_and_measured_again(folder, monkeypatch):
@@ -402,12 +421,13 @@ def test_second_comparison_in_a_folder_is_refused(tmp_path):
         compare.compare_methods(toy.toy(SMALL), tmp_path, ["vanilla"], features="values")
 
 
-def test_checkpoint_whose_samples_are_not_finite_is_named(tmp_path, monkeypatch):
+@pytest.mark.parametrize("kind", [NotFinite, FeaturesNotFinite])
+def test_checkpoint_whose_samples_are_not_finite_is_named(kind, tmp_path, monkeypatch):
     held = SimpleNamespace(state={"sha256": {FILES["ema"]: "0"}})
     monkeypatch.setattr(checkpoint, "read", lambda folder: held)
     monkeypatch.setattr(measurement, "measured_before", lambda *_: {})
-    monkeypatch.setattr(measurement, "measure_checkpoint", lambda *_: (_ for _ in ()).throw(NotFinite("sample 0 ...")))
+    monkeypatch.setattr(measurement, "measure_checkpoint", lambda *_: (_ for _ in ()).throw(kind("sample 0 ...")))
     with pytest.raises(
-        ValueError, match=f"^{tmp_path} cannot be measured: sample 0 ...; leave its method out, or train"
+        NotFinite, match=f"^{tmp_path} cannot be measured: sample 0 ...; leave its method out, or train"
     ):
         measurement.measure_point(tmp_path / "run", tmp_path, SimpleNamespace(identity={}))
