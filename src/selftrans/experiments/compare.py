@@ -130,10 +130,10 @@ def for_method(config: RunConfig, method: str | None = None) -> RunConfig:
     return config.override(lengths)
 
 
-def check_before(chosen: Comparison, kept: Mapping[Job, Kept] | None = None, *, prepared: bool = False) -> None:
+def check_before(chosen: Comparison, kept: Mapping[Job, Kept], *, prepared: bool = False) -> None:
     """ValueError now for what would stop a run or a measurement later. Nothing is loaded, decoded or built where all is
-    trained and measured (`kept`; None: it is looked for). `prepared`: this call has just prepared the built-in data."""
-    if not all_kept(chosen, kept_runs(chosen) if kept is None else kept):
+    trained and measured. `prepared`: this call has just prepared the built-in data, which are then not checked."""
+    if not all_kept(chosen, kept):
         if not prepared:
             _check_builtin(chosen.shared, chosen.out)
         check_measuring(chosen.shared, chosen.features, chosen.weights)
@@ -158,6 +158,16 @@ def _check(methods: Sequence[str], seeds: Sequence[int], images: int) -> None:
         find(name)
     if not seeds or len(set(seeds)) < len(seeds) or min(seeds) < 0 or images < 2:
         raise ValueError("a comparison needs seeds that differ from each other, from 0 on, and at least two images")
+
+
+def with_defaults(config: RunConfig, out: Path, *, features: str | None = None) -> tuple[RunConfig, str, str | None]:
+    """`shared_settings`, once they are known to be good for measuring (`check_measuring`)."""
+    prepared = not (out / "data").exists()
+    config, features, weights = shared_settings(config, out, features=features)
+    if not prepared:
+        _check_builtin(config, out)
+    check_measuring(config, features, weights)
+    return config, features, weights
 
 
 def shared_settings(config: RunConfig, out: Path, *, features: str | None = None) -> tuple[RunConfig, str, str | None]:

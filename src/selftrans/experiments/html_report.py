@@ -72,7 +72,7 @@ def spread_text(value: Mapping[str, float] | None, digits: int) -> str:
     """`1,234.5 ± 0.3`: mean and standard deviation, without one that rounds to zero; `-` for None."""
     if value is None:
         return "-"
-    deviation = f" ± {value['std']:.{digits}f}" if round(value["std"], digits) else ""
+    deviation = f" ± {value['std']:,.{digits}f}" if round(value["std"], digits) else ""
     return f"{value['mean']:,.{digits}f}{deviation}"
 
 

@@ -122,13 +122,13 @@ def test_finished_comparison_starts_no_worker_and_reads_no_weights(folder, monke
     monkeypatch.setattr(checkpoint, "read", refuse)
     monkeypatch.setattr(compare, "decoded_images", refuse)
     chosen = comparison(folder)
-    compare.check_before(chosen)
+    compare.check_before(chosen, kept_runs(chosen))
     found, _ = measured(chosen)
     assert found == {(name, 0): points_of(folder, name) for name in NAMES} and len(found["structure", 0]) == 2
     one_more = comparison(folder, *NAMES, "sra")
     assert not all_kept(one_more, kept_runs(one_more))
     with pytest.raises(AssertionError):
-        compare.check_before(one_more)
+        compare.check_before(one_more, kept_runs(one_more))
 
 
 def test_deleted_run_is_trained_again_alone(folder):
