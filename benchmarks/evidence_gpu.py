@@ -32,7 +32,7 @@ from selftrans.config import RunConfig
 from selftrans.data.dataset import Dataset
 from selftrans.data.on_device import OnDevice
 from selftrans.data.prepare import prepare
-from selftrans.encoders.autoencoder import load_autoencoder
+from selftrans.encoders.autoencoder import Autoencoder, load_autoencoder
 from selftrans.evaluate.metrics import evaluate
 from selftrans.experiments.compare import for_method
 from selftrans.experiments.measurement import Measurement, probe
@@ -42,6 +42,7 @@ from selftrans.recipes import recipe
 from selftrans.sampling.images import Sampler
 from selftrans.storage import write_json
 from selftrans.train.interrupted import Interrupted
+from selftrans.train.preview import Attempt
 from selftrans.train.run import accelerator_of, planned
 from selftrans.train.signals import StopSignal
 from selftrans.train.teachers import teacher_of, training_cost
@@ -130,11 +131,11 @@ class Points:
         self.lease, self.record, self.spent = lease, record, spent  #: TFLOPs of earlier stages and of the teacher
         self.trainer: Any = None
 
-    def save(self, model: Any, path: Path, *, again: bool = False) -> None:
+    def save(self, model: Any, path: Path, *, again: bool = False, attempt: Attempt = lambda make: make()) -> None:
         points, step = self.record["points"], self.trainer.step
         if points and points[-1]["step"] >= step:
             return
-        measured, lease = lease_measures(model, self.lease), self.lease
+        measured, lease = attempt(lambda: lease_measures(model, self.lease)), self.lease
         own = self.trainer.total_flops() / 1e12
         points.append({"step": step, "tflops": own + self.spent, "seconds": self.trainer.seconds, **measured})
         lease.write()
@@ -154,7 +155,7 @@ def lease_measures(model: Any, lease: Lease) -> dict[str, Any]:
 
 
 def configured(lease: Lease, job: Job) -> RunConfig:
-    """The settings of a job; its teacher is the stage-1 arm of the same seed, where that has trained as long."""
+    """The settings of a job; a teacher of the student's size is the stage-1 arm of the same seed, if that trained as long."""
     dotted = {
         name.removesuffix("~"): max(1, round(value * job.steps)) if name.endswith("~") else value
         for name, value in {"train.steps": job.steps, **job.overrides}.items()
@@ -165,7 +166,7 @@ def configured(lease: Lease, job: Job) -> RunConfig:
     config = lease.config.override({"train.seed": job.seed, "train.preview_every": every, **kept, **dotted})
     taught = lease.work / f"{STAGE1}-seed{job.seed}" / "stage1" / "checkpoints"
     teacher = dict(checkpoint.steps(taught)).get(dotted.get("stage1.steps", -1))
-    if teacher is not None:
+    if teacher is not None and "stage2.teacher_width" not in dotted:
         config = config.override({"stage2.teacher": str(teacher)})
     return for_method(config).check()
 
@@ -291,9 +292,7 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--points", type=int, default=5, help="measurements along an arm")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))
-    parser.add_argument(
-        "--encoder", help="for REPA, such as benchmarks/encoder.py makes; without one, REPA needs features in the data"
-    )
+    parser.add_argument("--encoder", help="for REPA, as benchmarks/encoder.py makes; None: features that the data hold")
     parser.add_argument("--features", help="extractor: a classifier's file, or a name; trained here by default")
     parser.add_argument("--images", type=int, default=2000, help="samples of a measurement")
     parser.add_argument("--set", nargs="+", default=[], metavar="SECTION.FIELD=JSON", help="settings of every run")

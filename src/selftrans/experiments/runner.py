@@ -165,9 +165,8 @@ class Work:
     def _fail(self, task: Task, reason: str) -> None:
         if self.failed is None:
             raise ValueError(reason)
-        if (
-            task.checkpoint is None
-        ):  # runs that it would have taught take a checkpoint of it, or train their own teacher
+        if task.checkpoint is None:
+            # runs that it was to teach take the checkpoint of it that they need, or train their own teacher
             self.schedule.trained(task.job, [])
         if task.job not in self.failed:
             self.failed[task.job] = reason.replace(f"{self.comparison.out}{os.sep}", "")

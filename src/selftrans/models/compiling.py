@@ -1,4 +1,4 @@
-"""torch.compile for backbones: block by block, one compilation for all blocks of a model, kept between processes."""
+"""torch.compile for backbones, part by part: one compilation for all blocks of a model; kept between processes."""
 
 from __future__ import annotations
 
@@ -13,15 +13,16 @@ CACHE = "TORCHINDUCTOR_CACHE_DIR"  #: torch's variable: where compiled code lies
 
 
 def compile_model(model: Backbone, *, dynamic: bool | None = False) -> None:
-    """`torch.compile` each block of a model in place, if it has any; all of them share one compilation for each shape."""
+    """`torch.compile` in place: each block of a model, all of which share a compilation for each shape, and what is
+    `unrepeated`."""
     import torch._dynamo as dynamo
 
     keep_compiled()
     # blocks are one piece of code to dynamo: beyond its eight versions of one, it would go on uncompiled and say little
     dynamo.config.recompile_limit = max(VERSIONS, dynamo.config.recompile_limit)
     dynamo.config.optimize_ddp = False  # it cuts a block in pieces to send gradients sooner: blocks are sent one by one
-    for block in model.repeated():
-        block.compile(dynamic=dynamic)
+    for part in [*model.repeated(), *model.unrepeated()]:
+        part.compile(dynamic=dynamic)
 
 
 def keep_compiled() -> str | None:
