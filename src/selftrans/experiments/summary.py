@@ -19,11 +19,6 @@ from selftrans.storage import plural
 AXES = {"step": "steps_to_baseline", "tflops": "tflops_to_baseline"}
 
 
-def of_method(results: Results, name: str) -> list[tuple[dict[str, Any], list[dict[str, Any]]]]:
-    """(run.json, measured points) of a variant, one per seed."""
-    return [value for (one, _), value in results.items() if one == name]
-
-
 def rows(
     results: Results, names: Sequence[str], baseline: str = BASELINE, failed: Collection[Job] = ()
 ) -> list[dict[str, Any]]:
@@ -117,7 +112,7 @@ def mean_curve(results: Results, name: str, axis: str = "step") -> tuple[list[fl
 
     Empty without runs, and if the compute is unknown and `axis` needs it.
     """
-    runs = of_method(results, name)
+    runs = [run for (one, _), run in results.items() if one == name]
     if not runs or (axis == "tflops" and any(report["total_tflops"] is None for report, _ in runs)):
         return [], [], []
     shared = set[int].intersection(*({point["step"] for point in points} for _, points in runs))
