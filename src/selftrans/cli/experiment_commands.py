@@ -250,7 +250,8 @@ class Compare(RecipeCommand[Config]):
     """Methods x seeds with equal budgets: a table, the curves over steps and compute, and a page. Repeating it continues.
 
     The overrides of RECIPE (--train.batch-size 64 ...) apply to every method. Each run is an ordinary run directory,
-    OUT/<method>-seed<k>.
+    OUT/<method>-seed<k>. A run that diverges or runs out of memory does not end the others: it is named with the reason, the
+    exit status is 1, and the same command tries it again.
     """
 
     NO_OVERRIDES = ("recipe", "method")  # --methods takes its place

@@ -48,13 +48,15 @@ from selftrans.experiments.stopping import (
 )
 from selftrans.plugins import trust_named
 from selftrans.sampling.images import NotFinite
+from selftrans.storage import first_line
 from selftrans.train.log import progress_bar
 from selftrans.train.run import train
 
 Result: TypeAlias = tuple[dict[str, Any], list[Point]]  #: run.json, and the measured points
 Results: TypeAlias = dict[Job, Result]
-#: what one run fails with, while others can go on: training that diverges, samples that are not finite, a step without memory
-FAILURES = (FloatingPointError, NotFinite, MemoryError)
+#: what one run fails with, while others can go on: training that diverges, samples that are not finite, no memory to train or
+#: to measure it
+FAILURES = (FloatingPointError, NotFinite, MemoryError, torch.OutOfMemoryError)
 
 
 class StepBar:
@@ -281,7 +283,7 @@ def _run_task(task: Task) -> Spent | tuple[Point, float] | Failed:
     try:
         return _trained(task.job) if task.checkpoint is None else _measured(task.job, task.checkpoint)
     except FAILURES as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = first_line(error, limit=600)
     gc.collect()  # what the failed run held: the next one in this process needs the memory
     return Failed(reason)
 

@@ -17,6 +17,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from selftrans.checkpoints import format as checkpoint
 from selftrans.checkpoints.load import FILES
@@ -345,7 +346,7 @@ def test_method_that_diverges_fails_alone_and_is_tried_again(tmp_path, monkeypat
 
     def diverging(config: Any, run: Path, **options: Any) -> None:
         if run.name.startswith("structure"):
-            raise FloatingPointError(f"2 updates in a row\nin {run}; a lower train.lr")
+            raise FloatingPointError(f"2 updates in a row in {run}; a lower train.lr")
         train(config, run, **options)
 
     train, config = runner.train, toy.toy(SMALL)
@@ -394,14 +395,13 @@ def test_run_whose_samples_are_not_finite_is_left_out_and_measured_again(folder,
     assert done == {"reference": 1, "measurement": 1} and found["vanilla", 0] == expected["vanilla"]
 
 
-def test_comparison_of_which_every_run_fails_is_an_error(tmp_path, monkeypatch):
+@pytest.mark.parametrize("kind", [MemoryError, torch.OutOfMemoryError])
+def test_comparison_of_which_every_run_fails_is_an_error(kind, tmp_path, monkeypatch):
     def crowded(*_: object, **__: object) -> None:
-        raise MemoryError("cpu is out of memory in a step of vanilla; use a smaller model")
+        raise kind("cuda is out of memory; use a smaller model")
 
     monkeypatch.setattr(runner, "train", crowded)
-    message = (
-        "^every run failed; first vanilla, seed 0: cpu is out of memory in a step of vanilla; use a smaller model$"
-    )
+    message = "^every run failed; first vanilla, seed 0: cuda is out of memory; use a smaller model$"
     with pytest.warns(UserWarning, match="vanilla, seed 1, failed"), pytest.raises(ValueError, match=message):
         compare.compare_methods(toy.toy(SMALL), tmp_path, ["vanilla"], seeds=(0, 1), images=24, features="values")
     assert not list(tmp_path.glob("compare.*"))
