@@ -124,7 +124,8 @@ def scale_plan(
         )
     assumed: list[str] = []
     shape, conditions, samples, row = _data(config, assumed)
-    plan, built = stages(config), [_built(config, stage, shape, conditions) for stage in stages(config)]
+    plan = stages(config)
+    built = [_built(config, stage, shape, conditions) for stage in plan]
     flops = [sum(step_flops(each, conditions.example(), 1000).values()) / 1000 for each, _ in built]
     figures = read_measured(measured, str(config.model.name)) if measured else None
     found, speeds = [], []

@@ -247,14 +247,12 @@ class Trainer:
 
     def _broken(self, error: FloatingPointError) -> FloatingPointError:
         found = checkpoint.newest(self.checkpoints)
-        good = (
-            f"the last good checkpoint is {found.path}"
-            if found
-            else f"no checkpoint was written in {self.checkpoints} yet"
-        )
+        remedy = "a lower train.lr (or the stage's own) or guidance weight, or train.precision bf16 or fp32"
+        if found is None:
+            return FloatingPointError(f"{error}, before the first checkpoint in {self.checkpoints}; use {remedy}")
         return FloatingPointError(
-            f"{error}; {good}; to continue from there: a lower train.lr (or the stage's own) or guidance weight, or "
-            "train.precision bf16 or fp32, and --train.allow-changes True"
+            f"{error}; the last good checkpoint is {found.path}; to continue from there: {remedy}, and --train.allow-changes "
+            "True"
         )
 
     def _means(self, window: RunningMeans) -> dict[str, float]:
