@@ -184,7 +184,8 @@ def run_job(lease: Lease, accelerator: Accelerator, job: Job) -> bool:
             given = training_cost(stage.teacher) if stage.teacher else None
             points = Points(lease, record, spent + (given["tflops"] if given else 0.0)) if stage is plan[-1] else None
             (folder / stage.name).mkdir(parents=True, exist_ok=True)
-            parts = {"order": [each.name for each in plan], "teacher": teacher, "preview": points, "stop": lease.stop}
+            parts: dict[str, Any] = {"teacher": teacher, "preview": points, "stop": lease.stop}
+            parts["order"] = [each.name for each in plan]
             trainer = Trainer(accelerator, config, stage, folder / stage.name, lease.data, **parts)
             if points:
                 points.trainer = trainer

@@ -147,7 +147,7 @@ def measure(job: Job) -> int:
 
 
 def main(words: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("part", choices=[*PARTS, "table"])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--limit", type=float, default=600.0)
