@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import gpu_variants
 import numpy as np
 import torch
 
@@ -347,6 +348,8 @@ def rate(work: Callable[[], Any], count: int, clock: Clock) -> float:
 PARTS: dict[str, Callable[[Any], None]] = {
     "correctness": correctness,
     **dict.fromkeys(MODELS, speed),
+    "memory": gpu_variants.memory,
+    "variants": gpu_variants.variants,
     "first_step": first_step,
     "sampling": sampling,
     "around": around,
