@@ -57,6 +57,7 @@ def evaluate_samples(
     save_reference: Path | None = None,
     clip: str | None = None,
     text_encoder: str | None = None,
+    show: Callable[[dict[str, Any]], None] | None = None,
 ) -> dict[str, Any]:
     """Compare images, or a run, with a reference; writes the report as json and returns it.
 
@@ -72,6 +73,7 @@ def evaluate_samples(
         save_reference: npz file for the statistics of the reference, with ADM's names.
         clip: a CLIPModel by hub id or folder: the CLIP score of the images and their prompts is measured, too.
         text_encoder: where the encoder of the prompts lies, if not where it was.
+        show: called with the report before it is written: a full disk does not cost what was measured.
     Raises ValueError for unknown features, invalid images, statistics of another extractor, and unknown prompts.
     """
     _check_place(out, samples)
@@ -103,6 +105,8 @@ def evaluate_samples(
     made = {name: (opened.settings or {}).get(name) for name in SETTINGS} | (opened.settings or {})
     report |= {"samples": str(samples), "made": made, "label_balance": _balance(opened.labels)}
     report |= scorer.report() if scorer else {}
+    if show is not None:
+        show(report)
     write_json(out or opened.report, report)
     return report
 
