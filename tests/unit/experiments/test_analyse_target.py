@@ -179,7 +179,7 @@ def test_tables_are_shown_where_nothing_can_be_written(tmp_path, monkeypatch, ca
     def full(path, _):
         raise ValueError(f"{path} cannot be written (No space left on device)")
 
-    monkeypatch.setattr("selftrans.experiments.analyse_target.write_json", full)
+    monkeypatch.setattr("selftrans.experiments.evaluate_samples.write_json", full)
     argv = ["analyse", str(toy.finished()), "--target", f"--out={tmp_path}", "--images=64", "--blocks=1", "--t=0.5"]
     assert main(argv) == 1
     said = capsys.readouterr()
