@@ -35,6 +35,7 @@ def table(report: Mapping[str, Any]) -> str:
         f"{counts['held_out']:,} held out{_classes(counts)}; "
         + (f"t = {_join(report['timesteps'])}; " if report["timesteps"] else "")
         + f"seed {report['seed']}"
+        + ("; * marks the block that teaches" if str(report["teacher"]["block"]) in blocks else "")
     ]
     for name, title in _titles(report).items():
         if name in next(iter(blocks.values()))["shares"]:
