@@ -187,7 +187,7 @@ def run(options: argparse.Namespace) -> None:
     }
     write_json(options.out / "ablations.json", settings | {"table": table, "curves": curves, "overrides": overrides})
     metric = next(iter(results.values()))[1][-1]["metric"]
-    print(html_report.text_table(table, {name: name for name in variants}, metric))
+    print(html_report.text_table({"table": table, "metric": metric}))
     for name, (steps, values, deviations) in curves.items():
         points = (f"{step}: {v:.2f} ± {d:.2f}" for step, v, d in zip(steps, values, deviations, strict=True))
         print(f"{name:<18}", "   ".join(points))

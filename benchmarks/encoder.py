@@ -47,6 +47,7 @@ MOST_HELD = 5000  #: pictures held out; a quarter of small data
 
 def pictures_of(data: str | None, device: torch.device) -> tuple[Tensor, Tensor | None]:
     """All pictures uint8 (N, H, W, C), on the CPU, and labels (N,), or None; of the digits without `data`."""
+    labels: np.ndarray | None
     if data is None:
         images, labels = digits()
     else:

@@ -2,9 +2,9 @@
 
     python benchmarks/evidence_gpu.py cifar10-train.zip --out results/gpu --minutes 8 --encoder results/cifar-encoder
 
-First learning rate and label table are chosen for vanilla training, on short runs (`TUNED`). With the best of them each arm
-of `ARMS` is trained and measured, in this order: all with seed 0, then all with seed 1, and so on. A student of stage 2 has the
-initial weights, data and noise of vanilla with the same seed, so differences are of pairs.
+First learning rate and label table are chosen for vanilla training, on short runs (`RATES`, `STDS`). With the best of them each
+arm of `ARMS` is trained and measured, in this order: all with seed 0, then all with seed 1, and so on. A student of stage 2 has
+the initial weights, data and noise of vanilla with the same seed, so differences are of pairs.
 
 All arms share the process: the data lie on the device, blocks are compiled once, measured is the average as it trains, without
 reading a checkpoint. Results are written after every measurement (OUT/evidence_gpu.json); repeat the command to continue it, on
@@ -32,7 +32,7 @@ from selftrans.config import RunConfig
 from selftrans.data.dataset import Dataset
 from selftrans.data.on_device import OnDevice
 from selftrans.data.prepare import prepare
-from selftrans.encoders.autoencoder import load_autoencoder
+from selftrans.encoders.autoencoder import Autoencoder, load_autoencoder
 from selftrans.evaluate.metrics import evaluate
 from selftrans.experiments.compare import for_method
 from selftrans.experiments.measurement import Measurement, probe
@@ -42,12 +42,13 @@ from selftrans.recipes import recipe
 from selftrans.sampling.images import Sampler
 from selftrans.storage import write_json
 from selftrans.train.interrupted import Interrupted
+from selftrans.train.preview import Attempt
 from selftrans.train.run import accelerator_of, planned
 from selftrans.train.signals import StopSignal
 from selftrans.train.teachers import teacher_of, training_cost
 from selftrans.train.trainer import Trainer
 
-TUNED = [(lr, std) for lr in (1e-3, 5e-4, 2e-3) for std in (0.5, 0.02)]  #: learning rate, deviation of the label table
+RATES, STDS = (1e-3, 5e-4, 2e-3), (0.5, 0.02)  #: learning rates and deviations of the label table that are tried
 LONGER = 1.5  #: steps of `vanilla-longer`, relative to the others: about the compute of two stages
 SHORT, HALF, GUIDED = 0.2, 0.4, 0.6  #: lengths of stage 1 and the end of guidance, relative to the student's steps
 BASELINE, STAGE1, TRIAL = "vanilla", "structure", "tune-"
@@ -130,11 +131,11 @@ class Points:
         self.lease, self.record, self.spent = lease, record, spent  #: TFLOPs of earlier stages and of the teacher
         self.trainer: Any = None
 
-    def save(self, model: Any, path: Path, *, again: bool = False) -> None:
+    def save(self, model: Any, path: Path, *, again: bool = False, attempt: Attempt = lambda make: make()) -> None:
         points, step = self.record["points"], self.trainer.step
         if points and points[-1]["step"] >= step:
             return
-        measured, lease = lease_measures(model, self.lease), self.lease
+        measured, lease = attempt(lambda: lease_measures(model, self.lease)), self.lease
         own = self.trainer.total_flops() / 1e12
         points.append({"step": step, "tflops": own + self.spent, "seconds": self.trainer.seconds, **measured})
         lease.write()
@@ -154,7 +155,7 @@ def lease_measures(model: Any, lease: Lease) -> dict[str, Any]:
 
 
 def configured(lease: Lease, job: Job) -> RunConfig:
-    """The settings of a job; its teacher is the stage-1 arm of the same seed, where that has trained as long."""
+    """The settings of a job; a teacher of the student's size is the stage-1 arm of the same seed, if that trained as long."""
     dotted = {
         name.removesuffix("~"): max(1, round(value * job.steps)) if name.endswith("~") else value
         for name, value in {"train.steps": job.steps, **job.overrides}.items()
@@ -165,7 +166,7 @@ def configured(lease: Lease, job: Job) -> RunConfig:
     config = lease.config.override({"train.seed": job.seed, "train.preview_every": every, **kept, **dotted})
     taught = lease.work / f"{STAGE1}-seed{job.seed}" / "stage1" / "checkpoints"
     teacher = dict(checkpoint.steps(taught)).get(dotted.get("stage1.steps", -1))
-    if teacher is not None:
+    if teacher is not None and "stage2.teacher_width" not in dotted:
         config = config.override({"stage2.teacher": str(teacher)})
     return for_method(config).check()
 
@@ -183,7 +184,8 @@ def run_job(lease: Lease, accelerator: Accelerator, job: Job) -> bool:
             given = training_cost(stage.teacher) if stage.teacher else None
             points = Points(lease, record, spent + (given["tflops"] if given else 0.0)) if stage is plan[-1] else None
             (folder / stage.name).mkdir(parents=True, exist_ok=True)
-            parts = {"order": [each.name for each in plan], "teacher": teacher, "preview": points, "stop": lease.stop}
+            parts: dict[str, Any] = {"teacher": teacher, "preview": points, "stop": lease.stop}
+            parts["order"] = [each.name for each in plan]
             trainer = Trainer(accelerator, config, stage, folder / stage.name, lease.data, **parts)
             if points:
                 points.trainer = trainer
@@ -288,10 +290,14 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--tune-steps", type=int, default=300, help="steps of a trial of the tuning, measured at its end"
     )
+    parser.add_argument("--rates", type=float, nargs="+", default=RATES, help="learning rates of the tuning")
+    parser.add_argument(
+        "--stds", type=float, nargs="+", default=STDS, help="deviations of the label table of the tuning"
+    )
     parser.add_argument("--points", type=int, default=5, help="measurements along an arm")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))
-    parser.add_argument("--encoder", help="for REPA, such as benchmarks/encoder.py makes; without one, REPA needs features in the data")
+    parser.add_argument("--encoder", help="for REPA, as benchmarks/encoder.py makes; None: features that the data hold")
     parser.add_argument("--features", help="extractor: a classifier's file, or a name; trained here by default")
     parser.add_argument("--images", type=int, default=2000, help="samples of a measurement")
     parser.add_argument("--set", nargs="+", default=[], metavar="SECTION.FIELD=JSON", help="settings of every run")
@@ -318,7 +324,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         settings = {"steps": options.steps, "tune_steps": options.tune_steps, "points": options.points, "given": given}
         settings |= {
             "images": options.images,
-            "grid": [list(pair) for pair in TUNED],
+            "grid": [[lr, std] for lr in options.rates for std in options.stds],
             "extractor": measurement.extractor.sha256,
         }
         decoder = load_autoencoder(data.manifest.autoencoder, device=accelerator.device, dtype=measurement.decoder)

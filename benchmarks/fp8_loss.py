@@ -42,7 +42,7 @@ def losses(arm: str, seed: int, steps: int, batch: int, device: torch.device) ->
     torch.manual_seed(seed)
     student = config.build_model((1, 8, 8), Conditions("labels", 10))
     objective = Objective(student, drop=config.train.drop).to(device)
-    fp8.convert(student, arm if arm in ("tensorwise", "rowwise") else "none", device)
+    fp8.convert(student, arm if arm in ("tensorwise", "rowwise") else "none", device, batch)
     images, labels = (x.to(device) for x in digits())
     optimizer = torch.optim.AdamW(objective.parameters(), lr=config.train.lr, weight_decay=0.0)
     found = []
@@ -69,11 +69,20 @@ def errors(scaling: str, device: torch.device) -> dict[str, float]:
     out: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
     for arm in ("fp32", "bf16", scaling):
         model = copy.deepcopy(plain)
-        fp8.convert(model, scaling if arm == scaling else "none", device)
+        fp8.convert(model, scaling if arm == scaling else "none", device, len(x))
         with torch.autocast(device.type, torch.bfloat16, enabled=arm != "fp32"):
             feature = model(x, t, y, taps=(2,)).feats[2]
         feature.float().square().mean().backward()
-        out[arm] = feature.float().detach(), torch.cat([b.mlp.fc1.weight.grad.flatten() for b in model.blocks])
+        out[arm] = (
+            feature.float().detach(),
+            torch.cat(
+                [
+                    w.grad.flatten()
+                    for name, w in model.named_parameters()
+                    if name.endswith("fc1.weight") and w.grad is not None
+                ]
+            ),
+        )
     exact = out["fp32"]
     return {
         f"{arm}/{what}": ((out[arm][i] - exact[i]).norm() / exact[i].norm()).item()

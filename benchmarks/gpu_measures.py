@@ -14,17 +14,19 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import gpu_variants
 import numpy as np
 import torch
 
 from selftrans.config import Log, RunConfig, SampleConfig, Train
 from selftrans.data.decoded import decode_images
 from selftrans.device import default_device
-from selftrans.encoders.autoencoder import from_uint8, load_autoencoder
+from selftrans.encoders.autoencoder import Autoencoder, from_uint8, load_autoencoder
 from selftrans.encoders.identity import PixelAutoencoder
 from selftrans.evaluate.classifier import train_classifier
 from selftrans.evaluate.extractors import ClassifierExtractor
@@ -92,8 +94,8 @@ def no_gpu() -> str | None:
 def variants(gpu: bool) -> dict[str, dict[str, Any]]:
     """Name -> settings of the same training, computed in different ways; what matters most first, fp16 last."""
 
-    def way(precision: str, compiled: bool = False, **more: Any) -> dict[str, Any]:
-        return {"train.precision": precision, "train.compile": compiled} | {f"train.{k}": v for k, v in more.items()}
+    def way(precision: str, compiled: bool = False, capture: str = "off") -> dict[str, Any]:
+        return {"train.precision": precision, "train.compile": compiled, "train.capture": capture}
 
     if not gpu:
         return {"eager fp32": way("fp32"), "captured fp32": way("fp32", capture="on"), "eager bf16": way("bf16")}
@@ -126,7 +128,7 @@ def correctness(job: Any) -> None:
                 found, graphs = trained(config.override(settings), Path(folder) / name.replace(" ", "-"))
                 losses = job.found["losses"] | {name: found}
                 every = checks(losses)
-                if "train.capture" in settings:
+                if settings["train.capture"] == "on":
                     job.found["graphs"][name] = graphs
                     if gpu and graphs < CAPTURES:
                         raise RuntimeError(f"{graphs} graphs were recorded instead of {CAPTURES}")
@@ -319,12 +321,17 @@ def coded(clock: Clock, toy: bool) -> dict[str, float]:
         for name in ("float32", "bfloat16"):
             vae = load_autoencoder(folder, device=clock.device, dtype=getattr(torch, name))
             latents = torch.randn(batch, 4, side // 8, side // 8, generator=torch.Generator().manual_seed(0))
-            found[f"decode_{name}_per_s"] = rate(lambda vae=vae, z=latents: decode_images(vae, z), batch, clock)
+            found[f"decode_{name}_per_s"] = rate(partial(decode_images, vae, latents), batch, clock)
             decoded[name] = decode_images(vae, latents)
             pixels = from_uint8(torch.from_numpy(pictures).to(clock.device))
-            found[f"encode_{name}_per_s"] = rate(lambda vae=vae, x=pixels: vae.encode(x).stack().cpu(), batch, clock)
+            found[f"encode_{name}_per_s"] = rate(partial(encoded, vae, pixels), batch, clock)
     levels = np.abs(decoded["float32"].astype(np.float32) - decoded["bfloat16"])
     return found | {"decode_mean_difference_of_levels": float(levels.mean())}
+
+
+def encoded(vae: Autoencoder, pixels: torch.Tensor) -> torch.Tensor:
+    """What `prepare` stores of pixels (N, C, H, W), on the host."""
+    return vae.encode(pixels).stack().cpu()
 
 
 def rate(work: Callable[[], Any], count: int, clock: Clock) -> float:
@@ -341,6 +348,8 @@ def rate(work: Callable[[], Any], count: int, clock: Clock) -> float:
 PARTS: dict[str, Callable[[Any], None]] = {
     "correctness": correctness,
     **dict.fromkeys(MODELS, speed),
+    "memory": gpu_variants.memory,
+    "variants": gpu_variants.variants,
     "first_step": first_step,
     "sampling": sampling,
     "around": around,

@@ -156,7 +156,7 @@ def kernels(made: torch.nn.Module, batch: int, tokens: int, width: int, inputs: 
         return found
 
     before = AsyncCompile.cpp_pybinding, GraphLowering.save_output_code
-    AsyncCompile.cpp_pybinding = lambda self, *_: lambda *args: None  # type: ignore[method-assign, assignment]
+    AsyncCompile.cpp_pybinding = lambda self, *_: lambda *args: None  # type: ignore[method-assign]
     GraphLowering.codegen, GraphLowering.save_output_code = codegen, staticmethod(codes.append)  # type: ignore
     try:
         torch.compiler.reset()

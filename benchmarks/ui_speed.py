@@ -219,7 +219,7 @@ def table(noted: dict[tuple[str, str], list[tuple[float, float | None, int]]]) -
             "request": kind,
             "state": state,
             "count": len(rows),
-            "bytes": int(statistics.median(sent)),
+            "bytes": int(statistics.median(size for size in sent if size is not None)),
         }
         for name, values in (("ms", wall), ("processor_ms", used)):
             known = [value for value in values if value is not None]

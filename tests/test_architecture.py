@@ -161,6 +161,7 @@ COVERED_BY = {
     "interop/run_facts": "unit/interop/test_pushing.py",
     "models/label_published": "unit/models/test_sit_published.py",
     "models/dit_published": "unit/models/test_dit.py",
+    "models/norm_kernel": "unit/models/test_fused_norm.py",
     "models/patch_transformer": "unit/models/test_label_transformer.py",
     "recipes/cifar10": "unit/recipes/test_recipes.py",
     "recipes/digits": "unit/recipes/test_recipes.py",

@@ -96,9 +96,10 @@ class Train(Section):
     """products of attention and MLP in eight bits, with one scale for each tensor or each row; needs bf16 and torchao"""
     compile: bool | None = setting(None, resume="free")
     """torch.compile each block; None: on a GPU"""
-    capture: Literal["off", "on", "auto"] = setting("off", resume="free")
-    """replay the whole step as CUDA graphs instead of launching its kernels one by one, for small models; on: or say why not;
-    auto: where it can be. On a CPU, on: the same step on the same buffers without a graph (docs/step.md)"""
+    capture: Literal["off", "on", "auto"] = setting("auto", resume="free")
+    """replay the whole step as CUDA graphs instead of launching its kernels one by one, for small models; auto: on a GPU, where
+    it can be and leaves memory; on: or say why not. On a CPU, on: the same step on the same buffers without a graph
+    (docs/step.md)"""
     optimizer: Literal["adamw", "adamw8bit"] = "adamw"
     """adamw8bit: moments of 8 bits (bitsandbytes, `pip install selftrans[8bit]`), a quarter of the memory"""
     recompute: bool | int | tuple[int, ...] = setting(False, resume="free")

@@ -19,6 +19,8 @@ from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
 T = TypeVar("T")
+#: what reading a json file raises that is damaged, or of another content than expected
+UNREADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError)
 FREE_SPACE = "free disk space or choose another folder"
 REFUSED = {errno.EROFS, errno.EACCES, errno.EPERM}  #: errors of a folder in which nothing may be written
 
@@ -83,7 +85,7 @@ def recorded(path: Path, parse: Callable[[Any], T], otherwise: T) -> T:
     """What `parse` makes of the json in a file; `otherwise` for a file that is missing, damaged, or of another content."""
     try:
         return parse(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError):
+    except UNREADABLE:
         return otherwise
 
 

@@ -215,6 +215,10 @@ class Backbone(nn.Module):
         """The blocks in order: what is compiled and sharded one by one. Default: none, the model is treated as one part."""
         return []
 
+    def unrepeated(self) -> list[nn.Module]:
+        """Other parts that are compiled, each by itself. Default: none."""
+        return []
+
     def sharded(self) -> list[nn.Module]:
         """The parts whose weights FSDP2 gathers one by one. Default: the blocks."""
         return self.repeated()

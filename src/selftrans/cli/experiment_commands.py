@@ -252,7 +252,8 @@ class Compare(RecipeCommand[Config]):
     """Methods x seeds with equal budgets: a table, the curves over steps and compute, and a page. Repeating it continues.
 
     The overrides of RECIPE (--train.batch-size 64 ...) apply to every method. Each run is an ordinary run directory,
-    OUT/<method>-seed<k>.
+    OUT/<method>-seed<k>. A run that diverges or runs out of memory does not end the others: it is named with the reason, the
+    exit status is 1, and the same command tries it again.
     """
 
     NO_OVERRIDES = ("recipe", "method")  # --methods takes its place
@@ -282,9 +283,14 @@ class Compare(RecipeCommand[Config]):
 
     def run(self) -> None:
         from selftrans.experiments.compare import compare_methods, override
+        from selftrans.storage import plural
 
         config: Any = override(self.config, data=self.data, steps=self.steps)  # type: ignore[arg-type]
-        compare_methods(config, **self.options("recipe", "config", "data", "steps"))
+        summary = compare_methods(config, **self.options("recipe", "config", "data", "steps"))
+        if failed := len(summary["failed"]):
+            raise ValueError(
+                f"{plural(failed, 'run')} failed (the table above and compare.json say why); the same command tries again"
+            )
 
 
 @dataclass

@@ -8,6 +8,7 @@ else C; T = grid² tokens row by row and D width of the features.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields, replace
@@ -191,6 +192,10 @@ class Manifest:
             lines += [f"  {printable(name)}: {printable(reason)}" for name, reason in self.skipped[:10]]
             lines += [f"  and {len(self.skipped) - 10} more, listed in {FILE}"] if len(self.skipped) > 10 else []
         return "\n".join(lines)
+
+    def shards_sha256(self, separator: str = "\n") -> str:
+        """sha256 of the sha256 of all shards, with `separator` between them: the same for the same data in another folder."""
+        return hashlib.sha256(separator.join(shard.sha256 for shard in self.shards).encode()).hexdigest()
 
     def without_shards(self) -> Manifest:
         """The plan: the manifest before any shard is written."""

@@ -54,6 +54,10 @@ class OtherShape(ValueError):
     """Images of another shape than the extractor takes, or than those before them."""
 
 
+class FeaturesNotFinite(ValueError):
+    """Features of images that are not finite."""
+
+
 class ClassifierExtractor:
     """The penultimate features and the logits of a `SmallClassifier`."""
 
@@ -275,7 +279,7 @@ def extract(
             )
         bad = ~np.isfinite(out["features"]).all(axis=-1)
         if bad.any():
-            raise ValueError(
+            raise FeaturesNotFinite(
                 f"{extractor.name} returned features that are not finite for image {done + int(bad.argmax())}"
             )
         done += len(images)

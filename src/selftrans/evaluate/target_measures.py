@@ -16,6 +16,8 @@ from torch import Tensor
 from selftrans.evaluate.target_probes import Pooled, chance, probe_all
 from selftrans.evaluate.target_share import PREDICTORS, Design, Fits, share
 
+DIFFERENCE = "difference"  #: among the strengths of f_g: f_c - f_u alone, the limit of large w
+
 
 class Parts(NamedTuple):
     """Features of some pictures at one timestep, each block -> (n, T, D), float32 on the CPU."""
@@ -83,7 +85,7 @@ class BlockSums:
         """
         scales = self.plan.scales
         base = self.errors["mean"]
-        strengths = {"0": 0.0} | {f"{w:g}": w for w in scales} | ({"difference": None} if scales else {})
+        strengths = {"0": 0.0} | {f"{w:g}": w for w in scales} | ({DIFFERENCE: None} if scales else {})
         shares = {
             name: {key: share(self.errors[name], base, w) for key, w in strengths.items()}
             for name in PREDICTORS[1:]

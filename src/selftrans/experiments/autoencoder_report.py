@@ -16,7 +16,7 @@ from torch import Tensor
 from selftrans.data.dataset import Dataset
 from selftrans.encoders.autoencoder import to_uint8
 from selftrans.evaluate.plots import Series, curves, figure_to_data_uri, sample_sheet
-from selftrans.experiments.html_report import document, settings_table
+from selftrans.experiments.html_report import document, html_table, settings_table
 from selftrans.train.autoencoder_network import PerceptualDistance, posterior
 
 BATCH = 64
@@ -130,10 +130,8 @@ def page(report: dict[str, Any], log: list[dict[str, Any]], picture: np.ndarray)
         "trained on": f"{report['pictures']:,} pictures, {report['steps']:,} steps",
         "time": f"{report['seconds']:.0f} s on {report['device']}",
     }
-    channels = [
-        {"channel": str(k), **{name: f"{latents[name][k]:.4g}" for name in ("mean", "std", "posterior_std")}}
-        for k in range(len(latents["mean"]))
-    ]
+    measures = ("mean", "std", "posterior_std")
+    channels = [[str(k), *(f"{latents[name][k]:.4g}" for name in measures)] for k in range(len(latents["mean"]))]
     settings = {name: str(value) for name, value in report["settings"].items()}
     body = f"""<h1>Autoencoder</h1>
 {settings_table(numbers)}
@@ -142,8 +140,7 @@ def page(report: dict[str, Any], log: list[dict[str, Any]], picture: np.ndarray)
 <h2>Training</h2>
 <img src="{figure_to_data_uri(curve)}" alt="error against steps">
 <h2>Latents</h2>
-<table><thead><tr>{"".join(f"<th>{name}</th>" for name in channels[0])}</tr></thead>
-{"".join("<tr>" + "".join(f"<td>{value}</td>" for value in row.values()) + "</tr>" for row in channels)}</table>
+{html_table(("channel", *measures), channels)}
 <p class="note">Of posterior samples of {latents["pictures"]:,} training pictures. <code>prepare --autoencoder</code> brings
 each channel to zero mean and unit variance with them. posterior_std is the part that is noise.</p>
 <h2>Settings</h2>

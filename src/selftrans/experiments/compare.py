@@ -32,7 +32,7 @@ from selftrans.experiments.measurement import PROBED_BLOCK, check_sizes, image_s
 from selftrans.experiments.runner import Results, compare, processes
 from selftrans.experiments.schedule import Job
 from selftrans.experiments.summary import AXES, mean_curve, rows, time_line, time_shares
-from selftrans.experiments.train_classifier import classifier_from_data, data_of_classifier, identity_of_shards
+from selftrans.experiments.train_classifier import classifier_from_data, data_of_classifier
 from selftrans.methods.registry import METHODS, REGISTRY, find, put_together, sections_of, stages
 from selftrans.sections import fields_of
 from selftrans.storage import lock_file, removed_if_refused
@@ -57,11 +57,13 @@ def compare_methods(
     All share data, model, student steps, batch, sampler, extractor and number of images. Every stage is as long as the
     student's training, unless the settings say otherwise; a stage that another method trains alone, with the same settings
     and seed, is shared. Distances are to the training data. Repeating the call continues it; methods and seeds may be added.
+    Runs that fail (`runner.FAILURES`) are listed in the result (`failed`), and the others go on; a repeated call tries them
+    again.
 
     Args:
         methods: their names; None: the built-in ones that need no external encoder.
-        features: an extractor's name or file; None: see `with_defaults`. typed: see `train`.
-    Raises ValueError for unknown methods and seeds.
+        features: an extractor's name or file; None: see `shared_settings`. typed: see `train`.
+    Raises ValueError for unknown methods and seeds, and where every run fails.
     """
     if methods is None:
         methods = [name for name, spec in METHODS.items() if not any(s.encoder for s in spec.stages(config))]
@@ -75,10 +77,9 @@ def compare_methods(
             variants = {name: for_method(config, name) for name in methods}
             chosen = Comparison(config, variants, tuple(seeds), out, images, features, weights, probed_block(config))
             kept = kept_runs(chosen)
-            check_before(chosen, kept)
+            check_before(chosen, kept, prepared=out / "data" in new)
         summary = _finished(chosen, kept) or _measured(chosen, kept, workers)
-    names = {name: name for name in methods}
-    print(html_report.text_table(summary["table"], names, summary["metric"]))
+    print(html_report.text_table(summary))
     if not all_kept(chosen, kept) and (line := time_line(summary["time"])):
         print(f"\n{line}")
     print(f"\nOpen {out / 'compare.html'}")
@@ -96,10 +97,13 @@ def _measured(chosen: Comparison, kept: Mapping[Job, Kept], workers: int | None)
     """Train and measure what is left, and write the files of the comparison; returns what compare.json holds."""
     if all_kept(chosen, kept):
         kept = to_draw(chosen, kept)
-    started = time.perf_counter()
-    results = compare(chosen, workers=workers, kept=kept)
+    started, failed = time.perf_counter(), dict[Job, str]()
+    results = compare(chosen, workers=workers, kept=kept, failed=failed)
+    if not results:
+        (name, seed), reason = next(iter(failed.items()))
+        raise ValueError(f"every run failed; first {name}, seed {seed}: {reason}")
     shares = time_shares(results, time.perf_counter() - started, processes(chosen, workers)[0])
-    return write(chosen, summarise(chosen, results) | {"time": shares})
+    return write(chosen, summarise(chosen, results, failed) | {"time": shares})
 
 
 def probed_block(config: RunConfig) -> int:
@@ -126,11 +130,12 @@ def for_method(config: RunConfig, method: str | None = None) -> RunConfig:
     return config.override(lengths)
 
 
-def check_before(chosen: Comparison, kept: Mapping[Job, Kept] | None = None) -> None:
+def check_before(chosen: Comparison, kept: Mapping[Job, Kept], *, prepared: bool = False) -> None:
     """ValueError now for what would stop a run or a measurement later. Nothing is loaded, decoded or built where all is
-    trained and measured (`kept`; None: it is looked for)."""
-    if not all_kept(chosen, kept_runs(chosen) if kept is None else kept):
-        _check_builtin(chosen.shared, chosen.out)
+    trained and measured. `prepared`: this call has just prepared the built-in data, which are then not checked."""
+    if not all_kept(chosen, kept):
+        if not prepared:
+            _check_builtin(chosen.shared, chosen.out)
         check_measuring(chosen.shared, chosen.features, chosen.weights)
         rehearse(chosen.variants)
 
@@ -157,8 +162,10 @@ def _check(methods: Sequence[str], seeds: Sequence[int], images: int) -> None:
 
 def with_defaults(config: RunConfig, out: Path, *, features: str | None = None) -> tuple[RunConfig, str, str | None]:
     """`shared_settings`, once they are known to be good for measuring (`check_measuring`)."""
+    prepared = not (out / "data").exists()
     config, features, weights = shared_settings(config, out, features=features)
-    _check_builtin(config, out)
+    if not prepared:
+        _check_builtin(config, out)
     check_measuring(config, features, weights)
     return config, features, weights
 
@@ -211,7 +218,7 @@ def classifier_of(config: RunConfig, dataset: Dataset, file: Path) -> Path:
     """`file`: the classifier of these data, trained by the first call. ValueError for one that was trained on other data."""
     if not file.exists():
         print(classifier_from_data(str(config.data.path), file, epochs=12, seed=0))
-    elif data_of_classifier(file) not in (None, identity_of_shards(dataset)):
+    elif data_of_classifier(file) not in (None, dataset.manifest.shards_sha256()):
         raise ValueError(
             f"{file} was trained on other data than {config.data.path}; choose another --out, or give that classifier with "
             "--features"
@@ -267,14 +274,19 @@ def override(config: RunConfig, *, data: str | None = None, steps: int | None = 
     return config.check()
 
 
-def summarise(chosen: Comparison, results: Results) -> dict[str, Any]:
-    """What compare.json holds: the table, the curves over both axes, and what the numbers depend on."""
+def summarise(chosen: Comparison, results: Results, failed: Mapping[Job, str] | None = None) -> dict[str, Any]:
+    """What compare.json holds: the table, the curves over both axes, and what the numbers depend on.
+
+    `failed`: the runs that are not in `results`, and why.
+    """
+    failed = failed or {}
     point, names = next(iter(results.values()))[1][-1], tuple(chosen.variants)
     used = {key: section for variant in chosen.variants.values() for key, section in variant.sections.items()}
     config = dataclasses.replace(chosen.shared, sections=used)
     teachers = {json.dumps(run["teacher"]): run["teacher"] for run, _ in results.values() if run.get("teacher")}
     return {
-        "table": rows(results, names),
+        "table": rows(results, names, failed=failed),
+        "failed": [{"method": job[0], "seed": job[1], "reason": failed[job]} for job in chosen.jobs if job in failed],
         "curves": {axis: {name: mean_curve(results, name, axis) for name in names} for axis in AXES},
         **{key: point[key] for key in ("metric", "sampler", "extractor_sha256")},
         "features": chosen.features,

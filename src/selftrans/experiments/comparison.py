@@ -18,6 +18,7 @@ from selftrans.methods.registry import stages
 from selftrans.methods.spec import Stage
 from selftrans.sections import Section, fields_of
 from selftrans.train.resume import settings_before
+from selftrans.train.run import stages_to_run
 
 
 @dataclass(frozen=True)
@@ -32,9 +33,8 @@ class Comparison:
     features: str  #: extractor, by name or file
     weights: str | None = None  #: where a named extractor is kept
     block: int = PROBED_BLOCK  #: the shallow block whose features are probed (1-based)
-    every: int | None = (
-        None  #: steps between measurements, and only at the end beyond the steps of `shared`; None: a fifth
-    )
+    #: steps between measurements, and only at the end beyond the steps of `shared`; None: a fifth
+    every: int | None = None
 
     @property
     def jobs(self) -> list[Job]:
@@ -43,8 +43,7 @@ class Comparison:
     @property
     def total(self) -> int:
         """Cost of the comparison, in training steps."""
-        steps = len(self.seeds) * sum(config.train.steps for config in self.variants.values())
-        return steps + self.measurements * measuring_cost(self.shared, self.images)
+        return sum(map(self.steps, self.jobs)) + self.measurements * measuring_cost(self.shared, self.images)
 
     @property
     def measurements(self) -> int:
@@ -56,6 +55,11 @@ class Comparison:
     def dense(self) -> int | None:
         """Last step that is measured at every interval; None: there is none."""
         return self.shared.train.steps if self.every else None
+
+    def steps(self, job: Job) -> int:
+        """Training steps of a run: those of all its stages, or of the last one where another run teaches it."""
+        plan = stages_to_run(self.variants[job[0]])
+        return sum(stage.steps for stage in (plan[-1:] if self.teacher(job) else plan))
 
     def run(self, job: Job) -> Path:
         return self.out / f"{job[0]}-seed{job[1]}"

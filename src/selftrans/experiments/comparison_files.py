@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -15,28 +16,31 @@ from selftrans.experiments import html_report
 from selftrans.experiments.comparison import Comparison
 from selftrans.experiments.measurement import MEASURED, due_checkpoints, samples_of, stored_conditions, stored_points
 from selftrans.experiments.summary import as_csv
+from selftrans.sampling.images import NotFinite
 from selftrans.storage import recorded, sha256_file, write_json, write_text
 from selftrans.train.data_window import data_of
 
 SHOWN = 32  #: samples on the page, per method
 JSON, DRAWN = "compare.json", ("compare.csv", "compare.png", "compare.html")
 FILES = "files"  #: entry of compare.json: what the other files were made from, and their sha256
-OF_A_CALL = ("time", FILES)  #: entries of compare.json that do not depend on the runs alone
 
 
 def write(chosen: Comparison, summary: dict[str, Any]) -> dict[str, Any]:
     """Write compare.json, .csv, .png and .html to the directory of the comparison; returns what the first one holds."""
-    runs = {name: chosen.run((name, chosen.seeds[0])) for name in chosen.variants}
+    failed = {(one["method"], one["seed"]) for one in summary["failed"]}
     conditioning = stored_conditions(data_of(chosen.shared.data), dataclasses.replace(chosen.shared.sample, seed=1))
-    lasts = {name: due_checkpoints(run, chosen.every, chosen.dense)[-1] for name, run in runs.items()}
-    grids = {name: samples_of(last, chosen.shared.sample, SHOWN, conditioning) for name, last in lasts.items()}
-    captions = conditioning.texts(np.arange(SHOWN))
-    figure = html_report.convergence(summary["curves"], summary["metric"])
+    grids = {}
+    for name in chosen.variants:
+        job = name, chosen.seeds[0]
+        if job not in failed:
+            last = due_checkpoints(chosen.run(job), chosen.every, chosen.dense)[-1]
+            with contextlib.suppress(NotFinite):  # those that were measured have other noise, and are finite
+                grids[name] = samples_of(last, chosen.shared.sample, SHOWN, conditioning)
+    captions, figure = conditioning.texts(np.arange(SHOWN)), html_report.convergence(summary)
     plots.save(figure, chosen.out / "compare.png")
     write_text(chosen.out / "compare.csv", as_csv(summary["table"]))
     write_text(chosen.out / "compare.html", html_report.comparison_page(summary, figure, grids, captions))
-    made = {name: sha256_file(chosen.out / name) for name in DRAWN}
-    summary = summary | {FILES: {"made_from": _made_from(chosen, summary)} | made}
+    summary = summary | {FILES: _files(chosen)}
     write_json(chosen.out / JSON, summary)
     return summary
 
@@ -45,23 +49,17 @@ def shown_already(chosen: Comparison, summary: dict[str, Any]) -> dict[str, Any]
     """What compare.json holds, if it and the other files are there as `write` would write them; else None."""
 
     def showing(held: dict[str, Any]) -> dict[str, Any] | None:
-        files = held[FILES]
-        same = files["made_from"] == _made_from(chosen, summary) and _of_runs(held) == _of_runs(summary)
-        return held if same and all(files[name] == sha256_file(chosen.out / name) for name in DRAWN) else None
+        wanted = summary | {"time": held["time"], FILES: _files(chosen)}  # the time is that of the call that wrote them
+        return held if held == json.loads(json.dumps(wanted)) else None
 
     return recorded(chosen.out / JSON, showing, None)
 
 
-def _of_runs(summary: dict[str, Any]) -> Any:
-    """The entries that depend on the runs alone, as json has them."""
-    return json.loads(json.dumps({key: value for key, value in summary.items() if key not in OF_A_CALL}))
-
-
-def _made_from(chosen: Comparison, summary: dict[str, Any]) -> str:
-    """A hash of all that the files depend on: the summary, the weights that are sampled, the data, and what draws them."""
+def _files(chosen: Comparison) -> dict[str, str]:
+    """sha256 of the files next to compare.json, and a hash of what they show besides its content: samples, by this code."""
     manifest = data_of(chosen.shared.data).manifest
     runs = [chosen.run((name, chosen.seeds[0])) for name in chosen.variants]
     weights = [sorted(point["sha256"] for point in stored_points(Path(run, MEASURED))) for run in runs]
     code = [sha256_file(Path(str(file))) for file in (__file__, html_report.__file__, plots.__file__)]
-    parts = [code, _of_runs(summary), weights, manifest.to_json()]
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+    made_from = hashlib.sha256(json.dumps([code, weights, manifest.to_json()]).encode()).hexdigest()
+    return {"made_from": made_from} | {name: sha256_file(chosen.out / name) for name in DRAWN}

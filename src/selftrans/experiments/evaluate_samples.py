@@ -40,8 +40,6 @@ SETTINGS = (
     "labels",
     "precision",
 )
-
-
 LISTED = 12  #: numbers of a setting that are printed
 
 
@@ -194,11 +192,12 @@ def text(report: dict[str, Any]) -> str:
             deviation = f" ± {report[f'{key}_std']:.4g}" if f"{key}_std" in report else ""
             lines.append(f"{name:<26}{report[key]:.5g}{deviation}")
     made, balance = report["made"], report["label_balance"]
-    texts = [printable(said) for said in beyond_defaults(made)] + _texts(made) + _sizes(made)
+    prompts = _texts(made)
+    texts = [printable(said) for said in beyond_defaults(made)] + prompts + _sizes(made)
     made_with = [
         f"{name.replace('_', ' ')} {'unknown' if made[name] is None else _short(made[name])}"
         for name in SETTINGS
-        if not (_texts(made) and name == "labels")
+        if not (prompts and name == "labels")
     ] + texts
     if balance:
         few, most = balance["fewest"], balance["most"]

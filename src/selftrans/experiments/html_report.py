@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,7 @@ from selftrans.evaluate.plots import (
     COLOURS,
     MARKERS,
     RULE,
+    blank_figure,
     figure_to_data_uri,
     plain_ticks,
     sample_sheet,
@@ -40,16 +42,16 @@ HEADINGS = (
 def cells(row: dict[str, Any], names: Mapping[str, str]) -> list[str]:
     """One row of the table as text, in the order of HEADINGS."""
     spread = [
-        _cell(row[key], digits)
+        spread_text(row[key], digits)
         for key, digits in (("seconds", 0), ("total_seconds", 0), ("total_tflops", 2), ("distance", 2))
     ]
     reach = [_reached(row, key, digits) for key, digits in (("steps_to_baseline", 0), ("tflops_to_baseline", 2))]
     return [
         names[row["method"]],
-        f"{row['steps']:,}",
+        "-" if row["steps"] is None else f"{row['steps']:,}",
         *spread,
-        _cell(row["accuracy"], 3),
-        _cell(row["probe"], 3),
+        spread_text(row["accuracy"], 3),
+        spread_text(row["probe"], 3),
         *reach,
     ]
 
@@ -58,23 +60,42 @@ def _reached(row: dict[str, Any], key: str, digits: int) -> str:
     """Where vanilla's final distance was reached, and by how many seeds if not by all; empty without a vanilla run."""
     if key not in row:
         return ""
+    runs = row.get("paired", row["seeds"])
     if row[key] is None:
-        return "never" if row["reached"] == 0 else "-"
+        return "never" if runs and row["reached"] == 0 else "-"
     bound = "≤ " if row["at_once"] else ""
-    some = f" ({row['reached']} of {row['seeds']})" if row["reached"] < row["seeds"] else ""
-    return bound + _cell(row[key], digits) + some
+    some = f" ({row['reached']} of {runs})" if row["reached"] < runs else ""
+    return bound + spread_text(row[key], digits) + some
 
 
-def _cell(value: dict[str, float] | None, digits: int) -> str:
+def spread_text(value: Mapping[str, float] | None, digits: int) -> str:
+    """`1,234.5 ± 0.3`: mean and standard deviation, without one that rounds to zero; `-` for None."""
     if value is None:
         return "-"
-    mean = f"{value['mean']:,.{digits}f}"
-    return f"{mean} ± {value['std']:,.{digits}f}" if value["std"] else mean
+    deviation = f" ± {value['std']:,.{digits}f}" if round(value["std"], digits) else ""
+    return f"{value['mean']:,.{digits}f}{deviation}"
 
 
-def text_table(table: list[dict[str, Any]], names: Mapping[str, str], metric: str) -> str:
-    """The table for a terminal."""
-    return "\n".join([aligned([list(HEADINGS), *(cells(row, names) for row in table)]), "", legend(metric)])
+def marked(table: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """Method -> its name in tables and figures, with how many of its runs failed."""
+    failed = {row["method"]: (row["failed"], row["seeds"]) for row in table if row.get("failed")}
+    marks = {
+        name: f" ({lost} of {lost + held} seeds failed)" if held else " (failed)"
+        for name, (lost, held) in failed.items()
+    }
+    return {row["method"]: f"{row['method']}{marks.get(row['method'], '')}" for row in table}
+
+
+def failures(summary: Mapping[str, Any]) -> list[str]:
+    """A line for each run of a compare.json that failed, with the reason; earlier versions ended with the first."""
+    return [f"failed: {one['method']}, seed {one['seed']}: {one['reason']}" for one in summary.get("failed", ())]
+
+
+def text_table(summary: Mapping[str, Any]) -> str:
+    """The table of a compare.json for a terminal."""
+    table, names = summary["table"], marked(summary["table"])
+    lines = aligned([list(HEADINGS), *(cells(row, names) for row in table)])
+    return "\n".join([lines, *failures(summary), "", legend(summary["metric"])])
 
 
 def aligned(lines: Sequence[Sequence[str]]) -> str:
@@ -93,8 +114,8 @@ def legend(metric: str) -> str:
         "student's training; total seconds and TFLOPs: with the teacher's training. Runs may train in parallel, so compare "
         f"TFLOPs rather than seconds. To {BASELINE}'s end: student steps and total TFLOPs at which the method first reaches "
         f"the final distance of {BASELINE} with the same seed, with log distance interpolated linearly between measurements; "
-        "≤: reached at the first measurement; never: with no seed; -: unknown, as the training of an imported teacher, or "
-        "accuracies without classes."
+        "≤: reached at the first measurement; never: with no seed; -: unknown, as the training of an imported teacher, "
+        "accuracies without classes, or runs that failed."
     )
 
 
@@ -105,24 +126,26 @@ def draw_curves(axes: Any, series: Mapping[str, Curve], xlabel: str, metric: str
         colour, marker = COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)]
         axes.plot(x, values, color=colour, marker=marker, markeredgecolor="white", markeredgewidth=0.6, label=name)
         axes.fill_between(x, np.maximum(low, 1e-9), high, color=colour, alpha=0.14, linewidth=0)
-    axes.set(xlabel=xlabel, ylabel=metric, yscale="log")
+    axes.set(xlabel=xlabel, ylabel=textwrap.fill(metric, 46), yscale="log")  # longer lines would leave the figure
     axes.grid(color=RULE, which="both", linewidth=0.5)
     axes.spines[["top", "right"]].set_visible(False)
     plain_ticks(axes)
 
 
-def convergence(both: Mapping[str, Mapping[str, Curve]], metric: str) -> Figure:
-    """Distance against student steps and against total compute: `both` is {"step": series, "tflops": series}."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(12, 4.6), layout="constrained", facecolor="white")
-    FigureCanvasAgg(figure)
+def convergence(summary: Mapping[str, Any]) -> Figure:
+    """Distance against student steps and against total compute, of a compare.json; below, which runs failed."""
+    figure = blank_figure((12, 4.6))
     left, right = figure.subplots(1, 2, sharey=True)
-    draw_curves(left, both["step"], "student steps", metric)
-    draw_curves(right, both["tflops"], "TFLOPs in all, the teacher's training included", metric)
+    names = marked(summary["table"])
+    titles = {"step": "student steps", "tflops": "TFLOPs in all, the teacher's training included"}
+    for axes, (axis, title) in zip((left, right), titles.items(), strict=True):
+        series = {names[name]: curve for name, curve in summary["curves"][axis].items()}
+        draw_curves(axes, series, title, summary["metric"])
     right.set_ylabel("")
     left.legend(frameon=False)
+    reasons = [failure.partition(";")[0] for failure in failures(summary)]  # without the remedies
+    if lines := [line for reason in reasons for line in textwrap.wrap(reason, 160)]:
+        figure.supxlabel("\n".join(lines), x=0.01, horizontalalignment="left", fontsize="small")
     return figure
 
 
@@ -149,7 +172,8 @@ def comparison_page(
     captions: Sequence[str] | None = None,
 ) -> str:
     """compare.html: table, convergence over steps and compute, samples with their `captions`, and settings."""
-    names = {row["method"]: row["method"] for row in summary["table"]}
+    names = marked(summary["table"])
+    lost = "".join(f'<p class="note">{html.escape(line)}</p>\n' for line in failures(summary))
     said, seeds = "captions" if captions else "labels", len(summary["seeds"])
     table = f"Mean ± standard deviation over {seeds} seeds; " if seeds > 1 else "One seed; "
     bands = "Mean over seeds; the band is one standard deviation." if seeds > 1 else "One seed."
@@ -157,7 +181,7 @@ def comparison_page(
     samples = "".join(html_figure(name, sheet, name) for name, sheet in sheets.items())
     body = f"""<h1>Methods compared</h1>
 <div class="scroll">{method_table(summary["table"], names)}</div>
-<p class="note">{table}{html.escape(legend(summary["metric"]))}</p>
+{lost}<p class="note">{table}{html.escape(legend(summary["metric"]))}</p>
 <h2>Convergence</h2>
 <p class="note">{bands}</p>
 <img src="{figure_to_data_uri(figure)}" alt="{html.escape(summary["metric"])} against student steps and against compute">

@@ -17,6 +17,7 @@ from selftrans.data.dataset import Dataset
 from selftrans.experiments.comparison import Comparison, config_of_run
 from selftrans.experiments.measurement import MEASURED, Point, due_checkpoints, measured_alike, measured_before
 from selftrans.experiments.schedule import Job
+from selftrans.storage import UNREADABLE
 from selftrans.train.data_window import data_of, with_window
 from selftrans.train.initial_weights import choose
 from selftrans.train.preview import with_prompts
@@ -24,7 +25,6 @@ from selftrans.train.resume import differences, settings_before, settle
 from selftrans.train.run import stages_to_run
 
 COSTS = ("student_tflops", "total_tflops", "total_seconds")  #: entries of run.json that tables show; None: unknown
-WRONG = (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError)  #: of damaged json files
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ def kept_runs(comparison: Comparison) -> dict[Job, Kept]:
                 identity = identity_of_points(comparison, dataset)
             if held := _trained(comparison, job, dataset, identity):
                 found[job] = held
-        except WRONG:
+        except UNREADABLE:
             continue
     return found
 

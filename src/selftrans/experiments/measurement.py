@@ -16,14 +16,14 @@ import numpy as np
 import torch
 
 from selftrans.checkpoints import format as checkpoint
-from selftrans.checkpoints.load import FILES, load_model
+from selftrans.checkpoints.load import FILES, REPORT, load_model
 from selftrans.config import RunConfig, SampleConfig
 from selftrans.data.dataset import Dataset, Manifest
 from selftrans.data.decoded import data_latents
 from selftrans.data.sources.decode import sides
 from selftrans.device import default_device
 from selftrans.encoders.identity import identity_kind
-from selftrans.evaluate.extractors import Extractor, extractor_sha256, load_extractor
+from selftrans.evaluate.extractors import Extractor, FeaturesNotFinite, extractor_sha256, load_extractor
 from selftrans.evaluate.metrics import evaluate
 from selftrans.evaluate.probes import can_be_probed, collect, linear_probe
 from selftrans.evaluate.statistics import Statistics
@@ -42,9 +42,7 @@ SHARED = ("sampler", "images", "extractor_sha256", "block")  #: entries that all
 POINTS = 5  #: measurements along a run
 BATCH = {"cpu": 125, "other": 500}  #: images sampled at a time; larger batches leave the caches of a core
 PROBE_T = 0.4  #: noise level of the linear probe, the paper's
-PROBED_BLOCK = (
-    2  #: the block that is probed where a method guides none; the first guided one in every published setting
-)
+PROBED_BLOCK = 2  #: where a method guides no block; the first guided one in every published setting
 
 Point: TypeAlias = dict[str, Any]  #: what was measured of a checkpoint, as in MEASURED
 #: called with the number of training steps done, or their equivalent in measuring
@@ -182,25 +180,30 @@ def measured_steps(steps: int, every: int | None = None, dense: int | None = Non
     return sorted({*range(every, min(steps, dense or steps) + 1, every), steps})
 
 
+def checkpoints_of(run: Path) -> list[tuple[int, Path]]:
+    """(step, checkpoint) of the last stage of a finished run, oldest first."""
+    stage = json.loads((run / REPORT).read_text())["stages"][-1]["stage"]
+    return checkpoint.steps(run / stage / "checkpoints")
+
+
 def due_checkpoints(run: Path, every: int | None = None, dense: int | None = None) -> list[Path]:
     """The checkpoints of a run's last stage that are points of its curve, oldest first: those at the `measured_steps`.
 
     An interruption leaves a checkpoint at another step, which is none.
     """
-    stage = json.loads((run / "run.json").read_text())["stages"][-1]["stage"]
-    held = checkpoint.steps(run / stage / "checkpoints")
+    held = checkpoints_of(run)
     wanted = measured_steps(held[-1][0], every, dense)
     return [folder for step, folder in held if step in wanted]
 
 
 def measure_point(run: Path, folder: Path, measurement: Measurement) -> Point:
-    """A checkpoint of a run, measured, or as it was measured before."""
+    """A checkpoint of a run, measured, or as it was measured before. `NotFinite` where samples or their features are not."""
     digest = checkpoint.read(folder).state["sha256"][FILES["ema"]]
     known = measured_before(run / MEASURED, measurement.identity).get(digest)
     try:
         return known or measure_checkpoint(folder, measurement) | {"sha256": digest}
-    except NotFinite as error:
-        raise ValueError(f"{folder} cannot be measured: {error}; leave its method out, or train it again") from error
+    except (NotFinite, FeaturesNotFinite) as error:
+        raise NotFinite(f"{folder} cannot be measured: {error}; leave its method out, or train it again") from error
 
 
 def stored_points(path: Path) -> list[Point]:

@@ -8,7 +8,6 @@ order of the methods.
 from __future__ import annotations
 
 import itertools
-import json
 import math
 import time
 from collections.abc import Mapping, Sequence
@@ -17,7 +16,6 @@ from typing import Any
 
 import numpy as np
 
-from selftrans.checkpoints import format as checkpoint
 from selftrans.checkpoints.load import load_model
 from selftrans.config import RunConfig
 from selftrans.data.dataset import Dataset
@@ -30,7 +28,7 @@ from selftrans.evaluate.plots import as_pictures, save
 from selftrans.evaluate.probes import collect, pca_basis, pca_maps
 from selftrans.experiments.compare import for_method
 from selftrans.experiments.comparison import Comparison
-from selftrans.experiments.measurement import PROBE_T, interval, samples_of
+from selftrans.experiments.measurement import PROBE_T, checkpoints_of, interval, samples_of
 from selftrans.experiments.quickstart_report import compared, cut, overview, page, sentence, text
 from selftrans.experiments.runner import Results, compare
 from selftrans.experiments.summary import as_csv, mean_curve, rows
@@ -155,7 +153,8 @@ def summarise(chosen: Comparison, results: Results) -> dict[str, Any]:
 
 def write(out: Path, summary: dict[str, Any], dataset: Dataset, config: RunConfig, seed: int) -> None:
     """Write the table, the overview picture and the report."""
-    held = {METHODS[name]: checkpoints_of(out / f"{name}-seed{seed}", summary["steps"]) for name in METHODS}
+    found = {METHODS[name]: checkpoints_of(out / f"{name}-seed{seed}") for name in METHODS}
+    held = {label: [folder for step, folder in pairs if step <= summary["steps"]] for label, pairs in found.items()}
     grids = {label: samples_of(folders[-1], config.sample, SHOWN) for label, folders in held.items()}
     maps = {label: maps_of(folders, dataset, summary["block"]) for label, folders in held.items()}
     both = {
@@ -168,12 +167,6 @@ def write(out: Path, summary: dict[str, Any], dataset: Dataset, config: RunConfi
     write_json(out / "table.json", summary)
     write_text(out / "table.csv", as_csv(summary["table"]))
     write_text(out / "report.html", report)
-
-
-def checkpoints_of(run: Path, steps: int) -> list[Path]:
-    """The checkpoints of a run's last stage up to `steps`, oldest first."""
-    stage = json.loads((run / "run.json").read_text())["stages"][-1]["stage"]
-    return [folder for step, folder in checkpoint.steps(run / stage / "checkpoints") if step <= steps]
 
 
 def maps_of(folders: Sequence[Path], dataset: Dataset, block: int) -> dict[str, np.ndarray]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from selftrans.evaluate.plots import INK, figure_to_data_uri, pca_grid, sample_sheet
+from selftrans.evaluate.plots import INK, blank_figure, figure_to_data_uri, pca_grid, sample_sheet
 from selftrans.experiments.html_report import (
     Curve,
     aligned,
@@ -18,6 +18,7 @@ from selftrans.experiments.html_report import (
     html_table,
     legend,
     method_table,
+    spread_text,
 )
 from selftrans.experiments.runner import Result, Results
 from selftrans.experiments.summary import curve, spread
@@ -81,7 +82,7 @@ def compared(results: Results, names: Sequence[str], baseline: str, guided: str,
 def sentence(found: Mapping[str, Any], guided: str, baseline: str) -> str:
     """What came out, and how much of it one seed can show."""
     ratios, steps, many = found["ratios"], found["steps"], found["seeds"] > 1
-    first, last, equal = (_number(ratios[key], 2) for key in ("first", "last", "at_compute"))
+    first, last, equal = (spread_text(ratios[key], 2) for key in ("first", "last", "at_compute"))
     mean = ratios["at_compute"]["mean"]
     ahead = guided if mean < 1 - CLOSE else baseline if mean > 1 + CLOSE else "neither"
     seeds = f"{found['seeds']} seeds" if many else "one seed"
@@ -104,20 +105,13 @@ def cells(found: Mapping[str, Any], names: Mapping[str, str]) -> tuple[list[str]
     rows = [
         [
             names[row["method"]],
-            _number(row["tflops"], 2),
-            *(_number(cell, 2) for cell in row["distances"]),
-            _number(row["at_compute"], 2),
+            spread_text(row["tflops"], 2),
+            *(spread_text(cell, 2) for cell in row["distances"]),
+            spread_text(row["at_compute"], 2),
         ]
         for row in found["rows"]
     ]
     return headings, rows
-
-
-def _number(value: Mapping[str, float] | None, digits: int) -> str:
-    if value is None:
-        return "-"
-    deviation = f" ± {value['std']:.{digits}f}" if round(value["std"], digits) else ""
-    return f"{value['mean']:.{digits}f}{deviation}"
 
 
 def note(summary: Mapping[str, Any]) -> str:
@@ -140,11 +134,7 @@ def text(summary: Mapping[str, Any], names: Mapping[str, str]) -> str:
 
 def overview(both: Mapping[str, Mapping[str, Curve]], grids: Mapping[str, np.ndarray], metric: str) -> Figure:
     """Convergence over student steps and over total compute, and samples of each method at the last step of the former."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(14, 4.2), layout="constrained", facecolor="white")
-    FigureCanvasAgg(figure)
+    figure = blank_figure((14, 4.2))
     mosaic: dict[Any, Any] = figure.subplot_mosaic(
         [["step", "tflops", str(i)] for i in range(len(grids))], width_ratios=[1, 1, 0.95]
     )

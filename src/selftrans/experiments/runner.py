@@ -8,6 +8,7 @@ while the others train, and kept in `OUT/reference-*.npz`. `schedule.py` has the
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import multiprocessing
 import os
@@ -46,11 +47,16 @@ from selftrans.experiments.stopping import (
     interrupts_held,
 )
 from selftrans.plugins import trust_named
+from selftrans.sampling.images import NotFinite
+from selftrans.storage import first_line
 from selftrans.train.log import progress_bar
 from selftrans.train.run import train
 
 Result: TypeAlias = tuple[dict[str, Any], list[Point]]  #: run.json, and the measured points
 Results: TypeAlias = dict[Job, Result]
+#: what one run fails with, while others can go on: training that diverges, samples that are not finite, no memory to train or
+#: to measure it
+FAILURES = (FloatingPointError, NotFinite, MemoryError, torch.OutOfMemoryError)
 
 
 class StepBar:
@@ -70,13 +76,20 @@ class StepBar:
         """The comparison's bar stays open."""
 
 
-def compare(comparison: Comparison, *, workers: int | None = None, kept: Mapping[Job, Kept] | None = None) -> Results:
+def compare(
+    comparison: Comparison,
+    *,
+    workers: int | None = None,
+    kept: Mapping[Job, Kept] | None = None,
+    failed: dict[Job, str] | None = None,
+) -> Results:
     """Train and measure every variant with every seed: (name, seed) -> (run.json, measured points, oldest first).
 
     `workers` processes run at the same time (None: one per core, one on a GPU). Repeating the call continues it; `kept` is what
-    it finds (None: it looks). Where one of them fails, the others end, too, runs with a checkpoint, and its error is raised;
-    ValueError where one is killed. A stop signal (SIGINT, SIGTERM, SIGUSR1) to this process is passed on, and `Stopped` raised
-    when all have ended; a second one ends them at once.
+    it finds (None: it looks). A run that ends with one of FAILURES is left out of the result, with the reason in `failed`, and
+    the others go on (None: ValueError with the reason). At any other error the other processes end, too, runs with a
+    checkpoint, and it is raised; ValueError where a process is killed. A stop signal (SIGINT, SIGTERM, SIGUSR1) to this
+    process is passed on, and `Stopped` raised when all have ended; a second one ends them at once.
     """
     workers, threads = processes(comparison, workers)
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that wait by spinning slow each other down
@@ -84,13 +97,12 @@ def compare(comparison: Comparison, *, workers: int | None = None, kept: Mapping
     shown = {"total": comparison.total, "disable": all_kept(comparison, kept), "unit": "step"}
     with progress_bar(desc="training and measuring", **shown) as bar:
         try:
-            done = _in_workers(comparison, workers, threads, bar, kept)
+            return _in_workers(comparison, workers, threads, bar, kept, failed)
         except BrokenProcessPool as error:
             raise ValueError(
                 "a worker process was ended from outside, by the system if memory ran out; the same command continues: give it "
                 "--workers 1, or a smaller --train.batch-size"
             ) from error
-    return {job: done[job] for job in comparison.jobs}
 
 
 def processes(comparison: Comparison, workers: int | None) -> tuple[int, int]:
@@ -121,41 +133,79 @@ class Spent:
     measuring: float = 0.0
 
 
-def _in_workers(comparison: Comparison, workers: int, threads: int, bar: Any, kept: Mapping[Job, Kept]) -> Results:
-    """Train the runs and measure their checkpoints in worker processes, in the order of a `Schedule`; all but what is kept."""
-    lengths = {job: comparison.variants[job[0]].train.steps for job in comparison.jobs if job not in kept}
-    teachers = {job: teacher if (teacher := comparison.teacher(job)) in lengths else None for job in lengths}
-    schedule = Schedule(lengths, teachers, workers)
-    spent, curves = {job: Spent() for job in kept}, dict[Job, Curve]()
-    for job, held in kept.items():
-        curves[job] = Curve(comparison.run(job), held.due, held.points)
-        schedule.trained(job, [folder for folder in held.due if folder not in held.points])
-        bar.update(
-            held.report["student_steps"] + len(held.points) * measuring_cost(comparison.shared, comparison.images)
-        )
-    if schedule:
-        _work_off(schedule, comparison, workers, threads, bar, spent, curves)
-    check_alike((point for curve in curves.values() for point in curve.points), comparison.features)
-    reports = {job: json.loads((comparison.run(job) / REPORT).read_text()) for job in comparison.jobs}
-    return {job: (reports[job] | {"spent": vars(spent[job])}, curves[job].points) for job in comparison.jobs}
+@dataclass(frozen=True)
+class Failed:
+    """A run that could not be trained, or a checkpoint that could not be measured."""
+
+    reason: str  #: one line
 
 
-def _work_off(
-    schedule: Schedule,
+@dataclass
+class Work:
+    """The runs of a comparison: what is left to do, and what has come of it so far."""
+
+    comparison: Comparison
+    schedule: Schedule
+    failed: dict[Job, str] | None  #: see `compare`
+    spent: dict[Job, Spent]
+    curves: dict[Job, Curve]
+
+    def note(self, task: Task, found: Spent | tuple[Point, float] | Failed) -> None:
+        """What a task has led to. ValueError for a failure where `failed` is None."""
+        job, folder = task
+        if isinstance(found, Failed):
+            self._fail(task, found.reason)
+        elif isinstance(found, Spent):
+            due = due_checkpoints(self.comparison.run(job), self.comparison.every, self.comparison.dense)
+            self.spent[job], self.curves[job] = found, Curve(self.comparison.run(job), due)
+            self.schedule.trained(job, due)
+        elif folder is not None:
+            point, seconds = found
+            self.curves[job].add(folder, point)
+            self.spent[job].measuring += seconds
+
+    def _fail(self, task: Task, reason: str) -> None:
+        if self.failed is None:
+            raise ValueError(reason)
+        if task.checkpoint is None:
+            # runs that it was to teach take the checkpoint of it that they need, or train their own teacher
+            self.schedule.trained(task.job, [])
+        if task.job not in self.failed:
+            self.failed[task.job] = reason.replace(f"{self.comparison.out}{os.sep}", "")
+            name, seed = task.job
+            warnings.warn(f"{name}, seed {seed}, failed, and the others go on: {self.failed[task.job]}", stacklevel=2)
+
+
+def _in_workers(
     comparison: Comparison,
     workers: int,
     threads: int,
     bar: Any,
-    spent: dict[Job, Spent],
-    curves: dict[Job, Curve],
-) -> None:
-    """Do the tasks of `schedule` in worker processes, and note in `spent` and `curves` what comes of them.
+    kept: Mapping[Job, Kept],
+    failed: dict[Job, str] | None,
+) -> Results:
+    """Train the runs and measure their checkpoints in worker processes, in the order of a `Schedule`; all but what is kept."""
+    lengths = {job: comparison.steps(job) for job in comparison.jobs if job not in kept}
+    teachers = {job: teacher if (teacher := comparison.teacher(job)) in lengths else None for job in lengths}
+    schedule = Schedule(lengths, teachers, workers)
+    work = Work(comparison, schedule, failed, {job: Spent() for job in kept}, {})
+    for job, held in kept.items():
+        work.curves[job] = Curve(comparison.run(job), held.due, held.points)
+        schedule.trained(job, [folder for folder in held.due if folder not in held.points])
+        bar.update(comparison.steps(job) + len(held.points) * measuring_cost(comparison.shared, comparison.images))
+    if schedule:
+        _work_off(work, workers, threads, bar)
+    check_alike((point for curve in work.curves.values() for point in curve.points), comparison.features)
+    jobs = [job for job in comparison.jobs if job not in (failed or {})]
+    reports = {job: json.loads((comparison.run(job) / REPORT).read_text()) for job in jobs}
+    return {job: (reports[job] | {"spent": vars(work.spent[job])}, work.curves[job].points) for job in jobs}
 
-    Raises `Stopped` after a stop signal, when all workers have ended.
-    """
-    context = multiprocessing.get_context("spawn")
+
+def _work_off(work: Work, workers: int, threads: int, bar: Any) -> None:
+    """Do what is left in worker processes. Raises `Stopped` after a stop signal, when all workers have ended."""
+    context, schedule = multiprocessing.get_context("spawn"), work.schedule
     steps_done = context.SimpleQueue()
-    shared = (comparison, threads, steps_done, warnings.showwarning)
+    shared = (work.comparison, threads, steps_done, warnings.showwarning)
     with StopRequest() as stop, ProcessPoolExecutor(workers, context, _init_worker, shared) as pool:
         with interrupts_held():
             reference = pool.submit(_make_reference)
@@ -170,16 +220,8 @@ def _work_off(
                 _pass_on(steps_done, bar)
                 for future in finished:
                     ended, found = running.pop(future), future.result()
-                    if ended is None:
-                        continue  # the reference is there: checkpoints can be measured
-                    job, folder = ended
-                    if folder is None:
-                        due = due_checkpoints(comparison.run(job), comparison.every, comparison.dense)
-                        spent[job], curves[job] = found, Curve(comparison.run(job), due)
-                        schedule.trained(job, due)
-                    else:
-                        curves[job].add(folder, found[0])
-                        spent[job].measuring += found[1]
+                    if ended is not None:  # else the reference is there: checkpoints can be measured
+                        work.note(ended, found)
             stop.check()
         except BaseException:
             if stop.received is not None:
@@ -188,7 +230,7 @@ def _work_off(
             for future, task in running.items():  # what was measured meanwhile is kept
                 if task and task.checkpoint and not future.cancelled() and future.exception() is None:
                     with contextlib.suppress(ValueError):  # a full disk, perhaps; what ended the comparison is raised
-                        curves[task.job].add(task.checkpoint, future.result()[0])
+                        work.note(task, future.result())
             if stop.received is not None:
                 raise stop.stopped(killed) from None
             raise
@@ -236,18 +278,30 @@ def _measurement() -> Measurement:
     return measurement
 
 
-def _run_task(task: Task) -> Spent | tuple[Point, float]:
+def _run_task(task: Task) -> Spent | tuple[Point, float] | Failed:
     """In a worker: train a run, or measure one checkpoint: (point, seconds)."""
-    comparison, progress, started = _worker["comparison"], _worker["progress"], time.perf_counter()
-    run = comparison.run(task.job)
-    if task.checkpoint is None:
-        before = seconds_trained(run)
-        train_one(comparison, task.job, progress)
-        report = json.loads((run / "run.json").read_text())
-        steps = max(0.0, sum(stage["seconds"] for stage in report["stages"]) - before)
-        return Spent(steps, time.perf_counter() - started)
-    point = measure_point(run, task.checkpoint, _measurement())
-    progress(measuring_cost(comparison.shared, comparison.images))
+    try:
+        return _trained(task.job) if task.checkpoint is None else _measured(task.job, task.checkpoint)
+    except FAILURES as error:
+        reason = first_line(error, limit=600)
+    gc.collect()  # what the failed run held: the next one in this process needs the memory
+    return Failed(reason)
+
+
+def _trained(job: Job) -> Spent:
+    comparison, started = _worker["comparison"], time.perf_counter()
+    run = comparison.run(job)
+    before = seconds_trained(run)
+    train_one(comparison, job, _worker["progress"])
+    report = json.loads((run / REPORT).read_text())
+    steps = max(0.0, sum(stage["seconds"] for stage in report["stages"]) - before)
+    return Spent(steps, time.perf_counter() - started)
+
+
+def _measured(job: Job, folder: Path) -> tuple[Point, float]:
+    comparison, started = _worker["comparison"], time.perf_counter()
+    point = measure_point(comparison.run(job), folder, _measurement())
+    _worker["progress"](measuring_cost(comparison.shared, comparison.images))
     return point, time.perf_counter() - started
 
 

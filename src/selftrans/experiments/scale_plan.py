@@ -44,7 +44,12 @@ class Cluster:
 
     def check(self) -> None:
         """ValueError for numbers that describe no cluster."""
-        given = {"gpus": self.gpus, "gpus-per-machine": self.per_machine, "link-gbps": self.link, "local-gbps": self.local}
+        given = {
+            "gpus": self.gpus,
+            "gpus-per-machine": self.per_machine,
+            "link-gbps": self.link,
+            "local-gbps": self.local,
+        }
         for option, value in given.items():
             if not value > 0:
                 raise ValueError(f"--{option} is {value:g}; it must be above zero")
@@ -126,7 +131,8 @@ def scale_plan(
         )
     assumed: list[str] = []
     shape, conditions, samples, row = _data(config, assumed)
-    plan, built = stages(config), [_built(config, stage, shape, conditions) for stage in stages(config)]
+    plan = stages(config)
+    built = [_built(config, stage, shape, conditions) for stage in plan]
     flops = [sum(step_flops(each, conditions.example(), 1000).values()) / 1000 for each, _ in built]
     figures = read_measured(measured, str(config.model.name)) if measured else None
     found, speeds = [], []

@@ -5,50 +5,55 @@ from __future__ import annotations
 import csv
 import io
 import statistics
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
 
 from selftrans.experiments.runner import Results
+from selftrans.experiments.schedule import Job
 from selftrans.methods.registry import BASELINE
+from selftrans.storage import plural
 
 #: x axis of a curve (student steps, or total compute with the teacher's training) -> column of the table
 AXES = {"step": "steps_to_baseline", "tflops": "tflops_to_baseline"}
 
 
-def of_method(results: Results, name: str) -> list[tuple[dict[str, Any], list[dict[str, Any]]]]:
-    """(run.json, measured points) of a variant, one per seed."""
-    return [value for (one, _), value in results.items() if one == name]
-
-
-def rows(results: Results, names: Sequence[str], baseline: str = BASELINE) -> list[dict[str, Any]]:
+def rows(
+    results: Results, names: Sequence[str], baseline: str = BASELINE, failed: Collection[Job] = ()
+) -> list[dict[str, Any]]:
     """The table: one row per variant, with mean and standard deviation over seeds of its last point.
+
+    `failed` runs are counted in their rows, and are in no mean: a row of which no run is left has None.
 
     `steps_to_baseline` and `tflops_to_baseline` are where a run first reaches the final distance of the baseline with the
     same seed (None if no run does). `reached` counts the runs that do, `at_once` those that do at their first point, which
-    may have reached it earlier. Compute is None for a run whose teacher's training is unknown.
+    may have reached it earlier. `paired`: the runs with such a baseline, where not all have one. Compute is None for a run
+    whose teacher's training is unknown.
     """
     table = []
     goals = {seed: points[-1]["distance"] for (one, seed), (_, points) in results.items() if one == baseline}
     for name in names:
         runs = {seed: value for (one, seed), value in results.items() if one == name}
         last = [points[-1] for _, points in runs.values()]
-        row: dict[str, Any] = {"method": name, "seeds": len(runs), "steps": last[0]["step"]}
+        row: dict[str, Any] = {"method": name, "seeds": len(runs), "steps": last[0]["step"] if last else None}
+        row |= {"failed": lost} if (lost := sum(one == name for one, _ in failed)) else {}
         row["seconds"] = spread([point["seconds"] for point in last])
         for key in ("total_seconds", "total_tflops"):
             row[key] = spread([report[key] for report, _ in runs.values()])
         for key in ("distance", "accuracy", "probe"):
             row[key] = spread([point[key] for point in last])
+        paired = {seed: run for seed, run in runs.items() if seed in goals}
+        row |= {"paired": len(paired)} if goals and len(paired) < len(runs) else {}
         for axis, column in AXES.items() if goals else ():
             if axis == "tflops" and row["total_tflops"] is None:
                 row[column] = None
                 continue
-            reached = [first_below(*curve(run, axis), goals[seed]) for seed, run in runs.items()]
+            reached = [first_below(*curve(run, axis), goals[seed]) for seed, run in paired.items()]
             known = [x for x in reached if x is not None]
-            row[column] = spread(known) if known else None
+            row[column] = spread(known)
             row["reached"] = len(known)
-            row["at_once"] = sum(points[0]["distance"] <= goals[seed] for seed, (_, points) in runs.items())
+            row["at_once"] = sum(points[0]["distance"] <= goals[seed] for seed, (_, points) in paired.items())
         table.append(row)
     return table
 
@@ -71,15 +76,15 @@ def time_line(shares: dict[str, Any]) -> str | None:
         return None
     return (
         f"time: {shares['steps']:.0%} training steps, {shares['training']:.0%} models and checkpoints, "
-        f"{shares['measuring']:.0%} measuring, {shares['other']:.0%} other, of {shares['workers']} "
-        f"worker{'s' if shares['workers'] > 1 else ''} in {shares['seconds']:.0f} s"
+        f"{shares['measuring']:.0%} measuring, {shares['other']:.0%} other, of "
+        f"{plural(shares['workers'], 'worker')} in {shares['seconds']:.0f} s"
     )
 
 
 def spread(values: Sequence[float | None]) -> dict[str, float] | None:
-    """Mean and sample standard deviation (0 for a single value); None if any value is unknown."""
+    """Mean and sample standard deviation (0 for a single value); None if there is no value, or any is unknown."""
     known = [value for value in values if value is not None]
-    if len(known) < len(values):
+    if not known or len(known) < len(values):
         return None
     return {"mean": statistics.fmean(known), "std": statistics.stdev(known) if len(known) > 1 else 0.0}
 
@@ -105,10 +110,10 @@ def first_below(x: Sequence[float], y: Sequence[float], goal: float) -> float | 
 def mean_curve(results: Results, name: str, axis: str = "step") -> tuple[list[float], list[float], list[float]]:
     """(x, mean distance, standard deviation) of a variant over its seeds, at the steps measured for all of them.
 
-    Empty if the compute is unknown and `axis` needs it.
+    Empty without runs, and if the compute is unknown and `axis` needs it.
     """
-    runs = of_method(results, name)
-    if axis == "tflops" and any(report["total_tflops"] is None for report, _ in runs):
+    runs = [run for (one, _), run in results.items() if one == name]
+    if not runs or (axis == "tflops" and any(report["total_tflops"] is None for report, _ in runs)):
         return [], [], []
     shared = set[int].intersection(*({point["step"] for point in points} for _, points in runs))
     pairs = [curve((report, [point for point in points if point["step"] in shared]), axis) for report, points in runs]

@@ -17,12 +17,12 @@ from selftrans.data.decoded import decode_images, latents_of
 from selftrans.encoders.autoencoder import load_autoencoder
 from selftrans.evaluate.plots import COLOURS, INK, RULE, as_pictures, blank_figure, pca_grid, save
 from selftrans.evaluate.probes import pca_maps
+from selftrans.evaluate.target_measures import DIFFERENCE
 from selftrans.storage import plural, printable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-DIFFERENCE = "difference"  #: column of f_c - f_u alone, the limit of large w
 SHOWN = "logistic"  #: the probe in the picture
 LIGHT_TEXT = 0.67  #: a share above which white text has more contrast on its colour than dark text
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 from pathlib import Path
 
 import numpy as np
@@ -17,14 +16,8 @@ from selftrans.storage import check_writable, plural, recorded, write_json
 SHARDS = "shards_sha256"  #: entry of the classifier's json: which data it was trained on
 
 
-def identity_of_shards(dataset: Dataset) -> str:
-    """A hash of the sha256 of all shards, which the manifest has."""
-    lines = [shard.sha256 for part in dataset.of_one_shape for shard in part.manifest.shards]
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
-
-
 def data_of_classifier(file: Path) -> str | None:
-    """`identity_of_shards` of the data that a classifier was trained on, from the json next to it; None if it is not known."""
+    """`Manifest.shards_sha256` of the data that a classifier was trained on, from the json next to it; None if unknown."""
     return recorded(file.with_suffix(".json"), lambda held: str(held[SHARDS]), None)
 
 
@@ -48,7 +41,7 @@ def classifier_from_data(data: str | Path, out: Path, *, epochs: int, seed: int)
     assert record is not None
     description = dataclasses.asdict(record) | {
         "data": str(data),
-        SHARDS: identity_of_shards(dataset),
+        SHARDS: dataset.manifest.shards_sha256(),
         "classes": list(dataset.manifest.classes),
     }
     write_json(out.with_suffix(".json"), description)

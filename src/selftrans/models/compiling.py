@@ -1,4 +1,4 @@
-"""torch.compile for backbones: block by block, one compilation for all blocks of a model, kept between processes."""
+"""torch.compile for backbones, part by part: one compilation for all blocks of a model; kept between processes."""
 
 from __future__ import annotations
 
@@ -10,18 +10,23 @@ from selftrans.types import Backbone
 
 VERSIONS = 64  #: compilations of a block in one process: students, teachers, samplers, batch sizes
 CACHE = "TORCHINDUCTOR_CACHE_DIR"  #: torch's variable: where compiled code lies
+KEEP_FUNCTIONS = "autograd_cache_allow_custom_autograd_functions"  #: torch's setting, newer than 2.6
 
 
 def compile_model(model: Backbone, *, dynamic: bool | None = False) -> None:
-    """`torch.compile` each block of a model in place, if it has any; all of them share one compilation for each shape."""
+    """`torch.compile` in place: each block of a model, all of which share a compilation for each shape, and what is
+    `unrepeated`."""
     import torch._dynamo as dynamo
+    import torch._functorch.config as functorch
 
     keep_compiled()
     # blocks are one piece of code to dynamo: beyond its eight versions of one, it would go on uncompiled and say little
     dynamo.config.recompile_limit = max(VERSIONS, dynamo.config.recompile_limit)
     dynamo.config.optimize_ddp = False  # it cuts a block in pieces to send gradients sooner: blocks are sent one by one
-    for block in model.repeated():
-        block.compile(dynamic=dynamic)
+    if hasattr(functorch, KEEP_FUNCTIONS):  # without it, `fused_norm` is traced anew in each process
+        setattr(functorch, KEEP_FUNCTIONS, True)
+    for part in [*model.repeated(), *model.unrepeated()]:
+        part.compile(dynamic=dynamic)
 
 
 def keep_compiled() -> str | None:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from selftrans.models.label_transformer import LabelledConfig, LabelTransformer
-from selftrans.models.layers import LABEL_STD, Mlp, axis_channels, axis_positions, split_heads
+from selftrans.models.layers import LABEL_STD, Mlp, attend, axis_channels, axis_positions, split_heads
 from selftrans.models.patch_transformer import published_sizes
 from selftrans.models.sit import SIZES as SIT_WIDTHS
 from selftrans.types import Conditions
@@ -72,9 +72,9 @@ def rotation_table(channels: int, grid: tuple[int, ...], device: torch.device | 
 
 
 def rotate(x: Tensor, table: Tensor) -> Tensor:
-    """Turn each pair of neighbouring channels of x (..., T, d) by the angles of `table` (2, ..., T, d / 2)."""
+    """Turn each pair of neighbouring channels of x (..., d) by the angles of `table` (2, ..., d / 2)."""
     cos, sin = table.unbind(dim=0)
-    a, b = x.unflatten(-1, (-1, 2)).unbind(dim=-1)  # (..., T, d / 2)
+    a, b = x.unflatten(-1, (-1, 2)).unbind(dim=-1)  # (..., d / 2)
     return torch.stack([a * cos - b * sin, b * cos + a * sin], dim=-1).flatten(-2)
 
 
@@ -96,13 +96,13 @@ class RotaryAttention(nn.Module):
         self.q_norm, self.k_norm = norm(), norm()
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x: Tensor, table: Tensor | None = None) -> Tensor:  # (N, T, D), (2, T, d / 2) -> (N, T, D)
+    def forward(self, x: Tensor, table: Tensor | None = None) -> Tensor:
+        """(N, T, D), (2, T, d / 2) or (2, N, T, d / 2) -> (N, T, D)"""
         q, k, v = split_heads(self.qkv(x), self.heads)
         q, k = self.q_norm(q), self.k_norm(k)
         if table is not None:
-            q, k = rotate(q, table), rotate(k, table)
-        x = F.scaled_dot_product_attention(q.to(v.dtype), k.to(v.dtype), v)
-        return self.proj(x.transpose(1, 2).flatten(start_dim=2))
+            q, k = (rotate(part, table.unsqueeze(dim=-2)) for part in (q, k))
+        return self.proj(attend(q.to(v.dtype), k.to(v.dtype), v))
 
 
 class SwiGLU(nn.Module):
@@ -135,7 +135,7 @@ class LightningBlock(nn.Module):
         self.shift = shift
 
     def forward(self, x: Tensor, c: Tensor, table: Tensor | None = None) -> Tensor:
-        """(N, T, D), (N, D), (2, T, d / 2) or (2, N, 1, T, d / 2) -> (N, T, D)"""
+        """(N, T, D), (N, D), (2, T, d / 2) or (2, N, T, d / 2) -> (N, T, D)"""
         parts = self.adaLN_modulation(c).unsqueeze(dim=1).chunk(6 if self.shift else 4, dim=-1)  # each (N, 1, D)
         scale1, gate1, scale2, gate2 = parts[1:3] + parts[4:] if self.shift else parts
         h = self.norm1(x) * (1 + scale1)
@@ -203,4 +203,4 @@ class LightningDiT(LabelTransformer):
 
     def kept_inputs(self, inputs: tuple[Tensor, ...], kept: Tensor) -> tuple[Tensor, ...]:
         """The rotations of the tokens `kept` (N, K), for every head: (2, N, 1, K, d / 2)."""
-        return tuple(table[:, kept].unsqueeze(dim=2) for table in inputs)
+        return tuple(table[:, kept] for table in inputs)

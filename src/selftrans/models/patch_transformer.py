@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from selftrans.models.layers import FinalLayer, PatchEmbed, patchify, sincos_positions, unpatchify
 from selftrans.models.spec import LABELS_ONLY, ModelConfig
@@ -142,6 +142,9 @@ class PatchTransformer(Backbone):
         assert self.final_layer is not None, "a truncated model has no velocity; call it with stop=True"
         channels = self.final_layer.linear.out_features // math.prod(self.cells)
         return unpatchify(self.final_layer(tokens, c), self.cells, channels, grid)[:, : self.shape[0]]
+
+    def unrepeated(self) -> list[nn.Module]:
+        return [] if self.final_layer is None else [self.final_layer]
 
     def patchify(self, x: Tensor) -> Tensor:
         """(N, C, *S) -> (N, T, C * cells), in the order of the grid; inside a token: channel, then row by row."""

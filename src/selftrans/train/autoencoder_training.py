@@ -8,7 +8,6 @@ Shape legend: N batch, (C, H, W) picture in [-1, 1].
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import time
 import warnings
 from collections.abc import Callable
@@ -199,8 +198,8 @@ def settings_json(settings: AutoencoderSettings) -> dict[str, Any]:
 
 
 def data_sha256(data: Dataset) -> str:
-    """sha256 of the sha256 of all shards: the same for the same data in another folder."""
-    return hashlib.sha256(" ".join(shard.sha256 for shard in data.manifest.shards).encode()).hexdigest()
+    """Which data a training is of. With the separator that checkpoints have been written with from the first version on."""
+    return data.manifest.shards_sha256(separator=" ")
 
 
 def check_unchanged(found: checkpoint.Checkpoint, settings: AutoencoderSettings, data: Dataset, folder: Path) -> None:

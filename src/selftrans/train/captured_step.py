@@ -22,6 +22,14 @@ from torch import Tensor
 
 from selftrans.storage import first_line
 from selftrans.train.batches import Inputs, Loaded, draw_batch, inputs_of, seed_step
+from selftrans.train.capture_rules import (
+    Invalidated,
+    NotCaptured,
+    noted_waits,
+    obstacle,
+    too_large,
+    why_launched,
+)
 from selftrans.train.optim import learning_rate, use_rate_tensor
 from selftrans.train.training_step import micro_step, update_step
 from selftrans.types import map_cond
@@ -33,49 +41,14 @@ WARM_UP = 3  #: steps without a graph before it is captured: compilation, cuBLAS
 READ = 1000  #: steps after which the host reads the reports, if no log line is due
 
 
-class NotCaptured(ValueError):
-    """The step could not be recorded; one line, which says how the run continues."""
-
-
-class Invalidated(RuntimeError):
-    """CUDA ended a recording. torch (2.11) then keeps its generator and its allocator in the state of recording: the next
-    random number on the device raises, so this process cannot go on."""
-
-
-def obstacle(trainer: Trainer) -> str | None:
-    """Why the steps of a stage cannot be captured, or None. Sorts out what is known before the first step."""
-    train, kind = trainer.config.train, trainer.accelerator.device.type
-    if kind not in ("cuda", "cpu"):
-        return f"CUDA graphs need a CUDA GPU, this device is {kind}"
-    if trainer.accelerator.num_processes > 1:
-        return "it is for one process"
-    if train.precision == "fp16":
-        return "the gradient scaler of fp16 is not captured; use bf16"
-    if train.optimizer != "adamw":
-        return f"train.optimizer {train.optimizer} decides on the host whether a step is skipped"
-    if trainer.objective.student.recompute and trainer.objective.student.random_blocks:
-        return "train.recompute repeats blocks that may draw random numbers"
-    if len(trainer.shards.parts) > 1:
-        return "the data hold several sizes, and a graph has one shape"
-    if trainer.objective.times != "systematic" and any(g.selects for g in trainer.objective.guidances):
-        return (
-            f"with train.times {trainer.objective.times} a range of t selects another number of samples in every step"
-        )
-    return None
-
-
 def captured_step(trainer: Trainer) -> CapturedStep | None:
     """The captured step of a stage, if the settings ask for it and it can be. ValueError (one line) for `on` where not."""
     wanted = trainer.config.train.capture
-    if wanted == "off" or (wanted == "auto" and trainer.accelerator.device.type != "cuda"):
+    if wanted == "off" or (wanted == "auto" and why_launched(trainer)):
         return None
-    reason = obstacle(trainer)
-    if reason is None:
-        return CapturedStep(trainer)
-    if wanted == "on":
-        raise ValueError(f"train.capture on is not possible: {reason}; leave it off, or set auto")
-    warnings.warn(f"train.capture auto: steps are not captured: {reason}", stacklevel=2)
-    return None
+    if reason := obstacle(trainer):
+        raise ValueError(f"train.capture on is not possible: {reason}; use auto, or off")
+    return CapturedStep(trainer)
 
 
 class Recorded:
@@ -130,6 +103,7 @@ class CapturedStep:
     """Takes the steps of a trainer on static buffers, from the third on as a replay of graphs (on a GPU).
 
     Attributes:
+        reason: why the steps are launched for good, with `auto`; None before that is known, and where they are replayed.
         crowded: whether the run ends because a recording had no memory; the same step without a graph had.
         transient: bytes that a replay uses beyond what is allocated, which torch's statistics do not count; 0 before.
         untimed: steps before the first that is as fast as all later ones.
@@ -145,7 +119,8 @@ class CapturedStep:
         self.rate = torch.zeros((), dtype=torch.float32 if on_gpu else torch.float64, device=self.device)
         use_rate_tensor(trainer.optimizer, self.rate, capturable=on_gpu)
         self._stream = torch.cuda.Stream(self.device) if on_gpu else None
-        self._possible = True  # until a capture has failed, with `auto`
+        self.reason: str | None = None
+        self._waits: list[str] = []  #: where the last step before the recording has waited for the device
         self._history: list[tuple[int, tuple[str, ...], Tensor]] = []
         self.transient, self.crowded = 0, False
         self.restart()
@@ -168,6 +143,20 @@ class CapturedStep:
         """Whether the next step is a replay of graphs."""
         return self._micro._graph is not None and self._update._graph is not None
 
+    @property
+    def expendable(self) -> bool:
+        """Whether there are graphs that may be freed for other work between two steps: with `auto`."""
+        return self.replaying and self.trainer.config.train.capture == "auto"
+
+    def free(self, work: str) -> None:
+        """Free the graphs between two steps, as `work` has no memory, and say so; all later steps are launched."""
+        self.reason = f"{work} had no memory while graphs kept theirs"
+        step = self.trainer.step
+        warnings.warn(
+            f"train.capture auto: {self.reason}; from step {step} on, steps are launched one by one", stacklevel=3
+        )
+        self._launch()
+
     def take(self, batches: Iterator[Loaded]) -> None:
         """One training step, without the moving average. Its report waits on the device for `flush`."""
         trainer, train = self.trainer, self.trainer.config.train
@@ -175,14 +164,17 @@ class CapturedStep:
         self.rate.fill_(learning_rate(trainer.step, train))
         if self._taken == WARM_UP:
             self._settle()
+        if self._last_launched:
+            self._waits.clear()
+            torch.cuda.reset_peak_memory_stats(self.device)
         for micro in range(train.accumulate):
             seed_step(train.seed, trainer.stage.stream, trainer.step, micro, 0)
             self._fill(next(batches))
-            row = self._micro()
+            row = self._called(self._micro)
             if self._rows is None:
                 self._rows = row.new_zeros(train.accumulate, len(row))
             self._rows[micro].copy_(row)
-        self._history.append((trainer.step, self._names, self._update().clone()))
+        self._history.append((trainer.step, self._names, self._called(self._update).clone()))
         self._taken += 1
         if len(self._history) >= READ:
             self.flush()
@@ -236,24 +228,46 @@ class CapturedStep:
             self.trainer.optimizer.zero_grad(set_to_none=True)
         return torch.cat([self._rows.flatten(), checked.double()])
 
+    @property
+    def _last_launched(self) -> bool:
+        """Whether this step is the last one before a recording."""
+        return self._stream is not None and self._taken == WARM_UP - 1
+
+    def _called(self, function: Recorded) -> Tensor:
+        """What it returns. With `auto`, what waits for the device in the last step before the recording is noted: it would end
+        that."""
+        if not self._last_launched or self.trainer.config.train.capture == "on":
+            return function()
+        with self.trainer.stream.reading, noted_waits(self._waits):
+            return function()
+
     def _settle(self) -> None:
         """After the warm-up: gradients get their places, and on a GPU both functions are captured.
 
         Of a single micro-batch the gradients are made within the graph, and overwritten by its next replay; several add up
         in buffers that the update sets to zero.
         """
-        if self.trainer.config.train.accumulate > 1:
-            self._held = self._graded
-            for p in self._held:
-                p.grad = torch.zeros_like(p)
-        if self._stream is None or not self._possible:
-            return
-        try:
-            self._capture()
-        except RuntimeError as error:
-            self._give_up(error)
+        train = self.trainer.config.train
+        if self._stream is not None and train.capture == "auto" and (reason := too_large(self.device)):
+            self.reason = reason
+        if self.reason is None:
+            if train.accumulate > 1:
+                self._held = self._graded
+                for p in self._held:
+                    p.grad = torch.zeros_like(p)
+            if self._stream is None:
+                return
+            try:
+                self._capture()
+                return
+            except RuntimeError as error:
+                self._give_up(error)
+        # not inside the handler: the frames of the error hold the tensors of the recording
+        self._launch()
 
     def _capture(self) -> None:
+        if self._waits:
+            raise RuntimeError(f"an operation waits for the device at {self._waits[0]}, which a graph cannot")
         stream, device, collecting = torch.cuda.current_stream(self.device), self.device, gc.isenabled()
         drawn, self._capturing = torch.get_rng_state(), True
         gc.collect()  # a graph of an earlier trainer that is freed during a recording can end it
@@ -274,7 +288,7 @@ class CapturedStep:
         self.transient = torch.cuda.max_memory_allocated(device) - torch.cuda.memory_allocated(device)
 
     def _give_up(self, error: RuntimeError) -> None:
-        """Go on without a graph, on the same buffers, with `auto`. `NotCaptured` with `on`, and where torch cannot go on.
+        """With `auto`, say why steps are launched from now on. `NotCaptured` with `on`, and where torch cannot go on.
 
         With `on`, out of memory in a recording that could be ended is raised as it is, and both graphs are freed: the caller
         says what fits. Where CUDA ended it, nothing can be tried any more in this process: `NotCaptured`.
@@ -282,22 +296,29 @@ class CapturedStep:
         reason, wanted = first_line(error), self.trainer.config.train.capture
         if isinstance(error, torch.OutOfMemoryError) and wanted == "on":
             self.crowded = True
-            self._without_graphs()
+            self._launch()
             raise error
         if wanted == "on" or isinstance(error, Invalidated):
-            raise NotCaptured(
+            ending = NotCaptured(
                 f"train.capture {wanted}: the step cannot be recorded as a graph ({reason}); the same command with "
                 "--train.capture off continues from the last checkpoint"
-            ) from error
+            )
+            ending.automatic = wanted == "auto"
+            raise ending from error
         warnings.warn(f"train.capture: the step is not captured, and goes on without a graph: {reason}", stacklevel=2)
-        self._possible = False
-        self._without_graphs()
-        for p in self._graded:
-            p.grad = torch.zeros_like(p) if self._held else None
+        self.reason = reason
 
-    def _without_graphs(self) -> None:
-        """Forget what was recorded; both functions are called from now on."""
+    def _launch(self) -> None:
+        """Forget what was recorded; both functions are called from now on. All memory of the graphs and gradients is freed.
+
+        Call it between two steps.
+        """
         torch.cuda.synchronize(self.device)
+        self._stream, self._held = None, []
         for function in (self._micro, self._update):
             function.drop()
             function.stream = None
+        for p in self._graded:  # they are made within the graph
+            p.grad = None
+        gc.collect()
+        torch.cuda.empty_cache()

@@ -33,6 +33,7 @@ from selftrans.plugins import trust_named
 from selftrans.precision import PRECISIONS
 from selftrans.storage import gigabytes, nearest_existing, plural
 from selftrans.train.batches import Loaded
+from selftrans.train.capture_rules import ENDED, description
 from selftrans.train.data_window import Transfer, describe_data, transfer_of, transfer_text
 from selftrans.train.initial_weights import build_student
 from selftrans.train.out_of_memory import guarded_step, release
@@ -67,6 +68,7 @@ class StagePlan:
     samples: int  #: in the smallest of these steps: fewer than the batch on a slow CPU, from which the others are extrapolated
     checkpoint: int  #: bytes
     kept: int  #: checkpoints kept at the end, about
+    capture: str = ""  #: on a GPU: whether steps are replayed as CUDA graphs (`train.capture`), and why not
 
 
 @dataclass
@@ -98,6 +100,8 @@ def dry_run(config: RunConfig, out: str | Path, *, steps: int = STEPS, typed: Co
     out, config = Path(out), config.restricted().check()
     with tempfile.TemporaryDirectory(prefix="selftrans-dry-run-") as folder:
         place = Path(folder)
+        if (out / ENDED).exists():
+            (place / ENDED).touch()
         accelerator = accelerator_of(config, place)
         shards = data_of_run(config, out if is_prepared(out / "data") else place)  # each process its own
         config, plan, initial = planned(config, shards, out, typed)
@@ -160,7 +164,7 @@ def _measured(trainer: Trainer, out: Path, steps: int) -> StagePlan:
             seconds.append(time.perf_counter() - started)
             peaks.append(_peak(device))
             bar.update()
-    each, peak = statistics.median(seconds[untimed:] or seconds[1:] or seconds), peaks[-1]
+    each, peak = statistics.median(seconds[untimed:] or seconds[1:] or seconds), max(peaks)
     if samples < micro:
         each = _extrapolated(seconds, samples, micro)
         peak = round(peaks[0] + max(0, peaks[-1] - peaks[0]) * (micro - samples) / samples)
@@ -180,6 +184,7 @@ def _measured(trainer: Trainer, out: Path, steps: int) -> StagePlan:
         samples=samples,
         checkpoint=sum(trainer.memory.get(part, 0) for part in KEPT),
         kept=kept_checkpoints(train, stage.steps),
+        capture=description(trainer),
     )
 
 
@@ -269,6 +274,7 @@ def text(found: DryRun) -> str:
             f"  memory      peak {gigabytes(stage.peak)}{fits}; without activations {fixed}",
             f"  operations  {stage.tflops_per_step:.3g} TFLOPs a step",
             f"  rate        {rate:.3g} steps/s, {found.batch_size * rate:.3g} samples/s{about}",
+            *([f"  steps       {stage.capture}"] if stage.capture else []),
             f"  time left   {duration(stage.seconds_left)}, without previews and checkpoints",
             f"  disk        {plural(stage.kept, 'checkpoint')} of about {gigabytes(stage.checkpoint)}",
         ]

@@ -69,10 +69,13 @@ def update(optimizer: Any, sound: Tensor, scaler: Any = None) -> None:
     """
     inner = getattr(optimizer, "optimizer", optimizer)
     knows_flag = isinstance(inner, torch.optim.AdamW)
-    if knows_flag and scaler is None:
+    own_flag = knows_flag and scaler is None
+    if own_flag:
         setattr(inner, "found_inf", (~sound).float())  # noqa: B010 - torch does not declare it
     if knows_flag or bool(sound):
         optimizer.step()
+    if own_flag:
+        del inner.found_inf  # in a recorded step it lies in the memory of the graph, which could not be freed
 
 
 def forget(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:

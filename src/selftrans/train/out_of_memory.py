@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
@@ -14,6 +14,8 @@ from selftrans.train.optim import moment_bytes
 
 if TYPE_CHECKING:
     from selftrans.train.trainer import Trainer
+
+T = TypeVar("T")
 
 CPU_MESSAGES = ("can't allocate memory", "not enough memory")  #: of RuntimeError, on a CPU
 
@@ -36,6 +38,20 @@ def guarded_step(trainer: Trainer, batches: Iterator[Loaded]) -> None:
     raise MemoryError(explanation(trainer, next(batches)))
 
 
+def between_steps(trainer: Trainer, name: str, work: Callable[[], T]) -> T:
+    """`work()`, which can be repeated. Where it has no memory while graphs of `train.capture auto` keep that of a step, these
+    are freed for the rest of the run, with one line that says for what (`name`), and it is done once more."""
+    captured = trainer.captured
+    try:
+        return work()
+    except RuntimeError as error:
+        if captured is None or not captured.expendable or not is_out_of_memory(error):
+            raise
+    # not inside the handler: the frames of the error hold the tensors of the work
+    captured.free(name)
+    return work()
+
+
 def explanation(trainer: Trainer, rows: Loaded) -> str:
     """One line: how large the batch is, and what fits. Call it when nothing refers to the step's tensors any more.
 
@@ -51,8 +67,9 @@ def explanation(trainer: Trainer, rows: Loaded) -> str:
         "--train.precision bf16": train.precision == "fp32",
     }
     less = " or ".join([option for option, new in options.items() if new] + ["a smaller model"])
-    if trainer.captured is not None and trainer.captured.crowded:
-        return f"{where} while it is recorded as a graph; without one it fits: use --train.capture off, or {less}"
+    if trainer.captured is not None and (trainer.captured.crowded or trainer.captured.replaying):
+        when = "it is recorded as a graph" if trainer.captured.crowded else "graphs keep that of the step before"
+        return f"{where} while {when}; without one it fits: use --train.capture off, or {less}"
     fits = _largest(trainer, rows) if alone else None
     if alone and fits is None:
         return f"{where}, and one sample does not fit either: use {less}"

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from selftrans.sampling.images import SampledBatch, Sampler, as_possible
 from selftrans.storage import first_line, no_symlink, printable, write_text
 from selftrans.train.signals import StopSignal
 
+Attempt = Callable[[Callable[[], Any]], Any]  #: calls what it is given, and may do so again where memory was missing
 TRIES = 3  #: times that a preview may end the process, for example out of memory, before it is skipped
 
 
@@ -48,11 +49,11 @@ class Preview:
         self._autoencoder: Autoencoder | None = None
         self._conditioning: Conditioning | None = None  #: kept, so that prompts are encoded once
 
-    def save(self, model: Any, path: Path, *, again: bool = False) -> None:
+    def save(self, model: Any, path: Path, *, again: bool = False, attempt: Attempt = lambda make: make()) -> None:
         """Sample with `model` (the EMA, in eval mode) and write a PNG; `again`: after a resume, if it is not there yet.
 
-        A stop signal ends it at the next pass of the model. A preview that has ended the process TRIES times is not
-        tried again.
+        `attempt` calls what makes it, and may do so once more. A stop signal ends it at the next pass of the model.
+        A preview that has ended the process TRIES times is not tried again.
         """
         tries = path.with_name(f".{path.stem}.tries")
         if again and path.exists():
@@ -66,7 +67,7 @@ class Preview:
             path.parent.mkdir(parents=True, exist_ok=True)
             with open(tries, "ab", opener=no_symlink) as file:
                 file.write(b".")
-            self._make(model, path)
+            attempt(lambda: self._make(model, path))
         except Exception as error:  # the run continues, whatever a decoder raises
             warnings.warn(f"no preview at {path}: {first_line(error)}", stacklevel=2)
         finally:

@@ -30,6 +30,7 @@ from selftrans.methods.registry import put_together, stages
 from selftrans.methods.spec import Stage
 from selftrans.plugins import trust_named
 from selftrans.storage import lock_file, plural, remove_stale_temporaries, removed_if_refused, write_json
+from selftrans.train.capture_rules import remembered
 from selftrans.train.data_window import cache_of, describe_data, with_window
 from selftrans.train.fitting import describe
 from selftrans.train.initial_weights import InitialWeights, choose, initial_weights
@@ -113,7 +114,8 @@ def _train(
             trackers.begin(sum(earlier["steps"] for earlier in spent))
             if not quiet:
                 accelerator.print(_announce(trainer, number, len(plan)))
-            trainer.run()
+            with remembered(out):
+                trainer.run()
             spent.append(_spent(trainer))
             del trainer
             accelerator.free_memory()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ from selftrans.train.log import JsonlLog, RunningMeans, format_values, progress_
 from selftrans.train.memory_use import memory_use
 from selftrans.train.nonfinite import NonFiniteSteps, check_weights
 from selftrans.train.optim import build_optimizer, forget, learning_rate, optimizer_tensors
-from selftrans.train.out_of_memory import guarded_step
+from selftrans.train.out_of_memory import between_steps, guarded_step
 from selftrans.train.preview import Preview
 from selftrans.train.resume import agreed, check_data, usable
 from selftrans.train.signals import StopSignal
@@ -229,7 +230,7 @@ class Trainer:
                 self.ema.model, lambda: self.config.build_model(manifest.shape, manifest.conditions)
             )
             if self.accelerator.is_main_process:
-                self.preview.save(model, path, again=again)
+                self.preview.save(model, path, again=again, attempt=partial(between_steps, self, "a preview"))
                 if self.trackers:
                     self.trackers.picture(self.stage.name, path, self.step)
 
@@ -246,14 +247,12 @@ class Trainer:
 
     def _broken(self, error: FloatingPointError) -> FloatingPointError:
         found = checkpoint.newest(self.checkpoints)
-        good = (
-            f"the last good checkpoint is {found.path}"
-            if found
-            else f"no checkpoint was written in {self.checkpoints} yet"
-        )
+        remedy = "a lower train.lr (or the stage's own) or guidance weight, or train.precision bf16 or fp32"
+        if found is None:
+            return FloatingPointError(f"{error}, before the first checkpoint in {self.checkpoints}; use {remedy}")
         return FloatingPointError(
-            f"{error}; {good}; to continue from there: a lower train.lr (or the stage's own) or guidance weight, or "
-            "train.precision bf16 or fp32, and --train.allow-changes True"
+            f"{error}; the last good checkpoint is {found.path}; to continue from there: {remedy}, and --train.allow-changes "
+            "True"
         )
 
     def _means(self, window: RunningMeans) -> dict[str, float]:
@@ -304,7 +303,8 @@ class Trainer:
         if self.nonfinite.in_a_row and not required:
             return  # it stays due
         try:
-            check_weights(list(self.objective.parameters()), f"step {self.step} of {self.stage.name}")
+            where = f"step {self.step} of {self.stage.name}"
+            between_steps(self, "a checkpoint", lambda: check_weights(list(self.objective.parameters()), where))
         except FloatingPointError as error:
             raise self._broken(error) from None
         flow = self._means(self.span).get("flow") if self.due else None  # the mean of a few steps would be noise

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from selftrans.config import RunConfig, from_json
 from selftrans.methods.registry import find, put_together, stages
 from selftrans.methods.spec import Stage
-from selftrans.storage import first_line
+from selftrans.storage import UNREADABLE, first_line
 from selftrans.types import Backbone
 
 
@@ -36,7 +36,7 @@ def _plan(text: str) -> Plan:
     try:
         config = from_json(text, lenient=True)
         return Plan(config, tuple(stages(config)), find(config.method).title)
-    except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError) as error:
+    except UNREADABLE as error:
         return Plan(problem=f"its settings are not understood ({first_line(error)})")
 
 

@@ -7,11 +7,11 @@ import re
 from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
-from selftrans.experiments.html_report import HEADINGS, cells, depends_on, legend
+from selftrans.experiments.html_report import HEADINGS, cells, depends_on, failures, legend, marked
 from selftrans.experiments.summary import AXES, curve, mean_curve, rows
 from selftrans.methods.registry import BASELINE
 from selftrans.sections import OWN, TAKEN
-from selftrans.storage import first_line, printable
+from selftrans.storage import UNREADABLE, first_line, printable
 from selftrans.ui.contained import Contained, JsonFiles, number, plain
 from selftrans.ui.found_runs import TABLES, Found
 from selftrans.ui.run_state import IDENTITY, RunState
@@ -39,7 +39,7 @@ def stored_table(found: Found, files: JsonFiles) -> dict[str, Any]:
         if summary is not None:
             try:
                 return base | {"file": name} | _stored(summary)
-            except (KeyError, TypeError, ValueError, AttributeError, IndexError, ArithmeticError) as error:
+            except UNREADABLE as error:
                 reason = f"{first_line(error)}; was it written by another version?"
                 return base | {"note": f"{name} is not a comparison that this version reads ({reason})"}
     return base | {"note": "the comparison has been removed"}
@@ -53,7 +53,8 @@ def _stored(summary: dict[str, Any]) -> dict[str, Any]:
         outcome = printable(summary.get("outcome", ""), 1000)
         return _shown(table, metric, both, _of_quickstart(summary)) | {"outcome": outcome}
     older = {"teachers": [], "sections": [key for key in summary["config"] if key not in (*OWN, *TAKEN)]}
-    return _shown(table, metric, {axis: curves[axis] for axis in AXES}, depends_on(older | summary))
+    shown = _shown(table, metric, {axis: curves[axis] for axis in AXES}, depends_on(older | summary))
+    return shown | {"outcome": printable("; ".join(failures(summary)), 1000)}
 
 
 def _of_quickstart(summary: dict[str, Any]) -> dict[str, str]:
@@ -103,13 +104,14 @@ def _measured(results: dict[tuple[str, int], Any]) -> dict[str, Any]:
         point = next(iter(results.values()))[1][-1]
         settings = {key: _text(point.get(key)) for key in IDENTITY if key != "metric"}
         return {"file": "measured.json of each run"} | _shown(table, str(point["metric"]), curves, settings)
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError, ArithmeticError) as error:
+    except UNREADABLE as error:
         return {"note": f"runs that were measured cannot be put in one table ({first_line(error)})"}
 
 
 def _shown(table: Any, metric: str, curves: Any, settings: dict[str, str]) -> dict[str, Any]:
     """What the page gets of a comparison; raises where a part of it is not as it should be."""
-    lines = [cells(row, {row["method"]: str(row["method"])}) for row in table]
+    names = marked(table)
+    lines = [cells(row, names) for row in table]
     # others are of a baseline that is not here
     used = [i for i in range(len(HEADINGS)) if any(line[i] for line in lines)]
     drawn = {

@@ -109,7 +109,8 @@ def test_recipe_may_be_anywhere_between_options(command, argv):
 def test_compare_takes_its_own_options_and_overrides(monkeypatch):
     calls = []
     monkeypatch.setattr(
-        "selftrans.experiments.compare.compare_methods", lambda *args, **options: calls.append((args, options))
+        "selftrans.experiments.compare.compare_methods",
+        lambda *args, **options: calls.append((args, options)) or {"failed": []},
     )
     argv = (
         "compare digits --out x --methods vanilla sra --seeds 4 5 --steps 9 --images 20 --sra.weight 0.25 --workers 1"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import re
 import shutil
@@ -18,9 +19,10 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
 from selftrans.data.dataset import Dataset
-from selftrans.data.manifest import Manifest
+from selftrans.data.manifest import Manifest, Shard
 from selftrans.data.on_device import OnDevice
 from selftrans.data.shard_file import row_bytes
+from selftrans.train.autoencoder_training import data_sha256
 from selftrans.types import Conditions
 from tests.support import captioned
 from tests.support.shards import SHAPE, edit, make, write_shards
@@ -44,6 +46,16 @@ def test_read_returns_the_written_rows(tmp_path: Path, dtype: str, on_device: bo
         assert torch.equal(dataset.condition(tensors), label)  # type: ignore[arg-type]
     assert torch.equal(dataset.read(torch.tensor([6, 1]))["moments"], torch.from_numpy(moments[[6, 1]]))
     assert list(dataset.read(np.arange(2), ["labels"])) == ["labels"]
+
+
+def test_hash_of_all_shards_is_the_one_that_files_have_recorded(tmp_path: Path) -> None:
+    """By sha256sum: of the two hashes with a line feed between them (classifiers), or a space (autoencoders)."""
+    make(tmp_path)
+    dataset = Dataset.open(tmp_path)
+    dataset.manifest = dataclasses.replace(dataset.manifest, shards=(Shard(0, 1, "a" * 64), Shard(1, 1, "b" * 64)))
+    recorded = "5e9ae866add9a85d69c3481d059bb9f158a39e5670ba11f95112fc409630894e"
+    assert dataset.manifest.shards_sha256() == recorded
+    assert data_sha256(dataset) == "10b88f6109ff758ad4219e1c028f5e262ac4c2fe9628576840ab1ba35cd998f0"
 
 
 def test_rows_are_copies_of_the_files(tmp_path: Path) -> None:

@@ -25,8 +25,8 @@ from safetensors.torch import save_file
 from selftrans.checkpoints import format as checkpoint
 from selftrans.cli.main import main
 from selftrans.evaluate.classifier import SmallClassifier
-from selftrans.experiments import html_report, reference, runner
-from selftrans.experiments.compare import compare_methods, for_method, with_defaults
+from selftrans.experiments import compare, html_report, reference, runner
+from selftrans.experiments.compare import compare_methods, for_method, shared_settings
 from selftrans.experiments.comparison import Comparison
 from selftrans.experiments.measurement import (
     Curve,
@@ -124,6 +124,25 @@ def test_columns_of_the_baseline_need_the_baseline():
     assert row["steps_to_baseline"] is None and row["reached"] == 0
 
 
+def test_failed_runs_are_counted_and_are_in_no_mean():
+    """Without vanilla's second seed, and without any run of `slow`: by hand."""
+    failed = {("vanilla", 1), ("slow", 0), ("slow", 1)}
+    held = {job: run for job, run in RESULTS.items() if job not in failed}
+    table = rows(held, ("vanilla", "fast", "slow"), failed=failed)
+    vanilla, fast, slow = table
+    assert (vanilla["seeds"], vanilla["failed"]) == (1, 1) and vanilla["distance"] == {"mean": 10.0, "std": 0.0}
+    assert "failed" not in fast and fast["distance"]["mean"] == 2.0
+    assert (fast["paired"], fast["reached"]) == (1, 1) and fast["steps_to_baseline"] == {"mean": 150.0, "std": 0.0}
+    assert (slow["seeds"], slow["failed"], slow["steps"], slow["distance"]) == (0, 2, None, None)
+    assert mean_curve(held, "slow") == ([], [], [])
+    names = html_report.marked(table)
+    assert names == {"vanilla": "vanilla (1 of 2 seeds failed)", "fast": "fast", "slow": "slow (failed)"}
+    assert html_report.cells(slow, names) == ["slow (failed)", *["-"] * 9]
+    assert html_report.cells(fast, names)[-2:] == ["150", "3.50"], "the runs that have a baseline are all that reach it"
+    (alone,) = rows({("vanilla", 0): held["vanilla", 0], ("fast", 1): held["fast", 1]}, ("fast",))
+    assert html_report.cells(alone, names)[-2:] == ["-", "-"], "no pair: it is unknown whether it gets there"
+
+
 def test_curves_over_steps_and_total_compute():
     assert curve(RESULTS["fast", 0]) == ([100, 200, 300], [40.0, 2.5, 1.0])
     assert curve(RESULTS["fast", 0], "tflops") == ([3.0, 4.0, 5.0], [40.0, 2.5, 1.0])
@@ -147,7 +166,7 @@ def test_csv_has_a_column_for_each_mean_and_deviation():
 
 
 def test_teacher_is_shared_only_where_it_is_the_same(tmp_path):
-    config, _, _ = with_defaults(recipe("digits"), tmp_path, features="values")
+    config, _, _ = shared_settings(recipe("digits"), tmp_path, features="values")
     assert config.sections["stage1"].steps == config.train.steps
     other = config.override({"stage1.target": "latent"})
     short = config.override({"stage1.steps": interval(config.train.steps)})
@@ -259,8 +278,9 @@ class Tags(HTMLParser):
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("one_process")
-def test_compare_command(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    out = tmp_path / "compared"
+def test_compare_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    out, prepare, prepared = tmp_path / "compared", compare.prepare_builtin, []
+    monkeypatch.setattr(compare, "prepare_builtin", lambda *args: prepared.append(args) or prepare(*args))
     overrides = ["--model.width", "16", "--model.depth", "3", "--train.batch-size", "16", "--sra.head-width", "8"]
     overrides += [
         "--stage1.head-width",
@@ -278,6 +298,7 @@ def test_compare_command(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> N
     methods = ["vanilla", "structure", "self_transcendence", "layersync"]
     assert main([*command, "--methods", *methods, "--seeds", "0", "1"]) == 0
     output = capfd.readouterr()
+    assert len(prepared) == 1, "what a call has prepared is not checked by it"
     assert all(name in output.out for name in [*methods, "±", "compare.html"])
     assert "selftrans: warning: 24 images for 64 dimensions" in output.err and "UserWarning" not in output.err
     summary = json.loads((out / "compare.json").read_text())
@@ -300,7 +321,7 @@ def test_compare_command(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> N
     # repeated with one more method: existing runs are kept
     weights = out / "vanilla-seed0" / "vanilla" / "checkpoints" / "step-00000002" / "ema.safetensors"
     trained = weights.stat().st_mtime_ns
-    assert main([*command, "--methods", *methods, "sra", "--seeds", "0", "1"]) == 0
+    assert main([*command, "--methods", *methods, "sra", "--seeds", "0", "1"]) == 0 and len(prepared) == 2
     kept = {row["method"]: row["distance"] for row in json.loads((out / "compare.json").read_text())["table"]}
     assert {row["method"]: row["distance"] for row in summary["table"]} == {
         m: kept[m] for m in methods

@@ -1,11 +1,13 @@
 """The table of a comparison as text, and what its page says of the seeds."""
 
+import html
+
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
 from selftrans.experiments import html_report
-from selftrans.experiments.html_report import HEADINGS, cells, comparison_page
+from selftrans.experiments.html_report import HEADINGS, cells, comparison_page, convergence, spread_text, text_table
 
 
 def row(deviation=0.0):
@@ -20,6 +22,29 @@ def test_numbers_of_a_row_have_their_thousands_marked():
     found = dict(zip(HEADINGS, cells(row(deviation=0.25), {"vanilla": "vanilla"}), strict=True))
     assert found["student steps"] == found["steps to vanilla's end"] == "1,000"
     assert found["distance"] == "1,234.50 ± 0.25" and found["TFLOPs to vanilla's end"] == "-"
+
+
+def test_failed_run_is_in_table_figure_and_page_with_its_reason(monkeypatch):
+    monkeypatch.setattr(html_report, "depends_on", lambda summary: {})
+    reason = "a-seed1/step-00000004 cannot be measured: sample 0 is not <finite>; leave its method out"
+    curves = {axis: {"vanilla": ([1.0, 2.0], [4.0, 3.0], [0.0, 0.0])} for axis in ("step", "tflops")}
+    summary = {"table": [row() | {"failed": 1}], "metric": "m", "seeds": [0, 1], "curves": curves}
+    summary |= {"failed": [{"method": "vanilla", "seed": 1, "reason": reason}]}
+    line, name = f"failed: vanilla, seed 1: {reason}", "vanilla (1 of 2 seeds failed)"
+    assert f"\n{line}\n" in text_table(summary) and f"\n{name} " in text_table(summary)
+    figure = convergence(summary)
+    assert [text.get_text() for text in figure.axes[0].get_legend().get_texts()] == [name]
+    assert figure.get_supxlabel() == line.partition(";")[0]
+    page = comparison_page(summary, figure, {})
+    assert f"<td>{name}</td>" in page and f"<p>{html.escape(line)}</p>".replace("<p>", '<p class="note">') in page
+    assert convergence(summary | {"failed": []}).get_supxlabel() == ""
+
+
+@pytest.mark.parametrize(
+    ("mean", "std", "text"), [(1234.56, 0.26, "1,234.6 ± 0.3"), (2.0, 0.04, "2.0"), (-0.1, 1.0, "-0.1 ± 1.0")]
+)
+def test_deviation_that_rounds_to_zero_is_left_out(mean, std, text):
+    assert spread_text({"mean": mean, "std": std}, 1) == text and spread_text(None, 1) == "-"
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ The toy runs are trained in this process, in place of workers, and points are ma
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import shutil
@@ -16,13 +17,15 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from selftrans.checkpoints import format as checkpoint
 from selftrans.checkpoints.load import FILES
+from selftrans.cli.main import main
 from selftrans.data.dataset import Dataset
 from selftrans.evaluate import extractors
 from selftrans.evaluate.classifier import SmallClassifier
-from selftrans.evaluate.extractors import extractor_sha256, load_extractor
+from selftrans.evaluate.extractors import FeaturesNotFinite, extractor_sha256, load_extractor
 from selftrans.experiments import compare, comparison_files, measurement, runner
 from selftrans.experiments.compare import classifier_of
 from selftrans.experiments.comparison import Comparison
@@ -120,13 +123,13 @@ def test_finished_comparison_starts_no_worker_and_reads_no_weights(folder, monke
     monkeypatch.setattr(checkpoint, "read", refuse)
     monkeypatch.setattr(compare, "decoded_images", refuse)
     chosen = comparison(folder)
-    compare.check_before(chosen)
+    compare.check_before(chosen, kept_runs(chosen))
     found, _ = measured(chosen)
     assert found == {(name, 0): points_of(folder, name) for name in NAMES} and len(found["structure", 0]) == 2
     one_more = comparison(folder, *NAMES, "sra")
     assert not all_kept(one_more, kept_runs(one_more))
     with pytest.raises(AssertionError):
-        compare.check_before(one_more)
+        compare.check_before(one_more, kept_runs(one_more))
 
 
 def test_deleted_run_is_trained_again_alone(folder):
@@ -158,9 +161,27 @@ def test_run_keeps_its_teacher_when_that_is_compared_no_more(folder, tmp_path, m
     assert [point["distance"] for point in found["self_transcendence", 0]] == [p["distance"] for p in expected]
 
 
-def test_run_that_trained_its_own_teacher_keeps_it_when_another_run_could_teach(tmp_path, folder):
-    out = tmp_path / "alone"
-    measured(comparison(out, "self_transcendence"))
+class Bar(contextlib.nullcontext):
+    """A progress bar that counts."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(self)
+        self.total, self.count = options["total"], 0
+
+    def update(self, count: int) -> None:
+        self.count += count
+
+
+def test_run_that_trained_its_own_teacher_keeps_it_when_another_run_could_teach(tmp_path, folder, monkeypatch):
+    """The progress bar counts the steps of both stages."""
+    out, bars = tmp_path / "alone", []
+    chosen = comparison(out, "self_transcendence")
+    with monkeypatch.context() as patch:
+        patch.setattr(runner, "progress_bar", lambda **options: bars.append(Bar(**options)) or bars[-1])
+        measured(chosen)
+        measured(chosen)
+    assert [chosen.steps(job) for job in chosen.jobs] == [4] and [bar.count for bar in bars] == 2 * [bars[0].total]
+    assert [comparison(out).steps(job) for job in chosen.jobs] == [2], "where stage 1 is a run of its own"
     run = out / "self_transcendence-seed0"
     weights = toy.tensors(run)
     shutil.rmtree(toy.checkpoint(run))
@@ -320,17 +341,93 @@ def test_files_are_written_once_and_again_when_something_has_changed(folder):
     assert comparison_files.shown_already(chosen, summary) is None
 
 
+def test_method_that_diverges_fails_alone_and_is_tried_again(tmp_path, monkeypatch, capfd):
+    """Here in training. The run that it would have taught trains its own teacher."""
+
+    def diverging(config: Any, run: Path, **options: Any) -> None:
+        if run.name.startswith("structure"):
+            raise FloatingPointError(f"2 updates in a row in {run}; a lower train.lr")
+        train(config, run, **options)
+
+    train, config = runner.train, toy.toy(SMALL)
+    again = lambda: compare.compare_methods(config, tmp_path, NAMES[1:], images=24, features="values")  # noqa: E731
+    monkeypatch.setattr(runner, "train", diverging)
+    with pytest.warns(UserWarning, match="^structure, seed 0, failed, and the others go on: 2 updates in a row in"):
+        summary = again()
+    reason = "2 updates in a row in structure-seed0; a lower train.lr"
+    assert summary["failed"] == [{"method": "structure", "seed": 0, "reason": reason}]
+    assert [(row["method"], row["seeds"], row.get("failed")) for row in summary["table"]] == [
+        ("structure", 0, 1),
+        ("self_transcendence", 1, None),
+    ]
+    assert json.loads((tmp_path / "compare.json").read_text()) == json.loads(json.dumps(summary))
+    assert all(reason in text for text in (capfd.readouterr().out, (tmp_path / "compare.html").read_text()))
+    assert (tmp_path / "compare.csv").read_text().splitlines()[1].startswith("structure,0,,")
+    monkeypatch.setattr(runner, "train", train)
+    DONE.clear()
+    summary = again()
+    assert DONE == {"reference": 1, "run": 1, "measurement": 2} and not summary["failed"]
+    assert "failed:" not in (tmp_path / "compare.html").read_text() + capfd.readouterr().out
+
+
+def test_run_whose_samples_are_not_finite_is_left_out_and_measured_again(folder, monkeypatch):
+    def overflowing(checkpoint: Path, measurement: Measurement) -> dict[str, Any]:
+        if checkpoint == last:
+            raise NotFinite("sample 3 is not finite: the weights of the model have diverged")
+        return made_up(checkpoint, measurement)
+
+    last, failed = toy.checkpoint(folder / "vanilla-seed0", "vanilla"), {}
+    expected = {name: points_of(folder, name) for name in NAMES}
+    (folder / "vanilla-seed0" / MEASURED).unlink()
+    monkeypatch.setattr(measurement, "measure_checkpoint", overflowing)
+    with pytest.warns(UserWarning, match="vanilla, seed 0, failed"):
+        results = runner.compare(comparison(folder), failed=failed)
+    (reason,) = failed.values()
+    assert list(failed) == [("vanilla", 0)] and reason.startswith(
+        "vanilla-seed0/vanilla/checkpoints/step-00000002 cannot"
+    )
+    assert {name: points for (name, _), (_, points) in results.items()} == {n: expected[n] for n in NAMES[1:]}
+    assert points_of(folder, "vanilla") == expected["vanilla"][:1], "what could be measured is kept"
+    with pytest.raises(ValueError, match=r"cannot be measured: sample 3 is not finite: .*; leave its method out"):
+        runner.compare(comparison(folder))
+    monkeypatch.setattr(measurement, "measure_checkpoint", made_up)
+    found, done = measured(comparison(folder))
+    assert done == {"reference": 1, "measurement": 1} and found["vanilla", 0] == expected["vanilla"]
+
+
+@pytest.mark.parametrize("kind", [MemoryError, torch.OutOfMemoryError])
+def test_comparison_of_which_every_run_fails_is_an_error(kind, tmp_path, monkeypatch):
+    def crowded(*_: object, **__: object) -> None:
+        raise kind("cuda is out of memory; use a smaller model")
+
+    monkeypatch.setattr(runner, "train", crowded)
+    message = "^every run failed; first vanilla, seed 0: cuda is out of memory; use a smaller model$"
+    with pytest.warns(UserWarning, match="vanilla, seed 1, failed"), pytest.raises(ValueError, match=message):
+        compare.compare_methods(toy.toy(SMALL), tmp_path, ["vanilla"], seeds=(0, 1), images=24, features="values")
+    assert not list(tmp_path.glob("compare.*"))
+
+
+def test_exit_status_says_that_a_run_failed(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(compare, "compare_methods", lambda *_, **__: {"failed": [{"method": "sra"}]})
+    assert main(["compare", "digits", "--out", str(tmp_path / "x")]) == 1
+    error = capsys.readouterr().err
+    assert error == (
+        "selftrans: 1 run failed (the table above and compare.json say why); the same command tries again\n"
+    )
+
+
 def test_second_comparison_in_a_folder_is_refused(tmp_path):
     with lock_file(tmp_path / ".lock"), pytest.raises(InUse, match="is in use by process"):
         compare.compare_methods(toy.toy(SMALL), tmp_path, ["vanilla"], features="values")
 
 
-def test_checkpoint_whose_samples_are_not_finite_is_named(tmp_path, monkeypatch):
+@pytest.mark.parametrize("kind", [NotFinite, FeaturesNotFinite])
+def test_checkpoint_whose_samples_are_not_finite_is_named(kind, tmp_path, monkeypatch):
     held = SimpleNamespace(state={"sha256": {FILES["ema"]: "0"}})
     monkeypatch.setattr(checkpoint, "read", lambda folder: held)
     monkeypatch.setattr(measurement, "measured_before", lambda *_: {})
-    monkeypatch.setattr(measurement, "measure_checkpoint", lambda *_: (_ for _ in ()).throw(NotFinite("sample 0 ...")))
+    monkeypatch.setattr(measurement, "measure_checkpoint", lambda *_: (_ for _ in ()).throw(kind("sample 0 ...")))
     with pytest.raises(
-        ValueError, match=f"^{tmp_path} cannot be measured: sample 0 ...; leave its method out, or train"
+        NotFinite, match=f"^{tmp_path} cannot be measured: sample 0 ...; leave its method out, or train"
     ):
         measurement.measure_point(tmp_path / "run", tmp_path, SimpleNamespace(identity={}))

@@ -47,6 +47,23 @@ def test_positions_equal_diffusers(width, side):
     )
 
 
+def test_compiled_gelu_is_that_of_torch(monkeypatch):
+    """tanh u = 2 sigmoid(2 u) - 1, so both are one function: in float64 to rounding, in bfloat16 to one step of it."""
+    x = torch.linspace(-30, 30, 20_001, dtype=torch.float64, requires_grad=True)
+    expected = nn.functional.gelu(x, approximate="tanh")
+    slope = torch.autograd.grad(expected.sum(), x)[0]
+    assert torch.equal(layers.gelu(x), expected)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    found = layers.gelu(x)
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-14)
+    torch.testing.assert_close(torch.autograd.grad(found.sum(), x)[0], slope, rtol=1e-9, atol=1e-14)
+    half = x.detach().bfloat16()
+    assert layers.gelu(half).dtype == torch.bfloat16
+    torch.testing.assert_close(
+        layers.gelu(half), nn.functional.gelu(half.double(), approximate="tanh").bfloat16(), rtol=2**-7, atol=1e-6
+    )
+
+
 def test_timestep_sinusoids_equal_diffusers():
     embedder = layers.TimestepEmbedder(8)
     embedder.mlp = nn.Sequential(nn.Linear(256, 256))

@@ -11,6 +11,7 @@ from selftrans.checkpoints import format as checkpoint
 from selftrans.cli.main import main
 from selftrans.data.buckets import open_data
 from selftrans.data.shard_cache import CacheOptions
+from selftrans.train.capture_rules import ENDED
 from selftrans.train.data_window import Transfer
 from selftrans.train.dry_run import _extrapolated, dry_run, duration, text
 from selftrans.train.trainer import Trainer
@@ -81,6 +82,18 @@ def _counted(batches, seen):
         assert all(len(tensor) == len(loaded.rows) for tensor in loaded.tensors.values())
         seen.append(len(loaded.rows))
         yield loaded
+
+
+def test_how_steps_run_on_a_gpu_is_said_as_in_the_run(tmp_path, monkeypatch):
+    """It knows that CUDA has ended a recording of the run. On a CPU nothing is said."""
+    small = toy.toy({"train.steps": 2, "stage1.steps": 2})
+    assert "steps  " not in text(dry_run(small, tmp_path, steps=1))
+    (tmp_path / ENDED).touch()
+    monkeypatch.setattr("selftrans.train.dry_run.description", lambda one: str((one.directory.parent / ENDED).exists()))
+    found = dry_run(small, tmp_path, steps=1)
+    assert [stage.capture for stage in found.stages] == ["True", "True"] and text(found).count(
+        "  steps       True\n"
+    ) == 2
 
 
 def test_extrapolation_is_linear_in_the_samples():

@@ -124,6 +124,17 @@ def test_too_many_skips_in_a_row_end_the_run_and_name_the_last_good_checkpoint(t
     assert checkpoint.newest(good.parent).step == 12
 
 
+def test_run_that_ends_before_its_first_checkpoint_takes_another_rate(tmp_path, monkeypatch, spoil):
+    spoil(dict.fromkeys(range(100), BAD))
+    settings = {"train.max_skips": 2, "train.steps": 2}
+    message = r"2 of vanilla, had .*, before the first checkpoint in .*; use a lower train\.lr \(or the stage's own\) .* fp32$"
+    with pytest.raises(FloatingPointError, match=message):
+        train(vanilla(**settings), tmp_path, quiet=True)
+    monkeypatch.undo()
+    train(vanilla(**settings | {"train.lr": 1e-4}), tmp_path, quiet=True)
+    assert checkpoint.newest(tmp_path / "vanilla" / "checkpoints").step == 2
+
+
 def test_finite_update_resets_the_count_in_a_row(tmp_path, spoil):
     spoil(dict.fromkeys((0, 1, 3, 4, 6, 7), BAD))
     with pytest.warns(UserWarning, match="skipped"):

@@ -73,6 +73,16 @@ def test_update_with_flag_equals_plain_update_or_does_nothing():
     assert all(torch.equal(a, b) for a, b in zip(plain, trained([True, True, False]), strict=True))
 
 
+def test_update_leaves_no_flag_behind():
+    """It would be a tensor in the memory of a recorded step, all of which could not be freed."""
+    parameter = torch.nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.AdamW([parameter], lr=0.1, fused=True)
+    parameter.grad = torch.ones(3)
+    for sound in (True, False):
+        update(optimizer, torch.tensor(sound))
+    assert not hasattr(optimizer, "found_inf")
+
+
 def test_optimizer_has_the_settings_and_only_trainable_parameters():
     model = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 1).requires_grad_(False))
     config = toy.override(toy.toy(), {"train.betas": (0.8, 0.95), "train.weight_decay": 0.3, "train.lr": 0.2}).train

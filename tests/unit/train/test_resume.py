@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ import pytest
 from selftrans import storage
 from selftrans.checkpoints import format as checkpoint
 from selftrans.cli.main import main
+from selftrans.data.dataset import Dataset
 from selftrans.data.prepare import prepare
 from selftrans.methods.objective import Objective
 from selftrans.storage import lock_file
@@ -21,6 +23,7 @@ from selftrans.train import trainer
 from selftrans.train.ema import EMA
 from selftrans.train.log import JsonlLog
 from selftrans.train.preview import Preview
+from selftrans.train.resume import record, settle
 from selftrans.train.run import train
 from selftrans.train.signals import Interrupted, StopSignal
 from tests.support import toy
@@ -267,6 +270,18 @@ def test_settings_that_do_not_affect_results_may_change(tmp_path):
     )  # of the earlier 3 (the best), 6 and 8, and the new 9
     assert (run / "stage2" / "previews" / "step-00000009.png").exists()
     assert json.loads((run / "config.json").read_text())["sample"]["steps"] == 3
+
+
+@pytest.mark.parametrize("was", ["off", "on", None])
+def test_runs_from_before_capture_was_automatic_continue_without_a_word(tmp_path, was):
+    run, manifest = toy.copy(toy.finished(), tmp_path / "run"), Dataset.open(toy.digits()).manifest
+    plain = json.loads((run / "config.json").read_text())
+    del plain["train"]["capture"]
+    (run / "config.json").write_text(json.dumps(plain | {"train": plain["train"] | ({"capture": was} if was else {})}))
+    with warnings.catch_warnings(action="error"):
+        config = settle(toy.toy(), run, manifest)
+        record(config, run, manifest)
+    assert config.train.capture == "auto" and not (run / "changes.json").exists()
 
 
 def test_same_pictures_at_another_scale_are_refused(tmp_path):

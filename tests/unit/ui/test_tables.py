@@ -41,6 +41,23 @@ def test_a_comparison_that_is_kept_with_the_documents(tmp_path, file):
     json.dumps(found, allow_nan=False)
 
 
+def test_runs_that_failed_are_named_with_the_reason(tmp_path):
+    summary = json.loads(KEPT.read_text())
+    first, second = (row["method"] for row in summary["table"][:2])
+    summary["table"][0]["failed"] = 1
+    summary["table"][1] |= {"seeds": 0, "failed": 3, "steps": None, "distance": None, "accuracy": None, "probe": None}
+    summary["failed"] = [{"method": first, "seed": 7, "reason": "not \x1b finite"}]
+    found = stored(tmp_path, "compare.json", summary)
+    seeds = summary["table"][0]["seeds"]
+    assert (
+        found["rows"][0][0] == f"{first} (1 of {seeds + 1} seeds failed)"
+        and found["rows"][1][0] == f"{second} (failed)"
+    )
+    assert found["outcome"] == f"failed: {first}, seed 7: not \\x1b finite"
+    note = stored(tmp_path, "compare.json", summary | {"failed": [3]})["note"]
+    assert "compare.json is not a comparison that this version reads" in note
+
+
 @pytest.mark.parametrize(
     ("change", "note"),
     [

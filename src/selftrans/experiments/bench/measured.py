@@ -13,7 +13,7 @@ import torch
 
 from selftrans.config import RunConfig
 from selftrans.models.registry import find
-from selftrans.storage import first_line, printable
+from selftrans.storage import UNREADABLE, first_line, printable
 from selftrans.types import Conditions
 
 PLAIN = "plain_"  #: rows of the plain implementation, which is not what `train` runs
@@ -75,7 +75,7 @@ def read_measured(path: Path, model: str) -> Measured:
         found = {name: each for name, each in found.items() if each.rows}
         if not found:
             raise ValueError("it has no measured model")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError, RecursionError) as error:
+    except UNREADABLE as error:
         reason = f"{type(error).__name__} {first_line(error)}" if isinstance(error, KeyError) else first_line(error)
         raise ValueError(f"{path} is not a bench.json ({reason}); give one that `selftrans bench` wrote") from None
     return found.get(model) or max(found.values(), key=lambda each: each.row("").flops)

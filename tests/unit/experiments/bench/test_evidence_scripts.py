@@ -106,7 +106,6 @@ TOY += ("stage1.head_width=16", "stage2.head_width=16")
 
 def test_arms_are_tuned_trained_measured_and_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     gpu, out = script("evidence_gpu"), tmp_path / "out"
-    monkeypatch.setattr(gpu, "TUNED", [(1e-3, 0.5), (2e-3, 0.02)])
     given = [
         str(prepared(tmp_path, count=8)),
         "--out",
@@ -118,6 +117,7 @@ def test_arms_are_tuned_trained_measured_and_continued(tmp_path: Path, monkeypat
         "--steps",
         "5",
     ]
+    given += ["--rates", "1e-3", "2e-3", "--stds", "0.5"]
     given += ["--tune-steps", "2", "--seeds", "0", "--arms", "vanilla", "structure", "w2", "--set", *TOY]
 
     def results(*options: str) -> dict[str, Any]:
@@ -131,11 +131,10 @@ def test_arms_are_tuned_trained_measured_and_continued(tmp_path: Path, monkeypat
     assert stopped["left"] == ["vanilla-seed0", "structure-seed0", "w2-seed0"]
     assert [point["step"] for point in stopped["runs"]["vanilla-seed0"]["points"]] == [1, 2]
     monkeypatch.undo()
-    monkeypatch.setattr(gpu, "TUNED", [(1e-3, 0.5), (2e-3, 0.02)])
     done = results()
     runs, best = (
         done["runs"],
-        min((1e-3, 0.5), (2e-3, 0.02), key=lambda p: last(done, f"tune-lr={p[0]:g}-std={p[1]:g}")),
+        min((1e-3, 0.5), (2e-3, 0.5), key=lambda p: last(done, f"tune-lr={p[0]:g}-std={p[1]:g}")),
     )
     assert done["left"] == [] and done["chosen"] == {"train.lr": best[0], "model.label_std": best[1]}
     assert (

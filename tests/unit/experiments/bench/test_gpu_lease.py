@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
 import os
 import signal
@@ -17,6 +18,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 
+from selftrans.models import fused_norm
 from selftrans.train.captured_step import NotCaptured
 from selftrans.train.interrupted import Interrupted
 from tests.support.scripts import script
@@ -63,6 +65,21 @@ def test_parts_run_with_tiny_models(tmp_path: Path, capsys: pytest.CaptureFixtur
         assert packed.getnames() == ["around.json", "correctness.json", "sampling.json"]
     shown = capsys.readouterr().out
     assert "correctness: passed: eager bf16 / eager fp32 " in shown and "captured fp32 / eager fp32 0.0e+00\n" in shown
+
+
+def test_other_choices_for_the_step_are_measured_one_by_one(tmp_path: Path) -> None:
+    parts = script("gpu_parts")
+    for part in ("memory", "variants"):
+        assert parts.main([part, "--out", str(tmp_path), "--toy"]) == 0
+    found = read(tmp_path / "memory.json")["models"]
+    assert {name: set(each["rows"]) for name, each in found.items()} == {
+        "vanilla, 1 recomputed": {"vanilla"}, "stage2, 1 recomputed": {"stage2"},
+    }  # fmt: skip
+    choices = ("as it is", "norms by inductor", "without cuDNN", "kernels joined", "fewer partial sums")
+    found = read(tmp_path / "variants.json")
+    assert {name for name in found if name.startswith("toy")} == {f"toy, {each}, ms" for each in choices}
+    assert (importlib.util.find_spec("triton") is not None) == fused_norm.FUSED_NORMS, "as before"
+    assert torch.backends.cuda.cudnn_sdp_enabled()
 
 
 def test_a_part_keeps_what_it_measured_before_it_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -126,7 +143,8 @@ os.kill(os.getpid(), signal.SIGKILL)
     shown = subprocess.run(words, env=environment, check=True, capture_output=True, text=True).stdout.splitlines()
     assert shown == [
         "correctness  not measured", "s2           failed: not enough memory", "b2           not measured",
-        "s4           not measured", "xl2          not measured", "sampling     not measured",
+        "s4           not measured", "xl2          not measured", "memory       not measured",
+        "variants     not measured", "sampling     not measured",
         "first_step   not measured", "around       unfinished; features_per_s 1.23e+03",
     ]  # fmt: skip
 
@@ -246,7 +264,7 @@ def lease(tmp_path: Path) -> Any:
 
 def test_lease_continues_with_what_is_missing_and_then_what_failed(lease: Any) -> None:
     code, shown, parts = lease.run(SKIP="around xl2", FAILS="s2", KILLED="b2")
-    assert parts == ["correctness", "s2", "b2", "s4", "sampling", "first_step", "table"]
+    assert parts == ["correctness", "s2", "b2", "s4", "memory", "variants", "sampling", "first_step", "table"]
     assert (
         code == 1 and shown[-1] == "the table" and "why" in shown and any("b2: stopped after" in each for each in shown)
     )

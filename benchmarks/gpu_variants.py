@@ -1,0 +1,109 @@
+"""Two parts of `gpu_parts.py`: other choices for the same training step, and SiT-XL/2 at batch 256 in 80 GB.
+
+Every variant is a captured step of vanilla training, built and measured as the rows of `selftrans bench`, one after the other
+in one process. A variant that fails says so, and the next one is measured.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+from unittest import mock
+
+import torch
+
+import selftrans.experiments.bench as bench_module
+from selftrans.config import RunConfig
+from selftrans.experiments.bench import bench
+from selftrans.models import fused_norm
+from selftrans.models.sit import SiTConfig
+
+MODELS = {"SiT-S/4": 64, "SiT-S/2": 256, "SiT-B/2": 256}  #: tokens
+TOY = SiTConfig(width=32, depth=3, heads=2, patch=2)
+GIGABYTES = 80.0  #: of the part `memory`: what a GPU of this size has
+RECOMPUTED = 12  #: blocks of XL/2, as docs/step.md has it on paper
+
+
+@contextlib.contextmanager
+def without_cudnn() -> Iterator[None]:
+    """Attention by torch's flash kernel where it takes the sizes."""
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
+
+
+def inductor(**settings: Any) -> contextlib.AbstractContextManager[Any]:
+    """With these settings of inductor; "__" stands for a dot. AttributeError for one that this torch does not have."""
+    from torch._inductor import config
+
+    return config.patch({name.replace("__", "."): value for name, value in settings.items()})
+
+
+#: name -> what is different while it is measured, and settings of the run
+VARIANTS: dict[str, tuple[Callable[[], contextlib.AbstractContextManager[Any]], dict[str, Any]]] = {
+    "as it is": (contextlib.nullcontext, {}),
+    "norms by inductor": (lambda: mock.patch.object(fused_norm, "FUSED_NORMS", False), {}),
+    "without cuDNN": (without_cudnn, {}),
+    "kernels joined": (lambda: inductor(combo_kernels=True), {}),
+    "fewer partial sums": (lambda: inductor(triton__mix_order_reduction_split_size=1024), {}),
+    "fp8": (contextlib.nullcontext, {"train.fp8": "rowwise"}),
+}
+
+
+def row(job: Any, name: str, model: SiTConfig, rows: tuple[str, ...], over: Mapping[str, Any], **given: Any) -> Any:
+    """What `bench` measures of a model with some settings of its runs replaced."""
+    usual = bench_module.settings
+
+    def changed(*arguments: Any) -> RunConfig:
+        return usual(*arguments).override(over)
+
+    with mock.patch.object(bench_module, "settings", changed):
+        folder = job.out / f"bench-{job.part}-{name.replace('/', '-').replace(' ', '-')}"
+        found = bench({name: model}, folder, rows=rows, steps_only=True, **given)["models"][name]
+    if "failed" in found:
+        raise MemoryError(found["failed"])
+    return found
+
+
+def variants(job: Any) -> None:
+    """Milliseconds a step of each variant and model; the largest model first, where most time is spent."""
+    models = {"toy": 16} if job.toy else dict(reversed(MODELS.items()))
+    for model, tokens in models.items():
+        for name, (changed, over) in VARIANTS.items():
+            if job.left < 15 or (job.toy and over):  # eight bits need bf16
+                continue
+
+            def once(
+                model: str = model, tokens: int = tokens, name: str = name, changed: Any = changed, over: Any = over
+            ) -> dict[str, float]:
+                config, batch = (TOY, 4) if job.toy else (SiTConfig(name=model), 256)
+                given: dict[str, Any] = {"batch_size": batch, "tokens": tokens, "seconds": 0.0 if job.toy else 3.0}
+                with changed():
+                    found = row(job, f"{model} {name}", config, ("captured_vanilla",), over, quick=job.toy, **given)
+                return {f"{model}, {name}, ms": found["rows"]["captured_vanilla"]["ms"]}
+
+            job.attempt(f"{model}, {name}", once)
+
+
+def memory(job: Any) -> None:
+    """Peak and rate of SiT-XL/2 at batch 256 with some blocks recomputed, in 80 GB; of the whole of a smaller GPU."""
+    config, batch, tokens = (TOY, 4, 16) if job.toy else (SiTConfig(name="SiT-XL/2"), 256, 256)
+    over = {"train.recompute": 1 if job.toy else RECOMPUTED}
+    fraction = 1.0
+    if not job.toy:
+        fraction = min(1.0, GIGABYTES * 1e9 / torch.cuda.get_device_properties(0).total_memory)
+        torch.cuda.set_per_process_memory_fraction(fraction)
+
+    def once(rows: tuple[str, ...]) -> dict[str, Any]:
+        given: dict[str, Any] = {"batch_size": batch, "tokens": tokens, "seconds": 0.0, "limit": job.left}
+        found = row(job, f"{'toy' if job.toy else 'SiT-XL/2'} {rows[0]}", config, rows, over, quick=job.toy, **given)
+        return {"models": job.found.get("models", {}) | {f"{rows[0]}, {over['train.recompute']} recomputed": found}}
+
+    job.found["limit_gb"] = fraction * GIGABYTES if job.toy else GIGABYTES
+    job.attempt("vanilla", lambda: once(("vanilla",)))
+    if job.left > 20 or job.toy:
+        job.attempt("stage 2", lambda: once(("stage2",)))

@@ -1,0 +1,157 @@
+"""Modulated LayerNorm of a transformer block whose backward pass reads each activation once, in blocks compiled for a GPU.
+
+Backward of `x1 = x + gate * a; y = LayerNorm(x1) * (1 + scale) + shift` needs sums over the channels of a token (for the
+gradient of the norm) and over the tokens of a sample (for the gradients of shift, scale and gate). Inductor makes one kernel
+for the first and others for the second, which read the activations again: 34 bytes for each token and channel with a float32
+residual and bfloat16 activations, and 20 for the first norm of a block, which has no gate. A Triton kernel (`norm_kernel`)
+makes both sums in one pass: 18 and 14 bytes. The forward pass stays with inductor, which fuses it well.
+
+The kernel is an operator to torch.compile, `selftrans::gate_norm_backward`, with the formulas in plain torch for the CPU.
+SELFTRANS_FUSED_NORMS=0 in the environment switches all of it off. It has no second derivative and no forward-mode one; as
+blocks use it when they are compiled alone, whose gradients have no second derivative either, only the latter is lost.
+
+Shape legend: N batch, T tokens, D width. LayerNorm has no weights. The gradients of LayerNorm are those of Ba et al.,
+1607.06450: with x^ the normalised row and g the gradient of it, rstd * (g - mean(g) - x^ mean(g x^)).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from typing import Any
+
+import torch
+from torch import Tensor
+
+#: whether compiled blocks use it: not without Triton
+FUSED_NORMS = os.environ.get("SELFTRANS_FUSED_NORMS", "1") != "0" and importlib.util.find_spec("triton") is not None
+
+
+def applies(x: Tensor) -> bool:
+    """Whether a block that gets tokens x (N, T, D) is being compiled for training on a GPU."""
+    training = torch.compiler.is_compiling() and torch.is_grad_enabled()
+    return FUSED_NORMS and training and x.is_cuda and x.dtype != torch.float64
+
+
+def modulated(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Tokens x (N, T, D), shift and scale (N, D) -> x, for the residual path, and the modulated norm in the dtype of `scale`.
+
+    That is the dtype of what a linear layer returns, under autocast too, so the linear layer that follows takes it as it is.
+    The x that is returned must replace the argument: gradients of both paths meet in one kernel.
+    """
+    return _Modulated.apply(x, shift, scale, eps)
+
+
+def gate_modulated(
+    x: Tensor, a: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """Tokens x and a (N, T, D), gate, shift and scale (N, D) -> x + gate * a, and its modulated norm as in `modulated`."""
+    return _GateModulated.apply(x, a, gate, shift, scale, eps)
+
+
+def _forward(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """The modulated norm of x (N, T, D), and mean and 1 / deviation of the tokens (N, T, 1).
+
+    No conversion to the dtype that a tensor has: it returns the tensor itself, and dynamo of torch 2.11 may then send the
+    gradients of an autograd function to the wrong output (pytorch issue 180642).
+    """
+    wide = x if x.dtype in (torch.float32, torch.float64) else x.float()
+    normal, mean, rstd = torch.native_layer_norm(wide, (x.shape[-1],), None, None, eps)
+    y = normal * (1 + scale.unsqueeze(dim=1)) + shift.unsqueeze(dim=1)
+    return y if y.dtype == scale.dtype else y.to(scale.dtype), mean, rstd
+
+
+class _Modulated(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        y, mean, rstd = _forward(x, shift, scale, eps)
+        ctx.save_for_backward(x, scale, mean, rstd)
+        return x.view_as(x), y
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        d_x1, d_y = gradients
+        x, scale, mean, rstd = ctx.saved_tensors
+        d_x, _, sums = gate_norm_backward(d_x1, d_y, x, None, None, scale, mean, rstd)
+        d_shift, d_scale = sums.to(scale.dtype).unbind(dim=1)
+        return d_x, d_shift, d_scale, None
+
+
+class _GateModulated(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, a: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor]:
+        x1 = x + gate.unsqueeze(dim=1) * a
+        y, mean, rstd = _forward(x1, shift, scale, eps)
+        ctx.save_for_backward(x, a, gate, scale, mean, rstd)
+        return x1, y
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        d_x1, d_y = gradients
+        x, a, gate, scale, mean, rstd = ctx.saved_tensors
+        d_x, d_a, sums = gate_norm_backward(d_x1, d_y, x, a, gate, scale, mean, rstd)
+        d_shift, d_scale, d_gate = sums.to(scale.dtype).unbind(dim=1)
+        return d_x, d_a, d_gate, d_shift, d_scale, None
+
+
+@torch.library.custom_op(
+    "selftrans::gate_norm_backward",
+    mutates_args=(),
+    schema="(Tensor d_x1, Tensor d_y, Tensor x, Tensor? a, Tensor? gate, Tensor scale, Tensor mean, Tensor rstd)"
+    " -> (Tensor, Tensor, Tensor)",
+)
+def gate_norm_backward(
+    d_x1: Tensor,
+    d_y: Tensor,
+    x: Tensor,
+    a: Tensor | None,
+    gate: Tensor | None,
+    scale: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of `gate_modulated`, or of `modulated` with neither a nor gate.
+
+    Args:
+        d_x1, d_y: (N, T, D), of the tokens and of the modulated norm.
+        x, a, gate, scale: as in `gate_modulated`; gate and scale may be columns of a wider tensor.
+        mean, rstd: (N, T, 1), of the tokens x + gate * a.
+    Returns: those of x and a (N, T, D; of a without elements where there is none), and the sums over tokens (N, 2 or 3, D) in
+    float32 (float64 for float64): of shift, scale and gate.
+    """
+    if x.is_cuda:
+        from selftrans.models import norm_kernel
+
+        return norm_kernel.launch(d_x1, d_y, x, a, gate, scale, mean, rstd)
+    wide = mean.dtype  # float32, or float64
+    gate_row = None if gate is None else gate.to(wide).unsqueeze(dim=1)
+    x1 = x.to(wide) if a is None or gate_row is None else x.to(wide) + gate_row * a.to(wide)
+    normal = (x1 - mean) * rstd
+    d_y = d_y.to(wide)
+    d_normal = d_y * (1 + scale.to(wide).unsqueeze(dim=1))
+    along = (d_normal * normal).mean(dim=-1, keepdim=True)
+    total = d_x1.to(wide) + rstd * (d_normal - d_normal.mean(dim=-1, keepdim=True) - normal * along)
+    sums = [d_y.sum(dim=1), (d_y * normal).sum(dim=1)]
+    d_a = x.new_empty(0)
+    if a is not None and gate_row is not None:
+        sums.append((total * a).sum(dim=1))
+        d_a = (gate_row * total).to(a.dtype)
+    return total.to(x.dtype, copy=True), d_a, torch.stack(sums, dim=1)
+
+
+@gate_norm_backward.register_fake
+def _(
+    d_x1: Tensor,
+    d_y: Tensor,
+    x: Tensor,
+    a: Tensor | None,
+    gate: Tensor | None,
+    scale: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    d_x = torch.empty_like(x, memory_format=torch.contiguous_format)
+    d_a = x.new_empty(0) if a is None else torch.empty_like(a, memory_format=torch.contiguous_format)
+    return d_x, d_a, mean.new_empty((x.shape[0], 2 if a is None else 3, x.shape[2]))

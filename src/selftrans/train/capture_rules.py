@@ -1,0 +1,145 @@
+"""When a training step is captured: what makes it impossible, and what `train.capture auto` leaves launched besides.
+
+`auto` is the default, so it must cost no run anything: it captures what is known to be right, where memory is plentiful, and
+says why not only in `train --dry-run`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from selftrans.storage import first_line, gigabytes, write_json
+
+if TYPE_CHECKING:
+    from selftrans.train.trainer import Trainer
+
+ENDED = "not-captured.json"  #: in a run's folder: CUDA ended a recording, so that `auto` does not try again there
+#: packages whose layers are functions of their inputs; what others keep in Python from step to step would not be replayed
+KNOWN = ("selftrans", "torch", "torchao", "diffusers", "transformers", "peft")
+WAITS, PROTOTYPE = "called a synchronizing CUDA operation", "Synchronization debug mode"  #: in warnings of torch
+
+
+class NotCaptured(ValueError):
+    """The step could not be recorded; one line, which says how the run continues. `automatic`: with `train.capture auto`."""
+
+    automatic = False
+
+
+class Invalidated(RuntimeError):
+    """CUDA ended a recording. torch (2.11) then keeps its generator and its allocator in the state of recording: the next
+    random number on the device raises, so this process cannot go on."""
+
+
+def obstacle(trainer: Trainer) -> str | None:
+    """Why the steps of a stage cannot be captured, or None. Sorts out what is known before the first step."""
+    train, kind = trainer.config.train, trainer.accelerator.device.type
+    if kind not in ("cuda", "cpu"):
+        return f"CUDA graphs need a CUDA GPU, this device is {kind}"
+    if trainer.accelerator.num_processes > 1:
+        return "it is for one process"
+    if train.precision == "fp16":
+        return "the gradient scaler of fp16 is not captured; use bf16"
+    if train.optimizer != "adamw":
+        return f"train.optimizer {train.optimizer} decides on the host whether a step is skipped"
+    if trainer.objective.student.recompute and trainer.objective.student.random_blocks:
+        return "train.recompute repeats blocks that may draw random numbers"
+    if len(trainer.shards.parts) > 1:
+        return "the data hold several sizes, and a graph has one shape"
+    if trainer.objective.times != "systematic" and any(g.selects for g in trainer.objective.guidances):
+        return (
+            f"with train.times {trainer.objective.times} a range of t selects another number of samples in every step"
+        )
+    return None
+
+
+def why_launched(trainer: Trainer) -> str | None:
+    """Why `auto` launches the steps of a stage, as far as that is known before the first one; None where it does not.
+
+    Besides an `obstacle`: AMD GPUs; code of other packages, whose Python would run in the recording alone (a graph would
+    repeat a count or a number drawn by numpy); and a run in which CUDA has ended a recording.
+    """
+    if trainer.accelerator.device.type == "cpu":
+        return "CUDA graphs need a CUDA GPU, this device is cpu"
+    if reason := obstacle(trainer):
+        return reason
+    if torch.version.hip:
+        return "graphs are not tested on AMD GPUs; train.capture on tries"
+    for kind in map(type, trainer.objective.modules()):
+        if kind.__module__.partition(".")[0] not in KNOWN:
+            return f"{kind.__name__} is code of another package, which a graph may not repeat; train.capture on tries"
+    if (trainer.directory.parent / ENDED).exists():
+        return f"CUDA ended an earlier recording, as {ENDED} in the folder of the run says; remove it to try again"
+    return None
+
+
+def too_large(device: torch.device) -> str | None:
+    """Why graphs would keep too much of a GPU's memory between steps, or None.
+
+    They keep what a step uses beyond what stays, which is the peak since `torch.cuda.reset_peak_memory_stats`. Half of what
+    is free between steps is the most that they get. So everything that has run in a step has memory left for it, and a
+    preview half of what it would have without graphs.
+    """
+    torch.cuda.synchronize(device)
+    torch.cuda.empty_cache()  # kept of the steps before, on a stream of their own: as good as free
+    taken = torch.cuda.max_memory_allocated(device) - torch.cuda.memory_allocated(device)
+    free = torch.cuda.mem_get_info(device)[0]
+    if 2 * taken <= free:
+        return None
+    return f"graphs would keep {gigabytes(taken)}, more than half of the {gigabytes(free)} that are free between steps"
+
+
+@contextlib.contextmanager
+def noted_waits(found: list[str]) -> Iterator[None]:
+    """Add to `found` where an operation waits for the device, as `file.py:12`, by torch's own check; other warnings stay."""
+    mode = torch.cuda.get_sync_debug_mode()
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            yield
+        finally:
+            torch.cuda.set_sync_debug_mode(mode)
+    for each in said:
+        if WAITS in str(each.message):
+            found.append(f"{Path(each.filename).name}:{each.lineno}")
+        elif PROTOTYPE not in str(each.message):
+            warnings.warn_explicit(each.message, each.category, each.filename, each.lineno)
+
+
+def description(trainer: Trainer) -> str:
+    """How the steps that were taken on a GPU ran, and why not as graphs; "" on other devices, and with `off`."""
+    if trainer.accelerator.device.type != "cuda" or trainer.config.train.capture == "off":
+        return ""
+    captured = trainer.captured
+    if captured is not None and captured.replaying:
+        return "replayed as CUDA graphs"
+    reason = why_launched(trainer) if captured is None else captured.reason
+    return f"launched one by one: {reason or 'too few steps were taken to record them'}"
+
+
+@contextlib.contextmanager
+def remembered(out: Path) -> Iterator[None]:
+    """Around the training of a stage: where CUDA ends a recording of `auto`, `out` gets a file that keeps the run launched.
+
+    So the same command continues. `NotCaptured` says that; where the file cannot be written, it says what else to do.
+    """
+    try:
+        yield
+    except NotCaptured as error:
+        if not (error.automatic and isinstance(error.__cause__, Invalidated)):
+            raise
+        reason = first_line(error.__cause__)
+        try:
+            write_json(out / ENDED, {"reason": reason, "torch": torch.__version__})
+        except (OSError, ValueError):
+            raise error from None
+        raise NotCaptured(
+            f"CUDA ended the recording of the step as a graph ({reason}), after which torch cannot go on; the same command "
+            f"continues from the last checkpoint without graphs, because of {out / ENDED}"
+        ) from error
