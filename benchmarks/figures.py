@@ -1,6 +1,7 @@
 """The figures of docs/results.md, from the runs of `selftrans compare` and `ablations.py` in a directory.
 
     python benchmarks/figures.py results/digits --out docs/figures --name digits
+    python benchmarks/figures.py docs/figures/digits.json --out docs/figures --name digits    # drawn again, from its numbers
 
 Writes <name>-probes.png (linear-probe accuracy per block and timestep of every method), <name>-norms.png (feature and
 target norms over training, per target), <name>-ablations.png (convergence, one panel per question) and <name>.json with the
@@ -33,7 +34,7 @@ METHODS = ("vanilla", "structure", "self_transcendence", "repa", "sra", "layersy
 TIMESTEPS = (0.2, 0.4, 0.6, 0.8)
 #: question -> the variants that answer it
 QUESTIONS = {
-    "w": ("vanilla", "w1", "w2", "w5", "w10", "w30"),
+    "w": ("vanilla", "w1", "w2", "self_transcendence", "w5", "w10", "w30"),
     "range": ("vanilla", "self_transcendence", "scale-mode", "all-times"),
     "timesteps": ("vanilla", "vanilla-uniform", "self_transcendence", "uniform-times"),
     "target": ("vanilla", "self_transcendence", "layer", "cosine", "w30", "w30-layer", "w30-cosine"),
@@ -44,6 +45,7 @@ QUESTIONS = {
         *("vanilla", "sra", "sra-tenth", "layersync", "layersync-tenth", "dispersive", "dispersive-tenth"),
     ),
 }
+SIZES = ("self/feature_norm", "self/target_norm")  #: in the log
 NORMS = ("self_transcendence", "layer", "cosine", "w30", "w30-layer", "w30-cosine")
 
 
@@ -53,13 +55,13 @@ def runs(folder: Path, name: str) -> list[Path]:
 
 
 def panels(
-    count: int, columns: int, ylabel: str, *, size: tuple[float, float] = (3.7, 3.1)
+    count: int, columns: int, ylabel: str, *, size: tuple[float, float] = (3.7, 3.1), shared: bool = True
 ) -> tuple[Figure, list[Any]]:
-    """A figure with `count` panels and a common y axis."""
+    """A figure with `count` panels, with a common y axis if `shared`."""
     lines = -(-count // columns)
     figure = Figure(figsize=(size[0] * columns, size[1] * lines), layout="constrained", facecolor="white")
     FigureCanvasAgg(figure)
-    axes = list(figure.subplots(lines, columns, sharey=True, squeeze=False).flat)
+    axes = list(figure.subplots(lines, columns, sharey=shared, squeeze=False).flat)
     for spare in axes[count:]:
         spare.axis("off")
     for i, axis in enumerate(axes[:count]):
@@ -73,13 +75,14 @@ def panels(
 def line(axis: Any, i: int, name: str, x: Sequence[float], values: np.ndarray) -> None:
     """Mean over seeds (rows of `values`) and a band of one deviation."""
     mean, deviation = values.mean(axis=0), values.std(axis=0, ddof=1) if len(values) > 1 else 0 * values[0]
-    axis.plot(x, mean, color=COLOURS[i % 8], marker=MARKERS[i % 8], markersize=4, markeredgecolor="white", label=name)
+    marker = {"marker": MARKERS[i % 8], "markersize": 5, "markeredgecolor": "white", "markeredgewidth": 0.4}
+    axis.plot(x, mean, color=COLOURS[i % 8], linewidth=1.2, label=name, **marker)
     axis.fill_between(
         x, np.maximum(mean - deviation, 1e-9), mean + deviation, color=COLOURS[i % 8], alpha=0.14, linewidth=0
     )
 
 
-def probes(folder: Path) -> tuple[Figure, dict[str, Any]]:
+def probes(folder: Path) -> dict[str, Any]:
     """Accuracy of a ridge classifier on each block's features, per timestep and method, under the null condition."""
     found: dict[str, Any] = {}
     for name in METHODS:
@@ -93,36 +96,47 @@ def probes(folder: Path) -> tuple[Figure, dict[str, Any]]:
                 feats = collect(one.model, z0, one.model.null(labels), t=t, taps=blocks, path=path)
                 accuracy = [linear_probe(feats[k], labels, kind="ridge") for k in blocks]
                 found.setdefault(name, {}).setdefault(f"{t:g}", []).append(accuracy)
-    figure, axes = panels(len(TIMESTEPS), 4, "linear probe accuracy")
+    return found
+
+
+def draw_probes(found: dict[str, Any]) -> Figure:
+    """A panel for each timestep."""
+    figure, axes = panels(len(TIMESTEPS), 4, "linear probe accuracy", shared=False)
     for axis, t in zip(axes, TIMESTEPS, strict=True):
         for i, (name, by_time) in enumerate(found.items()):
             values = np.array(by_time[f"{t:g}"])
             line(axis, i, name, range(1, values.shape[1] + 1), values)
         axis.set(xlabel="block", title=f"t = {t:g}")
+    axes[0].set_ylim(bottom=axes[0].get_ylim()[0] - 0.05)  # below the lines, for the legend
     axes[0].legend(frameon=False, fontsize=7)
-    return figure, found
+    return figure
 
 
-def norms(folder: Path) -> tuple[Figure, dict[str, Any]]:
+def norms(folder: Path) -> dict[str, Any]:
     """Mean token norms of the student's guided block and of its target, from the logs of the first seed."""
-    figure, axes = panels(2, 2, "mean token norm")
     found: dict[str, Any] = {}
-    for i, name in enumerate(NORMS):
+    for name in NORMS:
         for run in runs(folder, name)[:1]:
-            lines = [entry for entry in read_log(run / "stage2" / "log.jsonl") if "self/feature_norm" in entry]
-            steps = [entry["step"] for entry in lines]
-            for axis, key in zip(axes, ("self/feature_norm", "self/target_norm"), strict=True):
-                values = [entry[key] for entry in lines]
-                found.setdefault(name, {"step": steps})[key] = values
-                line(axis, i, name, steps, np.array([values]))
-    for axis, title in zip(axes, ("feature of the student's block", "target f_g"), strict=True):
+            lines = [entry for entry in read_log(run / "stage2" / "log.jsonl") if SIZES[0] in entry]
+            found[name] = {"step": [entry["step"] for entry in lines]}
+            found[name] |= {key: [entry[key] for entry in lines] for key in SIZES}
+    return found
+
+
+def draw_norms(found: dict[str, Any]) -> Figure:
+    """A panel for the student's features, and one for the target, whose lines of equal w coincide."""
+    figure, axes = panels(2, 2, "mean token norm")
+    for axis, key in zip(axes, SIZES, strict=True):
+        for i, (name, of) in enumerate(found.items()):
+            line(axis, i, name, of["step"], np.array([of[key]]))
+    for axis, title in zip(axes, ("feature of the student's block", "target f_g: the same for equal w"), strict=True):
         axis.set(xlabel="student steps", title=title, yscale="log")
         plain_ticks(axis)
     axes[0].legend(frameon=False, fontsize=7)
-    return figure, found
+    return figure
 
 
-def ablations(folder: Path) -> tuple[Figure, dict[str, Any]]:
+def ablations(folder: Path) -> dict[str, Any]:
     """Distance over student steps, one panel per question."""
     found: dict[str, Any] = {}
     for name in sorted({name for names in QUESTIONS.values() for name in names} | set(METHODS)):
@@ -131,6 +145,14 @@ def ablations(folder: Path) -> tuple[Figure, dict[str, Any]]:
             found[name] = {"step": [point["step"] for point in measured[0]], "seeds": len(measured)}
             for key in ("distance", "probe", "accuracy"):
                 found[name][key] = [[point[key] for point in points] for points in measured]
+    for row in found.values():
+        last = [values[-1] for values in row["distance"]]
+        row["last"] = {"mean": statistics.fmean(last), "std": statistics.stdev(last) if len(last) > 1 else 0.0}
+    return found
+
+
+def draw_ablations(found: dict[str, Any]) -> Figure:
+    """A panel for each question of which at least two variants were measured."""
     asked = {question: [n for n in names if n in found] for question, names in QUESTIONS.items()}
     asked = {question: names for question, names in asked.items() if len(names) > 1}
     figure, axes = panels(max(1, len(asked)), 4, "Fréchet distance (classifier features)")
@@ -140,24 +162,28 @@ def ablations(folder: Path) -> tuple[Figure, dict[str, Any]]:
         axis.set(xlabel="student steps", title=question, yscale="log")
         plain_ticks(axis)
         axis.legend(frameon=False, fontsize=7)
-    for row in found.values():
-        last = [values[-1] for values in row["distance"]]
-        row["last"] = {"mean": statistics.fmean(last), "std": statistics.stdev(last) if len(last) > 1 else 0.0}
-    return figure, found
+    return figure
+
+
+#: part of <name>.json -> how it is measured, and drawn
+FIGURES = {"probes": (probes, draw_probes), "norms": (norms, draw_norms), "ablations": (ablations, draw_ablations)}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("results", type=Path)
+    parser.add_argument("results", type=Path, help="folder of runs, or the <name>.json of an earlier call")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--name", required=True)
     options = parser.parse_args()
-    numbers = {}
-    for what, draw in {"probes": probes, "norms": norms, "ablations": ablations}.items():
-        figure, numbers[what] = draw(options.results)
-        if numbers[what]:
-            save(figure, options.out / f"{options.name}-{what}.png")
-    write_json(options.out / f"{options.name}.json", numbers)
+    measured = not options.results.is_file()
+    numbers = {} if measured else json.loads(options.results.read_text())
+    for what, (measure, draw) in FIGURES.items():
+        if measured:
+            numbers[what] = measure(options.results)
+        if numbers.get(what):
+            save(draw(numbers[what]), options.out / f"{options.name}-{what}.png")
+    if measured:
+        write_json(options.out / f"{options.name}.json", numbers)
     print(f"{options.out / options.name}*")
 
 

@@ -26,6 +26,10 @@ import reference  # noqa: E402 - in this folder
 LINK = re.compile(r"(\]\()([^)#\s]+)(#[^)\s]*)?\)")
 FENCE = re.compile(r"^(```|~~~).*?^\1", flags=re.MULTILINE | re.DOTALL)
 MATH = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', flags=re.DOTALL)
+INLINE = re.compile(r"(?<!<span></span>)<code>([^<]+)</code>")  # blocks of code have an empty span before
+COMMANDS = re.compile(r'<div class="language-bash highlight">.*?</pre>', flags=re.DOTALL)
+OPTION = re.compile(r"(?<=>)--?[\w.-]+(?=[<=\n])")  # a word of a command, between spans
+LONG = 24  # characters of a word of code that may be broken after / :: and _
 LANGUAGES = {".py": "python", ".sh": "bash", ".sbatch": "bash", ".toml": "toml", ".yaml": "yaml", ".json": "json"}
 FRONT = "---\nsearch:\n  exclude: true\n---\n\n"  # of pages that show source: kept out of the search
 
@@ -82,13 +86,23 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
 
 
 def on_page_content(html_text: str, page: Any, config: Any, files: Files) -> str:
-    """Formulas as MathML, which browsers draw themselves: no script is needed. A number and its deviation stay on one line."""
+    """Formulas as MathML, which browsers draw themselves: no script is needed. A number and its deviation stay on one line, as
+    does an option: browsers break `--out` after a hyphen."""
 
     def formula(match: re.Match[str]) -> str:
         display = "block" if match[1] == "div" else "inline"
         return str(convert(html.unescape(match[2]).strip(), display=display))
 
-    return MATH.sub(formula, html_text).replace(" ± ", "\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}")
+    text = INLINE.sub(lambda found: f"<code>{' '.join(map(_word, found[1].split(' ')))}</code>", html_text)
+    text = COMMANDS.sub(lambda block: OPTION.sub(lambda found: _word(found[0], LONG * 2), block[0]), text)
+    return MATH.sub(formula, text).replace(" ± ", "\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}")
+
+
+def _word(word: str, long: int = LONG) -> str:
+    """A word of code with the places where a line may end: none in short ones."""
+    if len(html.unescape(word)) > long:
+        return re.sub(r"(::|[/_])(?=.)", r"\1<wbr>", word)
+    return f'<span class="word">{word}</span>' if "-" in word else word
 
 
 def _target(page: str, link: str) -> str | None:

@@ -22,6 +22,7 @@ T = TypeVar("T")
 #: what reading a json file raises that is damaged, or of another content than expected
 UNREADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError)
 FREE_SPACE = "free disk space or choose another folder"
+REFUSED = {errno.EROFS, errno.EACCES, errno.EPERM}  #: errors of a folder in which nothing may be written
 
 
 # ---- atomic writes
@@ -63,6 +64,7 @@ def atomic_write(
                 temporary.unlink(missing_ok=True)
             raise
     except OSError as error:
+        remedy = remedy.removeprefix("free disk space or ") if error.errno in REFUSED else remedy
         raise ValueError(f"{path} cannot be written ({error.strerror or error}); {remedy}") from error
 
 
@@ -291,4 +293,8 @@ def first_line(error: object, limit: int = 160) -> str:
     lines = str(error).strip().splitlines() or [type(error).__name__]
     # a final colon introduces the next line
     text = " ".join(lines[:2] if lines[0].rstrip().endswith(":") else lines[:1])
-    return printable(" ".join(text.split()).rstrip("."), limit)
+    text = " ".join(text.split()).rstrip(".")
+    if len(text) > limit:
+        start = text[: limit - 3]
+        text = f"{start.rpartition(' ')[0] or start}..."
+    return printable(text, limit)

@@ -129,14 +129,21 @@ def test_symlink_that_appears_at_the_temporary_is_not_followed(tmp_path, monkeyp
 def test_full_disk_is_one_line_with_the_path_and_the_remedy(tmp_path, monkeypatch):
     (tmp_path / "x").write_text("old")
 
+    def refuse(code):
+        raise OSError(code, os.strerror(code))
+
     def full(path):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        refuse(errno.ENOSPC)
 
     monkeypatch.setattr(storage, "sync", full)
     with pytest.raises(ValueError, match="cannot be written") as raised:
         write_text(tmp_path / "x", "new")
     remedy = "free disk space or choose another folder"
     assert str(raised.value) == f"{tmp_path / 'x'} cannot be written (No space left on device); {remedy}"
+    monkeypatch.setattr(storage, "sync", lambda _: refuse(errno.EROFS))
+    with pytest.raises(ValueError, match=r"x cannot be written \(Read-only file system\); choose another folder$"):
+        write_text(tmp_path / "x", "new")
+    monkeypatch.setattr(storage, "sync", full)
     assert (tmp_path / "x").read_text() == "old" and names(tmp_path) == ["x"]
     with (
         pytest.raises(ValueError, match=r"; repeat the command$"),
@@ -386,7 +393,8 @@ def test_escaped_text_is_truncated():
         (MemoryError(), "MemoryError"),
         (ValueError("   \n"), "ValueError"),
         (ValueError("bad \x1b[2J name"), "bad \\x1b[2J name"),
-        (ValueError("x" * 999), "x" * 160),
+        (ValueError("x" * 999), "x" * 157 + "..."),
+        (ValueError("a word " * 30), ("a word " * 30)[:155] + "..."),
     ],
 )  # fmt: skip
 def test_first_line_of_an_error(error, line):

@@ -116,12 +116,24 @@ def find(source: str | Path, *, stage: str | None = None, weights: Weights = "em
 
 
 def find_asked(source: str | Path, *, stage: str | None = None, weights: Weights = "ema") -> Path:
-    """As `find`, for options of a user: warns where raw weights are asked for of a file that holds the average."""
+    """As `find`, for options of a user.
+
+    Warns where raw weights are asked for of a file that holds the average, and where the last stage of a run has no
+    checkpoint yet, so that an earlier one takes its place.
+    """
     file = find(source, stage=stage, weights=weights)
     with suppress(ValueError):  # no weights file: reported when it is loaded
-        if weights == "raw" and checkpoint.read_header(file).get("weights") == "ema":
+        metadata = checkpoint.read_header(file)
+        if weights == "raw" and metadata.get("weights") == "ema":
             warnings.warn(
                 f"{file} holds the moving average alone (ema), which takes the place of the raw weights asked for",
+                stacklevel=3,
+            )
+        order, run = _names(metadata.get("order", [])), file.parents[3:4]
+        if stage is None and order and run == (Path(source),) and metadata.get("stage") in order[:-1]:
+            warnings.warn(
+                f"the last stage of {source}, {order[-1]}, has no checkpoint yet: {metadata['stage']} is used, at step "
+                f"{metadata.get('step')}; `selftrans train` with the same options continues the run",
                 stacklevel=3,
             )
     return file

@@ -59,7 +59,9 @@ class Evaluate(Command):
     def run(self) -> None:
         from selftrans.experiments.evaluate_samples import evaluate_samples, text
 
-        print(text(evaluate_samples(**self.options("sampling"), settings=self.sampling.given())))
+        evaluate_samples(
+            **self.options("sampling"), settings=self.sampling.given(), show=lambda report: print(text(report))
+        )
 
 
 @dataclass
@@ -217,7 +219,7 @@ class Analyse(Command):
 
         options = self.options("run_or_file", "target")
         options["timesteps"] = TIMES if self.timesteps is None else self.timesteps
-        print(table(analyse_target(self.run_or_file, **options)))
+        analyse_target(self.run_or_file, **options, show=lambda report: print(table(report)))
         print(f"target.png, target-maps.png and target.json -> {self.out}")
 
 

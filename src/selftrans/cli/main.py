@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
+from selftrans.cli import hub_retries
 from selftrans.cli.commands import COMMANDS
 from selftrans.cli.likely import unrecognised
 from selftrans.cli.options import RecipeCommand
@@ -31,6 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from selftrans.train.interrupted import EXIT_RESUME, Interrupted
 
     warnings.showwarning = _show_warning  # type: ignore[assignment]
+    hub_retries.install()
     words = list(sys.argv[1:] if argv is None else argv)
     try:
         _answer(words) if not words or words[0].startswith("-") else parse_command(words).run()

@@ -6,6 +6,7 @@ Where a release of tyro differs, its own text is shown instead; the exit status 
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import dataclasses
 import inspect
@@ -13,6 +14,7 @@ import itertools
 import re
 import shutil
 import textwrap
+import types
 import typing
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -28,8 +30,10 @@ NO_NUMBER = {
     "invalid literal for int() with base 10: ": "a whole number",
     "could not convert string to float: ": "a number",
 }
-#: tyro's message about a value of an option that may be None
-OPTIONAL = re.compile(r"no type matching \{None\}\|(INT|FLOAT) could be instantiated from \[('[^']*'|\"[^\"]*\")\]")
+#: tyro's messages about values, listed at their end, of an option that takes several, or values of several types
+SEVERAL = re.compile(
+    r"(?:Could not find valid parse for arguments: |no type matching .*? could be instantiated from )(\[.*\])"
+)
 
 
 class UsageError(Exception):
@@ -56,7 +60,7 @@ def parse(command: Any, words: Sequence[str], prog: str, *, kind: Any, see: str,
 
     def report(event: Any) -> None:
         with contextlib.suppress(AttributeError):  # another release of tyro: let it print its own text
-            message = _describe(event, known)
+            message = _describe(event, known, words)
             if message:
                 raise UsageError(message, see)
 
@@ -136,8 +140,8 @@ def _check_for_empty_values(words: Sequence[str], see: str) -> None:
             raise UsageError(f"{word.removesuffix('=')} needs a value", see)
 
 
-def _describe(event: Any, known: Sequence[str]) -> str | None:
-    """One line about a parse error of tyro; None for an event that is unknown."""
+def _describe(event: Any, known: Sequence[str], words: Sequence[str]) -> str | None:
+    """One line about a parse error of tyro in `words`; None for an event that is unknown."""
     match type(event).__name__:
         case "UnrecognizedArgs":
             return unrecognised(event.tokens, known)
@@ -150,27 +154,48 @@ def _describe(event: Any, known: Sequence[str]) -> str | None:
             if event.argument.is_positional():
                 return f"{_flag(event.argument)} is missing"
             count, shape = event.argument.lowered.nargs, event.argument.lowered.metavar
-            return f"{_flag(event.argument)} needs {'a value' if count in (None, 1) else f'{count} values'}: {shape}"
+            return f"{_flag(event.argument, words)} needs {'a value' if count in (None, 1) else f'{count} values'}: {shape}"
         case "InvalidChoice":
-            return f"{_flag(event.argument)} '{event.value}' is not one of {', '.join(sorted(event.choices))}"
+            return f"{_flag(event.argument, words)} '{event.value}' is not one of {', '.join(sorted(event.choices))}"
         case "InstantiationFailure" if event.argument is not None:
-            return f"{_flag(event.argument)}: {_no_number(event.message.splitlines()[0].rstrip('.'))}"
+            message = event.message.splitlines()[0].rstrip(".")
+            return f"{_flag(event.argument, words)}: {_no_number(message, event.argument)}"
     return None
 
 
-def _no_number(message: str) -> str:
-    """The message of a value that cannot be converted, without the full stop; in plain words if it is no number."""
-    if found := OPTIONAL.fullmatch(message):
-        return f"{found[2]} is not {'a whole number' if found[1] == 'INT' else 'a number'}"
+def _no_number(message: str, argument: Any) -> str:
+    """The message of values that cannot be converted, without the full stop; in plain words if they should be numbers."""
+    if found := SEVERAL.fullmatch(message):
+        values: list[str] = ast.literal_eval(found[1])
+        return _unfit(values, argument.field.type_stripped) or f"'{' '.join(values)}' is not {argument.lowered.metavar}"
     for start, kind in NO_NUMBER.items():
         if message.startswith(start):
             return f"{message.removeprefix(start)} is not {kind}"
     return message
 
 
-def _flag(argument: Any) -> str:
-    """`--out`, or the name of a positional argument."""
+def _unfit(values: Sequence[str], kind: Any) -> str | None:
+    """Which of `values` is no number, or how many an option of type `kind` takes; None where neither is wrong."""
+    union = typing.get_origin(kind) in (typing.Union, types.UnionType)
+    forms = [form for form in (typing.get_args(kind) if union else (kind,)) if form is not type(None)]
+    several = [typing.get_args(form) for form in forms if typing.get_origin(form) is tuple]
+    held = {each for form in forms for each in (typing.get_args(form) or (form,))}
+    if not held <= {int, float, ...}:
+        return None
+    number: type[int] | type[float] = float if float in held else int
+    for value in values:
+        try:
+            number(value)
+        except ValueError:
+            return f"'{value}' is not {'a number' if number is float else 'a whole number'}"
+    counts = {len(each) for each in several if ... not in each}
+    return f"{' or '.join(map(str, sorted(counts)))} numbers are needed, not {len(values)}" if counts else None
+
+
+def _flag(argument: Any, words: Sequence[str] = ()) -> str:
+    """`--out`, by the name that `words` have for it, or the name of a positional argument."""
     flags = argument.lowered.name_or_flags
+    flags = [flag for flag in flags if flag in {word.partition("=")[0] for word in words}] or flags
     return str(
         argument.lowered.metavar if argument.is_positional() else flags[-1] if flags else argument.field.extern_name
     )

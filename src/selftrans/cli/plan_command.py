@@ -54,5 +54,5 @@ class Plan(RecipeCommand[Config]):
         check_writable(self.out)
         cluster = Cluster(self.gpus, self.gpus_per_machine, self.link_gbps, self.local_gbps)
         found = scale_plan(config, cluster, measured=self.measured, rate=self.rate)
-        write_json(self.out, dataclasses.asdict(found))
         print(text(found))
+        write_json(self.out, dataclasses.asdict(found))

@@ -33,7 +33,7 @@ from selftrans.data.shard_file import VIEWS, row_bytes, write_shard
 from selftrans.data.sources.captions import CaptionSource
 from selftrans.encoders.pretrained import encoder_name
 from selftrans.encoders.text import BUILT_IN, TextEncoder
-from selftrans.storage import nearest_existing, plural, printable, sha256_file
+from selftrans.storage import gigabytes, nearest_existing, plural, printable, sha256_file
 from selftrans.types import MASK, TEXT, Conditions
 
 COUNTED = 4096  #: captions whose length is counted at a time
@@ -161,7 +161,7 @@ def sizes(text: CaptionEncoder, dropped: int) -> str:
 
     def taken(store: Store) -> str:
         each = replace(record, stored=store).caption_bytes(conditions)
-        return f"{each / 1e3:,.1f} kB a caption, {each * record.captions * count / 1e9:,.3f} GB in all"
+        return f"{each / 1e3:,.1f} kB a caption, {gigabytes(each * record.captions * count)} in all"
 
     shape = f"{conditions.tokens}x{conditions.width} {record.dtype}"
     if record.stored == "ids":
@@ -175,6 +175,6 @@ def check_disk(plan: Manifest, rows: int, out: Path) -> None:
     needed, free = rows * row_bytes(plan.layout), shutil.disk_usage(nearest_existing(out)).free
     if needed + RESERVE > free:
         raise ValueError(
-            f"{out} needs {needed / 1e9:,.1f} GB, its disk has {free / 1e9:,.1f} GB free; keep fewer captions "
+            f"{out} needs {gigabytes(needed)}, its disk has {gigabytes(free)} free; keep fewer captions "
             "(--captions-per-picture), store ids (--text-store ids), or choose another --out"
         )

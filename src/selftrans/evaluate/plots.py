@@ -9,6 +9,8 @@ from __future__ import annotations
 import base64
 import io
 import math
+import re
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -16,7 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 
 from selftrans.evaluate.captioned import with_captions
-from selftrans.storage import atomic_write
+from selftrans.storage import atomic_write, printable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -28,6 +30,8 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 DASHES = ("-", "--", "-.", ":")
 FRAMES = 8  #: most slices of an array of three spatial dimensions that are shown
 INK, RULE = "#222222", "#DDDDDD"
+GLYPH = re.compile(r"Glyph (\d+) ")  #: start of matplotlib's warning about a character that the font lacks
+SHOWN_GLYPHS = 12
 
 #: (x, y), or (x, y, deviation of y) which is drawn as a band
 Series: TypeAlias = tuple[Sequence[float], Sequence[float]] | tuple[Sequence[float], Sequence[float], Sequence[float]]
@@ -229,10 +233,25 @@ def _draw_map(axes: Axes, picture: np.ndarray) -> None:
 def save(figure: Figure, path: str | Path, *, dpi: int = 150) -> None:
     """Write a figure atomically, in the format of the path's suffix (png, svg, pdf)."""
     path = Path(path)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format=path.suffix.lstrip(".") or "png", dpi=dpi)
+    content = _rendered(figure, path.suffix.lstrip(".") or "png", dpi)
     with atomic_write(path) as file:
-        file.write(buffer.getvalue())
+        file.write(content)
+
+
+def _rendered(figure: Figure, kind: str, dpi: int) -> bytes:
+    """A figure as the content of a file of this kind, with one warning for all characters that its font lacks."""
+    buffer = io.BytesIO()
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        figure.savefig(buffer, format=kind, dpi=dpi)
+    glyphs = [GLYPH.match(str(each.message)) for each in said]
+    if lacking := sorted({chr(int(found[1])) for found in glyphs if found}):
+        shown = printable("".join(lacking[:SHOWN_GLYPHS])) + ("..." if len(lacking) > SHOWN_GLYPHS else "")
+        warnings.warn(
+            f"the font of the figures has no {shown}: drawn as boxes; set font.family in a matplotlibrc",
+            stacklevel=3,
+        )
+    return buffer.getvalue()
 
 
 def save_png(image: np.ndarray, path: str | Path) -> None:
@@ -243,12 +262,7 @@ def save_png(image: np.ndarray, path: str | Path) -> None:
 
 def figure_to_data_uri(figure: Figure | np.ndarray) -> str:
     """A figure, or a picture uint8 (height, width, 1 or 3), as a png in a `data:` URI."""
-    if isinstance(figure, np.ndarray):
-        content = png_bytes(figure)
-    else:
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="png", dpi=110)
-        content = buffer.getvalue()
+    content = png_bytes(figure) if isinstance(figure, np.ndarray) else _rendered(figure, "png", 110)
     return "data:image/png;base64," + base64.b64encode(content).decode("ascii")
 
 

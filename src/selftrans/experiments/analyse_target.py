@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +22,10 @@ from selftrans.data.dataset import Dataset
 from selftrans.device import default_device
 from selftrans.evaluate.target_measures import Parts, Plan, chance_of, sum_target
 from selftrans.evaluate.target_share import Design
+from selftrans.experiments.evaluate_samples import finished
 from selftrans.experiments.target_report import draw_maps, draw_measures
 from selftrans.experiments.target_teacher import ENCODER, Pictures, Teacher, mean_text, open_teacher
-from selftrans.storage import are, plural, write_json
+from selftrans.storage import are, check_writable, plural
 
 TIMES = (0.4, 0.5, 0.6, 0.7)  #: of the noisy latents: the published range in which guidance acts
 PER_CLASS = 16  #: pictures of a class at least; with more classes than that allows, some of them are left out
@@ -48,14 +49,17 @@ def analyse_target(
     encoder: bool,
     grid: int | None,
     seed: int,
+    show: Callable[[dict[str, Any]], None] | None = None,
 ) -> dict[str, Any]:
     """Measure what a teacher's target consists of, write pictures and target.json to `out`, and return the latter.
 
     origin: what `target_teacher.open_teacher` opens. timesteps: pictures are probed at the first. scales: w. blocks: None is
     every block, or eight of a deep model. samples: pictures, a quarter of which is held out of fitting tables and probes.
+    show: called with the report before anything is written.
     ValueError for values out of range, and for data that do not fit.
     """
     check(timesteps, samples, scales, seed)
+    check_writable(out / "target.json")
     if grid is not None and (not encoder or grid < 1):
         raise ValueError(f"--grid belongs to --encoder, and is at least 1; it is {grid}")
     teacher = open_teacher(
@@ -87,9 +91,9 @@ def analyse_target(
         "chance": chance_of(plan),
         "blocks": measured,
     }
+    finished(report, out / "target.json", show)
     draw_measures(report, out / "target.png")
     draw_maps(report, teacher.dataset, pictures.rows[mapped], kept, teacher.grid, out / "target-maps.png")
-    write_json(out / "target.json", report)
     return report
 
 

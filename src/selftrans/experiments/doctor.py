@@ -49,7 +49,7 @@ CHUNK, CHUNKS = 1 << 22, 16  #: bytes of a write, and how many: 64 MB
 
 
 def examine(folder: Path) -> dict[str, Any]:
-    """Everything that is checked, as json types. ValueError where `folder` is no folder that can be written."""
+    """Everything that is checked, as json types. ValueError where `folder` is no folder."""
     disk = disk_speed(folder)  # first: a wrong folder is refused before the slow checks
     device = default_device()
     return {
@@ -91,7 +91,14 @@ def devices() -> list[dict[str, Any]]:
 
 
 def disk_speed(folder: Path) -> dict[str, Any]:
-    """Bytes free, and bytes per second of writing 64 MB to disk (with fsync) and of reading them again (from the cache)."""
+    """Bytes free, and bytes per second of writing 64 MB to disk (with fsync) and of reading them again (from the cache).
+
+    Of a folder in which they cannot be written, `failed` says why in place of the speed. ValueError where it is no folder.
+    """
+    if not folder.is_dir():
+        why = "is not a folder" if folder.exists() else "does not exist"
+        raise ValueError(f"{folder} {why}; give another --folder")
+    found = {"folder": str(folder.resolve()), "free": shutil.disk_usage(folder).free}
     block = os.urandom(CHUNK)
     try:
         with tempfile.NamedTemporaryFile(dir=folder, prefix=".selftrans-doctor-") as file:
@@ -106,14 +113,9 @@ def disk_speed(folder: Path) -> dict[str, Any]:
                 pass
             read = time.perf_counter()
     except OSError as error:
-        raise ValueError(f"{folder} cannot be written ({error.strerror}); give another --folder") from error
+        return found | {"failed": error.strerror or str(error)}
     size = CHUNK * CHUNKS
-    return {
-        "folder": str(folder.resolve()),
-        "free": shutil.disk_usage(folder).free,
-        "write": round(size / (written - started)),
-        "read": round(size / (read - written)),
-    }
+    return found | {"write": round(size / (written - started)), "read": round(size / (read - written))}
 
 
 def _product(device: torch.device, dtype: torch.dtype) -> None:
@@ -138,7 +140,6 @@ def text(found: dict[str, Any]) -> str:
     """The findings as text; packages that are not installed are on one line."""
     packages = found["packages"]
     missing = [name for name, installed in packages.items() if installed is None]
-    disk = found["disk"]
     rows = {
         "system": found["system"],
         "python": found["python"],
@@ -150,10 +151,18 @@ def text(found: dict[str, Any]) -> str:
         **found["precisions"],
         "torch.compile": found["compile"],
         **{f"{name} attention": result for name, result in found["attention"].items()},
-        "disk": f"{disk['free'] / 1e9:.1f} GB free, writes {disk['write'] / 1e6:,.0f} MB/s in {disk['folder']}",
+        "disk": _disk(found["disk"]),
     }
     width = max(map(len, rows))
     return "\n".join(f"{name:<{width}}  {value}" for name, value in rows.items())
+
+
+def _disk(about: dict[str, Any]) -> str:
+    if "failed" in about:
+        speed = f"64 MB cannot be written ({about['failed']})"
+    else:
+        speed = f"writes {about['write'] / 1e6:,.0f} MB/s"
+    return f"{about['free'] / 1e9:.1f} GB free, {speed} in {about['folder']}"
 
 
 def _gpu(about: dict[str, Any]) -> str:

@@ -55,6 +55,7 @@ def evaluate_samples(
     save_reference: Path | None = None,
     clip: str | None = None,
     text_encoder: str | None = None,
+    show: Callable[[dict[str, Any]], None] | None = None,
 ) -> dict[str, Any]:
     """Compare images, or a run, with a reference; writes the report as json and returns it.
 
@@ -70,6 +71,7 @@ def evaluate_samples(
         save_reference: npz file for the statistics of the reference, with ADM's names.
         clip: a CLIPModel by hub id or folder: the CLIP score of the images and their prompts is measured, too.
         text_encoder: where the encoder of the prompts lies, if not where it was.
+        show: see `finished`.
     Raises ValueError for unknown features, invalid images, statistics of another extractor, and unknown prompts.
     """
     _check_place(out, samples)
@@ -79,10 +81,9 @@ def evaluate_samples(
     opened = open_samples(samples, settings or {}, weights, stage, reference=reference, text_encoder=text_encoder)
     for target in (out or opened.report, *([save_reference] if save_reference else [])):
         check_writable(target)
-    images, scorer = opened.images, None if clip is None else ClipScorer(clip, device)
-    if scorer is not None:
-        if opened.texts is None:
-            raise ValueError(f"no prompts are recorded for the images of {samples}; leave out --clip")
+    images = opened.images
+    scorer = None if clip is None else _scorer_of_texts(clip, opened.texts, samples)
+    if scorer is not None and opened.texts is not None:
         images = scorer.observe(images, opened.texts)
     if extractor is None and features is None and opened.pictures:
         extractor = load_extractor("inception", device=device)  # it may not be installed: before anything is sampled
@@ -101,8 +102,23 @@ def evaluate_samples(
     made = {name: (opened.settings or {}).get(name) for name in SETTINGS} | (opened.settings or {})
     report |= {"samples": str(samples), "made": made, "label_balance": _balance(opened.labels)}
     report |= scorer.report() if scorer else {}
-    write_json(out or opened.report, report)
+    return finished(report, out or opened.report, show)
+
+
+def finished(
+    report: dict[str, Any], file: Path, show: Callable[[dict[str, Any]], None] | None = None
+) -> dict[str, Any]:
+    """The report, shown before it is written: a full disk does not cost what was measured."""
+    if show is not None:
+        show(report)
+    write_json(file, report)
     return report
+
+
+def _scorer_of_texts(clip: str, texts: Any, samples: str | Path) -> ClipScorer:
+    if texts is None:
+        raise ValueError(f"no prompts are recorded for the images of {samples}; leave out --clip")
+    return ClipScorer(clip, default_device())
 
 
 def _check_place(out: Path | None, samples: str | Path) -> None:

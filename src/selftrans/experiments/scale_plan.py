@@ -44,8 +44,15 @@ class Cluster:
 
     def check(self) -> None:
         """ValueError for numbers that describe no cluster."""
-        if self.gpus < 1 or self.per_machine < 1 or not (self.link > 0 and self.local > 0):
-            raise ValueError("--gpus, --gpus-per-machine, --link-gbps and --local-gbps must be above zero")
+        given = {
+            "gpus": self.gpus,
+            "gpus-per-machine": self.per_machine,
+            "link-gbps": self.link,
+            "local-gbps": self.local,
+        }
+        for option, value in given.items():
+            if not value > 0:
+                raise ValueError(f"--{option} is {value:g}; it must be above zero")
         if self.gpus > self.per_machine and self.gpus % self.per_machine:
             raise ValueError(
                 f"{plural(self.gpus, 'GPU')} do not divide into machines of {self.per_machine}; give --gpus-per-machine"

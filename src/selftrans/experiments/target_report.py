@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from torch import Tensor
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 SHOWN = "logistic"  #: the probe in the picture
+LIGHT_TEXT = 0.67  #: a share above which white text has more contrast on its colour than dark text
 
 
 def table(report: Mapping[str, Any]) -> str:
@@ -34,6 +35,7 @@ def table(report: Mapping[str, Any]) -> str:
         f"{counts['held_out']:,} held out{_classes(counts)}; "
         + (f"t = {_join(report['timesteps'])}; " if report["timesteps"] else "")
         + f"seed {report['seed']}"
+        + ("; * marks the block that teaches" if str(report["teacher"]["block"]) in blocks else "")
     ]
     for name, title in _titles(report).items():
         if name in next(iter(blocks.values()))["shares"]:
@@ -132,7 +134,7 @@ def _draw_shares(report: Mapping[str, Any], axes: Axes) -> None:
     values = np.array([[(of[c] or [np.nan])[0] for c in columns] for of in shares.values()])
     axes.imshow(values, cmap="Blues", vmin=0, vmax=1, aspect="auto")
     for (row, column), value in np.ndenumerate(values):
-        colour = "white" if value > 0.55 else INK
+        colour = "white" if value > LIGHT_TEXT else INK
         axes.text(column, row, f"{value:.2f}", ha="center", va="center", color=colour, fontsize=8)
     axes.set_xticks(range(len(columns)), [_heading(c) for c in columns], fontsize=8)
     axes.set_yticks(range(len(shares)), list(shares), fontsize=8)
@@ -152,7 +154,7 @@ def _draw_composition(report: Mapping[str, Any], axes: Axes) -> None:
     both = np.maximum(parts.get("condition_time", np.maximum(time, condition)), np.maximum(time, condition))
     stacked = {
         _condition(report): np.minimum(condition, both),
-        "time, given that": both - np.minimum(condition, both),
+        f"the timestep, given {_condition(report)}": both - np.minimum(condition, both),
         "the rest: picture and noise": 1 - both,
     }
     bottom = zero
@@ -178,7 +180,7 @@ def _draw_encoder(report: Mapping[str, Any], axes: Axes) -> None:
         axes.text(max(0.0, value) + 0.01, row, f"{value:.2f}", va="center", fontsize=8, color=INK)
     axes.set_xlim(0, 1.1)
     axes.invert_yaxis()
-    _plain(axes, "an encoder's features, on held-out pictures")
+    _plain(axes, "an encoder's features, on held-out pictures", "x")
 
 
 def _draw_probes(report: Mapping[str, Any], axes: Axes) -> None:
@@ -190,7 +192,7 @@ def _draw_probes(report: Mapping[str, Any], axes: Axes) -> None:
         "f_u": [each["f_u"][SHOWN] for each in probes],
         "f_g, a random label, minus its mean": [each["f_g"][w][SHOWN]["rest"] for each in probes],
         "f_g, a random label": [each["f_g"][w][SHOWN]["random"] for each in probes],
-        "the first probe, shown another label": [each["f_g"][w][SHOWN]["swapped_picture"] for each in probes],
+        "own-label probe, shown another label": [each["f_g"][w][SHOWN]["swapped_picture"] for each in probes],
     }
     for i, (name, values) in enumerate(lines.items()):
         style: dict[str, Any] = {
@@ -199,7 +201,7 @@ def _draw_probes(report: Mapping[str, Any], axes: Axes) -> None:
             "linestyle": "--" if i == 4 else "-",
         }
         axes.plot(ks, [np.nan if v is None else v for v in values], label=name, markersize=4, **style)
-    axes.axhline(report["chance"], color=INK, linewidth=0.8, linestyle=":")
+    axes.axhline(report["chance"], color=INK, linewidth=0.8, linestyle=":", label="chance")
     axes.set(xlabel="block", ylabel=f"accuracy ({SHOWN} probe, held out)", ylim=(-0.03, 1.03))
     _plain(axes, f"does a probe name the picture's class? (w = {w}, t = {report['probes_at']:g})")
     _key(axes, 2)
@@ -282,9 +284,9 @@ def _key(axes: Axes, columns: int) -> None:
     )
 
 
-def _plain(axes: Axes, title: str) -> None:
+def _plain(axes: Axes, title: str, along: Literal["x", "y"] = "y") -> None:
     axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(True, axis="y", color=RULE, linewidth=0.6)
+    axes.grid(True, axis=along, color=RULE, linewidth=0.6)
     axes.set_axisbelow(True)
     axes.tick_params(labelsize=8)
     axes.set_title(title, loc="left", fontsize=10)

@@ -63,7 +63,8 @@ class Objective(nn.Module):
             wrong = [k for k in guidance.taps if not 1 <= k <= student.depth]
             if wrong:
                 raise ValueError(
-                    f"{guidance.name} reads block {wrong[0]}, but the student has blocks 1..{student.depth}"
+                    f"guidance {guidance.name} reads block {wrong[0]}, but the student has blocks 1..{student.depth}; "
+                    "change the method's option for the block"
                 )
 
     if TYPE_CHECKING:  # nn.Module declares that a call returns Any

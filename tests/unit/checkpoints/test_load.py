@@ -65,6 +65,16 @@ def test_raw_weights_asked_for_of_a_file_of_the_average_are_warned_of(recwarn):
         assert find_asked(held / "ema.safetensors", weights="raw") == held / "ema.safetensors"
 
 
+def test_stage_that_takes_the_place_of_the_last_one_is_warned_of(tmp_path, recwarn):
+    run = toy.copy(toy.finished(), tmp_path / "run")
+    assert find_asked(run).parents[2].name == "stage2" and find_asked(run, stage="stage1").parents[2].name == "stage1"
+    shutil.rmtree(run / "stage2")
+    find_asked(run, stage="stage1"), find_asked(run / "stage1")
+    assert not recwarn.list, "asked for"
+    with pytest.warns(UserWarning, match="last stage of .*, stage2, has no checkpoint yet: stage1 is used, at step 4;"):
+        assert find_asked(run).parents[2].name == "stage1"
+
+
 def header_of(path):
     with safe_open(path, framework="pt") as file:
         return json.loads(file.metadata()["selftrans"])

@@ -55,6 +55,7 @@ def test_evaluate_passes_the_options_that_were_set(flags, settings, monkeypatch)
     assert main(["evaluate", "run", "--reference", "digits", "--stage", "stage1", *flags.split()]) == 0
     own = {"samples": "run", "reference": "digits", "features": None, "out": None, "save_reference": None}
     own |= {"clip": None, "text_encoder": None}
+    assert callable(calls[0].pop("show"))
     assert calls == [own | {"settings": settings, "weights": "ema", "stage": "stage1"}]
 
 

@@ -35,6 +35,13 @@ from tests.unit.cli.lines import one_line
         ("prepare pictures --out x --flip yes", "'yes' is one argument too many"),
         ("classifier data --out x --epochs 1.5", "--epochs: '1.5' is not a whole number"),
         ("bench --device tpu", "--device 'tpu' is not one of None, cpu, cuda"),
+        ("analyse run --out x --target --w 1 strong", "--w: 'strong' is not a number"),
+        ("analyse run --out x --target --scales=strong", "--scales: 'strong' is not a number"),
+        ("analyse run --out x --target --blocks 2 1.5", "--blocks: '1.5' is not a whole number"),
+        ("analyse run --out x --images few", "--images: 'few' is not a whole number"),
+        ("compare digits --out x --seeds a", "--seeds: 'a' is not a whole number"),
+        ("sample run --out x --guidance-interval 0 late", "--guidance-interval: 'late' is not a number"),
+        ("sample run --out x --guidance-interval 0.5", "--guidance-interval: 2 numbers are needed, not 1"),
     ],
 )
 def test_wrong_arguments(argv, expected, capsys, tmp_path, monkeypatch):

@@ -279,15 +279,19 @@ def test_sizes_are_said_before_encoding(
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(encode_captions.shutil, "disk_usage", lambda path: usage._replace(free=1000))
     with pytest.raises(
-        ValueError, match=r"out needs 0.0 GB, its disk has 0.0 GB free; .*--text-store ids.* another --out"
+        ValueError, match=r"out needs [\d.]+ kB, its disk has 1 kB free; .*--text-store ids.* another --out"
     ):
         run(pictures, tmp_path / "out", encoder, progress=True, text={"most": 2})
     said = capsys.readouterr().err
-    each = 12 * 16 * 2 + 12 + 34 + 2
+    longest = max(len(text) for row in range(23) for text in captioned.sentences(row)[:2])
+    each = 12 * 16 * 2 + 12 + longest + 2  # tokens, mask, the caption, half of the number of captions
     assert (
         "35 captions of 23 pictures, at most 2 each (12 more left out: --captions-per-picture); their tokens " in said
     )
-    assert f"(12x16 float16) take {each / 1e3:.1f} kB a caption, 0.000 GB in all; with --text-store ids 0.1 kB" in said
+    assert (
+        f"(12x16 float16) take {each / 1e3:.1f} kB a caption, {each * 46 / 1e3:.3g} kB in all; with --text-store ids 0.1 kB"
+        in said
+    )
     assert not list((tmp_path / "out").glob("*.safetensors"))
     monkeypatch.undo()
     run(pictures, tmp_path / "out", encoder, progress=True, text={"store": "ids"})

@@ -175,6 +175,17 @@ def test_bad_options_are_refused_in_one_line(tmp_path, capsys, words, message):
     assert not (tmp_path / "x").exists()
 
 
+def test_tables_are_shown_where_nothing_can_be_written(tmp_path, monkeypatch, capsys):
+    def full(path, _):
+        raise ValueError(f"{path} cannot be written (No space left on device)")
+
+    monkeypatch.setattr("selftrans.experiments.evaluate_samples.write_json", full)
+    argv = ["analyse", str(toy.finished()), "--target", f"--out={tmp_path}", "--images=64", "--blocks=1", "--t=0.5"]
+    assert main(argv) == 1
+    said = capsys.readouterr()
+    assert "mean norm of a token" in said.out and "No space left" in said.err.splitlines()[-1]
+
+
 def test_other_data_and_misplaced_options_are_refused(tmp_path, capsys):
     data = toy.prepared(tmp_path)
     argv = ["analyse", str(toy.finished()), f"--out={tmp_path / 'x'}"]

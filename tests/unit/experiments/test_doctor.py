@@ -1,6 +1,8 @@
 """`selftrans doctor`: what it finds, and how it shows it."""
 
+import errno
 import json
+import os
 
 import pytest
 import torch
@@ -47,4 +49,17 @@ def test_failures_are_said(monkeypatch):
 
 def test_folder_that_cannot_be_written(tmp_path, capsys):
     assert main(["doctor", f"--folder={tmp_path / 'nowhere'}"]) == 1
-    assert "nowhere cannot be written (No such file or directory); give another --folder" in one_line(capsys)
+    assert "nowhere does not exist; give another --folder" in one_line(capsys)
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS])
+def test_disk_that_takes_no_file_is_reported_and_the_rest_is_too(tmp_path, monkeypatch, code):
+    def refuse(**_):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(doctor.tempfile, "NamedTemporaryFile", refuse)
+    disk = doctor.disk_speed(tmp_path)
+    assert set(disk) == {"folder", "free", "failed"} and disk["failed"] == os.strerror(code)
+    assert doctor._disk(disk).endswith(
+        f"GB free, 64 MB cannot be written ({os.strerror(code)}) in {tmp_path.resolve()}"
+    )

@@ -374,7 +374,7 @@ def test_values_of_two_shapes_are_refused_with_both() -> None:
         extractor(np.zeros((3, 1, 20), dtype=np.float32))
 
 
-@pytest.mark.parametrize("command", ["evaluate", "classifier", "analyse"])
+@pytest.mark.parametrize("command", ["evaluate", "classifier", "analyse", "analyse --target"])
 def test_paths_that_cannot_be_written_are_refused_before_any_work(
     scorer: Path, tmp_path: Path, monkeypatch, capsys, command: str
 ) -> None:
@@ -390,9 +390,23 @@ def test_paths_that_cannot_be_written_are_refused_before_any_work(
         ],
         "classifier": [str(toy.digits()), f"--out={tmp_path}/file/c.safetensors"],
         "analyse": [str(toy.finished()), f"--out={tmp_path}/file/a"],
+        "analyse --target": [str(toy.finished()), "--target", f"--out={tmp_path}/file/a"],
     }[command]
-    assert main([command, *words]) == 1
+    assert main([command.split()[0], *words]) == 1
     assert "file is not a folder); choose another path" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_numbers_are_shown_where_the_report_cannot_be_written(
+    scorer: Path, tmp_path: Path, monkeypatch, capsys
+) -> None:
+    def full(path: Path, _: object) -> None:
+        raise ValueError(f"{path} cannot be written (No space left on device)")
+
+    monkeypatch.setattr(scores, "write_json", full)
+    pictures = folder(tmp_path / "made")
+    assert main(["evaluate", str(pictures), f"--reference={pictures}", f"--features={scorer}"]) == 1
+    said = capsys.readouterr()
+    assert "Fréchet distance" in said.out and "No space left" in said.err.splitlines()[-1]
 
 
 def test_text_lists_all_that_the_numbers_depend_on() -> None:

@@ -67,7 +67,8 @@ def bad_picture(name: str, error: Exception) -> Exception:
 
 def reason_of(error: Exception) -> str:
     """Why a file cannot be read, without its name, which the message has already."""
-    return error.strerror if isinstance(error, OSError) and error.filename and error.strerror else first_line(error)
+    said = getattr(error, "strerror", None)  # of the system, and of the library of videos
+    return said if isinstance(said, str) and said and getattr(error, "filename", None) else first_line(error)
 
 
 def machine_fault(name: str, error: Exception, noun: str) -> ValueError | None:

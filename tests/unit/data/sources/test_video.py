@@ -87,7 +87,7 @@ def test_short_damaged_and_other_sizes_are_skipped_by_name(tmp_path: Path) -> No
     }
     assert reasons["one.gif"] == "its length is 1, less than --frames 4"
     assert reasons["wide.gif"] == "it is 16x20, the first 16x16; give --resolution"
-    assert "Invalid data" in reasons["list.mp4"]
+    assert reasons["list.mp4"].startswith("Invalid data"), "without the number of the error"
 
 
 @pytest.mark.parametrize(

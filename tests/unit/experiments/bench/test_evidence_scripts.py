@@ -231,3 +231,18 @@ def test_runs_that_the_page_finds_wrong_are_not_measured(tmp_path: Path) -> None
         client.connect(port, pid)
         with pytest.raises(ValueError, match="1 of them not as they were made"):
             speed.measure(client, tmp_path / "runs", 10, 1, 0)
+
+
+def test_figures_are_drawn_again_from_their_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    figures, file = script("figures"), tmp_path / "a.json"
+    lines = {"self_transcendence": [[0.3, 0.4], [0.5, 0.4]], "dispersive": [[0.2, 0.1]]}
+    file.write_text(json.dumps({"probes": {name: {"0.2": rows} for name, rows in lines.items()}, "norms": {}}))
+    stored = file.read_bytes()
+    monkeypatch.setattr(figures, "TIMESTEPS", (0.2,))
+    monkeypatch.setattr("sys.argv", ["figures.py", str(file), "--out", str(tmp_path), "--name", "a"])
+    figures.main()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a-probes.png", "a.json"]
+    assert file.read_bytes() == stored
+    drawn = figures.draw_probes(json.loads(stored)["probes"]).axes[0].lines
+    assert [line.get_ydata().tolist() for line in drawn] == [[0.4, 0.4], [0.2, 0.1]], "means over seeds"
+    assert all(line.get_markersize() > 8 * line.get_markeredgewidth() for line in drawn), "markers are not all edge"
