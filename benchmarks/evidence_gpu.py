@@ -322,6 +322,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         config = config.override({"data.path": str(data.path)})
         measurement = Measurement.of(config, features, weights=None, images=options.images, block=2)
         settings = {"steps": options.steps, "tune_steps": options.tune_steps, "points": options.points, "given": given}
+        settings |= {"encoder": options.encoder}
         settings |= {
             "images": options.images,
             "grid": [[lr, std] for lr in options.rates for std in options.stds],

@@ -215,7 +215,7 @@ class Backbone(nn.Module):
         """The blocks in order: what is compiled and sharded one by one. Default: none, the model is treated as one part."""
         return []
 
-    def unrepeated(self) -> list[nn.Module]:
+    def compiled_alone(self) -> list[nn.Module]:
         """Other parts that are compiled, each by itself. Default: none."""
         return []
 

@@ -50,6 +50,7 @@ from selftrans.plugins import trust_named
 from selftrans.sampling.images import NotFinite
 from selftrans.storage import first_line
 from selftrans.train.log import progress_bar
+from selftrans.train.out_of_memory import is_out_of_memory
 from selftrans.train.run import train
 
 Result: TypeAlias = tuple[dict[str, Any], list[Point]]  #: run.json, and the measured points
@@ -282,9 +283,12 @@ def _run_task(task: Task) -> Spent | tuple[Point, float] | Failed:
     """In a worker: train a run, or measure one checkpoint: (point, seconds)."""
     try:
         return _trained(task.job) if task.checkpoint is None else _measured(task.job, task.checkpoint)
-    except FAILURES as error:
+    except (*FAILURES, RuntimeError) as error:
+        if not isinstance(error, FAILURES) and not is_out_of_memory(error):
+            raise
         reason = first_line(error, limit=600)
-    gc.collect()  # what the failed run held: the next one in this process needs the memory
+    gc.collect()  # what the failed run held: the next one in this process needs the memory, and other workers of a GPU do
+    torch.cuda.empty_cache()
     return Failed(reason)
 
 

@@ -6,6 +6,7 @@ import os
 import stat
 from pathlib import Path
 
+from selftrans.models import fused_norm
 from selftrans.types import Backbone
 
 VERSIONS = 64  #: compilations of a block in one process: students, teachers, samplers, batch sizes
@@ -15,7 +16,7 @@ KEEP_FUNCTIONS = "autograd_cache_allow_custom_autograd_functions"  #: torch's se
 
 def compile_model(model: Backbone, *, dynamic: bool | None = False) -> None:
     """`torch.compile` in place: each block of a model, all of which share a compilation for each shape, and what is
-    `unrepeated`."""
+    `compiled_alone`."""
     import torch._dynamo as dynamo
     import torch._functorch.config as functorch
 
@@ -23,9 +24,11 @@ def compile_model(model: Backbone, *, dynamic: bool | None = False) -> None:
     # blocks are one piece of code to dynamo: beyond its eight versions of one, it would go on uncompiled and say little
     dynamo.config.recompile_limit = max(VERSIONS, dynamo.config.recompile_limit)
     dynamo.config.optimize_ddp = False  # it cuts a block in pieces to send gradients sooner: blocks are sent one by one
-    if hasattr(functorch, KEEP_FUNCTIONS):  # without it, `fused_norm` is traced anew in each process
+    if fused_norm.FUSED_NORMS and hasattr(
+        functorch, KEEP_FUNCTIONS
+    ):  # without it, `fused_norm` is traced anew in each process
         setattr(functorch, KEEP_FUNCTIONS, True)
-    for part in [*model.repeated(), *model.unrepeated()]:
+    for part in [*model.repeated(), *model.compiled_alone()]:
         part.compile(dynamic=dynamic)
 
 

@@ -7,8 +7,8 @@ residual and bfloat16 activations, and 20 for the first norm of a block, which h
 makes both sums in one pass: 18 and 14 bytes. The forward pass stays with inductor, which fuses it well.
 
 The kernel is an operator to torch.compile, `selftrans::gate_norm_backward`, with the formulas in plain torch for the CPU.
-SELFTRANS_FUSED_NORMS=0 in the environment switches all of it off. It has no second derivative and no forward-mode one; as
-blocks use it when they are compiled alone, whose gradients have no second derivative either, only the latter is lost.
+SELFTRANS_FUSED_NORMS=0 in the environment switches all of it off. Compiled blocks have no second derivative anyway; with it
+they have no forward-mode derivative either.
 
 Shape legend: N batch, T tokens, D width. LayerNorm has no weights. The gradients of LayerNorm are those of Ba et al.,
 1607.06450: with x^ the normalised row and g the gradient of it, rstd * (g - mean(g) - x^ mean(g x^)).
@@ -23,8 +23,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-#: whether compiled blocks use it: not without Triton
-FUSED_NORMS = os.environ.get("SELFTRANS_FUSED_NORMS", "1") != "0" and importlib.util.find_spec("triton") is not None
+#: whether compiled blocks use it: not without Triton, nor on AMD GPUs, where the kernel is not tested
+FUSED_NORMS = (
+    os.environ.get("SELFTRANS_FUSED_NORMS", "1") != "0"
+    and importlib.util.find_spec("triton") is not None
+    and torch.version.hip is None
+)
 
 
 def applies(x: Tensor) -> bool:

@@ -202,5 +202,5 @@ class LightningDiT(LabelTransformer):
         return (rotation_table(2 * own.shape[-1], grid, own.device).float().to(own.dtype),)
 
     def kept_inputs(self, inputs: tuple[Tensor, ...], kept: Tensor) -> tuple[Tensor, ...]:
-        """The rotations of the tokens `kept` (N, K), for every head: (2, N, 1, K, d / 2)."""
+        """The rotations of the tokens `kept` (N, K): (2, N, K, d / 2)."""
         return tuple(table[:, kept] for table in inputs)

@@ -41,7 +41,7 @@ def _gate_norm_backward(  # type: ignore[no-untyped-def]
         token = first + step
         row = sample * tokens + token
         at = row * D + columns
-        present = inside & (token < tokens)
+        present = columns < tl.where(token < tokens, D, 0)
         d_y = tl.load(d_y_ptr + at, mask=present, other=0.0).to(tl.float32)
         x1 = tl.load(x_ptr + at, mask=present, other=0.0).to(tl.float32)
         d_x1 = tl.load(d_x1_ptr + at, mask=present, other=0.0).to(tl.float32)

@@ -143,7 +143,7 @@ class PatchTransformer(Backbone):
         channels = self.final_layer.linear.out_features // math.prod(self.cells)
         return unpatchify(self.final_layer(tokens, c), self.cells, channels, grid)[:, : self.shape[0]]
 
-    def unrepeated(self) -> list[nn.Module]:
+    def compiled_alone(self) -> list[nn.Module]:
         return [] if self.final_layer is None else [self.final_layer]
 
     def patchify(self, x: Tensor) -> Tensor:

@@ -10,10 +10,11 @@ import contextlib
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from selftrans.methods.guidance import Frozen
 from selftrans.storage import first_line, gigabytes, write_json
 
 if TYPE_CHECKING:
@@ -70,7 +71,7 @@ def why_launched(trainer: Trainer) -> str | None:
         return reason
     if torch.version.hip:
         return "graphs are not tested on AMD GPUs; train.capture on tries"
-    for kind in map(type, trainer.objective.modules()):
+    for kind in map(type, _parts(trainer)):
         if kind.__module__.partition(".")[0] not in KNOWN:
             return f"{kind.__name__} is code of another package, which a graph may not repeat; train.capture on tries"
     if (trainer.directory.parent / ENDED).exists():
@@ -78,16 +79,25 @@ def why_launched(trainer: Trainer) -> str | None:
     return None
 
 
-def too_large(device: torch.device) -> str | None:
+def _parts(trainer: Trainer) -> Iterator[Any]:
+    """What computes in a step: the modules of the objective, and the teacher or encoder, which are not among them."""
+    yield from trainer.objective.modules()
+    if trainer.teacher is not None:
+        yield trainer.teacher
+    if isinstance(trainer.teacher, Frozen):
+        yield from trainer.teacher.model.modules()
+
+
+def too_large(device: torch.device, peak: int) -> str | None:
     """Why graphs would keep too much of a GPU's memory between steps, or None.
 
-    They keep what a step uses beyond what stays, which is the peak since `torch.cuda.reset_peak_memory_stats`. Half of what
-    is free between steps is the most that they get. So everything that has run in a step has memory left for it, and a
-    preview half of what it would have without graphs.
+    They keep what a step uses beyond what stays; `peak` is the most that a step has allocated, in bytes. Half of what is free
+    between steps is the most that they get. So everything that has run in a step has memory left for it, and a preview half
+    of what it would have without graphs.
     """
     torch.cuda.synchronize(device)
     torch.cuda.empty_cache()  # kept of the steps before, on a stream of their own: as good as free
-    taken = torch.cuda.max_memory_allocated(device) - torch.cuda.memory_allocated(device)
+    taken = peak - torch.cuda.memory_allocated(device)
     free = torch.cuda.mem_get_info(device)[0]
     if 2 * taken <= free:
         return None

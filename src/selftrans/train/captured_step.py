@@ -120,6 +120,7 @@ class CapturedStep:
         use_rate_tensor(trainer.optimizer, self.rate, capturable=on_gpu)
         self._stream = torch.cuda.Stream(self.device) if on_gpu else None
         self.reason: str | None = None
+        self._peak = 0  #: bytes of the device at most in the last step before the recording
         self._waits: list[str] = []  #: where the last step before the recording has waited for the device
         self._history: list[tuple[int, tuple[str, ...], Tensor]] = []
         self.transient, self.crowded = 0, False
@@ -175,6 +176,8 @@ class CapturedStep:
                 self._rows = row.new_zeros(train.accumulate, len(row))
             self._rows[micro].copy_(row)
         self._history.append((trainer.step, self._names, self._called(self._update).clone()))
+        if self._last_launched:
+            self._peak = torch.cuda.max_memory_allocated(self.device)
         self._taken += 1
         if len(self._history) >= READ:
             self.flush()
@@ -248,7 +251,7 @@ class CapturedStep:
         in buffers that the update sets to zero.
         """
         train = self.trainer.config.train
-        if self._stream is not None and train.capture == "auto" and (reason := too_large(self.device)):
+        if self._stream is not None and train.capture == "auto" and (reason := too_large(self.device, self._peak)):
             self.reason = reason
         if self.reason is None:
             if train.accumulate > 1:

@@ -30,7 +30,7 @@ from selftrans.methods.registry import put_together, stages
 from selftrans.methods.spec import Stage
 from selftrans.plugins import trust_named
 from selftrans.storage import lock_file, plural, remove_stale_temporaries, removed_if_refused, write_json
-from selftrans.train.capture_rules import remembered
+from selftrans.train.capture_rules import description, remembered
 from selftrans.train.data_window import cache_of, describe_data, with_window
 from selftrans.train.fitting import describe
 from selftrans.train.initial_weights import InitialWeights, choose, initial_weights
@@ -291,7 +291,7 @@ def _spent(trainer: Trainer) -> dict[str, Any]:
         "seconds": round(trainer.seconds, 2),
         "tflops": trainer.total_flops() / 1e12,
         "memory": trainer.memory,
-    }
+    } | ({"steps_run": how} if (how := description(trainer)) else {})
 
 
 def _report(

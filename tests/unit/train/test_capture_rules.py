@@ -14,6 +14,8 @@ import torch
 
 from selftrans.cli.main import main
 from selftrans.config import Train
+from selftrans.methods.guidance import Frozen
+from selftrans.models.sit import SiT
 from selftrans.train import capture_rules
 from selftrans.train.capture_rules import (
     ENDED,
@@ -53,9 +55,8 @@ class OwnLayer(torch.nn.Module):
 
 def trainer_of(folder: Path, capture: str = "auto", **what: Any) -> Any:
     """What the rules see of a trainer: by default one whose steps can be captured."""
-    given = (
-        GIVEN | {"times": "systematic", "guidances": [], "modules": [torch.nn.Linear(1, 1)], "captured": None} | what
-    )
+    given = GIVEN | {"times": "systematic", "guidances": [], "captured": None, "teacher": None}
+    given |= {"modules": [torch.nn.Linear(1, 1)]} | what
     settings = SimpleNamespace(capture=capture, precision=given["precision"], optimizer=given["optimizer"])
     return SimpleNamespace(
         config=SimpleNamespace(train=settings),
@@ -69,6 +70,7 @@ def trainer_of(folder: Path, capture: str = "auto", **what: Any) -> Any:
             modules=lambda: iter(given["modules"]),
         ),
         captured=given["captured"],
+        teacher=given["teacher"],
     )
 
 
@@ -92,6 +94,13 @@ def test_auto_leaves_some_steps_launched_that_on_captures(tmp_path: Path, monkey
     assert captured_step(trainer_of(tmp_path)) is made
     own = {"modules": [torch.nn.Linear(1, 1), OwnLayer()]}
     assert str(why_launched(trainer_of(tmp_path, **own))).startswith("OwnLayer is code of another package, ")
+    taught = SiT((1, 4, 4), 3, width=8, depth=2, heads=1, patch=2)
+    assert why_launched(trainer_of(tmp_path, teacher=Frozen(taught, 1))) is None
+    taught.blocks[0].mlp = OwnLayer()
+    for teacher in (Frozen(taught, 1), OwnLayer()):  # the second as an encoder of one's own
+        assert str(why_launched(trainer_of(tmp_path, teacher=teacher))).startswith(
+            "OwnLayer is code of another package, "
+        )
     (tmp_path / ENDED).touch()
     assert str(why_launched(trainer_of(tmp_path))).endswith(
         "not-captured.json in the folder of the run says; remove it to try again"
@@ -130,12 +139,11 @@ def test_graphs_get_half_of_the_memory_that_is_free(
     for name, value in {
         "synchronize": lambda _: None,
         "empty_cache": lambda: free.append(20e9),
-        "max_memory_allocated": lambda _: int(peak),
         "memory_allocated": lambda _: int(3e9),
         "mem_get_info": lambda _: (int(free[-1]), int(24e9)),
     }.items():
         monkeypatch.setattr(torch.cuda, name, value)
-    reason = too_large(torch.device("cpu"))
+    reason = too_large(torch.device("cpu"), int(peak))
     assert bool(reason) is refused
     if reason:
         assert reason == "graphs would keep 11 GB, more than half of the 20 GB that are free between steps"
