@@ -81,8 +81,8 @@ def test_pins_fit_every_machine() -> None:
     assert not [name for name, version in PINS.items() if version.local]
 
 
-#: imported only where the user has installed them: trackers that accelerate starts
-USERS = {"trackio"}
+#: imported only where the user has installed them: trackers that accelerate starts; and with torch for GPUs
+USERS = {"trackio", "triton"}
 
 
 def test_each_import_is_declared() -> None:
