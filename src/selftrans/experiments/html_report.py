@@ -179,6 +179,9 @@ def comparison_page(
     bands = "Mean over seeds; the band is one standard deviation." if seeds > 1 else "One seed."
     sheets = {name: sample_sheet(images, columns=8, captions=captions) for name, images in grids.items()}
     samples = "".join(html_figure(name, sheet, name) for name, sheet in sheets.items())
+    without = [row["method"] for row in summary["table"] if row["method"] not in grids]
+    of_this = f"its run of seed {summary['seeds'][0]} failed, or these samples are not finite"
+    absent = f'<p class="note">None of {html.escape(", ".join(without))}: {of_this}.</p>\n' if without else ""
     body = f"""<h1>Methods compared</h1>
 <div class="scroll">{method_table(summary["table"], names)}</div>
 {lost}<p class="note">{table}{html.escape(legend(summary["metric"]))}</p>
@@ -187,7 +190,7 @@ def comparison_page(
 <img src="{figure_to_data_uri(figure)}" alt="{html.escape(summary["metric"])} against student steps and against compute">
 <h2>Samples at the end</h2>
 <p class="note">Seed {summary["seeds"][0]}; the same noise and the same {said} for each method.</p>
-<div class="grids">{samples}</div>
+{absent}<div class="grids">{samples}</div>
 <h2>What the numbers depend on</h2>
 {settings_table(depends_on(summary))}
 <p class="note">The same numbers are in <code>compare.json</code> and <code>compare.csv</code> next to this page.</p>"""
