@@ -7,8 +7,8 @@ residual and bfloat16 activations, and 20 for the first norm of a block, which h
 makes both sums in one pass: 18 and 14 bytes. The forward pass stays with inductor, which fuses it well.
 
 The kernel is an operator to torch.compile, `selftrans::gate_norm_backward`, with the formulas in plain torch for the CPU.
-SELFTRANS_FUSED_NORMS=0 in the environment switches all of it off, 1 on with a torch older than 2.11. Compiled blocks have no second derivative anyway; with it
-they have no forward-mode derivative either.
+SELFTRANS_FUSED_NORMS=0 in the environment switches all of it off, 1 on with a torch older than 2.11. Compiled blocks have no
+second derivative anyway; with it they have no forward-mode derivative either.
 
 Shape legend: N batch, T tokens, D width. LayerNorm has no weights. The gradients of LayerNorm are those of Ba et al.,
 1607.06450: with x^ the normalised row and g the gradient of it, rstd * (g - mean(g) - x^ mean(g x^)).
@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-TESTED = (2, 11)  #: the first torch whose compiler was seen to give an autograd function the right gradients
+TESTED = "2.11"  #: the first torch whose compiler was seen to give an autograd function the right gradients
 #: whether compiled blocks use it: not without Triton, on AMD GPUs (not tested), or, unless it is asked for, with an older torch
 FUSED_NORMS = (
     os.environ.get("SELFTRANS_FUSED_NORMS", "1" if torch.__version__ >= TESTED else "0") != "0"
