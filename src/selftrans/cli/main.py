@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, FloatingPointError, ImportError, MemoryError) as error:
         return _end(str(error) or "out of memory", FAILED)
     except KeyboardInterrupt as stopped:
-        return _end(str(stopped) or "interrupted; the same command continues", INTERRUPTED)
+        return _end(str(stopped) or "interrupted; the same command continues, or starts again", INTERRUPTED)
     except SystemExit as stop:  # tyro's, after a help page
         return int(stop.code or DONE)
     return DONE

@@ -120,7 +120,7 @@ def test_unknown_commands(argv, expected, capsys):
         (ImportError("no torch_fidelity"), 1, "no torch_fidelity"),
         (FloatingPointError("not finite"), 1, "not finite"),
         (Interrupted("stopped at step 3"), 75, "stopped at step 3"),
-        (KeyboardInterrupt(), 130, "interrupted; the same command continues"),
+        (KeyboardInterrupt(), 130, "interrupted; the same command continues, or starts again"),
         (KeyboardInterrupt("stopped by SIGINT"), 130, "stopped by SIGINT"),
     ],
 )
