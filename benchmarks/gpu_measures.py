@@ -43,14 +43,7 @@ from selftrans.train.dry_run import dry_run
 from selftrans.train.run import train
 from selftrans.types import Conditions
 
-#: part -> model, tokens, batch on a GPU
-MODELS = {
-    "s4": ("SiT-S/4", 64, 256),
-    "s2": ("SiT-S/2", 256, 256),
-    "b2": ("SiT-B/2", 256, 256),
-    "xl2": ("SiT-XL/2", 256, 64),
-}
-TOY = SiTConfig(width=32, depth=3, heads=2, patch=2)
+MODELS, TOY = gpu_variants.MODELS, gpu_variants.TOY
 ROWS = ("vanilla", "stage2")
 CAPTURED = ("captured_vanilla", "captured_stage2")  #: of all but the largest model
 SECONDS = 10.0  #: of rounds of steps

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any
 from unittest import mock
 
@@ -19,7 +20,13 @@ from selftrans.experiments.bench import bench
 from selftrans.models import fused_norm
 from selftrans.models.sit import SiTConfig
 
-MODELS = {"SiT-S/4": 64, "SiT-S/2": 256, "SiT-B/2": 256}  #: tokens
+#: part -> model, tokens, batch on a GPU
+MODELS = {
+    "s4": ("SiT-S/4", 64, 256),
+    "s2": ("SiT-S/2", 256, 256),
+    "b2": ("SiT-B/2", 256, 256),
+    "xl2": ("SiT-XL/2", 256, 64),
+}
 TOY = SiTConfig(width=32, depth=3, heads=2, patch=2)
 GIGABYTES = 80.0  #: of the part `memory`: what a GPU of this size has
 RECOMPUTED = 12  #: blocks of XL/2, as docs/step.md has it on paper
@@ -74,23 +81,26 @@ def row(job: Any, name: str, model: SiTConfig, rows: tuple[str, ...], over: Mapp
 
 def variants(job: Any) -> None:
     """Milliseconds a step of each variant and model; the largest model first, where most time is spent."""
-    models = {"toy": 16} if job.toy else dict(reversed(MODELS.items()))
-    for model, tokens in models.items():
-        for name, (changed, over) in VARIANTS.items():
-            if job.left < 15 or (job.toy and over):  # eight bits need bf16
+    for model, tokens, batch in [("toy", 16, 4)] if job.toy else [MODELS[part] for part in ("b2", "s2", "s4")]:
+        for name in VARIANTS:
+            if job.left < 15 or (job.toy and VARIANTS[name][1]):  # eight bits need bf16
                 continue
+            job.attempt(f"{model}, {name}", partial(variant, job, model, tokens, batch, name))
 
-            def once(
-                model: str = model, tokens: int = tokens, name: str = name, changed: Any = changed, over: Any = over
-            ) -> dict[str, float]:
-                config, batch = (TOY, 4) if job.toy else (SiTConfig(name=model), 256)
-                given: dict[str, Any] = {"batch_size": batch, "tokens": tokens, "limit": job.left}
-                given["seconds"] = 0.0 if job.toy else 3.0
-                with changed():
-                    found = row(job, f"{model} {name}", config, ("captured_vanilla",), over, quick=job.toy, **given)
-                return {f"{model}, {name}, ms": found["rows"]["captured_vanilla"]["ms"]}
 
-            job.attempt(f"{model}, {name}", once)
+def variant(job: Any, model: str, tokens: int, batch: int, name: str) -> dict[str, float]:
+    """One variant of one model."""
+    changed, over = VARIANTS[name]
+    config = TOY if job.toy else SiTConfig(name=model)
+    given: dict[str, Any] = {
+        "batch_size": batch,
+        "tokens": tokens,
+        "seconds": 0.0 if job.toy else 3.0,
+        "limit": job.left,
+    }
+    with changed():
+        found = row(job, f"{model} {name}", config, ("captured_vanilla",), over, quick=job.toy, **given)
+    return {f"{model}, {name}, ms": found["rows"]["captured_vanilla"]["ms"]}
 
 
 def memory(job: Any) -> None:

@@ -24,9 +24,8 @@ def compile_model(model: Backbone, *, dynamic: bool | None = False) -> None:
     # blocks are one piece of code to dynamo: beyond its eight versions of one, it would go on uncompiled and say little
     dynamo.config.recompile_limit = max(VERSIONS, dynamo.config.recompile_limit)
     dynamo.config.optimize_ddp = False  # it cuts a block in pieces to send gradients sooner: blocks are sent one by one
-    if fused_norm.FUSED_NORMS and hasattr(
-        functorch, KEEP_FUNCTIONS
-    ):  # without it, `fused_norm` is traced anew in each process
+    # without it, `fused_norm` is traced anew in each process
+    if fused_norm.FUSED_NORMS and hasattr(functorch, KEEP_FUNCTIONS):
         setattr(functorch, KEEP_FUNCTIONS, True)
     for part in [*model.repeated(), *model.compiled_alone()]:
         part.compile(dynamic=dynamic)

@@ -147,16 +147,8 @@ def gate_norm_backward(
 
 
 @gate_norm_backward.register_fake
-def _(
-    d_x1: Tensor,
-    d_y: Tensor,
-    x: Tensor,
-    a: Tensor | None,
-    gate: Tensor | None,
-    scale: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _(d_x1: Tensor, d_y: Tensor, x: Tensor, a: Tensor | None, *rest: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    wide = torch.promote_types(x.dtype, torch.float32)
     d_x = torch.empty_like(x, memory_format=torch.contiguous_format)
     d_a = x.new_empty(0) if a is None else torch.empty_like(a, memory_format=torch.contiguous_format)
-    return d_x, d_a, mean.new_empty((x.shape[0], 2 if a is None else 3, x.shape[2]))
+    return d_x, d_a, x.new_empty((x.shape[0], 2 if a is None else 3, x.shape[2]), dtype=wide)

@@ -44,9 +44,9 @@ def split_heads(qkv: Tensor, heads: int) -> tuple[Tensor, ...]:
     return qkv.unflatten(-1, (3, heads, -1)).unbind(dim=2)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Attention of queries, keys, values (N, T, h, d) -> (N, T, h d)."""
-    mixed = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Attention of queries, keys, values (N, T, h, d) -> (N, T, h d). `mask`: as SDPA takes it."""
+    mixed = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask)
     return mixed.transpose(1, 2).flatten(start_dim=2)
 
 

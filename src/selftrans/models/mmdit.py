@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from selftrans.models.layers import FinalLayer, Mlp, TimestepEmbedder, initialise, modulate
+from selftrans.models.layers import FinalLayer, Mlp, TimestepEmbedder, attend, initialise, modulate
 from selftrans.models.lightning import RMSNorm
 from selftrans.models.patch_transformer import PatchTransformer, SizedConfig, published_sizes
 from selftrans.models.text_null import TextNull
@@ -130,10 +130,10 @@ class JointBlock(nn.Module):
         """
         of_context, context_rest = self.context_block.enter(context, c)
         of_x, x_rest = self.x_block.enter(x, c)
-        q, k, v = (torch.cat(pair, dim=1).transpose(1, 2) for pair in zip(of_context, of_x, strict=True))
+        q, k, v = (torch.cat(pair, dim=1) for pair in zip(of_context, of_x, strict=True))
         with sdpa_kernel(MASKED) if mask is not None and q.is_cuda else contextlib.nullcontext():
-            mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # (N, h, L + T, d)
-        to_context, to_x = mixed.transpose(1, 2).flatten(2).split([context.shape[1], x.shape[1]], dim=1)
+            mixed = attend(q, k, v, mask)  # (N, L + T, D)
+        to_context, to_x = mixed.split([context.shape[1], x.shape[1]], dim=1)
         return self.context_block.leave(context, to_context, context_rest), self.x_block.leave(x, to_x, x_rest)
 
 
