@@ -144,9 +144,15 @@ def options_of(words: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--steps", type=int)
     parser.add_argument("--images", type=int, default=1000)
+    parser.add_argument(
+        "--every", type=int, help="steps between measurements (the end is measured, too); default: a fifth"
+    )
     parser.add_argument("--features", help="extractor; not needed for digits")
     parser.add_argument("--workers", type=int)
-    return parser.parse_args(words)
+    options = parser.parse_args(words)
+    if options.every is not None and options.every < 1:
+        parser.error(f"--every {options.every}: at least one step lies between measurements")
+    return options
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -172,7 +178,8 @@ def run(options: argparse.Namespace) -> None:
     config, features, weights = shared_settings(config, options.out, features=options.features)
     overrides = with_grid({name: VARIANTS[name] for name in chosen}, options.grid)
     variants = {name: for_method(config.override(dotted)).check() for name, dotted in overrides.items()}
-    comparison = Comparison(config, variants, tuple(options.seeds), options.out, options.images, features, weights)
+    seeds, every = tuple(options.seeds), options.every
+    comparison = Comparison(config, variants, seeds, options.out, options.images, features, weights, every=every)
     kept = kept_runs(comparison)
     check_before(comparison, kept)
     results = compare(comparison, workers=options.workers, kept=kept)
