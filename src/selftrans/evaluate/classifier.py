@@ -10,8 +10,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -225,12 +225,13 @@ def train_classifier(
     batch_size: int = 64,
     device: torch.device | str = "cpu",
     threads: int | None = None,
+    bar: Callable[..., Any] | None = None,
 ) -> SmallClassifier:
     """Train a classifier on images with labels (N,) in 0 .. K - 1; keeps torch's global RNG state.
 
     AdamW with a one-cycle schedule. A fifth of the images, drawn by `seed`, is held out and gives the accuracy in the
-    result's `training_record`. `threads`: number of CPU threads (None: torch's setting). The same arguments give the same
-    weights on the same machine. Raises ValueError for invalid data.
+    result's `training_record`. `threads`: number of CPU threads (None: torch's setting). `bar` makes a progress bar from
+    tqdm's options. The same arguments give the same weights on the same machine. Raises ValueError for invalid data.
     """
     labels, arrays = _checked_labels(images, labels, num_classes), images.dtype != np.uint8
     generator = torch.Generator().manual_seed(seed)
@@ -251,7 +252,8 @@ def train_classifier(
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, max_lr=RATE, total_steps=steps)
     if pixels.nbytes <= ON_DEVICE:
         pixels, targets, train, test = (x.to(device) for x in (pixels, targets, train, test))
-    with cpu_threads(threads), torch.enable_grad():
+    progress = bar(desc="classifier", unit="step", total=steps) if bar else nullcontext()
+    with cpu_threads(threads), torch.enable_grad(), progress as shown:
         for _ in range(epochs):
             for rows in train[torch.randperm(len(train), generator=generator).to(train.device)].split(batch_size):
                 loss = F.cross_entropy(model(to_input(pixels[rows], device)), targets[rows].to(device))
@@ -259,6 +261,8 @@ def train_classifier(
                 loss.backward()
                 optimiser.step()
                 schedule.step()
+                if shown is not None:
+                    shown.update()
         accuracy = _accuracy(model.eval(), pixels[test], targets[test], device)
     model.training_record = Training(accuracy, held_out, seed, epochs, data_sha256(images, labels))
     return model

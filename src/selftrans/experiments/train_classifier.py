@@ -12,6 +12,7 @@ from selftrans.data.decoded import decoded_images
 from selftrans.device import default_device
 from selftrans.evaluate.classifier import train_classifier
 from selftrans.storage import check_writable, plural, recorded, write_json
+from selftrans.train.log import progress_bar
 
 SHARDS = "shards_sha256"  #: entry of the classifier's json: which data it was trained on
 
@@ -35,7 +36,7 @@ def classifier_from_data(data: str | Path, out: Path, *, epochs: int, seed: int)
     device = default_device()
     images = np.concatenate(list(decoded_images(dataset, device=device)), axis=0)
     classes = dataset.manifest.num_classes
-    model = train_classifier(images, dataset.labels, classes, seed=seed, epochs=epochs, device=device)
+    model = train_classifier(images, dataset.labels, classes, seed=seed, epochs=epochs, device=device, bar=progress_bar)
     model.save(out)
     record = model.training_record
     assert record is not None
