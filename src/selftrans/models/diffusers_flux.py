@@ -28,7 +28,7 @@ from selftrans.models.diffusers_backbone import (
     pooled_text,
     unrounded,
 )
-from selftrans.models.lightning import RMSNorm
+from selftrans.models.layers import RMSNorm
 from selftrans.models.patch_transformer import LARGEST
 from selftrans.models.text_null import TextNull
 from selftrans.types import TEXT, Cond, Conditions
