@@ -31,7 +31,7 @@ from selftrans.models.layers import (
     split_heads,
 )
 from selftrans.models.patch_transformer import PatchTransformer, SizedConfig, published_sizes
-from selftrans.models.text_null import TextNull
+from selftrans.models.text_null import TextNull, check_text
 from selftrans.types import MASK, TEXT, Cond, Conditions, Output
 
 #: width, depth, heads. Published: B (REPA, appendix on text-to-image), with patches of 2. S is half as wide and half as deep
@@ -60,11 +60,7 @@ class MMDiTConfig(SizedConfig):
 
 def build(config: MMDiTConfig, shape: tuple[int, ...], conditions: Conditions) -> MMDiT:
     """A freshly initialised MMDiT for latents (C, *S). ValueError for sizes that do not fit, and unless the data have text."""
-    if conditions.kind != "text":
-        raise ValueError(
-            f"{config.name} is conditioned on text; the data have {conditions}; prepare them with captions (--text), or "
-            "choose a model.name of SiT, DiT or LightningDiT"
-        )
+    check_text(config.name, conditions)
     options: dict[str, Any] = {**config.sizes()}
     options |= {key: getattr(config, key) for key in ("patch_frames", "qk_norm", "masked", "zero_init")}
     return MMDiT(shape, conditions, **options)
