@@ -200,7 +200,8 @@ class Trainer:
         if ended:
             forget(getattr(self.optimizer, "optimizer", self.optimizer), self.objective)
             fsdp.release(self.objective)
-            if not len(self.objective.guidances):
+            held = (value for guidance in self.objective.guidances for value in vars(guidance).values())
+            if not any(value is self.teacher for value in held):
                 self.teacher = None
         return ended
 
