@@ -80,14 +80,14 @@ COSINE = Path("cosine", _cos, _sin, _d_cos, _d_sin, _cosine_t)
 PATHS = {path.name: path for path in (LINEAR, COSINE)}
 
 
-def _like(t: Tensor, x: Tensor) -> Tensor:
+def column(t: Tensor, x: Tensor) -> Tensor:
     """(N,) or scalar t, shaped to broadcast over x (N, ...)."""
     return t if t.dim() == 0 else t.view(-1, *[1] * (x.dim() - 1))
 
 
 def interpolate(path: Path, z0: Tensor, noise: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
     """Point on the path and its velocity, `(zt, v)`, from data z0 and noise at times t (N,) or (); all others (N, C, *S)."""
-    t = _like(t, z0)
+    t = column(t, z0)
     zt = path.alpha(t) * z0 + path.sigma(t) * noise
     v = path.d_alpha(t) * z0 + path.d_sigma(t) * noise
     return zt, v
@@ -95,14 +95,14 @@ def interpolate(path: Path, z0: Tensor, noise: Tensor, t: Tensor) -> tuple[Tenso
 
 def noise_from_v(path: Path, zt: Tensor, v: Tensor, t: Tensor) -> Tensor:
     """Noise that the velocity points to."""
-    t = _like(t, zt)
+    t = column(t, zt)
     determinant = path.alpha(t) * path.d_sigma(t) - path.d_alpha(t) * path.sigma(t)  # linear: 1; cosine: pi / 2
     return (path.alpha(t) * v - path.d_alpha(t) * zt) / determinant
 
 
 def score_from_v(path: Path, zt: Tensor, v: Tensor, t: Tensor) -> Tensor:
     """Gradient of log p_t at zt; defined for t > 0 (sigma must not vanish)."""
-    return -noise_from_v(path, zt, v, t) / path.sigma(_like(t, zt))
+    return -noise_from_v(path, zt, v, t) / path.sigma(column(t, zt))
 
 
 def equal_snr(t: float, std: float, path: Path) -> float:

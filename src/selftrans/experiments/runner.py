@@ -49,6 +49,7 @@ from selftrans.experiments.stopping import (
 from selftrans.plugins import trust_named
 from selftrans.sampling.images import NotFinite
 from selftrans.storage import first_line
+from selftrans.train.capture_rules import NotCaptured
 from selftrans.train.log import progress_bar
 from selftrans.train.out_of_memory import is_out_of_memory
 from selftrans.train.run import train
@@ -89,8 +90,9 @@ def compare(
     `workers` processes run at the same time (None: one per core, one on a GPU). Repeating the call continues it; `kept` is what
     it finds (None: it looks). A run that ends with one of FAILURES is left out of the result, with the reason in `failed`, and
     the others go on (None: ValueError with the reason). At any other error the other processes end, too, runs with a
-    checkpoint, and it is raised; ValueError where a process is killed. A stop signal (SIGINT, SIGTERM, SIGUSR1) to this
-    process is passed on, and `Stopped` raised when all have ended; a second one ends them at once.
+    checkpoint, and it is raised, but for a run that continues without CUDA graphs: then all start anew. ValueError where a
+    process is killed. A stop signal (SIGINT, SIGTERM, SIGUSR1) to this process is passed on, and `Stopped` raised when all have
+    ended; a second one ends them at once.
     """
     workers, threads = processes(comparison, workers)
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that wait by spinning slow each other down
@@ -104,6 +106,14 @@ def compare(
                 "a worker process was ended from outside, by the system if memory ran out; the same command continues: give it "
                 "--workers 1, or a smaller --train.batch-size"
             ) from error
+        except NotCaptured as error:
+            if not error.reason:
+                raise
+            reason = error.reason
+    warnings.warn(f"all workers start anew, and one run goes on without graphs: {reason}", stacklevel=2)
+    if failed is not None:
+        failed.clear()  # these runs are tried again, as where the command is repeated
+    return compare(comparison, workers=workers, failed=failed)
 
 
 def processes(comparison: Comparison, workers: int | None) -> tuple[int, int]:

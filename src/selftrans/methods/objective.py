@@ -17,6 +17,9 @@ from selftrans.flow import LINEAR, PATHS, Path, check_times, draw
 from selftrans.methods.guidance import Guidance, Report
 from selftrans.types import Backbone, Batch, Draw, Output, check_backbone, check_latents, where_cond
 
+#: entries of a log line besides the terms of guidances
+LOGGED = ("stage", "step", "loss", "flow", "grad_norm", "lr", "seconds", "tflops", "skipped", "skips")
+
 
 class Objective(nn.Module):
     """L = L_flow + sum of lambda * guidance term. Wrapped by DDP or FSDP, compiled, and called; never subclassed.
@@ -149,6 +152,8 @@ def _listed(guidances: Iterable[Guidance] | None) -> tuple[Guidance, ...]:
             raise ValueError(
                 f"{type(guidance).__name__} has no name: set one in the class, under which the log shows its term"
             )
+        if guidance.name in LOGGED:
+            raise ValueError(f"{type(guidance).__name__}.name '{guidance.name}' is that of another entry of the log")
     names = [guidance.name for guidance in listed]
     if len(set(names)) < len(names):
         raise ValueError(f"guidances are called {', '.join(names)}; give each a name of its own")

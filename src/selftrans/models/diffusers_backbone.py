@@ -58,6 +58,30 @@ class DiffusersConfig(ModelConfig):
         return self.layers
 
 
+@dataclass(frozen=True)
+class NoiseConfig(DiffusersConfig):
+    """A transformer that was released as a predictor of noise."""
+
+    learn_sigma: bool = False
+    """the output has a second half, the variance, as in the released models; it is neither used nor trained"""
+    prediction: Prediction = "v"
+    """v: the velocity; noise: that of the DDPM schedule of the released models"""
+    sample_size: int | None = None
+    """side of the latents that the positions are scaled to; None: the longer side of the data's"""
+
+    def arguments(self, shape: tuple[int, ...], conditions: Conditions) -> dict[str, Any]:
+        """Those of diffusers' class."""
+        return {
+            "num_attention_heads": self.heads,
+            "attention_head_dim": self.head_dim,
+            "in_channels": shape[0],
+            "out_channels": shape[0] * (2 if self.learn_sigma else 1),
+            "num_layers": self.layers,
+            "sample_size": self.sample_size or max(shape[1:]),
+            "patch_size": self.patch,
+        }
+
+
 class DiffusersBackbone(Backbone):
     """A transformer of diffusers as a backbone. A subclass says how its blocks are called (`prepare`, `step`, `finish`).
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from selftrans.models.diffusers_backbone import (
     DiffusersBackbone,
-    DiffusersConfig,
+    NoiseConfig,
     Prediction,
     fit_positions,
     initialise,
@@ -25,30 +25,15 @@ from selftrans.types import Cond, Conditions
 
 
 @dataclass(frozen=True)
-class DiffusersDiTConfig(DiffusersConfig):
+class DiffusersDiTConfig(NoiseConfig):
     """diffusers' DiT, conditioned on labels."""
 
     name: str = "diffusers-dit"
     """diffusers-dit"""
-    learn_sigma: bool = False
-    """the output has a second half, the variance, as in the released models; it is neither used nor trained"""
-    prediction: Prediction = "v"
-    """v: the velocity; noise: that of the DDPM schedule of the released models"""
-    sample_size: int | None = None
-    """side of the latents that the positions are scaled to; None: the longer side of the data's"""
 
     def arguments(self, shape: tuple[int, ...], conditions: Conditions) -> dict[str, Any]:
         """Those of DiTTransformer2DModel."""
-        return {
-            "num_attention_heads": self.heads,
-            "attention_head_dim": self.head_dim,
-            "in_channels": shape[0],
-            "out_channels": shape[0] * (2 if self.learn_sigma else 1),
-            "num_layers": self.layers,
-            "sample_size": self.sample_size or max(shape[1:]),
-            "patch_size": self.patch,
-            "num_embeds_ada_norm": conditions.num_classes,
-        }
+        return super().arguments(shape, conditions) | {"num_embeds_ada_norm": conditions.num_classes}
 
 
 def build(config: DiffusersDiTConfig, shape: tuple[int, ...], conditions: Conditions) -> DiffusersDiT:

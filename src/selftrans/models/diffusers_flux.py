@@ -28,9 +28,9 @@ from selftrans.models.diffusers_backbone import (
     pooled_text,
     unrounded,
 )
-from selftrans.models.lightning import RMSNorm
+from selftrans.models.layers import RMSNorm
 from selftrans.models.patch_transformer import LARGEST
-from selftrans.models.text_null import TextNull
+from selftrans.models.text_null import TextNull, check_text
 from selftrans.types import TEXT, Cond, Conditions
 
 GUIDANCE = 3.5  #: guidance scale that a distilled model is asked for; diffusers' default
@@ -96,8 +96,7 @@ def build(config: DiffusersFluxConfig, shape: tuple[int, ...], conditions: Condi
     """A freshly initialised one for latents (C, H, W). ValueError for other latents, and for data without text."""
     from diffusers import FluxTransformer2DModel
 
-    if conditions.kind != "text":
-        raise ValueError(f"{config.name} is conditioned on text; the data have {conditions}; choose another model")
+    check_text(config.name, conditions)
     net = FluxTransformer2DModel(**config.arguments(shape, conditions))
     gates = [part.linear for block in net.transformer_blocks for part in (block.norm1, block.norm1_context)]
     gates += [block.norm.linear for block in net.single_transformer_blocks]

@@ -15,29 +15,23 @@ from torch import Tensor, nn
 
 from selftrans.models.diffusers_backbone import (
     DiffusersBackbone,
-    DiffusersConfig,
+    NoiseConfig,
     Prediction,
     fit_positions,
     initialise,
 )
-from selftrans.models.text_null import TextNull
+from selftrans.models.text_null import TextNull, check_text
 from selftrans.types import MASK, TEXT, Cond, Conditions
 
 MASKED = -10_000.0  #: added to the attention scores of padding, as the original does
 
 
 @dataclass(frozen=True)
-class DiffusersPixArtConfig(DiffusersConfig):
+class DiffusersPixArtConfig(NoiseConfig):
     """diffusers' PixArt, conditioned on text."""
 
     name: str = "diffusers-pixart"
     """diffusers-pixart"""
-    learn_sigma: bool = False
-    """the output has a second half, the variance, as in the released models; it is neither used nor trained"""
-    prediction: Prediction = "v"
-    """v: the velocity; noise: that of the DDPM schedule of the released models"""
-    sample_size: int | None = None
-    """side of the latents that the positions are scaled to; None: the longer side of the data's"""
     interpolation: float = 1.0
     """the positions are divided by it; the released models have sample_size / 64"""
     sizes: bool = False
@@ -56,15 +50,8 @@ class DiffusersPixArtConfig(DiffusersConfig):
 
     def arguments(self, shape: tuple[int, ...], conditions: Conditions) -> dict[str, Any]:
         """Those of PixArtTransformer2DModel."""
-        return {
-            "num_attention_heads": self.heads,
-            "attention_head_dim": self.head_dim,
-            "in_channels": shape[0],
-            "out_channels": shape[0] * (2 if self.learn_sigma else 1),
-            "num_layers": self.layers,
+        return super().arguments(shape, conditions) | {
             "cross_attention_dim": self.heads * self.head_dim,
-            "sample_size": self.sample_size or max(shape[1:]),
-            "patch_size": self.patch,
             "interpolation_scale": self.interpolation,
             "use_additional_conditions": self.sizes,  # None would mean: if sample_size is 128
             "caption_channels": conditions.width,
@@ -75,8 +62,7 @@ def build(config: DiffusersPixArtConfig, shape: tuple[int, ...], conditions: Con
     """A freshly initialised one for latents (C, H, W). ValueError for other latents, and for data without text."""
     from diffusers import PixArtTransformer2DModel
 
-    if conditions.kind != "text":
-        raise ValueError(f"{config.name} is conditioned on text; the data have {conditions}; choose another model")
+    check_text(config.name, conditions)
     net = PixArtTransformer2DModel(**config.arguments(shape, conditions))
     # as published: the cross-attention and the output start at zero, the gates do not
     zero = [*(block.attn2.to_out[0] for block in net.transformer_blocks), net.proj_out]

@@ -21,7 +21,7 @@ from selftrans.models.diffusers_backbone import (
     pooled_text,
     unrounded,
 )
-from selftrans.models.text_null import TextNull
+from selftrans.models.text_null import TextNull, check_text
 from selftrans.types import TEXT, Cond, Conditions
 
 
@@ -73,8 +73,7 @@ def build(config: DiffusersSD3Config, shape: tuple[int, ...], conditions: Condit
     """A freshly initialised one for latents (C, H, W). ValueError for other latents, and for data without text."""
     from diffusers import SD3Transformer2DModel
 
-    if conditions.kind != "text":
-        raise ValueError(f"{config.name} is conditioned on text; the data have {conditions}; choose another model")
+    check_text(config.name, conditions)
     net = SD3Transformer2DModel(**config.arguments(shape, conditions))
     gates = [part.linear for block in net.transformer_blocks for part in (block.norm1, block.norm1_context)]
     initialise(net, [*gates, net.norm_out.linear, net.proj_out])

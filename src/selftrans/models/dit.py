@@ -20,7 +20,7 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from selftrans.flow import LINEAR, PATHS, Path
+from selftrans.flow import LINEAR, PATHS, Path, column
 from selftrans.models.patch_transformer import published_sizes
 from selftrans.models.sit import SIZES, SiT, SiTConfig
 from selftrans.types import Cond, Conditions, Output
@@ -97,15 +97,14 @@ def to_schedule(path: Path, x: Tensor, t: Tensor, table: Tensor) -> tuple[Tensor
     """A point x (N, C, *S) of our path at t (N,) => (the schedule's x_k, (N,) its step k). `table`: see `log_ratios`."""
     alpha, sigma = path.alpha(t).clamp(min=0), path.sigma(t)  # rounded, the cosine of pi / 2 is negative
     step = timestep(torch.log(sigma / alpha).to(table.dtype), table)
-    return x * torch.rsqrt(alpha.square() + sigma.square()).view(-1, *[1] * (x.dim() - 1)), step
+    return x * column(torch.rsqrt(alpha.square() + sigma.square()), x), step
 
 
 def from_noise(path: Path, scaled: Tensor, noise: Tensor, t: Tensor, table: Tensor) -> Tensor:
     """Velocity of our path at t (N,), from the network's noise (N, C, *S) at `scaled`, which `to_schedule` gave."""
     ratio = path.sigma(t) / path.alpha(t).clamp(min=0)
-    column = (-1, *[1] * (scaled.dim() - 1))  # a number of each sample, to broadcast over the latent
-    ratio = torch.minimum(ratio, table[-1].exp().to(t.dtype)).view(column)
-    return velocity(path, scaled, noise.to(scaled.dtype), ratio, t.view(column))
+    ratio = column(torch.minimum(ratio, table[-1].exp().to(t.dtype)), scaled)
+    return velocity(path, scaled, noise.to(scaled.dtype), ratio, column(t, scaled))
 
 
 class DiT(SiT):

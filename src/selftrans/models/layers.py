@@ -15,23 +15,52 @@ from torch import Tensor, nn
 from selftrans.models import fused_norm
 
 
-class Attention(nn.Module):
-    """Multi-head self-attention through SDPA, with LayerNorm on queries and keys as an option."""
+class RMSNorm(nn.RMSNorm):
+    """torch's, with the weight in the precision of its input: under autocast the fused kernel takes no other."""
 
-    def __init__(self, width: int, heads: int, qk_norm: bool) -> None:
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+
+
+def head_width(width: int, heads: int) -> int:
+    """d, the channels of an attention head. ValueError where heads do not divide the width."""
+    if width % heads:
+        raise ValueError(f"width {width} is not a multiple of heads {heads}; choose heads that divide the width")
+    return width // heads
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention through SDPA. Options: queries and keys are normalised, and then rotated by their positions."""
+
+    def __init__(self, width: int, heads: int, qk_norm: bool, rms_norm: bool = False) -> None:
         super().__init__()
-        if width % heads:
-            raise ValueError(f"width {width} is not a multiple of heads {heads}; choose heads that divide the width")
-        self.heads = heads
+        self.heads, d = heads, head_width(width, heads)
+
+        def norm() -> (
+            nn.Module
+        ):  # 1e-5: the published LayerNorm (of timm) leaves torch's default, the published RMSNorm does not
+            if not qk_norm:
+                return nn.Identity()
+            return RMSNorm(d, eps=1e-6) if rms_norm else nn.LayerNorm(d, eps=1e-5)
+
         self.qkv = nn.Linear(width, 3 * width)
-        # 1e-5, unlike the other norms: the published models have their attention from timm, which leaves torch's default
-        self.q_norm = nn.LayerNorm(width // heads, eps=1e-5) if qk_norm else nn.Identity()
-        self.k_norm = nn.LayerNorm(width // heads, eps=1e-5) if qk_norm else nn.Identity()
+        self.q_norm, self.k_norm = norm(), norm()
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x: Tensor) -> Tensor:  # (N, T, D) -> (N, T, D)
+    def forward(self, x: Tensor, table: Tensor | None = None) -> Tensor:
+        """(N, T, D) -> (N, T, D); rotations `table` (2, T, d / 2), or (2, N, T, d / 2)."""
         q, k, v = split_heads(self.qkv(x), self.heads)
-        return self.proj(attend(self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype), v))
+        q, k = self.q_norm(q), self.k_norm(k)
+        if table is not None:
+            q, k = (rotate(part, table.unsqueeze(dim=-2)) for part in (q, k))
+        return self.proj(attend(q.to(v.dtype), k.to(v.dtype), v))
+
+
+def rotate(x: Tensor, table: Tensor) -> Tensor:
+    """Turn each pair of neighbouring channels of x (..., d) by the angles of `table` (2, ..., d / 2): cosines and sines."""
+    cos, sin = table.unbind(dim=0)
+    a, b = x.unflatten(-1, (-1, 2)).unbind(dim=-1)  # (..., d / 2)
+    return torch.stack([a * cos - b * sin, b * cos + a * sin], dim=-1).flatten(-2)
 
 
 def split_heads(qkv: Tensor, heads: int) -> tuple[Tensor, ...]:
@@ -177,6 +206,11 @@ def axis_positions(side: int, rates: Tensor) -> Tensor:
     return torch.arange(side, dtype=torch.float64, device=rates.device)[:, None] * rates[None, :]
 
 
+def over_grid(line: Tensor, axis: int, grid: tuple[int, ...]) -> Tensor:
+    """(side, R) of one axis -> (*grid, R): at each token what the line has at its position on that axis."""
+    return line.view(*(side if k == axis else 1 for k, side in enumerate(grid)), -1).expand(*grid, -1)
+
+
 def sincos_positions(width: int, grid: tuple[int, ...], device: torch.device | None = None) -> Tensor:
     """(T, width) fixed sine-cosine positions of a grid with one to three axes; on two they are those of MAE and DiT.
 
@@ -188,10 +222,7 @@ def sincos_positions(width: int, grid: tuple[int, ...], device: torch.device | N
         half = channels // 2
         rates = 1.0 / 10_000 ** (torch.arange(half, dtype=torch.float64, device=device) / half)
         angles = axis_positions(grid[axis], rates)  # (side, channels / 2)
-        line = torch.cat([torch.sin(angles), torch.cos(angles)], dim=-1)
-        view = [1] * len(grid)
-        view[axis] = grid[axis]
-        parts.append(line.view(*view, channels).expand(*grid, channels))
+        parts.append(over_grid(torch.cat([torch.sin(angles), torch.cos(angles)], dim=-1), axis, grid))
     return torch.cat(parts[::-1], dim=-1).flatten(end_dim=-2).float()
 
 

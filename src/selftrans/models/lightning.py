@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from selftrans.models.label_transformer import LabelledConfig, LabelTransformer
-from selftrans.models.layers import LABEL_STD, Mlp, attend, axis_channels, axis_positions, split_heads
+from selftrans.models.layers import LABEL_STD, Attention, Mlp, RMSNorm, axis_channels, axis_positions, over_grid
 from selftrans.models.patch_transformer import published_sizes
 from selftrans.models.sit import SIZES as SIT_WIDTHS
 from selftrans.types import Conditions
@@ -64,45 +64,9 @@ def rotation_table(channels: int, grid: tuple[int, ...], device: torch.device | 
     for axis, own in enumerate(axis_channels(channels, len(grid), remedy)):
         pairs = own // 2
         rates = 10_000.0 ** (-1 / pairs * torch.arange(pairs, dtype=torch.float64, device=device))
-        view = [1] * len(grid)
-        view[axis] = grid[axis]
-        parts.append(axis_positions(grid[axis], rates).view(*view, pairs).expand(*grid, pairs))
+        parts.append(over_grid(axis_positions(grid[axis], rates), axis, grid))
     angles = torch.cat(parts, dim=-1).flatten(end_dim=-2)  # (T, d / 2)
     return torch.stack([angles.cos(), angles.sin()])
-
-
-def rotate(x: Tensor, table: Tensor) -> Tensor:
-    """Turn each pair of neighbouring channels of x (..., d) by the angles of `table` (2, ..., d / 2)."""
-    cos, sin = table.unbind(dim=0)
-    a, b = x.unflatten(-1, (-1, 2)).unbind(dim=-1)  # (..., d / 2)
-    return torch.stack([a * cos - b * sin, b * cos + a * sin], dim=-1).flatten(-2)
-
-
-class RotaryAttention(nn.Module):
-    """Multi-head self-attention through SDPA; queries and keys are normalised (an option), then rotated (likewise)."""
-
-    def __init__(self, width: int, heads: int, qk_norm: bool, rms_norm: bool) -> None:
-        super().__init__()
-        if width % heads:
-            raise ValueError(f"width {width} is not a multiple of heads {heads}; choose heads that divide the width")
-        self.heads, d = heads, width // heads
-        self.qkv = nn.Linear(width, 3 * width)
-
-        def norm() -> nn.Module:  # 1e-5: the published LayerNorm leaves torch's default, its RMSNorm does not
-            if not qk_norm:
-                return nn.Identity()
-            return RMSNorm(d, eps=1e-6) if rms_norm else nn.LayerNorm(d, eps=1e-5)
-
-        self.q_norm, self.k_norm = norm(), norm()
-        self.proj = nn.Linear(width, width)
-
-    def forward(self, x: Tensor, table: Tensor | None = None) -> Tensor:
-        """(N, T, D), (2, T, d / 2) or (2, N, T, d / 2) -> (N, T, D)"""
-        q, k, v = split_heads(self.qkv(x), self.heads)
-        q, k = self.q_norm(q), self.k_norm(k)
-        if table is not None:
-            q, k = (rotate(part, table.unsqueeze(dim=-2)) for part in (q, k))
-        return self.proj(attend(q.to(v.dtype), k.to(v.dtype), v))
 
 
 class SwiGLU(nn.Module):
@@ -128,7 +92,7 @@ class LightningBlock(nn.Module):
         hidden = int(width * mlp_ratio)
         self.norm1 = _norm(width, rms_norm)
         self.norm2 = _norm(width, rms_norm)
-        self.attn = RotaryAttention(width, heads, qk_norm, rms_norm)
+        self.attn = Attention(width, heads, qk_norm, rms_norm)
         # the published expression: another order of the operations rounds some widths down by one
         self.mlp: nn.Module = SwiGLU(width, int(2 / 3 * hidden)) if swiglu else Mlp(width, hidden)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, (6 if shift else 4) * width))
@@ -142,13 +106,6 @@ class LightningBlock(nn.Module):
         x = x + gate1 * self.attn(h + parts[0] if self.shift else h, table)
         h = self.norm2(x) * (1 + scale2)
         return x + gate2 * self.mlp(h + parts[3] if self.shift else h)
-
-
-class RMSNorm(nn.RMSNorm):
-    """torch's, with the weight in the precision of its input: under autocast the fused kernel takes no other."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
 
 
 def _norm(width: int, rms_norm: bool) -> nn.Module:

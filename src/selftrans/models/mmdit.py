@@ -19,10 +19,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from selftrans.models.layers import FinalLayer, Mlp, TimestepEmbedder, attend, initialise, modulate
-from selftrans.models.lightning import RMSNorm
+from selftrans.models.layers import (
+    FinalLayer,
+    Mlp,
+    RMSNorm,
+    TimestepEmbedder,
+    attend,
+    head_width,
+    initialise,
+    modulate,
+    split_heads,
+)
 from selftrans.models.patch_transformer import PatchTransformer, SizedConfig, published_sizes
-from selftrans.models.text_null import TextNull
+from selftrans.models.text_null import TextNull, check_text
 from selftrans.types import MASK, TEXT, Cond, Conditions, Output
 
 #: width, depth, heads. Published: B (REPA, appendix on text-to-image), with patches of 2. S is half as wide and half as deep
@@ -51,11 +60,7 @@ class MMDiTConfig(SizedConfig):
 
 def build(config: MMDiTConfig, shape: tuple[int, ...], conditions: Conditions) -> MMDiT:
     """A freshly initialised MMDiT for latents (C, *S). ValueError for sizes that do not fit, and unless the data have text."""
-    if conditions.kind != "text":
-        raise ValueError(
-            f"{config.name} is conditioned on text; the data have {conditions}; prepare them with captions (--text), or "
-            "choose a model.name of SiT, DiT or LightningDiT"
-        )
+    check_text(config.name, conditions)
     options: dict[str, Any] = {**config.sizes()}
     options |= {key: getattr(config, key) for key in ("patch_frames", "qk_norm", "masked", "zero_init")}
     return MMDiT(shape, conditions, **options)
@@ -66,16 +71,14 @@ class StreamAttention(nn.Module):
 
     def __init__(self, width: int, heads: int, qk_norm: bool) -> None:
         super().__init__()
-        if width % heads:
-            raise ValueError(f"width {width} is not a multiple of heads {heads}; choose heads that divide the width")
-        self.heads = heads
+        self.heads, d = heads, head_width(width, heads)
         self.qkv = nn.Linear(width, 3 * width)
         self.proj: nn.Linear | None = nn.Linear(width, width)
-        self.ln_q: nn.Module = RMSNorm(width // heads, eps=1e-6) if qk_norm else nn.Identity()
-        self.ln_k: nn.Module = RMSNorm(width // heads, eps=1e-6) if qk_norm else nn.Identity()
+        self.ln_q: nn.Module = RMSNorm(d, eps=1e-6) if qk_norm else nn.Identity()
+        self.ln_k: nn.Module = RMSNorm(d, eps=1e-6) if qk_norm else nn.Identity()
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # (N, T, D) -> three of (N, T, h, d)
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(dim=2)
+        q, k, v = split_heads(self.qkv(x), self.heads)
         return self.ln_q(q).to(v.dtype), self.ln_k(k).to(v.dtype), v
 
 

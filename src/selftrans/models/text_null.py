@@ -10,6 +10,15 @@ from torch import Tensor, nn
 from selftrans.types import MASK, TEXT, Cond, Conditions
 
 
+def check_text(name: str, conditions: Conditions) -> None:
+    """ValueError unless a model `name` that is conditioned on text gets it."""
+    if conditions.kind != "text":
+        raise ValueError(
+            f"{name} is conditioned on text; the data have {conditions}; prepare them with captions (--text), or choose a "
+            "model.name of SiT, DiT or LightningDiT"
+        )
+
+
 class TextNull(nn.Module):
     """Gives a backbone `use_null` and `null` for text. The buffers are saved with the model: sampling needs no data."""
 
@@ -20,8 +29,7 @@ class TextNull(nn.Module):
     def keep_null(self, conditions: Conditions) -> None:
         """Register the buffers. ValueError unless the condition is text."""
         name = type(self).__name__
-        if conditions.kind != "text":
-            raise ValueError(f"{name} is conditioned on text; the data have {conditions}; choose another model")
+        check_text(name, conditions)
         if min(conditions.tokens, conditions.width) < 1:
             raise ValueError(f"{name} needs text tokens; the data have {conditions}; prepare them again with captions")
         self.register_buffer("null_text", torch.zeros(1, conditions.tokens, conditions.width))

@@ -15,21 +15,28 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from selftrans.methods.guidance import Frozen
-from selftrans.storage import first_line, gigabytes, write_json
+from selftrans.storage import gigabytes, write_json
 
 if TYPE_CHECKING:
     from selftrans.train.trainer import Trainer
 
-ENDED = "not-captured.json"  #: in a run's folder: CUDA ended a recording, so that `auto` does not try again there
+ENDED = (
+    "not-captured.json"  #: in a run's folder: a process could not go on with graphs, so that `auto` makes none there
+)
 #: packages whose layers are functions of their inputs; what others keep in Python from step to step would not be replayed
 KNOWN = ("selftrans", "torch", "torchao", "diffusers", "transformers", "peft")
 WAITS, PROTOTYPE = "called a synchronizing CUDA operation", "Synchronization debug mode"  #: in warnings of torch
 
 
 class NotCaptured(ValueError):
-    """The step could not be recorded; one line, which says how the run continues. `automatic`: with `train.capture auto`."""
+    """The step could not be recorded or replayed; one line, which says how the run continues.
 
-    automatic = False
+    `reason`: with `train.capture auto`, why a new process can go on without graphs where this one cannot; "" otherwise.
+    """
+
+    def __init__(self, message: str, reason: str = "") -> None:
+        super().__init__(message)
+        self.reason = reason
 
 
 class Invalidated(RuntimeError):
@@ -63,7 +70,7 @@ def why_launched(trainer: Trainer) -> str | None:
     """Why `auto` launches the steps of a stage, as far as that is known before the first one; None where it does not.
 
     Besides an `obstacle`: AMD GPUs; code of other packages, whose Python would run in the recording alone (a graph would
-    repeat a count or a number drawn by numpy); and a run in which CUDA has ended a recording.
+    repeat a count or a number drawn by numpy); and a run that could not go on with graphs before.
     """
     if trainer.accelerator.device.type == "cpu":
         return "CUDA graphs need a CUDA GPU, this device is cpu"
@@ -75,7 +82,7 @@ def why_launched(trainer: Trainer) -> str | None:
         if kind.__module__.partition(".")[0] not in KNOWN:
             return f"{kind.__name__} is code of another package, which a graph may not repeat; train.capture on tries"
     if (trainer.directory.parent / ENDED).exists():
-        return f"CUDA ended an earlier recording, as {ENDED} in the folder of the run says; remove it to try again"
+        return f"graphs ended an earlier process, as {ENDED} in the folder of the run says; remove it to try again"
     return None
 
 
@@ -135,21 +142,22 @@ def description(trainer: Trainer) -> str:
 
 @contextlib.contextmanager
 def remembered(out: Path) -> Iterator[None]:
-    """Around the training of a stage: where CUDA ends a recording of `auto`, `out` gets a file that keeps the run launched.
+    """Around the training of a stage: where graphs of `auto` end the process, `out` gets a file that keeps the run launched.
 
-    So the same command continues. `NotCaptured` says that; where the file cannot be written, it says what else to do.
+    So the same command continues. `NotCaptured` says that; where the file cannot be written, it says what else to do, and has
+    no `reason`.
     """
     try:
         yield
     except NotCaptured as error:
-        if not (error.automatic and isinstance(error.__cause__, Invalidated)):
+        if not error.reason:
             raise
-        reason = first_line(error.__cause__)
         try:
-            write_json(out / ENDED, {"reason": reason, "torch": torch.__version__})
+            write_json(out / ENDED, {"reason": error.reason, "torch": torch.__version__})
         except (OSError, ValueError):
+            error.reason = ""
             raise error from None
         raise NotCaptured(
-            f"CUDA ended the recording of the step as a graph ({reason}), after which torch cannot go on; the same command "
-            f"continues from the last checkpoint without graphs, because of {out / ENDED}"
+            f"{error.reason}; the same command continues from the last checkpoint without graphs, because of {out / ENDED}",
+            error.reason,
         ) from error

@@ -100,7 +100,7 @@ class Recorded:
 
 
 class CapturedStep:
-    """Takes the steps of a trainer on static buffers, from the third on as a replay of graphs (on a GPU).
+    """Takes the steps of a trainer on static buffers; those after the first `WARM_UP` are replays of graphs (on a GPU).
 
     Attributes:
         reason: why the steps are launched for good, with `auto`; None before that is known, and where they are replayed.
@@ -302,12 +302,13 @@ class CapturedStep:
             self._launch()
             raise error
         if wanted == "on" or isinstance(error, Invalidated):
-            ending = NotCaptured(
+            raise NotCaptured(
                 f"train.capture {wanted}: the step cannot be recorded as a graph ({reason}); the same command with "
-                "--train.capture off continues from the last checkpoint"
-            )
-            ending.automatic = wanted == "auto"
-            raise ending from error
+                "--train.capture off continues from the last checkpoint",
+                f"CUDA ended the recording of the step as a graph ({reason}), after which torch cannot go on"
+                if wanted == "auto"
+                else "",
+            ) from error
         warnings.warn(f"train.capture: the step is not captured, and goes on without a graph: {reason}", stacklevel=2)
         self.reason = reason
 

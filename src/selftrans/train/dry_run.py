@@ -6,6 +6,9 @@ random weights: its cost is the same.
 
 from __future__ import annotations
 
+import contextlib
+import gc
+import multiprocessing
 import os
 import resource
 import shutil
@@ -14,6 +17,8 @@ import sys
 import tempfile
 import time
 from collections.abc import Collection, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,7 +38,7 @@ from selftrans.plugins import trust_named
 from selftrans.precision import PRECISIONS
 from selftrans.storage import gigabytes, nearest_existing, plural
 from selftrans.train.batches import Loaded
-from selftrans.train.capture_rules import ENDED, description
+from selftrans.train.capture_rules import ENDED, NotCaptured, description
 from selftrans.train.data_window import Transfer, describe_data, transfer_of, transfer_text
 from selftrans.train.initial_weights import build_student
 from selftrans.train.out_of_memory import guarded_step, release
@@ -92,12 +97,35 @@ def dry_run(config: RunConfig, out: str | Path, *, steps: int = STEPS, typed: Co
     """Build every stage of the run `out`, take `steps` steps of each, and return what the run takes. `typed`: see `train`.
 
     A single process begins no further step of a stage after `FEWEST` steps and `LIMIT` seconds. Where a step takes long on a
-    CPU, it takes steps of fewer samples, from two sizes of which time and memory of the whole batch are extrapolated.
+    CPU, it takes steps of fewer samples, from two sizes of which time and memory of the whole batch are extrapolated. Where
+    graphs of `train.capture auto` end the process, a new one takes the steps without graphs, as a run would that is continued.
 
     ValueError as `train`; MemoryError (one line, with the remedy) where a step does not fit.
     """
+    try:
+        return _dry_run(config, Path(out), steps, typed)
+    except NotCaptured as error:
+        if not error.reason:
+            raise
+        said, reason = str(error), error.reason
+    # not inside the handler: the frames of the error hold the tensors of the step
+    gc.collect()
+    with contextlib.suppress(RuntimeError):  # after a recording that CUDA has ended
+        torch.cuda.empty_cache()
+    try:
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+            launched = config.override({"train.capture": "off"})
+            found = pool.submit(_dry_run, launched, Path(out), steps, typed).result()
+    except BrokenProcessPool:  # such as of a script whose main part is not guarded
+        raise NotCaptured(said) from None
+    for stage in found.stages:
+        stage.capture = f"launched one by one: {reason}; so will the run, once the same command has continued it"
+    return found
+
+
+def _dry_run(config: RunConfig, out: Path, steps: int, typed: Collection[str]) -> DryRun:
     trust_named(config.method, config.model.name)
-    out, config = Path(out), config.restricted().check()
+    config = config.restricted().check()
     with tempfile.TemporaryDirectory(prefix="selftrans-dry-run-") as folder:
         place = Path(folder)
         if (out / ENDED).exists():

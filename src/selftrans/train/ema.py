@@ -7,7 +7,7 @@ import copy
 import torch
 from torch import Tensor
 
-from selftrans.train.fsdp import local
+from selftrans.train.fsdp import local, reshard
 from selftrans.types import Backbone
 
 
@@ -36,3 +36,4 @@ class EMA:
         averages: list[Tensor] = [local(a) for a, _ in self._pairs]
         parameters: list[Tensor] = [local(p.detach()) for _, p in self._pairs]
         torch._foreach_lerp_(averages, parameters, 1 - decay)
+        reshard(self.model)  # a guidance that follows the average has gathered it

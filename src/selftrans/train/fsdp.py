@@ -56,6 +56,15 @@ def gather_full_tensor(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+def reshard(model: nn.Module) -> None:
+    """Drop gathered weights, so that the next pass gathers them anew; nothing for a model that is not sharded.
+
+    FSDP2 drops those outside of the blocks after a backward pass only: a model without one would keep those of its first pass.
+    """
+    if isinstance(model, FSDPModule):
+        model.reshard()
+
+
 def any_rank(flag: Tensor, tensors: list[Tensor]) -> Tensor:
     """Whether a 0-d boolean is true in any process, if the tensors are sharded; else the flag. Every process must call it."""
     if not any(isinstance(tensor, DTensor) for tensor in tensors):

@@ -10,6 +10,7 @@ import torch
 
 from selftrans.storage import plural
 from selftrans.train.batches import Loaded, to_batch
+from selftrans.train.capture_rules import NotCaptured
 from selftrans.train.optim import moment_bytes
 
 if TYPE_CHECKING:
@@ -26,7 +27,8 @@ def is_out_of_memory(error: RuntimeError) -> bool:
 
 
 def guarded_step(trainer: Trainer, batches: Iterator[Loaded]) -> None:
-    """One training step. MemoryError (one line, with the remedy) where the device has no memory for it."""
+    """One training step. MemoryError (one line, with the remedy) where the device has no memory for it; `NotCaptured` where
+    the memory is that of graphs of `train.capture auto`, without which a new process continues."""
     try:
         trainer._train_step(batches)
         return
@@ -35,7 +37,12 @@ def guarded_step(trainer: Trainer, batches: Iterator[Loaded]) -> None:
             raise
     # not inside the handler: the frames of the error hold the tensors of the step
     release(trainer)
-    raise MemoryError(explanation(trainer, next(batches)))
+    said, captured = explanation(trainer, next(batches)), trainer.captured
+    if captured is not None and captured.expendable:
+        raise NotCaptured(
+            said, f"a step of {trainer.stage.name} had no memory while graphs kept that of the step before"
+        )
+    raise MemoryError(said)
 
 
 def between_steps(trainer: Trainer, name: str, work: Callable[[], T]) -> T:

@@ -91,7 +91,7 @@ class Trainer:
         self.objective = Objective(
             student, guidances, path=PATHS[train.path], times=train.times, drop=train.drop, cosine=train.cosine
         ).to(accelerator.device)
-        self.ends = [g.until_step for g in guidances]
+        self.ends = [g.until_step for g in self.objective.guidances]
         self.ema = EMA(self.objective.student, train.ema)
         self.objective.watch(self.ema.model)
         self.stream = self._stream()
@@ -200,7 +200,8 @@ class Trainer:
         if ended:
             forget(getattr(self.optimizer, "optimizer", self.optimizer), self.objective)
             fsdp.release(self.objective)
-            if not len(self.objective.guidances):
+            held = (value for guidance in self.objective.guidances for value in vars(guidance).values())
+            if not any(value is self.teacher for value in held):
                 self.teacher = None
         return ended
 

@@ -44,6 +44,8 @@ from selftrans.methods.self_transcendence import Stage1, Stage2
 from selftrans.recipes import recipe
 from selftrans.sampling.conditioning import LabelConditioning
 from selftrans.storage import write_json
+from selftrans.train.capture_rules import ENDED, NotCaptured
+from selftrans.train.trainer import Trainer
 from selftrans.types import Conditions
 from tests.support import toy
 from tests.support.pictures import class_folders
@@ -580,6 +582,38 @@ def test_run_in_training_ends_with_a_checkpoint_where_another_worker_fails(tmp_p
     reported: list[int] = []
     train_one(comparison, job, reported.append)
     assert reported == [step, *[1] * (20 - step)], "the run continues"
+
+
+def worker_with_graphs(comparison: Comparison, *shared: Any) -> None:
+    """`_init_worker` of a pool in which CUDA ends the recording of the second run."""
+    toy.quicken()
+    run = Trainer.run
+
+    def recorded(trainer: Trainer) -> Any:
+        folder = trainer.directory.parent
+        with (comparison.out / "started").open("a") as file:
+            file.write(f"{folder.name} at {trainer.step}, {(folder / ENDED).exists()}; ")
+        if folder.name.endswith("seed1") and not (folder / ENDED).exists():
+            raise NotCaptured("the step cannot be recorded", "CUDA ended the recording")
+        return run(trainer)
+
+    Trainer.run = recorded  # type: ignore[method-assign]
+    runner._init_worker(comparison, *shared)
+
+
+@pytest.mark.usefixtures("forked_workers")
+def test_comparison_starts_its_workers_anew_where_graphs_end_one(tmp_path, monkeypatch):
+    """What is trained and measured stays; the run that ended goes on without graphs, and is in the result."""
+    config = toy.toy({"method": "vanilla", "train.steps": 10, "sample.steps": 1})
+    comparison = Comparison(config, {"vanilla": config}, (0, 1), tmp_path, 24, "values", every=10)
+    monkeypatch.setattr(runner, "_init_worker", worker_with_graphs)
+    monkeypatch.setattr(runner, "processes", lambda comparison, workers: (workers, 1))
+    failed = {("vanilla", 0): "it had no memory in the first attempt"}
+    with pytest.warns(UserWarning, match="^all workers start anew, and one run goes on without graphs: CUDA ended the"):
+        results = runner.compare(comparison, workers=1, failed=failed)
+    assert set(results) == {("vanilla", 0), ("vanilla", 1)} and failed == {}
+    started = "vanilla-seed0 at 0, False; vanilla-seed1 at 0, False; vanilla-seed1 at 0, True; "
+    assert (tmp_path / "started").read_text() == started
 
 
 def worker_of_an_interrupted_pool(comparison: Comparison, *shared: Any) -> None:

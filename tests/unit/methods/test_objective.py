@@ -404,6 +404,12 @@ def test_latents_of_another_shape_or_type_are_refused(latents, message):
         sit_objective()(Batch(latents, torch.zeros(len(latents), dtype=torch.long)), 0)
 
 
+def named(name):
+    ridge = Ridge()
+    ridge.name = name
+    return ridge
+
+
 @pytest.mark.parametrize(
     "options, message",
     [
@@ -411,6 +417,8 @@ def test_latents_of_another_shape_or_type_are_refused(latents, message):
         ({"guidances": None}, r"a list of Guidance objects, not None; \(\) for none"),
         ({"guidances": [Ridge]}, r"a list of Guidance objects, not of <class '.*Ridge'>"),
         ({"guidances": [Guidance(1.0, ())]}, "Guidance has no name: set one in the class"),
+        ({"guidances": [named("loss")]}, "Ridge.name 'loss' is that of another entry of the log"),
+        ({"guidances": [named("flow")]}, "Ridge.name 'flow' is that of another entry of the log"),
         ({"path": "linear"}, "path 'linear' must be a Path: one of selftrans.PATHS, which are linear, cosine"),
         ({"times": "even"}, "times 'even' is unknown; choose one of systematic, uniform"),
         ({"drop": 1.5}, r"drop 1.5 must be in \[0, 1\]"),

@@ -10,6 +10,7 @@ from selftrans.checkpoints.load import load_model
 from selftrans.cli.main import main
 from selftrans.config import from_json, to_json
 from selftrans.models.compiling import compile_model
+from selftrans.models.layers import rotate
 from selftrans.models.lightning import (
     LIGHTNING_SIZES,
     OPTIONS,
@@ -17,7 +18,6 @@ from selftrans.models.lightning import (
     LightningConfig,
     LightningDiT,
     build,
-    rotate,
     rotation_table,
 )
 from selftrans.models.sit import SiT

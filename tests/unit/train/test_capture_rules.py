@@ -19,7 +19,6 @@ from selftrans.models.sit import SiT
 from selftrans.train import capture_rules
 from selftrans.train.capture_rules import (
     ENDED,
-    Invalidated,
     NotCaptured,
     description,
     remembered,
@@ -149,18 +148,13 @@ def test_graphs_get_half_of_the_memory_that_is_free(
         assert reason == "graphs would keep 11 GB, more than half of the 20 GB that are free between steps"
 
 
-def ended(*, automatic: bool, cause: Exception | None) -> NotCaptured:
-    error = NotCaptured("the step cannot be recorded")
-    error.automatic, error.__cause__ = automatic, cause
-    return error
-
-
 def test_same_command_continues_after_cuda_has_ended_a_recording(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """One line ends the run; its folder says that it is not to be captured, which later steps and a dry run follow."""
+    """One line ends the run; its folder says that it is not to be captured, which later steps and a dry run follow. The same
+    where a replay had no memory: what a process cannot do with graphs, a new one does without them."""
     run, out = Trainer.run, tmp_path / "run"
-    failing = iter([ended(automatic=True, cause=Invalidated("operation not permitted\nmore"))])
+    failing = iter([NotCaptured("the step cannot be recorded", "CUDA ended the recording, so torch cannot go on")])
 
     def once(self: Trainer) -> Any:
         for error in failing:
@@ -179,33 +173,32 @@ def test_same_command_continues_after_cuda_has_ended_a_recording(
     ]
     assert main(command) == 1
     said = capsys.readouterr().err.splitlines()[-1]
-    assert "(operation not permitted), after which torch cannot go on; the same command continues" in said
+    assert (
+        "CUDA ended the recording, so torch cannot go on; the same command continues from the last checkpoint" in said
+    )
     assert said.endswith(f"without graphs, because of {out / ENDED}")
-    assert json.loads((out / ENDED).read_text())["reason"] == "operation not permitted"
+    assert json.loads((out / ENDED).read_text())["reason"] == "CUDA ended the recording, so torch cannot go on"
     assert main(command) == 0 and seen == 2 * [why_launched(trainer_of(out))] and seen[0]
 
 
-@pytest.mark.parametrize(
-    ("automatic", "cause"),
-    [(False, Invalidated("not permitted")), (True, RuntimeError("no kernel")), (True, None)],
-)
-def test_other_failures_are_not_remembered(tmp_path: Path, automatic: bool, cause: Exception | None) -> None:
+def test_other_failures_are_not_remembered(tmp_path: Path) -> None:
     """`on` was asked for, or the recording could be ended: the error is shown as it is."""
-    error = ended(automatic=automatic, cause=cause)
+    error = NotCaptured("the step cannot be recorded")
     with pytest.raises(NotCaptured) as caught, remembered(tmp_path):
         raise error
     assert caught.value is error and not (tmp_path / ENDED).exists()
 
 
 def test_folder_that_cannot_be_written_keeps_the_first_message(tmp_path: Path) -> None:
-    """It names the flag with which the run continues; nothing is written through a link."""
-    error, target = ended(automatic=True, cause=Invalidated("not permitted")), tmp_path / "target"
+    """It names the flag with which the run continues, as a new process would end alike; nothing is written through a link."""
+    error, target = NotCaptured("use --train.capture off", "it is over"), tmp_path / "target"
     (tmp_path / ENDED).mkdir()
     with pytest.raises(NotCaptured) as caught, remembered(tmp_path):
         raise error
-    assert caught.value is error
+    assert caught.value is error and not error.reason
     (tmp_path / ENDED).rmdir()
     (tmp_path / ENDED).symlink_to(target)
+    error.reason = "it is over"
     with pytest.raises(NotCaptured), remembered(tmp_path):
         raise error
     assert not target.exists()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import pickle
 import warnings
 import weakref
 from pathlib import Path
@@ -231,6 +232,8 @@ def test_run_ends_where_a_step_cannot_be_captured(
     ) as e:
         one._train_step(batches)
     assert isinstance(e.value, ValueError), "which the command line shows as one line"
+    restarts = f"CUDA ended the recording of the step as a graph ({said}"
+    assert e.value.reason.startswith(restarts) if capture == "auto" else e.value.reason == ""
     assert str(e.value).endswith("the same command with --train.capture off continues from the last checkpoint")
     assert "\n" not in str(e.value) and one.step == WARM_UP
     toy.assert_same(state(one), before)
@@ -255,6 +258,24 @@ def test_out_of_memory_while_recording_says_what_fits(tmp_path: Path, monkeypatc
         guarded_step(one, batches)
     assert "\n" not in str(caught.value) and one.step == WARM_UP
     assert captured._micro._graph is None and not captured.replaying
+
+
+@pytest.mark.usefixtures("graphs")
+@pytest.mark.parametrize("capture", ["on", "auto"])
+def test_replay_without_memory_ends_the_run_and_auto_continues_without_graphs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capture: str
+) -> None:
+    """One line says it; the error of `auto` tells what repeats a command that a new process continues."""
+    one, batches = warmed_up(tmp_path, CASES["vanilla"])
+    asking(one, capture)._train_step(batches)
+    replays = RuntimeError("CUDA out of memory: not enough memory")
+    monkeypatch.setattr(type(one.captured), "_fill", lambda self, loaded: raising(replays))
+    with pytest.raises(NotCaptured if capture == "auto" else MemoryError) as caught:
+        guarded_step(one, batches)
+    said = " while graphs keep that of the step before; without one it fits: use --train.capture off, or "
+    assert said in str(caught.value) and "\n" not in str(caught.value)
+    reason = "a step of vanilla had no memory while graphs kept that of the step before"
+    assert pickle.loads(pickle.dumps(caught.value)).__dict__ == ({"reason": reason} if capture == "auto" else {})
 
 
 @pytest.mark.usefixtures("graphs")

@@ -2,6 +2,7 @@
 
 import json
 import os
+from concurrent.futures.process import BrokenProcessPool
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,7 +12,7 @@ from selftrans.checkpoints import format as checkpoint
 from selftrans.cli.main import main
 from selftrans.data.buckets import open_data
 from selftrans.data.shard_cache import CacheOptions
-from selftrans.train.capture_rules import ENDED
+from selftrans.train.capture_rules import ENDED, NotCaptured
 from selftrans.train.data_window import Transfer
 from selftrans.train.dry_run import _extrapolated, dry_run, duration, text
 from selftrans.train.trainer import Trainer
@@ -94,6 +95,29 @@ def test_how_steps_run_on_a_gpu_is_said_as_in_the_run(tmp_path, monkeypatch):
     assert [stage.capture for stage in found.stages] == ["True", "True"] and text(found).count(
         "  steps       True\n"
     ) == 2
+
+
+def test_dry_run_goes_on_in_a_new_process_where_graphs_end_this_one(tmp_path, monkeypatch):
+    """It takes the steps launched, and says so; where no process can be started, the line of the first one is shown."""
+
+    def ended(trainer, batches):
+        raise NotCaptured("the step cannot be recorded; use --train.capture off", reason)
+
+    reason = "CUDA ended the recording"
+    monkeypatch.setattr("selftrans.train.dry_run.guarded_step", ended)  # in this process
+    small = toy.toy({"train.steps": 2, "stage1.steps": 2, "train.capture": "auto"})
+    found = dry_run(small, tmp_path / "run", steps=1)
+    assert [stage.name for stage in found.stages] == ["stage1", "stage2"] and not (tmp_path / "run").exists()
+    assert all(stage.seconds_per_step > 0 for stage in found.stages)
+    assert f"  steps       launched one by one: {reason}; so will the run, once" in text(found)
+    broken = SimpleNamespace(get_context=lambda _: raising(BrokenProcessPool()))
+    monkeypatch.setattr("selftrans.train.dry_run.multiprocessing", broken)
+    with pytest.raises(NotCaptured, match=r"^the step cannot be recorded; use --train[^\n]*off$"):
+        dry_run(small, tmp_path / "run", steps=1)
+
+
+def raising(error):
+    raise error
 
 
 def test_extrapolation_is_linear_in_the_samples():

@@ -1,6 +1,7 @@
 """The training step: compared with a plain loop; micro-batches, the end of guidance, precision and compilation."""
 
 import copy
+import dataclasses
 import gc
 import json
 import math
@@ -14,6 +15,9 @@ import torch
 from selftrans.data.dataset import Dataset
 from selftrans.flow import LINEAR, interpolate
 from selftrans.methods import objective
+from selftrans.methods.layersync import LayerSync, LayerSyncGuidance
+from selftrans.methods.registry import METHODS
+from selftrans.methods.self_transcendence import SELF_TRANSCENDENCE
 from selftrans.train.batches import Loaded, seed_step, to_batch
 from selftrans.train.run import train
 from selftrans.train.trainer import Trainer
@@ -146,6 +150,21 @@ def test_heads_and_teacher_are_freed_when_guidance_ends(tmp_path, monkeypatch):
         assert not any("head" in name for name in names if name.startswith(("student/", "ema/")))
         state = json.loads((toy.checkpoint(tmp_path, step=step) / "state.json").read_text())
         assert (state["teacher"] is not None) == (step < 5)
+
+
+def test_teacher_is_freed_when_its_guidance_ends_and_another_stays(tmp_path, monkeypatch):
+    def both(config):
+        first, second = SELF_TRANSCENDENCE.stages(config)
+        other = LayerSync(block=1, target_block=2)
+        guide = lambda student, teacher: [*second.guide(student, teacher), LayerSyncGuidance(student, other)]  # noqa: E731
+        return [first, dataclasses.replace(second, guide=guide)]
+
+    seen = []
+    watch(monkeypatch, lambda trainer: seen.append((trainer.teacher is not None, len(trainer.objective.guidances))))
+    spec = dataclasses.replace(SELF_TRANSCENDENCE, stages=both)
+    monkeypatch.setitem(METHODS, spec.name, spec)
+    train(toy.toy({"stage1.steps": 1}), tmp_path, quiet=True)
+    assert seen == [(False, 1), *5 * [(True, 2)], *3 * [(False, 1)]]
 
 
 @pytest.mark.parametrize("until", [0, 1, 8, 20, None])
