@@ -36,11 +36,10 @@ class Attention(nn.Module):
         super().__init__()
         self.heads, d = heads, head_width(width, heads)
 
-        def norm() -> (
-            nn.Module
-        ):  # 1e-5: the published LayerNorm (of timm) leaves torch's default, the published RMSNorm does not
+        def norm() -> nn.Module:
             if not qk_norm:
                 return nn.Identity()
+            # 1e-5: the published LayerNorm (of timm) leaves torch's default, the published RMSNorm does not
             return RMSNorm(d, eps=1e-6) if rms_norm else nn.LayerNorm(d, eps=1e-5)
 
         self.qkv = nn.Linear(width, 3 * width)

@@ -20,9 +20,8 @@ from selftrans.storage import gigabytes, write_json
 if TYPE_CHECKING:
     from selftrans.train.trainer import Trainer
 
-ENDED = (
-    "not-captured.json"  #: in a run's folder: a process could not go on with graphs, so that `auto` makes none there
-)
+#: in a run's folder: a process could not go on with graphs, so that `auto` makes none there
+ENDED = "not-captured.json"
 #: packages whose layers are functions of their inputs; what others keep in Python from step to step would not be replayed
 KNOWN = ("selftrans", "torch", "torchao", "diffusers", "transformers", "peft")
 WAITS, PROTOTYPE = "called a synchronizing CUDA operation", "Synchronization debug mode"  #: in warnings of torch
