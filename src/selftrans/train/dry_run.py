@@ -67,9 +67,8 @@ class StagePlan:
     seconds_per_step: float
     seconds_left: float
     memory: dict[str, int]  #: bytes without activations, by what they are for
-    peak: (
-        int  #: bytes: of the device in these steps, with `train.recompute` as it is set; on a CPU of the whole process
-    )
+    #: bytes: of the device in these steps, with `train.recompute` as it is set; on a CPU of the whole process
+    peak: int
     samples: int  #: in the smallest of these steps: fewer than the batch on a slow CPU, from which the others are extrapolated
     checkpoint: int  #: bytes
     kept: int  #: checkpoints kept at the end, about

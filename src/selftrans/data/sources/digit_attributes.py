@@ -11,9 +11,8 @@ import numpy as np
 #: attribute -> its unit
 ATTRIBUTES = {"thickness": "px", "slant": "degrees", "size": "px", "column": "px", "row": "px"}
 FINE = 4  #: strokes are measured on an image with so many times the resolution
-EDGE = (
-    0.25  #: grey levels over which their edge is averaged: the middle quarter, so that blur does not count as thinness
-)
+#: grey levels over which their edge is averaged: the middle quarter, so that blur does not count as thinness
+EDGE = 0.25
 
 
 def attributes(images: np.ndarray) -> dict[str, np.ndarray]:
