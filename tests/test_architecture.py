@@ -112,12 +112,9 @@ MANNERED = re.compile(
 COVERED_BY = {
     "__main__": "unit/cli/test_main.py",
     "cli/commands": "unit/cli/test_main.py",
-    "cli/doctor_command": "unit/experiments/test_doctor.py",
     "cli/experiment_commands": "unit/cli/test_main.py",
     "cli/interop_commands": "unit/cli/test_main.py",
-    "cli/plan_command": "unit/experiments/test_scale_plan.py",
     "cli/prepare_command": "unit/cli/test_main.py",
-    "cli/ui_command": "unit/ui/test_serve.py",
     "data/decoded": "unit/data/test_prepare.py",
     "data/encode": "unit/data/test_prepare.py",
     "data/manifest": "unit/data/test_dataset.py",
