@@ -141,7 +141,6 @@ COVERED_BY = {
     "experiments/bench/text_table": "unit/experiments/bench/test_bench.py",
     "experiments/comparison": "unit/experiments/test_kept.py",
     "experiments/comparison_files": "unit/experiments/test_kept.py",
-    "experiments/image_files": "unit/experiments/test_evaluate_samples.py",
     "experiments/measurement": "unit/experiments/test_compare.py",
     "experiments/opened_samples": "unit/experiments/test_evaluate_samples.py",
     "experiments/quickstart": "integration/test_pages.py",

@@ -19,7 +19,7 @@ from selftrans.evaluate.extractors import ClassifierExtractor, ValuesExtractor
 from selftrans.evaluate.metrics import frechet_distance
 from selftrans.evaluate.statistics import Statistics
 from selftrans.experiments import evaluate_samples as scores
-from selftrans.experiments import image_files, reference
+from selftrans.experiments import reference
 from selftrans.experiments.compare import override, with_defaults
 from selftrans.experiments.measurement import Measurement, measure_checkpoint, samples_of
 from selftrans.sampling.images import Sampler
@@ -200,7 +200,7 @@ def test_adm_reference_batch_uses_its_statistics_and_its_pictures(scorer: Path, 
     made = folder(tmp_path / "made")
     report = scores.evaluate_samples(made, tmp_path / "batch.npz", str(scorer))
     expected = frechet_distance(
-        Statistics.of(image_files.iter_images(made), one), dataclasses.replace(everything, count=None)
+        Statistics.of(reference.iter_images(made), one), dataclasses.replace(everything, count=None)
     )
     assert report["frechet_distance"] == pytest.approx(expected, rel=1e-9)
     assert 0 <= report["recall"] <= 1 and "does not name its extractor" in report["note"]
