@@ -23,9 +23,9 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from selftrans.data.prepare import prepare
-from selftrans.experiments.compare import for_method, with_defaults
+from selftrans.experiments.compare import check_measuring, for_method, shared_settings
 from selftrans.experiments.comparison import Comparison
-from selftrans.experiments.runner import compare
+from selftrans.experiments.runner import train_and_measure
 from selftrans.experiments.summary import mean_curve, rows
 from selftrans.recipes import recipe
 from selftrans.storage import write_json
@@ -95,7 +95,8 @@ def main() -> None:
     base, longer = options.out / "base", {"train.steps": options.base_steps, "data.path": str(first)}
     train(for_method(recipe("digits").override(common | longer)).check(), base)
     shared = recipe("digits").override(common | {"train.steps": options.steps, "data.path": str(second)})
-    shared, features, weights = with_defaults(shared, options.out)
+    shared, features, weights = shared_settings(shared, options.out)
+    check_measuring(shared, features, weights)
     given: dict[str, Any] = {"init.path": str(base)}
     lora = given | {"lora.rank": options.rank, "train.lr": RATE}
     stages = {"stage1.steps": options.steps // 2, "stage2.until_step": options.steps // 2}
@@ -110,7 +111,7 @@ def main() -> None:
         del overrides[f"LoRA, rank {options.rank}, both stages"]
     variants = {name: for_method(shared.override(dotted)).check() for name, dotted in overrides.items()}
     chosen = Comparison(shared, variants, tuple(options.seeds), options.out, options.images, features, weights)
-    results = compare(chosen, workers=options.workers)
+    results = train_and_measure(chosen, workers=options.workers)
     table = rows(results, tuple(variants), SCRATCH)
     curves = {name: mean_curve(results, name) for name in variants}
     sizes = {name: _sizes(chosen.run((name, options.seeds[0]))) for name in variants}

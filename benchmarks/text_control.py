@@ -27,7 +27,7 @@ from selftrans.data.sources.digit_attributes import ATTRIBUTES
 from selftrans.encoders.text import encoder_of
 from selftrans.evaluate.extractors import load_extractor
 from selftrans.evaluate.plots import save
-from selftrans.experiments.compare import for_method, override, with_defaults
+from selftrans.experiments.compare import check_measuring, for_method, override, shared_settings
 from selftrans.experiments.comparison import Comparison
 from selftrans.experiments.prompt_control import WORDINGS, Measured, PromptControl, Scans, pooled, summary
 from selftrans.experiments.runner import train_one
@@ -69,7 +69,8 @@ def main() -> None:
     options = parser.parse_args()
     if options.threads:
         torch.set_num_threads(options.threads)
-    config, features, weights = with_defaults(override(recipe("digits_t2i"), steps=options.steps), options.out)
+    config, features, weights = shared_settings(override(recipe("digits_t2i"), steps=options.steps), options.out)
+    check_measuring(config, features, weights)
     variants = {name: for_method(config, name) for name in METHODS if name in options.methods}
     chosen = Comparison(config, variants, tuple(options.seeds), options.out, options.images, features, weights)
     scans = Scans(load_extractor("digits", weights=weights))

@@ -23,7 +23,7 @@ from selftrans.data.decoded import data_latents
 from selftrans.data.sources.decode import sides
 from selftrans.device import default_device
 from selftrans.encoders.identity import identity_kind
-from selftrans.evaluate.extractors import Extractor, FeaturesNotFinite, extractor_sha256, load_extractor
+from selftrans.evaluate.extractors import Extractor, FeaturesNotFinite, load_extractor
 from selftrans.evaluate.metrics import evaluate
 from selftrans.evaluate.probes import can_be_probed, collect, linear_probe
 from selftrans.evaluate.statistics import Statistics
@@ -119,18 +119,6 @@ def identity_of(
     }
     described |= {} if decoder == torch.float32 else {"decoder": "bf16"}
     return described | ({DECODED_BY: decoded_by} if decoded_by else {})
-
-
-def measured_alike(
-    config: RunConfig, features: str, *, weights: str | None, images: int, block: int, dataset: Dataset
-) -> dict[str, Any]:
-    """The `identity` of a `Measurement.of` these, without what only measuring needs: no autoencoder is loaded, and no image
-    decoded. ValueError where the extractor cannot be used."""
-    sha256 = extractor_sha256(features, weights=weights, shape=image_shape(dataset.manifest))
-    sample = dataclasses.replace(config.sample, num=images)
-    dtype = decoder_dtype(default_device(), config.sample.precision)
-    decoded_by = decoder_sha256(dataset.manifest.autoencoder)
-    return identity_of(sample, stored_conditions(dataset, sample), sha256, block, dtype, decoded_by)
 
 
 def stored_conditions(dataset: Dataset, sample: SampleConfig) -> Conditioning:

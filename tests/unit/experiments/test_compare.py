@@ -516,9 +516,9 @@ def test_comparison_with_a_killed_worker_continues_as_if_there_was_none(tmp_path
     monkeypatch.setattr(runner, "_init_worker", watched_worker)
     monkeypatch.setattr(runner, "processes", lambda comparison, workers: (workers, 1))
     with pytest.raises(ValueError, match=r"^a worker process was ended .* continues: give it --workers 1, [^\n]*$"):
-        runner.compare(comparison, workers=2)
+        runner.train_and_measure(comparison, workers=2)
     assert (comparison.out / "killed").exists() and not list(comparison.out.glob("*/measured.json"))
-    results = runner.compare(comparison, workers=1)
+    results = runner.train_and_measure(comparison, workers=1)
     assert (comparison.out / "decoded").read_text() == "x", "the statistics of the training data are computed once"
     for job, points in expected.items():
         toy.assert_same(toy.tensors(comparison.run(job), "vanilla"), toy.tensors(plain.run(job), "vanilla"))
@@ -574,7 +574,7 @@ def test_run_in_training_ends_with_a_checkpoint_where_another_worker_fails(tmp_p
     monkeypatch.setattr(runner, "_init_worker", worker_of_a_failing_pool)
     monkeypatch.setattr(runner, "processes", lambda comparison, workers: (workers, 1))
     with pytest.raises(ValueError, match=message):
-        runner.compare(comparison, workers=2)
+        runner.train_and_measure(comparison, workers=2)
     ((step, _),) = checkpoint.steps(comparison.run(job) / "vanilla" / "checkpoints")
     assert 5 <= step <= 6
     reported: list[int] = []
@@ -605,7 +605,7 @@ def test_interrupt_leads_to_a_checkpoint_and_one_line_that_says_how_to_continue(
     with pytest.raises(
         KeyboardInterrupt, match=r"^stopped by SIGINT; .* wrote a checkpoint; the same command continues$"
     ):
-        runner.compare(comparison, workers=1)
+        runner.train_and_measure(comparison, workers=1)
     assert "Traceback" not in capfd.readouterr().err
     ((step, _),) = checkpoint.steps(comparison.run(job) / "vanilla" / "checkpoints")
     assert 5 <= step <= 6
