@@ -20,9 +20,9 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from sklearn.datasets import load_digits
 
 from selftrans.data.prepare import prepare
+from selftrans.evaluate.classifier import digits
 from selftrans.experiments.compare import check_measuring, for_method, shared_settings
 from selftrans.experiments.comparison import Comparison
 from selftrans.experiments.runner import train_and_measure
@@ -48,11 +48,10 @@ def split(source: str, out: Path, side: int | None, most: int) -> list[Path]:
 
 
 def _digits(folder: Path, half: int) -> None:
-    scans = load_digits()
-    for k, (scan, label) in enumerate(zip(scans.images, scans.target, strict=True)):
+    for k, (scan, label) in enumerate(zip(*digits(), strict=True)):
         if label // 5 == half:
             (folder / str(label)).mkdir(parents=True, exist_ok=True)
-            Image.fromarray(np.uint8(np.round(scan * 255 / 16))).save(folder / str(label) / f"{k:04}.png")
+            Image.fromarray(scan[..., 0]).save(folder / str(label) / f"{k:04}.png")
 
 
 def _from_zip(archive: Path, folder: Path, half: int, most: int) -> None:

@@ -30,7 +30,7 @@ from selftrans.evaluate.statistics import Statistics
 from selftrans.experiments.reference import decoder_sha256, training_statistics
 from selftrans.flow import PATHS
 from selftrans.sampling.conditioning import Conditioning, LabelConditioning, captions_of
-from selftrans.sampling.images import NotFinite, Sampler, as_possible, decoder_dtype
+from selftrans.sampling.images import NotFinite, SampledBatch, Sampler, as_possible, decoder_dtype
 from selftrans.sampling.in_sizes import InSizes
 from selftrans.sampling.samplers import EVALUATIONS
 from selftrans.storage import recorded, write_json
@@ -277,21 +277,19 @@ def measure_checkpoint(folder: Path, measurement: Measurement) -> dict[str, Any]
     sampler = Sampler.of(
         loaded, settings, device=device, conditioning=measurement.conditioning, total=measurement.total
     )
-    batches = list(InSizes(sampler, measurement.dataset).sample())
-    labels = np.concatenate([batch.labels for batch in batches])
-    images = (batch.images for batch in batches)
-    metrics = ("frechet", "accuracy") if classes > 1 and measurement.extractor.head else ("frechet",)
-    report = evaluate(images, measurement.reference, measurement.extractor, labels=labels, metrics=metrics)
+    found = measure_samples(list(InSizes(sampler, measurement.dataset).sample()), measurement)
     spent = checkpoint.read_header(folder / FILES["ema"])
-    return {
-        "step": loaded.step,
-        "seconds": spent["seconds"],
-        "tflops": spent["tflops"],
-        "metric": report["label"],
-        "distance": report[report["metric"]],
-        "accuracy": report.get("accuracy"),
-        "probe": probed,
-    } | measurement.identity
+    cost = {"step": loaded.step, "seconds": spent["seconds"], "tflops": spent["tflops"]}
+    return cost | found | {"probe": probed} | measurement.identity
+
+
+def measure_samples(batches: Sequence[SampledBatch], measurement: Measurement) -> dict[str, Any]:
+    """Distance of samples to the training data and, with classes that the extractor knows, accuracy of their labels."""
+    labels, classes = np.concatenate([batch.labels for batch in batches]), measurement.dataset.manifest.num_classes
+    metrics = ("frechet", "accuracy") if classes > 1 and measurement.extractor.head else ("frechet",)
+    images = (batch.images for batch in batches)
+    report = evaluate(images, measurement.reference, measurement.extractor, labels=labels, metrics=metrics)
+    return {"metric": report["label"], "distance": report[report["metric"]], "accuracy": report.get("accuracy")}
 
 
 def probe(model: Any, measurement: Measurement, path: Any, most: int = 4000) -> float | None:
