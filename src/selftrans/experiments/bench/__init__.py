@@ -84,9 +84,8 @@ def bench(
     """Measure each model and write `out/bench.json`; returns its content.
 
     Args:
-        models: name -> sizes.
+        models: name -> sizes. tokens: T, a square number.
         batch_size: images per step; None: by model and device (BATCH).
-        tokens: T, a square number.
         device: None: a GPU if there is one. A GPU is measured in bfloat16 and compiled, a CPU in float32 and eager.
         seconds: time for the training steps of each model (at least three rounds).
         quick: less time, and fewer latents and images.
