@@ -6,7 +6,7 @@ Shape legend: N pictures, T tokens, D width.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -25,12 +25,10 @@ from selftrans.ui.jobs import Job
 from selftrans.ui.opened_models import OpenedModels, Source, counted_passes, source_of, take
 from selftrans.ui.picture_data import Pictures, RunData, decoded_upload, pictures
 from selftrans.ui.run_plan import guided_blocks
-from selftrans.ui.run_state import RunState
-from selftrans.ui.sampling_jobs import add_sheet
+from selftrans.ui.sampling_jobs import Run, Work, add_sheet
 
 MOST_TIMES, MOST_BLOCKS = 8, 12
 NULL = "null"  #: name of the null condition
-Work = Callable[[Job], None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,9 +44,7 @@ class Asked:
     """w of the teacher's features, f_u + w (f_c - f_u)"""
 
 
-def features(
-    raw: Mapping[str, Any], run: Callable[[str], RunState], models: OpenedModels, data: RunData
-) -> tuple[dict[str, Any], Work]:
+def features(raw: Mapping[str, Any], run: Run, models: OpenedModels, data: RunData) -> tuple[dict[str, Any], Work]:
     """(what is asked for, the work) of a request for maps of a student, and of a teacher if one is named."""
     student = source_of(raw.get("student"), run, "student")
     teacher = source_of(raw["teacher"], run, "teacher") if raw.get("teacher") is not None else None

@@ -196,7 +196,7 @@ def application(page: Page, *, host: str = "127.0.0.1", token: str | None = None
         Route("/api/jobs/{key:int}/cancel", cancel, methods=["POST"]),
         Route("/api/jobs/{key:int}/pictures/{number:int}.png", job_picture),
     ]
-    errors: dict[Any, Any] = {ValueError: _error(400), LookupError: _error(404), Busy: _busy}
+    errors: dict[Any, Any] = {ValueError: _error(400), LookupError: _error(404), Busy: _error(409)}
     middleware = [Middleware(Guard, host=host, token=token), Middleware(GZipMiddleware, minimum_size=2048)]
     return Starlette(routes=routes, exception_handlers=errors, middleware=middleware, lifespan=lifespan)
 
@@ -245,7 +245,3 @@ def _error(status: int) -> Callable[[Request, Exception], Awaitable[Response]]:
         return _json({"error": first_line(text, 400)}, status)
 
     return answer
-
-
-async def _busy(request: Request, error: Exception) -> Response:
-    return _json({"error": "another job is running; wait for it, or cancel it"}, 409)
