@@ -242,8 +242,8 @@ def check_alike(points: Iterable[Point], features: str) -> None:
         first = entries | first
 
 
-class Curve:
-    """The points of a run at its checkpoints `due`, which are measured in any order, and the file that keeps them.
+class PointsFile:
+    """MEASURED of a run: the points at its checkpoints `due`, which are measured in any order.
 
     `known`: those that the file has already.
     """

@@ -20,17 +20,18 @@ import torch
 from tqdm import tqdm
 
 from selftrans.checkpoints.load import LoadedModel
-from selftrans.data.buckets import is_prepared, open_data
+from selftrans.data.buckets import is_prepared, open_data, open_of_one_shape
 from selftrans.data.dataset import Dataset
 from selftrans.data.decoded import decoded_images
 from selftrans.data.sources.npz import npz_arrays
 from selftrans.data.sources.open_source import iter_images
 from selftrans.device import default_device
 from selftrans.encoders.autoencoder import stored_files
+from selftrans.encoders.identity import check_scale
 from selftrans.evaluate.classifier import digits
 from selftrans.evaluate.extractors import Extractor
 from selftrans.evaluate.statistics import Statistics
-from selftrans.storage import first_line, sha256_file
+from selftrans.storage import first_line, plural, sha256_file
 
 WANTED = "give a folder, zip or npz of pictures, prepared data, or statistics"
 
@@ -136,6 +137,29 @@ def training_data(origin: str | Path, loaded: LoadedModel, *, remedy: str) -> st
     if path is None:
         raise ValueError(f"{origin} does not record the path of its data; {remedy}")
     return path
+
+
+def fitting_data(
+    origin: str | Path, loaded: LoadedModel, data: str | None, who: str, *, captions: bool = True
+) -> Dataset:
+    """Prepared data of one shape: `data`, or what a model was trained on.
+
+    ValueError, which calls the model `who`, unless they have its shape, conditions and scale. `captions`: those of a model of
+    text are used, so they must be encoded as its own.
+    """
+    data = data or training_data(origin, loaded, remedy="give --data DIR")
+    dataset, model = open_of_one_shape(data, text_encoder=loaded.config.data.text_encoder), loaded.model
+    manifest, unused = dataset.manifest, model.conditions.kind == "text" and not captions
+    if manifest.shape != tuple(model.shape) or not (unused or manifest.conditions == model.conditions):
+        ours, theirs = (
+            c if c.kind == "text" else plural(c.num_classes, "class") for c in (model.conditions, manifest.conditions)
+        )
+        raise ValueError(
+            f"the data are latents {manifest.shape} with {theirs}; {who} was trained on {model.shape} with {ours}; give that "
+            "data with --data"
+        )
+    check_scale(who, loaded.autoencoder, manifest.autoencoder)
+    return dataset
 
 
 def cache() -> Path:

@@ -29,9 +29,9 @@ from selftrans.device import cpu_cores
 from selftrans.experiments.comparison import Comparison, config_of_run
 from selftrans.experiments.finished_runs import FinishedRun, all_measured, finished_runs
 from selftrans.experiments.measurement import (
-    Curve,
     Measurement,
     Point,
+    PointsFile,
     Progress,
     check_alike,
     due_checkpoints,
@@ -149,7 +149,7 @@ class Work:
     schedule: Schedule
     failed: dict[Job, str] | None  #: see `train_and_measure`
     spent: dict[Job, Spent]
-    curves: dict[Job, Curve]
+    measured: dict[Job, PointsFile]
 
     def note(self, task: Task, found: Spent | tuple[Point, float] | Failed) -> None:
         """What a task has led to. ValueError for a failure where `failed` is None."""
@@ -158,11 +158,11 @@ class Work:
             self._fail(task, found.reason)
         elif isinstance(found, Spent):
             due = due_checkpoints(self.comparison.run(job), self.comparison.every, self.comparison.dense)
-            self.spent[job], self.curves[job] = found, Curve(self.comparison.run(job), due)
+            self.spent[job], self.measured[job] = found, PointsFile(self.comparison.run(job), due)
             self.schedule.trained(job, due)
         elif folder is not None:
             point, seconds = found
-            self.curves[job].add(folder, point)
+            self.measured[job].add(folder, point)
             self.spent[job].measuring += seconds
 
     def _fail(self, task: Task, reason: str) -> None:
@@ -191,15 +191,15 @@ def _in_workers(
     schedule = Schedule(lengths, teachers, workers)
     work = Work(comparison, schedule, failed, {job: Spent() for job in finished}, {})
     for job, run in finished.items():
-        work.curves[job] = Curve(comparison.run(job), run.due, run.points)
+        work.measured[job] = PointsFile(comparison.run(job), run.due, run.points)
         schedule.trained(job, [folder for folder in run.due if folder not in run.points])
         bar.update(comparison.steps(job) + len(run.points) * measuring_cost(comparison.shared, comparison.images))
     if schedule:
         _work_off(work, workers, threads, bar)
-    check_alike((point for curve in work.curves.values() for point in curve.points), comparison.features)
+    check_alike((point for held in work.measured.values() for point in held.points), comparison.features)
     jobs = [job for job in comparison.jobs if job not in (failed or {})]
     reports = {job: json.loads((comparison.run(job) / REPORT).read_text()) for job in jobs}
-    return {job: (reports[job] | {"spent": vars(work.spent[job])}, work.curves[job].points) for job in jobs}
+    return {job: (reports[job] | {"spent": vars(work.spent[job])}, work.measured[job].points) for job in jobs}
 
 
 def _work_off(work: Work, workers: int, threads: int, bar: Any) -> None:

@@ -29,8 +29,8 @@ from selftrans.experiments import compare, html_report, reference, runner
 from selftrans.experiments.compare import compare_methods, for_method, shared_settings
 from selftrans.experiments.comparison import Comparison
 from selftrans.experiments.measurement import (
-    Curve,
     Measurement,
+    PointsFile,
     due_checkpoints,
     interval,
     measure_point,
@@ -193,7 +193,7 @@ def test_points_measured_before_stay_in_the_file_until_all_are_there(tmp_path):
     """They may be measured in any order, and an interruption loses none."""
     old = [{"sha256": name, "distance": 1.0} for name in "abx"]
     (tmp_path / "measured.json").write_text(json.dumps(old))
-    points = Curve(tmp_path, [Path("1"), Path("2")])
+    points = PointsFile(tmp_path, [Path("1"), Path("2")])
 
     def stored() -> str:
         return "".join(point["sha256"] for point in json.loads((tmp_path / "measured.json").read_text()))
