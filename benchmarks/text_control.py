@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from prompt_control import WORDINGS, Measured, PromptControl, Scans, pooled, summary
 from tqdm import tqdm
 
 from selftrans.checkpoints.load import load_model
@@ -29,7 +30,6 @@ from selftrans.evaluate.plots import save
 from selftrans.experiments.compare import check_measuring, for_method, override, shared_settings
 from selftrans.experiments.comparison import Comparison
 from selftrans.experiments.measurement import checkpoints_of
-from selftrans.experiments.prompt_control import WORDINGS, Measured, PromptControl, Scans, pooled, summary
 from selftrans.experiments.runner import train_one
 from selftrans.recipes import recipe
 from selftrans.sampling.conditioning import PromptConditioning
