@@ -89,7 +89,7 @@ def probes(folder: Path) -> dict[str, Any]:
             for t in TIMESTEPS:
                 path = PATHS[one.config.train.path]
                 feats = collect(one.model, z0, one.model.null(labels), t=t, taps=blocks, path=path)
-                accuracy = [linear_probe(feats[k], labels, kind="ridge") for k in blocks]
+                accuracy = [linear_probe(feats[k], labels) for k in blocks]
                 found.setdefault(name, {}).setdefault(f"{t:g}", []).append(accuracy)
     return found
 

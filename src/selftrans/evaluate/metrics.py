@@ -128,7 +128,7 @@ def inception_score(logits: np.ndarray, *, splits: int = SPLITS, seed: int = SEE
     return float(np.mean(scores)), float(np.std(scores))
 
 
-class Measured(NamedTuple):
+class MetricInput(NamedTuple):
     """The input of a metric in `METRICS`."""
 
     samples: Statistics
@@ -142,7 +142,7 @@ class Measured(NamedTuple):
 Outcome: TypeAlias = dict[str, float | int] | str
 
 
-def _frechet(m: Measured) -> Outcome:
+def _frechet(m: MetricInput) -> Outcome:
     numbers: dict[str, float | int] = {
         "fid" if m.inception else "frechet_distance": frechet_distance(m.samples, m.reference)
     }
@@ -152,7 +152,7 @@ def _frechet(m: Measured) -> Outcome:
     return numbers
 
 
-def _kernel(m: Measured) -> Outcome:
+def _kernel(m: MetricInput) -> Outcome:
     if m.samples.features is None or m.reference.features is None:
         return "no kernel distance: the reference holds no features"
     name = "kid" if m.inception else "kernel_distance"
@@ -162,7 +162,7 @@ def _kernel(m: Measured) -> Outcome:
     return {name: mean, f"{name}_std": deviation, "kernel_subsets": SUBSETS, "kernel_subset_size": size}
 
 
-def _precision_recall(m: Measured) -> Outcome:
+def _precision_recall(m: MetricInput) -> Outcome:
     if m.samples.features is None or m.reference.features is None:
         return "no precision and recall: the reference holds no features"
     if min(len(m.samples.features), len(m.reference.features)) <= NEIGHBOURS:
@@ -180,7 +180,7 @@ def _drawn(features: np.ndarray) -> np.ndarray:
     return features[np.sort(np.random.RandomState(SEED).permutation(len(features))[:MANIFOLD])]
 
 
-def _score(m: Measured) -> Outcome:
+def _score(m: MetricInput) -> Outcome:
     if not len(m.logits):
         return "no score: the extractor has no classification head"
     name = "inception_score" if m.inception else "classifier_score"
@@ -188,7 +188,7 @@ def _score(m: Measured) -> Outcome:
     return {name: mean, f"{name}_std": deviation, "is_splits": min(SPLITS, len(m.logits))}
 
 
-def _accuracy(m: Measured) -> Outcome:
+def _accuracy(m: MetricInput) -> Outcome:
     if m.labels is None:
         return {}
     labels, reason = np.asarray(m.labels if isinstance(m.labels, np.ndarray) else list(m.labels)), ""
@@ -209,7 +209,7 @@ def _accuracy(m: Measured) -> Outcome:
 _NONE = np.empty((0, 0))  # logits of an extractor without a head
 
 #: the metrics of `evaluate`, by name
-METRICS: dict[str, Callable[[Measured], Outcome]] = {
+METRICS: dict[str, Callable[[MetricInput], Outcome]] = {
     "frechet": _frechet,
     "kernel": _kernel,
     "precision_recall": _precision_recall,
@@ -247,7 +247,7 @@ def evaluate(
     logits: list[np.ndarray] = []
     measured = Statistics.of(samples, extractor, observe=lambda out: logits.append(out.get("logits", _NONE)))
     report = _header(measured, reference, extractor, reference_name)
-    inputs = Measured(measured, reference, np.concatenate(logits), labels, report["metric"] == "fid")
+    inputs = MetricInput(measured, reference, np.concatenate(logits), labels, report["metric"] == "fid")
     notes = _notes(measured, reference, extractor)
     for name in chosen:
         outcome = METRICS[name](inputs)

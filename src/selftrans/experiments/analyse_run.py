@@ -62,7 +62,7 @@ def analyse(
     for t in tqdm(timesteps, desc="timesteps", unit="t"):
         feats = collect(model, z0, null, t=t, taps=blocks, path=path)
         if probed:
-            probes[t] = [linear_probe(feats[k].to(device), labels, kind="ridge") for k in blocks]
+            probes[t] = [linear_probe(feats[k].to(device), labels) for k in blocks]
         maps |= {f"block {k}, t = {t:g}": pca_maps(feats[k][:MAPPED], model.grid) for k in _spread(blocks)}
         clouds[t] = tsne(feats[blocks[len(blocks) // 2]])
     decoded = decode_images(decoder, z0[:MAPPED].to(device))

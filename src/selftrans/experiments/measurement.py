@@ -301,7 +301,7 @@ def probe(model: Any, measurement: Measurement, path: Any, most: int = 4000) -> 
     if not can_be_probed(labels):
         return None
     feats = collect(model, z0, model.null(labels), t=PROBE_T, taps=(measurement.block,), path=path, pooled=True)
-    return linear_probe(feats[measurement.block].to(default_device()), labels, kind="ridge")
+    return linear_probe(feats[measurement.block].to(default_device()), labels)
 
 
 def samples_of(run: Path, sample: SampleConfig, num: int, conditioning: Conditioning | None = None) -> np.ndarray:

@@ -22,7 +22,7 @@ from selftrans.sampling.conditioning import conditioning_of
 from selftrans.storage import plural, printable
 from selftrans.types import Cond, map_cond
 from selftrans.ui.jobs import Job
-from selftrans.ui.opened_models import OpenedModels, Source, counted_passes, source_of, take
+from selftrans.ui.model_cache import ModelCache, Source, counted_passes, source_of, take
 from selftrans.ui.picture_data import Pictures, RunData, decoded_upload, pictures
 from selftrans.ui.run_plan import guided_blocks
 from selftrans.ui.sampling_jobs import Run, Work, add_sheet
@@ -44,7 +44,7 @@ class Asked:
     """w of the teacher's features, f_u + w (f_c - f_u)"""
 
 
-def features(raw: Mapping[str, Any], run: Run, models: OpenedModels, data: RunData) -> tuple[dict[str, Any], Work]:
+def features(raw: Mapping[str, Any], run: Run, models: ModelCache, data: RunData) -> tuple[dict[str, Any], Work]:
     """(what is asked for, the work) of a request for maps of a student, and of a teacher if one is named."""
     student = source_of(raw.get("student"), run, "student")
     teacher = source_of(raw["teacher"], run, "teacher") if raw.get("teacher") is not None else None
