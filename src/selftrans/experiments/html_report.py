@@ -190,15 +190,15 @@ def depends_on(summary: dict[str, Any]) -> dict[str, str]:
     config = summary["config"]
     return {
         "recipe": config["recipe"],
-        "model": _settings(config["model"]),
+        "model": settings_text(config["model"]),
         "student steps, batch, learning rate": "{steps:,}, {batch_size}, {lr:g}".format(**config["train"]),
         "autoencoder": summary["autoencoder"],
         "teachers from other runs": _teachers(summary["teachers"]),
-        **{name: _settings(config[name]) for name in summary["sections"]},
+        **{name: settings_text(config[name]) for name in summary["sections"]},
         "seeds": ", ".join(map(str, summary["seeds"])),
         "distance": f"{summary['metric']}, {summary['images']:,} samples of the averaged weights, to the training data"
         + ("" if identity_kind(summary["autoencoder"]) else " as the autoencoder decodes them"),
-        "sampler": _settings(summary["sampler"]),
+        "sampler": settings_text(summary["sampler"]),
         "extractor": f"{summary['features']}, sha256 {summary['extractor_sha256']}",
     }
 
@@ -226,7 +226,7 @@ def _teachers(teachers: Sequence[Mapping[str, Any]]) -> str:
     return "; ".join(f"{teacher['path']}, step {teacher['steps']:,}" for teacher in teachers) or "none"
 
 
-def _settings(section: Mapping[str, Any]) -> str:
+def settings_text(section: Mapping[str, Any]) -> str:
     """`block 2, weight 0.5`: the settings that are not None."""
     return ", ".join(f"{key} {value}" for key, value in section.items() if value is not None)
 

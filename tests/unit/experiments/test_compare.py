@@ -298,7 +298,7 @@ def test_compare_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd:
     methods = ["vanilla", "structure", "self_transcendence", "layersync"]
     assert main([*command, "--methods", *methods, "--seeds", "0", "1"]) == 0
     output = capfd.readouterr()
-    assert len(prepared) == 1, "what a call has prepared is not checked by it"
+    assert len(prepared) == 1, "prepared once"
     assert all(name in output.out for name in [*methods, "±", "compare.html"])
     assert "selftrans: warning: 24 images for 64 dimensions" in output.err and "UserWarning" not in output.err
     summary = json.loads((out / "compare.json").read_text())
