@@ -225,11 +225,16 @@ def pca_grid(
 
 def _draw_map(axes: Axes, picture: np.ndarray) -> None:
     """Draw a picture (H, W, 1 or 3) or a map (*grid, 3) of one to three dimensions."""
+    shown = flat_map(picture)
+    shown = shown.repeat(3, axis=-1) if shown.shape[-1] == 1 else shown
+    axes.imshow(shown, interpolation="nearest", aspect="auto" if picture.ndim == 2 else "equal")
+
+
+def flat_map(picture: np.ndarray) -> np.ndarray:
+    """A map (*grid, 3) as a picture (h, w, 3): of three dimensions the middle slice, of one a strip; others unchanged."""
     if picture.ndim == 4:
-        picture = picture[len(picture) // 2]
-    strip = picture.ndim == 2
-    shown = picture[None] if strip else picture.repeat(3, axis=-1) if picture.shape[-1] == 1 else picture
-    axes.imshow(shown, interpolation="nearest", aspect="auto" if strip else "equal")
+        return picture[len(picture) // 2]
+    return picture[None] if picture.ndim == 2 else picture
 
 
 def save(figure: Figure, path: str | Path, *, dpi: int = 150) -> None:

@@ -6,7 +6,7 @@ Shape legend: N images, T tokens on a grid of one to three dimensions, D width, 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -17,6 +17,16 @@ from torch import Tensor, nn
 from selftrans.flow import LINEAR, Path, interpolate
 from selftrans.storage import are, plural
 from selftrans.types import Backbone, Cond, eval_mode, map_cond
+
+MOST_BLOCKS = 12  #: of deeper models, some of the blocks are shown
+
+
+def spread_blocks(depth: int, count: int, more: Iterable[int | None] = ()) -> tuple[int, ...]:
+    """All blocks (1-based); of more than MOST_BLOCKS, `count` at equal distances, and those of `more` that there are."""
+    if depth <= MOST_BLOCKS:
+        return tuple(range(1, depth + 1))
+    spread = np.linspace(1, depth, count).round().astype(int).tolist()
+    return tuple(sorted({*spread, *(k for k in more if k is not None and k <= depth)}))
 
 
 @torch.no_grad()

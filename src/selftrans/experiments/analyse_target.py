@@ -20,6 +20,7 @@ from tqdm import tqdm
 from selftrans.checkpoints.load import Weights
 from selftrans.data.dataset import Dataset
 from selftrans.device import default_device
+from selftrans.evaluate.probes import spread_blocks
 from selftrans.evaluate.target_measures import Parts, Plan, sum_target
 from selftrans.evaluate.target_probes import chance
 from selftrans.evaluate.target_share import Design
@@ -31,8 +32,7 @@ from selftrans.storage import are, check_writable, plural
 TIMES = (0.4, 0.5, 0.6, 0.7)  #: of the noisy latents: the published range in which guidance acts
 PER_CLASS = 16  #: pictures of a class at least; with more classes than that allows, some of them are left out
 HELD = 4  #: each HELDth picture is held out
-MOST_BLOCKS = 12  #: of deeper models, SPREAD evenly spaced blocks are measured unless others are given
-SPREAD = 8
+SPREAD = 8  #: blocks of a deep model that are measured unless others are given
 MAPPED = 8  #: pictures with maps: pairs of a class
 
 
@@ -172,10 +172,7 @@ def _blocks(teacher: Teacher, blocks: Sequence[int] | None) -> tuple[int, ...]:
     if not depth:
         return (ENCODER,)
     if blocks is None:
-        spread = (
-            range(1, depth + 1) if depth <= MOST_BLOCKS else np.linspace(1, depth, SPREAD).round().astype(int).tolist()
-        )
-        return tuple(sorted({*spread, *([teacher.block] if teacher.block else [])}))
+        return spread_blocks(depth, SPREAD, [teacher.block])
     if not blocks or min(blocks) < 1 or max(blocks) > depth:
         raise ValueError(f"blocks {list(blocks)} are not in a model of {depth} blocks; choose from 1 to {depth}")
     return tuple(sorted(set(blocks)))

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from selftrans.checkpoints.load import LoadedModel
-from selftrans.evaluate.probes import collect, pca_basis, pca_maps
+from selftrans.evaluate.plots import flat_map
+from selftrans.evaluate.probes import collect, pca_basis, pca_maps, spread_blocks
 from selftrans.experiments.analyse_run import null_of
 from selftrans.flow import PATHS
 from selftrans.sample_config import SampleConfig
@@ -27,7 +28,7 @@ from selftrans.ui.picture_data import Pictures, RunData, decoded_upload, picture
 from selftrans.ui.run_plan import guided_blocks
 from selftrans.ui.sampling_jobs import Run, Work, add_sheet
 
-MOST_TIMES, MOST_BLOCKS = 8, 12
+MOST_TIMES = 8
 NULL = "null"  #: name of the null condition
 
 
@@ -139,7 +140,8 @@ def _maps(
     The components of a block are those of its features of all pictures at all t, so colours may be compared along a row.
     """
     model, path = loaded.model, PATHS[loaded.config.train.path]
-    blocks = _blocks(model.depth, guided)
+    own = [*(guided or {}).get("student", ()), (guided or {}).get("teacher")]
+    blocks = spread_blocks(model.depth, 10, own)
     found: dict[int, list[Tensor]] = {k: [] for k in blocks}
     for t in times:
         feats = collect(model, z0, cond, t=t, taps=blocks, path=path)
@@ -151,21 +153,5 @@ def _maps(
     rows = []
     for k in blocks:
         basis = pca_basis(torch.cat(found[k]))
-        rows += [_flat(pca_maps(each[:1], model.grid, basis=basis)[0]) for each in found[k]]
-    return np.round(255 * np.stack(rows)).astype(np.uint8), blocks
-
-
-def _flat(colours: np.ndarray) -> np.ndarray:
-    """A map (*grid, 3) as a picture (h, w, 3): of three dimensions the middle slice, of one a strip."""
-    if colours.ndim == 4:
-        return colours[len(colours) // 2]
-    return colours[None] if colours.ndim == 2 else colours
-
-
-def _blocks(depth: int, guided: dict[str, Any] | None) -> list[int]:
-    """All blocks or, of a deep model, some at equal distances and the guided ones."""
-    if depth <= MOST_BLOCKS:
-        return list(range(1, depth + 1))
-    spread = {round(x) for x in np.linspace(1, depth, MOST_BLOCKS - 2)}
-    own = [*(guided or {}).get("student", ()), (guided or {}).get("teacher")]
-    return sorted(spread | {k for k in own if k is not None and k <= depth})
+        rows += [flat_map(pca_maps(each[:1], model.grid, basis=basis)[0]) for each in found[k]]
+    return np.round(255 * np.stack(rows)).astype(np.uint8), list(blocks)
