@@ -29,8 +29,8 @@ from selftrans.cli.main import INTERRUPTED
 from selftrans.experiments import html_report
 from selftrans.experiments.compare import check_before, for_method, override, shared_settings
 from selftrans.experiments.comparison import Comparison
-from selftrans.experiments.kept import kept_runs
-from selftrans.experiments.runner import compare
+from selftrans.experiments.finished_runs import finished_runs
+from selftrans.experiments.runner import train_and_measure
 from selftrans.experiments.stopping import Stopped
 from selftrans.experiments.summary import mean_curve, rows
 from selftrans.recipes import recipe
@@ -180,9 +180,9 @@ def run(options: argparse.Namespace) -> None:
     variants = {name: for_method(config.override(dotted)).check() for name, dotted in overrides.items()}
     seeds, every = tuple(options.seeds), options.every
     comparison = Comparison(config, variants, seeds, options.out, options.images, features, weights, every=every)
-    kept = kept_runs(comparison)
-    check_before(comparison, kept)
-    results = compare(comparison, workers=options.workers, kept=kept)
+    finished = finished_runs(comparison)
+    check_before(comparison, finished)
+    results = train_and_measure(comparison, workers=options.workers, finished=finished)
     table = rows(results, tuple(variants))
     curves = {name: mean_curve(results, name) for name in variants}
     settings = {

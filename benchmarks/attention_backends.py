@@ -77,7 +77,6 @@ def main() -> None:
             values[key] = statistics.median(times) if times else None
         found["milliseconds"][name] = values
         print(f"{name:<10}" + "".join(f"{'-' if ms is None else f'{ms:.3f}':>11}" for ms in values.values()))
-    options.out.mkdir(parents=True, exist_ok=True)
     write_json(options.out / "attention_backends.json", found)
 
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import copy
 import dataclasses
-import json
 import statistics
 from collections.abc import Callable
 from pathlib import Path
@@ -28,6 +27,7 @@ from selftrans.methods.guidance import Frozen
 from selftrans.methods.objective import Objective
 from selftrans.methods.self_transcendence import SelfGuidance, Stage2, default_teacher_block
 from selftrans.models.sit import SiTConfig
+from selftrans.storage import write_json
 from selftrans.train.ema import EMA
 from selftrans.train.optim import build_optimizer
 from selftrans.types import Batch, Conditions
@@ -134,8 +134,7 @@ def main() -> None:
         "rounds": options.rounds,
         "table": table,
     }
-    options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "changes.json").write_text(json.dumps(report, indent=2))
+    write_json(options.out / "changes.json", report)
     for row in table:
         print(f"{row['change']:<80}{row['plain_ms']:>10.1f} ms{row['ours_ms']:>10.1f} ms{row['ratio']:>8.3f}")
 

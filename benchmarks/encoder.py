@@ -185,7 +185,7 @@ def probe(model: nn.Module, x: Tensor, y: Tensor | None, train_rows: Tensor, hel
     device = next(model.parameters()).device
     model.eval()
     features = torch.cat([pooled(model, to_input(part, device)).cpu() for part in x.split(256)])
-    return linear_probe(features[train_rows], y[train_rows], test=(features[held], y[held]), kind="ridge")
+    return linear_probe(features[train_rows], y[train_rows], test=(features[held], y[held]))
 
 
 def save(model: Any, out: Path, size: int, channels: int) -> None:

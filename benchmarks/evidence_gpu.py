@@ -33,9 +33,9 @@ from selftrans.data.dataset import Dataset
 from selftrans.data.on_device import OnDevice
 from selftrans.data.prepare import prepare
 from selftrans.encoders.autoencoder import Autoencoder, load_autoencoder
-from selftrans.evaluate.metrics import evaluate
 from selftrans.experiments.compare import for_method
-from selftrans.experiments.measurement import Measurement, probe
+from selftrans.experiments.measurement import Measurement, measure_samples, probe
+from selftrans.experiments.summary import spread
 from selftrans.experiments.train_classifier import classifier_from_data
 from selftrans.flow import PATHS
 from selftrans.recipes import recipe
@@ -146,12 +146,9 @@ def lease_measures(model: Any, lease: Lease) -> dict[str, Any]:
     """Distance, accuracy of the labels and shallow probe of a model as it is, in eval mode."""
     m, path, device = lease.measurement, PATHS[lease.config.train.path], next(model.parameters()).device
     sampler = Sampler(model, lease.autoencoder, m.sample, path, device=device, conditioning=m.conditioning)
-    batches = list(sampler.sample())
-    labels, metrics = np.concatenate([batch.labels for batch in batches]), ["frechet"]
-    metrics += ["accuracy"] if m.extractor.head else []
-    report = evaluate((b.images for b in batches), m.reference, m.extractor, labels=labels, metrics=metrics)
+    found = measure_samples(list(sampler.sample()), m)
     probed = probe(model, m, path) if model.conditions.num_classes > 1 else None
-    return {"distance": report[report["metric"]], "accuracy": report.get("accuracy"), "probe": probed}
+    return {"distance": found["distance"], "accuracy": found["accuracy"], "probe": probed}
 
 
 def configured(lease: Lease, job: Job) -> RunConfig:
@@ -246,9 +243,9 @@ def table(results: Mapping[str, Any]) -> list[dict[str, Any]]:
         at_steps = [p["distance"] - base[s][-1]["distance"] for s, p in zip(seeds, last, strict=True) if s in base]
         equal = [p["distance"] - at(longest[s], p["tflops"]) for s, p in zip(seeds, last, strict=True) if s in base]
         row = {"arm": name, "seeds": seeds, "steps": last[0]["step"], "tflops": last[0]["tflops"]}
-        row |= {"distance": spread([p["distance"] for p in last])}
-        row |= {"difference": spread(at_steps) if name != STAGE1 else None}
-        rows.append(row | {"difference_at_compute": spread([x for x in equal if x == x])})
+        row |= {"distance": mean_and_error([p["distance"] for p in last])}
+        row |= {"difference": mean_and_error(at_steps) if name != STAGE1 else None}
+        rows.append(row | {"difference_at_compute": mean_and_error([x for x in equal if x == x])})
     return rows
 
 
@@ -258,12 +255,10 @@ def at(points: Sequence[Mapping[str, float]], tflops: float) -> float:
     return float(np.exp(np.interp(tflops, x, y, left=np.nan, right=np.nan)))
 
 
-def spread(values: Sequence[float]) -> dict[str, Any] | None:
+def mean_and_error(values: Sequence[float]) -> dict[str, Any] | None:
     """Mean, and standard error of the mean where there are several values."""
-    if not values:
-        return None
-    error = float(np.std(values, ddof=1) / len(values) ** 0.5) if len(values) > 1 else None
-    return {"mean": float(np.mean(values)), "error": error, "n": len(values)}
+    found, n = spread(values), len(values)
+    return found and {"mean": found["mean"], "error": found["std"] / n**0.5 if n > 1 else None, "n": n}
 
 
 def prepared(options: argparse.Namespace, device: torch.device) -> tuple[Dataset, str]:
@@ -321,10 +316,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         data, features = prepared(options, accelerator.device)
         config = config.override({"data.path": str(data.path)})
         measurement = Measurement.of(config, features, weights=None, images=options.images, block=2)
-        settings = {"steps": options.steps, "tune_steps": options.tune_steps, "points": options.points, "given": given}
-        settings |= {"encoder": options.encoder}
-        settings |= {
-            "images": options.images,
+        kept = ("steps", "tune_steps", "points", "encoder", "images")
+        settings = {name: getattr(options, name) for name in kept} | {
+            "given": given,
             "grid": [[lr, std] for lr in options.rates for std in options.stds],
             "extractor": measurement.extractor.sha256,
         }

@@ -18,13 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from selftrans.checkpoints.load import load_model
 from selftrans.data.dataset import Dataset
 from selftrans.data.decoded import data_latents
-from selftrans.evaluate.plots import COLOURS, MARKERS, RULE, plain_ticks, save
+from selftrans.evaluate.plots import RULE, Series, blank_figure, draw_lines, plain_ticks, save
 from selftrans.evaluate.probes import collect, linear_probe
 from selftrans.flow import PATHS
 from selftrans.storage import write_json
@@ -59,8 +58,7 @@ def panels(
 ) -> tuple[Figure, list[Any]]:
     """A figure with `count` panels, with a common y axis if `shared`."""
     lines = -(-count // columns)
-    figure = Figure(figsize=(size[0] * columns, size[1] * lines), layout="constrained", facecolor="white")
-    FigureCanvasAgg(figure)
+    figure = blank_figure((size[0] * columns, size[1] * lines))
     axes = list(figure.subplots(lines, columns, sharey=shared, squeeze=False).flat)
     for spare in axes[count:]:
         spare.axis("off")
@@ -72,14 +70,11 @@ def panels(
     return figure, axes[:count]
 
 
-def line(axis: Any, i: int, name: str, x: Sequence[float], values: np.ndarray) -> None:
-    """Mean over seeds (rows of `values`) and a band of one deviation."""
-    mean, deviation = values.mean(axis=0), values.std(axis=0, ddof=1) if len(values) > 1 else 0 * values[0]
-    marker = {"marker": MARKERS[i % 8], "markersize": 5, "markeredgecolor": "white", "markeredgewidth": 0.4}
-    axis.plot(x, mean, color=COLOURS[i % 8], linewidth=1.2, label=name, **marker)
-    axis.fill_between(
-        x, np.maximum(mean - deviation, 1e-9), mean + deviation, color=COLOURS[i % 8], alpha=0.14, linewidth=0
-    )
+def over_seeds(x: Sequence[float], rows: Sequence[Sequence[float]]) -> Series:
+    """x, mean over seeds (`rows`), and their deviation."""
+    values = np.array(rows)
+    deviation = values.std(axis=0, ddof=1) if len(values) > 1 else 0 * values[0]
+    return x, values.mean(axis=0).tolist(), deviation.tolist()
 
 
 def probes(folder: Path) -> dict[str, Any]:
@@ -94,7 +89,7 @@ def probes(folder: Path) -> dict[str, Any]:
             for t in TIMESTEPS:
                 path = PATHS[one.config.train.path]
                 feats = collect(one.model, z0, one.model.null(labels), t=t, taps=blocks, path=path)
-                accuracy = [linear_probe(feats[k], labels, kind="ridge") for k in blocks]
+                accuracy = [linear_probe(feats[k], labels) for k in blocks]
                 found.setdefault(name, {}).setdefault(f"{t:g}", []).append(accuracy)
     return found
 
@@ -103,9 +98,8 @@ def draw_probes(found: dict[str, Any]) -> Figure:
     """A panel for each timestep."""
     figure, axes = panels(len(TIMESTEPS), 4, "linear probe accuracy", shared=False)
     for axis, t in zip(axes, TIMESTEPS, strict=True):
-        for i, (name, by_time) in enumerate(found.items()):
-            values = np.array(by_time[f"{t:g}"])
-            line(axis, i, name, range(1, values.shape[1] + 1), values)
+        by_name = {name: by_time[f"{t:g}"] for name, by_time in found.items()}
+        draw_lines(axis, {n: over_seeds(range(1, len(rows[0]) + 1), rows) for n, rows in by_name.items()})
         axis.set(xlabel="block", title=f"t = {t:g}")
     axes[0].set_ylim(bottom=axes[0].get_ylim()[0] - 0.05)  # below the lines, for the legend
     axes[0].legend(frameon=False, fontsize=7)
@@ -127,10 +121,9 @@ def draw_norms(found: dict[str, Any]) -> Figure:
     """A panel for the student's features, and one for the target, whose lines of equal w coincide."""
     figure, axes = panels(2, 2, "mean token norm")
     for axis, key in zip(axes, SIZES, strict=True):
-        for i, (name, of) in enumerate(found.items()):
-            line(axis, i, name, of["step"], np.array([of[key]]))
+        draw_lines(axis, {name: (of["step"], of[key]) for name, of in found.items()}, logy=True)
     for axis, title in zip(axes, ("feature of the student's block", "target f_g: the same for equal w"), strict=True):
-        axis.set(xlabel="student steps", title=title, yscale="log")
+        axis.set(xlabel="student steps", title=title)
         plain_ticks(axis)
     axes[0].legend(frameon=False, fontsize=7)
     return figure
@@ -157,9 +150,8 @@ def draw_ablations(found: dict[str, Any]) -> Figure:
     asked = {question: names for question, names in asked.items() if len(names) > 1}
     figure, axes = panels(max(1, len(asked)), 4, "Fréchet distance (classifier features)")
     for axis, (question, names) in zip(axes, asked.items(), strict=False):
-        for i, name in enumerate(names):
-            line(axis, i, name, found[name]["step"], np.array(found[name]["distance"]))
-        axis.set(xlabel="student steps", title=question, yscale="log")
+        draw_lines(axis, {name: over_seeds(found[name]["step"], found[name]["distance"]) for name in names}, logy=True)
+        axis.set(xlabel="student steps", title=question)
         plain_ticks(axis)
         axis.legend(frameon=False, fontsize=7)
     return figure

@@ -20,12 +20,12 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from sklearn.datasets import load_digits
 
 from selftrans.data.prepare import prepare
-from selftrans.experiments.compare import for_method, with_defaults
+from selftrans.evaluate.classifier import digits
+from selftrans.experiments.compare import check_measuring, for_method, shared_settings
 from selftrans.experiments.comparison import Comparison
-from selftrans.experiments.runner import compare
+from selftrans.experiments.runner import train_and_measure
 from selftrans.experiments.summary import mean_curve, rows
 from selftrans.recipes import recipe
 from selftrans.storage import write_json
@@ -48,11 +48,10 @@ def split(source: str, out: Path, side: int | None, most: int) -> list[Path]:
 
 
 def _digits(folder: Path, half: int) -> None:
-    scans = load_digits()
-    for k, (scan, label) in enumerate(zip(scans.images, scans.target, strict=True)):
+    for k, (scan, label) in enumerate(zip(*digits(), strict=True)):
         if label // 5 == half:
             (folder / str(label)).mkdir(parents=True, exist_ok=True)
-            Image.fromarray(np.uint8(np.round(scan * 255 / 16))).save(folder / str(label) / f"{k:04}.png")
+            Image.fromarray(scan[..., 0]).save(folder / str(label) / f"{k:04}.png")
 
 
 def _from_zip(archive: Path, folder: Path, half: int, most: int) -> None:
@@ -95,7 +94,8 @@ def main() -> None:
     base, longer = options.out / "base", {"train.steps": options.base_steps, "data.path": str(first)}
     train(for_method(recipe("digits").override(common | longer)).check(), base)
     shared = recipe("digits").override(common | {"train.steps": options.steps, "data.path": str(second)})
-    shared, features, weights = with_defaults(shared, options.out)
+    shared, features, weights = shared_settings(shared, options.out)
+    check_measuring(shared, features, weights)
     given: dict[str, Any] = {"init.path": str(base)}
     lora = given | {"lora.rank": options.rank, "train.lr": RATE}
     stages = {"stage1.steps": options.steps // 2, "stage2.until_step": options.steps // 2}
@@ -110,7 +110,7 @@ def main() -> None:
         del overrides[f"LoRA, rank {options.rank}, both stages"]
     variants = {name: for_method(shared.override(dotted)).check() for name, dotted in overrides.items()}
     chosen = Comparison(shared, variants, tuple(options.seeds), options.out, options.images, features, weights)
-    results = compare(chosen, workers=options.workers)
+    results = train_and_measure(chosen, workers=options.workers)
     table = rows(results, tuple(variants), SCRATCH)
     curves = {name: mean_curve(results, name) for name in variants}
     sizes = {name: _sizes(chosen.run((name, options.seeds[0]))) for name in variants}

@@ -104,7 +104,6 @@ def main() -> None:
     warnings.filterwarnings("ignore", message="train.fp8 is emulated")
     arms = [arm for arm in ARMS if arm in {"bf16", *options.arms}]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    options.out.mkdir(parents=True, exist_ok=True)
     tail = max(1, options.steps // 4)
     found: dict[str, Any] = {"steps": options.steps, "batch": options.batch, "device": device.type, "runs": {}}
     found["errors"] = {scaling: errors(scaling, device) for scaling in ARMS[2:]}

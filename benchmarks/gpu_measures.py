@@ -31,7 +31,7 @@ from selftrans.encoders.identity import PixelAutoencoder
 from selftrans.evaluate.classifier import train_classifier
 from selftrans.evaluate.extractors import ClassifierExtractor
 from selftrans.evaluate.statistics import Statistics
-from selftrans.experiments.bench import bench, loading_sampling
+from selftrans.experiments.bench import loading_sampling
 from selftrans.experiments.bench.loading_sampling import prepare_sampling, random_dataset
 from selftrans.experiments.bench.machine import Clock, describe
 from selftrans.experiments.bench.rounds import randomise
@@ -48,15 +48,11 @@ ROWS = ("vanilla", "stage2")
 CAPTURED = ("captured_vanilla", "captured_stage2")  #: of all but the largest model
 SECONDS = 10.0  #: of rounds of steps
 SAMPLING = 25.0  #: seconds that must be left to sample with a model whose steps were measured
-LENGTHS = (
-    6,
-    8,
-)  #: steps of the two stages of a training that is compared: a captured one begins with three launched steps
+#: steps of the two stages of a training that is compared: a captured one begins with three launched steps
+LENGTHS = (6, 8)
 CAPTURES = 4  #: graphs that such a training records: two for each stage
-AGAIN = (
-    "compiled bf16 again",
-    "compiled bf16",
-)  #: the same computation twice: what its kernels' order of sums alone does
+#: the same computation twice: what its kernels' order of sums alone does
+AGAIN = ("compiled bf16 again", "compiled bf16")
 #: pairs of variants -> largest relative difference of their losses that counts as rounding
 CLOSE = {
     ("eager bf16", "eager fp32"): 3e-2,
@@ -173,14 +169,11 @@ def speed(job: Any) -> None:
     """
     name, tokens, batch = ("toy", 16, 4) if job.toy else MODELS[job.part]
     model = TOY if job.toy else SiTConfig(name=name)
-    given: dict[str, Any] = {"batch_size": batch, "tokens": tokens, "quick": job.toy, "steps_only": True}
+    given: dict[str, Any] = {"batch_size": batch, "tokens": tokens, "quick": job.toy}
     given["seconds"] = 0.0 if job.toy else SECONDS
 
     def measured(kind: str, rows: tuple[str, ...], share: float) -> dict[str, Any]:
-        folder = job.out / f"bench-{job.part}-{kind}"
-        one = bench({name: model}, folder, rows=rows, limit=share * job.left, **given)["models"][name]
-        if "failed" in one:
-            raise MemoryError(one["failed"])
+        one = gpu_variants.measured(job, kind, name, model, rows, limit=share * job.left, **given)
         before = job.found.get("models", {}).get(name)
         return {"models": {name: joined(before, one) if before else one}}
 

@@ -7,15 +7,13 @@ in one process. A variant that fails says so, and the next one is measured.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 from unittest import mock
 
 import torch
 
-import selftrans.experiments.bench as bench_module
-from selftrans.config import RunConfig
 from selftrans.experiments.bench import bench
 from selftrans.models import fused_norm
 from selftrans.models.sit import SiTConfig
@@ -64,19 +62,13 @@ VARIANTS: dict[str, tuple[Callable[[], contextlib.AbstractContextManager[Any]], 
 }
 
 
-def row(job: Any, name: str, model: SiTConfig, rows: tuple[str, ...], over: Mapping[str, Any], **given: Any) -> Any:
-    """What `bench` measures of a model with some settings of its runs replaced."""
-    usual = bench_module.settings
-
-    def changed(*arguments: Any) -> RunConfig:
-        return usual(*arguments).override(over)
-
-    with mock.patch.object(bench_module, "settings", changed):
-        folder = job.out / f"bench-{job.part}-{name.replace('/', '-').replace(' ', '-')}"
-        found = bench({name: model}, folder, rows=rows, steps_only=True, **given)["models"][name]
+def measured(job: Any, folder: str, name: str, model: SiTConfig, rows: tuple[str, ...], **given: Any) -> dict[str, Any]:
+    """What `bench` measures of a model, without sampling. MemoryError where it does not fit."""
+    out = job.out / f"bench-{job.part}-{folder.replace('/', '-').replace(' ', '-')}"
+    found = bench({name: model}, out, rows=rows, steps_only=True, **given)["models"][name]
     if "failed" in found:
         raise MemoryError(found["failed"])
-    return found
+    return dict(found)
 
 
 def variants(job: Any) -> None:
@@ -92,14 +84,10 @@ def variant(job: Any, model: str, tokens: int, batch: int, name: str) -> dict[st
     """One variant of one model."""
     changed, over = VARIANTS[name]
     config = TOY if job.toy else SiTConfig(name=model)
-    given: dict[str, Any] = {
-        "batch_size": batch,
-        "tokens": tokens,
-        "seconds": 0.0 if job.toy else 3.0,
-        "limit": job.left,
-    }
+    given = {"batch_size": batch, "tokens": tokens, "seconds": 0.0 if job.toy else 3.0, "limit": job.left}
+    given |= {"quick": job.toy, "overrides": over}
     with changed():
-        found = row(job, f"{model} {name}", config, ("captured_vanilla",), over, quick=job.toy, **given)
+        found = measured(job, f"{model} {name}", model, config, ("captured_vanilla",), **given)
     return {f"{model}, {name}, ms": found["rows"]["captured_vanilla"]["ms"]}
 
 
@@ -113,8 +101,8 @@ def memory(job: Any) -> None:
         torch.cuda.set_per_process_memory_fraction(min(1.0, GIGABYTES / whole))
 
     def once(rows: tuple[str, ...]) -> dict[str, Any]:
-        given: dict[str, Any] = {"batch_size": batch, "tokens": tokens, "seconds": 0.0, "limit": job.left}
-        found = row(job, f"{'toy' if job.toy else 'SiT-XL/2'} {rows[0]}", config, rows, over, quick=job.toy, **given)
+        given = {"batch_size": batch, "tokens": tokens, "seconds": 0.0, "limit": job.left, "quick": job.toy}
+        found = measured(job, rows[0], "toy" if job.toy else "SiT-XL/2", config, rows, overrides=over, **given)
         return {"models": job.found.get("models", {}) | {f"{rows[0]}, {over['train.recompute']} recomputed": found}}
 
     job.attempt("vanilla", lambda: once(("vanilla",)))

@@ -11,7 +11,6 @@ the page cache, so that the formats differ and not the disk.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import tempfile
 import time
@@ -27,6 +26,7 @@ from selftrans.data.dataset import Dataset
 from selftrans.data.shard_cache import CacheOptions
 from selftrans.experiments.bench.loading_sampling import random_dataset
 from selftrans.experiments.bench.machine import describe
+from selftrans.storage import write_json
 
 SHAPES = {"3x32x32": (3, 32, 32), "4x32x32": (4, 32, 32)}  #: of a latent; moments have twice the channels
 BATCHES = 40  #: read in one round
@@ -110,8 +110,7 @@ def main() -> None:
             + (f", streamed {found['streamed_latents_per_s']:,} latents/s" if given.streamed else "")
         )
     if given.out:
-        given.out.mkdir(parents=True, exist_ok=True)
-        (given.out / "shard_reads.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        write_json(given.out / "shard_reads.json", report)
 
 
 if __name__ == "__main__":

@@ -214,7 +214,6 @@ def main() -> None:
         for name, both in found["inductor"].items():
             for way, each in both.items():
                 print(f"{name:<14}{way:<10}{each['kernels']}  {each['nodes']} nodes, {each['bytes']:.0f} bytes")
-    options.out.mkdir(parents=True, exist_ok=True)
     write_json(options.out / "step_floor.json", found)
 
 

@@ -19,17 +19,17 @@ from typing import Any
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from prompt_control import WORDINGS, Measured, PromptControl, Scans, pooled, summary
 from tqdm import tqdm
 
-from selftrans.checkpoints import format as checkpoint
 from selftrans.checkpoints.load import load_model
 from selftrans.data.sources.digit_attributes import ATTRIBUTES
 from selftrans.encoders.text import encoder_of
 from selftrans.evaluate.extractors import load_extractor
 from selftrans.evaluate.plots import save
-from selftrans.experiments.compare import for_method, override, with_defaults
+from selftrans.experiments.compare import check_measuring, for_method, override, shared_settings
 from selftrans.experiments.comparison import Comparison
-from selftrans.experiments.prompt_control import WORDINGS, Measured, PromptControl, Scans, pooled, summary
+from selftrans.experiments.measurement import checkpoints_of
 from selftrans.experiments.runner import train_one
 from selftrans.recipes import recipe
 from selftrans.sampling.conditioning import PromptConditioning
@@ -69,7 +69,8 @@ def main() -> None:
     options = parser.parse_args()
     if options.threads:
         torch.set_num_threads(options.threads)
-    config, features, weights = with_defaults(override(recipe("digits_t2i"), steps=options.steps), options.out)
+    config, features, weights = shared_settings(override(recipe("digits_t2i"), steps=options.steps), options.out)
+    check_measuring(config, features, weights)
     variants = {name: for_method(config, name) for name in METHODS if name in options.methods}
     chosen = Comparison(config, variants, tuple(options.seeds), options.out, options.images, features, weights)
     scans = Scans(load_extractor("digits", weights=weights))
@@ -95,9 +96,8 @@ def main() -> None:
 
 def checkpoints(run: Path) -> list[Path]:
     """The checkpoints of a run's last stage that are measured, oldest first."""
-    stage = json.loads((run / "run.json").read_text())["stages"][-1]["stage"]
-    held = [folder for _, folder in checkpoint.steps(run / stage / "checkpoints")]
-    return [held[k] for k in POINTS if k < len(held)]
+    held = checkpoints_of(run)
+    return [held[k][1] for k in POINTS if k < len(held)]
 
 
 def measure(control: PromptControl, run: Path, scales: list[float], along: float) -> None:

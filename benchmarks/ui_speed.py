@@ -39,6 +39,7 @@ from tqdm import tqdm
 from selftrans.config import to_json
 from selftrans.evaluate.plots import save_png
 from selftrans.experiments.bench.machine import describe
+from selftrans.experiments.html_report import aligned
 from selftrans.methods.registry import stages
 from selftrans.recipes import recipe
 from selftrans.storage import write_json
@@ -233,14 +234,7 @@ def text(found: Sequence[dict[str, Any]]) -> str:
     """The table for a terminal."""
     keys = ("request", "state", "count", "ms", "ms_largest", "processor_ms", "processor_ms_largest", "bytes")
     lines = [[key.replace("_", " ") for key in keys], *([str(row[key]) for key in keys] for row in found)]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(keys))]
-    return "\n".join(
-        "  ".join(
-            cell.ljust(width) if i < 2 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
-        )
-        for line in lines
-    )
+    return aligned(lines)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -268,7 +262,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(text(found))
     print(f"\n{given.runs} runs, {size / 1e6:.0f} MB of logs; the load average was {machine['load_before']} before")
     if given.out:
-        given.out.mkdir(parents=True, exist_ok=True)
         write_json(given.out / "ui_speed.json", {"machine": machine, **options, "log_bytes": size, "requests": found})
         print(f"{given.out / 'ui_speed.json'}")
 

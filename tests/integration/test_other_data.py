@@ -11,7 +11,7 @@ from PIL import Image
 
 from selftrans.cli.main import main
 from selftrans.data.dataset import Dataset
-from selftrans.experiments.compare import with_defaults
+from selftrans.experiments.compare import check_measuring
 from selftrans.experiments.measurement import Measurement, measure_checkpoint
 from selftrans.train.run import train
 from tests.support import toy
@@ -85,8 +85,8 @@ def test_files_become_samples(tmp_path: Path, kind: str, capsys: pytest.CaptureF
     assert kind != "video" or main(argv) == 0
     classifier = str(tmp_path / "c.safetensors")
     assert main(["classifier", data, "--out", classifier, "--epochs", "1"]) == 0
-    _, features, _ = with_defaults(config, tmp_path, features=classifier)
-    measurement = Measurement.of(config, features, weights=None, images=6, block=2)
+    check_measuring(config, classifier, None)
+    measurement = Measurement.of(config, classifier, weights=None, images=6, block=2)
     point = measure_checkpoint(toy.checkpoint(Path(out), "stage2"), measurement)
     assert point["metric"] == "Fréchet distance (c classifier features)" and 0 <= point["accuracy"] <= 1
 

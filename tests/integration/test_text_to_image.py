@@ -19,7 +19,7 @@ from selftrans.encoders.autoencoder import load_autoencoder, to_uint8
 from selftrans.encoders.text import load_text_encoder
 from selftrans.evaluate.clip_score import ClipScorer
 from selftrans.evaluate.plots import image_grid
-from selftrans.experiments.compare import with_defaults
+from selftrans.experiments.compare import check_measuring, shared_settings
 from selftrans.experiments.measurement import Measurement, measure_checkpoint
 from selftrans.sampling.images import Sampler, image_noise
 from selftrans.sampling.samplers import guided, ode
@@ -272,8 +272,8 @@ def test_pictures_without_classes_are_compared_in_features_that_exist(tmp_path, 
     with pytest.raises(
         ValueError, match=r"need torch-fidelity .*, or --features values \(the 192 values of a picture\)"
     ):
-        with_defaults(text_runs.text_toy(), tmp_path)
-    assert with_defaults(text_runs.text_toy(), tmp_path, features="values")[1] == "values"
+        check_measuring(*shared_settings(text_runs.text_toy(), tmp_path))
+    check_measuring(*shared_settings(text_runs.text_toy(), tmp_path, features="values"))
 
 
 def test_analysis_has_maps_and_says_that_it_has_no_probes(tmp_path, capsys):

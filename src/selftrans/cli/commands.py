@@ -1,7 +1,7 @@
 """The commands of `selftrans`: each a dataclass of its arguments with a `run`; heavy imports happen inside.
 
-Here those that make runs and images; `prepare_command.py` has the one that makes data, `experiment_commands.py` those of
-`selftrans.experiments`, `interop_commands.py` those for other people's files.
+Here those that make runs and images, plan runs, and look at runs and the machine; `prepare_command.py` has the one that makes
+data, `experiment_commands.py` those that measure, `interop_commands.py` those for other people's files.
 """
 
 from __future__ import annotations
@@ -10,12 +10,11 @@ import os
 import warnings
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 from tyro.conf import Positional
 
-from selftrans.cli.doctor_command import Doctor
 from selftrans.cli.experiment_commands import Analyse, Autoencoder, Bench, Classifier, Compare, Evaluate, Quickstart
 from selftrans.cli.interop_commands import Export, Import, ImportVae, Push
 from selftrans.cli.options import (
@@ -32,9 +31,7 @@ from selftrans.cli.options import (
     Typed,
     Weights,
 )
-from selftrans.cli.plan_command import Plan
 from selftrans.cli.prepare_command import Prepare
-from selftrans.cli.ui_command import Ui
 
 
 @dataclass
@@ -124,6 +121,101 @@ class Sample(Command):
             print(summary_line(self.out, made))
         if self.sampling.labels is not None and (line := class_line(self.out)):
             print(line)
+
+
+@dataclass
+class Plan(RecipeCommand[Config]):
+    """What a run takes on many GPUs: batch, bytes on the wire, images/s, hours, memory, disk. Nothing is trained.
+
+    The figures of one GPU come from `selftrans bench` on it (--measured bench/bench.json), or from --rate. What is assumed is
+    listed; plan.json has the numbers. `selftrans train RECIPE --dry-run` measures a run on the machine at hand instead.
+    """
+
+    recipe: Positional[str]
+    """name of the recipe"""
+    gpus: int = 8
+    """number of GPUs, in all machines"""
+    measured: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
+    """bench.json of one such GPU"""
+    rate: float | None = None
+    """images per second of the last stage on one GPU, in place of --measured"""
+    gpus_per_machine: int = 8
+    """GPUs of a machine"""
+    link_gbps: float = 400.0
+    """gigabits per second from one machine to the others"""
+    local_gbps: float = 3600.0
+    """gigabits per second from one GPU to the others of its machine"""
+    data: Annotated[str | None, tyro.conf.arg(metavar="DIR")] = None
+    """prepared data, or the URL of such; None: as many latents as ImageNet has"""
+    out: Path = Path("plan.json")
+    """json file to write"""
+    trust: Trust = ()
+    config: Annotated[Config, *Overrides] = tyro.MISSING
+    typed: Typed = ()
+
+    def run(self) -> None:
+        from selftrans.experiments.scale_plan import Cluster, scale_plan, text
+        from selftrans.storage import check_writable, write_json
+
+        config: Any = self.config
+        if self.data is not None:
+            config = config.override({"data.path": self.data})
+        check_writable(self.out)
+        cluster = Cluster(self.gpus, self.gpus_per_machine, self.link_gbps, self.local_gbps)
+        found = scale_plan(config, cluster, measured=self.measured, rate=self.rate)
+        print(text(found))
+        write_json(self.out, asdict(found))
+
+
+@dataclass
+class Doctor(Command):
+    """Versions, device, compilation, attention kernels and disk speed, as text to paste into a bug report."""
+
+    folder: Path = Path()
+    """where the speed of the disk is measured, by a temporary file of 64 MB: of the data or the runs"""
+    json: bool = False
+    """as json instead of text"""
+
+    def run(self) -> None:
+        import json
+
+        from selftrans.experiments.doctor import examine, text
+
+        found = examine(self.folder)
+        print(json.dumps(found, indent=2) if self.json else text(found))
+
+
+@dataclass
+class Ui(Command):
+    """A local page in the browser: runs live, next to each other, a playground, features, tables.
+
+    RUNS are runs, or folders that hold runs and comparisons. The page reads them and never writes into them. A run appears
+    there while it trains. With the folders of prepared data among RUNS, features of their pictures can be drawn. Needs
+    `pip install 'selftrans[ui]'`.
+    """
+
+    runs: Positional[Annotated[tuple[Path, ...], tyro.conf.arg(metavar="[RUNS ...]")]] = ()
+    """folders to show; none: `runs`, or the current one where there is no such folder"""
+    port: int = 8377
+    """of the address; 0: a free one"""
+    host: str = "127.0.0.1"
+    """where to listen. The default is reached from this machine only; any other needs --token"""
+    token: str | None = None
+    """that a browser must know, at least 12 characters; auto: a new one, which is part of the printed address. Of use on a
+    machine with several users, too"""
+    device: Literal["cuda", "cpu"] | None = None
+    """where the page samples; None: the GPU if there is one. cpu leaves the GPU to the training"""
+
+    trust: Trust = ()
+
+    def run(self) -> None:
+        try:
+            from selftrans.ui.serve import serve
+        except ImportError as error:
+            if error.name not in ("starlette", "uvicorn"):
+                raise
+            raise ImportError(f"the page needs {error.name}; install it: pip install 'selftrans[ui]'") from error
+        serve(**self.options())
 
 
 COMMANDS: dict[str, Any] = {

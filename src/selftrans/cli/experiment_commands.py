@@ -83,10 +83,6 @@ class Classifier(Command):
         print(classifier_from_data(**self.options()))
 
 
-#: options of `Analyse` that only --target reads
-OF_TARGET = ("blocks", "scales", "encoder", "grid", "seed")
-
-
 @dataclass
 class Autoencoder(Command):
     """Train a small variational autoencoder on your own pictures, for latents where no published VAE fits.
@@ -101,53 +97,18 @@ class Autoencoder(Command):
     """prepared pixels"""
     out: Path
     """folder to make"""
-    factor: int = AutoencoderSettings.factor
-    """side of a picture / side of its latent: 2, 4 or 8"""
-    channels: int = AutoencoderSettings.channels
-    """of a latent"""
-    widths: tuple[int, ...] | None = None
-    """channels of the network at each resolution, from the pictures' to the latents' (factor 4: three numbers; 16 32 64 suit
-    a CPU); None: 64, doubled up to 256"""
-    depth: int = AutoencoderSettings.depth
-    """residual blocks at each resolution (decoder: one more)"""
-    attention: bool = AutoencoderSettings.attention
-    """self-attention at the lowest resolution"""
-    steps: int = AutoencoderSettings.steps
-    """of training; may be raised later"""
-    batch_size: int = AutoencoderSettings.batch_size
-    """pictures per step"""
-    lr: float = AutoencoderSettings.lr
-    """peak learning rate of AdamW; half a cosine brings it to zero"""
-    warmup: int = AutoencoderSettings.warmup
-    """steps until the peak"""
-    loss: Literal["l1", "l2"] = AutoencoderSettings.loss
-    """of the reconstruction: absolute or squared differences"""
-    kl_weight: float = AutoencoderSettings.kl_weight
-    """of the KL divergence of the posterior from a standard normal; both terms summed over a picture"""
-    perceptual: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
-    """classifier made by `selftrans classifier`: adds the distance in the features of its middle layer; None: no such term"""
-    perceptual_weight: float = AutoencoderSettings.perceptual_weight
-    """of that distance"""
-    ema: float = AutoencoderSettings.ema
-    """decay of the averaged weights, which are the result"""
-    clip: float = AutoencoderSettings.clip
-    """largest norm of the gradient"""
-    held_out: int = AutoencoderSettings.held_out
-    """pictures that are not trained on, a tenth at most"""
-    precision: Literal["fp32", "bf16"] | None = None
-    """None: bf16 on a GPU, fp32 on a CPU"""
+    settings: Annotated[AutoencoderSettings, Inline] = field(default_factory=AutoencoderSettings)
     checkpoint_every: int = CHECKPOINT_EVERY
     """steps from one checkpoint to the next"""
-    seed: int = AutoencoderSettings.seed
-    """of weights, order, noise and held-out pictures"""
 
     def run(self) -> None:
         from selftrans.experiments.train_autoencoder import summary, train_autoencoder
 
-        own = ("data", "out", "perceptual", "precision", "checkpoint_every")
-        settings = AutoencoderSettings(**self.options(*own) | {"widths": self.widths or ()})
-        others = {name: getattr(self, name) for name in own}
-        print(summary(train_autoencoder(settings=settings, **others), self.out))
+        print(summary(train_autoencoder(**self.options()), self.out))
+
+
+#: options of `Analyse` that only --target reads
+OF_TARGET = ("blocks", "scales", "encoder", "grid", "seed")
 
 
 @dataclass

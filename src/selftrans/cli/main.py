@@ -15,10 +15,10 @@ from typing import Any
 
 from selftrans.cli import hub_retries
 from selftrans.cli.commands import COMMANDS
-from selftrans.cli.likely import unrecognised
 from selftrans.cli.options import RecipeCommand
 from selftrans.cli.overrides import parse_on_recipe
 from selftrans.cli.parse import UsageError, blank, parse
+from selftrans.cli.unknown_option import unrecognised
 from selftrans.plugins import trust
 from selftrans.suggest import closest, did_you_mean
 

@@ -164,14 +164,12 @@ def _without_recipe(
 def _without(kind: Any, names: Sequence[str]) -> Any:
     """A subclass of a dataclass, in which these fields are neither options nor on the help page."""
     fixed = Annotated[Any, tyro.conf.Fixed, tyro.conf.SuppressFixed]
-    there = {field.name for field in dataclasses.fields(kind)}
-    hidden: list[Any] = [(name, fixed, field) for name in names if name in there for field in [_default(kind, name)]]
+    hidden: list[Any] = [
+        (each.name, fixed, dataclasses.field(default=each.default))
+        for each in dataclasses.fields(kind)
+        if each.name in names
+    ]
     return dataclasses.make_dataclass(kind.__name__, hidden, bases=(kind,), frozen=kind.__dataclass_params__.frozen)
-
-
-def _default(kind: Any, name: str) -> Any:
-    default = next(field.default for field in dataclasses.fields(kind) if field.name == name)
-    return dataclasses.field() if default is dataclasses.MISSING else dataclasses.field(default=default)
 
 
 def _as(kind: Any, instance: Any) -> Any:

@@ -21,8 +21,8 @@ from typing import Any
 
 import tyro
 
-from selftrans.cli.likely import unrecognised
 from selftrans.cli.options import Inline
+from selftrans.cli.unknown_option import unrecognised
 
 HELP = {"-h", "--help"}
 #: start of Python's message about a value that it cannot convert -> what the value should be

@@ -6,6 +6,7 @@ Shape legend: n pictures, (H, W, C) picture with C of 1 or 3.
 from __future__ import annotations
 
 import functools
+import textwrap
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -50,30 +51,12 @@ def with_captions(pictures: np.ndarray, captions: Sequence[str]) -> np.ndarray:
 
 def wrap(text: str, width: int, font: FreeTypeFont) -> list[str]:
     """The lines of `text` at `width` pixels, at most LINES; a word that is wider than a line is cut."""
-    lines, words = [""], text.split(" ")
-    while words:
-        word = words.pop(0)
-        joined = f"{lines[-1]} {word}".strip()
-        if font.getlength(joined) <= width:
-            lines[-1] = joined
-        elif lines[-1]:
-            lines.append("")
-            words.insert(0, word)
-        else:
-            fits = max(1, _fitting(word, width, font))
-            lines[-1] = word[:fits]
-            words.insert(0, word[fits:])
-    if len(lines) > LINES:
-        last = lines[LINES - 1]
-        while last and font.getlength(last + "…") > width:
-            last = last[:-1]
-        lines = [*lines[: LINES - 1], last.rstrip() + "…"]
+    usual = width * len(text) / max(1.0, font.getlength(text))  # characters of a line
+    for length in range(int(1.5 * usual) + 1, 0, -1):
+        lines = textwrap.wrap(text, length, max_lines=LINES, placeholder="…") or [""]
+        if all(font.getlength(line) <= width for line in lines):
+            break
     return lines
-
-
-def _fitting(word: str, width: int, font: FreeTypeFont) -> int:
-    """How many of the first characters fit into `width` pixels."""
-    return next((k - 1 for k in range(1, len(word) + 1) if font.getlength(word[:k]) > width), len(word))
 
 
 @functools.cache

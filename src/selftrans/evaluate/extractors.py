@@ -1,4 +1,4 @@
-"""Feature extractors: images => the features that metrics compare. `EXTRACTORS` lists them by name.
+"""Feature extractors: images => the features that metrics compare. `NAMES` lists those that have one.
 
 Shape legend: n images, F features, K classes. Images are pictures, uint8 (n, H, W, C), or arrays that are not pictures,
 float32 (n, C, *S).
@@ -20,6 +20,7 @@ from selftrans.storage import sha256_file
 from selftrans.suggest import closest, did_you_mean
 
 Device: TypeAlias = torch.device | str
+NAMES = ("digits", "inception", "values")
 
 CHUNK, CHUNK_ON_GPU = 64, 512  #: images that an extractor takes at a time
 TINY = 16  #: a classifier of images up to this side uses one CPU thread
@@ -182,34 +183,6 @@ def _published_weights(path: Path | None) -> Path:
     return path
 
 
-def digits_extractor(weights: str | Path | None, device: Device, shape: tuple[int, ...] | None) -> Extractor:
-    """The classifier of scikit-learn's digits, trained in seconds and saved to the file `weights`, or read from it.
-
-    It is always trained on the CPU, so that its weights do not depend on the device.
-    """
-    return ClassifierExtractor(digits_classifier(weights), "digits classifier", device)
-
-
-def inception_extractor(weights: str | Path | None, device: Device, shape: tuple[int, ...] | None) -> Extractor:
-    """The Inception of FID; see `InceptionExtractor`."""
-    return InceptionExtractor(weights, device)
-
-
-def values_extractor(weights: str | Path | None, device: Device, shape: tuple[int, ...] | None) -> Extractor:
-    """The values of images of `shape`; see `ValuesExtractor`."""
-    if weights is not None or shape is None:
-        raise ValueError("the features `values` have no weights, and need the shape of an image")
-    return ValuesExtractor(shape)
-
-
-#: name -> extractor(weights, device, shape)
-EXTRACTORS: dict[str, Callable[[str | Path | None, Device, tuple[int, ...] | None], Extractor]] = {
-    "digits": digits_extractor,
-    "inception": inception_extractor,
-    "values": values_extractor,
-}
-
-
 def load_extractor(
     name: str | Path,
     *,
@@ -217,25 +190,30 @@ def load_extractor(
     device: Device = "cpu",
     shape: tuple[int, ...] | None = None,
 ) -> Extractor:
-    """Load an extractor by its name in `EXTRACTORS`, from a classifier's .safetensors file, or from Inception's .pth file.
+    """Load an extractor by its name in `NAMES`, from a classifier's .safetensors file, or from Inception's .pth file.
 
-    `weights` is the file of a named extractor: Inception's weights, or the cached digit classifier. `shape` of one image
-    is needed for `values`. Raises ValueError for unknown names (with a suggestion) and for missing or invalid files.
+    `weights` is the file of a named extractor: Inception's weights, or the digit classifier, which is read from it, else
+    trained in seconds (on the CPU, so that its weights do not depend on the device) and saved to it. `shape` of one image is
+    needed for `values`. Raises ValueError for unknown names (with a suggestion) and for missing or invalid files.
     """
-    text, suffix = str(name), Path(name).suffix
-    if text in EXTRACTORS:
-        return EXTRACTORS[text](weights, device, shape)
+    text, suffix, known = str(name), Path(name).suffix, ", ".join(NAMES)
+    if text == "digits":
+        return ClassifierExtractor(digits_classifier(weights), "digits classifier", device)
+    if text == "inception":
+        return InceptionExtractor(weights, device)
+    if text == "values":
+        if weights is not None or shape is None:
+            raise ValueError("the features `values` have no weights, and need the shape of an image")
+        return ValuesExtractor(shape)
     if weights is not None:
-        raise ValueError(
-            f"weights {weights} belong to a named extractor ({', '.join(EXTRACTORS)}), but {text} is a file"
-        )
+        raise ValueError(f"weights {weights} belong to a named extractor ({known}), but {text} is a file")
     if suffix == ".safetensors":
         stem = Path(name).stem
         called = stem if stem.endswith("classifier") else f"{stem} classifier"
         return ClassifierExtractor(SmallClassifier.load(text), called, device)
     if suffix == ".pth":
         return InceptionExtractor(text, device)
-    hint, known = did_you_mean(closest(text, EXTRACTORS)), ", ".join(EXTRACTORS)
+    hint = did_you_mean(closest(text, NAMES))
     raise ValueError(
         f"unknown features {text!r}{hint or ';'} choose from {known}, or give a classifier's .safetensors file"
     )

@@ -11,9 +11,11 @@ import numpy as np
 
 from selftrans.storage import plural
 
+NEIGHBOURS = 3  #: k of the radii, as published
+
 
 def precision_recall(
-    samples: np.ndarray, reference: np.ndarray, *, neighbours: int = 3, block: int = 1024
+    samples: np.ndarray, reference: np.ndarray, *, neighbours: int = NEIGHBOURS, block: int = 1024
 ) -> tuple[float, float]:
     """Fraction of samples (n, F) in the reference's manifold, and of the reference (m, F) in that of the samples.
 

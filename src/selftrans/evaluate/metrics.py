@@ -11,14 +11,16 @@ from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
+from scipy.special import log_softmax, logsumexp
 
 from selftrans.evaluate.extractors import INCEPTION_SHA256, Extractor
-from selftrans.evaluate.manifold import precision_recall, same_length
+from selftrans.evaluate.manifold import NEIGHBOURS, precision_recall, same_length
 from selftrans.evaluate.statistics import Moments, Statistics
 from selftrans.storage import plural
 
 SEED = 2020  #: as in torch-fidelity, so that equal features give the same subsets and splits
 SPLITS = 10  #: of the inception score, as in torch-fidelity
+SUBSETS, SUBSET_SIZE = 100, 1000  #: of the kernel distance
 MANIFOLD = 50_000  #: most images of each set for precision and recall, whose cost is the square of their number
 
 
@@ -52,7 +54,7 @@ def _square_root(cov: np.ndarray) -> np.ndarray:
 
 
 def kernel_distance(
-    a: np.ndarray, b: np.ndarray, *, subsets: int = 100, subset_size: int = 1000, seed: int = SEED
+    a: np.ndarray, b: np.ndarray, *, subsets: int = SUBSETS, subset_size: int = SUBSET_SIZE, seed: int = SEED
 ) -> tuple[float, float]:
     """Mean and standard deviation over subsets of the squared MMD with the kernel (x·y / F + 1)³ (KID: 1801.01401, sec. 4).
 
@@ -115,19 +117,18 @@ def inception_score(logits: np.ndarray, *, splits: int = SPLITS, seed: int = SEE
             stacklevel=2,
         )
     logits = logits[np.random.RandomState(seed).permutation(len(logits))].astype(np.float64)
-    shifted = logits - logits.max(axis=-1, keepdims=True)
-    log_p = shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))  # (n, K)
+    log_p = log_softmax(logits, axis=-1)  # (n, K)
     edges = [i * len(log_p) // splits for i in range(splits + 1)]
     scores = []
     for start, end in itertools.pairwise(edges):
         each = log_p[start:end]
         # mean of p in log space: no log(0) for a class that underflows in every image
-        marginal = np.logaddexp.reduce(each, axis=0) - np.log(len(each))
+        marginal = logsumexp(each, axis=0) - np.log(len(each))
         scores.append(np.exp((np.exp(each) * (each - marginal)).sum(axis=-1).mean()))
     return float(np.mean(scores)), float(np.std(scores))
 
 
-class Measured(NamedTuple):
+class MetricInput(NamedTuple):
     """The input of a metric in `METRICS`."""
 
     samples: Statistics
@@ -135,16 +136,13 @@ class Measured(NamedTuple):
     logits: np.ndarray  #: (n, K) of the samples; (0, 0) without a head
     labels: np.ndarray | Iterable[int] | None
     inception: bool  #: whether the extractor is the published Inception, so that results have the published names
-    neighbours: int
-    subsets: int
-    subset_size: int
 
 
 #: results and parameters by name, or the reason why there are none
 Outcome: TypeAlias = dict[str, float | int] | str
 
 
-def _frechet(m: Measured) -> Outcome:
+def _frechet(m: MetricInput) -> Outcome:
     numbers: dict[str, float | int] = {
         "fid" if m.inception else "frechet_distance": frechet_distance(m.samples, m.reference)
     }
@@ -154,26 +152,25 @@ def _frechet(m: Measured) -> Outcome:
     return numbers
 
 
-def _kernel(m: Measured) -> Outcome:
+def _kernel(m: MetricInput) -> Outcome:
     if m.samples.features is None or m.reference.features is None:
         return "no kernel distance: the reference holds no features"
     name = "kid" if m.inception else "kernel_distance"
     both = m.samples.features, m.reference.features
-    mean, deviation = kernel_distance(*both, subsets=m.subsets, subset_size=m.subset_size)
-    size = min(m.subset_size, *map(len, both))
-    return {name: mean, f"{name}_std": deviation, "kernel_subsets": m.subsets, "kernel_subset_size": size}
+    mean, deviation = kernel_distance(*both)
+    size = min(SUBSET_SIZE, *map(len, both))
+    return {name: mean, f"{name}_std": deviation, "kernel_subsets": SUBSETS, "kernel_subset_size": size}
 
 
-def _precision_recall(m: Measured) -> Outcome:
+def _precision_recall(m: MetricInput) -> Outcome:
     if m.samples.features is None or m.reference.features is None:
         return "no precision and recall: the reference holds no features"
-    if min(len(m.samples.features), len(m.reference.features)) <= m.neighbours:
-        return f"no precision and recall: too few images for {m.neighbours} neighbours"
-    both = [_drawn(features) for features in (m.samples.features, m.reference.features)]
-    precision, recall = precision_recall(*both, neighbours=m.neighbours)
+    if min(len(m.samples.features), len(m.reference.features)) <= NEIGHBOURS:
+        return f"no precision and recall: too few images for {NEIGHBOURS} neighbours"
+    precision, recall = precision_recall(_drawn(m.samples.features), _drawn(m.reference.features))
     cut = max(len(m.samples.features), len(m.reference.features)) > MANIFOLD
     used = {"manifold_images": MANIFOLD} if cut else {}
-    return {"precision": precision, "recall": recall, "neighbours": m.neighbours} | used
+    return {"precision": precision, "recall": recall, "neighbours": NEIGHBOURS} | used
 
 
 def _drawn(features: np.ndarray) -> np.ndarray:
@@ -183,7 +180,7 @@ def _drawn(features: np.ndarray) -> np.ndarray:
     return features[np.sort(np.random.RandomState(SEED).permutation(len(features))[:MANIFOLD])]
 
 
-def _score(m: Measured) -> Outcome:
+def _score(m: MetricInput) -> Outcome:
     if not len(m.logits):
         return "no score: the extractor has no classification head"
     name = "inception_score" if m.inception else "classifier_score"
@@ -191,7 +188,7 @@ def _score(m: Measured) -> Outcome:
     return {name: mean, f"{name}_std": deviation, "is_splits": min(SPLITS, len(m.logits))}
 
 
-def _accuracy(m: Measured) -> Outcome:
+def _accuracy(m: MetricInput) -> Outcome:
     if m.labels is None:
         return {}
     labels, reason = np.asarray(m.labels if isinstance(m.labels, np.ndarray) else list(m.labels)), ""
@@ -212,7 +209,7 @@ def _accuracy(m: Measured) -> Outcome:
 _NONE = np.empty((0, 0))  # logits of an extractor without a head
 
 #: the metrics of `evaluate`, by name
-METRICS: dict[str, Callable[[Measured], Outcome]] = {
+METRICS: dict[str, Callable[[MetricInput], Outcome]] = {
     "frechet": _frechet,
     "kernel": _kernel,
     "precision_recall": _precision_recall,
@@ -229,10 +226,6 @@ def evaluate(
     labels: np.ndarray | Iterable[int] | None = None,
     metrics: Iterable[str] = tuple(METRICS),
     reference_name: str = "",
-    neighbours: int = 3,
-    subsets: int = 100,
-    subset_size: int = 1000,
-    chunk: int | None = None,
 ) -> dict[str, Any]:
     """Compare samples (batches of pictures uint8 (n, H, W, C), or of arrays float32 (n, C, *S)) with a reference.
 
@@ -249,15 +242,12 @@ def evaluate(
     if unknown:
         raise ValueError(f"unknown metric {unknown[0]!r}; choose from {', '.join(METRICS)}")
     if not isinstance(reference, Statistics):
-        reference = Statistics.of(reference, extractor, chunk=chunk, source=reference_name or "images")
+        reference = Statistics.of(reference, extractor, source=reference_name or "images")
     _check_extractor(reference, extractor)
     logits: list[np.ndarray] = []
-    measured = Statistics.of(
-        samples, extractor, chunk=chunk, observe=lambda out: logits.append(out.get("logits", _NONE))
-    )
+    measured = Statistics.of(samples, extractor, observe=lambda out: logits.append(out.get("logits", _NONE)))
     report = _header(measured, reference, extractor, reference_name)
-    inception = report["metric"] == "fid"
-    inputs = Measured(measured, reference, np.concatenate(logits), labels, inception, neighbours, subsets, subset_size)
+    inputs = MetricInput(measured, reference, np.concatenate(logits), labels, report["metric"] == "fid")
     notes = _notes(measured, reference, extractor)
     for name in chosen:
         outcome = METRICS[name](inputs)

@@ -45,16 +45,16 @@ def image_grid(images: np.ndarray, columns: int | None = None, upscale: int = 1,
     """
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] not in (1, 3) or not len(images):
         raise ValueError(f"images are {images.dtype} {images.shape}; a grid shows uint8 (n, H, W, 1 or 3)")
-    n, height, width, channels = images.shape
+    n, channels = len(images), images.shape[-1]
     columns = min(columns or math.ceil(math.sqrt(n)), n)
     rows = math.ceil(n / columns)
     large = images.repeat(upscale, axis=1).repeat(upscale, axis=2)
-    step_y, step_x = height * upscale + gap, width * upscale + gap
-    grid = np.full((rows * step_y + gap, columns * step_x + gap, channels), 255, dtype=np.uint8)
-    for i, image in enumerate(large):
-        y, x = gap + i // columns * step_y, gap + i % columns * step_x
-        grid[y : y + image.shape[0], x : x + image.shape[1]] = image
-    return grid
+    tiles = np.pad(large, ((0, rows * columns - n), (gap, 0), (gap, 0), (0, 0)), constant_values=255)
+    height, width = tiles.shape[1:3]
+    grid = tiles.reshape(rows, columns, height, width, channels).swapaxes(1, 2)
+    return np.pad(
+        grid.reshape(rows * height, columns * width, channels), ((0, gap), (0, gap), (0, 0)), constant_values=255
+    )
 
 
 def sample_sheet(
@@ -140,34 +140,36 @@ def curves(
     logy: bool = False,
     size: tuple[float, float] = (6.4, 4.0),
 ) -> Figure:
-    """One line with markers per name; colours and markers follow the order of `series`. Size in inches.
-
-    A line that later ones coincide with is drawn wider, so that it is seen on both sides of them. Where every x is a whole
-    number, so is every tick.
-    """
+    """A figure with `draw_lines`. Size in inches. Where every x is a whole number, so is every tick."""
     figure, axes = _figure("", size)
+    draw_lines(axes, series, logy=logy)
+    axes.set(xlabel=xlabel, ylabel=ylabel)
+    plain_ticks(axes)
+    if all((x == np.round(x)).all() for x in (np.asarray(each[0], dtype=float) for each in series.values())):
+        axes.locator_params(axis="x", integer=True)
+    axes.legend(frameon=False)
+    return figure
+
+
+def draw_lines(axes: Axes, series: Mapping[str, Series], *, logy: bool = False) -> None:
+    """One line with markers per name; colours and markers follow the order of `series`.
+
+    A line that later ones coincide with is drawn wider, so that it is seen on both sides of them.
+    """
     drawn = [np.asarray(values[:2], dtype=float) for values in series.values()]
     for i, (name, values) in enumerate(series.items()):
         wider = 3.0 * sum(_coincide(drawn[i], later) for later in drawn[i + 1 :])
         x, y = np.asarray(values[0], dtype=float), np.asarray(values[1], dtype=float)
-        colour, marker, dash = (
-            COLOURS[i % len(COLOURS)],
-            MARKERS[i % len(MARKERS)],
-            DASHES[i // len(COLOURS) % len(DASHES)],
-        )
-        style: dict[str, Any] = {"color": colour, "marker": marker, "linestyle": dash, "markeredgecolor": "white"}
+        colour, dash = COLOURS[i % len(COLOURS)], DASHES[i // len(COLOURS) % len(DASHES)]
+        style: dict[str, Any] = {"color": colour, "linestyle": dash, "marker": MARKERS[i % len(MARKERS)]}
+        style |= {"markeredgecolor": "white", "markeredgewidth": 0.6}
         style |= {"linewidth": 1.5 + wider, "markersize": 6 + 1.5 * wider} if wider else {}
         axes.plot(x, y, label=name, zorder=3 + i, **style)
         if len(values) == 3:
             deviation = np.asarray(values[2], dtype=float)
             low = np.where(y - deviation > 0, y - deviation, y) if logy else y - deviation
             axes.fill_between(x, low, y + deviation, color=colour, alpha=0.18, linewidth=0, zorder=2)
-    axes.set(xlabel=xlabel, ylabel=ylabel, yscale="log" if logy else "linear")
-    plain_ticks(axes)
-    if all((x == np.round(x)).all() for x, _ in drawn):
-        axes.locator_params(axis="x", integer=True)
-    axes.legend(frameon=False)
-    return figure
+    axes.set_yscale("log" if logy else "linear")
 
 
 def _coincide(one: np.ndarray, other: np.ndarray) -> bool:
@@ -223,11 +225,16 @@ def pca_grid(
 
 def _draw_map(axes: Axes, picture: np.ndarray) -> None:
     """Draw a picture (H, W, 1 or 3) or a map (*grid, 3) of one to three dimensions."""
+    shown = flat_map(picture)
+    shown = shown.repeat(3, axis=-1) if shown.shape[-1] == 1 else shown
+    axes.imshow(shown, interpolation="nearest", aspect="auto" if picture.ndim == 2 else "equal")
+
+
+def flat_map(picture: np.ndarray) -> np.ndarray:
+    """A map (*grid, 3) as a picture (h, w, 3): of three dimensions the middle slice, of one a strip; others unchanged."""
     if picture.ndim == 4:
-        picture = picture[len(picture) // 2]
-    strip = picture.ndim == 2
-    shown = picture[None] if strip else picture.repeat(3, axis=-1) if picture.shape[-1] == 1 else picture
-    axes.imshow(shown, interpolation="nearest", aspect="auto" if strip else "equal")
+        return picture[len(picture) // 2]
+    return picture[None] if picture.ndim == 2 else picture
 
 
 def save(figure: Figure, path: str | Path, *, dpi: int = 150) -> None:

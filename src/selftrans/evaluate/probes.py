@@ -6,7 +6,7 @@ Shape legend: N images, T tokens on a grid of one to three dimensions, D width, 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -17,6 +17,16 @@ from torch import Tensor, nn
 from selftrans.flow import LINEAR, Path, interpolate
 from selftrans.storage import are, plural
 from selftrans.types import Backbone, Cond, eval_mode, map_cond
+
+MOST_BLOCKS = 12  #: of deeper models, some of the blocks are shown
+
+
+def spread_blocks(depth: int, count: int, more: Iterable[int | None] = ()) -> tuple[int, ...]:
+    """All blocks (1-based); of more than MOST_BLOCKS, `count` at equal distances, and those of `more` that there are."""
+    if depth <= MOST_BLOCKS:
+        return tuple(range(1, depth + 1))
+    spread = np.linspace(1, depth, count).round().astype(int).tolist()
+    return tuple(sorted({*spread, *(k for k in more if k is not None and k <= depth)}))
 
 
 @torch.no_grad()
@@ -71,31 +81,29 @@ def linear_probe(
     labels: Tensor,
     *,
     test: tuple[Tensor, Tensor] | None = None,
-    test_fraction: float = 0.25,
-    seed: int = 0,
-    kind: str = "logistic",
+    kind: str = "ridge",
 ) -> float:
     """Accuracy, in [0, 1], of a linear classifier on features (N, F), or (N, T, D), which are averaged over tokens.
 
-    It is fitted on standardised features and tested on `test` (features, labels), by default a fraction `test_fraction`
-    drawn by `seed`. kind: "logistic" (multinomial, scikit-learn) or "ridge" (one-hot targets, closed form, faster).
-    Raises ValueError for invalid arguments.
+    It is fitted on standardised features and tested on `test` (features, labels), by default a quarter that is always drawn in
+    the same way. kind: "ridge" (one-hot targets, closed form) or "logistic" (multinomial, scikit-learn, slower). Raises
+    ValueError for invalid arguments.
     """
     x = pool(features).double()
     y = labels.long().to(x.device)
     if len(x) != len(y) or x.dim() != 2:
         raise ValueError(f"features {tuple(features.shape)} and labels {tuple(labels.shape)} do not match")
     if test is None:
-        fit, held = _split(len(x), test_fraction, seed)
+        fit, held = _split(len(x))
         x, y, test = x[fit], y[fit], (x[held], y[held])
     guesses = class_guesses(x, y, test[0], kind=kind)
     return (guesses == test[1].to(x.device).long()).double().mean().item()
 
 
-def _split(count: int, test_fraction: float = 0.25, seed: int = 0) -> tuple[Tensor, Tensor]:
+def _split(count: int) -> tuple[Tensor, Tensor]:
     """Rows that a probe is fitted on, and those that are held out, at least one of each."""
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
-    held_out = min(max(1, round(test_fraction * count)), count - 1)
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(0))
+    held_out = min(max(1, round(0.25 * count)), count - 1)
     return order[held_out:], order[:held_out]
 
 
@@ -104,7 +112,7 @@ def can_be_probed(labels: Tensor) -> bool:
     return len(labels) > 1 and len(torch.unique(labels[_split(len(labels))[0]])) > 1
 
 
-def class_guesses(features: Tensor, labels: Tensor, others: Tensor, *, kind: str = "logistic") -> Tensor:
+def class_guesses(features: Tensor, labels: Tensor, others: Tensor, *, kind: str) -> Tensor:
     """Classes (M,) of `others` (M, F) or (M, T, D) by a linear classifier fitted on features (N, F) or (N, T, D).
 
     Both are standardised by the mean and deviation of `features`. `kind` as for `linear_probe`. Raises ValueError for invalid

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from selftrans.evaluate.target_probes import Pooled, chance, probe_all
+from selftrans.evaluate.target_probes import Pooled, probe_all
 from selftrans.evaluate.target_share import PREDICTORS, Design, Fits, share
 
 DIFFERENCE = "difference"  #: among the strengths of f_g: f_c - f_u alone, the limit of large w
@@ -125,11 +125,6 @@ def sum_target(parts: Iterable[Parts], plan: Plan) -> dict[int, BlockSums]:
             own, drawn = (None if part is None else part[k] for part in (batch.own, batch.drawn))
             blocks[k].take(batch.rows, batch.time, u, own, drawn)
     return dict(sorted(blocks.items()))
-
-
-def chance_of(plan: Plan) -> float | None:
-    """Accuracy of naming the most frequent class; None without labels."""
-    return None if plan.labels is None else chance(plan.labels, plan.fitted)
 
 
 def _root(part: float, whole: float) -> float | None:

@@ -14,16 +14,14 @@ import numpy as np
 from torch import Tensor
 from tqdm import tqdm
 
-from selftrans.checkpoints.load import LoadedModel, Weights, find_asked, load_model
-from selftrans.data.buckets import open_of_one_shape
+from selftrans.checkpoints.load import Weights, find_asked, load_model
 from selftrans.data.dataset import Dataset
 from selftrans.data.decoded import data_latents, decode_images
 from selftrans.device import default_device
 from selftrans.encoders.autoencoder import load_autoencoder
-from selftrans.encoders.identity import check_scale
 from selftrans.evaluate.plots import as_pictures, curves, pca_grid, save, scatter
 from selftrans.evaluate.probes import can_be_probed, collect, linear_probe, pca_maps, tsne
-from selftrans.experiments.reference import training_data
+from selftrans.experiments.reference import fitting_data
 from selftrans.flow import PATHS
 from selftrans.storage import check_writable, plural, printable, write_json
 from selftrans.types import Backbone, Cond, map_cond
@@ -53,8 +51,7 @@ def analyse(
         raise ValueError(f"{few} are too few; give at least 20 samples and one timestep")
     loaded, device = load_model(find_asked(origin, stage=stage, weights=weights), stage=stage), default_device()
     model = loaded.model.to(device)
-    dataset = open_of_one_shape(data or training_data(origin, loaded, remedy="give --data DIR"))
-    _check_fit(loaded, dataset)
+    dataset = fitting_data(origin, loaded, data, "the run", captions=False)
     check_writable(out / "analyse.json")
     decoder = load_autoencoder(loaded.autoencoder, device=device)
     z0, labels = data_latents(dataset, samples)
@@ -65,7 +62,7 @@ def analyse(
     for t in tqdm(timesteps, desc="timesteps", unit="t"):
         feats = collect(model, z0, null, t=t, taps=blocks, path=path)
         if probed:
-            probes[t] = [linear_probe(feats[k].to(device), labels, kind="ridge") for k in blocks]
+            probes[t] = [linear_probe(feats[k].to(device), labels) for k in blocks]
         maps |= {f"block {k}, t = {t:g}": pca_maps(feats[k][:MAPPED], model.grid) for k in _spread(blocks)}
         clouds[t] = tsne(feats[blocks[len(blocks) // 2]])
     decoded = decode_images(decoder, z0[:MAPPED].to(device))
@@ -107,18 +104,6 @@ def null_of(model: Backbone, count: int) -> Cond:
     device = next(model.parameters()).device
     null = model.null(map_cond(lambda x: x.to(device), model.conditions.example()))
     return map_cond(lambda x: x.expand(count, *x.shape[1:]), null)
-
-
-def _check_fit(loaded: LoadedModel, dataset: Dataset) -> None:
-    """ValueError unless the data have the shape and number of classes of the model; for one of text, only the shape."""
-    manifest, model = dataset.manifest, loaded.model
-    text = model.conditions.kind == "text"
-    if manifest.shape != model.shape or (not text and manifest.num_classes != model.conditions.num_classes):
-        raise ValueError(
-            f"the data are latents {manifest.shape} with {plural(manifest.num_classes, 'class')}; the run was trained on "
-            f"{model.shape} with {model.conditions.num_classes}; give that data with --data"
-        )
-    check_scale("the run", loaded.autoencoder, manifest.autoencoder)
 
 
 def _spread(blocks: Sequence[int]) -> list[int]:

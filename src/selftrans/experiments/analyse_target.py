@@ -20,7 +20,9 @@ from tqdm import tqdm
 from selftrans.checkpoints.load import Weights
 from selftrans.data.dataset import Dataset
 from selftrans.device import default_device
-from selftrans.evaluate.target_measures import Parts, Plan, chance_of, sum_target
+from selftrans.evaluate.probes import spread_blocks
+from selftrans.evaluate.target_measures import Parts, Plan, sum_target
+from selftrans.evaluate.target_probes import chance
 from selftrans.evaluate.target_share import Design
 from selftrans.experiments.evaluate_samples import finished
 from selftrans.experiments.target_report import draw_maps, draw_measures
@@ -30,8 +32,7 @@ from selftrans.storage import are, check_writable, plural
 TIMES = (0.4, 0.5, 0.6, 0.7)  #: of the noisy latents: the published range in which guidance acts
 PER_CLASS = 16  #: pictures of a class at least; with more classes than that allows, some of them are left out
 HELD = 4  #: each HELDth picture is held out
-MOST_BLOCKS = 12  #: of deeper models, SPREAD evenly spaced blocks are measured unless others are given
-SPREAD = 8
+SPREAD = 8  #: blocks of a deep model that are measured unless others are given
 MAPPED = 8  #: pictures with maps: pairs of a class
 
 
@@ -73,7 +74,7 @@ def analyse_target(
     mapped, kept = _pairs(pictures), dict[str, dict[int, Tensor]]()
     source = teacher.parts(pictures, times, chosen, seed)
     with tqdm(total=len(pictures.rows) * len(times), desc="target", unit="img") as bar:
-        sums = sum_target(_watched(_keeping(source, mapped, kept), bar), plan)
+        sums = sum_target(_keeping(source, mapped, kept, bar), plan)
     measured = {
         str(k): sums[k].report()
         for k in tqdm(sums, desc="probes" if plan.labels is not None else "shares", unit="block")
@@ -88,7 +89,7 @@ def analyse_target(
         "probes_at": times[0] if teacher.depth and plan.labels is not None else None,
         "scales": list(strengths),
         "seed": seed,
-        "chance": chance_of(plan),
+        "chance": None if plan.labels is None else chance(plan.labels, plan.fitted),
         "blocks": measured,
     }
     finished(report, out / "target.json", show)
@@ -171,10 +172,7 @@ def _blocks(teacher: Teacher, blocks: Sequence[int] | None) -> tuple[int, ...]:
     if not depth:
         return (ENCODER,)
     if blocks is None:
-        spread = (
-            range(1, depth + 1) if depth <= MOST_BLOCKS else np.linspace(1, depth, SPREAD).round().astype(int).tolist()
-        )
-        return tuple(sorted({*spread, *([teacher.block] if teacher.block else [])}))
+        return spread_blocks(depth, SPREAD, [teacher.block])
     if not blocks or min(blocks) < 1 or max(blocks) > depth:
         raise ValueError(f"blocks {list(blocks)} are not in a model of {depth} blocks; choose from 1 to {depth}")
     return tuple(sorted(set(blocks)))
@@ -188,8 +186,9 @@ def _pairs(pictures: Pictures) -> Tensor:
     return pairs[:MAPPED]
 
 
-def _keeping(parts: Iterable[Parts], chosen: Tensor, kept: dict[str, dict[int, Tensor]]) -> Iterator[Parts]:
-    """The same parts; features of the pictures `chosen` (n,) at the first timestep are stored in `kept`, in that order."""
+def _keeping(parts: Iterable[Parts], chosen: Tensor, kept: dict[str, dict[int, Tensor]], bar: Any) -> Iterator[Parts]:
+    """The same parts, counted by `bar`; features of the pictures `chosen` (n,) at the first timestep are stored in `kept`, in
+    that order."""
     for batch in parts:
         at, where = torch.nonzero(batch.rows[:, None] == chosen[None, :], as_tuple=True)
         if batch.time == 0 and len(at):
@@ -197,11 +196,6 @@ def _keeping(parts: Iterable[Parts], chosen: Tensor, kept: dict[str, dict[int, T
                 for k, values in (feats or {}).items():
                     store = kept.setdefault(name, {}).setdefault(k, values.new_zeros(len(chosen), *values.shape[1:]))
                     store[where] = values[at]
-        yield batch
-
-
-def _watched(parts: Iterable[Parts], bar: Any) -> Iterator[Parts]:
-    for batch in parts:
         yield batch
         bar.update(len(batch.rows))
 

@@ -18,7 +18,6 @@ from typing import Any
 import torch
 
 from selftrans.config import RunConfig, to_json
-from selftrans.data.buckets import is_prepared
 from selftrans.data.dataset import Dataset, Manifest
 from selftrans.data.decoded import decoded_images
 from selftrans.data.prepare import prepare_builtin
@@ -26,10 +25,10 @@ from selftrans.encoders.identity import identity_kind
 from selftrans.evaluate.extractors import MAX_VALUES, extract, load_extractor
 from selftrans.experiments import html_report
 from selftrans.experiments.comparison import Comparison
-from selftrans.experiments.comparison_files import shown_already, write
-from selftrans.experiments.kept import Kept, all_kept, kept_runs, to_draw
+from selftrans.experiments.comparison_files import unchanged, write
+from selftrans.experiments.finished_runs import FinishedRun, all_measured, finished_runs, with_samples
 from selftrans.experiments.measurement import PROBED_BLOCK, check_sizes, image_shape
-from selftrans.experiments.runner import Results, compare, processes
+from selftrans.experiments.runner import Results, processes, train_and_measure
 from selftrans.experiments.schedule import Job
 from selftrans.experiments.summary import AXES, mean_curve, rows, time_line, time_shares
 from selftrans.experiments.train_classifier import classifier_from_data, data_of_classifier
@@ -76,29 +75,24 @@ def compare_methods(
             config = with_given_model(config, typed)
             variants = {name: for_method(config, name) for name in methods}
             chosen = Comparison(config, variants, tuple(seeds), out, images, features, weights, probed_block(config))
-            kept = kept_runs(chosen)
-            check_before(chosen, kept, prepared=out / "data" in new)
-        summary = _finished(chosen, kept) or _measured(chosen, kept, workers)
+            finished = finished_runs(chosen)
+            check_before(chosen, finished)
+        summary, done = None, all_measured(chosen, finished)
+        if done:
+            summary = unchanged(chosen, summarise(chosen, train_and_measure(chosen, finished=finished)))
+        if summary is None:
+            summary = _measured(chosen, with_samples(chosen, finished) if done else finished, workers)
     print(html_report.text_table(summary))
-    if not all_kept(chosen, kept) and (line := time_line(summary["time"])):
+    if not done and (line := time_line(summary["time"])):
         print(f"\n{line}")
     print(f"\nOpen {out / 'compare.html'}")
     return summary
 
 
-def _finished(chosen: Comparison, kept: Mapping[Job, Kept]) -> dict[str, Any] | None:
-    """What compare.json holds, if nothing is left to do: all is trained and measured, and its files show it."""
-    if not all_kept(chosen, kept):
-        return None
-    return shown_already(chosen, summarise(chosen, compare(chosen, kept=kept)))
-
-
-def _measured(chosen: Comparison, kept: Mapping[Job, Kept], workers: int | None) -> dict[str, Any]:
+def _measured(chosen: Comparison, finished: Mapping[Job, FinishedRun], workers: int | None) -> dict[str, Any]:
     """Train and measure what is left, and write the files of the comparison; returns what compare.json holds."""
-    if all_kept(chosen, kept):
-        kept = to_draw(chosen, kept)
     started, failed = time.perf_counter(), dict[Job, str]()
-    results = compare(chosen, workers=workers, kept=kept, failed=failed)
+    results = train_and_measure(chosen, workers=workers, finished=finished, failed=failed)
     if not results:
         (name, seed), reason = next(iter(failed.items()))
         raise ValueError(f"every run failed; first {name}, seed {seed}: {reason}")
@@ -130,12 +124,10 @@ def for_method(config: RunConfig, method: str | None = None) -> RunConfig:
     return config.override(lengths)
 
 
-def check_before(chosen: Comparison, kept: Mapping[Job, Kept], *, prepared: bool = False) -> None:
-    """ValueError now for what would stop a run or a measurement later. Nothing is loaded, decoded or built where all is
-    trained and measured. `prepared`: this call has just prepared the built-in data, which are then not checked."""
-    if not all_kept(chosen, kept):
-        if not prepared:
-            _check_builtin(chosen.shared, chosen.out)
+def check_before(chosen: Comparison, finished: Mapping[Job, FinishedRun]) -> None:
+    """ValueError now for what would stop a run or a measurement later. Nothing is decoded or built where all is trained and
+    measured."""
+    if not all_measured(chosen, finished):
         check_measuring(chosen.shared, chosen.features, chosen.weights)
         rehearse(chosen.variants)
 
@@ -160,32 +152,22 @@ def _check(methods: Sequence[str], seeds: Sequence[int], images: int) -> None:
         raise ValueError("a comparison needs seeds that differ from each other, from 0 on, and at least two images")
 
 
-def with_defaults(config: RunConfig, out: Path, *, features: str | None = None) -> tuple[RunConfig, str, str | None]:
-    """`shared_settings`, once they are known to be good for measuring (`check_measuring`)."""
-    prepared = not (out / "data").exists()
-    config, features, weights = shared_settings(config, out, features=features)
-    if not prepared:
-        _check_builtin(config, out)
-    check_measuring(config, features, weights)
-    return config, features, weights
-
-
 def shared_settings(config: RunConfig, out: Path, *, features: str | None = None) -> tuple[RunConfig, str, str | None]:
     """(the configuration that all variants share, the extractor, the file of its weights).
 
-    Recipes with built-in data bring a classifier, too. Other data are measured with `features`; None: data that are no
-    pictures by their `values`, others by a small classifier trained on them (`out/classifier.safetensors`). Where the data
-    are not pixels or have no classes to train it on, colour pictures are measured by Inception, and grey ones by their
-    values, with a warning. Data of several sizes are measured by Inception, which takes any.
+    Recipes with built-in data bring a classifier, too; the data are prepared, or checked if they are there. Other data are
+    measured with `features`; None: data that are no pictures by their `values`, others by a small classifier trained on them
+    (`out/classifier.safetensors`). Where the data are not pixels or have no classes to train it on, colour pictures are
+    measured by Inception, and grey ones by their values, with a warning. Data of several sizes are measured by Inception, which
+    takes any.
     """
     weights = None
     if config.data.path is None:
         builtin = config.data.builtin
         if builtin is None:
             raise ValueError(f"recipe {config.recipe} needs --data DIR, a directory made by `selftrans prepare`")
+        prepare_builtin(builtin, out / "data")
         config = config.override({"data.path": str(out / "data")})
-        if not _is_builtin(config, out):  # else checked only where something is left to do: that loads the source
-            prepare_builtin(builtin, out / "data")
         features = features or "digits"
     if features == "digits":
         weights = str(out / "digits-classifier.safetensors")
@@ -196,22 +178,6 @@ def shared_settings(config: RunConfig, out: Path, *, features: str | None = None
         if identity_kind(manifest.autoencoder) == "pixel" and manifest.num_classes > 1 and not several:
             features = str(classifier_of(config, dataset, out / "classifier.safetensors"))
     return equal_lengths(config).check(), features, weights
-
-
-def _is_builtin(config: RunConfig, out: Path) -> bool:
-    """Whether the data are the recipe's built-in ones, prepared in the folder of a comparison."""
-    data = out / "data"
-    return (
-        config.data.path == str(data)
-        and is_prepared(data)
-        and data_of(config.data).manifest.source == config.data.builtin
-    )
-
-
-def _check_builtin(config: RunConfig, out: Path) -> None:
-    """ValueError where the built-in data in the folder of a comparison are not those of the recipe, or damaged."""
-    if config.data.builtin is not None and _is_builtin(config, out):
-        prepare_builtin(config.data.builtin, out / "data")
 
 
 def classifier_of(config: RunConfig, dataset: Dataset, file: Path) -> Path:

@@ -1,4 +1,4 @@
-"""The files of a comparison that people open: compare.json, .csv, .png and .html, written unless they show it all already."""
+"""The files of a comparison that people open: compare.json, .csv, .png and .html, written unless that would change nothing."""
 
 from __future__ import annotations
 
@@ -45,14 +45,14 @@ def write(chosen: Comparison, summary: dict[str, Any]) -> dict[str, Any]:
     return summary
 
 
-def shown_already(chosen: Comparison, summary: dict[str, Any]) -> dict[str, Any] | None:
+def unchanged(chosen: Comparison, summary: dict[str, Any]) -> dict[str, Any] | None:
     """What compare.json holds, if it and the other files are there as `write` would write them; else None."""
 
-    def showing(held: dict[str, Any]) -> dict[str, Any] | None:
+    def same(held: dict[str, Any]) -> dict[str, Any] | None:
         wanted = summary | {"time": held["time"], FILES: _files(chosen)}  # the time is that of the call that wrote them
         return held if held == json.loads(json.dumps(wanted)) else None
 
-    return recorded(chosen.out / JSON, showing, None)
+    return recorded(chosen.out / JSON, same, None)
 
 
 def _files(chosen: Comparison) -> dict[str, str]:

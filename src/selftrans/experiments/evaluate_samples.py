@@ -153,7 +153,7 @@ def _balance(labels: Any) -> dict[str, int] | None:
 
 
 #: key of a report -> its name in the table, in this order
-METRICS = {
+TITLES = {
     "fid": "FID",
     "frechet_distance": "Fréchet distance",
     "sfid": "sFID",
@@ -187,7 +187,7 @@ COMPUTED: dict[str, Callable[[dict[str, Any]], str]] = {
 def text(report: dict[str, Any]) -> str:
     """The report as text: the numbers, and below them what they depend on."""
     lines = []
-    for key, name in METRICS.items():
+    for key, name in TITLES.items():
         if key in report:
             deviation = f" ± {report[f'{key}_std']:.4g}" if f"{key}_std" in report else ""
             lines.append(f"{name:<26}{report[key]:.5g}{deviation}")

@@ -10,15 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from selftrans.encoders.identity import identity_kind
-from selftrans.evaluate.plots import (
-    COLOURS,
-    MARKERS,
-    RULE,
-    blank_figure,
-    figure_to_data_uri,
-    plain_ticks,
-    sample_sheet,
-)
+from selftrans.evaluate.plots import RULE, blank_figure, draw_lines, figure_to_data_uri, plain_ticks, sample_sheet
 from selftrans.methods.registry import BASELINE
 
 if TYPE_CHECKING:
@@ -121,12 +113,8 @@ def legend(metric: str) -> str:
 
 def draw_curves(axes: Any, series: Mapping[str, Curve], xlabel: str, metric: str) -> None:
     """Mean distance of each method, with its standard deviation as a band, on a logarithmic axis."""
-    for i, (name, (x, values, deviation)) in enumerate(series.items()):
-        low, high = np.subtract(values, deviation), np.add(values, deviation)
-        colour, marker = COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)]
-        axes.plot(x, values, color=colour, marker=marker, markeredgecolor="white", markeredgewidth=0.6, label=name)
-        axes.fill_between(x, np.maximum(low, 1e-9), high, color=colour, alpha=0.14, linewidth=0)
-    axes.set(xlabel=xlabel, ylabel=textwrap.fill(metric, 46), yscale="log")  # longer lines would leave the figure
+    draw_lines(axes, series, logy=True)
+    axes.set(xlabel=xlabel, ylabel=textwrap.fill(metric, 46))  # longer lines would leave the figure
     axes.grid(color=RULE, which="both", linewidth=0.5)
     axes.spines[["top", "right"]].set_visible(False)
     plain_ticks(axes)
@@ -202,15 +190,15 @@ def depends_on(summary: dict[str, Any]) -> dict[str, str]:
     config = summary["config"]
     return {
         "recipe": config["recipe"],
-        "model": _settings(config["model"]),
+        "model": settings_text(config["model"]),
         "student steps, batch, learning rate": "{steps:,}, {batch_size}, {lr:g}".format(**config["train"]),
         "autoencoder": summary["autoencoder"],
         "teachers from other runs": _teachers(summary["teachers"]),
-        **{name: _settings(config[name]) for name in summary["sections"]},
+        **{name: settings_text(config[name]) for name in summary["sections"]},
         "seeds": ", ".join(map(str, summary["seeds"])),
         "distance": f"{summary['metric']}, {summary['images']:,} samples of the averaged weights, to the training data"
         + ("" if identity_kind(summary["autoencoder"]) else " as the autoencoder decodes them"),
-        "sampler": _settings(summary["sampler"]),
+        "sampler": settings_text(summary["sampler"]),
         "extractor": f"{summary['features']}, sha256 {summary['extractor_sha256']}",
     }
 
@@ -238,7 +226,7 @@ def _teachers(teachers: Sequence[Mapping[str, Any]]) -> str:
     return "; ".join(f"{teacher['path']}, step {teacher['steps']:,}" for teacher in teachers) or "none"
 
 
-def _settings(section: Mapping[str, Any]) -> str:
+def settings_text(section: Mapping[str, Any]) -> str:
     """`block 2, weight 0.5`: the settings that are not None."""
     return ", ".join(f"{key} {value}" for key, value in section.items() if value is not None)
 

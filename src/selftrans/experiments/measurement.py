@@ -23,14 +23,14 @@ from selftrans.data.decoded import data_latents
 from selftrans.data.sources.decode import sides
 from selftrans.device import default_device
 from selftrans.encoders.identity import identity_kind
-from selftrans.evaluate.extractors import Extractor, FeaturesNotFinite, extractor_sha256, load_extractor
+from selftrans.evaluate.extractors import Extractor, FeaturesNotFinite, load_extractor
 from selftrans.evaluate.metrics import evaluate
 from selftrans.evaluate.probes import can_be_probed, collect, linear_probe
 from selftrans.evaluate.statistics import Statistics
 from selftrans.experiments.reference import decoder_sha256, training_statistics
 from selftrans.flow import PATHS
 from selftrans.sampling.conditioning import Conditioning, LabelConditioning, captions_of
-from selftrans.sampling.images import NotFinite, Sampler, as_possible, decoder_dtype
+from selftrans.sampling.images import NotFinite, SampledBatch, Sampler, as_possible, decoder_dtype
 from selftrans.sampling.in_sizes import InSizes
 from selftrans.sampling.samplers import EVALUATIONS
 from selftrans.storage import recorded, write_json
@@ -119,18 +119,6 @@ def identity_of(
     }
     described |= {} if decoder == torch.float32 else {"decoder": "bf16"}
     return described | ({DECODED_BY: decoded_by} if decoded_by else {})
-
-
-def measured_alike(
-    config: RunConfig, features: str, *, weights: str | None, images: int, block: int, dataset: Dataset
-) -> dict[str, Any]:
-    """The `identity` of a `Measurement.of` these, without what only measuring needs: no autoencoder is loaded, and no image
-    decoded. ValueError where the extractor cannot be used."""
-    sha256 = extractor_sha256(features, weights=weights, shape=image_shape(dataset.manifest))
-    sample = dataclasses.replace(config.sample, num=images)
-    dtype = decoder_dtype(default_device(), config.sample.precision)
-    decoded_by = decoder_sha256(dataset.manifest.autoencoder)
-    return identity_of(sample, stored_conditions(dataset, sample), sha256, block, dtype, decoded_by)
 
 
 def stored_conditions(dataset: Dataset, sample: SampleConfig) -> Conditioning:
@@ -254,8 +242,8 @@ def check_alike(points: Iterable[Point], features: str) -> None:
         first = entries | first
 
 
-class Curve:
-    """The points of a run at its checkpoints `due`, which are measured in any order, and the file that keeps them.
+class PointsFile:
+    """MEASURED of a run: the points at its checkpoints `due`, which are measured in any order.
 
     `known`: those that the file has already.
     """
@@ -289,21 +277,19 @@ def measure_checkpoint(folder: Path, measurement: Measurement) -> dict[str, Any]
     sampler = Sampler.of(
         loaded, settings, device=device, conditioning=measurement.conditioning, total=measurement.total
     )
-    batches = list(InSizes(sampler, measurement.dataset).sample())
-    labels = np.concatenate([batch.labels for batch in batches])
-    images = (batch.images for batch in batches)
-    metrics = ("frechet", "accuracy") if classes > 1 and measurement.extractor.head else ("frechet",)
-    report = evaluate(images, measurement.reference, measurement.extractor, labels=labels, metrics=metrics)
+    found = measure_samples(list(InSizes(sampler, measurement.dataset).sample()), measurement)
     spent = checkpoint.read_header(folder / FILES["ema"])
-    return {
-        "step": loaded.step,
-        "seconds": spent["seconds"],
-        "tflops": spent["tflops"],
-        "metric": report["label"],
-        "distance": report[report["metric"]],
-        "accuracy": report.get("accuracy"),
-        "probe": probed,
-    } | measurement.identity
+    cost = {"step": loaded.step, "seconds": spent["seconds"], "tflops": spent["tflops"]}
+    return cost | found | {"probe": probed} | measurement.identity
+
+
+def measure_samples(batches: Sequence[SampledBatch], measurement: Measurement) -> dict[str, Any]:
+    """Distance of samples to the training data and, with classes that the extractor knows, accuracy of their labels."""
+    labels, classes = np.concatenate([batch.labels for batch in batches]), measurement.dataset.manifest.num_classes
+    metrics = ("frechet", "accuracy") if classes > 1 and measurement.extractor.head else ("frechet",)
+    images = (batch.images for batch in batches)
+    report = evaluate(images, measurement.reference, measurement.extractor, labels=labels, metrics=metrics)
+    return {"metric": report["label"], "distance": report[report["metric"]], "accuracy": report.get("accuracy")}
 
 
 def probe(model: Any, measurement: Measurement, path: Any, most: int = 4000) -> float | None:
@@ -315,7 +301,7 @@ def probe(model: Any, measurement: Measurement, path: Any, most: int = 4000) -> 
     if not can_be_probed(labels):
         return None
     feats = collect(model, z0, model.null(labels), t=PROBE_T, taps=(measurement.block,), path=path, pooled=True)
-    return linear_probe(feats[measurement.block].to(default_device()), labels, kind="ridge")
+    return linear_probe(feats[measurement.block].to(default_device()), labels)
 
 
 def samples_of(run: Path, sample: SampleConfig, num: int, conditioning: Conditioning | None = None) -> np.ndarray:

@@ -19,8 +19,7 @@ from selftrans.checkpoints.load import PIPELINE, LoadedModel, Weights, find_aske
 from selftrans.data.buckets import is_prepared, open_data
 from selftrans.data.sources.npz import npz_labels
 from selftrans.device import default_device
-from selftrans.experiments.image_files import open_images
-from selftrans.experiments.reference import must_exist, training_data
+from selftrans.experiments.reference import must_exist, open_images, training_data
 from selftrans.sampling.conditioning import CaptionConditioning, captions_of
 from selftrans.sampling.images import Sampler, overridden
 from selftrans.sampling.in_sizes import InSizes

@@ -30,7 +30,7 @@ from selftrans.experiments.compare import for_method
 from selftrans.experiments.comparison import Comparison
 from selftrans.experiments.measurement import PROBE_T, checkpoints_of, interval, samples_of
 from selftrans.experiments.quickstart_report import compared, cut, overview, page, sentence, text
-from selftrans.experiments.runner import Results, compare
+from selftrans.experiments.runner import Results, train_and_measure
 from selftrans.experiments.summary import as_csv, mean_curve, rows
 from selftrans.flow import PATHS
 from selftrans.methods.registry import put_together, stages
@@ -81,7 +81,7 @@ def quickstart(
         classifier = out / "digits-classifier.safetensors"
         load_extractor("digits", weights=classifier)  # trained once, before the workers load it
         chosen = Comparison(config, variants, tuple(seeds), out, images, "digits", str(classifier), every=every)
-        results = compare(chosen, workers=workers)
+        results = train_and_measure(chosen, workers=workers)
         summary = summarise(chosen, results)
         summary["seconds"] = round(time.perf_counter() - started + _seconds_before(out, summary), 1)
         write(out, summary, dataset, config, seeds[0])

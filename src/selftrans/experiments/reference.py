@@ -11,6 +11,7 @@ import dataclasses
 import hashlib
 import os
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from zipfile import ZipFile
 
@@ -19,16 +20,18 @@ import torch
 from tqdm import tqdm
 
 from selftrans.checkpoints.load import LoadedModel
-from selftrans.data.buckets import is_prepared, open_data
+from selftrans.data.buckets import is_prepared, open_data, open_of_one_shape
 from selftrans.data.dataset import Dataset
 from selftrans.data.decoded import decoded_images
+from selftrans.data.sources.npz import npz_arrays
+from selftrans.data.sources.open_source import iter_images
 from selftrans.device import default_device
 from selftrans.encoders.autoencoder import stored_files
+from selftrans.encoders.identity import check_scale
 from selftrans.evaluate.classifier import digits
 from selftrans.evaluate.extractors import Extractor
 from selftrans.evaluate.statistics import Statistics
-from selftrans.experiments.image_files import open_images
-from selftrans.storage import first_line, sha256_file
+from selftrans.storage import first_line, plural, sha256_file
 
 WANTED = "give a folder, zip or npz of pictures, prepared data, or statistics"
 
@@ -42,14 +45,17 @@ def reference_of(reference: str | Path, extractor: Extractor) -> Statistics:
     if str(reference) == "digits":
         return Statistics.of(digits()[0], extractor, source="digits")
     if is_prepared(reference):
-        return _of_data(reference, extractor)
+        dataset = open_data(reference)
+        identity, size = _identity_of_data(dataset, extractor, torch.float32), len(dataset)
+        file, source = cache() / f"{identity}.npz", described(reference)
+        return _cached(file, identity, extractor, lambda: counted(decoded_images(dataset), size), source, dataset)
     if path.suffix == ".npz" and (names := _names(path)) & {"mu"}:
         statistics = Statistics.load(path)
         if statistics.features is not None or not names & {"arr_0"} or statistics.dim != extractor.dim:
             return statistics
-        pictures = _cached(path, extractor)  # fewer than those of mu and sigma
+        pictures = _of_files(path, extractor)  # fewer than those of mu and sigma
         return dataclasses.replace(statistics, features=pictures.features, size=pictures.size)
-    return _cached(path, extractor)
+    return _of_files(path, extractor)
 
 
 def training_statistics(
@@ -60,66 +66,59 @@ def training_statistics(
     A kept file is used for the same data, extractor, autoencoder, device and `dtype`, that of the autoencoder's network. The
     autoencoder is not loaded for this: its files are compared (see `stored_files`), and where there are none, its name.
     """
-
-    def computed() -> Statistics:
-        return Statistics.of(decoded_images(dataset, dtype=dtype), extractor, source="training data", keep=False)
-
+    images, source = partial(decoded_images, dataset, dtype=dtype), "training data"
     if folder is None:
-        return computed()
+        return Statistics.of(images(), extractor, source=source, keep=False)
     identity = _identity_of_data(dataset, extractor, dtype)
     file = folder / f"reference-{identity[:12]}.npz"
-    return _kept(file, identity, extractor, "training data", len(dataset), computed, dataset.manifest.autoencoder)
+    return _cached(file, identity, extractor, images, source, dataset, keep=False)
 
 
-def _of_data(origin: str | Path, extractor: Extractor) -> Statistics:
-    """Statistics of prepared data, in a folder or at a URL, with their features; from the cache if possible."""
-    dataset, source = open_data(origin), described(origin)
-    identity = _identity_of_data(dataset, extractor, torch.float32)
-
-    def computed() -> Statistics:
-        return Statistics.of(counted(decoded_images(dataset), len(dataset)), extractor, source=source)
-
-    file, autoencoder = cache() / f"{identity}.npz", dataset.manifest.autoencoder
-    return _kept(file, identity, extractor, source, len(dataset), computed, autoencoder)
-
-
-def _cached(path: Path, extractor: Extractor) -> Statistics:
+def _of_files(path: Path, extractor: Extractor) -> Statistics:
     """Statistics of images in files, with their features; from the cache if possible."""
     must_exist(path, WANTED)
-    identity, source = _identity_of_files(path, extractor), described(path)
-
-    def computed() -> Statistics:
-        return Statistics.of(counted(open_images(path), None), extractor, source=source)
-
-    return _kept(cache() / f"{identity}.npz", identity, extractor, source, None, computed)
+    identity = _identity_of_files(path, extractor)
+    file = cache() / f"{identity}.npz"
+    return _cached(file, identity, extractor, lambda: counted(open_images(path), None), described(path))
 
 
-def _kept(
+def _cached(
     file: Path,
     identity: str,
     extractor: Extractor,
+    images: Callable[[], Iterator[np.ndarray]],
     source: str,
-    count: int | None,
-    compute: Callable[[], Statistics],
-    autoencoder: str = "pixel",
+    dataset: Dataset | None = None,
+    *,
+    keep: bool = True,
 ) -> Statistics:
     """The statistics in `file`, if it holds those of this identity, else computed, and written to it if possible.
 
-    `count`: of the images, where it is known. `autoencoder`: the one that decodes them; if its files are on this machine, they
-    must be those that the statistics were computed with. A file of anything else, or a damaged one, is replaced.
+    `dataset`: the data that the images are decoded from; if the files of its autoencoder are on this machine, they must be
+    those that the statistics were computed with. A file of anything else, or a damaged one, is replaced. `keep`: with features.
     """
+    autoencoder = "pixel" if dataset is None else dataset.manifest.autoencoder
     decoder = decoder_sha256(autoencoder)
     with contextlib.suppress(ValueError):  # missing or damaged
         found = Statistics.load(file)
-        same = (found.sha256, found.dim) == (extractor.sha256, extractor.dim) and count in (None, found.count)
+        same = (found.sha256, found.dim) == (extractor.sha256, extractor.dim)
+        same = same and (dataset is None or found.count == len(dataset))
         mark = found.source.rpartition(" [")[2]
         if same and mark.endswith("]") and mark.startswith(identity + decoder):
             return dataclasses.replace(found, source=source)
-    statistics = compute()
+    statistics = Statistics.of(images(), extractor, source=source, keep=keep)
     mark = f" [{identity}{decoder or decoder_sha256(autoencoder)}]"  # it may have been fetched
     with contextlib.suppress(ValueError):  # a full disk, or a read-only home directory
         dataclasses.replace(statistics, source=source + mark).save(file)
     return statistics
+
+
+def open_images(path: Path) -> Iterator[np.ndarray]:
+    """Images of a folder, zip or npz, or of prepared data, in batches. Raises ValueError for anything else."""
+    if is_prepared(path):
+        return decoded_images(open_data(path))
+    arrays = npz_arrays(path) if path.suffix.lower() == ".npz" else None
+    return iter_images(path) if arrays is None else arrays
 
 
 def described(reference: str | Path) -> str:
@@ -138,6 +137,29 @@ def training_data(origin: str | Path, loaded: LoadedModel, *, remedy: str) -> st
     if path is None:
         raise ValueError(f"{origin} does not record the path of its data; {remedy}")
     return path
+
+
+def fitting_data(
+    origin: str | Path, loaded: LoadedModel, data: str | None, who: str, *, captions: bool = True
+) -> Dataset:
+    """Prepared data of one shape: `data`, or what a model was trained on.
+
+    ValueError, which calls the model `who`, unless they have its shape, conditions and scale. `captions`: those of a model of
+    text are used, so they must be encoded as its own.
+    """
+    data = data or training_data(origin, loaded, remedy="give --data DIR")
+    dataset, model = open_of_one_shape(data, text_encoder=loaded.config.data.text_encoder), loaded.model
+    manifest, unused = dataset.manifest, model.conditions.kind == "text" and not captions
+    if manifest.shape != tuple(model.shape) or not (unused or manifest.conditions == model.conditions):
+        ours, theirs = (
+            c if c.kind == "text" else plural(c.num_classes, "class") for c in (model.conditions, manifest.conditions)
+        )
+        raise ValueError(
+            f"the data are latents {manifest.shape} with {theirs}; {who} was trained on {model.shape} with {ours}; give that "
+            "data with --data"
+        )
+    check_scale(who, loaded.autoencoder, manifest.autoencoder)
+    return dataset
 
 
 def cache() -> Path:

@@ -27,11 +27,11 @@ from selftrans.checkpoints import format as checkpoint
 from selftrans.checkpoints.load import FILES, REPORT
 from selftrans.device import cpu_cores
 from selftrans.experiments.comparison import Comparison, config_of_run
-from selftrans.experiments.kept import Kept, all_kept, kept_runs
+from selftrans.experiments.finished_runs import FinishedRun, all_measured, finished_runs
 from selftrans.experiments.measurement import (
-    Curve,
     Measurement,
     Point,
+    PointsFile,
     Progress,
     check_alike,
     due_checkpoints,
@@ -78,29 +78,29 @@ class StepBar:
         """The comparison's bar stays open."""
 
 
-def compare(
+def train_and_measure(
     comparison: Comparison,
     *,
     workers: int | None = None,
-    kept: Mapping[Job, Kept] | None = None,
+    finished: Mapping[Job, FinishedRun] | None = None,
     failed: dict[Job, str] | None = None,
 ) -> Results:
     """Train and measure every variant with every seed: (name, seed) -> (run.json, measured points, oldest first).
 
-    `workers` processes run at the same time (None: one per core, one on a GPU). Repeating the call continues it; `kept` is what
-    it finds (None: it looks). A run that ends with one of FAILURES is left out of the result, with the reason in `failed`, and
-    the others go on (None: ValueError with the reason). At any other error the other processes end, too, runs with a
-    checkpoint, and it is raised, but for a run that continues without CUDA graphs: then all start anew. ValueError where a
-    process is killed. A stop signal (SIGINT, SIGTERM, SIGUSR1) to this process is passed on, and `Stopped` raised when all have
-    ended; a second one ends them at once.
+    `workers` processes run at the same time (None: one per core, one on a GPU). Repeating the call continues it; `finished` are
+    the runs that it finds (None: it looks). A run that ends with one of FAILURES is left out of the result, with the reason in
+    `failed`, and the others go on (None: ValueError with the reason). At any other error the other processes end, too, runs
+    with a checkpoint, and it is raised, but for a run that continues without CUDA graphs: then all start anew. ValueError where
+    a process is killed. A stop signal (SIGINT, SIGTERM, SIGUSR1) to this process is passed on, and `Stopped` raised when all
+    have ended; a second one ends them at once.
     """
     workers, threads = processes(comparison, workers)
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that wait by spinning slow each other down
-    kept = kept_runs(comparison) if kept is None else kept
-    shown = {"total": comparison.total, "disable": all_kept(comparison, kept), "unit": "step"}
+    finished = finished_runs(comparison) if finished is None else finished
+    shown = {"total": comparison.total, "disable": all_measured(comparison, finished), "unit": "step"}
     with progress_bar(desc="training and measuring", **shown) as bar:
         try:
-            return _in_workers(comparison, workers, threads, bar, kept, failed)
+            return _in_workers(comparison, workers, threads, bar, finished, failed)
         except BrokenProcessPool as error:
             raise ValueError(
                 "a worker process was ended from outside, by the system if memory ran out; the same command continues: give it "
@@ -113,7 +113,7 @@ def compare(
     warnings.warn(f"all workers start anew, and one run goes on without graphs: {reason}", stacklevel=2)
     if failed is not None:
         failed.clear()  # these runs are tried again, as where the command is repeated
-    return compare(comparison, workers=workers, failed=failed)
+    return train_and_measure(comparison, workers=workers, failed=failed)
 
 
 def processes(comparison: Comparison, workers: int | None) -> tuple[int, int]:
@@ -157,9 +157,9 @@ class Work:
 
     comparison: Comparison
     schedule: Schedule
-    failed: dict[Job, str] | None  #: see `compare`
+    failed: dict[Job, str] | None  #: see `train_and_measure`
     spent: dict[Job, Spent]
-    curves: dict[Job, Curve]
+    measured: dict[Job, PointsFile]
 
     def note(self, task: Task, found: Spent | tuple[Point, float] | Failed) -> None:
         """What a task has led to. ValueError for a failure where `failed` is None."""
@@ -168,11 +168,11 @@ class Work:
             self._fail(task, found.reason)
         elif isinstance(found, Spent):
             due = due_checkpoints(self.comparison.run(job), self.comparison.every, self.comparison.dense)
-            self.spent[job], self.curves[job] = found, Curve(self.comparison.run(job), due)
+            self.spent[job], self.measured[job] = found, PointsFile(self.comparison.run(job), due)
             self.schedule.trained(job, due)
         elif folder is not None:
             point, seconds = found
-            self.curves[job].add(folder, point)
+            self.measured[job].add(folder, point)
             self.spent[job].measuring += seconds
 
     def _fail(self, task: Task, reason: str) -> None:
@@ -192,24 +192,24 @@ def _in_workers(
     workers: int,
     threads: int,
     bar: Any,
-    kept: Mapping[Job, Kept],
+    finished: Mapping[Job, FinishedRun],
     failed: dict[Job, str] | None,
 ) -> Results:
-    """Train the runs and measure their checkpoints in worker processes, in the order of a `Schedule`; all but what is kept."""
-    lengths = {job: comparison.steps(job) for job in comparison.jobs if job not in kept}
+    """Train the runs and measure their checkpoints in worker processes, in the order of a `Schedule`."""
+    lengths = {job: comparison.steps(job) for job in comparison.jobs if job not in finished}
     teachers = {job: teacher if (teacher := comparison.teacher(job)) in lengths else None for job in lengths}
     schedule = Schedule(lengths, teachers, workers)
-    work = Work(comparison, schedule, failed, {job: Spent() for job in kept}, {})
-    for job, held in kept.items():
-        work.curves[job] = Curve(comparison.run(job), held.due, held.points)
-        schedule.trained(job, [folder for folder in held.due if folder not in held.points])
-        bar.update(comparison.steps(job) + len(held.points) * measuring_cost(comparison.shared, comparison.images))
+    work = Work(comparison, schedule, failed, {job: Spent() for job in finished}, {})
+    for job, run in finished.items():
+        work.measured[job] = PointsFile(comparison.run(job), run.due, run.points)
+        schedule.trained(job, [folder for folder in run.due if folder not in run.points])
+        bar.update(comparison.steps(job) + len(run.points) * measuring_cost(comparison.shared, comparison.images))
     if schedule:
         _work_off(work, workers, threads, bar)
-    check_alike((point for curve in work.curves.values() for point in curve.points), comparison.features)
+    check_alike((point for held in work.measured.values() for point in held.points), comparison.features)
     jobs = [job for job in comparison.jobs if job not in (failed or {})]
     reports = {job: json.loads((comparison.run(job) / REPORT).read_text()) for job in jobs}
-    return {job: (reports[job] | {"spent": vars(work.spent[job])}, work.curves[job].points) for job in jobs}
+    return {job: (reports[job] | {"spent": vars(work.spent[job])}, work.measured[job].points) for job in jobs}
 
 
 def _work_off(work: Work, workers: int, threads: int, bar: Any) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 from selftrans.config import RunConfig
 from selftrans.data.shard_file import row_bytes
-from selftrans.experiments.bench.measured import Measured, Row, read_measured
+from selftrans.experiments.bench.read_report import BenchedModel, Row, read_measured
 from selftrans.methods.objective import Objective
 from selftrans.methods.registry import put_together, stages
 from selftrans.methods.spec import Stage
@@ -199,7 +199,7 @@ class _Speed:
 
 
 def _speed(
-    figures: Measured | None, stage: str, student: Backbone, flops: float, share: float, rate: float | None
+    figures: BenchedModel | None, stage: str, student: Backbone, flops: float, share: float, rate: float | None
 ) -> _Speed:
     """An image takes time by its operations, `share` of the last stage's; the rest of a step by the student's parameters."""
     if figures is None:
@@ -274,7 +274,7 @@ def _activations(config: RunConfig, objective: Objective, memory: dict[str, int]
 
 
 def _assumptions(
-    config: RunConfig, cluster: Cluster, figures: Measured | None, rate: float | None, speeds: Sequence[_Speed]
+    config: RunConfig, cluster: Cluster, figures: BenchedModel | None, rate: float | None, speeds: Sequence[_Speed]
 ) -> list[str]:
     train, names = config.train, [stage.name for stage in stages(config)]
     other = [name for name, speed in zip(names, speeds, strict=True) if speed.row is None]

@@ -30,10 +30,12 @@ LIGHT_TEXT = 0.67  #: a share above which white text has more contrast on its co
 def table(report: Mapping[str, Any]) -> str:
     """The measurements as text."""
     counts, blocks = report["pictures"], report["blocks"]
+    classes = f", {plural(counts['classes'], 'class')}" if "classes" in counts else ""
+    times = " ".join(f"{t:g}" for t in report["timesteps"])
     head = [
         f"target of {printable(report['teacher']['title'])}; {plural(counts['fitted'], 'picture')} fitted, "
-        f"{counts['held_out']:,} held out{_classes(counts)}; "
-        + (f"t = {_join(report['timesteps'])}; " if report["timesteps"] else "")
+        f"{counts['held_out']:,} held out{classes}; "
+        + (f"t = {times}; " if times else "")
         + f"seed {report['seed']}"
         + ("; * marks the block that teaches" if str(report["teacher"]["block"]) in blocks else "")
     ]
@@ -41,7 +43,11 @@ def table(report: Mapping[str, Any]) -> str:
         if name in next(iter(blocks.values()))["shares"]:
             head += ["", title, *_rows(report, {k: of["shares"][name] for k, of in blocks.items()}, _share)]
     sizes = {k: of["sizes"] for k, of in blocks.items()}
-    head += ["", "mean norm of a token", *_rows(report, {k: of["token_norm"] for k, of in sizes.items()}, _size)]
+    head += [
+        "",
+        "mean norm of a token",
+        *_rows(report, {k: of["token_norm"] for k, of in sizes.items()}, "{:.4g}".format),
+    ]
     if report["scales"]:
         head += ["", "size of f_c - f_u over that of f_u: root mean square; the same around the means"]
         head += [
@@ -302,11 +308,7 @@ def _block(report: Mapping[str, Any], k: str) -> str:
 
 
 def _share(value: Sequence[float] | None) -> str:
-    return "-" if value is None else f"{value[0]:.3f}"
-
-
-def _size(value: float) -> str:
-    return f"{value:.4g}"
+    return _number(value[0] if value else None)
 
 
 def _number(value: float | None) -> str:
@@ -315,11 +317,3 @@ def _number(value: float | None) -> str:
 
 def _pair(of: Mapping[str, float | None]) -> str:
     return f"{_number(of['ridge'])} / {_number(of['logistic'])}"
-
-
-def _classes(counts: Mapping[str, Any]) -> str:
-    return f", {plural(counts['classes'], 'class')}" if "classes" in counts else ""
-
-
-def _join(values: Sequence[float]) -> str:
-    return " ".join(f"{value:g}" for value in values)

@@ -19,10 +19,9 @@ from selftrans.data.buckets import is_prepared, open_of_one_shape
 from selftrans.data.dataset import Dataset
 from selftrans.data.decoded import decode_images, latents_of
 from selftrans.encoders.autoencoder import from_uint8, load_autoencoder
-from selftrans.encoders.identity import check_scale
 from selftrans.encoders.vision import load_encoder
 from selftrans.evaluate.target_measures import Parts
-from selftrans.experiments.reference import training_data
+from selftrans.experiments.reference import fitting_data
 from selftrans.flow import PATHS, interpolate
 from selftrans.methods.registry import stages
 from selftrans.methods.spec import TeacherSpec
@@ -79,17 +78,7 @@ def open_teacher(
     if is_prepared(origin):
         return _stored(Path(origin))
     loaded, spec = _model(origin, stage, weights)
-    dataset = open_of_one_shape(
-        data or training_data(origin, loaded, remedy="give --data DIR"),
-        text_encoder=loaded.config.data.text_encoder,
-    )
-    model, manifest = loaded.model.to(device), dataset.manifest
-    if tuple(manifest.shape) != tuple(model.shape) or manifest.conditions != model.conditions:
-        raise ValueError(
-            f"the data are latents {manifest.shape} with {manifest.conditions}; the teacher was trained on "
-            f"{model.shape} with {model.conditions}; give that data with --data"
-        )
-    check_scale("the teacher", loaded.autoencoder, manifest.autoencoder)
+    dataset, model = fitting_data(origin, loaded, data, "the teacher"), loaded.model.to(device)
     about = {"source": loaded.source, "stage": loaded.stage, "step": loaded.step, "weights": loaded.weights}
     title = f"{loaded.stage}, step {loaded.step:,}, {loaded.weights} weights"
     path = PATHS[loaded.config.train.path]

@@ -12,7 +12,7 @@ import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from safetensors.torch import save
@@ -59,28 +59,23 @@ def train_autoencoder(
     out: str | Path,
     settings: AutoencoderSettings,
     *,
-    perceptual: str | Path | None = None,
-    precision: Literal["fp32", "bf16"] | None = None,
     checkpoint_every: int = CHECKPOINT_EVERY,
     log_every: int = 50,
     bar: Callable[..., Any] = progress_bar,
 ) -> dict[str, Any]:
     """Train an autoencoder on prepared pixels in the folder `out`; repeating the call continues it.
 
-    Returns what OUT/autoencoder.json holds. `perceptual`: file of a classifier (`selftrans classifier`) for the perceptual
-    term. `precision`: None is bf16 on a GPU, fp32 on a CPU. `Interrupted` after a stop signal, with a checkpoint written.
-    Raises ValueError, before anything is written, for data that are not prepared pixels, sides that `factor` does not
-    divide, a classifier that does not fit, an `out` that holds something else, is in use, or has other settings.
+    Returns what OUT/autoencoder.json holds. `Interrupted` after a stop signal, with a checkpoint written. Raises ValueError,
+    before anything is written, for data that are not prepared pixels, sides that `factor` does not divide, a classifier that
+    does not fit, an `out` that holds something else, is in use, or has other settings.
     """
     out, device = Path(out), default_device()
     dataset = pixels_of(data)
-    settings = dataclasses.replace(
-        settings, precision=precision or ("bf16" if device.type == "cuda" else "fp32")
-    ).check()
+    settings = settings.check()
     check_sides(dataset, settings.factor)
     distance = None
-    if perceptual is not None:
-        classifier = SmallClassifier.load(perceptual)
+    if settings.perceptual is not None:
+        classifier = SmallClassifier.load(settings.perceptual)
         distance = PerceptualDistance(classifier, dataset.manifest.shape[0])
         settings = dataclasses.replace(settings, perceptual=weights_sha256(classifier))
     _check_out(out)

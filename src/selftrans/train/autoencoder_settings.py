@@ -1,6 +1,6 @@
-"""Settings of `selftrans autoencoder`: how an autoencoder is built and trained, with the defaults of the command.
+"""Settings of `selftrans autoencoder`, which are options of the command: how an autoencoder is built and trained.
 
-Nothing here loads torch: the help page shows these defaults.
+Nothing here loads torch: the help page shows them.
 """
 
 from __future__ import annotations
@@ -14,26 +14,46 @@ CHECKPOINT_EVERY = 500  #: steps from one checkpoint to the next
 
 @dataclass(frozen=True)
 class AutoencoderSettings:
-    """How an autoencoder is built and trained. ValueError from `check`."""
+    """How an autoencoder is built and trained. In a training `perceptual` is the sha256 of the classifier's weights, and
+    `precision` is set. ValueError from `check`."""
 
-    channels: int = 4  #: D
-    factor: int = 4  #: side of a picture / side of its latent
-    widths: tuple[int, ...] = ()  #: channels of the network at each resolution; (): 64, doubled up to 256
-    depth: int = 1  #: residual blocks of the encoder at each resolution; the decoder has one more
-    attention: bool = True  #: at the lowest resolution
-    loss: Literal["l1", "l2"] = "l1"
-    kl_weight: float = 1e-3
-    perceptual: str | None = None  #: sha256 of the extractor's weights
-    perceptual_weight: float = 1.0
-    batch_size: int = 32
+    factor: int = 4
+    """side of a picture / side of its latent: 2, 4 or 8"""
+    channels: int = 4
+    """of a latent"""
+    widths: tuple[int, ...] = ()
+    """channels of the network at each resolution, from the pictures' to the latents' (factor 4: three numbers; 16 32 64 suit
+    a CPU); none: 64, doubled up to 256"""
+    depth: int = 1
+    """residual blocks at each resolution (decoder: one more)"""
+    attention: bool = True
+    """self-attention at the lowest resolution"""
     steps: int = 20_000
+    """of training; may be raised later"""
+    batch_size: int = 32
+    """pictures per step"""
     lr: float = 5e-4
+    """peak learning rate of AdamW; half a cosine brings it to zero"""
     warmup: int = 200
+    """steps until the peak"""
+    loss: Literal["l1", "l2"] = "l1"
+    """of the reconstruction: absolute or squared differences"""
+    kl_weight: float = 1e-3
+    """of the KL divergence of the posterior from a standard normal; both terms summed over a picture"""
+    perceptual: str | None = None
+    """classifier made by `selftrans classifier`: adds the distance in the features of its middle layer; None: no such term"""
+    perceptual_weight: float = 1.0
+    """of that distance"""
     ema: float = 0.999
+    """decay of the averaged weights, which are the result"""
     clip: float = 1.0
-    seed: int = 0
-    precision: Literal["fp32", "bf16"] = "fp32"
+    """largest norm of the gradient"""
     held_out: int = 1000
+    """pictures that are not trained on, a tenth at most"""
+    precision: Literal["fp32", "bf16"] | None = None
+    """None: bf16 on a GPU, fp32 on a CPU"""
+    seed: int = 0
+    """of weights, order, noise and held-out pictures"""
 
     def check(self) -> AutoencoderSettings:
         """The settings with their widths; ValueError names the option that is wrong."""

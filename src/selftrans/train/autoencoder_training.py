@@ -57,6 +57,8 @@ class AutoencoderTraining:
         stop: StopSignal | None = None,
         bar: Callable[..., Any] = progress_bar,
     ) -> None:
+        precision = settings.precision or ("bf16" if device.type == "cuda" else "fp32")
+        settings, self.dtype = dataclasses.replace(settings, precision=precision), PRECISIONS[precision]
         self.settings, self.data, self.folder, self.device = settings, data, folder, device
         self.every, self.log_every, self.stop, self.bar = every, log_every, stop or StopSignal(), bar
         seed_step(settings.seed, NOISE, 0, 1, 0)
@@ -107,12 +109,12 @@ class AutoencoderTraining:
         checkpoint.prune(self.checkpoints, self.step, KEEP)
 
     def _train_step(self, loaded: Loaded) -> None:
-        settings, precision = self.settings, PRECISIONS[self.settings.precision]
+        settings = self.settings
         self.objective.train()
         set_learning_rate(self.optimizer, settings.learning_rate(self.step))
         seed_step(settings.seed, NOISE, self.step, 0, 0)
         pixels = to_pixels(loaded.tensors["moments"], self.device)
-        with torch.autocast(self.device.type, dtype=precision, enabled=precision != torch.float32):
+        with torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
             loss, report = self.objective(pixels)
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(self.objective.parameters(), settings.clip)

@@ -58,7 +58,9 @@ class Contained(NamedTuple):
     def entries(self) -> Iterator[os.DirEntry[str]]:
         """Entries of the folder by name, without hidden ones and symbolic links; none if there is no folder."""
         try:
-            with self._listing() as listed:
+            if not self.inside():
+                return
+            with os.scandir(self.path) as listed:
                 found = [each for each in listed if not each.name.startswith(".") and not each.is_symlink()]
         except OSError:
             return
@@ -71,11 +73,6 @@ class Contained(NamedTuple):
     def inside(self) -> bool:
         """Whether no part of the way to it is a symbolic link: its real path is the path."""
         return os.path.realpath(self.path) == str(self.path)
-
-    def _listing(self) -> Any:
-        if not self.inside():
-            raise OSError(f"{printable(self.path)} is reached through a symbolic link")
-        return os.scandir(self.path)
 
     def _descriptor(self, flags: int) -> int:
         if not self.parts or any(_unsafe(part) for part in self.parts):

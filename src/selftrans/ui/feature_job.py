@@ -6,7 +6,7 @@ Shape legend: N pictures, T tokens, D width.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from selftrans.checkpoints.load import LoadedModel
-from selftrans.evaluate.probes import collect, pca_basis, pca_maps
+from selftrans.evaluate.plots import flat_map
+from selftrans.evaluate.probes import collect, pca_basis, pca_maps, spread_blocks
 from selftrans.experiments.analyse_run import null_of
 from selftrans.flow import PATHS
 from selftrans.sample_config import SampleConfig
@@ -22,15 +23,13 @@ from selftrans.sampling.conditioning import conditioning_of
 from selftrans.storage import plural, printable
 from selftrans.types import Cond, map_cond
 from selftrans.ui.jobs import Job
-from selftrans.ui.opened_models import OpenedModels, Source, counted_passes, source_of, take
+from selftrans.ui.model_cache import ModelCache, Source, counted_passes, source_of, take
 from selftrans.ui.picture_data import Pictures, RunData, decoded_upload, pictures
 from selftrans.ui.run_plan import guided_blocks
-from selftrans.ui.run_state import RunState
-from selftrans.ui.sampling_jobs import add_sheet
+from selftrans.ui.sampling_jobs import Run, Work, add_sheet
 
-MOST_TIMES, MOST_BLOCKS = 8, 12
+MOST_TIMES = 8
 NULL = "null"  #: name of the null condition
-Work = Callable[[Job], None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,9 +45,7 @@ class Asked:
     """w of the teacher's features, f_u + w (f_c - f_u)"""
 
 
-def features(
-    raw: Mapping[str, Any], run: Callable[[str], RunState], models: OpenedModels, data: RunData
-) -> tuple[dict[str, Any], Work]:
+def features(raw: Mapping[str, Any], run: Run, models: ModelCache, data: RunData) -> tuple[dict[str, Any], Work]:
     """(what is asked for, the work) of a request for maps of a student, and of a teacher if one is named."""
     student = source_of(raw.get("student"), run, "student")
     teacher = source_of(raw["teacher"], run, "teacher") if raw.get("teacher") is not None else None
@@ -143,7 +140,8 @@ def _maps(
     The components of a block are those of its features of all pictures at all t, so colours may be compared along a row.
     """
     model, path = loaded.model, PATHS[loaded.config.train.path]
-    blocks = _blocks(model.depth, guided)
+    own = [*(guided or {}).get("student", ()), (guided or {}).get("teacher")]
+    blocks = spread_blocks(model.depth, 10, own)
     found: dict[int, list[Tensor]] = {k: [] for k in blocks}
     for t in times:
         feats = collect(model, z0, cond, t=t, taps=blocks, path=path)
@@ -155,21 +153,5 @@ def _maps(
     rows = []
     for k in blocks:
         basis = pca_basis(torch.cat(found[k]))
-        rows += [_flat(pca_maps(each[:1], model.grid, basis=basis)[0]) for each in found[k]]
-    return np.round(255 * np.stack(rows)).astype(np.uint8), blocks
-
-
-def _flat(colours: np.ndarray) -> np.ndarray:
-    """A map (*grid, 3) as a picture (h, w, 3): of three dimensions the middle slice, of one a strip."""
-    if colours.ndim == 4:
-        return colours[len(colours) // 2]
-    return colours[None] if colours.ndim == 2 else colours
-
-
-def _blocks(depth: int, guided: dict[str, Any] | None) -> list[int]:
-    """All blocks or, of a deep model, some at equal distances and the guided ones."""
-    if depth <= MOST_BLOCKS:
-        return list(range(1, depth + 1))
-    spread = {round(x) for x in np.linspace(1, depth, MOST_BLOCKS - 2)}
-    own = [*(guided or {}).get("student", ()), (guided or {}).get("teacher")]
-    return sorted(spread | {k for k in own if k is not None and k <= depth})
+        rows += [flat_map(pca_maps(each[:1], model.grid, basis=basis)[0]) for each in found[k]]
+    return np.round(255 * np.stack(rows)).astype(np.uint8), list(blocks)

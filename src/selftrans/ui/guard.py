@@ -31,10 +31,8 @@ POLICY = {
 
 def is_loopback(host: str) -> bool:
     """Whether a server on this host is reached from this machine only."""
-    try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
+    address = _numeric(host)
+    return host == "localhost" or (address is not None and address.is_loopback)
 
 
 class Guard:
@@ -93,7 +91,7 @@ class Guard:
         name = parsed.hostname if parsed else None
         if name is None:
             return False
-        return name in self.names or (not self.loopback and _numeric(name))
+        return name in self.names or (not self.loopback and _numeric(name) is not None)
 
     def _same(self, given: str) -> bool:
         assert self.token is not None
@@ -133,9 +131,9 @@ def _parsed(address: str) -> SplitResult | None:
         return None
 
 
-def _numeric(name: str) -> bool:
+def _numeric(name: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    """A numeric address; None for any other name."""
     try:
-        ipaddress.ip_address(name)
+        return ipaddress.ip_address(name)
     except ValueError:
-        return False
-    return True
+        return None

@@ -16,7 +16,7 @@ KEPT_BYTES = 128 << 20  #: of the pictures of all jobs
 
 
 class Busy(Exception):
-    """Another job is running."""
+    """Another job is running; the text is for the page."""
 
 
 class Cancelled(Exception):
@@ -89,7 +89,7 @@ class Jobs:
         """Begin `work` in a thread. Busy while another job runs."""
         with self._lock:
             if self._thread is not None and self._thread.is_alive():
-                raise Busy
+                raise Busy("another job is running; wait for it, or cancel it")
             job = self._jobs[self._next] = Job(self._next, kind, about)
             self._next += 1
             self._forget()

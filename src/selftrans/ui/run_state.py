@@ -13,6 +13,7 @@ from typing import Any
 
 from selftrans.checkpoints import format as checkpoint
 from selftrans.checkpoints.load import FILES, REPORT
+from selftrans.experiments.measurement import SHARED
 from selftrans.storage import first_line, printable
 from selftrans.ui.contained import Contained, JsonFiles, number, plain
 from selftrans.ui.found_runs import Found
@@ -25,7 +26,7 @@ PICTURE_BYTES = 64 << 20  #: of the largest preview that is shown
 STEP_PNG = re.compile(r"step-(\d{1,12})\.png")
 
 #: what two measured points must share to belong to one curve, see `Measurement.identity`
-IDENTITY = ("sampler", "images", "extractor_sha256", "block", "metric")
+IDENTITY = (*SHARED, "metric")
 
 
 class RunState:

@@ -20,7 +20,7 @@ from selftrans.storage import printable
 from selftrans.train.preview import captions
 from selftrans.ui.contained import part
 from selftrans.ui.jobs import Job
-from selftrans.ui.opened_models import OpenedModels, Source, counted_passes, source_of, take
+from selftrans.ui.model_cache import ModelCache, Source, counted_passes, source_of, take
 from selftrans.ui.run_state import RunState
 
 MOST, MOST_STEPS = 64, 1000  #: pictures and time steps of one request
@@ -54,7 +54,7 @@ def settings_of(raw: Mapping[str, Any]) -> dict[str, Any]:
     return chosen
 
 
-def playground(raw: Mapping[str, Any], run: Run, models: OpenedModels) -> tuple[dict[str, Any], Work]:
+def playground(raw: Mapping[str, Any], run: Run, models: ModelCache) -> tuple[dict[str, Any], Work]:
     """(what is asked for, the work) of a request to sample one model."""
     source = source_of(raw.get("model"), run, "model")
     chosen = settings_of(take(raw, "settings", dict, {}))
@@ -67,7 +67,7 @@ def playground(raw: Mapping[str, Any], run: Run, models: OpenedModels) -> tuple[
     return {"model": dataclasses.asdict(source.wanted), "name": source.text, "settings": chosen}, work
 
 
-def side_by_side(raw: Mapping[str, Any], run: Run, models: OpenedModels) -> tuple[dict[str, Any], Work]:
+def side_by_side(raw: Mapping[str, Any], run: Run, models: ModelCache) -> tuple[dict[str, Any], Work]:
     """(what is asked for, the work) of a request to sample several runs at the same steps, from the same noise."""
     wanted, steps = take(raw, "models", list, []), take(raw, "steps", tuple[int, ...], ())
     if not 1 <= len(steps) * len(wanted) <= MOST_POINTS:
@@ -99,7 +99,7 @@ def passes(settings: SampleConfig) -> int:
 
 
 def _opened(
-    models: OpenedModels, source: Source, chosen: Mapping[str, Any], job: Job
+    models: ModelCache, source: Source, chosen: Mapping[str, Any], job: Job
 ) -> tuple[LoadedModel, SampleConfig]:
     """The model, and its run's settings with the chosen ones in their place."""
     on_cpu = models.device.type == "cpu"
@@ -115,7 +115,7 @@ def _opened(
     return loaded, dataclasses.replace(settings, batch_size=min(settings.batch_size, settings.num))
 
 
-def _sample(loaded: LoadedModel, settings: SampleConfig, models: OpenedModels, source: Source, job: Job) -> None:
+def _sample(loaded: LoadedModel, settings: SampleConfig, models: ModelCache, source: Source, job: Job) -> None:
     """Sample and add the pictures to the job as one sheet without gaps."""
     job.doing = f"preparing {source.text}"
     sampler = Sampler.of(loaded, settings, device=models.device)

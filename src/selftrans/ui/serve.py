@@ -11,7 +11,7 @@ from urllib.parse import quote
 import torch
 import uvicorn
 
-from selftrans.storage import printable
+from selftrans.storage import plural, printable
 from selftrans.ui.guard import is_loopback
 from selftrans.ui.server import Page, application
 
@@ -40,8 +40,8 @@ def serve(
     port = listener.getsockname()[1]
     shown = shown_host(host)
     query = f"?token={quote(token, safe='')}" if token else ""
-    count = len(page.folders.listing().runs)
-    print(f"{count} run{'' if count == 1 else 's'} in {', '.join(printable(path) for path in folders)}")
+    count = plural(len(page.folders.listing().runs), "run")
+    print(f"{count} in {', '.join(printable(path) for path in folders)}")
     print(f"Open http://{shown}:{port}/{query}   (Ctrl-C ends it)", flush=True)
     config = uvicorn.Config(
         application(page, host=host, token=token),

@@ -22,13 +22,13 @@ from starlette.routing import Route
 
 from selftrans.device import default_device
 from selftrans.storage import first_line
+from selftrans.ui.available_models import available_models
 from selftrans.ui.contained import JsonFiles
 from selftrans.ui.feature_job import features
 from selftrans.ui.found_runs import Folders
 from selftrans.ui.guard import Guard
 from selftrans.ui.jobs import Busy, Jobs
-from selftrans.ui.models_offered import offered
-from selftrans.ui.opened_models import OpenedModels
+from selftrans.ui.model_cache import ModelCache
 from selftrans.ui.picture_data import UPLOAD_BYTES, RunData
 from selftrans.ui.run_state import PICTURE_BYTES, RunState
 from selftrans.ui.sampling_jobs import playground, preview_differences, side_by_side
@@ -53,7 +53,7 @@ class Page:
     def __init__(self, folders: Sequence[Path], *, device: torch.device | None = None) -> None:
         """ValueError for a folder that does not exist."""
         self.folders, self.files, self.jobs = Folders(folders), JsonFiles(), Jobs()
-        self.models, self.data = OpenedModels(device or default_device()), RunData(self.folders.roots)
+        self.models, self.data = ModelCache(device or default_device()), RunData(self.folders.roots)
         self._states: dict[str, RunState] = {}
         self._lock = threading.RLock()
 
@@ -85,7 +85,7 @@ class Page:
         """All about one run."""
         with self._lock:
             state = self.run(key)
-            return state.detail() | {"models": offered(state, self._everything())}
+            return state.detail() | {"models": available_models(state, self._everything())}
 
     def _everything(self) -> list[RunState]:
         return [self.run(key) for key in self.folders.listing().runs]
@@ -196,7 +196,7 @@ def application(page: Page, *, host: str = "127.0.0.1", token: str | None = None
         Route("/api/jobs/{key:int}/cancel", cancel, methods=["POST"]),
         Route("/api/jobs/{key:int}/pictures/{number:int}.png", job_picture),
     ]
-    errors: dict[Any, Any] = {ValueError: _error(400), LookupError: _error(404), Busy: _busy}
+    errors: dict[Any, Any] = {ValueError: _error(400), LookupError: _error(404), Busy: _error(409)}
     middleware = [Middleware(Guard, host=host, token=token), Middleware(GZipMiddleware, minimum_size=2048)]
     return Starlette(routes=routes, exception_handlers=errors, middleware=middleware, lifespan=lifespan)
 
@@ -245,7 +245,3 @@ def _error(status: int) -> Callable[[Request, Exception], Awaitable[Response]]:
         return _json({"error": first_line(text, 400)}, status)
 
     return answer
-
-
-async def _busy(request: Request, error: Exception) -> Response:
-    return _json({"error": "another job is running; wait for it, or cancel it"}, 409)

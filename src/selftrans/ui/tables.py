@@ -7,7 +7,7 @@ import re
 from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
-from selftrans.experiments.html_report import HEADINGS, cells, depends_on, failures, legend, marked
+from selftrans.experiments.html_report import HEADINGS, cells, depends_on, failures, legend, marked, settings_text
 from selftrans.experiments.summary import AXES, curve, mean_curve, rows
 from selftrans.methods.registry import BASELINE
 from selftrans.sections import OWN, TAKEN
@@ -151,6 +151,4 @@ def distances(states: Sequence[RunState]) -> dict[str, Any]:
 
 def _text(value: Any) -> str:
     """A setting as text: `steps 12, sampler heun`."""
-    if isinstance(value, dict):
-        return ", ".join(f"{key} {each}" for key, each in value.items() if each is not None)
-    return "-" if value is None else str(value)
+    return settings_text(value) if isinstance(value, dict) else "-" if value is None else str(value)

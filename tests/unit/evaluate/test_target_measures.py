@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from selftrans.evaluate.target_measures import Parts, Plan, chance_of, sum_target
+from selftrans.evaluate.target_measures import Parts, Plan, sum_target
 from selftrans.evaluate.target_share import Design
 
 LABELS = torch.arange(60) % 3
@@ -54,7 +54,7 @@ def test_without_a_condition_there_is_no_guidance_to_measure() -> None:
     assert list(found["probes"]) == ["f_u"]
     bare = Plan(FITTED, 2, (), None)
     found = sum_target(parts(9, condition=False), bare)[5].report()
-    assert list(found["shares"]) == ["time"] and "probes" not in found and chance_of(bare) is None
+    assert list(found["shares"]) == ["time"] and "probes" not in found
 
 
 def test_pictures_must_be_held_out() -> None:

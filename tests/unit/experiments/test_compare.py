@@ -29,8 +29,8 @@ from selftrans.experiments import compare, html_report, reference, runner
 from selftrans.experiments.compare import compare_methods, for_method, shared_settings
 from selftrans.experiments.comparison import Comparison
 from selftrans.experiments.measurement import (
-    Curve,
     Measurement,
+    PointsFile,
     due_checkpoints,
     interval,
     measure_point,
@@ -195,7 +195,7 @@ def test_points_measured_before_stay_in_the_file_until_all_are_there(tmp_path):
     """They may be measured in any order, and an interruption loses none."""
     old = [{"sha256": name, "distance": 1.0} for name in "abx"]
     (tmp_path / "measured.json").write_text(json.dumps(old))
-    points = Curve(tmp_path, [Path("1"), Path("2")])
+    points = PointsFile(tmp_path, [Path("1"), Path("2")])
 
     def stored() -> str:
         return "".join(point["sha256"] for point in json.loads((tmp_path / "measured.json").read_text()))
@@ -300,7 +300,7 @@ def test_compare_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd:
     methods = ["vanilla", "structure", "self_transcendence", "layersync"]
     assert main([*command, "--methods", *methods, "--seeds", "0", "1"]) == 0
     output = capfd.readouterr()
-    assert len(prepared) == 1, "what a call has prepared is not checked by it"
+    assert len(prepared) == 1, "prepared once"
     assert all(name in output.out for name in [*methods, "±", "compare.html"])
     assert "selftrans: warning: 24 images for 64 dimensions" in output.err and "UserWarning" not in output.err
     summary = json.loads((out / "compare.json").read_text())
@@ -518,9 +518,9 @@ def test_comparison_with_a_killed_worker_continues_as_if_there_was_none(tmp_path
     monkeypatch.setattr(runner, "_init_worker", watched_worker)
     monkeypatch.setattr(runner, "processes", lambda comparison, workers: (workers, 1))
     with pytest.raises(ValueError, match=r"^a worker process was ended .* continues: give it --workers 1, [^\n]*$"):
-        runner.compare(comparison, workers=2)
+        runner.train_and_measure(comparison, workers=2)
     assert (comparison.out / "killed").exists() and not list(comparison.out.glob("*/measured.json"))
-    results = runner.compare(comparison, workers=1)
+    results = runner.train_and_measure(comparison, workers=1)
     assert (comparison.out / "decoded").read_text() == "x", "the statistics of the training data are computed once"
     for job, points in expected.items():
         toy.assert_same(toy.tensors(comparison.run(job), "vanilla"), toy.tensors(plain.run(job), "vanilla"))
@@ -576,7 +576,7 @@ def test_run_in_training_ends_with_a_checkpoint_where_another_worker_fails(tmp_p
     monkeypatch.setattr(runner, "_init_worker", worker_of_a_failing_pool)
     monkeypatch.setattr(runner, "processes", lambda comparison, workers: (workers, 1))
     with pytest.raises(ValueError, match=message):
-        runner.compare(comparison, workers=2)
+        runner.train_and_measure(comparison, workers=2)
     ((step, _),) = checkpoint.steps(comparison.run(job) / "vanilla" / "checkpoints")
     assert 5 <= step <= 6
     reported: list[int] = []
@@ -639,7 +639,7 @@ def test_interrupt_leads_to_a_checkpoint_and_one_line_that_says_how_to_continue(
     with pytest.raises(
         KeyboardInterrupt, match=r"^stopped by SIGINT; .* wrote a checkpoint; the same command continues$"
     ):
-        runner.compare(comparison, workers=1)
+        runner.train_and_measure(comparison, workers=1)
     assert "Traceback" not in capfd.readouterr().err
     ((step, _),) = checkpoint.steps(comparison.run(job) / "vanilla" / "checkpoints")
     assert 5 <= step <= 6

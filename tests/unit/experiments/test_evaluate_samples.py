@@ -19,8 +19,8 @@ from selftrans.evaluate.extractors import ClassifierExtractor, ValuesExtractor
 from selftrans.evaluate.metrics import frechet_distance
 from selftrans.evaluate.statistics import Statistics
 from selftrans.experiments import evaluate_samples as scores
-from selftrans.experiments import image_files, reference
-from selftrans.experiments.compare import override, with_defaults
+from selftrans.experiments import reference
+from selftrans.experiments.compare import override, shared_settings
 from selftrans.experiments.measurement import Measurement, measure_checkpoint, samples_of
 from selftrans.sampling.images import Sampler
 from selftrans.train.run import train
@@ -200,7 +200,7 @@ def test_adm_reference_batch_uses_its_statistics_and_its_pictures(scorer: Path, 
     made = folder(tmp_path / "made")
     report = scores.evaluate_samples(made, tmp_path / "batch.npz", str(scorer))
     expected = frechet_distance(
-        Statistics.of(image_files.iter_images(made), one), dataclasses.replace(everything, count=None)
+        Statistics.of(reference.iter_images(made), one), dataclasses.replace(everything, count=None)
     )
     assert report["frechet_distance"] == pytest.approx(expected, rel=1e-9)
     assert 0 <= report["recall"] <= 1 and "does not name its extractor" in report["note"]
@@ -344,7 +344,7 @@ def test_previews_of_values_are_pictures(values: Path) -> None:
 
 def test_compare_evaluates_values(values: Path, tmp_path: Path) -> None:
     config = override(toy.toy(), data=str(values / "data"))
-    _, features, weights = with_defaults(config, tmp_path)
+    _, features, weights = shared_settings(config, tmp_path)
     assert features == "values" and weights is None
     measurement = Measurement.of(config, features, weights=None, images=130, block=2)
     point = measure_checkpoint(toy.checkpoint(values / "run", "vanilla"), measurement)

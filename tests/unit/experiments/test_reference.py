@@ -21,7 +21,7 @@ from selftrans.evaluate.classifier import SmallClassifier
 from selftrans.evaluate.extractors import ClassifierExtractor, Extractor, ValuesExtractor
 from selftrans.evaluate.statistics import Statistics
 from selftrans.experiments import evaluate_samples as scores
-from selftrans.experiments import image_files, reference
+from selftrans.experiments import reference
 from selftrans.experiments.measurement import Measurement, measure_checkpoint
 from tests.support import toy
 from tests.support.pictures import class_folders, save_vae
@@ -247,7 +247,7 @@ def test_reference_is_computed_once(tmp_path: Path, monkeypatch) -> None:
     first = reference.reference_of(real, one)
     (kept,) = reference.cache().iterdir()
     with monkeypatch.context() as patch:
-        patch.setattr(image_files, "iter_images", lambda path: pytest.fail("computed again"))
+        patch.setattr(reference, "iter_images", lambda path: pytest.fail("computed again"))
         again = reference.reference_of(real, one)
     assert np.array_equal(first.cov, again.cov) and np.array_equal(first.features, again.features)
     kept.write_bytes(b"damaged")

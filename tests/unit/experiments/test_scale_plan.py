@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from selftrans.cli.main import main
-from selftrans.experiments.bench.measured import read_measured
+from selftrans.experiments.bench.read_report import read_measured
 from selftrans.experiments.scale_plan import Cluster, StageScale, scale_plan, text, wire_bytes
 from selftrans.train.flops import forward_flops
 from tests.support import toy

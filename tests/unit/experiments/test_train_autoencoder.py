@@ -1,11 +1,8 @@
 """`selftrans autoencoder`: the folder that it makes, the latents that `prepare` makes with it, its figures and its errors."""
 
-import dataclasses
 import errno
-import inspect
 import json
 import signal
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,7 +10,6 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from selftrans.cli.experiment_commands import Autoencoder
 from selftrans.cli.main import main
 from selftrans.data.buckets import open_data
 from selftrans.data.dataset import Dataset
@@ -25,7 +21,6 @@ from selftrans.experiments import train_autoencoder as module
 from selftrans.experiments.autoencoder_report import latent_statistics, reconstruction_figures, sheet
 from selftrans.storage import lock_file
 from selftrans.train.autoencoder_network import PerceptualDistance
-from selftrans.train.autoencoder_settings import AutoencoderSettings
 from selftrans.train.signals import StopSignal
 from tests.support import ratios, toy
 from tests.support.toy import quick  # noqa: F401 - a fixture
@@ -266,16 +261,3 @@ def test_perfect_reconstruction_has_a_finite_psnr():
 
     found = reconstruction_figures(Identity(), open_data(toy.digits()), torch.device("cpu"))
     assert found == {"pictures": 1797, "psnr": pytest.approx(100), "l1": 0}
-
-
-def test_defaults_of_the_command_are_those_of_the_settings():
-    command, settings = Autoencoder(Path("data"), Path("out")), AutoencoderSettings()
-    for field in dataclasses.fields(AutoencoderSettings):
-        if field.name not in (
-            "widths",
-            "perceptual",
-            "precision",
-        ):  # None there: chosen by what the machine or the data are
-            assert getattr(command, field.name) == getattr(settings, field.name), field.name
-    every = inspect.signature(module.train_autoencoder).parameters["checkpoint_every"].default
-    assert command.checkpoint_every == every == 500

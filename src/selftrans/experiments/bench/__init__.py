@@ -79,20 +79,20 @@ def bench(
     rows: Sequence[str] | None = None,
     limit: float | None = None,
     steps_only: bool = False,
+    overrides: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Measure each model and write `out/bench.json`; returns its content.
 
     Args:
-        models: name -> sizes.
+        models: name -> sizes. tokens: T, a square number.
         batch_size: images per step; None: by model and device (BATCH).
-        tokens: T, a square number.
         device: None: a GPU if there is one. A GPU is measured in bfloat16 and compiled, a CPU in float32 and eager.
         seconds: time for the training steps of each model (at least three rounds).
         quick: less time, and fewer latents and images.
         rows: names of `KNOWN`; None: those of `ROWS`. A ratio needs both of its rows.
         limit: seconds for each model in all, building and compilation included; at least one round is measured; sampling
             and loading are left out where fewer than `SAMPLING` and `LOADING` seconds remain. None: no limit.
-        steps_only: neither sampling nor loading.
+        steps_only: neither sampling nor loading. overrides: of the settings of the runs, dotted.
     The file is written after each model. A model that does not fit in memory is reported as failed.
     Raises ValueError when tokens is not a square number, for an unavailable device, for unknown rows, and `NotCaptured`
     where a step cannot be captured: no later model can be measured in this process then.
@@ -110,7 +110,7 @@ def bench(
             side = math.isqrt(tokens) * model.sizes()["patch"]
             dataset = random_dataset(Path(scratch) / f"{side}", (4, side, side), 2048 if quick else 8192)
             batch = batch_size or BATCH[where.type].get(name, OTHERWISE[where.type])
-            config = settings(model, batch, precision)
+            config = settings(model, batch, precision).override(overrides or {})
             torch.compiler.reset()  # compilations of the previous model
             try:
                 result = _model(accelerator, config, dataset, Path(scratch) / name.replace("/", "-"), budget, rows)
@@ -195,9 +195,7 @@ def _model(
     before = memory.allocated()
     peaks = Peak(clock, dtype)
     memory.own["matmul"] = memory.allocated() - before
-    first: dict[str, float] = {}
-    timing = {"seconds": budget.seconds, "deadline": budget.deadline}
-    rounds = interleaved(candidates, clock, peaks, memory, **timing, first=first)  # type: ignore[arg-type]
+    rounds, first = interleaved(candidates, clock, peaks, memory, seconds=budget.seconds, deadline=budget.deadline)
     flops = {name: one.flops for name, one in candidates.items()}
     replayed = {name: one.replayed for name, one in candidates.items() if name.startswith(CAPTURED)}
     del candidates, peaks

@@ -177,22 +177,20 @@ def interleaved(
     seconds: float,
     least: int = 3,
     deadline: float | None = None,
-    first: dict[str, float] | None = None,
-) -> dict[str, list[dict[str, float]]]:
-    """Seconds of each part of a step, per candidate and round: at least `least` rounds, and more within `seconds`.
+) -> tuple[dict[str, list[dict[str, float]]], dict[str, float]]:
+    """(seconds of each part of a step, per candidate and round; seconds of each candidate's first step, compilation included).
+
+    At least `least` rounds are measured, and more within `seconds`.
 
     Before the rounds every candidate takes warm-up steps, which allocate and compile. In a round each candidate takes one
     step (on a GPU the median of eight), in rotating order. The key "matmul" holds the seconds of the matrix products.
-    After `deadline` (of `time.monotonic`) no round begins, except the first. `first` gets the seconds of each candidate's
-    first step, compilation included.
+    After `deadline` (of `time.monotonic`) no round begins, except the first.
     """
-    names, several = list(candidates), 8 if clock.device.type == "cuda" else 1
+    names, several, first = list(candidates), 8 if clock.device.type == "cuda" else 1, dict[str, float]()
     for name in names:
-        before = memory.allocated()
-        if first is not None:
-            started = time.monotonic()
-            _timed_steps(candidates[name], clock, 1)
-            first[name] = candidates[name].captured_in + time.monotonic() - started
+        before, started = memory.allocated(), time.monotonic()
+        _timed_steps(candidates[name], clock, 1)
+        first[name] = candidates[name].captured_in + time.monotonic() - started
         _timed_steps(candidates[name], clock, 3 if several > 1 else 1)
         memory.own[name] = memory.own.get(name, 0) + memory.allocated() - before  # the optimiser's state
     rounds: dict[str, list[dict[str, float]]] = {name: [] for name in [*names, "matmul"]}
@@ -207,7 +205,7 @@ def interleaved(
             memory.end(name)
         rounds["matmul"].append({str(side): duration for side, duration in peak.measure().items()})
         each = time.monotonic() - started
-    return rounds
+    return rounds, first
 
 
 def _timed_steps(candidate: Candidate, clock: Clock, steps: int) -> dict[str, float]:

@@ -127,10 +127,10 @@ class KnownStep:
 def test_interleaved_steps_measure_known_durations() -> None:
     clock = Clock(CPU)
     slow, fast = KnownStep(0.02, 0.04, 0.06, 0.08), KnownStep(0.01, 0.02, 0.03, 0.04)
-    rounds = interleaved(
+    rounds, _ = interleaved(
         {"slow": slow, "fast": fast}, clock, Peak(clock, torch.float32), Memory(CPU), seconds=0, least=4
     )
-    assert slow.steps == fast.steps == 5, "the first step is not counted"
+    assert slow.steps == fast.steps == 6, "the first steps are not counted"
     assert {name: len(each) for name, each in rounds.items()} == {"slow": 4, "fast": 4, "matmul": 4}
     for name, shortest in (("slow", 0.02), ("fast", 0.01)):
         for one in rounds[name]:
@@ -144,17 +144,17 @@ def test_rounds_continue_for_the_given_seconds(monkeypatch: pytest.MonkeyPatch) 
     clock, ticks = Clock(CPU), itertools.count(0, 0.5)
     monkeypatch.setattr(bench_rounds, "time", SimpleNamespace(monotonic=lambda: next(ticks)))
     one, peak = KnownStep(0.1, 0.1, 0.1, 0.1), SimpleNamespace(measure=dict)
-    rounds = interleaved({"one": one}, clock, peak, Memory(CPU), seconds=4.5, least=1)  # type: ignore[arg-type]
+    rounds, _ = interleaved({"one": one}, clock, peak, Memory(CPU), seconds=4.5, least=1)  # type: ignore[arg-type]
     assert len(rounds["one"]) == 3
 
 
 def test_no_round_begins_after_the_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
     clock, now = Clock(CPU), itertools.count(0, 0.5)
     monkeypatch.setattr(bench_rounds, "time", SimpleNamespace(monotonic=lambda: next(now)))
-    peak, first = SimpleNamespace(measure=dict), {}
+    peak = SimpleNamespace(measure=dict)
     for deadline, rounds in ((0.0, 1), (1e9, 3)):
         one = {"one": KnownStep(0.1, 0.1, 0.1, 0.1)}
-        found = interleaved(one, clock, peak, Memory(CPU), seconds=0, deadline=deadline, first=first)  # type: ignore[arg-type]
+        found, first = interleaved(one, clock, peak, Memory(CPU), seconds=0, deadline=deadline)  # type: ignore[arg-type]
         assert len(found["one"]) == rounds and first == {"one": 0.5}
 
 

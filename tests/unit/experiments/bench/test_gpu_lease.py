@@ -172,7 +172,7 @@ def test_launched_steps_are_written_before_any_is_captured(
             raise captured
         return measured(next(iter(models)), {"vanilla": 20.0, "stage2": 30.0} if rows == measures.ROWS else captured)
 
-    monkeypatch.setattr(measures, "bench", bench)
+    monkeypatch.setattr(measures.gpu_variants, "bench", bench)
     monkeypatch.setattr(measures, "sampled", lambda *_: {"sampled_per_s": 7.0})
     monkeypatch.setattr(measures, "no_gpu", lambda: None)
     given = ["b2", "--out", str(tmp_path), "--limit", "100"]
@@ -196,7 +196,9 @@ def test_launched_steps_are_written_before_any_is_captured(
     asked.clear()
     assert parts.main(["xl2", "--out", str(tmp_path), "--limit", "20"]) == 0
     assert len(asked) == 1 and "sampled_per_s" not in read(tmp_path / "xl2.json"), "too little time is left"
-    monkeypatch.setattr(measures, "bench", lambda *_, **__: {"models": {"SiT-B/2": {"failed": "not enough memory"}}})
+    monkeypatch.setattr(
+        measures.gpu_variants, "bench", lambda *_, **__: {"models": {"SiT-B/2": {"failed": "not enough memory"}}}
+    )
     assert parts.main(given) == 1
     assert "launched steps: MemoryError not enough memory" in read(tmp_path / "b2.json")["failed"]
 

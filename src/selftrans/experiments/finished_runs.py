@@ -1,10 +1,11 @@
-"""What the folder of a comparison holds already: runs that are trained, and checkpoints that are measured alike.
+"""The finished runs in the folder of a comparison, and which of their checkpoints are measured as the others are.
 
-It is found from json files alone. No weights are read or hashed, which takes minutes for large models, and nothing is decoded.
+They are found from json files alone: no weights are read or hashed, which takes minutes for large models.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,9 +15,21 @@ from typing import Any
 from selftrans.checkpoints import format as checkpoint
 from selftrans.checkpoints.load import FILES, REPORT
 from selftrans.data.dataset import Dataset
+from selftrans.device import default_device
+from selftrans.evaluate.extractors import extractor_sha256
 from selftrans.experiments.comparison import Comparison, config_of_run
-from selftrans.experiments.measurement import MEASURED, Point, due_checkpoints, measured_alike, measured_before
+from selftrans.experiments.measurement import (
+    MEASURED,
+    Point,
+    due_checkpoints,
+    identity_of,
+    image_shape,
+    measured_before,
+    stored_conditions,
+)
+from selftrans.experiments.reference import decoder_sha256
 from selftrans.experiments.schedule import Job
+from selftrans.sampling.images import decoder_dtype
 from selftrans.storage import UNREADABLE
 from selftrans.train.data_window import data_of, with_window
 from selftrans.train.initial_weights import choose
@@ -28,25 +41,25 @@ COSTS = ("student_tflops", "total_tflops", "total_seconds")  #: entries of run.j
 
 
 @dataclass(frozen=True)
-class Kept:
-    """A run that is trained."""
+class FinishedRun:
+    """A run that needs no more training."""
 
     report: dict[str, Any]  #: its run.json
     due: list[Path]  #: its checkpoints that are points of the curve, oldest first
     points: dict[Path, Point]  #: those of them that are measured
 
     @property
-    def complete(self) -> bool:
+    def measured(self) -> bool:
         return len(self.points) == len(self.due)
 
 
-def kept_runs(comparison: Comparison) -> dict[Job, Kept]:
-    """The runs that need no more training, with their settings and data as they are now.
+def finished_runs(comparison: Comparison) -> dict[Job, FinishedRun]:
+    """The runs that need no more training, with the settings and data of the comparison as they are now.
 
     What cannot be read, or differs, is left out: training and measuring then say what is wrong with it.
     """
     data = comparison.shared.data
-    found, identity = dict[Job, Kept](), None
+    found, identity = dict[Job, FinishedRun](), None
     for job in comparison.jobs:
         try:
             if not (comparison.run(job) / REPORT).is_file():
@@ -62,25 +75,24 @@ def kept_runs(comparison: Comparison) -> dict[Job, Kept]:
 
 
 def identity_of_points(comparison: Comparison, dataset: Dataset) -> dict[str, Any]:
-    """What all measured points of a comparison share. ValueError where the extractor cannot be used."""
-    return measured_alike(
-        comparison.shared,
-        comparison.features,
-        weights=comparison.weights,
-        images=comparison.images,
-        block=comparison.block,
-        dataset=dataset,
-    )
+    """`Measurement.identity` of a comparison, without what only measuring needs: no autoencoder is loaded, and no image
+    decoded. ValueError where the extractor cannot be used."""
+    config, manifest = comparison.shared, dataset.manifest
+    sha256 = extractor_sha256(comparison.features, weights=comparison.weights, shape=image_shape(manifest))
+    sample = dataclasses.replace(config.sample, num=comparison.images)
+    dtype, decoded_by = decoder_dtype(default_device(), config.sample.precision), decoder_sha256(manifest.autoencoder)
+    return identity_of(sample, stored_conditions(dataset, sample), sha256, comparison.block, dtype, decoded_by)
 
 
-def all_kept(comparison: Comparison, kept: Mapping[Job, Kept]) -> bool:
+def all_measured(comparison: Comparison, finished: Mapping[Job, FinishedRun]) -> bool:
     """Whether nothing is left to be trained or measured."""
-    return all(job in kept and kept[job].complete for job in comparison.jobs)
+    return all(job in finished and finished[job].measured for job in comparison.jobs)
 
 
-def to_draw(comparison: Comparison, kept: Mapping[Job, Kept]) -> dict[Job, Kept]:
-    """Those runs of `kept` that samples can be drawn from: the last checkpoint of the first seed's runs is verified."""
-    return {job: held for job, held in kept.items() if job[1] != comparison.seeds[0] or not _is_damaged(held.due[-1])}
+def with_samples(comparison: Comparison, finished: Mapping[Job, FinishedRun]) -> dict[Job, FinishedRun]:
+    """The runs without those whose samples cannot be drawn: the last checkpoint of the first seed's runs is verified."""
+    drawn = comparison.seeds[0]
+    return {job: run for job, run in finished.items() if job[1] != drawn or not _is_damaged(run.due[-1])}
 
 
 def _is_damaged(folder: Path) -> bool:
@@ -91,7 +103,7 @@ def _is_damaged(folder: Path) -> bool:
     return False
 
 
-def _trained(comparison: Comparison, job: Job, dataset: Dataset, identity: dict[str, Any]) -> Kept | None:
+def _trained(comparison: Comparison, job: Job, dataset: Dataset, identity: dict[str, Any]) -> FinishedRun | None:
     """A run, if training it would do nothing: the checks are those at the start of `train`."""
     run, before = comparison.run(job), settings_before(comparison.run(job))
     if before is None:
@@ -117,4 +129,4 @@ def _trained(comparison: Comparison, job: Job, dataset: Dataset, identity: dict[
             points[folder] = measured[digest]
     if last not in points:
         checkpoint.read(last)  # a damaged one is trained again, not measured
-    return Kept(report, due, points)
+    return FinishedRun(report, due, points)

@@ -11,20 +11,12 @@ from selftrans.data.prepare import BUILT_IN, prepare
 from selftrans.data.sources.digit_attributes import ATTRIBUTES
 from selftrans.data.sources.digit_captions import RESERVED, TRAINED
 from selftrans.evaluate.classifier import digits
-from selftrans.experiments.prompt_control import (
-    Measured,
-    PromptControl,
-    Scans,
-    _ranks,
-    asked,
-    correlation,
-    levels_of,
-    pooled,
-    summary,
-)
 from selftrans.recipes import recipe
 from selftrans.sampling.images import Sampler
 from selftrans.train.run import train
+from tests.support.scripts import script
+
+module = script("prompt_control")
 
 
 class NearestMean:
@@ -44,19 +36,20 @@ class NearestMean:
 
 @pytest.fixture(scope="module")
 def scans():
-    return Scans(NearestMean())
+    return module.Scans(NearestMean())
 
 
 def test_correlations_are_those_of_scipy():
     rng = np.random.default_rng(0)
     x = rng.integers(-1, 2, size=200).astype(float)
     y = x + rng.normal(size=200)
-    assert correlation(x, y) == pytest.approx(stats.pearsonr(x, y).statistic, abs=1e-12)
-    np.testing.assert_allclose(_ranks(x), stats.rankdata(x))
-    assert correlation(_ranks(x), _ranks(y)) == pytest.approx(stats.spearmanr(x, y).statistic, abs=1e-12)
-    assert correlation(x, np.ones(200)) == 0
+    assert module.correlation(x, y) == pytest.approx(stats.pearsonr(x, y).statistic, abs=1e-12)
+    assert module.correlation(stats.rankdata(x), stats.rankdata(y)) == pytest.approx(
+        stats.spearmanr(x, y).statistic, abs=1e-12
+    )
+    assert module.correlation(x, np.ones(200)) == 0
     times = rng.integers(3, size=(4, 200))
-    for row, found in zip(times, correlation(x, y, times), strict=True):
+    for row, found in zip(times, module.correlation(x, y, times), strict=True):
         assert found == pytest.approx(stats.pearsonr(np.repeat(x, row), np.repeat(y, row)).statistic, abs=1e-12)
 
 
@@ -68,7 +61,9 @@ def test_intervals_are_about_those_of_the_normal_approximation():
     value = level + rng.normal(size=level.shape)
     value[:, 1] = rng.normal(size=n)  # not controlled
     digit = rng.integers(10, size=n)
-    found = summary(Measured(digit, np.where(np.arange(n) < 0.9 * n, digit, (digit + 1) % 10), level, value))
+    found = module.summary(
+        module.Measured(digit, np.where(np.arange(n) < 0.9 * n, digit, (digit + 1) % 10), level, value)
+    )
     assert found["images"] == n and found["digit"][0] == pytest.approx(0.9)
     half = 1.96 * np.sqrt(0.9 * 0.1 / n)
     np.testing.assert_allclose(found["digit"][1:], [0.9 - half, 0.9 + half], atol=0.006)
@@ -83,11 +78,11 @@ def test_intervals_are_about_those_of_the_normal_approximation():
 
 def test_scans_follow_their_own_captions_and_others_do_not(scans):
     measured = scans.bound()
-    found = summary(measured)
+    found = module.summary(measured)
     assert found["digit"][0] > 0.88
     assert all(0.85 < found[name]["pearson"][0] < 0.95 for name in ATTRIBUTES)  # of a normal value and its thirds: 0.89
     order = np.random.default_rng(0).permutation(len(measured.digit))
-    other = summary(scans.measured(scans.images, scans.labels[order], measured.level[order]))
+    other = module.summary(scans.measured(scans.images, scans.labels[order], measured.level[order]))
     assert other["digit"][0] < 0.15
     value = measured.value
     for digit in range(10):
@@ -97,17 +92,20 @@ def test_scans_follow_their_own_captions_and_others_do_not(scans):
 
 
 def test_both_wordings_ask_for_the_same():
-    trained, reserved = asked(TRAINED, 100), asked(RESERVED, 100)
+    trained, reserved = module.asked(TRAINED, 100), module.asked(RESERVED, 100)
     assert trained.what == reserved.what and not set(trained.texts) & set(reserved.texts)
-    level = levels_of(trained.what)
+    level = module.levels_of(trained.what)
     assert level.shape == (100, len(ATTRIBUTES)) and set(np.unique(level[~np.isnan(level)])) == {-1, 0, 1}
     assert np.isnan(level).any() and (~np.isnan(level)).any(axis=1).all()
 
 
 def test_pooled_runs_are_one_set(scans):
-    few = Measured(*(part[:50] for part in scans.bound()))
-    both = pooled([few, few])
-    assert both.value.shape == (100, len(ATTRIBUTES)) and summary(both)["digit"][0] == summary(few)["digit"][0]
+    few = module.Measured(*(part[:50] for part in scans.bound()))
+    both = module.pooled([few, few])
+    assert (
+        both.value.shape == (100, len(ATTRIBUTES))
+        and module.summary(both)["digit"][0] == module.summary(few)["digit"][0]
+    )
 
 
 def test_a_run_is_sampled_from_prompts_and_measured_once(tmp_path, scans):
@@ -115,7 +113,7 @@ def test_a_run_is_sampled_from_prompts_and_measured_once(tmp_path, scans):
     changes = {"method": "vanilla", "data.path": str(tmp_path / "data"), "train.steps": 2, "train.batch_size": 8}
     small = {"model.width": 32, "model.depth": 2, "train.preview_every": 0, "sample.steps": 2}
     train(recipe("digits_t2i").override(changes | small).restricted(), tmp_path / "run", quiet=True)
-    control = PromptControl(scans, tmp_path / "measured", images=20)
+    control = module.PromptControl(scans, tmp_path / "measured", images=20)
     measured, record = control.measure(tmp_path / "run", "reserved", 2.0)
     assert measured.digit.tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 8, 9] * 2 and measured.value.shape == (
         20,
@@ -129,7 +127,7 @@ def test_a_run_is_sampled_from_prompts_and_measured_once(tmp_path, scans):
     for one, other in zip(measured, again, strict=True):
         np.testing.assert_allclose(one, other, atol=1e-4)
     settings = replace(load_model(tmp_path / "run").config.sample, num=3, seed=1, guidance_scale=2.0)
-    sampler = Sampler.of(load_model(tmp_path / "run"), replace(settings, prompts=asked(RESERVED, 20).texts))
+    sampler = Sampler.of(load_model(tmp_path / "run"), replace(settings, prompts=module.asked(RESERVED, 20).texts))
     images = next(iter(sampler.sample())).images
     alone = scans.measured(images, measured.digit[:3], measured.level[:3])
     np.testing.assert_allclose(alone.value, measured.value[:3], atol=0.2)  # a grey value may round to the next

@@ -52,7 +52,7 @@ def source_of(raw: Any, run: Callable[[str], RunState], where: str) -> Source:
     return Source(state, wanted, state.weights(wanted.stage, wanted.step, wanted.weights))
 
 
-class OpenedModels:
+class ModelCache:
     """The models used last, by the file of their weights. Used by one job at a time.
 
     `device`: where they compute; None: the GPU if there is one.

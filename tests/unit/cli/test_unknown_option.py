@@ -2,7 +2,7 @@
 
 import pytest
 
-from selftrans.cli.likely import unrecognised
+from selftrans.cli.unknown_option import unrecognised
 
 TRAIN = ["out", "data", "train.steps", "train.lr", "train.batch-size", "stage1.steps", "sample.steps", "sample.num"]
 TRAIN += ["data.on-device", "train.precision", "sample.precision", "repa.block", "init", "train.accumulate"]

@@ -16,7 +16,7 @@ from selftrans.ui.run_state import RunState
 MOST_CLASSES = 1000  #: whose names are sent
 
 
-def offered(state: RunState, known: Sequence[RunState]) -> dict[str, Any]:
+def available_models(state: RunState, known: Sequence[RunState]) -> dict[str, Any]:
     """What can be sampled and drawn, as json types. `known`: the runs that may hold its teacher."""
     config, report, plan, _ = state.read()
     data, _ = state.files.read(state.place / "data.json")

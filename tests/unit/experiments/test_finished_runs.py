@@ -29,7 +29,7 @@ from selftrans.evaluate.extractors import FeaturesNotFinite, extractor_sha256, l
 from selftrans.experiments import compare, comparison_files, measurement, runner
 from selftrans.experiments.compare import classifier_of
 from selftrans.experiments.comparison import Comparison
-from selftrans.experiments.kept import all_kept, kept_runs
+from selftrans.experiments.finished_runs import all_measured, finished_runs
 from selftrans.experiments.measurement import DECODED_BY, MEASURED, Measurement, check_alike, measured_before
 from selftrans.sampling.images import NotFinite
 from selftrans.storage import InUse, lock_file
@@ -82,7 +82,7 @@ def comparison(out: Path, *names: str, dotted: dict[str, Any] | None = None, ima
 def measured(chosen: Comparison) -> tuple[dict, Counter[str]]:
     """The points of each run, and what was done for them."""
     DONE.clear()
-    results = runner.compare(chosen, workers=1)
+    results = runner.train_and_measure(chosen, workers=1)
     return {job: points for job, (_, points) in results.items()}, Counter(DONE)
 
 
@@ -93,7 +93,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
         toy.quicken(patch)
         counted(patch)
         out = tmp_path_factory.mktemp("compared")
-        runner.compare(comparison(out), workers=1)
+        runner.train_and_measure(comparison(out), workers=1)
     return out
 
 
@@ -123,13 +123,13 @@ def test_finished_comparison_starts_no_worker_and_reads_no_weights(folder, monke
     monkeypatch.setattr(checkpoint, "read", refuse)
     monkeypatch.setattr(compare, "decoded_images", refuse)
     chosen = comparison(folder)
-    compare.check_before(chosen, kept_runs(chosen))
+    compare.check_before(chosen, finished_runs(chosen))
     found, _ = measured(chosen)
     assert found == {(name, 0): points_of(folder, name) for name in NAMES} and len(found["structure", 0]) == 2
     one_more = comparison(folder, *NAMES, "sra")
-    assert not all_kept(one_more, kept_runs(one_more))
+    assert not all_measured(one_more, finished_runs(one_more))
     with pytest.raises(AssertionError):
-        compare.check_before(one_more, kept_runs(one_more))
+        compare.check_before(one_more, finished_runs(one_more))
 
 
 def test_deleted_run_is_trained_again_alone(folder):
@@ -322,23 +322,23 @@ def test_hash_of_an_extractor_is_known_without_what_it_measures(tmp_path, monkey
 
 def test_files_are_written_once_and_again_when_something_has_changed(folder):
     chosen = dataclasses.replace(comparison(folder, "vanilla"), images=24)
-    summary = compare.summarise(chosen, runner.compare(chosen))
-    assert comparison_files.shown_already(chosen, summary) is None
+    summary = compare.summarise(chosen, runner.train_and_measure(chosen))
+    assert comparison_files.unchanged(chosen, summary) is None
     comparison_files.write(chosen, summary | {"time": {"seconds": 1.0}})
     held = json.loads((folder / "compare.json").read_text())
-    assert comparison_files.shown_already(chosen, summary) == held and held["time"] == {"seconds": 1.0}
+    assert comparison_files.unchanged(chosen, summary) == held and held["time"] == {"seconds": 1.0}
     page = folder / "compare.html"
     text = page.read_text()
     for damaged in (text[:100], None):
         page.unlink()
         if damaged:
             page.write_text(damaged)
-        assert comparison_files.shown_already(chosen, summary) is None
+        assert comparison_files.unchanged(chosen, summary) is None
     page.write_text(text)
-    assert comparison_files.shown_already(chosen, summary) == held
-    assert comparison_files.shown_already(chosen, summary | {"images": 25}) is None
+    assert comparison_files.unchanged(chosen, summary) == held
+    assert comparison_files.unchanged(chosen, summary | {"images": 25}) is None
     (folder / "compare.json").write_text((folder / "compare.json").read_text()[:100])
-    assert comparison_files.shown_already(chosen, summary) is None
+    assert comparison_files.unchanged(chosen, summary) is None
 
 
 def test_method_that_diverges_fails_alone_and_is_tried_again(tmp_path, monkeypatch, capfd):
@@ -381,7 +381,7 @@ def test_run_whose_samples_are_not_finite_is_left_out_and_measured_again(folder,
     (folder / "vanilla-seed0" / MEASURED).unlink()
     monkeypatch.setattr(measurement, "measure_checkpoint", overflowing)
     with pytest.warns(UserWarning, match="vanilla, seed 0, failed"):
-        results = runner.compare(comparison(folder), failed=failed)
+        results = runner.train_and_measure(comparison(folder), failed=failed)
     (reason,) = failed.values()
     assert list(failed) == [("vanilla", 0)] and reason.startswith(
         "vanilla-seed0/vanilla/checkpoints/step-00000002 cannot"
@@ -389,7 +389,7 @@ def test_run_whose_samples_are_not_finite_is_left_out_and_measured_again(folder,
     assert {name: points for (name, _), (_, points) in results.items()} == {n: expected[n] for n in NAMES[1:]}
     assert points_of(folder, "vanilla") == expected["vanilla"][:1], "what could be measured is kept"
     with pytest.raises(ValueError, match=r"cannot be measured: sample 3 is not finite: .*; leave its method out"):
-        runner.compare(comparison(folder))
+        runner.train_and_measure(comparison(folder))
     monkeypatch.setattr(measurement, "measure_checkpoint", made_up)
     found, done = measured(comparison(folder))
     assert done == {"reference": 1, "measurement": 1} and found["vanilla", 0] == expected["vanilla"]

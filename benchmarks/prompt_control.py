@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from scipy.stats import rankdata
 
 from selftrans.checkpoints.load import load_model
 from selftrans.data.sources.digit_attributes import ATTRIBUTES, attributes, levels
@@ -102,7 +103,7 @@ def summary(measured: Measured, *, seed: int = 0) -> dict[str, Any]:
         said = ~np.isnan(measured.level[:, k])
         x, y, times = measured.level[said, k], measured.value[said, k], counts[:, said]
         found[name] = {"mentioned": len(x)}
-        for kind, (a, b) in {"pearson": (x, y), "spearman": (_ranks(x), _ranks(y))}.items():
+        for kind, (a, b) in {"pearson": (x, y), "spearman": (rankdata(x), rankdata(y))}.items():
             found[name][kind] = _with_interval(correlation(a, b), correlation(a, b, times))
     return found
 
@@ -153,7 +154,7 @@ class PromptControl:
         file = self.folder / f"{identity['weights'][:16]}-{wording}-{scale:g}.json"
         what = self.asked[wording].what
         digit, level = np.array([each.digit for each in what]), levels_of(what)
-        before = _measured_before(file, identity)
+        before = recorded(file, lambda held: held if held["identity"] == identity else None, None)
         if before is not None:
             shown, value = (np.asarray(before[key]) for key in ("shown", "value"))
             return Measured(digit, shown, level, value), identity | before["record"]
@@ -174,19 +175,8 @@ class PromptControl:
         return self._conditioning[wording]
 
 
-def _measured_before(file: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
-    """What was measured in the same way; None for a missing or damaged file."""
-    return recorded(file, lambda held: held if held["identity"] == identity else None, None)
-
-
 def _table(named: dict[str, np.ndarray]) -> np.ndarray:
     return np.stack([named[name] for name in ATTRIBUTES], axis=1)  # (n, A)
-
-
-def _ranks(values: np.ndarray) -> np.ndarray:
-    """Ranks (n,), equal values sharing their mean rank."""
-    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
-    return (np.cumsum(counts) - (counts - 1) / 2)[inverse]
 
 
 def _with_interval(value: Any, resampled: np.ndarray) -> list[float]:

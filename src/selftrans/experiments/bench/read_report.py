@@ -37,7 +37,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Measured:
+class BenchedModel:
     """The rows of one model on one device."""
 
     source: str
@@ -61,14 +61,14 @@ class Measured:
         return self.rows.get(stage) or next(iter(self.rows.values()))
 
 
-def read_measured(path: Path, model: str) -> Measured:
+def read_measured(path: Path, model: str) -> BenchedModel:
     """The rows of `model` in a bench.json, or of the model in it with the most operations. ValueError where there are none."""
     try:
         report = json.loads(path.read_text(encoding="utf-8"))
         machine = report["machine"]
         device = printable(machine["gpu"] or machine["cpu"])
         found = {
-            name: Measured(printable(path), device, printable(name), _rows(each))
+            name: BenchedModel(printable(path), device, printable(name), _rows(each))
             for name, each in report["models"].items()
             if "rows" in each
         }
