@@ -133,15 +133,14 @@ def open_picture(file: Path | BinaryIO) -> Image.Image:
     except BaseException:
         opened.close()
         raise
-    if not hasattr(image, "tag_v2") and (pixels is opened or image.format == "AVIF"):  # else it is known, or of no use
-        add_info(facts, image)
+    add_info(facts, image)
     image.info[INFO] = facts
     return image
 
 
 def _decoder(file: BinaryIO) -> Image.Image:
     """`PIL.Image.open` without its limit of pixels, which is global, and without the formats that are not in FORMATS."""
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image, JpegImagePlugin, UnidentifiedImageError
 
     Image.init()  # registers the decoders; only those of FORMATS are called
     head = file.read(16)
@@ -152,7 +151,8 @@ def _decoder(file: BinaryIO) -> Image.Image:
             if factory is None or accept is None or accept(head) is not True:
                 continue  # a text in place of True says why this installation does not read it
             file.seek(0)
-            image = factory(file, "")
+            # of JPEG not the factory, which looks for more pictures in the file
+            image = JpegImagePlugin.JpegImageFile(file) if name == "JPEG" else factory(file, "")
         except (SyntaxError, IndexError, TypeError, struct.error):  # as Pillow: not of this format
             continue
         except Image.DecompressionBombError as error:  # of WebP Pillow checks the size itself

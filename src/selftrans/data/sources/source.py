@@ -142,7 +142,7 @@ class Source:
                 check_pixels(image, self.reading.max_pixels)
                 facts, small = facts_of(image), enlarged(image, self.resolution)
                 pixels = to_array(image, self.resolution, self.channels, self.reading.range)
-                facts.several |= image.format in ("GIF", "AVIF") and animated(image)
+                facts.several |= animated(image)
                 self.noticed.add(self.names[i], facts, small)
                 return pixels
         except Exception as error:  # decoders raise any type on a damaged file
