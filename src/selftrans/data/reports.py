@@ -11,7 +11,7 @@ import numpy as np
 from selftrans.data.manifest import Manifest
 from selftrans.data.sources.clips import Clips
 from selftrans.data.sources.copies import Copies, copies_in_words
-from selftrans.data.sources.passed_over import in_words
+from selftrans.data.sources.file_kinds import describe_ignored
 from selftrans.data.sources.source import Samples, Source
 from selftrans.data.sources.surprises import deep_values, sides_in_captions, sides_in_classes, surprises
 from selftrans.storage import listed, plural, printable
@@ -31,7 +31,7 @@ def report_ignored(samples: Samples | None, progress: bool, *, flip: bool = Fals
     if samples is None:
         return
     if samples.ignored:
-        say(in_words(samples.ignored), progress)
+        say(describe_ignored(samples.ignored), progress)
     warned = [*surprises(samples), *(deep_values(samples) if isinstance(samples, Source) else ())]
     sides = (*sides_in_captions(samples), *sides_in_classes(samples)) if flip else ()
     for warning in (*warned, *sides):

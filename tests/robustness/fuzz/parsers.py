@@ -37,7 +37,8 @@ from selftrans.data.manifest import Features
 from selftrans.data.record import parse_json, read_text
 from selftrans.data.sources.captions import CaptionSource, annotated, parse_captions
 from selftrans.data.sources.clips import MediaOptions, open_clips
-from selftrans.data.sources.decode import SOUNDS, open_picture
+from selftrans.data.sources.decode import open_picture
+from selftrans.data.sources.file_kinds import SOUNDS
 from selftrans.data.sources.npz import npz_arrays, npz_labels, npz_values
 from selftrans.data.sources.open_source import iter_images, open_source
 from selftrans.data.sources.source import Source

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from selftrans.data.sources import folder
-from selftrans.data.sources.decode import EXTENSIONS, open_picture
+from selftrans.data.sources.decode import open_picture
+from selftrans.data.sources.file_kinds import PICTURES
 from selftrans.data.sources.source import Source
 from selftrans.storage import decoded_text, first_line, printable
 
@@ -119,7 +120,7 @@ def captioned_folder(root: Path) -> Source:
     Raises ValueError for a link that leads out of the folder.
     """
     ignored: Counter[str] = Counter()
-    found = dict(folder.walk(root, EXTENSIONS | {*CAPTION_FILES}, ignored))
+    found = dict(folder.walk(root, PICTURES | {*CAPTION_FILES}, ignored))
     files = {name: name for name in found if PurePosixPath(name).suffix.lower() in CAPTION_FILES}
     pictures = {name: size for name, size in found.items() if name not in files}
 
@@ -138,7 +139,7 @@ def captioned_folder(root: Path) -> Source:
 def loose_folder(root: Path) -> Source:
     """Every picture at any depth of a folder, without labels."""
     ignored: Counter[str] = Counter()
-    pictures = sorted(folder.walk(root, EXTENSIONS, ignored))
+    pictures = sorted(folder.walk(root, PICTURES, ignored))
     names = [name for name, _ in pictures]
     none = np.zeros(len(names), dtype=np.int64)
     return Source(names, none, (), lambda i: open_picture(root / names[i]), [s for _, s in pictures], dict(ignored))

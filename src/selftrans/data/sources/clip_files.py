@@ -14,11 +14,11 @@ from typing import Any, BinaryIO, Literal
 
 import numpy as np
 
-from selftrans.data.sources.decode import EXTENSIONS, SOUNDS, STANDARD, VIDEOS, Reading
+from selftrans.data.sources.decode import STANDARD, Reading
+from selftrans.data.sources.file_kinds import PICTURES, SOUNDS, VIDEOS, junk_name
 from selftrans.data.sources.folder import check_link, empty_classes, walk
 from selftrans.data.sources.label_file import given_labels
 from selftrans.data.sources.part_file import SizedFile
-from selftrans.data.sources.passed_over import junk_name
 from selftrans.data.sources.source import Entries, Source, classify
 from selftrans.data.sources.splits import split_files, split_folder, split_names, warn_of_splits
 from selftrans.data.sources.tar_archive import tar_entries, walk_tar
@@ -26,7 +26,7 @@ from selftrans.data.sources.zip_archive import from_class, open_zip, zip_entries
 from selftrans.storage import printable
 
 GIF = ".gif"  #: a video with --frames, a picture without
-KNOWN = EXTENSIONS | SOUNDS | VIDEOS
+KNOWN = PICTURES | SOUNDS | VIDEOS
 
 Kind = Literal["sounds", "videos", "pictures"]
 

@@ -24,15 +24,7 @@ if TYPE_CHECKING:
 
 Resolution: TypeAlias = int | tuple[int, int]  #: the side of a square, or (height, width)
 
-#: extensions of picture files, and the only PIL decoders that may run (others call external programs)
-EXTENSIONS = frozenset(
-    (
-        *(".apng", ".avif", ".bmp", ".dib", ".gif", ".j2c", ".j2k", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".jpx"),
-        *(".mpo", ".pbm", ".pgm", ".png", ".pnm", ".ppm", ".qoi", ".tif", ".tiff", ".webp"),
-    )
-)
-SOUNDS = frozenset((".flac", ".wav"))  #: extensions of sounds
-VIDEOS = frozenset((".avi", ".m4v", ".mkv", ".mov", ".mp4", ".webm"))  #: of videos; a .gif can be either
+#: the only decoders of Pillow that may run (others call external programs)
 FORMATS = ("BMP", "DIB", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP", "AVIF", "JPEG2000", "QOI")
 MAX_PIXELS = 200_000_000  #: of a picture, by default; decoded it takes 600 MB
 LARGE = 64_000_000  #: pixels above which a picture is decoded at a reduced scale, and one at a time

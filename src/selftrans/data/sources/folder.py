@@ -11,9 +11,9 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from selftrans.data.sources.decode import EXTENSIONS, SOUNDS, VIDEOS, open_picture
+from selftrans.data.sources.decode import open_picture
+from selftrans.data.sources.file_kinds import PICTURES, SOUNDS, VIDEOS, describe_ignored, file_kind, junk_name
 from selftrans.data.sources.label_file import NAME, SUFFIXES, labelled_folder
-from selftrans.data.sources.passed_over import in_words, junk_name, kind_of_file
 from selftrans.data.sources.source import Source, classify
 from selftrans.storage import printable
 
@@ -28,13 +28,13 @@ def folder(root: Path, *, allow_empty: bool = False) -> Source:
     class folder without pictures, for pictures next to class folders, and for sounds or videos next to pictures.
     """
     ignored: Counter[str] = Counter()
-    files = sorted(walk(root, EXTENSIONS | SOUNDS | VIDEOS, ignored))
-    pictures = [(name, size) for name, size in files if PurePosixPath(name).suffix.lower() in EXTENSIONS]
+    files = sorted(walk(root, PICTURES | SOUNDS | VIDEOS, ignored))
+    pictures = [(name, size) for name, size in files if PurePosixPath(name).suffix.lower() in PICTURES]
     if 0 < len(pictures) < len(files):
-        other = next(name for name, _ in files if PurePosixPath(name).suffix.lower() not in EXTENSIONS)
+        other = next(name for name, _ in files if PurePosixPath(name).suffix.lower() not in PICTURES)
         raise ValueError(f"{root} holds pictures and {printable(other)}; keep one kind of file in a folder")
     if len(files) > len(pictures):
-        ignored.update(kind_of_file(name) for name, _ in files)
+        ignored.update(file_kind(name) for name, _ in files)
     names, sizes = [name for name, _ in pictures], [size for _, size in pictures]
     none = np.zeros(len(names), dtype=np.int64)
     source = Source(names, none, (), lambda i: open_picture(root / names[i]), sizes, dict(ignored))
@@ -76,7 +76,7 @@ def empty_classes(root: Path, names: Collection[str], unit: str, allowed: bool =
         inside: Counter[str] = Counter()
         if not (root / empty[0]).is_symlink():
             list(walk(root / empty[0], (), inside))
-        held = f" ({in_words(inside)})" if inside else ""
+        held = f" ({describe_ignored(inside)})" if inside else ""
         if (root / empty[0]).is_symlink():
             held = " (it is a symbolic link to a folder, which is not followed)"
         raise ValueError(
@@ -126,6 +126,6 @@ def _walk(
         elif not entry.is_file():
             ignored[SPECIAL] += 1
         elif PurePosixPath(name).suffix.lower() not in suffixes:
-            ignored[kind_of_file(entry.name)] += 1
+            ignored[file_kind(entry.name)] += 1
         else:
             yield name, entry.stat().st_size

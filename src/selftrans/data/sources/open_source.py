@@ -19,7 +19,6 @@ import numpy as np
 from selftrans.data.sources import folder, npz, table, zip_archive
 from selftrans.data.sources.captions import CaptionSource, annotated, captioned_folder, loose_folder
 from selftrans.data.sources.decode import (
-    EXTENSIONS,
     STANDARD,
     Reading,
     Resolution,
@@ -31,9 +30,8 @@ from selftrans.data.sources.decode import (
     upright_size,
 )
 from selftrans.data.sources.digit_captions import digits_with_captions
+from selftrans.data.sources.file_kinds import PICTURES, check_source_file, describe_ignored, remedy_for_ignored
 from selftrans.data.sources.label_file import given_labels
-from selftrans.data.sources.not_read import check_file, remedy_for
-from selftrans.data.sources.passed_over import in_words
 from selftrans.data.sources.source import Picture, Source, ahead
 from selftrans.data.sources.splits import split_files, split_folder, warn_of_splits
 from selftrans.data.sources.tar_archive import tar_files
@@ -121,9 +119,9 @@ def _open(
     if captions and captions.column is not None and not opened.is_table:
         warnings.warn(f"caption_column is ignored: {source} is not a table", stacklevel=3)
     if not len(opened):
-        ignored = f"; {in_words(opened.ignored)}" if opened.ignored else ""
-        remedy = f"; {found}" if (found := remedy_for(opened.ignored)) else ""
-        raise ValueError(f"no pictures in {source} (looked for {' '.join(sorted(EXTENSIONS))}{ignored}){remedy}")
+        ignored = f"; {describe_ignored(opened.ignored)}" if opened.ignored else ""
+        remedy = f"; {found}" if (found := remedy_for_ignored(opened.ignored)) else ""
+        raise ValueError(f"no pictures in {source} (looked for {' '.join(sorted(PICTURES))}{ignored}){remedy}")
     channels = 1 if opened.channels == 1 else channels
     return dataclasses.replace(opened, channels=channels, resolution=resolution or 0, reading=reading)
 
@@ -152,7 +150,7 @@ def _find(source: str | Path, split: str | None, label_column: str | None, readi
     if path.is_file() and {".tar", ".tgz"} & {suffix.lower() for suffix in path.suffixes}:
         raise ValueError(f"{printable(source)} is a compressed tar; decompress it, and give the tar")
     if path.is_file():
-        check_file(path)
+        check_source_file(path)
         return zip_archive.zip_file(path, split, allow_empty=allow_empty)
     if _is_hub_id(source):
         return table.hub(str(source), split or "train", label_column, streaming=reading.streaming)

@@ -55,7 +55,7 @@ class Samples(Protocol):
 
     @property
     def ignored(self) -> dict[str, int]:
-        """Reason for ignoring files -> how many, see `passed_over`."""
+        """Reason for ignoring files -> how many, see `file_kinds`."""
         ...
 
     @property
@@ -110,7 +110,7 @@ class Source:
     classes: tuple[str, ...]  #: empty: unconditional
     open: Callable[[int], Image.Image] = field(repr=False)  #: picture i, its pixels not yet decoded
     sizes: Sequence[int] = ()  #: bytes of each picture, if known
-    ignored: dict[str, int] = field(default_factory=dict)  #: reason for ignoring files -> how many, see `passed_over`
+    ignored: dict[str, int] = field(default_factory=dict)  #: reason for ignoring files -> how many, see `file_kinds`
     channels: int = 3
     resolution: Resolution = 0
     is_table: bool = False

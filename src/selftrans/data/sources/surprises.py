@@ -11,10 +11,10 @@ import numpy as np
 
 from selftrans.data.present import present_classes
 from selftrans.data.sources.captions import CAPTION_FILES
+from selftrans.data.sources.file_kinds import UNREAD_PICTURES, UNREAD_SOUNDS, UNREAD_VIDEOS, describe_unread
 from selftrans.data.sources.label_file import SUFFIXES
 from selftrans.data.sources.labelling import NO_LABEL
 from selftrans.data.sources.metadata import facts_of
-from selftrans.data.sources.passed_over import UNREAD, UNREAD_SOUNDS, UNREAD_VIDEOS, unread
 from selftrans.data.sources.source import Samples, Source
 from selftrans.storage import listed, plural, printable
 
@@ -52,12 +52,12 @@ def surprises(samples: Samples) -> Iterator[str]:
     if isinstance(samples, Source):
         yield from _of_labels(samples)
     formats = (
-        ("pictures", UNREAD, "png"),
+        ("pictures", UNREAD_PICTURES, "png"),
         ("sounds", UNREAD_SOUNDS, "wav"),
         ("videos", UNREAD_VIDEOS, "mp4"),
     )
     for noun, suffixes, remedy in formats[:1] if isinstance(samples, Source) else formats[1:]:
-        if left_out := unread(samples.ignored, suffixes):
+        if left_out := describe_unread(samples.ignored, suffixes):
             yield f"{noun} of formats that are not read are left out: {left_out}; convert them, for example to {remedy}"
 
 

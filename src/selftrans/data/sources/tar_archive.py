@@ -16,8 +16,8 @@ from typing import NamedTuple
 import numpy as np
 
 from selftrans.data.sources.captions import CAPTION_FILES, MAX_FILE_BYTES, combine, with_captions
-from selftrans.data.sources.decode import EXTENSIONS, open_picture
-from selftrans.data.sources.passed_over import Archived, kind_of_file
+from selftrans.data.sources.decode import open_picture
+from selftrans.data.sources.file_kinds import PICTURES, ArchiveJunk, file_kind
 from selftrans.data.sources.source import Entries, Source
 from selftrans.data.sources.zip_archive import MAX_PICTURE_BYTES
 from selftrans.storage import first_line, printable
@@ -46,8 +46,8 @@ def tar_files(tars: list[Path]) -> Source:
     pictures: dict[str, Member] = {}
     files: dict[str, Member] = {}
     for path in tars:
-        for name, info in walk_tar(path, {*EXTENSIONS, *CAPTION_FILES}, ignored):
-            if PurePosixPath(name).suffix.lower() in EXTENSIONS:
+        for name, info in walk_tar(path, {*PICTURES, *CAPTION_FILES}, ignored):
+            if PurePosixPath(name).suffix.lower() in PICTURES:
                 add_member(pictures, f"{path.name}/{name}", info, path, MAX_PICTURE_BYTES)
             else:
                 add_member(files, f"{path.name}/{name}", info, path, MAX_FILE_BYTES)
@@ -77,7 +77,7 @@ def walk_tar(path: Path, suffixes: Collection[str], ignored: Counter[str]) -> It
     Raises ValueError, in one line, for whatever is wrong with the file.
     """
     try:
-        archived = Archived(ignored)
+        archived = ArchiveJunk(ignored)
         with tarfile.open(path, "r:") as tar:
             for info in tar:
                 name = _checked(info, path)
@@ -86,7 +86,7 @@ def walk_tar(path: Path, suffixes: Collection[str], ignored: Counter[str]) -> It
                 if archived.ignores(name.split("/")):
                     pass
                 elif PurePosixPath(name).suffix.lower() not in suffixes:
-                    ignored[kind_of_file(name)] += 1
+                    ignored[file_kind(name)] += 1
                 else:
                     yield name, info
                 tar.members.clear()  # type: ignore[attr-defined] # otherwise it keeps every header

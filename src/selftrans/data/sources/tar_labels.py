@@ -12,7 +12,8 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from selftrans.data.sources.decode import EXTENSIONS, open_picture
+from selftrans.data.sources.decode import open_picture
+from selftrans.data.sources.file_kinds import PICTURES
 from selftrans.data.sources.source import MAX_CLASSES, Source, classify
 from selftrans.data.sources.tar_archive import MAX_PICTURE_BYTES, Member, add_member, walk_tar
 from selftrans.storage import first_line, printable
@@ -29,7 +30,7 @@ def only_tars(folder: Path) -> bool:
         visible = [path for path in folder.iterdir() if not path.name.startswith(".")]
     except OSError:
         return False
-    others = any(path.is_dir() or path.suffix.lower() in EXTENSIONS for path in visible)
+    others = any(path.is_dir() or path.suffix.lower() in PICTURES for path in visible)
     return not others and any(path.suffix == ".tar" for path in visible)
 
 
@@ -44,9 +45,9 @@ def labelled_tars(tars: list[Path], field: str | None = None) -> Source:
     pictures: dict[str, Member] = {}
     files: dict[str, Member] = {}
     for path in tars:
-        for name, info in walk_tar(path, {*EXTENSIONS, CLASS, FIELDS}, ignored):
+        for name, info in walk_tar(path, {*PICTURES, CLASS, FIELDS}, ignored):
             suffix = PurePosixPath(name).suffix.lower()
-            if suffix in EXTENSIONS:
+            if suffix in PICTURES:
                 add_member(pictures, f"{path.name}/{name}", info, path, MAX_PICTURE_BYTES)
             else:
                 add_member(files, f"{path.name}/{_key(name)}{suffix}", info, path, MAX_LABEL_BYTES[suffix])

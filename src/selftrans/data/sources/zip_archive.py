@@ -17,8 +17,8 @@ import numpy as np
 
 from selftrans.data.sources import label_file
 from selftrans.data.sources.captions import CAPTION_FILES, MAX_FILE_BYTES, combine, with_captions
-from selftrans.data.sources.decode import EXTENSIONS, open_picture
-from selftrans.data.sources.passed_over import Archived, kind_of_file
+from selftrans.data.sources.decode import open_picture
+from selftrans.data.sources.file_kinds import PICTURES, ArchiveJunk, file_kind
 from selftrans.data.sources.source import Entries, Source, classify
 from selftrans.data.sources.splits import split_names
 from selftrans.storage import first_line, printable
@@ -35,7 +35,7 @@ def zip_file(path: Path, split: str | None = None, *, allow_empty: bool = False)
     Raises ValueError for absolute names, names with `..`, symbolic links, encrypted or duplicate entries, and pictures
     whose claimed size is above `MAX_PICTURE_BYTES`.
     """
-    listed = zip_entries(path, EXTENSIONS, split)
+    listed = zip_entries(path, PICTURES, split)
     found, ignored = listed.files, Counter(listed.files.ignored)
     none = np.zeros(len(found.names), dtype=np.int64)
     source = Source(found.names, none, (), lambda i: open_picture(found.open(i)), found.sizes, dict(ignored))
@@ -54,7 +54,7 @@ def captioned_zip(path: Path, split: str | None = None, *, next_to: bool = True)
     """Pictures at any depth of a zip, without labels; each has a caption file of the same name in the same folder, unless
     `next_to` is off. Raises ValueError as `zip_file`.
     """
-    found = zip_entries(path, {*EXTENSIONS, *(CAPTION_FILES if next_to else ())}, split).files
+    found = zip_entries(path, {*PICTURES, *(CAPTION_FILES if next_to else ())}, split).files
     at = {name: i for i, name in enumerate(found.names)}
     texts = {name: i for name, i in at.items() if PurePosixPath(name).suffix.lower() in CAPTION_FILES}
     pictures = {name: i for name, i in at.items() if name not in texts}
@@ -91,7 +91,7 @@ def zip_entries(path: Path, suffixes: Collection[str], split: str | None = None)
     archive = open_zip(path)
     ignored: Counter[str] = Counter()
     entries: dict[str, zipfile.ZipInfo] = {}
-    archived, folders, label_files = Archived(ignored), set[str](), list[tuple[str, zipfile.ZipInfo]]()
+    archived, folders, label_files = ArchiveJunk(ignored), set[str](), list[tuple[str, zipfile.ZipInfo]]()
     tables = list[zipfile.ZipInfo]()
     for info in archive.infolist():
         parts = _checked_parts(info, path)
@@ -101,7 +101,7 @@ def zip_entries(path: Path, suffixes: Collection[str], split: str | None = None)
         if info.is_dir():
             continue
         if PurePosixPath(parts[-1]).suffix.lower() not in suffixes:
-            ignored[kind_of_file(parts[-1])] += 1
+            ignored[file_kind(parts[-1])] += 1
             if parts[-1] == label_file.NAME and len(parts) <= 2:
                 label_files.append(("/".join([*parts[:-1], ""]), info))
             elif PurePosixPath(parts[-1]).suffix.lower() in label_file.SUFFIXES:
