@@ -16,9 +16,8 @@ import numpy as np
 
 from selftrans.data.sources.decode import STANDARD, Reading
 from selftrans.data.sources.file_kinds import PICTURES, SOUNDS, VIDEOS, junk_name
-from selftrans.data.sources.folder import check_link, empty_classes, walk
+from selftrans.data.sources.folder import check_link, empty_classes, folder_entries, walk
 from selftrans.data.sources.label_file import given_labels
-from selftrans.data.sources.part_file import SizedFile
 from selftrans.data.sources.source import Entries, Source, classify
 from selftrans.data.sources.splits import split_files, split_folder, split_names, warn_of_splits
 from selftrans.data.sources.tar_archive import tar_entries, walk_tar
@@ -110,7 +109,7 @@ def open_files(
         inside, empty = _members(found.names), []
     else:
         path = split_folder(path, split)
-        found = _in_folder(path)
+        found = folder_entries(path, KNOWN)
         classless = reading.labels is not None
         inside, empty = found.names, [] if classless else empty_classes(path, found.names, kind, reading.allow_empty)
     for name in found.names:
@@ -141,22 +140,12 @@ def _in_tar(path: Path, split: str | None) -> tuple[Entries, list[str], list[str
     if len(chosen) == len(names):
         return found, from_class(names, None), []
     at = {name: i for i, name in enumerate(names)}
-    kept = [at[name] for name in chosen]
-    named, sizes = [found.names[i] for i in kept], [found.sizes[i] for i in kept]
-    files = Entries(named, sizes, lambda i: found.open(kept[i]), found.ignored)
-    return files, from_class(chosen, split), []
+    return found.chosen([at[name] for name in chosen]), from_class(chosen, split), []
 
 
 def _members(names: list[str]) -> list[str]:
     """The names in tars, without those of the tars."""
     return [name.partition("/")[2] for name in names]
-
-
-def _in_folder(root: Path) -> Entries:
-    ignored: Counter[str] = Counter()
-    found = sorted(walk(root, KNOWN, ignored))
-    names = [name for name, _ in found]
-    return Entries(names, [size for _, size in found], lambda i: SizedFile.open(root / names[i]), dict(ignored))
 
 
 def _unused(i: int) -> Any:

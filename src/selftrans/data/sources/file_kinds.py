@@ -142,6 +142,8 @@ def check_source_file(path: Path) -> None:
         head = file.read(4)
     if suffix in PICTURES | SOUNDS | VIDEOS | UNREAD_PICTURES | UNREAD_SOUNDS | UNREAD_VIDEOS:
         why = "a single file; give the folder that holds it"
+    elif {".tar", ".tgz"} & {each.lower() for each in path.suffixes}:
+        why = "a compressed tar; decompress it, and give the tar"
     elif suffix in TABLES:
         why = "no source; give the folder or zip of the pictures, and a file that describes them by --labels or --captions"
     elif suffix in ARRAYS:

@@ -21,8 +21,8 @@ from zipfile import ZipFile
 import numpy as np
 
 from selftrans.data.sources.decode import BadSample
-from selftrans.data.sources.source import MAX_CLASSES
-from selftrans.data.sources.zip_archive import MAX_PICTURE_BYTES, open_zip
+from selftrans.data.sources.source import MAX_CLASSES, MAX_PICTURE_BYTES
+from selftrans.data.sources.zip_archive import open_zip
 from selftrans.storage import first_line
 
 MAX_BYTES = 1 << 30  #: of labels or class names, and of one sample

@@ -26,6 +26,7 @@ from selftrans.data.sources.decode import (
     bad_picture,
     check_pixels,
     enlarged,
+    open_picture,
     to_array,
 )
 from selftrans.data.sources.metadata import facts_of
@@ -40,6 +41,7 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 MAX_CLASSES = 1_000_000
+MAX_PICTURE_BYTES = 1 << 29  #: entries of archives that claim a larger size are refused
 
 
 class Samples(Protocol):
@@ -93,12 +95,30 @@ class Picture(NamedTuple):
 
 
 class Entries(NamedTuple):
-    """Files of one source, such as the entries of an archive."""
+    """Files of a folder, or of an archive."""
 
     names: list[str]  #: sorted by code point
     sizes: list[int]  #: bytes
     open: Callable[[int], BinaryIO]  #: file i, to be closed; safe from any thread
     ignored: dict[str, int]  #: reason for ignoring files -> how many
+
+    def chosen(self, at: Sequence[int]) -> Entries:
+        """The files with these numbers, in this order."""
+        return self._replace(
+            names=[self.names[i] for i in at], sizes=[self.sizes[i] for i in at], open=lambda i: self.open(at[i])
+        )
+
+    def pictures(self) -> Source:
+        """The files as pictures without labels."""
+        none = np.zeros(len(self.names), dtype=np.int64)
+        return Source(self.names, none, (), lambda i: open_picture(self.open(i)), self.sizes, dict(self.ignored))
+
+
+def parts_inside(name: str) -> list[str] | None:
+    """The parts of a file's name in an archive or a list; None for one that leads out: absolute, with `..` or a drive."""
+    parts = [part for part in name.replace("\\", "/").split("/") if part not in ("", ".")]
+    outside = name.startswith(("/", "\\")) or ".." in parts or (parts and ":" in parts[0])
+    return None if outside else parts
 
 
 @dataclass(frozen=True, eq=False)
@@ -173,7 +193,7 @@ def animated(image: Image.Image) -> bool:
 
 
 def classify(
-    names: list[str], where: str, unit: str = "pictures", also: Collection[str] = ()
+    names: Sequence[str], where: str, unit: str = "pictures", also: Collection[str] = ()
 ) -> tuple[np.ndarray, tuple[str, ...]]:
     """Labels and classes of sorted names: the first folder of a name is its class; without folders there are no classes.
 
