@@ -7,12 +7,10 @@ extracted: a file is read as a whole into memory when it is opened.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO, Literal
-
-import numpy as np
+from typing import Literal
 
 from selftrans.data.sources.decode import STANDARD, Reading
 from selftrans.data.sources.file_kinds import PICTURES, SOUNDS, VIDEOS, junk_name
@@ -28,22 +26,6 @@ GIF = ".gif"  #: a video with --frames, a picture without
 KNOWN = PICTURES | SOUNDS | VIDEOS
 
 Kind = Literal["sounds", "videos", "pictures"]
-
-
-@dataclass(frozen=True, eq=False)
-class ClipFiles:
-    """Sounds, or videos, of one source."""
-
-    where: Path  #: the source, for messages
-    source: Source  #: names, labels and classes; its pictures are not there
-    open: Callable[[int], BinaryIO] = field(repr=False)  #: file i, to be closed; safe from any thread
-
-    @property
-    def names(self) -> list[str]:
-        return list(self.source.names)
-
-    def __len__(self) -> int:
-        return len(self.source)
 
 
 def kind_of(path: Path, frames: int | None, *, archives: bool = True) -> Kind | None:
@@ -96,8 +78,9 @@ def _kind(name: str, frames: int | None) -> Kind:
 
 def open_files(
     path: Path, kind: Kind, frames: int | None, split: str | None = None, reading: Reading = STANDARD
-) -> ClipFiles:
-    """The files of a source of this kind, with their labels. `split` and `reading` as in `open_source`.
+) -> Source:
+    """The files of a source of this kind, with their labels; its `open` returns a file. `split` and `reading` as in
+    `open_source`.
 
     Raises ValueError for a source of several kinds, and for a class folder without files unless they are allowed; of a zip
     such folders are counted.
@@ -115,15 +98,14 @@ def open_files(
     for name in found.names:
         if (other := _kind(name, frames)) != kind:
             raise ValueError(f"{path} holds {kind} and {other}, such as {printable(name)}; keep one kind in a source")
+    source = replace(found.pictures(), open=found.open)
     if reading.labels is not None:
-        none = np.zeros(len(found.names), dtype=np.int64)
-        source = Source(found.names, none, (), _unused, found.sizes, dict(found.ignored))
-        return ClipFiles(path, given_labels(source, reading.labels), found.open)
+        return given_labels(source, reading.labels)
     if empty and not reading.allow_empty:
-        found.ignored[f"class folders without {kind}"] = len(empty)
+        source.ignored[f"class folders without {kind}"] = len(empty)
     labels, classes = classify(inside, str(path), kind, empty if reading.allow_empty else ())
     warn_of_splits(found.names, classes, str(path))
-    return ClipFiles(path, Source(found.names, labels, classes, _unused, found.sizes, dict(found.ignored)), found.open)
+    return replace(source, labels=labels, classes=classes)
 
 
 def _in_zip(path: Path, split: str | None) -> tuple[Entries, list[str], list[str]]:
@@ -146,7 +128,3 @@ def _in_tar(path: Path, split: str | None) -> tuple[Entries, list[str], list[str
 def _members(names: list[str]) -> list[str]:
     """The names in tars, without those of the tars."""
     return [name.partition("/")[2] for name in names]
-
-
-def _unused(i: int) -> Any:
-    raise AssertionError("clips are read by `Clips.read`")

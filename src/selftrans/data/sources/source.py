@@ -14,7 +14,7 @@ from collections.abc import Callable, Collection, Generator, Iterable, Mapping, 
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, BinaryIO, NamedTuple, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
@@ -128,7 +128,9 @@ class Source:
     names: Sequence[str]  #: path of each picture inside the source, sorted by code point
     labels: np.ndarray  #: (len,) int64
     classes: tuple[str, ...]  #: empty: unconditional
-    open: Callable[[int], Image.Image] = field(repr=False)  #: picture i, its pixels not yet decoded
+    open: Callable[[int], Any] = field(
+        repr=False
+    )  #: picture i, its pixels not yet decoded; of sounds and videos the file
     sizes: Sequence[int] = ()  #: bytes of each picture, if known
     ignored: dict[str, int] = field(default_factory=dict)  #: reason for ignoring files -> how many, see `file_kinds`
     channels: int = 3
