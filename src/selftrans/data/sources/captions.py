@@ -16,7 +16,7 @@ import numpy as np
 
 from selftrans.data.sources.file_kinds import PICTURES
 from selftrans.data.sources.source import Entries, Source, parts_inside
-from selftrans.storage import decoded_text, first_line, printable
+from selftrans.storage import decoded_text, first_line, one_line, printable
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -27,7 +27,6 @@ KEYS = ("caption", "captions", "text")  #: of a .json file
 MAX_FILE_BYTES = 1 << 20  #: of one caption file
 MAX_ANNOTATION_BYTES = 1 << 30  #: of an annotation file
 EMPTY = "empty captions, left out"  #: in `Source.ignored`
-JOINERS = "\u200c\u200d"  #: invisible, but parts of words in some scripts, and of emoji
 CAPTIONED = PICTURES | {*CAPTION_FILES}  #: files of a source of pictures with captions
 NO_PICTURE, NO_CAPTION = "a caption without its picture", "a picture without a caption"
 
@@ -38,12 +37,6 @@ class CaptionSource:
 
     file: str | Path | None = None  #: annotations as COCO has them
     column: str | None = None  #: of a table; None: found by its name
-
-
-def clean(text: str) -> str:
-    """A caption on one line that can be encoded in UTF-8, without control characters and double spaces."""
-    encodable = text.encode("utf-8", "replace").decode("utf-8")
-    return " ".join("".join(c if c.isprintable() or c in JOINERS else " " for c in encodable).split())
 
 
 def parse_captions(suffix: str, data: bytes) -> list[str]:
@@ -74,7 +67,7 @@ def with_captions(source: Source, captions: Iterable[Iterable[str] | str]) -> So
     """
     kept, faults, empty = list[tuple[str, ...]](), dict[int, str](), 0
     for i, entry in enumerate(captions):
-        given = [] if isinstance(entry, str) else [clean(caption) for caption in entry]
+        given = [] if isinstance(entry, str) else [one_line(caption) for caption in entry]
         kept.append(tuple(filter(None, given)))
         empty += len(given) - len(kept[-1])
         if not kept[-1]:
