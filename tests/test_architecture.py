@@ -123,7 +123,7 @@ COVERED_BY = {
     "data/manifest": "unit/data/test_dataset.py",
     "data/manifest_text": "unit/data/test_dataset.py",
     "data/source_samples": "unit/data/test_prepare.py",
-    "data/reports": "unit/data/sources/test_surprises.py",
+    "data/reports": "unit/data/sources/test_source_warnings.py",
     "data/resumable": "integration/test_prepare_parts.py",
     "data/shard_plan": "unit/data/test_prepare.py",
     "data/shard_reader": "unit/data/test_streamed.py",

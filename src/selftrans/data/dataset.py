@@ -18,10 +18,10 @@ from torch import Tensor
 
 from selftrans.data.manifest import Features, Manifest, Shard
 from selftrans.data.manifest_text import CAPTION, COUNT, IDS, NULL
-from selftrans.data.present import present_classes
 from selftrans.data.remote import is_url
 from selftrans.data.shard_cache import CacheOptions
 from selftrans.data.shard_file import REMEDY, numpy_dtype, open_tensors
+from selftrans.data.sources.source import present_classes
 from selftrans.encoders.text import TextEncoder, encoder_of
 from selftrans.storage import sha256_file
 from selftrans.types import MASK, TEXT, Cond

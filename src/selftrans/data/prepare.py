@@ -19,12 +19,12 @@ from selftrans.data.encode import ShardEncoder
 from selftrans.data.encode_captions import CaptionEncoder, TextOptions, check_disk, sizes
 from selftrans.data.manifest import DTYPES, Manifest, Shard
 from selftrans.data.record import Option
-from selftrans.data.reports import check_faults, report_ignored, say, warn_of_noticed
+from selftrans.data.reports import check_faults, report_source, say, warn_after_reading
 from selftrans.data.shard_plan import Decoded
 from selftrans.data.source_samples import source_samples
 from selftrans.data.sources.clips import Clips, MediaOptions
-from selftrans.data.sources.copies import Copies
 from selftrans.data.sources.decode import STANDARD, Reading, Resolution, none_readable, size_text
+from selftrans.data.sources.duplicates import DuplicateFinder
 from selftrans.data.sources.source import Samples, Source, ahead
 from selftrans.data.standardise import plain, recorded, standardised
 from selftrans.encoders.autoencoder import Autoencoder, autoencoder_name, load_autoencoder
@@ -95,7 +95,7 @@ def prepare(
     options |= recorded(standardise, autoencoder, earlier.plan if earlier else None, media=of_media)
     if earlier and _finished(earlier, options, samples, out, progress):
         return Manifest.load(out)
-    report_ignored(None if pictures else samples, progress, flip=flip)
+    report_source(None if pictures else samples, progress, flip=flip)
     check_faults(samples, source, skip_bad)
     captions = _load_text(samples, text, device, precision, progress) if text else None
     name = samples.normalised().name if isinstance(samples, Clips) else autoencoder
@@ -213,7 +213,7 @@ def _run(
 ) -> Manifest:
     """Make the missing shards of a part; then write the manifest, if the shards of all other parts are finished.
 
-    `warn` of what was noticed while they were decoded; else that is kept in the source.
+    `warn` of what was found while they were decoded; else the source keeps its warnings.
     """
     from tqdm import tqdm
 
@@ -233,11 +233,11 @@ def _run(
         initial = sum(encoder.asked(shard) for shard in mine if shard in done)
         total = sum(encoder.asked(shard) for shard in mine)
         bar = tqdm(total=total, initial=initial, unit=f" {plan.unit}", disable=not progress)
-        copies = Copies(len(encoder.source), partial=len(missing) < len(encoder.shards()))
+        duplicates = DuplicateFinder(len(encoder.source), partial=len(missing) < len(encoder.shards()))
 
         def decode(batch: range) -> Decoded:
             read = encoder.decode(batch)
-            copies.add(read.good, read.arrays)
+            duplicates.add(read.good, read.arrays)
             return read
 
         batches = (batch for shard in missing for batch in encoder.batches(shard))
@@ -246,7 +246,7 @@ def _run(
                 resumable.record(out, encoder.write(plan, out, shard, decoded, bar.update))
         with resumable.changing(out, part):
             made = _finish(encoder, plan, out, progress)
-        warn_of_noticed(encoder.source, made, copies, now=warn)
+        warn_after_reading(encoder.source, made, duplicates, now=warn)
         return made
 
 

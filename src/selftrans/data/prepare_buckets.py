@@ -18,7 +18,7 @@ from selftrans.data.buckets import Buckets, write_names
 from selftrans.data.encode_captions import TextOptions
 from selftrans.data.manifest import BUCKETS, FILE
 from selftrans.data.prepare import NoneReadable, load, prepare
-from selftrans.data.reports import check_faults, report_ignored, say
+from selftrans.data.reports import check_faults, report_source, say
 from selftrans.data.resumable import LOCK
 from selftrans.data.sources.clip_files import kind_of
 from selftrans.data.sources.decode import (
@@ -75,7 +75,7 @@ def prepare_buckets(
     opened = open_source(source, resolution=resolution, captions=text.source if text else None, **chosen_as)
     if opened.in_order:
         raise ValueError("buckets need the size of every picture before the first is encoded; leave out --streaming")
-    report_ignored(opened, progress, flip=bool(options.get("flip")))
+    report_source(opened, progress, flip=bool(options.get("flip")))
     check_faults(opened, source, skip_bad)
     _check_folder(out, sizes)
     bucket_of, made = assigned(opened, sizes, progress), []
@@ -91,7 +91,7 @@ def prepare_buckets(
             made.append(name)
         except NoneReadable as error:
             say(f"{name} is left out: {error}", progress)
-    opened.noticed.warn()
+    opened.read_warnings.emit()
     if not made:
         raise ValueError(none_readable(len(opened), "picture", source))
     if not all((out / name / FILE).is_file() for name in made):

@@ -262,7 +262,7 @@ def iter_images(path: str | Path, batch_size: int = 256) -> Iterator[np.ndarray]
     indices = range(len(source))
     batches = (indices[start : start + batch_size] for start in indices[::batch_size])
     yield from ahead(lambda batch: np.stack([source.read(i) for i in batch]), batches)
-    source.noticed.warn()
+    source.read_warnings.emit()
 
 
 def _all_grey(source: Source) -> bool:

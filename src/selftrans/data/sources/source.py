@@ -30,7 +30,7 @@ from selftrans.data.sources.decode import (
     to_array,
 )
 from selftrans.data.sources.metadata import facts_of
-from selftrans.data.sources.noticed import Noticed
+from selftrans.data.sources.read_warnings import ReadWarnings
 from selftrans.device import cpu_cores
 from selftrans.storage import plural, printable
 
@@ -144,7 +144,7 @@ class Source:
     reading: Reading = STANDARD  #: limits and values of the pixels
     #: the first `most` bytes of files next to the pictures that may hold labels, with the extension of each
     tables: Callable[[int], Iterable[tuple[str, bytes]]] = field(default=lambda most: (), repr=False)
-    noticed: Noticed = field(default_factory=Noticed, repr=False)  #: what reading has met so far, to be said once
+    read_warnings: ReadWarnings = field(default_factory=ReadWarnings, repr=False)  #: of the pictures read so far
 
     def __len__(self) -> int:
         return len(self.names)
@@ -165,7 +165,7 @@ class Source:
                 facts, small = facts_of(image), enlarged(image, self.resolution)
                 pixels = to_array(image, self.resolution, self.channels, self.reading.range)
                 facts.several |= animated(image)
-                self.noticed.add(self.names[i], facts, small)
+                self.read_warnings.add(self.names[i], facts, small)
                 return pixels
         except Exception as error:  # decoders raise any type on a damaged file
             raise bad_picture(self.names[i], error) from error
@@ -215,6 +215,15 @@ def classify(
     classes = sorted({head for head in heads if head is not None} | {*also})
     index = {name: i for i, name in enumerate(classes)}
     return np.array([index[head] for head in heads if head is not None], dtype=np.int64), tuple(classes)
+
+
+def present_classes(labels: np.ndarray, classes: Sequence[str]) -> tuple[int, ...]:
+    """The labels that occur, in order; empty when there are no classes, or when all of them occur.
+
+    Only classes with samples are sampled, shown and measured.
+    """
+    found = np.unique(labels).tolist() if len(classes) else []
+    return () if len(found) == len(classes) else tuple(found)
 
 
 def ahead(
