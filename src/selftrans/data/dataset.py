@@ -6,7 +6,7 @@ L tokens of a caption and E width of those.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
@@ -44,14 +44,14 @@ class Dataset:
         self,
         path: Path,
         manifest: Manifest,
-        tensors: dict[str, Sequence[np.ndarray]],
+        tensors: dict[str, Any],
         labels: np.ndarray,
         counts: np.ndarray | None = None,
     ) -> None:
         self.path, self.manifest, self.labels = path, manifest, labels  #: labels (len,) int64
         self.origin = str(path)  #: where the data came from: the folder, or a URL
         self.counts = counts  #: (len,) captions of each row; None for data without captions
-        self._tensors = tensors  # name -> one array (count, *row shape) per shard
+        self._tensors = tensors  # name -> arrays (count, *row shape), by the number of their shard
         self._starts = np.cumsum([0] + [shard.count for shard in manifest.shards])[:-1]
         self.text_encoder: str | None = None  #: where the encoder of stored ids lies, if not where it was
         self._encoder: TextEncoder | None = None  # of ids; loaded when it is needed

@@ -7,7 +7,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple, overload
+from typing import NamedTuple
 
 import numpy as np
 from tqdm import tqdm
@@ -172,7 +172,7 @@ class ShardReader:
         def once() -> None:
             nonlocal differed
             os.truncate(to, 0)
-            self.store.download(file.name, to, lambda _: None)
+            self.store.download(file.name, to)
             if sha256_file(to) != file.sha256:
                 kind = Lasting if differed else ConnectionError
                 differed = True
@@ -223,20 +223,11 @@ class ShardReader:
                 continue
 
 
-class StreamedTensor(Sequence[np.ndarray]):
+class StreamedTensor:
     """One tensor of every shard, each opened when it is asked for."""
 
     def __init__(self, reader: ShardReader, name: str) -> None:
         self._reader, self._name = reader, name
 
-    def __len__(self) -> int:
-        return len(self._reader.manifest.shards)
-
-    @overload
-    def __getitem__(self, k: int) -> np.ndarray: ...
-    @overload
-    def __getitem__(self, k: slice) -> list[np.ndarray]: ...
-    def __getitem__(self, k: int | slice) -> np.ndarray | list[np.ndarray]:
-        if isinstance(k, slice):
-            return [self[j] for j in range(*k.indices(len(self)))]
+    def __getitem__(self, k: int) -> np.ndarray:
         return self._reader.arrays(int(k), self._name)
