@@ -157,7 +157,6 @@ COVERED_BY = {
     "interop/interpolant_transformer": "unit/interop/test_sit_pipeline.py",
     "interop/pipeline_parts": "unit/interop/test_sit_pipeline.py",
     "interop/published_file": "unit/interop/test_importing.py",
-    "interop/published_optimizer": "unit/interop/test_importing.py",
     "interop/run_facts": "unit/interop/test_pushing.py",
     "models/label_published": "unit/models/test_sit_published.py",
     "models/dit_published": "unit/models/test_dit.py",
