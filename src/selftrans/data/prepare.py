@@ -27,9 +27,10 @@ from selftrans.data.sources.decode import STANDARD, Reading, Resolution, none_re
 from selftrans.data.sources.duplicates import DuplicateFinder
 from selftrans.data.sources.source import Samples, Source, ahead
 from selftrans.data.standardise import plain, recorded, standardised
-from selftrans.encoders.autoencoder import Autoencoder, autoencoder_name, load_autoencoder
+from selftrans.device import default_device
+from selftrans.encoders.autoencoder import Autoencoder, autoencoder_name, has_network, load_autoencoder
 from selftrans.encoders.identity import identity_kind
-from selftrans.encoders.media import Video, is_media
+from selftrans.encoders.media import Video
 from selftrans.encoders.text import load_text_encoder
 from selftrans.precision import PRECISIONS, dtype_name
 from selftrans.storage import are, plural, printable
@@ -164,7 +165,7 @@ def _load_text(
     """The text encoder, ready for these samples. Says how many captions there are, and what they take on disk."""
     assert samples.captions is not None, "opened with captions"
     encoder = load_text_encoder(
-        options.encoder, options.tokens, device=_device(device), dtype=NETWORK_DTYPES[precision]
+        options.encoder, options.tokens, device=device or default_device(), dtype=NETWORK_DTYPES[precision]
     )
     text = CaptionEncoder.of(encoder, samples.captions, options)
     say(sizes(text, sum(map(len, samples.captions)) - sum(map(len, text.captions))), progress)
@@ -196,16 +197,12 @@ def _remove_damaged(out: Path, progress: bool) -> list[str]:
 
 def load(name: str, device: str | torch.device | None, precision: str) -> tuple[torch.device, Autoencoder]:
     """The device (None: a GPU if there is one) and the autoencoder on it."""
-    if identity_kind(name) or is_media(name):
+    if not has_network(name):
         if precision != "float32":
             warnings.warn(f"precision {precision} is ignored: {name} needs no network", stacklevel=3)
         return torch.device("cpu"), load_autoencoder(name)
-    chosen = _device(device)
+    chosen = torch.device(device or default_device())
     return chosen, load_autoencoder(name, device=chosen, dtype=NETWORK_DTYPES[precision])
-
-
-def _device(device: str | torch.device | None) -> torch.device:
-    return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 def _run(

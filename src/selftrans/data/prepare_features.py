@@ -30,6 +30,7 @@ from selftrans.data.sources.clip_files import kind_of
 from selftrans.data.sources.decode import STANDARD, Reading, Resolution, check_square, size_text
 from selftrans.data.sources.open_source import open_source
 from selftrans.data.sources.source import Source, ahead
+from selftrans.device import default_device
 from selftrans.encoders.autoencoder import from_uint8
 from selftrans.encoders.pretrained import encoder_name
 from selftrans.encoders.vision import Encoder, load_encoder
@@ -85,7 +86,7 @@ def prepare_features(
         files=(),
     )
     _stored(wanted, out)  # refuse other features before anything is written
-    chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    chosen = torch.device(device or default_device())
     return _run(ShardPlan(pictures, batch_size, size, skip_bad=True), wanted, out, mine, chosen, progress)
 
 
