@@ -64,6 +64,7 @@ class Clips:
     load: Callable[[str, BinaryIO], np.ndarray] = field(repr=False)  #: name and content of a file ⇒ (C, *S) float32
     remarks: tuple[str, ...] = ()  #: sentences on what is cut or padded
     captions: None = None  #: as `Samples` asks for: there are none
+    in_order: bool = False
 
     @property
     def faults(self) -> Mapping[int, str]:

@@ -124,6 +124,7 @@ class NpzValues:
     crc: int  #: checksum of the array, from the zip's directory
     ignored: dict[str, int] = field(default_factory=dict)  #: always empty
     captions: None = None
+    in_order: bool = True  #: a stream
     faults: dict[int, str] = field(default_factory=dict)  #: always empty
     _state: dict[str, Any] = field(default_factory=dict, repr=False)  #: the open stream and its next sample
     _lock: Any = field(default_factory=threading.Lock, repr=False)

@@ -75,6 +75,11 @@ class Samples(Protocol):
         """Samples that lack their picture, their captions or their label -> the reason."""
         ...
 
+    @property
+    def in_order(self) -> bool:
+        """Whether samples should be read in their order, by one thread."""
+        ...
+
     def __len__(self) -> int: ...
 
     def name(self, i: int) -> str:
