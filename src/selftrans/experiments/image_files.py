@@ -12,7 +12,6 @@ import numpy as np
 
 from selftrans.data.buckets import is_prepared, open_data
 from selftrans.data.decoded import decoded_images
-from selftrans.data.sources.npz import npz_arrays
 from selftrans.data.sources.open_source import iter_images
 
 
@@ -20,5 +19,4 @@ def open_images(path: Path) -> Iterator[np.ndarray]:
     """Images of a folder, zip or npz, or of prepared data, in batches. Raises ValueError for anything else."""
     if is_prepared(path):
         return decoded_images(open_data(path))
-    arrays = npz_arrays(path) if path.suffix.lower() == ".npz" else None
-    return iter_images(path) if arrays is None else arrays
+    return iter_images(path)

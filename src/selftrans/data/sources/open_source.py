@@ -32,13 +32,13 @@ from selftrans.data.sources.decode import (
 from selftrans.data.sources.digit_captions import digits_with_captions
 from selftrans.data.sources.file_kinds import PICTURES, check_source_file, describe_ignored, remedy_for_ignored
 from selftrans.data.sources.label_file import given_labels
-from selftrans.data.sources.source import Picture, Source, ahead
+from selftrans.data.sources.source import Source, ahead
 from selftrans.data.sources.splits import split_files, split_folder, warn_of_splits
 from selftrans.data.sources.tar_archive import tar_entries
 from selftrans.data.sources.tar_labels import labelled_tars, only_tars
 from selftrans.storage import printable
 
-__all__ = ["MAX_RESOLUTION", "Picture", "Source", "iter_images", "open_source"]
+__all__ = ["MAX_RESOLUTION", "Source", "iter_images", "open_source"]
 
 MAX_RESOLUTION = 16_384
 
@@ -247,13 +247,13 @@ def _native_resolution(source: Source, where: str, progress: bool, remedy: str) 
 
 
 def iter_images(path: str | Path, batch_size: int = 256) -> Iterator[np.ndarray]:
-    """Images (n, H, W, C) uint8, n <= batch_size, from any picture source or an npz with `arr_0` (uint8, NHWC).
+    """Images (n, H, W, C) uint8, n <= batch_size, from any picture source, or the samples of an npz (see `npz_samples`).
 
-    An npz is streamed as it is stored. C is 1 if all pictures are 8-bit greyscale, else 3 (RGB). Raises ValueError as
+    C is 1 if all pictures are 8-bit greyscale, else 3 (RGB). Raises ValueError as
     `open_source` does, and for an npz of another type.
     """
     if Path(path).suffix.lower() == ".npz":
-        yield from npz.npz_images(Path(path), batch_size)
+        yield from npz.npz_samples(Path(path), batch_size)
         return
     source = dataclasses.replace(_open(path, None), faults={})  # labels are not used, so none is missing
     native = _native_resolution(source, str(path), False, "they are read without resizing: crop all to one size")

@@ -91,14 +91,6 @@ class Samples(Protocol):
         ...
 
 
-class Picture(NamedTuple):
-    """A picture after crop and resize."""
-
-    name: str  #: path inside its source
-    label: int  #: index into `Source.classes`; 0 when there are no classes
-    image: np.ndarray  #: (H, W, C) uint8
-
-
 class Entries(NamedTuple):
     """Files of a folder, or of an archive."""
 
@@ -157,9 +149,6 @@ class Source:
     def name(self, i: int) -> str:
         return self.names[i]
 
-    def label(self, i: int) -> int:
-        return int(self.labels[i])
-
     def read(self, i: int) -> np.ndarray:
         """Picture i, cropped and resized: (H, W, C) uint8. Raises BadSample (a ValueError) naming it."""
         if i in self.faults:
@@ -174,10 +163,6 @@ class Source:
                 return pixels
         except Exception as error:  # decoders raise any type on a damaged file
             raise bad_picture(self.names[i], error) from error
-
-    def picture(self, i: int) -> Picture:
-        """Picture i with its name and label; raises like `read`."""
-        return Picture(self.names[i], self.label(i), self.read(i))
 
     @cached_property
     def fingerprint(self) -> str:
