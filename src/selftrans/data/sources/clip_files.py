@@ -34,31 +34,26 @@ def kind_of(path: Path, frames: int | None, *, archives: bool = True) -> Kind | 
     None without known files, for any other source, and unless `archives` for what is in archives (with captions, those are of
     pictures). Raises ValueError for an archive that cannot be read.
     """
-    tars: list[Path] = []
+    kinds = (_kind(name, frames) for name in _known(path, archives))
+    first = next(kinds, None)
+    return "pictures" if path.suffix.lower() == ".zip" and "pictures" in kinds else first
+
+
+def _known(path: Path, archives: bool) -> Iterator[str]:
+    """Names of the known files of a folder and, if `archives`, of a zip or of tars; entries of a zip are not checked."""
+    suffix, tars = path.suffix.lower() if archives and path.is_file() else "", list[Path]()
     if path.is_dir():
-        first = next((name for name, _ in walk(path, KNOWN, Counter())), None)
-        if first is not None or not archives:
-            return None if first is None else _kind(first, frames)
-        tars = _tars(path)
-    suffix = path.suffix.lower() if archives and path.is_file() else ""
-    tars = [path] if suffix == ".tar" else tars
-    if suffix == ".zip":
-        kinds: set[Kind] = set()
-        for name in _known(path):
-            kinds.add(_kind(name, frames))
-            if "pictures" in kinds:  # in most zips the first
-                return "pictures"
-        return min(kinds, default=None)
-    first = next((name for tar in tars for name, _ in walk_tar(tar, KNOWN, Counter())), None)
-    return None if first is None else _kind(first, frames)
-
-
-def _known(path: Path) -> Iterator[str]:
-    """Names of the known files in a zip, which is not checked for anything: only its directory is read."""
-    for info in open_zip(path).infolist():
-        junk = any(junk_name(part) is not None for part in info.filename.split("/"))
-        if not junk and PurePosixPath(info.filename).suffix.lower() in KNOWN:
-            yield info.filename
+        yield from (name for name, _ in walk(path, KNOWN, Counter()))
+        tars = _tars(path) if archives else []
+    elif suffix == ".tar":
+        tars = [path]
+    elif suffix == ".zip":
+        for info in open_zip(path).infolist():
+            junk = any(junk_name(part) is not None for part in info.filename.split("/"))
+            if not junk and PurePosixPath(info.filename).suffix.lower() in KNOWN:
+                yield info.filename
+    for tar in tars:
+        yield from (name for name, _ in walk_tar(tar, KNOWN, Counter()))
 
 
 def _tars(folder: Path) -> list[Path]:
@@ -85,11 +80,15 @@ def open_files(
     Raises ValueError for a source of several kinds, and for a class folder without files unless they are allowed; of a zip
     such folders are counted.
     """
-    if path.is_file():
-        found, inside, empty = _in_zip(path, split) if path.suffix.lower() == ".zip" else _in_tar(path, split)
+    empty: list[str] = []  #: class folders without files; tars have none
+    if path.is_file() and path.suffix.lower() == ".zip":
+        listed = zip_entries(path, KNOWN, split)
+        found, inside, empty = listed.files, listed.heads, listed.empty
+    elif path.is_file():
+        found, inside = _in_tar(path, split)
     elif next(walk(path, KNOWN, Counter()), None) is None:
         found = tar_entries(split_files(_tars(path), split, str(path)), KNOWN)
-        inside, empty = _members(found.names), []
+        inside = _members(found.names)
     else:
         path = split_folder(path, split)
         found = folder_entries(path, KNOWN)
@@ -108,21 +107,15 @@ def open_files(
     return replace(source, labels=labels, classes=classes)
 
 
-def _in_zip(path: Path, split: str | None) -> tuple[Entries, list[str], list[str]]:
-    """The files of a split of a zip, their names from their class on, and the class folders without files."""
-    listed = zip_entries(path, KNOWN, split)
-    return listed.files, listed.heads, listed.empty
-
-
-def _in_tar(path: Path, split: str | None) -> tuple[Entries, list[str], list[str]]:
-    """As `_in_zip`, of a tar, which has no class folders without files."""
+def _in_tar(path: Path, split: str | None) -> tuple[Entries, list[str]]:
+    """The files of a split of a tar, and their names from their class on."""
     found = tar_entries([path], KNOWN)
     names = _members(found.names)
     chosen = split_names(names, split, str(path))
     if len(chosen) == len(names):
-        return found, from_class(names, None), []
+        return found, from_class(names, None)
     at = {name: i for i, name in enumerate(names)}
-    return found.chosen([at[name] for name in chosen]), from_class(chosen, split), []
+    return found.chosen([at[name] for name in chosen]), from_class(chosen, split)
 
 
 def _members(names: list[str]) -> list[str]:
