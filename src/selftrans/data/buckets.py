@@ -79,9 +79,11 @@ class Buckets(Dataset):
         for bucket in self.buckets:
             bucket.fetch(progress=progress)
 
-    def rehearsed(self) -> Dataset:
-        """As `Dataset.rehearsed`, of every bucket."""
-        buckets = Buckets(self.path, [bucket.rehearsed() for bucket in self.buckets])  # all of them fit into the cache
+    def dry_run_data(self) -> Dataset:
+        """As `Dataset.dry_run_data`, of every bucket."""
+        buckets = Buckets(
+            self.path, [bucket.dry_run_data() for bucket in self.buckets]
+        )  # all of them fit into the cache
         buckets.origin, buckets.text_encoder = self.origin, self.text_encoder
         return buckets
 

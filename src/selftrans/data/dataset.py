@@ -124,13 +124,13 @@ class Dataset:
         # a worker process opens the files itself: the mapped arrays must not be pickled
         return partial(Dataset.open, text_encoder=self.text_encoder), (self.path,)
 
-    def expect(self, now: Collection[int], then: Collection[int]) -> None:
-        """Say which shards are read from now on, and which after them; data on this machine need no notice."""
+    def prefetch(self, now: Collection[int], then: Collection[int]) -> None:
+        """Fetch the shards `now`, which are read from now on, then those of `then`; nothing to do for data on this machine."""
 
     def fetch(self, *, progress: bool = True) -> None:
         """Bring every shard to this machine, where it is not yet."""
 
-    def rehearsed(self) -> Dataset:
+    def dry_run_data(self) -> Dataset:
         """Data of the same size and kind, on this machine, that training can be tried and timed with."""
         return self
 
@@ -139,7 +139,7 @@ class Dataset:
         return np.random.default_rng(0).permutation(len(self))[:most]
 
     @property
-    def scattered(self) -> Dataset:
+    def random_access(self) -> Dataset:
         """The same rows, read in a way that is fast for a few of them, far apart."""
         return self
 
@@ -236,7 +236,7 @@ class Dataset:
             return {}
         found, rows = dict[str, int](), self.some_rows(16 * PROMPTS)  # enough, if many captions are the same
         for some in np.split(rows, [PROMPTS << k for k in range(4)]):  # no more than needed: at a URL each is a request
-            for row, of_row in zip(some.tolist(), self.scattered.captions(some), strict=True):
+            for row, of_row in zip(some.tolist(), self.random_access.captions(some), strict=True):
                 found.setdefault(of_row[0], row)
             if len(found) >= PROMPTS:
                 break

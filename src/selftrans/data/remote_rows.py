@@ -124,7 +124,7 @@ class RemoteRows:
         return np.frombuffer(content, dtype=numpy_dtype(dtype)).reshape(-1, *shape[isinstance(at, tuple) :])
 
 
-class Scattered(Dataset):
+class RandomAccess(Dataset):
     """A data set at a URL whose rows are read one by one, several at the same time, without the cache.
 
     A server without ranges sends each shard once for all rows of a `read`. The cache is not used: while training holds all of

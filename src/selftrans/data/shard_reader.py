@@ -43,7 +43,7 @@ class RemoteFile(NamedTuple):
 class ShardReader:
     """The shards of one data set. Safe from any thread.
 
-    Shards that `expect` named are held in the cache. Without that they are held as they are read: all of them if they fit,
+    Shards that `prefetch` named are held in the cache. Without that they are held as they are read: all of them if they fit,
     else the last few.
     """
 
@@ -64,7 +64,7 @@ class ShardReader:
         self.bytes = [sum(file.size for file in self._files(k, features=True)) for k in range(len(manifest.shards))]
         self._mutex = threading.RLock()
         self._open: dict[tuple[int, bool], dict[str, np.ndarray]] = {}  #: shard, whether of its features -> arrays
-        self._expected: set[int] | None = None  #: by `expect`
+        self._prefetched: set[int] | None = None  #: by `prefetch`
         self._recent: deque[int] = deque()  #: shards in the order of their first reading, where nothing is expected
         self._held: set[int] = set()
         self._queue: deque[int] = deque()
@@ -93,12 +93,12 @@ class ShardReader:
                 self._open[key] = found
         return found[name]
 
-    def expect(self, now: Collection[int], then: Collection[int]) -> None:
+    def prefetch(self, now: Collection[int], then: Collection[int]) -> None:
         """Hold exactly these shards: fetch those of `now` first, in this order, then those of `then`."""
         order = [k for k in dict.fromkeys((*now, *then)) if self.manifest.shards[k].count]
         with self._mutex:
-            self._expected = set(order)
-            self._hold(self._expected)
+            self._prefetched = set(order)
+            self._hold(self._prefetched)
             self._ahead(order)
 
     def size(self, k: int) -> int:
@@ -113,7 +113,7 @@ class ShardReader:
     def fetch(self, shards: Sequence[int], *, progress: bool) -> None:
         """Hold exactly these shards, which must fit into the cache, and fetch what is missing; shows a bar if `progress`."""
         missing = [k for k in shards if self.missing(k)]
-        self.expect(shards, ())
+        self.prefetch(shards, ())
         if not missing:
             return
         total = sum(map(self.size, missing))
@@ -183,7 +183,7 @@ class ShardReader:
     def _note(self, k: int) -> None:
         """A shard is read for the first time, or again after it was released: what to hold where nothing is expected."""
         with self._mutex:
-            if self._expected is not None:
+            if self._prefetched is not None:
                 return
             follows = k == (self._recent[-1] + 1 if self._recent else 0)
             if k not in self._recent:

@@ -107,7 +107,7 @@ def dry_run(config: RunConfig, out: str | Path, *, steps: int = STEPS, typed: Co
         config, plan, initial = planned(config, shards, out, typed)
         if said := describe_data(config, shards):
             accelerator.print(said)
-        given, shards = shards, ready_data(config, shards.rehearsed(), accelerator, quiet=True)
+        given, shards = shards, ready_data(config, shards.dry_run_data(), accelerator, quiet=True)
         found = DryRun(
             device=_device_name(accelerator.device),
             memory_total=_total(accelerator.device),

@@ -84,7 +84,7 @@ def test_window_smaller_than_a_batch_and_buckets_are_refused(folder: Path) -> No
 class Watched(Dataset):
     asked: list[tuple[tuple[int, ...], tuple[int, ...]]]
 
-    def expect(self, now: Any, then: Any) -> None:
+    def prefetch(self, now: Any, then: Any) -> None:
         self.asked.append((tuple(now), tuple(then)))
 
 

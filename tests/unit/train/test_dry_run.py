@@ -170,7 +170,7 @@ def test_shards_that_the_cache_holds_are_read(folder, tmp_path, monkeypatch):
     """A shard, in place of the first one; or the batches of the run, where it holds all."""
     with serving(folder) as server:
         data = open_data(server.url, cache=CacheOptions(str(tmp_path), 1e-3))
-        data.expect((5,), ())
+        data.prefetch((5,), ())
         assert (data.read(np.arange(50, 60))["labels"] == 5).all()
         found, read, fetched = rehearsed(server, tmp_path, monkeypatch)
         assert not fetched and read == {5} and found.fetched.cached == SIZE
