@@ -245,7 +245,8 @@ class Manifest:
             if (captions := record.data.get("text")) is not None
             else None,
         )
-        _check_agreement(manifest)
+        for fault in _contradictions(manifest):
+            raise ValueError(f"{FILE}: {fault}; {REMEDY}")
         return manifest
 
     @classmethod
@@ -301,13 +302,8 @@ def _resolution(value: object) -> object:
     return None if value is None else as_integer(value, 1, 1 << 16)
 
 
-def _check_agreement(manifest: Manifest) -> None:
-    """Raise ValueError when fields contradict each other."""
-    for fault in _contradictions(manifest):
-        raise ValueError(f"{FILE}: {fault}; {REMEDY}")
-
-
 def _contradictions(manifest: Manifest) -> Iterator[str]:
+    """Fields that contradict each other, one sentence for each."""
     space, conditions, features = manifest.latent_space, manifest.conditions, manifest.features
     total, indices = sum(shard.count for shard in manifest.shards), [shard.index for shard in manifest.shards]
     if total != manifest.count:

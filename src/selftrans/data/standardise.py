@@ -19,6 +19,7 @@ from selftrans.data.record import Option
 from selftrans.data.shard_file import KEPT, open_tensors
 from selftrans.encoders.identity import identity_kind, standardised_name
 from selftrans.encoders.latent_space import LatentSpace
+from selftrans.encoders.media import rounded
 from selftrans.storage import write_text
 
 CHUNK = 256  #: rows read at a time
@@ -91,12 +92,8 @@ def statistics(parts: Sequence[Part], progress: bool) -> LatentSpace:
     mean = total / max(1, count)
     deviation = np.sqrt(np.maximum(0.0, squares / max(1, count) - mean**2))
     scale = np.where(deviation > CONSTANT, 1 / np.maximum(deviation, CONSTANT), 1.0)
-    return LatentSpace(_six_digits(origin + mean), _six_digits(scale))
-
-
-def _six_digits(values: np.ndarray) -> tuple[float, ...]:
-    """Rounded, so that names stay short and sums that differ in the last bits give the same."""
-    return tuple(float(f"{x:.6g}") for x in values)
+    # rounded, also so that sums that differ in the last bits give the same
+    return LatentSpace(tuple(map(rounded, origin + mean)), tuple(map(rounded, scale)))
 
 
 def _rows(parts: Sequence[Part], progress: bool) -> Iterator[np.ndarray]:
