@@ -24,8 +24,8 @@ from selftrans.data.dataset import Dataset
 from selftrans.data.manifest import BUCKETS, FILE, Manifest
 from selftrans.data.record import REMEDY, Record, parse_json, read_text
 from selftrans.data.remote import is_url
+from selftrans.data.resolution import sides, size_text
 from selftrans.data.shard_cache import CacheOptions
-from selftrans.data.sources.decode import sides, size_text
 from selftrans.storage import plural, write_text
 
 VERSION = 1

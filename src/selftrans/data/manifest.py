@@ -26,8 +26,8 @@ from selftrans.data.record import (
     parse_json,
     read_text,
 )
+from selftrans.data.resolution import Resolution, size_text
 from selftrans.data.shard_file import Layout, row_bytes
-from selftrans.data.sources.decode import Resolution, size_text
 from selftrans.encoders.identity import identity, identity_kind
 from selftrans.encoders.latent_space import LatentSpace
 from selftrans.storage import listed, plural, printable

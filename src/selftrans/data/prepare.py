@@ -20,10 +20,11 @@ from selftrans.data.encode_captions import CaptionEncoder, TextOptions, check_di
 from selftrans.data.manifest import DTYPES, Manifest, Shard
 from selftrans.data.record import Option
 from selftrans.data.reports import check_faults, report_source, say, warn_after_reading
+from selftrans.data.resolution import Resolution, size_text
 from selftrans.data.shard_plan import Decoded
 from selftrans.data.source_samples import source_samples
 from selftrans.data.sources.clips import Clips, MediaOptions
-from selftrans.data.sources.decode import STANDARD, Reading, Resolution, none_readable, size_text
+from selftrans.data.sources.decode import STANDARD, Reading, none_readable
 from selftrans.data.sources.duplicates import DuplicateFinder
 from selftrans.data.sources.source import Samples, Source, ahead
 from selftrans.data.standardise import plain, recorded, standardised

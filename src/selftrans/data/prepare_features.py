@@ -24,11 +24,12 @@ from selftrans.data.manifest import FILE, FeatureFile, Features, Manifest, Shard
 from selftrans.data.prepare import NETWORK_DTYPES
 from selftrans.data.record import parse_json, read_text
 from selftrans.data.reports import say
+from selftrans.data.resolution import Resolution, check_square, size_text
 from selftrans.data.shard_file import KEPT, Layout, is_valid, write_shard
 from selftrans.data.shard_plan import Decoded, ShardPlan
 from selftrans.data.sources.captions import CaptionSource
 from selftrans.data.sources.clip_files import kind_of
-from selftrans.data.sources.decode import STANDARD, Reading, Resolution, check_square, size_text
+from selftrans.data.sources.decode import STANDARD, Reading
 from selftrans.data.sources.open_source import open_source
 from selftrans.data.sources.source import ahead
 from selftrans.device import default_device

@@ -22,7 +22,7 @@ from selftrans.checkpoints import hub
 from selftrans.checkpoints.load import LoadedModel, Weights, find_asked, load_model
 from selftrans.config import SampleConfig
 from selftrans.data.decoded import decode_images
-from selftrans.data.sources.decode import Resolution, sides, size_text
+from selftrans.data.resolution import Resolution, sides, size_text
 from selftrans.device import default_device
 from selftrans.encoders.autoencoder import Autoencoder, DiffusersAutoencoder, load_decoder
 from selftrans.models.compiling import compile_model

@@ -5,15 +5,15 @@ from __future__ import annotations
 
 import errno
 import math
-import re
 import struct
 import threading
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, Protocol
 
 import numpy as np
 
+from selftrans.data.resolution import Resolution, sides, size_text
 from selftrans.data.sources.metadata import INFO, ORIENTATION, add_info, facts_of, orientation_of, turned_upright
 from selftrans.data.sources.part_file import SizedFile
 from selftrans.data.sources.pixel_parts import pixels_only
@@ -21,8 +21,6 @@ from selftrans.storage import first_line, plural, printable
 
 if TYPE_CHECKING:
     from PIL import Image
-
-Resolution: TypeAlias = int | tuple[int, int]  #: the side of a square, or (height, width)
 
 #: the only decoders of Pillow that may run (others call external programs)
 FORMATS = ("BMP", "DIB", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP", "AVIF", "JPEG2000", "QOI")
@@ -178,38 +176,6 @@ def check_pixels(image: Sized, most: int) -> None:
             f"{image.width}x{image.height} is more than the limit of {most:,} pixels; raise it with --max-pixels, if memory "
             "allows (3 bytes a pixel)"
         )
-
-
-def sides(resolution: Resolution) -> tuple[int, int]:
-    """(height, width) of a resolution; a number is the side of a square."""
-    return (resolution, resolution) if isinstance(resolution, int) else resolution
-
-
-def check_square(resolution: Resolution | None) -> None:
-    """ValueError for pictures that are not square, which an encoder of `--features` cannot read."""
-    if resolution is not None and not isinstance(resolution, int):
-        raise ValueError(
-            f"--features reads square pictures, and these are prepared at {size_text(resolution)}; give --resolution SIDE, "
-            "or omit --features"
-        )
-
-
-def resolution_of(height: int, width: int) -> Resolution:
-    """The inverse of `sides`."""
-    return height if height == width else (height, width)
-
-
-def size_text(resolution: Resolution) -> str:
-    """HEIGHTxWIDTH."""
-    return "x".join(map(str, sides(resolution)))
-
-
-def parse_resolution(text: str) -> Resolution:
-    """Parse SIDE or HEIGHTxWIDTH. Raises ValueError for any other text."""
-    match = re.fullmatch(r"([1-9]\d{0,5})(?:[xX×]([1-9]\d{0,5}))?", text.strip())
-    if match is None:
-        raise ValueError(f"resolution {text!r} should be a side, as 256, or HEIGHTxWIDTH, as 192x256")
-    return resolution_of(int(match[1]), int(match[2] or match[1]))
 
 
 def upright_size(image: Image.Image) -> tuple[int, int]:

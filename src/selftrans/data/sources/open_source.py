@@ -16,19 +16,10 @@ from pathlib import Path
 
 import numpy as np
 
+from selftrans.data.resolution import Resolution, resolution_of, sides, size_text
 from selftrans.data.sources import folder, npz, table, zip_archive
 from selftrans.data.sources.captions import CAPTIONED, CaptionSource, annotated, captioned
-from selftrans.data.sources.decode import (
-    STANDARD,
-    Reading,
-    Resolution,
-    bad_picture,
-    none_readable,
-    resolution_of,
-    sides,
-    size_text,
-    upright_size,
-)
+from selftrans.data.sources.decode import STANDARD, Reading, bad_picture, none_readable, upright_size
 from selftrans.data.sources.digit_captions import digits_with_captions
 from selftrans.data.sources.file_kinds import PICTURES, check_source_file, describe_ignored, remedy_for_ignored
 from selftrans.data.sources.label_file import given_labels

@@ -18,11 +18,11 @@ from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
+from selftrans.data.resolution import Resolution
 from selftrans.data.sources.decode import (
     STANDARD,
     BadSample,
     Reading,
-    Resolution,
     bad_picture,
     check_pixels,
     enlarged,

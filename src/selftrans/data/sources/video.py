@@ -15,18 +15,10 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
+from selftrans.data.resolution import Resolution, sides, size_text
 from selftrans.data.sources.clip_files import GIF
 from selftrans.data.sources.clips import Clips, MediaOptions, bad_clip, missing
-from selftrans.data.sources.decode import (
-    MAX_PIXELS,
-    Resolution,
-    check_pixels,
-    none_readable,
-    open_picture,
-    sides,
-    size_text,
-    to_array,
-)
+from selftrans.data.sources.decode import MAX_PIXELS, check_pixels, none_readable, open_picture, to_array
 from selftrans.data.sources.source import Source
 from selftrans.encoders.media import Video, rounded
 
