@@ -71,7 +71,7 @@ def pinned(path: Path) -> str | None:
     return None
 
 
-def recorded(name: str) -> str:
+def recorded_name(name: str) -> str:
     """The name of a part of a model, as what is written records it: of a folder in the cache, where on the hub it is."""
     place = pinned(Path(name))
     return f"{place}/{Path(name).name}" if place else name

@@ -27,7 +27,7 @@ from selftrans.data.sources.clips import Clips, MediaOptions
 from selftrans.data.sources.decode import STANDARD, Reading, none_readable
 from selftrans.data.sources.duplicates import DuplicateFinder
 from selftrans.data.sources.source import Samples, Source, ahead
-from selftrans.data.standardise import plain, recorded, standardised
+from selftrans.data.standardise import standardise_option, standardised, without_statistics
 from selftrans.device import default_device
 from selftrans.encoders.autoencoder import Autoencoder, autoencoder_name, has_network, load_autoencoder
 from selftrans.encoders.identity import identity_kind
@@ -76,7 +76,7 @@ def prepare(
         resolution: side, or (height, width), to crop and resize to; None keeps the size. square: refuse others.
         flip: store the moments of the mirrored pictures as a second copy.
         dtype: of the stored moments; None: float16, or float32 for values. `precision` is that of the network.
-        standardise: latents have zero mean and unit variance per channel (see `recorded`); None: those of pixels.
+        standardise: latents have zero mean and unit variance per channel (see `standardise_option`); None: those of pixels.
         skip_bad: skip unreadable samples and list them in the manifest, instead of stopping at the first.
         split: of a hub data set (None: train) or a folder (None: all). label_column: of tables. reading: see `Reading`.
         text: a text encoder (see `load_text_encoder`), or more options: store captions, which `open_source` describes.
@@ -94,7 +94,7 @@ def prepare(
     options = _options(samples, autoencoder, resolution, text, media, reading)
     options |= {"flip": flip, "split": split or "train", "label_column": label_column}
     options |= {"shard_size": shard_size, "dtype": dtype, "precision": precision}
-    options |= recorded(standardise, autoencoder, earlier.plan if earlier else None, media=of_media)
+    options |= standardise_option(standardise, autoencoder, earlier.plan if earlier else None, media=of_media)
     if earlier and _finished(earlier, options, samples, out, progress):
         return Manifest.load(out)
     report_source(None if pictures else samples, progress, flip=flip)
@@ -256,7 +256,7 @@ def _valid(encoder: ShardEncoder, plan: Manifest, out: Path) -> tuple[Manifest, 
     earlier = resumable.earlier(out)
     if earlier is None:
         return plan, {}
-    resumable.check_plan(plain(earlier.plan), plan, out)
+    resumable.check_plan(without_statistics(earlier.plan), plan, out)
     shards = encoder.shards()
     valid = {s.index: s for s in earlier.shards if s.index in shards and s.asked == encoder.asked(s.index)}
     return replace(plan, features=earlier.plan.features, text=earlier.plan.text), valid

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from selftrans.data.buckets import Buckets, write_names
+from selftrans.data.buckets import open_buckets, write_names
 from selftrans.data.encode_captions import TextOptions
 from selftrans.data.manifest import BUCKETS, FILE
 from selftrans.data.prepare import NoneReadable, load, prepare
@@ -93,7 +93,7 @@ def prepare_buckets(
         remove_stale_temporaries(out, BUCKETS)
         share_statistics([out / name for name in made], progress)
         write_names(out, made)
-    return Buckets.open(out).summary()
+    return open_buckets(out).summary()
 
 
 def bucket_sizes(resolution: int, buckets: int, cell: int) -> tuple[Size, ...]:

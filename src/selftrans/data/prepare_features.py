@@ -25,7 +25,7 @@ from selftrans.data.prepare import NETWORK_DTYPES
 from selftrans.data.record import parse_json, read_text
 from selftrans.data.reports import say
 from selftrans.data.resolution import Resolution, check_square, size_text
-from selftrans.data.shard_file import KEPT, Layout, is_valid, write_shard
+from selftrans.data.shard_file import WRITE_REMEDY, Layout, is_valid, write_shard
 from selftrans.data.shard_plan import Decoded, ShardPlan
 from selftrans.data.sources.captions import CaptionSource
 from selftrans.data.sources.clip_files import kind_of
@@ -209,7 +209,7 @@ def _check_same(stored: dict[int, Features], wanted: Features, out: Path) -> Non
 
 def _record(out: Path, features: Features) -> None:
     """Record that the features of one shard are finished."""
-    write_text(out / f"features-{features.files[0].index:05d}.json", json.dumps(asdict(features)), remedy=KEPT)
+    write_text(out / f"features-{features.files[0].index:05d}.json", json.dumps(asdict(features)), remedy=WRITE_REMEDY)
 
 
 def _write(

@@ -16,7 +16,7 @@ import numpy as np
 
 from selftrans.data.manifest import FILE, Manifest, Shard
 from selftrans.data.record import Option
-from selftrans.data.shard_file import KEPT, open_tensors
+from selftrans.data.shard_file import WRITE_REMEDY, open_tensors
 from selftrans.encoders.identity import identity_kind, standardised_name
 from selftrans.encoders.latent_space import LatentSpace
 from selftrans.encoders.media import rounded
@@ -29,7 +29,9 @@ OPTION = "standardise"  #: among the manifest's options
 Part: TypeAlias = tuple[Path, Manifest, Iterable[Shard]]
 
 
-def recorded(asked: bool | None, autoencoder: str, before: Manifest | None, *, media: bool) -> dict[str, Option]:
+def standardise_option(
+    asked: bool | None, autoencoder: str, before: Manifest | None, *, media: bool
+) -> dict[str, Option]:
     """The option of a folder that is standardised, to be recorded; none where it is not, as in older manifests.
 
     Pixels and values can be: with True, not with False. None: as the folder was begun; of a new one, pixels are. The name
@@ -46,7 +48,7 @@ def recorded(asked: bool | None, autoencoder: str, before: Manifest | None, *, m
     return {OPTION: True} if asked else {}
 
 
-def plain(plan: Manifest) -> Manifest:
+def without_statistics(plan: Manifest) -> Manifest:
     """A plan as it was before the statistics were known."""
     kind = identity_kind(plan.autoencoder)
     return replace(plan, autoencoder=kind, latent_space=LatentSpace()) if plan.options.get(OPTION) and kind else plan
@@ -71,7 +73,7 @@ def share_statistics(folders: Sequence[Path], progress: bool) -> None:
         return
     space = statistics([(each, m, m.shards) for each, m in zip(folders, manifests, strict=True)], progress)
     for folder, manifest in zip(folders, manifests, strict=True):
-        write_text(folder / FILE, with_statistics(manifest, space).to_json(), remedy=KEPT)
+        write_text(folder / FILE, with_statistics(manifest, space).to_json(), remedy=WRITE_REMEDY)
 
 
 def statistics(parts: Sequence[Part], progress: bool) -> LatentSpace:

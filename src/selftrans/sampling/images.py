@@ -147,7 +147,7 @@ class Sampler:
             "num_classes": loaded.model.conditions.num_classes,
             "stage": loaded.stage,
             "step": loaded.step,
-            "autoencoder": hub.recorded(loaded.autoencoder),
+            "autoencoder": hub.recorded_name(loaded.autoencoder),
             "source": loaded.source,
         } | ({"decode_with": decoder.name} if settings.decode_with else {})
         if weak:
