@@ -17,6 +17,7 @@ from selftrans.checkpoints import format as checkpoint
 from selftrans.checkpoints.load import IMPORTED, header
 from selftrans.config import RunConfig, settings_of, to_json
 from selftrans.encoders.autoencoder import autoencoder_name
+from selftrans.interop.exporting import check_out
 from selftrans.interop.published_file import MOST, read
 from selftrans.methods.registry import BASELINE, METHODS, put_together, stages
 from selftrans.methods.spec import PublishedHeads
@@ -116,8 +117,7 @@ def _occupied(out: Path, source: dict[str, Any]) -> bool:
                 return True
         except ValueError:
             pass
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{out} exists and is not empty; choose another --out, or remove it")
+    check_out(out, set(), "empty")
     return False
 
 
