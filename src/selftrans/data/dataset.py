@@ -323,7 +323,7 @@ class Dataset:
         shard, manifest = self.manifest.shards[k], self.manifest
         file = manifest.features.files[k].name if manifest.features and name == "features" else shard.file
         raise ValueError(
-            f"shard {self.origin}/{file} holds NaN or infinite {name} for {manifest.unit.removesuffix('s')} {row} "
+            f"shard {self.origin}/{file} holds NaN or infinite {name} for {manifest.noun} {row} "
             f"(row {row - self._starts[k]} of the shard); delete the file and {REMEDY}"
         )
 

@@ -54,7 +54,7 @@ def labelled_tars(tars: list[Path], field: str | None = None) -> Source:
         if files.setdefault(_key(name) + suffix, i) != i:
             raise ValueError(f"{tars[0]} holds {printable(_key(name) + suffix)} twice; make the tar again")
     source = found.chosen(pictures).pictures()
-    if files or field is not None:
+    if pictures and (files or field is not None):
         return _with_classes(source, {name: partial(found.open, i) for name, i in files.items()}, field)
     labels, classes = classify([name.partition("/")[2] for name in source.names], str(tars[0]))
     return replace(source, labels=labels, classes=classes)

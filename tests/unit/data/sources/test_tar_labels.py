@@ -43,6 +43,11 @@ def test_classes_follow_the_rule_of_all_labels(tmp_path):
     assert source.labels.tolist() == [1, 0] and source.faults == {1: "no label in the .cls or .json of its key"}
 
 
+def test_a_tar_of_class_files_alone_holds_no_pictures(tmp_path):
+    with pytest.raises(ValueError, match="no pictures in"):
+        opened(tarred(tmp_path / "x.tar", {"1.cls": b"7"}))
+
+
 def test_json_holds_the_class_under_a_usual_or_the_given_name(tmp_path):
     files = {
         "1.png": PNG[1], "1.json": b'{"label": 2, "kind": "b", "text": "x"}',
