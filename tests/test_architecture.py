@@ -127,7 +127,7 @@ COVERED_BY = {
     "data/resolution": "unit/data/sources/test_decode.py",
     "data/resumable": "integration/test_prepare_parts.py",
     "data/shard_plan": "unit/data/test_prepare.py",
-    "data/shard_reader": "unit/data/test_streamed.py",
+    "data/streaming/shard_reader": "unit/data/streaming/test_streamed.py",
     "data/sources/clips": "unit/data/sources/test_audio.py",
     "data/sources/part_file": "unit/data/sources/test_metadata.py",
     "data/sources/pixel_parts": "unit/data/sources/test_metadata.py",

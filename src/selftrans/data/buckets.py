@@ -23,9 +23,9 @@ from torch import Tensor
 from selftrans.data.dataset import Dataset
 from selftrans.data.manifest import BUCKETS, FILE, Manifest
 from selftrans.data.record import REMEDY, Record, parse_json, read_text
-from selftrans.data.remote import is_url
 from selftrans.data.resolution import sides, size_text
-from selftrans.data.shard_cache import CacheOptions
+from selftrans.data.streaming.remote import is_url
+from selftrans.data.streaming.shard_cache import CacheOptions
 from selftrans.storage import plural, write_text
 
 VERSION = 1

@@ -18,10 +18,10 @@ from torch import Tensor
 
 from selftrans.data.manifest import Features, Manifest, Shard
 from selftrans.data.manifest_text import CAPTION, COUNT, IDS, NULL
-from selftrans.data.remote import is_url
-from selftrans.data.shard_cache import CacheOptions
 from selftrans.data.shard_file import REMEDY, numpy_dtype, open_tensors
 from selftrans.data.sources.source import present_classes
+from selftrans.data.streaming.remote import is_url
+from selftrans.data.streaming.shard_cache import CacheOptions
 from selftrans.encoders.text import TextEncoder, encoder_of
 from selftrans.storage import sha256_file
 from selftrans.types import MASK, TEXT, Cond
@@ -73,7 +73,7 @@ class Dataset:
         tensors, when its sha256 differs (`verify`), or when a label is out of range.
         """
         if is_url(path):
-            from selftrans.data.streamed import open_streamed  # which is made of this class
+            from selftrans.data.streaming.streamed import open_streamed  # which is made of this class
 
             return open_streamed(str(path), verify=verify, text_encoder=text_encoder, cache=cache)
         path = Path(path)

@@ -10,7 +10,7 @@ import pytest
 from selftrans.checkpoints import format as checkpoint
 from selftrans.cli.main import main
 from selftrans.data.buckets import open_data
-from selftrans.data.shard_cache import CacheOptions
+from selftrans.data.streaming.shard_cache import CacheOptions
 from selftrans.train.capture_rules import ENDED
 from selftrans.train.data_window import Transfer
 from selftrans.train.dry_run import _extrapolated, dry_run, duration, text

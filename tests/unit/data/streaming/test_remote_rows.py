@@ -13,10 +13,10 @@ import torch
 from selftrans.data.buckets import open_data
 from selftrans.data.dataset import Dataset
 from selftrans.data.manifest import Manifest
-from selftrans.data.remote import store_of
-from selftrans.data.remote_rows import RandomAccess, RemoteRows, RemoteShard
-from selftrans.data.shard_cache import CacheOptions
 from selftrans.data.shard_file import open_tensors
+from selftrans.data.streaming.remote import store_of
+from selftrans.data.streaming.remote_rows import RandomAccess, RemoteRows, RemoteShard
+from selftrans.data.streaming.shard_cache import CacheOptions
 from selftrans.sampling.conditioning import CaptionConditioning
 from tests.support import captioned
 from tests.support.processes import LONGEST

@@ -19,8 +19,8 @@ from torch import Tensor
 from selftrans.data.dataset import Dataset
 from selftrans.data.manifest import Manifest, Shard
 from selftrans.data.manifest_text import CAPTION, COUNT, IDS
-from selftrans.data.remote import Store, retried
 from selftrans.data.shard_file import DTYPES, numpy_dtype
+from selftrans.data.streaming.remote import Store, retried
 from selftrans.storage import first_line
 from selftrans.types import MASK, TEXT
 

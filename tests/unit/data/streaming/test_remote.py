@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from selftrans.data import remote
-from selftrans.data.fsspec_store import FsspecStore
-from selftrans.data.remote import HttpStore, checked, cleaned, is_url, retried, store_of
+from selftrans.data.streaming import remote
+from selftrans.data.streaming.fsspec_store import FsspecStore
+from selftrans.data.streaming.remote import HttpStore, checked, cleaned, is_url, retried, store_of
 from tests.support.served import serving
 
 

@@ -14,16 +14,16 @@ import pytest
 import torch
 from safetensors.numpy import load_file, save
 
-from selftrans.data import remote
 from selftrans.data.buckets import is_prepared, open_data
 from selftrans.data.dataset import Dataset
 from selftrans.data.decoded import data_latents
 from selftrans.data.manifest import FeatureFile, Features, Manifest
 from selftrans.data.manifest_text import COUNT
 from selftrans.data.on_device import OnDevice
-from selftrans.data.shard_cache import CacheOptions
 from selftrans.data.shard_file import write_shard
-from selftrans.data.streamed import Streamed
+from selftrans.data.streaming import remote
+from selftrans.data.streaming.shard_cache import CacheOptions
+from selftrans.data.streaming.streamed import Streamed
 from selftrans.storage import sha256_file
 from tests.support import captioned, ratios
 from tests.support.damage import flip

@@ -138,7 +138,7 @@ def store_of(url: str) -> Store:
     url = checked(url)
     if url.startswith(("http://", "https://")):
         return HttpStore(url)
-    from selftrans.data.fsspec_store import FsspecStore  # which is made of this module
+    from selftrans.data.streaming.fsspec_store import FsspecStore  # which is made of this module
 
     return FsspecStore(url)
 

@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from selftrans.data.remote import PIECE, TIMEOUT, WANTED, cleaned, http_status
+from selftrans.data.streaming.remote import PIECE, TIMEOUT, WANTED, cleaned, http_status
 from selftrans.storage import first_line
 
 #: protocol -> extra of this package that reads it

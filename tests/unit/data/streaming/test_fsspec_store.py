@@ -12,9 +12,9 @@ import fsspec
 import pytest
 from fsspec.asyn import AsyncFileSystem
 
-from selftrans.data import fsspec_store, remote
-from selftrans.data.fsspec_store import FsspecStore
-from selftrans.data.remote import retried, store_of
+from selftrans.data.streaming import fsspec_store, remote
+from selftrans.data.streaming.fsspec_store import FsspecStore
+from selftrans.data.streaming.remote import retried, store_of
 
 
 class Client(AsyncFileSystem):  # type: ignore[misc]

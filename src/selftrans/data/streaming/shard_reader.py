@@ -13,9 +13,9 @@ import numpy as np
 from tqdm import tqdm
 
 from selftrans.data.manifest import Manifest
-from selftrans.data.remote import Lasting, Store, retried
-from selftrans.data.shard_cache import SUFFIX, ShardCache
 from selftrans.data.shard_file import PAGE, Layout, open_tensors, row_bytes
+from selftrans.data.streaming.remote import Lasting, Store, retried
+from selftrans.data.streaming.shard_cache import SUFFIX, ShardCache
 from selftrans.data.windows import window_that_fits
 from selftrans.storage import sha256_file
 
