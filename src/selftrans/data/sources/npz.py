@@ -8,20 +8,19 @@ from __future__ import annotations
 
 import hashlib
 import math
-import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 from zipfile import ZipFile
 
 import numpy as np
 
 from selftrans.data.sources.decode import BadSample
-from selftrans.data.sources.source import MAX_CLASSES, MAX_PICTURE_BYTES
+from selftrans.data.sources.source import MAX_CLASSES, MAX_PICTURE_BYTES, InOrder
 from selftrans.data.sources.zip_archive import open_zip
 from selftrans.storage import first_line
 
@@ -106,8 +105,6 @@ class NpzValues:
     captions: None = None
     in_order: bool = True  #: a stream
     faults: dict[int, str] = field(default_factory=dict)  #: always empty
-    _state: dict[str, Any] = field(default_factory=dict, repr=False)  #: the open stream and its next sample
-    _lock: Any = field(default_factory=threading.Lock, repr=False)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -117,10 +114,7 @@ class NpzValues:
 
     def read(self, i: int) -> np.ndarray:
         """Sample i: (C, *S) float32. Raises BadSample for values that are not finite, ValueError for a damaged file."""
-        size = math.prod(self.shape) * self.dtype.itemsize
-        with self._lock:
-            data = _read_exactly(self._stream_at(i, size), size, self.path, f"sample {i}")
-            self._state["next"] = i + 1
+        data = self._stream(i)
         with np.errstate(over="ignore"):  # a float64 beyond float32 becomes infinite, and is refused below
             values = np.frombuffer(data, self.dtype).reshape(self.shape).astype(np.float32)
         if not np.isfinite(values).all():
@@ -135,17 +129,20 @@ class NpzValues:
         digest.update(self.labels.astype("<i8").tobytes())
         return digest.hexdigest()
 
-    def _stream_at(self, i: int, size: int) -> IO[bytes]:
-        """The stream, positioned at sample i. The position counts as unknown until `read` has succeeded."""
-        at = self._state.pop("next", len(self))
-        if at > i:
-            self._state["file"], at = open_zip(self.path).open("data.npy"), 0
-            _header(self._state["file"])
-        file = self._state["file"]
-        left = (i - at) * size
-        while left:
-            left -= len(_read_exactly(file, min(left, CHUNK), self.path, f"a sample before {i}"))
-        return file
+    @cached_property
+    def _stream(self) -> InOrder:
+        return InOrder(self._samples, far=math.inf)
+
+    def _samples(self, start: int) -> Iterator[bytes]:
+        """The bytes of each sample, from number `start` on."""
+        size = math.prod(self.shape) * self.dtype.itemsize
+        with open_zip(self.path) as archive, archive.open("data.npy") as file:
+            _header(file)
+            left = start * size
+            while left:
+                left -= len(_read_exactly(file, min(left, CHUNK), self.path, f"a sample before {start}"))
+            for i in range(start, len(self)):
+                yield _read_exactly(file, size, self.path, f"sample {i}")
 
 
 def npz_values(path: Path) -> NpzValues:

@@ -8,9 +8,11 @@ labels are indices into `Source.classes`.
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import threading
 from collections import deque
-from collections.abc import Callable, Collection, Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -41,6 +43,7 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 MAX_CLASSES = 1_000_000
+FAR = 256  #: items ahead from which a stream is begun again there
 MAX_PICTURE_BYTES = 1 << 29  #: entries of archives that claim a larger size are refused
 
 
@@ -237,3 +240,34 @@ def ahead(
         finally:
             for future in waiting:  # not needed after an error
                 future.cancel()
+
+
+class InOrder:
+    """Item i of a stream, for indices that mostly rise; from any thread, one at a time.
+
+    `begin(i)` returns an iterator that starts with item i; it is called again to go back, and to go `far` ahead. Raises OSError
+    where the stream ends before an item.
+    """
+
+    def __init__(self, begin: Callable[[int], Iterator[Any]], far: float = FAR) -> None:
+        self._begin, self._far, self._lock = begin, far, threading.Lock()
+        self._items: Iterator[Any] | None = None
+        self._next = 0
+        self._last: Any = None
+
+    def __call__(self, i: int) -> Any:
+        with self._lock:
+            if self._items is not None and i == self._next - 1:
+                return self._last
+            if self._items is None or not self._next <= i < self._next + self._far:
+                self._items, self._next = self._begin(i), i
+            try:
+                while self._next <= i:
+                    self._last = next(self._items)
+                    self._next += 1
+            except StopIteration:
+                raise OSError(errno.ETIMEDOUT, "the stream has ended before this row") from None
+            except Exception:
+                self._items = None  # begun again if this row is asked for once more
+                raise
+            return self._last
