@@ -27,7 +27,7 @@ from selftrans.config import Log, RunConfig, SampleConfig, Train
 from selftrans.data.decoded import decode_images
 from selftrans.device import default_device
 from selftrans.encoders.autoencoder import Autoencoder, from_uint8, load_autoencoder
-from selftrans.encoders.identity import PixelAutoencoder
+from selftrans.encoders.identity import identity
 from selftrans.evaluate.classifier import train_classifier
 from selftrans.evaluate.extractors import ClassifierExtractor
 from selftrans.evaluate.statistics import Statistics
@@ -255,7 +255,7 @@ def sampling(job: Any) -> None:
         torch.manual_seed(0)
         model = config.build_model(shape, Conditions("labels", 1000)).to(clock.device)
         randomise(model)
-        sampler = Sampler(model, PixelAutoencoder(), settings, device=clock.device)
+        sampler = Sampler(model, identity("pixel"), settings, device=clock.device)
         if name == "compiled":
             prepare_sampling(model, clock.device, dtype)
             sampler._compiled = True  # the last batch is filled

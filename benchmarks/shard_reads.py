@@ -23,7 +23,7 @@ import torch
 
 from selftrans.data.buckets import open_data
 from selftrans.data.dataset import Dataset
-from selftrans.data.shard_cache import CacheOptions
+from selftrans.data.streaming.shard_cache import CacheOptions
 from selftrans.experiments.bench.loading_sampling import random_dataset
 from selftrans.experiments.bench.machine import describe
 from selftrans.storage import write_json

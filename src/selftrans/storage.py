@@ -22,6 +22,7 @@ T = TypeVar("T")
 #: what reading a json file raises that is damaged, or of another content than expected
 UNREADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError)
 FREE_SPACE = "free disk space or choose another folder"
+JOINERS = "\u200c\u200d"  #: invisible, but parts of words in some scripts, and of emoji
 REFUSED = {errno.EROFS, errno.EACCES, errno.EPERM}  #: errors of a folder in which nothing may be written
 
 
@@ -256,6 +257,12 @@ def printable(text: object, limit: int | None = 160) -> str:
     """Text from a file on one line of at most `limit` characters, with control characters escaped for the terminal."""
     start = str(text)[:limit]
     return start if start.isprintable() else ascii(start)[1:-1][:limit]
+
+
+def one_line(text: str) -> str:
+    """A caption or a name on one line that can be encoded in UTF-8, without control characters and double spaces."""
+    encodable = text.encode("utf-8", "replace").decode("utf-8")
+    return " ".join("".join(c if c.isprintable() or c in JOINERS else " " for c in encodable).split())
 
 
 def decoded_text(data: bytes) -> str:

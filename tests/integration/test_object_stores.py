@@ -17,9 +17,9 @@ import numpy as np
 import pytest
 import torch
 
-from selftrans.data import fsspec_store, remote
 from selftrans.data.dataset import Dataset
-from selftrans.data.shard_cache import CacheOptions
+from selftrans.data.streaming import fsspec_store, remote
+from selftrans.data.streaming.shard_cache import CacheOptions
 from tests.support.served import folder_of
 
 PREFIX, SHARDS = "sets/a", 3

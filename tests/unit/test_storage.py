@@ -26,6 +26,7 @@ from selftrans.storage import (
     listed,
     lock_file,
     no_symlink,
+    one_line,
     plural,
     printable,
     recorded,
@@ -486,3 +487,12 @@ def test_numbers_with_their_nouns():
     assert found == ["0 pictures", "1 class", "2 classes", "12,345 boxes", "2 batches"]
     assert [are(0), are(1), are(2)] == ["are", "is", "are"]
     assert [listed([]), listed(["a", "\x1b"]), listed("abc", 2)] == ["", "a, \\x1b", "a, b and 1 more"]
+
+
+def test_captions_and_names_are_one_clean_line() -> None:
+    assert one_line(" a\tb\x00c \x1b[2J\n d\u2028e ") == "a b c [2J d e"
+    assert one_line("a \ud800 b") == "a ? b" and one_line("\x00 \n") == ""
+    joined = (
+        "\U0001f468\u200d\U0001f469 \u0645\u06cc\u200c\u062e\u0648\u0627\u0647\u0645"  # an emoji and a Persian word
+    )
+    assert one_line(f"\u202e{joined}\u00a0x") == f"{joined} x"

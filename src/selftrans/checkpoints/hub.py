@@ -33,6 +33,7 @@ def on_hub(source: str | Path) -> bool:
 def local(source: str | Path) -> Path:
     """`source` as a path: of a model on the hub, the folder of its download, which `pinned` names.
 
+    Its json and safetensors are downloaded, at a branch, tag or commit (without: main), unless they are in the cache.
     Raises ValueError, in one line, for a name of another form, and where it cannot be downloaded.
     """
     if not on_hub(source):
@@ -40,14 +41,7 @@ def local(source: str | Path) -> Path:
     named = NAMED.fullmatch(str(source))
     if named is None:
         raise ValueError(f"{printable(source)} names no model on the hub; write {EXAMPLE}")
-    return download(*named.groups())
-
-
-def download(repository: str, revision: str | None = None) -> Path:
-    """The folder with the json and safetensors of a repository at a branch, tag or commit (None: main).
-
-    Files that are in the cache are not downloaded again. Raises ValueError where it cannot be downloaded.
-    """
+    repository, revision = named.groups()
     from huggingface_hub import snapshot_download
 
     try:
@@ -71,7 +65,7 @@ def pinned(path: Path) -> str | None:
     return None
 
 
-def recorded(name: str) -> str:
+def recorded_name(name: str) -> str:
     """The name of a part of a model, as what is written records it: of a folder in the cache, where on the hub it is."""
     place = pinned(Path(name))
     return f"{place}/{Path(name).name}" if place else name

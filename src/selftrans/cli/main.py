@@ -82,7 +82,7 @@ def _refuse_secrets(words: Sequence[str]) -> None:
         if word.startswith("-"):
             option = word.partition("=")[0].rpartition(".")[2].lstrip("-")
         if "://" in word and option not in TEXTS:
-            from selftrans.data.remote import refuse_secrets
+            from selftrans.data.streaming.remote import refuse_secrets
 
             refuse_secrets(word, queries=not any(map(str.isspace, word)))  # a sentence may name the address of a page
 

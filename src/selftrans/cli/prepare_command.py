@@ -113,8 +113,9 @@ class Prepare(Command):
         from selftrans.data.prepare import prepare
         from selftrans.data.prepare_buckets import prepare_buckets
         from selftrans.data.prepare_features import check_before, prepare_features
+        from selftrans.data.resolution import parse_resolution
         from selftrans.data.sources.clips import MediaOptions
-        from selftrans.data.sources.decode import Reading, parse_resolution
+        from selftrans.data.sources.decode import Reading
         from selftrans.encoders.identity import identity_kind
         from selftrans.precision import dtype_name
 

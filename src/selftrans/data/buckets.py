@@ -23,9 +23,9 @@ from torch import Tensor
 from selftrans.data.dataset import Dataset
 from selftrans.data.manifest import BUCKETS, FILE, Manifest
 from selftrans.data.record import REMEDY, Record, parse_json, read_text
-from selftrans.data.remote import is_url
-from selftrans.data.shard_cache import CacheOptions
-from selftrans.data.sources.decode import sides, size_text
+from selftrans.data.resolution import sides, size_text
+from selftrans.data.streaming.remote import is_url
+from selftrans.data.streaming.shard_cache import CacheOptions
 from selftrans.storage import plural, write_text
 
 VERSION = 1
@@ -38,7 +38,7 @@ class Buckets(Dataset):
     """Folders of prepared pictures of different sizes as one data set: row numbers run through the buckets in order.
 
     `manifest` is that of the base, the bucket nearest to a square, with the count and the shards of all of them: `shape` and
-    `resolution` are the base's. Raises ValueError when the buckets do not belong together.
+    `resolution` are the base's. Opened by `open_data`. Raises ValueError when the buckets do not belong together.
     """
 
     def __init__(self, path: Path, buckets: Sequence[Dataset]) -> None:
@@ -55,22 +55,6 @@ class Buckets(Dataset):
         super().__init__(path, manifest, self.base._tensors, labels, np.concatenate(counts) if counts else None)
         self._begins = np.cumsum([0, *self.parts])[:-1]
 
-    @classmethod
-    def open(
-        cls,
-        path: str | Path,
-        *,
-        verify: bool = False,
-        text_encoder: str | None = None,
-        cache: CacheOptions = CacheOptions(),  # noqa: B008 - a tuple, and data on this machine need none
-    ) -> Buckets:
-        """As `Dataset.open`, of a folder made by `prepare_buckets`; raises as that, and when `buckets.json` is invalid."""
-        buckets = cls(Path(path), [Dataset.open(Path(path, name)) for name in read_names(Path(path))])
-        buckets.text_encoder = text_encoder
-        if verify:
-            buckets.verify()
-        return buckets
-
     def __reduce__(self) -> tuple[Any, ...]:
         return partial(open_data, text_encoder=self.text_encoder), (self.origin,)
 
@@ -79,9 +63,11 @@ class Buckets(Dataset):
         for bucket in self.buckets:
             bucket.fetch(progress=progress)
 
-    def rehearsed(self) -> Dataset:
-        """As `Dataset.rehearsed`, of every bucket."""
-        buckets = Buckets(self.path, [bucket.rehearsed() for bucket in self.buckets])  # all of them fit into the cache
+    def dry_run_data(self) -> Dataset:
+        """As `Dataset.dry_run_data`, of every bucket."""
+        buckets = Buckets(
+            self.path, [bucket.dry_run_data() for bucket in self.buckets]
+        )  # all of them fit into the cache
         buckets.origin, buckets.text_encoder = self.origin, self.text_encoder
         return buckets
 
@@ -165,10 +151,20 @@ def open_data(
 ) -> Dataset:
     """Open a folder made by `prepare` or by `prepare_buckets`, here or at a URL, whose shards are then fetched into `cache`.
 
-    Raises ValueError as `Dataset.open` and `Buckets.open`.
+    Raises ValueError as `Dataset.open` and `open_buckets`.
     """
-    kind = Buckets if not is_url(path) and Path(path, BUCKETS).is_file() else Dataset
-    return kind.open(path, verify=verify, text_encoder=text_encoder, cache=cache)
+    if is_url(path) or not Path(path, BUCKETS).is_file():
+        return Dataset.open(path, verify=verify, text_encoder=text_encoder, cache=cache)
+    buckets = open_buckets(Path(path))
+    buckets.text_encoder = text_encoder
+    if verify:
+        buckets.verify()
+    return buckets
+
+
+def open_buckets(path: Path) -> Buckets:
+    """The buckets in a folder made by `prepare_buckets`. ValueError as `Dataset.open`, and when `buckets.json` is invalid."""
+    return Buckets(path, [Dataset.open(path / name) for name in read_names(path)])
 
 
 def open_of_one_shape(path: str | Path, *, text_encoder: str | None = None) -> Dataset:

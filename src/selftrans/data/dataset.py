@@ -6,7 +6,7 @@ L tokens of a caption and E width of those.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
@@ -18,10 +18,10 @@ from torch import Tensor
 
 from selftrans.data.manifest import Features, Manifest, Shard
 from selftrans.data.manifest_text import CAPTION, COUNT, IDS, NULL
-from selftrans.data.present import present_classes
-from selftrans.data.remote import is_url
-from selftrans.data.shard_cache import CacheOptions
 from selftrans.data.shard_file import REMEDY, numpy_dtype, open_tensors
+from selftrans.data.sources.source import present_classes
+from selftrans.data.streaming.remote import is_url
+from selftrans.data.streaming.shard_cache import CacheOptions
 from selftrans.encoders.text import TextEncoder, encoder_of
 from selftrans.storage import sha256_file
 from selftrans.types import MASK, TEXT, Cond
@@ -44,14 +44,14 @@ class Dataset:
         self,
         path: Path,
         manifest: Manifest,
-        tensors: dict[str, Sequence[np.ndarray]],
+        tensors: dict[str, Any],
         labels: np.ndarray,
         counts: np.ndarray | None = None,
     ) -> None:
         self.path, self.manifest, self.labels = path, manifest, labels  #: labels (len,) int64
         self.origin = str(path)  #: where the data came from: the folder, or a URL
         self.counts = counts  #: (len,) captions of each row; None for data without captions
-        self._tensors = tensors  # name -> one array (count, *row shape) per shard
+        self._tensors = tensors  # name -> arrays (count, *row shape), by the number of their shard
         self._starts = np.cumsum([0] + [shard.count for shard in manifest.shards])[:-1]
         self.text_encoder: str | None = None  #: where the encoder of stored ids lies, if not where it was
         self._encoder: TextEncoder | None = None  # of ids; loaded when it is needed
@@ -73,7 +73,7 @@ class Dataset:
         tensors, when its sha256 differs (`verify`), or when a label is out of range.
         """
         if is_url(path):
-            from selftrans.data.streamed import open_streamed  # which is made of this class
+            from selftrans.data.streaming.streamed import open_streamed  # which is made of this class
 
             return open_streamed(str(path), verify=verify, text_encoder=text_encoder, cache=cache)
         path = Path(path)
@@ -124,13 +124,13 @@ class Dataset:
         # a worker process opens the files itself: the mapped arrays must not be pickled
         return partial(Dataset.open, text_encoder=self.text_encoder), (self.path,)
 
-    def expect(self, now: Collection[int], then: Collection[int]) -> None:
-        """Say which shards are read from now on, and which after them; data on this machine need no notice."""
+    def prefetch(self, now: Collection[int], then: Collection[int]) -> None:
+        """Fetch the shards `now`, which are read from now on, then those of `then`; nothing to do for data on this machine."""
 
     def fetch(self, *, progress: bool = True) -> None:
         """Bring every shard to this machine, where it is not yet."""
 
-    def rehearsed(self) -> Dataset:
+    def dry_run_data(self) -> Dataset:
         """Data of the same size and kind, on this machine, that training can be tried and timed with."""
         return self
 
@@ -139,7 +139,7 @@ class Dataset:
         return np.random.default_rng(0).permutation(len(self))[:most]
 
     @property
-    def scattered(self) -> Dataset:
+    def random_access(self) -> Dataset:
         """The same rows, read in a way that is fast for a few of them, far apart."""
         return self
 
@@ -236,7 +236,7 @@ class Dataset:
             return {}
         found, rows = dict[str, int](), self.some_rows(16 * PROMPTS)  # enough, if many captions are the same
         for some in np.split(rows, [PROMPTS << k for k in range(4)]):  # no more than needed: at a URL each is a request
-            for row, of_row in zip(some.tolist(), self.scattered.captions(some), strict=True):
+            for row, of_row in zip(some.tolist(), self.random_access.captions(some), strict=True):
                 found.setdefault(of_row[0], row)
             if len(found) >= PROMPTS:
                 break
@@ -323,7 +323,7 @@ class Dataset:
         shard, manifest = self.manifest.shards[k], self.manifest
         file = manifest.features.files[k].name if manifest.features and name == "features" else shard.file
         raise ValueError(
-            f"shard {self.origin}/{file} holds NaN or infinite {name} for {manifest.unit.removesuffix('s')} {row} "
+            f"shard {self.origin}/{file} holds NaN or infinite {name} for {manifest.noun} {row} "
             f"(row {row - self._starts[k]} of the shard); delete the file and {REMEDY}"
         )
 

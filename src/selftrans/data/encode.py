@@ -19,10 +19,10 @@ from selftrans.data.dataset import NUMBERS
 from selftrans.data.encode_captions import CaptionEncoder
 from selftrans.data.manifest import VERSION, Manifest, Shard, conditions_of
 from selftrans.data.record import Option
+from selftrans.data.resolution import sides, size_text
 from selftrans.data.shard_file import write_shard
 from selftrans.data.shard_plan import Decoded, ShardPlan
 from selftrans.data.sources.clips import Clips
-from selftrans.data.sources.decode import sides, size_text
 from selftrans.data.sources.npz import NpzValues
 from selftrans.data.sources.source import Source
 from selftrans.encoders.autoencoder import Autoencoder, from_uint8

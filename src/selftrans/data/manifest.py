@@ -26,8 +26,8 @@ from selftrans.data.record import (
     parse_json,
     read_text,
 )
+from selftrans.data.resolution import Resolution, size_text
 from selftrans.data.shard_file import Layout, row_bytes
-from selftrans.data.sources.decode import Resolution, size_text
 from selftrans.encoders.identity import identity, identity_kind
 from selftrans.encoders.latent_space import LatentSpace
 from selftrans.storage import listed, plural, printable
@@ -245,7 +245,8 @@ class Manifest:
             if (captions := record.data.get("text")) is not None
             else None,
         )
-        _check_agreement(manifest)
+        for fault in _contradictions(manifest):
+            raise ValueError(f"{FILE}: {fault}; {REMEDY}")
         return manifest
 
     @classmethod
@@ -301,13 +302,8 @@ def _resolution(value: object) -> object:
     return None if value is None else as_integer(value, 1, 1 << 16)
 
 
-def _check_agreement(manifest: Manifest) -> None:
-    """Raise ValueError when fields contradict each other."""
-    for fault in _contradictions(manifest):
-        raise ValueError(f"{FILE}: {fault}; {REMEDY}")
-
-
 def _contradictions(manifest: Manifest) -> Iterator[str]:
+    """Fields that contradict each other, one sentence for each."""
     space, conditions, features = manifest.latent_space, manifest.conditions, manifest.features
     total, indices = sum(shard.count for shard in manifest.shards), [shard.index for shard in manifest.shards]
     if total != manifest.count:

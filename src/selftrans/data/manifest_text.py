@@ -67,7 +67,7 @@ class Text:
         record = Record(data, where)
         record.only(field.name for field in fields(cls))
         return cls(
-            stored=record.take("stored", lambda x: _one_of(x, STORES)),
+            stored=record.one_of("stored", STORES),
             dtype=record.one_of("dtype", TEXT_DTYPES),
             captions=record.integer("captions", 1, MAX_CAPTIONS),
             bytes=record.integer("bytes", 1, MAX_CAPTION_BYTES),
@@ -78,7 +78,7 @@ class Text:
 def parse_conditions(record: Record) -> Conditions:
     """The conditions of data. Raises ValueError naming the field that is wrong."""
     record.only(field.name for field in fields(Conditions))
-    kind = record.take("kind", lambda x: _one_of(x, ("none", "labels", "text")))
+    kind = record.one_of("kind", ("none", "labels", "text"))
     if kind != "text":
         return Conditions(kind, record.integer("num_classes", 0))
     return Conditions(
@@ -88,9 +88,3 @@ def parse_conditions(record: Record) -> Conditions:
         encoder=record.text("encoder"),
         sha256=record.sha256("sha256"),
     )
-
-
-def _one_of(value: object, choices: tuple[str, ...]) -> object:
-    if value not in choices:
-        raise ValueError(f"one of {', '.join(choices)}")
-    return value

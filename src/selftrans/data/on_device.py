@@ -50,9 +50,9 @@ class OnDevice(Dataset):
         return self._dataset.some_rows(most)
 
     @property
-    def scattered(self) -> Dataset:
+    def random_access(self) -> Dataset:
         """As that of the data that are read: captions are not on the device."""
-        return self._dataset.scattered
+        return self._dataset.random_access
 
     def open_features(self) -> Features:
         """As `Dataset.open_features`; the data that are read know where they lie."""

@@ -19,17 +19,19 @@ from selftrans.data.encode import ShardEncoder
 from selftrans.data.encode_captions import CaptionEncoder, TextOptions, check_disk, sizes
 from selftrans.data.manifest import DTYPES, Manifest, Shard
 from selftrans.data.record import Option
-from selftrans.data.reports import check_faults, report_ignored, say, warn_of_noticed
+from selftrans.data.reports import check_faults, report_source, say, warn_after_reading
+from selftrans.data.resolution import Resolution, size_text
 from selftrans.data.shard_plan import Decoded
 from selftrans.data.source_samples import source_samples
 from selftrans.data.sources.clips import Clips, MediaOptions
-from selftrans.data.sources.copies import Copies
-from selftrans.data.sources.decode import STANDARD, Reading, Resolution, none_readable, size_text
+from selftrans.data.sources.decode import STANDARD, Reading, none_readable
+from selftrans.data.sources.duplicates import DuplicateFinder
 from selftrans.data.sources.source import Samples, Source, ahead
-from selftrans.data.standardise import plain, recorded, standardised
-from selftrans.encoders.autoencoder import Autoencoder, autoencoder_name, load_autoencoder
+from selftrans.data.standardise import standardise_option, standardised, without_statistics
+from selftrans.device import default_device
+from selftrans.encoders.autoencoder import Autoencoder, autoencoder_name, has_network, load_autoencoder
 from selftrans.encoders.identity import identity_kind
-from selftrans.encoders.media import Video, is_media
+from selftrans.encoders.media import Video
 from selftrans.encoders.text import load_text_encoder
 from selftrans.precision import PRECISIONS, dtype_name
 from selftrans.storage import are, plural, printable
@@ -74,7 +76,7 @@ def prepare(
         resolution: side, or (height, width), to crop and resize to; None keeps the size. square: refuse others.
         flip: store the moments of the mirrored pictures as a second copy.
         dtype: of the stored moments; None: float16, or float32 for values. `precision` is that of the network.
-        standardise: latents have zero mean and unit variance per channel (see `recorded`); None: those of pixels.
+        standardise: latents have zero mean and unit variance per channel (see `standardise_option`); None: those of pixels.
         skip_bad: skip unreadable samples and list them in the manifest, instead of stopping at the first.
         split: of a hub data set (None: train) or a folder (None: all). label_column: of tables. reading: see `Reading`.
         text: a text encoder (see `load_text_encoder`), or more options: store captions, which `open_source` describes.
@@ -92,10 +94,10 @@ def prepare(
     options = _options(samples, autoencoder, resolution, text, media, reading)
     options |= {"flip": flip, "split": split or "train", "label_column": label_column}
     options |= {"shard_size": shard_size, "dtype": dtype, "precision": precision}
-    options |= recorded(standardise, autoencoder, earlier.plan if earlier else None, media=of_media)
+    options |= standardise_option(standardise, autoencoder, earlier.plan if earlier else None, media=of_media)
     if earlier and _finished(earlier, options, samples, out, progress):
         return Manifest.load(out)
-    report_ignored(None if pictures else samples, progress, flip=flip)
+    report_source(None if pictures else samples, progress, flip=flip)
     check_faults(samples, source, skip_bad)
     captions = _load_text(samples, text, device, precision, progress) if text else None
     name = samples.normalised().name if isinstance(samples, Clips) else autoencoder
@@ -164,7 +166,7 @@ def _load_text(
     """The text encoder, ready for these samples. Says how many captions there are, and what they take on disk."""
     assert samples.captions is not None, "opened with captions"
     encoder = load_text_encoder(
-        options.encoder, options.tokens, device=_device(device), dtype=NETWORK_DTYPES[precision]
+        options.encoder, options.tokens, device=device or default_device(), dtype=NETWORK_DTYPES[precision]
     )
     text = CaptionEncoder.of(encoder, samples.captions, options)
     say(sizes(text, sum(map(len, samples.captions)) - sum(map(len, text.captions))), progress)
@@ -196,16 +198,12 @@ def _remove_damaged(out: Path, progress: bool) -> list[str]:
 
 def load(name: str, device: str | torch.device | None, precision: str) -> tuple[torch.device, Autoencoder]:
     """The device (None: a GPU if there is one) and the autoencoder on it."""
-    if identity_kind(name) or is_media(name):
+    if not has_network(name):
         if precision != "float32":
             warnings.warn(f"precision {precision} is ignored: {name} needs no network", stacklevel=3)
         return torch.device("cpu"), load_autoencoder(name)
-    chosen = _device(device)
+    chosen = torch.device(device or default_device())
     return chosen, load_autoencoder(name, device=chosen, dtype=NETWORK_DTYPES[precision])
-
-
-def _device(device: str | torch.device | None) -> torch.device:
-    return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 def _run(
@@ -213,7 +211,7 @@ def _run(
 ) -> Manifest:
     """Make the missing shards of a part; then write the manifest, if the shards of all other parts are finished.
 
-    `warn` of what was noticed while they were decoded; else that is kept in the source.
+    `warn` of what was found while they were decoded; else the source keeps its warnings.
     """
     from tqdm import tqdm
 
@@ -233,11 +231,11 @@ def _run(
         initial = sum(encoder.asked(shard) for shard in mine if shard in done)
         total = sum(encoder.asked(shard) for shard in mine)
         bar = tqdm(total=total, initial=initial, unit=f" {plan.unit}", disable=not progress)
-        copies = Copies(len(encoder.source), partial=len(missing) < len(encoder.shards()))
+        duplicates = DuplicateFinder(len(encoder.source), partial=len(missing) < len(encoder.shards()))
 
         def decode(batch: range) -> Decoded:
             read = encoder.decode(batch)
-            copies.add(read.good, read.arrays)
+            duplicates.add(read.good, read.arrays)
             return read
 
         batches = (batch for shard in missing for batch in encoder.batches(shard))
@@ -246,7 +244,7 @@ def _run(
                 resumable.record(out, encoder.write(plan, out, shard, decoded, bar.update))
         with resumable.changing(out, part):
             made = _finish(encoder, plan, out, progress)
-        warn_of_noticed(encoder.source, made, copies, now=warn)
+        warn_after_reading(encoder.source, made, duplicates, now=warn)
         return made
 
 
@@ -258,7 +256,7 @@ def _valid(encoder: ShardEncoder, plan: Manifest, out: Path) -> tuple[Manifest, 
     earlier = resumable.earlier(out)
     if earlier is None:
         return plan, {}
-    resumable.check_plan(plain(earlier.plan), plan, out)
+    resumable.check_plan(without_statistics(earlier.plan), plan, out)
     shards = encoder.shards()
     valid = {s.index: s for s in earlier.shards if s.index in shards and s.asked == encoder.asked(s.index)}
     return replace(plan, features=earlier.plan.features, text=earlier.plan.text), valid

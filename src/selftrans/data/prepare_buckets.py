@@ -14,22 +14,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from selftrans.data.buckets import Buckets, write_names
+from selftrans.data.buckets import open_buckets, write_names
 from selftrans.data.encode_captions import TextOptions
 from selftrans.data.manifest import BUCKETS, FILE
 from selftrans.data.prepare import NoneReadable, load, prepare
-from selftrans.data.reports import check_faults, report_ignored, say
+from selftrans.data.reports import check_faults, report_source, say
+from selftrans.data.resolution import Resolution, resolution_of, size_text
 from selftrans.data.resumable import LOCK
 from selftrans.data.sources.clip_files import kind_of
-from selftrans.data.sources.decode import (
-    STANDARD,
-    Reading,
-    Resolution,
-    none_readable,
-    resolution_of,
-    size_text,
-    upright_size,
-)
+from selftrans.data.sources.decode import STANDARD, Reading, none_readable, upright_size
 from selftrans.data.sources.open_source import MAX_RESOLUTION, open_source
 from selftrans.data.sources.source import Source, ahead
 from selftrans.data.standardise import share_statistics
@@ -75,7 +68,7 @@ def prepare_buckets(
     opened = open_source(source, resolution=resolution, captions=text.source if text else None, **chosen_as)
     if opened.in_order:
         raise ValueError("buckets need the size of every picture before the first is encoded; leave out --streaming")
-    report_ignored(opened, progress, flip=bool(options.get("flip")))
+    report_source(opened, progress, flip=bool(options.get("flip")))
     check_faults(opened, source, skip_bad)
     _check_folder(out, sizes)
     bucket_of, made = assigned(opened, sizes, progress), []
@@ -91,7 +84,7 @@ def prepare_buckets(
             made.append(name)
         except NoneReadable as error:
             say(f"{name} is left out: {error}", progress)
-    opened.noticed.warn()
+    opened.read_warnings.emit()
     if not made:
         raise ValueError(none_readable(len(opened), "picture", source))
     if not all((out / name / FILE).is_file() for name in made):
@@ -100,7 +93,7 @@ def prepare_buckets(
         remove_stale_temporaries(out, BUCKETS)
         share_statistics([out / name for name in made], progress)
         write_names(out, made)
-    return Buckets.open(out).summary()
+    return open_buckets(out).summary()
 
 
 def bucket_sizes(resolution: int, buckets: int, cell: int) -> tuple[Size, ...]:

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable
 from contextlib import closing, suppress
 from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,13 +24,15 @@ from selftrans.data.manifest import FILE, FeatureFile, Features, Manifest, Shard
 from selftrans.data.prepare import NETWORK_DTYPES
 from selftrans.data.record import parse_json, read_text
 from selftrans.data.reports import say
-from selftrans.data.shard_file import KEPT, Layout, is_valid, write_shard
+from selftrans.data.resolution import Resolution, check_square, size_text
+from selftrans.data.shard_file import WRITE_REMEDY, Layout, is_valid, write_shard
 from selftrans.data.shard_plan import Decoded, ShardPlan
 from selftrans.data.sources.captions import CaptionSource
 from selftrans.data.sources.clip_files import kind_of
-from selftrans.data.sources.decode import STANDARD, Reading, Resolution, check_square, size_text
+from selftrans.data.sources.decode import STANDARD, Reading
 from selftrans.data.sources.open_source import open_source
-from selftrans.data.sources.source import Source, ahead
+from selftrans.data.sources.source import ahead
+from selftrans.device import default_device
 from selftrans.encoders.autoencoder import from_uint8
 from selftrans.encoders.pretrained import encoder_name
 from selftrans.encoders.vision import Encoder, load_encoder
@@ -69,24 +72,28 @@ def prepare_features(
     out, mine, earlier = Path(out), resumable.parse_part(part), resumable.earlier(Path(out))
     if earlier is None:
         raise ValueError(f"{out} holds no prepared pictures; run `selftrans prepare` on {source} first")
-    manifest, options = earlier.plan, earlier.plan.options
-    if not isinstance(manifest.resolution, int):
-        raise ValueError(f"{out} holds {_other(manifest)}; a vision encoder cannot read them: omit --features")
-    pictures = _open(source, manifest, captions, split, reading, progress)
-    resumable.check_options(manifest, options | {"fingerprint": pictures.fingerprint}, out)
-    size = _checked_size(options.get("shard_size"), batch_size, grid, precision)
-    wanted = Features(
-        encoder=encoder_name(encoder),
-        sha256="",  # known once the encoder is loaded
-        precision=precision,
-        grid=grid or max(1, manifest.shape[1] // 2),
-        width=0,
-        fingerprint=pictures.fingerprint,
-        files=(),
+    manifest, options = earlier.plan, dict[str, Any](earlier.plan.options)
+    if not isinstance(size := manifest.resolution, int):
+        held = f"pictures of {size_text(size)}, which are not square" if size else "data that are not pictures"
+        raise ValueError(f"{out} holds {held}; a vision encoder cannot read them: omit --features")
+    given = options.get("split")
+    pictures = open_source(  # as they were for their moments
+        source,
+        resolution=size,
+        split=split or (None if given == "train" else given),  # train is recorded where none was given, too
+        label_column=options.get("label_column"),
+        captions=(captions or CaptionSource()) if manifest.text else None,
+        reading=reading,
+        progress=progress,
     )
+    resumable.check_options(manifest, options | {"fingerprint": pictures.fingerprint}, out)
+    shard_size = _checked_size(options.get("shard_size"), batch_size, grid, precision)
+    side = grid or max(1, manifest.shape[1] // 2)
+    # hash and width are known once the encoder is loaded
+    wanted = Features(encoder_name(encoder), "", precision, side, width=0, fingerprint=pictures.fingerprint, files=())
     _stored(wanted, out)  # refuse other features before anything is written
-    chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    return _run(ShardPlan(pictures, batch_size, size, skip_bad=True), wanted, out, mine, chosen, progress)
+    plan = ShardPlan(pictures, batch_size, shard_size, skip_bad=True)
+    return _run(plan, wanted, out, mine, torch.device(device or default_device()), progress)
 
 
 def check_before(
@@ -126,40 +133,6 @@ def _checked_size(size: object, batch_size: int, grid: int | None, precision: st
     return size
 
 
-def _other(manifest: Manifest) -> str:
-    """The data of a folder without square pictures, for messages."""
-    if manifest.resolution is None:
-        return "data that are not pictures"
-    return f"pictures of {size_text(manifest.resolution)}, which are not square"
-
-
-def _open(
-    source: str | Path,
-    manifest: Manifest,
-    captions: CaptionSource | None,
-    split: str | None,
-    reading: Reading,
-    progress: bool,
-) -> Source:
-    """The pictures, opened as they were for their moments."""
-    label_column = manifest.options.get("label_column")
-    return open_source(
-        source,
-        resolution=manifest.resolution,
-        split=split or _recorded_split(manifest),
-        label_column=None if label_column is None else str(label_column),
-        captions=(captions or CaptionSource()) if manifest.text else None,
-        reading=reading,
-        progress=progress,
-    )
-
-
-def _recorded_split(manifest: Manifest) -> str | None:
-    """The split with which a folder was prepared; train is also recorded where none was given."""
-    split = manifest.options.get("split")
-    return None if split in (None, "train") else str(split)
-
-
 def _run(
     plan: ShardPlan, wanted: Features, out: Path, part: resumable.Part, device: torch.device, progress: bool
 ) -> Features:
@@ -173,7 +146,12 @@ def _run(
             if manifest.features and len(stored) == len(plan.shards()):
                 say(f"the features in {out} are complete already", progress)
                 return manifest.features
-            _begin(manifest, stored, out)
+            for (
+                features
+            ) in stored.values():  # records: the manifest lists features once those of all shards are finished
+                _record(out, features)
+            if manifest.features:
+                resumable.set_features(out, None)
         missing = [shard for shard in mine if shard not in stored]
         for shard in missing:
             if shard not in shards:
@@ -188,17 +166,11 @@ def _run(
         batches = (batch for shard in missing for batch in plan.batches(shard))
         with bar, closing(ahead(plan.decode, batches, threads=plan.threads)) as decoded:
             for shard in missing:
-                of_shard = _counted(islice(decoded, len(plan.batches(shard))), bar)
-                file = _write(model, device, plan, wanted.layout(manifest), shards[shard], out, of_shard)
+                layout, batches_of = wanted.layout(manifest), islice(decoded, len(plan.batches(shard)))
+                file = _write(model, device, plan, layout, shards[shard], out, batches_of, bar.update)
                 _record(out, replace(wanted, files=(file,)))
         with resumable.changing(out, part):
             return _finish(plan, wanted, out, progress)
-
-
-def _counted(batches: Iterable[Decoded], bar: object) -> Iterator[Decoded]:
-    for batch in batches:
-        yield batch
-        bar.update(batch.asked)  # type: ignore[attr-defined]
 
 
 def _stored(wanted: Features, out: Path) -> tuple[Manifest, dict[int, Shard], dict[int, Features]]:
@@ -235,17 +207,9 @@ def _check_same(stored: dict[int, Features], wanted: Features, out: Path) -> Non
                 )
 
 
-def _begin(manifest: Manifest, stored: dict[int, Features], out: Path) -> None:
-    """Write one record per valid file: the manifest lists features only when those of all shards are finished."""
-    for features in stored.values():
-        _record(out, features)
-    if manifest.features:
-        resumable.set_features(out, None)
-
-
 def _record(out: Path, features: Features) -> None:
     """Record that the features of one shard are finished."""
-    write_text(out / f"features-{features.files[0].index:05d}.json", json.dumps(asdict(features)), remedy=KEPT)
+    write_text(out / f"features-{features.files[0].index:05d}.json", json.dumps(asdict(features)), remedy=WRITE_REMEDY)
 
 
 def _write(
@@ -256,6 +220,7 @@ def _write(
     shard: Shard,
     out: Path,
     decoded: Iterable[Decoded],
+    advance: Callable[[int], object],
 ) -> FeatureFile:
     """Encode and write one shard's features. ValueError unless the readable pictures are those of its moments."""
     (copies, *_) = layout["features"][1]
@@ -267,6 +232,7 @@ def _write(
                     raise ValueError(f"{printable(name)} was readable when its moments were made: {reason}; restore it")
             if batch.good:
                 rows.write({"features": _encode(model, device, plan, batch, copies)})
+            advance(batch.asked)
         if rows.count != shard.count:
             raise ValueError(
                 f"{rows.count} pictures of shard {shard.index} can be read, where {out} holds {shard.count} of it"

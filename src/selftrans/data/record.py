@@ -90,7 +90,7 @@ class Record:
     def boolean(self, name: str) -> bool:
         return self.take(name, lambda x: _is(x, bool, "true or false"))
 
-    def one_of(self, name: str, choices: Iterable[str]) -> str:
+    def one_of(self, name: str, choices: Iterable[str]) -> Any:
         return self.take(name, lambda x: _matches(x, "|".join(choices), f"one of {', '.join(choices)}"))
 
     def sha256(self, name: str) -> str:

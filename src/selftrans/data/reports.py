@@ -1,4 +1,4 @@
-"""What `prepare` says before it encodes: files that are not read, what may surprise, samples that cannot be used."""
+"""What `prepare` says of a source: files that are not read, warnings, samples that cannot be used."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import numpy as np
 
 from selftrans.data.manifest import Manifest
 from selftrans.data.sources.clips import Clips
-from selftrans.data.sources.copies import Copies, copies_in_words
-from selftrans.data.sources.passed_over import in_words
+from selftrans.data.sources.duplicates import DuplicateFinder, describe_duplicates
+from selftrans.data.sources.file_kinds import describe_ignored
 from selftrans.data.sources.source import Samples, Source
-from selftrans.data.sources.surprises import deep_values, sides_in_captions, sides_in_classes, surprises
+from selftrans.data.sources.source_warnings import source_warnings
 from selftrans.storage import listed, plural, printable
 
 
@@ -23,18 +23,16 @@ def say(text: str, progress: bool) -> None:
         print(text, file=sys.stderr)
 
 
-def report_ignored(samples: Samples | None, progress: bool, *, flip: bool = False) -> None:
-    """Say how many files of a source are not read, and why, and warn of what may surprise; None: it was said before.
+def report_source(samples: Samples | None, progress: bool, *, flip: bool = False) -> None:
+    """Say how many files of a source are not read, and why, and give its warnings; None: it was said before.
 
     `flip`: mirrored pictures are stored, too.
     """
     if samples is None:
         return
     if samples.ignored:
-        say(in_words(samples.ignored), progress)
-    warned = [*surprises(samples), *(deep_values(samples) if isinstance(samples, Source) else ())]
-    sides = (*sides_in_captions(samples), *sides_in_classes(samples)) if flip else ()
-    for warning in (*warned, *sides):
+        say(describe_ignored(samples.ignored), progress)
+    for warning in source_warnings(samples, flip=flip):
         warnings.warn(warning, stacklevel=3)
     for remark in samples.remarks if isinstance(samples, Clips) else ():
         say(remark, progress)
@@ -50,20 +48,20 @@ def check_faults(samples: Samples, source: str | Path, skip_bad: bool) -> None:
         )
 
 
-def warn_of_noticed(samples: Samples, manifest: Manifest, copies: Copies, *, now: bool = True) -> None:
-    """Warn of what was noticed while samples were read: metadata that are ignored, animations, copies, classes that were lost.
+def warn_after_reading(samples: Samples, manifest: Manifest, finder: DuplicateFinder, *, now: bool = True) -> None:
+    """Warn of what was found while samples were read: ignored metadata, animations, duplicates, lost classes.
 
-    Unless `now`, what a source keeps is kept, for its `noticed.warn`.
+    Unless `now`, warnings of pictures stay in the source, for its `read_warnings.emit`.
     """
-    found = copies.found(samples.labels, samples.name)
+    found = finder.find(samples.labels, samples.name)
     if isinstance(samples, Source):
-        samples.noticed.copied.append(found)
-    elif said := copies_in_words([found], manifest.noun):
+        samples.read_warnings.duplicates.append(found)
+    elif said := describe_duplicates([found], manifest.noun):
         warnings.warn(said, stacklevel=3)
     if not now:
         return
     if isinstance(samples, Source):
-        samples.noticed.warn()
+        samples.read_warnings.emit()
     skipped = {name for name, _ in manifest.skipped}
     if not skipped or not samples.classes:
         return

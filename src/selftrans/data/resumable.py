@@ -19,7 +19,7 @@ from typing import NamedTuple, TypeAlias
 from selftrans.data.manifest import FILE, Features, Manifest, Shard, parse_shard
 from selftrans.data.manifest_text import NULL
 from selftrans.data.record import Option, parse_json, read_text
-from selftrans.data.shard_file import KEPT, is_valid
+from selftrans.data.shard_file import WRITE_REMEDY, is_valid
 from selftrans.storage import InUse, lock_file, remove_stale_temporaries, sha256_file, write_text
 
 PLAN, LOCK = "plan.json", ".lock"
@@ -173,7 +173,7 @@ def changing(out: Path, part: Part) -> Iterator[None]:
 
 def begin(out: Path, plan: Manifest, shards: Iterable[Shard]) -> None:
     """Put the folder in its unfinished state, with these shards recorded as finished."""
-    write_text(out / PLAN, plan.to_json(), remedy=KEPT)
+    write_text(out / PLAN, plan.to_json(), remedy=WRITE_REMEDY)
     for shard in shards:
         record(out, shard)
     (out / FILE).unlink(missing_ok=True)
@@ -187,14 +187,14 @@ def discard(out: Path) -> None:
 
 def record(out: Path, shard: Shard) -> None:
     """Record that a shard is finished."""
-    write_text(out / f"shard-{shard.index:05d}.json", json.dumps(asdict(shard)), remedy=KEPT)
+    write_text(out / f"shard-{shard.index:05d}.json", json.dumps(asdict(shard)), remedy=WRITE_REMEDY)
 
 
 def finish(out: Path, plan: Manifest, shards: Iterable[Shard]) -> Manifest:
     """Write the manifest, and remove the plan and records that it replaces."""
     ordered = tuple(sorted(shards, key=lambda shard: shard.index))
     manifest = replace(plan, shards=ordered, count=sum(shard.count for shard in ordered))
-    write_text(out / FILE, manifest.to_json(), remedy=KEPT)
+    write_text(out / FILE, manifest.to_json(), remedy=WRITE_REMEDY)
     for path in [*out.glob("shard-*.json"), out / PLAN]:
         path.unlink(missing_ok=True)
     return manifest
@@ -204,4 +204,4 @@ def set_features(out: Path, features: Features | None) -> None:
     """Write `features` into the manifest, or into the plan of an unfinished folder."""
     path = out / (FILE if (out / FILE).is_file() else PLAN)
     manifest = Manifest.from_json(read_text(path))
-    write_text(path, replace(manifest, features=features).to_json(), remedy=KEPT)
+    write_text(path, replace(manifest, features=features).to_json(), remedy=WRITE_REMEDY)

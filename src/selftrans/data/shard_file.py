@@ -29,7 +29,7 @@ VIEWS = {"bfloat16": "int16"}  #: numpy has no such type: arrays hold the same b
 PAGE = 4096  #: bytes
 CHUNK = 1 << 24  #: bytes copied at a time
 REMEDY = "repeat the `selftrans prepare` that made the folder to restore it"
-KEPT = "free disk space or choose another --out, then repeat: finished shards are kept"
+WRITE_REMEDY = "free disk space or choose another --out, then repeat: finished shards are kept"
 
 
 def numpy_dtype(name: str) -> np.dtype:
@@ -147,7 +147,7 @@ def write_shard(path: Path, layout: Layout, most: int) -> Iterator[ShardWriter]:
 
     Raises ValueError when it cannot be written.
     """
-    with atomic_write(path, remedy=KEPT) as file:
+    with atomic_write(path, remedy=WRITE_REMEDY) as file:
         writer = ShardWriter(file, layout, most)
         yield writer
         writer.finish()

@@ -12,8 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from selftrans.data.sources.decode import BadSample
-from selftrans.data.sources.npz import NpzValues
-from selftrans.data.sources.source import Samples, Source
+from selftrans.data.sources.source import Samples
 
 
 class Decoded(NamedTuple):
@@ -52,8 +51,7 @@ class ShardPlan:
     @property
     def threads(self) -> int | None:
         """Threads that read the source: 1 where it must be read in order; None: as many as suit the machine."""
-        source = self.source
-        return 1 if isinstance(source, NpzValues) or (isinstance(source, Source) and source.in_order) else None
+        return 1 if self.source.in_order else None
 
     def decode(self, indices: range) -> Decoded:
         """Read a batch of samples. Raises ValueError for an unreadable one, unless `skip_bad`."""

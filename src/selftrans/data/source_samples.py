@@ -7,9 +7,10 @@ from pathlib import Path
 
 from selftrans.data import resumable
 from selftrans.data.encode_captions import TextOptions
+from selftrans.data.resolution import Resolution, check_square
 from selftrans.data.sources.clip_files import kind_of
 from selftrans.data.sources.clips import MediaOptions, open_clips
-from selftrans.data.sources.decode import Reading, Resolution, check_square
+from selftrans.data.sources.decode import Reading
 from selftrans.data.sources.npz import npz_values
 from selftrans.data.sources.open_source import open_source
 from selftrans.data.sources.source import Samples, Source
@@ -40,8 +41,8 @@ def source_samples(
         media.refuse("audio rate length bins hop frames grey", "--autoencoder values")
         if reading.range is not None:
             raise ValueError("--range does not apply to --autoencoder values; leave it out")
-        for name, given in (("resolution", resolution is not None), ("flip", flip), ("text", text is not None)):
-            if given:
+        for name, value in (("resolution", resolution is not None), ("flip", flip), ("text", text is not None)):
+            if value:
                 raise ValueError(f"--{name} is for pictures; leave it out with --autoencoder values")
         if reading.labels is not None:
             raise ValueError(
@@ -52,9 +53,9 @@ def source_samples(
         return npz_values(Path(source))
     archives = text is None
     of_pictures = {"flip": flip, "autoencoder": autoencoder != "pixel", "text": text, "range": reading.range}
-    for name in (name for name, given in of_pictures.items() if given):
-        if kind_of(Path(source), media.frames, archives=archives) in ("sounds", "videos"):
-            raise ValueError(f"--{name} is for pictures; leave it out for sounds and videos")
+    given = next((name for name, value in of_pictures.items() if value), None)
+    if given and kind_of(Path(source), media.frames, archives=archives) in ("sounds", "videos"):
+        raise ValueError(f"--{given} is for pictures; leave it out for sounds and videos")
     clips = open_clips(source, media, resolution, progress, archives=archives, split=split, reading=reading)
     if clips is not None:
         return clips

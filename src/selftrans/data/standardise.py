@@ -16,9 +16,10 @@ import numpy as np
 
 from selftrans.data.manifest import FILE, Manifest, Shard
 from selftrans.data.record import Option
-from selftrans.data.shard_file import KEPT, open_tensors
+from selftrans.data.shard_file import WRITE_REMEDY, open_tensors
 from selftrans.encoders.identity import identity_kind, standardised_name
 from selftrans.encoders.latent_space import LatentSpace
+from selftrans.encoders.media import rounded
 from selftrans.storage import write_text
 
 CHUNK = 256  #: rows read at a time
@@ -28,7 +29,9 @@ OPTION = "standardise"  #: among the manifest's options
 Part: TypeAlias = tuple[Path, Manifest, Iterable[Shard]]
 
 
-def recorded(asked: bool | None, autoencoder: str, before: Manifest | None, *, media: bool) -> dict[str, Option]:
+def standardise_option(
+    asked: bool | None, autoencoder: str, before: Manifest | None, *, media: bool
+) -> dict[str, Option]:
     """The option of a folder that is standardised, to be recorded; none where it is not, as in older manifests.
 
     Pixels and values can be: with True, not with False. None: as the folder was begun; of a new one, pixels are. The name
@@ -45,7 +48,7 @@ def recorded(asked: bool | None, autoencoder: str, before: Manifest | None, *, m
     return {OPTION: True} if asked else {}
 
 
-def plain(plan: Manifest) -> Manifest:
+def without_statistics(plan: Manifest) -> Manifest:
     """A plan as it was before the statistics were known."""
     kind = identity_kind(plan.autoencoder)
     return replace(plan, autoencoder=kind, latent_space=LatentSpace()) if plan.options.get(OPTION) and kind else plan
@@ -70,7 +73,7 @@ def share_statistics(folders: Sequence[Path], progress: bool) -> None:
         return
     space = statistics([(each, m, m.shards) for each, m in zip(folders, manifests, strict=True)], progress)
     for folder, manifest in zip(folders, manifests, strict=True):
-        write_text(folder / FILE, with_statistics(manifest, space).to_json(), remedy=KEPT)
+        write_text(folder / FILE, with_statistics(manifest, space).to_json(), remedy=WRITE_REMEDY)
 
 
 def statistics(parts: Sequence[Part], progress: bool) -> LatentSpace:
@@ -91,12 +94,8 @@ def statistics(parts: Sequence[Part], progress: bool) -> LatentSpace:
     mean = total / max(1, count)
     deviation = np.sqrt(np.maximum(0.0, squares / max(1, count) - mean**2))
     scale = np.where(deviation > CONSTANT, 1 / np.maximum(deviation, CONSTANT), 1.0)
-    return LatentSpace(_six_digits(origin + mean), _six_digits(scale))
-
-
-def _six_digits(values: np.ndarray) -> tuple[float, ...]:
-    """Rounded, so that names stay short and sums that differ in the last bits give the same."""
-    return tuple(float(f"{x:.6g}") for x in values)
+    # rounded, also so that sums that differ in the last bits give the same
+    return LatentSpace(tuple(map(rounded, origin + mean)), tuple(map(rounded, scale)))
 
 
 def _rows(parts: Sequence[Part], progress: bool) -> Iterator[np.ndarray]:

@@ -19,6 +19,8 @@ from torch import Tensor, nn
 
 from selftrans.encoders.identity import identity, identity_kind
 from selftrans.encoders.latent_space import LatentSpace, Moments
+from selftrans.encoders.media import is_media, parse_media
+from selftrans.encoders.pretrained import encoder_name
 from selftrans.storage import first_line
 
 MOST_PIXELS = 64 * 256**2  #: that a GPU decodes at a time; 256 channels of them take 2.1 GB in bfloat16
@@ -144,7 +146,12 @@ DIFFUSERS_CLASSES = ("AutoencoderKL", "AutoencoderTiny")
 
 def autoencoder_name(name: str) -> str:
     """The name to store: a local folder by its absolute path, so that it is found from any working directory."""
-    return name if identity_kind(name) or not Path(name).is_dir() else str(Path(name).resolve())
+    return encoder_name(name) if has_network(name) else name
+
+
+def has_network(name: str) -> bool:
+    """Whether an autoencoder is a VAE: neither pixels or values as they are, nor sound or video."""
+    return not identity_kind(name) and not is_media(name)
 
 
 def load_autoencoder(
@@ -160,8 +167,6 @@ def load_autoencoder(
     """
     if identity_kind(name):
         return identity(name)
-    from selftrans.encoders.media import is_media, parse_media
-
     if is_media(name):
         return parse_media(name)
     folder, subfolder = _locate(name)
@@ -207,9 +212,7 @@ def _latents(model: Autoencoder) -> str:
 
 def _without_weights(name: str) -> Autoencoder:
     """An autoencoder whose network has no weights, for its shapes and its latent space."""
-    from selftrans.encoders.media import is_media
-
-    if identity_kind(name) or is_media(name):
+    if not has_network(name):
         return load_autoencoder(name)
     kind, config = _class_and_config(name, *_locate(name))
     with torch.device("meta"):
@@ -222,9 +225,7 @@ def stored_files(name: str) -> list[Path]:
 
     Nothing is fetched. None for an autoencoder without weights, and for one that is not on this machine.
     """
-    from selftrans.encoders.media import is_media
-
-    if identity_kind(name) or is_media(name):
+    if not has_network(name):
         return []
     try:
         folder, subfolder = _locate(name)

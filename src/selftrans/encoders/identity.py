@@ -16,46 +16,24 @@ from selftrans.encoders.latent_space import LatentSpace, Moments
 from selftrans.storage import printable
 
 MOST = 4096  #: channels in a name
+KINDS = ("pixel", "values")  #: pictures, and values of any range that are not pictures
 
 
-class _Identity:
-    """Moments are the values; latents are (values - shift) * scale."""
+class IdentityAutoencoder:
+    """Moments are the values; latents are (values - shift) * scale. `kind` is one of KINDS; pixels are clamped to [-1, 1]."""
 
-    kind: str
-    pictures: bool
     channels, downsample = 0, 1
 
-    def __init__(self, latent_space: LatentSpace | None = None) -> None:
-        self.latent_space = latent_space or LatentSpace()
-        plain = self.latent_space == LatentSpace()
-        self.name = self.kind if plain else standardised_name(self.kind, self.latent_space)
+    def __init__(self, kind: str, latent_space: LatentSpace = LatentSpace()) -> None:  # noqa: B008 - frozen
+        self.pictures, self.latent_space = kind == "pixel", latent_space
+        self.name = kind if latent_space == LatentSpace() else standardised_name(kind, latent_space)
 
     def encode(self, pixels: Tensor) -> Moments:
         return Moments(pixels.float(), None)
 
-
-class PixelAutoencoder(_Identity):
-    """The identity: the model is trained on pixels."""
-
-    kind, pictures = "pixel", True
-
     def decode(self, latents: Tensor) -> Tensor:
-        return self.latent_space.unscale(latents).clamp(-1, 1)
-
-
-class ValuesAutoencoder(_Identity):
-    """The identity for data that are not pictures: values (N, C, *S) of any range, never clamped."""
-
-    kind, pictures = "values", False
-
-    def decode(self, latents: Tensor) -> Tensor:
-        return self.latent_space.unscale(latents)
-
-
-KINDS: dict[str, type[PixelAutoencoder] | type[ValuesAutoencoder]] = {
-    "pixel": PixelAutoencoder,
-    "values": ValuesAutoencoder,
-}
+        values = self.latent_space.unscale(latents)
+        return values.clamp(-1, 1) if self.pictures else values
 
 
 def identity_kind(name: str) -> str | None:
@@ -69,11 +47,11 @@ def standardised_name(kind: str, space: LatentSpace) -> str:
     return f"{kind}(shift={_text(space.shift)},scale={_text(space.scale)})"
 
 
-def identity(name: str) -> PixelAutoencoder | ValuesAutoencoder:
+def identity(name: str) -> IdentityAutoencoder:
     """The autoencoder of a name for which `identity_kind` is not None. ValueError for numbers that cannot be read."""
     kind, bracket, text = name.removesuffix(")").partition("(")
     if not bracket:
-        return KINDS[kind]()
+        return IdentityAutoencoder(kind)
     try:
         found = re.fullmatch(r"shift=([^,]*),scale=([^,]*)", text)
         if found is None:
@@ -85,7 +63,7 @@ def identity(name: str) -> PixelAutoencoder | ValuesAutoencoder:
             raise ValueError("shifts should be finite, scales above zero")
     except ValueError as error:
         raise ValueError(f"autoencoder {printable(name, 200)!r} cannot be read ({error})") from None
-    return KINDS[kind](LatentSpace(shift, scale))
+    return IdentityAutoencoder(kind, LatentSpace(shift, scale))
 
 
 def scales_differ(one: str, other: str, tolerance: float = 0.05) -> bool:

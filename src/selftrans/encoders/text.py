@@ -112,9 +112,13 @@ def load_text_encoder(
     Raises ValueError when it does not exist, has no safetensors, lacks weights or a tokeniser, has a decoder, or takes
     fewer than `tokens`.
     """
+    import transformers
+
     folder = _built_in() if name == BUILT_IN else name
     kind, own = _configuration(folder, name)
-    model, absent = load_model(_loader(kind), folder, name, "a text encoder", UNUSED)
+    model, absent = load_model(
+        getattr(transformers, CLASSES.get(kind, "AutoModel")), folder, name, "a text encoder", UNUSED
+    )
     tokenizer, files = _tokenizer(str(tokenizer_folder(Path(folder))), name)
     embeddings = model.get_input_embeddings().num_embeddings
     if len(tokenizer) < 2 or max(tokenizer.get_vocab().values()) >= embeddings:
@@ -190,12 +194,6 @@ def _configuration(folder: str, name: str) -> tuple[str, int]:
     if whole.is_encoder_decoder and whole.model_type not in CLASSES:
         raise ValueError(f"encoder {name!r} is a {whole.model_type} with a decoder; give a text encoder")
     return str(whole.model_type), int(own)
-
-
-def _loader(kind: str) -> Any:
-    import transformers
-
-    return getattr(transformers, CLASSES.get(kind, "AutoModel"))
 
 
 def tokenizer_folder(folder: Path) -> Path:

@@ -20,7 +20,7 @@ from selftrans.checkpoints.load import FILES, REPORT, load_model
 from selftrans.config import RunConfig, SampleConfig
 from selftrans.data.dataset import Dataset, Manifest
 from selftrans.data.decoded import data_latents
-from selftrans.data.sources.decode import sides
+from selftrans.data.resolution import sides
 from selftrans.device import default_device
 from selftrans.encoders.identity import identity_kind
 from selftrans.evaluate.extractors import Extractor, FeaturesNotFinite, load_extractor

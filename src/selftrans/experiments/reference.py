@@ -23,7 +23,6 @@ from selftrans.checkpoints.load import LoadedModel
 from selftrans.data.buckets import is_prepared, open_data, open_of_one_shape
 from selftrans.data.dataset import Dataset
 from selftrans.data.decoded import decoded_images
-from selftrans.data.sources.npz import npz_arrays
 from selftrans.data.sources.open_source import iter_images
 from selftrans.device import default_device
 from selftrans.encoders.autoencoder import stored_files
@@ -117,8 +116,7 @@ def open_images(path: Path) -> Iterator[np.ndarray]:
     """Images of a folder, zip or npz, or of prepared data, in batches. Raises ValueError for anything else."""
     if is_prepared(path):
         return decoded_images(open_data(path))
-    arrays = npz_arrays(path) if path.suffix.lower() == ".npz" else None
-    return iter_images(path) if arrays is None else arrays
+    return iter_images(path)
 
 
 def described(reference: str | Path) -> str:

@@ -69,9 +69,12 @@ def export_run(
 
 
 def check_out(out: Path, names: set[str], what: str) -> None:
-    """ValueError unless `out` is free, or holds one of these files, as an earlier export does; `what` is its name."""
+    """ValueError unless `out` is free, or holds one of these files, as an earlier export does; `what` is its name.
+
+    Without `names`, only an empty folder is free.
+    """
     if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not any((out / n).is_file() for n in names))):
-        raise ValueError(f"{out} exists and is not {what}; choose another --out")
+        raise ValueError(f"{out} exists and is not {what}; choose another --out, or remove it")
 
 
 def _export_pipeline(file: Path, out: Path) -> Path:

@@ -17,14 +17,14 @@ from selftrans.checkpoints import format as checkpoint
 from selftrans.checkpoints.load import IMPORTED, header
 from selftrans.config import RunConfig, settings_of, to_json
 from selftrans.encoders.autoencoder import autoencoder_name
+from selftrans.interop.exporting import check_out
 from selftrans.interop.published_file import MOST, read
-from selftrans.interop.published_optimizer import adamw_moments
 from selftrans.methods.registry import BASELINE, METHODS, put_together, stages
 from selftrans.methods.spec import PublishedHeads
 from selftrans.models.registry import REGISTRY as MODELS
 from selftrans.models.spec import Named, Published, PublishedFile, check_shapes
 from selftrans.recipes import recipe
-from selftrans.storage import FREE_SPACE, atomic_directory, listed, plural, sha256_file, write_json
+from selftrans.storage import FREE_SPACE, atomic_directory, first_line, listed, plural, sha256_file, write_json
 from selftrans.suggest import nearest
 
 #: channels of the latents -> default autoencoder: the usual one for 4, `pixel` for 1 and 3
@@ -117,8 +117,7 @@ def _occupied(out: Path, source: dict[str, Any]) -> bool:
                 return True
         except ValueError:
             pass
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{out} exists and is not empty; choose another --out, or remove it")
+    check_out(out, set(), "empty")
     return False
 
 
@@ -160,7 +159,7 @@ def _tensors(
     if file.optimizer is not None:
         absent_ok = lambda key: model.is_fixed(key) or model.is_head(key)  # noqa: E731
         parameters = {k: t for k, t in file.named.items() if "raw" in file.weights and not model.is_buffer(k)}
-        moments, reason = adamw_moments(file.optimizer, parameters, absent_ok)
+        moments, reason = _adamw_moments(file.optimizer, parameters, absent_ok)
         notes += [f"the optimiser starts from zero: {reason}"] if reason else []
         for moment, state in moments.items():
             for key, value in _converted(state, model, guided, moment).items():
@@ -168,6 +167,32 @@ def _tensors(
     else:
         notes.append("the optimiser starts from zero: the file has no optimiser state")
     return {"student": raw, "ema": ema, "heads": head, "optimizer": optimizer}, notes
+
+
+def _adamw_moments(optimizer: Any, named: Named, may_be_absent: Callable[[str], bool]) -> tuple[dict[str, Named], str]:
+    """AdamW's `step`, `exp_avg`, `exp_avg_sq` -> parameter -> tensor, or {} and the reason.
+
+    An optimiser's state_dict() has no names: parameters are numbered in the order in which the model registered them,
+    which is the order of the model's state dict. It is used only if every shape matches. Parameters that
+    `may_be_absent` (fixed, or not in use) have no state in some files.
+    """
+    out: dict[str, Named] = {"step": {}, "exp_avg": {}, "exp_avg_sq": {}}
+    try:
+        ids = [i for group in optimizer["param_groups"] for i in group["params"]]
+        for name, i in zip(named, ids, strict=True):
+            state = optimizer["state"].get(i)
+            if state is None and may_be_absent(name):
+                continue
+            for moment in ("exp_avg", "exp_avg_sq"):
+                if state[moment].shape != named[name].shape or not bool(torch.isfinite(state[moment]).all()):
+                    raise ValueError(f"{moment} of {name}")
+                out[moment][name] = state[moment].detach()
+            out["step"][name] = torch.tensor(float(state["step"]))
+            if not 0 <= float(state["step"]) < 1 << 24:  # exact integers in float32
+                raise ValueError(f"step of {name}")
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        return {}, f"its optimiser state does not match its parameters ({first_line(error, 80)})"
+    return out, ""
 
 
 def _head(named: Named, model: Published, guided: PublishedHeads | None) -> Named:

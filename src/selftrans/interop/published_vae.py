@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from selftrans.interop.exporting import check_out
 from selftrans.interop.published_file import load_content
 from selftrans.models.spec import Named, check_shapes, few
 from selftrans.storage import FREE_SPACE, atomic_directory, first_line, printable, write_json
@@ -38,8 +39,7 @@ def import_vae(file: str | Path, out: str | Path, *, latent_stats: str | Path | 
     autoencoder, statistics that do not fit it, and for an `out` that is not empty.
     """
     path, out = Path(file), Path(out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{out} exists and is not empty; choose another --out, or remove it")
+    check_out(out, set(), "empty")
     named = _weights(path)
     config = _config(path, named)
     translated = {

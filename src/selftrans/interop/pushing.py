@@ -23,7 +23,7 @@ from selftrans.interop.sit_pipeline import SiTPipeline, check_replaceable
 from selftrans.plugins import installed_version
 from selftrans.storage import atomic_directory, first_line, listed, plural, printable, write_json, write_text
 
-KEPT = ".gitattributes"  #: every repository has it
+ATTRIBUTES = ".gitattributes"  #: every repository has it
 NAME = re.compile(r"[\w-][\w.-]{0,95}/[\w-][\w.-]{0,95}")
 
 
@@ -130,7 +130,7 @@ def _upload(folder: Path, files: list[str], repository: str, private: bool, forc
     info = api.model_info(repository)
     if private and not info.private:
         raise ValueError(f"{repository} exists and is public; make it private on the hub, or leave out --private")
-    held = {str(sibling.rfilename) for sibling in info.siblings or ()} - {KEPT}
+    held = {str(sibling.rfilename) for sibling in info.siblings or ()} - {ATTRIBUTES}
     earlier = _pushed(api, repository) & held if RECORD in held else set()
     foreign = sorted(held - earlier)
     if foreign and not force:

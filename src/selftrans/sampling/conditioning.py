@@ -16,11 +16,10 @@ import torch
 from torch import Tensor
 
 from selftrans.data.dataset import Dataset
-from selftrans.data.sources.captions import clean
 from selftrans.encoders.text import TextEncoder, encoder_of
 from selftrans.sample_config import Labels, SampleConfig
 from selftrans.sampling.streams import CAPTION_STREAM, LABEL_STREAM, image_stream
-from selftrans.storage import first_line, listed, printable
+from selftrans.storage import first_line, listed, one_line, printable
 from selftrans.types import Cond, Conditions
 
 GROUP = 64  #: prompts encoded at a time
@@ -227,7 +226,7 @@ def read_prompts(words: Sequence[str]) -> tuple[str, ...]:
     """
     prompts: list[str] = []
     for word in words:
-        prompts += _lines(word) if _names_file(word) else [clean(word)]
+        prompts += _lines(word) if _names_file(word) else [one_line(word)]
     if not prompts:
         raise ValueError(NO_PROMPTS)
     return tuple(prompts)
@@ -250,7 +249,7 @@ def _lines(name: str) -> list[str]:
         raise ValueError(f"{printable(path)} does not exist; {wanted}") from error
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{printable(path)} cannot be read ({first_line(error)}); {wanted}") from error
-    lines = [line for line in map(clean, text.splitlines()) if line]
+    lines = [line for line in map(one_line, text.splitlines()) if line]
     if not lines:
         raise ValueError(f"{printable(path)} has no prompts; {wanted}")
     return lines

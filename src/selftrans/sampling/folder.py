@@ -25,7 +25,7 @@ from numpy.lib import format as npy
 
 from selftrans.checkpoints.load import Weights
 from selftrans.data.buckets import is_prepared
-from selftrans.data.sources.decode import parse_resolution
+from selftrans.data.resolution import parse_resolution
 from selftrans.sampling.chosen_labels import in_words, per_class
 from selftrans.sampling.images import Sampler
 from selftrans.sampling.sample_file import NPY, PNG, SampleFile, file_kind

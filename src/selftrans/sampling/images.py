@@ -22,7 +22,7 @@ from selftrans.checkpoints import hub
 from selftrans.checkpoints.load import LoadedModel, Weights, find_asked, load_model
 from selftrans.config import SampleConfig
 from selftrans.data.decoded import decode_images
-from selftrans.data.sources.decode import Resolution, sides, size_text
+from selftrans.data.resolution import Resolution, sides, size_text
 from selftrans.device import default_device
 from selftrans.encoders.autoencoder import Autoencoder, DiffusersAutoencoder, load_decoder
 from selftrans.models.compiling import compile_model
@@ -147,7 +147,7 @@ class Sampler:
             "num_classes": loaded.model.conditions.num_classes,
             "stage": loaded.stage,
             "step": loaded.step,
-            "autoencoder": hub.recorded(loaded.autoencoder),
+            "autoencoder": hub.recorded_name(loaded.autoencoder),
             "source": loaded.source,
         } | ({"decode_with": decoder.name} if settings.decode_with else {})
         if weak:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from selftrans.data.dataset import Dataset
-from selftrans.data.sources.decode import size_text
+from selftrans.data.resolution import size_text
 from selftrans.sampling.conditioning import shuffled
 from selftrans.sampling.images import SampledBatch, Sampler
 

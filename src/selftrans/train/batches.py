@@ -92,7 +92,7 @@ class Stream:
         assert window is None or len(dataset.parts) == 1, "windows are of data of one shape"
         self.window = window  #: shards whose rows are shuffled together; None: all
         self._windows: WindowOrder | None = None  #: of the epoch that is read
-        self._expected: tuple[int, int] | None = None  #: epoch and window that the data were last asked for
+        self._prefetched: tuple[int, int] | None = None  #: epoch and window that the data were last asked for
 
     def indices(self, step: int, micro: int) -> np.ndarray:
         """(N,) positions in the data of this process' micro-batch."""
@@ -141,11 +141,11 @@ class Stream:
         self._at(0, step * self.batch_size)
         assert self._windows is not None and self.window is not None
         number = self._windows.window_at(offset)
-        if self._expected != (epoch, number):
-            self._expected = epoch, number
+        if self._prefetched != (epoch, number):
+            self._prefetched = epoch, number
             following = self._windows.shards[number + 1 : number + 2]
             after = following or windows_of(self._counts, self.window, (self.seed, epoch + 1))[:1]
-            self.dataset.expect(self._windows.shards[number], after[0])
+            self.dataset.prefetch(self._windows.shards[number], after[0])
 
     def from_step(self, step: int, *, pin: bool = False) -> Iterator[Loaded]:
         """Each micro-batch from `step` on, without end.

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from selftrans.config import Data, RunConfig
 from selftrans.data.buckets import open_data
 from selftrans.data.dataset import Dataset
-from selftrans.data.shard_cache import CacheOptions
-from selftrans.data.streamed import Streamed
+from selftrans.data.streaming.shard_cache import CacheOptions
+from selftrans.data.streaming.streamed import Streamed
 from selftrans.data.windows import SHARE_OF_CACHE, classes_in_a_window, window_that_fits
 from selftrans.storage import gigabytes, plural, printable
 

@@ -134,7 +134,7 @@ def _dry_run(config: RunConfig, out: Path, steps: int, typed: Collection[str]) -
         config, plan, initial = planned(config, shards, out, typed)
         if said := describe_data(config, shards):
             accelerator.print(said)
-        given, shards = shards, ready_data(config, shards.rehearsed(), accelerator, quiet=True)
+        given, shards = shards, ready_data(config, shards.dry_run_data(), accelerator, quiet=True)
         found = DryRun(
             device=_device_name(accelerator.device),
             memory_total=_total(accelerator.device),

@@ -105,7 +105,7 @@ class Preview:
         data = self.dataset
         if self.settings.prompts and self.config.sample.prompts is None:
             rows = data.prompt_rows[: len(self.settings.prompts)]
-            return CaptionConditioning(data.scattered, device=self.device, rows=rows)
+            return CaptionConditioning(data.random_access, device=self.device, rows=rows)
         # a text encoder on the CPU: there is no memory of the training device to spare
         conditions, encoder = data.manifest.conditions, self.config.data.text_encoder
         return conditioning_of(conditions, self.settings, present=data.present, text_encoder=encoder)

@@ -21,7 +21,8 @@ from selftrans.checkpoints.load import LoadedModel
 from selftrans.data.buckets import is_prepared, open_data
 from selftrans.data.dataset import Dataset
 from selftrans.data.decoded import decode_images, latents_of
-from selftrans.data.sources.decode import bad_picture, check_pixels, open_picture, resolution_of, to_array
+from selftrans.data.resolution import resolution_of
+from selftrans.data.sources.decode import bad_picture, check_pixels, open_picture, to_array
 from selftrans.encoders.autoencoder import Autoencoder, DiffusersAutoencoder, from_uint8, load_autoencoder
 from selftrans.evaluate.plots import as_pictures
 from selftrans.ui.contained import Contained, part

@@ -10,13 +10,12 @@ from typing import Any
 import numpy as np
 
 from selftrans.checkpoints.load import LoadedModel
-from selftrans.data.sources.captions import clean
 from selftrans.evaluate.plots import as_pictures, image_grid, png_bytes
 from selftrans.sample_config import SampleConfig
 from selftrans.sampling.images import Sampler, overridden
 from selftrans.sampling.samplers import EVALUATIONS
 from selftrans.sections import from_plain
-from selftrans.storage import printable
+from selftrans.storage import one_line, printable
 from selftrans.train.preview import captions
 from selftrans.ui.contained import part
 from selftrans.ui.jobs import Job
@@ -50,7 +49,7 @@ def settings_of(raw: Mapping[str, Any]) -> dict[str, Any]:
         )
     chosen = {name: getattr(found, name) for name in raw}
     if chosen.get("prompts") is not None:
-        chosen["prompts"] = tuple(filter(None, map(clean, found.prompts or ()))) or None
+        chosen["prompts"] = tuple(filter(None, map(one_line, found.prompts or ()))) or None
     return chosen
 
 

@@ -37,8 +37,9 @@ from selftrans.data.manifest import Features
 from selftrans.data.record import parse_json, read_text
 from selftrans.data.sources.captions import CaptionSource, annotated, parse_captions
 from selftrans.data.sources.clips import MediaOptions, open_clips
-from selftrans.data.sources.decode import SOUNDS, open_picture
-from selftrans.data.sources.npz import npz_arrays, npz_labels, npz_values
+from selftrans.data.sources.decode import open_picture
+from selftrans.data.sources.file_kinds import SOUNDS
+from selftrans.data.sources.npz import npz_labels, npz_values
 from selftrans.data.sources.open_source import iter_images, open_source
 from selftrans.data.sources.source import Source
 from selftrans.encoders.media import Mel, Video, parse_media
@@ -438,11 +439,8 @@ def sample_array(path: Path) -> None:
 
 
 def npz_samples(path: Path) -> None:
-    batches = npz_arrays(path)
-    if batches is None:
-        raise ValueError("no arrays, so it is read as pictures")
-    for batch in batches:
-        assert batch.dtype == np.float32 and 3 <= batch.ndim <= 5 and np.isfinite(batch).all()
+    for batch in iter_images(path):
+        assert batch.dtype in (np.float32, np.uint8) and 3 <= batch.ndim <= 5 and np.isfinite(batch).all()
 
 
 def npz_pictures(path: Path) -> None:
@@ -450,7 +448,7 @@ def npz_pictures(path: Path) -> None:
     labels = npz_labels(path)
     assert labels is None or labels.dtype == np.int64
     for batch in iter_images(path):
-        assert batch.dtype == np.uint8 and batch.ndim == 4
+        assert batch.dtype in (np.float32, np.uint8) and 3 <= batch.ndim <= 5
 
 
 def read_all(path: Path) -> None:

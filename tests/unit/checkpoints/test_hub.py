@@ -120,7 +120,10 @@ def test_names_of_cached_files_are_pinned_and_others_are_not(tmp_path):
     assert hub.pinned(commit) == hub.pinned(commit / "transformer" / "x") == "hf://an-owner/a--name@abc"
     assert hub.pinned(tmp_path / "snapshots" / "abc") is None and hub.pinned(Path("run")) is None
     assert hub.local("run") == Path("run")
-    assert hub.recorded(str(commit / "vae")) == "hf://an-owner/a--name@abc/vae" and hub.recorded("pixel") == "pixel"
+    assert (
+        hub.recorded_name(str(commit / "vae")) == "hf://an-owner/a--name@abc/vae"
+        and hub.recorded_name("pixel") == "pixel"
+    )
 
 
 def test_parts_of_a_pipeline_are_downloaded_and_nothing_else():

@@ -45,7 +45,7 @@ def test_a_loader_of_torch_takes_the_rows():
 
 
 def test_manifest_is_that_of_the_squares_with_every_shard():
-    data = Buckets.open(ratios.shared())
+    data = open_data(ratios.shared())
     assert data.manifest.resolution == 8 and data.manifest.count == 24
     hashes = [shard.sha256 for bucket in data.buckets for shard in bucket.manifest.shards]
     assert [shard.sha256 for shard in data.manifest.shards] == hashes and len(set(hashes)) == 3
@@ -58,7 +58,7 @@ def test_damage_is_found_in_any_bucket(tmp_path):
     content = bytearray(shard.read_bytes())
     content[-1] ^= 1
     shard.write_bytes(content)
-    assert list(Buckets.open(folder).damaged()) == ["10x6/shard-00000.safetensors"]
+    assert list(open_data(folder).damaged()) == ["10x6/shard-00000.safetensors"]
     with pytest.raises(ValueError, match=r"10x6/shard-00000.safetensors fails its sha256"):
         open_data(folder, verify=True)
 

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from selftrans.cli.main import main
-from selftrans.data.buckets import Buckets
+from selftrans.data.buckets import open_data
 from selftrans.data.dataset import Dataset
 from selftrans.data.prepare_buckets import assigned, bucket_sizes, prepare_buckets
 from selftrans.data.sources.open_source import open_source
@@ -67,7 +67,7 @@ def test_each_picture_goes_to_the_nearest_ratio_and_a_broken_one_where_most_are(
 
 
 def test_buckets_hold_the_cropped_pictures_of_their_shape_with_the_same_classes():
-    data = Buckets.open(ratios.shared(), verify=True)
+    data = open_data(ratios.shared(), verify=True)
     assert tuple(bucket.path.name for bucket in data.buckets) == ratios.NAMES
     assert data.shapes == ((3, 6, 10), (3, 8, 8), (3, 10, 6)) and data.parts == (8, 8, 8)
     assert data.manifest.classes == ("cat", "dog") and data.manifest.shape == (3, 8, 8)
@@ -106,11 +106,11 @@ def test_parts_make_the_same_and_the_last_one_completes_it(tmp_path):
     assert "not finished" in first and not (tmp_path / "data" / "buckets.json").exists()
     second = prepare_buckets(tmp_path / "pictures", tmp_path / "data", part="2/2", **options)
     assert second == "24 pictures in 3 buckets: 6x10 (8), 8x8 (8), 10x6 (8)"
-    assert Buckets.open(tmp_path / "data", verify=True).parts == (8, 8, 8)
+    assert open_data(tmp_path / "data", verify=True).parts == (8, 8, 8)
 
 
 def test_latents_of_an_autoencoder_have_sides_that_patches_divide(tmp_path, capsys):
-    data = Buckets.open(
+    data = open_data(
         ratios.prepared(tmp_path, autoencoder=save_vae(tmp_path / "vae"), resolution=16, progress=True, buckets=5)
     )
     assert [bucket.path.name for bucket in data.buckets] == ["12x20", "16x16", "20x12"]
@@ -119,7 +119,7 @@ def test_latents_of_an_autoencoder_have_sides_that_patches_divide(tmp_path, caps
 
 
 def test_captions_stay_with_their_pictures(tmp_path):
-    data = Buckets.open(ratios.with_captions(tmp_path))
+    data = open_data(ratios.with_captions(tmp_path))
     assert data.parts == (8, 8, 8)
     assert data.captions(range(24)) == [captioned.sentences(i) for start in (0, 2, 1) for i in range(start, 24, 3)]
     text = data.text([1, 9, 17], np.zeros(3, dtype=int))
@@ -135,11 +135,11 @@ def test_unreadable_pictures_are_named_or_left_out_and_a_bucket_of_them_alone_is
     write(tmp_path / "pictures", files)
     with pytest.raises(ValueError, match=r"\d\.[jpng]+: cannot be read as a picture .*--skip-bad"):
         ratios.prepared(tmp_path)
-    data = Buckets.open(ratios.prepared(tmp_path, skip_bad=True))
+    data = open_data(ratios.prepared(tmp_path, skip_bad=True))
     assert json.loads((data.path / "buckets.json").read_text()) == {"version": 1, "buckets": ["8x8"]}
     assert len(data) == 4 and [name for name, _ in data.manifest.skipped] == ["8.png"]
     ratios.prepared(tmp_path, skip_bad=True)
-    assert len(Buckets.open(data.path)) == 4
+    assert len(open_data(data.path)) == 4
 
 
 @pytest.mark.parametrize(

@@ -64,7 +64,7 @@ def test_one_shard_in_place_of_all(tmp_path):
     data = open_data(captioned.prepared(tmp_path, count=8, shard_size=3))
     one, rows = OneShard(data, 1), np.array([0, 1, 5, 7])
     of_data = np.array([3, 4, 5, 4])
-    assert len(one) == 8 and one.shapes == data.shapes and one.names == data.names and one.rehearsed() is one
+    assert len(one) == 8 and one.shapes == data.shapes and one.names == data.names and one.dry_run_data() is one
     assert one.captions(rows) == data.captions(of_data) and one.counts.tolist() == [1, 3, 1, 1, 3, 1, 1, 3]
     which = data.counts[of_data] - 1
     for name, tensor in one.read(rows, which=which).items():

@@ -8,12 +8,12 @@ import torch
 from sklearn.datasets import load_digits
 
 from selftrans.cli.main import main
-from selftrans.data.buckets import Buckets
+from selftrans.data.buckets import open_data
 from selftrans.data.dataset import Dataset
 from selftrans.data.decoded import data_latents, decode_images, decoded_images
 from selftrans.data.manifest import Manifest
 from selftrans.data.prepare import prepare
-from selftrans.data.standardise import recorded
+from selftrans.data.standardise import standardise_option
 from selftrans.encoders.autoencoder import load_autoencoder
 from selftrans.encoders.latent_space import LatentSpace
 from tests.support import ratios, toy
@@ -133,8 +133,12 @@ def test_data_with_a_scale_of_their_own_are_refused(source, tmp_path):
     ):
         prepare(source, tmp_path / "data", autoencoder="owner/vae", standardise=True, progress=False)
     with pytest.raises(ValueError, match="standardise is for pixels and values; sounds and videos have a known scale"):
-        recorded(False, "pixel", None, media=True)
-    assert recorded(None, "owner/vae", None, media=False) == recorded(None, "pixel", None, media=True) == {}
+        standardise_option(False, "pixel", None, media=True)
+    assert (
+        standardise_option(None, "owner/vae", None, media=False)
+        == standardise_option(None, "pixel", None, media=True)
+        == {}
+    )
     assert not (tmp_path / "data").exists()
 
 
@@ -154,7 +158,7 @@ def test_values_are_standardised_where_it_is_asked_for(tmp_path):
 
 
 def test_buckets_share_the_statistics_of_all_pictures(tmp_path):
-    data = Buckets.open(ratios.prepared(tmp_path))
+    data = open_data(ratios.prepared(tmp_path))
     pictures = [images.reshape(-1, 3) for bucket in data.buckets for images in decoded_images(bucket)]
     check(data.manifest.latent_space, np.concatenate(pictures))
     assert len({bucket.manifest.latent_space for bucket in data.buckets}) == 1

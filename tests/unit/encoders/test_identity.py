@@ -7,9 +7,9 @@ import torch
 
 from selftrans.encoders.autoencoder import autoencoder_name, from_uint8, load_autoencoder, to_uint8
 from selftrans.encoders.identity import (
-    PixelAutoencoder,
-    ValuesAutoencoder,
+    IdentityAutoencoder,
     check_scale,
+    identity,
     identity_kind,
     same_latents,
     scales_differ,
@@ -33,15 +33,15 @@ def test_every_grey_level_of_every_channel_is_decoded_exactly(stored: torch.dtyp
 
 def test_pixels_are_clamped_and_values_are_not() -> None:
     far, space = torch.full((1, 1, 2, 2), 9.0), LatentSpace((0.5,), (2.0,))
-    assert PixelAutoencoder(space).decode(far).unique().tolist() == [1.0]
-    assert ValuesAutoencoder(space).decode(far).unique().tolist() == [5.0]  # 9 / 2 + 0.5
+    assert IdentityAutoencoder("pixel", space).decode(far).unique().tolist() == [1.0]
+    assert IdentityAutoencoder("values", space).decode(far).unique().tolist() == [5.0]  # 9 / 2 + 0.5
 
 
 def test_name_holds_the_scale_and_is_read_again() -> None:
-    made = PixelAutoencoder(LatentSpace(SHIFT, SCALE))
+    made = IdentityAutoencoder("pixel", LatentSpace(SHIFT, SCALE))
     assert made.name == NAME and identity_kind(NAME) == "pixel" and autoencoder_name(NAME) == NAME
     assert load_autoencoder(NAME).latent_space == LatentSpace(SHIFT, SCALE) and load_autoencoder(NAME).name == NAME
-    assert PixelAutoencoder().name == "pixel" and load_autoencoder("values").latent_space == LatentSpace()
+    assert identity("pixel").name == "pixel" and load_autoencoder("values").latent_space == LatentSpace()
     assert identity_kind("values(shift=0.0,scale=1.0)") == "values"
     assert [identity_kind(name) for name in ("pixels", "pixel(", "owner/pixel", "mel(rate=8000)")] == [None] * 4
 

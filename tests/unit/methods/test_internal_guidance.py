@@ -17,7 +17,7 @@ from selftrans.checkpoints.load import find, load_model
 from selftrans.cli.main import main
 from selftrans.config import SampleConfig, to_json
 from selftrans.data.dataset import Dataset
-from selftrans.encoders.identity import PixelAutoencoder
+from selftrans.encoders.identity import identity
 from selftrans.interop import SiTPipeline
 from selftrans.interop.exporting import export_run
 from selftrans.interop.interpolant_scheduler import InterpolantScheduler
@@ -178,7 +178,7 @@ def test_pipeline_is_guided_as_the_settings_of_the_run_say(tmp_path: Path) -> No
 def test_model_without_it_is_refused_unless_several_are_sampled_alike() -> None:
     model, settings = SiT((1, 4, 4), 3, width=16, depth=3, heads=2, patch=2), SampleConfig(early_guidance=2.0)
     with pytest.raises(ValueError, match="early_guidance is 2, and the model has no second output"):
-        Sampler(model, PixelAutoencoder(), settings, device="cpu")
+        Sampler(model, identity("pixel"), settings, device="cpu")
     assert as_possible(settings, model).early_guidance == 1.0
     model.add_early(1)
     assert as_possible(settings, model) is settings

@@ -12,7 +12,7 @@ from selftrans.checkpoints.load import load_model
 from selftrans.config import SampleConfig
 from selftrans.data.dataset import Dataset
 from selftrans.encoders.autoencoder import load_autoencoder
-from selftrans.encoders.identity import PixelAutoencoder, ValuesAutoencoder
+from selftrans.encoders.identity import IdentityAutoencoder, identity
 from selftrans.models.sit import SiT
 from selftrans.sampling import images as module
 from selftrans.sampling.images import Sampler, cast_products, fill, image_noise, worth_compiling
@@ -59,7 +59,7 @@ def small_model(num_classes=10):
 
 
 def gather(model, config, autoencoder=None, indices=None):
-    batches = list(Sampler(model, autoencoder or PixelAutoencoder(), config, device="cpu").sample(indices))
+    batches = list(Sampler(model, autoencoder or identity("pixel"), config, device="cpu").sample(indices))
     return [np.concatenate(parts) for parts in zip(*batches, strict=True)]
 
 
@@ -92,7 +92,7 @@ def test_image_k_is_the_same_for_every_batch_size_order_and_process_count(sample
 
 
 def test_only_the_last_batch_is_smaller():
-    sampler = Sampler(small_model(), PixelAutoencoder(), SampleConfig(num=7, steps=2, batch_size=3), device="cpu")
+    sampler = Sampler(small_model(), identity("pixel"), SampleConfig(num=7, steps=2, batch_size=3), device="cpu")
     assert [len(batch.indices) for batch in sampler.sample()] == [3, 3, 1]
     assert list(sampler.sample([])) == []
 
@@ -105,7 +105,7 @@ def test_sampling_restores_the_model_and_the_grad_mode():
     model.blocks[1].register_forward_pre_hook(lambda m, _: seen.append((m.training, torch.is_inference_mode_enabled())))
     state = torch.random.get_rng_state()
     config = SampleConfig(num=2, steps=2, batch_size=1)
-    for _ in Sampler(model, PixelAutoencoder(), config, device="cpu").sample():
+    for _ in Sampler(model, identity("pixel"), config, device="cpu").sample():
         assert [m.training for m in model.modules()] == modes, "also between batches"
         assert torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
     assert set(seen) == {(False, True)}
@@ -128,7 +128,7 @@ def test_half_precision_is_close(precision):
 def test_samples_that_are_not_finite_are_refused(precision):
     """As pictures they would be black, and nothing would show that they are no samples."""
 
-    class Broken(PixelAutoencoder):
+    class Broken(IdentityAutoencoder):
         def decode(self, latents):
             return super().decode(latents) / 0
 
@@ -138,7 +138,7 @@ def test_samples_that_are_not_finite_are_refused(precision):
     )
     with torch.no_grad():
         model.y_embedder.embedding_table.weight[4] = float("nan")
-    batches = Sampler(model, PixelAutoencoder(), config, device="cpu").sample()
+    batches = Sampler(model, identity("pixel"), config, device="cpu").sample()
     assert len(next(batches).images) == 3
     overflow = (
         r"fp16 may overflow \(set the precision of sampling to bf16 or fp32\), or " if precision == "fp16" else ""
@@ -146,7 +146,7 @@ def test_samples_that_are_not_finite_are_refused(precision):
     with pytest.raises(ValueError, match=f"^sample 4 is not finite: {overflow}the weights of the model have diverged$"):
         next(batches)
     with pytest.raises(ValueError, match="the autoencoder pixel decodes latents to values that are not finite"):
-        gather(small_model(), SampleConfig(num=1, steps=2), Broken())
+        gather(small_model(), SampleConfig(num=1, steps=2), Broken("pixel"))
 
 
 def test_model_without_classes_gets_label_zero():
@@ -181,7 +181,7 @@ def test_pictures_need_not_be_square():
 @pytest.mark.parametrize("shape", [(2, 9), (1, 4, 6), (2, 3, 4, 5)])
 def test_data_that_are_not_pictures_are_returned_as_arrays(shape):
     config = SampleConfig(num=3, steps=2, sampler="euler", batch_size=2)
-    batches = list(Sampler(Straight(shape), ValuesAutoencoder(), config, device="cpu").sample())
+    batches = list(Sampler(Straight(shape), identity("values"), config, device="cpu").sample())
     images = np.concatenate([batch.images for batch in batches])
     assert images.shape == (3, *shape) and images.dtype == np.float32 and np.abs(images).max() < 1e-6
 
@@ -222,7 +222,7 @@ def test_cast_weights_give_the_same_images_as_autocast():
 )
 def test_unusable_settings_are_refused(values, message):
     with pytest.raises(ValueError, match=message):
-        Sampler(small_model(), PixelAutoencoder(), SampleConfig(**values), device="cpu")
+        Sampler(small_model(), identity("pixel"), SampleConfig(**values), device="cpu")
 
 
 def test_settings_exclude_number_and_batch_size():
@@ -307,14 +307,14 @@ def test_model_and_decoder_are_compiled_for_many_batches(monkeypatch, tmp_path):
 
 def test_noise_and_pictures_have_the_size_that_is_asked_for():
     model, config = small_model(), SampleConfig(num=2, steps=2, sampler="heun")
-    sampler = Sampler(model, PixelAutoencoder(), config, device="cpu")
+    sampler = Sampler(model, identity("pixel"), config, device="cpu")
     sampler.resize((2 * model.shape[1], model.shape[2]))
     assert next(sampler.sample()).images.shape == (2, 2 * model.shape[1], model.shape[2], model.shape[0])
     sampler.autoencoder.downsample = 4
     with pytest.raises(ValueError, match="size 6x8 is not a multiple of 4"):
         sampler.resize((6, 8))
     with pytest.raises(ValueError, match="a size is for models of pictures"):
-        Sampler(Straight((1, 4, 6)), ValuesAutoencoder(), config, device="cpu").resize(8)
+        Sampler(Straight((1, 4, 6)), identity("values"), config, device="cpu").resize(8)
 
 
 def test_previews_leave_the_weak_model_out():

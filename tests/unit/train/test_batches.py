@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from selftrans.data.buckets import Buckets
+from selftrans.data.buckets import open_data
 from selftrans.data.dataset import Dataset
 from selftrans.train.batches import Loaded, Schedule, Stream, to_batch
 from tests.support import captioned, ratios, toy
@@ -87,7 +87,7 @@ def test_schedule_depends_on_the_seed():
 
 
 def test_each_step_reads_one_bucket_and_each_epoch_of_it_every_row_once():
-    data = Buckets.open(ratios.shared())
+    data = open_data(ratios.shared())
     alone = Stream(data, batch_size=4, accumulate=1, seed=3)
     steps = [alone.indices(step, 0) for step in range(24)]
     assert all(len(set(rows // 8)) == 1 for rows in steps), "rows 0 .. 7 are the first bucket, and so on"
@@ -109,7 +109,7 @@ def test_each_step_reads_one_bucket_and_each_epoch_of_it_every_row_once():
 
 
 def test_bucket_smaller_than_the_batch_wraps_around():
-    data = Buckets.open(ratios.shared())
+    data = open_data(ratios.shared())
     rows = Stream(data, batch_size=20, accumulate=1, seed=0).indices(4, 0)
     assert np.bincount(rows % 8, minlength=8).tolist().count(2) >= 4 and len(set(rows // 8)) == 1
 

@@ -13,7 +13,7 @@ import pytest
 from selftrans.config import RunConfig
 from selftrans.data.buckets import open_data
 from selftrans.data.dataset import Dataset
-from selftrans.data.shard_cache import CacheOptions
+from selftrans.data.streaming.shard_cache import CacheOptions
 from selftrans.train.batches import Stream
 from selftrans.train.data_window import describe_data, with_window
 from selftrans.train.run import train
@@ -84,7 +84,7 @@ def test_window_smaller_than_a_batch_and_buckets_are_refused(folder: Path) -> No
 class Watched(Dataset):
     asked: list[tuple[tuple[int, ...], tuple[int, ...]]]
 
-    def expect(self, now: Any, then: Any) -> None:
+    def prefetch(self, now: Any, then: Any) -> None:
         self.asked.append((tuple(now), tuple(then)))
 
 

@@ -11,7 +11,7 @@ import pytest
 from selftrans.checkpoints import format as checkpoint
 from selftrans.cli.main import main
 from selftrans.data.buckets import open_data
-from selftrans.data.shard_cache import CacheOptions
+from selftrans.data.streaming.shard_cache import CacheOptions
 from selftrans.train.capture_rules import ENDED, NotCaptured
 from selftrans.train.data_window import Transfer
 from selftrans.train.dry_run import _extrapolated, dry_run, duration, text
@@ -194,7 +194,7 @@ def test_shards_that_the_cache_holds_are_read(folder, tmp_path, monkeypatch):
     """A shard, in place of the first one; or the batches of the run, where it holds all."""
     with serving(folder) as server:
         data = open_data(server.url, cache=CacheOptions(str(tmp_path), 1e-3))
-        data.expect((5,), ())
+        data.prefetch((5,), ())
         assert (data.read(np.arange(50, 60))["labels"] == 5).all()
         found, read, fetched = rehearsed(server, tmp_path, monkeypatch)
         assert not fetched and read == {5} and found.fetched.cached == SIZE

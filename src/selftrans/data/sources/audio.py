@@ -10,15 +10,16 @@ import os
 import struct
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
-from selftrans.data.sources.clip_files import ClipFiles
-from selftrans.data.sources.clips import Clips, MediaOptions
+from selftrans.data.sources.clips import Clips, MediaOptions, missing
 from selftrans.data.sources.decode import none_readable
+from selftrans.data.sources.source import Source
 from selftrans.encoders.media import Mel, Waveform
-from selftrans.storage import are, first_line, plural
+from selftrans.storage import are, plural
 
 MAX_RATE = 1_000_000  #: samples per second
 MAX_BINS, MAX_HOP = 4096, 1 << 16  #: of a spectrogram
@@ -42,23 +43,18 @@ def soundfile() -> Any:
     """The library. Raises ValueError with the command that installs it."""
     try:
         import soundfile
-    except (ImportError, OSError) as error:  # OSError: its system library is missing
-        raise ValueError(missing("sounds", "soundfile", error)) from error
+    except (ImportError, OSError) as error:  # OSError: a system library is missing
+        raise missing("sounds", "soundfile", error) from error
     return soundfile
 
 
-def missing(what: str, module: str, error: Exception) -> str:
-    """The message for a module of the extra `media` that cannot be imported."""
-    return f"{what} are read by {module}, which is not there ({first_line(error, 100)}): pip install 'selftrans[media]'"
-
-
-def open_sounds(files: ClipFiles, options: MediaOptions, progress: bool) -> Clips:
+def open_sounds(files: Source, where: Path, options: MediaOptions, progress: bool) -> Clips:
     """Sounds at one rate and length; what is not given is what all files have in common.
 
     Raises ValueError when the files differ in what is not given, and for a spectrogram that cannot be made.
     """
     soundfile()
-    headers = _headers(files, progress)
+    headers = _headers(files, where, progress)
     rate, length = options.rate, options.length
     if rate is None:
         rate = _common(headers, "rate", "samples per second", "--rate")
@@ -130,7 +126,7 @@ def _check_size(stream: BinaryIO) -> None:
             raise ValueError(f"truncated: {size} of {claimed} bytes")
 
 
-def _headers(files: ClipFiles, progress: bool) -> list[Header]:
+def _headers(files: Source, where: Path, progress: bool) -> list[Header]:
     """The headers of the files that can be opened; the others are reported when they are read."""
     from tqdm import tqdm
 
@@ -145,7 +141,7 @@ def _headers(files: ClipFiles, progress: bool) -> list[Header]:
         except Exception:  # damaged
             continue
     if not found:
-        raise ValueError(none_readable(len(files), "sound", files.where))
+        raise ValueError(none_readable(len(files), "sound", where))
     return found
 
 

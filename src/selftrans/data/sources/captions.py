@@ -7,18 +7,16 @@ skipped and listed, as an unreadable picture is.
 from __future__ import annotations
 
 import json
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from selftrans.data.sources import folder
-from selftrans.data.sources.decode import EXTENSIONS, open_picture
-from selftrans.data.sources.source import Source
-from selftrans.storage import decoded_text, first_line, printable
+from selftrans.data.sources.file_kinds import PICTURES
+from selftrans.data.sources.source import Entries, Source, parts_inside
+from selftrans.storage import decoded_text, first_line, one_line, printable
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -29,7 +27,7 @@ KEYS = ("caption", "captions", "text")  #: of a .json file
 MAX_FILE_BYTES = 1 << 20  #: of one caption file
 MAX_ANNOTATION_BYTES = 1 << 30  #: of an annotation file
 EMPTY = "empty captions, left out"  #: in `Source.ignored`
-JOINERS = "\u200c\u200d"  #: invisible, but parts of words in some scripts, and of emoji
+CAPTIONED = PICTURES | {*CAPTION_FILES}  #: files of a source of pictures with captions
 NO_PICTURE, NO_CAPTION = "a caption without its picture", "a picture without a caption"
 
 
@@ -39,12 +37,6 @@ class CaptionSource:
 
     file: str | Path | None = None  #: annotations as COCO has them
     column: str | None = None  #: of a table; None: found by its name
-
-
-def clean(text: str) -> str:
-    """A caption on one line that can be encoded in UTF-8, without control characters and double spaces."""
-    encodable = text.encode("utf-8", "replace").decode("utf-8")
-    return " ".join("".join(c if c.isprintable() or c in JOINERS else " " for c in encodable).split())
 
 
 def parse_captions(suffix: str, data: bytes) -> list[str]:
@@ -75,7 +67,7 @@ def with_captions(source: Source, captions: Iterable[Iterable[str] | str]) -> So
     """
     kept, faults, empty = list[tuple[str, ...]](), dict[int, str](), 0
     for i, entry in enumerate(captions):
-        given = [] if isinstance(entry, str) else [clean(caption) for caption in entry]
+        given = [] if isinstance(entry, str) else [one_line(caption) for caption in entry]
         kept.append(tuple(filter(None, given)))
         empty += len(given) - len(kept[-1])
         if not kept[-1]:
@@ -86,62 +78,44 @@ def with_captions(source: Source, captions: Iterable[Iterable[str] | str]) -> So
     return replace(source, labels=labels, classes=(), captions=kept, faults=faults, ignored=ignored)
 
 
-def combine(pictures: dict[str, Any], files: dict[str, Any], read: Callable[[Any], bytes]) -> Iterator[tuple[str, Any]]:
-    """(name, captions or fault) of each picture and of each caption file without one, by name in code point order.
+def captioned(files: Entries) -> Source:
+    """The pictures among `files`, each with the captions in the file of CAPTION_FILES that has its name next to it.
 
-    `files` are caption files; `read` returns the content of one.
+    A caption file without a picture is a sample, too, with the reason in `faults`.
     """
-    stems = {name.removesuffix(PurePosixPath(name).suffix) for name in pictures}
-    texts: dict[str, dict[str, str]] = {}  #: stem -> extension in lower case -> name
-    for name in sorted(files):  # of .TXT and .txt the latter
+    texts: dict[str, dict[str, int]] = {}  #: path without extension -> extension in lower case -> number of the file
+    pictures = set[str]()
+    for i, name in enumerate(files.names):  # of .TXT and .txt the latter
         suffix = PurePosixPath(name).suffix
-        texts.setdefault(name.removesuffix(suffix), {})[suffix.lower()] = name
-    orphans = {name for name in files if name.removesuffix(PurePosixPath(name).suffix) not in stems}
-    for name in sorted({*pictures, *orphans}):
-        if name in orphans:
-            yield name, NO_PICTURE
-            continue
-        stem = name.removesuffix(PurePosixPath(name).suffix)
-        found = texts.get(stem, {})
-        own = next((found[suffix] for suffix in CAPTION_FILES if suffix in found), None)
-        if own is None:
-            yield name, NO_CAPTION
-            continue
-        try:
-            yield name, parse_captions(PurePosixPath(own).suffix.lower(), read(files[own]))
-        except (OSError, ValueError) as error:
-            yield name, first_line(error)
+        if suffix.lower() in CAPTION_FILES:
+            texts.setdefault(name.removesuffix(suffix), {})[suffix.lower()] = i
+        else:
+            pictures.add(name.removesuffix(suffix))
+    entries: dict[int, list[str] | str] = {}  #: number of the file -> captions or fault
+    for i, name in enumerate(files.names):
+        suffix = PurePosixPath(name).suffix
+        stem = name.removesuffix(suffix)
+        if suffix.lower() not in CAPTION_FILES:
+            entries[i] = _next_to(files, texts.get(stem, {}))
+        elif stem not in pictures:
+            entries[i] = NO_PICTURE
+    return with_captions(files.chosen(list(entries)).pictures(), entries.values())
 
 
-def captioned_folder(root: Path) -> Source:
-    """Pictures at any depth of a folder, each with a caption file of the same name in the same folder.
-
-    Raises ValueError for a link that leads out of the folder.
-    """
-    ignored: Counter[str] = Counter()
-    found = dict(folder.walk(root, EXTENSIONS | {*CAPTION_FILES}, ignored))
-    files = {name: name for name in found if PurePosixPath(name).suffix.lower() in CAPTION_FILES}
-    pictures = {name: size for name, size in found.items() if name not in files}
-
-    def read(name: str) -> bytes:
-        with open(root / name, "rb") as file:
-            return file.read(MAX_FILE_BYTES + 1)
-
-    pairs = list(combine(pictures, files, read))
-    names = [name for name, _ in pairs]
-    sizes = [found[name] for name in names]
-    none = np.zeros(len(names), dtype=np.int64)
-    source = Source(names, none, (), lambda i: open_picture(root / names[i]), sizes, dict(ignored))
-    return with_captions(source, (captions for _, captions in pairs))
-
-
-def loose_folder(root: Path) -> Source:
-    """Every picture at any depth of a folder, without labels."""
-    ignored: Counter[str] = Counter()
-    pictures = sorted(folder.walk(root, EXTENSIONS, ignored))
-    names = [name for name, _ in pictures]
-    none = np.zeros(len(names), dtype=np.int64)
-    return Source(names, none, (), lambda i: open_picture(root / names[i]), [s for _, s in pictures], dict(ignored))
+def _next_to(files: Entries, own: Mapping[str, int]) -> list[str] | str:
+    """The captions of a picture, or the reason why there are none; `own`: extension -> number of its caption file."""
+    suffix = next((suffix for suffix in CAPTION_FILES if suffix in own), None)
+    if suffix is None:
+        return NO_CAPTION
+    try:
+        with files.open(own[suffix]) as file:
+            data = file.read(MAX_FILE_BYTES + 1)
+    except Exception as error:  # of a zip the type depends on the damage
+        return f"its captions cannot be read ({first_line(error)})"
+    try:
+        return parse_captions(suffix, data)
+    except ValueError as error:
+        return first_line(error)
 
 
 def annotated(pictures: Source, file: Path) -> Source:
@@ -157,7 +131,10 @@ def annotated(pictures: Source, file: Path) -> Source:
     known = set(pictures.names)
     entries: dict[str, Any] = dict.fromkeys(pictures.names, f"{NO_CAPTION} in {file.name}")
     for key, name in images.items():
-        _check_inside(name, file)
+        if not parts_inside(name):
+            raise ValueError(
+                f"{file} holds the name {name!r:.200}, which leads out of the pictures; do not trust this file"
+            )
         last = by_last.get(PurePosixPath(name).name, [])
         path = name if name in known or len(last) != 1 else last[0]
         of_image = captions.pop(key, [])
@@ -203,11 +180,3 @@ def _annotations(file: Path) -> tuple[dict[Any, str], dict[Any, list[str]]]:
             "with image_id and caption"
         ) from error
     return images, captions
-
-
-def _check_inside(name: str, file: Path) -> None:
-    parts = name.replace("\\", "/").split("/")
-    if ".." in parts or not parts[0] or ":" in parts[0]:
-        raise ValueError(
-            f"{file} holds the name {name!r:.200}, which leads out of the pictures; do not trust this file"
-        )

@@ -7,18 +7,15 @@ extracted: a file is read as a whole into memory when it is opened.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO, Literal
+from typing import Literal
 
-import numpy as np
-
-from selftrans.data.sources.decode import EXTENSIONS, SOUNDS, STANDARD, VIDEOS, Reading
-from selftrans.data.sources.folder import check_link, empty_classes, walk
+from selftrans.data.sources.decode import STANDARD, Reading
+from selftrans.data.sources.file_kinds import PICTURES, SOUNDS, VIDEOS, junk_name
+from selftrans.data.sources.folder import check_link, empty_classes, folder_entries, walk
 from selftrans.data.sources.label_file import given_labels
-from selftrans.data.sources.part_file import SizedFile
-from selftrans.data.sources.passed_over import junk_name
 from selftrans.data.sources.source import Entries, Source, classify
 from selftrans.data.sources.splits import split_files, split_folder, split_names, warn_of_splits
 from selftrans.data.sources.tar_archive import tar_entries, walk_tar
@@ -26,25 +23,9 @@ from selftrans.data.sources.zip_archive import from_class, open_zip, zip_entries
 from selftrans.storage import printable
 
 GIF = ".gif"  #: a video with --frames, a picture without
-KNOWN = EXTENSIONS | SOUNDS | VIDEOS
+KNOWN = PICTURES | SOUNDS | VIDEOS
 
 Kind = Literal["sounds", "videos", "pictures"]
-
-
-@dataclass(frozen=True, eq=False)
-class ClipFiles:
-    """Sounds, or videos, of one source."""
-
-    where: Path  #: the source, for messages
-    source: Source  #: names, labels and classes; its pictures are not there
-    open: Callable[[int], BinaryIO] = field(repr=False)  #: file i, to be closed; safe from any thread
-
-    @property
-    def names(self) -> list[str]:
-        return list(self.source.names)
-
-    def __len__(self) -> int:
-        return len(self.source)
 
 
 def kind_of(path: Path, frames: int | None, *, archives: bool = True) -> Kind | None:
@@ -53,31 +34,26 @@ def kind_of(path: Path, frames: int | None, *, archives: bool = True) -> Kind | 
     None without known files, for any other source, and unless `archives` for what is in archives (with captions, those are of
     pictures). Raises ValueError for an archive that cannot be read.
     """
-    tars: list[Path] = []
+    kinds = (_kind(name, frames) for name in _known(path, archives))
+    first = next(kinds, None)
+    return "pictures" if path.suffix.lower() == ".zip" and "pictures" in kinds else first
+
+
+def _known(path: Path, archives: bool) -> Iterator[str]:
+    """Names of the known files of a folder and, if `archives`, of a zip or of tars; entries of a zip are not checked."""
+    suffix, tars = path.suffix.lower() if archives and path.is_file() else "", list[Path]()
     if path.is_dir():
-        first = next((name for name, _ in walk(path, KNOWN, Counter())), None)
-        if first is not None or not archives:
-            return None if first is None else _kind(first, frames)
-        tars = _tars(path)
-    suffix = path.suffix.lower() if archives and path.is_file() else ""
-    tars = [path] if suffix == ".tar" else tars
-    if suffix == ".zip":
-        kinds: set[Kind] = set()
-        for name in _known(path):
-            kinds.add(_kind(name, frames))
-            if "pictures" in kinds:  # in most zips the first
-                return "pictures"
-        return min(kinds, default=None)
-    first = next((name for tar in tars for name, _ in walk_tar(tar, KNOWN, Counter())), None)
-    return None if first is None else _kind(first, frames)
-
-
-def _known(path: Path) -> Iterator[str]:
-    """Names of the known files in a zip, which is not checked for anything: only its directory is read."""
-    for info in open_zip(path).infolist():
-        junk = any(junk_name(part) is not None for part in info.filename.split("/"))
-        if not junk and PurePosixPath(info.filename).suffix.lower() in KNOWN:
-            yield info.filename
+        yield from (name for name, _ in walk(path, KNOWN, Counter()))
+        tars = _tars(path) if archives else []
+    elif suffix == ".tar":
+        tars = [path]
+    elif suffix == ".zip":
+        for info in open_zip(path).infolist():
+            junk = any(junk_name(part) is not None for part in info.filename.split("/"))
+            if not junk and PurePosixPath(info.filename).suffix.lower() in KNOWN:
+                yield info.filename
+    for tar in tars:
+        yield from (name for name, _ in walk_tar(tar, KNOWN, Counter()))
 
 
 def _tars(folder: Path) -> list[Path]:
@@ -97,67 +73,51 @@ def _kind(name: str, frames: int | None) -> Kind:
 
 def open_files(
     path: Path, kind: Kind, frames: int | None, split: str | None = None, reading: Reading = STANDARD
-) -> ClipFiles:
-    """The files of a source of this kind, with their labels. `split` and `reading` as in `open_source`.
+) -> Source:
+    """The files of a source of this kind, with their labels; its `open` returns a file. `split` and `reading` as in
+    `open_source`.
 
     Raises ValueError for a source of several kinds, and for a class folder without files unless they are allowed; of a zip
     such folders are counted.
     """
-    if path.is_file():
-        found, inside, empty = _in_zip(path, split) if path.suffix.lower() == ".zip" else _in_tar(path, split)
+    empty: list[str] = []  #: class folders without files; tars have none
+    if path.is_file() and path.suffix.lower() == ".zip":
+        listed = zip_entries(path, KNOWN, split)
+        found, inside, empty = listed.files, listed.heads, listed.empty
+    elif path.is_file():
+        found, inside = _in_tar(path, split)
     elif next(walk(path, KNOWN, Counter()), None) is None:
         found = tar_entries(split_files(_tars(path), split, str(path)), KNOWN)
-        inside, empty = _members(found.names), []
+        inside = _members(found.names)
     else:
         path = split_folder(path, split)
-        found = _in_folder(path)
+        found = folder_entries(path, KNOWN)
         classless = reading.labels is not None
         inside, empty = found.names, [] if classless else empty_classes(path, found.names, kind, reading.allow_empty)
     for name in found.names:
         if (other := _kind(name, frames)) != kind:
             raise ValueError(f"{path} holds {kind} and {other}, such as {printable(name)}; keep one kind in a source")
+    source = replace(found.pictures(), open=found.open)
     if reading.labels is not None:
-        none = np.zeros(len(found.names), dtype=np.int64)
-        source = Source(found.names, none, (), _unused, found.sizes, dict(found.ignored))
-        return ClipFiles(path, given_labels(source, reading.labels), found.open)
+        return given_labels(source, reading.labels)
     if empty and not reading.allow_empty:
-        found.ignored[f"class folders without {kind}"] = len(empty)
+        source.ignored[f"class folders without {kind}"] = len(empty)
     labels, classes = classify(inside, str(path), kind, empty if reading.allow_empty else ())
     warn_of_splits(found.names, classes, str(path))
-    return ClipFiles(path, Source(found.names, labels, classes, _unused, found.sizes, dict(found.ignored)), found.open)
+    return replace(source, labels=labels, classes=classes)
 
 
-def _in_zip(path: Path, split: str | None) -> tuple[Entries, list[str], list[str]]:
-    """The files of a split of a zip, their names from their class on, and the class folders without files."""
-    listed = zip_entries(path, KNOWN, split)
-    return listed.files, listed.heads, listed.empty
-
-
-def _in_tar(path: Path, split: str | None) -> tuple[Entries, list[str], list[str]]:
-    """As `_in_zip`, of a tar, which has no class folders without files."""
+def _in_tar(path: Path, split: str | None) -> tuple[Entries, list[str]]:
+    """The files of a split of a tar, and their names from their class on."""
     found = tar_entries([path], KNOWN)
     names = _members(found.names)
     chosen = split_names(names, split, str(path))
     if len(chosen) == len(names):
-        return found, from_class(names, None), []
+        return found, from_class(names, None)
     at = {name: i for i, name in enumerate(names)}
-    kept = [at[name] for name in chosen]
-    named, sizes = [found.names[i] for i in kept], [found.sizes[i] for i in kept]
-    files = Entries(named, sizes, lambda i: found.open(kept[i]), found.ignored)
-    return files, from_class(chosen, split), []
+    return found.chosen([at[name] for name in chosen]), from_class(chosen, split)
 
 
 def _members(names: list[str]) -> list[str]:
     """The names in tars, without those of the tars."""
     return [name.partition("/")[2] for name in names]
-
-
-def _in_folder(root: Path) -> Entries:
-    ignored: Counter[str] = Counter()
-    found = sorted(walk(root, KNOWN, ignored))
-    names = [name for name, _ in found]
-    return Entries(names, [size for _, size in found], lambda i: SizedFile.open(root / names[i]), dict(ignored))
-
-
-def _unused(i: int) -> Any:
-    raise AssertionError("clips are read by `Clips.read`")

@@ -14,9 +14,11 @@ from typing import Any, BinaryIO, Literal
 import numpy as np
 
 from selftrans.data.record import Option
-from selftrans.data.sources.clip_files import ClipFiles, kind_of, open_files
+from selftrans.data.sources.clip_files import kind_of, open_files
 from selftrans.data.sources.decode import STANDARD, BadSample, Reading, machine_fault, reason_of
+from selftrans.data.sources.source import Source
 from selftrans.encoders.media import Media, rounded
+from selftrans.storage import first_line
 
 MEASURED = 1000  #: clips from which mean and deviation are computed, spread evenly over the source
 
@@ -56,38 +58,39 @@ class BadClip(BadSample):
 class Clips:
     """Sounds or videos of one shape, readable from any thread; opened by `open_clips`."""
 
-    files: ClipFiles = field(repr=False)
+    source: Source = field(repr=False)  #: names and labels of the files, and what opens them
     shape: tuple[int, ...]  #: (C, *S) of a sample
     media: Media  #: what the samples are; not yet normalised
     load: Callable[[str, BinaryIO], np.ndarray] = field(repr=False)  #: name and content of a file ⇒ (C, *S) float32
     remarks: tuple[str, ...] = ()  #: sentences on what is cut or padded
     captions: None = None  #: as `Samples` asks for: there are none
+    in_order: bool = False
 
     @property
     def faults(self) -> Mapping[int, str]:
-        return self.files.source.faults
+        return self.source.faults
 
     @property
     def labels(self) -> np.ndarray:
-        return self.files.source.labels
+        return self.source.labels
 
     @property
     def classes(self) -> tuple[str, ...]:
-        return self.files.source.classes
+        return self.source.classes
 
     @property
     def ignored(self) -> dict[str, int]:
-        return self.files.source.ignored
+        return self.source.ignored
 
     @property
     def fingerprint(self) -> str:
-        return self.files.source.fingerprint
+        return self.source.fingerprint
 
     def __len__(self) -> int:
-        return len(self.files)
+        return len(self.source)
 
     def name(self, i: int) -> str:
-        return self.files.source.name(i)
+        return self.source.name(i)
 
     def read(self, i: int) -> np.ndarray:
         """Sample i: (C, *S) float32. Raises BadClip for a file that cannot be decoded, is too short or not finite."""
@@ -95,7 +98,7 @@ class Clips:
         if i in self.faults:
             raise BadSample(name, self.faults[i])
         try:
-            with self.files.open(i) as stream:
+            with self.source.open(i) as stream:
                 values = self.load(name, stream)
             if not np.isfinite(values).all():
                 raise ValueError("NaN or infinite")
@@ -117,6 +120,12 @@ class Clips:
         deviation = math.sqrt(max(0.0, squares / max(1, count) - mean**2))
         numbers: Any = {"shift": rounded(mean), "scale": rounded(1 / deviation) if deviation > 1e-6 else 1.0}
         return replace(self.media, **numbers)
+
+
+def missing(what: str, module: str, error: Exception) -> ValueError:
+    """The error for a module of the extra `media` that cannot be imported; `what` it reads."""
+    reason = first_line(error, 100)
+    return ValueError(f"{what} are read by {module}, which is not there ({reason}): pip install 'selftrans[media]'")
 
 
 def bad_clip(name: str, error: Exception, suffix: str) -> Exception:
@@ -154,6 +163,6 @@ def open_clips(
         options.refuse("frames grey", "sounds")
         if resolution is not None:
             raise ValueError("--resolution does not apply to sounds; leave it out")
-        return audio.open_sounds(files, options, progress)
+        return audio.open_sounds(files, root, options, progress)
     options.refuse("audio rate length bins hop", "videos")
-    return video.open_videos(files, options, resolution, reading.max_pixels)
+    return video.open_videos(files, root, options, resolution, reading.max_pixels)

@@ -5,15 +5,15 @@ from __future__ import annotations
 
 import errno
 import math
-import re
 import struct
 import threading
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, Protocol
 
 import numpy as np
 
+from selftrans.data.resolution import Resolution, sides, size_text
 from selftrans.data.sources.metadata import INFO, ORIENTATION, add_info, facts_of, orientation_of, turned_upright
 from selftrans.data.sources.part_file import SizedFile
 from selftrans.data.sources.pixel_parts import pixels_only
@@ -22,17 +22,7 @@ from selftrans.storage import first_line, plural, printable
 if TYPE_CHECKING:
     from PIL import Image
 
-Resolution: TypeAlias = int | tuple[int, int]  #: the side of a square, or (height, width)
-
-#: extensions of picture files, and the only PIL decoders that may run (others call external programs)
-EXTENSIONS = frozenset(
-    (
-        *(".apng", ".avif", ".bmp", ".dib", ".gif", ".j2c", ".j2k", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".jpx"),
-        *(".mpo", ".pbm", ".pgm", ".png", ".pnm", ".ppm", ".qoi", ".tif", ".tiff", ".webp"),
-    )
-)
-SOUNDS = frozenset((".flac", ".wav"))  #: extensions of sounds
-VIDEOS = frozenset((".avi", ".m4v", ".mkv", ".mov", ".mp4", ".webm"))  #: of videos; a .gif can be either
+#: the only decoders of Pillow that may run (others call external programs)
 FORMATS = ("BMP", "DIB", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP", "AVIF", "JPEG2000", "QOI")
 MAX_PIXELS = 200_000_000  #: of a picture, by default; decoded it takes 600 MB
 LARGE = 64_000_000  #: pixels above which a picture is decoded at a reduced scale, and one at a time
@@ -133,15 +123,14 @@ def open_picture(file: Path | BinaryIO) -> Image.Image:
     except BaseException:
         opened.close()
         raise
-    if not hasattr(image, "tag_v2") and (pixels is opened or image.format == "AVIF"):  # else it is known, or of no use
-        add_info(facts, image)
+    add_info(facts, image)
     image.info[INFO] = facts
     return image
 
 
 def _decoder(file: BinaryIO) -> Image.Image:
     """`PIL.Image.open` without its limit of pixels, which is global, and without the formats that are not in FORMATS."""
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image, JpegImagePlugin, UnidentifiedImageError
 
     Image.init()  # registers the decoders; only those of FORMATS are called
     head = file.read(16)
@@ -152,7 +141,8 @@ def _decoder(file: BinaryIO) -> Image.Image:
             if factory is None or accept is None or accept(head) is not True:
                 continue  # a text in place of True says why this installation does not read it
             file.seek(0)
-            image = factory(file, "")
+            # of JPEG not the factory, which looks for more pictures in the file
+            image = JpegImagePlugin.JpegImageFile(file) if name == "JPEG" else factory(file, "")
         except (SyntaxError, IndexError, TypeError, struct.error):  # as Pillow: not of this format
             continue
         except Image.DecompressionBombError as error:  # of WebP Pillow checks the size itself
@@ -186,38 +176,6 @@ def check_pixels(image: Sized, most: int) -> None:
             f"{image.width}x{image.height} is more than the limit of {most:,} pixels; raise it with --max-pixels, if memory "
             "allows (3 bytes a pixel)"
         )
-
-
-def sides(resolution: Resolution) -> tuple[int, int]:
-    """(height, width) of a resolution; a number is the side of a square."""
-    return (resolution, resolution) if isinstance(resolution, int) else resolution
-
-
-def check_square(resolution: Resolution | None) -> None:
-    """ValueError for pictures that are not square, which an encoder of `--features` cannot read."""
-    if resolution is not None and not isinstance(resolution, int):
-        raise ValueError(
-            f"--features reads square pictures, and these are prepared at {size_text(resolution)}; give --resolution SIDE, "
-            "or omit --features"
-        )
-
-
-def resolution_of(height: int, width: int) -> Resolution:
-    """The inverse of `sides`."""
-    return height if height == width else (height, width)
-
-
-def size_text(resolution: Resolution) -> str:
-    """HEIGHTxWIDTH."""
-    return "x".join(map(str, sides(resolution)))
-
-
-def parse_resolution(text: str) -> Resolution:
-    """Parse SIDE or HEIGHTxWIDTH. Raises ValueError for any other text."""
-    match = re.fullmatch(r"([1-9]\d{0,5})(?:[xX×]([1-9]\d{0,5}))?", text.strip())
-    if match is None:
-        raise ValueError(f"resolution {text!r} should be a side, as 256, or HEIGHTxWIDTH, as 192x256")
-    return resolution_of(int(match[1]), int(match[2] or match[1]))
 
 
 def upright_size(image: Image.Image) -> tuple[int, int]:

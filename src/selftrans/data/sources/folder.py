@@ -9,12 +9,10 @@ from collections.abc import Collection, Iterator
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
-import numpy as np
-
-from selftrans.data.sources.decode import EXTENSIONS, SOUNDS, VIDEOS, open_picture
+from selftrans.data.sources.file_kinds import PICTURES, SOUNDS, VIDEOS, describe_ignored, file_kind, junk_name
 from selftrans.data.sources.label_file import NAME, SUFFIXES, labelled_folder
-from selftrans.data.sources.passed_over import in_words, junk_name, kind_of_file
-from selftrans.data.sources.source import Source, classify
+from selftrans.data.sources.part_file import SizedFile
+from selftrans.data.sources.source import Entries, Source, classify
 from selftrans.storage import printable
 
 LINKS, SPECIAL = "symbolic links to folders", "broken links, pipes and devices"
@@ -27,22 +25,26 @@ def folder(root: Path, *, allow_empty: bool = False) -> Source:
     Symbolic links to files inside the folder are followed. Raises ValueError for a link that leads out of it, for a
     class folder without pictures, for pictures next to class folders, and for sounds or videos next to pictures.
     """
-    ignored: Counter[str] = Counter()
-    files = sorted(walk(root, EXTENSIONS | SOUNDS | VIDEOS, ignored))
-    pictures = [(name, size) for name, size in files if PurePosixPath(name).suffix.lower() in EXTENSIONS]
-    if 0 < len(pictures) < len(files):
-        other = next(name for name, _ in files if PurePosixPath(name).suffix.lower() not in EXTENSIONS)
+    found = folder_entries(root, PICTURES | SOUNDS | VIDEOS)
+    pictures = [i for i, name in enumerate(found.names) if PurePosixPath(name).suffix.lower() in PICTURES]
+    if 0 < len(pictures) < len(found.names):
+        other = next(name for name in found.names if PurePosixPath(name).suffix.lower() not in PICTURES)
         raise ValueError(f"{root} holds pictures and {printable(other)}; keep one kind of file in a folder")
-    if len(files) > len(pictures):
-        ignored.update(kind_of_file(name) for name, _ in files)
-    names, sizes = [name for name, _ in pictures], [size for _, size in pictures]
-    none = np.zeros(len(names), dtype=np.int64)
-    source = Source(names, none, (), lambda i: open_picture(root / names[i]), sizes, dict(ignored))
-    source = replace(source, tables=lambda most: _tables(root, most))
+    if not pictures:
+        found.ignored.update(Counter(file_kind(name) for name in found.names))
+    source = replace(found.chosen(pictures).pictures(), tables=lambda most: _tables(root, most))
     if labelled := labelled_folder(source, root):
         return labelled
-    labels, classes = classify(names, str(root), also=empty_classes(root, names, "pictures", allow_empty))
+    labels, classes = classify(source.names, str(root), also=empty_classes(root, source.names, "pictures", allow_empty))
     return replace(source, labels=labels, classes=classes)
+
+
+def folder_entries(root: Path, suffixes: Collection[str]) -> Entries:
+    """The files at any depth of a folder with one of these suffixes. ValueError for a link that leads out of the folder."""
+    ignored: Counter[str] = Counter()
+    found = sorted(walk(root, suffixes, ignored))
+    names = [name for name, _ in found]
+    return Entries(names, [size for _, size in found], lambda i: SizedFile.open(root / names[i]), dict(ignored))
 
 
 def _tables(root: Path, most: int) -> Iterator[tuple[str, bytes]]:
@@ -76,7 +78,7 @@ def empty_classes(root: Path, names: Collection[str], unit: str, allowed: bool =
         inside: Counter[str] = Counter()
         if not (root / empty[0]).is_symlink():
             list(walk(root / empty[0], (), inside))
-        held = f" ({in_words(inside)})" if inside else ""
+        held = f" ({describe_ignored(inside)})" if inside else ""
         if (root / empty[0]).is_symlink():
             held = " (it is a symbolic link to a folder, which is not followed)"
         raise ValueError(
@@ -126,6 +128,6 @@ def _walk(
         elif not entry.is_file():
             ignored[SPECIAL] += 1
         elif PurePosixPath(name).suffix.lower() not in suffixes:
-            ignored[kind_of_file(entry.name)] += 1
+            ignored[file_kind(entry.name)] += 1
         else:
             yield name, entry.stat().st_size

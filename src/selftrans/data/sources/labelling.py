@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from selftrans.data.sources.source import MAX_CLASSES, Source
-from selftrans.storage import are, plural, printable
+from selftrans.storage import are, one_line, plural, printable
 
 Label = str | int | None  #: a word or a number; None: no label
 NO_LABEL = frozenset(("n/a", "na", "nan", "none", "null"))  #: words that stand for a missing label, in lower case
@@ -54,7 +54,7 @@ def numbered(given: Sequence[Label], where: str) -> Numbered:
     those of NO_LABEL among numbers, where they are less than half of the labels: more would rather be a class.
     Raises ValueError for more than MAX_CLASSES classes, and where there is no label at all.
     """
-    word_of = {label: None if label is None else _one_line(str(label)) or None for label in {*given}}
+    word_of = {label: None if label is None else one_line(str(label)) or None for label in {*given}}
     words = [word_of[label] for label in given]
     distinct = {word for word in word_of.values() if word is not None}
     absent = {word for word in distinct if word.casefold() in NO_LABEL}
@@ -127,12 +127,6 @@ def _warn_of_unused(names: Sequence[str], found: Collection[str], unused: Sequen
             "name each by its path in the source",
             stacklevel=6,
         )
-
-
-def _one_line(word: str) -> str:
-    """A word that can be encoded, without control characters and double spaces."""
-    encodable = word.encode("utf-8", "replace").decode("utf-8")
-    return " ".join("".join(c if c.isprintable() else " " for c in encodable).split())
 
 
 def _matched(names: Sequence[str], given: Mapping[str, Label], loosely: bool) -> tuple[dict[str, Label], set[str]]:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 MAX_METADATA = 1 << 20  #: bytes of one piece of metadata, also after decompression
 MAX_CHECKED = 16  #: pieces of a file that are decompressed to be checked; what follows is not looked at
 INFO = "selftrans"  #: of an opened picture, `image.info[INFO]` holds its Facts
-EXIF, XMP, PROFILE, TEXT, GAMMA, TAGS = "EXIF", "XMP", "colour profile", "text", "gamma and size", "tags"
+EXIF, PROFILE, TEXT, GAMMA = "EXIF", "colour profile", "text", "gamma and size"
 ORIENTATION = 0x0112  #: tag of EXIF and TIFF
 XMP_ORIENTATION = re.compile(rb"tiff:Orientation(?:=[\"']|>)([1-8])")
 
@@ -99,6 +99,8 @@ def facts_of(image: Image.Image) -> Facts:
 
 def add_info(facts: Facts, image: Image.Image) -> None:
     """Add what Pillow found in a file of any format."""
+    if tags := getattr(image, "tag_v2", None):  # a TIFF: bits and samples of a pixel
+        facts.deep = 16 in tags.get(258, ()) and tags.get(277, 1) >= 3
     exif, xmp, profile = (image.info.get(name) for name in ("exif", "xmp", "icc_profile"))
     if isinstance(exif, bytes):
         facts.add_exif(exif)

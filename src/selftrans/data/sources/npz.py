@@ -8,21 +8,20 @@ from __future__ import annotations
 
 import hashlib
 import math
-import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 from zipfile import ZipFile
 
 import numpy as np
 
 from selftrans.data.sources.decode import BadSample
-from selftrans.data.sources.source import MAX_CLASSES
-from selftrans.data.sources.zip_archive import MAX_PICTURE_BYTES, open_zip
+from selftrans.data.sources.source import MAX_CLASSES, MAX_PICTURE_BYTES, InOrder
+from selftrans.data.sources.zip_archive import open_zip
 from selftrans.storage import first_line
 
 MAX_BYTES = 1 << 30  #: of labels or class names, and of one sample
@@ -30,55 +29,33 @@ EXPANSION = 1100  #: an entry holds at most this many bytes per byte of its zip 
 CHUNK = 1 << 24  #: bytes skipped at a time
 
 
-def npz_images(path: Path, batch_size: int) -> Iterator[np.ndarray]:
-    """Stream `arr_0` (uint8, NHWC) of an npz, one batch (n, H, W, C) in memory at a time; ValueError where there is none."""
-    with open_zip(path) as archive:
-        try:
-            info = archive.getinfo("arr_0.npy")
-            file = archive.open(info)
-            shape = _image_shape(file, info.file_size)
-        except Exception as error:  # any fault of an untrusted header has the same remedy
-            raise ValueError(f"{path} holds no uint8 array arr_0 of images (N, H, W, C): {error!s:.200}") from error
-        rows = min(batch_size, MAX_PICTURE_BYTES // math.prod(shape[1:]))
-        with file:
-            for start in range(0, shape[0], rows):
-                batch = (min(rows, shape[0] - start), *shape[1:])
-                data = _read_exactly(file, math.prod(batch), path, f"image {start}")
-                yield np.frombuffer(data, dtype=np.uint8).reshape(batch).copy()
+def npz_samples(path: Path, batch_size: int) -> Iterator[np.ndarray]:
+    """Stream `arr_0` of an npz, one batch in memory at a time: images uint8 (n, H, W, C), or other samples float32 (n, C, *S).
 
-
-def npz_arrays(path: Path, batch_size: int = 256) -> Iterator[np.ndarray] | None:
-    """Stream `arr_0` of an npz of samples that are not pictures, float32 (n, C, *S), one batch in memory at a time.
-
-    None if it holds anything else (`npz_images` then reports why). The stream raises ValueError when the file is
-    damaged, or a value is not finite.
+    Raises ValueError for an npz without such an array, a damaged one, and samples that are not finite.
     """
     with open_zip(path) as archive:
         try:
             info = archive.getinfo("arr_0.npy")
-            with archive.open(info) as file:
-                shape, fortran, dtype = _header(file)
-                size = file.tell() + math.prod(shape) * dtype.itemsize
-        except Exception:  # as `npz_images`
-            return None
-    fits = dtype == np.dtype("<f4") and not fortran and 3 <= len(shape) <= 5 and min(shape) > 0
-    if not fits or size != info.file_size or 4 * math.prod(shape[1:]) > MAX_PICTURE_BYTES:
-        return None
-    return _stream_arrays(path, shape, min(batch_size, MAX_PICTURE_BYTES // (4 * math.prod(shape[1:]))))
-
-
-def _stream_arrays(path: Path, shape: tuple[int, ...], rows: int) -> Iterator[np.ndarray]:
-    with open_zip(path) as archive, archive.open("arr_0.npy") as file:
-        _header(file)
-        for start in range(0, shape[0], rows):
-            batch = (min(rows, shape[0] - start), *shape[1:])
-            data = _read_exactly(file, 4 * math.prod(batch), path, f"sample {start}")
-            values = np.frombuffer(data, dtype="<f4").reshape(batch).astype(np.float32)
-            if not np.isfinite(values).all():
-                raise ValueError(
-                    f"{path} holds numbers that are not finite in samples {start} to {start + len(values) - 1}"
-                )
-            yield values
+            file = archive.open(info)
+            shape, dtype = _samples_header(file, info.file_size)
+        except Exception as error:  # any fault of an untrusted header has the same remedy
+            raise ValueError(
+                f"{path} holds no uint8 array arr_0 of images (N, H, W, C), and no float32 one of samples (N, C, ...): "
+                f"{error!s:.200}"
+            ) from error
+        size = math.prod(shape[1:]) * dtype.itemsize
+        rows = min(batch_size, MAX_PICTURE_BYTES // size)
+        with file:
+            for start in range(0, shape[0], rows):
+                count = min(rows, shape[0] - start)
+                data = _read_exactly(file, count * size, path, f"sample {start}")
+                values = np.frombuffer(data, dtype).reshape(count, *shape[1:])
+                if dtype.kind == "f" and not np.isfinite(values).all():
+                    raise ValueError(
+                        f"{path} holds numbers that are not finite in samples {start} to {start + count - 1}"
+                    )
+                yield values.copy()
 
 
 def npz_labels(path: Path) -> np.ndarray | None:
@@ -92,9 +69,11 @@ def npz_labels(path: Path) -> np.ndarray | None:
         try:
             info = archive.getinfo("arr_0.npy")
             with archive.open(info) as images:
-                count = _image_shape(images, info.file_size)[0]
+                (count, *_), dtype = _samples_header(images, info.file_size)
+            if dtype != np.uint8:
+                return None
         except Exception:
-            return None  # `npz_images` reports the fault
+            return None  # `npz_samples` reports the fault
         try:
             with archive.open("arr_1.npy") as file:
                 shape, _, dtype = _header(file)
@@ -104,7 +83,7 @@ def npz_labels(path: Path) -> np.ndarray | None:
                     raise ValueError(f"{shape[0]} labels of {count} images")
                 data = file.read(count * dtype.itemsize)
             labels = np.frombuffer(data, dtype, count).astype(np.int64)
-        except Exception as error:  # as `npz_images`
+        except Exception as error:  # as `npz_samples`
             raise ValueError(f"{path} holds labels arr_1 that do not fit its images: {error!s:.200}") from error
     return labels if labels.any() else None
 
@@ -124,9 +103,8 @@ class NpzValues:
     crc: int  #: checksum of the array, from the zip's directory
     ignored: dict[str, int] = field(default_factory=dict)  #: always empty
     captions: None = None
+    in_order: bool = True  #: a stream
     faults: dict[int, str] = field(default_factory=dict)  #: always empty
-    _state: dict[str, Any] = field(default_factory=dict, repr=False)  #: the open stream and its next sample
-    _lock: Any = field(default_factory=threading.Lock, repr=False)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -136,10 +114,7 @@ class NpzValues:
 
     def read(self, i: int) -> np.ndarray:
         """Sample i: (C, *S) float32. Raises BadSample for values that are not finite, ValueError for a damaged file."""
-        size = math.prod(self.shape) * self.dtype.itemsize
-        with self._lock:
-            data = _read_exactly(self._stream_at(i, size), size, self.path, f"sample {i}")
-            self._state["next"] = i + 1
+        data = self._stream(i)
         with np.errstate(over="ignore"):  # a float64 beyond float32 becomes infinite, and is refused below
             values = np.frombuffer(data, self.dtype).reshape(self.shape).astype(np.float32)
         if not np.isfinite(values).all():
@@ -154,17 +129,20 @@ class NpzValues:
         digest.update(self.labels.astype("<i8").tobytes())
         return digest.hexdigest()
 
-    def _stream_at(self, i: int, size: int) -> IO[bytes]:
-        """The stream, positioned at sample i. The position counts as unknown until `read` has succeeded."""
-        at = self._state.pop("next", len(self))
-        if at > i:
-            self._state["file"], at = open_zip(self.path).open("data.npy"), 0
-            _header(self._state["file"])
-        file = self._state["file"]
-        left = (i - at) * size
-        while left:
-            left -= len(_read_exactly(file, min(left, CHUNK), self.path, f"a sample before {i}"))
-        return file
+    @cached_property
+    def _stream(self) -> InOrder:
+        return InOrder(self._samples, far=math.inf)
+
+    def _samples(self, start: int) -> Iterator[bytes]:
+        """The bytes of each sample, from number `start` on."""
+        size = math.prod(self.shape) * self.dtype.itemsize
+        with open_zip(self.path) as archive, archive.open("data.npy") as file:
+            _header(file)
+            left = start * size
+            while left:
+                left -= len(_read_exactly(file, min(left, CHUNK), self.path, f"a sample before {start}"))
+            for i in range(start, len(self)):
+                yield _read_exactly(file, size, self.path, f"sample {i}")
 
 
 def npz_values(path: Path) -> NpzValues:
@@ -313,13 +291,14 @@ def _header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
     return shape, fortran, dtype
 
 
-def _image_shape(file: IO[bytes], size: int) -> tuple[int, ...]:
-    """Shape in the header of a member of `size` bytes; leaves `file` at the first image."""
+def _samples_header(file: IO[bytes], size: int) -> tuple[tuple[int, ...], np.dtype]:
+    """Shape and dtype of images or other samples, in the header of a member of `size` bytes; leaves `file` at the first one."""
     shape, fortran, dtype = _header(file)
-    if dtype != np.uint8 or fortran or len(shape) != 4 or shape[3] not in (1, 3):
+    images = dtype == np.uint8 and len(shape) == 4 and shape[3] in (1, 3)
+    if fortran or not (images or (dtype == np.dtype("<f4") and 3 <= len(shape) <= 5)):
         raise ValueError(f"it is {dtype} {shape}{' in Fortran order' if fortran else ''}")
-    if min(shape) < 1 or file.tell() + math.prod(shape) != size:
+    if min(shape) < 1 or file.tell() + math.prod(shape) * dtype.itemsize != size:
         raise ValueError(f"shape {shape} does not match its {size} bytes")
-    if math.prod(shape[1:]) > MAX_PICTURE_BYTES:
-        raise ValueError(f"images of {shape[1:]} are larger than {MAX_PICTURE_BYTES} bytes")
-    return shape
+    if math.prod(shape[1:]) * dtype.itemsize > MAX_PICTURE_BYTES:
+        raise ValueError(f"samples of {shape[1:]} are larger than {MAX_PICTURE_BYTES} bytes")
+    return shape, dtype

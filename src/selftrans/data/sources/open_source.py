@@ -16,31 +16,20 @@ from pathlib import Path
 
 import numpy as np
 
+from selftrans.data.resolution import Resolution, resolution_of, sides, size_text
 from selftrans.data.sources import folder, npz, table, zip_archive
-from selftrans.data.sources.captions import CaptionSource, annotated, captioned_folder, loose_folder
-from selftrans.data.sources.decode import (
-    EXTENSIONS,
-    STANDARD,
-    Reading,
-    Resolution,
-    bad_picture,
-    none_readable,
-    resolution_of,
-    sides,
-    size_text,
-    upright_size,
-)
+from selftrans.data.sources.captions import CAPTIONED, CaptionSource, annotated, captioned
+from selftrans.data.sources.decode import STANDARD, Reading, bad_picture, none_readable, upright_size
 from selftrans.data.sources.digit_captions import digits_with_captions
+from selftrans.data.sources.file_kinds import PICTURES, check_source_file, describe_ignored, remedy_for_ignored
 from selftrans.data.sources.label_file import given_labels
-from selftrans.data.sources.not_read import check_file, remedy_for
-from selftrans.data.sources.passed_over import in_words
-from selftrans.data.sources.source import Picture, Source, ahead
+from selftrans.data.sources.source import Source, ahead
 from selftrans.data.sources.splits import split_files, split_folder, warn_of_splits
-from selftrans.data.sources.tar_archive import tar_files
+from selftrans.data.sources.tar_archive import tar_entries
 from selftrans.data.sources.tar_labels import labelled_tars, only_tars
 from selftrans.storage import printable
 
-__all__ = ["MAX_RESOLUTION", "Picture", "Source", "iter_images", "open_source"]
+__all__ = ["MAX_RESOLUTION", "Source", "iter_images", "open_source"]
 
 MAX_RESOLUTION = 16_384
 
@@ -102,12 +91,7 @@ def _open(
     reading.check()
     if captions and reading.labels is not None:
         raise ValueError("--labels does not apply to pictures with captions, which have no labels; leave it out")
-    if captions:
-        opened = _find_captioned(source, split, captions, reading.streaming)
-    elif reading.labels is not None:
-        opened = given_labels(_loose(source, split, f"--labels {reading.labels}"), reading.labels)
-    else:
-        opened = _find(source, split, label_column, reading)
+    opened = _find(source, split, label_column, captions, reading)
     if not opened.is_table:
         warn_of_splits(opened.names, opened.classes, str(source))
     labelled = opened.is_table or Path(source).suffix.lower() == ".tar" or only_tars(Path(source))
@@ -121,67 +105,56 @@ def _open(
     if captions and captions.column is not None and not opened.is_table:
         warnings.warn(f"caption_column is ignored: {source} is not a table", stacklevel=3)
     if not len(opened):
-        ignored = f"; {in_words(opened.ignored)}" if opened.ignored else ""
-        remedy = f"; {found}" if (found := remedy_for(opened.ignored)) else ""
-        raise ValueError(f"no pictures in {source} (looked for {' '.join(sorted(EXTENSIONS))}{ignored}){remedy}")
+        ignored = f"; {describe_ignored(opened.ignored)}" if opened.ignored else ""
+        remedy = f"; {found}" if (found := remedy_for_ignored(opened.ignored)) else ""
+        raise ValueError(f"no pictures in {source} (looked for {' '.join(sorted(PICTURES))}{ignored}){remedy}")
     channels = 1 if opened.channels == 1 else channels
     return dataclasses.replace(opened, channels=channels, resolution=resolution or 0, reading=reading)
 
 
-def _find(source: str | Path, split: str | None, label_column: str | None, reading: Reading = STANDARD) -> Source:
-    path, allow_empty = Path(source), reading.allow_empty
+def _find(
+    source: str | Path, split: str | None, label_column: str | None, captions: CaptionSource | None, reading: Reading
+) -> Source:
+    """A source with its labels, or with `captions`."""
+    path, streaming = Path(source), reading.streaming
     if split is not None and (str(source) == "digits" or path.suffix.lower() == ".parquet"):
         warnings.warn(f"split {split!r} is ignored: {source} is one table", stacklevel=4)
-    if str(source) == "digits":
+    if reading.labels is not None:
+        return given_labels(_loose(source, split, f"--labels {reading.labels}"), reading.labels)
+    if str(source) == "digits" and not captions:
         return _digits()
     if str(source) == "digits_t2i":
-        raise ValueError("digits_t2i are pictures with captions; add --text minilm, or another text encoder")
+        if not captions:
+            raise ValueError("digits_t2i are pictures with captions; add --text minilm, or another text encoder")
+        return digits_with_captions(_digits())
+    if captions and captions.file is not None:
+        return annotated(_loose(source, split, f"--captions {captions.file}"), Path(captions.file))
+    files, inside = [path] if path.is_file() else [], path
     if path.is_dir():
-        files, inside = _files_of(path, split, "*.parquet", *(["*.tar"] if only_tars(path) else []))
+        files, inside = _files_of(path, split, "*.parquet", *(["*.tar"] if captions or only_tars(path) else []))
         if not files and only_tars(inside):  # the folder of the split
             files, _ = _files_of(inside, None, "*.tar")
-        if files and files[0].suffix == ".tar":
-            return labelled_tars(files, label_column)
-        if files:
-            return table.parquet(files, label_column, streaming=reading.streaming)
-        return folder.folder(inside, allow_empty=allow_empty)
-    if path.is_file() and path.suffix.lower() == ".parquet":
-        return table.parquet([path], label_column, streaming=reading.streaming)
-    if path.is_file() and path.suffix.lower() == ".tar":
-        return labelled_tars([path], label_column)
-    if path.is_file() and {".tar", ".tgz"} & {suffix.lower() for suffix in path.suffixes}:
-        raise ValueError(f"{printable(source)} is a compressed tar; decompress it, and give the tar")
-    if path.is_file():
-        check_file(path)
-        return zip_archive.zip_file(path, split, allow_empty=allow_empty)
-    if _is_hub_id(source):
-        return table.hub(str(source), split or "train", label_column, streaming=reading.streaming)
-    raise ValueError(f"no source {str(source)!r}: give a folder, zip or parquet file, a hub id owner/name, or 'digits'")
-
-
-def _find_captioned(source: str | Path, split: str | None, captions: CaptionSource, streaming: bool = False) -> Source:
-    path = Path(source)
-    if str(source) == "digits_t2i":
-        return digits_with_captions(_digits())
-    if captions.file is not None:
-        return annotated(_loose(source, split, f"--captions {captions.file}"), Path(captions.file))
+    suffix = files[0].suffix.lower() if files else ""
+    if suffix == ".parquet":
+        return table.parquet(files, label_column, captions, streaming=streaming)
+    if suffix == ".tar":
+        return captioned(tar_entries(files, CAPTIONED)) if captions else labelled_tars(files, label_column)
+    if files:
+        check_source_file(path)
+        if captions:
+            return captioned(zip_archive.zip_entries(path, CAPTIONED, split).files)
+        return zip_archive.zip_file(path, split, allow_empty=reading.allow_empty)
     if path.is_dir():
-        files, inside = _files_of(path, split, "*.parquet", "*.tar")
-        tables = [file for file in files if file.suffix == ".parquet"]
-        if tables:
-            return table.parquet(tables, None, captions, streaming=streaming)
-        return tar_files(files) if files else captioned_folder(inside)
-    if path.is_file() and path.suffix.lower() == ".parquet":
-        return table.parquet([path], None, captions, streaming=streaming)
-    if path.is_file() and path.suffix.lower() == ".tar":
-        return tar_files([path])
-    if path.is_file() and path.suffix.lower() == ".zip":
-        return zip_archive.captioned_zip(path, split)
+        if captions:
+            return captioned(folder.folder_entries(inside, CAPTIONED))
+        return folder.folder(inside, allow_empty=reading.allow_empty)
     if _is_hub_id(source):
-        return table.hub(str(source), split or "train", None, captions, streaming=streaming)
+        return table.hub(str(source), split or "train", label_column, captions, streaming=streaming)
+    what = "pictures with captions" if captions else "pictures"
+    built_in = "digits_t2i" if captions else "digits"
     raise ValueError(
-        f"no source of pictures with captions in {str(source)!r}: give a folder, a zip, a tar or parquet file, a hub "
-        "id, or a folder or zip of pictures with --captions FILE"
+        f"no source of {what} {str(source)!r}: give a folder, a zip, a tar or parquet file, a hub id owner/name, or "
+        f"'{built_in}'"
     )
 
 
@@ -207,9 +180,9 @@ def _loose(source: str | Path, split: str | None, file: str) -> Source:
     """Every picture of a folder or zip, without labels, for a `file` that describes them. ValueError for another source."""
     path = Path(source)
     if path.is_dir():
-        return loose_folder(split_folder(path, split))
+        return folder.folder_entries(split_folder(path, split), PICTURES).pictures()
     if path.is_file() and path.suffix.lower() == ".zip":
-        return zip_archive.captioned_zip(path, split, next_to=False)
+        return zip_archive.zip_entries(path, PICTURES, split).files.pictures()
     raise ValueError(f"{printable(source)} is not a folder or a zip of pictures, which {file} belongs to")
 
 
@@ -265,13 +238,13 @@ def _native_resolution(source: Source, where: str, progress: bool, remedy: str) 
 
 
 def iter_images(path: str | Path, batch_size: int = 256) -> Iterator[np.ndarray]:
-    """Images (n, H, W, C) uint8, n <= batch_size, from any picture source or an npz with `arr_0` (uint8, NHWC).
+    """Images (n, H, W, C) uint8, n <= batch_size, from any picture source, or the samples of an npz (see `npz_samples`).
 
-    An npz is streamed as it is stored. C is 1 if all pictures are 8-bit greyscale, else 3 (RGB). Raises ValueError as
+    C is 1 if all pictures are 8-bit greyscale, else 3 (RGB). Raises ValueError as
     `open_source` does, and for an npz of another type.
     """
     if Path(path).suffix.lower() == ".npz":
-        yield from npz.npz_images(Path(path), batch_size)
+        yield from npz.npz_samples(Path(path), batch_size)
         return
     source = dataclasses.replace(_open(path, None), faults={})  # labels are not used, so none is missing
     native = _native_resolution(source, str(path), False, "they are read without resizing: crop all to one size")
@@ -280,7 +253,7 @@ def iter_images(path: str | Path, batch_size: int = 256) -> Iterator[np.ndarray]
     indices = range(len(source))
     batches = (indices[start : start + batch_size] for start in indices[::batch_size])
     yield from ahead(lambda batch: np.stack([source.read(i) for i in batch]), batches)
-    source.noticed.warn()
+    source.read_warnings.emit()
 
 
 def _all_grey(source: Source) -> bool:

@@ -8,28 +8,31 @@ labels are indices into `Source.classes`.
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import threading
 from collections import deque
-from collections.abc import Callable, Collection, Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, BinaryIO, NamedTuple, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
+from selftrans.data.resolution import Resolution
 from selftrans.data.sources.decode import (
     STANDARD,
     BadSample,
     Reading,
-    Resolution,
     bad_picture,
     check_pixels,
     enlarged,
+    open_picture,
     to_array,
 )
 from selftrans.data.sources.metadata import facts_of
-from selftrans.data.sources.noticed import Noticed
+from selftrans.data.sources.read_warnings import ReadWarnings
 from selftrans.device import cpu_cores
 from selftrans.storage import plural, printable
 
@@ -40,6 +43,8 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 MAX_CLASSES = 1_000_000
+FAR = 256  #: items ahead from which a stream is begun again there
+MAX_PICTURE_BYTES = 1 << 29  #: entries of archives that claim a larger size are refused
 
 
 class Samples(Protocol):
@@ -55,7 +60,7 @@ class Samples(Protocol):
 
     @property
     def ignored(self) -> dict[str, int]:
-        """Reason for ignoring files -> how many, see `passed_over`."""
+        """Reason for ignoring files -> how many, see `file_kinds`."""
         ...
 
     @property
@@ -73,6 +78,11 @@ class Samples(Protocol):
         """Samples that lack their picture, their captions or their label -> the reason."""
         ...
 
+    @property
+    def in_order(self) -> bool:
+        """Whether samples should be read in their order, by one thread."""
+        ...
+
     def __len__(self) -> int: ...
 
     def name(self, i: int) -> str:
@@ -84,21 +94,31 @@ class Samples(Protocol):
         ...
 
 
-class Picture(NamedTuple):
-    """A picture after crop and resize."""
-
-    name: str  #: path inside its source
-    label: int  #: index into `Source.classes`; 0 when there are no classes
-    image: np.ndarray  #: (H, W, C) uint8
-
-
 class Entries(NamedTuple):
-    """Files of one source, such as the entries of an archive."""
+    """Files of a folder, or of an archive."""
 
     names: list[str]  #: sorted by code point
     sizes: list[int]  #: bytes
     open: Callable[[int], BinaryIO]  #: file i, to be closed; safe from any thread
     ignored: dict[str, int]  #: reason for ignoring files -> how many
+
+    def chosen(self, at: Sequence[int]) -> Entries:
+        """The files with these numbers, in this order."""
+        return self._replace(
+            names=[self.names[i] for i in at], sizes=[self.sizes[i] for i in at], open=lambda i: self.open(at[i])
+        )
+
+    def pictures(self) -> Source:
+        """The files as pictures without labels."""
+        none = np.zeros(len(self.names), dtype=np.int64)
+        return Source(self.names, none, (), lambda i: open_picture(self.open(i)), self.sizes, dict(self.ignored))
+
+
+def parts_inside(name: str) -> list[str] | None:
+    """The parts of a file's name in an archive or a list; None for one that leads out: absolute, with `..` or a drive."""
+    parts = [part for part in name.replace("\\", "/").split("/") if part not in ("", ".")]
+    outside = name.startswith(("/", "\\")) or ".." in parts or (parts and ":" in parts[0])
+    return None if outside else parts
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,9 +128,11 @@ class Source:
     names: Sequence[str]  #: path of each picture inside the source, sorted by code point
     labels: np.ndarray  #: (len,) int64
     classes: tuple[str, ...]  #: empty: unconditional
-    open: Callable[[int], Image.Image] = field(repr=False)  #: picture i, its pixels not yet decoded
+    open: Callable[[int], Any] = field(
+        repr=False
+    )  #: picture i, its pixels not yet decoded; of sounds and videos the file
     sizes: Sequence[int] = ()  #: bytes of each picture, if known
-    ignored: dict[str, int] = field(default_factory=dict)  #: reason for ignoring files -> how many, see `passed_over`
+    ignored: dict[str, int] = field(default_factory=dict)  #: reason for ignoring files -> how many, see `file_kinds`
     channels: int = 3
     resolution: Resolution = 0
     is_table: bool = False
@@ -122,16 +144,13 @@ class Source:
     reading: Reading = STANDARD  #: limits and values of the pixels
     #: the first `most` bytes of files next to the pictures that may hold labels, with the extension of each
     tables: Callable[[int], Iterable[tuple[str, bytes]]] = field(default=lambda most: (), repr=False)
-    noticed: Noticed = field(default_factory=Noticed, repr=False)  #: what reading has met so far, to be said once
+    read_warnings: ReadWarnings = field(default_factory=ReadWarnings, repr=False)  #: of the pictures read so far
 
     def __len__(self) -> int:
         return len(self.names)
 
     def name(self, i: int) -> str:
         return self.names[i]
-
-    def label(self, i: int) -> int:
-        return int(self.labels[i])
 
     def read(self, i: int) -> np.ndarray:
         """Picture i, cropped and resized: (H, W, C) uint8. Raises BadSample (a ValueError) naming it."""
@@ -142,15 +161,11 @@ class Source:
                 check_pixels(image, self.reading.max_pixels)
                 facts, small = facts_of(image), enlarged(image, self.resolution)
                 pixels = to_array(image, self.resolution, self.channels, self.reading.range)
-                facts.several |= image.format in ("GIF", "AVIF") and animated(image)
-                self.noticed.add(self.names[i], facts, small)
+                facts.several |= animated(image)
+                self.read_warnings.add(self.names[i], facts, small)
                 return pixels
         except Exception as error:  # decoders raise any type on a damaged file
             raise bad_picture(self.names[i], error) from error
-
-    def picture(self, i: int) -> Picture:
-        """Picture i with its name and label; raises like `read`."""
-        return Picture(self.names[i], self.label(i), self.read(i))
 
     @cached_property
     def fingerprint(self) -> str:
@@ -173,7 +188,7 @@ def animated(image: Image.Image) -> bool:
 
 
 def classify(
-    names: list[str], where: str, unit: str = "pictures", also: Collection[str] = ()
+    names: Sequence[str], where: str, unit: str = "pictures", also: Collection[str] = ()
 ) -> tuple[np.ndarray, tuple[str, ...]]:
     """Labels and classes of sorted names: the first folder of a name is its class; without folders there are no classes.
 
@@ -193,6 +208,15 @@ def classify(
     classes = sorted({head for head in heads if head is not None} | {*also})
     index = {name: i for i, name in enumerate(classes)}
     return np.array([index[head] for head in heads if head is not None], dtype=np.int64), tuple(classes)
+
+
+def present_classes(labels: np.ndarray, classes: Sequence[str]) -> tuple[int, ...]:
+    """The labels that occur, in order; empty when there are no classes, or when all of them occur.
+
+    Only classes with samples are sampled, shown and measured.
+    """
+    found = np.unique(labels).tolist() if len(classes) else []
+    return () if len(found) == len(classes) else tuple(found)
 
 
 def ahead(
@@ -216,3 +240,34 @@ def ahead(
         finally:
             for future in waiting:  # not needed after an error
                 future.cancel()
+
+
+class InOrder:
+    """Item i of a stream, for indices that mostly rise; from any thread, one at a time.
+
+    `begin(i)` returns an iterator that starts with item i; it is called again to go back, and to go `far` ahead. Raises OSError
+    where the stream ends before an item.
+    """
+
+    def __init__(self, begin: Callable[[int], Iterator[Any]], far: float = FAR) -> None:
+        self._begin, self._far, self._lock = begin, far, threading.Lock()
+        self._items: Iterator[Any] | None = None
+        self._next = 0
+        self._last: Any = None
+
+    def __call__(self, i: int) -> Any:
+        with self._lock:
+            if self._items is not None and i == self._next - 1:
+                return self._last
+            if self._items is None or not self._next <= i < self._next + self._far:
+                self._items, self._next = self._begin(i), i
+            try:
+                while self._next <= i:
+                    self._last = next(self._items)
+                    self._next += 1
+            except StopIteration:
+                raise OSError(errno.ETIMEDOUT, "the stream has ended before this row") from None
+            except Exception:
+                self._items = None  # begun again if this row is asked for once more
+                raise
+            return self._last

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import errno
-import threading
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
+from selftrans.data.sources.source import InOrder
 from selftrans.storage import first_line
 
 CHUNK = 4096  #: rows of a column that are read at a time
-FAR = 256  #: rows ahead from which the stream is begun again there
 
 
 class TableRows(Protocol):
@@ -105,36 +104,6 @@ class StreamedRows:
         rows = self._load().select_columns([name]).cast_column(name, datasets.Image(decode=False))
         read = InOrder(lambda i: (row[name] for row in _unbroken(rows.skip(i) if i else rows, self._where)))
         return read
-
-
-class InOrder:
-    """Item i of a stream, for indices that mostly rise; from any thread, one at a time.
-
-    `begin(i)` returns an iterator that starts with item i. Raises OSError where the stream ends before an item.
-    """
-
-    def __init__(self, begin: Callable[[int], Iterator[Any]]) -> None:
-        self._begin, self._lock = begin, threading.Lock()
-        self._items: Iterator[Any] | None = None
-        self._next = 0
-        self._last: Any = None
-
-    def __call__(self, i: int) -> Any:
-        with self._lock:
-            if self._items is not None and i == self._next - 1:
-                return self._last
-            if self._items is None or not self._next <= i < self._next + FAR:
-                self._items, self._next = self._begin(i), i
-            try:
-                while self._next <= i:
-                    self._last = next(self._items)
-                    self._next += 1
-            except StopIteration:
-                raise OSError(errno.ETIMEDOUT, "the stream has ended before this row") from None
-            except OSError:
-                self._items = None  # begun again if this row is asked for once more
-                raise
-            return self._last
 
 
 def _unbroken(rows: Any, where: str) -> Iterator[Any]:

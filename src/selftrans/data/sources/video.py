@@ -10,24 +10,16 @@ import io
 from collections.abc import Generator
 from contextlib import closing
 from itertools import islice
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
-from selftrans.data.sources.audio import missing
-from selftrans.data.sources.clip_files import GIF, ClipFiles
-from selftrans.data.sources.clips import Clips, MediaOptions, bad_clip
-from selftrans.data.sources.decode import (
-    MAX_PIXELS,
-    Resolution,
-    check_pixels,
-    none_readable,
-    open_picture,
-    sides,
-    size_text,
-    to_array,
-)
+from selftrans.data.resolution import Resolution, sides, size_text
+from selftrans.data.sources.clip_files import GIF
+from selftrans.data.sources.clips import Clips, MediaOptions, bad_clip, missing
+from selftrans.data.sources.decode import MAX_PIXELS, check_pixels, none_readable, open_picture, to_array
+from selftrans.data.sources.source import Source
 from selftrans.encoders.media import Video, rounded
 
 if TYPE_CHECKING:
@@ -40,7 +32,7 @@ MAX_FRAMES = 1 << 14
 
 
 def open_videos(
-    files: ClipFiles, options: MediaOptions, resolution: Resolution | None, most: int = MAX_PIXELS
+    files: Source, where: Path, options: MediaOptions, resolution: Resolution | None, most: int = MAX_PIXELS
 ) -> Clips:
     """The first `options.frames` frames of each video, at `resolution` (None: the size of the first, which all must have).
 
@@ -51,9 +43,9 @@ def open_videos(
     frames = options.frames
     if not frames or not 1 <= frames <= MAX_FRAMES:
         raise ValueError(
-            f"{files.where} holds videos: give --frames, how many are read from the start of each (1 to {MAX_FRAMES})"
+            f"{where} holds videos: give --frames, how many are read from the start of each (1 to {MAX_FRAMES})"
         )
-    first, fps = _first(files, most)
+    first, fps = _first(files, where, most)
     channels, size = 1 if options.grey else 3, first if resolution is None else sides(resolution)
 
     def load(name: str, stream: BinaryIO) -> np.ndarray:
@@ -75,8 +67,8 @@ def pyav() -> Any:
     """The library. Raises ValueError with the command that installs it."""
     try:
         import av
-    except (ImportError, OSError) as error:
-        raise ValueError(missing("videos", "av", error)) from error
+    except (ImportError, OSError) as error:  # OSError: a system library is missing
+        raise missing("videos", "av", error) from error
     return av
 
 
@@ -131,7 +123,7 @@ def _av_frames(name: str, stream: BinaryIO, most: int) -> Generator[Image.Image]
             yield frame.to_image()
 
 
-def _first(files: ClipFiles, most: int) -> tuple[tuple[int, int], float]:
+def _first(files: Source, where: Path, most: int) -> tuple[tuple[int, int], float]:
     """(height, width) and frames per second of the first video that can be read. Raises ValueError when none can."""
     error: Exception | None = None
     for i, name in enumerate(files.names):
@@ -144,7 +136,7 @@ def _first(files: ClipFiles, most: int) -> tuple[tuple[int, int], float]:
                 return (picture.height, picture.width), rounded(_fps(name, stream, most))
         except Exception as unreadable:  # decoders raise any type on a damaged file
             error = error or bad_clip(name, unreadable, GIF)
-    raise ValueError(none_readable(len(files), "video", files.where, error))
+    raise ValueError(none_readable(len(files), "video", where, error))
 
 
 def _fps(name: str, stream: BinaryIO, most: int) -> float:

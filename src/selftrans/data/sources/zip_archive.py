@@ -13,17 +13,11 @@ from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO, NamedTuple
 
-import numpy as np
-
 from selftrans.data.sources import label_file
-from selftrans.data.sources.captions import CAPTION_FILES, MAX_FILE_BYTES, combine, with_captions
-from selftrans.data.sources.decode import EXTENSIONS, open_picture
-from selftrans.data.sources.passed_over import Archived, kind_of_file
-from selftrans.data.sources.source import Entries, Source, classify
+from selftrans.data.sources.file_kinds import PICTURES, ArchiveJunk, file_kind
+from selftrans.data.sources.source import MAX_PICTURE_BYTES, Entries, Source, classify, parts_inside
 from selftrans.data.sources.splits import split_names
 from selftrans.storage import first_line, printable
-
-MAX_PICTURE_BYTES = 1 << 29  #: entries that claim a larger size are refused
 
 
 def zip_file(path: Path, split: str | None = None, *, allow_empty: bool = False) -> Source:
@@ -35,41 +29,16 @@ def zip_file(path: Path, split: str | None = None, *, allow_empty: bool = False)
     Raises ValueError for absolute names, names with `..`, symbolic links, encrypted or duplicate entries, and pictures
     whose claimed size is above `MAX_PICTURE_BYTES`.
     """
-    listed = zip_entries(path, EXTENSIONS, split)
-    found, ignored = listed.files, Counter(listed.files.ignored)
-    none = np.zeros(len(found.names), dtype=np.int64)
-    source = Source(found.names, none, (), lambda i: open_picture(found.open(i)), found.sizes, dict(ignored))
-    source = replace(source, tables=lambda most: _tables(listed, most))
+    listed = zip_entries(path, PICTURES, split)
+    source = replace(listed.files.pictures(), tables=lambda most: _tables(listed, most))
     for top, info in listed.label_files if split is None else ():
         where = f"{top}{label_file.NAME} in {path}"
         if labelled := label_file.labelled(source, _read(listed.archive, info, where), where, top):
             return labelled
     if listed.empty and not allow_empty:
-        ignored["class folders without pictures"] += len(listed.empty)
+        source.ignored["class folders without pictures"] = len(listed.empty)
     labels, classes = classify(listed.heads, str(path), also=listed.empty if allow_empty else ())
-    return replace(source, labels=labels, classes=classes, ignored=dict(ignored))
-
-
-def captioned_zip(path: Path, split: str | None = None, *, next_to: bool = True) -> Source:
-    """Pictures at any depth of a zip, without labels; each has a caption file of the same name in the same folder, unless
-    `next_to` is off. Raises ValueError as `zip_file`.
-    """
-    found = zip_entries(path, {*EXTENSIONS, *(CAPTION_FILES if next_to else ())}, split).files
-    at = {name: i for i, name in enumerate(found.names)}
-    texts = {name: i for name, i in at.items() if PurePosixPath(name).suffix.lower() in CAPTION_FILES}
-    pictures = {name: i for name, i in at.items() if name not in texts}
-
-    def read(i: int) -> bytes:
-        try:
-            return found.open(i).read(MAX_FILE_BYTES + 1)
-        except Exception as error:  # the type depends on the damage
-            raise ValueError(f"its captions cannot be read ({first_line(error)})") from error
-
-    pairs = list(combine(pictures, texts, read)) if next_to else [(name, ()) for name in pictures]
-    names = [name for name, _ in pairs]
-    none, sizes = np.zeros(len(names), dtype=np.int64), [found.sizes[at[name]] for name in names]
-    source = Source(names, none, (), lambda i: open_picture(found.open(at[names[i]])), sizes, dict(found.ignored))
-    return with_captions(source, (captions for _, captions in pairs)) if next_to else source
+    return replace(source, labels=labels, classes=classes)
 
 
 class ZipEntries(NamedTuple):
@@ -91,7 +60,7 @@ def zip_entries(path: Path, suffixes: Collection[str], split: str | None = None)
     archive = open_zip(path)
     ignored: Counter[str] = Counter()
     entries: dict[str, zipfile.ZipInfo] = {}
-    archived, folders, label_files = Archived(ignored), set[str](), list[tuple[str, zipfile.ZipInfo]]()
+    archived, folders, label_files = ArchiveJunk(ignored), set[str](), list[tuple[str, zipfile.ZipInfo]]()
     tables = list[zipfile.ZipInfo]()
     for info in archive.infolist():
         parts = _checked_parts(info, path)
@@ -101,7 +70,7 @@ def zip_entries(path: Path, suffixes: Collection[str], split: str | None = None)
         if info.is_dir():
             continue
         if PurePosixPath(parts[-1]).suffix.lower() not in suffixes:
-            ignored[kind_of_file(parts[-1])] += 1
+            ignored[file_kind(parts[-1])] += 1
             if parts[-1] == label_file.NAME and len(parts) <= 2:
                 label_files.append(("/".join([*parts[:-1], ""]), info))
             elif PurePosixPath(parts[-1]).suffix.lower() in label_file.SUFFIXES:
@@ -153,9 +122,8 @@ def open_zip(path: Path) -> zipfile.ZipFile:
 
 def _checked_parts(info: zipfile.ZipInfo, path: Path) -> list[str]:
     """The parts of an entry's name. Raises ValueError for an unsafe entry."""
-    name = info.filename.replace("\\", "/")
-    parts = [part for part in name.split("/") if part not in ("", ".")]
-    if name.startswith("/") or ".." in parts or not parts or ":" in parts[0]:
+    parts = parts_inside(info.filename)
+    if not parts:
         raise ValueError(f"{path} holds the name {info.filename!r}, which leads out of it; do not trust this zip")
     if stat.S_ISLNK(info.external_attr >> 16):
         raise ValueError(f"{path} holds the symbolic link {info.filename!r}; make the zip of the files themselves")

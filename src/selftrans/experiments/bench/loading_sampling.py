@@ -18,7 +18,7 @@ from selftrans.data.dataset import Dataset
 from selftrans.data.manifest import VERSION, Manifest, Shard, conditions_of
 from selftrans.data.on_device import OnDevice
 from selftrans.data.shard_file import write_shard
-from selftrans.encoders.identity import PixelAutoencoder
+from selftrans.encoders.identity import identity
 from selftrans.encoders.latent_space import LatentSpace
 from selftrans.experiments.bench.machine import Clock
 from selftrans.models.compiling import compile_model
@@ -97,7 +97,7 @@ def sampling(
             guidance_interval=interval,
             precision=precision,
         )
-        sampler = Sampler(model, PixelAutoencoder(), config, device=clock.device)
+        sampler = Sampler(model, identity("pixel"), config, device=clock.device)
         clock.wait()
         began = time.perf_counter()
         for _ in sampler.sample():

@@ -15,18 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from selftrans.data.resolution import Resolution, parse_resolution, size_text
 from selftrans.data.sources import decode
-from selftrans.data.sources.decode import (
-    BadPicture,
-    Reading,
-    Resolution,
-    centre_crop,
-    open_picture,
-    parse_resolution,
-    size_text,
-    to_array,
-    upright_size,
-)
+from selftrans.data.sources.decode import BadPicture, Reading, centre_crop, open_picture, to_array, upright_size
 from selftrans.data.sources.metadata import turned_upright as upright
 from selftrans.data.sources.open_source import open_source
 from selftrans.data.sources.source import Source

@@ -27,7 +27,7 @@ def test_npz_is_streamed(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "array",
     [
-        np.zeros((2, 8, 8, 3), np.float32),
+        np.zeros((2, 8, 8, 3), np.float64),
         np.zeros((2, 3, 8, 8), np.uint8),
         np.zeros((8, 8, 3), np.uint8),
         np.asfortranarray(np.zeros((2, 8, 8, 3), np.uint8)),

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from selftrans.cli.main import main
+from selftrans.data.sources import table
 from selftrans.data.sources.decode import Reading
 from selftrans.data.sources.open_source import iter_images, open_source
+from selftrans.data.sources.source import Source
 from tests.support.pictures import ORDER, TREE, encoded, noise, write, zipped
 
 
@@ -17,11 +22,10 @@ def test_class_folders_in_code_point_order(tmp_path: Path, kind: str) -> None:
     source = open_source(write(tmp_path / "x", TREE) if kind == "folder" else zipped(tmp_path / "x.zip", TREE))
     assert source.classes == ("Zebra finch", "cat", "dog")
     assert [source.name(i) for i in range(len(source))] == ORDER
-    assert [source.label(i) for i in range(4)] == [0, 1, 2, 2]
+    assert source.labels.tolist() == [0, 1, 2, 2]
     assert (source.resolution, source.channels) == (8, 3)
     assert np.array_equal(source.read(3), noise(seed=1)) and source.read(3).dtype == np.uint8
-    name, label, image = source.picture(0)
-    assert (name, label) == (ORDER[0], 0) and np.array_equal(image, noise(seed=4))
+    assert np.array_equal(source.read(0), noise(seed=4))
 
 
 @pytest.mark.parametrize("kind", ["folder", "zip"])
@@ -151,3 +155,38 @@ def test_iter_images_is_grey_only_if_all_pictures_are(tmp_path: Path) -> None:
     images = np.concatenate(list(iter_images(tmp_path / "x")))
     assert images.shape == (4, 8, 8, 3)
     assert np.array_equal(images[1, ..., 2], noise(8, 1, channels=1)) and np.array_equal(images[3], noise(8))
+
+
+def test_a_name_that_is_looked_for_on_the_hub_although_its_folder_is_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(write(tmp_path, {"pictures/cat/a.png": encoded(noise(8))}))
+    said = "pictures/cats is not on this machine, so it is looked for on the hub; the folder pictures holds cat"
+    asked: list[str] = []
+    nothing = Source([], np.zeros(0, dtype=np.int64), (), lambda i: None)  # type: ignore[arg-type,return-value]
+    monkeypatch.setattr(table, "hub", lambda name, *_, **__: asked.append(name) or nothing)
+    with pytest.warns(UserWarning, match=said), pytest.raises(ValueError, match="no pictures in pictures/cats"):
+        open_source("pictures/cats")
+    assert asked == ["pictures/cats"]
+
+
+def test_folder_that_cannot_be_listed_is_not_mentioned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(write(tmp_path, {"pictures/cat/a.png": encoded(noise(8))}))
+    nothing = Source([], np.zeros(0, dtype=np.int64), (), lambda i: None)  # type: ignore[arg-type,return-value]
+    monkeypatch.setattr(table, "hub", lambda *_, **__: nothing)
+
+    def refused(path: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    with monkeypatch.context() as patched, warnings.catch_warnings():
+        warnings.simplefilter("error")
+        patched.setattr(os, "scandir", refused)
+        with pytest.raises(ValueError, match="no pictures in pictures/cats"):
+            open_source("pictures/cats")
+
+
+def test_empty_name_of_a_source(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["prepare", "", "--out", str(tmp_path / "out")]) == 1
+    assert capsys.readouterr().err == (
+        "selftrans: the source is an empty name; give a folder, a zip, a tar, a parquet file, a hub id, or `digits`\n"
+    )

@@ -12,7 +12,7 @@ from selftrans.data.prepare import prepare
 from selftrans.data.sources.captions import CaptionSource
 from selftrans.data.sources.decode import Reading
 from selftrans.data.sources.open_source import open_source
-from selftrans.data.sources.table_rows import FAR, InOrder
+from selftrans.data.sources.source import FAR, InOrder
 from tests.support import toy
 from tests.support.pictures import encoded, noise
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from selftrans.data.sources import tar_archive
-from selftrans.data.sources.captions import CaptionSource
+from selftrans.data.sources.captions import MAX_FILE_BYTES, CaptionSource
 from selftrans.data.sources.open_source import open_source
 from selftrans.data.sources.source import Source
 from tests.support.pictures import encoded, noise
@@ -77,12 +77,23 @@ def test_long_names_are_read(tmp_path: Path) -> None:
 
 def test_missing_halves_are_named(tmp_path: Path) -> None:
     source = opened(
-        tarred(tmp_path / "a.tar", {"a.png": PICTURE, "b.txt": b"no picture", "c.png": PICTURE, "c.txt": b" "})
+        tarred(
+            tmp_path / "a.tar",
+            {
+                "a.png": PICTURE,
+                "b.txt": b"no picture",
+                "c.png": PICTURE,
+                "c.txt": b" ",
+                "d.png": PICTURE,
+                "d.txt": b"x" * (MAX_FILE_BYTES + 1),
+            },
+        )
     )
     assert {source.names[i]: reason for i, reason in source.faults.items()} == {
         "a.tar/a.png": "a picture without a caption",
         "a.tar/b.txt": "a caption without its picture",
         "a.tar/c.png": "its captions are empty",
+        "a.tar/d.png": f"its captions take more than {MAX_FILE_BYTES} bytes",
     }
 
 
@@ -113,9 +124,8 @@ def test_unsafe_members_are_refused(tmp_path: Path, case: str) -> None:
     assert "\n" not in str(caught.value) and str(path) in str(caught.value)
 
 
-@pytest.mark.parametrize("limited", ["MAX_PICTURE_BYTES", "MAX_FILE_BYTES"])
-def test_sizes_are_limited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limited: str) -> None:
-    monkeypatch.setattr(tar_archive, limited, 3)
+def test_sizes_are_limited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tar_archive, "MAX_PICTURE_BYTES", 3)
     with pytest.raises(ValueError, match=r"holds 'a.\w+' of \d+ bytes, above the limit of 3"):
         opened(tarred(tmp_path / "a.tar", {"a.png": PICTURE, "a.txt": b"four"}))
 

@@ -13,10 +13,10 @@ import torch
 from selftrans.data.buckets import open_data
 from selftrans.data.dataset import Dataset
 from selftrans.data.manifest import Manifest
-from selftrans.data.remote import store_of
-from selftrans.data.remote_rows import RemoteRows, RemoteShard, Scattered
-from selftrans.data.shard_cache import CacheOptions
 from selftrans.data.shard_file import open_tensors
+from selftrans.data.streaming.remote import store_of
+from selftrans.data.streaming.remote_rows import RandomAccess, RemoteRows, RemoteShard
+from selftrans.data.streaming.shard_cache import CacheOptions
 from selftrans.sampling.conditioning import CaptionConditioning
 from tests.support import captioned
 from tests.support.processes import LONGEST
@@ -31,10 +31,10 @@ def test_prompts_do_not_depend_on_the_cache_and_fetch_no_shard(tmp_path: Path, r
         large = open_data(server.url, cache=CacheOptions(str(tmp_path / "large")))
         for data in (Dataset.open(folder), small, large):
             data.ready("cpu")
-            conditioning = CaptionConditioning(data.scattered, rows=data.prompt_rows[:6])
+            conditioning = CaptionConditioning(data.random_access, rows=data.prompt_rows[:6])
             found.append((data.prompts, conditioning.texts(np.arange(8)), conditioning.of(np.arange(8))))
         assert not list((tmp_path / "cache").glob("*.safetensors"))
-        again = open_data(server.url, cache=CacheOptions(str(tmp_path / "cache"), 1e-6)).scattered
+        again = open_data(server.url, cache=CacheOptions(str(tmp_path / "cache"), 1e-6)).random_access
         (folder / "shard-00000.safetensors").write_bytes(bytes(100))
         with pytest.raises(
             ValueError, match=r"shard-00000.safetensors cannot be used \(its header .*\); copy the folder"
@@ -67,7 +67,7 @@ def test_shard_without_ranges_is_asked_for_once_for_all_rows(ranges: bool, tmp_p
     folder = captioned.shared()
     local, rows = Dataset.open(folder), np.array([9, 0, 4, 9])
     with serving(folder, ranges=ranges) as server:
-        data = open_data(server.url, cache=CacheOptions(str(tmp_path), 1e-6)).scattered
+        data = open_data(server.url, cache=CacheOptions(str(tmp_path), 1e-6)).random_access
         server.asked.clear()
         assert data.captions(rows) == local.captions(rows)
         assert len(server.asked) == (1 + 3 if ranges else 1 + 1), "the header, and rows"
@@ -78,8 +78,8 @@ def test_shard_without_ranges_is_asked_for_once_for_all_rows(ranges: bool, tmp_p
 def test_rows_are_read_at_the_same_time(tmp_path: Path) -> None:
     folder, barrier = captioned.shared(), threading.Barrier(4, timeout=LONGEST)
     with serving(folder) as server:
-        data = open_data(server.url, cache=CacheOptions(str(tmp_path), 1e-6)).scattered
-        assert isinstance(data, Scattered) and data.captions(np.array([0]))
+        data = open_data(server.url, cache=CacheOptions(str(tmp_path), 1e-6)).random_access
+        assert isinstance(data, RandomAccess) and data.captions(np.array([0]))
         store = data._parts[0].store
         whole = store.parts
 

@@ -19,8 +19,8 @@ from torch import Tensor
 from selftrans.data.dataset import Dataset
 from selftrans.data.manifest import Manifest, Shard
 from selftrans.data.manifest_text import CAPTION, COUNT, IDS
-from selftrans.data.remote import Store, retried
 from selftrans.data.shard_file import DTYPES, numpy_dtype
+from selftrans.data.streaming.remote import Store, retried
 from selftrans.storage import first_line
 from selftrans.types import MASK, TEXT
 
@@ -124,7 +124,7 @@ class RemoteRows:
         return np.frombuffer(content, dtype=numpy_dtype(dtype)).reshape(-1, *shape[isinstance(at, tuple) :])
 
 
-class Scattered(Dataset):
+class RandomAccess(Dataset):
     """A data set at a URL whose rows are read one by one, several at the same time, without the cache.
 
     A server without ranges sends each shard once for all rows of a `read`. The cache is not used: while training holds all of

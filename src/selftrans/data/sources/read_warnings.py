@@ -1,4 +1,4 @@
-"""What is noticed while pictures are decoded, counted and said once, not once a picture."""
+"""Warnings that come up while pictures are decoded: counted, and given once, not once a picture."""
 
 from __future__ import annotations
 
@@ -6,20 +6,20 @@ import threading
 import warnings
 from collections import Counter
 
-from selftrans.data.sources.copies import Copied, copies_in_words
+from selftrans.data.sources.duplicates import Duplicates, describe_duplicates
 from selftrans.data.sources.metadata import MAX_METADATA, Facts
 from selftrans.storage import are, plural, printable
 
 
-class Noticed:
-    """Counts of a source's pictures with metadata that are ignored, with several frames, enlarged ones and copies; used from
-    any thread."""
+class ReadWarnings:
+    """Counts of a source's pictures with ignored metadata, with several frames, and of those enlarged, and its duplicates; used
+    from any thread."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._broken, self._first = Counter[str](), dict[str, str]()
         self._pictures = Counter[str]()
-        self.copied = list[Copied]()  #: of each part of the source
+        self.duplicates = list[Duplicates]()  #: of each part of the source
 
     def add(self, name: str, facts: Facts, enlarged: str = "") -> None:
         """Count one picture that was read; `enlarged`: its size and the larger one that was made of it, in words."""
@@ -53,11 +53,11 @@ class Noticed:
                 f"{plural(count, 'picture')} {are(count)} smaller than the size asked for and {are(count)} enlarged, such as "
                 f"{self._first['enlarged']}"
             )
-        if copies := copies_in_words(self.copied, "picture"):
-            said.append(copies)
+        if duplicates := describe_duplicates(self.duplicates, "picture"):
+            said.append(duplicates)
         return said
 
-    def warn(self) -> None:
+    def emit(self) -> None:
         """Warn with each sentence, and begin again."""
         for sentence in self.sentences():
             warnings.warn(sentence, stacklevel=3)
@@ -65,4 +65,4 @@ class Noticed:
             self._broken.clear()
             self._pictures.clear()
             self._first.clear()
-            self.copied.clear()
+            self.duplicates.clear()

@@ -13,8 +13,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from selftrans.data import shard_cache
-from selftrans.data.shard_cache import CacheOptions, ShardCache
+from selftrans.data.streaming import shard_cache
+from selftrans.data.streaming.shard_cache import CacheOptions, ShardCache
 from selftrans.storage import no_symlink
 
 
@@ -106,7 +106,7 @@ def test_killed_process_leaves_no_lease_and_no_temporary_file(tmp_path: Path) ->
     code = f"""
         import os, signal
         from pathlib import Path
-        from selftrans.data.shard_cache import ShardCache
+        from selftrans.data.streaming.shard_cache import ShardCache
         cache = ShardCache(Path({str(tmp_path)!r}), 250)
         cache.obtain({name("a")!r}, 100, lambda to: to.write_bytes(b"a" * 100))
         cache.obtain({name("b")!r}, 100, lambda to: os.kill(os.getpid(), signal.SIGKILL))

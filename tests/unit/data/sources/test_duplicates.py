@@ -10,8 +10,8 @@ import pytest
 
 from selftrans.data.prepare import prepare
 from selftrans.data.prepare_buckets import prepare_buckets
-from selftrans.data.sources import copies
-from selftrans.data.sources.copies import Copied, Copies, copies_in_words
+from selftrans.data.sources import duplicates
+from selftrans.data.sources.duplicates import DuplicateFinder, Duplicates, describe_duplicates
 from tests.support.pictures import encoded, noise, write
 
 
@@ -22,52 +22,52 @@ def said_by(call) -> list[str]:
     return [str(w.message) for w in caught if "as stored" in str(w.message)]
 
 
-def found(values: list[int], labels: list[int]) -> Copied:
-    compared = Copies(len(values))
+def found(values: list[int], labels: list[int]) -> Duplicates:
+    compared = DuplicateFinder(len(values))
     for i in reversed(range(len(values))):  # threads finish in any order
         compared.add([i], [np.full((2, 2), values[i])])
-    return compared.found(np.array(labels), str)
+    return compared.find(np.array(labels), str)
 
 
 @pytest.mark.parametrize(
     ("values", "labels", "expected"),
     [
-        ([], [], Copied(0)),
-        ([1, 2, 3], [0, 0, 0], Copied(3)),
-        ([1, 2, 1, 1, 2], [0, 0, 0, 0, 0], Copied(5, 3, 0, ("2", "0"))),
-        ([1, 2, 1, 1, 2], [0, 0, 0, 1, 1], Copied(5, 3, 2, ("3", "0"))),
-        ([7, 7], [1, 0], Copied(2, 1, 1, ("1", "0"))),
+        ([], [], Duplicates(0)),
+        ([1, 2, 3], [0, 0, 0], Duplicates(3)),
+        ([1, 2, 1, 1, 2], [0, 0, 0, 0, 0], Duplicates(5, 3, 0, ("2", "0"))),
+        ([1, 2, 1, 1, 2], [0, 0, 0, 1, 1], Duplicates(5, 3, 2, ("3", "0"))),
+        ([7, 7], [1, 0], Duplicates(2, 1, 1, ("1", "0"))),
     ],
 )
-def test_copies_and_those_with_another_label(values: list[int], labels: list[int], expected: Copied) -> None:
+def test_copies_and_those_with_another_label(values: list[int], labels: list[int], expected: Duplicates) -> None:
     assert found(values, labels) == expected
 
 
 def test_samples_that_were_not_decoded_or_are_beyond_the_limit_are_no_copies(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(copies, "MOST", 3)
-    compared = Copies(9)
+    monkeypatch.setattr(duplicates, "MOST", 3)
+    compared = DuplicateFinder(9)
     compared.add([0, 2, 3, 8], [np.zeros(2)] * 4)
-    assert compared.found(np.zeros(9, int), str) == Copied(2, 1, 0, ("2", "0"))
+    assert compared.find(np.zeros(9, int), str) == Duplicates(2, 1, 0, ("2", "0"))
 
 
 def test_words_for_copies() -> None:
-    assert copies_in_words([Copied(4)], "picture") == ""
-    assert copies_in_words([Copied(1), Copied(1200, 1, 0, ("b\n", "a"))], "sample") == (
+    assert describe_duplicates([Duplicates(4)], "picture") == ""
+    assert describe_duplicates([Duplicates(1), Duplicates(1200, 1, 0, ("b\n", "a"))], "sample") == (
         "1 of 1,201 samples is, as stored, an exact copy of an earlier one, such as b\\n (a); copies count several times"
     )
-    assert copies_in_words([Copied(5, 2, 0, ("b", "a")), Copied(5, 2, 1, ("d", "c"))], "picture") == (
+    assert describe_duplicates([Duplicates(5, 2, 0, ("b", "a")), Duplicates(5, 2, 1, ("d", "c"))], "picture") == (
         "4 of 10 pictures are, as stored, exact copies of earlier ones, and 1 of these has another label, such as "
         "d (c); check their labels"
     )
 
 
 def test_copies_among_some_of_the_samples_are_said_to_be_that() -> None:
-    compared = Copies(9, partial=True)
+    compared = DuplicateFinder(9, partial=True)
     compared.add([2, 5], [np.zeros(2)] * 2)
-    found = compared.found(np.zeros(9, int), str)
-    assert found == Copied(2, 1, 0, ("5", "2"), partial=True)
-    assert copies_in_words([Copied(4), found], "picture").endswith("; only what is encoded now was compared")
-    assert copies_in_words([Copies(3, partial=True).found(np.zeros(3, int), str)], "picture") == ""
+    found = compared.find(np.zeros(9, int), str)
+    assert found == Duplicates(2, 1, 0, ("5", "2"), partial=True)
+    assert describe_duplicates([Duplicates(4), found], "picture").endswith("; only what is encoded now was compared")
+    assert describe_duplicates([DuplicateFinder(3, partial=True).find(np.zeros(3, int), str)], "picture") == ""
 
 
 def test_part_of_the_data_says_that_only_it_was_compared(tmp_path: Path) -> None:

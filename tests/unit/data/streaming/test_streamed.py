@@ -14,16 +14,16 @@ import pytest
 import torch
 from safetensors.numpy import load_file, save
 
-from selftrans.data import remote
 from selftrans.data.buckets import is_prepared, open_data
 from selftrans.data.dataset import Dataset
 from selftrans.data.decoded import data_latents
 from selftrans.data.manifest import FeatureFile, Features, Manifest
 from selftrans.data.manifest_text import COUNT
 from selftrans.data.on_device import OnDevice
-from selftrans.data.shard_cache import CacheOptions
 from selftrans.data.shard_file import write_shard
-from selftrans.data.streamed import Streamed
+from selftrans.data.streaming import remote
+from selftrans.data.streaming.shard_cache import CacheOptions
+from selftrans.data.streaming.streamed import Streamed
 from selftrans.storage import sha256_file
 from tests.support import captioned, ratios
 from tests.support.damage import flip
@@ -156,7 +156,7 @@ def test_stored_features_of_data_on_the_device_are_fetched(tmp_path: Path) -> No
     assert len(list(held("*.safetensors"))) == 4, "before the first step, as the shards are"
     read = on_device.read(np.array([13, 2]))
     assert np.array_equal(read["features"].numpy(), values[[1, 0], [3, 2]])
-    one = opened(folder.as_uri(), tmp_path / "other").rehearsed()
+    one = opened(folder.as_uri(), tmp_path / "other").dry_run_data()
     assert OnDevice(one, "cpu").open_features().width == 3 and np.array_equal(
         one.read(np.array([13, 2]), ["features"])["features"].numpy(), values[[0, 0], [3, 2]]
     )
@@ -170,22 +170,22 @@ def test_thread_that_fetches_ahead_ends_in_order_after_an_error(
     dataset = opened(folder.as_uri(), tmp_path)
     with monkeypatch.context() as patch:
         patch.setattr(dataset.reader.cache, "obtain", Mock(side_effect=error))
-        dataset.expect((0, 1), ())
+        dataset.prefetch((0, 1), ())
         until(lambda: dataset.reader._workers == 0)
-    dataset.expect((0, 1), ())
+    dataset.prefetch((0, 1), ())
     until(lambda: len(list(tmp_path.glob("*.safetensors"))) == 2)
 
 
 def test_expected_shards_are_fetched_ahead_and_others_released(folder: Path, tmp_path: Path) -> None:
     with serving(folder) as server:
         dataset = opened(server.url, tmp_path, shards=4)
-        dataset.expect((4, 1), (3,))
+        dataset.prefetch((4, 1), (3,))
         names = [dataset.manifest.shards[k].sha256 for k in (4, 1, 3)]
         until(lambda: all((tmp_path / f"{name}.safetensors").is_file() for name in names))
         count = len(server.asked)
         dataset.read(np.array([40, 15, 39]))
         assert len(server.asked) == count
-        dataset.expect((3,), (0, 2, 5))
+        dataset.prefetch((3,), (0, 2, 5))
         until(lambda: len(list(tmp_path.glob("*.safetensors"))) == 4 and dataset.reader._workers == 0)
         kept = {path.stem for path in tmp_path.glob("*.safetensors")}
         assert kept == {dataset.manifest.shards[k].sha256 for k in (3, 0, 2, 5)}
@@ -287,7 +287,7 @@ def test_captions_and_buckets(tmp_path: Path) -> None:
     streamed = open_data(url, cache=CacheOptions(str(tmp_path)))
     assert streamed.parts == buckets.parts and streamed.origin == url
     assert torch.equal(streamed.read(np.arange(2))["moments"], buckets.read(np.arange(2))["moments"])
-    one = open_data(url, cache=CacheOptions(str(tmp_path / "c"))).rehearsed()
+    one = open_data(url, cache=CacheOptions(str(tmp_path / "c"))).dry_run_data()
     assert one.parts == buckets.parts and one.shapes == buckets.shapes and one.origin == url
     assert len(list((tmp_path / "c").glob("*.safetensors"))) == 3, "the shard of each bucket"
     assert torch.equal(one.read(np.arange(8, 10))["moments"], buckets.read(np.arange(8, 10))["moments"])

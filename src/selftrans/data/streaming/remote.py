@@ -12,6 +12,7 @@ import json
 import os
 import random
 import re
+import shutil
 import time
 import urllib.error
 import urllib.request
@@ -127,8 +128,8 @@ class Store(Protocol):
         """Several parts, which follow one another in the file; without ranges the file is read once for all of them."""
         ...
 
-    def download(self, name: str, to: Path, advance: Callable[[int], object]) -> None:
-        """Copy a file to the path `to`, which exists; `advance` gets the bytes of each piece."""
+    def download(self, name: str, to: Path) -> None:
+        """Copy a file to the path `to`, which exists."""
         ...
 
 
@@ -137,7 +138,7 @@ def store_of(url: str) -> Store:
     url = checked(url)
     if url.startswith(("http://", "https://")):
         return HttpStore(url)
-    from selftrans.data.fsspec_store import FsspecStore  # which is made of this module
+    from selftrans.data.streaming.fsspec_store import FsspecStore  # which is made of this module
 
     return FsspecStore(url)
 
@@ -159,11 +160,9 @@ class HttpStore:
         with self._open(name, {}) as answer:
             return list(_passed(answer, spans))
 
-    def download(self, name: str, to: Path, advance: Callable[[int], object]) -> None:
+    def download(self, name: str, to: Path) -> None:
         with self._open(name, {}) as answer, open(to, "r+b") as file:
-            while piece := answer.read(PIECE):
-                file.write(piece)
-                advance(len(piece))
+            shutil.copyfileobj(answer, file, PIECE)
             if answer.length:
                 raise ConnectionError(f"{answer.length} bytes are missing at its end")
 

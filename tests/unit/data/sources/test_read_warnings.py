@@ -23,7 +23,7 @@ def test_pictures_with_fewer_pixels_than_asked_for_are_said(
     source = open_source(write(tmp_path / "x", files), resolution=16)
     assert source.read(0).shape == source.read(1).shape == (16, 16, 3)
     size = f"{shape[0]}x{shape[1]} to 16x16"
-    assert source.noticed.sentences() == (
+    assert source.read_warnings.sentences() == (
         [f"1 picture is smaller than the size asked for and is enlarged, such as a.png ({size})"] if enlarged else []
     )
 

@@ -1,4 +1,4 @@
-"""Exact copies among samples, found by a hash of what was decoded: how many there are, and how many have another label."""
+"""Exact duplicates among samples, found by a hash of what was decoded: how many there are, and how many have another label."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from selftrans.storage import plural, printable
 MOST = 1 << 24  #: samples that are compared; their hashes take 8 bytes each
 
 
-class Copied(NamedTuple):
+class Duplicates(NamedTuple):
     """What was found among samples."""
 
     compared: int
-    copies: int = 0  #: samples that equal an earlier one
+    number: int = 0  #: samples that equal an earlier one
     relabelled: int = 0  #: of these, those whose label is not that of the first
     example: tuple[str, str] | None = None  #: names of a copy, one with another label if there is any, and of the first
     partial: bool = False  #: whether other samples were stored before, or are those of another part
 
 
-class Copies:
-    """Hashes of decoded samples, by their position; filled from any thread. `partial`: see `Copied`."""
+class DuplicateFinder:
+    """Hashes of decoded samples, by their position; filled from any thread. `partial`: see `Duplicates`."""
 
     def __init__(self, count: int, *, partial: bool = False) -> None:
         self._partial = partial
@@ -37,25 +37,25 @@ class Copies:
                 digest = hashlib.blake2b(np.ascontiguousarray(array).data, digest_size=8).digest()
                 self._hashes[i] = max(1, int.from_bytes(digest, "little"))
 
-    def found(self, labels: np.ndarray, name: Callable[[int], str]) -> Copied:
+    def find(self, labels: np.ndarray, name: Callable[[int], str]) -> Duplicates:
         """What was found among the samples that were added; `labels` and `name` are those of all positions."""
         at = np.flatnonzero(self._hashes)
-        order = at[np.argsort(self._hashes[at], kind="stable")]  # copies follow each other, in their order
+        order = at[np.argsort(self._hashes[at], kind="stable")]  # duplicates follow each other, in their order
         values = self._hashes[order]
         copy = np.concatenate([np.zeros(min(1, len(at)), dtype=bool), values[1:] == values[:-1]])
         if not copy.any():
-            return Copied(len(at), partial=self._partial)
+            return Duplicates(len(at), partial=self._partial)
         first = order[np.maximum.accumulate(np.where(copy, 0, np.arange(len(order))))]
         other = copy & (labels[order] != labels[first])
         candidates = np.flatnonzero(other if other.any() else copy)
         k = candidates[np.argmin(order[candidates])]
         example = name(int(order[k])), name(int(first[k]))
-        return Copied(len(at), int(copy.sum()), int(other.sum()), example, self._partial)
+        return Duplicates(len(at), int(copy.sum()), int(other.sum()), example, self._partial)
 
 
-def copies_in_words(parts: Sequence[Copied], noun: str) -> str:
-    """One sentence on what was found among several parts of the data; empty when there are no copies."""
-    compared, copies = sum(part.compared for part in parts), sum(part.copies for part in parts)
+def describe_duplicates(parts: Sequence[Duplicates], noun: str) -> str:
+    """One sentence on what was found among several parts of the data; empty when there are none."""
+    compared, count = sum(part.compared for part in parts), sum(part.number for part in parts)
     relabelled = sum(part.relabelled for part in parts)
     example = next((part.example for part in parts if part.relabelled), None) or next(
         (part.example for part in parts if part.example), None
@@ -65,10 +65,10 @@ def copies_in_words(parts: Sequence[Copied], noun: str) -> str:
     copy, first = map(printable, example)
     said = (
         "is, as stored, an exact copy of an earlier one"
-        if copies == 1
+        if count == 1
         else "are, as stored, exact copies of earlier ones"
     )
-    said = f"{copies:,} of {plural(compared, noun)} {said}"
+    said = f"{count:,} of {plural(compared, noun)} {said}"
     if relabelled:
         have = "has" if relabelled == 1 else "have"
         said = f"{said}, and {relabelled:,} of these {have} another label, such as {copy} ({first}); check their labels"

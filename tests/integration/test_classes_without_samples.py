@@ -14,8 +14,8 @@ from selftrans.checkpoints.load import load_model
 from selftrans.config import SampleConfig
 from selftrans.data.dataset import Dataset
 from selftrans.data.prepare import prepare
-from selftrans.data.present import present_classes
 from selftrans.data.sources.decode import Reading
+from selftrans.data.sources.source import present_classes
 from selftrans.experiments.measurement import stored_conditions
 from selftrans.sampling.conditioning import conditioning_of
 from selftrans.sampling.images import Sampler

@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from selftrans.data.remote import PIECE, TIMEOUT, WANTED, cleaned, http_status
+from selftrans.data.streaming.remote import PIECE, TIMEOUT, WANTED, cleaned, http_status
 from selftrans.storage import first_line
 
 #: protocol -> extra of this package that reads it
@@ -64,11 +64,9 @@ class FsspecStore:
     def parts(self, name: str, spans: Sequence[tuple[int, int]]) -> list[bytes]:
         return [self.read(name, start, end) for start, end in spans]
 
-    def download(self, name: str, to: Path, advance: Callable[[int], object]) -> None:
+    def download(self, name: str, to: Path) -> None:
         with open(to, "r+b") as file:
-            for piece in self._pieces(name):
-                file.write(piece)
-                advance(len(piece))
+            file.writelines(self._pieces(name))
 
     def _pieces(self, name: str) -> Iterator[bytes]:
         """The content of a file. ConnectionError where it has become shorter."""

@@ -23,19 +23,19 @@ from selftrans.data.dataset import Dataset, check_index
 from selftrans.data.manifest import BUCKETS, FILE, Features, Manifest, Shard
 from selftrans.data.manifest_text import COUNT, NULL
 from selftrans.data.record import MAX_BYTES
-from selftrans.data.remote import WANTED, Store, checked, retried, store_of
-from selftrans.data.remote_rows import AT_A_TIME, HEADER, Scattered, small_tensors
 from selftrans.data.selected_rows import OneShard
-from selftrans.data.shard_cache import CacheOptions, ShardCache
 from selftrans.data.shard_file import numpy_dtype, row_bytes
-from selftrans.data.shard_reader import ShardReader, StreamedTensor
+from selftrans.data.streaming.remote import WANTED, Store, checked, retried, store_of
+from selftrans.data.streaming.remote_rows import AT_A_TIME, HEADER, RandomAccess, small_tensors
+from selftrans.data.streaming.shard_cache import CacheOptions, ShardCache
+from selftrans.data.streaming.shard_reader import ShardReader, StreamedTensor
 from selftrans.storage import atomic_write, sha256_file, write_text
 
 INDEX = ("labels", COUNT)  #: tensors of a shard that are read when the data are opened
 
 
 class Streamed(Dataset):
-    """Prepared data at a URL. Shards are fetched when they are read; `expect` and `fetch` bring them earlier."""
+    """Prepared data at a URL. Shards are fetched when they are read; `prefetch` and `fetch` bring them earlier."""
 
     def __init__(
         self,
@@ -54,9 +54,9 @@ class Streamed(Dataset):
     def __reduce__(self) -> tuple[Any, ...]:
         return partial(Dataset.open, text_encoder=self.text_encoder, cache=self._cache), (self.origin,)
 
-    def expect(self, now: Collection[int], then: Collection[int]) -> None:
-        """Hold and fetch these shards; see `ShardReader.expect`."""
-        self.reader.expect(now, then)
+    def prefetch(self, now: Collection[int], then: Collection[int]) -> None:
+        """Hold and fetch these shards; see `ShardReader.prefetch`."""
+        self.reader.prefetch(now, then)
 
     def fetch(self, *, progress: bool = True) -> None:
         """Bring every shard into the cache, if all fit; then features that are opened later are fetched, too."""
@@ -64,9 +64,8 @@ class Streamed(Dataset):
             self._whole = True
             self.reader.fetch(self.reader.filled, progress=progress)
 
-    def rehearsed(self) -> Dataset:
-        """As `Dataset.rehearsed`: these data if the cache holds all of them, else rows of one shard, the one that it holds or
-        the first, which is fetched."""
+    def dry_run_data(self) -> Dataset:
+        """As `Dataset.dry_run_data`: these data if the cache holds them all, else rows of one shard (fetched if need be)."""
         reader = self.reader
         missing = {k: reader.missing(k, features=True) / reader.bytes[k] for k in reader.filled}
         if not any(missing.values()):
@@ -76,11 +75,11 @@ class Streamed(Dataset):
         return OneShard(self, shard)
 
     @cached_property
-    def scattered(self) -> Dataset:
-        """As `Dataset.scattered`: where the cache does not hold all shards, each row is read alone."""
+    def random_access(self) -> Dataset:
+        """As `Dataset.random_access`: where the cache does not hold all shards, each row is read alone."""
         if self.reader.fits:
             return self
-        return Scattered(self, self.reader.store)
+        return RandomAccess(self, self.reader.store)
 
     def open_features(self) -> Features:
         """As `Dataset.open_features`; their files are fetched with those of the shards."""

@@ -1,4 +1,4 @@
-"""What may surprise in a source before it is encoded: classes without samples, and deep pictures that use few of their bits."""
+"""Warnings about a source before it is encoded: classes without samples, labels that are not read, dark pictures, ..."""
 
 from __future__ import annotations
 
@@ -9,13 +9,18 @@ from pathlib import PurePosixPath
 
 import numpy as np
 
-from selftrans.data.present import present_classes
 from selftrans.data.sources.captions import CAPTION_FILES
+from selftrans.data.sources.file_kinds import (
+    UNREAD_PICTURES,
+    UNREAD_SOUNDS,
+    UNREAD_VIDEOS,
+    describe_unread,
+    of_other_kinds,
+)
 from selftrans.data.sources.label_file import SUFFIXES
 from selftrans.data.sources.labelling import NO_LABEL
 from selftrans.data.sources.metadata import facts_of
-from selftrans.data.sources.passed_over import UNREAD, UNREAD_SOUNDS, UNREAD_VIDEOS, unread
-from selftrans.data.sources.source import Samples, Source
+from selftrans.data.sources.source import Samples, Source, present_classes
 from selftrans.storage import listed, plural, printable
 
 MOST_TABLES = 3  #: files of a kind that may hold labels
@@ -32,8 +37,8 @@ MOST_PAIRS = 4  #: of names that look the same, in a warning
 LOOKED_AT = 24  #: pictures of which the range of values is read, spread over the source
 
 
-def surprises(samples: Samples) -> Iterator[str]:
-    """Sentences on classes without samples or of nearly the same name, and on pictures of formats that are not read."""
+def source_warnings(samples: Samples, *, flip: bool = False) -> Iterator[str]:
+    """One sentence for each warning. `flip`: mirrored pictures are stored, too."""
     labels, classes = np.delete(samples.labels, list(samples.faults)), samples.classes
     if present := present_classes(labels, classes):
         absent = sorted(set(range(len(classes))) - set(present))
@@ -52,13 +57,18 @@ def surprises(samples: Samples) -> Iterator[str]:
     if isinstance(samples, Source):
         yield from _of_labels(samples)
     formats = (
-        ("pictures", UNREAD, "png"),
+        ("pictures", UNREAD_PICTURES, "png"),
         ("sounds", UNREAD_SOUNDS, "wav"),
         ("videos", UNREAD_VIDEOS, "mp4"),
     )
     for noun, suffixes, remedy in formats[:1] if isinstance(samples, Source) else formats[1:]:
-        if left_out := unread(samples.ignored, suffixes):
+        if left_out := describe_unread(samples.ignored, suffixes):
             yield f"{noun} of formats that are not read are left out: {left_out}; convert them, for example to {remedy}"
+    if isinstance(samples, Source):
+        yield from dark_pictures(samples)
+    if flip:
+        yield from mirrored_captions(samples)
+        yield from mirrored_classes(samples)
 
 
 def _of_labels(source: Source) -> Iterator[str]:
@@ -69,7 +79,7 @@ def _of_labels(source: Source) -> Iterator[str]:
         yield f"the class {listed(doubtful)} may stand for a missing label; if so, leave such labels empty"
     if given or source.classes or source.captions is not None:
         return
-    files = {reason.removeprefix("*"): count for reason, count in source.ignored.items() if reason.startswith("*")}
+    files = of_other_kinds(source.ignored)
     tables = [suffix for suffix in SUFFIXES if 0 < files.get(suffix, 0) <= MOST_TABLES]
     if naming := [
         suffix for suffix, data in source.tables(MOST_BYTES) if tables and suffix in tables and _names(source, data)
@@ -91,7 +101,7 @@ def _names(source: Source, data: bytes) -> bool:
     return False
 
 
-def sides_in_captions(samples: Samples) -> Iterator[str]:
+def mirrored_captions(samples: Samples) -> Iterator[str]:
     """A sentence on captions that name the left or right side, which is wrong for mirrored pictures."""
     captions = [caption for each in samples.captions or () for caption in each]
     if found := sum(map(bool, map(SIDES.search, captions))):
@@ -102,7 +112,7 @@ def sides_in_captions(samples: Samples) -> Iterator[str]:
         )
 
 
-def sides_in_classes(samples: Samples) -> Iterator[str]:
+def mirrored_classes(samples: Samples) -> Iterator[str]:
     """A sentence on classes that differ in the side alone, such as turn_left and turn_right, and are stored mirrored, too."""
     known = {name.casefold(): name for name in samples.classes}
     mirrored = {name: re.sub("left|right", lambda side: _OTHER[side[0]], name) for name in known}
@@ -124,7 +134,7 @@ def _alike(classes: Sequence[str]) -> list[tuple[str, str]]:
     return pairs
 
 
-def deep_values(source: Source) -> Iterator[str]:
+def dark_pictures(source: Source) -> Iterator[str]:
     """A sentence on pictures of 16 bits whose values use few of them: they would be nearly black.
 
     At most LOOKED_AT pictures are opened, and those of 8 bits not decoded: one folder may hold both.

@@ -10,13 +10,13 @@ import pytest
 from PIL import Image
 
 from selftrans.data.prepare import prepare
-from selftrans.data.reports import report_ignored
+from selftrans.data.reports import report_source
 from selftrans.data.sources.captions import CaptionSource
 from selftrans.data.sources.clips import MediaOptions, open_clips
 from selftrans.data.sources.decode import Reading
 from selftrans.data.sources.npz import npz_values
 from selftrans.data.sources.open_source import open_source
-from selftrans.data.sources.surprises import SIDES, deep_values, sides_in_captions, surprises
+from selftrans.data.sources.source_warnings import SIDES, dark_pictures, mirrored_captions, source_warnings
 from tests.support.clips import save_sound, sine
 from tests.support.pictures import encoded, noise, write, zipped
 
@@ -32,12 +32,12 @@ def test_twelve_bits_in_sixteen_are_said_and_read_by_range(tmp_path: Path, kind:
     pictures = [deep(7, 4095, k) for k in range(3)]
     files = {f"{k}.{ending}": encoded(Image.fromarray(x), kind) for k, x in enumerate(pictures)}
     source = open_source(write(tmp_path / "x", files))
-    assert list(deep_values(source)) == [
+    assert list(dark_pictures(source)) == [
         "pictures of 16 bits use little of their range: values 7 to 4095 of 65535 in 3 of them; they would be nearly black: "
         "give --range 0 4095 if they hold 12 bits"
     ]
     ranged = open_source(tmp_path / "x", reading=Reading(range=(0, 4095)))
-    assert list(deep_values(ranged)) == []
+    assert list(dark_pictures(ranged)) == []
     for k, values in enumerate(pictures):
         np.testing.assert_array_equal(ranged.read(k)[..., 1], np.rint(values * (255 / 4095)))
         np.testing.assert_array_equal(source.read(k)[..., 1], np.rint(values / 257))
@@ -46,19 +46,19 @@ def test_twelve_bits_in_sixteen_are_said_and_read_by_range(tmp_path: Path, kind:
 @pytest.mark.parametrize(("high", "bits"), [(200, 8), (1000, 10), (16383, 14)])
 def test_number_of_bits_that_is_suggested(tmp_path: Path, high: int, bits: int) -> None:
     source = open_source(write(tmp_path / "x", {"a.png": encoded(Image.fromarray(deep(0, high)))}))
-    assert f"--range 0 {2**bits - 1} if they hold {bits} bits" in next(deep_values(source))
+    assert f"--range 0 {2**bits - 1} if they hold {bits} bits" in next(dark_pictures(source))
 
 
 def test_deep_pictures_among_others_are_found(tmp_path: Path) -> None:
     files = {f"{name}/{name}.png": encoded(noise(8)) for name in ("a", "z")}
     files["m/m.png"] = encoded(Image.fromarray(deep(0, 4095)))
-    assert "values 0 to 4095 of 65535 in 1 of them" in next(deep_values(open_source(write(tmp_path / "x", files))))
+    assert "values 0 to 4095 of 65535 in 1 of them" in next(dark_pictures(open_source(write(tmp_path / "x", files))))
 
 
 def test_pictures_that_use_their_bits_are_not_mentioned(tmp_path: Path) -> None:
     dark, bright = encoded(Image.fromarray(deep(0, 99))), encoded(Image.fromarray(deep(0, 60_000)))
-    assert not list(deep_values(open_source(write(tmp_path / "x", {"a.png": dark, "b.png": bright}))))
-    assert not list(deep_values(open_source(write(tmp_path / "y", {"a.png": encoded(noise(8) // 99)}))))
+    assert not list(dark_pictures(open_source(write(tmp_path / "x", {"a.png": dark, "b.png": bright}))))
+    assert not list(dark_pictures(open_source(write(tmp_path / "y", {"a.png": encoded(noise(8) // 99)}))))
 
 
 def test_dark_colour_of_sixteen_bits_is_said(tmp_path: Path) -> None:
@@ -72,7 +72,7 @@ def test_dark_colour_of_sixteen_bits_is_said(tmp_path: Path) -> None:
     header = chunk(b"IHDR", struct.pack(">IIBBBBB", 8, 8, 16, 2, 0, 0, 0))
     data = b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
     source = open_source(write(tmp_path / "x", {"a.png": data}))
-    assert "16 bits in colour use little of their range: at most 15 of 255" in next(deep_values(source))
+    assert "16 bits in colour use little of their range: at most 15 of 255" in next(dark_pictures(source))
     with pytest.raises(ValueError, match="of colour in 16 bits only the upper 8 are read, so --range does not apply"):
         open_source(tmp_path / "x", reading=Reading(range=(0, 4095))).read(0)
 
@@ -101,7 +101,7 @@ def test_range_also_reads_floats_and_integers_of_32_bits(tmp_path: Path) -> None
 def test_classes_without_samples_are_named(tmp_path: Path) -> None:
     np.savez(tmp_path / "x.npz", data=np.zeros((3, 1, 4), np.float32), labels=np.array([1, 5, 9]))
     source = npz_values(tmp_path / "x.npz")
-    assert list(surprises(source)) == [
+    assert list(source_warnings(source)) == [
         "7 of 10 classes have no samples: 0, 2, 3, 4, 6, 7, 8; they keep their labels, and samples are drawn from the others "
         "only"
     ]
@@ -112,7 +112,7 @@ def test_classes_without_samples_are_named(tmp_path: Path) -> None:
 def test_classes_whose_names_look_the_same_are_named(tmp_path: Path) -> None:
     names = ("Cat", "cat", "caf\u00e9", "cafe\u0301", "dog", "dogs", "wild  cat", "Wild cat")
     source = open_source(write(tmp_path / "x", {f"{name}/a.png": encoded(noise(8)) for name in names}))
-    (said,) = surprises(source)
+    (said,) = source_warnings(source)
     assert ": cafe\u0301 and caf\u00e9, Cat and cat, Wild cat and wild  cat; they stay apart" in said
     assert len(source.classes) == 8
 
@@ -120,18 +120,18 @@ def test_classes_whose_names_look_the_same_are_named(tmp_path: Path) -> None:
 def test_pictures_that_are_not_read_are_a_warning(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = open_source(write(tmp_path / "x", {"a.png": encoded(noise(8)), "b.heic": b"", "c.txt": b""}))
     with pytest.warns(UserWarning, match=r"are left out: 1 \.heic; convert them, for example to png"):
-        report_ignored(source, progress=True)
+        report_source(source, progress=True)
     assert capsys.readouterr().err == "passed over 2 files: 1 .heic, 1 .txt\n"
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        report_ignored(open_source(write(tmp_path / "y", {"a.png": encoded(noise(8))})), progress=True)
+        report_source(open_source(write(tmp_path / "y", {"a.png": encoded(noise(8))})), progress=True)
 
 
 def test_sounds_that_are_not_read_are_a_warning(tmp_path: Path) -> None:
     save_sound(tmp_path / "x" / "a.wav", sine(500))
     opened = open_clips(write(tmp_path / "x", {"b.mp3": b"", "c.heic": b""}), MediaOptions())
     assert opened is not None
-    assert list(surprises(opened)) == [
+    assert list(source_warnings(opened)) == [
         "sounds of formats that are not read are left out: 1 .mp3; convert them, for example to wav"
     ]
 
@@ -161,21 +161,21 @@ def test_files_that_may_hold_labels_or_captions_are_said(
 ) -> None:
     pictures = {} if "cat/c.png" in files else {"a.png": encoded(noise(8)), "b.png": encoded(noise(8, 1))}
     expected = [f"the pictures have no classes; {said}"] if said else []
-    found = list(surprises(open_source(write(tmp_path / "x", pictures | files))))
+    found = list(source_warnings(open_source(write(tmp_path / "x", pictures | files))))
     assert len(found) == len(expected) and all(map(str.startswith, found, expected))
     if "cat/c.png" not in files:
         packed = open_source(zipped(tmp_path / "x.zip", pictures | files))
-        assert list(surprises(packed)) == found
+        assert list(source_warnings(packed)) == found
 
 
 def test_classes_that_may_be_missing_labels_are_said(tmp_path: Path) -> None:
     pictures = write(tmp_path / "x", {"a.png": encoded(noise(8)), "b.png": encoded(noise(8, 1))})
     (tmp_path / "l.csv").write_text("a.png,None\nb.png,cat\n")
-    assert list(surprises(open_source(pictures, reading=Reading(labels=tmp_path / "l.csv")))) == [
+    assert list(source_warnings(open_source(pictures, reading=Reading(labels=tmp_path / "l.csv")))) == [
         "the class None may stand for a missing label; if so, leave such labels empty"
     ]
     folders = write(tmp_path / "y", {"none/a.png": encoded(noise(8)), "cat/b.png": encoded(noise(8))})
-    assert list(surprises(open_source(folders))) == []
+    assert list(source_warnings(open_source(folders))) == []
 
 
 @pytest.mark.parametrize(
@@ -204,11 +204,11 @@ def test_classes_that_differ_in_the_side_are_said_when_pictures_are_mirrored(tmp
     source = open_source(write(tmp_path / "x", {f"{name}/{name}.png": encoded(noise(8)) for name in names}))
     said = "that differ in the side: turn_Left and turn_right; leave it out"
     with pytest.warns(UserWarning, match=said) as caught:
-        report_ignored(source, progress=False, flip=True)
-    assert len(caught) == 1 and not list(sides_in_captions(source))
+        report_source(source, progress=False, flip=True)
+    assert len(caught) == 1 and not list(mirrored_captions(source))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        report_ignored(source, progress=False)
+        report_source(source, progress=False)
 
 
 def test_sides_in_captions_are_said_when_pictures_are_mirrored(tmp_path: Path) -> None:
@@ -221,8 +221,8 @@ def test_sides_in_captions_are_said_when_pictures_are_mirrored(tmp_path: Path) -
     source = open_source(write(tmp_path / "x", files), captions=CaptionSource())
     said = "2 of 5 captions say left or right, which is wrong for the mirrored pictures of --flip; leave it out if that matters"
     with pytest.warns(UserWarning, match=said) as caught:
-        report_ignored(source, progress=False, flip=True)
+        report_source(source, progress=False, flip=True)
     assert len(caught) == 1
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        report_ignored(source, progress=False)
+        report_source(source, progress=False)

@@ -7,15 +7,15 @@ import threading
 from collections import deque
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple, overload
+from typing import NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
 from selftrans.data.manifest import Manifest
-from selftrans.data.remote import Lasting, Store, retried
-from selftrans.data.shard_cache import SUFFIX, ShardCache
 from selftrans.data.shard_file import PAGE, Layout, open_tensors, row_bytes
+from selftrans.data.streaming.remote import Lasting, Store, retried
+from selftrans.data.streaming.shard_cache import SUFFIX, ShardCache
 from selftrans.data.windows import window_that_fits
 from selftrans.storage import sha256_file
 
@@ -43,7 +43,7 @@ class RemoteFile(NamedTuple):
 class ShardReader:
     """The shards of one data set. Safe from any thread.
 
-    Shards that `expect` named are held in the cache. Without that they are held as they are read: all of them if they fit,
+    Shards that `prefetch` named are held in the cache. Without that they are held as they are read: all of them if they fit,
     else the last few.
     """
 
@@ -64,7 +64,7 @@ class ShardReader:
         self.bytes = [sum(file.size for file in self._files(k, features=True)) for k in range(len(manifest.shards))]
         self._mutex = threading.RLock()
         self._open: dict[tuple[int, bool], dict[str, np.ndarray]] = {}  #: shard, whether of its features -> arrays
-        self._expected: set[int] | None = None  #: by `expect`
+        self._prefetched: set[int] | None = None  #: by `prefetch`
         self._recent: deque[int] = deque()  #: shards in the order of their first reading, where nothing is expected
         self._held: set[int] = set()
         self._queue: deque[int] = deque()
@@ -93,12 +93,12 @@ class ShardReader:
                 self._open[key] = found
         return found[name]
 
-    def expect(self, now: Collection[int], then: Collection[int]) -> None:
+    def prefetch(self, now: Collection[int], then: Collection[int]) -> None:
         """Hold exactly these shards: fetch those of `now` first, in this order, then those of `then`."""
         order = [k for k in dict.fromkeys((*now, *then)) if self.manifest.shards[k].count]
         with self._mutex:
-            self._expected = set(order)
-            self._hold(self._expected)
+            self._prefetched = set(order)
+            self._hold(self._prefetched)
             self._ahead(order)
 
     def size(self, k: int) -> int:
@@ -113,7 +113,7 @@ class ShardReader:
     def fetch(self, shards: Sequence[int], *, progress: bool) -> None:
         """Hold exactly these shards, which must fit into the cache, and fetch what is missing; shows a bar if `progress`."""
         missing = [k for k in shards if self.missing(k)]
-        self.expect(shards, ())
+        self.prefetch(shards, ())
         if not missing:
             return
         total = sum(map(self.size, missing))
@@ -172,7 +172,7 @@ class ShardReader:
         def once() -> None:
             nonlocal differed
             os.truncate(to, 0)
-            self.store.download(file.name, to, lambda _: None)
+            self.store.download(file.name, to)
             if sha256_file(to) != file.sha256:
                 kind = Lasting if differed else ConnectionError
                 differed = True
@@ -183,7 +183,7 @@ class ShardReader:
     def _note(self, k: int) -> None:
         """A shard is read for the first time, or again after it was released: what to hold where nothing is expected."""
         with self._mutex:
-            if self._expected is not None:
+            if self._prefetched is not None:
                 return
             follows = k == (self._recent[-1] + 1 if self._recent else 0)
             if k not in self._recent:
@@ -223,20 +223,11 @@ class ShardReader:
                 continue
 
 
-class StreamedTensor(Sequence[np.ndarray]):
+class StreamedTensor:
     """One tensor of every shard, each opened when it is asked for."""
 
     def __init__(self, reader: ShardReader, name: str) -> None:
         self._reader, self._name = reader, name
 
-    def __len__(self) -> int:
-        return len(self._reader.manifest.shards)
-
-    @overload
-    def __getitem__(self, k: int) -> np.ndarray: ...
-    @overload
-    def __getitem__(self, k: slice) -> list[np.ndarray]: ...
-    def __getitem__(self, k: int | slice) -> np.ndarray | list[np.ndarray]:
-        if isinstance(k, slice):
-            return [self[j] for j in range(*k.indices(len(self)))]
+    def __getitem__(self, k: int) -> np.ndarray:
         return self._reader.arrays(int(k), self._name)
