@@ -610,7 +610,7 @@ def test_comparison_starts_its_workers_anew_where_graphs_end_one(tmp_path, monke
     monkeypatch.setattr(runner, "processes", lambda comparison, workers: (workers, 1))
     failed = {("vanilla", 0): "it had no memory in the first attempt"}
     with pytest.warns(UserWarning, match="^all workers start anew, and one run goes on without graphs: CUDA ended the"):
-        results = runner.compare(comparison, workers=1, failed=failed)
+        results = runner.train_and_measure(comparison, workers=1, failed=failed)
     assert set(results) == {("vanilla", 0), ("vanilla", 1)} and failed == {}
     started = "vanilla-seed0 at 0, False; vanilla-seed1 at 0, False; vanilla-seed1 at 0, True; "
     assert (tmp_path / "started").read_text() == started
