@@ -21,6 +21,7 @@ from selftrans.data.decoded import data_latents, decode_images
 from selftrans.device import default_device
 from selftrans.encoders.autoencoder import load_autoencoder
 from selftrans.encoders.identity import check_scale
+from selftrans.evaluate.fonts import class_names
 from selftrans.evaluate.plots import as_pictures, curves, pca_grid, save, scatter
 from selftrans.evaluate.probes import can_be_probed, collect, linear_probe, pca_maps, tsne
 from selftrans.experiments.reference import training_data
@@ -55,7 +56,7 @@ def analyse(
     model = loaded.model.to(device)
     dataset = open_of_one_shape(data or training_data(origin, loaded, remedy="give --data DIR"))
     _check_fit(loaded, dataset)
-    check_writable(out / "analyse.json")
+    check_writable(out / "analyse.json", size=1 << 20)
     decoder = load_autoencoder(loaded.autoencoder, device=device)
     z0, labels = data_latents(dataset, samples)
     probed = _probed(dataset, labels)
@@ -73,7 +74,7 @@ def analyse(
     save(pca_grid(shown_maps, title="principal components of the features"), out / "pca.png")
     for t, cloud in clouds.items():
         title = f"t-SNE of block {blocks[len(blocks) // 2]} at t = {t:g}"
-        names = [printable(name) for name in dataset.manifest.classes] or None
+        names = class_names([printable(name) for name in dataset.manifest.classes]) or None
         save(scatter(cloud, labels.numpy(), title=title, names=names), out / f"tsne-t{t:g}.png")
     if probes:
         series = {f"t = {t:g}": (blocks, accuracy) for t, accuracy in probes.items()}
