@@ -39,7 +39,7 @@ class Evaluate(Command):
     with captions, else of the run's training data.
     """
 
-    REPEATED = f"{STARTS_AGAIN}; pictures that `selftrans sample` has made are kept, and SAMPLES can be their folder"
+    REPEATED = f"{STARTS_AGAIN}; to be able to continue, make the pictures by `selftrans sample`, and give their folder"
 
     samples: Positional[str]
     """pictures, or a run, checkpoint or weights file"""

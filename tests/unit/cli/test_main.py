@@ -147,7 +147,7 @@ def test_exit_status_of_each_error(error, status, line, monkeypatch, capsys):
         ("classifier data --out b", "the same command starts again"),
         (
             "evaluate run --reference digits",
-            "the same command starts again; pictures that `selftrans sample` has made are",
+            "the same command starts again; to be able to continue, make the pictures by",
         ),
     ],
 )
