@@ -95,14 +95,16 @@ def nearest_existing(path: Path) -> Path:
     return next(each for each in (path, *path.absolute().parents) if each.exists())
 
 
-def check_writable(path: Path) -> None:
-    """ValueError where a file cannot be written at `path`, as far as that can be known before it is written."""
+def check_writable(path: Path, *, size: int = 1 << 16) -> None:
+    """ValueError where a file of `size` bytes cannot be written at `path`, as far as that can be known before it is written."""
     folder = nearest_existing(path.absolute().parent)
     why = "it is a folder" if path.is_dir() else None if folder.is_dir() else f"{folder} is not a folder"
     if why is None and not os.access(folder, os.W_OK | os.X_OK):
         why = f"{folder} does not allow it"
     if why is not None:
         raise ValueError(f"{path} cannot be written ({why}); choose another path")
+    if (free := shutil.disk_usage(folder).free) < size:
+        raise ValueError(f"{path} cannot be written ({gigabytes(free)} free, {gigabytes(size)} needed); {FREE_SPACE}")
 
 
 @contextmanager
@@ -211,9 +213,9 @@ def lock_file(path: Path, *, shared: bool = False, wait: bool = False) -> Iterat
                 f"{path.parent} cannot be locked ({reason}): make sure that no second process uses it", stacklevel=3
             )
         if not shared:
-            file.truncate(0)
-            file.write(str(os.getpid()))
-            file.flush()
+            with suppress(OSError):  # a full disk: the lock holds without the number
+                os.ftruncate(file.fileno(), 0)
+                os.write(file.fileno(), str(os.getpid()).encode())
         yield
 
 

@@ -6,6 +6,7 @@ import errno
 import fcntl
 import hashlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -446,6 +447,24 @@ def test_what_cannot_be_written_is_known_before(tmp_path):
     for path, why in ((tmp_path, "it is a folder"), (tmp_path / "file" / "b" / "a.json", "file is not a folder")):
         with pytest.raises(ValueError, match=f"cannot be written .*{why}.; choose another path"):
             check_writable(path)
+
+
+def test_a_full_disk_is_known_before(tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(10**9, 10**9 - 70_000, 70_000))
+    check_writable(tmp_path / "new" / "a.json")
+    with pytest.raises(
+        ValueError, match=r"a.bin cannot be written \(70 kB free, 1 MB needed\); free disk space or choose"
+    ):
+        check_writable(tmp_path / "new" / "a.bin", size=10**6)
+
+
+def test_lock_is_held_on_a_full_disk(tmp_path, monkeypatch):
+    def full(descriptor, data):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "write", full)
+    with lock_file(tmp_path / ".lock"), pytest.raises(InUse), lock_file(tmp_path / ".lock"):
+        pass
 
 
 def test_a_folder_without_permission_is_known_before(tmp_path, monkeypatch):

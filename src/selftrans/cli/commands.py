@@ -18,6 +18,7 @@ from tyro.conf import Positional
 from selftrans.cli.experiment_commands import Analyse, Autoencoder, Bench, Classifier, Compare, Evaluate, Quickstart
 from selftrans.cli.interop_commands import Export, Import, ImportVae, Push
 from selftrans.cli.options import (
+    CONTINUES,
     Command,
     Config,
     Inline,
@@ -40,6 +41,8 @@ class Train(RecipeCommand[Config]):
 
     Every setting of a recipe can be overridden: `--train.steps 20000 --model.name=SiT-S/2`.
     """
+
+    REPEATED = CONTINUES
 
     recipe: Positional[str]
     """name of the recipe"""
@@ -100,6 +103,8 @@ class Train(RecipeCommand[Config]):
 @dataclass
 class Sample(Command):
     """Samples from a trained run: PNG or npy files, samples.npz (ADM layout), samples.json. Repeat the command to continue."""
+
+    REPEATED = CONTINUES
 
     run_or_file: RunOrFile
     out: Path

@@ -10,6 +10,8 @@ import tyro
 from tyro.conf import Positional
 
 from selftrans.cli.options import (
+    CONTINUES,
+    STARTS_AGAIN,
     Command,
     Config,
     Inline,
@@ -36,6 +38,8 @@ class Evaluate(Command):
     A run of text is sampled with --prompts, or with captions: one of each picture of the reference, if that is prepared data
     with captions, else of the run's training data.
     """
+
+    REPEATED = f"{STARTS_AGAIN}; to be able to continue, make the pictures by `selftrans sample`, and give their folder"
 
     samples: Positional[str]
     """pictures, or a run, checkpoint or weights file"""
@@ -92,6 +96,8 @@ class Autoencoder(Command):
     stores latents, each channel of zero mean and unit variance. Some pictures are held out: reconstructions.png shows them
     over their reconstructions, autoencoder.json and report.html have PSNR and L1. The same command again continues.
     """
+
+    REPEATED = CONTINUES
 
     data: Positional[Path]
     """prepared pixels"""
@@ -191,6 +197,8 @@ class Quickstart(Command):
     Writes a page with the outcome in one sentence, a figure and a table. One seed takes about four minutes of two cores.
     """
 
+    REPEATED = CONTINUES
+
     out: Path = Path("quickstart")
     """directory for the runs and report.html"""
     steps: int | None = None
@@ -216,6 +224,8 @@ class Compare(RecipeCommand[Config]):
     OUT/<method>-seed<k>. A run that diverges or runs out of memory does not end the others: it is named with the reason, the
     exit status is 1, and the same command tries it again.
     """
+
+    REPEATED = CONTINUES
 
     NO_OVERRIDES = ("recipe", "method")  # --methods takes its place
 

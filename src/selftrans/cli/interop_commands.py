@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 import tyro
 from tyro.conf import Positional
 
-from selftrans.cli.options import Command, RunOrFile, Stage, Trust, Weights
+from selftrans.cli.options import CONTINUES, Command, RunOrFile, Stage, Trust, Weights
 
 
 @dataclass
@@ -125,6 +125,8 @@ class Push(Command):
     Numbers are those of `selftrans evaluate`, samples those of `selftrans sample` or of the last preview; those of other
     weights are left out.
     """
+
+    REPEATED = CONTINUES
 
     run_or_file: RunOrFile
     repository: Annotated[

@@ -15,7 +15,7 @@ from typing import Any
 
 from selftrans.cli import hub_retries
 from selftrans.cli.commands import COMMANDS
-from selftrans.cli.options import RecipeCommand
+from selftrans.cli.options import Command, RecipeCommand
 from selftrans.cli.overrides import parse_on_recipe
 from selftrans.cli.parse import UsageError, blank, parse
 from selftrans.cli.unknown_option import unrecognised
@@ -24,6 +24,12 @@ from selftrans.suggest import closest, did_you_mean
 
 DONE, FAILED, WRONG_ARGUMENTS, INTERRUPTED = 0, 1, 2, 130  #: exit statuses; EXIT_RESUME (75): stopped with a checkpoint
 
+#: of errors of the system
+REMEDIES = {
+    errno.ENAMETOOLONG: "; give a shorter name",
+    errno.ENOSPC: "; free disk space, then repeat the command",
+    errno.EDQUOT: "; free disk space, then repeat the command",
+}
 TEXTS = ("prompts",)  #: options whose values are sentences
 
 
@@ -51,7 +57,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, FloatingPointError, ImportError, MemoryError) as error:
         return _end(str(error) or "out of memory", FAILED)
     except KeyboardInterrupt as stopped:
-        return _end(str(stopped) or "interrupted; the same command continues, or starts again", INTERRUPTED)
+        repeated = COMMANDS.get(words[0] if words else "", Command).REPEATED
+        return _end(str(stopped) or f"interrupted; {repeated}", INTERRUPTED)
     except SystemExit as stop:  # tyro's, after a help page
         return int(stop.code or DONE)
     return DONE
@@ -102,12 +109,14 @@ def _answer(words: Sequence[str]) -> None:
 
 
 def _of_the_system(error: OSError) -> str:
-    """`FILE: what is wrong`, of an error with the name of a file."""
-    if error.filename is None or error.strerror is None:
+    """`FILE: what is wrong; what to do`, as far as the error has them."""
+    if error.strerror is None:
         return str(error) or type(error).__name__
     from selftrans.storage import printable
 
-    remedy = "; give a shorter name" if error.errno == errno.ENAMETOOLONG else ""
+    remedy = REMEDIES.get(error.errno or 0, "")
+    if error.filename is None:
+        return f"{error.strerror}{remedy}" if remedy else str(error)
     return f"{printable(os.fsdecode(error.filename))}: {error.strerror}{remedy}"
 
 

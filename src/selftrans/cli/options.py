@@ -48,9 +48,14 @@ Trust = Annotated[
 Typed = Annotated[tuple[str, ...], tyro.conf.Fixed, tyro.conf.SuppressFixed]
 
 
+CONTINUES, STARTS_AGAIN = "the same command continues", "the same command starts again"
+
+
 @dataclass
 class Command:
     """A command: its fields are its arguments, its docstring opens its help page, `run()` executes it."""
+
+    REPEATED: ClassVar[str] = STARTS_AGAIN  #: what it does after it was interrupted
 
     def options(self, *but: str) -> dict[str, Any]:
         """The arguments by name, except `but` and `trust`, which is dealt with before `run`."""

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 from tyro.conf import Positional
 
-from selftrans.cli.options import Command
+from selftrans.cli.options import CONTINUES, Command
 
 if TYPE_CHECKING:
     from selftrans.data.encode_captions import TextOptions
@@ -27,6 +27,8 @@ class Prepare(Command):
     a column of captions. A folder, zip or tar may also hold sounds (wav, flac) or videos (mp4, webm, mov, mkv, avi; gif with
     --frames) instead of pictures.
     """
+
+    REPEATED = CONTINUES
 
     source: Positional[str]
     """folder, zip, tar, parquet file, hub id, `digits`, or with --text `digits_t2i`"""

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from selftrans.evaluate import fonts
+
 if TYPE_CHECKING:
     from PIL.ImageFont import FreeTypeFont
 
@@ -31,16 +33,18 @@ def with_captions(pictures: np.ndarray, captions: Sequence[str]) -> np.ndarray:
     if len(captions) != len(pictures):
         raise ValueError(f"{len(pictures)} pictures but {len(captions)} captions; give one for each")
     height, width = pictures.shape[1:3]
-    font = _font()
-    texts = [" ".join(caption.split()) for caption in captions]
-    longest = max(int(font.getlength(text)) + 1 for text in texts)
+    texts = [fonts.face_for(" ".join(caption.split())) for caption in captions]
+    typed = [(text, _font(face.file)) for text, face in texts]
+    longest = max(int(font.getlength(text)) + 1 for text, font in typed)
     wide = max(width, min(longest, WIDEST))
-    wrapped = [wrap(text, wide, font) for text in texts]
-    step = sum(font.getmetrics())
-    sheet = np.full((len(pictures), height + 2 + step * max(map(len, wrapped)), wide, 3), 255, dtype=np.uint8)
+    wrapped = [(wrap(text, wide, font), font) for text, font in typed]
+    step = max(sum(font.getmetrics()) for _, font in typed)
+    sheet = np.full(
+        (len(pictures), height + 2 + step * max(len(lines) for lines, _ in wrapped), wide, 3), 255, dtype=np.uint8
+    )
     left = (wide - width) // 2
     sheet[:, :height, left : left + width] = pictures  # one channel becomes three
-    for picture, lines in zip(sheet, wrapped, strict=True):
+    for picture, (lines, font) in zip(sheet, wrapped, strict=True):
         image = Image.fromarray(picture)
         draw = ImageDraw.Draw(image)
         for i, line in enumerate(lines):
@@ -60,9 +64,8 @@ def wrap(text: str, width: int, font: FreeTypeFont) -> list[str]:
 
 
 @functools.cache
-def _font() -> FreeTypeFont:
-    """DejaVu Sans, which matplotlib brings: it has most alphabets."""
-    from matplotlib.font_manager import findfont
+def _font(file: str | None = None) -> FreeTypeFont:
+    """A font file; None: DejaVu Sans."""
     from PIL import ImageFont
 
-    return ImageFont.truetype(findfont("DejaVu Sans"), SIZE)
+    return ImageFont.truetype(file or fonts.default().file, SIZE)

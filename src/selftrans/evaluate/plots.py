@@ -9,16 +9,15 @@ from __future__ import annotations
 import base64
 import io
 import math
-import re
-import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
+from selftrans.evaluate import fonts
 from selftrans.evaluate.captioned import with_captions
-from selftrans.storage import atomic_write, printable
+from selftrans.storage import atomic_write
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -30,8 +29,6 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 DASHES = ("-", "--", "-.", ":")
 FRAMES = 8  #: most slices of an array of three spatial dimensions that are shown
 INK, RULE = "#222222", "#DDDDDD"
-GLYPH = re.compile(r"Glyph (\d+) ")  #: start of matplotlib's warning about a character that the font lacks
-SHOWN_GLYPHS = 12
 
 #: (x, y), or (x, y, deviation of y) which is drawn as a band
 Series: TypeAlias = tuple[Sequence[float], Sequence[float]] | tuple[Sequence[float], Sequence[float], Sequence[float]]
@@ -246,18 +243,10 @@ def save(figure: Figure, path: str | Path, *, dpi: int = 150) -> None:
 
 
 def _rendered(figure: Figure, kind: str, dpi: int) -> bytes:
-    """A figure as the content of a file of this kind, with one warning for all characters that its font lacks."""
+    """A figure as the content of a file of this kind."""
+    fonts.fit(figure)
     buffer = io.BytesIO()
-    with warnings.catch_warnings(record=True) as said:
-        warnings.simplefilter("always")
-        figure.savefig(buffer, format=kind, dpi=dpi)
-    glyphs = [GLYPH.match(str(each.message)) for each in said]
-    if lacking := sorted({chr(int(found[1])) for found in glyphs if found}):
-        shown = printable("".join(lacking[:SHOWN_GLYPHS])) + ("..." if len(lacking) > SHOWN_GLYPHS else "")
-        warnings.warn(
-            f"the font of the figures has no {shown}: drawn as boxes; set font.family in a matplotlibrc",
-            stacklevel=3,
-        )
+    figure.savefig(buffer, format=kind, dpi=dpi)
     return buffer.getvalue()
 
 

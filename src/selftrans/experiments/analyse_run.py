@@ -19,6 +19,7 @@ from selftrans.data.dataset import Dataset
 from selftrans.data.decoded import data_latents, decode_images
 from selftrans.device import default_device
 from selftrans.encoders.autoencoder import load_autoencoder
+from selftrans.evaluate.fonts import class_names
 from selftrans.evaluate.plots import as_pictures, curves, pca_grid, save, scatter
 from selftrans.evaluate.probes import can_be_probed, collect, linear_probe, pca_maps, tsne
 from selftrans.experiments.reference import fitting_data
@@ -52,7 +53,7 @@ def analyse(
     loaded, device = load_model(find_asked(origin, stage=stage, weights=weights), stage=stage), default_device()
     model = loaded.model.to(device)
     dataset = fitting_data(origin, loaded, data, "the run", captions=False)
-    check_writable(out / "analyse.json")
+    check_writable(out / "analyse.json", size=1 << 20)
     decoder = load_autoencoder(loaded.autoencoder, device=device)
     z0, labels = data_latents(dataset, samples)
     probed = _probed(dataset, labels)
@@ -70,7 +71,7 @@ def analyse(
     save(pca_grid(shown_maps, title="principal components of the features"), out / "pca.png")
     for t, cloud in clouds.items():
         title = f"t-SNE of block {blocks[len(blocks) // 2]} at t = {t:g}"
-        names = [printable(name) for name in dataset.manifest.classes] or None
+        names = class_names([printable(name) for name in dataset.manifest.classes]) or None
         save(scatter(cloud, labels.numpy(), title=title, names=names), out / f"tsne-t{t:g}.png")
     if probes:
         series = {f"t = {t:g}": (blocks, accuracy) for t, accuracy in probes.items()}

@@ -60,7 +60,7 @@ def analyse_target(
     ValueError for values out of range, and for data that do not fit.
     """
     check(timesteps, samples, scales, seed)
-    check_writable(out / "target.json")
+    check_writable(out / "target.json", size=1 << 20)
     if grid is not None and (not encoder or grid < 1):
         raise ValueError(f"--grid belongs to --encoder, and is at least 1; it is {grid}")
     teacher = open_teacher(

@@ -132,7 +132,7 @@ def convergence(summary: Mapping[str, Any]) -> Figure:
     right.set_ylabel("")
     left.legend(frameon=False)
     reasons = [failure.partition(";")[0] for failure in failures(summary)]  # without the remedies
-    if lines := [line for reason in reasons for line in textwrap.wrap(reason, 160)]:
+    if lines := [line for reason in reasons for line in textwrap.wrap(reason, 160, break_on_hyphens=False)]:
         figure.supxlabel("\n".join(lines), x=0.01, horizontalalignment="left", fontsize="small")
     return figure
 

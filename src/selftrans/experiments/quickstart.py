@@ -83,7 +83,8 @@ def quickstart(
         chosen = Comparison(config, variants, tuple(seeds), out, images, "digits", str(classifier), every=every)
         results = train_and_measure(chosen, workers=workers)
         summary = summarise(chosen, results)
-        summary["seconds"] = round(time.perf_counter() - started + _seconds_before(out, summary), 1)
+        before = _seconds_before(out, summary)
+        summary["seconds"] = round(seconds_in_all(before, time.perf_counter() - started, results), 1)
         write(out, summary, dataset, config, seeds[0])
     print(text(summary, METHODS))
     print(f"\n{summary['seconds']:.0f} s. Open {out / 'report.html'}")
@@ -120,6 +121,12 @@ def equal_compute(config: RunConfig, other: RunConfig, dataset: Dataset) -> int:
         return sum(stage_flops(objective, conditions.example(), batch, steps) for objective, steps in built)
 
     return max(config.train.steps, math.ceil(flops(other) / flops(config) * config.train.steps))
+
+
+def seconds_in_all(before: float, now: float, results: Results) -> float:
+    """Seconds of earlier calls and of this one, which does not count where it found everything trained and measured."""
+    worked = any(sum(run["spent"].values()) for run, _ in results.values())
+    return before + now if worked or not before else before
 
 
 def _seconds_before(out: Path, summary: dict[str, Any]) -> float:

@@ -15,6 +15,7 @@ from torch import Tensor
 from selftrans.data.dataset import Dataset
 from selftrans.data.decoded import decode_images, latents_of
 from selftrans.encoders.autoencoder import load_autoencoder
+from selftrans.evaluate.fonts import class_names
 from selftrans.evaluate.plots import COLOURS, INK, RULE, as_pictures, blank_figure, pca_grid, save
 from selftrans.evaluate.probes import pca_maps
 from selftrans.evaluate.target_measures import DIFFERENCE
@@ -255,8 +256,8 @@ def draw_maps(
         for w in _mapped_scales(report["scales"]):
             name = "f_c" if w == 1 else f"f_g, w = {w:g}"
             maps[f"block {k}: {name}"] = pca_maps(u + w * kept["own"][k], grid)
-    classes = dataset.manifest.classes
-    names = [printable(classes[label])[:10] for label in dataset.labels[rows]] if classes else None
+    classes = class_names([printable(name) for name in dataset.manifest.classes])
+    names = [classes[label][:10] for label in dataset.labels[rows]] if classes else None
     title = f"principal components at t = {report['timesteps'][0]:g}" if report["timesteps"] else "principal components"
     save(pca_grid(maps, columns=names, title=title, cell=0.7), path)
 

@@ -32,7 +32,7 @@ def classifier_from_data(data: str | Path, out: Path, *, epochs: int, seed: int)
         raise ValueError(f"{out} must end in .safetensors, by which evaluate recognises a classifier")
     if dataset.manifest.num_classes < 2:
         raise ValueError(f"{data} has {plural(dataset.manifest.num_classes, 'class')}; a classifier needs at least two")
-    check_writable(out)
+    check_writable(out, size=1 << 20)  # the network has about half of it
     device = default_device()
     images = np.concatenate(list(decoded_images(dataset, device=device)), axis=0)
     classes = dataset.manifest.num_classes

@@ -170,7 +170,7 @@ class AutoencoderTraining:
         except OSError as error:
             if required:
                 raise OSError(f"{error}; free disk space, then the same command continues") from error
-            warnings.warn(f"{error}; training continues, the previous checkpoint is valid", stacklevel=2)
+            warnings.warn(f"{error}; training continues, earlier checkpoints stay valid", stacklevel=2)
 
     def _restore(self) -> None:
         found = checkpoint.newest(self.checkpoints)

@@ -35,6 +35,7 @@ class NonFiniteSteps:
         self.norms: dict[str, float] = {}  #: feature norm at the first log line, or when last warned about
         self._unread: list[tuple[int, Tensor]] = []
         self._unreported: list[dict[str, Any]] = []
+        self._said = 0  #: `in_a_row` at the last warning about it
 
     def note(self, step: int, checked: Tensor) -> None:
         """Keep what `check_step` found of this 0-based step, until `sync` reads it."""
@@ -46,7 +47,7 @@ class NonFiniteSteps:
             return
         seen = torch.stack([values for _, values in self._unread]).tolist()
         steps, self._unread = [step for step, _ in self._unread], []
-        found, ending = [], None
+        found, ending, before = [], None, self.in_a_row
         for step, (bad, loss, norm) in zip(steps, seen, strict=True):
             self.in_a_row = self.in_a_row + 1 if bad else 0
             if bad:
@@ -58,8 +59,11 @@ class NonFiniteSteps:
         self._unreported = (self._unreported + found)[:LISTED]
         if ending:
             raise FloatingPointError(f"{plural(self.most, 'update')} in a row, {ending}")
-        if found:
-            one = found[0]
+        if not before:
+            self._said = 0
+        # while a checkpoint waits for a finite step, every step is read: of one long row each doubling is said
+        if found and (not self.in_a_row or self.in_a_row >= 2 * self._said):
+            self._said, one = self.in_a_row, found[0]
             warnings.warn(
                 f"{len(found)} of the last {plural(len(steps), 'update')} of {stage} skipped, first at step {one['step']} "
                 f"(loss {one['loss']}, gradient norm {one['grad_norm']}); {self.skipped} in all; log.jsonl lists their rows",

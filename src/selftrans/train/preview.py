@@ -17,6 +17,7 @@ import torch
 from selftrans.config import RunConfig
 from selftrans.data.dataset import Dataset, Manifest
 from selftrans.encoders.autoencoder import Autoencoder, load_autoencoder
+from selftrans.evaluate.fonts import class_names
 from selftrans.evaluate.plots import sample_sheet, save_png
 from selftrans.flow import PATHS
 from selftrans.sampling.conditioning import CaptionConditioning, Conditioning, conditioning_of, read_prompts
@@ -135,5 +136,5 @@ def captions(
     texts = [text for batch in batches for text in conditioning.texts(batch.indices) or ()]
     if texts or not classes:
         return texts or None
-    names = [*classes, "no class"]  # the null label comes after the classes
+    names = [*class_names([printable(name) for name in classes]), "no class"]  # the null label comes after the classes
     return [names[label] for batch in batches for label in batch.labels.tolist()]

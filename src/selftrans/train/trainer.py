@@ -325,7 +325,7 @@ class Trainer:
             except OSError as error:
                 if required:
                     raise OSError(f"{error}; free disk space, then the same command continues") from error
-                warnings.warn(f"{error}; training continues, the previous checkpoint is valid", stacklevel=2)
+                warnings.warn(f"{error}; training continues, earlier checkpoints stay valid", stacklevel=2)
         self.accelerator.wait_for_everyone()
 
     def _prune(self) -> None:

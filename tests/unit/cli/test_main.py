@@ -1,5 +1,6 @@
 """The command line as a user types it: help, exit statuses, one line per error, and what evaluate and analyse write."""
 
+import errno
 import json
 import os
 import subprocess
@@ -120,7 +121,11 @@ def test_unknown_commands(argv, expected, capsys):
         (ImportError("no torch_fidelity"), 1, "no torch_fidelity"),
         (FloatingPointError("not finite"), 1, "not finite"),
         (Interrupted("stopped at step 3"), 75, "stopped at step 3"),
-        (KeyboardInterrupt(), 130, "interrupted; the same command continues, or starts again"),
+        (KeyboardInterrupt(), 130, "interrupted; the same command continues"),
+        (OSError(errno.ENOSPC, "No space left"), 1, "No space left; free disk space, then repeat the command"),
+        (OSError(errno.ENOSPC, "No space left", "a"), 1, "a: No space left; free disk space, then repeat the command"),
+        (OSError(errno.EIO, "Input/output error", "a"), 1, "a: Input/output error"),
+        (OSError(errno.EIO, "Input/output error"), 1, "[Errno 5] Input/output error"),
         (KeyboardInterrupt("stopped by SIGINT"), 130, "stopped by SIGINT"),
     ],
 )
@@ -131,6 +136,28 @@ def test_exit_status_of_each_error(error, status, line, monkeypatch, capsys):
     monkeypatch.setattr(COMMANDS["quickstart"], "run", run)
     assert main(["quickstart"]) == status
     assert one_line(capsys) == f"selftrans: {line}\n"
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        ("prepare a --out b", "the same command continues"),
+        ("sample run --out b", "the same command continues"),
+        ("export run --out b", "the same command starts again"),
+        ("classifier data --out b", "the same command starts again"),
+        (
+            "evaluate run --reference digits",
+            "the same command starts again; to be able to continue, make the pictures by",
+        ),
+    ],
+)
+def test_interrupted_commands_say_whether_they_continue(argv, expected, monkeypatch, capsys):
+    def run(self):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(COMMANDS[argv.split()[0]], "run", run)
+    assert main(argv.split()) == 130
+    assert one_line(capsys).startswith(f"selftrans: interrupted; {expected}")
 
 
 # ---- prepare

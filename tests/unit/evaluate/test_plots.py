@@ -132,15 +132,6 @@ def test_names_with_dollar_signs_are_not_parsed_as_math(tmp_path: Path) -> None:
     plots.save(figure, tmp_path / "a.png")  # an invalid formula would fail here
 
 
-def test_characters_that_the_font_lacks_are_one_warning(tmp_path: Path) -> None:
-    names = ["\u732b \U0001f408", "dog"]
-    figure = plots.scatter(np.zeros((2, 2)), np.array([0, 1]), names=names)
-    for draw in (lambda: plots.save(figure, tmp_path / "a.png"), lambda: plots.figure_to_data_uri(figure)):
-        with pytest.warns(UserWarning, match="the font of the figures has no \u732b\U0001f408: drawn as") as said:
-            draw()
-        assert len(said) == 1
-
-
 def test_no_figure_is_left_in_pyplot() -> None:
     import matplotlib.pyplot as plt
 

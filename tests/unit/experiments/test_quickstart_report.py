@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from selftrans.experiments.quickstart import seconds_in_all
 from selftrans.experiments.quickstart_report import at_compute, cells, compared, cut, sentence
 
 NAMES = {"vanilla": "vanilla", "structure": "stage 1 only", "both": "Both"}
@@ -69,3 +70,11 @@ def test_ratios_of_several_seeds_are_of_pairs() -> None:
     found = compared(both, tuple(NAMES), "vanilla", "both", 200)
     assert found["ratios"]["last"]["mean"] == pytest.approx((4 / 8 + 6 / 8) / 2)
     assert "0.62 ± 0.18 times at step 200" in sentence(found, "Both", "vanilla")
+
+
+def test_seconds_of_a_call_that_only_writes_the_report_again_do_not_count():
+    done, kept = ({"spent": {"steps": 1.0, "training": 2.0, "measuring": 0.0}}, []), ({"spent": {"steps": 0.0}}, [])
+    assert seconds_in_all(0.0, 9.0, {("vanilla", 0): done}) == 9.0
+    assert seconds_in_all(7.0, 9.0, {("vanilla", 0): kept, ("sra", 0): done}) == 16.0
+    assert seconds_in_all(7.0, 9.0, {("vanilla", 0): kept}) == 7.0
+    assert seconds_in_all(0.0, 9.0, {("vanilla", 0): kept}) == 9.0, "of a quickstart whose table was removed"

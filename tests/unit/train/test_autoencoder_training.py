@@ -206,7 +206,7 @@ def test_training_continues_on_a_full_disk_but_does_not_end_without_a_checkpoint
 
     full.from_now_on = False
     monkeypatch.setattr(checkpoint, "save_file", full)
-    with pytest.warns(UserWarning, match="No space left.*training continues, the previous checkpoint is valid"):
+    with pytest.warns(UserWarning, match="No space left.*training continues, earlier checkpoints stay valid"):
         training(tmp_path / "a").run()
     assert_same(tmp_path / "a", uninterrupted)
     full.from_now_on = True

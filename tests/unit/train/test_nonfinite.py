@@ -241,6 +241,18 @@ def test_feature_norms_are_in_the_log_while_guidance_is_active():
     assert "self/feature_norm" not in lines[-1]
 
 
+def test_long_row_that_is_read_step_by_step_is_said_at_each_doubling():
+    steps, said = NonFiniteSteps(99, rows=lambda step: trainer.np.arange(4)), []
+    for step, bad in enumerate([1.0] * 10 + [0.0, 1.0, 0.0]):
+        steps.note(step, torch.tensor([bad, BAD, BAD]))
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            steps.sync("stage1")
+        said += [step] * len(caught)
+    assert said == [0, 1, 3, 7, 11], "of rows of 1, 2, 4 and 8, and of the next row"
+    assert steps.skipped == 11 and len(steps.pop_report()["skips"]) == 11
+
+
 def test_all_processes_skip_the_same_step(monkeypatch):
     accelerator = Accelerator(cpu=True)
     monkeypatch.setattr(type(accelerator), "num_processes", property(lambda self: 2))

@@ -1,0 +1,153 @@
+"""Fonts for text in pictures: those of this machine where matplotlib's DejaVu Sans lacks a character, such as a Chinese one.
+
+A character that no font has would be drawn as an empty box. It is written as its escape instead (`\\u732b`), and a class
+with such a name as its number (`class 7`).
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from selftrans.storage import printable
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+DEFAULT = "DejaVu Sans"  #: brought by matplotlib: it has most alphabets
+#: begins the names of fonts that have no text: boxes that name a script, and mathematical symbols in place of letters
+NO_TEXT = ("Last", "STIX", "cm")
+#: words in the names of fonts for text, the most suitable first; others are decorative more often
+PREFERRED = ("noto sans", "sans", "gothic", "hei", "")
+SHOWN = 12  #: most characters that a warning lists
+
+
+class Face(NamedTuple):
+    """A font of this machine."""
+
+    family: str
+    file: str
+
+
+def lacking(text: str, *faces: Face) -> frozenset[str]:
+    """The characters of a text, but for spaces, that these fonts do not have (none given: DejaVu Sans)."""
+    unknown = {each for each in text if not each.isascii() or not each.isprintable()} - set(" \n")
+    for face in faces or (default(),):
+        unknown -= {each for each in unknown if each.isprintable() and _has(face.file, each)}
+    return frozenset(unknown)
+
+
+def default() -> Face:
+    """DejaVu Sans."""
+    from matplotlib.font_manager import findfont
+
+    return Face(DEFAULT, str(findfont(DEFAULT)))
+
+
+_named: set[str] = set()  #: characters that a warning of this process was about
+
+
+@functools.lru_cache(maxsize=64)
+def fallbacks(characters: frozenset[str]) -> tuple[Face, ...]:
+    """Fonts of this machine which together have as many of these characters as possible; a warning names the others, once."""
+    left, found = {each for each in characters if each.isprintable()}, list[Face]()
+    for face in _faces() if left else ():
+        if has := {each for each in left if _has(face.file, each)}:
+            found.append(face)
+            left -= has
+        if not left:
+            break
+    left -= _named
+    _named.update(left)
+    if left:
+        shown = printable("".join(sorted(left)[:SHOWN])) + ("..." if len(left) > SHOWN else "")
+        warnings.warn(
+            f"no font of this machine has {shown}: pictures show escapes such as {ascii(min(left))[1:-1]}, and numbers of "
+            "classes; install a font that has them, such as Noto Sans CJK",
+            stacklevel=2,
+        )
+    return tuple(found)
+
+
+def drawable(text: str, without: Collection[str]) -> str:
+    """The text with the characters `without` escaped."""
+    return "".join(ascii(each)[1:-1] if each in without else each for each in text)
+
+
+def class_names(names: Sequence[str]) -> list[str]:
+    """The names of classes as pictures show them: on one line, and `class K` for one that no font has all characters of."""
+    lines = [" ".join(name.split()) for name in names]
+    unknown = lacking("".join(lines))
+    faces = (default(), *fallbacks(unknown)) if unknown else ()
+    return [f"class {k}" if faces and lacking(line, *faces) else line for k, line in enumerate(lines)]
+
+
+def face_for(text: str) -> tuple[str, Face]:
+    """The text, and one font that has all of its characters; DejaVu Sans where none has, with its characters escaped."""
+    if unknown := lacking(text):
+        for face in fallbacks(unknown):
+            if all(_has(face.file, each) for each in text):
+                return text, face
+    return drawable(text, unknown), default()
+
+
+def fit(figure: Figure) -> None:
+    """Give each text of a figure fonts for all of its characters; those that no font has become escapes."""
+    from matplotlib.font_manager import FontProperties, findfont
+    from matplotlib.text import Text
+
+    for text in figure.findobj(Text):
+        string = text.get_text()
+        if not (string.isascii() and string.isprintable()):
+            own = [Face(name, str(findfont(FontProperties(family=[name])))) for name in text.get_fontfamily()]
+            if unknown := lacking(string, *own):
+                others = fallbacks(unknown)
+                text.set_fontfamily([*(face.family for face in own), *(face.family for face in others)])
+                text.set_text(drawable(string, lacking(string, *own, *others)))
+
+
+def _has(file: str, character: str) -> bool:
+    font = _opened(file)
+    return font is not None and bool(font.get_char_index(ord(character)))
+
+
+@functools.lru_cache(maxsize=32)
+def _opened(file: str):  # type: ignore[no-untyped-def]  # matplotlib has no types
+    from matplotlib.ft2font import FT2Font
+
+    try:
+        return FT2Font(file)
+    except (OSError, RuntimeError):
+        return None
+
+
+@functools.cache
+def _faces() -> list[Face]:
+    """The upright fonts of this machine with text, the most suitable first."""
+    from matplotlib.font_manager import findSystemFonts, fontManager
+
+    known = {entry.fname for entry in fontManager.ttflist}
+    for file in findSystemFonts():  # matplotlib's list is that of its first start on this machine
+        if file not in known:
+            try:
+                fontManager.addfont(file)
+            except Exception:
+                continue
+    upright = {
+        Face(entry.name, str(entry.fname))
+        for entry in fontManager.ttflist
+        if entry.style == "normal"
+        and entry.weight in (400, "normal", "regular")
+        and getattr(entry, "index", 0) == 0
+        and not entry.name.startswith(NO_TEXT)
+        and Path(entry.fname).exists()
+    }
+    return sorted(upright, key=_suitable)
+
+
+def _suitable(face: Face) -> tuple[int, str, str]:
+    name = face.family.lower()
+    return next(rank for rank, word in enumerate(PREFERRED) if word in name), *face
