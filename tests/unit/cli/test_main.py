@@ -200,7 +200,7 @@ def test_prepare_with_captions(tmp_path, capsys):
         ("evaluate nowhere --reference digits --features digitz", "did you mean digits?"),
         ("evaluate nowhere --reference digits --features x.safetensors", "x.safetensors"),
         ("classifier nowhere --out x", "no manifest.json in nowhere"),
-        ("prepare nowhere --out x", "no source 'nowhere'"),
+        ("prepare nowhere --out x", "no source of pictures 'nowhere'"),
     ],
 )
 def test_bad_input(argv, expected, capsys, tmp_path, monkeypatch):
@@ -221,7 +221,7 @@ def test_bad_input(argv, expected, capsys, tmp_path, monkeypatch):
         ("train digits --out file/x", "the folder file/x cannot be made (Not a directory); choose another --out"),
         ("train digits --out file", "file is not a folder; choose another --out"),
         ("prepare folder --out circle", "circle"),
-        ("prepare circle --out x", "no source 'circle'"),
+        ("prepare circle --out x", "no source of pictures 'circle'"),
     ],
 )
 def test_paths_that_cannot_be(argv, expected, capsys, tmp_path, monkeypatch):
