@@ -41,7 +41,7 @@ class AutoencoderSettings:
     kl_weight: float = 1e-3
     """of the KL divergence of the posterior from a standard normal; both terms summed over a picture"""
     perceptual: str | None = None
-    """classifier made by `selftrans classifier`: adds the distance in the features of its middle layer; None: no such term"""
+    """file of a classifier (`selftrans classifier`): adds the distance in its middle layer; None: no such term"""
     perceptual_weight: float = 1.0
     """of that distance"""
     ema: float = 0.999
