@@ -22,7 +22,7 @@ from selftrans.data.sources.pixel_parts import pixels_only
 from selftrans.storage import first_line, plural, printable
 
 if TYPE_CHECKING:
-    from PIL import Image
+    from PIL import Image, ImageFile
 
 #: the only decoders of Pillow that may run (others call external programs)
 FORMATS = ("BMP", "DIB", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP", "AVIF", "JPEG2000", "QOI")
@@ -160,7 +160,7 @@ def _decoder(file: BinaryIO) -> Image.Image:
 
 
 @cache
-def _jpeg_reader() -> Callable[[BinaryIO], Image.Image]:
+def _jpeg_reader() -> Callable[[BinaryIO], ImageFile.ImageFile]:
     """Pillow's reader of one JPEG: it looks neither for more pictures in the file, nor for the resolution in EXIF.
 
     That resolution is not used, and Pillow warns of damaged EXIF while it reads it.
