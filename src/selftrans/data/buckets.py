@@ -65,9 +65,8 @@ class Buckets(Dataset):
 
     def dry_run_data(self) -> Dataset:
         """As `Dataset.dry_run_data`, of every bucket."""
-        buckets = Buckets(
-            self.path, [bucket.dry_run_data() for bucket in self.buckets]
-        )  # all of them fit into the cache
+        # all of them fit into the cache
+        buckets = Buckets(self.path, [bucket.dry_run_data() for bucket in self.buckets])
         buckets.origin, buckets.text_encoder = self.origin, self.text_encoder
         return buckets
 

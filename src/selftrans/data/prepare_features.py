@@ -146,9 +146,8 @@ def _run(
             if manifest.features and len(stored) == len(plan.shards()):
                 say(f"the features in {out} are complete already", progress)
                 return manifest.features
-            for (
-                features
-            ) in stored.values():  # records: the manifest lists features once those of all shards are finished
+            # records: the manifest lists features once those of all shards are finished
+            for features in stored.values():
                 _record(out, features)
             if manifest.features:
                 resumable.set_features(out, None)

@@ -7,7 +7,9 @@ import errno
 import math
 import struct
 import threading
+from collections.abc import Callable
 from contextlib import nullcontext
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, Protocol
 
@@ -20,7 +22,7 @@ from selftrans.data.sources.pixel_parts import pixels_only
 from selftrans.storage import first_line, plural, printable
 
 if TYPE_CHECKING:
-    from PIL import Image
+    from PIL import Image, ImageFile
 
 #: the only decoders of Pillow that may run (others call external programs)
 FORMATS = ("BMP", "DIB", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP", "AVIF", "JPEG2000", "QOI")
@@ -130,7 +132,7 @@ def open_picture(file: Path | BinaryIO) -> Image.Image:
 
 def _decoder(file: BinaryIO) -> Image.Image:
     """`PIL.Image.open` without its limit of pixels, which is global, and without the formats that are not in FORMATS."""
-    from PIL import Image, JpegImagePlugin, UnidentifiedImageError
+    from PIL import Image, UnidentifiedImageError
 
     Image.init()  # registers the decoders; only those of FORMATS are called
     head = file.read(16)
@@ -141,8 +143,7 @@ def _decoder(file: BinaryIO) -> Image.Image:
             if factory is None or accept is None or accept(head) is not True:
                 continue  # a text in place of True says why this installation does not read it
             file.seek(0)
-            # of JPEG not the factory, which looks for more pictures in the file
-            image = JpegImagePlugin.JpegImageFile(file) if name == "JPEG" else factory(file, "")
+            image = _jpeg_reader()(file) if name == "JPEG" else factory(file, "")
         except (SyntaxError, IndexError, TypeError, struct.error):  # as Pillow: not of this format
             continue
         except Image.DecompressionBombError as error:  # of WebP Pillow checks the size itself
@@ -156,6 +157,21 @@ def _decoder(file: BinaryIO) -> Image.Image:
             f"a HEIF picture ({brand}), which this Pillow does not read; convert it, or install a newer Pillow"
         )
     raise UnidentifiedImageError(_unknown(head))
+
+
+@cache
+def _jpeg_reader() -> Callable[[BinaryIO], ImageFile.ImageFile]:
+    """Pillow's reader of one JPEG: it looks neither for more pictures in the file, nor for the resolution in EXIF.
+
+    That resolution is not used, and Pillow warns of damaged EXIF while it reads it.
+    """
+    from PIL import JpegImagePlugin
+
+    class Reader(JpegImagePlugin.JpegImageFile):
+        def _read_dpi_from_exif(self) -> None:
+            pass
+
+    return Reader
 
 
 def _unknown(head: bytes) -> str:

@@ -150,9 +150,8 @@ def check_source_file(path: Path) -> None:
         why = f"a file of arrays; {SAVE_ARRAYS}"
     elif not head:
         why = "empty; download or make it again"
-    elif (
-        head.startswith(b"PK") or suffix == ".zip" or zipfile.is_zipfile(path)
-    ):  # one that extracts itself has a prefix
+    # a zip that extracts itself has a prefix
+    elif head.startswith(b"PK") or suffix == ".zip" or zipfile.is_zipfile(path):
         return
     elif suffix in ARCHIVES:
         why = f"an archive of a kind that is not read ({suffix}); unpack it, and give the folder"

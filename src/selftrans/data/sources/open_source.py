@@ -240,8 +240,8 @@ def _native_resolution(source: Source, where: str, progress: bool, remedy: str) 
 def iter_images(path: str | Path, batch_size: int = 256) -> Iterator[np.ndarray]:
     """Images (n, H, W, C) uint8, n <= batch_size, from any picture source, or the samples of an npz (see `npz_samples`).
 
-    C is 1 if all pictures are 8-bit greyscale, else 3 (RGB). Raises ValueError as
-    `open_source` does, and for an npz of another type.
+    C is 1 if all pictures are 8-bit greyscale, else 3 (RGB). Raises ValueError as `open_source` does, and for an npz of another
+    type.
     """
     if Path(path).suffix.lower() == ".npz":
         yield from npz.npz_samples(Path(path), batch_size)

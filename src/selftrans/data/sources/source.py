@@ -128,9 +128,8 @@ class Source:
     names: Sequence[str]  #: path of each picture inside the source, sorted by code point
     labels: np.ndarray  #: (len,) int64
     classes: tuple[str, ...]  #: empty: unconditional
-    open: Callable[[int], Any] = field(
-        repr=False
-    )  #: picture i, its pixels not yet decoded; of sounds and videos the file
+    #: picture i, its pixels not yet decoded; of sounds and videos the file
+    open: Callable[[int], Any] = field(repr=False)
     sizes: Sequence[int] = ()  #: bytes of each picture, if known
     ignored: dict[str, int] = field(default_factory=dict)  #: reason for ignoring files -> how many, see `file_kinds`
     channels: int = 3

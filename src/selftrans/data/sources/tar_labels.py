@@ -52,7 +52,8 @@ def labelled_tars(tars: list[Path], field: str | None = None) -> Source:
         if found.sizes[i] > (most := MAX_LABEL_BYTES[suffix]):
             raise ValueError(f"{printable(name)} is of {found.sizes[i]} bytes, above the limit of {most}")
         if files.setdefault(_key(name) + suffix, i) != i:
-            raise ValueError(f"{tars[0]} holds {printable(_key(name) + suffix)} twice; make the tar again")
+            twice = printable(tars[0].parent / (_key(name) + suffix))
+            raise ValueError(f"{twice}: two files have this key and extension; make the tar again")
     source = found.chosen(pictures).pictures()
     if pictures and (files or field is not None):
         return _with_classes(source, {name: partial(found.open, i) for name, i in files.items()}, field)

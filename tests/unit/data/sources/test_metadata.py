@@ -32,6 +32,14 @@ def exif(orientation: int = 6, note: str = "x" * 40) -> bytes:
     return made.tobytes()
 
 
+def damaged_exif(orientation: int) -> bytes:
+    """EXIF whose description, the tag before the orientation, is said to be far outside of it."""
+    data = bytearray(exif(orientation))
+    start = len(b"Exif\0\0")
+    struct.pack_into(("<" if data[start:].startswith(b"II") else ">") + "I", data, start + 10 + 8, 10**9)
+    return bytes(data)
+
+
 def chunk(kind: bytes, data: bytes) -> bytes:
     return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
@@ -70,6 +78,7 @@ DAMAGED: dict[str, tuple[Callable[[], bytes], set[str]]] = {
     "png cHRM and pHYs, empty": (lambda: png(chunk(b"cHRM", b""), chunk(b"pHYs", b"")), {"gamma and size"}),
     "png truncated after the pixels": (lambda: png(chunk(b"zTXt", b"k\0\0" + BIG), last=True)[:-400], {"text"}),
     "jpeg EXIF of random bytes": (lambda: jpeg(segment(0xE1, b"Exif\0\0" + RANDOM)), {"EXIF"}),
+    "jpeg EXIF with a tag outside": (lambda: jpeg(segment(0xE1, damaged_exif(1))), set()),
     "jpeg MPF of random bytes": (lambda: jpeg(segment(0xE2, b"MPF\0II*\0\x08\0\0\0\xff\xff" + RANDOM)), set()),
     "jpeg profile of random bytes": (lambda: jpeg(segment(0xE2, b"ICC_PROFILE\0\1\1" + RANDOM)), {"colour profile"}),
     "jpeg Photoshop of random bytes": (lambda: jpeg(segment(0xED, b"Photoshop 3.0\x008BIM" + RANDOM)), set()),
@@ -123,10 +132,8 @@ def test_orientation_is_applied_in_every_format(kind: str, orientation: int) -> 
 
 
 def test_orientation_is_read_where_other_tags_are_damaged() -> None:
-    data = bytearray(exif().removeprefix(b"Exif\0\0"))  # description, then orientation
-    order = "<" if data[:2] == b"II" else ">"
-    struct.pack_into(order + "I", data, 10 + 8, 10**9)  # where the description is
-    assert exif_orientation(bytes(data)) == 6 and exif_orientation(b"Exif\0\0" + bytes(data)) == 6
+    data = damaged_exif(6)
+    assert exif_orientation(data) == 6 and exif_orientation(data.removeprefix(b"Exif\0\0")) == 6
     assert exif_orientation(exif(0)) is None and exif_orientation(exif(9)) is None
     for broken in (b"", b"II*\0", RANDOM, b"MM\0*\0\0\0\x08\0\x09"):
         with pytest.raises(ValueError, match="EXIF"):

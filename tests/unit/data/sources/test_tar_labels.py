@@ -64,6 +64,13 @@ def test_key_ends_at_the_first_dot(tmp_path):
     assert opened(path).labels.tolist() == [1, 1]
 
 
+def test_two_files_of_one_key_are_refused_with_the_tar_that_holds_them(tmp_path):
+    tarred(tmp_path / "x" / "a.tar", {"1.png": PNG[1], "1.cls": b"1"})
+    tarred(tmp_path / "x" / "b.tar", {"1.png": PNG[2], "1.cls": b"1", "1.left.cls": b"2"})
+    with pytest.raises(ValueError, match=r"x/b.tar/1.cls: two files have this key and extension; make the tar again"):
+        opened(tmp_path / "x")
+
+
 def test_folders_are_the_classes_of_tars_without_class_files(tmp_path):
     for k, name in enumerate(("dog", "cat")):
         tarred(tmp_path / "x" / f"{k}.tar", {f"{name}/1.png": PNG[k], f"{name}/1.txt": b"x"})
