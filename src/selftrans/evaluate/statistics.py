@@ -51,12 +51,11 @@ class RunningMoments:
         self.mean = self.mean + step * (len(rows) / total)
         self.count = total
 
-    def moments(self) -> Moments:
-        """Mean (F,) and unbiased covariance (F, F); ValueError for fewer than two rows."""
+    def moments(self, source: str = "") -> Moments:
+        """Mean (F,) and unbiased covariance (F, F); ValueError for fewer than two rows, which names their `source`."""
         if self.count < 2:
-            raise ValueError(
-                f"{plural(self.count, 'image')} {'has' if self.count == 1 else 'have'} no covariance; give at least two"
-            )
+            images = f"{plural(self.count, 'image')} {'has' if self.count == 1 else 'have'}"
+            raise ValueError(f"{source and f'{source}: '}{images} no covariance; give at least two")
         return Moments(self.mean, self.scatter / (self.count - 1))
 
 
@@ -105,7 +104,7 @@ class Statistics:
             if observe is not None:
                 observe(out)
         return cls(
-            *running.moments(),
+            *running.moments(source),
             count=running.count,
             features=np.concatenate(kept) if keep else None,
             spatial=spatial.moments() if spatial.count else None,

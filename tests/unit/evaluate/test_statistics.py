@@ -187,6 +187,11 @@ def test_invalid_images_are_refused(batches: list, message: str) -> None:
         Statistics.of(batches, Pixels())
 
 
+def test_reference_of_one_image_is_named() -> None:
+    with pytest.raises(ValueError, match=r"^scans/test: 1 image has no covariance; give at least two$"):
+        Statistics.of(pictures(1), Pixels(), source="scans/test")
+
+
 def test_pictures_of_several_sizes_are_taken_in_chunks_of_one_size() -> None:
     other = np.random.default_rng(1).integers(0, 256, (5, 1, 4, 3), dtype=np.uint8)  # 12 values, too
     measuring = Pixels()
