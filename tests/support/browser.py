@@ -39,4 +39,4 @@ def window(browser: Any, own: str) -> Iterator[Any]:
     found.on("request", lambda request: None if request.url.startswith((own, "data:")) else others.append(request.url))
     yield found
     context.close()
-    assert errors == [] and others == []
+    assert not errors and not others, f"errors: {errors}; other addresses: {others}"

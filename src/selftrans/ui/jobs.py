@@ -89,7 +89,9 @@ class Jobs:
         """Begin `work` in a thread. Busy while another job runs."""
         with self._lock:
             if self._thread is not None and self._thread.is_alive():
-                raise Busy("another job is running; wait for it, or cancel it")
+                if next(reversed(self._jobs.values())).state == "running":
+                    raise Busy("another job is running; wait for it, or cancel it")
+                self._thread.join()  # its job has ended, as the page shows already, and it does nothing more
             job = self._jobs[self._next] = Job(self._next, kind, about)
             self._next += 1
             self._forget()

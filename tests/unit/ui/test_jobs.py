@@ -52,6 +52,22 @@ def test_a_second_job_is_refused_and_the_first_can_be_cancelled():
         job.check()
 
 
+def test_a_job_starts_where_the_thread_of_an_ended_one_is_still_alive(monkeypatch):
+    released, run = threading.Event(), jobs._run
+
+    def slow_to_end(job, work):
+        run(job, work)
+        released.wait(10)
+
+    monkeypatch.setattr(jobs, "_run", slow_to_end)
+    found = Jobs()
+    first = found.start("sample", {}, lambda job: None)
+    while first.state == "running":
+        pass
+    threading.Timer(0.2, released.set).start()
+    assert ended(found.start("sample", {}, lambda job: None), found)["state"] == "done"
+
+
 def test_an_error_is_one_line():
     def fails(job):
         raise RuntimeError("first line\nsecond line")
