@@ -64,8 +64,7 @@ def wrap(text: str, width: int, font: FreeTypeFont) -> list[str]:
 
 
 @functools.cache
-def _font(file: str | None = None) -> FreeTypeFont:
-    """A font file; None: DejaVu Sans."""
+def _font(file: str) -> FreeTypeFont:
     from PIL import ImageFont
 
-    return ImageFont.truetype(file or fonts.default().file, SIZE)
+    return ImageFont.truetype(file, SIZE)

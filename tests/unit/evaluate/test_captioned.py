@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from selftrans.evaluate import captioned
+from selftrans.evaluate import captioned, fonts
 from selftrans.evaluate.captioned import with_captions, wrap
 from selftrans.evaluate.plots import image_grid, sample_sheet
 
@@ -26,14 +26,14 @@ def test_short_names_do_not_widen_pictures_and_long_ones_do_to_a_limit():
     long = "a very long sentence about a picture of which much can be said, and then some more of it " * 3
     found = with_captions(PICTURES, [long, "2", "3"])
     assert found.shape[2] == captioned.WIDEST
-    assert found.shape[1] == 42 + captioned.LINES * sum(captioned._font().getmetrics())
+    assert found.shape[1] == 42 + captioned.LINES * sum(captioned._font(fonts.default().file).getmetrics())
 
 
 @pytest.mark.parametrize(
     ("text", "width"), [("", 50), ("a b c d", 30), ("word " * 40, 90), ("x" * 200, 60), ("a " + "y" * 90, 60), ("w", 1)]
 )
 def test_lines_fit_and_hold_the_words_in_order(text, width):
-    font = captioned._font()
+    font = captioned._font(fonts.default().file)
     lines = wrap(text.strip(), width, font)
     assert 1 <= len(lines) <= captioned.LINES
     assert all(font.getlength(line) <= width for line in lines) or width == 1
