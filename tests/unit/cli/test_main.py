@@ -144,7 +144,7 @@ def test_exit_status_of_each_error(error, status, line, monkeypatch, capsys):
         ("prepare a --out b", "the same command continues"),
         ("sample run --out b", "the same command continues"),
         ("export run --out b", "the same command starts again"),
-        ("classifier data --out b", "the same command starts again"),
+        ("classifier data --out b", "the same command continues"),
         (
             "evaluate run --reference digits",
             "the same command starts again; to be able to continue, make the pictures by",
