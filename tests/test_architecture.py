@@ -149,7 +149,6 @@ COVERED_BY = {
     "experiments/summary": "unit/experiments/test_compare.py",
     "experiments/target_report": "unit/experiments/test_analyse_target.py",
     "experiments/target_teacher": "unit/experiments/test_analyse_target.py",
-    "experiments/train_classifier": "unit/evaluate/test_classifier.py",
     "fine_tuning": "unit/train/test_initial_weights.py",
     "interop/interpolant_transformer": "unit/interop/test_sit_pipeline.py",
     "interop/pipeline_parts": "unit/interop/test_sit_pipeline.py",

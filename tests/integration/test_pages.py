@@ -167,7 +167,9 @@ def test_pages_leave_what_they_say(there: Pages, capsys: pytest.CaptureFixture) 
     assert len(list((there.folder / "samples" / "sentences").glob("*.png"))) == 8
 
 
-def test_quickstart_writes_a_self_contained_page(there: Pages, capsys: pytest.CaptureFixture) -> None:
+def test_quickstart_writes_a_self_contained_page(
+    there: Pages, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     there.run("docs/tutorial.md", capsys)
     page = (there.folder / "quickstart" / "report.html").read_text()
     assert page.count("data:image/png;base64,") == 7  # curves, and samples and maps of three methods
@@ -183,6 +185,10 @@ def test_quickstart_writes_a_self_contained_page(there: Pages, capsys: pytest.Ca
     )
     assert taught["teacher"]["steps"] == 2, "an early checkpoint of stage 1 alone"
     assert alone["total_tflops"] >= taught["total_tflops"] > alone["total_tflops"] * (1 - 1 / alone["student_steps"])
+    monkeypatch.chdir(there.folder)
+    capsys.readouterr()
+    quickstart(Path("quickstart"), steps=3, images=40, workers=1)  # again
+    assert capsys.readouterr().out.startswith("All is trained and measured; drawing quickstart/report.html\n")
 
 
 @pytest.mark.parametrize(

@@ -70,7 +70,12 @@ class Evaluate(Command):
 
 @dataclass
 class Classifier(Command):
-    """Train a small classifier on prepared pixel data, to be used as `--features FILE` by evaluate."""
+    """Train a small classifier on prepared pixel data, to be used as `--features FILE` by evaluate.
+
+    The same command again continues.
+    """
+
+    REPEATED = CONTINUES
 
     data: Positional[str]
     """directory prepared with the `pixel` autoencoder"""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import inspect
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Sequence
@@ -22,7 +23,8 @@ from selftrans.cli.unknown_option import unrecognised
 from selftrans.plugins import trust
 from selftrans.suggest import closest, did_you_mean
 
-DONE, FAILED, WRONG_ARGUMENTS, INTERRUPTED = 0, 1, 2, 130  #: exit statuses; EXIT_RESUME (75): stopped with a checkpoint
+#: exit statuses; EXIT_RESUME (75): stopped with a checkpoint
+DONE, FAILED, WRONG_ARGUMENTS, INTERRUPTED, TERMINATED = 0, 1, 2, 130, 143
 
 #: of errors of the system
 REMEDIES = {
@@ -33,6 +35,10 @@ REMEDIES = {
 TEXTS = ("prompts",)  #: options whose values are sentences
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, which ends a command as Ctrl-C does."""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command of `argv` (None: of the process) and return the exit status. Errors of users are one line on stderr."""
     from selftrans.train.interrupted import EXIT_RESUME, Interrupted
@@ -40,6 +46,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     warnings.showwarning = _show_warning  # type: ignore[assignment]
     hub_retries.install()
     words = list(sys.argv[1:] if argv is None else argv)
+    # not of `train`: it has its own handling, and may wait for other processes in calls that run no handler
+    if argv is None and words[:1] != ["train"]:
+        signal.signal(signal.SIGTERM, _terminate)
     try:
         _answer(words) if not words or words[0].startswith("-") else parse_command(words).run()
     except Interrupted as stopped:
@@ -58,6 +67,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _end(str(error) or "out of memory", FAILED)
     except KeyboardInterrupt as stopped:
         repeated = COMMANDS.get(words[0] if words else "", Command).REPEATED
+        if isinstance(stopped, Terminated):
+            return _end(f"stopped by SIGTERM; {repeated}", TERMINATED)
         return _end(str(stopped) or f"interrupted; {repeated}", INTERRUPTED)
     except SystemExit as stop:  # tyro's, after a help page
         return int(stop.code or DONE)
@@ -118,6 +129,10 @@ def _of_the_system(error: OSError) -> str:
     if error.filename is None:
         return f"{error.strerror}{remedy}" if remedy else str(error)
     return f"{printable(os.fsdecode(error.filename))}: {error.strerror}{remedy}"
+
+
+def _terminate(number: int, frame: object) -> None:
+    raise Terminated
 
 
 def _end(message: str, status: int) -> int:

@@ -10,8 +10,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import OneCycleLR
 
 from selftrans.storage import atomic_write, first_line, plural, printable
 
@@ -225,13 +226,14 @@ def train_classifier(
     batch_size: int = 64,
     device: torch.device | str = "cpu",
     threads: int | None = None,
-    bar: Callable[..., Any] | None = None,
+    steps: Callable[[SmallClassifier, OneCycleLR], Iterable[int]] | None = None,
 ) -> SmallClassifier:
     """Train a classifier on images with labels (N,) in 0 .. K - 1; keeps torch's global RNG state.
 
     AdamW with a one-cycle schedule. A fifth of the images, drawn by `seed`, is held out and gives the accuracy in the
-    result's `training_record`. `threads`: number of CPU threads (None: torch's setting). `bar` makes a progress bar from
-    tqdm's options. The same arguments give the same weights on the same machine. Raises ValueError for invalid data.
+    result's `training_record`. `threads`: number of CPU threads (None: torch's setting). `steps` gives the numbers of the
+    steps, and may bring model and schedule to the first of them (None: all). The same arguments give the same weights on the
+    same machine. Raises ValueError for invalid data.
     """
     labels, arrays = _checked_labels(images, labels, num_classes), images.dtype != np.uint8
     generator = torch.Generator().manual_seed(seed)
@@ -248,21 +250,20 @@ def train_classifier(
         model.mean.copy_(values.mean(dim=1))
         model.deviation.copy_(values.std(dim=1).clamp(min=1e-6))
     optimiser = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=1e-2)
-    steps = epochs * math.ceil(len(train) / batch_size)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, max_lr=RATE, total_steps=steps)
+    batches, drawn = math.ceil(len(train) / batch_size), 0
+    schedule = OneCycleLR(optimiser, max_lr=RATE, total_steps=epochs * batches)
     if pixels.nbytes <= ON_DEVICE:
         pixels, targets, train, test = (x.to(device) for x in (pixels, targets, train, test))
-    progress = bar(desc="classifier", unit="step", total=steps) if bar else nullcontext()
-    with cpu_threads(threads), torch.enable_grad(), progress as shown:
-        for _ in range(epochs):
-            for rows in train[torch.randperm(len(train), generator=generator).to(train.device)].split(batch_size):
-                loss = F.cross_entropy(model(to_input(pixels[rows], device)), targets[rows].to(device))
-                optimiser.zero_grad(set_to_none=True)
-                loss.backward()
-                optimiser.step()
-                schedule.step()
-                if shown is not None:
-                    shown.update()
+    with cpu_threads(threads), torch.enable_grad():
+        for step in steps(model, schedule) if steps else range(schedule.total_steps):
+            while drawn <= step // batches:  # also the orders of epochs that are not done again
+                order, drawn = torch.randperm(len(train), generator=generator).to(train.device), drawn + 1
+            rows = train[order[step % batches * batch_size :][:batch_size]]
+            loss = F.cross_entropy(model(to_input(pixels[rows], device)), targets[rows].to(device))
+            optimiser.zero_grad(set_to_none=True)
+            loss.backward()
+            optimiser.step()
+            schedule.step()
         accuracy = _accuracy(model.eval(), pixels[test], targets[test], device)
     model.training_record = Training(accuracy, held_out, seed, epochs, data_sha256(images, labels))
     return model

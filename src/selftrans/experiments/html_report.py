@@ -167,9 +167,12 @@ def comparison_page(
     bands = "Mean over seeds; the band is one standard deviation." if seeds > 1 else "One seed."
     sheets = {name: sample_sheet(images, columns=8, captions=captions) for name, images in grids.items()}
     samples = "".join(html_figure(name, sheet, name) for name, sheet in sheets.items())
-    without = [row["method"] for row in summary["table"] if row["method"] not in grids]
-    of_this = f"its run of seed {summary['seeds'][0]} failed, or these samples are not finite"
-    absent = f'<p class="note">None of {html.escape(", ".join(without))}: {of_this}.</p>\n' if without else ""
+    failed = {one["method"] for one in summary.get("failed", ()) if one["seed"] == summary["seeds"][0]}
+    absent = "".join(
+        f'<p class="note">None of {html.escape(name)}: {"its run failed" if name in failed else "they are not finite"}.</p>\n'
+        for name in names
+        if name not in grids
+    )
     body = f"""<h1>Methods compared</h1>
 <div class="scroll">{method_table(summary["table"], names)}</div>
 {lost}<p class="note">{table}{html.escape(legend(summary["metric"]))}</p>

@@ -85,6 +85,7 @@ def quickstart(
         summary = summarise(chosen, results)
         before = _seconds_before(out, summary)
         summary["seconds"] = round(seconds_in_all(before, time.perf_counter() - started, results), 1)
+        print(f"All is trained and measured; drawing {out / 'report.html'}", flush=True)
         write(out, summary, dataset, config, seeds[0])
     print(text(summary, METHODS))
     print(f"\n{summary['seconds']:.0f} s. Open {out / 'report.html'}")

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import signal
 import subprocess
 import sys
 
@@ -144,7 +145,7 @@ def test_exit_status_of_each_error(error, status, line, monkeypatch, capsys):
         ("prepare a --out b", "the same command continues"),
         ("sample run --out b", "the same command continues"),
         ("export run --out b", "the same command starts again"),
-        ("classifier data --out b", "the same command starts again"),
+        ("classifier data --out b", "the same command continues"),
         (
             "evaluate run --reference digits",
             "the same command starts again; to be able to continue, make the pictures by",
@@ -158,6 +159,24 @@ def test_interrupted_commands_say_whether_they_continue(argv, expected, monkeypa
     monkeypatch.setattr(COMMANDS[argv.split()[0]], "run", run)
     assert main(argv.split()) == 130
     assert one_line(capsys).startswith(f"selftrans: interrupted; {expected}")
+
+
+@pytest.mark.parametrize(
+    ("argv", "status", "line"),
+    [
+        ("sample run --out b", 143, "selftrans: stopped by SIGTERM; the same command continues\n"),
+        ("train digits --out b", 0, ""),  # which has its own handling
+    ],
+)
+def test_sigterm_ends_a_command_as_ctrl_c_does(argv, status, line, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["selftrans", *argv.split()])
+    monkeypatch.setattr(COMMANDS[argv.split()[0]], "run", lambda self: os.kill(os.getpid(), signal.SIGTERM))
+    before = signal.signal(signal.SIGTERM, lambda *_: None)
+    try:
+        assert main() == status
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert capsys.readouterr().err == line
 
 
 # ---- prepare

@@ -106,26 +106,6 @@ def test_training_is_repeatable_and_keeps_global_state() -> None:
     assert weights_sha256(other) != weights_sha256(runs[0])
 
 
-def test_every_step_moves_the_progress_bar() -> None:
-    steps: list[int] = []
-
-    class Bar:
-        def __init__(self, *, total: int, **_: object) -> None:
-            steps.append(total)
-
-        def __enter__(self) -> Bar:
-            return self
-
-        def __exit__(self, *_: object) -> None:
-            steps.append(-1)
-
-        def update(self) -> None:
-            steps.append(1)
-
-    train_classifier(*blobs(), 2, epochs=2, batch_size=10, width=4, dim=5, threads=1, bar=Bar)
-    assert steps == [10, *[1] * 10, -1]  # two epochs of 48 images, 12 are held out; closed at the end
-
-
 def test_separable_images_are_learnt_under_no_grad() -> None:
     images, labels = blobs(200)
     with torch.no_grad():

@@ -36,9 +36,9 @@ def test_failed_run_is_in_table_figure_and_page_with_its_reason(monkeypatch):
     assert [text.get_text() for text in figure.axes[0].get_legend().get_texts()] == [name]
     assert figure.get_supxlabel() == line.partition(";")[0]
     page = comparison_page(summary, figure, {})
-    assert (
-        f"None of {summary['table'][0]['method']}: its run of seed 0 failed, or these samples are not finite." in page
-    )
+    assert "None of vanilla: they are not finite." in page and "its run failed" not in page
+    summary["failed"][0]["seed"] = 0  # whose samples are shown
+    assert "None of vanilla: its run failed." in comparison_page(summary, figure, {})
     assert f"<td>{name}</td>" in page and f"<p>{html.escape(line)}</p>".replace("<p>", '<p class="note">') in page
     assert convergence(summary | {"failed": []}).get_supxlabel() == ""
 

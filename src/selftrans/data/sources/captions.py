@@ -44,8 +44,6 @@ def parse_captions(suffix: str, data: bytes) -> list[str]:
 
     Raises ValueError, with a short reason, for anything else.
     """
-    if len(data) > MAX_FILE_BYTES:
-        raise ValueError(f"its captions take more than {MAX_FILE_BYTES} bytes")
     try:
         text = decoded_text(data)
         if suffix != ".json":
@@ -107,9 +105,11 @@ def _next_to(files: Entries, own: Mapping[str, int]) -> list[str] | str:
     suffix = next((suffix for suffix in CAPTION_FILES if suffix in own), None)
     if suffix is None:
         return NO_CAPTION
+    if files.sizes[own[suffix]] > MAX_FILE_BYTES:
+        return f"its captions take more than {MAX_FILE_BYTES} bytes"
     try:
         with files.open(own[suffix]) as file:
-            data = file.read(MAX_FILE_BYTES + 1)
+            data = file.read()
     except Exception as error:  # of a zip the type depends on the damage
         return f"its captions cannot be read ({first_line(error)})"
     try:

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from selftrans.data.sources.captions import MAX_FILE_BYTES, CaptionSource
+from selftrans.data.sources.captions import MAX_FILE_BYTES, CaptionSource, captioned
 from selftrans.data.sources.decode import BadSample
 from selftrans.data.sources.open_source import open_source
-from selftrans.data.sources.source import Source
+from selftrans.data.sources.source import Entries, Source
 from tests.support.pictures import encoded, noise, write, zipped
 
 
@@ -81,6 +81,13 @@ def test_missing_halves_and_invalid_files_are_named(tmp_path: Path, packed: bool
         with pytest.raises(BadSample, match=r"cannot be used \(") as caught:
             source.read(i)
         assert "\n" not in str(caught.value)
+
+
+def test_file_above_the_limit_is_not_read() -> None:
+    """An archive reads a member as a whole."""
+    opened = list[int]()
+    source = captioned(Entries(["a.png", "a.txt"], [1, MAX_FILE_BYTES + 1], opened.append, {}))  # type: ignore[arg-type]
+    assert source.faults == {0: f"its captions take more than {MAX_FILE_BYTES} bytes"} and not opened
 
 
 @pytest.mark.parametrize(

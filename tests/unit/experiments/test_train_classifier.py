@@ -1,0 +1,103 @@
+"""`selftrans classifier`: an interrupted training continues to the same bits, a finished classifier stays."""
+
+import json
+import os
+import signal
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from selftrans.cli.main import main
+from selftrans.experiments import train_classifier as module
+from selftrans.train.signals import StopSignal
+from tests.support import toy
+from tests.support.processes import Killed
+from tests.support.toy import quick  # noqa: F401 - a fixture
+
+STEPS = 6  #: three epochs of 72 pictures in batches of 64 and 8; 18 are held out
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return toy.prepared(tmp_path_factory.mktemp("data"), count=45)
+
+
+def command(data, out, epochs=3):
+    return ["classifier", str(data), f"--out={out}", f"--epochs={epochs}"]
+
+
+def assert_same_files(a, b):
+    toy.assert_same(load_file(a), load_file(b))
+    assert a.with_suffix(".json").read_bytes() == b.with_suffix(".json").read_bytes()
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(data, tmp_path_factory):
+    torch.set_num_threads(1)
+    out = tmp_path_factory.mktemp("classifier") / "c.safetensors"
+    assert main(command(data, out)) == 0
+    return out
+
+
+def test_every_step_moves_the_progress_bar_and_no_checkpoint_stays(data, tmp_path, capsys, uninterrupted):
+    assert main(command(data, tmp_path / "c.safetensors")) == 0
+    assert f"classifier: 100% {STEPS}/{STEPS}" in capsys.readouterr().err
+    assert sorted(os.listdir(tmp_path)) == ["c.json", "c.safetensors"]
+    assert_same_files(tmp_path / "c.safetensors", uninterrupted)
+
+
+def test_stopped_at_every_step(data, tmp_path, monkeypatch, capsys, uninterrupted):
+    def stopped(self):
+        self.received = signal.SIGTERM
+        return self
+
+    monkeypatch.setattr(StopSignal, "__enter__", stopped)
+    out = tmp_path / "c.safetensors"
+    for step in range(1, STEPS):
+        assert main(command(data, out)) == 75
+        line = f"at step {step}; checkpoint written in {tmp_path / 'c.training'}; the same command continues"
+        assert capsys.readouterr().err.endswith(f"selftrans: stopped by SIGTERM {line}\n")
+    assert main(command(data, out, epochs=4)) == 1
+    assert "an unfinished training with other data, --epochs or --seed" in capsys.readouterr().err
+    assert main(command(data, out)) == 0
+    assert_same_files(out, uninterrupted)
+
+
+def test_killed_training_continues_from_its_last_checkpoint(data, tmp_path, monkeypatch, uninterrupted):
+    def killed(*_, **__):
+        raise Killed
+
+    monkeypatch.setattr(module, "CHECKPOINT_EVERY", 2)
+    out = tmp_path / "c.safetensors"
+    for name in ("prune", "newest"):  # after the first checkpoint, and before it is read
+        with monkeypatch.context() as patch:
+            patch.setattr(module.checkpoint, name, killed)
+            with pytest.raises(Killed):
+                main(command(data, out))
+    assert [path.name for path in (tmp_path / "c.training").glob("step-*")] == ["step-00000002"]
+    assert main(command(data, out)) == 0
+    assert_same_files(out, uninterrupted)
+
+
+def test_finished_classifier_stays_until_data_or_settings_change(data, tmp_path, capsys, uninterrupted):
+    out = tmp_path / "c.safetensors"
+    for suffix in (".safetensors", ".json"):
+        out.with_suffix(suffix).write_bytes(uninterrupted.with_suffix(suffix).read_bytes())
+    before = out.stat().st_mtime_ns
+    assert main(command(data, out)) == 0
+    assert out.stat().st_mtime_ns == before and f"{out}: accuracy 0." in capsys.readouterr().out
+    assert main(command(data, out, epochs=1)) == 0
+    assert json.loads(out.with_suffix(".json").read_text())["epochs"] == 1
+
+
+def test_other_folder_is_neither_used_nor_removed(data, tmp_path, capsys):
+    (tmp_path / "c.training").mkdir()
+    assert main(command(data, tmp_path / "c.safetensors")) == 1
+    assert "c.training exists and holds something else" in capsys.readouterr().err
+    (tmp_path / "c.training").rmdir()
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / ".lock").touch()
+    (tmp_path / "c.training").symlink_to(tmp_path / "mine")
+    assert main(command(data, tmp_path / "c.safetensors")) == 1
+    assert os.listdir(tmp_path / "mine") == [".lock"]
