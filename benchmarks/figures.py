@@ -163,8 +163,10 @@ def draw_ablations(found: dict[str, Any]) -> Figure:
 
 def over_more_compute(summary: dict[str, Any], longer: dict[str, Any] | None) -> dict[str, Any]:
     """A compare.json whose baseline goes on in the panel of all compute, by the ablations.json of its longer runs."""
+    if longer is None:
+        return summary
     summary = copy.deepcopy(summary)
-    for row in (longer or {}).get("table", ()):
+    for row in longer["table"]:
         points, shown = longer["curves"][row["method"]], summary["curves"]["tflops"][row["method"]]
         a_step, last = row["total_tflops"]["mean"] / row["steps"], shown[0][-1]
         for step, mean, deviation in zip(*points, strict=True):
