@@ -74,6 +74,8 @@ ARMS: dict[str, dict[str, Any]] = {
     "sra": {"method": "sra"},
     "layersync": {"method": "layersync"},
     "internal": {"method": "internal_guidance"},
+    "w30": guided(30.0),  # as published for ImageNet
+    "dispersive": {"method": "dispersive", "dispersive.weight": 0.05},  # a tenth: the published weight harms
 }
 
 
@@ -228,7 +230,7 @@ def _run(lease: Lease, accelerator: Accelerator, jobs: Sequence[Job]) -> list[st
 
 
 def table(results: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Arm by arm: mean and deviation over seeds at the last step, and paired differences to vanilla.
+    """Arm by arm: mean and deviation over seeds at the last step, and paired differences to vanilla of the same steps.
 
     `at_compute` compares with the baseline's longest run of the same seed at equal total compute: log distance, linear in
     TFLOPs between two of its points; left out where it did not train as long.
@@ -240,8 +242,9 @@ def table(results: Mapping[str, Any]) -> list[dict[str, Any]]:
         last = [done[f"{name}-seed{seed}"]["points"][-1] for seed in seeds]
         base = {s: done[f"{BASELINE}-seed{s}"]["points"] for s in seeds if f"{BASELINE}-seed{s}" in done}
         longest = {s: done.get(f"{BASELINE}-longer-seed{s}", {"points": base[s]})["points"] for s in base}
-        at_steps = [p["distance"] - base[s][-1]["distance"] for s, p in zip(seeds, last, strict=True) if s in base]
-        equal = [p["distance"] - at(longest[s], p["tflops"]) for s, p in zip(seeds, last, strict=True) if s in base]
+        paired = [(p, base[s][-1], longest[s]) for s, p in zip(seeds, last, strict=True) if s in base]
+        at_steps = [p["distance"] - b["distance"] for p, b, _ in paired if p["step"] == b["step"]]
+        equal = [p["distance"] - at(points, p["tflops"]) for p, _, points in paired]
         row = {"arm": name, "seeds": seeds, "steps": last[0]["step"], "tflops": last[0]["tflops"]}
         row |= {"distance": mean_and_error([p["distance"] for p in last])}
         row |= {"difference": mean_and_error(at_steps) if name != STAGE1 else None}
@@ -331,8 +334,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     lease.results["leases"].append({"device": name, "seconds": round(time.monotonic() - started, 1)})
     lease.write()
     for row in lease.results["table"]:
-        difference = row["difference"] and f"{row['difference']['mean']:+.3f} to vanilla at equal steps"
-        print(f"{row['arm']:<18} {row['distance']['mean']:8.3f}  {row['tflops']:.0f} TFLOPs  {difference or ''}")
+        found = {"steps": row["difference"], "total compute": row["difference_at_compute"]}
+        told = ", ".join(f"{each['mean']:+.3f} at equal {what}" for what, each in found.items() if each)
+        print(
+            f"{row['arm']:<18} {row['distance']['mean']:8.3f}  {row['tflops']:.3g} TFLOPs  {told and 'to vanilla ' + told}"
+        )
     print(f"{len(left)} runs left{': repeat the command to continue' if left else ''}")
     return 0
 

@@ -5,12 +5,14 @@
 
 Writes <name>-probes.png (linear-probe accuracy per block and timestep of every method), <name>-norms.png (feature and
 target norms over training, per target), <name>-ablations.png (convergence, one panel per question) and <name>.json with the
-numbers. Methods and variants without a run in the directory are left out.
+numbers. Methods and variants without a run in the directory are left out. A file of numbers may also hold the compare.json of
+`selftrans compare` as "compare": its curves become <name>.png, with the baseline's longer runs over all compute (LONGER).
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import statistics
 from collections.abc import Sequence
@@ -25,6 +27,7 @@ from selftrans.data.dataset import Dataset
 from selftrans.data.decoded import data_latents
 from selftrans.evaluate.plots import RULE, Series, blank_figure, draw_lines, plain_ticks, save
 from selftrans.evaluate.probes import collect, linear_probe
+from selftrans.experiments.html_report import convergence
 from selftrans.flow import PATHS
 from selftrans.storage import write_json
 from selftrans.train.log import read_log
@@ -44,6 +47,7 @@ QUESTIONS = {
         *("vanilla", "sra", "sra-tenth", "layersync", "layersync-tenth", "dispersive", "dispersive-tenth"),
     ),
 }
+LONGER = "vanilla, 2,000 steps"  #: part of <name>.json: an ablations.json of the baseline alone
 SIZES = ("self/feature_norm", "self/target_norm")  #: in the log
 NORMS = ("self_transcendence", "layer", "cosine", "w30", "w30-layer", "w30-cosine")
 
@@ -157,6 +161,21 @@ def draw_ablations(found: dict[str, Any]) -> Figure:
     return figure
 
 
+def over_more_compute(summary: dict[str, Any], longer: dict[str, Any] | None) -> dict[str, Any]:
+    """A compare.json whose baseline goes on in the panel of all compute, by the ablations.json of its longer runs."""
+    if longer is None:
+        return summary
+    summary = copy.deepcopy(summary)
+    for row in longer["table"]:
+        points, shown = longer["curves"][row["method"]], summary["curves"]["tflops"][row["method"]]
+        a_step, last = row["total_tflops"]["mean"] / row["steps"], shown[0][-1]
+        for step, mean, deviation in zip(*points, strict=True):
+            if step * a_step > last * (1 + 1e-6):  # the others are those of the compared runs
+                for held, value in zip(shown, (step * a_step, mean, deviation), strict=True):
+                    held.append(value)
+    return summary
+
+
 #: part of <name>.json -> how it is measured, and drawn
 FIGURES = {"probes": (probes, draw_probes), "norms": (norms, draw_norms), "ablations": (ablations, draw_ablations)}
 
@@ -174,6 +193,10 @@ def main() -> None:
             numbers[what] = measure(options.results)
         if numbers.get(what):
             save(draw(numbers[what]), options.out / f"{options.name}-{what}.png")
+    if "compare" in numbers:
+        save(
+            convergence(over_more_compute(numbers["compare"], numbers.get(LONGER))), options.out / f"{options.name}.png"
+        )
     if measured:
         write_json(options.out / f"{options.name}.json", numbers)
     print(f"{options.out / options.name}*")

@@ -25,6 +25,8 @@ PROTOCOLS = {
     "repa-guided": f"--sampler sde --steps 250 --labels random --rounding down --decode-with {EMA} "
     "--guidance-scale 1.8 --guidance-interval 0 0.7",
     "sit": f"--sampler sde --steps 250 --labels random --rounding nearest --decode-with {EMA}",
+    "sit-guided": f"--sampler sde --steps 250 --labels random --rounding nearest --decode-with {EMA} "
+    "--guidance-scale 1.5 --guidance-channels 3",
 }
 
 

@@ -154,13 +154,15 @@ def draw_lines(axes: Axes, series: Mapping[str, Series], *, logy: bool = False) 
     A line that later ones coincide with is drawn wider, so that it is seen on both sides of them.
     """
     drawn = [np.asarray(values[:2], dtype=float) for values in series.values()]
+    if logy:  # how far lines are from each other on the picture; what is not above zero is not on it
+        drawn = [np.stack([x, np.log(np.where(y > 0, y, np.nan))]) for x, y in drawn]
     for i, (name, values) in enumerate(series.items()):
-        wider = 3.0 * sum(_coincide(drawn[i], later) for later in drawn[i + 1 :])
+        wider = 2.0 * min(2, sum(_coincide(drawn[i], later) for later in drawn[i + 1 :]))
         x, y = np.asarray(values[0], dtype=float), np.asarray(values[1], dtype=float)
         colour, dash = COLOURS[i % len(COLOURS)], DASHES[i // len(COLOURS) % len(DASHES)]
         style: dict[str, Any] = {"color": colour, "linestyle": dash, "marker": MARKERS[i % len(MARKERS)]}
         style |= {"markeredgecolor": "white", "markeredgewidth": 0.6}
-        style |= {"linewidth": 1.5 + wider, "markersize": 6 + 1.5 * wider} if wider else {}
+        style |= {"linewidth": 1.5 + wider, "markersize": 6 + wider} if wider else {}
         axes.plot(x, y, label=name, zorder=3 + i, **style)
         if len(values) == 3:
             deviation = np.asarray(values[2], dtype=float)
@@ -170,9 +172,10 @@ def draw_lines(axes: Axes, series: Mapping[str, Series], *, logy: bool = False) 
 
 
 def _coincide(one: np.ndarray, other: np.ndarray) -> bool:
-    """Whether two lines (2, n) share a segment: neighbouring points of both, on one x and within 1 % of the range of y."""
+    """Whether two lines (2, n) share a segment: neighbouring points of both, on one x and within 0.5 % of the range of y."""
     shared, i, j = np.intersect1d(one[0], other[0], return_indices=True)
-    near = np.abs(one[1][i] - other[1][j]) <= 0.01 * (np.ptp(np.concatenate([one[1], other[1]])) or 1.0)
+    finite = [y for y in (*one[1], *other[1]) if np.isfinite(y)]
+    near = np.abs(one[1][i] - other[1][j]) <= 0.005 * (max(finite, default=0.0) - min(finite, default=0.0) or 1.0)
     return bool(len(shared) and (near[1:] & near[:-1] if len(shared) > 1 else near).any())
 
 

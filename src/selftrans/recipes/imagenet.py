@@ -15,7 +15,8 @@ def _published(name: str, size: str, *, until_step: int) -> RunConfig:
     nor REPA has them (the original SiT has; `prepare --flip` stores them). Two things differ from the published runs: times
     are spread evenly over the batch (each still uniform on [0, 1]; `--train.times uniform` draws them one by one, as
     published, and is what range_mode `scale` needs to reproduce the released code's spread), and the EMA warms up.
-    docs/published-figures.md has the commands of a comparison with the published figures.
+    docs/published-figures.md has the commands of a comparison with the published figures, and what measurements at small size
+    suggest in place of these settings.
     """
     return RunConfig(
         recipe=name,

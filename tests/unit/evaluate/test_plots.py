@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.lines import Line2D
 from PIL import Image
 
 from selftrans.evaluate import plots
@@ -152,3 +153,25 @@ def test_a_line_behind_another_is_wider() -> None:
     series = {"a": (x, y), "b": (x, [0.1, 0.5, 0.2, 0.2]), "c": (x, [0.9, 0.8, 0.3, 0.0]), "d": (x, y)}
     widths = [line.get_linewidth() for line in plots.curves(series, xlabel="x", ylabel="y").axes[0].lines]
     assert widths[0] > widths[1] > widths[2] == widths[3], "d covers a; a part of it covers a part of b"
+
+
+def test_lines_coincide_by_their_distance_on_the_picture() -> None:
+    x, near = [1, 2, 3], [100.0, 1.0, 0.1]
+    series = {
+        "a": (x, near),
+        "b": (x, [90.0, 1.2, 0.12]),
+        "c": (x, [100.1, 1.001, 0.1001]),
+        "none": (x, [0.0, 0.0, 0.0]),
+    }
+    widths = {logy: [line.get_linewidth() for line in _lines(series, logy)] for logy in (False, True)}
+    assert widths[True][0] > widths[True][1] == widths[True][2], "a fifth more is seen on a logarithmic axis"
+    assert widths[False][1] > widths[False][3], "on a linear one, of up to 100, it is not"
+
+
+def test_many_coinciding_lines_do_not_grow_without_end() -> None:
+    lines = _lines({str(k): ([1, 2], [0.1, 0.2]) for k in range(8)}, logy=False)
+    assert max(line.get_linewidth() for line in lines) < 6 and lines[-1].get_linewidth() == 1.5
+
+
+def _lines(series: dict[str, plots.Series], logy: bool) -> list[Line2D]:
+    return list(plots.curves(series, xlabel="x", ylabel="y", logy=logy).axes[0].lines)

@@ -338,7 +338,9 @@ def test_protocols_of_published_figures_are_options_that_the_page_shows(capsys: 
             assert name in page.read_text(encoding="utf-8") and str(command.out).startswith("out")
         settings = parse(blank(Sample), sample[1:], "selftrans", kind=Sample, see="selftrans").sampling.given()
         SampleConfig(**settings).check()
-        assert settings["rounding"] == ("nearest" if name == "sit" else "down") and settings["labels"] == ("random",)
+        original = name.startswith("sit")
+        assert settings["rounding"] == ("nearest" if original else "down") and settings["labels"] == ("random",)
+        assert settings.get("guidance_channels") == (3 if name == "sit-guided" else None)
 
 
 def test_shard_reads_are_compared_with_plain_files(tmp_path: Path) -> None:

@@ -104,7 +104,9 @@ TOY = ("model.width=32", "model.depth=3", "model.heads=2", "model.patch=2", "tra
 TOY += ("stage1.head_width=16", "stage2.head_width=16")
 
 
-def test_arms_are_tuned_trained_measured_and_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_arms_are_tuned_trained_measured_and_continued(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     gpu, out = script("evidence_gpu"), tmp_path / "out"
     given = [
         str(prepared(tmp_path, count=8)),
@@ -147,6 +149,7 @@ def test_arms_are_tuned_trained_measured_and_continued(tmp_path: Path, monkeypat
     assert rows["w2"]["tflops"] > 1.4 * rows["vanilla"]["tflops"], "with two fifths of stage 1"
     assert rows["w2"]["difference"]["mean"] == pytest.approx(last(done, "w2") - last(done, "vanilla"))
     assert rows["structure"]["difference"] is None, "other weights and noise"
+    assert f"to vanilla {rows['w2']['difference']['mean']:+.3f} at equal steps" in capsys.readouterr().out
     with pytest.raises(ValueError, match="holds results of other images"):
         results("--images", "9")
 
@@ -168,6 +171,7 @@ def test_table_compares_at_equal_compute_with_the_longest_baseline() -> None:
     assert rows["w2"]["difference"]["mean"] == -3 and rows["w2"]["difference"]["error"] is None
     assert rows["w2"]["difference_at_compute"]["mean"] == pytest.approx(5 - 4)  # between 8 and 2: sqrt(16)
     assert rows["repa"]["difference_at_compute"] is None and "w5" not in rows
+    assert rows["vanilla-longer"]["difference"] is None, "more steps than vanilla"
 
 
 # ---- answers of the local page
@@ -246,3 +250,17 @@ def test_figures_are_drawn_again_from_their_numbers(tmp_path: Path, monkeypatch:
     drawn = figures.draw_probes(json.loads(stored)["probes"]).axes[0].lines
     assert [line.get_ydata().tolist() for line in drawn] == [[0.4, 0.4], [0.2, 0.1]], "means over seeds"
     assert all(line.get_markersize() > 8 * line.get_markeredgewidth() for line in drawn), "markers are not all edge"
+
+
+def test_curve_of_the_baseline_goes_on_over_all_compute() -> None:
+    figures = script("figures")
+    own = {
+        "step": {"vanilla": [[1, 2], [9.0, 5.0], [0.1, 0.2]]},
+        "tflops": {"vanilla": [[3.0, 6.0], [9.0, 5.0], [0.1, 0.2]]},
+    }
+    row = {"method": "vanilla", "steps": 4, "total_tflops": {"mean": 12.0, "std": 0.0}}
+    longer = {"table": [row], "curves": {"vanilla": [[2, 3, 4], [5.0, 4.0, 3.0], [0.2, 0.3, 0.4]]}}
+    found = figures.over_more_compute({"curves": own}, longer)["curves"]
+    assert found["tflops"]["vanilla"] == [[3.0, 6.0, 9.0, 12.0], [9.0, 5.0, 4.0, 3.0], [0.1, 0.2, 0.3, 0.4]]
+    assert found["step"] == own["step"] and len(own["tflops"]["vanilla"][0]) == 2
+    assert figures.over_more_compute({"curves": own}, None)["curves"] == own
