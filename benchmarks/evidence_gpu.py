@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -41,7 +42,7 @@ from selftrans.flow import PATHS
 from selftrans.recipes import recipe
 from selftrans.sampling.images import Sampler
 from selftrans.storage import write_json
-from selftrans.train.interrupted import Interrupted
+from selftrans.train.interrupted import EXIT_RESUME, Interrupted
 from selftrans.train.preview import Attempt
 from selftrans.train.run import accelerator_of, planned
 from selftrans.train.signals import StopSignal
@@ -316,7 +317,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     config = recipe("cifar10").override(usual | given | encoder)
     with stop:
         accelerator = accelerator_of(config, options.out)
-        data, features = prepared(options, accelerator.device)
+        try:
+            data, features = prepared(options, accelerator.device)
+        except Interrupted as stopped:  # while the classifier was trained
+            print(f"evidence_gpu: {stopped}", file=sys.stderr)
+            return EXIT_RESUME
         config = config.override({"data.path": str(data.path)})
         measurement = Measurement.of(config, features, weights=None, images=options.images, block=2)
         kept = ("steps", "tune_steps", "points", "encoder", "images")

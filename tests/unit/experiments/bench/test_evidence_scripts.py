@@ -20,6 +20,7 @@ from torch import nn
 
 from selftrans.data.dataset import Dataset
 from selftrans.encoders.vision import load_encoder
+from selftrans.train.interrupted import EXIT_RESUME, Interrupted
 from selftrans.ui.serve import listening
 from selftrans.ui.server import Page, application
 from tests.support.scripts import script
@@ -152,6 +153,19 @@ def test_arms_are_tuned_trained_measured_and_continued(
     assert f"to vanilla {rows['w2']['difference']['mean']:+.3f} at equal steps" in capsys.readouterr().out
     with pytest.raises(ValueError, match="holds results of other images"):
         results("--images", "9")
+
+
+def test_stop_while_the_classifier_is_trained_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    gpu = script("evidence_gpu")
+
+    def stopped(*_: Any, **__: Any) -> str:
+        raise Interrupted("stopped by SIGTERM at step 7; the same command continues")
+
+    monkeypatch.setattr(gpu, "classifier_from_data", stopped)
+    assert gpu.main([str(prepared(tmp_path, count=8)), "--out", str(tmp_path / "out"), "--set", *TOY]) == EXIT_RESUME
+    assert capsys.readouterr().err == "evidence_gpu: stopped by SIGTERM at step 7; the same command continues\n"
 
 
 def last(results: dict[str, Any], arm: str) -> float:
