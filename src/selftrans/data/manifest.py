@@ -259,7 +259,10 @@ class Manifest:
                 "`autoencoder` take; give one of its folders, such as that of the squares"
             )
         if not path.is_file():
-            raise ValueError(f"no {FILE} in {folder}: not prepared or not finished; run `selftrans prepare` to make it")
+            # such as a run's data, from another working directory
+            relative = not path.is_absolute() and not path.parent.exists()
+            where = f"{folder} (below {Path.cwd()})" if relative else folder
+            raise ValueError(f"no {FILE} in {where}: not prepared or not finished; run `selftrans prepare` to make it")
         try:
             manifest = cls.from_json(read_text(path))
         except ValueError as error:

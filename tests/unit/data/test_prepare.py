@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import zipfile
@@ -36,6 +37,12 @@ def pictures(tmp_path: Path) -> Path:
 @pytest.fixture(scope="module")
 def vae(tmp_path_factory: pytest.TempPathFactory) -> str:
     return save_vae(tmp_path_factory.mktemp("vae"))
+
+
+def test_missing_relative_data_name_the_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=re.escape(f"no manifest.json in data/x (below {tmp_path}): not prepared")):
+        Dataset.open("data/x")
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
