@@ -140,6 +140,7 @@ COVERED_BY = {
     "experiments/bench/plain_step": "unit/experiments/bench/test_bench.py",
     "experiments/bench/rounds": "unit/experiments/bench/test_bench.py",
     "experiments/bench/text_table": "unit/experiments/bench/test_bench.py",
+    "experiments/step_cost": "unit/experiments/test_scale_plan.py",
     "experiments/comparison": "unit/experiments/test_finished_runs.py",
     "experiments/comparison_files": "unit/experiments/test_finished_runs.py",
     "experiments/measurement": "unit/experiments/test_compare.py",

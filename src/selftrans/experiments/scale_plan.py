@@ -14,7 +14,15 @@ from typing import Any
 
 from selftrans.config import RunConfig
 from selftrans.data.shard_file import row_bytes
-from selftrans.experiments.bench.read_report import BenchedModel, Row, read_measured
+from selftrans.experiments.bench.read_report import BenchedModel, read_measured
+from selftrans.experiments.step_cost import (
+    ACTIVATIONS,
+    StepCost,
+    activations,
+    flops_again,
+    measured_cost,
+    replayed,
+)
 from selftrans.methods.objective import Objective
 from selftrans.methods.registry import put_together, stages
 from selftrans.methods.spec import Stage
@@ -24,12 +32,8 @@ from selftrans.train.data_window import data_of
 from selftrans.train.dry_run import KEPT, duration, kept_checkpoints
 from selftrans.train.flops import step_flops
 from selftrans.train.memory_use import memory_use
-from selftrans.train.recompute import chosen_blocks
-from selftrans.types import Backbone, Conditions
+from selftrans.types import Conditions
 
-#: bytes of activations for each token, channel and block in 16 bits, attention matrices not kept (2205.05198, section 4.1)
-ACTIVATIONS = 34
-SAME = 0.05  #: operations may differ by this share from those measured: a small batch selects whole samples
 SAMPLES, SHAPE, CLASSES = 1_281_167, (4, 32, 32), 1000  #: ImageNet-256, assumed where no data are given
 
 
@@ -135,11 +139,19 @@ def scale_plan(
     built = [_built(config, stage, shape, conditions) for stage in plan]
     flops = [sum(step_flops(each, conditions.example(), 1000).values()) / 1000 for each, _ in built]
     figures = read_measured(measured, str(config.model.name)) if measured else None
-    found, speeds = [], []
-    for stage, (objective, memory), per_image in zip(plan, built, flops, strict=True):
-        speeds.append(_speed(figures, stage.name, objective.student, per_image, per_image / flops[-1], rate))
-        found.append(_stage(config, cluster, stage, objective, memory, per_image, speeds[-1]))
-    assumed += _assumptions(config, cluster, figures, rate, speeds)
+    again = [
+        flops_again(config.override(stage.settings), each.student) for stage, (each, _) in zip(plan, built, strict=True)
+    ]
+    found, costs = [], []
+    for stage, (objective, memory), per_image, more in zip(plan, built, flops, again, strict=True):
+        if figures:
+            student, graphs = objective.student, replayed(config, world)
+            costs.append(measured_cost(figures, stage.name, student, per_image, more, graphs=graphs))
+        else:
+            assert rate is not None
+            costs.append(StepCost((per_image + more) / (flops[-1] + again[-1]) / rate, 0.0, None, None))
+        found.append(_stage(config, cluster, stage, objective, memory, per_image, costs[-1]))
+    assumed += _assumptions(config, cluster, figures, rate, costs)
     hours = _pair(sum(each.hours[k] for each in found) for k in (0, 1))
     fastest = max(each.images_per_s[0] for each in found)
     return ScalePlan(
@@ -191,27 +203,6 @@ def _built(
     return objective, memory_use(objective, average, frozen, config.train.optimizer)
 
 
-@dataclass(frozen=True)
-class _Speed:
-    per_image: float  #: seconds of an image on one GPU
-    fixed: float  #: seconds of a step besides
-    row: Row | None  #: of this stage with models of these sizes, if it was measured
-
-
-def _speed(
-    figures: BenchedModel | None, stage: str, student: Backbone, flops: float, share: float, rate: float | None
-) -> _Speed:
-    """An image takes time by its operations, `share` of the last stage's; the rest of a step by the student's parameters."""
-    if figures is None:
-        assert rate is not None
-        return _Speed(share / rate, 0.0, None)
-    row = figures.row(stage)
-    count, work = sum(p.numel() for p in student.parameters()), flops / row.flops
-    size = count / (figures.parameters or count)
-    same = row.name == stage and max(abs(work - 1), abs(size - 1)) < SAME
-    return _Speed(row.per_image * work, row.fixed * size, row if same else None)
-
-
 def _stage(
     config: RunConfig,
     cluster: Cluster,
@@ -219,17 +210,20 @@ def _stage(
     objective: Objective,
     memory: dict[str, int],
     per_image: float,
-    speed: _Speed,
+    cost: StepCost,
 ) -> StageScale:
     train, world, student = config.train, cluster.gpus, objective.student
     sharded, batch = train.shard and world > 1, train.batch_size // world
     micro = batch // train.accumulate
-    compute = batch * speed.per_image + speed.fixed / (world if sharded else 1)
+    compute = batch * cost.per_image + cost.fixed / (world if sharded else 1)
     sent = wire_bytes(memory["weights"], memory["gradients"], world, sharded=sharded, accumulate=train.accumulate)
     wire = cluster.seconds(sent)
     step = (max(compute, wire), compute + wire)
     parts = {name: size // world if sharded and name != "teacher" else size for name, size in memory.items()}
-    parts["activations"] = _activations(config, objective, memory, micro, speed.row)
+    if world > 1 and not sharded:
+        parts["buckets"] = memory["gradients"]  # in which DDP sends them
+    own = config.override(stage.settings)
+    parts["activations"] = activations(own, objective, memory, micro, cost.measured)
     return StageScale(
         name=stage.name,
         steps=stage.steps,
@@ -261,37 +255,36 @@ def wire_bytes(weights: int, gradients: int, world: int, *, sharded: bool, accum
     return round(2 * share * gradients)
 
 
-def _activations(config: RunConfig, objective: Objective, memory: dict[str, int], micro: int, row: Row | None) -> int:
-    """Bytes of activations of a micro-batch: from a measured peak, else by the rule of ACTIVATIONS."""
-    if row is not None and row.peak_bytes is not None:
-        return max(0, round((row.peak_bytes - sum(memory.values())) * micro / row.batch))
-    student = objective.student
-    each = ACTIVATIONS * (2 if config.train.precision == "fp32" else 1) * student.tokens * student.width
-    chosen = chosen_blocks(config.train.recompute, student.depth)
-    again = student.depth * chosen if isinstance(chosen, bool) else len(chosen)
-    # blocks that are recomputed keep their float32 input, and are computed again one at a time
-    return micro * (each * (student.depth - again + (again > 0)) + 4 * student.tokens * student.width * again)
-
-
 def _assumptions(
-    config: RunConfig, cluster: Cluster, figures: BenchedModel | None, rate: float | None, speeds: Sequence[_Speed]
+    config: RunConfig, cluster: Cluster, figures: BenchedModel | None, rate: float | None, costs: Sequence[StepCost]
 ) -> list[str]:
     train, names = config.train, [stage.name for stage in stages(config)]
-    other = [name for name, speed in zip(names, speeds, strict=True) if speed.row is None]
-    if figures is not None:
-        row = figures.row(names[-1])
+    other = [name for name, cost in zip(names, costs, strict=True) if cost.measured is None]
+    row = costs[-1].row
+    if figures is not None and row is not None:
+        graphs = ", as CUDA graphs" if row.replayed else ""
         found = [
-            f"speed: {printable(figures.source)}, {figures.model} on one {figures.device}, batch {row.batch}; images cost the "
-            "same in smaller batches, in which kernels are less efficient"
+            f"speed: {printable(figures.source)}, {figures.model} on one {figures.device}, batch {row.batch}{graphs}; images "
+            "cost the same in smaller batches, in which kernels are less efficient"
         ]
         if other:
             found.append(
                 f"{', '.join(other)} of {config.model.name}: not measured in these sizes; as many operations per second as "
                 f"{figures.model}, and the time of the optimiser by the parameters"
             )
+        if row.replayed and not replayed(config, cluster.gpus):
+            found.append(
+                "steps were measured as CUDA graphs, which this run has not: those of small models take longer than here; "
+                "measure the rows of `selftrans bench` whose names do not begin with captured_"
+            )
+        if figures.precision not in ("", train.precision):
+            found.append(
+                f"steps were measured in {figures.precision}, and train.precision is {train.precision}: another speed, and "
+                "other activations"
+            )
     else:
         found = [f"speed: {rate:g} images/s of the last stage on one GPU, as given; other stages by their operations"]
-    if any(speed.row is None or speed.row.peak_bytes is None for speed in speeds):
+    if any(cost.measured is None or cost.measured.peak_bytes is None for cost in costs):
         found.append(
             f"activations: {ACTIVATIONS} bytes for each token, channel and block in 16 bits, attention matrices not kept"
         )

@@ -74,6 +74,11 @@ def warps_of(block: int) -> int:
     return min(max(block // 128, 1), 32)
 
 
+def stages_of(block: int) -> int:
+    """Rows in flight of `block` channels."""
+    return STAGES if block <= WIDEST else 1
+
+
 def chunk_of(samples: int, tokens: int) -> int:
     """Tokens of a program: a power of two from 8 to `TOKENS`, so that there are `PROGRAMS` programs if possible."""
     chunk = TOKENS
@@ -109,6 +114,6 @@ def launch(
         _gate_norm_backward[(samples * chunks,)](
             d_x1, d_y, x, a, gate, scale, mean.contiguous(), rstd.contiguous(), d_x, d_a, sums,
             gate.stride(0), scale.stride(0), tokens, chunks,
-            CHUNK=chunk, D=width, BLOCK=block, GATED=gated, STAGES=STAGES if block <= WIDEST else 1, num_warps=warps_of(block),
+            CHUNK=chunk, D=width, BLOCK=block, GATED=gated, STAGES=stages_of(block), num_warps=warps_of(block),
         )  # fmt: skip
     return d_x, d_a, sums.sum(dim=1)

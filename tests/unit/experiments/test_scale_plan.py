@@ -75,7 +75,8 @@ def test_steps_of_the_measured_model(tmp_path: Path) -> None:
     assert second.hours == pytest.approx((1000 * low / 3600, 1000 * high / 3600))
     assert plan.hours[0] == pytest.approx(sum(stage.hours[0] for stage in plan.stages))
     assert plan.gpu_hours == pytest.approx([8 * hours for hours in plan.hours])
-    held = sum(size for name, size in second.memory.items() if name != "activations")
+    assert second.memory["buckets"] == second.memory["gradients"] == 4 * second.trained, "in which DDP sends them"
+    held = sum(size for name, size in second.memory.items() if name not in ("activations", "buckets"))
     assert second.memory["activations"] == pytest.approx((12e9 - held) * 10 / 100)
     assert second.memory["optimizer"] == 8 * second.trained and second.checkpoint > 3 * 4 * second.parameters
     row = 2 * 2 * 4 * 32 * 32 + 8  # mean and std in float16, label in int64
@@ -163,8 +164,69 @@ def test_recomputed_blocks_keep_their_input() -> None:
 
 def test_sharding_divides_weights_and_not_the_teacher() -> None:
     whole, parts = (scale_plan(config(**{"train.shard": s}), Cluster(8), rate=1.0).stages[1] for s in (False, True))
+    assert whole.memory.pop("buckets") == whole.memory["gradients"] and "buckets" not in parts.memory
     for name, size in whole.memory.items():
         assert parts.memory[name] == (size if name in ("teacher", "activations") else size // 8)
+
+
+def test_settings_that_were_not_measured_change_its_time_and_memory(tmp_path: Path) -> None:
+    """Blocks that are computed again: a third more operations for all of them, and activations by the same rule as without a
+    measurement. Moments of 8 bits: the same activations, as the peak was that of 32 bits."""
+    measured = bench(tmp_path / "bench.json")
+
+    def second(**options: Any) -> StageScale:
+        return scale_plan(config(**SMALL, **options), Cluster(1), measured=measured).stages[1]
+
+    plain, again, half, small = (
+        second(**each)
+        for each in ({}, {"train.recompute": True}, {"train.recompute": 6}, {"train.optimizer": "adamw8bit"})
+    )
+    assert again.tflops_per_step == plain.tflops_per_step, "those that the method needs"
+    more = 80 * 1.3 / 100 * (1 / 3.4)  # of 3.4 forward passes in 1.5 s, 0.2 s of it for the optimiser
+    assert again.compute_seconds - plain.compute_seconds == pytest.approx(more, rel=0.01)
+    assert half.compute_seconds - plain.compute_seconds == pytest.approx(more / 2, rel=0.01)
+    share = (68 + 12 * 4) / (12 * 68)  # one block of 68 bytes, and the inputs of all in float32
+    assert again.memory["activations"] == pytest.approx(share * plain.memory["activations"])
+    assert small.memory["activations"] == plain.memory["activations"]
+    assert sum(small.memory.values()) < sum(plain.memory.values())
+
+
+def test_blocks_that_a_smaller_teacher_does_not_have_are_not_computed_again() -> None:
+    options = {"model.depth": 6, "stage2.teacher_depth": 2, "train.recompute": 4}
+    first, second = scale_plan(config(**options), Cluster(1), rate=1.0).stages
+    assert first.memory["activations"] == 80 * (68 + 2 * 4) * 16 * 32
+    assert second.memory["activations"] == 80 * (3 * 68 + 4 * 4) * 16 * 32
+
+
+@pytest.mark.parametrize(
+    ("gpus", "options", "kept", "seconds", "said"),
+    [
+        (1, {}, ("stage2", "captured_stage2"), 0.6, "batch 100, as CUDA graphs"),
+        (1, {"train.capture": "off"}, ("stage2", "captured_stage2"), 1.5, "batch 100; images"),
+        (2, {}, ("stage2", "captured_stage2"), 1.5, "batch 100; images"),
+        (2, {}, ("captured_stage2",), 0.6, "measured as CUDA graphs, which this run has not"),
+        (1, {}, ("stage2",), 1.5, "batch 100; images"),
+        (1, {"train.precision": "bf16"}, ("stage2",), 1.5, "in fp32, and train.precision is bf16"),
+    ],
+)
+def test_rows_of_graphs_are_for_runs_that_have_them(
+    tmp_path: Path, gpus: int, options: dict[str, Any], kept: tuple[str, ...], seconds: float, said: str
+) -> None:
+    """Several processes launch their steps, which takes small models several times as long."""
+
+    def change(report: dict[str, Any]) -> None:
+        report["machine"]["dtype"] = "fp32"
+        rows = report["models"]["SiT-S/2"]["rows"]
+        launched = rows["stage2"]
+        graph = launched | {"ms": 600.0, "optimiser_ms": None, "utilisation": launched["utilisation"] * 2.5}
+        report["models"]["SiT-S/2"]["rows"] = {k: graph if "capt" in k else launched for k in kept}
+
+    measured = bench(tmp_path / "bench.json", change)
+    plan = scale_plan(config(**SMALL, **options), Cluster(gpus), measured=measured)
+    fixed = 0.2 if seconds == 1.5 else 0.0
+    expected = (seconds - fixed) / 100 * 80 / gpus + fixed
+    assert plan.stages[1].compute_seconds == pytest.approx(expected, rel=0.01)
+    assert any(said in line for line in plan.assumed), plan.assumed
 
 
 @pytest.mark.parametrize(

@@ -9,16 +9,20 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
+from torch._dynamo.utils import counters
 from torch.multiprocessing import ProcessExitedException
 
 from selftrans.checkpoints.format import newest
 from selftrans.cli.main import main
 from selftrans.methods.objective import Objective
+from selftrans.models import fused_norm
+from selftrans.models.compiling import compile_model
 from selftrans.models.sit import SiT
 from selftrans.train import fsdp
 from selftrans.train.ema import EMA
 from selftrans.train.run import train
 from selftrans.train.signals import Interrupted, StopSignal
+from selftrans.types import Batch
 from tests.support import captioned, toy
 from tests.support.processes import spawn
 from tests.support.toy import quick  # noqa: F401 - a fixture
@@ -165,6 +169,39 @@ def follow_the_average(rank: int) -> None:
 
 def test_sharded_average_is_read_as_it_is_now():
     spawn(follow_the_average)
+
+
+def compile_blocks(rank: int) -> None:
+    """One of two processes: blocks that are sharded and then compiled, as on GPUs, have the gradients of plain ones, with the
+    operator of a GPU's norms and a block that is computed again. Hooks that gather weights break no graph."""
+    Accelerator(cpu=True)
+    compile_module = torch.nn.Module.compile
+    torch.nn.Module.compile = lambda self, **options: compile_module(self, backend="aot_eager", **options)  # type: ignore[method-assign]
+    fused_norm.applies = lambda x: torch.compiler.is_compiling() and torch.is_grad_enabled()
+    found = []
+    for sharded in (False, True):
+        torch.manual_seed(0)
+        objective = Objective(SiT((1, 4, 4), 3, width=16, depth=2, heads=2, patch=2)).train()
+        for parameter in objective.parameters():
+            torch.nn.init.normal_(parameter, std=0.1)
+        objective.student.recompute = frozenset({1})
+        if sharded:
+            fsdp.shard_models(objective, device=torch.device("cpu"), processes=2)
+            compile_model(objective.student)
+        for _ in range(2):
+            torch.manual_seed(1)
+            objective.zero_grad(set_to_none=True)
+            objective(Batch(torch.randn(4, 1, 4, 4), torch.arange(4) % 3), 0)[0].backward()
+        found.append(
+            {n: fsdp.gather_full_tensor(p.grad) for n, p in objective.named_parameters() if p.grad is not None}
+        )
+    assert_close(found[1], found[0])
+    assert not counters["graph_break"] and counters["stats"]["unique_graphs"] == 2, "blocks, and the last layer"
+    torch.distributed.destroy_process_group()
+
+
+def test_sharded_blocks_are_compiled_without_a_break():
+    spawn(compile_blocks)
 
 
 def test_ema_teacher_is_sharded(runs):

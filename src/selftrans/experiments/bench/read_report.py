@@ -16,7 +16,8 @@ from selftrans.models.registry import find
 from selftrans.storage import UNREADABLE, first_line, printable
 from selftrans.types import Conditions
 
-PLAIN = "plain_"  #: rows of the plain implementation, which is not what `train` runs
+#: rows of the plain implementation, which is not what `train` runs, and of steps that are replays of CUDA graphs
+PLAIN, CAPTURED = "plain_", "captured_"
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,16 @@ class Row:
     fixed: float  #: seconds of it that do not depend on the batch: clipping, optimiser, average
     flops: float  #: floating-point operations of one image
     peak_bytes: float | None  #: of the device's memory
+
+    @property
+    def replayed(self) -> bool:
+        """Whether its steps were replays of CUDA graphs."""
+        return self.name.startswith(CAPTURED)
+
+    @property
+    def stage(self) -> str:
+        """The stage of which it is a step."""
+        return self.name.removeprefix(CAPTURED)
 
     @property
     def per_image(self) -> float:
@@ -44,6 +55,7 @@ class BenchedModel:
     device: str
     model: str
     rows: dict[str, Row]
+    precision: str = ""  #: of the steps, as `train.precision` has it; empty where it is not recorded
 
     @functools.cached_property
     def parameters(self) -> int | None:
@@ -56,9 +68,11 @@ class BenchedModel:
             return None
         return sum(p.numel() for p in model.parameters())
 
-    def row(self, stage: str) -> Row:
-        """The row of a stage of this name, or the first one."""
-        return self.rows.get(stage) or next(iter(self.rows.values()))
+    def row(self, stage: str, *, replayed: bool = False) -> Row:
+        """The row of a stage of this name, or the first one: of replayed steps, or of launched ones, where there are such."""
+        wanted = [row for row in self.rows.values() if row.replayed == replayed]
+        known = [*wanted, *self.rows.values()] if replayed else wanted or [*self.rows.values()]
+        return next((row for row in known if row.stage == stage), known[0])
 
 
 def read_measured(path: Path, model: str) -> BenchedModel:
@@ -68,7 +82,7 @@ def read_measured(path: Path, model: str) -> BenchedModel:
         machine = report["machine"]
         device = printable(machine["gpu"] or machine["cpu"])
         found = {
-            name: BenchedModel(printable(path), device, printable(name), _rows(each))
+            name: BenchedModel(printable(path), device, printable(name), _rows(each), str(machine.get("dtype", "")))
             for name, each in report["models"].items()
             if "rows" in each
         }

@@ -67,6 +67,14 @@ def test_parts_run_with_tiny_models(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "correctness: passed: eager bf16 / eager fp32 " in shown and "captured fp32 / eager fp32 0.0e+00\n" in shown
 
 
+def test_first_step_is_one_launched_step(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """A step that is recorded as a graph is the fourth one."""
+    measures, seen = script("gpu_measures"), list[Any]()
+    monkeypatch.setattr(measures, "dry_run", lambda config, out, steps: seen.append((config.train.capture, steps)))
+    measures.one_step(True)
+    assert seen == [("off", 1)] and float(capsys.readouterr().out) >= 0
+
+
 def test_other_choices_for_the_step_are_measured_one_by_one(tmp_path: Path) -> None:
     parts = script("gpu_parts")
     for part in ("memory", "variants"):

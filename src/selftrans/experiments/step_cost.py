@@ -1,0 +1,79 @@
+"""What a step of a stage takes on one GPU: seconds and activations, from rows of `selftrans bench`, or by a given rate."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from selftrans.config import RunConfig
+from selftrans.experiments.bench.read_report import BenchedModel, Row
+from selftrans.methods.objective import Objective
+from selftrans.train.flops import forward_flops
+from selftrans.train.optim import moment_bytes
+from selftrans.train.recompute import chosen_blocks
+from selftrans.types import Backbone
+
+#: bytes of activations for each token, channel and block in 16 bits, attention matrices not kept (2205.05198, section 4.1)
+ACTIVATIONS = 34
+SAME = 0.05  #: operations may differ by this share from those measured: a small batch selects whole samples
+
+
+@dataclass(frozen=True)
+class StepCost:
+    """A step on one GPU."""
+
+    per_image: float  #: seconds of an image
+    fixed: float  #: seconds of a step besides
+    row: Row | None  #: what they come from; None: a given rate
+    measured: Row | None  #: the same, where it is of this stage with models of these sizes
+
+
+def replayed(config: RunConfig, world: int) -> bool:
+    """Whether a run on `world` GPUs replays its steps as CUDA graphs, as far as its settings say it."""
+    train = config.train
+    return world == 1 and train.capture != "off" and train.precision != "fp16" and train.optimizer == "adamw"
+
+
+def recomputed(config: RunConfig, student: Backbone) -> int:
+    """How many blocks are computed again in the backward pass; `config` is that of the stage."""
+    chosen = chosen_blocks(config.train.recompute, student.depth)
+    return student.depth * chosen if isinstance(chosen, bool) else len(chosen)
+
+
+def flops_again(config: RunConfig, student: Backbone) -> float:
+    """Operations of an image that `train.recompute` adds to those of a step: the forward pass of these blocks."""
+    again = recomputed(config, student)
+    return again / student.depth * forward_flops(student, student.conditions.example()) if again else 0.0
+
+
+def measured_cost(
+    figures: BenchedModel, stage: str, student: Backbone, flops: float, again: float, *, graphs: bool
+) -> StepCost:
+    """An image takes time by its operations, `flops` and those done `again`; the rest of a step by the student's parameters.
+
+    graphs: whether the steps will be replays of CUDA graphs.
+    """
+    row = figures.row(stage, replayed=graphs)
+    count, work = sum(p.numel() for p in student.parameters()), flops / row.flops
+    size = count / (figures.parameters or count)
+    same = row.stage == stage and max(abs(work - 1), abs(size - 1)) < SAME
+    return StepCost(row.per_image * (flops + again) / row.flops, row.fixed * size, row, row if same else None)
+
+
+def activations(
+    config: RunConfig, objective: Objective, memory: dict[str, int], micro: int, measured: Row | None
+) -> int:
+    """Bytes of activations of a micro-batch: from a measured peak, else by the rule of ACTIVATIONS.
+
+    The peak was measured with moments of 32 bits and no block recomputed; `config`, that of the stage, may differ in both.
+    """
+    student = objective.student
+    each = ACTIVATIONS * (2 if config.train.precision == "fp32" else 1) * student.tokens * student.width
+    again = recomputed(config, student)
+    # blocks that are recomputed keep their float32 input, and are computed again one at a time
+    rule = micro * (each * (student.depth - again + (again > 0)) + 4 * student.tokens * student.width * again)
+    if measured is None or measured.peak_bytes is None:
+        return rule
+    trained = [p for p in objective.parameters() if p.requires_grad]
+    held = sum(memory.values()) - memory["optimizer"] + moment_bytes(trained, "adamw")
+    whole = (measured.peak_bytes - held) * micro / measured.batch
+    return max(0, round(whole * rule / (micro * each * student.depth)))
