@@ -19,7 +19,7 @@ from selftrans.methods.objective import Objective
 from selftrans.methods.self_transcendence import SelfGuidance, Stage1, Stage2, StructureGuidance
 from selftrans.methods.sra import SRA, SRAGuidance
 from selftrans.models.sit import SiT
-from selftrans.train.run import train
+from selftrans.train.run import accelerator_of, train
 from selftrans.types import Batch, Draw
 from tests.support import toy
 from tests.support.processes import ranks, spawn
@@ -64,7 +64,7 @@ def gradients(wrapped, micros: list[torch.Tensor], steps=(0, 2)) -> dict[str, to
     for step in steps:
         inner = getattr(wrapped, "module", wrapped)
         if inner.retire(step) and wrapped is not inner:
-            wrapped = DistributedDataParallel(inner)
+            wrapped = ddp(inner)
         wrapped.zero_grad(set_to_none=True)
         for rows in micros:
             context = wrapped.no_sync() if wrapped is not inner and rows is not micros[-1] else contextlib.nullcontext()
@@ -72,6 +72,10 @@ def gradients(wrapped, micros: list[torch.Tensor], steps=(0, 2)) -> dict[str, to
                 (wrapped(Batch(z0[rows], rows % CLASSES, rows), step)[0] / len(micros)).backward()
         found |= {f"{step}/{name}": p.grad.clone() for name, p in inner.named_parameters()}
     return found
+
+
+def ddp(module: Objective) -> DistributedDataParallel:
+    return DistributedDataParallel(module, gradient_as_bucket_view=True)  # as a run's accelerator does
 
 
 def share(rank: int, kind: str) -> list[torch.Tensor]:
@@ -84,7 +88,7 @@ def train_half(rank: int, folder: str) -> None:
     dist.init_process_group("gloo")
     objective.draw = by_row
     for kind in (*KINDS, "dispersive"):
-        mine = gradients(DistributedDataParallel(build(kind)), share(rank, kind))
+        mine = gradients(ddp(build(kind)), share(rank, kind))
         save_file(mine, f"{folder}/{kind}-{rank}.safetensors")
     dist.destroy_process_group()
 
@@ -119,6 +123,10 @@ def test_gradients_of_two_processes_equal_those_of_one_with_the_full_batch(halve
     assert all(gradient.abs().max() > 0 for name, gradient in full.items() if name.startswith("0/"))
     for rank in range(2):
         assert_close(load_file(halves / f"{kind}-{rank}.safetensors"), full, kind)
+
+
+def test_gradients_of_a_run_lie_in_the_buckets_that_are_sent(tmp_path):
+    assert accelerator_of(toy.toy(), tmp_path).ddp_handler.gradient_as_bucket_view
 
 
 def test_range_needs_a_padding_row_in_one_process_only():

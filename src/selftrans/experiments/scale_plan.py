@@ -220,8 +220,8 @@ def _stage(
     wire = cluster.seconds(sent)
     step = (max(compute, wire), compute + wire)
     parts = {name: size // world if sharded and name != "teacher" else size for name, size in memory.items()}
-    if world > 1 and not sharded:
-        parts["buckets"] = memory["gradients"]  # in which DDP sends them
+    if world > 1 and not sharded and train.accumulate > 1:  # sums of micro-batches before the one that is sent
+        parts["buckets"] = memory["gradients"]
     own = config.override(stage.settings)
     parts["activations"] = activations(own, objective, memory, micro, cost.measured)
     return StageScale(

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedDataParallelKwargs
 
 from selftrans.checkpoints import format as checkpoint
 from selftrans.checkpoints.adapted import INIT
@@ -178,7 +179,8 @@ def accelerator_of(config: RunConfig, out: Path) -> Accelerator:
         cpu=not torch.accelerator.is_available(),  # without a GPU, launched processes form a group only with this
         mixed_precision=mixed,
         project_dir=str(out),
-        kwargs_handlers=[patience(config.train)],
+        # gradients lie in the buckets that DDP sends, which would take as much memory again
+        kwargs_handlers=[patience(config.train), DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
     )
 
 

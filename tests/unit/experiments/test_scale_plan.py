@@ -75,8 +75,8 @@ def test_steps_of_the_measured_model(tmp_path: Path) -> None:
     assert second.hours == pytest.approx((1000 * low / 3600, 1000 * high / 3600))
     assert plan.hours[0] == pytest.approx(sum(stage.hours[0] for stage in plan.stages))
     assert plan.gpu_hours == pytest.approx([8 * hours for hours in plan.hours])
-    assert second.memory["buckets"] == second.memory["gradients"] == 4 * second.trained, "in which DDP sends them"
-    held = sum(size for name, size in second.memory.items() if name not in ("activations", "buckets"))
+    assert second.memory["gradients"] == 4 * second.trained and "buckets" not in second.memory, "gradients lie in them"
+    held = sum(size for name, size in second.memory.items() if name != "activations")
     assert second.memory["activations"] == pytest.approx((12e9 - held) * 10 / 100)
     assert second.memory["optimizer"] == 8 * second.trained and second.checkpoint > 3 * 4 * second.parameters
     row = 2 * 2 * 4 * 32 * 32 + 8  # mean and std in float16, label in int64
@@ -164,9 +164,16 @@ def test_recomputed_blocks_keep_their_input() -> None:
 
 def test_sharding_divides_weights_and_not_the_teacher() -> None:
     whole, parts = (scale_plan(config(**{"train.shard": s}), Cluster(8), rate=1.0).stages[1] for s in (False, True))
-    assert whole.memory.pop("buckets") == whole.memory["gradients"] and "buckets" not in parts.memory
     for name, size in whole.memory.items():
         assert parts.memory[name] == (size if name in ("teacher", "activations") else size // 8)
+
+
+def test_ddp_keeps_sums_of_micro_batches_beside_its_buckets() -> None:
+    def memory(world: int, **options: Any) -> dict[str, int]:
+        return scale_plan(config(**{"train.accumulate": 2} | options), Cluster(world), rate=1.0).stages[1].memory
+
+    assert memory(8)["buckets"] == memory(8)["gradients"]
+    assert "buckets" not in memory(1) and "buckets" not in memory(8, **{"train.shard": True})
 
 
 def test_settings_that_were_not_measured_change_its_time_and_memory(tmp_path: Path) -> None:
