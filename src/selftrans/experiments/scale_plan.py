@@ -20,8 +20,10 @@ from selftrans.experiments.step_cost import (
     StepCost,
     activations,
     flops_again,
+    gathered,
     measured_cost,
     replayed,
+    wire_bytes,
 )
 from selftrans.methods.objective import Objective
 from selftrans.methods.registry import put_together, stages
@@ -216,7 +218,11 @@ def _stage(
     sharded, batch = train.shard and world > 1, train.batch_size // world
     micro = batch // train.accumulate
     compute = batch * cost.per_image + cost.fixed / (world if sharded else 1)
-    sent = wire_bytes(memory["weights"], memory["gradients"], world, sharded=sharded, accumulate=train.accumulate)
+    # a teacher that takes no memory is the average, which is sharded as the student is
+    live = 0 if memory.get("teacher") else sum(gathered(each.teacher) for each in objective.guidances if each.teacher)
+    sent = wire_bytes(
+        memory["weights"], memory["gradients"], world, sharded=sharded, accumulate=train.accumulate, average=live
+    )
     wire = cluster.seconds(sent)
     step = (max(compute, wire), compute + wire)
     parts = {name: size // world if sharded and name != "teacher" else size for name, size in memory.items()}
@@ -241,18 +247,6 @@ def _stage(
         checkpoint=sum(memory.get(part, 0) for part in KEPT),
         kept=kept_checkpoints(train, stage.steps),
     )
-
-
-def wire_bytes(weights: int, gradients: int, world: int, *, sharded: bool, accumulate: int = 1) -> int:
-    """Bytes that each of `world` GPUs sends per step.
-
-    DDP: a ring all-reduce of the gradients, 2 (N - 1) / N of them. FSDP2: the weights are gathered for the forward and again
-    for the backward pass of each micro-batch, and the gradients are scattered once, (N - 1) / N of each.
-    """
-    share = (world - 1) / world
-    if sharded:
-        return round(share * (2 * accumulate * weights + gradients))
-    return round(2 * share * gradients)
 
 
 def _assumptions(

@@ -1,4 +1,4 @@
-"""What a step of a stage takes on one GPU: seconds and activations, from rows of `selftrans bench`, or by a given rate."""
+"""What a step of a stage takes: seconds and activations by rows of `selftrans bench` or a given rate, and the bytes sent."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from selftrans.config import RunConfig
 from selftrans.experiments.bench.read_report import BenchedModel, Row
+from selftrans.methods.guidance import Frozen
 from selftrans.methods.objective import Objective
 from selftrans.train.flops import forward_flops
 from selftrans.train.optim import moment_bytes
@@ -77,3 +78,23 @@ def activations(
     held = sum(memory.values()) - memory["optimizer"] + moment_bytes(trained, "adamw")
     whole = (measured.peak_bytes - held) * micro / measured.batch
     return max(0, round(whole * rule / (micro * each * student.depth)))
+
+
+def gathered(teacher: Frozen) -> int:
+    """Bytes of the weights that a forward pass of the teacher reads."""
+    return sum(p.numel() * p.element_size() for p in teacher.model.truncated(teacher.block).parameters())
+
+
+def wire_bytes(
+    weights: int, gradients: int, world: int, *, sharded: bool, accumulate: int = 1, average: int = 0
+) -> int:
+    """Bytes that each of `world` GPUs sends per step.
+
+    DDP: a ring all-reduce of the gradients, 2 (N - 1) / N of them. FSDP2: the weights are gathered for the forward and again
+    for the backward pass of each micro-batch, those of an `average` that teaches for its forward pass, and the gradients are
+    scattered once, (N - 1) / N of each.
+    """
+    share = (world - 1) / world
+    if sharded:
+        return round(share * (accumulate * (2 * weights + average) + gradients))
+    return round(2 * share * gradients)

@@ -11,8 +11,11 @@ import pytest
 
 from selftrans.cli.main import main
 from selftrans.experiments.bench.read_report import read_measured
-from selftrans.experiments.scale_plan import Cluster, StageScale, scale_plan, text, wire_bytes
+from selftrans.experiments.scale_plan import Cluster, StageScale, scale_plan, text
+from selftrans.experiments.step_cost import wire_bytes
+from selftrans.methods.registry import put_together, stages
 from selftrans.train.flops import forward_flops
+from selftrans.types import Conditions
 from tests.support import toy
 from tests.support.toy import quick  # noqa: F401 - a fixture
 
@@ -52,6 +55,20 @@ def test_bytes_on_the_wire() -> None:
     assert wire_bytes(999, 400, 8, sharded=False) == 2 * 7 * 400 / 8
     assert wire_bytes(800, 400, 4, sharded=True) == 3 * (800 + 800 + 400) / 4
     assert wire_bytes(800, 400, 4, sharded=True, accumulate=3) == 3 * (6 * 800 + 400) / 4
+    assert wire_bytes(800, 400, 4, sharded=True, accumulate=3, average=100) == 3 * (6 * 800 + 3 * 100 + 400) / 4
+
+
+def test_average_that_teaches_is_gathered() -> None:
+    def sent(method: str, **options: Any) -> int:
+        settings = {"train.shard": True, "method": method} | options
+        return scale_plan(config(**settings), Cluster(2), rate=1.0).stages[0].wire_bytes
+
+    run = config()
+    model: Any = put_together(run, stages(run)[0], (1, 8, 8), Conditions("labels", 10)).student
+    block = 4 * sum(p.numel() for p in model.blocks[1].parameters())
+    deep, shallow = (sent("sra", **{"sra.block": 1, "sra.target_block": k}) for k in (2, 1))
+    assert deep - shallow == block / 2, "each of two has half, and sends it"
+    assert shallow > sent("vanilla"), "embedding, first block and head"
 
 
 def test_ring_is_as_fast_as_its_slowest_link() -> None:
