@@ -27,9 +27,3 @@ class ConvHead(nn.Module):
     def forward(self, tokens: Tensor, grid: tuple[int, ...] | None = None) -> Tensor:
         maps = tokens.transpose(1, 2).unflatten(2, grid or self.grid)  # (N, T, D) -> (N, D, *grid)
         return self.conv(maps).flatten(2).transpose(1, 2)
-
-
-def grid_of(shape: tuple[int, ...], grid: tuple[int, ...], latents: Tensor) -> tuple[int, ...]:
-    """Tokens along each dimension of latents (N, C, *S), for a model that cuts latents of `shape` into `grid` tokens."""
-    cells = [side // n for side, n in zip(shape[1:], grid, strict=True)]
-    return tuple(side // cell for side, cell in zip(latents.shape[2:], cells, strict=True))
