@@ -85,14 +85,6 @@ class PublishedHeads(NamedTuple):
     predicts_cells: str  #: prefix of the layer that predicts a token's cells, whose order in their code may be another
 
 
-def _unchanged(config: RunConfig, conditions: Conditions) -> RunConfig:
-    return config
-
-
-def _no_heads(named: Mapping[str, Tensor], arguments: Mapping[str, Any], config: RunConfig) -> PublishedHeads | None:
-    return None
-
-
 @dataclass(frozen=True)
 class MethodSpec:
     """A training method. Built-in ones are listed in `registry.METHODS`; other packages add theirs by an entry point."""
@@ -102,9 +94,11 @@ class MethodSpec:
     stages: Callable[[RunConfig], list[Stage]]
     sections: tuple[type[Section], ...] = ()  #: its own settings; each becomes `--<key>.*`
     #: adapts the settings to what the data are conditioned on, before a run begins or continues
-    settle: Callable[[RunConfig, Conditions], RunConfig] = _unchanged
+    settle: Callable[[RunConfig, Conditions], RunConfig] = lambda config, conditions: config
     #: recognises heads of this method's first stage in a published file: (tensors, options of its command, config)
-    published_heads: Callable[[Mapping[str, Tensor], Mapping[str, Any], RunConfig], PublishedHeads | None] = _no_heads
+    published_heads: Callable[[Mapping[str, Tensor], Mapping[str, Any], RunConfig], PublishedHeads | None] = (
+        lambda named, arguments, config: None
+    )
 
     def __post_init__(self) -> None:
         for key in (section.key for section in self.sections):

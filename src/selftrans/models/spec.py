@@ -87,10 +87,6 @@ class Layout(NamedTuple):
     folder: str | None = None
 
 
-def _no_reader(file: PublishedFile, heads: int | None, convention: str | None) -> Published | None:
-    return None
-
-
 @dataclass(frozen=True)
 class ModelSpec:
     """A family of backbones. Built-in ones are listed in `registry.MODELS`; other packages add theirs by an entry point."""
@@ -101,7 +97,7 @@ class ModelSpec:
     names: tuple[str, ...] = ()  #: values of `model.name` that belong to it; empty: its own name
     layouts: Mapping[str, Layout] = field(default_factory=dict)  #: published layouts that `export` writes, by name
     #: reads a published file: (file, attention heads if given, convention if given). None: it is of another family
-    reader: Callable[[PublishedFile, int | None, str | None], Published | None] = _no_reader
+    reader: Callable[[PublishedFile, int | None, str | None], Published | None] = lambda file, heads, convention: None
     conventions: tuple[str, ...] = ()  #: of time and sign, that `import --convention` may name for its files
 
 
