@@ -16,7 +16,7 @@ from selftrans.models import registry as models
 from selftrans.models.sit import SiTConfig
 from selftrans.models.spec import ModelConfig
 from selftrans.sample_config import SampleConfig
-from selftrans.sections import OWN, Resume, Section, fields_of, from_plain, setting
+from selftrans.sections import RUN_SECTIONS, Resume, Section, fields_of, from_plain, setting
 from selftrans.suggest import nearest
 from selftrans.types import Backbone, Conditions
 
@@ -205,7 +205,7 @@ class RunConfig:
             key, _, leaf = name.rpartition(".")
             if not key:
                 config = dataclasses.replace(config, **{leaf: value})
-            elif key in OWN:
+            elif key in RUN_SECTIONS:
                 section: Any = config.model_of(value) if name == "model.name" else getattr(config, key)
                 config = dataclasses.replace(config, **{key: dataclasses.replace(section, **{leaf: value})})
             else:

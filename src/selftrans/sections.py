@@ -17,8 +17,8 @@ from typing import Any, ClassVar, Literal, TypeVar
 from selftrans.suggest import nearest
 
 Resume = Literal["fixed", "free", "consent"]
-OWN = ("data", "model", "init", "lora", "train", "sample", "log")  #: keys of the sections that every run has
-TAKEN = ("version", "recipe", "method")  #: other names at the top of config.json
+RUN_SECTIONS = ("data", "model", "init", "lora", "train", "sample", "log")  #: keys of the sections that every run has
+RESERVED_KEYS = ("version", "recipe", "method")  #: other names at the top of config.json
 
 
 @dataclass(frozen=True)

@@ -69,7 +69,7 @@ def analyse_target(
     chosen = _blocks(teacher, blocks)
     times = tuple(timesteps) if teacher.depth else (0.0,)
     strengths = tuple(dict.fromkeys(w for w in scales if w)) if teacher.kind != "none" else ()
-    pictures = choose(teacher.dataset, samples, seed)
+    pictures = choose_pictures(teacher.dataset, samples, seed)
     plan = _plan(teacher.dataset, pictures, len(times), strengths)
     mapped, kept = _pairs(pictures), dict[str, dict[int, Tensor]]()
     source = teacher.parts(pictures, times, chosen, seed)
@@ -112,7 +112,7 @@ def check(timesteps: Sequence[float], samples: int, scales: Sequence[float], see
         raise ValueError(f"seed {seed} must be from 0 to 2147483647")
 
 
-def choose(dataset: Dataset, samples: int, seed: int) -> Pictures:
+def choose_pictures(dataset: Dataset, samples: int, seed: int) -> Pictures:
     """At most `samples` pictures, drawn by `seed`; a quarter of them, and of each class, is held out.
 
     With more classes than there are PER_CLASS pictures for, classes are drawn, too. Classes with fewer than HELD pictures are

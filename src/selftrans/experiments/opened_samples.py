@@ -22,7 +22,7 @@ from selftrans.device import default_device
 from selftrans.experiments.reference import must_exist, open_images, training_data
 from selftrans.sampling.conditioning import CaptionConditioning, captions_of
 from selftrans.sampling.images import Sampler, overridden
-from selftrans.sampling.in_sizes import InSizes
+from selftrans.sampling.sized_sampler import SizedSampler
 from selftrans.storage import first_line
 
 FOREIGN = (".pt", ".pth", ".ckpt")  #: suffixes of checkpoints that only `selftrans import` reads
@@ -83,7 +83,7 @@ def _sampled(
             warnings.warn("--text-encoder is ignored: the captions are stored with their tokens", stacklevel=4)
     sampler = Sampler.of(loaded, settings, conditioning=conditioning, text_encoder=text_encoder)
     labels: list[int] | None = [] if loaded.model.conditions.num_classes > 1 else None
-    sized = InSizes(sampler, open_data(reference) if is_prepared(reference) else None)
+    sized = SizedSampler(sampler, open_data(reference) if is_prepared(reference) else None)
 
     def images() -> Iterator[np.ndarray]:
         for batch in sized.sample():

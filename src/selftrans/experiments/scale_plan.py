@@ -16,7 +16,7 @@ from selftrans.config import RunConfig
 from selftrans.data.shard_file import row_bytes
 from selftrans.experiments.bench.read_report import BenchedModel, Row, read_measured
 from selftrans.methods.objective import Objective
-from selftrans.methods.registry import put_together, stages
+from selftrans.methods.registry import meta_objective, stages
 from selftrans.methods.spec import Stage
 from selftrans.precision import PRECISIONS
 from selftrans.storage import gigabytes, plural, printable
@@ -184,7 +184,7 @@ def _built(
     """The objective of a stage without memory for its weights, and the bytes that these would take."""
     if stage.encoder:
         raise ValueError(f"stage {stage.name} is taught by an external encoder, whose cost is not known here")
-    objective = put_together(config, stage, shape, conditions, dtype=PRECISIONS[config.train.precision])
+    objective = meta_objective(config, stage, shape, conditions, dtype=PRECISIONS[config.train.precision])
     average = copy.deepcopy(objective.student)
     frozen = next((guidance.teacher for guidance in objective.guidances if guidance.teacher), None)
     objective.watch(average)  # by a guidance that it teaches its operations are counted

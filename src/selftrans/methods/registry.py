@@ -59,7 +59,7 @@ def config_of_teacher(config: RunConfig, stage: Stage) -> RunConfig:
     return next(config.override(each.settings) for each in stages(config) if each.name == stage.teacher.stage)
 
 
-def put_together(
+def meta_objective(
     config: RunConfig,
     stage: Stage,
     shape: tuple[int, ...],

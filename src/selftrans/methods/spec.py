@@ -13,16 +13,16 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from torch import Tensor
 
 from selftrans.methods.guidance import Guidance
-from selftrans.sections import OWN, TAKEN, Section
+from selftrans.sections import RESERVED_KEYS, RUN_SECTIONS, Section
 from selftrans.types import Backbone, Conditions
 
 if TYPE_CHECKING:
     from selftrans.config import RunConfig
 
 
-TAKEN_FOLDERS = ("data", "tensorboard", "wandb")  #: in a run directory
+RESERVED_FOLDERS = ("data", "tensorboard", "wandb")  #: in a run directory
 #: settings of which a stage may have its own values, besides those of the model
-OWN_SETTINGS = ("train.lr", "train.recompute")
+STAGE_SETTINGS = ("train.lr", "train.recompute")
 
 
 @dataclass(frozen=True)
@@ -54,13 +54,13 @@ class Stage:
     teacher: TeacherSpec | None = None
     encoder: EncoderSpec | None = None
     stream: int = 0  #: stages with another stream start from other weights and draw other noise under the same seed
-    #: its own values of settings of the run, such as {"model.depth": 4}: of the model, and those of `OWN_SETTINGS`
+    #: its own values of settings of the run, such as {"model.depth": 4}: of the model, and those of `STAGE_SETTINGS`
     settings: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if not re.fullmatch(r"\w[\w.-]{0,99}", self.name) or self.name in TAKEN_FOLDERS:
+        if not re.fullmatch(r"\w[\w.-]{0,99}", self.name) or self.name in RESERVED_FOLDERS:
             raise ValueError(f"stage '{self.name}' cannot be a folder of a run; use letters, digits, '_' and '-'")
-        shared = [name for name in self.settings if not name.startswith("model.") and name not in OWN_SETTINGS]
+        shared = [name for name in self.settings if not name.startswith("model.") and name not in STAGE_SETTINGS]
         if shared:
             raise ValueError(f"stage '{self.name}' cannot have its own {shared[0]}: all stages of a run share it")
 
@@ -102,5 +102,5 @@ class MethodSpec:
 
     def __post_init__(self) -> None:
         for key in (section.key for section in self.sections):
-            if not re.fullmatch(r"[a-z][a-z0-9_]*", key) or key in (*OWN, *TAKEN):
+            if not re.fullmatch(r"[a-z][a-z0-9_]*", key) or key in (*RUN_SECTIONS, *RESERVED_KEYS):
                 raise ValueError(f"method {self.name}: '{key}' cannot be the key of a section; choose another name")

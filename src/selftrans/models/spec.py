@@ -113,11 +113,11 @@ def check_shapes(where: str, named: Named, expected: Mapping[str, tuple[int, ...
         "misshapen": shapes,
     }
     if any(wrong.values()):
-        faults = "; ".join(f"{what}: {few(names)}" for what, names in wrong.items() if names)
+        faults = "; ".join(f"{what}: {count_and_names(names)}" for what, names in wrong.items() if names)
         raise ValueError(f"{where} is not as expected: {faults}")
 
 
-def few(names: Iterable[str]) -> str:
+def count_and_names(names: Iterable[str]) -> str:
     """`4 tensors (a, b, c, ...)`, safe to print."""
     every = list(names)
     return f"{len(every)} ({', '.join(map(printable, every[:3]))}{', ...' if len(every) > 3 else ''})"

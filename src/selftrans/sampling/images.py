@@ -187,7 +187,7 @@ class Sampler:
         size = self.settings.batch_size
         for start in range(0, len(todo), size):
             chunk = todo[start : start + size]
-            computed = fill(chunk, size) if self._compiled else chunk
+            computed = padded(chunk, size) if self._compiled else chunk
             cond, labels = self.conditioning.of(computed)
             images = self._images(computed, map_cond(lambda x: x.to(self.device), cond))
             yield SampledBatch(chunk, labels[: len(chunk)], images[: len(chunk)])
@@ -273,7 +273,7 @@ def overridden(loaded: LoadedModel, overrides: dict[str, Any]) -> SampleConfig:
     return settings if settings.guidance_scale != 1 else dataclasses.replace(settings, autoguidance=None)
 
 
-def as_possible(settings: SampleConfig, model: Backbone) -> SampleConfig:
+def applicable_settings(settings: SampleConfig, model: Backbone) -> SampleConfig:
     """The settings, without guidance by a second output where the model has none: for what samples several models alike."""
     return settings if model.early is not None else dataclasses.replace(settings, early_guidance=1.0)
 
@@ -297,7 +297,7 @@ def cast_products(model: nn.Module, dtype: torch.dtype) -> None:
             module.to(dtype=dtype)
 
 
-def fill(indices: np.ndarray, batch_size: int) -> np.ndarray:
+def padded(indices: np.ndarray, batch_size: int) -> np.ndarray:
     """Pad indices to a full batch by repeating the last one: another batch size would trigger recompilation."""
     return np.concatenate([indices, np.repeat(indices[-1:], -len(indices) % batch_size)])
 

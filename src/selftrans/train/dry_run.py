@@ -33,7 +33,7 @@ from selftrans.data.buckets import is_prepared
 from selftrans.data.dataset import Dataset
 from selftrans.methods.guidance import Frozen
 from selftrans.methods.registry import config_of_teacher
-from selftrans.methods.spec import TAKEN_FOLDERS, Stage
+from selftrans.methods.spec import RESERVED_FOLDERS, Stage
 from selftrans.plugins import trust_named
 from selftrans.precision import PRECISIONS
 from selftrans.storage import gigabytes, nearest_existing, plural
@@ -257,7 +257,7 @@ def _written(config: RunConfig, plan: list[Stage]) -> list[str]:
         names.append(f"{stage.name}/checkpoints/: {_every(config.train.checkpoint_every)}")
         if config.train.preview_every:
             names.append(f"{stage.name}/previews/: a sheet of samples {_every(config.train.preview_every)}")
-    return names + [f"{name}/" for name in tracker_names(config) if name in TAKEN_FOLDERS]
+    return names + [f"{name}/" for name in tracker_names(config) if name in RESERVED_FOLDERS]
 
 
 def _every(steps: int) -> str:

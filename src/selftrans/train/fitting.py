@@ -10,7 +10,7 @@ from torch import Tensor
 
 from selftrans.config import RunConfig
 from selftrans.data.manifest import Manifest
-from selftrans.models.spec import Named, few
+from selftrans.models.spec import Named, count_and_names
 from selftrans.storage import plural, printable
 from selftrans.train.given_weights import Given
 from selftrans.types import Backbone, Conditions
@@ -110,9 +110,9 @@ def describe(record: dict[str, Any]) -> str:
     if record["new_rows"]:
         before, now, kept = (classes[key] for key in ("before", "now", "kept"))
         rows = f"{kept} of them kept by name, {now - kept} new, the null row kept"
-        said.append(f"{few(record['new_rows'])}: {before} -> {plural(now, 'class')}, {rows}")
-    said += [f"new: {few(record['new'])}"] if record["new"] else []
-    said += [f"left out: {few(record['left_out'])}"] if record["left_out"] else []
+        said.append(f"{count_and_names(record['new_rows'])}: {before} -> {plural(now, 'class')}, {rows}")
+    said += [f"new: {count_and_names(record['new'])}"] if record["new"] else []
+    said += [f"left out: {count_and_names(record['left_out'])}"] if record["left_out"] else []
     latents = [("x".join(map(str, record["latents"][when]))) for when in ("before", "now")]
     text = record["conditions"]
     said += (

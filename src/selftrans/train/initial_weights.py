@@ -86,7 +86,7 @@ class InitialWeights:
         return {INIT: self.record} | ({ADAPTERS: {"base": self.record["start"]}} if adapters else {})
 
 
-def choose(
+def resolve_init(
     config: RunConfig, before: RunConfig | None, out: Path, typed: Collection[str] = ()
 ) -> tuple[RunConfig, Given | None]:
     """The settings with the model of the weights that `--init` names, and those weights where the run begins with them.

@@ -21,7 +21,7 @@ from selftrans.evaluate.fonts import class_names
 from selftrans.evaluate.plots import sample_sheet, save_png
 from selftrans.flow import PATHS
 from selftrans.sampling.conditioning import CaptionConditioning, Conditioning, conditioning_of, read_prompts
-from selftrans.sampling.images import SampledBatch, Sampler, as_possible
+from selftrans.sampling.images import SampledBatch, Sampler, applicable_settings
 from selftrans.storage import first_line, no_symlink, printable, write_text
 from selftrans.train.signals import StopSignal
 
@@ -89,7 +89,7 @@ class Preview:
         sampler = Sampler(
             model,
             self._autoencoder,
-            as_possible(self.settings, model),
+            applicable_settings(self.settings, model),
             PATHS[self.config.train.path],
             device=self.device,
             conditioning=self._conditioning,

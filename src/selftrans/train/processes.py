@@ -35,7 +35,7 @@ def keep_memory() -> bool:
     return bool(mallopt(M_MMAP_THRESHOLD, 32 << 20) and mallopt(M_TRIM_THRESHOLD, 2**31 - 1))
 
 
-def patience(config: Train) -> InitProcessGroupKwargs:
+def process_group_options(config: Train) -> InitProcessGroupKwargs:
     """A finite time to wait for other processes. ValueError where they were launched in a way that would not work."""
     if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
         raise ValueError(
@@ -46,7 +46,7 @@ def patience(config: Train) -> InitProcessGroupKwargs:
 
 
 @contextlib.contextmanager
-def together() -> Iterator[None]:
+def reporting_lost_processes() -> Iterator[None]:
     """Turn the failure of a wait for another process into a ConnectionError of one line."""
     try:
         yield

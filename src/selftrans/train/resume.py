@@ -156,7 +156,7 @@ def _latent_space(manifest: str) -> str:
 def check_data(found: checkpoint.Checkpoint, manifest: Manifest) -> None:
     """ValueError unless a checkpoint's model is one for these data."""
     now = manifest.conditions
-    with usable(found, ValueError):
+    with checkpoint_errors(found, ValueError):
         was = (tuple(found.state["shape"]), from_plain(Conditions, found.state["conditions"], "conditions"))
     if was != (tuple(manifest.shape), now):
         raise ValueError(
@@ -166,7 +166,7 @@ def check_data(found: checkpoint.Checkpoint, manifest: Manifest) -> None:
     check_scale(str(found.path), str(found.state.get("autoencoder")), manifest.autoencoder)
 
 
-def agreed(folder: Path, accelerator: Accelerator) -> checkpoint.Checkpoint | None:
+def common_checkpoint(folder: Path, accelerator: Accelerator) -> checkpoint.Checkpoint | None:
     """The checkpoint that all processes continue from: the newest valid one that the first process sees.
 
     ValueError in a process that cannot read it. Leftovers of interrupted writes are removed.
@@ -185,7 +185,7 @@ def agreed(folder: Path, accelerator: Accelerator) -> checkpoint.Checkpoint | No
 
 
 @contextlib.contextmanager
-def usable(found: checkpoint.Checkpoint, *errors: type[Exception]) -> Iterator[None]:
+def checkpoint_errors(found: checkpoint.Checkpoint, *errors: type[Exception]) -> Iterator[None]:
     """ValueError that names a checkpoint whose state is intact but has missing or wrong entries."""
     wrong: tuple[type[Exception], ...] = (KeyError, TypeError, AttributeError, RuntimeError, *errors)
     try:

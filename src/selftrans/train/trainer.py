@@ -39,7 +39,7 @@ from selftrans.train.nonfinite import NonFiniteSteps, check_weights
 from selftrans.train.optim import build_optimizer, forget, learning_rate, optimizer_tensors
 from selftrans.train.out_of_memory import between_steps, guarded_step
 from selftrans.train.preview import Preview
-from selftrans.train.resume import agreed, check_data, usable
+from selftrans.train.resume import check_data, checkpoint_errors, common_checkpoint
 from selftrans.train.signals import StopSignal
 from selftrans.train.teachers import check_teacher
 from selftrans.train.trackers import Trackers
@@ -83,7 +83,7 @@ class Trainer:
         self.bar, self.order, self.trackers = bar, order or [stage.name], trackers
         train, manifest = config.train, shards.manifest
         torch.manual_seed(int(np.random.SeedSequence([train.seed, stage.stream]).generate_state(1)[0]))
-        found, self.initial = agreed(self.checkpoints, accelerator), initial
+        found, self.initial = common_checkpoint(self.checkpoints, accelerator), initial
         student = build_student(config, shards, initial, fresh=found is None)
         for shape in shards.shapes if len(shards.shapes) > 1 else ():
             check_takes(student, shape)
@@ -337,11 +337,11 @@ class Trainer:
         """Continue from the newest valid checkpoint of the stage. Order and noise follow from the step."""
         self.step = found.step if found else 0
         if found:
-            with usable(found):
+            with checkpoint_errors(found):
                 check_data(found, self.shards.manifest)
                 check_teacher(found, self.teacher)
                 self.origin = {key: value for key, value in found.state.items() if key == IMPORTED}
         self._retire()
         if found:
-            with usable(found, ValueError):
+            with checkpoint_errors(found, ValueError):
                 checkpointing.load(self, found)

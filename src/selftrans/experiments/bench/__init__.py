@@ -33,7 +33,7 @@ from selftrans.experiments.bench.rounds import (
 )
 from selftrans.experiments.bench.text_table import table
 from selftrans.methods.guidance import Frozen
-from selftrans.methods.registry import put_together
+from selftrans.methods.registry import meta_objective
 from selftrans.methods.self_transcendence import SELF_TRANSCENDENCE, STRUCTURE, Stage2
 from selftrans.methods.spec import Stage
 from selftrans.methods.vanilla import VANILLA
@@ -258,7 +258,7 @@ def build(
 def step_flops_of(config: RunConfig, stage: Stage, dataset: Dataset) -> int:
     """Operations that one step of a stage needs, counted without memory for weights."""
     conditions = dataset.manifest.conditions
-    objective = put_together(config, stage, dataset.manifest.shape, conditions)
+    objective = meta_objective(config, stage, dataset.manifest.shape, conditions)
     return sum(step_flops(objective, conditions.example(), config.train.batch_size).values())
 
 
