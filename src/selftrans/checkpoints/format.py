@@ -21,11 +21,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from selftrans.messages import first_line
 from selftrans.storage import (
     FREE_SPACE,
     atomic_directory,
     atomic_write,
-    first_line,
     recorded,
     remove_stale_temporaries,
     sha256_file,

@@ -15,7 +15,7 @@ from typing import Literal, TypeAlias
 
 from selftrans.data.record import Record
 from selftrans.data.shard_file import Layout, row_bytes
-from selftrans.storage import plural
+from selftrans.messages import plural
 from selftrans.types import MASK, TEXT, Conditions
 
 #: what is kept of a caption: the encoder's output, or its input

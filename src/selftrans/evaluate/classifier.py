@@ -21,7 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from selftrans.storage import atomic_write, first_line, plural, printable
+from selftrans.messages import first_line, plural, printable
+from selftrans.storage import atomic_write
 
 FORMAT = "selftrans.classifier/1"
 LAYERS = ("resolution", "channels", "num_classes", "width", "dim")  #: the constructor's arguments, as in the header

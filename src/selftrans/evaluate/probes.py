@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from selftrans.flow import LINEAR, Path, interpolate
-from selftrans.storage import are, plural
+from selftrans.messages import are, plural
 from selftrans.types import Backbone, Cond, eval_mode, map_cond
 
 MOST_BLOCKS = 12  #: of deeper models, some of the blocks are shown

@@ -27,7 +27,8 @@ from selftrans.evaluate.target_share import Design
 from selftrans.experiments.evaluate_samples import finished
 from selftrans.experiments.target_report import draw_maps, draw_measures
 from selftrans.experiments.target_teacher import ENCODER, Pictures, Teacher, mean_text, open_teacher
-from selftrans.storage import are, check_writable, plural
+from selftrans.messages import are, plural
+from selftrans.storage import check_writable
 
 TIMES = (0.4, 0.5, 0.6, 0.7)  #: of the noisy latents: the published range in which guidance acts
 PER_CLASS = 16  #: pictures of a class at least; with more classes than that allows, some of them are left out

@@ -20,10 +20,10 @@ from selftrans.data.buckets import is_prepared, open_data
 from selftrans.data.sources.npz import npz_labels
 from selftrans.device import default_device
 from selftrans.experiments.reference import must_exist, open_images, training_data
+from selftrans.messages import first_line
 from selftrans.sampling.conditioning import CaptionConditioning, captions_of
 from selftrans.sampling.images import Sampler, overridden
 from selftrans.sampling.sized_sampler import SizedSampler
-from selftrans.storage import first_line
 
 FOREIGN = (".pt", ".pth", ".ckpt")  #: suffixes of checkpoints that only `selftrans import` reads
 

@@ -15,11 +15,11 @@ from typing import Any
 from selftrans.config import RunConfig
 from selftrans.data.shard_file import row_bytes
 from selftrans.experiments.bench.read_report import BenchedModel, Row, read_measured
+from selftrans.messages import gigabytes, plural, printable
 from selftrans.methods.objective import Objective
 from selftrans.methods.registry import meta_objective, stages
 from selftrans.methods.spec import Stage
 from selftrans.precision import PRECISIONS
-from selftrans.storage import gigabytes, plural, printable
 from selftrans.train.data_window import data_of
 from selftrans.train.dry_run import KEPT, duration, kept_checkpoints
 from selftrans.train.flops import step_flops

@@ -11,7 +11,8 @@ from selftrans.data.dataset import Dataset
 from selftrans.data.decoded import decoded_images
 from selftrans.device import default_device
 from selftrans.evaluate.classifier import train_classifier
-from selftrans.storage import check_writable, plural, recorded, write_json
+from selftrans.messages import plural
+from selftrans.storage import check_writable, recorded, write_json
 from selftrans.train.log import progress_bar
 
 SHARDS = "shards_sha256"  #: entry of the classifier's json: which data it was trained on

@@ -22,8 +22,9 @@ from torch import Tensor
 
 from selftrans.interop.exporting import check_out
 from selftrans.interop.published_file import load_content
+from selftrans.messages import first_line, printable
 from selftrans.models.spec import Named, check_shapes, count_and_names
-from selftrans.storage import FREE_SPACE, atomic_directory, first_line, printable, write_json
+from selftrans.storage import FREE_SPACE, atomic_directory, write_json
 
 #: parts of a checkpoint that are the autoencoder; discriminators and vision models for the loss are left out
 PARTS = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")

@@ -19,10 +19,10 @@ from selftrans.checkpoints.load import REPORT, LoadedModel
 from selftrans.data.record import read_object
 from selftrans.evaluate.plots import sample_sheet
 from selftrans.interop.pipeline_parts import last_parts
+from selftrans.messages import printable
 from selftrans.sample_config import beyond_defaults
 from selftrans.sampling.images import applicable_settings
 from selftrans.sampling.sample_file import NPY, PNG
-from selftrans.storage import printable
 
 SHEET = 16  #: samples shown of a folder
 EVALUATION = "evaluate.json"

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from selftrans.messages import printable
 from selftrans.sections import Section
-from selftrans.storage import printable
 from selftrans.types import Backbone, Conditions
 
 #: of messages: what a model without text cannot take, and what can

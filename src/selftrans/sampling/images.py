@@ -25,6 +25,7 @@ from selftrans.data.decoded import decode_images
 from selftrans.data.resolution import Resolution, sides, size_text
 from selftrans.device import default_device
 from selftrans.encoders.autoencoder import Autoencoder, DiffusersAutoencoder, load_decoder
+from selftrans.messages import plural
 from selftrans.models.compiling import compile_model
 from selftrans.precision import PRECISIONS
 from selftrans.sampling.chosen_labels import chosen_labels
@@ -32,7 +33,6 @@ from selftrans.sampling.conditioning import Conditioning, conditioning_of
 from selftrans.sampling.samplers import SAMPLERS, Early, Noise, autoguided, guided
 from selftrans.sampling.streams import NOISE_STREAM, image_stream
 from selftrans.sampling.weak_model import weak_model
-from selftrans.storage import plural
 from selftrans.types import Backbone, Cond, check_takes, eval_mode, map_cond
 
 MANY = 20  #: batches per process from which compilation, which takes about a minute, saves time on a GPU

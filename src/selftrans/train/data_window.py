@@ -10,7 +10,7 @@ from selftrans.data.dataset import Dataset
 from selftrans.data.streaming.shard_cache import CacheOptions
 from selftrans.data.streaming.streamed import Streamed
 from selftrans.data.windows import SHARE_OF_CACHE, classes_in_a_window, window_that_fits
-from selftrans.storage import gigabytes, plural, printable
+from selftrans.messages import gigabytes, plural, printable
 
 
 @dataclass

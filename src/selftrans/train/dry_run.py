@@ -31,12 +31,13 @@ from selftrans.checkpoints import format as checkpoint
 from selftrans.config import RunConfig, Train
 from selftrans.data.buckets import is_prepared
 from selftrans.data.dataset import Dataset
+from selftrans.messages import gigabytes, plural
 from selftrans.methods.guidance import Frozen
 from selftrans.methods.registry import config_of_teacher
 from selftrans.methods.spec import RESERVED_FOLDERS, Stage
 from selftrans.plugins import trust_named
 from selftrans.precision import PRECISIONS
-from selftrans.storage import gigabytes, nearest_existing, plural
+from selftrans.storage import nearest_existing
 from selftrans.train.batches import Loaded
 from selftrans.train.capture_rules import ENDED, NotCaptured, description
 from selftrans.train.data_window import Transfer, describe_data, transfer_of, transfer_text

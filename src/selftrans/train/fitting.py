@@ -10,8 +10,8 @@ from torch import Tensor
 
 from selftrans.config import RunConfig
 from selftrans.data.manifest import Manifest
+from selftrans.messages import plural, printable
 from selftrans.models.spec import Named, count_and_names
-from selftrans.storage import plural, printable
 from selftrans.train.given_weights import Given
 from selftrans.types import Backbone, Conditions
 

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from selftrans.messages import first_line
 from selftrans.methods.objective import Objective
-from selftrans.storage import first_line
 from selftrans.types import Backbone, Cond, map_cond
 
 

@@ -20,9 +20,10 @@ from selftrans.config import RunConfig, from_json, settings_of, to_json
 from selftrans.data.manifest import Manifest
 from selftrans.encoders.identity import check_scale
 from selftrans.interop.importing import bound_settings
+from selftrans.messages import first_line
 from selftrans.methods.registry import find, stages
 from selftrans.sections import Resume, fields_of, from_plain
-from selftrans.storage import first_line, write_json
+from selftrans.storage import write_json
 from selftrans.types import Conditions
 
 Changes = list[tuple[str, Any, Any, Resume]]  #: name, before, now, what is allowed to happen to it

@@ -26,10 +26,11 @@ from selftrans.data.manifest import Manifest
 from selftrans.data.on_device import OnDevice
 from selftrans.data.prepare import prepare_builtin
 from selftrans.encoders.identity import scales_differ
+from selftrans.messages import plural
 from selftrans.methods.registry import meta_objective, stages
 from selftrans.methods.spec import Stage
 from selftrans.plugins import trust_named
-from selftrans.storage import lock_file, plural, remove_stale_temporaries, removed_if_refused, write_json
+from selftrans.storage import lock_file, remove_stale_temporaries, removed_if_refused, write_json
 from selftrans.train.capture_rules import description, remembered
 from selftrans.train.data_window import cache_of, describe_data, with_window
 from selftrans.train.fitting import describe

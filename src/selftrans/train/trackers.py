@@ -19,7 +19,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from selftrans.config import RunConfig, settings_of
-from selftrans.storage import first_line, printable, recorded, write_json
+from selftrans.messages import first_line, printable
+from selftrans.storage import recorded, write_json
 
 PROJECT = "selftrans"  #: project or experiment of the runs, unless the tracker's own variables say otherwise
 RECORD = "trackers.json"

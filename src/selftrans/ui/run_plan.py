@@ -7,9 +7,10 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 from selftrans.config import RunConfig, from_json
+from selftrans.messages import first_line
 from selftrans.methods.registry import find, meta_objective, stages
 from selftrans.methods.spec import Stage
-from selftrans.storage import UNREADABLE, first_line
+from selftrans.storage import UNREADABLE
 from selftrans.types import Backbone
 
 

@@ -13,7 +13,7 @@ from selftrans.data.sources.file_kinds import PICTURES, SOUNDS, VIDEOS, describe
 from selftrans.data.sources.label_file import NAME, SUFFIXES, labelled_folder
 from selftrans.data.sources.part_file import SizedFile
 from selftrans.data.sources.source import Entries, Source, classify
-from selftrans.storage import printable
+from selftrans.messages import printable
 
 LINKS, SPECIAL = "symbolic links to folders", "broken links, pipes and devices"
 

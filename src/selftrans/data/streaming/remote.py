@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Protocol, TypeVar
 from urllib.parse import quote, urlsplit
 
-from selftrans.storage import first_line, printable
+from selftrans.messages import first_line, printable
 
 #: protocol -> where its package looks for credentials
 CREDENTIALS = {

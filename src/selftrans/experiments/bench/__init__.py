@@ -32,13 +32,14 @@ from selftrans.experiments.bench.rounds import (
     randomise,
 )
 from selftrans.experiments.bench.text_table import table
+from selftrans.messages import first_line
 from selftrans.methods.guidance import Frozen
 from selftrans.methods.registry import meta_objective
 from selftrans.methods.self_transcendence import SELF_TRANSCENDENCE, STRUCTURE, Stage2
 from selftrans.methods.spec import Stage
 from selftrans.methods.vanilla import VANILLA
 from selftrans.models.sit import SiTConfig
-from selftrans.storage import first_line, write_json
+from selftrans.storage import write_json
 from selftrans.suggest import nearest
 from selftrans.train.captured_step import NotCaptured
 from selftrans.train.flops import step_flops

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 
 from selftrans.config import RunConfig
+from selftrans.messages import first_line, printable
 from selftrans.models.registry import find
-from selftrans.storage import UNREADABLE, first_line, printable
+from selftrans.storage import UNREADABLE
 from selftrans.types import Conditions
 
 PLAIN = "plain_"  #: rows of the plain implementation, which is not what `train` runs
