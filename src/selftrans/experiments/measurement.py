@@ -177,7 +177,7 @@ def checkpoints_of(run: Path) -> list[tuple[int, Path]]:
 def due_checkpoints(run: Path, every: int | None = None, dense: int | None = None) -> list[Path]:
     """The checkpoints of a run's last stage that are points of its curve, oldest first: those at the `measured_steps`.
 
-    An interruption leaves a checkpoint at another step, which is none.
+    Checkpoints that an interruption left at other steps are not.
     """
     held = checkpoints_of(run)
     wanted = measured_steps(held[-1][0], every, dense)
@@ -204,8 +204,8 @@ def stored_points(path: Path) -> list[Point]:
 def measured_before(path: Path, identity: dict[str, Any]) -> dict[str, Point]:
     """Points that were measured in the same way, by the hash of their weights; none for a missing or damaged file.
 
-    A point that lacks a number, or has something else in its place, is none: it is measured again. Earlier versions did not
-    record the autoencoder's files: those are taken to be the same.
+    Incomplete points are left out, and so measured again. Earlier versions did not record the autoencoder's files: those are
+    taken to be the same.
     """
     same = {"decoder": None} | identity  # without the key: fp32
     unrecorded = {key: value for key, value in identity.items() if key == DECODED_BY}

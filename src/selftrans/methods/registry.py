@@ -68,7 +68,8 @@ def meta_objective(
     *,
     dtype: torch.dtype | None = None,
 ) -> Objective:
-    """A stage on latents (C, *S) without memory for weights, on the meta device. ValueError where its parts do not fit.
+    """The objective of a stage on latents (C, *S), on the meta device: no memory for weights. ValueError where its parts do not
+    fit each other.
 
     `given`: the encoder or teacher of the stage; None for a teacher that is not trained yet, whose sizes are known, and whose
     parameters are of `dtype`.

@@ -139,22 +139,25 @@ class FinalLayer(nn.Module):
         return self.linear(modulate(self.norm_final(x), shift, scale))
 
 
-def time_rates(frequencies: int, device: torch.device | None = None) -> Tensor:
+FREQUENCIES = 256  #: channels of the sinusoids of t
+
+
+def time_rates(frequencies: int) -> Tensor:
     """(frequencies / 2,) angular rates of the sinusoids of t: from 1 down to nearly 1 / 10,000, geometrically."""
     half = frequencies // 2
-    return torch.exp(-math.log(10_000) / half * torch.arange(half, dtype=torch.float32, device=device))
+    return torch.exp(-math.log(10_000) / half * torch.arange(half, dtype=torch.float32))
 
 
 class TimestepEmbedder(nn.Module):
-    """Sinusoids of t (256 of them, periods up to 10,000) through a two-layer MLP."""
+    """Sinusoids of t (FREQUENCIES of them, periods up to 10,000) through a two-layer MLP."""
 
     rates: Tensor
 
-    def __init__(self, width: int, frequencies: int = 256) -> None:
+    def __init__(self, width: int) -> None:
         super().__init__()
-        self.mlp = nn.Sequential(nn.Linear(frequencies, width), nn.SiLU(), nn.Linear(width, width))
+        self.mlp = nn.Sequential(nn.Linear(FREQUENCIES, width), nn.SiLU(), nn.Linear(width, width))
         # as bits: a model that is cast to half precision must keep them
-        self.register_buffer("rates", time_rates(frequencies).view(torch.int32), persistent=False)
+        self.register_buffer("rates", time_rates(FREQUENCIES).view(torch.int32), persistent=False)
 
     def forward(self, t: Tensor) -> Tensor:  # (N,) -> (N, D)
         angles = t.float()[:, None] * self.rates.view(torch.float32)[None, :]

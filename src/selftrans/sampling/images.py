@@ -274,7 +274,7 @@ def overridden(loaded: LoadedModel, overrides: dict[str, Any]) -> SampleConfig:
 
 
 def applicable_settings(settings: SampleConfig, model: Backbone) -> SampleConfig:
-    """The settings, without guidance by a second output where the model has none: for what samples several models alike."""
+    """The settings without guidance by a second output where the model has none, for sampling several models alike."""
     return settings if model.early is not None else dataclasses.replace(settings, early_guidance=1.0)
 
 

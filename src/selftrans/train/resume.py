@@ -168,7 +168,7 @@ def check_data(found: checkpoint.Checkpoint, manifest: Manifest) -> None:
 
 
 def common_checkpoint(folder: Path, accelerator: Accelerator) -> checkpoint.Checkpoint | None:
-    """The checkpoint that all processes continue from: the newest valid one that the first process sees.
+    """The checkpoint that all processes continue from: the newest valid one that the main process sees.
 
     ValueError in a process that cannot read it. Leftovers of interrupted writes are removed.
     """
@@ -187,7 +187,10 @@ def common_checkpoint(folder: Path, accelerator: Accelerator) -> checkpoint.Chec
 
 @contextlib.contextmanager
 def checkpoint_errors(found: checkpoint.Checkpoint, *errors: type[Exception]) -> Iterator[None]:
-    """ValueError that names a checkpoint whose state is intact but has missing or wrong entries."""
+    """Turn errors about missing or wrong entries of a checkpoint's state into a ValueError that names it.
+
+    `errors`: kinds of them besides the usual ones.
+    """
     wrong: tuple[type[Exception], ...] = (KeyError, TypeError, AttributeError, RuntimeError, *errors)
     try:
         yield
