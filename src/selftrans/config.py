@@ -227,7 +227,7 @@ class RunConfig:
         return model
 
     def check(self) -> RunConfig:
-        """Itself, or a ValueError that names the first field that cannot work."""
+        """Returns this configuration. ValueError names the first field that cannot work."""
         known = (section for section in self.sections.values() if isinstance(section, Section))  # else plain json
         for section in (self.data, self.model, self.init, self.lora, self.train, self.log, *known, self.sample):
             section.check()

@@ -38,7 +38,7 @@ class Text:
     null: str = ""  #: sha256 of null.safetensors; in a plan, empty until that is written
 
     def layout(self, conditions: Conditions) -> Layout:
-        """What it adds to a shard."""
+        """The tensors that captions add to a shard."""
         kept, tokens, width = self.captions, conditions.tokens, conditions.width
         ids, text = ("int32", (kept, tokens)), (self.dtype, (kept, tokens, width))
         return {

@@ -92,7 +92,7 @@ class Objective(nn.Module):
         return self.losses(draw(batch, null, path=self.path, times=self.times, drop=self.drop), step)
 
     def losses(self, d: Draw, step: int | Tensor) -> tuple[Tensor, Report]:
-        """The same for a draw already made (`flow.draw`)."""
+        """Loss and report of a draw that was already made (`flow.draw`)."""
         d = d._replace(step=step)
         active = [g for g in self.guidances if isinstance(step, Tensor) or g.until_step is None or step < g.until_step]
         for g in active:

@@ -256,7 +256,7 @@ def overridden(loaded: LoadedModel, overrides: dict[str, Any]) -> SampleConfig:
     """
     words, conditions = overrides.get("labels"), loaded.model.conditions
     numbers = isinstance(words, tuple) and len(words) > 0 and all(isinstance(word, int) for word in words)
-    if isinstance(words, tuple) and not numbers and conditions.kind != "text":
+    if isinstance(words, tuple) and not numbers:
         labels, counts = chosen_labels(words, loaded.classes, conditions)
         overrides = ({"num": len(labels)} if counts else {}) | overrides | {"labels": labels}
         if counts and overrides["num"] < len(labels):
@@ -279,7 +279,7 @@ def applicable_settings(settings: SampleConfig, model: Backbone) -> SampleConfig
 
 
 def decoder_dtype(device: torch.device, precision: str) -> torch.dtype:
-    """Of the autoencoder that decodes samples in this precision: reduced on a GPU only."""
+    """Dtype of the autoencoder that decodes samples in this precision: reduced on a GPU only."""
     reduced = device.type == "cuda" and PRECISIONS[precision] != torch.float32
     return torch.bfloat16 if reduced else torch.float32
 

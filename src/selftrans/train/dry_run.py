@@ -286,7 +286,7 @@ def _peak(device: torch.device) -> int:
 
 
 def text(found: DryRun) -> str:
-    """The findings as text."""
+    """A dry run's findings, in lines."""
     lines = [f"dry run: {plural(found.samples, 'sample')}, batches of {found.batch_size}, on {found.device}"]
     for stage in found.stages:
         size = f"{stage.parameters / 1e6:.3g} M parameters ({stage.trained / 1e6:.3g} M trained, with heads)"

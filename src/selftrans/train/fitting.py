@@ -88,7 +88,7 @@ def _rows(given: Given, manifest: Manifest) -> dict[int, int]:
 
 
 def _with_rows(own: Tensor, theirs: Tensor, rows: dict[int, int], now: int, before: int) -> Tensor:
-    """The fresh table with the kept rows of classes, and the rows after the classes."""
+    """A fresh table `own` with the rows of kept classes, and those after the classes, from `theirs`."""
     table = own.detach().clone()
     for k, other in rows.items():
         table[k] = theirs[other].to(own.dtype)

@@ -36,7 +36,7 @@ def keep_memory() -> bool:
 
 
 def process_group_options(config: Train) -> InitProcessGroupKwargs:
-    """A finite time to wait for other processes. ValueError where they were launched in a way that would not work."""
+    """The time that a process waits for the others. ValueError where accelerate would wrap the model in its own FSDP."""
     if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
         raise ValueError(
             "accelerate is configured to use FSDP; remove that from its options or configuration file, and set "
@@ -47,7 +47,7 @@ def process_group_options(config: Train) -> InitProcessGroupKwargs:
 
 @contextlib.contextmanager
 def reporting_lost_processes() -> Iterator[None]:
-    """Turn the failure of a wait for another process into a ConnectionError of one line."""
+    """Turn an error of waiting for another process into a ConnectionError of one line."""
     try:
         yield
     except RuntimeError as error:

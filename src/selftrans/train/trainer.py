@@ -221,7 +221,7 @@ class Trainer:
         self._preview(last)
 
     def _preview(self, last: bool, *, again: bool = False) -> None:
-        """A preview, if one is due at this step; `again`: after a restart at this step."""
+        """Make a preview if one is due at this step; `again`: after a restart at this step."""
         every, path = self.config.train.preview_every, self.directory / "previews" / f"step-{self.step:08d}.png"
         if self.preview and self.step and (self.step % every == 0 or last):
             manifest = self.shards.manifest

@@ -89,7 +89,7 @@ def empty_classes(root: Path, names: Collection[str], unit: str, allowed: bool =
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
-    """Whether an entry is a folder, or a link to one; a link that leads in a circle is none."""
+    """Whether an entry is a folder, or a link to one; not a link that leads in a circle."""
     try:
         return entry.is_dir()
     except OSError:

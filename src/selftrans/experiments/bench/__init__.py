@@ -20,13 +20,13 @@ from selftrans.config import Log, RunConfig, Train, sections
 from selftrans.data.dataset import Dataset
 from selftrans.device import default_device
 from selftrans.experiments.bench.loading_sampling import loading, prepare_sampling, random_dataset, sampling
-from selftrans.experiments.bench.machine import Clock, Peak, describe, load
+from selftrans.experiments.bench.machine import Clock, Peak, describe, load_average
 from selftrans.experiments.bench.rounds import (
     PARTS,
     Candidate,
-    FieldStep,
     Memory,
     TimedAccelerator,
+    TimedPlainStep,
     TrainerStep,
     interleaved,
     randomise,
@@ -124,7 +124,7 @@ def bench(
             accelerator.free_memory()
         if budget.allows(LOADING):
             report["loading"] = loading(dataset, accelerator.clock, batches=8 if quick else 40)
-    report["machine"]["load_after"] = load()
+    report["machine"]["load_after"] = load_average()
     report["ratios"] = next((model["ratios"] for model in report["models"].values() if "ratios" in model), {})
     write_json(out / "bench.json", report)
     return report
@@ -242,7 +242,9 @@ def build(
         stage = TRAINED[name.removeprefix(CAPTURED).removeprefix(PLAIN)].stages(config)[-1]
         if name.startswith(PLAIN):
             needed = step_flops_of(config, stage, dataset)
-            candidates[name] = FieldStep(config, dataset, accelerator.clock, guided=bool(stage.teacher), flops=needed)
+            candidates[name] = TimedPlainStep(
+                config, dataset, accelerator.clock, guided=bool(stage.teacher), flops=needed
+            )
         else:
             own = config.override({"train.capture": "on" if name.startswith(CAPTURED) else "off"})
             frozen = teacher(stage, config, dataset)

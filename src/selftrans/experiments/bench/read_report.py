@@ -48,7 +48,7 @@ class BenchedModel:
 
     @functools.cached_property
     def parameters(self) -> int | None:
-        """Those of the model of this name, on latents as `bench` has them; None where the name is not known here."""
+        """Number of parameters of the model, on latents as `bench` has them; None where its name is not known here."""
         try:
             with torch.device("meta"):
                 config = RunConfig("bench", model=find(self.model).Config(name=self.model))
