@@ -7,22 +7,21 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from selftrans.methods.guidance import initialised
+
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 class ConvHead(nn.Module):
     """Tokens (N, T, D) -> (N, T, out) by a convolution of three tokens along each dimension of their grid, padded with zeros.
 
-    It has Xavier weights and a zero bias, as the other heads. A call with `grid` is for latents of another size.
+    A call with `grid` is for latents of another size.
     """
 
     def __init__(self, grid: tuple[int, ...], width: int, out: int) -> None:
         super().__init__()
         self.grid = tuple(grid)
-        self.conv = CONVOLUTIONS[len(grid) - 1](width, out, kernel_size=3, padding=1)
-        nn.init.xavier_uniform_(self.conv.weight)
-        if self.conv.bias is not None:
-            nn.init.zeros_(self.conv.bias)
+        self.conv = initialised(CONVOLUTIONS[len(grid) - 1](width, out, kernel_size=3, padding=1))
 
     def forward(self, tokens: Tensor, grid: tuple[int, ...] | None = None) -> Tensor:
         maps = tokens.transpose(1, 2).unflatten(2, grid or self.grid)  # (N, T, D) -> (N, D, *grid)

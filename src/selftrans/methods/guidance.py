@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 import operator
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +19,7 @@ from selftrans.sections import Section
 from selftrans.types import Backbone, Cond, Draw, cat_cond, check_backbone
 
 Report = dict[str, Tensor]
+Head = TypeVar("Head", bound=nn.Module)
 
 
 class Guidance(nn.Module):
@@ -191,15 +192,13 @@ def projector(width: int, out: int, hidden: int = 2048) -> nn.Sequential:
     )
 
 
-def initialised(head: nn.Sequential) -> nn.Sequential:
+def initialised(head: Head) -> Head:
     """The head with the backbones' initialisation, as in REPA and the release of Self-Transcendence: Xavier, zero bias.
 
     torch's default would start its weights about 2.4 times smaller, and its output 4 to 5 times.
     """
-    for module in head.modules():
-        if isinstance(module, nn.Linear):
-            nn.init.xavier_uniform_(module.weight)
-            nn.init.zeros_(module.bias)
+    for parameter in head.parameters():
+        (nn.init.xavier_uniform_ if parameter.dim() > 1 else nn.init.zeros_)(parameter)
     return head
 
 

@@ -135,10 +135,11 @@ def _dry_run(config: RunConfig, out: Path, steps: int, typed: Collection[str]) -
         config, plan, initial = planned(config, shards, out, typed)
         if said := describe_data(config, shards):
             accelerator.print(said)
+        device = accelerator.device
         given, shards = shards, ready_data(config, shards.dry_run_data(), accelerator, quiet=True)
         found = DryRun(
-            device=_device_name(accelerator.device),
-            memory_total=_total(accelerator.device),
+            device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+            memory_total=_total(device),
             samples=len(shards),
             batch_size=config.train.batch_size,
             micro_batch=config.train.batch_size // (config.train.accumulate * accelerator.num_processes),
@@ -263,10 +264,6 @@ def _written(config: RunConfig, plan: list[Stage]) -> list[str]:
 
 def _every(steps: int) -> str:
     return "every step" if steps == 1 else f"every {steps} steps"
-
-
-def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def _total(device: torch.device) -> int | None:
