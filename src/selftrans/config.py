@@ -7,7 +7,7 @@ import dataclasses
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 from selftrans.fine_tuning import Init, Lora, check_together
 from selftrans.flow import PATHS, TIMES
@@ -16,12 +16,11 @@ from selftrans.models import registry as models
 from selftrans.models.sit import SiTConfig
 from selftrans.models.spec import ModelConfig
 from selftrans.sample_config import SampleConfig
-from selftrans.sections import RUN_SECTIONS, Resume, Section, fields_of, from_plain, setting
+from selftrans.sections import RUN_SECTIONS, Resume, S, Section, fields_of, from_plain, setting
 from selftrans.suggest import nearest
 from selftrans.types import Backbone, Conditions
 
 VERSION = 2  #: of the json layout
-S = TypeVar("S", bound=Section)
 
 
 @dataclass(frozen=True)

@@ -233,11 +233,8 @@ def equal_lengths(config: RunConfig) -> RunConfig:
 
 def override(config: RunConfig, *, data: str | None = None, steps: int | None = None) -> RunConfig:
     """The configuration with other data or student steps; None keeps them."""
-    if data is not None:
-        config = config.override({"data.path": data})
-    if steps is not None:
-        config = config.override({"train.steps": steps})
-    return config.check()
+    given = {"data.path": data, "train.steps": steps}
+    return config.override({name: value for name, value in given.items() if value is not None}).check()
 
 
 def summarise(chosen: Comparison, results: Results, failed: Mapping[Job, str] | None = None) -> dict[str, Any]:

@@ -228,11 +228,7 @@ def sincos_positions(width: int, grid: tuple[int, ...], device: torch.device | N
     return torch.cat(parts[::-1], dim=-1).flatten(end_dim=-2).float()
 
 
-CONVOLUTIONS: dict[int, type[nn.Conv1d] | type[nn.Conv2d] | type[nn.Conv3d]] = {
-    1: nn.Conv1d,
-    2: nn.Conv2d,
-    3: nn.Conv3d,
-}
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)  #: of latents with one to three dimensions
 
 
 class PatchEmbed(nn.Module):
@@ -244,7 +240,7 @@ class PatchEmbed(nn.Module):
     def __init__(self, channels: int, patch: int | tuple[int, ...], width: int) -> None:
         super().__init__()
         cells = (patch, patch) if isinstance(patch, int) else patch
-        self.proj = CONVOLUTIONS[len(cells)](channels, width, kernel_size=cells, stride=cells)  # type: ignore[arg-type]
+        self.proj = CONVOLUTIONS[len(cells) - 1](channels, width, kernel_size=cells, stride=cells)  # type: ignore[arg-type]
 
     def forward(self, x: Tensor) -> Tensor:  # (N, C, *S) -> (N, T, D)
         # contiguous: all that follows inherits the layout, and channels that lie apart cost a copy at each norm
