@@ -20,7 +20,7 @@ import torch
 
 from selftrans import flow
 from selftrans.experiments.bench import settings
-from selftrans.experiments.bench.machine import Clock, describe, load
+from selftrans.experiments.bench.machine import Clock, describe, load_average
 from selftrans.experiments.bench.plain_step import update_ema
 from selftrans.experiments.bench.rounds import randomise
 from selftrans.methods.guidance import Frozen
@@ -128,7 +128,7 @@ def main() -> None:
     chosen = ways(SiTConfig(name=options.model), options.batch_size, device)
     table = measure(chosen, Clock(device), options.rounds)
     report = {
-        "machine": machine | {"load_after": load()},
+        "machine": machine | {"load_after": load_average()},
         "model": options.model,
         "batch": options.batch_size,
         "rounds": options.rounds,

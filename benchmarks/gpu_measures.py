@@ -35,9 +35,9 @@ from selftrans.experiments.bench import loading_sampling
 from selftrans.experiments.bench.loading_sampling import prepare_sampling, random_dataset
 from selftrans.experiments.bench.machine import Clock, describe
 from selftrans.experiments.bench.rounds import randomise
+from selftrans.messages import first_line
 from selftrans.models.sit import SiTConfig
 from selftrans.sampling.images import Sampler
-from selftrans.storage import first_line
 from selftrans.train.captured_step import Recorded
 from selftrans.train.dry_run import dry_run
 from selftrans.train.run import train

@@ -23,7 +23,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from selftrans.storage import atomic_write, first_line, write_json
+from selftrans.messages import first_line
+from selftrans.storage import atomic_write, write_json
 from selftrans.train.interrupted import Interrupted
 
 MODELS = ("s2", "b2", "s4", "xl2")

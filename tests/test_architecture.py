@@ -24,7 +24,8 @@ FILES = {path.relative_to(SRC).as_posix(): path.read_text(encoding="utf-8") for 
 #: packages and modules of src/selftrans; each may import those above it in this list
 ORDER = (
     "suggest",      # the nearest known word to a misspelt one
-    "storage",      # atomic writes, locks, hashes, text made safe for a terminal
+    "messages",     # numbers, names and errors in messages, safe for a terminal
+    "storage",      # atomic writes, locks, hashes
     "precision",    # fp32, bf16, fp16 -> torch's dtypes
     "device",       # which device a process works on
     "sections",     # settings as frozen dataclasses, to and from json
@@ -52,10 +53,10 @@ ORDER = (
 )  # fmt: skip
 #: packages that may import less than the order allows
 EXCEPT = {
-    "encoders": "storage types",
-    "models": "suggest storage sections plugins types flow",
+    "encoders": "messages types",
+    "models": "suggest messages sections plugins types flow",
     "methods": "sections plugins types flow",
-    "evaluate": "suggest storage types flow encoders",
+    "evaluate": "suggest messages storage types flow encoders",
     "library": "sections types flow models methods config sampling checkpoints",  # import selftrans: torch and nothing else
     "__init__": "library",
 }

@@ -7,7 +7,7 @@ import dataclasses
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 from selftrans.fine_tuning import Init, Lora, check_together
 from selftrans.flow import PATHS, TIMES
@@ -16,12 +16,11 @@ from selftrans.models import registry as models
 from selftrans.models.sit import SiTConfig
 from selftrans.models.spec import ModelConfig
 from selftrans.sample_config import SampleConfig
-from selftrans.sections import OWN, Resume, Section, fields_of, from_plain, setting
+from selftrans.sections import RUN_SECTIONS, Resume, S, Section, fields_of, from_plain, setting
 from selftrans.suggest import nearest
 from selftrans.types import Backbone, Conditions
 
 VERSION = 2  #: of the json layout
-S = TypeVar("S", bound=Section)
 
 
 @dataclass(frozen=True)
@@ -205,7 +204,7 @@ class RunConfig:
             key, _, leaf = name.rpartition(".")
             if not key:
                 config = dataclasses.replace(config, **{leaf: value})
-            elif key in OWN:
+            elif key in RUN_SECTIONS:
                 section: Any = config.model_of(value) if name == "model.name" else getattr(config, key)
                 config = dataclasses.replace(config, **{key: dataclasses.replace(section, **{leaf: value})})
             else:
@@ -227,7 +226,7 @@ class RunConfig:
         return model
 
     def check(self) -> RunConfig:
-        """Itself, or a ValueError that names the first field that cannot work."""
+        """Returns this configuration. ValueError names the first field that cannot work."""
         known = (section for section in self.sections.values() if isinstance(section, Section))  # else plain json
         for section in (self.data, self.model, self.init, self.lora, self.train, self.log, *known, self.sample):
             section.check()

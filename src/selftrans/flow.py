@@ -9,8 +9,7 @@ Shape legend: N batch, (C, *S) latent.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import NamedTuple
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -20,62 +19,64 @@ from selftrans.types import Batch, Cond, Draw, where_cond
 HALF_PI = math.pi / 2
 
 
-class Path(NamedTuple):
-    """alpha, sigma and their derivatives, each a function of t (any shape) to a tensor of that shape."""
+class Path(Protocol):
+    """A path between data and noise; each function maps t (any shape) to a tensor of that shape."""
 
     name: str
-    alpha: Callable[[Tensor], Tensor]
-    sigma: Callable[[Tensor], Tensor]
-    d_alpha: Callable[[Tensor], Tensor]
-    d_sigma: Callable[[Tensor], Tensor]
-    t_of_ratio: Callable[[Tensor], Tensor]  #: t at which sigma / alpha has this value
+
+    def alpha(self, t: Tensor) -> Tensor: ...
+    def sigma(self, t: Tensor) -> Tensor: ...
+    def d_alpha(self, t: Tensor) -> Tensor: ...
+    def d_sigma(self, t: Tensor) -> Tensor: ...
+    def t_of_ratio(self, ratio: Tensor) -> Tensor:
+        """t at which sigma / alpha has this value."""
+        ...
 
 
-def _one_minus(t: Tensor) -> Tensor:
-    return 1 - t
+class LinearPath:
+    """alpha = 1 - t, sigma = t, v = noise - z0."""
+
+    name = "linear"
+
+    def alpha(self, t: Tensor) -> Tensor:
+        return 1 - t
+
+    def sigma(self, t: Tensor) -> Tensor:
+        return t
+
+    def d_alpha(self, t: Tensor) -> Tensor:
+        return -torch.ones_like(t)
+
+    def d_sigma(self, t: Tensor) -> Tensor:
+        return torch.ones_like(t)
+
+    def t_of_ratio(self, ratio: Tensor) -> Tensor:
+        return ratio / (1 + ratio)
 
 
-def _itself(t: Tensor) -> Tensor:
-    return t
+class CosinePath:
+    """alpha = cos(pi t / 2), sigma = sin(pi t / 2)."""
+
+    name = "cosine"
+
+    def alpha(self, t: Tensor) -> Tensor:
+        return torch.cos(HALF_PI * t)
+
+    def sigma(self, t: Tensor) -> Tensor:
+        return torch.sin(HALF_PI * t)
+
+    def d_alpha(self, t: Tensor) -> Tensor:
+        return -HALF_PI * torch.sin(HALF_PI * t)
+
+    def d_sigma(self, t: Tensor) -> Tensor:
+        return HALF_PI * torch.cos(HALF_PI * t)
+
+    def t_of_ratio(self, ratio: Tensor) -> Tensor:
+        return torch.atan(ratio) / HALF_PI
 
 
-def _minus_one(t: Tensor) -> Tensor:
-    return -torch.ones_like(t)
-
-
-def _one(t: Tensor) -> Tensor:
-    return torch.ones_like(t)
-
-
-def _linear_t(ratio: Tensor) -> Tensor:
-    return ratio / (1 + ratio)
-
-
-def _cos(t: Tensor) -> Tensor:
-    return torch.cos(HALF_PI * t)
-
-
-def _sin(t: Tensor) -> Tensor:
-    return torch.sin(HALF_PI * t)
-
-
-def _d_cos(t: Tensor) -> Tensor:
-    return -HALF_PI * torch.sin(HALF_PI * t)
-
-
-def _d_sin(t: Tensor) -> Tensor:
-    return HALF_PI * torch.cos(HALF_PI * t)
-
-
-def _cosine_t(ratio: Tensor) -> Tensor:
-    return torch.atan(ratio) / HALF_PI
-
-
-# named functions: an objective holds a path, and lambdas cannot be pickled
-#: the linear path: alpha = 1 - t, sigma = t, v = noise - z0
-LINEAR = Path("linear", _one_minus, _itself, _minus_one, _one, _linear_t)
-#: the cosine path: alpha = cos(pi t / 2), sigma = sin(pi t / 2)
-COSINE = Path("cosine", _cos, _sin, _d_cos, _d_sin, _cosine_t)
+LINEAR: Path = LinearPath()
+COSINE: Path = CosinePath()
 #: name -> path
 PATHS = {path.name: path for path in (LINEAR, COSINE)}
 

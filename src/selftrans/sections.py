@@ -17,8 +17,8 @@ from typing import Any, ClassVar, Literal, TypeVar
 from selftrans.suggest import nearest
 
 Resume = Literal["fixed", "free", "consent"]
-OWN = ("data", "model", "init", "lora", "train", "sample", "log")  #: keys of the sections that every run has
-TAKEN = ("version", "recipe", "method")  #: other names at the top of config.json
+RUN_SECTIONS = ("data", "model", "init", "lora", "train", "sample", "log")  #: keys of the sections that every run has
+RESERVED_KEYS = ("version", "recipe", "method")  #: other names at the top of config.json
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Section:
 def setting(default: Any, *, resume: Resume | None = None, length: bool = False) -> Any:
     """A field of a section, with what a run in progress allows.
 
-    resume: `fixed` fields must stay as they were when the run began, `free` ones may change between two visits, `consent`
+    resume: `fixed` fields must stay as they were when the run began, `free` ones may change when it is continued, `consent`
     ones may with `train.allow_changes`, which is recorded. length: the field is the number of steps of a stage, and no
     step depends on it.
     """
@@ -94,8 +94,14 @@ def checked(section: S, kind: type[S]) -> S:
     if not isinstance(section, kind):
         found = f"the class {section.__name__}" if isinstance(section, type) else type(section).__name__
         raise ValueError(f"the settings must be {kind.__name__}(...), not {found}")
-    found = from_plain(type(section), _plain(dataclasses.asdict(section)), kind.key)
-    found.check()
+    section = checked_types(section)
+    section.check()
+    return section
+
+
+def checked_types(section: S) -> S:
+    """The section with each field of its type. ValueError for one that is not (of a choice: one of them)."""
+    found: S = from_plain(type(section), _plain(dataclasses.asdict(section)), section.key)
     return found
 
 

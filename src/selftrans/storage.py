@@ -1,4 +1,4 @@
-"""Files on disk: atomic writes, locks, hashes, and text from files made safe for a terminal.
+"""Files on disk: atomic writes, locks, hashes.
 
 A temporary file or directory is next to its target and is called `.<target>.<writer>.tmp`: hidden, and on the same file
 system, so that the rename is atomic. Folders may be untrusted: never write through symbolic links in them.
@@ -18,11 +18,12 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
+from selftrans.messages import gigabytes
+
 T = TypeVar("T")
 #: what reading a json file raises that is damaged, or of another content than expected
 UNREADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError)
 FREE_SPACE = "free disk space or choose another folder"
-JOINERS = "\u200c\u200d"  #: invisible, but parts of words in some scripts, and of emoji
 REFUSED = {errno.EROFS, errno.EACCES, errno.EPERM}  #: errors of a folder in which nothing may be written
 
 
@@ -246,64 +247,10 @@ def removed_if_refused(new: Sequence[Path], *, keep: Path) -> Iterator[None]:
         raise
 
 
-# ---- hashes, text
+# ---- hashes
 
 
 def sha256_file(path: Path) -> str:
     """sha256 of a file, in hexadecimal."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def printable(text: object, limit: int | None = 160) -> str:
-    """Text from a file on one line of at most `limit` characters, with control characters escaped for the terminal."""
-    start = str(text)[:limit]
-    return start if start.isprintable() else ascii(start)[1:-1][:limit]
-
-
-def one_line(text: str) -> str:
-    """A caption or a name on one line that can be encoded in UTF-8, without control characters and double spaces."""
-    encodable = text.encode("utf-8", "replace").decode("utf-8")
-    return " ".join("".join(c if c.isprintable() or c in JOINERS else " " for c in encodable).split())
-
-
-def decoded_text(data: bytes) -> str:
-    """Text in UTF-8, or in UTF-16 with its mark, as some editors of Windows store it. UnicodeDecodeError for any other."""
-    utf16 = data.startswith((b"\xff\xfe", b"\xfe\xff"))
-    return data.decode("utf-16" if utf16 else "utf-8-sig")
-
-
-def listed(names: Sequence[object], most: int = 8) -> str:
-    """The first `most` names, each `printable`, separated by commas, and how many more there are."""
-    return ", ".join(map(printable, names[:most])) + (f" and {len(names) - most:,} more" if len(names) > most else "")
-
-
-def plural(count: int, noun: str) -> str:
-    """`1 picture`, `1,200 pictures`: a number and its noun."""
-    ending = "es" if noun.endswith(("s", "x", "ch")) else "s"
-    return f"{count:,} {noun if count == 1 else noun + ending}"
-
-
-def gigabytes(size: float) -> str:
-    """A number of bytes with three digits: `1.23 GB` from a tenth of it on, `74.4 kB`, `9.8 TB`."""
-    for unit, scale, least in (("TB", 1e12, 0.9995e12), ("GB", 1e9, 0.9995e8), ("MB", 1e6, 0.9995e6)):
-        if size >= least:
-            return f"{size / scale:.3g} {unit}"
-    return f"{size / 1e3:.3g} kB"
-
-
-def are(count: int) -> str:
-    """`is` or `are`, for a number of things."""
-    return "is" if count == 1 else "are"
-
-
-def first_line(error: object, limit: int = 160) -> str:
-    """The first line of an error's message without the full stop, for use in another message; its type if it has none."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    # a final colon introduces the next line
-    text = " ".join(lines[:2] if lines[0].rstrip().endswith(":") else lines[:1])
-    text = " ".join(text.split()).rstrip(".")
-    if len(text) > limit:
-        start = text[: limit - 3]
-        text = f"{start.rpartition(' ')[0] or start}..."
-    return printable(text, limit)

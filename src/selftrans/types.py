@@ -18,7 +18,7 @@ import torch
 import torch.utils.checkpoint
 from torch import Tensor, nn
 
-from selftrans.storage import plural
+from selftrans.messages import plural
 
 #: A condition: a label tensor (N,), or named tensors that all start with N (text tokens, mask, pooled vector).
 #: Objective, guidance, trainer and sampler never look inside; they use the four functions below.
@@ -210,6 +210,11 @@ class Backbone(nn.Module):
     def tokens(self) -> int:
         """T, tokens of a latent."""
         return math.prod(self.grid)
+
+    def grid_of(self, sides: tuple[int, ...]) -> tuple[int, ...]:
+        """Tokens along each dimension of a latent (C, *sides), which may have another size than the model's own."""
+        cells = (side // n for side, n in zip(self.shape[1:], self.grid, strict=True))
+        return tuple(side // cell for side, cell in zip(sides, cells, strict=True))
 
     def repeated(self) -> list[nn.Module]:
         """The blocks in order: what is compiled and sharded one by one. Default: none, the model is treated as one part."""

@@ -15,7 +15,7 @@ from selftrans.evaluate.metrics import frechet_distance
 from selftrans.evaluate.statistics import Moments
 from selftrans.experiments import evaluate_samples, measurement
 from selftrans.sampling.images import Sampler
-from selftrans.sampling.in_sizes import InSizes
+from selftrans.sampling.sized_sampler import SizedSampler
 from selftrans.train.run import train
 from tests.support import captioned, ratios, toy
 from tests.support.toy import quick  # noqa: F401 - a fixture
@@ -148,7 +148,7 @@ def distance_by_hand(run, count, steps):
     data = open_data(ratios.shared())
     real = [((part.read(range(8), ["moments"])["moments"][:, 0, :3] + 1) * 127.5).round() for part in data.buckets]
     reference = np.concatenate([Colours()(x.permute(0, 2, 3, 1).numpy())["features"] for x in real])
-    sized = InSizes(Sampler.load(run, {"num": count, "steps": steps}), data)
+    sized = SizedSampler(Sampler.load(run, {"num": count, "steps": steps}), data)
     sampled = np.concatenate([Colours()(batch.images)["features"] for batch in sized.sample()])
     return frechet_distance(*(Moments(x.mean(axis=0), np.cov(x, rowvar=False)) for x in (sampled, reference)))
 

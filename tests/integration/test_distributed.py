@@ -13,11 +13,12 @@ from selftrans.checkpoints.format import newest
 from selftrans.flow import LINEAR, interpolate
 from selftrans.methods import objective
 from selftrans.methods.dispersive import Dispersive, DispersiveGuidance
-from selftrans.methods.guidance import Frozen, gate
+from selftrans.methods.guidance import Frozen
 from selftrans.methods.layersync import LayerSync, LayerSyncGuidance
 from selftrans.methods.objective import Objective
 from selftrans.methods.self_transcendence import SelfGuidance, Stage1, Stage2, StructureGuidance
 from selftrans.methods.sra import SRA, SRAGuidance
+from selftrans.methods.timestep_range import TimestepRange
 from selftrans.models.sit import SiT
 from selftrans.train.run import accelerator_of, train
 from selftrans.types import Batch, Draw
@@ -133,7 +134,7 @@ def test_range_needs_a_padding_row_in_one_process_only():
     """Covered by the comparison above: 6 of 12 rows are computed, 3 in each process; 5 have a gain, 3 and 2."""
     for rows, counted in ((range(12), 5), (range(0, 12, 2), 3), (range(1, 12, 2), 2)):
         batch = Batch(torch.zeros(len(rows), *SHAPE), torch.zeros(len(rows)), torch.tensor(list(rows)))
-        found = gate(by_row(batch, torch.zeros(len(rows))), (0.3, 0.75), "select")
+        found = TimestepRange((0.3, 0.75), "select").gate(by_row(batch, torch.zeros(len(rows))))
         assert len(found.rows) == len(rows) // 2 and int((found.gain > 0).sum()) == counted
 
 

@@ -54,7 +54,7 @@ def test_velocity_gives_back_noise_and_score(path):
 def test_score_of_gaussian_data_is_the_gradient_of_its_log_density(path):
     """z0 ~ N(m, s²) gives z_t ~ N(alpha m, alpha² s² + sigma²), whose log-density torch.distributions knows."""
     m, s, t = 0.7, 0.5, torch.tensor(0.3, dtype=torch.float64)
-    alpha, sigma, d_alpha, d_sigma = (f(t) for f in path[1:5])
+    alpha, sigma, d_alpha, d_sigma = (f(t) for f in (path.alpha, path.sigma, path.d_alpha, path.d_sigma))
     scale = (alpha**2 * s**2 + sigma**2).sqrt()
     z = torch.linspace(-3, 3, 7, dtype=torch.float64).requires_grad_()
     (score,) = torch.autograd.grad(torch.distributions.Normal(alpha * m, scale).log_prob(z).sum(), z)

@@ -1,4 +1,4 @@
-"""Atomic writes, locks, hashes and safe text, checked by the resulting files."""
+"""Atomic writes, locks and hashes, checked by the resulting files."""
 
 from __future__ import annotations
 
@@ -18,18 +18,11 @@ import pytest
 from selftrans import storage
 from selftrans.storage import (
     InUse,
-    are,
     atomic_directory,
     atomic_write,
     check_writable,
-    first_line,
-    gigabytes,
-    listed,
     lock_file,
     no_symlink,
-    one_line,
-    plural,
-    printable,
     recorded,
     remove_stale_temporaries,
     sha256_file,
@@ -357,50 +350,13 @@ def test_opener_follows_no_symlink(tmp_path):
     assert (tmp_path / "new").read_bytes() == b"1"
 
 
-# ---- hashes and text
+# ---- hashes
 
 
 def test_hash_of_a_file_equals_that_of_its_bytes(tmp_path):
     (tmp_path / "x").write_bytes(b"abc")
     assert sha256_file(tmp_path / "x") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
     assert sha256_file(tmp_path / "x") == hashlib.sha256(b"abc").hexdigest()
-
-
-@pytest.mark.parametrize(
-    ("text", "shown"),
-    [
-        ("plain name.png", "plain name.png"),
-        ("Ameise Ölbaum 猫", "Ameise Ölbaum 猫"),
-        ("red\x1b[31m", "red\\x1b[31m"),
-        ("two\nlines", "two\\nlines"),
-        ("right\u202eto left", "right\\u202eto left"),
-        ("not utf-8 \udcff", "not utf-8 \\udcff"),
-        (17, "17"),
-    ],
-)
-def test_control_characters_are_escaped(text, shown):
-    assert printable(text) == shown and printable(text).isprintable()
-
-
-def test_escaped_text_is_truncated():
-    assert printable("x" * 500) == "x" * 160 and printable("x" * 500, None) == "x" * 500
-    assert printable("\x1b" * 500, 10) == "\\x1b\\x1b\\x"
-
-
-@pytest.mark.parametrize(
-    ("error", "line"),
-    [
-        (ValueError("No such file.\nIf this is a private repository, log in."), "No such file"),
-        (RuntimeError("Errors in loading SiT:\n\tsize mismatch for x\n\tand y"), "Errors in loading SiT: size mismatch for x"),
-        (MemoryError(), "MemoryError"),
-        (ValueError("   \n"), "ValueError"),
-        (ValueError("bad \x1b[2J name"), "bad \\x1b[2J name"),
-        (ValueError("x" * 999), "x" * 157 + "..."),
-        (ValueError("a word " * 30), ("a word " * 30)[:155] + "..."),
-    ],
-)  # fmt: skip
-def test_first_line_of_an_error(error, line):
-    assert first_line(error) == line
 
 
 # ---- what a refused command leaves
@@ -473,14 +429,6 @@ def test_a_folder_without_permission_is_known_before(tmp_path, monkeypatch):
         check_writable(tmp_path / "new" / "a.json")
 
 
-def test_bytes_have_three_digits_at_most_whatever_their_number():
-    sizes = (0, 74_400, 999_499, 999_999, 5e6, 99.94e6, 134e6, 1.234e9, 21e9, 999.4e9, 999.9e9, 9.8e12)
-    assert [gigabytes(size) for size in sizes] == [
-        *("0 kB", "74.4 kB", "999 kB", "1 MB", "5 MB", "99.9 MB", "0.134 GB"),
-        *("1.23 GB", "21 GB", "999 GB", "1 TB", "9.8 TB"),
-    ]
-
-
 @pytest.mark.parametrize(
     ("content", "expected"),
     [
@@ -499,19 +447,3 @@ def test_recorded_value_or_what_stands_for_a_damaged_file(tmp_path, content, exp
     if content is not None:
         (tmp_path / "a.json").write_text(content)
     assert recorded(tmp_path / "a.json", lambda held: int(held["a"]), 0) == expected
-
-
-def test_numbers_with_their_nouns():
-    found = [plural(0, "picture"), plural(1, "class"), plural(2, "class"), plural(12345, "box"), plural(2, "batch")]
-    assert found == ["0 pictures", "1 class", "2 classes", "12,345 boxes", "2 batches"]
-    assert [are(0), are(1), are(2)] == ["are", "is", "are"]
-    assert [listed([]), listed(["a", "\x1b"]), listed("abc", 2)] == ["", "a, \\x1b", "a, b and 1 more"]
-
-
-def test_captions_and_names_are_one_clean_line() -> None:
-    assert one_line(" a\tb\x00c \x1b[2J\n d\u2028e ") == "a b c [2J d e"
-    assert one_line("a \ud800 b") == "a ? b" and one_line("\x00 \n") == ""
-    joined = (
-        "\U0001f468\u200d\U0001f469 \u0645\u06cc\u200c\u062e\u0648\u0627\u0647\u0645"  # an emoji and a Persian word
-    )
-    assert one_line(f"\u202e{joined}\u00a0x") == f"{joined} x"

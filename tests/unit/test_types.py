@@ -109,3 +109,13 @@ def test_shape_that_a_backbone_does_not_take_is_refused_even_if_it_has_as_many_n
     with pytest.raises(ValueError, match=r"does not take latents of \(2, 6, 4\): shape .* is invalid") as error:
         check_takes(stub, (2, 6, 4))
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("shape", "grid", "sides", "expected"),
+    [((4, 8, 8), (4, 4), (6, 12), (3, 6)), ((1, 4, 8, 8), (4, 2, 2), (2, 8, 16), (2, 2, 4))],
+)
+def test_grid_of_latents_of_another_size(shape, grid, sides, expected):
+    model = Backbone()
+    model.shape, model.grid = shape, grid
+    assert model.grid_of(sides) == expected

@@ -10,9 +10,10 @@ from safetensors.torch import load_file
 
 from selftrans.checkpoints import format as checkpoint
 from selftrans.config import RunConfig
+from selftrans.messages import first_line
 from selftrans.models.lora import merged
 from selftrans.models.spec import Named
-from selftrans.storage import first_line, sha256_file
+from selftrans.storage import sha256_file
 
 INIT = "init"  #: header entry, and entry of run.json: the weights that a run started from
 START = "init.safetensors"  #: in a run: the weights that every stage starts from, if they were given

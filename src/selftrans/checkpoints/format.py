@@ -21,11 +21,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from selftrans.messages import first_line
 from selftrans.storage import (
     FREE_SPACE,
     atomic_directory,
     atomic_write,
-    first_line,
     recorded,
     remove_stale_temporaries,
     sha256_file,
@@ -162,26 +162,23 @@ def prune(folder: Path, step: int, keep: int, *, best: int = 0, every: int = 0) 
     """Remove all checkpoints but the newest `keep` (0: remove none), the `best` with the lowest loss, and multiples of `every`.
 
     `step` is the one just written. Checkpoints of later steps were found damaged when the run continued: they are not counted
-    and are removed. The loss is `flow` in `state.json`: the mean flow loss of the steps that led to the
-    checkpoint.
+    and are removed. The loss is `flow` in `state.json` (its hash is not checked): the mean flow loss of the steps that led to
+    the checkpoint.
     """
     remove_unfinished(folder)
     if not keep:
         return
     existing = steps(folder)
     counted = [(number, path) for number, path in existing if number <= step]
-    losses = sorted((loss, -number) for number, path in counted if (loss := _flow(path)) is not None) if best else []
+    flows = {
+        number: recorded(path / STATE, lambda state: float(state["flow"]), None) for number, path in counted if best
+    }
+    losses = sorted((flow, -number) for number, flow in flows.items() if flow is not None)
     kept = {-number for _, number in losses[:best]} | {number for number, _ in counted[-keep:]}
     kept |= {number for number, _ in counted if every and number % every == 0}
     for number, path in existing:
         if number not in kept:
             shutil.rmtree(path, ignore_errors=True)
-
-
-def _flow(path: Path) -> float | None:
-    """Flow loss of a checkpoint, without verifying its hashes; None if it is not recorded."""
-    flow = recorded(path / STATE, lambda state: state.get("flow"), None)
-    return float(flow) if isinstance(flow, int | float) else None
 
 
 def read_header(path: Path) -> dict[str, Any]:

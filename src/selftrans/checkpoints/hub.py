@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 
 from selftrans.encoders.text import TOKENIZER_FILES
-from selftrans.storage import first_line, printable
+from selftrans.messages import first_line, printable
 
 SCHEME = "hf://"
 EXAMPLE = "hf://owner/name, or hf://owner/name@revision"

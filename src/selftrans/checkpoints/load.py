@@ -20,9 +20,10 @@ from selftrans.checkpoints import hub
 from selftrans.checkpoints.adapted import frozen_weights, full_weights, weights_hash
 from selftrans.config import RunConfig, from_json, to_json
 from selftrans.encoders.pretrained import encoder_name
+from selftrans.messages import first_line, plural, printable
 from selftrans.plugins import NotFound
 from selftrans.sections import from_plain
-from selftrans.storage import first_line, plural, printable, recorded, sha256_file
+from selftrans.storage import recorded, sha256_file
 from selftrans.types import Backbone, Conditions
 
 Weights = Literal["raw", "ema"]

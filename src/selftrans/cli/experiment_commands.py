@@ -259,7 +259,7 @@ class Compare(RecipeCommand[Config]):
 
     def run(self) -> None:
         from selftrans.experiments.compare import compare_methods, override
-        from selftrans.storage import plural
+        from selftrans.messages import plural
 
         config: Any = override(self.config, data=self.data, steps=self.steps)  # type: ignore[arg-type]
         summary = compare_methods(config, **self.options("recipe", "config", "data", "steps"))

@@ -20,7 +20,7 @@ class OneLine(logging.Filter):
         message = record.getMessage()
         reason, failed, request = message.partition(FAILED)
         if failed and not self.said:
-            from selftrans.storage import printable
+            from selftrans.messages import printable
 
             self.said, reason = True, reason.strip("'")
             host = urlsplit(request.split()[-1]).hostname or "the hub"

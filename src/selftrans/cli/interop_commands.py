@@ -156,7 +156,7 @@ class Push(Command):
         chosen = Chosen(self.license, self.samples, self.evaluations)
         options: dict[str, Any] = {"weights": self.weights, "stage": self.stage}
         if self.dry_run:
-            from selftrans.storage import plural
+            from selftrans.messages import plural
 
             out = self.out or Path(self.repository.rpartition("/")[2] or "push")
             files = write_folder(self.run_or_file, self.repository, out, chosen, **options)

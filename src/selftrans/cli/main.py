@@ -123,7 +123,7 @@ def _of_the_system(error: OSError) -> str:
     """`FILE: what is wrong; what to do`, as far as the error has them."""
     if error.strerror is None:
         return str(error) or type(error).__name__
-    from selftrans.storage import printable
+    from selftrans.messages import printable
 
     remedy = REMEDIES.get(error.errno or 0, "")
     if error.filename is None:

@@ -58,7 +58,7 @@ class Command:
     REPEATED: ClassVar[str] = STARTS_AGAIN  #: what it does after it was interrupted
 
     def options(self, *but: str) -> dict[str, Any]:
-        """The arguments by name, except `but` and `trust`, which is dealt with before `run`."""
+        """The arguments by name, except `but` and `trust`, which is used before `run`."""
         names = [field.name for field in dataclasses.fields(self) if field.name not in (*but, "trust")]
         return {name: getattr(self, name) for name in names}
 

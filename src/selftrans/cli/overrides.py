@@ -36,7 +36,7 @@ def override_type(config: RunConfig, words: Sequence[str]) -> tuple[Any, Any]:
     from selftrans.config import Data, Log, SampleConfig, Train
     from selftrans.fine_tuning import Init, Lora
     from selftrans.methods import registry as methods
-    from selftrans.sections import OWN
+    from selftrans.sections import RUN_SECTIONS
 
     method = (values_of(words, "method") or [config.method])[-1]
     for name in (method, *values_of(words, "methods")):
@@ -52,7 +52,7 @@ def override_type(config: RunConfig, words: Sequence[str]) -> tuple[Any, Any]:
     kinds = methods.sections_of(methods.REGISTRY.every())
     types = {"data": Data, "model": type(model), "init": Init, "lora": Lora, "train": Train}
     types |= {**kinds, "sample": SampleConfig, "log": Log}
-    values = {key: getattr(config, key) for key in OWN} | {"model": model}
+    values = {key: getattr(config, key) for key in RUN_SECTIONS} | {"model": model}
     values |= {key: config.section(kind) for key, kind in kinds.items()}
     fields: list[Any] = [("method", method_type(methods.REGISTRY.known()), dataclasses.field(default=method))]
     fields += [(key, kind, dataclasses.field(default=values[key])) for key, kind in types.items()]
@@ -62,10 +62,10 @@ def override_type(config: RunConfig, words: Sequence[str]) -> tuple[Any, Any]:
 
 def overridden(config: RunConfig, parsed: Any) -> RunConfig:
     """The recipe's configuration with parsed overrides; it still holds the sections of every method."""
-    from selftrans.sections import OWN
+    from selftrans.sections import RUN_SECTIONS
 
     values = {field.name: getattr(parsed, field.name) for field in dataclasses.fields(parsed)}
-    own = {name: values.pop(name) for name in ("method", *OWN)}
+    own = {name: values.pop(name) for name in ("method", *RUN_SECTIONS)}
     return dataclasses.replace(config, **own, sections=values)
 
 

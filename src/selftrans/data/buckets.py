@@ -26,7 +26,8 @@ from selftrans.data.record import REMEDY, Record, parse_json, read_text
 from selftrans.data.resolution import sides, size_text
 from selftrans.data.streaming.remote import is_url
 from selftrans.data.streaming.shard_cache import CacheOptions
-from selftrans.storage import plural, write_text
+from selftrans.messages import plural
+from selftrans.storage import write_text
 
 VERSION = 1
 MOST = 1024  #: folders that a buckets.json may name

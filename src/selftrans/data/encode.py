@@ -27,7 +27,8 @@ from selftrans.data.sources.npz import NpzValues
 from selftrans.data.sources.source import Source
 from selftrans.encoders.autoencoder import Autoencoder, from_uint8
 from selftrans.encoders.identity import identity_kind
-from selftrans.storage import printable, sha256_file
+from selftrans.messages import printable
+from selftrans.storage import sha256_file
 
 
 @dataclass(frozen=True)

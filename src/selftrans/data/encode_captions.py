@@ -33,7 +33,8 @@ from selftrans.data.shard_file import VIEWS, row_bytes, write_shard
 from selftrans.data.sources.captions import CaptionSource
 from selftrans.encoders.pretrained import encoder_name
 from selftrans.encoders.text import BUILT_IN, TextEncoder
-from selftrans.storage import gigabytes, nearest_existing, plural, printable, sha256_file
+from selftrans.messages import gigabytes, plural, printable
+from selftrans.storage import nearest_existing, sha256_file
 from selftrans.types import MASK, TEXT, Conditions
 
 COUNTED = 4096  #: captions whose length is counted at a time

@@ -30,7 +30,7 @@ from selftrans.data.resolution import Resolution, size_text
 from selftrans.data.shard_file import Layout, row_bytes
 from selftrans.encoders.identity import identity, identity_kind
 from selftrans.encoders.latent_space import LatentSpace
-from selftrans.storage import listed, plural, printable
+from selftrans.messages import listed, plural, printable
 from selftrans.types import Conditions
 
 VERSION = 2

@@ -15,7 +15,7 @@ from typing import Literal, TypeAlias
 
 from selftrans.data.record import Record
 from selftrans.data.shard_file import Layout, row_bytes
-from selftrans.storage import plural
+from selftrans.messages import plural
 from selftrans.types import MASK, TEXT, Conditions
 
 #: what is kept of a caption: the encoder's output, or its input
@@ -38,7 +38,7 @@ class Text:
     null: str = ""  #: sha256 of null.safetensors; in a plan, empty until that is written
 
     def layout(self, conditions: Conditions) -> Layout:
-        """What it adds to a shard."""
+        """The tensors that captions add to a shard."""
         kept, tokens, width = self.captions, conditions.tokens, conditions.width
         ids, text = ("int32", (kept, tokens)), (self.dtype, (kept, tokens, width))
         return {

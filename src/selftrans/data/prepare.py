@@ -33,8 +33,8 @@ from selftrans.encoders.autoencoder import Autoencoder, autoencoder_name, has_ne
 from selftrans.encoders.identity import identity_kind
 from selftrans.encoders.media import Video
 from selftrans.encoders.text import load_text_encoder
+from selftrans.messages import are, plural, printable
 from selftrans.precision import PRECISIONS, dtype_name
-from selftrans.storage import are, plural, printable
 
 #: sources that are part of the package, which a run prepares by itself -> how their captions are stored; None: labels
 BUILT_IN = {"digits": None, "digits_t2i": TextOptions("minilm", tokens=32)}

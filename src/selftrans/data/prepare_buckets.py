@@ -27,7 +27,8 @@ from selftrans.data.sources.open_source import MAX_RESOLUTION, open_source
 from selftrans.data.sources.source import Source, ahead
 from selftrans.data.standardise import share_statistics
 from selftrans.encoders.identity import identity_kind
-from selftrans.storage import lock_file, plural, printable, remove_stale_temporaries
+from selftrans.messages import plural, printable
+from selftrans.storage import lock_file, remove_stale_temporaries
 
 MOST = 99  #: buckets
 WIDEST = 2.0  #: the aspect ratios are spread from 1 / WIDEST to WIDEST

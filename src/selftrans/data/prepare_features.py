@@ -36,7 +36,8 @@ from selftrans.device import default_device
 from selftrans.encoders.autoencoder import from_uint8
 from selftrans.encoders.pretrained import encoder_name
 from selftrans.encoders.vision import Encoder, load_encoder
-from selftrans.storage import plural, printable, sha256_file, write_text
+from selftrans.messages import plural, printable
+from selftrans.storage import sha256_file, write_text
 
 
 def prepare_features(

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from selftrans.storage import first_line, printable
+from selftrans.messages import first_line, printable
 
 Option: TypeAlias = str | int | float | bool | None
 

@@ -14,7 +14,7 @@ from selftrans.data.sources.duplicates import DuplicateFinder, describe_duplicat
 from selftrans.data.sources.file_kinds import describe_ignored
 from selftrans.data.sources.source import Samples, Source
 from selftrans.data.sources.source_warnings import source_warnings
-from selftrans.storage import listed, plural, printable
+from selftrans.messages import listed, plural, printable
 
 
 def say(text: str, progress: bool) -> None:

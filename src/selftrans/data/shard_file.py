@@ -18,7 +18,8 @@ from typing import BinaryIO, TypeAlias
 
 import numpy as np
 
-from selftrans.storage import atomic_write, first_line
+from selftrans.messages import first_line
+from selftrans.storage import atomic_write
 
 #: name of a tensor -> dtype (a key of DTYPES) and shape of one row
 Layout: TypeAlias = Mapping[str, tuple[str, tuple[int, ...]]]

@@ -21,7 +21,7 @@ from selftrans.encoders.identity import identity, identity_kind
 from selftrans.encoders.latent_space import LatentSpace, Moments
 from selftrans.encoders.media import is_media, parse_media
 from selftrans.encoders.pretrained import encoder_name
-from selftrans.storage import first_line
+from selftrans.messages import first_line
 
 MOST_PIXELS = 64 * 256**2  #: that a GPU decodes at a time; 256 channels of them take 2.1 GB in bfloat16
 

@@ -13,7 +13,7 @@ import re
 from torch import Tensor
 
 from selftrans.encoders.latent_space import LatentSpace, Moments
-from selftrans.storage import printable
+from selftrans.messages import printable
 
 MOST = 4096  #: channels in a name
 KINDS = ("pixel", "values")  #: pictures, and values of any range that are not pictures

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from selftrans.encoders.latent_space import LatentSpace, Moments
-from selftrans.storage import printable
+from selftrans.messages import printable
 
 FLOOR = 1e-7  #: least power of a mel band before the logarithm
 WINDOW = 4  #: length of the analysis window, in hops

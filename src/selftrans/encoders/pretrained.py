@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from selftrans.storage import first_line
+from selftrans.messages import first_line
 
 
 def encoder_name(name: str) -> str:

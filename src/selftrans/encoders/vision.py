@@ -21,7 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from selftrans.encoders.latent_space import LatentSpace
 from selftrans.encoders.pretrained import encoder_name, load_model, sha256_of
-from selftrans.storage import first_line
+from selftrans.messages import first_line
 
 MAX_PREFIX = 16  #: maximum number of class and register tokens before the patches
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  #: mean and deviation of pixels in [0, 1]

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from selftrans.encoders.pretrained import encoder_name, load_model, sha256_of
-from selftrans.storage import are, first_line, plural
+from selftrans.messages import are, first_line, plural
 
 CHUNK = 64  #: pictures at a time
 UNUSED = ("position_ids",)  #: weights that checkpoints may lack

@@ -12,7 +12,7 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from selftrans.storage import printable
+from selftrans.messages import printable
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

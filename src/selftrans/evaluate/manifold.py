@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from selftrans.storage import plural
+from selftrans.messages import plural
 
 NEIGHBOURS = 3  #: k of the radii, as published
 

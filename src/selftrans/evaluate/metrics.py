@@ -16,7 +16,7 @@ from scipy.special import log_softmax, logsumexp
 from selftrans.evaluate.extractors import INCEPTION_SHA256, Extractor
 from selftrans.evaluate.manifold import NEIGHBOURS, precision_recall, same_length
 from selftrans.evaluate.statistics import Moments, Statistics
-from selftrans.storage import plural
+from selftrans.messages import plural
 
 SEED = 2020  #: as in torch-fidelity, so that equal features give the same subsets and splits
 SPLITS = 10  #: of the inception score, as in torch-fidelity

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from selftrans.flow import LINEAR, Path, interpolate
-from selftrans.storage import are, plural
+from selftrans.messages import are, plural
 from selftrans.types import Backbone, Cond, eval_mode, map_cond
 
 MOST_BLOCKS = 12  #: of deeper models, some of the blocks are shown
@@ -76,28 +76,17 @@ def pool(features: Tensor) -> Tensor:
     return features.mean(dim=1) if features.dim() == 3 else features
 
 
-def linear_probe(
-    features: Tensor,
-    labels: Tensor,
-    *,
-    test: tuple[Tensor, Tensor] | None = None,
-    kind: str = "ridge",
-) -> float:
-    """Accuracy, in [0, 1], of a linear classifier on features (N, F), or (N, T, D), which are averaged over tokens.
+def linear_probe(features: Tensor, labels: Tensor) -> float:
+    """Accuracy, in [0, 1], of ridge regression on features (N, F), or (N, T, D), which are averaged over tokens.
 
-    It is fitted on standardised features and tested on `test` (features, labels), by default a quarter that is always drawn in
-    the same way. kind: "ridge" (one-hot targets, closed form) or "logistic" (multinomial, scikit-learn, slower). Raises
-    ValueError for invalid arguments.
+    It is fitted on three quarters of them and tested on the others, always the same rows. ValueError for invalid arguments.
     """
-    x = pool(features).double()
+    x = pool(features)
     y = labels.long().to(x.device)
     if len(x) != len(y) or x.dim() != 2:
         raise ValueError(f"features {tuple(features.shape)} and labels {tuple(labels.shape)} do not match")
-    if test is None:
-        fit, held = _split(len(x))
-        x, y, test = x[fit], y[fit], (x[held], y[held])
-    guesses = class_guesses(x, y, test[0], kind=kind)
-    return (guesses == test[1].to(x.device).long()).double().mean().item()
+    fit, held = _split(len(x))
+    return (class_guesses(x[fit], y[fit], x[held], kind="ridge") == y[held]).double().mean().item()
 
 
 def _split(count: int) -> tuple[Tensor, Tensor]:
@@ -108,15 +97,15 @@ def _split(count: int) -> tuple[Tensor, Tensor]:
 
 
 def can_be_probed(labels: Tensor) -> bool:
-    """Whether `linear_probe` with its own split finds two classes to be fitted on: data may have one, and few of another."""
+    """Whether `linear_probe` finds two classes to be fitted on: data may have one, and few of another."""
     return len(labels) > 1 and len(torch.unique(labels[_split(len(labels))[0]])) > 1
 
 
 def class_guesses(features: Tensor, labels: Tensor, others: Tensor, *, kind: str) -> Tensor:
     """Classes (M,) of `others` (M, F) or (M, T, D) by a linear classifier fitted on features (N, F) or (N, T, D).
 
-    Both are standardised by the mean and deviation of `features`. `kind` as for `linear_probe`. Raises ValueError for invalid
-    arguments.
+    Both are standardised by the mean and deviation of `features`. kind: "ridge" (one-hot targets, closed form) or "logistic"
+    (multinomial, scikit-learn, slower). Raises ValueError for invalid arguments.
     """
     x = pool(features).double()
     y = labels.long().to(x.device)

@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from selftrans.evaluate.extractors import Extractor, extract
-from selftrans.storage import atomic_write, first_line, plural, printable
+from selftrans.messages import first_line, plural, printable
+from selftrans.storage import atomic_write
 
 MAX_UNPACKED = 1 << 28  #: bytes up to which any compression ratio is accepted; statistics compress little
 NEGATIVE = 1e-3  #: how far below zero an eigenvalue may be, relative to the covariance's Frobenius norm

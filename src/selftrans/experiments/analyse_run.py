@@ -24,7 +24,8 @@ from selftrans.evaluate.plots import as_pictures, curves, pca_grid, save, scatte
 from selftrans.evaluate.probes import can_be_probed, collect, linear_probe, pca_maps, tsne
 from selftrans.experiments.reference import fitting_data
 from selftrans.flow import PATHS
-from selftrans.storage import check_writable, plural, printable, write_json
+from selftrans.messages import plural, printable
+from selftrans.storage import check_writable, write_json
 from selftrans.types import Backbone, Cond, map_cond
 
 TIMES = (0.2, 0.4, 0.6)  #: of the noisy latents

@@ -27,7 +27,8 @@ from selftrans.evaluate.target_share import Design
 from selftrans.experiments.evaluate_samples import finished
 from selftrans.experiments.target_report import draw_maps, draw_measures
 from selftrans.experiments.target_teacher import ENCODER, Pictures, Teacher, mean_text, open_teacher
-from selftrans.storage import are, check_writable, plural
+from selftrans.messages import are, plural
+from selftrans.storage import check_writable
 
 TIMES = (0.4, 0.5, 0.6, 0.7)  #: of the noisy latents: the published range in which guidance acts
 PER_CLASS = 16  #: pictures of a class at least; with more classes than that allows, some of them are left out
@@ -69,7 +70,7 @@ def analyse_target(
     chosen = _blocks(teacher, blocks)
     times = tuple(timesteps) if teacher.depth else (0.0,)
     strengths = tuple(dict.fromkeys(w for w in scales if w)) if teacher.kind != "none" else ()
-    pictures = choose(teacher.dataset, samples, seed)
+    pictures = choose_pictures(teacher.dataset, samples, seed)
     plan = _plan(teacher.dataset, pictures, len(times), strengths)
     mapped, kept = _pairs(pictures), dict[str, dict[int, Tensor]]()
     source = teacher.parts(pictures, times, chosen, seed)
@@ -112,7 +113,7 @@ def check(timesteps: Sequence[float], samples: int, scales: Sequence[float], see
         raise ValueError(f"seed {seed} must be from 0 to 2147483647")
 
 
-def choose(dataset: Dataset, samples: int, seed: int) -> Pictures:
+def choose_pictures(dataset: Dataset, samples: int, seed: int) -> Pictures:
     """At most `samples` pictures, drawn by `seed`; a quarter of them, and of each class, is held out.
 
     With more classes than there are PER_CLASS pictures for, classes are drawn, too. Classes with fewer than HELD pictures are

@@ -32,7 +32,7 @@ from selftrans.experiments.runner import Results, processes, train_and_measure
 from selftrans.experiments.schedule import Job
 from selftrans.experiments.summary import AXES, mean_curve, rows, time_line, time_shares
 from selftrans.experiments.train_classifier import classifier_from_data, data_of_classifier
-from selftrans.methods.registry import METHODS, REGISTRY, find, put_together, sections_of, stages
+from selftrans.methods.registry import METHODS, REGISTRY, find, meta_objective, sections_of, stages
 from selftrans.sections import fields_of
 from selftrans.storage import lock_file, removed_if_refused
 from selftrans.train.data_window import data_of
@@ -140,7 +140,7 @@ def rehearse(variants: Mapping[str, RunConfig]) -> None:
             given: Any = None
             if stage.encoder or (stage.teacher and stage.teacher.given):
                 given = teacher_of(config, stage, "", dataset, torch.device("cpu"))
-            put_together(config, stage, dataset.manifest.shape, dataset.manifest.conditions, given)
+            meta_objective(config, stage, dataset.manifest.shape, dataset.manifest.conditions, given)
 
 
 def _check(methods: Sequence[str], seeds: Sequence[int], images: int) -> None:
@@ -233,11 +233,8 @@ def equal_lengths(config: RunConfig) -> RunConfig:
 
 def override(config: RunConfig, *, data: str | None = None, steps: int | None = None) -> RunConfig:
     """The configuration with other data or student steps; None keeps them."""
-    if data is not None:
-        config = config.override({"data.path": data})
-    if steps is not None:
-        config = config.override({"train.steps": steps})
-    return config.check()
+    given = {"data.path": data, "train.steps": steps}
+    return config.override({name: value for name, value in given.items() if value is not None}).check()
 
 
 def summarise(chosen: Comparison, results: Results, failed: Mapping[Job, str] | None = None) -> dict[str, Any]:

@@ -18,9 +18,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from selftrans.device import cpu_cores, default_device
 from selftrans.experiments.bench.machine import cpu_name
+from selftrans.messages import first_line, plural
 from selftrans.plugins import installed_version
 from selftrans.precision import PRECISIONS
-from selftrans.storage import first_line, plural
 
 PACKAGES = (
     "selftrans",

@@ -24,8 +24,9 @@ from selftrans.evaluate.metrics import evaluate
 from selftrans.experiments.measurement import check_sizes, image_shape
 from selftrans.experiments.opened_samples import open_samples
 from selftrans.experiments.reference import counted, described, reference_of
+from selftrans.messages import plural, printable
 from selftrans.sample_config import beyond_defaults
-from selftrans.storage import check_writable, plural, printable, write_json
+from selftrans.storage import check_writable, write_json
 
 #: settings of samples that a report always lists, known or not
 SETTINGS = (

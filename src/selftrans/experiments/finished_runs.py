@@ -32,7 +32,7 @@ from selftrans.experiments.schedule import Job
 from selftrans.sampling.images import decoder_dtype
 from selftrans.storage import UNREADABLE
 from selftrans.train.data_window import data_of, with_window
-from selftrans.train.initial_weights import choose
+from selftrans.train.initial_weights import resolve_init
 from selftrans.train.preview import with_prompts
 from selftrans.train.resume import differences, settings_before, settle
 from selftrans.train.run import stages_to_run
@@ -109,7 +109,7 @@ def _trained(comparison: Comparison, job: Job, dataset: Dataset, identity: dict[
     if before is None:
         return None
     config = config_of_run(comparison, job).override({"train.allow_changes": False}).restricted().check()
-    config, _ = choose(with_prompts(config, dataset.manifest), before, run)
+    config, _ = resolve_init(with_prompts(config, dataset.manifest), before, run)
     config = settle(with_window(config, dataset, before), run, dataset.manifest)
     plan, report = stages_to_run(config), json.loads((run / REPORT).read_text())
     done = [(stage["stage"], stage["steps"]) for stage in report["stages"]]

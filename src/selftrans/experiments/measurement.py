@@ -30,9 +30,9 @@ from selftrans.evaluate.statistics import Statistics
 from selftrans.experiments.reference import decoder_sha256, training_statistics
 from selftrans.flow import PATHS
 from selftrans.sampling.conditioning import Conditioning, LabelConditioning, captions_of
-from selftrans.sampling.images import NotFinite, SampledBatch, Sampler, as_possible, decoder_dtype
-from selftrans.sampling.in_sizes import InSizes
+from selftrans.sampling.images import NotFinite, SampledBatch, Sampler, applicable_settings, decoder_dtype
 from selftrans.sampling.samplers import EVALUATIONS
+from selftrans.sampling.sized_sampler import SizedSampler
 from selftrans.storage import recorded, write_json
 from selftrans.train.data_window import data_of
 
@@ -177,7 +177,7 @@ def checkpoints_of(run: Path) -> list[tuple[int, Path]]:
 def due_checkpoints(run: Path, every: int | None = None, dense: int | None = None) -> list[Path]:
     """The checkpoints of a run's last stage that are points of its curve, oldest first: those at the `measured_steps`.
 
-    An interruption leaves a checkpoint at another step, which is none.
+    Checkpoints that an interruption left at other steps are not.
     """
     held = checkpoints_of(run)
     wanted = measured_steps(held[-1][0], every, dense)
@@ -204,8 +204,8 @@ def stored_points(path: Path) -> list[Point]:
 def measured_before(path: Path, identity: dict[str, Any]) -> dict[str, Point]:
     """Points that were measured in the same way, by the hash of their weights; none for a missing or damaged file.
 
-    A point that lacks a number, or has something else in its place, is none: it is measured again. Earlier versions did not
-    record the autoencoder's files: those are taken to be the same.
+    Incomplete points are left out, and so measured again. Earlier versions did not record the autoencoder's files: those are
+    taken to be the same.
     """
     same = {"decoder": None} | identity  # without the key: fp32
     unrecorded = {key: value for key, value in identity.items() if key == DECODED_BY}
@@ -273,11 +273,11 @@ def measure_checkpoint(folder: Path, measurement: Measurement) -> dict[str, Any]
     path = PATHS[loaded.config.train.path]
     # first: a sampler casts and compiles the model in place
     probed = probe(loaded.model.to(device), measurement, path) if classes > 1 else None
-    settings = as_possible(measurement.sample, loaded.model)
+    settings = applicable_settings(measurement.sample, loaded.model)
     sampler = Sampler.of(
         loaded, settings, device=device, conditioning=measurement.conditioning, total=measurement.total
     )
-    found = measure_samples(list(InSizes(sampler, measurement.dataset).sample()), measurement)
+    found = measure_samples(list(SizedSampler(sampler, measurement.dataset).sample()), measurement)
     spent = checkpoint.read_header(folder / FILES["ema"])
     cost = {"step": loaded.step, "seconds": spent["seconds"], "tflops": spent["tflops"]}
     return cost | found | {"probe": probed} | measurement.identity
@@ -307,5 +307,5 @@ def probe(model: Any, measurement: Measurement, path: Any, most: int = 4000) -> 
 def samples_of(run: Path, sample: SampleConfig, num: int, conditioning: Conditioning | None = None) -> np.ndarray:
     """Images 0 .. num - 1 of a finished run, or of a checkpoint: the same noise and conditions for every method."""
     loaded, settings = load_model(run), dataclasses.replace(sample, num=num, seed=1, batch_size=num)
-    sampler = Sampler.of(loaded, as_possible(settings, loaded.model), conditioning=conditioning)
+    sampler = Sampler.of(loaded, applicable_settings(settings, loaded.model), conditioning=conditioning)
     return np.concatenate([batch.images for batch in sampler.sample()])

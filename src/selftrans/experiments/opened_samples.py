@@ -20,10 +20,10 @@ from selftrans.data.buckets import is_prepared, open_data
 from selftrans.data.sources.npz import npz_labels
 from selftrans.device import default_device
 from selftrans.experiments.reference import must_exist, open_images, training_data
+from selftrans.messages import first_line
 from selftrans.sampling.conditioning import CaptionConditioning, captions_of
 from selftrans.sampling.images import Sampler, overridden
-from selftrans.sampling.in_sizes import InSizes
-from selftrans.storage import first_line
+from selftrans.sampling.sized_sampler import SizedSampler
 
 FOREIGN = (".pt", ".pth", ".ckpt")  #: suffixes of checkpoints that only `selftrans import` reads
 
@@ -83,7 +83,7 @@ def _sampled(
             warnings.warn("--text-encoder is ignored: the captions are stored with their tokens", stacklevel=4)
     sampler = Sampler.of(loaded, settings, conditioning=conditioning, text_encoder=text_encoder)
     labels: list[int] | None = [] if loaded.model.conditions.num_classes > 1 else None
-    sized = InSizes(sampler, open_data(reference) if is_prepared(reference) else None)
+    sized = SizedSampler(sampler, open_data(reference) if is_prepared(reference) else None)
 
     def images() -> Iterator[np.ndarray]:
         for batch in sized.sample():

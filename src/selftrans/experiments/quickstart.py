@@ -33,11 +33,12 @@ from selftrans.experiments.quickstart_report import compared, cut, overview, pag
 from selftrans.experiments.runner import Results, train_and_measure
 from selftrans.experiments.summary import as_csv, mean_curve, rows
 from selftrans.flow import PATHS
-from selftrans.methods.registry import put_together, stages
+from selftrans.messages import first_line, printable
+from selftrans.methods.registry import meta_objective, stages
 from selftrans.methods.self_transcendence import SELF_TRANSCENDENCE, STRUCTURE, Stage1
 from selftrans.methods.vanilla import VANILLA
 from selftrans.recipes.digits import digits
-from selftrans.storage import first_line, lock_file, printable, recorded, write_json, write_text
+from selftrans.storage import lock_file, recorded, write_json, write_text
 from selftrans.train.flops import stage_flops
 from selftrans.train.resume import differences, settings_before
 
@@ -118,7 +119,7 @@ def equal_compute(config: RunConfig, other: RunConfig, dataset: Dataset) -> int:
 
     def flops(run: RunConfig) -> int:
         shape, conditions, batch = dataset.manifest.shape, dataset.manifest.conditions, run.train.batch_size
-        built = ((put_together(run, stage, shape, conditions), stage.steps) for stage in stages(run))
+        built = ((meta_objective(run, stage, shape, conditions), stage.steps) for stage in stages(run))
         return sum(stage_flops(objective, conditions.example(), batch, steps) for objective, steps in built)
 
     return max(config.train.steps, math.ceil(flops(other) / flops(config) * config.train.steps))

@@ -30,7 +30,8 @@ from selftrans.encoders.identity import check_scale
 from selftrans.evaluate.classifier import digits
 from selftrans.evaluate.extractors import Extractor
 from selftrans.evaluate.statistics import Statistics
-from selftrans.storage import first_line, plural, sha256_file
+from selftrans.messages import first_line, plural
+from selftrans.storage import sha256_file
 
 WANTED = "give a folder, zip or npz of pictures, prepared data, or statistics"
 

@@ -46,9 +46,9 @@ from selftrans.experiments.stopping import (
     ignore_interrupts,
     interrupts_held,
 )
+from selftrans.messages import first_line
 from selftrans.plugins import trust_named
 from selftrans.sampling.images import NotFinite
-from selftrans.storage import first_line
 from selftrans.train.capture_rules import NotCaptured
 from selftrans.train.log import progress_bar
 from selftrans.train.out_of_memory import is_out_of_memory

@@ -25,11 +25,11 @@ from selftrans.experiments.step_cost import (
     replayed,
     wire_bytes,
 )
+from selftrans.messages import gigabytes, plural, printable
 from selftrans.methods.objective import Objective
-from selftrans.methods.registry import put_together, stages
+from selftrans.methods.registry import meta_objective, stages
 from selftrans.methods.spec import Stage
 from selftrans.precision import PRECISIONS
-from selftrans.storage import gigabytes, plural, printable
 from selftrans.train.data_window import data_of
 from selftrans.train.dry_run import KEPT, duration, kept_checkpoints
 from selftrans.train.flops import step_flops
@@ -198,7 +198,7 @@ def _built(
     """The objective of a stage without memory for its weights, and the bytes that these would take."""
     if stage.encoder:
         raise ValueError(f"stage {stage.name} is taught by an external encoder, whose cost is not known here")
-    objective = put_together(config, stage, shape, conditions, dtype=PRECISIONS[config.train.precision])
+    objective = meta_objective(config, stage, shape, conditions, dtype=PRECISIONS[config.train.precision])
     average = copy.deepcopy(objective.student)
     frozen = next((guidance.teacher for guidance in objective.guidances if guidance.teacher), None)
     objective.watch(average)  # by a guidance that it teaches its operations are counted

@@ -12,7 +12,7 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from multiprocessing import connection
 
-from selftrans.storage import plural
+from selftrans.messages import plural
 from selftrans.train.signals import StopSignal
 
 GRACE = 600  #: seconds after which a worker that was asked to end is killed; a large checkpoint is written in less

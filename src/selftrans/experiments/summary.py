@@ -12,8 +12,8 @@ import numpy as np
 
 from selftrans.experiments.runner import Results
 from selftrans.experiments.schedule import Job
+from selftrans.messages import plural
 from selftrans.methods.registry import BASELINE
-from selftrans.storage import plural
 
 #: x axis of a curve (student steps, or total compute with the teacher's training) -> column of the table
 AXES = {"step": "steps_to_baseline", "tflops": "tflops_to_baseline"}

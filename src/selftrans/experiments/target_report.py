@@ -19,7 +19,7 @@ from selftrans.evaluate.fonts import class_names
 from selftrans.evaluate.plots import COLOURS, INK, RULE, as_pictures, blank_figure, pca_grid, save
 from selftrans.evaluate.probes import pca_maps
 from selftrans.evaluate.target_measures import DIFFERENCE
-from selftrans.storage import plural, printable
+from selftrans.messages import plural, printable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

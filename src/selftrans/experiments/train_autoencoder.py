@@ -31,11 +31,10 @@ from selftrans.experiments.autoencoder_report import (
     reconstruction_figures,
     sheet,
 )
+from selftrans.messages import plural, printable
 from selftrans.storage import (
     atomic_write,
     lock_file,
-    plural,
-    printable,
     recorded,
     remove_stale_temporaries,
     sha256_file,

@@ -19,12 +19,13 @@ from selftrans.config import RunConfig, settings_of, to_json
 from selftrans.encoders.autoencoder import autoencoder_name
 from selftrans.interop.exporting import check_out
 from selftrans.interop.published_file import MOST, read
-from selftrans.methods.registry import BASELINE, METHODS, put_together, stages
+from selftrans.messages import first_line, listed, plural
+from selftrans.methods.registry import BASELINE, METHODS, meta_objective, stages
 from selftrans.methods.spec import PublishedHeads
 from selftrans.models.registry import REGISTRY as MODELS
 from selftrans.models.spec import Named, Published, PublishedFile, check_shapes
 from selftrans.recipes import recipe
-from selftrans.storage import FREE_SPACE, atomic_directory, first_line, listed, plural, sha256_file, write_json
+from selftrans.storage import FREE_SPACE, atomic_directory, sha256_file, write_json
 from selftrans.suggest import nearest
 
 #: channels of the latents -> default autoencoder: the usual one for 4, `pixel` for 1 and 3
@@ -204,7 +205,7 @@ def _head(named: Named, model: Published, guided: PublishedHeads | None) -> Name
 
 
 def _expected_heads(config: RunConfig, model: Published) -> dict[str, tuple[int, ...]]:
-    objective = put_together(config, stages(config)[0], model.shape, model.conditions)
+    objective = meta_objective(config, stages(config)[0], model.shape, model.conditions)
     return {k: tuple(v.shape) for k, v in objective.state_dict().items() if not k.startswith("student.")}
 
 

@@ -18,9 +18,10 @@ from torch import Tensor
 
 from selftrans.checkpoints import format as checkpoint
 from selftrans.checkpoints.load import PREFIX, TRANSFORMER, LoadedModel, architecture, find, load_model
+from selftrans.messages import first_line
 from selftrans.plugins import NotFound
 from selftrans.sampling.samplers import extrapolated
-from selftrans.storage import first_line, write_json
+from selftrans.storage import write_json
 from selftrans.types import MASK, TEXT, Cond
 
 WEIGHTS = Path(TRANSFORMER).name  #: diffusers' name

@@ -15,7 +15,7 @@ from selftrans.checkpoints.load import LoadedModel
 from selftrans.config import settings_of
 from selftrans.interop.pipeline_parts import last_parts
 from selftrans.interop.run_facts import made_with
-from selftrans.storage import plural, printable
+from selftrans.messages import plural, printable
 
 #: entries of a report of `selftrans evaluate` -> heading
 NUMBERS = {

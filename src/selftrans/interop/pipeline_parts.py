@@ -16,7 +16,7 @@ from selftrans.encoders.autoencoder import DiffusersAutoencoder, load_autoencode
 from selftrans.encoders.text import TOKENIZER_FILES, encoder_of, tokenizer_folder
 from selftrans.interop.interpolant_scheduler import InterpolantScheduler
 from selftrans.interop.interpolant_transformer import InterpolantTransformer
-from selftrans.storage import first_line, printable
+from selftrans.messages import first_line, printable
 from selftrans.types import Conditions
 
 TOKENIZER = "tokenizer"

@@ -18,9 +18,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
+from selftrans.messages import first_line, listed, printable
 from selftrans.models.registry import REGISTRY as MODELS
 from selftrans.models.spec import Named, PublishedFile
-from selftrans.storage import first_line, listed, printable
 
 WRAPPERS = {"module", "_orig_mod"}  #: parts of a name that DataParallel and torch.compile add
 #: types that a file may hold besides tensors and plain containers

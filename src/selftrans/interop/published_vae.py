@@ -22,8 +22,9 @@ from torch import Tensor
 
 from selftrans.interop.exporting import check_out
 from selftrans.interop.published_file import load_content
-from selftrans.models.spec import Named, check_shapes, few
-from selftrans.storage import FREE_SPACE, atomic_directory, first_line, printable, write_json
+from selftrans.messages import first_line, printable
+from selftrans.models.spec import Named, check_shapes, count_and_names
+from selftrans.storage import FREE_SPACE, atomic_directory, write_json
 
 #: parts of a checkpoint that are the autoencoder; discriminators and vision models for the loss are left out
 PARTS = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
@@ -90,7 +91,7 @@ def _weights(path: Path) -> Named:
         if not bool(torch.isfinite(t).all()):
             raise ValueError(f"{path}: {printable(name, 80)} holds values that are not finite")
     if not named:
-        raise ValueError(f"{path} holds no autoencoder of latent diffusion; it holds {few(map(str, held))}")
+        raise ValueError(f"{path} holds no autoencoder of latent diffusion; it holds {count_and_names(map(str, held))}")
     return named
 
 

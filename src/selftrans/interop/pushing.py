@@ -20,8 +20,9 @@ from selftrans.interop.model_card import card
 from selftrans.interop.pipeline_parts import last_parts
 from selftrans.interop.run_facts import compute_of, evaluations_of, run_of, sheet_of
 from selftrans.interop.sit_pipeline import SiTPipeline, check_replaceable
+from selftrans.messages import first_line, listed, plural, printable
 from selftrans.plugins import installed_version
-from selftrans.storage import atomic_directory, first_line, listed, plural, printable, write_json, write_text
+from selftrans.storage import atomic_directory, write_json, write_text
 
 ATTRIBUTES = ".gitattributes"  #: every repository has it
 NAME = re.compile(r"[\w-][\w.-]{0,95}/[\w-][\w.-]{0,95}")

@@ -19,10 +19,10 @@ from selftrans.checkpoints.load import REPORT, LoadedModel
 from selftrans.data.record import read_object
 from selftrans.evaluate.plots import sample_sheet
 from selftrans.interop.pipeline_parts import last_parts
+from selftrans.messages import printable
 from selftrans.sample_config import beyond_defaults
-from selftrans.sampling.images import as_possible
+from selftrans.sampling.images import applicable_settings
 from selftrans.sampling.sample_file import NPY, PNG
-from selftrans.storage import printable
 
 SHEET = 16  #: samples shown of a folder
 EVALUATION = "evaluate.json"
@@ -84,7 +84,7 @@ def sheet_of(run: Path | None, samples: Path | None, loaded: LoadedModel) -> She
     if preview is None or not preview.is_file() or loaded.weights != "ema":
         warnings.warn("the card has no samples: give --samples FOLDER, as `selftrans sample` makes it", stacklevel=4)
         return None
-    sample = as_possible(dataclasses.replace(loaded.config.sample, decode_with=None), loaded.model)
+    sample = applicable_settings(dataclasses.replace(loaded.config.sample, decode_with=None), loaded.model)
     if sample.autoguidance is not None:  # which previews leave out, as they do `decode_with`
         sample = dataclasses.replace(sample, autoguidance=None, guidance_scale=1.0)
     made = json.loads(json.dumps(sample.settings())) | {

@@ -28,9 +28,10 @@ from selftrans.encoders.autoencoder import Autoencoder, DiffusersAutoencoder, lo
 from selftrans.encoders.text import UNMASKED, TextEncoder, encoder_of
 from selftrans.interop.interpolant_scheduler import InterpolantScheduler
 from selftrans.interop.pipeline_parts import copy_text_encoder, parts_of, save_vae
+from selftrans.messages import first_line, printable
 from selftrans.sampling.images import image_noise
 from selftrans.sampling.samplers import Early, Noise, guided, inside
-from selftrans.storage import first_line, printable, write_json
+from selftrans.storage import write_json
 from selftrans.types import MASK, TEXT, Cond, Output, map_cond
 
 

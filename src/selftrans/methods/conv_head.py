@@ -7,29 +7,22 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from selftrans.methods.guidance import initialised
+
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 class ConvHead(nn.Module):
     """Tokens (N, T, D) -> (N, T, out) by a convolution of three tokens along each dimension of their grid, padded with zeros.
 
-    It has Xavier weights and a zero bias, as the other heads. A call with `grid` is for latents of another size.
+    A call with `grid` is for latents of another size.
     """
 
     def __init__(self, grid: tuple[int, ...], width: int, out: int) -> None:
         super().__init__()
         self.grid = tuple(grid)
-        self.conv = CONVOLUTIONS[len(grid) - 1](width, out, kernel_size=3, padding=1)
-        nn.init.xavier_uniform_(self.conv.weight)
-        if self.conv.bias is not None:
-            nn.init.zeros_(self.conv.bias)
+        self.conv = initialised(CONVOLUTIONS[len(grid) - 1](width, out, kernel_size=3, padding=1))
 
     def forward(self, tokens: Tensor, grid: tuple[int, ...] | None = None) -> Tensor:
         maps = tokens.transpose(1, 2).unflatten(2, grid or self.grid)  # (N, T, D) -> (N, D, *grid)
         return self.conv(maps).flatten(2).transpose(1, 2)
-
-
-def grid_of(shape: tuple[int, ...], grid: tuple[int, ...], latents: Tensor) -> tuple[int, ...]:
-    """Tokens along each dimension of latents (N, C, *S), for a model that cuts latents of `shape` into `grid` tokens."""
-    cells = [side // n for side, n in zip(shape[1:], grid, strict=True)]
-    return tuple(side // cell for side, cell in zip(latents.shape[2:], cells, strict=True))

@@ -1,4 +1,4 @@
-"""What a guidance is, and the parts that guidances are made of: the frozen teacher, the gate on t, heads, distances.
+"""What a guidance is, and the parts that guidances are made of: the frozen teacher, heads, distances.
 
 Guidance is composed: any subclass of `Guidance` can be handed to `Objective`.
 Shape legend: N batch, M samples that a guidance looks at, T tokens, D width, (C, *S) latent.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 import operator
-from typing import TYPE_CHECKING, Any, NamedTuple, Self, TypeGuard
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -19,8 +19,7 @@ from selftrans.sections import Section
 from selftrans.types import Backbone, Cond, Draw, cat_cond, check_backbone
 
 Report = dict[str, Tensor]
-#: per-sample gate on t: closed range and how it acts (see `gate`)
-RANGE_MODES = ("select", "scale")
+Head = TypeVar("Head", bound=nn.Module)
 
 
 class Guidance(nn.Module):
@@ -35,9 +34,9 @@ class Guidance(nn.Module):
     weight: float  #: lambda
     taps: tuple[int, ...]  #: student blocks whose features it reads (1-based)
     until_step: int | None  #: first step at which it no longer acts; None: never ends
-    reads_features: bool  #: whether it wants `Batch.features`, the encoder features stored with the data
-    teacher: Frozen | None  #: a frozen model that it runs, if any
-    encoder_flops: int  #: operations of its external encoder for one sample
+    reads_features: bool = False  #: whether it wants `Batch.features`, the encoder features stored with the data
+    teacher: Frozen | None = None  #: a frozen model that it runs, if any
+    encoder_flops: int = 0  #: operations of its external encoder for one sample
     selects: bool = False  #: whether it computes on the samples of a range of t alone, as many as the drawn times give
     trains_early: bool = False  #: whether it trains the student's second output (`Backbone.add_early`)
 
@@ -46,7 +45,6 @@ class Guidance(nn.Module):
         if not isinstance(taps, tuple | list):
             raise ValueError(f"taps are the student's blocks (1-based) in a tuple, such as (2,), not {taps!r}")
         self.weight, self.taps, self.until_step = weight, tuple(taps), until_step
-        self.reads_features, self.teacher, self.encoder_flops = False, None, 0
         #: what maps the student's tokens (N, T, D) to the target, if anything does; of several blocks an nn.ModuleList
         self.head: Any = None
 
@@ -152,85 +150,6 @@ class Frozen:
         return list(features.chunk(many, dim=0))
 
 
-class Gate(NamedTuple):
-    """Which samples a guidance looks at, and what each one's error counts in the batch's term."""
-
-    rows: Tensor | None  #: (M,) positions in the batch; None = all, in order
-    gain: Tensor  #: (M,) the term is sum(gain * per-sample error)
-
-    def take(self, x: Tensor) -> Tensor:
-        return x if self.rows is None else x[self.rows]
-
-    def mean(self, error: Tensor) -> Tensor:
-        """Term of a per-sample error (M,)."""
-        return (self.gain * error).sum(dim=0)
-
-
-def capacity(n: int, timestep_range: tuple[float, float]) -> int:
-    """Most systematic times of a batch of n that lie in [a, b]: ceil(n (b - a)), at least one.
-
-    Where n (b - a) is whole, one more lies inside only if the offset hits an edge to the last bit (once in millions of
-    steps); it is left out then.
-    """
-    a, b = timestep_range
-    return min(n, max(1, math.ceil(n * (b - a) - 1e-6)))
-
-
-def within(t: Tensor, timestep_range: tuple[float, float]) -> Tensor:
-    """Which times (N,) lie in the closed range [a, b]."""
-    a, b = timestep_range
-    return (a <= t) & (t <= b)
-
-
-def selective(timestep_range: tuple[float, float] | None, mode: str) -> TypeGuard[tuple[float, float]]:
-    """Whether `gate` lets through the samples inside the range alone."""
-    return timestep_range is not None and mode == "select"
-
-
-def counted(t: Tensor, timestep_range: tuple[float, float] | None, mode: str) -> Tensor:
-    """Which samples (N,) count in the term of `gate`, by their times."""
-    return within(t, timestep_range) if selective(timestep_range, mode) else torch.ones_like(t, dtype=torch.bool)
-
-
-def gate(d: Draw, timestep_range: tuple[float, float] | None, mode: str) -> Gate:
-    """The three timestep modes.
-
-    None: every sample counts 1 / N. `select`: a sample counts 1 / N if a <= t <= b, else nothing, and only the selected
-    ones are computed. `scale`: every sample counts (fraction of the batch inside [a, b]) / N, which is what the authors'
-    released code computes (a mask of shape (N, 1, 1, 1) times a loss of shape (N,)).
-    """
-    n = d.t.shape[0]
-    if timestep_range is None:
-        return Gate(None, torch.full_like(d.t, 1 / n))
-    inside = within(d.t, timestep_range)
-    if mode == "scale":
-        return Gate(None, (inside.float().mean(dim=0) / n).expand(n))
-    assert mode == "select"
-    if d.even:  # static shape, no host synchronisation: at most one row is padding, and its gain is zero
-        rows = torch.argsort(inside.int(), dim=0, descending=True, stable=True)[: capacity(n, timestep_range)]
-    else:  # at least one row, so that heads always take part in the backward pass of every process
-        rows = torch.argsort(inside.int(), dim=0, descending=True, stable=True)[: max(1, int(inside.sum(dim=0)))]
-    return Gate(rows, inside[rows].float() / n)
-
-
-def selected(n: int, timestep_range: tuple[float, float] | None, mode: str) -> int:
-    """How many of n samples `gate` lets through (expected, for independent times)."""
-    return capacity(n, timestep_range) if selective(timestep_range, mode) else n
-
-
-def check_gate(timestep_range: tuple[float, float] | None, mode: str) -> None:
-    """ValueError unless the range is increasing within [0, 1] and the mode is known."""
-    if mode not in RANGE_MODES:
-        raise ValueError(f"range_mode '{mode}' is unknown; choose one of {', '.join(RANGE_MODES)}")
-    if timestep_range is not None and not 0 <= timestep_range[0] < timestep_range[1] <= 1:
-        raise ValueError(f"timestep_range {timestep_range} must be two increasing numbers in [0, 1], or None")
-
-
-def ineffective_range_mode(timestep_range: tuple[float, float] | None) -> dict[str, str]:
-    """What `Section.ineffective` says of a range mode."""
-    return {} if timestep_range else {"range_mode": "without a timestep_range every sample counts"}
-
-
 def check_tokens(student: Backbone, teacher: Frozen) -> None:
     """ValueError unless the teacher is frozen, and student and teacher cut the same latents into the same tokens (widths may
     differ)."""
@@ -273,15 +192,13 @@ def projector(width: int, out: int, hidden: int = 2048) -> nn.Sequential:
     )
 
 
-def initialised(head: nn.Sequential) -> nn.Sequential:
+def initialised(head: Head) -> Head:
     """The head with the backbones' initialisation, as in REPA and the release of Self-Transcendence: Xavier, zero bias.
 
     torch's default would start its weights about 2.4 times smaller, and its output 4 to 5 times.
     """
-    for module in head.modules():
-        if isinstance(module, nn.Linear):
-            nn.init.xavier_uniform_(module.weight)
-            nn.init.zeros_(module.bias)
+    for parameter in head.parameters():
+        (nn.init.xavier_uniform_ if parameter.dim() > 1 else nn.init.zeros_)(parameter)
     return head
 
 

@@ -52,8 +52,8 @@ class Objective(nn.Module):
     ) -> None:
         super().__init__()
         check_backbone(student, "the student")
-        _check(path, times, drop, cosine)
-        guidances = _listed(guidances)
+        _check_options(path, times, drop, cosine)
+        guidances = _checked_guidances(guidances)
         self.student = student
         self.guidances = nn.ModuleList(guidances)
         self.path, self.times, self.drop, self.cosine = path, times, drop, cosine
@@ -92,7 +92,7 @@ class Objective(nn.Module):
         return self.losses(draw(batch, null, path=self.path, times=self.times, drop=self.drop), step)
 
     def losses(self, d: Draw, step: int | Tensor) -> tuple[Tensor, Report]:
-        """The same for a draw already made (`flow.draw`)."""
+        """Loss and report of a draw that was already made (`flow.draw`)."""
         d = d._replace(step=step)
         active = [g for g in self.guidances if isinstance(step, Tensor) or g.until_step is None or step < g.until_step]
         for g in active:
@@ -110,7 +110,7 @@ class Objective(nn.Module):
             loss = loss + self.cosine * direction
             report["flow/cosine"] = direction.detach()
         for g in active:
-            term, details = _checked(g.name, g(d, out.feats))
+            term, details = _checked_term(g.name, g(d, out.feats))
             loss = loss + g.weight * term
             report |= {g.name: term.detach()} | {f"{g.name}/{key}": value.detach() for key, value in details.items()}
         return loss, report
@@ -137,7 +137,7 @@ class Objective(nn.Module):
         return ended
 
 
-def _listed(guidances: Iterable[Guidance] | None) -> tuple[Guidance, ...]:
+def _checked_guidances(guidances: Iterable[Guidance] | None) -> tuple[Guidance, ...]:
     """The guidances, of any iterable. ValueError unless each is one, with a name of its own."""
     if isinstance(guidances, Guidance):
         raise ValueError(f"guidances are a list, of {guidances.name} alone too: [guidance]")
@@ -160,7 +160,7 @@ def _listed(guidances: Iterable[Guidance] | None) -> tuple[Guidance, ...]:
     return listed
 
 
-def _check(path: Path, times: str, drop: float, cosine: float) -> None:
+def _check_options(path: Path, times: str, drop: float, cosine: float) -> None:
     """ValueError for an option of `Objective` out of range."""
     if isinstance(path, str):
         raise ValueError(f"path {path!r} must be a Path: one of selftrans.PATHS, which are {', '.join(PATHS)}")
@@ -193,7 +193,7 @@ def _check_output(out: Output, x: Tensor, student: Backbone, taps: tuple[int, ..
             )
 
 
-def _checked(name: str, returned: Any) -> tuple[Tensor, Report]:
+def _checked_term(name: str, returned: Any) -> tuple[Tensor, Report]:
     """What a guidance returned. ValueError unless it is its term (0-d) and 0-d tensors for the log, by name."""
     if not isinstance(returned, tuple | list) or len(returned) != 2 or not isinstance(returned[1], dict):
         raise ValueError(

@@ -59,7 +59,7 @@ def config_of_teacher(config: RunConfig, stage: Stage) -> RunConfig:
     return next(config.override(each.settings) for each in stages(config) if each.name == stage.teacher.stage)
 
 
-def put_together(
+def meta_objective(
     config: RunConfig,
     stage: Stage,
     shape: tuple[int, ...],
@@ -68,7 +68,8 @@ def put_together(
     *,
     dtype: torch.dtype | None = None,
 ) -> Objective:
-    """A stage on latents (C, *S) without memory for weights, on the meta device. ValueError where its parts do not fit.
+    """The objective of a stage on latents (C, *S), on the meta device: no memory for weights. ValueError where its parts do not
+    fit each other.
 
     `given`: the encoder or teacher of the stage; None for a teacher that is not trained yet, whose sizes are known, and whose
     parameters are of `dtype`.

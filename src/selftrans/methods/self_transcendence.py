@@ -6,7 +6,7 @@
                  f_g = f_u + w (f_c - f_u)        f_c = h_k(z_t, t, y),  f_u = h_k(z_t, t, null)
                  L = L_flow + lambda g(t) mean | P(h_s) - f_g |²
 
-h_s is the student's hidden state after block s, P a small head, g(t) the timestep range (`guidance.gate`).
+h_s is the student's hidden state after block s, P a small head, g(t) the timestep range (`TimestepRange`).
 Both stages share the student's z_t and t; the student may see a dropped label, the teacher always sees the true one.
 The settings, with the published values as defaults, are in `stage_settings.py`.
 Shape legend: N batch, M samples in the range, T tokens, D width, (C, *S) latent.
@@ -14,7 +14,6 @@ Shape legend: N batch, M samples in the range, T tokens, D width, (C, *S) latent
 
 from __future__ import annotations
 
-import functools
 import math
 import warnings
 from collections.abc import Mapping, Sequence
@@ -24,22 +23,16 @@ import torch
 from torch import Tensor, nn
 
 from selftrans.flow import LINEAR, PATHS, Path, equal_snr_range
-from selftrans.methods.conv_head import ConvHead, grid_of
+from selftrans.methods.conv_head import ConvHead
 from selftrans.methods.guidance import (
     Frozen,
-    Gate,
     Guidance,
     Report,
-    check_gate,
     check_tokens,
-    counted,
     feature_error,
-    gate,
     initialised,
     projector,
     remaining,
-    selected,
-    selective,
     spatial_norm,
     token_norm,
 )
@@ -47,6 +40,7 @@ from selftrans.methods.label_part import LabelPart
 from selftrans.methods.published_heads import published_heads
 from selftrans.methods.spec import MethodSpec, Stage, TeacherSpec
 from selftrans.methods.stage_settings import TEACHER_SETTINGS, Stage1, Stage2
+from selftrans.methods.timestep_range import Gate, TimestepRange
 from selftrans.sections import checked, fields_of
 from selftrans.types import Backbone, Conditions, Draw, take_cond
 
@@ -65,10 +59,9 @@ class StructureGuidance(Guidance):
 
     def __init__(self, student: Backbone, config: Stage1) -> None:
         config = checked(config, Stage1)
-        check_gate(config.timestep_range, config.range_mode)
+        self.range = TimestepRange(config.timestep_range, config.range_mode)
         super().__init__(config.weight, (config.block,))
-        self.config, self.patchify = config, student.patchify
-        self.selects = selective(config.timestep_range, config.range_mode)
+        self.config, self.patchify, self.selects = config, student.patchify, self.range.selects
         cells = math.prod(student.shape) // student.tokens  # numbers of a latent that one token covers
         # patchify may use weights, and those may be on the meta device
         like = next(student.parameters(), torch.empty(0))
@@ -79,21 +72,19 @@ class StructureGuidance(Guidance):
                 f"{type(student).__name__}.patchify cuts a latent of {tuple(student.shape)} into {cut}; expected "
                 f"(N, T, cells) = {(1, student.tokens, cells)}, by its grid {tuple(student.grid)}"
             )
-        projection, norm = (
-            projector(student.width, student.width, config.head_width),
-            nn.LayerNorm(student.width, elementwise_affine=False, eps=1e-6),
-        )
+        projection = projector(student.width, student.width, config.head_width)
+        norm = nn.LayerNorm(student.width, elementwise_affine=False, eps=1e-6)
         self.head = initialised(nn.Sequential(projection, norm, nn.Linear(student.width, cells)))  # W LN(P(h))
 
     def forward(self, d: Draw, feats: dict[int, Tensor]) -> tuple[Tensor, Report]:
-        picked = gate(d, self.config.timestep_range, self.config.range_mode)
+        picked = self.range.gate(d)
         hidden = picked.take(feats[self.config.block])  # (M, T, D)
         target = self.patchify(picked.take(d.v if self.config.target == "velocity" else d.z0))  # (M, T, cells)
         error = (self.head(hidden).float() - target).square().mean(dim=(1, 2))  # (M,)
         return picked.mean(error), {"feature_norm": token_norm(hidden), "target_norm": token_norm(target)}
 
     def cost(self, n: int) -> dict[str, int]:
-        return {"head": selected(n, self.config.timestep_range, self.config.range_mode), "teacher": 0}
+        return {"head": self.range.computed(n), "teacher": 0}
 
 
 class SelfGuidance(Guidance):
@@ -114,27 +105,25 @@ class SelfGuidance(Guidance):
 
     def __init__(self, student: Backbone, teacher: Frozen, config: Stage2, path: Path = LINEAR) -> None:
         config = checked(config, Stage2)
-        check_gate(config.timestep_range, config.range_mode)
+        self.range = TimestepRange(equal_snr_range(config.timestep_range, config.data_std, path), config.range_mode)
         check_tokens(student, teacher)
         block = max(1, student.depth // 2) if config.student_block is None else config.student_block
         super().__init__(config.weight, config.student_blocks or (block,), until_step=config.until_step)
-        self.config, self.teacher = config, teacher
-        self.range = equal_snr_range(config.timestep_range, config.data_std, path)
-        self.selects = selective(self.range, config.range_mode)
+        self.config, self.teacher, self.selects = config, teacher, self.range.selects
         single = teacher.block if config.teacher_block is None else config.teacher_block
-        goals = config.teacher_blocks or (single,) * len(self.taps)
-        self.teacher_taps = tuple(sorted(set(goals)))
-        self.goals = [self.teacher_taps.index(k) for k in goals]  # of each student block, its place in `teacher_taps`
+        blocks = config.teacher_blocks or (single,) * len(self.taps)
+        self.teacher_taps = tuple(sorted(set(blocks)))
+        self.target_index = [self.teacher_taps.index(k) for k in blocks]  # in `teacher_taps`, of each student block
         if not 1 <= self.teacher_taps[0] <= self.teacher_taps[-1] <= teacher.block:
             raise ValueError(
-                f"stage2.teacher_blocks {goals} are beyond the teacher's {teacher.block} blocks; give Frozen(model, block) "
+                f"stage2.teacher_blocks {blocks} are beyond the teacher's {teacher.block} blocks; give Frozen(model, block) "
                 "with the deepest of them"
             )
         if config.target_norm == "spatial" and student.tokens < 2:
             raise ValueError(
                 "stage2.target_norm spatial needs several tokens; set a smaller model.patch, or another norm"
             )
-        self.grid_of = functools.partial(grid_of, student.shape, student.grid)
+        self.grid_of = student.grid_of
         self.head, *more = [self._new_head(student, teacher) for _ in self.taps]
         self.more_heads = nn.ModuleList(more)  # of the second block and those after it
         self.labels = None
@@ -147,14 +136,14 @@ class SelfGuidance(Guidance):
         return projector(student.width, teacher.width, self.config.head_width)
 
     def forward(self, d: Draw, feats: dict[int, Tensor]) -> tuple[Tensor, Report]:
-        picked = gate(d, self.range, self.config.range_mode)
+        picked = self.range.gate(d)
         hidden = [picked.take(feats[s]) for s in self.taps]  # (M, T, D) each
-        guided = self._changed(self.guided_features(d, picked.rows), d, picked)
+        guided = self._adjusted(self.guided_features(d, picked.rows), d, picked)
         targets = guided.split(self.teacher.width, dim=-1)  # (M, T, D of the teacher) each
         errors = []  # (M,) each
-        for h, head, k in zip(hidden, (self.head, *self.more_heads), self.goals, strict=True):
-            prediction = head(h, self.grid_of(d.zt)) if self.config.head == "conv" else head(h)
-            errors.append(feature_error(prediction.float(), targets[k], self.config.target_norm))
+        for h, head, i in zip(hidden, (self.head, *self.more_heads), self.target_index, strict=True):
+            prediction = head(h, self.grid_of(d.zt.shape[2:])) if self.config.head == "conv" else head(h)
+            errors.append(feature_error(prediction.float(), targets[i], self.config.target_norm))
         term = picked.mean(torch.stack(errors).mean(dim=0))
         share = remaining(d.step, self.until_step, self.config.fade)
         term = term * (share.to(term.dtype) if isinstance(share, Tensor) else share)
@@ -164,8 +153,7 @@ class SelfGuidance(Guidance):
     def null_rows(self, d: Draw) -> Tensor | None:
         if not self.config.null_rows:
             return None
-        guided = counted(d.t, self.range, self.config.range_mode)
-        return guided & (torch.rand_like(d.t) < self.config.null_rows)
+        return self.range.counts(d.t) & (torch.rand_like(d.t) < self.config.null_rows)
 
     def guided_features(self, d: Draw, rows: Tensor | None = None) -> Tensor:
         """f_g = f_u + w (f_c - f_u) for the given rows of the draw, (M, T, D) in float32, never with a gradient.
@@ -180,7 +168,7 @@ class SelfGuidance(Guidance):
         f_c, f_u = (f.float() for f in self.teacher(zt, t, true, null, taps=self.teacher_taps))
         return f_u + self.config.scale * (f_c - f_u)
 
-    def _changed(self, target: Tensor, d: Draw, picked: Gate) -> Tensor:
+    def _adjusted(self, target: Tensor, d: Draw, picked: Gate) -> Tensor:
         """Guided features (M, T, K D) without the label's part and spatially normalised, if the settings ask for it."""
         if self.labels is not None:
             true = d.cond if picked.rows is None else take_cond(d.cond, picked.rows)
@@ -191,7 +179,7 @@ class SelfGuidance(Guidance):
         return target
 
     def cost(self, n: int) -> dict[str, int]:
-        m = selected(n, self.range, self.config.range_mode)
+        m = self.range.computed(n)
         return {"head": m * len(self.taps), "teacher": m if self.config.scale == 1 else 2 * m}
 
 

@@ -13,16 +13,16 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from torch import Tensor
 
 from selftrans.methods.guidance import Guidance
-from selftrans.sections import OWN, TAKEN, Section
+from selftrans.sections import RESERVED_KEYS, RUN_SECTIONS, Section
 from selftrans.types import Backbone, Conditions
 
 if TYPE_CHECKING:
     from selftrans.config import RunConfig
 
 
-TAKEN_FOLDERS = ("data", "tensorboard", "wandb")  #: in a run directory
+RESERVED_FOLDERS = ("data", "tensorboard", "wandb")  #: in a run directory
 #: settings of which a stage may have its own values, besides those of the model
-OWN_SETTINGS = ("train.lr", "train.recompute")
+STAGE_SETTINGS = ("train.lr", "train.recompute")
 
 
 @dataclass(frozen=True)
@@ -54,13 +54,13 @@ class Stage:
     teacher: TeacherSpec | None = None
     encoder: EncoderSpec | None = None
     stream: int = 0  #: stages with another stream start from other weights and draw other noise under the same seed
-    #: its own values of settings of the run, such as {"model.depth": 4}: of the model, and those of `OWN_SETTINGS`
+    #: its own values of settings of the run, such as {"model.depth": 4}: of the model, and those of `STAGE_SETTINGS`
     settings: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if not re.fullmatch(r"\w[\w.-]{0,99}", self.name) or self.name in TAKEN_FOLDERS:
+        if not re.fullmatch(r"\w[\w.-]{0,99}", self.name) or self.name in RESERVED_FOLDERS:
             raise ValueError(f"stage '{self.name}' cannot be a folder of a run; use letters, digits, '_' and '-'")
-        shared = [name for name in self.settings if not name.startswith("model.") and name not in OWN_SETTINGS]
+        shared = [name for name in self.settings if not name.startswith("model.") and name not in STAGE_SETTINGS]
         if shared:
             raise ValueError(f"stage '{self.name}' cannot have its own {shared[0]}: all stages of a run share it")
 
@@ -85,14 +85,6 @@ class PublishedHeads(NamedTuple):
     predicts_cells: str  #: prefix of the layer that predicts a token's cells, whose order in their code may be another
 
 
-def _unchanged(config: RunConfig, conditions: Conditions) -> RunConfig:
-    return config
-
-
-def _no_heads(named: Mapping[str, Tensor], arguments: Mapping[str, Any], config: RunConfig) -> PublishedHeads | None:
-    return None
-
-
 @dataclass(frozen=True)
 class MethodSpec:
     """A training method. Built-in ones are listed in `registry.METHODS`; other packages add theirs by an entry point."""
@@ -102,11 +94,13 @@ class MethodSpec:
     stages: Callable[[RunConfig], list[Stage]]
     sections: tuple[type[Section], ...] = ()  #: its own settings; each becomes `--<key>.*`
     #: adapts the settings to what the data are conditioned on, before a run begins or continues
-    settle: Callable[[RunConfig, Conditions], RunConfig] = _unchanged
+    settle: Callable[[RunConfig, Conditions], RunConfig] = lambda config, conditions: config
     #: recognises heads of this method's first stage in a published file: (tensors, options of its command, config)
-    published_heads: Callable[[Mapping[str, Tensor], Mapping[str, Any], RunConfig], PublishedHeads | None] = _no_heads
+    published_heads: Callable[[Mapping[str, Tensor], Mapping[str, Any], RunConfig], PublishedHeads | None] = (
+        lambda named, arguments, config: None
+    )
 
     def __post_init__(self) -> None:
         for key in (section.key for section in self.sections):
-            if not re.fullmatch(r"[a-z][a-z0-9_]*", key) or key in (*OWN, *TAKEN):
+            if not re.fullmatch(r"[a-z][a-z0-9_]*", key) or key in (*RUN_SECTIONS, *RESERVED_KEYS):
                 raise ValueError(f"method {self.name}: '{key}' cannot be the key of a section; choose another name")

@@ -9,11 +9,12 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from selftrans.methods.guidance import check_term, ineffective_range_mode
+from selftrans.methods.guidance import check_term
 from selftrans.sections import Section, setting
 
 #: settings of `Stage2` on the teacher that stage 1 trains -> settings of the run that they replace in stage 1
 TEACHER_SETTINGS = {"teacher_width": "model.width", "teacher_depth": "model.depth", "teacher_lr": "train.lr"}
+NO_RANGE = "without a timestep_range every sample counts"
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class Stage1(Section):
             raise ValueError(f"stage1.steps must be above zero, not {self.steps}; to skip stage 1 give --teacher")
 
     def ineffective(self) -> dict[str, str]:
-        return ineffective_range_mode(self.timestep_range)
+        return {} if self.timestep_range else {"range_mode": NO_RANGE}
 
 
 @dataclass(frozen=True)
@@ -139,5 +140,5 @@ class Stage2(Section):
         }
         other = "stage2.teacher is given, and no teacher is trained"
         trained = dict.fromkeys(TEACHER_SETTINGS, other) if self.teacher else {}
-        moved = {} if self.timestep_range else {"data_std": "without a timestep_range every sample counts"}
-        return ineffective_range_mode(self.timestep_range) | wide | shared | single | moved | trained
+        everywhere = {} if self.timestep_range else dict.fromkeys(("range_mode", "data_std"), NO_RANGE)
+        return everywhere | wide | shared | single | trained

@@ -70,7 +70,7 @@ class NoiseConfig(DiffusersConfig):
     """side of the latents that the positions are scaled to; None: the longer side of the data's"""
 
     def arguments(self, shape: tuple[int, ...], conditions: Conditions) -> dict[str, Any]:
-        """Those of diffusers' class."""
+        """Arguments of diffusers' class."""
         return {
             "num_attention_heads": self.heads,
             "attention_head_dim": self.head_dim,

@@ -32,7 +32,7 @@ class DiffusersDiTConfig(NoiseConfig):
     """diffusers-dit"""
 
     def arguments(self, shape: tuple[int, ...], conditions: Conditions) -> dict[str, Any]:
-        """Those of DiTTransformer2DModel."""
+        """Arguments of DiTTransformer2DModel."""
         return super().arguments(shape, conditions) | {"num_embeds_ada_norm": conditions.num_classes}
 
 

@@ -77,7 +77,7 @@ class DiffusersFluxConfig(DiffusersConfig):
         return first, (self.head_dim - first) // 2, (self.head_dim - first) // 2
 
     def arguments(self, shape: tuple[int, ...], conditions: Conditions) -> dict[str, Any]:
-        """Those of FluxTransformer2DModel."""
+        """Arguments of FluxTransformer2DModel."""
         return {
             "patch_size": 1,
             "in_channels": shape[0] * self.patch**2,

@@ -49,7 +49,7 @@ class DiffusersPixArtConfig(NoiseConfig):
             raise ValueError(f"model.interpolation must be above zero, not {self.interpolation}")
 
     def arguments(self, shape: tuple[int, ...], conditions: Conditions) -> dict[str, Any]:
-        """Those of PixArtTransformer2DModel."""
+        """Arguments of PixArtTransformer2DModel."""
         return super().arguments(shape, conditions) | {
             "cross_attention_dim": self.heads * self.head_dim,
             "interpolation_scale": self.interpolation,

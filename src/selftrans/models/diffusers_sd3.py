@@ -50,7 +50,7 @@ class DiffusersSD3Config(DiffusersConfig):
             raise ValueError(f"model.dual lists blocks from 1 to {self.layers}, not {self.dual}")
 
     def arguments(self, shape: tuple[int, ...], conditions: Conditions) -> dict[str, Any]:
-        """Those of SD3Transformer2DModel."""
+        """Arguments of SD3Transformer2DModel."""
         side = max(shape[1:])
         return {
             "sample_size": self.sample_size or side,

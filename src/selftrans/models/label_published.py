@@ -16,7 +16,7 @@ from selftrans.models.label_transformer import LabelTransformer
 from selftrans.models.layers import sincos_positions
 from selftrans.models.patch_transformer import SizedConfig
 from selftrans.models.sit import SIZES
-from selftrans.models.spec import Named, Published, PublishedFile, check_shapes, few
+from selftrans.models.spec import Named, Published, PublishedFile, check_shapes, count_and_names
 from selftrans.types import Conditions
 
 #: tolerance for constant tables: moving averages drift, half precision rounds
@@ -117,7 +117,7 @@ def check_present(where: str, named: Named, dims: dict[str, int], model: str) ->
             what = (
                 f"{key} is missing" if key not in named else f"{key} has {named[key].dim()} dimensions, not {expected}"
             )
-            raise ValueError(f"{where} is not {model}: {what}; it holds {few(named)}")
+            raise ValueError(f"{where} is not {model}: {what}; it holds {count_and_names(named)}")
 
 
 def check_tensors(where: str, named: Named, network: Named, constants: Callable[[], Named]) -> None:

@@ -139,22 +139,25 @@ class FinalLayer(nn.Module):
         return self.linear(modulate(self.norm_final(x), shift, scale))
 
 
-def time_rates(frequencies: int, device: torch.device | None = None) -> Tensor:
+FREQUENCIES = 256  #: channels of the sinusoids of t
+
+
+def time_rates(frequencies: int) -> Tensor:
     """(frequencies / 2,) angular rates of the sinusoids of t: from 1 down to nearly 1 / 10,000, geometrically."""
     half = frequencies // 2
-    return torch.exp(-math.log(10_000) / half * torch.arange(half, dtype=torch.float32, device=device))
+    return torch.exp(-math.log(10_000) / half * torch.arange(half, dtype=torch.float32))
 
 
 class TimestepEmbedder(nn.Module):
-    """Sinusoids of t (256 of them, periods up to 10,000) through a two-layer MLP."""
+    """Sinusoids of t (FREQUENCIES of them, periods up to 10,000) through a two-layer MLP."""
 
     rates: Tensor
 
-    def __init__(self, width: int, frequencies: int = 256) -> None:
+    def __init__(self, width: int) -> None:
         super().__init__()
-        self.mlp = nn.Sequential(nn.Linear(frequencies, width), nn.SiLU(), nn.Linear(width, width))
+        self.mlp = nn.Sequential(nn.Linear(FREQUENCIES, width), nn.SiLU(), nn.Linear(width, width))
         # as bits: a model that is cast to half precision must keep them
-        self.register_buffer("rates", time_rates(frequencies).view(torch.int32), persistent=False)
+        self.register_buffer("rates", time_rates(FREQUENCIES).view(torch.int32), persistent=False)
 
     def forward(self, t: Tensor) -> Tensor:  # (N,) -> (N, D)
         angles = t.float()[:, None] * self.rates.view(torch.float32)[None, :]
@@ -225,11 +228,7 @@ def sincos_positions(width: int, grid: tuple[int, ...], device: torch.device | N
     return torch.cat(parts[::-1], dim=-1).flatten(end_dim=-2).float()
 
 
-CONVOLUTIONS: dict[int, type[nn.Conv1d] | type[nn.Conv2d] | type[nn.Conv3d]] = {
-    1: nn.Conv1d,
-    2: nn.Conv2d,
-    3: nn.Conv3d,
-}
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)  #: of latents with one to three dimensions
 
 
 class PatchEmbed(nn.Module):
@@ -241,7 +240,7 @@ class PatchEmbed(nn.Module):
     def __init__(self, channels: int, patch: int | tuple[int, ...], width: int) -> None:
         super().__init__()
         cells = (patch, patch) if isinstance(patch, int) else patch
-        self.proj = CONVOLUTIONS[len(cells)](channels, width, kernel_size=cells, stride=cells)  # type: ignore[arg-type]
+        self.proj = CONVOLUTIONS[len(cells) - 1](channels, width, kernel_size=cells, stride=cells)  # type: ignore[arg-type]
 
     def forward(self, x: Tensor) -> Tensor:  # (N, C, *S) -> (N, T, D)
         # contiguous: all that follows inherits the layout, and channels that lie apart cost a copy at each norm

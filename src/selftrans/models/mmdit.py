@@ -184,7 +184,8 @@ class MMDiT(TextNull, PatchTransformer):
         tokens, grid = self.embed(x)  # (N, T, D)
         context = self.context_embedder(cond[TEXT].to(self.context_embedder.weight.dtype))  # (N, L, D)
         c = self.t_embedder(t)  # (N, D)
-        masks = (self._attended(cond[MASK], tokens.shape[1]),) if self.masked else ()
+        # (N, 1, 1, L + T): every query attends to all latent tokens
+        masks = (F.pad(cond[MASK], (0, tokens.shape[1]), value=True)[:, None, None, :],) if self.masked else ()
         feats: dict[int, Tensor] = {}
         for k, block in enumerate(self.joint_blocks, start=1):
             context, tokens = self.run_block(block, context, tokens, c, *masks)
@@ -193,10 +194,6 @@ class MMDiT(TextNull, PatchTransformer):
             if stop and len(feats) == len(set(taps)):
                 return Output(None, feats)
         return Output(self.velocity(tokens, c, grid), feats)
-
-    def _attended(self, mask: Tensor, tokens: int) -> Tensor:
-        """(N, L) -> (N, 1, 1, L + T): which tokens every query attends to; latent tokens always."""
-        return F.pad(mask, (0, tokens), value=True)[:, None, None, :]
 
     def repeated(self) -> list[nn.Module]:
         return list(self.joint_blocks)

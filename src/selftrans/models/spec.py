@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from selftrans.messages import printable
 from selftrans.sections import Section
-from selftrans.storage import printable
 from selftrans.types import Backbone, Conditions
 
 #: of messages: what a model without text cannot take, and what can
@@ -87,10 +87,6 @@ class Layout(NamedTuple):
     folder: str | None = None
 
 
-def _no_reader(file: PublishedFile, heads: int | None, convention: str | None) -> Published | None:
-    return None
-
-
 @dataclass(frozen=True)
 class ModelSpec:
     """A family of backbones. Built-in ones are listed in `registry.MODELS`; other packages add theirs by an entry point."""
@@ -101,7 +97,7 @@ class ModelSpec:
     names: tuple[str, ...] = ()  #: values of `model.name` that belong to it; empty: its own name
     layouts: Mapping[str, Layout] = field(default_factory=dict)  #: published layouts that `export` writes, by name
     #: reads a published file: (file, attention heads if given, convention if given). None: it is of another family
-    reader: Callable[[PublishedFile, int | None, str | None], Published | None] = _no_reader
+    reader: Callable[[PublishedFile, int | None, str | None], Published | None] = lambda file, heads, convention: None
     conventions: tuple[str, ...] = ()  #: of time and sign, that `import --convention` may name for its files
 
 
@@ -117,11 +113,11 @@ def check_shapes(where: str, named: Named, expected: Mapping[str, tuple[int, ...
         "misshapen": shapes,
     }
     if any(wrong.values()):
-        faults = "; ".join(f"{what}: {few(names)}" for what, names in wrong.items() if names)
+        faults = "; ".join(f"{what}: {count_and_names(names)}" for what, names in wrong.items() if names)
         raise ValueError(f"{where} is not as expected: {faults}")
 
 
-def few(names: Iterable[str]) -> str:
+def count_and_names(names: Iterable[str]) -> str:
     """`4 tensors (a, b, c, ...)`, safe to print."""
     every = list(names)
     return f"{len(every)} ({', '.join(map(printable, every[:3]))}{', ...' if len(every) > 3 else ''})"

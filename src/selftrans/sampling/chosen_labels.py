@@ -6,8 +6,8 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
+from selftrans.messages import listed, plural, printable
 from selftrans.sample_config import Labels
-from selftrans.storage import listed, plural, printable
 from selftrans.suggest import closest, did_you_mean
 from selftrans.types import Conditions
 

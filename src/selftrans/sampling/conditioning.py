@@ -17,9 +17,9 @@ from torch import Tensor
 
 from selftrans.data.dataset import Dataset
 from selftrans.encoders.text import TextEncoder, encoder_of
+from selftrans.messages import first_line, listed, one_line, printable
 from selftrans.sample_config import Labels, SampleConfig
 from selftrans.sampling.streams import CAPTION_STREAM, LABEL_STREAM, image_stream
-from selftrans.storage import first_line, listed, one_line, printable
 from selftrans.types import Cond, Conditions
 
 GROUP = 64  #: prompts encoded at a time

@@ -26,10 +26,11 @@ from numpy.lib import format as npy
 from selftrans.checkpoints.load import Weights
 from selftrans.data.buckets import is_prepared
 from selftrans.data.resolution import parse_resolution
+from selftrans.messages import plural, printable
 from selftrans.sampling.chosen_labels import in_words, per_class
 from selftrans.sampling.images import Sampler
 from selftrans.sampling.sample_file import NPY, PNG, SampleFile, file_kind
-from selftrans.storage import FREE_SPACE, atomic_write, plural, printable, recorded
+from selftrans.storage import FREE_SPACE, atomic_write, recorded
 
 Samples = Iterable[tuple[np.ndarray, np.ndarray, np.ndarray]]  #: indices (n,), labels (n,), samples; as `SampledBatch`
 

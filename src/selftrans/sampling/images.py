@@ -25,6 +25,7 @@ from selftrans.data.decoded import decode_images
 from selftrans.data.resolution import Resolution, sides, size_text
 from selftrans.device import default_device
 from selftrans.encoders.autoencoder import Autoencoder, DiffusersAutoencoder, load_decoder
+from selftrans.messages import plural
 from selftrans.models.compiling import compile_model
 from selftrans.precision import PRECISIONS
 from selftrans.sampling.chosen_labels import chosen_labels
@@ -32,7 +33,6 @@ from selftrans.sampling.conditioning import Conditioning, conditioning_of
 from selftrans.sampling.samplers import SAMPLERS, Early, Noise, autoguided, guided
 from selftrans.sampling.streams import NOISE_STREAM, image_stream
 from selftrans.sampling.weak_model import weak_model
-from selftrans.storage import plural
 from selftrans.types import Backbone, Cond, check_takes, eval_mode, map_cond
 
 MANY = 20  #: batches per process from which compilation, which takes about a minute, saves time on a GPU
@@ -187,7 +187,7 @@ class Sampler:
         size = self.settings.batch_size
         for start in range(0, len(todo), size):
             chunk = todo[start : start + size]
-            computed = fill(chunk, size) if self._compiled else chunk
+            computed = padded(chunk, size) if self._compiled else chunk
             cond, labels = self.conditioning.of(computed)
             images = self._images(computed, map_cond(lambda x: x.to(self.device), cond))
             yield SampledBatch(chunk, labels[: len(chunk)], images[: len(chunk)])
@@ -256,7 +256,7 @@ def overridden(loaded: LoadedModel, overrides: dict[str, Any]) -> SampleConfig:
     """
     words, conditions = overrides.get("labels"), loaded.model.conditions
     numbers = isinstance(words, tuple) and len(words) > 0 and all(isinstance(word, int) for word in words)
-    if isinstance(words, tuple) and not numbers and conditions.kind != "text":
+    if isinstance(words, tuple) and not numbers:
         labels, counts = chosen_labels(words, loaded.classes, conditions)
         overrides = ({"num": len(labels)} if counts else {}) | overrides | {"labels": labels}
         if counts and overrides["num"] < len(labels):
@@ -273,13 +273,13 @@ def overridden(loaded: LoadedModel, overrides: dict[str, Any]) -> SampleConfig:
     return settings if settings.guidance_scale != 1 else dataclasses.replace(settings, autoguidance=None)
 
 
-def as_possible(settings: SampleConfig, model: Backbone) -> SampleConfig:
-    """The settings, without guidance by a second output where the model has none: for what samples several models alike."""
+def applicable_settings(settings: SampleConfig, model: Backbone) -> SampleConfig:
+    """The settings without guidance by a second output where the model has none, for sampling several models alike."""
     return settings if model.early is not None else dataclasses.replace(settings, early_guidance=1.0)
 
 
 def decoder_dtype(device: torch.device, precision: str) -> torch.dtype:
-    """Of the autoencoder that decodes samples in this precision: reduced on a GPU only."""
+    """Dtype of the autoencoder that decodes samples in this precision: reduced on a GPU only."""
     reduced = device.type == "cuda" and PRECISIONS[precision] != torch.float32
     return torch.bfloat16 if reduced else torch.float32
 
@@ -297,7 +297,7 @@ def cast_products(model: nn.Module, dtype: torch.dtype) -> None:
             module.to(dtype=dtype)
 
 
-def fill(indices: np.ndarray, batch_size: int) -> np.ndarray:
+def padded(indices: np.ndarray, batch_size: int) -> np.ndarray:
     """Pad indices to a full batch by repeating the last one: another batch size would trigger recompilation."""
     return np.concatenate([indices, np.repeat(indices[-1:], -len(indices) % batch_size)])
 

@@ -18,7 +18,7 @@ from numpy.lib import format as npy
 
 from selftrans.encoders.autoencoder import Autoencoder
 from selftrans.encoders.media import Media
-from selftrans.storage import first_line
+from selftrans.messages import first_line
 
 PNG_START, PNG_END = b"\x89PNG\r\n\x1a\n", b"\x00\x00\x00\x00IEND\xaeB`\x82"
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from selftrans.flow import LINEAR, Path, score_from_v
-from selftrans.storage import plural
+from selftrans.messages import plural
 from selftrans.types import Backbone, Cond, cat_cond
 
 Velocity: TypeAlias = Callable[[Tensor, Tensor], Tensor]  #: (z (N, ...), t ()) -> (N, ...)

@@ -7,7 +7,7 @@ import warnings
 from selftrans.checkpoints.load import LoadedModel, load_model
 from selftrans.config import SampleConfig
 from selftrans.encoders.identity import same_latents, scales_differ
-from selftrans.storage import printable
+from selftrans.messages import printable
 
 
 def weak_model(loaded: LoadedModel, settings: SampleConfig) -> LoadedModel | None:

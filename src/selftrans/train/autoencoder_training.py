@@ -20,8 +20,8 @@ from torch import Tensor
 
 from selftrans.checkpoints import format as checkpoint
 from selftrans.data.dataset import Dataset
+from selftrans.messages import plural
 from selftrans.precision import PRECISIONS
-from selftrans.storage import plural
 from selftrans.train.autoencoder_network import AutoencoderLoss, PerceptualDistance, build_autoencoder
 from selftrans.train.autoencoder_settings import AutoencoderSettings
 from selftrans.train.batches import Loaded, Stream, seed_step

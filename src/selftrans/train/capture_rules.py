@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from selftrans.messages import gigabytes
 from selftrans.methods.guidance import Frozen
-from selftrans.storage import gigabytes, write_json
+from selftrans.storage import write_json
 
 if TYPE_CHECKING:
     from selftrans.train.trainer import Trainer

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from selftrans.storage import first_line
+from selftrans.messages import first_line
 from selftrans.train.batches import Inputs, Loaded, draw_batch, inputs_of, seed_step
 from selftrans.train.capture_rules import (
     Invalidated,

@@ -10,8 +10,8 @@ from torch import Tensor
 from selftrans.checkpoints import format as checkpoint
 from selftrans.checkpoints.load import header
 from selftrans.config import to_json
+from selftrans.messages import plural
 from selftrans.models.lora import trained_names
-from selftrans.storage import plural
 from selftrans.train import fsdp
 from selftrans.train.optim import load_optimizer
 from selftrans.train.preview import run_prompts

@@ -10,7 +10,7 @@ from selftrans.data.dataset import Dataset
 from selftrans.data.streaming.shard_cache import CacheOptions
 from selftrans.data.streaming.streamed import Streamed
 from selftrans.data.windows import SHARE_OF_CACHE, classes_in_a_window, window_that_fits
-from selftrans.storage import gigabytes, plural, printable
+from selftrans.messages import gigabytes, plural, printable
 
 
 @dataclass
@@ -79,7 +79,7 @@ def _fitting(window: int | None, shards: Streamed, *, new: bool) -> int | None:
 
 
 def describe_data(config: RunConfig, shards: Dataset) -> str | None:
-    """What is fetched, and how its rows are shuffled, for a reader; None for data on this machine."""
+    """What is fetched, and how its rows are shuffled, in words; None for data on this machine."""
     if not isinstance(shards, Streamed):
         return None
     reader, window, number = shards.reader, config.data.window, len(shards.manifest.shards)
@@ -112,7 +112,7 @@ def transfer_of(config: RunConfig, shards: Dataset) -> Transfer | None:
 
 
 def transfer_text(found: Transfer) -> str:
-    """The same, for a reader."""
+    """What a run has to fetch, in words."""
     text = f"{plural(found.shards, 'shard')}, {gigabytes(found.bytes)}"
     if found.cached == found.bytes:
         return f"{text}, all of them in the cache: the run fetches none"

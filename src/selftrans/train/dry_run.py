@@ -31,12 +31,13 @@ from selftrans.checkpoints import format as checkpoint
 from selftrans.config import RunConfig, Train
 from selftrans.data.buckets import is_prepared
 from selftrans.data.dataset import Dataset
+from selftrans.messages import gigabytes, plural
 from selftrans.methods.guidance import Frozen
 from selftrans.methods.registry import config_of_teacher
-from selftrans.methods.spec import TAKEN_FOLDERS, Stage
+from selftrans.methods.spec import RESERVED_FOLDERS, Stage
 from selftrans.plugins import trust_named
 from selftrans.precision import PRECISIONS
-from selftrans.storage import gigabytes, nearest_existing, plural
+from selftrans.storage import nearest_existing
 from selftrans.train.batches import Loaded
 from selftrans.train.capture_rules import ENDED, NotCaptured, description
 from selftrans.train.data_window import Transfer, describe_data, transfer_of, transfer_text
@@ -134,10 +135,11 @@ def _dry_run(config: RunConfig, out: Path, steps: int, typed: Collection[str]) -
         config, plan, initial = planned(config, shards, out, typed)
         if said := describe_data(config, shards):
             accelerator.print(said)
+        device = accelerator.device
         given, shards = shards, ready_data(config, shards.dry_run_data(), accelerator, quiet=True)
         found = DryRun(
-            device=_device_name(accelerator.device),
-            memory_total=_total(accelerator.device),
+            device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+            memory_total=_total(device),
             samples=len(shards),
             batch_size=config.train.batch_size,
             micro_batch=config.train.batch_size // (config.train.accumulate * accelerator.num_processes),
@@ -257,15 +259,11 @@ def _written(config: RunConfig, plan: list[Stage]) -> list[str]:
         names.append(f"{stage.name}/checkpoints/: {_every(config.train.checkpoint_every)}")
         if config.train.preview_every:
             names.append(f"{stage.name}/previews/: a sheet of samples {_every(config.train.preview_every)}")
-    return names + [f"{name}/" for name in tracker_names(config) if name in TAKEN_FOLDERS]
+    return names + [f"{name}/" for name in tracker_names(config) if name in RESERVED_FOLDERS]
 
 
 def _every(steps: int) -> str:
     return "every step" if steps == 1 else f"every {steps} steps"
-
-
-def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def _total(device: torch.device) -> int | None:
@@ -285,7 +283,7 @@ def _peak(device: torch.device) -> int:
 
 
 def text(found: DryRun) -> str:
-    """The findings as text."""
+    """A dry run's findings, in lines."""
     lines = [f"dry run: {plural(found.samples, 'sample')}, batches of {found.batch_size}, on {found.device}"]
     for stage in found.stages:
         size = f"{stage.parameters / 1e6:.3g} M parameters ({stage.trained / 1e6:.3g} M trained, with heads)"

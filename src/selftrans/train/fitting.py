@@ -10,8 +10,8 @@ from torch import Tensor
 
 from selftrans.config import RunConfig
 from selftrans.data.manifest import Manifest
-from selftrans.models.spec import Named, few
-from selftrans.storage import plural, printable
+from selftrans.messages import plural, printable
+from selftrans.models.spec import Named, count_and_names
 from selftrans.train.given_weights import Given
 from selftrans.types import Backbone, Conditions
 
@@ -88,7 +88,7 @@ def _rows(given: Given, manifest: Manifest) -> dict[int, int]:
 
 
 def _with_rows(own: Tensor, theirs: Tensor, rows: dict[int, int], now: int, before: int) -> Tensor:
-    """The fresh table with the kept rows of classes, and the rows after the classes."""
+    """A fresh table `own` with the rows of kept classes, and those after the classes, from `theirs`."""
     table = own.detach().clone()
     for k, other in rows.items():
         table[k] = theirs[other].to(own.dtype)
@@ -110,9 +110,9 @@ def describe(record: dict[str, Any]) -> str:
     if record["new_rows"]:
         before, now, kept = (classes[key] for key in ("before", "now", "kept"))
         rows = f"{kept} of them kept by name, {now - kept} new, the null row kept"
-        said.append(f"{few(record['new_rows'])}: {before} -> {plural(now, 'class')}, {rows}")
-    said += [f"new: {few(record['new'])}"] if record["new"] else []
-    said += [f"left out: {few(record['left_out'])}"] if record["left_out"] else []
+        said.append(f"{count_and_names(record['new_rows'])}: {before} -> {plural(now, 'class')}, {rows}")
+    said += [f"new: {count_and_names(record['new'])}"] if record["new"] else []
+    said += [f"left out: {count_and_names(record['left_out'])}"] if record["left_out"] else []
     latents = [("x".join(map(str, record["latents"][when]))) for when in ("before", "now")]
     text = record["conditions"]
     said += (

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from selftrans.messages import first_line
 from selftrans.methods.objective import Objective
-from selftrans.storage import first_line
 from selftrans.types import Backbone, Cond, map_cond
 
 
 def forward_flops(backbone: Backbone, cond: Cond, taps: tuple[int, ...] = (), *, stop: bool = False) -> int:
     """Operations (2 per multiply-add) of one sample through a backbone in eval mode; `cond` holds one condition."""
-    return _forward_flops(_on_meta(backbone).eval(), cond, taps, stop=stop)
+    return _count_forward(_on_meta(backbone).eval(), cond, taps, stop=stop)
 
 
 def _on_meta(backbone: Backbone) -> Backbone:
@@ -23,7 +24,7 @@ def _on_meta(backbone: Backbone) -> Backbone:
     return copy.deepcopy(backbone).to(device="meta", dtype=torch.float32)
 
 
-def _forward_flops(meta: Backbone, cond: Cond, taps: tuple[int, ...] = (), *, stop: bool = False) -> int:
+def _count_forward(meta: Backbone, cond: Cond, taps: tuple[int, ...] = (), *, stop: bool = False) -> int:
     z = torch.empty(1, *meta.shape, device="meta")
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         meta(z, torch.empty(1, device="meta"), map_cond(lambda x: x.to("meta"), cond), taps=taps, stop=stop)
@@ -39,7 +40,7 @@ def training_flops(backbone: Backbone, cond: Cond) -> int:
     meta = _on_meta(backbone).train()
     meta.recompute = False
     if all(p.requires_grad for p in backbone.parameters()):
-        return 3 * _forward_flops(meta, cond)
+        return 3 * _count_forward(meta, cond)
     z = torch.empty(1, *backbone.shape, device="meta")
     with FlopCounterMode(display=False) as counter:
         v = meta(z, torch.empty(1, device="meta"), map_cond(lambda x: x.to("meta"), cond)).v
@@ -87,8 +88,15 @@ def _per_head(name: str, head: nn.Module, student: Backbone) -> int:
 
 
 def stage_flops(objective: Objective, cond: Cond, batch_size: int, steps: int) -> int:
-    """Operations of a whole stage: of each guidance until it ends."""
-    each = step_flops(objective, cond, batch_size)
-    ends = (guidance.until_step for guidance in objective.guidances)
-    guided = [steps if end is None else min(steps, end) for end in ends]
-    return each[None] * steps + sum(each[i] * count for i, count in enumerate(guided))
+    """Operations of a whole stage."""
+    ends = [guidance.until_step for guidance in objective.guidances]
+    return flops_until(steps, step_flops(objective, cond, batch_size), ends)
+
+
+def flops_until(step: int, each: Mapping[int | None, int], ends: Sequence[int | None], begun: int = 0) -> int:
+    """Operations of the steps from `begun` to `step`, those of a guidance until it ends.
+
+    each: of one step, as `step_flops` returns them. ends: the first step at which each guidance no longer acts; None: never.
+    """
+    last = {None: step} | {i: step if end is None else min(step, end) for i, end in enumerate(ends)}
+    return sum(each[part] * max(0, last[part] - begun) for part in last)

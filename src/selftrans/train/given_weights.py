@@ -20,10 +20,11 @@ from selftrans.encoders.identity import same_latents
 from selftrans.fine_tuning import Init
 from selftrans.interop import published_file
 from selftrans.interop.importing import recognised
+from selftrans.messages import printable
 from selftrans.models.spec import ModelConfig, Named
 from selftrans.recipes import RECIPES
 from selftrans.sections import fields_of
-from selftrans.storage import printable, sha256_file
+from selftrans.storage import sha256_file
 from selftrans.types import Conditions
 
 

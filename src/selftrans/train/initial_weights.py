@@ -86,10 +86,10 @@ class InitialWeights:
         return {INIT: self.record} | ({ADAPTERS: {"base": self.record["start"]}} if adapters else {})
 
 
-def choose(
+def resolve_init(
     config: RunConfig, before: RunConfig | None, out: Path, typed: Collection[str] = ()
 ) -> tuple[RunConfig, Given | None]:
-    """The settings with the model of the weights that `--init` names, and those weights where the run begins with them.
+    """The settings with the model of the weights that `--init` names, and these weights if the run is new, else None.
 
     `before`: the settings that `out` was started with. A run that continues does not read them again. `typed`: see
     `with_model_of`.

@@ -35,7 +35,7 @@ class RunningMeans:
             self._sums[name] = total + value, count + one
 
     def add_numbers(self, report: dict[str, float], finite: bool) -> None:
-        """The same for values that the host has read; the sums are kept there from now on. Waits for the device once."""
+        """Add values that the host has read; the sums are kept there from now on. Waits for the device once."""
         for name, value in report.items():
             total, count = (float(x) for x in self._sums.get(name, (0.0, 0.0)))
             self._sums[name] = (total + value, count + 1.0) if finite else (total, count)

@@ -14,7 +14,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from selftrans.storage import plural
+from selftrans.messages import plural
 from selftrans.train.fsdp import any_rank, local
 
 GROWTH = 10.0  #: growth of a feature norm that is warned about

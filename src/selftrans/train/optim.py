@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from selftrans.config import Train
-from selftrans.storage import first_line
+from selftrans.messages import first_line
 from selftrans.train.fsdp import local, shard_like
 
 SMALLEST, BLOCK = 4096, 256  #: of bitsandbytes: parameters with 8-bit moments, and values that share a scale

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
-from selftrans.storage import plural
+from selftrans.messages import plural
 from selftrans.train.batches import Loaded, to_batch
 from selftrans.train.capture_rules import NotCaptured
 from selftrans.train.optim import moment_bytes

@@ -20,9 +20,10 @@ from selftrans.encoders.autoencoder import Autoencoder, load_autoencoder
 from selftrans.evaluate.fonts import class_names
 from selftrans.evaluate.plots import sample_sheet, save_png
 from selftrans.flow import PATHS
+from selftrans.messages import first_line, printable
 from selftrans.sampling.conditioning import CaptionConditioning, Conditioning, conditioning_of, read_prompts
-from selftrans.sampling.images import SampledBatch, Sampler, as_possible
-from selftrans.storage import first_line, no_symlink, printable, write_text
+from selftrans.sampling.images import SampledBatch, Sampler, applicable_settings
+from selftrans.storage import no_symlink, write_text
 from selftrans.train.signals import StopSignal
 
 Attempt = Callable[[Callable[[], Any]], Any]  #: calls what it is given, and may do so again where memory was missing
@@ -89,7 +90,7 @@ class Preview:
         sampler = Sampler(
             model,
             self._autoencoder,
-            as_possible(self.settings, model),
+            applicable_settings(self.settings, model),
             PATHS[self.config.train.path],
             device=self.device,
             conditioning=self._conditioning,

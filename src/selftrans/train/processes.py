@@ -35,8 +35,8 @@ def keep_memory() -> bool:
     return bool(mallopt(M_MMAP_THRESHOLD, 32 << 20) and mallopt(M_TRIM_THRESHOLD, 2**31 - 1))
 
 
-def patience(config: Train) -> InitProcessGroupKwargs:
-    """A finite time to wait for other processes. ValueError where they were launched in a way that would not work."""
+def process_group_options(config: Train) -> InitProcessGroupKwargs:
+    """The time that a process waits for the others. ValueError where accelerate would wrap the model in its own FSDP."""
     if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
         raise ValueError(
             "accelerate is configured to use FSDP; remove that from its options or configuration file, and set "
@@ -46,8 +46,8 @@ def patience(config: Train) -> InitProcessGroupKwargs:
 
 
 @contextlib.contextmanager
-def together() -> Iterator[None]:
-    """Turn the failure of a wait for another process into a ConnectionError of one line."""
+def reporting_lost_processes() -> Iterator[None]:
+    """Turn an error of waiting for another process into a ConnectionError of one line."""
     try:
         yield
     except RuntimeError as error:

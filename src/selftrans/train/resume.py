@@ -20,9 +20,10 @@ from selftrans.config import RunConfig, from_json, settings_of, to_json
 from selftrans.data.manifest import Manifest
 from selftrans.encoders.identity import check_scale
 from selftrans.interop.importing import bound_settings
+from selftrans.messages import first_line
 from selftrans.methods.registry import find, stages
 from selftrans.sections import Resume, fields_of, from_plain
-from selftrans.storage import first_line, write_json
+from selftrans.storage import write_json
 from selftrans.types import Conditions
 
 Changes = list[tuple[str, Any, Any, Resume]]  #: name, before, now, what is allowed to happen to it
@@ -156,7 +157,7 @@ def _latent_space(manifest: str) -> str:
 def check_data(found: checkpoint.Checkpoint, manifest: Manifest) -> None:
     """ValueError unless a checkpoint's model is one for these data."""
     now = manifest.conditions
-    with usable(found, ValueError):
+    with checkpoint_errors(found, ValueError):
         was = (tuple(found.state["shape"]), from_plain(Conditions, found.state["conditions"], "conditions"))
     if was != (tuple(manifest.shape), now):
         raise ValueError(
@@ -166,8 +167,8 @@ def check_data(found: checkpoint.Checkpoint, manifest: Manifest) -> None:
     check_scale(str(found.path), str(found.state.get("autoencoder")), manifest.autoencoder)
 
 
-def agreed(folder: Path, accelerator: Accelerator) -> checkpoint.Checkpoint | None:
-    """The checkpoint that all processes continue from: the newest valid one that the first process sees.
+def common_checkpoint(folder: Path, accelerator: Accelerator) -> checkpoint.Checkpoint | None:
+    """The checkpoint that all processes continue from: the newest valid one that the main process sees.
 
     ValueError in a process that cannot read it. Leftovers of interrupted writes are removed.
     """
@@ -185,8 +186,11 @@ def agreed(folder: Path, accelerator: Accelerator) -> checkpoint.Checkpoint | No
 
 
 @contextlib.contextmanager
-def usable(found: checkpoint.Checkpoint, *errors: type[Exception]) -> Iterator[None]:
-    """ValueError that names a checkpoint whose state is intact but has missing or wrong entries."""
+def checkpoint_errors(found: checkpoint.Checkpoint, *errors: type[Exception]) -> Iterator[None]:
+    """Turn errors about missing or wrong entries of a checkpoint's state into a ValueError that names it.
+
+    `errors`: kinds of them besides the usual ones.
+    """
     wrong: tuple[type[Exception], ...] = (KeyError, TypeError, AttributeError, RuntimeError, *errors)
     try:
         yield

@@ -27,18 +27,19 @@ from selftrans.data.manifest import Manifest
 from selftrans.data.on_device import OnDevice
 from selftrans.data.prepare import prepare_builtin
 from selftrans.encoders.identity import scales_differ
-from selftrans.methods.registry import put_together, stages
+from selftrans.messages import plural
+from selftrans.methods.registry import meta_objective, stages
 from selftrans.methods.spec import Stage
 from selftrans.plugins import trust_named
-from selftrans.storage import lock_file, plural, remove_stale_temporaries, removed_if_refused, write_json
+from selftrans.storage import lock_file, remove_stale_temporaries, removed_if_refused, write_json
 from selftrans.train.capture_rules import description, remembered
 from selftrans.train.data_window import cache_of, describe_data, with_window
 from selftrans.train.fitting import describe
-from selftrans.train.initial_weights import InitialWeights, choose, initial_weights
+from selftrans.train.initial_weights import InitialWeights, initial_weights, resolve_init
 from selftrans.train.log import progress_bar
 from selftrans.train.memory_use import memory_line
 from selftrans.train.preview import Preview, with_prompts
-from selftrans.train.processes import keep_memory, patience, together
+from selftrans.train.processes import keep_memory, process_group_options, reporting_lost_processes
 from selftrans.train.resume import record, settings_before, settle
 from selftrans.train.signals import StopSignal
 from selftrans.train.teachers import teacher_of, training_cost
@@ -62,7 +63,7 @@ def train(
     ValueError for errors that the user can correct; `Interrupted` after a stop signal, with a checkpoint written.
     """
     trust_named(config.method, config.model.name)
-    with together():
+    with reporting_lost_processes():
         return _train(config, Path(out), bar, quiet, typed)
 
 
@@ -134,7 +135,7 @@ def planned(
     ValueError for settings that another run in `out` does not allow, and for what would stop a later stage. Writes nothing.
     """
     manifest = shards.manifest
-    config, given = choose(with_prompts(config, manifest), settings_before(out), out, typed)
+    config, given = resolve_init(with_prompts(config, manifest), settings_before(out), out, typed)
     config = with_window(config, shards, settings_before(out))
     config = settle(config, out, manifest)
     initial, plan = initial_weights(config, shards, out, given), stages_to_run(config)
@@ -180,7 +181,10 @@ def accelerator_of(config: RunConfig, out: Path) -> Accelerator:
         mixed_precision=mixed,
         project_dir=str(out),
         # gradients lie in the buckets that DDP sends, which would take as much memory again
-        kwargs_handlers=[patience(config.train), DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
+        kwargs_handlers=[
+            process_group_options(config.train),
+            DistributedDataParallelKwargs(gradient_as_bucket_view=True),
+        ],
     )
 
 
@@ -260,7 +264,7 @@ def _rehearse(config: RunConfig, plan: Sequence[Stage], out: Path, manifest: Man
                 "give at least as many, or another --out"
             )
         if number and not stage.encoder:
-            put_together(config, stage, manifest.shape, manifest.conditions)
+            meta_objective(config, stage, manifest.shape, manifest.conditions)
 
 
 def stages_to_run(config: RunConfig) -> list[Stage]:

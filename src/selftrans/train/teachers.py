@@ -16,10 +16,10 @@ from selftrans.data.dataset import Dataset
 from selftrans.data.manifest import Manifest
 from selftrans.encoders.identity import check_scale, identity_kind, same_latents
 from selftrans.encoders.vision import Encoder, load_encoder
+from selftrans.messages import printable
 from selftrans.methods.guidance import Frozen
 from selftrans.methods.spec import Stage, TeacherSpec
 from selftrans.precision import PRECISIONS
-from selftrans.storage import printable
 
 
 class StoredFeatures:

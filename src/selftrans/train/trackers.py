@@ -19,7 +19,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from selftrans.config import RunConfig, settings_of
-from selftrans.storage import first_line, printable, recorded, write_json
+from selftrans.messages import first_line, printable
+from selftrans.storage import recorded, write_json
 
 PROJECT = "selftrans"  #: project or experiment of the runs, unless the tracker's own variables say otherwise
 RECORD = "trackers.json"
@@ -107,16 +108,16 @@ class Trackers:
             write_json(self.out / RECORD, found)
 
     def begin(self, steps_before: int) -> None:
-        """A stage begins, after this many steps of earlier ones."""
+        """Note that a stage begins, after this many steps of earlier ones."""
         self._before = steps_before
 
     def log(self, stage: str, values: dict[str, float], step: int) -> None:
-        """Values of a log line, at this step of a stage."""
+        """Log values at this step of a stage."""
         named = {f"{stage}/{key}": value for key, value in values.items()}
         self._each(step, lambda name, tracker, at: tracker.log(named, step=at))
 
     def picture(self, stage: str, file: Path, step: int) -> None:
-        """A preview, if its file was written."""
+        """Show a preview, if its file was written."""
         if not self._running or not file.is_file():
             return
         from PIL import Image

@@ -31,7 +31,7 @@ from selftrans.train import checkpointing, fp8, fsdp
 from selftrans.train.batches import Loaded, Stream
 from selftrans.train.captured_step import captured_step
 from selftrans.train.ema import EMA
-from selftrans.train.flops import step_flops
+from selftrans.train.flops import flops_until, step_flops
 from selftrans.train.initial_weights import InitialWeights, build_student
 from selftrans.train.log import JsonlLog, RunningMeans, format_values, progress_bar
 from selftrans.train.memory_use import memory_use
@@ -39,7 +39,7 @@ from selftrans.train.nonfinite import NonFiniteSteps, check_weights
 from selftrans.train.optim import build_optimizer, forget, learning_rate, optimizer_tensors
 from selftrans.train.out_of_memory import between_steps, guarded_step
 from selftrans.train.preview import Preview
-from selftrans.train.resume import agreed, check_data, usable
+from selftrans.train.resume import check_data, checkpoint_errors, common_checkpoint
 from selftrans.train.signals import StopSignal
 from selftrans.train.teachers import check_teacher
 from selftrans.train.trackers import Trackers
@@ -77,13 +77,13 @@ class Trainer:
         bar: Callable[..., Any] = progress_bar,
     ) -> None:
         self.accelerator, self.stage, self.directory = accelerator, stage, directory
-        self.run_config, config = config, config.override(stage.settings)
-        self.config = config
+        self.run_config = config
+        self.config = config = config.override(stage.settings)
         self.shards, self.teacher, self.preview, self.stop = shards, teacher, preview, stop or StopSignal()
         self.bar, self.order, self.trackers = bar, order or [stage.name], trackers
         train, manifest = config.train, shards.manifest
         torch.manual_seed(int(np.random.SeedSequence([train.seed, stage.stream]).generate_state(1)[0]))
-        found, self.initial = agreed(self.checkpoints, accelerator), initial
+        found, self.initial = common_checkpoint(self.checkpoints, accelerator), initial
         student = build_student(config, shards, initial, fresh=found is None)
         for shape in shards.shapes if len(shards.shapes) > 1 else ():
             check_takes(student, shape)
@@ -216,14 +216,12 @@ class Trainer:
             if journal:
                 journal.sync()
             self._save(required=last or stopping)
-        if (
-            stopping and not last
-        ):  # the scheduler waits for the checkpoint alone: a preview that is due comes after the restart
+        if stopping and not last:  # without the preview: the scheduler waits for the checkpoint alone
             raise self.stop.interrupted(self.step, self.directory)
         self._preview(last)
 
     def _preview(self, last: bool, *, again: bool = False) -> None:
-        """A preview, if one is due at this step; `again`: after a restart at this step."""
+        """Make a preview if one is due at this step; `again`: after a restart at this step."""
         every, path = self.config.train.preview_every, self.directory / "previews" / f"step-{self.step:08d}.png"
         if self.preview and self.step and (self.step % every == 0 or last):
             manifest = self.shards.manifest
@@ -262,7 +260,7 @@ class Trainer:
         return {name: value for name, mean in means.items() if np.isfinite(value := float(mean))}
 
     def _log(self, journal: JsonlLog | None, bar: Any) -> None:
-        """One line for the steps since the last one."""
+        """Write a log line of the steps since the last one."""
         self._read()
         values = self._means(self.window)
         self.window.clear()
@@ -277,13 +275,10 @@ class Trainer:
         if self.trackers:
             self.trackers.log(self.stage.name, values, self.step)
 
-    def total_flops(self) -> float:
+    def total_flops(self) -> int:
         """Operations of this stage so far: student, heads and teacher; of imported weights since the import."""
         begun = int(self.origin.get(IMPORTED, {}).get("steps", 0))
-        ends = {None: self.step} | {
-            i: self.step if end is None else min(self.step, end) for i, end in enumerate(self.ends)
-        }
-        return sum(self.flops[part] * max(0, end - begun) for part, end in ends.items())
+        return flops_until(self.step, self.flops, self.ends, begun)
 
     def _wrap(self) -> None:
         """(Re)wrap the objective for this process group; also after its parameters have changed."""
@@ -337,11 +332,11 @@ class Trainer:
         """Continue from the newest valid checkpoint of the stage. Order and noise follow from the step."""
         self.step = found.step if found else 0
         if found:
-            with usable(found):
+            with checkpoint_errors(found):
                 check_data(found, self.shards.manifest)
                 check_teacher(found, self.teacher)
                 self.origin = {key: value for key, value in found.state.items() if key == IMPORTED}
         self._retire()
         if found:
-            with usable(found, ValueError):
+            with checkpoint_errors(found, ValueError):
                 checkpointing.load(self, found)

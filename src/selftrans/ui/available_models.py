@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from selftrans.checkpoints import format as checkpoint
-from selftrans.storage import printable
+from selftrans.messages import printable
 from selftrans.ui.contained import number, part, plain
 from selftrans.ui.run_plan import scale_of
 from selftrans.ui.run_state import RunState

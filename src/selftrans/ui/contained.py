@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, TypeVar
 
-from selftrans.storage import first_line, printable
+from selftrans.messages import first_line, printable
 
 Kind = TypeVar("Kind", dict, list)
 JSON_BYTES = 16 << 20  #: of the largest json that is read

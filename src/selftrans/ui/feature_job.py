@@ -18,9 +18,9 @@ from selftrans.evaluate.plots import flat_map
 from selftrans.evaluate.probes import collect, pca_basis, pca_maps, spread_blocks
 from selftrans.experiments.analyse_run import null_of
 from selftrans.flow import PATHS
+from selftrans.messages import plural, printable
 from selftrans.sample_config import SampleConfig
 from selftrans.sampling.conditioning import conditioning_of
-from selftrans.storage import plural, printable
 from selftrans.types import Cond, map_cond
 from selftrans.ui.jobs import Job
 from selftrans.ui.model_cache import ModelCache, Source, counted_passes, source_of, take

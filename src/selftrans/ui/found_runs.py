@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from selftrans.storage import printable
+from selftrans.messages import printable
 from selftrans.ui.contained import Contained
 
 DEPTH = 4  #: folders below a given one that are searched

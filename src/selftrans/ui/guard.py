@@ -124,7 +124,7 @@ def _own_origin(headers: Mapping[str, str]) -> bool:
 
 
 def _parsed(address: str) -> SplitResult | None:
-    """The parts of an address; None for one that is none, such as `http://[`."""
+    """The parts of an address; None for an invalid one, such as `http://[`."""
     try:
         return urlsplit(address)
     except ValueError:

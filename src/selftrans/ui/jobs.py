@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
-from selftrans.storage import first_line
+from selftrans.messages import first_line
 
 KEPT = 12  #: finished jobs whose pictures are kept
 KEPT_BYTES = 128 << 20  #: of the pictures of all jobs

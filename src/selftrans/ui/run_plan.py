@@ -7,9 +7,10 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 from selftrans.config import RunConfig, from_json
-from selftrans.methods.registry import find, put_together, stages
+from selftrans.messages import first_line
+from selftrans.methods.registry import find, meta_objective, stages
 from selftrans.methods.spec import Stage
-from selftrans.storage import UNREADABLE, first_line
+from selftrans.storage import UNREADABLE
 from selftrans.types import Backbone
 
 
@@ -50,7 +51,7 @@ class Guided(NamedTuple):
 
 def guided_blocks(config: RunConfig, stage: Stage, model: Backbone) -> Guided:
     """The guided blocks of a stage; found on a model without memory for weights."""
-    guidances = [] if stage.encoder else put_together(config, stage, model.shape, model.conditions).guidances
+    guidances = [] if stage.encoder else meta_objective(config, stage, model.shape, model.conditions).guidances
     taps = tuple(k for guidance in guidances for k in guidance.taps)
     block = next((guidance.teacher.block for guidance in guidances if guidance.teacher), None)
     return Guided(taps, block, scale_of(config, stage))

@@ -14,7 +14,7 @@ from typing import Any
 from selftrans.checkpoints import format as checkpoint
 from selftrans.checkpoints.load import FILES, REPORT
 from selftrans.experiments.measurement import SHARED
-from selftrans.storage import first_line, printable
+from selftrans.messages import first_line, printable
 from selftrans.ui.contained import Contained, JsonFiles, number, plain
 from selftrans.ui.found_runs import Found
 from selftrans.ui.run_log import Columns, Glance, glance, loss_of

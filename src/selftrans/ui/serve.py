@@ -11,7 +11,7 @@ from urllib.parse import quote
 import torch
 import uvicorn
 
-from selftrans.storage import plural, printable
+from selftrans.messages import plural, printable
 from selftrans.ui.guard import is_loopback
 from selftrans.ui.server import Page, application
 

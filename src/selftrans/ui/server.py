@@ -21,7 +21,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from selftrans.device import default_device
-from selftrans.storage import first_line
+from selftrans.messages import first_line
 from selftrans.ui.available_models import available_models
 from selftrans.ui.contained import JsonFiles
 from selftrans.ui.feature_job import features

@@ -9,9 +9,10 @@ from typing import Any
 
 from selftrans.experiments.html_report import HEADINGS, cells, depends_on, failures, legend, marked, settings_text
 from selftrans.experiments.summary import AXES, curve, mean_curve, rows
+from selftrans.messages import first_line, printable
 from selftrans.methods.registry import BASELINE
-from selftrans.sections import OWN, TAKEN
-from selftrans.storage import UNREADABLE, first_line, printable
+from selftrans.sections import RESERVED_KEYS, RUN_SECTIONS
+from selftrans.storage import UNREADABLE
 from selftrans.ui.contained import Contained, JsonFiles, number, plain
 from selftrans.ui.found_runs import TABLES, Found
 from selftrans.ui.run_state import IDENTITY, RunState
@@ -52,7 +53,10 @@ def _stored(summary: dict[str, Any]) -> dict[str, Any]:
         both = {"step": curves, "tflops": summary.get("curves_tflops", {})}
         outcome = printable(summary.get("outcome", ""), 1000)
         return _shown(table, metric, both, _of_quickstart(summary)) | {"outcome": outcome}
-    older = {"teachers": [], "sections": [key for key in summary["config"] if key not in (*OWN, *TAKEN)]}
+    older = {
+        "teachers": [],
+        "sections": [key for key in summary["config"] if key not in (*RUN_SECTIONS, *RESERVED_KEYS)],
+    }
     shown = _shown(table, metric, {axis: curves[axis] for axis in AXES}, depends_on(older | summary))
     return shown | {"outcome": printable("; ".join(failures(summary)), 1000)}
 

@@ -300,10 +300,10 @@ def test_all_processes_continue_from_the_step_of_rank_0(tmp_path, monkeypatch, s
     monkeypatch.setattr(resume, "broadcast_object_list", lambda _: [4])
     other = types.SimpleNamespace(is_main_process=False)
     if seen:
-        assert resume.agreed(tmp_path, other).step == 4  # though it sees 8
+        assert resume.common_checkpoint(tmp_path, other).step == 4  # though it sees 8
     else:
         with pytest.raises(ValueError, match=r"step-00000004.* is missing .*all must see the same --out"):
-            resume.agreed(tmp_path, other)
+            resume.common_checkpoint(tmp_path, other)
 
 
 @pytest.mark.parametrize("value", ["gone", None, "x", -1, [], {}])

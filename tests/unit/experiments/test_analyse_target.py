@@ -17,7 +17,7 @@ from selftrans.data.dataset import Dataset
 from selftrans.data.decoded import latents_of
 from selftrans.data.prepare import prepare
 from selftrans.data.prepare_features import prepare_features
-from selftrans.experiments.analyse_target import choose
+from selftrans.experiments.analyse_target import choose_pictures
 from selftrans.methods.guidance import Frozen
 from selftrans.train.run import train
 from tests.support import text_runs, toy
@@ -56,7 +56,7 @@ def test_shares_are_those_of_the_features_that_stage_2_is_guided_by(tmp_path, ca
     teacher, counts = report["teacher"], report["pictures"]
     assert (teacher["stage"], teacher["weights"], teacher["block"]) == ("stage1", "raw", 2)
     dataset = Dataset.open(toy.digits())
-    pictures = choose(dataset, 200, 0)
+    pictures = choose_pictures(dataset, 200, 0)
     fitted, held = counts["fitted"], counts["held_out"]
     assert (fitted, held) == (int(pictures.fitted.sum()), int((~pictures.fitted).sum()))
     assert np.array_equal(dataset.labels[pictures.rows], pictures.labels.numpy())
@@ -143,7 +143,7 @@ def test_data_without_conditions_have_features_and_no_guidance(tmp_path, capsys)
 def test_classes_are_drawn_where_there_are_too_many_for_a_table(tmp_path):
     dataset = Dataset.open(toy.digits())
     with pytest.warns(UserWarning, match="4 of 10 classes are measured"):
-        few = choose(dataset, 64, 0)
+        few = choose_pictures(dataset, 64, 0)
     assert (
         len(few.labels.unique()) == 4 and len(few.rows) == 64 and set(few.others.tolist()) <= set(few.labels.tolist())
     )
@@ -152,7 +152,7 @@ def test_classes_are_drawn_where_there_are_too_many_for_a_table(tmp_path):
         assert int((of_class & ~few.fitted).sum()) == int(of_class.sum()) // 4
     rare = Dataset.open(toy.prepared(tmp_path, count=3))
     with pytest.warns(UserWarning, match="fewer than 4 pictures"), pytest.raises(ValueError, match="too few pictures"):
-        choose(rare, 100, 0)
+        choose_pictures(rare, 100, 0)
 
 
 @pytest.mark.parametrize(

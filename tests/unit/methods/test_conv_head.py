@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from selftrans.methods.conv_head import ConvHead, grid_of
+from selftrans.methods.conv_head import ConvHead
 
 
 @pytest.mark.parametrize("grid", [(5,), (2, 3), (2, 3, 2)])
@@ -35,8 +35,3 @@ def test_head_starts_with_xavier_weights_and_a_zero_bias():
         bound / 3**0.5, rel=0.05
     )
     assert not head.conv.bias.any()
-
-
-def test_grid_of_latents_of_another_size():
-    assert grid_of((4, 8, 8), (4, 4), torch.empty(1, 4, 6, 12)) == (3, 6)
-    assert grid_of((1, 4, 8, 8), (4, 2, 2), torch.empty(2, 1, 2, 8, 16)) == (2, 2, 4)

@@ -23,8 +23,8 @@ from selftrans.interop.exporting import export_run
 from selftrans.interop.interpolant_scheduler import InterpolantScheduler
 from selftrans.interop.interpolant_transformer import InterpolantTransformer
 from selftrans.methods.internal_guidance import Internal, InternalGuidance, default_block
-from selftrans.methods.registry import put_together, stages
-from selftrans.sampling.images import Sampler, as_possible
+from selftrans.methods.registry import meta_objective, stages
+from selftrans.sampling.images import Sampler, applicable_settings
 from selftrans.train.flops import step_flops
 from selftrans.train.run import train
 from tests.support.shared import once
@@ -109,7 +109,7 @@ def test_it_is_averaged_and_in_each_weights_file() -> None:
 def test_default_block_becomes_a_setting_of_the_run(tmp_path: Path) -> None:
     config = toy({"method": NAME, "train.steps": 1})
     manifest = Dataset.open(str(config.data.path)).manifest
-    put_together(config, stages(config)[0], manifest.shape, manifest.conditions)  # not settled yet, as in `compare`
+    meta_objective(config, stages(config)[0], manifest.shape, manifest.conditions)  # not settled yet, as in `compare`
     train(config, tmp_path / "run", quiet=True)
     assert json.loads((tmp_path / "run" / "config.json").read_text())["model"]["early_block"] == 1
 
@@ -179,6 +179,6 @@ def test_model_without_it_is_refused_unless_several_are_sampled_alike() -> None:
     model, settings = SiT((1, 4, 4), 3, width=16, depth=3, heads=2, patch=2), SampleConfig(early_guidance=2.0)
     with pytest.raises(ValueError, match="early_guidance is 2, and the model has no second output"):
         Sampler(model, identity("pixel"), settings, device="cpu")
-    assert as_possible(settings, model).early_guidance == 1.0
+    assert applicable_settings(settings, model).early_guidance == 1.0
     model.add_early(1)
-    assert as_possible(settings, model) is settings
+    assert applicable_settings(settings, model) is settings

@@ -13,8 +13,9 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from selftrans.flow import COSINE, LINEAR
-from selftrans.methods.guidance import Frozen, Guidance, capacity, gate
+from selftrans.methods.guidance import Frozen, Guidance
 from selftrans.methods.objective import Objective
+from selftrans.methods.timestep_range import TimestepRange
 from selftrans.models.sit import SiT
 from selftrans.types import Backbone, Batch, Conditions, Output
 from tests.support.guidances import RANGE, SHAPE, TIMES, data, frozen_stub, stage1, stage2
@@ -175,10 +176,11 @@ def test_gate_selects_the_times_inside_of_drawn_batches():
         for _ in range(20):
             ridge = Ridge()
             Objective(student, [ridge])(data(n, (1, 2, 2)), 0)
-            picked = gate(ridge.seen[0], RANGE, "select")
+            span = TimestepRange(RANGE, "select")
+            picked = span.gate(ridge.seen[0])
             inside = sum(np.float32(0.4) <= np.float32(t) <= np.float32(0.7) for t in ridge.seen[0].t.tolist())
             assert picked.gain.sum().item() == pytest.approx(inside / n, abs=1e-6)
-            assert len(picked.rows) == capacity(n, RANGE)
+            assert len(picked.rows) == span.computed(n)
 
 
 # ---- composition

@@ -10,7 +10,7 @@ from selftrans.config import RunConfig, Train, sections
 from selftrans.methods import registry
 from selftrans.methods.guidance import Frozen
 from selftrans.methods.objective import Objective
-from selftrans.methods.registry import METHODS, put_together, stages
+from selftrans.methods.registry import METHODS, meta_objective, stages
 from selftrans.methods.self_transcendence import Stage1, Stage2
 from selftrans.methods.spec import MethodSpec, Stage, TeacherSpec
 from selftrans.plugins import trust
@@ -60,14 +60,14 @@ def test_stage_is_put_together_without_memory():
         "stage2.teacher_width": 16,
     }
     run = config("self_transcendence").override(small)
-    both = [put_together(run, stage, (1, 8, 8), LABELS, dtype=torch.bfloat16) for stage in stages(run)]
+    both = [meta_objective(run, stage, (1, 8, 8), LABELS, dtype=torch.bfloat16) for stage in stages(run)]
     assert [(each.student.depth, each.student.width) for each in both] == [(3, 16), (6, 32)]
     teacher = both[1].guidances[0].teacher
     assert (teacher.block, teacher.width, len(teacher.model.blocks)) == (2, 16, 2)
     assert all(p.is_meta for each in (*both, teacher.model) for p in each.parameters())
     assert {p.dtype for p in teacher.model.parameters()} == {torch.bfloat16}
     given = Frozen(both[0].student, 1)
-    assert put_together(run, stages(run)[1], (1, 8, 8), LABELS, given).guidances[0].teacher is given
+    assert meta_objective(run, stages(run)[1], (1, 8, 8), LABELS, given).guidances[0].teacher is given
 
 
 def test_stages_of_vanilla_structure_and_self_transcendence():

@@ -21,7 +21,6 @@ from selftrans import (
     StructureGuidance,
     flow,
 )
-from selftrans.methods.guidance import capacity
 from selftrans.methods.registry import stages
 from selftrans.methods.self_transcendence import default_teacher_block
 from selftrans.models.sit import SIT_SIZES
@@ -254,12 +253,12 @@ def test_sample_inside_the_range_affects_the_term():
 
 
 def test_padding_passes_the_head_with_a_gain_of_zero():
-    d = handmade_draw([0.3, 0.9, 0.5, 0.1, 0.75], even=True)  # one inside; the capacity is two
+    d = handmade_draw([0.3, 0.9, 0.5, 0.1, 0.75], even=True)  # one inside; two are computed
     for g in both_stages():
         rows = []
         g.head.register_forward_hook(lambda _, args, __, rows=rows: rows.append(args[0].shape[0]))
         term, (feature, *_) = term_and_gradients(g, d, torch.ones(5, 4, 8))
-        assert rows == [capacity(5, RANGE)] == [2]
+        assert rows == [2]
         assert [i for i in range(5) if feature[i].any()] == [2]
         alone = d._replace(**{k: v[[2]] for k, v in d._asdict().items() if torch.is_tensor(v)})
         one, _ = term_and_gradients(g, alone, torch.ones(1, 4, 8))
@@ -267,11 +266,11 @@ def test_padding_passes_the_head_with_a_gain_of_zero():
 
 
 def test_only_selected_samples_pass_the_teacher():
-    for even, rows in ((True, capacity(10, RANGE)), (False, 3)):
+    for even in (True, False):
         student, teacher = Stub(), frozen()
         times = ((torch.randperm(10) + 0.5) / 10).tolist()
         Objective(student, [guidance(student, teacher)]).losses(handmade_draw(times, even=even), 0)
-        assert len(teacher.model.calls[0]["x"]) == 2 * rows
+        assert len(teacher.model.calls[0]["x"]) == 2 * 3
     g = guidance(Stub(), frozen())
     assert g.cost(10) == {"head": 3, "teacher": 6}
     assert guidance(Stub(), frozen(), scale=1.0).cost(10) == {"head": 3, "teacher": 3}

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from selftrans.models.spec import check_shapes, few
+from selftrans.models.spec import check_shapes, count_and_names
 
 EXPECTED = {"a": (2, 3), "b": (4,)}
 
@@ -27,6 +27,6 @@ def test_every_fault_is_listed(shapes, message):
 
 
 def test_long_lists_are_shortened_and_names_are_safe_to_print():
-    assert few(["a", "b"]) == "2 (a, b)"
-    assert few(iter("abcde")) == "5 (a, b, c, ...)"
-    assert "\x1b" not in few(["\x1b[2J"])
+    assert count_and_names(["a", "b"]) == "2 (a, b)"
+    assert count_and_names(iter("abcde")) == "5 (a, b, c, ...)"
+    assert "\x1b" not in count_and_names(["\x1b[2J"])

@@ -15,7 +15,7 @@ from selftrans.encoders.autoencoder import load_autoencoder
 from selftrans.encoders.identity import IdentityAutoencoder, identity
 from selftrans.models.sit import SiT
 from selftrans.sampling import images as module
-from selftrans.sampling.images import Sampler, cast_products, fill, image_noise, worth_compiling
+from selftrans.sampling.images import Sampler, cast_products, image_noise, padded, worth_compiling
 from selftrans.train.preview import Preview
 from selftrans.types import Backbone, Conditions, Output
 from tests.support import toy
@@ -189,7 +189,7 @@ def test_data_that_are_not_pictures_are_returned_as_arrays(shape):
 @pytest.mark.parametrize(("count", "length"), [(8, 8), (9, 12), (1, 4)])
 def test_batches_are_padded_with_the_last_index(count, length):
     indices = np.arange(count) + 3
-    assert list(fill(indices, 4)) == [*indices, *[count + 2] * (length - count)]
+    assert list(padded(indices, 4)) == [*indices, *[count + 2] * (length - count)]
 
 
 def test_cast_weights_give_the_same_images_as_autocast():
@@ -207,7 +207,7 @@ def test_cast_weights_give_the_same_images_as_autocast():
     [
         ({"num": 0}, "sample.num"),
         ({"batch_size": 0}, "sample.batch_size"),
-        ({"sampler": "ddim"}, "sample.sampler 'ddim'"),
+        ({"sampler": "ddim"}, "sample.sampler should be one of 'euler', .* not 'ddim'"),
         ({"steps": 0}, "sample.steps"),
         ({"steps": 1}, "the SDE needs at least 2"),
         ({"guidance_scale": -1.0}, "sample.guidance_scale"),
@@ -265,7 +265,7 @@ def test_samples_are_decoded_by_another_autoencoder_and_truncated(tmp_path):
     assert set((expected - decoded).flatten()) == {0, 1}, "rounded and truncated"
     with pytest.raises(ValueError, match=r"cannot decode latents of pixel\(.*is no VAE"):
         Sampler.of(load_model(toy.finished()), changed)
-    with pytest.raises(ValueError, match=r"sample\.rounding 'up' is unknown; choose nearest or down"):
+    with pytest.raises(ValueError, match=r"sample\.rounding should be one of 'nearest', 'down', not 'up'"):
         dataclasses.replace(config, rounding="up").check()
 
 

@@ -12,7 +12,7 @@ from selftrans.cli.main import main
 from selftrans.config import SampleConfig
 from selftrans.encoders.autoencoder import load_autoencoder
 from selftrans.sampling.folder import sample_to_folder
-from selftrans.sampling.images import Sampler, fill
+from selftrans.sampling.images import Sampler, padded
 from selftrans.sampling.sample_file import read_png
 from selftrans.storage import sha256_file
 from selftrans.types import Conditions
@@ -57,7 +57,7 @@ def test_pictures_npz_and_samples_json(tmp_path):
 def test_padded_batches_give_no_extra_pictures(tmp_path, monkeypatch):
     sample(toy.finished(), tmp_path / "plain", "--batch-size=4")
     filled = []
-    monkeypatch.setattr("selftrans.sampling.images.fill", lambda indices, n: filled.append(n) or fill(indices, n))
+    monkeypatch.setattr("selftrans.sampling.images.padded", lambda indices, n: filled.append(n) or padded(indices, n))
     monkeypatch.setattr("selftrans.sampling.images.worth_compiling", lambda *_: True)
     monkeypatch.setattr("selftrans.sampling.images.compile_model", lambda model: None)
     assert sample(toy.finished(), tmp_path / "filled", "--batch-size=4") == 0 and filled == [4, 4]

@@ -25,7 +25,7 @@ def gaussian(path):
 
     def velocity(z, t):
         asked.append(float(t))
-        alpha, sigma, d_alpha, d_sigma = (f(t) for f in path[1:5])
+        alpha, sigma, d_alpha, d_sigma = (f(t) for f in (path.alpha, path.sigma, path.d_alpha, path.d_sigma))
         variance = alpha**2 * S**2 + sigma**2
         return d_alpha * M + (alpha * d_alpha * S**2 + sigma * d_sigma) / variance * (z - alpha * M)
 

@@ -16,7 +16,7 @@ from selftrans.data.dataset import Dataset
 from selftrans.fine_tuning import Init
 from selftrans.interop.importing import import_run
 from selftrans.train.given_weights import read_given
-from selftrans.train.initial_weights import choose
+from selftrans.train.initial_weights import resolve_init
 from selftrans.train.run import train
 from selftrans.train.signals import Interrupted, StopSignal
 from selftrans.train.trainer import Trainer
@@ -190,9 +190,9 @@ def test_null_of_text_is_that_of_the_data(tmp_path, capsys):
 
 def test_settings_of_the_model_are_those_of_the_weights(tmp_path):
     assert tuned().model.width == 64  # the recipe's
-    config, given = choose(tuned(), None, tmp_path)
+    config, given = resolve_init(tuned(), None, tmp_path)
     assert (config.model.width, config.model.depth, config.model.heads) == (32, 3, 2) and given.classes == FIRST
-    assert choose(tuned({"model.depth": 3}), None, tmp_path)[0] == config
+    assert resolve_init(tuned({"model.depth": 3}), None, tmp_path)[0] == config
 
 
 WRONG = {

@@ -5,17 +5,17 @@ from datetime import timedelta
 import pytest
 
 from selftrans.config import Train
-from selftrans.train.processes import keep_memory, patience, together
+from selftrans.train.processes import keep_memory, process_group_options, reporting_lost_processes
 
 
 def test_timeout_of_the_process_group_is_the_setting():
-    assert patience(Train(timeout=7)).timeout == timedelta(seconds=7)
+    assert process_group_options(Train(timeout=7)).timeout == timedelta(seconds=7)
 
 
 def test_fsdp_of_accelerate_is_refused_with_the_remedy(monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "TRUE")
     with pytest.raises(ValueError, match=r"accelerate is configured to use FSDP.*--train\.shard True"):
-        patience(Train())
+        process_group_options(Train())
 
 
 @pytest.mark.parametrize(
@@ -25,7 +25,10 @@ def test_fsdp_of_accelerate_is_refused_with_the_remedy(monkeypatch):
 def test_lost_process_is_one_line(message, monkeypatch):
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "4")
-    with pytest.raises(ConnectionError, match="process 1 of 4 ends, because another one is gone") as caught, together():
+    with (
+        pytest.raises(ConnectionError, match="process 1 of 4 ends, because another one is gone") as caught,
+        reporting_lost_processes(),
+    ):
         raise RuntimeError(message)
     assert message.splitlines()[0] in str(caught.value) and "\n" not in str(caught.value)
     assert "the same command continues from the last checkpoint" in str(caught.value)
@@ -34,7 +37,7 @@ def test_lost_process_is_one_line(message, monkeypatch):
 @pytest.mark.parametrize(("world", "message"), [("1", "Broken pipe"), ("4", "shapes do not match")])
 def test_other_errors_are_raised_unchanged(world, message, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", world)
-    with pytest.raises(RuntimeError, match=message), together():
+    with pytest.raises(RuntimeError, match=message), reporting_lost_processes():
         raise RuntimeError(message)
 
 

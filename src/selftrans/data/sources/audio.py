@@ -19,7 +19,7 @@ from selftrans.data.sources.clips import Clips, MediaOptions, missing
 from selftrans.data.sources.decode import none_readable
 from selftrans.data.sources.source import Source
 from selftrans.encoders.media import Mel, Waveform
-from selftrans.storage import are, plural
+from selftrans.messages import are, plural
 
 MAX_RATE = 1_000_000  #: samples per second
 MAX_BINS, MAX_HOP = 4096, 1 << 16  #: of a spectrogram

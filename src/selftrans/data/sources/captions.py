@@ -16,7 +16,7 @@ import numpy as np
 
 from selftrans.data.sources.file_kinds import PICTURES
 from selftrans.data.sources.source import Entries, Source, parts_inside
-from selftrans.storage import decoded_text, first_line, one_line, printable
+from selftrans.messages import decoded_text, first_line, one_line, printable
 
 if TYPE_CHECKING:
     from PIL import Image

@@ -20,7 +20,7 @@ from selftrans.data.sources.source import Entries, Source, classify
 from selftrans.data.sources.splits import split_files, split_folder, split_names, warn_of_splits
 from selftrans.data.sources.tar_archive import tar_entries, walk_tar
 from selftrans.data.sources.zip_archive import from_class, open_zip, zip_entries
-from selftrans.storage import printable
+from selftrans.messages import printable
 
 GIF = ".gif"  #: a video with --frames, a picture without
 KNOWN = PICTURES | SOUNDS | VIDEOS

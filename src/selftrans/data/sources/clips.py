@@ -18,7 +18,7 @@ from selftrans.data.sources.clip_files import kind_of, open_files
 from selftrans.data.sources.decode import STANDARD, BadSample, Reading, machine_fault, reason_of
 from selftrans.data.sources.source import Source
 from selftrans.encoders.media import Media, rounded
-from selftrans.storage import first_line
+from selftrans.messages import first_line
 
 MEASURED = 1000  #: clips from which mean and deviation are computed, spread evenly over the source
 

@@ -19,7 +19,7 @@ from selftrans.data.resolution import Resolution, sides, size_text
 from selftrans.data.sources.metadata import INFO, ORIENTATION, add_info, facts_of, orientation_of, turned_upright
 from selftrans.data.sources.part_file import SizedFile
 from selftrans.data.sources.pixel_parts import pixels_only
-from selftrans.storage import first_line, plural, printable
+from selftrans.messages import first_line, plural, printable
 
 if TYPE_CHECKING:
     from PIL import Image, ImageFile

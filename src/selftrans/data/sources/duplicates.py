@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from selftrans.storage import plural, printable
+from selftrans.messages import plural, printable
 
 MOST = 1 << 24  #: samples that are compared; their hashes take 8 bytes each
 

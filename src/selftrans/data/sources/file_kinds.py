@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 
-from selftrans.storage import plural, printable
+from selftrans.messages import plural, printable
 
 #: extensions of pictures, sounds and videos that are read; a .gif is a picture or a video
 PICTURES = frozenset(

@@ -13,7 +13,7 @@ from selftrans.data.sources.file_kinds import PICTURES, SOUNDS, VIDEOS, describe
 from selftrans.data.sources.label_file import NAME, SUFFIXES, labelled_folder
 from selftrans.data.sources.part_file import SizedFile
 from selftrans.data.sources.source import Entries, Source, classify
-from selftrans.storage import printable
+from selftrans.messages import printable
 
 LINKS, SPECIAL = "symbolic links to folders", "broken links, pipes and devices"
 
@@ -89,7 +89,7 @@ def empty_classes(root: Path, names: Collection[str], unit: str, allowed: bool =
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
-    """Whether an entry is a folder, or a link to one; a link that leads in a circle is none."""
+    """Whether an entry is a folder, or a link to one; not a link that leads in a circle."""
     try:
         return entry.is_dir()
     except OSError:

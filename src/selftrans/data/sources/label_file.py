@@ -18,7 +18,7 @@ import numpy as np
 
 from selftrans.data.sources.labelling import Label, as_label, with_labels
 from selftrans.data.sources.source import MAX_CLASSES, Source
-from selftrans.storage import decoded_text, first_line, plural, printable
+from selftrans.messages import decoded_text, first_line, plural, printable
 
 NAME = "dataset.json"
 MAX_BYTES = 1 << 28  #: of the file

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from selftrans.data.sources.source import MAX_CLASSES, Source
-from selftrans.storage import are, one_line, plural, printable
+from selftrans.messages import are, one_line, plural, printable
 
 Label = str | int | None  #: a word or a number; None: no label
 NO_LABEL = frozenset(("n/a", "na", "nan", "none", "null"))  #: words that stand for a missing label, in lower case

@@ -22,7 +22,7 @@ import numpy as np
 from selftrans.data.sources.decode import BadSample
 from selftrans.data.sources.source import MAX_CLASSES, MAX_PICTURE_BYTES, InOrder
 from selftrans.data.sources.zip_archive import open_zip
-from selftrans.storage import first_line
+from selftrans.messages import first_line
 
 MAX_BYTES = 1 << 30  #: of labels or class names, and of one sample
 EXPANSION = 1100  #: an entry holds at most this many bytes per byte of its zip (deflate reaches 1032)

@@ -27,7 +27,7 @@ from selftrans.data.sources.source import Source, ahead
 from selftrans.data.sources.splits import split_files, split_folder, warn_of_splits
 from selftrans.data.sources.tar_archive import tar_entries
 from selftrans.data.sources.tar_labels import labelled_tars, only_tars
-from selftrans.storage import printable
+from selftrans.messages import printable
 
 __all__ = ["MAX_RESOLUTION", "Source", "iter_images", "open_source"]
 

@@ -8,7 +8,7 @@ from collections import Counter
 
 from selftrans.data.sources.duplicates import Duplicates, describe_duplicates
 from selftrans.data.sources.metadata import MAX_METADATA, Facts
-from selftrans.storage import are, plural, printable
+from selftrans.messages import are, plural, printable
 
 
 class ReadWarnings:

@@ -34,7 +34,7 @@ from selftrans.data.sources.decode import (
 from selftrans.data.sources.metadata import facts_of
 from selftrans.data.sources.read_warnings import ReadWarnings
 from selftrans.device import cpu_cores
-from selftrans.storage import plural, printable
+from selftrans.messages import plural, printable
 
 if TYPE_CHECKING:
     from PIL import Image

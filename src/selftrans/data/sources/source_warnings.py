@@ -21,7 +21,7 @@ from selftrans.data.sources.label_file import SUFFIXES
 from selftrans.data.sources.labelling import NO_LABEL
 from selftrans.data.sources.metadata import facts_of
 from selftrans.data.sources.source import Samples, Source, present_classes
-from selftrans.storage import listed, plural, printable
+from selftrans.messages import listed, plural, printable
 
 MOST_TABLES = 3  #: files of a kind that may hold labels
 MOST_BYTES = 1 << 16  #: of each that are read

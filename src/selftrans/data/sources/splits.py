@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
-from selftrans.storage import printable
+from selftrans.messages import printable
 
 NAMES = "(train|training|val|valid|validation|dev|eval|test|testing)"
 SPLIT = re.compile(NAMES + r"([-_]?(set|data|split)|\d{4})?", re.I)

@@ -14,7 +14,7 @@ from selftrans.data.sources.decode import open_picture
 from selftrans.data.sources.labelling import Numbered, as_label, numbered
 from selftrans.data.sources.source import MAX_CLASSES, Source
 from selftrans.data.sources.table_rows import StoredRows, StreamedRows, TableRows
-from selftrans.storage import first_line, printable
+from selftrans.messages import first_line, printable
 
 if TYPE_CHECKING:
     from PIL import Image

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 from selftrans.data.sources.source import InOrder
-from selftrans.storage import first_line
+from selftrans.messages import first_line
 
 CHUNK = 4096  #: rows of a column that are read at a time
 

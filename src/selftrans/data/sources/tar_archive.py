@@ -11,7 +11,7 @@ from typing import BinaryIO
 
 from selftrans.data.sources.file_kinds import ArchiveJunk, file_kind
 from selftrans.data.sources.source import MAX_PICTURE_BYTES, Entries, parts_inside
-from selftrans.storage import first_line, printable
+from selftrans.messages import first_line, printable
 
 
 def tar_entries(tars: list[Path], suffixes: Collection[str]) -> Entries:

@@ -16,7 +16,7 @@ from selftrans.data.sources.file_kinds import PICTURES
 from selftrans.data.sources.labelling import Label, numbered
 from selftrans.data.sources.source import Source, classify
 from selftrans.data.sources.tar_archive import tar_entries
-from selftrans.storage import first_line, printable
+from selftrans.messages import first_line, printable
 
 CLASS, FIELDS = ".cls", ".json"
 FIELD_NAMES = ("label", "labels", "cls", "class")  #: of a .json, the first that is there

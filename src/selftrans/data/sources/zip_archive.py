@@ -17,7 +17,7 @@ from selftrans.data.sources import label_file
 from selftrans.data.sources.file_kinds import PICTURES, ArchiveJunk, file_kind
 from selftrans.data.sources.source import MAX_PICTURE_BYTES, Entries, Source, classify, parts_inside
 from selftrans.data.sources.splits import split_names
-from selftrans.storage import first_line, printable
+from selftrans.messages import first_line, printable
 
 
 def zip_file(path: Path, split: str | None = None, *, allow_empty: bool = False) -> Source:

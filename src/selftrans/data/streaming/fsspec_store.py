@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from selftrans.data.streaming.remote import PIECE, TIMEOUT, WANTED, cleaned, http_status
-from selftrans.storage import first_line
+from selftrans.messages import first_line
 
 #: protocol -> extra of this package that reads it
 EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Protocol, TypeVar
 from urllib.parse import quote, urlsplit
 
-from selftrans.storage import first_line, printable
+from selftrans.messages import first_line, printable
 
 #: protocol -> where its package looks for credentials
 CREDENTIALS = {
@@ -255,7 +255,7 @@ def _final(error: Exception) -> bool:
 
 
 def _about_credentials(error: Exception) -> bool:
-    """Whether they are missing, wrong or not enough; False where the server of credentials may answer later."""
+    """Whether credentials are missing, wrong or not enough; False where the server of credentials may answer later."""
     forbidden = isinstance(error, OSError) and str(error).startswith("Forbidden")  # of gcsfs, which drops the status
     named = _named(error, _ACCESS) and not getattr(error, "retryable", False)
     return named or forbidden or isinstance(error, PermissionError) or http_status(error) in (401, 403)

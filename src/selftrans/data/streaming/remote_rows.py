@@ -21,7 +21,7 @@ from selftrans.data.manifest import Manifest, Shard
 from selftrans.data.manifest_text import CAPTION, COUNT, IDS
 from selftrans.data.shard_file import DTYPES, numpy_dtype
 from selftrans.data.streaming.remote import Store, retried
-from selftrans.storage import first_line
+from selftrans.messages import first_line
 from selftrans.types import MASK, TEXT
 
 AT_A_TIME = 16  #: requests at the same time

@@ -20,25 +20,26 @@ from selftrans.config import Log, RunConfig, Train, sections
 from selftrans.data.dataset import Dataset
 from selftrans.device import default_device
 from selftrans.experiments.bench.loading_sampling import loading, prepare_sampling, random_dataset, sampling
-from selftrans.experiments.bench.machine import Clock, Peak, describe, load
+from selftrans.experiments.bench.machine import Clock, Peak, describe, load_average
 from selftrans.experiments.bench.rounds import (
     PARTS,
     Candidate,
-    FieldStep,
     Memory,
     TimedAccelerator,
+    TimedPlainStep,
     TrainerStep,
     interleaved,
     randomise,
 )
 from selftrans.experiments.bench.text_table import table
+from selftrans.messages import first_line
 from selftrans.methods.guidance import Frozen
-from selftrans.methods.registry import put_together
+from selftrans.methods.registry import meta_objective
 from selftrans.methods.self_transcendence import SELF_TRANSCENDENCE, STRUCTURE, Stage2
 from selftrans.methods.spec import Stage
 from selftrans.methods.vanilla import VANILLA
 from selftrans.models.sit import SiTConfig
-from selftrans.storage import first_line, write_json
+from selftrans.storage import write_json
 from selftrans.suggest import nearest
 from selftrans.train.captured_step import NotCaptured
 from selftrans.train.flops import step_flops
@@ -123,7 +124,7 @@ def bench(
             accelerator.free_memory()
         if budget.allows(LOADING):
             report["loading"] = loading(dataset, accelerator.clock, batches=8 if quick else 40)
-    report["machine"]["load_after"] = load()
+    report["machine"]["load_after"] = load_average()
     report["ratios"] = next((model["ratios"] for model in report["models"].values() if "ratios" in model), {})
     write_json(out / "bench.json", report)
     return report
@@ -241,7 +242,9 @@ def build(
         stage = TRAINED[name.removeprefix(CAPTURED).removeprefix(PLAIN)].stages(config)[-1]
         if name.startswith(PLAIN):
             needed = step_flops_of(config, stage, dataset)
-            candidates[name] = FieldStep(config, dataset, accelerator.clock, guided=bool(stage.teacher), flops=needed)
+            candidates[name] = TimedPlainStep(
+                config, dataset, accelerator.clock, guided=bool(stage.teacher), flops=needed
+            )
         else:
             own = config.override({"train.capture": "on" if name.startswith(CAPTURED) else "off"})
             frozen = teacher(stage, config, dataset)
@@ -258,7 +261,7 @@ def build(
 def step_flops_of(config: RunConfig, stage: Stage, dataset: Dataset) -> int:
     """Operations that one step of a stage needs, counted without memory for weights."""
     conditions = dataset.manifest.conditions
-    objective = put_together(config, stage, dataset.manifest.shape, conditions)
+    objective = meta_objective(config, stage, dataset.manifest.shape, conditions)
     return sum(step_flops(objective, conditions.example(), config.train.batch_size).values())
 
 

@@ -73,11 +73,11 @@ def describe(device: torch.device, precision: str) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "dtype": precision,
-        "load_before": load(),
+        "load_before": load_average(),
     }
 
 
-def load() -> float | None:
+def load_average() -> float | None:
     """Mean number of runnable processes over the last minute (the load average), bench itself included."""
     return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
 

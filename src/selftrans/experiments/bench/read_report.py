@@ -12,8 +12,9 @@ from typing import Any
 import torch
 
 from selftrans.config import RunConfig
+from selftrans.messages import first_line, printable
 from selftrans.models.registry import find
-from selftrans.storage import UNREADABLE, first_line, printable
+from selftrans.storage import UNREADABLE
 from selftrans.types import Conditions
 
 #: rows of the plain implementation, which is not what `train` runs, and of steps that are replays of CUDA graphs
@@ -59,7 +60,7 @@ class BenchedModel:
 
     @functools.cached_property
     def parameters(self) -> int | None:
-        """Those of the model of this name, on latents as `bench` has them; None where the name is not known here."""
+        """Number of parameters of the model, on latents as `bench` has them; None where its name is not known here."""
         try:
             with torch.device("meta"):
                 config = RunConfig("bench", model=find(self.model).Config(name=self.model))

@@ -106,7 +106,7 @@ class TrainerStep:
         return [*self.accelerator.timestamps, end]
 
 
-class FieldStep:
+class TimedPlainStep:
     """The plain step (`plain_step`) on the same stream of data."""
 
     def __init__(self, config: RunConfig, dataset: Dataset, clock: Clock, *, guided: bool, flops: int) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from selftrans.storage import plural
+from selftrans.messages import plural
 
 NAMES = {
     "vanilla": "vanilla",

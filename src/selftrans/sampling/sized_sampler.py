@@ -16,7 +16,7 @@ from selftrans.sampling.conditioning import shuffled
 from selftrans.sampling.images import SampledBatch, Sampler
 
 
-class InSizes:
+class SizedSampler:
     """The images 0 .. num - 1 of a sampler in the sizes of `dataset`, those of one size after another.
 
     Of data of one shape, they have the model's own size, in order. Raises ValueError for sizes that the model does not take.

@@ -5,7 +5,7 @@ import pytest
 
 from selftrans.data.buckets import open_data
 from selftrans.sampling.images import Sampler
-from selftrans.sampling.in_sizes import InSizes
+from selftrans.sampling.sized_sampler import SizedSampler
 from selftrans.train.run import train
 from tests.support import ratios, toy
 
@@ -25,7 +25,7 @@ def sampler(run, num):
 def test_each_size_is_as_frequent_as_in_the_data(run):
     data = open_data(ratios.shared())
     sampling = sampler(run, 48)
-    sized = InSizes(sampling, data)
+    sized = SizedSampler(sampling, data)
     assert sampling.described["sizes"] == {name: 2 * count for name, count in ratios.COUNTS.items()}
     assert "size" not in sampling.described and sorted(sized.order.tolist()) == list(range(48))
     batches = list(sized.sample())
@@ -39,7 +39,7 @@ def test_an_image_is_the_one_of_its_index_in_its_size(run):
     data, count = open_data(ratios.shared()), 12
     found = {
         int(k): image
-        for batch in InSizes(sampler(run, count), data).sample()
+        for batch in SizedSampler(sampler(run, count), data).sample()
         for k, image in zip(batch.indices, batch.images, strict=True)
     }
     rows = np.random.default_rng(0).permutation(24)[:count]
@@ -55,7 +55,7 @@ def test_data_of_one_shape_change_nothing(run):
     data = open_data(ratios.shared() / "8x8")
     for dataset in (None, data):
         sampling = sampler(run, 7)
-        sized = InSizes(sampling, dataset)
+        sized = SizedSampler(sampling, dataset)
         assert "sizes" not in sampling.described and sized.order.tolist() == list(range(7))
         assert [batch.images.shape for batch in sized.sample()] == [(5, 8, 8, 3), (2, 8, 8, 3)]
 
@@ -63,4 +63,4 @@ def test_data_of_one_shape_change_nothing(run):
 def test_sizes_that_the_model_does_not_take_are_refused_at_once(run, tmp_path):
     data = ratios.prepared(tmp_path, multiple=1, resolution=9)
     with pytest.raises(ValueError, match="does not divide into patches"):
-        InSizes(sampler(run, 4), open_data(data))
+        SizedSampler(sampler(run, 4), open_data(data))

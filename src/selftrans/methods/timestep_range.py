@@ -1,0 +1,91 @@
+"""The range of t in which a guidance acts: which samples it computes, and what the error of each counts.
+
+Shape legend: N batch, M samples that are computed.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from selftrans.types import Draw
+
+RANGE_MODES = ("select", "scale")
+
+
+class Gate(NamedTuple):
+    """Which samples a guidance computes, and what each one's error counts in the batch's term."""
+
+    rows: Tensor | None  #: (M,) positions in the batch; None = all, in order
+    gain: Tensor  #: (M,) the term is sum(gain * per-sample error)
+
+    def take(self, x: Tensor) -> Tensor:
+        return x if self.rows is None else x[self.rows]
+
+    def mean(self, error: Tensor) -> Tensor:
+        """Term of a per-sample error (M,)."""
+        return (self.gain * error).sum(dim=0)
+
+
+@dataclass(frozen=True)
+class TimestepRange:
+    """The range [a, b] and its mode: what a sample at time t counts in the mean over the batch.
+
+    Without a range every sample counts 1 / N. `select`: a sample counts 1 / N if a <= t <= b, else nothing, and only the
+    selected ones are computed. `scale`: every sample counts (fraction of the batch inside [a, b]) / N, which is what the
+    authors' released code computes (a mask of shape (N, 1, 1, 1) times a loss of shape (N,)).
+    ValueError unless the range is increasing within [0, 1] and the mode is known.
+    """
+
+    span: tuple[float, float] | None  #: [a, b], closed; None: no range
+    mode: str  #: one of `RANGE_MODES`
+
+    def __post_init__(self) -> None:
+        if self.mode not in RANGE_MODES:
+            raise ValueError(f"range_mode '{self.mode}' is unknown; choose one of {', '.join(RANGE_MODES)}")
+        if self.span is not None and not 0 <= self.span[0] < self.span[1] <= 1:
+            raise ValueError(f"timestep_range {self.span} must be two increasing numbers in [0, 1], or None")
+
+    @property
+    def selects(self) -> bool:
+        """Whether only the samples inside the range are computed."""
+        return self.span is not None and self.mode == "select"
+
+    def counts(self, t: Tensor) -> Tensor:
+        """Which samples (N,) count in the term, by their times."""
+        return self._inside(t) if self.selects else torch.ones_like(t, dtype=torch.bool)
+
+    def computed(self, n: int) -> int:
+        """How many samples of a batch of n are computed: with `select` the most systematic times that lie in [a, b], which is
+        ceil(n (b - a)) and at least one; of independent times about as many.
+
+        Where n (b - a) is whole, one more lies inside only if the offset hits an edge to the last bit (once in millions of
+        steps); it is left out then.
+        """
+        if self.span is None or self.mode == "scale":
+            return n
+        a, b = self.span
+        return min(n, max(1, math.ceil(n * (b - a) - 1e-6)))
+
+    def gate(self, d: Draw) -> Gate:
+        """The samples of a draw that are computed, and what each counts."""
+        n = d.t.shape[0]
+        if self.span is None:
+            return Gate(None, torch.full_like(d.t, 1 / n))
+        inside = self._inside(d.t)
+        if self.mode == "scale":
+            return Gate(None, (inside.float().mean(dim=0) / n).expand(n))
+        # systematic times: a static shape, no host synchronisation; at most one row is padding, and its gain is zero.
+        # Others: at least one row, so that heads always take part in the backward pass of every process
+        m = self.computed(n) if d.even else max(1, int(inside.sum(dim=0)))
+        rows = torch.argsort(inside.int(), dim=0, descending=True, stable=True)[:m]
+        return Gate(rows, inside[rows].float() / n)
+
+    def _inside(self, t: Tensor) -> Tensor:
+        assert self.span is not None
+        a, b = self.span
+        return (a <= t) & (t <= b)
