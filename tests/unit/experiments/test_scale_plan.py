@@ -13,7 +13,7 @@ from selftrans.cli.main import main
 from selftrans.experiments.bench.read_report import read_measured
 from selftrans.experiments.scale_plan import Cluster, StageScale, scale_plan, text
 from selftrans.experiments.step_cost import wire_bytes
-from selftrans.methods.registry import put_together, stages
+from selftrans.methods.registry import meta_objective, stages
 from selftrans.train.flops import forward_flops
 from selftrans.types import Conditions
 from tests.support import toy
@@ -64,7 +64,7 @@ def test_average_that_teaches_is_gathered() -> None:
         return scale_plan(config(**settings), Cluster(2), rate=1.0).stages[0].wire_bytes
 
     run = config()
-    model: Any = put_together(run, stages(run)[0], (1, 8, 8), Conditions("labels", 10)).student
+    model: Any = meta_objective(run, stages(run)[0], (1, 8, 8), Conditions("labels", 10)).student
     block = 4 * sum(p.numel() for p in model.blocks[1].parameters())
     deep, shallow = (sent("sra", **{"sra.block": 1, "sra.target_block": k}) for k in (2, 1))
     assert deep - shallow == block / 2, "each of two has half, and sends it"
