@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import errno
 import inspect
+import math
 import os
 import signal
 import sys
+import time
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -37,6 +39,8 @@ TEXTS = ("prompts",)  #: options whose values are sentences
 
 class Terminated(KeyboardInterrupt):
     """SIGTERM, which ends a command as Ctrl-C does."""
+
+    last = -math.inf  #: when the last one was raised, by `time.monotonic`
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -132,7 +136,11 @@ def _of_the_system(error: OSError) -> str:
 
 
 def _terminate(number: int, frame: object) -> None:
-    raise Terminated
+    from selftrans.train.interrupted import SAME
+
+    if (now := time.monotonic()) - Terminated.last > SAME:
+        Terminated.last = now
+        raise Terminated
 
 
 def _end(message: str, status: int) -> int:

@@ -13,11 +13,10 @@ from contextlib import contextmanager
 from multiprocessing import connection
 
 from selftrans.messages import plural
+from selftrans.train.interrupted import SAME
 from selftrans.train.signals import StopSignal
 
 GRACE = 600  #: seconds after which a worker that was asked to end is killed; a large checkpoint is written in less
-#: seconds within which signals count as one: `timeout` sends each to its command, and again to the group of processes
-SAME = 0.1
 
 
 class Stopped(KeyboardInterrupt):

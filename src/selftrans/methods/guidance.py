@@ -35,7 +35,7 @@ class Guidance(nn.Module):
     taps: tuple[int, ...]  #: student blocks whose features it reads (1-based)
     until_step: int | None  #: first step at which it no longer acts; None: never ends
     reads_features: bool = False  #: whether it wants `Batch.features`, the encoder features stored with the data
-    teacher: Frozen | None = None  #: a frozen model that it runs, if any
+    teacher: Frozen | None  #: a frozen model that it runs, if any
     encoder_flops: int = 0  #: operations of its external encoder for one sample
     selects: bool = False  #: whether it computes on the samples of a range of t alone, as many as the drawn times give
     trains_early: bool = False  #: whether it trains the student's second output (`Backbone.add_early`)
@@ -45,6 +45,7 @@ class Guidance(nn.Module):
         if not isinstance(taps, tuple | list):
             raise ValueError(f"taps are the student's blocks (1-based) in a tuple, such as (2,), not {taps!r}")
         self.weight, self.taps, self.until_step = weight, tuple(taps), until_step
+        self.teacher = None  # not of the class, whose attribute would hide a module that a subclass sets
         #: what maps the student's tokens (N, T, D) to the target, if anything does; of several blocks an nn.ModuleList
         self.head: Any = None
 

@@ -14,6 +14,7 @@ Shape legend: N batch, M samples in the range, T tokens, D width, (C, *S) latent
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import warnings
 from collections.abc import Mapping, Sequence
@@ -105,7 +106,8 @@ class SelfGuidance(Guidance):
 
     def __init__(self, student: Backbone, teacher: Frozen, config: Stage2, path: Path = LINEAR) -> None:
         config = checked(config, Stage2)
-        self.range = TimestepRange(equal_snr_range(config.timestep_range, config.data_std, path), config.range_mode)
+        given = TimestepRange(config.timestep_range, config.range_mode)  # checked as it was given
+        self.range = dataclasses.replace(given, span=equal_snr_range(given.span, config.data_std, path))
         check_tokens(student, teacher)
         block = max(1, student.depth // 2) if config.student_block is None else config.student_block
         super().__init__(config.weight, config.student_blocks or (block,), until_step=config.until_step)

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import math
 import os
 import signal
 import subprocess
@@ -13,7 +14,7 @@ from PIL import Image
 
 from selftrans import __version__
 from selftrans.cli.commands import COMMANDS
-from selftrans.cli.main import _refuse_secrets, main
+from selftrans.cli.main import Terminated, _refuse_secrets, main
 from selftrans.data.dataset import Dataset
 from selftrans.train.interrupted import Interrupted
 from tests.support import captioned, toy
@@ -171,12 +172,35 @@ def test_interrupted_commands_say_whether_they_continue(argv, expected, monkeypa
 def test_sigterm_ends_a_command_as_ctrl_c_does(argv, status, line, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["selftrans", *argv.split()])
     monkeypatch.setattr(COMMANDS[argv.split()[0]], "run", lambda self: os.kill(os.getpid(), signal.SIGTERM))
+    monkeypatch.setattr(Terminated, "last", -math.inf)
     before = signal.signal(signal.SIGTERM, lambda *_: None)
     try:
         assert main() == status
     finally:
         signal.signal(signal.SIGTERM, before)
     assert capsys.readouterr().err == line
+
+
+def test_second_sigterm_of_timeout_does_not_break_off_the_end_of_a_command(monkeypatch, capsys):
+    """`timeout` sends it to its command, and at once again to the group of processes."""
+
+    def run(self):
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+        finally:
+            os.kill(os.getpid(), signal.SIGTERM)
+            ended.append(True)
+
+    ended = []
+    monkeypatch.setattr(sys, "argv", ["selftrans", *["sample", "run", "--out", "b"]])
+    monkeypatch.setattr(COMMANDS["sample"], "run", run)
+    monkeypatch.setattr(Terminated, "last", -math.inf)
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        assert main() == 143 and ended
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert capsys.readouterr().err == "selftrans: stopped by SIGTERM; the same command continues\n"
 
 
 # ---- prepare

@@ -169,6 +169,12 @@ def test_defaults_of_a_guidance():
         g(handmade_draw(TIMES), {})
 
 
+def test_teacher_of_another_guidance_may_be_any_module():
+    g = Guidance(0.5, (2,))
+    g.teacher = nn.Identity()
+    assert isinstance(g.teacher, nn.Identity)
+
+
 @pytest.mark.parametrize(
     ("until_step", "fraction", "values"),
     [

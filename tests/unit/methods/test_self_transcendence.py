@@ -1,6 +1,7 @@
 """Both stages against their formulas in loops, selection against a masked computation, and use as a library."""
 
 import math
+import re
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from sklearn.datasets import load_digits
 from torch import nn
 
 from selftrans import (
+    PATHS,
     Batch,
     Draw,
     Frozen,
@@ -637,6 +639,13 @@ def test_settings_made_in_python_are_checked_in_stage_1(make, message):
 def test_settings_made_in_python_are_checked_in_stage_2(options, message):
     with pytest.raises(ValueError, match=message):
         SelfGuidance(Stub(), frozen(), Stage2(**options))
+
+
+@pytest.mark.parametrize("span", [(0.9, 0.2), (0.7, 1.5), (0.3, 2.5)])
+@pytest.mark.parametrize("path", PATHS.values(), ids=PATHS)
+def test_range_is_checked_as_it_was_given_before_it_is_moved_by_data_std(span, path):
+    with pytest.raises(ValueError, match=rf"timestep_range {re.escape(str(span))} must be two increasing numbers"):
+        SelfGuidance(Stub(), frozen(), Stage2(timestep_range=span, data_std=2.0), path)
 
 
 def test_teacher_block_of_the_settings_is_the_one_that_teaches():
