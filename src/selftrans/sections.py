@@ -66,7 +66,7 @@ def from_plain(kind: Any, raw: Any, where: str) -> Any:
             with contextlib.suppress(ValueError):
                 return from_plain(other, raw, where)
         return from_plain(kinds[0], raw, where)
-    if origin is Literal and raw in inner:
+    if origin is Literal and any(type(raw) is type(choice) and raw == choice for choice in inner):
         return raw
     if origin is tuple and isinstance(raw, list):
         kinds = [inner[0]] * len(raw) if inner[-1] is Ellipsis else list(inner)

@@ -4,6 +4,7 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Literal
 
+import numpy as np
 import pytest
 
 from selftrans.sections import Section, checked, fields_of, from_plain, setting
@@ -65,6 +66,7 @@ def test_value_of_each_type(kind, raw, expected):
         (str, None, "here should be"),
         (int | None, "x", "here should be"),
         (Literal["a", "b"], "c", "^here should be one of 'a', 'b', not 'c'$"),
+        (Literal["a", "b"], np.array([1, 2]), r"^here should be one of 'a', 'b', not array\(\[1, 2\]\)$"),
         (tuple[int, int], [1], "here should be"),
         (tuple[int, int], "ab", "here should be"),
         (Inner, [], r"here should be an object, not \[\]"),
