@@ -15,11 +15,11 @@ def digits() -> RunConfig:
     Command: `selftrans train digits --out RUN`. Cost: a few minutes on two CPU cores.
 
     Learning rate and deviation of the label table were chosen for vanilla training (docs/results.md). Distance in the features
-    of a small digit classifier (1,000 samples, 12 Heun steps) at student step 200 / 400 / 600 / 800 / 1,000, mean of three
+    of a small digit classifier (1,000 samples, 12 Heun steps) at student step 200 / 400 / 600 / 800 / 1,000, mean of six
     seeds, deviation of the last in brackets, stage 2 taught by 1,000 steps of stage 1:
-        vanilla             12.9 / 5.1 / 2.9 / 2.0 / 1.52 (0.07)
-        stage 1 alone       13.2 / 5.0 / 2.9 / 2.0 / 1.59 (0.06)
-        Self-Transcendence  10.0 / 3.9 / 2.2 / 1.7 / 1.32 (0.09), w = 2
+        vanilla             12.7 / 5.0 / 2.9 / 2.0 / 1.54 (0.09)
+        stage 1 alone       14.1 / 5.4 / 2.9 / 2.0 / 1.61 (0.18)
+        Self-Transcendence  10.0 / 3.9 / 2.3 / 1.7 / 1.37 (0.18), w = 2
 
     That takes --stage1.steps 1000. Without it stage 1 has half of the student's steps, 500, and the student had
     10.0 / 4.4 / 3.0 / 2.1 / 1.46 (seed 0).
