@@ -95,7 +95,8 @@ def train_and_measure(
     have ended; a second one ends them at once.
     """
     workers, threads = processes(comparison, workers)
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that wait by spinning slow each other down
+    if workers > 1:  # threads that wait by spinning slow other processes down; those of one process are faster so
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     finished = finished_runs(comparison) if finished is None else finished
     shown = {"total": comparison.total, "disable": all_measured(comparison, finished), "unit": "step"}
     with progress_bar(desc="training and measuring", **shown) as bar:

@@ -584,6 +584,16 @@ def test_run_in_training_ends_with_a_checkpoint_where_another_worker_fails(tmp_p
     assert reported == [step, *[1] * (20 - step)], "the run continues"
 
 
+@pytest.mark.parametrize(("workers", "policy"), [(1, None), (2, "PASSIVE")])
+def test_threads_wait_without_spinning_where_several_processes_share_the_cores(tmp_path, monkeypatch, workers, policy):
+    monkeypatch.setenv("OMP_WAIT_POLICY", "")  # restored afterwards
+    monkeypatch.delenv("OMP_WAIT_POLICY")
+    monkeypatch.setattr(runner, "_in_workers", lambda *shared: os.environ.get("OMP_WAIT_POLICY"))
+    config = toy.toy({"method": "vanilla"})
+    comparison = Comparison(config, {"vanilla": config}, (0, 1), tmp_path, 24, "values")
+    assert runner.train_and_measure(comparison, workers=workers, finished={}) == policy
+
+
 def worker_with_graphs(comparison: Comparison, *shared: Any) -> None:
     """`_init_worker` of a pool in which CUDA ends the recording of the second run."""
     toy.quicken()
