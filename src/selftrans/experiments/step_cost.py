@@ -8,6 +8,7 @@ from selftrans.config import RunConfig
 from selftrans.experiments.bench.read_report import BenchedModel, Row
 from selftrans.methods.guidance import Frozen
 from selftrans.methods.objective import Objective
+from selftrans.train.capture_rules import obstacle_in_settings
 from selftrans.train.flops import forward_flops
 from selftrans.train.optim import moment_bytes
 from selftrans.train.recompute import chosen_blocks
@@ -30,8 +31,7 @@ class StepCost:
 
 def replayed(config: RunConfig, world: int) -> bool:
     """Whether a run on `world` GPUs replays its steps as CUDA graphs, as far as its settings say it."""
-    train = config.train
-    return world == 1 and train.capture != "off" and train.precision != "fp16" and train.optimizer == "adamw"
+    return config.train.capture != "off" and obstacle_in_settings(config.train, world) is None
 
 
 def recomputed(config: RunConfig, student: Backbone) -> int:

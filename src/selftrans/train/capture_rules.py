@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from selftrans.config import Train
 from selftrans.messages import gigabytes
 from selftrans.methods.guidance import Frozen
 from selftrans.storage import write_json
@@ -49,12 +50,8 @@ def obstacle(trainer: Trainer) -> str | None:
     train, kind = trainer.config.train, trainer.accelerator.device.type
     if kind not in ("cuda", "cpu"):
         return f"CUDA graphs need a CUDA GPU, this device is {kind}"
-    if trainer.accelerator.num_processes > 1:
-        return "it is for one process"
-    if train.precision == "fp16":
-        return "the gradient scaler of fp16 is not captured; use bf16"
-    if train.optimizer != "adamw":
-        return f"train.optimizer {train.optimizer} decides on the host whether a step is skipped"
+    if reason := obstacle_in_settings(train, trainer.accelerator.num_processes):
+        return reason
     if trainer.objective.student.recompute and trainer.objective.student.random_blocks:
         return "train.recompute repeats blocks that may draw random numbers"
     if len(trainer.shards.parts) > 1:
@@ -63,6 +60,17 @@ def obstacle(trainer: Trainer) -> str | None:
         return (
             f"with train.times {trainer.objective.times} a range of t selects another number of samples in every step"
         )
+    return None
+
+
+def obstacle_in_settings(train: Train, processes: int) -> str | None:
+    """Why steps with these settings cannot be captured, whatever the model, the data and the device; None otherwise."""
+    if processes > 1:
+        return "it is for one process"
+    if train.precision == "fp16":
+        return "the gradient scaler of fp16 is not captured; use bf16"
+    if train.optimizer != "adamw":
+        return f"train.optimizer {train.optimizer} decides on the host whether a step is skipped"
     return None
 
 
