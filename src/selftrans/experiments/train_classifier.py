@@ -54,16 +54,24 @@ def classifier_from_data(data: str | Path, out: Path, *, epochs: int, seed: int)
         folder, device = out.with_suffix(".training"), default_device()
         if folder.is_symlink() or (folder.exists() and not (folder / ".lock").exists()):
             raise ValueError(f"{folder} exists and holds something else; choose another --out, or remove it")
-        images = np.concatenate(list(decoded_images(dataset, device=device)), axis=0)
-        steps = functools.partial(_steps, folder, settings)
-        classes = dataset.manifest.num_classes
-        model = train_classifier(images, dataset.labels, classes, seed=seed, epochs=epochs, device=device, steps=steps)
-        model.save(out)
-        assert model.training_record is not None
-        description = dataclasses.asdict(model.training_record) | settings
-        description |= {"data": str(data), "classes": list(dataset.manifest.classes)}
-        write_json(out.with_suffix(".json"), description)
-        shutil.rmtree(folder)
+        with lock_file(folder / ".lock"):
+            found = checkpoint.newest(folder)
+            if found is not None and found.state["settings"] != settings:
+                raise ValueError(
+                    f"{folder} is an unfinished training with other data, --epochs or --seed; give those, or remove it"
+                )
+            images = np.concatenate(list(decoded_images(dataset, device=device)), axis=0)
+            steps = functools.partial(_steps, folder, settings, found)
+            classes = dataset.manifest.num_classes
+            model = train_classifier(
+                images, dataset.labels, classes, seed=seed, epochs=epochs, device=device, steps=steps
+            )
+            model.save(out)
+            assert model.training_record is not None
+            description = dataclasses.asdict(model.training_record) | settings
+            description |= {"data": str(data), "classes": list(dataset.manifest.classes)}
+            write_json(out.with_suffix(".json"), description)
+            shutil.rmtree(folder)
     return f"{out}: accuracy {description['accuracy']:.3f} on {plural(description['held_out'], 'held-out image')}"
 
 
@@ -77,16 +85,18 @@ def _description(out: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
     return recorded(out.with_suffix(".json"), of, None)
 
 
-def _steps(folder: Path, settings: dict[str, Any], model: SmallClassifier, schedule: OneCycleLR) -> Iterator[int]:
-    """The steps from the newest checkpoint in `folder` on, which is loaded; between them, further ones are written."""
+def _steps(
+    folder: Path,
+    settings: dict[str, Any],
+    found: checkpoint.Checkpoint | None,
+    model: SmallClassifier,
+    schedule: OneCycleLR,
+) -> Iterator[int]:
+    """The steps from the checkpoint `found` on, which is loaded; between them, further ones are written to `folder`."""
     optimizer, last = schedule.optimizer, schedule.total_steps
-    with lock_file(folder / ".lock"), StopSignal() as stop:
-        first, found = 0, checkpoint.newest(folder)
+    with StopSignal() as stop:
+        first = 0
         if found is not None:
-            if found.state["settings"] != settings:
-                raise ValueError(
-                    f"{folder} is an unfinished training with other data, --epochs or --seed; give those, or remove it"
-                )
             first = found.step
             model.load_state_dict(found.tensors("classifier"))
             load_optimizer(optimizer, model, found.tensors("optimizer"))

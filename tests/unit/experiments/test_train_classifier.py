@@ -47,6 +47,18 @@ def test_every_step_moves_the_progress_bar_and_no_checkpoint_stays(data, tmp_pat
     assert_same_files(tmp_path / "c.safetensors", uninterrupted)
 
 
+def test_second_process_is_refused_until_the_classifier_is_written(data, tmp_path, monkeypatch, capsys):
+    out, refused = tmp_path / "c.safetensors", []
+
+    def second(*_):
+        refused.append((main(command(data, out)), capsys.readouterr().err))
+
+    monkeypatch.setattr(module, "write_json", second)  # after the last step
+    assert main(command(data, out)) == 0
+    ((status, message),) = refused
+    assert status == 1 and f"{tmp_path / 'c.training'} is in use by process {os.getpid()}" in message
+
+
 def test_stopped_at_every_step(data, tmp_path, monkeypatch, capsys, uninterrupted):
     def stopped(self):
         self.received = signal.SIGTERM
