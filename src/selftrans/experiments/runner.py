@@ -222,6 +222,8 @@ def _work_off(work: Work, workers: int, threads: int, bar: Any) -> None:
         with interrupts_held():
             reference = pool.submit(_make_reference)
         running: dict[Future[Any], Task | None] = {reference: None}
+        if workers == 1:  # nothing is trained meanwhile, and large data take minutes
+            bar.set_postfix_str("first: measuring the training data")
         try:
             while schedule or running:
                 stop.check()
@@ -232,8 +234,10 @@ def _work_off(work: Work, workers: int, threads: int, bar: Any) -> None:
                 _pass_on(steps_done, bar)
                 for future in finished:
                     ended, found = running.pop(future), future.result()
-                    if ended is not None:  # else the reference is there: checkpoints can be measured
+                    if ended is not None:
                         work.note(ended, found)
+                    else:  # the training data are measured, so checkpoints can be
+                        bar.set_postfix_str("")
             stop.check()
         except BaseException:
             if stop.received is not None:

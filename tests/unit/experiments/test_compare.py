@@ -303,6 +303,7 @@ def test_compare_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd:
     assert len(prepared) == 1, "prepared once"
     assert all(name in output.out for name in [*methods, "±", "compare.html"])
     assert "selftrans: warning: 24 images for 64 dimensions" in output.err and "UserWarning" not in output.err
+    assert "first: measuring the training data" in output.err, "the only worker trains nothing meanwhile"
     summary = json.loads((out / "compare.json").read_text())
     assert [row["method"] for row in summary["table"]] == methods
     assert 0 < summary["time"]["steps"] < 1 and f"time: {summary['time']['steps']:.0%} training steps" in output.out
