@@ -26,6 +26,7 @@ ORDER = (
     "suggest",      # the nearest known word to a misspelt one
     "messages",     # numbers, names and errors in messages, safe for a terminal
     "storage",      # atomic writes, locks, hashes
+    "plain_json",   # json of files that may be damaged, checked by declared types
     "precision",    # fp32, bf16, fp16 -> torch's dtypes
     "device",       # which device a process works on
     "sections",     # settings as frozen dataclasses, to and from json
@@ -53,8 +54,8 @@ ORDER = (
 )  # fmt: skip
 #: packages that may import less than the order allows
 EXCEPT = {
-    "encoders": "messages types",
-    "models": "suggest messages sections plugins types flow",
+    "encoders": "messages plain_json types",
+    "models": "suggest messages plain_json sections plugins types flow",
     "methods": "sections plugins types flow",
     "evaluate": "suggest messages storage types flow encoders",
     "library": "sections types flow models methods config sampling checkpoints",  # import selftrans: torch and nothing else

@@ -15,8 +15,9 @@ from selftrans.methods import registry as methods
 from selftrans.models import registry as models
 from selftrans.models.sit import SiTConfig
 from selftrans.models.spec import ModelConfig
+from selftrans.plain_json import from_plain
 from selftrans.sample_config import SampleConfig
-from selftrans.sections import RUN_SECTIONS, Resume, S, Section, fields_of, from_plain, setting
+from selftrans.sections import RUN_SECTIONS, Resume, S, Section, fields_of, setting
 from selftrans.suggest import nearest
 from selftrans.types import Backbone, Conditions
 

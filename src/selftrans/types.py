@@ -12,13 +12,14 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, Self, TypeAlias
 
 import torch
 import torch.utils.checkpoint
 from torch import Tensor, nn
 
 from selftrans.messages import plural
+from selftrans.plain_json import Count, matching, within
 
 #: A condition: a label tensor (N,), or named tensors that all start with N (text tokens, mask, pooled vector).
 #: Objective, guidance, trainer and sampler never look inside; they use the four functions below.
@@ -32,11 +33,12 @@ class Conditions:
     """What the samples of a data set are conditioned on. The data's manifest says it; a model says what its null is."""
 
     kind: Literal["none", "labels", "text"]
-    num_classes: int = 0  #: of kind labels: labels are 0 .. num_classes - 1
-    tokens: int = 0  #: L, of kind text: tokens of a caption, padding included
-    width: int = 0  #: E, of kind text: channels of a text token
+    num_classes: Count = 0  #: of kind labels: labels are 0 .. num_classes - 1
+    tokens: Annotated[int, within(0, 1 << 12)] = 0  #: L, of kind text: tokens of a caption, padding included
+    width: Annotated[int, within(0, 1 << 16)] = 0  #: E, of kind text: channels of a text token
     encoder: str = field(default="", compare=False)  #: of kind text: hub id or folder of the text encoder
-    sha256: str = ""  #: of kind text: of the encoder's weights and tokeniser, data of another encoder differ in it
+    #: of kind text: of the encoder's weights and tokeniser, data of another encoder differ in it
+    sha256: Annotated[str, matching("([0-9a-f]{64})?", "a sha256 in hexadecimal, or empty")] = ""
 
     def example(self) -> Cond:
         """A condition of one sample, for counting operations; with kind none every label is 0."""

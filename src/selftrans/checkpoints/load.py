@@ -21,8 +21,8 @@ from selftrans.checkpoints.adapted import frozen_weights, full_weights, weights_
 from selftrans.config import RunConfig, from_json, to_json
 from selftrans.encoders.pretrained import encoder_name
 from selftrans.messages import first_line, plural, printable
+from selftrans.plain_json import from_plain
 from selftrans.plugins import NotFound
-from selftrans.sections import from_plain
 from selftrans.storage import recorded, sha256_file
 from selftrans.types import Backbone, Conditions
 

@@ -92,7 +92,7 @@ def _overrides(known: dict[str, Any], recipe: dict[str, Any], words: Sequence[st
 
 def _section(known: dict[str, Any], values: dict[str, Any]) -> Any:
     """A frozen dataclass of a section's settings, with these defaults."""
-    from selftrans.sections import from_plain
+    from selftrans.plain_json import from_plain
 
     scope = {"typing": typing, "NoneType": types.NoneType}
     hints = typing.get_type_hints(type("Hints", (), {"__annotations__": known["types"]}), scope)

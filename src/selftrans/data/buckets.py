@@ -8,31 +8,38 @@ Shape legend: N batch.
 from __future__ import annotations
 
 import json
-import re
 import warnings
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from selftrans.data.dataset import Dataset
-from selftrans.data.manifest import BUCKETS, FILE, Manifest
-from selftrans.data.record import REMEDY, Record, parse_json, read_text
+from selftrans.data.manifest import BUCKETS, FILE, REMEDY, Manifest
 from selftrans.data.resolution import sides, size_text
 from selftrans.data.streaming.remote import is_url
 from selftrans.data.streaming.shard_cache import CacheOptions
 from selftrans.messages import plural
+from selftrans.plain_json import from_plain, matching, parse_object, read_text, within
 from selftrans.storage import write_text
 
 VERSION = 1
 MOST = 1024  #: folders that a buckets.json may name
 #: fields of the manifests in which buckets must agree
 SHARED = ("conditions", "classes", "latent_space", "autoencoder", "image_channels", "dtype", "copies")
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What `buckets.json` holds."""
+
+    version: Annotated[int, within(VERSION, VERSION)]
+    buckets: tuple[Annotated[str, matching("[1-9][0-9]{0,5}x[1-9][0-9]{0,5}", "the size of pictures, as 192x336")], ...]
 
 
 class Buckets(Dataset):
@@ -201,10 +208,11 @@ def read_names(path: Path) -> tuple[str, ...]:
 
 def names_in(text: str) -> tuple[str, ...]:
     """The folders that the text of a `buckets.json` names. Raises ValueError when it is invalid."""
-    record = Record(parse_json(text, BUCKETS), BUCKETS)
-    record.only(("version", "buckets"))
-    record.integer("version", VERSION, VERSION)
-    names = record.items("buckets", _name)
+    plain = parse_object(text, BUCKETS, REMEDY)
+    try:
+        names: tuple[str, ...] = from_plain(Contents, plain, "").buckets
+    except ValueError as error:
+        raise ValueError(f"{BUCKETS}: {error}; {REMEDY}") from error
     if not 1 <= len(names) <= MOST or len(set(names)) < len(names):
         raise ValueError(f"{BUCKETS}: field 'buckets' should name 1 to {MOST} different folders; {REMEDY}")
     return names
@@ -212,13 +220,7 @@ def names_in(text: str) -> tuple[str, ...]:
 
 def write_names(path: Path, names: Sequence[str]) -> None:
     """Write `buckets.json`: from then on the folder can be opened."""
-    write_text(path / BUCKETS, json.dumps({"version": VERSION, "buckets": list(names)}, indent=1))
-
-
-def _name(value: object) -> str:
-    if not isinstance(value, str) or not re.fullmatch(r"[1-9][0-9]{0,5}x[1-9][0-9]{0,5}", value):
-        raise ValueError("the size of pictures, as 192x336")
-    return value
+    write_text(path / BUCKETS, json.dumps(asdict(Contents(VERSION, tuple(names))), indent=1))
 
 
 def _aspect(manifest: Manifest) -> float:

@@ -18,7 +18,6 @@ from torch import Tensor
 from selftrans.data.dataset import NUMBERS
 from selftrans.data.encode_captions import CaptionEncoder
 from selftrans.data.manifest import VERSION, Manifest, Shard, conditions_of
-from selftrans.data.record import Option
 from selftrans.data.resolution import sides, size_text
 from selftrans.data.shard_file import write_shard
 from selftrans.data.shard_plan import Decoded, ShardPlan
@@ -28,6 +27,7 @@ from selftrans.data.sources.source import Source
 from selftrans.encoders.autoencoder import Autoencoder, from_uint8
 from selftrans.encoders.identity import identity_kind
 from selftrans.messages import printable
+from selftrans.plain_json import Option
 from selftrans.storage import sha256_file
 
 

@@ -28,12 +28,12 @@ from selftrans.data.manifest_text import (
     Store,
     Text,
 )
-from selftrans.data.record import Option
 from selftrans.data.shard_file import VIEWS, row_bytes, write_shard
 from selftrans.data.sources.captions import CaptionSource
 from selftrans.encoders.pretrained import encoder_name
 from selftrans.encoders.text import BUILT_IN, TextEncoder
 from selftrans.messages import gigabytes, plural, printable
+from selftrans.plain_json import Option
 from selftrans.storage import nearest_existing, sha256_file
 from selftrans.types import MASK, TEXT, Conditions
 

@@ -11,42 +11,35 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Annotated, TypeAlias
 
-from selftrans.data.manifest_text import NULL, Text, parse_conditions
-from selftrans.data.record import (
-    REMEDY,
-    Option,
-    Record,
-    as_integer,
-    as_number,
-    as_pair,
-    as_text,
-    parse_json,
-    read_text,
-)
-from selftrans.data.resolution import Resolution, size_text
+from selftrans.data.manifest_text import NULL, Text
+from selftrans.data.resolution import size_text
 from selftrans.data.shard_file import Layout, row_bytes
 from selftrans.encoders.identity import identity, identity_kind
 from selftrans.encoders.latent_space import LatentSpace
 from selftrans.messages import listed, plural, printable
+from selftrans.plain_json import Count, Name, Option, Sha256, from_plain, one_of, parse_object, read_text, within
 from selftrans.types import Conditions
 
 VERSION = 2
 FILE = "manifest.json"
 BUCKETS = "buckets.json"  #: in place of it in a folder of buckets, see `buckets`
 DTYPES = ("float16", "float32")  #: of stored moments
+REMEDY = "prepare the data again"
+Side: TypeAlias = Annotated[int, within(1, 1 << 16)]  #: of a picture
 
 
 @dataclass(frozen=True)
 class Shard:
     """One finished shard: samples [index * shard_size, (index + 1) * shard_size) of the source."""
 
-    index: int
-    count: int  #: samples in it, without the skipped ones
-    sha256: str
-    skipped: tuple[tuple[str, str], ...] = ()  #: name and reason of each skipped sample
+    index: Count
+    count: Count  #: samples in it, without the skipped ones
+    sha256: Sha256
+    skipped: tuple[tuple[Name, Name], ...] = ()  #: name and reason of each skipped sample
 
     @property
     def file(self) -> str:
@@ -62,8 +55,8 @@ class Shard:
 class FeatureFile:
     """The features of one shard."""
 
-    index: int  #: of the shard
-    sha256: str
+    index: Count  #: of the shard
+    sha256: Sha256
 
     @property
     def name(self) -> str:
@@ -74,12 +67,12 @@ class FeatureFile:
 class Features:
     """The contents of a folder's feature files, and how they were made."""
 
-    encoder: str  #: hub id or folder
-    sha256: str  #: of the encoder's weights
-    precision: str  #: of the encoder's network
-    grid: int  #: T = grid²
-    width: int  #: D
-    fingerprint: str  #: of the pictures, as in the manifest's options
+    encoder: Name  #: hub id or folder
+    sha256: Sha256  #: of the encoder's weights
+    precision: Name  #: of the encoder's network
+    grid: Annotated[int, within(1, 1 << 12)]  #: T = grid²
+    width: Annotated[int, within(1, 1 << 20)]  #: D
+    fingerprint: Sha256  #: of the pictures, as in the manifest's options
     files: tuple[FeatureFile, ...]
 
     def layout(self, manifest: Manifest) -> Layout:
@@ -93,41 +86,23 @@ class Features:
         size = count * row_bytes(self.layout(manifest)) / 1e6
         return f"features by {self.encoder}: {self.grid}x{self.grid} of {self.width}, float16, {size:,.1f} MB"
 
-    @classmethod
-    def parse(cls, data: object, where: str) -> Features:
-        """Parse and check every field. Raises ValueError naming the field that is wrong."""
-        record = Record(data, where)
-        record.only(field.name for field in fields(cls))
-        entries = [Record(item, f"{where}: files") for item in record.items("files", lambda x: x)]
-        for entry in entries:
-            entry.only(field.name for field in fields(FeatureFile))
-        return cls(
-            encoder=record.text("encoder"),
-            sha256=record.sha256("sha256"),
-            precision=record.text("precision"),
-            grid=record.integer("grid", 1, 1 << 12),
-            width=record.integer("width", 1, 1 << 20),
-            fingerprint=record.sha256("fingerprint"),
-            files=tuple(FeatureFile(entry.integer("index", 0), entry.sha256("sha256")) for entry in entries),
-        )
-
 
 @dataclass(frozen=True)
 class Manifest:
     """The contents of a folder of shards, and how it was made."""
 
-    version: int
-    count: int  #: samples in all shards
-    copies: int  #: moments per sample: 1, or 2 with those of the mirrored picture
-    shape: tuple[int, ...]  #: (C, *S) of a latent
+    version: Annotated[int, within(VERSION, VERSION)]
+    count: Count  #: samples in all shards
+    copies: Annotated[int, within(1, 2)]  #: moments per sample: 2 with those of the mirrored picture
+    shape: tuple[Annotated[int, within(1, 1 << 24)], ...]  #: (C, *S) of a latent
     latent_space: LatentSpace  #: moments => latents
-    dtype: str  #: of the stored moments, one of DTYPES
-    autoencoder: str
-    resolution: Resolution | None  #: of the pictures, a side or (height, width); None: the data are not pictures
-    image_channels: int | None  #: of the pictures; None: the data are not pictures
+    dtype: Annotated[str, one_of(DTYPES)]  #: of the stored moments
+    autoencoder: Name
+    resolution: Side | tuple[Side, Side] | None  #: of the pictures: side, or (height, width); None: not pictures
+    image_channels: Annotated[int, within(1, 3)] | None  #: of the pictures; None: not pictures
     conditions: Conditions  #: of kind none, every label is 0
-    classes: tuple[str, ...]  #: names of the labels; empty unless conditions are of kind labels
-    source: str
+    classes: tuple[Name, ...]  #: names of the labels; empty unless conditions are of kind labels
+    source: Name
     options: dict[str, Option]
     shards: tuple[Shard, ...]
     features: Features | None = None  #: of an external encoder, for all shards
@@ -210,41 +185,21 @@ class Manifest:
     @classmethod
     def from_json(cls, text: str) -> Manifest:
         """Parse and check every field. Raises ValueError naming the field that is wrong."""
-        record = Record(parse_json(text, FILE), FILE)
-        version = record.integer("version", 0)
-        if version < VERSION:
+        plain = parse_object(text, FILE, REMEDY)
+        version = plain.get("version")
+        if isinstance(version, int) and version < VERSION:
             raise ValueError(
                 f"{FILE} has version {version}, whose .bin files this package no longer reads; repeat its "
                 "`selftrans prepare` into a new folder"
             )
-        if version != VERSION:
+        if isinstance(version, int) and version > VERSION:
             raise ValueError(
                 f"{FILE} has version {version}, this package reads version {VERSION}; install a newer version of it"
             )
-        record.only(field.name for field in fields(cls))
-        shards = enumerate(record.items("shards", lambda x: x))
-        manifest = cls(
-            version=version,
-            count=record.integer("count", 0),
-            copies=record.integer("copies", 1, 2),
-            shape=record.items("shape", lambda x: as_integer(x, 1, 1 << 24)),
-            latent_space=_latent_space(record.record("latent_space")),
-            dtype=record.one_of("dtype", DTYPES),
-            autoencoder=record.text("autoencoder"),
-            resolution=record.take("resolution", _resolution),
-            image_channels=record.optional_integer("image_channels", 1, 3),
-            conditions=parse_conditions(record.record("conditions")),
-            classes=record.items("classes", as_text),
-            source=record.text("source"),
-            options=record.options("options"),
-            shards=tuple(parse_shard(item, f"{FILE}: shards[{i}]") for i, item in shards),
-            features=record.take(
-                "features", lambda x: None if x is None else Features.parse(x, f"{FILE}: field 'features'")
-            ),
-            text=Text.parse(captions, f"{FILE}: field 'text'")
-            if (captions := record.data.get("text")) is not None
-            else None,
-        )
+        try:
+            manifest: Manifest = from_plain(cls, plain, "")
+        except ValueError as error:
+            raise ValueError(f"{FILE}: {error}; {REMEDY}") from error
         for fault in _contradictions(manifest):
             raise ValueError(f"{FILE}: {fault}; {REMEDY}")
         return manifest
@@ -272,37 +227,9 @@ class Manifest:
         return manifest
 
 
-def parse_shard(data: object, where: str) -> Shard:
-    """Parse and check a shard's record. Raises ValueError naming the field that is wrong."""
-    record = Record(data, where)
-    record.only(field.name for field in fields(Shard))
-    return Shard(
-        index=record.integer("index", 0),
-        count=record.integer("count", 0),
-        sha256=record.sha256("sha256"),
-        skipped=record.items("skipped", as_pair),
-    )
-
-
 def conditions_of(classes: tuple[str, ...]) -> Conditions:
     """The conditions of data with these class names; no names mean no conditions."""
     return Conditions("labels", len(classes)) if classes else Conditions("none")
-
-
-def _latent_space(record: Record) -> LatentSpace:
-    def per_channel(name: str) -> float | tuple[float, ...]:
-        return (
-            record.items(name, as_number) if isinstance(record.data.get(name), list) else record.take(name, as_number)
-        )
-
-    record.only(field.name for field in fields(LatentSpace))
-    return LatentSpace(per_channel("shift"), per_channel("scale"), record.boolean("stochastic"))
-
-
-def _resolution(value: object) -> object:
-    if isinstance(value, list) and len(value) == 2:
-        return tuple(as_integer(side, 1, 1 << 16) for side in value)
-    return None if value is None else as_integer(value, 1, 1 << 16)
 
 
 def _contradictions(manifest: Manifest) -> Iterator[str]:
@@ -326,7 +253,10 @@ def _contradictions(manifest: Manifest) -> Iterator[str]:
     if len(set(manifest.classes)) != len(manifest.classes):
         yield "field 'classes' names a class twice"
     if conditions.kind == "text":
-        if manifest.classes or manifest.text is None:
+        unset = [name for name in ("tokens", "width", "encoder", "sha256") if not getattr(conditions, name)]
+        if unset:
+            yield f"field 'conditions' has kind 'text', whose {unset[0]!r} is missing"
+        elif manifest.classes or manifest.text is None:
             yield "field 'conditions' has kind 'text', which needs a field 'text' and no 'classes'"
         elif manifest.shards and not manifest.text.null:
             yield f"field 'text': 'null', the sha256 of {NULL}, is missing"

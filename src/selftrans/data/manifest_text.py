@@ -10,12 +10,12 @@ Shape legend: K captions of a row at most, L tokens of E channels, B bytes of a 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
-from typing import Literal, TypeAlias
+from dataclasses import dataclass
+from typing import Annotated, Literal, TypeAlias
 
-from selftrans.data.record import Record
 from selftrans.data.shard_file import Layout, row_bytes
 from selftrans.messages import plural
+from selftrans.plain_json import matching, one_of, within
 from selftrans.types import MASK, TEXT, Conditions
 
 #: what is kept of a caption: the encoder's output, or its input
@@ -32,10 +32,11 @@ class Text:
     """How the captions of prepared data are stored."""
 
     stored: Store  #: with "ids" captions are encoded during training
-    dtype: str  #: of stored tokens, and of the network that encodes ids on a GPU
-    captions: int  #: K
-    bytes: int  #: B
-    null: str = ""  #: sha256 of null.safetensors; in a plan, empty until that is written
+    dtype: Annotated[str, one_of(TEXT_DTYPES)]  #: of stored tokens, and of the network that encodes ids on a GPU
+    captions: Annotated[int, within(1, MAX_CAPTIONS)]  #: K
+    bytes: Annotated[int, within(1, MAX_CAPTION_BYTES)]  #: B
+    #: sha256 of null.safetensors; in a plan, empty until that is written
+    null: Annotated[str, matching("([0-9a-f]{64})?", "a sha256 in hexadecimal, or empty")] = ""
 
     def layout(self, conditions: Conditions) -> Layout:
         """The tensors that captions add to a shard."""
@@ -60,31 +61,3 @@ class Text:
         """A line to print."""
         what = f"tokens in {self.dtype}" if self.stored == "tokens" else "ids, to be encoded in training"
         return f"at most {plural(self.captions, 'caption')} each, {conditions}, stored as {what}"
-
-    @classmethod
-    def parse(cls, data: object, where: str) -> Text:
-        """Parse and check every field. Raises ValueError naming the field that is wrong."""
-        record = Record(data, where)
-        record.only(field.name for field in fields(cls))
-        return cls(
-            stored=record.one_of("stored", STORES),
-            dtype=record.one_of("dtype", TEXT_DTYPES),
-            captions=record.integer("captions", 1, MAX_CAPTIONS),
-            bytes=record.integer("bytes", 1, MAX_CAPTION_BYTES),
-            null="" if record.data.get("null") == "" else record.sha256("null"),
-        )
-
-
-def parse_conditions(record: Record) -> Conditions:
-    """The conditions of data. Raises ValueError naming the field that is wrong."""
-    record.only(field.name for field in fields(Conditions))
-    kind = record.one_of("kind", ("none", "labels", "text"))
-    if kind != "text":
-        return Conditions(kind, record.integer("num_classes", 0))
-    return Conditions(
-        kind,
-        tokens=record.integer("tokens", 1, 1 << 12),
-        width=record.integer("width", 1, 1 << 16),
-        encoder=record.text("encoder"),
-        sha256=record.sha256("sha256"),
-    )

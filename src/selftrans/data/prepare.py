@@ -18,7 +18,6 @@ from selftrans.data.dataset import Dataset
 from selftrans.data.encode import ShardEncoder
 from selftrans.data.encode_captions import CaptionEncoder, TextOptions, check_disk, sizes
 from selftrans.data.manifest import DTYPES, Manifest, Shard
-from selftrans.data.record import Option
 from selftrans.data.reports import check_faults, report_source, say, warn_after_reading
 from selftrans.data.resolution import Resolution, size_text
 from selftrans.data.shard_plan import Decoded
@@ -34,6 +33,7 @@ from selftrans.encoders.identity import identity_kind
 from selftrans.encoders.media import Video
 from selftrans.encoders.text import load_text_encoder
 from selftrans.messages import are, plural, printable
+from selftrans.plain_json import Option
 from selftrans.precision import PRECISIONS, dtype_name
 
 #: sources that are part of the package, which a run prepares by itself -> how their captions are stored; None: labels

@@ -22,7 +22,6 @@ import torch
 from selftrans.data import resumable
 from selftrans.data.manifest import FILE, FeatureFile, Features, Manifest, Shard
 from selftrans.data.prepare import NETWORK_DTYPES
-from selftrans.data.record import parse_json, read_text
 from selftrans.data.reports import say
 from selftrans.data.resolution import Resolution, check_square, size_text
 from selftrans.data.shard_file import WRITE_REMEDY, Layout, is_valid, write_shard
@@ -37,6 +36,7 @@ from selftrans.encoders.autoencoder import from_uint8
 from selftrans.encoders.pretrained import encoder_name
 from selftrans.encoders.vision import Encoder, load_encoder
 from selftrans.messages import plural, printable
+from selftrans.plain_json import from_plain, parse_object, read_text
 from selftrans.storage import sha256_file, write_text
 
 
@@ -184,7 +184,7 @@ def _stored(wanted: Features, out: Path) -> tuple[Manifest, dict[int, Shard], di
     records = [manifest.features] if manifest.features else []
     for path in sorted(out.glob("features-*.json")):
         with suppress(ValueError):  # a damaged record is ignored: its features are made again
-            records.append(Features.parse(parse_json(read_text(path), path.name), path.name))
+            records.append(from_plain(Features, parse_object(read_text(path), path.name), path.name))
     by_shard = {file.index: replace(features, files=(file,)) for features in records for file in features.files}
     valid = {
         index: features

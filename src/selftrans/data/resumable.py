@@ -16,10 +16,10 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import NamedTuple, TypeAlias
 
-from selftrans.data.manifest import FILE, Features, Manifest, Shard, parse_shard
+from selftrans.data.manifest import FILE, Features, Manifest, Shard
 from selftrans.data.manifest_text import NULL
-from selftrans.data.record import Option, parse_json, read_text
 from selftrans.data.shard_file import WRITE_REMEDY, is_valid
+from selftrans.plain_json import Option, from_plain, parse_object, read_text
 from selftrans.storage import InUse, lock_file, remove_stale_temporaries, sha256_file, write_text
 
 PLAN, LOCK = "plan.json", ".lock"
@@ -89,7 +89,7 @@ def is_finished(out: Path) -> bool:
 def _records(out: Path) -> Iterator[Shard]:
     for path in sorted(out.glob("shard-*.json")):
         with suppress(ValueError):  # a damaged record is ignored: its shard is made again
-            yield parse_shard(parse_json(read_text(path), path.name), path.name)
+            yield from_plain(Shard, parse_object(read_text(path), path.name), path.name)
 
 
 def check_options(before: Manifest, options: dict[str, Option], out: Path) -> None:

@@ -15,11 +15,11 @@ from typing import TypeAlias
 import numpy as np
 
 from selftrans.data.manifest import FILE, Manifest, Shard
-from selftrans.data.record import Option
 from selftrans.data.shard_file import WRITE_REMEDY, open_tensors
 from selftrans.encoders.identity import identity_kind, standardised_name
-from selftrans.encoders.latent_space import LatentSpace
+from selftrans.encoders.latent_space import UNSCALED, LatentSpace
 from selftrans.encoders.media import rounded
+from selftrans.plain_json import Option
 from selftrans.storage import write_text
 
 CHUNK = 256  #: rows read at a time
@@ -51,7 +51,7 @@ def standardise_option(
 def without_statistics(plan: Manifest) -> Manifest:
     """A plan as it was before the statistics were known."""
     kind = identity_kind(plan.autoencoder)
-    return replace(plan, autoencoder=kind, latent_space=LatentSpace()) if plan.options.get(OPTION) and kind else plan
+    return replace(plan, autoencoder=kind, latent_space=UNSCALED) if plan.options.get(OPTION) and kind else plan
 
 
 def standardised(plan: Manifest, out: Path, shards: Iterable[Shard], progress: bool) -> Manifest:
@@ -95,7 +95,7 @@ def statistics(parts: Sequence[Part], progress: bool) -> LatentSpace:
     deviation = np.sqrt(np.maximum(0.0, squares / max(1, count) - mean**2))
     scale = np.where(deviation > CONSTANT, 1 / np.maximum(deviation, CONSTANT), 1.0)
     # rounded, also so that sums that differ in the last bits give the same
-    return LatentSpace(tuple(map(rounded, origin + mean)), tuple(map(rounded, scale)))
+    return LatentSpace(tuple(map(rounded, origin + mean)), tuple(map(rounded, scale)), stochastic=False)
 
 
 def _rows(parts: Sequence[Part], progress: bool) -> Iterator[np.ndarray]:

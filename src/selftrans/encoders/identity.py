@@ -12,7 +12,7 @@ import re
 
 from torch import Tensor
 
-from selftrans.encoders.latent_space import LatentSpace, Moments
+from selftrans.encoders.latent_space import UNSCALED, LatentSpace, Moments
 from selftrans.messages import printable
 
 MOST = 4096  #: channels in a name
@@ -24,9 +24,9 @@ class IdentityAutoencoder:
 
     channels, downsample = 0, 1
 
-    def __init__(self, kind: str, latent_space: LatentSpace = LatentSpace()) -> None:  # noqa: B008 - frozen
+    def __init__(self, kind: str, latent_space: LatentSpace = UNSCALED) -> None:
         self.pictures, self.latent_space = kind == "pixel", latent_space
-        self.name = kind if latent_space == LatentSpace() else standardised_name(kind, latent_space)
+        self.name = kind if latent_space == UNSCALED else standardised_name(kind, latent_space)
 
     def encode(self, pixels: Tensor) -> Moments:
         return Moments(pixels.float(), None)
@@ -63,7 +63,7 @@ def identity(name: str) -> IdentityAutoencoder:
             raise ValueError("shifts should be finite, scales above zero")
     except ValueError as error:
         raise ValueError(f"autoencoder {printable(name, 200)!r} cannot be read ({error})") from None
-    return IdentityAutoencoder(kind, LatentSpace(shift, scale))
+    return IdentityAutoencoder(kind, LatentSpace(shift, scale, stochastic=False))
 
 
 def scales_differ(one: str, other: str, tolerance: float = 0.05) -> bool:

@@ -13,6 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from selftrans.plain_json import Number
+
 
 class Moments(NamedTuple):
     """The raw output of an encoder for a batch, not yet scaled."""
@@ -29,9 +31,9 @@ class Moments(NamedTuple):
 class LatentSpace:
     """Conversion between stored moments and the latents of a model: latents = (sample - shift) * scale."""
 
-    shift: float | tuple[float, ...] = 0.0  #: one number, or one per channel
-    scale: float | tuple[float, ...] = 1.0  #: likewise
-    stochastic: bool = False  #: moments hold the mean and then a standard deviation
+    shift: Number | tuple[Number, ...]  #: one number, or one per channel
+    scale: Number | tuple[Number, ...]  #: likewise
+    stochastic: bool  #: moments hold the mean and then a standard deviation
 
     def sample(self, moments: Tensor) -> Tensor:
         """Stored moments (N, M, *S) to scaled float32 latents (N, C, *S), sampled with torch's default RNG if stochastic."""
@@ -51,6 +53,9 @@ class LatentSpace:
         """Scaled latents (N, C, *S) to the raw float32 latents that the decoder reads."""
         raw = latents.float()
         return raw / _per_channel(self.scale, raw) + _per_channel(self.shift, raw)
+
+
+UNSCALED = LatentSpace(0.0, 1.0, stochastic=False)  #: latents are the moments
 
 
 def _per_channel(value: float | tuple[float, ...], like: Tensor) -> float | Tensor:

@@ -46,7 +46,7 @@ class Media:
     @property
     def latent_space(self) -> LatentSpace:
         shift, scale = (float(getattr(self, name)) for name in ("shift", "scale"))
-        return LatentSpace(shift, scale)
+        return LatentSpace(shift, scale, stochastic=False)
 
     def encode(self, pixels: Tensor) -> Moments:
         """Values as they are: the latent space normalises them when they are read."""

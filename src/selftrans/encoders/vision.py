@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from selftrans.encoders.latent_space import LatentSpace
+from selftrans.encoders.latent_space import UNSCALED
 from selftrans.encoders.pretrained import encoder_name, load_model, sha256_of
 from selftrans.messages import first_line
 
@@ -48,7 +48,7 @@ class Encoder:
         # hierarchical models (Swin, ConvNeXt) merge patches: their stride is only known from the output
         self.patch = 0 if hasattr(config, "depths") else _side(config, "patch_size")
         self.channels = int(getattr(config, "num_channels", 3))
-        self.space = LatentSpace()  #: of what `encode` reads; pixels that are standardised have shift and scale
+        self.space = UNSCALED  #: of what `encode` reads; pixels that are standardised have shift and scale
         self.mean, self.std = (torch.tensor(x, dtype=torch.float32).view(1, -1, 1, 1) for x in (mean, std))
         known = inspect.signature(self.model.forward).parameters
         self.options = {"interpolate_pos_encoding": True} if "interpolate_pos_encoding" in known else {}

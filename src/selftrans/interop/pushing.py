@@ -14,13 +14,13 @@ from typing import Any, NamedTuple
 from selftrans.checkpoints import hub
 from selftrans.checkpoints.hub import CARD, RECORD, SAMPLES
 from selftrans.checkpoints.load import Weights, find_asked, load_model
-from selftrans.data.record import read_object
 from selftrans.evaluate.plots import save_png
 from selftrans.interop.model_card import card
 from selftrans.interop.pipeline_parts import last_parts
 from selftrans.interop.run_facts import compute_of, evaluations_of, run_of, sheet_of
 from selftrans.interop.sit_pipeline import SiTPipeline, check_replaceable
 from selftrans.messages import first_line, listed, plural, printable
+from selftrans.plain_json import read_object
 from selftrans.plugins import installed_version
 from selftrans.storage import atomic_directory, write_json, write_text
 

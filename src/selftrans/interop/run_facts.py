@@ -16,10 +16,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from selftrans.checkpoints.load import REPORT, LoadedModel
-from selftrans.data.record import read_object
 from selftrans.evaluate.plots import sample_sheet
 from selftrans.interop.pipeline_parts import last_parts
 from selftrans.messages import printable
+from selftrans.plain_json import read_object
 from selftrans.sample_config import beyond_defaults
 from selftrans.sampling.images import applicable_settings
 from selftrans.sampling.sample_file import NPY, PNG

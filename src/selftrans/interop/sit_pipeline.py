@@ -23,12 +23,12 @@ from torch import Tensor
 from selftrans.checkpoints import hub
 from selftrans.checkpoints.load import PIPELINE, VAE, Weights
 from selftrans.data.decoded import decode_images
-from selftrans.data.record import read_object
 from selftrans.encoders.autoencoder import Autoencoder, DiffusersAutoencoder, load_autoencoder
 from selftrans.encoders.text import UNMASKED, TextEncoder, encoder_of
 from selftrans.interop.interpolant_scheduler import InterpolantScheduler
 from selftrans.interop.pipeline_parts import copy_text_encoder, parts_of, save_vae
 from selftrans.messages import first_line, printable
+from selftrans.plain_json import read_object
 from selftrans.sampling.images import image_noise
 from selftrans.sampling.samplers import Early, Noise, guided, inside
 from selftrans.storage import write_json

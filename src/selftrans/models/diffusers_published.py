@@ -21,7 +21,7 @@ from selftrans.messages import first_line, printable
 from selftrans.models import diffusers_dit, diffusers_flux, diffusers_pixart, diffusers_sd3
 from selftrans.models.diffusers_backbone import DiffusersBackbone, DiffusersConfig
 from selftrans.models.spec import Layout, Named, Published, PublishedFile, check_shapes
-from selftrans.sections import from_plain
+from selftrans.plain_json import from_plain
 from selftrans.types import Conditions
 
 CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"

@@ -22,7 +22,8 @@ from selftrans.encoders.identity import check_scale
 from selftrans.interop.importing import bound_settings
 from selftrans.messages import first_line
 from selftrans.methods.registry import find, stages
-from selftrans.sections import Resume, fields_of, from_plain
+from selftrans.plain_json import from_plain
+from selftrans.sections import Resume, fields_of
 from selftrans.storage import write_json
 from selftrans.types import Conditions
 

@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 
 from selftrans.checkpoints.load import LoadedModel, load_model
-from selftrans.sections import from_plain
+from selftrans.plain_json import from_plain
 from selftrans.types import Backbone
 from selftrans.ui.jobs import Job
 from selftrans.ui.run_state import RunState

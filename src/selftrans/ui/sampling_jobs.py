@@ -12,10 +12,10 @@ import numpy as np
 from selftrans.checkpoints.load import LoadedModel
 from selftrans.evaluate.plots import as_pictures, image_grid, png_bytes
 from selftrans.messages import one_line, printable
+from selftrans.plain_json import from_plain
 from selftrans.sample_config import SampleConfig
 from selftrans.sampling.images import Sampler, overridden
 from selftrans.sampling.samplers import EVALUATIONS
-from selftrans.sections import from_plain
 from selftrans.train.preview import captions
 from selftrans.ui.contained import part
 from selftrans.ui.jobs import Job

@@ -34,7 +34,6 @@ from selftrans.data import resumable
 from selftrans.data.buckets import read_names
 from selftrans.data.dataset import Dataset
 from selftrans.data.manifest import Features
-from selftrans.data.record import parse_json, read_text
 from selftrans.data.sources.captions import CaptionSource, annotated, parse_captions
 from selftrans.data.sources.clips import MediaOptions, open_clips
 from selftrans.data.sources.decode import open_picture
@@ -49,6 +48,7 @@ from selftrans.experiments.opened_samples import _stored
 from selftrans.experiments.reference import _names
 from selftrans.interop.importing import import_run
 from selftrans.interop.published_file import read as read_published
+from selftrans.plain_json import from_plain, parse_object, read_text
 from selftrans.recipes import recipe
 from selftrans.sampling import folder as samples_io
 from selftrans.sampling.sample_file import read_npy, read_png, write_npy
@@ -656,7 +656,7 @@ PARSERS: dict[str, Parser] = {
     "parquet": Parser("x.parquet", table, parquet, 200),
     "features": Parser(
         "features-00000.json",
-        lambda path: Features.parse(parse_json(read_text(path), "x"), "x"),
+        lambda path: from_plain(Features, parse_object(read_text(path), "x"), "x"),
         stored_features,
         4_500,
     ),

@@ -205,21 +205,21 @@ def test_damaged_features_are_named(complete: Path) -> None:
 
 
 INVALID: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
-    "missing": (lambda f: f.pop("grid"), "'grid' is missing"),
-    "unknown": (lambda f: f.update(extra=1), "'extra' is unknown"),
+    "missing": (lambda f: f.pop("grid"), r"manifest.json: features\.grid is missing; prepare the data again"),
+    "unknown": (lambda f: f.update(extra=1), r"manifest.json: features\.extra is unknown"),
     "grid": (
         lambda f: f.update(grid=5),
         r"features-00000.safetensors cannot be used \(its features are F16 \(4, 1, 16, 16\), the manifest expects",
     ),
-    "grid zero": (lambda f: f.update(grid=0), "'grid' should be an integer from 1"),
-    "width huge": (lambda f: f.update(width=1 << 40), "'width' should be an integer"),
-    "sha256": (lambda f: f.update(sha256="x"), "'sha256' should be a sha256"),
+    "grid zero": (lambda f: f.update(grid=0), r"features\.grid should be an integer from 1 to 4096, not 0"),
+    "width huge": (lambda f: f.update(width=1 << 40), r"features\.width should be an integer from 1"),
+    "sha256": (lambda f: f.update(sha256="x"), r"features\.sha256 should be a sha256"),
     "fingerprint": (lambda f: f.update(fingerprint="0" * 64), "'features' belongs to other pictures than the shards"),
     "files": (lambda f: f["files"].pop(), "'files' does not agree with the shards"),
     "order": (lambda f: f["files"].reverse(), "'files' does not agree"),
-    "index true": (lambda f: f["files"][2].update(index=True), "'index' should be an integer"),
-    "file unknown": (lambda f: f["files"][0].update(path="../x"), "'path' is unknown"),
-    "file no object": (lambda f: f.update(files=[1]), "should be a JSON object"),
+    "index true": (lambda f: f["files"][2].update(index=True), r"features\.files\[2\]\.index should be an integer"),
+    "file unknown": (lambda f: f["files"][0].update(path="../x"), r"features\.files\[0\]\.path is unknown"),
+    "file no object": (lambda f: f.update(files=[1]), r"features\.files\[0\] should be an object"),
 }
 
 

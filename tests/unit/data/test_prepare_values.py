@@ -12,7 +12,7 @@ import torch
 from selftrans.cli.main import main
 from selftrans.data.dataset import Dataset
 from selftrans.data.prepare import prepare
-from selftrans.encoders.latent_space import LatentSpace
+from selftrans.encoders.latent_space import UNSCALED
 from selftrans.train.batches import Stream, to_batch
 from selftrans.types import Conditions
 from tests.support.pictures import contents, stopped_after
@@ -32,7 +32,7 @@ def test_values_are_stored_exactly(tmp_path: Path, shape: tuple[int, ...]) -> No
     data = save(tmp_path / "x.npz", *shape, labels=labels, classes=np.array(["a", "b", "c"]))
     manifest = prepare(tmp_path / "x.npz", tmp_path / "out", **OPTIONS)
     assert (manifest.shape, manifest.dtype, manifest.copies) == (shape, "float32", 1)
-    assert manifest.resolution is None and manifest.image_channels is None and manifest.latent_space == LatentSpace()
+    assert manifest.resolution is None and manifest.image_channels is None and manifest.latent_space == UNSCALED
     assert manifest.conditions == Conditions("labels", 3) and manifest.classes == ("a", "b", "c")
     assert [shard.count for shard in manifest.shards] == [5, 5, 3]
     assert manifest.summary().startswith("13 samples, 3 classes: a, b, c")

@@ -15,7 +15,7 @@ from selftrans.data.manifest import Manifest
 from selftrans.data.prepare import prepare
 from selftrans.data.standardise import standardise_option
 from selftrans.encoders.autoencoder import load_autoencoder
-from selftrans.encoders.latent_space import LatentSpace
+from selftrans.encoders.latent_space import UNSCALED, LatentSpace
 from tests.support import ratios, toy
 from tests.support.pictures import contents, encoded, write
 
@@ -97,7 +97,7 @@ def test_damaged_shard_is_made_again_and_nothing_else_changes(source, tmp_path, 
 def test_folder_keeps_the_scale_with_which_it_was_begun(source, tmp_path):
     options = {"shard_size": 4, "progress": False}
     plain = prepare(source, tmp_path / "data", standardise=False, **options)
-    assert (plain.autoencoder, plain.latent_space) == ("pixel", LatentSpace()) and "standardise" not in plain.options
+    assert (plain.autoencoder, plain.latent_space) == ("pixel", UNSCALED) and "standardise" not in plain.options
     before = contents(tmp_path / "data")
     assert prepare(source, tmp_path / "data", **options) == plain and contents(tmp_path / "data") == before
     (tmp_path / "data" / "shard-00000.safetensors").unlink()
@@ -112,7 +112,10 @@ def test_folder_keeps_the_scale_with_which_it_was_begun(source, tmp_path):
 def test_scale_of_other_data_may_be_given(source, tmp_path):
     name = "pixel(shift=0.5:-0.25:0.0,scale=2.0:4.0:1.0)"
     manifest = prepare(source, tmp_path / "data", autoencoder=name, progress=False)
-    assert manifest.latent_space == LatentSpace((0.5, -0.25, 0.0), (2.0, 4.0, 1.0)) and manifest.autoencoder == name
+    assert (
+        manifest.latent_space == LatentSpace((0.5, -0.25, 0.0), (2.0, 4.0, 1.0), stochastic=False)
+        and manifest.autoencoder == name
+    )
     found = np.concatenate(list(decoded_images(Dataset.open(tmp_path / "data"))))
     assert np.array_equal(np.sort(found, axis=0), np.sort(PICTURES, axis=0))
     with pytest.raises(ValueError, match="has numbers for 1 channels, the data have 3"):
@@ -146,7 +149,7 @@ def test_values_are_standardised_where_it_is_asked_for(tmp_path):
     data = np.random.default_rng(0).normal([[[1000.0], [-2.0]]], [[[0.5], [30.0]]], (40, 2, 6)).astype(np.float32)
     np.savez(tmp_path / "values.npz", data=data)
     plain = prepare(tmp_path / "values.npz", tmp_path / "plain", autoencoder="values", progress=False)
-    assert plain.latent_space == LatentSpace()
+    assert plain.latent_space == UNSCALED
     found = prepare(
         tmp_path / "values.npz", tmp_path / "data", autoencoder="values", standardise=True, progress=False
     ).latent_space

@@ -14,7 +14,7 @@ from selftrans.encoders.identity import (
     same_latents,
     scales_differ,
 )
-from selftrans.encoders.latent_space import LatentSpace
+from selftrans.encoders.latent_space import UNSCALED, LatentSpace
 
 SHIFT, SCALE = (-0.053, 0.4, -0.997), (1.62, 31.7, 0.013)
 NAME = "pixel(shift=-0.053:0.4:-0.997,scale=1.62:31.7:0.013)"
@@ -32,16 +32,20 @@ def test_every_grey_level_of_every_channel_is_decoded_exactly(stored: torch.dtyp
 
 
 def test_pixels_are_clamped_and_values_are_not() -> None:
-    far, space = torch.full((1, 1, 2, 2), 9.0), LatentSpace((0.5,), (2.0,))
+    far, space = torch.full((1, 1, 2, 2), 9.0), LatentSpace((0.5,), (2.0,), stochastic=False)
     assert IdentityAutoencoder("pixel", space).decode(far).unique().tolist() == [1.0]
     assert IdentityAutoencoder("values", space).decode(far).unique().tolist() == [5.0]  # 9 / 2 + 0.5
 
 
 def test_name_holds_the_scale_and_is_read_again() -> None:
-    made = IdentityAutoencoder("pixel", LatentSpace(SHIFT, SCALE))
+    space = LatentSpace(SHIFT, SCALE, stochastic=False)
+    made = IdentityAutoencoder("pixel", space)
     assert made.name == NAME and identity_kind(NAME) == "pixel" and autoencoder_name(NAME) == NAME
-    assert load_autoencoder(NAME).latent_space == LatentSpace(SHIFT, SCALE) and load_autoencoder(NAME).name == NAME
-    assert identity("pixel").name == "pixel" and load_autoencoder("values").latent_space == LatentSpace()
+    assert (
+        load_autoencoder(NAME).latent_space == LatentSpace(SHIFT, SCALE, stochastic=False)
+        and load_autoencoder(NAME).name == NAME
+    )
+    assert identity("pixel").name == "pixel" and load_autoencoder("values").latent_space == UNSCALED
     assert identity_kind("values(shift=0.0,scale=1.0)") == "values"
     assert [identity_kind(name) for name in ("pixels", "pixel(", "owner/pixel", "mel(rate=8000)")] == [None] * 4
 

@@ -13,7 +13,7 @@ from selftrans.checkpoints.load import load_model
 from selftrans.data.dataset import Dataset
 from selftrans.data.decoded import data_latents
 from selftrans.data.prepare import prepare
-from selftrans.encoders.latent_space import LatentSpace
+from selftrans.encoders.latent_space import UNSCALED
 from selftrans.methods.guidance import Frozen
 from selftrans.methods.registry import config_of_teacher, stages
 from selftrans.train.resume import settings_before
@@ -88,7 +88,7 @@ def test_given_teacher_of_another_path_is_refused_and_of_another_autoencoder_war
 def test_given_teacher_of_another_scale_is_refused_and_of_nearly_the_same_is_not():
     manifest = Dataset.open(toy.digits()).manifest
     teacher = load_teacher(toy.finished(), spec(), manifest)
-    plain = dataclasses.replace(manifest, autoencoder="pixel", latent_space=LatentSpace())
+    plain = dataclasses.replace(manifest, autoencoder="pixel", latent_space=UNSCALED)
     with pytest.raises(
         ValueError, match=r"the teacher .* was trained on pixel\(shift=.*the data are pixel, latents of another sc"
     ):

@@ -13,12 +13,12 @@ from typing import Any, BinaryIO, Literal
 
 import numpy as np
 
-from selftrans.data.record import Option
 from selftrans.data.sources.clip_files import kind_of, open_files
 from selftrans.data.sources.decode import STANDARD, BadSample, Reading, machine_fault, reason_of
 from selftrans.data.sources.source import Source
 from selftrans.encoders.media import Media, rounded
 from selftrans.messages import first_line
+from selftrans.plain_json import Option
 
 MEASURED = 1000  #: clips from which mean and deviation are computed, spread evenly over the source
 
