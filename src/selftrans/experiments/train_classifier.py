@@ -39,8 +39,8 @@ def classifier_from_data(data: str | Path, out: Path, *, epochs: int, seed: int)
     """Train a classifier on prepared data, on the default device, and save it; returns a message.
 
     Repeating the call continues it; a finished classifier of these data and settings stays. `Interrupted` after a stop
-    signal, with a checkpoint written. Raises ValueError for data with less than two classes, and where the training of other
-    data or settings is unfinished.
+    signal, with a checkpoint written. Raises ValueError for data with less than two classes, and where `out` or its training
+    is of other data or settings, or something else.
     """
     dataset = Dataset.open(data)
     if out.suffix != ".safetensors":
@@ -48,10 +48,10 @@ def classifier_from_data(data: str | Path, out: Path, *, epochs: int, seed: int)
     if dataset.manifest.num_classes < 2:
         raise ValueError(f"{data} has {plural(dataset.manifest.num_classes, 'class')}; a classifier needs at least two")
     settings = {"epochs": epochs, "seed": seed, SHARDS: dataset.manifest.shards_sha256()}
-    description = _description(out, settings)
+    description, folder = _finished(out, settings), out.with_suffix(".training")
     if description is None:
         check_writable(out, size=1 << 20)  # the network has about half of it
-        folder, device = out.with_suffix(".training"), default_device()
+        device = default_device()
         if folder.is_symlink() or (folder.exists() and not (folder / ".lock").exists()):
             raise ValueError(f"{folder} exists and holds something else; choose another --out, or remove it")
         with lock_file(folder / ".lock"):
@@ -66,23 +66,47 @@ def classifier_from_data(data: str | Path, out: Path, *, epochs: int, seed: int)
             model = train_classifier(
                 images, dataset.labels, classes, seed=seed, epochs=epochs, device=device, steps=steps
             )
-            model.save(out)
             assert model.training_record is not None
             description = dataclasses.asdict(model.training_record) | settings
             description |= {"data": str(data), "classes": list(dataset.manifest.classes)}
             write_json(out.with_suffix(".json"), description)
-            shutil.rmtree(folder)
+            model.save(out)  # last: with it the classifier is finished
+    _remove_training(folder, settings)
     return f"{out}: accuracy {description['accuracy']:.3f} on {plural(description['held_out'], 'held-out image')}"
 
 
-def _description(out: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
-    """The json of a finished classifier of these settings and data; None where one of both is missing, damaged or of others."""
+def _finished(out: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
+    """The json of the finished classifier at `out`; None where there is none. ValueError for one of other settings or data,
+    and for other files, which stay as they are."""
+    about = out.with_suffix(".json")
+    if not out.exists() and (not about.exists() or data_of_classifier(out)):
+        return None
 
-    def of(held: dict[str, Any]) -> dict[str, Any] | None:
+    def of(held: dict[str, Any]) -> dict[str, Any]:
         record = SmallClassifier.load(out).training_record
-        return held if record and (dataclasses.asdict(record) | settings).items() <= held.items() else None
+        return held if record and dataclasses.asdict(record).items() <= held.items() else {}
 
-    return recorded(out.with_suffix(".json"), of, None)
+    held = recorded(about, of, {})
+    if not held:
+        raise ValueError(
+            f"{out} and {about.name} are damaged, or something else; choose another --out, or remove what is there of both"
+        )
+    changed = [
+        f"--{name} {held.get(name)}" for name, now in settings.items() if held.get(name) != now and name != SHARDS
+    ]
+    changed += ["other data"] if held.get(SHARDS) != settings[SHARDS] else []
+    if changed:
+        raise ValueError(f"{out} is a finished classifier of {' and '.join(changed)}; give those, or another --out")
+    return held
+
+
+def _remove_training(folder: Path, settings: dict[str, Any]) -> None:
+    """Remove the checkpoints of the finished classifier, also those that a process left which was killed before it did so."""
+    if folder.is_symlink() or not (folder / ".lock").exists():
+        return
+    found = checkpoint.newest(folder)
+    if found is None or found.state["settings"] == settings:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _steps(

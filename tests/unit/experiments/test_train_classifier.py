@@ -1,6 +1,5 @@
 """`selftrans classifier`: an interrupted training continues to the same bits, a finished classifier stays."""
 
-import json
 import os
 import signal
 
@@ -92,15 +91,90 @@ def test_killed_training_continues_from_its_last_checkpoint(data, tmp_path, monk
     assert_same_files(out, uninterrupted)
 
 
-def test_finished_classifier_stays_until_data_or_settings_change(data, tmp_path, capsys, uninterrupted):
-    out = tmp_path / "c.safetensors"
+@pytest.fixture
+def finished(tmp_path, uninterrupted):
+    """A copy of the finished classifier, and the content of its files."""
     for suffix in (".safetensors", ".json"):
-        out.with_suffix(suffix).write_bytes(uninterrupted.with_suffix(suffix).read_bytes())
+        (tmp_path / f"c{suffix}").write_bytes(uninterrupted.with_suffix(suffix).read_bytes())
+    return tmp_path / "c.safetensors", contents(tmp_path)
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_finished_classifier_stays(data, finished, tmp_path_factory, capsys):
+    out, before = finished
+    assert main(command(data, out)) == 0
+    assert contents(out.parent) == before and f"{out}: accuracy 0." in capsys.readouterr().out
+    for epochs in (1, 4):
+        assert main(command(data, out, epochs=epochs)) == 1
+        message = f"{out} is a finished classifier of --epochs 3; give those, or another --out"
+        assert message in capsys.readouterr().err and contents(out.parent) == before
+    other = toy.prepared(tmp_path_factory.mktemp("other"), count=20)
+    assert main(command(other, out)) == 1
+    assert (
+        f"{out} is a finished classifier of other data; give those, or another --out" in capsys.readouterr().err
+        and contents(out.parent) == before
+    )
+
+
+@pytest.mark.parametrize("file", ["c.safetensors", "c.json"])
+@pytest.mark.parametrize("content", [b"mine", None])
+def test_what_is_no_finished_classifier_stays(data, finished, capsys, file, content):
+    out, _ = finished
+    if content is None:
+        (out.parent / file).unlink()
+    else:
+        (out.parent / file).write_bytes(content)
+    before = contents(out.parent)
+    again = (file, content) == ("c.safetensors", None)  # its file was removed, which is the way to train it again
+    assert main(command(data, out)) == (0 if again else 1)
+    if not again:
+        assert "c.safetensors and c.json are damaged, or something else" in capsys.readouterr().err
+        assert contents(out.parent) == before
+
+
+def test_json_of_something_else_stays(data, tmp_path, capsys):
+    (tmp_path / "c.json").write_text('{"mine": 1}')
+    assert main(command(data, tmp_path / "c.safetensors")) == 1
+    assert "c.safetensors and c.json are damaged, or something else" in capsys.readouterr().err
+    assert contents(tmp_path) == {"c.json": b'{"mine": 1}'}
+
+
+def test_killed_before_its_checkpoints_are_removed(data, tmp_path, monkeypatch, uninterrupted):
+    def killed(*_, **__):
+        raise Killed
+
+    monkeypatch.setattr(module, "CHECKPOINT_EVERY", 2)
+    out = tmp_path / "c.safetensors"
+    with monkeypatch.context() as patch:
+        patch.setattr(module.SmallClassifier, "save", killed)
+        with pytest.raises(Killed):
+            main(command(data, out))
+    with monkeypatch.context() as patch:
+        patch.setattr(module.shutil, "rmtree", killed)
+        with pytest.raises(Killed):
+            main(command(data, out))
+    assert (tmp_path / "c.training" / "step-00000006").is_dir()
     before = out.stat().st_mtime_ns
     assert main(command(data, out)) == 0
-    assert out.stat().st_mtime_ns == before and f"{out}: accuracy 0." in capsys.readouterr().out
-    assert main(command(data, out, epochs=1)) == 0
-    assert json.loads(out.with_suffix(".json").read_text())["epochs"] == 1
+    assert sorted(os.listdir(tmp_path)) == ["c.json", "c.safetensors"] and out.stat().st_mtime_ns == before
+    assert_same_files(out, uninterrupted)
+
+
+def test_checkpoints_of_another_training_stay(data, finished, monkeypatch):
+    def stopped(self):
+        self.received = signal.SIGTERM
+        return self
+
+    out, _ = finished
+    with monkeypatch.context() as patch:
+        patch.setattr(StopSignal, "__enter__", stopped)
+        assert main(command(data, out.with_name("d.safetensors"), epochs=4)) == 75
+    out.with_name("d.training").rename(out.with_name("c.training"))
+    assert main(command(data, out)) == 0
+    assert (out.with_name("c.training") / "step-00000001").is_dir()
 
 
 def test_other_folder_is_neither_used_nor_removed(data, tmp_path, capsys):
