@@ -104,7 +104,7 @@ def test_reduced_precision_continues_after_guidance_ends(shards: Dataset, tmp_pa
     block.mlp.fc1.register_forward_hook(lambda module, args, out: seen.append(out.dtype))
     batches = built.stream.from_step(0)
     for _ in range(4):
-        built._train_step(batches)
+        built.train_step(batches)
     assert not len(built.objective.guidances) and built.teacher is None
     assert seen == [torch.bfloat16] * 4
     AcceleratorState._reset_state(True)
@@ -163,7 +163,7 @@ def test_step_does_not_synchronise_with_the_device(
         batches = built.stream.from_step(0)
         with Synchronisations() as recorded:
             for _ in range(5 if capture == "on" else 2):
-                built._train_step(batches)
+                built.train_step(batches)
         assert recorded.seen == []
     with Synchronisations() as recorded:
         torch.ones(3).nonzero()
@@ -177,7 +177,7 @@ def test_independent_times_synchronise_once_to_count_the_selected(
     settings = config("self_transcendence", times="uniform")
     built = trainer(accelerator, settings, shards, tmp_path, frozen(settings, shards))
     with Synchronisations() as recorded:
-        built._train_step(built.stream.from_step(0))
+        built.train_step(built.stream.from_step(0))
     assert recorded.seen == ["_local_scalar_dense.default"]
 
 
@@ -201,13 +201,13 @@ def test_blocks_are_compiled_once(accelerator: Accelerator, shards: Dataset, tmp
         built = trainer(accelerator, settings, shards, tmp_path / name, teacher)
         model, teacher = weakref.ref(teacher.model) if teacher else None, None
         batches = built.stream.from_step(0)
-        built._train_step(batches)
-        built._train_step(batches)
+        built.train_step(batches)
+        built.train_step(batches)
         warm = compilations()
         for _ in range(7):  # the guidance of stage 2 ends among them
-            built._train_step(batches)
+            built.train_step(batches)
         built.step = 97
-        built._train_step(batches)
+        built.train_step(batches)
         assert compilations() == warm, f"{name} compiled again: {dict(counters['stats'])}"
         assert not counters["graph_break"], dict(counters["graph_break"])
     gc.collect()

@@ -30,7 +30,7 @@ def guarded_step(trainer: Trainer, batches: Iterator[Loaded]) -> None:
     """One training step. MemoryError (one line, with the remedy) where the device has no memory for it; `NotCaptured` where
     the memory is that of graphs of `train.capture auto`, without which a new process continues."""
     try:
-        trainer._train_step(batches)
+        trainer.train_step(batches)
         return
     except RuntimeError as error:
         if not is_out_of_memory(error):

@@ -180,7 +180,8 @@ class Trainer:
             self._prune()  # a process killed after its last checkpoint has not done so
         return found
 
-    def _train_step(self, batches: Iterator[Loaded]) -> None:
+    def train_step(self, batches: Iterator[Loaded]) -> None:
+        """One step with the moving average. Heads and teachers of guidance that ends with it are removed."""
         self.wrapped.train()
         if self.captured:
             self.captured.take(batches)

@@ -72,13 +72,13 @@ def test_merged_model_is_the_one_that_was_trained(tmp_path, monkeypatch):
     from selftrans.train.trainer import Trainer
 
     last = {}
-    original = Trainer._train_step
+    original = Trainer.train_step
 
     def step(self, *args):
         original(self, *args)
         last["average"] = self.ema.model
 
-    monkeypatch.setattr(Trainer, "_train_step", step)
+    monkeypatch.setattr(Trainer, "train_step", step)
     train(fine_tuning.tuned({"lora.rank": 4, "train.steps": 3}), tmp_path, quiet=True)
     x, t, labels = torch.randn(3, 3, 8, 8), torch.tensor([0.1, 0.5, 0.9]), torch.tensor([0, 1, 2])
     with torch.no_grad():

@@ -231,14 +231,14 @@ def test_full_disk_for_tensorboard_does_not_stop_training(tmp_path, monkeypatch)
 
 
 def _stopped_after_a_step(config, run):
-    original = Trainer._train_step
+    original = Trainer.train_step
 
     def once(self, batches):
         original(self, batches)
         self.stop.received = signal.SIGTERM
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Trainer, "_train_step", once)
+        patch.setattr(Trainer, "train_step", once)
         train(config, run, quiet=True)
 
 

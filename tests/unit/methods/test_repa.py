@@ -205,7 +205,7 @@ def test_encoder_is_freed_and_features_are_not_read_after_guidance_ends(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[Any] = []
-    step = Trainer._train_step
+    step = Trainer.train_step
 
     def watching(self: Trainer, batches: Any) -> None:
         if not seen:
@@ -214,7 +214,7 @@ def test_encoder_is_freed_and_features_are_not_read_after_guidance_ends(
         gc.collect()
         seen.append((seen[0]() is not None, self.teacher is not None))
 
-    monkeypatch.setattr(Trainer, "_train_step", watching)
+    monkeypatch.setattr(Trainer, "train_step", watching)
     train(toy(REPA | {"repa.encoder": encoder(), "repa.until_step": 3}), tmp_path / "run", quiet=True)
     assert seen[1:] == [(True, True)] * 2 + [(False, False)] * 4
 

@@ -65,7 +65,7 @@ def steps(one: Trainer, count: int = STEPS) -> dict[str, torch.Tensor]:
     batches = one.stream.from_step(0)
     with warnings.catch_warnings(action="ignore"):
         for _ in range(count):
-            one._train_step(batches)
+            one.train_step(batches)
         return state(one)
 
 
@@ -191,7 +191,7 @@ def warmed_up(folder: Path, settings: dict[str, Any]) -> tuple[Trainer, Any]:
     on_stream(one)
     batches = one.stream.from_step(0)
     for _ in range(WARM_UP):
-        one._train_step(batches)
+        one.train_step(batches)
     return one, batches
 
 
@@ -208,10 +208,10 @@ def test_step_that_cannot_be_captured_goes_on_without_a_graph(
     one, batches = warmed_up(tmp_path, settings)
     asking(one, "auto")
     with pytest.warns(UserWarning, match=f"goes on without a graph: {said}[^\n]*$"):
-        one._train_step(batches)
+        one.train_step(batches)
     with warnings.catch_warnings(action="ignore"):
         for _ in range(STEPS - WARM_UP - 1):
-            one._train_step(batches)
+            one.train_step(batches)
         toy.assert_same(state(one), launched)
 
 
@@ -230,7 +230,7 @@ def test_run_ends_where_a_step_cannot_be_captured(
     with pytest.raises(
         NotCaptured, match=f"^train.capture {capture}: the step cannot be recorded as a graph \\({said}"
     ) as e:
-        one._train_step(batches)
+        one.train_step(batches)
     assert isinstance(e.value, ValueError), "which the command line shows as one line"
     restarts = f"CUDA ended the recording of the step as a graph ({said}"
     assert e.value.reason.startswith(restarts) if capture == "auto" else e.value.reason == ""
@@ -267,7 +267,7 @@ def test_replay_without_memory_ends_the_run_and_auto_continues_without_graphs(
 ) -> None:
     """One line says it; the error of `auto` tells what repeats a command that a new process continues."""
     one, batches = warmed_up(tmp_path, CASES["vanilla"])
-    asking(one, capture)._train_step(batches)
+    asking(one, capture).train_step(batches)
     replays = RuntimeError("CUDA out of memory: not enough memory")
     monkeypatch.setattr(type(one.captured), "_fill", lambda self, loaded: raising(replays))
     with pytest.raises(NotCaptured if capture == "auto" else MemoryError) as caught:
@@ -297,7 +297,7 @@ def test_memory_of_a_recording_that_had_none_is_freed(tmp_path: Path, monkeypatc
     one, batches = warmed_up(tmp_path, CASES["vanilla"])
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: freed.append([tensor() is None for tensor in alive]))
     with pytest.warns(UserWarning, match="goes on without a graph: CUDA out of memory. Tried to allocate 20.00 GiB$"):
-        asking(one, "auto")._train_step(batches)
+        asking(one, "auto").train_step(batches)
     assert freed == [[], [True]] and one.step == WARM_UP + 1
 
 
@@ -313,10 +313,10 @@ def test_graphs_that_would_take_most_of_the_memory_are_not_recorded(
     batches = one.stream.from_step(0)
     with warnings.catch_warnings(action="error"):
         for _ in range(4):
-            one._train_step(batches)
+            one.train_step(batches)
     with warnings.catch_warnings(action="ignore"):  # of skipped updates
         for _ in range(5):
-            one._train_step(batches)
+            one.train_step(batches)
         toy.assert_same(state(one), launched)
     assert graphs == [] and captured.reason.startswith("graphs would keep ") and not captured._held
 
@@ -341,16 +341,16 @@ def test_step_that_waits_for_the_device_is_not_recorded(
     batches = one.stream.from_step(0)
     with warnings.catch_warnings(record=True) as warned:
         for _ in range(WARM_UP):
-            one._train_step(batches)
+            one.train_step(batches)
     shown = [str(each.message) for each in warned]
     if capture == "on":
-        one._train_step(batches)
+        one.train_step(batches)
         assert (shown, modes, len(graphs)) == ([], [0], 2)
         return
     assert (shown, modes) == (["another warning"], [0, "warn", 0, "warn", 0])
     said = r"an operation waits for the device at test_captured_step.py:\d+, which a graph cannot"
     with pytest.warns(UserWarning, match=f"goes on without a graph: {said}$"):
-        one._train_step(batches)
+        one.train_step(batches)
     assert graphs == []
 
 
@@ -374,14 +374,14 @@ def test_graphs_are_freed_for_work_that_has_no_memory(
     one, batches = warmed_up(tmp_path, settings)
     asking(one, "auto").preview = Preview(one.config, one.shards, torch.device("cpu"))
     for _ in range(WARM_UP, 5):
-        one._train_step(batches)
+        one.train_step(batches)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: seen.append("freed"))
     said = "^train.capture auto: a preview had no memory while graphs kept theirs; from step 5 on, steps are launched"
     with pytest.warns(UserWarning, match=said) as warned:
         one._preview(False)
     assert len(warned) == 1 and made == [(True, 0, True), (False, 2, False)] and seen == ["failed", "freed"]
     for _ in range(5, STEPS):
-        one._train_step(batches)
+        one.train_step(batches)
     toy.assert_same(state(one), launched)
     assert len(graphs) == 2 and one.captured is not None and not one.captured.replaying
 
@@ -390,7 +390,7 @@ def test_graphs_are_freed_for_work_that_has_no_memory(
 def test_graphs_that_were_asked_for_stay(tmp_path: Path) -> None:
     """With `on`; and with `auto` after an error of another kind. The error is that of the work."""
     one, batches = warmed_up(tmp_path, CASES["vanilla"])
-    one._train_step(batches)
+    one.train_step(batches)
     for capture, error in (("on", torch.OutOfMemoryError("CUDA out of memory.")), ("auto", RuntimeError("no kernel"))):
         with pytest.raises(type(error), match=str(error)):
             between_steps(asking(one, capture), "a preview", lambda error=error: raising(error))  # type: ignore[misc]
@@ -452,7 +452,7 @@ def test_nothing_is_collected_during_a_recording(tmp_path: Path, monkeypatch: py
     gc.disable()
     Cycle()
     gc.enable()
-    one._train_step(batches)
+    one.train_step(batches)
     assert collecting == [False, False] and freed == [1, 1] and gc.isenabled()
     assert one.captured is not None and one.captured.replaying
 
@@ -496,12 +496,12 @@ def test_memory_of_graphs_on_a_gpu_is_returned(tmp_path: Path) -> None:
         return torch.cuda.memory_reserved()
 
     for _ in range(WARM_UP + 2):
-        one._train_step(batches)
+        one.train_step(batches)
     kept = torch.cuda.memory_reserved()
     with pytest.warns(UserWarning, match="a preview had no memory while graphs kept theirs"):
         assert between_steps(one, "a preview", reserved) < kept
     for _ in range(WARM_UP + 2, STEPS):
-        one._train_step(batches)
+        one.train_step(batches)
     assert_close(state(one), launched)
 
 
@@ -522,13 +522,13 @@ def test_value_read_on_the_host_of_a_gpu_is_found_before_the_recording(
     one = built(tmp_path, "auto", settings, cpu=False)
     batches = one.stream.from_step(0)
     for _ in range(WARM_UP):
-        one._train_step(batches)
+        one.train_step(batches)
     with pytest.warns(
         UserWarning, match=r"without a graph: an operation waits for the device at test_captured_step\.py:"
     ):
-        one._train_step(batches)
+        one.train_step(batches)
     for _ in range(WARM_UP + 1, STEPS):
-        one._train_step(batches)
+        one.train_step(batches)
     assert_close(state(one), launched)
 
 

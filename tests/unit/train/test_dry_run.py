@@ -55,8 +55,8 @@ def test_slow_steps_on_a_cpu_have_fewer_samples(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("selftrans.train.dry_run.CPU_FLOPS", 1.0)
     seen = []
-    step = Trainer._train_step
-    monkeypatch.setattr(Trainer, "_train_step", lambda self, batches: step(self, _counted(batches, seen)))
+    step = Trainer.train_step
+    monkeypatch.setattr(Trainer, "train_step", lambda self, batches: step(self, _counted(batches, seen)))
     argv = [
         "train",
         "digits",

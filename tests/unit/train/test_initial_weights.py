@@ -36,7 +36,7 @@ def report(run):
 def starts(monkeypatch):
     """Name of each stage -> copies of student and average before its first step."""
     seen = {}
-    original = Trainer._train_step
+    original = Trainer.train_step
 
     def step(self, *args):
         models = (self.objective.student, self.ema.model)
@@ -44,7 +44,7 @@ def starts(monkeypatch):
             seen[self.stage.name] = [{k: v.clone() for k, v in m.state_dict().items()} for m in models]
         return original(self, *args)
 
-    monkeypatch.setattr(Trainer, "_train_step", step)
+    monkeypatch.setattr(Trainer, "train_step", step)
     return seen
 
 

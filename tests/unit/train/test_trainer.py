@@ -30,13 +30,13 @@ from tests.support.toy import quick  # noqa: F401 - a fixture
 
 def watch(monkeypatch, look):
     """Call `look(trainer)` before every training step."""
-    original = Trainer._train_step
+    original = Trainer.train_step
 
     def step(self, *args):
         look(self)
         return original(self, *args)
 
-    monkeypatch.setattr(Trainer, "_train_step", step)
+    monkeypatch.setattr(Trainer, "train_step", step)
 
 
 @pytest.mark.parametrize("method", ["vanilla", "structure"])

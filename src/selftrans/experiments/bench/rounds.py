@@ -79,7 +79,7 @@ class TrainerStep:
         if self.trainer.captured:
             accelerator.timestamps, started = None, time.monotonic()
             for _ in range(self.trainer.captured.untimed):
-                self.trainer._train_step(self.batches)
+                self.trainer.train_step(self.batches)
             self.captured_in = time.monotonic() - started
             if accelerator.device.type == "cuda" and not self.replayed:
                 raise NotCaptured("no graph was recorded in the steps before the measurement")
@@ -99,7 +99,7 @@ class TrainerStep:
     def step(self) -> list[Any]:
         start = self.clock.now()
         self.accelerator.timestamps = None if self.trainer.captured else [start]
-        self.trainer._train_step(self.batches)
+        self.trainer.train_step(self.batches)
         end = self.clock.now()
         if self.accelerator.timestamps is None:
             return [start, start, start, start, end]
