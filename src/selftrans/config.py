@@ -15,7 +15,7 @@ from selftrans.methods import registry as methods
 from selftrans.models import registry as models
 from selftrans.models.sit import SiTConfig
 from selftrans.models.spec import ModelConfig
-from selftrans.plain_json import from_plain
+from selftrans.plain_json import from_plain, to_plain
 from selftrans.sample_config import SampleConfig
 from selftrans.sections import RUN_SECTIONS, Resume, S, Section, fields_of, setting
 from selftrans.suggest import nearest
@@ -263,24 +263,35 @@ def settings_of(config: RunConfig) -> Iterator[tuple[str, Any, Resume]]:
         yield from ((f"{section.key}.{name}", value, rule) for name, value, rule, _ in fields_of(section))
 
 
-def to_json(config: RunConfig) -> str:
-    """A configuration and the version of its layout, as indented json; sections of methods at the level of the others."""
-    plain = dataclasses.asdict(config)
+def to_object(config: RunConfig) -> dict[str, Any]:
+    """A configuration and the version of its layout, as json holds it; sections of methods at the level of the others."""
+    plain = to_plain(config)
     own = plain.pop("sections")
-    return json.dumps({"version": VERSION, **plain, **own}, indent=2)
+    return {"version": VERSION, **plain, **own}
+
+
+def to_json(config: RunConfig) -> str:
+    """`to_object` as indented json."""
+    return json.dumps(to_object(config), indent=2)
 
 
 def from_json(text: str, *, lenient: bool = False) -> RunConfig:
-    """Inverse of `to_json`. ValueError names a field that is unknown, missing or of another type, and other versions.
-
-    The settings of a method that is not known here, or whose code may not be imported, stay plain json. So do, with
-    `lenient`, sections that this version of a method does not understand: a model is loaded without them.
-    """
+    """Inverse of `to_json`. ValueError as `from_object`."""
     try:
         raw = json.loads(text)
     except RecursionError as error:
         raise ValueError("this configuration is nested too deeply") from error
-    if not isinstance(raw, dict) or raw.pop("version", None) != VERSION:
+    return from_object(raw, lenient=lenient)
+
+
+def from_object(raw: Any, *, lenient: bool = False) -> RunConfig:
+    """Inverse of `to_object`. ValueError names a field that is unknown, missing or of another type, and other versions.
+
+    The settings of a method that is not known here, or whose code may not be imported, stay plain json. So do, with
+    `lenient`, sections that this version of a method does not understand: a model is loaded without them.
+    """
+    raw = dict(raw) if isinstance(raw, dict) else {}
+    if raw.pop("version", None) != VERSION:
         raise ValueError(
             f"this configuration is not of version {VERSION}; it was written by another version of selftrans"
         )

@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import functools
 import json
+import numbers
 import re
 import types
 import typing
@@ -86,9 +87,21 @@ def read_object(path: Path) -> dict[str, Any] | None:
         raise ValueError(f"{printable(path.parent)}: {error}") from error
 
 
-def from_plain(kind: Any, raw: Any, where: str) -> Any:
-    """A value of type `kind` from plain json. ValueError names a field that is unknown, missing or of another type.
+def to_plain(value: Any) -> Any:
+    """A value as json holds it: an object for a dataclass, a list for a tuple, Python's numbers for numpy's."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        value = dataclasses.asdict(value)
+    if isinstance(value, dict):
+        return {name: to_plain(each) for name, each in value.items()}
+    if isinstance(value, numbers.Real) and not isinstance(value, bool):
+        return int(value) if isinstance(value, numbers.Integral) else float(value)
+    return [to_plain(each) for each in value] if isinstance(value, tuple | list) else value
 
+
+def from_plain(kind: Any, raw: Any, where: str) -> Any:
+    """A value of type `kind` from plain json: the inverse of `to_plain`.
+
+    ValueError names a field that is unknown, missing or of another type, or a value that its `Rule` does not allow.
     where: as errors name the value. With "", for the object of a file that the caller names, they begin with its field.
     """
     if dataclasses.is_dataclass(kind):

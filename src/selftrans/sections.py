@@ -6,12 +6,11 @@ Each field says, where it is declared, what may happen to it when a run continue
 from __future__ import annotations
 
 import dataclasses
-import numbers
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, TypeVar
 
-from selftrans.plain_json import from_plain
+from selftrans.plain_json import from_plain, to_plain
 
 Resume = Literal["fixed", "free", "consent"]
 RUN_SECTIONS = ("data", "model", "init", "lora", "train", "sample", "log")  #: keys of the sections that every run has
@@ -66,14 +65,5 @@ def checked(section: S, kind: type[S]) -> S:
 
 def checked_types(section: S) -> S:
     """The section with each field of its type. ValueError for one that is not (of a choice: one of them)."""
-    found: S = from_plain(type(section), _plain(dataclasses.asdict(section)), section.key)
+    found: S = from_plain(type(section), to_plain(section), section.key)
     return found
-
-
-def _plain(value: Any) -> Any:
-    """As in json: lists in place of tuples, Python's numbers in place of numpy's."""
-    if isinstance(value, dict):
-        return {name: _plain(each) for name, each in value.items()}
-    if isinstance(value, numbers.Real) and not isinstance(value, bool):
-        return int(value) if isinstance(value, numbers.Integral) else float(value)
-    return [_plain(each) for each in value] if isinstance(value, tuple | list) else value

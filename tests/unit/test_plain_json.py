@@ -1,5 +1,7 @@
 """Plain json: small files with or without a mark of UTF-8, and values by the types that a dataclass declares."""
 
+import dataclasses
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
@@ -7,7 +9,19 @@ from typing import Annotated, Literal
 import numpy as np
 import pytest
 
-from selftrans.plain_json import Count, Name, Number, Option, Sha256, from_plain, matching, one_of, read_object, within
+from selftrans.plain_json import (
+    Count,
+    Name,
+    Number,
+    Option,
+    Sha256,
+    from_plain,
+    matching,
+    one_of,
+    read_object,
+    to_plain,
+    within,
+)
 
 
 @dataclass(frozen=True)
@@ -117,6 +131,14 @@ def test_value_of_each_type(kind, raw, expected):
 def test_other_values_are_refused_by_field(kind, raw, message):
     with pytest.raises(ValueError, match=message):
         from_plain(kind, raw, "here")
+
+
+def test_plain_value_is_as_json_holds_it_and_returns_to_the_same():
+    given = Outer(rate=1.0, span=(0.0, 1.0), labels=(4,), inner=Inner(5, "é"))
+    plain = to_plain(given)
+    assert plain == json.loads(json.dumps(dataclasses.asdict(given))) and plain["span"] == [0.0, 1.0]
+    assert from_plain(Outer, plain, "here") == given
+    assert json.dumps(to_plain({"a": (np.int64(1), np.float32(0.5), True, None)})) == '{"a": [1, 0.5, true, null]}'
 
 
 def test_fields_of_a_file_are_named_alone():

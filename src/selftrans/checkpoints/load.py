@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import re
 import warnings
 from collections.abc import Sequence
@@ -18,7 +17,7 @@ from safetensors import safe_open
 from selftrans.checkpoints import format as checkpoint
 from selftrans.checkpoints import hub
 from selftrans.checkpoints.adapted import frozen_weights, full_weights, weights_hash
-from selftrans.config import RunConfig, from_json, to_json
+from selftrans.config import RunConfig, from_object, to_object
 from selftrans.encoders.pretrained import encoder_name
 from selftrans.messages import first_line, plural, printable
 from selftrans.plain_json import from_plain
@@ -80,7 +79,7 @@ def header(
         "conditions": asdict(conditions) | {"encoder": encoder},
         "classes": list(classes),
         "autoencoder": config.data.autoencoder or autoencoder,
-        "config": json.loads(to_json(config)),
+        "config": to_object(config),
     } | {name: list(given) for name, given in (("prompts", prompts), ("present", present)) if given}
 
 
@@ -213,7 +212,7 @@ def architecture(metadata: dict[str, Any]) -> tuple[RunConfig, tuple[int, ...], 
 
     ValueError, KeyError or TypeError for a header of another kind.
     """
-    config = from_json(json.dumps(metadata["config"]), lenient=True)
+    config = from_object(metadata["config"], lenient=True)
     shape = tuple(int(n) for n in metadata["shape"])
     return config, shape, from_plain(Conditions, metadata["conditions"], "conditions")
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from selftrans.config import RunConfig, to_json
+from selftrans.config import RunConfig, to_object
 from selftrans.data.dataset import Dataset, Manifest
 from selftrans.data.decoded import decoded_images
 from selftrans.data.prepare import prepare_builtin
@@ -258,6 +258,6 @@ def summarise(chosen: Comparison, results: Results, failed: Mapping[Job, str] | 
         "seeds": list(chosen.seeds),
         "autoencoder": config.data.autoencoder or data_of(config.data).manifest.autoencoder,
         "teachers": list(teachers.values()),
-        "config": json.loads(to_json(config)),
+        "config": to_object(config),
         "sections": list(used),
     }

@@ -32,6 +32,7 @@ from selftrans.experiments.autoencoder_report import (
     sheet,
 )
 from selftrans.messages import plural, printable
+from selftrans.plain_json import to_plain
 from selftrans.storage import (
     atomic_write,
     lock_file,
@@ -43,7 +44,7 @@ from selftrans.storage import (
 )
 from selftrans.train.autoencoder_network import PerceptualDistance
 from selftrans.train.autoencoder_settings import CHECKPOINT_EVERY, AutoencoderSettings
-from selftrans.train.autoencoder_training import AutoencoderTraining, settings_json
+from selftrans.train.autoencoder_training import AutoencoderTraining
 from selftrans.train.log import progress_bar, read_log
 from selftrans.train.processes import keep_memory
 from selftrans.train.signals import StopSignal
@@ -133,7 +134,7 @@ def _finish(training: AutoencoderTraining, out: Path, held_out: Dataset) -> dict
     A report of this step whose files are unchanged is returned as it is.
     """
     before = _read_report(out)
-    if before and before.get("steps") == training.step and before.get("settings") == settings_json(training.settings):
+    if before and before.get("steps") == training.step and before.get("settings") == to_plain(training.settings):
         return before
     vae, device, manifest = training.vae, training.device, training.data.manifest
     with training.bar(total=count_measured(training.data, held_out), desc="measuring", unit=" pictures") as bar:
@@ -157,7 +158,7 @@ def _finish(training: AutoencoderTraining, out: Path, held_out: Dataset) -> dict
         "seconds": round(training.seconds, 1),
         "held_out": figures,
         "latents": statistics,
-        "settings": settings_json(training.settings),
+        "settings": to_plain(training.settings),
         "sha256": {name: sha256_file(out / name) for name in (CONFIG, WEIGHTS)},
     }
     picture = sheet(vae, held_out, device, SHOWN)

@@ -86,7 +86,7 @@ def _finished(out: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
         record = SmallClassifier.load(out).training_record
         return held if record and dataclasses.asdict(record).items() <= held.items() else {}
 
-    held = recorded(about, of, {})
+    held: dict[str, Any] = recorded(about, of, {})
     if not held:
         raise ValueError(
             f"{out} and {about.name} are damaged, or something else; choose another --out, or remove what is there of both"

@@ -6,7 +6,6 @@ peft: `PeftModel.from_pretrained(base_model, folder)`. diffusers: `pipeline.load
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from safetensors.torch import load_file
 from selftrans.checkpoints import format as checkpoint
 from selftrans.checkpoints.adapted import START, frozen_weights
 from selftrans.checkpoints.load import Weights, find
-from selftrans.config import RunConfig, from_json
+from selftrans.config import RunConfig, from_object
 from selftrans.interop.exporting import check_out
 from selftrans.models.lora import A, B, pairs, whole
 from selftrans.models.spec import Named
@@ -48,7 +47,7 @@ def export_adapters(
     if frozen_weights(path, header) is None:
         raise ValueError(f"{path} holds a complete model, no adapters; leave out --adapters")
     check_out(out, {WEIGHTS, PIPELINE_WEIGHTS}, "an export of adapters")
-    config, named = from_json(json.dumps(header["config"]), lenient=True), load_file(path)
+    config, named = from_object(header["config"], lenient=True), load_file(path)
     if layout == "diffusers":
         target, settings, tensors = out / PIPELINE_WEIGHTS, None, for_diffusers(named, config.lora.factor)
     else:

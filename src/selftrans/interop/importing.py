@@ -25,7 +25,7 @@ from selftrans.methods.spec import PublishedHeads
 from selftrans.models.registry import REGISTRY as MODELS
 from selftrans.models.spec import Named, Published, PublishedFile, check_shapes
 from selftrans.recipes import recipe
-from selftrans.storage import FREE_SPACE, atomic_directory, sha256_file, write_json
+from selftrans.storage import FREE_SPACE, atomic_directory, sha256_file, write_json, write_text
 from selftrans.suggest import nearest
 
 #: channels of the latents -> default autoencoder: the usual one for 4, `pixel` for 1 and 3
@@ -257,7 +257,7 @@ def _write(
             saved = checkpoint.save(run / order[0] / "checkpoints", step, parts, state, metadata)
             if projectors:
                 save_file({key: value.clone() for key, value in projectors.items()}, run / "projectors.safetensors")
-            write_json(run / "config.json", json.loads(to_json(config)))
+            write_text(run / "config.json", to_json(config))
             write_json(run / f"{IMPORTED}.json", source)
     except (OSError, SafetensorError) as error:
         raise OSError(f"{out} could not be written ({error}); {FREE_SPACE}") from error

@@ -21,6 +21,7 @@ from torch import Tensor
 from selftrans.checkpoints import format as checkpoint
 from selftrans.data.dataset import Dataset
 from selftrans.messages import plural
+from selftrans.plain_json import to_plain
 from selftrans.precision import PRECISIONS
 from selftrans.train.autoencoder_network import AutoencoderLoss, PerceptualDistance, build_autoencoder
 from selftrans.train.autoencoder_settings import AutoencoderSettings
@@ -162,7 +163,7 @@ class AutoencoderTraining:
             raise FloatingPointError(
                 f"the weights of the autoencoder are not finite at step {self.step}; choose a lower --lr"
             )
-        state = {"settings": settings_json(self.settings), "data": data_sha256(self.data), "seconds": self.seconds}
+        state = {"settings": to_plain(self.settings), "data": data_sha256(self.data), "seconds": self.seconds}
         state |= {"window": self.window.state(), "good": [bool(each) for each in self._good]}
         try:
             checkpoint.save(self.checkpoints, self.step, tensors, state, {"settings": state["settings"]})
@@ -194,11 +195,6 @@ def to_pixels(moments: Tensor, device: torch.device) -> Tensor:
     return pixels.contiguous(memory_format=torch.channels_last) if device.type == "cuda" else pixels
 
 
-def settings_json(settings: AutoencoderSettings) -> dict[str, Any]:
-    """The settings as json holds them."""
-    return dataclasses.asdict(settings) | {"widths": list(settings.widths)}
-
-
 def data_sha256(data: Dataset) -> str:
     """Which data a training is of. With the separator that checkpoints have been written with from the first version on."""
     return data.manifest.shards_sha256(separator=" ")
@@ -206,7 +202,7 @@ def data_sha256(data: Dataset) -> str:
 
 def check_unchanged(found: checkpoint.Checkpoint, settings: AutoencoderSettings, data: Dataset, folder: Path) -> None:
     """ValueError when a training cannot continue from the checkpoint `found` with these settings and data."""
-    before, now = dict(found.state.get("settings", {})), settings_json(settings)
+    before, now = dict(found.state.get("settings", {})), to_plain(settings)
     changed = [f"{name} was {before.get(name)}, is {now[name]}" for name in now if before.get(name) != now[name]]
     changed = [each for each in changed if each.split()[0] not in FREE]
     if changed:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from selftrans.checkpoints import format as checkpoint
 from selftrans.checkpoints.load import header
-from selftrans.config import to_json
+from selftrans.config import to_object
 from selftrans.messages import plural
 from selftrans.models.lora import trained_names
 from selftrans.train import fsdp
@@ -57,7 +56,7 @@ def write(trainer: Trainer, tensors: dict[str, dict[str, Tensor]], windows: dict
             "scaler": scaler.state_dict() if scaler else None,
             "processes": trainer.accelerator.num_processes,
             "teacher": trainer.teacher.source if trainer.teacher else None,
-            "config": json.loads(to_json(trainer.run_config)),  # that of the weights is the stage's
+            "config": to_object(trainer.run_config),  # that of the weights is the stage's
         },
         about,
     )

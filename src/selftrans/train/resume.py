@@ -16,7 +16,7 @@ from accelerate.utils import broadcast_object_list
 
 from selftrans.checkpoints import format as checkpoint
 from selftrans.checkpoints.load import IMPORTED
-from selftrans.config import RunConfig, from_json, settings_of, to_json
+from selftrans.config import RunConfig, from_json, from_object, settings_of, to_json
 from selftrans.data.manifest import Manifest
 from selftrans.encoders.identity import check_scale
 from selftrans.interop.importing import bound_settings
@@ -24,7 +24,7 @@ from selftrans.messages import first_line
 from selftrans.methods.registry import find, stages
 from selftrans.plain_json import from_plain
 from selftrans.sections import Resume, fields_of
-from selftrans.storage import write_json
+from selftrans.storage import write_json, write_text
 from selftrans.types import Conditions
 
 Changes = list[tuple[str, Any, Any, Resume]]  #: name, before, now, what is allowed to happen to it
@@ -114,9 +114,7 @@ def settings_before(out: Path) -> RunConfig | None:
     for folder in sorted(out.glob("*/checkpoints"), reverse=True) if before is None else ():
         found = checkpoint.newest(folder)
         if found is not None:
-            before = _read(
-                found.path / checkpoint.STATE, lambda text: from_json(json.dumps(json.loads(text)["config"]))
-            )
+            before = _read(found.path / checkpoint.STATE, lambda text: from_object(json.loads(text)["config"]))
             break
     return None if before is None else dataclasses.replace(before, init=before.init.resolved())
 
@@ -133,7 +131,7 @@ def record(config: RunConfig, out: Path, manifest: Manifest) -> None:
         }
         earlier = _read(path, json.loads) if path.exists() else []
         write_json(path, [*earlier, {"steps": reached, "changed": changed}])
-    write_json(out / "config.json", json.loads(to_json(config)))
+    write_text(out / "config.json", to_json(config))
     write_json(out / "data.json", json.loads(manifest.to_json()))
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from selftrans.checkpoints.load import LoadedModel
 from selftrans.evaluate.plots import as_pictures, image_grid, png_bytes
 from selftrans.messages import one_line, printable
-from selftrans.plain_json import from_plain
+from selftrans.plain_json import from_plain, to_plain
 from selftrans.sample_config import SampleConfig
 from selftrans.sampling.images import Sampler, overridden
 from selftrans.sampling.samplers import EVALUATIONS
@@ -37,7 +37,7 @@ Work = Callable[[Job], None]
 
 def settings_of(raw: Mapping[str, Any]) -> dict[str, Any]:
     """The chosen settings of a request, checked. ValueError for one that is unknown or out of range."""
-    plain = json.loads(json.dumps(dataclasses.asdict(SampleConfig())))
+    plain = to_plain(SampleConfig())
     wrong = [name for name in raw if name not in CHOSEN]
     if wrong:
         raise ValueError(f"the setting {printable(wrong[0])} cannot be chosen here; use {', '.join(CHOSEN)}")
@@ -153,7 +153,7 @@ def _preview_settings(state: RunState) -> dict[str, Any]:
         "log": ("preview_images", "preview_steps"),
         "train": ("path",),
     }
-    sample = json.loads(json.dumps(dataclasses.asdict(SampleConfig()))) | part(config, "sample", dict)
+    sample = to_plain(SampleConfig()) | part(config, "sample", dict)
     if sample["autoguidance"] is not None:  # previews leave it out
         sample["guidance_scale"] = 1.0
     given = config | {"sample": sample}
