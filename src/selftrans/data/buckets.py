@@ -55,9 +55,10 @@ class Buckets(Dataset):
         counts = [bucket.counts for bucket in buckets if bucket.counts is not None]
         super().__init__(path, manifest, self.base._tensors, labels, np.concatenate(counts) if counts else None)
         self._begins = np.cumsum([0, *self.parts])[:-1]
+        self.cache = CacheOptions()  #: where the shards of data at a URL are fetched to
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return partial(open_data, text_encoder=self.text_encoder), (self.origin,)
+        return partial(open_data, text_encoder=self.text_encoder, cache=self.cache), (self.origin,)
 
     def fetch(self, *, progress: bool = True) -> None:
         """As `Dataset.fetch`, of every bucket."""
@@ -68,7 +69,7 @@ class Buckets(Dataset):
         """As `Dataset.dry_run_data`, of every bucket."""
         # all of them fit into the cache
         buckets = Buckets(self.path, [bucket.dry_run_data() for bucket in self.buckets])
-        buckets.origin, buckets.text_encoder = self.origin, self.text_encoder
+        buckets.origin, buckets.text_encoder, buckets.cache = self.origin, self.text_encoder, self.cache
         return buckets
 
     @property

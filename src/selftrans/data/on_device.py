@@ -7,6 +7,7 @@ Shape legend: N batch, M moments channels, (C, *S) latent.
 from __future__ import annotations
 
 from collections.abc import Collection
+from typing import Any
 
 import numpy as np
 import torch
@@ -44,6 +45,10 @@ class OnDevice(Dataset):
         for start in range(0, len(dataset), CHUNK):
             rows = np.arange(start, min(start + CHUNK, len(dataset)))
             moments[start : start + len(rows)] = dataset.read(rows, ["moments"])["moments"].to(device)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # a worker process reads from disk: the device holds the moments once
+        return self._dataset.__reduce__()
 
     def some_rows(self, most: int) -> np.ndarray:
         """As those of the data that are read."""

@@ -6,6 +6,7 @@ Shape legend: N batch, M moments channels, (C, *S) latent.
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,6 +23,9 @@ class SelectedRows(Dataset):
         self.rows = np.concatenate(selected)  #: their numbers in `dataset`
         super().__init__(dataset.path, dataset.manifest, dataset._tensors, dataset.labels[self.rows])
         self._dataset, self._parts = dataset, tuple(len(each) for each in selected)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return SelectedRows, (self._dataset, np.split(self.rows, np.cumsum(self._parts)[:-1]))
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -58,8 +62,11 @@ class OneShard(Dataset):
         self.rows = begin + np.arange(len(dataset)) % count  #: (len,) their numbers in `dataset`
         counts = None if dataset.counts is None else dataset.counts[self.rows]
         super().__init__(dataset.path, dataset.manifest, dataset._tensors, dataset.labels[self.rows], counts)
-        self.origin, self._dataset = dataset.origin, dataset
+        self.origin, self._dataset, self._shard = dataset.origin, dataset, k
         self.text_encoder, self._encoder = dataset.text_encoder, dataset._encoder
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return OneShard, (self._dataset, self._shard)
 
     def open_features(self) -> Features:
         """As `Dataset.open_features`; the data that are read know where they lie."""

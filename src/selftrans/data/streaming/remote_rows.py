@@ -11,6 +11,7 @@ import math
 from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property, partial
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -138,7 +139,10 @@ class RandomAccess(Dataset):
         tensors: Any = {name: [RemoteRows(part, name) for part in parts] for name in names}
         super().__init__(of.path, of.manifest, tensors, of.labels, of.counts)
         self.origin, self.text_encoder, self._encoder = of.origin, of.text_encoder, of._encoder
-        self._store, self._parts = store, parts
+        self._of, self._store, self._parts = of, store, parts
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return attrgetter("random_access"), (self._of,)
 
     def _gather(self, name: str, rows: np.ndarray, which: np.ndarray | None = None) -> Tensor:
         shard_of = np.searchsorted(self._starts, rows, side="right") - 1

@@ -52,7 +52,8 @@ class Streamed(Dataset):
         self._whole = False  #: whether all shards have been fetched
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return partial(Dataset.open, text_encoder=self.text_encoder, cache=self._cache), (self.origin,)
+        reopened = partial(Dataset.open, text_encoder=self.text_encoder, cache=self._cache)
+        return reopened, (self.origin,), "features" in self._tensors
 
     def prefetch(self, now: Collection[int], then: Collection[int]) -> None:
         """Hold and fetch these shards; see `ShardReader.prefetch`."""
@@ -110,7 +111,7 @@ def open_streamed(url: str, *, verify: bool, text_encoder: str | None, cache: Ca
         of_part, _ = _described(part, within := store_of(part))
         parts.append(_one(part, within, cache.open(), of_part, verify, None, cache))
     buckets = Buckets(_folder(opened, url), parts)
-    buckets.origin, buckets.text_encoder = url, text_encoder
+    buckets.origin, buckets.text_encoder, buckets.cache = url, text_encoder, cache
     total = sum(sum(part.reader.bytes) for part in parts)
     if total > opened.limit:
         raise ValueError(
