@@ -150,7 +150,9 @@ def _end(message: str, status: int) -> int:
 
 def _show_warning(message: Warning | str, category: Any, filename: str, lineno: int, *_: Any) -> None:
     """Warnings of selftrans are one line; those of libraries are not shown."""
-    if issubclass(category, UserWarning) and "selftrans" in filename:
+    from selftrans.messages import is_own_code
+
+    if issubclass(category, UserWarning) and is_own_code(filename):
         print(f"selftrans: warning: {message}", file=sys.stderr)
 
 

@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
-from selftrans.messages import first_line
+from selftrans.messages import first_line, is_own_code
 
 KEPT = 12  #: finished jobs whose pictures are kept
 KEPT_BYTES = 128 << 20  #: of the pictures of all jobs
@@ -133,7 +133,7 @@ def _run(job: Job, work: Callable[[Job], None]) -> None:
             try:
                 work(job)
             finally:
-                job.notes += [first_line(each.message, 300) for each in said if "selftrans" in each.filename]
+                job.notes += [first_line(each.message, 300) for each in said if is_own_code(each.filename)]
         job.state = "done"
     except Cancelled:
         job.state = "cancelled"

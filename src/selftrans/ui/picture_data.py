@@ -91,7 +91,8 @@ def pictures(
 ) -> Pictures:
     """The latents of an upload, or of a row of the data, and of OTHERS rows. ValueError where there is no such picture."""
     autoencoder, shape = load_autoencoder(loaded.autoencoder, device=device), tuple(loaded.model.shape)
-    fitting = dataset if dataset is not None and tuple(dataset.manifest.shape) == shape else None
+    parts = () if dataset is None else dataset.of_one_shape
+    fitting = next((part for part in parts if tuple(part.manifest.shape) == shape), None)
     others = np.random.default_rng(0).permutation(len(fitting))[:OTHERS] if fitting else np.zeros(0, dtype=np.int64)
     if upload is not None:
         first, labels = encoded(upload, autoencoder, shape), None
