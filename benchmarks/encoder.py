@@ -52,8 +52,8 @@ def pictures_of(data: str | None, device: torch.device) -> tuple[Tensor, Tensor 
         images, labels = digits()
     else:
         dataset = Dataset.open(data)
-        if dataset.manifest.resolution is None:
-            raise ValueError(f"{data} holds {dataset.manifest.unit}, not pictures of one size; prepare pictures")
+        if not isinstance(dataset.manifest.resolution, int):
+            raise ValueError(f"{data} does not hold square pictures; prepare some with --resolution SIDE")
         images = np.concatenate(list(decoded_images(dataset, device=device)), axis=0)
         labels = dataset.labels if dataset.manifest.num_classes > 1 else None
     return torch.from_numpy(images), None if labels is None else torch.as_tensor(labels).long()
@@ -214,7 +214,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     device = default_device()
     torch.manual_seed(options.seed)
-    x, y = pictures_of(options.data, device)
+    try:
+        x, y = pictures_of(options.data, device)
+    except ValueError as error:
+        parser.error(str(error))
     if options.task == "labels" and y is None:
         parser.error(f"{options.data} has no classes; choose --task contrastive or rotation")
     order = torch.randperm(len(x))

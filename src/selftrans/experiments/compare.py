@@ -28,7 +28,7 @@ from selftrans.experiments.comparison import Comparison
 from selftrans.experiments.comparison_files import unchanged, write
 from selftrans.experiments.finished_runs import FinishedRun, all_measured, finished_runs, with_samples
 from selftrans.experiments.measurement import PROBED_BLOCK, check_sizes, image_shape
-from selftrans.experiments.runner import Results, processes, train_and_measure
+from selftrans.experiments.runner import Results, check_workers, processes, train_and_measure
 from selftrans.experiments.schedule import Job
 from selftrans.experiments.summary import AXES, mean_curve, rows, time_line, time_shares
 from selftrans.experiments.train_classifier import classifier_from_data, data_of_classifier
@@ -67,6 +67,7 @@ def compare_methods(
     if methods is None:
         methods = [name for name, spec in METHODS.items() if not any(s.encoder for s in spec.stages(config))]
     _check(methods, seeds, images)
+    check_workers(workers)
     made = (out / name for name in ("data", "digits-classifier.safetensors", "classifier.safetensors", ".lock"))
     new = [path for path in (*made, out) if not path.exists()]
     with lock_file(out / ".lock"):

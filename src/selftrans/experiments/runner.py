@@ -125,6 +125,12 @@ def processes(comparison: Comparison, workers: int | None) -> tuple[int, int]:
     return workers, max(1, cores // workers)
 
 
+def check_workers(workers: int | None) -> None:
+    """ValueError for a number of processes below one; None stands for the default."""
+    if workers is not None and workers < 1:
+        raise ValueError(f"--workers {workers} should be 1 or more; leave it out for one process per core")
+
+
 def seconds_trained(run: Path) -> float:
     """Seconds of training steps until the newest checkpoints of a run."""
     total = 0.0

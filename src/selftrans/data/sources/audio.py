@@ -73,7 +73,8 @@ def open_sounds(files: Source, where: Path, options: MediaOptions, progress: boo
     if options.audio != "mel":
         options.refuse("bins hop", "waveforms (--audio mel makes spectrograms)")
         return Clips(files, (1, samples), Waveform(rate), lambda *file: load(*file)[None], remarks)
-    mel = Mel(rate, BINS if options.bins is None else options.bins, options.hop or max(1, round(HOP * rate)))
+    hop = max(1, round(HOP * rate)) if options.hop is None else options.hop
+    mel = Mel(rate, BINS if options.bins is None else options.bins, hop)
     if not 1 <= mel.bins <= MAX_BINS or not 1 <= mel.hop <= MAX_HOP:
         raise ValueError(f"--bins {mel.bins} and --hop {mel.hop} should be 1 to {MAX_BINS} and 1 to {MAX_HOP}")
     if not mel.frames(samples):
