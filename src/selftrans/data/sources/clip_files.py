@@ -14,7 +14,7 @@ from typing import Literal
 
 from selftrans.data.sources.decode import STANDARD, Reading
 from selftrans.data.sources.file_kinds import PICTURES, SOUNDS, VIDEOS, junk_name
-from selftrans.data.sources.folder import check_link, empty_classes, folder_entries, walk
+from selftrans.data.sources.folder import empty_classes, files_like, folder_entries, walk
 from selftrans.data.sources.label_file import given_labels
 from selftrans.data.sources.source import Entries, Source, classify
 from selftrans.data.sources.splits import split_files, split_folder, split_names, warn_of_splits
@@ -22,6 +22,7 @@ from selftrans.data.sources.tar_archive import tar_entries, walk_tar
 from selftrans.data.sources.zip_archive import from_class, open_zip, zip_entries
 from selftrans.messages import printable
 
+TARS = "*.tar"
 GIF = ".gif"  #: a video with --frames, a picture without
 KNOWN = PICTURES | SOUNDS | VIDEOS
 
@@ -44,7 +45,7 @@ def _known(path: Path, archives: bool) -> Iterator[str]:
     suffix, tars = path.suffix.lower() if archives and path.is_file() else "", list[Path]()
     if path.is_dir():
         yield from (name for name, _ in walk(path, KNOWN, Counter()))
-        tars = _tars(path) if archives else []
+        tars = files_like(path, TARS) if archives else []
     elif suffix == ".tar":
         tars = [path]
     elif suffix == ".zip":
@@ -54,14 +55,6 @@ def _known(path: Path, archives: bool) -> Iterator[str]:
                 yield info.filename
     for tar in tars:
         yield from (name for name, _ in walk_tar(tar, KNOWN, Counter()))
-
-
-def _tars(folder: Path) -> list[Path]:
-    """The tar files in a folder. Raises ValueError for a link that leads out of it."""
-    tars = sorted(folder.glob("*.tar"))
-    for file in tars:
-        check_link(file, folder.resolve(), file.name)
-    return tars
 
 
 def _kind(name: str, frames: int | None) -> Kind:
@@ -87,7 +80,7 @@ def open_files(
     elif path.is_file():
         found, inside = _in_tar(path, split)
     elif next(walk(path, KNOWN, Counter()), None) is None:
-        found = tar_entries(split_files(_tars(path), split, str(path)), KNOWN)
+        found = tar_entries(split_files(files_like(path, TARS), split, str(path)), KNOWN)
         inside = _members(found.names)
     else:
         path = split_folder(path, split)

@@ -190,9 +190,7 @@ def _files_of(path: Path, split: str | None, *patterns: str) -> tuple[list[Path]
     """The tables or archives of a folder, or of the folder of its split, and that folder; of several patterns the first
     that has files. Raises ValueError for a link that leads out of the folder, and a split that is not there."""
     for pattern in patterns:
-        if files := sorted(path.glob(pattern)):
-            for file in files:
-                folder.check_link(file, path.resolve(), file.name)
+        if files := folder.files_like(path, pattern):
             return split_files(files, split, str(path)), path
     inside = split_folder(path, split)
     return ([], inside) if inside == path else _files_of(inside, None, *patterns)

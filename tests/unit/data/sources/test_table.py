@@ -34,6 +34,7 @@ def test_parquet(tmp_path: Path) -> None:
     rows = datasets.Dataset.from_dict({"image": cells, "label": [1, 0, 1, 0]}, features=features)
     (tmp_path / "x").mkdir()
     rows.to_parquet(tmp_path / "x" / "train.parquet")
+    (tmp_path / "x" / "._train.parquet").write_bytes(b"hidden")
     for where in (tmp_path / "x", tmp_path / "x" / "train.parquet"):
         source = open_source(where)
         assert source.classes == ("cat", "dog") and source.labels.tolist() == [1, 0, 1, 0]
