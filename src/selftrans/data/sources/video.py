@@ -120,7 +120,9 @@ def _av_frames(name: str, stream: BinaryIO, most: int) -> Generator[Image.Image]
         video = container.streams.video[0]
         check_pixels(video, most)
         for frame in container.decode(video):
-            yield frame.to_image()
+            # degrees counterclockwise, as phones record them beside the frames; older versions of PyAV do not report it
+            turn = int(getattr(frame, "rotation", 0)) % 360
+            yield frame.to_image().rotate(turn, expand=True) if turn else frame.to_image()
 
 
 def _first(files: Source, where: Path, most: int) -> tuple[tuple[int, int], float]:
