@@ -108,10 +108,10 @@ def contrastive_loss(model: nn.Module, head: nn.Module, x: Tensor, y: Tensor) ->
 
 
 def distorted(x: Tensor, *, turn: float = 15.0, flip: bool = True) -> Tensor:
-    """Random crops with jitter of brightness and contrast, and noise; of colours also mirrored, and jitter of the colours.
+    """Random crops with jitter of brightness and contrast, and noise; colour pictures are also mirrored, with colour jitter.
 
-    Grey pictures (digits, characters) are never mirrored: they would not be themselves. They are rotated a little instead,
-    by at most `turn` degrees, and cropped less.
+    Grey pictures (digits, characters) are never mirrored, which would change what they show. They are rotated instead, by at
+    most `turn` degrees, and cropped less.
     """
     n, grey = len(x), x.shape[1] == 1
     low, high = (0.7, 1.1) if grey else (0.45, 1.0)

@@ -302,10 +302,8 @@ class Dataset:
 
     def _gather(self, name: str, rows: np.ndarray, which: np.ndarray | None = None) -> Tensor:
         """Rows (N,) of one tensor, or of its captions `which`. Raises ValueError for values that are not finite."""
-        shards, layout = self._tensors[name], dict(self.manifest.layout)
-        if self.manifest.features:
-            layout |= self.manifest.features.layout(self.manifest)
-        stored, shape = layout[name]
+        shards, described = self._tensors[name], self.manifest.features if name == "features" else None
+        stored, shape = (described.layout(self.manifest) if described else self.manifest.layout)[name]
         of_caption = name in (TEXT, IDS, MASK)
         shard_of = np.searchsorted(self._starts, rows, side="right") - 1
         out = np.empty((len(rows), *shape[1 if of_caption else 0 :]), dtype=numpy_dtype(stored))

@@ -55,7 +55,7 @@ class SelectedRows(Dataset):
 
 
 class OneShard(Dataset):
-    """As many rows as `dataset` has, all of them of its shard k, whose rows are repeated: no other shard is read."""
+    """A data set as long as `dataset` that repeats the rows of its shard k, so that no other shard is read."""
 
     def __init__(self, dataset: Dataset, k: int) -> None:
         begin, count = dataset._starts[k], dataset.manifest.shards[k].count
@@ -69,8 +69,8 @@ class OneShard(Dataset):
         return OneShard, (self._dataset, self._shard)
 
     def open_features(self) -> Features:
-        """As `Dataset.open_features`; the data that are read know where they lie."""
-        return self._dataset.open_features()  # into the dict of tensors, which both have
+        """As `Dataset.open_features`, by the wrapped data, whose files may be at a URL."""
+        return self._dataset.open_features()  # both share the dict of tensors
 
     def _gather(self, name: str, rows: np.ndarray, which: np.ndarray | None = None) -> Tensor:
         return self._dataset._gather(name, self.rows[rows], which)
@@ -79,8 +79,8 @@ class OneShard(Dataset):
 def split(dataset: Dataset, held_out: int, seed: int) -> tuple[SelectedRows, SelectedRows]:
     """(rows to train on, about `held_out` rows to measure on), drawn by the seed; from each part in proportion to its size.
 
-    At least one row is held out, and at most a tenth of the rows when there are ten or more; each part keeps a row to train
-    on. Raises ValueError for data of less than two rows.
+    At least one row is held out, and at most a tenth of the rows when there are ten or more; a part of several rows keeps one
+    to train on. Raises ValueError for data of less than two rows.
     """
     if len(dataset) < 2:
         raise ValueError(f"{dataset.path} holds {dataset.manifest.counted(len(dataset))}; at least two are needed")

@@ -1,4 +1,4 @@
-"""Work that takes longer than an answer: one job at a time in a thread of its own, with progress, and an end on request."""
+"""Work that takes longer than an answer: one job at a time in a thread of its own, with progress; it can be cancelled."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Job:
         self.done += 1
 
     def add(self, png: bytes, **about: Any) -> None:
-        """A picture that is finished, and what it is. ValueError where the job has more of them than the page keeps."""
+        """Add a finished picture, described by `about`. ValueError where the pictures take more than the page keeps."""
         if sum(map(len, self.pictures)) + len(png) > KEPT_BYTES:
             raise ValueError(f"the pictures take more than {KEPT_BYTES >> 20} MB; ask for fewer, or for fewer steps")
         self.pictures.append(png)
@@ -82,7 +82,7 @@ class Jobs:
         self._jobs: dict[int, Job] = {}
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
-        #: a tab may hold pictures of an earlier process: its addresses do not come again
+        #: random start: an address of a picture that a tab keeps from an earlier process must not come again
         self._next = secrets.randbits(48)
 
     def start(self, kind: str, about: dict[str, Any], work: Callable[[Job], None]) -> Job:

@@ -210,7 +210,7 @@ def test_maps_of_a_run_on_buckets_are_of_pictures_of_the_model_s_size(tmp_path):
     assert job["error"] == "row 8 is not in the data; use 0 to 7"
 
 
-def test_maps_of_a_picture_that_was_handed_in(page, runs):
+def test_maps_of_an_uploaded_picture(page, runs):
     job = done(page, kind="maps", student=model(runs["vanilla"], "vanilla", 2), maps={"label": 3}, upload=upload())
     assert job["state"] == "done" and job["about"]["uploaded"], job["error"]
     assert job["results"][1]["condition"] == "label 3"

@@ -1,7 +1,7 @@
 """Where sounds and videos are: a folder, a zip, a tar file or a folder of tar files; found by their extension.
 
-In each of them the first folder of a name is its class, and without folders there are no classes. Of archives nothing is
-extracted: a file is read as a whole into memory when it is opened.
+In each of them the first folder of a name is its class, and without folders there are no classes. Archives are not extracted:
+a file in them is read as a whole into memory when it is opened.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ Kind = Literal["sounds", "videos", "pictures"]
 
 
 def kind_of(path: Path, frames: int | None, *, archives: bool = True) -> Kind | None:
-    """What a folder, zip or tar holds: of a folder or tar what the first known file is, of a zip pictures, if it has any.
+    """The kind of files in a folder, zip or tar: that of the first known file; a zip with any pictures is one of pictures.
 
-    None without known files, for any other source, and unless `archives` for what is in archives (with captions, those are of
-    pictures). Raises ValueError for an archive that cannot be read.
+    frames: the option for videos, which makes a gif a video. archives: False ignores files in archives: with captions they
+    are pictures. None without known files and for any other source. Raises ValueError for an archive that cannot be read.
     """
     kinds = (_kind(name, frames) for name in _known(path, archives))
     first = next(kinds, None)
@@ -70,8 +70,8 @@ def open_files(
     """The files of a source of this kind, with their labels; its `open` returns a file. `split` and `reading` as in
     `open_source`.
 
-    Raises ValueError for a source of several kinds, and for a class folder without files unless they are allowed; of a zip
-    such folders are counted.
+    Raises ValueError for a source of several kinds, and for a class folder without files unless they are allowed; in a zip
+    such folders are only counted as ignored.
     """
     empty: list[str] = []  #: class folders without files; tars have none
     if path.is_file() and path.suffix.lower() == ".zip":
@@ -101,7 +101,7 @@ def open_files(
 
 
 def _in_tar(path: Path, split: str | None) -> tuple[Entries, list[str]]:
-    """The files of a split of a tar, and their names from their class on."""
+    """The files of a split of a tar, and their names beginning with the class folder."""
     found = tar_entries([path], KNOWN)
     names = _members(found.names)
     chosen = split_names(names, split, str(path))

@@ -117,7 +117,7 @@ def test_folder_of_pictures_with_a_tar_next_to_them_is_read_as_before(tmp_path):
         ({"1.json": b"{"}, r"x.tar/1.json is not valid json"),
         ({"1.json": b"[" * 5000}, r"x.tar/1.json is not valid json"),
         ({"1.json": b'{"label": true}'}, "has no class, an integer or a name, in label, labels, cls, class"),
-        ({"1.json": b'{"label": -1}'}, "the .cls or .json of its key has no label from 0 and no word"),
+        ({"1.json": b'{"label": -1}'}, "the .cls or .json of its key has neither a label from 0 on nor a word"),
         ({"1.json": b"[1]"}, "has no class, an integer or a name"),
     ],
 )
