@@ -85,9 +85,8 @@ def block(width: int, tokens: int, batch: int, chip: Chip) -> dict[str, dict[str
     turned = [(m, n, k) for m, k, n in shapes] + [(k, m, n) for m, k, n in shapes]
     add("backward products", [product(*s, chip) for s in turned])
     add("backward modulation", [product(batch, 6 * d, d, chip), product(d, batch, 6 * d, chip)])
-    again = (
-        2.5 * attention
-    )  # queries times keys is computed again: five products instead of the two of the forward pass
+    # queries times keys is computed again: five products instead of the two of the forward pass
+    again = 2.5 * attention
     add("backward attention", [(again, 16.0 * rows * d, max(again / chip.flops, 16 * rows * d / chip.bandwidth))])
     add("backward elementwise", [bytes_only(sum(BACKWARD.values()) * rows * d)])
     add("backward casts of gradients", [bytes_only(6.0 * weights)])

@@ -7,10 +7,8 @@ import sys
 from urllib.parse import urlsplit
 
 LOGGER = "huggingface_hub.utils._http"  #: where a release logs elsewhere, its own lines are shown
-FAILED, AGAIN = (
-    " thrown while requesting ",
-    "Retrying in ",
-)  #: parts of the two lines that the client logs for each failed attempt
+#: parts of the two lines that the client logs for each failed attempt
+FAILED, AGAIN = " thrown while requesting ", "Retrying in "
 
 
 class OneLine(logging.Filter):

@@ -167,10 +167,8 @@ def _conversion_message(message: str, argument: Any) -> str:
     """The message for values that cannot be converted, without a full stop; rewritten if they should be numbers."""
     if found := SEVERAL.fullmatch(message):
         values: list[str] = ast.literal_eval(found[1])
-        return (
-            _number_message(values, argument.field.type_stripped)
-            or f"'{' '.join(values)}' is not {argument.lowered.metavar}"
-        )
+        said = _number_message(values, argument.field.type_stripped)
+        return said or f"'{' '.join(values)}' is not {argument.lowered.metavar}"
     for start, kind in NO_NUMBER.items():
         if message.startswith(start):
             return f"{message.removeprefix(start)} is not {kind}"

@@ -239,9 +239,7 @@ class Dataset:
         if self.counts is None:
             return {}
         found, rows = dict[str, int](), self.some_rows(16 * PROMPTS)  # more, since captions may be equal
-        for some in np.split(
-            rows, [PROMPTS << k for k in range(4)]
-        ):  # in growing parts: at a URL each row is a request
+        for some in np.split(rows, [PROMPTS << k for k in range(4)]):  # at a URL, each row is a request
             for row, of_row in zip(some.tolist(), self.random_access.captions(some), strict=True):
                 found.setdefault(of_row[0], row)
             if len(found) >= PROMPTS:

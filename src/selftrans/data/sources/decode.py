@@ -95,9 +95,8 @@ class Reading(NamedTuple):
     """How pictures are read."""
 
     max_pixels: int = MAX_PIXELS  #: larger pictures are refused
-    range: tuple[float, float] | None = (
-        None  #: values that become black and white in pictures of more than 8 bits; None: all bits
-    )
+    #: values that become black and white in pictures of more than 8 bits; None: all bits
+    range: tuple[float, float] | None = None
     allow_empty: bool = False  #: a class folder without pictures is a class, instead of an error
     streaming: bool = False  #: rows of a table are read in order, those of the hub over the network: no copy on disk
     labels: Path | None = None  #: a file with the label of each picture, in place of class folders; see `label_file`

@@ -35,9 +35,8 @@ class Numbered(NamedTuple):
     labels: np.ndarray  #: (n,) int64; 0 where there is none
     classes: tuple[str, ...]
     missing: list[int]  #: positions without a label
-    words: Mapping[int, str] = MappingProxyType(
-        {}
-    )  #: position without a label -> the word of NO_LABEL that stands there
+    #: position without a label -> the word of NO_LABEL that stands there
+    words: Mapping[int, str] = MappingProxyType({})
 
     def faults(self, where: str) -> dict[int, str]:
         """Why each sample without a label has none, by its position."""

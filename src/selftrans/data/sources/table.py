@@ -22,13 +22,8 @@ if TYPE_CHECKING:
 IMAGE_NAMES = ("image", "img", "picture", "jpg", "jpeg", "png", "webp")
 CAPTION_NAMES = ("caption", "captions", "text", "txt", "sentence", "sentences", "prompt")
 LABEL_NAMES = ("label", "labels", "class", "cls")
-PERHAPS_LABELS = (
-    *LABEL_NAMES,
-    "label_id",
-    "class_id",
-    "category",
-    "target",
-)  #: named in a warning, not read without --label-column
+#: named in a warning, not read without --label-column
+PERHAPS_LABELS = (*LABEL_NAMES, "label_id", "class_id", "category", "target")
 
 
 def parquet(
@@ -211,9 +206,8 @@ def _labels(rows: TableRows, column: str | None, where: str) -> Numbered:
     if column is None:
         return Numbered(np.zeros(len(rows), dtype=np.int64), (), [])
     values = rows.column(column).to_pylist()
-    whole = (
-        None if value is None or value != value else as_label(value) for value in values
-    )  # the second is true of NaN alone
+    # only NaN differs from itself
+    whole = (None if value is None or value != value else as_label(value) for value in values)
     labels = list(whole)
     if not all(label is None or isinstance(label, int | str) for label in labels):
         raise ValueError(

@@ -48,9 +48,8 @@ class FsspecStore:
 
     def read(self, name: str, start: int, end: int) -> bytes:
         path = f"{self.root}/{name}"
-        if (
-            self.system.async_impl and end - start > RANGE
-        ):  # more than one range: the size of the file gives the time limit
+        # more than one range: the size of the file gives the time limit
+        if self.system.async_impl and end - start > RANGE:
             end = min(end, self._size(path))
         if end <= start:
             return b""

@@ -249,9 +249,8 @@ def _final(error: Exception) -> bool:
     kinds = (
         Lasting | FileNotFoundError | PermissionError | NotADirectoryError | IsADirectoryError | ValueError | TypeError
     )
-    cut_off = isinstance(
-        error, json.JSONDecodeError | UnicodeDecodeError
-    )  # also the html page of a gateway in place of json
+    # the answer was cut off, or it is the html page of a gateway
+    cut_off = isinstance(error, json.JSONDecodeError | UnicodeDecodeError)
     lasting = isinstance(error, kinds) and not cut_off
     return refused or full or lasting or _named(error, _SETTINGS) or _about_credentials(error)
 

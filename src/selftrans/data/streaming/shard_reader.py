@@ -58,18 +58,16 @@ class ShardReader:
     ) -> None:
         self.url, self.store, self.cache, self.manifest = url, store, cache, manifest
         ends = np.cumsum([shard.count for shard in manifest.shards])[:-1]
-        self._index = {
-            name: np.split(values, ends) for name, values in index.items()
-        }  #: labels and caption counts, which were read without a hash
+        #: labels and caption counts, which were read without a hash
+        self._index = {name: np.split(values, ends) for name, values in index.items()}
         self._index_file = index_file
         self.features = False  #: whether files of features are fetched with their shards
         self.bytes = [sum(file.size for file in self._files(k, features=True)) for k in range(len(manifest.shards))]
         self._mutex = threading.RLock()
         self._open: dict[tuple[int, bool], dict[str, np.ndarray]] = {}  #: shard, whether of its features -> arrays
         self._prefetched: set[int] | None = None  #: by `prefetch`
-        self._recent: deque[int] = (
-            deque()
-        )  #: shards in the order in which they were opened, unless `prefetch` has named some
+        #: shards in the order in which they were opened, unless `prefetch` has named some
+        self._recent: deque[int] = deque()
         self._held: set[int] = set()
         self._queue: deque[int] = deque()
         self._workers = 0
