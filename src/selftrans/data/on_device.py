@@ -51,7 +51,7 @@ class OnDevice(Dataset):
         return self._dataset.__reduce__()
 
     def some_rows(self, most: int) -> np.ndarray:
-        """As those of the wrapped data: their order may depend on where the data are."""
+        """As `Dataset.some_rows`, of the wrapped data."""
         return self._dataset.some_rows(most)
 
     @property

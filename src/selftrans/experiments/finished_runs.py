@@ -90,7 +90,7 @@ def all_measured(comparison: Comparison, finished: Mapping[Job, FinishedRun]) ->
 
 
 def with_samples(comparison: Comparison, finished: Mapping[Job, FinishedRun]) -> dict[Job, FinishedRun]:
-    """The runs, without those of the first seed whose last checkpoint is damaged: the page shows samples of these."""
+    """The runs, without those of the first seed whose last checkpoint is damaged: samples of it are shown."""
     drawn = comparison.seeds[0]
     return {job: run for job, run in finished.items() if job[1] != drawn or not _is_damaged(run.due[-1])}
 
