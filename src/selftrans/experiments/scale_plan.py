@@ -226,7 +226,7 @@ def _stage(
     wire = cluster.seconds(sent)
     step = (max(compute, wire), compute + wire)
     parts = {name: size // world if sharded and name != "teacher" else size for name, size in memory.items()}
-    if world > 1 and not sharded and train.accumulate > 1:  # sums of gradients beside those that are sent
+    if world > 1 and not sharded and train.accumulate > 1:  # sums of gradients, apart from those that are sent
         parts["buckets"] = memory["gradients"]
     own = config.override(stage.settings)
     parts["activations"] = activations(own, objective, memory, micro, cost.measured)

@@ -120,7 +120,7 @@ def _av_frames(name: str, stream: BinaryIO, most: int) -> Generator[Image.Image]
         video = container.streams.video[0]
         check_pixels(video, most)
         for frame in container.decode(video):
-            # degrees counterclockwise, as phones record them beside the frames; older versions of PyAV do not report it
+            # degrees counterclockwise, which phones record in the header; older versions of PyAV do not report them
             turn = int(getattr(frame, "rotation", 0)) % 360
             yield frame.to_image().rotate(turn, expand=True) if turn else frame.to_image()
 

@@ -52,7 +52,7 @@ TURNED = {1: (0, 1, -1, 0), 2: (-1, 0, 0, -1), 3: (0, -1, 1, 0)}
 
 @pytest.mark.parametrize("turns", TURNED)
 def test_video_of_a_turned_camera_is_read_upright(turns: int, tmp_path: Path) -> None:
-    """Phones store frames as the sensor gives them, and how to turn them beside: as EXIF says it of pictures."""
+    """Phones store frames as the sensor gives them, with the rotation in the header, as EXIF has it of pictures."""
     path = save_mp4(tmp_path / "x" / "0.mp4", moving(1, frames=4, height=32, width=48))
     stored = [np.asarray(frame) for frame in iter_frames(path.name, path.open("rb"))]
     content, (a, b, c, d) = path.read_bytes(), TURNED[turns]
